@@ -1,0 +1,21 @@
+//! peerix: Nix on one machine fetches store paths from the Nix stores of the other machines.
+//!
+//! ```text
+//! Nix (or a peer) ─> http ─> route ─┬─> narinfo ─┐            ┌─> store   this machine's Nix database and files
+//!                                   ├─> nar ─────┼─> lookup ──┤
+//!                                   └─> listing  │            └─> peers ──UDP──> LAN       who has it?
+//!                                                │                  │
+//!                                  share: may this asker have it?   └──HTTP─> a peer's http, which only ever asks its own store
+//! ```
+//!
+//! What always holds:
+//!
+//! * a peer's request never causes a request to a peer;
+//! * nothing from the network reaches SQLite or the file system before it is a typed [`nix::HashPart`];
+//! * peerix never writes to the Nix store or its database;
+//! * every wait has a deadline;
+//! * no channel that the network can fill is unbounded.
+#![forbid(unsafe_code)]
+#![warn(missing_docs)]
+
+pub mod nix;

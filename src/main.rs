@@ -1,0 +1,4 @@
+use std::process::ExitCode;
+fn main() -> ExitCode {
+    ExitCode::SUCCESS
+}

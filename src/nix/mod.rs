@@ -1,0 +1,37 @@
+//! Formats that Nix defines. No I/O happens here: text and bytes in, typed values out, and back.
+
+mod hash;
+pub mod nix32;
+mod path_info;
+mod signature;
+mod store_path;
+
+pub use hash::NarHash;
+pub use path_info::PathInfo;
+pub use signature::Signature;
+pub use store_path::{HashPart, StoreDir, StorePath};
+
+use std::fmt;
+
+/// Text that is not what its format says. Holds no part of that text, as it may come from a hostile peer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Malformed {
+    /// The thing that was to be read: "hash part", "narinfo".
+    pub what: &'static str,
+    /// What is wrong with it: "not 32 characters".
+    pub why: &'static str,
+}
+
+impl Malformed {
+    pub(crate) const fn new(what: &'static str, why: &'static str) -> Self {
+        Malformed { what, why }
+    }
+}
+
+impl fmt::Display for Malformed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.what, self.why)
+    }
+}
+
+impl std::error::Error for Malformed {}

@@ -1,0 +1,74 @@
+//! Nix32, the base-32 of Nix: the digits `0-9a-z` without `e o t u`, the last digit holding the lowest bits
+//! (Nix manual, "Store path specification" and glossary, "Nix32").
+
+use super::Malformed;
+use data_encoding::{BitOrder, Encoding, Specification};
+use std::sync::LazyLock;
+
+/// The 32 digits in the order of their values.
+pub const ALPHABET: &str = "0123456789abcdfghijklmnpqrsvwxyz";
+
+// Nix32 is a plain least-significant-bit-first base-32, written back to front.
+static REVERSED: LazyLock<Encoding> = LazyLock::new(|| {
+    let mut spec = Specification::new();
+    spec.symbols.push_str(ALPHABET);
+    spec.bit_order = BitOrder::LeastSignificantFirst;
+    spec.encoding().expect("32 distinct ASCII symbols")
+});
+
+/// The Nix32 text of `bytes`: `ceil(8 n / 5)` digits.
+pub fn encode(bytes: &[u8]) -> String {
+    REVERSED.encode(bytes).chars().rev().collect()
+}
+
+/// The bytes of a Nix32 text.
+///
+/// # Errors
+/// A character that is no digit, a length no byte string has, or leftover bits that are not zero.
+pub fn decode(text: &[u8]) -> Result<Vec<u8>, Malformed> {
+    let mut reversed = text.to_vec();
+    reversed.reverse();
+    REVERSED.decode(&reversed).map_err(|_| Malformed::new("Nix32", "not a Nix32 text"))
+}
+
+/// Whether every byte of `text` is a Nix32 digit.
+pub fn is_nix32(text: &[u8]) -> bool {
+    text.iter().all(|&b| matches!(b, b'0'..=b'9' | b'a'..=b'z') && !matches!(b, b'e' | b'o' | b't' | b'u'))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    // Printed by `nix-hash --type sha256 --to-base32` (Nix 2.8).
+    const EMPTY_HEX: &str = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
+    const EMPTY_NIX32: &str = "0mdqa9w1p6cmli6976v4wi0sw9r4p5prkj7lzfd1877wk11c9c73";
+
+    #[test]
+    fn agrees_with_nix_hash() {
+        let bytes = data_encoding::HEXLOWER.decode(EMPTY_HEX.as_bytes()).unwrap();
+        assert_eq!(encode(&bytes), EMPTY_NIX32);
+        assert_eq!(decode(EMPTY_NIX32.as_bytes()).unwrap(), bytes);
+    }
+
+    #[test]
+    fn every_length_comes_back() {
+        for len in 0..70usize {
+            let bytes: Vec<u8> = (0..len).map(|i| (i * 37 + len) as u8).collect();
+            let text = encode(&bytes);
+            assert_eq!(text.len(), (len * 8).div_ceil(5));
+            assert_eq!(decode(text.as_bytes()).unwrap(), bytes);
+        }
+    }
+
+    #[test]
+    fn what_is_not_nix32_is_refused() {
+        for bad in ["e", "0u", "A0", "00 0"] {
+            assert!(decode(bad.as_bytes()).is_err(), "{bad}");
+        }
+        // "z" in the first place would need bits beyond the last byte.
+        assert!(decode(b"z000000000000000000000000000000000000000000000000000").is_err());
+        assert!(!is_nix32(b"abce"));
+        assert!(is_nix32(ALPHABET.as_bytes()));
+    }
+}

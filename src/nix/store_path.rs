@@ -1,0 +1,202 @@
+//! Store paths (Nix manual, "Store Path").
+
+use super::{Malformed, nix32};
+use std::fmt;
+
+/// The 32 Nix32 digits that begin a store path's base name. Only text of that form can be one, so it is
+/// safe in a file name, a URL, a packet and an SQL parameter.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct HashPart([u8; HashPart::LEN]);
+
+impl HashPart {
+    /// Digits in a hash part.
+    pub const LEN: usize = 32;
+
+    /// Reads exactly 32 Nix32 digits.
+    ///
+    /// # Errors
+    /// Anything else.
+    pub fn parse(text: &[u8]) -> Result<Self, Malformed> {
+        let digits: [u8; Self::LEN] = text.try_into().map_err(|_| Malformed::new("hash part", "not 32 characters"))?;
+        if !nix32::is_nix32(&digits) {
+            return Err(Malformed::new("hash part", "not Nix32"));
+        }
+        Ok(HashPart(digits))
+    }
+
+    /// The 32 digits.
+    pub fn as_str(&self) -> &str {
+        std::str::from_utf8(&self.0).expect("Nix32 digits are ASCII")
+    }
+}
+
+impl fmt::Display for HashPart {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+impl fmt::Debug for HashPart {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// A store path, held as its base name: `<hash part>-<name>`.
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct StorePath(String);
+
+impl StorePath {
+    /// The longest name Nix allows, in bytes.
+    pub const MAX_NAME_LEN: usize = 211;
+
+    /// Reads a base name.
+    ///
+    /// # Errors
+    /// No hash part, no dash, or a name that Nix would not allow: empty, over 211 bytes, other characters
+    /// than `0-9 a-z A-Z + - . _ ? =`, or `.` or `..` or beginning with `.-` or `..-`.
+    pub fn parse(base_name: &str) -> Result<Self, Malformed> {
+        const WHAT: &str = "store path";
+        let bytes = base_name.as_bytes();
+        if bytes.len() < HashPart::LEN + 2 || bytes[HashPart::LEN] != b'-' {
+            return Err(Malformed::new(WHAT, "not a hash part, a dash and a name"));
+        }
+        HashPart::parse(&bytes[..HashPart::LEN])?;
+        let name = &bytes[HashPart::LEN + 1..];
+        if name.len() > Self::MAX_NAME_LEN {
+            return Err(Malformed::new(WHAT, "name longer than 211 bytes"));
+        }
+        let legal = |b: &u8| b.is_ascii_alphanumeric() || b"+-._?=".contains(b);
+        if !name.iter().all(legal) {
+            return Err(Malformed::new(WHAT, "a character that names do not have"));
+        }
+        // One and two leading dots alone were legal until Nix 2.20 ruled out these four forms.
+        if name == b"." || name == b".." || name.starts_with(b".-") || name.starts_with(b"..-") {
+            return Err(Malformed::new(WHAT, "name is a dot directory"));
+        }
+        Ok(StorePath(base_name.to_owned()))
+    }
+
+    /// `<hash part>-<name>`.
+    pub fn base_name(&self) -> &str {
+        &self.0
+    }
+
+    /// The first 32 digits.
+    pub fn hash_part(&self) -> HashPart {
+        HashPart::parse(&self.0.as_bytes()[..HashPart::LEN]).expect("checked when parsed")
+    }
+
+    /// What follows the dash.
+    pub fn name(&self) -> &str {
+        &self.0[HashPart::LEN + 1..]
+    }
+
+    /// Whether this is a derivation file.
+    pub fn is_derivation(&self) -> bool {
+        self.0.ends_with(".drv")
+    }
+}
+
+impl fmt::Display for StorePath {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl fmt::Debug for StorePath {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// The store directory, `/nix/store` nearly everywhere: absolute, without a slash at the end.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StoreDir(String);
+
+impl StoreDir {
+    /// Takes an absolute path; slashes at its end are dropped.
+    ///
+    /// # Errors
+    /// A relative path, the root directory, or one with control characters.
+    pub fn parse(dir: &str) -> Result<Self, Malformed> {
+        const WHAT: &str = "store directory";
+        let dir = dir.trim_end_matches('/');
+        if !dir.starts_with('/') {
+            return Err(Malformed::new(WHAT, "not an absolute path"));
+        }
+        if dir.bytes().any(|b| b.is_ascii_control()) {
+            return Err(Malformed::new(WHAT, "has a control character"));
+        }
+        Ok(StoreDir(dir.to_owned()))
+    }
+
+    /// The directory.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    /// `<store directory>/<base name>`.
+    pub fn join(&self, path: &StorePath) -> String {
+        format!("{}/{}", self.0, path.base_name())
+    }
+
+    /// Reads an absolute store path of this directory; files inside a store path are not accepted.
+    ///
+    /// # Errors
+    /// A path elsewhere, or a base name that is none.
+    pub fn parse_path(&self, absolute: &str) -> Result<StorePath, Malformed> {
+        absolute
+            .strip_prefix(self.0.as_str())
+            .and_then(|rest| rest.strip_prefix('/'))
+            .ok_or(Malformed::new("store path", "not in the store directory"))
+            .and_then(StorePath::parse)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const BASE: &str = "7h7qgvs4kgzsn8a6rb273saxyqh4jxlz-konsole-18.12.3";
+
+    #[test]
+    fn a_path_and_its_parts() {
+        let path = StorePath::parse(BASE).unwrap();
+        assert_eq!(path.hash_part().as_str(), "7h7qgvs4kgzsn8a6rb273saxyqh4jxlz");
+        assert_eq!(path.name(), "konsole-18.12.3");
+        let dir = StoreDir::parse("/nix/store/").unwrap();
+        assert_eq!(dir.join(&path), format!("/nix/store/{BASE}"));
+        assert_eq!(dir.parse_path(&dir.join(&path)), Ok(path));
+    }
+
+    #[test]
+    fn what_is_no_store_path_is_refused() {
+        for end in 0..34 {
+            assert!(StorePath::parse(&BASE[..end]).is_err());
+        }
+        let hash = &BASE[..32];
+        for name in ["", ".", "..", ".-x", "..-x", "a/b", "a\0b", "a b", "é", "../../etc/passwd", &"n".repeat(212)] {
+            assert!(StorePath::parse(&format!("{hash}-{name}")).is_err(), "{name}");
+        }
+        for name in [".x", "...", "a", "+-._?=", &"n".repeat(211)] {
+            assert!(StorePath::parse(&format!("{hash}-{name}")).is_ok(), "{name}");
+        }
+        let dir = StoreDir::parse("/nix/store").unwrap();
+        for bad in [BASE, "/nix/storex/7h7qgvs4kgzsn8a6rb273saxyqh4jxlz-a", "/nix/store/.links"] {
+            assert!(dir.parse_path(bad).is_err(), "{bad}");
+        }
+        assert!(StoreDir::parse("nix/store").is_err());
+        assert!(StoreDir::parse("/").is_err());
+    }
+
+    #[test]
+    fn hash_parts_of_every_length() {
+        for len in 0..=64 {
+            assert_eq!(HashPart::parse(&vec![b'0'; len]).is_ok(), len == 32);
+        }
+        assert!(HashPart::parse(b"../../../../../../../../etc/passw").is_err());
+        assert!(HashPart::parse(b"7h7qgvs4kgzsn8a6rb273saxyqh4jxlu").is_err());
+        assert!(HashPart::parse(b"7H7qgvs4kgzsn8a6rb273saxyqh4jxlz").is_err());
+    }
+}
