@@ -1,0 +1,124 @@
+//! What goes wrong on networks and machines.
+
+use super::lan::{Host, Run};
+use super::process::Process;
+use nfq::{Queue, Verdict};
+use std::collections::VecDeque;
+use std::io::ErrorKind;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+/// Both kinds of traffic, as discovery uses both.
+const TABLES: [&str; 2] = ["iptables", "ip6tables"];
+
+impl Host {
+    /// Loses so many percent of the packets that come in from the network, at random.
+    pub fn lose(&self, percent: u32) {
+        let probability = format!("{:.2}", f64::from(percent) / 100.0);
+        // Packets as they would be on a wire: without this, 64 KiB would be lost at once.
+        self.net("ip link set eth0 gso_max_segs 1");
+        for table in TABLES {
+            self.net_cmd(table)
+                .args(["-A", "INPUT", "-i", "eth0", "-m", "statistic", "--mode", "random"])
+                .args(["--probability", &probability, "-j", "DROP"])
+                .okay();
+        }
+    }
+
+    /// Hears nothing and says nothing from now on, as a machine that sleeps: no reset, no error.
+    pub fn fall_silent(&self) {
+        for table in TABLES {
+            self.net_cmd(table).args(["-I", "INPUT", "-i", "eth0", "-j", "DROP"]).okay();
+            self.net_cmd(table).args(["-I", "OUTPUT", "-o", "eth0", "-j", "DROP"]).okay();
+        }
+    }
+
+    /// Pulls the cable out of the switch and the machine: the interface stays, without a carrier.
+    pub fn unplug(&self) {
+        self.switch("ip link set {port} down");
+    }
+
+    /// Puts it back.
+    pub fn plug(&self) {
+        self.switch("ip link set {port} up");
+    }
+
+    /// Slows what comes to this host down to so many Mbit/s.
+    pub fn slow(&self, megabits: u32) {
+        self.switch("ip link set {port} gso_max_segs 8");
+        self.switch(&format!("tc qdisc add dev {{port}} root tbf rate {megabits}mbit burst 256kb latency 50ms"));
+    }
+
+    /// Undoes [`Host::slow`].
+    pub fn quick(&self) {
+        self.switch("tc qdisc del dev {port} root");
+    }
+
+    /// Holds every packet that comes in from the network for so long: a longer round trip to everyone.
+    pub fn delay(&self, time: Duration) -> Delay {
+        let mut queue = self.in_net(|| {
+            let mut queue = Queue::open().expect("a netfilter queue");
+            queue.bind(0).expect("queue 0 is free in a new network");
+            queue.set_recv_gso(0, true).expect("large packets may stay large");
+            queue.set_copy_range(0, 64).expect("headers are enough");
+            queue.set_queue_max_len(0, 100_000).expect("a long queue");
+            queue
+        });
+        queue.set_nonblocking(true);
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = Arc::clone(&stop);
+        let thread = std::thread::spawn(move || hold(&mut queue, time, &stopped));
+        for table in TABLES {
+            self.net_cmd(table)
+                .args(["-A", "INPUT", "-i", "eth0", "-j", "NFQUEUE", "--queue-num", "0", "--queue-bypass"])
+                .okay();
+        }
+        Delay { stop, thread: Some(thread) }
+    }
+
+    /// Keeps all processors busy at ordinary priority.
+    pub fn be_busy(&self) -> Vec<Process> {
+        let processors = std::thread::available_parallelism().map_or(2, usize::from);
+        (0..2 * processors).map(|_| self.spawn_sh("while :; do :; done")).collect()
+    }
+}
+
+/// A longer way, as long as it is kept.
+pub struct Delay {
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Drop for Delay {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+fn hold(queue: &mut Queue, time: Duration, stop: &AtomicBool) {
+    let mut held = VecDeque::new();
+    while !stop.load(Ordering::Relaxed) {
+        let idle = match queue.recv() {
+            Ok(message) => {
+                held.push_back((Instant::now() + time, message));
+                false
+            }
+            Err(error) if error.kind() == ErrorKind::WouldBlock => true,
+            Err(error) => panic!("netfilter queue: {error}"),
+        };
+        while held.front().is_some_and(|(due, _)| *due <= Instant::now()) {
+            if let Some((_, mut message)) = held.pop_front() {
+                message.set_verdict(Verdict::Accept);
+                queue.verdict(message).expect("the queue is there");
+            }
+        }
+        if idle {
+            std::thread::sleep(Duration::from_micros(300));
+        }
+    }
+}

@@ -1,0 +1,278 @@
+//! Hosts and the switch they are plugged into.
+
+use super::{directory, process::Process};
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+use std::fs::File;
+use std::io::{BufRead, BufReader};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// A switch. Hosts are plugged in by [`Lan::host`]. One network exists at a time in a test program, so that
+/// a test measures what it does to the machine itself and not what its neighbours do.
+pub struct Lan {
+    switch: Arc<Namespace>,
+    hosts: AtomicU8,
+    _turn: MutexGuard<'static, ()>,
+}
+
+static TURN: Mutex<()> = Mutex::new(());
+
+impl Lan {
+    /// An empty network, 10.77.0.0/24.
+    pub fn new() -> Lan {
+        // A test that failed leaves nothing behind that matters to the next.
+        let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+        let switch = Namespace::start(
+            Command::new("unshare").args(["--net", "--mount", "--pid", "--fork", "--mount-proc"]).args([
+                "sh",
+                "-ec",
+                "ip link add switch type bridge mcast_snooping 0; ip link set switch up; echo ready; exec cat",
+            ]),
+        );
+        Lan { switch: Arc::new(switch), hosts: AtomicU8::new(0), _turn: turn }
+    }
+
+    /// A new machine on this network, its store empty.
+    pub fn host(&self, name: &str) -> Host {
+        let number = self.hosts.fetch_add(1, Ordering::Relaxed) + 1;
+        let mountpoint = directory().join("root");
+        std::fs::create_dir_all(&mountpoint).expect("a directory to mount on");
+        let namespace = Namespace::start(
+            Command::new("unshare")
+                .args(["--net", "--mount", "--pid", "--fork", "--mount-proc", "sh", "-c"])
+                .arg(include_str!("host.sh"))
+                .arg("host")
+                .arg(&mountpoint)
+                .arg(super::nix::root())
+                .arg(directory())
+                .arg(super::daemon::binary().parent().expect("a program is in a directory")),
+        );
+        let host = Host {
+            name: name.to_owned(),
+            address: Ipv4Addr::new(10, 77, 0, number),
+            port: format!("port{number}"),
+            namespace,
+            switch: Arc::clone(&self.switch),
+        };
+        // Without duplicate address detection, which would keep the IPv6 address from being used for two seconds.
+        let address = host.address;
+        host.net_cmd("sh")
+            .args(["-ec", "ip link set lo up; echo 0 > /proc/sys/net/ipv6/conf/default/accept_dad"])
+            .okay();
+        let (pid, port) = (host.namespace.pid(), &host.port);
+        run(&self.switch, &format!("ip link add {port} type veth peer name eth0 netns {pid}"));
+        run(&self.switch, &format!("ip link set {port} master switch up"));
+        run(&host.namespace, &format!("ip addr add {address}/24 brd + dev eth0"));
+        run(&host.namespace, "ip link set eth0 up");
+        host
+    }
+}
+
+/// A machine: network, processes, root directory and Nix store of its own.
+pub struct Host {
+    /// For people.
+    pub name: String,
+    /// On the network.
+    pub address: Ipv4Addr,
+    port: String,
+    namespace: Namespace,
+    switch: Arc<Namespace>,
+}
+
+impl Host {
+    /// A command on this host. Its environment holds nothing of the caller's.
+    pub fn cmd(&self, program: &str) -> Command {
+        self.cmd_as(0, program)
+    }
+
+    /// The same as another user.
+    pub fn cmd_as(&self, uid: u32, program: &str) -> Command {
+        let mut command = self.namespace.nsenter(&["net", "mnt", "pid_for_children"]);
+        if uid != 0 {
+            command.arg(format!("--setuid={uid}")).arg(format!("--setgid={uid}"));
+        }
+        command.arg("--").arg(program);
+        command.env_clear().envs([
+            ("PATH", format!("{}:/usr/sbin:/usr/bin:/sbin:/bin", super::nix::bin_dir_inside())),
+            ("HOME", "/root".to_owned()),
+            ("USER", "root".to_owned()),
+            ("NIX_CONF_DIR", "/etc/nix".to_owned()),
+            ("LC_ALL", "C.UTF-8".to_owned()),
+        ]);
+        command
+    }
+
+    /// A command of this machine (`ip`, `iptables`) that sees the host's network.
+    pub fn net_cmd(&self, program: &str) -> Command {
+        let mut command = self.namespace.nsenter(&["net"]);
+        command.arg("--").arg(program);
+        command
+    }
+
+    /// Runs `ip`, `tc` or the like, given as one line, in the host's network.
+    pub fn net(&self, line: &str) {
+        run(&self.namespace, line);
+    }
+
+    /// Runs the same in the switch; `{port}` stands for the port this host is plugged into.
+    pub fn switch(&self, line: &str) {
+        run(&self.switch, &line.replace("{port}", &self.port));
+    }
+
+    /// Starts a shell script on the host.
+    pub fn spawn_sh(&self, script: &str) -> Process {
+        let mut command = self.cmd("sh");
+        command.args(["-c", script]).stdin(Stdio::null());
+        Process::start(command)
+    }
+
+    /// Runs a shell script on the host and returns what it prints; panics if it fails.
+    pub fn sh(&self, script: &str) -> String {
+        self.cmd("sh").args(["-ec", script]).okay()
+    }
+
+    /// Where `path` of this host is for the test.
+    pub fn path(&self, path: &str) -> PathBuf {
+        let inside = path.strip_prefix('/').expect("an absolute path");
+        Path::new("/proc").join(self.namespace.pid().to_string()).join("root").join(inside)
+    }
+
+    /// Writes a file, with the directories it needs.
+    pub fn write(&self, path: &str, content: impl AsRef<[u8]>) {
+        let path = self.path(path);
+        std::fs::create_dir_all(path.parent().expect("a file is in a directory")).expect("the host's directories");
+        std::fs::write(path, content).expect("the host's file");
+    }
+
+    /// Runs `work` in a thread of its own in this host's network. Sockets stay where they were made, so
+    /// `work` need do no more than make one.
+    pub fn in_net<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
+        let namespace = File::open(self.namespace.file("net")).expect("the host is there");
+        std::thread::scope(|scope| {
+            let thread = scope.spawn(move || {
+                move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network))
+                    .expect("enter the host's network");
+                work()
+            });
+            thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
+    }
+
+    /// A connection from this host.
+    pub fn connect(&self, to: impl Into<SocketAddr>) -> std::io::Result<TcpStream> {
+        let to = to.into();
+        self.in_net(|| TcpStream::connect_timeout(&to, super::SOON))
+    }
+
+    /// A connection from this host to its own peerix, as its Nix makes it.
+    pub fn connect_local(&self) -> std::io::Result<TcpStream> {
+        self.connect((IpAddr::from(Ipv4Addr::LOCALHOST), super::PORT))
+    }
+
+    /// A listener on all of this host's addresses.
+    pub fn listen(&self, port: u16) -> TcpListener {
+        self.in_net(|| TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)).expect("the port is free"))
+    }
+
+    /// A UDP socket on all of this host's IPv4 addresses that may broadcast.
+    pub fn udp(&self, port: u16) -> UdpSocket {
+        let socket = self.in_net(|| UdpSocket::bind((Ipv4Addr::UNSPECIFIED, port)).expect("the port is free"));
+        socket.set_broadcast(true).expect("a socket may broadcast");
+        socket
+    }
+
+    /// Bytes that came in by the network so far.
+    pub fn received(&self) -> u64 {
+        self.counter(0)
+    }
+
+    /// Bytes that went out to the network so far.
+    pub fn sent(&self) -> u64 {
+        self.counter(8)
+    }
+
+    fn counter(&self, column: usize) -> u64 {
+        let table =
+            std::fs::read_to_string(format!("/proc/{}/net/dev", self.namespace.pid())).expect("the host is there");
+        let line = table.lines().find_map(|line| line.trim().strip_prefix("eth0:")).expect("the host has eth0");
+        line.split_whitespace().nth(column).and_then(|count| count.parse().ok()).expect("a table of counts")
+    }
+}
+
+/// The namespaces of a host or switch, kept by a process that waits for us to end.
+struct Namespace {
+    holder: Child,
+}
+
+impl Namespace {
+    fn start(command: &mut Command) -> Namespace {
+        let mut holder =
+            command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("unshare starts (it is in util-linux)");
+        let mut line = String::new();
+        let output = holder.stdout.take().expect("it was asked for");
+        BufReader::new(output).read_line(&mut line).expect("what unshare prints is text");
+        if line != "ready\n" {
+            let _ = holder.kill();
+            let status = holder.wait();
+            panic!("no namespaces ({status:?}): run as root or under `unshare --map-root-user --net --mount`");
+        }
+        Namespace { holder }
+    }
+
+    fn pid(&self) -> u32 {
+        self.holder.id()
+    }
+
+    fn file(&self, kind: &str) -> String {
+        format!("/proc/{}/ns/{kind}", self.pid())
+    }
+
+    fn nsenter(&self, kinds: &[&str]) -> Command {
+        let mut command = Command::new("nsenter");
+        for kind in kinds {
+            let option = match *kind {
+                "net" => "--net",
+                "mnt" => "--mount",
+                _ => "--pid",
+            };
+            command.arg(format!("{option}={}", self.file(kind)));
+        }
+        command
+    }
+}
+
+impl Drop for Namespace {
+    fn drop(&mut self) {
+        drop(self.holder.stdin.take());
+        let _ = self.holder.wait();
+    }
+}
+
+fn run(namespace: &Namespace, line: &str) {
+    namespace.nsenter(&["net"]).arg("--").args(line.split(' ')).okay();
+}
+
+/// Running a command to its end.
+pub trait Run {
+    /// Runs it and returns what it printed; panics, showing what it said, if it failed.
+    fn okay(&mut self) -> String;
+    /// Runs it and returns how it went.
+    fn ran(&mut self) -> Output;
+}
+
+impl Run for Command {
+    fn okay(&mut self) -> String {
+        let output = self.ran();
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{self:?}: {}\n{error}", output.status);
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    }
+
+    fn ran(&mut self) -> Output {
+        self.stdin(Stdio::null()).output().expect("nsenter starts")
+    }
+}

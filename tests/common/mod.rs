@@ -1,0 +1,63 @@
+//! A network of machines on one machine, for tests, benchmarks and the demonstration.
+//!
+//! * [`Lan`] and [`Host`]: each host is a network, mount and process namespace with a root directory and a
+//!   `/nix` of its own, joined by a bridge. Nothing outside the namespaces is touched, and the kernel ends
+//!   everything in them when this process ends, however it ends.
+//! * [`fault`]: what networks and machines do: loss, delay, slow links, pulled cables, silence, busy processors.
+//! * [`World`]: real store paths made by real Nix, kept between runs.
+//! * [`Daemon`]: a running peerix.  [`nix`]: Nix as a client.
+//! * [`http`], [`packet`], [`standin`]: a few lines of HTTP and UDP of our own, for peers that misbehave and for
+//!   the original peerix.
+//!
+//! Needs root, or `unshare --map-root-user --net --mount`. The Nix is the one on `PATH`, or that of
+//! `NIX_BIN_DIR` (also one inside a debootstrap directory); the daemon is the one cargo built, or `PEERIX_BIN`.
+
+// Each test program uses a part of this.
+#![allow(dead_code, unused_imports)]
+
+pub mod daemon;
+pub mod fault;
+pub mod http;
+pub mod lan;
+pub mod nix;
+pub mod packet;
+pub mod process;
+pub mod standin;
+pub mod tree;
+pub mod world;
+
+pub use daemon::Daemon;
+pub use lan::{Host, Lan};
+pub use process::Process;
+pub use world::World;
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+/// The port every peerix listens on, TCP and UDP.
+pub const PORT: u16 = 12304;
+
+/// How long anything may take to come about that should come about at once, on a machine with other work.
+pub const SOON: Duration = Duration::from_secs(30);
+
+/// Asks `done` until it answers, and panics when [`SOON`] is over.
+pub fn wait_for<T>(what: &str, mut done: impl FnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + SOON;
+    loop {
+        if let Some(answer) = done() {
+            return answer;
+        }
+        assert!(Instant::now() < deadline, "{what}: not within {SOON:?}");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// Where fixtures and logs are kept: cargo's directory for tests, or `PEERIX_TEST_DIR`.
+pub fn directory() -> PathBuf {
+    let dir = std::env::var_os("PEERIX_TEST_DIR")
+        .map(PathBuf::from)
+        .or_else(|| option_env!("CARGO_TARGET_TMPDIR").map(PathBuf::from))
+        .expect("PEERIX_TEST_DIR is not set");
+    std::fs::create_dir_all(&dir).expect("the directory for fixtures can be made");
+    dir
+}

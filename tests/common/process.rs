@@ -1,0 +1,66 @@
+//! A process in a host, to be watched, signalled and ended.
+
+use super::wait_for;
+use rustix::process::{Pid, Signal, kill_process};
+use std::process::{Child, Command, ExitStatus};
+
+/// A running process. Dropping it kills it.
+pub struct Process {
+    /// `nsenter`, which waits for the process and passes on how it ended.
+    nsenter: Child,
+    pid: Pid,
+}
+
+impl Process {
+    /// Starts what [`super::Host::cmd`] describes.
+    pub fn start(mut command: Command) -> Process {
+        let mut nsenter = command.spawn().expect("nsenter starts");
+        let children = format!("/proc/{0}/task/{0}/children", nsenter.id());
+        let pid = wait_for("a process in a host", || {
+            if let Some(status) = nsenter.try_wait().expect("nsenter is ours") {
+                panic!("{command:?} ended at once: {status}");
+            }
+            let pid: i32 = std::fs::read_to_string(&children).ok()?.trim().parse().ok()?;
+            // Between fork and exec it is still called nsenter.
+            let name = std::fs::read_to_string(format!("/proc/{pid}/comm")).ok()?;
+            (name.trim() != "nsenter").then_some(pid)
+        });
+        Process { nsenter, pid: Pid::from_raw(pid).expect("children have a process id") }
+    }
+
+    /// The process id outside the host, as in `/proc` here.
+    pub fn pid(&self) -> u32 {
+        self.pid.as_raw_nonzero().get().unsigned_abs()
+    }
+
+    /// Sends a signal; nothing happens if the process has ended.
+    pub fn signal(&mut self, signal: Signal) {
+        if self.ended().is_none() {
+            // It may end between the two calls; it cannot be reaped and its number reused, as only `nsenter` reaps it.
+            let _ = kill_process(self.pid, signal);
+        }
+    }
+
+    /// How it ended, if it has.
+    pub fn ended(&mut self) -> Option<ExitStatus> {
+        self.nsenter.try_wait().expect("nsenter is ours")
+    }
+
+    /// `kill -9`, and waits until it is gone.
+    pub fn kill(&mut self) {
+        self.signal(Signal::KILL);
+        self.nsenter.wait().expect("nsenter is ours");
+    }
+
+    /// `SIGTERM`, and waits until it is gone.
+    pub fn terminate(&mut self) -> ExitStatus {
+        self.signal(Signal::TERM);
+        wait_for("a process that was asked to stop", || self.ended())
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}

@@ -1,0 +1,138 @@
+//! Peers that are not peerix: they answer datagrams and HTTP as a test says, out of a static cache.
+
+use super::http::{Reply, Request, Server};
+use super::lan::Host;
+use super::packet::Packet;
+use super::{PORT, World};
+use std::fs;
+use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+/// A peer made of two functions: what it says to a datagram, and what it answers by HTTP.
+pub struct StandIn {
+    /// Every datagram that came.
+    pub heard: Arc<Mutex<Vec<(SocketAddr, Vec<u8>)>>>,
+    /// Every request that came.
+    pub asked: Arc<Mutex<Vec<Request>>>,
+    _server: Server,
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl StandIn {
+    /// Starts on the usual port of `host`.
+    pub fn start(
+        host: &Host,
+        say: impl Fn(&[u8]) -> Option<Vec<u8>> + Send + 'static,
+        answer: impl Fn(&Request) -> Reply + Send + Sync + 'static,
+    ) -> StandIn {
+        let heard: Arc<Mutex<Vec<_>>> = Arc::default();
+        let asked: Arc<Mutex<Vec<Request>>> = Arc::default();
+        let stop = Arc::new(AtomicBool::new(false));
+        let requests = Arc::clone(&asked);
+        let server = Server::start(host.listen(PORT), move |request| {
+            requests.lock().expect("nothing panics while it is held").push(request.clone());
+            answer(request)
+        });
+        let socket = host.udp(PORT);
+        let own = host.address;
+        let (datagrams, stopped) = (Arc::clone(&heard), Arc::clone(&stop));
+        let thread = std::thread::spawn(move || {
+            while !stopped.load(Ordering::Relaxed) {
+                let Some((from, datagram)) = receive(&socket, Duration::from_millis(50)) else { continue };
+                if from.ip() == own {
+                    continue;
+                }
+                datagrams.lock().expect("nothing panics while it is held").push((from, datagram.clone()));
+                if let Some(reply) = say(&datagram) {
+                    let _ = socket.send_to(&reply, from);
+                }
+            }
+        });
+        StandIn { heard, asked, _server: server, stop, thread: Some(thread) }
+    }
+
+    /// Whether any request for a path that ends so has come.
+    pub fn was_asked(&self, end: &str) -> bool {
+        self.asked.lock().expect("nothing panics while it is held").iter().any(|request| request.path.ends_with(end))
+    }
+}
+
+impl Drop for StandIn {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// The next datagram, if one comes in time.
+pub fn receive(socket: &UdpSocket, within: Duration) -> Option<(SocketAddr, Vec<u8>)> {
+    socket.set_read_timeout(Some(within)).expect("not zero");
+    let mut buffer = [0; 2048];
+    let (length, from) = socket.recv_from(&mut buffer).ok()?;
+    Some((from, buffer[..length].to_vec()))
+}
+
+/// Says *have* to every query that `knows` of.
+pub fn have(knows: impl Fn(&str) -> bool) -> impl Fn(&[u8]) -> Option<Vec<u8>> {
+    move |datagram| match Packet::read(datagram)? {
+        Packet::Query { id, hash_part } if knows(&hash_part) => {
+            let path = format!("local/{hash_part}.narinfo");
+            Some(Packet::Have { id, port: PORT.into(), path }.write())
+        }
+        _ => None,
+    }
+}
+
+/// A static cache as a peer reads it.
+#[derive(Clone)]
+pub struct Shelf {
+    dir: PathBuf,
+}
+
+impl Shelf {
+    /// All that the world's static cache has.
+    pub fn of(world: &World) -> Shelf {
+        Shelf { dir: world.cache() }
+    }
+
+    /// The lines of a narinfo, as the cache has it.
+    pub fn narinfo(&self, hash_part: &str) -> Option<Vec<(String, String)>> {
+        let text = fs::read_to_string(self.dir.join(format!("{hash_part}.narinfo"))).ok()?;
+        let lines = text.lines().filter_map(|line| line.split_once(": "));
+        Some(lines.map(|(key, value)| (key.to_owned(), value.to_owned())).collect())
+    }
+
+    /// The NAR of a path.
+    pub fn nar(&self, hash_part: &str) -> Option<Vec<u8>> {
+        let narinfo = self.narinfo(hash_part)?;
+        fs::read(self.dir.join(field(&narinfo, "URL"))).ok()
+    }
+
+    /// The narinfo as a peer sends it, its NAR under `url`.
+    pub fn peer_narinfo(&self, hash_part: &str, url: &str) -> Option<String> {
+        let mut text = String::new();
+        for (key, value) in self.narinfo(hash_part)? {
+            match key.as_str() {
+                "FileHash" | "FileSize" => {}
+                "URL" => text += &format!("URL: {url}\n"),
+                _ => text += &format!("{key}: {value}\n"),
+            }
+        }
+        Some(text)
+    }
+}
+
+/// A field of a narinfo's lines; empty if it has none.
+pub fn field<'a>(narinfo: &'a [(String, String)], name: &str) -> &'a str {
+    narinfo.iter().find(|(key, _)| key == name).map_or("", |(_, value)| value.as_str())
+}
+
+/// An address on the test's network that everyone hears.
+pub const BROADCAST: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 255);
