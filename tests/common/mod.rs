@@ -4,6 +4,7 @@
 //!   `/nix` of its own, joined by a bridge. Nothing outside the namespaces is touched, and the kernel ends
 //!   everything in them when this process ends, however it ends.
 //! * [`fault`]: what networks and machines do: loss, delay, slow links, pulled cables, silence, busy processors.
+//! * [`Holder`] and [`Asker`]: hosts that have everything, and hosts that want it.
 //! * [`World`]: real store paths made by real Nix, kept between runs.
 //! * [`Daemon`]: a running peerix.  [`nix`]: Nix as a client.
 //! * [`http`], [`packet`], [`standin`]: a few lines of HTTP and UDP of our own, for peers that misbehave and for
@@ -22,6 +23,7 @@ pub mod lan;
 pub mod nix;
 pub mod packet;
 pub mod process;
+pub mod scene;
 pub mod standin;
 pub mod tree;
 pub mod world;
@@ -29,6 +31,7 @@ pub mod world;
 pub use daemon::Daemon;
 pub use lan::{Host, Lan};
 pub use process::Process;
+pub use scene::{Asker, Holder};
 pub use world::World;
 
 use std::path::PathBuf;
@@ -39,6 +42,9 @@ pub const PORT: u16 = 12304;
 
 /// How long anything may take to come about that should come about at once, on a machine with other work.
 pub const SOON: Duration = Duration::from_secs(30);
+
+/// How long Nix may take for anything, at most, on a bad network: it has nothing like it in mind.
+pub const NIX_LIMIT: Duration = Duration::from_secs(120);
 
 /// Asks `done` until it answers, and panics when [`SOON`] is over.
 pub fn wait_for<T>(what: &str, mut done: impl FnMut() -> Option<T>) -> T {

@@ -1,8 +1,9 @@
 //! Real Nix on a host.
 
+use super::NIX_LIMIT;
 use super::lan::{Host, Run};
 use std::path::{Path, PathBuf};
-use std::process::Output;
+use std::process::{Command, Output, Stdio};
 use std::sync::OnceLock;
 
 /// The directory of the Nix under test: `NIX_BIN_DIR`, else the one on `PATH`.
@@ -56,9 +57,17 @@ pub fn configure_client(host: &Host, next: &str, keys: &[&str]) {
     host.cmd("nix-store").arg("--init").okay();
 }
 
+/// `nix-store --realise`, to be run; it ends at the latest after [`NIX_LIMIT`].
+pub fn realising(host: &Host, paths: &[&str]) -> Command {
+    let mut command = host.cmd("timeout");
+    command.arg(NIX_LIMIT.as_secs().to_string()).args(["nix-store", "--no-gc-warning", "--realise"]).args(paths);
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command
+}
+
 /// `nix-store --realise`.
 pub fn realise(host: &Host, paths: &[&str]) -> Output {
-    host.cmd("nix-store").arg("--realise").args(paths).ran()
+    realising(host, paths).output().expect("nsenter starts")
 }
 
 /// What Nix told the user, if it told of anything going wrong.
@@ -66,15 +75,24 @@ pub fn complaint(output: &Output) -> Option<String> {
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     let bad =
         !output.status.success() || ["error", "warning", "mismatch", "corrupt"].iter().any(|word| said.contains(word));
-    // Nix's own remark on the option that makes it forget to sync is none of a cache's business.
     bad.then(|| format!("{}\n{said}", output.status))
 }
 
 /// Realises and panics if Nix failed or complained.
 pub fn realise_quietly(host: &Host, paths: &[&str]) {
-    if let Some(complaint) = complaint(&realise(host, paths)) {
-        panic!("nix-store --realise on {}: {complaint}", host.name);
+    assert_quiet(&realise(host, paths));
+}
+
+/// Panics if Nix failed or complained.
+pub fn assert_quiet(output: &Output) {
+    if let Some(complaint) = complaint(output) {
+        panic!("nix-store --realise: {complaint}");
     }
+}
+
+/// Panics if Nix failed, whatever it said on the way.
+pub fn assert_succeeded(output: &Output) {
+    assert!(output.status.success(), "{}\n{}", output.status, String::from_utf8_lossy(&output.stderr));
 }
 
 /// The valid paths that `paths` need, themselves among them.
@@ -113,7 +131,7 @@ pub fn version() -> String {
     VERSION
         .get_or_init(|| {
             let program = Path::new(&bin_dir_inside()).join("nix-store");
-            let mut command = std::process::Command::new("chroot");
+            let mut command = Command::new("chroot");
             command.arg(root()).arg(program).arg("--version").okay().trim().to_owned()
         })
         .clone()

@@ -38,6 +38,11 @@ impl Process {
         if self.ended().is_none() {
             // It may end between the two calls; it cannot be reaped and its number reused, as only `nsenter` reaps it.
             let _ = kill_process(self.pid, signal);
+            // `nsenter` stops when its child stops, and cannot tell us of anything until it goes on.
+            if signal != Signal::STOP {
+                let nsenter = i32::try_from(self.nsenter.id()).ok().and_then(Pid::from_raw);
+                let _ = kill_process(nsenter.expect("a process id"), Signal::CONT);
+            }
         }
     }
 

@@ -9,6 +9,23 @@ use std::path::{Path, PathBuf};
 
 const EXPRESSION: &str = include_str!("world.nix");
 
+/// Fills the directory `$1`.
+const SCRIPT: &str = r#"
+cd "$1"
+nix-store --generate-binary-cache-key cache-1 cache.sec cache.pub
+mkdir nix cache
+printf 'StoreDir: /nix/store\nWantMassQuery: 1\nPriority: 90\n' > cache/nix-cache-info
+for name in closure300 closure1000 big middle many odd large little other; do
+    derivation=$(nix-instantiate /tmp/world.nix --argstr salt peerix -A $name 2> /tmp/said || { cat /tmp/said >&2; exit 1; })
+    path=$(nix-store --realise $derivation 2> /tmp/said || { cat /tmp/said >&2; exit 1; })
+    echo $name $path >> /tmp/paths
+    [ $name = big ] || echo $path >> /tmp/cached
+done
+nix copy --to "file://$PWD/cache?compression=none&secret-key=$PWD/cache.sec" $(cat /tmp/cached)
+cp -a /nix/store /nix/var nix/
+mv /tmp/paths .
+"#;
+
 /// The fixture: a Nix store directory with its database, and all of it (but `big`) as a static cache signed by
 /// [`World::cache_key`].
 pub struct World {
@@ -23,7 +40,7 @@ impl World {
     pub fn on(lan: &Lan) -> World {
         let version = nix::version();
         let mut hasher = DefaultHasher::new();
-        (EXPRESSION, include_str!("world.rs"), &version).hash(&mut hasher);
+        (EXPRESSION, SCRIPT, &version).hash(&mut hasher);
         let dir = directory().join(format!("world-{:016x}", hasher.finish()));
         if !dir.join("paths").exists() {
             eprintln!("making store paths with {version}, once; this takes a minute");
@@ -70,10 +87,10 @@ impl World {
         ));
     }
 
-    /// Signs `paths` and what they need in the store of `host` as the static cache does.
-    pub fn sign(&self, host: &Host, paths: &[&str]) {
+    /// Signs everything in the store of `host` as the static cache does.
+    pub fn sign(&self, host: &Host) {
         let key = self.dir.join("cache.sec");
-        host.cmd("nix").args(["store", "sign", "--recursive", "--key-file"]).arg(key).args(paths).okay();
+        host.cmd("nix").args(["store", "sign", "--all", "--key-file"]).arg(key).okay();
     }
 }
 
@@ -94,25 +111,7 @@ fn make(lan: &Lan, dir: &Path) {
     let host = lan.host("maker");
     nix::configure(&host, "");
     host.write("/tmp/world.nix", EXPRESSION);
-    let names = "closure300 closure1000 big middle many odd large little other";
-    let output = parts.display();
-    host.sh(&format!(
-        "cd /tmp
-         nix-store --generate-binary-cache-key cache-1 {output}/cache.sec {output}/cache.pub
-         mkdir {output}/nix {output}/cache
-         echo 'StoreDir: /nix/store
-WantMassQuery: 1
-Priority: 90' > {output}/cache/nix-cache-info
-         for name in {names}; do
-             drv=$(nix-instantiate world.nix --argstr salt peerix -A $name 2>/dev/null)
-             path=$(nix-store --realise $drv 2>/dev/null)
-             echo $name $path >> paths
-             [ $name = big ] || echo $path >> cached
-         done
-         nix copy --to 'file://{output}/cache?compression=none&secret-key={output}/cache.sec' $(cat cached)
-         cp -a /nix/store /nix/var {output}/nix/
-         mv paths {output}/paths"
-    ));
+    host.cmd("sh").args(["-ec", SCRIPT, "make"]).arg(&parts).okay();
     let _ = fs::remove_dir_all(dir);
     fs::rename(&parts, dir).expect("the fixture gets its name");
 }
