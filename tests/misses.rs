@@ -86,7 +86,8 @@ fn found(host: &Host, paths: &[String]) -> usize {
     let found = AtomicUsize::new(0);
     std::thread::scope(|scope| {
         for part in paths.chunks(paths.len().div_ceil(4)) {
-            scope.spawn(|| {
+            let found = &found;
+            scope.spawn(move || {
                 let mut connection = Connection::new(host.connect_local().unwrap()).unwrap();
                 for path in part {
                     let answer = connection.get(&format!("/{}.narinfo", world::hash_part(path))).unwrap();

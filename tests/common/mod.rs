@@ -20,6 +20,7 @@ pub mod daemon;
 pub mod fault;
 pub mod http;
 pub mod lan;
+pub mod nar;
 pub mod nix;
 pub mod packet;
 pub mod process;

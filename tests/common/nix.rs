@@ -5,6 +5,7 @@ use super::lan::{Host, Run};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::OnceLock;
+use std::time::SystemTime;
 
 /// The directory of the Nix under test: `NIX_BIN_DIR`, else the one on `PATH`.
 fn bin_dir() -> &'static Path {
@@ -125,14 +126,16 @@ pub fn assert_nothing_but(host: &Host, paths: &[String]) {
     host.cmd("nix-store").args(["--verify", "--check-contents"]).okay();
 }
 
-/// What Nix calls itself.
-pub fn version() -> String {
-    static VERSION: OnceLock<String> = OnceLock::new();
-    VERSION
-        .get_or_init(|| {
-            let program = Path::new(&bin_dir_inside()).join("nix-store");
-            let mut command = Command::new("chroot");
-            command.arg(root()).arg(program).arg("--version").okay().trim().to_owned()
-        })
-        .clone()
+/// Tells one Nix from another: its program's place, size and time. (Some don't even say their version without `/proc`.)
+pub fn identity() -> (PathBuf, u64, Option<SystemTime>) {
+    let program = bin_dir().join("nix-store");
+    let metadata = std::fs::metadata(&program).expect("nix-store is there");
+    (program, metadata.len(), metadata.modified().ok())
+}
+
+/// The hash of some bytes as narinfos have it.
+pub fn hash(host: &Host, bytes: &[u8]) -> String {
+    host.write("/tmp/hashed", bytes);
+    let digits = host.cmd("nix-hash").args(["--flat", "--base32", "--type", "sha256", "/tmp/hashed"]).okay();
+    format!("sha256:{}", digits.trim())
 }

@@ -12,12 +12,15 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+/// What came in, oldest first.
+pub type Record<T> = Arc<Mutex<Vec<T>>>;
+
 /// A peer made of two functions: what it says to a datagram, and what it answers by HTTP.
 pub struct StandIn {
     /// Every datagram that came.
-    pub heard: Arc<Mutex<Vec<(SocketAddr, Vec<u8>)>>>,
+    pub heard: Record<(SocketAddr, Vec<u8>)>,
     /// Every request that came.
-    pub asked: Arc<Mutex<Vec<Request>>>,
+    pub asked: Record<Request>,
     _server: Server,
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
@@ -30,8 +33,8 @@ impl StandIn {
         say: impl Fn(&[u8]) -> Option<Vec<u8>> + Send + 'static,
         answer: impl Fn(&Request) -> Reply + Send + Sync + 'static,
     ) -> StandIn {
-        let heard: Arc<Mutex<Vec<_>>> = Arc::default();
-        let asked: Arc<Mutex<Vec<Request>>> = Arc::default();
+        let heard: Record<_> = Arc::default();
+        let asked: Record<_> = Arc::default();
         let stop = Arc::new(AtomicBool::new(false));
         let requests = Arc::clone(&asked);
         let server = Server::start(host.listen(PORT), move |request| {

@@ -1,0 +1,303 @@
+//! Peers that lie. The good peer's bytes arrive, and nothing bad is ever completed to Nix.
+//!
+//! The good peer is far away, so that the bad one is always heard, and asked, first.
+
+mod common;
+
+use common::fault::Delay;
+use common::http::{self, Reply, Request};
+use common::standin::{Shelf, StandIn, have};
+use common::{Asker, Holder, Lan, World, nar, nix, world};
+use std::time::Duration;
+
+const FAR: Duration = Duration::from_millis(20);
+
+/// What a bad peer answers by HTTP.
+type Answers = Box<dyn Fn(&Request) -> Reply + Send + Sync>;
+
+/// A network with a good peer and one that answers *have* to everything, and first.
+struct Scene {
+    world: World,
+    asker: Asker,
+    evil: StandIn,
+    _far: Delay,
+    good: Holder,
+    lan: Lan,
+}
+
+impl Scene {
+    fn new(answers: impl FnOnce(&World) -> Answers) -> Scene {
+        let lan = Lan::new();
+        let world = World::on(&lan);
+        let good = Holder::new(&lan, &world, "good");
+        let asker = Asker::new(&lan, &world, &[&good]);
+        let far = good.host.delay(FAR);
+        let evil = StandIn::start(&lan.host("evil"), have(|_| true), answers(&world));
+        Scene { world, asker, evil, _far: far, good, lan }
+    }
+
+    /// Nix gets `name` in one go and never learns of the bad peer.
+    fn is_fetched_quietly(&self, name: &str) {
+        let path = self.world.path(name);
+        let closure = self.asker.fetches(&self.world, path);
+        nix::assert_nothing_but(&self.asker.host, &closure);
+        assert!(self.evil.was_asked(&narinfo(path)), "the bad peer was not asked first");
+    }
+}
+
+fn narinfo(path: &str) -> String {
+    format!("{}.narinfo", world::hash_part(path))
+}
+
+/// The hash part in `/local/<hash part>.narinfo`.
+fn asked_for(request: &Request) -> Option<&str> {
+    request.path.strip_prefix("/local/")?.strip_suffix(".narinfo")
+}
+
+/// Serves the true narinfo of every path, and as its NAR what `nar` makes of the true one.
+fn lying_nar(world: &World, nar: impl Fn(Vec<u8>) -> Reply + Send + Sync + 'static) -> Answers {
+    let shelf = Shelf::of(world);
+    Box::new(move |request| {
+        let missing = || Reply::Whole(404, vec![]);
+        if let Some(hash_part) = asked_for(request) {
+            let text = shelf.peer_narinfo(hash_part, &format!("local/nar/{hash_part}.nar"));
+            return text.map_or_else(missing, |text| Reply::Whole(200, text.into_bytes()));
+        }
+        let hash_part = request.path.strip_prefix("/local/nar/").and_then(|rest| rest.strip_suffix(".nar"));
+        hash_part.and_then(|hash_part| shelf.nar(hash_part)).map_or_else(missing, &nar)
+    })
+}
+
+fn flipped(mut nar: Vec<u8>) -> Vec<u8> {
+    let middle = nar.len() / 2;
+    nar[middle] ^= 1;
+    nar
+}
+
+#[test]
+fn a_corrupt_nar_that_is_small_is_never_seen_by_nix() {
+    let scene = Scene::new(|world| lying_nar(world, |nar| Reply::Whole(200, flipped(nar))));
+    scene.is_fetched_quietly("little");
+}
+
+#[test]
+fn a_corrupt_nar_that_is_large_is_never_completed() {
+    let scene = Scene::new(|world| lying_nar(world, |nar| Reply::Whole(200, flipped(nar))));
+    let path = scene.world.path("large");
+    // What came before the fault was known has reached Nix, so this run may fail; nothing may come of it.
+    let output = nix::realise(&scene.asker.host, &[path]);
+    assert!(scene.evil.was_asked(&narinfo(path)), "the bad peer was not asked first");
+    if !output.status.success() {
+        nix::assert_nothing_but(&scene.asker.host, &[]);
+        // The peer is avoided now.
+        nix::assert_succeeded(&nix::realise(&scene.asker.host, &[path]));
+    }
+    let closure = scene.asker.has_whole(&scene.world, path);
+    nix::assert_nothing_but(&scene.asker.host, &closure);
+    drop(scene);
+
+    // With another substituter the first run is enough.
+    let scene = Scene::new(|world| lying_nar(world, |nar| Reply::Whole(200, flipped(nar))));
+    let asker = Asker::with_next(&scene.lan, &scene.world, &[&scene.good]);
+    let path = scene.world.path("large");
+    nix::assert_succeeded(&nix::realise(&asker.host, &[path]));
+    let closure = asker.has_whole(&scene.world, path);
+    nix::assert_nothing_but(&asker.host, &closure);
+}
+
+#[test]
+fn the_nar_of_another_path() {
+    let scene = Scene::new(|world| {
+        let other = Shelf::of(world).nar(world::hash_part(world.path("other"))).unwrap();
+        lying_nar(world, move |_| Reply::Whole(200, other.clone()))
+    });
+    scene.is_fetched_quietly("little");
+}
+
+#[test]
+fn a_nar_that_ends_early() {
+    let scene = Scene::new(|world| lying_nar(world, |nar| Reply::Cut(nar.clone(), nar.len() / 2)));
+    scene.is_fetched_quietly("little");
+    // Here the stream has begun when it ends, and goes on from the good peer.
+    scene.is_fetched_quietly("large");
+}
+
+#[test]
+fn a_nar_that_goes_on_after_its_end() {
+    let longer = |mut nar: Vec<u8>| {
+        nar.extend([0; 64]);
+        Reply::Chunked(200, nar)
+    };
+    let scene = Scene::new(|world| lying_nar(world, longer));
+    scene.is_fetched_quietly("little");
+}
+
+/// The narinfo of `little` promises the NAR of `other`, with whatever signatures: the key's on another text, and one
+/// that is no signature.
+#[test]
+fn a_forged_narinfo() {
+    let scene = Scene::new(|world| {
+        let shelf = Shelf::of(world);
+        let other = world::hash_part(world.path("other")).to_owned();
+        Box::new(move |request| {
+            let Some(hash_part) = asked_for(request) else {
+                return Reply::Whole(200, shelf.nar(&other).unwrap());
+            };
+            let Some(lines) = shelf.narinfo(hash_part) else { return Reply::Whole(404, vec![]) };
+            let forgery = shelf.narinfo(&other).unwrap();
+            let mut text = String::from("URL: local/nar/x.nar\n");
+            for (key, value) in &lines {
+                match key.as_str() {
+                    "NarHash" | "NarSize" => {
+                        text += &format!("{key}: {}\n", common::standin::field(&forgery, key));
+                    }
+                    "URL" | "FileHash" | "FileSize" => {}
+                    _ => text += &format!("{key}: {value}\n"),
+                }
+            }
+            text += &format!("Sig: cache-1:{}==\n", "A".repeat(86));
+            Reply::Whole(200, text.into_bytes())
+        })
+    });
+    scene.is_fetched_quietly("little");
+    assert!(!scene.evil.was_asked(".nar"), "a forged narinfo was believed");
+}
+
+#[test]
+fn have_is_answered_to_everything_and_nothing_is_there() {
+    let scene = Scene::new(|_| Box::new(|_| Reply::Whole(404, b"no".to_vec())));
+    scene.is_fetched_quietly("closure300");
+    // And what nobody has is a miss, not an error.
+    let answer = http::get_local(&scene.asker.host, &format!("/{}.narinfo", "0".repeat(32))).unwrap();
+    assert_eq!(answer.status, 404);
+}
+
+#[test]
+fn http_is_never_answered() {
+    let scene = Scene::new(|_| Box::new(|_| Reply::Silence));
+    scene.is_fetched_quietly("closure300");
+}
+
+#[test]
+fn http_is_answered_with_noise() {
+    let scene = Scene::new(|_| {
+        Box::new(|request| match request.path.as_bytes().get(8).unwrap_or(&0) % 6 {
+            0 => Reply::Raw(b"\0\xff\xfe noise \r\n\r\n".to_vec()),
+            1 => Reply::Raw(vec![b'a'; 1 << 20]),
+            2 => Reply::Raw(b"HTTP/1.1 200 OK\r\nContent-Length: 999999999999\r\n\r\nStorePath: ".to_vec()),
+            3 => Reply::Raw([b"HTTP/1.1 200 OK\r\n".to_vec(), b"X: y\r\n".repeat(100_000)].concat()),
+            4 => Reply::Raw(
+                b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:12304/\r\nContent-Length: 0\r\n\r\n".to_vec(),
+            ),
+            _ => Reply::Whole(503, vec![]),
+        })
+    });
+    scene.is_fetched_quietly("closure300");
+}
+
+/// Each of these, passed on, breaks a build under some Nix.
+#[test]
+fn narinfos_of_every_wrong_kind() {
+    let scene = Scene::new(|world| {
+        let shelf = Shelf::of(world);
+        let other = world.path("other").to_owned();
+        Box::new(move |request| {
+            let text = asked_for(request).and_then(|hash_part| shelf.peer_narinfo(hash_part, "local/nar/x.nar"));
+            let Some(text) = text else { return Reply::Whole(404, vec![]) };
+            let without = |field: &str| {
+                text.lines().filter(|line| !line.starts_with(field)).map(|line| format!("{line}\n")).collect()
+            };
+            let with = |field: &str, value: &str| -> String {
+                let rest: String = without(field);
+                format!("{rest}{field}: {value}\n")
+            };
+            let bad: String = match request.path.as_bytes().get(8).unwrap_or(&0) % 16 {
+                0 => String::new(),
+                1 => without("StorePath"),
+                2 => without("NarHash"),
+                3 => without("NarSize"),
+                4 => without("URL"),
+                5 => text.replace('\n', "\r\n"),
+                6 => with("StorePath", &other),
+                7 => with("StorePath", "/etc/passwd"),
+                8 => with("NarSize", "-1"),
+                9 => with("NarSize", "99999999999999999999999999"),
+                10 => with("NarHash", "sha256:0"),
+                11 => with("References", "../../../etc/passwd"),
+                12 => with("URL", "http://127.0.0.1:12304/nix-cache-info"),
+                13 => with("Compression", "bzip2"),
+                14 => text.replace("/nix/store", "/gnu/store"),
+                _ => format!("{text}{}", "Sig: x:y\n".repeat(100_000)),
+            };
+            Reply::Whole(200, bad.into_bytes())
+        })
+    });
+    scene.is_fetched_quietly("closure300");
+}
+
+/// Nix unpacks as it downloads, as root, before it knows the hash: the framing of what it gets must be right.
+#[test]
+fn archives_that_lead_out_of_themselves_never_reach_nix() {
+    let entry = |name: &[u8]| nar::archive(&nar::directory(&[(name, nar::file(b"escaped"))]));
+    let deep = (0..70).fold(nar::file(b"escaped"), |node, _| nar::directory(&[(b"d", node)]));
+    let twice = nar::directory(&[(b"a", nar::link(b"/tmp")), (b"a", nar::directory(&[(b"b", nar::file(b"escaped"))]))]);
+    let backwards = nar::directory(&[(b"b", nar::file(b"escaped")), (b"a", nar::file(b"escaped"))]);
+    let mut padding = nar::archive(&nar::file(b"escaped"));
+    let at = padding.len() - 17;
+    padding[at] = 1;
+    let archives = [
+        entry(b"../../../tmp/escaped"),
+        entry(b".."),
+        entry(b"."),
+        entry(b""),
+        entry(b"a\0b"),
+        entry(b"/tmp/escaped"),
+        nar::archive(&deep),
+        nar::archive(&twice),
+        nar::archive(&backwards),
+        padding,
+        b"not an archive, but escaped all the same".to_vec(),
+    ];
+
+    let lan = Lan::new();
+    let world = World::on(&lan);
+    // Believes anyone, as does its Nix: a narinfo without signatures is enough here.
+    let asker = Asker::with(&lan, "", &[]);
+    nix::configure(&asker.host, "substituters = http://127.0.0.1:12304\nrequire-sigs = false\n");
+    let hashes: Vec<String> = archives.iter().map(|archive| nix::hash(&asker.host, archive)).collect();
+    let hash_parts: Vec<String> = (0..archives.len()).map(|number| format!("{number:032}")).collect();
+    let number = |text: &str| text.parse::<usize>().ok();
+    let known = hash_parts.clone();
+    let served = archives.clone();
+    let _evil =
+        StandIn::start(&lan.host("evil"), have(move |hash_part| known.iter().any(|known| known == hash_part)), {
+            move |request: &Request| {
+                if let Some(number) = asked_for(request).and_then(number) {
+                    let (hash, size) = (&hashes[number], served[number].len());
+                    let text = format!(
+                        "StorePath: /nix/store/{number:032}-evil\nURL: local/nar/{number}.nar\nCompression: none\n\
+                     NarHash: {hash}\nNarSize: {size}\nReferences: \n"
+                    );
+                    return Reply::Whole(200, text.into_bytes());
+                }
+                let nar = request
+                    .path
+                    .strip_prefix("/local/nar/")
+                    .and_then(|rest| rest.strip_suffix(".nar"))
+                    .and_then(number);
+                nar.map_or(Reply::Whole(404, vec![]), |number| Reply::Whole(200, served[number].clone()))
+            }
+        });
+    for (hash_part, archive) in hash_parts.iter().zip(&archives) {
+        let what = String::from_utf8_lossy(archive).into_owned();
+        let found = common::wait_for("the stand-in is heard", || {
+            let answer = http::get_local(&asker.host, &format!("/{hash_part}.narinfo")).unwrap();
+            (answer.status == 200).then(|| answer.text())
+        });
+        let url = found.lines().find_map(|line| line.strip_prefix("URL: ")).unwrap();
+        let answer = http::get_local(&asker.host, &format!("/{url}")).unwrap();
+        assert!(answer.status != 200 || !answer.whole, "{what}: completed");
+        assert!(!answer.text().contains("escaped"), "{what}: passed on");
+    }
+    drop(world);
+}

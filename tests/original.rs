@@ -1,0 +1,206 @@
+//! The original peerix (the Python program) and this one on one network, both ways.
+//!
+//! The stand-in does what the original does and no more: it answers a query only when it has the path, knows no other
+//! packets, names NARs by the base64 of their store path, sends them in chunks, and leaves `CA` out of narinfos.
+//! `data/original-query` and `data/original-have` are datagrams as the original sends them, with the request ID 1, for the
+//! content-addressed file that [`golden`] adds.
+
+mod common;
+
+use common::http::{self, Reply, Request};
+use common::lan::Run;
+use common::packet::Packet;
+use common::standin::{BROADCAST, Shelf, StandIn, field, have, receive};
+use common::{Asker, Holder, Host, Lan, PORT, SOON, World, nix, tree, wait_for, world};
+use data_encoding::BASE64;
+use std::collections::HashMap;
+use std::fs;
+
+const QUERY: &[u8] = include_bytes!("data/original-query");
+const HAVE: &[u8] = include_bytes!("data/original-have");
+
+/// Adds the path of the golden datagrams to a store.
+fn golden(host: &Host) -> String {
+    host.write("/tmp/golden", "golden\n");
+    let path = host.cmd("nix-store").args(["--add", "/tmp/golden"]).okay().trim().to_owned();
+    assert_eq!(world::hash_part(&path).as_bytes(), &QUERY[5..]);
+    path
+}
+
+/// The original's name for the NAR of a path.
+fn nar_name(path: &str) -> String {
+    format!("{}.nar", BASE64.encode(path.as_bytes()).replace('/', "_"))
+}
+
+/// The original, holding everything in the world's static cache.
+fn original(host: &Host, world: &World) -> StandIn {
+    let shelf = Shelf::of(world);
+    let by_hash = shelf.clone();
+    StandIn::start(host, have(move |hash_part| by_hash.narinfo(hash_part).is_some()), move |request: &Request| {
+        let missing = || Reply::Whole(404, b"Not found".to_vec());
+        if let Some(hash_part) = request.path.strip_prefix("/local/").and_then(|rest| rest.strip_suffix(".narinfo")) {
+            let Some(lines) = shelf.narinfo(hash_part) else { return missing() };
+            let path = field(&lines, "StorePath");
+            let mut text = format!("StorePath: {path}\nURL: local/nar/{}\nCompression: none\n", nar_name(path));
+            for name in ["NarHash", "NarSize", "References", "Deriver", "Sig"] {
+                for (key, value) in &lines {
+                    if key == name && !value.is_empty() {
+                        text += &format!("{key}: {value}\n");
+                    }
+                }
+            }
+            return Reply::Whole(200, text.into_bytes());
+        }
+        let name = request.path.strip_prefix("/local/nar/").and_then(|rest| rest.strip_suffix(".nar"));
+        let path = name.and_then(|name| BASE64.decode(name.replace("%3D", "=").replace('_', "/").as_bytes()).ok());
+        let path = path.and_then(|path| String::from_utf8(path).ok());
+        path.and_then(|path| shelf.nar(world::hash_part(&path))).map_or_else(missing, |nar| Reply::Chunked(200, nar))
+    })
+}
+
+#[test]
+fn we_fetch_from_the_original() {
+    let lan = Lan::new();
+    let world = World::on(&lan);
+    let peer = lan.host("original");
+    let original = original(&peer, &world);
+    let asker = Asker::with(&lan, "", &[&world.cache_key]);
+    let probe = format!("/{}.narinfo", world::hash_part(world.path("little")));
+    wait_for("the original is heard", || (http::get_local(&asker.host, &probe).unwrap().status == 200).then_some(()));
+    assert_eq!(asker.fetches(&world, world.path("closure300")).len(), 300);
+    asker.fetches(&world, world.path("large"));
+    asker.fetches(&world, world.path("odd"));
+
+    // It says nothing when it has nothing, and that is a miss.
+    let missing = http::get_local(&asker.host, &format!("/{}.narinfo", "0".repeat(32))).unwrap();
+    assert_eq!(missing.status, 404);
+
+    // What it heard: queries exactly as its own, to the byte, and else only what it ignores.
+    let little = world::hash_part(world.path("little"));
+    let heard = original.heard.lock().unwrap();
+    let mut queries = 0;
+    for (from, datagram) in heard.iter() {
+        assert_eq!(from.port(), PORT, "its answers go to the port a query came from");
+        match Packet::read(datagram) {
+            Some(Packet::Query { id, hash_part }) if hash_part == little => {
+                let expected = [&QUERY[..1], &id.to_be_bytes(), little.as_bytes()].concat();
+                assert_eq!(datagram, &expected);
+                queries += 1;
+            }
+            Some(_) => {}
+            None => panic!("a datagram of no known kind: {datagram:?}"),
+        }
+    }
+    assert!(queries > 0);
+}
+
+#[test]
+fn we_understand_its_have_to_the_byte() {
+    let lan = Lan::new();
+    let asker = Asker::with(&lan, "", &[]);
+    let host = lan.host("original");
+    let narinfo = format!("/local/{}.narinfo", std::str::from_utf8(&QUERY[5..]).unwrap());
+    let peer = StandIn::start(
+        &host,
+        |datagram| {
+            // The golden answer, with the ID of the query.
+            (datagram[0] == 0 && datagram[5..] == QUERY[5..])
+                .then(|| [&HAVE[..1], &datagram[1..5], &HAVE[5..]].concat())
+        },
+        |_| Reply::Whole(404, vec![]),
+    );
+    wait_for("the narinfo is asked for where the golden answer says", || {
+        let route = format!("/{}", narinfo.trim_start_matches("/local/"));
+        assert_eq!(http::get_local(&asker.host, &route).unwrap().status, 404);
+        peer.was_asked(&narinfo).then_some(())
+    });
+}
+
+/// A narinfo as the original reads it: lines with a colon, the last of a key wins, signatures gathered.
+fn read_as_original(text: &str) -> (HashMap<String, String>, Vec<String>) {
+    let mut fields = HashMap::new();
+    let mut signatures = Vec::new();
+    for line in text.lines() {
+        let Some((key, value)) = line.split_once(':') else { continue };
+        match key.trim() {
+            "Sig" => signatures.push(value.trim().to_owned()),
+            key => {
+                fields.insert(key.to_owned(), value.trim().to_owned());
+            }
+        }
+    }
+    (fields, signatures)
+}
+
+#[test]
+fn the_original_fetches_from_us() {
+    let lan = Lan::new();
+    let world = World::on(&lan);
+    let holder = Holder::new(&lan, &world, "holder");
+    let golden = golden(&holder.host);
+    let original = lan.host("original");
+    let socket = original.udp(PORT);
+
+    // The golden query gets the golden answer, and nothing before it that the original would take for one.
+    socket.send_to(QUERY, (BROADCAST, PORT)).unwrap();
+    let (from, answer) = wait_for("an answer", || {
+        let (from, datagram) = receive(&socket, SOON)?;
+        (from.ip() == holder.host.address && matches!(datagram[0], 0 | 1)).then_some((from, datagram))
+    });
+    assert_eq!(answer, HAVE);
+
+    let fetch = |id: u32, path: &str| {
+        let query = Packet::Query { id, hash_part: world::hash_part(path).to_owned() }.write();
+        socket.send_to(&query, (BROADCAST, PORT)).unwrap();
+        let (port, route) = wait_for("an answer", || match Packet::read(&receive(&socket, SOON)?.1)? {
+            Packet::Have { id: answered, port, path } if answered == id => Some((port, path)),
+            _ => None,
+        });
+        let server = (from.ip(), u16::try_from(port).unwrap());
+        let answer = http::get(&original, server, &format!("/{route}")).unwrap();
+        assert_eq!(answer.status, 200);
+        let (fields, signatures) = read_as_original(&answer.text());
+        assert_eq!(fields["StorePath"], path);
+        assert_eq!(fields["Compression"], "none");
+        // To the original the URL is relative to the root of the server.
+        let nar = http::get(&original, server, &format!("/{}", fields["URL"])).unwrap();
+        assert_eq!((nar.status, nar.whole), (200, true));
+        assert_eq!(fields["NarSize"], nar.body.len().to_string());
+        assert_eq!(fields["NarHash"], nix::hash(&original, &nar.body));
+        (fields, signatures, nar.body)
+    };
+    fetch(2, &golden);
+    for (id, name) in [(3, "large"), (4, "odd"), (5, "closure300")] {
+        let path = world.path(name);
+        let (fields, signatures, nar) = fetch(id, path);
+        let lines = Shelf::of(&world).narinfo(world::hash_part(path)).unwrap();
+        assert_eq!(fields["References"], field(&lines, "References"));
+        assert_eq!(signatures, [field(&lines, "Sig")]);
+        // What it hands to its Nix unpacks to the path.
+        original.write("/tmp/nar", nar);
+        original.sh(&format!("nix-store --restore /tmp/{name} < /tmp/nar"));
+        tree::assert_same(&world.store().join(world::base_name(path)), &original.path(&format!("/tmp/{name}")));
+    }
+
+    // What we lack is not answered with anything the original would act upon.
+    let query = Packet::Query { id: 9, hash_part: "0".repeat(32) }.write();
+    socket.send_to(&query, (BROADCAST, PORT)).unwrap();
+    socket.send_to(QUERY, (BROADCAST, PORT)).unwrap();
+    wait_for("the next answer", || {
+        let (_, datagram) = receive(&socket, SOON)?;
+        assert!(datagram[0] != 1 || datagram[1..5] != 9_u32.to_be_bytes(), "have, for what is not there");
+        (datagram == HAVE).then_some(())
+    });
+}
+
+#[test]
+fn the_original_and_ours_side_by_side() {
+    let lan = Lan::new();
+    let world = World::on(&lan);
+    let old = lan.host("original");
+    let _original = original(&old, &world);
+    let holder = Holder::new(&lan, &world, "holder");
+    let asker = Asker::new(&lan, &world, &[&holder]);
+    assert_eq!(asker.fetches(&world, world.path("closure300")).len(), 300);
+    assert!(fs::exists(asker.host.path(world.path("closure300"))).unwrap());
+}
