@@ -74,7 +74,7 @@ fn receive(stream: &mut UnixStream, deadline: Instant) -> io::Result<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::store::tests::TempDir;
+    use crate::store::fixture::TempDir;
     use std::{os::unix::net::UnixListener, thread};
 
     fn served_by(answer: fn(UnixStream)) -> io::Result<UnixStream> {

@@ -18,7 +18,7 @@ pub(super) const SCHEMA: &str = "10";
 
 /// Page cache of one connection in KiB: the inner pages of the two indexes a lookup goes through. SQLite's default
 /// of 2 MiB, times the pool, would be more than the whole program may take.
-const CACHE_KIB: i64 = 128;
+const CACHE_KIB: i64 = 256;
 
 /// The longest text of one column, in bytes. A path that refers to 100,000 others has 8 MiB of references.
 const MAX_COLUMN: usize = 16 << 20;
@@ -233,13 +233,15 @@ fn missing_or_unreadable(file: &Path, cause: io::Error) -> StoreError {
 // -shm: READONLY_DIRECTORY (1544). Of only -wal, or on a read-only file system: CANTOPEN (14). Both there: none.
 fn classify(db: &Path, error: rusqlite::Error) -> Failure {
     let db = db.to_owned();
-    match error.sqlite_error().map(|error| error.code) {
+    // What preparing a statement says of a table or a column that is not there. It has the whole statement in it.
+    if let rusqlite::Error::SqlInputError { msg, .. } = &error {
+        return Failure::Error(StoreError::Schema { db, found: format!("another one ({msg})") });
+    }
+    match error.sqlite_error_code() {
         Some(ErrorCode::ReadOnly | ErrorCode::CannotOpen) => Failure::Asleep,
         Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked | ErrorCode::FileLockingProtocolFailed) => {
             Failure::Error(StoreError::Busy { db })
         }
-        // What prepare says of a table or column that is not there.
-        Some(ErrorCode::Unknown) => Failure::Error(StoreError::Schema { db, found: error.to_string() }),
         _ => Failure::Error(StoreError::Database { db, cause: error }),
     }
 }

@@ -63,3 +63,27 @@ pub(super) fn listing(mut walk: Walk, nar_size: u64) -> Result<Vec<u8>, NarError
     }
     Ok(out)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::fixture::{Fixture, odd_tree};
+
+    #[test]
+    fn each_file_is_where_the_listing_says() {
+        let fixture = Fixture::new();
+        let (info, nar) = fixture.add(odd_tree);
+        let json: serde_json::Value = serde_json::from_slice(&fixture.open().listing(&info).unwrap()).unwrap();
+        let root = &json["root"]["entries"];
+        let run = &root["b"]["entries"]["c"]["entries"]["run"];
+        assert_eq!(run["executable"], true);
+        for (file, text) in [(run, "#!/bin/sh"), (&root["ä b\n"], "text"), (&root["a-b"], "xxxxxxx"), (&root["a"], "")]
+        {
+            let at = file["narOffset"].as_u64().unwrap() as usize;
+            assert_eq!(file["size"], text.len());
+            assert_eq!(&nar[at - 8..at], (text.len() as u64).to_le_bytes());
+            assert!(nar[at..].starts_with(text.as_bytes()));
+        }
+        assert_eq!(root["b"]["entries"]["link"]["target"], "../../nowhere");
+        assert_eq!(root["empty"]["entries"].as_object().unwrap().len(), 0);
+    }
+}

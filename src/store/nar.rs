@@ -204,3 +204,172 @@ impl Stream<'_> {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::fixture::{Fixture, Receiver, odd_tree};
+    use super::*;
+    use crate::nix::PathInfo;
+    use std::{fs, os::unix::fs::symlink, path::Path};
+
+    fn range(fixture: &Fixture, info: &PathInfo, range: Range<u64>) -> Result<Vec<u8>, NarError> {
+        let mut out = Vec::new();
+        fixture.open().write_nar(info, range, &mut out)?;
+        Ok(out)
+    }
+
+    /// What came, and how it ended, when `damage` is done as the first piece is written.
+    fn damaged(make: impl FnOnce(&Path), damage: impl Fn(&Fixture, &Path)) -> (usize, usize, Result<(), NarError>) {
+        let fixture = Fixture::new();
+        let (info, nar) = fixture.add(make);
+        let files = fixture.absolute(info.path.base_name());
+        let mut out = Receiver { bytes: Vec::new(), at_first: || damage(&fixture, Path::new(&files)) };
+        let end = fixture.open().write_nar(&info, 0..info.nar_size, &mut out);
+        if end.is_ok() {
+            assert!(out.bytes == nar);
+        }
+        (out.bytes.len(), nar.len(), end)
+    }
+
+    fn two_files(root: &Path) {
+        fs::create_dir(root).unwrap();
+        fs::write(root.join("a"), vec![b'a'; PIECE]).unwrap();
+        fs::write(root.join("b"), vec![b'b'; 3 * PIECE]).unwrap();
+        fs::write(root.join("c"), "c").unwrap();
+    }
+
+    #[test]
+    fn whole_and_in_every_range() {
+        let fixture = Fixture::new();
+        let (info, nar) = fixture.add(odd_tree);
+        let store = fixture.open();
+        for start in 0..=nar.len() {
+            for end in [start, start + 1, start + 8, start + 301, nar.len() - 1, nar.len()] {
+                let wanted = start as u64..end as u64;
+                let mut out = Vec::new();
+                let result = store.write_nar(&info, wanted, &mut out);
+                if start <= end && end <= nar.len() {
+                    result.unwrap();
+                    assert!(out == nar[start..end], "{start}..{end}");
+                } else {
+                    assert!(matches!(result, Err(NarError::Range)));
+                    assert!(out.is_empty());
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_file_a_symlink_and_a_directory_may_be_the_root() {
+        let makes: [fn(&Path); 4] = [
+            |root| fs::write(root, "contents").unwrap(),
+            |root| fs::write(root, "").unwrap(),
+            |root| symlink("/etc/passwd", root).unwrap(),
+            |root| fs::create_dir(root).unwrap(),
+        ];
+        for make in makes {
+            let fixture = Fixture::new();
+            let (info, nar) = fixture.add(make);
+            assert_eq!(range(&fixture, &info, 0..info.nar_size).unwrap(), nar);
+        }
+    }
+
+    #[test]
+    fn pieces_end_anywhere() {
+        for size in [PIECE - 200, PIECE - 121, PIECE - 120, PIECE - 119, PIECE - 97, PIECE, 3 * PIECE + 5] {
+            let fixture = Fixture::new();
+            let (info, nar) = fixture.add(|root| fs::write(root, vec![b'x'; size]).unwrap());
+            assert!(range(&fixture, &info, 0..info.nar_size).unwrap() == nar, "{size}");
+            for start in [PIECE - 1, PIECE, PIECE + 1].map(|start| start.min(nar.len())) {
+                assert!(range(&fixture, &info, start as u64..info.nar_size).unwrap() == nar[start..]);
+            }
+        }
+    }
+
+    #[test]
+    fn what_changes_before_is_never_completed() {
+        let changes: [fn(&Path); 7] = [
+            |files| fs::write(files.join("a"), "").unwrap(),
+            |files| fs::write(files.join("c"), [b'c'; 100]).unwrap(),
+            |files| fs::write(files.join("d"), "").unwrap(),
+            |files| fs::remove_file(files.join("c")).unwrap(),
+            |files| fs::remove_dir_all(files).unwrap(),
+            |files| {
+                fs::remove_file(files.join("b")).unwrap();
+                rustix::fs::mkfifoat(rustix::fs::CWD, files.join("b"), Mode::RUSR).unwrap();
+            },
+            |files| fs::set_permissions(files.join("c"), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap(),
+        ];
+        for (number, change) in changes.into_iter().enumerate() {
+            let fixture = Fixture::new();
+            let (info, nar) = fixture.add(two_files);
+            change(Path::new(&fixture.absolute(info.path.base_name())));
+            for wanted in [0..info.nar_size, 0..1, PIECE as u64 * 2..info.nar_size] {
+                let mut out = Vec::new();
+                let error = fixture.open().write_nar(&info, wanted.clone(), &mut out).unwrap_err();
+                assert!(matches!(error, NarError::Changed { .. } | NarError::Unsupported { .. }), "{number}: {error}");
+                assert!((out.len() as u64) < wanted.end - wanted.start);
+            }
+            assert!(fixture.open().listing(&info).is_err(), "{number}");
+            assert!(!nar.is_empty());
+        }
+    }
+
+    #[test]
+    fn what_changes_meanwhile_is_never_completed() {
+        let damages: [fn(&Fixture, &Path); 8] = [
+            |_, files| fs::File::options().write(true).open(files.join("b")).unwrap().set_len(PIECE as u64).unwrap(),
+            |_, files| fs::File::options().write(true).open(files.join("b")).unwrap().set_len(9 << 20).unwrap(),
+            |_, files| fs::write(files.join("c"), "").unwrap(),
+            |_, files| fs::remove_file(files.join("c")).unwrap(),
+            |_, files| fs::rename(files.join("c"), files.join("e")).unwrap(),
+            |_, files| {
+                fs::remove_file(files.join("c")).unwrap();
+                symlink("b", files.join("c")).unwrap();
+            },
+            |fixture, _| fixture.execute("delete from ValidPaths"),
+            |fixture, _| fixture.execute("update ValidPaths set hash = replace(hash, 'ab', 'cd')"),
+        ];
+        for (number, damage) in damages.into_iter().enumerate() {
+            let (came, whole, end) = damaged(two_files, damage);
+            assert!(matches!(end, Err(NarError::Changed { .. })), "{number}: {end:?}");
+            assert!((PIECE..whole).contains(&came), "{number}: {came} of {whole}");
+        }
+        assert!(damaged(two_files, |_, _| {}).2.is_ok());
+    }
+
+    #[test]
+    fn a_receiver_that_fails_ends_it() {
+        struct Full;
+        impl Write for Full {
+            fn write(&mut self, _: &[u8]) -> std::io::Result<usize> {
+                Err(std::io::ErrorKind::BrokenPipe.into())
+            }
+            fn flush(&mut self) -> std::io::Result<()> {
+                Ok(())
+            }
+        }
+        let fixture = Fixture::new();
+        let (info, _) = fixture.add(odd_tree);
+        let end = fixture.open().write_nar(&info, 0..info.nar_size, &mut Full);
+        assert!(matches!(end, Err(NarError::Write(_))));
+    }
+
+    #[test]
+    fn deep_trees() {
+        for (depth, good) in [(super::super::walk::MAX_DEPTH, true), (super::super::walk::MAX_DEPTH + 1, false)] {
+            let fixture = Fixture::new();
+            let (info, nar) = fixture.add(|root| {
+                let mut dir = root.to_owned();
+                for _ in 1..depth {
+                    dir.push("d");
+                }
+                fs::create_dir_all(&dir).unwrap();
+                fs::write(dir.join("f"), "x").unwrap();
+            });
+            let result = range(&fixture, &info, 0..info.nar_size);
+            assert_eq!(result.as_ref().ok() == Some(&nar), good);
+            assert_eq!(matches!(result, Err(NarError::Unsupported { .. })), !good);
+        }
+    }
+}
