@@ -1,9 +1,12 @@
 //! Formats that Nix defines. No I/O happens here: text and bytes in, typed values out, and back.
 
 mod content_address;
+mod framing;
 #[cfg(test)]
 mod golden;
 mod hash;
+pub mod listing;
+pub mod nar;
 mod narinfo;
 pub mod nix32;
 mod path_info;
@@ -11,6 +14,7 @@ mod signature;
 mod store_path;
 
 pub use content_address::is_content_addressed;
+pub use framing::Framing;
 pub use hash::NarHash;
 pub use narinfo::NarInfo;
 pub use path_info::PathInfo;
