@@ -206,6 +206,7 @@ impl Framing {
                 if name == b"." || name == b".." || name.iter().any(|b| matches!(b, b'/' | 0)) {
                     return Err(malformed("name is a dot directory or has a slash or a NUL"));
                 }
+                // Not compared by Nix 2.8, so it is on us.
                 let before = &mut self.names[self.depth - 1];
                 if name <= before.as_slice() {
                     return Err(malformed("names not in ascending order"));
@@ -351,6 +352,8 @@ mod tests {
             let nar = write_nar(&directory(vec![(first, regular(b"")), (second, regular(b""))]));
             assert_eq!(check(&nar), if good { Ok(true) } else { Err("names not in ascending order") });
         }
+        let three = [&b"a"[..], b"b", b"aba"].map(|name| (name, regular(b"")));
+        assert_eq!(check(&write_nar(&directory(three.into()))), Err("names not in ascending order"));
         // What a directory held says nothing of its neighbour or of the directory around it.
         let inner = || directory(vec![(b"z", regular(b""))]);
         assert_eq!(check(&write_nar(&directory(vec![(b"a", inner()), (b"b", inner())]))), Ok(true));
@@ -359,9 +362,9 @@ mod tests {
     #[test]
     fn symlink_targets() {
         assert_eq!(check(&symlink(b"/a/../b c")), Ok(true));
-        assert_eq!(check(&symlink(&[b't'; MAX_TARGET_LEN])), Ok(true));
+        assert_eq!(check(&symlink(&[b't'; 4095])), Ok(true));
         let len = Err("symlink target empty or longer than 4095 bytes");
-        assert_eq!(check(&symlink(&[b't'; MAX_TARGET_LEN + 1])), len);
+        assert_eq!(check(&symlink(&[b't'; 4096])), len);
         assert_eq!(check(&symlink(b"")), len);
         assert_eq!(check(&symlink(b"a\0b")), Err("symlink target with a NUL"));
     }

@@ -223,7 +223,7 @@ References: vx8ssdprqbd8zwyipycgh6jp25k69rx6-selfish-1.0 z4asv3j07d89ywjf8fxkn7s
             let optional = line.starts_with("Compression") || line.starts_with("References");
             assert_eq!(parse(&GOOD.replace(&format!("{line}\n"), "")).is_ok(), optional, "without {line}");
         }
-        for line in ["Deriver: x", "Deriver: ", "CA: fixed:r:sha256:0", "CA: x", "CA: \nCA: "] {
+        for line in ["Deriver: x", "Deriver: ", "CA: fixed:r:sha256:0", "CA: x", "CA: \nCA: ", "X: \r"] {
             assert!(parse(&format!("{GOOD}{line}\n")).is_err(), "{line}");
         }
         assert!(NarInfo::parse(&[GOOD.as_bytes(), b"X: \xff\n"].concat(), &golden::store_dir()).is_err());
