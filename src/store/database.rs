@@ -10,18 +10,23 @@ use std::{
     fs, io,
     os::unix::ffi::OsStrExt,
     path::{Path, PathBuf},
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 /// The schema that Nix has had since 2015.
 pub(super) const SCHEMA: &str = "10";
 
 /// Page cache of one connection in KiB: the inner pages of the two indexes a lookup goes through. SQLite's default
-/// of 2 MiB, times the pool, would be more than the whole program may take.
+/// of 2 MiB, times the pool, would be more than the whole program may take. Mapping the file into memory instead halves
+/// the time of a lookup, but each connection then counts the whole file as its own memory, and a failing disk kills
+/// the process.
 const CACHE_KIB: i64 = 256;
 
 /// The longest text of one column, in bytes. A path that refers to 100,000 others has 8 MiB of references.
 const MAX_COLUMN: usize = 16 << 20;
+
+/// Times of files advance in steps of a clock tick: 1 to 10 ms, doubled here.
+const CLOCK_TICK: Duration = Duration::from_millis(20);
 
 // One statement, so that a path and its references are of the same snapshot. The range is all paths with the hash
 // part: '.' follows '-' in ASCII.
@@ -129,7 +134,8 @@ impl Database {
 pub(super) struct Still {
     file: FileId,
     size: i64,
-    modified: (i64, u64),
+    /// Since 1970.
+    modified: Duration,
 }
 
 impl Still {
@@ -141,7 +147,15 @@ impl Still {
             _ => return None,
         }
         let Stat { st_dev, st_ino, st_size, st_mtime, st_mtime_nsec, .. } = stat(db).ok()?;
-        Some(Still { file: FileId(st_dev, st_ino), size: st_size, modified: (st_mtime, st_mtime_nsec) })
+        let modified = Duration::new(st_mtime.unsigned_abs(), u32::try_from(st_mtime_nsec).ok()?);
+        Some(Still { file: FileId(st_dev, st_ino), size: st_size, modified })
+    }
+
+    /// How long to wait, if the file was written so lately that a further write might leave the same time.
+    pub(super) fn unsettled(&self, now: SystemTime) -> Option<Duration> {
+        let modified = SystemTime::UNIX_EPOCH.checked_add(self.modified)?;
+        let age = now.duration_since(modified).unwrap_or_else(|ahead| ahead.duration());
+        CLOCK_TICK.checked_sub(age).filter(|wait| !wait.is_zero())
     }
 }
 
@@ -243,5 +257,31 @@ fn classify(db: &Path, error: rusqlite::Error) -> Failure {
             Failure::Error(StoreError::Busy { db })
         }
         _ => Failure::Error(StoreError::Database { db, cause: error }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_written_this_very_moment_is_not_yet_settled() {
+        let modified = Duration::from_secs(1_000_000);
+        let still = Still { file: FileId(1, 2), size: 3, modified };
+        let at = |millis| SystemTime::UNIX_EPOCH + Duration::from_secs(999_999) + Duration::from_millis(millis);
+        for (millis, wait) in [(1000, 20), (1005, 15), (1019, 1), (995, 15)] {
+            assert_eq!(still.unsettled(at(millis)), Some(Duration::from_millis(wait)));
+        }
+        for millis in [1020, 5000, 980, 0] {
+            assert_eq!(still.unsettled(at(millis)), None);
+        }
+    }
+
+    #[test]
+    fn the_path_in_a_uri_is_only_a_path() {
+        assert_eq!(
+            immutable_uri(Path::new("/a b/c?mode=rw#%/d.sqlite")),
+            "file:/a%20b/c%3Fmode%3Drw%23%25/d.sqlite?immutable=1"
+        );
     }
 }

@@ -9,6 +9,8 @@
 //!    long as this process keeps a connection, the files stay, so this is needed once;
 //! 3. to read it as immutable, for one query, if the log is empty and the file was the same before and after.
 //!
+//! (As root, 1. always works, and it is SQLite that creates the two files. The database itself is never written to.)
+//!
 //! Every query without a lasting connection begins at 1. again. (The service's unit also opens the database once as
 //! root before peerix starts, so that 1. holds from the beginning.)
 
@@ -21,7 +23,8 @@ use std::{
     fmt,
     path::PathBuf,
     sync::{Condvar, Mutex, MutexGuard, PoisonError},
-    time::{Duration, Instant},
+    thread,
+    time::{Duration, Instant, SystemTime},
 };
 
 /// How often the path of the database is looked at, for a file that took the place of the open one.
@@ -30,6 +33,9 @@ const REPLACEMENT_CHECK: Duration = Duration::from_secs(1);
 const DAEMON_PATIENCE: Duration = Duration::from_secs(2);
 /// The pause between two attempts at nix-daemon.
 const DAEMON_PAUSE: Duration = Duration::from_secs(5);
+
+/// How often a file that changes while it is read as immutable is read again.
+const IMMUTABLE_ATTEMPTS: usize = 5;
 
 /// Where the database is and what surrounds it.
 #[derive(Debug, Clone)]
@@ -140,24 +146,33 @@ impl Pool {
                 Err(error) => daemon_said = error.to_string(),
             }
         }
-        let before = Still::observe(&self.place.db);
-        if before.is_some() {
-            let answer = self.attempt(lease, Mode::Immutable, part, deadline);
-            // For this one query only.
-            lease.database = None;
-            if Still::observe(&self.place.db) == before {
-                match answer {
-                    Ok(answer) => {
-                        self.note(Way::Immutable);
-                        return Ok(answer);
+        for _ in 0..IMMUTABLE_ATTEMPTS {
+            if let Some(before) = Still::observe(&self.place.db) {
+                if let Some(wait) = before.unsettled(SystemTime::now()) {
+                    thread::sleep(wait.min(left(deadline)));
+                } else {
+                    let answer = self.attempt(lease, Mode::Immutable, part, deadline);
+                    lease.database = None; // for this one query only
+                    if Still::observe(&self.place.db) == Some(before) {
+                        match answer {
+                            Ok(answer) => {
+                                self.note(Way::Immutable);
+                                return Ok(answer);
+                            }
+                            Err(Failure::Error(error)) => return Err(error),
+                            Err(Failure::Asleep) => {}
+                        }
                     }
-                    Err(Failure::Error(error)) => return Err(error),
-                    Err(Failure::Asleep) => {}
                 }
-            } else if let Ok(answer) = self.attempt(lease, Mode::Shared, part, deadline) {
-                // Somebody writes, so the files are there now.
-                self.note(Way::Plain);
-                return Ok(answer);
+            }
+            // If somebody writes, the files are there now.
+            match self.attempt(lease, Mode::Shared, part, deadline) {
+                Ok(answer) => {
+                    self.note(Way::Plain);
+                    return Ok(answer);
+                }
+                Err(Failure::Error(error)) => return Err(error),
+                Err(Failure::Asleep) => {}
             }
         }
         Err(StoreError::Asleep { db: self.place.db.clone(), daemon: daemon_said })
