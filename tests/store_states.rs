@@ -12,9 +12,11 @@ use std::{
     ffi::OsStr,
     fs,
     io::{BufRead, BufReader, Read, Write},
+    net::Shutdown,
     os::unix::{
         ffi::OsStrExt,
         fs::{PermissionsExt, symlink},
+        net::UnixStream,
         process::CommandExt,
     },
     path::{Path, PathBuf},
@@ -323,10 +325,17 @@ impl Daemon {
     fn start() -> Self {
         let daemon = Daemon(Command::new("nix-daemon").stdin(Stdio::null()).stderr(Stdio::null()).spawn().unwrap());
         let deadline = Instant::now() + PATIENCE;
-        while std::os::unix::net::UnixStream::connect(SOCKET).is_err() {
+        let mut connection = loop {
+            if let Ok(connection) = UnixStream::connect(SOCKET) {
+                break connection;
+            }
             assert!(Instant::now() < deadline, "nix-daemon does not listen");
             thread::yield_now();
-        }
+        };
+        // It opens the database for this connection too: that has to be over.
+        connection.shutdown(Shutdown::Write).unwrap();
+        connection.set_read_timeout(Some(PATIENCE)).unwrap();
+        let _ = connection.read_to_end(&mut Vec::new());
         sleep_database();
         daemon
     }
