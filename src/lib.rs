@@ -18,4 +18,16 @@
 #![forbid(unsafe_code)]
 #![warn(missing_docs)]
 
+pub mod cli;
+pub mod config;
+pub mod daemon;
+pub mod fetch;
+pub mod http;
+pub mod interfaces;
+pub mod lookup;
 pub mod nix;
+pub mod peers;
+pub mod share;
+pub mod sockets;
+pub mod store;
+pub mod wire;

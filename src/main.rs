@@ -1,4 +1,35 @@
+//! The `peerix` daemon: read the command line, log, run.
+#![forbid(unsafe_code)]
+
+use peerix::cli::{self, Command};
+use peerix::daemon;
 use std::process::ExitCode;
+
+/// A wrong command line.
+const EXIT_USAGE: u8 = 2;
+
 fn main() -> ExitCode {
-    ExitCode::SUCCESS
+    let config = match cli::parse(std::env::args_os().skip(1), |name| std::env::var_os(name)) {
+        Ok(Command::Run(config)) => config,
+        Ok(Command::Help) => {
+            print!("{}", cli::HELP);
+            return ExitCode::SUCCESS;
+        }
+        Ok(Command::Version) => {
+            println!("peerix {}", env!("CARGO_PKG_VERSION"));
+            return ExitCode::SUCCESS;
+        }
+        Err(e) => {
+            eprintln!("peerix: {e}");
+            return ExitCode::from(EXIT_USAGE);
+        }
+    };
+    cli::log_to_stderr(config.verbose);
+    match daemon::run(*config) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("peerix: {e}");
+            ExitCode::FAILURE
+        }
+    }
 }

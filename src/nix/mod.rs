@@ -1,14 +1,24 @@
 //! Formats that Nix defines. No I/O happens here: text and bytes in, typed values out, and back.
 
+mod content_address;
+mod framing;
+#[cfg(test)]
+mod golden;
 mod hash;
+pub mod listing;
+pub mod nar;
+mod narinfo;
 pub mod nix32;
 mod path_info;
 mod signature;
 mod store_path;
 
+pub use content_address::is_content_addressed;
+pub use framing::Framing;
 pub use hash::NarHash;
+pub use narinfo::NarInfo;
 pub use path_info::PathInfo;
-pub use signature::Signature;
+pub use signature::{PublicKey, SecretKey, Signature};
 pub use store_path::{HashPart, StoreDir, StorePath};
 
 use std::fmt;

@@ -1,6 +1,6 @@
 //! What Nix knows of a valid path.
 
-use super::{NarHash, Signature, StorePath};
+use super::{NarHash, Signature, StoreDir, StorePath};
 
 /// The facts that Nix's database holds of a valid path and that a narinfo carries.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -19,4 +19,41 @@ pub struct PathInfo {
     pub signatures: Vec<Signature>,
     /// The content address (`fixed:r:sha256:…`, `text:sha256:…`), for content-addressed paths.
     pub ca: Option<String>,
+}
+
+impl PathInfo {
+    /// The text that Nix signs: `1;<path>;sha256:<Nix32>;<NAR size>;<references, comma-separated>`, all paths
+    /// in full (Nix manual, "Signatures"). The references must be sorted, as the field says.
+    pub fn fingerprint(&self, store_dir: &StoreDir) -> String {
+        debug_assert!(self.references.is_sorted());
+        let mut text = format!("1;{};{};{};", store_dir.join(&self.path), self.nar_hash, self.nar_size);
+        for (i, reference) in self.references.iter().enumerate() {
+            if i > 0 {
+                text.push(',');
+            }
+            text.push_str(store_dir.as_str());
+            text.push('/');
+            text.push_str(reference.base_name());
+        }
+        text
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::nix::golden;
+
+    // That fingerprints are Nix's own is shown by the signatures compared in `signature`.
+    #[test]
+    fn fingerprint_has_every_part_in_its_place() {
+        let selfish = golden::narinfo("vx8ssdprqbd8zwyipycgh6jp25k69rx6");
+        assert_eq!(
+            selfish.info.fingerprint(&golden::store_dir()),
+            "1;/nix/store/vx8ssdprqbd8zwyipycgh6jp25k69rx6-selfish-1.0;\
+             sha256:0qrk4rqb49jlkvr35h6y6hqib0068b3r4g3s4rhr7dfl8fmj8fr3;760;\
+             /nix/store/3dkysgwd1333b6gba2zrwpvvrppjpbyd-1r8s2k4wzhdr1gx2j60wdz02k69jkx15-plain,\
+             /nix/store/vx8ssdprqbd8zwyipycgh6jp25k69rx6-selfish-1.0,\
+             /nix/store/z4asv3j07d89ywjf8fxkn7sg6mf5s9q5-dep"
+        );
+    }
 }

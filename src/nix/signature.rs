@@ -1,8 +1,9 @@
 //! Keys and signatures as Nix writes them: `name:base64` (Nix manual, "nix-store --generate-binary-cache-key"
-//! and "Signatures").
+//! and "Signatures"). The algorithm is ed25519.
 
 use super::Malformed;
 use data_encoding::BASE64;
+use ed25519_compact as ed25519;
 use std::fmt;
 
 /// A detached ed25519 signature and the name of the key that made it.
@@ -31,13 +32,92 @@ impl Signature {
 
 impl fmt::Display for Signature {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}:{}", self.name, BASE64.encode(&self.bytes))
+        write!(f, "{}:{}", self.name, BASE64.encode_display(&self.bytes))
     }
 }
 
 impl fmt::Debug for Signature {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Display::fmt(self, f)
+    }
+}
+
+/// A key that checks signatures, such as `cache.nixos.org-1:6NCH…`.
+#[derive(Clone, PartialEq, Eq)]
+pub struct PublicKey {
+    name: String,
+    key: ed25519::PublicKey,
+}
+
+impl PublicKey {
+    /// Reads `name:base64`.
+    ///
+    /// # Errors
+    /// No colon, no name, a name with white space, or other than 32 bytes of base64.
+    pub fn parse(text: &str) -> Result<Self, Malformed> {
+        let (name, bytes) = split("public key", text)?;
+        let key = ed25519::PublicKey::from_slice(&bytes).map_err(|_| Malformed::new("public key", "not 32 bytes"))?;
+        Ok(PublicKey { name, key })
+    }
+
+    /// The name that its signatures carry.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Whether `signature` carries this key's name and its key made it over exactly `message`.
+    pub fn verify(&self, message: &[u8], signature: &Signature) -> bool {
+        self.name == signature.name && self.key.verify(message, &ed25519::Signature::new(signature.bytes)).is_ok()
+    }
+}
+
+impl fmt::Display for PublicKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", self.name, BASE64.encode_display(&*self.key))
+    }
+}
+
+impl fmt::Debug for PublicKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+/// A key that makes signatures. Never printed: it has no `Display`, and its `Debug` gives the name alone.
+pub struct SecretKey {
+    name: String,
+    key: ed25519::SecretKey,
+}
+
+impl SecretKey {
+    /// Reads `name:base64`, seed and public half together, white space at the end not counted.
+    ///
+    /// # Errors
+    /// No colon, no name, a name with white space, other than 64 bytes of base64, or a public half that is
+    /// not the seed's: such a key would make signatures that nothing verifies.
+    pub fn parse(text: &str) -> Result<Self, Malformed> {
+        const WHAT: &str = "secret key";
+        let (name, bytes) = split(WHAT, text.trim_end())?;
+        let key = ed25519::SecretKey::from_slice(&bytes).map_err(|_| Malformed::new(WHAT, "not 64 bytes"))?;
+        key.validate_public_key(&key.public_key())
+            .map_err(|_| Malformed::new(WHAT, "public half does not belong to its seed"))?;
+        Ok(SecretKey { name, key })
+    }
+
+    /// The signature of `message`: always the same one, as Nix makes it.
+    pub fn sign(&self, message: &[u8]) -> Signature {
+        Signature { name: self.name.clone(), bytes: *self.key.sign(message, None) }
+    }
+
+    /// The key that checks what this one signs.
+    pub fn public(&self) -> PublicKey {
+        PublicKey { name: self.name.clone(), key: self.key.public_key() }
+    }
+}
+
+impl fmt::Debug for SecretKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "SecretKey({})", self.name)
     }
 }
 
@@ -48,4 +128,69 @@ fn split(what: &'static str, text: &str) -> Result<(String, Vec<u8>), Malformed>
     }
     let bytes = BASE64.decode(base64.as_bytes()).map_err(|_| Malformed::new(what, "not base64"))?;
     Ok((name.to_owned(), bytes))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::nix::golden;
+
+    #[test]
+    fn signs_byte_for_byte_as_nix_does() {
+        let secret = SecretKey::parse(golden::SECRET_KEY).unwrap();
+        assert_eq!(secret.public().to_string(), golden::PUBLIC_KEY);
+        let mut compared = 0;
+        for narinfo in golden::narinfos() {
+            let message = narinfo.info.fingerprint(&golden::store_dir());
+            for signature in narinfo.info.signatures.iter().filter(|s| s.name() == "test.example-1") {
+                assert_eq!(secret.sign(message.as_bytes()), *signature, "{message}");
+                compared += 1;
+            }
+        }
+        assert_eq!(compared, 4);
+    }
+
+    #[test]
+    fn only_the_right_key_name_message_and_signature_verify() {
+        let public = PublicKey::parse(golden::PUBLIC_KEY).unwrap();
+        let signature = SecretKey::parse(golden::SECRET_KEY).unwrap().sign(b"message");
+        assert!(public.verify(b"message", &signature));
+        assert!(!public.verify(b"messagf", &signature));
+        let renamed = |text: String| text.replacen("test.example-1", "test.example-2", 1);
+        assert!(!public.verify(b"message", &Signature::parse(&renamed(signature.to_string())).unwrap()));
+        assert!(!PublicKey::parse(&renamed(public.to_string())).unwrap().verify(b"message", &signature));
+        for bit in 0..512 {
+            let mut wrong = signature.clone();
+            wrong.bytes[bit / 8] ^= 1 << (bit % 8);
+            assert!(!public.verify(b"message", &wrong), "bit {bit}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_key_is_refused() {
+        assert!(SecretKey::parse(&format!("{}\n", golden::SECRET_KEY)).is_ok());
+        for end in 0..golden::SECRET_KEY.len() {
+            assert!(SecretKey::parse(&golden::SECRET_KEY[..end]).is_err());
+        }
+        for end in 0..golden::PUBLIC_KEY.len() {
+            assert!(PublicKey::parse(&golden::PUBLIC_KEY[..end]).is_err());
+            assert!(Signature::parse(&golden::PUBLIC_KEY[..end]).is_err());
+        }
+        assert!(PublicKey::parse(golden::SECRET_KEY).is_err());
+        assert!(SecretKey::parse(golden::PUBLIC_KEY).is_err());
+        let (_, mut bytes) = split("secret key", golden::SECRET_KEY).unwrap();
+        for at in [0, 63] {
+            bytes[at] ^= 1;
+            let why = SecretKey::parse(&format!("n:{}", BASE64.encode(&bytes))).unwrap_err().why;
+            assert_eq!(why, "public half does not belong to its seed");
+            bytes[at] ^= 1;
+        }
+        assert!(SecretKey::parse(&format!("n:{}", BASE64.encode(&[0; 64]))).is_err());
+    }
+
+    #[test]
+    fn a_secret_key_is_not_shown() {
+        let secret = SecretKey::parse(golden::SECRET_KEY).unwrap();
+        assert_eq!(format!("{secret:?}"), "SecretKey(test.example-1)");
+    }
 }

@@ -1,0 +1,377 @@
+//! The command line of `peerix`, and the environment variables that stand in for flags.
+
+use crate::config::{Config, DEFAULT_PORT, Mode};
+use crate::nix::{PublicKey, StoreDir};
+use lexopt::prelude::*;
+use std::ffi::OsString;
+use std::fmt::Display;
+use std::io::Write;
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// `--timeout` above this would make every miss on a network with old peers slower than Nix is patient.
+const MAX_TIMEOUT_MS: u64 = 10_000;
+
+/// What `--help` prints.
+pub const HELP: &str = "\
+peerix fetches Nix store paths from the machines around you: it answers Nix on
+http://127.0.0.1:12304/ like a binary cache, and asks the other machines that run it.
+
+Usage: peerix [OPTIONS]
+
+  --port N                 TCP and UDP port                             [default: 12304]
+  --bind ADDR              address to listen on, repeatable; [::] adds IPv6.
+                           Nix needs 127.0.0.1 among them             [default: 0.0.0.0]
+  --timeout MS             how long unknown LAN peers may take to answer   [default: 50]
+  --peer HOST[:PORT]       a node beyond the broadcast domain (VLAN, VPN) to ask, and to
+                           share with, like a neighbour; repeatable; name each other
+  --private-key FILE       secret key to sign this machine's paths with, as made by
+                           nix-store --generate-binary-cache-key  [env: NIX_SECRET_KEY_FILE]
+  --trusted-public-key KEY accept from peers only what this key signed; repeatable
+  --priority N             Priority in nix-cache-info; cache.nixos.org has 40 [default: 20]
+
+  --mode lan|wan|both      where to look for peers                         [default: lan]
+  --tracker-url URL        tracker for wan and both, repeatable
+  --peer-id ID             name at the tracker               [default: made at first start]
+  --announce-addr HOST     address to announce            [default: what the tracker sees]
+  --no-verify              share with WAN peers also what the upstream cache does not have
+  --upstream-cache URL                                [default: https://cache.nixos.org]
+  --no-filter              share with WAN peers whatever the name
+  --no-default-filters     leave out the built-in name patterns
+  --filter-patterns P...   more name patterns to keep from WAN peers
+
+  --store-dir DIR                                                  [default: /nix/store]
+  --db FILE                Nix's database           [default: /nix/var/nix/db/db.sqlite]
+  --state-dir DIR          identity and counters                  [env: STATE_DIRECTORY]
+  -v, --verbose            log what each request does; RUST_LOG is read as well
+  -h, --help
+  -V, --version
+
+To let Nix use it, put this into /etc/nix/nix.conf and restart nix-daemon:
+
+  extra-substituters = http://127.0.0.1:12304
+
+Exit status: 0 when stopped by SIGTERM or SIGINT, 1 when it cannot start or go on,
+2 for a wrong command line.
+";
+
+/// What the command line asks for.
+#[derive(Debug)]
+pub enum Command {
+    /// Run the daemon.
+    Run(Box<Config>),
+    /// Print [`HELP`].
+    Help,
+    /// Print the version.
+    Version,
+}
+
+/// Reads the arguments after the program's name; `env` looks up environment variables.
+///
+/// # Errors
+/// One line that names the flag and what is wrong with it.
+pub fn parse(
+    args: impl IntoIterator<Item = OsString>,
+    env: impl Fn(&str) -> Option<OsString>,
+) -> Result<Command, String> {
+    let mut config = Config::default();
+    let mut bind = Vec::new();
+    let mut parser = lexopt::Parser::from_args(args);
+    while let Some(arg) = parser.next().map_err(|e| e.to_string())? {
+        let flag = match &arg {
+            Short('h') | Long("help") => return Ok(Command::Help),
+            Short('V') | Long("version") => return Ok(Command::Version),
+            Short('v') | Long("verbose") => {
+                config.verbose = true;
+                continue;
+            }
+            Long("no-verify") => {
+                config.verify = false;
+                continue;
+            }
+            Long("no-filter") => {
+                config.filter = false;
+                continue;
+            }
+            Long("no-default-filters") => {
+                config.default_filters = false;
+                continue;
+            }
+            Long(name) => name.to_string(),
+            Short(_) | Value(_) => return Err(format!("{}; see --help", arg.unexpected())),
+        };
+        let mut value = || parser.value().map_err(|_| format!("--{flag}: needs a value"));
+        match flag.as_str() {
+            "port" => config.port = number(&flag, value()?, 0, u16::MAX.into())? as u16,
+            "bind" => bind.push(bind_address(&text(&flag, value()?)?)?),
+            "timeout" => config.timeout = Duration::from_millis(number(&flag, value()?, 1, MAX_TIMEOUT_MS)?),
+            "peer" => config.peers.push(peer(&text(&flag, value()?)?)?),
+            "private-key" => config.private_key = Some(value()?.into()),
+            "trusted-public-key" => {
+                // nix.conf has several in one line; so may this.
+                for key in text(&flag, value()?)?.split_whitespace() {
+                    config.trusted_public_keys.push(PublicKey::parse(key).map_err(|e| wrong(&flag, key, e))?);
+                }
+            }
+            "priority" => config.priority = number(&flag, value()?, 0, u32::MAX.into())? as u32,
+            "mode" => {
+                config.mode = match text(&flag, value()?)?.as_str() {
+                    "lan" => Mode::Lan,
+                    "wan" => Mode::Wan,
+                    "both" => Mode::Both,
+                    other => return Err(wrong(&flag, other, "not lan, wan or both")),
+                }
+            }
+            "tracker-url" => config.tracker_urls.push(url(&flag, text(&flag, value()?)?)?),
+            "peer-id" => config.peer_id = Some(text(&flag, value()?)?),
+            "announce-addr" => config.announce_addr = Some(text(&flag, value()?)?),
+            "upstream-cache" => config.upstream_cache = url(&flag, text(&flag, value()?)?)?,
+            "filter-patterns" => {
+                let words = parser.values().map_err(|_| format!("--{flag}: needs at least one pattern"))?;
+                for word in words {
+                    config.filter_patterns.push(text(&flag, word)?);
+                }
+            }
+            "store-dir" => {
+                let dir = text(&flag, value()?)?;
+                config.store_dir = StoreDir::parse(&dir).map_err(|e| wrong(&flag, &dir, e))?;
+            }
+            "db" => config.db = value()?.into(),
+            "state-dir" => config.state_dir = Some(value()?.into()),
+            _ => return Err(format!("--{flag}: no such option; see --help")),
+        }
+    }
+    if !bind.is_empty() {
+        config.bind = bind;
+    }
+    let from_env = |name| env(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    config.private_key = config.private_key.or_else(|| from_env("NIX_SECRET_KEY_FILE"));
+    config.state_dir = config.state_dir.or_else(|| from_env("STATE_DIRECTORY"));
+    if config.mode != Mode::Lan && config.tracker_urls.is_empty() {
+        return Err("--mode wan and --mode both need --tracker-url".into());
+    }
+    Ok(Command::Run(Box::new(config)))
+}
+
+/// Sends the log to standard error, without times, as journald adds them. `verbose` shows what each request does;
+/// `RUST_LOG` overrides it.
+pub fn log_to_stderr(verbose: bool) {
+    let default = if verbose { "info,peerix=debug" } else { "info" };
+    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or(default))
+        .format(|out, record| writeln!(out, "{}: {}", record.level().as_str().to_lowercase(), record.args()))
+        .init();
+}
+
+fn wrong(flag: &str, value: &str, why: impl Display) -> String {
+    format!("--{flag} {value}: {why}")
+}
+
+fn text(flag: &str, value: OsString) -> Result<String, String> {
+    value.into_string().map_err(|value| wrong(flag, &value.to_string_lossy(), "not UTF-8"))
+}
+
+fn number(flag: &str, value: OsString, least: u64, most: u64) -> Result<u64, String> {
+    let value = text(flag, value)?;
+    match value.parse() {
+        Ok(number) if (least..=most).contains(&number) => Ok(number),
+        _ => Err(wrong(flag, &value, format_args!("not a number from {least} to {most}"))),
+    }
+}
+
+fn bind_address(value: &str) -> Result<IpAddr, String> {
+    let bare = value.strip_prefix('[').and_then(|v| v.strip_suffix(']')).unwrap_or(value);
+    bare.parse().map_err(|_| wrong("bind", value, "not an IP address"))
+}
+
+/// `host`, `host:port`, `[v6]`, `[v6]:port` or a bare IPv6 address.
+fn peer(value: &str) -> Result<(String, u16), String> {
+    let bad = |why: &str| wrong("peer", value, why);
+    let (host, port) = match value.rsplit_once(':') {
+        _ if value.parse::<IpAddr>().is_ok() || value.ends_with(']') => (value, None),
+        Some((host, port)) => (host, Some(port)),
+        None => (value, None),
+    };
+    let port = match port.map(str::parse) {
+        None => DEFAULT_PORT,
+        Some(Ok(port)) if port != 0 => port,
+        Some(_) => return Err(bad("not a port from 1 to 65535")),
+    };
+    let host = host.strip_prefix('[').and_then(|h| h.strip_suffix(']')).unwrap_or(host);
+    if host.is_empty() || host.contains(|c: char| c.is_whitespace() || c == '/') {
+        return Err(bad("not a host name or address"));
+    }
+    Ok((host.to_owned(), port))
+}
+
+fn url(flag: &str, value: String) -> Result<String, String> {
+    let rest = value.strip_prefix("http://").or_else(|| value.strip_prefix("https://"));
+    match rest {
+        Some(rest) if !rest.is_empty() && !value.contains(char::is_whitespace) => {
+            Ok(value.trim_end_matches('/').to_owned())
+        }
+        _ => Err(wrong(flag, &value, "not an http:// or https:// URL")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn run(args: &[&str]) -> Result<Config, String> {
+        run_with(args, |_| None)
+    }
+
+    fn run_with(args: &[&str], env: impl Fn(&str) -> Option<OsString>) -> Result<Config, String> {
+        match parse(args.iter().map(OsString::from), env)? {
+            Command::Run(config) => Ok(*config),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn the_command_line_of_the_original_still_works() {
+        let config = run(&[
+            "--port",
+            "12399",
+            "--timeout",
+            "80",
+            "--verbose",
+            "--private-key",
+            "/key",
+            "--mode",
+            "both",
+            "--tracker-url",
+            "http://tracker:12305/",
+            "--peer-id",
+            "me",
+            "--announce-addr",
+            "example.org",
+            "--no-verify",
+            "--upstream-cache",
+            "https://cache.example",
+            "--filter-patterns",
+            "*-secret",
+            "a b",
+            "--no-filter",
+            "--no-default-filters",
+        ])
+        .unwrap();
+        assert_eq!((config.port, config.timeout), (12399, Duration::from_millis(80)));
+        assert_eq!(config.mode, Mode::Both);
+        assert_eq!(config.tracker_urls, ["http://tracker:12305"]);
+        assert_eq!(config.filter_patterns, ["*-secret", "a b"]);
+        assert!(config.verbose && !config.verify && !config.filter && !config.default_filters);
+    }
+
+    #[test]
+    fn defaults_are_those_of_the_original() {
+        let config = run(&[]).unwrap();
+        assert_eq!((config.port, config.timeout, config.priority), (12304, Duration::from_millis(50), 20));
+        assert_eq!(config.bind, ["0.0.0.0".parse::<IpAddr>().unwrap()]);
+        assert_eq!(config.mode, Mode::Lan);
+        assert_eq!(config.upstream_cache, "https://cache.nixos.org");
+        assert!(config.verify && config.filter && config.default_filters && !config.verbose);
+    }
+
+    #[test]
+    fn the_environment_stands_in_for_flags() {
+        let env = |name: &str| match name {
+            "NIX_SECRET_KEY_FILE" => Some("/env/key".into()),
+            "STATE_DIRECTORY" => Some("/env/state".into()),
+            _ => None,
+        };
+        let config = run_with(&[], env).unwrap();
+        assert_eq!(config.private_key, Some("/env/key".into()));
+        assert_eq!(config.state_dir, Some("/env/state".into()));
+        let config = run_with(&["--private-key", "/flag"], env).unwrap();
+        assert_eq!(config.private_key, Some("/flag".into()));
+    }
+
+    #[test]
+    fn peers_and_addresses_in_every_spelling() {
+        let config = run(&[
+            "--peer",
+            "host",
+            "--peer=host:1",
+            "--peer",
+            "10.0.0.1:2",
+            "--peer",
+            "fd00::1",
+            "--peer",
+            "[fd00::1]",
+            "--peer",
+            "[fd00::1]:3",
+            "--bind",
+            "[::]",
+            "--bind",
+            "127.0.0.1",
+        ])
+        .unwrap();
+        let expected =
+            [("host", 12304), ("host", 1), ("10.0.0.1", 2), ("fd00::1", 12304), ("fd00::1", 12304), ("fd00::1", 3)];
+        assert_eq!(config.peers, expected.map(|(host, port)| (host.to_owned(), port)));
+        assert_eq!(config.bind.len(), 2);
+        assert!(config.bind[0].is_ipv6());
+    }
+
+    #[test]
+    fn each_mistake_is_one_line_that_names_it() {
+        for (args, names) in [
+            (&["--prot", "1"][..], "--prot"),
+            (&["--port"], "--port"),
+            (&["--port", "x"], "--port x"),
+            (&["--port", "70000"], "65535"),
+            (&["--port", "-1"], "--port"),
+            (&["--timeout", "0"], "--timeout 0"),
+            (&["--timeout", "99999999999999999999"], "--timeout"),
+            (&["--mode", "lna"], "--mode lna"),
+            (&["--mode", "wan"], "--tracker-url"),
+            (&["--bind", "eth0"], "--bind eth0"),
+            (&["--peer", "a b"], "--peer a b"),
+            (&["--peer", "a:0"], "--peer a:0"),
+            (&["--tracker-url", "tracker"], "--tracker-url tracker"),
+            (&["--trusted-public-key", "nope"], "--trusted-public-key nope"),
+            (&["--store-dir", "nix"], "--store-dir nix"),
+            (&["--filter-patterns"], "--filter-patterns"),
+            (&["--no-verify=yes"], "--no-verify"),
+            (&["extra"], "extra"),
+            (&["-x"], "-x"),
+        ] {
+            let error = run(args).unwrap_err();
+            assert!(error.contains(names) && !error.contains('\n'), "{args:?}: {error}");
+        }
+    }
+
+    #[test]
+    fn help_names_every_flag() {
+        for flag in [
+            "port",
+            "bind",
+            "timeout",
+            "peer",
+            "private-key",
+            "trusted-public-key",
+            "priority",
+            "mode",
+            "tracker-url",
+            "peer-id",
+            "announce-addr",
+            "no-verify",
+            "upstream-cache",
+            "no-filter",
+            "no-default-filters",
+            "filter-patterns",
+            "store-dir",
+            "db",
+            "state-dir",
+            "verbose",
+            "help",
+            "version",
+        ] {
+            assert!(HELP.contains(&format!("--{flag} ")) || HELP.contains(&format!("--{flag}\n")), "{flag}");
+        }
+        assert!(matches!(parse(["-h".into()], |_| None), Ok(Command::Help)));
+        assert!(matches!(parse(["--version".into()], |_| None), Ok(Command::Version)));
+    }
+}

@@ -1,0 +1,99 @@
+//! Every setting of the daemon, with its unit and default.
+
+use crate::nix::{PublicKey, StoreDir};
+use std::net::{IpAddr, Ipv4Addr};
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// Where peers are looked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mode {
+    /// On directly connected networks.
+    Lan,
+    /// Through a tracker.
+    Wan,
+    /// Both.
+    Both,
+}
+
+impl Mode {
+    /// Whether this node looks on the LAN and shares with it.
+    pub fn has_lan(self) -> bool {
+        self != Mode::Wan
+    }
+}
+
+/// Every setting. [`Config::default`] is what `peerix` without flags does.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// TCP and UDP port. Defaults to 12304; 0 takes a free one.
+    pub port: u16,
+    /// Addresses to listen on. Defaults to `0.0.0.0`.
+    pub bind: Vec<IpAddr>,
+    /// How long unknown LAN peers may take to answer. Defaults to 50 ms.
+    pub timeout: Duration,
+    /// Log what each request does. Defaults to false.
+    pub verbose: bool,
+    /// The secret key to sign this node's own paths with. Defaults to `$NIX_SECRET_KEY_FILE`, else none.
+    pub private_key: Option<PathBuf>,
+    /// Defaults to [`Mode::Lan`].
+    pub mode: Mode,
+    /// Trackers, for modes with WAN. Defaults to none.
+    pub tracker_urls: Vec<String>,
+    /// This node's ID at the trackers. Defaults to one that is made at the first start.
+    pub peer_id: Option<String>,
+    /// The address to announce to trackers. Defaults to the one they see.
+    pub announce_addr: Option<String>,
+    /// Whether WAN peers get only what the upstream cache has too. Defaults to true.
+    pub verify: bool,
+    /// Defaults to `https://cache.nixos.org`.
+    pub upstream_cache: String,
+    /// Whether paths are kept from WAN peers by name. Defaults to true.
+    pub filter: bool,
+    /// Whether that uses the built-in patterns. Defaults to true.
+    pub default_filters: bool,
+    /// Further patterns. Defaults to none.
+    pub filter_patterns: Vec<String>,
+    /// Nodes beyond the broadcast domain, `host` and port. Defaults to none.
+    pub peers: Vec<(String, u16)>,
+    /// `Priority` in nix-cache-info; lower is asked earlier, cache.nixos.org has 40. Defaults to 20.
+    pub priority: u32,
+    /// Defaults to `/nix/store`.
+    pub store_dir: StoreDir,
+    /// Nix's database. Defaults to `/nix/var/nix/db/db.sqlite`.
+    pub db: PathBuf,
+    /// Where identity, peer ID and counters are kept. Defaults to `$STATE_DIRECTORY`, else none.
+    pub state_dir: Option<PathBuf>,
+    /// Keys one of which must have signed what peers offer. Defaults to none, which leaves that to Nix.
+    pub trusted_public_keys: Vec<PublicKey>,
+}
+
+/// The port of peerix, TCP and UDP.
+pub const DEFAULT_PORT: u16 = 12304;
+
+impl Default for Config {
+    fn default() -> Self {
+        Config {
+            port: DEFAULT_PORT,
+            bind: vec![Ipv4Addr::UNSPECIFIED.into()],
+            timeout: Duration::from_millis(50),
+            verbose: false,
+            private_key: None,
+            mode: Mode::Lan,
+            tracker_urls: Vec::new(),
+            peer_id: None,
+            announce_addr: None,
+            verify: true,
+            upstream_cache: "https://cache.nixos.org".into(),
+            filter: true,
+            default_filters: true,
+            filter_patterns: Vec::new(),
+            peers: Vec::new(),
+            priority: 20,
+            store_dir: StoreDir::parse("/nix/store").expect("an absolute path"),
+            db: "/nix/var/nix/db/db.sqlite".into(),
+            state_dir: None,
+            trusted_public_keys: Vec::new(),
+        }
+    }
+}

@@ -1,0 +1,411 @@
+//! A NAR from peers, on its way to this machine's Nix: hashed and framing-checked as it passes, and continued from
+//! another peer at the same byte when one fails.
+//!
+//! Nix unpacks while it downloads, as root, before it knows the hash. So nothing malformed is passed on, and the last
+//! piece only when size and hash are right. A NAR of one piece, as most are, is checked before Nix sees any of it.
+
+use crate::lookup::{Lookup, Search, Source};
+use crate::nix::{Framing, HashPart, NarHash};
+use crate::peers::client::{Client, NarBody, STALL};
+use crate::peers::standing::{Fault, Standing};
+use crossbeam_channel::{Receiver, Sender, bounded};
+use ring::digest::{Context, SHA256};
+use std::collections::HashMap;
+use std::fmt;
+use std::io::{self, Read, Write};
+use std::net::SocketAddr;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// Bytes that are read, checked and passed on at once.
+const PIECE: usize = 256 * 1024;
+
+/// Pieces that wait for the hashing thread: enough that neither waits for the other's hiccups.
+const QUEUE: usize = 2;
+
+/// Peers tried for one NAR in all. A NAR that twelve peers could not deliver will not come.
+const MAX_TRIES: u32 = 12;
+/// Times the LAN is asked anew for one NAR.
+const MAX_SEARCHES: u32 = 3;
+
+/// A peer's pace is looked at after it was waited for so long.
+const PACE_WINDOW: Duration = Duration::from_secs(5);
+/// A peer that is slower than this, in bytes a second, is left for another one if there is one.
+const SLOW: u64 = 128 * 1024;
+/// One that is slower than this is left in any case: Nix would wait for it without end.
+const TOO_SLOW: u64 = 16 * 1024;
+
+/// After a pause this long, which Nix made, a peer that closed the connection is not to blame.
+const LONG_PAUSE: Duration = Duration::from_secs(20);
+
+/// A NAR that turned out wrong when part of it was with Nix already is not continued for so long: Nix asks for the rest
+/// within a second.
+const TAINTED_FOR: Duration = Duration::from_secs(60);
+/// Such NARs remembered.
+const MAX_TAINTED: usize = 256;
+
+/// Gets NARs from peers.
+pub struct Fetch {
+    lookup: Arc<Lookup>,
+    client: Arc<Client>,
+    standing: Arc<Standing>,
+    tainted: Mutex<HashMap<NarHash, Instant>>,
+}
+
+impl Fetch {
+    /// The parts it works with.
+    pub fn new(lookup: Arc<Lookup>, client: Arc<Client>, standing: Arc<Standing>) -> Self {
+        Fetch { lookup, client, standing, tainted: Mutex::default() }
+    }
+
+    /// A NAR that some peer says it has.
+    pub fn find(&self, hash_part: &HashPart, nar_hash: &NarHash) -> Option<Nar<'_>> {
+        let (source, search) = self.lookup.sources(hash_part, nar_hash)?;
+        let nar_size = source.nar_size;
+        Some(Nar {
+            fetch: self,
+            hash: *nar_hash,
+            size: nar_size,
+            range: 0..nar_size,
+            next: Some(source),
+            search,
+            searches: 1,
+            tries: 0,
+            current: None,
+            contributors: Vec::new(),
+            framing: Framing::with_nar_size(nar_size),
+            at: 0,
+            first: Vec::new(),
+            checked: false,
+        })
+    }
+
+    /// Whether part of this NAR, and a wrong one, was passed on lately.
+    pub fn is_tainted(&self, nar_hash: NarHash) -> bool {
+        let tainted = self.tainted.lock().unwrap_or_else(PoisonError::into_inner);
+        tainted.get(&nar_hash).is_some_and(|since| since.elapsed() < TAINTED_FOR)
+    }
+
+    fn taint(&self, nar_hash: NarHash) {
+        let mut tainted = self.tainted.lock().unwrap_or_else(PoisonError::into_inner);
+        if tainted.len() >= MAX_TAINTED {
+            tainted.clear();
+        }
+        tainted.insert(nar_hash, Instant::now());
+    }
+}
+
+/// One NAR under way.
+pub struct Nar<'a> {
+    fetch: &'a Fetch,
+    hash: NarHash,
+    size: u64,
+    /// What Nix wants of it. All before the range's end is fetched, or it could not be checked.
+    range: Range<u64>,
+    next: Option<Source>,
+    search: Search,
+    searches: u32,
+    tries: u32,
+    current: Option<Current>,
+    contributors: Vec<SocketAddr>,
+    framing: Framing,
+    /// Bytes received and framing-checked.
+    at: u64,
+    first: Vec<u8>,
+    /// The first piece is the whole NAR, and its hash is right.
+    checked: bool,
+}
+
+/// The peer that is sending.
+struct Current {
+    source: Source,
+    body: NarBody,
+    began: Instant,
+    last_read: Instant,
+    waited: Duration,
+    got: u64,
+}
+
+/// Why a peer's stream ended.
+struct Broken {
+    fault: Fault,
+    why: String,
+}
+
+impl Broken {
+    fn new(fault: Fault, why: impl fmt::Display) -> Self {
+        Broken { fault, why: why.to_string() }
+    }
+}
+
+impl Nar<'_> {
+    /// Bytes in the whole NAR.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// Gets the first piece, from whichever peer gives it. `None`: none does.
+    pub fn start(&mut self, range: Range<u64>) -> Option<()> {
+        self.range = range;
+        let mut piece = Vec::with_capacity(PIECE.min(usize::try_from(self.size).unwrap_or(PIECE)));
+        loop {
+            self.connect()?;
+            piece.clear();
+            match self.fill(&mut piece).and_then(|()| self.check_whole(&piece)) {
+                Ok(()) => {
+                    self.first = piece;
+                    return Some(());
+                }
+                Err(broken) => self.drop_current(&broken),
+            }
+            // Nothing has been passed on, so the next peer can begin from the beginning.
+            self.framing = Framing::with_nar_size(self.size);
+            self.at = 0;
+            self.contributors.clear();
+        }
+    }
+
+    /// Passes the NAR, or the range of it, on.
+    ///
+    /// # Errors
+    /// The writer's, or no peer is left, or what came is wrong: then the last piece was not written.
+    pub fn relay(mut self, out: &mut dyn Write) -> io::Result<()> {
+        let first = std::mem::take(&mut self.first);
+        if self.checked {
+            out.write_all(part(&first, 0, &self.range))?;
+            self.delivered();
+            return Ok(());
+        }
+        let (pieces, queue) = bounded(QUEUE);
+        let (recycle, recycled) = bounded(QUEUE + 2);
+        thread::scope(|scope| {
+            let hashing =
+                thread::Builder::new().name("nar-hash".into()).spawn_scoped(scope, move || hash(&queue, &recycle))?;
+            self.pass_on(first, pieces, &recycled, out, || hashing.join().ok())
+        })
+    }
+
+    fn pass_on(
+        &mut self,
+        mut piece: Vec<u8>,
+        pieces: Sender<Arc<Vec<u8>>>,
+        recycled: &Receiver<Vec<u8>>,
+        out: &mut dyn Write,
+        digest: impl FnOnce() -> Option<NarHash>,
+    ) -> io::Result<()> {
+        let mut from = 0;
+        while self.at < self.size {
+            let shared = Arc::new(piece);
+            let _ = pieces.send(shared.clone());
+            out.write_all(part(&shared, from, &self.range))?;
+            from = self.at;
+            if from >= self.range.end {
+                // Nix wanted no more; it cannot take a part for the whole.
+                return Ok(());
+            }
+            piece = recycled.try_recv().unwrap_or_default();
+            piece.clear();
+            self.next_piece(&mut piece)?;
+        }
+        let last = Arc::new(piece);
+        let _ = pieces.send(last.clone());
+        drop(pieces);
+        if digest() != Some(self.hash) {
+            return Err(self.wrong(&"sent a NAR with another hash"));
+        }
+        out.write_all(part(&last, from, &self.range))?;
+        self.delivered();
+        Ok(())
+    }
+
+    /// One more piece, from whichever peer gives it.
+    fn next_piece(&mut self, piece: &mut Vec<u8>) -> io::Result<()> {
+        loop {
+            if self.current.is_none() && self.connect().is_none() {
+                let why = format!("NAR {}: no peer left at byte {} of {}", self.hash, self.at, self.size);
+                log::warn!("{why}");
+                return Err(io::Error::other(why));
+            }
+            match self.fill(piece) {
+                Ok(()) => return Ok(()),
+                // The framing has seen the bad bytes, and who knows which bytes before were bad.
+                Err(Broken { fault: Fault::BadData, why }) => return Err(self.wrong(&why)),
+                Err(broken) => self.drop_current(&broken),
+            }
+        }
+    }
+
+    /// Reads the rest of a piece from the current peer.
+    fn fill(&mut self, piece: &mut Vec<u8>) -> Result<(), Broken> {
+        let Some(current) = &mut self.current else {
+            return Err(Broken::new(Fault::Unreachable, "not connected"));
+        };
+        let mut want = PIECE.min(usize::try_from(self.size - self.at).unwrap_or(PIECE) + piece.len()) - piece.len();
+        let mut patience = PACE_WINDOW;
+        while want > 0 {
+            let began = Instant::now();
+            let old = piece.len();
+            // Reading through `take` appends to the spare room of the piece without clearing it first.
+            let got = read_some(&mut current.body, piece, want)
+                .map_err(|e| Broken::new(Fault::Unreachable, format_args!("stream broke at byte {}: {e}", self.at)))?;
+            if got == 0 {
+                return Err(Broken::new(
+                    Fault::Unreachable,
+                    format_args!("stream ended at byte {} of {}", self.at, self.size),
+                ));
+            }
+            self.framing.push(&piece[old..]).map_err(|e| Broken::new(Fault::BadData, e))?;
+            self.at += got as u64;
+            want -= got;
+            current.got += got as u64;
+            current.last_read = Instant::now();
+            current.waited += current.last_read - began;
+            if current.waited >= patience {
+                let pace = (current.got as f64 / current.waited.as_secs_f64()) as u64;
+                if pace < TOO_SLOW && current.waited > STALL || pace < SLOW && self.search.has_more() {
+                    return Err(Broken::new(Fault::Unreachable, format_args!("too slow, {pace} bytes a second")));
+                }
+                patience = current.waited + PACE_WINDOW;
+            }
+        }
+        Ok(())
+    }
+
+    /// Connects to the next peer, at the byte that is wanted next.
+    fn connect(&mut self) -> Option<()> {
+        while self.tries < MAX_TRIES {
+            self.tries += 1;
+            let source = self.next_source()?;
+            let began = Instant::now();
+            match self.fetch.client.nar(source.peer, &source.url_path, self.at, self.size) {
+                Ok(body) => {
+                    if self.at > 0 {
+                        log::info!("NAR {}: continued from peer {} at byte {}", self.hash, source.peer, self.at);
+                    }
+                    if !self.contributors.contains(&source.peer) {
+                        self.contributors.push(source.peer);
+                    }
+                    let last_read = Instant::now();
+                    self.current = Some(Current { source, body, began, last_read, waited: Duration::ZERO, got: 0 });
+                    return Some(());
+                }
+                Err(e) => {
+                    log::debug!("NAR {}: peer {}: {e}", self.hash, source.peer);
+                    if let Some(fault) = e.fault() {
+                        self.fetch.standing.failed(source.peer, fault, began, Instant::now(), &e);
+                    }
+                }
+            }
+        }
+        None
+    }
+
+    fn next_source(&mut self) -> Option<Source> {
+        if let Some(source) = self.next.take() {
+            return Some(source);
+        }
+        loop {
+            self.search.resume();
+            let found = self.fetch.lookup.next_source(&mut self.search, &self.hash);
+            if let Some(source) = found.filter(|s| s.nar_size == self.size) {
+                return Some(source);
+            }
+            if self.searches >= MAX_SEARCHES {
+                return None;
+            }
+            self.searches += 1;
+            self.search = self.fetch.lookup.search(&self.search.hash_part().clone());
+        }
+    }
+
+    fn drop_current(&mut self, broken: &Broken) {
+        let Some(current) = self.current.take() else { return };
+        let peer = current.source.peer;
+        if broken.fault == Fault::Unreachable && current.last_read.elapsed() >= LONG_PAUSE {
+            log::debug!("NAR {}: peer {peer} closed in a pause: {}", self.hash, broken.why);
+            self.next = Some(current.source);
+            return;
+        }
+        log::debug!("NAR {}: peer {peer}: {}", self.hash, broken.why);
+        self.fetch.standing.failed(peer, broken.fault, current.began, Instant::now(), &broken.why);
+    }
+
+    /// A first piece that is the whole NAR has to be right before any of it is passed on.
+    fn check_whole(&mut self, piece: &[u8]) -> Result<(), Broken> {
+        if self.at < self.size {
+            return Ok(());
+        }
+        let digest = ring::digest::digest(&SHA256, piece);
+        if digest.as_ref() != self.hash.as_bytes() || !self.framing.is_complete() {
+            return Err(Broken::new(Fault::BadData, "sent a NAR with another hash"));
+        }
+        self.checked = true;
+        Ok(())
+    }
+
+    /// What came is wrong, and part of it is with Nix. Which of several peers sent it is not known.
+    fn wrong(&mut self, why: &dyn fmt::Display) -> io::Error {
+        self.fetch.taint(self.hash);
+        let now = Instant::now();
+        for peer in &self.contributors {
+            self.fetch.standing.failed(*peer, Fault::BadData, now, now, &format_args!("NAR {}: {why}", self.hash));
+        }
+        io::Error::other(format!("NAR {}: {why}", self.hash))
+    }
+
+    fn delivered(&self) {
+        let now = Instant::now();
+        self.contributors.iter().for_each(|peer| self.fetch.standing.delivered(*peer, now));
+    }
+}
+
+fn read_some(body: &mut NarBody, piece: &mut Vec<u8>, want: usize) -> io::Result<usize> {
+    let old = piece.len();
+    piece.resize(old + want, 0);
+    let got = body.read(&mut piece[old..]);
+    piece.truncate(old + got.as_ref().map_or(0, |n| *n));
+    got
+}
+
+/// The bytes of a piece, which is at `from` in the NAR, that lie in `range`.
+fn part<'a>(piece: &'a [u8], from: u64, range: &Range<u64>) -> &'a [u8] {
+    let within = |at: u64| usize::try_from(at.saturating_sub(from)).map_or(piece.len(), |at| at.min(piece.len()));
+    &piece[within(range.start)..within(range.end)]
+}
+
+/// Hashes pieces until there are no more, and gives back those that nobody else uses any longer.
+fn hash(pieces: &Receiver<Arc<Vec<u8>>>, recycle: &Sender<Vec<u8>>) -> NarHash {
+    let mut context = Context::new(&SHA256);
+    for piece in pieces {
+        context.update(&piece);
+        if let Some(piece) = Arc::into_inner(piece) {
+            let _ = recycle.try_send(piece);
+        }
+    }
+    let digest = context.finish();
+    NarHash::from_bytes(digest.as_ref().try_into().expect("SHA-256 has 32 bytes"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_part_of_a_piece_in_a_range() {
+        let piece = b"0123456789";
+        for (from, range, expected) in [
+            (0, 0..10, &b"0123456789"[..]),
+            (100, 0..200, b"0123456789"),
+            (100, 103..105, b"34"),
+            (100, 0..105, b"01234"),
+            (100, 105..200, b"56789"),
+            (100, 0..100, b""),
+            (100, 110..200, b""),
+            (u64::MAX - 10, 0..u64::MAX, b"0123456789"),
+        ] {
+            assert_eq!(part(piece, from, &range), expected, "{from} {range:?}");
+        }
+    }
+}

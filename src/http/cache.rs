@@ -1,0 +1,181 @@
+//! The routes of peerix, and the one place where what went wrong becomes a status.
+
+use super::permits::{Permit, Permits};
+use super::response::Exchange;
+use super::route::{Refusal, Route, route};
+use super::server::Handler;
+use super::{Request, nar, narinfo};
+use crate::fetch::Fetch;
+use crate::lookup::Lookup;
+use crate::nix::{HashPart, SecretKey, StoreDir, StorePath};
+use crate::share::{Scope, Share};
+use crate::store::{Store, StoreError};
+use std::fmt;
+use std::io;
+use std::sync::Arc;
+
+/// Everything the routes need.
+pub struct Cache {
+    /// This machine's store.
+    pub store: Arc<Store>,
+    /// Who may have what.
+    pub share: Arc<Share>,
+    /// Who has it.
+    pub lookup: Arc<Lookup>,
+    /// NARs from peers.
+    pub fetch: Fetch,
+    /// Signs narinfos of the own store.
+    pub signer: Option<narinfo::Signer>,
+    /// For nix-cache-info.
+    pub store_dir: StoreDir,
+    /// For nix-cache-info.
+    pub priority: u32,
+    /// For long answers.
+    pub permits: Permits,
+}
+
+/// Why a request could not be answered with what it asked for.
+pub enum Failure {
+    /// 400, 403, 404 or 405.
+    Refused(Refusal),
+    /// 416, of so many bytes.
+    Unsatisfiable(u64),
+    /// Too many long answers at once.
+    Busy,
+    /// Our own fault.
+    Store(StoreError),
+    /// The connection's, or a body that cannot be completed.
+    Io(io::Error),
+}
+
+impl From<StoreError> for Failure {
+    fn from(e: StoreError) -> Self {
+        Failure::Store(e)
+    }
+}
+
+impl From<io::Error> for Failure {
+    fn from(e: io::Error) -> Self {
+        Failure::Io(e)
+    }
+}
+
+/// A 404.
+pub const NOT_THERE: Failure = Failure::Refused(Refusal::NotThere);
+
+impl Handler for Cache {
+    fn handle(&self, request: &Request<'_>, exchange: &mut Exchange<'_>) -> io::Result<()> {
+        let scope = self.share.scope(request.asker.ip());
+        let answered = route(request.method, request.target, scope, self.share.serves(scope))
+            .map_err(Failure::Refused)
+            .and_then(|route| self.answer(&route, request, scope, exchange));
+        let Err(failure) = answered else { return Ok(()) };
+        // This machine's Nix takes a 5xx for a reason to fail the build; a 404 sends it to its next substituter.
+        let busy = |exchange: &mut Exchange<'_>, line| match scope {
+            Scope::ThisMachine => exchange.say(404, line),
+            _ => {
+                let retry = [("Retry-After", "1"), ("Content-Type", "text/plain; charset=utf-8")];
+                exchange.send(503, &retry, format!("{line}\n").as_bytes())
+            }
+        };
+        match failure {
+            Failure::Refused(Refusal::Malformed) => exchange.say(400, "bad request"),
+            Failure::Refused(Refusal::Forbidden) => exchange.say(403, "not for this address"),
+            Failure::Refused(Refusal::NotThere) => exchange.say(404, "not found"),
+            Failure::Refused(Refusal::Method) => {
+                let fields = [("Allow", "GET, HEAD"), ("Content-Type", "text/plain; charset=utf-8")];
+                exchange.send(405, &fields, b"only GET and HEAD\n")
+            }
+            Failure::Unsatisfiable(size) => exchange.send(416, &[("Content-Range", &format!("bytes */{size}"))], b""),
+            Failure::Busy => busy(exchange, "busy"),
+            Failure::Store(e) => {
+                log::error!("{e}");
+                busy(exchange, "not available")
+            }
+            Failure::Io(e) => Err(e),
+        }
+    }
+
+    fn after_panic(&self, request: &Request<'_>, exchange: &mut Exchange<'_>) -> io::Result<()> {
+        match self.share.scope(request.asker.ip()) {
+            Scope::ThisMachine => exchange.say(404, "not available"),
+            _ => exchange.say(500, "not available"),
+        }
+    }
+}
+
+impl Cache {
+    fn answer(
+        &self,
+        route: &Route,
+        request: &Request<'_>,
+        scope: Scope,
+        exchange: &mut Exchange<'_>,
+    ) -> Result<(), Failure> {
+        match route {
+            Route::CacheInfo => self.cache_info(exchange),
+            Route::PeerNarinfo(hash_part) => narinfo::from_peer(self, hash_part, exchange),
+            Route::OwnNarinfo(hash_part, view) => narinfo::own(self, hash_part, *view, exchange),
+            Route::PeerNar(name) => {
+                let _permit = self.permit(request, scope)?;
+                nar::from_peer(self, name, request, exchange)
+            }
+            Route::OwnNar(name) => {
+                let _permit = self.permit(request, scope)?;
+                nar::own(self, name, request, exchange)
+            }
+            Route::Listing(hash_part) => {
+                let _permit = self.permit(request, scope)?;
+                self.listing(hash_part, exchange)
+            }
+            Route::Log(derivation) => {
+                let _permit = self.permit(request, scope)?;
+                self.log(derivation, scope, exchange)
+            }
+        }
+    }
+
+    fn permit(&self, request: &Request<'_>, scope: Scope) -> Result<Permit<'_>, Failure> {
+        let permit = match scope {
+            Scope::ThisMachine => self.permits.for_this_machine(),
+            _ => self.permits.for_peer(request.asker.ip().to_canonical()),
+        };
+        permit.ok_or(Failure::Busy)
+    }
+
+    fn cache_info(&self, exchange: &mut Exchange<'_>) -> Result<(), Failure> {
+        let text = format!("StoreDir: {}\nWantMassQuery: 1\nPriority: {}\n", self.store_dir.as_str(), self.priority);
+        Ok(exchange.send(200, &[("Content-Type", "text/x-nix-cache-info")], text.as_bytes())?)
+    }
+
+    fn listing(&self, hash_part: &HashPart, exchange: &mut Exchange<'_>) -> Result<(), Failure> {
+        let info = self.store.path_info(hash_part)?.ok_or(NOT_THERE)?;
+        let json = self.store.listing(&info).map_err(|e| not_served(&info.path, &e))?;
+        Ok(exchange.send(200, &[("Content-Type", "application/json")], &json)?)
+    }
+
+    /// The log of a derivation that is a valid path, or, for this machine, of any.
+    fn log(&self, derivation: &StorePath, scope: Scope, exchange: &mut Exchange<'_>) -> Result<(), Failure> {
+        if scope != Scope::ThisMachine {
+            let valid = self.store.path_info(&derivation.hash_part())?;
+            valid.filter(|info| info.path == *derivation).ok_or(NOT_THERE)?;
+        }
+        let mut log = self.store.log(derivation)?.ok_or(NOT_THERE)?;
+        exchange.begin(200, &[("Content-Type", "text/plain; charset=utf-8")], log.len)?;
+        if exchange.wants_body() {
+            io::copy(&mut log.reader, exchange)?;
+        }
+        Ok(())
+    }
+}
+
+/// A path that is in the database and cannot be read from the store is as good as absent.
+pub(super) fn not_served(path: &StorePath, why: &dyn fmt::Display) -> Failure {
+    log::warn!("{path}: {why}");
+    NOT_THERE
+}
+
+/// The secret key and its narinfo signatures.
+pub fn signer(key: SecretKey) -> narinfo::Signer {
+    narinfo::Signer::new(key)
+}

@@ -1,0 +1,260 @@
+//! Reading the head of a request, strictly: what two parsers could understand in two ways is refused.
+
+use std::io::{self, Read};
+use std::net::{SocketAddr, TcpStream};
+use std::time::{Duration, Instant};
+
+/// A head may be so long. Nix's have 200 bytes; 16 KiB leaves room for a proxy's.
+pub const MAX_HEAD: usize = 16 * 1024;
+/// A head may have so many fields.
+const MAX_FIELDS: usize = 64;
+/// A head has to be complete so long after its first byte, however slowly it comes.
+pub const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
+/// A connection without a request is kept for so long.
+pub const IDLE_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Read at once. A request of Nix fits, and it is on the stack of up to 1,024 threads.
+const CHUNK: usize = 4096;
+
+/// One request.
+pub struct Request<'a> {
+    /// `GET`, `HEAD`, …
+    pub method: &'a str,
+    /// The request target, as sent.
+    pub target: &'a str,
+    /// Address of the other end of the connection.
+    pub asker: SocketAddr,
+    fields: &'a [httparse::Header<'a>],
+    /// Whether the connection may be used again.
+    pub keep_alive: bool,
+    /// Whether a body follows, which nobody here reads.
+    pub has_body: bool,
+}
+
+impl Request<'_> {
+    /// The value of a field, if it is there and is text; the first one if there are several.
+    pub fn field(&self, name: &str) -> Option<&str> {
+        let field = self.fields.iter().find(|f| f.name.eq_ignore_ascii_case(name))?;
+        std::str::from_utf8(field.value).ok()
+    }
+}
+
+/// Why a head is refused.
+#[derive(Debug, PartialEq, Eq)]
+pub enum BadHead {
+    /// 431.
+    TooLarge,
+    /// 400, and why.
+    Malformed(&'static str),
+}
+
+/// What came of waiting for a head.
+pub enum Received {
+    /// So many bytes of the buffer are a head.
+    Head(usize),
+    /// The other end closed, or was silent for too long.
+    Nothing,
+    /// It is refused.
+    Bad(BadHead),
+}
+
+/// What was received and not yet consumed: part of a head, or the requests that were pipelined behind it.
+#[derive(Default)]
+pub struct Buffer {
+    bytes: Vec<u8>,
+    scanned: usize,
+}
+
+impl Buffer {
+    /// Waits for a whole head.
+    ///
+    /// # Errors
+    /// The socket's.
+    pub fn receive(&mut self, stream: &TcpStream) -> io::Result<Received> {
+        let mut began = (!self.bytes.is_empty()).then(Instant::now);
+        loop {
+            if let Some(len) = self.head_len() {
+                return Ok(Received::Head(len));
+            }
+            if self.bytes.len() >= MAX_HEAD {
+                return Ok(Received::Bad(BadHead::TooLarge));
+            }
+            let left = match began {
+                None => IDLE_TIMEOUT,
+                Some(began) => HEAD_TIMEOUT.saturating_sub(began.elapsed()),
+            };
+            if left.is_zero() {
+                return Ok(Received::Nothing);
+            }
+            stream.set_read_timeout(Some(left))?;
+            let mut chunk = [0; CHUNK];
+            match (&*stream).read(&mut chunk) {
+                Ok(0) => return Ok(Received::Nothing),
+                Ok(n) => self.bytes.extend_from_slice(&chunk[..n]),
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => {
+                    return Ok(Received::Nothing);
+                }
+                Err(e) => return Err(e),
+            }
+            began.get_or_insert_with(Instant::now);
+        }
+    }
+
+    /// Whether nothing is left over, so that the connection is idle.
+    pub fn is_empty(&self) -> bool {
+        self.bytes.is_empty()
+    }
+
+    /// The first `len` bytes.
+    pub fn head(&self, len: usize) -> &[u8] {
+        &self.bytes[..len]
+    }
+
+    /// Drops the first `len` bytes.
+    pub fn consume(&mut self, len: usize) {
+        self.bytes.drain(..len);
+        self.scanned = 0;
+    }
+
+    /// The length of the head in front, with its blank line.
+    fn head_len(&mut self) -> Option<usize> {
+        let from = self.scanned.saturating_sub(3);
+        let end = self.bytes[from..].windows(4).position(|w| w == b"\r\n\r\n");
+        self.scanned = self.bytes.len();
+        end.map(|at| from + at + 4).filter(|&len| len <= MAX_HEAD)
+    }
+}
+
+/// Reads a head and hands the request, or why it is refused, to `then`.
+pub fn parse<T>(head: &[u8], asker: SocketAddr, then: impl FnOnce(Result<Request<'_>, BadHead>) -> T) -> T {
+    let mut fields = [httparse::EMPTY_HEADER; MAX_FIELDS];
+    let mut request = httparse::Request::new(&mut fields);
+    then(check(head, request.parse(head)).and_then(|()| {
+        let (Some(method), Some(target), Some(minor)) = (request.method, request.path, request.version) else {
+            return Err(BadHead::Malformed("request line incomplete"));
+        };
+        let has_body = body_length(request.headers)? > 0;
+        let close = request.headers.iter().any(|f| {
+            f.name.eq_ignore_ascii_case("connection") && f.value.to_ascii_lowercase().windows(5).any(|w| w == b"close")
+        });
+        let keep_alive = minor == 1 && !close && !has_body;
+        Ok(Request { method, target, asker, fields: request.headers, keep_alive, has_body })
+    }))
+}
+
+fn check(head: &[u8], parsed: httparse::Result<usize>) -> Result<(), BadHead> {
+    // httparse takes a bare LF for a line's end; another parser on the way may not.
+    let bare = |i: usize| match head[i] {
+        b'\n' => i == 0 || head[i - 1] != b'\r',
+        b'\r' => head.get(i + 1) != Some(&b'\n'),
+        _ => false,
+    };
+    if (0..head.len()).any(bare) {
+        return Err(BadHead::Malformed("bare CR or LF"));
+    }
+    match parsed {
+        Ok(httparse::Status::Complete(len)) if len == head.len() => Ok(()),
+        Ok(_) => Err(BadHead::Malformed("request line missing")),
+        Err(httparse::Error::TooManyHeaders) => Err(BadHead::TooLarge),
+        Err(_) => Err(BadHead::Malformed("not an HTTP/1.1 request")),
+    }
+}
+
+fn body_length(fields: &[httparse::Header<'_>]) -> Result<u64, BadHead> {
+    let named = |name: &'static str| fields.iter().filter(move |f| f.name.eq_ignore_ascii_case(name));
+    if named("transfer-encoding").next().is_some() {
+        return Err(BadHead::Malformed("Transfer-Encoding"));
+    }
+    let mut lengths = named("content-length");
+    match (lengths.next(), lengths.next()) {
+        (None, _) => Ok(0),
+        (Some(_), Some(_)) => Err(BadHead::Malformed("two Content-Lengths")),
+        (Some(field), None) => {
+            let text = std::str::from_utf8(field.value).unwrap_or_default();
+            let digits = !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
+            text.parse().ok().filter(|_| digits).ok_or(BadHead::Malformed("Content-Length"))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn with<T>(head: &str, then: impl FnOnce(Result<Request<'_>, BadHead>) -> T) -> T {
+        parse(head.as_bytes(), "127.0.0.1:1".parse().unwrap(), then)
+    }
+
+    #[test]
+    fn a_request_of_nix() {
+        let head = "GET /x.narinfo HTTP/1.1\r\nHost: 127.0.0.1:12304\r\nUser-Agent: curl/8.13.0 Nix/2.26.3\r\nAccept: */*\r\nrange: bytes=1-\r\n\r\n";
+        with(head, |request| {
+            let request = request.unwrap();
+            assert_eq!((request.method, request.target), ("GET", "/x.narinfo"));
+            assert_eq!(request.field("Range"), Some("bytes=1-"));
+            assert!(request.keep_alive && !request.has_body);
+        });
+    }
+
+    #[test]
+    fn what_can_be_read_in_two_ways_is_refused() {
+        for head in [
+            "GET / HTTP/1.1\nHost: a\r\n\r\n",
+            "GET / HTTP/1.1\r\nA: b\n\r\n\r\n",
+            "GET / HTTP/1.1\r\nA: b\r\n folded\r\n\r\n",
+            "GET / HTTP/1.1\r\nA : b\r\n\r\n",
+            "GET / HTTP/1.1\r\nA: b\rc\r\n\r\n",
+            "GET / HTTP/1.1\r\nA: b\0c\r\n\r\n",
+            "POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n",
+            "POST / HTTP/1.1\r\nContent-Length: 1\r\nContent-Length: 1\r\n\r\n",
+            "POST / HTTP/1.1\r\nContent-Length: +1\r\n\r\n",
+            "POST / HTTP/1.1\r\nContent-Length: -1\r\n\r\n",
+            "POST / HTTP/1.1\r\nContent-Length: 1, 1\r\n\r\n",
+            "POST / HTTP/1.1\r\nContent-Length: 99999999999999999999\r\n\r\n",
+            "GET / HTTP/2.0\r\n\r\n",
+            "GET /\r\n\r\n",
+            "\r\n\r\n",
+            "nonsense\r\n\r\n",
+        ] {
+            with(head, |request| {
+                assert!(matches!(request, Err(BadHead::Malformed(_))), "{head:?}");
+            });
+        }
+        let many = format!("GET / HTTP/1.1\r\n{}\r\n", "A: b\r\n".repeat(MAX_FIELDS + 1));
+        with(&many, |request| assert_eq!(request.err(), Some(BadHead::TooLarge)));
+    }
+
+    #[test]
+    fn when_a_connection_is_not_used_again() {
+        for (head, keep, body) in [
+            ("GET / HTTP/1.1\r\n\r\n", true, false),
+            ("GET / HTTP/1.0\r\n\r\n", false, false),
+            ("GET / HTTP/1.1\r\nConnection: Close\r\n\r\n", false, false),
+            ("GET / HTTP/1.1\r\nContent-Length: 0\r\n\r\n", true, false),
+            ("PUT / HTTP/1.1\r\nContent-Length: 999999999999\r\n\r\n", false, true),
+        ] {
+            with(head, |request| {
+                let request = request.unwrap();
+                assert_eq!((request.keep_alive, request.has_body), (keep, body), "{head:?}");
+            });
+        }
+    }
+
+    #[test]
+    fn a_head_is_found_however_it_is_cut() {
+        let two = b"GET /1 HTTP/1.1\r\n\r\nGET /2 HTTP/1.1\r\nA: b\r\n\r\n";
+        for cut in 0..two.len() {
+            let mut buffer = Buffer::default();
+            buffer.bytes.extend_from_slice(&two[..cut]);
+            if buffer.head_len().is_none() {
+                buffer.bytes.extend_from_slice(&two[cut..]);
+                assert_eq!(buffer.head_len(), Some(19), "{cut}");
+            }
+        }
+        let mut buffer = Buffer { bytes: two.to_vec(), scanned: 0 };
+        assert_eq!(buffer.head_len(), Some(19));
+        buffer.consume(19);
+        assert_eq!(buffer.head_len(), Some(two.len() - 19));
+    }
+}

@@ -1,0 +1,17 @@
+//! The HTTP server: connections and their bounds ([`server`]), what a request asks for ([`route`]), and one module
+//! per kind of answer, put together in [`cache`].
+//!
+//! tiny_http writes the messages; the connections are ours: docs/dependencies.md tells why.
+
+pub mod cache;
+mod head;
+mod nar;
+mod narinfo;
+pub mod permits;
+mod range;
+mod response;
+pub mod route;
+pub mod server;
+
+pub use head::Request;
+pub use response::Exchange;

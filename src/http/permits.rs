@@ -1,0 +1,116 @@
+//! Permits for the long answers: NARs, listings and logs. Short answers need none, so that they never wait for long
+//! ones.
+
+use std::collections::HashMap;
+use std::net::IpAddr;
+use std::sync::{Condvar, Mutex};
+use std::time::{Duration, Instant};
+
+/// Long answers at once. Each holds up to 1 MiB of buffers.
+pub const MAX_STREAMS: usize = 64;
+/// Of these, so many for others than this machine's Nix, which otherwise would stand behind neighbours that read
+/// slowly or maliciously.
+pub const MAX_PEER_STREAMS: usize = 48;
+/// Of these, so many for one peer: Nix asks for 16 NARs at once, and one peer alone must not shut out the others.
+pub const MAX_STREAMS_PER_PEER: usize = 32;
+
+/// How long this machine's Nix waits for its turn before it is told 404 and goes to its next substituter.
+const OWN_PATIENCE: Duration = Duration::from_secs(30);
+
+#[derive(Default)]
+struct Taken {
+    own: usize,
+    peers: HashMap<IpAddr, usize>,
+}
+
+impl Taken {
+    fn by_peers(&self) -> usize {
+        self.peers.values().sum()
+    }
+}
+
+/// The permits that are left.
+#[derive(Default)]
+pub struct Permits {
+    taken: Mutex<Taken>,
+    returned: Condvar,
+}
+
+/// A permit; dropping it returns it.
+pub struct Permit<'a> {
+    permits: &'a Permits,
+    peer: Option<IpAddr>,
+}
+
+impl Permits {
+    /// For this machine's Nix: waits for its turn, up to 30 seconds.
+    pub fn for_this_machine(&self) -> Option<Permit<'_>> {
+        let until = Instant::now() + OWN_PATIENCE;
+        let mut taken = self.lock();
+        while taken.own + taken.by_peers() >= MAX_STREAMS {
+            let left = until.checked_duration_since(Instant::now())?;
+            taken = self.returned.wait_timeout(taken, left).unwrap_or_else(|e| e.into_inner()).0;
+        }
+        taken.own += 1;
+        Some(Permit { permits: self, peer: None })
+    }
+
+    /// For a peer: now or not at all.
+    pub fn for_peer(&self, peer: IpAddr) -> Option<Permit<'_>> {
+        let mut taken = self.lock();
+        let by_peers = taken.by_peers();
+        let its = taken.peers.get(&peer).copied().unwrap_or(0);
+        if taken.own + by_peers >= MAX_STREAMS || by_peers >= MAX_PEER_STREAMS || its >= MAX_STREAMS_PER_PEER {
+            return None;
+        }
+        taken.peers.insert(peer, its + 1);
+        Some(Permit { permits: self, peer: Some(peer) })
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Taken> {
+        self.taken.lock().unwrap_or_else(|e| e.into_inner())
+    }
+}
+
+impl Drop for Permit<'_> {
+    fn drop(&mut self) {
+        let mut taken = self.permits.lock();
+        match self.peer {
+            None => taken.own -= 1,
+            Some(peer) => {
+                if let Some(its) = taken.peers.get_mut(&peer) {
+                    *its -= 1;
+                    if *its == 0 {
+                        taken.peers.remove(&peer);
+                    }
+                }
+            }
+        }
+        self.permits.returned.notify_one();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn peers_cannot_take_everything() {
+        let permits = Permits::default();
+        let peer = |last| IpAddr::from([10, 0, 0, last]);
+        let greedy: Vec<_> = (0..100).map_while(|_| permits.for_peer(peer(1))).collect();
+        assert_eq!(greedy.len(), MAX_STREAMS_PER_PEER);
+        let others: Vec<_> = (2..100).map_while(|last| permits.for_peer(peer(last))).collect();
+        assert_eq!(greedy.len() + others.len(), MAX_PEER_STREAMS);
+        let own: Vec<_> = (MAX_PEER_STREAMS..MAX_STREAMS).map(|_| permits.for_this_machine().unwrap()).collect();
+        // With none left, this machine waits until one comes back.
+        std::thread::scope(|scope| {
+            let waiting = scope.spawn(|| permits.for_this_machine().is_some());
+            drop(greedy);
+            assert!(waiting.join().unwrap());
+        });
+        drop((others, own));
+        assert_eq!(permits.lock().own, 0);
+        assert!(permits.lock().peers.is_empty());
+    }
+}

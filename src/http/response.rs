@@ -1,0 +1,119 @@
+//! Writing one response. tiny_http makes the bytes of the head; they leave in one write with the body's first.
+
+use std::io::{self, IoSlice, Write};
+use std::net::TcpStream;
+use tiny_http::{HTTPVersion, Header, Response, StatusCode};
+
+/// One response on one connection.
+pub struct Exchange<'a> {
+    stream: &'a TcpStream,
+    head_only: bool,
+    close: bool,
+    head: Vec<u8>,
+    begun: bool,
+    missing: u64,
+}
+
+impl<'a> Exchange<'a> {
+    pub(super) fn new(stream: &'a TcpStream, head_only: bool, close: bool) -> Self {
+        Exchange { stream, head_only, close, head: Vec::new(), begun: false, missing: 0 }
+    }
+
+    /// A whole response in one write.
+    ///
+    /// # Errors
+    /// The socket's.
+    pub fn send(&mut self, status: u16, fields: &[(&str, &str)], body: &[u8]) -> io::Result<()> {
+        self.begin(status, fields, body.len() as u64)?;
+        if !self.head_only { self.write_all(body) } else { Ok(()) }
+    }
+
+    /// A short answer in words.
+    ///
+    /// # Errors
+    /// The socket's.
+    pub fn say(&mut self, status: u16, line: &str) -> io::Result<()> {
+        self.send(status, &[("Content-Type", "text/plain; charset=utf-8")], format!("{line}\n").as_bytes())
+    }
+
+    /// Begins a response whose body of `len` bytes is then written to this. A body that stays shorter makes the
+    /// connection be cut, so that nobody takes it for whole.
+    ///
+    /// # Errors
+    /// The socket's.
+    pub fn begin(&mut self, status: u16, fields: &[(&str, &str)], len: u64) -> io::Result<()> {
+        let field = |name: &str, value: &str| {
+            Header::from_bytes(name, value).map_err(|()| io::Error::other(format!("header {name}: not ASCII")))
+        };
+        let mut headers = Vec::with_capacity(fields.len() + 1);
+        headers.push(field("Server", concat!("peerix/", env!("CARGO_PKG_VERSION")))?);
+        for (name, value) in fields {
+            headers.push(field(name, value)?);
+        }
+        let len = usize::try_from(len).map_err(io::Error::other)?;
+        let response = Response::new(StatusCode(status), headers, io::empty(), Some(len), None);
+        // A length is always known, and chunks would hide a cut.
+        let response = response.with_chunked_threshold(usize::MAX);
+        self.head.clear();
+        response.raw_print(&mut self.head, HTTPVersion(1, 1), &[], true, None)?;
+        if self.close {
+            // tiny_http leaves this field to its own connections.
+            self.head.truncate(self.head.len() - 2);
+            self.head.extend_from_slice(b"Connection: close\r\n\r\n");
+        }
+        self.begun = true;
+        self.missing = if self.head_only { 0 } else { len as u64 };
+        if self.missing == 0 { self.flush_head() } else { Ok(()) }
+    }
+
+    /// Whether a body is wanted at all: not for HEAD.
+    pub fn wants_body(&self) -> bool {
+        !self.head_only
+    }
+
+    /// Whether anything of a response exists yet.
+    pub(super) fn has_begun(&self) -> bool {
+        self.begun
+    }
+
+    /// Whether everything promised was sent.
+    pub(super) fn is_whole(&self) -> bool {
+        self.begun && self.missing == 0 && self.head.is_empty()
+    }
+
+    fn flush_head(&mut self) -> io::Result<()> {
+        let head = std::mem::take(&mut self.head);
+        self.stream.write_all(&head)
+    }
+
+    fn count(&mut self, written: usize) -> io::Result<usize> {
+        let left = self.missing.checked_sub(written as u64);
+        self.missing = left.ok_or_else(|| io::Error::other("body longer than promised"))?;
+        Ok(written)
+    }
+}
+
+impl Write for Exchange<'_> {
+    fn write(&mut self, piece: &[u8]) -> io::Result<usize> {
+        if piece.len() as u64 > self.missing {
+            return Err(io::Error::other("body longer than promised"));
+        }
+        if self.head.is_empty() {
+            let written = self.stream.write(piece)?;
+            return self.count(written);
+        }
+        let written = self.stream.write_vectored(&[IoSlice::new(&self.head), IoSlice::new(piece)])?;
+        let of_head = written.min(self.head.len());
+        self.head.drain(..of_head);
+        if self.head.is_empty() && written > of_head {
+            return self.count(written - of_head);
+        }
+        self.flush_head()?;
+        let written = self.stream.write(piece)?;
+        self.count(written)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}

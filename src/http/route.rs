@@ -1,0 +1,212 @@
+//! What a request asks for, and whether its asker may ask that. Pure: decided from method, target and scope.
+
+use crate::nix::{HashPart, NarHash, StorePath};
+use crate::share::Scope;
+use percent_encoding::percent_decode_str;
+
+/// A NAR by name: `<hash part>-<NAR hash>.nar`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct NarName {
+    /// The path.
+    pub hash_part: HashPart,
+    /// The NAR it must have.
+    pub nar_hash: NarHash,
+}
+
+impl NarName {
+    fn parse(text: &str) -> Option<Self> {
+        let (hash_part, nar_hash) = text.strip_suffix(".nar")?.split_once('-')?;
+        Some(NarName {
+            hash_part: HashPart::parse(hash_part.as_bytes()).ok()?,
+            nar_hash: NarHash::from_nix32(nar_hash).ok()?,
+        })
+    }
+}
+
+impl std::fmt::Display for NarName {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}-{}.nar", self.hash_part, self.nar_hash.to_nix32())
+    }
+}
+
+/// Which of the two views of the own store; they differ in what a narinfo's `URL` is relative to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum View {
+    /// `/local`: URLs are relative to the server's root, as peers expect.
+    Peers,
+    /// `/store`: a standard cache.
+    Cache,
+}
+
+/// What is asked for.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Route {
+    /// `/nix-cache-info` and `/store/nix-cache-info`.
+    CacheInfo,
+    /// `/<hash part>.narinfo`: does any peer have it?
+    PeerNarinfo(HashPart),
+    /// `/peer/nar/…`: from a peer.
+    PeerNar(NarName),
+    /// `/local/….narinfo`, `/store/….narinfo`: of the own store.
+    OwnNarinfo(HashPart, View),
+    /// `/local/nar/…`, `/store/nar/…`: of the own store.
+    OwnNar(NarName),
+    /// `/store/<hash part>.ls`.
+    Listing(HashPart),
+    /// `/store/log/<derivation>`.
+    Log(StorePath),
+}
+
+/// Why a request gets no answer of its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Refusal {
+    /// 400.
+    Malformed,
+    /// 403.
+    Forbidden,
+    /// 404.
+    NotThere,
+    /// 405.
+    Method,
+}
+
+/// A target longer than this has no route; the longest that has is a log's, with a name of 211 bytes that may all be
+/// percent-encoded.
+const MAX_TARGET: usize = 1024;
+
+/// Decides. `served` is whether the asker's scope is served at all.
+///
+/// # Errors
+/// See [`Refusal`].
+pub fn route(method: &str, target: &str, scope: Scope, served: bool) -> Result<Route, Refusal> {
+    if !matches!(method, "GET" | "HEAD") {
+        return Err(Refusal::Method);
+    }
+    if target.len() > MAX_TARGET {
+        return Err(Refusal::NotThere);
+    }
+    let path = match target.strip_prefix("http://") {
+        // The absolute form, which a server has to understand.
+        Some(rest) => rest.find('/').map_or("/", |at| &rest[at..]),
+        None => target,
+    };
+    let path = path.split(['?', '#']).next().unwrap_or_default();
+    let path = percent_decode_str(path).decode_utf8().map_err(|_| Refusal::Malformed)?;
+    let Some(path) = path.strip_prefix('/') else { return Err(Refusal::Malformed) };
+    if path.bytes().any(|b| b.is_ascii_control()) {
+        return Err(Refusal::Malformed);
+    }
+    let route = find(path).ok_or(Refusal::NotThere)?;
+    let allowed = match route {
+        Route::PeerNarinfo(_) | Route::PeerNar(_) => scope == Scope::ThisMachine,
+        _ => served,
+    };
+    if allowed { Ok(route) } else { Err(Refusal::Forbidden) }
+}
+
+fn find(path: &str) -> Option<Route> {
+    let narinfo = |name: &str| HashPart::parse(name.strip_suffix(".narinfo")?.as_bytes()).ok();
+    match path.split_once('/') {
+        None if path == "nix-cache-info" => Some(Route::CacheInfo),
+        None => narinfo(path).map(Route::PeerNarinfo),
+        Some(("peer", rest)) => NarName::parse(rest.strip_prefix("nar/")?).map(Route::PeerNar),
+        Some(("local", rest)) => match rest.strip_prefix("nar/") {
+            Some(name) => NarName::parse(name).map(Route::OwnNar),
+            None => narinfo(rest).map(|hash_part| Route::OwnNarinfo(hash_part, View::Peers)),
+        },
+        Some(("store", "nix-cache-info")) => Some(Route::CacheInfo),
+        Some(("store", rest)) => match rest.split_once('/') {
+            Some(("nar", name)) => NarName::parse(name).map(Route::OwnNar),
+            Some(("log", name)) => StorePath::parse(name).ok().filter(StorePath::is_derivation).map(Route::Log),
+            Some(_) => None,
+            None => match rest.strip_suffix(".ls") {
+                Some(hash_part) => HashPart::parse(hash_part.as_bytes()).ok().map(Route::Listing),
+                None => narinfo(rest).map(|hash_part| Route::OwnNarinfo(hash_part, View::Cache)),
+            },
+        },
+        Some(_) => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HASH_PART: &str = "7h7qgvs4kgzsn8a6rb273saxyqh4jxlz";
+    const NAR_HASH: &str = "0mdqa9w1p6cmli6976v4wi0sw9r4p5prkj7lzfd1877wk11c9c73";
+
+    fn get(target: &str, scope: Scope) -> Result<Route, Refusal> {
+        route("GET", target, scope, scope != Scope::Wan)
+    }
+
+    #[test]
+    fn every_route_and_who_may_ask() {
+        let hash_part = HashPart::parse(HASH_PART.as_bytes()).unwrap();
+        let name = NarName { hash_part, nar_hash: NarHash::from_nix32(NAR_HASH).unwrap() };
+        let drv = StorePath::parse(&format!("{HASH_PART}-a.drv")).unwrap();
+        for (target, expected, only_this_machine) in [
+            ("/nix-cache-info".into(), Route::CacheInfo, false),
+            ("/store/nix-cache-info".into(), Route::CacheInfo, false),
+            (format!("/{HASH_PART}.narinfo"), Route::PeerNarinfo(hash_part), true),
+            (format!("/peer/nar/{name}"), Route::PeerNar(name), true),
+            (format!("/local/{HASH_PART}.narinfo"), Route::OwnNarinfo(hash_part, View::Peers), false),
+            (format!("/store/{HASH_PART}.narinfo"), Route::OwnNarinfo(hash_part, View::Cache), false),
+            (format!("/local/nar/{name}"), Route::OwnNar(name), false),
+            (format!("/store/nar/{name}"), Route::OwnNar(name), false),
+            (format!("/store/{HASH_PART}.ls"), Route::Listing(hash_part), false),
+            (format!("/store/log/{drv}"), Route::Log(drv), false),
+        ] {
+            for method in ["GET", "HEAD"] {
+                assert_eq!(route(method, &target, Scope::ThisMachine, true).as_ref(), Ok(&expected), "{target}");
+            }
+            for method in ["PUT", "POST", "DELETE", "OPTIONS", "get"] {
+                assert_eq!(route(method, &target, Scope::ThisMachine, true), Err(Refusal::Method));
+            }
+            let lan = get(&target, Scope::Lan);
+            assert_eq!(lan, if only_this_machine { Err(Refusal::Forbidden) } else { Ok(expected) }, "{target}");
+            assert_eq!(get(&target, Scope::Wan), Err(Refusal::Forbidden), "{target}");
+        }
+    }
+
+    #[test]
+    fn encodings_that_nix_may_choose() {
+        let hash_part = HashPart::parse(HASH_PART.as_bytes()).unwrap();
+        for target in [
+            format!("/%37{}.narinfo", &HASH_PART[1..]),
+            format!("/{HASH_PART}%2Enarinfo"),
+            format!("/{HASH_PART}.narinfo?x=%2Fy"),
+            format!("http://127.0.0.1:12304/{HASH_PART}.narinfo"),
+        ] {
+            assert_eq!(get(&target, Scope::ThisMachine), Ok(Route::PeerNarinfo(hash_part)), "{target}");
+        }
+    }
+
+    #[test]
+    fn nothing_but_typed_names_gets_through() {
+        let secret = format!("/local/nar/{HASH_PART}-../../../etc/passwd");
+        for target in [
+            "/",
+            "/index.html",
+            "/../../etc/passwd",
+            "/%2e%2e/%2e%2e/etc/passwd",
+            "/local/../etc/passwd",
+            "/local/nar//nix/store/../../etc/passwd",
+            "/local/nar/L25peC9zdG9yZS8uLi8uLi9ldGMvcGFzc3dk.nar",
+            "/store/log/../../etc/passwd",
+            "/store/log/7h7qgvs4kgzsn8a6rb273saxyqh4jxlz-not-a-derivation",
+            "/7h7qgvs4kgzsn8a6rb273saxyqh4jxl.narinfo",
+            "/7h7qgvs4kgzsn8a6rb273saxyqh4jxlzz.narinfo",
+            "/7h7qgvs4kgzsn8a6rb273saxyqh4jxlu.narinfo",
+            "//7h7qgvs4kgzsn8a6rb273saxyqh4jxlz.narinfo",
+            "/realisations/sha256:00!out.doi",
+            "/realisations/sha256:00%21out.doi",
+            &secret,
+            &format!("/{}", "a".repeat(16000)),
+        ] {
+            assert_eq!(get(target, Scope::ThisMachine), Err(Refusal::NotThere), "{target}");
+        }
+        for target in ["/%00", "/a%0ab", "/%ff", "x", "*", ""] {
+            assert_eq!(get(target, Scope::ThisMachine), Err(Refusal::Malformed), "{target}");
+        }
+    }
+}

@@ -1,0 +1,330 @@
+//! The one decision of the program: which peer does this machine's Nix get a path from?
+//!
+//! A lookup asks the LAN, takes the narinfo of the first holder that gives a good one, and keeps the other holders as
+//! alternates for the NAR request that follows. Requests of peers never come here.
+
+use crate::nix::{HashPart, NarHash, NarInfo, PathInfo, PublicKey, StoreDir, is_content_addressed};
+use crate::peers::Holder;
+use crate::peers::client::{Client, Error};
+use crate::peers::discovery::Wake;
+use crate::peers::standing::Standing;
+use crossbeam_channel::{Receiver, RecvTimeoutError, TryRecvError};
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+/// The whole of a lookup ends by then. Reached only if many peers claim a path and none delivers.
+const LOOKUP_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// While there is hope for another holder, a narinfo may take so long, or four times the peer's usual.
+const FIRST_TRY: Duration = Duration::from_millis(300);
+/// When there is not, so long.
+const LAST_TRY: Duration = Duration::from_secs(2);
+
+/// Found paths whose NAR Nix has not asked for yet. Nix asks for all narinfos of a closure first; beyond so many, the
+/// NAR request looks up again.
+const MAX_FOUND: usize = 4096;
+/// And so long.
+const FOUND_FOR: Duration = Duration::from_secs(600);
+
+/// A narinfo's signatures that are checked, 0.1 ms each; real ones have one to three.
+const MAX_SIGNATURES: usize = 16;
+
+/// A NAR's URL is kept with what was found. Ours have 95 bytes, those of the original 200.
+const MAX_NAR_URL: usize = 1024;
+
+/// A peer's NAR of a path.
+#[derive(Debug, Clone)]
+pub struct Source {
+    /// The peer's HTTP server.
+    pub peer: SocketAddr,
+    /// Relative to its root.
+    pub url_path: String,
+    /// The hash it must have.
+    pub nar_hash: NarHash,
+    /// And the size.
+    pub nar_size: u64,
+}
+
+/// Looks up paths for this machine's Nix.
+pub struct Lookup {
+    lan: Arc<Wake>,
+    client: Arc<Client>,
+    standing: Arc<Standing>,
+    trusted: Vec<PublicKey>,
+    store_dir: StoreDir,
+    flights: Mutex<HashMap<HashPart, Arc<Flight>>>,
+    found: Mutex<HashMap<HashPart, Found>>,
+}
+
+struct Found {
+    source: Source,
+    alternates: Search,
+    at: Instant,
+}
+
+/// A lookup under way, for those who ask the same.
+#[derive(Default)]
+struct Flight {
+    landed: Mutex<Option<Option<NarInfo>>>,
+    condition: Condvar,
+}
+
+impl Lookup {
+    /// `trusted`: keys one of which must have signed what is found; none leaves that to Nix.
+    pub fn new(
+        lan: Arc<Wake>,
+        client: Arc<Client>,
+        standing: Arc<Standing>,
+        trusted: Vec<PublicKey>,
+        store_dir: StoreDir,
+    ) -> Self {
+        Lookup { lan, client, standing, trusted, store_dir, flights: Mutex::default(), found: Mutex::default() }
+    }
+
+    /// The narinfo of a peer that has the path; its `URL` is the peer's. Equal lookups at the same time are one.
+    pub fn narinfo(&self, hash_part: &HashPart) -> Option<NarInfo> {
+        let (flight, is_first) = {
+            let mut flights = lock(&self.flights);
+            match flights.get(hash_part) {
+                Some(flight) => (flight.clone(), false),
+                None => {
+                    let flight = Arc::new(Flight::default());
+                    flights.insert(*hash_part, flight.clone());
+                    (flight, true)
+                }
+            }
+        };
+        if !is_first {
+            return flight.wait();
+        }
+        // Lands also when the search panics, with a miss.
+        let mut landing = Landing { lookup: self, hash_part, flight: &flight, narinfo: None };
+        landing.narinfo = self.search_and_keep(hash_part);
+        landing.narinfo.clone()
+    }
+
+    /// What was found for the path, if its NAR has that hash: looked up before, or now. The search gives alternates.
+    pub fn sources(&self, hash_part: &HashPart, nar_hash: &NarHash) -> Option<(Source, Search)> {
+        let found = lock(&self.found).remove(hash_part);
+        if let Some(found) = found
+            && found.source.nar_hash == *nar_hash
+            && found.at.elapsed() < FOUND_FOR
+            && !self.standing.is_avoided(found.source.peer, Instant::now())
+        {
+            return Some((found.source, found.alternates));
+        }
+        let mut search = self.search(hash_part);
+        let source = self.next_source(&mut search, nar_hash)?;
+        Some((source, search))
+    }
+
+    /// The next peer that has this very NAR.
+    pub fn next_source(&self, search: &mut Search, nar_hash: &NarHash) -> Option<Source> {
+        loop {
+            let (source, _) = self.next_offer(search)?;
+            if source.nar_hash == *nar_hash {
+                return Some(source);
+            }
+            log::debug!("{}: peer {} has another NAR", search.hash_part, source.peer);
+        }
+    }
+
+    /// Asks the LAN anew.
+    pub fn search(&self, hash_part: &HashPart) -> Search {
+        Search {
+            hash_part: *hash_part,
+            holders: Some(self.lan.ask(*hash_part)),
+            seen: Vec::new(),
+            untried: Vec::new(),
+            slow: Vec::new(),
+            until: Instant::now() + LOOKUP_TIMEOUT,
+        }
+    }
+
+    fn search_and_keep(&self, hash_part: &HashPart) -> Option<NarInfo> {
+        let began = Instant::now();
+        let mut search = self.search(hash_part);
+        let Some((source, narinfo)) = self.next_offer(&mut search) else {
+            log::debug!("{hash_part}: no peer has it ({:?})", began.elapsed());
+            return None;
+        };
+        log::debug!("{}: peer {} has it ({:?})", narinfo.info.path, source.peer, began.elapsed());
+        let now = Instant::now();
+        let mut found = lock(&self.found);
+        if found.len() >= MAX_FOUND {
+            found.retain(|_, f| now.saturating_duration_since(f.at) < FOUND_FOR);
+            if found.len() >= MAX_FOUND {
+                found.clear();
+            }
+        }
+        found.insert(*hash_part, Found { source, alternates: search, at: now });
+        Some(narinfo)
+    }
+
+    /// The next holder with a good narinfo. Reliable and fast peers first; one that hangs is not waited for while there
+    /// is another.
+    fn next_offer(&self, search: &mut Search) -> Option<(Source, NarInfo)> {
+        loop {
+            let now = Instant::now();
+            search.take_in(&self.standing, now);
+            // A doubtful peer's turn comes when nobody else may still answer.
+            let doubtful = |holder: &Holder| search.holders.is_some() && self.standing.is_doubtful(holder.http);
+            let ready = search.untried.first().is_some_and(|holder| !doubtful(holder));
+            if now >= search.until {
+                return None;
+            } else if ready {
+                let holder = search.untried.remove(0);
+                let hope = search.holders.is_some() || !search.untried.is_empty() || !search.slow.is_empty();
+                let timeout = if hope { FIRST_TRY.max(self.standing.latency(holder.http) * 4) } else { LAST_TRY };
+                match self.try_holder(search, &holder, timeout, hope) {
+                    Tried::Good(offer) => return Some(*offer),
+                    Tried::Slow => search.slow.push(holder),
+                    Tried::Bad => {}
+                }
+            } else if search.holders.is_some() {
+                search.wait();
+            } else {
+                let holder = search.slow.pop()?;
+                if let Tried::Good(offer) = self.try_holder(search, &holder, LAST_TRY, false) {
+                    return Some(*offer);
+                }
+            }
+        }
+    }
+
+    fn try_holder(&self, search: &Search, holder: &Holder, timeout: Duration, may_be_slow: bool) -> Tried {
+        let began = Instant::now();
+        let answer = self.client.narinfo(holder, &search.hash_part, timeout);
+        let now = Instant::now();
+        match answer {
+            Ok(narinfo) => {
+                self.standing.answered(holder.http, now - began, now);
+                if narinfo.url.len() > MAX_NAR_URL || narinfo.url.contains("://") {
+                    log::debug!("peer {}: NAR URL too long or elsewhere", holder.http);
+                    return Tried::Bad;
+                }
+                if !self.is_trusted(&narinfo.info) {
+                    log::debug!("{}: peer {} has it without a trusted signature", narinfo.info.path, holder.http);
+                    return Tried::Bad;
+                }
+                let source = Source {
+                    peer: holder.http,
+                    url_path: narinfo.url.clone(),
+                    nar_hash: narinfo.info.nar_hash,
+                    nar_size: narinfo.info.nar_size,
+                };
+                Tried::Good(Box::new((source, narinfo)))
+            }
+            Err(Error::Unreachable(ureq::Error::Timeout(_))) if may_be_slow => Tried::Slow,
+            Err(e) => {
+                if let Some(fault) = e.fault() {
+                    self.standing.failed(holder.http, fault, began, now, &e);
+                }
+                Tried::Bad
+            }
+        }
+    }
+
+    fn is_trusted(&self, info: &PathInfo) -> bool {
+        if self.trusted.is_empty() || is_content_addressed(info, &self.store_dir) {
+            return true;
+        }
+        let fingerprint = info.fingerprint(&self.store_dir);
+        let signatures = info.signatures.iter().take(MAX_SIGNATURES);
+        signatures.into_iter().any(|s| self.trusted.iter().any(|key| key.verify(fingerprint.as_bytes(), s)))
+    }
+}
+
+enum Tried {
+    Good(Box<(Source, NarInfo)>),
+    Slow,
+    Bad,
+}
+
+/// The holders of one path: those that answered, and those that still may.
+pub struct Search {
+    hash_part: HashPart,
+    /// `None` when nobody can answer any more.
+    holders: Option<Receiver<Holder>>,
+    seen: Vec<Holder>,
+    untried: Vec<Holder>,
+    slow: Vec<Holder>,
+    until: Instant,
+}
+
+impl Search {
+    /// The path that is looked for.
+    pub fn hash_part(&self) -> &HashPart {
+        &self.hash_part
+    }
+
+    /// Whether there may be another holder.
+    pub fn has_more(&self) -> bool {
+        !self.untried.is_empty() || !self.slow.is_empty() || self.holders.as_ref().is_some_and(|h| !h.is_empty())
+    }
+
+    /// Gives the search, resumed for alternates, its time anew.
+    pub fn resume(&mut self) {
+        self.until = Instant::now() + LOOKUP_TIMEOUT;
+    }
+
+    /// Takes in everyone who has answered.
+    fn take_in(&mut self, standing: &Standing, now: Instant) {
+        while let Some(holders) = &self.holders {
+            match holders.try_recv() {
+                Ok(holder) => self.add(holder),
+                Err(TryRecvError::Empty) => break,
+                Err(TryRecvError::Disconnected) => self.holders = None,
+            }
+        }
+        self.untried.retain(|holder| !standing.is_avoided(holder.http, now));
+        standing.sort(&mut self.untried, |holder| holder.http);
+    }
+
+    /// Waits for one more answer.
+    fn wait(&mut self) {
+        let Some(holders) = &self.holders else { return };
+        match holders.recv_deadline(self.until) {
+            Ok(holder) => self.add(holder),
+            Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => self.holders = None,
+        }
+    }
+
+    fn add(&mut self, holder: Holder) {
+        if !self.seen.contains(&holder) {
+            self.seen.push(holder.clone());
+            self.untried.push(holder);
+        }
+    }
+}
+
+impl Flight {
+    fn wait(&self) -> Option<NarInfo> {
+        let landed = lock(&self.landed);
+        // The first one ends by itself; the deadline is for the case that its thread does not.
+        let timeout = LOOKUP_TIMEOUT + LAST_TRY * 2;
+        let waited = self.condition.wait_timeout_while(landed, timeout, |landed| landed.is_none());
+        waited.unwrap_or_else(PoisonError::into_inner).0.clone().flatten()
+    }
+}
+
+struct Landing<'a> {
+    lookup: &'a Lookup,
+    hash_part: &'a HashPart,
+    flight: &'a Flight,
+    narinfo: Option<NarInfo>,
+}
+
+impl Drop for Landing<'_> {
+    fn drop(&mut self) {
+        lock(&self.lookup.flights).remove(self.hash_part);
+        *lock(&self.flight.landed) = Some(self.narinfo.clone());
+        self.flight.condition.notify_all();
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

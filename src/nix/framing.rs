@@ -1,0 +1,448 @@
+//! Checks the framing of a NAR that passes through. Nix unpacks a NAR as root while it arrives, before it
+//! knows the hash, so what Nix would stumble over, or older Nix does not look at, is to be found on the way.
+
+use super::nar::{CLOSE, MAGIC, MAX_DEPTH, MAX_NAME_LEN, MAX_TARGET_LEN, padded, padding, tokens};
+use super::{Malformed, NarInfo};
+
+/// A NAR's framing, checked piece by piece as the bytes come.
+///
+/// Bytes for which [`push`](Self::push) has returned `Ok` may be passed on: every name, target and size has
+/// been judged by the time its last byte is in. Holds at most one split piece (4 KiB) and one name for each
+/// open directory (64 of 255 bytes).
+#[derive(Debug)]
+pub struct Framing {
+    state: State,
+    /// Bytes that may still come.
+    left: u64,
+    /// The beginning of a piece whose rest is still to come.
+    carry: Vec<u8>,
+    /// For each open directory its newest entry's name. Deeper ones are kept for their memory.
+    names: Vec<Vec<u8>>,
+    /// Directories that are open.
+    depth: usize,
+}
+
+/// The piece that must come next. Pieces join what always comes together, for speed.
+#[derive(Debug, Clone, Copy)]
+enum State {
+    /// Magic and the root's `(` `type`.
+    Root,
+    /// `regular`, `symlink`, or the first 16 of the 24 bytes of `directory`.
+    Type,
+    /// The rest of `directory`.
+    DirectoryType,
+    /// `contents` and the size, or the first 24 of the 32 bytes of `executable` and its empty value.
+    Contents,
+    /// The rest of these, `contents` and the size.
+    ExecutableContents,
+    /// So many bytes of a file, at least one.
+    Data(u64, &'static [u8]),
+    /// The padding after a file's contents and the `)` of the node.
+    RegularClose(&'static [u8]),
+    /// `target` and its length.
+    TargetLen,
+    /// The target of so many bytes, its padding and the `)` of the node.
+    Target(usize),
+    /// `entry`, or `)`.
+    Entry,
+    /// `(` `name` and the name's length.
+    NameLen,
+    /// The name of so many bytes and its padding.
+    Name(usize),
+    /// `node` and its `(` `type`.
+    Node,
+    /// The `)` of an entry.
+    EntryClose,
+    Complete,
+    Failed(Malformed),
+}
+
+const ROOT: [u8; 56] = tokens(&["nix-archive-1", "(", "type"]);
+const REGULAR: [u8; 16] = tokens(&["regular"]);
+const SYMLINK: [u8; 16] = tokens(&["symlink"]);
+const DIRECTORY: [u8; 24] = tokens(&["directory"]);
+const CONTENTS: [u8; 16] = tokens(&["contents"]);
+const EXECUTABLE_CONTENTS: [u8; 48] = tokens(&["executable", "", "contents"]);
+const TARGET: [u8; 16] = tokens(&["target"]);
+const ENTRY: [u8; 16] = tokens(&["entry"]);
+const NAME: [u8; 32] = tokens(&["(", "name"]);
+const NODE: [u8; 48] = tokens(&["node", "(", "type"]);
+
+/// The bytes of a length.
+const LENGTH: usize = 8;
+
+const fn malformed(why: &'static str) -> Malformed {
+    Malformed::new("NAR", why)
+}
+
+const UNEXPECTED: Malformed = malformed("another token than must come here");
+
+impl Framing {
+    /// Begins a NAR of at most [`NarInfo::MAX_NAR_SIZE`] bytes.
+    pub fn new() -> Self {
+        Self::with_nar_size(NarInfo::MAX_NAR_SIZE)
+    }
+
+    /// Begins a NAR of at most `nar_size` bytes: files that would not fit in are refused when their size
+    /// comes, before Nix sets room aside for them.
+    pub fn with_nar_size(nar_size: u64) -> Self {
+        Framing { state: State::Root, left: nar_size, carry: Vec::new(), names: Vec::new(), depth: 0 }
+    }
+
+    /// Takes the next bytes, however they are split.
+    ///
+    /// # Errors
+    /// The bytes so far do not begin a NAR as Nix writes them. From then on every call fails.
+    pub fn push(&mut self, bytes: &[u8]) -> Result<(), Malformed> {
+        let checked = self.check(bytes);
+        if let Err(why) = checked {
+            self.state = State::Failed(why);
+        }
+        checked
+    }
+
+    /// Whether the NAR has come to its end.
+    pub fn is_complete(&self) -> bool {
+        matches!(self.state, State::Complete)
+    }
+
+    fn check(&mut self, mut bytes: &[u8]) -> Result<(), Malformed> {
+        if bytes.len() as u64 > self.left {
+            return Err(malformed("longer than announced"));
+        }
+        while !bytes.is_empty() {
+            let wanted = match self.state {
+                State::Data(left, padding) => {
+                    let skipped = bytes.len().min(usize::try_from(left).unwrap_or(usize::MAX));
+                    bytes = &bytes[skipped..];
+                    self.left -= skipped as u64;
+                    self.state = match left - skipped as u64 {
+                        0 => State::RegularClose(padding),
+                        left => State::Data(left, padding),
+                    };
+                    continue;
+                }
+                State::Complete => return Err(malformed("bytes after its end")),
+                State::Failed(why) => return Err(why),
+                State::Root => ROOT.len(),
+                State::Type | State::Entry | State::EntryClose => 16,
+                State::DirectoryType => DIRECTORY.len() - 16,
+                State::Contents => CONTENTS.len() + LENGTH,
+                State::ExecutableContents => EXECUTABLE_CONTENTS.len() - 24 + LENGTH,
+                State::RegularClose(padding) => padding.len() + CLOSE.len(),
+                State::TargetLen => TARGET.len() + LENGTH,
+                State::Target(len) => len.next_multiple_of(8) + CLOSE.len(),
+                State::NameLen => NAME.len() + LENGTH,
+                State::Name(len) => len.next_multiple_of(8),
+                State::Node => NODE.len(),
+            };
+            let taken = bytes.len().min(wanted - self.carry.len());
+            let (begin, rest) = bytes.split_at(taken);
+            bytes = rest;
+            self.left -= taken as u64;
+            if taken == wanted {
+                self.state = self.next(begin)?;
+                continue;
+            }
+            self.carry.extend_from_slice(begin);
+            if self.carry.len() == wanted {
+                let piece = std::mem::take(&mut self.carry);
+                self.state = self.next(&piece)?;
+                self.carry = piece;
+                self.carry.clear();
+            }
+        }
+        Ok(())
+    }
+
+    /// What follows `piece`, the whole of what `self.state` asks for.
+    fn next(&mut self, piece: &[u8]) -> Result<State, Malformed> {
+        match self.state {
+            State::Root if piece == ROOT => Ok(State::Type),
+            State::Root if piece[..MAGIC.len()] != MAGIC => Err(malformed("does not begin as one")),
+            State::Type if piece == REGULAR => Ok(State::Contents),
+            State::Type if piece == SYMLINK => Ok(State::TargetLen),
+            State::Type if piece == &DIRECTORY[..16] => Ok(State::DirectoryType),
+            State::DirectoryType if piece == &DIRECTORY[16..] => {
+                match self.names.get_mut(self.depth) {
+                    Some(name) => name.clear(),
+                    None => self.names.push(Vec::new()),
+                }
+                self.depth += 1;
+                Ok(State::Entry)
+            }
+            State::Contents if piece[..CONTENTS.len()] == CONTENTS => self.data(&piece[CONTENTS.len()..]),
+            State::Contents if piece == &EXECUTABLE_CONTENTS[..24] => Ok(State::ExecutableContents),
+            State::ExecutableContents if piece[..24] == EXECUTABLE_CONTENTS[24..] => self.data(&piece[24..]),
+            State::RegularClose(padding) if piece[padding.len()..] == CLOSE => {
+                zero(&piece[..padding.len()])?;
+                Ok(self.after_node())
+            }
+            State::TargetLen if piece[..TARGET.len()] == TARGET => {
+                let len = length(&piece[TARGET.len()..], MAX_TARGET_LEN)
+                    .ok_or(malformed("symlink target empty or longer than 4095 bytes"))?;
+                Ok(State::Target(len))
+            }
+            State::Target(len) if piece[len.next_multiple_of(8)..] == CLOSE => {
+                if piece[..len].contains(&0) {
+                    return Err(malformed("symlink target with a NUL"));
+                }
+                zero(&piece[len..len.next_multiple_of(8)])?;
+                Ok(self.after_node())
+            }
+            State::Entry if piece == ENTRY => Ok(State::NameLen),
+            State::Entry if piece == CLOSE => {
+                self.depth -= 1;
+                Ok(self.after_node())
+            }
+            State::NameLen if piece[..NAME.len()] == NAME => {
+                let len = length(&piece[NAME.len()..], MAX_NAME_LEN)
+                    .ok_or(malformed("name empty or longer than 255 bytes"))?;
+                Ok(State::Name(len))
+            }
+            State::Name(len) => {
+                let (name, padding) = piece.split_at(len);
+                zero(padding)?;
+                if name == b"." || name == b".." || name.iter().any(|b| matches!(b, b'/' | 0)) {
+                    return Err(malformed("name is a dot directory or has a slash or a NUL"));
+                }
+                // Not compared by Nix 2.8, so it is on us.
+                let before = &mut self.names[self.depth - 1];
+                if name <= before.as_slice() {
+                    return Err(malformed("names not in ascending order"));
+                }
+                before.clear();
+                before.extend_from_slice(name);
+                Ok(State::Node)
+            }
+            State::Node if self.depth >= MAX_DEPTH => Err(malformed("nested deeper than 64")),
+            State::Node if piece == NODE => Ok(State::Type),
+            State::EntryClose if piece == CLOSE => Ok(State::Entry),
+            _ => Err(UNEXPECTED),
+        }
+    }
+
+    fn data(&self, size: &[u8]) -> Result<State, Malformed> {
+        let size = number(size);
+        // No overflow: what is left is at most 16 TiB, or what the caller announced.
+        if size > self.left || padded(size) > self.left {
+            return Err(malformed("a file larger than what is left of it"));
+        }
+        Ok(if size == 0 { State::RegularClose(&[]) } else { State::Data(size, padding(size)) })
+    }
+
+    fn after_node(&self) -> State {
+        if self.depth == 0 { State::Complete } else { State::EntryClose }
+    }
+}
+
+impl Default for Framing {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+fn number(bytes: &[u8]) -> u64 {
+    u64::from_le_bytes(bytes.try_into().expect("a piece has a whole length"))
+}
+
+fn length(bytes: &[u8], max: usize) -> Option<usize> {
+    usize::try_from(number(bytes)).ok().filter(|len| (1..=max).contains(len))
+}
+
+fn zero(padding: &[u8]) -> Result<(), Malformed> {
+    if padding.iter().all(|b| *b == 0) { Ok(()) } else { Err(malformed("padding that is not zero")) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::nix::golden::{self, Node, directory, regular, write_nar};
+
+    fn check(nar: &[u8]) -> Result<bool, &'static str> {
+        let mut framing = Framing::new();
+        framing.push(nar).map_err(|malformed| malformed.why)?;
+        Ok(framing.is_complete())
+    }
+
+    fn symlink(target: &[u8]) -> Vec<u8> {
+        write_nar(&Node::Symlink(target.to_vec()))
+    }
+
+    fn named(name: &[u8]) -> Vec<u8> {
+        write_nar(&directory(vec![(name, regular(b"contents"))]))
+    }
+
+    #[test]
+    fn takes_what_nix_wrote_however_it_is_split() {
+        let nar = golden::TREE_NAR;
+        for at in 0..=nar.len() {
+            let mut framing = Framing::with_nar_size(nar.len() as u64);
+            framing.push(&nar[..at]).unwrap();
+            assert_eq!(framing.is_complete(), at == nar.len(), "{at}");
+            framing.push(&nar[at..]).unwrap();
+            assert!(framing.is_complete(), "{at}");
+        }
+        for step in [1, 3, 7, 8, 24, 1000] {
+            let mut framing = Framing::new();
+            nar.chunks(step).for_each(|bytes| framing.push(bytes).unwrap());
+            assert!(framing.is_complete());
+            assert!(framing.carry.capacity() <= 8192);
+        }
+        for root in [regular(b""), regular(b"x"), Node::Regular(true, vec![7; 4096]), directory(vec![])] {
+            assert_eq!(check(&write_nar(&root)), Ok(true));
+        }
+    }
+
+    #[test]
+    fn every_changed_bit_of_the_frame_is_found() {
+        // Eight bytes, as fewer could become more at the cost of their padding.
+        let contents = b"XXXXXXXX";
+        let root = directory(vec![
+            (b"a", Node::Regular(true, contents.to_vec())),
+            (b"b", regular(b"")),
+            (b"c", directory(vec![])),
+            (b"d", Node::Symlink(b"t".to_vec())),
+        ]);
+        let nar = write_nar(&root);
+        // Contents, and the names and the target, which are one letter each after its length.
+        let may_change =
+            |at: usize| nar[at] == b'X' || nar[at].is_ascii_lowercase() && nar[at - 8..at] == [1, 0, 0, 0, 0, 0, 0, 0];
+        for bit in 0..nar.len() * 8 {
+            let at = bit / 8;
+            let mut changed = nar.clone();
+            changed[at] ^= 1 << (bit % 8);
+            let verdict = check(&changed);
+            assert!(verdict != Ok(true) || may_change(at), "bit {bit}");
+            let mut framing = Framing::new();
+            let split = changed.iter().try_for_each(|byte| framing.push(&[*byte]));
+            assert_eq!(split.is_ok() && framing.is_complete(), verdict == Ok(true), "bit {bit}");
+        }
+        for more in 1..20 {
+            assert!(check(&[&nar[..], &vec![0; more]].concat()).is_err());
+        }
+    }
+
+    #[test]
+    fn names() {
+        const BAD: Result<bool, &str> = Err("name is a dot directory or has a slash or a NUL");
+        const LEN: Result<bool, &str> = Err("name empty or longer than 255 bytes");
+        for name in [&b"."[..], b"..", b"/", b"a/b", b"../x", b"a\0b", b"\0", b"a\0"] {
+            assert_eq!(check(&named(name)), BAD, "{name:?}");
+        }
+        for name in [&b"..."[..], b".a", b"a\n", b"\xff", b"a b", b"\\", &[b'n'; 255]] {
+            assert_eq!(check(&named(name)), Ok(true), "{name:?}");
+        }
+        assert_eq!(check(&named(b"")), LEN);
+        assert_eq!(check(&named(&[b'n'; 256])), LEN);
+    }
+
+    #[test]
+    fn order() {
+        for (first, second, good) in [
+            (&b"a"[..], &b"b"[..], true),
+            (b"a", b"a", false),
+            (b"b", b"a", false),
+            (b"a", b"aa", true),
+            (b"aa", b"a", false),
+            (b"B", b"a", true),
+            (b"a", b"\xff", true),
+            (b"\xff", b"a", false),
+        ] {
+            let nar = write_nar(&directory(vec![(first, regular(b"")), (second, regular(b""))]));
+            assert_eq!(check(&nar), if good { Ok(true) } else { Err("names not in ascending order") });
+        }
+        let three = [&b"a"[..], b"b", b"aba"].map(|name| (name, regular(b"")));
+        assert_eq!(check(&write_nar(&directory(three.into()))), Err("names not in ascending order"));
+        // What a directory held says nothing of its neighbour or of the directory around it.
+        let inner = || directory(vec![(b"z", regular(b""))]);
+        assert_eq!(check(&write_nar(&directory(vec![(b"a", inner()), (b"b", inner())]))), Ok(true));
+    }
+
+    #[test]
+    fn symlink_targets() {
+        assert_eq!(check(&symlink(b"/a/../b c")), Ok(true));
+        assert_eq!(check(&symlink(&[b't'; 4095])), Ok(true));
+        let len = Err("symlink target empty or longer than 4095 bytes");
+        assert_eq!(check(&symlink(&[b't'; 4096])), len);
+        assert_eq!(check(&symlink(b"")), len);
+        assert_eq!(check(&symlink(b"a\0b")), Err("symlink target with a NUL"));
+    }
+
+    #[test]
+    fn depth() {
+        let nested = |root: Node, around: usize| (0..around).fold(root, |node, _| directory(vec![(b"d", node)]));
+        assert_eq!(check(&write_nar(&nested(regular(b"x"), 63))), Ok(true));
+        assert_eq!(check(&write_nar(&nested(directory(vec![]), 63))), Ok(true));
+        assert_eq!(check(&write_nar(&nested(regular(b"x"), 64))), Err("nested deeper than 64"));
+        assert_eq!(check(&write_nar(&nested(directory(vec![]), 64))), Err("nested deeper than 64"));
+    }
+
+    #[test]
+    fn padding_must_be_zero() {
+        for (nar, text) in [(named(b"name"), &b"name\0\0\0\0"[..]), (symlink(b"tar"), b"tar\0\0\0\0\0")] {
+            let at = nar.windows(text.len()).rposition(|window| window == text).unwrap();
+            for place in at + text.iter().position(|b| *b == 0).unwrap()..at + 8 {
+                let mut changed = nar.clone();
+                changed[place] = 1;
+                assert_eq!(check(&changed), Err("padding that is not zero"));
+            }
+        }
+        let mut changed = write_nar(&regular(b"x"));
+        let last = changed.len() - CLOSE.len() - 1;
+        changed[last] = 1;
+        assert_eq!(check(&changed), Err("padding that is not zero"));
+    }
+
+    #[test]
+    fn sizes() {
+        let nar = write_nar(&regular(b"12345"));
+        let size = nar.len() - CLOSE.len() - 16;
+        for huge in [u64::MAX, u64::MAX - 7, 1 << 63, NarInfo::MAX_NAR_SIZE] {
+            let mut changed = nar.clone();
+            changed[size..size + 8].copy_from_slice(&huge.to_le_bytes());
+            assert_eq!(check(&changed), Err("a file larger than what is left of it"));
+            let mut framing = Framing::with_nar_size(u64::MAX);
+            assert_eq!(framing.push(&changed).is_ok(), huge <= 1 << 63);
+        }
+        let announced = |nar_size| Framing::with_nar_size(nar_size).push(&nar[..size + 8]).is_ok();
+        assert!(announced(nar.len() as u64));
+        assert!(!announced(size as u64 + 8 + 7));
+        let mut framing = Framing::with_nar_size(nar.len() as u64 - 1);
+        assert!(nar.iter().any(|byte| framing.push(&[*byte]).is_err()));
+    }
+
+    #[test]
+    fn tokens_in_another_order() {
+        let cases: &[&[&str]] = &[
+            &["nix-archive-2", "(", "type", "regular"],
+            &["nix-archive-1", "(", "type", "device", "", ")"],
+            &["nix-archive-1", "(", "type", "regular", ")", "", "", ""],
+            &["nix-archive-1", "(", "type", "regular", "executable", "x", "contents", "", ")"],
+            &["nix-archive-1", "(", "type", "regular", "contents", "", "executable", "", ")"],
+            &["nix-archive-1", "(", "type", "symlink", ")", "", "", ""],
+            &["nix-archive-1", "(", "type", "symlink", "target", "x", "target", "y", ")"],
+            &["nix-archive-1", "(", "type", "directory", "contents", "", ")"],
+            &["nix-archive-1", "(", "type", "directory", "entry", "(", "node", "(", "type", "regular"],
+            &["nix-archive-1", "(", "type", "directory", "entry", "(", "name", "a", ")", ")", ")", ")"],
+            &["nix-archive-1", "type", "(", "regular", "contents", "", ")"],
+        ];
+        for words in cases {
+            let token = |word: &&str| {
+                let len = word.len() as u64;
+                [&len.to_le_bytes()[..], word.as_bytes(), padding(len)].concat()
+            };
+            assert!(check(&words.iter().flat_map(token).collect::<Vec<_>>()).is_err(), "{words:?}");
+        }
+    }
+
+    #[test]
+    fn a_failure_lasts() {
+        let mut framing = Framing::new();
+        let why = framing.push(&[0; 56]).unwrap_err();
+        assert_eq!(why, malformed("does not begin as one"));
+        assert_eq!(framing.push(golden::TREE_NAR), Err(why));
+        assert_eq!(framing.push(&[]), Ok(()));
+        assert!(!framing.is_complete());
+    }
+}

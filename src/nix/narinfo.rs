@@ -1,0 +1,254 @@
+//! Narinfos, what a binary cache says of a store path: one `Key: value` a line (the form that Nix reads and
+//! writes; the Nix manual has no page on it).
+//!
+//! Read strictly: under Nix 2.8 and 2.26 one narinfo that Nix cannot read fails the whole build, so nothing
+//! that any of them trips over gets past here.
+
+use super::content_address::ContentAddress;
+use super::{Malformed, NarHash, PathInfo, Signature, StoreDir, StorePath};
+use std::fmt::Write;
+
+const WHAT: &str = "narinfo";
+
+/// A store path's facts and where its NAR is to be had.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NarInfo {
+    /// What is true of the path wherever it is had from.
+    pub info: PathInfo,
+    /// Where the NAR is: relative to the root of the cache, or absolute. Visible ASCII without spaces.
+    pub url: String,
+    /// How the NAR is compressed there: `none`, `xz`, `zstd`…
+    pub compression: String,
+}
+
+impl NarInfo {
+    /// The most bytes in a narinfo: room for some thousand references, where real ones have below a hundred.
+    pub const MAX_LEN: usize = 64 * 1024;
+
+    /// The most bytes in a NAR: 16 TiB, the largest file that ext4 holds. Keeps all sums of sizes far from
+    /// overflow.
+    pub const MAX_NAR_SIZE: u64 = 1 << 44;
+
+    /// Reads a narinfo about a path in `store_dir`.
+    ///
+    /// Fields that are not known are passed over. A signature that cannot be read is left out, not the path:
+    /// another signature may be good, and Nix 2.8 gives up the whole path over a broken signature by a key
+    /// that it knows, Nix 2.36 over any.
+    ///
+    /// # Errors
+    /// Too long, not UTF-8, a line that is not `Key: value` and LF, a repeated field, a value that is not in
+    /// its form, or no `StorePath`, `URL`, `NarHash` or `NarSize`.
+    pub fn parse(bytes: &[u8], store_dir: &StoreDir) -> Result<Self, Malformed> {
+        if bytes.len() > Self::MAX_LEN {
+            return Err(Malformed::new(WHAT, "longer than 65536 bytes"));
+        }
+        let text = std::str::from_utf8(bytes).map_err(|_| Malformed::new(WHAT, "not UTF-8"))?;
+        if text.contains('\r') {
+            return Err(Malformed::new(WHAT, "has a carriage return"));
+        }
+        let (mut path, mut url, mut compression, mut nar_hash, mut nar_size) = (None, None, None, None, None);
+        let (mut references, mut deriver, mut ca) = (None, None, None);
+        let mut signatures = Vec::new();
+        for line in text.split_inclusive('\n') {
+            let line = line.strip_suffix('\n').ok_or(Malformed::new(WHAT, "last line has no end"))?;
+            let (key, value) = line.split_once(": ").ok_or(Malformed::new(WHAT, "a line is not Key: value"))?;
+            match key {
+                "StorePath" => once(&mut path, store_dir.parse_path(value)?)?,
+                "URL" => once(&mut url, word(value)?)?,
+                "Compression" => once(&mut compression, value)?,
+                "NarHash" => once(&mut nar_hash, NarHash::parse(value)?)?,
+                "NarSize" => once(&mut nar_size, size(value)?)?,
+                "References" => once(&mut references, paths(value)?)?,
+                "Deriver" if value == "unknown-deriver" => once(&mut deriver, None)?,
+                "Deriver" => once(&mut deriver, Some(StorePath::parse(value)?))?,
+                "Sig" => signatures.extend(Signature::parse(value)),
+                "CA" if value.is_empty() => once(&mut ca, None)?,
+                "CA" => {
+                    ContentAddress::parse(value)?;
+                    once(&mut ca, Some(value.to_owned()))?;
+                }
+                _ => {}
+            }
+        }
+        // Caches older than the field had bzip2 alone, which Nix still takes its absence for.
+        let compression = compression.filter(|name| !name.is_empty()).unwrap_or("bzip2");
+        Ok(NarInfo {
+            info: PathInfo {
+                path: path.ok_or(Malformed::new(WHAT, "no StorePath"))?,
+                nar_hash: nar_hash.ok_or(Malformed::new(WHAT, "no NarHash"))?,
+                nar_size: nar_size.ok_or(Malformed::new(WHAT, "no NarSize"))?,
+                references: references.unwrap_or_default(),
+                deriver: deriver.flatten(),
+                signatures,
+                ca: ca.flatten(),
+            },
+            url: url.ok_or(Malformed::new(WHAT, "no URL"))?.to_owned(),
+            compression: word(compression)?.to_owned(),
+        })
+    }
+
+    /// The narinfo as Nix writes it, without the `FileHash` and `FileSize` of a compressed file. `References`
+    /// is always there, as is the space after its colon: Nix skips two bytes there whatever they are.
+    pub fn print(&self, store_dir: &StoreDir) -> String {
+        let info = &self.info;
+        let mut out = String::with_capacity(512 + 64 * info.references.len() + 128 * info.signatures.len());
+        let mut line = |key: &str, value: &dyn std::fmt::Display| {
+            writeln!(out, "{key}: {value}").expect("a String takes every text");
+        };
+        line("StorePath", &store_dir.join(&info.path));
+        line("URL", &self.url);
+        line("Compression", &self.compression);
+        line("NarHash", &info.nar_hash);
+        line("NarSize", &info.nar_size);
+        line("References", &info.references.iter().map(StorePath::base_name).collect::<Vec<_>>().join(" "));
+        info.deriver.iter().for_each(|deriver| line("Deriver", deriver));
+        info.signatures.iter().for_each(|signature| line("Sig", signature));
+        info.ca.iter().for_each(|ca| line("CA", ca));
+        out
+    }
+}
+
+fn once<T>(field: &mut Option<T>, value: T) -> Result<(), Malformed> {
+    match field.replace(value) {
+        None => Ok(()),
+        Some(_) => Err(Malformed::new(WHAT, "a field is repeated")),
+    }
+}
+
+fn word(value: &str) -> Result<&str, Malformed> {
+    if value.is_empty() || !value.bytes().all(|b| b.is_ascii_graphic()) {
+        return Err(Malformed::new(WHAT, "URL or Compression is empty or has a space, control or non-ASCII character"));
+    }
+    Ok(value)
+}
+
+fn size(value: &str) -> Result<u64, Malformed> {
+    // `u64::from_str` alone would take a plus sign.
+    let size = if value.bytes().all(|b| b.is_ascii_digit()) { value.parse().ok() } else { None };
+    size.filter(|n| (1..=NarInfo::MAX_NAR_SIZE).contains(n))
+        .ok_or(Malformed::new(WHAT, "NarSize is not a number of bytes from 1 to 16 TiB"))
+}
+
+fn paths(value: &str) -> Result<Vec<StorePath>, Malformed> {
+    let mut paths =
+        value.split(' ').filter(|word| !word.is_empty()).map(StorePath::parse).collect::<Result<Vec<_>, _>>()?;
+    paths.sort_unstable();
+    paths.dedup();
+    Ok(paths)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::nix::golden;
+
+    const GOOD: &str = "\
+StorePath: /nix/store/vx8ssdprqbd8zwyipycgh6jp25k69rx6-selfish-1.0
+URL: nar/x.nar
+Compression: none
+NarHash: sha256:0qrk4rqb49jlkvr35h6y6hqib0068b3r4g3s4rhr7dfl8fmj8fr3
+NarSize: 760
+References: vx8ssdprqbd8zwyipycgh6jp25k69rx6-selfish-1.0 z4asv3j07d89ywjf8fxkn7sg6mf5s9q5-dep
+";
+
+    fn parse(text: &str) -> Result<NarInfo, Malformed> {
+        NarInfo::parse(text.as_bytes(), &golden::store_dir())
+    }
+
+    #[test]
+    fn what_nix_wrote_comes_back_byte_for_byte() {
+        let texts = golden::narinfo_texts();
+        assert_eq!(texts.len(), 20);
+        for text in texts {
+            let kept: String = text.split_inclusive('\n').filter(|line| !line.starts_with("File")).collect();
+            assert_eq!(parse(&text).unwrap().print(&golden::store_dir()), kept);
+        }
+    }
+
+    #[test]
+    fn fields_that_may_be_absent_odd_or_many() {
+        let good = parse(GOOD).unwrap();
+        assert_eq!((good.url.as_str(), good.compression.as_str(), good.info.nar_size), ("nar/x.nar", "none", 760));
+        assert_eq!(parse(&GOOD.replace("Compression: none\n", "")).unwrap().compression, "bzip2");
+        assert_eq!(parse(&GOOD.replace("Compression: none", "Compression: ")).unwrap().compression, "bzip2");
+        let with = |line: &str| parse(&format!("{GOOD}{line}\n"));
+        assert_eq!(with("X-Peer: a: b"), Ok(good.clone()));
+        assert_eq!(with("Deriver: unknown-deriver"), Ok(good.clone()));
+        assert_eq!(with("CA: "), Ok(good.clone()));
+        assert_eq!(with("Sig: no signature"), Ok(good.clone()));
+        assert_eq!(with("Sig: k:AAAA"), Ok(good.clone()));
+        let sig = golden::narinfo("vx8ssdprqbd8zwyipycgh6jp25k69rx6").info.signatures[0].to_string();
+        assert_eq!(with(&format!("Sig: bad\nSig: {sig}\nSig: {sig}")).unwrap().info.signatures.len(), 2);
+        let references = GOOD.lines().last().unwrap();
+        for none in ["References: \n", ""] {
+            assert!(parse(&GOOD.replace(&format!("{references}\n"), none)).unwrap().info.references.is_empty());
+        }
+        let unsorted = "References:  z4asv3j07d89ywjf8fxkn7sg6mf5s9q5-dep vx8ssdprqbd8zwyipycgh6jp25k69rx6-selfish-1.0 \
+                        z4asv3j07d89ywjf8fxkn7sg6mf5s9q5-dep";
+        assert_eq!(parse(&GOOD.replace(references, unsorted)), Ok(good));
+    }
+
+    #[test]
+    fn each_rule_refuses() {
+        for (from, to) in [
+            ("StorePath: /nix/store/", "StorePath: /gnu/store/"),
+            ("StorePath: /nix/store/", "StorePath: "),
+            ("selfish-1.0\nURL", "selfish/1.0\nURL"),
+            ("URL: nar/x.nar", "URL: "),
+            ("URL: nar/x.nar", "URL: nar/x y.nar"),
+            ("URL: nar/x.nar", "URL: nar/\u{1}.nar"),
+            ("URL: nar/x.nar", "URL: nar/é.nar"),
+            ("Compression: none", "Compression: no ne"),
+            ("sha256:0", "sha256:"),
+            ("sha256:0", "sha1:0"),
+            ("NarSize: 760", "NarSize: 0"),
+            ("NarSize: 760", "NarSize: +760"),
+            ("NarSize: 760", "NarSize: -760"),
+            ("NarSize: 760", "NarSize: 7 60"),
+            ("NarSize: 760", "NarSize: "),
+            ("NarSize: 760", "NarSize: 17592186044417"),
+            ("NarSize: 760", "NarSize: 99999999999999999999"),
+            ("References: v", "References: /nix/store/v"),
+            ("References: ", "References:"),
+            ("References: ", "References "),
+            ("\n", "\r\n"),
+            ("NarSize: 760\n", "NarSize: 760\n\n"),
+            ("-dep\n", "-dep"),
+        ] {
+            assert!(GOOD.contains(from));
+            assert!(parse(&GOOD.replacen(from, to, 1)).is_err(), "{from} -> {to}");
+        }
+        for line in GOOD.lines() {
+            assert!(parse(&format!("{GOOD}{line}\n")).is_err(), "repeated {line}");
+            let optional = line.starts_with("Compression") || line.starts_with("References");
+            assert_eq!(parse(&GOOD.replace(&format!("{line}\n"), "")).is_ok(), optional, "without {line}");
+        }
+        for line in ["Deriver: x", "Deriver: ", "CA: fixed:r:sha256:0", "CA: x", "CA: \nCA: ", "X: \r"] {
+            assert!(parse(&format!("{GOOD}{line}\n")).is_err(), "{line}");
+        }
+        assert!(NarInfo::parse(&[GOOD.as_bytes(), b"X: \xff\n"].concat(), &golden::store_dir()).is_err());
+        let filled = |len: usize| format!("{GOOD}X: {}\n", "x".repeat(len - GOOD.len() - 4));
+        assert!(parse(&filled(NarInfo::MAX_LEN)).is_ok());
+        assert!(parse(&filled(NarInfo::MAX_LEN + 1)).is_err());
+    }
+
+    #[test]
+    fn cut_or_changed_anywhere_it_is_refused_or_still_prints_and_parses() {
+        let dir = golden::store_dir();
+        // With a deriver and signatures, with a content address, and with bzip2.
+        let texts = golden::narinfo_texts();
+        let chosen = texts.iter().filter(|t| t.contains("Deriver") || t.contains("i4wljjza") || t.contains("bzip2"));
+        for text in chosen {
+            for end in 0..text.len() {
+                assert!(parse(&text[..end]).is_err() || text[..end].ends_with('\n'));
+                for byte in [0, b'\n', b'\r', b' ', b':', b'0', b'z', b'/', 0xff, text.as_bytes()[end] ^ 1] {
+                    let mut changed = text.clone().into_bytes();
+                    changed[end] = byte;
+                    if let Ok(narinfo) = NarInfo::parse(&changed, &dir) {
+                        assert_eq!(parse(&narinfo.print(&dir)), Ok(narinfo));
+                    }
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,227 @@
+//! Requests to the HTTP servers of peers, by blocking ureq. Nothing that a peer answers is believed here beyond its
+//! form; nothing follows a redirect, a proxy or a name server.
+
+use super::Holder;
+use super::standing::Fault;
+use crate::nix::{HashPart, Malformed, NarInfo, StoreDir};
+use std::fmt;
+use std::io::{self, Read};
+use std::net::{Ipv6Addr, SocketAddr, SocketAddrV6};
+use std::time::Duration;
+use ureq::Agent;
+use ureq::config::Config;
+use ureq::http::{Response, Uri};
+use ureq::unversioned::resolver::{ResolvedSocketAddrs, Resolver};
+use ureq::unversioned::transport::{DefaultConnector, NextTimeout};
+
+/// A LAN peer accepts a connection within this, or is not there.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// A NAR's first byte, and every further one, comes within this of the last.
+pub const STALL: Duration = Duration::from_secs(10);
+
+/// Connections kept open to one peer: as many as Nix opens to us.
+const IDLE_PER_PEER: usize = 25;
+/// Connections kept open in all.
+const IDLE: usize = 100;
+/// Shorter than the 30 s after which a peer closes an idle connection, so that no request meets a closed one.
+const IDLE_AGE: Duration = Duration::from_secs(15);
+
+/// ureq's buffer for what it reads, which bounds one read of a NAR's body. 128 KiB was fastest among 16 to 512.
+const BUFFER: usize = 128 * 1024;
+
+/// A response's head. Ours have 300 bytes.
+const MAX_HEAD: usize = 16 * 1024;
+
+/// Why a peer did not give what it was asked for.
+#[derive(Debug)]
+pub enum Error {
+    /// No connection, no answer in time, or the connection broke.
+    Unreachable(ureq::Error),
+    /// 404 or 410: it does not have the path.
+    NotThere,
+    /// 503: it has as much to do as it wants.
+    Busy,
+    /// Another status.
+    Status(u16),
+    /// An answer that is not what it should be.
+    Malformed(Malformed),
+}
+
+impl Error {
+    /// What this says about the peer; `None` for nothing bad.
+    pub fn fault(&self) -> Option<Fault> {
+        match self {
+            Error::Unreachable(_) => Some(Fault::Unreachable),
+            Error::NotThere => Some(Fault::BrokenPromise),
+            Error::Busy => None,
+            Error::Status(_) | Error::Malformed(_) => Some(Fault::BadData),
+        }
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Error::Unreachable(e) => write!(f, "{e}"),
+            Error::NotThere => f.write_str("said it had the path, and has not"),
+            Error::Busy => f.write_str("busy"),
+            Error::Status(status) => write!(f, "status {status}"),
+            Error::Malformed(e) => write!(f, "{e}"),
+        }
+    }
+}
+
+impl std::error::Error for Error {}
+
+/// The client that all threads share.
+pub struct Client {
+    agent: Agent,
+    store_dir: StoreDir,
+}
+
+/// The body of a NAR response, from the offset that was asked for.
+pub struct NarBody {
+    reader: ureq::BodyReader<'static>,
+}
+
+impl Read for NarBody {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        self.reader.read(buf)
+    }
+}
+
+impl Client {
+    /// Accepts narinfos of that store directory only.
+    pub fn new(store_dir: StoreDir) -> Self {
+        let config = Agent::config_builder()
+            .proxy(None)
+            .max_redirects(0)
+            .max_redirects_will_error(false)
+            .http_status_as_error(false)
+            .user_agent(concat!("peerix/", env!("CARGO_PKG_VERSION")))
+            .accept_encoding("identity")
+            .no_delay(true)
+            .timeout_connect(Some(CONNECT_TIMEOUT))
+            .timeout_per_read(Some(STALL))
+            .timeout_recv_response(Some(STALL))
+            .max_response_header_size(MAX_HEAD)
+            .input_buffer_size(BUFFER)
+            .max_idle_connections(IDLE)
+            .max_idle_connections_per_host(IDLE_PER_PEER)
+            .max_idle_age(IDLE_AGE)
+            .build();
+        Client { agent: Agent::with_parts(config, DefaultConnector::default(), PeerAddress), store_dir }
+    }
+
+    /// The narinfo a peer said it has: of the right path, for an uncompressed NAR.
+    ///
+    /// # Errors
+    /// See [`Error`]; also when the whole takes longer than `timeout`.
+    pub fn narinfo(&self, holder: &Holder, hash_part: &HashPart, timeout: Duration) -> Result<NarInfo, Error> {
+        let request = self.agent.get(url(holder.http, &holder.url_path));
+        let response = request.config().timeout_global(Some(timeout)).build().call().map_err(Error::Unreachable)?;
+        let mut body = expect(response, &[200])?.into_body();
+        let mut bytes = Vec::new();
+        let most = NarInfo::MAX_LEN as u64 + 1;
+        body.as_reader().take(most).read_to_end(&mut bytes).map_err(|e| Error::Unreachable(e.into()))?;
+        let info = NarInfo::parse(&bytes, &self.store_dir).map_err(Error::Malformed)?;
+        let wrong = |why| Err(Error::Malformed(Malformed { what: "narinfo", why }));
+        if info.info.path.hash_part() != *hash_part {
+            return wrong("of another path");
+        }
+        if info.compression != "none" {
+            return wrong("of a compressed NAR");
+        }
+        Ok(info)
+    }
+
+    /// A NAR from byte `offset` on. `url_path` is the narinfo's `URL`, relative to the root of the peer's server.
+    ///
+    /// # Errors
+    /// See [`Error`]; a NAR of another size than `nar_size`, where the peer tells it, is malformed.
+    pub fn nar(&self, peer: SocketAddr, url_path: &str, offset: u64, nar_size: u64) -> Result<NarBody, Error> {
+        let mut request = self.agent.get(url(peer, url_path));
+        if offset > 0 {
+            request = request.header("Range", format!("bytes={offset}-"));
+        }
+        let response = expect(request.call().map_err(Error::Unreachable)?, &[200, 206])?;
+        let from = if response.status() == 206 { offset } else { 0 };
+        let body = response.into_body();
+        if body.content_length().is_some_and(|len| from.checked_add(len) != Some(nar_size)) {
+            return Err(Error::Malformed(Malformed { what: "NAR", why: "of another size than its narinfo says" }));
+        }
+        let mut reader = body.into_with_config().limit(u64::MAX).reader();
+        // A peer that does not know ranges begins at the beginning.
+        let skip = offset - from;
+        let skipped = io::copy(&mut (&mut reader).take(skip), &mut io::sink());
+        if skipped.map_err(|e| Error::Unreachable(e.into()))? < skip {
+            return Err(Error::Malformed(Malformed { what: "NAR", why: "shorter than its narinfo says" }));
+        }
+        Ok(NarBody { reader })
+    }
+}
+
+fn expect<B>(response: Response<B>, statuses: &[u16]) -> Result<Response<B>, Error> {
+    match response.status().as_u16() {
+        status if statuses.contains(&status) => Ok(response),
+        404 | 410 => Err(Error::NotThere),
+        503 => Err(Error::Busy),
+        status => Err(Error::Status(status)),
+    }
+}
+
+/// URLs have no place for the interface of a link-local address, so it goes into a host name that only
+/// [`PeerAddress`] reads.
+fn url(peer: SocketAddr, path: &str) -> String {
+    let path = path.trim_start_matches('/');
+    match peer {
+        SocketAddr::V6(v6) if v6.scope_id() != 0 => {
+            format!("http://{:032x}.{}{LINK_LOCAL}:{}/{path}", v6.ip().to_bits(), v6.scope_id(), v6.port())
+        }
+        _ => format!("http://{peer}/{path}"),
+    }
+}
+
+const LINK_LOCAL: &str = ".link-local.invalid";
+
+/// Resolves what [`url`] writes, and nothing else: a peer is an address, never a name.
+#[derive(Debug)]
+struct PeerAddress;
+
+impl Resolver for PeerAddress {
+    fn resolve(&self, uri: &Uri, _: &Config, _: NextTimeout) -> Result<ResolvedSocketAddrs, ureq::Error> {
+        let mut addresses = self.empty();
+        addresses.push(address(uri).ok_or(ureq::Error::HostNotFound)?);
+        Ok(addresses)
+    }
+}
+
+fn address(uri: &Uri) -> Option<SocketAddr> {
+    let authority = uri.authority()?;
+    let port = authority.port_u16()?;
+    let Some(scoped) = authority.host().strip_suffix(LINK_LOCAL) else {
+        return authority.as_str().parse().ok();
+    };
+    let (ip, scope) = scoped.split_once('.')?;
+    let ip = Ipv6Addr::from_bits(u128::from_str_radix(ip, 16).ok()?);
+    Some(SocketAddr::V6(SocketAddrV6::new(ip, port, 0, scope.parse().ok()?)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_kind_of_address_comes_back_from_its_url() {
+        let scoped = SocketAddrV6::new("fe80::1:2".parse().unwrap(), 12304, 0, 7);
+        for peer in ["192.168.1.9:12304".parse().unwrap(), "[fd00::1]:80".parse().unwrap(), SocketAddr::V6(scoped)] {
+            let uri: Uri = url(peer, "/local/x.narinfo").parse().unwrap();
+            assert_eq!(uri.path(), "/local/x.narinfo");
+            assert_eq!(address(&uri), Some(peer));
+        }
+        for name in ["http://example.org:80/", "http://10.0.0.1/", "http://x.y.link-local.invalid:1/"] {
+            assert_eq!(address(&name.parse().unwrap()), None, "{name}");
+        }
+    }
+}

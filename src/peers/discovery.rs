@@ -1,0 +1,594 @@
+//! LAN discovery: one thread that owns the UDP sockets, asks the peers who has a path, and answers them.
+//!
+//! A query goes unicast to every known peer and by broadcast (IPv4) and link-local multicast (IPv6) to the rest. It
+//! ends at the first answer that satisfies its asker, or when everyone who is waited for said *have not*: see
+//! [`Known`] for who is waited for and how long. [`Discovery`] decides, without I/O; [`Handle`] runs it.
+
+use super::Holder;
+use super::known::{Answer, CROWD, Known};
+use super::queries::{Due, Queries, Query};
+use crate::interfaces::{Interfaces, MULTICAST_GROUP, REFRESH};
+use crate::nix::HashPart;
+use crate::wire::{Hello, Packet};
+use crossbeam_channel::{Receiver, Sender, bounded};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use std::collections::{HashSet, VecDeque};
+use std::net::{IpAddr, SocketAddr, SocketAddrV6, UdpSocket};
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+use std::{io, thread};
+
+/// How often a node says *hello*.
+const HELLO_INTERVAL: Duration = Duration::from_secs(30);
+
+/// In the first moments after the start nobody is known because nobody had time to answer; a query waits so long
+/// for the first peer. Once per start, and less than Nix takes to start.
+const START_GRACE: Duration = Duration::from_millis(500);
+
+/// With no peer known, one query in so much time waits for unknown ones; the others cost nothing. They are all still
+/// broadcast, and whoever answers late is known from then on.
+const QUIET: Duration = Duration::from_secs(30);
+
+/// A query comes both unicast and by broadcast. The second copy within this time is not answered with a second
+/// *have not*; a repeat, which comes later, is. (A second *have* is sent: it may be the one that arrives.)
+const ECHO: Duration = Duration::from_millis(5);
+/// Echoes looked back at: more than come in that time.
+const ECHOES: usize = 64;
+
+/// Holders one query delivers at most: alternates beyond that are not needed.
+const MAX_HOLDERS: usize = 16;
+
+/// Questions waiting for the thread; each belongs to a connection thread that waits, of which there are 1,024.
+const MAX_WAITING: usize = 1024;
+
+/// Datagrams read from one socket before the others and the waiting questions have their turn.
+const BATCH: usize = 64;
+
+/// What discovery needs to know of the rest of the daemon.
+pub trait Neighbourhood: Send {
+    /// Whether a peer may be at this address: packets from elsewhere are dropped.
+    fn is_lan(&self, ip: IpAddr) -> bool;
+    /// Whether this is an address of this machine.
+    fn is_own(&self, ip: IpAddr) -> bool;
+    /// Whether this node would serve the path to that asker. Must not block.
+    fn would_serve(&mut self, hash_part: &HashPart, asker: IpAddr) -> bool;
+}
+
+/// Everything that happens to discovery.
+pub enum Event<'a> {
+    /// A datagram came.
+    Datagram {
+        /// From there.
+        from: SocketAddr,
+        /// With this content.
+        bytes: &'a [u8],
+    },
+    /// Somebody here looks for a path.
+    Ask(Ask),
+    /// The nodes that `--peer` names have these addresses now.
+    Named(Vec<SocketAddr>),
+    /// Time has passed.
+    Tick,
+    /// The interfaces changed.
+    NetworkChanged,
+}
+
+/// A question to the LAN. The channel ends when the query does.
+pub struct Ask {
+    hash_part: HashPart,
+    holders: Sender<Holder>,
+}
+
+/// Where a datagram goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum To {
+    /// To one node.
+    Peer(SocketAddr),
+    /// To every network.
+    Everyone,
+}
+
+/// The decisions of LAN discovery. No I/O; time is passed in.
+pub struct Discovery<N> {
+    neighbourhood: N,
+    instance: [u8; 8],
+    http_port: u16,
+    udp_port: u16,
+    timeout: Duration,
+    known: Known,
+    queries: Queries,
+    started: Instant,
+    quiet_until: Option<Instant>,
+    next_hello: Instant,
+    was_crowded: bool,
+    have_nots: VecDeque<(SocketAddr, u32, Instant)>,
+}
+
+impl<N: Neighbourhood> Discovery<N> {
+    /// `timeout` is how long unknown peers may take; `random` makes the instance ID and the first request ID.
+    pub fn new(
+        neighbourhood: N,
+        http_port: u16,
+        udp_port: u16,
+        timeout: Duration,
+        random: [u8; 12],
+        now: Instant,
+    ) -> Self {
+        let [a, b, c, d, instance @ ..] = random;
+        Discovery {
+            neighbourhood,
+            instance,
+            http_port,
+            udp_port,
+            timeout,
+            known: Known::default(),
+            queries: Queries::new(u32::from_be_bytes([a, b, c, d])),
+            started: now,
+            quiet_until: None,
+            next_hello: now,
+            was_crowded: false,
+            have_nots: VecDeque::new(),
+        }
+    }
+
+    fn hello(&self) -> Hello {
+        Hello { port: self.http_port, instance: self.instance, crowded: self.known.is_crowded() }
+    }
+
+    /// Handles one event; what is to be sent is added to `out`.
+    pub fn handle(&mut self, event: Event<'_>, now: Instant, out: &mut Vec<(To, Packet)>) {
+        match event {
+            Event::Datagram { from, bytes } => self.datagram(from, bytes, now, out),
+            Event::Ask(ask) => self.ask(ask, now, out),
+            Event::Named(addresses) => {
+                self.known.name(&addresses);
+                self.quiet_until = None;
+            }
+            Event::NetworkChanged => {
+                self.next_hello = now;
+                self.quiet_until = None;
+            }
+            Event::Tick => {}
+        }
+        self.due(now, out);
+    }
+
+    /// When time alone makes something happen.
+    pub fn next_due(&self) -> Instant {
+        self.queries.next_due().map_or(self.next_hello, |due| due.min(self.next_hello))
+    }
+
+    /// What is said at the end.
+    pub fn bye(&self, out: &mut Vec<(To, Packet)>) {
+        self.to_all(Packet::Bye(self.hello()), out);
+    }
+
+    fn due(&mut self, now: Instant, out: &mut Vec<(To, Packet)>) {
+        let crowded = self.known.is_crowded();
+        if now >= self.next_hello || crowded != self.was_crowded {
+            self.was_crowded = crowded;
+            self.next_hello = now + HELLO_INTERVAL;
+            self.known.forget_old(now);
+            self.to_all(Packet::Hello(self.hello()), out);
+        }
+        while let Some(due) = self.queries.due(now) {
+            match due {
+                Due::Repeat { id, hash_part, to, broadcast } => {
+                    let query = Packet::Query { id, hash_part };
+                    out.extend(to.into_iter().map(|peer| (To::Peer(peer), query.clone())));
+                    if broadcast {
+                        out.push((To::Everyone, query));
+                    }
+                }
+                Due::Over { sent, unanswered, answered } => {
+                    if unanswered.is_empty() && !answered && now > sent {
+                        self.quiet_until = Some(now + QUIET);
+                    }
+                    unanswered.into_iter().for_each(|peer| self.known.left_unanswered(peer, sent));
+                }
+            }
+        }
+    }
+
+    fn to_all(&self, packet: Packet, out: &mut Vec<(To, Packet)>) {
+        out.extend(self.known.named().map(|peer| (To::Peer(peer), packet.clone())));
+        out.push((To::Everyone, packet));
+    }
+
+    fn ask(&mut self, ask: Ask, now: Instant, out: &mut Vec<(To, Packet)>) {
+        let to_ask = self.known.to_ask();
+        let mut open_for = None::<Duration>;
+        let mut keep_open = |wait: Duration| open_for = Some(open_for.map_or(wait, |open| open.max(wait)));
+        let mut slowest = Duration::ZERO;
+        let mut anybody_expected = false;
+        let asked: Vec<(SocketAddr, Option<Duration>)> = to_ask
+            .iter()
+            .map(|(address, peer)| {
+                slowest = slowest.max(peer.usual_answer());
+                match peer.expect(self.timeout) {
+                    Answer::Due(wait) => {
+                        anybody_expected = true;
+                        (*address, Some(wait))
+                    }
+                    Answer::Maybe(wait) if peer.heard_since(self.started) => {
+                        anybody_expected = true;
+                        keep_open(wait);
+                        (*address, None)
+                    }
+                    // Named by the user and never heard: like an unknown one.
+                    Answer::Maybe(_) | Answer::NotExpected => (*address, None),
+                }
+            })
+            .collect();
+        if self.known.len() > CROWD {
+            keep_open(self.timeout);
+        }
+        if !anybody_expected {
+            let grace = (self.started + START_GRACE).saturating_duration_since(now);
+            if !grace.is_zero() {
+                keep_open(grace.max(self.timeout));
+            } else if self.quiet_until.is_none_or(|until| until <= now) {
+                keep_open(self.timeout);
+            }
+        }
+        let first_step = (self.timeout / 3).max(slowest).max(Duration::from_millis(1));
+        let query = Query::new(ask.hash_part, asked.iter().copied(), open_for, first_step, ask.holders, now);
+        let Some(id) = self.queries.insert(query, now) else {
+            log::debug!("query for {}: too many in flight", ask.hash_part);
+            return;
+        };
+        let packet = Packet::Query { id, hash_part: ask.hash_part };
+        out.extend(asked.into_iter().map(|(peer, _)| (To::Peer(peer), packet.clone())));
+        out.push((To::Everyone, packet));
+    }
+
+    fn datagram(&mut self, from: SocketAddr, bytes: &[u8], now: Instant, out: &mut Vec<(To, Packet)>) {
+        // Our own broadcasts come back to us.
+        if from.port() == self.udp_port && self.neighbourhood.is_own(from.ip()) || !self.neighbourhood.is_lan(from.ip())
+        {
+            return;
+        }
+        let packet = match Packet::parse(bytes) {
+            Ok(packet) => packet,
+            Err(e) => return log::debug!("peer {from}: {e}"),
+        };
+        match packet {
+            Packet::Query { id, hash_part } => {
+                if self.known.heard(from, now) {
+                    out.push((To::Peer(from), Packet::Hello(self.hello())));
+                }
+                self.answer(from, id, hash_part, now, out);
+            }
+            Packet::Have { id, port, url_path } => {
+                let holder = Holder { http: SocketAddr::new(from.ip(), port), url_path };
+                let holder = Holder { http: with_scope(holder.http, from), ..holder };
+                self.answered(id, from, Some(holder), now);
+            }
+            Packet::HaveNot { id } => self.answered(id, from, None, now),
+            Packet::Hello(hello) => {
+                if hello.instance == self.instance {
+                    return;
+                }
+                if self.known.hello(from, hello, now) {
+                    log::debug!("peer {from}: hello");
+                    out.push((To::Peer(from), Packet::Hello(self.hello())));
+                }
+            }
+            Packet::Bye(bye) => {
+                log::debug!("peer {from}: bye");
+                self.known.bye(from, bye);
+            }
+        }
+    }
+
+    fn answered(&mut self, id: u32, from: SocketAddr, holder: Option<Holder>, now: Instant) {
+        let has_it = holder.is_some();
+        // Broadcasts go to this port, and only from there does a node answer them.
+        let broadcast_to = from.port() == self.udp_port && self.neighbourhood.is_lan(from.ip());
+        match self.queries.answered(id, from, broadcast_to, holder, now) {
+            Some(answer) => self.known.answered(from, has_it, answer.round_trip, now),
+            // Late, or never asked: no more than a sign of life.
+            None => {
+                self.known.heard(from, now);
+            }
+        }
+    }
+
+    fn answer(&mut self, from: SocketAddr, id: u32, hash_part: HashPart, now: Instant, out: &mut Vec<(To, Packet)>) {
+        if self.neighbourhood.would_serve(&hash_part, from.ip()) {
+            let url_path = format!("local/{hash_part}.narinfo");
+            out.push((To::Peer(from), Packet::Have { id, port: self.http_port, url_path }));
+            return;
+        }
+        if self.known.is_crowded() {
+            return;
+        }
+        while self.have_nots.front().is_some_and(|(_, _, at)| now.saturating_duration_since(*at) > ECHO)
+            || self.have_nots.len() >= ECHOES
+        {
+            self.have_nots.pop_front();
+        }
+        if !self.have_nots.iter().any(|(to, other, _)| *to == from && *other == id) {
+            self.have_nots.push_back((from, id, now));
+            out.push((To::Peer(from), Packet::HaveNot { id }));
+        }
+    }
+}
+
+/// A link-local address is only one together with the interface it was seen on.
+fn with_scope(http: SocketAddr, from: SocketAddr) -> SocketAddr {
+    match (http, from) {
+        (SocketAddr::V6(http), SocketAddr::V6(from)) => {
+            SocketAddrV6::new(*http.ip(), http.port(), 0, from.scope_id()).into()
+        }
+        _ => http,
+    }
+}
+
+/// The running thread. Dropping it says *bye* and ends it.
+pub struct Handle {
+    ask: Arc<Wake>,
+    alive: Arc<AtomicU64>,
+    // Declared after the sender: the thread ends when the sender's channel does.
+    thread: Option<JoinHandle<()>>,
+}
+
+/// Sends questions to the thread, from any thread.
+pub struct Wake {
+    sender: Sender<Command>,
+    event: OwnedFd,
+}
+
+enum Command {
+    Ask(Ask),
+    Named(Vec<SocketAddr>),
+    Stop,
+}
+
+impl Wake {
+    /// Asks the LAN who has the path. The channel yields holders as they answer and ends when nobody is waited for
+    /// any more, in [`super::known::MAX_WAIT`] or `--timeout` at most.
+    pub fn ask(&self, hash_part: HashPart) -> Receiver<Holder> {
+        let (holders, receiver) = bounded(MAX_HOLDERS);
+        // A full queue drops the question, and its channel ends: a miss, not a wait.
+        self.send(Command::Ask(Ask { hash_part, holders }));
+        receiver
+    }
+
+    /// Tells the thread the addresses that `--peer` names.
+    pub fn set_named(&self, addresses: Vec<SocketAddr>) {
+        self.send(Command::Named(addresses));
+    }
+
+    fn send(&self, command: Command) {
+        if self.sender.try_send(command).is_ok() {
+            // Can only fail when the counter is full, and then the thread is awake anyway.
+            let _ = rustix::io::write(&self.event, &1u64.to_ne_bytes());
+        }
+    }
+}
+
+impl Handle {
+    /// Starts the thread on bound sockets. `on_end` runs when it ends, for whatever reason.
+    ///
+    /// # Errors
+    /// No descriptor or no thread to be had.
+    pub fn spawn<N: Neighbourhood + 'static>(
+        discovery: Discovery<N>,
+        sockets: Vec<UdpSocket>,
+        interfaces: Arc<Interfaces>,
+        on_end: impl FnOnce() + Send + 'static,
+    ) -> io::Result<Handle> {
+        let (sender, commands) = bounded(MAX_WAITING);
+        let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        let wake = event.try_clone()?;
+        let alive = Arc::new(AtomicU64::new(0));
+        let udp_port = discovery.udp_port;
+        let sockets = Sockets::new(sockets, udp_port, interfaces)?;
+        let turns = alive.clone();
+        let thread = thread::Builder::new().name("discovery".into()).spawn(move || {
+            let on_end = OnDrop(Some(on_end));
+            run(discovery, sockets, &commands, &wake, &turns);
+            drop(on_end);
+        })?;
+        Ok(Handle { ask: Arc::new(Wake { sender, event }), alive, thread: Some(thread) })
+    }
+
+    /// For those who ask.
+    pub fn wake(&self) -> Arc<Wake> {
+        self.ask.clone()
+    }
+
+    /// Turns of the thread's loop so far; it makes one every [`REFRESH`] at least.
+    pub fn turns(&self) -> u64 {
+        self.alive.load(Ordering::Relaxed)
+    }
+}
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        self.ask.send(Command::Stop);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+struct OnDrop<F: FnOnce()>(Option<F>);
+
+impl<F: FnOnce()> Drop for OnDrop<F> {
+    fn drop(&mut self) {
+        if let Some(f) = self.0.take() {
+            f();
+        }
+    }
+}
+
+fn run<N: Neighbourhood>(
+    mut discovery: Discovery<N>,
+    mut sockets: Sockets,
+    commands: &Receiver<Command>,
+    wake: &OwnedFd,
+    turns: &AtomicU64,
+) {
+    let mut out = Vec::new();
+    let mut buffer = [0; Packet::MAX_LEN + 1];
+    discovery.handle(Event::Tick, Instant::now(), &mut out);
+    loop {
+        sockets.send(&mut out);
+        let now = Instant::now();
+        let wait = discovery.next_due().saturating_duration_since(now).min(REFRESH);
+        sockets.wait(wake, wait);
+        turns.fetch_add(1, Ordering::Relaxed);
+        while let Ok(command) = commands.try_recv() {
+            let event = match command {
+                Command::Ask(ask) => Event::Ask(ask),
+                Command::Named(addresses) => Event::Named(addresses),
+                Command::Stop => {
+                    discovery.bye(&mut out);
+                    return sockets.send(&mut out);
+                }
+            };
+            discovery.handle(event, Instant::now(), &mut out);
+        }
+        sockets.send(&mut out);
+        for i in 0..sockets.sockets.len() {
+            for _ in 0..BATCH {
+                let Ok((len, from)) = sockets.sockets[i].recv_from(&mut buffer) else { break };
+                discovery.handle(Event::Datagram { from, bytes: &buffer[..len] }, Instant::now(), &mut out);
+            }
+        }
+        let event = if sockets.network_changed() { Event::NetworkChanged } else { Event::Tick };
+        discovery.handle(event, Instant::now(), &mut out);
+    }
+}
+
+/// The sockets, and which of them reaches whom.
+struct Sockets {
+    sockets: Vec<UdpSocket>,
+    bound: Vec<SocketAddr>,
+    port: u16,
+    interfaces: Arc<Interfaces>,
+    joined: HashSet<u32>,
+    unreachable: bool,
+}
+
+impl Sockets {
+    fn new(sockets: Vec<UdpSocket>, port: u16, interfaces: Arc<Interfaces>) -> io::Result<Self> {
+        let mut bound = Vec::new();
+        for socket in &sockets {
+            bound.push(socket.local_addr()?);
+            socket.set_nonblocking(true)?;
+            let socket = socket2::SockRef::from(socket);
+            socket.set_broadcast(true)?;
+            // Twenty-five queries at once to a busy machine should not overflow it; the kernel caps the value.
+            socket.set_recv_buffer_size(1 << 20)?;
+        }
+        let mut sockets = Sockets { sockets, bound, port, interfaces, joined: HashSet::new(), unreachable: false };
+        sockets.join();
+        Ok(sockets)
+    }
+
+    fn wait(&self, wake: &OwnedFd, wait: Duration) {
+        let mut fds: Vec<PollFd<'_>> = self.sockets.iter().map(|s| PollFd::new(s, PollFlags::IN)).collect();
+        fds.push(PollFd::new(wake, PollFlags::IN));
+        // Rounded up, or the last fraction of a millisecond would be spent in a busy loop on old kernels.
+        let timeout = Timespec::try_from(wait).unwrap_or(Timespec { tv_sec: 1, tv_nsec: 0 });
+        if let Err(e) = poll(&mut fds, Some(&timeout))
+            && e != rustix::io::Errno::INTR
+        {
+            log::error!("poll: {e}");
+            thread::sleep(Duration::from_millis(100));
+        }
+        let _ = rustix::io::read(wake, &mut [0u8; 8]);
+    }
+
+    /// Looks at the interfaces now and then, and at once when something could not be sent.
+    fn network_changed(&mut self) -> bool {
+        let max_age = if std::mem::take(&mut self.unreachable) { REFRESH / 5 } else { REFRESH };
+        let changed = self.interfaces.refresh(Instant::now(), max_age);
+        if changed {
+            self.join();
+        }
+        changed
+    }
+
+    /// Joins the multicast group on interfaces that are new, and forgets those that are gone.
+    fn join(&mut self) {
+        let current = self.interfaces.current();
+        let indexes: HashSet<u32> = current.iter().filter(|i| i.address.is_ipv6()).map(|i| i.index).collect();
+        self.joined.retain(|index| indexes.contains(index));
+        for (socket, bound) in self.sockets.iter().zip(&self.bound) {
+            if bound.is_ipv4() {
+                continue;
+            }
+            let _ = socket.set_multicast_loop_v6(false);
+            for &index in &indexes {
+                if !self.joined.contains(&index)
+                    && let Err(e) = socket.join_multicast_v6(&MULTICAST_GROUP, index)
+                {
+                    log::debug!("multicast on interface {index}: {e}");
+                }
+            }
+        }
+        self.joined = indexes;
+    }
+
+    fn send(&mut self, out: &mut Vec<(To, Packet)>) {
+        for (to, packet) in out.drain(..) {
+            let bytes = packet.encode();
+            match to {
+                To::Peer(peer) => self.send_to(&bytes, peer),
+                To::Everyone => {
+                    for target in self.everyone() {
+                        self.send_to(&bytes, target);
+                    }
+                }
+            }
+        }
+    }
+
+    fn everyone(&self) -> Vec<SocketAddr> {
+        let mut targets = Vec::new();
+        for interface in self.interfaces.current().iter() {
+            let target = match (interface.address, interface.broadcast) {
+                (IpAddr::V4(ip), Some(broadcast)) if crate::interfaces::is_private(ip.into()) => {
+                    SocketAddr::new(broadcast.into(), self.port)
+                }
+                (IpAddr::V6(ip), _) if ip.is_unicast_link_local() => {
+                    SocketAddrV6::new(MULTICAST_GROUP, self.port, 0, interface.index).into()
+                }
+                _ => continue,
+            };
+            if !targets.contains(&target) {
+                targets.push(target);
+            }
+        }
+        targets
+    }
+
+    fn send_to(&mut self, bytes: &[u8], target: SocketAddr) {
+        let Some(socket) = self.socket_for(target) else { return };
+        if let Err(e) = socket.send_to(bytes, target)
+            && e.kind() != io::ErrorKind::WouldBlock
+        {
+            log::debug!("datagram to {target}: {e}");
+            self.unreachable = true;
+        }
+    }
+
+    /// The socket that is bound to everything, or to the address in the target's network.
+    fn socket_for(&self, target: SocketAddr) -> Option<&UdpSocket> {
+        let current = self.interfaces.current();
+        let reaches = |bound: &SocketAddr| {
+            bound.is_ipv4() == target.is_ipv4()
+                && (bound.ip().is_unspecified()
+                    || current.iter().any(|i| i.address == bound.ip() && i.reaches(target.ip())))
+        };
+        let at = self.bound.iter().position(reaches)?;
+        self.sockets.get(at)
+    }
+}

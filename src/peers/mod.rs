@@ -1,0 +1,18 @@
+//! The other nodes: who they are, which of them has a path, and what they serve.
+
+pub mod client;
+pub mod discovery;
+mod known;
+mod queries;
+pub mod standing;
+
+use std::net::SocketAddr;
+
+/// A peer that said it has a path, and where.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Holder {
+    /// The peer's HTTP server.
+    pub http: SocketAddr,
+    /// Its narinfo of the path, relative to the root of that server.
+    pub url_path: String,
+}

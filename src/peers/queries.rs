@@ -1,0 +1,310 @@
+//! Queries in flight: request IDs, who was asked, who is still waited for. No I/O; time is passed in.
+
+use super::Holder;
+use crate::nix::HashPart;
+use crossbeam_channel::Sender;
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+/// Queries in flight at once. Each belongs to a connection thread that waits for it, of which there are 1,024, or
+/// is one that found its path and lingers for other holders.
+const MAX_QUERIES: usize = 4096;
+
+/// A query is sent so many times at most: at once, and then at ever longer steps while somebody is waited for.
+const MAX_SENDS: u32 = 5;
+
+/// One query.
+pub struct Query {
+    /// What is looked for.
+    pub hash_part: HashPart,
+    /// When it was first sent.
+    pub sent: Instant,
+    asked: Vec<Asked>,
+    /// Until then anybody may say *have*, asked by name or by broadcast.
+    open_until: Option<Instant>,
+    sends: u32,
+    step: Duration,
+    next_send: Option<Instant>,
+    holders: Sender<Holder>,
+}
+
+struct Asked {
+    peer: SocketAddr,
+    due: Option<Instant>,
+    answered: bool,
+}
+
+/// What to do for a query now.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Due {
+    /// Send it again to those who are waited for, and by broadcast too if `broadcast`.
+    Repeat {
+        /// The query.
+        id: u32,
+        /// Its hash part.
+        hash_part: HashPart,
+        /// Who has not answered.
+        to: Vec<SocketAddr>,
+        /// Whether this is the one repeat that is also broadcast.
+        broadcast: bool,
+    },
+    /// It is over. These were waited for in vain since `sent`.
+    Over {
+        /// When the query was first sent.
+        sent: Instant,
+        /// Who did not answer in time.
+        unanswered: Vec<SocketAddr>,
+        /// Whether anybody answered at all.
+        answered: bool,
+    },
+}
+
+impl Query {
+    /// A query that is sent now. `first_step` is the time to its first repeat. Whoever holds the other end of
+    /// `holders` learns of holders, and of the end by the channel's end.
+    pub fn new(
+        hash_part: HashPart,
+        asked: impl Iterator<Item = (SocketAddr, Option<Duration>)>,
+        open_for: Option<Duration>,
+        first_step: Duration,
+        holders: Sender<Holder>,
+        now: Instant,
+    ) -> Self {
+        let asked = asked.map(|(peer, wait)| Asked { peer, due: wait.map(|wait| now + wait), answered: false });
+        Query {
+            hash_part,
+            sent: now,
+            asked: asked.collect(),
+            open_until: open_for.map(|wait| now + wait),
+            sends: 1,
+            step: first_step,
+            next_send: Some(now + first_step),
+            holders,
+        }
+    }
+
+    fn waits_for(&self, asked: &Asked, now: Instant) -> bool {
+        !asked.answered && asked.due.is_some_and(|due| due > now)
+    }
+
+    fn ends(&self, now: Instant) -> Option<Instant> {
+        let due = self.asked.iter().filter(|a| self.waits_for(a, now)).filter_map(|a| a.due);
+        due.chain(self.open_until.filter(|&until| until > now)).max()
+    }
+
+    /// When this query is over or to be repeated.
+    fn next_due(&self, now: Instant) -> Instant {
+        let ends = self.ends(now).unwrap_or(now);
+        self.next_send.map_or(ends, |send| send.min(ends))
+    }
+}
+
+/// All queries in flight.
+pub struct Queries {
+    queries: HashMap<u32, Query>,
+    next_id: u32,
+    /// Nothing is due before; `None` when there is no query.
+    next_due: Option<Instant>,
+}
+
+/// What an answer told beside its content.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Answered {
+    /// Set where the query was sent only once, so that it is clear which copy was answered.
+    pub round_trip: Option<Duration>,
+}
+
+impl Queries {
+    /// IDs count up from `first_id`, which should be random.
+    pub fn new(first_id: u32) -> Self {
+        Queries { queries: HashMap::new(), next_id: first_id, next_due: None }
+    }
+
+    /// Takes a query and gives its ID; `None` when there are too many.
+    pub fn insert(&mut self, query: Query, now: Instant) -> Option<u32> {
+        if self.queries.len() >= MAX_QUERIES {
+            return None;
+        }
+        while self.queries.contains_key(&self.next_id) {
+            self.next_id = self.next_id.wrapping_add(1);
+        }
+        let id = self.next_id;
+        self.next_id = self.next_id.wrapping_add(1);
+        let due = query.next_due(now);
+        self.next_due = Some(self.next_due.map_or(due, |next| next.min(due)));
+        self.queries.insert(id, query);
+        Some(id)
+    }
+
+    /// An answer to query `id` came from `from`. `neighbour`: it is in a subnet that queries are broadcast to.
+    /// `None`: there is no such query any more, or it did not go there.
+    pub fn answered(
+        &mut self,
+        id: u32,
+        from: SocketAddr,
+        neighbour: bool,
+        holder: Option<Holder>,
+        now: Instant,
+    ) -> Option<Answered> {
+        let query = self.queries.get_mut(&id)?;
+        let asked = query.asked.iter_mut().find(|a| a.peer == from);
+        if asked.is_none() && !neighbour {
+            return None;
+        }
+        let once = query.sends == 1 && asked.as_ref().is_some_and(|a| !a.answered);
+        if let Some(asked) = asked {
+            asked.answered = true;
+        }
+        if let Some(holder) = holder {
+            query.next_send = None;
+            // Full: enough holders are known. Closed: the asker is content.
+            let _ = query.holders.try_send(holder);
+        }
+        let round_trip = once.then(|| now.saturating_duration_since(query.sent));
+        if query.ends(now).is_none() {
+            self.queries.remove(&id);
+        }
+        Some(Answered { round_trip })
+    }
+
+    /// The next query that has to be repeated or is over. Call until `None`.
+    pub fn due(&mut self, now: Instant) -> Option<Due> {
+        if self.next_due.is_none_or(|next| next > now) {
+            return None;
+        }
+        let Some((&id, query)) = self.queries.iter_mut().find(|(_, q)| q.next_due(now) <= now) else {
+            self.next_due = self.queries.values().map(|q| q.next_due(now)).min();
+            return None;
+        };
+        if query.ends(now).is_none() {
+            let query = self.queries.remove(&id)?;
+            let unanswered = query.asked.iter().filter(|a| !a.answered && a.due.is_some()).map(|a| a.peer).collect();
+            let answered = query.asked.iter().any(|a| a.answered);
+            return Some(Due::Over { sent: query.sent, unanswered, answered });
+        }
+        query.sends += 1;
+        query.step *= 2;
+        query.next_send = (query.sends < MAX_SENDS).then(|| now + query.step);
+        let to = query.asked.iter().filter(|a| query.waits_for(a, now)).map(|a| a.peer).collect();
+        Some(Due::Repeat { id, hash_part: query.hash_part, to, broadcast: query.sends == 2 })
+    }
+
+    /// When [`Queries::due`] may have something next.
+    pub fn next_due(&self) -> Option<Instant> {
+        self.next_due
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crossbeam_channel::{Receiver, TryRecvError, bounded};
+
+    const MS: Duration = Duration::from_millis(1);
+
+    fn address(last: u8) -> SocketAddr {
+        SocketAddr::from(([10, 0, 0, last], 12304))
+    }
+
+    fn hash_part() -> HashPart {
+        HashPart::parse(b"7h7qgvs4kgzsn8a6rb273saxyqh4jxlz").unwrap()
+    }
+
+    fn holder(last: u8) -> Option<Holder> {
+        Some(Holder { http: address(last), url_path: "local/x.narinfo".into() })
+    }
+
+    /// A query to two peers that are due in 200 ms, first repeated after 16 ms.
+    fn query(now: Instant, open_for: Option<Duration>) -> (Query, Receiver<Holder>) {
+        let (sender, receiver) = bounded(4);
+        let asked = [(address(1), Some(200 * MS)), (address(2), Some(200 * MS)), (address(3), None)];
+        (Query::new(hash_part(), asked.into_iter(), open_for, 16 * MS, sender, now), receiver)
+    }
+
+    #[test]
+    fn ends_as_soon_as_all_who_are_waited_for_answered() {
+        let (now, mut queries) = (Instant::now(), Queries::new(u32::MAX));
+        let (query, holders) = query(now, None);
+        let id = queries.insert(query, now).unwrap();
+        assert_eq!(id, u32::MAX);
+        let answer = queries.answered(id, address(1), true, None, now + MS);
+        assert_eq!(answer, Some(Answered { round_trip: Some(MS) }));
+        assert_eq!(holders.try_recv(), Err(TryRecvError::Empty));
+        queries.answered(id, address(2), true, None, now + MS).unwrap();
+        assert_eq!(holders.try_recv(), Err(TryRecvError::Disconnected));
+        assert_eq!(queries.answered(id, address(2), true, None, now + MS), None, "a late answer is nothing");
+    }
+
+    #[test]
+    fn stays_open_for_the_unknown() {
+        let (now, mut queries) = (Instant::now(), Queries::new(0));
+        let (query, holders) = query(now, Some(50 * MS));
+        let id = queries.insert(query, now).unwrap();
+        for peer in [1, 2] {
+            queries.answered(id, address(peer), true, None, now + MS).unwrap();
+        }
+        assert_eq!(holders.try_recv(), Err(TryRecvError::Empty));
+        // A neighbour that was not asked by name, and a stranger.
+        assert!(queries.answered(id, address(9), false, holder(9), now + MS).is_none());
+        assert_eq!(queries.answered(id, address(8), true, holder(8), now + MS), Some(Answered { round_trip: None }));
+        assert_eq!(holders.try_recv().unwrap().http, address(8));
+        while queries.due(now + 50 * MS).is_some() {}
+        assert_eq!(holders.try_recv(), Err(TryRecvError::Disconnected));
+    }
+
+    #[test]
+    fn repeats_go_to_those_who_have_not_answered_and_grow_apart() {
+        let (now, mut queries) = (Instant::now(), Queries::new(7));
+        let (query, _holders) = query(now, None);
+        queries.insert(query, now).unwrap();
+        queries.answered(7, address(2), true, None, now + MS).unwrap();
+        let mut repeats = Vec::new();
+        for ms in 1..=200u32 {
+            match queries.due(now + ms * MS) {
+                Some(Due::Repeat { id: 7, to, broadcast, .. }) => {
+                    assert_eq!(to, [address(1)]);
+                    repeats.push((ms, broadcast));
+                }
+                Some(Due::Over { unanswered, answered: true, .. }) => {
+                    assert_eq!((unanswered, ms), (vec![address(1)], 200));
+                }
+                None => {}
+                other => panic!("{other:?}"),
+            }
+        }
+        assert_eq!(repeats, [(16, true), (48, false), (112, false)]);
+        // After a repeat nobody knows which copy was answered.
+        assert_eq!(queries.next_due(), Some(now + 200 * MS));
+    }
+
+    #[test]
+    fn nothing_is_repeated_once_somebody_has_it() {
+        let (now, mut queries) = (Instant::now(), Queries::new(7));
+        let (query, _holders) = query(now, None);
+        queries.insert(query, now).unwrap();
+        queries.answered(7, address(1), true, holder(1), now + MS).unwrap();
+        for ms in 2..200u32 {
+            assert_eq!(queries.due(now + ms * MS), None);
+        }
+    }
+
+    #[test]
+    fn with_nobody_to_wait_for_it_is_over_at_once() {
+        let (now, mut queries) = (Instant::now(), Queries::new(7));
+        let (sender, holders) = bounded(4);
+        let query = Query::new(hash_part(), [(address(1), None)].into_iter(), None, 16 * MS, sender, now);
+        queries.insert(query, now).unwrap();
+        assert!(matches!(queries.due(now), Some(Due::Over { answered: false, .. })));
+        assert_eq!(holders.try_recv(), Err(TryRecvError::Disconnected));
+    }
+
+    #[test]
+    fn the_number_in_flight_is_bounded() {
+        let (now, mut queries) = (Instant::now(), Queries::new(0));
+        for _ in 0..MAX_QUERIES {
+            assert!(queries.insert(query(now, None).0, now).is_some());
+        }
+        assert!(queries.insert(query(now, None).0, now).is_none());
+    }
+}

@@ -1,0 +1,110 @@
+//! The listening sockets: those that systemd passes, or bound here.
+
+use crate::config::Config;
+use crate::interfaces::Interfaces;
+use listenfd::ListenFd;
+use socket2::{Domain, Protocol, SockAddr, Socket, Type};
+use std::io;
+use std::net::{IpAddr, SocketAddr, TcpListener, UdpSocket};
+
+/// Connections that wait to be accepted: Nix opens 25 at once, and so do the peers.
+const BACKLOG: i32 = 1024;
+
+/// The sockets the daemon works with.
+pub struct Sockets {
+    /// For HTTP.
+    pub listeners: Vec<TcpListener>,
+    /// For discovery.
+    pub datagrams: Vec<UdpSocket>,
+    /// The port of all of them.
+    pub port: u16,
+}
+
+/// Takes what systemd passes (`LISTEN_FDS`), else binds.
+///
+/// # Errors
+/// A port that is taken, an address this machine does not have, sockets of another kind.
+pub fn open(config: &Config, interfaces: &Interfaces) -> Result<Sockets, String> {
+    let (mut listeners, mut datagrams) = inherited()?;
+    if listeners.is_empty() {
+        let mut port = config.port;
+        for ip in &config.bind {
+            let listener = bind(*ip, port, Type::STREAM).map_err(|e| explain(*ip, port, "TCP", &e))?;
+            let listener = TcpListener::from(listener);
+            // With --port 0 the first socket chooses for all.
+            port = listener.local_addr().map_err(|e| format!("socket: {e}"))?.port();
+            listeners.push(listener);
+        }
+    }
+    let port = listeners[0].local_addr().map_err(|e| format!("socket: {e}"))?.port();
+    if datagrams.is_empty() {
+        for ip in &config.bind {
+            let socket = bind(*ip, port, Type::DGRAM).map_err(|e| explain(*ip, port, "UDP", &e))?;
+            datagrams.push(socket.into());
+        }
+        // A socket bound to one address hears no broadcast; one bound to the broadcast address does.
+        for interface in interfaces.current().iter().filter(|i| config.bind.contains(&i.address)) {
+            if let Some(broadcast) = interface.broadcast {
+                let socket = bind(broadcast.into(), port, Type::DGRAM);
+                datagrams.push(socket.map_err(|e| explain(broadcast.into(), port, "UDP", &e))?.into());
+            }
+        }
+    }
+    Ok(Sockets { listeners, datagrams, port })
+}
+
+fn inherited() -> Result<(Vec<TcpListener>, Vec<UdpSocket>), String> {
+    let mut fds = ListenFd::from_env();
+    let (mut listeners, mut datagrams) = (Vec::new(), Vec::new());
+    for at in 0..fds.len() {
+        // The kind is not known before it is tried; a failed try leaves the descriptor in its place.
+        if let Ok(Some(listener)) = fds.take_tcp_listener(at) {
+            listeners.push(listener);
+        } else {
+            match fds.take_udp_socket(at) {
+                Ok(Some(socket)) => datagrams.push(socket),
+                Ok(None) => {}
+                Err(e) => {
+                    return Err(format!(
+                        "socket {at} that systemd passed: {e}; only ListenStream= and ListenDatagram= are used"
+                    ));
+                }
+            }
+        }
+    }
+    if listeners.is_empty() != datagrams.is_empty() {
+        return Err(
+            "systemd passed only one kind of socket; the .socket unit needs ListenStream= and ListenDatagram=".into()
+        );
+    }
+    Ok((listeners, datagrams))
+}
+
+fn bind(ip: IpAddr, port: u16, kind: Type) -> io::Result<Socket> {
+    let address = SocketAddr::new(ip, port);
+    let protocol = if kind == Type::STREAM { Protocol::TCP } else { Protocol::UDP };
+    let socket = Socket::new(Domain::for_address(address), kind, Some(protocol))?;
+    if address.is_ipv6() {
+        // IPv4 has sockets of its own, so that `--bind 0.0.0.0 --bind [::]` works.
+        socket.set_only_v6(true)?;
+    }
+    if kind == Type::STREAM {
+        // A restart must not wait for old connections to expire.
+        socket.set_reuse_address(true)?;
+    }
+    socket.bind(&SockAddr::from(address))?;
+    if kind == Type::STREAM {
+        socket.listen(BACKLOG)?;
+    }
+    Ok(socket)
+}
+
+fn explain(ip: IpAddr, port: u16, kind: &str, e: &io::Error) -> String {
+    let remedy = match e.kind() {
+        io::ErrorKind::AddrInUse => "another program, perhaps another peerix, has it; --port names another",
+        io::ErrorKind::AddrNotAvailable => "this machine does not have that address; see --bind",
+        io::ErrorKind::PermissionDenied => "ports below 1024 need privileges; --port names another",
+        _ => "see --bind and --port",
+    };
+    format!("{kind} {}: {e}; {remedy}", SocketAddr::new(ip, port))
+}

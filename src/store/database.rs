@@ -1,0 +1,287 @@
+//! One connection to Nix's database: opening, the one query, and the row as a typed value.
+
+use super::StoreError;
+use crate::nix::{HashPart, Malformed, NarHash, PathInfo, Signature, StoreDir, StorePath};
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_encode};
+use rusqlite::{Connection, ErrorCode, OpenFlags, Row, types::ValueRef};
+use rustix::fs::{Access, Stat, access, stat};
+use std::{
+    ffi::OsString,
+    fs, io,
+    os::unix::ffi::OsStrExt,
+    path::{Path, PathBuf},
+    time::{Duration, SystemTime},
+};
+
+/// The schema that Nix has had since 2015.
+pub(super) const SCHEMA: &str = "10";
+
+/// Page cache of one connection in KiB: the inner pages of the two indexes a lookup goes through. SQLite's default
+/// of 2 MiB, times the pool, would be more than the whole program may take. Mapping the file into memory instead halves
+/// the time of a lookup, but each connection then counts the whole file as its own memory, and a failing disk kills
+/// the process.
+const CACHE_KIB: i64 = 256;
+
+/// The longest text of one column, in bytes. A path that refers to 100,000 others has 8 MiB of references.
+const MAX_COLUMN: usize = 16 << 20;
+
+/// Times of files advance in steps of a clock tick: 1 to 10 ms, doubled here.
+const CLOCK_TICK: Duration = Duration::from_millis(20);
+
+// One statement, so that a path and its references are of the same snapshot. The range is all paths with the hash
+// part: '.' follows '-' in ASCII.
+const LOOKUP: &str = "\
+    select path, hash, narSize, deriver, sigs, ca, \
+      (select group_concat(target.path, ' ') from Refs join ValidPaths target on target.id = Refs.reference \
+       where Refs.referrer = ValidPaths.id) \
+    from ValidPaths where path >= ?1 and path < ?2 order by path limit 1";
+
+/// Which file a path means: device and inode.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct FileId(u64, u64);
+
+impl FileId {
+    /// Asks the file system. Never by opening the file: closing it again would drop the locks that SQLite's own
+    /// descriptors hold in this process.
+    ///
+    /// # Errors
+    /// No such file, or no access to its directory.
+    pub(super) fn of(db: &Path) -> Result<Self, StoreError> {
+        let stat = stat(db).map_err(|error| missing_or_unreadable(db, error.into()))?;
+        Ok(FileId(stat.st_dev, stat.st_ino))
+    }
+}
+
+/// How a connection treats the write-ahead log.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Mode {
+    /// As SQLite does between processes.
+    Shared,
+    /// As if nobody ever wrote: no locks, no log. See [`Still`] for when that is right.
+    Immutable,
+}
+
+/// Why a connection failed, told apart by what to do next.
+#[derive(Debug)]
+pub(super) enum Failure {
+    /// The log's files are not there and this user may not create them: somebody else has to open the database.
+    Asleep,
+    /// Anything else.
+    Error(StoreError),
+}
+
+impl From<StoreError> for Failure {
+    fn from(error: StoreError) -> Self {
+        Failure::Error(error)
+    }
+}
+
+/// A connection that is known to be of the right schema.
+#[derive(Debug)]
+pub(super) struct Database {
+    connection: Connection,
+    path: PathBuf,
+    pub(super) file: FileId,
+}
+
+impl Database {
+    /// Opens and checks the schema; waits for locks no longer than `patience`.
+    pub(super) fn open(path: &Path, mode: Mode, patience: Duration) -> Result<Self, Failure> {
+        // Before the file is opened: a file that takes its place in between is then noticed later.
+        let file = FileId::of(path)?;
+        check_access(path)?;
+        check_schema(path)?;
+        let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+        let opened = match mode {
+            Mode::Shared => Connection::open_with_flags(path, flags),
+            Mode::Immutable => Connection::open_with_flags(immutable_uri(path), flags | OpenFlags::SQLITE_OPEN_URI),
+        };
+        let connection = opened.map_err(|error| classify(path, error))?;
+        let database = Database { connection, path: path.to_owned(), file };
+        database.set_patience(patience)?;
+        database.connection.pragma_update(None, "cache_size", -CACHE_KIB).map_err(|error| classify(path, error))?;
+        Ok(database)
+    }
+
+    /// How long a lock may be waited for from now on.
+    pub(super) fn set_patience(&self, patience: Duration) -> Result<(), Failure> {
+        self.connection.busy_timeout(patience).map_err(|error| classify(&self.path, error))
+    }
+
+    /// The valid path with this hash part.
+    pub(super) fn path_info(&self, store_dir: &StoreDir, part: &HashPart) -> Result<Option<PathInfo>, Failure> {
+        let fail = |error| classify(&self.path, error);
+        let mut statement = self.connection.prepare_cached(LOOKUP).map_err(fail)?;
+        let from = format!("{}/{part}-", store_dir.as_str());
+        let to = format!("{}/{part}.", store_dir.as_str());
+        let mut rows = statement.query([from, to]).map_err(fail)?;
+        match rows.next().map_err(fail)? {
+            None => Ok(None),
+            Some(row) => {
+                let info = typed(store_dir, row).map_err(|cause| {
+                    let path = text(row, 0).ok().flatten().unwrap_or("a path that is no text").to_owned();
+                    StoreError::Row { path, cause }
+                })?;
+                Ok(Some(info))
+            }
+        }
+    }
+}
+
+/// The state of the database's files in which reading it as immutable gives the right answer: nothing in the log,
+/// and the same file before and after.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Still {
+    file: FileId,
+    size: i64,
+    /// Since 1970.
+    modified: Duration,
+}
+
+impl Still {
+    /// `None` while there is anything in the log.
+    pub(super) fn observe(db: &Path) -> Option<Self> {
+        match stat(beside(db, "-wal")) {
+            Ok(wal) if wal.st_size == 0 => {}
+            Err(rustix::io::Errno::NOENT) => {}
+            _ => return None,
+        }
+        let Stat { st_dev, st_ino, st_size, st_mtime, st_mtime_nsec, .. } = stat(db).ok()?;
+        let modified = Duration::new(st_mtime.unsigned_abs(), u32::try_from(st_mtime_nsec).ok()?);
+        Some(Still { file: FileId(st_dev, st_ino), size: st_size, modified })
+    }
+
+    /// How long to wait, if the file was written so lately that a further write might leave the same time.
+    pub(super) fn unsettled(&self, now: SystemTime) -> Option<Duration> {
+        let modified = SystemTime::UNIX_EPOCH.checked_add(self.modified)?;
+        let age = now.duration_since(modified).unwrap_or_else(|ahead| ahead.duration());
+        CLOCK_TICK.checked_sub(age).filter(|wait| !wait.is_zero())
+    }
+}
+
+fn typed(store_dir: &StoreDir, row: &Row<'_>) -> Result<PathInfo, Malformed> {
+    let required = |column, what| text(row, column)?.ok_or(Malformed::new(what, "null"));
+    let path = store_dir.parse_path(required(0, "store path")?)?;
+    let nar_hash = NarHash::parse(required(1, "NAR hash")?)?;
+    // Nix writes null where it does not know the size, as in rows older than 2010. No narinfo can be made of that.
+    let nar_size = match row.get_ref(2) {
+        Ok(ValueRef::Integer(size)) if size > 0 => size.unsigned_abs(),
+        Ok(ValueRef::Null | ValueRef::Integer(0)) => return Err(Malformed::new("NAR size", "not recorded")),
+        _ => return Err(Malformed::new("NAR size", "not a positive number")),
+    };
+    let present = |column| Ok::<_, Malformed>(text(row, column)?.filter(|text| !text.is_empty()));
+    let deriver = present(3)?.map(|deriver| store_dir.parse_path(deriver)).transpose()?;
+    let signatures = words(present(4)?).map(Signature::parse).collect::<Result<_, _>>()?;
+    let ca = present(5)?.map(str::to_owned);
+    let mut references: Vec<StorePath> =
+        words(present(6)?).map(|path| store_dir.parse_path(path)).collect::<Result<_, _>>()?;
+    references.sort_unstable();
+    references.dedup();
+    Ok(PathInfo { path, nar_hash, nar_size, references, deriver, signatures, ca })
+}
+
+fn words(text: Option<&str>) -> impl Iterator<Item = &str> {
+    text.unwrap_or_default().split(' ').filter(|word| !word.is_empty())
+}
+
+fn text<'row>(row: &'row Row<'_>, column: usize) -> Result<Option<&'row str>, Malformed> {
+    const WHAT: &str = "row";
+    match row.get_ref(column) {
+        Ok(ValueRef::Null) => Ok(None),
+        Ok(ValueRef::Text(bytes)) if bytes.len() > MAX_COLUMN => Err(Malformed::new(WHAT, "text larger than 16 MiB")),
+        Ok(ValueRef::Text(bytes)) => {
+            std::str::from_utf8(bytes).map(Some).map_err(|_| Malformed::new(WHAT, "text that is not UTF-8"))
+        }
+        _ => Err(Malformed::new(WHAT, "a column that is no text")),
+    }
+}
+
+/// `<db><suffix>`, the files that SQLite keeps beside a database.
+pub(super) fn beside(db: &Path, suffix: &str) -> PathBuf {
+    let mut name = OsString::from(db);
+    name.push(suffix);
+    name.into()
+}
+
+fn immutable_uri(db: &Path) -> String {
+    const KEPT: &AsciiSet = &NON_ALPHANUMERIC.remove(b'/').remove(b'.').remove(b'-').remove(b'_');
+    format!("file:{}?immutable=1", percent_encode(db.as_os_str().as_bytes(), KEPT))
+}
+
+// SQLite says "unable to open database file" for all of these alike.
+fn check_access(db: &Path) -> Result<(), StoreError> {
+    for (file, must_exist) in [(db.to_owned(), true), (beside(db, "-wal"), false), (beside(db, "-shm"), false)] {
+        match access(&file, Access::READ_OK) {
+            Err(rustix::io::Errno::NOENT) if !must_exist => {}
+            Err(error) => return Err(missing_or_unreadable(&file, error.into())),
+            Ok(()) => {}
+        }
+    }
+    Ok(())
+}
+
+fn check_schema(db: &Path) -> Result<(), StoreError> {
+    let file = db.with_file_name("schema");
+    let unlike = |found: String| StoreError::Schema { db: db.to_owned(), found };
+    match fs::read(&file) {
+        Ok(content) if content.trim_ascii() == SCHEMA.as_bytes() => Ok(()),
+        Ok(content) => {
+            let start: String = String::from_utf8_lossy(&content).chars().take(16).collect();
+            Err(unlike(format!("{:?} by {}", start.trim_end(), file.display())))
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            Err(unlike(format!("unknown, as {} is missing", file.display())))
+        }
+        Err(cause) => Err(StoreError::Unreadable { file, cause }),
+    }
+}
+
+fn missing_or_unreadable(file: &Path, cause: io::Error) -> StoreError {
+    match cause.kind() {
+        io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => StoreError::Missing { db: file.to_owned() },
+        _ => StoreError::Unreadable { file: file.to_owned(), cause },
+    }
+}
+
+// Which codes come up was tried as an unprivileged user against files that Nix wrote. Of neither file, or only
+// -shm: READONLY_DIRECTORY (1544). Of only -wal, or on a read-only file system: CANTOPEN (14). Both there: none.
+fn classify(db: &Path, error: rusqlite::Error) -> Failure {
+    let db = db.to_owned();
+    // What preparing a statement says of a table or a column that is not there. It has the whole statement in it.
+    if let rusqlite::Error::SqlInputError { msg, .. } = &error {
+        return Failure::Error(StoreError::Schema { db, found: format!("another one ({msg})") });
+    }
+    match error.sqlite_error_code() {
+        Some(ErrorCode::ReadOnly | ErrorCode::CannotOpen) => Failure::Asleep,
+        Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked | ErrorCode::FileLockingProtocolFailed) => {
+            Failure::Error(StoreError::Busy { db })
+        }
+        _ => Failure::Error(StoreError::Database { db, cause: error }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_written_this_very_moment_is_not_yet_settled() {
+        let modified = Duration::from_secs(1_000_000);
+        let still = Still { file: FileId(1, 2), size: 3, modified };
+        let at = |millis| SystemTime::UNIX_EPOCH + Duration::from_secs(999_999) + Duration::from_millis(millis);
+        for (millis, wait) in [(1000, 20), (1005, 15), (1019, 1), (995, 15)] {
+            assert_eq!(still.unsettled(at(millis)), Some(Duration::from_millis(wait)));
+        }
+        for millis in [1020, 5000, 980, 0] {
+            assert_eq!(still.unsettled(at(millis)), None);
+        }
+    }
+
+    #[test]
+    fn the_path_in_a_uri_is_only_a_path() {
+        assert_eq!(
+            immutable_uri(Path::new("/a b/c?mode=rw#%/d.sqlite")),
+            "file:/a%20b/c%3Fmode%3Drw%23%25/d.sqlite?immutable=1"
+        );
+    }
+}

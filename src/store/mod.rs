@@ -1,0 +1,319 @@
+//! This machine's Nix store: what its database says of a path, and the path's files as a NAR.
+//!
+//! Everything here is asked for by a typed [`HashPart`], [`PathInfo`] or [`StorePath`]; only paths that are valid in
+//! the database are ever read. Nothing is written, and no process is started. It knows nothing of peers, of HTTP and of
+//! who may have what.
+
+mod build_log;
+mod daemon_socket;
+mod database;
+mod error;
+mod listing;
+mod nar;
+mod pool;
+mod walk;
+
+pub use build_log::BuildLog;
+pub use error::{NarError, StoreError};
+
+use crate::nix::{HashPart, PathInfo, StoreDir, StorePath};
+use database::SCHEMA;
+use pool::{Place, Pool};
+use rustix::fs::{Mode, OFlags, open};
+use std::{io::Write, ops::Range, path::PathBuf, time::Duration};
+use walk::Walk;
+
+/// Connections to the database that all threads share. A lookup takes some 10 µs, so more than the machine has
+/// processors help little, and each costs memory and three file descriptors.
+const CONNECTIONS: usize = 4;
+/// How long a lookup may take, waiting for locks and for a free connection included.
+const LOOKUP_PATIENCE: Duration = Duration::from_secs(5);
+/// The same for [`Store::path_info_quickly`].
+const QUICK_PATIENCE: Duration = Duration::from_millis(50);
+
+/// Where the store is.
+#[derive(Debug, Clone)]
+pub struct StoreConfig {
+    /// The store directory, `/nix/store`.
+    pub store_dir: StoreDir,
+    /// The database, `/nix/var/nix/db/db.sqlite`. nix-daemon's socket (`/nix/var/nix/daemon-socket/socket`) and the
+    /// directory of build logs (`/nix/var/log/nix`) have their places relative to it.
+    pub db: PathBuf,
+}
+
+impl StoreConfig {
+    fn ancestor(&self, levels: usize) -> PathBuf {
+        let mut dir = self.db.clone();
+        for _ in 0..levels {
+            dir.pop();
+        }
+        dir
+    }
+
+    fn daemon_socket(&self) -> PathBuf {
+        self.ancestor(2).join("daemon-socket/socket")
+    }
+
+    fn log_dir(&self) -> PathBuf {
+        self.ancestor(3).join("log/nix")
+    }
+}
+
+/// This machine's Nix store, read-only. Shared by all threads.
+#[derive(Debug)]
+pub struct Store {
+    config: StoreConfig,
+    lookups: Pool,
+    /// One connection of its own, so that no crowd of lookups is before it in the queue.
+    quick_lookups: Pool,
+}
+
+impl Store {
+    /// Opens the database and makes one lookup. How it had to be opened goes to the log.
+    ///
+    /// # Errors
+    /// No database, one of another schema, or one that cannot be read.
+    pub fn open(config: StoreConfig) -> Result<Store, StoreError> {
+        let store = Store::new(config);
+        let any = HashPart::parse(&[b'0'; HashPart::LEN]).expect("zeros are Nix32");
+        match store.lookups.path_info(&any) {
+            Ok(_) | Err(StoreError::Row { .. }) => Ok(store),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn new(config: StoreConfig) -> Store {
+        let place =
+            Place { store_dir: config.store_dir.clone(), db: config.db.clone(), daemon_socket: config.daemon_socket() };
+        Store {
+            lookups: Pool::new(place.clone(), CONNECTIONS, LOOKUP_PATIENCE, log::Level::Info),
+            quick_lookups: Pool::new(place, 1, QUICK_PATIENCE, log::Level::Debug),
+            config,
+        }
+    }
+
+    /// What the database says, at this moment, of the valid path with this hash part. Takes at most 5 s.
+    ///
+    /// # Errors
+    /// The database cannot be read, or the path's row is malformed; a row without NAR size counts as that.
+    pub fn path_info(&self, part: &HashPart) -> Result<Option<PathInfo>, StoreError> {
+        self.lookups.path_info(part)
+    }
+
+    /// The same within 50 ms, for a thread that others wait for; for one thread.
+    ///
+    /// # Errors
+    /// As [`Store::path_info`]; [`StoreError::Busy`] comes sooner.
+    pub fn path_info_quickly(&self, part: &HashPart) -> Result<Option<PathInfo>, StoreError> {
+        self.quick_lookups.path_info(part)
+    }
+
+    /// Writes the bytes `range` of the NAR of a path, in pieces of at most 256 KiB.
+    ///
+    /// The last piece is written only when all files turned out to make up exactly `nar_size` bytes and, if it is not
+    /// the only piece, the path is still valid with the same NAR hash. So a reader that got all bytes got them from a
+    /// path that was whole. The bytes are not hashed.
+    ///
+    /// # Errors
+    /// `out` failed, the files are not those that were registered, or they cannot be read. Part of the range may have
+    /// been written, but never all of it.
+    pub fn write_nar(&self, info: &PathInfo, range: Range<u64>, out: &mut dyn Write) -> Result<(), NarError> {
+        let still_valid = || match self.path_info(&info.path.hash_part())? {
+            Some(now) if now.path == info.path && now.nar_hash == info.nar_hash => Ok(()),
+            _ => Err(NarError::Changed { path: self.config.store_dir.join(&info.path), why: "no longer valid" }),
+        };
+        nar::write(self.walk(info)?, info.nar_size, range, out, &still_valid)
+    }
+
+    /// The listing of a path: JSON, version 1, with the place of each file in the NAR. At most 16 MiB.
+    ///
+    /// # Errors
+    /// As [`Store::write_nar`], or a listing larger than that.
+    pub fn listing(&self, info: &PathInfo) -> Result<Vec<u8>, NarError> {
+        listing::listing(self.walk(info)?, info.nar_size)
+    }
+
+    /// The build log of a derivation, uncompressed. `None` if there is none, or the path is no derivation.
+    ///
+    /// # Errors
+    /// A log that cannot be read or is larger than 64 MiB.
+    pub fn log(&self, derivation: &StorePath) -> Result<Option<BuildLog>, StoreError> {
+        BuildLog::open(&self.config.log_dir(), derivation)
+    }
+
+    fn walk(&self, info: &PathInfo) -> Result<Walk, NarError> {
+        let dir = self.config.store_dir.as_str();
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let store = open(dir, flags, Mode::empty())
+            .map_err(|error| NarError::Read { path: dir.to_owned(), cause: error.into() })?;
+        Ok(Walk::new(store, dir, &info.path))
+    }
+}
+
+#[cfg(test)]
+mod fixture;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use fixture::Fixture;
+    use std::{fs, thread, time::Instant};
+
+    fn part(digit: char) -> HashPart {
+        HashPart::parse(digit.to_string().repeat(32).as_bytes()).unwrap()
+    }
+
+    #[test]
+    fn places_that_follow_from_the_database() {
+        let config = StoreConfig {
+            store_dir: StoreDir::parse("/nix/store").unwrap(),
+            db: PathBuf::from("/nix/var/nix/db/db.sqlite"),
+        };
+        assert_eq!(config.daemon_socket(), PathBuf::from("/nix/var/nix/daemon-socket/socket"));
+        assert_eq!(config.log_dir(), PathBuf::from("/nix/var/log/nix"));
+    }
+
+    #[test]
+    fn a_path_and_all_that_is_known_of_it() {
+        let fixture = Fixture::new();
+        let store = fixture.open();
+        let first = fixture.register(&"1".repeat(32), 120);
+        let other = fixture.register(&format!("{}2", "1".repeat(31)), 120);
+        let full = fixture.register(&"3".repeat(32), 4096);
+        fixture.refers(&full, &[&full, &other, &first]);
+        let signature = format!("cache.nixos.org-1:{}==", "A".repeat(86));
+        fixture.execute(&format!(
+            "update ValidPaths set deriver = '{}', sigs = '{signature} {signature}', ca = 'fixed:r:sha256:x' \
+             where path like '%/3%'",
+            fixture.absolute(&format!("{}-x.drv", "4".repeat(32)))
+        ));
+        let info = store.path_info(&full.hash_part()).unwrap().unwrap();
+        assert_eq!(info.path, full);
+        assert_eq!(info.nar_size, 4096);
+        assert_eq!(info.references, [first.clone(), other, full]);
+        assert_eq!(info.deriver.as_ref().unwrap().base_name(), format!("{}-x.drv", "4".repeat(32)));
+        assert_eq!(info.signatures.len(), 2);
+        assert_eq!(info.ca.as_deref(), Some("fixed:r:sha256:x"));
+        assert_eq!(store.path_info_quickly(&info.path.hash_part()).unwrap(), Some(info));
+
+        let plain = store.path_info(&first.hash_part()).unwrap().unwrap();
+        assert!(plain.references.is_empty() && plain.signatures.is_empty());
+        assert!(plain.deriver.is_none() && plain.ca.is_none());
+        // Before, between and after all that are there.
+        for digit in ['0', '2', 'z'] {
+            assert_eq!(store.path_info(&part(digit)).unwrap(), None);
+        }
+    }
+
+    #[test]
+    fn a_malformed_row_is_an_error_that_names_the_path() {
+        let fixture = Fixture::new();
+        let path = fixture.register(&"1".repeat(32), 120);
+        let store = fixture.open();
+        for (change, says) in [
+            ("hash = 'md5:00000000000000000000000000000000'", "NAR hash"),
+            ("hash = 'sha256:12'", "NAR hash"),
+            ("hash = x'00'", "row"),
+            ("narSize = null", "NAR size: not recorded"),
+            ("narSize = 0", "NAR size: not recorded"),
+            ("narSize = -5", "NAR size"),
+            ("narSize = 'many'", "NAR size"),
+            ("sigs = 'unsigned'", "signature"),
+            ("deriver = '/etc/passwd'", "store path"),
+            ("ca = cast(x'ff' as text)", "UTF-8"),
+        ] {
+            fixture.execute(&format!("update ValidPaths set {change}"));
+            let error = store.path_info(&path.hash_part()).unwrap_err();
+            assert!(matches!(error, StoreError::Row { .. }), "{change}: {error}");
+            let line = error.to_string();
+            assert!(line.contains(path.base_name()) && line.contains(says) && !line.contains('\n'), "{line}");
+            fixture.execute("delete from ValidPaths");
+            fixture.register(&"1".repeat(32), 120);
+            assert!(store.path_info(&path.hash_part()).unwrap().is_some());
+        }
+    }
+
+    #[test]
+    fn each_reason_not_to_open_is_one_line() {
+        let fails = |fixture: &Fixture| {
+            let error = Store::open(fixture.config()).unwrap_err();
+            assert!(!error.to_string().contains('\n'));
+            error
+        };
+        let fixture = Fixture::new();
+        fixture.execute("alter table ValidPaths drop column ca");
+        assert!(matches!(fails(&fixture), StoreError::Schema { found, .. } if found.contains("ca")));
+        fs::write(fixture.db().with_file_name("schema"), "11\n").unwrap();
+        assert!(matches!(fails(&fixture), StoreError::Schema { found, .. } if found.starts_with("\"11\"")));
+        fs::remove_file(fixture.db().with_file_name("schema")).unwrap();
+        assert!(matches!(fails(&fixture), StoreError::Schema { found, .. } if found.contains("missing")));
+
+        let fixture = Fixture::new();
+        fixture.close();
+        fs::remove_file(fixture.db()).unwrap();
+        let error = fails(&fixture);
+        assert!(matches!(error, StoreError::Missing { .. }));
+        assert_eq!(
+            error.to_string(),
+            format!("nix database {}: not found; is Nix installed? --db names another place", fixture.db().display())
+        );
+        fs::write(fixture.db(), "nothing like SQLite".repeat(1000)).unwrap();
+        assert!(matches!(fails(&fixture), StoreError::Database { .. }));
+    }
+
+    #[test]
+    fn a_locked_database_is_busy() {
+        let fixture = Fixture::new();
+        let path = fixture.register(&"1".repeat(32), 120);
+        fixture.execute("pragma locking_mode = exclusive; begin exclusive; delete from Refs");
+        let store = fixture.closed();
+        assert!(matches!(store.path_info_quickly(&path.hash_part()), Err(StoreError::Busy { .. })));
+        fixture.execute("commit; pragma locking_mode = normal; select * from ValidPaths");
+        assert!(store.path_info_quickly(&path.hash_part()).unwrap().is_some());
+    }
+
+    #[test]
+    fn what_was_registered_a_moment_ago_is_found_by_every_thread() {
+        let fixture = Fixture::new();
+        let store = fixture.open();
+        thread::scope(|scope| {
+            for thread in 0..16 {
+                let (store, fixture) = (&store, &fixture);
+                scope.spawn(move || {
+                    for round in 0..20 {
+                        let path = fixture.register(&format!("{thread:016}{round:016}"), 120);
+                        assert!(store.path_info(&path.hash_part()).unwrap().is_some());
+                        assert!(store.path_info_quickly(&path.hash_part()).unwrap().is_some());
+                        assert!(store.path_info(&part('z')).unwrap().is_none());
+                    }
+                });
+            }
+        });
+    }
+
+    #[test]
+    fn a_database_that_takes_the_place_of_another_is_opened() {
+        let (old, new) = (Fixture::new(), Fixture::new());
+        let gone = old.register(&"1".repeat(32), 120);
+        let store = old.open();
+        assert!(store.path_info(&gone.hash_part()).unwrap().is_some());
+        let (db, new_db) = (old.db(), new.db());
+        new.execute(&format!(
+            "insert into ValidPaths (path, hash, registrationTime, narSize) \
+             values ('{}', 'sha256:{}', 1, 8)",
+            old.absolute(&format!("{}-new", "2".repeat(32))),
+            "0".repeat(64)
+        ));
+        new.close();
+        old.close();
+        fs::remove_dir_all(db.parent().unwrap()).unwrap();
+        assert!(db.parent().unwrap().parent().unwrap().is_dir());
+        fs::rename(new_db.parent().unwrap(), db.parent().unwrap()).unwrap();
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while store.path_info(&part('2')).unwrap().is_none() {
+            assert!(Instant::now() < deadline);
+            thread::yield_now();
+        }
+        assert!(store.path_info(&gone.hash_part()).unwrap().is_none());
+    }
+}

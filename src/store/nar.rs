@@ -1,0 +1,375 @@
+//! A store path as a NAR, or any range of one, straight from its files.
+
+use super::{
+    NarError,
+    walk::{Step, Walk},
+};
+use crate::nix::nar;
+use rustix::{
+    fs::{AtFlags, FileType, Mode, OFlags, Stat, fstat, openat, statat},
+    io::{Errno, pread},
+};
+use std::{
+    io::Write,
+    ops::Range,
+    os::fd::{BorrowedFd, OwnedFd},
+};
+
+/// The largest piece that is written at once, in bytes; larger ones were not faster.
+pub(super) const PIECE: usize = 256 << 10;
+
+/// Writes `range` of the NAR of what `walk` goes through, which the database says has `nar_size` bytes. Files before
+/// and after the range are not opened, only measured. `still_valid` is asked before the last of several pieces.
+pub(super) fn write(
+    mut walk: Walk,
+    nar_size: u64,
+    range: Range<u64>,
+    out: &mut dyn Write,
+    still_valid: &dyn Fn() -> Result<(), NarError>,
+) -> Result<(), NarError> {
+    if range.start > range.end || range.end > nar_size {
+        return Err(NarError::Range);
+    }
+    let mut stream = Stream { out, range, buffer: vec![0; PIECE + 1], filled: 0, pieces: 0, position: 0 };
+    let mut structure = nar::MAGIC.to_vec();
+    while let Some(step) = walk.advance()? {
+        if step != Step::Leave && !walk.at_root() {
+            nar::entry_open(&mut structure, walk.name().to_bytes());
+        }
+        match step {
+            Step::Enter => structure.extend_from_slice(&nar::DIRECTORY_OPEN),
+            Step::Leave => structure.extend_from_slice(&nar::CLOSE),
+            Step::Symlink => nar::symlink(&mut structure, walk.target()?.to_bytes()),
+            Step::Regular => {
+                // Where the file's node begins; opened at once if that is in the range, which saves a stat.
+                let near = stream.position + structure.len() as u64;
+                let mut file = File::find(&walk, stream.is_wanted(near))?;
+                nar::regular_open(&mut structure, file.executable, file.size);
+                stream.put(&structure)?;
+                structure.clear();
+                if stream.position.checked_add(file.size).is_none_or(|end| end > nar_size) {
+                    return Err(walk.changed(LARGER));
+                }
+                stream.put_file(&walk, &mut file)?;
+                structure.extend_from_slice(nar::padding(file.size));
+                structure.extend_from_slice(&nar::CLOSE);
+            }
+        }
+        if step != Step::Enter && !walk.at_root() {
+            structure.extend_from_slice(&nar::CLOSE);
+        }
+        if stream.position + structure.len() as u64 > nar_size {
+            return Err(walk.changed(LARGER));
+        }
+        if structure.len() >= STRUCTURE {
+            stream.put(&structure)?;
+            structure.clear();
+        }
+    }
+    stream.put(&structure)?;
+    if stream.position != nar_size {
+        return Err(walk.changed("smaller than what was registered"));
+    }
+    if stream.pieces > 0 {
+        still_valid()?;
+    }
+    stream.flush()
+}
+
+/// Structure is put into the stream with the next file, or when there is so much of it, in bytes.
+const STRUCTURE: usize = 16 << 10;
+const LARGER: &str = "larger than what was registered";
+
+/// A regular file as it was found.
+pub(super) struct File {
+    pub(super) size: u64,
+    pub(super) executable: bool,
+    descriptor: Option<OwnedFd>,
+}
+
+impl File {
+    /// The current entry of `walk`: opened, or only measured.
+    pub(super) fn find(walk: &Walk, open: bool) -> Result<File, NarError> {
+        let (directory, name) = walk.place();
+        let failed = |error| walk.failed(error);
+        if open {
+            let descriptor = open_file(directory, name).map_err(failed)?;
+            Self::from_stat(walk, &fstat(&descriptor).map_err(failed)?, Some(descriptor))
+        } else {
+            Self::from_stat(walk, &statat(directory, name, AtFlags::SYMLINK_NOFOLLOW).map_err(failed)?, None)
+        }
+    }
+
+    fn from_stat(walk: &Walk, stat: &Stat, descriptor: Option<OwnedFd>) -> Result<File, NarError> {
+        if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
+            return Err(walk.failed(Errno::LOOP));
+        }
+        let executable = Mode::from_raw_mode(stat.st_mode).contains(Mode::XUSR);
+        Ok(File { size: stat.st_size.unsigned_abs(), executable, descriptor })
+    }
+}
+
+fn open_file(directory: BorrowedFd<'_>, name: &std::ffi::CStr) -> rustix::io::Result<OwnedFd> {
+    // Should a FIFO have taken the file's place, opening it must not wait for a writer.
+    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
+    openat(directory, name, flags, Mode::empty())
+}
+
+/// The NAR's bytes on their way out: drops those outside the range and always keeps the last piece back.
+struct Stream<'a> {
+    out: &'a mut dyn Write,
+    range: Range<u64>,
+    /// One byte longer than a piece, to see a file that goes on after its end without a read of its own.
+    buffer: Vec<u8>,
+    filled: usize,
+    pieces: u64,
+    /// In the NAR.
+    position: u64,
+}
+
+impl Stream<'_> {
+    fn is_wanted(&self, position: u64) -> bool {
+        self.range.contains(&position)
+    }
+
+    /// What of the next `len` bytes is in the range, counted from the position; and moves on.
+    fn pass(&mut self, len: u64) -> Range<u64> {
+        let start = self.range.start.saturating_sub(self.position).min(len);
+        let end = self.range.end.saturating_sub(self.position).min(len);
+        self.position += len;
+        start..end.max(start)
+    }
+
+    fn put(&mut self, bytes: &[u8]) -> Result<(), NarError> {
+        let wanted = self.pass(bytes.len() as u64);
+        // No larger than the slice it is a part of.
+        let mut rest = &bytes[wanted.start as usize..wanted.end as usize];
+        while !rest.is_empty() {
+            self.make_room()?;
+            let count = rest.len().min(PIECE - self.filled);
+            self.buffer[self.filled..self.filled + count].copy_from_slice(&rest[..count]);
+            self.filled += count;
+            rest = &rest[count..];
+        }
+        Ok(())
+    }
+
+    fn put_file(&mut self, walk: &Walk, file: &mut File) -> Result<(), NarError> {
+        let wanted = self.pass(file.size);
+        if wanted.is_empty() {
+            return Ok(());
+        }
+        if file.descriptor.is_none() {
+            let opened = File::find(walk, true)?;
+            if (opened.size, opened.executable) != (file.size, file.executable) {
+                return Err(walk.changed("changed while it was read"));
+            }
+            *file = opened;
+        }
+        let Some(descriptor) = &file.descriptor else { return Ok(()) };
+        let mut at = wanted.start;
+        while at < wanted.end {
+            self.make_room()?;
+            let left = wanted.end - at;
+            let room = PIECE - self.filled;
+            // At the end of the file, one byte more is asked for than there may be.
+            let (asked, most) = match usize::try_from(left) {
+                Ok(left) if left <= room => (left + usize::from(wanted.end == file.size), left),
+                _ => (room, room),
+            };
+            let count = match pread(descriptor, &mut self.buffer[self.filled..self.filled + asked], at) {
+                Ok(0) => return Err(walk.changed("became shorter while it was read")),
+                Ok(count) if count > most => return Err(walk.changed("became longer while it was read")),
+                Ok(count) => count,
+                Err(Errno::INTR) => continue,
+                Err(error) => return Err(walk.failed(error)),
+            };
+            self.filled += count;
+            at += count as u64;
+        }
+        Ok(())
+    }
+
+    fn make_room(&mut self) -> Result<(), NarError> {
+        if self.filled == PIECE {
+            self.flush()?;
+        }
+        Ok(())
+    }
+
+    fn flush(&mut self) -> Result<(), NarError> {
+        self.out.write_all(&self.buffer[..self.filled]).map_err(NarError::Write)?;
+        self.filled = 0;
+        self.pieces += 1;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::fixture::{Fixture, Receiver, odd_tree};
+    use super::*;
+    use crate::nix::PathInfo;
+    use std::{fs, os::unix::fs::symlink, path::Path};
+
+    fn range(fixture: &Fixture, info: &PathInfo, range: Range<u64>) -> Result<Vec<u8>, NarError> {
+        let mut out = Vec::new();
+        fixture.open().write_nar(info, range, &mut out)?;
+        Ok(out)
+    }
+
+    /// What came, and how it ended, when `damage` is done as the first piece is written.
+    fn damaged(make: impl FnOnce(&Path), damage: impl Fn(&Fixture, &Path)) -> (usize, usize, Result<(), NarError>) {
+        let fixture = Fixture::new();
+        let (info, nar) = fixture.add(make);
+        let files = fixture.absolute(info.path.base_name());
+        let mut out = Receiver { bytes: Vec::new(), at_first: || damage(&fixture, Path::new(&files)) };
+        let end = fixture.open().write_nar(&info, 0..info.nar_size, &mut out);
+        if end.is_ok() {
+            assert!(out.bytes == nar);
+        }
+        (out.bytes.len(), nar.len(), end)
+    }
+
+    fn two_files(root: &Path) {
+        fs::create_dir(root).unwrap();
+        fs::write(root.join("a"), vec![b'a'; PIECE]).unwrap();
+        fs::write(root.join("b"), vec![b'b'; 3 * PIECE]).unwrap();
+        fs::write(root.join("c"), "c").unwrap();
+    }
+
+    #[test]
+    fn whole_and_in_every_range() {
+        let fixture = Fixture::new();
+        let (info, nar) = fixture.add(odd_tree);
+        let store = fixture.open();
+        for start in 0..=nar.len() {
+            for end in [start, start + 1, start + 8, start + 301, nar.len() - 1, nar.len()] {
+                let wanted = start as u64..end as u64;
+                let mut out = Vec::new();
+                let result = store.write_nar(&info, wanted, &mut out);
+                if start <= end && end <= nar.len() {
+                    result.unwrap();
+                    assert!(out == nar[start..end], "{start}..{end}");
+                } else {
+                    assert!(matches!(result, Err(NarError::Range)));
+                    assert!(out.is_empty());
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_file_a_symlink_and_a_directory_may_be_the_root() {
+        let makes: [fn(&Path); 4] = [
+            |root| fs::write(root, "contents").unwrap(),
+            |root| fs::write(root, "").unwrap(),
+            |root| symlink("/etc/passwd", root).unwrap(),
+            |root| fs::create_dir(root).unwrap(),
+        ];
+        for make in makes {
+            let fixture = Fixture::new();
+            let (info, nar) = fixture.add(make);
+            assert_eq!(range(&fixture, &info, 0..info.nar_size).unwrap(), nar);
+        }
+    }
+
+    #[test]
+    fn pieces_end_anywhere() {
+        for size in [PIECE - 200, PIECE - 121, PIECE - 120, PIECE - 119, PIECE - 97, PIECE, 3 * PIECE + 5] {
+            let fixture = Fixture::new();
+            let (info, nar) = fixture.add(|root| fs::write(root, vec![b'x'; size]).unwrap());
+            assert!(range(&fixture, &info, 0..info.nar_size).unwrap() == nar, "{size}");
+            for start in [PIECE - 1, PIECE, PIECE + 1].map(|start| start.min(nar.len())) {
+                assert!(range(&fixture, &info, start as u64..info.nar_size).unwrap() == nar[start..]);
+            }
+        }
+    }
+
+    #[test]
+    fn what_changes_before_is_never_completed() {
+        let changes: [fn(&Path); 7] = [
+            |files| fs::write(files.join("a"), "").unwrap(),
+            |files| fs::write(files.join("c"), [b'c'; 100]).unwrap(),
+            |files| fs::write(files.join("d"), "").unwrap(),
+            |files| fs::remove_file(files.join("c")).unwrap(),
+            |files| fs::remove_dir_all(files).unwrap(),
+            |files| {
+                fs::remove_file(files.join("b")).unwrap();
+                rustix::fs::mkfifoat(rustix::fs::CWD, files.join("b"), Mode::RUSR).unwrap();
+            },
+            |files| fs::set_permissions(files.join("c"), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap(),
+        ];
+        for (number, change) in changes.into_iter().enumerate() {
+            let fixture = Fixture::new();
+            let (info, nar) = fixture.add(two_files);
+            change(Path::new(&fixture.absolute(info.path.base_name())));
+            for wanted in [0..info.nar_size, 0..1, PIECE as u64 * 2..info.nar_size] {
+                let mut out = Vec::new();
+                let error = fixture.open().write_nar(&info, wanted.clone(), &mut out).unwrap_err();
+                assert!(matches!(error, NarError::Changed { .. } | NarError::Unsupported { .. }), "{number}: {error}");
+                assert!((out.len() as u64) < wanted.end - wanted.start);
+            }
+            assert!(fixture.open().listing(&info).is_err(), "{number}");
+            assert!(!nar.is_empty());
+        }
+    }
+
+    #[test]
+    fn what_changes_meanwhile_is_never_completed() {
+        let damages: [fn(&Fixture, &Path); 8] = [
+            |_, files| fs::File::options().write(true).open(files.join("b")).unwrap().set_len(PIECE as u64).unwrap(),
+            |_, files| fs::File::options().write(true).open(files.join("b")).unwrap().set_len(9 << 20).unwrap(),
+            |_, files| fs::write(files.join("c"), "").unwrap(),
+            |_, files| fs::remove_file(files.join("c")).unwrap(),
+            |_, files| fs::rename(files.join("c"), files.join("e")).unwrap(),
+            |_, files| {
+                fs::remove_file(files.join("c")).unwrap();
+                symlink("b", files.join("c")).unwrap();
+            },
+            |fixture, _| fixture.execute("delete from ValidPaths"),
+            |fixture, _| fixture.execute("update ValidPaths set hash = replace(hash, 'ab', 'cd')"),
+        ];
+        for (number, damage) in damages.into_iter().enumerate() {
+            let (came, whole, end) = damaged(two_files, damage);
+            assert!(matches!(end, Err(NarError::Changed { .. })), "{number}: {end:?}");
+            assert!((PIECE..whole).contains(&came), "{number}: {came} of {whole}");
+        }
+        assert!(damaged(two_files, |_, _| {}).2.is_ok());
+    }
+
+    #[test]
+    fn a_receiver_that_fails_ends_it() {
+        struct Full;
+        impl Write for Full {
+            fn write(&mut self, _: &[u8]) -> std::io::Result<usize> {
+                Err(std::io::ErrorKind::BrokenPipe.into())
+            }
+            fn flush(&mut self) -> std::io::Result<()> {
+                Ok(())
+            }
+        }
+        let fixture = Fixture::new();
+        let (info, _) = fixture.add(odd_tree);
+        let end = fixture.open().write_nar(&info, 0..info.nar_size, &mut Full);
+        assert!(matches!(end, Err(NarError::Write(_))));
+    }
+
+    #[test]
+    fn deep_trees() {
+        for (depth, good) in [(super::super::walk::MAX_DEPTH, true), (super::super::walk::MAX_DEPTH + 1, false)] {
+            let fixture = Fixture::new();
+            let (info, nar) = fixture.add(|root| {
+                let mut dir = root.to_owned();
+                for _ in 1..depth {
+                    dir.push("d");
+                }
+                fs::create_dir_all(&dir).unwrap();
+                fs::write(dir.join("f"), "x").unwrap();
+            });
+            let result = range(&fixture, &info, 0..info.nar_size);
+            assert_eq!(result.as_ref().ok() == Some(&nar), good);
+            assert_eq!(matches!(result, Err(NarError::Unsupported { .. })), !good);
+        }
+    }
+}

@@ -1,0 +1,291 @@
+//! The connections to Nix's database: how they come to be open, how many there are, and when they are too old.
+//!
+//! A database in WAL mode can be read only while the two files `-wal` and `-shm` are there, or by a user that may
+//! create them. SQLite removes them when its last process closes the database, which on an idle machine is always.
+//! So an unprivileged peerix tries, in this order:
+//!
+//! 1. to open and query;
+//! 2. to have nix-daemon open it ([`super::daemon_socket`]), and then 1. again while the daemon still has it. As
+//!    long as this process keeps a connection, the files stay, so this is needed once;
+//! 3. to read it as immutable, for one query, if the log is empty and the file was the same before and after.
+//!
+//! (As root, 1. always works, and it is SQLite that creates the two files. The database itself is never written to.)
+//!
+//! Every query without a lasting connection begins at 1. again. (The service's unit also opens the database once as
+//! root before peerix starts, so that 1. holds from the beginning.)
+
+use super::{
+    StoreError, daemon_socket,
+    database::{Database, Failure, FileId, Mode, Still},
+};
+use crate::nix::{HashPart, PathInfo, StoreDir};
+use std::{
+    fmt,
+    path::PathBuf,
+    sync::{Condvar, Mutex, MutexGuard, PoisonError},
+    thread,
+    time::{Duration, Instant, SystemTime},
+};
+
+/// How often the path of the database is looked at, for a file that took the place of the open one.
+const REPLACEMENT_CHECK: Duration = Duration::from_secs(1);
+/// The longest wait for nix-daemon, which starts a process for each connection.
+const DAEMON_PATIENCE: Duration = Duration::from_secs(2);
+/// The pause between two attempts at nix-daemon.
+const DAEMON_PAUSE: Duration = Duration::from_secs(5);
+
+/// How often a file that changes while it is read as immutable is read again.
+const IMMUTABLE_ATTEMPTS: usize = 5;
+
+/// Where the database is and what surrounds it.
+#[derive(Debug, Clone)]
+pub(super) struct Place {
+    pub(super) store_dir: StoreDir,
+    pub(super) db: PathBuf,
+    pub(super) daemon_socket: PathBuf,
+}
+
+/// What had to be done to read the database.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Way {
+    Plain,
+    Daemon,
+    Immutable,
+}
+
+impl fmt::Display for Way {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Way::Plain => "opened read-only",
+            Way::Daemon => "opened read-only after nix-daemon had opened it",
+            Way::Immutable => "read as immutable, one query at a time, as nobody has it open and its log is empty",
+        })
+    }
+}
+
+/// Connections, at most so many, each used by one thread at a time.
+#[derive(Debug)]
+pub(super) struct Pool {
+    place: Place,
+    /// At most so many connections exist; who comes later waits for one.
+    connections: usize,
+    /// One lookup takes no longer than this, locks and waiting for a connection included.
+    patience: Duration,
+    /// How loudly it says how it opened the database.
+    level: log::Level,
+    state: Mutex<State>,
+    returned: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// Those not in use, the one used last at the end. One stays open for ever, and with it SQLite's files.
+    idle: Vec<Database>,
+    in_use: usize,
+    file: Option<FileId>,
+    file_checked: Option<Instant>,
+    daemon_tried: Option<Instant>,
+    way: Option<Way>,
+}
+
+impl Pool {
+    pub(super) fn new(place: Place, connections: usize, patience: Duration, level: log::Level) -> Self {
+        Pool { place, connections, patience, level, state: Mutex::default(), returned: Condvar::new() }
+    }
+
+    /// The valid path with this hash part.
+    pub(super) fn path_info(&self, part: &HashPart) -> Result<Option<PathInfo>, StoreError> {
+        let deadline = Instant::now() + self.patience;
+        self.notice_replacement()?;
+        let mut lease = self.lease(deadline)?;
+        if let Some(database) = lease.database.take() {
+            match self.ask(&database, part, deadline) {
+                Ok(answer) => {
+                    lease.database = Some(database);
+                    return Ok(answer);
+                }
+                Err(Failure::Error(error @ (StoreError::Row { .. } | StoreError::Busy { .. }))) => {
+                    lease.database = Some(database);
+                    return Err(error);
+                }
+                // A new connection may do better, or will say the same.
+                Err(_) => drop(database),
+            }
+        }
+        self.open_and_ask(&mut lease, part, deadline)
+    }
+
+    fn open_and_ask(
+        &self,
+        lease: &mut Lease<'_>,
+        part: &HashPart,
+        deadline: Instant,
+    ) -> Result<Option<PathInfo>, StoreError> {
+        match self.attempt(lease, Mode::Shared, part, deadline) {
+            Ok(answer) => {
+                self.note(Way::Plain);
+                return Ok(answer);
+            }
+            Err(Failure::Error(error)) => return Err(error),
+            Err(Failure::Asleep) => {}
+        }
+        let mut daemon_said = "not asked again so soon".to_owned();
+        if self.may_wake_daemon() {
+            match daemon_socket::wake(&self.place.daemon_socket, deadline.min(Instant::now() + DAEMON_PATIENCE)) {
+                Ok(_awake_until_we_have_opened_it) => {
+                    match self.attempt(lease, Mode::Shared, part, deadline) {
+                        Ok(answer) => {
+                            self.note(Way::Daemon);
+                            return Ok(answer);
+                        }
+                        Err(Failure::Error(error)) => return Err(error),
+                        Err(Failure::Asleep) => {}
+                    }
+                    daemon_said = "connected, but has another database open".to_owned();
+                }
+                Err(error) => daemon_said = error.to_string(),
+            }
+        }
+        for _ in 0..IMMUTABLE_ATTEMPTS {
+            if let Some(before) = Still::observe(&self.place.db) {
+                if let Some(wait) = before.unsettled(SystemTime::now()) {
+                    thread::sleep(wait.min(left(deadline)));
+                } else {
+                    let answer = self.attempt(lease, Mode::Immutable, part, deadline);
+                    lease.database = None; // for this one query only
+                    if Still::observe(&self.place.db) == Some(before) {
+                        match answer {
+                            Ok(answer) => {
+                                self.note(Way::Immutable);
+                                return Ok(answer);
+                            }
+                            Err(Failure::Error(error)) => return Err(error),
+                            Err(Failure::Asleep) => {}
+                        }
+                    }
+                }
+            }
+            // If somebody writes, the files are there now.
+            match self.attempt(lease, Mode::Shared, part, deadline) {
+                Ok(answer) => {
+                    self.note(Way::Plain);
+                    return Ok(answer);
+                }
+                Err(Failure::Error(error)) => return Err(error),
+                Err(Failure::Asleep) => {}
+            }
+        }
+        Err(StoreError::Asleep { db: self.place.db.clone(), daemon: daemon_said })
+    }
+
+    fn attempt(
+        &self,
+        lease: &mut Lease<'_>,
+        mode: Mode,
+        part: &HashPart,
+        deadline: Instant,
+    ) -> Result<Option<PathInfo>, Failure> {
+        let database = Database::open(&self.place.db, mode, left(deadline))?;
+        // A connection is opened in earnest by its first query only.
+        let answer = self.ask(&database, part, deadline);
+        if matches!(answer, Ok(_) | Err(Failure::Error(StoreError::Row { .. }))) {
+            lease.database = Some(database);
+        }
+        answer
+    }
+
+    fn ask(&self, database: &Database, part: &HashPart, deadline: Instant) -> Result<Option<PathInfo>, Failure> {
+        database.set_patience(left(deadline))?;
+        database.path_info(&self.place.store_dir, part)
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        // No code that can panic runs while it is held.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits for an idle connection, or for the right to open one.
+    fn lease(&self, deadline: Instant) -> Result<Lease<'_>, StoreError> {
+        let full = |state: &mut State| state.idle.is_empty() && state.in_use >= self.connections;
+        let (mut state, waited) = self
+            .returned
+            .wait_timeout_while(self.state(), left(deadline), full)
+            .unwrap_or_else(PoisonError::into_inner);
+        if waited.timed_out() {
+            return Err(StoreError::Busy { db: self.place.db.clone() });
+        }
+        state.in_use += 1;
+        let database = state.idle.pop();
+        Ok(Lease { pool: self, database })
+    }
+
+    fn notice_replacement(&self) -> Result<(), StoreError> {
+        let now = Instant::now();
+        {
+            let mut state = self.state();
+            if state.file_checked.is_some_and(|checked| now.duration_since(checked) < REPLACEMENT_CHECK) {
+                return Ok(());
+            }
+            state.file_checked = Some(now);
+        }
+        let found = FileId::of(&self.place.db);
+        let mut outdated = Vec::new();
+        {
+            let mut state = self.state();
+            let file = found.as_ref().ok().copied();
+            if state.file.is_some() && state.file != file {
+                log::log!(self.level, "nix database {}: the file was replaced or removed", self.place.db.display());
+                outdated = std::mem::take(&mut state.idle);
+            }
+            state.file = file;
+            if file.is_none() {
+                state.file_checked = None;
+            }
+        }
+        drop(outdated); // closed here, with the lock free
+        found.map(drop)
+    }
+
+    fn may_wake_daemon(&self) -> bool {
+        let now = Instant::now();
+        let mut state = self.state();
+        let may = state.daemon_tried.is_none_or(|tried| now.duration_since(tried) >= DAEMON_PAUSE);
+        if may {
+            state.daemon_tried = Some(now);
+        }
+        may
+    }
+
+    fn note(&self, way: Way) {
+        let before = self.state().way.replace(way);
+        if before != Some(way) {
+            log::log!(self.level, "nix database {}: {way}", self.place.db.display());
+        }
+    }
+}
+
+/// The right to use one connection, and that connection if it is open.
+struct Lease<'pool> {
+    pool: &'pool Pool,
+    database: Option<Database>,
+}
+
+impl Drop for Lease<'_> {
+    fn drop(&mut self) {
+        let mut outdated = None;
+        {
+            let mut state = self.pool.state();
+            state.in_use -= 1;
+            match self.database.take() {
+                Some(database) if state.file == Some(database.file) => state.idle.push(database),
+                other => outdated = other,
+            }
+        }
+        self.pool.returned.notify_one();
+        drop(outdated); // closed here, with the lock free
+    }
+}
+
+fn left(deadline: Instant) -> Duration {
+    deadline.saturating_duration_since(Instant::now())
+}

@@ -1,0 +1,209 @@
+//! The files of a store path in the order of a NAR, without recursion and without following a symlink.
+
+use super::NarError;
+use crate::nix::StorePath;
+use rustix::{
+    fs::{AtFlags, FileType, Mode, OFlags, RawDir, openat, readlinkat, statat},
+    io::Errno,
+};
+use std::{
+    ffi::{CStr, CString},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+};
+
+/// Directories inside each other. Nix itself cannot make a path this deep unless all names are very short; each open
+/// level costs a file descriptor.
+pub(super) const MAX_DEPTH: usize = 256;
+/// Bytes of names, over all directories being walked: 400,000 files in one directory with names of 40 bytes.
+const MAX_NAMES: usize = 16 << 20;
+/// What one getdents fills: about 1,000 names.
+const ENTRIES_BUFFER: usize = 32 << 10;
+
+/// What the walk has come to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Step {
+    /// A directory; what it holds follows.
+    Enter,
+    /// The end of the directory entered last.
+    Leave,
+    /// A file, unless it changes before it is opened.
+    Regular,
+    /// A symbolic link.
+    Symlink,
+}
+
+/// A walk through one store path, by descriptors alone: a directory moved or replaced meanwhile leads nowhere else.
+#[derive(Debug)]
+pub(super) struct Walk {
+    store: OwnedFd,
+    root: CString,
+    store_dir: String,
+    begun: bool,
+    directories: Vec<Directory>,
+    /// How many of `directories` are around the current entry.
+    depth: usize,
+    names: usize,
+    buffer: Vec<u8>,
+}
+
+#[derive(Debug)]
+struct Directory {
+    descriptor: OwnedFd,
+    /// The names, each with its NUL.
+    names: Vec<u8>,
+    entries: Vec<Entry>,
+    /// The entry after the current one.
+    next: usize,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Entry {
+    start: usize,
+    end: usize,
+    kind: FileType,
+}
+
+impl Directory {
+    fn name(&self, entry: Entry) -> &CStr {
+        CStr::from_bytes_with_nul(&self.names[entry.start..entry.end]).expect("copied from a CStr")
+    }
+
+    fn current(&self) -> Option<&CStr> {
+        self.next.checked_sub(1).map(|index| self.name(self.entries[index]))
+    }
+}
+
+impl Walk {
+    /// A walk through `path` in the directory `store`, which is called `store_dir`.
+    pub(super) fn new(store: OwnedFd, store_dir: &str, path: &StorePath) -> Self {
+        Walk {
+            store,
+            root: CString::new(path.base_name()).expect("store paths have no NUL"),
+            store_dir: store_dir.to_owned(),
+            begun: false,
+            directories: Vec::new(),
+            depth: 0,
+            names: 0,
+            buffer: Vec::with_capacity(ENTRIES_BUFFER),
+        }
+    }
+
+    /// Goes one step on. `None` after the last.
+    pub(super) fn advance(&mut self) -> Result<Option<Step>, NarError> {
+        let listed = if self.begun {
+            let Some(directory) = self.directories.last_mut() else { return Ok(None) };
+            let Some(entry) = directory.entries.get(directory.next) else {
+                self.names -= directory.names.len();
+                self.directories.pop();
+                self.depth = self.directories.len();
+                return Ok(Some(Step::Leave));
+            };
+            directory.next += 1;
+            entry.kind
+        } else {
+            self.begun = true;
+            FileType::Unknown
+        };
+        self.depth = self.directories.len();
+        let kind = match listed {
+            FileType::Unknown => self.ask_kind()?,
+            known => known,
+        };
+        match kind {
+            FileType::RegularFile => Ok(Some(Step::Regular)),
+            FileType::Symlink => Ok(Some(Step::Symlink)),
+            FileType::Directory => {
+                let directory = self.read_directory()?;
+                self.directories.push(directory);
+                Ok(Some(Step::Enter))
+            }
+            _ => Err(NarError::Unsupported { path: self.path(), why: "neither file, directory nor symlink" }),
+        }
+    }
+
+    /// Whether the current entry is the store path itself.
+    pub(super) fn at_root(&self) -> bool {
+        self.depth == 0
+    }
+
+    /// The current entry's name. Not for [`Step::Leave`].
+    pub(super) fn name(&self) -> &CStr {
+        self.place().1
+    }
+
+    /// The current entry's directory and name, for `openat` and its like. Not for [`Step::Leave`].
+    pub(super) fn place(&self) -> (BorrowedFd<'_>, &CStr) {
+        match self.depth.checked_sub(1).map(|index| &self.directories[index]) {
+            Some(directory) => (directory.descriptor.as_fd(), directory.current().unwrap_or(c"")),
+            None => (self.store.as_fd(), &self.root),
+        }
+    }
+
+    /// Where the symlink points.
+    pub(super) fn target(&self) -> Result<CString, NarError> {
+        let (directory, name) = self.place();
+        readlinkat(directory, name, Vec::new()).map_err(|error| self.failed(error))
+    }
+
+    /// The current entry's full path, for messages.
+    pub(super) fn path(&self) -> String {
+        let mut path = format!("{}/{}", self.store_dir, self.root.to_string_lossy());
+        for name in self.directories[..self.depth].iter().filter_map(Directory::current) {
+            path.push('/');
+            path.push_str(&name.to_string_lossy());
+        }
+        path
+    }
+
+    /// The error that a failed system call on the current entry is.
+    pub(super) fn failed(&self, error: Errno) -> NarError {
+        match error {
+            Errno::NOENT => self.changed("vanished"),
+            Errno::LOOP | Errno::NOTDIR | Errno::NXIO | Errno::INVAL => self.changed("became another kind of file"),
+            _ => NarError::Read { path: self.path(), cause: error.into() },
+        }
+    }
+
+    /// The error that the current entry is not what it was.
+    pub(super) fn changed(&self, why: &'static str) -> NarError {
+        NarError::Changed { path: self.path(), why }
+    }
+
+    fn ask_kind(&self) -> Result<FileType, NarError> {
+        let (directory, name) = self.place();
+        let stat = statat(directory, name, AtFlags::SYMLINK_NOFOLLOW).map_err(|error| self.failed(error))?;
+        Ok(FileType::from_raw_mode(stat.st_mode))
+    }
+
+    fn read_directory(&mut self) -> Result<Directory, NarError> {
+        if self.directories.len() == MAX_DEPTH {
+            return Err(NarError::Unsupported { path: self.path(), why: "more than 256 directories deep" });
+        }
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let (parent, name) = self.place();
+        let descriptor = openat(parent, name, flags, Mode::empty()).map_err(|error| self.failed(error))?;
+
+        let mut names = Vec::new();
+        let mut entries = Vec::new();
+        let mut buffer = std::mem::take(&mut self.buffer);
+        let mut listing = RawDir::new(&descriptor, buffer.spare_capacity_mut());
+        while let Some(entry) = listing.next() {
+            let entry = entry.map_err(|error| self.failed(error))?;
+            let name = entry.file_name().to_bytes_with_nul();
+            if matches!(name, b".\0" | b"..\0") {
+                continue;
+            }
+            let start = names.len();
+            names.extend_from_slice(name);
+            if self.names + names.len() > MAX_NAMES {
+                return Err(NarError::Unsupported { path: self.path(), why: "more than 16 MiB of file names" });
+            }
+            entries.push(Entry { start, end: names.len(), kind: entry.file_type() });
+        }
+        self.buffer = buffer;
+        self.names += names.len();
+        // The NULs do no harm: none of the bytes that names have is smaller.
+        entries.sort_unstable_by(|a, b| names[a.start..a.end].cmp(&names[b.start..b.end]));
+        Ok(Directory { descriptor, names, entries, next: 0 })
+    }
+}
