@@ -316,7 +316,8 @@ impl Nar<'_> {
                 return None;
             }
             self.searches += 1;
-            self.search = self.fetch.lookup.search(&self.search.hash_part().clone());
+            let hash_part = *self.search.hash_part();
+            self.search = self.fetch.lookup.search(&hash_part);
         }
     }
 
@@ -357,6 +358,8 @@ impl Nar<'_> {
 
     fn delivered(&self) {
         let now = Instant::now();
+        let peers: Vec<String> = self.contributors.iter().map(SocketAddr::to_string).collect();
+        log::debug!("{}: NAR of {} bytes from peer {}", self.search.hash_part(), self.size, peers.join(" and "));
         self.contributors.iter().for_each(|peer| self.fetch.standing.delivered(*peer, now));
     }
 }
