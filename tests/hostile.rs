@@ -7,7 +7,7 @@ mod common;
 use common::fault::Delay;
 use common::http::{self, Reply, Request};
 use common::standin::{Shelf, StandIn, have};
-use common::{Asker, Holder, Lan, World, nar, nix, world};
+use common::{Asker, Holder, Lan, World, nar, nix, wait_for, world};
 use std::time::Duration;
 
 const FAR: Duration = Duration::from_millis(20);
@@ -116,10 +116,11 @@ fn the_nar_of_another_path() {
 
 #[test]
 fn a_nar_that_ends_early() {
-    let scene = Scene::new(|world| lying_nar(world, |nar| Reply::Cut(nar.clone(), nar.len() / 2)));
-    scene.is_fetched_quietly("little");
-    // Here the stream has begun when it ends, and goes on from the good peer.
-    scene.is_fetched_quietly("large");
+    // The larger one has begun to reach Nix when it ends, and goes on from the good peer.
+    for name in ["little", "large"] {
+        let scene = Scene::new(|world| lying_nar(world, |nar| Reply::Cut(nar.clone(), nar.len() / 2)));
+        scene.is_fetched_quietly(name);
+    }
 }
 
 #[test]
@@ -260,37 +261,24 @@ fn archives_that_lead_out_of_themselves_never_reach_nix() {
     ];
 
     let lan = Lan::new();
-    let world = World::on(&lan);
-    // Believes anyone, as does its Nix: a narinfo without signatures is enough here.
+    // Believes anyone: a narinfo without signatures is enough here.
     let asker = Asker::with(&lan, "", &[]);
-    nix::configure(&asker.host, "substituters = http://127.0.0.1:12304\nrequire-sigs = false\n");
-    let hashes: Vec<String> = archives.iter().map(|archive| nix::hash(&asker.host, archive)).collect();
-    let hash_parts: Vec<String> = (0..archives.len()).map(|number| format!("{number:032}")).collect();
-    let number = |text: &str| text.parse::<usize>().ok();
-    let known = hash_parts.clone();
-    let served = archives.clone();
-    let _evil =
-        StandIn::start(&lan.host("evil"), have(move |hash_part| known.iter().any(|known| known == hash_part)), {
-            move |request: &Request| {
-                if let Some(number) = asked_for(request).and_then(number) {
-                    let (hash, size) = (&hashes[number], served[number].len());
-                    let text = format!(
-                        "StorePath: /nix/store/{number:032}-evil\nURL: local/nar/{number}.nar\nCompression: none\n\
-                     NarHash: {hash}\nNarSize: {size}\nReferences: \n"
-                    );
-                    return Reply::Whole(200, text.into_bytes());
-                }
-                let nar = request
-                    .path
-                    .strip_prefix("/local/nar/")
-                    .and_then(|rest| rest.strip_suffix(".nar"))
-                    .and_then(number);
-                nar.map_or(Reply::Whole(404, vec![]), |number| Reply::Whole(200, served[number].clone()))
-            }
+    for (number, archive) in archives.into_iter().enumerate() {
+        let what = String::from_utf8_lossy(&archive).into_owned();
+        let hash_part = format!("{number:032}");
+        let narinfo = format!(
+            "StorePath: /nix/store/{hash_part}-evil\nURL: local/nar/evil.nar\nCompression: none\nNarHash: {}\n\
+             NarSize: {}\nReferences: \n",
+            nix::hash(&asker.host, &archive),
+            archive.len()
+        );
+        // One that was caught is avoided for a while, so each has a machine of its own.
+        let host = lan.host("evil");
+        let _evil = StandIn::start(&host, have(|_| true), move |request: &Request| match asked_for(request) {
+            Some(_) => Reply::Whole(200, narinfo.clone().into_bytes()),
+            None => Reply::Whole(200, archive.clone()),
         });
-    for (hash_part, archive) in hash_parts.iter().zip(&archives) {
-        let what = String::from_utf8_lossy(archive).into_owned();
-        let found = common::wait_for("the stand-in is heard", || {
+        let found = wait_for("the bad peer is believed", || {
             let answer = http::get_local(&asker.host, &format!("/{hash_part}.narinfo")).unwrap();
             (answer.status == 200).then(|| answer.text())
         });
@@ -299,5 +287,4 @@ fn archives_that_lead_out_of_themselves_never_reach_nix() {
         assert!(answer.status != 200 || !answer.whole, "{what}: completed");
         assert!(!answer.text().contains("escaped"), "{what}: passed on");
     }
-    drop(world);
 }
