@@ -41,13 +41,13 @@ fn main() {
     steps.next("peerix starts on all three; nobody tells them of one another");
     let (a_mark, b_mark) = (daemon::mark(&a), daemon::mark(&b));
     nix::configure_client(&c, "", &[&a_key, &b_key]);
+    let began = Instant::now();
     let mut senders = [start(&a), start(&b)];
     let asker = Daemon::start(&c, &[]);
-    let began = Instant::now();
     daemon::wait_until_known(&c, &a_mark);
     daemon::wait_until_known(&c, &b_mark);
-    steps.say(format_args!("c found a and b within {} ms", began.elapsed().as_millis()));
-    steps.say(format_args!("a path that nobody has: c's Nix is told so after {:.1} ms", median_miss(&c)));
+    steps.say(format_args!("started, and c found a and b: {} ms in all", began.elapsed().as_millis()));
+    steps.say(format_args!("a path that nobody has: c's Nix is told so after {:.2} ms (median)", median_miss(&c)));
 
     steps.next("c: nix-store --realise editor shell, with require-sigs and the keys of a and b");
     let began = Instant::now();
@@ -189,9 +189,10 @@ fn for_real() -> String {
         "
     On every machine of your network, with Nix:
 
-      make run                                    (or target/release/peerix as a service)
+      target/release/peerix                        (or make run)
 
-      /etc/nix/nix.conf:
+    and in /etc/nix/nix.conf:
+
       extra-substituters = http://127.0.0.1:{PORT}
 
     TCP and UDP port {PORT} must be open between them. README.md tells the rest: whom it trusts, and
