@@ -158,28 +158,34 @@ fn watch(child: &mut Child, steps: &Steps, hosts: &[&Host; 2], before: [u64; 2],
     }
 }
 
-/// What c's peerix logged of who had what, against what was where, and what the network cards of a and b counted.
+/// What c's peerix logged of where each NAR came from, against what was where.
 fn table(log: &str, hosts: &[&Host; 2], paths: &[String], belongs: &[(&String, &Host)]) {
-    let mut found: BTreeMap<&str, &str> = BTreeMap::new();
+    // `debug: <hash part>: NAR of <size> bytes from peer <address> and <address>`
+    let mut nars: BTreeMap<&str, (u64, String)> = BTreeMap::new();
     for line in log.lines() {
-        if let Some((path, peer)) = line.strip_prefix("debug: ").and_then(|line| line.split_once(": peer "))
-            && let Some((peer, _)) = peer.split_once(" has it")
+        if let Some((hash_part, rest)) = line.strip_prefix("debug: ").and_then(|line| line.split_once(": NAR of "))
+            && let Some((size, peers)) = rest.split_once(" bytes from peer ")
         {
-            found.insert(path, peer);
+            let names = hosts
+                .iter()
+                .fold(peers.to_owned(), |peers, host| peers.replace(&format!("{}:{PORT}", host.address), &host.name));
+            nars.insert(hash_part, (size.parse().expect("a number"), names));
         }
     }
-    let by = |path: &str| found.get(world::base_name(path)).copied();
-    let is = |host: &Host, peer: &str| peer == format!("{}:{PORT}", host.address);
-    println!("    {:<6}{:>14}{:>20}   for example", "from", "paths found", "MiB on the wire");
-    for host in hosts {
-        let its: Vec<&String> = paths.iter().filter(|path| by(path).is_some_and(|peer| is(host, peer))).collect();
-        let example = its.first().map_or("-", |path| world::base_name(path));
-        println!("    {:<6}{:>14}{:>20}   {example}", host.name, its.len(), host.sent() / MIB);
+    let mut rows: BTreeMap<&str, (usize, u64, &str)> = BTreeMap::new();
+    for path in paths {
+        let (size, from) = nars.get(world::hash_part(path)).unwrap_or_else(|| panic!("{path} came from nowhere"));
+        let row = rows.entry(from).or_insert((0, 0, world::base_name(path)));
+        (row.0, row.1) = (row.0 + 1, row.1 + size);
     }
-    let unknown: Vec<&String> = paths.iter().filter(|path| by(path).is_none()).collect();
-    assert!(unknown.is_empty(), "found nowhere, and yet there: {unknown:?}");
+    println!("    {:<10}{:>6}{:>14}   for example", "from", "paths", "bytes");
+    for (from, (count, bytes, example)) in &rows {
+        println!("    {from:<10}{count:>6}{bytes:>14}   {example}");
+    }
+    let sent: Vec<String> = hosts.iter().map(|host| format!("{} by {}", host.sent() / MIB, host.name)).collect();
+    println!("    MiB sent, as the network cards counted: {}", sent.join(", "));
     for (path, host) in belongs {
-        assert!(by(path).is_some_and(|peer| is(host, peer)), "{path} did not come from {}", host.name);
+        assert_eq!(nars[world::hash_part(path)].1, host.name, "{path} came from elsewhere");
     }
     assert!(!Path::new(&paths[0]).exists(), "this machine's own store was touched");
 }
