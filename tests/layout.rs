@@ -10,7 +10,10 @@ const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 const MAY_USE: &[(&str, &[&str])] = &[
     ("main", &["cli", "daemon"]),
     ("cli", &["config", "nix"]),
-    ("daemon", &["config", "fetch", "http", "interfaces", "lookup", "nix", "peers", "share", "sockets", "store"]),
+    (
+        "daemon",
+        &["config", "fetch", "http", "interfaces", "lookup", "nix", "peers", "seldom", "share", "sockets", "store"],
+    ),
     ("http", &["fetch", "lookup", "nix", "seldom", "share", "store"]),
     ("fetch", &["lookup", "nix", "peers"]),
     ("lookup", &["nix", "peers"]),
