@@ -1,5 +1,4 @@
 # Every target installs what it needs and this machine lacks, by scripts/deps. `make` lists the targets.
-SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .PHONY: help build run demo test check bench deps
 
@@ -13,11 +12,12 @@ HERE := $(if $(shell command -v apt-get; ls /usr/bin/nsenter 2>/dev/null),yes)
 # Where cargo puts things.
 TARGET := $(abspath $(or $(CARGO_TARGET_DIR),target))
 
-# The test network needs root. Without it, a user namespace in which one is root will do.
-ROOTLESS := $(if $(filter 0,$(shell id -u)),,unshare --map-root-user --net --mount)
+# Hosts are namespaces, which need root. Cargo stays who it is; only the programs it runs get this in front.
+AS_ROOT := $(if $(filter 0,$(shell id -u)),,$(if $(shell command -v sudo),sudo -E,unshare --map-root-user --net --mount))
+RUNNER := $(if $(AS_ROOT),--config 'target."cfg(unix)".runner = "$(AS_ROOT)"')
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | while IFS=$$'\t' read -r name what; do printf '  make %-7s %s\n' "$$name" "$$what"; done
+	@sed -n 's/^\([a-z]*\):[^#]*## /  make \1\t/p' Makefile | expand -t 16
 
 build: ## the release program, target/release/peerix
 	@scripts/deps build
@@ -31,12 +31,11 @@ ifeq ($(HERE),yes)
 demo: ## three machines in namespaces; real Nix on one fetches from the others
 	@scripts/deps build test
 	$(CARGO) build --release --locked --bin peerix --example demo
-	@PEERIX_BIN=$(TARGET)/release/peerix PEERIX_TEST_DIR=$(TARGET)/demo $(ROOTLESS) $(TARGET)/release/examples/demo
+	@PEERIX_BIN=$(TARGET)/release/peerix PEERIX_TEST_DIR=$(TARGET)/demo $(AS_ROOT) $(TARGET)/release/examples/demo
 
 test: ## every test
 	@scripts/deps build test
-	$(CARGO) test --locked --no-run
-	$(ROOTLESS) $(CARGO) test --locked --offline
+	$(CARGO) test --locked $(RUNNER)
 
 check: ## what has to pass before a change is taken: format, lints, documentation, every test
 	@scripts/deps build lint
@@ -47,8 +46,7 @@ check: ## what has to pass before a change is taken: format, lints, documentatio
 
 bench: ## measures peerix side by side with nginx, and prints a table
 	@scripts/deps build test bench
-	$(CARGO) bench --locked --no-run
-	$(ROOTLESS) $(CARGO) bench --locked --offline --bench peers
+	$(CARGO) bench --locked $(RUNNER) --bench peers
 else
 demo test check bench:
 	@scripts/in-debian $@
