@@ -12,9 +12,14 @@ HERE := $(if $(shell command -v apt-get; ls /usr/bin/nsenter 2>/dev/null),yes)
 # Where cargo puts things.
 TARGET := $(abspath $(or $(CARGO_TARGET_DIR),target))
 
-# Hosts are namespaces, which need root. Cargo stays who it is; only the programs it runs get this in front.
-AS_ROOT := $(if $(filter 0,$(shell id -u)),,$(if $(shell command -v sudo),sudo -E,unshare --map-root-user --net --mount))
-RUNNER := $(if $(AS_ROOT),--config 'target."cfg(unix)".runner = "$(AS_ROOT)"')
+# Hosts are namespaces, which need root, or a user namespace in which one is root. That is enough for the demonstration;
+# one test needs a second user too. Cargo stays who it is: only the programs it runs get this in front.
+UNSHARE := unshare --map-root-user --net --mount
+SUDO := $(if $(shell command -v sudo),sudo -E,$(UNSHARE))
+ifneq ($(shell id -u),0)
+DEMO_ROOT := $(if $(shell $(UNSHARE) echo works 2>/dev/null),$(UNSHARE),$(SUDO))
+RUNNER := --config 'target."cfg(unix)".runner = "$(SUDO)"'
+endif
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):[^#]*## /  make \1\t/p' Makefile | expand -t 16
@@ -31,7 +36,7 @@ ifeq ($(HERE),yes)
 demo: ## three machines in namespaces; real Nix on one fetches from the others
 	@scripts/deps build test
 	$(CARGO) build --release --locked --bin peerix --example demo
-	@PEERIX_BIN=$(TARGET)/release/peerix PEERIX_TEST_DIR=$(TARGET)/demo $(AS_ROOT) $(TARGET)/release/examples/demo
+	@PEERIX_BIN=$(TARGET)/release/peerix PEERIX_TEST_DIR=$(TARGET)/demo $(DEMO_ROOT) $(TARGET)/release/examples/demo
 
 test: ## every test
 	@scripts/deps build test
