@@ -26,6 +26,7 @@ pub mod http;
 pub mod interfaces;
 pub mod lookup;
 pub mod nix;
+pub mod on_drop;
 pub mod peers;
 pub mod seldom;
 pub mod share;

@@ -101,9 +101,9 @@ impl Buffer {
         }
     }
 
-    /// Whether nothing is left over, so that the connection is idle.
-    pub fn is_empty(&self) -> bool {
-        self.bytes.is_empty()
+    /// Whether a whole head is here already. With less, the connection is idle: it waits for the other end.
+    pub fn has_head(&mut self) -> bool {
+        self.head_len().is_some()
     }
 
     /// The first `len` bytes.
@@ -121,7 +121,8 @@ impl Buffer {
     fn head_len(&mut self) -> Option<usize> {
         let from = self.scanned.saturating_sub(3);
         let end = self.bytes[from..].windows(4).position(|w| w == b"\r\n\r\n");
-        self.scanned = self.bytes.len();
+        // Up to the end that was found, so that it is found again.
+        self.scanned = end.map_or(self.bytes.len(), |at| from + at + 3);
         end.map(|at| from + at + 4).filter(|&len| len <= MAX_HEAD)
     }
 }
@@ -252,9 +253,12 @@ mod tests {
                 assert_eq!(buffer.head_len(), Some(19), "{cut}");
             }
         }
-        let mut buffer = Buffer { bytes: two.to_vec(), scanned: 0 };
+        let mut buffer = Buffer { bytes: two[..two.len() - 1].to_vec(), scanned: 0 };
+        assert!(buffer.has_head());
         assert_eq!(buffer.head_len(), Some(19));
         buffer.consume(19);
+        assert!(!buffer.has_head(), "part of a pipelined head");
+        buffer.bytes.push(b'\n');
         assert_eq!(buffer.head_len(), Some(two.len() - 19));
     }
 }

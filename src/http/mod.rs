@@ -10,6 +10,7 @@ mod narinfo;
 pub mod permits;
 mod range;
 mod response;
+mod room;
 pub mod route;
 pub mod server;
 

@@ -5,6 +5,8 @@
 
 use super::head::{self, BadHead, Buffer, Received, Request};
 use super::response::Exchange;
+use super::room::{self, Room, Seat};
+use crate::on_drop::OnDrop;
 use crossbeam_channel::{Receiver, Sender, TrySendError, bounded};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use std::collections::HashMap;
@@ -16,12 +18,6 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
-
-/// Connections at once, each with a thread. Beyond, the one that is idle longest is closed for the new one.
-pub const MAX_CONNECTIONS: usize = 1024;
-
-/// Of these, so many for one address other than loopback: a neighbour alone must not shut out the others.
-pub const MAX_CONNECTIONS_PER_PEER: usize = 256;
 
 /// Most of it is never touched; what is, is under 64 KiB.
 const STACK: usize = 512 * 1024;
@@ -35,7 +31,8 @@ const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
 /// When no descriptor is left, accepting pauses for this long: others need time to close theirs.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// When every connection is at work, a new one waits so long for one to end.
+/// When all connections are this machine's and at work, its next one waits so long for one to end. It delays others
+/// that come; they would find no room either.
 const FULL_PAUSE: Duration = Duration::from_millis(100);
 
 /// At the end, running answers have so long to end by themselves.
@@ -87,8 +84,8 @@ impl Server {
         let shared = Arc::new(Shared::new(handler));
         let acceptor = shared.clone();
         let acceptor = thread::Builder::new().name("http-accept".into()).spawn(move || {
+            let _end = OnDrop::new(on_end);
             accept(&acceptor, &listeners, &stop);
-            on_end();
         })?;
         Ok(Server { shared, wake, acceptor: Some(acceptor) })
     }
@@ -167,41 +164,47 @@ impl Shared {
         self.started.elapsed().as_millis() as u64 + 1
     }
 
-    /// Closes the connection of `among` that is idle longest. False if none is idle.
-    fn close_idlest(&self, among: impl Fn(&Connection) -> bool) -> bool {
+    /// Closes the connection that is idle longest, if one is.
+    fn close_idlest(&self) {
         let mut connections = self.lock();
-        let idle = connections.iter().filter(|(_, c)| c.is_idle() && among(c));
-        let Some(id) = idle.min_by_key(|(_, c)| c.idle_since.load(Ordering::Relaxed)).map(|(id, _)| *id) else {
-            return false;
-        };
-        if let Some(connection) = connections.remove(&id) {
-            connection.close();
+        if let Some(id) = room::idlest(seats(&connections)) {
+            close(&mut connections, id);
         }
-        true
     }
 
-    /// Makes room for a connection from `peer`. False if there is none.
+    /// Makes room for a connection from `peer`, closing another if need be. False if there is none.
     fn make_room(&self, peer: SocketAddr) -> bool {
-        let same = |c: &Connection| c.peer.ip() == peer.ip();
-        let (all, its) = {
-            let connections = self.lock();
-            (connections.len(), connections.values().filter(|c| same(c)).count())
-        };
-        if !peer.ip().to_canonical().is_loopback() && its >= MAX_CONNECTIONS_PER_PEER && !self.close_idlest(same) {
-            return false;
-        }
-        if all < MAX_CONNECTIONS || self.close_idlest(|_| true) {
-            return true;
-        }
-        // Everything is at work. Whoever came is let in when something ends.
         let until = Instant::now() + FULL_PAUSE;
-        while Instant::now() < until && !self.stopping.load(Ordering::Relaxed) {
-            thread::sleep(Duration::from_millis(2));
-            if self.lock().len() < MAX_CONNECTIONS {
-                return true;
+        loop {
+            let mut connections = self.lock();
+            match room::room(peer.ip(), seats(&connections)) {
+                Room::Free => return true,
+                Room::Instead(id) => {
+                    close(&mut connections, id);
+                    return true;
+                }
+                Room::Full => {}
             }
+            drop(connections);
+            let own = peer.ip().to_canonical().is_loopback();
+            if !own || Instant::now() >= until || self.stopping.load(Ordering::Relaxed) {
+                return false;
+            }
+            thread::sleep(Duration::from_millis(2));
         }
-        false
+    }
+}
+
+fn seats(connections: &HashMap<u64, Arc<Connection>>) -> impl Iterator<Item = Seat> + Clone {
+    connections.iter().map(|(id, connection)| {
+        let idle_since = connection.idle_since.load(Ordering::Relaxed);
+        Seat { id: *id, peer: connection.peer.ip(), idle_since: (idle_since != 0).then_some(idle_since) }
+    })
+}
+
+fn close(connections: &mut HashMap<u64, Arc<Connection>>, id: u64) {
+    if let Some(connection) = connections.remove(&id) {
+        connection.close();
     }
 }
 
@@ -226,7 +229,7 @@ fn accept(shared: &Arc<Shared>, listeners: &[TcpListener], stop: &OwnedFd) {
                 Err(e) if matches!(e.kind(), io::ErrorKind::ConnectionAborted | io::ErrorKind::Interrupted) => {}
                 Err(e) => {
                     log::error!("accepting connections: {e}");
-                    shared.close_idlest(|_| true);
+                    shared.close_idlest();
                     thread::sleep(ACCEPT_PAUSE);
                 }
             }
@@ -264,25 +267,31 @@ fn admit(shared: &Arc<Shared>, id: u64, stream: TcpStream, peer: SocketAddr) {
 }
 
 fn work(shared: &Shared, first: (u64, Arc<Connection>)) {
+    // Both ends come also when something panics that no handler's guard covers.
+    let _thread = OnDrop::new(|| {
+        shared.threads.fetch_sub(1, Ordering::Relaxed);
+    });
     let mut job = Some(first);
     while let Some((id, connection)) = job {
+        let end = OnDrop::new(|| {
+            connection.close();
+            shared.lock().remove(&id);
+        });
         if let Err(e) = serve(shared, &connection) {
             log::debug!("connection from {}: {e}", connection.peer);
         }
-        connection.close();
-        shared.lock().remove(&id);
+        drop(end);
         drop(connection);
         job = shared.free.recv_timeout(THREAD_IDLE).ok();
     }
-    shared.threads.fetch_sub(1, Ordering::Relaxed);
 }
 
 /// Serves one connection to its end. An error, or a body left short, is told by cutting it.
 fn serve(shared: &Shared, connection: &Connection) -> io::Result<()> {
     let mut buffer = Buffer::default();
     loop {
-        // Requests already here keep a connection at work: it is idle when it waits for the next.
-        let idle = if buffer.is_empty() { shared.now() } else { 0 };
+        // Requests already here keep a connection at work: it is idle when it waits for the next, or the rest of it.
+        let idle = if buffer.has_head() { 0 } else { shared.now() };
         connection.idle_since.store(idle, Ordering::Relaxed);
         let received = buffer.receive(&connection.stream)?;
         connection.idle_since.store(0, Ordering::Relaxed);
@@ -347,4 +356,43 @@ fn linger(stream: &TcpStream) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+
+    /// Panics wherever it can.
+    struct Panics;
+
+    impl Handler for Panics {
+        fn handle(&self, _: &Request<'_>, _: &mut Exchange<'_>) -> io::Result<()> {
+            panic!("on purpose")
+        }
+        fn after_panic(&self, _: &Request<'_>, _: &mut Exchange<'_>) -> io::Result<()> {
+            panic!("on purpose, again")
+        }
+    }
+
+    #[test]
+    fn a_panic_takes_its_connection_and_thread_along_and_no_other() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let (ended, end) = bounded(1);
+        let server = Server::start(vec![listener], Arc::new(Panics), move || ended.send(()).unwrap()).unwrap();
+        let shared = server.shared.clone();
+        for _ in 0..3 {
+            let mut stream = TcpStream::connect(address).unwrap();
+            stream.write_all(b"GET / HTTP/1.1\r\n\r\n").unwrap();
+            assert_eq!(stream.read(&mut [0; 9]).unwrap(), 0);
+        }
+        drop(server);
+        assert_eq!(end.recv(), Ok(()));
+        assert!(shared.lock().is_empty());
+        // The last thread is on its way out; the others' going is what this waits for.
+        while shared.threads.load(Ordering::Relaxed) > 0 {
+            thread::yield_now();
+        }
+    }
 }

@@ -9,6 +9,7 @@ use super::known::{Answer, CROWD, Known};
 use super::queries::{Due, Queries, Query};
 use crate::interfaces::{Interfaces, MULTICAST_GROUP, REFRESH};
 use crate::nix::HashPart;
+use crate::on_drop::OnDrop;
 use crate::wire::{Hello, Packet};
 use crossbeam_channel::{Receiver, Sender, bounded};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
@@ -390,9 +391,8 @@ impl Handle {
         let sockets = Sockets::new(sockets, udp_port, interfaces)?;
         let turns = alive.clone();
         let thread = thread::Builder::new().name("discovery".into()).spawn(move || {
-            let on_end = OnDrop(Some(on_end));
+            let _end = OnDrop::new(on_end);
             run(discovery, sockets, &commands, &wake, &turns);
-            drop(on_end);
         })?;
         Ok(Handle { ask: Arc::new(Wake { sender, event }), alive, thread: Some(thread) })
     }
@@ -413,16 +413,6 @@ impl Drop for Handle {
         self.ask.send(Command::Stop);
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
-        }
-    }
-}
-
-struct OnDrop<F: FnOnce()>(Option<F>);
-
-impl<F: FnOnce()> Drop for OnDrop<F> {
-    fn drop(&mut self) {
-        if let Some(f) = self.0.take() {
-            f();
         }
     }
 }
