@@ -22,7 +22,7 @@ Usage: peerix [OPTIONS]
 
   --port N                 TCP and UDP port                             [default: 12304]
   --bind ADDR              address to listen on, repeatable; [::] adds IPv6.
-                           Nix needs 127.0.0.1 among them             [default: 0.0.0.0]
+                           127.0.0.1 is always listened on            [default: 0.0.0.0]
   --timeout MS             how long unknown LAN peers may take to answer   [default: 50]
   --peer HOST[:PORT]       a node beyond the broadcast domain (VLAN, VPN) to ask, and to
                            share with, like a neighbour; repeatable; name each other

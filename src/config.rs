@@ -28,7 +28,7 @@ impl Mode {
 pub struct Config {
     /// TCP and UDP port. Defaults to 12304; 0 takes a free one.
     pub port: u16,
-    /// Addresses to listen on. Defaults to `0.0.0.0`.
+    /// Addresses to listen on; for HTTP 127.0.0.1 is always one. Defaults to `0.0.0.0`.
     pub bind: Vec<IpAddr>,
     /// How long unknown LAN peers may take to answer. Defaults to 50 ms.
     pub timeout: Duration,

@@ -5,7 +5,7 @@ use crate::interfaces::Interfaces;
 use listenfd::ListenFd;
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 use std::io;
-use std::net::{IpAddr, SocketAddr, TcpListener, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
 
 /// Connections that wait to be accepted: Nix opens 25 at once, and so do the peers.
 const BACKLOG: i32 = 1024;
@@ -20,7 +20,7 @@ pub struct Sockets {
     pub port: u16,
 }
 
-/// Takes what systemd passes (`LISTEN_FDS`), else binds.
+/// Takes what systemd passes (`LISTEN_FDS`), else binds `config.bind`, and 127.0.0.1 for HTTP.
 ///
 /// # Errors
 /// A port that is taken, an address this machine does not have, sockets of another kind.
@@ -28,8 +28,8 @@ pub fn open(config: &Config, interfaces: &Interfaces) -> Result<Sockets, String>
     let (mut listeners, mut datagrams) = inherited()?;
     if listeners.is_empty() {
         let mut port = config.port;
-        for ip in &config.bind {
-            let listener = bind(*ip, port, Type::STREAM).map_err(|e| explain(*ip, port, "TCP", &e))?;
+        for ip in with_loopback(&config.bind) {
+            let listener = bind(ip, port, Type::STREAM).map_err(|e| explain(ip, port, "TCP", &e))?;
             let listener = TcpListener::from(listener);
             // With --port 0 the first socket chooses for all.
             port = listener.local_addr().map_err(|e| format!("socket: {e}"))?.port();
@@ -51,6 +51,15 @@ pub fn open(config: &Config, interfaces: &Interfaces) -> Result<Sockets, String>
         }
     }
     Ok(Sockets { listeners, datagrams, port })
+}
+
+/// Adds 127.0.0.1, where this machine's Nix asks: a cache that it knows and whose port is closed fails its builds.
+fn with_loopback(bind: &[IpAddr]) -> Vec<IpAddr> {
+    let mut all = bind.to_vec();
+    if !all.iter().any(|ip| [Ipv4Addr::UNSPECIFIED, Ipv4Addr::LOCALHOST].map(IpAddr::V4).contains(ip)) {
+        all.push(Ipv4Addr::LOCALHOST.into());
+    }
+    all
 }
 
 fn inherited() -> Result<(Vec<TcpListener>, Vec<UdpSocket>), String> {
@@ -107,4 +116,29 @@ fn explain(ip: IpAddr, port: u16, kind: &str, e: &io::Error) -> String {
         _ => "see --bind and --port",
     };
     format!("{kind} {}: {e}; {remedy}", SocketAddr::new(ip, port))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Instant;
+
+    #[test]
+    fn loopback_is_always_listened_on() {
+        for (bind, expected) in [
+            (&["0.0.0.0"][..], &["0.0.0.0"][..]),
+            (&["127.0.0.1", "10.0.0.1"], &["127.0.0.1", "10.0.0.1"]),
+            (&["10.0.0.1"], &["10.0.0.1", "127.0.0.1"]),
+            (&["::"], &["::", "127.0.0.1"]),
+            (&["::1", "127.0.0.2"], &["::1", "127.0.0.2", "127.0.0.1"]),
+        ] {
+            let parse = |list: &[&str]| -> Vec<IpAddr> { list.iter().map(|ip| ip.parse().unwrap()).collect() };
+            assert_eq!(with_loopback(&parse(bind)), parse(expected));
+        }
+        let config = Config { port: 0, bind: vec!["127.0.0.2".parse().unwrap()], ..Config::default() };
+        let sockets = open(&config, &Interfaces::fixed(Vec::new(), Instant::now())).unwrap();
+        let at: Vec<SocketAddr> = sockets.listeners.iter().map(|l| l.local_addr().unwrap()).collect();
+        assert_eq!(at, ["127.0.0.2", "127.0.0.1"].map(|ip| SocketAddr::new(ip.parse().unwrap(), sockets.port)));
+        assert_eq!(sockets.datagrams.len(), 1, "discovery stays where it was put");
+    }
 }
