@@ -21,6 +21,8 @@ pub struct Interface {
     pub prefix_len: u8,
     /// Where a datagram reaches everyone, on IPv4 networks that can.
     pub broadcast: Option<Ipv4Addr>,
+    /// Whether it is up and has a link. If not, nobody is there to send to.
+    pub running: bool,
 }
 
 impl Interface {
@@ -49,37 +51,54 @@ pub fn is_private(ip: IpAddr) -> bool {
 
 /// The interface table, shared by all threads.
 pub struct Interfaces {
-    table: RwLock<(Arc<[Interface]>, Instant)>,
+    table: RwLock<Table>,
+}
+
+struct Table {
+    list: Arc<[Interface]>,
+    read: Instant,
+    generation: u64,
 }
 
 impl Interfaces {
     /// Reads the table. If the system does not give it, it is empty and the reason is logged: without interfaces
     /// nobody is a neighbour, and nothing is shared.
     pub fn read(now: Instant) -> Self {
-        Interfaces { table: RwLock::new((enumerate(), now)) }
+        Self::new(enumerate(), now)
+    }
+
+    fn new(list: Arc<[Interface]>, now: Instant) -> Self {
+        Interfaces { table: RwLock::new(Table { list, read: now, generation: 0 }) }
     }
 
     /// A table that was not read from the system.
     #[cfg(test)]
     pub fn fixed(list: Vec<Interface>, now: Instant) -> Self {
-        Interfaces { table: RwLock::new((list.into(), now)) }
+        Self::new(list.into(), now)
     }
 
     /// The table as last read.
     pub fn current(&self) -> Arc<[Interface]> {
-        self.lock_read().0.clone()
+        self.lock_read().list.clone()
     }
 
-    /// Reads the table again if it is older than `max_age`; true if it changed.
-    pub fn refresh(&self, now: Instant, max_age: Duration) -> bool {
-        if now.saturating_duration_since(self.lock_read().1) < max_age {
-            return false;
+    /// How often the table has changed. Whoever has to act on changes compares it with the last that they saw: it
+    /// may be somebody else who had the table read.
+    pub fn generation(&self) -> u64 {
+        self.lock_read().generation
+    }
+
+    /// Reads the table again if it is older than `max_age`.
+    pub fn refresh(&self, now: Instant, max_age: Duration) {
+        if now.saturating_duration_since(self.lock_read().read) >= max_age {
+            self.replace(enumerate(), now);
         }
-        let list = enumerate();
+    }
+
+    fn replace(&self, list: Arc<[Interface]>, now: Instant) {
         let mut table = self.table.write().unwrap_or_else(|e| e.into_inner());
-        let changed = table.0 != list;
-        *table = (list, now);
-        changed
+        let generation = table.generation + u64::from(table.list != list);
+        *table = Table { list, read: now, generation };
     }
 
     /// Whether `ip` is in a private network that this machine is directly connected to.
@@ -88,17 +107,17 @@ impl Interfaces {
         match ip {
             // Every link-local address is one hop away: the kernel routes it nowhere else.
             IpAddr::V6(v6) if v6.is_unicast_link_local() => true,
-            _ => is_private(ip) && self.lock_read().0.iter().any(|i| i.reaches(ip)),
+            _ => is_private(ip) && self.lock_read().list.iter().any(|i| i.reaches(ip)),
         }
     }
 
     /// Whether `ip` is an address of this machine.
     pub fn is_own(&self, ip: IpAddr) -> bool {
         let ip = ip.to_canonical();
-        ip.is_loopback() || self.lock_read().0.iter().any(|i| i.address == ip)
+        ip.is_loopback() || self.lock_read().list.iter().any(|i| i.address == ip)
     }
 
-    fn lock_read(&self) -> std::sync::RwLockReadGuard<'_, (Arc<[Interface]>, Instant)> {
+    fn lock_read(&self) -> std::sync::RwLockReadGuard<'_, Table> {
         self.table.read().unwrap_or_else(|e| e.into_inner())
     }
 }
@@ -113,6 +132,7 @@ fn enumerate() -> Arc<[Interface]> {
 
 impl From<if_addrs::Interface> for Interface {
     fn from(i: if_addrs::Interface) -> Self {
+        let running = i.is_oper_up();
         let (address, prefix_len, broadcast) = match i.addr {
             if_addrs::IfAddr::V4(v4) => {
                 // Addresses added by hand often have no broadcast address set; the network's last one is it then.
@@ -125,7 +145,7 @@ impl From<if_addrs::Interface> for Interface {
             }
             if_addrs::IfAddr::V6(v6) => (IpAddr::V6(v6.ip), v6.prefixlen, None),
         };
-        Interface { name: i.name, index: i.index.unwrap_or(0), address, prefix_len, broadcast }
+        Interface { name: i.name, index: i.index.unwrap_or(0), address, prefix_len, broadcast, running }
     }
 }
 
@@ -137,7 +157,8 @@ mod tests {
     use super::*;
 
     fn interface(address: &str, prefix_len: u8) -> Interface {
-        Interface { name: "eth0".into(), index: 2, address: address.parse().unwrap(), prefix_len, broadcast: None }
+        let address = address.parse().unwrap();
+        Interface { name: "eth0".into(), index: 2, address, prefix_len, broadcast: None, running: true }
     }
 
     #[test]
@@ -156,6 +177,22 @@ mod tests {
         }
         assert!(interfaces.is_own("::ffff:192.168.10.5".parse().unwrap()));
         assert!(!interfaces.is_own("192.168.10.6".parse().unwrap()));
+    }
+
+    #[test]
+    fn a_change_is_seen_by_everyone_and_once() {
+        let now = Instant::now();
+        let table: Arc<[Interface]> = [interface("192.168.10.5", 24)].into();
+        let interfaces = Interfaces::new(table.clone(), now);
+        let seen = interfaces.generation();
+        interfaces.replace(table.clone(), now);
+        assert_eq!(interfaces.generation(), seen);
+        let unplugged = Interface { running: false, ..table[0].clone() };
+        interfaces.replace([unplugged].into(), now);
+        assert_eq!(interfaces.generation(), seen + 1);
+        // Looked at too early by another, it is still the change that this one has not seen.
+        interfaces.refresh(now, REFRESH);
+        assert_eq!(interfaces.generation(), seen + 1);
     }
 
     #[test]

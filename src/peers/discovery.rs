@@ -462,6 +462,8 @@ struct Sockets {
     bound: Vec<SocketAddr>,
     port: u16,
     interfaces: Arc<Interfaces>,
+    /// Of the interfaces, as last acted on.
+    generation: u64,
     joined: HashSet<u32>,
     unreachable: bool,
 }
@@ -477,7 +479,9 @@ impl Sockets {
             // Twenty-five queries at once to a busy machine should not overflow it; the kernel caps the value.
             socket.set_recv_buffer_size(1 << 20)?;
         }
-        let mut sockets = Sockets { sockets, bound, port, interfaces, joined: HashSet::new(), unreachable: false };
+        let generation = interfaces.generation();
+        let joined = HashSet::new();
+        let mut sockets = Sockets { sockets, bound, port, interfaces, generation, joined, unreachable: false };
         sockets.join();
         Ok(sockets)
     }
@@ -499,7 +503,9 @@ impl Sockets {
     /// Looks at the interfaces now and then, and at once when something could not be sent.
     fn network_changed(&mut self) -> bool {
         let max_age = if std::mem::take(&mut self.unreachable) { REFRESH / 5 } else { REFRESH };
-        let changed = self.interfaces.refresh(Instant::now(), max_age);
+        self.interfaces.refresh(Instant::now(), max_age);
+        let generation = self.interfaces.generation();
+        let changed = std::mem::replace(&mut self.generation, generation) != generation;
         if changed {
             self.join();
         }
@@ -543,7 +549,7 @@ impl Sockets {
 
     fn everyone(&self) -> Vec<SocketAddr> {
         let mut targets = Vec::new();
-        for interface in self.interfaces.current().iter() {
+        for interface in self.interfaces.current().iter().filter(|i| i.running) {
             let target = match (interface.address, interface.broadcast) {
                 (IpAddr::V4(ip), Some(broadcast)) if crate::interfaces::is_private(ip.into()) => {
                     SocketAddr::new(broadcast.into(), self.port)

@@ -51,8 +51,11 @@ impl Share {
         }
         // At most once a second, however many strangers ask.
         let stale = std::time::Duration::from_secs(1);
-        if interfaces::is_private(asker) && self.interfaces.refresh(Instant::now(), stale) && is_lan() {
-            return Scope::Lan;
+        if interfaces::is_private(asker) {
+            self.interfaces.refresh(Instant::now(), stale);
+            if is_lan() {
+                return Scope::Lan;
+            }
         }
         Scope::Wan
     }
@@ -79,6 +82,7 @@ mod tests {
             address: "192.168.10.5".parse().unwrap(),
             prefix_len: 24,
             broadcast: None,
+            running: true,
         };
         // Read in the future, so that no stranger's address makes the test read the real machine's interfaces.
         let later = Instant::now() + std::time::Duration::from_secs(3600);
