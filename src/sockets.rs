@@ -1,11 +1,11 @@
 //! The listening sockets: those that systemd passes, or bound here.
 
 use crate::config::Config;
-use crate::interfaces::Interfaces;
+use crate::interfaces::{Interfaces, MULTICAST_GROUP};
 use listenfd::ListenFd;
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV6, TcpListener, UdpSocket};
 
 /// Connections that wait to be accepted: Nix opens 25 at once, and so do the peers.
 const BACKLOG: i32 = 1024;
@@ -49,8 +49,29 @@ pub fn open(config: &Config, interfaces: &Interfaces) -> Result<Sockets, String>
                 datagrams.push(socket.map_err(|e| explain(broadcast.into(), port, "UDP", &e))?.into());
             }
         }
+        datagrams.extend(groups(config, interfaces, port));
     }
     Ok(Sockets { listeners, datagrams, port })
+}
+
+/// Likewise for multicast, on the interfaces of IPv6 addresses. Without one, peers there find this node only when it
+/// asks or greets them; that is no reason not to start.
+fn groups(config: &Config, interfaces: &Interfaces, port: u16) -> Vec<UdpSocket> {
+    let mut indexes: Vec<u32> = Vec::new();
+    for interface in interfaces.current().iter() {
+        if interface.address.is_ipv6()
+            && config.bind.contains(&interface.address)
+            && !indexes.contains(&interface.index)
+        {
+            indexes.push(interface.index);
+        }
+    }
+    let bind_on = |index| {
+        let address = SocketAddrV6::new(MULTICAST_GROUP, port, 0, index).into();
+        let socket = bind_to(address, Type::DGRAM);
+        socket.inspect_err(|e| log::warn!("UDP {address}: {e}; queries by multicast are not heard there")).ok()
+    };
+    indexes.into_iter().filter_map(bind_on).map(UdpSocket::from).collect()
 }
 
 /// Adds 127.0.0.1, where this machine's Nix asks: a cache that it knows and whose port is closed fails its builds.
@@ -90,7 +111,10 @@ fn inherited() -> Result<(Vec<TcpListener>, Vec<UdpSocket>), String> {
 }
 
 fn bind(ip: IpAddr, port: u16, kind: Type) -> io::Result<Socket> {
-    let address = SocketAddr::new(ip, port);
+    bind_to(SocketAddr::new(ip, port), kind)
+}
+
+fn bind_to(address: SocketAddr, kind: Type) -> io::Result<Socket> {
     let protocol = if kind == Type::STREAM { Protocol::TCP } else { Protocol::UDP };
     let socket = Socket::new(Domain::for_address(address), kind, Some(protocol))?;
     if address.is_ipv6() {

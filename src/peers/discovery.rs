@@ -7,7 +7,7 @@
 use super::Holder;
 use super::known::{Answer, CROWD, Known};
 use super::queries::{Due, Queries, Query};
-use crate::interfaces::{Interfaces, MULTICAST_GROUP, REFRESH};
+use crate::interfaces::{Interface, Interfaces, MULTICAST_GROUP, REFRESH};
 use crate::nix::HashPart;
 use crate::on_drop::OnDrop;
 use crate::wire::{Hello, Packet};
@@ -17,7 +17,7 @@ use std::collections::{HashSet, VecDeque};
 use std::net::{IpAddr, SocketAddr, SocketAddrV6, UdpSocket};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use std::{io, thread};
@@ -333,7 +333,6 @@ fn with_scope(http: SocketAddr, from: SocketAddr) -> SocketAddr {
 pub struct Handle {
     ask: Arc<Wake>,
     alive: Arc<AtomicU64>,
-    // Declared after the sender: the thread ends when the sender's channel does.
     thread: Option<JoinHandle<()>>,
 }
 
@@ -341,12 +340,14 @@ pub struct Handle {
 pub struct Wake {
     sender: Sender<Command>,
     event: OwnedFd,
+    // Not commands: a full queue must not keep the thread from ending.
+    bye: AtomicBool,
+    stop: AtomicBool,
 }
 
 enum Command {
     Ask(Ask),
     Named(Vec<SocketAddr>),
-    Stop,
 }
 
 impl Wake {
@@ -366,9 +367,13 @@ impl Wake {
 
     fn send(&self, command: Command) {
         if self.sender.try_send(command).is_ok() {
-            // Can only fail when the counter is full, and then the thread is awake anyway.
-            let _ = rustix::io::write(&self.event, &1u64.to_ne_bytes());
+            self.ring();
         }
+    }
+
+    fn ring(&self) {
+        // Can only fail when the counter is full, and then the thread is awake anyway.
+        let _ = rustix::io::write(&self.event, &1u64.to_ne_bytes());
     }
 }
 
@@ -385,16 +390,27 @@ impl Handle {
     ) -> io::Result<Handle> {
         let (sender, commands) = bounded(MAX_WAITING);
         let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        let wake = event.try_clone()?;
+        let ask = Arc::new(Wake { sender, event, bye: AtomicBool::new(false), stop: AtomicBool::new(false) });
+        let wake = ask.clone();
         let alive = Arc::new(AtomicU64::new(0));
         let udp_port = discovery.udp_port;
         let sockets = Sockets::new(sockets, udp_port, interfaces)?;
         let turns = alive.clone();
         let thread = thread::Builder::new().name("discovery".into()).spawn(move || {
-            let _end = OnDrop::new(on_end);
+            let _end = OnDrop::new(|| {
+                // What is left in the queue would keep its askers waiting for as long as somebody can send.
+                commands.try_iter().for_each(drop);
+                on_end();
+            });
             run(discovery, sockets, &commands, &wake, &turns);
         })?;
-        Ok(Handle { ask: Arc::new(Wake { sender, event }), alive, thread: Some(thread) })
+        Ok(Handle { ask, alive, thread: Some(thread) })
+    }
+
+    /// Has the peers told that this node leaves. The thread goes on: questions under way still get their answers.
+    pub fn say_bye(&self) {
+        self.ask.bye.store(true, Ordering::SeqCst);
+        self.ask.ring();
     }
 
     /// For those who ask.
@@ -410,7 +426,8 @@ impl Handle {
 
 impl Drop for Handle {
     fn drop(&mut self) {
-        self.ask.send(Command::Stop);
+        self.ask.stop.store(true, Ordering::SeqCst);
+        self.ask.ring();
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
@@ -421,7 +438,7 @@ fn run<N: Neighbourhood>(
     mut discovery: Discovery<N>,
     mut sockets: Sockets,
     commands: &Receiver<Command>,
-    wake: &OwnedFd,
+    wake: &Wake,
     turns: &AtomicU64,
 ) {
     let mut out = Vec::new();
@@ -431,23 +448,28 @@ fn run<N: Neighbourhood>(
         sockets.send(&mut out);
         let now = Instant::now();
         let wait = discovery.next_due().saturating_duration_since(now).min(REFRESH);
-        sockets.wait(wake, wait);
+        sockets.wait(&wake.event, wait);
         turns.fetch_add(1, Ordering::Relaxed);
+        let stop = wake.stop.load(Ordering::SeqCst);
+        if wake.bye.swap(false, Ordering::SeqCst) || stop {
+            // Said again at the end: a query that was sent since would have made this node known again.
+            discovery.bye(&mut out);
+            sockets.send(&mut out);
+        }
+        if stop {
+            return;
+        }
         while let Ok(command) = commands.try_recv() {
             let event = match command {
                 Command::Ask(ask) => Event::Ask(ask),
                 Command::Named(addresses) => Event::Named(addresses),
-                Command::Stop => {
-                    discovery.bye(&mut out);
-                    return sockets.send(&mut out);
-                }
             };
             discovery.handle(event, Instant::now(), &mut out);
         }
         sockets.send(&mut out);
         for i in 0..sockets.sockets.len() {
             for _ in 0..BATCH {
-                let Ok((len, from)) = sockets.sockets[i].recv_from(&mut buffer) else { break };
+                let Ok((len, from)) = sockets.receive(i, &mut buffer) else { break };
                 discovery.handle(Event::Datagram { from, bytes: &buffer[..len] }, Instant::now(), &mut out);
             }
         }
@@ -459,31 +481,70 @@ fn run<N: Neighbourhood>(
 /// The sockets, and which of them reaches whom.
 struct Sockets {
     sockets: Vec<UdpSocket>,
-    bound: Vec<SocketAddr>,
+    bound: Vec<Bound>,
     port: u16,
     interfaces: Arc<Interfaces>,
     /// Of the interfaces, as last acted on.
     generation: u64,
-    joined: HashSet<u32>,
+    /// Which socket is in the multicast group on which interface.
+    joined: HashSet<(usize, u32)>,
+    /// When a join that failed is tried again.
+    join_again: Option<Instant>,
     unreachable: bool,
+}
+
+/// What a socket is bound to.
+#[derive(Debug, Clone, Copy)]
+struct Bound {
+    address: SocketAddr,
+    /// An IPv6 socket that does IPv4 too, as systemd makes them by default.
+    dual: bool,
+}
+
+impl Bound {
+    fn does(&self, target: SocketAddr) -> bool {
+        self.dual || self.address.is_ipv4() == target.is_ipv4()
+    }
 }
 
 impl Sockets {
     fn new(sockets: Vec<UdpSocket>, port: u16, interfaces: Arc<Interfaces>) -> io::Result<Self> {
         let mut bound = Vec::new();
         for socket in &sockets {
-            bound.push(socket.local_addr()?);
             socket.set_nonblocking(true)?;
+            let address = socket.local_addr()?;
             let socket = socket2::SockRef::from(socket);
+            let dual = address.is_ipv6() && address.ip().is_unspecified() && !socket.only_v6()?;
+            bound.push(Bound { address, dual });
             socket.set_broadcast(true)?;
             // Twenty-five queries at once to a busy machine should not overflow it; the kernel caps the value.
             socket.set_recv_buffer_size(1 << 20)?;
         }
-        let generation = interfaces.generation();
-        let joined = HashSet::new();
-        let mut sockets = Sockets { sockets, bound, port, interfaces, generation, joined, unreachable: false };
-        sockets.join();
+        let mut sockets = Sockets {
+            sockets,
+            bound,
+            port,
+            generation: interfaces.generation(),
+            interfaces,
+            joined: HashSet::new(),
+            join_again: None,
+            unreachable: false,
+        };
+        sockets.join(Instant::now());
         Ok(sockets)
+    }
+
+    /// The next datagram of that socket, and whom it is from.
+    fn receive(&self, at: usize, buffer: &mut [u8]) -> io::Result<(usize, SocketAddr)> {
+        let (len, from) = self.sockets[at].recv_from(buffer)?;
+        let from = match from {
+            SocketAddr::V6(v6) => match v6.ip().to_ipv4_mapped() {
+                Some(v4) => SocketAddr::from((v4, v6.port())),
+                None => from,
+            },
+            SocketAddr::V4(_) => from,
+        };
+        Ok((len, from))
     }
 
     fn wait(&self, wake: &OwnedFd, wait: Duration) {
@@ -500,37 +561,45 @@ impl Sockets {
         let _ = rustix::io::read(wake, &mut [0u8; 8]);
     }
 
-    /// Looks at the interfaces now and then, and at once when something could not be sent.
+    /// Looks at the interfaces now and then, and sooner when something could not be sent.
     fn network_changed(&mut self) -> bool {
         let max_age = if std::mem::take(&mut self.unreachable) { REFRESH / 5 } else { REFRESH };
-        self.interfaces.refresh(Instant::now(), max_age);
+        let now = Instant::now();
+        self.interfaces.refresh(now, max_age);
         let generation = self.interfaces.generation();
         let changed = std::mem::replace(&mut self.generation, generation) != generation;
-        if changed {
-            self.join();
+        if changed || self.join_again.is_some_and(|at| at <= now) {
+            self.join(now);
         }
         changed
     }
 
     /// Joins the multicast group on interfaces that are new, and forgets those that are gone.
-    fn join(&mut self) {
+    fn join(&mut self, now: Instant) {
         let current = self.interfaces.current();
         let indexes: HashSet<u32> = current.iter().filter(|i| i.address.is_ipv6()).map(|i| i.index).collect();
-        self.joined.retain(|index| indexes.contains(index));
-        for (socket, bound) in self.sockets.iter().zip(&self.bound) {
-            if bound.is_ipv4() {
-                continue;
-            }
+        self.joined.retain(|(_, index)| indexes.contains(index));
+        self.join_again = None;
+        for (at, (socket, bound)) in self.sockets.iter().zip(&self.bound).enumerate() {
+            let SocketAddr::V6(bound) = bound.address else { continue };
             let _ = socket.set_multicast_loop_v6(false);
-            for &index in &indexes {
-                if !self.joined.contains(&index)
-                    && let Err(e) = socket.join_multicast_v6(&MULTICAST_GROUP, index)
-                {
-                    log::debug!("multicast on interface {index}: {e}");
+            for &index in indexes.iter().filter(|&&index| hears_group(bound, index)) {
+                if self.joined.contains(&(at, index)) {
+                    continue;
                 }
+                match socket.join_multicast_v6(&MULTICAST_GROUP, index) {
+                    Ok(()) => {}
+                    // The kernel kept it over the time the interface was without IPv6.
+                    Err(e) if e.kind() == io::ErrorKind::AddrInUse => {}
+                    Err(e) => {
+                        log::debug!("multicast on interface {index}: {e}");
+                        self.join_again = Some(now + REFRESH);
+                        continue;
+                    }
+                }
+                self.joined.insert((at, index));
             }
         }
-        self.joined = indexes;
     }
 
     fn send(&mut self, out: &mut Vec<(To, Packet)>) {
@@ -567,26 +636,45 @@ impl Sockets {
     }
 
     fn send_to(&mut self, bytes: &[u8], target: SocketAddr) {
-        let Some(socket) = self.socket_for(target) else { return };
-        if let Err(e) = socket.send_to(bytes, target)
+        let Some(at) = socket_for(target, &self.bound, &self.interfaces.current()) else { return };
+        let mapped = match target {
+            SocketAddr::V4(v4) if self.bound[at].dual => (v4.ip().to_ipv6_mapped(), v4.port()).into(),
+            _ => target,
+        };
+        if let Err(e) = self.sockets[at].send_to(bytes, mapped)
             && e.kind() != io::ErrorKind::WouldBlock
         {
             log::debug!("datagram to {target}: {e}");
             self.unreachable = true;
         }
     }
+}
 
-    /// The socket that is bound to everything, or to the address in the target's network.
-    fn socket_for(&self, target: SocketAddr) -> Option<&UdpSocket> {
-        let current = self.interfaces.current();
-        let reaches = |bound: &SocketAddr| {
-            bound.is_ipv4() == target.is_ipv4()
-                && (bound.ip().is_unspecified()
-                    || current.iter().any(|i| i.address == bound.ip() && i.reaches(target.ip())))
-        };
-        let at = self.bound.iter().position(reaches)?;
-        self.sockets.get(at)
-    }
+/// Whether a socket bound to this can hear the multicast group on that interface: only if it is bound to everything,
+/// or to the group there.
+fn hears_group(bound: SocketAddrV6, index: u32) -> bool {
+    bound.ip().is_unspecified() || *bound.ip() == MULTICAST_GROUP && bound.scope_id() == index
+}
+
+/// Which socket reaches the target: one bound to everything, or to the address in the target's network; a single node
+/// elsewhere, which `--peer` names, through whichever is bound to an address of this machine.
+fn socket_for(target: SocketAddr, bound: &[Bound], interfaces: &[Interface]) -> Option<usize> {
+    let group_on = match target {
+        SocketAddr::V6(v6) if v6.ip().is_multicast() => Some(v6.scope_id()),
+        _ => None,
+    };
+    let is_broadcast = |ip| interfaces.iter().any(|i| i.broadcast.map(IpAddr::V4) == Some(ip));
+    let reaches = |i: &Interface| group_on.map_or_else(|| i.reaches(target.ip()), |index| i.index == index);
+    let near = |bound: &Bound| {
+        let ip = bound.address.ip();
+        bound.does(target) && (ip.is_unspecified() || interfaces.iter().any(|i| i.address == ip && reaches(i)))
+    };
+    let far = |bound: &Bound| {
+        let ip = bound.address.ip();
+        bound.does(target) && !ip.is_loopback() && !ip.is_multicast() && !is_broadcast(ip)
+    };
+    let to_one = group_on.is_none() && !is_broadcast(target.ip());
+    bound.iter().position(near).or_else(|| bound.iter().position(far).filter(|_| to_one))
 }
 
 #[cfg(test)]
@@ -827,5 +915,110 @@ mod tests {
         let mut out = Vec::new();
         node.discovery.bye(&mut out);
         assert!(matches!(out[..], [(To::Everyone, Packet::Bye(Hello { crowded: true, .. }))]));
+    }
+
+    fn interface(index: u32, address: &str, prefix_len: u8) -> Interface {
+        let address: IpAddr = address.parse().unwrap();
+        let broadcast = match address {
+            IpAddr::V4(v4) => Some((v4.to_bits() | 0xff).into()),
+            IpAddr::V6(_) => None,
+        };
+        Interface { name: format!("eth{index}"), index, address, prefix_len, broadcast, running: true }
+    }
+
+    #[test]
+    fn which_socket_reaches_whom() {
+        let interfaces = [
+            interface(1, "10.0.0.1", 24),
+            interface(2, "10.0.1.1", 24),
+            interface(1, "fd00::1", 64),
+            interface(2, "fd00:1::1", 64),
+        ];
+        let through = |bound: &[&str], target: &str| {
+            let bind = |ip: &&str| Bound { address: SocketAddr::new(ip.parse().unwrap(), 12304), dual: *ip == "::" };
+            let bound: Vec<Bound> = bound.iter().map(bind).collect();
+            socket_for(target.parse().unwrap(), &bound, &interfaces).map(|at| bound[at].address.ip().to_string())
+        };
+        // In the order that `sockets::open` has them, the broadcast addresses last.
+        let both = ["127.0.0.1", "10.0.0.1", "10.0.1.1", "10.0.0.255", "10.0.1.255"];
+        assert_eq!(through(&both, "10.0.1.7:1").as_deref(), Some("10.0.1.1"));
+        assert_eq!(through(&both, "10.0.1.255:1").as_deref(), Some("10.0.1.1"));
+        assert_eq!(through(&both, "172.16.0.1:1").as_deref(), Some("10.0.0.1"), "a named peer far away");
+        assert_eq!(through(&["10.0.0.255", "10.0.0.1"], "172.16.0.1:1").as_deref(), Some("10.0.0.1"));
+        assert_eq!(through(&["10.0.0.1"], "10.0.1.255:1"), None, "no broadcast where it is not bound");
+        assert_eq!(through(&["127.0.0.1"], "172.16.0.1:1"), None);
+        assert_eq!(through(&["10.0.0.1"], "[fd00:2::1]:1"), None);
+        assert_eq!(through(&["::"], "10.0.1.255:1").as_deref(), Some("::"));
+        assert_eq!(through(&["0.0.0.0"], "10.0.1.255:1").as_deref(), Some("0.0.0.0"));
+        let group = ["ff02::7065:6572", "fd00::1"];
+        assert_eq!(through(&group, "[fd00:2::1]:1").as_deref(), Some("fd00::1"));
+        assert_eq!(through(&group, "[ff02::7065:6572%1]:1").as_deref(), Some("fd00::1"));
+        assert_eq!(through(&group, "[ff02::7065:6572%2]:1"), None);
+        for (bound, index, hears) in [
+            ("[::]:1", 3, true),
+            ("[fd00::1]:1", 1, false),
+            ("[ff02::7065:6572%1]:1", 1, true),
+            ("[ff02::7065:6572%1]:1", 2, false),
+        ] {
+            assert_eq!(hears_group(bound.parse().unwrap(), index), hears, "{bound}");
+        }
+    }
+
+    #[test]
+    fn a_socket_for_both_families_speaks_ipv4() {
+        let socket = socket2::Socket::new(socket2::Domain::IPV6, socket2::Type::DGRAM, None).unwrap();
+        socket.set_only_v6(false).unwrap();
+        socket.bind(&SocketAddr::from(([0u16; 8], 0)).into()).unwrap();
+        let socket = UdpSocket::from(socket);
+        let here = SocketAddr::from(([127, 0, 0, 1], socket.local_addr().unwrap().port()));
+        let interfaces = Arc::new(Interfaces::fixed(Vec::new(), Instant::now()));
+        let mut sockets = Sockets::new(vec![socket], here.port(), interfaces).unwrap();
+        let other = UdpSocket::bind("127.0.0.1:0").unwrap();
+        sockets.send_to(b"to", other.local_addr().unwrap());
+        let mut buffer = [0; 8];
+        assert_eq!(other.recv_from(&mut buffer).unwrap(), (2, here));
+        other.send_to(b"back", here).unwrap();
+        // On loopback a datagram is there when it is sent.
+        assert_eq!(sockets.receive(0, &mut buffer).unwrap(), (4, other.local_addr().unwrap()));
+    }
+
+    #[test]
+    fn a_full_queue_does_not_keep_it_from_ending() {
+        struct Stuck(Sender<()>, Receiver<()>);
+        impl Neighbourhood for Stuck {
+            fn is_lan(&self, _: IpAddr) -> bool {
+                self.0.send(()).unwrap();
+                let _ = self.1.recv();
+                false
+            }
+            fn is_own(&self, _: IpAddr) -> bool {
+                false
+            }
+            fn would_serve(&mut self, _: &HashPart, _: IpAddr) -> bool {
+                false
+            }
+        }
+        let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+        let here = socket.local_addr().unwrap();
+        let now = Instant::now();
+        let (enters, is_stuck) = bounded(1);
+        let (go, stuck) = bounded(0);
+        let discovery = Discovery::new(Stuck(enters, stuck), here.port(), here.port(), TIMEOUT, [9; 12], now);
+        let interfaces = Arc::new(Interfaces::fixed(Vec::new(), now + Duration::from_secs(3600)));
+        let (ended, end) = bounded(1);
+        let handle = Handle::spawn(discovery, vec![socket], interfaces, move || ended.send(()).unwrap()).unwrap();
+        let wake = handle.wake();
+        UdpSocket::bind("127.0.0.1:0").unwrap().send_to(b"x", here).unwrap();
+        is_stuck.recv().unwrap();
+        // The thread is busy with the datagram; the queue fills, and the command to end finds no place in it.
+        let waiting: Vec<_> = (0..=MAX_WAITING).map(|_| wake.ask(absent())).collect();
+        let ending = thread::spawn(move || drop(handle));
+        while !wake.stop.load(Ordering::SeqCst) {
+            thread::yield_now();
+        }
+        drop(go);
+        ending.join().unwrap();
+        assert_eq!(end.recv(), Ok(()));
+        assert!(waiting.iter().all(is_over));
     }
 }
