@@ -17,14 +17,16 @@ use crate::sockets::{self, Sockets};
 use crate::store::{Store, StoreConfig};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use ring::rand::{SecureRandom, SystemRandom};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use sd_notify::NotifyState;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
-use std::{fmt, fs};
+use std::{fmt, fs, io};
 
 /// Names given by `--peer` are resolved again this often: addresses change.
 const RESOLVE_INTERVAL: Duration = Duration::from_secs(60);
@@ -69,6 +71,7 @@ pub fn run(config: Config) -> Result<(), Fatal> {
     if config.mode != Mode::Lan {
         return Err(Fatal("--mode wan and --mode both need the WAN part, which this release does not have".into()));
     }
+    raise_file_limit();
     let now = Instant::now();
     let key = config.private_key.as_deref().map(read_key).transpose()?;
     let store = StoreConfig { store_dir: config.store_dir.clone(), db: config.db.clone() };
@@ -88,10 +91,12 @@ pub fn run(config: Config) -> Result<(), Fatal> {
         share: share.clone(),
         store: store.clone(),
         interfaces: interfaces.clone(),
+        leaving: Arc::default(),
         faults: Seldom::default(),
     };
     let mut random = [0; 12];
     SystemRandom::new().fill(&mut random).map_err(|_| Fatal("no random numbers to be had".into()))?;
+    let leaving = neighbourhood.leaving.clone();
     let discovery = Discovery::new(neighbourhood, port, port, config.timeout, random, now);
     let discovery = Handle::spawn(discovery, datagrams, interfaces, ended("discovery"))
         .map_err(|e| Fatal::from(("discovery", e)))?;
@@ -122,9 +127,12 @@ pub fn run(config: Config) -> Result<(), Fatal> {
     let result = wait(&woken, &discovery);
     notify(&[NotifyState::Stopping]);
     log::info!("stopping");
-    // Peers learn that this node leaves before its answers end; then the answers end; then what they used.
-    drop(discovery);
+    // Peers learn that this node leaves; then the answers under way end; then what they used. A lookup cut short would
+    // tell Nix that a path is nowhere, which it remembers for an hour.
+    leaving.store(true, Ordering::Relaxed);
+    discovery.say_bye();
     drop(server);
+    drop(discovery);
     drop(resolver);
     drop(signals);
     result
@@ -163,7 +171,7 @@ fn read_key(path: &std::path::Path) -> Result<SecretKey, Fatal> {
     let name = path.display();
     let file = fs::metadata(path).and_then(|meta| {
         if !meta.is_file() || meta.len() > MAX_KEY_FILE {
-            return Err(std::io::Error::other("not a key file"));
+            return Err(io::Error::other("not a key file"));
         }
         fs::read_to_string(path)
     });
@@ -178,6 +186,8 @@ struct LanNeighbourhood {
     share: Arc<Share>,
     store: Arc<Store>,
     interfaces: Arc<Interfaces>,
+    /// Set at the end, when nothing more is offered that could not be fetched.
+    leaving: Arc<AtomicBool>,
     faults: Seldom,
 }
 
@@ -191,7 +201,7 @@ impl Neighbourhood for LanNeighbourhood {
     }
 
     fn would_serve(&mut self, hash_part: &HashPart, asker: IpAddr) -> bool {
-        if !self.share.serves(self.share.scope(asker)) {
+        if self.leaving.load(Ordering::Relaxed) || !self.share.serves(self.share.scope(asker)) {
             return false;
         }
         match self.store.path_info_quickly(hash_part) {
@@ -212,7 +222,7 @@ struct SignalWatch {
     thread: Option<JoinHandle<()>>,
 }
 
-fn watch_signals(wakeups: Sender<Wakeup>) -> std::io::Result<SignalWatch> {
+fn watch_signals(wakeups: Sender<Wakeup>) -> io::Result<SignalWatch> {
     let mut signals = Signals::new([SIGTERM, SIGINT])?;
     let handle = signals.handle();
     let thread = thread::Builder::new().name("signals".into()).spawn(move || {
@@ -234,20 +244,16 @@ impl Drop for SignalWatch {
 
 /// Resolves the names of `--peer`, now and again, where a slow name server delays nothing else. Ends when the sender
 /// that is returned is dropped; a resolution under way is not waited for.
-fn resolve_peers(peers: Vec<(String, u16)>, lan: Arc<Wake>, share: Arc<Share>) -> std::io::Result<Option<Sender<()>>> {
+fn resolve_peers(peers: Vec<(String, u16)>, lan: Arc<Wake>, share: Arc<Share>) -> io::Result<Option<Sender<()>>> {
     if peers.is_empty() {
         return Ok(None);
     }
     let (running, stopped) = bounded::<()>(0);
     thread::Builder::new().name("resolve".into()).spawn(move || {
+        let mut last = vec![Vec::new(); peers.len()];
         loop {
-            let mut addresses: Vec<SocketAddr> = Vec::new();
-            for (host, port) in &peers {
-                match (host.as_str(), *port).to_socket_addrs() {
-                    Ok(found) => addresses.extend(found),
-                    Err(e) => log::warn!("--peer {host}: {e}"),
-                }
-            }
+            let lookup = |host: &str, port| (host, port).to_socket_addrs().map(Iterator::collect);
+            let addresses = resolve(&peers, &mut last, lookup);
             share.set_named_peers(addresses.iter().map(|a| a.ip().to_canonical()).collect());
             lan.set_named(addresses);
             if stopped.recv_timeout(RESOLVE_INTERVAL) != Err(RecvTimeoutError::Timeout) {
@@ -256,4 +262,55 @@ fn resolve_peers(peers: Vec<(String, u16)>, lan: Arc<Wake>, share: Arc<Share>) -
         }
     })?;
     Ok(Some(running))
+}
+
+/// The addresses of all peers. Those of a name that cannot be looked up now stay as they were, in `last`: a name
+/// server that is away for a moment must not take peers along.
+fn resolve(
+    peers: &[(String, u16)],
+    last: &mut [Vec<SocketAddr>],
+    lookup: impl Fn(&str, u16) -> io::Result<Vec<SocketAddr>>,
+) -> Vec<SocketAddr> {
+    for ((host, port), last) in peers.iter().zip(last.iter_mut()) {
+        match lookup(host, *port) {
+            Ok(found) => *last = found,
+            Err(e) => log::warn!("--peer {host}: {e}"),
+        }
+    }
+    last.concat()
+}
+
+/// Raises the limit of open files as far as this process may: 1,024 is common, and there can be as many connections,
+/// each with a file.
+fn raise_file_limit() {
+    let limit = getrlimit(Resource::Nofile);
+    if let Err(e) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }) {
+        log::warn!("limit of open files: {e}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failed_lookup_leaves_the_addresses_as_they_were() {
+        let peers = [("a".to_owned(), 1), ("b".to_owned(), 2)];
+        let mut last = vec![Vec::new(); 2];
+        let at = |last_octet, port| SocketAddr::from(([10, 0, 0, last_octet], port));
+        let fails = |_: &str, _| Err(io::ErrorKind::TimedOut.into());
+        assert_eq!(resolve(&peers, &mut last, fails), []);
+        let first = resolve(&peers, &mut last, |host, port| Ok(vec![at(host.as_bytes()[0], port)]));
+        assert_eq!(first, [at(b'a', 1), at(b'b', 2)]);
+        assert_eq!(resolve(&peers, &mut last, fails), first);
+        let moved = |host: &str, port| if host == "a" { fails(host, port) } else { Ok(vec![at(9, port)]) };
+        assert_eq!(resolve(&peers, &mut last, moved), [at(b'a', 1), at(9, 2)]);
+    }
+
+    #[test]
+    fn as_many_files_as_may_be() {
+        raise_file_limit();
+        let limit = getrlimit(Resource::Nofile);
+        assert_eq!(limit.current, limit.maximum);
+    }
 }
