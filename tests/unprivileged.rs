@@ -213,7 +213,7 @@ fn paths_that_go_away_while_they_are_sent() {
 
     let path = stock::add(&scene.server, "more", make);
     let begun = begin(&scene, &path);
-    scene.server.sh(&format!("echo more >> {path}/b"));
+    scene.server.sh(&format!("echo much more >> {path}/b"));
     is_cut(begun, "a later file that became longer");
 
     let path = stock::add(&scene.server, "swapped", make);
