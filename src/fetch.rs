@@ -83,7 +83,7 @@ impl Fetch {
             contributors: Vec::new(),
             framing: Framing::with_nar_size(nar_size),
             at: 0,
-            first: Vec::new(),
+            first: None,
             checked: false,
         })
     }
@@ -122,7 +122,7 @@ pub struct Nar<'a> {
     framing: Framing,
     /// Bytes received and framing-checked.
     at: u64,
-    first: Vec<u8>,
+    first: Option<Piece>,
     /// The first piece is the whole NAR, and its hash is right.
     checked: bool,
 }
@@ -158,13 +158,13 @@ impl Nar<'_> {
     /// Gets the first piece, from whichever peer gives it. `None`: none does.
     pub fn start(&mut self, range: Range<u64>) -> Option<()> {
         self.range = range;
-        let mut piece = Vec::with_capacity(PIECE.min(usize::try_from(self.size).unwrap_or(PIECE)));
+        let mut piece = Piece::new(self.size);
         loop {
             self.connect()?;
-            piece.clear();
-            match self.fill(&mut piece).and_then(|()| self.check_whole(&piece)) {
+            piece.filled = 0;
+            match self.fill(&mut piece).and_then(|()| self.check_whole(piece.bytes())) {
                 Ok(()) => {
-                    self.first = piece;
+                    self.first = Some(piece);
                     return Some(());
                 }
                 Err(broken) => self.drop_current(&broken),
@@ -181,9 +181,9 @@ impl Nar<'_> {
     /// # Errors
     /// The writer's, or no peer is left, or what came is wrong: then the last piece was not written.
     pub fn relay(mut self, out: &mut dyn Write) -> io::Result<()> {
-        let first = std::mem::take(&mut self.first);
+        let first = self.first.take().ok_or_else(|| io::Error::other("NAR not started"))?;
         if self.checked {
-            out.write_all(part(&first, 0, &self.range))?;
+            out.write_all(part(first.bytes(), 0, &self.range))?;
             self.delivered();
             return Ok(());
         }
@@ -198,9 +198,9 @@ impl Nar<'_> {
 
     fn pass_on(
         &mut self,
-        mut piece: Vec<u8>,
-        pieces: Sender<Arc<Vec<u8>>>,
-        recycled: &Receiver<Vec<u8>>,
+        mut piece: Piece,
+        pieces: Sender<Arc<Piece>>,
+        recycled: &Receiver<Piece>,
         out: &mut dyn Write,
         digest: impl FnOnce() -> Option<NarHash>,
     ) -> io::Result<()> {
@@ -208,14 +208,14 @@ impl Nar<'_> {
         while self.at < self.size {
             let shared = Arc::new(piece);
             let _ = pieces.send(shared.clone());
-            out.write_all(part(&shared, from, &self.range))?;
+            out.write_all(part(shared.bytes(), from, &self.range))?;
             from = self.at;
             if from >= self.range.end {
                 // Nix wanted no more; it cannot take a part for the whole.
                 return Ok(());
             }
-            piece = recycled.try_recv().unwrap_or_default();
-            piece.clear();
+            piece = recycled.try_recv().unwrap_or_else(|_| Piece::new(self.size));
+            piece.filled = 0;
             self.next_piece(&mut piece)?;
         }
         let last = Arc::new(piece);
@@ -224,13 +224,13 @@ impl Nar<'_> {
         if digest() != Some(self.hash) {
             return Err(self.wrong(&"sent a NAR with another hash"));
         }
-        out.write_all(part(&last, from, &self.range))?;
+        out.write_all(part(last.bytes(), from, &self.range))?;
         self.delivered();
         Ok(())
     }
 
     /// One more piece, from whichever peer gives it.
-    fn next_piece(&mut self, piece: &mut Vec<u8>) -> io::Result<()> {
+    fn next_piece(&mut self, piece: &mut Piece) -> io::Result<()> {
         loop {
             if self.current.is_none() && self.connect().is_none() {
                 let why = format!("NAR {}: no peer left at byte {} of {}", self.hash, self.at, self.size);
@@ -247,25 +247,26 @@ impl Nar<'_> {
     }
 
     /// Reads the rest of a piece from the current peer.
-    fn fill(&mut self, piece: &mut Vec<u8>) -> Result<(), Broken> {
+    fn fill(&mut self, piece: &mut Piece) -> Result<(), Broken> {
         let Some(current) = &mut self.current else {
             return Err(Broken::new(Fault::Unreachable, "not connected"));
         };
-        let mut want = PIECE.min(usize::try_from(self.size - self.at).unwrap_or(PIECE) + piece.len()) - piece.len();
+        let left = usize::try_from(self.size - self.at).unwrap_or(usize::MAX);
+        let mut want = left.min(piece.buffer.len() - piece.filled);
         let mut patience = PACE_WINDOW;
         while want > 0 {
             let began = Instant::now();
-            let old = piece.len();
-            // Reading through `take` appends to the spare room of the piece without clearing it first.
-            let got = read_some(&mut current.body, piece, want)
+            let room = &mut piece.buffer[piece.filled..piece.filled + want];
+            let got = current
+                .body
+                .read(room)
                 .map_err(|e| Broken::new(Fault::Unreachable, format_args!("stream broke at byte {}: {e}", self.at)))?;
             if got == 0 {
-                return Err(Broken::new(
-                    Fault::Unreachable,
-                    format_args!("stream ended at byte {} of {}", self.at, self.size),
-                ));
+                let why = format_args!("stream ended at byte {} of {}", self.at, self.size);
+                return Err(Broken::new(Fault::Unreachable, why));
             }
-            self.framing.push(&piece[old..]).map_err(|e| Broken::new(Fault::BadData, e))?;
+            self.framing.push(&room[..got]).map_err(|e| Broken::new(Fault::BadData, e))?;
+            piece.filled += got;
             self.at += got as u64;
             want -= got;
             current.got += got as u64;
@@ -386,12 +387,22 @@ impl Nar<'_> {
     }
 }
 
-fn read_some(body: &mut NarBody, piece: &mut Vec<u8>, want: usize) -> io::Result<usize> {
-    let old = piece.len();
-    piece.resize(old + want, 0);
-    let got = body.read(&mut piece[old..]);
-    piece.truncate(old + got.as_ref().map_or(0, |n| *n));
-    got
+/// A piece of a NAR. Its memory is used again and again, and cleared only once.
+struct Piece {
+    buffer: Box<[u8]>,
+    filled: usize,
+}
+
+impl Piece {
+    /// An empty one, of the NAR's size if that is less.
+    fn new(nar_size: u64) -> Self {
+        let len = usize::try_from(nar_size).unwrap_or(PIECE).min(PIECE);
+        Piece { buffer: vec![0; len].into_boxed_slice(), filled: 0 }
+    }
+
+    fn bytes(&self) -> &[u8] {
+        &self.buffer[..self.filled]
+    }
 }
 
 /// The bytes of a piece, which is at `from` in the NAR, that lie in `range`.
@@ -401,10 +412,10 @@ fn part<'a>(piece: &'a [u8], from: u64, range: &Range<u64>) -> &'a [u8] {
 }
 
 /// Hashes pieces until there are no more, and gives back those that nobody else uses any longer.
-fn hash(pieces: &Receiver<Arc<Vec<u8>>>, recycle: &Sender<Vec<u8>>) -> NarHash {
+fn hash(pieces: &Receiver<Arc<Piece>>, recycle: &Sender<Piece>) -> NarHash {
     let mut context = Context::new(&SHA256);
     for piece in pieces {
-        context.update(&piece);
+        context.update(piece.bytes());
         if let Some(piece) = Arc::into_inner(piece) {
             let _ = recycle.try_send(piece);
         }

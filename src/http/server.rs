@@ -62,7 +62,7 @@ pub trait Handler: Send + Sync + 'static {
     fn after_panic(&self, request: &Request<'_>, exchange: &mut Exchange<'_>) -> io::Result<()>;
 }
 
-/// The running server. Dropping it ends it, in [`STOP_GRACE`] or a little more.
+/// The running server. Dropping it ends it, in `STOP_GRACE` or a little more.
 pub struct Server {
     shared: Arc<Shared>,
     wake: OwnedFd,

@@ -2,7 +2,7 @@
 //!
 //! A query goes unicast to every known peer and by broadcast (IPv4) and link-local multicast (IPv6) to the rest. It
 //! ends at the first answer that satisfies its asker, or when everyone who is waited for said *have not*: see
-//! [`Known`] for who is waited for and how long. [`Discovery`] decides, without I/O; [`Handle`] runs it.
+//! the table of known peers for who is waited for and how long. [`Discovery`] decides, without I/O; [`Handle`] runs it.
 
 use super::Holder;
 use super::known::{Answer, CROWD, Known};
@@ -350,7 +350,7 @@ enum Command {
 
 impl Wake {
     /// Asks the LAN who has the path. The channel yields holders as they answer and ends when nobody is waited for
-    /// any more, in [`super::known::MAX_WAIT`] or `--timeout` at most.
+    /// any more, in one second or `--timeout` at most.
     pub fn ask(&self, hash_part: HashPart) -> Receiver<Holder> {
         let (holders, receiver) = bounded(MAX_HOLDERS);
         // A full queue drops the question, and its channel ends: a miss, not a wait.

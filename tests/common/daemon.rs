@@ -9,12 +9,13 @@ use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 
-/// The program under test: `PEERIX_BIN`, else the one cargo built for these tests.
+/// The program under test: `PEERIX_BIN`, else the one cargo built for these tests (it builds none for examples).
 pub fn binary() -> &'static Path {
     static PATH: std::sync::OnceLock<PathBuf> = std::sync::OnceLock::new();
     PATH.get_or_init(|| {
         let given = std::env::var_os("PEERIX_BIN").map(PathBuf::from);
-        given.unwrap_or_else(|| PathBuf::from(env!("CARGO_BIN_EXE_peerix")))
+        let built = || option_env!("CARGO_BIN_EXE_peerix").map(PathBuf::from);
+        given.or_else(built).expect("PEERIX_BIN is not set")
     })
 }
 

@@ -17,7 +17,7 @@ for dir in usr bin sbin lib lib32 lib64 libx32 gnu; do
     fi
 done
 for file in passwd group nsswitch.conf ld.so.cache ld.so.conf ld.so.conf.d alternatives; do
-    if [ -e "$base/etc/$file" ]; then cp -a "$base/etc/$file" etc/; fi
+    if [ -e "$base/etc/$file" ]; then cp -R "$base/etc/$file" etc/; fi
 done
 for dir; do
     mkdir -p "$root$dir"

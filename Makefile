@@ -1,0 +1,61 @@
+# Every target installs what it needs and this machine lacks, by scripts/deps. `make` lists the targets.
+.DEFAULT_GOAL := help
+.PHONY: help build run demo test check bench deps
+
+CARGO ?= cargo
+# Debian keeps ip and iptables where only root looks.
+export PATH := $(PATH):/usr/sbin:/sbin
+
+# Systems that have neither apt-get nor a /usr/bin, as NixOS, run demo, test, check and bench in a Debian directory.
+HERE := $(if $(shell command -v apt-get; ls /usr/bin/nsenter 2>/dev/null),yes)
+
+# Where cargo puts things.
+TARGET := $(abspath $(or $(CARGO_TARGET_DIR),target))
+
+# Hosts are namespaces, which need root, or a user namespace in which one is root. That is enough for the demonstration;
+# one test needs a second user too. Cargo stays who it is: only the programs it runs get this in front.
+UNSHARE := unshare --map-root-user --net --mount
+SUDO := $(if $(shell command -v sudo),sudo -E,$(UNSHARE))
+ifneq ($(shell id -u),0)
+DEMO_ROOT := $(if $(shell $(UNSHARE) echo works 2>/dev/null),$(UNSHARE),$(SUDO))
+RUNNER := --config 'target."cfg(unix)".runner = "$(SUDO)"'
+endif
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):[^#]*## /  make \1\t/p' Makefile | expand -t 16
+
+build: ## the release program, target/release/peerix
+	@scripts/deps build
+	$(CARGO) build --release --locked
+
+run: build ## runs it on this machine's own store, until Ctrl-C; FLAGS="--verbose" gives it flags
+	@scripts/deps store
+	$(CARGO) run --quiet --release --locked -- $(FLAGS)
+
+ifeq ($(HERE),yes)
+demo: ## three machines in namespaces; real Nix on one fetches from the others
+	@scripts/deps build test
+	$(CARGO) build --release --locked --bin peerix --example demo
+	@PEERIX_BIN=$(TARGET)/release/peerix PEERIX_TEST_DIR=$(TARGET)/demo $(DEMO_ROOT) $(TARGET)/release/examples/demo
+
+test: ## every test
+	@scripts/deps build test
+	$(CARGO) test --locked $(RUNNER)
+
+check: ## what has to pass before a change is taken: format, lints, documentation, every test
+	@scripts/deps build lint
+	$(CARGO) fmt --check
+	$(CARGO) clippy --locked --all-targets -- -D warnings
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps --document-private-items
+	@$(MAKE) test
+
+bench: ## measures peerix side by side with nginx, and prints a table
+	@scripts/deps build test bench
+	$(CARGO) bench --locked $(RUNNER) --bench peers
+else
+demo test check bench:
+	@scripts/in-debian $@
+endif
+
+deps: ## installs what all of these but bench need, and nothing else
+	@scripts/deps build lint test
