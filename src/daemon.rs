@@ -17,6 +17,7 @@ use crate::sockets::{self, Sockets};
 use crate::store::{Store, StoreConfig};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use ring::rand::{SecureRandom, SystemRandom};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use sd_notify::NotifyState;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
@@ -34,6 +35,10 @@ const MAX_KEY_FILE: u64 = 4096;
 
 /// How often the main thread looks at the others when systemd's watchdog is off.
 const LOOK: Duration = Duration::from_secs(10);
+
+/// Descriptors for every connection, and for every stream with a directory of each level and a file or a peer; services
+/// get 1,024 unless they ask for more.
+const DESCRIPTORS: u64 = 8192;
 
 /// Why the daemon could not start or go on: one line, with what to do.
 #[derive(Debug)]
@@ -69,6 +74,7 @@ pub fn run(config: Config) -> Result<(), Fatal> {
     if config.mode != Mode::Lan {
         return Err(Fatal("--mode wan and --mode both need the WAN part, which this release does not have".into()));
     }
+    allow_descriptors();
     let now = Instant::now();
     let key = config.private_key.as_deref().map(read_key).transpose()?;
     let store = StoreConfig { store_dir: config.store_dir.clone(), db: config.db.clone() };
@@ -155,6 +161,18 @@ fn wait(woken: &Receiver<Wakeup>, discovery: &Handle) -> Result<(), Fatal> {
 fn notify(state: &[NotifyState<'_>]) {
     if let Err(e) = sd_notify::notify(state) {
         log::error!("notifying systemd: {e}");
+    }
+}
+
+/// Takes what the system allows of [`DESCRIPTORS`]. With fewer, idle connections are closed earlier.
+fn allow_descriptors() {
+    let limit = getrlimit(Resource::Nofile);
+    // No number is no limit.
+    let wanted = limit.maximum.map_or(DESCRIPTORS, |most| most.min(DESCRIPTORS));
+    if limit.current.is_some_and(|current| current < wanted)
+        && let Err(e) = setrlimit(Resource::Nofile, Rlimit { current: Some(wanted), ..limit })
+    {
+        log::debug!("limit of descriptors: {e}");
     }
 }
 

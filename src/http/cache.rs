@@ -161,7 +161,7 @@ impl Cache {
     }
 
     /// A path that is in the database and cannot be read from the store is as good as absent.
-    fn not_served(&self, path: &StorePath, why: &dyn fmt::Display) -> Failure {
+    pub(super) fn not_served(&self, path: &StorePath, why: &dyn fmt::Display) -> Failure {
         self.warn(format_args!("{path}: {why}"));
         NOT_THERE
     }

@@ -22,16 +22,18 @@ pub(super) fn own(
     }
     let (status, part) = wanted(request, name, info.nar_size)?;
     begin(exchange, name, status, &part, info.nar_size)?;
-    if exchange.wants_body() {
-        cache.store.write_nar(&info, part, exchange).map_err(|e| match e {
-            NarError::Write(e) => e,
-            fault => {
-                cache.warn(format_args!("{}: NAR cut: {fault}", info.path));
-                io::Error::other("NAR cut")
-            }
-        })?;
+    if !exchange.wants_body() {
+        return Ok(());
     }
-    Ok(())
+    match cache.store.write_nar(&info, part, exchange) {
+        Ok(()) => Ok(()),
+        Err(NarError::Write(e)) => Err(e.into()),
+        Err(fault) if exchange.take_back() => Err(cache.not_served(&info.path, &fault)),
+        Err(fault) => {
+            cache.warn(format_args!("{}: NAR cut: {fault}", info.path));
+            Err(io::Error::other("NAR cut").into())
+        }
+    }
 }
 
 /// A NAR that some peer has.
