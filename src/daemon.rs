@@ -11,6 +11,7 @@ use crate::nix::{HashPart, SecretKey};
 use crate::peers::client::Client;
 use crate::peers::discovery::{Discovery, Handle, Neighbourhood, Wake};
 use crate::peers::standing::Standing;
+use crate::seldom::Seldom;
 use crate::share::{Scope, Share};
 use crate::sockets::{self, Sockets};
 use crate::store::{Store, StoreConfig};
@@ -83,7 +84,12 @@ pub fn run(config: Config) -> Result<(), Fatal> {
     };
     let signals = watch_signals(wakeups.clone()).map_err(|e| Fatal::from(("signals", e)))?;
 
-    let neighbourhood = LanNeighbourhood { share: share.clone(), store: store.clone(), interfaces: interfaces.clone() };
+    let neighbourhood = LanNeighbourhood {
+        share: share.clone(),
+        store: store.clone(),
+        interfaces: interfaces.clone(),
+        faults: Seldom::default(),
+    };
     let mut random = [0; 12];
     SystemRandom::new().fill(&mut random).map_err(|_| Fatal("no random numbers to be had".into()))?;
     let discovery = Discovery::new(neighbourhood, port, port, config.timeout, random, now);
@@ -106,6 +112,7 @@ pub fn run(config: Config) -> Result<(), Fatal> {
         store_dir: config.store_dir,
         priority: config.priority,
         permits: Permits::default(),
+        faults: Seldom::default(),
     };
     let server =
         Server::start(listeners, Arc::new(cache), ended("http")).map_err(|e| Fatal::from(("http server", e)))?;
@@ -171,6 +178,7 @@ struct LanNeighbourhood {
     share: Arc<Share>,
     store: Arc<Store>,
     interfaces: Arc<Interfaces>,
+    faults: Seldom,
 }
 
 impl Neighbourhood for LanNeighbourhood {
@@ -189,7 +197,9 @@ impl Neighbourhood for LanNeighbourhood {
         match self.store.path_info_quickly(hash_part) {
             Ok(info) => info.is_some(),
             Err(e) => {
-                log::error!("{e}");
+                if self.faults.now(Instant::now()) {
+                    log::error!("{e}");
+                }
                 false
             }
         }

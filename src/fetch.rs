@@ -6,7 +6,7 @@
 
 use crate::lookup::{Lookup, Search, Source};
 use crate::nix::{Framing, HashPart, NarHash};
-use crate::peers::client::{Client, NarBody, STALL};
+use crate::peers::client::{Client, Error, NarBody, STALL};
 use crate::peers::standing::{Fault, Standing};
 use crossbeam_channel::{Receiver, Sender, bounded};
 use ring::digest::{Context, SHA256};
@@ -27,6 +27,10 @@ const QUEUE: usize = 2;
 
 /// Peers tried for one NAR in all. A NAR that twelve peers could not deliver will not come.
 const MAX_TRIES: u32 = 12;
+/// A peer that answers 503 is asked again after this, if there is no other.
+const BUSY_PAUSE: Duration = Duration::from_secs(1);
+/// And so often: then Nix is better served by its next substituter.
+const MAX_BUSY: u32 = 10;
 /// Times the LAN is asked anew for one NAR.
 const MAX_SEARCHES: u32 = 3;
 
@@ -73,6 +77,8 @@ impl Fetch {
             search,
             searches: 1,
             tries: 0,
+            busy: None,
+            was_busy: 0,
             current: None,
             contributors: Vec::new(),
             framing: Framing::with_nar_size(nar_size),
@@ -108,6 +114,9 @@ pub struct Nar<'a> {
     search: Search,
     searches: u32,
     tries: u32,
+    /// The peer that said it is busy, and how often one did.
+    busy: Option<Source>,
+    was_busy: u32,
     current: Option<Current>,
     contributors: Vec<SocketAddr>,
     framing: Framing,
@@ -291,6 +300,10 @@ impl Nar<'_> {
                     self.current = Some(Current { source, body, began, last_read, waited: Duration::ZERO, got: 0 });
                     return Some(());
                 }
+                Err(Error::Busy) => {
+                    self.was_busy += 1;
+                    self.busy = Some(source);
+                }
                 Err(e) => {
                     log::debug!("NAR {}: peer {}: {e}", self.hash, source.peer);
                     if let Some(fault) = e.fault() {
@@ -306,6 +319,15 @@ impl Nar<'_> {
         if let Some(source) = self.next.take() {
             return Some(source);
         }
+        if let Some(source) = self.next_found() {
+            return Some(source);
+        }
+        let source = self.busy.take().filter(|_| self.was_busy < MAX_BUSY)?;
+        thread::sleep(BUSY_PAUSE);
+        Some(source)
+    }
+
+    fn next_found(&mut self) -> Option<Source> {
         loop {
             self.search.resume();
             let found = self.fetch.lookup.next_source(&mut self.search, &self.hash);
@@ -316,7 +338,8 @@ impl Nar<'_> {
                 return None;
             }
             self.searches += 1;
-            self.search = self.fetch.lookup.search(&self.search.hash_part().clone());
+            let hash_part = *self.search.hash_part();
+            self.search = self.fetch.lookup.search(&hash_part);
         }
     }
 
@@ -357,6 +380,8 @@ impl Nar<'_> {
 
     fn delivered(&self) {
         let now = Instant::now();
+        let peers: Vec<String> = self.contributors.iter().map(SocketAddr::to_string).collect();
+        log::debug!("{}: NAR of {} bytes from peer {}", self.search.hash_part(), self.size, peers.join(" and "));
         self.contributors.iter().for_each(|peer| self.fetch.standing.delivered(*peer, now));
     }
 }

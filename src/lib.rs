@@ -27,6 +27,7 @@ pub mod interfaces;
 pub mod lookup;
 pub mod nix;
 pub mod peers;
+pub mod seldom;
 pub mod share;
 pub mod sockets;
 pub mod store;

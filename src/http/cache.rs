@@ -8,11 +8,13 @@ use super::{Request, nar, narinfo};
 use crate::fetch::Fetch;
 use crate::lookup::Lookup;
 use crate::nix::{HashPart, SecretKey, StoreDir, StorePath};
+use crate::seldom::Seldom;
 use crate::share::{Scope, Share};
 use crate::store::{Store, StoreError};
 use std::fmt;
 use std::io;
 use std::sync::Arc;
+use std::time::Instant;
 
 /// Everything the routes need.
 pub struct Cache {
@@ -32,6 +34,8 @@ pub struct Cache {
     pub priority: u32,
     /// For long answers.
     pub permits: Permits,
+    /// For the log.
+    pub faults: Seldom,
 }
 
 /// Why a request could not be answered with what it asked for.
@@ -89,7 +93,9 @@ impl Handler for Cache {
             Failure::Unsatisfiable(size) => exchange.send(416, &[("Content-Range", &format!("bytes */{size}"))], b""),
             Failure::Busy => busy(exchange, "busy"),
             Failure::Store(e) => {
-                log::error!("{e}");
+                if self.faults.now(Instant::now()) {
+                    log::error!("{e}");
+                }
                 busy(exchange, "not available")
             }
             Failure::Io(e) => Err(e),
@@ -150,8 +156,21 @@ impl Cache {
 
     fn listing(&self, hash_part: &HashPart, exchange: &mut Exchange<'_>) -> Result<(), Failure> {
         let info = self.store.path_info(hash_part)?.ok_or(NOT_THERE)?;
-        let json = self.store.listing(&info).map_err(|e| not_served(&info.path, &e))?;
+        let json = self.store.listing(&info).map_err(|e| self.not_served(&info.path, &e))?;
         Ok(exchange.send(200, &[("Content-Type", "application/json")], &json)?)
+    }
+
+    /// A path that is in the database and cannot be read from the store is as good as absent.
+    fn not_served(&self, path: &StorePath, why: &dyn fmt::Display) -> Failure {
+        self.warn(format_args!("{path}: {why}"));
+        NOT_THERE
+    }
+
+    /// Logs what is wrong with the own store, not more often than a person can read.
+    pub(super) fn warn(&self, what: fmt::Arguments<'_>) {
+        if self.faults.now(Instant::now()) {
+            log::warn!("{what}");
+        }
     }
 
     /// The log of a derivation that is a valid path, or, for this machine, of any.
@@ -167,12 +186,6 @@ impl Cache {
         }
         Ok(())
     }
-}
-
-/// A path that is in the database and cannot be read from the store is as good as absent.
-pub(super) fn not_served(path: &StorePath, why: &dyn fmt::Display) -> Failure {
-    log::warn!("{path}: {why}");
-    NOT_THERE
 }
 
 /// The secret key and its narinfo signatures.

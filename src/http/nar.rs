@@ -26,7 +26,7 @@ pub(super) fn own(
         cache.store.write_nar(&info, part, exchange).map_err(|e| match e {
             NarError::Write(e) => e,
             fault => {
-                log::warn!("{}: NAR cut: {fault}", info.path);
+                cache.warn(format_args!("{}: NAR cut: {fault}", info.path));
                 io::Error::other("NAR cut")
             }
         })?;

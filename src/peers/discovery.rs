@@ -213,7 +213,7 @@ impl<N: Neighbourhood> Discovery<N> {
                         anybody_expected = true;
                         (*address, Some(wait))
                     }
-                    Answer::Maybe(wait) if peer.heard_since(self.started) => {
+                    Answer::Maybe(wait) if peer.was_heard() => {
                         anybody_expected = true;
                         keep_open(wait);
                         (*address, None)
@@ -590,5 +590,246 @@ impl Sockets {
         };
         let at = self.bound.iter().position(reaches)?;
         self.sockets.get(at)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crossbeam_channel::TryRecvError;
+
+    const MS: Duration = Duration::from_millis(1);
+    const TIMEOUT: Duration = Duration::from_millis(50);
+    const HELD: &str = "7h7qgvs4kgzsn8a6rb273saxyqh4jxlz";
+
+    /// 10.0.0.0/24 is the LAN, 10.0.0.1 this node, which holds one path.
+    struct Net;
+
+    impl Neighbourhood for Net {
+        fn is_lan(&self, ip: IpAddr) -> bool {
+            matches!(ip, IpAddr::V4(v4) if v4.octets()[..3] == [10, 0, 0])
+        }
+        fn is_own(&self, ip: IpAddr) -> bool {
+            ip == IpAddr::from([10, 0, 0, 1])
+        }
+        fn would_serve(&mut self, hash_part: &HashPart, _: IpAddr) -> bool {
+            hash_part.as_str() == HELD
+        }
+    }
+
+    struct Node {
+        discovery: Discovery<Net>,
+        now: Instant,
+    }
+
+    fn peer(last: u8) -> SocketAddr {
+        SocketAddr::from(([10, 0, 0, last], 12304))
+    }
+
+    fn hello_of(last: u8) -> Packet {
+        Packet::Hello(Hello { port: 12304, instance: [last; 8], crowded: false })
+    }
+
+    fn absent() -> HashPart {
+        HashPart::parse(&[b'0'; 32]).unwrap()
+    }
+
+    impl Node {
+        /// A node whose start is long past, so that no grace is left.
+        fn settled() -> Node {
+            let mut node = Node::fresh();
+            node.now += Duration::from_secs(5);
+            node
+        }
+
+        fn fresh() -> Node {
+            let now = Instant::now();
+            let mut node = Node { discovery: Discovery::new(Net, 12304, 12304, TIMEOUT, [9; 12], now), now };
+            node.event(Event::Tick);
+            node
+        }
+
+        fn event(&mut self, event: Event<'_>) -> Vec<(To, Packet)> {
+            let mut out = Vec::new();
+            self.discovery.handle(event, self.now, &mut out);
+            out
+        }
+
+        fn receive(&mut self, from: SocketAddr, packet: &Packet) -> Vec<(To, Packet)> {
+            self.event(Event::Datagram { from, bytes: &packet.encode() })
+        }
+
+        /// Asks for an absent path; gives the query's ID, whom it went to, and the channel.
+        fn ask(&mut self) -> (u32, Vec<To>, Receiver<Holder>) {
+            let (holders, receiver) = bounded(4);
+            let out = self.event(Event::Ask(Ask { hash_part: absent(), holders }));
+            let queries = out.iter().filter_map(|(to, packet)| match packet {
+                Packet::Query { id, .. } => Some((*id, *to)),
+                _ => None,
+            });
+            let (ids, to): (Vec<u32>, Vec<To>) = queries.unzip();
+            (ids[0], to, receiver)
+        }
+
+        fn after(&mut self, wait: Duration) -> Vec<(To, Packet)> {
+            self.now += wait;
+            self.event(Event::Tick)
+        }
+    }
+
+    fn is_over(holders: &Receiver<Holder>) -> bool {
+        holders.try_recv() == Err(TryRecvError::Disconnected)
+    }
+
+    #[test]
+    fn newcomers_are_greeted_once() {
+        let mut node = Node::settled();
+        assert_eq!(node.receive(peer(2), &hello_of(2)).len(), 1);
+        assert_eq!(node.receive(peer(2), &hello_of(2)), []);
+        // A restart shows by its instance.
+        assert_eq!(node.receive(peer(2), &hello_of(3)).len(), 1);
+        // The original never says hello; its query makes it known, and a hello does it no harm.
+        let query = Packet::Query { id: 1, hash_part: absent() };
+        let out = node.receive(peer(4), &query);
+        assert!(matches!(out[..], [(To::Peer(_), Packet::Hello(_)), (To::Peer(_), Packet::HaveNot { id: 1 })]));
+    }
+
+    #[test]
+    fn queries_are_answered_from_the_store() {
+        let mut node = Node::settled();
+        let hash_part = HashPart::parse(HELD.as_bytes()).unwrap();
+        let query = Packet::Query { id: 77, hash_part };
+        node.receive(peer(2), &hello_of(2));
+        let have = Packet::Have { id: 77, port: 12304, url_path: format!("local/{HELD}.narinfo") };
+        // Both copies of a query, unicast and broadcast, are answered: one answer may be lost.
+        for _ in 0..2 {
+            assert_eq!(node.receive(peer(2), &query), [(To::Peer(peer(2)), have.clone())]);
+        }
+    }
+
+    #[test]
+    fn have_not_is_said_once_for_both_copies_and_again_for_a_repeat() {
+        let mut node = Node::settled();
+        node.receive(peer(2), &hello_of(2));
+        let query = Packet::Query { id: 5, hash_part: absent() };
+        assert_eq!(node.receive(peer(2), &query).len(), 1);
+        assert_eq!(node.receive(peer(2), &query).len(), 0);
+        node.now += 16 * MS;
+        assert_eq!(node.receive(peer(2), &query).len(), 1);
+    }
+
+    #[test]
+    fn a_miss_ends_when_every_live_peer_has_said_have_not() {
+        let mut node = Node::settled();
+        node.receive(peer(2), &hello_of(2));
+        node.receive(peer(3), &hello_of(3));
+        let (id, to, holders) = node.ask();
+        assert_eq!(to.len(), 3);
+        assert!(to.contains(&To::Peer(peer(2))) && to.contains(&To::Peer(peer(3))) && to.contains(&To::Everyone));
+        node.now += MS;
+        node.receive(peer(2), &Packet::HaveNot { id });
+        assert!(!is_over(&holders));
+        node.receive(peer(3), &Packet::HaveNot { id });
+        assert!(is_over(&holders));
+    }
+
+    #[test]
+    fn with_nobody_there_one_query_in_half_a_minute_waits() {
+        let mut node = Node::settled();
+        let (_, to, holders) = node.ask();
+        assert_eq!(to, [To::Everyone]);
+        node.after(TIMEOUT - MS);
+        assert!(!is_over(&holders));
+        node.after(MS);
+        assert!(is_over(&holders));
+        let (_, to, holders) = node.ask();
+        assert_eq!(to, [To::Everyone], "it is asked all the same");
+        assert!(is_over(&holders));
+        node.now += QUIET;
+        assert!(!is_over(&node.ask().2));
+    }
+
+    #[test]
+    fn the_first_query_after_the_start_waits_for_the_first_hello() {
+        let mut node = Node::fresh();
+        let (_, _, holders) = node.ask();
+        node.after(START_GRACE - MS);
+        assert!(!is_over(&holders));
+        node.after(MS);
+        assert!(is_over(&holders));
+    }
+
+    #[test]
+    fn the_original_gets_the_whole_timeout_because_its_silence_means_no() {
+        let mut node = Node::settled();
+        node.receive(peer(2), &Packet::Query { id: 1, hash_part: absent() });
+        for _ in 0..2 {
+            let (_, _, holders) = node.ask();
+            node.after(TIMEOUT - MS);
+            assert!(!is_over(&holders));
+            node.after(MS);
+            assert!(is_over(&holders));
+        }
+        // Late, and to a broadcast: it is a holder all the same while the query is open.
+        let (id, _, holders) = node.ask();
+        node.after(TIMEOUT / 2);
+        node.receive(peer(9), &Packet::Have { id, port: 80, url_path: "local/x.narinfo".into() });
+        assert_eq!(holders.try_recv().unwrap().http, SocketAddr::from(([10, 0, 0, 9], 80)));
+    }
+
+    #[test]
+    fn a_live_peer_is_asked_again_and_a_vanished_one_waited_for_once() {
+        let mut node = Node::settled();
+        node.receive(peer(2), &hello_of(2));
+        let (_, _, holders) = node.ask();
+        let mut repeats = 0;
+        for _ in 0..1100 {
+            repeats += node.after(MS).iter().filter(|(to, _)| *to == To::Peer(peer(2))).count();
+        }
+        assert_eq!(repeats, 4);
+        assert!(is_over(&holders));
+        // Now it counts as nobody there.
+        assert!(!is_over(&node.ask().2));
+        node.after(TIMEOUT);
+        let (id, to, holders) = node.ask();
+        assert!(to.contains(&To::Peer(peer(2))) && is_over(&holders));
+        // Its next sign of life brings it back.
+        node.receive(peer(2), &Packet::HaveNot { id });
+        assert!(!is_over(&node.ask().2));
+    }
+
+    #[test]
+    fn packets_of_strangers_and_our_own_are_nothing() {
+        let mut node = Node::settled();
+        node.receive(peer(2), &hello_of(2));
+        let (id, _, holders) = node.ask();
+        let have = Packet::Have { id, port: 80, url_path: "local/x.narinfo".into() };
+        let stranger = SocketAddr::from(([10, 9, 9, 9], 12304));
+        let other_port = SocketAddr::from(([10, 0, 0, 9], 999));
+        for from in [stranger, other_port, peer(1)] {
+            node.receive(from, &have);
+            assert_eq!(holders.try_recv(), Err(TryRecvError::Empty), "{from}");
+        }
+        let query = Packet::Query { id: 1, hash_part: HashPart::parse(HELD.as_bytes()).unwrap() };
+        assert_eq!(node.receive(stranger, &query), []);
+        assert_eq!(node.receive(peer(1), &query), []);
+        for len in 0..64 {
+            assert_eq!(node.event(Event::Datagram { from: peer(2), bytes: &vec![7; len] }), []);
+        }
+    }
+
+    #[test]
+    fn a_crowd_hears_no_have_not_and_gets_a_bounded_number_of_packets() {
+        let mut node = Node::settled();
+        for last in 2..=CROWD as u8 + 10 {
+            node.receive(peer(last), &hello_of(last));
+        }
+        let (_, to, holders) = node.ask();
+        assert_eq!(to.len(), CROWD + 1);
+        assert!(!is_over(&holders));
+        assert_eq!(node.receive(peer(2), &Packet::Query { id: 1, hash_part: absent() }), []);
+        let mut out = Vec::new();
+        node.discovery.bye(&mut out);
+        assert!(matches!(out[..], [(To::Everyone, Packet::Bye(Hello { crowded: true, .. }))]));
     }
 }

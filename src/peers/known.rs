@@ -95,9 +95,14 @@ impl Peer {
         self.round_trip.map_or(Duration::ZERO, |(smoothed, variation)| smoothed + 4 * variation)
     }
 
-    /// Whether anything was heard since `then`.
+    /// Whether anything was ever heard: not of a peer that only `--peer` names.
+    pub fn was_heard(&self) -> bool {
+        self.heard.is_some()
+    }
+
+    /// Whether anything was heard after `then`.
     pub fn heard_since(&self, then: Instant) -> bool {
-        self.heard.is_some_and(|heard| heard >= then)
+        self.heard.is_some_and(|heard| heard > then)
     }
 
     fn measured(&mut self, sample: Duration) {
