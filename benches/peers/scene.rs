@@ -142,7 +142,7 @@ pub fn memory(pid: u32, line: &str) -> f64 {
 
 /// The route of the NAR that `route`, a narinfo, names.
 pub fn nar_route(host: &Host, to: impl Into<SocketAddr>, route: &str) -> String {
-    let root = &route[..=route.rfind('/').expect("a route").max(0)];
+    let root = &route[..=route.rfind('/').expect("a route")];
     let text = http::get(host, to, route).expect("a server").text();
     let url = text.lines().find_map(|line| line.strip_prefix("URL: ")).unwrap_or_else(|| panic!("{route}: {text}"));
     // Those under /local are relative to the root.
