@@ -408,7 +408,10 @@ impl Nar<'_> {
         io::Error::other(format!("NAR {}: {why}", self.hash))
     }
 
-    fn delivered(&self) {
+    fn delivered(&mut self) {
+        if let Some(current) = self.current.take() {
+            current.body.finish();
+        }
         let now = Instant::now();
         let peers: Vec<String> = self.contributors.iter().map(SocketAddr::to_string).collect();
         log::debug!("{}: NAR of {} bytes from peer {}", self.search.hash_part(), self.size, peers.join(" and "));

@@ -90,6 +90,18 @@ pub struct NarBody {
     reader: ureq::BodyReader<'static>,
     /// Bytes to skip: a peer that does not know ranges begins at the beginning.
     pub skip: u64,
+    /// Whether the peer told how long the body is.
+    has_length: bool,
+}
+
+impl NarBody {
+    /// Gives the connection back for the next request, which ureq does only when the end has been read. Without a
+    /// length the peer could make us wait for it.
+    pub fn finish(mut self) {
+        if self.has_length {
+            let _ = self.reader.read(&mut [0]);
+        }
+    }
 }
 
 impl Read for NarBody {
@@ -171,10 +183,12 @@ impl Client {
             }
         }
         let body = response.into_body();
-        if body.content_length().is_some_and(|len| from.checked_add(len) != Some(nar_size)) {
+        let length = body.content_length();
+        if length.is_some_and(|len| from.checked_add(len) != Some(nar_size)) {
             return Err(Error::Malformed(Malformed { what: "NAR", why: "of another size than its narinfo says" }));
         }
-        Ok(NarBody { reader: body.into_with_config().limit(u64::MAX).reader(), skip: offset - from })
+        let reader = body.into_with_config().limit(u64::MAX).reader();
+        Ok(NarBody { reader, skip: offset - from, has_length: length.is_some() })
     }
 }
 
