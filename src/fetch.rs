@@ -6,7 +6,7 @@
 
 use crate::lookup::{Lookup, Search, Source};
 use crate::nix::{Framing, HashPart, NarHash};
-use crate::peers::client::{Client, Error, NarBody, STALL};
+use crate::peers::client::{Client, Error, NarBody, STALL, TOO_SLOW};
 use crate::peers::standing::{Fault, Standing};
 use crossbeam_channel::{Receiver, Sender, bounded};
 use ring::digest::{Context, SHA256};
@@ -27,19 +27,24 @@ const QUEUE: usize = 2;
 
 /// Peers tried for one NAR in all. A NAR that twelve peers could not deliver will not come.
 const MAX_TRIES: u32 = 12;
-/// A peer that answers 503 is asked again after this, if there is no other.
-const BUSY_PAUSE: Duration = Duration::from_secs(1);
-/// And so often: then Nix is better served by its next substituter.
+/// A peer that answered 503, or broke off, is asked again after this, if there is no other.
+const PAUSE: Duration = Duration::from_secs(1);
+/// A busy one so often: then Nix is better served by its next substituter.
 const MAX_BUSY: u32 = 10;
+/// One that broke off so often.
+const MAX_BROKEN: u32 = 1;
 /// Times the LAN is asked anew for one NAR.
 const MAX_SEARCHES: u32 = 3;
 
-/// A peer's pace is looked at after it was waited for so long.
+/// A peer's pace is looked at each time it was waited for so long.
 const PACE_WINDOW: Duration = Duration::from_secs(5);
 /// A peer that is slower than this, in bytes a second, is left for another one if there is one.
 const SLOW: u64 = 128 * 1024;
-/// One that is slower than this is left in any case: Nix would wait for it without end.
-const TOO_SLOW: u64 = 16 * 1024;
+
+/// A peer begins to send within this, if there is another; else within [`STALL`].
+const FIRST_BYTE: Duration = Duration::from_secs(2);
+/// By then the first piece is there, or Nix is told that the NAR is not: it waits for an answer.
+const START: Duration = Duration::from_secs(20);
 
 /// After a pause this long, which Nix made, a peer that closed the connection is not to blame.
 const LONG_PAUSE: Duration = Duration::from_secs(20);
@@ -77,8 +82,9 @@ impl Fetch {
             search,
             searches: 1,
             tries: 0,
-            busy: None,
-            was_busy: 0,
+            again: None,
+            busy_left: MAX_BUSY,
+            broken_left: MAX_BROKEN,
             current: None,
             contributors: Vec::new(),
             framing: Framing::with_nar_size(nar_size),
@@ -114,9 +120,10 @@ pub struct Nar<'a> {
     search: Search,
     searches: u32,
     tries: u32,
-    /// The peer that said it is busy, and how often one did.
-    busy: Option<Source>,
-    was_busy: u32,
+    /// The last peer that may be asked again, and how often more.
+    again: Option<Source>,
+    busy_left: u32,
+    broken_left: u32,
     current: Option<Current>,
     contributors: Vec<SocketAddr>,
     framing: Framing,
@@ -133,6 +140,7 @@ struct Current {
     body: NarBody,
     began: Instant,
     last_read: Instant,
+    /// Time waited for the peer in this pace window, and bytes that came in it.
     waited: Duration,
     got: u64,
 }
@@ -159,7 +167,8 @@ impl Nar<'_> {
     pub fn start(&mut self, range: Range<u64>) -> Option<()> {
         self.range = range;
         let mut piece = Piece::new(self.size);
-        loop {
+        let until = Instant::now() + START;
+        while Instant::now() < until {
             self.connect()?;
             piece.filled = 0;
             match self.fill(&mut piece).and_then(|()| self.check_whole(piece.bytes())) {
@@ -174,6 +183,7 @@ impl Nar<'_> {
             self.at = 0;
             self.contributors.clear();
         }
+        None
     }
 
     /// Passes the NAR, or the range of it, on.
@@ -249,35 +259,42 @@ impl Nar<'_> {
     /// Reads the rest of a piece from the current peer.
     fn fill(&mut self, piece: &mut Piece) -> Result<(), Broken> {
         let Some(current) = &mut self.current else {
-            return Err(Broken::new(Fault::Unreachable, "not connected"));
+            return Err(Broken::new(Fault::BrokenStream, "not connected"));
         };
         let left = usize::try_from(self.size - self.at).unwrap_or(usize::MAX);
         let mut want = left.min(piece.buffer.len() - piece.filled);
-        let mut patience = PACE_WINDOW;
         while want > 0 {
             let began = Instant::now();
-            let room = &mut piece.buffer[piece.filled..piece.filled + want];
+            let skip = current.body.skip;
+            // What is skipped goes to the same place, and is written over.
+            let most = if skip == 0 { want } else { want.min(usize::try_from(skip).unwrap_or(want)) };
+            let room = piece.filled..piece.filled + most;
+            let room = &mut piece.buffer[room];
             let got = current
                 .body
                 .read(room)
-                .map_err(|e| Broken::new(Fault::Unreachable, format_args!("stream broke at byte {}: {e}", self.at)))?;
+                .map_err(|e| Broken::new(Fault::BrokenStream, format_args!("stream broke at byte {}: {e}", self.at)))?;
             if got == 0 {
                 let why = format_args!("stream ended at byte {} of {}", self.at, self.size);
-                return Err(Broken::new(Fault::Unreachable, why));
+                return Err(Broken::new(Fault::BrokenStream, why));
             }
-            self.framing.push(&room[..got]).map_err(|e| Broken::new(Fault::BadData, e))?;
-            piece.filled += got;
-            self.at += got as u64;
-            want -= got;
-            current.got += got as u64;
+            if skip > 0 {
+                current.body.skip -= got as u64;
+            } else {
+                self.framing.push(&room[..got]).map_err(|e| Broken::new(Fault::BadData, e))?;
+                piece.filled += got;
+                self.at += got as u64;
+                want -= got;
+            }
             current.last_read = Instant::now();
+            current.got += got as u64;
             current.waited += current.last_read - began;
-            if current.waited >= patience {
+            if current.waited >= PACE_WINDOW {
                 let pace = (current.got as f64 / current.waited.as_secs_f64()) as u64;
-                if pace < TOO_SLOW && current.waited > STALL || pace < SLOW && self.search.has_more() {
-                    return Err(Broken::new(Fault::Unreachable, format_args!("too slow, {pace} bytes a second")));
+                if pace < TOO_SLOW || pace < SLOW && self.search.has_more() {
+                    return Err(Broken::new(Fault::BrokenStream, format_args!("too slow, {pace} bytes a second")));
                 }
-                patience = current.waited + PACE_WINDOW;
+                (current.waited, current.got) = (Duration::ZERO, 0);
             }
         }
         Ok(())
@@ -289,7 +306,8 @@ impl Nar<'_> {
             self.tries += 1;
             let source = self.next_source()?;
             let began = Instant::now();
-            match self.fetch.client.nar(source.peer, &source.url_path, self.at, self.size) {
+            let patience = if self.search.has_more() { FIRST_BYTE } else { STALL };
+            match self.fetch.client.nar(source.peer, &source.url_path, self.at, self.size, patience) {
                 Ok(body) => {
                     if self.at > 0 {
                         log::info!("NAR {}: continued from peer {} at byte {}", self.hash, source.peer, self.at);
@@ -302,8 +320,10 @@ impl Nar<'_> {
                     return Some(());
                 }
                 Err(Error::Busy) => {
-                    self.was_busy += 1;
-                    self.busy = Some(source);
+                    if let Some(left) = self.busy_left.checked_sub(1) {
+                        self.busy_left = left;
+                        self.again = Some(source);
+                    }
                 }
                 Err(e) => {
                     log::debug!("NAR {}: peer {}: {e}", self.hash, source.peer);
@@ -323,16 +343,15 @@ impl Nar<'_> {
         if let Some(source) = self.next_found() {
             return Some(source);
         }
-        let source = self.busy.take().filter(|_| self.was_busy < MAX_BUSY)?;
-        thread::sleep(BUSY_PAUSE);
+        let source = self.again.take()?;
+        thread::sleep(PAUSE);
         Some(source)
     }
 
     fn next_found(&mut self) -> Option<Source> {
         loop {
             self.search.resume();
-            let found = self.fetch.lookup.next_source(&mut self.search, &self.hash);
-            if let Some(source) = found.filter(|s| s.nar_size == self.size) {
+            if let Some(source) = self.fetch.lookup.next_source(&mut self.search, &self.hash, Some(self.size)) {
                 return Some(source);
             }
             if self.searches >= MAX_SEARCHES {
@@ -347,13 +366,19 @@ impl Nar<'_> {
     fn drop_current(&mut self, broken: &Broken) {
         let Some(current) = self.current.take() else { return };
         let peer = current.source.peer;
-        if broken.fault == Fault::Unreachable && current.last_read.elapsed() >= LONG_PAUSE {
+        if broken.fault == Fault::BrokenStream && current.last_read.elapsed() >= LONG_PAUSE {
             log::debug!("NAR {}: peer {peer} closed in a pause: {}", self.hash, broken.why);
             self.next = Some(current.source);
             return;
         }
         log::debug!("NAR {}: peer {peer}: {}", self.hash, broken.why);
         self.fetch.standing.failed(peer, broken.fault, current.began, Instant::now(), &broken.why);
+        if broken.fault == Fault::BrokenStream
+            && let Some(left) = self.broken_left.checked_sub(1)
+        {
+            self.broken_left = left;
+            self.again = Some(current.source);
+        }
     }
 
     /// A first piece that is the whole NAR has to be right before any of it is passed on.
@@ -369,17 +394,24 @@ impl Nar<'_> {
         Ok(())
     }
 
-    /// What came is wrong, and part of it is with Nix. Which of several peers sent it is not known.
+    /// What came is wrong, and part of it is with Nix. Which of several peers sent it is not known, but those that
+    /// broke off have more against them than the one that went on for them.
     fn wrong(&mut self, why: &dyn fmt::Display) -> io::Error {
         self.fetch.taint(self.hash);
         let now = Instant::now();
+        let last = self.current.as_ref().map(|current| current.source.peer);
         for peer in &self.contributors {
-            self.fetch.standing.failed(*peer, Fault::BadData, now, now, &format_args!("NAR {}: {why}", self.hash));
+            let innocent = self.contributors.len() > 1 && Some(*peer) == last;
+            let fault = if innocent { Fault::BrokenPromise } else { Fault::BadData };
+            self.fetch.standing.failed(*peer, fault, now, now, &format_args!("NAR {}: {why}", self.hash));
         }
         io::Error::other(format!("NAR {}: {why}", self.hash))
     }
 
-    fn delivered(&self) {
+    fn delivered(&mut self) {
+        if let Some(current) = self.current.take() {
+            current.body.finish();
+        }
         let now = Instant::now();
         let peers: Vec<String> = self.contributors.iter().map(SocketAddr::to_string).collect();
         log::debug!("{}: NAR of {} bytes from peer {}", self.search.hash_part(), self.size, peers.join(" and "));

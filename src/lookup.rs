@@ -7,7 +7,7 @@ use crate::nix::{HashPart, NarHash, NarInfo, PathInfo, PublicKey, StoreDir, is_c
 use crate::peers::Holder;
 use crate::peers::client::{Client, Error};
 use crate::peers::discovery::Wake;
-use crate::peers::standing::Standing;
+use crate::peers::standing::{Standing, Turn};
 use crossbeam_channel::{Receiver, RecvTimeoutError, TryRecvError};
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -111,20 +111,20 @@ impl Lookup {
         if let Some(found) = found
             && found.source.nar_hash == *nar_hash
             && found.at.elapsed() < FOUND_FOR
-            && !self.standing.is_avoided(found.source.peer, Instant::now())
+            && self.standing.turn(found.source.peer, Instant::now()) == Turn::Now
         {
             return Some((found.source, found.alternates));
         }
         let mut search = self.search(hash_part);
-        let source = self.next_source(&mut search, nar_hash)?;
+        let source = self.next_source(&mut search, nar_hash, None)?;
         Some((source, search))
     }
 
-    /// The next peer that has this very NAR.
-    pub fn next_source(&self, search: &mut Search, nar_hash: &NarHash) -> Option<Source> {
+    /// The next peer that has this very NAR, of that size if one is given.
+    pub fn next_source(&self, search: &mut Search, nar_hash: &NarHash, nar_size: Option<u64>) -> Option<Source> {
         loop {
             let (source, _) = self.next_offer(search)?;
-            if source.nar_hash == *nar_hash {
+            if source.nar_hash == *nar_hash && nar_size.is_none_or(|size| source.nar_size == size) {
                 return Some(source);
             }
             log::debug!("{}: peer {} has another NAR", search.hash_part, source.peer);
@@ -139,6 +139,7 @@ impl Lookup {
             seen: Vec::new(),
             untried: Vec::new(),
             slow: Vec::new(),
+            last_resort: Vec::new(),
             until: Instant::now() + LOOKUP_TIMEOUT,
         }
     }
@@ -177,7 +178,8 @@ impl Lookup {
             } else if ready {
                 let holder = search.untried.remove(0);
                 let hope = search.holders.is_some() || !search.untried.is_empty() || !search.slow.is_empty();
-                let timeout = if hope { FIRST_TRY.max(self.standing.latency(holder.http) * 4) } else { LAST_TRY };
+                let usual = (self.standing.latency(holder.http) * 4).min(LAST_TRY);
+                let timeout = if hope { FIRST_TRY.max(usual) } else { LAST_TRY };
                 match self.try_holder(search, &holder, timeout, hope) {
                     Tried::Good(offer) => return Some(*offer),
                     Tried::Slow => search.slow.push(holder),
@@ -186,8 +188,12 @@ impl Lookup {
             } else if search.holders.is_some() {
                 search.wait();
             } else {
-                let holder = search.slow.pop()?;
-                if let Tried::Good(offer) = self.try_holder(search, &holder, LAST_TRY, false) {
+                // Those that hung get more time, and those that failed lately get a little.
+                let (holder, timeout) = match search.slow.pop() {
+                    Some(holder) => (holder, LAST_TRY),
+                    None => (search.last_resort.pop()?, FIRST_TRY),
+                };
+                if let Tried::Good(offer) = self.try_holder(search, &holder, timeout, false) {
                     return Some(*offer);
                 }
             }
@@ -217,7 +223,10 @@ impl Lookup {
                 };
                 Tried::Good(Box::new((source, narinfo)))
             }
-            Err(Error::Unreachable(ureq::Error::Timeout(_))) if may_be_slow => Tried::Slow,
+            Err(Error::Unreachable(ureq::Error::Timeout(_))) if may_be_slow => {
+                self.standing.hung(holder.http, timeout, began, now);
+                Tried::Slow
+            }
             Err(e) => {
                 if let Some(fault) = e.fault() {
                     self.standing.failed(holder.http, fault, began, now, &e);
@@ -251,6 +260,8 @@ pub struct Search {
     seen: Vec<Holder>,
     untried: Vec<Holder>,
     slow: Vec<Holder>,
+    /// Those that failed lately.
+    last_resort: Vec<Holder>,
     until: Instant,
 }
 
@@ -260,7 +271,7 @@ impl Search {
         &self.hash_part
     }
 
-    /// Whether there may be another holder.
+    /// Whether there is another holder.
     pub fn has_more(&self) -> bool {
         !self.untried.is_empty() || !self.slow.is_empty() || self.holders.as_ref().is_some_and(|h| !h.is_empty())
     }
@@ -279,7 +290,14 @@ impl Search {
                 Err(TryRecvError::Disconnected) => self.holders = None,
             }
         }
-        self.untried.retain(|holder| !standing.is_avoided(holder.http, now));
+        self.untried.retain(|holder| match standing.turn(holder.http, now) {
+            Turn::Now => true,
+            Turn::Last => {
+                self.last_resort.push(holder.clone());
+                false
+            }
+            Turn::Never => false,
+        });
         standing.sort(&mut self.untried, |holder| holder.http);
     }
 

@@ -8,6 +8,7 @@ use common::fault::Delay;
 use common::http::{self, Reply, Request};
 use common::standin::{Shelf, StandIn, have};
 use common::{Asker, Holder, Lan, World, nar, nix, wait_for, world};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 const FAR: Duration = Duration::from_millis(20);
@@ -287,4 +288,33 @@ fn archives_that_lead_out_of_themselves_never_reach_nix() {
         assert!(answer.status != 200 || !answer.whole, "{what}: completed");
         assert!(!answer.text().contains("escaped"), "{what}: passed on");
     }
+}
+
+/// One broken stream used to make the only holder of a path be avoided for a second, and everything it has "not
+/// there" meanwhile, which Nix remembers for an hour.
+#[test]
+fn one_broken_stream_of_the_only_holder_hides_nothing() {
+    let lan = Lan::new();
+    let world = World::on(&lan);
+    let asker = Asker::with(&lan, "", &[&world.cache_key]);
+    let whole = AtomicBool::new(false);
+    let answers = lying_nar(&world, move |nar| match whole.swap(true, Ordering::Relaxed) {
+        true => Reply::Whole(200, nar),
+        false => Reply::Cut(nar.clone(), nar.len() / 2),
+    });
+    let only = StandIn::start(&lan.host("only"), have(|_| true), answers);
+    let (little, other) = (world.path("little"), world.path("other"));
+    wait_for("the only holder is known", || {
+        let answer = http::get_local(&asker.host, &format!("/{}", narinfo(little))).unwrap();
+        (answer.status == 200).then_some(())
+    });
+    std::thread::scope(|scope| {
+        let fetching = scope.spawn(|| asker.fetches(&world, little));
+        wait_for("the stream broke", || asker.daemon.log().contains("stream broke").then_some(()));
+        let answer = http::get_local(&asker.host, &format!("/{}", narinfo(other))).unwrap();
+        assert_eq!(answer.status, 200);
+        // And Nix gets the path whose NAR broke off, from the same peer.
+        fetching.join().unwrap();
+    });
+    assert!(only.was_asked(&narinfo(other)));
 }

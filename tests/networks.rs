@@ -7,6 +7,13 @@ use common::lan::Run;
 use common::{Daemon, Host, Lan, PORT, daemon, http, packet, wait_for, world};
 use std::net::{Ipv4Addr, SocketAddr};
 
+/// A host with an empty store.
+fn host_with_store(lan: &Lan, name: &str) -> Host {
+    let host = lan.host(name);
+    host.cmd("nix-store").arg("--init").okay();
+    host
+}
+
 fn hits(asker: &Host, mark: &str) -> bool {
     http::get_local(asker, &format!("/{}.narinfo", world::hash_part(mark))).expect("peerix answers").status == 200
 }
@@ -21,7 +28,7 @@ fn fetches(asker: &Host, mark: &str) {
 #[test]
 fn link_local_ipv6_alone() {
     let lan = Lan::new();
-    let (holder, asker) = (lan.host("holder"), lan.host("asker"));
+    let (holder, asker) = (lan.host("holder"), host_with_store(&lan, "asker"));
     let mark = daemon::mark(&holder);
     for host in [&holder, &asker] {
         host.net(&format!("ip addr del {}/24 dev eth0", host.address));
@@ -35,7 +42,7 @@ fn link_local_ipv6_alone() {
 #[test]
 fn a_network_that_comes_after_the_start_and_changes() {
     let lan = Lan::new();
-    let (holder, asker) = (lan.host("holder"), lan.host("asker"));
+    let (holder, asker) = (lan.host("holder"), host_with_store(&lan, "asker"));
     let mark = daemon::mark(&holder);
     let _holder = Daemon::start(&holder, &[]);
     asker.net("ip link set eth0 down");
@@ -58,7 +65,7 @@ fn a_network_that_comes_after_the_start_and_changes() {
 #[test]
 fn a_node_in_another_subnet_that_is_named() {
     let lan = Lan::new();
-    let (holder, router, asker) = (lan.host("holder"), lan.host("router"), lan.host("asker"));
+    let (holder, router, asker) = (lan.host("holder"), lan.host("router"), host_with_store(&lan, "asker"));
     let mark = daemon::mark(&holder);
     for (host, subnet) in [(&holder, 1), (&asker, 2)] {
         host.net(&format!("ip addr del {}/24 dev eth0", host.address));
@@ -86,7 +93,7 @@ fn a_node_in_another_subnet_that_is_named() {
 #[test]
 fn bound_to_one_address_it_still_hears_broadcasts() {
     let lan = Lan::new();
-    let (holder, asker) = (lan.host("holder"), lan.host("asker"));
+    let (holder, asker) = (lan.host("holder"), host_with_store(&lan, "asker"));
     let mark = daemon::mark(&holder);
     let address = holder.address.to_string();
     let _holder = Daemon::start(&holder, &["--bind", &address, "--bind", "127.0.0.1"]);
@@ -113,7 +120,7 @@ fn bound_to_one_address_it_still_hears_broadcasts() {
 #[test]
 fn a_node_that_leaves_is_not_waited_for() {
     let lan = Lan::new();
-    let (holder, asker) = (lan.host("holder"), lan.host("asker"));
+    let (holder, asker) = (lan.host("holder"), host_with_store(&lan, "asker"));
     let mark = daemon::mark(&holder);
     let mut leaving = Daemon::start(&holder, &[]);
     let asking = Daemon::start(&asker, &[]);

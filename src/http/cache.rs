@@ -119,7 +119,7 @@ impl Cache {
         exchange: &mut Exchange<'_>,
     ) -> Result<(), Failure> {
         match route {
-            Route::CacheInfo => self.cache_info(exchange),
+            Route::CacheInfo(_) => self.cache_info(exchange),
             Route::PeerNarinfo(hash_part) => narinfo::from_peer(self, hash_part, exchange),
             Route::OwnNarinfo(hash_part, view) => narinfo::own(self, hash_part, *view, exchange),
             Route::PeerNar(name) => {
@@ -161,7 +161,7 @@ impl Cache {
     }
 
     /// A path that is in the database and cannot be read from the store is as good as absent.
-    fn not_served(&self, path: &StorePath, why: &dyn fmt::Display) -> Failure {
+    pub(super) fn not_served(&self, path: &StorePath, why: &dyn fmt::Display) -> Failure {
         self.warn(format_args!("{path}: {why}"));
         NOT_THERE
     }

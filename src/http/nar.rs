@@ -22,16 +22,18 @@ pub(super) fn own(
     }
     let (status, part) = wanted(request, name, info.nar_size)?;
     begin(exchange, name, status, &part, info.nar_size)?;
-    if exchange.wants_body() {
-        cache.store.write_nar(&info, part, exchange).map_err(|e| match e {
-            NarError::Write(e) => e,
-            fault => {
-                cache.warn(format_args!("{}: NAR cut: {fault}", info.path));
-                io::Error::other("NAR cut")
-            }
-        })?;
+    if !exchange.wants_body() {
+        return Ok(());
     }
-    Ok(())
+    match cache.store.write_nar(&info, part, exchange) {
+        Ok(()) => Ok(()),
+        Err(NarError::Write(e)) => Err(e.into()),
+        Err(fault) if exchange.take_back() => Err(cache.not_served(&info.path, &fault)),
+        Err(fault) => {
+            cache.warn(format_args!("{}: NAR cut: {fault}", info.path));
+            Err(io::Error::other("NAR cut").into())
+        }
+    }
 }
 
 /// A NAR that some peer has.
@@ -41,12 +43,13 @@ pub(super) fn from_peer(
     request: &Request<'_>,
     exchange: &mut Exchange<'_>,
 ) -> Result<(), Failure> {
-    let mut nar = cache.fetch.find(&name.hash_part, &name.nar_hash).ok_or(NOT_THERE)?;
-    let (status, part) = wanted(request, name, nar.size())?;
-    if part.start > 0 && cache.fetch.is_tainted(name.nar_hash) {
+    let resumes = request.field("range").is_some_and(|range| range.trim() != "bytes=0-");
+    if resumes && cache.fetch.is_tainted(name.nar_hash) {
         // What Nix holds of it already was wrong, so that no rest can make it right. From the start is fine.
         return Err(NOT_THERE);
     }
+    let mut nar = cache.fetch.find(&name.hash_part, &name.nar_hash).ok_or(NOT_THERE)?;
+    let (status, part) = wanted(request, name, nar.size())?;
     if exchange.wants_body() {
         // Only a NAR that did begin to arrive is answered with 200: for Nix, a 404 is no error.
         nar.start(part.clone()).ok_or(NOT_THERE)?;

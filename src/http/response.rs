@@ -81,6 +81,18 @@ impl<'a> Exchange<'a> {
         self.begun && self.missing == 0 && self.head.is_empty()
     }
 
+    /// Takes a response back of which nothing was sent yet, so that there can be another. False if it is too late.
+    pub(super) fn take_back(&mut self) -> bool {
+        // The head is kept until it leaves together with the first of the body.
+        let unsent = self.begun && !self.head.is_empty();
+        if unsent {
+            self.head.clear();
+            self.begun = false;
+            self.missing = 0;
+        }
+        unsent
+    }
+
     fn flush_head(&mut self) -> io::Result<()> {
         let head = std::mem::take(&mut self.head);
         self.stream.write_all(&head)

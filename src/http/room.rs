@@ -53,8 +53,11 @@ pub fn room(newcomer: IpAddr, open: impl Iterator<Item = Seat> + Clone) -> Room 
     let room_among = |victim: Option<u64>| victim.map_or(Room::Full, Room::Instead);
     if its.clone().count() >= MAX_CONNECTIONS_PER_PEER {
         room_among(idlest(its))
-    } else if strangers.clone().count() >= MAX_CONNECTIONS - OWN_CONNECTIONS || open.count() >= MAX_CONNECTIONS {
+    } else if strangers.clone().count() >= MAX_CONNECTIONS - OWN_CONNECTIONS {
         room_among(idlest(strangers))
+    } else if open.clone().count() >= MAX_CONNECTIONS {
+        // This machine has more than its own then, and may lose an idle one.
+        room_among(idlest(open))
     } else {
         Room::Free
     }
@@ -110,10 +113,14 @@ mod tests {
     }
 
     #[test]
-    fn strangers_close_nothing_of_this_machine() {
-        let mut seats = and_own(strangers(10), MAX_CONNECTIONS - 10);
-        seats[500].idle_since = Some(1);
+    fn strangers_take_nothing_of_what_is_reserved() {
+        let mut seats = and_own(strangers(STRANGERS), OWN_CONNECTIONS);
+        seats[STRANGERS].idle_since = Some(1);
         assert_eq!(find(stranger(999), &seats), Room::Full);
+        let mut seats = and_own(strangers(10), MAX_CONNECTIONS - 10);
+        assert_eq!(find(stranger(999), &seats), Room::Full);
+        seats[500].idle_since = Some(1);
+        assert_eq!(find(stranger(999), &seats), Room::Instead(500));
     }
 
     #[test]

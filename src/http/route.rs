@@ -41,8 +41,8 @@ pub enum View {
 /// What is asked for.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Route {
-    /// `/nix-cache-info` and `/store/nix-cache-info`.
-    CacheInfo,
+    /// `/nix-cache-info`, which tells nobody anything, and `/store/nix-cache-info`.
+    CacheInfo(View),
     /// `/<hash part>.narinfo`: does any peer have it?
     PeerNarinfo(HashPart),
     /// `/peer/nar/…`: from a peer.
@@ -98,6 +98,7 @@ pub fn route(method: &str, target: &str, scope: Scope, served: bool) -> Result<R
     }
     let route = find(path).ok_or(Refusal::NotThere)?;
     let allowed = match route {
+        Route::CacheInfo(View::Peers) => true,
         Route::PeerNarinfo(_) | Route::PeerNar(_) => scope == Scope::ThisMachine,
         _ => served,
     };
@@ -107,14 +108,14 @@ pub fn route(method: &str, target: &str, scope: Scope, served: bool) -> Result<R
 fn find(path: &str) -> Option<Route> {
     let narinfo = |name: &str| HashPart::parse(name.strip_suffix(".narinfo")?.as_bytes()).ok();
     match path.split_once('/') {
-        None if path == "nix-cache-info" => Some(Route::CacheInfo),
+        None if path == "nix-cache-info" => Some(Route::CacheInfo(View::Peers)),
         None => narinfo(path).map(Route::PeerNarinfo),
         Some(("peer", rest)) => NarName::parse(rest.strip_prefix("nar/")?).map(Route::PeerNar),
         Some(("local", rest)) => match rest.strip_prefix("nar/") {
             Some(name) => NarName::parse(name).map(Route::OwnNar),
             None => narinfo(rest).map(|hash_part| Route::OwnNarinfo(hash_part, View::Peers)),
         },
-        Some(("store", "nix-cache-info")) => Some(Route::CacheInfo),
+        Some(("store", "nix-cache-info")) => Some(Route::CacheInfo(View::Cache)),
         Some(("store", rest)) => match rest.split_once('/') {
             Some(("nar", name)) => NarName::parse(name).map(Route::OwnNar),
             Some(("log", name)) => StorePath::parse(name).ok().filter(StorePath::is_derivation).map(Route::Log),
@@ -145,8 +146,7 @@ mod tests {
         let name = NarName { hash_part, nar_hash: NarHash::from_nix32(NAR_HASH).unwrap() };
         let drv = StorePath::parse(&format!("{HASH_PART}-a.drv")).unwrap();
         for (target, expected, only_this_machine) in [
-            ("/nix-cache-info".into(), Route::CacheInfo, false),
-            ("/store/nix-cache-info".into(), Route::CacheInfo, false),
+            ("/store/nix-cache-info".into(), Route::CacheInfo(View::Cache), false),
             (format!("/{HASH_PART}.narinfo"), Route::PeerNarinfo(hash_part), true),
             (format!("/peer/nar/{name}"), Route::PeerNar(name), true),
             (format!("/local/{HASH_PART}.narinfo"), Route::OwnNarinfo(hash_part, View::Peers), false),
@@ -165,6 +165,9 @@ mod tests {
             let lan = get(&target, Scope::Lan);
             assert_eq!(lan, if only_this_machine { Err(Refusal::Forbidden) } else { Ok(expected) }, "{target}");
             assert_eq!(get(&target, Scope::Wan), Err(Refusal::Forbidden), "{target}");
+        }
+        for scope in [Scope::ThisMachine, Scope::Lan, Scope::Wan] {
+            assert_eq!(get("/nix-cache-info", scope), Ok(Route::CacheInfo(View::Peers)));
         }
     }
 

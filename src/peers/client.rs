@@ -20,6 +20,12 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 /// A NAR's first byte, and every further one, comes within this of the last.
 pub const STALL: Duration = Duration::from_secs(10);
 
+/// A peer that is slower than this, in bytes a second and one stream, is left in any case: Nix would wait for it
+/// without end. Sixteen streams over the slowest Wi-Fi have twice that each.
+pub const TOO_SLOW: u64 = 8 * 1024;
+/// A NAR's body takes so long at most, beside what [`TOO_SLOW`] allows: it bounds what a peer can do inside one read.
+const BODY_GRACE: Duration = Duration::from_secs(60);
+
 /// Connections kept open to one peer: as many as Nix opens to us.
 const IDLE_PER_PEER: usize = 25;
 /// Connections kept open in all.
@@ -53,9 +59,8 @@ impl Error {
     pub fn fault(&self) -> Option<Fault> {
         match self {
             Error::Unreachable(_) => Some(Fault::Unreachable),
-            Error::NotThere => Some(Fault::BrokenPromise),
+            Error::NotThere | Error::Status(_) | Error::Malformed(_) => Some(Fault::BrokenPromise),
             Error::Busy => None,
-            Error::Status(_) | Error::Malformed(_) => Some(Fault::BadData),
         }
     }
 }
@@ -80,9 +85,23 @@ pub struct Client {
     store_dir: StoreDir,
 }
 
-/// The body of a NAR response, from the offset that was asked for.
+/// The body of a NAR response.
 pub struct NarBody {
     reader: ureq::BodyReader<'static>,
+    /// Bytes to skip: a peer that does not know ranges begins at the beginning.
+    pub skip: u64,
+    /// Whether the peer told how long the body is.
+    has_length: bool,
+}
+
+impl NarBody {
+    /// Gives the connection back for the next request, which ureq does only when the end has been read. Without a
+    /// length the peer could make us wait for it.
+    pub fn finish(mut self) {
+        if self.has_length {
+            let _ = self.reader.read(&mut [0]);
+        }
+    }
 }
 
 impl Read for NarBody {
@@ -136,29 +155,40 @@ impl Client {
         Ok(info)
     }
 
-    /// A NAR from byte `offset` on. `url_path` is the narinfo's `URL`, relative to the root of the peer's server.
+    /// A NAR from byte `offset` on, which begins within `patience`. `url_path` is the narinfo's `URL`, relative to the
+    /// root of the peer's server.
     ///
     /// # Errors
     /// See [`Error`]; a NAR of another size than `nar_size`, where the peer tells it, is malformed.
-    pub fn nar(&self, peer: SocketAddr, url_path: &str, offset: u64, nar_size: u64) -> Result<NarBody, Error> {
+    pub fn nar(
+        &self,
+        peer: SocketAddr,
+        url_path: &str,
+        offset: u64,
+        nar_size: u64,
+        patience: Duration,
+    ) -> Result<NarBody, Error> {
         let mut request = self.agent.get(url(peer, url_path));
         if offset > 0 {
             request = request.header("Range", format!("bytes={offset}-"));
         }
-        let response = expect(request.call().map_err(Error::Unreachable)?, &[200, 206])?;
+        let whole = BODY_GRACE + Duration::from_secs(nar_size / TOO_SLOW);
+        let config = request.config().timeout_recv_response(Some(patience)).timeout_recv_body(Some(whole));
+        let response = expect(config.build().call().map_err(Error::Unreachable)?, &[200, 206])?;
         let from = if response.status() == 206 { offset } else { 0 };
+        if response.status() == 206 {
+            let range = response.headers().get("content-range").and_then(|field| field.to_str().ok());
+            if range.is_some_and(|range| !range.starts_with(&format!("bytes {offset}-"))) {
+                return Err(Error::Malformed(Malformed { what: "NAR", why: "from another byte than was asked for" }));
+            }
+        }
         let body = response.into_body();
-        if body.content_length().is_some_and(|len| from.checked_add(len) != Some(nar_size)) {
+        let length = body.content_length();
+        if length.is_some_and(|len| from.checked_add(len) != Some(nar_size)) {
             return Err(Error::Malformed(Malformed { what: "NAR", why: "of another size than its narinfo says" }));
         }
-        let mut reader = body.into_with_config().limit(u64::MAX).reader();
-        // A peer that does not know ranges begins at the beginning.
-        let skip = offset - from;
-        let skipped = io::copy(&mut (&mut reader).take(skip), &mut io::sink());
-        if skipped.map_err(|e| Error::Unreachable(e.into()))? < skip {
-            return Err(Error::Malformed(Malformed { what: "NAR", why: "shorter than its narinfo says" }));
-        }
-        Ok(NarBody { reader })
+        let reader = body.into_with_config().limit(u64::MAX).reader();
+        Ok(NarBody { reader, skip: offset - from, has_length: length.is_some() })
     }
 }
 

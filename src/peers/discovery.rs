@@ -145,16 +145,20 @@ impl<N: Neighbourhood> Discovery<N> {
             Event::Datagram { from, bytes } => self.datagram(from, bytes, now, out),
             Event::Ask(ask) => self.ask(ask, now, out),
             Event::Named(addresses) => {
-                self.known.name(&addresses);
-                self.quiet_until = None;
+                if self.known.name(&addresses) {
+                    self.greet(now);
+                }
             }
-            Event::NetworkChanged => {
-                self.next_hello = now;
-                self.quiet_until = None;
-            }
+            Event::NetworkChanged => self.greet(now),
             Event::Tick => {}
         }
         self.due(now, out);
+    }
+
+    /// Somebody may be there who was not.
+    fn greet(&mut self, now: Instant) {
+        self.next_hello = now;
+        self.quiet_until = None;
     }
 
     /// When time alone makes something happen.
@@ -188,7 +192,7 @@ impl<N: Neighbourhood> Discovery<N> {
                     if unanswered.is_empty() && !answered && now > sent {
                         self.quiet_until = Some(now + QUIET);
                     }
-                    unanswered.into_iter().for_each(|peer| self.known.left_unanswered(peer, sent));
+                    unanswered.into_iter().for_each(|peer| self.known.left_unanswered(peer, sent, now));
                 }
             }
         }
@@ -203,24 +207,24 @@ impl<N: Neighbourhood> Discovery<N> {
         let to_ask = self.known.to_ask();
         let mut open_for = None::<Duration>;
         let mut keep_open = |wait: Duration| open_for = Some(open_for.map_or(wait, |open| open.max(wait)));
-        let mut slowest = Duration::ZERO;
+        let (mut slowest, mut shortest) = (Duration::ZERO, Duration::MAX);
         let mut anybody_expected = false;
         let asked: Vec<(SocketAddr, Option<Duration>)> = to_ask
             .iter()
             .map(|(address, peer)| {
                 slowest = slowest.max(peer.usual_answer());
-                match peer.expect(self.timeout) {
+                match self.known.expect(peer, self.timeout) {
                     Answer::Due(wait) => {
                         anybody_expected = true;
+                        shortest = shortest.min(wait);
                         (*address, Some(wait))
                     }
-                    Answer::Maybe(wait) if peer.was_heard() => {
+                    Answer::Maybe(wait) => {
                         anybody_expected = true;
                         keep_open(wait);
                         (*address, None)
                     }
-                    // Named by the user and never heard: like an unknown one.
-                    Answer::Maybe(_) | Answer::NotExpected => (*address, None),
+                    Answer::Unknown | Answer::NotExpected => (*address, None),
                 }
             })
             .collect();
@@ -235,7 +239,9 @@ impl<N: Neighbourhood> Discovery<N> {
                 keep_open(self.timeout);
             }
         }
-        let first_step = (self.timeout / 3).max(slowest).max(Duration::from_millis(1));
+        // The slowest need not be asked again before they can have answered; but the fastest, which are waited for
+        // less, have to be in time.
+        let first_step = (self.timeout / 3).max(slowest.min(shortest / 3)).max(Duration::from_millis(1));
         let query = Query::new(ask.hash_part, asked.iter().copied(), open_for, first_step, ask.holders, now);
         let Some(id) = self.queries.insert(query, now) else {
             log::debug!("query for {}: too many in flight", ask.hash_part);
@@ -258,19 +264,20 @@ impl<N: Neighbourhood> Discovery<N> {
         };
         match packet {
             Packet::Query { id, hash_part } => {
-                if self.known.heard(from, now) {
+                if self.may_be_peer(from) && self.known.heard(from, now) {
                     out.push((To::Peer(from), Packet::Hello(self.hello())));
                 }
                 self.answer(from, id, hash_part, now, out);
             }
             Packet::Have { id, port, url_path } => {
-                let holder = Holder { http: SocketAddr::new(from.ip(), port), url_path };
-                let holder = Holder { http: with_scope(holder.http, from), ..holder };
-                self.answered(id, from, Some(holder), now);
+                // A link-local address is only one together with the interface it was seen on.
+                let mut http = from;
+                http.set_port(port);
+                self.answered(id, from, Some(Holder { http, url_path }), now);
             }
             Packet::HaveNot { id } => self.answered(id, from, None, now),
             Packet::Hello(hello) => {
-                if hello.instance == self.instance {
+                if hello.instance == self.instance || !self.may_be_peer(from) {
                     return;
                 }
                 if self.known.hello(from, hello, now) {
@@ -285,16 +292,24 @@ impl<N: Neighbourhood> Discovery<N> {
         }
     }
 
+    /// Peers use one port for everything, so that a neighbour is one peer; what `--peer` names may have another.
+    fn may_be_peer(&self, from: SocketAddr) -> bool {
+        from.port() == self.udp_port || self.known.is_named(from)
+    }
+
     fn answered(&mut self, id: u32, from: SocketAddr, holder: Option<Holder>, now: Instant) {
         let has_it = holder.is_some();
         // Broadcasts go to this port, and only from there does a node answer them.
         let broadcast_to = from.port() == self.udp_port && self.neighbourhood.is_lan(from.ip());
         match self.queries.answered(id, from, broadcast_to, holder, now) {
             Some(answer) => self.known.answered(from, has_it, answer.round_trip, now),
-            // Late, or never asked: no more than a sign of life.
-            None => {
-                self.known.heard(from, now);
-            }
+            // Too late for the query, but it tells how long the peer takes.
+            None => match self.queries.late(id, now) {
+                Some(round_trip) if self.may_be_peer(from) => {
+                    self.known.answered(from, has_it, Some(round_trip), now);
+                }
+                _ => {}
+            },
         }
     }
 
@@ -316,16 +331,6 @@ impl<N: Neighbourhood> Discovery<N> {
             self.have_nots.push_back((from, id, now));
             out.push((To::Peer(from), Packet::HaveNot { id }));
         }
-    }
-}
-
-/// A link-local address is only one together with the interface it was seen on.
-fn with_scope(http: SocketAddr, from: SocketAddr) -> SocketAddr {
-    match (http, from) {
-        (SocketAddr::V6(http), SocketAddr::V6(from)) => {
-            SocketAddrV6::new(*http.ip(), http.port(), 0, from.scope_id()).into()
-        }
-        _ => http,
     }
 }
 
@@ -870,7 +875,7 @@ mod tests {
         for _ in 0..1100 {
             repeats += node.after(MS).iter().filter(|(to, _)| *to == To::Peer(peer(2))).count();
         }
-        assert_eq!(repeats, 4);
+        assert_eq!(repeats, 3);
         assert!(is_over(&holders));
         // Now it counts as nobody there.
         assert!(!is_over(&node.ask().2));

@@ -30,21 +30,28 @@ pub enum Answer {
     Due(Duration),
     /// Not at all (a Python peerix, a crowded node): for so long it may still say *have*.
     Maybe(Duration),
+    /// It was never heard, only named by the user.
+    Unknown,
     /// It left queries unanswered: it is asked, not waited for.
     NotExpected,
 }
 
+/// In so much time so many newcomers are waited for in vain: a neighbour that invents peers costs no more.
+const VAIN_WINDOW: Duration = Duration::from_secs(60);
+const MAX_VAIN: u32 = 10;
+
 /// What is known of one peer.
 pub struct Peer {
     heard: Option<Instant>,
+    last_answer: Option<Instant>,
     hello: Option<Hello>,
     says_have_not: bool,
     named: bool,
     /// Smoothed round trip and its variation, as TCP keeps them (RFC 6298).
     round_trip: Option<(Duration, Duration)>,
-    /// Not waited for until heard again.
+    /// Not waited for until it says hello or answers.
     silent: bool,
-    /// Left a query unanswered and has not answered one since.
+    /// Left a query unanswered and has not answered one since. A hello does not change that, nor a restart.
     doubtful: bool,
     last_have: Option<Instant>,
     haves: u32,
@@ -54,6 +61,7 @@ impl Peer {
     fn new(named: bool) -> Self {
         Peer {
             heard: None,
+            last_answer: None,
             hello: None,
             says_have_not: false,
             named,
@@ -66,12 +74,12 @@ impl Peer {
     }
 
     /// What to expect of this peer, when unknown peers get `timeout`.
-    pub fn expect(&self, timeout: Duration) -> Answer {
+    fn expect(&self, timeout: Duration) -> Answer {
         let crowded = self.hello.is_some_and(|h| h.crowded);
         if self.silent {
             Answer::NotExpected
         } else if self.heard.is_none() {
-            Answer::Maybe(timeout)
+            Answer::Unknown
         } else if (self.says_have_not || self.hello.is_some()) && !crowded {
             Answer::Due(self.patience(timeout, LIVE_FACTOR))
         } else {
@@ -82,27 +90,12 @@ impl Peer {
     fn patience(&self, timeout: Duration, factor: u32) -> Duration {
         let most = MAX_WAIT.max(timeout);
         let least = (timeout * factor).clamp(timeout, most);
-        match self.round_trip {
-            _ if self.doubtful => timeout,
-            None if factor > 1 => most,
-            None => least,
-            Some(_) => (self.usual_answer() * 4).clamp(least, most),
-        }
+        if self.doubtful { timeout } else { (self.usual_answer() * 4).clamp(least, most) }
     }
 
     /// By when an answer has usually come: the smoothed round trip and four variations, zero if never measured.
     pub fn usual_answer(&self) -> Duration {
         self.round_trip.map_or(Duration::ZERO, |(smoothed, variation)| smoothed + 4 * variation)
-    }
-
-    /// Whether anything was ever heard: not of a peer that only `--peer` names.
-    pub fn was_heard(&self) -> bool {
-        self.heard.is_some()
-    }
-
-    /// Whether anything was heard after `then`.
-    pub fn heard_since(&self, then: Instant) -> bool {
-        self.heard.is_some_and(|heard| heard > then)
     }
 
     fn measured(&mut self, sample: Duration) {
@@ -119,6 +112,9 @@ impl Peer {
 #[derive(Default)]
 pub struct Known {
     peers: HashMap<SocketAddr, Peer>,
+    /// Newcomers that were waited for in vain, since then.
+    vain: u32,
+    vain_since: Option<Instant>,
 }
 
 impl Known {
@@ -130,7 +126,6 @@ impl Known {
         }
         let peer = self.peers.entry(from).or_insert_with(|| Peer::new(false));
         peer.heard = Some(now);
-        peer.silent = false;
         is_new
     }
 
@@ -140,9 +135,10 @@ impl Known {
         let Some(peer) = self.peers.get_mut(&from) else { return false };
         let restarted = peer.hello.is_none_or(|old| old.instance != hello.instance);
         if restarted {
-            let named = peer.named;
-            *peer = Peer { heard: Some(now), named, ..Peer::new(named) };
+            let (named, doubtful) = (peer.named, peer.doubtful);
+            *peer = Peer { heard: Some(now), doubtful, ..Peer::new(named) };
         }
+        peer.silent = false;
         peer.hello = Some(hello);
         restarted
     }
@@ -159,6 +155,8 @@ impl Known {
     pub fn answered(&mut self, from: SocketAddr, has_it: bool, round_trip: Option<Duration>, now: Instant) {
         self.heard(from, now);
         let Some(peer) = self.peers.get_mut(&from) else { return };
+        peer.last_answer = Some(now);
+        peer.silent = false;
         peer.doubtful = false;
         if has_it {
             peer.haves = peer.haves.saturating_add(1);
@@ -172,18 +170,33 @@ impl Known {
     }
 
     /// A query and its repeats that were sent from `sent` on stayed unanswered. The peer is not waited for from
-    /// now on, unless it was heard meanwhile: then packets were lost, and the peer is there.
-    pub fn left_unanswered(&mut self, peer: SocketAddr, sent: Instant) {
-        if let Some(peer) = self.peers.get_mut(&peer)
-            && !peer.heard_since(sent)
-        {
-            peer.silent = true;
-            peer.doubtful = true;
+    /// now on, unless it answered another one meanwhile: then packets were lost, and the peer is there. What else
+    /// it says is no answer: behind a firewall it asks and never hears.
+    pub fn left_unanswered(&mut self, peer: SocketAddr, sent: Instant, now: Instant) {
+        let Some(peer) = self.peers.get_mut(&peer) else { return };
+        if peer.last_answer.is_some_and(|answer| answer > sent) {
+            return;
+        }
+        peer.silent = true;
+        peer.doubtful = true;
+        if peer.last_answer.is_none() {
+            let since = *self.vain_since.get_or_insert(now);
+            if now.saturating_duration_since(since) > VAIN_WINDOW {
+                (self.vain_since, self.vain) = (Some(now), 0);
+            }
+            self.vain += 1;
         }
     }
 
-    /// Sets the nodes beyond the broadcast domain, which are always asked.
-    pub fn name(&mut self, named: &[SocketAddr]) {
+    /// What to expect of `peer`. Once many newcomers were waited for in vain, only those that ever answered are.
+    pub fn expect(&self, peer: &Peer, timeout: Duration) -> Answer {
+        let tired = self.vain >= MAX_VAIN && self.vain_since.is_some();
+        if tired && peer.last_answer.is_none() { Answer::NotExpected } else { peer.expect(timeout) }
+    }
+
+    /// Sets the nodes beyond the broadcast domain, which are always asked. True if there are new ones.
+    pub fn name(&mut self, named: &[SocketAddr]) -> bool {
+        let new = named.iter().any(|address| !self.is_named(*address));
         self.peers.retain(|address, peer| {
             peer.named = named.contains(address);
             peer.named || peer.heard.is_some()
@@ -191,6 +204,12 @@ impl Known {
         for address in named {
             self.peers.entry(*address).or_insert_with(|| Peer::new(true));
         }
+        new
+    }
+
+    /// Whether [`Known::name`] named it.
+    pub fn is_named(&self, address: SocketAddr) -> bool {
+        self.peers.get(&address).is_some_and(|peer| peer.named)
     }
 
     /// The nodes set by [`Known::name`].
@@ -200,6 +219,9 @@ impl Known {
 
     /// Drops who was not heard for [`REMEMBERED`].
     pub fn forget_old(&mut self, now: Instant) {
+        if self.vain_since.is_some_and(|since| now.saturating_duration_since(since) > VAIN_WINDOW) {
+            (self.vain_since, self.vain) = (None, 0);
+        }
         let old: Vec<SocketAddr> = self
             .peers
             .iter()
@@ -264,7 +286,7 @@ mod tests {
     }
 
     fn expect(known: &Known, peer: SocketAddr) -> Answer {
-        known.peers[&peer].expect(TIMEOUT)
+        known.expect(&known.peers[&peer], TIMEOUT)
     }
 
     #[test]
@@ -272,7 +294,7 @@ mod tests {
         let (mut known, now) = (Known::default(), Instant::now());
         let peer = address(1);
         assert!(known.hello(peer, hello(1), now));
-        assert_eq!(expect(&known, peer), Answer::Due(MAX_WAIT), "not measured yet");
+        assert_eq!(expect(&known, peer), Answer::Due(4 * TIMEOUT), "not measured yet");
         for _ in 0..50 {
             known.answered(peer, true, Some(Duration::from_micros(300)), now);
         }
@@ -294,14 +316,48 @@ mod tests {
         let peer = address(1);
         known.hello(peer, hello(1), start);
         let sent = start + Duration::from_secs(1);
-        known.left_unanswered(peer, sent);
+        known.left_unanswered(peer, sent, sent);
         assert_eq!(expect(&known, peer), Answer::NotExpected);
         // Its next hello brings it back, in doubt until it answers.
         let again = start + Duration::from_secs(30);
         assert!(!known.hello(peer, hello(1), again));
         assert_eq!(expect(&known, peer), Answer::Due(TIMEOUT));
         known.answered(peer, false, None, again);
-        assert_eq!(expect(&known, peer), Answer::Due(MAX_WAIT));
+        assert_eq!(expect(&known, peer), Answer::Due(4 * TIMEOUT));
+    }
+
+    /// A neighbour whose firewall lets nothing in used to cost a second for every miss, as its own queries made it
+    /// count as alive.
+    #[test]
+    fn a_peer_that_asks_and_never_answers_costs_one_wait() {
+        let (mut known, now) = (Known::default(), Instant::now());
+        let peer = address(1);
+        known.hello(peer, hello(1), now);
+        known.left_unanswered(peer, now, now);
+        known.heard(peer, now + Duration::from_secs(1));
+        assert_eq!(expect(&known, peer), Answer::NotExpected);
+        // Nor does it help it to seem restarted.
+        known.hello(peer, hello(2), now + Duration::from_secs(2));
+        assert_eq!(expect(&known, peer), Answer::Due(TIMEOUT));
+    }
+
+    #[test]
+    fn invented_peers_cost_ten_waits_a_minute() {
+        let (mut known, now) = (Known::default(), Instant::now());
+        known.answered(address(255), true, None, now);
+        known.hello(address(255), hello(255), now);
+        known.answered(address(255), true, None, now);
+        for last in 1..=MAX_VAIN as u8 {
+            known.hello(address(last), hello(last), now);
+            assert!(matches!(expect(&known, address(last)), Answer::Due(_)));
+            known.left_unanswered(address(last), now, now);
+        }
+        known.hello(address(99), hello(99), now);
+        assert_eq!(expect(&known, address(99)), Answer::NotExpected);
+        assert!(matches!(expect(&known, address(255)), Answer::Due(_)), "one that answered is waited for");
+        known.forget_old(now + VAIN_WINDOW + Duration::from_secs(1));
+        known.hello(address(99), hello(99), now);
+        assert!(matches!(expect(&known, address(99)), Answer::Due(_)));
     }
 
     #[test]
@@ -310,8 +366,8 @@ mod tests {
         let peer = address(1);
         known.hello(peer, hello(1), start);
         known.answered(peer, true, None, start + Duration::from_millis(30));
-        known.left_unanswered(peer, start + Duration::from_millis(10));
-        assert_eq!(expect(&known, peer), Answer::Due(MAX_WAIT));
+        known.left_unanswered(peer, start + Duration::from_millis(10), start + Duration::from_millis(210));
+        assert_eq!(expect(&known, peer), Answer::Due(4 * TIMEOUT));
     }
 
     #[test]

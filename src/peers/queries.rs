@@ -3,8 +3,8 @@
 use super::Holder;
 use crate::nix::HashPart;
 use crossbeam_channel::Sender;
-use std::collections::HashMap;
-use std::net::SocketAddr;
+use std::collections::{HashMap, VecDeque};
+use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
 /// Queries in flight at once. Each belongs to a connection thread that waits for it, of which there are 1,024, or
@@ -13,6 +13,12 @@ const MAX_QUERIES: usize = 4096;
 
 /// A query is sent so many times at most: at once, and then at ever longer steps while somebody is waited for.
 const MAX_SENDS: u32 = 5;
+
+/// Once somebody has the path, the others have so long to say that they do too.
+const LINGER: Duration = Duration::from_millis(200);
+
+/// Ended queries whose late answers are still understood.
+const MAX_OVER: usize = 64;
 
 /// One query.
 pub struct Query {
@@ -27,6 +33,8 @@ pub struct Query {
     step: Duration,
     next_send: Option<Instant>,
     holders: Sender<Holder>,
+    /// Whose holders were passed on: one address has one server, however many it claims.
+    heard_from: Vec<IpAddr>,
 }
 
 struct Asked {
@@ -81,7 +89,22 @@ impl Query {
             step: first_step,
             next_send: Some(now + first_step),
             holders,
+            heard_from: Vec::new(),
         }
+    }
+
+    /// Passes a holder on. The others get a little more time, as alternates.
+    fn found(&mut self, holder: Holder, now: Instant) {
+        if self.heard_from.contains(&holder.http.ip()) {
+            return;
+        }
+        self.heard_from.push(holder.http.ip());
+        // Full: enough holders are known. Closed: the asker is content.
+        let _ = self.holders.try_send(holder);
+        self.next_send = None;
+        let latest = now + LINGER;
+        let dues = self.asked.iter_mut().filter_map(|asked| asked.due.as_mut());
+        dues.chain(self.open_until.as_mut()).for_each(|until| *until = latest.min(*until));
     }
 
     fn waits_for(&self, asked: &Asked, now: Instant) -> bool {
@@ -106,6 +129,8 @@ pub struct Queries {
     next_id: u32,
     /// Nothing is due before; `None` when there is no query.
     next_due: Option<Instant>,
+    /// The last ones that ended with somebody silent, and when they were sent.
+    over: VecDeque<(u32, Instant)>,
 }
 
 /// What an answer told beside its content.
@@ -118,7 +143,7 @@ pub struct Answered {
 impl Queries {
     /// IDs count up from `first_id`, which should be random.
     pub fn new(first_id: u32) -> Self {
-        Queries { queries: HashMap::new(), next_id: first_id, next_due: None }
+        Queries { queries: HashMap::new(), next_id: first_id, next_due: None, over: VecDeque::new() }
     }
 
     /// Takes a query and gives its ID; `None` when there are too many.
@@ -157,13 +182,14 @@ impl Queries {
             asked.answered = true;
         }
         if let Some(holder) = holder {
-            query.next_send = None;
-            // Full: enough holders are known. Closed: the asker is content.
-            let _ = query.holders.try_send(holder);
+            query.found(holder, now);
         }
         let round_trip = once.then(|| now.saturating_duration_since(query.sent));
         if query.ends(now).is_none() {
             self.queries.remove(&id);
+        } else {
+            let due = query.next_due(now);
+            self.next_due = self.next_due.map(|next| next.min(due));
         }
         Some(Answered { round_trip })
     }
@@ -179,6 +205,10 @@ impl Queries {
         };
         if query.ends(now).is_none() {
             let query = self.queries.remove(&id)?;
+            if self.over.len() >= MAX_OVER {
+                self.over.pop_front();
+            }
+            self.over.push_back((id, query.sent));
             let unanswered = query.asked.iter().filter(|a| !a.answered && a.due.is_some()).map(|a| a.peer).collect();
             let answered = query.asked.iter().any(|a| a.answered);
             return Some(Due::Over { sent: query.sent, unanswered, answered });
@@ -188,6 +218,12 @@ impl Queries {
         query.next_send = (query.sends < MAX_SENDS).then(|| now + query.step);
         let to = query.asked.iter().filter(|a| query.waits_for(a, now)).map(|a| a.peer).collect();
         Some(Due::Repeat { id, hash_part: query.hash_part, to, broadcast: query.sends == 2 })
+    }
+
+    /// How long ago a query that is over was sent: what a late answer tells of its sender's round trip.
+    pub fn late(&self, id: u32, now: Instant) -> Option<Duration> {
+        let (_, sent) = self.over.iter().find(|(over, _)| *over == id)?;
+        Some(now.saturating_duration_since(*sent))
     }
 
     /// When [`Queries::due`] may have something next.
@@ -251,6 +287,37 @@ mod tests {
         assert_eq!(holders.try_recv().unwrap().http, address(8));
         while queries.due(now + 50 * MS).is_some() {}
         assert_eq!(holders.try_recv(), Err(TryRecvError::Disconnected));
+    }
+
+    /// One neighbour could fill the channel with servers of its own, so that nobody else's answer found room.
+    #[test]
+    fn one_address_is_one_holder() {
+        let (now, mut queries) = (Instant::now(), Queries::new(0));
+        let (query, holders) = query(now, None);
+        let id = queries.insert(query, now).unwrap();
+        for port in 1..100 {
+            let claim = Holder { http: SocketAddr::from(([10, 0, 0, 1], port)), url_path: "local/x.narinfo".into() };
+            queries.answered(id, address(1), true, Some(claim), now);
+        }
+        queries.answered(id, address(2), true, holder(2), now);
+        assert_eq!(holders.try_iter().map(|h| h.http.ip()).collect::<Vec<_>>(), [address(1).ip(), address(2).ip()]);
+    }
+
+    /// The end used to be seen only when the slow peer would have been due, though it had answered.
+    #[test]
+    fn an_answer_can_make_the_end_come_earlier() {
+        let (now, mut queries) = (Instant::now(), Queries::new(0));
+        let (sender, holders) = bounded(4);
+        let asked = [(address(1), Some(1000 * MS)), (address(2), Some(200 * MS))];
+        let query = Query::new(hash_part(), asked.into_iter(), None, 3000 * MS, sender, now);
+        let id = queries.insert(query, now).unwrap();
+        assert_eq!(queries.due(now + MS), None);
+        queries.answered(id, address(1), true, None, now + 2 * MS).unwrap();
+        assert!(queries.next_due().unwrap() <= now + 200 * MS);
+        assert!(matches!(queries.due(now + 200 * MS), Some(Due::Over { .. })));
+        assert_eq!(holders.try_recv(), Err(TryRecvError::Disconnected));
+        assert_eq!(queries.late(id, now + 300 * MS), Some(300 * MS));
+        assert_eq!(queries.late(id + 1, now), None);
     }
 
     #[test]

@@ -1,7 +1,11 @@
 //! How well each peer serves: whom to try first, and whom to leave alone for a while. No I/O; time is passed in.
+//!
+//! A peer is an address, whatever ports it claims. One that failed is tried last for a while, and one that keeps
+//! failing not at all: the only holder of a path must not be lost to one broken connection, as Nix remembers a wrong
+//! *not there* for an hour.
 
 use std::collections::HashMap;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
@@ -10,11 +14,12 @@ const FIRST_PAUSE: Duration = Duration::from_secs(1);
 /// The longest pause.
 const LONGEST_PAUSE: Duration = Duration::from_secs(300);
 
-/// A path can be collected between *have* and the request, so that a few broken promises are no failure.
+/// A path can be collected between *have* and the request, and one narinfo can be odd, so that a few broken promises
+/// are no failure.
 const PROMISES_FORGIVEN: u32 = 3;
 
-/// Failures in a row at which the log has its one warning of a peer.
-const WARN_AT: u32 = 3;
+/// After so many failures a peer is not tried at all in its pauses, and the log has its one warning.
+const HOPELESS: u32 = 3;
 
 /// Peers remembered at once; as many as discovery knows.
 const MAX_PEERS: usize = 1024;
@@ -22,62 +27,111 @@ const MAX_PEERS: usize = 1024;
 /// What went wrong with a peer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fault {
-    /// It cannot be reached, hangs, or breaks off.
+    /// It cannot be reached, or hangs. Any answer makes up for it.
     Unreachable,
-    /// It sent what it must not send: a malformed narinfo, a wrong NAR.
+    /// It broke off or hung amid a NAR, or was too slow. A whole NAR makes up for it.
+    BrokenStream,
+    /// It sent a wrong NAR. A whole one makes up for it.
     BadData,
-    /// It said *have* and then has not.
+    /// It said *have*, and then has not, or has a narinfo that is none. Any good narinfo makes up for it.
     BrokenPromise,
+}
+
+/// Whether to ask a peer at all.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Turn {
+    /// As the order has it.
+    Now,
+    /// Only if nobody else can help.
+    Last,
+    /// Not now.
+    Never,
 }
 
 #[derive(Default)]
 struct Peer {
     unreachable: u32,
-    bad_data: u32,
+    bad_nars: u32,
     broken_promises: u32,
+    was_slow: bool,
     avoided_until: Option<Instant>,
     last_fault: Option<Instant>,
-    /// Smoothed time to the first byte of an answer.
-    latency: Duration,
+    /// Smoothed time to a narinfo.
+    latency: Option<Duration>,
 }
 
-/// The standing of every peer by the address of its HTTP server; shared by all threads.
+impl Peer {
+    fn failures(&self) -> u32 {
+        self.unreachable
+            .saturating_add(self.bad_nars)
+            .saturating_add(self.broken_promises.saturating_sub(PROMISES_FORGIVEN))
+    }
+}
+
+/// The standing of every peer; shared by all threads.
 #[derive(Default)]
 pub struct Standing {
-    peers: Mutex<HashMap<SocketAddr, Peer>>,
+    peers: Mutex<HashMap<IpAddr, Peer>>,
 }
 
 impl Standing {
-    /// Whether the peer is to be left alone at `now`.
-    pub fn is_avoided(&self, peer: SocketAddr, now: Instant) -> bool {
-        self.lock().get(&peer).and_then(|p| p.avoided_until).is_some_and(|until| until > now)
+    /// When the peer's turn is, at `now`.
+    pub fn turn(&self, peer: SocketAddr, now: Instant) -> Turn {
+        match self.lock().get(&peer.ip()) {
+            Some(p) if p.avoided_until.is_some_and(|until| until > now) => {
+                if p.failures() >= HOPELESS {
+                    Turn::Never
+                } else {
+                    Turn::Last
+                }
+            }
+            _ => Turn::Now,
+        }
     }
 
-    /// Whether it failed lately and has not made up for it.
+    /// Whether it failed or hung lately and has not made up for it.
     pub fn is_doubtful(&self, peer: SocketAddr) -> bool {
-        self.lock().get(&peer).is_some_and(|p| p.bad_data + p.unreachable > 0)
+        self.lock().get(&peer.ip()).is_some_and(|p| p.failures() > 0 || p.was_slow)
     }
 
-    /// The smoothed time to the first byte of the peer's answers, zero if unknown.
+    /// The smoothed time to the peer's narinfos, zero if unknown.
     pub fn latency(&self, peer: SocketAddr) -> Duration {
-        self.lock().get(&peer).map_or(Duration::ZERO, |p| p.latency)
+        self.lock().get(&peer.ip()).and_then(|p| p.latency).unwrap_or_default()
     }
 
-    /// Sorts the most reliable first, and of those the fastest.
+    /// Sorts the most reliable first, then those that are known to answer, then the fastest.
     pub fn sort<T>(&self, peers: &mut [T], address: impl Fn(&T) -> SocketAddr) {
         let standing = self.lock();
         peers.sort_by_cached_key(|peer| {
-            standing.get(&address(peer)).map_or((0, Duration::ZERO), |p| (p.bad_data + p.unreachable, p.latency))
+            let known = standing.get(&address(peer).ip());
+            known.map_or((0, false, Duration::MAX), |p| (p.failures(), p.was_slow, p.latency.unwrap_or(Duration::MAX)))
         });
     }
 
-    /// A narinfo came, `latency` after it was asked for.
+    /// A good narinfo came, `latency` after it was asked for.
     pub fn answered(&self, peer: SocketAddr, latency: Duration, now: Instant) {
         let mut standing = self.lock();
         let peer = entry(&mut standing, peer, now);
         peer.unreachable = 0;
         peer.broken_promises = 0;
-        peer.latency = if peer.latency.is_zero() { latency } else { (peer.latency * 7 + latency) / 8 };
+        peer.was_slow = false;
+        if peer.bad_nars == 0 {
+            peer.avoided_until = None;
+        }
+        peer.latency = Some(peer.latency.map_or(latency, |old| (old * 7 + latency) / 8));
+    }
+
+    /// No narinfo came within `patience`, and another peer is tried. The second time in a row it is a failure.
+    pub fn hung(&self, peer: SocketAddr, patience: Duration, began: Instant, now: Instant) {
+        let twice = {
+            let mut standing = self.lock();
+            let peer = entry(&mut standing, peer, now);
+            peer.latency = Some(peer.latency.map_or(patience, |old| old.max(patience)));
+            std::mem::replace(&mut peer.was_slow, true)
+        };
+        if twice {
+            self.failed(peer, Fault::Unreachable, began, now, &"hangs");
+        }
     }
 
     /// A whole NAR came, and it was right.
@@ -85,7 +139,7 @@ impl Standing {
         let mut standing = self.lock();
         let peer = entry(&mut standing, peer, now);
         peer.unreachable = 0;
-        peer.bad_data = 0;
+        peer.bad_nars = 0;
         peer.avoided_until = None;
     }
 
@@ -104,38 +158,38 @@ impl Standing {
         if peer.last_fault.is_some_and(|last| last >= began) {
             return;
         }
-        match fault {
-            Fault::Unreachable => peer.unreachable = peer.unreachable.saturating_add(1),
-            Fault::BadData => peer.bad_data = peer.bad_data.saturating_add(1),
-            Fault::BrokenPromise => peer.broken_promises = peer.broken_promises.saturating_add(1),
-        }
-        let failures =
-            peer.unreachable.saturating_add(peer.bad_data) + peer.broken_promises.saturating_sub(PROMISES_FORGIVEN);
+        let count = match fault {
+            Fault::Unreachable => &mut peer.unreachable,
+            Fault::BrokenStream | Fault::BadData => &mut peer.bad_nars,
+            Fault::BrokenPromise => &mut peer.broken_promises,
+        };
+        *count = count.saturating_add(1);
+        let failures = peer.failures();
         if failures == 0 {
             return;
         }
         peer.last_fault = Some(now);
         let pause = FIRST_PAUSE.saturating_mul(1 << (failures - 1).min(20)).min(LONGEST_PAUSE);
         peer.avoided_until = Some(now + pause);
-        if failures == WARN_AT || fault == Fault::BadData && failures < WARN_AT {
+        if failures == HOPELESS || fault == Fault::BadData && failures < HOPELESS {
             log::warn!("peer {address}: {reason}; avoided for {} s", pause.as_secs());
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<SocketAddr, Peer>> {
+    fn lock(&self) -> MutexGuard<'_, HashMap<IpAddr, Peer>> {
         self.peers.lock().unwrap_or_else(|e| e.into_inner())
     }
 }
 
-fn entry(standing: &mut HashMap<SocketAddr, Peer>, address: SocketAddr, now: Instant) -> &mut Peer {
-    if standing.len() >= MAX_PEERS && !standing.contains_key(&address) {
+fn entry(standing: &mut HashMap<IpAddr, Peer>, address: SocketAddr, now: Instant) -> &mut Peer {
+    if standing.len() >= MAX_PEERS && !standing.contains_key(&address.ip()) {
         // Those who are not avoided have nothing to lose but a latency.
         standing.retain(|_, p| p.avoided_until.is_some_and(|until| until > now));
         if standing.len() >= MAX_PEERS {
             standing.clear();
         }
     }
-    standing.entry(address).or_default()
+    standing.entry(address.ip()).or_default()
 }
 
 #[cfg(test)]
@@ -151,17 +205,29 @@ mod tests {
         let (standing, mut now) = (Standing::default(), Instant::now());
         for expected in [1, 2, 4, 8, 16, 32, 64, 128, 256, 300, 300] {
             standing.failed(address(1), Fault::BadData, now, now, &"test");
-            assert!(standing.is_avoided(address(1), now + Duration::from_secs(expected) - Duration::from_millis(1)));
+            let last_moment = now + Duration::from_secs(expected) - Duration::from_millis(1);
+            assert_ne!(standing.turn(address(1), last_moment), Turn::Now);
             now += Duration::from_secs(expected);
-            assert!(!standing.is_avoided(address(1), now));
+            assert_eq!(standing.turn(address(1), now), Turn::Now);
             now += Duration::from_millis(1);
         }
-        // A narinfo is no proof of better data; a whole NAR is.
-        standing.failed(address(1), Fault::BadData, now, now, &"test");
+        // A narinfo is no proof of better NARs; a whole NAR is.
+        standing.failed(address(1), Fault::BrokenStream, now, now, &"test");
         standing.answered(address(1), Duration::from_millis(1), now);
-        assert!(standing.is_avoided(address(1), now));
+        assert_eq!(standing.turn(address(1), now), Turn::Never);
         standing.delivered(address(1), now);
-        assert!(!standing.is_avoided(address(1), now));
+        assert_eq!(standing.turn(address(1), now), Turn::Now);
+    }
+
+    /// One broken stream used to make all that its only holder has "not there".
+    #[test]
+    fn after_one_failure_a_peer_is_the_last_resort_and_only_after_three_none() {
+        let (standing, mut now) = (Standing::default(), Instant::now());
+        for expected in [Turn::Last, Turn::Last, Turn::Never] {
+            now += Duration::from_millis(1);
+            standing.failed(address(1), Fault::BrokenStream, now, now, &"test");
+            assert_eq!(standing.turn(address(1), now), expected);
+        }
     }
 
     #[test]
@@ -171,31 +237,45 @@ mod tests {
         for _ in 0..25 {
             standing.failed(address(1), Fault::Unreachable, now, failed, &"test");
         }
-        assert!(standing.is_avoided(address(1), failed));
-        assert!(!standing.is_avoided(address(1), failed + FIRST_PAUSE));
+        assert_eq!(standing.turn(address(1), failed), Turn::Last);
+        assert_eq!(standing.turn(address(1), failed + FIRST_PAUSE), Turn::Now);
     }
 
     #[test]
     fn a_few_broken_promises_are_forgiven() {
         let (standing, mut now) = (Standing::default(), Instant::now());
         for i in 0..=PROMISES_FORGIVEN {
-            assert!(!standing.is_avoided(address(1), now), "{i}");
+            assert_eq!(standing.turn(address(1), now), Turn::Now, "{i}");
             now += Duration::from_millis(1);
             standing.failed(address(1), Fault::BrokenPromise, now, now, &"test");
         }
-        assert!(standing.is_avoided(address(1), now));
+        assert_eq!(standing.turn(address(1), now), Turn::Last);
     }
 
+    /// A peer whose HTTP hangs used to be tried first for every path, as its unknown latency counted as none.
     #[test]
-    fn reliable_first_then_fast() {
+    fn reliable_first_then_proven_then_fast() {
         let (standing, now) = (Standing::default(), Instant::now());
         standing.answered(address(1), Duration::from_millis(9), now);
         standing.answered(address(2), Duration::from_millis(1), now);
         standing.answered(address(3), Duration::from_micros(1), now);
         standing.failed(address(3), Fault::BadData, now, now, &"test");
-        let mut peers = [address(3), address(1), address(2)];
+        standing.hung(address(4), Duration::from_millis(300), now, now);
+        let mut peers = [address(3), address(4), address(5), address(1), address(2)];
         standing.sort(&mut peers, |p| *p);
-        assert_eq!(peers, [address(2), address(1), address(3)]);
+        assert_eq!(peers, [address(2), address(1), address(5), address(4), address(3)]);
+        assert!(standing.is_doubtful(address(4)));
+        let later = now + Duration::from_secs(1);
+        standing.hung(address(4), Duration::from_millis(300), later, later);
+        assert_eq!(standing.turn(address(4), later), Turn::Last);
+    }
+
+    #[test]
+    fn another_port_is_no_other_peer() {
+        let (standing, now) = (Standing::default(), Instant::now());
+        standing.failed(address(1), Fault::BadData, now, now, &"test");
+        let other_port = SocketAddr::new(address(1).ip(), 999);
+        assert_eq!(standing.turn(other_port, now), Turn::Last);
     }
 
     #[test]

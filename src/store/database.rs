@@ -20,7 +20,7 @@ pub(super) const SCHEMA: &str = "10";
 /// of 2 MiB, times the pool, would be more than the whole program may take. Mapping the file into memory instead halves
 /// the time of a lookup, but each connection then counts the whole file as its own memory, and a failing disk kills
 /// the process.
-const CACHE_KIB: i64 = 256;
+const CACHE_KIB: i64 = 512;
 
 /// The longest text of one column, in bytes. A path that refers to 100,000 others has 8 MiB of references.
 const MAX_COLUMN: usize = 16 << 20;

@@ -26,6 +26,7 @@ pub mod packet;
 pub mod process;
 pub mod scene;
 pub mod standin;
+pub mod stock;
 pub mod tree;
 pub mod world;
 

@@ -1,0 +1,655 @@
+//! What the daemon does with clients that want too much, too slowly, or nothing sensible. It always answers the others.
+
+mod common;
+
+use common::daemon::binary;
+use common::http::{Answer, Connection, Reply, Server, get, get_local};
+use common::packet::Packet;
+use common::standin::receive;
+use common::stock::{self, line, nar_route, narinfo};
+use common::{Daemon, Host, Lan, PORT, Process, SOON, wait_for, world};
+use std::io::{self, Read, Write};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream, UdpSocket};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+/// More than any bound in time that a test here waits for (30 s without a byte, twice, as a part may be taken).
+const PATIENCE: Duration = Duration::from_secs(150);
+
+struct Scene {
+    daemon: Daemon,
+    path: String,
+    server: Host,
+    neighbour: Host,
+    lan: Lan,
+}
+
+impl Scene {
+    fn new() -> Scene {
+        Self::with(|server| Daemon::start(server, &[]))
+    }
+
+    fn with(start: impl FnOnce(&Host) -> Daemon) -> Scene {
+        let lan = Lan::new();
+        let (server, neighbour) = (lan.host("server"), lan.host("neighbour"));
+        stock::ready(&server);
+        let path = stock::add(&server, "file", "echo file > $n");
+        let daemon = start(&server);
+        Scene { daemon, path, server, neighbour, lan }
+    }
+
+    fn address(&self) -> SocketAddr {
+        (self.server.address, PORT).into()
+    }
+
+    fn connect(&self) -> TcpStream {
+        connect(&self.neighbour, self.address())
+    }
+
+    /// Checks that a new connection is answered, from the network and from this machine.
+    fn answers(&self) {
+        let answer = narinfo(&self.neighbour, &self.server, &self.path);
+        assert_eq!((answer.status, line(&answer.text(), "StorePath")), (200, &*self.path));
+        assert_eq!(get_local(&self.server, &stock::narinfo_route(&self.path)).unwrap().status, 200);
+    }
+
+    /// The same, as soon as it may be; and that it has been the same process all along, without a fault of its own.
+    fn recovers(&self) {
+        for from in [&self.neighbour, &self.server] {
+            wait_for("an answer", || {
+                let route = stock::narinfo_route(&self.path);
+                let answer = get(from, self.address(), &route).ok()?;
+                (answer.status == 200).then_some(())
+            });
+        }
+        assert!(!self.daemon.log().contains("panicked"), "{}", self.daemon.log());
+    }
+}
+
+fn connect(from: &Host, to: SocketAddr) -> TcpStream {
+    let stream = from.connect(to).unwrap();
+    stream.set_read_timeout(Some(SOON)).unwrap();
+    stream.set_write_timeout(Some(SOON)).unwrap();
+    stream
+}
+
+fn loopback() -> SocketAddr {
+    (IpAddr::from(Ipv4Addr::LOCALHOST), PORT).into()
+}
+
+/// So many connections from `from`.
+fn many(from: &Host, to: SocketAddr, count: usize) -> Vec<TcpStream> {
+    // One thread that enters the host's network once.
+    from.in_net(|| (0..count).map(|_| TcpStream::connect(to).unwrap()).collect())
+}
+
+/// Whether the other end has closed it.
+fn is_closed(stream: &TcpStream) -> bool {
+    stream.set_nonblocking(true).unwrap();
+    let read = (&*stream).read(&mut [0]);
+    stream.set_nonblocking(false).unwrap();
+    match read {
+        Ok(length) => length == 0,
+        Err(e) => e.kind() != io::ErrorKind::WouldBlock,
+    }
+}
+
+/// Everything that comes until the connection is closed, in whatever way.
+fn rest(mut stream: &TcpStream) -> String {
+    let mut answer = Vec::new();
+    if let Err(e) = stream.read_to_end(&mut answer) {
+        assert!(!matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut), "it was left open");
+    }
+    String::from_utf8_lossy(&answer).into_owned()
+}
+
+#[test]
+fn heads_without_end() {
+    let scene = Scene::new();
+    let mut shapes: Vec<Vec<u8>> = vec![
+        [b"GET /nix-cache-info HTTP/1.1\r\nX: ", &vec![b'a'; 1 << 20][..], b"\r\n\r\n"].concat(),
+        [b"GET /", &vec![b'a'; 1 << 20][..], b" HTTP/1.1\r\n\r\n"].concat(),
+        vec![b'G'; 1 << 20],
+        vec![0; 1 << 20],
+        b"\r\n".repeat(1 << 19),
+        [b"GET /nix-cache-info HTTP/1.1\r\n", &b"A: b\r\n".repeat(65)[..], b"\r\n"].concat(),
+    ];
+    for shape in &shapes {
+        let mut stream = scene.connect();
+        // It may be refused before it has come whole.
+        let _ = stream.write_all(shape);
+        let answer = rest(&stream);
+        let start = String::from_utf8_lossy(&shape[..20]).into_owned();
+        let refused = answer.starts_with("HTTP/1.1 431 ") || answer.starts_with("HTTP/1.1 400 ") || answer.is_empty();
+        assert!(refused, "{start:?}: {answer}");
+        scene.answers();
+    }
+    // As much as is allowed is allowed.
+    shapes = vec![
+        [b"GET /nix-cache-info HTTP/1.1\r\nConnection: close\r\nX: ", &vec![b'a'; 16_000][..], b"\r\n\r\n"].concat(),
+        [b"GET /nix-cache-info HTTP/1.1\r\nConnection: close\r\n", &b"A: b\r\n".repeat(63)[..], b"\r\n"].concat(),
+    ];
+    for shape in &shapes {
+        let mut stream = scene.connect();
+        stream.write_all(shape).unwrap();
+        assert!(rest(&stream).starts_with("HTTP/1.1 200 "));
+    }
+    assert!(resident(&scene.daemon) < 64 << 10);
+    scene.recovers();
+}
+
+#[test]
+fn bodies_nobody_asked_for() {
+    let scene = Scene::new();
+    for (head, status) in [
+        ("GET /nix-cache-info HTTP/1.1\r\nContent-Length: 999999999999\r\n\r\n", "200"),
+        ("POST /nix-cache-info HTTP/1.1\r\nContent-Length: 999999999999\r\n\r\n", "405"),
+        ("PUT /x HTTP/1.1\r\nContent-Length: 18446744073709551615\r\n\r\n", "405"),
+        ("PUT /x HTTP/1.1\r\nContent-Length: 99999999999999999999999\r\n\r\n", "400"),
+        ("PUT /x HTTP/1.1\r\nContent-Length: 5\r\nContent-Length: 5\r\n\r\n", "400"),
+        ("PUT /x HTTP/1.1\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n", "400"),
+        ("PUT /x HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n", "400"),
+        ("GET /nix-cache-info HTTP/1.1\r\nTransfer-Encoding: identity\r\n\r\n", "400"),
+    ] {
+        let mut stream = scene.connect();
+        stream.write_all(head.as_bytes()).unwrap();
+        let answer = rest(&stream);
+        assert!(answer.starts_with(&format!("HTTP/1.1 {status} ")), "{head:?}: {answer}");
+        assert_eq!(answer.matches("Content-Length: ").count(), 1, "{head:?}: {answer}");
+    }
+    // A body that goes on and on is not taken for ever.
+    let mut stream = scene.connect();
+    stream.write_all(b"PUT /x HTTP/1.1\r\nContent-Length: 999999999999\r\n\r\n").unwrap();
+    let chunk = vec![b'x'; 1 << 20];
+    let taken = (0..1000).take_while(|_| stream.write_all(&chunk).is_ok()).count();
+    assert!(taken < 1000, "a body of {taken} MiB was taken");
+    assert!(resident(&scene.daemon) < 64 << 10);
+    scene.recovers();
+}
+
+/// KiB of memory.
+fn resident(daemon: &Daemon) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{}/status", daemon.pid())).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+    line.trim().strip_suffix(" kB").unwrap().parse().unwrap()
+}
+
+#[test]
+fn a_thousand_requests_at_once_are_answered_in_order() {
+    let scene = Scene::new();
+    let nar = nar_route(&scene.neighbour, &scene.server, &scene.path);
+    let dump = stock::dump(&scene.server, &scene.path);
+    let mut connection = Connection::new(scene.connect()).unwrap();
+    let mut all = String::new();
+    for number in 0..1000 {
+        let route = match number % 3 {
+            0 => "/nix-cache-info".to_owned(),
+            1 => nar.clone(),
+            _ => format!("/nothing/{number}"),
+        };
+        let part = number % dump.len();
+        all += &format!("GET {route} HTTP/1.1\r\nHost: x\r\nRange: bytes={part}-\r\n\r\n");
+    }
+    std::thread::scope(|scope| {
+        let mut writer = scene.connect();
+        let text = all.as_bytes();
+        // And cut at every odd place on a second connection, meanwhile.
+        scope.spawn(move || {
+            for piece in text.chunks(77) {
+                writer.write_all(piece).unwrap();
+            }
+            let mut connection = Connection::new(writer).unwrap();
+            assert_eq!((0..1000).filter(|_| connection.answer(true).unwrap().whole).count(), 1000);
+        });
+        connection.send(text).unwrap();
+        for number in 0..1000 {
+            let answer = connection.answer(true).unwrap();
+            match number % 3 {
+                0 => assert!(answer.text().starts_with("StoreDir")),
+                1 => assert!(answer.body == dump[number % dump.len()..], "{number}"),
+                _ => assert_eq!(answer.status, 404),
+            }
+        }
+    });
+    assert_eq!(connection.get("/nix-cache-info").unwrap().status, 200);
+}
+
+/// Begins to read a NAR and reads no further.
+fn begin(stream: &mut TcpStream, route: &str) -> io::Result<u16> {
+    write!(stream, "GET {route} HTTP/1.1\r\nHost: x\r\n\r\n")?;
+    let mut start = [0; 16];
+    stream.read_exact(&mut start)?;
+    Ok(String::from_utf8_lossy(&start[9..12]).parse().unwrap())
+}
+
+#[test]
+fn clients_that_are_too_slow_are_dropped() {
+    let scene = Scene::new();
+    let large = stock::add_large(&scene.server, "large", 64);
+    let route = nar_route(&scene.neighbour, &scene.server, &large);
+    // As many readers as one neighbour may have. They take a few bytes, and then no more.
+    let mut readers: Vec<TcpStream> = (0..32).map(|_| scene.connect()).collect();
+    for reader in &mut readers {
+        assert_eq!(begin(reader, &route).unwrap(), 200);
+    }
+    assert_eq!(begin(&mut scene.connect(), &route).unwrap(), 503);
+
+    // A head that drips, a byte at a time, never silent for long; one that stops; one that never begins.
+    let mut drip = scene.connect();
+    let mut stopped = scene.connect();
+    stopped.write_all(b"GET /nix-ca").unwrap();
+    let silent = scene.connect();
+    let started = Instant::now();
+    let mut pending = vec!["drip", "stopped", "silent", "readers"];
+    while !pending.is_empty() {
+        assert!(started.elapsed() < PATIENCE, "never dropped: {pending:?}");
+        let _ = drip.write_all(b"G");
+        std::thread::sleep(Duration::from_millis(100));
+        pending.retain(|what| match *what {
+            "drip" => !is_closed(&drip),
+            "stopped" => !is_closed(&stopped),
+            "silent" => !is_closed(&silent),
+            // Their place is free again.
+            _ => begin(&mut scene.connect(), &route).unwrap() != 200,
+        });
+        // Nobody else is delayed meanwhile.
+        scene.answers();
+    }
+    assert!(resident(&scene.daemon) < 64 << 10);
+    // What they get now of what was sent is not the whole.
+    for reader in &mut readers {
+        let mut all = Vec::new();
+        let _ = reader.read_to_end(&mut all);
+        assert!(all.len() < 64 << 20, "{} bytes", all.len());
+    }
+    scene.recovers();
+}
+
+#[test]
+fn long_answers_never_delay_short_ones() {
+    let scene = Scene::new();
+    let large = stock::add_large(&scene.server, "large", 32);
+    let other = scene.lan.host("other");
+    let route = nar_route(&scene.neighbour, &scene.server, &large);
+    let mut readers = Vec::new();
+    let mut read = |from: &Host, to: SocketAddr, count: usize| {
+        for _ in 0..count {
+            let mut stream = connect(from, to);
+            assert_eq!(begin(&mut stream, &route).unwrap(), 200);
+            readers.push(stream);
+        }
+    };
+    // One neighbour's share, all neighbours' share, and this machine has the rest to itself.
+    read(&scene.neighbour, scene.address(), 32);
+    refused(&get(&scene.neighbour, scene.address(), &route).unwrap());
+    read(&other, scene.address(), 16);
+    refused(&get(&other, scene.address(), &route).unwrap());
+    read(&scene.server, loopback(), 16);
+    refused(&get(&other, scene.address(), &route).unwrap());
+
+    // Sixty-four slow readers: narinfos are answered as ever, and so are queries.
+    scene.answers();
+    let socket = other.udp(0);
+    assert!(stock::has(&socket, &scene.server, &large));
+    std::thread::scope(|scope| {
+        for _ in 0..25 {
+            scope.spawn(|| {
+                for _ in 0..20 {
+                    scene.answers();
+                }
+            });
+        }
+    });
+
+    // This machine's Nix is never told 503: it waits for its turn.
+    let mut own = connect(&scene.server, loopback());
+    write!(own, "GET {route} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").unwrap();
+    own.set_read_timeout(Some(Duration::from_millis(500))).unwrap();
+    let early = own.read(&mut [0]).map_err(|e| e.kind());
+    assert!(matches!(early, Err(io::ErrorKind::WouldBlock)), "answered before its turn: {early:?}");
+    own.set_read_timeout(Some(SOON)).unwrap();
+    drop(readers.pop());
+    let answer = rest(&own);
+    assert!(answer.starts_with("HTTP/1.1 200 ") && answer.len() > 32 << 20, "{}", answer.len());
+
+    // When they have gone, all is as before.
+    readers.clear();
+    for from in [&scene.neighbour, &other] {
+        wait_for("a place", || {
+            let answer = get(from, scene.address(), &route).unwrap();
+            (answer.status == 200 && answer.whole).then_some(())
+        });
+    }
+}
+
+fn refused(answer: &Answer) {
+    assert_eq!(answer.status, 503, "a reader too many");
+    assert_eq!(answer.header("retry-after"), Some("1"));
+    assert_eq!(answer.text().lines().count(), 1);
+}
+
+#[test]
+fn a_thousand_idle_connections() {
+    let scene = Scene::new();
+    // They have all been used, so that each had its thread and its buffers.
+    let idle = many(&scene.server, loopback(), 1000);
+    for stream in &idle {
+        (&*stream).write_all(b"GET /nix-cache-info HTTP/1.1\r\nHost: x\r\n\r\n").unwrap();
+    }
+    for stream in &idle {
+        stream.set_read_timeout(Some(SOON)).unwrap();
+        (&*stream).read_exact(&mut [0; 64]).unwrap();
+    }
+    scene.answers();
+    let memory = resident(&scene.daemon);
+    assert!(memory < 64 << 10, "{memory} KiB");
+    // None of them was closed for it.
+    let mut buffer = [0; 4096];
+    let open = idle.iter().filter(|stream| {
+        stream.set_nonblocking(true).unwrap();
+        // The rest of its answer, and then nothing.
+        while matches!((&**stream).read(&mut buffer), Ok(length) if length > 0) {}
+        !is_closed(stream)
+    });
+    assert_eq!(open.count(), 1000);
+
+    // One more than is allowed, and another: the one idle longest makes room each time.
+    let more = many(&scene.server, loopback(), 100);
+    scene.answers();
+    wait_for("the idlest are closed", || is_closed(&idle[0]).then_some(()));
+    let closed = idle.iter().filter(|stream| is_closed(stream)).count();
+    assert!((76..150).contains(&closed), "{closed} closed");
+    let last_closed = idle.iter().rposition(is_closed).unwrap();
+    assert!(last_closed < 200, "connection {last_closed} of 1,000 was closed");
+    for stream in &more {
+        let mut connection = Connection::new(stream.try_clone().unwrap()).unwrap();
+        assert_eq!(connection.get("/nix-cache-info").unwrap().status, 200);
+    }
+    // A neighbour alone cannot shut out the others, however many it opens.
+    let greedy = many(&scene.neighbour, scene.address(), 400);
+    wait_for("its own idlest are closed", || (greedy.iter().filter(|s| is_closed(s)).count() >= 144).then_some(()));
+    let still_open = more.iter().filter(|stream| !is_closed(stream)).count();
+    assert_eq!(still_open, 100);
+    scene.recovers();
+}
+
+#[test]
+fn connections_opened_at_once() {
+    let scene = Scene::new();
+    let nix = |from: &Host, to: SocketAddr| {
+        // Nix opens 25, then asks on all of them, then waits for all of them.
+        let mut streams = many(from, to, 25);
+        for _ in 0..20 {
+            for stream in &mut streams {
+                write!(stream, "GET {} HTTP/1.1\r\nHost: x\r\n\r\n", stock::narinfo_route(&scene.path)).unwrap();
+            }
+            for stream in &streams {
+                let mut connection = Connection::new(stream.try_clone().unwrap()).unwrap();
+                let answer = connection.answer(true).unwrap();
+                assert_eq!((answer.status, answer.whole), (200, true));
+            }
+        }
+    };
+    std::thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| nix(&scene.server, loopback()));
+            scope.spawn(|| nix(&scene.neighbour, scene.address()));
+        }
+    });
+}
+
+#[test]
+fn connections_that_are_reset() {
+    let scene = Scene::new();
+    let large = stock::add_large(&scene.server, "large", 8);
+    let route = nar_route(&scene.neighbour, &scene.server, &large);
+    let requests = [
+        String::new(),
+        "GET /nix-cache".to_owned(),
+        "GET /nix-cache-info HTTP/1.1\r\n\r\n".to_owned(),
+        "POST / HTTP/1.1\r\nContent-Length: 99\r\n\r\nabc".to_owned(),
+        "nonsense\r\n\r\n".to_owned(),
+        format!("GET {route} HTTP/1.1\r\n\r\n"),
+        "GET /nix-cache-info HTTP/1.1\r\n\r\n".repeat(50),
+    ];
+    let stopped = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let storms: Vec<_> = (0..4)
+            .map(|_| {
+                scope.spawn(|| {
+                    scene.neighbour.in_net(|| {
+                        for number in 0..700 {
+                            let Ok(mut stream) = TcpStream::connect(scene.address()) else { continue };
+                            socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO)).unwrap();
+                            let _ = stream.write_all(requests[number % requests.len()].as_bytes());
+                        }
+                    });
+                })
+            })
+            .collect();
+        // This machine's Nix is answered all the while.
+        let own = scope.spawn(|| {
+            let mut count = 0;
+            while !stopped.load(Ordering::Relaxed) {
+                assert_eq!(get_local(&scene.server, &stock::narinfo_route(&scene.path)).unwrap().status, 200);
+                count += 1;
+            }
+            count
+        });
+        let ended: Vec<_> = storms.into_iter().map(|storm| storm.join()).collect();
+        stopped.store(true, Ordering::Relaxed);
+        assert!(own.join().unwrap() > 0);
+        assert!(ended.iter().all(Result::is_ok));
+    });
+    // All the permits came back.
+    let mut readers: Vec<TcpStream> = (0..32).map(|_| scene.connect()).collect();
+    for reader in &mut readers {
+        wait_for("a place", || {
+            let mut stream = scene.connect();
+            let given = begin(&mut stream, &route).ok()? == 200;
+            std::mem::swap(reader, &mut stream);
+            given.then_some(())
+        });
+    }
+    scene.recovers();
+}
+
+#[test]
+fn no_descriptors_left() {
+    // Started through `prlimit`, which becomes it.
+    let lan = Lan::new();
+    let (server, neighbour) = (lan.host("server"), lan.host("neighbour"));
+    stock::ready(&server);
+    let path = stock::add(&server, "file", "echo file > $n");
+    let large = stock::add_large(&server, "large", 32);
+    let log = common::directory().join(format!("descriptors-{}", std::process::id()));
+    let mut command = server.cmd("prlimit");
+    command.arg("--nofile=60:60").arg(binary()).arg("--verbose").stderr(std::fs::File::create(&log).unwrap());
+    let mut process = Process::start(command);
+    wait_for("peerix answers", || server.connect_local().ok());
+    let address = SocketAddr::from((server.address, PORT));
+    let route = nar_route(&neighbour, &server, &large);
+    let answered = || {
+        wait_for("an answer", || {
+            let answer = get(&neighbour, address, &stock::narinfo_route(&path)).ok()?;
+            (answer.status == 200).then_some(())
+        });
+    };
+    for _ in 0..3 {
+        // More connections than descriptors, all idle: the oldest make room.
+        let idle = many(&server, loopback(), 100);
+        answered();
+        // All at work: nobody can be let in, and those who are in may find that no file can be opened.
+        let mut streams = many(&server, loopback(), 100);
+        for stream in &mut streams {
+            let _ = write!(stream, "GET {route} HTTP/1.1\r\nHost: x\r\n\r\n");
+        }
+        let socket = neighbour.udp(0);
+        // Datagrams need no descriptor: but an answer may have to wait for the database.
+        let query = Packet::Query { id: 1, hash_part: world::hash_part(&path).to_owned() }.write();
+        socket.send_to(&query, address).unwrap();
+        drop((idle, streams));
+        answered();
+        assert!(stock::has(&socket, &server, &path));
+        wait_for("a NAR", || {
+            let answer = get(&neighbour, address, &route).ok()?;
+            (answer.status == 200 && answer.whole).then_some(())
+        });
+    }
+    let text = std::fs::read_to_string(&log).unwrap();
+    assert!(text.contains("accepting connections: "), "descriptors were never used up: nothing was tested\n{text}");
+    assert!(!text.contains("panicked"), "{text}");
+    assert_eq!(process.terminate().code(), Some(0));
+    std::fs::remove_file(&log).unwrap();
+}
+
+#[test]
+fn more_connections_than_the_usual_limit_of_descriptors() {
+    let lan = Lan::new();
+    let server = lan.host("server");
+    stock::ready(&server);
+    let path = stock::add(&server, "file", "echo file > $n");
+    // What systemd and shells give: few at first, many on request.
+    let mut command = server.cmd("prlimit");
+    command.arg("--nofile=1024:8192").arg(binary()).stderr(std::process::Stdio::null());
+    let _process = Process::start(command);
+    wait_for("peerix answers", || server.connect_local().ok());
+    let idle = many(&server, loopback(), 1015);
+    assert_eq!(get_local(&server, &stock::narinfo_route(&path)).unwrap().status, 200);
+    assert_eq!(idle.iter().filter(|stream| is_closed(stream)).count(), 0, "closed for want of descriptors");
+}
+
+#[test]
+fn a_flood_of_datagrams() {
+    let scene = Scene::new();
+    let socket = scene.neighbour.udp(PORT);
+    let address = scene.address();
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+    let mut random = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state as u8
+    };
+    // Garbage of every length, behind every kind.
+    for length in 0..1400 {
+        for kind in [0, 1, 2, 3, 4, 5, 255] {
+            let mut datagram: Vec<u8> = (0..length).map(|_| random()).collect();
+            if let Some(first) = datagram.first_mut() {
+                *first = kind;
+            }
+            let _ = socket.send_to(&datagram, address);
+        }
+    }
+    let _ = socket.send_to(&vec![0; 60_000], address);
+    scene.recovers();
+    assert!(stock::has(&socket, &scene.server, &scene.path));
+    // Queries, more than can be answered.
+    for id in 0..50_000_u32 {
+        let hash_part = world::hash_part(&scene.path).to_owned();
+        let _ = socket.send_to(&Packet::Query { id, hash_part }.write(), address);
+    }
+    scene.recovers();
+    while receive(&socket, Duration::from_millis(100)).is_some() {}
+    assert!(stock::has(&socket, &scene.server, &scene.path));
+    assert!(resident(&scene.daemon) < 64 << 10);
+}
+
+/// Asks for an unknown path and tells whether the query came to `heard`, where it is answered *have not*.
+fn is_asked(asker: &Host, heard: &UdpSocket, digit: char) -> bool {
+    let wanted: String = std::iter::repeat_n(digit, 32).collect();
+    std::thread::scope(|scope| {
+        let asking = scope.spawn(|| get_local(asker, &format!("/{wanted}.narinfo")).unwrap().status);
+        let mut came = false;
+        loop {
+            let ended = asking.is_finished();
+            while let Some((from, datagram)) = receive(heard, Duration::from_millis(20)) {
+                match Packet::read(&datagram) {
+                    Some(Packet::Query { id, hash_part }) if hash_part == wanted => {
+                        came = true;
+                        heard.send_to(&Packet::HaveNot { id }.write(), from).unwrap();
+                    }
+                    _ => {}
+                }
+            }
+            if ended {
+                assert_eq!(asking.join().unwrap(), 404);
+                return came;
+            }
+        }
+    })
+}
+
+#[test]
+fn goodbyes_count_from_who_leaves() {
+    let lan = Lan::new();
+    let (asker, peer, other) = (lan.host("asker"), lan.host("peer"), lan.host("other"));
+    stock::ready(&asker);
+    asker.net("ip addr add 203.0.113.1/24 dev eth0");
+    other.net("ip addr add 203.0.113.2/24 dev eth0");
+    let _daemon = Daemon::start(&asker, &[]);
+    let bind = |host: &Host, ip: Ipv4Addr| host.in_net(|| UdpSocket::bind((ip, PORT)).unwrap());
+    // Bound to its address it hears no broadcast: only who knows the peer asks it here.
+    let socket = bind(&peer, peer.address);
+    let send = |from: &UdpSocket, packet: &Packet| {
+        from.send_to(&packet.write(), (asker.address, PORT)).unwrap();
+    };
+    let hello = Packet::Hello { version: 1, port: PORT, instance: *b"instance", flags: 0 };
+    let bye = Packet::Bye { version: 1, port: PORT, instance: *b"instance", flags: 0 };
+    assert!(!is_asked(&asker, &socket, '0'), "unicast to a host nobody has heard of");
+    send(&socket, &hello);
+    wait_for("the peer is known", || is_asked(&asker, &socket, '1').then_some(()));
+    send(&bind(&other, other.address), &bye);
+    send(&bind(&other, Ipv4Addr::new(203, 0, 113, 2)), &bye);
+    assert!(is_asked(&asker, &socket, '2'), "somebody else's bye was believed");
+    send(&socket, &bye);
+    wait_for("the peer is forgotten", || (!is_asked(&asker, &socket, '3')).then_some(()));
+}
+
+#[test]
+fn answers_count_from_who_was_asked() {
+    let lan = Lan::new();
+    let (asker, other) = (lan.host("asker"), lan.host("other"));
+    stock::ready(&asker);
+    stock::ready(&other);
+    asker.net("ip addr add 203.0.113.1/24 dev eth0");
+    other.net("ip addr add 203.0.113.2/24 dev eth0");
+    let path = stock::add(&other, "file", "echo file > $n");
+    // A narinfo that is taken from whoever is believed.
+    let text = {
+        let _real = Daemon::start(&other, &[]);
+        narinfo(&other, &other, &path).text()
+    };
+    let _daemon = Daemon::start(&asker, &[]);
+    let asked = Arc::new(AtomicBool::new(false));
+    let was_asked = Arc::clone(&asked);
+    let _server = Server::start(other.listen(PORT), move |_| {
+        was_asked.store(true, Ordering::Relaxed);
+        Reply::Whole(200, text.clone().into_bytes())
+    });
+    let listener = other.udp(PORT);
+    let hash_part = world::hash_part(&path);
+    // What comes of a query that is answered by `sender`, its number changed by `shift`.
+    let answered_by = |sender: &UdpSocket, shift: u32| {
+        std::thread::scope(|scope| {
+            let asking = scope.spawn(|| get_local(&asker, &format!("/{hash_part}.narinfo")).unwrap().status);
+            while !asking.is_finished() {
+                let Some((from, datagram)) = receive(&listener, Duration::from_millis(20)) else { continue };
+                if let (IpAddr::V4(_), Some(Packet::Query { id, .. })) = (from.ip(), Packet::read(&datagram)) {
+                    let path = format!("local/{hash_part}.narinfo");
+                    let have = Packet::Have { id: id.wrapping_add(shift), port: PORT.into(), path };
+                    sender.send_to(&have.write(), from).unwrap();
+                }
+            }
+            asking.join().unwrap()
+        })
+    };
+    // The port a broadcast did not go to; a network nobody shares with; a number nobody asked with.
+    assert_eq!(answered_by(&other.udp(40_000), 0), 404);
+    let strange = other.in_net(|| UdpSocket::bind((Ipv4Addr::new(203, 0, 113, 2), 0)).unwrap());
+    assert_eq!(answered_by(&strange, 0), 404);
+    assert_eq!(answered_by(&listener, 1), 404);
+    assert!(!asked.load(Ordering::Relaxed), "a spoofed answer was followed");
+    wait_for("the true answer is believed", || (answered_by(&listener, 0) == 200).then_some(()));
+}

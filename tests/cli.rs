@@ -1,0 +1,271 @@
+//! The daemon as its user and systemd see it: the command line, what it says when it cannot start, how it stops, and
+//! the sockets that outlive it.
+
+mod common;
+
+use common::daemon::binary;
+use common::lan::Run;
+use common::stock::{self, nar_route, narinfo};
+use common::{Daemon, Host, Lan, PORT, Process, SOON, directory, wait_for};
+use rustix::process::Signal;
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixDatagram;
+use std::process::{Command, Output, Stdio};
+
+/// Runs it here, for what it answers before it touches anything.
+fn run(args: &[&str]) -> Output {
+    Command::new(binary()).args(args).stdin(Stdio::null()).output().unwrap()
+}
+
+/// Checks that a run failed with `status` after saying one line that has all of `words`, and nothing else.
+fn assert_one_line(output: &Output, status: i32, words: &[&str]) {
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(status), "{said}");
+    assert!(said.starts_with("peerix: ") && said.ends_with('\n') && said.lines().count() == 1, "{said:?}");
+    for word in words {
+        assert!(said.contains(word), "no {word:?} in {said:?}");
+    }
+    assert!(output.stdout.is_empty());
+}
+
+#[test]
+fn help_and_version() {
+    for flag in ["--help", "-h"] {
+        let output = run(&[flag]);
+        let text = String::from_utf8(output.stdout).unwrap();
+        assert!(output.status.success() && output.stderr.is_empty());
+        for word in ["--port", "--trusted-public-key", "extra-substituters", "Exit status"] {
+            assert!(text.contains(word), "no {word} in\n{text}");
+        }
+    }
+    for flag in ["--version", "-V"] {
+        let output = run(&[flag]);
+        let expected = format!("peerix {}\n", env!("CARGO_PKG_VERSION"));
+        assert_eq!((output.status.code(), String::from_utf8(output.stdout).unwrap()), (Some(0), expected));
+    }
+}
+
+#[test]
+fn a_wrong_command_line() {
+    for (args, names) in [
+        (&["--prot", "1"][..], "--prot"),
+        (&["word"], "word"),
+        (&["-x"], "-x"),
+        (&["--port"], "--port"),
+        (&["--port", "65536"], "--port 65536"),
+        (&["--port", "ten"], "--port ten"),
+        (&["--timeout", "0"], "--timeout 0"),
+        (&["--bind", "localhost"], "--bind localhost"),
+        (&["--peer", "host:0"], "--peer host:0"),
+        (&["--mode", "internet"], "--mode internet"),
+        (&["--mode", "wan"], "--tracker-url"),
+        (&["--tracker-url", "tracker"], "--tracker-url tracker"),
+        (&["--trusted-public-key", "key"], "--trusted-public-key key"),
+        (&["--store-dir", "store"], "--store-dir store"),
+        (&["--filter-patterns"], "--filter-patterns"),
+        (&["--verbose=yes"], "--verbose"),
+    ] {
+        assert_one_line(&run(args), 2, &[names]);
+    }
+}
+
+/// A host with a path in its store.
+fn host(lan: &Lan) -> (Host, String) {
+    let host = lan.host("server");
+    stock::ready(&host);
+    let path = stock::add(&host, "file", "echo file > $n");
+    (host, path)
+}
+
+/// Runs it on a host where it cannot start.
+fn fail(host: &Host, uid: u32, flags: &[&str]) -> Output {
+    let mut command = host.cmd_as(uid, "timeout");
+    command.arg(SOON.as_secs().to_string()).arg(binary()).args(flags).env("RUST_LOG", "off").ran()
+}
+
+#[test]
+fn what_keeps_it_from_starting() {
+    let lan = Lan::new();
+    let (host, _) = host(&lan);
+    assert_one_line(&fail(&host, 0, &["--mode", "wan", "--tracker-url", "http://t"]), 1, &["--mode wan"]);
+    assert_one_line(&fail(&host, 0, &["--bind", "10.99.99.99"]), 1, &["10.99.99.99", "--bind"]);
+    assert_one_line(&fail(&host, 65534, &["--port", "80"]), 1, &["80", "--port"]);
+
+    let taken = host.listen(PORT);
+    assert_one_line(&fail(&host, 0, &[]), 1, &["TCP 0.0.0.0:12304", "another", "--port"]);
+    drop(taken);
+    let taken = host.udp(PORT);
+    assert_one_line(&fail(&host, 0, &[]), 1, &["UDP 0.0.0.0:12304", "another", "--port"]);
+    drop(taken);
+
+    host.sh("nix-store --generate-binary-cache-key a-1 /etc/good.sec /etc/good.pub; chmod 600 /etc/good.sec");
+    host.write("/etc/bad.sec", "a-1:bm9uc2Vuc2U=\n");
+    host.write("/etc/huge.sec", vec![b'a'; 1 << 20]);
+    for (uid, file, words) in [
+        (0, "/etc/missing.sec", &["/etc/missing.sec", "--private-key", "generate-binary-cache-key"][..]),
+        (65534, "/etc/good.sec", &["/etc/good.sec", "ermission denied"]),
+        (0, "/etc/bad.sec", &["/etc/bad.sec", "key"]),
+        (0, "/etc/good.pub", &["/etc/good.pub", "key"]),
+        (0, "/etc/huge.sec", &["/etc/huge.sec", "not a key file"]),
+        (0, "/etc", &["/etc", "not a key file"]),
+        (0, "/dev/zero", &["/dev/zero", "not a key file"]),
+    ] {
+        let output = fail(&host, uid, &["--private-key", file]);
+        assert_one_line(&output, 1, words);
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        let secret = std::fs::read_to_string(host.path("/etc/good.sec")).unwrap();
+        assert!(!said.contains(secret.trim().split_once(':').unwrap().1) && !said.contains("bm9uc2Vuc2U="), "{said}");
+    }
+
+    assert_one_line(&fail(&host, 0, &["--db", "/no/db.sqlite"]), 1, &["/no/db.sqlite", "not found", "--db"]);
+    host.write("/tmp/other/db.sqlite", "this is no database, and long enough to look like one ".repeat(100));
+    assert_one_line(&fail(&host, 0, &["--db", "/tmp/other/db.sqlite"]), 1, &["/tmp/other/db.sqlite"]);
+    host.write("/nix/var/nix/db/schema", "9");
+    assert_one_line(&fail(&host, 0, &[]), 1, &["schema 10 is needed", "9"]);
+    host.write("/nix/var/nix/db/schema", "10");
+    host.sh("chmod 700 /nix/var/nix/db");
+    assert_one_line(&fail(&host, 65534, &[]), 1, &["/nix/var/nix/db", "readable"]);
+    host.sh("chmod 755 /nix/var/nix/db");
+    // Nothing of it was the host's fault.
+    Daemon::start(&host, &["--private-key", "/etc/good.sec"]);
+}
+
+/// Reads the head of an answer and a little of its body.
+fn begin(stream: &mut TcpStream, route: &str) {
+    write!(stream, "GET {route} HTTP/1.1\r\nHost: peer\r\n\r\n").unwrap();
+    stream.set_read_timeout(Some(SOON)).unwrap();
+    let mut piece = [0; 100_000];
+    stream.read_exact(&mut piece).unwrap();
+    assert!(piece.starts_with(b"HTTP/1.1 200 "));
+}
+
+#[test]
+fn stopping_ends_streams_short() {
+    const MIB: u32 = 96;
+    let lan = Lan::new();
+    let (server, _) = host(&lan);
+    let neighbour = lan.host("neighbour");
+    let path = stock::add_large(&server, "large", MIB);
+    for signal in [Signal::TERM, Signal::INT] {
+        let mut daemon = Daemon::start(&server, &[]);
+        let route = nar_route(&neighbour, &server, &path);
+        let mut streaming = neighbour.connect((server.address, PORT)).unwrap();
+        begin(&mut streaming, &route);
+        let idle = neighbour.connect((server.address, PORT)).unwrap();
+        daemon.signal(signal);
+        // It does not wait for a reader that reads nothing meanwhile.
+        let status = daemon.stop();
+        assert_eq!(status.code(), Some(0), "{}", daemon.log());
+        let mut rest = Vec::new();
+        // A reset is as short as an end.
+        let _ = streaming.read_to_end(&mut rest);
+        assert!(rest.len() < (MIB as usize - 1) << 20, "the stream was completed: nothing was tested");
+        idle.set_read_timeout(Some(SOON)).unwrap();
+        assert_eq!((&idle).read(&mut [0]).unwrap_or(0), 0, "an idle connection was left open");
+        assert!(!daemon.log().contains("panicked"), "{}", daemon.log());
+        assert!(neighbour.connect((server.address, PORT)).is_err(), "the port is still open");
+    }
+}
+
+#[test]
+fn neighbours_learn_that_it_leaves() {
+    let lan = Lan::new();
+    let (server, _) = host(&lan);
+    let neighbour = lan.host("neighbour");
+    let socket = neighbour.udp(PORT);
+    let mut daemon = Daemon::start(&server, &[]);
+    assert_eq!(daemon.stop().code(), Some(0));
+    let heard: Vec<u8> =
+        std::iter::from_fn(|| common::standin::receive(&socket, SOON).map(|(_, datagram)| datagram[0]))
+            .take_while(|&kind| kind != 4)
+            .collect();
+    assert!(heard.contains(&3), "no hello before the bye: {heard:?}");
+}
+
+#[test]
+fn systemd_is_told() {
+    let lan = Lan::new();
+    let (server, _) = host(&lan);
+    let file = directory().join(format!("notify-{}", std::process::id()));
+    let _ = std::fs::remove_file(&file);
+    let socket = UnixDatagram::bind(&file).unwrap();
+    socket.set_read_timeout(Some(SOON)).unwrap();
+    let mut command = server.cmd(&binary().display().to_string());
+    // Discovery turns every five seconds at least; a watchdog asks for a third of its time.
+    command.env("NOTIFY_SOCKET", &file).env("WATCHDOG_USEC", "16000000");
+    let mut process = Process::start(command);
+    let hear = |wanted: &str| {
+        let mut buffer = [0; 1024];
+        loop {
+            let length = socket.recv(&mut buffer).unwrap_or_else(|e| panic!("no {wanted}: {e}"));
+            let text = String::from_utf8_lossy(&buffer[..length]).into_owned();
+            if text.lines().any(|line| line == wanted) {
+                return;
+            }
+            assert!(!text.contains("STOPPING"), "{text} instead of {wanted}");
+        }
+    };
+    hear("READY=1");
+    // Ready is when it answers.
+    let answer = common::http::get_local(&server, "/nix-cache-info").unwrap();
+    assert_eq!(answer.status, 200);
+    hear("WATCHDOG=1");
+    hear("WATCHDOG=1");
+    process.signal(Signal::TERM);
+    hear("STOPPING=1");
+    assert_eq!(wait_for("the end", || process.ended()).code(), Some(0));
+    std::fs::remove_file(&file).unwrap();
+}
+
+#[test]
+fn sockets_that_systemd_holds() {
+    let lan = Lan::new();
+    let (server, path) = host(&lan);
+    let neighbour = lan.host("neighbour");
+    // What systemd does: it holds the sockets, and passes copies to each daemon it starts.
+    let (tcp, udp) = (server.listen(PORT), server.udp(PORT));
+    let start = |flags: &str| {
+        let copies = [rustix::io::dup(&tcp).unwrap(), rustix::io::dup(&udp).unwrap()];
+        let [stream, datagram] = [copies[0].as_raw_fd(), copies[1].as_raw_fd()];
+        let mut command = server.cmd("bash");
+        let peerix = binary().display();
+        command.arg("-ec").arg(format!(
+            "exec 3<&{stream}- 4<&{datagram}-; export LISTEN_PID=$$ LISTEN_FDS=2 LISTEN_FDNAMES=tcp:udp; exec {peerix} {flags}"
+        ));
+        command.stdin(Stdio::null()).stderr(Stdio::piped());
+        Process::start(command)
+    };
+    let query = common::packet::Packet::Query { id: 9, hash_part: common::world::hash_part(&path).into() }.write();
+    // `--port` is not what it binds: that port is somebody else's on this host.
+    let _somebody = server.listen(PORT + 1);
+    let mut daemon = start(&format!("--verbose --port {}", PORT + 1));
+    for _ in 0..3 {
+        assert_eq!(narinfo(&neighbour, &server, &path).status, 200);
+        assert!(stock::has(&neighbour.udp(0), &server, &path));
+        assert_eq!(daemon.terminate().code(), Some(0));
+        // Between two daemons: the connection is made, and the query sent, and both are answered by the next one.
+        let asker = neighbour.udp(0);
+        asker.send_to(&query, (server.address, PORT)).unwrap();
+        let mut waiting = neighbour.connect((server.address, PORT)).expect("the port is never closed");
+        write!(waiting, "GET {} HTTP/1.1\r\nConnection: close\r\n\r\n", stock::narinfo_route(&path)).unwrap();
+        daemon = start("--verbose");
+        waiting.set_read_timeout(Some(SOON)).unwrap();
+        let mut answer = String::new();
+        waiting.read_to_string(&mut answer).unwrap();
+        assert!(answer.starts_with("HTTP/1.1 200 ") && answer.contains(&path), "{answer}");
+        wait_for("the query is answered", || {
+            let (_, datagram) = common::standin::receive(&asker, SOON)?;
+            (datagram[0] == 1).then_some(())
+        });
+    }
+    drop(daemon);
+
+    // Only one of the two, or another kind, is a mistake in the unit that somebody has to learn of.
+    let copy = rustix::io::dup(&tcp).unwrap();
+    let mut command = server.cmd("bash");
+    let (peerix, number) = (binary().display(), copy.as_raw_fd());
+    command.arg("-ec").arg(format!("exec 3<&{number}-; export LISTEN_PID=$$ LISTEN_FDS=1; exec {peerix}"));
+    assert_one_line(&command.env("RUST_LOG", "off").ran(), 1, &["ListenDatagram="]);
+}

@@ -1,0 +1,76 @@
+//! Small store paths made on the spot, and what a node says of them.
+
+use super::http::{self, Answer};
+use super::lan::{Host, Run};
+use super::nix;
+use super::packet::Packet;
+use super::standin::receive;
+use super::{PORT, world};
+use std::net::UdpSocket;
+use std::time::Duration;
+
+/// A host on which Nix works, its store empty.
+pub fn ready(host: &Host) {
+    nix::configure(host, "");
+    host.cmd("nix-store").arg("--init").okay();
+}
+
+/// Adds to the store what `script` makes as `$n`, and returns the store path.
+pub fn add(host: &Host, name: &str, script: &str) -> String {
+    let script = format!("mkdir -p /tmp/made; cd /tmp/made; rm -rf {name}; n={name}; {script}\nnix-store --add {name}");
+    host.sh(&script).trim().to_owned()
+}
+
+/// A file of so many MiB that a NAR reader can be slow on. No two bytes of it are at the wrong place unnoticed.
+pub fn add_large(host: &Host, name: &str, mebibytes: u32) -> String {
+    add(host, name, &format!("seq 100000000 | head -c {mebibytes}M > $n"))
+}
+
+/// The NAR of a path as Nix writes it.
+pub fn dump(host: &Host, path: &str) -> Vec<u8> {
+    let output = host.cmd("nix-store").args(["--dump", path]).ran();
+    assert!(output.status.success(), "nix-store --dump {path}");
+    output.stdout
+}
+
+/// The value of a line of a narinfo; panics if there is none.
+pub fn line<'a>(narinfo: &'a str, key: &str) -> &'a str {
+    let line = narinfo.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(": "));
+    line.unwrap_or_else(|| panic!("no {key} in\n{narinfo}"))
+}
+
+/// The route of a path's narinfo under `/local`.
+pub fn narinfo_route(path: &str) -> String {
+    format!("/local/{}.narinfo", world::hash_part(path))
+}
+
+/// The narinfo of a path of `server`, as `asker` gets it.
+pub fn narinfo(asker: &Host, server: &Host, path: &str) -> Answer {
+    http::get(asker, (server.address, PORT), &narinfo_route(path)).expect("peerix answers")
+}
+
+/// The route of a path's NAR, out of its narinfo.
+pub fn nar_route(asker: &Host, server: &Host, path: &str) -> String {
+    let answer = narinfo(asker, server, path);
+    assert_eq!(answer.status, 200, "{path}");
+    format!("/{}", line(&answer.text(), "URL"))
+}
+
+/// Asks by UDP, again and again as any datagram may get lost, until there is an answer; whether that is *have*.
+pub fn has(socket: &UdpSocket, server: &Host, path: &str) -> bool {
+    let hash_part = world::hash_part(path).to_owned();
+    for id in 0.. {
+        assert!(id < 100, "no answer to {id} queries for {path}");
+        let query = Packet::Query { id, hash_part: hash_part.clone() };
+        socket.send_to(&query.write(), (server.address, PORT)).expect("a socket to send from");
+        while let Some((from, datagram)) = receive(socket, Duration::from_millis(500)) {
+            match Packet::read(&datagram) {
+                _ if from.ip() != server.address => {}
+                Some(Packet::Have { id: answered, .. }) if answered == id => return true,
+                Some(Packet::HaveNot { id: answered }) if answered == id => return false,
+                _ => {}
+            }
+        }
+    }
+    unreachable!("the loop has an end by its assertion")
+}
