@@ -202,7 +202,9 @@ pub(super) struct Receiver<F: FnMut()> {
     pub(super) at_first: F,
 }
 
-impl<F: FnMut()> Write for Receiver<F> {
+impl<F: FnMut()> super::NarSink for Receiver<F> {}
+
+impl<F: FnMut()> io::Write for Receiver<F> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         if self.bytes.is_empty() {
             (self.at_first)();

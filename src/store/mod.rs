@@ -15,12 +15,13 @@ mod walk;
 
 pub use build_log::BuildLog;
 pub use error::{NarError, StoreError};
+pub use nar::NarSink;
 
 use crate::nix::{HashPart, PathInfo, StoreDir, StorePath};
 use database::SCHEMA;
 use pool::{Place, Pool};
 use rustix::fs::{Mode, OFlags, open};
-use std::{io::Write, ops::Range, path::PathBuf, time::Duration};
+use std::{ops::Range, path::PathBuf, time::Duration};
 use walk::Walk;
 
 /// Connections to the database that all threads share. A lookup takes some 10 µs, so more than the machine has
@@ -117,7 +118,7 @@ impl Store {
     /// # Errors
     /// `out` failed, the files are not those that were registered, or they cannot be read. Part of the range may have
     /// been written, but never all of it.
-    pub fn write_nar(&self, info: &PathInfo, range: Range<u64>, out: &mut dyn Write) -> Result<(), NarError> {
+    pub fn write_nar(&self, info: &PathInfo, range: Range<u64>, out: &mut dyn NarSink) -> Result<(), NarError> {
         let still_valid = || match self.path_info(&info.path.hash_part())? {
             Some(now) if now.path == info.path && now.nar_hash == info.nar_hash => Ok(()),
             _ => Err(NarError::Changed { path: self.config.store_dir.join(&info.path), why: "no longer valid" }),

@@ -10,13 +10,27 @@ use rustix::{
     io::{Errno, pread},
 };
 use std::{
-    io::Write,
+    io::{self, Write},
     ops::Range,
-    os::fd::{BorrowedFd, OwnedFd},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
 };
 
 /// The largest piece that is written at once, in bytes; larger ones were not faster.
 pub(super) const PIECE: usize = 256 << 10;
+
+/// Where a NAR goes.
+pub trait NarSink: Write {
+    /// Passes on up to `len` bytes of `file` from `at` on without a copy in this process, and says how many it did: 0 is
+    /// the file's end, `None` that this sink cannot.
+    ///
+    /// # Errors
+    /// The sink's; one of the file's comes back when it is read.
+    fn send_file(&mut self, _file: BorrowedFd<'_>, _at: u64, _len: u64) -> io::Result<Option<u64>> {
+        Ok(None)
+    }
+}
+
+impl NarSink for Vec<u8> {}
 
 /// Writes `range` of the NAR of what `walk` goes through, which the database says has `nar_size` bytes. Files before
 /// and after the range are not opened, only measured. `still_valid` is asked before the last of several pieces.
@@ -24,7 +38,7 @@ pub(super) fn write(
     mut walk: Walk,
     nar_size: u64,
     range: Range<u64>,
-    out: &mut dyn Write,
+    out: &mut dyn NarSink,
     still_valid: &dyn Fn() -> Result<(), NarError>,
 ) -> Result<(), NarError> {
     if range.start > range.end || range.end > nar_size {
@@ -117,7 +131,7 @@ fn open_file(directory: BorrowedFd<'_>, name: &std::ffi::CStr) -> rustix::io::Re
 
 /// The NAR's bytes on their way out: drops those outside the range and always keeps the last piece back.
 struct Stream<'a> {
-    out: &'a mut dyn Write,
+    out: &'a mut dyn NarSink,
     range: Range<u64>,
     /// One byte longer than a piece, to see a file that goes on after its end without a read of its own.
     buffer: Vec<u8>,
@@ -168,6 +182,20 @@ impl Stream<'_> {
         }
         let Some(descriptor) = &file.descriptor else { return Ok(()) };
         let mut at = wanted.start;
+        // All but the end of a large file goes straight to the sink. The end is read as any other file, so that it is
+        // seen whether it is the end, and the last piece is kept back.
+        while wanted.end - at > 2 * PIECE as u64 {
+            self.flush()?;
+            let most = wanted.end - at - PIECE as u64;
+            match self.out.send_file(descriptor.as_fd(), at, most).map_err(NarError::Write)? {
+                None => break,
+                Some(0) => return Err(walk.changed("became shorter while it was read")),
+                Some(count) => {
+                    at += count;
+                    self.pieces += 1;
+                }
+            }
+        }
         while at < wanted.end {
             self.make_room()?;
             let left = wanted.end - at;
@@ -198,6 +226,9 @@ impl Stream<'_> {
     }
 
     fn flush(&mut self) -> Result<(), NarError> {
+        if self.filled == 0 {
+            return Ok(());
+        }
         self.out.write_all(&self.buffer[..self.filled]).map_err(NarError::Write)?;
         self.filled = 0;
         self.pieces += 1;
@@ -338,9 +369,57 @@ mod tests {
         assert!(damaged(two_files, |_, _| {}).2.is_ok());
     }
 
+    /// A sink that takes files as sockets do, but no more than 100,000 bytes of one at once.
+    #[derive(Default)]
+    struct Socket {
+        bytes: Vec<u8>,
+        from_files: usize,
+    }
+
+    impl Write for Socket {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.bytes.write(bytes)
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    impl NarSink for Socket {
+        fn send_file(&mut self, file: BorrowedFd<'_>, at: u64, len: u64) -> io::Result<Option<u64>> {
+            let mut piece = vec![0; len.min(100_000) as usize];
+            let count = pread(file, &mut piece, at)?;
+            self.bytes.extend_from_slice(&piece[..count]);
+            self.from_files += count;
+            Ok(Some(count as u64))
+        }
+    }
+
+    #[test]
+    fn a_sink_that_takes_files_gets_the_same_bytes() {
+        let size = 4 * PIECE + 5;
+        let content: Vec<u8> = (0..size).map(|i| (i * 7 / 3) as u8).collect();
+        let fixture = Fixture::new();
+        let (info, nar) = fixture.add(|root| fs::write(root, &content).unwrap());
+        for wanted in [0..nar.len(), 1..nar.len(), PIECE..nar.len(), 200..nar.len() - 1, 7..3 * PIECE, 5..6, 9..9] {
+            let mut out = Socket::default();
+            let part = wanted.start as u64..wanted.end as u64;
+            fixture.open().write_nar(&info, part, &mut out).unwrap();
+            assert!(out.bytes == nar[wanted.clone()], "{wanted:?}");
+            assert_eq!(out.from_files > 0, wanted.len() > 2 * PIECE + 200, "{wanted:?}");
+        }
+        // A file that ends too soon is never completed.
+        let mut out = Socket::default();
+        let files = fixture.absolute(info.path.base_name());
+        fs::File::options().write(true).open(files).unwrap().set_len(size as u64 - 8).unwrap();
+        assert!(fixture.open().write_nar(&info, 0..info.nar_size, &mut out).is_err());
+        assert!(out.bytes.len() < nar.len());
+    }
+
     #[test]
     fn a_receiver_that_fails_ends_it() {
         struct Full;
+        impl NarSink for Full {}
         impl Write for Full {
             fn write(&mut self, _: &[u8]) -> std::io::Result<usize> {
                 Err(std::io::ErrorKind::BrokenPipe.into())
