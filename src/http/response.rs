@@ -6,7 +6,11 @@ use rustix::io::{Errno, retry_on_intr};
 use std::io::{self, IoSlice, Write};
 use std::net::TcpStream;
 use std::os::fd::BorrowedFd;
+use std::time::{Duration, Instant};
 use tiny_http::{HTTPVersion, Header, Response, StatusCode};
+
+/// A client that takes nothing for this long is dropped.
+pub(super) const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// One response on one connection.
 pub struct Exchange<'a> {
@@ -109,9 +113,15 @@ impl<'a> Exchange<'a> {
     }
 }
 
-/// The kernel sends so much of a file in one go: a client that reads slowly is seen to read, and one that does not is
-/// dropped in time.
-const FILE_PIECE: u64 = 1 << 20;
+/// The kernel tells of a timeout by a short count if anything was taken before, and of nothing taken only the next time.
+fn in_time(written: usize, asked: usize, began: Instant) -> io::Result<()> {
+    let late = written < asked && began.elapsed() >= WRITE_TIMEOUT;
+    if late { Err(io::ErrorKind::TimedOut.into()) } else { Ok(()) }
+}
+
+/// The kernel sends so much of a file in one go, which is what it splices at once: of more, it would wait its time anew for
+/// each such part.
+const FILE_PIECE: u64 = 64 << 10;
 
 impl NarSink for Exchange<'_> {
     fn send_file(&mut self, file: BorrowedFd<'_>, mut at: u64, len: u64) -> io::Result<Option<u64>> {
@@ -120,8 +130,12 @@ impl NarSink for Exchange<'_> {
         }
         // No more than fits a usize on any machine.
         let most = len.min(FILE_PIECE).min(self.missing) as usize;
+        let began = Instant::now();
         match retry_on_intr(|| sendfile(self.stream, file, Some(&mut at), most)) {
-            Ok(sent) => self.count(sent).map(|sent| Some(sent as u64)),
+            Ok(sent) => {
+                in_time(sent, most, began)?;
+                self.count(sent).map(|sent| Some(sent as u64))
+            }
             // A file system that has no such thing.
             Err(Errno::INVAL | Errno::NOSYS) => Ok(None),
             Err(e) => Err(e.into()),
@@ -134,8 +148,10 @@ impl Write for Exchange<'_> {
         if piece.len() as u64 > self.missing {
             return Err(io::Error::other("body longer than promised"));
         }
+        let began = Instant::now();
         if self.head.is_empty() {
             let written = self.stream.write(piece)?;
+            in_time(written, piece.len(), began)?;
             return self.count(written);
         }
         let written = self.stream.write_vectored(&[IoSlice::new(&self.head), IoSlice::new(piece)])?;

@@ -4,7 +4,7 @@
 //! a [`Handler`]'s.
 
 use super::head::{self, BadHead, Buffer, Received, Request};
-use super::response::Exchange;
+use super::response::{Exchange, WRITE_TIMEOUT};
 use super::room::{self, Room, Seat};
 use crate::on_drop::OnDrop;
 use crossbeam_channel::{Receiver, Sender, TrySendError, bounded};
@@ -24,9 +24,6 @@ const STACK: usize = 512 * 1024;
 
 /// A thread without a connection ends after this.
 const THREAD_IDLE: Duration = Duration::from_secs(10);
-
-/// A client that takes nothing for this long is dropped.
-const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// When no descriptor is left, accepting pauses for this long: others need time to close theirs.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
