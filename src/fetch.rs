@@ -90,6 +90,7 @@ impl Fetch {
             framing: Framing::with_nar_size(nar_size),
             at: 0,
             first: None,
+            start_until: None,
             checked: false,
         })
     }
@@ -130,6 +131,8 @@ pub struct Nar<'a> {
     /// Bytes received and framing-checked.
     at: u64,
     first: Option<Piece>,
+    /// While the first piece has to come by then.
+    start_until: Option<Instant>,
     /// The first piece is the whole NAR, and its hash is right.
     checked: bool,
 }
@@ -140,6 +143,8 @@ struct Current {
     body: NarBody,
     began: Instant,
     last_read: Instant,
+    /// How long Nix kept us from reading before the last read.
+    pause: Duration,
     /// Time waited for the peer in this pace window, and bytes that came in it.
     waited: Duration,
     got: u64,
@@ -168,11 +173,13 @@ impl Nar<'_> {
         self.range = range;
         let mut piece = Piece::new(self.size);
         let until = Instant::now() + START;
+        self.start_until = Some(until);
         while Instant::now() < until {
             self.connect()?;
             piece.filled = 0;
             match self.fill(&mut piece).and_then(|()| self.check_whole(piece.bytes())) {
                 Ok(()) => {
+                    self.start_until = None;
                     self.first = Some(piece);
                     return Some(());
                 }
@@ -265,6 +272,7 @@ impl Nar<'_> {
         let mut want = left.min(piece.buffer.len() - piece.filled);
         while want > 0 {
             let began = Instant::now();
+            current.pause = began - current.last_read;
             let skip = current.body.skip;
             // What is skipped goes to the same place, and is written over.
             let most = if skip == 0 { want } else { want.min(usize::try_from(skip).unwrap_or(want)) };
@@ -307,6 +315,8 @@ impl Nar<'_> {
             let source = self.next_source()?;
             let began = Instant::now();
             let patience = if self.search.has_more() { FIRST_BYTE } else { STALL };
+            let left = self.start_until.map(|until| until.saturating_duration_since(began).max(FIRST_BYTE));
+            let patience = left.map_or(patience, |left| patience.min(left));
             match self.fetch.client.nar(source.peer, &source.url_path, self.at, self.size, patience) {
                 Ok(body) => {
                     if self.at > 0 {
@@ -316,7 +326,15 @@ impl Nar<'_> {
                         self.contributors.push(source.peer);
                     }
                     let last_read = Instant::now();
-                    self.current = Some(Current { source, body, began, last_read, waited: Duration::ZERO, got: 0 });
+                    self.current = Some(Current {
+                        source,
+                        body,
+                        began,
+                        last_read,
+                        pause: Duration::ZERO,
+                        waited: Duration::ZERO,
+                        got: 0,
+                    });
                     return Some(());
                 }
                 Err(Error::Busy) => {
@@ -366,7 +384,7 @@ impl Nar<'_> {
     fn drop_current(&mut self, broken: &Broken) {
         let Some(current) = self.current.take() else { return };
         let peer = current.source.peer;
-        if broken.fault == Fault::BrokenStream && current.last_read.elapsed() >= LONG_PAUSE {
+        if broken.fault == Fault::BrokenStream && current.pause >= LONG_PAUSE {
             log::debug!("NAR {}: peer {peer} closed in a pause: {}", self.hash, broken.why);
             self.next = Some(current.source);
             return;

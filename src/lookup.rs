@@ -11,6 +11,7 @@ use crate::peers::standing::{Standing, Turn};
 use crossbeam_channel::{Receiver, RecvTimeoutError, TryRecvError};
 use std::collections::HashMap;
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -133,9 +134,11 @@ impl Lookup {
 
     /// Asks the LAN anew.
     pub fn search(&self, hash_part: &HashPart) -> Search {
+        let content = Arc::new(AtomicBool::new(false));
         Search {
             hash_part: *hash_part,
-            holders: Some(self.lan.ask(*hash_part)),
+            holders: Some(self.lan.ask(*hash_part, content.clone())),
+            content,
             seen: Vec::new(),
             untried: Vec::new(),
             slow: Vec::new(),
@@ -215,6 +218,7 @@ impl Lookup {
                     log::debug!("{}: peer {} has it without a trusted signature", narinfo.info.path, holder.http);
                     return Tried::Bad;
                 }
+                search.content.store(true, Ordering::Relaxed);
                 let source = Source {
                     peer: holder.http,
                     url_path: narinfo.url.clone(),
@@ -257,6 +261,8 @@ pub struct Search {
     hash_part: HashPart,
     /// `None` when nobody can answer any more.
     holders: Option<Receiver<Holder>>,
+    /// Tells discovery that a good one was found.
+    content: Arc<AtomicBool>,
     seen: Vec<Holder>,
     untried: Vec<Holder>,
     slow: Vec<Holder>,

@@ -23,8 +23,9 @@ pub const STALL: Duration = Duration::from_secs(10);
 /// A peer that is slower than this, in bytes a second and one stream, is left in any case: Nix would wait for it
 /// without end. Sixteen streams over the slowest Wi-Fi have twice that each.
 pub const TOO_SLOW: u64 = 8 * 1024;
-/// A NAR's body takes so long at most, beside what [`TOO_SLOW`] allows: it bounds what a peer can do inside one read.
-const BODY_GRACE: Duration = Duration::from_secs(60);
+/// A NAR's body takes so long at most, beside its size at four times [`TOO_SLOW`]: it bounds what a peer can do inside one
+/// read. A slower one that is honest is asked for the rest.
+const BODY_GRACE: Duration = Duration::from_secs(30);
 
 /// Connections kept open to one peer: as many as Nix opens to us.
 const IDLE_PER_PEER: usize = 25;
@@ -138,8 +139,9 @@ impl Client {
     /// # Errors
     /// See [`Error`]; also when the whole takes longer than `timeout`.
     pub fn narinfo(&self, holder: &Holder, hash_part: &HashPart, timeout: Duration) -> Result<NarInfo, Error> {
-        let request = self.agent.get(url(holder.http, &holder.url_path));
-        let response = request.config().timeout_global(Some(timeout)).build().call().map_err(Error::Unreachable)?;
+        let request =
+            || self.agent.get(url(holder.http, &holder.url_path)).config().timeout_global(Some(timeout)).build();
+        let response = twice(|| request().call())?;
         let mut body = expect(response, &[200])?.into_body();
         let mut bytes = Vec::new();
         let most = NarInfo::MAX_LEN as u64 + 1;
@@ -168,13 +170,15 @@ impl Client {
         nar_size: u64,
         patience: Duration,
     ) -> Result<NarBody, Error> {
-        let mut request = self.agent.get(url(peer, url_path));
-        if offset > 0 {
-            request = request.header("Range", format!("bytes={offset}-"));
-        }
-        let whole = BODY_GRACE + Duration::from_secs(nar_size / TOO_SLOW);
-        let config = request.config().timeout_recv_response(Some(patience)).timeout_recv_body(Some(whole));
-        let response = expect(config.build().call().map_err(Error::Unreachable)?, &[200, 206])?;
+        let whole = BODY_GRACE + Duration::from_secs(nar_size / (4 * TOO_SLOW));
+        let request = || {
+            let mut request = self.agent.get(url(peer, url_path));
+            if offset > 0 {
+                request = request.header("Range", format!("bytes={offset}-"));
+            }
+            request.config().timeout_recv_response(Some(patience)).timeout_recv_body(Some(whole)).build()
+        };
+        let response = expect(twice(|| request().call())?, &[200, 206])?;
         let from = if response.status() == 206 { offset } else { 0 };
         if response.status() == 206 {
             let range = response.headers().get("content-range").and_then(|field| field.to_str().ok());
@@ -189,6 +193,15 @@ impl Client {
         }
         let reader = body.into_with_config().limit(u64::MAX).reader();
         Ok(NarBody { reader, skip: offset - from, has_length: length.is_some() })
+    }
+}
+
+/// A kept connection may have been closed by the peer in the moment it is used again: then a new one does it.
+fn twice<T>(call: impl Fn() -> Result<T, ureq::Error>) -> Result<T, Error> {
+    match call() {
+        Ok(response) => Ok(response),
+        Err(e @ (ureq::Error::Timeout(_) | ureq::Error::ConnectionFailed)) => Err(Error::Unreachable(e)),
+        Err(_) => call().map_err(Error::Unreachable),
     }
 }
 

@@ -81,6 +81,7 @@ pub enum Event<'a> {
 pub struct Ask {
     hash_part: HashPart,
     holders: Sender<Holder>,
+    content: Arc<AtomicBool>,
 }
 
 /// Where a datagram goes.
@@ -242,7 +243,8 @@ impl<N: Neighbourhood> Discovery<N> {
         // The slowest need not be asked again before they can have answered; but the fastest, which are waited for
         // less, have to be in time.
         let first_step = (self.timeout / 3).max(slowest.min(shortest / 3)).max(Duration::from_millis(1));
-        let query = Query::new(ask.hash_part, asked.iter().copied(), open_for, first_step, ask.holders, now);
+        let query =
+            Query::new(ask.hash_part, asked.iter().copied(), open_for, first_step, ask.holders, ask.content, now);
         let Some(id) = self.queries.insert(query, now) else {
             log::debug!("query for {}: too many in flight", ask.hash_part);
             return;
@@ -358,10 +360,11 @@ enum Command {
 impl Wake {
     /// Asks the LAN who has the path. The channel yields holders as they answer and ends when nobody is waited for
     /// any more, in one second or `--timeout` at most.
-    pub fn ask(&self, hash_part: HashPart) -> Receiver<Holder> {
+    /// `content` says that the asker needs no more.
+    pub fn ask(&self, hash_part: HashPart, content: Arc<AtomicBool>) -> Receiver<Holder> {
         let (holders, receiver) = bounded(MAX_HOLDERS);
         // A full queue drops the question, and its channel ends: a miss, not a wait.
-        self.send(Command::Ask(Ask { hash_part, holders }));
+        self.send(Command::Ask(Ask { hash_part, holders, content }));
         receiver
     }
 
@@ -751,7 +754,7 @@ mod tests {
         /// Asks for an absent path; gives the query's ID, whom it went to, and the channel.
         fn ask(&mut self) -> (u32, Vec<To>, Receiver<Holder>) {
             let (holders, receiver) = bounded(4);
-            let out = self.event(Event::Ask(Ask { hash_part: absent(), holders }));
+            let out = self.event(Event::Ask(Ask { hash_part: absent(), holders, content: Arc::default() }));
             let queries = out.iter().filter_map(|(to, packet)| match packet {
                 Packet::Query { id, .. } => Some((*id, *to)),
                 _ => None,
@@ -1016,7 +1019,7 @@ mod tests {
         UdpSocket::bind("127.0.0.1:0").unwrap().send_to(b"x", here).unwrap();
         is_stuck.recv().unwrap();
         // The thread is busy with the datagram; the queue fills, and the command to end finds no place in it.
-        let waiting: Vec<_> = (0..=MAX_WAITING).map(|_| wake.ask(absent())).collect();
+        let waiting: Vec<_> = (0..=MAX_WAITING).map(|_| wake.ask(absent(), Arc::default())).collect();
         let ending = thread::spawn(move || drop(handle));
         while !wake.stop.load(Ordering::SeqCst) {
             thread::yield_now();

@@ -40,6 +40,9 @@ pub enum Answer {
 const VAIN_WINDOW: Duration = Duration::from_secs(60);
 const MAX_VAIN: u32 = 10;
 
+/// A silent peer's hello brings it back this often: a little less than the time between two hellos.
+const BENEFIT: Duration = Duration::from_secs(25);
+
 /// What is known of one peer.
 pub struct Peer {
     heard: Option<Instant>,
@@ -49,8 +52,8 @@ pub struct Peer {
     named: bool,
     /// Smoothed round trip and its variation, as TCP keeps them (RFC 6298).
     round_trip: Option<(Duration, Duration)>,
-    /// Not waited for until it says hello or answers.
-    silent: bool,
+    /// Not waited for, since then, until it answers or says hello again after a while.
+    silent: Option<Instant>,
     /// Left a query unanswered and has not answered one since. A hello does not change that, nor a restart.
     doubtful: bool,
     last_have: Option<Instant>,
@@ -66,7 +69,7 @@ impl Peer {
             says_have_not: false,
             named,
             round_trip: None,
-            silent: false,
+            silent: None,
             doubtful: false,
             last_have: None,
             haves: 0,
@@ -76,7 +79,7 @@ impl Peer {
     /// What to expect of this peer, when unknown peers get `timeout`.
     fn expect(&self, timeout: Duration) -> Answer {
         let crowded = self.hello.is_some_and(|h| h.crowded);
-        if self.silent {
+        if self.silent.is_some() {
             Answer::NotExpected
         } else if self.heard.is_none() {
             Answer::Unknown
@@ -135,10 +138,12 @@ impl Known {
         let Some(peer) = self.peers.get_mut(&from) else { return false };
         let restarted = peer.hello.is_none_or(|old| old.instance != hello.instance);
         if restarted {
-            let (named, doubtful) = (peer.named, peer.doubtful);
-            *peer = Peer { heard: Some(now), doubtful, ..Peer::new(named) };
+            let (named, doubtful, silent) = (peer.named, peer.doubtful, peer.silent);
+            *peer = Peer { heard: Some(now), doubtful, silent, ..Peer::new(named) };
         }
-        peer.silent = false;
+        if peer.silent.is_some_and(|since| now.saturating_duration_since(since) >= BENEFIT) {
+            peer.silent = None;
+        }
         peer.hello = Some(hello);
         restarted
     }
@@ -156,7 +161,7 @@ impl Known {
         self.heard(from, now);
         let Some(peer) = self.peers.get_mut(&from) else { return };
         peer.last_answer = Some(now);
-        peer.silent = false;
+        peer.silent = None;
         peer.doubtful = false;
         if has_it {
             peer.haves = peer.haves.saturating_add(1);
@@ -177,9 +182,9 @@ impl Known {
         if peer.last_answer.is_some_and(|answer| answer > sent) {
             return;
         }
-        peer.silent = true;
-        peer.doubtful = true;
-        if peer.last_answer.is_none() {
+        let first = !std::mem::replace(&mut peer.doubtful, true);
+        peer.silent = Some(now);
+        if first && peer.last_answer.is_none() {
             let since = *self.vain_since.get_or_insert(now);
             if now.saturating_duration_since(since) > VAIN_WINDOW {
                 (self.vain_since, self.vain) = (Some(now), 0);
@@ -233,7 +238,7 @@ impl Known {
 
     /// Whether there are too many live peers for *have not*.
     pub fn is_crowded(&self) -> bool {
-        self.peers.len() > CROWD && self.peers.values().filter(|p| !p.silent).count() > CROWD
+        self.peers.len() > CROWD && self.peers.values().filter(|p| p.silent.is_none()).count() > CROWD
     }
 
     /// The peers a query goes to: at most [`CROWD`], named ones first, then those that had something most often
@@ -241,7 +246,7 @@ impl Known {
     pub fn to_ask(&self) -> Vec<(SocketAddr, &Peer)> {
         let mut all: Vec<(SocketAddr, &Peer)> = self.peers.iter().map(|(address, peer)| (*address, peer)).collect();
         if all.len() > CROWD {
-            all.sort_by_key(|(_, p)| std::cmp::Reverse((p.named, !p.silent, p.haves, p.last_have)));
+            all.sort_by_key(|(_, p)| std::cmp::Reverse((p.named, p.silent.is_none(), p.haves, p.last_have)));
             all.truncate(CROWD);
         }
         all
@@ -338,6 +343,8 @@ mod tests {
         assert_eq!(expect(&known, peer), Answer::NotExpected);
         // Nor does it help it to seem restarted.
         known.hello(peer, hello(2), now + Duration::from_secs(2));
+        assert_eq!(expect(&known, peer), Answer::NotExpected);
+        known.hello(peer, hello(3), now + Duration::from_secs(30));
         assert_eq!(expect(&known, peer), Answer::Due(TIMEOUT));
     }
 
@@ -350,6 +357,8 @@ mod tests {
         for last in 1..=MAX_VAIN as u8 {
             known.hello(address(last), hello(last), now);
             assert!(matches!(expect(&known, address(last)), Answer::Due(_)));
+            // However often one peer is silent, it is one.
+            known.left_unanswered(address(last), now, now);
             known.left_unanswered(address(last), now, now);
         }
         known.hello(address(99), hello(99), now);

@@ -5,6 +5,8 @@ use crate::nix::HashPart;
 use crossbeam_channel::Sender;
 use std::collections::{HashMap, VecDeque};
 use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 /// Queries in flight at once. Each belongs to a connection thread that waits for it, of which there are 1,024, or
@@ -17,8 +19,8 @@ const MAX_SENDS: u32 = 5;
 /// Once somebody has the path, the others have so long to say that they do too.
 const LINGER: Duration = Duration::from_millis(200);
 
-/// Ended queries whose late answers are still understood.
-const MAX_OVER: usize = 64;
+/// Ended queries whose late answers are still understood: a second of Nix's questions.
+const MAX_OVER: usize = 1024;
 
 /// One query.
 pub struct Query {
@@ -33,6 +35,7 @@ pub struct Query {
     step: Duration,
     next_send: Option<Instant>,
     holders: Sender<Holder>,
+    content: Arc<AtomicBool>,
     /// Whose holders were passed on: one address has one server, however many it claims.
     heard_from: Vec<IpAddr>,
 }
@@ -70,13 +73,14 @@ pub enum Due {
 
 impl Query {
     /// A query that is sent now. `first_step` is the time to its first repeat. Whoever holds the other end of
-    /// `holders` learns of holders, and of the end by the channel's end.
+    /// `holders` learns of holders, and of the end by the channel's end; `content` says that it needs no more.
     pub fn new(
         hash_part: HashPart,
         asked: impl Iterator<Item = (SocketAddr, Option<Duration>)>,
         open_for: Option<Duration>,
         first_step: Duration,
         holders: Sender<Holder>,
+        content: Arc<AtomicBool>,
         now: Instant,
     ) -> Self {
         let asked = asked.map(|(peer, wait)| Asked { peer, due: wait.map(|wait| now + wait), answered: false });
@@ -89,18 +93,23 @@ impl Query {
             step: first_step,
             next_send: Some(now + first_step),
             holders,
+            content,
             heard_from: Vec::new(),
         }
     }
 
-    /// Passes a holder on. The others get a little more time, as alternates.
-    fn found(&mut self, holder: Holder, now: Instant) {
+    /// Passes a holder on. Whether it really has the path is for the asker to find out.
+    fn found(&mut self, holder: Holder) {
         if self.heard_from.contains(&holder.http.ip()) {
             return;
         }
         self.heard_from.push(holder.http.ip());
-        // Full: enough holders are known. Closed: the asker is content.
+        // Full: enough holders are known. Closed: nobody listens any more.
         let _ = self.holders.try_send(holder);
+    }
+
+    /// The asker got what it wanted: nobody is asked again, and the others get a little more time, as alternates.
+    fn settle(&mut self, now: Instant) {
         self.next_send = None;
         let latest = now + LINGER;
         let dues = self.asked.iter_mut().filter_map(|asked| asked.due.as_mut());
@@ -182,11 +191,16 @@ impl Queries {
             asked.answered = true;
         }
         if let Some(holder) = holder {
-            query.found(holder, now);
+            query.found(holder);
         }
         let round_trip = once.then(|| now.saturating_duration_since(query.sent));
         if query.ends(now).is_none() {
+            let sent = query.sent;
+            let is_late = query.asked.iter().any(|a| !a.answered);
             self.queries.remove(&id);
+            if is_late {
+                self.remember(id, sent);
+            }
         } else {
             let due = query.next_due(now);
             self.next_due = self.next_due.map(|next| next.min(due));
@@ -205,19 +219,27 @@ impl Queries {
         };
         if query.ends(now).is_none() {
             let query = self.queries.remove(&id)?;
-            if self.over.len() >= MAX_OVER {
-                self.over.pop_front();
-            }
-            self.over.push_back((id, query.sent));
+            self.remember(id, query.sent);
             let unanswered = query.asked.iter().filter(|a| !a.answered && a.due.is_some()).map(|a| a.peer).collect();
             let answered = query.asked.iter().any(|a| a.answered);
             return Some(Due::Over { sent: query.sent, unanswered, answered });
+        }
+        if query.content.load(Ordering::Relaxed) {
+            query.settle(now);
+            return self.due(now);
         }
         query.sends += 1;
         query.step *= 2;
         query.next_send = (query.sends < MAX_SENDS).then(|| now + query.step);
         let to = query.asked.iter().filter(|a| query.waits_for(a, now)).map(|a| a.peer).collect();
         Some(Due::Repeat { id, hash_part: query.hash_part, to, broadcast: query.sends == 2 })
+    }
+
+    fn remember(&mut self, id: u32, sent: Instant) {
+        if self.over.len() >= MAX_OVER {
+            self.over.pop_front();
+        }
+        self.over.push_back((id, sent));
     }
 
     /// How long ago a query that is over was sent: what a late answer tells of its sender's round trip.
@@ -255,7 +277,7 @@ mod tests {
     fn query(now: Instant, open_for: Option<Duration>) -> (Query, Receiver<Holder>) {
         let (sender, receiver) = bounded(4);
         let asked = [(address(1), Some(200 * MS)), (address(2), Some(200 * MS)), (address(3), None)];
-        (Query::new(hash_part(), asked.into_iter(), open_for, 16 * MS, sender, now), receiver)
+        (Query::new(hash_part(), asked.into_iter(), open_for, 16 * MS, sender, Arc::default(), now), receiver)
     }
 
     #[test]
@@ -309,7 +331,7 @@ mod tests {
         let (now, mut queries) = (Instant::now(), Queries::new(0));
         let (sender, holders) = bounded(4);
         let asked = [(address(1), Some(1000 * MS)), (address(2), Some(200 * MS))];
-        let query = Query::new(hash_part(), asked.into_iter(), None, 3000 * MS, sender, now);
+        let query = Query::new(hash_part(), asked.into_iter(), None, 3000 * MS, sender, Arc::default(), now);
         let id = queries.insert(query, now).unwrap();
         assert_eq!(queries.due(now + MS), None);
         queries.answered(id, address(1), true, None, now + 2 * MS).unwrap();
@@ -346,21 +368,47 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_repeated_once_somebody_has_it() {
+    fn nothing_is_repeated_once_the_asker_is_content() {
+        let (now, mut queries) = (Instant::now(), Queries::new(7));
+        let (query, _holders) = query(now, None);
+        let content = query.content.clone();
+        queries.insert(query, now).unwrap();
+        queries.answered(7, address(1), true, holder(1), now + MS).unwrap();
+        content.store(true, Ordering::Relaxed);
+        for ms in 2..200u32 {
+            assert_eq!(queries.due(now + ms * MS), None);
+        }
+    }
+
+    /// A false *have* used to end the repeats, so that a holder whose answer was lost was not asked again.
+    #[test]
+    fn a_claim_alone_stops_no_repeat() {
         let (now, mut queries) = (Instant::now(), Queries::new(7));
         let (query, _holders) = query(now, None);
         queries.insert(query, now).unwrap();
         queries.answered(7, address(1), true, holder(1), now + MS).unwrap();
-        for ms in 2..200u32 {
-            assert_eq!(queries.due(now + ms * MS), None);
-        }
+        let due = queries.due(now + 16 * MS);
+        assert!(matches!(due, Some(Due::Repeat { to, .. }) if to == [address(2)]));
+    }
+
+    /// A peer that is not waited for, because it was silent once, used to stay so however it answered.
+    #[test]
+    fn late_answers_to_a_query_that_ended_early_are_understood() {
+        let (now, mut queries) = (Instant::now(), Queries::new(7));
+        let (query, _holders) = query(now, None);
+        queries.insert(query, now).unwrap();
+        queries.answered(7, address(1), true, None, now + MS).unwrap();
+        queries.answered(7, address(2), true, None, now + MS).unwrap();
+        assert_eq!(queries.answered(7, address(3), true, holder(3), now + 3 * MS), None);
+        assert_eq!(queries.late(7, now + 3 * MS), Some(3 * MS));
     }
 
     #[test]
     fn with_nobody_to_wait_for_it_is_over_at_once() {
         let (now, mut queries) = (Instant::now(), Queries::new(7));
         let (sender, holders) = bounded(4);
-        let query = Query::new(hash_part(), [(address(1), None)].into_iter(), None, 16 * MS, sender, now);
+        let query =
+            Query::new(hash_part(), [(address(1), None)].into_iter(), None, 16 * MS, sender, Arc::default(), now);
         queries.insert(query, now).unwrap();
         assert!(matches!(queries.due(now), Some(Due::Over { answered: false, .. })));
         assert_eq!(holders.try_recv(), Err(TryRecvError::Disconnected));
