@@ -121,25 +121,15 @@ impl Pool {
         part: &HashPart,
         deadline: Instant,
     ) -> Result<Option<PathInfo>, StoreError> {
-        match self.attempt(lease, Mode::Shared, part, deadline) {
-            Ok(answer) => {
-                self.note(Way::Plain);
-                return Ok(answer);
-            }
-            Err(Failure::Error(error)) => return Err(error),
-            Err(Failure::Asleep) => {}
+        if let Some(told) = self.told(self.attempt(lease, Mode::Shared, part, deadline), Way::Plain) {
+            return told;
         }
         let mut daemon_said = "not asked again so soon".to_owned();
         if self.may_wake_daemon() {
             match daemon_socket::wake(&self.place.daemon_socket, deadline.min(Instant::now() + DAEMON_PATIENCE)) {
                 Ok(_awake_until_we_have_opened_it) => {
-                    match self.attempt(lease, Mode::Shared, part, deadline) {
-                        Ok(answer) => {
-                            self.note(Way::Daemon);
-                            return Ok(answer);
-                        }
-                        Err(Failure::Error(error)) => return Err(error),
-                        Err(Failure::Asleep) => {}
+                    if let Some(told) = self.told(self.attempt(lease, Mode::Shared, part, deadline), Way::Daemon) {
+                        return told;
                     }
                     daemon_said = "connected, but has another database open".to_owned();
                 }
@@ -153,29 +143,35 @@ impl Pool {
                 } else {
                     let answer = self.attempt(lease, Mode::Immutable, part, deadline);
                     lease.database = None; // for this one query only
-                    if Still::observe(&self.place.db) == Some(before) {
-                        match answer {
-                            Ok(answer) => {
-                                self.note(Way::Immutable);
-                                return Ok(answer);
-                            }
-                            Err(Failure::Error(error)) => return Err(error),
-                            Err(Failure::Asleep) => {}
-                        }
+                    if Still::observe(&self.place.db) == Some(before)
+                        && let Some(told) = self.told(answer, Way::Immutable)
+                    {
+                        return told;
                     }
                 }
             }
             // If somebody writes, the files are there now.
-            match self.attempt(lease, Mode::Shared, part, deadline) {
-                Ok(answer) => {
-                    self.note(Way::Plain);
-                    return Ok(answer);
-                }
-                Err(Failure::Error(error)) => return Err(error),
-                Err(Failure::Asleep) => {}
+            if let Some(told) = self.told(self.attempt(lease, Mode::Shared, part, deadline), Way::Plain) {
+                return told;
             }
         }
         Err(StoreError::Asleep { db: self.place.db.clone(), daemon: daemon_said })
+    }
+
+    /// What an attempt told, by which way; `None` if the database was asleep and another way is to be tried.
+    fn told(
+        &self,
+        answer: Result<Option<PathInfo>, Failure>,
+        way: Way,
+    ) -> Option<Result<Option<PathInfo>, StoreError>> {
+        match answer {
+            Ok(answer) => {
+                self.note(way);
+                Some(Ok(answer))
+            }
+            Err(Failure::Error(error)) => Some(Err(error)),
+            Err(Failure::Asleep) => None,
+        }
     }
 
     fn attempt(
