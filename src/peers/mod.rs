@@ -1,10 +1,13 @@
 //! The other nodes: who they are, which of them has a path, and what they serve.
 
+mod asks;
 pub mod client;
 pub mod discovery;
 mod known;
 mod queries;
 pub mod standing;
+
+pub use asks::Told;
 
 use std::net::SocketAddr;
 
