@@ -10,6 +10,7 @@ use ring::rand::SystemRandom;
 use ring::signature::{ED25519, Ed25519KeyPair, KeyPair, UnparsedPublicKey};
 use serde::{Deserialize, Serialize};
 use std::fmt;
+use std::net::IpAddr;
 
 /// A peer ID has so many bytes at most. Those of the original are UUIDs.
 pub const MAX_PEER_ID: usize = 128;
@@ -38,6 +39,18 @@ pub const SIGNATURE_HEADER: &str = "X-Peerix-Signature";
 /// Whether a text can be a peer's ID: not empty, at most [`MAX_PEER_ID`] bytes, no control characters.
 pub fn is_peer_id(text: &str) -> bool {
     !text.is_empty() && text.len() <= MAX_PEER_ID && !text.chars().any(char::is_control)
+}
+
+/// Whether a peer can be at an address: one that others can reach, so neither this machine's own nor a network's.
+pub fn can_be_peer(ip: IpAddr) -> bool {
+    match ip.to_canonical() {
+        // "This network", and what was left for the future.
+        IpAddr::V4(ip) => {
+            let special = ip.is_loopback() || ip.is_link_local() || ip.is_multicast() || ip.is_broadcast();
+            !special && (1..240).contains(&ip.octets()[0])
+        }
+        IpAddr::V6(ip) => !(ip.is_loopback() || ip.is_unspecified() || ip.is_multicast() || ip.is_unicast_link_local()),
+    }
 }
 
 /// `POST /announce`; `DELETE /announce` without port.
@@ -412,6 +425,31 @@ mod tests {
             "",
         ] {
             assert!(serde_json::from_str::<Announce>(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn where_peers_can_be() {
+        for good in ["1.2.3.4", "10.0.0.1", "192.168.1.1", "100.64.0.1", "2001:db8::1", "fd00::1", "::ffff:10.0.0.1"] {
+            assert!(can_be_peer(good.parse().unwrap()), "{good}");
+        }
+        for bad in [
+            "0.0.0.0",
+            "0.1.2.3",
+            "127.0.0.1",
+            "127.9.9.9",
+            "169.254.169.254",
+            "224.0.0.1",
+            "240.0.0.1",
+            "255.255.255.255",
+            "::",
+            "::1",
+            "fe80::1",
+            "ff02::1",
+            "::ffff:127.0.0.1",
+            "::ffff:169.254.1.1",
+        ] {
+            assert!(!can_be_peer(bad.parse().unwrap()), "{bad}");
         }
     }
 
