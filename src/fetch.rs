@@ -317,7 +317,8 @@ impl Nar<'_> {
             let patience = if self.search.has_more() { FIRST_BYTE } else { STALL };
             let left = self.start_until.map(|until| until.saturating_duration_since(began).max(FIRST_BYTE));
             let patience = left.map_or(patience, |left| patience.min(left));
-            match self.fetch.client.nar(source.peer, &source.url_path, self.at, self.size, patience) {
+            let client = &self.fetch.client;
+            match client.nar(source.peer, &source.url_path, self.at, self.size, patience, source.wan) {
                 Ok(body) => {
                     if self.at > 0 {
                         log::info!("NAR {}: continued from peer {} at byte {}", self.hash, source.peer, self.at);

@@ -46,6 +46,8 @@ pub struct Source {
     pub nar_hash: NarHash,
     /// And the size.
     pub nar_size: u64,
+    /// Whether the peer is on another network, so that it may compress.
+    pub wan: bool,
 }
 
 /// Looks up paths for this machine's Nix.
@@ -224,6 +226,7 @@ impl Lookup {
                     url_path: narinfo.url.clone(),
                     nar_hash: narinfo.info.nar_hash,
                     nar_size: narinfo.info.nar_size,
+                    wan: false,
                 };
                 Tried::Good(Box::new((source, narinfo)))
             }

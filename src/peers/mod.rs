@@ -1,6 +1,7 @@
 //! The other nodes: who they are, which of them has a path, and what they serve.
 
 pub mod client;
+mod decoder;
 pub mod discovery;
 mod known;
 mod queries;
