@@ -126,9 +126,9 @@ impl Cache {
                 let _permit = self.permit(request, scope)?;
                 nar::from_peer(self, name, request, exchange)
             }
-            Route::OwnNar(name) => {
+            Route::OwnNar(name, view) => {
                 let _permit = self.permit(request, scope)?;
-                nar::own(self, name, request, exchange)
+                nar::own(self, name, *view, scope, request, exchange)
             }
             Route::Listing(hash_part) => {
                 let _permit = self.permit(request, scope)?;
