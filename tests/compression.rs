@@ -1,9 +1,10 @@
-//! NARs from peers that compress them. The `zstd` program makes the bodies: the other end need not be peerix.
+//! NARs compressed between peers that are far from one another. The `zstd` program is the other end: it need not be
+//! peerix.
 
 mod common;
 
-use common::http::{Reply, Request, Server};
-use common::{SOON, nar};
+use common::http::{Answer, Connection, Reply, Request, Server};
+use common::{Daemon, Host, Lan, PORT, SOON, nar, stock};
 use peerix::nix::StoreDir;
 use peerix::peers::client::{Client, Error, NarBody, Way};
 use std::io::{self, Read, Write};
@@ -186,13 +187,15 @@ fn what_is_no_zstd_or_more_than_that() {
     fails(&zstd(&[], &nar[..nar.len() - 1]), nar.len());
     fails(&zstd(&[], &[&nar[..], b"x"].concat()), nar.len());
     // Windows that take more memory than any peer needs.
-    let error = fails(&zstd(&["-19", "--ultra", "--long=27"], &vec![b'x'; 200 << 20]), 200 << 20);
-    assert!(error.to_string().contains("memory"), "{error}");
+    for options in [["-19"], ["--long=27"]] {
+        let error = fails(&zstd(&options, &nar), nar.len());
+        assert!(error.to_string().contains("memory"), "{error}");
+    }
 }
 
 #[test]
 fn a_bomb_costs_no_more_than_what_was_wanted() {
-    let bomb = zstd(&["-1"], &vec![0; 1 << 30]);
+    let bomb = zstd(&["-1"], &vec![0; 256 << 20]);
     let peer = Peer::saying(answer(&bomb, 0, 1000));
     let mut body = peer.nar(0, 1000, true).unwrap();
     let mut bytes = [1; 1000];
@@ -229,4 +232,53 @@ fn a_connection_is_used_again() {
         body.finish();
     }
     peer.join().unwrap();
+}
+
+/// A server and who asks it.
+struct Scene {
+    server: Host,
+    neighbour: Host,
+    _daemon: Daemon,
+    _lan: Lan,
+}
+
+impl Scene {
+    fn new(flags: &[&str]) -> Scene {
+        let lan = Lan::new();
+        let (server, neighbour) = (lan.host("server"), lan.host("neighbour"));
+        stock::ready(&server);
+        let daemon = Daemon::start(&server, flags);
+        Scene { server, neighbour, _daemon: daemon, _lan: lan }
+    }
+
+    fn connect(&self) -> Connection {
+        Connection::new(self.neighbour.connect((self.server.address, PORT)).unwrap()).unwrap()
+    }
+
+    fn ask(&self, route: &str, headers: &str) -> Answer {
+        self.connect().ask("GET", route, headers).unwrap()
+    }
+
+    fn nar_route(&self, path: &str) -> String {
+        stock::nar_route(&self.neighbour, &self.server, path)
+    }
+}
+
+const ZSTD: &str = "Accept-Encoding: zstd\r\n";
+
+fn is_zstd(answer: &Answer) -> bool {
+    assert!(answer.whole);
+    let is_zstd = answer.header("content-encoding") == Some("zstd");
+    assert_eq!(is_zstd, answer.header("transfer-encoding") == Some("chunked"));
+    assert_eq!(is_zstd, answer.header("content-length").is_none());
+    is_zstd
+}
+
+#[test]
+fn a_neighbour_gets_it_plain() {
+    let scene = Scene::new(&[]);
+    let path = stock::add_large(&scene.server, "large", 1);
+    let answer = scene.ask(&scene.nar_route(&path), ZSTD);
+    assert!(!is_zstd(&answer) && answer.header("vary").is_none());
+    assert!(answer.body == stock::dump(&scene.server, &path));
 }

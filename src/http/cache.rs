@@ -2,7 +2,7 @@
 
 use super::permits::{Permit, Permits};
 use super::response::Exchange;
-use super::route::{Refusal, Route, route};
+use super::route::{Refusal, Route, View, route};
 use super::server::Handler;
 use super::{Request, nar, narinfo};
 use crate::fetch::Fetch;
@@ -128,7 +128,9 @@ impl Cache {
             }
             Route::OwnNar(name, view) => {
                 let _permit = self.permit(request, scope)?;
-                nar::own(self, name, *view, scope, request, exchange)
+                // A LAN is faster than compressing, and Nix, which reads the other view, resumes nothing encoded.
+                let is_far = *view == View::Peers && scope == Scope::Wan;
+                nar::own(self, name, is_far, request, exchange)
             }
             Route::Listing(hash_part) => {
                 let _permit = self.permit(request, scope)?;

@@ -5,8 +5,7 @@ use super::cache::{Cache, Failure, NOT_THERE};
 use super::encoding::{Compressor, accepts_zstd};
 use super::range::{self, Part};
 use super::response::Exchange;
-use super::route::{NarName, View};
-use crate::share::Scope;
+use super::route::NarName;
 use crate::store::{NarError, NarSink};
 use crate::wire::tracker::{TRANSFER_HEADER, TransferName};
 use std::io::{self, Write};
@@ -24,13 +23,12 @@ enum Coding {
     Zstd,
 }
 
-/// A valid path of this machine's store, if it still has that NAR hash. Compressed only for a peer on another network: a LAN
-/// is faster than the compressing, and Nix (which reads the other view) gives up resuming when it gets something encoded.
+/// A valid path of this machine's store, if it still has that NAR hash. `is_far`: for a peer on another network, which may
+/// have it compressed.
 pub(super) fn own(
     cache: &Cache,
     name: &NarName,
-    view: View,
-    scope: Scope,
+    is_far: bool,
     request: &Request<'_>,
     exchange: &mut Exchange<'_>,
 ) -> Result<(), Failure> {
@@ -38,7 +36,6 @@ pub(super) fn own(
     if info.nar_hash != name.nar_hash {
         return Err(NOT_THERE);
     }
-    let is_far = view == View::Peers && scope == Scope::Wan;
     let accepts = is_far && request.knows_chunks && accepts_zstd(request.field("accept-encoding"));
     let compressing = if accepts { cache.permits.to_compress() } else { None };
     let coding = match compressing {
@@ -51,7 +48,7 @@ pub(super) fn own(
     if !exchange.wants_body() {
         return Ok(());
     }
-    let transfer = request.field(TRANSFER_HEADER).filter(|_| scope == Scope::Wan).and_then(TransferName::parse);
+    let transfer = request.field(TRANSFER_HEADER).filter(|_| is_far).and_then(TransferName::parse);
     let mut sent = 0;
     let written = if coding == Coding::Zstd {
         let mut out = Compressor::new(exchange, part.end - part.start)?;
