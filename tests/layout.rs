@@ -18,7 +18,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("fetch", &["lookup", "nix", "peers"]),
     ("lookup", &["nix", "peers"]),
     ("store", &["nix"]),
-    ("share", &["config", "interfaces"]),
+    ("share", &["config", "interfaces", "nix", "on_drop", "seldom"]),
     ("peers", &["interfaces", "nix", "on_drop", "wire"]),
     ("sockets", &["config", "interfaces"]),
     ("interfaces", &[]),

@@ -5,6 +5,7 @@ use super::cache::{Cache, Failure, NOT_THERE};
 use super::range::{self, Part};
 use super::response::Exchange;
 use super::route::NarName;
+use crate::nix::PathInfo;
 use crate::store::NarError;
 use std::io;
 use std::ops::Range;
@@ -13,10 +14,10 @@ use std::ops::Range;
 pub(super) fn own(
     cache: &Cache,
     name: &NarName,
+    info: &PathInfo,
     request: &Request<'_>,
     exchange: &mut Exchange<'_>,
 ) -> Result<(), Failure> {
-    let info = cache.store.path_info(&name.hash_part)?.ok_or(NOT_THERE)?;
     if info.nar_hash != name.nar_hash {
         return Err(NOT_THERE);
     }
@@ -25,7 +26,7 @@ pub(super) fn own(
     if !exchange.wants_body() {
         return Ok(());
     }
-    match cache.store.write_nar(&info, part, exchange) {
+    match cache.store.write_nar(info, part, exchange) {
         Ok(()) => Ok(()),
         Err(NarError::Write(e)) => Err(e.into()),
         Err(fault) if exchange.take_back() => Err(cache.not_served(&info.path, &fault)),
