@@ -18,7 +18,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("fetch", &["lookup", "nix", "peers", "wire"]),
     ("lookup", &["nix", "peers", "wire"]),
     ("store", &["nix"]),
-    ("share", &["config", "interfaces"]),
+    ("share", &["config", "interfaces", "nix", "on_drop", "seldom"]),
     ("peers", &["interfaces", "nix", "on_drop", "wire"]),
     ("sockets", &["config", "interfaces"]),
     ("identity", &["wire"]),

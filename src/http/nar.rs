@@ -6,6 +6,7 @@ use super::encoding::{Compressor, accepts_zstd};
 use super::range::{self, Part};
 use super::response::Exchange;
 use super::route::NarName;
+use crate::nix::PathInfo;
 use crate::store::{NarError, NarSink};
 use crate::wire::tracker::{TRANSFER_HEADER, TransferName};
 use std::io::{self, Write};
@@ -28,11 +29,11 @@ enum Coding {
 pub(super) fn own(
     cache: &Cache,
     name: &NarName,
+    info: &PathInfo,
     is_far: bool,
     request: &Request<'_>,
     exchange: &mut Exchange<'_>,
 ) -> Result<(), Failure> {
-    let info = cache.store.path_info(&name.hash_part)?.ok_or(NOT_THERE)?;
     if info.nar_hash != name.nar_hash {
         return Err(NOT_THERE);
     }
@@ -52,10 +53,10 @@ pub(super) fn own(
     let mut sent = 0;
     let written = if coding == Coding::Zstd {
         let mut out = Compressor::new(exchange, part.end - part.start)?;
-        let written = cache.store.write_nar(&info, part, &mut Counting { out: &mut out, passed: &mut sent });
+        let written = cache.store.write_nar(info, part, &mut Counting { out: &mut out, passed: &mut sent });
         written.and_then(|()| out.finish().map_err(NarError::Write))
     } else {
-        cache.store.write_nar(&info, part, &mut Counting { out: exchange, passed: &mut sent })
+        cache.store.write_nar(info, part, &mut Counting { out: exchange, passed: &mut sent })
     };
     if let Some(transfer) = transfer {
         cache.lookup.sent(&transfer, sent);
