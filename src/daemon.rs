@@ -5,12 +5,17 @@ use crate::fetch::Fetch;
 use crate::http::cache::{Cache, signer};
 use crate::http::permits::Permits;
 use crate::http::server::Server;
+use crate::identity;
 use crate::interfaces::Interfaces;
 use crate::lookup::Lookup;
 use crate::nix::{HashPart, SecretKey};
+use crate::peers::announce::{Publication, Trackers};
 use crate::peers::client::Client;
 use crate::peers::discovery::{Discovery, Handle, Neighbourhood, Wake};
 use crate::peers::standing::Standing;
+use crate::peers::tracker::Me;
+use crate::peers::wan::Wan;
+use crate::publish::Publisher;
 use crate::seldom::Seldom;
 use crate::share::{Scope, Share};
 use crate::sockets::{self, Sockets};
@@ -40,6 +45,9 @@ const LOOK: Duration = Duration::from_secs(10);
 /// Descriptors for every connection, and for every stream with a directory of each level and a file or a peer; services
 /// get 1,024 unless they ask for more.
 const DESCRIPTORS: u64 = 8192;
+
+/// The daemon ends within 2 s; a tracker that does not take its leave is not waited for longer than this.
+const STOP_LIMIT: Duration = Duration::from_millis(1700);
 
 /// Why the daemon could not start or go on: one line, with what to do.
 #[derive(Debug)]
@@ -99,16 +107,24 @@ pub fn run(config: Config) -> Result<(), Fatal> {
     SystemRandom::new().fill(&mut random).map_err(|_| Fatal("no random numbers to be had".into()))?;
     let leaving = neighbourhood.leaving.clone();
     let discovery = Discovery::new(neighbourhood, port, port, config.timeout, random, now);
-    let discovery = Handle::spawn(discovery, datagrams, interfaces, ended("discovery"))
+    let discovery = Handle::spawn(discovery, datagrams, interfaces.clone(), ended("discovery"))
         .map_err(|e| Fatal::from(("discovery", e)))?;
-    let resolver =
-        resolve_peers(config.peers, discovery.wake(), share.clone()).map_err(|e| Fatal::from(("resolve", e)))?;
+    let resolver = resolve_peers(config.peers.clone(), discovery.wake(), share.clone())
+        .map_err(|e| Fatal::from(("resolve", e)))?;
 
     let client = Arc::new(Client::new(config.store_dir.clone()));
     let standing = Arc::new(Standing::default());
-    let trusted = config.trusted_public_keys;
-    let lookup =
-        Lookup::new(Some(discovery.wake()), None, client.clone(), standing.clone(), trusted, config.store_dir.clone());
+    let trusted = config.trusted_public_keys.clone();
+    let strangers = match config.mode.has_wan() {
+        true => Some(Strangers::start(&config, port, &store, &share, ended)?),
+        false => None,
+    };
+    let wan = strangers.as_ref().map(|strangers| {
+        let trackers = strangers.trackers.clone();
+        Arc::new(Wan::new(trackers, client.clone(), standing.clone(), discovery.wake(), interfaces))
+    });
+    let lan = config.mode.has_lan().then(|| discovery.wake());
+    let lookup = Lookup::new(lan, wan, client.clone(), standing.clone(), trusted, config.store_dir.clone());
     let lookup = Arc::new(lookup);
     let cache = Cache {
         store,
@@ -131,9 +147,15 @@ pub fn run(config: Config) -> Result<(), Fatal> {
     log::info!("stopping");
     // Peers learn that this node leaves; then the answers under way end; then what they used. A lookup cut short would
     // tell Nix that a path is nowhere, which it remembers for an hour.
+    let stopping = Instant::now();
     leaving.store(true, Ordering::Relaxed);
     discovery.say_bye();
+    strangers.iter().for_each(|strangers| strangers.trackers.leave());
     drop(server);
+    if let Some(Strangers { trackers, publisher }) = strangers {
+        trackers.wait(stopping + STOP_LIMIT);
+        drop(publisher);
+    }
     drop(discovery);
     drop(resolver);
     drop(signals);
@@ -193,6 +215,41 @@ fn read_key(path: &std::path::Path) -> Result<SecretKey, Fatal> {
         Fatal(format!("private key {name}: {e}; --private-key needs a file of nix-store --generate-binary-cache-key that this user can read"))
     })?;
     SecretKey::parse(&text).map_err(|e| Fatal(format!("private key {name}: {e}")))
+}
+
+/// What the WAN mode runs beside the rest.
+struct Strangers {
+    trackers: Arc<Trackers>,
+    publisher: Publisher,
+}
+
+impl Strangers {
+    fn start<F: Fn() + Clone + Send + 'static>(
+        config: &Config,
+        port: u16,
+        store: &Arc<Store>,
+        share: &Arc<Share>,
+        ended: impl Fn(&'static str) -> F,
+    ) -> Result<Strangers, Fatal> {
+        let identity = match &config.state_dir {
+            Some(dir) => identity::load(dir),
+            None => {
+                log::warn!("no --state-dir: this node is another peer to its trackers after each start");
+                identity::for_this_run()
+            }
+        };
+        let identity = identity.map_err(Fatal)?;
+        let peer_id = config.peer_id.clone().unwrap_or_else(|| identity::peer_id(&identity));
+        log::info!("peer ID {peer_id}");
+        let me = Me { identity, peer_id, port, addr: config.announce_addr.clone() };
+        let publication = Arc::new(Publication::default());
+        let urls = config.tracker_urls.clone();
+        let trackers = Trackers::start(urls, me, &publication, ended("announce"));
+        let trackers = Arc::new(trackers.map_err(|e| Fatal::from(("announce", e)))?);
+        let publisher = Publisher::start(store.clone(), share.clone(), publication, ended("publish"));
+        let publisher = publisher.map_err(|e| Fatal::from(("publish", e)))?;
+        Ok(Strangers { trackers, publisher })
+    }
 }
 
 /// What discovery may know: networks, and the store through what is shared.

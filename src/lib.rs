@@ -29,6 +29,7 @@ pub mod lookup;
 pub mod nix;
 pub mod on_drop;
 pub mod peers;
+pub mod publish;
 pub mod seldom;
 pub mod share;
 pub mod sockets;

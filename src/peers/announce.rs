@@ -30,9 +30,6 @@ const REPORTS_AT_ONCE: usize = 16;
 /// A report that the tracker did not take is tried again with the next ones, so often in all.
 const MAX_TRIES: u32 = 3;
 
-/// The end of a thread is waited for so long; one that hangs in a call is left behind.
-const END: Duration = Duration::from_millis(900);
-
 /// What this node would share, as it is published.
 #[derive(Default)]
 pub struct Publication(Mutex<Option<(u64, Arc<Filter>)>>);
@@ -57,7 +54,7 @@ impl Publication {
 /// A transfer's name, once the tracker has given it one.
 pub type Begun = Arc<OnceLock<TransferName>>;
 
-/// All trackers and their threads. Dropping it says that this node leaves.
+/// All trackers and their threads.
 pub struct Trackers {
     me: Arc<Me>,
     announcers: Vec<Announcer>,
@@ -67,7 +64,7 @@ struct Announcer {
     tracker: Arc<Tracker>,
     jobs: Sender<Job>,
     /// Closing it ends the thread.
-    running: Option<Sender<()>>,
+    running: Mutex<Option<Sender<()>>>,
     ended: Receiver<()>,
 }
 
@@ -122,7 +119,7 @@ impl Trackers {
                 let _on_end = crate::on_drop::OnDrop::new(on_end);
                 worker.run();
             })?;
-            announcers.push(Announcer { tracker, jobs, running: Some(running), ended });
+            announcers.push(Announcer { tracker, jobs, running: Mutex::new(Some(running)), ended });
         }
         Ok(Trackers { me, announcers })
     }
@@ -135,6 +132,20 @@ impl Trackers {
     /// The trackers, in the order of the command line.
     pub fn all(&self) -> impl Iterator<Item = &Arc<Tracker>> {
         self.announcers.iter().map(|announcer| &announcer.tracker)
+    }
+
+    /// Has the trackers told that this node leaves. What is reported from now on is lost.
+    pub fn leave(&self) {
+        for announcer in &self.announcers {
+            drop(announcer.running.lock().unwrap_or_else(PoisonError::into_inner).take());
+        }
+    }
+
+    /// Waits until they have been told; one that hangs in a call is left behind at `until`.
+    pub fn wait(&self, until: Instant) {
+        for announcer in &self.announcers {
+            let _ = announcer.ended.recv_deadline(until);
+        }
     }
 
     /// Has a transfer from that peer begun at the tracker with that place in [`Trackers::all`]. It gets its name soon.
@@ -159,16 +170,6 @@ impl Announcer {
     fn give(&self, job: Job) {
         if let Err(TrySendError::Full(_)) = self.jobs.try_send(job) {
             log::debug!("tracker {}: too many transfers at once; one is not counted", self.tracker.url());
-        }
-    }
-}
-
-impl Drop for Trackers {
-    fn drop(&mut self) {
-        self.announcers.iter_mut().for_each(|announcer| drop(announcer.running.take()));
-        let until = Instant::now() + END;
-        for announcer in &self.announcers {
-            let _ = announcer.ended.recv_deadline(until);
         }
     }
 }

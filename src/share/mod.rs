@@ -100,6 +100,13 @@ impl Share {
         self.decide(scope, info, |verifier| verifier.verified_now(info) == Some(true))
     }
 
+    /// Whether [`Share::may_have`] would have to ask the upstream cache.
+    pub fn is_open_question(&self, scope: Scope, info: &PathInfo) -> bool {
+        self.decide(scope, info, |verifier| verifier.verified_now(info).is_none())
+            && self.verifier.is_some()
+            && scope == Scope::Wan
+    }
+
     fn decide(&self, scope: Scope, info: &PathInfo, verified: impl FnOnce(&Verifier) -> bool) -> bool {
         let serves = self.serves(scope);
         match scope {

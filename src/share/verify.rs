@@ -21,8 +21,10 @@ const UPSTREAM_KEY: &str = "cache.nixos.org-1:6NCHdD59X431o0gWypbMrAURkbJ16ZPMQF
 /// Signatures of the upstream's name that are checked of one path, 0.1 ms each. Upstream makes one.
 const MAX_SIGNATURES: usize = 4;
 
-/// How long an answer is remembered, as by the original.
+/// How long it is remembered that upstream has a path not, or another NAR, as by the original.
 const REMEMBERED: Duration = Duration::from_secs(3600);
+/// That it had this very NAR stays true; a day keeps the clock's arithmetic small.
+const PROVEN: Duration = Duration::from_secs(24 * 3600);
 /// When so many new ones have come, those before them are forgotten: so up to twice as many are kept. A hash table of
 /// 32,768 places is then full, and two take 5 MiB, on a node that shares as many paths.
 const GENERATION: usize = 28_672;
@@ -195,7 +197,7 @@ impl Verifier {
         match answer {
             Ok(answer) => {
                 log::debug!("{}: {} upstream", info.path, if answer { "the same" } else { "not, or not the same," });
-                state.answers.put(*key, Some(answer), now + REMEMBERED);
+                state.answers.put(*key, Some(answer), now + if answer { PROVEN } else { REMEMBERED });
                 answer
             }
             Err(e @ Failure::Malformed(_)) => {

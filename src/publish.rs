@@ -1,0 +1,191 @@
+//! What this node would share with strangers, kept as the filter that trackers get: a thread of its own reads the store
+//! once, and after that only what is new.
+
+use crate::nix::HashPart;
+use crate::on_drop::OnDrop;
+use crate::peers::announce::Publication;
+use crate::share::{Scope, Share};
+use crate::store::{Census, Store, StoreError};
+use crate::wire::filter::{Filter, LEAST_BITS_PER_PATH, MAX_BYTES};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+use std::{io, thread};
+
+/// How often it is looked whether the store has changed, which costs 10 µs.
+const LOOK: Duration = Duration::from_secs(5);
+/// Paths read at once.
+const BATCH: usize = 256;
+/// Once so many in a hundred of the paths that were added are gone, the filter is made anew: what is gone stays in it, and
+/// every peer that wants it asks in vain.
+const GONE_PERCENT: u64 = 10;
+/// Paths of which only the upstream cache can tell whether they are its own: so many at most are looked into.
+const MAX_OPEN: usize = 16 * 1024;
+/// The pause between two such questions: no more of them than a person's updates cause.
+const PAUSE: Duration = Duration::from_millis(20);
+/// They are looked into before the first filter goes out, for so long: without one, peers ask by HTTP.
+const FIRST_FILTER: Duration = Duration::from_secs(20);
+
+/// The running thread. Dropping it ends it.
+pub struct Publisher {
+    running: Option<Sender<()>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Publisher {
+    /// Publishes what `share` lets strangers have of `store`. `on_end` runs when the thread ends, for whatever reason.
+    ///
+    /// # Errors
+    /// No thread to be had.
+    pub fn start(
+        store: Arc<Store>,
+        share: Arc<Share>,
+        publication: Arc<Publication>,
+        on_end: impl FnOnce() + Send + 'static,
+    ) -> io::Result<Publisher> {
+        let (running, stopped) = bounded(0);
+        let reader = Reader { store, share, stopped };
+        let thread = thread::Builder::new().name("publish".into()).spawn(move || {
+            let _end = OnDrop::new(on_end);
+            reader.run(&publication);
+        })?;
+        Ok(Publisher { running: Some(running), thread: Some(thread) })
+    }
+}
+
+impl Drop for Publisher {
+    fn drop(&mut self) {
+        drop(self.running.take());
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// What is shared, and the state of the store that it was read from.
+struct Shared {
+    filter: Filter,
+    /// In the filter.
+    paths: u64,
+    /// Paths that were in the store and are gone.
+    gone: u64,
+    /// Those of which it is not known yet whether they are shared.
+    open: VecDeque<HashPart>,
+    census: Census,
+}
+
+/// What was found in some rows.
+#[derive(Default)]
+struct Rows {
+    count: u64,
+    shared: Vec<HashPart>,
+    open: VecDeque<HashPart>,
+}
+
+struct Reader {
+    store: Arc<Store>,
+    share: Arc<Share>,
+    /// Closed when it is time to end.
+    stopped: Receiver<()>,
+}
+
+impl Reader {
+    fn run(&self, publication: &Publication) {
+        let (mut shared, mut changed) = (None, false);
+        let first_filter = Instant::now() + FIRST_FILTER;
+        while !self.waited(if shared.is_some() { LOOK } else { Duration::ZERO }) {
+            match self.update(&mut shared) {
+                Ok(anything) => changed |= anything,
+                Err(e) => log::warn!("what would be shared with strangers cannot be told: {e}"),
+            }
+            let Some(shared) = &mut shared else { continue };
+            changed |= self.look_into(shared);
+            if changed && (shared.open.is_empty() || Instant::now() > first_filter) {
+                log::debug!("{} paths would be shared with strangers", shared.paths);
+                publication.set(shared.filter.clone());
+                changed = false;
+            }
+        }
+    }
+
+    /// Waits. True if it is time to end.
+    fn waited(&self, time: Duration) -> bool {
+        self.stopped.recv_timeout(time) != Err(RecvTimeoutError::Timeout)
+    }
+
+    /// Follows what changed in the store. True if the filter did.
+    fn update(&self, shared: &mut Option<Shared>) -> Result<bool, StoreError> {
+        let census = self.store.census()?;
+        let Some(last) = shared else {
+            let Rows { shared: paths, open, .. } = self.read(0)?;
+            let mut filter = Filter::for_paths((paths.len() + open.len()) as u64);
+            paths.iter().for_each(|hash_part| {
+                filter.insert(hash_part);
+            });
+            *shared = Some(Shared { filter, paths: paths.len() as u64, gone: 0, open, census });
+            return Ok(true);
+        };
+        if last.census.version == census.version {
+            return Ok(false);
+        }
+        let Rows { count, shared: paths, open } = self.read(last.census.last_id)?;
+        let changed = paths.iter().fold(false, |changed, hash_part| changed | last.filter.insert(hash_part));
+        last.paths += paths.len() as u64;
+        last.gone += (last.census.count + count).saturating_sub(census.count);
+        last.open.extend(open);
+        last.open.truncate(MAX_OPEN);
+        last.census = census;
+        let is_full = last.filter.len_bits() < (last.paths * LEAST_BITS_PER_PATH).min(8 * MAX_BYTES as u64);
+        if is_full || last.gone * 100 > last.paths * GONE_PERCENT && last.gone > 0 {
+            *shared = None;
+            return self.update(shared);
+        }
+        Ok(changed)
+    }
+
+    /// The paths after that row.
+    fn read(&self, row_id: i64) -> Result<Rows, StoreError> {
+        let (mut rows, mut last_id) = (Rows::default(), row_id);
+        loop {
+            let began = Instant::now();
+            let batch = self.store.paths_after(last_id, BATCH)?;
+            let Some((id, _)) = batch.last() else { return Ok(rows) };
+            last_id = *id;
+            rows.count += batch.len() as u64;
+            for (_, info) in &batch {
+                if self.share.may_have_now(Scope::Wan, info) {
+                    rows.shared.push(info.path.hash_part());
+                } else if rows.open.len() < MAX_OPEN && self.share.is_open_question(Scope::Wan, info) {
+                    rows.open.push_back(info.path.hash_part());
+                }
+            }
+            // Half of the time is left to others: a signature takes 0.1 ms to check, and a store may have 100,000 paths.
+            if self.waited(began.elapsed()) {
+                return Ok(rows);
+            }
+        }
+    }
+
+    /// Asks the upstream cache about open questions, for a while. True if that changed the filter.
+    fn look_into(&self, shared: &mut Shared) -> bool {
+        let (mut changed, until) = (false, Instant::now() + LOOK);
+        while let Some(hash_part) = shared.open.pop_front() {
+            if let Ok(Some(info)) = self.store.path_info(&hash_part) {
+                if self.share.may_have(Scope::Wan, &info) {
+                    changed |= shared.filter.insert(&hash_part);
+                    shared.paths += 1;
+                } else if self.share.is_open_question(Scope::Wan, &info) {
+                    // Upstream does not answer at the moment.
+                    shared.open.push_front(hash_part);
+                    break;
+                }
+            }
+            if Instant::now() > until || self.waited(PAUSE) {
+                break;
+            }
+        }
+        changed
+    }
+}
