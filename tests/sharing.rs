@@ -300,6 +300,24 @@ fn by_udp_nobody_is_asked() {
 }
 
 #[test]
+fn a_path_that_the_database_is_wrong_about() {
+    let scene = Scene::new();
+    let _cache = scene.upstream.serve(&scene.cache);
+    let _daemon = scene.start("both", &["--no-verify", "--no-filter"]);
+    let path = &scene.paths["plain"];
+    let route = stock::narinfo_route(path);
+    assert_eq!(get(&scene.stranger, scene.node(), &route).unwrap().status, 200);
+    // Registered anew without a NAR size: path, hash, size, deriver, number of references.
+    scene.node.write("/tmp/dump", format!("{path}\n{}\n0\n\n0\n", "0".repeat(64)));
+    scene.node.sh("nix-store --load-db < /tmp/dump");
+    assert_eq!(get(&scene.neighbour, scene.node(), &route).unwrap().status, 503);
+    let absent = get(&scene.stranger, scene.node(), &stock::narinfo_route(&format!("/x/{}", "0".repeat(32)))).unwrap();
+    let answer = get(&scene.stranger, scene.node(), &route).unwrap();
+    assert_eq!(answer.status, 404);
+    assert_eq!(all_but_the_time(answer), all_but_the_time(absent));
+}
+
+#[test]
 fn an_upstream_that_is_down() {
     let scene = Scene::new();
     let mut daemon = scene.start("both", &[]);
@@ -339,18 +357,22 @@ fn four_questions_at_once_and_equal_ones_are_one() {
     let _cache = scene.upstream.serve(&scene.cache);
     let _daemon = scene.start("both", &[]);
     let upstream = &scene.upstream;
+    let plain = &scene.routes(&scene.paths["plain"])[2];
+    assert_eq!(get(&scene.stranger, scene.node(), plain).unwrap().status, 200);
     upstream.gate.lock().unwrap().closed = true;
-    // Each path of three connections.
+    // Three for each path: 32 NARs, as many as one peer may read at once, and four narinfos.
     let asked: Vec<&String> = MORE.iter().flat_map(|name| [&scene.paths[name]; 3]).collect();
-    let ask = |path: &str| {
+    let ask = |(at, path): (usize, &&String)| {
+        let route = scene.routes(path).swap_remove(if at < 32 { 2 } else { 0 });
         let mut connection = Connection::new(scene.stranger.connect(scene.node()).unwrap()).unwrap();
-        connection.send(format!("GET {} HTTP/1.1\r\nHost: x\r\n\r\n", stock::narinfo_route(path)).as_bytes()).unwrap();
+        connection.send(format!("GET {route} HTTP/1.1\r\nHost: x\r\n\r\n").as_bytes()).unwrap();
         connection
     };
     // No more than may wait, of which four are asked about.
-    let connections: Vec<Connection> = asked.iter().map(|path| ask(path)).collect();
+    let connections: Vec<Connection> = asked.iter().enumerate().map(ask).collect();
     wait_for("four questions", || (upstream.gate.lock().unwrap().now == 4).then_some(()));
-    // Others are served meanwhile.
+    // Others are served meanwhile, and those that wait take nobody's turn.
+    assert_eq!(get(&scene.stranger, scene.node(), plain).unwrap().status, 200);
     for name in MORE {
         assert_eq!(stock::narinfo(&scene.neighbour, &scene.node, &scene.paths[name]).status, 200);
         assert_eq!(get_local(&scene.node, &stock::narinfo_route(&scene.paths[name])).unwrap().status, 200);

@@ -1,7 +1,7 @@
 //! What leaves this machine, and to whom. Every answer to somebody else, over HTTP or UDP, asks here first.
 //!
 //! Who asks is told by the socket's address alone. This machine has everything, the LAN every valid path, and anybody
-//! else what has no name to be kept ([`filter`]) and is the upstream cache's as well ([`verify`]).
+//! else what has no name to be kept (`filter.rs`) and is the upstream cache's as well (`verify.rs`).
 
 mod filter;
 mod verify;
