@@ -157,7 +157,7 @@ impl Reader {
             for (_, info) in &batch {
                 if self.share.may_have_now(Scope::Wan, info) {
                     rows.shared.push(info.path.hash_part());
-                } else if rows.open.len() < MAX_OPEN && self.share.is_open_question(Scope::Wan, info) {
+                } else if rows.open.len() < MAX_OPEN && self.share.is_open_question(info) {
                     rows.open.push_back(info.path.hash_part());
                 }
             }
@@ -176,7 +176,7 @@ impl Reader {
                 if self.share.may_have(Scope::Wan, &info) {
                     changed |= shared.filter.insert(&hash_part);
                     shared.paths += 1;
-                } else if self.share.is_open_question(Scope::Wan, &info) {
+                } else if self.share.is_open_question(&info) {
                     // Upstream does not answer at the moment.
                     shared.open.push_front(hash_part);
                     break;

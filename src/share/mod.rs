@@ -1,7 +1,7 @@
 //! What leaves this machine, and to whom. Every answer to somebody else, over HTTP or UDP, asks here first.
 //!
 //! Who asks is told by the socket's address alone. This machine has everything, the LAN every valid path, and anybody
-//! else what has no name to be kept ([`filter`]) and is the upstream cache's as well ([`verify`]).
+//! else what has no name to be kept (`filter.rs`) and is the upstream cache's as well (`verify.rs`).
 
 mod filter;
 mod verify;
@@ -100,11 +100,11 @@ impl Share {
         self.decide(scope, info, |verifier| verifier.verified_now(info) == Some(true))
     }
 
-    /// Whether [`Share::may_have`] would have to ask the upstream cache.
-    pub fn is_open_question(&self, scope: Scope, info: &PathInfo) -> bool {
-        self.decide(scope, info, |verifier| verifier.verified_now(info).is_none())
-            && self.verifier.is_some()
-            && scope == Scope::Wan
+    /// Whether it takes a question to the upstream cache to know if strangers may have this path. Where upstream's key is
+    /// known, its paths have a signature, and nothing is asked that no stranger wants to know.
+    pub fn is_open_question(&self, info: &PathInfo) -> bool {
+        let verifier = self.verifier.as_ref().filter(|verifier| !verifier.has_key());
+        verifier.is_some_and(|verifier| !self.filter.keeps(&info.path) && verifier.verified_now(info).is_none())
     }
 
     fn decide(&self, scope: Scope, info: &PathInfo, verified: impl FnOnce(&Verifier) -> bool) -> bool {

@@ -152,6 +152,11 @@ impl Verifier {
         }
     }
 
+    /// Whether upstream's own paths carry a signature that proves it, so that it need not be asked about any that has none.
+    pub fn has_key(&self) -> bool {
+        self.key.is_some()
+    }
+
     /// Whether a signature proves it; `None` if there is none by that name.
     fn is_signed(&self, info: &PathInfo) -> Option<bool> {
         let key = self.key.as_ref()?;

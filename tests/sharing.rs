@@ -1,0 +1,406 @@
+//! What leaves a machine, and to whom: every kind of answer, for paths that may go to strangers and paths that may not, as
+//! a stranger, a neighbour and the machine itself see it.
+
+mod common;
+
+use common::http::{Answer, Connection, Reply, Server, get, get_local};
+use common::packet::Packet;
+use common::standin::receive;
+use common::stock::{self, has, line};
+use common::{Daemon, Host, Lan, PORT, SOON, wait_for, world};
+use std::collections::BTreeMap;
+use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::Duration;
+
+const STRANGER: &str = "203.0.113.9";
+const UPSTREAM_PORT: u16 = 8000;
+
+/// What the table is about: derivations, as these have a log. After the last, upstream is left alone for a while.
+const NAMES: [&str; 7] = ["plain", "a-secret-b", "a-custom-b", "absent", "changed", "odd", "broken"];
+
+/// Further ones that upstream has.
+const MORE: [&str; 12] = ["m0", "m1", "m2", "m3", "m4", "m5", "m6", "m7", "m8", "m9", "m10", "m11"];
+
+/// What upstream answers, by hash part, and how often it was asked.
+#[derive(Default)]
+struct Upstream {
+    answers: Mutex<BTreeMap<String, (u16, String)>>,
+    asked: Mutex<BTreeMap<String, usize>>,
+    gate: Mutex<Gate>,
+    opened: Condvar,
+}
+
+/// Holds requests back, and tells how many come at once.
+#[derive(Default)]
+struct Gate {
+    closed: bool,
+    now: usize,
+    most: usize,
+}
+
+impl Upstream {
+    fn serve(self: &Arc<Self>, host: &Host) -> Server {
+        let upstream = Arc::clone(self);
+        Server::start(host.listen(UPSTREAM_PORT), move |request| {
+            let hash_part = request.path.strip_prefix('/').and_then(|path| path.strip_suffix(".narinfo"));
+            let hash_part = hash_part.unwrap_or_else(|| panic!("upstream was asked for {}", request.path));
+            *upstream.asked.lock().unwrap().entry(hash_part.to_owned()).or_default() += 1;
+            let mut gate = upstream.gate.lock().unwrap();
+            gate.now += 1;
+            gate.most = gate.most.max(gate.now);
+            let (mut gate, _) = upstream.opened.wait_timeout_while(gate, SOON, |gate| gate.closed).unwrap();
+            gate.now -= 1;
+            let (status, body) = upstream.answers.lock().unwrap().get(hash_part).cloned().unwrap_or((404, "no".into()));
+            Reply::Whole(status, body.into_bytes())
+        })
+    }
+
+    fn asked_for(&self, path: &str) -> usize {
+        self.asked.lock().unwrap().get(world::hash_part(path)).copied().unwrap_or(0)
+    }
+}
+
+struct Scene {
+    node: Host,
+    neighbour: Host,
+    stranger: Host,
+    cache: Host,
+    /// Store paths by name.
+    paths: BTreeMap<&'static str, String>,
+    upstream: Arc<Upstream>,
+    _lan: Lan,
+}
+
+impl Scene {
+    fn new() -> Scene {
+        let lan = Lan::new();
+        let [node, neighbour, stranger, cache] = ["node", "neighbour", "stranger", "cache"].map(|name| lan.host(name));
+        stock::ready(&node);
+        // On the same wire, but with an address that is in no network of the node's.
+        stranger.net(&format!("ip addr add {STRANGER}/32 dev lo"));
+        stranger.net(&format!("ip route add {}/32 dev eth0 src {STRANGER}", node.address));
+        node.net(&format!("ip route add {STRANGER}/32 via {}", stranger.address));
+
+        let names: Vec<&str> = NAMES.into_iter().chain(MORE).collect();
+        let list: String = names.iter().map(|name| format!("\"{name}\" ")).collect();
+        let builder = "system = builtins.currentSystem; builder = \"/bin/sh\";";
+        node.write("/tmp/all.nix", format!("map (name: derivation {{ inherit name; {builder} }}) [ {list} ]"));
+        let made = node.sh("nix-instantiate /tmp/all.nix 2> /tmp/said");
+        let paths: BTreeMap<_, _> = names.into_iter().zip(made.lines().map(str::to_owned)).collect();
+        for path in paths.values() {
+            let (shard, rest) = world::base_name(path).split_at(2);
+            node.write(&format!("/nix/var/log/nix/drvs/{shard}/{rest}"), format!("log of {path}"));
+        }
+        let scene = Scene { node, neighbour, stranger, cache, paths, upstream: Arc::default(), _lan: lan };
+        scene.fill_upstream();
+        scene
+    }
+
+    /// Everything as the node has it, but not quite.
+    fn fill_upstream(&self) {
+        let daemon = Daemon::start(&self.node, &[]);
+        let mut answers = self.upstream.answers.lock().unwrap();
+        for (name, path) in &self.paths {
+            let own = get_local(&self.node, &format!("/store/{}.narinfo", world::hash_part(path))).unwrap().text();
+            let theirs = own.replace("Compression: none", "Compression: xz").replace(".nar\n", ".nar.xz\n");
+            let digit = line(&own, "NarHash").as_bytes()[20];
+            let other = if digit == b'0' { '1' } else { '0' };
+            let answer = match *name {
+                "absent" => continue,
+                "changed" => {
+                    let hash = line(&own, "NarHash");
+                    (200, theirs.replace(hash, &format!("{}{other}{}", &hash[..20], &hash[21..])))
+                }
+                "odd" => (200, "<html>not what was asked for</html>".into()),
+                "broken" => (500, theirs),
+                _ => (200, theirs),
+            };
+            answers.insert(world::hash_part(path).to_owned(), answer);
+        }
+        drop(daemon);
+    }
+
+    fn flags<'a>(&self, mode: &'a str, more: &[&'a str]) -> Vec<String> {
+        let upstream = format!("http://{}:{UPSTREAM_PORT}", self.cache.address);
+        let own = ["--mode", mode, "--tracker-url", "http://127.0.0.1:9", "--upstream-cache", &upstream];
+        own.iter().chain(more).map(|flag| (*flag).to_owned()).collect()
+    }
+
+    fn start(&self, mode: &str, more: &[&str]) -> Daemon {
+        let flags = self.flags(mode, more);
+        Daemon::start(&self.node, &flags.iter().map(String::as_str).collect::<Vec<_>>())
+    }
+
+    fn node(&self) -> SocketAddr {
+        (self.node.address, PORT).into()
+    }
+
+    /// Each kind of answer about a path.
+    fn routes(&self, path: &str) -> Vec<String> {
+        let hash_part = world::hash_part(path);
+        let own = get_local(&self.node, &format!("/store/{hash_part}.narinfo")).unwrap();
+        let nar = line(&own.text(), "URL").to_owned();
+        vec![
+            format!("/local/{hash_part}.narinfo"),
+            format!("/store/{hash_part}.narinfo"),
+            format!("/local/{nar}"),
+            format!("/store/{nar}"),
+            format!("/store/{hash_part}.ls"),
+            format!("/store/log/{}", world::base_name(path)),
+        ]
+    }
+
+    /// Checks that `from` gets every answer about the path, or none, as if it were not there. UDP comes last.
+    fn check(&self, from: &Host, path: &str, shared: bool, case: &str) {
+        let nowhere = "0".repeat(32);
+        let mut connection = Connection::new(from.connect(self.node()).unwrap()).unwrap();
+        for route in self.routes(path) {
+            for method in ["GET", "HEAD"] {
+                let answer = connection.ask(method, &route, "").unwrap();
+                if shared {
+                    assert_eq!(answer.status, 200, "{case}: {method} {route}");
+                    continue;
+                }
+                let route_nowhere = route.replace(world::hash_part(path), &nowhere);
+                let absent = connection.ask(method, &route_nowhere, "").unwrap();
+                assert_eq!(answer.status, 404, "{case}: {method} {route}");
+                assert_eq!(all_but_the_time(answer), all_but_the_time(absent), "{case}: {method} {route}");
+            }
+        }
+        assert_eq!(has(&self.udp(from), &self.node, path), shared, "{case}: UDP");
+    }
+
+    fn udp(&self, from: &Host) -> UdpSocket {
+        from.in_net(|| UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).unwrap())
+    }
+
+    /// As this machine itself, which has no need to ask itself by UDP.
+    fn check_own(&self, path: &str, case: &str) {
+        for route in self.routes(path) {
+            assert_eq!(get_local(&self.node, &route).unwrap().status, 200, "{case}: {route}");
+        }
+    }
+}
+
+fn all_but_the_time(mut answer: Answer) -> String {
+    answer.headers.retain(|(name, _)| name != "date");
+    format!("{answer:?}")
+}
+
+/// Flags, and what of [`NAMES`] a stranger may have.
+const TABLE: &[(&[&str], &[&str])] = &[
+    (&[], &["plain", "a-custom-b"]),
+    (&["--no-verify"], &["plain", "a-custom-b", "absent", "changed", "odd", "broken"]),
+    (&["--no-filter"], &["plain", "a-secret-b", "a-custom-b"]),
+    (&["--no-default-filters"], &["plain", "a-secret-b", "a-custom-b"]),
+    (&["--filter-patterns", "*-custom-*"], &["plain"]),
+    (&["--filter-patterns", "*-CUSTOM-*", "plain.drv", "*-odd[.]drv"], &["plain", "a-custom-b"]),
+    (&["--no-default-filters", "--filter-patterns", "*-custom-*"], &["plain", "a-secret-b"]),
+    (&["--no-filter", "--filter-patterns", "*-custom-*"], &["plain", "a-secret-b", "a-custom-b"]),
+    (&["--no-verify", "--filter-patterns", "*-custom-*", "*-[o]??.drv"], &["plain", "absent", "changed", "broken"]),
+    (&["--no-verify", "--no-filter"], &["plain", "a-secret-b", "a-custom-b", "absent", "changed", "odd", "broken"]),
+];
+
+/// What of [`NAMES`] a pattern among the flags keeps.
+fn is_kept(name: &str, flags: &[&str]) -> bool {
+    let has = |flag| flags.contains(&flag);
+    let default = name == "a-secret-b" && !has("--no-default-filters");
+    let own = name == "a-custom-b" && has("*-custom-*") || name == "odd" && (has("*-[o]??.drv") || has("*-odd[.]drv"));
+    !has("--no-filter") && (default || own)
+}
+
+#[test]
+fn every_cell_of_the_table() {
+    let scene = Scene::new();
+    let _cache = scene.upstream.serve(&scene.cache);
+    for mode in ["both", "wan"] {
+        for (flags, shared) in TABLE {
+            scene.upstream.asked.lock().unwrap().clear();
+            let daemon = scene.start(mode, flags);
+            // In mode wan a neighbour is a stranger.
+            if mode == "both" {
+                for name in NAMES {
+                    let case = format!("{mode} {flags:?}: {name}");
+                    scene.check_own(&scene.paths[name], &format!("{case} for this machine"));
+                    scene.check(&scene.neighbour, &scene.paths[name], true, &format!("{case} for a neighbour"));
+                }
+            }
+            assert!(scene.upstream.asked.lock().unwrap().is_empty(), "{mode} {flags:?}: asked for a neighbour");
+            for name in NAMES {
+                let case = format!("{mode} {flags:?}: {name}");
+                let (path, shared) = (&scene.paths[name], shared.contains(&name));
+                scene.check(&scene.stranger, path, shared, &format!("{case} for a stranger"));
+                if mode == "wan" {
+                    scene.check_own(path, &format!("{case} for this machine"));
+                    scene.check(&scene.neighbour, path, shared, &format!("{case} for a neighbour"));
+                }
+                let asked = scene.upstream.asked_for(path);
+                if flags.contains(&"--no-verify") || is_kept(name, flags) {
+                    assert_eq!(asked, 0, "{case}: what is not to be verified is nobody's business");
+                } else if ["odd", "broken"].contains(&name) {
+                    assert!(asked >= 1, "{case}: upstream was not asked");
+                } else {
+                    assert_eq!(asked, 1, "{case}: requests to upstream");
+                }
+            }
+            drop(daemon);
+        }
+    }
+}
+
+#[test]
+fn no_header_makes_a_stranger_somebody_else() {
+    let scene = Scene::new();
+    let _cache = scene.upstream.serve(&scene.cache);
+    let (plain, absent) = (&scene.paths["plain"], &scene.paths["absent"]);
+    let relay = format!("/{}.narinfo", world::hash_part(plain));
+    let lan_mode = Daemon::start(&scene.node, &["--no-verify", "--no-filter"]);
+    for route in scene.routes(plain) {
+        assert_eq!(get(&scene.stranger, scene.node(), &route).unwrap().status, 403, "{route}");
+    }
+    drop(lan_mode);
+    let _daemon = scene.start("both", &[]);
+    let neighbour = scene.neighbour.address.to_string();
+    for address in ["127.0.0.1", "::1", "[::1]", "localhost", &neighbour] {
+        let mut connection = Connection::new(scene.stranger.connect(scene.node()).unwrap()).unwrap();
+        let headers = format!(
+            "X-Forwarded-For: {address}\r\nForwarded: for={address}\r\nX-Real-IP: {address}\r\nClient-IP: {address}\r\n\
+             X-Client-IP: {address}\r\nTrue-Client-IP: {address}\r\nVia: 1.1 {address}\r\nOrigin: http://{address}\r\n"
+        );
+        for route in scene.routes(absent) {
+            assert_eq!(connection.ask("GET", &route, &headers).unwrap().status, 404, "{address}: {route}");
+        }
+        for route in
+            [&relay, &relay.replace('/', "/peer/nar/").replace(".narinfo", &format!("-{}.nar", "0".repeat(52)))]
+        {
+            assert_eq!(connection.ask("GET", route, &headers).unwrap().status, 403, "{address}: {route}");
+        }
+        let absolute = format!("http://{address}:{PORT}{relay}");
+        assert_eq!(connection.ask("GET", &absolute, &headers).unwrap().status, 403, "{absolute}");
+    }
+    assert_eq!(get(&scene.stranger, scene.node(), "/nix-cache-info").unwrap().status, 200);
+    assert_eq!(get(&scene.stranger, scene.node(), "/store/nix-cache-info").unwrap().status, 200);
+}
+
+#[test]
+fn by_udp_nobody_is_asked() {
+    let scene = Scene::new();
+    let _cache = scene.upstream.serve(&scene.cache);
+    let _daemon = scene.start("both", &[]);
+    let udp = scene.udp(&scene.stranger);
+    for name in NAMES {
+        assert!(!has(&udp, &scene.node, &scene.paths[name]), "{name}");
+    }
+    assert!(scene.upstream.asked.lock().unwrap().is_empty());
+    let plain = &scene.paths["plain"];
+    assert_eq!(get(&scene.stranger, scene.node(), &stock::narinfo_route(plain)).unwrap().status, 200);
+    assert!(has(&udp, &scene.node, plain), "it is known now");
+    assert!(!has(&udp, &scene.node, &scene.paths["a-custom-b"]));
+}
+
+#[test]
+fn a_path_that_the_database_is_wrong_about() {
+    let scene = Scene::new();
+    let _cache = scene.upstream.serve(&scene.cache);
+    let _daemon = scene.start("both", &["--no-verify", "--no-filter"]);
+    let path = &scene.paths["plain"];
+    let route = stock::narinfo_route(path);
+    assert_eq!(get(&scene.stranger, scene.node(), &route).unwrap().status, 200);
+    // Registered anew without a NAR size: path, hash, size, deriver, number of references.
+    scene.node.write("/tmp/dump", format!("{path}\n{}\n0\n\n0\n", "0".repeat(64)));
+    scene.node.sh("nix-store --load-db < /tmp/dump");
+    assert_eq!(get(&scene.neighbour, scene.node(), &route).unwrap().status, 503);
+    let absent = get(&scene.stranger, scene.node(), &stock::narinfo_route(&format!("/x/{}", "0".repeat(32)))).unwrap();
+    let answer = get(&scene.stranger, scene.node(), &route).unwrap();
+    assert_eq!(answer.status, 404);
+    assert_eq!(all_but_the_time(answer), all_but_the_time(absent));
+}
+
+#[test]
+fn an_upstream_that_is_down() {
+    let scene = Scene::new();
+    let mut daemon = scene.start("both", &[]);
+    for name in NAMES {
+        let path = &scene.paths[name];
+        scene.check(&scene.stranger, path, false, name);
+        scene.check(&scene.neighbour, path, true, name);
+    }
+    assert!(daemon.log().contains("warn: upstream cache http://"), "{}", daemon.log());
+    // What failed is no answer: when upstream is there, it is asked again.
+    let plain = &scene.paths["plain"];
+    let cache = scene.upstream.serve(&scene.cache);
+    wait_for("upstream is asked again", || {
+        let answer = get(&scene.stranger, scene.node(), &stock::narinfo_route(plain)).unwrap();
+        (answer.status == 200).then_some(())
+    });
+    scene.check(&scene.stranger, plain, true, "upstream is back");
+    // And what it said before it went is remembered.
+    drop(cache);
+    scene.check(&scene.stranger, &scene.paths["a-custom-b"], false, "gone again");
+    scene.check(&scene.stranger, plain, true, "gone again");
+
+    // One that takes connections and says nothing.
+    daemon.stop();
+    let _silent = Server::start(scene.cache.listen(UPSTREAM_PORT), |_| Reply::Silence);
+    let _daemon = scene.start("both", &[]);
+    std::thread::scope(|scope| {
+        let waiting = scope.spawn(|| scene.check(&scene.stranger, plain, false, "upstream is silent"));
+        scene.check(&scene.neighbour, plain, true, "upstream is silent");
+        waiting.join().unwrap();
+    });
+}
+
+#[test]
+fn four_questions_at_once_and_equal_ones_are_one() {
+    let scene = Scene::new();
+    let _cache = scene.upstream.serve(&scene.cache);
+    let _daemon = scene.start("both", &[]);
+    let upstream = &scene.upstream;
+    let plain = &scene.routes(&scene.paths["plain"])[2];
+    assert_eq!(get(&scene.stranger, scene.node(), plain).unwrap().status, 200);
+    upstream.gate.lock().unwrap().closed = true;
+    // Three for each path: 32 NARs, as many as one peer may read at once, and four narinfos.
+    let asked: Vec<&String> = MORE.iter().flat_map(|name| [&scene.paths[name]; 3]).collect();
+    let ask = |(at, path): (usize, &&String)| {
+        let route = scene.routes(path).swap_remove(if at < 32 { 2 } else { 0 });
+        let mut connection = Connection::new(scene.stranger.connect(scene.node()).unwrap()).unwrap();
+        connection.send(format!("GET {route} HTTP/1.1\r\nHost: x\r\n\r\n").as_bytes()).unwrap();
+        connection
+    };
+    // No more than may wait, of which four are asked about.
+    let connections: Vec<Connection> = asked.iter().enumerate().map(ask).collect();
+    wait_for("four questions", || (upstream.gate.lock().unwrap().now == 4).then_some(()));
+    // Others are served meanwhile, and those that wait take nobody's turn.
+    assert_eq!(get(&scene.stranger, scene.node(), plain).unwrap().status, 200);
+    for name in MORE {
+        assert_eq!(stock::narinfo(&scene.neighbour, &scene.node, &scene.paths[name]).status, 200);
+        assert_eq!(get_local(&scene.node, &stock::narinfo_route(&scene.paths[name])).unwrap().status, 200);
+    }
+    upstream.gate.lock().unwrap().closed = false;
+    upstream.opened.notify_all();
+    for (mut connection, path) in connections.into_iter().zip(asked) {
+        assert_eq!(connection.answer(true).unwrap().status, 200, "{path}");
+        assert_eq!(upstream.asked_for(path), 1, "{path}");
+    }
+    assert_eq!(upstream.gate.lock().unwrap().most, 4);
+}
+
+#[test]
+fn without_a_lan_nothing_is_said_unasked() {
+    let scene = Scene::new();
+    let _cache = scene.upstream.serve(&scene.cache);
+    // From the port of peers, where broadcasts go too.
+    let udp = scene.neighbour.udp(PORT);
+    let _daemon = scene.start("wan", &["--no-verify"]);
+    let hello = Packet::Hello { version: 1, port: PORT, instance: [7; 8], flags: 0 };
+    udp.send_to(&hello.write(), scene.node()).unwrap();
+    assert_eq!(get_local(&scene.node, &format!("/{}.narinfo", "0".repeat(32))).unwrap().status, 404);
+    let hash_part = world::hash_part(&scene.paths["plain"]).to_owned();
+    udp.send_to(&Packet::Query { id: 7, hash_part }.write(), scene.node()).unwrap();
+    // What it said before would have come before.
+    let (from, datagram) = receive(&udp, SOON).expect("an answer");
+    assert_eq!(from, scene.node());
+    assert!(matches!(Packet::read(&datagram), Some(Packet::Have { id: 7, .. })), "{datagram:?}");
+    assert_eq!(receive(&udp, Duration::from_millis(1)), None);
+}
