@@ -59,9 +59,16 @@ impl Asker {
 
     /// One that trusts `keys`, as a user would set it up: Nix and peerix are told of the same keys.
     pub fn with(lan: &Lan, next: &str, keys: &[&str]) -> Asker {
+        Self::flagged(lan, next, keys, |_| vec![])
+    }
+
+    /// The same with the flags that `more` returns.
+    pub fn flagged(lan: &Lan, next: &str, keys: &[&str], more: impl FnOnce(&Host) -> Vec<String>) -> Asker {
         let host = lan.host("asker");
         nix::configure_client(&host, next, keys);
-        let flags: Vec<&str> = keys.iter().flat_map(|key| ["--trusted-public-key", key]).collect();
+        let more = more(&host);
+        let mut flags: Vec<&str> = keys.iter().flat_map(|key| ["--trusted-public-key", key]).collect();
+        flags.extend(more.iter().map(String::as_str));
         Asker { daemon: Daemon::start(&host, &flags), host }
     }
 
