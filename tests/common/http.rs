@@ -57,15 +57,10 @@ impl Connection {
         self.answer(method != "HEAD")
     }
 
-    /// `POST` of JSON and its answer.
-    pub fn post(&mut self, path: &str, body: &str) -> io::Result<Answer> {
-        let length = body.len();
-        self.send(
-            format!(
-                "POST {path} HTTP/1.1\r\nHost: peer\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\r\n{body}"
-            )
-            .as_bytes(),
-        )?;
+    /// A request with a body, and its answer. Further header lines each end in CR LF.
+    pub fn tell(&mut self, method: &str, path: &str, headers: &str, body: &[u8]) -> io::Result<Answer> {
+        let head = format!("{method} {path} HTTP/1.1\r\nHost: peer\r\nContent-Length: {}\r\n{headers}\r\n", body.len());
+        self.send(&[head.as_bytes(), body].concat())?;
         self.answer(true)
     }
 

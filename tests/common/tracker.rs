@@ -3,11 +3,14 @@
 use super::http::{self, Connection};
 use super::lan::Host;
 use super::process::Logged;
+use data_encoding::{BASE64, HEXLOWER};
+use ed25519_compact::{KeyPair, Seed};
 use rustix::process::Signal;
-use serde_json::Value;
+use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
 use std::sync::OnceLock;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 /// The port every tracker listens on.
 pub const PORT: u16 = 12305;
@@ -98,12 +101,51 @@ impl Tracker {
 
     /// Announces, as the original does, a peer on `host` that has no key and no filter.
     pub fn announce_original(&self, host: &Host, peer_id: &str) {
-        let body = format!("{{\"peer_id\": \"{peer_id}\", \"port\": {}}}", super::PORT);
+        let body = json!({ "peer_id": peer_id, "port": super::PORT });
+        self.told(host, "POST", "/announce", "Content-Type: application/json\r\n", body.to_string().as_bytes());
+    }
+
+    /// Announces a peer on `host` with a key, and a filter that has everything.
+    pub fn announce_with_everything(&self, host: &Host, peer_id: &str) {
+        let keys = KeyPair::from_seed(Seed::new(sha256(peer_id.as_bytes())));
+        let public_key = BASE64.encode(keys.pk.as_ref());
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).expect("a clock that is set");
+        let mut timestamp = u64::try_from(now.as_millis()).expect("a clock that is set");
+        let mut sign = |call: &str, fields: &str| {
+            timestamp += 1;
+            let text = format!(
+                "peerix tracker 1\ncall: {call}\npeer_id: {peer_id}\n{fields}timestamp: {timestamp}\n\
+                 public_key: {public_key}\n"
+            );
+            (timestamp, BASE64.encode(keys.sk.sign(text, None).as_ref()))
+        };
+        let (timestamp, signature) = sign("announce", &format!("port: {}\naddr: \n", super::PORT));
+        let body = json!({
+            "peer_id": peer_id, "port": super::PORT,
+            "public_key": public_key, "timestamp": timestamp, "signature": signature,
+        });
+        self.told(host, "POST", "/announce", "Content-Type: application/json\r\n", body.to_string().as_bytes());
+        let filter = [0xff; 1024];
+        let digest = HEXLOWER.encode(&sha256(&filter));
+        let (timestamp, signature) = sign("filter", &format!("sha256: {digest}\n"));
+        let headers = format!(
+            "X-Peerix-Public-Key: {public_key}\r\nX-Peerix-Timestamp: {timestamp}\r\nX-Peerix-Signature: {signature}\r\n"
+        );
+        self.told(host, "PUT", &format!("/filter/{peer_id}"), &headers, &filter);
+    }
+
+    /// A request from `host` that is answered with 200.
+    fn told(&self, host: &Host, method: &str, path: &str, headers: &str, body: &[u8]) {
         let stream = host.connect((self.host.address, PORT)).expect("the tracker is there");
         let mut connection = Connection::new(stream).expect("a connection");
-        let answer = connection.post("/announce", &body).expect("the tracker answers");
-        assert_eq!(answer.status, 200, "{}", answer.text());
+        let answer = connection.tell(method, path, headers, body).expect("the tracker answers");
+        assert_eq!(answer.status, 200, "{method} {path}: {}", answer.text());
     }
+}
+
+fn sha256(bytes: &[u8]) -> [u8; 32] {
+    let digest = ring::digest::digest(&ring::digest::SHA256, bytes);
+    digest.as_ref().try_into().expect("it has 32 bytes")
 }
 
 fn start(host: &Host) -> Logged {
