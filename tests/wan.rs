@@ -3,14 +3,14 @@
 
 mod common;
 
-use common::http::{self, Reply, Request, Server};
+use common::daemon::narinfo_status;
+use common::http::{Reply, Request, Server};
 use common::lan::Run;
+use common::scene::Places;
 use common::standin::{self, Shelf, StandIn, field};
-use common::tracker::{self, Tracker};
-use common::{Asker, Daemon, Holder, Host, Lan, Nat, PORT, Wan, World, nix, stock, wait_at_most, wait_for, world};
+use common::tracker::{self, Tracker, open};
+use common::{Asker, Daemon, Holder, Host, Nat, PORT, Wan, World, nix, stock, wait_at_most, wait_for, world};
 use std::fs;
-use std::net::Ipv4Addr;
-use std::path::PathBuf;
 use std::time::Duration;
 
 const MIB: u64 = 1 << 20;
@@ -20,49 +20,6 @@ const MIDDLE: u64 = 64 * MIB;
 
 /// A peer announces itself again after so long at most, also to a tracker that was down for a while.
 const ANNOUNCED: Duration = Duration::from_secs(100);
-
-/// A tracker, and three networks: the asker's, the holders', and the tracker's.
-struct Scene {
-    tracker: Tracker,
-    home: Lan,
-    away: Lan,
-    centre: Lan,
-    world: World,
-    wan: Wan,
-}
-
-impl Scene {
-    fn new() -> Scene {
-        let wan = Wan::new();
-        let (home, away, centre) = (wan.lan([10, 1, 0]), wan.lan([203, 0, 113]), wan.lan([198, 51, 100]));
-        let world = World::on(&home);
-        Scene { tracker: Tracker::start(centre.host("tracker")), home, away, centre, world, wan }
-    }
-
-    /// One that shares everything, with the signatures of the world's static cache.
-    fn holder(&self, name: &str) -> Holder {
-        Holder::with(&self.away, &self.world, name, |host| {
-            self.world.sign(host);
-            open(host, "wan", &[&self.tracker.host])
-        })
-    }
-
-    /// One that trusts the world's static cache, finds every one of `holders`, and has no other substituter.
-    fn asker(&self, holders: &[&Holder]) -> Asker {
-        let asker = Asker::flagged(&self.home, "", &[&self.world.cache_key], |host| {
-            tracker::flags(host, "wan", &[&self.tracker.host])
-        });
-        asker.meet(holders);
-        asker
-    }
-}
-
-/// Flags of a node that shares everything with everyone.
-fn open(host: &Host, mode: &str, trackers: &[&Host]) -> Vec<String> {
-    let mut flags = tracker::flags(host, mode, trackers);
-    flags.extend(["--no-verify", "--no-filter"].map(str::to_owned));
-    flags
-}
 
 /// Has Nix make `host` a key; returns the public one.
 fn key(host: &Host) -> String {
@@ -76,22 +33,18 @@ fn nar_bytes(host: &Host, paths: &[String]) -> u64 {
     sizes.lines().map(|size| size.parse::<u64>().expect("a number")).sum()
 }
 
-fn narinfo_status(host: &Host, path: &str) -> u16 {
-    http::get_local(host, &format!("/{}.narinfo", world::hash_part(path))).expect("the own peerix answers").status
-}
-
 #[test]
 fn closure_from_a_peer_on_another_network() {
-    let scene = Scene::new();
-    let (world, trackers) = (&scene.world, [&scene.tracker.host]);
-    let holder = Holder::with(&scene.away, world, "holder", |host| {
+    let places = Places::new();
+    let (world, trackers) = (&places.world, [&places.tracker.host]);
+    let holder = Holder::with(&places.away, world, "holder", |host| {
         key(host);
         let mut flags = open(host, "wan", &trackers);
         flags.extend(["--private-key", "/etc/peerix.sec"].map(str::to_owned));
         flags
     });
     let key = fs::read_to_string(holder.host.path("/etc/peerix.pub")).unwrap();
-    let asker = Asker::flagged(&scene.home, "", &[key.trim()], |host| tracker::flags(host, "wan", &trackers));
+    let asker = Asker::flagged(&places.home, "", &[key.trim()], |host| tracker::flags(host, "wan", &trackers));
     asker.meet(&[&holder]);
     let mut all = asker.fetches(world, world.path("closure300"));
     assert_eq!(all.len(), 300);
@@ -106,7 +59,7 @@ fn closure_from_a_peer_on_another_network() {
     nix::assert_whole(&asker.host, &[&holder.mark], &holder.host.path("/nix/store"));
 
     // A client that trusts another key takes nothing.
-    let stranger = scene.asker(&[&holder]);
+    let stranger = places.asker(&[&holder]);
     let output = nix::realise(&stranger.host, &[world.path("little")]);
     assert!(!output.status.success(), "a path was taken that no trusted key has signed");
     nix::assert_nothing_but(&stranger.host, &[]);
@@ -114,18 +67,18 @@ fn closure_from_a_peer_on_another_network() {
 
 #[test]
 fn a_distant_peer_has_everything() {
-    let scene = Scene::new();
-    let holder = scene.holder("holder");
+    let places = Places::new();
+    let holder = places.holder("holder");
     let _far = holder.host.delay(Duration::from_millis(60));
-    let asker = scene.asker(&[&holder]);
-    assert_eq!(asker.fetches(&scene.world, scene.world.path("closure1000")).len(), 1000);
+    let asker = places.asker(&[&holder]);
+    assert_eq!(asker.fetches(&places.world, places.world.path("closure1000")).len(), 1000);
 }
 
 #[test]
 fn a_path_that_comes_later_is_found() {
-    let scene = Scene::new();
-    let holder = scene.holder("holder");
-    let asker = scene.asker(&[&holder]);
+    let places = Places::new();
+    let holder = places.holder("holder");
+    let asker = places.asker(&[&holder]);
     let later = stock::add(&holder.host, "later", "echo later > $n");
     wait_at_most(ANNOUNCED, "a new path is found", || (narinfo_status(&asker.host, &later) == 200).then_some(()));
     nix::realise_quietly(&asker.host, &[&later]);
@@ -134,11 +87,11 @@ fn a_path_that_comes_later_is_found() {
 
 /// A host that serves the world's static cache over HTTP as an upstream cache; the narinfo of `other` speaks of
 /// another NAR than the world has.
-fn upstream(scene: &Scene) -> (String, Server) {
-    let host = scene.centre.host("upstream");
-    let (dir, other) = (scene.world.cache(), world::hash_part(scene.world.path("other")).to_owned());
+fn upstream(places: &Places) -> (String, Server) {
+    let host = places.centre.host("upstream");
+    let (dir, other) = (places.world.cache(), world::hash_part(places.world.path("other")).to_owned());
     let little =
-        field(&Shelf::of(&scene.world).narinfo(world::hash_part(scene.world.path("little"))).unwrap(), "NarHash")
+        field(&Shelf::of(&places.world).narinfo(world::hash_part(places.world.path("little"))).unwrap(), "NarHash")
             .to_owned();
     let server = Server::start(host.listen(8080), move |request| {
         let path = request.path.trim_start_matches('/');
@@ -160,17 +113,17 @@ fn upstream(scene: &Scene) -> (String, Server) {
 
 #[test]
 fn only_what_the_upstream_cache_has_is_shared() {
-    let scene = Scene::new();
-    let (world, trackers) = (&scene.world, [&scene.tracker.host]);
-    let (url, _server) = upstream(&scene);
-    let holder = Holder::with(&scene.away, world, "holder", |host| {
+    let places = Places::new();
+    let (world, trackers) = (&places.world, [&places.tracker.host]);
+    let (url, _server) = upstream(&places);
+    let holder = Holder::with(&places.away, world, "holder", |host| {
         key(host);
         let mut flags = tracker::flags(host, "wan", &trackers);
         flags.extend(["--private-key", "/etc/peerix.sec", "--upstream-cache", &url].map(str::to_owned));
         flags
     });
     let key = fs::read_to_string(holder.host.path("/etc/peerix.pub")).unwrap();
-    let asker = Asker::flagged(&scene.home, "", &[key.trim()], |host| tracker::flags(host, "wan", &trackers));
+    let asker = Asker::flagged(&places.home, "", &[key.trim()], |host| tracker::flags(host, "wan", &trackers));
     wait_for("the holder is known", || (narinfo_status(&asker.host, world.path("little")) == 200).then_some(()));
     let closure = asker.fetches(world, world.path("closure300"));
     assert_eq!(closure.len(), 300);
@@ -185,14 +138,14 @@ fn only_what_the_upstream_cache_has_is_shared() {
 
 #[test]
 fn a_peer_on_the_own_network_is_preferred() {
-    let scene = Scene::new();
-    let (world, trackers) = (&scene.world, [&scene.tracker.host]);
-    let far = scene.holder("far");
-    let near = Holder::with(&scene.home, world, "near", |host| {
+    let places = Places::new();
+    let (world, trackers) = (&places.world, [&places.tracker.host]);
+    let far = places.holder("far");
+    let near = Holder::with(&places.home, world, "near", |host| {
         world.sign(host);
         open(host, "both", &trackers)
     });
-    let asker = Asker::flagged(&scene.home, "", &[&world.cache_key], |host| tracker::flags(host, "both", &trackers));
+    let asker = Asker::flagged(&places.home, "", &[&world.cache_key], |host| tracker::flags(host, "both", &trackers));
     asker.meet(&[&far, &near]);
     let before = [far.host.sent(), near.host.sent()];
     asker.fetches(world, world.path("middle"));
@@ -243,7 +196,7 @@ fn a_peer_behind_a_router_that_forwards_tcp_alone() {
 
 #[test]
 fn one_of_two_trackers_is_enough() {
-    let Scene { tracker: mut first, home, away, centre, world, wan: _wan } = Scene::new();
+    let Places { tracker: mut first, home, away, centre, world, wan: _wan } = Places::new();
     let second = centre.host("second");
     let trackers = [&first.host, &second];
     let holder = Holder::with(&away, &world, "holder", |host| {
@@ -272,32 +225,32 @@ fn one_of_two_trackers_is_enough() {
 
 #[test]
 fn a_node_that_stops_is_listed_no_longer() {
-    let scene = Scene::new();
-    let mut holder = scene.holder("holder");
-    let asker = scene.asker(&[&holder]);
-    let listed = || -> Vec<String> { scene.tracker.peers().into_iter().map(|(peer_id, _)| peer_id).collect() };
-    wait_for("both are listed", || (scene.tracker.lists("holder") && scene.tracker.lists("asker")).then_some(()));
+    let places = Places::new();
+    let mut holder = places.holder("holder");
+    let asker = places.asker(&[&holder]);
+    let listed = || -> Vec<String> { places.tracker.peers().into_iter().map(|(peer_id, _)| peer_id).collect() };
+    wait_for("both are listed", || (places.tracker.lists("holder") && places.tracker.lists("asker")).then_some(()));
     assert!(holder.daemon.stop().success());
     assert_eq!(listed(), ["asker"]);
-    let path = scene.world.path("little");
+    let path = places.world.path("little");
     assert_eq!(narinfo_status(&asker.host, path), 404);
 
     // The same node with the same key is listed again, and found.
-    let flags = open(&holder.host, "wan", &[&scene.tracker.host]);
+    let flags = open(&holder.host, "wan", &[&places.tracker.host]);
     let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
     let _daemon = Daemon::start(&holder.host, &flags);
     wait_for("it is found again", || (narinfo_status(&asker.host, path) == 200).then_some(()));
-    asker.fetches(&scene.world, path);
+    asker.fetches(&places.world, path);
 }
 
 #[test]
 fn both_sides_report_and_the_tracker_remembers() {
-    let mut scene = Scene::new();
-    let holder = scene.holder("holder");
-    let asker = scene.asker(&[&holder]);
-    let paths = asker.fetches(&scene.world, scene.world.path("closure300"));
+    let mut places = Places::new();
+    let holder = places.holder("holder");
+    let asker = places.asker(&[&holder]);
+    let paths = asker.fetches(&places.world, places.world.path("closure300"));
     let bytes = nar_bytes(&asker.host, &paths);
-    let tracker = &mut scene.tracker;
+    let tracker = &mut places.tracker;
     wait_at_most(ANNOUNCED, "all transfers are resolved", || {
         assert!(tracker.reputation("holder", "total_shared") <= bytes);
         (tracker.reputation("holder", "total_shared") == bytes).then_some(())
@@ -326,18 +279,18 @@ fn both_sides_report_and_the_tracker_remembers() {
 #[test]
 fn between_networks_nars_are_compressed_and_on_one_they_are_not() {
     const SIZE: u32 = 48;
-    let scene = Scene::new();
-    let (world, trackers) = (&scene.world, [&scene.tracker.host]);
+    let places = Places::new();
+    let (world, trackers) = (&places.world, [&places.tracker.host]);
     let mut text = String::new();
-    let holder = Holder::with(&scene.away, world, "holder", |host| {
+    let holder = Holder::with(&places.away, world, "holder", |host| {
         world.sign(host);
         text = stock::add_large(host, "text", SIZE);
         open(host, "both", &trackers)
     });
     let neighbour =
-        Asker::flagged(&scene.away, "", &[&world.cache_key], |host| tracker::flags(host, "both", &trackers));
+        Asker::flagged(&places.away, "", &[&world.cache_key], |host| tracker::flags(host, "both", &trackers));
     neighbour.meet(&[&holder]);
-    let asker = scene.asker(&[&holder]);
+    let asker = places.asker(&[&holder]);
     let takes = |asker: &Asker, path: &str| {
         let before = holder.host.sent();
         nix::realise_quietly(&asker.host, &[path]);
@@ -356,10 +309,10 @@ fn between_networks_nars_are_compressed_and_on_one_they_are_not() {
 }
 
 /// Realises `path` over a link slow enough to see it half done, and then kills the holder that is sending it.
-fn killed_at_half(scene: &Scene, path: &str, size: u64) {
-    let mut holders = [scene.holder("one"), scene.holder("two")];
+fn killed_at_half(places: &Places, path: &str, size: u64) {
+    let mut holders = [places.holder("one"), places.holder("two")];
     let [one, two] = &holders;
-    let asker = scene.asker(&[one, two]);
+    let asker = places.asker(&[one, two]);
     asker.host.slow(400);
     let before = holders.each_ref().map(|holder| holder.host.sent());
     let mut child = nix::realising(&asker.host, &[path]).spawn().expect("nsenter starts");
@@ -382,24 +335,24 @@ fn killed_at_half(scene: &Scene, path: &str, size: u64) {
 
 #[test]
 fn another_peer_finishes_what_a_killed_one_began() {
-    let scene = Scene::new();
-    killed_at_half(&scene, scene.world.path("middle"), MIDDLE);
+    let places = Places::new();
+    killed_at_half(&places, places.world.path("middle"), MIDDLE);
 }
 
 #[test]
 fn a_peer_of_the_original_is_found_by_the_tracker() {
-    let scene = Scene::new();
-    let old = scene.away.host("original");
-    let shelf = Shelf::of(&scene.world);
+    let places = Places::new();
+    let old = places.away.host("original");
+    let shelf = Shelf::of(&places.world);
     // To datagrams from elsewhere it says nothing.
     let original = StandIn::start(&old, |_| None, standin::original(&shelf));
-    scene.tracker.announce_original(&old, "9f1b8a62-7a4e-4c8e-9a39-0b7f8e6b1d11");
-    let asker = scene.asker(&[]);
-    let probe = scene.world.path("little");
+    places.tracker.announce_original(&old, "9f1b8a62-7a4e-4c8e-9a39-0b7f8e6b1d11");
+    let asker = places.asker(&[]);
+    let probe = places.world.path("little");
     wait_for("the original is found", || (narinfo_status(&asker.host, probe) == 200).then_some(()));
-    assert_eq!(asker.fetches(&scene.world, scene.world.path("closure300")).len(), 300);
-    asker.fetches(&scene.world, scene.world.path("large"));
-    asker.fetches(&scene.world, scene.world.path("odd"));
+    assert_eq!(asker.fetches(&places.world, places.world.path("closure300")).len(), 300);
+    asker.fetches(&places.world, places.world.path("large"));
+    asker.fetches(&places.world, places.world.path("odd"));
     assert_eq!(narinfo_status(&asker.host, &format!("/nix/store/{}-x", "0".repeat(32))), 404);
     // It was asked as the original asks: nothing else has a meaning to it.
     let asked = original.asked.lock().unwrap();

@@ -70,11 +70,13 @@ pub fn mark(host: &Host) -> String {
     host.cmd("nix-store").arg("--add").arg(&file).okay().trim().to_owned()
 }
 
+/// What peerix on `host` answers its own Nix that asks for the narinfo of `path`: 200 or 404.
+pub fn narinfo_status(host: &Host, path: &str) -> u16 {
+    let route = format!("/{}.narinfo", world::hash_part(path));
+    http::get_local(host, &route).expect("the own peerix answers").status
+}
+
 /// Waits until peerix on `asker` finds what only `holder` has (by [`mark`]): then they know one another.
 pub fn wait_until_known(asker: &Host, mark: &str) {
-    let route = format!("/{}.narinfo", world::hash_part(mark));
-    wait_for("peers find one another", || {
-        let answer = http::get_local(asker, &route).expect("the own peerix answers");
-        (answer.status == 200).then_some(())
-    });
+    wait_for("peers find one another", || (narinfo_status(asker, mark) == 200).then_some(()));
 }

@@ -176,6 +176,13 @@ pub fn flags(host: &Host, mode: &str, trackers: &[&Host]) -> Vec<String> {
     fixed.into_iter().chain(urls).collect()
 }
 
+/// The same with flags that have it share everything with everyone.
+pub fn open(host: &Host, mode: &str, trackers: &[&Host]) -> Vec<String> {
+    let mut flags = flags(host, mode, trackers);
+    flags.extend(["--no-verify", "--no-filter"].map(str::to_owned));
+    flags
+}
+
 fn make_dir(host: &Host, path: &str) {
     std::fs::create_dir_all(host.path(path)).expect("the host's directories");
 }
