@@ -110,7 +110,8 @@ pub fn run(config: Config) -> Result<(), Fatal> {
     let client = Arc::new(Client::new(config.store_dir.clone()));
     let standing = Arc::new(Standing::default());
     let trusted = config.trusted_public_keys;
-    let lookup = Lookup::new(discovery.wake(), client.clone(), standing.clone(), trusted, config.store_dir.clone());
+    let lookup =
+        Lookup::new(Some(discovery.wake()), None, client.clone(), standing.clone(), trusted, config.store_dir.clone());
     let lookup = Arc::new(lookup);
     let cache = Cache {
         store,

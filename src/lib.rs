@@ -23,6 +23,7 @@ pub mod config;
 pub mod daemon;
 pub mod fetch;
 pub mod http;
+pub mod identity;
 pub mod interfaces;
 pub mod lookup;
 pub mod nix;

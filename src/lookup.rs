@@ -1,13 +1,16 @@
 //! The one decision of the program: which peer does this machine's Nix get a path from?
 //!
 //! A lookup asks the LAN, takes the narinfo of the first holder that gives a good one, and keeps the other holders as
-//! alternates for the NAR request that follows. Requests of peers never come here.
+//! alternates for the NAR request that follows. If nobody there has the path, the peers that trackers name are asked.
+//! Requests of peers never come here.
 
 use crate::nix::{HashPart, NarHash, NarInfo, PathInfo, PublicKey, StoreDir, is_content_addressed};
 use crate::peers::Holder;
+use crate::peers::announce::Begun;
 use crate::peers::client::{Client, Error};
 use crate::peers::discovery::Wake;
 use crate::peers::standing::{Standing, Turn};
+use crate::peers::wan::{Offer, Wan, WanSearch};
 use crossbeam_channel::{Receiver, RecvTimeoutError, TryRecvError};
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -46,11 +49,14 @@ pub struct Source {
     pub nar_hash: NarHash,
     /// And the size.
     pub nar_size: u64,
+    /// Set if the peer is one that a tracker named: how the tracker calls the transfer, as soon as it does.
+    pub wan: Option<Begun>,
 }
 
 /// Looks up paths for this machine's Nix.
 pub struct Lookup {
-    lan: Arc<Wake>,
+    lan: Option<Arc<Wake>>,
+    wan: Option<Arc<Wan>>,
     client: Arc<Client>,
     standing: Arc<Standing>,
     trusted: Vec<PublicKey>,
@@ -73,15 +79,17 @@ struct Flight {
 }
 
 impl Lookup {
-    /// `trusted`: keys one of which must have signed what is found; none leaves that to Nix.
+    /// `lan` and `wan`: where it looks. `trusted`: keys one of which must have signed what is found; none leaves that to
+    /// Nix.
     pub fn new(
-        lan: Arc<Wake>,
+        lan: Option<Arc<Wake>>,
+        wan: Option<Arc<Wan>>,
         client: Arc<Client>,
         standing: Arc<Standing>,
         trusted: Vec<PublicKey>,
         store_dir: StoreDir,
     ) -> Self {
-        Lookup { lan, client, standing, trusted, store_dir, flights: Mutex::default(), found: Mutex::default() }
+        Lookup { lan, wan, client, standing, trusted, store_dir, flights: Mutex::default(), found: Mutex::default() }
     }
 
     /// The narinfo of a peer that has the path; its `URL` is the peer's. Equal lookups at the same time are one.
@@ -132,12 +140,13 @@ impl Lookup {
         }
     }
 
-    /// Asks the LAN anew.
+    /// Asks the LAN anew, and the trackers after it.
     pub fn search(&self, hash_part: &HashPart) -> Search {
         let content = Arc::new(AtomicBool::new(false));
         Search {
             hash_part: *hash_part,
-            holders: Some(self.lan.ask(*hash_part, content.clone())),
+            holders: self.lan.as_ref().map(|lan| lan.ask(*hash_part, content.clone())),
+            wan: self.wan.as_ref().map(|wan| wan.search(hash_part)),
             content,
             seen: Vec::new(),
             untried: Vec::new(),
@@ -163,6 +172,8 @@ impl Lookup {
                 found.clear();
             }
         }
+        // Candidates are many; who needs others asks the trackers again.
+        search.wan = self.wan.as_ref().map(|wan| wan.search(hash_part));
         found.insert(*hash_part, Found { source, alternates: search, at: now });
         Some(narinfo)
     }
@@ -191,10 +202,16 @@ impl Lookup {
             } else if search.holders.is_some() {
                 search.wait();
             } else {
-                // Those that hung get more time, and those that failed lately get a little.
+                // Those that hung get more time; then there may be somebody elsewhere; and those that failed lately get a
+                // little.
                 let (holder, timeout) = match search.slow.pop() {
                     Some(holder) => (holder, LAST_TRY),
-                    None => (search.last_resort.pop()?, FIRST_TRY),
+                    None => {
+                        if let Some(offer) = self.next_wan_offer(search) {
+                            return Some(offer);
+                        }
+                        (search.last_resort.pop()?, FIRST_TRY)
+                    }
                 };
                 if let Tried::Good(offer) = self.try_holder(search, &holder, timeout, false) {
                     return Some(*offer);
@@ -210,21 +227,8 @@ impl Lookup {
         match answer {
             Ok(narinfo) => {
                 self.standing.answered(holder.http, now - began, now);
-                if narinfo.url.len() > MAX_NAR_URL || narinfo.url.contains("://") {
-                    log::debug!("peer {}: NAR URL too long or elsewhere", holder.http);
-                    return Tried::Bad;
-                }
-                if !self.is_trusted(&narinfo.info) {
-                    log::debug!("{}: peer {} has it without a trusted signature", narinfo.info.path, holder.http);
-                    return Tried::Bad;
-                }
+                let Some(source) = self.accept(holder.http, &narinfo) else { return Tried::Bad };
                 search.content.store(true, Ordering::Relaxed);
-                let source = Source {
-                    peer: holder.http,
-                    url_path: narinfo.url.clone(),
-                    nar_hash: narinfo.info.nar_hash,
-                    nar_size: narinfo.info.nar_size,
-                };
                 Tried::Good(Box::new((source, narinfo)))
             }
             Err(Error::Unreachable(ureq::Error::Timeout(_))) if may_be_slow => {
@@ -238,6 +242,32 @@ impl Lookup {
                 Tried::Bad
             }
         }
+    }
+
+    /// The next good narinfo of a peer that a tracker named.
+    fn next_wan_offer(&self, search: &mut Search) -> Option<(Source, NarInfo)> {
+        let (wan, search) = (self.wan.as_ref()?, search.wan.as_mut()?);
+        loop {
+            let Offer { peer, origin, narinfo } = search.next_offer()?;
+            if let Some(mut source) = self.accept(peer, &narinfo) {
+                source.wan = Some(wan.begin_transfer(&origin));
+                return Some((source, narinfo));
+            }
+        }
+    }
+
+    /// Where the NAR of a narinfo is to be had, if Nix may be offered it.
+    fn accept(&self, peer: SocketAddr, narinfo: &NarInfo) -> Option<Source> {
+        if narinfo.url.len() > MAX_NAR_URL || narinfo.url.contains("://") {
+            log::debug!("peer {peer}: NAR URL too long or elsewhere");
+            return None;
+        }
+        if !self.is_trusted(&narinfo.info) {
+            log::debug!("{}: peer {peer} has it without a trusted signature", narinfo.info.path);
+            return None;
+        }
+        let (nar_hash, nar_size) = (narinfo.info.nar_hash, narinfo.info.nar_size);
+        Some(Source { peer, url_path: narinfo.url.clone(), nar_hash, nar_size, wan: None })
     }
 
     fn is_trusted(&self, info: &PathInfo) -> bool {
@@ -261,6 +291,8 @@ pub struct Search {
     hash_part: HashPart,
     /// `None` when nobody can answer any more.
     holders: Option<Receiver<Holder>>,
+    /// Those that trackers name, whose turn comes when nobody of the LAN has it.
+    wan: Option<WanSearch>,
     /// Tells discovery that a good one was found.
     content: Arc<AtomicBool>,
     seen: Vec<Holder>,
@@ -279,12 +311,16 @@ impl Search {
 
     /// Whether there is another holder.
     pub fn has_more(&self) -> bool {
-        !self.untried.is_empty() || !self.slow.is_empty() || self.holders.as_ref().is_some_and(|h| !h.is_empty())
+        !self.untried.is_empty()
+            || !self.slow.is_empty()
+            || self.holders.as_ref().is_some_and(|h| !h.is_empty())
+            || self.wan.as_ref().is_some_and(WanSearch::has_more)
     }
 
     /// Gives the search, resumed for alternates, its time anew.
     pub fn resume(&mut self) {
         self.until = Instant::now() + LOOKUP_TIMEOUT;
+        self.wan.iter_mut().for_each(WanSearch::resume);
     }
 
     /// Takes in everyone who has answered.

@@ -21,6 +21,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("share", &["config", "interfaces"]),
     ("peers", &["interfaces", "nix", "on_drop", "wire"]),
     ("sockets", &["config", "interfaces"]),
+    ("identity", &["wire"]),
     ("interfaces", &[]),
     ("on_drop", &[]),
     ("seldom", &[]),

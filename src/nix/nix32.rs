@@ -31,6 +31,16 @@ pub fn decode(text: &[u8]) -> Result<Vec<u8>, Malformed> {
     REVERSED.decode(&reversed).map_err(|_| Malformed::new("Nix32", "not a Nix32 text"))
 }
 
+/// The value of a digit; of what is no digit, nothing that means anything.
+pub fn value(digit: u8) -> u8 {
+    // The four letters that are left out.
+    const MISSING: [u8; 4] = *b"eotu";
+    match digit {
+        b'0'..=b'9' => digit - b'0',
+        _ => digit.wrapping_sub(b'a' - 10).wrapping_sub(MISSING.iter().filter(|m| **m < digit).count() as u8),
+    }
+}
+
 /// Whether every byte of `text` is a Nix32 digit.
 pub fn is_nix32(text: &[u8]) -> bool {
     text.iter().all(|&b| matches!(b, b'0'..=b'9' | b'a'..=b'z') && !matches!(b, b'e' | b'o' | b't' | b'u'))
@@ -49,6 +59,16 @@ mod tests {
         let bytes = data_encoding::HEXLOWER.decode(EMPTY_HEX.as_bytes()).unwrap();
         assert_eq!(encode(&bytes), EMPTY_NIX32);
         assert_eq!(decode(EMPTY_NIX32.as_bytes()).unwrap(), bytes);
+    }
+
+    #[test]
+    fn digits_have_their_values() {
+        for (at, digit) in ALPHABET.bytes().enumerate() {
+            assert_eq!(usize::from(value(digit)), at);
+        }
+        assert!(
+            (0..=u8::MAX).all(|byte| is_nix32(&[byte]) || !ALPHABET.as_bytes().contains(&byte) || value(byte) > 31)
+        );
     }
 
     #[test]

@@ -24,6 +24,12 @@ impl HashPart {
         Ok(HashPart(digits))
     }
 
+    /// The digits 0 to 11 and 12 to 23 as numbers of 60 bits, the first digit the highest.
+    pub fn prefixes(&self) -> (u64, u64) {
+        let number = |digits: &[u8]| digits.iter().fold(0, |n, digit| n << 5 | u64::from(nix32::value(*digit)));
+        (number(&self.0[..12]), number(&self.0[12..24]))
+    }
+
     /// The 32 digits.
     pub fn as_str(&self) -> &str {
         std::str::from_utf8(&self.0).expect("Nix32 digits are ASCII")

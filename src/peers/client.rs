@@ -141,7 +141,7 @@ impl Client {
     pub fn narinfo(&self, holder: &Holder, hash_part: &HashPart, timeout: Duration) -> Result<NarInfo, Error> {
         let request =
             || self.agent.get(url(holder.http, &holder.url_path)).config().timeout_global(Some(timeout)).build();
-        let response = twice(|| request().call())?;
+        let response = twice(|| request().call()).map_err(Error::Unreachable)?;
         let mut body = expect(response, &[200])?.into_body();
         let mut bytes = Vec::new();
         let most = NarInfo::MAX_LEN as u64 + 1;
@@ -178,7 +178,7 @@ impl Client {
             }
             request.config().timeout_recv_response(Some(patience)).timeout_recv_body(Some(whole)).build()
         };
-        let response = expect(twice(|| request().call())?, &[200, 206])?;
+        let response = expect(twice(|| request().call()).map_err(Error::Unreachable)?, &[200, 206])?;
         let from = if response.status() == 206 { offset } else { 0 };
         if response.status() == 206 {
             let range = response.headers().get("content-range").and_then(|field| field.to_str().ok());
@@ -196,12 +196,11 @@ impl Client {
     }
 }
 
-/// A kept connection may have been closed by the peer in the moment it is used again: then a new one does it.
-fn twice<T>(call: impl Fn() -> Result<T, ureq::Error>) -> Result<T, Error> {
+/// A kept connection may have been closed by the other end in the moment it is used again: then a new one does it.
+pub(super) fn twice<T>(call: impl Fn() -> Result<T, ureq::Error>) -> Result<T, ureq::Error> {
     match call() {
-        Ok(response) => Ok(response),
-        Err(e @ (ureq::Error::Timeout(_) | ureq::Error::ConnectionFailed)) => Err(Error::Unreachable(e)),
-        Err(_) => call().map_err(Error::Unreachable),
+        Err(e) if !matches!(e, ureq::Error::Timeout(_) | ureq::Error::ConnectionFailed) => call(),
+        result => result,
     }
 }
 

@@ -5,6 +5,7 @@
 //! the table of known peers for who is waited for and how long. [`Discovery`] decides, without I/O; [`Handle`] runs it.
 
 use super::Holder;
+use super::asks::{Asks, Question, Told};
 use super::known::{Answer, CROWD, Known};
 use super::queries::{Due, Queries, Query};
 use crate::interfaces::{Interface, Interfaces, MULTICAST_GROUP, REFRESH};
@@ -69,6 +70,8 @@ pub enum Event<'a> {
     },
     /// Somebody here looks for a path.
     Ask(Ask),
+    /// Somebody here asks those whom a tracker named.
+    AskCandidates(Question),
     /// The nodes that `--peer` names have these addresses now.
     Named(Vec<SocketAddr>),
     /// Time has passed.
@@ -102,6 +105,7 @@ pub struct Discovery<N> {
     timeout: Duration,
     known: Known,
     queries: Queries,
+    asks: Asks,
     started: Instant,
     quiet_until: Option<Instant>,
     next_hello: Instant,
@@ -128,6 +132,7 @@ impl<N: Neighbourhood> Discovery<N> {
             timeout,
             known: Known::default(),
             queries: Queries::new(u32::from_be_bytes([a, b, c, d])),
+            asks: Asks::new(u32::from_be_bytes([d, a, b, c])),
             started: now,
             quiet_until: None,
             next_hello: now,
@@ -145,6 +150,7 @@ impl<N: Neighbourhood> Discovery<N> {
         match event {
             Event::Datagram { from, bytes } => self.datagram(from, bytes, now, out),
             Event::Ask(ask) => self.ask(ask, now, out),
+            Event::AskCandidates(question) => self.asks.ask(question, now),
             Event::Named(addresses) => {
                 if self.known.name(&addresses) {
                     self.greet(now);
@@ -164,7 +170,8 @@ impl<N: Neighbourhood> Discovery<N> {
 
     /// When time alone makes something happen.
     pub fn next_due(&self) -> Instant {
-        self.queries.next_due().map_or(self.next_hello, |due| due.min(self.next_hello))
+        let queries = [self.queries.next_due(), self.asks.next_due()];
+        queries.into_iter().flatten().fold(self.next_hello, Instant::min)
     }
 
     /// What is said at the end.
@@ -180,6 +187,7 @@ impl<N: Neighbourhood> Discovery<N> {
             self.known.forget_old(now);
             self.to_all(Packet::Hello(self.hello()), out);
         }
+        self.asks.due(now, |id, hash_part, to| out.push((To::Peer(to), Packet::Query { id, hash_part })));
         while let Some(due) = self.queries.due(now) {
             match due {
                 Due::Repeat { id, hash_part, to, broadcast } => {
@@ -255,6 +263,9 @@ impl<N: Neighbourhood> Discovery<N> {
     }
 
     fn datagram(&mut self, from: SocketAddr, bytes: &[u8], now: Instant, out: &mut Vec<(To, Packet)>) {
+        if self.answers_ask(from, bytes) {
+            return;
+        }
         // Our own broadcasts come back to us.
         if from.port() == self.udp_port && self.neighbourhood.is_own(from.ip()) || !self.neighbourhood.is_lan(from.ip())
         {
@@ -291,6 +302,16 @@ impl<N: Neighbourhood> Discovery<N> {
                 log::debug!("peer {from}: bye");
                 self.known.bye(from, bye);
             }
+        }
+    }
+
+    /// Whether this answers a question to candidates, who may be anywhere.
+    fn answers_ask(&mut self, from: SocketAddr, bytes: &[u8]) -> bool {
+        // What it says of its port and path is its own view, behind a router perhaps.
+        match Packet::parse(bytes) {
+            Ok(Packet::Have { id, .. }) => self.asks.answered(id, from, true),
+            Ok(Packet::HaveNot { id }) => self.asks.answered(id, from, false),
+            _ => false,
         }
     }
 
@@ -354,6 +375,7 @@ pub struct Wake {
 
 enum Command {
     Ask(Ask),
+    AskCandidates(Question),
     Named(Vec<SocketAddr>),
 }
 
@@ -365,6 +387,14 @@ impl Wake {
         let (holders, receiver) = bounded(MAX_HOLDERS);
         // A full queue drops the question, and its channel ends: a miss, not a wait.
         self.send(Command::Ask(Ask { hash_part, holders, content }));
+        receiver
+    }
+
+    /// Asks each of these whether it has the path. The channel yields what they say and ends when all have answered, at
+    /// `until` at the latest.
+    pub fn ask_candidates(&self, hash_part: HashPart, candidates: Vec<SocketAddr>, until: Instant) -> Receiver<Told> {
+        let (told, receiver) = bounded(candidates.len());
+        self.send(Command::AskCandidates(Question { hash_part, candidates, told, until }));
         receiver
     }
 
@@ -470,6 +500,7 @@ fn run<N: Neighbourhood>(
         while let Ok(command) = commands.try_recv() {
             let event = match command {
                 Command::Ask(ask) => Event::Ask(ask),
+                Command::AskCandidates(question) => Event::AskCandidates(question),
                 Command::Named(addresses) => Event::Named(addresses),
             };
             discovery.handle(event, Instant::now(), &mut out);

@@ -1,10 +1,17 @@
 //! The other nodes: who they are, which of them has a path, and what they serve.
 
+pub mod announce;
+mod asks;
 pub mod client;
 pub mod discovery;
 mod known;
+mod names;
 mod queries;
 pub mod standing;
+pub mod tracker;
+pub mod wan;
+
+pub use asks::Told;
 
 use std::net::SocketAddr;
 

@@ -1,0 +1,469 @@
+//! One tracker, as this node sees it: its calls, by blocking ureq, and whether it is of any use at the moment.
+//!
+//! A tracker that fails is left out of lookups until the announcing thread, which retries with growing pauses, has reached
+//! it again: it costs the lookup that met the failure one deadline, and later ones nothing. One whose candidates
+//! turn out to be dead, many of them, is left out for a while as well.
+
+use super::client::twice;
+use crate::nix::HashPart;
+use crate::wire::filter::Filter;
+use crate::wire::tracker::{
+    Announce, Announced, Candidates, Identity, KEY_HEADER, MAX_CANDIDATES, MAX_OTHERS, Proof, Report, Role,
+    SIGNATURE_HEADER, Statement, TIMESTAMP_HEADER, TransferBegun, TransferInit, lookup_target,
+};
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use std::fmt;
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
+use ureq::Agent;
+use ureq::http::Response;
+
+/// A lookup that takes longer is of no use: Nix waits, and the peers need time after it.
+pub const LOOKUP_TIMEOUT: Duration = Duration::from_secs(1);
+/// Everything else is done off the request path.
+const CALL_TIMEOUT: Duration = Duration::from_secs(10);
+/// A filter has up to 4 MiB.
+const UPLOAD_TIMEOUT: Duration = Duration::from_secs(60);
+/// *I am leaving*, while the daemon stops.
+const LEAVE_TIMEOUT: Duration = Duration::from_millis(700);
+
+/// An answer's body: 72 candidates with the longest IDs and names take 30 KiB.
+const MAX_ANSWER: u64 = 256 * 1024;
+/// Its head.
+const MAX_HEAD: usize = 16 * 1024;
+/// Connections kept: as many as Nix has questions.
+const IDLE: usize = 25;
+/// Shorter than the 30 s after which trackers close idle ones.
+const IDLE_AGE: Duration = Duration::from_secs(25);
+
+/// In the first moment after the start it is not known yet whether a tracker is there; lookups wait so long for its first
+/// answer, as Nix remembers a wrong *not there* for an hour.
+const START_GRACE: Duration = Duration::from_secs(2);
+
+/// So many candidates, none of whom answered, say more about the tracker than about them.
+pub(super) const MANY_DEAD: usize = 8;
+/// The first pause of a tracker that listed them; it doubles.
+const FIRST_PAUSE: Duration = Duration::from_secs(5);
+/// The longest.
+const LONGEST_PAUSE: Duration = Duration::from_secs(300);
+
+/// A node as trackers know it.
+#[derive(Debug)]
+pub struct Me {
+    /// Its key.
+    pub identity: Identity,
+    /// Its ID.
+    pub peer_id: String,
+    /// The port of its HTTP server.
+    pub port: u16,
+    /// The address to announce, if not the one that the tracker sees.
+    pub addr: Option<String>,
+}
+
+/// Why a call failed.
+#[derive(Debug)]
+pub enum Error {
+    /// No connection, no answer in time, or the connection broke.
+    Unreachable(ureq::Error),
+    /// A status other than 200, and what was said with it.
+    Refused(u16, String),
+    /// An answer that is not what it should be.
+    Malformed,
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Error::Unreachable(e) => write!(f, "{e}"),
+            Error::Refused(status, why) => write!(f, "status {status} {why}"),
+            Error::Malformed => f.write_str("its answer is none of a tracker"),
+        }
+    }
+}
+
+impl std::error::Error for Error {}
+
+/// One tracker; shared by all threads.
+pub struct Tracker {
+    url: String,
+    agent: Agent,
+    state: Mutex<State>,
+    changed: Condvar,
+    clock: Mutex<Clock>,
+}
+
+struct State {
+    reached: Reached,
+    started: Instant,
+    /// Its own ID, once it has said it.
+    id: Option<String>,
+    fruitless: u32,
+    /// When that was last counted: lookups that were under way together count once.
+    counted: Option<Instant>,
+    paused_until: Option<Instant>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Reached {
+    NotYet,
+    Yes,
+    No,
+}
+
+/// Timestamps of statements: each later than the last, by the tracker's clock if ours is wrong.
+#[derive(Default)]
+struct Clock {
+    /// Milliseconds to add to our clock.
+    offset: i64,
+    last: u64,
+}
+
+#[derive(Deserialize, Default)]
+struct Refusal {
+    error: Option<String>,
+    now: Option<u64>,
+}
+
+impl Tracker {
+    /// The tracker at that URL, which ends without a slash.
+    pub fn new(url: String, now: Instant) -> Self {
+        let agent = Agent::config_builder()
+            .max_redirects(0)
+            .max_redirects_will_error(false)
+            .http_status_as_error(false)
+            .user_agent(concat!("peerix/", env!("CARGO_PKG_VERSION")))
+            .accept_encoding("identity")
+            .no_delay(true)
+            .timeout_global(Some(CALL_TIMEOUT))
+            .max_response_header_size(MAX_HEAD)
+            .max_idle_connections(IDLE)
+            .max_idle_connections_per_host(IDLE)
+            .max_idle_age(IDLE_AGE)
+            .build()
+            .into();
+        let state =
+            State { reached: Reached::NotYet, started: now, id: None, fruitless: 0, counted: None, paused_until: None };
+        Tracker { url, agent, state: Mutex::new(state), changed: Condvar::new(), clock: Mutex::default() }
+    }
+
+    /// Where it is.
+    pub fn url(&self) -> &str {
+        &self.url
+    }
+
+    /// The ID it gave itself, if it has.
+    pub fn id(&self) -> Option<String> {
+        self.lock().id.clone()
+    }
+
+    /// Whether a lookup should ask it. Waits, right after the start, until it is known whether the tracker is there.
+    pub fn is_of_use(&self) -> bool {
+        let state = self.lock();
+        let grace = (state.started + START_GRACE).saturating_duration_since(Instant::now());
+        let waited = self.changed.wait_timeout_while(state, grace, |state| state.reached == Reached::NotYet);
+        let mut state = waited.unwrap_or_else(PoisonError::into_inner).0;
+        let now = Instant::now();
+        if state.reached != Reached::Yes || state.paused_until.is_some_and(|until| until > now) {
+            return false;
+        }
+        // After a pause one lookup tries, and the others go on without.
+        if state.fruitless > 0 {
+            state.paused_until = Some(now + FIRST_PAUSE);
+        }
+        true
+    }
+
+    /// Says what came of the candidates of a lookup that began at `began`: how many there were, and whether any answered.
+    pub fn proved(&self, candidates: usize, any_answered: bool, began: Instant, now: Instant) {
+        let mut state = self.lock();
+        if any_answered {
+            state.fruitless = 0;
+            state.paused_until = None;
+            return;
+        }
+        if candidates < MANY_DEAD || state.counted.is_some_and(|counted| counted >= began) {
+            return;
+        }
+        if state.fruitless == 0 {
+            log::warn!("tracker {}: none of {candidates} peers that it named answers; left out for a while", self.url);
+        }
+        let pause = FIRST_PAUSE.saturating_mul(1 << state.fruitless.min(10)).min(LONGEST_PAUSE);
+        state.fruitless += 1;
+        state.counted = Some(now);
+        state.paused_until = Some(now + pause);
+    }
+
+    /// The peers that may have a path, without `me`. A failure leaves the tracker out until it is reached again.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub fn lookup(&self, hash_part: &HashPart, me: &Me) -> Result<Candidates, Error> {
+        let url = format!("{}{}", self.url, lookup_target(hash_part));
+        let call = || self.agent.get(&url).config().timeout_global(Some(LOOKUP_TIMEOUT)).build().call();
+        let answer = twice(call).map_err(Error::Unreachable).and_then(read::<Candidates>);
+        match answer {
+            Ok(mut found) => {
+                found.candidates.truncate(MAX_CANDIDATES);
+                found.others.truncate(MAX_OTHERS);
+                found.candidates.retain(|candidate| candidate.peer_id != me.peer_id);
+                found.others.retain(|candidate| candidate.peer_id != me.peer_id);
+                Ok(found)
+            }
+            Err(e) => {
+                self.failed(&e);
+                Err(e)
+            }
+        }
+    }
+
+    /// Says that this node is here. Also finds out whether the tracker is.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub fn announce(&self, me: &Me) -> Result<Announced, Error> {
+        let addr = me.addr.as_deref().unwrap_or_default();
+        let statement = Statement::Announce { peer_id: &me.peer_id, port: me.port, addr };
+        let answer: Result<Announced, Error> = self.signed(me, &statement, |proof| {
+            let announce =
+                Announce { peer_id: Some(me.peer_id.clone()), port: Some(me.port), addr: me.addr.clone(), proof };
+            self.post("/announce", &announce)
+        });
+        match &answer {
+            Ok(announced) => self.reached(announced.tracker.clone()),
+            // It is there, and can be asked, whatever it thinks of us.
+            Err(Error::Refused(400..500, _)) => self.reached(None),
+            Err(e) => self.failed(e),
+        }
+        answer
+    }
+
+    /// Says that this node leaves.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub fn leave(&self, me: &Me) -> Result<(), Error> {
+        self.signed(me, &Statement::Leave { peer_id: &me.peer_id }, |proof| {
+            let body = Announce { peer_id: Some(me.peer_id.clone()), proof, ..Announce::default() };
+            self.agent
+                .delete(format!("{}/announce", self.url))
+                .header("Content-Type", "application/json")
+                .config()
+                .timeout_global(Some(LEAVE_TIMEOUT))
+                .build()
+                .force_send_body()
+                .send(json(&body))
+        })
+        .map(|_: serde::de::IgnoredAny| ())
+    }
+
+    /// Publishes what this node would share. Gives the timestamp by which the tracker knows it.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub fn put_filter(&self, me: &Me, filter: &Filter) -> Result<u64, Error> {
+        let digest = ring::digest::digest(&ring::digest::SHA256, filter.as_bytes());
+        let statement = Statement::Filter { peer_id: &me.peer_id, digest: digest.as_ref() };
+        let id = percent_encoding::utf8_percent_encode(&me.peer_id, percent_encoding::NON_ALPHANUMERIC);
+        let url = format!("{}/filter/{id}", self.url);
+        let mut sent = 0;
+        let answer: Result<serde::de::IgnoredAny, Error> = self.signed(me, &statement, |proof| {
+            sent = proof.timestamp.unwrap_or_default();
+            self.agent
+                .put(&url)
+                .header(KEY_HEADER, proof.public_key.unwrap_or_default())
+                .header(TIMESTAMP_HEADER, sent.to_string())
+                .header(SIGNATURE_HEADER, proof.signature.unwrap_or_default())
+                .config()
+                .timeout_global(Some(UPLOAD_TIMEOUT))
+                .build()
+                .send(filter.as_bytes())
+        });
+        answer.map(|_| sent)
+    }
+
+    /// Begins transfers from `sender_id` to this node; gives the first ID and how many there are.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub fn begin_transfers(&self, me: &Me, sender_id: &str, count: u32) -> Result<(u64, u32), Error> {
+        let init = TransferInit {
+            sender_id: Some(sender_id.to_owned()),
+            receiver_id: Some(me.peer_id.clone()),
+            count: Some(count),
+        };
+        let begun: TransferBegun = self.post("/transfer/init", &init).map_err(Error::Unreachable).and_then(read)?;
+        // A tracker of the original begins one, whatever it is asked.
+        Ok((begun.transfer_id, begun.count.unwrap_or(1).min(count)))
+    }
+
+    /// Reports what this node sent or received.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub fn report(&self, me: &Me, transfer_id: u64, role: Role, bytes: u64) -> Result<(), Error> {
+        let statement = Statement::Report { transfer_id, peer_id: &me.peer_id, role: role.as_str(), bytes };
+        self.signed(me, &statement, |proof| {
+            let report = Report {
+                transfer_id: Some(transfer_id),
+                peer_id: Some(me.peer_id.clone()),
+                role: Some(role.as_str().to_owned()),
+                bytes: Some(bytes),
+                proof,
+            };
+            self.post("/report", &report)
+        })
+        .map(|_: serde::de::IgnoredAny| ())
+    }
+
+    fn post(&self, path: &str, body: &impl serde::Serialize) -> Result<Response<ureq::Body>, ureq::Error> {
+        let request = || self.agent.post(format!("{}{path}", self.url)).header("Content-Type", "application/json");
+        request().send(json(body))
+    }
+
+    /// Signs and sends a statement; once more, if the tracker's clock turns out to be another.
+    fn signed<T: DeserializeOwned>(
+        &self,
+        me: &Me,
+        statement: &Statement<'_>,
+        mut send: impl FnMut(Proof) -> Result<Response<ureq::Body>, ureq::Error>,
+    ) -> Result<T, Error> {
+        let mut send = || send(me.identity.sign(statement, self.timestamp())).map_err(Error::Unreachable);
+        let response = send()?;
+        if response.status() != 403 {
+            return read(response);
+        }
+        let refusal: Refusal = body(response).unwrap_or_default();
+        match refusal.now {
+            Some(now) => {
+                self.set_clock(now);
+                read(send()?)
+            }
+            None => Err(Error::Refused(403, refusal.error.unwrap_or_default())),
+        }
+    }
+
+    fn timestamp(&self) -> u64 {
+        let mut clock = self.clock.lock().unwrap_or_else(PoisonError::into_inner);
+        clock.last = our_clock().saturating_add_signed(clock.offset).max(clock.last + 1);
+        clock.last
+    }
+
+    fn set_clock(&self, now: u64) {
+        let mut clock = self.clock.lock().unwrap_or_else(PoisonError::into_inner);
+        clock.offset = i64::try_from(i128::from(now) - i128::from(our_clock())).unwrap_or(0);
+        clock.last = 0;
+        log::debug!("tracker {}: its clock is {} ms ahead of ours", self.url, clock.offset);
+    }
+
+    fn reached(&self, id: Option<String>) {
+        let mut state = self.lock();
+        if state.reached != Reached::Yes {
+            log::info!("tracker {}: reached", self.url);
+        }
+        state.reached = Reached::Yes;
+        state.id = id.or(state.id.take());
+        self.changed.notify_all();
+    }
+
+    fn failed(&self, why: &Error) {
+        let mut state = self.lock();
+        if state.reached == Reached::No {
+            log::debug!("tracker {}: {why}", self.url);
+        } else {
+            log::warn!("tracker {}: {why}; left out until it is reached again", self.url);
+        }
+        state.reached = Reached::No;
+        self.changed.notify_all();
+    }
+
+    /// Whether it is there, as far as is known.
+    pub fn is_reached(&self) -> bool {
+        self.lock().reached == Reached::Yes
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Milliseconds since 1970, by a clock that may be wrong.
+fn our_clock() -> u64 {
+    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}
+
+fn json(body: &impl serde::Serialize) -> Vec<u8> {
+    serde_json::to_vec(body).expect("text and numbers are JSON")
+}
+
+fn body<T: DeserializeOwned>(response: Response<ureq::Body>) -> Option<T> {
+    let bytes = response.into_body().into_with_config().limit(MAX_ANSWER).read_to_vec().ok()?;
+    serde_json::from_slice(&bytes).ok()
+}
+
+fn read<T: DeserializeOwned>(response: Response<ureq::Body>) -> Result<T, Error> {
+    match response.status().as_u16() {
+        200 => body(response).ok_or(Error::Malformed),
+        status => Err(Error::Refused(status, body::<Refusal>(response).and_then(|r| r.error).unwrap_or_default())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tracker(now: Instant) -> Tracker {
+        Tracker::new("http://127.0.0.1:1".into(), now)
+    }
+
+    #[test]
+    fn one_that_fails_is_left_out_until_it_is_reached() {
+        let tracker = tracker(Instant::now());
+        tracker.failed(&Error::Malformed);
+        assert!(!tracker.is_of_use());
+        tracker.reached(Some("0123456789abcdef".into()));
+        assert!(tracker.is_of_use());
+        assert_eq!(tracker.id().as_deref(), Some("0123456789abcdef"));
+        // A later answer without an ID does not take it away.
+        tracker.reached(None);
+        assert!(tracker.id().is_some());
+    }
+
+    #[test]
+    fn many_dead_candidates_speak_against_it() {
+        let now = Instant::now();
+        let tracker = tracker(now);
+        tracker.reached(None);
+        tracker.proved(MANY_DEAD - 1, false, now, now);
+        assert!(tracker.is_of_use());
+        let later = now + Duration::from_secs(2);
+        for _ in 0..25 {
+            tracker.proved(MANY_DEAD, false, now, later);
+        }
+        assert_eq!(tracker.lock().paused_until, Some(later + FIRST_PAUSE));
+        assert!(!tracker.is_of_use());
+        tracker.lock().paused_until = Some(now);
+        assert!(tracker.is_of_use(), "one tries again");
+        assert!(!tracker.is_of_use(), "the others do not wait for it");
+        tracker.proved(MANY_DEAD, false, later + FIRST_PAUSE, later + FIRST_PAUSE);
+        assert_eq!(tracker.lock().paused_until, Some(later + FIRST_PAUSE * 3));
+        tracker.proved(1, true, now, now);
+        assert!(tracker.is_of_use() && tracker.is_of_use());
+    }
+
+    #[test]
+    fn timestamps_never_go_back() {
+        let tracker = tracker(Instant::now());
+        let stamps: Vec<u64> = (0..100).map(|_| tracker.timestamp()).collect();
+        assert!(stamps.windows(2).all(|pair| pair[0] < pair[1]));
+        for ahead in [-3_600_000, 3_600_000] {
+            let now = our_clock().saturating_add_signed(ahead);
+            tracker.set_clock(now);
+            assert!(tracker.timestamp().abs_diff(now) < 60_000);
+        }
+        // A tracker that names the end of time gets what it wants, and no overflow.
+        tracker.set_clock(u64::MAX);
+        tracker.timestamp();
+    }
+}

@@ -1,0 +1,365 @@
+//! Peers on other networks: which of those that trackers name has a path.
+//!
+//! Every tracker is asked at once; then every candidate by one datagram, and the best four over HTTP at the same time: a
+//! miss is known when all have said no, which takes a round trip after the tracker's, and a hit takes two, for its
+//! connection and its narinfo. The whole ends after two seconds, whatever trackers and peers do.
+
+use super::Holder;
+use super::announce::{Begun, Trackers};
+use super::asks::Told;
+use super::client::{Client, Error};
+use super::discovery::Wake;
+use super::names::Names;
+use super::standing::{Fault, Standing, Turn};
+use super::tracker::MANY_DEAD;
+use crate::interfaces::Interfaces;
+use crate::nix::{HashPart, NarInfo};
+use crate::on_drop::OnDrop;
+use crate::wire::tracker::{Candidate, Candidates, MAX_CANDIDATES, MAX_OTHERS, can_be_peer};
+use crossbeam_channel::{Receiver, Sender, bounded, never, select};
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// The whole of a lookup beyond the LAN.
+const WAN_TIMEOUT: Duration = Duration::from_secs(2);
+/// Candidates asked over HTTP at once.
+const AT_ONCE: usize = 4;
+/// One that takes longer makes room for another; its answer still counts.
+const SLOW: Duration = Duration::from_millis(500);
+/// Names of candidates are waited for so long.
+const NAMES_WAIT: Duration = Duration::from_millis(500);
+/// Requests to candidates under way, of all lookups together: each has a thread.
+const MAX_ASKING: usize = 128;
+/// Stack of such a thread: the client's buffers are not on it, TLS is not used.
+const STACK: usize = 256 * 1024;
+
+/// The peers beyond the LAN.
+pub struct Wan {
+    trackers: Arc<Trackers>,
+    client: Arc<Client>,
+    standing: Arc<Standing>,
+    wake: Arc<Wake>,
+    interfaces: Arc<Interfaces>,
+    names: Arc<Names>,
+    asking: Arc<AtomicUsize>,
+}
+
+impl Wan {
+    /// The parts it works with.
+    pub fn new(
+        trackers: Arc<Trackers>,
+        client: Arc<Client>,
+        standing: Arc<Standing>,
+        wake: Arc<Wake>,
+        interfaces: Arc<Interfaces>,
+    ) -> Self {
+        Wan { trackers, client, standing, wake, interfaces, names: Arc::default(), asking: Arc::default() }
+    }
+
+    /// A search for a path, which begins when it is asked for the first time.
+    pub fn search(self: &Arc<Self>, hash_part: &HashPart) -> WanSearch {
+        let (answer, answers) = bounded(self.trackers.all().count() * (MAX_CANDIDATES + MAX_OTHERS));
+        WanSearch {
+            wan: self.clone(),
+            hash_part: *hash_part,
+            began: None,
+            until: Instant::now(),
+            entries: Vec::new(),
+            told: never(),
+            answer,
+            answers,
+            found: false,
+        }
+    }
+
+    fn is_own(&self, address: SocketAddr) -> bool {
+        address.port() == self.trackers.me().port && self.interfaces.is_own(address.ip())
+    }
+
+    /// What the trackers name, the first answer first; all are asked at once.
+    fn list(&self, hash_part: &HashPart, until: Instant) -> Vec<(usize, Candidates)> {
+        let of_use: Vec<_> = self.trackers.all().enumerate().filter(|(_, tracker)| tracker.is_of_use()).collect();
+        if let [(at, tracker)] = of_use[..] {
+            return tracker.lookup(hash_part, self.trackers.me()).map(|found| (at, found)).into_iter().collect();
+        }
+        let (found, answers) = bounded(of_use.len());
+        for (at, tracker) in of_use {
+            let (tracker, me, hash_part, found) =
+                (tracker.clone(), self.trackers.me().clone(), *hash_part, found.clone());
+            let asked = thread::Builder::new().name("tracker".into()).spawn(move || {
+                if let Ok(candidates) = tracker.lookup(&hash_part, &me) {
+                    let _ = found.try_send((at, candidates));
+                }
+            });
+            if let Err(e) = asked {
+                log::debug!("thread for a tracker: {e}");
+            }
+        }
+        drop(found);
+        let mut all = Vec::new();
+        while let Ok(answer) = answers.recv_deadline(until) {
+            all.push(answer);
+        }
+        all
+    }
+}
+
+/// Where an offer comes from.
+#[derive(Debug, Clone)]
+pub struct Origin {
+    /// The tracker that named the peer, by its place in [`Trackers::all`].
+    pub tracker: usize,
+    /// The peer's ID there.
+    pub peer_id: String,
+}
+
+/// A peer of another network that has the path, and its narinfo.
+pub struct Offer {
+    /// Its HTTP server.
+    pub peer: SocketAddr,
+    /// Who named it.
+    pub origin: Origin,
+    /// The narinfo; its form is checked, its signatures are not.
+    pub narinfo: NarInfo,
+}
+
+/// The candidates of one path, in the order in which they are tried.
+pub struct WanSearch {
+    wan: Arc<Wan>,
+    hash_part: HashPart,
+    began: Option<Instant>,
+    until: Instant,
+    entries: Vec<Entry>,
+    told: Receiver<Told>,
+    answer: Sender<Answer>,
+    answers: Receiver<Answer>,
+    found: bool,
+}
+
+struct Entry {
+    address: SocketAddr,
+    origin: Origin,
+    state: State,
+    /// It has said something, whatever it was.
+    answered: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum State {
+    /// Not asked over HTTP.
+    Untried,
+    /// Not asked over HTTP, and said that it has the path.
+    Promising,
+    /// Asked then.
+    Asked(Instant),
+    /// There is nothing more to be had from it.
+    Done,
+}
+
+struct Answer {
+    at: usize,
+    result: Box<Result<NarInfo, Error>>,
+}
+
+impl WanSearch {
+    /// Gives the search, resumed for alternates, its time anew.
+    pub fn resume(&mut self) {
+        self.until = Instant::now() + WAN_TIMEOUT;
+    }
+
+    /// Whether somebody is left who may have the path.
+    pub fn has_more(&self) -> bool {
+        self.entries.iter().any(|entry| entry.state != State::Done)
+    }
+
+    /// The next peer that has it, within two seconds of the first call or of [`WanSearch::resume`].
+    pub fn next_offer(&mut self) -> Option<Offer> {
+        if self.began.is_none() {
+            self.begin();
+        }
+        loop {
+            let now = Instant::now();
+            if now >= self.until {
+                break;
+            }
+            self.ask(now);
+            let waits = self.entries.iter().any(|entry| matches!(entry.state, State::Asked(_)));
+            // A promise that cannot be tested now, as too much is under way, is waited for too.
+            if !waits && !self.entries.iter().any(|entry| self.is_hopeful(entry, now)) {
+                break;
+            }
+            let wake_up = self.until.min(now + SLOW / 4);
+            select! {
+                recv(self.answers) -> answer => if let Ok(answer) = answer
+                    && let Some(offer) = self.take(answer) {
+                    self.found = true;
+                    self.judge();
+                    return Some(offer);
+                },
+                recv(self.told) -> told => match told {
+                    Ok(told) => self.hear(told),
+                    Err(_) => self.told = never(),
+                },
+                default(wake_up.saturating_duration_since(now)) => {}
+            }
+        }
+        self.judge();
+        None
+    }
+
+    fn begin(&mut self) {
+        let began = Instant::now();
+        self.began = Some(began);
+        self.until = began + WAN_TIMEOUT;
+        let mut listed = self.wan.list(&self.hash_part, self.until);
+        let others: Vec<_> = listed.iter_mut().map(|(at, found)| (*at, std::mem::take(&mut found.others))).collect();
+        let candidates = listed.into_iter().map(|(at, found)| (at, found.candidates));
+        for (tracker, some) in candidates.chain(others) {
+            self.add(tracker, some);
+        }
+        if !self.entries.is_empty() {
+            let addresses = self.entries.iter().map(|entry| entry.address).collect();
+            self.told = self.wan.wake.ask_candidates(self.hash_part, addresses, self.until);
+        }
+    }
+
+    fn add(&mut self, tracker: usize, candidates: Vec<Candidate>) {
+        let ip = |addr: &str| addr.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>().ok();
+        let names: Vec<&str> = candidates.iter().map(|c| &*c.addr).filter(|addr| ip(addr).is_none()).collect();
+        let mut resolved = if names.is_empty() {
+            Vec::new().into_iter()
+        } else {
+            self.wan.names.addresses(&names, self.until.min(Instant::now() + NAMES_WAIT)).into_iter()
+        };
+        for candidate in &candidates {
+            let ip = ip(&candidate.addr).map_or_else(|| resolved.next().flatten(), |ip| Some(ip.to_canonical()));
+            let Some(ip) = ip.filter(|ip| can_be_peer(*ip)) else { continue };
+            let address = SocketAddr::new(ip, candidate.port);
+            let known = self.entries.iter().any(|entry| entry.address == address);
+            if candidate.port != 0 && !known && !self.wan.is_own(address) {
+                let origin = Origin { tracker, peer_id: candidate.peer_id.clone() };
+                self.entries.push(Entry { address, origin, state: State::Untried, answered: false });
+            }
+        }
+    }
+
+    fn is_hopeful(&self, entry: &Entry, now: Instant) -> bool {
+        matches!(entry.state, State::Untried | State::Promising)
+            && self.wan.standing.turn(entry.address, now) != Turn::Never
+    }
+
+    /// Asks as many as may be asked now.
+    fn ask(&mut self, now: Instant) {
+        loop {
+            let busy = |entry: &&Entry| matches!(entry.state, State::Asked(at) if now < at + SLOW);
+            if self.entries.iter().filter(busy).count() >= AT_ONCE {
+                return;
+            }
+            let Some(at) = self.best(now) else { return };
+            if !self.start(at, now) {
+                return;
+            }
+        }
+    }
+
+    /// Whose turn it is: who promised before who did not, reliable before doubtful, and then as the trackers have it.
+    fn best(&self, now: Instant) -> Option<usize> {
+        let hopeful = self.entries.iter().enumerate().filter(|(_, entry)| self.is_hopeful(entry, now));
+        let rank = |entry: &Entry| {
+            let standing = &self.wan.standing;
+            let doubtful = standing.is_doubtful(entry.address);
+            (standing.turn(entry.address, now) == Turn::Last, doubtful, entry.state != State::Promising)
+        };
+        hopeful.min_by_key(|(at, entry)| (rank(entry), *at)).map(|(at, _)| at)
+    }
+
+    /// Asks one for its narinfo, in a thread of its own: a request cannot be taken back, and must not be waited for. False if
+    /// there are too many.
+    fn start(&mut self, at: usize, now: Instant) -> bool {
+        let asking = self.wan.asking.clone();
+        if asking.fetch_add(1, Ordering::Relaxed) >= MAX_ASKING {
+            asking.fetch_sub(1, Ordering::Relaxed);
+            return false;
+        }
+        let leave = OnDrop::new(move || {
+            asking.fetch_sub(1, Ordering::Relaxed);
+        });
+        let (client, standing) = (self.wan.client.clone(), self.wan.standing.clone());
+        let (answer, hash_part) = (self.answer.clone(), self.hash_part);
+        let timeout = self.until.saturating_duration_since(now);
+        let holder = Holder { http: self.entries[at].address, url_path: format!("local/{hash_part}.narinfo") };
+        let started = thread::Builder::new().name("candidate".into()).stack_size(STACK).spawn(move || {
+            let _leave = leave;
+            let result = client.narinfo(&holder, &hash_part, timeout);
+            let now_then = Instant::now();
+            match &result {
+                Ok(_) => standing.answered(holder.http, now_then - now, now_then),
+                // It never said that it has the path; filters are wrong now and then.
+                Err(Error::NotThere | Error::Busy) => {}
+                Err(e) => {
+                    let fault = e.fault().unwrap_or(Fault::Unreachable);
+                    standing.failed(holder.http, fault, now, now_then, e);
+                }
+            }
+            let _ = answer.try_send(Answer { at, result: Box::new(result) });
+        });
+        match started {
+            Ok(_) => self.entries[at].state = State::Asked(now),
+            Err(e) => log::debug!("thread for a candidate: {e}"),
+        }
+        matches!(self.entries[at].state, State::Asked(_))
+    }
+
+    fn take(&mut self, Answer { at, result }: Answer) -> Option<Offer> {
+        let entry = &mut self.entries[at];
+        entry.state = State::Done;
+        entry.answered |= !matches!(*result, Err(Error::Unreachable(_)));
+        let narinfo = match *result {
+            Ok(narinfo) => narinfo,
+            Err(e) => {
+                log::debug!("{}: candidate {}: {e}", self.hash_part, entry.address);
+                return None;
+            }
+        };
+        Some(Offer { peer: entry.address, origin: entry.origin.clone(), narinfo })
+    }
+
+    fn hear(&mut self, told: Told) {
+        let (Told::Have(from) | Told::HaveNot(from)) = told;
+        let Some(entry) = self.entries.iter_mut().find(|entry| entry.address == from) else { return };
+        entry.answered = true;
+        match (told, entry.state) {
+            (Told::Have(_), State::Untried) => entry.state = State::Promising,
+            (Told::HaveNot(_), State::Untried | State::Asked(_)) => entry.state = State::Done,
+            _ => {}
+        }
+    }
+
+    /// Lets the trackers know what their candidates were worth: many from whom nothing came at all cost Nix time.
+    fn judge(&self) {
+        let now = Instant::now();
+        let began = self.began.unwrap_or(now);
+        for (at, tracker) in self.wan.trackers.all().enumerate() {
+            let named = self.entries.iter().filter(|entry| entry.origin.tracker == at);
+            let (mut all, mut answered) = (0, 0);
+            for entry in named {
+                all += 1;
+                answered += usize::from(entry.answered);
+            }
+            if all > 0 {
+                let useful = self.found || answered * 4 >= MANY_DEAD;
+                tracker.proved(all, useful, began, now);
+            }
+        }
+    }
+}
+
+impl Wan {
+    /// Has the transfer of an offered path counted; it gets its name soon.
+    pub fn begin_transfer(&self, origin: &Origin) -> Begun {
+        self.trackers.begin(origin.tracker, &origin.peer_id)
+    }
+}
