@@ -13,6 +13,12 @@ use std::time::Duration;
 /// `--timeout` above this would make every miss on a network with old peers slower than Nix is patient.
 const MAX_TIMEOUT_MS: u64 = 10_000;
 
+/// Name patterns beside the built-in ones. All are tried on each path that is asked for, 1 µs each as a rule.
+const MAX_PATTERNS: usize = 128;
+
+/// The longest of them, in bytes; names have 244. The slowest pattern takes the product of the two in steps.
+const MAX_PATTERN: usize = 256;
+
 /// What `--help` prints.
 pub const HELP: &str = "\
 peerix fetches Nix store paths from the machines around you: it answers Nix on
@@ -130,7 +136,14 @@ pub fn parse(
             "filter-patterns" => {
                 let words = parser.values().map_err(|_| format!("--{flag}: needs at least one pattern"))?;
                 for word in words {
-                    config.filter_patterns.push(text(&flag, word)?);
+                    let word = text(&flag, word)?;
+                    if word.len() > MAX_PATTERN {
+                        return Err(wrong(&flag, &word, format_args!("longer than {MAX_PATTERN} bytes")));
+                    }
+                    config.filter_patterns.push(word);
+                }
+                if config.filter_patterns.len() > MAX_PATTERNS {
+                    return Err(format!("--{flag}: more than {MAX_PATTERNS} patterns"));
                 }
             }
             "store-dir" => {
@@ -334,6 +347,8 @@ mod tests {
             (&["--trusted-public-key", "nope"], "--trusted-public-key nope"),
             (&["--store-dir", "nix"], "--store-dir nix"),
             (&["--filter-patterns"], "--filter-patterns"),
+            (&["--filter-patterns", &"p".repeat(257)], "longer than 256"),
+            (&[&["--filter-patterns"][..], &["p"; 129]].concat(), "more than 128"),
             (&["--no-verify=yes"], "--no-verify"),
             (&["extra"], "extra"),
             (&["-x"], "-x"),

@@ -21,6 +21,11 @@ impl Mode {
     pub fn has_lan(self) -> bool {
         self != Mode::Wan
     }
+
+    /// Whether this node looks beyond it, and shares with anybody.
+    pub fn has_wan(self) -> bool {
+        self != Mode::Lan
+    }
 }
 
 /// Every setting. [`Config::default`] is what `peerix` without flags does.
@@ -46,7 +51,7 @@ pub struct Config {
     pub announce_addr: Option<String>,
     /// Whether WAN peers get only what the upstream cache has too. Defaults to true.
     pub verify: bool,
-    /// Defaults to `https://cache.nixos.org`.
+    /// Without a slash at its end. Defaults to [`DEFAULT_UPSTREAM`].
     pub upstream_cache: String,
     /// Whether paths are kept from WAN peers by name. Defaults to true.
     pub filter: bool,
@@ -71,6 +76,9 @@ pub struct Config {
 /// The port of peerix, TCP and UDP.
 pub const DEFAULT_PORT: u16 = 12304;
 
+/// The cache that Nix itself asks by default.
+pub const DEFAULT_UPSTREAM: &str = "https://cache.nixos.org";
+
 impl Default for Config {
     fn default() -> Self {
         Config {
@@ -84,7 +92,7 @@ impl Default for Config {
             peer_id: None,
             announce_addr: None,
             verify: true,
-            upstream_cache: "https://cache.nixos.org".into(),
+            upstream_cache: DEFAULT_UPSTREAM.into(),
             filter: true,
             default_filters: true,
             filter_patterns: Vec::new(),

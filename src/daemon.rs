@@ -1,6 +1,6 @@
 //! Who owns which thread, how the daemon starts, and how it stops.
 
-use crate::config::{Config, Mode};
+use crate::config::Config;
 use crate::fetch::Fetch;
 use crate::http::cache::{Cache, signer};
 use crate::http::permits::Permits;
@@ -72,16 +72,13 @@ enum Wakeup {
 /// # Errors
 /// What kept it from starting, or which thread died.
 pub fn run(config: Config) -> Result<(), Fatal> {
-    if config.mode != Mode::Lan {
-        return Err(Fatal("--mode wan and --mode both need the WAN part, which this release does not have".into()));
-    }
     allow_descriptors();
     let now = Instant::now();
     let key = config.private_key.as_deref().map(read_key).transpose()?;
     let store = StoreConfig { store_dir: config.store_dir.clone(), db: config.db.clone() };
     let store = Arc::new(Store::open(store).map_err(|e| Fatal(e.to_string()))?);
     let interfaces = Arc::new(Interfaces::read(now));
-    let share = Arc::new(Share::new(interfaces.clone(), config.mode));
+    let share = Arc::new(Share::new(interfaces.clone(), &config));
     let Sockets { listeners, datagrams, port } = sockets::open(&config, &interfaces).map_err(Fatal)?;
 
     let (wakeups, woken) = bounded(8);
@@ -217,12 +214,22 @@ impl Neighbourhood for LanNeighbourhood {
         self.interfaces.is_own(ip)
     }
 
+    fn has_lan(&self) -> bool {
+        self.share.serves(Scope::Lan)
+    }
+
+    fn is_stranger(&self, ip: IpAddr) -> bool {
+        let is_host = !ip.is_unspecified() && !ip.is_multicast();
+        is_host && self.share.serves(Scope::Wan) && self.share.scope(ip) == Scope::Wan
+    }
+
     fn would_serve(&mut self, hash_part: &HashPart, asker: IpAddr) -> bool {
-        if self.leaving.load(Ordering::Relaxed) || !self.share.serves(self.share.scope(asker)) {
+        let scope = self.share.scope(asker);
+        if self.leaving.load(Ordering::Relaxed) || !self.share.serves(scope) {
             return false;
         }
         match self.store.path_info_quickly(hash_part) {
-            Ok(info) => info.is_some(),
+            Ok(info) => info.is_some_and(|info| self.share.may_have_now(scope, &info)),
             Err(e) => {
                 if self.faults.now(Instant::now()) {
                     log::error!("{e}");

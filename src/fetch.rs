@@ -6,8 +6,9 @@
 
 use crate::lookup::{Lookup, Search, Source};
 use crate::nix::{Framing, HashPart, NarHash};
-use crate::peers::client::{Client, Error, NarBody, STALL, TOO_SLOW};
+use crate::peers::client::{Client, Error, NarBody, STALL, TOO_SLOW, Way};
 use crate::peers::standing::{Fault, Standing};
+use crate::wire::tracker::TransferName;
 use crossbeam_channel::{Receiver, Sender, bounded};
 use ring::digest::{Context, SHA256};
 use std::collections::HashMap;
@@ -125,7 +126,7 @@ pub struct Nar<'a> {
     again: Option<Source>,
     busy_left: u32,
     broken_left: u32,
-    current: Option<Current>,
+    current: Option<Current<'a>>,
     contributors: Vec<SocketAddr>,
     framing: Framing,
     /// Bytes received and framing-checked.
@@ -138,9 +139,10 @@ pub struct Nar<'a> {
 }
 
 /// The peer that is sending.
-struct Current {
+struct Current<'a> {
     source: Source,
     body: NarBody,
+    received: Option<Received<'a>>,
     began: Instant,
     last_read: Instant,
     /// How long Nix kept us from reading before the last read.
@@ -148,6 +150,19 @@ struct Current {
     /// Time waited for the peer in this pace window, and bytes that came in it.
     waited: Duration,
     got: u64,
+}
+
+/// What came of a transfer that a tracker counts; reported when it is over, however it ends.
+struct Received<'a> {
+    lookup: &'a Lookup,
+    transfer: TransferName,
+    bytes: u64,
+}
+
+impl Drop for Received<'_> {
+    fn drop(&mut self) {
+        self.lookup.received(&self.transfer, self.bytes);
+    }
 }
 
 /// Why a peer's stream ended.
@@ -296,6 +311,9 @@ impl Nar<'_> {
             }
             current.last_read = Instant::now();
             current.got += got as u64;
+            if let Some(received) = &mut current.received {
+                received.bytes += got as u64;
+            }
             current.waited += current.last_read - began;
             if current.waited >= PACE_WINDOW {
                 let pace = (current.got as f64 / current.waited.as_secs_f64()) as u64;
@@ -312,12 +330,14 @@ impl Nar<'_> {
     fn connect(&mut self) -> Option<()> {
         while self.tries < MAX_TRIES {
             self.tries += 1;
-            let source = self.next_source()?;
+            let mut source = self.next_source()?;
             let began = Instant::now();
             let patience = if self.search.has_more() { FIRST_BYTE } else { STALL };
             let left = self.start_until.map(|until| until.saturating_duration_since(began).max(FIRST_BYTE));
             let patience = left.map_or(patience, |left| patience.min(left));
-            match self.fetch.client.nar(source.peer, &source.url_path, self.at, self.size, patience) {
+            let client = &self.fetch.client;
+            let way = source.take_way();
+            match client.nar(source.peer, &source.url_path, self.at, self.size, patience, &way) {
                 Ok(body) => {
                     if self.at > 0 {
                         log::info!("NAR {}: continued from peer {} at byte {}", self.hash, source.peer, self.at);
@@ -326,9 +346,14 @@ impl Nar<'_> {
                         self.contributors.push(source.peer);
                     }
                     let last_read = Instant::now();
+                    let received = match way {
+                        Way::Wan(Some(transfer)) => Some(Received { lookup: &self.fetch.lookup, transfer, bytes: 0 }),
+                        _ => None,
+                    };
                     self.current = Some(Current {
                         source,
                         body,
+                        received,
                         began,
                         last_read,
                         pause: Duration::ZERO,

@@ -7,10 +7,11 @@
 use crate::nix::{HashPart, NarHash, NarInfo, PathInfo, PublicKey, StoreDir, is_content_addressed};
 use crate::peers::Holder;
 use crate::peers::announce::Begun;
-use crate::peers::client::{Client, Error};
+use crate::peers::client::{Client, Error, Way};
 use crate::peers::discovery::Wake;
 use crate::peers::standing::{Standing, Turn};
 use crate::peers::wan::{Offer, Wan, WanSearch};
+use crate::wire::tracker::{Role, TransferName};
 use crossbeam_channel::{Receiver, RecvTimeoutError, TryRecvError};
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -51,6 +52,16 @@ pub struct Source {
     pub nar_size: u64,
     /// Set if the peer is one that a tracker named: how the tracker calls the transfer, as soon as it does.
     pub wan: Option<Begun>,
+}
+
+impl Source {
+    /// What lies between it and this node. A transfer is named only once: if this is asked again, it is not counted.
+    pub fn take_way(&mut self) -> Way {
+        match &mut self.wan {
+            Some(begun) => Way::Wan(std::mem::take(begun).get().cloned()),
+            None => Way::Lan,
+        }
+    }
 }
 
 /// Looks up paths for this machine's Nix.
@@ -137,6 +148,20 @@ impl Lookup {
                 return Some(source);
             }
             log::debug!("{}: peer {} has another NAR", search.hash_part, source.peer);
+        }
+    }
+
+    /// Has a tracker told what came of a transfer to this node.
+    pub fn received(&self, transfer: &TransferName, bytes: u64) {
+        if let Some(wan) = &self.wan {
+            wan.report(transfer, Role::Receiver, bytes);
+        }
+    }
+
+    /// And of one from this node.
+    pub fn sent(&self, transfer: &TransferName, bytes: u64) {
+        if let Some(wan) = &self.wan {
+            wan.report(transfer, Role::Sender, bytes);
         }
     }
 

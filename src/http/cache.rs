@@ -2,12 +2,12 @@
 
 use super::permits::{Permit, Permits};
 use super::response::Exchange;
-use super::route::{Refusal, Route, route};
+use super::route::{Refusal, Route, View, route};
 use super::server::Handler;
 use super::{Request, nar, narinfo};
 use crate::fetch::Fetch;
 use crate::lookup::Lookup;
-use crate::nix::{HashPart, SecretKey, StoreDir, StorePath};
+use crate::nix::{HashPart, PathInfo, SecretKey, StoreDir, StorePath};
 use crate::seldom::Seldom;
 use crate::share::{Scope, Share};
 use crate::store::{Store, StoreError};
@@ -121,24 +121,43 @@ impl Cache {
         match route {
             Route::CacheInfo(_) => self.cache_info(exchange),
             Route::PeerNarinfo(hash_part) => narinfo::from_peer(self, hash_part, exchange),
-            Route::OwnNarinfo(hash_part, view) => narinfo::own(self, hash_part, *view, exchange),
+            Route::OwnNarinfo(hash_part, view) => narinfo::own(self, self.shared(hash_part, scope)?, *view, exchange),
             Route::PeerNar(name) => {
                 let _permit = self.permit(request, scope)?;
                 nar::from_peer(self, name, request, exchange)
             }
-            Route::OwnNar(name) => {
+            // Whether it is shared comes before the permit: telling may take as long as the upstream cache does.
+            Route::OwnNar(name, view) => {
+                let info = self.shared(&name.hash_part, scope)?;
                 let _permit = self.permit(request, scope)?;
-                nar::own(self, name, request, exchange)
+                // A LAN is faster than compressing, and Nix, which reads the other view, resumes nothing encoded.
+                let is_far = *view == View::Peers && scope == Scope::Wan;
+                nar::own(self, name, &info, is_far, request, exchange)
             }
             Route::Listing(hash_part) => {
+                let info = self.shared(hash_part, scope)?;
                 let _permit = self.permit(request, scope)?;
-                self.listing(hash_part, exchange)
+                self.listing(&info, exchange)
             }
             Route::Log(derivation) => {
+                // Those of derivations that are no valid paths are for this machine.
+                if scope != Scope::ThisMachine && self.shared(&derivation.hash_part(), scope)?.path != *derivation {
+                    return Err(NOT_THERE);
+                }
                 let _permit = self.permit(request, scope)?;
-                self.log(derivation, scope, exchange)
+                self.log(derivation, exchange)
             }
         }
+    }
+
+    /// A valid path of the own store that this asker may have. One that they may not have is not there for them.
+    fn shared(&self, hash_part: &HashPart, scope: Scope) -> Result<PathInfo, Failure> {
+        let info = match self.store.path_info(hash_part) {
+            // A 503 for this path alone would tell that it is there.
+            Err(StoreError::Row { .. }) if scope == Scope::Wan => return Err(NOT_THERE),
+            found => found?,
+        };
+        info.filter(|info| self.share.may_have(scope, info)).ok_or(NOT_THERE)
     }
 
     fn permit(&self, request: &Request<'_>, scope: Scope) -> Result<Permit<'_>, Failure> {
@@ -154,9 +173,8 @@ impl Cache {
         Ok(exchange.send(200, &[("Content-Type", "text/x-nix-cache-info")], text.as_bytes())?)
     }
 
-    fn listing(&self, hash_part: &HashPart, exchange: &mut Exchange<'_>) -> Result<(), Failure> {
-        let info = self.store.path_info(hash_part)?.ok_or(NOT_THERE)?;
-        let json = self.store.listing(&info).map_err(|e| self.not_served(&info.path, &e))?;
+    fn listing(&self, info: &PathInfo, exchange: &mut Exchange<'_>) -> Result<(), Failure> {
+        let json = self.store.listing(info).map_err(|e| self.not_served(&info.path, &e))?;
         Ok(exchange.send(200, &[("Content-Type", "application/json")], &json)?)
     }
 
@@ -173,12 +191,7 @@ impl Cache {
         }
     }
 
-    /// The log of a derivation that is a valid path, or, for this machine, of any.
-    fn log(&self, derivation: &StorePath, scope: Scope, exchange: &mut Exchange<'_>) -> Result<(), Failure> {
-        if scope != Scope::ThisMachine {
-            let valid = self.store.path_info(&derivation.hash_part())?;
-            valid.filter(|info| info.path == *derivation).ok_or(NOT_THERE)?;
-        }
+    fn log(&self, derivation: &StorePath, exchange: &mut Exchange<'_>) -> Result<(), Failure> {
         let mut log = self.store.log(derivation)?.ok_or(NOT_THERE)?;
         exchange.begin(200, &[("Content-Type", "text/plain; charset=utf-8")], log.len)?;
         if exchange.wants_body() {

@@ -25,6 +25,8 @@ pub struct Request<'a> {
     /// Address of the other end of the connection.
     pub asker: SocketAddr,
     fields: &'a [httparse::Header<'a>],
+    /// Whether the asker knows chunked bodies: since HTTP/1.1.
+    pub knows_chunks: bool,
     /// Whether the connection may be used again.
     pub keep_alive: bool,
     /// Whether a body follows, which nobody here reads.
@@ -140,7 +142,8 @@ pub fn parse<T>(head: &[u8], asker: SocketAddr, then: impl FnOnce(Result<Request
             f.name.eq_ignore_ascii_case("connection") && f.value.to_ascii_lowercase().windows(5).any(|w| w == b"close")
         });
         let keep_alive = minor == 1 && !close && !has_body;
-        Ok(Request { method, target, asker, fields: request.headers, keep_alive, has_body })
+        let knows_chunks = minor == 1;
+        Ok(Request { method, target, asker, fields: request.headers, knows_chunks, keep_alive, has_body })
     }))
 }
 

@@ -4,6 +4,7 @@
 //! tiny_http writes the messages; the connections are ours: docs/dependencies.md tells why.
 
 pub mod cache;
+mod encoding;
 mod head;
 mod nar;
 mod narinfo;

@@ -2,30 +2,66 @@
 
 use super::Request;
 use super::cache::{Cache, Failure, NOT_THERE};
+use super::encoding::{Compressor, accepts_zstd};
 use super::range::{self, Part};
 use super::response::Exchange;
 use super::route::NarName;
-use crate::store::NarError;
-use std::io;
+use crate::nix::PathInfo;
+use crate::store::{NarError, NarSink};
+use crate::wire::tracker::{TRANSFER_HEADER, TransferName};
+use std::io::{self, Write};
 use std::ops::Range;
+use std::os::fd::BorrowedFd;
 
-/// A valid path of this machine's store, if it still has that NAR hash.
+/// How a NAR goes out.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Coding {
+    /// As it is, whatever the asker accepts.
+    Never,
+    /// As it is this time, to one that might have it otherwise.
+    Identity,
+    /// Compressed.
+    Zstd,
+}
+
+/// A valid path of this machine's store, if it still has that NAR hash. `is_far`: for a peer on another network, which may
+/// have it compressed.
 pub(super) fn own(
     cache: &Cache,
     name: &NarName,
+    info: &PathInfo,
+    is_far: bool,
     request: &Request<'_>,
     exchange: &mut Exchange<'_>,
 ) -> Result<(), Failure> {
-    let info = cache.store.path_info(&name.hash_part)?.ok_or(NOT_THERE)?;
     if info.nar_hash != name.nar_hash {
         return Err(NOT_THERE);
     }
-    let (status, part) = wanted(request, name, info.nar_size)?;
-    begin(exchange, name, status, &part, info.nar_size)?;
+    let accepts = is_far && request.knows_chunks && accepts_zstd(request.field("accept-encoding"));
+    let compressing = if accepts { cache.permits.to_compress() } else { None };
+    let coding = match compressing {
+        Some(_) => Coding::Zstd,
+        None if is_far => Coding::Identity,
+        None => Coding::Never,
+    };
+    let (status, part) = wanted(request, name, coding, info.nar_size)?;
+    begin(exchange, name, coding, status, &part, info.nar_size)?;
     if !exchange.wants_body() {
         return Ok(());
     }
-    match cache.store.write_nar(&info, part, exchange) {
+    let transfer = request.field(TRANSFER_HEADER).filter(|_| is_far).and_then(TransferName::parse);
+    let mut sent = 0;
+    let written = if coding == Coding::Zstd {
+        let mut out = Compressor::new(exchange, part.end - part.start)?;
+        let written = cache.store.write_nar(info, part, &mut Counting { out: &mut out, passed: &mut sent });
+        written.and_then(|()| out.finish().map_err(NarError::Write))
+    } else {
+        cache.store.write_nar(info, part, &mut Counting { out: exchange, passed: &mut sent })
+    };
+    if let Some(transfer) = transfer {
+        cache.lookup.sent(&transfer, sent);
+    }
+    match written {
         Ok(()) => Ok(()),
         Err(NarError::Write(e)) => Err(e.into()),
         Err(fault) if exchange.take_back() => Err(cache.not_served(&info.path, &fault)),
@@ -33,6 +69,32 @@ pub(super) fn own(
             cache.warn(format_args!("{}: NAR cut: {fault}", info.path));
             Err(io::Error::other("NAR cut").into())
         }
+    }
+}
+
+/// Counts the bytes of the NAR that pass.
+struct Counting<'a> {
+    out: &'a mut dyn NarSink,
+    passed: &'a mut u64,
+}
+
+impl Write for Counting<'_> {
+    fn write(&mut self, piece: &[u8]) -> io::Result<usize> {
+        let written = self.out.write(piece)?;
+        *self.passed += written as u64;
+        Ok(written)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.out.flush()
+    }
+}
+
+impl NarSink for Counting<'_> {
+    fn send_file(&mut self, file: BorrowedFd<'_>, at: u64, len: u64) -> io::Result<Option<u64>> {
+        let sent = self.out.send_file(file, at, len)?;
+        *self.passed += sent.unwrap_or_default();
+        Ok(sent)
     }
 }
 
@@ -49,37 +111,55 @@ pub(super) fn from_peer(
         return Err(NOT_THERE);
     }
     let mut nar = cache.fetch.find(&name.hash_part, &name.nar_hash).ok_or(NOT_THERE)?;
-    let (status, part) = wanted(request, name, nar.size())?;
+    let (status, part) = wanted(request, name, Coding::Never, nar.size())?;
     if exchange.wants_body() {
         // Only a NAR that did begin to arrive is answered with 200: for Nix, a 404 is no error.
         nar.start(part.clone()).ok_or(NOT_THERE)?;
     }
-    begin(exchange, name, status, &part, nar.size())?;
+    begin(exchange, name, Coding::Never, status, &part, nar.size())?;
     if exchange.wants_body() {
         nar.relay(exchange)?;
     }
     Ok(())
 }
 
-fn wanted(request: &Request<'_>, name: &NarName, size: u64) -> Result<(u16, Range<u64>), Failure> {
-    let field = request.field("range").filter(|_| request.field("if-range").is_none_or(|tag| tag == etag(name)));
-    match range::part(field, size) {
+/// The status, and which bytes of the NAR, however they are then encoded: the next part may come from a peer that does it
+/// otherwise, or not at all.
+fn wanted(request: &Request<'_>, name: &NarName, coding: Coding, size: u64) -> Result<(u16, Range<u64>), Failure> {
+    let current = request.field("if-range").is_none_or(|tag| tag == etag(name, coding));
+    match range::part(request.field("range").filter(|_| current), size) {
         Part::Whole => Ok((200, 0..size)),
         Part::Bytes(part) => Ok((206, part)),
         Part::Unsatisfiable => Err(Failure::Unsatisfiable(size)),
     }
 }
 
-fn etag(name: &NarName) -> String {
-    format!("\"{}\"", name.nar_hash.to_nix32())
+/// Two answers of one tag have the same bytes.
+fn etag(name: &NarName, coding: Coding) -> String {
+    let suffix = if coding == Coding::Zstd { "-zstd" } else { "" };
+    format!("\"{}{suffix}\"", name.nar_hash.to_nix32())
 }
 
-fn begin(exchange: &mut Exchange<'_>, name: &NarName, status: u16, part: &Range<u64>, size: u64) -> io::Result<()> {
-    let etag = etag(name);
+fn begin(
+    exchange: &mut Exchange<'_>,
+    name: &NarName,
+    coding: Coding,
+    status: u16,
+    part: &Range<u64>,
+    size: u64,
+) -> io::Result<()> {
+    let etag = etag(name, coding);
     let content_range = format!("bytes {}-{}/{size}", part.start, part.end.saturating_sub(1));
     let mut fields = vec![("Content-Type", "application/x-nix-nar"), ("Accept-Ranges", "bytes"), ("ETag", &*etag)];
     if status == 206 {
         fields.push(("Content-Range", &content_range));
+    }
+    if coding != Coding::Never {
+        fields.push(("Vary", "Accept-Encoding"));
+    }
+    if coding == Coding::Zstd {
+        fields.push(("Content-Encoding", "zstd"));
+        return exchange.begin_chunked(status, &fields);
     }
     exchange.begin(status, &fields, part.end - part.start)
 }

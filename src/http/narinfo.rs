@@ -42,15 +42,14 @@ impl Signer {
 }
 
 /// A valid path of this machine's store.
-pub(super) fn own(cache: &Cache, hash_part: &HashPart, view: View, exchange: &mut Exchange<'_>) -> Result<(), Failure> {
-    let mut info = cache.store.path_info(hash_part)?.ok_or(NOT_THERE)?;
+pub(super) fn own(cache: &Cache, mut info: PathInfo, view: View, exchange: &mut Exchange<'_>) -> Result<(), Failure> {
     if let Some(signer) = &cache.signer {
         let signature = signer.sign(&info, &cache.store_dir);
         if !info.signatures.contains(&signature) {
             info.signatures.push(signature);
         }
     }
-    let name = NarName { hash_part: *hash_part, nar_hash: info.nar_hash };
+    let name = NarName { hash_part: info.path.hash_part(), nar_hash: info.nar_hash };
     let url = match view {
         View::Peers => format!("local/nar/{name}"),
         View::Cache => format!("nar/{name}"),

@@ -14,6 +14,10 @@ pub const MAX_PEER_STREAMS: usize = 48;
 /// Of these, so many for one peer: Nix asks for 16 NARs at once, and one peer alone must not shut out the others.
 pub const MAX_STREAMS_PER_PEER: usize = 32;
 
+/// NARs compressed at once, as many as one Nix asks for. It bounds the memory, 1.5 MiB each; the processor time is bounded
+/// by the link, which each of them waits for. Beyond, they go out plain.
+pub const MAX_COMPRESSED: usize = 16;
+
 /// How long this machine's Nix waits for its turn before it is told 404 and goes to its next substituter.
 const OWN_PATIENCE: Duration = Duration::from_secs(30);
 
@@ -21,6 +25,7 @@ const OWN_PATIENCE: Duration = Duration::from_secs(30);
 struct Taken {
     own: usize,
     peers: HashMap<IpAddr, usize>,
+    compressed: usize,
 }
 
 impl Taken {
@@ -41,6 +46,9 @@ pub struct Permit<'a> {
     permits: &'a Permits,
     peer: Option<IpAddr>,
 }
+
+/// A permit to compress; dropping it returns it.
+pub struct Compressing<'a>(&'a Permits);
 
 impl Permits {
     /// For this machine's Nix: waits for its turn, up to 30 seconds.
@@ -67,6 +75,16 @@ impl Permits {
         Some(Permit { permits: self, peer: Some(peer) })
     }
 
+    /// To compress what a permit is held for: now or not at all.
+    pub fn to_compress(&self) -> Option<Compressing<'_>> {
+        let mut taken = self.lock();
+        if taken.compressed >= MAX_COMPRESSED {
+            return None;
+        }
+        taken.compressed += 1;
+        Some(Compressing(self))
+    }
+
     fn lock(&self) -> std::sync::MutexGuard<'_, Taken> {
         self.taken.lock().unwrap_or_else(|e| e.into_inner())
     }
@@ -87,6 +105,12 @@ impl Drop for Permit<'_> {
             }
         }
         self.permits.returned.notify_one();
+    }
+}
+
+impl Drop for Compressing<'_> {
+    fn drop(&mut self) {
+        self.0.lock().compressed -= 1;
     }
 }
 
@@ -112,5 +136,14 @@ mod tests {
         drop((others, own));
         assert_eq!(permits.lock().own, 0);
         assert!(permits.lock().peers.is_empty());
+    }
+
+    #[test]
+    fn few_are_compressed_at_once() {
+        let permits = Permits::default();
+        let all: Vec<_> = (0..100).map_while(|_| permits.to_compress()).collect();
+        assert_eq!(all.len(), MAX_COMPRESSED);
+        drop(all);
+        assert!(permits.to_compress().is_some());
     }
 }

@@ -20,11 +20,13 @@ pub struct Exchange<'a> {
     head: Vec<u8>,
     begun: bool,
     missing: u64,
+    /// Whether the chunk that ends the body is still to come.
+    in_chunks: bool,
 }
 
 impl<'a> Exchange<'a> {
     pub(super) fn new(stream: &'a TcpStream, head_only: bool, close: bool) -> Self {
-        Exchange { stream, head_only, close, head: Vec::new(), begun: false, missing: 0 }
+        Exchange { stream, head_only, close, head: Vec::new(), begun: false, missing: 0, in_chunks: false }
     }
 
     /// A whole response in one write.
@@ -50,6 +52,60 @@ impl<'a> Exchange<'a> {
     /// # Errors
     /// The socket's.
     pub fn begin(&mut self, status: u16, fields: &[(&str, &str)], len: u64) -> io::Result<()> {
+        self.prepare_head(status, fields, Some(len))?;
+        self.missing = if self.head_only { 0 } else { len };
+        if self.missing == 0 { self.flush_head() } else { Ok(()) }
+    }
+
+    /// Begins a response of unknown length, for an asker that [knows chunks](super::Request::knows_chunks). Its body is
+    /// then given to [`Exchange::chunk`]; without its last chunk the connection is cut.
+    ///
+    /// # Errors
+    /// The socket's.
+    pub(super) fn begin_chunked(&mut self, status: u16, fields: &[(&str, &str)]) -> io::Result<()> {
+        self.prepare_head(status, fields, None)?;
+        self.in_chunks = !self.head_only;
+        if self.head_only { self.flush_head() } else { Ok(()) }
+    }
+
+    /// A part of a body in chunks (RFC 9112, section 7.1) in one write, with the head before it and the body's end behind
+    /// it where that is due.
+    ///
+    /// # Errors
+    /// The socket's, or the response has no body in chunks, or it has ended.
+    pub(super) fn chunk(&mut self, part: &[u8], is_last: bool) -> io::Result<()> {
+        if !self.in_chunks {
+            return Err(io::Error::other("body longer than promised"));
+        }
+        if part.is_empty() && !is_last {
+            return Ok(());
+        }
+        let mut bytes = std::mem::take(&mut self.head);
+        // A chunk of no bytes is what ends a body.
+        if !part.is_empty() {
+            write!(bytes, "{:x}\r\n", part.len())?;
+            bytes.extend_from_slice(part);
+            bytes.extend_from_slice(b"\r\n");
+        }
+        if is_last {
+            bytes.extend_from_slice(b"0\r\n\r\n");
+        }
+        let mut rest = &bytes[..];
+        while !rest.is_empty() {
+            let began = Instant::now();
+            let written = match self.stream.write(rest) {
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                written => written?,
+            };
+            in_time(written, rest.len(), began)?;
+            rest = &rest[written..];
+        }
+        self.in_chunks = !is_last;
+        Ok(())
+    }
+
+    fn prepare_head(&mut self, status: u16, fields: &[(&str, &str)], len: Option<u64>) -> io::Result<()> {
         let field = |name: &str, value: &str| {
             Header::from_bytes(name, value).map_err(|()| io::Error::other(format!("header {name}: not ASCII")))
         };
@@ -58,9 +114,9 @@ impl<'a> Exchange<'a> {
         for (name, value) in fields {
             headers.push(field(name, value)?);
         }
-        let len = usize::try_from(len).map_err(io::Error::other)?;
-        let response = Response::new(StatusCode(status), headers, io::empty(), Some(len), None);
-        // A length is always known, and chunks would hide a cut.
+        let len = len.map(usize::try_from).transpose().map_err(io::Error::other)?;
+        let response = Response::new(StatusCode(status), headers, io::empty(), len, None);
+        // In chunks only what has no length.
         let response = response.with_chunked_threshold(usize::MAX);
         self.head.clear();
         response.raw_print(&mut self.head, HTTPVersion(1, 1), &[], true, None)?;
@@ -70,8 +126,9 @@ impl<'a> Exchange<'a> {
             self.head.extend_from_slice(b"Connection: close\r\n\r\n");
         }
         self.begun = true;
-        self.missing = if self.head_only { 0 } else { len as u64 };
-        if self.missing == 0 { self.flush_head() } else { Ok(()) }
+        self.missing = 0;
+        self.in_chunks = false;
+        Ok(())
     }
 
     /// Whether a body is wanted at all: not for HEAD.
@@ -86,7 +143,7 @@ impl<'a> Exchange<'a> {
 
     /// Whether everything promised was sent.
     pub(super) fn is_whole(&self) -> bool {
-        self.begun && self.missing == 0 && self.head.is_empty()
+        self.begun && self.missing == 0 && !self.in_chunks && self.head.is_empty()
     }
 
     /// Takes a response back of which nothing was sent yet, so that there can be another. False if it is too late.
@@ -97,6 +154,7 @@ impl<'a> Exchange<'a> {
             self.head.clear();
             self.begun = false;
             self.missing = 0;
+            self.in_chunks = false;
         }
         unsent
     }

@@ -29,7 +29,8 @@ impl std::fmt::Display for NarName {
     }
 }
 
-/// Which of the two views of the own store; they differ in what a narinfo's `URL` is relative to.
+/// Which of the two views of the own store; they differ in what a narinfo's `URL` is relative to, and in that a NAR may
+/// be compressed on its way to a peer, and never to Nix.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum View {
     /// `/local`: URLs are relative to the server's root, as peers expect.
@@ -50,7 +51,7 @@ pub enum Route {
     /// `/local/….narinfo`, `/store/….narinfo`: of the own store.
     OwnNarinfo(HashPart, View),
     /// `/local/nar/…`, `/store/nar/…`: of the own store.
-    OwnNar(NarName),
+    OwnNar(NarName, View),
     /// `/store/<hash part>.ls`.
     Listing(HashPart),
     /// `/store/log/<derivation>`.
@@ -112,12 +113,12 @@ fn find(path: &str) -> Option<Route> {
         None => narinfo(path).map(Route::PeerNarinfo),
         Some(("peer", rest)) => NarName::parse(rest.strip_prefix("nar/")?).map(Route::PeerNar),
         Some(("local", rest)) => match rest.strip_prefix("nar/") {
-            Some(name) => NarName::parse(name).map(Route::OwnNar),
+            Some(name) => NarName::parse(name).map(|name| Route::OwnNar(name, View::Peers)),
             None => narinfo(rest).map(|hash_part| Route::OwnNarinfo(hash_part, View::Peers)),
         },
         Some(("store", "nix-cache-info")) => Some(Route::CacheInfo(View::Cache)),
         Some(("store", rest)) => match rest.split_once('/') {
-            Some(("nar", name)) => NarName::parse(name).map(Route::OwnNar),
+            Some(("nar", name)) => NarName::parse(name).map(|name| Route::OwnNar(name, View::Cache)),
             Some(("log", name)) => StorePath::parse(name).ok().filter(StorePath::is_derivation).map(Route::Log),
             Some(_) => None,
             None => match rest.strip_suffix(".ls") {
@@ -151,8 +152,8 @@ mod tests {
             (format!("/peer/nar/{name}"), Route::PeerNar(name), true),
             (format!("/local/{HASH_PART}.narinfo"), Route::OwnNarinfo(hash_part, View::Peers), false),
             (format!("/store/{HASH_PART}.narinfo"), Route::OwnNarinfo(hash_part, View::Cache), false),
-            (format!("/local/nar/{name}"), Route::OwnNar(name), false),
-            (format!("/store/nar/{name}"), Route::OwnNar(name), false),
+            (format!("/local/nar/{name}"), Route::OwnNar(name, View::Peers), false),
+            (format!("/store/nar/{name}"), Route::OwnNar(name, View::Cache), false),
             (format!("/store/{HASH_PART}.ls"), Route::Listing(hash_part), false),
             (format!("/store/log/{drv}"), Route::Log(drv), false),
         ] {

@@ -3,7 +3,7 @@
 mod content_address;
 mod framing;
 #[cfg(test)]
-mod golden;
+pub(crate) mod golden;
 mod hash;
 pub mod listing;
 pub mod nar;

@@ -2,8 +2,10 @@
 //! form; nothing follows a redirect, a proxy or a name server.
 
 use super::Holder;
+use super::decoder::Decoded;
 use super::standing::Fault;
 use crate::nix::{HashPart, Malformed, NarInfo, StoreDir};
+use crate::wire::tracker::{TRANSFER_HEADER, TransferName};
 use std::fmt;
 use std::io::{self, Read};
 use std::net::{Ipv6Addr, SocketAddr, SocketAddrV6};
@@ -86,28 +88,45 @@ pub struct Client {
     store_dir: StoreDir,
 }
 
-/// The body of a NAR response.
+/// What lies between this node and a peer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Way {
+    /// A network that is faster than compressing.
+    Lan,
+    /// Other networks; a tracker counts what is transferred, by that name if it has given one.
+    Wan(Option<TransferName>),
+}
+
+/// The body of a NAR response: the NAR's bytes, however they came.
 pub struct NarBody {
-    reader: ureq::BodyReader<'static>,
+    bytes: Bytes,
     /// Bytes to skip: a peer that does not know ranges begins at the beginning.
     pub skip: u64,
-    /// Whether the peer told how long the body is.
-    has_length: bool,
+    /// Whether the end shows by itself: by a length, or by the end of a frame.
+    has_end: bool,
+}
+
+enum Bytes {
+    Plain(ureq::BodyReader<'static>),
+    Compressed(Box<Decoded<ureq::BodyReader<'static>>>),
 }
 
 impl NarBody {
     /// Gives the connection back for the next request, which ureq does only when the end has been read. Without a
     /// length the peer could make us wait for it.
     pub fn finish(mut self) {
-        if self.has_length {
-            let _ = self.reader.read(&mut [0]);
+        if self.has_end {
+            let _ = self.read(&mut [0]);
         }
     }
 }
 
 impl Read for NarBody {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        self.reader.read(buf)
+        match &mut self.bytes {
+            Bytes::Plain(reader) => reader.read(buf),
+            Bytes::Compressed(reader) => reader.read(buf),
+        }
     }
 }
 
@@ -158,10 +177,12 @@ impl Client {
     }
 
     /// A NAR from byte `offset` on, which begins within `patience`. `url_path` is the narinfo's `URL`, relative to the
-    /// root of the peer's server.
+    /// root of the peer's server. Over other networks the peer may compress; the offset, and what is then read, is of the
+    /// NAR all the same.
     ///
     /// # Errors
-    /// See [`Error`]; a NAR of another size than `nar_size`, where the peer tells it, is malformed.
+    /// See [`Error`]; a NAR of another size than `nar_size`, where the peer tells it, is malformed, and so is an encoding
+    /// that was not asked for.
     pub fn nar(
         &self,
         peer: SocketAddr,
@@ -169,10 +190,17 @@ impl Client {
         offset: u64,
         nar_size: u64,
         patience: Duration,
+        way: &Way,
     ) -> Result<NarBody, Error> {
         let whole = BODY_GRACE + Duration::from_secs(nar_size / (4 * TOO_SLOW));
         let request = || {
             let mut request = self.agent.get(url(peer, url_path));
+            if let Way::Wan(transfer) = way {
+                request = request.header("Accept-Encoding", "zstd");
+                if let Some(transfer) = transfer {
+                    request = request.header(TRANSFER_HEADER, transfer.to_string());
+                }
+            }
             if offset > 0 {
                 request = request.header("Range", format!("bytes={offset}-"));
             }
@@ -186,13 +214,25 @@ impl Client {
                 return Err(Error::Malformed(Malformed { what: "NAR", why: "from another byte than was asked for" }));
             }
         }
+        let encoding = response.headers().get("content-encoding").map(|field| field.as_bytes());
+        let is_compressed = match encoding {
+            None => false,
+            Some(encoding) if *way != Way::Lan && encoding.eq_ignore_ascii_case(b"zstd") => true,
+            Some(_) => return Err(Error::Malformed(Malformed { what: "NAR", why: "in an encoding not asked for" })),
+        };
         let body = response.into_body();
+        if is_compressed {
+            let reader = body.into_with_config().limit(u64::MAX).reader();
+            let decoded = Decoded::new(reader, STALL).map_err(|e| Error::Unreachable(e.into()))?;
+            let bytes = Bytes::Compressed(Box::new(decoded));
+            return Ok(NarBody { bytes, skip: offset - from, has_end: true });
+        }
         let length = body.content_length();
         if length.is_some_and(|len| from.checked_add(len) != Some(nar_size)) {
             return Err(Error::Malformed(Malformed { what: "NAR", why: "of another size than its narinfo says" }));
         }
         let reader = body.into_with_config().limit(u64::MAX).reader();
-        Ok(NarBody { reader, skip: offset - from, has_length: length.is_some() })
+        Ok(NarBody { bytes: Bytes::Plain(reader), skip: offset - from, has_end: length.is_some() })
     }
 }
 

@@ -3,6 +3,9 @@
 //! A query goes unicast to every known peer and by broadcast (IPv4) and link-local multicast (IPv6) to the rest. It
 //! ends at the first answer that satisfies its asker, or when everyone who is waited for said *have not*: see
 //! the table of known peers for who is waited for and how long. [`Discovery`] decides, without I/O; [`Handle`] runs it.
+//!
+//! Strangers, who are on no network of this machine, may be answered, but are never known: nobody is asked because
+//! they said something.
 
 use super::Holder;
 use super::asks::{Asks, Question, Told};
@@ -51,8 +54,12 @@ const BATCH: usize = 64;
 
 /// What discovery needs to know of the rest of the daemon.
 pub trait Neighbourhood: Send {
-    /// Whether a peer may be at this address: packets from elsewhere are dropped.
+    /// Whether a peer may be at this address.
     fn is_lan(&self, ip: IpAddr) -> bool;
+    /// Whether there is a LAN at all. Without one nothing is sent to anybody who did not ask.
+    fn has_lan(&self) -> bool;
+    /// Whether a node at this address, which is no LAN's, is to be answered. Packets from elsewhere are dropped.
+    fn is_stranger(&self, ip: IpAddr) -> bool;
     /// Whether this is an address of this machine.
     fn is_own(&self, ip: IpAddr) -> bool;
     /// Whether this node would serve the path to that asker. Must not block.
@@ -208,11 +215,17 @@ impl<N: Neighbourhood> Discovery<N> {
     }
 
     fn to_all(&self, packet: Packet, out: &mut Vec<(To, Packet)>) {
+        if !self.neighbourhood.has_lan() {
+            return;
+        }
         out.extend(self.known.named().map(|peer| (To::Peer(peer), packet.clone())));
         out.push((To::Everyone, packet));
     }
 
     fn ask(&mut self, ask: Ask, now: Instant, out: &mut Vec<(To, Packet)>) {
+        if !self.neighbourhood.has_lan() {
+            return; // Its channel ends with it.
+        }
         let to_ask = self.known.to_ask();
         let mut open_for = None::<Duration>;
         let mut keep_open = |wait: Duration| open_for = Some(open_for.map_or(wait, |open| open.max(wait)));
@@ -267,8 +280,11 @@ impl<N: Neighbourhood> Discovery<N> {
             return;
         }
         // Our own broadcasts come back to us.
-        if from.port() == self.udp_port && self.neighbourhood.is_own(from.ip()) || !self.neighbourhood.is_lan(from.ip())
-        {
+        if from.port() == self.udp_port && self.neighbourhood.is_own(from.ip()) {
+            return;
+        }
+        let is_lan = self.neighbourhood.is_lan(from.ip());
+        if !is_lan && !self.neighbourhood.is_stranger(from.ip()) {
             return;
         }
         let packet = match Packet::parse(bytes) {
@@ -277,7 +293,7 @@ impl<N: Neighbourhood> Discovery<N> {
         };
         match packet {
             Packet::Query { id, hash_part } => {
-                if self.may_be_peer(from) && self.known.heard(from, now) {
+                if is_lan && self.may_be_peer(from) && self.known.heard(from, now) {
                     out.push((To::Peer(from), Packet::Hello(self.hello())));
                 }
                 self.answer(from, id, hash_part, now, out);
@@ -289,6 +305,7 @@ impl<N: Neighbourhood> Discovery<N> {
                 self.answered(id, from, Some(Holder { http, url_path }), now);
             }
             Packet::HaveNot { id } => self.answered(id, from, None, now),
+            Packet::Hello(_) | Packet::Bye(_) if !is_lan => {}
             Packet::Hello(hello) => {
                 if hello.instance == self.instance || !self.may_be_peer(from) {
                     return;
@@ -322,9 +339,12 @@ impl<N: Neighbourhood> Discovery<N> {
 
     fn answered(&mut self, id: u32, from: SocketAddr, holder: Option<Holder>, now: Instant) {
         let has_it = holder.is_some();
+        let is_lan = self.neighbourhood.is_lan(from.ip());
         // Broadcasts go to this port, and only from there does a node answer them.
-        let broadcast_to = from.port() == self.udp_port && self.neighbourhood.is_lan(from.ip());
+        let broadcast_to = from.port() == self.udp_port && is_lan;
         match self.queries.answered(id, from, broadcast_to, holder, now) {
+            // A stranger's answer counts for the query that went to it, and makes it no peer.
+            _ if !is_lan => {}
             Some(answer) => self.known.answered(from, has_it, answer.round_trip, now),
             // Too late for the query, but it tells how long the peer takes.
             None => match self.queries.late(id, now) {
@@ -342,7 +362,8 @@ impl<N: Neighbourhood> Discovery<N> {
             out.push((To::Peer(from), Packet::Have { id, port: self.http_port, url_path }));
             return;
         }
-        if self.known.is_crowded() {
+        // It spares the LAN an answer from everybody to every query; a stranger asks few.
+        if self.known.is_crowded() && self.neighbourhood.is_lan(from.ip()) {
             return;
         }
         while self.have_nots.front().is_some_and(|(_, _, at)| now.saturating_duration_since(*at) > ECHO)
@@ -432,7 +453,7 @@ impl Handle {
         let wake = ask.clone();
         let alive = Arc::new(AtomicU64::new(0));
         let udp_port = discovery.udp_port;
-        let sockets = Sockets::new(sockets, udp_port, interfaces)?;
+        let sockets = Sockets::new(sockets, udp_port, interfaces, discovery.neighbourhood.has_lan())?;
         let turns = alive.clone();
         let thread = thread::Builder::new().name("discovery".into()).spawn(move || {
             let _end = OnDrop::new(|| {
@@ -530,6 +551,8 @@ struct Sockets {
     /// When a join that failed is tried again.
     join_again: Option<Instant>,
     unreachable: bool,
+    /// Without one, no group is joined.
+    has_lan: bool,
 }
 
 /// What a socket is bound to.
@@ -547,7 +570,7 @@ impl Bound {
 }
 
 impl Sockets {
-    fn new(sockets: Vec<UdpSocket>, port: u16, interfaces: Arc<Interfaces>) -> io::Result<Self> {
+    fn new(sockets: Vec<UdpSocket>, port: u16, interfaces: Arc<Interfaces>, has_lan: bool) -> io::Result<Self> {
         let mut bound = Vec::new();
         for socket in &sockets {
             socket.set_nonblocking(true)?;
@@ -568,6 +591,7 @@ impl Sockets {
             joined: HashSet::new(),
             join_again: None,
             unreachable: false,
+            has_lan,
         };
         sockets.join(Instant::now());
         Ok(sockets)
@@ -615,6 +639,9 @@ impl Sockets {
 
     /// Joins the multicast group on interfaces that are new, and forgets those that are gone.
     fn join(&mut self, now: Instant) {
+        if !self.has_lan {
+            return;
+        }
         let current = self.interfaces.current();
         let indexes: HashSet<u32> = current.iter().filter(|i| i.address.is_ipv6()).map(|i| i.index).collect();
         self.joined.retain(|(_, index)| indexes.contains(index));
@@ -725,12 +752,24 @@ mod tests {
     const TIMEOUT: Duration = Duration::from_millis(50);
     const HELD: &str = "7h7qgvs4kgzsn8a6rb273saxyqh4jxlz";
 
-    /// 10.0.0.0/24 is the LAN, 10.0.0.1 this node, which holds one path.
-    struct Net;
+    /// 10.0.0.0/24 is the LAN, if there is one, 10.0.0.1 this node, which holds one path and answers 198.51.100.0/24.
+    struct Net {
+        has_lan: bool,
+    }
+
+    fn is_in(net: [u8; 3], ip: IpAddr) -> bool {
+        matches!(ip, IpAddr::V4(v4) if v4.octets()[..3] == net)
+    }
 
     impl Neighbourhood for Net {
         fn is_lan(&self, ip: IpAddr) -> bool {
-            matches!(ip, IpAddr::V4(v4) if v4.octets()[..3] == [10, 0, 0])
+            self.has_lan && is_in([10, 0, 0], ip)
+        }
+        fn has_lan(&self) -> bool {
+            self.has_lan
+        }
+        fn is_stranger(&self, ip: IpAddr) -> bool {
+            is_in([198, 51, 100], ip)
         }
         fn is_own(&self, ip: IpAddr) -> bool {
             ip == IpAddr::from([10, 0, 0, 1])
@@ -766,8 +805,12 @@ mod tests {
         }
 
         fn fresh() -> Node {
+            Node::on(Net { has_lan: true })
+        }
+
+        fn on(net: Net) -> Node {
             let now = Instant::now();
-            let mut node = Node { discovery: Discovery::new(Net, 12304, 12304, TIMEOUT, [9; 12], now), now };
+            let mut node = Node { discovery: Discovery::new(net, 12304, 12304, TIMEOUT, [9; 12], now), now };
             node.event(Event::Tick);
             node
         }
@@ -828,6 +871,65 @@ mod tests {
         for _ in 0..2 {
             assert_eq!(node.receive(peer(2), &query), [(To::Peer(peer(2)), have.clone())]);
         }
+    }
+
+    fn stranger() -> SocketAddr {
+        SocketAddr::from(([198, 51, 100, 7], 12304))
+    }
+
+    #[test]
+    fn a_stranger_is_answered_and_never_known() {
+        let mut node = Node::settled();
+        let held = Packet::Query { id: 77, hash_part: HashPart::parse(HELD.as_bytes()).unwrap() };
+        let have = Packet::Have { id: 77, port: 12304, url_path: format!("local/{HELD}.narinfo") };
+        assert_eq!(node.receive(stranger(), &held), [(To::Peer(stranger()), have.clone())]);
+        let not_held = Packet::Query { id: 78, hash_part: absent() };
+        let have_not = (To::Peer(stranger()), Packet::HaveNot { id: 78 });
+        assert_eq!(node.receive(stranger(), &not_held), [have_not]);
+        assert_eq!(node.receive(stranger(), &hello_of(7)), []);
+        // Nobody asked it, and what it says of a query to others is nothing.
+        let (id, to, holders) = node.ask();
+        assert_eq!(to, [To::Everyone]);
+        assert_eq!(node.receive(stranger(), &Packet::Have { id, port: 1, url_path: "x".into() }), []);
+        assert_eq!(node.receive(stranger(), &Packet::HaveNot { id }), []);
+        assert_eq!(holders.try_recv(), Err(TryRecvError::Empty));
+        assert_eq!(node.discovery.known.len(), 0);
+        // Elsewhere, where nobody is answered.
+        assert_eq!(node.receive(SocketAddr::from(([192, 0, 2, 1], 12304)), &held), []);
+    }
+
+    #[test]
+    fn a_stranger_that_was_asked_may_answer() {
+        let mut node = Node::settled();
+        let (holders, receiver) = bounded(4);
+        let asked = [(stranger(), Some(TIMEOUT))].into_iter();
+        let query = Query::new(absent(), asked, None, TIMEOUT, holders, Arc::default(), node.now);
+        let id = node.discovery.queries.insert(query, node.now).unwrap();
+        let have = Packet::Have { id, port: 4, url_path: "x".into() };
+        let other = SocketAddr::from(([198, 51, 100, 8], 12304));
+        node.receive(other, &have);
+        assert_eq!(receiver.try_recv(), Err(TryRecvError::Empty));
+        node.receive(stranger(), &have);
+        let http = SocketAddr::from(([198, 51, 100, 7], 4));
+        assert_eq!(receiver.try_recv(), Ok(Holder { http, url_path: "x".into() }));
+        assert_eq!(node.discovery.known.len(), 0);
+    }
+
+    #[test]
+    fn without_a_lan_nothing_is_said_unasked() {
+        let mut node = Node::on(Net { has_lan: false });
+        assert_eq!(node.after(HELLO_INTERVAL), []);
+        assert_eq!(node.event(Event::NetworkChanged), []);
+        assert_eq!(node.event(Event::Named(vec![peer(2)])), []);
+        assert_eq!(node.receive(peer(2), &hello_of(2)), []);
+        let (holders, receiver) = bounded(1);
+        assert_eq!(node.event(Event::Ask(Ask { hash_part: absent(), holders, content: Arc::default() })), []);
+        assert!(is_over(&receiver));
+        let mut out = Vec::new();
+        node.discovery.bye(&mut out);
+        assert_eq!(out, []);
+        let query = Packet::Query { id: 1, hash_part: absent() };
+        assert_eq!(node.receive(stranger(), &query), [(To::Peer(stranger()), Packet::HaveNot { id: 1 })]);
     }
 
     #[test]
@@ -1011,7 +1113,7 @@ mod tests {
         let socket = UdpSocket::from(socket);
         let here = SocketAddr::from(([127, 0, 0, 1], socket.local_addr().unwrap().port()));
         let interfaces = Arc::new(Interfaces::fixed(Vec::new(), Instant::now()));
-        let mut sockets = Sockets::new(vec![socket], here.port(), interfaces).unwrap();
+        let mut sockets = Sockets::new(vec![socket], here.port(), interfaces, true).unwrap();
         let other = UdpSocket::bind("127.0.0.1:0").unwrap();
         sockets.send_to(b"to", other.local_addr().unwrap());
         let mut buffer = [0; 8];
@@ -1028,6 +1130,12 @@ mod tests {
             fn is_lan(&self, _: IpAddr) -> bool {
                 self.0.send(()).unwrap();
                 let _ = self.1.recv();
+                false
+            }
+            fn has_lan(&self) -> bool {
+                true
+            }
+            fn is_stranger(&self, _: IpAddr) -> bool {
                 false
             }
             fn is_own(&self, _: IpAddr) -> bool {

@@ -3,6 +3,7 @@
 pub mod announce;
 mod asks;
 pub mod client;
+mod decoder;
 pub mod discovery;
 mod known;
 mod names;

@@ -15,7 +15,7 @@ use super::tracker::MANY_DEAD;
 use crate::interfaces::Interfaces;
 use crate::nix::{HashPart, NarInfo};
 use crate::on_drop::OnDrop;
-use crate::wire::tracker::{Candidate, Candidates, MAX_CANDIDATES, MAX_OTHERS, can_be_peer};
+use crate::wire::tracker::{Candidate, Candidates, MAX_CANDIDATES, MAX_OTHERS, Role, TransferName, can_be_peer};
 use crossbeam_channel::{Receiver, Sender, bounded, never, select};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -358,6 +358,11 @@ impl WanSearch {
 }
 
 impl Wan {
+    /// Has a tracker told what was sent or received.
+    pub fn report(&self, transfer: &TransferName, role: Role, bytes: u64) {
+        self.trackers.report(transfer, role, bytes);
+    }
+
     /// Has the transfer of an offered path counted; it gets its name soon.
     pub fn begin_transfer(&self, origin: &Origin) -> Begun {
         self.trackers.begin(origin.tracker, &origin.peer_id)

@@ -1,33 +1,50 @@
 //! What leaves this machine, and to whom. Every answer to somebody else, over HTTP or UDP, asks here first.
+//!
+//! Who asks is told by the socket's address alone. This machine has everything, the LAN every valid path, and anybody
+//! else what has no name to be kept ([`filter`]) and is the upstream cache's as well ([`verify`]).
 
-use crate::config::Mode;
+mod filter;
+mod verify;
+
+use crate::config::{Config, Mode};
 use crate::interfaces::{self, Interfaces};
+use crate::nix::PathInfo;
+use filter::Filter;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Instant;
+use verify::Verifier;
 
 /// Who asks, by the address of the socket and nothing else.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Scope {
     /// A loopback address: this machine's Nix and its users.
     ThisMachine,
-    /// A neighbour in a directly connected private network, or a node named by `--peer`.
+    /// A neighbour in a directly connected private network, or a node named by `--peer`; in modes that have a LAN.
     Lan,
     /// Anybody else.
     Wan,
 }
 
-/// Tells scopes apart.
+/// Tells scopes apart, and what each may have.
 pub struct Share {
     interfaces: Arc<Interfaces>,
     named_peers: std::sync::RwLock<Vec<IpAddr>>,
     mode: Mode,
+    filter: Filter,
+    /// None where nothing is verified.
+    verifier: Option<Verifier>,
 }
 
 impl Share {
-    /// With the mode the user chose.
-    pub fn new(interfaces: Arc<Interfaces>, mode: Mode) -> Self {
-        Share { interfaces, named_peers: Default::default(), mode }
+    /// As the user chose.
+    pub fn new(interfaces: Arc<Interfaces>, config: &Config) -> Self {
+        let filter = match config.filter {
+            true => Filter::new(config.default_filters, &config.filter_patterns),
+            false => Filter::default(),
+        };
+        let verifier = (config.mode.has_wan() && config.verify).then(|| Verifier::new(config));
+        Share { interfaces, named_peers: Default::default(), mode: config.mode, filter, verifier }
     }
 
     /// The addresses that `--peer` names now: who names a node shares with it as with a neighbour.
@@ -41,6 +58,9 @@ impl Share {
         let asker = asker.to_canonical();
         if asker.is_loopback() {
             return Scope::ThisMachine;
+        }
+        if !self.mode.has_lan() {
+            return Scope::Wan;
         }
         let is_lan = || {
             self.interfaces.is_neighbour(asker)
@@ -60,12 +80,31 @@ impl Share {
         Scope::Wan
     }
 
-    /// Whether an asker of that scope may have any valid path at all. On the LAN that is every one.
+    /// Whether an asker of that scope may have any valid path at all.
     pub fn serves(&self, scope: Scope) -> bool {
         match scope {
             Scope::ThisMachine => true,
             Scope::Lan => self.mode.has_lan(),
-            Scope::Wan => false,
+            Scope::Wan => self.mode.has_wan(),
+        }
+    }
+
+    /// Whether an asker of that scope may have this valid path. For WAN the upstream cache may be asked, which takes
+    /// 15 s at most; what cannot be told then, they may not. Who may not is told that there is no such path.
+    pub fn may_have(&self, scope: Scope, info: &PathInfo) -> bool {
+        self.decide(scope, info, |verifier| verifier.verified(info))
+    }
+
+    /// The same from what is known already, without waiting.
+    pub fn may_have_now(&self, scope: Scope, info: &PathInfo) -> bool {
+        self.decide(scope, info, |verifier| verifier.verified_now(info) == Some(true))
+    }
+
+    fn decide(&self, scope: Scope, info: &PathInfo, verified: impl FnOnce(&Verifier) -> bool) -> bool {
+        let serves = self.serves(scope);
+        match scope {
+            Scope::ThisMachine | Scope::Lan => serves,
+            Scope::Wan => serves && !self.filter.keeps(&info.path) && self.verifier.as_ref().is_none_or(verified),
         }
     }
 }
@@ -74,6 +113,7 @@ impl Share {
 mod tests {
     use super::*;
     use crate::interfaces::Interface;
+    use crate::nix::{NarHash, StorePath};
 
     fn share(mode: Mode) -> Share {
         let eth0 = Interface {
@@ -86,7 +126,7 @@ mod tests {
         };
         // Read in the future, so that no stranger's address makes the test read the real machine's interfaces.
         let later = Instant::now() + std::time::Duration::from_secs(3600);
-        Share::new(Arc::new(Interfaces::fixed(vec![eth0], later)), mode)
+        Share::new(Arc::new(Interfaces::fixed(vec![eth0], later)), &Config { mode, ..Config::default() })
     }
 
     #[test]
@@ -111,12 +151,59 @@ mod tests {
     }
 
     #[test]
+    fn a_node_without_a_lan_has_no_neighbours() {
+        let share = share(Mode::Wan);
+        share.set_named_peers(vec!["10.9.8.7".parse().unwrap()]);
+        for ip in ["192.168.10.77", "fe80::1", "10.9.8.7", "8.8.8.8"] {
+            assert_eq!(share.scope(ip.parse().unwrap()), Scope::Wan, "{ip}");
+        }
+        assert_eq!(share.scope("::ffff:127.0.0.1".parse().unwrap()), Scope::ThisMachine);
+    }
+
+    #[test]
     fn who_is_served_in_which_mode() {
-        for (mode, lan) in [(Mode::Lan, true), (Mode::Both, true), (Mode::Wan, false)] {
+        for (mode, lan, wan) in [(Mode::Lan, true, false), (Mode::Both, true, true), (Mode::Wan, false, true)] {
             let share = share(mode);
             assert!(share.serves(Scope::ThisMachine));
             assert_eq!(share.serves(Scope::Lan), lan, "{mode:?}");
-            assert!(!share.serves(Scope::Wan));
+            assert_eq!(share.serves(Scope::Wan), wan, "{mode:?}");
+        }
+    }
+
+    #[test]
+    fn what_each_may_have() {
+        let with = |mode, verify, filter| {
+            let upstream_cache = "http://127.0.0.1:9".to_owned();
+            let config = Config { mode, verify, filter, upstream_cache, ..Config::default() };
+            Share::new(Arc::new(Interfaces::fixed(Vec::new(), Instant::now())), &config)
+        };
+        let info = |name: &str| PathInfo {
+            path: StorePath::parse(&format!("7h7qgvs4kgzsn8a6rb273saxyqh4jxlz-{name}")).unwrap(),
+            nar_hash: NarHash::from_bytes([7; 32]),
+            nar_size: 8,
+            references: Vec::new(),
+            deriver: None,
+            signatures: Vec::new(),
+            ca: None,
+        };
+        let (plain, secret) = (info("hello"), info("a-secret-b"));
+        for (mode, verify, filter, wan) in [
+            // Nobody is at that port, so nothing is known of upstream.
+            (Mode::Both, true, true, [false, false]),
+            (Mode::Wan, true, false, [false, false]),
+            (Mode::Both, false, true, [true, false]),
+            (Mode::Wan, false, false, [true, true]),
+            (Mode::Lan, false, false, [false, false]),
+        ] {
+            let share = with(mode, verify, filter);
+            for (info, wan) in [&plain, &secret].into_iter().zip(wan) {
+                let all = [(Scope::ThisMachine, true), (Scope::Lan, mode.has_lan()), (Scope::Wan, wan)];
+                for (scope, expected) in all {
+                    let case = format!("{mode:?} verify {verify} filter {filter}: {} for {scope:?}", info.path);
+                    assert_eq!(share.may_have(scope, info), expected, "{case}");
+                    assert_eq!(share.may_have_now(scope, info), expected, "{case}");
+                }
+            }
         }
     }
 }

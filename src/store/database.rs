@@ -6,10 +6,12 @@ use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_encode};
 use rusqlite::{Connection, ErrorCode, OpenFlags, Row, types::ValueRef};
 use rustix::fs::{Access, Stat, access, stat};
 use std::{
+    cell::Cell,
     ffi::OsString,
     fs, io,
     os::unix::ffi::OsStrExt,
     path::{Path, PathBuf},
+    sync::atomic::{AtomicU64, Ordering},
     time::{Duration, SystemTime},
 };
 
@@ -28,13 +30,25 @@ const MAX_COLUMN: usize = 16 << 20;
 /// Times of files advance in steps of a clock tick: 1 to 10 ms, doubled here.
 const CLOCK_TICK: Duration = Duration::from_millis(20);
 
-// One statement, so that a path and its references are of the same snapshot. The range is all paths with the hash
-// part: '.' follows '-' in ASCII.
-const LOOKUP: &str = "\
-    select path, hash, narSize, deriver, sigs, ca, \
-      (select group_concat(target.path, ' ') from Refs join ValidPaths target on target.id = Refs.reference \
-       where Refs.referrer = ValidPaths.id) \
-    from ValidPaths where path >= ?1 and path < ?2 order by path limit 1";
+// One statement, so that a path and its references are of the same snapshot.
+macro_rules! paths {
+    ($which:literal) => {
+        concat!(
+            "select path, hash, narSize, deriver, sigs, ca, \
+             (select group_concat(target.path, ' ') from Refs join ValidPaths target on target.id = Refs.reference \
+              where Refs.referrer = ValidPaths.id), id from ValidPaths where ",
+            $which
+        )
+    };
+}
+
+// The range is all paths with the hash part: '.' follows '-' in ASCII.
+const LOOKUP: &str = paths!("path >= ?1 and path < ?2 order by path limit 1");
+
+// Without a limit, as rows that cannot be read do not count.
+const AFTER: &str = paths!("id > ?1 order by id");
+
+const COUNT: &str = "select count(*), coalesce(max(id), 0) from ValidPaths";
 
 /// Which file a path means: device and inode.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -82,6 +96,8 @@ pub(super) struct Database {
     connection: Connection,
     path: PathBuf,
     pub(super) file: FileId,
+    /// What was counted last, at that `data_version`, which only this connection can compare with its own.
+    counted: Cell<Option<(i64, Census)>>,
 }
 
 impl Database {
@@ -97,7 +113,7 @@ impl Database {
             Mode::Immutable => Connection::open_with_flags(immutable_uri(path), flags | OpenFlags::SQLITE_OPEN_URI),
         };
         let connection = opened.map_err(|error| classify(path, error))?;
-        let database = Database { connection, path: path.to_owned(), file };
+        let database = Database { connection, path: path.to_owned(), file, counted: Cell::default() };
         database.set_patience(patience)?;
         database.connection.pragma_update(None, "cache_size", -CACHE_KIB).map_err(|error| classify(path, error))?;
         Ok(database)
@@ -117,16 +133,65 @@ impl Database {
         let mut rows = statement.query([from, to]).map_err(fail)?;
         match rows.next().map_err(fail)? {
             None => Ok(None),
-            Some(row) => {
-                let info = typed(store_dir, row).map_err(|cause| {
-                    let path = text(row, 0).ok().flatten().unwrap_or("a path that is no text").to_owned();
-                    StoreError::Row { path, cause }
-                })?;
-                Ok(Some(info))
-            }
+            Some(row) => Ok(Some(typed(store_dir, row).map_err(|cause| unreadable(row, cause))?)),
         }
     }
+
+    /// The next valid paths after that row, at most `limit`; rows that cannot be read are passed over.
+    pub(super) fn paths_after(
+        &self,
+        store_dir: &StoreDir,
+        row_id: i64,
+        limit: usize,
+    ) -> Result<Vec<(i64, PathInfo)>, Failure> {
+        let fail = |error| classify(&self.path, error);
+        let mut statement = self.connection.prepare_cached(AFTER).map_err(fail)?;
+        let mut rows = statement.query([row_id]).map_err(fail)?;
+        let mut paths = Vec::new();
+        while paths.len() < limit
+            && let Some(row) = rows.next().map_err(fail)?
+        {
+            match typed(store_dir, row) {
+                Ok(info) => paths.push((row.get(7).map_err(fail)?, info)),
+                Err(cause) => log::debug!("{}", unreadable(row, cause)),
+            }
+        }
+        Ok(paths)
+    }
+
+    /// How many valid paths there are. Counts, which goes through a whole index, only if something changed.
+    pub(super) fn census(&self) -> Result<Census, Failure> {
+        let fail = |error| classify(&self.path, error);
+        // Before counting: what changes in between is then counted again the next time.
+        let data_version = self.connection.pragma_query_value(None, "data_version", |row| row.get(0)).map_err(fail)?;
+        if let Some((counted_at, census)) = self.counted.get()
+            && counted_at == data_version
+        {
+            return Ok(census);
+        }
+        let mut statement = self.connection.prepare_cached(COUNT).map_err(fail)?;
+        let (count, last_id): (i64, i64) =
+            statement.query_one([], |row| Ok((row.get(0)?, row.get(1)?))).map_err(fail)?;
+        let census =
+            Census { count: count.unsigned_abs(), last_id, version: NEXT_VERSION.fetch_add(1, Ordering::Relaxed) };
+        self.counted.set(Some((data_version, census)));
+        Ok(census)
+    }
 }
+
+/// How many valid paths there were at some moment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Census {
+    /// Valid paths.
+    pub count: u64,
+    /// The highest row ID; 0 if there is none. Nix gives each path a higher one than all before.
+    pub last_id: i64,
+    /// As long as this is the same, nothing has changed. Says nothing across restarts.
+    pub version: u64,
+}
+
+/// Of the next count, by whichever connection.
+static NEXT_VERSION: AtomicU64 = AtomicU64::new(1);
 
 /// The state of the database's files in which reading it as immutable gives the right answer: nothing in the log,
 /// and the same file before and after.
@@ -157,6 +222,11 @@ impl Still {
         let age = now.duration_since(modified).unwrap_or_else(|ahead| ahead.duration());
         CLOCK_TICK.checked_sub(age).filter(|wait| !wait.is_zero())
     }
+}
+
+fn unreadable(row: &Row<'_>, cause: Malformed) -> StoreError {
+    let path = text(row, 0).ok().flatten().unwrap_or("a path that is no text").to_owned();
+    StoreError::Row { path, cause }
 }
 
 fn typed(store_dir: &StoreDir, row: &Row<'_>) -> Result<PathInfo, Malformed> {

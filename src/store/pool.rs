@@ -63,6 +63,9 @@ impl fmt::Display for Way {
     }
 }
 
+/// What is asked of an open database.
+type Question<'a, T> = dyn Fn(&Database) -> Result<T, Failure> + 'a;
+
 /// Connections, at most so many, each used by one thread at a time.
 #[derive(Debug)]
 pub(super) struct Pool {
@@ -95,11 +98,16 @@ impl Pool {
 
     /// The valid path with this hash part.
     pub(super) fn path_info(&self, part: &HashPart) -> Result<Option<PathInfo>, StoreError> {
+        self.read(&|database| database.path_info(&self.place.store_dir, part))
+    }
+
+    /// What a question to the database gives. It may be asked more than once.
+    pub(super) fn read<T>(&self, question: &Question<'_, T>) -> Result<T, StoreError> {
         let deadline = Instant::now() + self.patience;
         self.notice_replacement()?;
         let mut lease = self.lease(deadline)?;
         if let Some(database) = lease.database.take() {
-            match self.ask(&database, part, deadline) {
+            match ask(&database, question, deadline) {
                 Ok(answer) => {
                     lease.database = Some(database);
                     return Ok(answer);
@@ -112,23 +120,23 @@ impl Pool {
                 Err(_) => drop(database),
             }
         }
-        self.open_and_ask(&mut lease, part, deadline)
+        self.open_and_ask(&mut lease, question, deadline)
     }
 
-    fn open_and_ask(
+    fn open_and_ask<T>(
         &self,
         lease: &mut Lease<'_>,
-        part: &HashPart,
+        question: &Question<'_, T>,
         deadline: Instant,
-    ) -> Result<Option<PathInfo>, StoreError> {
-        if let Some(told) = self.told(self.attempt(lease, Mode::Shared, part, deadline), Way::Plain) {
+    ) -> Result<T, StoreError> {
+        if let Some(told) = self.told(self.attempt(lease, Mode::Shared, question, deadline), Way::Plain) {
             return told;
         }
         let mut daemon_said = "not asked again so soon".to_owned();
         if self.may_wake_daemon() {
             match daemon_socket::wake(&self.place.daemon_socket, deadline.min(Instant::now() + DAEMON_PATIENCE)) {
                 Ok(_awake_until_we_have_opened_it) => {
-                    if let Some(told) = self.told(self.attempt(lease, Mode::Shared, part, deadline), Way::Daemon) {
+                    if let Some(told) = self.told(self.attempt(lease, Mode::Shared, question, deadline), Way::Daemon) {
                         return told;
                     }
                     daemon_said = "connected, but has another database open".to_owned();
@@ -141,7 +149,7 @@ impl Pool {
                 if let Some(wait) = before.unsettled(SystemTime::now()) {
                     thread::sleep(wait.min(left(deadline)));
                 } else {
-                    let answer = self.attempt(lease, Mode::Immutable, part, deadline);
+                    let answer = self.attempt(lease, Mode::Immutable, question, deadline);
                     lease.database = None; // for this one query only
                     if Still::observe(&self.place.db) == Some(before)
                         && let Some(told) = self.told(answer, Way::Immutable)
@@ -151,7 +159,7 @@ impl Pool {
                 }
             }
             // If somebody writes, the files are there now.
-            if let Some(told) = self.told(self.attempt(lease, Mode::Shared, part, deadline), Way::Plain) {
+            if let Some(told) = self.told(self.attempt(lease, Mode::Shared, question, deadline), Way::Plain) {
                 return told;
             }
         }
@@ -159,11 +167,7 @@ impl Pool {
     }
 
     /// What an attempt told, by which way; `None` if the database was asleep and another way is to be tried.
-    fn told(
-        &self,
-        answer: Result<Option<PathInfo>, Failure>,
-        way: Way,
-    ) -> Option<Result<Option<PathInfo>, StoreError>> {
+    fn told<T>(&self, answer: Result<T, Failure>, way: Way) -> Option<Result<T, StoreError>> {
         match answer {
             Ok(answer) => {
                 self.note(way);
@@ -174,25 +178,20 @@ impl Pool {
         }
     }
 
-    fn attempt(
+    fn attempt<T>(
         &self,
         lease: &mut Lease<'_>,
         mode: Mode,
-        part: &HashPart,
+        question: &Question<'_, T>,
         deadline: Instant,
-    ) -> Result<Option<PathInfo>, Failure> {
+    ) -> Result<T, Failure> {
         let database = Database::open(&self.place.db, mode, left(deadline))?;
         // A connection is opened in earnest by its first query only.
-        let answer = self.ask(&database, part, deadline);
+        let answer = ask(&database, question, deadline);
         if matches!(answer, Ok(_) | Err(Failure::Error(StoreError::Row { .. }))) {
             lease.database = Some(database);
         }
         answer
-    }
-
-    fn ask(&self, database: &Database, part: &HashPart, deadline: Instant) -> Result<Option<PathInfo>, Failure> {
-        database.set_patience(left(deadline))?;
-        database.path_info(&self.place.store_dir, part)
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -280,6 +279,11 @@ impl Drop for Lease<'_> {
         self.pool.returned.notify_one();
         drop(outdated); // closed here, with the lock free
     }
+}
+
+fn ask<T>(database: &Database, question: &Question<'_, T>, deadline: Instant) -> Result<T, Failure> {
+    database.set_patience(left(deadline))?;
+    question(database)
 }
 
 fn left(deadline: Instant) -> Duration {

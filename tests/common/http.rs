@@ -69,6 +69,11 @@ impl Connection {
         self.stream.get_mut().write_all(bytes)
     }
 
+    /// Waits until an answer begins.
+    pub fn wait_for_answer(&mut self) -> io::Result<()> {
+        self.stream.fill_buf().map(drop)
+    }
+
     /// Reads one answer.
     pub fn answer(&mut self, body: bool) -> io::Result<Answer> {
         let head = read_head(&mut self.stream)?.ok_or(io::ErrorKind::UnexpectedEof)?;

@@ -1,0 +1,522 @@
+//! Whether a path is the upstream cache's own: what everybody can have from there gives nothing away.
+//!
+//! A signature by the upstream's key, stored with the path, proves it without a word to anybody. Otherwise the upstream
+//! cache is asked, once in an hour. Whatever is not known to be equal counts as not.
+
+use crate::config::{Config, DEFAULT_UPSTREAM};
+use crate::nix::{HashPart, Malformed, NarHash, NarInfo, PathInfo, PublicKey, StoreDir};
+use crate::on_drop::OnDrop;
+use crate::seldom::Seldom;
+use std::collections::{HashMap, HashSet};
+use std::fmt;
+use std::io::Read;
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+use ureq::Agent;
+use ureq::tls::{RootCerts, TlsConfig};
+
+/// The key of [`DEFAULT_UPSTREAM`] (Nix manual, "trusted-public-keys").
+const UPSTREAM_KEY: &str = "cache.nixos.org-1:6NCHdD59X431o0gWypbMrAURkbJ16ZPMQFGspcDShjY=";
+
+/// Signatures of the upstream's name that are checked of one path, 0.1 ms each. Upstream makes one.
+const MAX_SIGNATURES: usize = 4;
+
+/// How long an answer is remembered, as by the original.
+const REMEMBERED: Duration = Duration::from_secs(3600);
+/// When so many new ones have come, those before them are forgotten: so up to twice as many are kept. A hash table of
+/// 32,768 places is then full, and two take 5 MiB, on a node that shares as many paths.
+const GENERATION: usize = 28_672;
+
+/// A request to the upstream cache takes no longer, from the name's resolution to the answer's last byte.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
+/// Requests at once.
+const MAX_REQUESTS: usize = 4;
+/// Caches send from one place to another, not in circles.
+const MAX_REDIRECTS: u32 = 3;
+/// A response's head.
+const MAX_HEAD: usize = 16 * 1024;
+
+/// How long an asker waits for its turn, or for an equal question's answer. Peers give up sooner, and find the answer
+/// when they come again.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// Askers that wait. Each holds a thread and a connection, of which neighbours are to have most.
+const MAX_WAITING: usize = 32;
+
+/// When upstream gave no answer it is left alone so long, and what is not known is not shared. A single path of
+/// which it said nothing that can be read is left alone as long.
+const PAUSE: Duration = Duration::from_secs(5);
+
+/// A path, and the NAR that it has here.
+type Key = (HashPart, NarHash);
+
+/// Compares paths with the upstream cache's, and remembers.
+pub struct Verifier {
+    agent: Agent,
+    url: String,
+    key: Option<PublicKey>,
+    store_dir: StoreDir,
+    state: Mutex<State>,
+    /// A request ended.
+    ended: Condvar,
+    faults: Seldom,
+}
+
+#[derive(Default)]
+struct State {
+    answers: Answers,
+    /// What is being asked.
+    asked: HashSet<Key>,
+    waiting: usize,
+    paused_until: Option<Instant>,
+}
+
+/// Why there is no answer.
+enum Failure {
+    Unreachable(ureq::Error),
+    Status(u16),
+    /// Of this path alone.
+    Malformed(Malformed),
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Failure::Unreachable(e) => write!(f, "{e}"),
+            Failure::Status(status) => write!(f, "status {status}"),
+            Failure::Malformed(e) => write!(f, "{e}"),
+        }
+    }
+}
+
+impl Verifier {
+    /// Of the upstream cache that the user chose.
+    pub fn new(config: &Config) -> Self {
+        let is_default = config.upstream_cache == DEFAULT_UPSTREAM;
+        let key = is_default.then(|| PublicKey::parse(UPSTREAM_KEY).expect("a public key"));
+        Self::with(config.upstream_cache.clone(), key, config.store_dir.clone())
+    }
+
+    fn with(url: String, key: Option<PublicKey>, store_dir: StoreDir) -> Self {
+        let config = Agent::config_builder()
+            .tls_config(TlsConfig::builder().root_certs(RootCerts::PlatformVerifier).build())
+            // A redirect must not lead out of what the user trusts to be safe from others on the way.
+            .https_only(url.starts_with("https://"))
+            .max_redirects(MAX_REDIRECTS)
+            .http_status_as_error(false)
+            .user_agent(concat!("peerix/", env!("CARGO_PKG_VERSION")))
+            .accept_encoding("identity")
+            .timeout_global(Some(REQUEST_TIMEOUT))
+            .max_response_header_size(MAX_HEAD)
+            .max_idle_connections(MAX_REQUESTS)
+            .max_idle_connections_per_host(MAX_REQUESTS)
+            .build();
+        Verifier {
+            agent: config.new_agent(),
+            url,
+            key,
+            store_dir,
+            state: Mutex::default(),
+            ended: Condvar::new(),
+            faults: Seldom::default(),
+        }
+    }
+
+    /// Whether the path is upstream's, if that is known without asking. Takes 0.5 ms at most, and mostly 1 µs.
+    pub fn verified_now(&self, info: &PathInfo) -> Option<bool> {
+        let key = key(info);
+        if let Some(known) = self.lock().answers.get(&key, Instant::now()) {
+            return known;
+        }
+        let is_signed = self.is_signed(info)?;
+        let (proof, now) = (is_signed.then_some(true), Instant::now());
+        let mut state = self.lock();
+        // That its signatures are none is remembered too, but must not take the place of upstream's own answer.
+        if is_signed || state.answers.get(&key, now).is_none() {
+            state.answers.put(key, proof, now + REMEMBERED);
+        }
+        proof
+    }
+
+    /// Whether the path is upstream's; asks upstream if need be. False if that cannot be told now. Takes 15 s at most.
+    pub fn verified(&self, info: &PathInfo) -> bool {
+        if let Some(answer) = self.verified_now(info) {
+            return answer;
+        }
+        let key = key(info);
+        match self.turn(&key) {
+            Turn::Answered(answer) => answer,
+            Turn::NotNow => false,
+            Turn::Mine => self.ask(&key, info),
+        }
+    }
+
+    /// Whether a signature proves it; `None` if there is none by that name.
+    fn is_signed(&self, info: &PathInfo) -> Option<bool> {
+        let key = self.key.as_ref()?;
+        let mut signatures = info.signatures.iter().filter(|s| s.name() == key.name()).take(MAX_SIGNATURES).peekable();
+        signatures.peek()?;
+        let fingerprint = info.fingerprint(&self.store_dir);
+        Some(signatures.any(|signature| key.verify(fingerprint.as_bytes(), signature)))
+    }
+
+    /// Waits until upstream may be asked this.
+    fn turn(&self, key: &Key) -> Turn {
+        let deadline = Instant::now() + PATIENCE;
+        let mut state = self.lock();
+        loop {
+            let now = Instant::now();
+            if let Some(Some(answer)) = state.answers.get(key, now) {
+                return Turn::Answered(answer);
+            }
+            if state.paused_until.is_some_and(|until| until > now) {
+                return Turn::NotNow;
+            }
+            if state.asked.len() < MAX_REQUESTS && !state.asked.contains(key) {
+                state.asked.insert(*key);
+                return Turn::Mine;
+            }
+            if state.waiting >= MAX_WAITING || now >= deadline {
+                return Turn::NotNow;
+            }
+            state.waiting += 1;
+            state = self.ended.wait_timeout(state, deadline - now).unwrap_or_else(PoisonError::into_inner).0;
+            state.waiting -= 1;
+        }
+    }
+
+    fn ask(&self, key: &Key, info: &PathInfo) -> bool {
+        let _end = OnDrop::new(|| {
+            self.lock().asked.remove(key);
+            self.ended.notify_all();
+        });
+        let answer = self.request(info);
+        let now = Instant::now();
+        let mut state = self.lock();
+        match answer {
+            Ok(answer) => {
+                log::debug!("{}: {} upstream", info.path, if answer { "the same" } else { "not, or not the same," });
+                state.answers.put(*key, Some(answer), now + REMEMBERED);
+                answer
+            }
+            Err(e @ Failure::Malformed(_)) => {
+                log::debug!("{}: upstream cache {}: {e}", info.path, self.url);
+                state.answers.put(*key, Some(false), now + PAUSE);
+                false
+            }
+            Err(e) => {
+                if self.faults.now(now) {
+                    log::warn!(
+                        "upstream cache {}: {e}; what it did not confirm before is not shared over WAN",
+                        self.url
+                    );
+                }
+                state.paused_until = Some(now + PAUSE);
+                false
+            }
+        }
+    }
+
+    fn request(&self, info: &PathInfo) -> Result<bool, Failure> {
+        let url = format!("{}/{}.narinfo", self.url, info.path.hash_part());
+        let mut response = self.agent.get(url).call().map_err(Failure::Unreachable)?;
+        match response.status().as_u16() {
+            200 => {}
+            // Object stores say 403 where they may not say 404.
+            403 | 404 | 410 => return Ok(false),
+            status => return Err(Failure::Status(status)),
+        }
+        let mut bytes = Vec::new();
+        let most = NarInfo::MAX_LEN as u64 + 1;
+        let body = response.body_mut().as_reader().take(most).read_to_end(&mut bytes);
+        body.map_err(|e| Failure::Unreachable(e.into()))?;
+        let theirs = NarInfo::parse(&bytes, &self.store_dir).map_err(Failure::Malformed)?.info;
+        Ok(theirs.path == info.path && theirs.nar_hash == info.nar_hash && theirs.nar_size == info.nar_size)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+enum Turn {
+    Answered(bool),
+    /// Upstream failed just now, or is asked too much.
+    NotNow,
+    Mine,
+}
+
+fn key(info: &PathInfo) -> Key {
+    (info.path.hash_part(), info.nar_hash)
+}
+
+/// What is known of which path: an answer, or that its signatures give none.
+#[derive(Default)]
+struct Answers {
+    young: HashMap<Key, Answer>,
+    old: HashMap<Key, Answer>,
+}
+
+struct Answer {
+    is_upstreams: Option<bool>,
+    until: Instant,
+}
+
+impl Answers {
+    fn get(&self, key: &Key, now: Instant) -> Option<Option<bool>> {
+        let answer = self.young.get(key).or_else(|| self.old.get(key)).filter(|answer| answer.until > now)?;
+        Some(answer.is_upstreams)
+    }
+
+    fn put(&mut self, key: Key, is_upstreams: Option<bool>, until: Instant) {
+        if self.young.len() >= GENERATION {
+            self.old = std::mem::take(&mut self.young);
+        }
+        self.young.insert(key, Answer { is_upstreams, until });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::nix::golden;
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::thread::{self, JoinHandle};
+    use tiny_http::{Header, Response, Server};
+
+    /// From cache.nixos.org, with its signature.
+    const UPSTREAM_NARINFO: &str = include_str!("../../tests/data/cache.nixos.org.narinfo");
+
+    const SIGNED: &str = "vx8ssdprqbd8zwyipycgh6jp25k69rx6";
+
+    fn upstreams() -> PathInfo {
+        NarInfo::parse(UPSTREAM_NARINFO.as_bytes(), &golden::store_dir()).unwrap().info
+    }
+
+    /// Where nobody is.
+    fn unreachable(key: Option<PublicKey>) -> Verifier {
+        Verifier::with("http://127.0.0.1:9".into(), key, golden::store_dir())
+    }
+
+    /// Answers each request as it is told: status and body.
+    struct Upstream {
+        server: Arc<Server>,
+        requests: Arc<AtomicUsize>,
+        thread: Option<JoinHandle<()>>,
+    }
+
+    impl Upstream {
+        fn start(answer: impl Fn(&str) -> (u16, String) + Send + 'static) -> (Upstream, Verifier) {
+            let server = Arc::new(Server::http("127.0.0.1:0").unwrap());
+            let requests = Arc::new(AtomicUsize::new(0));
+            let (serving, counted) = (server.clone(), requests.clone());
+            let thread = thread::spawn(move || {
+                for request in serving.incoming_requests() {
+                    counted.fetch_add(1, Ordering::SeqCst);
+                    let (status, body) = answer(request.url());
+                    let mut response = Response::from_string(&body).with_status_code(status);
+                    if status == 302 {
+                        response.add_header(Header::from_bytes("Location", body).unwrap());
+                    }
+                    // A client that has read enough goes away.
+                    let _ = request.respond(response);
+                }
+            });
+            let url = format!("http://{}/base", server.server_addr().to_ip().unwrap());
+            let verifier = Verifier::with(url, None, golden::store_dir());
+            (Upstream { server, requests, thread: Some(thread) }, verifier)
+        }
+
+        fn requests(&self) -> usize {
+            self.requests.load(Ordering::SeqCst)
+        }
+    }
+
+    impl Drop for Upstream {
+        fn drop(&mut self) {
+            self.server.unblock();
+            self.thread.take().unwrap().join().unwrap();
+        }
+    }
+
+    fn narinfo() -> NarInfo {
+        golden::narinfo(SIGNED)
+    }
+
+    #[test]
+    fn the_signature_of_the_default_upstream_is_proof() {
+        let config = Config::default();
+        assert_eq!(Verifier::new(&config).verified_now(&upstreams()), Some(true));
+        // Of another upstream no key is known.
+        let other = Verifier::new(&Config { upstream_cache: "https://cache.example".into(), ..config.clone() });
+        assert_eq!(other.verified_now(&upstreams()), None);
+        // It covers all of these.
+        let changes: [fn(&mut PathInfo); 5] = [
+            |info| info.nar_size += 1,
+            |info| info.nar_hash = NarHash::from_bytes([0; 32]),
+            |info| info.path = golden::narinfo(SIGNED).info.path,
+            |info| info.references.clear(),
+            |info| info.signatures.clear(),
+        ];
+        for (at, change) in changes.into_iter().enumerate() {
+            let mut info = upstreams();
+            change(&mut info);
+            assert_eq!(Verifier::new(&config).verified_now(&info), None, "change {at}");
+        }
+    }
+
+    #[test]
+    fn signatures_are_checked_once_and_only_of_the_right_name() {
+        let public = PublicKey::parse(golden::PUBLIC_KEY.trim()).unwrap();
+        let secret = crate::nix::SecretKey::parse(golden::SECRET_KEY).unwrap();
+        let mut info = narinfo().info;
+        let fingerprint = info.fingerprint(&golden::store_dir());
+        info.signatures = vec![secret.sign(fingerprint.as_bytes())];
+        let verifier = unreachable(Some(public));
+        assert_eq!(verifier.verified_now(&info), Some(true));
+        // Remembered: the signature is not looked at again.
+        info.signatures.clear();
+        assert_eq!(verifier.verified_now(&info), Some(true));
+        assert!(verifier.verified(&info));
+
+        let mut forged = golden::narinfos().into_iter().map(|n| n.info).find(|i| i.path != info.path).unwrap();
+        forged.signatures = vec![secret.sign(b"something else")];
+        assert_eq!(verifier.verified_now(&forged), None);
+        assert_eq!(verifier.lock().answers.get(&key(&forged), Instant::now()), Some(None));
+        forged.signatures = vec![secret.sign(forged.fingerprint(&golden::store_dir()).as_bytes())];
+        assert_eq!(verifier.verified_now(&forged), None, "it was checked again");
+        assert!(!verifier.verified(&forged), "nobody is there to ask");
+    }
+
+    #[test]
+    fn what_upstream_says_and_what_follows() {
+        let text = |change: fn(&mut NarInfo)| {
+            let mut narinfo = narinfo();
+            narinfo.compression = "xz".into();
+            change(&mut narinfo);
+            narinfo.print(&golden::store_dir())
+        };
+        let elsewhere = text(|_| {}).replace("/nix/store", "/other/store");
+        let long = format!("{}Sig: {}\n", text(|_| {}), "x".repeat(NarInfo::MAX_LEN));
+        // Status, body, answer, whether it is remembered, and whether upstream is left alone.
+        for (status, body, answer, kept, pauses) in [
+            (200, text(|_| {}), true, true, false),
+            (200, text(|n| n.info.nar_hash = NarHash::from_bytes([1; 32])), false, true, false),
+            (200, text(|n| n.info.nar_size += 1), false, true, false),
+            (200, text(|n| n.info.path = upstreams().path), false, true, false),
+            (200, elsewhere, false, true, false),
+            (200, long, false, true, false),
+            (200, "<html>please log in</html>".into(), false, true, false),
+            (200, String::new(), false, true, false),
+            (404, text(|_| {}), false, true, false),
+            (403, text(|_| {}), false, true, false),
+            (410, text(|_| {}), false, true, false),
+            (500, text(|_| {}), false, false, true),
+            (503, text(|_| {}), false, false, true),
+            (429, text(|_| {}), false, false, true),
+            (204, String::new(), false, false, true),
+        ] {
+            let info = narinfo().info;
+            let case = format!("{status} {body:.40}");
+            let (upstream, verifier) = Upstream::start(move |url| {
+                assert_eq!(url, format!("/base/{SIGNED}.narinfo"));
+                (status, body.clone())
+            });
+            assert_eq!(verifier.verified_now(&info), None, "{case}");
+            assert_eq!(verifier.verified(&info), answer, "{case}");
+            assert_eq!(verifier.verified_now(&info), kept.then_some(answer), "{case}");
+            // Neither is asked again at once.
+            assert_eq!(verifier.verified(&info), answer, "{case}");
+            assert_eq!(upstream.requests(), 1, "{case}");
+            assert_eq!(verifier.lock().paused_until.is_some(), pauses, "{case}");
+            // With another NAR it is another question.
+            let other = PathInfo { nar_hash: NarHash::from_bytes([2; 32]), ..info };
+            assert_eq!(verifier.verified_now(&other), None, "{case}");
+            assert!(!verifier.verified(&other), "{case}");
+        }
+    }
+
+    #[test]
+    fn unreadable_answers_are_forgotten_soon_and_others_late() {
+        let (_upstream, verifier) = Upstream::start(|_| (200, "odd".into()));
+        let info = narinfo().info;
+        verifier.verified(&info);
+        let known = |after| verifier.lock().answers.get(&key(&info), Instant::now() + after);
+        assert_eq!(known(Duration::ZERO), Some(Some(false)));
+        assert_eq!(known(PAUSE), None);
+        let (_upstream, verifier) = Upstream::start(|_| (404, String::new()));
+        verifier.verified(&info);
+        let known = |after| verifier.lock().answers.get(&key(&info), Instant::now() + after);
+        assert_eq!(known(REMEMBERED - PAUSE), Some(Some(false)));
+        assert_eq!(known(REMEMBERED), None);
+    }
+
+    #[test]
+    fn after_the_pause_upstream_is_asked_again() {
+        let calls = AtomicUsize::new(0);
+        let (upstream, verifier) = Upstream::start(move |_| match calls.fetch_add(1, Ordering::SeqCst) {
+            0 => (500, String::new()),
+            _ => (200, narinfo().print(&golden::store_dir())),
+        });
+        let info = narinfo().info;
+        assert!(!verifier.verified(&info));
+        assert!(!verifier.verified(&info));
+        assert_eq!(upstream.requests(), 1);
+        verifier.lock().paused_until = Some(Instant::now());
+        assert!(verifier.verified(&info));
+    }
+
+    #[test]
+    fn redirects_are_followed_and_have_an_end() {
+        let (upstream, verifier) = Upstream::start(|url| match url.strip_prefix("/base") {
+            Some(rest) => (302, format!("/elsewhere{rest}")),
+            None => (200, narinfo().print(&golden::store_dir())),
+        });
+        assert!(verifier.verified(&narinfo().info));
+        assert_eq!(upstream.requests(), 2);
+        let (upstream, verifier) = Upstream::start(|url| (302, url.to_owned()));
+        assert!(!verifier.verified(&narinfo().info));
+        assert_eq!(upstream.requests(), 1 + MAX_REDIRECTS as usize);
+    }
+
+    #[test]
+    fn so_many_wait_and_no_more() {
+        let verifier = unreachable(None);
+        let info = narinfo().info;
+        let others = || (0..MAX_REQUESTS as u8).map(|n| (info.path.hash_part(), NarHash::from_bytes([n; 32])));
+        verifier.lock().asked.extend(others());
+        verifier.lock().waiting = MAX_WAITING;
+        assert!(matches!(verifier.turn(&key(&info)), Turn::NotNow));
+        assert_eq!(verifier.lock().waiting, MAX_WAITING);
+        verifier.lock().waiting = 0;
+        thread::scope(|scope| {
+            let waiter = scope.spawn(|| verifier.turn(&key(&info)));
+            while verifier.lock().waiting == 0 {
+                thread::yield_now();
+            }
+            let first = others().next().unwrap();
+            verifier.lock().asked.remove(&first);
+            verifier.ended.notify_all();
+            assert!(matches!(waiter.join().unwrap(), Turn::Mine));
+        });
+        assert_eq!(verifier.lock().asked.len(), MAX_REQUESTS);
+    }
+
+    #[test]
+    fn of_many_answers_the_oldest_are_forgotten() {
+        let (mut answers, now) = (Answers::default(), Instant::now());
+        let hash_part = narinfo().info.path.hash_part();
+        let key = |n: usize| {
+            let mut bytes = [0; 32];
+            bytes[..8].copy_from_slice(&n.to_le_bytes());
+            (hash_part, NarHash::from_bytes(bytes))
+        };
+        for n in 0..10 * GENERATION {
+            answers.put(key(n), Some(true), now + REMEMBERED);
+            assert!(answers.young.len() + answers.old.len() <= 2 * GENERATION);
+        }
+        let known = (0..10 * GENERATION).filter(|n| answers.get(&key(*n), now).is_some()).count();
+        assert_eq!(known, 2 * GENERATION);
+        assert!(answers.get(&key(10 * GENERATION - 1), now).is_some());
+    }
+}
