@@ -1,12 +1,12 @@
 # Every target installs what it needs and this machine lacks, by scripts/deps. `make` lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help build run demo test check bench deps
+.PHONY: help build run demo demo-wan test check bench deps
 
 CARGO ?= cargo
 # Debian keeps ip and iptables where only root looks.
 export PATH := $(PATH):/usr/sbin:/sbin
 
-# Systems that have neither apt-get nor a /usr/bin, as NixOS, run demo, test, check and bench in a Debian directory.
+# Systems that have neither apt-get nor a /usr/bin, as NixOS, run the demos, test, check and bench in a Debian directory.
 HERE := $(if $(shell command -v apt-get; ls /usr/bin/nsenter 2>/dev/null),yes)
 
 # Where cargo puts things.
@@ -22,7 +22,7 @@ RUNNER := --config 'target."cfg(unix)".runner = "$(SUDO)"'
 endif
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):[^#]*## /  make \1\t/p' Makefile | expand -t 16
+	@sed -n 's/^\([a-z-]*\):[^#]*## /  make \1\t/p' Makefile | expand -t 16
 
 build: ## the release program, target/release/peerix
 	@scripts/deps build
@@ -37,6 +37,12 @@ demo: ## three machines in namespaces; real Nix on one fetches from the others
 	@scripts/deps build test
 	$(CARGO) build --release --locked --bin peerix --example demo
 	@PEERIX_BIN=$(TARGET)/release/peerix PEERIX_TEST_DIR=$(TARGET)/demo $(DEMO_ROOT) $(TARGET)/release/examples/demo
+
+demo-wan: ## machines on three networks and a tracker; one of them behind a router, as at home
+	@scripts/deps build test
+	$(CARGO) build --release --locked --bin peerix --bin peerix-tracker --example demo_wan
+	@PEERIX_BIN=$(TARGET)/release/peerix PEERIX_TRACKER_BIN=$(TARGET)/release/peerix-tracker PEERIX_TEST_DIR=$(TARGET)/demo \
+		$(DEMO_ROOT) $(TARGET)/release/examples/demo_wan
 
 test: ## every test
 	@scripts/deps build test
@@ -53,7 +59,7 @@ bench: ## measures peerix side by side with nginx, and prints a table
 	@scripts/deps build test bench
 	$(CARGO) bench --locked $(RUNNER) --bench peers
 else
-demo test check bench:
+demo demo-wan test check bench:
 	@scripts/in-debian $@
 endif
 

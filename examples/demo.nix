@@ -20,4 +20,6 @@ in
   shell = closure "shell" 40;
   # The same wherever it is built.
   image = build "image" "mkdir $out; yes peerix | head -c 268435456 > $out/disk" [ ];
+  # This too; it can be made several times smaller, but not to nothing.
+  book = build "book" "mkdir $out; seq 100000000 | head -c 268435456 > $out/text" [ ];
 }

@@ -3,9 +3,12 @@
 mod common;
 
 use common::http::{self, Reply, Server};
-use common::lan::Run;
-use common::{Lan, PORT, World, nix, tree, world};
+use common::lan::{Host, Run};
+use common::standin::receive;
+use common::{Lan, Nat, PORT, Wan, World, nix, tree, world};
 use std::fs;
+use std::io::ErrorKind;
+use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
 #[test]
@@ -65,6 +68,126 @@ fn broadcast_is_heard_and_faults_happen() {
     assert_eq!(trip(1).0, 1);
     two.fall_silent();
     assert_eq!(trip(1).0, 0);
+}
+
+/// A server on `host` that answers with the host's name and who asks.
+fn echo(host: &Host) -> Server {
+    let name = host.name.clone();
+    Server::start(host.listen(PORT), move |_| Reply::Whole(200, name.clone().into_bytes()))
+}
+
+fn reached(from: &Host, address: Ipv4Addr) -> Option<String> {
+    http::get(from, (address, PORT), "/").ok().map(|answer| answer.text())
+}
+
+/// Connects without waiting for long.
+fn connects(from: &Host, address: Ipv4Addr) -> Result<(), ErrorKind> {
+    let to = SocketAddr::from((address, PORT));
+    let connection = from.in_net(|| TcpStream::connect_timeout(&to, Duration::from_millis(300)));
+    connection.map(drop).map_err(|error| error.kind())
+}
+
+#[test]
+fn networks_are_joined_by_a_router_that_passes_on_no_broadcast() {
+    let wan = Wan::new();
+    let (home, office, public) = (wan.lan([10, 1, 0]), wan.lan([10, 2, 0]), wan.lan([203, 0, 113]));
+    let hosts = [home.host("a"), home.host("b"), office.host("c"), public.host("d")];
+    assert_eq!(hosts[3].address, Ipv4Addr::new(203, 0, 113, 1));
+    let _servers = hosts.each_ref().map(echo);
+    for from in &hosts {
+        for to in &hosts {
+            assert_eq!(reached(from, to.address).as_deref(), Some(to.name.as_str()), "{} to {}", from.name, to.name);
+        }
+    }
+
+    let sockets = hosts.each_ref().map(|host| host.udp(PORT));
+    for to in [home.address(255), office.address(255), Ipv4Addr::BROADCAST] {
+        sockets[0].send_to(b"all", (to, PORT)).unwrap();
+    }
+    for (socket, host) in sockets.iter().zip(&hosts).skip(1) {
+        // It takes the same way, so who has this has all that will come.
+        sockets[0].send_to(b"last", (host.address, PORT)).unwrap();
+        let heard = std::iter::from_fn(|| receive(socket, common::SOON))
+            .inspect(|(from, _)| assert_eq!(from.ip(), hosts[0].address))
+            .take_while(|(_, datagram)| datagram != b"last");
+        let expected = if host.name == "b" { 2 } else { 0 };
+        assert_eq!(heard.count(), expected, "{}", host.name);
+    }
+}
+
+#[test]
+fn addresses_where_nobody_is() {
+    let wan = Wan::new();
+    let (home, office) = (wan.lan([10, 1, 0]), wan.lan([10, 2, 0]));
+    let (a, b) = (home.host("a"), office.host("b"));
+    let nobody = |second| Ipv4Addr::new(10, second, 4, 4);
+    wan.unreachable("10.7.0.0/16");
+    wan.blackhole("10.8.0.0/16");
+    wan.all_at("10.9.0.0/16", &b);
+    assert_eq!(connects(&a, nobody(7)), Err(ErrorKind::HostUnreachable));
+    assert_eq!(connects(&a, nobody(8)), Err(ErrorKind::TimedOut));
+    assert_eq!(connects(&a, nobody(9)), Err(ErrorKind::ConnectionRefused));
+    let _server = echo(&b);
+    assert_eq!(reached(&a, nobody(9)).as_deref(), Some("b"));
+}
+
+#[test]
+fn faults_happen_across_a_router() {
+    let wan = Wan::new();
+    let (home, office) = (wan.lan([10, 1, 0]), wan.lan([10, 2, 0]));
+    let (a, b) = (home.host("a"), office.host("b"));
+    let _server = Server::start(b.listen(PORT), |_| Reply::Whole(200, vec![0; 2 << 20]));
+    let begin = Instant::now();
+    {
+        let _delay = b.delay(Duration::from_millis(60));
+        assert_eq!(connects(&a, b.address), Ok(()));
+    }
+    assert!(begin.elapsed() >= Duration::from_millis(60), "{:?}", begin.elapsed());
+    b.net("iptables -F");
+
+    let (received, sent) = (a.received(), b.sent());
+    a.slow(80);
+    let begin = Instant::now();
+    let answer = http::get(&a, (b.address, PORT), "/").unwrap();
+    assert!(answer.whole && begin.elapsed() >= Duration::from_millis(150), "2 MiB at 80 Mbit/s: {:?}", begin.elapsed());
+    assert!(b.sent() - sent > 2 << 20 && a.received() - received > 2 << 20);
+    b.unplug();
+    assert!(connects(&a, b.address).is_err());
+}
+
+#[test]
+fn a_network_behind_one_address() {
+    let wan = Wan::new();
+    let (internet, elsewhere) = (wan.lan([203, 0, 113]), wan.lan([198, 51, 100]));
+    let nat = Nat::new(&internet, [192, 168, 1]);
+    let (inside, outside) = (nat.lan.host("inside"), elsewhere.host("outside"));
+    assert_eq!((nat.address(), inside.address), (internet.address(1), nat.lan.address(1)));
+    let _servers = [echo(&inside), echo(&outside)];
+
+    // Out, with the router's address.
+    assert_eq!(reached(&inside, outside.address).as_deref(), Some("outside"));
+    let (heard, sends) = (outside.udp(PORT), inside.udp(PORT));
+    sends.send_to(b"x", (outside.address, PORT)).unwrap();
+    let (from, _) = receive(&heard, common::SOON).unwrap();
+    assert_eq!(from.ip(), nat.address());
+
+    // In, only what is forwarded, and with the address of who sent it.
+    assert!(reached(&outside, nat.address()).is_none());
+    nat.forward("tcp", PORT, &inside);
+    assert_eq!(reached(&outside, nat.address()).as_deref(), Some("inside"));
+    let other = elsewhere.host("other").udp(PORT);
+    other.send_to(b"lost", (nat.address(), PORT)).unwrap();
+    nat.forward("udp", PORT, &inside);
+    // A connection of its own, so that what the router remembers of the first says nothing of it.
+    let third = elsewhere.host("third");
+    third.udp(PORT).send_to(b"comes", (nat.address(), PORT)).unwrap();
+    let (from, datagram) = receive(&sends, common::SOON).unwrap();
+    assert_eq!((from.ip(), &datagram[..]), (third.address.into(), &b"comes"[..]));
+
+    // And what nobody forwarded does not get in, also from who knows the addresses inside.
+    let neighbour = internet.host("neighbour");
+    neighbour.net(&format!("ip route add 192.168.1.0/24 via {}", nat.address()));
+    assert_eq!(connects(&neighbour, inside.address), Err(ErrorKind::TimedOut));
 }
 
 #[test]

@@ -1,18 +1,17 @@
 //! The original peerix (the Python program) and this one on one network, both ways.
 //!
 //! The stand-in does what the original does and no more: it answers a query only when it has the path, knows no other
-//! packets, names NARs by the base64 of their store path, sends them in chunks, and leaves `CA` out of narinfos.
+//! packets, and by HTTP does as [`standin::original`] says.
 //! `data/original-query` and `data/original-have` are datagrams as the original sends them, with the request ID 1, for the
 //! content-addressed file that [`golden`] adds.
 
 mod common;
 
-use common::http::{self, Reply, Request};
+use common::http::{self, Reply};
 use common::lan::Run;
 use common::packet::Packet;
-use common::standin::{BROADCAST, Shelf, StandIn, field, have, receive};
+use common::standin::{self, BROADCAST, Shelf, StandIn, field, have, receive};
 use common::{Asker, Holder, Host, Lan, PORT, SOON, World, nix, tree, wait_for, world};
-use data_encoding::BASE64;
 use std::collections::HashMap;
 use std::fs;
 
@@ -27,35 +26,11 @@ fn golden(host: &Host) -> String {
     path
 }
 
-/// The original's name for the NAR of a path.
-fn nar_name(path: &str) -> String {
-    format!("{}.nar", BASE64.encode(path.as_bytes()).replace('/', "_"))
-}
-
 /// The original, holding everything in the world's static cache.
 fn original(host: &Host, world: &World) -> StandIn {
     let shelf = Shelf::of(world);
-    let by_hash = shelf.clone();
-    StandIn::start(host, have(move |hash_part| by_hash.narinfo(hash_part).is_some()), move |request: &Request| {
-        let missing = || Reply::Whole(404, b"Not found".to_vec());
-        if let Some(hash_part) = request.path.strip_prefix("/local/").and_then(|rest| rest.strip_suffix(".narinfo")) {
-            let Some(lines) = shelf.narinfo(hash_part) else { return missing() };
-            let path = field(&lines, "StorePath");
-            let mut text = format!("StorePath: {path}\nURL: local/nar/{}\nCompression: none\n", nar_name(path));
-            for name in ["NarHash", "NarSize", "References", "Deriver", "Sig"] {
-                for (key, value) in &lines {
-                    if key == name && !value.is_empty() {
-                        text += &format!("{key}: {value}\n");
-                    }
-                }
-            }
-            return Reply::Whole(200, text.into_bytes());
-        }
-        let name = request.path.strip_prefix("/local/nar/").and_then(|rest| rest.strip_suffix(".nar"));
-        let path = name.and_then(|name| BASE64.decode(name.replace("%3D", "=").replace('_', "/").as_bytes()).ok());
-        let path = path.and_then(|path| String::from_utf8(path).ok());
-        path.and_then(|path| shelf.nar(world::hash_part(&path))).map_or_else(missing, |nar| Reply::Chunked(200, nar))
-    })
+    let answers = standin::original(&shelf);
+    StandIn::start(host, have(move |hash_part| shelf.narinfo(hash_part).is_some()), answers)
 }
 
 #[test]

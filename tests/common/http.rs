@@ -5,6 +5,7 @@ use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 /// What a server answered.
 #[derive(Debug)]
@@ -54,6 +55,13 @@ impl Connection {
     pub fn ask(&mut self, method: &str, path: &str, headers: &str) -> io::Result<Answer> {
         self.send(format!("{method} {path} HTTP/1.1\r\nHost: peer\r\n{headers}\r\n").as_bytes())?;
         self.answer(method != "HEAD")
+    }
+
+    /// A request with a body, and its answer. Further header lines each end in CR LF.
+    pub fn tell(&mut self, method: &str, path: &str, headers: &str, body: &[u8]) -> io::Result<Answer> {
+        let head = format!("{method} {path} HTTP/1.1\r\nHost: peer\r\nContent-Length: {}\r\n{headers}\r\n", body.len());
+        self.send(&[head.as_bytes(), body].concat())?;
+        self.answer(true)
     }
 
     /// Bytes as they are.
@@ -145,6 +153,8 @@ pub struct Request {
     pub path: String,
     /// Names in lower case.
     pub headers: Vec<(String, String)>,
+    /// By `Content-Length`.
+    pub body: Vec<u8>,
 }
 
 /// What a [`Server`] does about a request.
@@ -157,6 +167,8 @@ pub enum Reply {
     Cut(Vec<u8>, usize),
     /// Bytes as they are; then the connection is closed.
     Raw(Vec<u8>),
+    /// An answer with its length, a byte at a time with a pause after each.
+    Drip(Vec<u8>, Duration),
     /// Nothing: the connection stays open until the asker gives up.
     Silence,
 }
@@ -210,9 +222,13 @@ fn serve(stream: &TcpStream, handle: &dyn Fn(&Request) -> Reply) -> io::Result<(
     let mut reader = BufReader::new(stream);
     let mut writer = stream;
     while let Some(head) = read_head(&mut reader)? {
+        let length = head.headers.iter().find(|(name, _)| name == "content-length");
+        let length = length.and_then(|(_, length)| length.parse().ok()).unwrap_or(0);
+        let mut body = Vec::new();
+        (&mut reader).take(length).read_to_end(&mut body)?;
         let mut words = head.first.split(' ');
         let mut word = || words.next().unwrap_or_default().to_owned();
-        let request = Request { method: word(), path: word(), headers: head.headers };
+        let request = Request { method: word(), path: word(), headers: head.headers, body };
         match handle(&request) {
             Reply::Whole(status, body) => {
                 let mut bytes = format!("HTTP/1.1 {status} x\r\nContent-Length: {}\r\n\r\n", body.len()).into_bytes();
@@ -236,6 +252,13 @@ fn serve(stream: &TcpStream, handle: &dyn Fn(&Request) -> Reply) -> io::Result<(
                 return writer.write_all(&body[..end]);
             }
             Reply::Raw(bytes) => return writer.write_all(&bytes),
+            Reply::Drip(body, pause) => {
+                write!(writer, "HTTP/1.1 200 x\r\nContent-Length: {}\r\n\r\n", body.len())?;
+                for byte in body {
+                    writer.write_all(&[byte])?;
+                    std::thread::sleep(pause);
+                }
+            }
             Reply::Silence => {
                 io::copy(&mut reader, &mut io::sink())?;
                 return Ok(());

@@ -11,29 +11,62 @@ use std::process::{Child, Command, Output, Stdio};
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// A switch. Hosts are plugged in by [`Lan::host`]. One network exists at a time in a test program, so that
-/// a test measures what it does to the machine itself and not what its neighbours do.
+/// A switch. Hosts are plugged in by [`Lan::host`].
 pub struct Lan {
-    switch: Arc<Namespace>,
+    /// Where the switch is.
+    namespace: Arc<Namespace>,
+    switch: String,
+    subnet: Subnet,
+    /// The address of the way out, if there is one.
+    gateway: Option<Ipv4Addr>,
     hosts: AtomicU8,
-    _turn: MutexGuard<'static, ()>,
+    _turn: Option<Turn>,
 }
 
-static TURN: Mutex<()> = Mutex::new(());
+/// The first three bytes of the addresses of a network: a /24.
+pub type Subnet = [u8; 3];
+
+/// The right to have a network: one exists at a time in a test program (a [`super::Wan`] counts as one), so that a
+/// test measures what it does to the machine itself and not what its neighbours do.
+pub type Turn = MutexGuard<'static, ()>;
+
+/// Waits until no other test of this program has a network.
+pub fn turn() -> Turn {
+    static TURN: Mutex<()> = Mutex::new(());
+    // A test that failed leaves nothing behind that matters to the next.
+    TURN.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 impl Lan {
-    /// An empty network, 10.77.0.0/24.
+    /// An empty network, 10.77.0.0/24, with no way out.
     pub fn new() -> Lan {
-        // A test that failed leaves nothing behind that matters to the next.
-        let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
-        let switch = Namespace::start(
-            Command::new("unshare").args(["--net", "--mount", "--pid", "--fork", "--mount-proc"]).args([
-                "sh",
-                "-ec",
-                "ip link add switch type bridge mcast_snooping 0; ip link set switch up; echo ready; exec cat",
-            ]),
-        );
-        Lan { switch: Arc::new(switch), hosts: AtomicU8::new(0), _turn: turn }
+        let turn = turn();
+        let mut lan = Lan::of(&Arc::new(Namespace::bare()), "switch", [10, 77, 0]);
+        lan._turn = Some(turn);
+        lan
+    }
+
+    /// An empty network with no way out, its switch called `switch` in `namespace`.
+    pub(super) fn of(namespace: &Arc<Namespace>, switch: &str, subnet: Subnet) -> Lan {
+        run(namespace, &format!("ip link add {switch} type bridge mcast_snooping 0"));
+        run(namespace, &format!("ip link set {switch} up"));
+        let (namespace, switch) = (Arc::clone(namespace), switch.to_owned());
+        Lan { namespace, switch, subnet, gateway: None, hosts: AtomicU8::new(0), _turn: None }
+    }
+
+    /// The same, where the machine that the switch is in is the way out, for hosts still to come.
+    pub(super) fn routed(namespace: &Arc<Namespace>, switch: &str, subnet: Subnet) -> Lan {
+        let mut lan = Lan::of(namespace, switch, subnet);
+        let gateway = lan.address(254);
+        run(namespace, &format!("ip addr add {gateway}/24 brd + dev {switch}"));
+        lan.gateway = Some(gateway);
+        lan
+    }
+
+    /// An address on this network, of a host or of nobody.
+    pub fn address(&self, number: u8) -> Ipv4Addr {
+        let [a, b, c] = self.subnet;
+        Ipv4Addr::new(a, b, c, number)
     }
 
     /// A new machine on this network, its store empty.
@@ -49,14 +82,14 @@ impl Lan {
                 .arg(&mountpoint)
                 .arg(super::nix::root())
                 .arg(directory())
-                .arg(super::daemon::binary().parent().expect("a program is in a directory")),
+                .args(super::program_dirs()),
         );
         let host = Host {
             name: name.to_owned(),
-            address: Ipv4Addr::new(10, 77, 0, number),
-            port: format!("port{number}"),
-            namespace,
-            switch: Arc::clone(&self.switch),
+            address: self.address(number),
+            port: format!("{}-{number}", self.switch),
+            namespace: Arc::new(namespace),
+            switch: Arc::clone(&self.namespace),
         };
         // Without duplicate address detection, which would keep the IPv6 address from being used for two seconds.
         let address = host.address;
@@ -64,10 +97,13 @@ impl Lan {
             .args(["-ec", "ip link set lo up; echo 0 > /proc/sys/net/ipv6/conf/default/accept_dad"])
             .okay();
         let (pid, port) = (host.namespace.pid(), &host.port);
-        run(&self.switch, &format!("ip link add {port} type veth peer name eth0 netns {pid}"));
-        run(&self.switch, &format!("ip link set {port} master switch up"));
+        run(&self.namespace, &format!("ip link add {port} type veth peer name eth0 netns {pid}"));
+        run(&self.namespace, &format!("ip link set {port} master {} up", self.switch));
         run(&host.namespace, &format!("ip addr add {address}/24 brd + dev eth0"));
         run(&host.namespace, "ip link set eth0 up");
+        if let Some(gateway) = self.gateway {
+            run(&host.namespace, &format!("ip route add default via {gateway}"));
+        }
         host
     }
 }
@@ -79,7 +115,7 @@ pub struct Host {
     /// On the network.
     pub address: Ipv4Addr,
     port: String,
-    namespace: Namespace,
+    pub(super) namespace: Arc<Namespace>,
     switch: Arc<Namespace>,
 }
 
@@ -204,11 +240,25 @@ impl Host {
 }
 
 /// The namespaces of a host or switch, kept by a process that waits for us to end.
-struct Namespace {
+pub(super) struct Namespace {
     holder: Child,
 }
 
 impl Namespace {
+    /// One for switches: a network and processes, with the files of this machine.
+    pub(super) fn bare() -> Namespace {
+        let script = ["sh", "-ec", "echo ready; exec cat"];
+        Namespace::start(
+            Command::new("unshare").args(["--net", "--mount", "--pid", "--fork", "--mount-proc"]).args(script),
+        )
+    }
+
+    /// Passes packets on from each of its networks to the others.
+    pub(super) fn forward(&self) {
+        let script = "echo 1 > /proc/sys/net/ipv4/ip_forward";
+        self.nsenter(&["net"]).args(["--", "sh", "-ec", script]).okay();
+    }
+
     fn start(command: &mut Command) -> Namespace {
         let mut holder =
             command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("unshare starts (it is in util-linux)");
@@ -252,7 +302,8 @@ impl Drop for Namespace {
     }
 }
 
-fn run(namespace: &Namespace, line: &str) {
+/// Runs `ip`, `tc` or the like, given as one line.
+pub(super) fn run(namespace: &Namespace, line: &str) {
     namespace.nsenter(&["net"]).arg("--").args(line.split(' ')).okay();
 }
 

@@ -1,8 +1,11 @@
 //! A process in a host, to be watched, signalled and ended.
 
-use super::wait_for;
+use super::{directory, wait_for};
 use rustix::process::{Pid, Signal, kill_process};
-use std::process::{Child, Command, ExitStatus};
+use std::fs::{self, File};
+use std::path::PathBuf;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 
 /// A running process. Dropping it kills it.
 pub struct Process {
@@ -67,5 +70,54 @@ impl Process {
 impl Drop for Process {
     fn drop(&mut self) {
         self.kill();
+    }
+}
+
+/// A process that logs. Dropping it kills it; what it logged is shown if the test failed.
+pub struct Logged {
+    /// The process.
+    pub process: Process,
+    log: PathBuf,
+}
+
+impl Logged {
+    /// Starts what [`super::Host::cmd`] describes; `name` is for people.
+    pub fn start(name: &str, mut command: Command) -> Logged {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let logs = directory().join("log");
+        fs::create_dir_all(&logs).expect("a directory for logs");
+        let number = COUNT.fetch_add(1, Ordering::Relaxed);
+        let log = logs.join(format!("{}-{number}-{name}", std::process::id()));
+        let file = File::create(&log).expect("a log");
+        command.stdin(Stdio::null()).stdout(file.try_clone().expect("a second handle")).stderr(file);
+        Logged { process: Process::start(command), log }
+    }
+
+    /// Waits until `done` has an answer; panics if the process ends first.
+    pub fn wait_until<T>(&mut self, what: &str, mut done: impl FnMut() -> Option<T>) -> T {
+        wait_for(what, || {
+            if let Some(status) = self.process.ended() {
+                panic!("{what}: it ended: {status}\n{}", self.log());
+            }
+            done()
+        })
+    }
+
+    /// Everything it has logged so far.
+    pub fn log(&self) -> String {
+        String::from_utf8_lossy(&fs::read(&self.log).unwrap_or_default()).into_owned()
+    }
+}
+
+impl Drop for Logged {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let log = self.log();
+            let lines: Vec<&str> = log.lines().collect();
+            let shown = lines[lines.len().saturating_sub(150)..].join("\n");
+            eprintln!("---- {} ({} lines)\n{shown}", self.log.display(), lines.len());
+        } else {
+            let _ = fs::remove_file(&self.log);
+        }
     }
 }

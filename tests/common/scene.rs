@@ -1,7 +1,10 @@
-//! The usual cast: hosts that hold everything and run peerix, and hosts that have nothing and ask.
+//! The usual cast: hosts that hold everything and run peerix, and hosts that have nothing and ask; and the places they
+//! are in when they need a tracker to find one another.
 
 use super::daemon::{Daemon, mark, wait_until_known};
 use super::lan::{Host, Lan, Run};
+use super::tracker::{self, Tracker};
+use super::wan::Wan;
 use super::{World, nix};
 
 /// A host with all of the world's paths, running peerix.
@@ -59,9 +62,16 @@ impl Asker {
 
     /// One that trusts `keys`, as a user would set it up: Nix and peerix are told of the same keys.
     pub fn with(lan: &Lan, next: &str, keys: &[&str]) -> Asker {
+        Self::flagged(lan, next, keys, |_| vec![])
+    }
+
+    /// The same with the flags that `more` returns.
+    pub fn flagged(lan: &Lan, next: &str, keys: &[&str], more: impl FnOnce(&Host) -> Vec<String>) -> Asker {
         let host = lan.host("asker");
         nix::configure_client(&host, next, keys);
-        let flags: Vec<&str> = keys.iter().flat_map(|key| ["--trusted-public-key", key]).collect();
+        let more = more(&host);
+        let mut flags: Vec<&str> = keys.iter().flat_map(|key| ["--trusted-public-key", key]).collect();
+        flags.extend(more.iter().map(String::as_str));
         Asker { daemon: Daemon::start(&host, &flags), host }
     }
 
@@ -84,5 +94,49 @@ impl Asker {
         let all: Vec<&str> = closure.iter().map(String::as_str).collect();
         nix::assert_whole(&self.host, &all, &world.store());
         closure
+    }
+}
+
+/// Three networks, the asker's, the holders' and the tracker's, with a router between them.
+pub struct Places {
+    /// A running tracker in `centre`.
+    pub tracker: Tracker,
+    /// Where askers are.
+    pub home: Lan,
+    /// Where holders are.
+    pub away: Lan,
+    /// Where the tracker is.
+    pub centre: Lan,
+    /// What holders hold.
+    pub world: World,
+    /// All of it.
+    pub wan: Wan,
+}
+
+impl Places {
+    /// Starts the tracker.
+    pub fn new() -> Places {
+        let wan = Wan::new();
+        let (home, away, centre) = (wan.lan([10, 1, 0]), wan.lan([203, 0, 113]), wan.lan([198, 51, 100]));
+        let world = World::on(&home);
+        Places { tracker: Tracker::start(centre.host("tracker")), home, away, centre, world, wan }
+    }
+
+    /// One that shares everything by the tracker, with the signatures of the world's static cache.
+    pub fn holder(&self, name: &str) -> Holder {
+        Holder::with(&self.away, &self.world, name, |host| {
+            self.world.sign(host);
+            tracker::open(host, "wan", &[&self.tracker.host])
+        })
+    }
+
+    /// One that trusts the world's static cache, finds every one of `holders` by the tracker, and has no other
+    /// substituter.
+    pub fn asker(&self, holders: &[&Holder]) -> Asker {
+        let asker = Asker::flagged(&self.home, "", &[&self.world.cache_key], |host| {
+            tracker::flags(host, "wan", &[&self.tracker.host])
+        });
+        asker.meet(holders);
+        asker
     }
 }

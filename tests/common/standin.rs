@@ -3,7 +3,9 @@
 use super::http::{Reply, Request, Server};
 use super::lan::Host;
 use super::packet::Packet;
+use super::world::hash_part;
 use super::{PORT, World};
+use data_encoding::BASE64;
 use std::fs;
 use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
 use std::path::PathBuf;
@@ -135,6 +137,33 @@ impl Shelf {
 /// A field of a narinfo's lines; empty if it has none.
 pub fn field<'a>(narinfo: &'a [(String, String)], name: &str) -> &'a str {
     narinfo.iter().find(|(key, _)| key == name).map_or("", |(_, value)| value.as_str())
+}
+
+/// What the original answers by HTTP, out of `shelf`: it names NARs by the base64 of their store path, sends them in
+/// chunks, and leaves `CA` out of narinfos.
+pub fn original(shelf: &Shelf) -> impl Fn(&Request) -> Reply + Send + Sync + 'static {
+    let shelf = shelf.clone();
+    move |request| {
+        let missing = || Reply::Whole(404, b"Not found".to_vec());
+        if let Some(hash_part) = request.path.strip_prefix("/local/").and_then(|rest| rest.strip_suffix(".narinfo")) {
+            let Some(lines) = shelf.narinfo(hash_part) else { return missing() };
+            let path = field(&lines, "StorePath");
+            let name = BASE64.encode(path.as_bytes()).replace('/', "_");
+            let mut text = format!("StorePath: {path}\nURL: local/nar/{name}.nar\nCompression: none\n");
+            for name in ["NarHash", "NarSize", "References", "Deriver", "Sig"] {
+                for (key, value) in &lines {
+                    if key == name && !value.is_empty() {
+                        text += &format!("{key}: {value}\n");
+                    }
+                }
+            }
+            return Reply::Whole(200, text.into_bytes());
+        }
+        let name = request.path.strip_prefix("/local/nar/").and_then(|rest| rest.strip_suffix(".nar"));
+        let path = name.and_then(|name| BASE64.decode(name.replace("%3D", "=").replace('_', "/").as_bytes()).ok());
+        let path = path.and_then(|path| String::from_utf8(path).ok());
+        path.and_then(|path| shelf.nar(hash_part(&path))).map_or_else(missing, |nar| Reply::Chunked(200, nar))
+    }
 }
 
 /// An address on the test's network that everyone hears.

@@ -1,0 +1,188 @@
+//! A running tracker.
+
+use super::http::{self, Connection};
+use super::lan::Host;
+use super::process::Logged;
+use data_encoding::{BASE64, HEXLOWER};
+use ed25519_compact::{KeyPair, Seed};
+use rustix::process::Signal;
+use serde_json::{Value, json};
+use std::path::{Path, PathBuf};
+use std::process::ExitStatus;
+use std::sync::OnceLock;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+/// The port every tracker listens on.
+pub const PORT: u16 = 12305;
+
+/// Where it keeps what must last.
+const DATABASE: &str = "/var/lib/peerix-tracker/db";
+
+/// Where a node keeps its identity: [`flags`].
+const STATE: &str = "/var/lib/peerix";
+
+/// The program under test: `PEERIX_TRACKER_BIN`, else the one cargo built for these tests, if it did.
+pub fn binary() -> Option<&'static Path> {
+    static PATH: OnceLock<Option<PathBuf>> = OnceLock::new();
+    let find = || {
+        let given = std::env::var_os("PEERIX_TRACKER_BIN").map(PathBuf::from);
+        given.or_else(|| option_env!("CARGO_BIN_EXE_peerix-tracker").map(PathBuf::from))
+    };
+    PATH.get_or_init(find).as_deref()
+}
+
+/// A tracker and the machine it runs on. Dropping it kills it; what it logged is shown if the test failed.
+pub struct Tracker {
+    program: Logged,
+    /// The machine.
+    pub host: Host,
+}
+
+impl Tracker {
+    /// Starts it, with `--verbose`, and waits until it says that it is well.
+    pub fn start(host: Host) -> Tracker {
+        Tracker { program: start(&host), host }
+    }
+
+    /// Starts it again after [`Tracker::kill`] or [`Tracker::stop`], with the same database.
+    pub fn start_again(&mut self) {
+        self.program = start(&self.host);
+    }
+
+    /// `kill -9`.
+    pub fn kill(&mut self) {
+        self.program.process.kill();
+    }
+
+    /// `SIGTERM`, and waits until it has stopped.
+    pub fn stop(&mut self) -> ExitStatus {
+        self.program.process.terminate()
+    }
+
+    /// Sends it a signal.
+    pub fn signal(&mut self, signal: Signal) {
+        self.program.process.signal(signal);
+    }
+
+    /// Everything it has logged since it was started last.
+    pub fn log(&self) -> String {
+        self.program.log()
+    }
+
+    /// For `--tracker-url`.
+    pub fn url(&self) -> String {
+        url(&self.host)
+    }
+
+    /// `GET`, answered with 200 and JSON.
+    pub fn get(&self, path: &str) -> Value {
+        let answer = http::get(&self.host, (self.host.address, PORT), path).expect("the tracker answers");
+        assert_eq!(answer.status, 200, "{path}: {}", answer.text());
+        serde_json::from_slice(&answer.body).expect("the tracker's answers are JSON")
+    }
+
+    /// The peers that it lists: id and address.
+    pub fn peers(&self) -> Vec<(String, String)> {
+        let list = self.get("/peers");
+        let text = |value: &Value| value.as_str().expect("a text").to_owned();
+        let peers = list["peers"].as_array().expect("a list of peers");
+        peers.iter().map(|peer| (text(&peer["peer_id"]), text(&peer["addr"]))).collect()
+    }
+
+    /// Whether it lists a peer of that name.
+    pub fn lists(&self, peer_id: &str) -> bool {
+        self.peers().iter().any(|(listed, _)| listed == peer_id)
+    }
+
+    /// A number of a peer's reputation, by its name in `GET /reputation/<peer id>`.
+    pub fn reputation(&self, peer_id: &str, name: &str) -> u64 {
+        self.get(&format!("/reputation/{peer_id}"))[name].as_u64().expect("a count")
+    }
+
+    /// Announces, as the original does, a peer on `host` that has no key and no filter.
+    pub fn announce_original(&self, host: &Host, peer_id: &str) {
+        let body = json!({ "peer_id": peer_id, "port": super::PORT });
+        self.told(host, "POST", "/announce", "Content-Type: application/json\r\n", body.to_string().as_bytes());
+    }
+
+    /// Announces a peer on `host` with a key, and a filter that has everything.
+    pub fn announce_with_everything(&self, host: &Host, peer_id: &str) {
+        let keys = KeyPair::from_seed(Seed::new(sha256(peer_id.as_bytes())));
+        let public_key = BASE64.encode(keys.pk.as_ref());
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).expect("a clock that is set");
+        let mut timestamp = u64::try_from(now.as_millis()).expect("a clock that is set");
+        let mut sign = |call: &str, fields: &str| {
+            timestamp += 1;
+            let text = format!(
+                "peerix tracker 1\ncall: {call}\npeer_id: {peer_id}\n{fields}timestamp: {timestamp}\n\
+                 public_key: {public_key}\n"
+            );
+            (timestamp, BASE64.encode(keys.sk.sign(text, None).as_ref()))
+        };
+        let (timestamp, signature) = sign("announce", &format!("port: {}\naddr: \n", super::PORT));
+        let body = json!({
+            "peer_id": peer_id, "port": super::PORT,
+            "public_key": public_key, "timestamp": timestamp, "signature": signature,
+        });
+        self.told(host, "POST", "/announce", "Content-Type: application/json\r\n", body.to_string().as_bytes());
+        let filter = [0xff; 1024];
+        let digest = HEXLOWER.encode(&sha256(&filter));
+        let (timestamp, signature) = sign("filter", &format!("sha256: {digest}\n"));
+        let headers = format!(
+            "X-Peerix-Public-Key: {public_key}\r\nX-Peerix-Timestamp: {timestamp}\r\nX-Peerix-Signature: {signature}\r\n"
+        );
+        self.told(host, "PUT", &format!("/filter/{peer_id}"), &headers, &filter);
+    }
+
+    /// A request from `host` that is answered with 200.
+    fn told(&self, host: &Host, method: &str, path: &str, headers: &str, body: &[u8]) {
+        let stream = host.connect((self.host.address, PORT)).expect("the tracker is there");
+        let mut connection = Connection::new(stream).expect("a connection");
+        let answer = connection.tell(method, path, headers, body).expect("the tracker answers");
+        assert_eq!(answer.status, 200, "{method} {path}: {}", answer.text());
+    }
+}
+
+fn sha256(bytes: &[u8]) -> [u8; 32] {
+    let digest = ring::digest::digest(&ring::digest::SHA256, bytes);
+    digest.as_ref().try_into().expect("it has 32 bytes")
+}
+
+fn start(host: &Host) -> Logged {
+    make_dir(host, DATABASE.trim_end_matches("/db"));
+    let program = binary().expect("PEERIX_TRACKER_BIN is not set");
+    let mut command = host.cmd(&program.display().to_string());
+    let port = PORT.to_string();
+    command.args(["--port", &port, "--host", "0.0.0.0", "--db-path", DATABASE, "--verbose"]);
+    let mut program = Logged::start(&host.name, command);
+    program.wait_until("the tracker is well", || {
+        let answer = http::get(host, (host.address, PORT), "/health").ok()?;
+        (answer.status == 200).then_some(())
+    });
+    program
+}
+
+/// For `--tracker-url`, the tracker that is, or is not, on `host`.
+pub fn url(host: &Host) -> String {
+    format!("http://{}:{PORT}", host.address)
+}
+
+/// Flags for a peerix on `host` that is called as the host is, and finds peers by trackers on `trackers` in `mode`
+/// (`wan`, `both`).
+pub fn flags(host: &Host, mode: &str, trackers: &[&Host]) -> Vec<String> {
+    make_dir(host, STATE);
+    let fixed = ["--mode", mode, "--peer-id", &host.name, "--state-dir", STATE].map(str::to_owned);
+    let urls = trackers.iter().flat_map(|host| ["--tracker-url".to_owned(), url(host)]);
+    fixed.into_iter().chain(urls).collect()
+}
+
+/// The same with flags that have it share everything with everyone.
+pub fn open(host: &Host, mode: &str, trackers: &[&Host]) -> Vec<String> {
+    let mut flags = flags(host, mode, trackers);
+    flags.extend(["--no-verify", "--no-filter"].map(str::to_owned));
+    flags
+}
+
+fn make_dir(host: &Host, path: &str) {
+    std::fs::create_dir_all(host.path(path)).expect("the host's directories");
+}

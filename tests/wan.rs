@@ -1,0 +1,362 @@
+//! Peers on other networks, found by a tracker: real Nix on one network gets real paths from another, where no
+//! broadcast reaches.
+
+mod common;
+
+use common::daemon::narinfo_status;
+use common::http::{Reply, Request, Server};
+use common::lan::Run;
+use common::scene::Places;
+use common::standin::{self, Shelf, StandIn, field};
+use common::tracker::{self, Tracker, open};
+use common::{Asker, Daemon, Holder, Host, Nat, PORT, Wan, World, nix, stock, wait_at_most, wait_for, world};
+use std::fs;
+use std::time::Duration;
+
+const MIB: u64 = 1 << 20;
+
+/// What the NAR of `middle` has, and a little more for what is around it.
+const MIDDLE: u64 = 64 * MIB;
+
+/// A peer announces itself again after so long at most, also to a tracker that was down for a while.
+const ANNOUNCED: Duration = Duration::from_secs(100);
+
+/// Has Nix make `host` a key; returns the public one.
+fn key(host: &Host) -> String {
+    host.sh(&format!("nix-store --generate-binary-cache-key {}-1 /etc/peerix.sec /etc/peerix.pub", host.name));
+    fs::read_to_string(host.path("/etc/peerix.pub")).unwrap().trim().to_owned()
+}
+
+/// What the NARs of `paths` have in all.
+fn nar_bytes(host: &Host, paths: &[String]) -> u64 {
+    let sizes = host.cmd("nix-store").args(["--query", "--size"]).args(paths).okay();
+    sizes.lines().map(|size| size.parse::<u64>().expect("a number")).sum()
+}
+
+#[test]
+fn closure_from_a_peer_on_another_network() {
+    let places = Places::new();
+    let (world, trackers) = (&places.world, [&places.tracker.host]);
+    let holder = Holder::with(&places.away, world, "holder", |host| {
+        key(host);
+        let mut flags = open(host, "wan", &trackers);
+        flags.extend(["--private-key", "/etc/peerix.sec"].map(str::to_owned));
+        flags
+    });
+    let key = fs::read_to_string(holder.host.path("/etc/peerix.pub")).unwrap();
+    let asker = Asker::flagged(&places.home, "", &[key.trim()], |host| tracker::flags(host, "wan", &trackers));
+    asker.meet(&[&holder]);
+    let mut all = asker.fetches(world, world.path("closure300"));
+    assert_eq!(all.len(), 300);
+    for name in ["odd", "large", "many"] {
+        all.extend(asker.fetches(world, world.path(name)));
+    }
+    nix::assert_nothing_but(&asker.host, &all);
+    let signatures = asker.host.cmd("nix").args(["path-info", "--sigs", world.path("closure300")]).okay();
+    assert!(signatures.contains("holder-1:"), "{signatures}");
+    // Content-addressed, with no signature at all, and only the holder has it.
+    nix::realise_quietly(&asker.host, &[&holder.mark]);
+    nix::assert_whole(&asker.host, &[&holder.mark], &holder.host.path("/nix/store"));
+
+    // A client that trusts another key takes nothing.
+    let stranger = places.asker(&[&holder]);
+    let output = nix::realise(&stranger.host, &[world.path("little")]);
+    assert!(!output.status.success(), "a path was taken that no trusted key has signed");
+    nix::assert_nothing_but(&stranger.host, &[]);
+}
+
+#[test]
+fn a_distant_peer_has_everything() {
+    let places = Places::new();
+    let holder = places.holder("holder");
+    let _far = holder.host.delay(Duration::from_millis(60));
+    let asker = places.asker(&[&holder]);
+    assert_eq!(asker.fetches(&places.world, places.world.path("closure1000")).len(), 1000);
+}
+
+#[test]
+fn a_path_that_comes_later_is_found() {
+    let places = Places::new();
+    let holder = places.holder("holder");
+    let asker = places.asker(&[&holder]);
+    let later = stock::add(&holder.host, "later", "echo later > $n");
+    wait_at_most(ANNOUNCED, "a new path is found", || (narinfo_status(&asker.host, &later) == 200).then_some(()));
+    nix::realise_quietly(&asker.host, &[&later]);
+    nix::assert_whole(&asker.host, &[&later], &holder.host.path("/nix/store"));
+}
+
+/// A host that serves the world's static cache over HTTP as an upstream cache; the narinfo of `other` speaks of
+/// another NAR than the world has.
+fn upstream(places: &Places) -> (String, Server) {
+    let host = places.centre.host("upstream");
+    let (dir, other) = (places.world.cache(), world::hash_part(places.world.path("other")).to_owned());
+    let little =
+        field(&Shelf::of(&places.world).narinfo(world::hash_part(places.world.path("little"))).unwrap(), "NarHash")
+            .to_owned();
+    let server = Server::start(host.listen(8080), move |request| {
+        let path = request.path.trim_start_matches('/');
+        let Ok(body) = fs::read(dir.join(path)) else { return Reply::Whole(404, b"404".to_vec()) };
+        if path != format!("{other}.narinfo") {
+            return Reply::Whole(200, body);
+        }
+        let text = String::from_utf8(body).expect("a narinfo is text");
+        let lines: Vec<String> = text
+            .lines()
+            .map(
+                |line| if line.starts_with("NarHash: ") { format!("NarHash: {little}\n") } else { format!("{line}\n") },
+            )
+            .collect();
+        Reply::Whole(200, lines.concat().into_bytes())
+    });
+    (format!("http://{}:8080", host.address), server)
+}
+
+#[test]
+fn only_what_the_upstream_cache_has_is_shared() {
+    let places = Places::new();
+    let (world, trackers) = (&places.world, [&places.tracker.host]);
+    let (url, _server) = upstream(&places);
+    let holder = Holder::with(&places.away, world, "holder", |host| {
+        key(host);
+        let mut flags = tracker::flags(host, "wan", &trackers);
+        flags.extend(["--private-key", "/etc/peerix.sec", "--upstream-cache", &url].map(str::to_owned));
+        flags
+    });
+    let key = fs::read_to_string(holder.host.path("/etc/peerix.pub")).unwrap();
+    let asker = Asker::flagged(&places.home, "", &[key.trim()], |host| tracker::flags(host, "wan", &trackers));
+    wait_for("the holder is known", || (narinfo_status(&asker.host, world.path("little")) == 200).then_some(()));
+    let closure = asker.fetches(world, world.path("closure300"));
+    assert_eq!(closure.len(), 300);
+    // Never upstream; another NAR upstream.
+    for path in [&holder.mark, world.path("big"), world.path("other")] {
+        assert_eq!(narinfo_status(&asker.host, path), 404, "{path}");
+        let status = stock::narinfo(&asker.host, &holder.host, path).status;
+        assert!([403, 404].contains(&status), "{path}: {status}");
+        assert_eq!(narinfo_status(&holder.host, path), 404, "what the own Nix asks has nothing to do with it");
+    }
+}
+
+#[test]
+fn a_peer_on_the_own_network_is_preferred() {
+    let places = Places::new();
+    let (world, trackers) = (&places.world, [&places.tracker.host]);
+    let far = places.holder("far");
+    let near = Holder::with(&places.home, world, "near", |host| {
+        world.sign(host);
+        open(host, "both", &trackers)
+    });
+    let asker = Asker::flagged(&places.home, "", &[&world.cache_key], |host| tracker::flags(host, "both", &trackers));
+    asker.meet(&[&far, &near]);
+    let before = [far.host.sent(), near.host.sent()];
+    asker.fetches(world, world.path("middle"));
+    asker.fetches(world, world.path("closure300"));
+    let sent = [far.host.sent() - before[0], near.host.sent() - before[1]];
+    assert!(sent[1] > MIDDLE && sent[0] < MIB, "{sent:?} bytes came from far and near");
+    // What nobody on the own network has still comes from the other.
+    nix::realise_quietly(&asker.host, &[&far.mark]);
+}
+
+/// A holder behind a router that forwards `protocols`, as does the tracker: what the tracker sees is no address that
+/// others can use. The asker is behind another router, and nothing is forwarded to it.
+fn behind_a_router(protocols: &[&str]) {
+    let wan = Wan::new();
+    let (here, there) = (wan.lan([203, 0, 113]), wan.lan([198, 51, 100]));
+    let world = World::on(&here);
+    let (nat, own) = (Nat::new(&here, [192, 168, 1]), Nat::new(&there, [192, 168, 7]));
+    let tracker = Tracker::start(nat.lan.host("tracker"));
+    nat.forward("tcp", tracker::PORT, &tracker.host);
+    let holder = Holder::with(&nat.lan, &world, "holder", |host| {
+        world.sign(host);
+        for protocol in protocols {
+            nat.forward(protocol, PORT, host);
+        }
+        let mut flags = open(host, "wan", &[&tracker.host]);
+        flags.extend(["--announce-addr".to_owned(), nat.address().to_string()]);
+        flags
+    });
+    let asker = Asker::flagged(&own.lan, "", &[&world.cache_key], |host| {
+        // To everyone outside the tracker is where the router is.
+        tracker::flags(host, "wan", &[&nat.router])
+    });
+    asker.meet(&[&holder]);
+    assert!(tracker.peers().contains(&("holder".to_owned(), nat.address().to_string())), "{:?}", tracker.peers());
+    assert_eq!(asker.fetches(&world, world.path("closure300")).len(), 300);
+    asker.fetches(&world, world.path("large"));
+}
+
+#[test]
+fn a_peer_behind_a_router_that_forwards_its_port() {
+    behind_a_router(&["tcp", "udp"]);
+}
+
+#[test]
+fn a_peer_behind_a_router_that_forwards_tcp_alone() {
+    behind_a_router(&["tcp"]);
+}
+
+#[test]
+fn one_of_two_trackers_is_enough() {
+    let Places { tracker: mut first, home, away, centre, world, wan: _wan } = Places::new();
+    let second = centre.host("second");
+    let trackers = [&first.host, &second];
+    let holder = Holder::with(&away, &world, "holder", |host| {
+        world.sign(host);
+        open(host, "wan", &trackers)
+    });
+    let asker = Asker::flagged(&home, "", &[&world.cache_key], |host| tracker::flags(host, "wan", &trackers));
+    asker.meet(&[&holder]);
+    asker.fetches(&world, world.path("little"));
+
+    // The second comes up, and then the first goes down.
+    let mut second = Tracker::start(second);
+    wait_at_most(ANNOUNCED, "the second tracker has the holder", || second.lists("holder").then_some(()));
+    first.kill();
+    let found = || (narinfo_status(&asker.host, &holder.mark) == 200).then_some(());
+    wait_at_most(ANNOUNCED, "the holder is found by the second tracker", found);
+    assert_eq!(asker.fetches(&world, world.path("closure300")).len(), 300);
+
+    // And the other way round.
+    first.start_again();
+    wait_at_most(ANNOUNCED, "the first tracker has the holder again", || first.lists("holder").then_some(()));
+    second.kill();
+    wait_at_most(ANNOUNCED, "the holder is found by the first tracker", found);
+    asker.fetches(&world, world.path("other"));
+}
+
+#[test]
+fn a_node_that_stops_is_listed_no_longer() {
+    let places = Places::new();
+    let mut holder = places.holder("holder");
+    let asker = places.asker(&[&holder]);
+    let listed = || -> Vec<String> { places.tracker.peers().into_iter().map(|(peer_id, _)| peer_id).collect() };
+    wait_for("both are listed", || (places.tracker.lists("holder") && places.tracker.lists("asker")).then_some(()));
+    assert!(holder.daemon.stop().success());
+    assert_eq!(listed(), ["asker"]);
+    let path = places.world.path("little");
+    assert_eq!(narinfo_status(&asker.host, path), 404);
+
+    // The same node with the same key is listed again, and found.
+    let flags = open(&holder.host, "wan", &[&places.tracker.host]);
+    let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
+    let _daemon = Daemon::start(&holder.host, &flags);
+    wait_for("it is found again", || (narinfo_status(&asker.host, path) == 200).then_some(()));
+    asker.fetches(&places.world, path);
+}
+
+#[test]
+fn both_sides_report_and_the_tracker_remembers() {
+    let mut places = Places::new();
+    let holder = places.holder("holder");
+    let asker = places.asker(&[&holder]);
+    let paths = asker.fetches(&places.world, places.world.path("closure300"));
+    let bytes = nar_bytes(&asker.host, &paths);
+    let tracker = &mut places.tracker;
+    wait_at_most(ANNOUNCED, "all transfers are resolved", || {
+        assert!(tracker.reputation("holder", "total_shared") <= bytes);
+        (tracker.reputation("holder", "total_shared") == bytes).then_some(())
+    });
+    assert_eq!(tracker.reputation("asker", "total_received"), bytes);
+    for peer in ["holder", "asker"] {
+        assert_eq!(tracker.reputation(peer, "failed_transfers"), 0, "{peer}");
+    }
+    let successful = tracker.reputation("holder", "successful_transfers");
+    assert!(successful > 0);
+    assert_eq!(tracker.reputation("asker", "successful_transfers"), successful);
+    assert_eq!(tracker.reputation("holder", "total_received"), 0);
+
+    // Killed, it comes back with all it said it knew.
+    let said = ["holder", "asker"].map(|peer| tracker.get(&format!("/reputation/{peer}")));
+    tracker.kill();
+    tracker.start_again();
+    assert_eq!(["holder", "asker"].map(|peer| tracker.get(&format!("/reputation/{peer}"))), said);
+    // Who is here it need not know, and is soon told.
+    wait_at_most(ANNOUNCED, "the holder is listed again", || tracker.lists("holder").then_some(()));
+    let listed = tracker.get("/peers");
+    let listed = listed["peers"].as_array().unwrap().iter().find(|peer| peer["peer_id"] == "holder").unwrap();
+    assert_eq!(listed["reputation"]["total_shared"], bytes);
+}
+
+#[test]
+fn between_networks_nars_are_compressed_and_on_one_they_are_not() {
+    const SIZE: u32 = 48;
+    let places = Places::new();
+    let (world, trackers) = (&places.world, [&places.tracker.host]);
+    let mut text = String::new();
+    let holder = Holder::with(&places.away, world, "holder", |host| {
+        world.sign(host);
+        text = stock::add_large(host, "text", SIZE);
+        open(host, "both", &trackers)
+    });
+    let neighbour =
+        Asker::flagged(&places.away, "", &[&world.cache_key], |host| tracker::flags(host, "both", &trackers));
+    neighbour.meet(&[&holder]);
+    let asker = places.asker(&[&holder]);
+    let takes = |asker: &Asker, path: &str| {
+        let before = holder.host.sent();
+        nix::realise_quietly(&asker.host, &[path]);
+        nix::assert_whole(&asker.host, &[path], &holder.host.path("/nix/store"));
+        holder.host.sent() - before
+    };
+    let nar = nar_bytes(&holder.host, std::slice::from_ref(&text));
+    let near = takes(&neighbour, &text);
+    assert!(near > nar, "{near} bytes on the own network for a NAR of {nar}");
+    let far = takes(&asker, &text);
+    assert!(far < nar / 2, "{far} bytes to another network for a NAR of {nar}");
+    // What cannot be made smaller does not get larger, and comes through.
+    let random = takes(&asker, world.path("middle"));
+    assert!((MIDDLE..MIDDLE + MIDDLE / 8).contains(&random), "{random} bytes for a NAR of {MIDDLE}");
+    eprintln!("NAR of {nar} bytes: {near} on the own network, {far} to another");
+}
+
+/// Realises `path` over a link slow enough to see it half done, and then kills the holder that is sending it.
+fn killed_at_half(places: &Places, path: &str, size: u64) {
+    let mut holders = [places.holder("one"), places.holder("two")];
+    let [one, two] = &holders;
+    let asker = places.asker(&[one, two]);
+    asker.host.slow(400);
+    let before = holders.each_ref().map(|holder| holder.host.sent());
+    let mut child = nix::realising(&asker.host, &[path]).spawn().expect("nsenter starts");
+    let sender = wait_for("half of what is sent", || {
+        assert!(child.try_wait().expect("it is ours").is_none(), "Nix was done before half was sent");
+        holders.iter().zip(&before).position(|(holder, before)| holder.host.sent() - before > size / 2)
+    });
+    holders[sender].daemon.kill();
+    assert!(child.try_wait().expect("it is ours").is_none(), "Nix was done before the peer was struck");
+    nix::assert_quiet(&child.wait_with_output().expect("it is ours"));
+    nix::assert_whole(&asker.host, &[path], &holders[sender].host.path("/nix/store"));
+    let log = asker.daemon.log();
+    let other = holders[1 - sender].host.address.to_string();
+    let continued = log.lines().any(|line| line.contains("continued from peer") && line.contains(&other));
+    assert!(continued, "the log tells of no continuation");
+    // And it did not begin anew: the two have sent it once.
+    let sent: u64 = holders.iter().zip(&before).map(|(holder, before)| holder.host.sent() - before).sum();
+    assert!(sent < size + size / 4, "{sent} bytes were sent for {size}");
+}
+
+#[test]
+fn another_peer_finishes_what_a_killed_one_began() {
+    let places = Places::new();
+    killed_at_half(&places, places.world.path("middle"), MIDDLE);
+}
+
+#[test]
+fn a_peer_of_the_original_is_found_by_the_tracker() {
+    let places = Places::new();
+    let old = places.away.host("original");
+    let shelf = Shelf::of(&places.world);
+    // To datagrams from elsewhere it says nothing.
+    let original = StandIn::start(&old, |_| None, standin::original(&shelf));
+    places.tracker.announce_original(&old, "9f1b8a62-7a4e-4c8e-9a39-0b7f8e6b1d11");
+    let asker = places.asker(&[]);
+    let probe = places.world.path("little");
+    wait_for("the original is found", || (narinfo_status(&asker.host, probe) == 200).then_some(()));
+    assert_eq!(asker.fetches(&places.world, places.world.path("closure300")).len(), 300);
+    asker.fetches(&places.world, places.world.path("large"));
+    asker.fetches(&places.world, places.world.path("odd"));
+    assert_eq!(narinfo_status(&asker.host, &format!("/nix/store/{}-x", "0".repeat(32))), 404);
+    // It was asked as the original asks: nothing else has a meaning to it.
+    let asked = original.asked.lock().unwrap();
+    let strange: Vec<&Request> =
+        asked.iter().filter(|request| !(request.method == "GET" && request.path.starts_with("/local/"))).collect();
+    assert!(strange.is_empty(), "{strange:?}");
+}

@@ -1,0 +1,369 @@
+//! Trackers and peers on other networks that fail, or mean no good. Adding them costs Nix nothing it would notice.
+
+mod common;
+
+use common::daemon::{self, narinfo_status};
+use common::http::{self, Connection, Reply, Request, Server};
+use common::scene::Places;
+use common::standin::{Record, Shelf, StandIn, have};
+use common::tracker;
+use common::{Asker, Host, Lan, Wan, World, nix, wait_for, world};
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+/// So many paths that nobody has are asked for.
+const MISSES: usize = 300;
+
+/// A tracker that does not answer as it should is asked so often at most for [`MISSES`] paths, once it has shown it.
+const ASKED: usize = 60;
+
+/// A path that is nowhere.
+fn absent(number: usize) -> String {
+    format!("/nix/store/{number:0>32}-absent")
+}
+
+/// The first of so many numbers that no other path has.
+fn unused(count: usize) -> usize {
+    static USED: AtomicUsize = AtomicUsize::new(0);
+    USED.fetch_add(count, Ordering::Relaxed)
+}
+
+/// Has real Nix look for paths that nobody has; returns how long it took.
+fn missed_by_nix(asker: &Host, numbers: Range<usize>) -> Duration {
+    let paths: Vec<String> = numbers.map(absent).collect();
+    let paths: Vec<&str> = paths.iter().map(String::as_str).collect();
+    let began = Instant::now();
+    let output = nix::realising(asker, &paths).arg("--dry-run").output().expect("nsenter starts");
+    let took = began.elapsed();
+    nix::assert_quiet(&output);
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(paths.iter().all(|path| said.contains(path)), "Nix was told that a path is there\n{said}");
+    took
+}
+
+/// Has real Nix look for [`MISSES`] paths that nobody has, and then asks peerix for as many itself: all are
+/// answered *not there*. Returns how long Nix took. Nix and peerix ask for other paths each time, so that nothing
+/// remembered makes it easy.
+fn misses(asker: &Host) -> Duration {
+    let first = unused(2 * MISSES);
+    let took = missed_by_nix(asker, first..first + MISSES);
+
+    let rest: Vec<String> = (first + MISSES..first + 2 * MISSES).map(absent).collect();
+    std::thread::scope(|scope| {
+        // As many connections as Nix has.
+        for part in rest.chunks(MISSES / 25) {
+            scope.spawn(move || {
+                let mut connection = Connection::new(asker.connect_local().unwrap()).unwrap();
+                for path in part {
+                    let answer = connection.get(&format!("/{}.narinfo", world::hash_part(path))).unwrap();
+                    assert_eq!(answer.status, 404, "{answer:?}");
+                }
+            });
+        }
+    });
+    took
+}
+
+/// A network with a node that has no tracker, for comparison, and one whose tracker `host` is.
+struct Tracked {
+    without: Asker,
+    with: Asker,
+    /// Lookups that came to the tracker.
+    lookups: Record<Request>,
+    _server: Option<Server>,
+    world: World,
+    wan: Wan,
+    centre: Lan,
+}
+
+/// What a tracker answers.
+type Answers = Box<dyn Fn(&Request) -> Reply + Send + Sync>;
+
+impl Tracked {
+    /// `answer` is what the tracker does about a request; without it nobody listens.
+    fn by(answer: Option<Answers>) -> Tracked {
+        let wan = Wan::new();
+        let (home, centre) = (wan.lan([10, 1, 0]), wan.lan([198, 51, 100]));
+        let world = World::on(&home);
+        let host = centre.host("tracker");
+        let lookups: Record<Request> = Arc::default();
+        let record = Arc::clone(&lookups);
+        let server = answer.map(|answer| {
+            Server::start(host.listen(tracker::PORT), move |request| {
+                if request.path.starts_with("/lookup/") {
+                    record.lock().expect("nothing panics while it is held").push(request.clone());
+                }
+                answer(request)
+            })
+        });
+        let next = world.next();
+        let without = Asker::with(&home, &next, &[&world.cache_key]);
+        let with = Asker::flagged(&home, &next, &[&world.cache_key], |asker| tracker::flags(asker, "both", &[&host]));
+        Tracked { without, with, lookups, _server: server, world, wan, centre }
+    }
+
+    fn lookups(&self) -> usize {
+        self.lookups.lock().expect("nothing panics while it is held").len()
+    }
+
+    /// The first path that is asked for finds out what the tracker is; [`MISSES`] more are then compared with the same
+    /// without a tracker. Returns how many of those made it to the tracker.
+    fn is_compared(&self, what: &str) -> usize {
+        for asker in [&self.without, &self.with] {
+            let first = unused(1);
+            missed_by_nix(&asker.host, first..first + 1);
+        }
+        let before = self.lookups();
+        let (without, with) = (misses(&self.without.host), misses(&self.with.host));
+        let lookups = self.lookups() - before;
+        let ratio = with.as_secs_f64() / without.as_secs_f64();
+        let (with, without) = (with.as_millis(), without.as_millis());
+        eprintln!(
+            "{what}: {MISSES} misses by Nix in {with} ms, without a tracker in {without} ms: {ratio:.2} times; {} paths \
+             made {lookups} lookups",
+            2 * MISSES
+        );
+        // And Nix gets what it wants from where there is something.
+        self.with.fetches(&self.world, self.world.path("closure300"));
+        lookups
+    }
+}
+
+/// A tracker's answers to all but lookups.
+fn well(request: &Request) -> Reply {
+    let body = match request.path.as_str() {
+        "/peers" => r#"{"peers": []}"#,
+        "/transfer/init" => r#"{"transfer_id": 1}"#,
+        _ => r#"{"status": "ok"}"#,
+    };
+    Reply::Whole(200, body.into())
+}
+
+#[test]
+fn a_tracker_where_nobody_listens() {
+    Tracked::by(None).is_compared("nobody listens");
+}
+
+#[test]
+fn a_tracker_that_is_not_reached() {
+    let tracked = Tracked::by(Some(Box::new(well)));
+    // Packets to it are lost from now on.
+    tracked.wan.blackhole("198.51.100.1/32");
+    tracked.is_compared("packets are lost");
+}
+
+#[test]
+fn a_tracker_that_never_answers() {
+    let lookups = Tracked::by(Some(Box::new(|_| Reply::Silence))).is_compared("never answers");
+    assert!(lookups < ASKED, "{lookups} lookups at a tracker that does not answer");
+}
+
+#[test]
+fn a_tracker_that_answers_a_byte_at_a_time() {
+    let answer = |_: &Request| Reply::Drip(vec![b' '; 4096], Duration::from_millis(100));
+    let lookups = Tracked::by(Some(Box::new(answer))).is_compared("a byte at a time");
+    assert!(lookups < ASKED, "{lookups} lookups at a tracker that does not come to an end");
+}
+
+#[test]
+fn a_tracker_that_answers_garbage() {
+    let deep = "[".repeat(60_000);
+    let answers: Vec<Vec<u8>> = vec![
+        b"".to_vec(),
+        b"\xff\xfe not JSON".to_vec(),
+        b"{\"candidates\": 5}".to_vec(),
+        b"{\"candidates\": [{\"peer_id\": 1, \"addr\": [], \"port\": -1}]}".to_vec(),
+        b"{\"candidates\": [{\"peer_id\": \"x\", \"addr\": \"a b\\n\", \"port\": 1e308, \"score\": 1}]}".to_vec(),
+        deep.into_bytes(),
+        vec![b' '; 8 << 20],
+    ];
+    let count = AtomicUsize::new(0);
+    let answer = move |_: &Request| {
+        let number = count.fetch_add(1, Ordering::Relaxed);
+        Reply::Whole(200, answers[number % answers.len()].clone())
+    };
+    Tracked::by(Some(Box::new(answer))).is_compared("garbage");
+    let raw = |_: &Request| Reply::Raw(b"SSH-2.0-OpenSSH_9.2\r\n".to_vec());
+    Tracked::by(Some(Box::new(raw))).is_compared("another protocol");
+    let failing = |_: &Request| Reply::Whole(500, b"{\"error\": \"out of order\"}".to_vec());
+    Tracked::by(Some(Box::new(failing))).is_compared("500");
+}
+
+/// An answer to a lookup that names peers of these addresses, as candidates.
+fn candidates(addresses: &[String]) -> Reply {
+    let one = |(number, address): (usize, &String)| {
+        format!(r#"{{"peer_id": "dead-{number}", "addr": "{address}", "port": 12304, "score": 1.5}}"#)
+    };
+    let list: Vec<String> = addresses.iter().enumerate().map(one).collect();
+    Reply::Whole(200, format!(r#"{{"candidates": [{}], "others": []}}"#, list.join(", ")).into_bytes())
+}
+
+/// Of 1,000 addresses that begin so, each lookup is told the next `at_once` as candidates.
+fn dead_peers(networks: &[&str], at_once: usize) -> Answers {
+    let all: Vec<String> =
+        (0..1000).map(|i| format!("{}.{}.{}", networks[i % networks.len()], i / 250, 1 + i % 250)).collect();
+    let next = AtomicUsize::new(0);
+    Box::new(move |request| {
+        if !request.path.starts_with("/lookup/") {
+            return well(request);
+        }
+        let from = next.fetch_add(at_once, Ordering::Relaxed);
+        let some: Vec<String> = (from..from + at_once).map(|i| all[i % all.len()].clone()).collect();
+        candidates(&some)
+    })
+}
+
+/// As many as a tracker names at once.
+const AT_ONCE: usize = 64;
+
+#[test]
+fn dead_peers_that_are_unreachable() {
+    let tracked = Tracked::by(Some(dead_peers(&["10.7"], AT_ONCE)));
+    tracked.wan.unreachable("10.7.0.0/16");
+    assert!(tracked.is_compared("1,000 dead peers, unreachable") > 0);
+}
+
+#[test]
+fn dead_peers_where_packets_are_lost() {
+    let tracked = Tracked::by(Some(dead_peers(&["10.8"], AT_ONCE)));
+    tracked.wan.blackhole("10.8.0.0/16");
+    assert!(tracked.is_compared("1,000 dead peers, packets are lost") > 0);
+}
+
+#[test]
+fn dead_peers_that_refuse() {
+    let tracked = Tracked::by(Some(dead_peers(&["10.9"], AT_ONCE)));
+    let refuses = tracked.centre.host("refuses");
+    tracked.wan.all_at("10.9.0.0/16", &refuses);
+    assert!(tracked.is_compared("1,000 dead peers, connections are refused") > 0);
+}
+
+#[test]
+fn dead_peers_all_at_once() {
+    let tracked = Tracked::by(Some(dead_peers(&["10.7", "10.8", "10.9"], 1000)));
+    tracked.wan.unreachable("10.7.0.0/16");
+    tracked.wan.blackhole("10.8.0.0/16");
+    let refuses = tracked.centre.host("refuses");
+    tracked.wan.all_at("10.9.0.0/16", &refuses);
+    tracked.is_compared("1,000 dead peers in one answer");
+}
+
+/// A tracker may name any address; a node has no business at its own.
+#[test]
+fn a_tracker_that_names_the_own_machine() {
+    let named = ["127.0.0.1", "::1", "0.0.0.0", "localhost", "10.1.0.2", "169.254.169.254", "255.255.255.255"];
+    let named: Vec<String> = named.map(str::to_owned).to_vec();
+    let tracked = Tracked::by(Some(Box::new(move |request| {
+        if request.path.starts_with("/lookup/") { candidates(&named) } else { well(request) }
+    })));
+    // The asker is 10.1.0.2, and what it would find there is itself, asking.
+    tracked.is_compared("its own addresses");
+    let own = daemon::mark(&tracked.with.host);
+    assert_eq!(narinfo_status(&tracked.with.host, &own), 404, "it took its own store for a peer's");
+}
+
+/// How many paths are fetched beside a hostile peer.
+const FETCHED: usize = 100;
+
+/// Has two hostile peers claim every path, one with a filter that has all, one without a filter; both answer by HTTP as
+/// `answer` does, sooner than the good peer. All paths come, from the good one: what the others send is wrong.
+fn beside_hostile_peers(answer: impl Fn(&Shelf, &Request) -> Reply + Send + Sync + 'static) {
+    let places = Places::new();
+    let good = places.holder("good");
+    let asker = places.asker(&[&good]);
+    let _far = good.host.delay(Duration::from_millis(20));
+    let (claims, original) = (places.away.host("claims"), places.away.host("original"));
+    let answer = Arc::new(answer);
+    let hostile = [&claims, &original].map(|host| {
+        let (shelf, answer) = (Shelf::of(&places.world), Arc::clone(&answer));
+        StandIn::start(host, have(|_| true), move |request| answer(&shelf, request))
+    });
+    places.tracker.announce_with_everything(&claims, "claims");
+    places.tracker.announce_original(&original, "original");
+    wait_for("all are listed", || {
+        ["good", "claims", "original"].iter().all(|peer_id| places.tracker.lists(peer_id)).then_some(())
+    });
+
+    // References come first, so what is taken from the front is whole.
+    let mut paths = nix::closure(&good.host, &[places.world.path("closure300")]);
+    paths.truncate(FETCHED);
+    let wanted: Vec<&str> = paths.iter().map(String::as_str).collect();
+    let sent = good.host.sent();
+    nix::realise_quietly(&asker.host, &wanted);
+    assert_eq!(nix::valid_paths(&asker.host).len(), FETCHED);
+    nix::assert_whole(&asker.host, &wanted, &places.world.store());
+    assert!(good.host.sent() > sent);
+    for (hostile, name) in hostile.iter().zip(["claims", "original"]) {
+        let heard = hostile.heard.lock().unwrap().len();
+        let asked = hostile.asked.lock().unwrap().len();
+        eprintln!("{name}: {heard} datagrams, {asked} requests for {FETCHED} paths");
+        assert!(heard + asked > 0, "{name} was not asked at all");
+    }
+    // What the hostile ones alone claim is not there.
+    assert_eq!(narinfo_status(&asker.host, &absent(unused(1))), 404);
+    assert_eq!(http::get_local(&asker.host, "/nix-cache-info").unwrap().status, 200);
+}
+
+/// The hash part in `/local/<hash part>.narinfo`.
+fn asked_for(request: &Request) -> Option<&str> {
+    request.path.strip_prefix("/local/")?.strip_suffix(".narinfo")
+}
+
+/// The true narinfo of what there is, and `nar` for every NAR.
+fn lying(shelf: &Shelf, request: &Request, nar: impl Fn(Vec<u8>) -> Reply) -> Reply {
+    let missing = || Reply::Whole(404, vec![]);
+    if let Some(hash_part) = asked_for(request) {
+        let text = shelf.peer_narinfo(hash_part, &format!("local/nar/{hash_part}.nar"));
+        return text.map_or_else(missing, |text| Reply::Whole(200, text.into_bytes()));
+    }
+    let hash_part = request.path.strip_prefix("/local/nar/").and_then(|rest| rest.strip_suffix(".nar"));
+    hash_part.and_then(|hash_part| shelf.nar(hash_part)).map_or_else(missing, nar)
+}
+
+#[test]
+fn peers_that_claim_all_and_have_nothing() {
+    beside_hostile_peers(|_, _| Reply::Whole(404, vec![]));
+}
+
+#[test]
+fn peers_that_answer_garbage() {
+    beside_hostile_peers(|_, _| Reply::Whole(200, b"StorePath: /etc/shadow\n\xff".to_vec()));
+}
+
+#[test]
+fn peers_whose_narinfos_come_a_byte_at_a_time() {
+    beside_hostile_peers(|_, _| Reply::Drip(vec![b'x'; 2000], Duration::from_millis(200)));
+}
+
+#[test]
+fn peers_that_never_answer() {
+    beside_hostile_peers(|_, _| Reply::Silence);
+}
+
+#[test]
+fn peers_that_send_wrong_nars() {
+    beside_hostile_peers(|shelf, request| {
+        lying(shelf, request, |mut nar| {
+            let middle = nar.len() / 2;
+            nar[middle] ^= 1;
+            Reply::Whole(200, nar)
+        })
+    });
+}
+
+#[test]
+fn peers_that_send_the_beginning_of_a_nar() {
+    beside_hostile_peers(|shelf, request| {
+        lying(shelf, request, |nar| {
+            let half = nar.len() / 2;
+            Reply::Cut(nar, half)
+        })
+    });
+}
+
+#[test]
+fn peers_whose_nars_never_come() {
+    beside_hostile_peers(|shelf, request| lying(shelf, request, |_| Reply::Silence));
+}
