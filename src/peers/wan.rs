@@ -142,6 +142,7 @@ pub struct WanSearch {
 struct Entry {
     address: SocketAddr,
     origin: Origin,
+    has_filter: bool,
     state: State,
     /// It has said something, whatever it was.
     answered: bool,
@@ -216,17 +217,15 @@ impl WanSearch {
         self.until = began + WAN_TIMEOUT;
         let mut listed = self.wan.list(&self.hash_part, self.until);
         let others: Vec<_> = listed.iter_mut().map(|(at, found)| (*at, std::mem::take(&mut found.others))).collect();
-        let candidates = listed.into_iter().map(|(at, found)| (at, found.candidates));
-        for (tracker, some) in candidates.chain(others) {
-            self.add(tracker, some);
-        }
+        listed.into_iter().for_each(|(at, found)| self.add(at, found.candidates, true));
+        others.into_iter().for_each(|(at, others)| self.add(at, others, false));
         if !self.entries.is_empty() {
             let addresses = self.entries.iter().map(|entry| entry.address).collect();
             self.told = self.wan.wake.ask_candidates(self.hash_part, addresses, self.until);
         }
     }
 
-    fn add(&mut self, tracker: usize, candidates: Vec<Candidate>) {
+    fn add(&mut self, tracker: usize, candidates: Vec<Candidate>, has_filter: bool) {
         let ip = |addr: &str| addr.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>().ok();
         let names: Vec<&str> = candidates.iter().map(|c| &*c.addr).filter(|addr| ip(addr).is_none()).collect();
         let mut resolved = if names.is_empty() {
@@ -241,7 +240,7 @@ impl WanSearch {
             let known = self.entries.iter().any(|entry| entry.address == address);
             if candidate.port != 0 && !known && !self.wan.is_own(address) {
                 let origin = Origin { tracker, peer_id: candidate.peer_id.clone() };
-                self.entries.push(Entry { address, origin, state: State::Untried, answered: false });
+                self.entries.push(Entry { address, origin, has_filter, state: State::Untried, answered: false });
             }
         }
     }
@@ -333,7 +332,8 @@ impl WanSearch {
         entry.answered = true;
         match (told, entry.state) {
             (Told::Have(_), State::Untried) => entry.state = State::Promising,
-            (Told::HaveNot(_), State::Untried | State::Asked(_)) => entry.state = State::Done,
+            // Who has no filter yet may not know yet what it may share: by HTTP it finds out.
+            (Told::HaveNot(_), State::Untried | State::Asked(_)) if entry.has_filter => entry.state = State::Done,
             _ => {}
         }
     }
