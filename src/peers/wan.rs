@@ -211,6 +211,11 @@ impl WanSearch {
         self.until = Instant::now() + WAN_TIMEOUT;
     }
 
+    /// Whether the trackers have been asked.
+    pub fn has_begun(&self) -> bool {
+        self.began.is_some()
+    }
+
     /// Whether somebody is left who may have the path.
     pub fn has_more(&self) -> bool {
         self.entries.iter().any(|entry| entry.state != State::Done)
@@ -314,15 +319,21 @@ impl WanSearch {
         is_free_to_ask
     }
 
-    /// Who may be asked, in the order of their turns: who promised before who did not, reliable before doubtful, and then as
-    /// the trackers have it.
+    /// Who may be asked, in the order of their turns: who promised before who did not, and then as the trackers have it. Who
+    /// failed lately has its turn when nobody else is left or awaited: its narinfo, which may well be the fastest, says
+    /// nothing of its NAR.
     fn in_turn(&self, now: Instant) -> Vec<usize> {
         let standing = &self.wan.standing;
-        let mut turns: Vec<_> = (0..self.entries.len()).filter(|at| self.is_hopeful(&self.entries[*at], now)).collect();
+        let is_doubtful = |at: &usize| standing.is_doubtful(self.entries[*at].address);
+        let all = 0..self.entries.len();
+        let mut turns: Vec<_> = all.clone().filter(|at| self.is_hopeful(&self.entries[*at], now)).collect();
+        let is_awaited = |at: &usize| matches!(self.entries[*at].state, State::Asked(at) if now < at + SLOW);
+        if turns.iter().any(|at| !is_doubtful(at)) || all.clone().any(|at| is_awaited(&at) && !is_doubtful(&at)) {
+            turns.retain(|at| !is_doubtful(at));
+        }
         turns.sort_by_cached_key(|at| {
             let Entry { address, state, .. } = &self.entries[*at];
-            let is_last = standing.turn(*address, now) == Turn::Last;
-            (is_last, standing.is_doubtful(*address), *state != State::Promising)
+            (standing.turn(*address, now) == Turn::Last, *state != State::Promising)
         });
         turns
     }
