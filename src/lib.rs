@@ -29,6 +29,7 @@ pub mod nix;
 pub mod on_drop;
 pub mod peers;
 pub mod seldom;
+pub mod service;
 pub mod share;
 pub mod sockets;
 pub mod store;

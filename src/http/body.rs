@@ -186,7 +186,10 @@ mod tests {
             assert!(all.contains("Connection: close"), "{all}");
         }
         // One that never comes whole is not answered at all.
-        let cut = all_answers(&["GET / HTTP/1.1\r\n\r\n", "POST / HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 9\r\n\r\n"]);
+        let cut = all_answers(&[
+            "GET / HTTP/1.1\r\n\r\n",
+            "POST / HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 9\r\n\r\n",
+        ]);
         assert!(cut.ends_with("100 Continue\r\n\r\n"), "{cut}");
     }
 }

@@ -310,12 +310,7 @@ fn serve(shared: &Shared, connection: &Connection) -> io::Result<()> {
 
 /// Answers one request, of whose body `behind` may have the beginning. If the connection can be used again, tells how many
 /// bytes of that were of the body.
-fn answer(
-    shared: &Shared,
-    connection: &Connection,
-    request: &Request<'_>,
-    behind: &[u8],
-) -> io::Result<Option<usize>> {
+fn answer(shared: &Shared, connection: &Connection, request: &Request<'_>, behind: &[u8]) -> io::Result<Option<usize>> {
     let keep_alive = request.keep_alive && !shared.stopping.load(Ordering::Relaxed);
     let body = Body::new(&connection.stream, request, behind);
     let mut exchange = Exchange::new(&connection.stream, request.method == "HEAD", !keep_alive, body);
