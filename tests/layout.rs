@@ -29,7 +29,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "store",
         ],
     ),
-    ("publish", &["nix", "on_drop", "peers", "share", "store", "wire"]),
+    ("publish", &["config", "interfaces", "nix", "on_drop", "peers", "share", "store", "wire"]),
     ("http", &["fetch", "lookup", "nix", "on_drop", "seldom", "share", "store", "wire"]),
     ("fetch", &["lookup", "nix", "peers", "wire"]),
     ("lookup", &["nix", "peers", "wire"]),
