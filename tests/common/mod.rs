@@ -62,12 +62,14 @@ pub fn wait_for<T>(what: &str, done: impl FnMut() -> Option<T>) -> T {
 /// The same for what takes its time by design.
 pub fn wait_at_most<T>(limit: Duration, what: &str, mut done: impl FnMut() -> Option<T>) -> T {
     let deadline = Instant::now() + limit;
+    // What may take long is not asked for all the time: a tracker has its limits.
+    let pause = if limit > SOON { Duration::from_millis(100) } else { Duration::from_millis(2) };
     loop {
         if let Some(answer) = done() {
             return answer;
         }
         assert!(Instant::now() < deadline, "{what}: not within {limit:?}");
-        std::thread::sleep(Duration::from_millis(2));
+        std::thread::sleep(pause);
     }
 }
 
