@@ -1,25 +1,11 @@
 //! Which addresses a peer can have. Others would ask whatever is announced, so that nothing may be announced that points
 //! back at them, at their own machine's services, or at a cloud's metadata.
 
-use peerix::wire::tracker::MAX_ADDR;
+use peerix::wire::tracker::{MAX_ADDR, can_be_peer};
 use std::net::{IpAddr, Ipv4Addr};
 
 /// One label of a host name (RFC 1035).
 const MAX_LABEL: usize = 63;
-
-/// Whether peers elsewhere can be told to ask there. Private addresses are fine: they may be a VPN's.
-pub fn can_be_a_peers(ip: IpAddr) -> bool {
-    match ip.to_canonical() {
-        IpAddr::V4(ip) => {
-            let first = ip.octets()[0];
-            first != 0 && first < 240 && !ip.is_loopback() && !ip.is_link_local() && !ip.is_multicast()
-        }
-        IpAddr::V6(ip) => {
-            let embedded = ip.to_ipv4().is_some_and(|_| ip.segments()[..6] == [0; 6]);
-            !(ip.is_unspecified() || ip.is_loopback() || ip.is_multicast() || ip.is_unicast_link_local() || embedded)
-        }
-    }
-}
 
 /// Whether an announced address can be a peer's: such an IP address, or a host name.
 ///
@@ -27,7 +13,7 @@ pub fn can_be_a_peers(ip: IpAddr) -> bool {
 /// Why not.
 pub fn check(addr: &str) -> Result<(), &'static str> {
     if let Ok(ip) = addr.parse() {
-        return if can_be_a_peers(ip) { Ok(()) } else { Err("addr: no peer can be reached there") };
+        return if can_be_peer(ip) { Ok(()) } else { Err("addr: no peer can be reached there") };
     }
     if addr.len() > MAX_ADDR {
         return Err("addr: longer than host names are");

@@ -16,7 +16,7 @@ use peerix::seldom::Seldom;
 use peerix::wire::filter::{Filter, MAX_BYTES};
 use peerix::wire::tracker::{
     Announce, Announced, Checked, KEY_HEADER, MAX_BODY, MAX_TRANSFER, MAX_TRANSFERS_AT_ONCE, Proof, Report, Role,
-    SIGNATURE_HEADER, Statement, TIMESTAMP_HEADER, TransferBegun, TransferInit, is_peer_id,
+    SIGNATURE_HEADER, Statement, TIMESTAMP_HEADER, TransferBegun, TransferInit, can_be_peer, is_peer_id,
 };
 use percent_encoding::percent_decode_str;
 use serde::Serialize;
@@ -345,7 +345,7 @@ impl Api {
         }
         let addr = match given(&body.addr) {
             Some(addr) => address::check(addr).map(|()| addr.to_owned()).map_err(|why| Refusal::new(400, why))?,
-            None if address::can_be_a_peers(from) => from.to_string(),
+            None if can_be_peer(from) => from.to_string(),
             None => {
                 return Err(Refusal::new(
                     400,

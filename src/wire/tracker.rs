@@ -41,15 +41,20 @@ pub fn is_peer_id(text: &str) -> bool {
     !text.is_empty() && text.len() <= MAX_PEER_ID && !text.chars().any(char::is_control)
 }
 
-/// Whether a peer can be at an address: one that others can reach, so neither this machine's own nor a network's.
+/// Whether a peer can be at an address: one that others can be told to ask, so not their own machine, a network's, or the
+/// link's, where clouds keep their metadata. Private ones are fine: they may be a VPN's.
 pub fn can_be_peer(ip: IpAddr) -> bool {
     match ip.to_canonical() {
         // "This network", and what was left for the future.
         IpAddr::V4(ip) => {
-            let special = ip.is_loopback() || ip.is_link_local() || ip.is_multicast() || ip.is_broadcast();
+            let special = ip.is_loopback() || ip.is_link_local() || ip.is_multicast();
             !special && (1..240).contains(&ip.octets()[0])
         }
-        IpAddr::V6(ip) => !(ip.is_loopback() || ip.is_unspecified() || ip.is_multicast() || ip.is_unicast_link_local()),
+        IpAddr::V6(ip) => {
+            // `::1`, and IPv4 addresses in a form that is no longer used.
+            let is_embedded = ip.segments()[..6] == [0; 6];
+            !(is_embedded || ip.is_multicast() || ip.is_unicast_link_local())
+        }
     }
 }
 
