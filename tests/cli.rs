@@ -132,6 +132,31 @@ fn what_keeps_it_from_starting() {
 }
 
 /// Reads the head of an answer and a little of its body.
+/// Who has another key is another peer to the trackers, so that one that cannot be read is never replaced.
+#[test]
+fn an_identity_that_cannot_be_had() {
+    let lan = Lan::new();
+    let (host, _) = host(&lan);
+    let wan = |state_dir| ["--mode", "wan", "--tracker-url", "http://10.77.0.9:12305", "--state-dir", state_dir];
+    host.write("/var/damaged/identity", "peerix-identity:AAAA\n");
+    host.write("/var/file", "");
+    host.sh("mkdir -m 755 /var/others; chmod 755 /var/damaged");
+    for (uid, state_dir, words) in [
+        (0, "/var/damaged", &["/var/damaged/identity", "damaged", "backup", "remove"][..]),
+        (0, "/var/file", &["/var/file/identity", "--state-dir"]),
+        (65534, "/var/others", &["/var/others/identity", "ermission denied", "--state-dir"]),
+    ] {
+        assert_one_line(&fail(&host, uid, &wan(state_dir)), 1, words);
+    }
+    assert_eq!(host.sh("cat /var/damaged/identity"), "peerix-identity:AAAA\n");
+    let mut daemon = Daemon::start(&host, &wan("/var/new"));
+    assert_eq!(host.sh("stat -c '%a %U' /var/new/identity"), "600 root\n");
+    let kept = host.sh("cat /var/new/identity");
+    assert!(daemon.stop().success());
+    let _daemon = Daemon::start(&host, &wan("/var/new"));
+    assert_eq!(host.sh("cat /var/new/identity"), kept);
+}
+
 fn begin(stream: &mut TcpStream, route: &str) {
     write!(stream, "GET {route} HTTP/1.1\r\nHost: peer\r\n\r\n").unwrap();
     stream.set_read_timeout(Some(SOON)).unwrap();
