@@ -281,14 +281,15 @@ fn between_networks_nars_are_compressed_and_on_one_they_are_not() {
     const SIZE: u32 = 48;
     let places = Places::new();
     let (world, trackers) = (&places.world, [&places.tracker.host]);
+    // Neighbours have private addresses.
+    let office = places.wan.lan([10, 2, 0]);
     let mut text = String::new();
-    let holder = Holder::with(&places.away, world, "holder", |host| {
+    let holder = Holder::with(&office, world, "holder", |host| {
         world.sign(host);
         text = stock::add_large(host, "text", SIZE);
         open(host, "both", &trackers)
     });
-    let neighbour =
-        Asker::flagged(&places.away, "", &[&world.cache_key], |host| tracker::flags(host, "both", &trackers));
+    let neighbour = Asker::flagged(&office, "", &[&world.cache_key], |host| tracker::flags(host, "both", &trackers));
     neighbour.meet(&[&holder]);
     let asker = places.asker(&[&holder]);
     let takes = |asker: &Asker, path: &str| {

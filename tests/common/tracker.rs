@@ -105,8 +105,8 @@ impl Tracker {
         self.told(host, "POST", "/announce", "Content-Type: application/json\r\n", body.to_string().as_bytes());
     }
 
-    /// Announces a peer on `host` with a key, and a filter that has everything.
-    pub fn announce_with_everything(&self, host: &Host, peer_id: &str) {
+    /// Announces a peer on a port of `host` with a key, and a filter that has everything.
+    pub fn announce_with_everything(&self, host: &Host, port: u16, peer_id: &str) {
         let keys = KeyPair::from_seed(Seed::new(sha256(peer_id.as_bytes())));
         let public_key = BASE64.encode(keys.pk.as_ref());
         let now = SystemTime::now().duration_since(UNIX_EPOCH).expect("a clock that is set");
@@ -119,9 +119,9 @@ impl Tracker {
             );
             (timestamp, BASE64.encode(keys.sk.sign(text, None).as_ref()))
         };
-        let (timestamp, signature) = sign("announce", &format!("port: {}\naddr: \n", super::PORT));
+        let (timestamp, signature) = sign("announce", &format!("port: {port}\naddr: \n"));
         let body = json!({
-            "peer_id": peer_id, "port": super::PORT,
+            "peer_id": peer_id, "port": port,
             "public_key": public_key, "timestamp": timestamp, "signature": signature,
         });
         self.told(host, "POST", "/announce", "Content-Type: application/json\r\n", body.to_string().as_bytes());
