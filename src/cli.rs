@@ -2,6 +2,7 @@
 
 use crate::config::{Config, DEFAULT_PORT, Mode};
 use crate::nix::{PublicKey, StoreDir};
+use crate::wire::tracker::{MAX_ADDR, MAX_PEER_ID, is_peer_id};
 use lexopt::prelude::*;
 use std::ffi::OsString;
 use std::fmt::Display;
@@ -40,7 +41,8 @@ Usage: peerix [OPTIONS]
   --mode lan|wan|both      where to look for peers                         [default: lan]
   --tracker-url URL        tracker for wan and both, repeatable
   --peer-id ID             name at the tracker               [default: made at first start]
-  --announce-addr HOST     address to announce            [default: what the tracker sees]
+  --announce-addr HOST[:PORT]
+                           where others reach this machine [default: as the tracker sees it]
   --no-verify              share with WAN peers also what the upstream cache does not have
   --upstream-cache URL                                [default: https://cache.nixos.org]
   --no-filter              share with WAN peers whatever the name
@@ -112,7 +114,10 @@ pub fn parse(
             "port" => config.port = number(&flag, value()?, 0, u16::MAX.into())? as u16,
             "bind" => bind.push(bind_address(&text(&flag, value()?)?)?),
             "timeout" => config.timeout = Duration::from_millis(number(&flag, value()?, 1, MAX_TIMEOUT_MS)?),
-            "peer" => config.peers.push(peer(&text(&flag, value()?)?)?),
+            "peer" => {
+                let (host, port) = host(&flag, &text(&flag, value()?)?)?;
+                config.peers.push((host, port.unwrap_or(DEFAULT_PORT)));
+            }
             "private-key" => config.private_key = Some(value()?.into()),
             "trusted-public-key" => {
                 // nix.conf has several in one line; so may this.
@@ -130,8 +135,14 @@ pub fn parse(
                 }
             }
             "tracker-url" => config.tracker_urls.push(url(&flag, text(&flag, value()?)?)?),
-            "peer-id" => config.peer_id = Some(text(&flag, value()?)?),
-            "announce-addr" => config.announce_addr = Some(text(&flag, value()?)?),
+            "peer-id" => {
+                let id = text(&flag, value()?)?;
+                if !is_peer_id(&id) {
+                    return Err(wrong(&flag, &id, format_args!("not 1 to {MAX_PEER_ID} printable bytes")));
+                }
+                config.peer_id = Some(id);
+            }
+            "announce-addr" => config.announce_addr = Some(host(&flag, &text(&flag, value()?)?)?),
             "upstream-cache" => config.upstream_cache = url(&flag, text(&flag, value()?)?)?,
             "filter-patterns" => {
                 let words = parser.values().map_err(|_| format!("--{flag}: needs at least one pattern"))?;
@@ -198,20 +209,20 @@ fn bind_address(value: &str) -> Result<IpAddr, String> {
 }
 
 /// `host`, `host:port`, `[v6]`, `[v6]:port` or a bare IPv6 address.
-fn peer(value: &str) -> Result<(String, u16), String> {
-    let bad = |why: &str| wrong("peer", value, why);
+fn host(flag: &str, value: &str) -> Result<(String, Option<u16>), String> {
+    let bad = |why: &str| wrong(flag, value, why);
     let (host, port) = match value.rsplit_once(':') {
         _ if value.parse::<IpAddr>().is_ok() || value.ends_with(']') => (value, None),
         Some((host, port)) => (host, Some(port)),
         None => (value, None),
     };
     let port = match port.map(str::parse) {
-        None => DEFAULT_PORT,
-        Some(Ok(port)) if port != 0 => port,
+        None => None,
+        Some(Ok(port)) if port != 0 => Some(port),
         Some(_) => return Err(bad("not a port from 1 to 65535")),
     };
     let host = host.strip_prefix('[').and_then(|h| h.strip_suffix(']')).unwrap_or(host);
-    if host.is_empty() || host.contains(|c: char| c.is_whitespace() || c == '/') {
+    if host.is_empty() || host.len() > MAX_ADDR || host.contains(|c: char| c.is_whitespace() || c == '/') {
         return Err(bad("not a host name or address"));
     }
     Ok((host.to_owned(), port))
@@ -274,6 +285,7 @@ mod tests {
         assert_eq!(config.mode, Mode::Both);
         assert_eq!(config.tracker_urls, ["http://tracker:12305"]);
         assert_eq!(config.filter_patterns, ["*-secret", "a b"]);
+        assert_eq!(config.announce_addr, Some(("example.org".into(), None)));
         assert!(config.verbose && !config.verify && !config.filter && !config.default_filters);
     }
 
@@ -344,6 +356,9 @@ mod tests {
             (&["--peer", "a b"], "--peer a b"),
             (&["--peer", "a:0"], "--peer a:0"),
             (&["--tracker-url", "tracker"], "--tracker-url tracker"),
+            (&["--peer-id", ""], "--peer-id"),
+            (&["--announce-addr", "a b"], "--announce-addr a b"),
+            (&["--announce-addr", "a:99999"], "--announce-addr a:99999"),
             (&["--trusted-public-key", "nope"], "--trusted-public-key nope"),
             (&["--store-dir", "nix"], "--store-dir nix"),
             (&["--filter-patterns"], "--filter-patterns"),

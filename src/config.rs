@@ -47,8 +47,8 @@ pub struct Config {
     pub tracker_urls: Vec<String>,
     /// This node's ID at the trackers. Defaults to one that is made at the first start.
     pub peer_id: Option<String>,
-    /// The address to announce to trackers. Defaults to the one they see.
-    pub announce_addr: Option<String>,
+    /// The host, and the port if it is another, to announce to trackers. Defaults to what they see.
+    pub announce_addr: Option<(String, Option<u16>)>,
     /// Whether WAN peers get only what the upstream cache has too. Defaults to true.
     pub verify: bool,
     /// Without a slash at its end. Defaults to [`DEFAULT_UPSTREAM`].

@@ -241,7 +241,9 @@ impl Strangers {
         let identity = identity.map_err(Fatal)?;
         let peer_id = config.peer_id.clone().unwrap_or_else(|| identity::peer_id(&identity));
         log::info!("peer ID {peer_id}");
-        let me = Me { identity, peer_id, port, addr: config.announce_addr.clone() };
+        let (addr, announced_port) = config.announce_addr.clone().unzip();
+        let port = announced_port.flatten().unwrap_or(port);
+        let me = Me { identity, peer_id, port, addr };
         let publication = Arc::new(Publication::default());
         let urls = config.tracker_urls.clone();
         let trackers = Trackers::start(urls, me, &publication, ended("announce"));

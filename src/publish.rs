@@ -189,3 +189,107 @@ impl Reader {
         changed
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{Config, Mode};
+    use crate::interfaces::Interfaces;
+    use crate::nix::nix32;
+    use crate::store::fixture::Fixture;
+
+    fn digits(i: u32) -> String {
+        let digest = ring::digest::digest(&ring::digest::SHA256, &i.to_le_bytes());
+        nix32::encode(&digest.as_ref()[..20])
+    }
+
+    fn part(i: u32) -> HashPart {
+        HashPart::parse(digits(i).as_bytes()).unwrap()
+    }
+
+    /// The sender keeps the reader running.
+    fn reader(fixture: &Fixture, config: &Config) -> (Reader, Sender<()>) {
+        let interfaces = Arc::new(Interfaces::fixed(Vec::new(), Instant::now()));
+        let share = Arc::new(Share::new(interfaces, config));
+        let (running, stopped) = bounded(0);
+        (Reader { store: Arc::new(fixture.open()), share, stopped }, running)
+    }
+
+    fn unverified() -> Config {
+        Config { mode: Mode::Wan, verify: false, ..Config::default() }
+    }
+
+    fn register(fixture: &Fixture, numbers: std::ops::Range<u32>) {
+        numbers.for_each(|i| drop(fixture.register(&digits(i), 120)));
+    }
+
+    #[test]
+    fn what_is_new_is_added_and_what_is_unchanged_costs_nothing() {
+        let fixture = Fixture::new();
+        register(&fixture, 0..600);
+        let (reader, _running) = reader(&fixture, &unverified());
+        let mut shared = None;
+        assert!(reader.update(&mut shared).unwrap());
+        assert!(!reader.update(&mut shared).unwrap());
+        let has = |shared: &Option<Shared>, i| shared.as_ref().unwrap().filter.contains(&part(i));
+        assert!((0..600).all(|i| has(&shared, i)) && !(600..620).all(|i| has(&shared, i)));
+        register(&fixture, 600..620);
+        assert!(reader.update(&mut shared).unwrap());
+        assert!((0..620).all(|i| has(&shared, i)));
+        assert_eq!(shared.unwrap().paths, 620);
+    }
+
+    #[test]
+    fn it_grows_with_the_store_and_forgets_what_is_gone() {
+        let fixture = Fixture::new();
+        register(&fixture, 0..500);
+        let (reader, _running) = reader(&fixture, &unverified());
+        let mut shared = None;
+        reader.update(&mut shared).unwrap();
+        assert_eq!(shared.as_ref().unwrap().filter.as_bytes().len(), 1024);
+        register(&fixture, 500..2000);
+        reader.update(&mut shared).unwrap();
+        assert!(shared.as_ref().unwrap().filter.as_bytes().len() >= 2000 * 11 / 8);
+        fixture.execute("delete from ValidPaths where id <= 100");
+        reader.update(&mut shared).unwrap();
+        let last = shared.as_ref().unwrap();
+        assert_eq!((last.gone, last.paths), (100, 2000), "a few stay in it");
+        fixture.execute("delete from ValidPaths where id <= 1500");
+        reader.update(&mut shared).unwrap();
+        let last = shared.as_ref().unwrap();
+        assert_eq!((last.gone, last.paths), (0, 500));
+        assert!((0..1500).filter(|i| last.filter.contains(&part(*i))).count() < 30);
+    }
+
+    #[test]
+    fn what_strangers_may_not_have_is_not_in_it() {
+        let fixture = Fixture::new();
+        register(&fixture, 0..20);
+        // The default upstream's paths have signatures, and these have none: nobody is asked about them.
+        let config = Config { verify: true, ..unverified() };
+        let (reader, _running) = reader(&fixture, &config);
+        let mut shared = None;
+        reader.update(&mut shared).unwrap();
+        let last = shared.as_ref().unwrap();
+        assert_eq!((last.paths, last.open.len()), (0, 0));
+        let config = Config { filter_patterns: vec![format!("{}-*", digits(7))], ..unverified() };
+        let (reader, _running) = self::reader(&fixture, &config);
+        let mut shared = None;
+        reader.update(&mut shared).unwrap();
+        assert_eq!(shared.unwrap().paths, 19);
+    }
+
+    #[test]
+    fn where_only_upstream_can_tell_it_is_asked_until_it_answers() {
+        let fixture = Fixture::new();
+        register(&fixture, 0..20);
+        let config = Config { verify: true, upstream_cache: "http://127.0.0.1:9".into(), ..unverified() };
+        let (reader, _running) = reader(&fixture, &config);
+        let mut shared = None;
+        reader.update(&mut shared).unwrap();
+        let last = shared.as_mut().unwrap();
+        assert_eq!(last.open.len(), 20);
+        assert!(!reader.look_into(last));
+        assert_eq!((last.paths, last.open.len()), (0, 20), "nobody is there");
+    }
+}

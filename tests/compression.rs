@@ -234,7 +234,7 @@ fn a_connection_is_used_again() {
     peer.join().unwrap();
 }
 
-/// A server and who asks it.
+/// A server that takes its neighbours for strangers, and what it has.
 struct Scene {
     server: Host,
     neighbour: Host,
@@ -249,6 +249,11 @@ impl Scene {
         stock::ready(&server);
         let daemon = Daemon::start(&server, flags);
         Scene { server, neighbour, _daemon: daemon, _lan: lan }
+    }
+
+    /// One in whose eyes nobody is a neighbour, sharing everything. There is no tracker at that port.
+    fn wan() -> Scene {
+        Scene::new(&["--mode", "wan", "--tracker-url", "http://127.0.0.1:9", "--no-verify", "--no-filter"])
     }
 
     fn connect(&self) -> Connection {
@@ -275,10 +280,115 @@ fn is_zstd(answer: &Answer) -> bool {
 }
 
 #[test]
+fn a_stranger_gets_it_compressed_from_any_byte() {
+    let scene = Scene::wan();
+    let tree = "mkdir -p $n/d; seq 100000 > $n/a; seq 9 > $n/d/b; chmod +x $n/d/b; ln -s ../a $n/d/c; : > $n/e";
+    let noise = "head -c 1000000 /dev/urandom > $n";
+    for path in [
+        stock::add_large(&scene.server, "large", 5),
+        stock::add(&scene.server, "tree", tree),
+        stock::add(&scene.server, "noise", noise),
+        stock::add(&scene.server, "empty", ": > $n"),
+    ] {
+        let nar = stock::dump(&scene.server, &path);
+        let route = scene.nar_route(&path);
+        let mut connection = scene.connect();
+        let whole = connection.ask("GET", &route, ZSTD).unwrap();
+        assert!(whole.status == 200 && is_zstd(&whole));
+        assert!(zstd(&["--decompress"], &whole.body) == nar, "{path}");
+        let size = nar.len();
+        for from in [0, 1, size / 2, size - 1] {
+            let part = connection.ask("GET", &route, &format!("{ZSTD}Range: bytes={from}-\r\n")).unwrap();
+            assert!(part.status == 206 && is_zstd(&part));
+            assert_eq!(part.header("content-range"), Some(&*format!("bytes {from}-{}/{size}", size - 1)));
+            assert!(zstd(&["--decompress"], &part.body) == nar[from..], "{path} from {from}");
+        }
+        let end = connection.ask("GET", &route, &format!("{ZSTD}Range: bytes={size}-\r\n")).unwrap();
+        assert_eq!((end.status, end.header("content-range")), (416, Some(&*format!("bytes */{size}"))));
+    }
+}
+
+#[test]
+fn who_gets_it_plain() {
+    let scene = Scene::wan();
+    let path = stock::add_large(&scene.server, "large", 1);
+    let nar = stock::dump(&scene.server, &path);
+    let route = scene.nar_route(&path);
+    let plain = scene.ask(&route, "");
+    assert!(!is_zstd(&plain) && plain.body == nar);
+    for headers in ["Accept-Encoding: zstd;q=0\r\n", "Accept-Encoding: *\r\n", "Accept-Encoding: gzip, br\r\n"] {
+        let answer = scene.ask(&route, headers);
+        assert!(!is_zstd(&answer) && answer.body == nar, "{headers}");
+        assert_eq!(answer.header("vary"), Some("Accept-Encoding"));
+    }
+    // The other view is Nix's own.
+    let answer = scene.ask(&route.replace("/local/", "/store/"), ZSTD);
+    assert!(!is_zstd(&answer) && answer.header("vary").is_none() && answer.body == nar);
+    // HTTP/1.0 knows no chunks.
+    let mut old = scene.connect();
+    old.send(format!("GET {route} HTTP/1.0\r\n{ZSTD}\r\n").as_bytes()).unwrap();
+    assert!(!is_zstd(&old.answer(true).unwrap()));
+    // This machine.
+    let mut own = Connection::new(scene.server.connect_local().unwrap()).unwrap();
+    assert!(!is_zstd(&own.ask("GET", &route, ZSTD).unwrap()));
+
+    // The two forms have two names.
+    let compressed = scene.ask(&route, ZSTD);
+    let tags = [&plain, &compressed].map(|answer| answer.header("etag").unwrap().to_owned());
+    assert_ne!(tags[0], tags[1]);
+    assert_eq!(compressed.header("vary"), Some("Accept-Encoding"));
+    assert_eq!(compressed.header("accept-ranges"), Some("bytes"));
+    for (tag, status) in [(&tags[0], 200), (&tags[1], 206)] {
+        let answer = scene.ask(&route, &format!("{ZSTD}Range: bytes=5-\r\nIf-Range: {tag}\r\n"));
+        assert_eq!(answer.status, status, "{tag}");
+    }
+    // HEAD says the same, and the connection goes on.
+    let mut connection = scene.connect();
+    let head = connection.ask("HEAD", &route, ZSTD).unwrap();
+    assert!(head.status == 200 && is_zstd(&head) && head.body.is_empty());
+    assert!(is_zstd(&connection.ask("GET", &route, ZSTD).unwrap()));
+}
+
+#[test]
 fn a_neighbour_gets_it_plain() {
     let scene = Scene::new(&[]);
     let path = stock::add_large(&scene.server, "large", 1);
     let answer = scene.ask(&scene.nar_route(&path), ZSTD);
     assert!(!is_zstd(&answer) && answer.header("vary").is_none());
     assert!(answer.body == stock::dump(&scene.server, &path));
+}
+
+#[test]
+fn a_compressed_stream_is_cut_when_its_file_changes() {
+    let scene = Scene::wan();
+    let path = stock::add(&scene.server, "noise", "head -c 50000000 /dev/urandom > $n");
+    let mut connection = scene.connect();
+    connection.send(format!("GET {} HTTP/1.1\r\n{ZSTD}\r\n", scene.nar_route(&path)).as_bytes()).unwrap();
+    // More than fits into the buffers between is still to come when the file loses its end.
+    connection.wait_for_answer().unwrap();
+    scene.server.sh(&format!("chmod +w {path}; truncate -s 49999999 {path}"));
+    let answer = connection.answer(true).unwrap();
+    assert_eq!((answer.status, answer.header("content-encoding")), (200, Some("zstd")));
+    assert!(!answer.whole);
+}
+
+#[test]
+fn beyond_sixteen_the_streams_are_plain() {
+    let scene = Scene::wan();
+    let path = stock::add(&scene.server, "noise", "head -c 50000000 /dev/urandom > $n");
+    let route = scene.nar_route(&path);
+    // Each waits for its asker to take more.
+    let streams: Vec<Connection> = (0..16)
+        .map(|_| {
+            let mut connection = scene.connect();
+            connection.send(format!("GET {route} HTTP/1.1\r\n{ZSTD}\r\n").as_bytes()).unwrap();
+            connection.wait_for_answer().unwrap();
+            connection
+        })
+        .collect();
+    assert!(!is_zstd(&scene.ask(&route, ZSTD)));
+    for mut stream in streams {
+        assert!(is_zstd(&stream.answer(true).unwrap()));
+    }
+    assert!(is_zstd(&scene.ask(&route, ZSTD)));
 }

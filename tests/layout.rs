@@ -9,7 +9,7 @@ const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 /// missing here but would be right points from a higher line to a lower one.
 const MAY_USE: &[(&str, &[&str])] = &[
     ("main", &["cli", "daemon"]),
-    ("cli", &["config", "nix"]),
+    ("cli", &["config", "nix", "wire"]),
     (
         "daemon",
         &[

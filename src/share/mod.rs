@@ -121,6 +121,7 @@ mod tests {
     use super::*;
     use crate::interfaces::Interface;
     use crate::nix::{NarHash, StorePath};
+    use std::net::TcpListener;
 
     fn share(mode: Mode) -> Share {
         let eth0 = Interface {
@@ -177,14 +178,8 @@ mod tests {
         }
     }
 
-    #[test]
-    fn what_each_may_have() {
-        let with = |mode, verify, filter| {
-            let upstream_cache = "http://127.0.0.1:9".to_owned();
-            let config = Config { mode, verify, filter, upstream_cache, ..Config::default() };
-            Share::new(Arc::new(Interfaces::fixed(Vec::new(), Instant::now())), &config)
-        };
-        let info = |name: &str| PathInfo {
+    fn info(name: &str) -> PathInfo {
+        PathInfo {
             path: StorePath::parse(&format!("7h7qgvs4kgzsn8a6rb273saxyqh4jxlz-{name}")).unwrap(),
             nar_hash: NarHash::from_bytes([7; 32]),
             nar_size: 8,
@@ -192,6 +187,30 @@ mod tests {
             deriver: None,
             signatures: Vec::new(),
             ca: None,
+        }
+    }
+
+    #[test]
+    fn upstream_is_asked_for_strangers_alone() {
+        let upstream = TcpListener::bind("127.0.0.1:0").unwrap();
+        upstream.set_nonblocking(true).unwrap();
+        let upstream_cache = format!("http://{}", upstream.local_addr().unwrap());
+        let config = Config { mode: Mode::Both, upstream_cache, ..Config::default() };
+        let share = Share::new(Arc::new(Interfaces::fixed(Vec::new(), Instant::now())), &config);
+        for info in [info("hello"), info("a-secret-b")] {
+            assert!(share.may_have(Scope::ThisMachine, &info) && share.may_have(Scope::Lan, &info));
+            assert!(!share.may_have_now(Scope::Wan, &info));
+        }
+        assert!(!share.may_have(Scope::Wan, &info("a-secret-b")));
+        assert_eq!(upstream.accept().unwrap_err().kind(), std::io::ErrorKind::WouldBlock);
+    }
+
+    #[test]
+    fn what_each_may_have() {
+        let with = |mode, verify, filter| {
+            let upstream_cache = "http://127.0.0.1:9".to_owned();
+            let config = Config { mode, verify, filter, upstream_cache, ..Config::default() };
+            Share::new(Arc::new(Interfaces::fixed(Vec::new(), Instant::now())), &config)
         };
         let (plain, secret) = (info("hello"), info("a-secret-b"));
         for (mode, verify, filter, wan) in [

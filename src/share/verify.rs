@@ -26,7 +26,7 @@ const REMEMBERED: Duration = Duration::from_secs(3600);
 /// That it had this very NAR stays true; a day keeps the clock's arithmetic small.
 const PROVEN: Duration = Duration::from_secs(24 * 3600);
 /// When so many new ones have come, those before them are forgotten: so up to twice as many are kept. A hash table of
-/// 32,768 places is then full, and two take 5 MiB, on a node that shares as many paths.
+/// 32,768 places is then full, and two take 6 MiB, on a node that shares as many paths.
 const GENERATION: usize = 28_672;
 
 /// A request to the upstream cache takes no longer, from the name's resolution to the answer's last byte.
@@ -493,8 +493,14 @@ mod tests {
         let others = || (0..MAX_REQUESTS as u8).map(|n| (info.path.hash_part(), NarHash::from_bytes([n; 32])));
         verifier.lock().asked.extend(others());
         verifier.lock().waiting = MAX_WAITING;
-        assert!(matches!(verifier.turn(&key(&info)), Turn::NotNow));
-        assert_eq!(verifier.lock().waiting, MAX_WAITING);
+        thread::scope(|scope| {
+            let refused = scope.spawn(|| verifier.turn(&key(&info)));
+            while !refused.is_finished() {
+                assert_eq!(verifier.lock().waiting, MAX_WAITING, "one more waits");
+                thread::yield_now();
+            }
+            assert!(matches!(refused.join().unwrap(), Turn::NotNow));
+        });
         verifier.lock().waiting = 0;
         thread::scope(|scope| {
             let waiter = scope.spawn(|| verifier.turn(&key(&info)));

@@ -52,13 +52,13 @@ impl Drop for TempDir {
 }
 
 /// The store, with the connection of one who writes to it.
-pub(super) struct Fixture {
+pub(crate) struct Fixture {
     dir: TempDir,
     writer: Mutex<Option<Connection>>,
 }
 
 impl Fixture {
-    pub(super) fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let dir = TempDir::new();
         fs::create_dir_all(dir.path().join("store")).unwrap();
         fs::create_dir_all(dir.path().join("var/nix/db")).unwrap();
@@ -76,7 +76,7 @@ impl Fixture {
         StoreConfig { store_dir: StoreDir::parse(&self.absolute("")).unwrap(), db: self.db() }
     }
 
-    pub(super) fn open(&self) -> Store {
+    pub(crate) fn open(&self) -> Store {
         Store::open(self.config()).unwrap()
     }
 
@@ -85,7 +85,7 @@ impl Fixture {
         Store::new(self.config())
     }
 
-    pub(super) fn absolute(&self, base_name: &str) -> String {
+    pub(crate) fn absolute(&self, base_name: &str) -> String {
         format!("{}/store/{base_name}", self.dir.path().display())
     }
 
@@ -93,7 +93,7 @@ impl Fixture {
         self.dir.path().join("var/log/nix")
     }
 
-    pub(super) fn execute(&self, sql: &str) {
+    pub(crate) fn execute(&self, sql: &str) {
         self.writer.lock().unwrap().as_ref().unwrap().execute_batch(sql).unwrap();
     }
 
@@ -102,7 +102,7 @@ impl Fixture {
     }
 
     /// Enters a path `<hash part>-name` without files.
-    pub(super) fn register(&self, hash_part: &str, nar_size: u64) -> StorePath {
+    pub(crate) fn register(&self, hash_part: &str, nar_size: u64) -> StorePath {
         let path = StorePath::parse(&format!("{hash_part}-name")).unwrap();
         let absolute = self.absolute(path.base_name());
         let hash = "ab".repeat(32);
