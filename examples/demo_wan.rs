@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 const BOOK_MIB: u64 = 256;
 
 /// The sender of the large path is ended when it has sent so many MiB.
-const STRUCK_AFTER: u64 = 15;
+const STRUCK_AFTER: u64 = 4;
 
 /// Both sides have told the tracker of a transfer after so long at most.
 const REPORTED: Duration = Duration::from_secs(100);
