@@ -6,7 +6,6 @@ use crate::wire::tracker::{MAX_ADDR, MAX_PEER_ID, is_peer_id};
 use lexopt::prelude::*;
 use std::ffi::OsString;
 use std::fmt::Display;
-use std::io::Write;
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -176,15 +175,6 @@ pub fn parse(
         return Err("--mode wan and --mode both need --tracker-url".into());
     }
     Ok(Command::Run(Box::new(config)))
-}
-
-/// Sends the log to standard error, without times, as journald adds them. `verbose` shows what each request does;
-/// `RUST_LOG` overrides it.
-pub fn log_to_stderr(verbose: bool) {
-    let default = if verbose { "info,peerix=debug" } else { "info" };
-    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or(default))
-        .format(|out, record| writeln!(out, "{}: {}", record.level().as_str().to_lowercase(), record.args()))
-        .init();
 }
 
 fn wrong(flag: &str, value: &str, why: impl Display) -> String {

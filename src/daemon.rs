@@ -17,19 +17,17 @@ use crate::peers::tracker::Me;
 use crate::peers::wan::Wan;
 use crate::publish::Publisher;
 use crate::seldom::Seldom;
+use crate::service::{self, notify};
 use crate::share::{Scope, Share};
 use crate::sockets::{self, Sockets};
 use crate::store::{Store, StoreConfig};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use ring::rand::{SecureRandom, SystemRandom};
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use sd_notify::NotifyState;
-use signal_hook::consts::{SIGINT, SIGTERM};
-use signal_hook::iterator::Signals;
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::{self, JoinHandle};
+use std::thread;
 use std::time::{Duration, Instant};
 use std::{fmt, fs, io};
 
@@ -80,7 +78,7 @@ enum Wakeup {
 /// # Errors
 /// What kept it from starting, or which thread died.
 pub fn run(config: Config) -> Result<(), Fatal> {
-    allow_descriptors();
+    service::allow_descriptors(DESCRIPTORS);
     let now = Instant::now();
     let key = config.private_key.as_deref().map(read_key).transpose()?;
     let store = StoreConfig { store_dir: config.store_dir.clone(), db: config.db.clone() };
@@ -94,7 +92,9 @@ pub fn run(config: Config) -> Result<(), Fatal> {
         let wakeups = wakeups.clone();
         move || drop(wakeups.try_send(Wakeup::Ended(what)))
     };
-    let signals = watch_signals(wakeups.clone()).map_err(|e| Fatal::from(("signals", e)))?;
+    let signal = wakeups.clone();
+    let on_signal = move || drop(signal.try_send(Wakeup::Signal));
+    let signals = service::watch_signals(on_signal).map_err(|e| Fatal::from(("signals", e)))?;
 
     let neighbourhood = LanNeighbourhood {
         share: share.clone(),
@@ -180,25 +180,6 @@ fn wait(woken: &Receiver<Wakeup>, discovery: &Handle) -> Result<(), Fatal> {
                 turns = now;
             }
         }
-    }
-}
-
-/// Tells systemd; elsewhere nothing.
-fn notify(state: &[NotifyState<'_>]) {
-    if let Err(e) = sd_notify::notify(state) {
-        log::error!("notifying systemd: {e}");
-    }
-}
-
-/// Takes what the system allows of [`DESCRIPTORS`]. With fewer, idle connections are closed earlier.
-fn allow_descriptors() {
-    let limit = getrlimit(Resource::Nofile);
-    // No number is no limit.
-    let wanted = limit.maximum.map_or(DESCRIPTORS, |most| most.min(DESCRIPTORS));
-    if limit.current.is_some_and(|current| current < wanted)
-        && let Err(e) = setrlimit(Resource::Nofile, Rlimit { current: Some(wanted), ..limit })
-    {
-        log::debug!("limit of descriptors: {e}");
     }
 }
 
@@ -295,32 +276,6 @@ impl Neighbourhood for LanNeighbourhood {
                 }
                 false
             }
-        }
-    }
-}
-
-/// The thread that waits for signals; dropping it ends it.
-struct SignalWatch {
-    handle: signal_hook::iterator::Handle,
-    thread: Option<JoinHandle<()>>,
-}
-
-fn watch_signals(wakeups: Sender<Wakeup>) -> io::Result<SignalWatch> {
-    let mut signals = Signals::new([SIGTERM, SIGINT])?;
-    let handle = signals.handle();
-    let thread = thread::Builder::new().name("signals".into()).spawn(move || {
-        for _ in signals.forever() {
-            let _ = wakeups.try_send(Wakeup::Signal);
-        }
-    })?;
-    Ok(SignalWatch { handle, thread: Some(thread) })
-}
-
-impl Drop for SignalWatch {
-    fn drop(&mut self) {
-        self.handle.close();
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
         }
     }
 }

@@ -42,7 +42,7 @@ const PACE_WINDOW: Duration = Duration::from_secs(5);
 /// A peer that is slower than this, in bytes a second, is left for another one if there is one.
 const SLOW: u64 = 128 * 1024;
 
-/// A peer begins to send within this, if there is another; else within [`STALL`].
+/// A peer begins to send within this, if there may be another; else within [`STALL`].
 const FIRST_BYTE: Duration = Duration::from_secs(2);
 /// By then the first piece is there, or Nix is told that the NAR is not: it waits for an answer.
 const START: Duration = Duration::from_secs(20);
@@ -332,7 +332,7 @@ impl Nar<'_> {
             self.tries += 1;
             let mut source = self.next_source()?;
             let began = Instant::now();
-            let patience = if self.search.has_more() { FIRST_BYTE } else { STALL };
+            let patience = if self.search.may_have_more() { FIRST_BYTE } else { STALL };
             let left = self.start_until.map(|until| until.saturating_duration_since(began).max(FIRST_BYTE));
             let patience = left.map_or(patience, |left| patience.min(left));
             let client = &self.fetch.client;

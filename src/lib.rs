@@ -31,6 +31,7 @@ pub mod on_drop;
 pub mod peers;
 pub mod publish;
 pub mod seldom;
+pub mod service;
 pub mod share;
 pub mod sockets;
 pub mod store;

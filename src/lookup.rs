@@ -132,6 +132,8 @@ impl Lookup {
             && found.source.nar_hash == *nar_hash
             && found.at.elapsed() < FOUND_FOR
             && self.standing.turn(found.source.peer, Instant::now()) == Turn::Now
+            // One that failed since is asked only if nobody else has it.
+            && !self.standing.is_doubtful(found.source.peer)
         {
             return Some((found.source, found.alternates));
         }
@@ -340,6 +342,11 @@ impl Search {
             || !self.slow.is_empty()
             || self.holders.as_ref().is_some_and(|h| !h.is_empty())
             || self.wan.as_ref().is_some_and(WanSearch::has_more)
+    }
+
+    /// Whether there may be one: the trackers have not been asked yet.
+    pub fn may_have_more(&self) -> bool {
+        self.has_more() || self.wan.as_ref().is_some_and(|wan| !wan.has_begun())
     }
 
     /// Gives the search, resumed for alternates, its time anew.

@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 
 use peerix::cli::{self, Command};
-use peerix::daemon;
+use peerix::{daemon, service};
 use std::process::ExitCode;
 
 /// A wrong command line.
@@ -24,7 +24,7 @@ fn main() -> ExitCode {
             return ExitCode::from(EXIT_USAGE);
         }
     };
-    cli::log_to_stderr(config.verbose);
+    service::log_to_stderr(config.verbose);
     match daemon::run(*config) {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {

@@ -178,7 +178,7 @@ impl Reader {
                     shared.paths += 1;
                 } else if self.share.is_open_question(&info) {
                     // Upstream does not answer at the moment.
-                    shared.open.push_front(hash_part);
+                    shared.open.push_back(hash_part);
                     break;
                 }
             }

@@ -54,6 +54,30 @@ pub fn open(config: &Config, interfaces: &Interfaces) -> Result<Sockets, String>
     Ok(Sockets { listeners, datagrams, port })
 }
 
+/// What systemd passes, or a TCP socket on each address: all that a server without UDP needs. With port 0 the first one
+/// chooses for all. `flag` names the option that has the addresses.
+///
+/// # Errors
+/// As [`open`].
+pub fn open_tcp(addresses: &[IpAddr], mut port: u16, flag: &str) -> Result<(Vec<TcpListener>, u16), String> {
+    let (mut listeners, datagrams) = passed()?;
+    if !datagrams.is_empty() {
+        return Err("systemd passed a datagram socket; the .socket unit needs ListenStream= only".into());
+    }
+    let port_of = |listener: &TcpListener| listener.local_addr().map(|a| a.port()).map_err(|e| format!("socket: {e}"));
+    if listeners.is_empty() {
+        for ip in addresses {
+            let listener = bind(*ip, port, Type::STREAM).map_err(|e| explain_for(*ip, port, "TCP", &e, flag))?;
+            let listener = TcpListener::from(listener);
+            port = port_of(&listener)?;
+            listeners.push(listener);
+        }
+    }
+    let first = listeners.first().ok_or_else(|| format!("no address to listen on; see {flag}"))?;
+    let port = port_of(first)?;
+    Ok((listeners, port))
+}
+
 /// Likewise for multicast, on the interfaces of IPv6 addresses. Without one, peers there find this node only when it
 /// asks or greets them; that is no reason not to start.
 fn groups(config: &Config, interfaces: &Interfaces, port: u16) -> Vec<UdpSocket> {
@@ -84,6 +108,16 @@ fn with_loopback(bind: &[IpAddr]) -> Vec<IpAddr> {
 }
 
 fn inherited() -> Result<(Vec<TcpListener>, Vec<UdpSocket>), String> {
+    let (listeners, datagrams) = passed()?;
+    if listeners.is_empty() != datagrams.is_empty() {
+        return Err(
+            "systemd passed only one kind of socket; the .socket unit needs ListenStream= and ListenDatagram=".into()
+        );
+    }
+    Ok((listeners, datagrams))
+}
+
+fn passed() -> Result<(Vec<TcpListener>, Vec<UdpSocket>), String> {
     let mut fds = ListenFd::from_env();
     let (mut listeners, mut datagrams) = (Vec::new(), Vec::new());
     for at in 0..fds.len() {
@@ -101,11 +135,6 @@ fn inherited() -> Result<(Vec<TcpListener>, Vec<UdpSocket>), String> {
                 }
             }
         }
-    }
-    if listeners.is_empty() != datagrams.is_empty() {
-        return Err(
-            "systemd passed only one kind of socket; the .socket unit needs ListenStream= and ListenDatagram=".into()
-        );
     }
     Ok((listeners, datagrams))
 }
@@ -133,11 +162,15 @@ fn bind_to(address: SocketAddr, kind: Type) -> io::Result<Socket> {
 }
 
 fn explain(ip: IpAddr, port: u16, kind: &str, e: &io::Error) -> String {
+    explain_for(ip, port, kind, e, "--bind")
+}
+
+fn explain_for(ip: IpAddr, port: u16, kind: &str, e: &io::Error, flag: &str) -> String {
     let remedy = match e.kind() {
-        io::ErrorKind::AddrInUse => "another program, perhaps another peerix, has it; --port names another",
-        io::ErrorKind::AddrNotAvailable => "this machine does not have that address; see --bind",
-        io::ErrorKind::PermissionDenied => "ports below 1024 need privileges; --port names another",
-        _ => "see --bind and --port",
+        io::ErrorKind::AddrInUse => "another program, perhaps another peerix, has it; --port names another".into(),
+        io::ErrorKind::AddrNotAvailable => format!("this machine does not have that address; see {flag}"),
+        io::ErrorKind::PermissionDenied => "ports below 1024 need privileges; --port names another".into(),
+        _ => format!("see {flag} and --port"),
     };
     format!("{kind} {}: {e}; {remedy}", SocketAddr::new(ip, port))
 }

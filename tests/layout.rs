@@ -8,7 +8,7 @@ const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 /// The modules, each with all that it may use. They stand in the order of the layers, so that an import that is
 /// missing here but would be right points from a higher line to a lower one.
 const MAY_USE: &[(&str, &[&str])] = &[
-    ("main", &["cli", "daemon"]),
+    ("main", &["cli", "daemon", "service"]),
     ("cli", &["config", "nix", "wire"]),
     (
         "daemon",
@@ -23,6 +23,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "peers",
             "publish",
             "seldom",
+            "service",
             "share",
             "sockets",
             "store",
@@ -40,10 +41,32 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("interfaces", &[]),
     ("on_drop", &[]),
     ("seldom", &[]),
+    ("service", &[]),
     ("config", &["nix"]),
     ("wire", &["nix"]),
     ("nix", &[]),
 ];
+
+/// All that the tracker may use of the library.
+const TRACKER_MAY_USE: &[&str] = &["http", "nix", "on_drop", "seldom", "service", "sockets", "wire"];
+
+#[test]
+fn the_tracker_uses_little_of_the_library() {
+    let mut seen = 0;
+    for file in files(&Path::new(ROOT).join("tracker-src")) {
+        let text = fs::read_to_string(&file).unwrap();
+        for used in modules_named_after("peerix::", &text) {
+            seen += 1;
+            assert!(TRACKER_MAY_USE.contains(&used), "{}: the tracker may not use `{used}`", file.display());
+        }
+        let http = text.match_indices("http::").map(|(at, part)| name(&text[at + part.len()..]));
+        for part in http.flatten() {
+            let of_the_server = ["body", "server", "Request", "Exchange"].contains(&part);
+            assert!(of_the_server, "{}: `http::{part}` is the daemon's", file.display());
+        }
+    }
+    assert!(seen > 10, "only {seen} imports were found: this test looks for them in the wrong way");
+}
 
 #[test]
 fn imports_never_point_up() {
@@ -77,14 +100,16 @@ fn imports_never_point_up() {
 
 /// What follows `crate::` and `peerix::`, in code as in documentation.
 fn modules_named(text: &str) -> Vec<&str> {
+    [modules_named_after("crate::", text), modules_named_after("peerix::", text)].concat()
+}
+
+fn modules_named_after<'a>(root: &str, text: &'a str) -> Vec<&'a str> {
     let mut named = Vec::new();
-    for root in ["crate::", "peerix::"] {
-        for (at, _) in text.match_indices(root) {
-            let rest = &text[at + root.len()..];
-            match rest.strip_prefix('{') {
-                Some(group) => named.extend(first_names(group)),
-                None => named.extend(name(rest)),
-            }
+    for (at, _) in text.match_indices(root) {
+        let rest = &text[at + root.len()..];
+        match rest.strip_prefix('{') {
+            Some(group) => named.extend(first_names(group)),
+            None => named.extend(name(rest)),
         }
     }
     named

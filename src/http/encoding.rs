@@ -117,6 +117,7 @@ impl NarSink for Compressor<'_, '_> {}
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::http::body::Body;
     use std::io::Read;
     use std::net::{Shutdown, TcpListener, TcpStream};
     use std::thread;
@@ -164,7 +165,7 @@ mod tests {
         let (writer, _) = listener.accept().unwrap();
         thread::scope(|scope| {
             scope.spawn(move || {
-                write(&mut Exchange::new(&writer, false, false));
+                write(&mut Exchange::new(&writer, false, false, Body::none(&writer)));
                 writer.shutdown(Shutdown::Write).unwrap();
             });
             let mut bytes = Vec::new();

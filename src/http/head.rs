@@ -27,10 +27,10 @@ pub struct Request<'a> {
     fields: &'a [httparse::Header<'a>],
     /// Whether the asker knows chunked bodies: since HTTP/1.1.
     pub knows_chunks: bool,
-    /// Whether the connection may be used again.
+    /// Whether the connection may be used again, if no body is left unread.
     pub keep_alive: bool,
-    /// Whether a body follows, which nobody here reads.
-    pub has_body: bool,
+    /// The length of the body that follows, in bytes.
+    pub body_len: u64,
 }
 
 impl Request<'_> {
@@ -108,9 +108,9 @@ impl Buffer {
         self.head_len().is_some()
     }
 
-    /// The first `len` bytes.
-    pub fn head(&self, len: usize) -> &[u8] {
-        &self.bytes[..len]
+    /// The first `len` bytes, and what was received behind them.
+    pub fn split(&self, len: usize) -> (&[u8], &[u8]) {
+        self.bytes.split_at(len)
     }
 
     /// Drops the first `len` bytes.
@@ -137,13 +137,13 @@ pub fn parse<T>(head: &[u8], asker: SocketAddr, then: impl FnOnce(Result<Request
         let (Some(method), Some(target), Some(minor)) = (request.method, request.path, request.version) else {
             return Err(BadHead::Malformed("request line incomplete"));
         };
-        let has_body = body_length(request.headers)? > 0;
+        let body_len = body_length(request.headers)?;
         let close = request.headers.iter().any(|f| {
             f.name.eq_ignore_ascii_case("connection") && f.value.to_ascii_lowercase().windows(5).any(|w| w == b"close")
         });
-        let keep_alive = minor == 1 && !close && !has_body;
+        let keep_alive = minor == 1 && !close;
         let knows_chunks = minor == 1;
-        Ok(Request { method, target, asker, fields: request.headers, knows_chunks, keep_alive, has_body })
+        Ok(Request { method, target, asker, fields: request.headers, knows_chunks, keep_alive, body_len })
     }))
 }
 
@@ -197,7 +197,7 @@ mod tests {
             let request = request.unwrap();
             assert_eq!((request.method, request.target), ("GET", "/x.narinfo"));
             assert_eq!(request.field("Range"), Some("bytes=1-"));
-            assert!(request.keep_alive && !request.has_body);
+            assert!(request.keep_alive && request.body_len == 0);
         });
     }
 
@@ -232,15 +232,15 @@ mod tests {
     #[test]
     fn when_a_connection_is_not_used_again() {
         for (head, keep, body) in [
-            ("GET / HTTP/1.1\r\n\r\n", true, false),
-            ("GET / HTTP/1.0\r\n\r\n", false, false),
-            ("GET / HTTP/1.1\r\nConnection: Close\r\n\r\n", false, false),
-            ("GET / HTTP/1.1\r\nContent-Length: 0\r\n\r\n", true, false),
-            ("PUT / HTTP/1.1\r\nContent-Length: 999999999999\r\n\r\n", false, true),
+            ("GET / HTTP/1.1\r\n\r\n", true, 0),
+            ("GET / HTTP/1.0\r\n\r\n", false, 0),
+            ("GET / HTTP/1.1\r\nConnection: Close\r\n\r\n", false, 0),
+            ("GET / HTTP/1.1\r\nContent-Length: 0\r\n\r\n", true, 0),
+            ("PUT / HTTP/1.1\r\nContent-Length: 999999999999\r\n\r\n", true, 999_999_999_999),
         ] {
             with(head, |request| {
                 let request = request.unwrap();
-                assert_eq!((request.keep_alive, request.has_body), (keep, body), "{head:?}");
+                assert_eq!((request.keep_alive, request.body_len), (keep, body), "{head:?}");
             });
         }
     }

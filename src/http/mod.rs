@@ -3,6 +3,7 @@
 //!
 //! tiny_http writes the messages; the connections are ours: docs/dependencies.md tells why.
 
+pub mod body;
 pub mod cache;
 mod encoding;
 mod head;

@@ -1,5 +1,6 @@
 //! Writing one response. tiny_http makes the bytes of the head; they leave in one write with the body's first.
 
+use super::body::Body;
 use crate::store::NarSink;
 use rustix::fs::sendfile;
 use rustix::io::{Errno, retry_on_intr};
@@ -22,11 +23,17 @@ pub struct Exchange<'a> {
     missing: u64,
     /// Whether the chunk that ends the body is still to come.
     in_chunks: bool,
+    body: Body<'a>,
 }
 
 impl<'a> Exchange<'a> {
-    pub(super) fn new(stream: &'a TcpStream, head_only: bool, close: bool) -> Self {
-        Exchange { stream, head_only, close, head: Vec::new(), begun: false, missing: 0, in_chunks: false }
+    pub(super) fn new(stream: &'a TcpStream, head_only: bool, close: bool, body: Body<'a>) -> Self {
+        Exchange { stream, head_only, close, head: Vec::new(), begun: false, missing: 0, in_chunks: false, body }
+    }
+
+    /// The request's body.
+    pub fn body(&mut self) -> &mut Body<'a> {
+        &mut self.body
     }
 
     /// A whole response in one write.
@@ -120,7 +127,7 @@ impl<'a> Exchange<'a> {
         let response = response.with_chunked_threshold(usize::MAX);
         self.head.clear();
         response.raw_print(&mut self.head, HTTPVersion(1, 1), &[], true, None)?;
-        if self.close {
+        if self.close || self.body.is_left() {
             // tiny_http leaves this field to its own connections.
             self.head.truncate(self.head.len() - 2);
             self.head.extend_from_slice(b"Connection: close\r\n\r\n");

@@ -3,6 +3,7 @@
 //! One thread accepts; each connection has a thread of a pool while it lasts. Knows nothing of what is served: that is
 //! a [`Handler`]'s.
 
+use super::body::Body;
 use super::head::{self, BadHead, Buffer, Received, Request};
 use super::response::{Exchange, WRITE_TIMEOUT};
 use super::room::{self, Room, Seat};
@@ -41,7 +42,7 @@ const LINGER_BYTES: u64 = 1 << 20;
 /// See [`LINGER_BYTES`].
 const LINGER: Duration = Duration::from_secs(1);
 
-/// What is served.
+/// What is served. A body that the handler does not read ends the connection.
 pub trait Handler: Send + Sync + 'static {
     /// Answers one request.
     ///
@@ -297,21 +298,22 @@ fn serve(shared: &Shared, connection: &Connection) -> io::Result<()> {
             Received::Nothing => return Ok(()),
             Received::Bad(bad) => return refuse(connection, &bad),
         };
-        let keep_alive = head::parse(buffer.head(len), connection.peer, |request| match request {
-            Ok(request) => answer(shared, connection, &request),
-            Err(bad) => refuse(connection, &bad).map(|()| false),
+        let (head, behind) = buffer.split(len);
+        let again = head::parse(head, connection.peer, |request| match request {
+            Ok(request) => answer(shared, connection, &request, behind),
+            Err(bad) => refuse(connection, &bad).map(|()| None),
         })?;
-        if !keep_alive {
-            return Ok(());
-        }
-        buffer.consume(len);
+        let Some(body) = again else { return Ok(()) };
+        buffer.consume(len + body);
     }
 }
 
-/// Answers one request. True if the connection can be used again.
-fn answer(shared: &Shared, connection: &Connection, request: &Request<'_>) -> io::Result<bool> {
+/// Answers one request, of whose body `behind` may have the beginning. If the connection can be used again, tells how many
+/// bytes of that were of the body.
+fn answer(shared: &Shared, connection: &Connection, request: &Request<'_>, behind: &[u8]) -> io::Result<Option<usize>> {
     let keep_alive = request.keep_alive && !shared.stopping.load(Ordering::Relaxed);
-    let mut exchange = Exchange::new(&connection.stream, request.method == "HEAD", !keep_alive);
+    let body = Body::new(&connection.stream, request, behind);
+    let mut exchange = Exchange::new(&connection.stream, request.method == "HEAD", !keep_alive, body);
     let handled = catch_unwind(AssertUnwindSafe(|| shared.handler.handle(request, &mut exchange)));
     match handled {
         Ok(result) => result?,
@@ -321,14 +323,15 @@ fn answer(shared: &Shared, connection: &Connection, request: &Request<'_>) -> io
     if !exchange.is_whole() {
         return Err(io::Error::other("answer left incomplete"));
     }
-    if request.has_body {
+    if exchange.body().is_left() {
         linger(&connection.stream)?;
+        return Ok(None);
     }
-    Ok(keep_alive)
+    Ok(keep_alive.then(|| exchange.body().behind()))
 }
 
 fn refuse(connection: &Connection, bad: &BadHead) -> io::Result<()> {
-    let mut exchange = Exchange::new(&connection.stream, false, true);
+    let mut exchange = Exchange::new(&connection.stream, false, true, Body::none(&connection.stream));
     match bad {
         BadHead::TooLarge => exchange.say(431, "request head too large")?,
         BadHead::Malformed(why) => exchange.say(400, &format!("bad request: {why}"))?,

@@ -66,6 +66,10 @@ impl Peer {
             .saturating_add(self.bad_nars)
             .saturating_add(self.broken_promises.saturating_sub(PROMISES_FORGIVEN))
     }
+
+    fn see(&mut self, latency: Duration) {
+        self.latency = Some(self.latency.map_or(latency, |old| (old * 7 + latency) / 8));
+    }
 }
 
 /// The standing of every peer; shared by all threads.
@@ -118,7 +122,19 @@ impl Standing {
         if peer.bad_nars == 0 {
             peer.avoided_until = None;
         }
-        peer.latency = Some(peer.latency.map_or(latency, |old| (old * 7 + latency) / 8));
+        peer.see(latency);
+    }
+
+    /// It answered that it has no such path, which it had not promised: that tells only how fast it is.
+    pub fn alive(&self, peer: SocketAddr, latency: Duration, now: Instant) {
+        let mut standing = self.lock();
+        let peer = entry(&mut standing, peer, now);
+        peer.unreachable = 0;
+        peer.was_slow = false;
+        if peer.failures() == 0 {
+            peer.avoided_until = None;
+        }
+        peer.see(latency);
     }
 
     /// No narinfo came within `patience`, and another peer is tried. The second time in a row it is a failure.

@@ -17,9 +17,9 @@ use crate::nix::{HashPart, NarInfo};
 use crate::on_drop::OnDrop;
 use crate::wire::tracker::{Candidate, Candidates, MAX_CANDIDATES, MAX_OTHERS, Role, TransferName, can_be_peer};
 use crossbeam_channel::{Receiver, Sender, bounded, never, select};
+use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -32,7 +32,13 @@ const SLOW: Duration = Duration::from_millis(500);
 /// Names of candidates are waited for so long.
 const NAMES_WAIT: Duration = Duration::from_millis(500);
 /// Requests to candidates under way, of all lookups together: each has a thread.
-const MAX_ASKING: usize = 128;
+const MAX_ASKING: u32 = 256;
+/// Of these, so many to one address: Nix looks up 25 paths at once.
+const MAX_ASKING_ONE: u32 = 32;
+/// And to one that has not answered before, or failed to lately: those that hang must not keep the others from being asked.
+const MAX_ASKING_UNPROVEN: u32 = 4;
+/// Who may not be asked for one of these reasons is looked at again after this.
+const BLOCKED: Duration = Duration::from_millis(10);
 /// Stack of such a thread: the client's buffers are not on it, TLS is not used.
 const STACK: usize = 256 * 1024;
 
@@ -44,7 +50,7 @@ pub struct Wan {
     wake: Arc<Wake>,
     interfaces: Arc<Interfaces>,
     names: Arc<Names>,
-    asking: Arc<AtomicUsize>,
+    asking: Arc<Asking>,
 }
 
 impl Wan {
@@ -79,6 +85,11 @@ impl Wan {
         address.port() == self.trackers.me().port && self.interfaces.is_own(address.ip())
     }
 
+    /// Whether it has answered before, and has done so since it failed.
+    fn is_proven(&self, address: SocketAddr) -> bool {
+        !self.standing.latency(address).is_zero() && !self.standing.is_doubtful(address)
+    }
+
     /// What the trackers name, the first answer first; all are asked at once.
     fn list(&self, hash_part: &HashPart, until: Instant) -> Vec<(usize, Candidates)> {
         let of_use: Vec<_> = self.trackers.all().enumerate().filter(|(_, tracker)| tracker.is_of_use()).collect();
@@ -104,6 +115,35 @@ impl Wan {
             all.push(answer);
         }
         all
+    }
+}
+
+/// Requests under way by address.
+#[derive(Default)]
+struct Asking(Mutex<HashMap<IpAddr, u32>>);
+
+impl Asking {
+    /// Counts one more, unless there are too many; its end has to be told.
+    fn begin(&self, ip: IpAddr, is_proven: bool) -> bool {
+        let most = if is_proven { MAX_ASKING_ONE } else { MAX_ASKING_UNPROVEN };
+        let mut counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let all: u32 = counts.values().sum();
+        let its = counts.get(&ip).copied().unwrap_or_default();
+        let fits = all < MAX_ASKING && its < most;
+        if fits {
+            counts.insert(ip, its + 1);
+        }
+        fits
+    }
+
+    fn end(&self, ip: IpAddr) {
+        let mut counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(its) = counts.get_mut(&ip) {
+            *its -= 1;
+            if *its == 0 {
+                counts.remove(&ip);
+            }
+        }
     }
 }
 
@@ -142,6 +182,7 @@ pub struct WanSearch {
 struct Entry {
     address: SocketAddr,
     origin: Origin,
+    has_filter: bool,
     state: State,
     /// It has said something, whatever it was.
     answered: bool,
@@ -170,6 +211,11 @@ impl WanSearch {
         self.until = Instant::now() + WAN_TIMEOUT;
     }
 
+    /// Whether the trackers have been asked.
+    pub fn has_begun(&self) -> bool {
+        self.began.is_some()
+    }
+
     /// Whether somebody is left who may have the path.
     pub fn has_more(&self) -> bool {
         self.entries.iter().any(|entry| entry.state != State::Done)
@@ -185,13 +231,12 @@ impl WanSearch {
             if now >= self.until {
                 break;
             }
-            self.ask(now);
-            let waits = self.entries.iter().any(|entry| matches!(entry.state, State::Asked(_)));
-            // A promise that cannot be tested now, as too much is under way, is waited for too.
-            if !waits && !self.entries.iter().any(|entry| self.is_hopeful(entry, now)) {
+            let is_blocked = !self.ask(now);
+            if !is_blocked && !self.entries.iter().any(|entry| self.is_awaited(entry, now)) {
                 break;
             }
-            let wake_up = self.until.min(now + SLOW / 4);
+            let look_again = if is_blocked { BLOCKED } else { SLOW / 4 };
+            let wake_up = self.until.min(now + look_again);
             select! {
                 recv(self.answers) -> answer => if let Ok(answer) = answer
                     && let Some(offer) = self.take(answer) {
@@ -216,17 +261,15 @@ impl WanSearch {
         self.until = began + WAN_TIMEOUT;
         let mut listed = self.wan.list(&self.hash_part, self.until);
         let others: Vec<_> = listed.iter_mut().map(|(at, found)| (*at, std::mem::take(&mut found.others))).collect();
-        let candidates = listed.into_iter().map(|(at, found)| (at, found.candidates));
-        for (tracker, some) in candidates.chain(others) {
-            self.add(tracker, some);
-        }
+        listed.into_iter().for_each(|(at, found)| self.add(at, found.candidates, true));
+        others.into_iter().for_each(|(at, others)| self.add(at, others, false));
         if !self.entries.is_empty() {
             let addresses = self.entries.iter().map(|entry| entry.address).collect();
             self.told = self.wan.wake.ask_candidates(self.hash_part, addresses, self.until);
         }
     }
 
-    fn add(&mut self, tracker: usize, candidates: Vec<Candidate>) {
+    fn add(&mut self, tracker: usize, candidates: Vec<Candidate>, has_filter: bool) {
         let ip = |addr: &str| addr.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>().ok();
         let names: Vec<&str> = candidates.iter().map(|c| &*c.addr).filter(|addr| ip(addr).is_none()).collect();
         let mut resolved = if names.is_empty() {
@@ -241,7 +284,7 @@ impl WanSearch {
             let known = self.entries.iter().any(|entry| entry.address == address);
             if candidate.port != 0 && !known && !self.wan.is_own(address) {
                 let origin = Origin { tracker, peer_id: candidate.peer_id.clone() };
-                self.entries.push(Entry { address, origin, state: State::Untried, answered: false });
+                self.entries.push(Entry { address, origin, has_filter, state: State::Untried, answered: false });
             }
         }
     }
@@ -251,66 +294,83 @@ impl WanSearch {
             && self.wan.standing.turn(entry.address, now) != Turn::Never
     }
 
-    /// Asks as many as may be asked now.
-    fn ask(&mut self, now: Instant) {
-        loop {
-            let busy = |entry: &&Entry| matches!(entry.state, State::Asked(at) if now < at + SLOW);
-            if self.entries.iter().filter(busy).count() >= AT_ONCE {
-                return;
-            }
-            let Some(at) = self.best(now) else { return };
-            if !self.start(at, now) {
-                return;
-            }
+    /// Whether its answer is worth waiting for: of one that failed lately only for a moment.
+    fn is_awaited(&self, entry: &Entry, now: Instant) -> bool {
+        match entry.state {
+            State::Asked(at) => now < at + SLOW || self.wan.standing.turn(entry.address, now) == Turn::Now,
+            _ => false,
         }
     }
 
-    /// Whose turn it is: who promised before who did not, reliable before doubtful, and then as the trackers have it.
-    fn best(&self, now: Instant) -> Option<usize> {
-        let hopeful = self.entries.iter().enumerate().filter(|(_, entry)| self.is_hopeful(entry, now));
-        let rank = |entry: &Entry| {
-            let standing = &self.wan.standing;
-            let doubtful = standing.is_doubtful(entry.address);
-            (standing.turn(entry.address, now) == Turn::Last, doubtful, entry.state != State::Promising)
-        };
-        hopeful.min_by_key(|(at, entry)| (rank(entry), *at)).map(|(at, _)| at)
+    /// Asks as many as may be asked now. False if somebody is left who may not be asked because of others.
+    fn ask(&mut self, now: Instant) -> bool {
+        let busy = |entry: &Entry| matches!(entry.state, State::Asked(at) if now < at + SLOW);
+        let mut free = AT_ONCE.saturating_sub(self.entries.iter().filter(|entry| busy(entry)).count());
+        let mut is_free_to_ask = true;
+        for at in self.in_turn(now) {
+            if free == 0 {
+                break;
+            }
+            match self.start(at, now) {
+                true => free -= 1,
+                false => is_free_to_ask = false,
+            }
+        }
+        is_free_to_ask
+    }
+
+    /// Who may be asked, in the order of their turns: who promised before who did not, and then as the trackers have it. Who
+    /// failed lately has its turn when nobody else is left or awaited: its narinfo, which may well be the fastest, says
+    /// nothing of its NAR.
+    fn in_turn(&self, now: Instant) -> Vec<usize> {
+        let standing = &self.wan.standing;
+        let is_doubtful = |at: &usize| standing.is_doubtful(self.entries[*at].address);
+        let all = 0..self.entries.len();
+        let mut turns: Vec<_> = all.clone().filter(|at| self.is_hopeful(&self.entries[*at], now)).collect();
+        let is_awaited = |at: &usize| matches!(self.entries[*at].state, State::Asked(at) if now < at + SLOW);
+        if turns.iter().any(|at| !is_doubtful(at)) || all.clone().any(|at| is_awaited(&at) && !is_doubtful(&at)) {
+            turns.retain(|at| !is_doubtful(at));
+        }
+        turns.sort_by_cached_key(|at| {
+            let Entry { address, state, .. } = &self.entries[*at];
+            (standing.turn(*address, now) == Turn::Last, *state != State::Promising)
+        });
+        turns
     }
 
     /// Asks one for its narinfo, in a thread of its own: a request cannot be taken back, and must not be waited for. False if
     /// there are too many.
     fn start(&mut self, at: usize, now: Instant) -> bool {
+        let address = self.entries[at].address;
         let asking = self.wan.asking.clone();
-        if asking.fetch_add(1, Ordering::Relaxed) >= MAX_ASKING {
-            asking.fetch_sub(1, Ordering::Relaxed);
+        if !asking.begin(address.ip(), self.wan.is_proven(address)) {
             return false;
         }
-        let leave = OnDrop::new(move || {
-            asking.fetch_sub(1, Ordering::Relaxed);
-        });
+        let end = OnDrop::new(move || asking.end(address.ip()));
         let (client, standing) = (self.wan.client.clone(), self.wan.standing.clone());
         let (answer, hash_part) = (self.answer.clone(), self.hash_part);
         let timeout = self.until.saturating_duration_since(now);
-        let holder = Holder { http: self.entries[at].address, url_path: format!("local/{hash_part}.narinfo") };
+        let holder = Holder { http: address, url_path: format!("local/{hash_part}.narinfo") };
         let started = thread::Builder::new().name("candidate".into()).stack_size(STACK).spawn(move || {
-            let _leave = leave;
+            let _end = end;
             let result = client.narinfo(&holder, &hash_part, timeout);
-            let now_then = Instant::now();
+            let then = Instant::now();
             match &result {
-                Ok(_) => standing.answered(holder.http, now_then - now, now_then),
+                Ok(_) => standing.answered(address, then - now, then),
                 // It never said that it has the path; filters are wrong now and then.
-                Err(Error::NotThere | Error::Busy) => {}
-                Err(e) => {
-                    let fault = e.fault().unwrap_or(Fault::Unreachable);
-                    standing.failed(holder.http, fault, now, now_then, e);
-                }
+                Err(Error::NotThere | Error::Busy) => standing.alive(address, then - now, then),
+                Err(e) => standing.failed(address, e.fault().unwrap_or(Fault::Unreachable), now, then, e),
             }
             let _ = answer.try_send(Answer { at, result: Box::new(result) });
         });
         match started {
             Ok(_) => self.entries[at].state = State::Asked(now),
-            Err(e) => log::debug!("thread for a candidate: {e}"),
+            Err(e) => {
+                log::debug!("thread for a candidate: {e}");
+                self.entries[at].state = State::Done;
+            }
         }
-        matches!(self.entries[at].state, State::Asked(_))
+        true
     }
 
     fn take(&mut self, Answer { at, result }: Answer) -> Option<Offer> {
@@ -333,7 +393,8 @@ impl WanSearch {
         entry.answered = true;
         match (told, entry.state) {
             (Told::Have(_), State::Untried) => entry.state = State::Promising,
-            (Told::HaveNot(_), State::Untried | State::Asked(_)) => entry.state = State::Done,
+            // Who has no filter yet may not know yet what it may share: by HTTP it finds out.
+            (Told::HaveNot(_), State::Untried | State::Asked(_)) if entry.has_filter => entry.state = State::Done,
             _ => {}
         }
     }

@@ -1,6 +1,6 @@
 //! Which paths stay here because of their names: shell patterns, as Python's `fnmatch` reads them on Linux.
 //!
-//! The crate `glob` was tried against Python first. It refuses `**`, an unclosed `[` and other patterns that `fnmatch`
+//! Not by the crate `glob`: it refuses `**` within a name, an unclosed `[` and other patterns that `fnmatch`
 //! takes, and a pattern that is refused, or matches less than its writer thinks, gives away what it should keep.
 
 use crate::nix::StorePath;

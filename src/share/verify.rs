@@ -23,8 +23,8 @@ const MAX_SIGNATURES: usize = 4;
 
 /// How long it is remembered that upstream has a path not, or another NAR, as by the original.
 const REMEMBERED: Duration = Duration::from_secs(3600);
-/// That it had this very NAR stays true; a day keeps the clock's arithmetic small.
-const PROVEN: Duration = Duration::from_secs(24 * 3600);
+/// That it had this very NAR stays true.
+const PROVEN: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
 /// When so many new ones have come, those before them are forgotten: so up to twice as many are kept. A hash table of
 /// 32,768 places is then full, and two take 6 MiB, on a node that shares as many paths.
 const GENERATION: usize = 28_672;

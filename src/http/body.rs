@@ -1,0 +1,195 @@
+//! Reading the body of a request, by its `Content-Length`, up to what the handler wants of it.
+
+use super::head::Request;
+use std::fmt;
+use std::io::{self, Read, Write};
+use std::net::TcpStream;
+use std::time::{Duration, Instant};
+
+/// A body has to be there so long after its handler began to read it, and as much longer as it takes at [`LEAST_RATE`].
+/// That is 10 s for 64 KiB and 30 s for 4 MiB.
+pub const BODY_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// See [`BODY_TIMEOUT`]. Bytes per second.
+pub const LEAST_RATE: u64 = 200 * 1024;
+
+/// Room that is made before anything of a body is there: what only promises a lot gets little.
+const FIRST_ROOM: usize = 64 * 1024;
+
+/// What a client waits for that sent `Expect: 100-continue`.
+const CONTINUE: &[u8] = b"HTTP/1.1 100 Continue\r\n\r\n";
+
+/// The body of one request.
+pub struct Body<'a> {
+    stream: &'a TcpStream,
+    /// Received behind the head; what is behind the body too is the next request's.
+    received: &'a [u8],
+    len: u64,
+    left: bool,
+    expects: bool,
+}
+
+/// Why there is no body.
+#[derive(Debug)]
+pub enum NoBody {
+    /// It is longer than it may be; nothing of it was read.
+    TooLarge,
+    /// The connection's error, its end before the body's, or a body that came too slowly. There is nobody to answer.
+    Io(io::Error),
+}
+
+impl fmt::Display for NoBody {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            NoBody::TooLarge => f.write_str("body: too large"),
+            NoBody::Io(e) => write!(f, "body: {e}"),
+        }
+    }
+}
+
+impl std::error::Error for NoBody {}
+
+impl<'a> Body<'a> {
+    pub(super) fn new(stream: &'a TcpStream, request: &Request<'_>, received: &'a [u8]) -> Self {
+        let expects = request.field("Expect").is_some_and(|e| e.eq_ignore_ascii_case("100-continue"));
+        Body { stream, received, len: request.body_len, left: request.body_len > 0, expects }
+    }
+
+    pub(super) fn none(stream: &'a TcpStream) -> Self {
+        Body { stream, received: &[], len: 0, left: false, expects: false }
+    }
+
+    /// Whether there is one that was not read.
+    pub(super) fn is_left(&self) -> bool {
+        self.left
+    }
+
+    /// How many of the bytes received behind the head are of the body.
+    pub(super) fn behind(&self) -> usize {
+        self.len.min(self.received.len() as u64) as usize
+    }
+
+    /// Reads all of it. Works once; then, and if there is none, it is empty.
+    ///
+    /// # Errors
+    /// A body of more than `limit` bytes, or one that does not come.
+    pub fn read(&mut self, limit: usize) -> Result<Vec<u8>, NoBody> {
+        if !self.left {
+            return Ok(Vec::new());
+        }
+        let len = usize::try_from(self.len).ok().filter(|len| *len <= limit).ok_or(NoBody::TooLarge)?;
+        let until = Instant::now() + BODY_TIMEOUT + Duration::from_millis(self.len * 1000 / LEAST_RATE);
+        let mut bytes = Vec::with_capacity(len.min(FIRST_ROOM));
+        bytes.extend_from_slice(&self.received[..self.behind()]);
+        if self.expects && bytes.len() < len {
+            let mut stream = self.stream;
+            stream.write_all(CONTINUE).map_err(NoBody::Io)?;
+        }
+        while bytes.len() < len {
+            self.read_more(&mut bytes, len, until).map_err(NoBody::Io)?;
+        }
+        self.left = false;
+        Ok(bytes)
+    }
+
+    fn read_more(&self, bytes: &mut Vec<u8>, len: usize, until: Instant) -> io::Result<()> {
+        let left = until.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(io::Error::new(io::ErrorKind::TimedOut, "came too slowly"));
+        }
+        self.stream.set_read_timeout(Some(left))?;
+        let at = bytes.len();
+        bytes.resize(len.min(at + FIRST_ROOM), 0);
+        let mut stream = self.stream;
+        let read = stream.read(&mut bytes[at..]);
+        bytes.truncate(at + *read.as_ref().unwrap_or(&0));
+        match read {
+            Ok(0) => Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(_) => Ok(()),
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => Ok(()),
+            Err(e) => Err(e),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::server::{Handler, Server};
+    use super::super::{Exchange, Request};
+    use super::*;
+    use std::net::TcpListener;
+    use std::sync::Arc;
+
+    /// Says how long the body is, if it has at most ten bytes.
+    struct Measures;
+
+    impl Handler for Measures {
+        fn handle(&self, request: &Request<'_>, exchange: &mut Exchange<'_>) -> io::Result<()> {
+            if request.method == "DELETE" {
+                return exchange.say(200, "unread");
+            }
+            match exchange.body().read(10) {
+                Ok(body) => exchange.say(200, &format!("[{}]", String::from_utf8_lossy(&body))),
+                Err(NoBody::TooLarge) => exchange.say(413, "too large"),
+                Err(NoBody::Io(e)) => Err(e),
+            }
+        }
+        fn after_panic(&self, _: &Request<'_>, exchange: &mut Exchange<'_>) -> io::Result<()> {
+            exchange.say(500, "panic")
+        }
+    }
+
+    /// What comes back for the pieces, each sent after an answer to the last, or after `100 Continue`.
+    fn all_answers(pieces: &[&str]) -> String {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let _server = Server::start(vec![listener], Arc::new(Measures), || ()).unwrap();
+        let mut stream = TcpStream::connect(address).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+        let mut all = Vec::new();
+        for piece in pieces {
+            stream.write_all(piece.as_bytes()).unwrap();
+            let mut chunk = [0; 4096];
+            let n = stream.read(&mut chunk).unwrap();
+            all.extend_from_slice(&chunk[..n]);
+        }
+        stream.shutdown(std::net::Shutdown::Write).unwrap();
+        stream.read_to_end(&mut all).unwrap();
+        String::from_utf8(all).unwrap()
+    }
+
+    #[test]
+    fn bodies_end_where_they_say_and_the_connection_goes_on() {
+        let all = all_answers(&[
+            "POST / HTTP/1.1\r\nContent-Length: 3\r\n\r\nabcPOST / HTTP/1.1\r\nContent-Length: 2\r\n\r\ndeGET / HTTP/1.1\r\n\r\n",
+        ]);
+        let at = ["[abc]", "[de]", "[]"].map(|body| all.find(body).unwrap_or_else(|| panic!("{body}: {all}")));
+        assert!(at.is_sorted() && !all.contains("close"), "{all}");
+    }
+
+    #[test]
+    fn who_asks_first_is_told_to_go_on() {
+        let all = all_answers(&["POST / HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 3\r\n\r\n", "abc"]);
+        assert!(all.starts_with("HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200"), "{all}");
+        assert!(all.contains("[abc]"), "{all}");
+        // Who is refused is not.
+        let all = all_answers(&["POST / HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 11\r\n\r\n"]);
+        assert!(all.starts_with("HTTP/1.1 413") && all.contains("Connection: close"), "{all}");
+    }
+
+    #[test]
+    fn what_is_not_read_ends_the_connection() {
+        let rest = "GET / HTTP/1.1\r\n\r\n";
+        for head in ["POST / HTTP/1.1\r\nContent-Length: 99", "DELETE / HTTP/1.1\r\nContent-Length: 3"] {
+            let all = all_answers(&[&format!("{head}\r\n\r\n{rest}")]);
+            assert_eq!(all.matches("HTTP/1.1 ").count(), 1, "{all}");
+            assert!(all.contains("Connection: close"), "{all}");
+        }
+        // One that never comes whole is not answered at all.
+        let cut = all_answers(&[
+            "GET / HTTP/1.1\r\n\r\n",
+            "POST / HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 9\r\n\r\n",
+        ]);
+        assert!(cut.ends_with("100 Continue\r\n\r\n"), "{cut}");
+    }
+}

@@ -1,0 +1,68 @@
+//! What both programs do as services: log, watch for signals, tell systemd, take the descriptors they need.
+
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use sd_notify::NotifyState;
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+use std::io::{self, Write};
+use std::thread::{self, JoinHandle};
+
+/// Sends the log to standard error, without times, as journald adds them. `verbose` shows what each request does;
+/// `RUST_LOG` overrides it.
+pub fn log_to_stderr(verbose: bool) {
+    // It is the beginning of the tracker's name too.
+    let default = if verbose { "info,peerix=debug" } else { "info" };
+    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or(default))
+        .format(|out, record| writeln!(out, "{}: {}", record.level().as_str().to_lowercase(), record.args()))
+        .init();
+}
+
+/// Tells systemd; elsewhere nothing.
+pub fn notify(state: &[NotifyState<'_>]) {
+    if let Err(e) = sd_notify::notify(state) {
+        log::error!("notifying systemd: {e}");
+    }
+}
+
+/// Takes as many descriptors as are wanted, or as many of them as the system allows. With fewer, idle connections are
+/// closed earlier.
+pub fn allow_descriptors(wanted: u64) {
+    let limit = getrlimit(Resource::Nofile);
+    // No number is no limit.
+    let wanted = limit.maximum.map_or(wanted, |most| most.min(wanted));
+    if limit.current.is_some_and(|current| current < wanted)
+        && let Err(e) = setrlimit(Resource::Nofile, Rlimit { current: Some(wanted), ..limit })
+    {
+        log::debug!("limit of descriptors: {e}");
+    }
+}
+
+/// The thread that waits for signals; dropping it ends it.
+pub struct SignalWatch {
+    handle: signal_hook::iterator::Handle,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// Calls `on_signal` at every SIGTERM and SIGINT.
+///
+/// # Errors
+/// The system's, or no thread to be had.
+pub fn watch_signals(on_signal: impl Fn() + Send + 'static) -> io::Result<SignalWatch> {
+    let mut signals = Signals::new([SIGTERM, SIGINT])?;
+    let handle = signals.handle();
+    let thread = thread::Builder::new().name("signals".into()).spawn(move || {
+        for _ in signals.forever() {
+            on_signal();
+        }
+    })?;
+    Ok(SignalWatch { handle, thread: Some(thread) })
+}
+
+impl Drop for SignalWatch {
+    fn drop(&mut self) {
+        self.handle.close();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}

@@ -1,0 +1,579 @@
+//! The calls: what a request asks for, whether it may, and its answer. docs/protocol.md has the table.
+
+use crate::address;
+use crate::books::{Bound, Reported, Statement as Told};
+use crate::ledger::{Ledger, Unavailable};
+use crate::limits::{Kind, Limits};
+use crate::metrics::{Call, Metrics};
+use crate::table::{Claim, Now, Refused, Reputation, Row, Table, Whereabouts};
+use data_encoding::BASE64;
+use peerix::http::body::NoBody;
+use peerix::http::server::Handler;
+use peerix::http::{Exchange, Request};
+use peerix::nix::HashPart;
+use peerix::on_drop::OnDrop;
+use peerix::seldom::Seldom;
+use peerix::wire::filter::{Filter, MAX_BYTES};
+use peerix::wire::tracker::{
+    Announce, Announced, Checked, KEY_HEADER, MAX_BODY, MAX_TRANSFER, MAX_TRANSFERS_AT_ONCE, Proof, Report, Role,
+    SIGNATURE_HEADER, Statement, TIMESTAMP_HEADER, TransferBegun, TransferInit, is_peer_id,
+};
+use percent_encoding::percent_decode_str;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use std::io;
+use std::net::IpAddr;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
+
+/// A target may be so long: an ID of 128 bytes, each percent-encoded, fits.
+const MAX_TARGET: usize = 1024;
+
+/// Filters received at once, each up to 4 MiB.
+const MAX_UPLOADS: usize = 8;
+
+/// Who finds no room for a filter is told to come again after so many seconds.
+const UPLOAD_RETRY: u64 = 2;
+
+/// Who is refused for want of room or for the database, after so many.
+const FULL_RETRY: u64 = 60;
+
+/// `GET /peers` lists so many, the best: the answer is read by every node of the original, for every path.
+const MAX_LISTED: usize = 1000;
+
+/// The list is made anew once in this time, if it is long; a short one costs nothing.
+const LIST_KEPT: Duration = Duration::from_secs(1);
+
+/// See [`LIST_KEPT`]. Peers.
+const SHORT_LIST: usize = 100;
+
+/// Why a request is not answered with what it asked for.
+#[derive(Debug)]
+struct Refusal {
+    status: u16,
+    error: String,
+    /// Seconds after which it may be tried again.
+    retry: Option<u64>,
+    /// The tracker's time in milliseconds, for who has another.
+    now: Option<u64>,
+    /// What can be asked there, for 405.
+    allow: Option<&'static str>,
+    /// The connection's error: there is nobody to answer.
+    gone: Option<io::Error>,
+}
+
+impl Refusal {
+    fn new(status: u16, error: impl Into<String>) -> Self {
+        Refusal { status, error: error.into(), retry: None, now: None, allow: None, gone: None }
+    }
+
+    fn later(status: u16, error: impl Into<String>, seconds: u64) -> Self {
+        Refusal { retry: Some(seconds), ..Refusal::new(status, error) }
+    }
+}
+
+impl From<NoBody> for Refusal {
+    fn from(e: NoBody) -> Self {
+        match e {
+            NoBody::TooLarge => Refusal::new(413, "body: too large"),
+            NoBody::Io(e) => Refusal { gone: Some(e), ..Refusal::new(400, "body: incomplete") },
+        }
+    }
+}
+
+impl From<Unavailable> for Refusal {
+    fn from(e: Unavailable) -> Self {
+        Refusal::later(503, e.to_string(), FULL_RETRY)
+    }
+}
+
+impl From<(Refused, Now)> for Refusal {
+    fn from((refused, now): (Refused, Now)) -> Self {
+        match refused {
+            Refused::Bound => Refusal::new(403, "peer_id: bound to a key, which has to sign"),
+            Refused::OtherKey => Refusal::new(403, "peer_id: bound to another key"),
+            Refused::Time(why) => Refusal { now: Some(now.ms), ..Refusal::new(403, why) },
+            Refused::NotHere => Refusal::new(404, "announce first"),
+            Refused::OtherAddress => Refusal::new(403, "peer_id: announced from another address"),
+            Refused::TooSoon(wait) => Refusal::later(429, "too soon after the last one", whole_seconds(wait)),
+            Refused::Full => Refusal::later(503, "no room for more", FULL_RETRY),
+        }
+    }
+}
+
+fn whole_seconds(wait: Duration) -> u64 {
+    wait.as_secs() + u64::from(wait.subsec_nanos() > 0)
+}
+
+/// 200, with JSON or text.
+enum Answer {
+    Json(Vec<u8>),
+    Text(String),
+}
+
+type Outcome = Result<Answer, Refusal>;
+
+#[derive(Serialize)]
+struct Status {
+    status: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    consistent: Option<bool>,
+}
+
+#[derive(Serialize)]
+struct ErrorBody<'a> {
+    error: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    now: Option<u64>,
+}
+
+#[derive(Serialize)]
+struct ReputationBody<'a> {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    peer_id: Option<&'a str>,
+    total_shared: u64,
+    total_received: u64,
+    successful_transfers: u64,
+    failed_transfers: u64,
+    score: f64,
+}
+
+impl<'a> ReputationBody<'a> {
+    fn new(peer_id: Option<&'a str>, of: &Reputation) -> Self {
+        ReputationBody {
+            peer_id,
+            total_shared: of.shared,
+            total_received: of.received,
+            successful_transfers: of.successful,
+            failed_transfers: of.failed,
+            score: of.rounded_score(),
+        }
+    }
+}
+
+#[derive(Serialize)]
+struct PeerBody<'a> {
+    peer_id: &'a str,
+    addr: &'a str,
+    port: u16,
+    last_seen: f64,
+    reputation: ReputationBody<'a>,
+}
+
+#[derive(Serialize)]
+struct PeersBody<'a> {
+    peers: Vec<PeerBody<'a>>,
+}
+
+fn json(body: &impl Serialize) -> Outcome {
+    let bytes = serde_json::to_vec(body).map_err(|e| Refusal::new(500, format!("answer: {e}")))?;
+    Ok(Answer::Json(bytes))
+}
+
+fn status(status: &'static str) -> Outcome {
+    json(&Status { status, consistent: None })
+}
+
+type List = Option<(Instant, Arc<Vec<u8>>)>;
+
+/// The tracker, as a handler of requests.
+pub struct Api {
+    table: Arc<Table>,
+    ledger: Arc<Ledger>,
+    limits: Limits,
+    metrics: Metrics,
+    uploads: AtomicUsize,
+    list: Mutex<List>,
+    faults: Seldom,
+}
+
+/// The time, now.
+pub fn now() -> Now {
+    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    Now { at: Instant::now(), ms: since.as_millis() as u64 }
+}
+
+/// What a request asks for.
+enum Route<'a> {
+    Announce,
+    Leave,
+    Filter(&'a str),
+    Lookup(&'a str),
+    Peers,
+    TransferInit,
+    Report,
+    Reputation(&'a str),
+    Health,
+    Metrics,
+}
+
+impl Route<'_> {
+    /// How it is counted, and with what it is limited.
+    fn kind(&self) -> (Call, Kind) {
+        match self {
+            Route::Announce => (Call::Announce, Kind::Announce),
+            Route::Leave => (Call::Leave, Kind::Announce),
+            Route::Filter(_) => (Call::Filter, Kind::Filter),
+            Route::Lookup(_) => (Call::Lookup, Kind::Lookup),
+            Route::Peers => (Call::Peers, Kind::List),
+            Route::TransferInit => (Call::TransferInit, Kind::Transfer),
+            Route::Report => (Call::Report, Kind::Transfer),
+            Route::Reputation(_) => (Call::Reputation, Kind::Transfer),
+            Route::Health => (Call::Health, Kind::Lookup),
+            Route::Metrics => (Call::Metrics, Kind::List),
+        }
+    }
+}
+
+fn route<'a>(method: &str, target: &'a str) -> Result<Route<'a>, Refusal> {
+    if target.len() > MAX_TARGET {
+        return Err(Refusal::new(400, "target: too long"));
+    }
+    let path = target.split('?').next().unwrap_or_default();
+    let get = matches!(method, "GET" | "HEAD");
+    let (route, allow) = match path {
+        "/announce" if method == "DELETE" => (Some(Route::Leave), ""),
+        "/announce" => ((method == "POST").then_some(Route::Announce), "POST, DELETE"),
+        "/transfer/init" => ((method == "POST").then_some(Route::TransferInit), "POST"),
+        "/report" => ((method == "POST").then_some(Route::Report), "POST"),
+        "/peers" => (get.then_some(Route::Peers), "GET, HEAD"),
+        "/health" => (get.then_some(Route::Health), "GET, HEAD"),
+        "/metrics" => (get.then_some(Route::Metrics), "GET, HEAD"),
+        _ => match path.strip_prefix('/').and_then(|path| path.split_once('/')) {
+            Some(("lookup", rest)) => (get.then_some(Route::Lookup(rest)), "GET, HEAD"),
+            Some(("reputation", rest)) => (get.then_some(Route::Reputation(rest)), "GET, HEAD"),
+            Some(("filter", rest)) => ((method == "PUT").then_some(Route::Filter(rest)), "PUT"),
+            _ => return Err(Refusal::new(404, "not found")),
+        },
+    };
+    route.ok_or_else(|| Refusal { allow: Some(allow), ..Refusal::new(405, "method not allowed") })
+}
+
+impl Handler for Api {
+    fn handle(&self, request: &Request<'_>, exchange: &mut Exchange<'_>) -> io::Result<()> {
+        let from = request.asker.ip().to_canonical();
+        let (call, outcome) = match route(request.method, request.target) {
+            Ok(route) => {
+                let (call, kind) = route.kind();
+                (call, self.limit(from, kind).and_then(|()| self.answer(&route, request, from, exchange)))
+            }
+            Err(refusal) => (Call::Other, self.limit(from, Kind::Lookup).and(Err(refusal))),
+        };
+        match outcome {
+            Ok(answer) => {
+                self.metrics.answered(call, 200);
+                let (kind, body) = match &answer {
+                    Answer::Json(body) => ("application/json", body.as_slice()),
+                    Answer::Text(body) => ("text/plain; version=0.0.4; charset=utf-8", body.as_bytes()),
+                };
+                exchange.send(200, &[("Content-Type", kind)], body)
+            }
+            Err(Refusal { gone: Some(e), .. }) => Err(e),
+            Err(refusal) => {
+                self.metrics.answered(call, refusal.status);
+                log::debug!("{from}: {} {}: {}: {}", request.method, request.target, refusal.status, refusal.error);
+                refuse(&refusal, exchange)
+            }
+        }
+    }
+
+    fn after_panic(&self, _: &Request<'_>, exchange: &mut Exchange<'_>) -> io::Result<()> {
+        if self.faults.now(Instant::now()) {
+            log::error!("a request made a handler panic; the log has the place");
+        }
+        self.metrics.answered(Call::Other, 500);
+        refuse(&Refusal::new(500, "internal error"), exchange)
+    }
+}
+
+fn refuse(refusal: &Refusal, exchange: &mut Exchange<'_>) -> io::Result<()> {
+    let body = serde_json::to_vec(&ErrorBody { error: &refusal.error, now: refusal.now })?;
+    let retry = refusal.retry.map(|seconds| seconds.max(1).to_string());
+    let mut fields = vec![("Content-Type", "application/json")];
+    fields.extend(retry.as_deref().map(|seconds| ("Retry-After", seconds)));
+    fields.extend(refusal.allow.map(|allow| ("Allow", allow)));
+    exchange.send(refusal.status, &fields, &body)
+}
+
+impl Api {
+    /// Serves from these.
+    pub fn new(table: Arc<Table>, ledger: Arc<Ledger>) -> Self {
+        Api {
+            table,
+            ledger,
+            limits: Limits::default(),
+            metrics: Metrics::default(),
+            uploads: AtomicUsize::new(0),
+            list: Mutex::default(),
+            faults: Seldom::default(),
+        }
+    }
+
+    fn limit(&self, from: IpAddr, kind: Kind) -> Result<(), Refusal> {
+        self.limits.take(from, kind, Instant::now()).map_err(|wait| {
+            self.metrics.limited();
+            Refusal::later(429, "too many requests", whole_seconds(wait))
+        })
+    }
+
+    fn answer(&self, route: &Route<'_>, request: &Request<'_>, from: IpAddr, exchange: &mut Exchange<'_>) -> Outcome {
+        match route {
+            Route::Announce => self.announce(&read(exchange)?, from),
+            Route::Leave => self.leave(&read(exchange)?, from),
+            Route::Filter(id) => self.filter(&peer_id_in(id)?, request, exchange),
+            Route::Lookup(hash_part) => self.lookup(hash_part),
+            Route::Peers => self.peers(),
+            Route::TransferInit => self.begin_transfers(read(exchange)?),
+            Route::Report => self.report(read(exchange)?),
+            Route::Reputation(id) => {
+                let id = peer_id_in(id)?;
+                json(&ReputationBody::new(Some(&id), &self.ledger.reputation(&id)?))
+            }
+            Route::Health => self.ledger.probe().map_err(Refusal::from).and_then(|()| status("ok")),
+            Route::Metrics => Ok(Answer::Text(self.metrics.page(self.table.counts(), self.ledger.numbers()))),
+        }
+    }
+
+    fn announce(&self, body: &Announce, from: IpAddr) -> Outcome {
+        let (Some(id), Some(port)) = (given(&body.peer_id), body.port) else {
+            return Err(Refusal::new(400, "peer_id and port required"));
+        };
+        check_peer_id("peer_id", id)?;
+        if port == 0 {
+            return Err(Refusal::new(400, "port: not from 1 to 65535"));
+        }
+        let addr = match given(&body.addr) {
+            Some(addr) => address::check(addr).map(|()| addr.to_owned()).map_err(|why| Refusal::new(400, why))?,
+            None if address::can_be_a_peers(from) => from.to_string(),
+            None => {
+                return Err(Refusal::new(
+                    400,
+                    format!("addr: required, as no other peer can reach {from}; set --announce-addr"),
+                ));
+            }
+        };
+        let claim = claim(&body.proof)?;
+        let now = now();
+        let known = self.table.check(id, claim.as_ref(), now).map_err(|e| (e, now))?;
+        let signed = body.addr.as_deref().unwrap_or_default();
+        verify(&body.proof, &Statement::Announce { peer_id: id, port, addr: signed })?;
+        let met = if known { None } else { Some(self.meet(id, claim.as_ref())?) };
+        log::debug!("{id} announces itself at {addr}, port {port}");
+        let whereabouts = Whereabouts { addr, port, from };
+        let welcome = self.table.announce(id, whereabouts, claim.as_ref(), met, now).map_err(|e| (e, now))?;
+        if welcome.first_today {
+            self.ledger.seen(id);
+        }
+        if claim.is_none() {
+            return status("ok");
+        }
+        let tracker = Some(self.ledger.tracker_id().to_owned());
+        json(&Announced { status: "ok".into(), tracker, filter: welcome.filter })
+    }
+
+    /// What the ledger knows of an ID. Binds it to the key, if there is one; when this returns, that lasts.
+    fn meet(&self, id: &str, claim: Option<&Claim>) -> Result<Reputation, Refusal> {
+        let refused = |refused| Refusal::from((refused, now()));
+        match claim {
+            Some(claim) => match self.ledger.bind(id, claim.key)? {
+                Bound::Yes(reputation) => Ok(reputation),
+                Bound::OtherKey => Err(refused(Refused::OtherKey)),
+                Bound::Full => Err(refused(Refused::Full)),
+            },
+            None => {
+                let met = self.ledger.meet(id)?;
+                if met.key.is_some() { Err(refused(Refused::Bound)) } else { Ok(met.reputation) }
+            }
+        }
+    }
+
+    fn leave(&self, body: &Announce, from: IpAddr) -> Outcome {
+        let id = given(&body.peer_id).ok_or_else(|| Refusal::new(400, "peer_id required"))?;
+        check_peer_id("peer_id", id)?;
+        let claim = claim(&body.proof)?;
+        let now = now();
+        self.table.check(id, claim.as_ref(), now).map_err(|e| (e, now))?;
+        verify(&body.proof, &Statement::Leave { peer_id: id })?;
+        self.table.leave(id, claim.as_ref(), from, now).map_err(|e| (e, now))?;
+        log::debug!("{id} leaves");
+        status("ok")
+    }
+
+    fn filter(&self, id: &str, request: &Request<'_>, exchange: &mut Exchange<'_>) -> Outcome {
+        let proof = Proof {
+            public_key: request.field(KEY_HEADER).map(str::to_owned),
+            timestamp: request.field(TIMESTAMP_HEADER).map(str::parse).transpose().map_err(|_| unproven())?,
+            signature: request.field(SIGNATURE_HEADER).map(str::to_owned),
+        };
+        let claim = claim(&proof)?.ok_or_else(unproven)?;
+        if request.body_len > MAX_BYTES as u64 {
+            return Err(NoBody::TooLarge.into());
+        }
+        if Filter::size_for(request.body_len * 8) != request.body_len * 8 {
+            return Err(Refusal::new(400, "body: of a size that filters do not have"));
+        }
+        // All that can be said without the body is said before it is read.
+        let before = now();
+        self.table.may_publish(id, &claim, before).map_err(|e| (e, before))?;
+        let uploads = self.uploads.fetch_add(1, Ordering::Relaxed);
+        let _permit = OnDrop::new(|| {
+            self.uploads.fetch_sub(1, Ordering::Relaxed);
+        });
+        if uploads >= MAX_UPLOADS {
+            return Err(Refusal::later(503, "too many filters at once", UPLOAD_RETRY));
+        }
+        let bits = exchange.body().read(MAX_BYTES)?;
+        let digest = ring::digest::digest(&ring::digest::SHA256, &bits);
+        verify(&proof, &Statement::Filter { peer_id: id, digest: digest.as_ref() })?;
+        let filter = Filter::parse(bits).map_err(|e| Refusal::new(400, e.to_string()))?;
+        let now = now();
+        self.table.publish(id, &claim, filter, now).map_err(|e| (e, now))?;
+        log::debug!("{id} publishes a filter of {} bytes", request.body_len);
+        status("ok")
+    }
+
+    fn lookup(&self, hash_part: &str) -> Outcome {
+        let hash_part = HashPart::parse(hash_part.as_bytes()).map_err(|e| Refusal::new(400, e.to_string()))?;
+        let found = self.table.lookup(&hash_part, now());
+        self.metrics.found(found.candidates.len());
+        json(&found)
+    }
+
+    fn peers(&self) -> Outcome {
+        let now = now();
+        let kept = self.list.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        if let Some((at, body)) = kept.filter(|_| self.table.counts().peers > SHORT_LIST)
+            && now.at.saturating_duration_since(at) < LIST_KEPT
+        {
+            return Ok(Answer::Json(body.to_vec()));
+        }
+        let best = self.table.best(MAX_LISTED, now);
+        let answer = json(&PeersBody { peers: best.iter().map(listed).collect() })?;
+        if let Answer::Json(body) = &answer {
+            *self.list.lock().unwrap_or_else(PoisonError::into_inner) = Some((now.at, Arc::new(body.clone())));
+        }
+        Ok(answer)
+    }
+
+    fn begin_transfers(&self, body: TransferInit) -> Outcome {
+        let (Some(sender), Some(receiver)) = (given(&body.sender_id), given(&body.receiver_id)) else {
+            return Err(Refusal::new(400, "sender_id and receiver_id required"));
+        };
+        check_peer_id("sender_id", sender)?;
+        check_peer_id("receiver_id", receiver)?;
+        if sender == receiver {
+            return Err(Refusal::new(400, "sender_id and receiver_id are the same"));
+        }
+        let count = body.count.unwrap_or(1);
+        if !(1..=MAX_TRANSFERS_AT_ONCE).contains(&count) {
+            return Err(Refusal::new(400, format!("count: not from 1 to {MAX_TRANSFERS_AT_ONCE}")));
+        }
+        let first = self.ledger.begin_transfers(sender.to_owned(), receiver.to_owned(), count)?;
+        let transfer_id = first.ok_or_else(|| Refusal::later(503, "too many transfers", FULL_RETRY))?;
+        self.metrics.begun(count);
+        json(&TransferBegun { transfer_id, count: body.count })
+    }
+
+    fn report(&self, body: Report) -> Outcome {
+        let given_id = body.transfer_id.filter(|id| *id != 0);
+        let (Some(transfer), Some(id), Some(role), Some(bytes)) =
+            (given_id, given(&body.peer_id), given(&body.role), body.bytes)
+        else {
+            return Err(Refusal::new(400, "transfer_id, peer_id, role, and bytes required"));
+        };
+        let (role, side) = match role {
+            "sender" => (Role::Sender, "sender"),
+            "receiver" => (Role::Receiver, "receiver"),
+            _ => return Err(Refusal::new(400, "role must be 'sender' or 'receiver'")),
+        };
+        check_peer_id("peer_id", id)?;
+        if bytes > MAX_TRANSFER {
+            return Err(Refusal::new(400, format!("bytes: more than {MAX_TRANSFER}")));
+        }
+        let claim = claim(&body.proof)?;
+        let now = now();
+        self.table.check(id, claim.as_ref(), now).map_err(|e| (e, now))?;
+        verify(&body.proof, &Statement::Report { transfer_id: transfer, peer_id: id, role: side, bytes })?;
+        if let Some(claim) = &claim {
+            self.table.advance_known(id, claim, now).map_err(|e| (e, now))?;
+        }
+        let key = claim.map(|claim| claim.key);
+        let told = Told { transfer, peer_id: id.to_owned(), role, bytes, key };
+        match self.ledger.report(told)? {
+            Reported::Pending => status("pending"),
+            Reported::Resolved(consistent) => {
+                self.metrics.resolved(consistent);
+                json(&Status { status: "resolved", consistent: Some(consistent) })
+            }
+            Reported::NotFound => Err(Refusal::new(404, "transfer not found")),
+            Reported::AlreadyResolved => Err(Refusal::new(409, "transfer already resolved")),
+            Reported::NotTheOne => Err(Refusal::new(403, format!("peer_id does not match {side}"))),
+            Reported::SameSideAgain => Err(Refusal::new(409, format!("{side} already reported"))),
+            Reported::Unproven => Err((Refused::Bound, now).into()),
+        }
+    }
+}
+
+fn listed(row: &Row) -> PeerBody<'_> {
+    PeerBody {
+        peer_id: &row.peer_id,
+        addr: &row.whereabouts.addr,
+        port: row.whereabouts.port,
+        last_seen: row.last_seen_ms as f64 / 1000.0,
+        reputation: ReputationBody::new(None, &row.reputation),
+    }
+}
+
+/// The JSON body.
+fn read<T: DeserializeOwned>(exchange: &mut Exchange<'_>) -> Result<T, Refusal> {
+    let body = exchange.body().read(MAX_BODY)?;
+    // Not serde's own words: they repeat what was sent.
+    serde_json::from_slice(&body).map_err(|e| {
+        let what = if e.is_data() { "a field of another type, or out of range" } else { "not JSON" };
+        Refusal::new(400, format!("body: {what}, at line {}, column {}", e.line(), e.column()))
+    })
+}
+
+/// Empty is as good as absent, as in the original.
+fn given(field: &Option<String>) -> Option<&str> {
+    field.as_deref().filter(|text| !text.is_empty())
+}
+
+fn check_peer_id(field: &str, id: &str) -> Result<(), Refusal> {
+    if is_peer_id(id) {
+        Ok(())
+    } else {
+        Err(Refusal::new(400, format!("{field}: too long, or has control characters")))
+    }
+}
+
+fn peer_id_in(segment: &str) -> Result<String, Refusal> {
+    let id = percent_decode_str(segment).decode_utf8().map_err(|_| Refusal::new(400, "peer_id: not UTF-8"))?;
+    check_peer_id("peer_id", &id)?;
+    Ok(id.into_owned())
+}
+
+fn unproven() -> Refusal {
+    Refusal::new(403, "public_key, timestamp and signature: missing or malformed")
+}
+
+/// Who claims to say it, and when, before the signature is checked.
+fn claim(proof: &Proof) -> Result<Option<Claim>, Refusal> {
+    let (key, stamp, signature) = match (&proof.public_key, proof.timestamp, &proof.signature) {
+        (None, None, None) => return Ok(None),
+        (Some(key), Some(stamp), Some(signature)) => (key, stamp, signature),
+        _ => return Err(unproven()),
+    };
+    let bytes = |text: &str| BASE64.decode(text.as_bytes()).ok();
+    let key = bytes(key).and_then(|key| key.try_into().ok()).ok_or_else(unproven)?;
+    bytes(signature).filter(|bytes| bytes.len() == 64).ok_or_else(unproven)?;
+    Ok(Some(Claim { key, stamp }))
+}
+
+fn verify(proof: &Proof, statement: &Statement<'_>) -> Result<(), Refusal> {
+    match proof.check(statement) {
+        Checked::Unsigned | Checked::By(..) => Ok(()),
+        Checked::Wrong => Err(Refusal::new(403, "signature: wrong")),
+    }
+}

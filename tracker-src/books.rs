@@ -1,0 +1,465 @@
+//! What lasts, as SQLite tables: whose IDs are, transfers, reputation. Knows no threads; [`crate::ledger`] runs it.
+
+use crate::table::Reputation;
+use peerix::wire::tracker::{MAX_PEER_ID, Role, TransferName};
+use ring::rand::{SecureRandom, SystemRandom};
+use rusqlite::{Connection, OptionalExtension, params};
+use std::path::Path;
+use std::time::Duration;
+
+/// Version of the tables, kept as `user_version`. The original's have none.
+const VERSION: i64 = 1;
+
+/// Bound IDs, some 200 MB. Beyond, no new ones are bound until old ones are forgotten.
+const MAX_IDENTITIES: u64 = 1_000_000;
+/// A bound ID that was not seen for so many days is forgotten, and so is the reputation of one that is not bound.
+const FORGOTTEN_AFTER_DAYS: i64 = 90;
+/// IDs with a reputation. Beyond, transfers of others still resolve, and count for nobody new.
+const MAX_REPUTATIONS: u64 = 1_000_000;
+/// Transfers at once, some 500 MB. Beyond, none begin until old ones are pruned.
+const MAX_TRANSFERS: u64 = 4_000_000;
+/// Seconds until a transfer is pruned of which a report is missing.
+const PENDING_KEPT: i64 = 24 * 3600;
+/// Seconds until a resolved one is.
+const RESOLVED_KEPT: i64 = 7 * 24 * 3600;
+/// Reports may differ by one part in so many of the greater, 5 %.
+const TOLERANCE: u64 = 20;
+
+/// Transfers looked at in one step of pruning, some milliseconds.
+const PRUNE_TRANSFERS: i64 = 2_000;
+/// Rows deleted in one step of forgetting.
+const PRUNE_ROWS: i64 = 500;
+
+/// Another program that has the database has so long to let go: a tracker that is about to end.
+const BUSY: Duration = Duration::from_secs(5);
+
+/// Largest number in a column.
+const MOST: u64 = i64::MAX as u64;
+
+const TABLES: &str = "
+    create table if not exists transfers (
+        id integer primary key autoincrement,
+        sender_id text not null,
+        receiver_id text not null,
+        sender_bytes integer,
+        receiver_bytes integer,
+        sender_confirmed integer default 0,
+        receiver_confirmed integer default 0,
+        resolved integer default 0,
+        created_at real not null
+    );
+    create table if not exists reputation (
+        peer_id text primary key,
+        total_shared integer default 0,
+        total_received integer default 0,
+        successful_transfers integer default 0,
+        failed_transfers integer default 0
+    );
+    alter table reputation add column changed_day integer not null default 0;
+    create table identities (
+        peer_id text primary key,
+        public_key blob not null,
+        seen_day integer not null
+    ) without rowid;
+    create index identities_seen on identities (seen_day);
+    create table meta (key text primary key, value) without rowid;
+    drop table if exists peers;
+";
+
+/// The original checks neither kinds nor signs of what it stores.
+const CLEAN: &str = "
+    delete from reputation where typeof(peer_id) <> 'text' or length(cast(peer_id as blob)) not between 1 and ?1;
+    update reputation set total_shared = 0 where typeof(total_shared) <> 'integer' or total_shared < 0;
+    update reputation set total_received = 0 where typeof(total_received) <> 'integer' or total_received < 0;
+    update reputation set successful_transfers = 0
+        where typeof(successful_transfers) <> 'integer' or successful_transfers < 0;
+    update reputation set failed_transfers = 0 where typeof(failed_transfers) <> 'integer' or failed_transfers < 0;
+    delete from transfers where typeof(sender_id) <> 'text' or typeof(receiver_id) <> 'text'
+        or length(cast(sender_id as blob)) not between 1 and ?1 or length(cast(receiver_id as blob)) not between 1 and ?1
+        or typeof(sender_bytes) not in ('integer', 'null') or sender_bytes < 0
+        or typeof(receiver_bytes) not in ('integer', 'null') or receiver_bytes < 0
+        or typeof(created_at) not in ('integer', 'real');
+";
+
+/// What the ledger knows of an ID.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Met {
+    /// The key that it is bound to.
+    pub key: Option<[u8; 32]>,
+    /// What it did.
+    pub reputation: Reputation,
+}
+
+/// What came of binding an ID to a key.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Bound {
+    /// It is, now or since before.
+    Yes(Reputation),
+    /// It is bound to another key.
+    OtherKey,
+    /// There are too many.
+    Full,
+}
+
+/// What came of a report.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reported {
+    /// The other side's is missing.
+    Pending,
+    /// Both are there; whether they agree.
+    Resolved(bool),
+    /// No such transfer.
+    NotFound,
+    /// It is over.
+    AlreadyResolved,
+    /// This side's peer is another.
+    NotTheOne,
+    /// This side has reported.
+    SameSideAgain,
+    /// The peer's ID is bound to a key, which has not signed.
+    Unproven,
+}
+
+/// One side's report.
+#[derive(Debug, Clone)]
+pub struct Statement {
+    /// Which transfer.
+    pub transfer: u64,
+    /// Who reports.
+    pub peer_id: String,
+    /// Which side.
+    pub role: Role,
+    /// How many.
+    pub bytes: u64,
+    /// Who signed it.
+    pub key: Option<[u8; 32]>,
+}
+
+/// How many rows there are, so that bounds cost no counting.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Counts {
+    identities: u64,
+    reputations: u64,
+    transfers: u64,
+}
+
+/// The open database.
+pub struct Books {
+    db: Connection,
+    counts: Counts,
+    /// As of the last commit.
+    committed: Counts,
+    changed: Vec<(String, Reputation)>,
+    pruned_to: i64,
+    tracker_id: String,
+}
+
+type Result<T> = rusqlite::Result<T>;
+
+impl Books {
+    /// Opens the database, making or migrating its tables.
+    ///
+    /// # Errors
+    /// One line that says what is wrong with it.
+    pub fn open(path: &Path) -> std::result::Result<Books, String> {
+        let wrong = |e: rusqlite::Error| {
+            let remedy = match e.sqlite_error_code() {
+                Some(rusqlite::ErrorCode::DatabaseBusy) => "another tracker has it; one database is for one tracker",
+                Some(rusqlite::ErrorCode::NotADatabase) => "not an SQLite database; --db-path names another",
+                _ => "--db-path needs a file in a directory that this user can write to",
+            };
+            format!("database {}: {e}; {remedy}", path.display())
+        };
+        let db = Connection::open(path).map_err(wrong)?;
+        prepare(&db).map_err(wrong)?;
+        let version: i64 = db.pragma_query_value(None, "user_version", |row| row.get(0)).map_err(wrong)?;
+        match version {
+            0 => migrate(&db).map_err(wrong)?,
+            VERSION => {}
+            newer => {
+                return Err(format!(
+                    "database {}: of version {newer}, which a newer peerix-tracker made; this one knows {VERSION}: run the newer one, or name another --db-path",
+                    path.display()
+                ));
+            }
+        }
+        let tracker_id = db.query_row("select value from meta where key = 'tracker_id'", [], |row| row.get(0));
+        let tracker_id: String = tracker_id.map_err(wrong)?;
+        if tracker_id.len() != TransferName::TRACKER_ID_LEN || !tracker_id.bytes().all(|b| b.is_ascii_hexdigit()) {
+            return Err(format!("database {}: its tracker ID is none; --db-path names another", path.display()));
+        }
+        let count = |table: &str| {
+            db.query_row(&format!("select count(*) from {table}"), [], |row| {
+                row.get::<_, i64>(0).map(|n| n.unsigned_abs())
+            })
+        };
+        let counts = Counts {
+            identities: count("identities").map_err(wrong)?,
+            reputations: count("reputation").map_err(wrong)?,
+            transfers: count("transfers").map_err(wrong)?,
+        };
+        Ok(Books { db, counts, committed: counts, changed: Vec::new(), pruned_to: 0, tracker_id })
+    }
+
+    /// The tracker's ID, made with the database.
+    pub fn tracker_id(&self) -> &str {
+        &self.tracker_id
+    }
+
+    /// Begins a transaction.
+    ///
+    /// # Errors
+    /// SQLite's.
+    pub fn begin(&self) -> Result<()> {
+        self.db.execute_batch("begin")
+    }
+
+    /// Commits, and gives the reputations that have changed since the last time.
+    ///
+    /// # Errors
+    /// SQLite's; nothing has changed then.
+    pub fn commit(&mut self) -> Result<Vec<(String, Reputation)>> {
+        self.db.execute_batch("commit")?;
+        self.committed = self.counts;
+        Ok(std::mem::take(&mut self.changed))
+    }
+
+    /// Takes everything back since [`Books::begin`].
+    pub fn roll_back(&mut self) {
+        // After some errors SQLite has done it already.
+        if !self.db.is_autocommit()
+            && let Err(e) = self.db.execute_batch("rollback")
+        {
+            log::error!("database: rollback: {e}");
+        }
+        self.counts = self.committed;
+        self.changed.clear();
+    }
+
+    /// What is known of an ID.
+    ///
+    /// # Errors
+    /// SQLite's, as for all that follow.
+    pub fn meet(&self, id: &str) -> Result<Met> {
+        Ok(Met { key: self.key(id)?, reputation: self.reputation(id)? })
+    }
+
+    fn key(&self, id: &str) -> Result<Option<[u8; 32]>> {
+        let mut statement = self.db.prepare_cached("select public_key from identities where peer_id = ?")?;
+        statement.query_row([id], |row| row.get(0)).optional()
+    }
+
+    /// Binds an ID to a key, if it is bound to no other.
+    pub fn bind(&mut self, id: &str, key: &[u8; 32], day: i64) -> Result<Bound> {
+        match self.key(id)? {
+            Some(bound) if bound != *key => return Ok(Bound::OtherKey),
+            Some(_) => self.seen(id, day)?,
+            None if self.counts.identities >= MAX_IDENTITIES => return Ok(Bound::Full),
+            None => {
+                let sql = "insert into identities (peer_id, public_key, seen_day) values (?, ?, ?)";
+                self.db.prepare_cached(sql)?.execute(params![id, key, day])?;
+                self.counts.identities += 1;
+            }
+        }
+        Ok(Bound::Yes(self.reputation(id)?))
+    }
+
+    /// A bound ID was seen on that day, counted from 1970.
+    pub fn seen(&mut self, id: &str, day: i64) -> Result<()> {
+        let sql = "update identities set seen_day = ?2 where peer_id = ?1 and seen_day < ?2";
+        self.db.prepare_cached(sql)?.execute(params![id, day]).map(drop)
+    }
+
+    /// What an ID did; nothing if it is unknown.
+    pub fn reputation(&self, id: &str) -> Result<Reputation> {
+        let sql = "select total_shared, total_received, successful_transfers, failed_transfers from reputation where peer_id = ?";
+        let found = self.db.prepare_cached(sql)?.query_row([id], |row| {
+            let count = |at| row.get(at).map(|count: i64| u64::try_from(count).unwrap_or(0));
+            Ok(Reputation { shared: count(0)?, received: count(1)?, successful: count(2)?, failed: count(3)? })
+        });
+        Ok(found.optional()?.unwrap_or_default())
+    }
+
+    /// Begins so many transfers and returns the first one's ID; the others' follow it. `None` if there are too many.
+    pub fn begin_transfers(&mut self, sender: &str, receiver: &str, count: u32, seconds: f64) -> Result<Option<u64>> {
+        if self.counts.transfers + u64::from(count) > MAX_TRANSFERS {
+            return Ok(None);
+        }
+        let sql = "insert into transfers (sender_id, receiver_id, created_at) values (?, ?, ?)";
+        let mut statement = self.db.prepare_cached(sql)?;
+        for _ in 0..count {
+            statement.execute(params![sender, receiver, seconds])?;
+        }
+        self.counts.transfers += u64::from(count);
+        let last = u64::try_from(self.db.last_insert_rowid()).unwrap_or(0);
+        Ok(Some((last + 1).saturating_sub(count.into())))
+    }
+
+    /// One side's report of a transfer.
+    pub fn report(&mut self, report: &Statement, day: i64) -> Result<Reported> {
+        let sql = "select sender_id, receiver_id, sender_bytes, receiver_bytes, coalesce(sender_confirmed, 0) <> 0,
+            coalesce(receiver_confirmed, 0) <> 0, coalesce(resolved, 0) <> 0 from transfers where id = ?";
+        let Ok(id) = i64::try_from(report.transfer) else { return Ok(Reported::NotFound) };
+        struct Transfer {
+            peers: [String; 2],
+            bytes: [Option<i64>; 2],
+            confirmed: [bool; 2],
+            resolved: bool,
+        }
+        let found = self.db.prepare_cached(sql)?.query_row([id], |row| {
+            Ok(Transfer {
+                peers: [row.get(0)?, row.get(1)?],
+                bytes: [row.get(2)?, row.get(3)?],
+                confirmed: [row.get(4)?, row.get(5)?],
+                resolved: row.get(6)?,
+            })
+        });
+        let Some(transfer) = found.optional()? else { return Ok(Reported::NotFound) };
+        let (side, other) = match report.role {
+            Role::Sender => (0, 1),
+            Role::Receiver => (1, 0),
+        };
+        if transfer.resolved {
+            return Ok(Reported::AlreadyResolved);
+        }
+        if transfer.peers[side] != report.peer_id {
+            return Ok(Reported::NotTheOne);
+        }
+        if transfer.confirmed[side] {
+            return Ok(Reported::SameSideAgain);
+        }
+        if self.key(&report.peer_id)?.is_some_and(|key| report.key != Some(key)) {
+            return Ok(Reported::Unproven);
+        }
+        let resolves = transfer.confirmed[other];
+        let sql = match report.role {
+            Role::Sender => "update transfers set sender_bytes = ?, sender_confirmed = 1, resolved = ? where id = ?",
+            Role::Receiver => {
+                "update transfers set receiver_bytes = ?, receiver_confirmed = 1, resolved = ? where id = ?"
+            }
+        };
+        self.db.prepare_cached(sql)?.execute(params![report.bytes.min(MOST) as i64, resolves, id])?;
+        if !resolves {
+            return Ok(Reported::Pending);
+        }
+        let others = transfer.bytes[other].and_then(|bytes| u64::try_from(bytes).ok()).unwrap_or(0);
+        let consistent = agree(report.bytes, others);
+        let mut bytes = [0; 2];
+        (bytes[side], bytes[other]) = (report.bytes, others);
+        self.count(&transfer.peers[0], consistent, bytes[0], 0, day)?;
+        self.count(&transfer.peers[1], consistent, 0, bytes[1], day)?;
+        Ok(Reported::Resolved(consistent))
+    }
+
+    fn count(&mut self, id: &str, consistent: bool, shared: u64, received: u64, day: i64) -> Result<()> {
+        let sum = |a: u64, b: u64| a.saturating_add(b).min(MOST);
+        let old = self.reputation(id)?;
+        let mut new = old;
+        if consistent {
+            new.shared = sum(old.shared, shared);
+            new.received = sum(old.received, received);
+            new.successful = sum(old.successful, 1);
+        } else {
+            new.failed = sum(old.failed, 1);
+        }
+        let numbers = [new.shared, new.received, new.successful, new.failed].map(|number| number as i64);
+        let values = params![id, numbers[0], numbers[1], numbers[2], numbers[3], day];
+        let sql = "update reputation set total_shared = ?2, total_received = ?3, successful_transfers = ?4,
+            failed_transfers = ?5, changed_day = ?6 where peer_id = ?1";
+        if self.db.prepare_cached(sql)?.execute(values)? == 0 {
+            if self.counts.reputations >= MAX_REPUTATIONS {
+                return Ok(());
+            }
+            let sql = "insert into reputation (peer_id, total_shared, total_received, successful_transfers,
+                failed_transfers, changed_day) values (?, ?, ?, ?, ?, ?)";
+            self.db.prepare_cached(sql)?.execute(values)?;
+            self.counts.reputations += 1;
+        }
+        self.changed.push((id.to_owned(), new));
+        Ok(())
+    }
+
+    /// Something is written, to see that it can be.
+    pub fn probe(&mut self, seconds: f64) -> Result<()> {
+        let sql = "insert into meta (key, value) values ('probed', ?) on conflict do update set value = excluded.value";
+        self.db.prepare_cached(sql)?.execute([seconds]).map(drop)
+    }
+
+    /// One small step of deleting transfers that are old. Each goes on where the last one ended.
+    pub fn prune_transfers(&mut self, seconds: f64) -> Result<()> {
+        let sql = "select max(id), count(*), min(created_at) from
+            (select id, created_at from transfers where id > ? order by id limit ?)";
+        let (last, looked_at, oldest): (Option<i64>, i64, Option<f64>) = self
+            .db
+            .prepare_cached(sql)?
+            .query_row([self.pruned_to, PRUNE_TRANSFERS], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)))?;
+        let pending = seconds - PENDING_KEPT as f64;
+        let resolved = seconds - RESOLVED_KEPT as f64;
+        let from = self.pruned_to;
+        // The rest is younger still.
+        let young = oldest.is_none_or(|oldest| oldest >= pending);
+        self.pruned_to = last.filter(|_| looked_at == PRUNE_TRANSFERS && !young).unwrap_or(0);
+        let Some(last) = last.filter(|_| !young) else { return Ok(()) };
+        let sql = "delete from transfers where id > ? and id <= ?
+            and created_at < case when coalesce(resolved, 0) then ? else ? end";
+        let deleted = self.db.prepare_cached(sql)?.execute(params![from, last, resolved, pending])?;
+        self.counts.transfers = self.counts.transfers.saturating_sub(deleted as u64);
+        Ok(())
+    }
+
+    /// One small step of forgetting who was not seen for long.
+    pub fn prune_identities(&mut self, day: i64) -> Result<()> {
+        let before = day - FORGOTTEN_AFTER_DAYS;
+        let sql = "delete from identities where peer_id in
+            (select peer_id from identities where seen_day < ? limit ?)";
+        let deleted = self.db.prepare_cached(sql)?.execute([before, PRUNE_ROWS])?;
+        self.counts.identities = self.counts.identities.saturating_sub(deleted as u64);
+        Ok(())
+    }
+
+    /// The same for reputations of IDs that are not bound. It looks at every one.
+    pub fn prune_reputations(&mut self, day: i64) -> Result<()> {
+        let before = day - FORGOTTEN_AFTER_DAYS;
+        let sql = "delete from reputation where peer_id in (select peer_id from reputation where changed_day < ?
+            and peer_id not in (select peer_id from identities) limit ?)";
+        let deleted = self.db.prepare_cached(sql)?.execute([before, PRUNE_ROWS])?;
+        self.counts.reputations = self.counts.reputations.saturating_sub(deleted as u64);
+        Ok(())
+    }
+}
+
+/// Whether two reports are of the same transfer, give or take 5 % of the greater.
+fn agree(a: u64, b: u64) -> bool {
+    u128::from(a.abs_diff(b)) * u128::from(TOLERANCE) <= u128::from(a.max(b))
+}
+
+fn prepare(db: &Connection) -> Result<()> {
+    db.busy_timeout(BUSY)?;
+    // For as long as this process lives: what it knows by heart must not change under it.
+    db.pragma_update(None, "locking_mode", "exclusive")?;
+    db.pragma_update_and_check(None, "journal_mode", "wal", |_| Ok(()))?;
+    // What is committed is on the disk.
+    db.pragma_update(None, "synchronous", "full")?;
+    db.set_prepared_statement_cache_capacity(64);
+    // Takes the lock, or tells who has it.
+    db.execute_batch("begin immediate; commit")
+}
+
+fn migrate(db: &Connection) -> Result<()> {
+    db.execute_batch("begin immediate")?;
+    db.execute_batch(TABLES)?;
+    let today = "update reputation set changed_day = cast(strftime('%s', 'now') / 86400 as integer)";
+    db.execute_batch(today)?;
+    for statement in CLEAN.split_inclusive(';').filter(|statement| statement.contains(';')) {
+        let values: &[&dyn rusqlite::ToSql] = if statement.contains("?1") { &[&(MAX_PEER_ID as i64)] } else { &[] };
+        db.execute(statement.trim(), values)?;
+    }
+    let mut random = [0; TransferName::TRACKER_ID_LEN / 2];
+    if SystemRandom::new().fill(&mut random).is_err() {
+        return Err(rusqlite::Error::ToSqlConversionFailure("no random numbers to be had".into()));
+    }
+    let id = data_encoding::HEXLOWER.encode(&random);
+    db.execute("insert into meta (key, value) values ('tracker_id', ?)", [id])?;
+    db.pragma_update(None, "user_version", VERSION)?;
+    db.execute_batch("commit")
+}

@@ -1,0 +1,162 @@
+//! The command line of `peerix-tracker`.
+
+use lexopt::prelude::*;
+use std::ffi::OsString;
+use std::net::{IpAddr, Ipv4Addr, ToSocketAddrs};
+use std::path::PathBuf;
+
+/// What `--help` prints.
+pub const HELP: &str = "\
+peerix-tracker tells nodes of peerix on different networks of one another: who is there, and
+who may have a store path. Paths go from node to node, never through the tracker.
+
+Usage: peerix-tracker [OPTIONS]
+
+  --port N                 TCP port                                     [default: 12305]
+  --host ADDR              address or name of this machine to listen on, repeatable;
+                           [::] adds IPv6                             [default: 0.0.0.0]
+  --db-path FILE           database of peer IDs, transfers and reputation, made if there
+                           is none; that of the Python tracker is taken over
+                                                         [default: ./peerix-tracker.db]
+  -v, --verbose            log what each request does; RUST_LOG is read as well
+  -h, --help
+  -V, --version
+
+Nodes use it with
+
+  peerix --mode both --tracker-url http://<this machine>:12305
+
+GET /health says whether all is well, GET /metrics has numbers for Prometheus. Everyone who
+reaches the port can use the tracker; what nodes then give to whom is their own decision.
+
+Exit status: 0 when stopped by SIGTERM or SIGINT, 1 when it cannot start or go on,
+2 for a wrong command line.
+";
+
+/// Every setting.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Options {
+    /// TCP port. Defaults to 12305; 0 takes a free one, which the log then names.
+    pub port: u16,
+    /// Addresses to listen on. Defaults to `0.0.0.0`.
+    pub hosts: Vec<IpAddr>,
+    /// Defaults to `./peerix-tracker.db`.
+    pub db_path: PathBuf,
+    /// Log what each request does. Defaults to false.
+    pub verbose: bool,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        let hosts = vec![Ipv4Addr::UNSPECIFIED.into()];
+        Options { port: 12305, hosts, db_path: "./peerix-tracker.db".into(), verbose: false }
+    }
+}
+
+/// What the command line asks for.
+#[derive(Debug)]
+pub enum Command {
+    /// Run the tracker.
+    Run(Options),
+    /// Print [`HELP`].
+    Help,
+    /// Print the version.
+    Version,
+}
+
+/// Reads the arguments after the program's name.
+///
+/// # Errors
+/// One line that names the flag and what is wrong with it.
+pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, String> {
+    let mut options = Options::default();
+    let mut hosts = Vec::new();
+    let mut parser = lexopt::Parser::from_args(args);
+    while let Some(arg) = parser.next().map_err(|e| e.to_string())? {
+        let flag = match &arg {
+            Short('h') | Long("help") => return Ok(Command::Help),
+            Short('V') | Long("version") => return Ok(Command::Version),
+            Short('v') | Long("verbose") => {
+                options.verbose = true;
+                continue;
+            }
+            Long(name) => name.to_string(),
+            Short(_) | Value(_) => return Err(format!("{}; see --help", arg.unexpected())),
+        };
+        let mut value = || parser.value().map_err(|_| format!("--{flag}: needs a value"));
+        match flag.as_str() {
+            "port" => {
+                let port = value()?;
+                let number = port.to_str().and_then(|port| port.parse().ok());
+                options.port = number
+                    .ok_or_else(|| format!("--port {}: not a number from 0 to {}", port.to_string_lossy(), u16::MAX))?;
+            }
+            "host" => hosts.extend(addresses(&value()?)?),
+            "db-path" => options.db_path = value()?.into(),
+            _ => return Err(format!("--{flag}: no such option; see --help")),
+        }
+    }
+    if !hosts.is_empty() {
+        options.hosts = hosts;
+    }
+    Ok(Command::Run(options))
+}
+
+fn addresses(host: &OsString) -> Result<Vec<IpAddr>, String> {
+    let wrong = |why: &str| format!("--host {}: {why}", host.to_string_lossy());
+    let text = host.to_str().ok_or_else(|| wrong("not UTF-8"))?;
+    let bare = text.strip_prefix('[').and_then(|v| v.strip_suffix(']')).unwrap_or(text);
+    let found = (bare, 0).to_socket_addrs().map_err(|e| wrong(&format!("not an address of this machine: {e}")))?;
+    let mut all: Vec<IpAddr> = found.map(|address| address.ip()).collect();
+    all.dedup();
+    Ok(all)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn run(args: &[&str]) -> Result<Options, String> {
+        match parse(args.iter().map(OsString::from))? {
+            Command::Run(options) => Ok(options),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn the_command_line_of_the_original_still_works() {
+        assert_eq!(run(&[]).unwrap(), Options::default());
+        let options = run(&["--verbose", "--port", "1", "--host", "127.0.0.1", "--db-path", "/x"]).unwrap();
+        let hosts = vec!["127.0.0.1".parse().unwrap()];
+        assert_eq!(options, Options { port: 1, hosts, db_path: "/x".into(), verbose: true });
+        assert_eq!(run(&["--host", "[::]", "--host=0.0.0.0"]).unwrap().hosts.len(), 2);
+        assert!(run(&["--host", "localhost"]).unwrap().hosts.iter().all(IpAddr::is_loopback));
+    }
+
+    #[test]
+    fn each_mistake_is_one_line_that_names_it() {
+        for (args, names) in [
+            (&["--prot", "1"][..], "--prot"),
+            (&["--port"], "--port"),
+            (&["--port", "65536"], "--port 65536"),
+            (&["--port", "-1"], "--port -1"),
+            (&["--host", "a b"], "--host a b"),
+            (&["--db-path"], "--db-path"),
+            (&["--verbose=yes"], "--verbose"),
+            (&["extra"], "extra"),
+            (&["-x"], "-x"),
+        ] {
+            let error = run(args).unwrap_err();
+            assert!(error.contains(names) && !error.contains('\n'), "{args:?}: {error}");
+        }
+    }
+
+    #[test]
+    fn help_names_every_flag() {
+        for flag in ["port", "host", "db-path", "verbose", "help", "version"] {
+            assert!(HELP.contains(&format!("--{flag} ")) || HELP.contains(&format!("--{flag}\n")), "{flag}");
+        }
+        assert!(matches!(parse(["-h".into()]), Ok(Command::Help)));
+        assert!(matches!(parse(["--version".into()]), Ok(Command::Version)));
+    }
+}

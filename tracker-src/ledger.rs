@@ -1,0 +1,288 @@
+//! The thread that owns the database. What waits for it is done together, committed together, and only then answered, so that
+//! what was answered survives whatever happens next, and thousands of writes a second share a few hundred commits.
+
+use crate::books::{Books, Bound, Met, Reported, Statement};
+use crate::table::Reputation;
+use crossbeam_channel::{Receiver, RecvTimeoutError, SendTimeoutError, Sender, bounded};
+use peerix::on_drop::OnDrop;
+use peerix::seldom::Seldom;
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant, SystemTime};
+use std::{fmt, io};
+
+/// Jobs that wait: one of each connection that there can be.
+const QUEUE: usize = 1024;
+/// Jobs in one transaction.
+const BATCH: usize = 512;
+/// Who asks the database waits so long.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// Old rows are looked for this often, between jobs.
+const PRUNE: Duration = Duration::from_secs(1);
+/// And those that take a look at everything, this often.
+const PRUNE_ALL: Duration = Duration::from_secs(3600);
+/// Whether the database can be written to is tried this often at most.
+const PROBE: Duration = Duration::from_secs(5);
+
+/// The database cannot be used now; why.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Unavailable(pub String);
+
+impl fmt::Display for Unavailable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "database: {}", self.0)
+    }
+}
+
+impl std::error::Error for Unavailable {}
+
+/// What the database does, in numbers.
+#[derive(Default)]
+pub struct Numbers {
+    /// Transactions committed.
+    pub commits: AtomicU64,
+    /// Time that took, in microseconds.
+    pub commit_micros: AtomicU64,
+    /// Transactions that failed.
+    pub failures: AtomicU64,
+    /// Rounds of the thread, by which a watchdog sees that it turns.
+    pub turns: AtomicU64,
+}
+
+/// Something to do with the database.
+trait Job: Send {
+    fn run(&mut self, books: &mut Books) -> rusqlite::Result<()>;
+    fn answer(self: Box<Self>, outcome: Result<(), Unavailable>);
+}
+
+struct Ask<T, F> {
+    work: Option<F>,
+    value: Option<T>,
+    reply: Sender<Result<T, Unavailable>>,
+}
+
+impl<T: Send, F: FnOnce(&mut Books) -> rusqlite::Result<T> + Send> Job for Ask<T, F> {
+    fn run(&mut self, books: &mut Books) -> rusqlite::Result<()> {
+        if let Some(work) = self.work.take() {
+            self.value = Some(work(books)?);
+        }
+        Ok(())
+    }
+
+    fn answer(self: Box<Self>, outcome: Result<(), Unavailable>) {
+        let Ask { value, reply, .. } = *self;
+        let value = outcome.and_then(|()| value.ok_or_else(|| Unavailable("not done".into())));
+        // Who asked may have gone.
+        let _ = reply.try_send(value);
+    }
+}
+
+/// The ledger's handle. Dropping it ends the thread, after what waits is done.
+pub struct Ledger {
+    jobs: Option<Sender<Box<dyn Job>>>,
+    thread: Option<JoinHandle<()>>,
+    numbers: Arc<Numbers>,
+    tracker_id: String,
+    probed: Mutex<Option<(Instant, Result<(), Unavailable>)>>,
+}
+
+impl Ledger {
+    /// Opens the database. `on_change` is told every reputation that a commit has changed, in order; `on_end` runs when
+    /// the thread ends, for whatever reason.
+    ///
+    /// # Errors
+    /// One line that says what is wrong.
+    pub fn open(
+        path: &Path,
+        on_change: impl Fn(&str, Reputation) + Send + 'static,
+        on_end: impl FnOnce() + Send + 'static,
+    ) -> Result<Ledger, String> {
+        let books = Books::open(path)?;
+        let tracker_id = books.tracker_id().to_owned();
+        let (jobs, waiting) = bounded(QUEUE);
+        let numbers = Arc::new(Numbers::default());
+        let shared = numbers.clone();
+        let thread = thread::Builder::new().name("ledger".into()).spawn(move || {
+            let _end = OnDrop::new(on_end);
+            keep(books, &waiting, &shared, on_change);
+        });
+        let thread = thread.map_err(|e: io::Error| format!("ledger: {e}"))?;
+        Ok(Ledger { jobs: Some(jobs), thread: Some(thread), numbers, tracker_id, probed: Mutex::default() })
+    }
+
+    /// The tracker's ID.
+    pub fn tracker_id(&self) -> &str {
+        &self.tracker_id
+    }
+
+    /// What it does.
+    pub fn numbers(&self) -> &Numbers {
+        &self.numbers
+    }
+
+    /// What is known of an ID.
+    ///
+    /// # Errors
+    /// The database cannot be used, as for all that follow: then nothing was done, or, if it took too long, perhaps.
+    pub fn meet(&self, id: &str) -> Result<Met, Unavailable> {
+        let id = id.to_owned();
+        self.ask(move |books| books.meet(&id))
+    }
+
+    /// Binds an ID to a key.
+    pub fn bind(&self, id: &str, key: [u8; 32]) -> Result<Bound, Unavailable> {
+        let id = id.to_owned();
+        self.ask(move |books| books.bind(&id, &key, today()))
+    }
+
+    /// A bound ID was seen today. Not waited for: it does not matter if it is lost.
+    pub fn seen(&self, id: &str) {
+        let id = id.to_owned();
+        let (reply, _) = bounded(1);
+        let work = move |books: &mut Books| books.seen(&id, today());
+        if let Some(jobs) = &self.jobs {
+            let _ = jobs.try_send(Box::new(Ask { work: Some(work), value: None, reply }));
+        }
+    }
+
+    /// What an ID did.
+    pub fn reputation(&self, id: &str) -> Result<Reputation, Unavailable> {
+        let id = id.to_owned();
+        self.ask(move |books| books.reputation(&id))
+    }
+
+    /// Begins transfers. `None` if there are too many.
+    pub fn begin_transfers(&self, sender: String, receiver: String, count: u32) -> Result<Option<u64>, Unavailable> {
+        self.ask(move |books| books.begin_transfers(&sender, &receiver, count, seconds()))
+    }
+
+    /// One side's report.
+    pub fn report(&self, report: Statement) -> Result<Reported, Unavailable> {
+        self.ask(move |books| books.report(&report, today()))
+    }
+
+    /// Whether the database can be written to, as of the last few seconds.
+    pub fn probe(&self) -> Result<(), Unavailable> {
+        let mut probed = self.probed.lock().unwrap_or_else(PoisonError::into_inner);
+        match &*probed {
+            Some((at, outcome)) if at.elapsed() < PROBE => outcome.clone(),
+            _ => {
+                let outcome = self.ask(|books| books.probe(seconds()));
+                *probed = Some((Instant::now(), outcome.clone()));
+                outcome
+            }
+        }
+    }
+
+    fn ask<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&mut Books) -> rusqlite::Result<T> + Send + 'static,
+    ) -> Result<T, Unavailable> {
+        let (reply, answer) = bounded(1);
+        let job = Box::new(Ask { work: Some(work), value: None, reply });
+        let until = Instant::now() + PATIENCE;
+        let ended = || Unavailable("the ledger has ended".into());
+        let late = || Unavailable(format!("no answer in {} s", PATIENCE.as_secs()));
+        let jobs = self.jobs.as_ref().ok_or_else(ended)?;
+        jobs.send_timeout(job, PATIENCE).map_err(|e| match e {
+            SendTimeoutError::Timeout(_) => late(),
+            SendTimeoutError::Disconnected(_) => ended(),
+        })?;
+        match answer.recv_deadline(until) {
+            Ok(outcome) => outcome,
+            Err(RecvTimeoutError::Timeout) => Err(late()),
+            Err(RecvTimeoutError::Disconnected) => Err(ended()),
+        }
+    }
+}
+
+impl Drop for Ledger {
+    fn drop(&mut self) {
+        self.jobs = None;
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Days since 1970.
+fn today() -> i64 {
+    (seconds() / 86_400.0) as i64
+}
+
+/// Seconds since 1970.
+fn seconds() -> f64 {
+    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs_f64()
+}
+
+fn keep(mut books: Books, waiting: &Receiver<Box<dyn Job>>, numbers: &Numbers, on_change: impl Fn(&str, Reputation)) {
+    let faults = Seldom::default();
+    let mut pruned = Instant::now();
+    let mut pruned_all: Option<Instant> = None;
+    loop {
+        numbers.turns.fetch_add(1, Ordering::Relaxed);
+        let mut batch: Vec<Box<dyn Job>> = Vec::new();
+        match waiting.recv_timeout(PRUNE.saturating_sub(pruned.elapsed())) {
+            Ok(job) => batch.push(job),
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => return,
+        }
+        batch.extend(waiting.try_iter().take(BATCH - batch.len()));
+        let prune = pruned.elapsed() >= PRUNE;
+        let prune_all = prune && pruned_all.is_none_or(|at| at.elapsed() >= PRUNE_ALL);
+        if batch.is_empty() && !prune {
+            continue;
+        }
+        let began = Instant::now();
+        let outcome = transact(&mut books, |books| batch.iter_mut().try_for_each(|job| job.run(books)));
+        let outcome = match outcome {
+            Ok(changed) => {
+                numbers.commits.fetch_add(1, Ordering::Relaxed);
+                numbers.commit_micros.fetch_add(began.elapsed().as_micros() as u64, Ordering::Relaxed);
+                // Before the answers, so that who got one sees it.
+                changed.iter().for_each(|(id, reputation)| on_change(id, *reputation));
+                Ok(())
+            }
+            Err(e) => {
+                numbers.failures.fetch_add(1, Ordering::Relaxed);
+                if faults.now(began) {
+                    log::error!("database: {e}");
+                }
+                Err(Unavailable(e.to_string()))
+            }
+        };
+        batch.into_iter().for_each(|job| job.answer(outcome.clone()));
+        if prune {
+            pruned = Instant::now();
+            let done = transact(&mut books, |books| {
+                books.prune_transfers(seconds())?;
+                if prune_all {
+                    books.prune_identities(today())?;
+                    books.prune_reputations(today())?;
+                }
+                Ok(())
+            });
+            if prune_all {
+                pruned_all = Some(pruned);
+            }
+            if let Err(e) = done
+                && faults.now(pruned)
+            {
+                log::error!("database: pruning: {e}");
+            }
+        }
+    }
+}
+
+fn transact(
+    books: &mut Books,
+    work: impl FnOnce(&mut Books) -> rusqlite::Result<()>,
+) -> rusqlite::Result<Vec<(String, Reputation)>> {
+    let done = books.begin().and_then(|()| work(books)).and_then(|()| books.commit());
+    if done.is_err() {
+        books.roll_back();
+    }
+    done
+}

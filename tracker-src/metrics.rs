@@ -1,0 +1,170 @@
+//! What happened, in numbers, as Prometheus reads them (its text format, version 0.0.4).
+
+use crate::ledger::Numbers;
+use crate::table::Counts;
+use std::fmt::Write;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// The calls that are counted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Call {
+    /// `POST /announce`.
+    Announce,
+    /// `DELETE /announce`.
+    Leave,
+    /// `PUT /filter`.
+    Filter,
+    /// `GET /lookup`.
+    Lookup,
+    /// `GET /peers`.
+    Peers,
+    /// `POST /transfer/init`.
+    TransferInit,
+    /// `POST /report`.
+    Report,
+    /// `GET /reputation`.
+    Reputation,
+    /// `GET /health`.
+    Health,
+    /// `GET /metrics`.
+    Metrics,
+    /// Whatever is none of these.
+    Other,
+}
+
+/// The names of [`Call`]s, in order.
+const CALLS: [&str; 11] = [
+    "announce",
+    "leave",
+    "filter",
+    "lookup",
+    "peers",
+    "transfer_init",
+    "report",
+    "reputation",
+    "health",
+    "metrics",
+    "other",
+];
+
+/// First digits of statuses.
+const CLASSES: [&str; 3] = ["2xx", "4xx", "5xx"];
+
+/// The counters.
+#[derive(Default)]
+pub struct Metrics {
+    requests: [[AtomicU64; CLASSES.len()]; CALLS.len()],
+    limited: AtomicU64,
+    candidates: AtomicU64,
+    transfers: AtomicU64,
+    agreed: AtomicU64,
+    disagreed: AtomicU64,
+}
+
+impl Metrics {
+    /// A request was answered.
+    pub fn answered(&self, call: Call, status: u16) {
+        let class = match status {
+            ..400 => 0,
+            400..500 => 1,
+            _ => 2,
+        };
+        add(&self.requests[call as usize][class], 1);
+    }
+
+    /// A request was one too many of its address.
+    pub fn limited(&self) {
+        add(&self.limited, 1);
+    }
+
+    /// A lookup named so many candidates.
+    pub fn found(&self, candidates: usize) {
+        add(&self.candidates, candidates as u64);
+    }
+
+    /// So many transfers began.
+    pub fn begun(&self, count: u32) {
+        add(&self.transfers, count.into());
+    }
+
+    /// Both sides of a transfer have reported.
+    pub fn resolved(&self, consistent: bool) {
+        add(if consistent { &self.agreed } else { &self.disagreed }, 1);
+    }
+
+    /// The page of `GET /metrics`.
+    pub fn page(&self, counts: Counts, ledger: &Numbers) -> String {
+        let mut page = Page(String::new());
+        page.one("peers", "gauge", "Peers that are here.", counts.peers as f64);
+        page.one("peers_with_filter", "gauge", "Those that have published a filter.", counts.with_filter as f64);
+        page.one("filter_bytes", "gauge", "Memory of filters.", counts.filter_bytes as f64);
+        page.head("requests_total", "counter", "Requests answered, by call and status.");
+        for (call, classes) in CALLS.iter().zip(&self.requests) {
+            for (class, count) in CLASSES.iter().zip(classes) {
+                page.row("requests_total", &format!("{{call=\"{call}\",status=\"{class}\"}}"), get(count));
+            }
+        }
+        page.one("rate_limited_total", "counter", "Requests answered with 429 for their address.", get(&self.limited));
+        page.one("lookup_candidates_total", "counter", "Candidates named by lookups.", get(&self.candidates));
+        page.one("transfers_begun_total", "counter", "Transfers begun.", get(&self.transfers));
+        page.head("transfers_resolved_total", "counter", "Transfers of which both sides have reported, by result.");
+        page.row("transfers_resolved_total", "{result=\"consistent\"}", get(&self.agreed));
+        page.row("transfers_resolved_total", "{result=\"inconsistent\"}", get(&self.disagreed));
+        page.head("ledger_commit_seconds", "summary", "Transactions, and the time they took.");
+        page.row("ledger_commit_seconds_sum", "", get(&ledger.commit_micros) / 1e6);
+        page.row("ledger_commit_seconds_count", "", get(&ledger.commits));
+        page.one("ledger_failures_total", "counter", "Transactions that failed.", get(&ledger.failures));
+        page.0
+    }
+}
+
+fn add(counter: &AtomicU64, more: u64) {
+    counter.fetch_add(more, Ordering::Relaxed);
+}
+
+fn get(counter: &AtomicU64) -> f64 {
+    counter.load(Ordering::Relaxed) as f64
+}
+
+struct Page(String);
+
+impl Page {
+    fn head(&mut self, name: &str, kind: &str, help: &str) {
+        // Writing to a String cannot fail.
+        let _ = writeln!(self.0, "# HELP peerix_tracker_{name} {help}\n# TYPE peerix_tracker_{name} {kind}");
+    }
+
+    fn row(&mut self, name: &str, labels: &str, value: f64) {
+        let _ = writeln!(self.0, "peerix_tracker_{name}{labels} {value}");
+    }
+
+    fn one(&mut self, name: &str, kind: &str, help: &str, value: f64) {
+        self.head(name, kind, help);
+        self.row(name, "", value);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_row_has_a_head_and_a_number() {
+        let metrics = Metrics::default();
+        metrics.answered(Call::Other, 404);
+        metrics.answered(Call::Announce, 200);
+        metrics.found(3);
+        let page = metrics.page(Counts { peers: 2, ..Counts::default() }, &Numbers::default());
+        for line in page.lines().filter(|line| !line.starts_with('#')) {
+            let (name, value) = line.split_once(' ').unwrap();
+            assert!(value.parse::<f64>().is_ok(), "{line}");
+            let base = name.split('{').next().unwrap();
+            let base = base.strip_suffix("_sum").or(base.strip_suffix("_count")).unwrap_or(base);
+            assert!(page.contains(&format!("# TYPE {base} ")), "{line}");
+        }
+        assert!(page.contains("\npeerix_tracker_requests_total{call=\"other\",status=\"4xx\"} 1\n"));
+        assert!(page.contains("\npeerix_tracker_requests_total{call=\"announce\",status=\"2xx\"} 1\n"));
+        assert!(page.contains("\npeerix_tracker_lookup_candidates_total 3\n"));
+        assert!(page.contains("\npeerix_tracker_peers 2\n"));
+    }
+}

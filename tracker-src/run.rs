@@ -1,0 +1,93 @@
+//! Who owns which thread, how the tracker starts, and how it stops.
+
+use crate::api::{self, Api};
+use crate::cli::Options;
+use crate::ledger::Ledger;
+use crate::table::Table;
+use crossbeam_channel::{Receiver, RecvTimeoutError, bounded};
+use peerix::http::server::Server;
+use peerix::service::{self, notify};
+use peerix::sockets;
+use sd_notify::NotifyState;
+use std::fmt::Display;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+/// How often expired peers are forgotten; they are not told of from the moment they expire.
+const SWEEP: Duration = Duration::from_secs(5);
+
+/// Descriptors for every connection, and a few.
+const DESCRIPTORS: u64 = 2048;
+
+/// Why the main thread wakes up.
+enum Wakeup {
+    /// SIGTERM or SIGINT.
+    Signal,
+    /// A thread that should run until the end has ended.
+    Ended(&'static str),
+}
+
+/// Runs until SIGTERM or SIGINT.
+///
+/// # Errors
+/// What kept it from starting, or which thread died: one line, with what to do.
+pub fn run(options: &Options) -> Result<(), String> {
+    service::allow_descriptors(DESCRIPTORS);
+    let (listeners, port) = sockets::open_tcp(&options.hosts, options.port, "--host")?;
+    let (wakeups, woken) = bounded(8);
+    let ended = |what| {
+        let wakeups = wakeups.clone();
+        move || drop(wakeups.try_send(Wakeup::Ended(what)))
+    };
+    let signal = wakeups.clone();
+    let signals = service::watch_signals(move || drop(signal.try_send(Wakeup::Signal))).map_err(in_front("signals"))?;
+
+    let table = Arc::new(Table::new(api::now()));
+    let changed = table.clone();
+    let on_change = move |id: &str, reputation| changed.set_reputation(id, reputation);
+    let ledger = Arc::new(Ledger::open(&options.db_path, on_change, ended("ledger"))?);
+    let api = Arc::new(Api::new(table.clone(), ledger.clone()));
+    let server = Server::start(listeners, api, ended("http")).map_err(in_front("http server"))?;
+
+    log::info!("peerix-tracker {} serves on port {port}", env!("CARGO_PKG_VERSION"));
+    notify(&[NotifyState::Ready]);
+    let result = wait(&woken, &table, &ledger);
+    notify(&[NotifyState::Stopping]);
+    log::info!("stopping");
+    // First the answers under way end, then the database they wait for.
+    drop(server);
+    drop(ledger);
+    drop(signals);
+    result
+}
+
+fn in_front<E: Display>(what: &str) -> impl Fn(E) -> String {
+    move |e| format!("{what}: {e}")
+}
+
+/// Waits for the end, forgets peers meanwhile, and tells systemd's watchdog that the ledger still turns.
+fn wait(woken: &Receiver<Wakeup>, table: &Table, ledger: &Ledger) -> Result<(), String> {
+    let watchdog = sd_notify::watchdog_enabled();
+    // The ledger turns once a second at least.
+    let look = watchdog.map_or(SWEEP, |limit| (limit / 3).min(SWEEP));
+    let mut turns = ledger.numbers().turns.load(Ordering::Relaxed);
+    let mut swept = Instant::now();
+    loop {
+        match woken.recv_timeout(look) {
+            Ok(Wakeup::Signal) => return Ok(()),
+            Ok(Wakeup::Ended(what)) => return Err(format!("the {what} thread ended; see the log")),
+            Err(RecvTimeoutError::Disconnected) => return Err("nobody is left to wake the tracker".into()),
+            Err(RecvTimeoutError::Timeout) => {}
+        }
+        if swept.elapsed() >= SWEEP {
+            swept = Instant::now();
+            table.sweep(api::now());
+        }
+        let now = ledger.numbers().turns.load(Ordering::Relaxed);
+        if now != turns && watchdog.is_some() {
+            notify(&[NotifyState::Watchdog]);
+        }
+        turns = now;
+    }
+}

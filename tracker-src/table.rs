@@ -1,0 +1,547 @@
+//! Who is here: live peers, where they are, what they say they have, and when they last said something. No I/O; the time is
+//! passed in.
+
+use crate::slices::{Place, Slices};
+use peerix::nix::HashPart;
+use peerix::wire::filter::Filter;
+use peerix::wire::tracker::{Candidate, Candidates, MAX_CANDIDATES, MAX_OTHERS};
+use std::collections::{BTreeSet, HashMap};
+use std::net::IpAddr;
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::time::{Duration, Instant};
+
+/// A peer is here for so long after an announce, as in the original. Peers announce each 60 s.
+pub const PEER_TTL: Duration = Duration::from_secs(120);
+
+/// Peers at once, some 150 MB without their filters.
+pub const MAX_PEERS: usize = 262_144;
+
+/// Bound IDs whose last statement could still be replayed, whether they are here or not.
+const MAX_KNOWN: usize = 2 * MAX_PEERS;
+
+/// A statement's time may differ from this machine's clock by so much, in milliseconds. Machines without a time service drift by
+/// less in a month, and the tracker tells the others what time it is.
+pub const CLOCK_SKEW_MS: u64 = 5 * 60 * 1000;
+
+/// The ledger is told so often that an ID is in use, in milliseconds.
+const DAY_MS: u64 = 24 * 3600 * 1000;
+
+/// A peer's filters are so far apart at least. Nodes wait 30 s; on the way that can become less.
+pub const FILTER_INTERVAL: Duration = Duration::from_secs(25);
+
+/// Of the peers without a filter that a lookup names, so many are the best ones; the others take turns, or a newcomer without
+/// reputation would never be asked.
+const BEST_OTHERS: usize = MAX_OTHERS / 2;
+
+/// The time, by the two clocks that matter.
+#[derive(Debug, Clone, Copy)]
+pub struct Now {
+    /// For what lasts so long.
+    pub at: Instant,
+    /// Milliseconds since 1970, for what nodes say.
+    pub ms: u64,
+}
+
+/// What a peer did so far.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Reputation {
+    /// Bytes sent.
+    pub shared: u64,
+    /// Bytes received.
+    pub received: u64,
+    /// Transfers on which both sides agreed.
+    pub successful: u64,
+    /// Transfers on which they did not.
+    pub failed: u64,
+}
+
+impl Reputation {
+    /// ok / (ok + failed + 1) · ln(bytes shared + 1), as in the original.
+    pub fn score(&self) -> f64 {
+        let (ok, failed) = (self.successful as f64, self.failed as f64);
+        if ok + failed == 0.0 {
+            return 0.0;
+        }
+        ok / (ok + failed + 1.0) * (self.shared as f64 + 1.0).ln()
+    }
+
+    /// The same with four digits.
+    pub fn rounded_score(&self) -> f64 {
+        format!("{:.4}", self.score()).parse().unwrap_or_default()
+    }
+}
+
+/// Who makes a statement, and when; the signature is checked elsewhere.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Claim {
+    /// The public key.
+    pub key: [u8; 32],
+    /// Milliseconds since 1970.
+    pub stamp: u64,
+}
+
+/// Why a statement is refused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Refused {
+    /// The ID is bound to a key, and nobody signed.
+    Bound,
+    /// The ID is bound to another key.
+    OtherKey,
+    /// Not the time that it should be, and why.
+    Time(&'static str),
+    /// The peer is not here, or has no key.
+    NotHere,
+    /// It was announced from another address, and nobody signed.
+    OtherAddress,
+    /// Too soon after the last one; so long it has to wait.
+    TooSoon(Duration),
+    /// There is no room for more.
+    Full,
+}
+
+/// Where a peer is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Whereabouts {
+    /// Address or host name.
+    pub addr: String,
+    /// TCP and UDP.
+    pub port: u16,
+    /// The address that announced it.
+    pub from: IpAddr,
+}
+
+/// A row of `GET /peers`.
+#[derive(Debug, Clone)]
+pub struct Row {
+    /// Its ID.
+    pub peer_id: Arc<str>,
+    /// Where it is.
+    pub whereabouts: Whereabouts,
+    /// Milliseconds since 1970.
+    pub last_seen_ms: u64,
+    /// What it did.
+    pub reputation: Reputation,
+}
+
+/// What came of an announce.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Welcome {
+    /// The time of the filter that the peer has here.
+    pub filter: Option<u64>,
+    /// Whether it is the ID's first announce today; not told of new IDs.
+    pub first_today: bool,
+}
+
+/// How many there are.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// Peers that are here.
+    pub peers: usize,
+    /// Those with a filter.
+    pub with_filter: usize,
+    /// Memory of filters.
+    pub filter_bytes: usize,
+}
+
+struct Published {
+    place: Place,
+    stamp: u64,
+    at: Instant,
+}
+
+struct Peer {
+    id: Arc<str>,
+    whereabouts: Whereabouts,
+    last_seen_ms: u64,
+    expires: Instant,
+    reputation: Reputation,
+    /// Later ones have greater numbers.
+    number: u64,
+    published: Option<Published>,
+}
+
+impl Peer {
+    /// The best first, then those who came first.
+    fn rank(&self, slot: u32) -> Rank {
+        // Numbers that are not negative are ordered as their bits are.
+        (!self.reputation.score().to_bits(), self.number, slot)
+    }
+
+    fn candidate(&self) -> Candidate {
+        Candidate {
+            peer_id: self.id.to_string(),
+            addr: self.whereabouts.addr.clone(),
+            port: self.whereabouts.port,
+            score: self.reputation.rounded_score(),
+        }
+    }
+}
+
+type Rank = (u64, u64, u32);
+
+/// A bound ID.
+#[derive(Debug, Clone, Copy)]
+struct Known {
+    key: [u8; 32],
+    /// The time of its last statement.
+    stamp: u64,
+    /// The day on which the ledger was told last that it is in use, counted from 1970.
+    day: u64,
+}
+
+#[derive(Default)]
+struct Peers {
+    slots: Vec<Option<Peer>>,
+    free: Vec<u32>,
+    by_id: HashMap<Arc<str>, u32>,
+    known: HashMap<Arc<str>, Known>,
+    /// Everybody.
+    ranked: BTreeSet<Rank>,
+    /// Those without a filter.
+    others: BTreeSet<Rank>,
+    with_filter: usize,
+    next_number: u64,
+}
+
+impl Peers {
+    fn peer(&self, id: &str) -> Option<(u32, &Peer)> {
+        let slot = *self.by_id.get(id)?;
+        Some((slot, self.slots.get(slot as usize)?.as_ref()?))
+    }
+
+    fn live(&self, slot: u32, now: Instant) -> Option<&Peer> {
+        self.slots.get(slot as usize)?.as_ref().filter(|peer| peer.expires > now)
+    }
+
+    /// Changes a peer, and its place in the order with it.
+    fn change(&mut self, slot: u32, change: impl FnOnce(&mut Peer)) {
+        let Some(Some(peer)) = self.slots.get_mut(slot as usize) else { return };
+        let (old, had_filter) = (peer.rank(slot), peer.published.is_some());
+        change(peer);
+        let (new, has_filter) = (peer.rank(slot), peer.published.is_some());
+        if old != new {
+            self.ranked.remove(&old);
+            self.ranked.insert(new);
+        }
+        if (old, had_filter) != (new, has_filter) {
+            self.others.remove(&old);
+            if !has_filter {
+                self.others.insert(new);
+            }
+        }
+        self.with_filter = self.with_filter + usize::from(has_filter) - usize::from(had_filter);
+    }
+
+    fn insert(&mut self, peer: Peer) -> Result<u32, Refused> {
+        if self.by_id.len() >= MAX_PEERS {
+            return Err(Refused::Full);
+        }
+        let slot = self.free.pop().unwrap_or(self.slots.len() as u32);
+        if slot as usize == self.slots.len() {
+            self.slots.push(None);
+        }
+        self.by_id.insert(peer.id.clone(), slot);
+        self.ranked.insert(peer.rank(slot));
+        self.others.insert(peer.rank(slot));
+        self.slots[slot as usize] = Some(peer);
+        Ok(slot)
+    }
+
+    fn remove(&mut self, slot: u32) -> Option<Peer> {
+        let peer = self.slots.get_mut(slot as usize)?.take()?;
+        self.free.push(slot);
+        self.by_id.remove(&peer.id);
+        self.ranked.remove(&peer.rank(slot));
+        self.others.remove(&peer.rank(slot));
+        self.with_filter -= usize::from(peer.published.is_some());
+        Some(peer)
+    }
+}
+
+/// The live peers.
+pub struct Table {
+    /// Statements made before are not heeded: whether they were heard already, nobody remembers.
+    start_ms: u64,
+    peers: RwLock<Peers>,
+    slices: Slices,
+}
+
+impl Table {
+    /// An empty one.
+    pub fn new(now: Now) -> Self {
+        Table { start_ms: now.ms, peers: RwLock::default(), slices: Slices::default() }
+    }
+
+    fn read(&self) -> RwLockReadGuard<'_, Peers> {
+        self.peers.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write(&self) -> RwLockWriteGuard<'_, Peers> {
+        self.peers.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// All that can be said about a statement before its signature is checked. True if the ID's binding is known here, or that it has
+    /// none; else it has to be looked up.
+    ///
+    /// # Errors
+    /// It is refused in any case.
+    pub fn check(&self, id: &str, claim: Option<&Claim>, now: Now) -> Result<bool, Refused> {
+        let peers = self.read();
+        self.allow(&peers, id, claim, now)?;
+        let unbound = claim.is_none() && peers.peer(id).is_some_and(|(_, peer)| peer.expires > now.at);
+        Ok(peers.known.contains_key(id) || unbound)
+    }
+
+    fn allow(&self, peers: &Peers, id: &str, claim: Option<&Claim>, now: Now) -> Result<(), Refused> {
+        let known = peers.known.get(id);
+        match (known, claim) {
+            (Some(_), None) => return Err(Refused::Bound),
+            (Some(known), Some(claim)) if known.key != claim.key => return Err(Refused::OtherKey),
+            _ => {}
+        }
+        let Some(claim) = claim else { return Ok(()) };
+        if claim.stamp.abs_diff(now.ms) > CLOCK_SKEW_MS {
+            return Err(Refused::Time("timestamp: not within 5 minutes of the tracker's clock"));
+        }
+        if claim.stamp < self.start_ms {
+            return Err(Refused::Time("timestamp: earlier than the tracker's start"));
+        }
+        if known.is_some_and(|known| claim.stamp <= known.stamp) {
+            return Err(Refused::Time("timestamp: not later than the last one"));
+        }
+        Ok(())
+    }
+
+    /// Takes the statement's time for the ID's last one.
+    fn advance(&self, peers: &mut Peers, id: &str, claim: Option<&Claim>, now: Now) -> Result<(), Refused> {
+        // Again: another one may have come while the signature was checked.
+        self.allow(peers, id, claim, now)?;
+        let Some(claim) = claim else { return Ok(()) };
+        let known = peers.known.len();
+        match peers.known.get_mut(id) {
+            Some(known) => known.stamp = claim.stamp,
+            None if known >= MAX_KNOWN => return Err(Refused::Full),
+            None => {
+                let id = peers.peer(id).map_or_else(|| id.into(), |(_, peer)| peer.id.clone());
+                peers.known.insert(id, Known { key: claim.key, stamp: claim.stamp, day: now.ms / DAY_MS });
+            }
+        }
+        Ok(())
+    }
+
+    /// A peer is there. With a claim, its signature is right and its key is that of the ID. `met` is what the ledger knows of it, if it was
+    /// asked.
+    ///
+    /// # Errors
+    /// Refused; nothing has changed.
+    pub fn announce(
+        &self,
+        id: &str,
+        whereabouts: Whereabouts,
+        claim: Option<&Claim>,
+        met: Option<Reputation>,
+        now: Now,
+    ) -> Result<Welcome, Refused> {
+        let mut peers = self.write();
+        if !peers.by_id.contains_key(id) && peers.by_id.len() >= MAX_PEERS {
+            return Err(Refused::Full);
+        }
+        self.advance(&mut peers, id, claim, now)?;
+        let today = now.ms / DAY_MS;
+        let first_today =
+            peers.known.get_mut(id).is_some_and(|known| std::mem::replace(&mut known.day, today) != today);
+        let (last_seen_ms, expires) = (now.ms, now.at + PEER_TTL);
+        if let Some((slot, _)) = peers.peer(id) {
+            peers.change(slot, |peer| {
+                peer.whereabouts = whereabouts;
+                (peer.last_seen_ms, peer.expires) = (last_seen_ms, expires);
+                peer.reputation = newest(peer.reputation, met.unwrap_or_default());
+            });
+            let filter = peers.peer(id).and_then(|(_, peer)| peer.published.as_ref()).map(|published| published.stamp);
+            return Ok(Welcome { filter, first_today });
+        }
+        let number = peers.next_number;
+        peers.next_number += 1;
+        let id = peers.known.get_key_value(id).map_or_else(|| id.into(), |(id, _)| id.clone());
+        let reputation = met.unwrap_or_default();
+        peers.insert(Peer { id, whereabouts, last_seen_ms, expires, reputation, number, published: None })?;
+        Ok(Welcome { filter: None, first_today })
+    }
+
+    /// A statement that changes nothing here but what time its maker's next one may have.
+    ///
+    /// # Errors
+    /// Refused; nothing has changed.
+    pub fn advance_known(&self, id: &str, claim: &Claim, now: Now) -> Result<(), Refused> {
+        let mut peers = self.write();
+        if peers.known.contains_key(id) { self.advance(&mut peers, id, Some(claim), now) } else { Ok(()) }
+    }
+
+    /// A peer leaves. With a claim, its signature is right and its key is that of the ID.
+    ///
+    /// # Errors
+    /// Refused; nothing has changed.
+    pub fn leave(&self, id: &str, claim: Option<&Claim>, from: IpAddr, now: Now) -> Result<(), Refused> {
+        let edit = self.slices.edit();
+        let mut peers = self.write();
+        let (slot, peer) = peers.peer(id).filter(|(_, peer)| peer.expires > now.at).ok_or(Refused::NotHere)?;
+        if claim.is_none() && peer.whereabouts.from != from {
+            self.allow(&peers, id, claim, now)?;
+            return Err(Refused::OtherAddress);
+        }
+        if claim.is_some() && !peers.known.contains_key(id) {
+            return Err(Refused::OtherKey);
+        }
+        self.advance(&mut peers, id, claim, now)?;
+        if let Some(published) = peers.remove(slot).and_then(|peer| peer.published) {
+            edit.remove(slot, published.place);
+        }
+        Ok(())
+    }
+
+    /// Whether a peer may publish a filter now, if its signature is right.
+    ///
+    /// # Errors
+    /// It may not.
+    pub fn may_publish(&self, id: &str, claim: &Claim, now: Now) -> Result<(), Refused> {
+        let peers = self.read();
+        let (_, peer) = peers.peer(id).filter(|(_, peer)| peer.expires > now.at).ok_or(Refused::NotHere)?;
+        if !peers.known.contains_key(id) {
+            return Err(Refused::NotHere);
+        }
+        self.allow(&peers, id, Some(claim), now)?;
+        let passed = |published: &Published| now.at.saturating_duration_since(published.at);
+        match peer.published.as_ref().map(passed).filter(|passed| *passed < FILTER_INTERVAL) {
+            Some(passed) => Err(Refused::TooSoon(FILTER_INTERVAL - passed)),
+            None => Ok(()),
+        }
+    }
+
+    /// A peer's new filter, whose signature is right.
+    ///
+    /// # Errors
+    /// Refused; nothing has changed.
+    pub fn publish(&self, id: &str, claim: &Claim, filter: Filter, now: Now) -> Result<(), Refused> {
+        // Nobody leaves or publishes while this is held.
+        let edit = self.slices.edit();
+        self.may_publish(id, claim, now)?;
+        let (slot, last) = {
+            let peers = self.read();
+            let (slot, peer) = peers.peer(id).ok_or(Refused::NotHere)?;
+            (slot, peer.published.as_ref().map(|published| published.place))
+        };
+        let place = edit.set(slot, last, filter).ok_or(Refused::Full)?;
+        let mut peers = self.write();
+        let published = Published { place, stamp: claim.stamp, at: now.at };
+        peers.change(slot, |peer| peer.published = Some(published));
+        // An announce may have come meanwhile, whose time is later: then that one counts, and the filter is none the worse.
+        if let Some(known) = peers.known.get_mut(id) {
+            known.stamp = known.stamp.max(claim.stamp);
+        }
+        Ok(())
+    }
+
+    /// What a transfer has made of a peer's reputation.
+    pub fn set_reputation(&self, id: &str, reputation: Reputation) {
+        let mut peers = self.write();
+        if let Some((slot, _)) = peers.peer(id) {
+            peers.change(slot, |peer| peer.reputation = newest(peer.reputation, reputation));
+        }
+    }
+
+    /// Who may have a path.
+    pub fn lookup(&self, hash_part: &HashPart, now: Now) -> Candidates {
+        let found = self.slices.find(hash_part);
+        let (salt, turn) = hash_part.prefixes();
+        let peers = self.read();
+        let mut ranked: Vec<(u64, u64, u32)> = found
+            .into_iter()
+            .filter_map(|slot| {
+                let peer = peers.live(slot, now.at)?;
+                // Equals are asked in an order that differs from path to path, so that the work is shared.
+                let lot = (peer.number ^ salt).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+                Some((!peer.reputation.score().to_bits(), lot, slot))
+            })
+            .collect();
+        if ranked.len() > MAX_CANDIDATES {
+            ranked.select_nth_unstable(MAX_CANDIDATES);
+            ranked.truncate(MAX_CANDIDATES);
+        }
+        ranked.sort_unstable();
+        let candidate = |rank: &Rank| peers.live(rank.2, now.at).map(Peer::candidate);
+        let candidates = ranked.iter().filter_map(candidate).collect();
+        Candidates { candidates, others: others(&peers, turn, now).iter().filter_map(candidate).collect() }
+    }
+
+    /// The best peers, at most so many.
+    pub fn best(&self, most: usize, now: Now) -> Vec<Row> {
+        let peers = self.read();
+        let live = peers.ranked.iter().filter_map(|(_, _, slot)| peers.live(*slot, now.at));
+        live.take(most)
+            .map(|peer| Row {
+                peer_id: peer.id.clone(),
+                whereabouts: peer.whereabouts.clone(),
+                last_seen_ms: peer.last_seen_ms,
+                reputation: peer.reputation,
+            })
+            .collect()
+    }
+
+    /// Forgets who has not announced for too long, and what can no longer be replayed.
+    pub fn sweep(&self, now: Now) {
+        let gone: Vec<u32> = {
+            let peers = self.read();
+            let expired = |peer: &Peer| peer.expires <= now.at;
+            (0u32..).zip(&peers.slots).filter(|(_, p)| p.as_ref().is_some_and(expired)).map(|(slot, _)| slot).collect()
+        };
+        // A few at a time, so that lookups get in between.
+        for some in gone.chunks(256) {
+            let edit = self.slices.edit();
+            let mut peers = self.write();
+            for slot in some {
+                // It may have come back.
+                if peers.live(*slot, now.at).is_none()
+                    && let Some(published) = peers.remove(*slot).and_then(|peer| peer.published)
+                {
+                    edit.remove(*slot, published.place);
+                }
+            }
+        }
+        let stale = |known: &Known| known.stamp.saturating_add(CLOCK_SKEW_MS) < now.ms;
+        let mut peers = self.write();
+        let Peers { known, by_id, .. } = &mut *peers;
+        known.retain(|id, known| by_id.contains_key(id) || !stale(known));
+    }
+
+    /// How many there are.
+    pub fn counts(&self) -> Counts {
+        let peers = self.read();
+        Counts { peers: peers.by_id.len(), with_filter: peers.with_filter, filter_bytes: self.slices.bytes() }
+    }
+}
+
+/// Some of the peers that have no filter.
+fn others(peers: &Peers, turn: u64, now: Now) -> Vec<Rank> {
+    let live = |rank: &&Rank| peers.live(rank.2, now.at).is_some();
+    let all = &peers.others;
+    if all.len() <= MAX_OTHERS {
+        return all.iter().filter(live).copied().collect();
+    }
+    let mut chosen: BTreeSet<Rank> = all.iter().filter(live).take(BEST_OTHERS).copied().collect();
+    // Then on from one that the path chooses, among those whose score is that of the least of these, or less.
+    if let Some(&(score, ..)) = chosen.last() {
+        let from = (score, turn % peers.next_number.max(1), 0);
+        let from_there = all.range(from..).chain(all.iter()).filter(live);
+        for rank in from_there.take(2 * MAX_OTHERS) {
+            if chosen.len() < MAX_OTHERS {
+                chosen.insert(*rank);
+            }
+        }
+    }
+    chosen.into_iter().collect()
+}
+
+/// Counts only ever grow, and news of them can arrive in any order.
+fn newest(a: Reputation, b: Reputation) -> Reputation {
+    if b.successful + b.failed > a.successful + a.failed { b } else { a }
+}
