@@ -32,7 +32,7 @@ fn main() {
     steps.say(format_args!("t, the tracker, is {}; a is {}; c is {}", t.address, a.address, c.address));
     steps.say(format_args!("b is {} behind a router that is {} to the others", b.address, home.address()));
     for protocol in ["tcp", "udp"] {
-        home.forward(protocol, PORT, &b);
+        home.forward(protocol, PORT, &b, PORT);
     }
     steps.say(format_args!("which forwards port {PORT}, and nothing else, to b"));
 

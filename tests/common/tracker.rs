@@ -3,6 +3,7 @@
 use super::http::{self, Connection};
 use super::lan::Host;
 use super::process::Logged;
+use super::wait_for;
 use data_encoding::{BASE64, HEXLOWER};
 use ed25519_compact::{KeyPair, Seed};
 use rustix::process::Signal;
@@ -10,7 +11,7 @@ use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
 use std::sync::OnceLock;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// The port every tracker listens on.
 pub const PORT: u16 = 12305;
@@ -74,9 +75,17 @@ impl Tracker {
         url(&self.host)
     }
 
-    /// `GET`, answered with 200 and JSON.
+    /// `GET`, answered with 200 and JSON. Where it is asked too often, it is asked again when it says so.
     pub fn get(&self, path: &str) -> Value {
-        let answer = http::get(&self.host, (self.host.address, PORT), path).expect("the tracker answers");
+        let answer = wait_for("the tracker has time", || {
+            let answer = http::get(&self.host, (self.host.address, PORT), path).expect("the tracker answers");
+            if answer.status != 429 {
+                return Some(answer);
+            }
+            let seconds = answer.header("retry-after").and_then(|seconds| seconds.parse().ok());
+            std::thread::sleep(Duration::from_secs(seconds.expect("it says when it has")));
+            None
+        });
         assert_eq!(answer.status, 200, "{path}: {}", answer.text());
         serde_json::from_slice(&answer.body).expect("the tracker's answers are JSON")
     }
