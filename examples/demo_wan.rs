@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 const BOOK_MIB: u64 = 256;
 
 /// The sender of the large path is ended when it has sent so many MiB.
-const STRUCK_AFTER: u64 = 15;
+const STRUCK_AFTER: u64 = 4;
 
 /// Both sides have told the tracker of a transfer after so long at most.
 const REPORTED: Duration = Duration::from_secs(100);
@@ -32,7 +32,7 @@ fn main() {
     steps.say(format_args!("t, the tracker, is {}; a is {}; c is {}", t.address, a.address, c.address));
     steps.say(format_args!("b is {} behind a router that is {} to the others", b.address, home.address()));
     for protocol in ["tcp", "udp"] {
-        home.forward(protocol, PORT, &b);
+        home.forward(protocol, PORT, &b, PORT);
     }
     steps.say(format_args!("which forwards port {PORT}, and nothing else, to b"));
 

@@ -173,14 +173,14 @@ fn a_network_behind_one_address() {
 
     // In, only what is forwarded, and with the address of who sent it.
     assert!(reached(&outside, nat.address()).is_none());
-    nat.forward("tcp", PORT, &inside);
+    nat.forward("tcp", PORT, &inside, PORT);
     assert_eq!(reached(&outside, nat.address()).as_deref(), Some("inside"));
     let other = elsewhere.host("other").udp(PORT);
     other.send_to(b"lost", (nat.address(), PORT)).unwrap();
-    nat.forward("udp", PORT, &inside);
+    nat.forward("udp", 20_000, &inside, PORT);
     // A connection of its own, so that what the router remembers of the first says nothing of it.
     let third = elsewhere.host("third");
-    third.udp(PORT).send_to(b"comes", (nat.address(), PORT)).unwrap();
+    third.udp(PORT).send_to(b"comes", (nat.address(), 20_000)).unwrap();
     let (from, datagram) = receive(&sends, common::SOON).unwrap();
     assert_eq!((from.ip(), &datagram[..]), (third.address.into(), &b"comes"[..]));
 

@@ -156,22 +156,23 @@ fn a_peer_on_the_own_network_is_preferred() {
     nix::realise_quietly(&asker.host, &[&far.mark]);
 }
 
-/// A holder behind a router that forwards `protocols`, as does the tracker: what the tracker sees is no address that
-/// others can use. The asker is behind another router, and nothing is forwarded to it.
-fn behind_a_router(protocols: &[&str]) {
+/// A holder behind a router that forwards `port` to it by `protocols`, as it does for the tracker: what the tracker sees
+/// is no address that others can use. The asker is behind another router, and nothing is forwarded to it.
+fn behind_a_router(protocols: &[&str], port: u16) {
     let wan = Wan::new();
     let (here, there) = (wan.lan([203, 0, 113]), wan.lan([198, 51, 100]));
     let world = World::on(&here);
     let (nat, own) = (Nat::new(&here, [192, 168, 1]), Nat::new(&there, [192, 168, 7]));
     let tracker = Tracker::start(nat.lan.host("tracker"));
-    nat.forward("tcp", tracker::PORT, &tracker.host);
+    nat.forward("tcp", tracker::PORT, &tracker.host, tracker::PORT);
     let holder = Holder::with(&nat.lan, &world, "holder", |host| {
         world.sign(host);
         for protocol in protocols {
-            nat.forward(protocol, PORT, host);
+            nat.forward(protocol, port, host, PORT);
         }
+        let address = if port == PORT { nat.address().to_string() } else { format!("{}:{port}", nat.address()) };
         let mut flags = open(host, "wan", &[&tracker.host]);
-        flags.extend(["--announce-addr".to_owned(), nat.address().to_string()]);
+        flags.extend(["--announce-addr".to_owned(), address]);
         flags
     });
     let asker = Asker::flagged(&own.lan, "", &[&world.cache_key], |host| {
@@ -186,12 +187,17 @@ fn behind_a_router(protocols: &[&str]) {
 
 #[test]
 fn a_peer_behind_a_router_that_forwards_its_port() {
-    behind_a_router(&["tcp", "udp"]);
+    behind_a_router(&["tcp", "udp"], PORT);
+}
+
+#[test]
+fn a_peer_behind_a_router_that_forwards_another_port() {
+    behind_a_router(&["tcp", "udp"], 20_000);
 }
 
 #[test]
 fn a_peer_behind_a_router_that_forwards_tcp_alone() {
-    behind_a_router(&["tcp"]);
+    behind_a_router(&["tcp"], PORT);
 }
 
 #[test]

@@ -7,7 +7,7 @@ use common::http::{self, Connection, Reply, Request, Server};
 use common::scene::Places;
 use common::standin::{Record, Shelf, StandIn, have};
 use common::tracker;
-use common::{Asker, Host, Lan, Wan, World, nix, wait_for, world};
+use common::{Asker, Host, Lan, PORT, Wan, World, nix, wait_for, world};
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -215,8 +215,14 @@ fn dead_peers(networks: &[&str], at_once: usize) -> Answers {
     })
 }
 
-/// A tracker that names none but the dead is asked no more often than this for the next paths.
-const FEW: usize = 60;
+impl Tracked {
+    /// The same as [`Tracked::is_compared`]; peers of which none answers are not asked for long.
+    fn names_the_dead(&self, what: &str) {
+        let lookups = self.is_compared(&format!("1,000 dead peers, {what}"));
+        assert!(self.lookups() > 0, "it was not asked at all");
+        assert!(lookups < ASKED, "{lookups} lookups at a tracker whose peers are dead");
+    }
+}
 
 /// As many as a tracker names at once.
 const AT_ONCE: usize = 64;
@@ -225,14 +231,14 @@ const AT_ONCE: usize = 64;
 fn dead_peers_that_are_unreachable() {
     let tracked = Tracked::by(Some(dead_peers(&["10.7"], AT_ONCE)));
     tracked.wan.unreachable("10.7.0.0/16");
-    assert!(tracked.is_compared("1,000 dead peers, unreachable") < FEW);
+    tracked.names_the_dead("unreachable");
 }
 
 #[test]
 fn dead_peers_where_packets_are_lost() {
     let tracked = Tracked::by(Some(dead_peers(&["10.8"], AT_ONCE)));
     tracked.wan.blackhole("10.8.0.0/16");
-    assert!(tracked.is_compared("1,000 dead peers, packets are lost") < FEW);
+    tracked.names_the_dead("packets are lost");
 }
 
 #[test]
@@ -240,7 +246,7 @@ fn dead_peers_that_refuse() {
     let tracked = Tracked::by(Some(dead_peers(&["10.9"], AT_ONCE)));
     let refuses = tracked.centre.host("refuses");
     tracked.wan.all_at("10.9.0.0/16", &refuses);
-    assert!(tracked.is_compared("1,000 dead peers, connections are refused") < FEW);
+    tracked.names_the_dead("connections are refused");
 }
 
 #[test]
@@ -250,7 +256,7 @@ fn dead_peers_all_at_once() {
     tracked.wan.blackhole("10.8.0.0/16");
     let refuses = tracked.centre.host("refuses");
     tracked.wan.all_at("10.9.0.0/16", &refuses);
-    tracked.is_compared("1,000 dead peers in one answer");
+    tracked.names_the_dead("all at once");
 }
 
 /// A tracker may name any address; a node has no business at its own.
@@ -283,7 +289,7 @@ fn beside_hostile_peers(answer: impl Fn(&Shelf, &Request) -> Reply + Send + Sync
         let (shelf, answer) = (Shelf::of(&places.world), Arc::clone(&answer));
         StandIn::start(host, have(|_| true), move |request| answer(&shelf, request))
     });
-    places.tracker.announce_with_everything(&claims, "claims");
+    places.tracker.announce_with_everything(&claims, PORT, "claims");
     places.tracker.announce_original(&original, "original");
     wait_for("all are listed", || {
         ["good", "claims", "original"].iter().all(|peer_id| places.tracker.lists(peer_id)).then_some(())
@@ -307,6 +313,23 @@ fn beside_hostile_peers(answer: impl Fn(&Shelf, &Request) -> Reply + Send + Sync
     // What the hostile ones alone claim is not there.
     assert_eq!(narinfo_status(&asker.host, &absent(unused(1))), 404);
     assert_eq!(http::get_local(&asker.host, "/nix-cache-info").unwrap().status, 200);
+}
+
+#[test]
+fn dead_peers_that_claim_all_do_not_hide_a_good_one() {
+    let places = Places::new();
+    let good = places.holder("good");
+    let asker = places.asker(&[&good]);
+    // More than would answer at once; nobody listens.
+    let dead = places.away.host("dead");
+    for number in 0..12 {
+        places.tracker.announce_with_everything(&dead, 20_000 + number, &format!("dead-{number}"));
+    }
+    let paths = nix::closure(&good.host, &[places.world.path("closure300")]);
+    for path in &paths[..20] {
+        assert_eq!(narinfo_status(&asker.host, &absent(unused(1))), 404);
+        assert_eq!(narinfo_status(&asker.host, path), 200, "{path} is there");
+    }
 }
 
 /// The hash part in `/local/<hash part>.narinfo`.

@@ -3,6 +3,7 @@
 use super::http::{self, Connection};
 use super::lan::Host;
 use super::process::Logged;
+use super::wait_for;
 use data_encoding::{BASE64, HEXLOWER};
 use ed25519_compact::{KeyPair, Seed};
 use rustix::process::Signal;
@@ -10,7 +11,7 @@ use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
 use std::sync::OnceLock;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// The port every tracker listens on.
 pub const PORT: u16 = 12305;
@@ -74,9 +75,17 @@ impl Tracker {
         url(&self.host)
     }
 
-    /// `GET`, answered with 200 and JSON.
+    /// `GET`, answered with 200 and JSON. Where it is asked too often, it is asked again when it says so.
     pub fn get(&self, path: &str) -> Value {
-        let answer = http::get(&self.host, (self.host.address, PORT), path).expect("the tracker answers");
+        let answer = wait_for("the tracker has time", || {
+            let answer = http::get(&self.host, (self.host.address, PORT), path).expect("the tracker answers");
+            if answer.status != 429 {
+                return Some(answer);
+            }
+            let seconds = answer.header("retry-after").and_then(|seconds| seconds.parse().ok());
+            std::thread::sleep(Duration::from_secs(seconds.expect("it says when it has")));
+            None
+        });
         assert_eq!(answer.status, 200, "{path}: {}", answer.text());
         serde_json::from_slice(&answer.body).expect("the tracker's answers are JSON")
     }
@@ -105,8 +114,8 @@ impl Tracker {
         self.told(host, "POST", "/announce", "Content-Type: application/json\r\n", body.to_string().as_bytes());
     }
 
-    /// Announces a peer on `host` with a key, and a filter that has everything.
-    pub fn announce_with_everything(&self, host: &Host, peer_id: &str) {
+    /// Announces a peer on a port of `host` with a key, and a filter that has everything.
+    pub fn announce_with_everything(&self, host: &Host, port: u16, peer_id: &str) {
         let keys = KeyPair::from_seed(Seed::new(sha256(peer_id.as_bytes())));
         let public_key = BASE64.encode(keys.pk.as_ref());
         let now = SystemTime::now().duration_since(UNIX_EPOCH).expect("a clock that is set");
@@ -119,9 +128,9 @@ impl Tracker {
             );
             (timestamp, BASE64.encode(keys.sk.sign(text, None).as_ref()))
         };
-        let (timestamp, signature) = sign("announce", &format!("port: {}\naddr: \n", super::PORT));
+        let (timestamp, signature) = sign("announce", &format!("port: {port}\naddr: \n"));
         let body = json!({
-            "peer_id": peer_id, "port": super::PORT,
+            "peer_id": peer_id, "port": port,
             "public_key": public_key, "timestamp": timestamp, "signature": signature,
         });
         self.told(host, "POST", "/announce", "Content-Type: application/json\r\n", body.to_string().as_bytes());

@@ -72,9 +72,9 @@ impl Nat {
         self.router.address
     }
 
-    /// Has what comes to a port from outside, by `tcp` or `udp`, passed on to the same port of `host`.
-    pub fn forward(&self, protocol: &str, port: u16, host: &Host) {
-        let (port, to) = (port.to_string(), host.address.to_string());
+    /// Has what comes to a port from outside, by `tcp` or `udp`, passed on to a port of `host`.
+    pub fn forward(&self, protocol: &str, port: u16, host: &Host, inside: u16) {
+        let (port, to) = (port.to_string(), format!("{}:{inside}", host.address));
         self.router
             .net_cmd("iptables")
             .args(["-t", "nat", "-A", "PREROUTING", "-i", "eth0", "-p", protocol, "--dport", &port])
