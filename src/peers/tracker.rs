@@ -1,8 +1,9 @@
 //! One tracker, as this node sees it: its calls, by blocking ureq, and whether it is of any use at the moment.
 //!
 //! A tracker that fails is left out of lookups until the announcing thread, which retries with growing pauses, has reached
-//! it again: it costs the lookup that met the failure one deadline, and later ones nothing. One whose candidates
-//! turn out to be dead, many of them, is left out for a while as well.
+//! it again: it costs the lookup that met the failure one deadline, and later ones nothing. Of one whose candidates
+//! turn out to be dead, many of them, those that have never answered are waited for less from then on; if none of its
+//! candidates was ever any good, it is left out for a while.
 
 use super::client::twice;
 use crate::nix::HashPart;
@@ -41,9 +42,18 @@ const IDLE_AGE: Duration = Duration::from_secs(25);
 /// answer, as Nix remembers a wrong *not there* for an hour.
 const START_GRACE: Duration = Duration::from_secs(2);
 
-/// So many candidates, none of whom answered, say more about the tracker than about them.
-pub(super) const MANY_DEAD: usize = 8;
-/// The first pause of a tracker that listed them; it doubles.
+/// So many silent candidates of one lookup, beside whom few answered, say more about the tracker than about them: a site
+/// without power, or a tracker that means no good.
+const MANY_DEAD: usize = 8;
+/// Others of its candidates are then waited for as long as so many of its own answers take, as they are likely to be as far away,
+const USUAL_ANSWERS: u32 = 4;
+/// but at least so long,
+const LEAST_WAIT: Duration = Duration::from_millis(40);
+/// and at most so long.
+const LONGEST_WAIT: Duration = Duration::from_millis(400);
+/// A tracker is not left out as long as one of its candidates has answered in this time.
+const USEFUL_FOR: Duration = Duration::from_secs(600);
+/// The first pause of one that is; it doubles.
 const FIRST_PAUSE: Duration = Duration::from_secs(5);
 /// The longest.
 const LONGEST_PAUSE: Duration = Duration::from_secs(300);
@@ -98,6 +108,11 @@ struct State {
     started: Instant,
     /// Its own ID, once it has said it.
     id: Option<String>,
+    /// Smoothed time of a lookup.
+    latency: Option<Duration>,
+    /// When one of its candidates answered last.
+    useful: Option<Instant>,
+    /// Lookups in a row whose candidates were dead, many of them.
     fruitless: u32,
     /// When that was last counted: lookups that were under way together count once.
     counted: Option<Instant>,
@@ -142,8 +157,16 @@ impl Tracker {
             .max_idle_age(IDLE_AGE)
             .build()
             .into();
-        let state =
-            State { reached: Reached::NotYet, started: now, id: None, fruitless: 0, counted: None, paused_until: None };
+        let state = State {
+            reached: Reached::NotYet,
+            started: now,
+            id: None,
+            latency: None,
+            useful: None,
+            fruitless: 0,
+            counted: None,
+            paused_until: None,
+        };
         Tracker { url, agent, state: Mutex::new(state), changed: Condvar::new(), clock: Mutex::default() }
     }
 
@@ -168,30 +191,47 @@ impl Tracker {
             return false;
         }
         // After a pause one lookup tries, and the others go on without.
-        if state.fruitless > 0 {
+        if state.paused_until.is_some() {
             state.paused_until = Some(now + FIRST_PAUSE);
         }
         true
     }
 
-    /// Says what came of the candidates of a lookup that began at `began`: how many there were, and whether any answered.
-    pub fn proved(&self, candidates: usize, any_answered: bool, began: Instant, now: Instant) {
+    /// How long to wait for candidates that have never answered; `None` for no such limit.
+    pub fn patience(&self) -> Option<Duration> {
+        let state = self.lock();
+        let usual = state.latency.unwrap_or_default() * USUAL_ANSWERS;
+        (state.fruitless > 0).then(|| usual.clamp(LEAST_WAIT, LONGEST_WAIT))
+    }
+
+    /// Says what came of the candidates of a lookup that began at `began`: how many showed a sign of life, and how many none.
+    pub fn proved(&self, alive: usize, silent: usize, began: Instant, now: Instant) {
         let mut state = self.lock();
-        if any_answered {
-            state.fruitless = 0;
+        if alive > 0 {
+            state.useful = Some(now);
             state.paused_until = None;
+        }
+        if silent < MANY_DEAD || alive * 4 >= silent {
+            if alive > 0 {
+                state.fruitless = 0;
+            }
             return;
         }
-        if candidates < MANY_DEAD || state.counted.is_some_and(|counted| counted >= began) {
+        // Lookups that were under way together count once.
+        if state.counted.is_some_and(|counted| counted >= began) {
             return;
         }
         if state.fruitless == 0 {
-            log::warn!("tracker {}: none of {candidates} peers that it named answers; left out for a while", self.url);
+            log::warn!("tracker {}: of the peers that it names, {silent} are silent and {alive} are not", self.url);
         }
-        let pause = FIRST_PAUSE.saturating_mul(1 << state.fruitless.min(10)).min(LONGEST_PAUSE);
         state.fruitless += 1;
         state.counted = Some(now);
-        state.paused_until = Some(now + pause);
+        let is_useful = state.useful.is_some_and(|at| now.saturating_duration_since(at) < USEFUL_FOR);
+        if state.fruitless > 1 && !is_useful {
+            let pause = FIRST_PAUSE.saturating_mul(1 << (state.fruitless - 2).min(10)).min(LONGEST_PAUSE);
+            log::debug!("tracker {}: left out for {} s", self.url, pause.as_secs());
+            state.paused_until = Some(now + pause);
+        }
     }
 
     /// The peers that may have a path, without `me`. A failure leaves the tracker out until it is reached again.
@@ -201,9 +241,13 @@ impl Tracker {
     pub fn lookup(&self, hash_part: &HashPart, me: &Me) -> Result<Candidates, Error> {
         let url = format!("{}{}", self.url, lookup_target(hash_part));
         let call = || self.agent.get(&url).config().timeout_global(Some(LOOKUP_TIMEOUT)).build().call();
+        let began = Instant::now();
         let answer = twice(call).map_err(Error::Unreachable).and_then(read::<Candidates>);
         match answer {
             Ok(mut found) => {
+                let (took, mut state) = (began.elapsed(), self.lock());
+                state.latency = Some(state.latency.map_or(took, |old| (old * 7 + took) / 8));
+                drop(state);
                 found.candidates.truncate(MAX_CANDIDATES);
                 found.others.truncate(MAX_OTHERS);
                 found.candidates.retain(|candidate| candidate.peer_id != me.peer_id);
@@ -431,25 +475,65 @@ mod tests {
     }
 
     #[test]
-    fn many_dead_candidates_speak_against_it() {
+    fn one_that_names_none_but_the_dead_is_left_out() {
         let now = Instant::now();
         let tracker = tracker(now);
         tracker.reached(None);
-        tracker.proved(MANY_DEAD - 1, false, now, now);
-        assert!(tracker.is_of_use());
+        tracker.proved(0, MANY_DEAD - 1, now, now);
+        assert_eq!(tracker.patience(), None);
         let later = now + Duration::from_secs(2);
         for _ in 0..25 {
-            tracker.proved(MANY_DEAD, false, now, later);
+            tracker.proved(0, MANY_DEAD, now, later);
         }
-        assert_eq!(tracker.lock().paused_until, Some(later + FIRST_PAUSE));
+        // Once may be an accident: a path of which only the dead were thought to have it.
+        assert!(tracker.is_of_use());
+        assert_eq!(tracker.patience(), Some(LEAST_WAIT));
+        let again = later + LEAST_WAIT;
+        tracker.proved(0, MANY_DEAD, later + Duration::from_millis(1), again);
+        assert_eq!(tracker.lock().paused_until, Some(again + FIRST_PAUSE));
         assert!(!tracker.is_of_use());
         tracker.lock().paused_until = Some(now);
         assert!(tracker.is_of_use(), "one tries again");
         assert!(!tracker.is_of_use(), "the others do not wait for it");
-        tracker.proved(MANY_DEAD, false, later + FIRST_PAUSE, later + FIRST_PAUSE);
-        assert_eq!(tracker.lock().paused_until, Some(later + FIRST_PAUSE * 3));
-        tracker.proved(1, true, now, now);
+        tracker.proved(0, MANY_DEAD, again + FIRST_PAUSE, again + FIRST_PAUSE);
+        assert_eq!(tracker.lock().paused_until, Some(again + FIRST_PAUSE * 3));
+        tracker.proved(1, 0, again, again);
         assert!(tracker.is_of_use() && tracker.is_of_use());
+        assert_eq!(tracker.patience(), None);
+    }
+
+    /// Eight machines without power used to hide all others of the tracker.
+    #[test]
+    fn one_that_was_useful_is_not_left_out() {
+        let (now, second) = (Instant::now(), Duration::from_secs(1));
+        let tracker = tracker(now);
+        tracker.reached(None);
+        tracker.proved(1, 3, now, now);
+        for i in 1..100 {
+            tracker.proved(0, MANY_DEAD, now + second * i, now + second * i);
+            assert!(tracker.is_of_use() && tracker.is_of_use());
+        }
+        assert!(tracker.patience().is_some());
+        // A few that answer do not speak for as many that do not.
+        tracker.proved(1, 2 * MANY_DEAD, now + second * 101, now + second * 101);
+        assert!(tracker.patience().is_some());
+        tracker.proved(4, 2 * MANY_DEAD, now + second * 102, now + second * 102);
+        assert!(tracker.patience().is_none());
+        for i in 800..802 {
+            tracker.proved(0, MANY_DEAD, now + second * i, now + second * i);
+        }
+        assert!(!tracker.is_of_use());
+    }
+
+    #[test]
+    fn those_never_heard_are_waited_for_as_far_as_the_tracker_is_away() {
+        let now = Instant::now();
+        let tracker = tracker(now);
+        tracker.proved(0, MANY_DEAD, now, now);
+        for (millis, wait) in [(1, 40), (30, 120), (500, 400)] {
+            tracker.lock().latency = Some(Duration::from_millis(millis));
+            assert_eq!(tracker.patience(), Some(Duration::from_millis(wait)));
+        }
     }
 
     #[test]

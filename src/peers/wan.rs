@@ -11,7 +11,6 @@ use super::client::{Client, Error};
 use super::discovery::Wake;
 use super::names::Names;
 use super::standing::{Fault, Standing, Turn};
-use super::tracker::MANY_DEAD;
 use crate::interfaces::Interfaces;
 use crate::nix::{HashPart, NarInfo};
 use crate::on_drop::OnDrop;
@@ -37,6 +36,8 @@ const MAX_ASKING: u32 = 256;
 const MAX_ASKING_ONE: u32 = 32;
 /// And to one that has not answered before, or failed to lately: those that hang must not keep the others from being asked.
 const MAX_ASKING_UNPROVEN: u32 = 4;
+/// Who is waited for is looked at this often, if nothing happens.
+const LOOK_AGAIN: Duration = Duration::from_millis(20);
 /// Who may not be asked for one of these reasons is looked at again after this.
 const BLOCKED: Duration = Duration::from_millis(10);
 /// Stack of such a thread: the client's buffers are not on it, TLS is not used.
@@ -183,6 +184,8 @@ struct Entry {
     address: SocketAddr,
     origin: Origin,
     has_filter: bool,
+    /// If it has never answered, it is not waited for from then on.
+    unproven_until: Option<Instant>,
     state: State,
     /// It has said something, whatever it was.
     answered: bool,
@@ -235,7 +238,7 @@ impl WanSearch {
             if !is_blocked && !self.entries.iter().any(|entry| self.is_awaited(entry, now)) {
                 break;
             }
-            let look_again = if is_blocked { BLOCKED } else { SLOW / 4 };
+            let look_again = if is_blocked { BLOCKED } else { LOOK_AGAIN };
             let wake_up = self.until.min(now + look_again);
             select! {
                 recv(self.answers) -> answer => if let Ok(answer) = answer
@@ -277,6 +280,8 @@ impl WanSearch {
         } else {
             self.wan.names.addresses(&names, self.until.min(Instant::now() + NAMES_WAIT)).into_iter()
         };
+        let patience = self.wan.trackers.all().nth(tracker).and_then(|tracker| tracker.patience());
+        let unproven_until = patience.map(|patience| Instant::now() + patience);
         for candidate in &candidates {
             let ip = ip(&candidate.addr).map_or_else(|| resolved.next().flatten(), |ip| Some(ip.to_canonical()));
             let Some(ip) = ip.filter(|ip| can_be_peer(*ip)) else { continue };
@@ -284,20 +289,37 @@ impl WanSearch {
             let known = self.entries.iter().any(|entry| entry.address == address);
             if candidate.port != 0 && !known && !self.wan.is_own(address) {
                 let origin = Origin { tracker, peer_id: candidate.peer_id.clone() };
-                self.entries.push(Entry { address, origin, has_filter, state: State::Untried, answered: false });
+                self.entries.push(Entry {
+                    address,
+                    origin,
+                    has_filter,
+                    unproven_until,
+                    state: State::Untried,
+                    answered: false,
+                });
             }
         }
     }
 
+    /// Whether too much was made of candidates that have never answered, of which this is one.
+    fn is_given_up(&self, entry: &Entry, now: Instant) -> bool {
+        let is_over = entry.unproven_until.is_some_and(|until| now >= until);
+        is_over && !entry.answered && !self.wan.is_proven(entry.address)
+    }
+
     fn is_hopeful(&self, entry: &Entry, now: Instant) -> bool {
         matches!(entry.state, State::Untried | State::Promising)
+            && !self.is_given_up(entry, now)
             && self.wan.standing.turn(entry.address, now) != Turn::Never
     }
 
     /// Whether its answer is worth waiting for: of one that failed lately only for a moment.
     fn is_awaited(&self, entry: &Entry, now: Instant) -> bool {
         match entry.state {
-            State::Asked(at) => now < at + SLOW || self.wan.standing.turn(entry.address, now) == Turn::Now,
+            State::Asked(at) => {
+                let is_early = now < at + SLOW || self.wan.standing.turn(entry.address, now) == Turn::Now;
+                is_early && !self.is_given_up(entry, now)
+            }
             _ => false,
         }
     }
@@ -404,16 +426,11 @@ impl WanSearch {
         let now = Instant::now();
         let began = self.began.unwrap_or(now);
         for (at, tracker) in self.wan.trackers.all().enumerate() {
-            let named = self.entries.iter().filter(|entry| entry.origin.tracker == at);
-            let (mut all, mut answered) = (0, 0);
-            for entry in named {
-                all += 1;
-                answered += usize::from(entry.answered);
-            }
-            if all > 0 {
-                let useful = self.found || answered * 4 >= MANY_DEAD;
-                tracker.proved(all, useful, began, now);
-            }
+            let named = || self.entries.iter().filter(|entry| entry.origin.tracker == at);
+            let alive = named().filter(|entry| entry.answered).count();
+            // Who had no time to answer, as another was faster, is not silent.
+            let silent = if self.found { 0 } else { named().count() - alive };
+            tracker.proved(alive, silent, began, now);
         }
     }
 }
