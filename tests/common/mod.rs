@@ -8,6 +8,7 @@
 //! * [`Holder`] and [`Asker`]: hosts that have everything, and hosts that want it.
 //! * [`World`]: real store paths made by real Nix, kept between runs.
 //! * [`Daemon`]: a running peerix. [`Tracker`]: a running tracker. [`nix`]: Nix as a client.
+//! * [`solo`]: a tracker on loopback, without any of that.
 //! * [`http`], [`packet`], [`standin`]: a few lines of HTTP and UDP of our own, for peers that misbehave and for
 //!   the original peerix.
 //!
@@ -27,6 +28,7 @@ pub mod nix;
 pub mod packet;
 pub mod process;
 pub mod scene;
+pub mod solo;
 pub mod standin;
 pub mod stock;
 pub mod tracker;

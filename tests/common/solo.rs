@@ -1,0 +1,212 @@
+//! A tracker on this machine's loopback, asked from as many of its addresses as needed. Needs no namespaces.
+
+use super::http::{Answer, Connection};
+use super::{SOON, directory, tracker, wait_at_most};
+use peerix::wire::tracker::{Announce, Identity, KEY_HEADER, Proof, SIGNATURE_HEADER, Statement, TIMESTAMP_HEADER};
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+use socket2::{Domain, Socket, Type};
+use std::fs::{self, File};
+use std::io;
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+/// A directory of its own, gone with it.
+pub struct TempDir(PathBuf);
+
+impl TempDir {
+    /// Makes one.
+    pub fn new() -> TempDir {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let number = COUNT.fetch_add(1, Ordering::Relaxed);
+        let path = directory().join(format!("tracker-{}-{number}", std::process::id()));
+        fs::create_dir_all(&path).expect("a temporary directory");
+        TempDir(path)
+    }
+
+    /// A file in it.
+    pub fn file(&self, name: &str) -> PathBuf {
+        self.0.join(name)
+    }
+}
+
+impl Drop for TempDir {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+/// A running tracker. Dropping it kills it; what it logged is shown if the test failed.
+pub struct Solo {
+    child: Child,
+    log: PathBuf,
+    /// Where it listens.
+    pub port: u16,
+}
+
+/// The program with a command line, for what it says when it does not run.
+pub fn command(args: &[&str]) -> Command {
+    let mut command = Command::new(tracker::binary().expect("PEERIX_TRACKER_BIN is not set"));
+    command.args(args).stdin(Stdio::null()).env_remove("RUST_LOG");
+    command
+}
+
+impl Solo {
+    /// Starts it with that database and waits until it serves.
+    pub fn start(db: &Path) -> Solo {
+        let log = db.with_extension("log");
+        let file = File::create(&log).expect("a log");
+        let mut command = command(&["--port", "0", "--host", "127.0.0.1", "--db-path"]);
+        command.arg(db).stdout(Stdio::null()).stderr(file);
+        let mut child = command.spawn().expect("the tracker starts");
+        let port = wait_at_most(SOON, "a tracker that serves", || {
+            let said = fs::read_to_string(&log).expect("its log");
+            if let Some(status) = child.try_wait().expect("it is ours") {
+                panic!("the tracker ended: {status}\n{said}");
+            }
+            let (_, rest) = said.split_once("serves on port ")?;
+            rest.split_once('\n')?.0.parse().ok()
+        });
+        Solo { child, log, port }
+    }
+
+    /// As in `/proc`.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// `kill -9`, and waits until it is gone.
+    pub fn kill(&mut self) {
+        self.child.kill().expect("it is ours");
+        self.child.wait().expect("it is ours");
+    }
+
+    /// `SIGTERM`, and waits until it is gone.
+    pub fn terminate(&mut self) -> ExitStatus {
+        let pid = i32::try_from(self.child.id()).ok().and_then(Pid::from_raw).expect("a process id");
+        kill_process(pid, Signal::TERM).expect("it is ours, and not yet reaped");
+        wait_at_most(SOON, "a tracker that was asked to stop", || self.child.try_wait().expect("it is ours"))
+    }
+
+    /// How it ended, if it has.
+    pub fn ended(&mut self) -> Option<ExitStatus> {
+        self.child.try_wait().expect("it is ours")
+    }
+
+    /// Everything it has logged.
+    pub fn log(&self) -> String {
+        fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    /// Memory that it uses, in bytes.
+    pub fn rss(&self) -> u64 {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.pid())).expect("it runs");
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("its memory");
+        line.trim().trim_end_matches(" kB").parse::<u64>().expect("a number") * 1024
+    }
+
+    /// Connects from one of loopback's addresses.
+    pub fn connect_from(&self, from: Ipv4Addr) -> io::Result<Connection> {
+        connect(self.port, from)
+    }
+
+    /// Connects from an address that nothing else uses in this process.
+    pub fn connect(&self) -> Connection {
+        self.connect_from(fresh_source()).expect("the tracker listens")
+    }
+
+    /// A `GET` from a fresh address, answered with 200 and JSON.
+    pub fn get(&self, path: &str) -> Value {
+        let answer = self.connect().get(path).expect("the tracker answers");
+        assert_eq!(answer.status, 200, "{path}: {}", answer.text());
+        serde_json::from_slice(&answer.body).expect("JSON")
+    }
+}
+
+impl Drop for Solo {
+    fn drop(&mut self) {
+        // It may have ended.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if std::thread::panicking() {
+            let log = self.log();
+            let lines: Vec<&str> = log.lines().collect();
+            eprintln!("---- the tracker\n{}", lines[lines.len().saturating_sub(30)..].join("\n"));
+        }
+    }
+}
+
+/// Connects to a port of loopback from one of its addresses.
+pub fn connect(port: u16, from: Ipv4Addr) -> io::Result<Connection> {
+    let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
+    // Else ports of addresses that were used before run out while TIME_WAIT lasts.
+    socket.set_reuse_address(true)?;
+    socket.bind(&SocketAddrV4::new(from, 0).into())?;
+    let to: SocketAddr = (Ipv4Addr::LOCALHOST, port).into();
+    socket.connect_timeout(&to.into(), Duration::from_secs(10))?;
+    Connection::new(socket.into())
+}
+
+/// One of loopback's addresses, another one each time.
+pub fn fresh_source() -> Ipv4Addr {
+    static COUNT: AtomicU32 = AtomicU32::new(0);
+    Ipv4Addr::from_bits(0x7f0a_0001 + COUNT.fetch_add(1, Ordering::Relaxed))
+}
+
+/// A key made of a number.
+pub fn identity(number: u64) -> Identity {
+    let mut seed = [0x5a; Identity::SEED_LEN];
+    seed[..8].copy_from_slice(&number.to_le_bytes());
+    Identity::from_seed(&seed)
+}
+
+/// Milliseconds since 1970.
+pub fn clock() -> u64 {
+    u64::try_from(SystemTime::now().duration_since(UNIX_EPOCH).expect("a clock that is set").as_millis())
+        .expect("small")
+}
+
+/// The same, but later than the last one.
+pub fn stamp() -> u64 {
+    static LAST: AtomicU64 = AtomicU64::new(0);
+    let now = clock();
+    LAST.fetch_max(now, Ordering::Relaxed);
+    LAST.fetch_add(1, Ordering::Relaxed) + 1
+}
+
+/// An announce's body.
+pub fn announce(peer_id: &str, port: u16, addr: &str, proof: Proof) -> Vec<u8> {
+    let body = Announce { peer_id: Some(peer_id.into()), port: Some(port), addr: Some(addr.into()), proof };
+    serde_json::to_vec(&body).expect("JSON")
+}
+
+/// One that is signed now.
+pub fn signed_announce(key: &Identity, peer_id: &str, port: u16, addr: &str) -> Vec<u8> {
+    let proof = key.sign(&Statement::Announce { peer_id, port, addr }, stamp());
+    announce(peer_id, port, addr, proof)
+}
+
+/// The header lines of a filter.
+pub fn filter_headers(proof: &Proof) -> String {
+    let text = |field: &Option<String>| field.clone().unwrap_or_default();
+    format!(
+        "{KEY_HEADER}: {}\r\n{TIMESTAMP_HEADER}: {}\r\n{SIGNATURE_HEADER}: {}\r\n",
+        text(&proof.public_key),
+        proof.timestamp.unwrap_or_default(),
+        text(&proof.signature)
+    )
+}
+
+/// The header lines of a filter that is signed now.
+pub fn signed_filter_headers(key: &Identity, peer_id: &str, bits: &[u8]) -> String {
+    let digest = ring::digest::digest(&ring::digest::SHA256, bits);
+    filter_headers(&key.sign(&Statement::Filter { peer_id, digest: digest.as_ref() }, stamp()))
+}
+
+/// `POST` of JSON.
+pub fn post(connection: &mut Connection, path: &str, body: &[u8]) -> Answer {
+    connection.tell("POST", path, "Content-Type: application/json\r\n", body).expect("the tracker answers")
+}
