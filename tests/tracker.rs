@@ -7,19 +7,13 @@ mod common;
 
 use common::http::{Answer, Connection};
 use common::solo::{
-    Solo, TempDir, announce, clock, command, connect, filter_headers, fresh_source, identity, post, signed_announce,
-    signed_filter_headers, stamp,
+    Solo, TempDir, announce, clock, fresh_source, identity, post, signed_announce, signed_filter_headers, stamp,
 };
 use common::{SOON, wait_for};
 use peerix::nix::{HashPart, nix32};
 use peerix::wire::filter::Filter;
 use peerix::wire::tracker::{Identity, Proof, Statement};
-use rusqlite::Connection as Database;
 use serde_json::{Value, json};
-use std::collections::{BTreeMap, HashMap};
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::time::Duration;
 
 /// A tracker and where its database is.
 fn tracker() -> (TempDir, Solo) {
@@ -429,7 +423,9 @@ fn addresses() {
 /// A filter of few paths: those with these numbers.
 fn filter(paths: impl IntoIterator<Item = u64>) -> Filter {
     let mut filter = Filter::for_paths(50);
-    paths.into_iter().for_each(|path| drop(filter.insert(&hash_part(path))));
+    paths.into_iter().for_each(|path| {
+        filter.insert(&hash_part(path));
+    });
     filter
 }
 

@@ -273,7 +273,11 @@ impl Handler for Api {
             Err(refusal) => {
                 self.metrics.answered(call, refusal.status);
                 log::debug!("{from}: {} {}: {}: {}", request.method, request.target, refusal.status, refusal.error);
-                refuse(&refusal, exchange)
+                // A body that is small is read, so that the connection can be used again: many new ones cost more.
+                match exchange.body().read(MAX_BODY) {
+                    Ok(_) | Err(NoBody::TooLarge) => refuse(&refusal, exchange),
+                    Err(NoBody::Io(e)) => Err(e),
+                }
             }
         }
     }

@@ -280,16 +280,16 @@ impl Table {
         self.peers.write().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// All that can be said about a statement before its signature is checked. True if the ID's binding is known here, or that it has
-    /// none; else it has to be looked up.
+    /// All that can be said about a statement before its signature is checked. True if the peer is here, with what the ledger
+    /// knows of it; else that has to be looked up.
     ///
     /// # Errors
     /// It is refused in any case.
     pub fn check(&self, id: &str, claim: Option<&Claim>, now: Now) -> Result<bool, Refused> {
         let peers = self.read();
         self.allow(&peers, id, claim, now)?;
-        let unbound = claim.is_none() && peers.peer(id).is_some_and(|(_, peer)| peer.expires > now.at);
-        Ok(peers.known.contains_key(id) || unbound)
+        let is_here = peers.peer(id).is_some_and(|(_, peer)| peer.expires > now.at);
+        Ok(is_here && (claim.is_none() || peers.known.contains_key(id)))
     }
 
     fn allow(&self, peers: &Peers, id: &str, claim: Option<&Claim>, now: Now) -> Result<(), Refused> {

@@ -1,0 +1,294 @@
+//! What a tracker keeps through its own death, through those who were before it, and through a great many peers.
+
+mod common;
+
+use common::http::{Answer, Connection};
+use common::solo::{Solo, TempDir, announce, command, connect, fresh_source, identity, post, signed_announce};
+use peerix::wire::tracker::Proof;
+use rusqlite::Connection as Database;
+use serde_json::{Value, json};
+use std::collections::HashMap;
+use std::net::TcpListener;
+use std::path::Path;
+use std::process::Output;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+const KILLS: u64 = 20;
+const THREADS: u64 = 4;
+
+/// What the tracker answered with 200, and what it was asked at all.
+#[derive(Default)]
+struct Heard {
+    /// Numbers of keys and of the IDs bound to them.
+    identities: Vec<u64>,
+    transfers: Vec<u64>,
+    /// By sender: transfers that the tracker said were resolved, and those where it may have died before it said so.
+    resolved: HashMap<String, u64>,
+    tried: HashMap<String, u64>,
+}
+
+fn value(answer: &Answer) -> Value {
+    serde_json::from_slice(&answer.body).expect("JSON")
+}
+
+/// Asks without end, as a node does that transfers a great many paths, until the tracker dies.
+fn load(port: u16, thread: u64, next: &AtomicU64, heard: &Mutex<Heard>) -> std::io::Result<()> {
+    let mut c = connect(port, fresh_source())?;
+    let json = "Content-Type: application/json\r\n";
+    let (sender, receiver) = (format!("sender-{thread}"), format!("receiver-{thread}"));
+    // An address may announce 200 times at once.
+    for _ in 0..190 {
+        let number = next.fetch_add(1, Ordering::Relaxed);
+        let body = signed_announce(&identity(number), &format!("peer-{number}"), 1, "10.0.0.1");
+        let answer = c.tell("POST", "/announce", json, &body)?;
+        assert_eq!(answer.status, 200, "{}", answer.text());
+        heard.lock().unwrap().identities.push(number);
+
+        let body = json!({"sender_id": sender, "receiver_id": receiver}).to_string();
+        let answer = c.tell("POST", "/transfer/init", json, body.as_bytes())?;
+        assert_eq!(answer.status, 200, "{}", answer.text());
+        let id = value(&answer)["transfer_id"].as_u64().unwrap();
+        heard.lock().unwrap().transfers.push(id);
+
+        let report = |role: &str, peer: &str| {
+            json!({"transfer_id": id, "peer_id": peer, "role": role, "bytes": 100}).to_string().into_bytes()
+        };
+        let answer = c.tell("POST", "/report", json, &report("sender", &sender))?;
+        assert_eq!((answer.status, answer.text().as_str()), (200, r#"{"status":"pending"}"#));
+        *heard.lock().unwrap().tried.entry(sender.clone()).or_default() += 1;
+        let answer = c.tell("POST", "/report", json, &report("receiver", &receiver))?;
+        assert_eq!((answer.status, answer.text().as_str()), (200, r#"{"status":"resolved","consistent":true}"#));
+        *heard.lock().unwrap().resolved.entry(sender.clone()).or_default() += 1;
+    }
+    Ok(())
+}
+
+#[test]
+fn killed_under_load_it_has_lost_nothing_that_it_acknowledged() {
+    let dir = TempDir::new();
+    let db = dir.file("db");
+    let (next, all) = (AtomicU64::new(1), Mutex::new(Heard::default()));
+    for round in 0..KILLS {
+        let mut tracker = Solo::start(&db);
+        let (identities, transfers) = {
+            let heard = all.lock().unwrap();
+            (heard.identities.len(), heard.transfers.len())
+        };
+        let dead = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            for thread in 0..THREADS {
+                let (port, next, all, dead) = (tracker.port, &next, &all, &dead);
+                scope.spawn(move || while !dead.load(Ordering::Relaxed) && load(port, thread, next, all).is_ok() {});
+            }
+            // At another moment each time, and always amid it all.
+            let enough = transfers + 20 + 7 * round as usize;
+            while all.lock().unwrap().transfers.len() < enough {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            dead.store(true, Ordering::Relaxed);
+            tracker.kill();
+        });
+        let tracker = Solo::start(&db);
+        let heard = all.lock().unwrap();
+        // Each kill's own are checked at once, and a few of all others again.
+        let old = heard.identities[..identities].iter().rev().step_by(50);
+        for number in heard.identities[identities..].iter().take(60).chain(old) {
+            let id = format!("peer-{number}");
+            let mut c = tracker.connect();
+            let stolen = post(&mut c, "/announce", &signed_announce(&identity(number + (1 << 32)), &id, 1, "10.0.0.1"));
+            assert_eq!(stolen.status, 403, "{id} was bound to a key: {}", stolen.text());
+            let own = post(&mut c, "/announce", &signed_announce(&identity(*number), &id, 1, "10.0.0.1"));
+            assert_eq!(own.status, 200, "{id}: {}", own.text());
+        }
+        let mut c = tracker.connect();
+        let old = heard.transfers[..transfers].iter().rev().step_by(50);
+        for id in heard.transfers[transfers..].iter().chain(old) {
+            let body = json!({"transfer_id": id, "peer_id": "nobody", "role": "sender", "bytes": 1}).to_string();
+            let answer = post(&mut c, "/report", body.as_bytes());
+            assert!([403, 409].contains(&answer.status), "transfer {id}: {}", answer.text());
+        }
+        for (sender, tried) in &heard.tried {
+            let reputation = tracker.get(&format!("/reputation/{sender}"));
+            let counted = reputation["successful_transfers"].as_u64().unwrap();
+            let resolved = heard.resolved.get(sender).copied().unwrap_or_default();
+            assert!((resolved..=*tried).contains(&counted), "{sender}: {resolved} of {tried}, and {counted} counted");
+            assert_eq!(reputation["total_shared"].as_u64(), Some(counted * 100));
+            assert_eq!(reputation["failed_transfers"].as_u64(), Some(0));
+        }
+    }
+}
+
+#[test]
+fn who_is_here_is_told_anew_after_a_restart_and_the_rest_lasts() {
+    let dir = TempDir::new();
+    let mut tracker = Solo::start(&dir.file("db"));
+    let key = identity(1);
+    let mut c = tracker.connect();
+    let welcome = value(&post(&mut c, "/announce", &signed_announce(&key, "a", 1, "10.0.0.1")));
+    let replay = signed_announce(&key, "a", 1, "10.0.0.1");
+    assert_eq!(tracker.get("/peers")["peers"].as_array().map(Vec::len), Some(1));
+    assert!(tracker.terminate().success());
+    assert!(tracker.log().contains("stopping"), "{}", tracker.log());
+    drop(tracker);
+
+    let tracker = Solo::start(&dir.file("db"));
+    assert_eq!(tracker.get("/peers"), json!({"peers": []}));
+    let mut c = tracker.connect();
+    let answer = post(&mut c, "/announce", &replay);
+    assert_eq!(answer.status, 403, "made before the start: {}", answer.text());
+    assert!(value(&answer)["now"].is_u64());
+    let again = value(&post(&mut c, "/announce", &signed_announce(&key, "a", 1, "10.0.0.1")));
+    assert_eq!((&again["tracker"], again["filter"].is_null()), (&welcome["tracker"], true));
+}
+
+#[test]
+fn the_database_of_the_original_is_taken_over() {
+    let dir = TempDir::new();
+    let db = dir.file("db");
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs_f64();
+    let original = Database::open(&db).unwrap();
+    original
+        .execute_batch(&format!(
+            "pragma journal_mode = wal;
+             create table peers (peer_id text primary key, addr text not null, port integer not null, last_seen real not null);
+             create table transfers (id integer primary key autoincrement, sender_id text not null,
+                 receiver_id text not null, sender_bytes integer, receiver_bytes integer,
+                 sender_confirmed integer default 0, receiver_confirmed integer default 0, resolved integer default 0,
+                 created_at real not null);
+             create table reputation (peer_id text primary key, total_shared integer default 0,
+                 total_received integer default 0, successful_transfers integer default 0,
+                 failed_transfers integer default 0);
+             insert into peers values ('old', '10.0.0.1', 12304, {now});
+             insert into transfers (id, sender_id, receiver_id, receiver_bytes, receiver_confirmed, created_at)
+                 values (41, 'old', 'other', 500, 1, {now});
+             insert into reputation values ('old', 1000, 50, 3, 1);"
+        ))
+        .unwrap();
+    drop(original);
+    let tracker = Solo::start(&db);
+    let body = json!({"transfer_id": 41, "peer_id": "old", "role": "sender", "bytes": 501}).to_string();
+    let answer = post(&mut tracker.connect(), "/report", body.as_bytes());
+    assert_eq!((answer.status, answer.text().as_str()), (200, r#"{"status":"resolved","consistent":true}"#));
+    let reputation = tracker.get("/reputation/old");
+    assert_eq!(
+        (reputation["total_shared"].as_u64(), reputation["successful_transfers"].as_u64()),
+        (Some(1501), Some(4))
+    );
+    let begun = post(&mut tracker.connect(), "/transfer/init", br#"{"sender_id":"a","receiver_id":"b"}"#);
+    assert_eq!(begun.text(), r#"{"transfer_id":42}"#);
+}
+
+/// Runs it where it cannot start.
+fn fails(args: &[&str], db: &Path) -> Output {
+    command(args).arg("--db-path").arg(db).env("RUST_LOG", "off").output().unwrap()
+}
+
+#[test]
+fn what_keeps_it_from_starting_is_one_line() {
+    let dir = TempDir::new();
+    let db = dir.file("newer");
+    Database::open(&db).unwrap().execute_batch("pragma user_version = 99; create table t (x);").unwrap();
+    std::fs::write(dir.file("none"), "this is no database, and long enough to look like one ".repeat(100)).unwrap();
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = taken.local_addr().unwrap().port().to_string();
+    for (output, status, words) in [
+        (fails(&["--port", "0"], &db), 1, vec!["newer", "99"]),
+        (fails(&["--port", "0"], &dir.file("none")), 1, vec!["none"]),
+        (fails(&["--port", "0"], &dir.file("missing/db")), 1, vec!["missing/db"]),
+        (fails(&["--host", "127.0.0.1", "--port", &port], &dir.file("db")), 1, vec![&port, "--port"]),
+        (command(&["--prot", "1"]).output().unwrap(), 2, vec!["--prot"]),
+        (command(&["--port", "x"]).output().unwrap(), 2, vec!["--port x"]),
+        (command(&["word"]).output().unwrap(), 2, vec!["word"]),
+    ] {
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(status), "{said}");
+        assert!(said.starts_with("peerix-tracker: ") && said.lines().count() == 1, "{said:?}");
+        assert!(words.iter().all(|word| said.contains(word)), "{words:?} in {said:?}");
+    }
+    let help = String::from_utf8(command(&["--help"]).output().unwrap().stdout).unwrap();
+    for word in ["--port", "12305", "--host", "--db-path", "--verbose"] {
+        assert!(help.contains(word), "no {word} in\n{help}");
+    }
+    let version = command(&["--version"]).output().unwrap().stdout;
+    assert_eq!(String::from_utf8(version).unwrap(), format!("peerix-tracker {}\n", env!("CARGO_PKG_VERSION")));
+}
+
+/// The value of a metric without labels.
+fn metric(tracker: &Solo, name: &str) -> f64 {
+    let text = tracker.connect().get("/metrics").unwrap().text();
+    let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+    line.unwrap_or_else(|| panic!("no {name} in\n{text}")).parse().unwrap()
+}
+
+/// As strict as `promtool check metrics` about the form: help and type before the values, names and suffixes by the conventions.
+#[test]
+fn health_and_metrics() {
+    let dir = TempDir::new();
+    let tracker = Solo::start(&dir.file("db"));
+    let health = tracker.connect().get("/health").unwrap();
+    assert_eq!((health.status, health.text().as_str()), (200, r#"{"status":"ok"}"#));
+    post(&mut tracker.connect(), "/announce", &announce("a", 1, "10.0.0.1", Proof::default()));
+    assert_eq!(metric(&tracker, "peerix_tracker_peers"), 1.0);
+    let text = tracker.connect().get("/metrics").unwrap().text();
+    let mut kinds = HashMap::new();
+    let mut values = 0;
+    for line in text.lines() {
+        if let Some(rest) = line.strip_prefix("# TYPE ") {
+            let (name, kind) = rest.split_once(' ').unwrap();
+            assert!(kinds.insert(name, kind).is_none(), "{name} twice");
+            assert!(kind != "counter" || name.ends_with("_total"), "{line}");
+            continue;
+        } else if let Some(help) = line.strip_prefix("# HELP ") {
+            assert!(help.starts_with("peerix_tracker_") && help.split(' ').count() > 2, "{line}");
+            continue;
+        }
+        let (series, value) = line.rsplit_once(' ').unwrap();
+        let name = series.split('{').next().unwrap();
+        let base = ["_sum", "_count"].iter().find_map(|end| name.strip_suffix(end)).unwrap_or(name);
+        assert!(kinds.contains_key(name) || kinds.contains_key(base), "{line}");
+        assert!(series.split_once('{').is_none_or(|(_, labels)| labels.ends_with('}')), "{line}");
+        assert!(value.parse::<f64>().is_ok_and(f64::is_finite), "{line}");
+        values += 1;
+    }
+    assert!(values > 10 && text.ends_with('\n'), "{text}");
+}
+
+#[test]
+fn a_hundred_thousand_peers() {
+    const PEERS: u64 = 100_000;
+    /// An address may announce 200 times at once.
+    const FROM_ONE: u64 = 190;
+    let dir = TempDir::new();
+    let tracker = Solo::start(&dir.file("db"));
+    let next = AtomicU64::new(0);
+    let number = |at: &AtomicU64| at.fetch_add(1, Ordering::Relaxed);
+    std::thread::scope(|scope| {
+        for _ in 0..16 {
+            scope.spawn(|| {
+                let mut c: Option<(Connection, u64)> = None;
+                loop {
+                    let n = number(&next);
+                    if n >= PEERS {
+                        return;
+                    }
+                    let (mut connection, asked) = c.take().unwrap_or_else(|| (tracker.connect(), 0));
+                    let addr = std::net::Ipv4Addr::from_bits(0x0a00_0001 + n as u32).to_string();
+                    let body = announce(&format!("peer-{n}"), 12304, &addr, Proof::default());
+                    let answer = post(&mut connection, "/announce", &body);
+                    assert_eq!((answer.status, answer.text().as_str()), (200, r#"{"status":"ok"}"#));
+                    c = (asked + 1 < FROM_ONE).then_some((connection, asked + 1));
+                }
+            });
+        }
+    });
+    assert_eq!(metric(&tracker, "peerix_tracker_peers"), PEERS as f64);
+    assert_eq!(tracker.get("/peers")["peers"].as_array().map(Vec::len), Some(1000));
+    let found = tracker.get("/lookup/00000000000000000000000000000001");
+    assert_eq!(
+        (found["candidates"].as_array().map(Vec::len), found["others"].as_array().map(Vec::len)),
+        (Some(0), Some(8))
+    );
+    eprintln!("{PEERS} peers without filters: {} bytes each", tracker.rss() / PEERS);
+}
