@@ -59,6 +59,7 @@ bench: ## measures peerix side by side with nginx, and prints a table
 	@scripts/deps build test bench
 	$(CARGO) bench --locked $(RUNNER) --bench peers
 	$(CARGO) bench --locked $(RUNNER) --bench wan
+	$(CARGO) bench --locked $(RUNNER) --bench tracker
 else
 demo demo-wan test check bench:
 	@scripts/in-debian $@
