@@ -389,7 +389,7 @@ impl Tracker {
 
     fn timestamp(&self) -> u64 {
         let mut clock = self.clock.lock().unwrap_or_else(PoisonError::into_inner);
-        clock.last = our_clock().saturating_add_signed(clock.offset).max(clock.last + 1);
+        clock.last = our_clock().saturating_add_signed(clock.offset).max(clock.last.saturating_add(1));
         clock.last
     }
 

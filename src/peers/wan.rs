@@ -14,7 +14,9 @@ use super::standing::{Fault, Standing, Turn};
 use crate::interfaces::Interfaces;
 use crate::nix::{HashPart, NarInfo};
 use crate::on_drop::OnDrop;
-use crate::wire::tracker::{Candidate, Candidates, MAX_CANDIDATES, MAX_OTHERS, Role, TransferName, can_be_peer};
+use crate::wire::tracker::{
+    Candidate, Candidates, MAX_ADDR, MAX_CANDIDATES, MAX_OTHERS, Role, TransferName, can_be_peer, is_peer_id,
+};
 use crossbeam_channel::{Receiver, Sender, bounded, never, select};
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
@@ -157,6 +159,11 @@ pub struct Origin {
     pub peer_id: String,
 }
 
+/// Whether what a tracker says of a peer is of the form that it has to be: names are remembered, and sent to others.
+fn can_be_asked(candidate: &Candidate) -> bool {
+    is_peer_id(&candidate.peer_id) && (1..=MAX_ADDR).contains(&candidate.addr.len()) && candidate.port != 0
+}
+
 /// A peer of another network that has the path, and its narinfo.
 pub struct Offer {
     /// Its HTTP server.
@@ -272,7 +279,8 @@ impl WanSearch {
         }
     }
 
-    fn add(&mut self, tracker: usize, candidates: Vec<Candidate>, has_filter: bool) {
+    fn add(&mut self, tracker: usize, mut candidates: Vec<Candidate>, has_filter: bool) {
+        candidates.retain(can_be_asked);
         let ip = |addr: &str| addr.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>().ok();
         let names: Vec<&str> = candidates.iter().map(|c| &*c.addr).filter(|addr| ip(addr).is_none()).collect();
         let mut resolved = if names.is_empty() {
@@ -287,7 +295,7 @@ impl WanSearch {
             let Some(ip) = ip.filter(|ip| can_be_peer(*ip)) else { continue };
             let address = SocketAddr::new(ip, candidate.port);
             let known = self.entries.iter().any(|entry| entry.address == address);
-            if candidate.port != 0 && !known && !self.wan.is_own(address) {
+            if !known && !self.wan.is_own(address) {
                 let origin = Origin { tracker, peer_id: candidate.peer_id.clone() };
                 self.entries.push(Entry {
                     address,
@@ -444,5 +452,38 @@ impl Wan {
     /// Has the transfer of an offered path counted; it gets its name soon.
     pub fn begin_transfer(&self, origin: &Origin) -> Begun {
         self.trackers.begin(origin.tracker, &origin.peer_id)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Names used to be remembered however long they were: a tracker could fill the memory with them.
+    #[test]
+    fn what_is_no_peer_is_not_asked() {
+        let candidate = |peer_id: &str, addr: &str, port| {
+            can_be_asked(&Candidate { peer_id: peer_id.into(), addr: addr.into(), port, score: 0.0 })
+        };
+        assert!(candidate("a", "example.org", 1) && candidate("a", "203.0.113.1", 65535));
+        assert!(!candidate("", "example.org", 1) && !candidate("a\n", "example.org", 1));
+        assert!(!candidate(&"a".repeat(129), "example.org", 1));
+        assert!(!candidate("a", "", 1) && !candidate("a", &"a".repeat(MAX_ADDR + 1), 1));
+        assert!(!candidate("a", "example.org", 0));
+    }
+
+    #[test]
+    fn one_that_has_not_proven_itself_takes_few_places() {
+        let asking = Asking::default();
+        let ip = |last| IpAddr::from([203, 0, 113, last]);
+        let taken = |ip, is_proven| (0..1000).filter(|_| asking.begin(ip, is_proven)).count();
+        assert_eq!(taken(ip(1), false), MAX_ASKING_UNPROVEN as usize);
+        assert_eq!(taken(ip(2), true), MAX_ASKING_ONE as usize);
+        asking.end(ip(1));
+        assert_eq!(taken(ip(1), false), 1);
+        let all: usize = (3..=255).map(|last| taken(ip(last), false)).sum();
+        assert_eq!(all as u32, MAX_ASKING - MAX_ASKING_UNPROVEN - MAX_ASKING_ONE);
+        (0..MAX_ASKING_ONE).for_each(|_| asking.end(ip(2)));
+        assert!(!asking.0.lock().unwrap().contains_key(&ip(2)));
     }
 }
