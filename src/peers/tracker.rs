@@ -16,12 +16,15 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use std::fmt;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 use ureq::Agent;
 use ureq::http::Response;
 
 /// A lookup that takes longer is of no use: Nix waits, and the peers need time after it.
 pub const LOOKUP_TIMEOUT: Duration = Duration::from_secs(1);
+/// Who has asked too often asks again after this, until that time is over.
+const TOO_OFTEN_PAUSE: Duration = Duration::from_millis(100);
 /// Everything else is done off the request path.
 const CALL_TIMEOUT: Duration = Duration::from_secs(10);
 /// A filter has up to 4 MiB.
@@ -241,8 +244,16 @@ impl Tracker {
     pub fn lookup(&self, hash_part: &HashPart, me: &Me) -> Result<Candidates, Error> {
         let url = format!("{}{}", self.url, lookup_target(hash_part));
         let call = || self.agent.get(&url).config().timeout_global(Some(LOOKUP_TIMEOUT)).build().call();
-        let began = Instant::now();
-        let answer = twice(call).map_err(Error::Unreachable).and_then(read::<Candidates>);
+        let first = Instant::now();
+        let (began, answer) = loop {
+            let began = Instant::now();
+            let answer = twice(call).map_err(Error::Unreachable).and_then(read::<Candidates>);
+            // A site may ask for more than it is allowed to: then a little later it may. A miss, Nix would remember for an hour.
+            if !is_too_often(&answer) || first.elapsed() + TOO_OFTEN_PAUSE > LOOKUP_TIMEOUT {
+                break (began, answer);
+            }
+            thread::sleep(TOO_OFTEN_PAUSE);
+        };
         match answer {
             Ok(mut found) => {
                 let (took, mut state) = (began.elapsed(), self.lock());
@@ -255,7 +266,9 @@ impl Tracker {
                 Ok(found)
             }
             Err(e) => {
-                self.failed(&e);
+                if !is_too_often(&Err::<(), _>(&e)) {
+                    self.failed(&e);
+                }
                 Err(e)
             }
         }
@@ -431,6 +444,10 @@ impl Tracker {
     }
 }
 
+fn is_too_often<T, E: std::borrow::Borrow<Error>>(answer: &Result<T, E>) -> bool {
+    matches!(answer, Err(e) if matches!(e.borrow(), Error::Refused(429, _)))
+}
+
 /// Milliseconds since 1970, by a clock that may be wrong.
 fn our_clock() -> u64 {
     let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
@@ -534,6 +551,31 @@ mod tests {
             tracker.lock().latency = Some(Duration::from_millis(millis));
             assert_eq!(tracker.patience(), Some(Duration::from_millis(wait)));
         }
+    }
+
+    /// The tracker used to be taken for dead, and what its peers had for missing.
+    #[test]
+    fn one_that_is_asked_too_often_is_asked_again() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        let server = thread::spawn(move || {
+            let (stream, _) = listener.accept().unwrap();
+            let mut lines = std::io::BufRead::lines(std::io::BufReader::new(&stream)).map_while(Result::ok);
+            let found = r#"{"candidates":[{"peer_id":"b","addr":"10.0.0.1","port":1,"score":0.0}],"others":[]}"#;
+            for (status, body) in [(429, "{}"), (429, "{}"), (200, found)] {
+                assert!(lines.any(|line| line.is_empty()), "a request");
+                let answer = format!("HTTP/1.1 {status} x\r\nContent-Length: {}\r\n\r\n{body}", body.len());
+                std::io::Write::write_all(&mut &stream, answer.as_bytes()).unwrap();
+            }
+        });
+        let tracker = Tracker::new(url, Instant::now());
+        tracker.reached(None);
+        let identity = Identity::from_seed(&[1; 32]);
+        let me = Me { identity, peer_id: "a".into(), port: 1, addr: None };
+        let found = tracker.lookup(&HashPart::parse(&[b'0'; 32]).unwrap(), &me).unwrap();
+        assert_eq!(found.candidates.len(), 1);
+        assert!(tracker.is_reached());
+        server.join().unwrap();
     }
 
     #[test]
