@@ -24,6 +24,8 @@ struct Heard {
     /// Numbers of keys and of the IDs bound to them.
     identities: Vec<u64>,
     transfers: Vec<u64>,
+    /// Transfers of which the sender's report was acknowledged, and who that is; the receiver's was not, in time.
+    half: HashMap<u64, String>,
     /// By sender: transfers that the tracker said were resolved, and those where it may have died before it said so.
     resolved: HashMap<String, u64>,
     tried: HashMap<String, u64>,
@@ -57,10 +59,16 @@ fn load(port: u16, thread: u64, next: &AtomicU64, heard: &Mutex<Heard>) -> std::
         };
         let answer = c.tell("POST", "/report", json, &report("sender", &sender))?;
         assert_eq!((answer.status, answer.text().as_str()), (200, r#"{"status":"pending"}"#));
-        *heard.lock().unwrap().tried.entry(sender.clone()).or_default() += 1;
+        {
+            let mut heard = heard.lock().unwrap();
+            *heard.tried.entry(sender.clone()).or_default() += 1;
+            heard.half.insert(id, sender.clone());
+        }
         let answer = c.tell("POST", "/report", json, &report("receiver", &receiver))?;
         assert_eq!((answer.status, answer.text().as_str()), (200, r#"{"status":"resolved","consistent":true}"#));
-        *heard.lock().unwrap().resolved.entry(sender.clone()).or_default() += 1;
+        let mut heard = heard.lock().unwrap();
+        heard.half.remove(&id);
+        *heard.resolved.entry(sender.clone()).or_default() += 1;
     }
     Ok(())
 }
@@ -91,7 +99,7 @@ fn killed_under_load_it_has_lost_nothing_that_it_acknowledged() {
             tracker.kill();
         });
         let tracker = Solo::start(&db);
-        let heard = all.lock().unwrap();
+        let mut heard = all.lock().unwrap();
         // Each kill's own are checked at once, and a few of all others again.
         let old = heard.identities[..identities].iter().rev().step_by(50);
         for number in heard.identities[identities..].iter().take(60).chain(old) {
@@ -108,6 +116,11 @@ fn killed_under_load_it_has_lost_nothing_that_it_acknowledged() {
             let body = json!({"transfer_id": id, "peer_id": "nobody", "role": "sender", "bytes": 1}).to_string();
             let answer = post(&mut c, "/report", body.as_bytes());
             assert!([403, 409].contains(&answer.status), "transfer {id}: {}", answer.text());
+        }
+        for (id, sender) in heard.half.drain() {
+            let body = json!({"transfer_id": id, "peer_id": sender, "role": "sender", "bytes": 100}).to_string();
+            let answer = post(&mut c, "/report", body.as_bytes());
+            assert_eq!(answer.status, 409, "transfer {id}: the sender's report was acknowledged: {}", answer.text());
         }
         for (sender, tried) in &heard.tried {
             let reputation = tracker.get(&format!("/reputation/{sender}"));
@@ -128,14 +141,26 @@ fn who_is_here_is_told_anew_after_a_restart_and_the_rest_lasts() {
     let mut c = tracker.connect();
     let welcome = value(&post(&mut c, "/announce", &signed_announce(&key, "a", 1, "10.0.0.1")));
     let replay = signed_announce(&key, "a", 1, "10.0.0.1");
+    post(&mut c, "/transfer/init", br#"{"sender_id":"b","receiver_id":"c"}"#);
+    for (peer, role) in [("b", "sender"), ("c", "receiver")] {
+        let body = json!({"transfer_id": 1, "peer_id": peer, "role": role, "bytes": 1000}).to_string();
+        assert_eq!(post(&mut c, "/report", body.as_bytes()).status, 200);
+    }
+    let reputation = tracker.get("/reputation/b");
+    assert_eq!(reputation["total_shared"].as_u64(), Some(1000));
     assert_eq!(tracker.get("/peers")["peers"].as_array().map(Vec::len), Some(1));
     assert!(tracker.terminate().success());
-    assert!(tracker.log().contains("stopping"), "{}", tracker.log());
+    assert!(tracker.log().ends_with("info: stopping\n"), "{}", tracker.log());
+    // The database was closed: SQLite keeps this file until then.
+    assert!(!dir.file("db-wal").exists());
     drop(tracker);
 
     let tracker = Solo::start(&dir.file("db"));
     assert_eq!(tracker.get("/peers"), json!({"peers": []}));
+    assert_eq!(tracker.get("/reputation/b"), reputation);
     let mut c = tracker.connect();
+    let unsigned = post(&mut c, "/announce", &announce("a", 1, "10.0.0.1", Proof::default()));
+    assert_eq!(unsigned.status, 403, "its key lasts: {}", unsigned.text());
     let answer = post(&mut c, "/announce", &replay);
     assert_eq!(answer.status, 403, "made before the start: {}", answer.text());
     assert!(value(&answer)["now"].is_u64());
@@ -163,7 +188,12 @@ fn the_database_of_the_original_is_taken_over() {
              insert into peers values ('old', '10.0.0.1', 12304, {now});
              insert into transfers (id, sender_id, receiver_id, receiver_bytes, receiver_confirmed, created_at)
                  values (41, 'old', 'other', 500, 1, {now});
-             insert into reputation values ('old', 1000, 50, 3, 1);"
+             insert into reputation values ('old', 1000, 50, 3, 1);
+             -- It checked neither kinds nor signs of what strangers sent.
+             insert into peers values (x'00', 'x', 'y', 'z');
+             insert into transfers (id, sender_id, receiver_id, receiver_bytes, receiver_confirmed, created_at)
+                 values (42, 'old', 'other', 'lots', 1, {now}), (43, 'old', 'other', -7, 1, {now});
+             insert into reputation values ('bad', -5, 'many', 1e308, null), (x'ff00', 1, 1, 1, 1);"
         ))
         .unwrap();
     drop(original);
@@ -177,7 +207,15 @@ fn the_database_of_the_original_is_taken_over() {
         (Some(1501), Some(4))
     );
     let begun = post(&mut tracker.connect(), "/transfer/init", br#"{"sender_id":"a","receiver_id":"b"}"#);
-    assert_eq!(begun.text(), r#"{"transfer_id":42}"#);
+    assert_eq!(begun.text(), r#"{"transfer_id":44}"#);
+    for id in [42, 43] {
+        let body = json!({"transfer_id": id, "peer_id": "old", "role": "sender", "bytes": 1}).to_string();
+        assert_eq!(post(&mut tracker.connect(), "/report", body.as_bytes()).status, 404);
+    }
+    let bad = tracker.get("/reputation/bad");
+    assert_eq!((bad["total_shared"].as_u64(), bad["total_received"].as_u64()), (Some(0), Some(0)));
+    assert_eq!((bad["successful_transfers"].as_u64(), bad["failed_transfers"].as_u64()), (Some(0), Some(0)));
+    assert_eq!(tracker.get("/peers"), json!({"peers": []}));
 }
 
 /// Runs it where it cannot start.
@@ -191,12 +229,16 @@ fn what_keeps_it_from_starting_is_one_line() {
     let db = dir.file("newer");
     Database::open(&db).unwrap().execute_batch("pragma user_version = 99; create table t (x);").unwrap();
     std::fs::write(dir.file("none"), "this is no database, and long enough to look like one ".repeat(100)).unwrap();
+    std::fs::create_dir(dir.file("directory")).unwrap();
+    let other = Solo::start(&dir.file("other"));
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = taken.local_addr().unwrap().port().to_string();
     for (output, status, words) in [
         (fails(&["--port", "0"], &db), 1, vec!["newer", "99"]),
         (fails(&["--port", "0"], &dir.file("none")), 1, vec!["none"]),
         (fails(&["--port", "0"], &dir.file("missing/db")), 1, vec!["missing/db"]),
+        (fails(&["--port", "0"], &dir.file("directory")), 1, vec!["directory", "--db-path"]),
+        (fails(&["--port", "0"], &dir.file("other")), 1, vec!["another tracker has it"]),
         (fails(&["--host", "127.0.0.1", "--port", &port], &dir.file("db")), 1, vec![&port, "--port"]),
         (command(&["--prot", "1"]).output().unwrap(), 2, vec!["--prot"]),
         (command(&["--port", "x"]).output().unwrap(), 2, vec!["--port x"]),
@@ -207,6 +249,9 @@ fn what_keeps_it_from_starting_is_one_line() {
         assert!(said.starts_with("peerix-tracker: ") && said.lines().count() == 1, "{said:?}");
         assert!(words.iter().all(|word| said.contains(word)), "{words:?} in {said:?}");
     }
+    assert_eq!(other.get("/health"), json!({"status": "ok"}));
+    let newer: i64 = Database::open(&db).unwrap().pragma_query_value(None, "user_version", |row| row.get(0)).unwrap();
+    assert_eq!(newer, 99, "left as it was");
     let help = String::from_utf8(command(&["--help"]).output().unwrap().stdout).unwrap();
     for word in ["--port", "12305", "--host", "--db-path", "--verbose"] {
         assert!(help.contains(word), "no {word} in\n{help}");

@@ -8,7 +8,7 @@ use peerix::on_drop::OnDrop;
 use peerix::seldom::Seldom;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant, SystemTime};
 use std::{fmt, io};
@@ -79,10 +79,11 @@ impl<T: Send, F: FnOnce(&mut Books) -> rusqlite::Result<T> + Send> Job for Ask<T
     }
 }
 
-/// The ledger's handle. Dropping it ends the thread, after what waits is done.
+/// The ledger's handle. Dropping it closes it.
 pub struct Ledger {
-    jobs: Option<Sender<Box<dyn Job>>>,
-    thread: Option<JoinHandle<()>>,
+    /// `None` once it is closed.
+    jobs: RwLock<Option<Sender<Box<dyn Job>>>>,
+    thread: Mutex<Option<JoinHandle<()>>>,
     numbers: Arc<Numbers>,
     tracker_id: String,
     probed: Mutex<Option<(Instant, Result<(), Unavailable>)>>,
@@ -109,7 +110,8 @@ impl Ledger {
             keep(books, &waiting, &shared, on_change);
         });
         let thread = thread.map_err(|e: io::Error| format!("ledger: {e}"))?;
-        Ok(Ledger { jobs: Some(jobs), thread: Some(thread), numbers, tracker_id, probed: Mutex::default() })
+        let (jobs, thread) = (RwLock::new(Some(jobs)), Mutex::new(Some(thread)));
+        Ok(Ledger { jobs, thread, numbers, tracker_id, probed: Mutex::default() })
     }
 
     /// The tracker's ID.
@@ -142,7 +144,7 @@ impl Ledger {
         let id = id.to_owned();
         let (reply, _) = bounded(1);
         let work = move |books: &mut Books| books.seen(&id, today());
-        if let Some(jobs) = &self.jobs {
+        if let Some(jobs) = self.jobs() {
             let _ = jobs.try_send(Box::new(Ask { work: Some(work), value: None, reply }));
         }
     }
@@ -176,6 +178,20 @@ impl Ledger {
         }
     }
 
+    /// Ends the thread, after what waits is done, and closes the database. Whoever asks afterwards is told so.
+    pub fn close(&self) {
+        // The thread ends when the last sender is gone.
+        *self.jobs.write().unwrap_or_else(PoisonError::into_inner) = None;
+        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(thread) = thread {
+            let _ = thread.join();
+        }
+    }
+
+    fn jobs(&self) -> Option<Sender<Box<dyn Job>>> {
+        self.jobs.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
     fn ask<T: Send + 'static>(
         &self,
         work: impl FnOnce(&mut Books) -> rusqlite::Result<T> + Send + 'static,
@@ -185,11 +201,12 @@ impl Ledger {
         let until = Instant::now() + PATIENCE;
         let ended = || Unavailable("the ledger has ended".into());
         let late = || Unavailable(format!("no answer in {} s", PATIENCE.as_secs()));
-        let jobs = self.jobs.as_ref().ok_or_else(ended)?;
+        let jobs = self.jobs().ok_or_else(ended)?;
         jobs.send_timeout(job, PATIENCE).map_err(|e| match e {
             SendTimeoutError::Timeout(_) => late(),
             SendTimeoutError::Disconnected(_) => ended(),
         })?;
+        drop(jobs);
         match answer.recv_deadline(until) {
             Ok(outcome) => outcome,
             Err(RecvTimeoutError::Timeout) => Err(late()),
@@ -200,10 +217,7 @@ impl Ledger {
 
 impl Drop for Ledger {
     fn drop(&mut self) {
-        self.jobs = None;
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
+        self.close();
     }
 }
 

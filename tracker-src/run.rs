@@ -55,9 +55,9 @@ pub fn run(options: &Options) -> Result<(), String> {
     let result = wait(&woken, &table, &ledger);
     notify(&[NotifyState::Stopping]);
     log::info!("stopping");
-    // First the answers under way end, then the database they wait for.
+    // First the answers under way end, then the database they wait for. The server's threads may hold on to it for a while.
     drop(server);
-    drop(ledger);
+    ledger.close();
     drop(signals);
     result
 }
