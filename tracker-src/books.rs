@@ -18,8 +18,9 @@ const FORGOTTEN_AFTER_DAYS: i64 = 90;
 const MAX_REPUTATIONS: u64 = 1_000_000;
 /// Transfers at once, some 500 MB. Beyond, none begin until old ones are pruned.
 const MAX_TRANSFERS: u64 = 4_000_000;
-/// Seconds until a transfer is pruned of which a report is missing.
-const PENDING_KEPT: i64 = 24 * 3600;
+/// Seconds until a transfer is pruned of which a report is missing: longer than any NAR takes. Ten addresses that begin as many as
+/// they may do not fill the table in that time.
+const PENDING_KEPT: i64 = 2 * 3600;
 /// Seconds until a resolved one is.
 const RESOLVED_KEPT: i64 = 7 * 24 * 3600;
 /// Reports may differ by one part in so many of the greater, 5 %.
