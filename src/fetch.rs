@@ -7,14 +7,13 @@
 use crate::lookup::{Lookup, Search, Source};
 use crate::nix::{Framing, HashPart, NarHash};
 use crate::peers::client::{Client, Error, NarBody, STALL, TOO_SLOW, Way};
-use crate::peers::standing::{Fault, Standing};
+use crate::peers::standing::{Fault, Standing, Who};
 use crate::wire::tracker::TransferName;
 use crossbeam_channel::{Receiver, Sender, bounded};
 use ring::digest::{Context, SHA256};
 use std::collections::HashMap;
 use std::fmt;
 use std::io::{self, Read, Write};
-use std::net::SocketAddr;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
@@ -127,7 +126,7 @@ pub struct Nar<'a> {
     busy_left: u32,
     broken_left: u32,
     current: Option<Current<'a>>,
-    contributors: Vec<SocketAddr>,
+    contributors: Vec<Who>,
     framing: Framing,
     /// Bytes received and framing-checked.
     at: u64,
@@ -342,8 +341,8 @@ impl Nar<'_> {
                     if self.at > 0 {
                         log::info!("NAR {}: continued from peer {} at byte {}", self.hash, source.peer, self.at);
                     }
-                    if !self.contributors.contains(&source.peer) {
-                        self.contributors.push(source.peer);
+                    if !self.contributors.contains(&source.who()) {
+                        self.contributors.push(source.who());
                     }
                     let last_read = Instant::now();
                     let received = match way {
@@ -371,7 +370,7 @@ impl Nar<'_> {
                 Err(e) => {
                     log::debug!("NAR {}: peer {}: {e}", self.hash, source.peer);
                     if let Some(fault) = e.fault() {
-                        self.fetch.standing.failed(source.peer, fault, began, Instant::now(), &e);
+                        self.fetch.standing.failed(source.who(), fault, began, Instant::now(), &e);
                     }
                 }
             }
@@ -415,7 +414,7 @@ impl Nar<'_> {
             return;
         }
         log::debug!("NAR {}: peer {peer}: {}", self.hash, broken.why);
-        self.fetch.standing.failed(peer, broken.fault, current.began, Instant::now(), &broken.why);
+        self.fetch.standing.failed(current.source.who(), broken.fault, current.began, Instant::now(), &broken.why);
         if broken.fault == Fault::BrokenStream
             && let Some(left) = self.broken_left.checked_sub(1)
         {
@@ -442,7 +441,7 @@ impl Nar<'_> {
     fn wrong(&mut self, why: &dyn fmt::Display) -> io::Error {
         self.fetch.taint(self.hash);
         let now = Instant::now();
-        let last = self.current.as_ref().map(|current| current.source.peer);
+        let last = self.current.as_ref().map(|current| current.source.who());
         for peer in &self.contributors {
             let innocent = self.contributors.len() > 1 && Some(*peer) == last;
             let fault = if innocent { Fault::BrokenPromise } else { Fault::BadData };
@@ -456,7 +455,7 @@ impl Nar<'_> {
             current.body.finish();
         }
         let now = Instant::now();
-        let peers: Vec<String> = self.contributors.iter().map(SocketAddr::to_string).collect();
+        let peers: Vec<String> = self.contributors.iter().map(Who::to_string).collect();
         log::debug!("{}: NAR of {} bytes from peer {}", self.search.hash_part(), self.size, peers.join(" and "));
         self.contributors.iter().for_each(|peer| self.fetch.standing.delivered(*peer, now));
     }

@@ -9,7 +9,7 @@ use crate::peers::Holder;
 use crate::peers::announce::Begun;
 use crate::peers::client::{Client, Error, Way};
 use crate::peers::discovery::Wake;
-use crate::peers::standing::{Standing, Turn};
+use crate::peers::standing::{Standing, Turn, Who};
 use crate::peers::wan::{Offer, Wan, WanSearch};
 use crate::wire::tracker::{Role, TransferName};
 use crossbeam_channel::{Receiver, RecvTimeoutError, TryRecvError};
@@ -55,6 +55,11 @@ pub struct Source {
 }
 
 impl Source {
+    /// The peer, as far as its standing goes.
+    pub fn who(&self) -> Who {
+        if self.wan.is_some() { Who::far(self.peer) } else { self.peer.into() }
+    }
+
     /// What lies between it and this node. A transfer is named only once: if this is asked again, it is not counted.
     pub fn take_way(&mut self) -> Way {
         match &mut self.wan {
@@ -131,9 +136,9 @@ impl Lookup {
         if let Some(found) = found
             && found.source.nar_hash == *nar_hash
             && found.at.elapsed() < FOUND_FOR
-            && self.standing.turn(found.source.peer, Instant::now()) == Turn::Now
+            && self.standing.turn(found.source.who(), Instant::now()) == Turn::Now
             // One that failed since is asked only if nobody else has it.
-            && !self.standing.is_doubtful(found.source.peer)
+            && !self.standing.is_doubtful(found.source.who())
         {
             return Some((found.source, found.alternates));
         }

@@ -10,7 +10,6 @@ use crate::wire::filter::{Filter, LEAST_BITS_PER_PATH, MAX_BYTES};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use std::{io, thread};
 
@@ -28,10 +27,13 @@ const PAUSE: Duration = Duration::from_millis(20);
 /// They are looked into before the first filter goes out, for so long: without one, peers ask by HTTP.
 const FIRST_FILTER: Duration = Duration::from_secs(20);
 
+/// The end of the thread is waited for so long; one that waits for the upstream cache is left behind.
+const END: Duration = Duration::from_millis(200);
+
 /// The running thread. Dropping it ends it.
 pub struct Publisher {
     running: Option<Sender<()>>,
-    thread: Option<JoinHandle<()>>,
+    ended: Receiver<()>,
 }
 
 impl Publisher {
@@ -47,20 +49,19 @@ impl Publisher {
     ) -> io::Result<Publisher> {
         let (running, stopped) = bounded(0);
         let reader = Reader { store, share, stopped };
-        let thread = thread::Builder::new().name("publish".into()).spawn(move || {
-            let _end = OnDrop::new(on_end);
+        let (end, ended) = bounded::<()>(0);
+        thread::Builder::new().name("publish".into()).spawn(move || {
+            let _end = (OnDrop::new(on_end), end);
             reader.run(&publication);
         })?;
-        Ok(Publisher { running: Some(running), thread: Some(thread) })
+        Ok(Publisher { running: Some(running), ended })
     }
 }
 
 impl Drop for Publisher {
     fn drop(&mut self) {
         drop(self.running.take());
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
+        let _ = self.ended.recv_timeout(END);
     }
 }
 

@@ -328,7 +328,7 @@ impl Api {
             Route::Filter(id) => self.filter(&peer_id_in(id)?, request, exchange),
             Route::Lookup(hash_part) => self.lookup(hash_part),
             Route::Peers => self.peers(),
-            Route::TransferInit => self.begin_transfers(read(exchange)?),
+            Route::TransferInit => self.begin_transfers(read(exchange)?, from),
             Route::Report => self.report(read(exchange)?),
             Route::Reputation(id) => {
                 let id = peer_id_in(id)?;
@@ -460,7 +460,7 @@ impl Api {
         Ok(answer)
     }
 
-    fn begin_transfers(&self, body: TransferInit) -> Outcome {
+    fn begin_transfers(&self, body: TransferInit, from: IpAddr) -> Outcome {
         let (Some(sender), Some(receiver)) = (given(&body.sender_id), given(&body.receiver_id)) else {
             return Err(Refusal::new(400, "sender_id and receiver_id required"));
         };
@@ -473,6 +473,7 @@ impl Api {
         if !(1..=MAX_TRANSFERS_AT_ONCE).contains(&count) {
             return Err(Refusal::new(400, format!("count: not from 1 to {MAX_TRANSFERS_AT_ONCE}")));
         }
+        self.limits.charge(from, Kind::Transfer, count - 1, Instant::now());
         let first = self.ledger.begin_transfers(sender.to_owned(), receiver.to_owned(), count)?;
         let transfer_id = first.ok_or_else(|| Refusal::later(503, "too many transfers", FULL_RETRY))?;
         self.metrics.begun(count);

@@ -18,8 +18,9 @@ const FORGOTTEN_AFTER_DAYS: i64 = 90;
 const MAX_REPUTATIONS: u64 = 1_000_000;
 /// Transfers at once, some 500 MB. Beyond, none begin until old ones are pruned.
 const MAX_TRANSFERS: u64 = 4_000_000;
-/// Seconds until a transfer is pruned of which a report is missing.
-const PENDING_KEPT: i64 = 24 * 3600;
+/// Seconds until a transfer is pruned of which a report is missing: longer than any NAR takes. Ten addresses that begin as many as
+/// they may do not fill the table in that time.
+const PENDING_KEPT: i64 = 2 * 3600;
 /// Seconds until a resolved one is.
 const RESOLVED_KEPT: i64 = 7 * 24 * 3600;
 /// Reports may differ by one part in so many of the greater, 5 %.
@@ -462,4 +463,144 @@ fn migrate(db: &Connection) -> Result<()> {
     db.execute("insert into meta (key, value) values ('tracker_id', ?)", [id])?;
     db.pragma_update(None, "user_version", VERSION)?;
     db.execute_batch("commit")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const DAY: f64 = 24.0 * 3600.0;
+
+    fn books() -> Books {
+        let books = Books::open(Path::new(":memory:")).unwrap();
+        books.begin().unwrap();
+        books
+    }
+
+    fn report(books: &mut Books, transfer: u64, role: Role, bytes: u64) -> Reported {
+        let peer_id = if role == Role::Sender { "a" } else { "b" }.to_owned();
+        books.report(&Statement { transfer, peer_id, role, bytes, key: None }, 0).unwrap()
+    }
+
+    #[test]
+    fn reports_agree_within_a_twentieth_of_the_greater() {
+        for (a, b, agrees) in [
+            (0, 0, true),
+            (0, 1, false),
+            (100, 95, true),
+            (100, 94, false),
+            (95, 100, true),
+            (1 << 44, 1 << 44, true),
+            (1 << 44, 0, false),
+            (u64::MAX, u64::MAX - 1, true),
+        ] {
+            assert_eq!(agree(a, b), agrees, "{a}, {b}");
+        }
+    }
+
+    #[test]
+    fn sums_end_at_the_greatest_number() {
+        let mut books = books();
+        let huge = (1u64 << 44).to_string();
+        let most = i64::MAX.to_string();
+        let sql =
+            format!("insert into reputation values ('a', {most}, 0, {most}, 0, 0), ('b', 0, {huge}, 0, {most}, 0)");
+        books.db.execute_batch(&sql).unwrap();
+        let id = books.begin_transfers("a", "b", 1, 0.0).unwrap().unwrap();
+        report(&mut books, id, Role::Sender, 1 << 44);
+        assert_eq!(report(&mut books, id, Role::Receiver, 1 << 44), Reported::Resolved(true));
+        let a = books.reputation("a").unwrap();
+        assert_eq!((a.shared, a.successful), (MOST, MOST));
+        assert_eq!(books.reputation("b").unwrap().received, 1 << 45);
+    }
+
+    #[test]
+    fn transfers_are_pruned_when_they_are_old_and_not_before() {
+        let mut books = books();
+        let mut begin = |days: f64| books.begin_transfers("a", "b", 3, days * DAY).unwrap().unwrap();
+        // More than one step looks at.
+        let begun: Vec<u64> = (0..1500).map(|_| begin(0.0)).collect();
+        let young = begin(6.5);
+        for first in &begun {
+            report(&mut books, *first, Role::Sender, 1);
+            report(&mut books, *first, Role::Receiver, 1);
+        }
+        let mut left = |now: f64| {
+            // Twice around, whatever was looked at before.
+            for _ in 0..8 {
+                books.prune_transfers(now * DAY).unwrap();
+            }
+            let rows: i64 = books.db.query_row("select count(*) from transfers", [], |row| row.get(0)).unwrap();
+            assert_eq!(rows as u64, books.counts.transfers);
+            rows
+        };
+        assert_eq!(left(0.9), 4503);
+        assert_eq!(left(1.1), 1503, "those that are not resolved");
+        assert_eq!(left(6.9), 1503);
+        assert_eq!(left(7.1), 3);
+        assert_eq!(left(7.6), 0);
+        assert_eq!(report(&mut books, young, Role::Sender, 1), Reported::NotFound);
+        assert!(books.begin_transfers("a", "b", 1, 0.0).unwrap() > Some(young + 2), "no ID is given twice");
+    }
+
+    #[test]
+    fn ids_are_forgotten_when_nobody_used_them_for_long() {
+        let mut books = books();
+        for (id, day) in [("old", 10), ("used", 10), ("new", 50)] {
+            assert_eq!(books.bind(id, &[7; 32], day).unwrap(), Bound::Yes(Reputation::default()));
+            books.count(id, true, 1, 0, day).unwrap();
+        }
+        books.count("unbound", true, 1, 0, 10).unwrap();
+        books.seen("used", 60).unwrap();
+        books.prune_identities(10 + FORGOTTEN_AFTER_DAYS).unwrap();
+        assert_eq!(books.counts.identities, 3);
+        let day = 11 + FORGOTTEN_AFTER_DAYS;
+        books.prune_identities(day).unwrap();
+        books.prune_reputations(day).unwrap();
+        assert_eq!((books.counts.identities, books.counts.reputations), (2, 2));
+        assert_eq!(books.meet("old").unwrap(), Met { key: None, reputation: Reputation::default() });
+        assert_eq!(books.meet("used").unwrap().key, Some([7; 32]));
+        assert_eq!(books.bind("used", &[8; 32], day).unwrap(), Bound::OtherKey);
+        assert_eq!(books.bind("old", &[8; 32], day).unwrap(), Bound::Yes(Reputation::default()));
+    }
+
+    #[test]
+    fn there_is_room_for_so_many_and_what_was_there_goes_on() {
+        let mut books = books();
+        books.bind("a", &[1; 32], 0).unwrap();
+        let id = books.begin_transfers("a", "b", 1, 0.0).unwrap().unwrap();
+        books.counts = Counts { identities: MAX_IDENTITIES, reputations: MAX_REPUTATIONS, transfers: MAX_TRANSFERS };
+        assert_eq!(books.bind("b", &[1; 32], 0).unwrap(), Bound::Full);
+        assert!(matches!(books.bind("a", &[1; 32], 1).unwrap(), Bound::Yes(_)));
+        assert_eq!(books.begin_transfers("a", "b", 1, 0.0).unwrap(), None);
+        let signed = Statement { transfer: id, peer_id: "a".into(), role: Role::Sender, bytes: 1, key: Some([1; 32]) };
+        assert_eq!(books.report(&signed, 0).unwrap(), Reported::Pending);
+        assert_eq!(report(&mut books, id, Role::Receiver, 1), Reported::Resolved(true));
+        assert_eq!(books.reputation("a").unwrap(), Reputation::default());
+    }
+
+    /// A full disk, in the form of a database that may have no more pages.
+    #[test]
+    fn a_full_disk_leaves_nothing_half_done_and_passes() {
+        let mut books = books();
+        books.begin_transfers("a", "b", 1, 0.0).unwrap();
+        books.commit().unwrap();
+        let pages: i64 = books.db.pragma_query_value(None, "page_count", |row| row.get(0)).unwrap();
+        let allow = |books: &Books, most: i64| {
+            books.db.query_row(&format!("pragma max_page_count = {most}"), [], |_| Ok(())).unwrap();
+        };
+        allow(&books, pages);
+        books.begin().unwrap();
+        books.count("a", true, 5, 0, 0).unwrap();
+        let full = (0..10_000).find_map(|_| books.begin_transfers("a", "b", 256, 0.0).err()).unwrap();
+        assert_eq!(full.sqlite_error_code(), Some(rusqlite::ErrorCode::DiskFull));
+        books.roll_back();
+        assert_eq!((books.counts.transfers, books.counts.reputations), (1, 0));
+        assert_eq!(books.reputation("a").unwrap(), Reputation::default());
+        allow(&books, 1 << 20);
+        books.begin().unwrap();
+        assert_eq!(books.begin_transfers("a", "b", 256, 0.0).unwrap(), Some(2));
+        assert_eq!(books.commit().unwrap(), []);
+        assert_eq!(books.counts.transfers, 257);
+    }
 }

@@ -24,7 +24,7 @@ pub enum Kind {
 }
 
 /// Of each kind, in order: how many a second, and how many at once after a rest.
-const RATES: [(f64, f64); 5] = [(1000.0, 10_000.0), (10.0, 200.0), (200.0, 5_000.0), (2.0, 100.0), (200.0, 5_000.0)];
+const RATES: [(f64, f64); 5] = [(1000.0, 10_000.0), (10.0, 200.0), (50.0, 5_000.0), (2.0, 100.0), (200.0, 5_000.0)];
 
 /// Addresses remembered, some 4 MiB. What comes beyond shares one allowance, until others are at rest.
 const MAX_ADDRESSES: usize = 65_536;
@@ -103,6 +103,14 @@ impl Limits {
         }
         Err(Duration::from_secs_f64((1.0 - *left) / RATES[kind as usize].0))
     }
+
+    /// Takes more, for a call that turned out to be so many. The address may then have less than nothing left.
+    pub fn charge(&self, ip: IpAddr, kind: Kind, more: u32, now: Instant) {
+        let mut inner = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let key = if inner.buckets.contains_key(&household(ip)) { household(ip) } else { THE_REST };
+        let buckets = inner.buckets.entry(key).or_insert_with(|| Buckets::full(now));
+        buckets.left[kind as usize] -= f64::from(more);
+    }
 }
 
 #[cfg(test)]
@@ -111,6 +119,20 @@ mod tests {
 
     fn ip(n: usize) -> IpAddr {
         IpAddr::from([10, (n >> 16) as u8, (n >> 8) as u8, n as u8])
+    }
+
+    /// 256 transfers used to cost what one does: one address could use up all that a tracker can hold.
+    #[test]
+    fn a_call_that_is_many_costs_as_many() {
+        let (limits, start) = (Limits::default(), Instant::now());
+        let begun = (0..1000).take_while(|_| {
+            let may = limits.take(ip(1), Kind::Transfer, start).is_ok();
+            limits.charge(ip(1), Kind::Transfer, 255, start);
+            may
+        });
+        assert_eq!(begun.count(), 20);
+        assert!(limits.take(ip(2), Kind::Transfer, start).is_ok());
+        assert!(limits.take(ip(1), Kind::Transfer, start).unwrap_err() > Duration::from_secs(1));
     }
 
     #[test]

@@ -5,7 +5,7 @@ use crate::slices::{Place, Slices};
 use peerix::nix::HashPart;
 use peerix::wire::filter::Filter;
 use peerix::wire::tracker::{Candidate, Candidates, MAX_CANDIDATES, MAX_OTHERS};
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::{Duration, Instant};
@@ -199,6 +199,8 @@ struct Peers {
     ranked: BTreeSet<Rank>,
     /// Those without a filter.
     others: BTreeSet<Rank>,
+    /// The same, by number: the order of turns.
+    turns: BTreeMap<u64, u32>,
     with_filter: usize,
     next_number: u64,
 }
@@ -225,8 +227,10 @@ impl Peers {
         }
         if (old, had_filter) != (new, has_filter) {
             self.others.remove(&old);
+            self.turns.remove(&old.1);
             if !has_filter {
                 self.others.insert(new);
+                self.turns.insert(new.1, slot);
             }
         }
         self.with_filter = self.with_filter + usize::from(has_filter) - usize::from(had_filter);
@@ -243,6 +247,7 @@ impl Peers {
         self.by_id.insert(peer.id.clone(), slot);
         self.ranked.insert(peer.rank(slot));
         self.others.insert(peer.rank(slot));
+        self.turns.insert(peer.number, slot);
         self.slots[slot as usize] = Some(peer);
         Ok(slot)
     }
@@ -253,6 +258,7 @@ impl Peers {
         self.by_id.remove(&peer.id);
         self.ranked.remove(&peer.rank(slot));
         self.others.remove(&peer.rank(slot));
+        self.turns.remove(&peer.number);
         self.with_filter -= usize::from(peer.published.is_some());
         Some(peer)
     }
@@ -261,7 +267,7 @@ impl Peers {
 /// The live peers.
 pub struct Table {
     /// Statements made before are not heeded: whether they were heard already, nobody remembers.
-    start_ms: u64,
+    start: Now,
     peers: RwLock<Peers>,
     slices: Slices,
 }
@@ -269,7 +275,7 @@ pub struct Table {
 impl Table {
     /// An empty one.
     pub fn new(now: Now) -> Self {
-        Table { start_ms: now.ms, peers: RwLock::default(), slices: Slices::default() }
+        Table { start: now, peers: RwLock::default(), slices: Slices::default() }
     }
 
     fn read(&self) -> RwLockReadGuard<'_, Peers> {
@@ -303,10 +309,14 @@ impl Table {
         if claim.stamp.abs_diff(now.ms) > CLOCK_SKEW_MS {
             return Err(Refused::Time("timestamp: not within 5 minutes of the tracker's clock"));
         }
-        if claim.stamp < self.start_ms {
+        // By the clock as it is now: it may have been set since.
+        let running = now.at.saturating_duration_since(self.start.at).as_millis() as u64;
+        if claim.stamp < now.ms.saturating_sub(running) {
             return Err(Refused::Time("timestamp: earlier than the tracker's start"));
         }
-        if known.is_some_and(|known| claim.stamp <= known.stamp) {
+        // What was said by a clock that has been set back since can no longer be replayed, and must not shut its maker out.
+        let last = known.map(|known| known.stamp).filter(|last| *last <= now.ms.saturating_add(CLOCK_SKEW_MS));
+        if last.is_some_and(|last| claim.stamp <= last) {
             return Err(Refused::Time("timestamp: not later than the last one"));
         }
         Ok(())
@@ -522,21 +532,19 @@ impl Table {
 
 /// Some of the peers that have no filter.
 fn others(peers: &Peers, turn: u64, now: Now) -> Vec<Rank> {
-    let live = |rank: &&Rank| peers.live(rank.2, now.at).is_some();
-    let all = &peers.others;
-    if all.len() <= MAX_OTHERS {
-        return all.iter().filter(live).copied().collect();
+    let best = peers.others.iter().filter(|rank| peers.live(rank.2, now.at).is_some()).copied();
+    if peers.others.len() <= MAX_OTHERS {
+        return best.collect();
     }
-    let mut chosen: BTreeSet<Rank> = all.iter().filter(live).take(BEST_OTHERS).copied().collect();
-    // Then on from one that the path chooses, among those whose score is that of the least of these, or less.
-    if let Some(&(score, ..)) = chosen.last() {
-        let from = (score, turn % peers.next_number.max(1), 0);
-        let from_there = all.range(from..).chain(all.iter()).filter(live);
-        for rank in from_there.take(2 * MAX_OTHERS) {
-            if chosen.len() < MAX_OTHERS {
-                chosen.insert(*rank);
-            }
+    let mut chosen: BTreeSet<Rank> = best.take(BEST_OTHERS).collect();
+    // Then those whose turn it is, which the path decides.
+    let from = turn % peers.next_number.max(1);
+    let ranks = |(_, slot): (&u64, &u32)| Some(peers.live(*slot, now.at)?.rank(*slot));
+    for rank in peers.turns.range(from..).chain(&peers.turns).filter_map(ranks) {
+        if chosen.len() >= MAX_OTHERS {
+            break;
         }
+        chosen.insert(rank);
     }
     chosen.into_iter().collect()
 }
@@ -544,4 +552,236 @@ fn others(peers: &Peers, turn: u64, now: Now) -> Vec<Rank> {
 /// Counts only ever grow, and news of them can arrive in any order.
 fn newest(a: Reputation, b: Reputation) -> Reputation {
     if b.successful + b.failed > a.successful + a.failed { b } else { a }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use peerix::nix::nix32;
+
+    /// The start of all tests, on both clocks.
+    fn start() -> Now {
+        Now { at: Instant::now(), ms: 1_800_000_000_000 }
+    }
+
+    fn after(start: Now, seconds: u64) -> Now {
+        Now { at: start.at + Duration::from_secs(seconds), ms: start.ms + seconds * 1000 }
+    }
+
+    fn by(key: u8, now: Now) -> Claim {
+        Claim { key: [key; 32], stamp: now.ms }
+    }
+
+    fn at(port: u16) -> Whereabouts {
+        Whereabouts { addr: "10.0.0.1".into(), port, from: IpAddr::from([10, 0, 0, 1]) }
+    }
+
+    fn part(i: u64) -> HashPart {
+        let digest = ring::digest::digest(&ring::digest::SHA256, &i.to_le_bytes());
+        HashPart::parse(nix32::encode(&digest.as_ref()[..20]).as_bytes()).unwrap()
+    }
+
+    fn filter(path: u64) -> Filter {
+        let mut filter = Filter::for_paths(100);
+        filter.insert(&part(path));
+        filter
+    }
+
+    fn good(successful: u64) -> Reputation {
+        Reputation { shared: 1_000_000, successful, ..Reputation::default() }
+    }
+
+    fn names(candidates: &[Candidate]) -> Vec<&str> {
+        candidates.iter().map(|candidate| candidate.peer_id.as_str()).collect()
+    }
+
+    fn others(table: &Table, path: u64, now: Now) -> Vec<String> {
+        table.lookup(&part(path), now).others.into_iter().map(|other| other.peer_id).collect()
+    }
+
+    #[test]
+    fn a_peer_is_here_for_two_minutes_and_its_filter_goes_with_it() {
+        let start = start();
+        let table = Table::new(start);
+        table.announce("filtered", at(1), Some(&by(1, start)), None, start).unwrap();
+        table.announce("plain", at(2), None, None, start).unwrap();
+        table.publish("filtered", &by(1, after(start, 1)), filter(7), after(start, 1)).unwrap();
+        let last = after(start, 119);
+        assert_eq!(names(&table.lookup(&part(7), last).candidates), ["filtered"]);
+        assert_eq!(others(&table, 7, last), ["plain"]);
+        table.announce("plain", at(2), None, None, last).unwrap();
+        // Before anybody sweeps, and after.
+        let over = after(start, 120);
+        for _ in 0..2 {
+            assert_eq!(names(&table.lookup(&part(7), over).candidates), [""; 0]);
+            assert_eq!(others(&table, 7, over), ["plain"]);
+            assert_eq!(table.best(9, over).len(), 1);
+            assert_eq!(table.may_publish("filtered", &by(1, over), over), Err(Refused::NotHere));
+            table.sweep(over);
+        }
+        assert_eq!(table.counts(), Counts { peers: 1, with_filter: 0, filter_bytes: 0 });
+        // Its place is free for another, which does not inherit the filter.
+        table.announce("new", at(3), None, None, over).unwrap();
+        assert_eq!(names(&table.lookup(&part(7), over).candidates), [""; 0]);
+    }
+
+    #[test]
+    fn who_went_cannot_be_announced_again_by_what_it_said() {
+        let start = start();
+        let table = Table::new(start);
+        // Its clock is fast, so that this is in time for longest.
+        let said = by(1, after(start, 299));
+        table.announce("a", at(1), Some(&said), None, start).unwrap();
+        let mut seconds = 0;
+        while seconds < 700 {
+            seconds += 5;
+            let now = after(start, seconds);
+            table.sweep(now);
+            if seconds > PEER_TTL.as_secs() {
+                assert_eq!(table.counts().peers, 0);
+            }
+            let again = table.announce("a", at(1), Some(&said), None, now);
+            assert!(matches!(again, Err(Refused::Time(_))), "after {seconds} s: {again:?}");
+        }
+        assert!(table.read().known.is_empty(), "and then it is forgotten");
+    }
+
+    #[test]
+    fn statements_have_their_time_and_their_key() {
+        let start = start();
+        let table = Table::new(start);
+        let now = after(start, 1000);
+        let time = |stamp: u64| table.check("a", Some(&Claim { key: [1; 32], stamp }), now);
+        assert!(time(now.ms - CLOCK_SKEW_MS).is_ok() && time(now.ms + CLOCK_SKEW_MS).is_ok());
+        for wrong in [0, now.ms - CLOCK_SKEW_MS - 1, now.ms + CLOCK_SKEW_MS + 1, u64::MAX] {
+            assert!(matches!(time(wrong), Err(Refused::Time(_))), "{wrong}");
+        }
+        table.announce("a", at(1), Some(&by(1, now)), None, now).unwrap();
+        assert!(matches!(time(now.ms), Err(Refused::Time(_))));
+        assert_eq!(time(now.ms + 1), Ok(true));
+        assert_eq!(table.check("a", None, now), Err(Refused::Bound));
+        assert_eq!(table.announce("a", at(9), None, None, now), Err(Refused::Bound));
+        assert_eq!(table.check("a", Some(&by(2, after(now, 1))), now), Err(Refused::OtherKey));
+        assert_eq!(table.leave("a", None, at(1).from, now), Err(Refused::Bound));
+        assert_eq!(table.best(1, now)[0].whereabouts, at(1));
+        // What was said before this tracker began may have been heard by the one before.
+        let young = Table::new(now);
+        let before = Claim { key: [1; 32], stamp: now.ms - 1 };
+        assert!(matches!(young.check("a", Some(&before), now), Err(Refused::Time(_))));
+    }
+
+    /// A machine that starts with a wrong clock, which a time service then sets.
+    #[test]
+    fn nobody_is_shut_out_when_the_clock_is_set() {
+        for wrong_by in [-7_200_000i64, 7_200_000] {
+            let right = start();
+            let wrong = |now: Now| Now { ms: now.ms.saturating_add_signed(wrong_by), ..now };
+            let table = Table::new(wrong(right));
+            // Nodes go by the tracker's clock, whatever it is.
+            let early = wrong(after(right, 10));
+            table.announce("a", at(1), Some(&by(1, early)), None, early).unwrap();
+            let set = after(right, 20);
+            table.announce("a", at(1), Some(&by(1, set)), None, set).unwrap();
+            let again = table.announce("a", at(1), Some(&by(1, set)), None, set);
+            assert!(matches!(again, Err(Refused::Time(_))), "{again:?}");
+            let before = Claim { key: [1; 32], stamp: right.ms - 1 };
+            assert!(matches!(table.check("b", Some(&before), set), Err(Refused::Time(_))));
+        }
+    }
+
+    #[test]
+    fn who_leaves_is_gone_and_only_by_its_own_word() {
+        let start = start();
+        let table = Table::new(start);
+        let elsewhere = IpAddr::from([10, 0, 0, 2]);
+        table.announce("plain", at(1), None, None, start).unwrap();
+        assert_eq!(table.leave("plain", None, elsewhere, start), Err(Refused::OtherAddress));
+        assert_eq!(table.leave("plain", Some(&by(1, start)), at(1).from, start), Err(Refused::OtherKey));
+        assert_eq!(table.leave("plain", None, at(1).from, start), Ok(()));
+        assert_eq!(table.leave("plain", None, at(1).from, start), Err(Refused::NotHere));
+        table.announce("keyed", at(1), Some(&by(1, start)), None, start).unwrap();
+        let later = after(start, 1);
+        table.publish("keyed", &by(1, later), filter(1), later).unwrap();
+        assert!(matches!(table.leave("keyed", Some(&by(1, later)), elsewhere, later), Err(Refused::Time(_))));
+        let later = after(start, 2);
+        assert_eq!(table.leave("keyed", Some(&by(1, later)), elsewhere, later), Ok(()));
+        assert_eq!(table.counts(), Counts::default());
+    }
+
+    #[test]
+    fn filters_have_their_pace() {
+        let start = start();
+        let table = Table::new(start);
+        table.announce("a", at(1), Some(&by(1, start)), None, start).unwrap();
+        let publish = |seconds: u64| {
+            let now = after(start, seconds);
+            table.publish("a", &by(1, now), filter(seconds), now)
+        };
+        assert_eq!(publish(1), Ok(()));
+        assert_eq!(publish(2), Err(Refused::TooSoon(FILTER_INTERVAL - Duration::from_secs(1))));
+        assert_eq!(publish(26), Ok(()));
+        let now = after(start, 27);
+        assert_eq!(names(&table.lookup(&part(26), now).candidates), ["a"]);
+        assert_eq!(names(&table.lookup(&part(1), now).candidates), [""; 0]);
+        let welcome = table.announce("a", at(1), Some(&by(1, now)), None, now).unwrap();
+        assert_eq!(welcome.filter, Some(after(start, 26).ms));
+    }
+
+    #[test]
+    fn the_best_come_first_and_the_others_have_their_turn() {
+        let start = start();
+        let table = Table::new(start);
+        for n in 0..200u64 {
+            let reputation = if n < 100 { good(n) } else { Reputation::default() };
+            table.announce(&format!("{n}"), at(1), None, Some(reputation), start).unwrap();
+        }
+        let listed = |most| table.best(most, start).iter().map(|row| row.peer_id.to_string()).collect::<Vec<_>>();
+        assert_eq!(listed(3), ["99", "98", "97"]);
+        assert_eq!(listed(1000).len(), 200);
+        assert_eq!(listed(1000)[99..102], ["0", "100", "101"], "then those who came first");
+        let mut seen = BTreeSet::new();
+        for path in 0..2000 {
+            let others = others(&table, path, start);
+            assert_eq!(others.len(), MAX_OTHERS);
+            assert_eq!(others[..3], ["99", "98", "97"]);
+            seen.extend(others);
+        }
+        assert_eq!(seen.len(), 200, "everybody is named for some path");
+        table.set_reputation("150", good(1_000_000));
+        assert_eq!(listed(1), ["150"]);
+        // News that come late change nothing.
+        table.set_reputation("150", good(5));
+        assert_eq!(listed(1), ["150"]);
+        let ranks = table.read().ranked.len();
+        assert_eq!((ranks, table.read().others.len(), table.read().turns.len()), (200, 200, 200));
+        table.sweep(after(start, 120));
+        let peers = table.read();
+        assert!(peers.ranked.is_empty() && peers.others.is_empty() && peers.turns.is_empty());
+    }
+
+    #[test]
+    fn many_candidates_are_the_best_of_them() {
+        let start = start();
+        let table = Table::new(start);
+        for n in 0..100u64 {
+            let (id, now) = (format!("{n}"), after(start, 1));
+            table.announce(&id, at(1), Some(&by(1, start)), Some(good(n)), start).unwrap();
+            table.publish(&id, &by(1, now), filter(7), now).unwrap();
+        }
+        let found = table.lookup(&part(7), after(start, 2)).candidates;
+        let best: Vec<String> = (0..100).rev().take(MAX_CANDIDATES).map(|n| n.to_string()).collect();
+        assert_eq!(names(&found), best);
+        assert!(found.is_sorted_by(|a, b| a.score >= b.score));
+    }
+
+    /// Printed by the original for the same counts.
+    #[test]
+    fn scores_are_those_of_the_original() {
+        let of = |shared, successful, failed| Reputation { shared, received: 9, successful, failed }.rounded_score();
+        assert_eq!(of(0, 0, 0), 0.0);
+        assert_eq!(of(1000, 1, 1), 2.3029);
+        assert_eq!(of(123_456_789, 7, 2), 13.042);
+        assert_eq!(of(1 << 44, 1, 0), 15.2492);
+        assert_eq!(of(0, 3, 0), 0.0);
+    }
 }

@@ -5,10 +5,14 @@ use super::Holder;
 use super::decoder::Decoded;
 use super::standing::Fault;
 use crate::nix::{HashPart, Malformed, NarInfo, StoreDir};
+use crate::on_drop::OnDrop;
 use crate::wire::tracker::{TRANSFER_HEADER, TransferName};
+use crossbeam_channel::bounded;
 use std::fmt;
 use std::io::{self, Read};
 use std::net::{Ipv6Addr, SocketAddr, SocketAddrV6};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
 use std::time::Duration;
 use ureq::Agent;
 use ureq::config::Config;
@@ -113,10 +117,36 @@ enum Bytes {
 
 impl NarBody {
     /// Gives the connection back for the next request, which ureq does only when the end has been read. Without a
-    /// length the peer could make us wait for it.
+    /// length the peer could make us wait for it; that of a compressed body is waited for elsewhere.
     pub fn finish(mut self) {
-        if self.has_end {
-            let _ = self.read(&mut [0]);
+        /// Connections that have their end still to come. Beyond, they are closed.
+        const MAX_FINISHING: usize = 32;
+        /// The end is mostly here already, or comes with the last bytes.
+        const AT_ONCE: Duration = Duration::from_millis(50);
+        static FINISHING: AtomicUsize = AtomicUsize::new(0);
+        match self.bytes {
+            Bytes::Plain(_) if self.has_end => {
+                let _ = self.read(&mut [0]);
+            }
+            Bytes::Compressed(_) if FINISHING.fetch_add(1, Ordering::Relaxed) < MAX_FINISHING => {
+                let left = OnDrop::new(|| {
+                    FINISHING.fetch_sub(1, Ordering::Relaxed);
+                });
+                let (end, ended) = bounded::<()>(0);
+                let finish = thread::Builder::new().name("nar-end".into()).spawn(move || {
+                    let _left = (left, end);
+                    let _ = self.read(&mut [0]);
+                    drop(self);
+                });
+                match finish {
+                    Ok(_) => drop(ended.recv_timeout(AT_ONCE)),
+                    Err(e) => log::debug!("thread for the end of a NAR: {e}"),
+                }
+            }
+            Bytes::Compressed(_) => {
+                FINISHING.fetch_sub(1, Ordering::Relaxed);
+            }
+            Bytes::Plain(_) => {}
         }
     }
 }

@@ -1,10 +1,13 @@
 //! How well each peer serves: whom to try first, and whom to leave alone for a while. No I/O; time is passed in.
 //!
-//! A peer is an address, whatever ports it claims. One that failed is tried last for a while, and one that keeps
+//! A neighbour is an address, whatever ports it claims; a peer that a tracker named is an address and a port, and never the
+//! same as a neighbour, as anybody can announce any address. One that failed is tried last for a while, and one that keeps
 //! failing not at all: the only holder of a path must not be lost to one broken connection, as Nix remembers a wrong
 //! *not there* for an hour.
 
 use std::collections::HashMap;
+use std::fmt;
+use std::hash::{Hash, Hasher};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
@@ -23,6 +26,51 @@ const HOPELESS: u32 = 3;
 
 /// Peers remembered at once; as many as discovery knows.
 const MAX_PEERS: usize = 1024;
+
+/// A peer, as far as its standing goes.
+#[derive(Debug, Clone, Copy)]
+pub struct Who {
+    address: SocketAddr,
+    is_far: bool,
+}
+
+impl Who {
+    /// One that a tracker named.
+    pub fn far(address: SocketAddr) -> Self {
+        Who { address, is_far: true }
+    }
+
+    fn key(&self) -> (bool, IpAddr, u16) {
+        (self.is_far, self.address.ip(), if self.is_far { self.address.port() } else { 0 })
+    }
+}
+
+/// A neighbour.
+impl From<SocketAddr> for Who {
+    fn from(address: SocketAddr) -> Self {
+        Who { address, is_far: false }
+    }
+}
+
+impl PartialEq for Who {
+    fn eq(&self, other: &Self) -> bool {
+        self.key() == other.key()
+    }
+}
+
+impl Eq for Who {}
+
+impl Hash for Who {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.key().hash(state);
+    }
+}
+
+impl fmt::Display for Who {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.address.fmt(f)
+    }
+}
 
 /// What went wrong with a peer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -75,13 +123,13 @@ impl Peer {
 /// The standing of every peer; shared by all threads.
 #[derive(Default)]
 pub struct Standing {
-    peers: Mutex<HashMap<IpAddr, Peer>>,
+    peers: Mutex<HashMap<Who, Peer>>,
 }
 
 impl Standing {
     /// When the peer's turn is, at `now`.
-    pub fn turn(&self, peer: SocketAddr, now: Instant) -> Turn {
-        match self.lock().get(&peer.ip()) {
+    pub fn turn(&self, peer: impl Into<Who>, now: Instant) -> Turn {
+        match self.lock().get(&peer.into()) {
             Some(p) if p.avoided_until.is_some_and(|until| until > now) => {
                 if p.failures() >= HOPELESS {
                     Turn::Never
@@ -94,28 +142,28 @@ impl Standing {
     }
 
     /// Whether it failed or hung lately and has not made up for it.
-    pub fn is_doubtful(&self, peer: SocketAddr) -> bool {
-        self.lock().get(&peer.ip()).is_some_and(|p| p.failures() > 0 || p.was_slow)
+    pub fn is_doubtful(&self, peer: impl Into<Who>) -> bool {
+        self.lock().get(&peer.into()).is_some_and(|p| p.failures() > 0 || p.was_slow)
     }
 
     /// The smoothed time to the peer's narinfos, zero if unknown.
-    pub fn latency(&self, peer: SocketAddr) -> Duration {
-        self.lock().get(&peer.ip()).and_then(|p| p.latency).unwrap_or_default()
+    pub fn latency(&self, peer: impl Into<Who>) -> Duration {
+        self.lock().get(&peer.into()).and_then(|p| p.latency).unwrap_or_default()
     }
 
     /// Sorts the most reliable first, then those that are known to answer, then the fastest.
     pub fn sort<T>(&self, peers: &mut [T], address: impl Fn(&T) -> SocketAddr) {
         let standing = self.lock();
         peers.sort_by_cached_key(|peer| {
-            let known = standing.get(&address(peer).ip());
+            let known = standing.get(&address(peer).into());
             known.map_or((0, false, Duration::MAX), |p| (p.failures(), p.was_slow, p.latency.unwrap_or(Duration::MAX)))
         });
     }
 
     /// A good narinfo came, `latency` after it was asked for.
-    pub fn answered(&self, peer: SocketAddr, latency: Duration, now: Instant) {
+    pub fn answered(&self, peer: impl Into<Who>, latency: Duration, now: Instant) {
         let mut standing = self.lock();
-        let peer = entry(&mut standing, peer, now);
+        let peer = entry(&mut standing, peer.into(), now);
         peer.unreachable = 0;
         peer.broken_promises = 0;
         peer.was_slow = false;
@@ -126,9 +174,9 @@ impl Standing {
     }
 
     /// It answered that it has no such path, which it had not promised: that tells only how fast it is.
-    pub fn alive(&self, peer: SocketAddr, latency: Duration, now: Instant) {
+    pub fn alive(&self, peer: impl Into<Who>, latency: Duration, now: Instant) {
         let mut standing = self.lock();
-        let peer = entry(&mut standing, peer, now);
+        let peer = entry(&mut standing, peer.into(), now);
         peer.unreachable = 0;
         peer.was_slow = false;
         if peer.failures() == 0 {
@@ -138,22 +186,23 @@ impl Standing {
     }
 
     /// No narinfo came within `patience`, and another peer is tried. The second time in a row it is a failure.
-    pub fn hung(&self, peer: SocketAddr, patience: Duration, began: Instant, now: Instant) {
+    pub fn hung(&self, peer: impl Into<Who>, patience: Duration, began: Instant, now: Instant) {
+        let who = peer.into();
         let twice = {
             let mut standing = self.lock();
-            let peer = entry(&mut standing, peer, now);
+            let peer = entry(&mut standing, who, now);
             peer.latency = Some(peer.latency.map_or(patience, |old| old.max(patience)));
             std::mem::replace(&mut peer.was_slow, true)
         };
         if twice {
-            self.failed(peer, Fault::Unreachable, began, now, &"hangs");
+            self.failed(who, Fault::Unreachable, began, now, &"hangs");
         }
     }
 
     /// A whole NAR came, and it was right.
-    pub fn delivered(&self, peer: SocketAddr, now: Instant) {
+    pub fn delivered(&self, peer: impl Into<Who>, now: Instant) {
         let mut standing = self.lock();
-        let peer = entry(&mut standing, peer, now);
+        let peer = entry(&mut standing, peer.into(), now);
         peer.unreachable = 0;
         peer.bad_nars = 0;
         peer.avoided_until = None;
@@ -162,15 +211,16 @@ impl Standing {
     /// A request that began at `began` failed. Requests that were under way together count as one failure.
     pub fn failed(
         &self,
-        address: SocketAddr,
+        who: impl Into<Who>,
         fault: Fault,
         began: Instant,
         now: Instant,
         reason: &dyn std::fmt::Display,
     ) {
+        let who = who.into();
         let mut standing = self.lock();
-        let peer = entry(&mut standing, address, now);
-        log::debug!("peer {address}: {reason}");
+        let peer = entry(&mut standing, who, now);
+        log::debug!("peer {who}: {reason}");
         if peer.last_fault.is_some_and(|last| last >= began) {
             return;
         }
@@ -188,24 +238,24 @@ impl Standing {
         let pause = FIRST_PAUSE.saturating_mul(1 << (failures - 1).min(20)).min(LONGEST_PAUSE);
         peer.avoided_until = Some(now + pause);
         if failures == HOPELESS || fault == Fault::BadData && failures < HOPELESS {
-            log::warn!("peer {address}: {reason}; avoided for {} s", pause.as_secs());
+            log::warn!("peer {who}: {reason}; avoided for {} s", pause.as_secs());
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<IpAddr, Peer>> {
+    fn lock(&self) -> MutexGuard<'_, HashMap<Who, Peer>> {
         self.peers.lock().unwrap_or_else(|e| e.into_inner())
     }
 }
 
-fn entry(standing: &mut HashMap<IpAddr, Peer>, address: SocketAddr, now: Instant) -> &mut Peer {
-    if standing.len() >= MAX_PEERS && !standing.contains_key(&address.ip()) {
+fn entry(standing: &mut HashMap<Who, Peer>, who: Who, now: Instant) -> &mut Peer {
+    if standing.len() >= MAX_PEERS && !standing.contains_key(&who) {
         // Those who are not avoided have nothing to lose but a latency.
         standing.retain(|_, p| p.avoided_until.is_some_and(|until| until > now));
         if standing.len() >= MAX_PEERS {
             standing.clear();
         }
     }
-    standing.entry(address.ip()).or_default()
+    standing.entry(who).or_default()
 }
 
 #[cfg(test)]
@@ -284,6 +334,19 @@ mod tests {
         let later = now + Duration::from_secs(1);
         standing.hung(address(4), Duration::from_millis(300), later, later);
         assert_eq!(standing.turn(address(4), later), Turn::Last);
+    }
+
+    /// Who announced a neighbour's address at a tracker, with a port where nobody is, used to have it avoided by all.
+    #[test]
+    fn what_a_tracker_names_does_not_speak_for_a_neighbour_or_another_port() {
+        let (standing, mut now) = (Standing::default(), Instant::now());
+        for _ in 0..HOPELESS {
+            now += Duration::from_millis(1);
+            standing.failed(Who::far(address(1)), Fault::Unreachable, now, now, &"test");
+        }
+        assert_eq!(standing.turn(Who::far(address(1)), now), Turn::Never);
+        assert_eq!(standing.turn(address(1), now), Turn::Now);
+        assert_eq!(standing.turn(Who::far(SocketAddr::new(address(1).ip(), 999)), now), Turn::Now);
     }
 
     #[test]

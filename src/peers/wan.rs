@@ -10,7 +10,7 @@ use super::asks::Told;
 use super::client::{Client, Error};
 use super::discovery::Wake;
 use super::names::Names;
-use super::standing::{Fault, Standing, Turn};
+use super::standing::{Fault, Standing, Turn, Who};
 use crate::interfaces::Interfaces;
 use crate::nix::{HashPart, NarInfo};
 use crate::on_drop::OnDrop;
@@ -90,7 +90,8 @@ impl Wan {
 
     /// Whether it has answered before, and has done so since it failed.
     fn is_proven(&self, address: SocketAddr) -> bool {
-        !self.standing.latency(address).is_zero() && !self.standing.is_doubtful(address)
+        let who = Who::far(address);
+        !self.standing.latency(who).is_zero() && !self.standing.is_doubtful(who)
     }
 
     /// What the trackers name, the first answer first; all are asked at once.
@@ -318,14 +319,14 @@ impl WanSearch {
     fn is_hopeful(&self, entry: &Entry, now: Instant) -> bool {
         matches!(entry.state, State::Untried | State::Promising)
             && !self.is_given_up(entry, now)
-            && self.wan.standing.turn(entry.address, now) != Turn::Never
+            && self.wan.standing.turn(Who::far(entry.address), now) != Turn::Never
     }
 
     /// Whether its answer is worth waiting for: of one that failed lately only for a moment.
     fn is_awaited(&self, entry: &Entry, now: Instant) -> bool {
         match entry.state {
             State::Asked(at) => {
-                let is_early = now < at + SLOW || self.wan.standing.turn(entry.address, now) == Turn::Now;
+                let is_early = now < at + SLOW || self.wan.standing.turn(Who::far(entry.address), now) == Turn::Now;
                 is_early && !self.is_given_up(entry, now)
             }
             _ => false,
@@ -354,7 +355,7 @@ impl WanSearch {
     /// nothing of its NAR.
     fn in_turn(&self, now: Instant) -> Vec<usize> {
         let standing = &self.wan.standing;
-        let is_doubtful = |at: &usize| standing.is_doubtful(self.entries[*at].address);
+        let is_doubtful = |at: &usize| standing.is_doubtful(Who::far(self.entries[*at].address));
         let all = 0..self.entries.len();
         let mut turns: Vec<_> = all.clone().filter(|at| self.is_hopeful(&self.entries[*at], now)).collect();
         let is_awaited = |at: &usize| matches!(self.entries[*at].state, State::Asked(at) if now < at + SLOW);
@@ -363,7 +364,7 @@ impl WanSearch {
         }
         turns.sort_by_cached_key(|at| {
             let Entry { address, state, .. } = &self.entries[*at];
-            (standing.turn(*address, now) == Turn::Last, *state != State::Promising)
+            (standing.turn(Who::far(*address), now) == Turn::Last, *state != State::Promising)
         });
         turns
     }
@@ -386,10 +387,10 @@ impl WanSearch {
             let result = client.narinfo(&holder, &hash_part, timeout);
             let then = Instant::now();
             match &result {
-                Ok(_) => standing.answered(address, then - now, then),
+                Ok(_) => standing.answered(Who::far(address), then - now, then),
                 // It never said that it has the path; filters are wrong now and then.
-                Err(Error::NotThere | Error::Busy) => standing.alive(address, then - now, then),
-                Err(e) => standing.failed(address, e.fault().unwrap_or(Fault::Unreachable), now, then, e),
+                Err(Error::NotThere | Error::Busy) => standing.alive(Who::far(address), then - now, then),
+                Err(e) => standing.failed(Who::far(address), e.fault().unwrap_or(Fault::Unreachable), now, then, e),
             }
             let _ = answer.try_send(Answer { at, result: Box::new(result) });
         });
