@@ -520,7 +520,7 @@ mod tests {
         let mut begin = |days: f64| books.begin_transfers("a", "b", 3, days * DAY).unwrap().unwrap();
         // More than one step looks at.
         let begun: Vec<u64> = (0..1500).map(|_| begin(0.0)).collect();
-        let young = begin(6.5);
+        let young = begin(7.05);
         for first in &begun {
             report(&mut books, *first, Role::Sender, 1);
             report(&mut books, *first, Role::Receiver, 1);
@@ -534,11 +534,11 @@ mod tests {
             assert_eq!(rows as u64, books.counts.transfers);
             rows
         };
-        assert_eq!(left(0.9), 4503);
-        assert_eq!(left(1.1), 1503, "those that are not resolved");
+        assert_eq!(left(0.08), 4503);
+        assert_eq!(left(0.09), 1503, "those that are not resolved");
         assert_eq!(left(6.9), 1503);
         assert_eq!(left(7.1), 3);
-        assert_eq!(left(7.6), 0);
+        assert_eq!(left(7.2), 0);
         assert_eq!(report(&mut books, young, Role::Sender, 1), Reported::NotFound);
         assert!(books.begin_transfers("a", "b", 1, 0.0).unwrap() > Some(young + 2), "no ID is given twice");
     }
