@@ -136,6 +136,30 @@ fn every_option_of_the_original_has_its_name_type_and_default() {
     assert_eq!(new, ["enableIPv6", "extraFlags", "peers", "priority"].map(|name| format!("services.peerix.{name}")));
 }
 
+/// Each option stands in the README with its default.
+#[test]
+fn the_readme_has_every_option() {
+    let readme = std::fs::read_to_string(Path::new(ROOT).join("README.md")).unwrap();
+    let mut there = BTreeMap::new();
+    for row in readme.lines().filter(|line| line.starts_with("| `services.")) {
+        let cells: Vec<&str> = row.trim_matches('|').split('|').map(str::trim).collect();
+        for name in cells[0].split(", ") {
+            there.insert(name.trim_matches('`').to_owned(), cells[1].trim_matches('`').to_owned());
+        }
+    }
+    let options = eval("(import ./tests/module/eval.nix).options");
+    let options = options.as_array().unwrap().iter().map(|option| {
+        let name = option["name"].as_str().unwrap().to_owned();
+        let default = match &option["default"] {
+            Value::Array(empty) if empty.is_empty() => "[ ]".to_owned(),
+            Value::String(path) if path == "/usr/local" => "pkgs.peerix".to_owned(),
+            other => other.to_string(),
+        };
+        (name, default)
+    });
+    assert_eq!(there, options.collect());
+}
+
 #[test]
 fn nothing_is_there_unless_it_is_enabled() {
     let nothing = machine("services.peerix.port = 1;");

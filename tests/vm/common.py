@@ -2,10 +2,10 @@
 # the machines as `a`, `b` and `c`, and `subtest`.
 
 import shlex
-import time
 
 KEY_NAME = "test.example-1"
 PORT = 12304
+TOOLS = "peerix-test-tools"
 
 
 def as_alice(machine, command):
@@ -18,14 +18,14 @@ def get_ready(machine):
     machine.wait_for_unit("multi-user.target")
     tools = "cp -L /etc/peerix-test/busybox busybox && for t in sh mkdir head; do ln -s busybox $t; done"
     return machine.succeed(
-        f"rm -rf /tmp/shell && mkdir /tmp/shell && cd /tmp/shell && {tools} && nix-store --add /tmp/shell"
+        f"rm -rf /tmp/{TOOLS} && mkdir /tmp/{TOOLS} && cd /tmp/{TOOLS} && {tools} && nix-store --add /tmp/{TOOLS}"
     ).strip()
 
 
 def paths(name, size=4, count=0):
     """Arguments for nix-build: see nix/tests/paths.nix."""
     return (
-        "--no-out-link /etc/peerix-test/paths.nix --argstr shell $(echo /nix/store/*-shell)"
+        f"--no-out-link /etc/peerix-test/paths.nix --argstr shell $(echo /nix/store/*-{TOOLS})"
         f" --argstr name {name} --arg size {size} --arg count {count}"
     )
 

@@ -81,9 +81,9 @@ class Machine:
         if spec["failed"]:
             raise Failed(f"{self.name}: {spec['failed']}")
         ports = lambda kind: f"{kind} dport {{ {', '.join(map(str, spec[kind]))} }} accept\n" if spec[kind] else ""
-        rules = "flush ruleset\ntable inet filter { chain input { type filter hook input priority 0; policy drop;\n"
-        rules += "ct state established,related accept\niif lo accept\nmeta l4proto { icmp, ipv6-icmp } accept\n"
-        rules += ports("tcp") + ports("udp") + "} }\n"
+        rules = "flush ruleset\ntable inet filter {\nchain input { type filter hook input priority 0; policy drop;\n"
+        rules += "ct state established,related accept\niif lo accept\nmeta l4proto { 1, 58 } accept\n"
+        rules += ports("tcp") + ports("udp") + "}\n}\n"
         files = {f"systemd/system/{name}": text for name, text in spec["units"].items()}
         files |= {"nix/nix.conf": spec["nixConf"], "nftables.conf": rules, "hostname": f"{self.name}\n"}
         files["hosts"] = "127.0.0.1 localhost\n" + self.hosts
