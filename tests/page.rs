@@ -47,14 +47,9 @@ fn the_page_tells_what_happens_and_the_same_without_scripts() {
     let places = Places::new();
     let (lan, world, tracker) = (&places.home, &places.world, &places.tracker);
     let holder = Holder::new(lan, world, "holder");
-    // A peer on another network, with a name of its choice.
-    let hostile = Holder::with(&places.away, world, "hostile", |host| {
-        world.sign(host);
-        let mut flags = tracker::open(host, "wan", &[&tracker.host]);
-        flags.extend(["--peer-id".into(), HOSTILE.into()]);
-        flags
-    });
-    // And a neighbour whose narinfos are of the same kind.
+    // A peer on another network.
+    let office = places.holder("office");
+    // A neighbour who lies.
     let liar = lan.host("liar");
     let narinfo = format!("StorePath: /nix/store/{LIE}-{HOSTILE}\nURL: {HOSTILE}\nCompression: none\n");
     let says = |datagram: &[u8]| match Packet::read(datagram)? {
@@ -64,21 +59,30 @@ fn the_page_tells_what_happens_and_the_same_without_scripts() {
     };
     let liar = StandIn::start(&liar, says, move |_| Reply::Whole(200, narinfo.clone().into_bytes()));
     let asker = Asker::flagged(lan, "", &[&world.cache_key], |host| tracker::flags(host, "both", &[&tracker.host]));
-    wait_for("the hostile peer is at the tracker", || tracker.lists(HOSTILE).then_some(()));
-    asker.meet(&[&holder, &hostile]);
+    wait_for("the far peer is at the tracker", || tracker.lists("office").then_some(()));
+    asker.meet(&[&holder, &office]);
 
     let mut browser = Browser::start(&asker.host, &[]);
     browser.look(1280, "light");
     browser.open(&page());
     let near = format!("{}:{PORT}", holder.host.address);
-    let far = format!("{}:{PORT}", hostile.host.address);
-    let peers = browser.wait_until_shown("peers", &[&near, &far, HOSTILE]);
+    let far = format!("{}:{PORT}", office.host.address);
+    let peers = browser.wait_until_shown("peers", &[&near, &far, "office"]);
     assert!(peers.contains("broadcast") && peers.contains("tracker"), "{peers}");
     assert!(browser.shown("health").starts_with("working"));
 
     // All of a large closure, so that there is something to see.
-    asker.fetches(world, world.path("closure300"));
-    browser.wait_until_shown("peers", &["NARs"]);
+    let closure = asker.fetches(world, world.path("closure300"));
+    nix::realise_quietly(&asker.host, &[&office.mark]);
+    browser.wait_until_shown("peers", &["300 NARs", "1 NAR\t"]);
+    // A neighbour takes some of it.
+    for path in &closure[..100] {
+        let to = (asker.host.address, PORT);
+        let narinfo =
+            http::get(&holder.host, to, &format!("/local/{}.narinfo", world::hash_part(path))).unwrap().text();
+        let url = narinfo.lines().find_map(|line| line.strip_prefix("URL: ")).unwrap();
+        assert!(http::get(&holder.host, to, &format!("/{url}")).unwrap().whole);
+    }
 
     // A miss and a lie appear without a reload.
     assert_eq!(http::get_local(&asker.host, &format!("/{ABSENT}.narinfo")).unwrap().status, 404);
@@ -102,13 +106,13 @@ fn the_page_tells_what_happens_and_the_same_without_scripts() {
     }
     assert_eq!(status(&asker.host)["transfers"][0]["direction"], "in");
     assert_eq!(status(&holder.host)["transfers"][0]["direction"], "out");
+    browser.picture(&directory().join("page/readme.png"), Some(1000));
     for (width, scheme) in [(360, "light"), (360, "dark"), (1280, "dark"), (1280, "light")] {
         browser.look(width, scheme);
         browser.picture(&directory().join(format!("page/status-{width}-{scheme}.png")), None);
         let wide = browser.value("document.documentElement.scrollWidth").as_u64().unwrap();
         assert!(wide <= width.into(), "{wide} of {width} pixels are used");
     }
-    browser.picture(&directory().join("page/readme.png"), Some(1000));
     asker.host.quick();
     nix::assert_quiet(&realising.wait_with_output().unwrap());
 
@@ -118,7 +122,20 @@ fn the_page_tells_what_happens_and_the_same_without_scripts() {
     browser.wait_until_shown("transfers", &["Nothing is being transferred"]);
     let totals = &status(&asker.host)["totals"];
     assert!(totals["start"]["received_lan_bytes"].as_u64().unwrap() > 64 << 20, "{totals}");
+    assert!(totals["start"]["received_wan_bytes"].as_u64().unwrap() > 0, "{totals}");
+    assert_eq!(totals["start"]["sent_nars"], 100, "{totals}");
     assert_eq!(totals["installation"]["received_lan_bytes"], totals["start"]["received_lan_bytes"]);
+
+    // Another peer, with a name of its choice, and a hit there.
+    let hostile = Holder::with(&places.away, world, "hostile", |host| {
+        world.sign(host);
+        let mut flags = tracker::open(host, "wan", &[&tracker.host]);
+        flags.extend(["--peer-id".into(), HOSTILE.into()]);
+        flags
+    });
+    wait_for("the hostile peer is at the tracker", || tracker.lists(HOSTILE).then_some(()));
+    asker.meet(&[&hostile]);
+    browser.wait_until_shown("peers", &[HOSTILE]);
 
     // Nobody who named themselves oddly has become an element, and nothing was asked of anybody else.
     let title = browser.text("document.title");
