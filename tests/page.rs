@@ -106,7 +106,8 @@ fn the_page_tells_what_happens_and_the_same_without_scripts() {
     }
     assert_eq!(status(&asker.host)["transfers"][0]["direction"], "in");
     assert_eq!(status(&holder.host)["transfers"][0]["direction"], "out");
-    browser.picture(&directory().join("page/readme.png"), Some(1000));
+    browser.look(880, "light");
+    browser.picture(&directory().join("page/readme.png"), Some(820));
     for (width, scheme) in [(360, "light"), (360, "dark"), (1280, "dark"), (1280, "light")] {
         browser.look(width, scheme);
         browser.picture(&directory().join(format!("page/status-{width}-{scheme}.png")), None);
