@@ -1,10 +1,10 @@
 //! The fourth part of `make bench`: what it costs to keep a record for the status page. The same program, once with the
 //! record and once without, answers its own Nix in turns.
 //!
-//! Narinfos of peers, one at a time on one connection: found, and not found; of the own store; and not found without any
-//! peer, where there is least else to do. And the memory, idle and after all of that.
+//! Narinfos of peers, one at a time on one connection: found, and not found; and of the own store, where there is least else
+//! to do. What telling the record takes by itself. And the memory, idle and after all of that.
 //!
-//! `--rounds N` (60). Asserts that answers are right, and nothing about time.
+//! `--rounds N` (300). Asserts that answers are right, and nothing about time.
 
 #[path = "../tests/common/mod.rs"]
 mod common;
@@ -17,13 +17,17 @@ use common::http::Connection;
 use common::process::Logged;
 use common::{Host, Lan, World, directory, nix, wait_for, world};
 use peerix::cli::{self, Command};
-use peerix::record::Record;
+use peerix::nix::StorePath;
+use peerix::record::{Miss, Network, Record};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use table::{Series, Table};
 
 /// Requests in a row to one of the two, before it is the other's turn.
-const IN_A_ROW: usize = 200;
+const IN_A_ROW: usize = 50;
+/// Times that the record is told of something.
+const TELLINGS: u32 = 1_000_000;
 
 /// This program as the daemon: `--serve on`, `--serve off`, and then a daemon's flags.
 fn serve(mode: &str) -> ! {
@@ -86,27 +90,16 @@ fn main() {
     let rounds = match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         ["--serve", mode, ..] => serve(mode),
         ["--rounds", rounds, ..] => rounds.parse().expect("--rounds N"),
-        _ => 60,
+        _ => 300,
     };
     let program: PathBuf = directory().join("record-bench");
     std::fs::copy(std::env::current_exe().expect("this program"), &program).expect("a copy that hosts can see");
     let mut table = Table::new();
     let (other, goal) = ("without the record", "ratio ≤ 1.03");
+    telling(&mut table);
 
-    let lan = Lan::new();
-    let mut alone = ["on", "off"].map(|mode| Contender::start(&lan, &program, mode));
     let route = |number: usize| format!("/{number:032}.narinfo");
-    let absent: Vec<String> = (0..IN_A_ROW).map(route).collect();
-    // The first lookups wait for peers.
-    alone.iter_mut().for_each(|contender| drop(contender.asks(&absent, 404)));
-    // Each is known to the other, and is told to be silent.
-    let [on, off] = &alone;
-    [on, off].map(|contender| contender.host.unplug());
-    let [own, its] = turns(&mut alone, rounds, &absent, 404);
-    table.beside("a narinfo that nobody has, with no network, µs", &own, other, &its, goal);
-    drop(alone);
-    drop(lan);
-
+    let absent: Vec<String> = (0..200).map(route).collect();
     let lan = Lan::new();
     let world = World::on(&lan);
     let holder = common::Holder::new(&lan, &world, "holder");
@@ -141,6 +134,28 @@ fn main() {
     std::fs::write(results.join("record.md"), table.text()).expect("the table is written");
 }
 
+/// What is told to the record with a lookup, by itself.
+fn telling(table: &mut Table) {
+    let record = Record::new();
+    let path = StorePath::parse("7h7qgvs4kgzsn8a6rb273saxyqh4jxlz-hello-2.12.1").expect("a store path");
+    let (hash_part, peer) = (path.hash_part(), SocketAddr::from(([10, 0, 0, 1], 12304)));
+    let took = Duration::from_micros(200);
+    let nanos = |tell: &dyn Fn()| {
+        let mut series = Series::default();
+        for _ in 0..5 {
+            let began = Instant::now();
+            (0..TELLINGS).for_each(|_| tell());
+            series.push(began.elapsed().as_secs_f64() * 1e9 / f64::from(TELLINGS));
+        }
+        series
+    };
+    let hit = nanos(&|| record.hit(&path, Network::Lan, peer, None, took));
+    table.alone("telling the record of a hit, ns", &hit, "");
+    let miss = nanos(&|| record.missed(&hash_part, Miss::Nobody { asked: 2 }, took));
+    table.alone("telling the record of a miss, ns", &miss, "");
+}
+
+/// The two, turn by turn.
 fn turns(contenders: &mut [Contender; 2], rounds: usize, routes: &[String], status: u16) -> [Series; 2] {
     let mut series = [Series::default(), Series::default()];
     for round in 0..rounds {
