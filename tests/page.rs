@@ -107,13 +107,16 @@ fn the_page_tells_what_happens_and_the_same_without_scripts() {
     }
     assert_eq!(status(&asker.host)["transfers"][0]["direction"], "in");
     assert_eq!(status(&holder.host)["transfers"][0]["direction"], "out");
-    browser.look(880, "light");
-    browser.picture(&directory().join("page/readme.png"), Some(820));
+    browser.look(960, "light");
+    browser.picture(&directory().join("page/readme.png"), Some(900));
     for (width, scheme) in [(360, "light"), (360, "dark"), (1280, "dark"), (1280, "light")] {
         browser.look(width, scheme);
         browser.picture(&directory().join(format!("page/status-{width}-{scheme}.png")), None);
         let wide = browser.value("document.documentElement.scrollWidth").as_u64().unwrap();
         assert!(wide <= width.into(), "{wide} of {width} pixels are used");
+        let cut = "[...document.querySelectorAll('main *')].filter(e => e.checkVisibility() && !e.closest('thead') &&
+            e.getBoundingClientRect().right > innerWidth).map(e => e.outerHTML)";
+        assert_eq!(browser.value(cut), Value::Array(vec![]), "at {width} pixels");
     }
     asker.host.quick();
     nix::assert_quiet(&realising.wait_with_output().unwrap());
