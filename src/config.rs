@@ -71,6 +71,8 @@ pub struct Config {
     pub state_dir: Option<PathBuf>,
     /// Keys one of which must have signed what peers offer. Defaults to none, which leaves that to Nix.
     pub trusted_public_keys: Vec<PublicKey>,
+    /// Files with more of them, which are read at the start. Defaults to none.
+    pub trusted_public_key_files: Vec<PathBuf>,
 }
 
 /// The port of peerix, TCP and UDP.
@@ -102,6 +104,7 @@ impl Default for Config {
             db: "/nix/var/nix/db/db.sqlite".into(),
             state_dir: None,
             trusted_public_keys: Vec::new(),
+            trusted_public_key_files: Vec::new(),
         }
     }
 }
