@@ -17,6 +17,7 @@ rustPlatform.buildRustPackage (finalAttrs: {
     root = ../.;
     fileset = lib.fileset.unions [
       ../Cargo.toml
+      ../.cargo
       ../Cargo.lock
       ../src
       ../tracker-src
