@@ -8,7 +8,8 @@ const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 /// The modules, each with all that it may use. They stand in the order of the layers, so that an import that is
 /// missing here but would be right points from a higher line to a lower one.
 const MAY_USE: &[(&str, &[&str])] = &[
-    ("main", &["cli", "daemon", "service"]),
+    ("main", &["cli", "commands", "daemon", "service"]),
+    ("commands", &["cli", "config", "interfaces", "nix", "peers", "share", "store", "wire"]),
     ("cli", &["config", "nix", "wire"]),
     (
         "daemon",
