@@ -16,10 +16,12 @@ use crate::peers::standing::Standing;
 use crate::peers::tracker::Me;
 use crate::peers::wan::Wan;
 use crate::publish::Publisher;
+use crate::record::Record;
 use crate::seldom::Seldom;
 use crate::service::{self, notify};
 use crate::share::{Scope, Share};
 use crate::sockets::{self, Sockets};
+use crate::status::{Facts, Status};
 use crate::store::{Store, StoreConfig};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use ring::rand::{SecureRandom, SystemRandom};
@@ -28,7 +30,7 @@ use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 use std::{fmt, fs, io};
 
 /// Names given by `--peer` are resolved again this often: addresses change.
@@ -46,6 +48,9 @@ const DESCRIPTORS: u64 = 8192;
 
 /// The daemon ends within 2 s; a tracker that does not take its leave is not waited for longer than this.
 const STOP_LIMIT: Duration = Duration::from_millis(1700);
+
+/// How often counters are written: so much of them is lost when the power goes.
+const SAVE_INTERVAL: Duration = Duration::from_secs(60);
 
 /// Why the daemon could not start or go on: one line, with what to do.
 #[derive(Debug)]
@@ -115,26 +120,41 @@ pub fn run(config: Config) -> Result<(), Fatal> {
     let client = Arc::new(Client::new(config.store_dir.clone()));
     let standing = Arc::new(Standing::default());
     let trusted = config.trusted_public_keys.clone();
+    let record = Arc::new(Record::new());
+    let counters = keep_counters(&config, &record).map_err(|e| Fatal::from(("counters", e)))?;
+    let facts = Facts::new(&config, port);
     let strangers = match config.mode.has_wan() {
         true => Some(Strangers::start(&config, port, &store, &share, ended)?),
         false => None,
     };
     let wan = strangers.as_ref().map(|strangers| {
         let trackers = strangers.trackers.clone();
-        Arc::new(Wan::new(trackers, client.clone(), standing.clone(), discovery.wake(), interfaces))
+        Arc::new(Wan::new(trackers, client.clone(), standing.clone(), discovery.wake(), interfaces.clone()))
     });
     let lan = config.mode.has_lan().then(|| discovery.wake());
-    let lookup = Lookup::new(lan, wan, client.clone(), standing.clone(), trusted, config.store_dir.clone());
+    let store_dir = config.store_dir.clone();
+    let lookup = Lookup::new(lan, wan, client.clone(), standing.clone(), trusted, store_dir, record.clone());
     let lookup = Arc::new(lookup);
+    let status = Status {
+        record: record.clone(),
+        discovery: discovery.wake(),
+        standing: standing.clone(),
+        trackers: strangers.as_ref().map(|strangers| strangers.trackers.clone()),
+        store: store.clone(),
+        interfaces,
+        facts,
+    };
     let cache = Cache {
         store,
         share,
         lookup: lookup.clone(),
-        fetch: Fetch::new(lookup, client, standing),
+        fetch: Fetch::new(lookup, client, standing, record.clone()),
         signer: key.map(signer),
         store_dir: config.store_dir,
         priority: config.priority,
         permits: Permits::default(),
+        record: record.clone(),
+        status,
         faults: Seldom::default(),
     };
     let server =
@@ -142,7 +162,7 @@ pub fn run(config: Config) -> Result<(), Fatal> {
 
     log::info!("peerix {} serves on port {port}", env!("CARGO_PKG_VERSION"));
     notify(&[NotifyState::Ready]);
-    let result = wait(&woken, &discovery);
+    let result = wait(&woken, &discovery, &record);
     notify(&[NotifyState::Stopping]);
     log::info!("stopping");
     // Peers learn that this node leaves; then the answers under way end; then what they used. A lookup cut short would
@@ -156,14 +176,44 @@ pub fn run(config: Config) -> Result<(), Fatal> {
         trackers.wait(stopping + STOP_LIMIT);
         drop(publisher);
     }
+    drop(counters.running);
+    // A disk that hangs is not waited for.
+    let _ = counters.ended.recv_deadline(stopping + STOP_LIMIT);
     drop(discovery);
     drop(resolver);
     drop(signals);
     result
 }
 
+/// The thread that writes the counters, if they are kept.
+struct Counters {
+    /// Closing it ends the thread.
+    running: Sender<()>,
+    /// Closed at its end.
+    ended: Receiver<()>,
+}
+
+/// Goes on from the counters in the state directory, and has them written there, at once, each minute and at the end. In a
+/// thread of its own: a disk may hang.
+fn keep_counters(config: &Config, record: &Arc<Record>) -> io::Result<Counters> {
+    let (running, stopped) = bounded::<()>(0);
+    let (end, ended) = bounded::<()>(0);
+    let Some(dir) = &config.state_dir else { return Ok(Counters { running, ended }) };
+    record.keep_in(dir, SystemTime::now());
+    let record = record.clone();
+    thread::Builder::new().name("counters".into()).spawn(move || {
+        let _end = end;
+        record.save(SystemTime::now());
+        while stopped.recv_timeout(SAVE_INTERVAL) == Err(RecvTimeoutError::Timeout) {
+            record.save(SystemTime::now());
+        }
+        record.save(SystemTime::now());
+    })?;
+    Ok(Counters { running, ended })
+}
+
 /// Waits for the end, and tells systemd's watchdog that discovery still turns.
-fn wait(woken: &Receiver<Wakeup>, discovery: &Handle) -> Result<(), Fatal> {
+fn wait(woken: &Receiver<Wakeup>, discovery: &Handle, record: &Record) -> Result<(), Fatal> {
     let watchdog = sd_notify::watchdog_enabled();
     let look = watchdog.map_or(LOOK, |limit| limit / 3);
     let mut turns = discovery.turns();
@@ -173,6 +223,7 @@ fn wait(woken: &Receiver<Wakeup>, discovery: &Handle) -> Result<(), Fatal> {
             Ok(Wakeup::Ended(what)) => return Err(Fatal(format!("the {what} thread ended; see the log"))),
             Err(RecvTimeoutError::Disconnected) => return Err(Fatal("nobody is left to wake the daemon".into())),
             Err(RecvTimeoutError::Timeout) => {
+                record.tick(SystemTime::now());
                 let now = discovery.turns();
                 if now != turns && watchdog.is_some() {
                     notify(&[NotifyState::Watchdog]);

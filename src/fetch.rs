@@ -8,6 +8,7 @@ use crate::lookup::{Lookup, Search, Source};
 use crate::nix::{Framing, HashPart, NarHash};
 use crate::peers::client::{Client, Error, NarBody, STALL, TOO_SLOW, Way};
 use crate::peers::standing::{Fault, Standing, Who};
+use crate::record::{Record, Transfer};
 use crate::wire::tracker::TransferName;
 use crossbeam_channel::{Receiver, Sender, bounded};
 use ring::digest::{Context, SHA256};
@@ -60,21 +61,25 @@ pub struct Fetch {
     lookup: Arc<Lookup>,
     client: Arc<Client>,
     standing: Arc<Standing>,
+    record: Arc<Record>,
     tainted: Mutex<HashMap<NarHash, Instant>>,
 }
 
 impl Fetch {
     /// The parts it works with.
-    pub fn new(lookup: Arc<Lookup>, client: Arc<Client>, standing: Arc<Standing>) -> Self {
-        Fetch { lookup, client, standing, tainted: Mutex::default() }
+    pub fn new(lookup: Arc<Lookup>, client: Arc<Client>, standing: Arc<Standing>, record: Arc<Record>) -> Self {
+        Fetch { lookup, client, standing, record, tainted: Mutex::default() }
     }
 
     /// A NAR that some peer says it has.
     pub fn find(&self, hash_part: &HashPart, nar_hash: &NarHash) -> Option<Nar<'_>> {
+        let asked = Instant::now();
         let (source, search) = self.lookup.sources(hash_part, nar_hash)?;
         let nar_size = source.nar_size;
         Some(Nar {
             fetch: self,
+            asked,
+            transfer: None,
             hash: *nar_hash,
             size: nar_size,
             range: 0..nar_size,
@@ -113,6 +118,10 @@ impl Fetch {
 /// One NAR under way.
 pub struct Nar<'a> {
     fetch: &'a Fetch,
+    /// When this machine asked for it.
+    asked: Instant,
+    /// For the record, once it begins.
+    transfer: Option<Transfer<'a>>,
     hash: NarHash,
     size: u64,
     /// What Nix wants of it. All before the range's end is fetched, or it could not be checked.
@@ -185,6 +194,20 @@ impl Nar<'_> {
     /// Gets the first piece, from whichever peer gives it. `None`: none does.
     pub fn start(&mut self, range: Range<u64>) -> Option<()> {
         self.range = range;
+        let path = self.next.as_ref().map(|source| source.path.base_name()).unwrap_or_default();
+        self.transfer = Some(self.fetch.record.receive(path, self.size));
+        let started = self.first_piece();
+        match (&started, &self.current, &self.transfer) {
+            (Some(()), Some(current), _) => {
+                self.fetch.record.first_byte(current.source.network(), self.asked.elapsed())
+            }
+            (None, _, Some(transfer)) => transfer.has_failed(),
+            _ => {}
+        }
+        started
+    }
+
+    fn first_piece(&mut self) -> Option<()> {
         let mut piece = Piece::new(self.size);
         let until = Instant::now() + START;
         self.start_until = Some(until);
@@ -266,6 +289,7 @@ impl Nar<'_> {
             if self.current.is_none() && self.connect().is_none() {
                 let why = format!("NAR {}: no peer left at byte {} of {}", self.hash, self.at, self.size);
                 log::warn!("{why}");
+                self.transfer.iter().for_each(Transfer::has_failed);
                 return Err(io::Error::other(why));
             }
             match self.fill(piece) {
@@ -310,6 +334,10 @@ impl Nar<'_> {
             }
             current.last_read = Instant::now();
             current.got += got as u64;
+            if let Some(transfer) = &self.transfer {
+                transfer.moved(got as u64);
+                transfer.progress(self.at);
+            }
             if let Some(received) = &mut current.received {
                 received.bytes += got as u64;
             }
@@ -343,6 +371,9 @@ impl Nar<'_> {
                     }
                     if !self.contributors.contains(&source.who()) {
                         self.contributors.push(source.who());
+                    }
+                    if let Some(transfer) = &mut self.transfer {
+                        transfer.with(source.network(), source.peer);
                     }
                     let last_read = Instant::now();
                     let received = match way {
@@ -440,6 +471,7 @@ impl Nar<'_> {
     /// broke off have more against them than the one that went on for them.
     fn wrong(&mut self, why: &dyn fmt::Display) -> io::Error {
         self.fetch.taint(self.hash);
+        self.transfer.iter().for_each(Transfer::has_failed);
         let now = Instant::now();
         let last = self.current.as_ref().map(|current| current.source.who());
         for peer in &self.contributors {
@@ -457,7 +489,11 @@ impl Nar<'_> {
         let now = Instant::now();
         let peers: Vec<String> = self.contributors.iter().map(Who::to_string).collect();
         log::debug!("{}: NAR of {} bytes from peer {}", self.search.hash_part(), self.size, peers.join(" and "));
-        self.contributors.iter().for_each(|peer| self.fetch.standing.delivered(*peer, now));
+        self.contributors.iter().for_each(|peer| {
+            self.fetch.standing.delivered(*peer, now);
+            self.fetch.record.delivered(peer.network(), peer.address());
+        });
+        self.transfer.iter().for_each(Transfer::is_whole);
     }
 }
 

@@ -4,18 +4,19 @@
 //! alternates for the NAR request that follows. If nobody there has the path, the peers that trackers name are asked.
 //! Requests of peers never come here.
 
-use crate::nix::{HashPart, NarHash, NarInfo, PathInfo, PublicKey, StoreDir, is_content_addressed};
-use crate::peers::Holder;
+use crate::nix::{HashPart, NarHash, NarInfo, PathInfo, PublicKey, StoreDir, StorePath, is_content_addressed};
 use crate::peers::announce::Begun;
 use crate::peers::client::{Client, Error, Way};
 use crate::peers::discovery::Wake;
 use crate::peers::standing::{Standing, Turn, Who};
 use crate::peers::wan::{Offer, Wan, WanSearch};
+use crate::peers::{Holder, Tally};
+use crate::record::{Miss, Network, Record};
 use crate::wire::tracker::{Role, TransferName};
 use crossbeam_channel::{Receiver, RecvTimeoutError, TryRecvError};
 use std::collections::HashMap;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -50,6 +51,8 @@ pub struct Source {
     pub nar_hash: NarHash,
     /// And the size.
     pub nar_size: u64,
+    /// The path.
+    pub path: StorePath,
     /// Set if the peer is one that a tracker named: how the tracker calls the transfer, as soon as it does.
     pub wan: Option<Begun>,
 }
@@ -58,6 +61,11 @@ impl Source {
     /// The peer, as far as its standing goes.
     pub fn who(&self) -> Who {
         if self.wan.is_some() { Who::far(self.peer) } else { self.peer.into() }
+    }
+
+    /// Where it is.
+    pub fn network(&self) -> Network {
+        if self.wan.is_some() { Network::Wan } else { Network::Lan }
     }
 
     /// What lies between it and this node. A transfer is named only once: if this is asked again, it is not counted.
@@ -77,6 +85,7 @@ pub struct Lookup {
     standing: Arc<Standing>,
     trusted: Vec<PublicKey>,
     store_dir: StoreDir,
+    record: Arc<Record>,
     flights: Mutex<HashMap<HashPart, Arc<Flight>>>,
     found: Mutex<HashMap<HashPart, Found>>,
 }
@@ -96,7 +105,7 @@ struct Flight {
 
 impl Lookup {
     /// `lan` and `wan`: where it looks. `trusted`: keys one of which must have signed what is found; none leaves that to
-    /// Nix.
+    /// Nix. Every lookup is told to `record`.
     pub fn new(
         lan: Option<Arc<Wake>>,
         wan: Option<Arc<Wan>>,
@@ -104,8 +113,10 @@ impl Lookup {
         standing: Arc<Standing>,
         trusted: Vec<PublicKey>,
         store_dir: StoreDir,
+        record: Arc<Record>,
     ) -> Self {
-        Lookup { lan, wan, client, standing, trusted, store_dir, flights: Mutex::default(), found: Mutex::default() }
+        let (flights, found) = Default::default();
+        Lookup { lan, wan, client, standing, trusted, store_dir, record, flights, found }
     }
 
     /// The narinfo of a peer that has the path; its `URL` is the peer's. Equal lookups at the same time are one.
@@ -150,7 +161,7 @@ impl Lookup {
     /// The next peer that has this very NAR, of that size if one is given.
     pub fn next_source(&self, search: &mut Search, nar_hash: &NarHash, nar_size: Option<u64>) -> Option<Source> {
         loop {
-            let (source, _) = self.next_offer(search)?;
+            let Offered { source, .. } = self.next_offer(search)?;
             if source.nar_hash == *nar_hash && nar_size.is_none_or(|size| source.nar_size == size) {
                 return Some(source);
             }
@@ -174,29 +185,34 @@ impl Lookup {
 
     /// Asks the LAN anew, and the trackers after it.
     pub fn search(&self, hash_part: &HashPart) -> Search {
-        let content = Arc::new(AtomicBool::new(false));
+        let tally = Arc::new(Tally::default());
         Search {
             hash_part: *hash_part,
-            holders: self.lan.as_ref().map(|lan| lan.ask(*hash_part, content.clone())),
+            holders: self.lan.as_ref().map(|lan| lan.ask(*hash_part, tally.clone())),
             wan: self.wan.as_ref().map(|wan| wan.search(hash_part)),
-            content,
+            tally,
+            unusable: None,
             seen: Vec::new(),
             untried: Vec::new(),
             slow: Vec::new(),
             last_resort: Vec::new(),
             until: Instant::now() + LOOKUP_TIMEOUT,
+            has_lan: self.lan.is_some(),
         }
     }
 
     fn search_and_keep(&self, hash_part: &HashPart) -> Option<NarInfo> {
         let began = Instant::now();
         let mut search = self.search(hash_part);
-        let Some((source, narinfo)) = self.next_offer(&mut search) else {
-            log::debug!("{hash_part}: no peer has it ({:?})", began.elapsed());
+        let Some(Offered { source, narinfo, peer_id }) = self.next_offer(&mut search) else {
+            let (took, why) = (began.elapsed(), search.why_not());
+            log::debug!("{hash_part}: no peer has it ({took:?})");
+            self.record.missed(hash_part, why, took);
             return None;
         };
-        log::debug!("{}: peer {} has it ({:?})", narinfo.info.path, source.peer, began.elapsed());
         let now = Instant::now();
+        log::debug!("{}: peer {} has it ({:?})", narinfo.info.path, source.peer, now - began);
+        self.record.hit(&source.path, source.network(), source.peer, peer_id.as_deref(), now - began);
         let mut found = lock(&self.found);
         if found.len() >= MAX_FOUND {
             found.retain(|_, f| now.saturating_duration_since(f.at) < FOUND_FOR);
@@ -212,7 +228,7 @@ impl Lookup {
 
     /// The next holder with a good narinfo. Reliable and fast peers first; one that hangs is not waited for while there
     /// is another.
-    fn next_offer(&self, search: &mut Search) -> Option<(Source, NarInfo)> {
+    fn next_offer(&self, search: &mut Search) -> Option<Offered> {
         loop {
             let now = Instant::now();
             search.take_in(&self.standing, now);
@@ -252,54 +268,59 @@ impl Lookup {
         }
     }
 
-    fn try_holder(&self, search: &Search, holder: &Holder, timeout: Duration, may_be_slow: bool) -> Tried {
+    fn try_holder(&self, search: &mut Search, holder: &Holder, timeout: Duration, may_be_slow: bool) -> Tried {
         let began = Instant::now();
         let answer = self.client.narinfo(holder, &search.hash_part, timeout);
         let now = Instant::now();
         match answer {
             Ok(narinfo) => {
                 self.standing.answered(holder.http, now - began, now);
-                let Some(source) = self.accept(holder.http, &narinfo) else { return Tried::Bad };
-                search.content.store(true, Ordering::Relaxed);
-                Tried::Good(Box::new((source, narinfo)))
+                let Some(source) = self.accept(holder.http, &narinfo, &mut search.unusable) else { return Tried::Bad };
+                search.tally.content.store(true, Ordering::Relaxed);
+                Tried::Good(Box::new(Offered { source, narinfo, peer_id: None }))
             }
             Err(Error::Unreachable(ureq::Error::Timeout(_))) if may_be_slow => {
                 self.standing.hung(holder.http, timeout, began, now);
+                search.unusable = Some(Miss::failed(holder.http, &"its narinfo does not come"));
                 Tried::Slow
             }
             Err(e) => {
                 if let Some(fault) = e.fault() {
                     self.standing.failed(holder.http, fault, began, now, &e);
                 }
+                search.unusable = Some(Miss::failed(holder.http, &e));
                 Tried::Bad
             }
         }
     }
 
     /// The next good narinfo of a peer that a tracker named.
-    fn next_wan_offer(&self, search: &mut Search) -> Option<(Source, NarInfo)> {
-        let (wan, search) = (self.wan.as_ref()?, search.wan.as_mut()?);
+    fn next_wan_offer(&self, search: &mut Search) -> Option<Offered> {
+        let (wan, unusable, search) = (self.wan.as_ref()?, &mut search.unusable, search.wan.as_mut()?);
         loop {
             let Offer { peer, origin, narinfo } = search.next_offer()?;
-            if let Some(mut source) = self.accept(peer, &narinfo) {
+            if let Some(mut source) = self.accept(peer, &narinfo, unusable) {
                 source.wan = Some(wan.begin_transfer(&origin));
-                return Some((source, narinfo));
+                return Some(Offered { source, narinfo, peer_id: Some(origin.peer_id) });
             }
         }
     }
 
-    /// Where the NAR of a narinfo is to be had, if Nix may be offered it.
-    fn accept(&self, peer: SocketAddr, narinfo: &NarInfo) -> Option<Source> {
+    /// Where the NAR of a narinfo is to be had, if Nix may be offered it; else why not.
+    fn accept(&self, peer: SocketAddr, narinfo: &NarInfo, unusable: &mut Option<Miss>) -> Option<Source> {
         if narinfo.url.len() > MAX_NAR_URL || narinfo.url.contains("://") {
             log::debug!("peer {peer}: NAR URL too long or elsewhere");
+            *unusable = Some(Miss::failed(peer, &"the URL of its NAR is too long, or elsewhere"));
             return None;
         }
         if !self.is_trusted(&narinfo.info) {
             log::debug!("{}: peer {peer} has it without a trusted signature", narinfo.info.path);
+            *unusable = Some(Miss::Untrusted(peer));
             return None;
         }
         let (nar_hash, nar_size) = (narinfo.info.nar_hash, narinfo.info.nar_size);
-        Some(Source { peer, url_path: narinfo.url.clone(), nar_hash, nar_size, wan: None })
+        let path = narinfo.info.path.clone();
+        Some(Source { peer, url_path: narinfo.url.clone(), nar_hash, nar_size, path, wan: None })
     }
 
     fn is_trusted(&self, info: &PathInfo) -> bool {
@@ -312,8 +333,16 @@ impl Lookup {
     }
 }
 
+/// A good narinfo, and where its NAR is to be had.
+struct Offered {
+    source: Source,
+    narinfo: NarInfo,
+    /// What a tracker calls the peer.
+    peer_id: Option<String>,
+}
+
 enum Tried {
-    Good(Box<(Source, NarInfo)>),
+    Good(Box<Offered>),
     Slow,
     Bad,
 }
@@ -325,14 +354,18 @@ pub struct Search {
     holders: Option<Receiver<Holder>>,
     /// Those that trackers name, whose turn comes when nobody of the LAN has it.
     wan: Option<WanSearch>,
-    /// Tells discovery that a good one was found.
-    content: Arc<AtomicBool>,
+    /// Tells discovery that a good one was found, and how many answered.
+    tally: Arc<Tally>,
+    /// Why the last one that has it is of no use.
+    unusable: Option<Miss>,
     seen: Vec<Holder>,
     untried: Vec<Holder>,
     slow: Vec<Holder>,
     /// Those that failed lately.
     last_resort: Vec<Holder>,
     until: Instant,
+    /// Whether neighbours are asked at all.
+    has_lan: bool,
 }
 
 impl Search {
@@ -352,6 +385,33 @@ impl Search {
     /// Whether there may be one: the trackers have not been asked yet.
     pub fn may_have_more(&self) -> bool {
         self.has_more() || self.wan.as_ref().is_some_and(|wan| !wan.has_begun())
+    }
+
+    /// Why nothing was found.
+    fn why_not(&mut self) -> Miss {
+        if let Some(why) = self.unusable.take() {
+            return why;
+        }
+        let far = self.wan.as_ref();
+        if let Some((peer, e)) = far.and_then(WanSearch::useless) {
+            return Miss::failed(*peer, e);
+        }
+        // Who is seen and was not tried is avoided.
+        if let Some(peer) = self.seen.first().map(|holder| holder.http).or_else(|| far.and_then(WanSearch::avoided)) {
+            return Miss::Avoided(peer);
+        }
+        let Some((near, near_silent)) = self.near() else { return Miss::Busy };
+        let (far_asked, far_silent) = far.map(WanSearch::asked_and_silent).unwrap_or_default();
+        match (near + far_asked, near_silent + far_silent) {
+            (0, _) => Miss::Alone { no_tracker: far.is_some_and(|wan| !wan.has_tracker()) },
+            (asked, 0) => Miss::Nobody { asked },
+            (asked, silent) => Miss::Silent { asked, silent },
+        }
+    }
+
+    /// How many neighbours were asked, and how many of them did not answer.
+    fn near(&self) -> Option<(u32, u32)> {
+        if self.has_lan { self.tally.asked_and_silent() } else { Some((0, 0)) }
     }
 
     /// Gives the search, resumed for alternates, its time anew.

@@ -4,12 +4,14 @@ use super::permits::{Permit, Permits};
 use super::response::Exchange;
 use super::route::{Refusal, Route, View, route};
 use super::server::Handler;
-use super::{Request, nar, narinfo};
+use super::{Request, browser, nar, narinfo, status};
 use crate::fetch::Fetch;
 use crate::lookup::Lookup;
 use crate::nix::{HashPart, PathInfo, SecretKey, StoreDir, StorePath};
+use crate::record::Record;
 use crate::seldom::Seldom;
 use crate::share::{Scope, Share};
+use crate::status::Status;
 use crate::store::{Store, StoreError};
 use std::fmt;
 use std::io;
@@ -34,6 +36,10 @@ pub struct Cache {
     pub priority: u32,
     /// For long answers.
     pub permits: Permits,
+    /// What goes out is told to it.
+    pub record: Arc<Record>,
+    /// For the routes that tell of this node.
+    pub status: Status,
     /// For the log.
     pub faults: Seldom,
 }
@@ -42,6 +48,8 @@ pub struct Cache {
 pub enum Failure {
     /// 400, 403, 404 or 405.
     Refused(Refusal),
+    /// 403: a web page may have asked.
+    Suspect,
     /// 416, of so many bytes.
     Unsatisfiable(u64),
     /// Too many long answers at once.
@@ -72,6 +80,7 @@ impl Handler for Cache {
         let scope = self.share.scope(request.asker.ip());
         let answered = route(request.method, request.target, scope, self.share.serves(scope))
             .map_err(Failure::Refused)
+            .and_then(|route| self.keep_pages_out(&route, request, scope).map(|()| route))
             .and_then(|route| self.answer(&route, request, scope, exchange));
         let Err(failure) = answered else { return Ok(()) };
         // This machine's Nix takes a 5xx for a reason to fail the build; a 404 sends it to its next substituter.
@@ -85,6 +94,7 @@ impl Handler for Cache {
         match failure {
             Failure::Refused(Refusal::Malformed) => exchange.say(400, "bad request"),
             Failure::Refused(Refusal::Forbidden) => exchange.say(403, "not for this address"),
+            Failure::Suspect => exchange.say(403, "not under this name; ask for 127.0.0.1, localhost or [::1]"),
             Failure::Refused(Refusal::NotThere) => exchange.say(404, "not found"),
             Failure::Refused(Refusal::Method) => {
                 let fields = [("Allow", "GET, HEAD"), ("Content-Type", "text/plain; charset=utf-8")];
@@ -111,6 +121,21 @@ impl Handler for Cache {
 }
 
 impl Cache {
+    /// What this machine may have, a web page in a browser of it must not. The greeting tells nothing, and without it Nix
+    /// would take the cache for broken; a 403 is for it a path that is not there.
+    fn keep_pages_out(&self, route: &Route, request: &Request<'_>, scope: Scope) -> Result<(), Failure> {
+        if scope != Scope::ThisMachine || matches!(route, Route::CacheInfo(_)) {
+            return Ok(());
+        }
+        let Some(why) = browser::is_suspect(request) else { return Ok(()) };
+        self.warn(format_args!(
+            "refused a request from this machine that a web page may have made ({}); if it was Nix's, have it ask for \
+             127.0.0.1, or put the name into /etc/hosts",
+            why.escape_debug()
+        ));
+        Err(Failure::Suspect)
+    }
+
     fn answer(
         &self,
         route: &Route,
@@ -119,6 +144,7 @@ impl Cache {
         exchange: &mut Exchange<'_>,
     ) -> Result<(), Failure> {
         match route {
+            Route::Status(what) => status::tell(self, *what, exchange),
             Route::CacheInfo(_) => self.cache_info(exchange),
             Route::PeerNarinfo(hash_part) => narinfo::from_peer(self, hash_part, exchange),
             Route::OwnNarinfo(hash_part, view) => narinfo::own(self, self.shared(hash_part, scope)?, *view, exchange),
@@ -132,7 +158,7 @@ impl Cache {
                 let _permit = self.permit(request, scope)?;
                 // A LAN is faster than compressing, and Nix, which reads the other view, resumes nothing encoded.
                 let is_far = *view == View::Peers && scope == Scope::Wan;
-                nar::own(self, name, &info, is_far, request, exchange)
+                nar::own(self, name, &info, scope, is_far, request, exchange)
             }
             Route::Listing(hash_part) => {
                 let info = self.shared(hash_part, scope)?;

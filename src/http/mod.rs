@@ -4,6 +4,7 @@
 //! tiny_http writes the messages; the connections are ours: docs/dependencies.md tells why.
 
 pub mod body;
+mod browser;
 pub mod cache;
 mod encoding;
 mod head;
@@ -15,6 +16,7 @@ mod response;
 mod room;
 pub mod route;
 pub mod server;
+mod status;
 
 pub use head::Request;
 pub use response::Exchange;

@@ -7,6 +7,8 @@ use super::range::{self, Part};
 use super::response::Exchange;
 use super::route::NarName;
 use crate::nix::PathInfo;
+use crate::record::{Network, Transfer};
+use crate::share::Scope;
 use crate::store::{NarError, NarSink};
 use crate::wire::tracker::{TRANSFER_HEADER, TransferName};
 use std::io::{self, Write};
@@ -30,6 +32,7 @@ pub(super) fn own(
     cache: &Cache,
     name: &NarName,
     info: &PathInfo,
+    scope: Scope,
     is_far: bool,
     request: &Request<'_>,
     exchange: &mut Exchange<'_>,
@@ -51,18 +54,29 @@ pub(super) fn own(
     }
     let transfer = request.field(TRANSFER_HEADER).filter(|_| is_far).and_then(TransferName::parse);
     let mut sent = 0;
+    let network = match scope {
+        Scope::ThisMachine => None,
+        Scope::Lan => Some(Network::Lan),
+        Scope::Wan => Some(Network::Wan),
+    };
+    let len = part.end - part.start;
+    let recorded = network.map(|network| cache.record.send(info.path.base_name(), len, network, request.asker));
     let written = if coding == Coding::Zstd {
         let mut out = Compressor::new(exchange, part.end - part.start)?;
-        let written = cache.store.write_nar(info, part, &mut Counting { out: &mut out, passed: &mut sent });
+        let written =
+            cache.store.write_nar(info, part, &mut Counting { out: &mut out, passed: &mut sent, recorded: &recorded });
         written.and_then(|()| out.finish().map_err(NarError::Write))
     } else {
-        cache.store.write_nar(info, part, &mut Counting { out: exchange, passed: &mut sent })
+        cache.store.write_nar(info, part, &mut Counting { out: exchange, passed: &mut sent, recorded: &recorded })
     };
     if let Some(transfer) = transfer {
         cache.lookup.sent(&transfer, sent);
     }
     match written {
-        Ok(()) => Ok(()),
+        Ok(()) => {
+            recorded.iter().for_each(Transfer::is_whole);
+            Ok(())
+        }
         Err(NarError::Write(e)) => Err(e.into()),
         Err(fault) if exchange.take_back() => Err(cache.not_served(&info.path, &fault)),
         Err(fault) => {
@@ -76,12 +90,23 @@ pub(super) fn own(
 struct Counting<'a> {
     out: &'a mut dyn NarSink,
     passed: &'a mut u64,
+    recorded: &'a Option<Transfer<'a>>,
+}
+
+impl Counting<'_> {
+    fn count(&mut self, bytes: u64) {
+        *self.passed += bytes;
+        if let Some(transfer) = self.recorded {
+            transfer.moved(bytes);
+            transfer.progress(*self.passed);
+        }
+    }
 }
 
 impl Write for Counting<'_> {
     fn write(&mut self, piece: &[u8]) -> io::Result<usize> {
         let written = self.out.write(piece)?;
-        *self.passed += written as u64;
+        self.count(written as u64);
         Ok(written)
     }
 
@@ -93,7 +118,7 @@ impl Write for Counting<'_> {
 impl NarSink for Counting<'_> {
     fn send_file(&mut self, file: BorrowedFd<'_>, at: u64, len: u64) -> io::Result<Option<u64>> {
         let sent = self.out.send_file(file, at, len)?;
-        *self.passed += sent.unwrap_or_default();
+        self.count(sent.unwrap_or_default());
         Ok(sent)
     }
 }

@@ -39,9 +39,24 @@ pub enum View {
     Cache,
 }
 
+/// What this node tells of itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Told {
+    /// `/`: for people.
+    Page,
+    /// `/status.json`: the same for programs.
+    Json,
+    /// `/metrics`: for Prometheus.
+    Metrics,
+    /// `/health`: whether it is well.
+    Health,
+}
+
 /// What is asked for.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Route {
+    /// `/`, `/status.json`, `/metrics`, `/health`.
+    Status(Told),
     /// `/nix-cache-info`, which tells nobody anything, and `/store/nix-cache-info`.
     CacheInfo(View),
     /// `/<hash part>.narinfo`: does any peer have it?
@@ -100,7 +115,7 @@ pub fn route(method: &str, target: &str, scope: Scope, served: bool) -> Result<R
     let route = find(path).ok_or(Refusal::NotThere)?;
     let allowed = match route {
         Route::CacheInfo(View::Peers) => true,
-        Route::PeerNarinfo(_) | Route::PeerNar(_) => scope == Scope::ThisMachine,
+        Route::Status(_) | Route::PeerNarinfo(_) | Route::PeerNar(_) => scope == Scope::ThisMachine,
         _ => served,
     };
     if allowed { Ok(route) } else { Err(Refusal::Forbidden) }
@@ -109,6 +124,10 @@ pub fn route(method: &str, target: &str, scope: Scope, served: bool) -> Result<R
 fn find(path: &str) -> Option<Route> {
     let narinfo = |name: &str| HashPart::parse(name.strip_suffix(".narinfo")?.as_bytes()).ok();
     match path.split_once('/') {
+        None if path.is_empty() => Some(Route::Status(Told::Page)),
+        None if path == "status.json" => Some(Route::Status(Told::Json)),
+        None if path == "metrics" => Some(Route::Status(Told::Metrics)),
+        None if path == "health" => Some(Route::Status(Told::Health)),
         None if path == "nix-cache-info" => Some(Route::CacheInfo(View::Peers)),
         None => narinfo(path).map(Route::PeerNarinfo),
         Some(("peer", rest)) => NarName::parse(rest.strip_prefix("nar/")?).map(Route::PeerNar),
@@ -147,6 +166,10 @@ mod tests {
         let name = NarName { hash_part, nar_hash: NarHash::from_nix32(NAR_HASH).unwrap() };
         let drv = StorePath::parse(&format!("{HASH_PART}-a.drv")).unwrap();
         for (target, expected, only_this_machine) in [
+            ("/".into(), Route::Status(Told::Page), true),
+            ("/status.json".into(), Route::Status(Told::Json), true),
+            ("/metrics".into(), Route::Status(Told::Metrics), true),
+            ("/health".into(), Route::Status(Told::Health), true),
             ("/store/nix-cache-info".into(), Route::CacheInfo(View::Cache), false),
             (format!("/{HASH_PART}.narinfo"), Route::PeerNarinfo(hash_part), true),
             (format!("/peer/nar/{name}"), Route::PeerNar(name), true),
@@ -189,8 +212,9 @@ mod tests {
     fn nothing_but_typed_names_gets_through() {
         let secret = format!("/local/nar/{HASH_PART}-../../../etc/passwd");
         for target in [
-            "/",
             "/index.html",
+            "/status.json/",
+            "//",
             "/../../etc/passwd",
             "/%2e%2e/%2e%2e/etc/passwd",
             "/local/../etc/passwd",

@@ -9,8 +9,8 @@
 
 use super::Holder;
 use super::asks::{Asks, Question, Told};
-use super::known::{Answer, CROWD, Known};
-use super::queries::{Due, Queries, Query};
+use super::known::{Answer, CROWD, Known, Neighbour};
+use super::queries::{Due, Queries, Query, Tally};
 use crate::interfaces::{Interface, Interfaces, MULTICAST_GROUP, REFRESH};
 use crate::nix::HashPart;
 use crate::on_drop::OnDrop;
@@ -81,6 +81,8 @@ pub enum Event<'a> {
     AskCandidates(Question),
     /// The nodes that `--peer` names have these addresses now.
     Named(Vec<SocketAddr>),
+    /// Somebody here wants to know who is known.
+    List(Sender<Vec<Neighbour>>),
     /// Time has passed.
     Tick,
     /// The interfaces changed.
@@ -91,7 +93,7 @@ pub enum Event<'a> {
 pub struct Ask {
     hash_part: HashPart,
     holders: Sender<Holder>,
-    content: Arc<AtomicBool>,
+    tally: Arc<Tally>,
 }
 
 /// Where a datagram goes.
@@ -163,6 +165,7 @@ impl<N: Neighbourhood> Discovery<N> {
                     self.greet(now);
                 }
             }
+            Event::List(list) => drop(list.try_send(self.known.list())),
             Event::NetworkChanged => self.greet(now),
             Event::Tick => {}
         }
@@ -264,8 +267,7 @@ impl<N: Neighbourhood> Discovery<N> {
         // The slowest need not be asked again before they can have answered; but the fastest, which are waited for
         // less, have to be in time.
         let first_step = (self.timeout / 3).max(slowest.min(shortest / 3)).max(Duration::from_millis(1));
-        let query =
-            Query::new(ask.hash_part, asked.iter().copied(), open_for, first_step, ask.holders, ask.content, now);
+        let query = Query::new(ask.hash_part, asked.iter().copied(), open_for, first_step, ask.holders, ask.tally, now);
         let Some(id) = self.queries.insert(query, now) else {
             log::debug!("query for {}: too many in flight", ask.hash_part);
             return;
@@ -398,16 +400,17 @@ enum Command {
     Ask(Ask),
     AskCandidates(Question),
     Named(Vec<SocketAddr>),
+    List(Sender<Vec<Neighbour>>),
 }
 
 impl Wake {
     /// Asks the LAN who has the path. The channel yields holders as they answer and ends when nobody is waited for
     /// any more, in one second or `--timeout` at most.
-    /// `content` says that the asker needs no more.
-    pub fn ask(&self, hash_part: HashPart, content: Arc<AtomicBool>) -> Receiver<Holder> {
+    /// `tally` tells who did not answer, and takes it that the asker needs no more.
+    pub fn ask(&self, hash_part: HashPart, tally: Arc<Tally>) -> Receiver<Holder> {
         let (holders, receiver) = bounded(MAX_HOLDERS);
         // A full queue drops the question, and its channel ends: a miss, not a wait.
-        self.send(Command::Ask(Ask { hash_part, holders, content }));
+        self.send(Command::Ask(Ask { hash_part, holders, tally }));
         receiver
     }
 
@@ -422,6 +425,13 @@ impl Wake {
     /// Tells the thread the addresses that `--peer` names.
     pub fn set_named(&self, addresses: Vec<SocketAddr>) {
         self.send(Command::Named(addresses));
+    }
+
+    /// The neighbours that are known now; `None` if the thread does not say so within `timeout`.
+    pub fn neighbours(&self, timeout: Duration) -> Option<Vec<Neighbour>> {
+        let (list, receiver) = bounded(1);
+        self.send(Command::List(list));
+        receiver.recv_timeout(timeout).ok()
     }
 
     fn send(&self, command: Command) {
@@ -523,6 +533,7 @@ fn run<N: Neighbourhood>(
                 Command::Ask(ask) => Event::Ask(ask),
                 Command::AskCandidates(question) => Event::AskCandidates(question),
                 Command::Named(addresses) => Event::Named(addresses),
+                Command::List(list) => Event::List(list),
             };
             discovery.handle(event, Instant::now(), &mut out);
         }
@@ -828,7 +839,7 @@ mod tests {
         /// Asks for an absent path; gives the query's ID, whom it went to, and the channel.
         fn ask(&mut self) -> (u32, Vec<To>, Receiver<Holder>) {
             let (holders, receiver) = bounded(4);
-            let out = self.event(Event::Ask(Ask { hash_part: absent(), holders, content: Arc::default() }));
+            let out = self.event(Event::Ask(Ask { hash_part: absent(), holders, tally: Arc::default() }));
             let queries = out.iter().filter_map(|(to, packet)| match packet {
                 Packet::Query { id, .. } => Some((*id, *to)),
                 _ => None,
@@ -923,7 +934,7 @@ mod tests {
         assert_eq!(node.event(Event::Named(vec![peer(2)])), []);
         assert_eq!(node.receive(peer(2), &hello_of(2)), []);
         let (holders, receiver) = bounded(1);
-        assert_eq!(node.event(Event::Ask(Ask { hash_part: absent(), holders, content: Arc::default() })), []);
+        assert_eq!(node.event(Event::Ask(Ask { hash_part: absent(), holders, tally: Arc::default() })), []);
         assert!(is_over(&receiver));
         let mut out = Vec::new();
         node.discovery.bye(&mut out);

@@ -111,6 +111,21 @@ impl Peer {
     }
 }
 
+/// A peer on the LAN, for people.
+#[derive(Debug, Clone)]
+pub struct Neighbour {
+    /// Where its datagrams come from.
+    pub address: SocketAddr,
+    /// The port of its HTTP server, if it said so.
+    pub http_port: Option<u16>,
+    /// Whether `--peer` names it.
+    pub named: bool,
+    /// When anything came from it last.
+    pub heard: Option<Instant>,
+    /// The smoothed round trip.
+    pub round_trip: Option<Duration>,
+}
+
 /// All known peers, by the address their datagrams come from.
 #[derive(Default)]
 pub struct Known {
@@ -250,6 +265,18 @@ impl Known {
             all.truncate(CROWD);
         }
         all
+    }
+
+    /// All of them, for people.
+    pub fn list(&self) -> Vec<Neighbour> {
+        let neighbour = |(address, peer): (&SocketAddr, &Peer)| Neighbour {
+            address: *address,
+            http_port: peer.hello.map(|hello| hello.port),
+            named: peer.named,
+            heard: peer.heard,
+            round_trip: peer.round_trip.map(|(smoothed, _)| smoothed),
+        };
+        self.peers.iter().map(neighbour).collect()
     }
 
     /// How many peers are known.

@@ -13,6 +13,8 @@ pub mod tracker;
 pub mod wan;
 
 pub use asks::Told;
+pub use known::Neighbour;
+pub use queries::Tally;
 
 use std::net::SocketAddr;
 

@@ -6,7 +6,7 @@ use crossbeam_channel::Sender;
 use std::collections::{HashMap, VecDeque};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 /// Queries in flight at once. Each belongs to a connection thread that waits for it, of which there are 1,024, or
@@ -22,6 +22,27 @@ const LINGER: Duration = Duration::from_millis(200);
 /// Ended queries whose late answers are still understood: a second of Nix's questions.
 const MAX_OVER: usize = 1024;
 
+/// What an asker and its query tell each other beside the holders.
+#[derive(Debug, Default)]
+pub struct Tally {
+    /// The asker needs no more.
+    pub content: AtomicBool,
+    /// It was sent at all.
+    was_sent: AtomicBool,
+    asked: AtomicU32,
+    answered: AtomicU32,
+}
+
+impl Tally {
+    /// How many were asked by name, and how many of them did not answer: complete when the channel of holders has ended.
+    /// `None` if nobody was asked, because there were too many queries.
+    pub fn asked_and_silent(&self) -> Option<(u32, u32)> {
+        let asked = self.asked.load(Ordering::Relaxed);
+        let silent = asked.saturating_sub(self.answered.load(Ordering::Relaxed));
+        self.was_sent.load(Ordering::Relaxed).then_some((asked, silent))
+    }
+}
+
 /// One query.
 pub struct Query {
     /// What is looked for.
@@ -35,7 +56,7 @@ pub struct Query {
     step: Duration,
     next_send: Option<Instant>,
     holders: Sender<Holder>,
-    content: Arc<AtomicBool>,
+    tally: Arc<Tally>,
     /// Whose holders were passed on: one address has one server, however many it claims.
     heard_from: Vec<IpAddr>,
 }
@@ -73,14 +94,14 @@ pub enum Due {
 
 impl Query {
     /// A query that is sent now. `first_step` is the time to its first repeat. Whoever holds the other end of
-    /// `holders` learns of holders, and of the end by the channel's end; `content` says that it needs no more.
+    /// `holders` learns of holders, and of the end by the channel's end.
     pub fn new(
         hash_part: HashPart,
         asked: impl Iterator<Item = (SocketAddr, Option<Duration>)>,
         open_for: Option<Duration>,
         first_step: Duration,
         holders: Sender<Holder>,
-        content: Arc<AtomicBool>,
+        tally: Arc<Tally>,
         now: Instant,
     ) -> Self {
         let asked = asked.map(|(peer, wait)| Asked { peer, due: wait.map(|wait| now + wait), answered: false });
@@ -93,7 +114,7 @@ impl Query {
             step: first_step,
             next_send: Some(now + first_step),
             holders,
-            content,
+            tally,
             heard_from: Vec::new(),
         }
     }
@@ -165,6 +186,8 @@ impl Queries {
         }
         let id = self.next_id;
         self.next_id = self.next_id.wrapping_add(1);
+        query.tally.asked.store(u32::try_from(query.asked.len()).unwrap_or(u32::MAX), Ordering::Relaxed);
+        query.tally.was_sent.store(true, Ordering::Relaxed);
         let due = query.next_due(now);
         self.next_due = Some(self.next_due.map_or(due, |next| next.min(due)));
         self.queries.insert(id, query);
@@ -187,8 +210,10 @@ impl Queries {
             return None;
         }
         let once = query.sends == 1 && asked.as_ref().is_some_and(|a| !a.answered);
-        if let Some(asked) = asked {
-            asked.answered = true;
+        if let Some(asked) = asked
+            && !std::mem::replace(&mut asked.answered, true)
+        {
+            query.tally.answered.fetch_add(1, Ordering::Relaxed);
         }
         if let Some(holder) = holder {
             query.found(holder);
@@ -224,7 +249,7 @@ impl Queries {
             let answered = query.asked.iter().any(|a| a.answered);
             return Some(Due::Over { sent: query.sent, unanswered, answered });
         }
-        if query.content.load(Ordering::Relaxed) {
+        if query.tally.content.load(Ordering::Relaxed) {
             query.settle(now);
             return self.due(now);
         }
@@ -371,10 +396,10 @@ mod tests {
     fn nothing_is_repeated_once_the_asker_is_content() {
         let (now, mut queries) = (Instant::now(), Queries::new(7));
         let (query, _holders) = query(now, None);
-        let content = query.content.clone();
+        let tally = query.tally.clone();
         queries.insert(query, now).unwrap();
         queries.answered(7, address(1), true, holder(1), now + MS).unwrap();
-        content.store(true, Ordering::Relaxed);
+        tally.content.store(true, Ordering::Relaxed);
         for ms in 2..200u32 {
             assert_eq!(queries.due(now + ms * MS), None);
         }

@@ -5,6 +5,7 @@
 //! failing not at all: the only holder of a path must not be lost to one broken connection, as Nix remembers a wrong
 //! *not there* for an hour.
 
+use crate::record::Network;
 use std::collections::HashMap;
 use std::fmt;
 use std::hash::{Hash, Hasher};
@@ -27,6 +28,9 @@ const HOPELESS: u32 = 3;
 /// Peers remembered at once; as many as discovery knows.
 const MAX_PEERS: usize = 1024;
 
+/// As much of a reason as people read, in characters.
+const MAX_REASON: usize = 200;
+
 /// A peer, as far as its standing goes.
 #[derive(Debug, Clone, Copy)]
 pub struct Who {
@@ -38,6 +42,16 @@ impl Who {
     /// One that a tracker named.
     pub fn far(address: SocketAddr) -> Self {
         Who { address, is_far: true }
+    }
+
+    /// Its HTTP server.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Where it is.
+    pub fn network(&self) -> Network {
+        if self.is_far { Network::Wan } else { Network::Lan }
     }
 
     fn key(&self) -> (bool, IpAddr, u16) {
@@ -106,6 +120,31 @@ struct Peer {
     last_fault: Option<Instant>,
     /// Smoothed time to a narinfo.
     latency: Option<Duration>,
+    /// When it last answered anything.
+    answered: Option<Instant>,
+    /// Requests that failed, in all; those that were under way together are one.
+    faults: u64,
+    /// Why the last one did.
+    reason: Box<str>,
+}
+
+/// A peer's standing, for people.
+#[derive(Debug)]
+pub struct Seen {
+    /// Its HTTP server, as it was first met.
+    pub address: SocketAddr,
+    /// Whether a tracker named it.
+    pub is_far: bool,
+    /// Smoothed time to a narinfo.
+    pub latency: Option<Duration>,
+    /// When it last answered anything.
+    pub answered: Option<Instant>,
+    /// Requests that failed.
+    pub faults: u64,
+    /// Until when it is avoided, if it is; and whether it is not even the last resort.
+    pub avoided: Option<(Instant, bool)>,
+    /// What went wrong last; what the peer sent may be in it.
+    pub reason: String,
 }
 
 impl Peer {
@@ -115,7 +154,8 @@ impl Peer {
             .saturating_add(self.broken_promises.saturating_sub(PROMISES_FORGIVEN))
     }
 
-    fn see(&mut self, latency: Duration) {
+    fn see(&mut self, latency: Duration, now: Instant) {
+        self.answered = Some(now);
         self.latency = Some(self.latency.map_or(latency, |old| (old * 7 + latency) / 8));
     }
 }
@@ -151,6 +191,20 @@ impl Standing {
         self.lock().get(&peer.into()).and_then(|p| p.latency).unwrap_or_default()
     }
 
+    /// All of them at `now`.
+    pub fn all(&self, now: Instant) -> Vec<Seen> {
+        let seen = |(who, peer): (&Who, &Peer)| Seen {
+            address: who.address,
+            is_far: who.is_far,
+            latency: peer.latency,
+            answered: peer.answered,
+            faults: peer.faults,
+            avoided: peer.avoided_until.filter(|until| *until > now).map(|until| (until, peer.failures() >= HOPELESS)),
+            reason: peer.reason.to_string(),
+        };
+        self.lock().iter().map(seen).collect()
+    }
+
     /// Sorts the most reliable first, then those that are known to answer, then the fastest.
     pub fn sort<T>(&self, peers: &mut [T], address: impl Fn(&T) -> SocketAddr) {
         let standing = self.lock();
@@ -170,7 +224,7 @@ impl Standing {
         if peer.bad_nars == 0 {
             peer.avoided_until = None;
         }
-        peer.see(latency);
+        peer.see(latency, now);
     }
 
     /// It answered that it has no such path, which it had not promised: that tells only how fast it is.
@@ -182,7 +236,7 @@ impl Standing {
         if peer.failures() == 0 {
             peer.avoided_until = None;
         }
-        peer.see(latency);
+        peer.see(latency, now);
     }
 
     /// No narinfo came within `patience`, and another peer is tried. The second time in a row it is a failure.
@@ -224,6 +278,8 @@ impl Standing {
         if peer.last_fault.is_some_and(|last| last >= began) {
             return;
         }
+        peer.faults += 1;
+        peer.reason = reason.to_string().chars().take(MAX_REASON).collect::<String>().into();
         let count = match fault {
             Fault::Unreachable => &mut peer.unreachable,
             Fault::BrokenStream | Fault::BadData => &mut peer.bad_nars,

@@ -434,6 +434,15 @@ impl Tracker {
         self.changed.notify_all();
     }
 
+    /// Whether it is there; `None` while its first answer is awaited.
+    pub fn reached_if_known(&self) -> Option<bool> {
+        match self.lock().reached {
+            Reached::NotYet => None,
+            Reached::Yes => Some(true),
+            Reached::No => Some(false),
+        }
+    }
+
     /// Whether it is there, as far as is known.
     pub fn is_reached(&self) -> bool {
         self.lock().reached == Reached::Yes

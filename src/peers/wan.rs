@@ -81,6 +81,7 @@ impl Wan {
             answer,
             answers,
             found: false,
+            useless: None,
         }
     }
 
@@ -186,6 +187,8 @@ pub struct WanSearch {
     answer: Sender<Answer>,
     answers: Receiver<Answer>,
     found: bool,
+    /// Who answered last with something that is of no use, and what.
+    useless: Option<(SocketAddr, Error)>,
 }
 
 struct Entry {
@@ -230,6 +233,30 @@ impl WanSearch {
     /// Whether somebody is left who may have the path.
     pub fn has_more(&self) -> bool {
         self.entries.iter().any(|entry| entry.state != State::Done)
+    }
+
+    /// How many candidates there were, and how many of them gave no sign of life.
+    pub fn asked_and_silent(&self) -> (u32, u32) {
+        let count = |entries: usize| u32::try_from(entries).unwrap_or(u32::MAX);
+        (count(self.entries.len()), count(self.entries.iter().filter(|entry| !entry.answered).count()))
+    }
+
+    /// Who answered last with something that is of no use, and what that was.
+    pub fn useless(&self) -> Option<&(SocketAddr, Error)> {
+        self.useless.as_ref()
+    }
+
+    /// A candidate that is not asked, as it failed too often.
+    pub fn avoided(&self) -> Option<SocketAddr> {
+        let now = Instant::now();
+        let is_avoided = |entry: &&Entry| self.wan.standing.turn(Who::far(entry.address), now) == Turn::Never;
+        let promised = self.entries.iter().filter(|entry| entry.state == State::Promising);
+        promised.into_iter().find(is_avoided).map(|entry| entry.address)
+    }
+
+    /// Whether any tracker is there to be asked.
+    pub fn has_tracker(&self) -> bool {
+        self.wan.trackers.all().any(|tracker| tracker.is_reached())
     }
 
     /// The next peer that has it, within two seconds of the first call or of [`WanSearch::resume`].
@@ -412,6 +439,9 @@ impl WanSearch {
             Ok(narinfo) => narinfo,
             Err(e) => {
                 log::debug!("{}: candidate {}: {e}", self.hash_part, entry.address);
+                if !matches!(e, Error::NotThere | Error::Unreachable(_)) {
+                    self.useless = Some((entry.address, e));
+                }
                 return None;
             }
         };

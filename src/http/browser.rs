@@ -1,0 +1,137 @@
+//! Keeps web pages out. A browser on this machine connects from loopback like Nix does, on behalf of pages from anywhere.
+//!
+//! A page whose name's address is changed to 127.0.0.1 after it was loaded (DNS rebinding) may read whatever is answered
+//! there; what gives it away is the `Host` field, which has that name. So from loopback only names are served that nobody
+//! else can give an address to: numbers, `localhost`, and what this machine's own `/etc/hosts` says is loopback.
+
+use super::Request;
+use std::fs::File;
+use std::io::{self, Read};
+use std::net::IpAddr;
+use std::path::Path;
+
+/// Where an operator may have named 127.0.0.1 otherwise.
+const HOSTS: &str = "/etc/hosts";
+
+/// As much of it as is read: those that list advertisers have 1 MB. It is read only for a name that is no number.
+const MAX_HOSTS: u64 = 4 << 20;
+
+/// Whether a request from this machine is to be refused, because a web page from elsewhere may have made it; says what
+/// is wrong with it.
+pub(super) fn is_suspect(request: &Request<'_>) -> Option<String> {
+    if let Some(host) = request.field("host")
+        && !is_own_name(host, Path::new(HOSTS))
+    {
+        return Some(format!("Host {host}"));
+    }
+    // What a browser says of a page that asks another server than its own. Following a link is fine: the page does not see
+    // what comes.
+    let of_other_page = request.field("sec-fetch-site").is_some_and(|site| matches!(site, "cross-site" | "same-site"));
+    let is_link = request.field("sec-fetch-mode") == Some("navigate");
+    (of_other_page && !is_link).then(|| "a page of another server".into())
+}
+
+/// Whether a `Host` field's value names this machine, and nobody else can make it do so.
+fn is_own_name(host: &str, hosts: &Path) -> bool {
+    let name = without_port(host);
+    let address = name.strip_prefix('[').and_then(|name| name.strip_suffix(']')).unwrap_or(name);
+    // With an address in it, no name was looked up.
+    if address.parse::<IpAddr>().is_ok() {
+        return true;
+    }
+    let name = name.strip_suffix('.').unwrap_or(name);
+    // Browsers, and RFC 6761, keep this name for loopback.
+    name.eq_ignore_ascii_case("localhost") || is_loopback_in(hosts, name).unwrap_or(false)
+}
+
+fn without_port(host: &str) -> &str {
+    match host.rsplit_once(':') {
+        Some((name, port))
+            if port.bytes().all(|b| b.is_ascii_digit()) && (name.ends_with(']') || !name.contains(':')) =>
+        {
+            name
+        }
+        _ => host,
+    }
+}
+
+/// Whether a file like `/etc/hosts` gives the name a loopback address, and no other.
+fn is_loopback_in(hosts: &Path, name: &str) -> io::Result<bool> {
+    let mut text = String::new();
+    File::open(hosts)?.take(MAX_HOSTS).read_to_string(&mut text)?;
+    let addresses = text.lines().filter_map(|line| {
+        let mut words = line.split('#').next().unwrap_or_default().split_whitespace();
+        let address: IpAddr = words.next()?.parse().ok()?;
+        words.any(|word| word.eq_ignore_ascii_case(name)).then_some(address)
+    });
+    let mut addresses = addresses.peekable();
+    Ok(addresses.peek().is_some() && addresses.all(|address| address.is_loopback()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::head;
+    use super::*;
+    use std::fs;
+
+    #[test]
+    fn names_that_nobody_else_can_point_here() {
+        let hosts = std::env::temp_dir().join(format!("peerix-hosts-{}", std::process::id()));
+        let text =
+            "127.0.0.1 localhost\n127.0.1.1\tdesk.lan desk # cache.example\n10.0.0.7 server\n::1 two\n10.0.0.8 two\n";
+        fs::write(&hosts, text).unwrap();
+        for host in [
+            "127.0.0.1:12304",
+            "127.0.0.1",
+            "127.8.8.8:1",
+            "localhost:12304",
+            "LocalHost",
+            "localhost.",
+            "[::1]:12304",
+            "[::1]",
+            "192.168.1.7:12304",
+            "desk:12304",
+            "DESK.lan",
+        ] {
+            assert!(is_own_name(host, &hosts), "{host}");
+        }
+        for host in [
+            "",
+            ":12304",
+            "evil.example",
+            "evil.example:12304",
+            "127.0.0.1.evil.example",
+            "localhost.evil.example",
+            "127.0.0.1@evil.example",
+            "evil.localhost.example",
+            "cache.example",
+            "server",
+            "two",
+            "desk:12304:80",
+            "[::1",
+        ] {
+            assert!(!is_own_name(host, &hosts), "{host}");
+        }
+        fs::remove_file(&hosts).unwrap();
+        assert!(!is_own_name("desk", &hosts), "no such file");
+    }
+
+    #[test]
+    fn pages_of_other_servers_get_nothing() {
+        let suspect = |fields: &str| {
+            let text = format!("GET / HTTP/1.1\r\n{fields}\r\n");
+            head::parse(text.as_bytes(), "127.0.0.1:1".parse().unwrap(), |request| is_suspect(&request.unwrap()))
+        };
+        // Nix, curl, Prometheus; somebody without a Host, who is no browser.
+        assert_eq!(suspect("Host: 127.0.0.1:12304\r\nUser-Agent: curl/8.13.0 Nix/2.26.3\r\n"), None);
+        assert_eq!(suspect(""), None);
+        let own = "Host: 127.0.0.1:12304\r\nSec-Fetch-Site:";
+        assert_eq!(suspect(&format!("{own} none\r\nSec-Fetch-Mode: navigate\r\n")), None);
+        assert_eq!(suspect(&format!("{own} same-origin\r\nSec-Fetch-Mode: cors\r\n")), None);
+        assert_eq!(suspect(&format!("{own} cross-site\r\nSec-Fetch-Mode: navigate\r\n")), None, "a link");
+        assert!(suspect(&format!("{own} cross-site\r\nSec-Fetch-Mode: no-cors\r\n")).is_some());
+        // Another port of this machine.
+        assert!(suspect(&format!("{own} same-site\r\nSec-Fetch-Mode: cors\r\n")).is_some());
+        assert_eq!(suspect("Host: evil.example\r\n").as_deref(), Some("Host evil.example"));
+    }
+}

@@ -1,0 +1,180 @@
+//! `/metrics`: the report's numbers in Prometheus' text format, version 0.0.4.
+
+use super::{Status, text};
+use crate::record::{Count, Histogram, Totals};
+use std::fmt::Write;
+
+/// What makes a series: names and values of its labels.
+type Labels<'a> = &'a [(&'a str, &'a str)];
+
+struct Metrics(String);
+
+impl Metrics {
+    /// Begins a metric; its series follow.
+    fn metric(&mut self, name: &str, kind: &str, help: &str) {
+        let _ = write!(self.0, "# HELP peerix_{name} {help}\n# TYPE peerix_{name} {kind}\n");
+    }
+
+    fn series(&mut self, name: &str, labels: Labels<'_>, value: f64) {
+        let _ = write!(self.0, "peerix_{name}");
+        for (at, (label, value)) in labels.iter().enumerate() {
+            let _ = write!(self.0, "{}{label}=\"", if at == 0 { '{' } else { ',' });
+            for c in value.chars() {
+                match c {
+                    '\\' => self.0.push_str("\\\\"),
+                    '"' => self.0.push_str("\\\""),
+                    '\n' => self.0.push_str("\\n"),
+                    c => self.0.push(c),
+                }
+            }
+            self.0.push('"');
+        }
+        let _ = writeln!(self.0, "{} {value}", if labels.is_empty() { "" } else { "}" });
+    }
+
+    fn one(&mut self, name: &str, kind: &str, help: &str, value: f64) {
+        self.metric(name, kind, help);
+        self.series(name, &[], value);
+    }
+
+    fn histogram(&mut self, name: &str, label: (&str, &str), histogram: &Histogram) {
+        let counts = histogram.cumulative();
+        for (at, count) in counts.iter().enumerate() {
+            let bound = Histogram::BOUNDS.get(at).map_or("+Inf".into(), f64::to_string);
+            self.series(&format!("{name}_bucket"), &[label, ("le", &bound)], *count as f64);
+        }
+        self.series(&format!("{name}_sum"), &[label], histogram.sum_seconds());
+        self.series(&format!("{name}_count"), &[label], counts[counts.len() - 1] as f64);
+    }
+}
+
+impl Status {
+    /// All metrics.
+    pub fn metrics(&self) -> String {
+        let report = self.report();
+        let record = &self.record;
+        let totals = &report.totals.start.totals;
+        let mut all = Metrics(String::new());
+
+        all.metric("build_info", "gauge", "The version, as a label.");
+        all.series("build_info", &[("version", report.node.version), ("mode", report.node.mode)], 1.0);
+        all.one("start_time_seconds", "gauge", "When it started, since 1970.", report.node.started);
+        all.one("healthy", "gauge", "Whether /health says 200.", f64::from(u8::from(report.health.ok)));
+        all.metric("problem", "gauge", "What is wrong, 1 for each.");
+        for problem in &report.health.problems {
+            all.series("problem", &[("code", problem.code)], 1.0);
+        }
+
+        all.metric("lookup_seconds", "histogram", "Time of lookups for the own Nix.");
+        all.histogram("lookup_seconds", ("result", "hit"), &record.hit_time);
+        all.histogram("lookup_seconds", ("result", "miss"), &record.miss_time);
+        all.metric("lookup_misses_total", "counter", "Lookups that found nothing, by reason.");
+        record.misses().for_each(|(code, count)| all.series("lookup_misses_total", &[("reason", code)], count as f64));
+        all.metric("first_byte_seconds", "histogram", "Time from the own Nix's request for a NAR to its first piece.");
+        all.histogram("first_byte_seconds", ("network", "lan"), &record.first_byte_lan);
+        all.histogram("first_byte_seconds", ("network", "wan"), &record.first_byte_wan);
+
+        let by_network = |all: &mut Metrics, name, help, lan, wan| {
+            all.metric(name, "counter", help);
+            all.series(name, &[("network", "lan")], totals.get(lan) as f64);
+            all.series(name, &[("network", "wan")], totals.get(wan) as f64);
+        };
+        let received = "Bytes of NARs that came from peers.";
+        by_network(&mut all, "received_bytes_total", received, Count::ReceivedLan, Count::ReceivedWan);
+        by_network(&mut all, "sent_bytes_total", "Bytes of NARs that went to peers.", Count::SentLan, Count::SentWan);
+        let one =
+            |all: &mut Metrics, name, help, count| all.one(name, "counter", help, Totals::get(totals, count) as f64);
+        one(&mut all, "received_nars_total", "Whole NARs that came from peers.", Count::ReceivedNars);
+        one(&mut all, "failed_nars_total", "NARs that no peer could deliver.", Count::FailedNars);
+        one(&mut all, "sent_nars_total", "NARs that went to peers.", Count::SentNars);
+
+        all.metric("transfers", "gauge", "NARs under way.");
+        for direction in ["in", "out"] {
+            let running = report.transfers.iter().filter(|transfer| transfer.direction == direction).count();
+            all.series("transfers", &[("direction", direction)], running as f64);
+        }
+        all.metric("peers", "gauge", "Peers that are known.");
+        for network in ["lan", "wan"] {
+            let known =
+                report.peers.iter().filter(|peer| peer.network == network && peer.found_by != "request").count();
+            all.series("peers", &[("network", network)], known as f64);
+        }
+        let avoided = report.peers.iter().filter(|peer| peer.avoided.is_some()).count();
+        all.one("peers_avoided", "gauge", "Peers that are avoided after failures.", avoided as f64);
+        if !report.trackers.is_empty() {
+            all.metric("tracker_reached", "gauge", "Whether a tracker answers.");
+            for tracker in &report.trackers {
+                let reached = f64::from(u8::from(tracker.reached == Some(true)));
+                all.series("tracker_reached", &[("tracker", &tracker.url)], reached);
+            }
+        }
+        self.peer_series(&mut all);
+        all.0
+    }
+
+    /// Bytes of some peers by name, and of all others together: a Prometheus keeps every series that it ever saw.
+    fn peer_series(&self, all: &mut Metrics) {
+        let (peers, gone) = self.record.traffic();
+        for (at, name, help) in [
+            (0, "peer_received_bytes_total", "Bytes of NARs from a peer; of most of them together if there are many."),
+            (1, "peer_sent_bytes_total", "Bytes of NARs to a peer; to most of them together if there are many."),
+        ] {
+            all.metric(name, "counter", help);
+            let mut others = gone[at];
+            for (who, counts) in &peers {
+                let counter = if at == 0 { &counts.received } else { &counts.sent };
+                let count = counter.load(std::sync::atomic::Ordering::Relaxed);
+                if counts.has_series() {
+                    let address = if who.port == 0 { who.ip.to_string() } else { format!("{}:{}", who.ip, who.port) };
+                    all.series(name, &[("peer", &address), ("network", who.network.as_str())], count as f64);
+                } else {
+                    others += count;
+                }
+            }
+            all.series(name, &[("peer", "others"), ("network", "any")], others as f64);
+        }
+    }
+
+    /// What `/health` says: whether it is well, and why not.
+    pub fn health_text(&self) -> (bool, String) {
+        let health = self.health();
+        let serious = health.problems.iter().filter(|problem| problem.serious);
+        let lines: String =
+            serious.map(|problem| format!("{}: {}\n", problem.code, text::line(&problem.text))).collect();
+        (health.ok, if health.ok { "ok\n".into() } else { lines })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    #[test]
+    fn the_format() {
+        let mut all = Metrics(String::new());
+        all.one("x_total", "counter", "How many.", 3.0);
+        all.series("y", &[("a", "b\\\"\n"), ("c", "")], 0.5);
+        let expected = "# HELP peerix_x_total How many.\n# TYPE peerix_x_total counter\npeerix_x_total 3\n\
+                        peerix_y{a=\"b\\\\\\\"\\n\",c=\"\"} 0.5\n";
+        assert_eq!(all.0, expected);
+    }
+
+    #[test]
+    fn a_histogram_is_cumulative_and_ends_with_all() {
+        let (mut all, histogram) = (Metrics(String::new()), Histogram::default());
+        histogram.observe(Duration::from_millis(3));
+        histogram.observe(Duration::from_secs(60));
+        all.histogram("t", ("n", "lan"), &histogram);
+        for line in [
+            "peerix_t_bucket{n=\"lan\",le=\"0.002\"} 0\n",
+            "peerix_t_bucket{n=\"lan\",le=\"0.005\"} 1\n",
+            "peerix_t_bucket{n=\"lan\",le=\"5\"} 1\n",
+            "peerix_t_bucket{n=\"lan\",le=\"+Inf\"} 2\n",
+            "peerix_t_sum{n=\"lan\"} 60.003\n",
+            "peerix_t_count{n=\"lan\"} 2\n",
+        ] {
+            assert!(all.0.contains(line), "{line}{}", all.0);
+        }
+    }
+}

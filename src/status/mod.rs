@@ -1,0 +1,373 @@
+//! What this node tells its own machine of itself: everything at one moment ([`report`]), as a page and as metrics.
+//! Looks at the record, at discovery and at the store; changes nothing.
+
+mod metrics;
+mod page;
+pub mod report;
+mod text;
+
+pub use page::{Page, page};
+
+use crate::config::{Config, Mode};
+use crate::interfaces::{Interfaces, is_private};
+use crate::nix::HashPart;
+use crate::peers::announce::Trackers;
+use crate::peers::discovery::Wake;
+use crate::peers::standing::Standing;
+use crate::record::{self, HOUR, MAX_PEERS, Network, Record, Totals, Who};
+use crate::store::Store;
+use report::{
+    AllTotals, Avoided, Health, History, Lookup, Node, OwnNetwork, Peer, Problem, Reason, Report, TotalsSince,
+    TrackerState, Transfer, VERSION,
+};
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant, SystemTime};
+
+/// Discovery says who is known within this, or hangs. It waits for nobody, and for the database 50 ms at most.
+const DISCOVERY_PATIENCE: Duration = Duration::from_secs(2);
+
+/// Bytes of NARs a second that a download from upstream brings: 50 Mbit/s, packed to a quarter by xz.
+pub const UPSTREAM_RATE: f64 = 25e6;
+
+/// All that there is to tell of.
+pub struct Status {
+    /// What was done.
+    pub record: Arc<Record>,
+    /// Who is near.
+    pub discovery: Arc<Wake>,
+    /// How well peers serve.
+    pub standing: Arc<Standing>,
+    /// In modes with WAN.
+    pub trackers: Option<Arc<Trackers>>,
+    /// To see whether it can be read.
+    pub store: Arc<Store>,
+    /// The networks.
+    pub interfaces: Arc<Interfaces>,
+    /// What does not change.
+    pub facts: Facts,
+}
+
+/// What does not change while the daemon runs.
+pub struct Facts {
+    name: String,
+    port: u16,
+    mode: Mode,
+    store_dir: String,
+    shares: String,
+    signs: bool,
+    trusted_keys: Vec<String>,
+}
+
+impl Facts {
+    /// As the user chose; `port` is the one that is served on.
+    pub fn new(config: &Config, port: u16) -> Facts {
+        Facts {
+            name: rustix::system::uname().nodename().to_string_lossy().into_owned(),
+            port,
+            mode: config.mode,
+            store_dir: config.store_dir.as_str().to_owned(),
+            shares: shares(config),
+            signs: config.private_key.is_some(),
+            trusted_keys: config.trusted_public_keys.iter().map(|key| key.name().to_owned()).collect(),
+        }
+    }
+}
+
+/// What is shared with whom, in a sentence or two.
+fn shares(config: &Config) -> String {
+    let named = if config.peers.is_empty() { "" } else { ", and with those that --peer names" };
+    let lan =
+        format!("Every valid path of {} is shared with the machines on its networks{named}", config.store_dir.as_str());
+    let name = if config.filter { " whose name no pattern keeps" } else { "" };
+    let proof = match (config.verify, config.filter) {
+        (true, true) => format!(", and that {} has too,", config.upstream_cache),
+        (true, false) => format!(" that {} has too", config.upstream_cache),
+        (false, true) => ",".into(),
+        (false, false) => String::new(),
+    };
+    let wan = format!("very path{name}{proof} is shared with anybody who asks");
+    match config.mode {
+        Mode::Lan => format!("{lan}. Nobody else gets anything."),
+        Mode::Wan => format!("E{wan}; neighbours are anybody."),
+        Mode::Both => format!("{lan}. E{wan} from elsewhere."),
+    }
+}
+
+/// What makes the clocks one: peers are heard by the one that never goes back, and people read the other.
+#[derive(Clone, Copy)]
+struct Now {
+    instant: Instant,
+    wall: SystemTime,
+}
+
+impl Now {
+    fn get() -> Now {
+        Now { instant: Instant::now(), wall: SystemTime::now() }
+    }
+
+    /// Seconds since 1970.
+    fn unix(&self) -> f64 {
+        unix(self.wall)
+    }
+
+    fn of(&self, instant: Instant) -> f64 {
+        let past = self.instant.saturating_duration_since(instant).as_secs_f64();
+        let future = instant.saturating_duration_since(self.instant).as_secs_f64();
+        round(self.unix() - past + future, 1e3)
+    }
+}
+
+/// Seconds since 1970, to the millisecond.
+fn unix(at: SystemTime) -> f64 {
+    round(at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs_f64(), 1e3)
+}
+
+/// Seconds, to the microsecond.
+fn seconds(duration: Duration) -> f64 {
+    round(duration.as_secs_f64(), 1e6)
+}
+
+fn round(number: f64, steps: f64) -> f64 {
+    (number * steps).round() / steps
+}
+
+impl Status {
+    /// Everything, now.
+    pub fn report(&self) -> Report {
+        let now = Now::get();
+        let (peers, peers_omitted, discovery_answers) = self.peers(now);
+        let (started, started_at) = self.record.started();
+        let problems = self.problems(discovery_answers);
+        Report {
+            version: VERSION,
+            time: now.unix(),
+            node: Node {
+                name: self.facts.name.clone(),
+                version: env!("CARGO_PKG_VERSION"),
+                mode: match self.facts.mode {
+                    Mode::Lan => "lan",
+                    Mode::Wan => "wan",
+                    Mode::Both => "both",
+                },
+                port: self.facts.port,
+                store_dir: self.facts.store_dir.clone(),
+                state_dir: self.record.kept_in().map(|dir| dir.display().to_string()),
+                peer_id: self.trackers.as_ref().map(|trackers| trackers.me().peer_id.clone()),
+                started: unix(started_at),
+                uptime_seconds: seconds(now.instant.saturating_duration_since(started)),
+                shares: self.facts.shares.clone(),
+                signs: self.facts.signs,
+                trusted_keys: self.facts.trusted_keys.clone(),
+            },
+            health: Health { ok: !problems.iter().any(|problem| problem.serious), problems },
+            networks: self.networks(),
+            trackers: self.tracker_states(),
+            peers,
+            peers_omitted,
+            lookups: self.record.lookups().into_iter().map(lookup).collect(),
+            transfers: self.record.transfers().iter().map(|running| transfer(running, now)).collect(),
+            totals: AllTotals {
+                start: totals(unix(started_at), self.record.totals()),
+                installation: self.record.totals_ever().map(|(since, ever)| totals(since as f64, ever)),
+            },
+            history: History { hour_seconds: HOUR, hours: self.record.hours() },
+        }
+    }
+
+    /// What is wrong, if anything is.
+    pub fn health(&self) -> Health {
+        let answers = self.discovery.neighbours(DISCOVERY_PATIENCE).is_some();
+        let problems = self.problems(answers);
+        Health { ok: !problems.iter().any(|problem| problem.serious), problems }
+    }
+
+    fn problems(&self, discovery_answers: bool) -> Vec<Problem> {
+        let mut problems = Vec::new();
+        let mut add = |code, text: String, serious| problems.push(Problem { code, text, serious });
+        let any = HashPart::parse(&[b'0'; HashPart::LEN]).expect("zeros are Nix32");
+        if let Err(e) = self.store.path_info(&any)
+            && !matches!(e, crate::store::StoreError::Row { .. })
+        {
+            add("store", e.to_string(), true);
+        }
+        if !discovery_answers {
+            let text = "the thread that asks and answers peers does not turn; restart peerix, and please report it with its log";
+            add("discovery", text.into(), true);
+        }
+        if self.facts.mode.has_lan() && self.networks().is_empty() {
+            let text =
+                "no interface that is up has a private address, so that there are no neighbours; see `ip address`";
+            add("network", text.into(), false);
+        }
+        let states = self.tracker_states();
+        if !states.is_empty() && states.iter().all(|tracker| tracker.reached == Some(false)) {
+            let text = "no tracker is reached, so that peers on other networks are not found; see the log for why";
+            add("trackers", text.into(), false);
+        }
+        if let Some(problem) = self.record.problem() {
+            add("counters", format!("counters {problem}"), false);
+        }
+        problems
+    }
+
+    fn networks(&self) -> Vec<OwnNetwork> {
+        let table = self.interfaces.current();
+        let private = table.iter().filter(|i| i.running && is_private(i.address));
+        let own = private
+            .map(|i| OwnNetwork { interface: i.name.clone(), address: format!("{}/{}", i.address, i.prefix_len) });
+        own.collect()
+    }
+
+    fn tracker_states(&self) -> Vec<TrackerState> {
+        let all = self.trackers.iter().flat_map(|trackers| trackers.all());
+        all.map(|tracker| TrackerState { url: tracker.url().to_owned(), reached: tracker.reached_if_known() }).collect()
+    }
+
+    /// The peers, how many more there are, and whether discovery answered.
+    fn peers(&self, now: Now) -> (Vec<Peer>, usize, bool) {
+        let mut rows: HashMap<Who, Peer> = HashMap::new();
+        let neighbours = self.discovery.neighbours(DISCOVERY_PATIENCE);
+        let answers = neighbours.is_some();
+        for neighbour in neighbours.unwrap_or_default() {
+            let mut http = neighbour.address;
+            http.set_port(neighbour.http_port.unwrap_or(http.port()));
+            let row = rows.entry(Who::server(Network::Lan, http)).or_insert_with(|| empty(http, Network::Lan));
+            if neighbour.named {
+                row.found_by = "flag";
+            }
+            row.last_heard = neighbour.heard.map(|heard| now.of(heard));
+            row.round_trip_seconds = neighbour.round_trip.map(seconds);
+        }
+        for seen in self.standing.all(now.instant) {
+            let network = if seen.is_far { Network::Wan } else { Network::Lan };
+            let row = rows.entry(Who::server(network, seen.address)).or_insert_with(|| empty(seen.address, network));
+            row.narinfo_seconds = seen.latency.map(seconds);
+            row.last_heard = row.last_heard.or(seen.answered.map(|at| now.of(at)));
+            row.failures = seen.faults;
+            let reason = seen.reason;
+            row.avoided = seen.avoided.map(|(until, wholly)| Avoided { until: now.of(until), wholly, reason });
+        }
+        for (who, counts) in self.record.traffic().0 {
+            // Strangers ask from whatever port; if one far peer alone has the address, it is that.
+            let mut far = rows.keys().filter(|known| known.network == who.network && known.ip == who.ip);
+            let who = match (far.next(), far.next()) {
+                (Some(known), None) if who.port == 0 => *known,
+                _ => who,
+            };
+            let row = rows.entry(who).or_insert_with(|| Peer {
+                found_by: if who.port == 0 { "request" } else { "tracker" },
+                address: if who.port == 0 { who.ip.to_string() } else { SocketAddr::new(who.ip, who.port).to_string() },
+                ..empty(SocketAddr::new(who.ip, who.port), who.network)
+            });
+            row.id = row.id.take().or_else(|| counts.id());
+            row.hits += counts.hits.load(Ordering::Relaxed);
+            row.nars += counts.nars.load(Ordering::Relaxed);
+            row.received_bytes += counts.received.load(Ordering::Relaxed);
+            row.sent_bytes += counts.sent.load(Ordering::Relaxed);
+            row.has_series |= counts.has_series();
+        }
+        let mut peers: Vec<(Who, Peer)> = rows.into_iter().collect();
+        let moved = |peer: &Peer| peer.received_bytes.saturating_add(peer.sent_bytes);
+        peers.sort_by_cached_key(|(who, peer)| (std::cmp::Reverse(moved(peer)), who.ip, who.port));
+        let omitted = peers.len().saturating_sub(MAX_PEERS);
+        peers.truncate(MAX_PEERS);
+        (peers.into_iter().map(|(_, peer)| peer).collect(), omitted, answers)
+    }
+}
+
+fn empty(address: SocketAddr, network: Network) -> Peer {
+    Peer {
+        address: address.to_string(),
+        network: network.as_str(),
+        found_by: if network == Network::Lan { "broadcast" } else { "tracker" },
+        id: None,
+        last_heard: None,
+        round_trip_seconds: None,
+        narinfo_seconds: None,
+        hits: 0,
+        nars: 0,
+        failures: 0,
+        received_bytes: 0,
+        sent_bytes: 0,
+        avoided: None,
+        has_series: false,
+    }
+}
+
+fn lookup(looked: record::Looked) -> Lookup {
+    let (hit, miss) = match looked.result {
+        Ok(hit) => (Some(hit), None),
+        Err(miss) => (None, Some(Reason { code: miss.code(), text: miss.to_string() })),
+    };
+    Lookup {
+        time: unix(looked.at),
+        hash_part: looked.hash_part.to_string(),
+        name: hit.as_ref().map(|hit| hit.name.to_string()),
+        hit: hit.is_some(),
+        peer: hit.as_ref().map(|hit| hit.peer.to_string()),
+        network: hit.as_ref().map(|hit| hit.network.as_str()),
+        seconds: seconds(looked.took),
+        miss,
+    }
+}
+
+fn transfer(running: &record::Running, now: Now) -> Transfer {
+    let peer = running.peer();
+    let took = now.instant.saturating_duration_since(running.began).as_secs_f64();
+    let bytes = running.bytes();
+    Transfer {
+        id: running.id,
+        direction: match running.direction {
+            record::Direction::In => "in",
+            record::Direction::Out => "out",
+        },
+        name: running.name.clone(),
+        peer: peer.map(|(_, address)| address.to_string()),
+        network: peer.map(|(network, _)| network.as_str()),
+        started: unix(running.at),
+        bytes,
+        size: running.size,
+        // Of less than a millisecond nothing can be said.
+        bytes_per_second: if took < 1e-3 { 0 } else { (bytes as f64 / took) as u64 },
+    }
+}
+
+fn totals(since: f64, totals: Totals) -> TotalsSince {
+    TotalsSince { since, totals, upstream_seconds: round(totals.received() as f64 / UPSTREAM_RATE, 1e3) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_shared_is_said_for_every_mode() {
+        let with = |mode, verify, filter| shares(&Config { mode, verify, filter, ..Config::default() });
+        assert_eq!(
+            with(Mode::Lan, true, true),
+            "Every valid path of /nix/store is shared with the machines on its networks. Nobody else gets anything."
+        );
+        assert_eq!(
+            with(Mode::Wan, true, true),
+            "Every path whose name no pattern keeps, and that https://cache.nixos.org has too, is shared with anybody \
+             who asks; neighbours are anybody."
+        );
+        assert!(with(Mode::Both, true, false).contains("Every path that https://cache.nixos.org has too is shared"));
+        assert!(with(Mode::Both, false, true).contains("Every path whose name no pattern keeps, is shared"));
+        assert!(with(Mode::Wan, false, false).starts_with("Every path is shared with anybody who asks"));
+        let named = Config { peers: vec![("a".into(), 1)], ..Config::default() };
+        assert!(shares(&named).contains("and with those that --peer names"));
+    }
+
+    #[test]
+    fn moments_are_told_by_the_clock_that_people_read() {
+        let instant = Instant::now();
+        let now = Now { instant, wall: SystemTime::UNIX_EPOCH + Duration::from_secs(1000) };
+        assert_eq!(now.of(instant + Duration::from_millis(1500)), 1001.5);
+        assert_eq!(now.of(instant), 1000.0);
+        assert_eq!(unix(SystemTime::UNIX_EPOCH - Duration::from_secs(5)), 0.0, "a clock that is wrong is no panic");
+    }
+}

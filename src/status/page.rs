@@ -1,0 +1,368 @@
+//! `/`: the report as one HTML file, which needs nothing else and says the same without its script.
+//!
+//! Each part that changes has an element with an ID; the script makes the same of `/status.json`. All text goes through
+//! [`escape`], wherever it comes from.
+
+use super::report::{Lookup, Peer, Report, TotalsSince, Transfer};
+use super::text::{bytes, escape, long, moment, percent, plural, short};
+use crate::record::{Count, HOUR, Hour};
+use data_encoding::BASE64;
+use ring::digest::{SHA256, digest};
+use std::collections::HashMap;
+use std::fmt::Write;
+use std::sync::OnceLock;
+
+const STYLE: &str = include_str!("page.css");
+const SCRIPT: &str = include_str!("page.js");
+
+/// Hours of the chart.
+const CHART_HOURS: u64 = 48;
+/// Its size in units: each hour is ten wide.
+const CHART_WIDTH: u64 = CHART_HOURS * 10;
+/// What came is drawn above the axis, and what went below it.
+const CHART_UP: f64 = 84.0;
+const CHART_DOWN: f64 = 36.0;
+
+/// A small dot, so that browsers do not ask for an icon.
+const ICON: &str = "data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 8 8'%3E%3Cg fill='%230b7a75'%3E%3Ccircle cx='2' cy='2' r='1.8'/%3E%3Ccircle cx='6' cy='6' r='1.8'/%3E%3Cpath d='M2 2l4 4' stroke='%230b7a75'/%3E%3C/g%3E%3C/svg%3E";
+
+/// The page, and what a browser has to keep to with it.
+pub struct Page {
+    /// The HTML.
+    pub html: String,
+    /// The value of `Content-Security-Policy`: this style, this script, and what this node says, and nothing else.
+    pub policy: &'static str,
+}
+
+/// Makes the page.
+pub fn page(report: &Report) -> Page {
+    static POLICY: OnceLock<String> = OnceLock::new();
+    let policy = POLICY.get_or_init(|| {
+        let hash = |text: &str| BASE64.encode(digest(&SHA256, text.as_bytes()).as_ref());
+        format!(
+            "default-src 'none'; style-src 'sha256-{}'; script-src 'sha256-{}'; connect-src 'self'; img-src data:; \
+             base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+            hash(STYLE),
+            hash(SCRIPT)
+        )
+    });
+    Page { html: html(report), policy }
+}
+
+fn html(r: &Report) -> String {
+    let name = escape(&r.node.name);
+    let now = r.time;
+    let (health, good) = health(r);
+    let since = r.totals.installation.as_ref().unwrap_or(&r.totals.start);
+    let mut h = String::with_capacity(64 * 1024);
+    let _ = write!(
+        h,
+        r##"<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<title>peerix on {name}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="referrer" content="no-referrer">
+<link rel="icon" href="{ICON}">
+<style>{STYLE}</style>
+</head>
+<body>
+<a class="skip" href="#main">Skip to the facts</a>
+<header>
+<h1>peerix <span>on {name}</span></h1>
+<p id="health" class="pill {good}" role="status">{health}</p>
+<p class="asof"><span>As of <span id="asof">{asof}</span></span><button id="pause" type="button" aria-pressed="false" hidden>Pause</button></p>
+</header>
+<main id="main">
+<ul id="problems" class="notes">{problems}</ul>
+<section class="tiles" aria-labelledby="h-tiles"><h2 id="h-tiles">Since {which}, <span id="since">{since_when}</span></h2>
+<div class="tile"><span>From peers</span><b id="t-received">{t_received}</b><span id="t-received-of">{t_received_of}</span></div>
+<div class="tile"><span>Paths found at peers</span><b id="t-found">{t_found}</b><span id="t-found-of">{t_found_of}</span></div>
+<div class="tile"><span>Downloads saved</span><b id="t-saved">{t_saved}</b><span>estimated, at 50 Mbit/s</span></div>
+<div class="tile"><span>To peers</span><b id="t-sent">{t_sent}</b><span id="t-sent-of">{t_sent_of}</span></div>
+</section>
+<section aria-labelledby="h-node"><h2 id="h-node">This node</h2>
+<p>{shares}</p>
+<div class="pair"><dl>
+<dt>Version</dt><dd>{version}</dd>
+<dt>Mode</dt><dd>{mode}, port {port}</dd>
+<dt>Running for</dt><dd id="uptime">{uptime}</dd>
+</dl><dl>
+<dt>Networks</dt><dd id="networks">{networks}</dd>
+<dt>Trackers</dt><dd id="trackers">{trackers}</dd>
+<dt>Signs</dt><dd>{signs}</dd>
+</dl></div>
+</section>
+<section aria-labelledby="h-transfers"><h2 id="h-transfers">Under way</h2><div id="transfers">{transfers}</div></section>
+<section aria-labelledby="h-peers"><h2 id="h-peers">Peers</h2>
+<p id="no-peers" class="none"{hide_no_peers}>No peer is known yet. Other machines that run peerix on the same network are found within seconds, if UDP and TCP port {port} are open on both.</p>
+<table class="cards" role="table" aria-labelledby="h-peers"{hide_peers} id="peers-table"><thead role="rowgroup"><tr role="row">{peer_heads}</tr></thead><tbody role="rowgroup" id="peers">{peers}</tbody></table>
+<p id="omitted" class="soft">{omitted}</p>
+</section>
+<section aria-labelledby="h-hours"><h2 id="h-hours">The last 48 hours</h2><figure id="hours">{hours}</figure></section>
+<section aria-labelledby="h-totals"><h2 id="h-totals">Totals</h2>
+<table aria-labelledby="h-totals"><thead><tr><th scope="col">What</th><th scope="col" class="n">Since the start</th><th scope="col" class="n">Since installation</th></tr></thead><tbody id="totals">{totals}</tbody></table>
+</section>
+<section aria-labelledby="h-lookups"><h2 id="h-lookups">Last lookups of this machine’s Nix</h2>
+<p id="no-lookups" class="none"{hide_no_lookups}>Nix has not asked yet. Is <code>http://127.0.0.1:{port}</code> among its substituters?</p>
+<div class="scroll" tabindex="0" role="region" aria-labelledby="h-lookups"{hide_lookups} id="lookups-table"><table class="cards" role="table" aria-labelledby="h-lookups"><thead role="rowgroup"><tr role="row">{lookup_heads}</tr></thead><tbody role="rowgroup" id="lookups">{lookups}</tbody></table></div>
+</section>
+</main>
+<footer><p>For programs: <a href="status.json">status.json</a>, <a href="metrics">metrics</a>, <a href="health">health</a>. <noscript>Without scripts this page stays as it is: reload it for later news.</noscript></p></footer>
+<script>{SCRIPT}</script>
+</body>
+</html>
+"##,
+        asof = moment(now, now),
+        problems = problems(r),
+        which = if r.totals.installation.is_some() { "installation" } else { "the start" },
+        since_when = moment(since.since, now),
+        t_received = bytes(since.totals.received()),
+        t_received_of = received_of(since),
+        t_found = percent(since.totals.get(Count::Hits), asked(since)),
+        t_found_of = format_args!("{} of {}", since.totals.get(Count::Hits), plural(asked(since), "lookup")),
+        t_saved = long(since.upstream_seconds),
+        t_sent = bytes(since.totals.sent()),
+        t_sent_of = plural(since.totals.get(Count::SentNars), "NAR"),
+        shares = escape(&r.node.shares),
+        version = r.node.version,
+        mode = r.node.mode,
+        port = r.node.port,
+        uptime = long(r.node.uptime_seconds),
+        networks = networks(r),
+        trackers = trackers(r),
+        signs = if r.node.signs { "what it serves of the own store" } else { "nothing" },
+        transfers = transfers(&r.transfers),
+        hide_no_peers = hidden(!r.peers.is_empty()),
+        hide_peers = hidden(r.peers.is_empty()),
+        peer_heads = heads(&["Peer", "Found by", "Heard", "Round trip", "Gave", "From it", "To it", "Avoided"], 5..7),
+        peers = r.peers.iter().map(|peer| self::peer(peer, now)).collect::<String>(),
+        omitted = omitted(r.peers_omitted),
+        hours = hours(&r.history.hours, now),
+        totals = totals(r),
+        hide_no_lookups = hidden(!r.lookups.is_empty()),
+        hide_lookups = hidden(r.lookups.is_empty()),
+        lookup_heads = heads(&["Path", "At", "Result", "Took"], 3..4),
+        lookups = r.lookups.iter().map(|lookup| self::lookup(lookup, now)).collect::<String>(),
+    );
+    h
+}
+
+fn hidden(yes: bool) -> &'static str {
+    if yes { " hidden" } else { "" }
+}
+
+fn heads(names: &[&str], numbers: std::ops::Range<usize>) -> String {
+    let head = |(at, name): (usize, &&str)| {
+        let class = if numbers.contains(&at) { " class=\"n\"" } else { "" };
+        format!("<th role=\"columnheader\" scope=\"col\"{class}>{name}</th>")
+    };
+    names.iter().enumerate().map(head).collect()
+}
+
+/// A cell of a table whose rows become cards on small screens; `html` is HTML.
+fn cell(name: &str, class: &str, html: &str) -> String {
+    let (html, empty) = if html.is_empty() { ("–", " none") } else { (html, "") };
+    format!("<td role=\"cell\" data-is=\"{name}\" class=\"{class}{empty}\">{html}</td>")
+}
+
+fn health(r: &Report) -> (&'static str, &'static str) {
+    match (r.health.ok, r.health.problems.is_empty()) {
+        (true, true) => ("working", "good"),
+        (true, false) => ("working, but see below", "good"),
+        (false, _) => ("not working", "bad"),
+    }
+}
+
+fn problems(r: &Report) -> String {
+    let item = |problem: &super::report::Problem| {
+        format!("<li class=\"{}\">{}</li>", if problem.serious { "bad" } else { "" }, escape(&problem.text))
+    };
+    r.health.problems.iter().map(item).collect()
+}
+
+fn asked(since: &TotalsSince) -> u64 {
+    since.totals.get(Count::Hits).saturating_add(since.totals.get(Count::Misses))
+}
+
+fn received_of(since: &TotalsSince) -> String {
+    let of = |count| bytes(since.totals.get(count));
+    format!("LAN {} · WAN {}", of(Count::ReceivedLan), of(Count::ReceivedWan))
+}
+
+fn networks(r: &Report) -> String {
+    let all: Vec<_> = r.networks.iter().map(|n| format!("{} {}", escape(&n.interface), escape(&n.address))).collect();
+    if all.is_empty() { "none".into() } else { all.join("<br>") }
+}
+
+fn trackers(r: &Report) -> String {
+    let state = |reached| match reached {
+        Some(true) => "reached",
+        Some(false) => "not reached",
+        None => "asked",
+    };
+    let all: Vec<_> = r.trackers.iter().map(|t| format!("{}, {}", escape(&t.url), state(t.reached))).collect();
+    if all.is_empty() { "none".into() } else { all.join("<br>") }
+}
+
+fn omitted(count: usize) -> String {
+    if count == 0 { String::new() } else { format!("And {count} more.") }
+}
+
+fn transfers(all: &[Transfer]) -> String {
+    if all.is_empty() {
+        return "<p class=\"none\">Nothing is being transferred.</p>".into();
+    }
+    let one = |t: &Transfer| {
+        let name = escape(&t.name);
+        let peer = t.peer.as_deref().map_or("a peer".into(), escape);
+        let way = if t.direction == "in" { "from" } else { "to" };
+        format!(
+            "<div class=\"run\"><p><span>{name}</span><span class=\"soft\">{way} {peer}</span></p>\
+             <progress class=\"{}\" max=\"{}\" value=\"{}\" aria-label=\"{name}, {way} {peer}\"></progress>\
+             <p class=\"soft\"><span>{} of {}</span><span>{}/s</span></p></div>",
+            t.direction,
+            t.size.max(1),
+            t.bytes,
+            bytes(t.bytes),
+            bytes(t.size),
+            bytes(t.bytes_per_second)
+        )
+    };
+    all.iter().map(one).collect()
+}
+
+/// How a peer was found, for people.
+fn found_by(word: &str) -> &'static str {
+    match word {
+        "broadcast" => "broadcast",
+        "flag" => "--peer",
+        "tracker" => "tracker",
+        _ => "its request",
+    }
+}
+
+fn tag(network: &str) -> String {
+    format!("<span class=\"tag {network}\">{}</span>", network.to_uppercase())
+}
+
+fn peer(p: &Peer, now: f64) -> String {
+    let id = p.id.as_deref().map(|id| format!("<code>{}</code>", escape(id))).unwrap_or_default();
+    let heard = p.last_heard.map(|at| format!("{} ago", long(now - at))).unwrap_or_default();
+    let round_trip = p.round_trip_seconds.or(p.narinfo_seconds).map(short).unwrap_or_default();
+    let failures = if p.failures == 0 { String::new() } else { format!(", {}", plural(p.failures, "failure")) };
+    let avoided = p.avoided.as_ref().map(|a| {
+        let last = if a.wholly { "" } else { ", unless nobody else has a path" };
+        format!("<span class=\"bad\">until {}{last}:</span> {}", moment(a.until, now), escape(&a.reason))
+    });
+    [
+        "<tr role=\"row\">".into(),
+        cell("Peer", "", &format!("{} {}{id}", escape(&p.address), tag(p.network))),
+        cell("Found by", "", found_by(p.found_by)),
+        cell("Heard", "", &heard),
+        cell("Round trip", "", &round_trip),
+        cell("Gave", "", &format!("{}, {}{failures}", plural(p.hits, "hit"), plural(p.nars, "NAR"))),
+        cell("From it", "n", &bytes(p.received_bytes)),
+        cell("To it", "n", &bytes(p.sent_bytes)),
+        cell("Avoided", "", &avoided.unwrap_or_default()),
+        "</tr>".into(),
+    ]
+    .concat()
+}
+
+fn lookup(l: &Lookup, now: f64) -> String {
+    let result = match (&l.peer, &l.miss) {
+        (Some(peer), _) => {
+            format!("<span class=\"good\">found</span> at {} {}", escape(peer), tag(l.network.unwrap_or_default()))
+        }
+        (None, Some(miss)) => format!("<span class=\"bad\">not found</span>: {}", escape(&miss.text)),
+        (None, None) => String::new(),
+    };
+    let name = l.name.as_deref().map(escape).unwrap_or_default();
+    [
+        "<tr role=\"row\">".into(),
+        cell("Path", "", &format!("{name}<code>{}</code>", escape(&l.hash_part))),
+        cell("At", "", &moment(l.time, now)),
+        cell("Result", "", &result),
+        cell("Took", "n", &short(l.seconds)),
+        "</tr>".into(),
+    ]
+    .concat()
+}
+
+fn totals(r: &Report) -> String {
+    let columns = [Some(&r.totals.start), r.totals.installation.as_ref()];
+    let row = |what: &str, value: &dyn Fn(&TotalsSince) -> String| {
+        let cells = columns.map(|since| format!("<td class=\"n\">{}</td>", since.map_or("–".into(), value)));
+        format!("<tr><th scope=\"row\">{what}</th>{}</tr>", cells.concat())
+    };
+    let count = |count: Count| move |since: &TotalsSince| since.totals.get(count).to_string();
+    let size = |count: Count| move |since: &TotalsSince| bytes(since.totals.get(count));
+    [
+        row("Received from LAN", &size(Count::ReceivedLan)),
+        row("Received from WAN", &size(Count::ReceivedWan)),
+        row("Whole NARs received", &count(Count::ReceivedNars)),
+        row("NARs that no peer could deliver", &count(Count::FailedNars)),
+        row("The same from upstream would have taken about", &|since| long(since.upstream_seconds)),
+        row("Sent to LAN", &size(Count::SentLan)),
+        row("Sent to WAN", &size(Count::SentWan)),
+        row("NARs sent", &count(Count::SentNars)),
+        row("Paths found", &count(Count::Hits)),
+        row("Paths not found", &count(Count::Misses)),
+    ]
+    .concat()
+}
+
+/// The chart: a group for each hour in which something was moved, and the same as a table.
+fn hours(hours: &[Hour], now: f64) -> String {
+    let last = now.max(0.0) as u64 / HOUR;
+    let first = last.saturating_sub(CHART_HOURS - 1);
+    let by_hour: HashMap<u64, &Hour> = hours.iter().map(|hour| (hour.start / HOUR, hour)).collect();
+    let shown: Vec<(u64, &Hour)> =
+        (0..CHART_HOURS).filter_map(|at| by_hour.get(&(first + at)).map(|hour| (at, *hour))).collect();
+    let most = |bytes: fn(&Hour) -> u64| shown.iter().map(|(_, hour)| bytes(hour)).max().unwrap_or_default();
+    let (up, down) = (most(|hour| hour.totals.received()), most(|hour| hour.totals.sent()));
+    // One scale for both, as large as both have room for.
+    let scale = (CHART_UP / up.max(1) as f64).min(CHART_DOWN / down.max(1) as f64);
+    let height = |bytes: u64| if bytes == 0 { 0.0 } else { (bytes as f64 * scale).max(1.0) };
+    let mut bars = String::new();
+    let mut rows = String::new();
+    for (at, hour) in &shown {
+        let (lan, wan) = (hour.totals.get(Count::ReceivedLan), hour.totals.get(Count::ReceivedWan));
+        let sent = hour.totals.sent();
+        let x = at * 10 + 1;
+        let mut y = CHART_UP;
+        for (class, bytes) in [("lan", lan), ("wan", wan)] {
+            let tall = height(bytes);
+            y -= tall;
+            let _ = write!(bars, "<rect class=\"{class}\" x=\"{x}\" y=\"{y:.1}\" width=\"8\" height=\"{tall:.1}\"/>");
+        }
+        let tall = height(sent);
+        let _ = write!(bars, "<rect class=\"sent\" x=\"{x}\" y=\"{CHART_UP}\" width=\"8\" height=\"{tall:.1}\"/>");
+        let hits = hour.totals.get(Count::Hits);
+        let lookups = hits.saturating_add(hour.totals.get(Count::Misses));
+        let cells = [bytes(lan), bytes(wan), bytes(sent), format!("{hits} of {lookups}")];
+        let cells: String = cells.iter().map(|cell| format!("<td class=\"n\">{cell}</td>")).collect();
+        let _ = write!(rows, "<tr><th scope=\"row\">{}</th>{cells}</tr>", moment(hour.start as f64, now));
+    }
+    let tall = CHART_UP + CHART_DOWN;
+    let label = format!("Most in an hour: {} from peers, {} to peers.", bytes(up), bytes(down));
+    let table = if rows.is_empty() {
+        "<p class=\"none\">Nothing happened in these hours.</p>".into()
+    } else {
+        format!(
+            "<details><summary>The same as a table</summary><table><thead><tr><th scope=\"col\">From</th>\
+             <th scope=\"col\" class=\"n\">LAN</th><th scope=\"col\" class=\"n\">WAN</th>\
+             <th scope=\"col\" class=\"n\">Sent</th><th scope=\"col\" class=\"n\">Found</th></tr></thead>\
+             <tbody>{rows}</tbody></table></details>"
+        )
+    };
+    format!(
+        "<figcaption><span class=\"lan\"><i></i>from LAN</span><span class=\"wan\"><i></i>from WAN</span>\
+         <span class=\"sent\"><i></i>to peers</span><span class=\"soft\">{label}</span></figcaption>\
+         <svg viewBox=\"0 0 {CHART_WIDTH} {tall}\" preserveAspectRatio=\"none\" role=\"img\" aria-label=\"{label}\">{bars}\
+         <line class=\"axis\" x1=\"0\" x2=\"{CHART_WIDTH}\" y1=\"{CHART_UP}\" y2=\"{CHART_UP}\"/></svg>\
+         <div class=\"ends\"><span>48 h ago</span><span>24 h ago</span><span>now</span></div>{table}"
+    )
+}

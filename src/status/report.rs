@@ -1,0 +1,184 @@
+//! The shape of `/status.json`. docs/status.md describes it; a field that changes its meaning makes another version.
+
+use crate::record::Totals;
+use serde::Serialize;
+
+/// Of the shape.
+pub const VERSION: u32 = 1;
+
+/// Everything, at one moment. Moments are seconds since 1970, durations seconds, sizes bytes.
+#[derive(Debug, Serialize)]
+pub struct Report {
+    /// [`VERSION`].
+    pub version: u32,
+    /// The moment.
+    pub time: f64,
+    /// This node.
+    pub node: Node,
+    /// Whether it is well.
+    pub health: Health,
+    /// Where neighbours are looked for.
+    pub networks: Vec<OwnNetwork>,
+    /// Those that are told of this node.
+    pub trackers: Vec<TrackerState>,
+    /// Those that gave and took most first.
+    pub peers: Vec<Peer>,
+    /// How many there are beside them.
+    pub peers_omitted: usize,
+    /// The latest first.
+    pub lookups: Vec<Lookup>,
+    /// The oldest first.
+    pub transfers: Vec<Transfer>,
+    /// What it all came to.
+    pub totals: AllTotals,
+    /// And when.
+    pub history: History,
+}
+
+/// This node.
+#[derive(Debug, Serialize)]
+#[expect(missing_docs, reason = "docs/status.md has them")]
+pub struct Node {
+    pub name: String,
+    pub version: &'static str,
+    pub mode: &'static str,
+    pub port: u16,
+    pub store_dir: String,
+    pub state_dir: Option<String>,
+    pub peer_id: Option<String>,
+    pub started: f64,
+    pub uptime_seconds: f64,
+    pub shares: String,
+    pub signs: bool,
+    pub trusted_keys: Vec<String>,
+}
+
+/// Whether the node is well.
+#[derive(Debug, Serialize)]
+pub struct Health {
+    /// Whether no problem is serious.
+    pub ok: bool,
+    /// What a person should know.
+    pub problems: Vec<Problem>,
+}
+
+/// Something that is not as it should be.
+#[derive(Debug, Serialize)]
+pub struct Problem {
+    /// For programs.
+    pub code: &'static str,
+    /// With the remedy.
+    pub text: String,
+    /// Whether the node is of no use like that.
+    pub serious: bool,
+}
+
+/// A network of this machine.
+#[derive(Debug, Serialize)]
+#[expect(missing_docs, reason = "docs/status.md has them")]
+pub struct OwnNetwork {
+    pub interface: String,
+    pub address: String,
+}
+
+/// A tracker.
+#[derive(Debug, Serialize)]
+#[expect(missing_docs, reason = "docs/status.md has them")]
+pub struct TrackerState {
+    pub url: String,
+    pub reached: Option<bool>,
+}
+
+/// A peer.
+#[derive(Debug, Serialize)]
+#[expect(missing_docs, reason = "docs/status.md has them")]
+pub struct Peer {
+    pub address: String,
+    pub network: &'static str,
+    pub found_by: &'static str,
+    pub id: Option<String>,
+    pub last_heard: Option<f64>,
+    pub round_trip_seconds: Option<f64>,
+    pub narinfo_seconds: Option<f64>,
+    pub hits: u64,
+    pub nars: u64,
+    pub failures: u64,
+    pub received_bytes: u64,
+    pub sent_bytes: u64,
+    pub avoided: Option<Avoided>,
+    /// Whether metrics name it.
+    #[serde(skip)]
+    pub has_series: bool,
+}
+
+/// That a peer is avoided.
+#[derive(Debug, Serialize)]
+#[expect(missing_docs, reason = "docs/status.md has them")]
+pub struct Avoided {
+    pub until: f64,
+    pub wholly: bool,
+    pub reason: String,
+}
+
+/// A lookup.
+#[derive(Debug, Serialize)]
+#[expect(missing_docs, reason = "docs/status.md has them")]
+pub struct Lookup {
+    pub time: f64,
+    pub hash_part: String,
+    pub name: Option<String>,
+    pub hit: bool,
+    pub peer: Option<String>,
+    pub network: Option<&'static str>,
+    pub seconds: f64,
+    pub miss: Option<Reason>,
+}
+
+/// Why a lookup found nothing.
+#[derive(Debug, Serialize)]
+#[expect(missing_docs, reason = "docs/status.md has them")]
+pub struct Reason {
+    pub code: &'static str,
+    pub text: String,
+}
+
+/// A NAR under way.
+#[derive(Debug, Serialize)]
+#[expect(missing_docs, reason = "docs/status.md has them")]
+pub struct Transfer {
+    pub id: u64,
+    pub direction: &'static str,
+    pub name: String,
+    pub peer: Option<String>,
+    pub network: Option<&'static str>,
+    pub started: f64,
+    pub bytes: u64,
+    pub size: u64,
+    pub bytes_per_second: u64,
+}
+
+/// Since the start, and since the first one.
+#[derive(Debug, Serialize)]
+#[expect(missing_docs, reason = "docs/status.md has them")]
+pub struct AllTotals {
+    pub start: TotalsSince,
+    pub installation: Option<TotalsSince>,
+}
+
+/// What it came to since some moment.
+#[derive(Debug, Serialize)]
+#[expect(missing_docs, reason = "docs/status.md has them")]
+pub struct TotalsSince {
+    pub since: f64,
+    #[serde(flatten)]
+    pub totals: Totals,
+    pub upstream_seconds: f64,
+}
+
+/// Hour by hour.
+#[derive(Debug, Serialize)]
+#[expect(missing_docs, reason = "docs/status.md has them")]
+pub struct History {
+    pub hour_seconds: u64,
+    pub hours: Vec<crate::record::Hour>,
+}
