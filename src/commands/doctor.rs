@@ -110,7 +110,8 @@ fn database(report: &mut Report, config: &Config) {
             let remedy = match &e {
                 StoreError::Unreadable { .. } => readable(&config.db),
                 StoreError::Asleep { .. } => "systemctl enable --now nix-daemon.socket".into(),
-                _ => String::new(),
+                StoreError::Missing { .. } => "install Nix, or name the place by --db FILE".into(),
+                _ => "nix-store --verify".into(),
             };
             report.fail("database", e.to_string(), remedy);
         }
@@ -348,6 +349,11 @@ fn memory(report: &mut Report, node: &Node, settings: &Settings) {
     let misses: Vec<_> = urls.iter().flat_map(|url| nix::misses(settings, url, None)).take(SAMPLES).collect();
     let found = probe::at_once(&misses, |miss| {
         let part = HashPart::parse(miss.hash_part.as_bytes()).ok()?;
+        // What has been built here since is asked for nowhere.
+        let here = get(&format!("http://127.0.0.1:{}/local/{part}.narinfo", node.config.port));
+        if here.is_ok_and(|answer| answer.status == 200) {
+            return None;
+        }
         let mut infos = probe::offers(node, &part).into_iter().filter_map(|offer| Some(offer.narinfo.ok()?.info));
         infos.find(|info| settings.trusts(info, &node.config.store_dir).is_ok())
     });
