@@ -189,7 +189,7 @@ fn a_thousand_requests_at_once_are_answered_in_order() {
             _ => format!("/nothing/{number}"),
         };
         let part = number % dump.len();
-        all += &format!("GET {route} HTTP/1.1\r\nHost: x\r\nRange: bytes={part}-\r\n\r\n");
+        all += &format!("GET {route} HTTP/1.1\r\nHost: 127.0.0.1\r\nRange: bytes={part}-\r\n\r\n");
     }
     std::thread::scope(|scope| {
         let mut writer = scene.connect();
@@ -217,7 +217,7 @@ fn a_thousand_requests_at_once_are_answered_in_order() {
 
 /// Begins to read a NAR and reads no further.
 fn begin(stream: &mut TcpStream, route: &str) -> io::Result<u16> {
-    write!(stream, "GET {route} HTTP/1.1\r\nHost: x\r\n\r\n")?;
+    write!(stream, "GET {route} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")?;
     let mut start = [0; 16];
     stream.read_exact(&mut start)?;
     Ok(String::from_utf8_lossy(&start[9..12]).parse().unwrap())
@@ -307,7 +307,7 @@ fn long_answers_never_delay_short_ones() {
 
     // This machine's Nix is never told 503: it waits for its turn.
     let mut own = connect(&scene.server, loopback());
-    write!(own, "GET {route} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").unwrap();
+    write!(own, "GET {route} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n").unwrap();
     own.set_read_timeout(Some(Duration::from_millis(500))).unwrap();
     let early = own.read(&mut [0]).map_err(|e| e.kind());
     assert!(matches!(early, Err(io::ErrorKind::WouldBlock)), "answered before its turn: {early:?}");
@@ -338,7 +338,7 @@ fn a_thousand_idle_connections() {
     // They have all been used, so that each had its thread and its buffers.
     let idle = many(&scene.server, loopback(), 1000);
     for stream in &idle {
-        (&*stream).write_all(b"GET /nix-cache-info HTTP/1.1\r\nHost: x\r\n\r\n").unwrap();
+        (&*stream).write_all(b"GET /nix-cache-info HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n").unwrap();
     }
     for stream in &idle {
         stream.set_read_timeout(Some(SOON)).unwrap();
@@ -385,7 +385,8 @@ fn connections_opened_at_once() {
         let mut streams = many(from, to, 25);
         for _ in 0..20 {
             for stream in &mut streams {
-                write!(stream, "GET {} HTTP/1.1\r\nHost: x\r\n\r\n", stock::narinfo_route(&scene.path)).unwrap();
+                write!(stream, "GET {} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n", stock::narinfo_route(&scene.path))
+                    .unwrap();
             }
             for stream in &streams {
                 let mut connection = Connection::new(stream.try_clone().unwrap()).unwrap();
@@ -486,7 +487,7 @@ fn no_descriptors_left() {
         // All at work: nobody can be let in, and those who are in may find that no file can be opened.
         let mut streams = many(&server, loopback(), 100);
         for stream in &mut streams {
-            let _ = write!(stream, "GET {route} HTTP/1.1\r\nHost: x\r\n\r\n");
+            let _ = write!(stream, "GET {route} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n");
         }
         let socket = neighbour.udp(0);
         // Datagrams need no descriptor: but an answer may have to wait for the database.

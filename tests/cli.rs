@@ -158,7 +158,7 @@ fn an_identity_that_cannot_be_had() {
 }
 
 fn begin(stream: &mut TcpStream, route: &str) {
-    write!(stream, "GET {route} HTTP/1.1\r\nHost: peer\r\n\r\n").unwrap();
+    write!(stream, "GET {route} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n").unwrap();
     stream.set_read_timeout(Some(SOON)).unwrap();
     let mut piece = [0; 100_000];
     stream.read_exact(&mut piece).unwrap();

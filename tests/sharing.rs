@@ -380,7 +380,7 @@ fn four_questions_at_once_and_equal_ones_are_one() {
     let ask = |(at, path): (usize, &&String)| {
         let route = scene.routes(path).swap_remove(if at < 32 { 2 } else { 0 });
         let mut connection = Connection::new(scene.stranger.connect(scene.node()).unwrap()).unwrap();
-        connection.send(format!("GET {route} HTTP/1.1\r\nHost: x\r\n\r\n").as_bytes()).unwrap();
+        connection.send(format!("GET {route} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n").as_bytes()).unwrap();
         connection
     };
     // As many as may wait, and three that ask themselves.

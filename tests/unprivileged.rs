@@ -157,7 +157,7 @@ fn begin(scene: &Scene, path: &str) -> (TcpStream, usize) {
         stock::line(&stock::narinfo(&scene.neighbour, &scene.server, path).text(), "NarSize").parse().unwrap();
     let mut stream = scene.neighbour.connect((scene.server.address, PORT)).unwrap();
     stream.set_read_timeout(Some(SOON)).unwrap();
-    write!(stream, "GET {route} HTTP/1.1\r\nHost: peer\r\nConnection: close\r\n\r\n").unwrap();
+    write!(stream, "GET {route} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n").unwrap();
     let mut begun = vec![0; 1 << 20];
     stream.read_exact(&mut begun).unwrap();
     assert!(begun.starts_with(b"HTTP/1.1 200 "));

@@ -157,7 +157,7 @@ pub fn stream(host: &Host, to: impl Into<SocketAddr>, route: &str, times: u32, s
     let mut bytes = 0;
     let mut waste = vec![0; 256 << 10];
     for _ in 0..times {
-        write!(connection.get_mut(), "GET {route} HTTP/1.1\r\nHost: peer\r\n\r\n").expect("a server");
+        write!(connection.get_mut(), "GET {route} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n").expect("a server");
         let mut left = head(&mut connection, route);
         bytes += left;
         while left > 0 {

@@ -53,13 +53,14 @@ impl Connection {
 
     /// Any method, with further header lines, each ending in CR LF.
     pub fn ask(&mut self, method: &str, path: &str, headers: &str) -> io::Result<Answer> {
-        self.send(format!("{method} {path} HTTP/1.1\r\nHost: peer\r\n{headers}\r\n").as_bytes())?;
+        self.send(format!("{method} {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n{headers}\r\n").as_bytes())?;
         self.answer(method != "HEAD")
     }
 
     /// A request with a body, and its answer. Further header lines each end in CR LF.
     pub fn tell(&mut self, method: &str, path: &str, headers: &str, body: &[u8]) -> io::Result<Answer> {
-        let head = format!("{method} {path} HTTP/1.1\r\nHost: peer\r\nContent-Length: {}\r\n{headers}\r\n", body.len());
+        let head =
+            format!("{method} {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {}\r\n{headers}\r\n", body.len());
         self.send(&[head.as_bytes(), body].concat())?;
         self.answer(true)
     }

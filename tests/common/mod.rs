@@ -6,6 +6,7 @@
 //! * [`Wan`], [`Nat`]: several such networks, joined by a router or behind one.
 //! * [`fault`]: what networks and machines do: loss, delay, slow links, pulled cables, silence, busy processors.
 //! * [`Holder`] and [`Asker`]: hosts that have everything, and hosts that want it.
+//! * [`Browser`]: a real Chromium on a host.
 //! * [`World`]: real store paths made by real Nix, kept between runs.
 //! * [`Daemon`]: a running peerix. [`Tracker`]: a running tracker. [`nix`]: Nix as a client.
 //! * [`solo`]: a tracker on loopback, without any of that.
@@ -19,6 +20,7 @@
 // Each test program uses a part of this.
 #![allow(dead_code, unused_imports)]
 
+pub mod browser;
 pub mod daemon;
 pub mod fault;
 pub mod http;
@@ -36,6 +38,7 @@ pub mod tree;
 pub mod wan;
 pub mod world;
 
+pub use browser::Browser;
 pub use daemon::Daemon;
 pub use lan::{Host, Lan};
 pub use process::Process;
