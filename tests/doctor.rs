@@ -264,7 +264,11 @@ fn firewalls() {
     }
     // There.
     for (rule, what, words) in [
-        ("-i eth0 -p udp --dport 12304", "udp", &["10.77.0.1:12304", "UDP is blocked there", "on 10.77.0.1: iptables"][..]),
+        (
+            "-i eth0 -p udp --dport 12304",
+            "udp",
+            &["10.77.0.1:12304", "UDP is blocked there", "on 10.77.0.1: iptables"][..],
+        ),
         ("-i eth0 -p tcp --dport 12304", "tcp", &["10.77.0.1:12304", "TCP is blocked there", "on 10.77.0.1: iptables"]),
         ("-i eth0", "udp", &["was heard", "neither", "on 10.77.0.1: iptables"]),
     ] {

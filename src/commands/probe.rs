@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 /// A query is sent so often: any datagram may get lost.
 const SENDINGS: u32 = 3;
 /// And waited for so long each time; answers to earlier ones still count.
-const WAIT: Duration = Duration::from_millis(250);
+const WAIT: Duration = Duration::from_millis(200);
 
 /// Nodes of other networks that are asked; a lookup's candidates are 72.
 const MAX_FAR: usize = 72;
@@ -215,7 +215,9 @@ impl Offer {
 pub fn offers(node: &Node, hash_part: &HashPart) -> Vec<Offer> {
     let mut holders = Vec::new();
     if node.config.mode.has_lan() {
-        let heard = ask(hash_part, node.config.port, &known(node), true).unwrap_or_default();
+        // The daemon knows them all; if it knows nobody, there may be somebody.
+        let known = known(node);
+        let heard = ask(hash_part, node.config.port, &known, known.is_empty()).unwrap_or_default();
         holders.extend(heard.into_iter().filter_map(|heard| Some((String::new(), heard.holder?))));
     }
     let url_path = format!("local/{hash_part}.narinfo");
