@@ -60,6 +60,7 @@ bench: ## measures peerix side by side with nginx, and prints a table
 	$(CARGO) bench --locked $(RUNNER) --bench peers
 	$(CARGO) bench --locked $(RUNNER) --bench wan
 	$(CARGO) bench --locked $(RUNNER) --bench tracker
+	$(CARGO) bench --locked $(RUNNER) --bench record
 else
 demo demo-wan test check bench:
 	@scripts/in-debian $@

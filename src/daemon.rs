@@ -83,6 +83,14 @@ enum Wakeup {
 /// # Errors
 /// What kept it from starting, or which thread died.
 pub fn run(config: Config) -> Result<(), Fatal> {
+    run_with(config, Record::new())
+}
+
+/// The same with that record, which the benchmark of what recording costs leaves off.
+///
+/// # Errors
+/// As [`run`].
+pub fn run_with(config: Config, record: Record) -> Result<(), Fatal> {
     service::allow_descriptors(DESCRIPTORS);
     let now = Instant::now();
     let key = config.private_key.as_deref().map(read_key).transpose()?;
@@ -120,7 +128,7 @@ pub fn run(config: Config) -> Result<(), Fatal> {
     let client = Arc::new(Client::new(config.store_dir.clone()));
     let standing = Arc::new(Standing::default());
     let trusted = config.trusted_public_keys.clone();
-    let record = Arc::new(Record::new());
+    let record = Arc::new(record);
     let counters = keep_counters(&config, &record).map_err(|e| Fatal::from(("counters", e)))?;
     let facts = Facts::new(&config, port);
     let strangers = match config.mode.has_wan() {

@@ -2,11 +2,18 @@
 
 mod common;
 
-use common::http::{self, Reply};
+use common::http::{self, Connection, Reply, Server};
+use common::lan::Run;
+use common::packet::Packet;
 use common::scene::Places;
 use common::standin::{StandIn, have};
-use common::{Asker, Browser, Holder, Host, PORT, directory, nix, tracker, wait_for};
+use common::{
+    Asker, Browser, Daemon, Holder, Host, Lan, PORT, World, daemon, directory, nix, tracker, wait_for, world,
+};
 use serde_json::Value;
+use std::io::Write;
+use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// What a peer would like to be called.
 const HOSTILE: &str = "<img src=x onerror=\"document.title='taken over'\">";
@@ -40,31 +47,42 @@ fn the_page_tells_what_happens_and_the_same_without_scripts() {
     let places = Places::new();
     let (lan, world, tracker) = (&places.home, &places.world, &places.tracker);
     let holder = Holder::new(lan, world, "holder");
-    // A peer on another network, with a name of its choice.
-    let hostile = Holder::with(&places.away, world, "hostile", |host| {
-        world.sign(host);
-        let mut flags = tracker::open(host, "wan", &[&tracker.host]);
-        flags.extend(["--peer-id".into(), HOSTILE.into()]);
-        flags
-    });
-    // And a neighbour whose narinfos are of the same kind.
+    // A peer on another network.
+    let office = places.holder("office");
+    // A neighbour who lies.
     let liar = lan.host("liar");
     let narinfo = format!("StorePath: /nix/store/{LIE}-{HOSTILE}\nURL: {HOSTILE}\nCompression: none\n");
-    let liar = StandIn::start(&liar, have(|hash_part| hash_part == LIE), move |_| {
-        Reply::Whole(200, narinfo.clone().into_bytes())
-    });
+    let says = |datagram: &[u8]| match Packet::read(datagram)? {
+        Packet::Query { hash_part, .. } if hash_part == LIE => have(|_| true)(datagram),
+        Packet::Query { id, .. } => Some(Packet::HaveNot { id }.write()),
+        _ => None,
+    };
+    let liar = StandIn::start(&liar, says, move |_| Reply::Whole(200, narinfo.clone().into_bytes()));
     let asker = Asker::flagged(lan, "", &[&world.cache_key], |host| tracker::flags(host, "both", &[&tracker.host]));
-    wait_for("the hostile peer is at the tracker", || tracker.lists(HOSTILE).then_some(()));
-    asker.meet(&[&holder, &hostile]);
+    wait_for("the far peer is at the tracker", || tracker.lists("office").then_some(()));
+    asker.meet(&[&holder, &office]);
 
     let mut browser = Browser::start(&asker.host, &[]);
     browser.look(1280, "light");
     browser.open(&page());
     let near = format!("{}:{PORT}", holder.host.address);
-    let far = format!("{}:{PORT}", hostile.host.address);
-    let peers = browser.wait_until_shown("peers", &[&near, &far, HOSTILE]);
+    let far = format!("{}:{PORT}", office.host.address);
+    let peers = browser.wait_until_shown("peers", &[&near, &far, "office"]);
     assert!(peers.contains("broadcast") && peers.contains("tracker"), "{peers}");
     assert!(browser.shown("health").starts_with("working"));
+
+    // All of a large closure, so that there is something to see.
+    let closure = asker.fetches(world, world.path("closure300"));
+    nix::realise_quietly(&asker.host, &[&office.mark]);
+    browser.wait_until_shown("peers", &["300 NARs", "1 NAR\t"]);
+    // A neighbour takes some of it.
+    for path in &closure[..100] {
+        let to = (asker.host.address, PORT);
+        let narinfo =
+            http::get(&holder.host, to, &format!("/local/{}.narinfo", world::hash_part(path))).unwrap().text();
+        let url = narinfo.lines().find_map(|line| line.strip_prefix("URL: ")).unwrap();
+        assert!(http::get(&holder.host, to, &format!("/{url}")).unwrap().whole);
+    }
 
     // A miss and a lie appear without a reload.
     assert_eq!(http::get_local(&asker.host, &format!("/{ABSENT}.narinfo")).unwrap().status, 404);
@@ -88,13 +106,14 @@ fn the_page_tells_what_happens_and_the_same_without_scripts() {
     }
     assert_eq!(status(&asker.host)["transfers"][0]["direction"], "in");
     assert_eq!(status(&holder.host)["transfers"][0]["direction"], "out");
+    browser.look(880, "light");
+    browser.picture(&directory().join("page/readme.png"), Some(820));
     for (width, scheme) in [(360, "light"), (360, "dark"), (1280, "dark"), (1280, "light")] {
         browser.look(width, scheme);
         browser.picture(&directory().join(format!("page/status-{width}-{scheme}.png")), None);
         let wide = browser.value("document.documentElement.scrollWidth").as_u64().unwrap();
         assert!(wide <= width.into(), "{wide} of {width} pixels are used");
     }
-    browser.picture(&directory().join("page/readme.png"), Some(1000));
     asker.host.quick();
     nix::assert_quiet(&realising.wait_with_output().unwrap());
 
@@ -104,7 +123,20 @@ fn the_page_tells_what_happens_and_the_same_without_scripts() {
     browser.wait_until_shown("transfers", &["Nothing is being transferred"]);
     let totals = &status(&asker.host)["totals"];
     assert!(totals["start"]["received_lan_bytes"].as_u64().unwrap() > 64 << 20, "{totals}");
+    assert!(totals["start"]["received_wan_bytes"].as_u64().unwrap() > 0, "{totals}");
+    assert_eq!(totals["start"]["sent_nars"], 100, "{totals}");
     assert_eq!(totals["installation"]["received_lan_bytes"], totals["start"]["received_lan_bytes"]);
+
+    // Another peer, with a name of its choice, and a hit there.
+    let hostile = Holder::with(&places.away, world, "hostile", |host| {
+        world.sign(host);
+        let mut flags = tracker::open(host, "wan", &[&tracker.host]);
+        flags.extend(["--peer-id".into(), HOSTILE.into()]);
+        flags
+    });
+    wait_for("the hostile peer is at the tracker", || tracker.lists(HOSTILE).then_some(()));
+    asker.meet(&[&hostile]);
+    browser.wait_until_shown("peers", &[HOSTILE]);
 
     // Nobody who named themselves oddly has become an element, and nothing was asked of anybody else.
     let title = browser.text("document.title");
@@ -135,22 +167,154 @@ fn the_page_tells_what_happens_and_the_same_without_scripts() {
     assert_eq!(nameless, Value::Array(vec![]));
 
     // Without scripts it tells the same.
-    let after = |browser: &mut Browser| {
-        wait_for("the script's clock", || {
-            let asof = browser.shown("asof");
-            (!asof.contains("UTC")).then_some(())
-        })
-    };
-    after(&mut browser);
+    wait_for("the script's clock", || (!browser.shown("asof").contains("UTC")).then_some(()));
     let scripted = browser.text(TEXT);
     browser.allow_scripts(false);
     browser.open(&page());
     assert!(browser.shown("asof").contains("UTC"), "a script ran");
     let still = browser.text(TEXT);
-    assert_eq!(scripted, still);
+    let differs = scripted.split(' ').zip(still.split(' ')).find(|(one, other)| one != other);
+    assert_eq!((differs, scripted.len()), (None, still.len()));
     for text in [&near, &far, HOSTILE, "middle", ABSENT, LIE] {
         assert!(still.contains(text), "{text} is not in {still}");
     }
     assert_eq!(browser.value("document.images.length"), 0);
     browser.allow_scripts(true);
+}
+
+/// All that a node tells of itself.
+const ROUTES: [&str; 4] = ["/", "/status.json", "/metrics", "/health"];
+
+#[test]
+fn nobody_else_is_told_and_no_page_of_another_name() {
+    let lan = Lan::new();
+    let (node, neighbour) = (lan.host("node"), lan.host("neighbour"));
+    nix::configure_client(&node, "", &[]);
+    node.write("/etc/hosts", "127.0.0.1 localhost\n127.0.0.1 cache.lan # by the operator\n10.77.0.9 other.lan\n");
+    let daemon = Daemon::start(&node, &["--bind", "0.0.0.0", "--bind", "[::]"]);
+    let mark = daemon::mark(&node);
+
+    // Another machine, and this one by its address on the network.
+    for route in ROUTES {
+        assert_eq!(http::get(&neighbour, (node.address, PORT), route).unwrap().status, 403, "{route}");
+        assert_eq!(http::get(&node, (node.address, PORT), route).unwrap().status, 403, "{route}");
+        assert_eq!(http::get_local(&node, route).unwrap().status, 200, "{route}");
+    }
+
+    let narinfo = format!("/store/{}.narinfo", world::hash_part(&mark));
+    let lookup = format!("/{}.narinfo", world::hash_part(&mark));
+    let ask = |host: &str, route: &str, fields: &str| {
+        let mut connection = Connection::new(node.connect_local().unwrap()).unwrap();
+        connection.send(format!("GET {route} HTTP/1.1\r\nHost: {host}\r\n{fields}\r\n").as_bytes()).unwrap();
+        connection.answer(true).unwrap().status
+    };
+    for host in ["127.0.0.1:12304", "127.0.0.1", "localhost:12304", "localhost", "[::1]:12304", "cache.lan:12304"] {
+        ROUTES.iter().chain([&&*narinfo]).for_each(|route| assert_eq!(ask(host, route, ""), 200, "{host} {route}"));
+    }
+    for host in ["evil.example:12304", "evil.example", "other.lan:12304", "127.0.0.1.evil.example"] {
+        for route in ROUTES.iter().chain([&&*narinfo, &&*lookup]) {
+            assert_eq!(ask(host, route, ""), 403, "{host} {route}");
+        }
+        // What tells nothing stays open: Nix takes a cache without it for broken, and a 403 for a path that is not there.
+        assert_eq!(ask(host, "/nix-cache-info", ""), 200);
+    }
+    assert_eq!(ask("127.0.0.1:12304", &narinfo, "Sec-Fetch-Site: cross-site\r\nSec-Fetch-Mode: no-cors\r\n"), 403);
+    assert!(daemon.log().contains("evil.example"), "nobody is told why");
+    // Real Nix, by each name that may be in nix.conf.
+    for host in ["127.0.0.1", "localhost", "[::1]", "cache.lan"] {
+        let url = format!("http://{host}:{PORT}/store");
+        let path = node.cmd("nix").args(["path-info", "--store", &url, &mark]).okay();
+        assert_eq!(path.trim(), mark, "{host}");
+    }
+
+    // A page whose name was given this machine's address after it was loaded, and one that stays where it is.
+    let rules = format!("--host-resolver-rules=MAP evil.example 127.0.0.1, MAP wicked.example {}", neighbour.address);
+    let mut browser = Browser::start(&node, &[&rules]);
+    browser.open(&format!("http://evil.example:{PORT}/status.json"));
+    let said = browser.text("document.body.innerText");
+    assert!(said.contains("not under this name") && !said.contains("uptime"), "{said}");
+    let wicked = Server::start(neighbour.listen(80), |_| Reply::Whole(200, b"<!doctype html>".to_vec()));
+    browser.open("http://wicked.example/");
+    for url in [page(), format!("http://localhost:{PORT}/status.json"), format!("http://evil.example:{PORT}/metrics")] {
+        let read = format!("fetch({url:?}).then(answer => answer.text(), () => 'refused')");
+        assert_eq!(browser.text(&read), "refused", "{url}");
+    }
+    let framed = "new Promise(done => { const frame = document.createElement('iframe'); frame.onload = () =>
+        done(String(frame.contentDocument === null)); frame.src = URL_; document.body.append(frame); })";
+    assert_eq!(browser.text(&framed.replace("URL_", &format!("{:?}", page()))), "true");
+    browser.open(&page());
+    assert!(browser.shown("health").starts_with("working"));
+    drop(wicked);
+}
+
+#[test]
+fn metrics_are_what_prometheus_expects_under_load() {
+    let lan = Lan::new();
+    let world = World::on(&lan);
+    let holder = Holder::new(&lan, &world, "holder");
+    let asker = Asker::new(&lan, &world, &[&holder]);
+    let done = AtomicBool::new(false);
+    let checked = std::thread::scope(|scope| {
+        let scraping = scope.spawn(|| {
+            let mut texts = Vec::new();
+            while !done.load(Ordering::Relaxed) {
+                let answer = http::get_local(&asker.host, "/metrics").unwrap();
+                assert_eq!(answer.header("content-type"), Some("text/plain; version=0.0.4; charset=utf-8"));
+                texts.push(answer.text());
+            }
+            texts
+        });
+        asker.fetches(&world, world.path("closure300"));
+        done.store(true, Ordering::Relaxed);
+        scraping.join().unwrap()
+    });
+    let last = http::get_local(&asker.host, "/metrics").unwrap().text();
+    for text in
+        [&checked[0], &checked[checked.len() / 2], &last, &http::get_local(&holder.host, "/metrics").unwrap().text()]
+    {
+        let mut promtool = Command::new("promtool");
+        let mut promtool =
+            promtool.args(["check", "metrics"]).stdin(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        promtool.stdin.take().unwrap().write_all(text.as_bytes()).unwrap();
+        let output = promtool.wait_with_output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success() && said.is_empty(), "{said}\n{text}");
+    }
+    let number = |text: &str, series: &str| -> f64 {
+        let line =
+            text.lines().find_map(|line| line.strip_prefix(series)).unwrap_or_else(|| panic!("{series}: {text}"));
+        line.trim().parse().unwrap()
+    };
+    // Nothing that is counted ever goes down.
+    for pair in checked.windows(2) {
+        for series in ["peerix_lookup_seconds_count{result=\"hit\"}", "peerix_received_bytes_total{network=\"lan\"}"] {
+            assert!(number(&pair[0], series) <= number(&pair[1], series));
+        }
+    }
+    assert!(number(&last, "peerix_lookup_seconds_count{result=\"hit\"}") >= 300.0);
+    assert!(number(&last, "peerix_received_nars_total") >= 300.0);
+    assert!(number(&last, "peerix_first_byte_seconds_count{network=\"lan\"}") >= 300.0);
+    let peer = format!("peerix_peer_received_bytes_total{{peer=\"{}\",network=\"lan\"}}", holder.host.address);
+    assert_eq!(number(&last, &peer), number(&last, "peerix_received_bytes_total{network=\"lan\"}"));
+    assert_eq!(number(&last, "peerix_healthy"), 1.0);
+}
+
+#[test]
+fn health_says_what_is_wrong() {
+    let lan = Lan::new();
+    let host = lan.host("node");
+    nix::configure_client(&host, "", &[]);
+    let _daemon = Daemon::start(&host, &[]);
+    let health = || http::get_local(&host, "/health").unwrap();
+    assert_eq!((health().status, health().text().as_str()), (200, "ok\n"));
+    // Nix's database is gone, as on a disk that was not mounted again.
+    host.sh("mv /nix/var/nix/db /nix/var/nix/away");
+    wait_for("health notices", || (health().status == 503).then_some(()));
+    let said = health().text();
+    assert!(said.starts_with("store: ") && said.contains("/nix/var/nix/db/db.sqlite"), "{said}");
+    assert_eq!(status(&host)["health"]["ok"], false);
+    // Nix is not told, nor does any build fail for it.
+    assert_eq!(http::get_local(&host, &format!("/store/{ABSENT}.narinfo")).unwrap().status, 404);
+    host.sh("mv /nix/var/nix/away /nix/var/nix/db");
+    wait_for("health notices", || (health().status == 200).then_some(()));
 }

@@ -14,15 +14,16 @@
   const say = (id, text) => { if ($(id).textContent !== text) $(id).textContent = text; };
   const put = (id, ...children) => $(id).replaceChildren(...children);
 
+  const fixed = (number, digits) => (Math.round(number * 10 ** digits) / 10 ** digits).toFixed(digits);
   const bytes = count => {
     if (count < 1024) return count + ' B';
     let number = count / 1024, unit = 0;
     while (number >= 999.5 && unit < 4) { number /= 1024; unit++; }
-    return number.toFixed(number < 99.95 ? 1 : 0) + ' ' + ['KiB', 'MiB', 'GiB', 'TiB', 'PiB'][unit];
+    return fixed(number, number < 99.95 ? 1 : 0) + ' ' + ['KiB', 'MiB', 'GiB', 'TiB', 'PiB'][unit];
   };
   const short = seconds => {
     const millis = seconds * 1e3;
-    return millis < 9.995 ? millis.toFixed(2) + ' ms' : millis < 999.5 ? millis.toFixed(0) + ' ms' : seconds.toFixed(1) + ' s';
+    return millis < 9.995 ? fixed(millis, 2) + ' ms' : millis < 999.5 ? fixed(millis, 0) + ' ms' : fixed(seconds, 1) + ' s';
   };
   const long = seconds => {
     seconds = Math.floor(Math.max(0, seconds));
@@ -31,7 +32,7 @@
     if (!hours) return minutes + ' min';
     return days ? `${days} d ${hours % 24} h` : `${hours} h ${minutes % 60} min`;
   };
-  const percent = (part, whole) => whole ? (part * 100 / whole).toFixed(0) + ' %' : '–';
+  const percent = (part, whole) => whole ? fixed(part * 100 / whole, 0) + ' %' : '–';
   const plural = (count, one) => `${count} ${one}${count === 1 ? '' : 's'}`;
   // The reader's own clock, where the page without a script has UTC.
   const moment = (unix, now) => {

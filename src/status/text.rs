@@ -23,6 +23,12 @@ pub(super) fn line(text: &str) -> String {
     text.replace(|c: char| c.is_control(), " ")
 }
 
+/// A number with so many digits after the point; what is in the middle is rounded up, as the script does.
+fn fixed(number: f64, digits: usize) -> String {
+    let steps = [1.0, 10.0, 100.0][digits];
+    format!("{:.digits$}", (number * steps).round() / steps)
+}
+
 /// `512 B`, `1.5 KiB`, `120 MiB`.
 pub(super) fn bytes(count: u64) -> String {
     if count < 1024 {
@@ -34,18 +40,18 @@ pub(super) fn bytes(count: u64) -> String {
         unit += 1;
     }
     let unit = ["KiB", "MiB", "GiB", "TiB", "PiB"][unit];
-    if number < 99.95 { format!("{number:.1} {unit}") } else { format!("{number:.0} {unit}") }
+    format!("{} {unit}", fixed(number, usize::from(number < 99.95)))
 }
 
 /// `0.25 ms`, `12 ms`, `1.5 s`: for what should be short.
 pub(super) fn short(seconds: f64) -> String {
     let millis = seconds * 1e3;
     if millis < 9.995 {
-        format!("{millis:.2} ms")
+        format!("{} ms", fixed(millis, 2))
     } else if millis < 999.5 {
-        format!("{millis:.0} ms")
+        format!("{} ms", fixed(millis, 0))
     } else {
-        format!("{seconds:.1} s")
+        format!("{} s", fixed(seconds, 1))
     }
 }
 
@@ -63,7 +69,7 @@ pub(super) fn long(seconds: f64) -> String {
 
 /// `75 %`, or a dash of nothing.
 pub(super) fn percent(part: u64, whole: u64) -> String {
-    if whole == 0 { "–".into() } else { format!("{:.0} %", part as f64 * 100.0 / whole as f64) }
+    if whole == 0 { "–".into() } else { format!("{} %", fixed(part as f64 * 100.0 / whole as f64, 0)) }
 }
 
 /// `1 peer`, `2 peers`.
@@ -120,7 +126,7 @@ mod tests {
         ] {
             assert_eq!(bytes(count), text);
         }
-        assert_eq!([0.00025, 0.012, 0.9996, 1.54].map(short), ["0.25 ms", "12 ms", "1.0 s", "1.5 s"]);
+        assert_eq!([0.002125, 0.012, 0.9996, 1.54].map(short), ["2.13 ms", "12 ms", "1.0 s", "1.5 s"]);
         let all = [-1.0, 59.9, 60.0, 3600.0 * 3.2, 86400.0 * 4.3].map(long);
         assert_eq!(all, ["0 s", "59 s", "1 min", "3 h 12 min", "4 d 7 h"]);
         assert_eq!((percent(3, 4), percent(0, 0)), ("75 %".into(), "–".into()));

@@ -221,16 +221,15 @@ impl Browser {
 
 impl Drop for Browser {
     fn drop(&mut self) {
-        // `nsenter` and the shell have become the browser; those it started end with it.
-        let _ = self.process.kill();
-        let _ = self.process.wait();
-        // Its children may still write there for a moment.
-        let gone = || fs::remove_dir_all(&self.profile).is_ok().then_some(());
-        for _ in 0..100 {
-            if gone().is_some() {
-                break;
-            }
+        // Asked to, it ends those that it started and lets go of its files; `nsenter` and the shell have become it.
+        let close = json!({ "id": 0, "method": "Browser.close" }).to_string();
+        let asked = self.to.write_all(&[close.as_bytes(), b"\0"].concat());
+        let until = Instant::now() + Duration::from_secs(5);
+        while asked.is_ok() && matches!(self.process.try_wait(), Ok(None)) && Instant::now() < until {
             std::thread::sleep(Duration::from_millis(5));
         }
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+        let _ = fs::remove_dir_all(&self.profile);
     }
 }

@@ -1,0 +1,168 @@
+//! The fourth part of `make bench`: what it costs to keep a record for the status page. The same program, once with the
+//! record and once without, answers its own Nix in turns.
+//!
+//! Narinfos of peers, one at a time on one connection: found, and not found; and of the own store, where there is least else
+//! to do. What telling the record takes by itself. And the memory, idle and after all of that.
+//!
+//! `--rounds N` (300). Asserts that answers are right, and nothing about time.
+
+#[path = "../tests/common/mod.rs"]
+mod common;
+#[path = "peers/table.rs"]
+#[allow(dead_code)]
+mod table;
+
+use common::daemon::mark;
+use common::http::Connection;
+use common::process::Logged;
+use common::{Host, Lan, World, directory, nix, wait_for, world};
+use peerix::cli::{self, Command};
+use peerix::nix::StorePath;
+use peerix::record::{Miss, Network, Record};
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+use table::{Series, Table};
+
+/// Requests in a row to one of the two, before it is the other's turn.
+const IN_A_ROW: usize = 50;
+/// Times that the record is told of something.
+const TELLINGS: u32 = 1_000_000;
+
+/// This program as the daemon: `--serve on`, `--serve off`, and then a daemon's flags.
+fn serve(mode: &str) -> ! {
+    let flags = std::env::args_os().skip(3);
+    let Ok(Command::Run(config)) = cli::parse(flags, |_| None) else { panic!("a daemon's flags") };
+    let record = if mode == "on" { Record::new() } else { Record::off() };
+    peerix::daemon::run_with(*config, record).expect("it serves");
+    std::process::exit(0)
+}
+
+struct Contender {
+    daemon: Logged,
+    host: Host,
+    connection: Connection,
+}
+
+impl Contender {
+    fn start(lan: &Lan, program: &Path, mode: &str) -> Contender {
+        let host = lan.host(mode);
+        nix::configure_client(&host, "", &[]);
+        let mut command = host.cmd(&program.display().to_string());
+        command.args(["--serve", mode]);
+        let mut daemon = Logged::start(mode, command);
+        let stream = daemon.wait_until("it answers", || host.connect_local().ok());
+        Contender { daemon, host, connection: Connection::new(stream).expect("a connection") }
+    }
+
+    fn status_of(&mut self, route: &str) -> u16 {
+        self.connection.get(route).expect("an answer").status
+    }
+
+    /// Microseconds for each of these, all answered so.
+    fn asks(&mut self, routes: &[String], status: u16) -> f64 {
+        let began = Instant::now();
+        for at in 0..IN_A_ROW {
+            assert_eq!(self.status_of(&routes[at % routes.len()]), status);
+        }
+        began.elapsed().as_secs_f64() * 1e6 / IN_A_ROW as f64
+    }
+
+    /// Memory of its own, in MiB.
+    fn memory(&self) -> f64 {
+        let file = format!("/proc/{}/status", self.daemon.process.pid());
+        let text = std::fs::read_to_string(file).expect("it runs");
+        let line = text.lines().find_map(|line| line.strip_prefix("RssAnon:")).expect("its memory");
+        line.trim().trim_end_matches(" kB").parse::<f64>().expect("a number") / 1024.0
+    }
+}
+
+fn both(contenders: &[Contender; 2], of: fn(&Contender) -> f64) -> [Series; 2] {
+    contenders.each_ref().map(|contender| {
+        let mut series = Series::default();
+        series.push(of(contender));
+        series
+    })
+}
+
+fn main() {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let rounds = match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        ["--serve", mode, ..] => serve(mode),
+        ["--rounds", rounds, ..] => rounds.parse().expect("--rounds N"),
+        _ => 300,
+    };
+    let program: PathBuf = directory().join("record-bench");
+    std::fs::copy(std::env::current_exe().expect("this program"), &program).expect("a copy that hosts can see");
+    let mut table = Table::new();
+    let (other, goal) = ("without the record", "ratio ≤ 1.03");
+    telling(&mut table);
+
+    let route = |number: usize| format!("/{number:032}.narinfo");
+    let absent: Vec<String> = (0..200).map(route).collect();
+    let lan = Lan::new();
+    let world = World::on(&lan);
+    let holder = common::Holder::new(&lan, &world, "holder");
+    let mut contenders = ["on", "off"].map(|mode| Contender::start(&lan, &program, mode));
+    let [own, its] = both(&contenders, Contender::memory);
+    table.beside("memory of its own when idle, MiB", &own, other, &its, "1 MiB more at most");
+    let found: Vec<String> = nix::closure(&holder.host, &[world.path("closure300")])
+        .iter()
+        .map(|path| format!("/{}.narinfo", world::hash_part(path)))
+        .collect();
+    for contender in &mut contenders {
+        let of_holder = format!("/{}.narinfo", world::hash_part(&holder.mark));
+        wait_for("the holder is known", || (contender.status_of(&of_holder) == 200).then_some(()));
+        contender.asks(&found, 200);
+    }
+    let [own, its] = turns(&mut contenders, rounds, &found, 200);
+    table.beside("a narinfo of a neighbour, µs", &own, other, &its, goal);
+    let [own, its] = turns(&mut contenders, rounds, &absent, 404);
+    table.beside("a narinfo that no neighbour has, µs", &own, other, &its, goal);
+    let marks = contenders.each_ref().map(|contender| mark(&contender.host));
+    let mut series = [Series::default(), Series::default()];
+    for _ in 0..rounds {
+        for (at, contender) in contenders.iter_mut().enumerate() {
+            series[at].push(contender.asks(&[format!("/local/{}.narinfo", world::hash_part(&marks[at]))], 200));
+        }
+    }
+    table.beside("a narinfo of the own store, µs", &series[0], other, &series[1], goal);
+    let [own, its] = both(&contenders, Contender::memory);
+    table.beside("memory of its own after that, MiB", &own, other, &its, "1 MiB more at most");
+    let results = Path::new(env!("CARGO_MANIFEST_DIR")).join("bench/results");
+    std::fs::create_dir_all(&results).expect("a directory for results");
+    std::fs::write(results.join("record.md"), table.text()).expect("the table is written");
+}
+
+/// What is told to the record with a lookup, by itself.
+fn telling(table: &mut Table) {
+    let record = Record::new();
+    let path = StorePath::parse("7h7qgvs4kgzsn8a6rb273saxyqh4jxlz-hello-2.12.1").expect("a store path");
+    let (hash_part, peer) = (path.hash_part(), SocketAddr::from(([10, 0, 0, 1], 12304)));
+    let took = Duration::from_micros(200);
+    let nanos = |tell: &dyn Fn()| {
+        let mut series = Series::default();
+        for _ in 0..5 {
+            let began = Instant::now();
+            (0..TELLINGS).for_each(|_| tell());
+            series.push(began.elapsed().as_secs_f64() * 1e9 / f64::from(TELLINGS));
+        }
+        series
+    };
+    let hit = nanos(&|| record.hit(&path, Network::Lan, peer, None, took));
+    table.alone("telling the record of a hit, ns", &hit, "");
+    let miss = nanos(&|| record.missed(&hash_part, Miss::Nobody { asked: 2 }, took));
+    table.alone("telling the record of a miss, ns", &miss, "");
+}
+
+/// The two, turn by turn.
+fn turns(contenders: &mut [Contender; 2], rounds: usize, routes: &[String], status: u16) -> [Series; 2] {
+    let mut series = [Series::default(), Series::default()];
+    for round in 0..rounds {
+        // Who is first has the warmer processor.
+        for at in [round % 2, 1 - round % 2] {
+            series[at].push(contenders[at].asks(routes, status));
+        }
+    }
+    series
+}

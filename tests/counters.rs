@@ -1,0 +1,146 @@
+//! What a node counts survives it, and whatever is wrong with where it is kept is told, and costs nothing else.
+
+mod common;
+
+use common::{Daemon, Host, Lan, http, nix, wait_for};
+use serde_json::Value;
+use std::fs;
+
+const STATE: &str = "/var/lib/peerix";
+
+/// A machine without peers, whose every lookup is a miss.
+fn host(lan: &Lan) -> Host {
+    let host = lan.host("node");
+    nix::configure_client(&host, "", &[]);
+    host
+}
+
+fn start(host: &Host) -> Daemon {
+    Daemon::start(host, &["--state-dir", STATE])
+}
+
+fn miss(host: &Host, times: u64) {
+    for number in 0..times {
+        let answer = http::get_local(host, &format!("/{number:032}.narinfo")).unwrap();
+        assert_eq!(answer.status, 404);
+    }
+}
+
+fn status(host: &Host) -> Value {
+    let answer = http::get_local(host, "/status.json").unwrap();
+    assert_eq!(answer.status, 200);
+    serde_json::from_slice(&answer.body).unwrap()
+}
+
+/// Misses since the start, and since installation.
+fn misses(host: &Host) -> (u64, Option<u64>) {
+    let totals = status(host)["totals"].take();
+    (totals["start"]["misses"].as_u64().unwrap(), totals["installation"]["misses"].as_u64())
+}
+
+/// What the node says is wrong with its counters.
+fn problem(host: &Host) -> Option<String> {
+    let problems = status(host)["health"]["problems"].take();
+    let counters = problems.as_array().unwrap().iter().find(|problem| problem["code"] == "counters")?;
+    assert_eq!(counters["serious"], false);
+    Some(counters["text"].as_str().unwrap().to_owned())
+}
+
+/// The misses in the file, once there is one.
+fn kept(host: &Host) -> u64 {
+    let text = wait_for("the counters are written", || fs::read(host.path(&format!("{STATE}/counters"))).ok());
+    serde_json::from_slice::<Value>(&text).unwrap()["totals"]["misses"].as_u64().unwrap()
+}
+
+#[test]
+fn counters_survive_stops_and_kills() {
+    let lan = Lan::new();
+    let host = host(&lan);
+    let mut daemon = start(&host);
+    assert_eq!((kept(&host), misses(&host)), (0, (0, Some(0))));
+    miss(&host, 7);
+    assert!(daemon.stop().success());
+    assert_eq!(kept(&host), 7);
+    let since = |host: &Host| status(host)["totals"]["installation"]["since"].as_f64().unwrap();
+
+    let mut daemon = start(&host);
+    assert_eq!(misses(&host), (0, Some(7)));
+    let first = since(&host);
+    miss(&host, 5);
+    let hours = status(&host)["history"]["hours"].take();
+    assert_eq!(hours.as_array().unwrap().iter().map(|hour| hour["misses"].as_u64().unwrap()).sum::<u64>(), 12);
+    // What was counted in the last minute is lost, and no more.
+    daemon.kill();
+    let mut daemon = start(&host);
+    assert_eq!((misses(&host), problem(&host)), ((0, Some(7)), None));
+    assert_eq!(since(&host), first);
+
+    // Killed over and over, at whatever moment: the file is whole each time, and nothing is left beside it for long.
+    for _ in 0..20 {
+        daemon.kill();
+        daemon = start(&host);
+        assert_eq!((misses(&host).1, problem(&host)), (Some(7), None));
+    }
+    assert!(daemon.stop().success());
+    let left: Vec<_> = fs::read_dir(host.path(STATE)).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert_eq!(left, ["counters"]);
+}
+
+#[test]
+fn a_damaged_file_is_told_and_costs_nothing_else() {
+    let lan = Lan::new();
+    let host = host(&lan);
+    host.write(&format!("{STATE}/counters"), "{\"version\":1,\"since\":1,\"tot");
+    host.write(&format!("{STATE}/identity"), "is another's");
+    let mut daemon = start(&host);
+    let told = problem(&host).unwrap();
+    assert!(told.contains("damaged") && told.contains("counters.damaged"), "{told}");
+    assert!(daemon.log().contains("warn: counters /var/lib/peerix/counters: damaged"), "{}", daemon.log());
+    assert!(http::get_local(&host, "/").unwrap().text().contains("counters.damaged"));
+    assert_eq!(http::get_local(&host, "/health").unwrap().status, 200);
+    miss(&host, 3);
+    assert!(daemon.stop().success());
+    assert_eq!(kept(&host), 3);
+    let read = |name: &str| fs::read_to_string(host.path(&format!("{STATE}/{name}"))).unwrap();
+    assert_eq!((read("counters.damaged").len(), read("identity").as_str()), (27, "is another's"));
+    let _daemon = start(&host);
+    assert_eq!((misses(&host), problem(&host)), ((0, Some(3)), None));
+}
+
+#[test]
+fn without_a_place_for_them_all_else_works() {
+    let lan = Lan::new();
+    let host = host(&lan);
+    // None at all.
+    let mut daemon = Daemon::start(&host, &[]);
+    miss(&host, 2);
+    assert_eq!((misses(&host), problem(&host)), ((2, None), None));
+    assert!(http::get_local(&host, "/").unwrap().text().contains("Since the start"));
+    assert!(daemon.stop().success());
+
+    // A full disk, with what was counted before it was.
+    host.sh(&format!("mkdir -p {STATE}; mount -t tmpfs -o size=16k none {STATE}"));
+    let mut daemon = start(&host);
+    miss(&host, 4);
+    assert!(daemon.stop().success());
+    let fill = format!("cat /dev/zero > {STATE}/large 2>/dev/null || true");
+    host.sh(&fill);
+    let mut daemon = start(&host);
+    miss(&host, 2);
+    let told = wait_for("a full disk is told", || problem(&host));
+    assert!(told.contains("No space left on device") && told.contains(STATE), "{told}");
+    assert_eq!(misses(&host), (2, Some(6)));
+    assert!(daemon.stop().success());
+    assert_eq!(kept(&host), 4, "the old file is as it was");
+    host.sh(&format!("umount {STATE}"));
+
+    // Somebody else's directory.
+    host.sh(&format!("chmod 755 {STATE}; chown 0:0 {STATE}; ls -ld {STATE}"));
+    let mut daemon = Daemon::start_as(&host, 1000, &["--state-dir", STATE]);
+    miss(&host, 2);
+    let told = wait_for("it is told that nothing is kept", || problem(&host));
+    assert!(told.contains("Permission denied"), "{told}");
+    assert_eq!(misses(&host), (2, Some(2)));
+    assert_eq!(daemon.log().matches("warn: counters").count(), 1, "{}", daemon.log());
+    assert!(daemon.stop().success());
+}
