@@ -203,14 +203,25 @@ fn nix_is_not_told() {
     nix::configure(&pair.b, "substitute = false\n");
     doctor(&pair.b, &[]).is("substituter", &["substitute is off"]);
 
+    // Told, but not nix-daemon, which has read its nix.conf.
+    let nix_daemon = pair.b.spawn_sh("exec nix-daemon");
+    wait_for("nix-daemon listens", || pair.b.path("/nix/var/nix/daemon-socket/socket").exists().then_some(()));
+    pair.configure();
+    doctor(&pair.b, &[]).is_well();
+    pair.b.sh("touch -d '5 minutes' /etc/nix/nix.conf");
+    doctor(&pair.b, &[]).is("nix-daemon", &["5 min", "systemctl restart nix-daemon"]);
+    drop(nix_daemon);
+    doctor(&pair.b, &[]).is_well();
+    pair.configure();
+
     // Not trusted: of what a peer offered, and of what peerix was told.
     nix::configure_client(&pair.b, "", &[&pair.keys[1]]);
     let path = build(&pair.a, "signed");
     assert!(!nix::realise(&pair.b, &[&path]).status.success());
-    let remedy =
-        doctor(&pair.b, &[]).is("keys", &[&path, "signed by a-1", "extra-trusted-public-keys = a-1:", "10.77.0.1"]);
+    let remedy = doctor(&pair.b, &[])
+        .is("keys", &[&path, "signed by a-1", "extra-trusted-public-keys = a-1:KEY", "KEY that 10.77.0.1 prints"]);
     let public = pair.keys[0].split_once(':').unwrap().1;
-    mend(&pair.b, &remedy.replace("<the public key>", public));
+    mend(&pair.b, &remedy.replace("KEY", public));
     doctor(&pair.b, &[]).is_well();
     nix::realise_quietly(&pair.b, &[&path]);
     nix::configure_client(&pair.b, "", &[&pair.keys[1]]);

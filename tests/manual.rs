@@ -103,10 +103,11 @@ fn contrib(name: &str) -> PathBuf {
 /// Compares with the file, or writes it.
 fn is(name: &str, text: &str) {
     let file = contrib(name);
-    if std::env::var_os("PEERIX_WRITE").is_some() {
+    let mut there = fs::read_to_string(&file).unwrap_or_default();
+    if there != text && std::env::var_os("PEERIX_WRITE").is_some() {
         fs::write(&file, text).unwrap();
+        text.clone_into(&mut there);
     }
-    let there = fs::read_to_string(&file).unwrap_or_default();
     assert!(there == text, "contrib/{name} is not what --help says: PEERIX_WRITE=1 cargo test --test manual");
 }
 

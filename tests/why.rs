@@ -171,6 +171,7 @@ fn on_the_lan() {
     ] {
         assert!(shown.contains(words), "no {words} in\n{shown}");
     }
+    assert!(!shown.contains('\u{fffd}'), "{shown}");
     let json: Value = serde_json::from_slice(&peerix(host, &["status", "--json"]).stdout).unwrap();
     assert_eq!((json["version"].as_u64(), json["node"]["mode"].as_str()), (Some(1), Some("lan")));
 }

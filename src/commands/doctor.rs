@@ -12,7 +12,7 @@ use super::{Node, get, list, text};
 use crate::cli::{self, Command};
 use crate::config::{Config, DEFAULT_PORT};
 use crate::interfaces::{Interfaces, is_private};
-use crate::nix::HashPart;
+use crate::nix::{HashPart, NarInfo};
 use crate::store::{Store, StoreConfig, StoreError};
 use std::ffi::OsString;
 use std::fs;
@@ -67,9 +67,12 @@ fn daemon(report: &mut Report, asked: &Config) -> Option<Node> {
         Err(e) => {
             let remedy = match running_on().filter(|port| *port != asked.port) {
                 Some(port) => format!("one runs on port {port}: peerix doctor --port {port}"),
-                None => "systemctl start peerix.socket peerix.service\n\
-                         or, if it does not stay: journalctl -u peerix -n 20"
-                    .into(),
+                None => format!(
+                    "systemctl start peerix.socket peerix.service\n\
+                     if it does not stay: journalctl -u peerix -n 20\n\
+                     whose the port is: ss -ltnp 'sport = :{}'",
+                    asked.port
+                ),
             };
             report.fail("daemon", e, remedy);
             return None;
@@ -103,7 +106,7 @@ fn running_on() -> Option<u16> {
 }
 
 fn database(report: &mut Report, config: &Config) {
-    let (db, uid) = (config.db.display(), rustix::process::getuid().as_raw());
+    let (db, uid) = (config.db.display(), uid());
     let place = StoreConfig { store_dir: config.store_dir.clone(), db: config.db.clone() };
     match Store::open(place) {
         Err(e) => {
@@ -125,6 +128,10 @@ fn database(report: &mut Report, config: &Config) {
         }
         Ok(_) => report.ok("database", format!("{db} can be read by this user ({uid})")),
     }
+}
+
+fn uid() -> u32 {
+    rustix::process::getuid().as_raw()
 }
 
 /// Whether every user may read a file.
@@ -184,6 +191,13 @@ fn nix_conf(report: &mut Report, config: &Config) -> Option<Settings> {
             let other = other.unwrap_or_default();
             report.fail("substituter", format!("peerix is none of Nix's substituters{other}"), nix::substitute(port));
         }
+    }
+    if let Some(after) = nix::outdated() {
+        let text = format!(
+            "nix.conf was written {} after nix-daemon had started, which goes by the old one",
+            period(after as f64)
+        );
+        report.fail("nix-daemon", text, "systemctl restart nix-daemon".into());
     }
     let known = settings.words("trusted-public-keys");
     for key in config.trusted_public_keys.iter().map(ToString::to_string).filter(|key| !known.contains(&key.as_str())) {
@@ -320,11 +334,13 @@ fn keys(report: &mut Report, node: &Node, settings: &Settings) {
     let mut taken = 0;
     let mut told = Vec::new();
     for offers in probe::at_once(&parts, |part| probe::offers(node, part)) {
-        for (who, info) in offers.into_iter().filter_map(|offer| Some((offer.who(), offer.narinfo.ok()?.info))) {
+        for offer in offers {
+            let (who, from) = (offer.who(), offer.from.ip().to_string());
+            let Ok(NarInfo { info, .. }) = offer.narinfo else { continue };
             match settings.trusts(&info, &node.config.store_dir) {
                 Ok(_) => taken += 1,
                 Err(why) => {
-                    let remedy = nix::trust(&info);
+                    let remedy = nix::trust(&info, &from);
                     if !told.contains(&remedy) {
                         let path = node.config.store_dir.join(&info.path);
                         report.fail(
@@ -338,7 +354,7 @@ fn keys(report: &mut Report, node: &Node, settings: &Settings) {
             }
         }
     }
-    if taken > 0 {
+    if taken > 0 && told.is_empty() {
         report.ok("keys", "Nix trusts what peers offered last".into());
     }
 }
@@ -366,6 +382,10 @@ fn memory(report: &mut Report, node: &Node, settings: &Settings) {
             );
             let often = "or, where stores change often, in nix.conf: narinfo-cache-negative-ttl = 60";
             report.fail("memory", text, format!("{}\n{often}", nix::ask_again(&path)));
+        }
+        None if uid() != 0 => {
+            let text = "this user's Nix remembers no miss that has become wrong; what nix-daemon remembers, root sees";
+            report.note("memory", text.into());
         }
         None => report.ok("memory", "Nix remembers no miss that has become wrong".into()),
     }

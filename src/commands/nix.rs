@@ -1,6 +1,7 @@
 //! Nix, as its users run it: its settings, and what it remembers of binary caches. The daemon never does this; commands may.
 
 use crate::nix::{PathInfo, PublicKey, StoreDir, is_content_addressed};
+use crate::share::UPSTREAM_KEY;
 use rusqlite::{Connection, OpenFlags};
 use std::collections::HashMap;
 use std::io::Read;
@@ -222,21 +223,74 @@ pub fn substitute(port: u16) -> String {
     set(&format!("extra-substituters = {url}"), &format!("extra-substituters = [ \"{url}\" ];"))
 }
 
-/// How Nix comes to trust who signed a path.
-pub fn trust(info: &PathInfo) -> String {
-    match info.signatures.first() {
-        Some(signature) => {
-            let key = format!("{}:<the public key>", signature.name());
-            let conf = format!("extra-trusted-public-keys = {key}");
-            set(&conf, &format!("extra-trusted-public-keys = [ \"{key}\" ];"))
-        }
-        None => "on the machine that has it: nix-store --generate-binary-cache-key NAME-1 /etc/nix/peerix.sec \
-                 /etc/nix/peerix.pub, and peerix --private-key /etc/nix/peerix.sec"
-            .into(),
-    }
+/// How Nix comes to trust who signed a path that `who` has.
+pub fn trust(info: &PathInfo, who: &str) -> String {
+    let Some(signature) = info.signatures.first() else {
+        return format!(
+            "on {who}: nix-store --generate-binary-cache-key {who}-1 /etc/nix/peerix.sec /etc/nix/peerix.pub, and \
+             peerix --private-key /etc/nix/peerix.sec"
+        );
+    };
+    // Somebody else's word, in what the user may well paste into a shell.
+    let plain = |c: &char| c.is_ascii_alphanumeric() || "._+-".contains(*c);
+    let name: String = signature.name().chars().filter(plain).collect();
+    let (key, from) = match UPSTREAM_KEY.split_once(':') {
+        Some((upstream, _)) if upstream == name => (UPSTREAM_KEY.to_owned(), String::new()),
+        _ => (
+            format!("{name}:KEY"),
+            format!("\nwith the KEY that {who} prints: nix key convert-secret-to-public < FILE of its --private-key"),
+        ),
+    };
+    let conf = format!("extra-trusted-public-keys = {key}");
+    set(&conf, &format!("extra-trusted-public-keys = [ \"{key}\" ];")) + &from
 }
 
 /// How Nix comes to ask for a path again.
 pub fn ask_again(path: &str) -> String {
     format!("nix-store --realise --option narinfo-cache-negative-ttl 0 {path}")
+}
+
+/// When nix-daemon was started, if it runs, and `nix.conf` was written after that: how many seconds after.
+pub fn outdated() -> Option<u64> {
+    /// The unit of times in `/proc`, on every Linux that Rust knows.
+    const TICKS: u64 = 100;
+    let written = fs::metadata("/etc/nix/nix.conf").and_then(|meta| meta.modified()).ok()?;
+    let written = written.duration_since(UNIX_EPOCH).ok()?.as_secs();
+    let stat = fs::read_to_string("/proc/stat").ok()?;
+    let booted: u64 = stat.lines().find_map(|line| line.strip_prefix("btime ")?.parse().ok())?;
+    let started = fs::read_dir("/proc").ok()?.flatten().filter_map(|process| {
+        let stat = fs::read_to_string(process.path().join("stat")).ok()?;
+        // `12 (nix-daemon) S …`: what follows the name begins with field 3, and the start is field 22.
+        let (name, rest) = stat.rsplit_once(')')?;
+        let ticks: u64 = rest.split_whitespace().nth(19)?.parse().ok()?;
+        name.ends_with("(nix-daemon").then_some(booted + ticks / TICKS)
+    });
+    // The first one: each connection has one more.
+    written.checked_sub(started.min()?).filter(|after| *after > 2)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::nix::{NarHash, Signature, StorePath};
+
+    #[test]
+    fn what_is_to_be_pasted_has_nothing_of_a_stranger_in_it() {
+        let signed = |name: &str| {
+            let signature = Signature::parse(&format!("{name}:{}==", "A".repeat(86))).unwrap();
+            PathInfo {
+                path: StorePath::parse("7h7qgvs4kgzsn8a6rb273saxyqh4jxlz-x").unwrap(),
+                nar_hash: NarHash::from_bytes([0; 32]),
+                nar_size: 1,
+                references: Vec::new(),
+                deriver: None,
+                signatures: vec![signature],
+                ca: None,
+            }
+        };
+        let remedy = trust(&signed("a-1'$(reboot)`;>|&"), "10.0.0.1");
+        assert!(remedy.contains("'extra-trusted-public-keys = a-1reboot:KEY'"), "{remedy}");
+        let remedy = trust(&signed("cache.nixos.org-1"), "10.0.0.1");
+        assert!(remedy.contains(UPSTREAM_KEY) && !remedy.contains("convert"), "{remedy}");
+    }
 }

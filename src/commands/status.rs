@@ -42,7 +42,8 @@ fn shown(status: &Value) -> String {
         line(format!("tracker {}: {reached}", text(&tracker["url"])));
     }
     let peers = list(&status["peers"]);
-    line(format!("\npeers: {}", peers.len() as u64 + status["peers_omitted"].as_u64().unwrap_or_default()));
+    line(String::new());
+    line(format!("peers: {}", peers.len() as u64 + status["peers_omitted"].as_u64().unwrap_or_default()));
     for peer in peers {
         let trip = peer["round_trip_seconds"].as_f64().or_else(|| peer["narinfo_seconds"].as_f64());
         let trip = trip.map_or("?".into(), |seconds| format!("{:.1} ms", seconds * 1e3));
@@ -56,13 +57,15 @@ fn shown(status: &Value) -> String {
         }
     }
     let transfers = list(&status["transfers"]);
-    line(format!("\ntransfers: {}", transfers.len()));
+    line(String::new());
+    line(format!("transfers: {}", transfers.len()));
     for transfer in transfers {
         let (done, size) = (bytes(&transfer["bytes"]), bytes(&transfer["size"]));
         let (way, name) = (text(&transfer["direction"]), text(&transfer["name"]));
         line(format!("  {way:3} {done} of {size}, {name}, {}", text(&transfer["peer"])));
     }
-    line("\ntotals".into());
+    line(String::new());
+    line("totals".into());
     for (when, title) in [("start", "since the start"), ("installation", "since installation")] {
         let totals = &status["totals"][when];
         if totals.is_object() {
@@ -78,7 +81,8 @@ fn shown(status: &Value) -> String {
         }
     }
     let lookups = list(&status["lookups"]);
-    line(format!("\nlast lookups: {}", lookups.len()));
+    line(String::new());
+    line(format!("last lookups: {}", lookups.len()));
     for lookup in lookups.iter().take(LOOKUPS) {
         let what = format!("{}-{}", text(&lookup["hash_part"]), lookup["name"].as_str().unwrap_or("?"));
         let came = if lookup["hit"] == true { text(&lookup["peer"]) } else { text(&lookup["miss"]["text"]) };

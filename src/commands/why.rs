@@ -120,7 +120,11 @@ fn offered(report: &mut Report, node: &Node, hash_part: &HashPart) -> Vec<Offere
         };
         match &is_trusted {
             Ok(why) => report.ok("trust", why.clone()),
-            Err(why) => report.fail("trust", format!("Nix would refuse it: {why}"), nix::trust(&info)),
+            Err(why) => report.fail(
+                "trust",
+                format!("Nix would refuse it: {why}"),
+                nix::trust(&info, &offer.from.ip().to_string()),
+            ),
         }
         all.push(Offered { passes, is_trusted: is_trusted.is_ok() });
     }
@@ -167,6 +171,8 @@ fn nix_asks(report: &mut Report, node: &Node, hash_part: &HashPart) -> bool {
             }
         }
     }
-    report.note("order", format!("Nix asks, the lowest priority first: {}", order.join(", ")));
+    if !order.is_empty() {
+        report.note("order", format!("Nix asks by priority, the lowest first: {}", order.join(", ")));
+    }
     asks
 }

@@ -13,6 +13,7 @@ use filter::Filter;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Instant;
+pub use verify::UPSTREAM_KEY;
 use verify::Verifier;
 
 /// Who asks, by the address of the socket and nothing else.
