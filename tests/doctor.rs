@@ -4,7 +4,10 @@
 mod common;
 
 use common::daemon::{binary, narinfo_status, wait_until_known};
+use common::http::Reply;
 use common::lan::Run;
+use common::packet::Packet;
+use common::standin::StandIn;
 use common::tracker::{self, Tracker};
 use common::{Daemon, Host, Lan, Nat, PORT, Wan, nix, stock, wait_for};
 use serde_json::Value;
@@ -75,7 +78,7 @@ struct Pair {
     b: Host,
     daemons: [Option<Daemon>; 2],
     keys: [String; 2],
-    _lan: Lan,
+    lan: Lan,
 }
 
 const SIGNING: [&str; 2] = ["--private-key", "/etc/peerix.sec"];
@@ -100,7 +103,7 @@ impl Pair {
         let lan = Lan::new();
         let (a, b) = (lan.host("a"), lan.host("b"));
         let keys = [key(&a), key(&b)];
-        let pair = Pair { daemons: [Some(Daemon::start(&a, &SIGNING)), None], a, b, keys, _lan: lan };
+        let pair = Pair { daemons: [Some(Daemon::start(&a, &SIGNING)), None], a, b, keys, lan };
         pair.configure();
         pair
     }
@@ -151,6 +154,32 @@ fn nothing_is_wrong() {
         output.status.success() && text.lines().all(|line| line.starts_with("ok ") || line.starts_with("note ")),
         "{text}"
     );
+    // One of the original: it says nothing of what it does not have, and answers HTTP in its own way.
+    let python = pair.lan.host("python");
+    let query = Packet::Query { id: 1, hash_part: "0".repeat(32) };
+    python.udp(PORT).send_to(&query.write(), (pair.b.address, PORT)).unwrap();
+    let python = StandIn::start(&python, |_| None, |_| Reply::Whole(404, b"Not Found".to_vec()));
+    let found = doctor(&pair.b, &[]);
+    found.is_well();
+    assert!(found.findings.iter().any(|(.., text, _)| text.starts_with("2 of 2 peers")), "{:#?}", found.findings);
+    drop(python);
+    // IPv6 is heard where it is listened for, and no matter where not.
+    let both = [&SIGNING[..], &["--bind", "[::]", "--bind", "0.0.0.0"]].concat();
+    pair.daemons[0] = None;
+    pair.daemons[0] = Some(Daemon::start(&pair.a, &both));
+    doctor(&pair.b, &[]).is_well();
+    for host in [&pair.a, &pair.b] {
+        host.net(&format!("ip addr del {}/24 dev eth0", host.address));
+    }
+    pair.daemons[1] = None;
+    pair.daemons[1] = Some(Daemon::start(&pair.b, &both));
+    let greeted =
+        || doctor(&pair.b, &[]).findings.iter().any(|(.., text, _)| text.starts_with("1 of 1 peers")).then_some(());
+    wait_for("they greet one another", greeted);
+    // All is well but for Nix itself, which takes that for no network.
+    doctor(&pair.b, &[]).is("substituter", &["finds no network", "nix --option substitute true"]);
+    let settings = pair.b.cmd("nix").args(["--option", "substitute", "true", "show-config"]).okay();
+    assert!(settings.contains("substitute = true"));
 }
 
 #[test]
@@ -201,7 +230,9 @@ fn nix_is_not_told() {
     mend(&pair.b, &remedy);
     doctor(&pair.b, &[]).is_well();
     nix::configure(&pair.b, "substitute = false\n");
-    doctor(&pair.b, &[]).is("substituter", &["substitute is off"]);
+    let remedy = doctor(&pair.b, &[]).is("substituter", &["substitute is off"]);
+    mend(&pair.b, &remedy);
+    doctor(&pair.b, &[]).is("substituter", &["none of Nix's"]);
 
     // Told, but not nix-daemon, which has read its nix.conf.
     let nix_daemon = pair.b.spawn_sh("exec nix-daemon");
@@ -218,10 +249,14 @@ fn nix_is_not_told() {
     nix::configure_client(&pair.b, "", &[&pair.keys[1]]);
     let path = build(&pair.a, "signed");
     assert!(!nix::realise(&pair.b, &[&path]).status.success());
-    let remedy = doctor(&pair.b, &[])
-        .is("keys", &[&path, "signed by a-1", "extra-trusted-public-keys = a-1:KEY", "KEY that 10.77.0.1 prints"]);
-    let public = pair.keys[0].split_once(':').unwrap().1;
-    mend(&pair.b, &remedy.replace("KEY", public));
+    let remedy = doctor(&pair.b, &[]).is(
+        "keys",
+        &[&path, "signed by a-1", "extra-trusted-public-keys = a-1:KEY", "is what this prints on 10.77.0.1"],
+    );
+    // What it says of the key is so.
+    let (_, print) = remedy.rsplit_once("--private-key: ").unwrap();
+    let public = pair.a.sh(&print.replace("FILE", "/etc/peerix.sec"));
+    mend(&pair.b, &remedy.replace("a-1:KEY", public.trim()));
     doctor(&pair.b, &[]).is_well();
     nix::realise_quietly(&pair.b, &[&path]);
     nix::configure_client(&pair.b, "", &[&pair.keys[1]]);

@@ -16,6 +16,7 @@ use crate::nix::{HashPart, NarInfo};
 use crate::store::{Store, StoreConfig, StoreError};
 use std::ffi::OsString;
 use std::fs;
+use std::io::ErrorKind;
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
 use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::PermissionsExt;
@@ -164,7 +165,7 @@ fn secrets(report: &mut Report, config: &Config) {
             }
             Ok(_) => report.ok("secret", format!("{name} is readable to its owner alone")),
             // A key that is made when it is needed.
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound && config.private_key.as_ref() != Some(file) => {}
+            Err(e) if e.kind() == ErrorKind::NotFound && config.private_key.as_ref() != Some(file) => {}
             Err(e) => report.note("secret", format!("{name}: cannot be looked at: {e}")),
         }
     }
@@ -183,7 +184,11 @@ fn nix_conf(report: &mut Report, config: &Config) -> Option<Settings> {
     let substituters = settings.words("substituters");
     match settings.peerix(port).first() {
         _ if settings.get("substitute") == "false" => {
-            report.fail("substituter", "substitute is off: Nix asks nobody".into(), "remove it from nix.conf".into());
+            // By nix.conf, or because Nix sees no address but loopback and link-local ones, which it takes for no network.
+            let text = "substitute is off, by nix.conf or because Nix finds no network: Nix asks nobody";
+            let remedy = nix::set("substitute = true", "substitute = true;");
+            let remedy = format!("{remedy}\nif nix.conf does not say so: nix --option substitute true ...");
+            report.fail("substituter", text.into(), remedy);
         }
         Some(url) => report.ok("substituter", format!("Nix asks {url}")),
         None => {
@@ -226,10 +231,12 @@ fn network(report: &mut Report, node: &Node) {
     let nothing = HashPart::parse(&NO_PATH).expect("zeros are Nix32");
     let known = probe::known(node);
     let asked: Vec<SocketAddr> = known.iter().copied().chain(neighbours(port)).collect();
-    let heard = match probe::ask(&nothing, port, &asked, true) {
+    let mut heard = match probe::ask(&nothing, port, &asked, true) {
         Ok(heard) => heard,
         Err(e) => return report.note("network", format!("cannot ask it: {e}")),
     };
+    // Its user chose where it listens.
+    heard.retain(|heard| probe::hears(&node.config, heard.from.ip()));
     // Whoever came while they were asked is known by now.
     let fresh = Node::find(&node.config);
     let node = fresh.as_ref().unwrap_or(node);
@@ -271,7 +278,8 @@ fn network(report: &mut Report, node: &Node) {
                     format!("{there}{tcp}"),
                 );
             }
-            (Http::Silent(_), Some(ago)) if ago < LATELY => {
+            // A machine that refuses is there, and its peerix is not.
+            (Http::Silent(e), Some(ago)) if ago < LATELY && e.kind() != ErrorKind::ConnectionRefused => {
                 let udp = open_port("udp", address.port());
                 report.fail("udp", format!("{address} was heard {ago:.0} s ago, and answers neither by UDP nor by TCP: it has just gone, or both are blocked there"), format!("{there}{udp}\n{there}{tcp}"));
             }
@@ -291,7 +299,7 @@ fn network(report: &mut Report, node: &Node) {
     let interfaces = Interfaces::read(Instant::now()).current();
     let networks: Vec<String> = interfaces
         .iter()
-        .filter(|i| i.running && is_private(i.address) && i.address.is_ipv4())
+        .filter(|i| i.running && is_private(i.address) && probe::hears(&node.config, i.address))
         .map(|i| format!("{}/{}", i.address, i.prefix_len))
         .collect();
     match networks.join(", ") {

@@ -210,7 +210,7 @@ pub fn order(settings: &Settings) -> Vec<(String, String)> {
 }
 
 /// A setting, as a command that makes it.
-fn set(conf: &str, nixos: &str) -> String {
+pub fn set(conf: &str, nixos: &str) -> String {
     match Path::new("/etc/NIXOS").exists() {
         true => format!("nix.settings.{nixos}"),
         false => format!("echo '{conf}' >> /etc/nix/nix.conf && systemctl try-restart nix-daemon"),
@@ -236,10 +236,13 @@ pub fn trust(info: &PathInfo, who: &str) -> String {
     let name: String = signature.name().chars().filter(plain).collect();
     let (key, from) = match UPSTREAM_KEY.split_once(':') {
         Some((upstream, _)) if upstream == name => (UPSTREAM_KEY.to_owned(), String::new()),
-        _ => (
-            format!("{name}:KEY"),
-            format!("\nwith the KEY that {who} prints: nix key convert-secret-to-public < FILE of its --private-key"),
-        ),
+        _ => {
+            let print = "nix --extra-experimental-features nix-command key convert-secret-to-public < FILE";
+            (
+                format!("{name}:KEY"),
+                format!("\n{name}:KEY is what this prints on {who}, FILE being its --private-key: {print}"),
+            )
+        }
     };
     let conf = format!("extra-trusted-public-keys = {key}");
     set(&conf, &format!("extra-trusted-public-keys = [ \"{key}\" ];")) + &from

@@ -1,6 +1,7 @@
 //! Asks the network itself, from a port of its own, so that what the daemon knows can be compared with what is so.
 
 use super::{HTTP_TIMEOUT, Node, get, list, text};
+use crate::config::Config;
 use crate::interfaces::{Interfaces, MULTICAST_GROUP, is_private};
 use crate::nix::{HashPart, NarInfo};
 use crate::peers::Holder;
@@ -10,7 +11,8 @@ use crate::wire::tracker::{can_be_peer, lookup_target};
 use serde_json::Value;
 use socket2::{Domain, Protocol, Socket, Type};
 use std::io;
-use std::net::{IpAddr, Ipv6Addr, SocketAddr, SocketAddrV6, ToSocketAddrs, UdpSocket};
+use std::io::{Read, Write};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr, SocketAddrV6, TcpStream, ToSocketAddrs, UdpSocket};
 use std::time::{Duration, Instant};
 
 /// A query is sent so often: any datagram may get lost.
@@ -131,23 +133,45 @@ pub enum Http {
     /// It answers otherwise, as the Python peerix does.
     Other,
     /// It does not answer.
-    Silent(String),
+    Silent(io::Error),
 }
 
 /// Asks that of each, all at once.
 pub fn http(nodes: &[SocketAddr]) -> Vec<Http> {
     at_once(nodes, |node| {
         let began = Instant::now();
-        match get(&format!("http://{node}/store/nix-cache-info")) {
-            Ok(answer) if answer.status == 200 => Http::Shares(began.elapsed()),
-            Ok(answer) if answer.status == 403 => Http::Refuses,
+        match status(*node) {
+            Ok(200) => Http::Shares(began.elapsed()),
+            Ok(403) => Http::Refuses,
             Ok(_) => Http::Other,
             Err(e) => Http::Silent(e),
         }
     })
 }
 
-/// Does the same with each in a thread of its own. For tens of them.
+/// What a node answers to a request for what it tells those with whom it shares. Without ureq, which cannot ask
+/// link-local addresses.
+fn status(node: SocketAddr) -> io::Result<u16> {
+    let mut stream = TcpStream::connect_timeout(&node, HTTP_TIMEOUT)?;
+    stream.set_read_timeout(Some(HTTP_TIMEOUT))?;
+    stream.set_write_timeout(Some(HTTP_TIMEOUT))?;
+    stream.write_all(b"GET /store/nix-cache-info HTTP/1.1\r\nHost: peer\r\nConnection: close\r\n\r\n")?;
+    let mut line = [0; "HTTP/1.1 200".len()];
+    stream.read_exact(&mut line)?;
+    let status = str::from_utf8(&line[9..]).ok().and_then(|digits| digits.parse().ok());
+    status.ok_or_else(|| io::Error::other("not HTTP"))
+}
+
+/// Whether the daemon can hear a node at this address: it listens for that family, or in that network.
+pub fn hears(config: &Config, ip: IpAddr) -> bool {
+    let interfaces = Interfaces::read(Instant::now()).current();
+    config.bind.iter().any(|bind| match bind.is_unspecified() {
+        true => bind.is_ipv6() == ip.is_ipv6(),
+        false => interfaces.iter().any(|i| i.address == *bind && i.reaches(ip)),
+    })
+}
+
+/// Does the same with each in a thread of its own. For some hundreds of them.
 pub fn at_once<T: Sync, U: Send>(all: &[T], work: impl Fn(&T) -> U + Sync) -> Vec<U> {
     std::thread::scope(|scope| {
         let threads: Vec<_> = all.iter().map(|one| scope.spawn(|| work(one))).collect();
@@ -157,7 +181,9 @@ pub fn at_once<T: Sync, U: Send>(all: &[T], work: impl Fn(&T) -> U + Sync) -> Ve
 
 /// The neighbours that the daemon knows or was told of, by their addresses.
 pub fn known(node: &Node) -> Vec<SocketAddr> {
-    let peers = list(&node.status["peers"]).iter().filter(|peer| peer["network"] == "lan");
+    // Who only asks this node need be no peerix.
+    let is_peer = |peer: &&Value| peer["network"] == "lan" && peer["found_by"] != "request";
+    let peers = list(&node.status["peers"]).iter().filter(is_peer);
     let mut all: Vec<SocketAddr> = peers.filter_map(|peer| text(&peer["address"]).parse().ok()).collect();
     let named = node.config.peers.iter().filter_map(|(host, port)| (host.as_str(), *port).to_socket_addrs().ok());
     all.extend(named.flatten());
