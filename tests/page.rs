@@ -12,6 +12,7 @@ use common::{
 };
 use serde_json::Value;
 use std::io::Write;
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -106,13 +107,16 @@ fn the_page_tells_what_happens_and_the_same_without_scripts() {
     }
     assert_eq!(status(&asker.host)["transfers"][0]["direction"], "in");
     assert_eq!(status(&holder.host)["transfers"][0]["direction"], "out");
-    browser.look(880, "light");
-    browser.picture(&directory().join("page/readme.png"), Some(820));
+    browser.look(960, "light");
+    browser.picture(&directory().join("page/readme.png"), Some(900));
     for (width, scheme) in [(360, "light"), (360, "dark"), (1280, "dark"), (1280, "light")] {
         browser.look(width, scheme);
         browser.picture(&directory().join(format!("page/status-{width}-{scheme}.png")), None);
         let wide = browser.value("document.documentElement.scrollWidth").as_u64().unwrap();
         assert!(wide <= width.into(), "{wide} of {width} pixels are used");
+        let cut = "[...document.querySelectorAll('main *')].filter(e => e.checkVisibility() && !e.closest('thead') &&
+            e.getBoundingClientRect().right > innerWidth).map(e => e.outerHTML)";
+        assert_eq!(browser.value(cut), Value::Array(vec![]), "at {width} pixels");
     }
     asker.host.quick();
     nix::assert_quiet(&realising.wait_with_output().unwrap());
@@ -146,10 +150,17 @@ fn the_page_tells_what_happens_and_the_same_without_scripts() {
         browser.requested.iter().filter(|url| !url.starts_with(&page()) && !url.starts_with("data:")).collect();
     assert!(elsewhere.is_empty() && browser.requested.len() > 5, "{:?}", browser.requested);
     assert!(browser.complaints.is_empty(), "{:?}", browser.complaints);
-    // Nor could it be: the policy does not let it.
+    // Nor could it be, should a text ever become an element: the policy does not let it.
     let other = format!("fetch('http://{near}/nix-cache-info').then(() => 'got it', () => 'refused')");
     assert_eq!(browser.text(&other), "refused");
-    assert!(!browser.complaints.is_empty(), "the browser does not say so");
+    browser.value(&format!("document.body.insertAdjacentHTML('beforeend', `{HOSTILE}`)"));
+    wait_for("the browser says what it refused", || {
+        let refused = |what: &str| browser.complaints.iter().any(|said| said.contains(what));
+        let both = refused("connect-src") && (refused("inline event handler") || refused("script-src"));
+        browser.value("0");
+        both.then_some(())
+    });
+    assert_eq!(browser.text("document.title"), title);
 
     // With the keyboard alone: first to the facts, then to the button, then into the long table.
     browser.open(&page());
@@ -242,6 +253,10 @@ fn nobody_else_is_told_and_no_page_of_another_name() {
     let framed = "new Promise(done => { const frame = document.createElement('iframe'); frame.onload = () =>
         done(String(frame.contentDocument === null)); frame.src = URL_; document.body.append(frame); })";
     assert_eq!(browser.text(&framed.replace("URL_", &format!("{:?}", page()))), "true");
+    wait_for("the browser says that it does not frame", || {
+        browser.value("0");
+        browser.complaints.iter().any(|said| said.contains("frame-ancestors")).then_some(())
+    });
     browser.open(&page());
     assert!(browser.shown("health").starts_with("working"));
     drop(wicked);
@@ -297,6 +312,29 @@ fn metrics_are_what_prometheus_expects_under_load() {
     let peer = format!("peerix_peer_received_bytes_total{{peer=\"{}\",network=\"lan\"}}", holder.host.address);
     assert_eq!(number(&last, &peer), number(&last, "peerix_received_bytes_total{network=\"lan\"}"));
     assert_eq!(number(&last, "peerix_healthy"), 1.0);
+
+    // What contrib/ asks for is there, and its alerts come when they should.
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let trackers = ["peerix_tracker_reached"];
+    let mut asked = 0;
+    for file in ["contrib/grafana-dashboard.json", "contrib/prometheus-alerts.yml"] {
+        let text = std::fs::read_to_string(root.join(file)).unwrap();
+        for (at, _) in text.match_indices("peerix_") {
+            let end = text[at..].find(|c: char| !c.is_ascii_lowercase() && c != '_').unwrap();
+            let name = &text[at..at + end];
+            asked += 1;
+            let is_there = last.contains(&format!("\n{name}{{")) || last.contains(&format!("\n{name} "));
+            assert!(is_there || trackers.contains(&name), "{file}: {name}");
+        }
+    }
+    assert!(asked > 20);
+    let dashboard = std::fs::read(root.join("contrib/grafana-dashboard.json")).unwrap();
+    let dashboard: Value = serde_json::from_slice(&dashboard).unwrap();
+    assert!(dashboard["panels"].as_array().unwrap().len() > 10);
+    for arguments in [["check", "rules", "contrib/prometheus-alerts.yml"], ["test", "rules", "tests/data/alerts.yml"]] {
+        let output = Command::new("promtool").args(arguments).current_dir(root).output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+    }
 }
 
 #[test]

@@ -430,8 +430,11 @@ impl Wake {
     /// The neighbours that are known now; `None` if the thread does not say so within `timeout`.
     pub fn neighbours(&self, timeout: Duration) -> Option<Vec<Neighbour>> {
         let (list, receiver) = bounded(1);
-        self.send(Command::List(list));
-        receiver.recv_timeout(timeout).ok()
+        let until = Instant::now() + timeout;
+        // A queue that is full for a moment is no sign that the thread hangs.
+        self.sender.send_deadline(Command::List(list), until).ok()?;
+        self.ring();
+        receiver.recv_deadline(until).ok()
     }
 
     fn send(&self, command: Command) {
