@@ -3,9 +3,10 @@
 mod common;
 
 use common::daemon::{binary, narinfo_status};
-use common::http::{Reply, Server};
+use common::http::{self, Reply, Server};
 use common::lan::Run;
 use common::scene::Places;
+use common::standin::{self, Shelf, StandIn};
 use common::tracker::flags;
 use common::{Asker, Daemon, Holder, Host, Lan, World, nix, stock, wait_for, world};
 use serde_json::Value;
@@ -193,6 +194,38 @@ fn passed_over() {
     told.says("fail", "trust", &["Nix would refuse it", "no signature"]);
 }
 
+/// A peer that promises what Nix would trust, and sends something else.
+#[test]
+fn avoided() {
+    let lan = Lan::new();
+    let world = World::on(&lan);
+    let (liar, shelf, little) = (lan.host("liar"), Shelf::of(&world), world.path("little"));
+    let part = world::hash_part(little).to_owned();
+    let mine = part.clone();
+    let narinfo = shelf.peer_narinfo(&part, "local/nar/x.nar").unwrap();
+    let nar = vec![b'x'; shelf.nar(&part).unwrap().len()];
+    let _liar = StandIn::start(&liar, standin::have(move |asked| asked == mine), move |request| {
+        match request.path.ends_with(".narinfo") {
+            true => Reply::Whole(200, narinfo.clone().into_bytes()),
+            false => Reply::Whole(200, nar.clone()),
+        }
+    });
+    let asker = Asker::with(&lan, "", &[&world.cache_key]);
+    wait_for("it is avoided", || {
+        let answer =
+            http::get_local(&asker.host, &format!("/{part}.narinfo")).ok().filter(|answer| answer.status == 200);
+        if let Some(url) = answer.map(|answer| stock::line(&answer.text(), "URL").to_owned()) {
+            let _ = http::get_local(&asker.host, &format!("/{url}"));
+        }
+        let status: Value = serde_json::from_slice(&peerix(&asker.host, &["status", "--json"]).stdout).unwrap();
+        status["peers"].as_array()?.iter().any(|peer| peer["avoided"]["wholly"] == true).then_some(())
+    });
+    let told = why(&asker.host, little);
+    told.ends(1, "passed over").says("ok", "trust", &["signed by cache-1"]);
+    told.says("fail", "peer", &["10.77.0.1:12304", "avoided at the moment"]);
+    Told::by(&asker.host, &["peers"]).says("note", "peer", &["avoided at the moment"]);
+}
+
 #[test]
 fn beyond_the_lan() {
     let places = Places::new();
@@ -229,6 +262,6 @@ fn beyond_the_lan() {
     drop(server);
     here(world.path("closure300")).says("note", "wan", &[&url, "did not say"]);
     let peers = Told::by(&asker.host, &["peers"]);
-    assert_eq!(peers.status, 0);
+    assert_eq!((peers.status, peers.findings.len()), (0, 1), "{:#?}", peers.findings);
     peers.says("ok", "peer", &["203.0.113.1:12304 (holder)", "answers queries", "shares"]);
 }

@@ -97,8 +97,7 @@ fn running_on() -> Option<u16> {
     fs::read_dir("/proc").ok()?.flatten().find_map(|process| {
         let line = fs::read(process.path().join("cmdline")).ok()?;
         let mut words = line.split(|byte| *byte == 0).map(|word| OsString::from_vec(word.to_vec()));
-        let program = words.next().filter(|program| Path::new(program).file_name() == Some("peerix".as_ref()))?;
-        drop(program);
+        words.next().filter(|program| Path::new(program).file_name() == Some("peerix".as_ref()))?;
         match cli::parse(words.filter(|word| !word.is_empty()), |_| None) {
             Ok(Command::Run(config)) => Some(config.port),
             _ => None,
@@ -163,7 +162,7 @@ fn secrets(report: &mut Report, config: &Config) {
                     remedy,
                 );
             }
-            Ok(_) => report.ok("secret", format!("{name} is readable to its owner alone")),
+            Ok(_) => report.ok("secret", format!("{name} cannot be read by others")),
             // A key that is made when it is needed.
             Err(e) if e.kind() == ErrorKind::NotFound && config.private_key.as_ref() != Some(file) => {}
             Err(e) => report.note("secret", format!("{name}: cannot be looked at: {e}")),

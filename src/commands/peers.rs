@@ -22,7 +22,8 @@ pub fn run(node: &Node, json: bool) -> u8 {
             Vec::new()
         }
     };
-    asked.extend(heard.iter().map(|heard| heard.from).filter(|from| !known.contains(from)));
+    asked.extend(heard.iter().map(|heard| heard.from));
+    asked.sort_unstable();
     asked.dedup();
     let mut answering = 0;
     for (address, http) in asked.iter().zip(probe::http(&asked)) {

@@ -10,8 +10,8 @@ use crate::wire::Packet;
 use crate::wire::tracker::{can_be_peer, lookup_target};
 use serde_json::Value;
 use socket2::{Domain, Protocol, Socket, Type};
-use std::io;
-use std::io::{Read, Write};
+use std::hash::{BuildHasher, Hasher, RandomState};
+use std::io::{self, Read, Write};
 use std::net::{IpAddr, Ipv6Addr, SocketAddr, SocketAddrV6, TcpStream, ToSocketAddrs, UdpSocket};
 use std::time::{Duration, Instant};
 
@@ -20,11 +20,13 @@ const SENDINGS: u32 = 3;
 /// And waited for so long each time; answers to earlier ones still count.
 const WAIT: Duration = Duration::from_millis(200);
 
+/// Nodes that are listened to: no network of private addresses has more that a daemon would remember.
+const MAX_HEARD: usize = 1024;
+
 /// Nodes of other networks that are asked; a lookup's candidates are 72.
 const MAX_FAR: usize = 72;
 
 /// What a node said to a query.
-#[derive(Clone)]
 pub struct Heard {
     /// From where.
     pub from: SocketAddr,
@@ -52,8 +54,8 @@ pub fn ask(hash_part: &HashPart, port: u16, named: &[SocketAddr], everyone: bool
     }
     targets.sort_unstable();
     targets.dedup();
-    // An answer says by its ID which sending it answers.
-    let first = std::process::id();
+    // An answer says by its ID which sending it answers. Nobody can guess it who was not asked.
+    let first = RandomState::new().build_hasher().finish() as u32;
     let mut sent = Vec::new();
     let mut heard: Vec<Heard> = Vec::new();
     for sending in 0..SENDINGS {
@@ -86,7 +88,9 @@ pub fn ask(hash_part: &HashPart, port: u16, named: &[SocketAddr], everyone: bool
                 _ => continue,
             };
             let Some(at) = sent.get(id.wrapping_sub(first) as usize) else { continue };
-            if !interfaces.is_own(from.ip()) && !heard.iter().any(|h| h.from == from) {
+            let was_asked = targets.contains(&from) || (everyone && interfaces.is_neighbour(from.ip()));
+            let is_new = !interfaces.is_own(from.ip()) && !heard.iter().any(|h| h.from == from);
+            if was_asked && is_new && heard.len() < MAX_HEARD {
                 heard.push(Heard { from, holder, took: at.elapsed() });
             }
         }

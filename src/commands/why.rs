@@ -18,8 +18,9 @@ pub fn run(node: &Node, path: &str, json: bool) -> u8 {
     };
     let mut report = Report::default();
     let here = here(&mut report, node, &hash_part);
-    let offered = offered(&mut report, node, &hash_part);
-    let asks = nix_asks(&mut report, node, &hash_part);
+    let settings = Settings::read();
+    let offered = offered(&mut report, node, &hash_part, settings.as_ref().ok());
+    let asks = nix_asks(&mut report, node, &hash_part, settings);
     let peerix_gives = offered.iter().any(|offer| offer.passes);
     let nix_takes = offered.iter().any(|offer| offer.passes && offer.is_trusted);
     let verdict = match () {
@@ -84,9 +85,9 @@ struct Offered {
     is_trusted: bool,
 }
 
-fn offered(report: &mut Report, node: &Node, hash_part: &HashPart) -> Vec<Offered> {
+fn offered(report: &mut Report, node: &Node, hash_part: &HashPart, settings: Option<&Settings>) -> Vec<Offered> {
     let mut all = Vec::new();
-    let (settings, keys) = (Settings::read(), &node.config.trusted_public_keys);
+    let keys = &node.config.trusted_public_keys;
     for offer in probe::offers(node, hash_part) {
         let who = offer.who();
         let info = match offer.narinfo {
@@ -113,10 +114,10 @@ fn offered(report: &mut Report, node: &Node, hash_part: &HashPart) -> Vec<Offere
             let remedy = "start peerix with --trusted-public-key of whoever signed it, and tell Nix of it too";
             report.fail("trust", format!("peerix passes {who} over: {why}"), remedy.into());
         }
-        let is_trusted = match &settings {
-            Ok(settings) => settings.trusts(&info, &node.config.store_dir),
+        let is_trusted = match settings {
+            Some(settings) => settings.trusts(&info, &node.config.store_dir),
             // Who cannot ask Nix tells of the rest.
-            Err(_) => Ok("whether Nix would take it, it does not say".into()),
+            None => Ok("whether Nix would take it, it does not say".into()),
         };
         match &is_trusted {
             Ok(why) => report.ok("trust", why.clone()),
@@ -142,8 +143,8 @@ fn offered(report: &mut Report, node: &Node, hash_part: &HashPart) -> Vec<Offere
 }
 
 /// Whether Nix would ask this machine's peerix for it, and whom before and after.
-fn nix_asks(report: &mut Report, node: &Node, hash_part: &HashPart) -> bool {
-    let settings = match Settings::read() {
+fn nix_asks(report: &mut Report, node: &Node, hash_part: &HashPart, settings: Result<Settings, String>) -> bool {
+    let settings = match settings {
         Ok(settings) => settings,
         Err(e) => {
             report.note("nix", format!("Nix does not tell its settings: {e}"));
