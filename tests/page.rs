@@ -108,7 +108,9 @@ fn the_page_tells_what_happens_and_the_same_without_scripts() {
     assert_eq!(status(&asker.host)["transfers"][0]["direction"], "in");
     assert_eq!(status(&holder.host)["transfers"][0]["direction"], "out");
     browser.look(960, "light");
-    browser.picture(&directory().join("page/readme.png"), Some(900));
+    let upper = "Math.floor(document.getElementById('hours').closest('section').getBoundingClientRect().top)";
+    let upper = browser.value(upper).as_u64().and_then(|pixels| u32::try_from(pixels).ok());
+    browser.picture(&directory().join("page/readme.png"), upper);
     for (width, scheme) in [(360, "light"), (360, "dark"), (1280, "dark"), (1280, "light")] {
         browser.look(width, scheme);
         browser.picture(&directory().join(format!("page/status-{width}-{scheme}.png")), None);
@@ -355,4 +357,45 @@ fn health_says_what_is_wrong() {
     assert_eq!(http::get_local(&host, &format!("/store/{ABSENT}.narinfo")).unwrap().status, 404);
     host.sh("mv /nix/var/nix/away /nix/var/nix/db");
     wait_for("health notices", || (health().status == 200).then_some(()));
+}
+
+#[test]
+fn a_miss_says_why() {
+    let lan = Lan::new();
+    let world = World::on(&lan);
+    let stranger = "stranger-1:dw6gRsgENbg3ZRarDaIEP6t3wwkl5ML26Gov7r1VLrA=";
+    let asker = Asker::with(&lan, "", &[stranger]);
+    let miss = |path: &str| {
+        assert_eq!(daemon::narinfo_status(&asker.host, path), 404);
+        let lookup = status(&asker.host)["lookups"][0].take();
+        assert_eq!((lookup["hash_part"].as_str(), &lookup["hit"]), (Some(world::hash_part(path)), &Value::Bool(false)));
+        let word = |name: &str| lookup["miss"][name].as_str().unwrap().to_owned();
+        (word("code"), word("text"))
+    };
+    let absent = format!("/nix/store/{ABSENT}-x");
+    assert_eq!(miss(&absent).0, "alone");
+    let holder = Holder::new(&lan, &world, "holder");
+    asker.meet(&[&holder]);
+    assert_eq!(miss(&absent), ("nobody".into(), "1 peer was asked, none has it".into()));
+    let near = format!("{}:{PORT}", holder.host.address);
+    let (code, text) = miss(world.path("little"));
+    assert_eq!(code, "untrusted");
+    assert!(text.starts_with(&near), "{text}");
+
+    // It says that it has the path, and nobody can get there: the last resort first, and then left alone for a while.
+    let reject = ["INPUT", "-p", "tcp", "--dport", "12304", "-j", "REJECT", "--reject-with", "tcp-reset"];
+    holder.host.net_cmd("iptables").arg("-I").args(reject).okay();
+    let codes: Vec<String> = (0..4).map(|_| miss(world.path("little")).0).collect();
+    assert_eq!(codes, ["failed", "failed", "failed", "avoided"]);
+    let peer = status(&asker.host)["peers"][0].take();
+    assert_eq!((peer["address"].as_str(), &peer["failures"]), (Some(&*near), &Value::from(3)));
+    assert_eq!(peer["avoided"]["wholly"], true);
+    assert!(peer["avoided"]["reason"].as_str().is_some_and(|reason| !reason.is_empty()), "{peer}");
+    assert!(http::get_local(&asker.host, "/").unwrap().text().contains("class=\"bad\">until <time"));
+
+    holder.host.fall_silent();
+    assert_eq!(
+        miss(&absent),
+        ("silent".into(), "1 peer was asked, 1 did not answer in time, none said it has it".into())
+    );
 }
