@@ -372,8 +372,11 @@ fn trackers() {
     let flags = tracker::flags(&host, "both", &[&tracker.host]);
     let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
     let daemon = Daemon::start(&host, &flags);
-    let remedy = doctor(&host, &[]).is("address", &["203.0.113.1:12304", "forward TCP", "--announce-addr"]);
+    // Closed at the router, with a word to who knocks and without.
+    let remedy = doctor(&host, &[]).is("address", &["203.0.113.1:12304", "refused", "forward TCP", "--announce-addr"]);
     assert!(remedy.contains("router"));
+    home.router.net("iptables -A INPUT -i eth0 -p tcp --dport 12304 -j DROP");
+    doctor(&host, &[]).is("address", &["203.0.113.1:12304", "timed out"]);
     home.forward("tcp", PORT, &host, PORT);
     let found = doctor(&host, &[]);
     found.is_well();

@@ -8,7 +8,7 @@ use super::peers::NO_PATH;
 use super::probe::{self, Http};
 use super::report::{Report, State};
 use super::status::period;
-use super::{Node, get, list, text};
+use super::{Node, get, get_within, list, text};
 use crate::cli::{self, Command};
 use crate::config::{Config, DEFAULT_PORT};
 use crate::interfaces::{Interfaces, is_private};
@@ -21,7 +21,7 @@ use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
 use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
-use std::time::{Instant, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 /// Clocks may differ by so many seconds; certificates, and what Nix remembers, suffer from more.
 const CLOCK: u64 = 120;
@@ -34,6 +34,9 @@ const CROWD: usize = 32;
 
 /// Neighbours that the kernel knows, and that are asked whether they run peerix.
 const MAX_NEIGHBOURS: usize = 256;
+
+/// A tracker tries for 2 s to reach this machine, and then says so.
+const REACH_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Lookups whose offers are looked at, and misses that are looked into.
 const SAMPLES: usize = 4;
@@ -435,7 +438,7 @@ fn trackers(report: &mut Report, config: &Config) {
 
 /// Whether others reach the address that is announced.
 fn outside(report: &mut Report, tracker: &str, host: Option<&str>, port: u16) {
-    let told = get(&format!("{tracker}/reach/{port}")).ok().filter(|answer| answer.status == 200);
+    let told = get_within(&format!("{tracker}/reach/{port}"), REACH_TIMEOUT).ok().filter(|answer| answer.status == 200);
     let told: Option<serde_json::Value> = told.and_then(|answer| serde_json::from_slice(&answer.body).ok());
     let Some(told) = told else {
         return report.note("address", format!("{tracker} does not tell whether it reaches this machine"));
