@@ -1,6 +1,6 @@
 # Every target installs what it needs and this machine lacks, by scripts/deps. `make` lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help build run demo demo-wan test check bench deps
+.PHONY: help build run demo demo-wan test vm-test check bench deps
 
 CARGO ?= cargo
 # Debian keeps ip and iptables where only root looks.
@@ -65,6 +65,9 @@ else
 demo demo-wan test check bench:
 	@scripts/in-debian $@
 endif
+
+vm-test: ## boots virtual machines and goes through it all in them: systemd, firewall, nix-daemon
+	@CARGO="$(CARGO)" scripts/vm-test $(TESTS)
 
 deps: ## installs what all of these but bench need, and nothing else
 	@scripts/deps build lint test

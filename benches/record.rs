@@ -4,7 +4,7 @@
 //! Narinfos of peers, one at a time on one connection: found, and not found; and of the own store, where there is least else
 //! to do. What telling the record takes by itself. And the memory, idle and after all of that.
 //!
-//! `--rounds N` (300). Asserts that answers are right, and nothing about time.
+//! `--rounds N` (30). Asserts that answers are right, and nothing about time.
 
 #[path = "../tests/common/mod.rs"]
 mod common;
@@ -90,7 +90,7 @@ fn main() {
     let rounds = match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         ["--serve", mode, ..] => serve(mode),
         ["--rounds", rounds, ..] => rounds.parse().expect("--rounds N"),
-        _ => 300,
+        _ => 30,
     };
     let program: PathBuf = directory().join("record-bench");
     std::fs::copy(std::env::current_exe().expect("this program"), &program).expect("a copy that hosts can see");
@@ -115,18 +115,16 @@ fn main() {
         wait_for("the holder is known", || (contender.status_of(&of_holder) == 200).then_some(()));
         contender.asks(&found, 200);
     }
-    let [own, its] = turns(&mut contenders, rounds, &found, 200);
+    let [own, its] = turns(&mut contenders, rounds, [&found, &found], 200);
     table.beside("a narinfo of a neighbour, µs", &own, other, &its, goal);
-    let [own, its] = turns(&mut contenders, rounds, &absent, 404);
+    let [own, its] = turns(&mut contenders, rounds, [&absent, &absent], 404);
     table.beside("a narinfo that no neighbour has, µs", &own, other, &its, goal);
-    let marks = contenders.each_ref().map(|contender| mark(&contender.host));
-    let mut series = [Series::default(), Series::default()];
-    for _ in 0..rounds {
-        for (at, contender) in contenders.iter_mut().enumerate() {
-            series[at].push(contender.asks(&[format!("/local/{}.narinfo", world::hash_part(&marks[at]))], 200));
-        }
-    }
-    table.beside("a narinfo of the own store, µs", &series[0], other, &series[1], goal);
+    let own = contenders.each_ref().map(|contender| {
+        let mark = mark(&contender.host);
+        vec![format!("/local/{}.narinfo", world::hash_part(&mark))]
+    });
+    let [own, its] = turns(&mut contenders, rounds, [&own[0], &own[1]], 200);
+    table.beside("a narinfo of the own store, µs", &own, other, &its, goal);
     let [own, its] = both(&contenders, Contender::memory);
     table.beside("memory of its own after that, MiB", &own, other, &its, "1 MiB more at most");
     let results = Path::new(env!("CARGO_MANIFEST_DIR")).join("bench/results");
@@ -155,14 +153,18 @@ fn telling(table: &mut Table) {
     table.alone("telling the record of a miss, ns", &miss, "");
 }
 
-/// The two, turn by turn.
-fn turns(contenders: &mut [Contender; 2], rounds: usize, routes: &[String], status: u16) -> [Series; 2] {
+/// The two, turn by turn. Of ten turns the quickest counts: what else the machine does is no part of it.
+fn turns(contenders: &mut [Contender; 2], rounds: usize, routes: [&[String]; 2], status: u16) -> [Series; 2] {
     let mut series = [Series::default(), Series::default()];
-    for round in 0..rounds {
-        // Who is first has the warmer processor.
-        for at in [round % 2, 1 - round % 2] {
-            series[at].push(contenders[at].asks(routes, status));
+    for _ in 0..rounds {
+        let mut quickest = [f64::INFINITY; 2];
+        for turn in 0..10 {
+            // Who is first has the warmer processor.
+            for at in [turn % 2, 1 - turn % 2] {
+                quickest[at] = quickest[at].min(contenders[at].asks(routes[at], status));
+            }
         }
+        series.iter_mut().zip(quickest).for_each(|(series, time)| series.push(time));
     }
     series
 }

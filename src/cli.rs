@@ -49,6 +49,8 @@ others for a daemon that does not run:
   --private-key FILE       secret key to sign this machine's paths with, as made by
                            nix-store --generate-binary-cache-key  [env: NIX_SECRET_KEY_FILE]
   --trusted-public-key KEY accept from peers only what this key signed; repeatable
+  --trusted-public-key-file FILE
+                           the same with a key, or several, in a file
   --priority N             Priority in nix-cache-info; cache.nixos.org has 40 [default: 20]
 
   --mode lan|wan|both      where to look for peers                         [default: lan]
@@ -187,6 +189,7 @@ pub fn parse(
                     config.trusted_public_keys.push(PublicKey::parse(key).map_err(|e| wrong(&flag, key, e))?);
                 }
             }
+            "trusted-public-key-file" => config.trusted_public_key_files.push(value()?.into()),
             "priority" => config.priority = number(&flag, value()?, 0, u32::MAX.into())? as u32,
             "mode" => {
                 config.mode = match text(&flag, value()?)?.as_str() {
@@ -486,6 +489,7 @@ mod tests {
             "peer",
             "private-key",
             "trusted-public-key",
+            "trusted-public-key-file",
             "priority",
             "mode",
             "tracker-url",

@@ -74,6 +74,8 @@ pub struct Config {
     /// The flags that say all of this, those that stood in the environment among them; what is not UTF-8 is as good as it
     /// can be shown.
     pub flags: Vec<String>,
+    /// Files with more of them, which are read at the start. Defaults to none.
+    pub trusted_public_key_files: Vec<PathBuf>,
 }
 
 /// The port of peerix, TCP and UDP.
@@ -106,6 +108,7 @@ impl Default for Config {
             state_dir: None,
             trusted_public_keys: Vec::new(),
             flags: Vec::new(),
+            trusted_public_key_files: Vec::new(),
         }
     }
 }

@@ -8,7 +8,7 @@ use crate::http::server::Server;
 use crate::identity;
 use crate::interfaces::Interfaces;
 use crate::lookup::Lookup;
-use crate::nix::{HashPart, SecretKey};
+use crate::nix::{HashPart, PublicKey, SecretKey};
 use crate::peers::announce::{Publication, Trackers};
 use crate::peers::client::Client;
 use crate::peers::discovery::{Discovery, Handle, Neighbourhood, Wake};
@@ -27,6 +27,7 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use ring::rand::{SecureRandom, SystemRandom};
 use sd_notify::NotifyState;
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -36,7 +37,7 @@ use std::{fmt, fs, io};
 /// Names given by `--peer` are resolved again this often: addresses change.
 const RESOLVE_INTERVAL: Duration = Duration::from_secs(60);
 
-/// A secret key file larger than this is none.
+/// A key file larger than this is none.
 const MAX_KEY_FILE: u64 = 4096;
 
 /// How often the main thread looks at the others when systemd's watchdog is off.
@@ -94,6 +95,10 @@ pub fn run_with(config: Config, record: Record) -> Result<(), Fatal> {
     service::allow_descriptors(DESCRIPTORS);
     let now = Instant::now();
     let key = config.private_key.as_deref().map(read_key).transpose()?;
+    let mut trusted = config.trusted_public_keys.clone();
+    for file in &config.trusted_public_key_files {
+        trusted.extend(read_public_keys(file)?);
+    }
     let store = StoreConfig { store_dir: config.store_dir.clone(), db: config.db.clone() };
     let store = Arc::new(Store::open(store).map_err(|e| Fatal(e.to_string()))?);
     let interfaces = Arc::new(Interfaces::read(now));
@@ -127,7 +132,6 @@ pub fn run_with(config: Config, record: Record) -> Result<(), Fatal> {
 
     let client = Arc::new(Client::new(config.store_dir.clone()));
     let standing = Arc::new(Standing::default());
-    let trusted = config.trusted_public_keys.clone();
     let record = Arc::new(record);
     let counters = keep_counters(&config, &record).map_err(|e| Fatal::from(("counters", e)))?;
     let facts = Facts::new(&config, port);
@@ -243,18 +247,35 @@ fn wait(woken: &Receiver<Wakeup>, discovery: &Handle, record: &Record) -> Result
 }
 
 /// The secret key of `--private-key`.
-fn read_key(path: &std::path::Path) -> Result<SecretKey, Fatal> {
+fn read_key(path: &Path) -> Result<SecretKey, Fatal> {
     let name = path.display();
-    let file = fs::metadata(path).and_then(|meta| {
-        if !meta.is_file() || meta.len() > MAX_KEY_FILE {
-            return Err(io::Error::other("not a key file"));
-        }
-        fs::read_to_string(path)
-    });
-    let text = file.map_err(|e| {
+    let text = read_key_file(path).map_err(|e| {
         Fatal(format!("private key {name}: {e}; --private-key needs a file of nix-store --generate-binary-cache-key that this user can read"))
     })?;
     SecretKey::parse(&text).map_err(|e| Fatal(format!("private key {name}: {e}")))
+}
+
+/// The keys in a file of `--trusted-public-key-file`. A file without any would let every peer in.
+fn read_public_keys(path: &Path) -> Result<Vec<PublicKey>, Fatal> {
+    let name = path.display();
+    let text = read_key_file(path).map_err(|e| {
+        Fatal(format!(
+            "public key {name}: {e}; --trusted-public-key-file needs a file with NAME:KEY in it that this user can read"
+        ))
+    })?;
+    let keys = text.split_whitespace().map(PublicKey::parse).collect::<Result<Vec<_>, _>>();
+    match keys {
+        Ok(keys) if keys.is_empty() => Err(Fatal(format!("public key {name}: there is none in it"))),
+        keys => keys.map_err(|e| Fatal(format!("public key {name}: {e}"))),
+    }
+}
+
+fn read_key_file(path: &Path) -> io::Result<String> {
+    let meta = fs::metadata(path)?;
+    if !meta.is_file() || meta.len() > MAX_KEY_FILE {
+        return Err(io::Error::other("not a key file"));
+    }
+    fs::read_to_string(path)
 }
 
 /// What the WAN mode runs beside the rest.
@@ -380,6 +401,20 @@ fn resolve(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_file_may_have_several_public_keys_and_has_one() {
+        let file = std::env::temp_dir().join(format!("peerix-public-keys-{}", std::process::id()));
+        let key = "dw6gRsgENbg3ZRarDaIEP6t3wwkl5ML26Gov7r1VLrA=";
+        fs::write(&file, format!("a-1:{key}\nb-1:{key} c-1:{key}\n")).unwrap();
+        assert_eq!(read_public_keys(&file).unwrap().len(), 3);
+        for (text, why) in [("", "none"), ("a-1:nonsense", "key")] {
+            fs::write(&file, text).unwrap();
+            let Fatal(error) = read_public_keys(&file).unwrap_err();
+            assert!(error.contains(why) && !error.contains('\n'), "{error}");
+        }
+        fs::remove_file(&file).unwrap();
+    }
 
     #[test]
     fn a_failed_lookup_leaves_the_addresses_as_they_were() {

@@ -129,6 +129,16 @@ fn what_keeps_it_from_starting() {
     host.sh("chmod 755 /nix/var/nix/db");
     // Nothing of it was the host's fault.
     Daemon::start(&host, &["--private-key", "/etc/good.sec"]);
+
+    host.write("/etc/empty.pub", "\n");
+    for (file, words) in [
+        ("/etc/missing.pub", &["/etc/missing.pub", "--trusted-public-key-file"][..]),
+        ("/etc/empty.pub", &["/etc/empty.pub", "none"]),
+        ("/etc/good.sec", &["/etc/good.sec", "key"]),
+        ("/dev/zero", &["/dev/zero", "not a key file"]),
+    ] {
+        assert_one_line(&fail(&host, 0, &["--trusted-public-key-file", file]), 1, words);
+    }
 }
 
 /// Reads the head of an answer and a little of its body.

@@ -9,6 +9,7 @@ _peerix() {
     --peer) return ;;
     --private-key) mapfile -t COMPREPLY < <(compgen -f -- "$cur"); return ;;
     --trusted-public-key) return ;;
+    --trusted-public-key-file) mapfile -t COMPREPLY < <(compgen -f -- "$cur"); return ;;
     --priority) return ;;
     --mode) mapfile -t COMPREPLY < <(compgen -W 'lan wan both' -- "$cur"); return ;;
     --tracker-url) return ;;
@@ -21,7 +22,7 @@ _peerix() {
     --state-dir) mapfile -t COMPREPLY < <(compgen -d -- "$cur"); return ;;
     esac
     if [[ $cur == -* ]]; then
-        mapfile -t COMPREPLY < <(compgen -W '--json --port --bind --timeout --peer --private-key --trusted-public-key --priority --mode --tracker-url --peer-id --announce-addr --no-verify --upstream-cache --no-filter --no-default-filters --filter-patterns --store-dir --db --state-dir --verbose --help --version' -- "$cur")
+        mapfile -t COMPREPLY < <(compgen -W '--json --port --bind --timeout --peer --private-key --trusted-public-key --trusted-public-key-file --priority --mode --tracker-url --peer-id --announce-addr --no-verify --upstream-cache --no-filter --no-default-filters --filter-patterns --store-dir --db --state-dir --verbose --help --version' -- "$cur")
     elif ((COMP_CWORD == 1)); then
         mapfile -t COMPREPLY < <(compgen -W 'status peers why doctor' -- "$cur")
     elif [[ ${COMP_WORDS[1]} == why ]]; then

@@ -11,6 +11,7 @@ complete -c peerix -l timeout -x -d 'how long unknown LAN peers may take to answ
 complete -c peerix -l peer -x -d 'a node beyond the broadcast domain (VLAN, VPN) to ask, and to share with, like a neighbour; repeatable; name each other'
 complete -c peerix -l private-key -r -F -d 'secret key to sign this machine\'s paths with, as made by nix-store --generate-binary-cache-key [env: NIX_SECRET_KEY_FILE]'
 complete -c peerix -l trusted-public-key -x -d 'accept from peers only what this key signed; repeatable'
+complete -c peerix -l trusted-public-key-file -r -F -d 'the same with a key, or several, in a file'
 complete -c peerix -l priority -x -d 'Priority in nix-cache-info; cache.nixos.org has 40 [default: 20]'
 complete -c peerix -l mode -x -a 'lan wan both' -d 'where to look for peers [default: lan]'
 complete -c peerix -l tracker-url -x -d 'tracker for wan and both, repeatable'

@@ -14,7 +14,9 @@ mod why;
 
 use crate::cli::{self, Ask, Command, What};
 use crate::config::Config;
+use crate::nix::PublicKey;
 use serde_json::Value;
+use std::fs;
 use std::io::Read;
 use std::time::{Duration, SystemTime};
 use ureq::Agent;
@@ -75,11 +77,16 @@ impl Node {
             return Err(format!("what answers on port {} is no peerix of this version", asked.port));
         }
         let flags = list(&status["node"]["flags"]).iter().map(|flag| text(flag).into());
-        let config = match cli::parse(flags, |_| None) {
+        let mut config = match cli::parse(flags, |_| None) {
             // Sockets that systemd passes have the port that it chose.
             Ok(Command::Run(config)) => Config { port: asked.port, ..*config },
             _ => return Err(format!("the peerix on port {} has flags that this one does not know", asked.port)),
         };
+        // The daemon has checked them.
+        for file in &config.trusted_public_key_files {
+            let text = fs::read_to_string(file).unwrap_or_default();
+            config.trusted_public_keys.extend(text.split_whitespace().filter_map(|key| PublicKey::parse(key).ok()));
+        }
         Ok(Node { config, status })
     }
 }

@@ -1,0 +1,524 @@
+# The NixOS module: `services.peerix` and `services.peerix.tracker`. Options, names, types and defaults of the original
+# peerix, and a few for what it did not have. tests/module.rs evaluates it, `make vm-test` runs its units.
+{
+  config,
+  lib,
+  pkgs,
+  ...
+}:
+let
+  inherit (lib)
+    escape
+    hasPrefix
+    mkEnableOption
+    mkIf
+    mkMerge
+    mkOption
+    optional
+    optionals
+    removePrefix
+    types
+    ;
+
+  cfg = config.services.peerix;
+  tracker = cfg.tracker;
+  nix = config.nix.settings;
+
+  # One argument of ExecStart=, without a shell: quoted as systemd.service(5) has it, so that every character arrives.
+  # A JSON string is such a quoted word; specifiers (%) and variables ($) are doubled.
+  argument = value: builtins.replaceStrings [ "%" "$" ] [ "%%" "$$" ] (builtins.toJSON (toString value));
+  # `--flag=value`, so that a value that begins with a dash is no flag.
+  flag = name: value: argument "--${name}=${toString value}";
+  flagIf = name: value: optional (value != null) (flag name value);
+  switchIf = name: on: optional on (argument "--${name}");
+  commandLine = program: arguments: lib.concatStringsSep " " ([ "${cfg.package}/bin/${program}" ] ++ arguments);
+
+  # A path in a setting that systemd takes to the end of the line.
+  pathSetting = path: builtins.replaceStrings [ "%" ] [ "%%" ] (toString path);
+
+  isInStore = path: hasPrefix "${builtins.storeDir}/" (toString path);
+
+  # "nobody", the original's default, stands for nobody in particular: a user that exists while the service runs and
+  # shares nothing with any other, and the group that goes with it.
+  ownUser = toString cfg.user == "nobody";
+
+  # What systemd reads as root and shows to this unit alone: see systemd.exec(5), credentials.
+  credentials =
+    optional (cfg.privateKeyFile != null) "private-key:${pathSetting cfg.privateKeyFile}"
+    ++ optional (cfg.publicKeyFile != null) "public-key:${pathSetting cfg.publicKeyFile}";
+
+  # Peers whose paths Nix would refuse are passed over, if Nix refuses any. The list has Nix's own keys and ours.
+  trustedKeys = optionals (nix.require-sigs or true) (
+    lib.unique (
+      lib.toList (nix.trusted-public-keys or [ ])
+      ++ lib.toList (nix.extra-trusted-public-keys or [ ])
+    )
+  );
+
+  # nix.conf has to name the key in the file, and the file is not read while this is evaluated: it may not be there yet.
+  publicKeyConf = "/run/peerix-public-key/nix.conf";
+
+  # What both programs do without. systemd-analyze security tells what each is worth.
+  hardened = {
+    # Root's powers, and ways to get them.
+    CapabilityBoundingSet = "";
+    NoNewPrivileges = true;
+    RestrictSUIDSGID = true;
+    PrivateUsers = true;
+    # Files: all are read-only but the state directory; /home, devices and other users' temporary files are not there.
+    ProtectSystem = "strict";
+    ProtectHome = true;
+    PrivateTmp = true;
+    PrivateDevices = true;
+    DevicePolicy = "closed";
+    PrivateMounts = true;
+    UMask = "0077";
+    # The kernel and the machine.
+    ProtectKernelModules = true;
+    ProtectKernelTunables = true;
+    ProtectKernelLogs = true;
+    ProtectControlGroups = true;
+    ProtectClock = true;
+    ProtectHostname = true;
+    ProtectProc = "invisible";
+    ProcSubset = "pid";
+    RestrictNamespaces = true;
+    RestrictRealtime = true;
+    LockPersonality = true;
+    MemoryDenyWriteExecute = true;
+    RemoveIPC = true;
+    KeyringMode = "private";
+    SystemCallArchitectures = "native";
+    SystemCallFilter = [
+      "@system-service"
+      "~@privileged @resources"
+    ];
+    # A call that is not allowed fails, as it does without the right to it; the program is not killed for it.
+    SystemCallErrorNumber = "EPERM";
+    # Connection threads, and what stands beside them.
+    TasksMax = 2048;
+  };
+
+  # Started again whatever ended it; but a program that cannot run must not keep Nix waiting at an open port. After
+  # ten failures in a minute systemd gives up, and closes the port.
+  restarted = {
+    Type = "notify";
+    Restart = "on-failure";
+    RestartSec = 1;
+    WatchdogSec = 60;
+    TimeoutStopSec = 10;
+  };
+  giveUp = {
+    startLimitIntervalSec = 60;
+    startLimitBurst = 10;
+  };
+
+  trackerDir = dirOf tracker.dbPath;
+  trackerStateDir = if hasPrefix "/var/lib/" trackerDir then removePrefix "/var/lib/" trackerDir else null;
+in
+{
+  options.services.peerix = {
+    enable = mkEnableOption "peerix, which lets Nix fetch store paths from the stores of the machines around it";
+
+    package = mkOption {
+      type = types.package;
+      default = pkgs.peerix or (pkgs.callPackage ./nix/package.nix { });
+      defaultText = lib.literalExpression "pkgs.peerix";
+      description = "The peerix package to use.";
+    };
+
+    openFirewall = mkOption {
+      type = types.bool;
+      default = true;
+      description = ''
+        Open {option}`services.peerix.port` in the firewall, TCP and UDP: UDP to find neighbours and be asked by them,
+        TCP to be fetched from. Without, only {option}`services.peerix.peers` and peers of a tracker are found.
+      '';
+    };
+
+    port = mkOption {
+      type = types.port;
+      default = 12304;
+      description = ''
+        Port for the HTTP server (TCP) and peer announcements (UDP). All machines of a network need the same.
+      '';
+    };
+
+    mode = mkOption {
+      type = types.enum [
+        "lan"
+        "wan"
+        "both"
+      ];
+      default = "lan";
+      description = ''
+        Where to look for peers, and whom to share with: `"lan"` (neighbours, found by UDP broadcast), `"wan"` (peers
+        that a tracker knows), or `"both"`. `"wan"` and `"both"` share with anybody what passes the filter and the
+        verification.
+      '';
+    };
+
+    user = mkOption {
+      type = types.either types.str types.int;
+      default = "nobody";
+      description = ''
+        User to run the service as. `"nobody"` stands for a user that systemd makes for this service alone.
+      '';
+    };
+
+    group = mkOption {
+      type = types.either types.str types.int;
+      default = "nobody";
+      description = "Group to run the service as. `\"nobody\"` stands for the group of the user.";
+    };
+
+    privateKeyFile = mkOption {
+      type = types.nullOr types.path;
+      default = null;
+      example = "/etc/nix/peerix.sec";
+      description = ''
+        Secret key to sign this machine's paths with, as {command}`nix-store --generate-binary-cache-key` writes it.
+        systemd reads it; it need not be readable for anybody but root, and must not be in the Nix store.
+      '';
+    };
+
+    publicKeyFile = mkOption {
+      type = types.nullOr types.path;
+      default = null;
+      example = "/etc/nix/peerix.pub";
+      description = ''
+        File with a public key that this machine's Nix shall trust, in one line. It is read when Nix starts, not when
+        the system is built, so that it may also be a secret that is decrypted at boot.
+      '';
+    };
+
+    publicKey = mkOption {
+      type = types.nullOr types.str;
+      default = null;
+      example = "myhost-1:dw6gRsgENbg3ZRarDaIEP6t3wwkl5ML26Gov7r1VLrA=";
+      description = "Public key that this machine's Nix shall trust.";
+    };
+
+    globalCacheTTL = mkOption {
+      type = types.nullOr types.ints.unsigned;
+      default = null;
+      example = 60;
+      description = ''
+        How long Nix remembers, in seconds, that a substituter has a path or does not have it
+        (`narinfo-cache-positive-ttl` and `narinfo-cache-negative-ttl`). This is for all substituters, so that by
+        default Nix's own values stay: 30 days and one hour.
+      '';
+    };
+
+    peers = mkOption {
+      type = types.listOf types.str;
+      default = [ ];
+      example = [
+        "build.example.org"
+        "10.8.0.2:12304"
+      ];
+      description = ''
+        Nodes beyond the broadcast domain (in another VLAN, in a VPN) to ask, and to share with, like neighbours:
+        `host` or `host:port`. Name each other.
+      '';
+    };
+
+    priority = mkOption {
+      type = types.ints.unsigned;
+      default = 20;
+      description = "Order among Nix's substituters, lowest first. cache.nixos.org has 40.";
+    };
+
+    enableIPv6 = mkOption {
+      type = types.bool;
+      default = false;
+      description = "Serve and look for peers on IPv6 too, in link-local and unique local networks.";
+    };
+
+    extraFlags = mkOption {
+      type = types.listOf types.str;
+      default = [ ];
+      example = [
+        "--timeout=100"
+        "--tracker-url=http://tracker2.example:12305"
+      ];
+      description = "Further arguments; see {command}`peerix --help`.";
+    };
+
+    trackerUrl = mkOption {
+      type = types.nullOr types.str;
+      default = null;
+      example = "http://tracker.example:12305";
+      description = ''
+        URL of the peerix tracker server. Required for modes `"wan"` and `"both"`; more of them can be added by
+        {option}`services.peerix.extraFlags`.
+      '';
+    };
+
+    announceAddr = mkOption {
+      type = types.nullOr types.str;
+      default = null;
+      example = "home.example.org:20001";
+      description = ''
+        Address to announce to the tracker, `host` or `host:port`, instead of the one it sees: for machines behind NAT
+        or in a VPN.
+      '';
+    };
+
+    peerId = mkOption {
+      type = types.nullOr types.str;
+      default = null;
+      description = "Unique peer ID. Made of the machine's identity key, which is kept in the state directory, if not set.";
+    };
+
+    upstreamCache = mkOption {
+      type = types.str;
+      default = "https://cache.nixos.org";
+      description = "Upstream cache URL for hash verification: what it has too may be shared with anybody.";
+    };
+
+    noVerify = mkOption {
+      type = types.bool;
+      default = false;
+      description = "Share with anybody also what the upstream cache does not have, in modes with WAN.";
+    };
+
+    noFilter = mkOption {
+      type = types.bool;
+      default = false;
+      description = "Share with anybody whatever the name, in modes with WAN.";
+    };
+
+    noDefaultFilters = mkOption {
+      type = types.bool;
+      default = false;
+      description = "Keep filtering by name, but without the built-in patterns.";
+    };
+
+    filterPatterns = mkOption {
+      type = types.listOf types.str;
+      default = [ ];
+      example = [ "*-internal-*" ];
+      description = "Additional patterns (as in Python's `fnmatch`) of names to exclude from WAN sharing.";
+    };
+
+    tracker = {
+      enable = mkEnableOption "the peerix tracker, through which peers on different networks find one another";
+
+      port = mkOption {
+        type = types.port;
+        default = 12305;
+        description = "Port for the tracker server (TCP).";
+      };
+
+      dbPath = mkOption {
+        type = types.str;
+        default = "/var/lib/peerix-tracker/tracker.db";
+        description = "Path to the tracker's SQLite database. Its directory is made if it is not there.";
+      };
+
+      openFirewall = mkOption {
+        type = types.bool;
+        default = true;
+        description = "Open the firewall for the tracker's port.";
+      };
+    };
+  };
+
+  config = mkMerge [
+    (mkIf cfg.enable {
+      assertions = [
+        {
+          assertion = cfg.mode == "lan" || cfg.trackerUrl != null;
+          message = ''
+            services.peerix.mode is "${cfg.mode}", which needs a tracker: set services.peerix.trackerUrl, for example to "http://tracker.example:12305", or mode to "lan".'';
+        }
+        {
+          assertion = cfg.publicKey == null || cfg.publicKeyFile == null;
+          message = "services.peerix.publicKey and services.peerix.publicKeyFile are both set: set one of them. Further keys go to nix.settings.extra-trusted-public-keys.";
+        }
+        {
+          assertion = cfg.privateKeyFile == null || !isInStore cfg.privateKeyFile;
+          message = ''
+            services.peerix.privateKeyFile is in the Nix store (${toString cfg.privateKeyFile}), which every user and every peer can read: set it to a path outside, as a string, for example "/etc/nix/peerix.sec".'';
+        }
+      ];
+
+      # The port belongs to systemd and stays open while the daemon restarts: up to 2.31, a Nix that knows a cache and
+      # finds its port closed fails the build.
+      systemd.sockets.peerix = {
+        description = "Port of the peer-to-peer Nix binary cache";
+        wantedBy = [ "sockets.target" ];
+        socketConfig = rec {
+          ListenStream = [ "0.0.0.0:${toString cfg.port}" ] ++ optional cfg.enableIPv6 "[::]:${toString cfg.port}";
+          ListenDatagram = ListenStream;
+          BindIPv6Only = "ipv6-only";
+          Backlog = 1024;
+        };
+      };
+
+      systemd.services.peerix = giveUp // {
+        description = "Peer-to-peer Nix binary cache";
+        documentation = [ "https://github.com/sophronesis/peerix" ];
+        wantedBy = [ "multi-user.target" ];
+        requires = [ "peerix.socket" ];
+        wants = [ "nix-daemon.socket" ];
+        after = [
+          "network.target"
+          "peerix.socket"
+          "nix-daemon.socket"
+        ];
+        # Stopping it before the new one starts would close the socket too.
+        stopIfChanged = false;
+        serviceConfig =
+          hardened
+          // restarted
+          // {
+            # Opens and closes the Nix database as root, which leaves behind the files that are needed to read it as
+            # another user (Nix 2.26 or later). Where that fails, peerix has other ways.
+            ExecStartPre = "+-${config.nix.package}/bin/nix-store --check-validity";
+            ExecStart = commandLine "peerix" (
+              [ (flag "port" cfg.port) ]
+              ++ [ (flag "mode" cfg.mode) ]
+              ++ [ (flag "priority" cfg.priority) ]
+              ++ optional (cfg.privateKeyFile != null) "--private-key=%d/private-key"
+              ++ map (flag "trusted-public-key") trustedKeys
+              ++ optional (cfg.publicKeyFile != null && nix.require-sigs or true) "--trusted-public-key-file=%d/public-key"
+              ++ map (flag "peer") cfg.peers
+              ++ flagIf "tracker-url" cfg.trackerUrl
+              ++ flagIf "announce-addr" cfg.announceAddr
+              ++ flagIf "peer-id" cfg.peerId
+              ++ [ (flag "upstream-cache" cfg.upstreamCache) ]
+              ++ switchIf "no-verify" cfg.noVerify
+              ++ switchIf "no-filter" cfg.noFilter
+              ++ switchIf "no-default-filters" cfg.noDefaultFilters
+              ++ map (flag "filter-patterns") cfg.filterPatterns
+              ++ map argument cfg.extraFlags
+            );
+            StateDirectory = "peerix";
+            StateDirectoryMode = "0700";
+            LoadCredential = credentials;
+            # As many as peerix takes for 1,024 connections and their streams.
+            LimitNOFILE = 8192;
+            # Netlink tells which networks this machine is in; the Unix socket is nix-daemon's and systemd's.
+            RestrictAddressFamilies = [
+              "AF_INET"
+              "AF_INET6"
+              "AF_NETLINK"
+              "AF_UNIX"
+            ];
+          }
+          // (
+            if ownUser then
+              {
+                DynamicUser = true;
+                User = "peerix";
+              }
+            else
+              { User = toString cfg.user; }
+          )
+          // lib.optionalAttrs (toString cfg.group != "nobody") { Group = toString cfg.group; };
+      };
+
+      nix.settings = mkMerge [
+        { extra-substituters = [ "http://127.0.0.1:${toString cfg.port}" ]; }
+        (mkIf (cfg.publicKey != null) { extra-trusted-public-keys = [ cfg.publicKey ]; })
+        (mkIf (cfg.globalCacheTTL != null) {
+          narinfo-cache-positive-ttl = cfg.globalCacheTTL;
+          narinfo-cache-negative-ttl = cfg.globalCacheTTL;
+        })
+      ];
+
+      networking.firewall = mkIf cfg.openFirewall {
+        allowedTCPPorts = [ cfg.port ];
+        allowedUDPPorts = [ cfg.port ];
+      };
+    })
+
+    (mkIf (cfg.enable && cfg.publicKeyFile != null) {
+      # A file that is not there when Nix starts is no error: then the key is not trusted.
+      nix.extraOptions = ''
+        !include ${publicKeyConf}
+      '';
+      # nix-daemon reads its configuration when it starts.
+      systemd.services.nix-daemon.restartTriggers = [ (toString cfg.publicKeyFile) ];
+      systemd.services.peerix-public-key = {
+        description = "Public key of services.peerix.publicKeyFile for nix.conf";
+        wantedBy = [
+          "multi-user.target"
+          "nix-daemon.service"
+        ];
+        before = [
+          "nix-daemon.service"
+          "peerix.service"
+        ];
+        # One line, whatever is in the file: it is a key, and must not become another setting.
+        script = ''
+          key=$(tr -d '\n' < "$CREDENTIALS_DIRECTORY/public-key")
+          printf 'extra-trusted-public-keys = %s\n' "$key" > ${publicKeyConf}
+        '';
+        # As root, but without its powers: every user's Nix reads the file, which in the directory of a user that
+        # systemd makes (/run/private) it could not.
+        serviceConfig = hardened // {
+          Type = "oneshot";
+          RemainAfterExit = true;
+          RuntimeDirectory = "peerix-public-key";
+          RuntimeDirectoryMode = "0755";
+          UMask = "0022";
+          LoadCredential = [ "public-key:${pathSetting cfg.publicKeyFile}" ];
+          PrivateNetwork = true;
+          RestrictAddressFamilies = "none";
+          IPAddressDeny = "any";
+        };
+      };
+    })
+
+    (mkIf tracker.enable {
+      systemd.services.peerix-tracker = giveUp // {
+        description = "Tracker of the peer-to-peer Nix binary cache";
+        documentation = [ "https://github.com/sophronesis/peerix" ];
+        wantedBy = [ "multi-user.target" ];
+        after = [ "network.target" ];
+        serviceConfig =
+          hardened
+          // restarted
+          // {
+            ExecStart = commandLine "peerix-tracker" [
+              (flag "port" tracker.port)
+              (flag "db-path" tracker.dbPath)
+            ];
+            User = "peerix-tracker";
+            LimitNOFILE = 8192;
+            RestrictAddressFamilies = [
+              "AF_INET"
+              "AF_INET6"
+              "AF_UNIX"
+            ];
+          }
+          // (
+            if trackerStateDir != null then
+              {
+                DynamicUser = true;
+                StateDirectory = escape [ "\\" " " ] (pathSetting trackerStateDir);
+                StateDirectoryMode = "0700";
+              }
+            else
+              { ReadWritePaths = [ trackerDir ]; }
+          );
+      };
+
+      networking.firewall.allowedTCPPorts = mkIf tracker.openFirewall [ tracker.port ];
+    })
+
+    # Elsewhere than in /var/lib the directory has to belong to a user that stays.
+    (mkIf (tracker.enable && trackerStateDir == null) {
+      users.users.peerix-tracker = {
+        isSystemUser = true;
+        group = "peerix-tracker";
+        description = "Tracker of peerix";
+      };
+      users.groups.peerix-tracker = { };
+      systemd.tmpfiles.rules = [ "d '${trackerDir}' 0700 peerix-tracker peerix-tracker -" ];
+    })
+  ];
+}

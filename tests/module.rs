@@ -1,0 +1,478 @@
+//! nixos-module.nix, evaluated by real Nix against a stand-in for nixpkgs' `lib` (tests/module): its options, what it
+//! refuses, and the unit files it comes to. That systemd takes those as they are meant is for `make vm-test`.
+
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+
+const ROOT: &str = env!("CARGO_MANIFEST_DIR");
+
+fn nix_instantiate(expression: &str) -> Output {
+    let program =
+        std::env::var_os("NIX_BIN_DIR").map_or("nix-instantiate".into(), |dir| Path::new(&dir).join("nix-instantiate"));
+    let mut command = Command::new(program);
+    // Without a store: what is read while evaluating would have to be put there.
+    command.args(["--store", "dummy://", "--eval", "--strict", "--json", "-E"]).arg(expression);
+    command.current_dir(ROOT).stdin(Stdio::null()).output().expect("nix-instantiate runs")
+}
+
+fn eval(expression: &str) -> Value {
+    let output = nix_instantiate(expression);
+    assert!(output.status.success(), "{expression}\n{}", String::from_utf8_lossy(&output.stderr));
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+/// What a NixOS configuration comes to, as tests/module/render.nix has it.
+fn machine(config: &str) -> Value {
+    eval(&format!("(import ./tests/module/eval.nix).module {{ {config} }}"))
+}
+
+/// The same with peerix enabled and something more.
+fn peerix(config: &str) -> Value {
+    machine(&format!("services.peerix.enable = true; {config}"))
+}
+
+fn refused(config: &str) -> String {
+    let expression = format!("(import ./tests/module/eval.nix).module {{ {config} }}");
+    let output = nix_instantiate(&expression);
+    assert!(!output.status.success(), "{config} is taken");
+    String::from_utf8(output.stderr).unwrap()
+}
+
+/// The values of a setting in a unit file, one for each line.
+fn settings<'a>(machine: &'a Value, unit: &str, name: &str) -> Vec<&'a str> {
+    let text = machine["units"][unit].as_str().unwrap_or_else(|| panic!("no {unit}"));
+    text.lines().filter_map(|line| line.strip_prefix(name)?.strip_prefix('=')).collect()
+}
+
+fn setting<'a>(machine: &'a Value, unit: &str, name: &str) -> &'a str {
+    match settings(machine, unit, name)[..] {
+        [value] => value,
+        ref other => panic!("{unit}: {name}: {other:?}"),
+    }
+}
+
+/// The arguments of `ExecStart=`, as systemd.service(5) says that systemd takes them apart.
+fn arguments(machine: &Value, unit: &str) -> Vec<String> {
+    let (mut words, mut rest) = (Vec::new(), setting(machine, unit, "ExecStart"));
+    while !rest.is_empty() {
+        let word = if rest.starts_with('"') {
+            let mut words = serde_json::Deserializer::from_str(rest).into_iter::<String>();
+            let word = words.next().unwrap().unwrap();
+            rest = &rest[words.byte_offset()..];
+            word.replace("%%", "%").replace("$$", "$")
+        } else {
+            let (word, after) = rest.split_once(' ').unwrap_or((rest, ""));
+            rest = after;
+            word.to_owned()
+        };
+        rest = rest.trim_start_matches(' ');
+        words.push(word);
+    }
+    words
+}
+
+fn has(machine: &Value, flag: &str) -> bool {
+    arguments(machine, "peerix.service").iter().any(|argument| argument == flag)
+}
+
+/// Name and default of each option in the original's README.
+fn original_options() -> Vec<(String, Value)> {
+    let tables = std::fs::read_to_string(Path::new(ROOT).join("tests/module/original-options.md")).unwrap();
+    let rows = tables.lines().filter(|line| line.starts_with("| `services."));
+    rows.map(|row| {
+        let cells: Vec<&str> = row.trim_matches('|').split('|').map(|cell| cell.trim().trim_matches('`')).collect();
+        let default = serde_json::from_str(cells[2]).unwrap_or_else(|_| json!(cells[2]));
+        (cells[0].to_owned(), default)
+    })
+    .collect()
+}
+
+#[test]
+fn every_option_of_the_original_has_its_name_type_and_default() {
+    let types: BTreeMap<&str, &str> = [
+        ("enable", "bool"),
+        ("openFirewall", "bool"),
+        ("port", "port"),
+        ("mode", r#"enum ["lan","wan","both"]"#),
+        ("user", "either str int"),
+        ("group", "either str int"),
+        ("privateKeyFile", "nullOr path"),
+        ("publicKeyFile", "nullOr path"),
+        ("publicKey", "nullOr str"),
+        ("globalCacheTTL", "nullOr ints.unsigned"),
+        ("package", "package"),
+        ("trackerUrl", "nullOr str"),
+        ("announceAddr", "nullOr str"),
+        ("peerId", "nullOr str"),
+        ("upstreamCache", "str"),
+        ("noVerify", "bool"),
+        ("noFilter", "bool"),
+        ("noDefaultFilters", "bool"),
+        ("filterPatterns", "listOf str"),
+        ("tracker.enable", "bool"),
+        ("tracker.port", "port"),
+        ("tracker.dbPath", "str"),
+        ("tracker.openFirewall", "bool"),
+    ]
+    .into();
+    let options = eval("(import ./tests/module/eval.nix).options");
+    let options: BTreeMap<&str, &Value> =
+        options.as_array().unwrap().iter().map(|option| (option["name"].as_str().unwrap(), option)).collect();
+    let original = original_options();
+    assert_eq!(original.len(), types.len());
+    for (name, default) in &original {
+        let option = options.get(&**name).unwrap_or_else(|| panic!("{name} is missing"));
+        assert_eq!(option["type"], types[name.strip_prefix("services.peerix.").unwrap()], "{name}");
+        // The stand-in's nixpkgs has the package at this path.
+        let default = if *default == json!("pkgs.peerix") { json!("/usr/local") } else { default.clone() };
+        assert_eq!(option["default"], default, "{name}");
+    }
+    for option in options.values() {
+        assert!(option["description"].as_str().unwrap().len() > 20, "{option}");
+    }
+    let new: Vec<&str> = options.keys().filter(|name| original.iter().all(|(old, _)| old != *name)).copied().collect();
+    assert_eq!(new, ["enableIPv6", "extraFlags", "peers", "priority"].map(|name| format!("services.peerix.{name}")));
+}
+
+/// Each option stands in the README with its default.
+#[test]
+fn the_readme_has_every_option() {
+    let readme = std::fs::read_to_string(Path::new(ROOT).join("README.md")).unwrap();
+    let mut there = BTreeMap::new();
+    for row in readme.lines().filter(|line| line.starts_with("| `services.")) {
+        let cells: Vec<&str> = row.trim_matches('|').split('|').map(str::trim).collect();
+        for name in cells[0].split(", ") {
+            there.insert(name.trim_matches('`').to_owned(), cells[1].trim_matches('`').to_owned());
+        }
+    }
+    let options = eval("(import ./tests/module/eval.nix).options");
+    let options = options.as_array().unwrap().iter().map(|option| {
+        let name = option["name"].as_str().unwrap().to_owned();
+        let default = match &option["default"] {
+            Value::Array(empty) if empty.is_empty() => "[ ]".to_owned(),
+            Value::String(path) if path == "/usr/local" => "pkgs.peerix".to_owned(),
+            other => other.to_string(),
+        };
+        (name, default)
+    });
+    assert_eq!(there, options.collect());
+}
+
+#[test]
+fn nothing_is_there_unless_it_is_enabled() {
+    let nothing = machine("services.peerix.port = 1;");
+    assert_eq!(nothing["units"], json!({}));
+    assert_eq!((&nothing["tcp"], &nothing["udp"]), (&json!([]), &json!([])));
+    assert!(!nothing["nixConf"].as_str().unwrap().contains("127.0.0.1"));
+}
+
+#[test]
+fn by_default_it_is_one_socket_one_service_and_one_line_for_nix() {
+    let machine = peerix("");
+    let units: Vec<&String> = machine["units"].as_object().unwrap().keys().collect();
+    assert_eq!(units, ["peerix.service", "peerix.socket"]);
+    assert_eq!(machine["failed"], json!([]));
+    assert_eq!((&machine["tcp"], &machine["udp"]), (&json!([12304]), &json!([12304])));
+    let conf = machine["nixConf"].as_str().unwrap();
+    assert!(conf.contains("\nsubstituters = https://cache.nixos.org/\n"), "replaced: {conf}");
+    assert!(conf.contains("\nextra-substituters = http://127.0.0.1:12304\n"), "{conf}");
+    assert!(!conf.contains("narinfo-cache") && !conf.contains("include"), "{conf}");
+
+    for kind in ["ListenStream", "ListenDatagram"] {
+        assert_eq!(settings(&machine, "peerix.socket", kind), ["0.0.0.0:12304"]);
+    }
+    assert_eq!(setting(&machine, "peerix.socket", "WantedBy"), "sockets.target");
+    let service = |name| setting(&machine, "peerix.service", name);
+    assert_eq!(
+        [service("Type"), service("Restart"), service("DynamicUser"), service("User"), service("StateDirectory")],
+        ["notify", "on-failure", "true", "peerix", "peerix"]
+    );
+    assert!(service("WatchdogSec").parse::<u32>().unwrap() > 0);
+    assert!(service("ExecStartPre").starts_with("+-/nix/"));
+    assert_eq!(settings(&machine, "peerix.service", "Group"), [""; 0]);
+    assert_eq!(
+        arguments(&machine, "peerix.service"),
+        [
+            "/usr/local/bin/peerix",
+            "--port=12304",
+            "--mode=lan",
+            "--priority=20",
+            "--trusted-public-key=cache.nixos.org-1:6NCHdD59X431o0gWypbMrAURkbJ16ZPMQFGspcDShjY=",
+            "--upstream-cache=https://cache.nixos.org",
+        ]
+    );
+    // The socket has to outlive a change of the service, and the service goes on without nix-daemon.
+    assert_eq!(machine["stopIfChanged"]["peerix"], json!(false));
+    assert_eq!(service("Requires"), "peerix.socket");
+}
+
+#[test]
+fn every_option_arrives() {
+    let machine = peerix(
+        r#"services.peerix = {
+            port = 12399; mode = "both"; trackerUrl = "http://tracker:1"; announceAddr = "home:2"; peerId = "me";
+            upstreamCache = "https://cache.example"; noVerify = true; noFilter = true; noDefaultFilters = true;
+            filterPatterns = [ "*-a" "b*" ]; priority = 7; peers = [ "one" "two:3" ]; enableIPv6 = true;
+            extraFlags = [ "--timeout=80" "--tracker-url=http://second:1" ];
+            privateKeyFile = "/run/secrets/key"; publicKey = "k-1:AAAA"; globalCacheTTL = 60;
+        };"#,
+    );
+    for flag in [
+        "--port=12399",
+        "--mode=both",
+        "--priority=7",
+        "--private-key=%d/private-key",
+        "--trusted-public-key=k-1:AAAA",
+        "--peer=one",
+        "--peer=two:3",
+        "--tracker-url=http://tracker:1",
+        "--announce-addr=home:2",
+        "--peer-id=me",
+        "--upstream-cache=https://cache.example",
+        "--no-verify",
+        "--no-filter",
+        "--no-default-filters",
+        "--filter-patterns=*-a",
+        "--filter-patterns=b*",
+        "--timeout=80",
+        "--tracker-url=http://second:1",
+    ] {
+        assert!(has(&machine, flag), "no {flag}");
+    }
+    assert_eq!(settings(&machine, "peerix.socket", "ListenStream"), ["0.0.0.0:12399", "[::]:12399"]);
+    assert_eq!(setting(&machine, "peerix.service", "LoadCredential"), "private-key:/run/secrets/key");
+    let conf = machine["nixConf"].as_str().unwrap();
+    for line in [
+        "extra-substituters = http://127.0.0.1:12399\n",
+        "extra-trusted-public-keys = k-1:AAAA\n",
+        "narinfo-cache-positive-ttl = 60\n",
+        "narinfo-cache-negative-ttl = 60\n",
+    ] {
+        assert!(conf.contains(line), "no {line} in {conf}");
+    }
+    assert_eq!(machine["tcp"], json!([12399]));
+    assert_eq!(peerix("services.peerix.openFirewall = false;")["tcp"], json!([]));
+}
+
+#[test]
+fn the_program_takes_each_flag_that_the_module_gives() {
+    let machine = peerix(
+        r#"services.peerix = {
+            mode = "wan"; trackerUrl = "http://t:1"; announceAddr = "home:2"; peerId = "-me"; noVerify = true; noFilter = true;
+            noDefaultFilters = true; filterPatterns = [ "-*" "--port" ]; peers = [ "one" ]; privateKeyFile = "/k"; publicKeyFile = "/p";
+        };"#,
+    );
+    // The first thing it misses is a file: everything before was understood.
+    let output = Command::new(env!("CARGO_BIN_EXE_peerix"))
+        .args(&arguments(&machine, "peerix.service")[1..])
+        .env_remove("NIX_SECRET_KEY_FILE")
+        .output()
+        .unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains("private key %d/private-key: No such file"), "{said}");
+}
+
+#[test]
+fn values_arrive_whatever_characters_they_have() {
+    let odd = "a \"b\" 'c' %i %% $HOME ${HOME} \\ \\n ; # *? \t ü -";
+    let nix = odd.replace('\\', "\\\\").replace('"', "\\\"").replace("${", "\\${").replace('\t', "\\t");
+    let machine = peerix(&format!(
+        "services.peerix = {{ peerId = \"{nix}\"; announceAddr = \"{nix}\"; trackerUrl = \"{nix}\"; filterPatterns = [ \"{nix}\" ];
+          extraFlags = [ \"{nix}\" ]; }}; services.peerix.tracker = {{ enable = true; dbPath = \"/var/lib/{nix}/db\"; }};"
+    ));
+    for flag in ["--peer-id=", "--announce-addr=", "--tracker-url=", "--filter-patterns=", ""] {
+        assert!(has(&machine, &format!("{flag}{odd}")), "{flag}");
+    }
+    let tracker = arguments(&machine, "peerix-tracker.service");
+    assert!(tracker.contains(&format!("--db-path=/var/lib/{odd}/db")), "{tracker:?}");
+    let text = machine["units"]["peerix.service"].as_str().unwrap();
+    assert!(text.lines().filter(|line| line.starts_with("ExecStart=")).count() == 1);
+}
+
+#[test]
+fn what_cannot_work_is_refused_with_what_to_set() {
+    for (config, names) in [
+        (r#"mode = "wan";"#, &["\"wan\"", "services.peerix.trackerUrl"][..]),
+        (r#"mode = "both";"#, &["services.peerix.trackerUrl"]),
+        (r#"publicKey = "a:b"; publicKeyFile = "/c";"#, &["publicKey ", "publicKeyFile", "set one"]),
+        (
+            "privateKeyFile = builtins.storeDir + \"/abc-key\";",
+            &["privateKeyFile", "every user", "/etc/nix/peerix.sec"],
+        ),
+    ] {
+        let failed = peerix(&format!("services.peerix = {{ {config} }};"))["failed"].clone();
+        let [message] = &failed.as_array().unwrap()[..] else { panic!("{config}: {failed}") };
+        for name in names {
+            assert!(message.as_str().unwrap().contains(name), "{config}: no {name} in {message}");
+        }
+    }
+    // A path of a flake is in the store, where everybody reads it; one beside configuration.nix is not, and stays there.
+    let beside = peerix("services.peerix.privateKeyFile = ./Cargo.toml;");
+    assert_eq!(beside["failed"], json!([]));
+    assert_eq!(setting(&beside, "peerix.service", "LoadCredential"), format!("private-key:{ROOT}/Cargo.toml"));
+
+    for (config, names) in [
+        ("port = 65536;", "services.peerix.port: 65536 is not of type port"),
+        ("port = \"12304\";", "services.peerix.port"),
+        ("mode = \"internet\";", "services.peerix.mode"),
+        ("filterPatterns = \"*\";", "services.peerix.filterPatterns"),
+        ("globalCacheTTL = -1;", "services.peerix.globalCacheTTL"),
+        ("privateKeyFile = \"key\";", "services.peerix.privateKeyFile"),
+        ("tracker = { enable = true; port = -1; };", "services.peerix.tracker.port"),
+    ] {
+        let said = refused(&format!("services.peerix = {{ enable = true; {config} }};"));
+        assert!(said.contains(names), "{config}: {said}");
+    }
+}
+
+#[test]
+fn a_public_key_file_is_read_by_nix_and_not_by_the_evaluation() {
+    let machine = peerix("services.peerix.publicKeyFile = \"/run/secrets/50 %.pub\";");
+    assert!(has(&machine, "--trusted-public-key-file=%d/public-key"));
+    for unit in ["peerix.service", "peerix-public-key.service"] {
+        assert_eq!(setting(&machine, unit, "LoadCredential"), "public-key:/run/secrets/50 %%.pub");
+    }
+    assert!(machine["nixConf"].as_str().unwrap().contains("\n!include /run/peerix-public-key/nix.conf\n"));
+    assert!(setting(&machine, "peerix-public-key.service", "Before").contains("nix-daemon.service"));
+
+    // Its script, run on a file that would like to be more than a key.
+    let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join("public-key");
+    std::fs::create_dir_all(&dir).unwrap();
+    std::fs::write(dir.join("public-key"), "a-1:AAAA\nallowed-users = *\n").unwrap();
+    let script = machine["scripts"]["peerix-public-key"].as_str().unwrap();
+    let script = script.replace("/run/peerix-public-key", dir.to_str().unwrap());
+    let status = Command::new("bash").args(["-c", &script]).env("CREDENTIALS_DIRECTORY", &dir).status().unwrap();
+    assert!(status.success());
+    let conf = std::fs::read_to_string(dir.join("nix.conf")).unwrap();
+    assert_eq!(conf, "extra-trusted-public-keys = a-1:AAAAallowed-users = *\n");
+}
+
+#[test]
+fn peers_are_held_to_the_keys_that_nix_trusts() {
+    let machine = peerix("nix.settings.extra-trusted-public-keys = [ \"own-1:BBBB\" ];");
+    let keys = |machine: &Value| {
+        let arguments = arguments(machine, "peerix.service").into_iter();
+        arguments.filter(|argument| argument.starts_with("--trusted-public-key")).collect::<Vec<_>>()
+    };
+    assert_eq!(keys(&machine).len(), 2);
+    assert!(has(&machine, "--trusted-public-key=own-1:BBBB"));
+    // A Nix that takes paths without signatures is not kept from them.
+    let trusting = "nix.settings.require-sigs = (import ./tests/module/lib.nix).mkForce false;";
+    assert_eq!(keys(&peerix(&format!("{trusting} services.peerix.publicKeyFile = \"/k\";"))), [""; 0]);
+}
+
+#[test]
+fn it_runs_as_the_user_that_is_chosen() {
+    let chosen = peerix("services.peerix = { user = \"cache\"; group = \"nogroup\"; };");
+    let service = |name| settings(&chosen, "peerix.service", name);
+    assert_eq!((service("User"), service("Group"), service("DynamicUser")), (vec!["cache"], vec!["nogroup"], vec![]));
+    let number = peerix("services.peerix.user = 1000;");
+    assert_eq!(setting(&number, "peerix.service", "User"), "1000");
+    assert_eq!(settings(&number, "peerix.service", "Group"), [""; 0]);
+}
+
+#[test]
+fn the_tracker_stands_by_itself() {
+    let tracker = machine("services.peerix.tracker.enable = true;");
+    let units: Vec<&String> = tracker["units"].as_object().unwrap().keys().collect();
+    assert_eq!(units, ["peerix-tracker.service"]);
+    assert_eq!((&tracker["tcp"], &tracker["udp"]), (&json!([12305]), &json!([])));
+    assert!(!tracker["nixConf"].as_str().unwrap().contains("127.0.0.1"));
+    let unit = "peerix-tracker.service";
+    assert_eq!(
+        arguments(&tracker, unit),
+        ["/usr/local/bin/peerix-tracker", "--port=12305", "--db-path=/var/lib/peerix-tracker/tracker.db"]
+    );
+    assert_eq!(setting(&tracker, unit, "StateDirectory"), "peerix-tracker");
+    assert_eq!(setting(&tracker, unit, "DynamicUser"), "true");
+
+    // Where systemd makes no directory, one is made that belongs to a user that stays.
+    let config = "enable = true; port = 1; openFirewall = false; dbPath = \"/data/tracker/t.db\";";
+    let elsewhere = machine(&format!("services.peerix.tracker = {{ {config} }};"));
+    assert_eq!(elsewhere["tcp"], json!([]));
+    assert_eq!(setting(&elsewhere, unit, "ReadWritePaths"), "/data/tracker");
+    assert_eq!(settings(&elsewhere, unit, "DynamicUser"), [""; 0]);
+    assert_eq!(elsewhere["tmpfiles"], json!(["d '/data/tracker' 0700 peerix-tracker peerix-tracker -"]));
+    assert_eq!(elsewhere["users"], json!(["peerix-tracker"]));
+}
+
+/// nixpkgs' harmonia module, the measure of it, has all of these.
+#[test]
+fn both_programs_are_locked_up() {
+    let machine = peerix("services.peerix.tracker.enable = true;");
+    for unit in ["peerix.service", "peerix-tracker.service"] {
+        for (name, value) in [
+            ("CapabilityBoundingSet", ""),
+            ("NoNewPrivileges", "true"),
+            ("PrivateUsers", "true"),
+            ("PrivateDevices", "true"),
+            ("PrivateTmp", "true"),
+            ("PrivateMounts", "true"),
+            ("ProtectSystem", "strict"),
+            ("ProtectHome", "true"),
+            ("ProtectKernelModules", "true"),
+            ("ProtectKernelTunables", "true"),
+            ("ProtectKernelLogs", "true"),
+            ("ProtectControlGroups", "true"),
+            ("ProtectHostname", "true"),
+            ("ProtectClock", "true"),
+            ("ProtectProc", "invisible"),
+            ("ProcSubset", "pid"),
+            ("RestrictNamespaces", "true"),
+            ("RestrictRealtime", "true"),
+            ("LockPersonality", "true"),
+            ("MemoryDenyWriteExecute", "true"),
+            ("SystemCallArchitectures", "native"),
+            ("UMask", "0077"),
+        ] {
+            assert_eq!(setting(&machine, unit, name), value, "{unit}: {name}");
+        }
+        assert_eq!(settings(&machine, unit, "SystemCallFilter"), ["@system-service", "~@privileged @resources"]);
+    }
+    assert!(!settings(&machine, "peerix-tracker.service", "RestrictAddressFamilies").contains(&"AF_NETLINK"));
+}
+
+/// What those install who have no NixOS is what the module makes. Run with PEERIX_UPDATE=1 to write it anew.
+#[test]
+fn the_units_in_contrib_are_those_of_the_module() {
+    let machine = peerix("services.peerix.tracker.enable = true;");
+    let contrib = Path::new(ROOT).join("contrib");
+    let lines = machine["nixConf"].as_str().unwrap().lines();
+    let conf: String = lines.filter(|line| line.contains("127.0.0.1")).map(|line| format!("{line}\n")).collect();
+    let mut files: BTreeMap<String, String> = [("nix.conf".to_owned(), conf)].into();
+    for (name, text) in machine["units"].as_object().unwrap() {
+        files.insert(format!("systemd/{name}"), text.as_str().unwrap().to_owned());
+    }
+    for (name, text) in &files {
+        let path = contrib.join(name);
+        if std::env::var_os("PEERIX_UPDATE").is_some() {
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(&path, text).unwrap();
+        }
+        let there = std::fs::read_to_string(&path).unwrap_or_default();
+        assert_eq!(there, *text, "contrib/{name}: PEERIX_UPDATE=1 cargo test --test module writes it anew");
+    }
+    let units = std::fs::read_dir(contrib.join("systemd")).unwrap().count();
+    assert_eq!(units, files.len() - 1, "contrib/systemd has units that the module does not make");
+}
+
+/// The machines of the tests, and that both ways of running them get the same steps.
+#[test]
+fn the_machines_of_the_virtual_tests_are_right() {
+    for (test, names) in [("lan", 3), ("wan", 3)] {
+        let machines = eval(&format!("(import ./tests/module/eval.nix).machines ./nix/tests/{test}.nix"));
+        let machines = machines.as_object().unwrap();
+        assert_eq!(machines.len(), names);
+        for (name, machine) in machines {
+            assert_eq!(machine["failed"], json!([]), "{test}: {name}");
+            assert!(!machine["units"].as_object().unwrap().is_empty());
+        }
+        let steps = eval(&format!("(import ./nix/tests/{test}.nix {{ peerix = \"/p\"; }}).testScript"));
+        let parts =
+            ["common", test].map(|part| std::fs::read_to_string(Path::new(ROOT).join(format!("tests/vm/{part}.py"))));
+        assert_eq!(steps, parts.map(Result::unwrap).concat());
+    }
+}
