@@ -4,7 +4,7 @@
 mod common;
 
 use common::daemon::{binary, narinfo_status, wait_until_known};
-use common::http::Reply;
+use common::http::{self, Reply};
 use common::lan::Run;
 use common::packet::Packet;
 use common::standin::StandIn;
@@ -159,7 +159,13 @@ fn nothing_is_wrong() {
     // One of the original: it says nothing of what it does not have, and answers HTTP in its own way.
     let python = pair.lan.host("python");
     let query = Packet::Query { id: 1, hash_part: "0".repeat(32) };
-    python.udp(PORT).send_to(&query.write(), (pair.b.address, PORT)).unwrap();
+    let socket = python.udp(PORT);
+    wait_for("it is heard", || {
+        socket.send_to(&query.write(), (pair.b.address, PORT)).unwrap();
+        let status = http::get_local(&pair.b, "/status.json").unwrap().text();
+        status.contains(&format!("{}:{PORT}", python.address)).then_some(())
+    });
+    drop(socket);
     let python = StandIn::start(&python, |_| None, |_| Reply::Whole(404, b"Not Found".to_vec()));
     let found = doctor(&pair.b, &[]);
     found.is_well();
