@@ -180,7 +180,8 @@ fn nothing_here_is_of_one_machine() {
             let public = r#"source = "registry+https://github.com/rust-lang/crates.io-index""#;
             sources.for_each(|source| assert_eq!(source, public));
         }
-        let is_setting = ["Makefile", "Cargo.toml", ".ci/run"].contains(&&*name) || name.starts_with("scripts/");
+        let is_setting = ["Makefile", "Cargo.toml", ".cargo/config.toml", ".ci/run"].contains(&&*name)
+            || name.starts_with("scripts/");
         for word in text.split_whitespace().filter(|_| is_setting) {
             let Some((_, rest)) = word.split_once("://") else { continue };
             let host = rest.split(['/', '"', ')', ',']).next().unwrap_or_default();

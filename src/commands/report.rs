@@ -91,7 +91,20 @@ pub fn say(text: &str) {
     let _ = io::stdout().write_all(text.as_bytes());
 }
 
-/// The text without what a terminal would take for more than text: much of it is of other machines.
+/// The text without what a terminal would take for more than text: control characters, and those that turn the direction
+/// of what follows. Much of it is of other machines.
 pub fn clean(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect()
+    let is_plain =
+        |c: char| !c.is_control() && !('\u{202a}'..='\u{202e}').contains(&c) && !('\u{2066}'..='\u{2069}').contains(&c);
+    text.chars().map(|c| if is_plain(c) { c } else { '\u{fffd}' }).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_terminal_gets_text_alone() {
+        assert_eq!(clean("a\u{1b}[2Jb\nc\u{202e}d\u{2067}é"), "a\u{fffd}[2Jb\u{fffd}c\u{fffd}d\u{fffd}é");
+    }
 }

@@ -862,6 +862,24 @@ mod tests {
     }
 
     #[test]
+    fn a_thread_that_hangs_is_noticed() {
+        let (sender, commands) = bounded(1);
+        let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap();
+        let wake = Wake { sender, event, bye: AtomicBool::new(false), stop: AtomicBool::new(false) };
+        let patience = Duration::from_millis(20);
+        assert!(wake.neighbours(patience).is_none(), "nobody takes it from the queue");
+        assert!(wake.neighbours(patience).is_none(), "which is full now");
+        commands.try_iter().for_each(drop);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let Ok(Command::List(list)) = commands.recv() else { panic!() };
+                list.send(Known::default().list()).unwrap();
+            });
+            assert!(wake.neighbours(Duration::from_secs(30)).is_some_and(|all| all.is_empty()));
+        });
+    }
+
+    #[test]
     fn newcomers_are_greeted_once() {
         let mut node = Node::settled();
         assert_eq!(node.receive(peer(2), &hello_of(2)).len(), 1);
