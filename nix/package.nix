@@ -2,6 +2,7 @@
 {
   lib,
   rustPlatform,
+  installShellFiles,
   nix,
   testers,
 }:
@@ -24,6 +25,8 @@ rustPlatform.buildRustPackage (finalAttrs: {
       ../tests
       ../benches
       ../examples
+      ../contrib/man
+      ../contrib/completions
     ];
   };
   cargoLock.lockFile = ../Cargo.lock;
@@ -36,6 +39,12 @@ rustPlatform.buildRustPackage (finalAttrs: {
     "--test=layout"
   ];
   nativeCheckInputs = [ nix ];
+
+  nativeBuildInputs = [ installShellFiles ];
+  postInstall = ''
+    installManPage contrib/man/*.8
+    installShellCompletion --bash contrib/completions/*.bash --fish contrib/completions/*.fish --zsh contrib/completions/_*
+  '';
 
   passthru.tests = import ./tests {
     inherit testers;

@@ -24,7 +24,21 @@ pub const HELP: &str = "\
 peerix fetches Nix store paths from the machines around you: it answers Nix on
 http://127.0.0.1:12304/ like a binary cache, and asks the other machines that run it.
 
-Usage: peerix [OPTIONS]
+Usage: peerix [OPTIONS]                    runs the daemon, until SIGTERM or SIGINT
+       peerix status|peers|doctor [OPTIONS]
+       peerix why PATH [OPTIONS]
+
+Commands ask the daemon that runs on this machine, and change nothing:
+
+  status                   what it does: peers, transfers, totals, the last lookups
+  peers                    asks the network now, and lists who answers
+  why PATH                 all that decides about a store path: who may have it, who has it,
+                           would Nix take it, and does Nix ask
+  doctor                   looks for what breaks in practice, and says what mends it
+  --json                   the same for programs
+
+Options of the daemon. Commands need none but the port, if it is another; they take the
+others for a daemon that does not run:
 
   --port N                 TCP and UDP port                             [default: 12304]
   --bind ADDR              address to listen on, repeatable; [::] adds IPv6.
@@ -62,7 +76,9 @@ To let Nix use it, put this into /etc/nix/nix.conf and restart nix-daemon:
   extra-substituters = http://127.0.0.1:12304
 
 Exit status: 0 when stopped by SIGTERM or SIGINT, 1 when it cannot start or go on,
-2 for a wrong command line.
+2 for a wrong command line. Of commands: 0 when all is well (why: when Nix has the path or
+would get it from a peer; peers: when one answers), 1 when not, 2 as above, 3 when no daemon
+runs (doctor: 1).
 ";
 
 /// What the command line asks for.
@@ -70,10 +86,36 @@ Exit status: 0 when stopped by SIGTERM or SIGINT, 1 when it cannot start or go o
 pub enum Command {
     /// Run the daemon.
     Run(Box<Config>),
+    /// Ask the one that runs.
+    Ask(Box<Ask>),
     /// Print [`HELP`].
     Help,
     /// Print the version.
     Version,
+}
+
+/// A question to the running daemon, and what surrounds it.
+#[derive(Debug)]
+pub struct Ask {
+    /// What to find out.
+    pub what: What,
+    /// Where the daemon is; for the rest, what holds if it does not run.
+    pub config: Config,
+    /// For programs.
+    pub json: bool,
+}
+
+/// What to find out.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum What {
+    /// What the daemon does.
+    Status,
+    /// Who answers now.
+    Peers,
+    /// What becomes of a path, given as its user wrote it.
+    Why(String),
+    /// What is wrong.
+    Doctor,
 }
 
 /// Reads the arguments after the program's name; `env` looks up environment variables.
@@ -86,6 +128,19 @@ pub fn parse(
 ) -> Result<Command, String> {
     let mut config = Config::default();
     let mut bind = Vec::new();
+    let mut args: Vec<OsString> = args.into_iter().collect();
+    let mut what = match args.first().and_then(|word| word.to_str()) {
+        Some("status") => Some(What::Status),
+        Some("peers") => Some(What::Peers),
+        Some("why") => Some(What::Why(String::new())),
+        Some("doctor") => Some(What::Doctor),
+        _ => None,
+    };
+    if what.is_some() {
+        args.remove(0);
+    }
+    let mut json = false;
+    config.flags = args.iter().map(|arg| arg.to_string_lossy().into_owned()).collect();
     let mut parser = lexopt::Parser::from_args(args);
     while let Some(arg) = parser.next().map_err(|e| e.to_string())? {
         let flag = match &arg {
@@ -93,6 +148,10 @@ pub fn parse(
             Short('V') | Long("version") => return Ok(Command::Version),
             Short('v') | Long("verbose") => {
                 config.verbose = true;
+                continue;
+            }
+            Long("json") if what.is_some() => {
+                json = true;
                 continue;
             }
             Long("no-verify") => {
@@ -108,6 +167,10 @@ pub fn parse(
                 continue;
             }
             Long(name) => name.to_string(),
+            Value(path) if what == Some(What::Why(String::new())) => {
+                what = Some(What::Why(path.to_string_lossy().into_owned()));
+                continue;
+            }
             Short(_) | Value(_) => return Err(format!("{}; see --help", arg.unexpected())),
         };
         let mut value = || parser.value().map_err(|_| format!("--{flag}: needs a value"));
@@ -171,13 +234,23 @@ pub fn parse(
     if !bind.is_empty() {
         config.bind = bind;
     }
-    let from_env = |name| env(name).filter(|value| !value.is_empty()).map(PathBuf::from);
-    config.private_key = config.private_key.or_else(|| from_env("NIX_SECRET_KEY_FILE"));
-    config.state_dir = config.state_dir.or_else(|| from_env("STATE_DIRECTORY"));
+    let mut from_env = |given: Option<PathBuf>, name, flag: &str| {
+        given.or_else(|| {
+            let value = env(name).filter(|value| !value.is_empty())?;
+            config.flags.splice(0..0, [flag.to_owned(), value.to_string_lossy().into_owned()]);
+            Some(value.into())
+        })
+    };
+    config.private_key = from_env(config.private_key.take(), "NIX_SECRET_KEY_FILE", "--private-key");
+    config.state_dir = from_env(config.state_dir.take(), "STATE_DIRECTORY", "--state-dir");
     if config.mode != Mode::Lan && config.tracker_urls.is_empty() {
         return Err("--mode wan and --mode both need --tracker-url".into());
     }
-    Ok(Command::Run(Box::new(config)))
+    match what {
+        None => Ok(Command::Run(Box::new(config))),
+        Some(What::Why(path)) if path.is_empty() => Err("why: needs a store path".into()),
+        Some(what) => Ok(Command::Ask(Box::new(Ask { what, config, json }))),
+    }
 }
 
 fn wrong(flag: &str, value: &str, why: impl Display) -> String {
@@ -306,6 +379,41 @@ mod tests {
         assert_eq!(config.private_key, Some("/flag".into()));
     }
 
+    /// What the daemon says of its flags makes its settings again.
+    #[test]
+    fn flags_say_everything() {
+        let env = |name: &str| (name == "STATE_DIRECTORY").then(|| "/env/state".into());
+        let config =
+            run_with(&["--port", "1", "--filter-patterns", "a", "b", "--mode=both", "--tracker-url", "http://t"], env);
+        let config = config.unwrap();
+        let flags: Vec<&str> = config.flags.iter().map(String::as_str).collect();
+        let again = run(&flags).unwrap();
+        assert_eq!(format!("{config:?}"), format!("{again:?}"));
+        assert_eq!(again.state_dir, Some("/env/state".into()));
+    }
+
+    #[test]
+    fn commands() {
+        let ask = |args: &[&str]| match parse(args.iter().map(OsString::from), |_| None) {
+            Ok(Command::Ask(ask)) => *ask,
+            other => panic!("{other:?}"),
+        };
+        let path = "/nix/store/7h7qgvs4kgzsn8a6rb273saxyqh4jxlz-x";
+        for (args, what, json, port) in [
+            (&["status"][..], What::Status, false, 12304),
+            (&["peers", "--json"], What::Peers, true, 12304),
+            (&["why", path], What::Why(path.into()), false, 12304),
+            (&["why", "--port", "1", path, "--json"], What::Why(path.into()), true, 1),
+            (&["doctor", "--port=1", "--verbose"], What::Doctor, false, 1),
+        ] {
+            let ask = ask(args);
+            assert_eq!((ask.what, ask.json, ask.config.port), (what, json, port));
+        }
+        // Where a flag takes words, or a command is not the first, they are none.
+        assert_eq!(run(&["--filter-patterns", "status", "why"]).unwrap().filter_patterns, ["status", "why"]);
+        assert!(matches!(parse(["peers".into(), "--help".into()], |_| None), Ok(Command::Help)));
+    }
+
     #[test]
     fn peers_and_addresses_in_every_spelling() {
         let config = run(&[
@@ -354,6 +462,12 @@ mod tests {
             (&["--announce-addr", "a:99999"], "--announce-addr a:99999"),
             (&["--trusted-public-key", "nope"], "--trusted-public-key nope"),
             (&["--store-dir", "nix"], "--store-dir nix"),
+            (&["--json"], "--json"),
+            (&["--port", "1", "status"], "status"),
+            (&["status", "word"], "word"),
+            (&["why"], "store path"),
+            (&["why", "--json"], "store path"),
+            (&["why", "a", "b"], "b"),
             (&["--filter-patterns"], "--filter-patterns"),
             (&["--filter-patterns", &"p".repeat(257)], "longer than 256"),
             (&[&["--filter-patterns"][..], &["p"; 129]].concat(), "more than 128"),

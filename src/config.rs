@@ -71,6 +71,9 @@ pub struct Config {
     pub state_dir: Option<PathBuf>,
     /// Keys one of which must have signed what peers offer. Defaults to none, which leaves that to Nix.
     pub trusted_public_keys: Vec<PublicKey>,
+    /// The flags that say all of this, those that stood in the environment among them; what is not UTF-8 is as good as it
+    /// can be shown.
+    pub flags: Vec<String>,
     /// Files with more of them, which are read at the start. Defaults to none.
     pub trusted_public_key_files: Vec<PathBuf>,
 }
@@ -104,6 +107,7 @@ impl Default for Config {
             db: "/nix/var/nix/db/db.sqlite".into(),
             state_dir: None,
             trusted_public_keys: Vec::new(),
+            flags: Vec::new(),
             trusted_public_key_files: Vec::new(),
         }
     }

@@ -1,8 +1,8 @@
-//! The `peerix` daemon: read the command line, log, run.
+//! `peerix`: read the command line, log, run the daemon; or ask the one that runs.
 #![forbid(unsafe_code)]
 
 use peerix::cli::{self, Command};
-use peerix::{daemon, service};
+use peerix::{commands, daemon, service};
 use std::process::ExitCode;
 
 /// A wrong command line.
@@ -11,6 +11,7 @@ const EXIT_USAGE: u8 = 2;
 fn main() -> ExitCode {
     let config = match cli::parse(std::env::args_os().skip(1), |name| std::env::var_os(name)) {
         Ok(Command::Run(config)) => config,
+        Ok(Command::Ask(ask)) => return ExitCode::from(commands::run(&ask)),
         Ok(Command::Help) => {
             print!("{}", cli::HELP);
             return ExitCode::SUCCESS;

@@ -544,6 +544,13 @@ fn targets_and_methods_that_there_are_not() {
         ("GET", "/reputation/", 400),
         ("GET", "/reputation/%ff", 400),
         ("GET", "/reputation/%0a", 400),
+        ("POST", "/reach/1", 405),
+        ("GET", "/reach/", 400),
+        ("GET", "/reach/0", 400),
+        ("GET", "/reach/65536", 400),
+        ("GET", "/reach/x", 400),
+        // Loopback is nobody's address outside.
+        ("GET", "/reach/12304", 400),
     ] {
         let answer = c.ask(method, path, "").unwrap();
         error(&answer, status);

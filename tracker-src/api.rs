@@ -5,6 +5,7 @@ use crate::books::{Bound, Reported, Statement as Told};
 use crate::ledger::{Ledger, Unavailable};
 use crate::limits::{Kind, Limits};
 use crate::metrics::{Call, Metrics};
+use crate::reach;
 use crate::table::{Claim, Now, Refused, Reputation, Row, Table, Whereabouts};
 use data_encoding::BASE64;
 use peerix::http::body::NoBody;
@@ -35,6 +36,9 @@ const MAX_UPLOADS: usize = 8;
 
 /// Who finds no room for a filter is told to come again after so many seconds.
 const UPLOAD_RETRY: u64 = 2;
+
+/// Nodes that are tried to be reached at once, each by a thread that waits.
+const MAX_REACHES: usize = 16;
 
 /// Who is refused for want of room or for the database, after so many.
 const FULL_RETRY: u64 = 60;
@@ -129,6 +133,15 @@ struct ErrorBody<'a> {
 }
 
 #[derive(Serialize)]
+struct ReachBody {
+    addr: IpAddr,
+    port: u16,
+    reached: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    error: Option<String>,
+}
+
+#[derive(Serialize)]
 struct ReputationBody<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     peer_id: Option<&'a str>,
@@ -184,6 +197,7 @@ pub struct Api {
     limits: Limits,
     metrics: Metrics,
     uploads: AtomicUsize,
+    reaches: AtomicUsize,
     list: Mutex<List>,
     faults: Seldom,
 }
@@ -206,6 +220,7 @@ enum Route<'a> {
     Reputation(&'a str),
     Health,
     Metrics,
+    Reach(&'a str),
 }
 
 impl Route<'_> {
@@ -222,6 +237,7 @@ impl Route<'_> {
             Route::Reputation(_) => (Call::Reputation, Kind::Transfer),
             Route::Health => (Call::Health, Kind::Lookup),
             Route::Metrics => (Call::Metrics, Kind::List),
+            Route::Reach(_) => (Call::Reach, Kind::Reach),
         }
     }
 }
@@ -243,6 +259,7 @@ fn route<'a>(method: &str, target: &'a str) -> Result<Route<'a>, Refusal> {
         _ => match path.strip_prefix('/').and_then(|path| path.split_once('/')) {
             Some(("lookup", rest)) => (get.then_some(Route::Lookup(rest)), "GET, HEAD"),
             Some(("reputation", rest)) => (get.then_some(Route::Reputation(rest)), "GET, HEAD"),
+            Some(("reach", rest)) => (get.then_some(Route::Reach(rest)), "GET, HEAD"),
             Some(("filter", rest)) => ((method == "PUT").then_some(Route::Filter(rest)), "PUT"),
             _ => return Err(Refusal::new(404, "not found")),
         },
@@ -309,6 +326,7 @@ impl Api {
             limits: Limits::default(),
             metrics: Metrics::default(),
             uploads: AtomicUsize::new(0),
+            reaches: AtomicUsize::new(0),
             list: Mutex::default(),
             faults: Seldom::default(),
         }
@@ -335,6 +353,7 @@ impl Api {
                 json(&ReputationBody::new(Some(&id), &self.ledger.reputation(&id)?))
             }
             Route::Health => self.ledger.probe().map_err(Refusal::from).and_then(|()| status("ok")),
+            Route::Reach(port) => self.reach(port, from),
             Route::Metrics => Ok(Answer::Text(self.metrics.page(self.table.counts(), self.ledger.numbers()))),
         }
     }
@@ -458,6 +477,23 @@ impl Api {
             *self.list.lock().unwrap_or_else(PoisonError::into_inner) = Some((now.at, Arc::new(body.clone())));
         }
         Ok(answer)
+    }
+
+    fn reach(&self, port: &str, from: IpAddr) -> Outcome {
+        let port = port.parse().ok().filter(|port| *port != 0);
+        let port: u16 = port.ok_or_else(|| Refusal::new(400, "port: not from 1 to 65535"))?;
+        if !can_be_peer(from) {
+            return Err(Refusal::new(400, format!("no other peer can reach {from}")));
+        }
+        let reaches = self.reaches.fetch_add(1, Ordering::Relaxed);
+        let _permit = OnDrop::new(|| {
+            self.reaches.fetch_sub(1, Ordering::Relaxed);
+        });
+        if reaches >= MAX_REACHES {
+            return Err(Refusal::later(503, "too many at once", UPLOAD_RETRY));
+        }
+        let error = reach::ask((from, port).into()).err().map(|e| e.to_string());
+        json(&ReachBody { addr: from, port, reached: error.is_none(), error })
     }
 
     fn begin_transfers(&self, body: TransferInit, from: IpAddr) -> Outcome {

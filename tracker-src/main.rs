@@ -3,6 +3,7 @@
 //! ```text
 //! node ──HTTP──> api ─┬─> limits   how often may this address ask?
 //!                     ├─> table ──> slices   who is here, and who may have a path: in memory
+//!                     ├─> reach    is the one who asks reached from here?
 //!                     └─> ledger ─> books    whose is an ID, who transferred what: in SQLite
 //! ```
 //!
@@ -18,6 +19,7 @@ mod cli;
 mod ledger;
 mod limits;
 mod metrics;
+mod reach;
 mod run;
 mod slices;
 mod table;

@@ -28,12 +28,14 @@ pub enum Call {
     Health,
     /// `GET /metrics`.
     Metrics,
+    /// `GET /reach`.
+    Reach,
     /// Whatever is none of these.
     Other,
 }
 
 /// The names of [`Call`]s, in order.
-const CALLS: [&str; 11] = [
+const CALLS: [&str; 12] = [
     "announce",
     "leave",
     "filter",
@@ -44,6 +46,7 @@ const CALLS: [&str; 11] = [
     "reputation",
     "health",
     "metrics",
+    "reach",
     "other",
 ];
 

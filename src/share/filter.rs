@@ -49,6 +49,13 @@ impl Filter {
     }
 }
 
+/// The first pattern that keeps a path here, as [`Filter::keeps`] does without a name for it.
+pub fn kept_by<'a>(defaults: bool, patterns: &'a [String], path: &StorePath) -> Option<&'a str> {
+    let defaults = if defaults { DEFAULT_PATTERNS } else { &[] };
+    let mut all = defaults.iter().copied().chain(patterns.iter().map(String::as_str));
+    all.find(|pattern| Pattern::parse(pattern).matches(path.base_name()))
+}
+
 #[derive(Debug)]
 struct Pattern(Vec<Token>);
 
@@ -206,6 +213,9 @@ mod tests {
             assert!(!Filter::default().keeps(&path(name)), "{name}");
         }
         assert!(all.keeps(&path("mine")) && own.keeps(&path("mine")));
+        assert_eq!(kept_by(true, &more, &path("my-secret-mine")), Some("*-secret-*"));
+        assert_eq!(kept_by(false, &more, &path("my-secret-mine")), Some("*-mine"));
+        assert_eq!(kept_by(true, &more, &path("hello-2.12")), None);
         for name in ["hello-2.12", "Mine", "my-SECRET-x", "mine.drv"] {
             assert!(!all.keeps(&path(name)), "{name}");
         }

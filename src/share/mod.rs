@@ -13,6 +13,7 @@ use filter::Filter;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Instant;
+pub use verify::UPSTREAM_KEY;
 use verify::Verifier;
 
 /// Who asks, by the address of the socket and nothing else.
@@ -105,6 +106,24 @@ impl Share {
     pub fn is_open_question(&self, info: &PathInfo) -> bool {
         let verifier = self.verifier.as_ref().filter(|verifier| !verifier.has_key());
         verifier.is_some_and(|verifier| !self.filter.keeps(&info.path) && verifier.verified_now(info).is_none())
+    }
+
+    /// Why strangers may not have this valid path, for the user who asks; none if they may. `config` is what this was made
+    /// of. Takes as long as [`Share::may_have`].
+    pub fn why_kept(&self, config: &Config, info: &PathInfo) -> Option<String> {
+        if !self.serves(Scope::Wan) {
+            return Some("in mode lan, only the networks that this machine is on get anything".into());
+        }
+        if self.filter.keeps(&info.path) {
+            let pattern = filter::kept_by(config.default_filters, &config.filter_patterns, &info.path);
+            return Some(format!("its name matches the pattern {}", pattern.unwrap_or_default()));
+        }
+        let verifier = self.verifier.as_ref().filter(|verifier| !verifier.verified(info))?;
+        let upstream = &config.upstream_cache;
+        Some(match verifier.verified_now(info) {
+            Some(_) => format!("{upstream} does not have it, or with another NAR"),
+            None => format!("{upstream} did not say whether it has it"),
+        })
     }
 
     fn decide(&self, scope: Scope, info: &PathInfo, verified: impl FnOnce(&Verifier) -> bool) -> bool {

@@ -16,7 +16,7 @@ use ureq::Agent;
 use ureq::tls::{RootCerts, TlsConfig};
 
 /// The key of [`DEFAULT_UPSTREAM`] (Nix manual, "trusted-public-keys").
-const UPSTREAM_KEY: &str = "cache.nixos.org-1:6NCHdD59X431o0gWypbMrAURkbJ16ZPMQFGspcDShjY=";
+pub const UPSTREAM_KEY: &str = "cache.nixos.org-1:6NCHdD59X431o0gWypbMrAURkbJ16ZPMQFGspcDShjY=";
 
 /// Signatures of the upstream's name that are checked of one path, 0.1 ms each. Upstream makes one.
 const MAX_SIGNATURES: usize = 4;

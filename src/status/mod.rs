@@ -59,6 +59,7 @@ pub struct Facts {
     shares: String,
     signs: bool,
     trusted_keys: Vec<String>,
+    flags: Vec<String>,
 }
 
 impl Facts {
@@ -72,6 +73,7 @@ impl Facts {
             shares: shares(config),
             signs: config.private_key.is_some(),
             trusted_keys: config.trusted_public_keys.iter().map(|key| key.name().to_owned()).collect(),
+            flags: config.flags.clone(),
         }
     }
 }
@@ -161,6 +163,7 @@ impl Status {
                 shares: self.facts.shares.clone(),
                 signs: self.facts.signs,
                 trusted_keys: self.facts.trusted_keys.clone(),
+                flags: self.facts.flags.clone(),
             },
             health: Health { ok: !problems.iter().any(|problem| problem.serious), problems },
             networks: self.networks(),

@@ -51,6 +51,7 @@ pub struct Node {
     pub shares: String,
     pub signs: bool,
     pub trusted_keys: Vec<String>,
+    pub flags: Vec<String>,
 }
 
 /// Whether the node is well.

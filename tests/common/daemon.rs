@@ -4,6 +4,7 @@ use super::lan::{Host, Run};
 use super::process::Logged;
 use super::{http, wait_for, world};
 use rustix::process::Signal;
+use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
 
@@ -26,6 +27,15 @@ impl Daemon {
     /// Starts it as root with `--verbose` and `flags`, and waits until it answers.
     pub fn start(host: &Host, flags: &[&str]) -> Daemon {
         Self::start_as(host, 0, flags)
+    }
+
+    /// The same on another port than everybody's.
+    pub fn start_on(host: &Host, port: u16, flags: &[&str]) -> Daemon {
+        let mut command = host.cmd(&binary().display().to_string());
+        command.args(["--verbose", "--port", &port.to_string()]).args(flags);
+        let mut program = Logged::start(&host.name, command);
+        program.wait_until("peerix answers", || host.connect((Ipv4Addr::LOCALHOST, port)).ok());
+        Daemon { program }
     }
 
     /// The same as another user.

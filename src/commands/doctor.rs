@@ -1,0 +1,477 @@
+//! `peerix doctor`: what breaks in practice, looked for, each with what mends it.
+//!
+//! Nothing is bad here that may be as its user wants it: a network without peers is a note, a peer that is heard and
+//! cannot be fetched from is not.
+
+use super::nix::{self, Settings};
+use super::peers::NO_PATH;
+use super::probe::{self, Http};
+use super::report::{Report, State};
+use super::status::period;
+use super::{Node, get, get_within, list, text};
+use crate::cli::{self, Command};
+use crate::config::{Config, DEFAULT_PORT};
+use crate::interfaces::{Interfaces, is_private};
+use crate::nix::{HashPart, NarInfo};
+use crate::store::{Store, StoreConfig, StoreError};
+use std::ffi::OsString;
+use std::fs;
+use std::io::ErrorKind;
+use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
+use std::os::unix::ffi::OsStringExt;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::time::{Duration, Instant, SystemTime};
+
+/// Clocks may differ by so many seconds; certificates, and what Nix remembers, suffer from more.
+const CLOCK: u64 = 120;
+
+/// Peers say hello every 30 s. One that was heard so many seconds ago has not left.
+const LATELY: f64 = 40.0;
+
+/// More peers than this, and a node says nothing to a query for what it does not have.
+const CROWD: usize = 32;
+
+/// Neighbours that the kernel knows, and that are asked whether they run peerix.
+const MAX_NEIGHBOURS: usize = 256;
+
+/// A tracker tries for 2 s to reach this machine, and then says so.
+const REACH_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Lookups whose offers are looked at, and misses that are looked into.
+const SAMPLES: usize = 4;
+
+pub fn run(asked: &Config, json: bool) -> u8 {
+    let report = &mut Report::default();
+    let node = daemon(report, asked);
+    let config = node.as_ref().map_or(asked, |node| &node.config);
+    if node.is_none() {
+        database(report, config);
+    }
+    secrets(report, config);
+    let settings = nix_conf(report, config);
+    if let Some(node) = &node {
+        if config.mode.has_lan() {
+            network(report, node);
+        }
+        if let Some(settings) = &settings {
+            keys(report, node, settings);
+            memory(report, node, settings);
+        }
+    }
+    if config.mode.has_wan() {
+        trackers(report, config);
+    }
+    report.print(json, report.is_well())
+}
+
+fn daemon(report: &mut Report, asked: &Config) -> Option<Node> {
+    let node = match Node::find(asked) {
+        Ok(node) => node,
+        Err(e) => {
+            let remedy = match running_on().filter(|port| *port != asked.port) {
+                Some(port) => format!("one runs on port {port}: peerix doctor --port {port}"),
+                None => format!(
+                    "systemctl start peerix.socket peerix.service\n\
+                     if it does not stay: journalctl -u peerix -n 20\n\
+                     whose the port is: ss -ltnp 'sport = :{}'",
+                    asked.port
+                ),
+            };
+            report.fail("daemon", e, remedy);
+            return None;
+        }
+    };
+    let told = &node.status["node"];
+    let (version, mode) = (text(&told["version"]), text(&told["mode"]));
+    let up = period(told["uptime_seconds"].as_f64().unwrap_or_default());
+    report.ok("daemon", format!("peerix {version} runs on port {}, mode {mode}, for {up}", node.config.port));
+    // Trackers are looked at below.
+    for problem in list(&node.status["health"]["problems"]).iter().filter(|problem| problem["code"] != "trackers") {
+        let what = if problem["code"] == "store" { "database" } else { "daemon" };
+        let state = if problem["serious"] == true { State::Fail } else { State::Note };
+        report.add(state, what, text(&problem["text"]).to_owned());
+    }
+    Some(node)
+}
+
+/// The port of a peerix that runs, by its command line.
+fn running_on() -> Option<u16> {
+    fs::read_dir("/proc").ok()?.flatten().find_map(|process| {
+        let line = fs::read(process.path().join("cmdline")).ok()?;
+        let mut words = line.split(|byte| *byte == 0).map(|word| OsString::from_vec(word.to_vec()));
+        words.next().filter(|program| Path::new(program).file_name() == Some("peerix".as_ref()))?;
+        match cli::parse(words.filter(|word| !word.is_empty()), |_| None) {
+            Ok(Command::Run(config)) => Some(config.port),
+            _ => None,
+        }
+    })
+}
+
+fn database(report: &mut Report, config: &Config) {
+    let (db, uid) = (config.db.display(), uid());
+    let place = StoreConfig { store_dir: config.store_dir.clone(), db: config.db.clone() };
+    match Store::open(place) {
+        Err(e) => {
+            let remedy = match &e {
+                StoreError::Unreadable { .. } => readable(&config.db),
+                StoreError::Asleep { .. } => "systemctl enable --now nix-daemon.socket".into(),
+                StoreError::Missing { .. } => "install Nix, or name the place by --db FILE".into(),
+                _ => "nix-store --verify".into(),
+            };
+            report.fail("database", e.to_string(), remedy);
+        }
+        // Daemons are other users.
+        Ok(_) if uid == 0 && !is_readable(&config.db) => {
+            report.fail(
+                "database",
+                format!("{db}: only its owner may read it, and peerix may run as another user"),
+                readable(&config.db),
+            );
+        }
+        Ok(_) => report.ok("database", format!("{db} can be read by this user ({uid})")),
+    }
+}
+
+fn uid() -> u32 {
+    rustix::process::getuid().as_raw()
+}
+
+/// Whether every user may read a file.
+fn is_readable(file: &Path) -> bool {
+    let may = |path: &Path, bit| fs::metadata(path).is_ok_and(|meta| meta.permissions().mode() & bit != 0);
+    may(file, 0o004) && file.ancestors().skip(1).all(|dir| dir.as_os_str().is_empty() || may(dir, 0o001))
+}
+
+fn readable(db: &Path) -> String {
+    format!("chmod -R o+rX {}", db.parent().unwrap_or(db).display())
+}
+
+/// Files that nobody else may read.
+fn secrets(report: &mut Report, config: &Config) {
+    let identity = config.state_dir.as_ref().map(|dir| dir.join("identity"));
+    for file in config.private_key.iter().chain(identity.iter()) {
+        let name = file.display();
+        match fs::metadata(file) {
+            // Group rights are how systemd lets a service read its credentials.
+            Ok(meta) if meta.permissions().mode() & 0o007 != 0 => {
+                let remedy = match file.starts_with("/nix/store") {
+                    true => format!("install -m 600 {name} /etc/nix/peerix.sec, name that file, and make another key"),
+                    false => format!("chmod 600 {name}"),
+                };
+                report.fail(
+                    "secret",
+                    format!("{name}: every user of this machine may read it, and sign as it"),
+                    remedy,
+                );
+            }
+            Ok(_) => report.ok("secret", format!("{name} cannot be read by others")),
+            // A key that is made when it is needed.
+            Err(e) if e.kind() == ErrorKind::NotFound && config.private_key.as_ref() != Some(file) => {}
+            Err(e) => report.note("secret", format!("{name}: cannot be looked at: {e}")),
+        }
+    }
+}
+
+fn nix_conf(report: &mut Report, config: &Config) -> Option<Settings> {
+    let settings = match Settings::read() {
+        Ok(settings) => settings,
+        Err(e) => {
+            report.note("nix", format!("Nix does not tell its settings: {e}"));
+            return None;
+        }
+    };
+    let port = config.port;
+    let local = |url: &&&str| url.starts_with("http://127.0.0.1:") || url.starts_with("http://localhost:");
+    let substituters = settings.words("substituters");
+    match settings.peerix(port).first() {
+        _ if settings.get("substitute") == "false" => {
+            // By nix.conf, or because Nix sees no address but loopback and link-local ones, which it takes for no network.
+            let text = "substitute is off, by nix.conf or because Nix finds no network: Nix asks nobody";
+            let remedy = nix::set("substitute = true", "substitute = true;");
+            let remedy = format!("{remedy}\nif nix.conf does not say so: nix --option substitute true ...");
+            report.fail("substituter", text.into(), remedy);
+        }
+        Some(url) => report.ok("substituter", format!("Nix asks {url}")),
+        None => {
+            let other = substituters.iter().find(local).map(|url| format!("; {url} is not this one"));
+            let other = other.unwrap_or_default();
+            report.fail("substituter", format!("peerix is none of Nix's substituters{other}"), nix::substitute(port));
+        }
+    }
+    if let Some(after) = nix::outdated() {
+        let text = format!(
+            "nix.conf was written {} after nix-daemon had started, which goes by the old one",
+            period(after as f64)
+        );
+        report.fail("nix-daemon", text, "systemctl restart nix-daemon".into());
+    }
+    let known = settings.words("trusted-public-keys");
+    for key in config.trusted_public_keys.iter().map(ToString::to_string).filter(|key| !known.contains(&key.as_str())) {
+        let conf = format!("echo 'extra-trusted-public-keys = {key}' >> /etc/nix/nix.conf");
+        report.fail("keys", format!("peerix accepts what {key} signed, and Nix does not"), conf);
+    }
+    Some(settings)
+}
+
+/// How a port is opened here, by whichever firewall there is.
+fn open_port(protocol: &str, port: u16) -> String {
+    let there = |file: &str| Path::new(file).exists();
+    if there("/etc/NIXOS") {
+        format!("networking.firewall.allowed{}Ports = [ {port} ];", protocol.to_uppercase())
+    } else if there("/usr/bin/firewall-cmd") {
+        format!("firewall-cmd --permanent --add-port={port}/{protocol} && firewall-cmd --reload")
+    } else if there("/usr/sbin/ufw") {
+        format!("ufw allow {port}/{protocol}")
+    } else {
+        format!("iptables -I INPUT -p {protocol} --dport {port} -j ACCEPT")
+    }
+}
+
+fn network(report: &mut Report, node: &Node) {
+    let port = node.config.port;
+    let nothing = HashPart::parse(&NO_PATH).expect("zeros are Nix32");
+    let known = probe::known(node);
+    let asked: Vec<SocketAddr> = known.iter().copied().chain(neighbours(port)).collect();
+    let mut heard = match probe::ask(&nothing, port, &asked, true) {
+        Ok(heard) => heard,
+        Err(e) => return report.note("network", format!("cannot ask it: {e}")),
+    };
+    // Its user chose where it listens.
+    heard.retain(|heard| probe::hears(&node.config, heard.from.ip()));
+    // Whoever came while they were asked is known by now.
+    let fresh = Node::find(&node.config);
+    let node = fresh.as_ref().unwrap_or(node);
+    let now = node.status["time"].as_f64().unwrap_or_default();
+    let told = |address: &SocketAddr| {
+        list(&node.status["peers"]).iter().find(|peer| text(&peer["address"]) == address.to_string())
+    };
+    let last = |address: &SocketAddr| Some(now - told(address)?["last_heard"].as_f64()?);
+    let is_named = |address: &SocketAddr| told(address).is_some_and(|peer| peer["found_by"] == "flag");
+
+    let deaf: Vec<String> =
+        heard.iter().map(|h| h.from).filter(|from| last(from).is_none()).map(|from| from.to_string()).collect();
+    if !deaf.is_empty() {
+        let text =
+            format!("{} answers this command, and the daemon has never heard it: UDP is blocked here", deaf.join(", "));
+        report.fail("udp", text, open_port("udp", port));
+    }
+    let mut all = probe::known(node);
+    all.extend(heard.iter().map(|heard| heard.from).filter(|from| !all.contains(from)).collect::<Vec<_>>());
+    let mut well = 0;
+    for (address, http) in all.iter().zip(probe::http(&all)) {
+        let answers = heard.iter().any(|heard| heard.from == *address);
+        let there = format!("on {}: ", address.ip());
+        let tcp = open_port("tcp", address.port());
+        match (http, last(address)) {
+            (Http::Refuses, _) => {
+                let to = Interfaces::read(Instant::now()).current().iter().map(|i| i.address).find(IpAddr::is_ipv4);
+                let to = to.map_or("this machine".into(), |ip| ip.to_string());
+                report.fail(
+                    "share",
+                    format!("{address} shares nothing with this machine: to it, this is no neighbour"),
+                    format!("{there}peerix --peer {to}"),
+                );
+            }
+            (Http::Silent(e), _) if answers => {
+                report.fail(
+                    "tcp",
+                    format!("{address} answers by UDP, and TCP is blocked there: {e}"),
+                    format!("{there}{tcp}"),
+                );
+            }
+            // A machine that refuses is there, and its peerix is not.
+            (Http::Silent(e), Some(ago)) if ago < LATELY && e.kind() != ErrorKind::ConnectionRefused => {
+                let udp = open_port("udp", address.port());
+                report.fail("udp", format!("{address} was heard {ago:.0} s ago, and answers neither by UDP nor by TCP: it has just gone, or both are blocked there"), format!("{there}{udp}\n{there}{tcp}"));
+            }
+            (Http::Silent(e), _) => report.note("peer", format!("{address} does not answer: {e}")),
+            (Http::Shares(_), _) if !answers && all.len() <= CROWD => {
+                let udp = open_port("udp", address.port());
+                report.fail(
+                    "udp",
+                    format!("{address} answers by TCP, and UDP is blocked there"),
+                    format!("{there}{udp}"),
+                );
+            }
+            (_, None) if !is_named(address) => {}
+            _ => well += 1,
+        }
+    }
+    let interfaces = Interfaces::read(Instant::now()).current();
+    let networks: Vec<String> = interfaces
+        .iter()
+        .filter(|i| i.running && is_private(i.address) && probe::hears(&node.config, i.address))
+        .map(|i| format!("{}/{}", i.address, i.prefix_len))
+        .collect();
+    match networks.join(", ") {
+        none if none.is_empty() => report.note("network", "this machine is on no private network".into()),
+        networks if all.is_empty() => {
+            let text = format!("no other peerix answers on {networks}; those beyond need --peer HOST on both sides");
+            report.note("network", text);
+        }
+        networks if well > 0 => {
+            report.ok("network", format!("{well} of {} peers are heard and answer, on {networks}", all.len()))
+        }
+        _ => {}
+    }
+    if port != DEFAULT_PORT {
+        let others = probe::ask(&nothing, DEFAULT_PORT, &[], true).unwrap_or_default();
+        let others: Vec<String> = others.iter().map(|other| other.from.to_string()).collect();
+        if !others.is_empty() {
+            let text = format!(
+                "{} is on another port than this machine's {port}: they do not hear each other",
+                others.join(", ")
+            );
+            report.fail("port", text, format!("peerix --port {DEFAULT_PORT} here, or --port {port} on all"));
+        }
+    }
+}
+
+/// Machines that the kernel has spoken with lately.
+fn neighbours(port: u16) -> Vec<SocketAddr> {
+    let table = fs::read_to_string("/proc/net/arp").unwrap_or_default();
+    let addresses = table.lines().filter_map(|line| line.split_whitespace().next()?.parse::<IpAddr>().ok());
+    addresses.filter(|ip| is_private(*ip)).take(MAX_NEIGHBOURS).map(|ip| (ip, port).into()).collect()
+}
+
+/// Whether Nix would take what peers offered lately.
+fn keys(report: &mut Report, node: &Node, settings: &Settings) {
+    let lookups = list(&node.status["lookups"]).iter();
+    let offered = lookups.filter(|lookup| lookup["hit"] == true || lookup["miss"]["code"] == "untrusted");
+    let parts: Vec<HashPart> =
+        offered.filter_map(|l| HashPart::parse(text(&l["hash_part"]).as_bytes()).ok()).take(SAMPLES).collect();
+    let mut taken = 0;
+    let mut told = Vec::new();
+    for offers in probe::at_once(&parts, |part| probe::offers(node, part)) {
+        for offer in offers {
+            let (who, from) = (offer.who(), offer.from.ip().to_string());
+            let Ok(NarInfo { info, .. }) = offer.narinfo else { continue };
+            match settings.trusts(&info, &node.config.store_dir) {
+                Ok(_) => taken += 1,
+                Err(why) => {
+                    let remedy = nix::trust(&info, &from);
+                    if !told.contains(&remedy) {
+                        let path = node.config.store_dir.join(&info.path);
+                        report.fail(
+                            "keys",
+                            format!("{who} has {path}, and Nix would refuse it: {why}"),
+                            remedy.clone(),
+                        );
+                        told.push(remedy);
+                    }
+                }
+            }
+        }
+    }
+    if taken > 0 && told.is_empty() {
+        report.ok("keys", "Nix trusts what peers offered last".into());
+    }
+}
+
+/// Whether Nix believes that something is nowhere that is there.
+fn memory(report: &mut Report, node: &Node, settings: &Settings) {
+    let urls = settings.peerix(node.config.port);
+    let misses: Vec<_> = urls.iter().flat_map(|url| nix::misses(settings, url, None)).take(SAMPLES).collect();
+    let found = probe::at_once(&misses, |miss| {
+        let part = HashPart::parse(miss.hash_part.as_bytes()).ok()?;
+        // What has been built here since is asked for nowhere.
+        let here = get(&format!("http://127.0.0.1:{}/local/{part}.narinfo", node.config.port));
+        if here.is_ok_and(|answer| answer.status == 200) {
+            return None;
+        }
+        let mut infos = probe::offers(node, &part).into_iter().filter_map(|offer| Some(offer.narinfo.ok()?.info));
+        infos.find(|info| settings.trusts(info, &node.config.store_dir).is_ok())
+    });
+    match misses.iter().zip(found).find_map(|(miss, info)| Some((miss, info?))) {
+        Some((miss, info)) => {
+            let path = node.config.store_dir.join(&info.path);
+            let left = miss.left.as_secs();
+            let text = format!(
+                "a peer has {path}, and Nix, which asked before it had, believes for another {left} s that none has"
+            );
+            let often = "or, where stores change often, in nix.conf: narinfo-cache-negative-ttl = 60";
+            report.fail("memory", text, format!("{}\n{often}", nix::ask_again(&path)));
+        }
+        None if uid() != 0 => {
+            let text = "this user's Nix remembers no miss that has become wrong; what nix-daemon remembers, root sees";
+            report.note("memory", text.into());
+        }
+        None => report.ok("memory", "Nix remembers no miss that has become wrong".into()),
+    }
+}
+
+fn trackers(report: &mut Report, config: &Config) {
+    if config.state_dir.is_none() {
+        report.note("tracker", "no --state-dir: this is another peer to the trackers after each start".into());
+    }
+    let (host, port) = config.announce_addr.clone().unzip();
+    let port = port.flatten().unwrap_or(config.port);
+    for url in &config.tracker_urls {
+        let began = SystemTime::now();
+        let answer = match get(&format!("{url}/health")) {
+            // Trackers of the original have no such route.
+            Ok(answer) if answer.status < 500 => answer,
+            other => {
+                let why = other.map_or_else(|e| e, |answer| format!("status {}", answer.status));
+                let remedy = format!("on that machine: systemctl status peerix-tracker\nfrom here: curl {url}/health");
+                report.fail("tracker", format!("{url} does not answer: {why}"), remedy);
+                continue;
+            }
+        };
+        report.ok("tracker", format!("{url} answers"));
+        let seconds = |time: SystemTime| time.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| d.as_secs());
+        if let Some(date) = answer.date {
+            let (here, there) = (seconds(began), seconds(date));
+            match here.abs_diff(there) {
+                ..CLOCK => report.ok("clock", "it agrees with the tracker's".into()),
+                off => {
+                    let way = if here < there { "behind" } else { "ahead of" };
+                    let text = format!("this machine's is {} {way} that of {url}", period(off as f64));
+                    report.fail("clock", text, "timedatectl set-ntp true, on whichever of the two is wrong".into());
+                }
+            }
+        }
+        outside(report, url, host.as_deref(), port);
+    }
+}
+
+/// Whether others reach the address that is announced.
+fn outside(report: &mut Report, tracker: &str, host: Option<&str>, port: u16) {
+    let told = get_within(&format!("{tracker}/reach/{port}"), REACH_TIMEOUT).ok().filter(|answer| answer.status == 200);
+    let told: Option<serde_json::Value> = told.and_then(|answer| serde_json::from_slice(&answer.body).ok());
+    let Some(told) = told else {
+        return report.note("address", format!("{tracker} does not tell whether it reaches this machine"));
+    };
+    let seen: Option<IpAddr> = text(&told["addr"]).parse().ok();
+    let resolved = host.map(|host| (host, port).to_socket_addrs().map(Iterator::collect::<Vec<_>>).unwrap_or_default());
+    if let (Some(seen), Some(host), Some(resolved)) = (seen, host, resolved)
+        && !resolved.iter().any(|address| address.ip().to_canonical() == seen)
+    {
+        // It may be another way in.
+        let reached =
+            resolved.first().map_or(Err("no such name".into()), |at| get(&format!("http://{at}/nix-cache-info")));
+        match reached {
+            Ok(_) => report
+                .note("address", format!("{host} is announced, and the tracker sees {seen}; from here it is reached")),
+            Err(e) => {
+                let remedy = format!("peerix --announce-addr {seen}, or the name that this machine has outside");
+                report.fail(
+                    "address",
+                    format!("{host} is announced, and not reached: {e}; the tracker sees {seen}"),
+                    remedy,
+                );
+            }
+        }
+        return;
+    }
+    let at = format!("{}:{port}", text(&told["addr"]));
+    if told["reached"] == true {
+        return report.ok("address", format!("{at} is reached from {tracker}"));
+    }
+    let remedy = format!(
+        "on the router: forward TCP (and UDP) port {port} to this machine\nhere: {}\nif the router has another port for it: --announce-addr HOST:PORT",
+        open_port("tcp", port)
+    );
+    report.fail("address", format!("{at} is not reached from {tracker}: {}", text(&told["error"])), remedy);
+}

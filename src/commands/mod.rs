@@ -1,0 +1,133 @@
+//! The commands: they ask the running daemon, the network and Nix, and say what they find, in words and by their exit
+//! status. Nothing is changed by them.
+//!
+//! The daemon tells of itself on loopback (docs/status.md), its flags among the rest, from which its settings are made
+//! again here. Only `doctor` can do without it.
+
+mod doctor;
+mod nix;
+mod peers;
+mod probe;
+mod report;
+mod status;
+mod why;
+
+use crate::cli::{self, Ask, Command, What};
+use crate::config::Config;
+use crate::nix::PublicKey;
+use serde_json::Value;
+use std::fs;
+use std::io::Read;
+use std::time::{Duration, SystemTime};
+use ureq::Agent;
+use ureq::tls::{RootCerts, TlsConfig};
+
+/// An answer comes whole within this, as to a lookup, or nobody is there.
+const HTTP_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// An answer's body: the status of a node with 200 lookups and 256 peers, or a tracker's list of 1,000 peers, has 300 KiB.
+const MAX_ANSWER: u64 = 4 << 20;
+
+/// All is well, or the answer is yes.
+const YES: u8 = 0;
+/// It is not.
+const NO: u8 = 1;
+/// What was asked for makes no sense.
+const USAGE: u8 = 2;
+/// No daemon runs.
+const NOT_RUNNING: u8 = 3;
+
+/// Runs a command; gives the exit status that the help describes.
+pub fn run(ask: &Ask) -> u8 {
+    if ask.what == What::Doctor {
+        return doctor::run(&ask.config, ask.json);
+    }
+    let node = match Node::find(&ask.config) {
+        Ok(node) => node,
+        Err(e) => {
+            eprintln!("peerix: {e}; peerix doctor says more");
+            return NOT_RUNNING;
+        }
+    };
+    match &ask.what {
+        What::Why(path) => why::run(&node, path, ask.json),
+        What::Peers => peers::run(&node, ask.json),
+        _ => status::run(&node, ask.json),
+    }
+}
+
+/// The running daemon.
+struct Node {
+    /// Its settings.
+    config: Config,
+    /// What it tells of itself.
+    status: Value,
+}
+
+impl Node {
+    /// Asks the daemon on the port that `asked` names.
+    fn find(asked: &Config) -> Result<Node, String> {
+        let url = format!("http://127.0.0.1:{}/status.json", asked.port);
+        let answer = get(&url).map_err(|e| format!("no peerix answers on port {}: {e}", asked.port))?;
+        let status: Value = match answer.status {
+            200 => serde_json::from_slice(&answer.body).unwrap_or_default(),
+            _ => Value::Null,
+        };
+        if status["version"] != 1 {
+            return Err(format!("what answers on port {} is no peerix of this version", asked.port));
+        }
+        let flags = list(&status["node"]["flags"]).iter().map(|flag| text(flag).into());
+        let mut config = match cli::parse(flags, |_| None) {
+            // Sockets that systemd passes have the port that it chose.
+            Ok(Command::Run(config)) => Config { port: asked.port, ..*config },
+            _ => return Err(format!("the peerix on port {} has flags that this one does not know", asked.port)),
+        };
+        // The daemon has checked them.
+        for file in &config.trusted_public_key_files {
+            let text = fs::read_to_string(file).unwrap_or_default();
+            config.trusted_public_keys.extend(text.split_whitespace().filter_map(|key| PublicKey::parse(key).ok()));
+        }
+        Ok(Node { config, status })
+    }
+}
+
+/// What a server answered.
+struct Answer {
+    status: u16,
+    body: Vec<u8>,
+    /// What its clock said.
+    date: Option<SystemTime>,
+}
+
+/// `GET`, by no proxy and no redirect.
+fn get(url: &str) -> Result<Answer, String> {
+    get_within(url, HTTP_TIMEOUT)
+}
+
+/// The same of who needs time.
+fn get_within(url: &str, timeout: Duration) -> Result<Answer, String> {
+    let agent: Agent = Agent::config_builder()
+        .proxy(None)
+        .tls_config(TlsConfig::builder().root_certs(RootCerts::PlatformVerifier).build())
+        .max_redirects(0)
+        .max_redirects_will_error(false)
+        .http_status_as_error(false)
+        .user_agent(concat!("peerix/", env!("CARGO_PKG_VERSION")))
+        .timeout_global(Some(timeout))
+        .build()
+        .into();
+    let mut answer = agent.get(url).call().map_err(|e| e.to_string())?;
+    let date = answer.headers().get("date").and_then(|date| httpdate::parse_http_date(date.to_str().ok()?).ok());
+    let status = answer.status().as_u16();
+    let mut body = Vec::new();
+    answer.body_mut().as_reader().take(MAX_ANSWER).read_to_end(&mut body).map_err(|e| e.to_string())?;
+    Ok(Answer { status, body, date })
+}
+
+fn text(value: &Value) -> &str {
+    value.as_str().unwrap_or_default()
+}
+
+fn list(value: &Value) -> &[Value] {
+    value.as_array().map_or(&[], Vec::as_slice)
+}

@@ -1,0 +1,263 @@
+//! Asks the network itself, from a port of its own, so that what the daemon knows can be compared with what is so.
+
+use super::{HTTP_TIMEOUT, Node, get, list, text};
+use crate::config::Config;
+use crate::interfaces::{Interfaces, MULTICAST_GROUP, is_private};
+use crate::nix::{HashPart, NarInfo};
+use crate::peers::Holder;
+use crate::peers::client::{Client, Error};
+use crate::wire::Packet;
+use crate::wire::tracker::{can_be_peer, lookup_target};
+use serde_json::Value;
+use socket2::{Domain, Protocol, Socket, Type};
+use std::hash::{BuildHasher, Hasher, RandomState};
+use std::io::{self, Read, Write};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr, SocketAddrV6, TcpStream, ToSocketAddrs, UdpSocket};
+use std::time::{Duration, Instant};
+
+/// A query is sent so often: any datagram may get lost.
+const SENDINGS: u32 = 3;
+/// And waited for so long each time; answers to earlier ones still count.
+const WAIT: Duration = Duration::from_millis(200);
+
+/// Nodes that are listened to: no network of private addresses has more that a daemon would remember.
+const MAX_HEARD: usize = 1024;
+
+/// Nodes of other networks that are asked; a lookup's candidates are 72.
+const MAX_FAR: usize = 72;
+
+/// What a node said to a query.
+pub struct Heard {
+    /// From where.
+    pub from: SocketAddr,
+    /// Where it says it has the path; none if it says that it has not.
+    pub holder: Option<Holder>,
+    /// How long it took.
+    pub took: Duration,
+}
+
+/// Asks everyone on these networks, on that port, and each of `named`; gives the first answer of each, none of them this
+/// machine's.
+pub fn ask(hash_part: &HashPart, port: u16, named: &[SocketAddr], everyone: bool) -> io::Result<Vec<Heard>> {
+    let now = Instant::now();
+    let interfaces = Interfaces::read(now);
+    let (socket, is_v6) = open()?;
+    let mut targets = named.to_vec();
+    for interface in interfaces.current().iter().filter(|i| everyone && i.running) {
+        match (interface.address, interface.broadcast) {
+            (IpAddr::V4(ip), Some(broadcast)) if is_private(ip.into()) => targets.push((broadcast, port).into()),
+            (IpAddr::V6(ip), _) if ip.is_unicast_link_local() => {
+                targets.push(SocketAddrV6::new(MULTICAST_GROUP, port, 0, interface.index).into());
+            }
+            _ => {}
+        }
+    }
+    targets.sort_unstable();
+    targets.dedup();
+    // An answer says by its ID which sending it answers. Nobody can guess it who was not asked.
+    let first = RandomState::new().build_hasher().finish() as u32;
+    let mut sent = Vec::new();
+    let mut heard: Vec<Heard> = Vec::new();
+    for sending in 0..SENDINGS {
+        let began = Instant::now();
+        sent.push(began);
+        let query = Packet::Query { id: first.wrapping_add(sending), hash_part: *hash_part }.encode();
+        for target in &targets {
+            if !heard.iter().any(|h| h.from == *target) {
+                // One that cannot be reached is one that does not answer.
+                let _ = socket.send_to(&query, mapped(*target, is_v6));
+            }
+        }
+        let mut buffer = [0; Packet::MAX_LEN + 1];
+        while let Some(left) = WAIT.checked_sub(began.elapsed()).filter(|left| !left.is_zero()) {
+            if !everyone && targets.iter().all(|to| heard.iter().any(|h| h.from == *to)) {
+                return Ok(heard);
+            }
+            socket.set_read_timeout(Some(left))?;
+            let Ok((length, mut from)) = socket.recv_from(&mut buffer) else { continue };
+            if let Some(v4) = v4_of(from) {
+                from.set_ip(v4);
+            }
+            let (id, holder) = match Packet::parse(&buffer[..length]) {
+                Ok(Packet::Have { id, port, url_path }) => {
+                    let mut http = from;
+                    http.set_port(port);
+                    (id, Some(Holder { http, url_path }))
+                }
+                Ok(Packet::HaveNot { id }) => (id, None),
+                _ => continue,
+            };
+            let Some(at) = sent.get(id.wrapping_sub(first) as usize) else { continue };
+            let was_asked = targets.contains(&from) || (everyone && interfaces.is_neighbour(from.ip()));
+            let is_new = !interfaces.is_own(from.ip()) && !heard.iter().any(|h| h.from == from);
+            if was_asked && is_new && heard.len() < MAX_HEARD {
+                heard.push(Heard { from, holder, took: at.elapsed() });
+            }
+        }
+    }
+    Ok(heard)
+}
+
+/// A socket for both families, or for IPv4 where there is no other; and whether it is the former.
+fn open() -> io::Result<(UdpSocket, bool)> {
+    let both = || -> io::Result<Socket> {
+        let socket = Socket::new(Domain::IPV6, Type::DGRAM, Some(Protocol::UDP))?;
+        socket.set_only_v6(false)?;
+        socket.bind(&SocketAddr::from((Ipv6Addr::UNSPECIFIED, 0)).into())?;
+        Ok(socket)
+    };
+    let (socket, is_v6) = match both() {
+        Ok(socket) => (UdpSocket::from(socket), true),
+        Err(_) => (UdpSocket::bind("0.0.0.0:0")?, false),
+    };
+    socket.set_broadcast(true)?;
+    Ok((socket, is_v6))
+}
+
+fn mapped(to: SocketAddr, is_v6: bool) -> SocketAddr {
+    match to {
+        SocketAddr::V4(v4) if is_v6 => (v4.ip().to_ipv6_mapped(), v4.port()).into(),
+        _ => to,
+    }
+}
+
+fn v4_of(from: SocketAddr) -> Option<IpAddr> {
+    match from {
+        SocketAddr::V6(v6) => v6.ip().to_ipv4_mapped().map(IpAddr::V4),
+        SocketAddr::V4(_) => None,
+    }
+}
+
+/// What the HTTP server of a node says.
+pub enum Http {
+    /// It shares with this machine; so long it took.
+    Shares(Duration),
+    /// It answers, and shares nothing with this machine.
+    Refuses,
+    /// It answers otherwise, as the Python peerix does.
+    Other,
+    /// It does not answer.
+    Silent(io::Error),
+}
+
+/// Asks that of each, all at once.
+pub fn http(nodes: &[SocketAddr]) -> Vec<Http> {
+    at_once(nodes, |node| {
+        let began = Instant::now();
+        match status(*node) {
+            Ok(200) => Http::Shares(began.elapsed()),
+            Ok(403) => Http::Refuses,
+            Ok(_) => Http::Other,
+            Err(e) => Http::Silent(e),
+        }
+    })
+}
+
+/// What a node answers to a request for what it tells those with whom it shares. Without ureq, which cannot ask
+/// link-local addresses.
+fn status(node: SocketAddr) -> io::Result<u16> {
+    let mut stream = TcpStream::connect_timeout(&node, HTTP_TIMEOUT)?;
+    stream.set_read_timeout(Some(HTTP_TIMEOUT))?;
+    stream.set_write_timeout(Some(HTTP_TIMEOUT))?;
+    stream.write_all(b"GET /store/nix-cache-info HTTP/1.1\r\nHost: peer\r\nConnection: close\r\n\r\n")?;
+    let mut line = [0; "HTTP/1.1 200".len()];
+    stream.read_exact(&mut line)?;
+    let status = str::from_utf8(&line[9..]).ok().and_then(|digits| digits.parse().ok());
+    status.ok_or_else(|| io::Error::other("not HTTP"))
+}
+
+/// Whether the daemon can hear a node at this address: it listens for that family, or in that network.
+pub fn hears(config: &Config, ip: IpAddr) -> bool {
+    let interfaces = Interfaces::read(Instant::now()).current();
+    config.bind.iter().any(|bind| match bind.is_unspecified() {
+        true => bind.is_ipv6() == ip.is_ipv6(),
+        false => interfaces.iter().any(|i| i.address == *bind && i.reaches(ip)),
+    })
+}
+
+/// Does the same with each in a thread of its own. For some hundreds of them.
+pub fn at_once<T: Sync, U: Send>(all: &[T], work: impl Fn(&T) -> U + Sync) -> Vec<U> {
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = all.iter().map(|one| scope.spawn(|| work(one))).collect();
+        threads.into_iter().filter_map(|thread| thread.join().ok()).collect()
+    })
+}
+
+/// The neighbours that the daemon knows or was told of, by their addresses.
+pub fn known(node: &Node) -> Vec<SocketAddr> {
+    // Who only asks this node need be no peerix.
+    let is_peer = |peer: &&Value| peer["network"] == "lan" && peer["found_by"] != "request";
+    let peers = list(&node.status["peers"]).iter().filter(is_peer);
+    let mut all: Vec<SocketAddr> = peers.filter_map(|peer| text(&peer["address"]).parse().ok()).collect();
+    let named = node.config.peers.iter().filter_map(|(host, port)| (host.as_str(), *port).to_socket_addrs().ok());
+    all.extend(named.flatten());
+    all.sort_unstable();
+    all.dedup();
+    all
+}
+
+/// Nodes of other networks, as the trackers name them: all of them, or those that may have a path.
+pub fn far(node: &Node, hash_part: Option<&HashPart>) -> Vec<(String, SocketAddr)> {
+    let mut all = Vec::new();
+    if !node.config.mode.has_wan() {
+        return all;
+    }
+    for tracker in &node.config.tracker_urls {
+        let target = hash_part.map_or_else(|| "/peers".to_owned(), lookup_target);
+        let Ok(answer) = get(&format!("{tracker}{target}")) else { continue };
+        let body: Value = serde_json::from_slice(&answer.body).unwrap_or_default();
+        for candidate in ["peers", "candidates", "others"].iter().flat_map(|kind| list(&body[kind])) {
+            let (id, addr) = (text(&candidate["peer_id"]), text(&candidate["addr"]));
+            let port = candidate["port"].as_u64().and_then(|port| u16::try_from(port).ok());
+            let is_own = candidate["peer_id"] == node.status["node"]["peer_id"];
+            let bare = addr.trim_start_matches('[').trim_end_matches(']');
+            let address = port.and_then(|port| (bare, port).to_socket_addrs().ok()?.find(|to| can_be_peer(to.ip())));
+            if let Some(address) = address
+                && !is_own
+                && all.len() < MAX_FAR
+                && !all.iter().any(|(_, other)| *other == address)
+            {
+                all.push((id.to_owned(), address));
+            }
+        }
+    }
+    all
+}
+
+/// A node that says it has a path, and what it says of it.
+pub struct Offer {
+    /// Its HTTP server.
+    pub from: SocketAddr,
+    /// How a tracker calls it; empty for a neighbour.
+    pub id: String,
+    /// The narinfo, or why there is none.
+    pub narinfo: Result<NarInfo, Error>,
+}
+
+impl Offer {
+    /// Who it is.
+    pub fn who(&self) -> String {
+        if self.id.is_empty() { self.from.to_string() } else { format!("{} ({})", self.from, self.id) }
+    }
+}
+
+/// Asks everybody for a path, as a lookup does, but all of them.
+pub fn offers(node: &Node, hash_part: &HashPart) -> Vec<Offer> {
+    let mut holders = Vec::new();
+    if node.config.mode.has_lan() {
+        // The daemon knows them all; if it knows nobody, there may be somebody.
+        let known = known(node);
+        let heard = ask(hash_part, node.config.port, &known, known.is_empty()).unwrap_or_default();
+        holders.extend(heard.into_iter().filter_map(|heard| Some((String::new(), heard.holder?))));
+    }
+    let url_path = format!("local/{hash_part}.narinfo");
+    let far = far(node, Some(hash_part)).into_iter();
+    holders.extend(far.map(|(id, http)| (id, Holder { http, url_path: url_path.clone() })));
+    let client = Client::new(node.config.store_dir.clone());
+    let offers = at_once(&holders, |(id, holder)| {
+        let narinfo = client.narinfo(holder, hash_part, HTTP_TIMEOUT);
+        Offer { from: holder.http, id: id.clone(), narinfo }
+    });
+    // Candidates may have it; that they have not is as good as not being one.
+    offers.into_iter().filter(|o| o.id.is_empty() || !matches!(o.narinfo, Err(Error::NotThere))).collect()
+}

@@ -1,0 +1,110 @@
+//! What a command found, a line for each thing: for people, or as JSON.
+
+use super::{NO, YES};
+use serde_json::{Value, json};
+use std::io::{self, Write};
+
+/// How a finding is meant.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum State {
+    /// As it should be.
+    Ok,
+    /// Good to know.
+    Note,
+    /// In the way.
+    Fail,
+}
+
+struct Finding {
+    state: State,
+    what: &'static str,
+    text: String,
+    remedy: String,
+}
+
+/// Findings, in the order in which they are told.
+#[derive(Default)]
+pub struct Report(Vec<Finding>);
+
+impl Report {
+    /// Adds one; `what` names it for programs.
+    pub fn add(&mut self, state: State, what: &'static str, text: String) {
+        self.0.push(Finding { state, what, text, remedy: String::new() });
+    }
+
+    /// Adds something good.
+    pub fn ok(&mut self, what: &'static str, text: String) {
+        self.add(State::Ok, what, text);
+    }
+
+    /// Adds something to know.
+    pub fn note(&mut self, what: &'static str, text: String) {
+        self.add(State::Note, what, text);
+    }
+
+    /// Adds something bad, and what mends it.
+    pub fn fail(&mut self, what: &'static str, text: String, remedy: String) {
+        self.0.push(Finding { state: State::Fail, what, text, remedy });
+    }
+
+    /// Whether there is nothing bad.
+    pub fn is_well(&self) -> bool {
+        self.0.iter().all(|finding| finding.state != State::Fail)
+    }
+
+    /// Prints all; gives the exit status, of which `well` decides.
+    pub fn print(&self, json: bool, well: bool) -> u8 {
+        if json {
+            let findings = self.0.iter().map(|finding| {
+                let remedy = (!finding.remedy.is_empty()).then_some(&finding.remedy);
+                json!({"state": word(finding.state), "what": finding.what, "text": finding.text, "remedy": remedy})
+            });
+            print(&json!({"version": 1, "ok": well, "findings": findings.collect::<Vec<Value>>()}));
+        } else {
+            let mut out = String::new();
+            for finding in &self.0 {
+                let mark = if finding.state == State::Fail { "FAIL" } else { word(finding.state) };
+                out.push_str(&format!("{mark:5} {}: {}\n", finding.what, clean(&finding.text)));
+                finding.remedy.lines().for_each(|line| out.push_str(&format!("        {}\n", clean(line))));
+            }
+            say(&out);
+        }
+        if well { YES } else { NO }
+    }
+}
+
+fn word(state: State) -> &'static str {
+    match state {
+        State::Ok => "ok",
+        State::Note => "note",
+        State::Fail => "fail",
+    }
+}
+
+/// Prints JSON.
+pub fn print(value: &Value) {
+    say(&format!("{value:#}\n"));
+}
+
+/// Prints text; whoever does not want all of it, as `head`, is no reason to complain.
+pub fn say(text: &str) {
+    let _ = io::stdout().write_all(text.as_bytes());
+}
+
+/// The text without what a terminal would take for more than text: control characters, and those that turn the direction
+/// of what follows. Much of it is of other machines.
+pub fn clean(text: &str) -> String {
+    let is_plain =
+        |c: char| !c.is_control() && !('\u{202a}'..='\u{202e}').contains(&c) && !('\u{2066}'..='\u{2069}').contains(&c);
+    text.chars().map(|c| if is_plain(c) { c } else { '\u{fffd}' }).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_terminal_gets_text_alone() {
+        assert_eq!(clean("a\u{1b}[2Jb\nc\u{202e}d\u{2067}é"), "a\u{fffd}[2Jb\u{fffd}c\u{fffd}d\u{fffd}é");
+    }
+}

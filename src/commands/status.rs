@@ -1,0 +1,119 @@
+//! `peerix status`: what the daemon tells of itself, in a terminal.
+
+use super::report::{clean, print, say};
+use super::{NO, Node, YES, list, text};
+use serde_json::Value;
+
+/// Lookups that are shown.
+const LOOKUPS: usize = 10;
+
+pub fn run(node: &Node, json: bool) -> u8 {
+    let status = &node.status;
+    let well = status["health"]["ok"] == true;
+    if json {
+        print(status);
+    } else {
+        say(&shown(status));
+    }
+    if well { YES } else { NO }
+}
+
+fn shown(status: &Value) -> String {
+    let (node, mut out) = (&status["node"], String::new());
+    let now = status["time"].as_f64().unwrap_or_default();
+    let ago = |then: &Value| then.as_f64().map_or("never".to_owned(), |then| format!("{} ago", period(now - then)));
+    let mut line = |text: String| {
+        out.push_str(&clean(&text));
+        out.push('\n');
+    };
+    let (name, version, mode) = (text(&node["name"]), text(&node["version"]), text(&node["mode"]));
+    let up = period(number(&node["uptime_seconds"]));
+    line(format!("{name}: peerix {version}, mode {mode}, port {}, up {up}", node["port"]));
+    line(text(&node["shares"]).to_owned());
+    for problem in list(&status["health"]["problems"]) {
+        line(format!("! {}", text(&problem["text"])));
+    }
+    for tracker in list(&status["trackers"]) {
+        let reached = match tracker["reached"].as_bool() {
+            Some(true) => "reached",
+            Some(false) => "not reached",
+            None => "not heard of yet",
+        };
+        line(format!("tracker {}: {reached}", text(&tracker["url"])));
+    }
+    let peers = list(&status["peers"]);
+    line(String::new());
+    line(format!("peers: {}", peers.len() as u64 + status["peers_omitted"].as_u64().unwrap_or_default()));
+    for peer in peers {
+        let trip = peer["round_trip_seconds"].as_f64().or_else(|| peer["narinfo_seconds"].as_f64());
+        let trip = trip.map_or("?".into(), |seconds| format!("{:.1} ms", seconds * 1e3));
+        let (received, sent) = (bytes(&peer["received_bytes"]), bytes(&peer["sent_bytes"]));
+        let (address, found_by, id) = (text(&peer["address"]), text(&peer["found_by"]), text(&peer["id"]));
+        let counts = format!("{} hits, {} failures", peer["hits"], peer["failures"]);
+        let heard = ago(&peer["last_heard"]);
+        line(format!("  {address} {id} by {found_by}, heard {heard}, {trip}, {counts}, {received} in, {sent} out"));
+        if let Some(until) = peer["avoided"]["until"].as_f64() {
+            line(format!("    avoided for {}: {}", period(until - now), text(&peer["avoided"]["reason"])));
+        }
+    }
+    let transfers = list(&status["transfers"]);
+    line(String::new());
+    line(format!("transfers: {}", transfers.len()));
+    for transfer in transfers {
+        let (done, size) = (bytes(&transfer["bytes"]), bytes(&transfer["size"]));
+        let (way, name) = (text(&transfer["direction"]), text(&transfer["name"]));
+        line(format!("  {way:3} {done} of {size}, {name}, {}", text(&transfer["peer"])));
+    }
+    line(String::new());
+    line("totals".into());
+    for (when, title) in [("start", "since the start"), ("installation", "since installation")] {
+        let totals = &status["totals"][when];
+        if totals.is_object() {
+            let (hits, misses) = (&totals["hits"], &totals["misses"]);
+            let (lan, wan) = (bytes(&totals["received_lan_bytes"]), bytes(&totals["received_wan_bytes"]));
+            let sent = (number(&totals["sent_lan_bytes"]) + number(&totals["sent_wan_bytes"])).into();
+            let saved = period(number(&totals["upstream_seconds"]));
+            let sent = bytes(&sent);
+            line(format!(
+                "  {title}: {hits} hits, {misses} misses; {lan} from the LAN, {wan} from further; {sent} sent"
+            ));
+            line(format!("    which upstream would have taken some {saved}"));
+        }
+    }
+    let lookups = list(&status["lookups"]);
+    line(String::new());
+    line(format!("last lookups: {}", lookups.len()));
+    for lookup in lookups.iter().take(LOOKUPS) {
+        let what = format!("{}-{}", text(&lookup["hash_part"]), lookup["name"].as_str().unwrap_or("?"));
+        let came = if lookup["hit"] == true { text(&lookup["peer"]) } else { text(&lookup["miss"]["text"]) };
+        let took = number(&lookup["seconds"]) * 1e3;
+        line(format!("  {} {what} {took:.1} ms: {came}", if lookup["hit"] == true { "hit " } else { "miss" }));
+    }
+    out
+}
+
+fn number(value: &Value) -> f64 {
+    value.as_f64().unwrap_or_default()
+}
+
+/// Bytes as a person counts them.
+fn bytes(value: &Value) -> String {
+    let mut amount = number(value);
+    for unit in ["B", "KiB", "MiB", "GiB"] {
+        if amount < 1024.0 {
+            return format!("{amount:.0} {unit}");
+        }
+        amount /= 1024.0;
+    }
+    format!("{amount:.1} TiB")
+}
+
+/// A time in seconds, as a person counts it.
+pub fn period(seconds: f64) -> String {
+    match seconds.max(0.0) as u64 {
+        s @ 0..120 => format!("{s} s"),
+        s @ 120..7200 => format!("{} min", s / 60),
+        s @ 7200..172_800 => format!("{} h", s / 3600),
+        s => format!("{} days", s / 86400),
+    }
+}

@@ -1,0 +1,179 @@
+//! `peerix why`: follows one path through everything that decides about it.
+
+use super::nix::{self, Settings, trusted_by};
+use super::probe;
+use super::report::Report;
+use super::{Node, USAGE, get, list, text};
+use crate::interfaces::Interfaces;
+use crate::nix::{HashPart, NarInfo, StorePath};
+use crate::share::Share;
+use std::sync::Arc;
+use std::time::Instant;
+
+pub fn run(node: &Node, path: &str, json: bool) -> u8 {
+    let Some(hash_part) = hash_part(node, path) else {
+        let dir = node.config.store_dir.as_str();
+        eprintln!("peerix: why {}: no store path; they look like {dir}/<32 digits>-<name>", super::report::clean(path));
+        return USAGE;
+    };
+    let mut report = Report::default();
+    let here = here(&mut report, node, &hash_part);
+    let settings = Settings::read();
+    let offered = offered(&mut report, node, &hash_part, settings.as_ref().ok());
+    let asks = nix_asks(&mut report, node, &hash_part, settings);
+    let peerix_gives = offered.iter().any(|offer| offer.passes);
+    let nix_takes = offered.iter().any(|offer| offer.passes && offer.is_trusted);
+    let verdict = match () {
+        () if here => "Nix has it here, and asks nobody",
+        () if offered.is_empty() => "Nix gets it from no peer: none has it, or none shares it with this machine",
+        () if !peerix_gives => "Nix gets it from no peer: those that have it are passed over, see above",
+        () if !nix_takes => "Nix gets it from no peer: it would not trust what they have",
+        () if !asks => "Nix could get it from a peer, but does not ask for it, see above",
+        () => "Nix gets it from a peer",
+    };
+    let well = here || (nix_takes && asks);
+    match well {
+        true => report.ok("verdict", verdict.into()),
+        false => report.fail("verdict", verdict.into(), String::new()),
+    }
+    report.print(json, well)
+}
+
+/// A path may be given whole, by its base name, with what is inside it, or by its hash part.
+fn hash_part(node: &Node, path: &str) -> Option<HashPart> {
+    let base = path.strip_prefix(node.config.store_dir.as_str()).map_or(path, |rest| rest.trim_start_matches('/'));
+    let base = base.split('/').next()?;
+    StorePath::parse(base).map(|path| path.hash_part()).ok().or_else(|| HashPart::parse(base.as_bytes()).ok())
+}
+
+/// Whether it is valid here, and if so, who may have it.
+fn here(report: &mut Report, node: &Node, hash_part: &HashPart) -> bool {
+    let url = format!("http://127.0.0.1:{}/local/{hash_part}.narinfo", node.config.port);
+    let answer = match get(&url) {
+        Ok(answer) if answer.status == 200 => NarInfo::parse(&answer.body, &node.config.store_dir).ok(),
+        Ok(answer) if answer.status == 404 => {
+            report.note("here", "not valid in this machine's store".into());
+            return false;
+        }
+        _ => None,
+    };
+    let Some(NarInfo { info, .. }) = answer else {
+        report.note("here", "the daemon does not say whether it is valid here; peerix doctor may tell why".into());
+        return false;
+    };
+    let signers: Vec<&str> = info.signatures.iter().map(|signature| signature.name()).collect();
+    let signers = if signers.is_empty() { "unsigned".into() } else { format!("signed by {}", signers.join(", ")) };
+    let addressed = if info.ca.is_some() { ", content-addressed" } else { "" };
+    let dir = node.config.store_dir.join(&info.path);
+    report.ok("here", format!("{dir} is valid here: {} bytes, {signers}{addressed}", info.nar_size));
+    let networks: Vec<&str> = list(&node.status["networks"]).iter().map(|network| text(&network["address"])).collect();
+    match node.config.mode.has_lan() {
+        true => report.ok("lan", format!("shared with the networks that this machine is on ({})", networks.join(", "))),
+        false => report.note("lan", "not shared with neighbours as such: the mode is wan".into()),
+    }
+    let share = Share::new(Arc::new(Interfaces::read(Instant::now())), &node.config);
+    match share.why_kept(&node.config, &info) {
+        None => report.ok("wan", "shared with everybody who knows its hash".into()),
+        Some(why) => report.note("wan", format!("not shared with other networks: {why}")),
+    }
+    true
+}
+
+/// What a peer offers, to this machine's peerix and its Nix.
+struct Offered {
+    passes: bool,
+    is_trusted: bool,
+}
+
+fn offered(report: &mut Report, node: &Node, hash_part: &HashPart, settings: Option<&Settings>) -> Vec<Offered> {
+    let mut all = Vec::new();
+    let keys = &node.config.trusted_public_keys;
+    for offer in probe::offers(node, hash_part) {
+        let who = offer.who();
+        let info = match offer.narinfo {
+            Ok(narinfo) => narinfo.info,
+            Err(e) => {
+                let text = format!("{who} says it has it, and does not give it: {e}");
+                report.fail("peer", text, format!("on that machine: peerix why {hash_part}"));
+                all.push(Offered { passes: false, is_trusted: false });
+                continue;
+            }
+        };
+        let path = node.config.store_dir.join(&info.path);
+        let at = list(&node.status["peers"]).iter().find(|peer| text(&peer["address"]) == offer.from.to_string());
+        let avoided = at.filter(|peer| peer["avoided"]["wholly"] == true).map(|peer| text(&peer["avoided"]["reason"]));
+        report.ok("peer", format!("{who} has {path}, {} bytes", info.nar_size));
+        let mut passes = avoided.is_none();
+        if let Some(reason) = avoided {
+            report.fail("peer", format!("{who} is avoided at the moment: {reason}"), String::new());
+        }
+        if !keys.is_empty()
+            && let Err(why) = trusted_by(&info, keys, &node.config.store_dir)
+        {
+            passes = false;
+            let remedy = "start peerix with --trusted-public-key of whoever signed it, and tell Nix of it too";
+            report.fail("trust", format!("peerix passes {who} over: {why}"), remedy.into());
+        }
+        let is_trusted = match settings {
+            Some(settings) => settings.trusts(&info, &node.config.store_dir),
+            // Who cannot ask Nix tells of the rest.
+            None => Ok("whether Nix would take it, it does not say".into()),
+        };
+        match &is_trusted {
+            Ok(why) => report.ok("trust", why.clone()),
+            Err(why) => report.fail(
+                "trust",
+                format!("Nix would refuse it: {why}"),
+                nix::trust(&info, &offer.from.ip().to_string()),
+            ),
+        }
+        all.push(Offered { passes, is_trusted: is_trusted.is_ok() });
+    }
+    if all.is_empty() {
+        let peers = list(&node.status["peers"]).len();
+        report
+            .note("peer", format!("nobody who answers has it; the daemon knows {peers} peers, peerix peers asks them"));
+    }
+    let last = list(&node.status["lookups"]).iter().find(|lookup| text(&lookup["hash_part"]) == hash_part.as_str());
+    if let Some(last) = last.filter(|last| last["hit"] == false) {
+        let ago = node.status["time"].as_f64().zip(last["time"].as_f64()).map_or(0.0, |(now, then)| now - then);
+        report.note("asked", format!("when Nix asked {ago:.0} s ago, it missed: {}", text(&last["miss"]["text"])));
+    }
+    all
+}
+
+/// Whether Nix would ask this machine's peerix for it, and whom before and after.
+fn nix_asks(report: &mut Report, node: &Node, hash_part: &HashPart, settings: Result<Settings, String>) -> bool {
+    let settings = match settings {
+        Ok(settings) => settings,
+        Err(e) => {
+            report.note("nix", format!("Nix does not tell its settings: {e}"));
+            return true;
+        }
+    };
+    let order: Vec<String> = nix::order(&settings).into_iter().map(|(url, says)| format!("{url} ({says})")).collect();
+    let mut asks = true;
+    match settings.peerix(node.config.port).first() {
+        None => {
+            asks = false;
+            report.fail(
+                "substituter",
+                "peerix is none of Nix's substituters".into(),
+                nix::substitute(node.config.port),
+            );
+        }
+        Some(url) => {
+            for miss in nix::misses(&settings, url, Some(hash_part.as_str())) {
+                asks = false;
+                let (ago, left) = (miss.age.as_secs(), miss.left.as_secs());
+                let text = format!("Nix learned {ago} s ago that no peer has it, and believes it for another {left} s");
+                let path = format!("{}/{hash_part}-…", node.config.store_dir.as_str());
+                report.fail("memory", format!("{text} ({})", miss.file.display()), nix::ask_again(&path));
+            }
+        }
+    }
+    if !order.is_empty() {
+        report.note("order", format!("Nix asks by priority, the lowest first: {}", order.join(", ")));
+    }
+    asks
+}

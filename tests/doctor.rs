@@ -1,0 +1,417 @@
+//! `peerix doctor` against what breaks in practice, each made for real, with real Nix; that what it says mends it; and
+//! that it finds nothing wrong where nothing is.
+
+mod common;
+
+use common::daemon::{binary, narinfo_status, wait_until_known};
+use common::http::{self, Reply};
+use common::lan::Run;
+use common::packet::Packet;
+use common::standin::StandIn;
+use common::tracker::{self, Tracker};
+use common::{Daemon, Host, Lan, Nat, PORT, Wan, nix, stock, wait_for};
+use serde_json::Value;
+use std::fs;
+use std::process::Command;
+
+/// What it found.
+struct Found {
+    status: i32,
+    findings: Vec<(String, String, String, String)>,
+}
+
+impl Found {
+    fn read(mut command: Command) -> Found {
+        let output = command.ran();
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        let all: Value = serde_json::from_slice(&output.stdout).unwrap_or_else(|e| panic!("{e}: {said}"));
+        let text = |finding: &Value, key: &str| finding[key].as_str().unwrap_or_default().to_owned();
+        let findings = all["findings"].as_array().unwrap().iter();
+        let findings = findings.map(|f| (text(f, "state"), text(f, "what"), text(f, "text"), text(f, "remedy")));
+        let found = Found { status: output.status.code().unwrap(), findings: findings.collect() };
+        assert_eq!(all["ok"], found.status == 0);
+        assert!(said.is_empty(), "{said}");
+        for (state, _, text, remedy) in &found.findings {
+            assert!(!text.contains('\n') && (state != "fail" || !remedy.is_empty()), "{:#?}", found.findings);
+        }
+        found
+    }
+
+    fn faults(&self) -> Vec<&str> {
+        self.findings.iter().filter(|(state, ..)| state == "fail").map(|(_, what, ..)| what.as_str()).collect()
+    }
+
+    fn is_well(&self) {
+        assert!(self.faults().is_empty() && self.status == 0, "{:#?}", self.findings);
+    }
+
+    /// Checks that this is the only fault, that `words` are said of it, and returns what mends it.
+    fn is(&self, what: &str, words: &[&str]) -> String {
+        assert_eq!((self.faults(), self.status), (vec![what], 1), "{:#?}", self.findings);
+        let (_, _, text, remedy) = self.findings.iter().find(|(state, ..)| state == "fail").unwrap();
+        for word in words {
+            assert!(text.contains(word) || remedy.contains(word), "no {word}: {text}\n{remedy}");
+        }
+        remedy.clone()
+    }
+
+    fn ok(&self, what: &str) -> bool {
+        self.findings.iter().any(|(state, of, ..)| state == "ok" && of == what)
+    }
+}
+
+fn doctor(host: &Host, flags: &[&str]) -> Found {
+    let mut command = host.cmd(&binary().display().to_string());
+    command.args(["doctor", "--json"]).args(flags);
+    Found::read(command)
+}
+
+/// Runs what doctor says. There is no systemd in these hosts, whose part therefore fails.
+fn mend(host: &Host, remedy: &str) {
+    let first = remedy.lines().next().unwrap();
+    // Firewalls are of this machine's programs: the host's may be another Debian's.
+    let mut shell = if first.starts_with("iptables") { host.net_cmd("sh") } else { host.cmd("sh") };
+    shell.args(["-c", &first.replace("&& systemctl", "; systemctl")]).ran();
+}
+
+/// Two neighbours that sign, trust and ask one another.
+struct Pair {
+    a: Host,
+    b: Host,
+    daemons: [Option<Daemon>; 2],
+    keys: [String; 2],
+    lan: Lan,
+}
+
+const SIGNING: [&str; 2] = ["--private-key", "/etc/peerix.sec"];
+
+fn key(host: &Host) -> String {
+    stock::ready(host);
+    host.sh(&format!("nix-store --generate-binary-cache-key {}-1 /etc/peerix.sec /etc/peerix.pub", host.name));
+    fs::read_to_string(host.path("/etc/peerix.pub")).unwrap().trim().to_owned()
+}
+
+/// A path that is not content-addressed, so that it needs a signature: what `nix-store --add` makes needs none.
+fn build(host: &Host, name: &str) -> String {
+    let expression = format!(
+        "derivation {{ name = \"{name}\"; system = builtins.currentSystem; builder = \"/bin/sh\"; args = [ \"-ec\" \"echo {name} > $out\" ]; }}"
+    );
+    host.write("/tmp/build.nix", expression);
+    host.sh("nix-store --realise $(nix-instantiate /tmp/build.nix 2>/dev/null) 2>/dev/null").trim().to_owned()
+}
+
+impl Pair {
+    fn new() -> Pair {
+        let lan = Lan::new();
+        let (a, b) = (lan.host("a"), lan.host("b"));
+        let keys = [key(&a), key(&b)];
+        let pair = Pair { daemons: [Some(Daemon::start(&a, &SIGNING)), None], a, b, keys, lan };
+        pair.configure();
+        pair
+    }
+
+    fn configure(&self) {
+        for host in [&self.a, &self.b] {
+            nix::configure_client(host, "", &self.keys.each_ref().map(String::as_str));
+        }
+    }
+
+    /// Starts peerix on b, and waits until they know one another.
+    fn start(&mut self, flags: &[&str]) {
+        self.daemons[1] = None;
+        self.daemons[1] = Some(Daemon::start(&self.b, &[&SIGNING, flags].concat()));
+    }
+
+    fn meet(&mut self) {
+        self.start(&[]);
+        let mark = common::daemon::mark(&self.a);
+        wait_until_known(&self.b, &mark);
+    }
+
+    fn healed(&self, what: &str) {
+        wait_for(what, || doctor(&self.b, &[]).faults().is_empty().then_some(()));
+    }
+}
+
+#[test]
+fn nothing_is_wrong() {
+    let mut pair = Pair::new();
+    // Alone: b's peerix is not there yet.
+    doctor(&pair.a, &[]).is_well();
+    pair.meet();
+    let path = build(&pair.a, "greeting");
+    nix::realise_quietly(&pair.b, &[&path]);
+    for host in [&pair.a, &pair.b] {
+        let found = doctor(host, &[]);
+        found.is_well();
+        for what in ["daemon", "secret", "substituter", "network", "memory"] {
+            assert!(found.ok(what), "{what}: {:#?}", found.findings);
+        }
+    }
+    assert!(doctor(&pair.b, &[]).ok("keys"), "the path that it fetched was looked at");
+    // For people.
+    let output = pair.b.cmd(&binary().display().to_string()).arg("doctor").ran();
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(
+        output.status.success() && text.lines().all(|line| line.starts_with("ok ") || line.starts_with("note ")),
+        "{text}"
+    );
+    // One of the original: it says nothing of what it does not have, and answers HTTP in its own way.
+    let python = pair.lan.host("python");
+    let query = Packet::Query { id: 1, hash_part: "0".repeat(32) };
+    let socket = python.udp(PORT);
+    wait_for("it is heard", || {
+        socket.send_to(&query.write(), (pair.b.address, PORT)).unwrap();
+        let status = http::get_local(&pair.b, "/status.json").unwrap().text();
+        status.contains(&format!("{}:{PORT}", python.address)).then_some(())
+    });
+    drop(socket);
+    let python = StandIn::start(&python, |_| None, |_| Reply::Whole(404, b"Not Found".to_vec()));
+    let found = doctor(&pair.b, &[]);
+    found.is_well();
+    assert!(found.findings.iter().any(|(.., text, _)| text.starts_with("2 of 2 peers")), "{:#?}", found.findings);
+    drop(python);
+    // IPv6 is heard where it is listened for, and no matter where not.
+    let both = [&SIGNING[..], &["--bind", "[::]", "--bind", "0.0.0.0"]].concat();
+    pair.daemons[0] = None;
+    pair.daemons[0] = Some(Daemon::start(&pair.a, &both));
+    doctor(&pair.b, &[]).is_well();
+    for host in [&pair.a, &pair.b] {
+        host.net(&format!("ip addr del {}/24 dev eth0", host.address));
+    }
+    pair.daemons[1] = None;
+    pair.daemons[1] = Some(Daemon::start(&pair.b, &both));
+    let greeted =
+        || doctor(&pair.b, &[]).findings.iter().any(|(.., text, _)| text.starts_with("1 of 1 peers")).then_some(());
+    wait_for("they greet one another", greeted);
+    // All is well but for Nix itself, which takes that for no network.
+    doctor(&pair.b, &[]).is("substituter", &["finds no network", "nix --option substitute true"]);
+    let settings = pair.b.cmd("nix").args(["--option", "substitute", "true", "show-config"]).okay();
+    assert!(settings.contains("substitute = true"));
+}
+
+#[test]
+fn no_daemon_and_no_database() {
+    let lan = Lan::new();
+    let host = lan.host("a");
+    let key = key(&host);
+    nix::configure_client(&host, "", &[&key]);
+    doctor(&host, &[]).is("daemon", &["12304", "systemctl start", "journalctl"]);
+    let as_nobody = |flags: &[&str]| {
+        let mut command = host.cmd_as(65534, &binary().display().to_string());
+        command.args(["doctor", "--json"]).args(flags).env("HOME", "/tmp");
+        Found::read(command)
+    };
+
+    // On another port, one is found, and is well when it is asked there.
+    let daemon = Daemon::start_on(&host, 12399, &[]);
+    let found = doctor(&host, &[]);
+    assert!(
+        found.findings.iter().any(|(.., remedy)| remedy.contains("peerix doctor --port 12399")),
+        "{:#?}",
+        found.findings
+    );
+    doctor(&host, &["--port", "12399"])
+        .is("substituter", &["http://127.0.0.1:12304 is not this one", "127.0.0.1:12399"]);
+    drop(daemon);
+
+    // A database that only root may read, as root and as another user see it.
+    host.sh("chmod 700 /nix/var/nix/db");
+    for found in [doctor(&host, &[]), as_nobody(&[])] {
+        assert_eq!(found.faults(), ["daemon", "database"], "{:#?}", found.findings);
+        assert!(found.findings.iter().any(|(.., remedy)| remedy == "chmod -R o+rX /nix/var/nix/db"));
+    }
+    mend(&host, "chmod -R o+rX /nix/var/nix/db");
+    assert_eq!(as_nobody(&[]).faults(), ["daemon"]);
+    let elsewhere = as_nobody(&["--db", "/no/db.sqlite"]);
+    assert_eq!(elsewhere.faults(), ["daemon", "database"]);
+}
+
+#[test]
+fn nix_is_not_told() {
+    let mut pair = Pair::new();
+    pair.meet();
+
+    // Not asked.
+    nix::configure(&pair.b, &format!("trusted-public-keys = {}\n", pair.keys.join(" ")));
+    let remedy = doctor(&pair.b, &[]).is("substituter", &["extra-substituters = http://127.0.0.1:12304", "nix.conf"]);
+    mend(&pair.b, &remedy);
+    doctor(&pair.b, &[]).is_well();
+    nix::configure(&pair.b, "substitute = false\n");
+    let remedy = doctor(&pair.b, &[]).is("substituter", &["substitute is off"]);
+    mend(&pair.b, &remedy);
+    doctor(&pair.b, &[]).is("substituter", &["none of Nix's"]);
+
+    // Told, but not nix-daemon, which has read its nix.conf.
+    let nix_daemon = pair.b.spawn_sh("exec nix-daemon");
+    wait_for("nix-daemon listens", || pair.b.path("/nix/var/nix/daemon-socket/socket").exists().then_some(()));
+    pair.configure();
+    doctor(&pair.b, &[]).is_well();
+    pair.b.sh("touch -d '5 minutes' /etc/nix/nix.conf");
+    doctor(&pair.b, &[]).is("nix-daemon", &["5 min", "systemctl restart nix-daemon"]);
+    drop(nix_daemon);
+    doctor(&pair.b, &[]).is_well();
+    pair.configure();
+
+    // Not trusted: of what a peer offered, and of what peerix was told.
+    nix::configure_client(&pair.b, "", &[&pair.keys[1]]);
+    let path = build(&pair.a, "signed");
+    assert!(!nix::realise(&pair.b, &[&path]).status.success());
+    let remedy = doctor(&pair.b, &[]).is(
+        "keys",
+        &[&path, "signed by a-1", "extra-trusted-public-keys = a-1:KEY", "is what this prints on 10.77.0.1"],
+    );
+    // What it says of the key is so.
+    let (_, print) = remedy.rsplit_once("--private-key: ").unwrap();
+    let public = pair.a.sh(&print.replace("FILE", "/etc/peerix.sec"));
+    mend(&pair.b, &remedy.replace("a-1:KEY", public.trim()));
+    doctor(&pair.b, &[]).is_well();
+    nix::realise_quietly(&pair.b, &[&path]);
+    nix::configure_client(&pair.b, "", &[&pair.keys[1]]);
+    pair.start(&["--trusted-public-key", &pair.keys[0].clone()]);
+    let remedy = doctor(&pair.b, &[]).is("keys", &["peerix accepts", "a-1:"]);
+    mend(&pair.b, &remedy);
+    doctor(&pair.b, &[]).is_well();
+    pair.configure();
+
+    // Asked too early, and remembered.
+    pair.meet();
+    let path = build(&pair.a, "later");
+    pair.a.cmd("nix-store").args(["--delete", &path]).okay();
+    assert!(!nix::realise(&pair.b, &[&path]).status.success());
+    doctor(&pair.b, &[]).is_well();
+    build(&pair.a, "later");
+    assert!(!nix::realise(&pair.b, &[&path]).status.success(), "Nix did not remember: nothing is tested");
+    let remedy = doctor(&pair.b, &[]).is("memory", &[&path, "narinfo-cache-negative-ttl"]);
+    mend(&pair.b, &remedy);
+    assert!(pair.b.path(&path).exists());
+    doctor(&pair.b, &[]).is_well();
+
+    // A key that others can read.
+    pair.b.sh("chmod 644 /etc/peerix.sec");
+    let remedy = doctor(&pair.b, &[]).is("secret", &["/etc/peerix.sec", "chmod 600"]);
+    mend(&pair.b, &remedy);
+    doctor(&pair.b, &[]).is_well();
+}
+
+/// The rules of a firewall that lets in what was asked for, and nothing of peerix.
+const STATEFUL: &str = "iptables -A INPUT -i lo -j ACCEPT
+    iptables -A INPUT -m conntrack --ctstate ESTABLISHED,RELATED -j ACCEPT
+    iptables -A INPUT -p tcp --dport 12304 -j ACCEPT
+    iptables -A INPUT -i eth0 -j DROP";
+
+#[test]
+fn firewalls() {
+    let mut pair = Pair::new();
+    for rules in ["iptables -A INPUT -p udp --dport 12304 -j DROP", STATEFUL] {
+        // Here.
+        pair.daemons[1] = None;
+        pair.b.net_cmd("sh").args(["-ec", rules]).okay();
+        pair.start(&[]);
+        let remedy = doctor(&pair.b, &[]).is("udp", &["10.77.0.1:12304", "UDP is blocked here", "--dport 12304"]);
+        mend(&pair.b, &remedy);
+        // It is known when it says hello, or answers.
+        let mark = common::daemon::mark(&pair.a);
+        wait_until_known(&pair.b, &mark);
+        pair.healed("UDP comes through");
+        pair.b.net("iptables -F");
+    }
+    // There.
+    for (rule, what, words) in [
+        (
+            "-i eth0 -p udp --dport 12304",
+            "udp",
+            &["10.77.0.1:12304", "UDP is blocked there", "on 10.77.0.1: iptables"][..],
+        ),
+        ("-i eth0 -p tcp --dport 12304", "tcp", &["10.77.0.1:12304", "TCP is blocked there", "on 10.77.0.1: iptables"]),
+        ("-i eth0", "udp", &["was heard", "neither", "on 10.77.0.1: iptables"]),
+    ] {
+        pair.meet();
+        pair.a.net(&format!("iptables -A INPUT {rule} -j DROP"));
+        // Heard this moment, by its hello.
+        pair.daemons[0] = None;
+        pair.daemons[0] = Some(Daemon::start(&pair.a, &SIGNING));
+        let remedy = doctor(&pair.b, &[]).is(what, words);
+        if rule != "-i eth0" {
+            mend(&pair.a, remedy.split_once(": ").unwrap().1);
+            pair.healed("what was blocked");
+        }
+        pair.a.net("iptables -F");
+    }
+}
+
+#[test]
+fn two_ports() {
+    let mut pair = Pair::new();
+    drop(pair.daemons[1].take());
+    let conf = format!("substituters = http://127.0.0.1:12399\ntrusted-public-keys = {}\n", pair.keys.join(" "));
+    nix::configure(&pair.b, &conf);
+    let _daemon = Daemon::start_on(&pair.b, 12399, &[]);
+    doctor(&pair.b, &["--port", "12399"]).is("port", &["10.77.0.1:12304", "12399", "peerix --port 12304"]);
+}
+
+#[test]
+fn a_peer_beyond_the_network_that_was_not_told() {
+    let wan = Wan::new();
+    let (here, there) = (wan.lan([10, 1, 0]), wan.lan([10, 2, 0]));
+    let (a, b) = (there.host("a"), here.host("b"));
+    let keys = [key(&a), key(&b)];
+    nix::configure_client(&b, "", &keys.each_ref().map(String::as_str));
+    let (from, to) = (a.address.to_string(), b.address.to_string());
+    let _b = Daemon::start(&b, &["--peer", &from]);
+    {
+        let _a = Daemon::start(&a, &[]);
+        doctor(&b, &[]).is("share", &["10.2.0.1:12304", "on 10.2.0.1: peerix --peer 10.1.0.1"]);
+    }
+    let _a = Daemon::start(&a, &["--peer", &to]);
+    wait_for("they know one another", || doctor(&b, &[]).faults().is_empty().then_some(()));
+}
+
+/// A machine at home, behind a router, and a tracker outside.
+#[test]
+fn trackers() {
+    let wan = Wan::new();
+    let (outside, centre) = (wan.lan([203, 0, 113]), wan.lan([198, 51, 100]));
+    let home = Nat::new(&outside, [192, 168, 1]);
+    let mut tracker = Tracker::start(centre.host("tracker"));
+    let host = home.lan.host("home");
+    let key = key(&host);
+    nix::configure_client(&host, "", &[&key]);
+    let flags = tracker::flags(&host, "both", &[&tracker.host]);
+    let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
+    let daemon = Daemon::start(&host, &flags);
+    // Closed at the router, with a word to who knocks and without.
+    let remedy = doctor(&host, &[]).is("address", &["203.0.113.1:12304", "refused", "forward TCP", "--announce-addr"]);
+    assert!(remedy.contains("router"));
+    home.router.net("iptables -A INPUT -i eth0 -p tcp --dport 12304 -j DROP");
+    doctor(&host, &[]).is("address", &["203.0.113.1:12304", "timed out"]);
+    home.forward("tcp", PORT, &host, PORT);
+    let found = doctor(&host, &[]);
+    found.is_well();
+    assert!(["tracker", "clock", "address"].iter().all(|what| found.ok(what)), "{:#?}", found.findings);
+
+    // Another address than its own is announced.
+    drop(daemon);
+    let _daemon = Daemon::start(&host, &[&flags[..], &["--announce-addr", "198.51.100.77"]].concat());
+    doctor(&host, &[]).is("address", &["198.51.100.77 is announced", "203.0.113.1"]);
+    drop(_daemon);
+    let _daemon = Daemon::start(&host, &flags);
+    doctor(&host, &[]).is_well();
+
+    // A clock that is wrong, as every process here would see it. The library is this machine's, whatever Nix is tested.
+    let mut places = fs::read_dir("/usr/lib").unwrap().map(|dir| dir.unwrap().path().join("faketime/libfaketime.so.1"));
+    let library = places.find(|file| file.exists()).expect("scripts/deps installs faketime");
+    fs::copy(library, host.path("/tmp/faketime.so")).unwrap();
+    for (offset, way) in [("+5h", "ahead of"), ("-5h", "behind")] {
+        let mut command = host.cmd("env");
+        command.args(["LD_PRELOAD=/tmp/faketime.so", "FAKETIME_DONT_FAKE_MONOTONIC=1", &format!("FAKETIME={offset}")]);
+        command.arg(binary()).args(["doctor", "--json"]);
+        Found::read(command).is("clock", &[way, "h ", "timedatectl set-ntp true"]);
+    }
+
+    tracker.kill();
+    doctor(&host, &[]).is("tracker", &[&tracker.url(), "systemctl status peerix-tracker", "curl"]);
+    tracker.start_again();
+    doctor(&host, &[]).is_well();
+    assert_eq!(narinfo_status(&host, &format!("/nix/store/{}-x", "0".repeat(32))), 404);
+}

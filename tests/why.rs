@@ -1,0 +1,262 @@
+//! `peerix why`, for each reason there is; `peerix peers` and `peerix status`; their exit statuses and JSON.
+
+mod common;
+
+use common::daemon::{binary, narinfo_status};
+use common::http::{self, Reply, Server};
+use common::lan::Run;
+use common::scene::Places;
+use common::standin::{self, Shelf, StandIn};
+use common::tracker::flags;
+use common::{Asker, Daemon, Holder, Host, Lan, World, nix, stock, wait_for, world};
+use serde_json::Value;
+use std::process::Output;
+
+const NOWHERE: &str = "/nix/store/00000000000000000000000000000000-nowhere";
+
+fn peerix(host: &Host, args: &[&str]) -> Output {
+    host.cmd(&binary().display().to_string()).args(args).ran()
+}
+
+/// What a command found, and its exit status.
+struct Told {
+    status: i32,
+    findings: Vec<(String, String, String)>,
+}
+
+impl Told {
+    fn by(host: &Host, args: &[&str]) -> Told {
+        let output = peerix(host, &[args, &["--json"]].concat());
+        let all: Value = serde_json::from_slice(&output.stdout)
+            .unwrap_or_else(|e| panic!("{args:?}: {e}: {}", String::from_utf8_lossy(&output.stderr)));
+        let text = |finding: &Value, key: &str| finding[key].as_str().unwrap_or_default().to_owned();
+        let findings = all["findings"].as_array().unwrap().iter();
+        let findings = findings.map(|f| (text(f, "state"), text(f, "what"), text(f, "text")));
+        let told = Told { status: output.status.code().unwrap(), findings: findings.collect() };
+        assert_eq!((all["version"].as_u64(), &all["ok"]), (Some(1), &Value::Bool(told.status == 0)));
+        told
+    }
+
+    /// Checks that there is a line of that kind which says all of `words`.
+    fn says(&self, state: &str, what: &str, words: &[&str]) -> &Told {
+        let is_it = |(s, w, text): &(String, String, String)| {
+            s == state && w == what && words.iter().all(|word| text.contains(word))
+        };
+        assert!(self.findings.iter().any(is_it), "no {state} {what} {words:?}: {:#?}", self.findings);
+        self
+    }
+
+    /// Checks the exit status, and the last line.
+    fn ends(&self, status: i32, words: &str) -> &Told {
+        assert_eq!(self.status, status, "{:#?}", self.findings);
+        let state = if status == 0 { "ok" } else { "fail" };
+        let last = self.findings.last().unwrap();
+        assert!((&*last.0, &*last.1) == (state, "verdict") && last.2.contains(words), "{:#?}", self.findings);
+        self
+    }
+}
+
+fn why(host: &Host, path: &str) -> Told {
+    Told::by(host, &["why", path])
+}
+
+#[test]
+fn without_a_daemon_or_a_path() {
+    let lan = Lan::new();
+    let host = lan.host("a");
+    stock::ready(&host);
+    for args in [&["status"][..], &["peers"], &["why", NOWHERE], &["status", "--json"]] {
+        let output = peerix(&host, args);
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!((output.status.code(), said.lines().count()), (Some(3), 1), "{said}");
+        assert!(
+            said.starts_with("peerix: no peerix answers on port 12304") && said.contains("peerix doctor"),
+            "{said}"
+        );
+        assert!(output.stdout.is_empty());
+    }
+    // Another program's port.
+    let other = Server::start(host.listen(common::PORT), |_| Reply::Whole(200, b"{}".to_vec()));
+    assert_eq!(peerix(&host, &["status"]).status.code(), Some(3));
+    drop(other);
+
+    let _daemon = Daemon::start(&host, &[]);
+    for path in ["hello", "/nix/store", "/nix/store/", "/etc/passwd", "/nix/store/short-name", "\u{1b}[2J"] {
+        let output = peerix(&host, &["why", path]);
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!((output.status.code(), said.lines().count()), (Some(2), 1), "{path}: {said}");
+        assert!(said.contains("no store path") && said.contains("/nix/store/") && !said.contains('\u{1b}'), "{said}");
+    }
+    assert_eq!(peerix(&host, &["why"]).status.code(), Some(2));
+    assert_eq!(peerix(&host, &["peers"]).status.code(), Some(1), "nobody is there");
+    let status = peerix(&host, &["status"]);
+    assert!(status.status.success() && String::from_utf8_lossy(&status.stdout).contains("mode lan, port 12304"));
+}
+
+#[test]
+fn on_the_lan() {
+    let lan = Lan::new();
+    let world = World::on(&lan);
+    let holder = Holder::new(&lan, &world, "holder");
+    let asker = Asker::with_next(&lan, &world, &[&holder]);
+    let at = format!("{}:12304", holder.host.address);
+    let (host, little) = (&asker.host, world.path("little"));
+
+    let told = why(host, little);
+    told.ends(0, "Nix gets it from a peer").says("note", "here", &["not valid"]).says("ok", "peer", &[&at, little]);
+    told.says("ok", "trust", &["signed by cache-1"]).says(
+        "note",
+        "order",
+        &["http://127.0.0.1:12304 (20), file://", "(90)"],
+    );
+    // In every spelling.
+    for path in [world::hash_part(little), world::base_name(little), &format!("{little}/data")] {
+        why(host, path).ends(0, "Nix gets it from a peer");
+    }
+    // Its content makes its name.
+    why(host, &holder.mark).ends(0, "from a peer").says("ok", "trust", &["content"]);
+    why(host, NOWHERE).ends(1, "none has it").says("note", "peer", &["nobody"]);
+    let text = String::from_utf8(peerix(host, &["why", NOWHERE]).stdout).unwrap();
+    assert!(text.lines().last().unwrap().starts_with("FAIL  verdict: "), "{text}");
+
+    // What is here.
+    let here = why(&holder.host, little);
+    here.ends(0, "Nix has it here").says("ok", "here", &[little, "is valid here", "signed by cache-1"]);
+    here.says("ok", "lan", &[&format!("{}/24", holder.host.address)]).says("note", "wan", &["in mode lan"]);
+
+    // peerix is none of the substituters.
+    nix::configure(host, &format!("trusted-public-keys = {}\n", world.cache_key));
+    why(host, little).ends(1, "does not ask").says("fail", "substituter", &["none of Nix's"]);
+    // Nix trusts nobody; nor does peerix, of its own.
+    nix::configure_client(host, "", &[]);
+    why(host, little).ends(1, "would not trust").says(
+        "fail",
+        "trust",
+        &["Nix would refuse it", "cache-1", "not trusted"],
+    );
+    nix::configure_client(host, "", &["cache-1:AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA="]);
+    why(host, little).ends(1, "would not trust").says("fail", "trust", &["not of the key"]);
+    nix::configure(host, "extra-substituters = http://127.0.0.1:12304\nrequire-sigs = false\n");
+    why(host, little).ends(0, "from a peer").says("ok", "trust", &["require-sigs is off"]);
+    nix::configure_client(host, "", &[&world.cache_key]);
+
+    // Nix remembers that nobody had it.
+    holder.host.write("/tmp/later", "later");
+    let later = mark_of(&holder.host, "/tmp/later");
+    holder.host.cmd("nix-store").args(["--delete", &later]).okay();
+    assert!(!nix::realise(host, &[&later]).status.success());
+    why(host, &later).ends(1, "none has it").says("note", "asked", &["it missed"]);
+    mark_of(&holder.host, "/tmp/later");
+    why(host, &later).ends(1, "does not ask").says("fail", "memory", &["another", "binary-cache-v"]);
+
+    // The one that has it is heard and cannot be fetched from.
+    holder.host.net("iptables -A INPUT -p tcp --dport 12304 -j REJECT");
+    why(host, little).ends(1, "passed over").says("fail", "peer", &[&at, "does not give it"]);
+    holder.host.net("iptables -F");
+
+    // Who answers.
+    let peers = Told::by(host, &["peers"]);
+    peers.says("ok", "peer", &[&at, "answers queries", "shares with this machine"]);
+    assert_eq!((peers.status, peers.findings.len()), (0, 1), "{:#?}", peers.findings);
+    // What it did.
+    nix::realise_quietly(host, &[little]);
+    let shown = String::from_utf8(peerix(host, &["status"]).stdout).unwrap();
+    for words in ["peerix 0.1.0, mode lan, port 12304", &at, "peers: 1", &format!("hit  {}", world::base_name(little))]
+    {
+        assert!(shown.contains(words), "no {words} in\n{shown}");
+    }
+    assert!(!shown.contains('\u{fffd}'), "{shown}");
+    let json: Value = serde_json::from_slice(&peerix(host, &["status", "--json"]).stdout).unwrap();
+    assert_eq!((json["version"].as_u64(), json["node"]["mode"].as_str()), (Some(1), Some("lan")));
+}
+
+fn mark_of(host: &Host, file: &str) -> String {
+    host.cmd("nix-store").args(["--add", file]).okay().trim().to_owned()
+}
+
+/// A peer with what no key of the asker's peerix signed, and one that lies and is avoided.
+#[test]
+fn passed_over() {
+    let lan = Lan::new();
+    let world = World::on(&lan);
+    let holder = Holder::with(&lan, &world, "holder", |_| vec![]);
+    let asker = Asker::new(&lan, &world, &[&holder]);
+    let at = format!("{}:12304", holder.host.address);
+    let little = world.path("little");
+    let told = why(&asker.host, little);
+    told.ends(1, "passed over").says("fail", "trust", &[&format!("peerix passes {at}"), "no signature"]);
+    told.says("fail", "trust", &["Nix would refuse it", "no signature"]);
+}
+
+/// A peer that promises what Nix would trust, and sends something else.
+#[test]
+fn avoided() {
+    let lan = Lan::new();
+    let world = World::on(&lan);
+    let (liar, shelf, little) = (lan.host("liar"), Shelf::of(&world), world.path("little"));
+    let at = format!("{}:12304", liar.address);
+    let part = world::hash_part(little).to_owned();
+    let mine = part.clone();
+    let narinfo = shelf.peer_narinfo(&part, "local/nar/x.nar").unwrap();
+    let nar = vec![b'x'; shelf.nar(&part).unwrap().len()];
+    let _liar = StandIn::start(&liar, standin::have(move |asked| asked == mine), move |request| {
+        match request.path.ends_with(".narinfo") {
+            true => Reply::Whole(200, narinfo.clone().into_bytes()),
+            false => Reply::Whole(200, nar.clone()),
+        }
+    });
+    let asker = Asker::with(&lan, "", &[&world.cache_key]);
+    wait_for("it is avoided", || {
+        let answer =
+            http::get_local(&asker.host, &format!("/{part}.narinfo")).ok().filter(|answer| answer.status == 200);
+        if let Some(url) = answer.map(|answer| stock::line(&answer.text(), "URL").to_owned()) {
+            let _ = http::get_local(&asker.host, &format!("/{url}"));
+        }
+        let status: Value = serde_json::from_slice(&peerix(&asker.host, &["status", "--json"]).stdout).unwrap();
+        status["peers"].as_array()?.iter().any(|peer| peer["avoided"]["wholly"] == true).then_some(())
+    });
+    let told = why(&asker.host, little);
+    told.ends(1, "passed over").says("ok", "trust", &["signed by cache-1"]);
+    told.says("fail", "peer", &[&at, "avoided at the moment"]);
+    Told::by(&asker.host, &["peers"]).says("note", "peer", &["avoided at the moment"]);
+}
+
+#[test]
+fn beyond_the_lan() {
+    let places = Places::new();
+    let (world, trackers) = (&places.world, [&places.tracker.host]);
+    let upstream = places.centre.host("upstream");
+    let dir = world.cache();
+    let serving = |host: &Host| {
+        let dir = dir.clone();
+        Server::start(host.listen(8080), move |request| {
+            let file = std::fs::read(dir.join(request.path.trim_start_matches('/')));
+            file.map_or_else(|_| Reply::Whole(404, b"404".to_vec()), |body| Reply::Whole(200, body))
+        })
+    };
+    let server = serving(&upstream);
+    let url = format!("http://{}:8080", upstream.address);
+    let holder = Holder::with(&places.away, world, "holder", |host| {
+        world.sign(host);
+        let mut all = flags(host, "wan", &trackers);
+        all.extend(["--upstream-cache", &url, "--filter-patterns", "*-other", "*-odd"].map(str::to_owned));
+        all
+    });
+    let asker = Asker::flagged(&places.home, "", &[&world.cache_key], |host| flags(host, "wan", &trackers));
+    let little = world.path("little");
+    wait_for("what is shared is found", || (narinfo_status(&asker.host, little) == 200).then_some(()));
+
+    let told = why(&asker.host, little);
+    told.ends(0, "from a peer").says("ok", "peer", &["203.0.113.1:12304 (holder)", little]);
+    let here = |path: &str| why(&holder.host, path);
+    here(little).ends(0, "has it here").says("note", "lan", &["the mode is wan"]).says("ok", "wan", &["everybody"]);
+    here(world.path("other")).says("note", "wan", &["its name matches the pattern *-other"]);
+    here(&holder.mark).says("note", "wan", &[&url, "does not have it"]);
+    // Not shared is not there.
+    why(&asker.host, world.path("other")).ends(1, "none shares it");
+    drop(server);
+    here(world.path("closure300")).says("note", "wan", &[&url, "did not say"]);
+    let peers = Told::by(&asker.host, &["peers"]);
+    assert_eq!((peers.status, peers.findings.len()), (0, 1), "{:#?}", peers.findings);
+    peers.says("ok", "peer", &["203.0.113.1:12304 (holder)", "answers queries", "shares"]);
+}
