@@ -8,7 +8,6 @@
 }:
 let
   inherit (lib)
-    escape
     hasPrefix
     mkEnableOption
     mkIf
@@ -29,7 +28,7 @@ let
   argument = value: builtins.replaceStrings [ "%" "$" ] [ "%%" "$$" ] (builtins.toJSON (toString value));
   # `--flag=value`, so that a value that begins with a dash is no flag.
   flag = name: value: argument "--${name}=${toString value}";
-  flagIf = name: value: optional (value != null) (flag name value);
+  flagIf = name: value: optional (value != null && value != "") (flag name value);
   switchIf = name: on: optional on (argument "--${name}");
   commandLine = program: arguments: lib.concatStringsSep " " ([ "${cfg.package}/bin/${program}" ] ++ arguments);
 
@@ -42,10 +41,8 @@ let
   # shares nothing with any other, and the group that goes with it.
   ownUser = toString cfg.user == "nobody";
 
-  # What systemd reads as root and shows to this unit alone: see systemd.exec(5), credentials.
-  credentials =
-    optional (cfg.privateKeyFile != null) "private-key:${pathSetting cfg.privateKeyFile}"
-    ++ optional (cfg.publicKeyFile != null) "public-key:${pathSetting cfg.publicKeyFile}";
+  # A file beside the configuration has to go with the system; one that is named by a string is somewhere on it.
+  publicKeyFile = if builtins.isPath cfg.publicKeyFile then "${cfg.publicKeyFile}" else cfg.publicKeyFile;
 
   # Peers whose paths Nix would refuse are passed over, if Nix refuses any. The list has Nix's own keys and ours.
   trustedKeys = optionals (nix.require-sigs or true) (
@@ -56,7 +53,13 @@ let
   );
 
   # nix.conf has to name the key in the file, and the file is not read while this is evaluated: it may not be there yet.
-  publicKeyConf = "/run/peerix-public-key/nix.conf";
+  publicKeyDir = "/run/peerix-public-key";
+
+  # Sockets are not restarted when their configuration changes, so that with other addresses it is another socket.
+  socket =
+    "peerix"
+    + lib.optionalString (cfg.port != 12304) "-${toString cfg.port}"
+    + lib.optionalString cfg.enableIPv6 "-ipv6";
 
   # What both programs do without. systemd-analyze security tells what each is worth.
   hardened = {
@@ -99,22 +102,25 @@ let
     TasksMax = 2048;
   };
 
-  # Started again whatever ended it; but a program that cannot run must not keep Nix waiting at an open port. After
-  # ten failures in a minute systemd gives up, and closes the port.
+  # Started again whatever ended it, for half a minute, as what it needs may come late when the machine boots; but a
+  # program that cannot run must not keep Nix waiting at an open port. Then systemd gives up, and closes the port.
   restarted = {
     Type = "notify";
     Restart = "on-failure";
     RestartSec = 1;
+    # A wrong command line stays wrong.
+    RestartPreventExitStatus = 2;
     WatchdogSec = 60;
     TimeoutStopSec = 10;
   };
   giveUp = {
-    startLimitIntervalSec = 60;
-    startLimitBurst = 10;
+    startLimitIntervalSec = 300;
+    startLimitBurst = 30;
   };
 
   trackerDir = dirOf tracker.dbPath;
-  trackerStateDir = if hasPrefix "/var/lib/" trackerDir then removePrefix "/var/lib/" trackerDir else null;
+  # systemd makes this one and below; others may be anything, and somebody else's.
+  inStateDir = hasPrefix "/var/lib/peerix-tracker/" "${trackerDir}/";
 in
 {
   options.services.peerix = {
@@ -187,8 +193,8 @@ in
       default = null;
       example = "/etc/nix/peerix.pub";
       description = ''
-        File with a public key that this machine's Nix shall trust, in one line. It is read when Nix starts, not when
-        the system is built, so that it may also be a secret that is decrypted at boot.
+        File with a public key that this machine's Nix shall trust, or several. It is read whenever nix-daemon starts,
+        not when the system is built, so that it may also be a secret that is decrypted at boot.
       '';
     };
 
@@ -329,7 +335,7 @@ in
     (mkIf cfg.enable {
       assertions = [
         {
-          assertion = cfg.mode == "lan" || cfg.trackerUrl != null;
+          assertion = cfg.mode == "lan" || (cfg.trackerUrl != null && cfg.trackerUrl != "");
           message = ''
             services.peerix.mode is "${cfg.mode}", which needs a tracker: set services.peerix.trackerUrl, for example to "http://tracker.example:12305", or mode to "lan".'';
         }
@@ -346,7 +352,7 @@ in
 
       # The port belongs to systemd and stays open while the daemon restarts: up to 2.31, a Nix that knows a cache and
       # finds its port closed fails the build.
-      systemd.sockets.peerix = {
+      systemd.sockets.${socket} = {
         description = "Port of the peer-to-peer Nix binary cache";
         wantedBy = [ "sockets.target" ];
         socketConfig = rec {
@@ -354,6 +360,7 @@ in
           ListenDatagram = ListenStream;
           BindIPv6Only = "ipv6-only";
           Backlog = 1024;
+          Service = "peerix.service";
         };
       };
 
@@ -361,11 +368,11 @@ in
         description = "Peer-to-peer Nix binary cache";
         documentation = [ "https://github.com/sophronesis/peerix" ];
         wantedBy = [ "multi-user.target" ];
-        requires = [ "peerix.socket" ];
+        requires = [ "${socket}.socket" ];
         wants = [ "nix-daemon.socket" ];
         after = [
           "network.target"
-          "peerix.socket"
+          "${socket}.socket"
           "nix-daemon.socket"
         ];
         # Stopping it before the new one starts would close the socket too.
@@ -383,7 +390,9 @@ in
               ++ [ (flag "priority" cfg.priority) ]
               ++ optional (cfg.privateKeyFile != null) "--private-key=%d/private-key"
               ++ map (flag "trusted-public-key") trustedKeys
-              ++ optional (cfg.publicKeyFile != null && nix.require-sigs or true) "--trusted-public-key-file=%d/public-key"
+              ++ optionals (cfg.publicKeyFile != null && nix.require-sigs or true) [
+                (flag "trusted-public-key-file" "${publicKeyDir}/keys")
+              ]
               ++ map (flag "peer") cfg.peers
               ++ flagIf "tracker-url" cfg.trackerUrl
               ++ flagIf "announce-addr" cfg.announceAddr
@@ -397,7 +406,10 @@ in
             );
             StateDirectory = "peerix";
             StateDirectoryMode = "0700";
-            LoadCredential = credentials;
+            # systemd reads it as root and shows it to this unit alone: systemd.exec(5), credentials.
+            LoadCredential = optional (
+              cfg.privateKeyFile != null
+            ) "private-key:${pathSetting cfg.privateKeyFile}";
             # As many as peerix takes for 1,024 connections and their streams.
             LimitNOFILE = 8192;
             # Netlink tells which networks this machine is in; the Unix socket is nix-daemon's and systemd's.
@@ -438,10 +450,10 @@ in
     (mkIf (cfg.enable && cfg.publicKeyFile != null) {
       # A file that is not there when Nix starts is no error: then the key is not trusted.
       nix.extraOptions = ''
-        !include ${publicKeyConf}
+        !include ${publicKeyDir}/nix.conf
       '';
       # nix-daemon reads its configuration when it starts.
-      systemd.services.nix-daemon.restartTriggers = [ (toString cfg.publicKeyFile) ];
+      systemd.services.nix-daemon = mkIf (config.nix.enable or true) { restartTriggers = [ publicKeyFile ]; };
       systemd.services.peerix-public-key = {
         description = "Public key of services.peerix.publicKeyFile for nix.conf";
         wantedBy = [
@@ -452,10 +464,13 @@ in
           "nix-daemon.service"
           "peerix.service"
         ];
-        # One line, whatever is in the file: it is a key, and must not become another setting.
+        # And is read again whenever that is restarted.
+        partOf = [ "nix-daemon.service" ];
+        # One line, whatever is in the file: these are keys, and must not become another setting.
         script = ''
-          key=$(tr -d '\n' < "$CREDENTIALS_DIRECTORY/public-key")
-          printf 'extra-trusted-public-keys = %s\n' "$key" > ${publicKeyConf}
+          keys=$(tr -s '\r\n' '  ' < "$CREDENTIALS_DIRECTORY/public-key")
+          printf '%s\n' "$keys" > ${publicKeyDir}/keys
+          printf 'extra-trusted-public-keys = %s\n' "$keys" > ${publicKeyDir}/nix.conf
         '';
         # As root, but without its powers: every user's Nix reads the file, which in the directory of a user that
         # systemd makes (/run/private) it could not.
@@ -465,7 +480,7 @@ in
           RuntimeDirectory = "peerix-public-key";
           RuntimeDirectoryMode = "0755";
           UMask = "0022";
-          LoadCredential = [ "public-key:${pathSetting cfg.publicKeyFile}" ];
+          LoadCredential = [ "public-key:${pathSetting publicKeyFile}" ];
           PrivateNetwork = true;
           RestrictAddressFamilies = "none";
           IPAddressDeny = "any";
@@ -474,6 +489,25 @@ in
     })
 
     (mkIf tracker.enable {
+      assertions = [
+        {
+          # systemd and its tmpfiles read directories each in its own way: none of them needs these characters quoted.
+          assertion =
+            builtins.match "(/[A-Za-z0-9_@-][A-Za-z0-9._@-]*){2,}" tracker.dbPath != null
+            && !builtins.elem trackerDir [
+              "/etc"
+              "/home"
+              "/root"
+              "/run"
+              "/srv"
+              "/tmp"
+              "/var"
+              "/var/lib"
+            ];
+          message = "services.peerix.tracker.dbPath (${tracker.dbPath}) has to be an absolute path of plain characters, in a directory of the tracker's own, for example \"/var/lib/peerix-tracker/tracker.db\".";
+        }
+      ];
+
       systemd.services.peerix-tracker = giveUp // {
         description = "Tracker of the peer-to-peer Nix binary cache";
         documentation = [ "https://github.com/sophronesis/peerix" ];
@@ -496,10 +530,10 @@ in
             ];
           }
           // (
-            if trackerStateDir != null then
+            if inStateDir then
               {
                 DynamicUser = true;
-                StateDirectory = escape [ "\\" " " ] (pathSetting trackerStateDir);
+                StateDirectory = removePrefix "/var/lib/" trackerDir;
                 StateDirectoryMode = "0700";
               }
             else
@@ -510,15 +544,15 @@ in
       networking.firewall.allowedTCPPorts = mkIf tracker.openFirewall [ tracker.port ];
     })
 
-    # Elsewhere than in /var/lib the directory has to belong to a user that stays.
-    (mkIf (tracker.enable && trackerStateDir == null) {
+    # Elsewhere the directory has to belong to a user that stays. One that is there already is left as it is (the colons).
+    (mkIf (tracker.enable && !inStateDir) {
       users.users.peerix-tracker = {
         isSystemUser = true;
         group = "peerix-tracker";
         description = "Tracker of peerix";
       };
       users.groups.peerix-tracker = { };
-      systemd.tmpfiles.rules = [ "d '${trackerDir}' 0700 peerix-tracker peerix-tracker -" ];
+      systemd.tmpfiles.rules = [ "d ${trackerDir} :0700 :peerix-tracker :peerix-tracker -" ];
     })
   ];
 }

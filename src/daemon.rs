@@ -255,10 +255,16 @@ fn read_key(path: &Path) -> Result<SecretKey, Fatal> {
     SecretKey::parse(&text).map_err(|e| Fatal(format!("private key {name}: {e}")))
 }
 
-/// The keys in a file of `--trusted-public-key-file`. A file without any would let every peer in.
+/// The keys in a file of `--trusted-public-key-file`. One that is not there is told, and no reason not to start: it may
+/// come late, and Nix goes by its own list. A file without any would let every peer in.
 fn read_public_keys(path: &Path) -> Result<Vec<PublicKey>, Fatal> {
     let name = path.display();
-    let text = read_key_file(path).map_err(|e| {
+    let text = read_key_file(path);
+    if text.as_ref().is_err_and(|e| e.kind() == io::ErrorKind::NotFound) {
+        log::warn!("public key {name}: not there; paths that only it signed are passed over");
+        return Ok(Vec::new());
+    }
+    let text = text.map_err(|e| {
         Fatal(format!(
             "public key {name}: {e}; --trusted-public-key-file needs a file with NAME:KEY in it that this user can read"
         ))

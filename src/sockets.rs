@@ -37,6 +37,9 @@ pub fn open(config: &Config, interfaces: &Interfaces) -> Result<Sockets, String>
         }
     }
     let port = listeners[0].local_addr().map_err(|e| format!("socket: {e}"))?.port();
+    if port != config.port && config.port != 0 {
+        log::warn!("port {port}: that is what systemd passed, and not --port {}", config.port);
+    }
     if datagrams.is_empty() {
         for ip in &config.bind {
             let socket = bind(*ip, port, Type::DGRAM).map_err(|e| explain(*ip, port, "UDP", &e))?;

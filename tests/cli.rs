@@ -132,13 +132,16 @@ fn what_keeps_it_from_starting() {
 
     host.write("/etc/empty.pub", "\n");
     for (file, words) in [
-        ("/etc/missing.pub", &["/etc/missing.pub", "--trusted-public-key-file"][..]),
+        ("/etc", &["/etc", "--trusted-public-key-file"][..]),
         ("/etc/empty.pub", &["/etc/empty.pub", "none"]),
         ("/etc/good.sec", &["/etc/good.sec", "key"]),
         ("/dev/zero", &["/dev/zero", "not a key file"]),
     ] {
         assert_one_line(&fail(&host, 0, &["--trusted-public-key-file", file]), 1, words);
     }
+    // It kept peerix from starting, and so its port closed.
+    let daemon = Daemon::start(&host, &["--trusted-public-key-file", "/etc/missing.pub"]);
+    assert!(daemon.log().contains("warn: public key /etc/missing.pub: not there"), "{}", daemon.log());
 }
 
 /// Reads the head of an answer and a little of its body.

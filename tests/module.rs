@@ -9,16 +9,28 @@ use std::process::{Command, Output, Stdio};
 const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 
 fn nix_instantiate(expression: &str) -> Output {
+    // Without a store: what is read while evaluating would have to be put there.
+    run("dummy://", expression)
+}
+
+fn run(store: &str, expression: &str) -> Output {
     let program =
         std::env::var_os("NIX_BIN_DIR").map_or("nix-instantiate".into(), |dir| Path::new(&dir).join("nix-instantiate"));
     let mut command = Command::new(program);
-    // Without a store: what is read while evaluating would have to be put there.
-    command.args(["--store", "dummy://", "--eval", "--strict", "--json", "-E"]).arg(expression);
+    command.args(["--store", store, "--eval", "--strict", "--json", "-E"]).arg(expression);
     command.current_dir(ROOT).stdin(Stdio::null()).output().expect("nix-instantiate runs")
 }
 
 fn eval(expression: &str) -> Value {
     let output = nix_instantiate(expression);
+    assert!(output.status.success(), "{expression}\n{}", String::from_utf8_lossy(&output.stderr));
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+/// The same with a store of its own, where files beside a configuration go.
+fn eval_with_store(expression: &str) -> Value {
+    let store = Path::new(env!("CARGO_TARGET_TMPDIR")).join("module-store");
+    let output = run(store.to_str().unwrap(), expression);
     assert!(output.status.success(), "{expression}\n{}", String::from_utf8_lossy(&output.stderr));
     serde_json::from_slice(&output.stdout).unwrap()
 }
@@ -162,10 +174,11 @@ fn the_readme_has_every_option() {
 
 #[test]
 fn nothing_is_there_unless_it_is_enabled() {
-    let nothing = machine("services.peerix.port = 1;");
+    let nothing = machine("services.peerix = { port = 1; publicKeyFile = \"/k\"; tracker.dbPath = \"t.db\"; };");
     assert_eq!(nothing["units"], json!({}));
     assert_eq!((&nothing["tcp"], &nothing["udp"]), (&json!([]), &json!([])));
-    assert!(!nothing["nixConf"].as_str().unwrap().contains("127.0.0.1"));
+    let conf = nothing["nixConf"].as_str().unwrap();
+    assert!(!conf.contains("127.0.0.1") && !conf.contains("include"), "{conf}");
 }
 
 #[test]
@@ -216,7 +229,7 @@ fn every_option_arrives() {
             upstreamCache = "https://cache.example"; noVerify = true; noFilter = true; noDefaultFilters = true;
             filterPatterns = [ "*-a" "b*" ]; priority = 7; peers = [ "one" "two:3" ]; enableIPv6 = true;
             extraFlags = [ "--timeout=80" "--tracker-url=http://second:1" ];
-            privateKeyFile = "/run/secrets/key"; publicKey = "k-1:AAAA"; globalCacheTTL = 60;
+            privateKeyFile = "/run/secrets/50 %.key"; package = "/other"; publicKey = "k-1:AAAA"; globalCacheTTL = 60;
         };"#,
     );
     for flag in [
@@ -241,8 +254,13 @@ fn every_option_arrives() {
     ] {
         assert!(has(&machine, flag), "no {flag}");
     }
-    assert_eq!(settings(&machine, "peerix.socket", "ListenStream"), ["0.0.0.0:12399", "[::]:12399"]);
-    assert_eq!(setting(&machine, "peerix.service", "LoadCredential"), "private-key:/run/secrets/key");
+    // An active socket keeps its addresses when a configuration is switched to, so that others need another socket.
+    let socket = "peerix-12399-ipv6.socket";
+    assert_eq!(settings(&machine, socket, "ListenStream"), ["0.0.0.0:12399", "[::]:12399"]);
+    assert_eq!(setting(&machine, socket, "Service"), "peerix.service");
+    assert_eq!(setting(&machine, "peerix.service", "Requires"), socket);
+    assert_eq!(setting(&machine, "peerix.service", "LoadCredential"), "private-key:/run/secrets/50 %%.key");
+    assert_eq!(arguments(&machine, "peerix.service")[0], "/other/bin/peerix");
     let conf = machine["nixConf"].as_str().unwrap();
     for line in [
         "extra-substituters = http://127.0.0.1:12399\n",
@@ -261,7 +279,7 @@ fn the_program_takes_each_flag_that_the_module_gives() {
     let machine = peerix(
         r#"services.peerix = {
             mode = "wan"; trackerUrl = "http://t:1"; announceAddr = "home:2"; peerId = "-me"; noVerify = true; noFilter = true;
-            noDefaultFilters = true; filterPatterns = [ "-*" "--port" ]; peers = [ "one" ]; privateKeyFile = "/k"; publicKeyFile = "/p";
+            noDefaultFilters = true; filterPatterns = [ "-*" "--port" ]; peers = [ "one" ]; privateKeyFile = "/k"; publicKeyFile = "/p"; enableIPv6 = true;
         };"#,
     );
     // The first thing it misses is a file: everything before was understood.
@@ -281,13 +299,11 @@ fn values_arrive_whatever_characters_they_have() {
     let nix = odd.replace('\\', "\\\\").replace('"', "\\\"").replace("${", "\\${").replace('\t', "\\t");
     let machine = peerix(&format!(
         "services.peerix = {{ peerId = \"{nix}\"; announceAddr = \"{nix}\"; trackerUrl = \"{nix}\"; filterPatterns = [ \"{nix}\" ];
-          extraFlags = [ \"{nix}\" ]; }}; services.peerix.tracker = {{ enable = true; dbPath = \"/var/lib/{nix}/db\"; }};"
+          extraFlags = [ \"{nix}\" ]; }};"
     ));
     for flag in ["--peer-id=", "--announce-addr=", "--tracker-url=", "--filter-patterns=", ""] {
         assert!(has(&machine, &format!("{flag}{odd}")), "{flag}");
     }
-    let tracker = arguments(&machine, "peerix-tracker.service");
-    assert!(tracker.contains(&format!("--db-path=/var/lib/{odd}/db")), "{tracker:?}");
     let text = machine["units"]["peerix.service"].as_str().unwrap();
     assert!(text.lines().filter(|line| line.starts_with("ExecStart=")).count() == 1);
 }
@@ -297,6 +313,16 @@ fn what_cannot_work_is_refused_with_what_to_set() {
     for (config, names) in [
         (r#"mode = "wan";"#, &["\"wan\"", "services.peerix.trackerUrl"][..]),
         (r#"mode = "both";"#, &["services.peerix.trackerUrl"]),
+        (r#"mode = "both"; trackerUrl = "";"#, &["services.peerix.trackerUrl"]),
+        // These would have become the tracker's own, or nobody's.
+        (
+            r#"tracker = { enable = true; dbPath = "/var/lib/tracker.db"; };"#,
+            &["tracker.dbPath", "/var/lib/tracker.db"],
+        ),
+        (r#"tracker = { enable = true; dbPath = "/tracker.db"; };"#, &["tracker.dbPath"]),
+        (r#"tracker = { enable = true; dbPath = "tracker.db"; };"#, &["tracker.dbPath", "absolute"]),
+        (r#"tracker = { enable = true; dbPath = "/data/my dir/t.db"; };"#, &["tracker.dbPath", "plain"]),
+        (r#"tracker = { enable = true; dbPath = "/data/../etc/x/t.db"; };"#, &["tracker.dbPath"]),
         (r#"publicKey = "a:b"; publicKeyFile = "/c";"#, &["publicKey ", "publicKeyFile", "set one"]),
         (
             "privateKeyFile = builtins.storeDir + \"/abc-key\";",
@@ -309,6 +335,11 @@ fn what_cannot_work_is_refused_with_what_to_set() {
             assert!(message.as_str().unwrap().contains(name), "{config}: no {name} in {message}");
         }
     }
+    // What is empty is not set.
+    assert!(!peerix("services.peerix.peerId = \"\";")["units"]["peerix.service"].as_str().unwrap().contains("peer-id"));
+    // Beside the store is not in it.
+    let beside = peerix("services.peerix.privateKeyFile = builtins.storeDir + \"-keys/k\";");
+    assert_eq!(beside["failed"], json!([]));
     // A path of a flake is in the store, where everybody reads it; one beside configuration.nix is not, and stays there.
     let beside = peerix("services.peerix.privateKeyFile = ./Cargo.toml;");
     assert_eq!(beside["failed"], json!([]));
@@ -331,23 +362,45 @@ fn what_cannot_work_is_refused_with_what_to_set() {
 #[test]
 fn a_public_key_file_is_read_by_nix_and_not_by_the_evaluation() {
     let machine = peerix("services.peerix.publicKeyFile = \"/run/secrets/50 %.pub\";");
-    assert!(has(&machine, "--trusted-public-key-file=%d/public-key"));
-    for unit in ["peerix.service", "peerix-public-key.service"] {
-        assert_eq!(setting(&machine, unit, "LoadCredential"), "public-key:/run/secrets/50 %%.pub");
-    }
+    let unit = "peerix-public-key.service";
+    assert_eq!(setting(&machine, unit, "LoadCredential"), "public-key:/run/secrets/50 %%.pub");
     assert!(machine["nixConf"].as_str().unwrap().contains("\n!include /run/peerix-public-key/nix.conf\n"));
-    assert!(setting(&machine, "peerix-public-key.service", "Before").contains("nix-daemon.service"));
+    // Before nix-daemon whenever that starts; what everybody's Nix reads; and without root's powers.
+    assert_eq!(setting(&machine, unit, "Before"), "nix-daemon.service peerix.service");
+    assert_eq!(setting(&machine, unit, "PartOf"), "nix-daemon.service");
+    assert_eq!(setting(&machine, unit, "WantedBy"), "multi-user.target nix-daemon.service");
+    assert_eq!(setting(&machine, unit, "RuntimeDirectoryMode"), "0755");
+    assert_eq!(setting(&machine, unit, "UMask"), "0022");
+    assert_eq!(setting(&machine, unit, "RemainAfterExit"), "true");
+    assert_eq!(setting(&machine, unit, "CapabilityBoundingSet"), "");
+    // peerix takes them from there: as a credential of its own, a missing file kept it from starting.
+    assert!(has(&machine, "--trusted-public-key-file=/run/peerix-public-key/keys"));
+    assert_eq!(settings(&machine, "peerix.service", "LoadCredential"), [""; 0]);
 
-    // Its script, run on a file that would like to be more than a key.
+    // Its script, run on a file that would like to be more than keys.
     let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join("public-key");
     std::fs::create_dir_all(&dir).unwrap();
-    std::fs::write(dir.join("public-key"), "a-1:AAAA\nallowed-users = *\n").unwrap();
+    std::fs::write(dir.join("public-key"), "a-1:AAAA\r\nallowed-users = *\n\nb-1:BBBB").unwrap();
     let script = machine["scripts"]["peerix-public-key"].as_str().unwrap();
     let script = script.replace("/run/peerix-public-key", dir.to_str().unwrap());
     let status = Command::new("bash").args(["-c", &script]).env("CREDENTIALS_DIRECTORY", &dir).status().unwrap();
     assert!(status.success());
+    let keys = "a-1:AAAA allowed-users = * b-1:BBBB\n";
+    assert_eq!(std::fs::read_to_string(dir.join("keys")).unwrap(), keys);
     let conf = std::fs::read_to_string(dir.join("nix.conf")).unwrap();
-    assert_eq!(conf, "extra-trusted-public-keys = a-1:AAAAallowed-users = *\n");
+    assert_eq!(conf, format!("extra-trusted-public-keys = {keys}"));
+}
+
+/// Named by its place only, a file beside the configuration was not on the machine that the system was copied to.
+#[test]
+fn a_public_key_file_beside_the_configuration_goes_with_the_system() {
+    let unit = eval_with_store(
+        "let unit = ((import ./tests/module/eval.nix).module { services.peerix = { enable = true;
+           publicKeyFile = ./tests/data/public-key; }; }).units.\"peerix-public-key.service\";
+         in { text = builtins.unsafeDiscardStringContext unit; carried = builtins.attrNames (builtins.getContext unit); }",
+    );
+    let carried = unit["carried"][0].as_str().expect("it refers to a store path");
+    assert!(unit["text"].as_str().unwrap().contains(&format!("LoadCredential=public-key:{carried}\n")), "{unit}");
 }
 
 #[test]
@@ -395,7 +448,10 @@ fn the_tracker_stands_by_itself() {
     assert_eq!(elsewhere["tcp"], json!([]));
     assert_eq!(setting(&elsewhere, unit, "ReadWritePaths"), "/data/tracker");
     assert_eq!(settings(&elsewhere, unit, "DynamicUser"), [""; 0]);
-    assert_eq!(elsewhere["tmpfiles"], json!(["d '/data/tracker' 0700 peerix-tracker peerix-tracker -"]));
+    assert_eq!(elsewhere["tmpfiles"], json!(["d /data/tracker :0700 :peerix-tracker :peerix-tracker -"]));
+    // Another service's directory is not taken from it.
+    let beside = machine("services.peerix.tracker = { enable = true; dbPath = \"/var/lib/postgresql/t.db\"; };");
+    assert_eq!(settings(&beside, unit, "StateDirectory"), [""; 0]);
     assert_eq!(elsewhere["users"], json!(["peerix-tracker"]));
 }
 
@@ -442,6 +498,8 @@ fn the_units_in_contrib_are_those_of_the_module() {
     let contrib = Path::new(ROOT).join("contrib");
     let lines = machine["nixConf"].as_str().unwrap().lines();
     let conf: String = lines.filter(|line| line.contains("127.0.0.1")).map(|line| format!("{line}\n")).collect();
+    // It is for the end of a file whose last line may not end.
+    let conf = format!("\n{conf}");
     let mut files: BTreeMap<String, String> = [("nix.conf".to_owned(), conf)].into();
     for (name, text) in machine["units"].as_object().unwrap() {
         files.insert(format!("systemd/{name}"), text.as_str().unwrap().to_owned());

@@ -20,6 +20,7 @@ use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 use ureq::Agent;
 use ureq::http::Response;
+use ureq::tls::{RootCerts, TlsConfig};
 
 /// A lookup that takes longer is of no use: Nix waits, and the peers need time after it.
 pub const LOOKUP_TIMEOUT: Duration = Duration::from_secs(1);
@@ -147,6 +148,7 @@ impl Tracker {
     /// The tracker at that URL, which ends without a slash.
     pub fn new(url: String, now: Instant) -> Self {
         let agent = Agent::config_builder()
+            .tls_config(TlsConfig::builder().root_certs(RootCerts::PlatformVerifier).build())
             .max_redirects(0)
             .max_redirects_will_error(false)
             .http_status_as_error(false)

@@ -34,6 +34,7 @@ in
 rec {
   optional = condition: value: if condition then [ value ] else [ ];
   optionals = condition: list: if condition then list else [ ];
+  optionalString = condition: text: if condition then text else "";
   optionalAttrs = condition: set: if condition then set else { };
   toList = value: if isList value then value else [ value ];
   unique = foldl' (seen: value: if elem value seen then seen else seen ++ [ value ]) [ ];

@@ -27,6 +27,7 @@ let
     // listed "Before" (unit.before or [ ])
     // (if unit ? description then { Description = unit.description; } else { })
     // listed "Documentation" (unit.documentation or [ ])
+    // listed "PartOf" (unit.partOf or [ ])
     // listed "Requires" (unit.requires or [ ])
     // (if unit ? startLimitBurst then { StartLimitBurst = unit.startLimitBurst; } else { })
     // (if unit ? startLimitIntervalSec then { StartLimitIntervalSec = unit.startLimitIntervalSec; } else { })

@@ -44,8 +44,17 @@ def has_kvm():
     return ("vmx" in flags or "svm" in flags) and os.access("/dev/kvm", os.R_OK | os.W_OK)
 
 
-def run(line):
-    subprocess.run(line.split(), check=True, stdin=subprocess.DEVNULL)
+def run(*words):
+    subprocess.run([str(word) for word in words], check=True, stdin=subprocess.DEVNULL)
+
+
+def ip(line):
+    run("ip", *line.split())
+
+
+def as_value(path):
+    """A path among the settings that a comma separates."""
+    return str(path).replace(",", ",,")
 
 
 class Machine:
@@ -56,9 +65,9 @@ class Machine:
         self.process = self.shell = None
         for vlan in spec["vlans"]:
             tap = f"{name}-{vlan}"
-            run(f"ip tuntap add {tap} mode tap")
-            run(f"ip link set {tap} master vlan{vlan} up")
-        run(f"qemu-img create -q -f qcow2 -F raw -b {image}/disk.img {self.dir}/disk.qcow2")
+            ip(f"tuntap add {tap} mode tap")
+            ip(f"link set {tap} master vlan{vlan} up")
+        run("qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", f"{image}/disk.img", self.dir / "disk.qcow2")
         self.write_profile()
 
     def write_profile(self):
@@ -75,7 +84,7 @@ class Machine:
             for card, vlan in enumerate(self.spec["vlans"])
         )
         (profile / "network").write_text(addresses)
-        run(f"mke2fs -q -t ext4 -L profile -d {profile} {self.dir}/profile.img 64M")
+        run("mke2fs", "-q", "-t", "ext4", "-L", "profile", "-d", profile, self.dir / "profile.img", "64M")
 
     def write_configuration(self, etc, spec):
         if spec["failed"]:
@@ -112,11 +121,11 @@ class Machine:
             return
         accel = ["kvm", "-cpu", "host"] if has_kvm() else ["tcg,thread=multi", "-cpu", "max"]
         command = ["qemu-system-x86_64", "-accel", *accel, "-m", str(self.spec["memory"]), "-nodefaults", "-no-user-config"]
-        command += ["-display", "none", "-no-reboot", "-serial", f"file:{self.dir}/console.log"]
+        command += ["-display", "none", "-no-reboot", "-serial", f"file:{as_value(self.dir)}/console.log"]
         command += ["-kernel", f"{self.image}/vmlinuz", "-initrd", f"{self.image}/initrd.img"]
         command += ["-append", "console=ttyS0 root=/dev/vda rw init=/sbin/vm-init net.ifnames=0 quiet"]
-        for disk in [f"{self.dir}/disk.qcow2,format=qcow2", f"{self.dir}/profile.img,format=raw,readonly=on"]:
-            command += ["-drive", f"file={disk},if=virtio,cache=unsafe"]
+        for disk, kind in [("disk.qcow2", "format=qcow2"), ("profile.img", "format=raw,readonly=on")]:
+            command += ["-drive", f"file={as_value(self.dir / disk)},{kind},if=virtio,cache=unsafe"]
         for vlan in self.spec["vlans"]:
             tap, mac = f"{self.name}-{vlan}", f"52:54:00:12:{vlan:02x}:{self.number:02x}"
             command += ["-netdev", f"tap,id=n{vlan},ifname={tap},script=no,downscript=no"]
@@ -228,10 +237,10 @@ def main():
     hosts = "".join(
         f"192.168.{vlan}.{numbers[machine]} {machine}\n" for machine in numbers for vlan in spec[machine]["vlans"][:1]
     )
-    run("ip link set lo up")
+    ip("link set lo up")
     for vlan in sorted({vlan for machine in spec.values() for vlan in machine["vlans"]}):
-        run(f"ip link add vlan{vlan} type bridge mcast_snooping 0")
-        run(f"ip link set vlan{vlan} up")
+        ip(f"link add vlan{vlan} type bridge mcast_snooping 0")
+        ip(f"link set vlan{vlan} up")
     all_machines = [Machine(m, n, spec[m], hosts, image, work, programs) for m, n in numbers.items()]
 
     def end_all():
@@ -241,6 +250,7 @@ def main():
 
     atexit.register(end_all)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
 
     @contextlib.contextmanager
     def subtest(what):
@@ -256,7 +266,7 @@ def main():
     names |= {"subtest": subtest, "start_all": start_all, "__name__": "steps"}
     try:
         exec(compile(Path(steps).read_text(), steps, "exec"), names)
-    except BaseException as failure:
+    except Exception as failure:
         for machine in all_machines:
             print(f"--- {machine.name}\n{machine.explain()}", file=sys.stderr)
         if isinstance(failure, (Failed, AssertionError)):

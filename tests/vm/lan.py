@@ -53,6 +53,19 @@ with subtest("c joins; what it is told has arrived unharmed, and the key it trus
         assert flag in told, f"no {flag} in {told}"
     as_alice(c, f"nix-store --realise {only_a}")
 
+with subtest("the key file changes, and is gone: nix-daemon reads it when it starts, and peerix goes on without"):
+    conf = "/run/peerix-public-key/nix.conf"
+    key = c.succeed("cat /etc/peerix/public-key")
+    c.succeed("echo 'other-1:bfb1tHzyJC4nHA9pr2zF9z0OI/lJ6WIWbI4+SeAZQXs=' > /root/other && ln -sf /root/other /etc/peerix/public-key")
+    c.succeed("systemctl restart nix-daemon")
+    assert c.succeed(f"cat {conf}").startswith("extra-trusted-public-keys = other-1:")
+    c.succeed("rm /root/other")
+    c.execute("systemctl restart nix-daemon")
+    c.succeed("systemctl restart peerix")
+    assert "keys: not there" in peerix_log(c)
+    c.succeed(f"echo '{key}' > /root/other && systemctl restart nix-daemon && systemctl restart peerix")
+    as_alice(c, f"nix-store --verify-path {only_a}")
+
 with subtest("c has no key: what it built itself, b does not take"):
     unsigned = build(c, "unsigned")
     b.fail(f"su - alice -c 'nix-store --realise {unsigned}'")
