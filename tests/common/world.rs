@@ -2,6 +2,7 @@
 
 use super::lan::{Host, Lan, Run};
 use super::{directory, nix};
+use rustix::fs::{FlockOperation, flock};
 use std::collections::BTreeMap;
 use std::fs;
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -41,6 +42,9 @@ impl World {
         let mut hasher = DefaultHasher::new();
         (EXPRESSION, SCRIPT, nix::identity()).hash(&mut hasher);
         let dir = directory().join(format!("world-{:016x}", hasher.finish()));
+        // Another test program may run beside this one, and want the same.
+        let lock = fs::File::create(directory().join("world.lock")).expect("the directory for fixtures is writable");
+        flock(&lock, FlockOperation::LockExclusive).expect("one at a time");
         if !dir.join("paths").exists() {
             eprintln!("making store paths, once; this takes a minute");
             make(lan, &dir);
