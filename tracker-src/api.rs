@@ -204,8 +204,11 @@ pub struct Api {
 
 /// The time, now.
 pub fn now() -> Now {
+    // In this order: if the thread is held up between the two, the tracker's start seems later than it was. The other way
+    // round it seemed earlier, and what was signed just before it was taken once more.
+    let at = Instant::now();
     let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    Now { at: Instant::now(), ms: since.as_millis() as u64 }
+    Now { at, ms: since.as_millis() as u64 }
 }
 
 /// What a request asks for.
