@@ -103,6 +103,8 @@ with subtest("a is back, and b boots again: all is as before"):
 
 with subtest("peerix is restarted on b and on a while b builds, ten times; no build fails"):
     fetched = 0
+    # So slow that a fast machine is not done before.
+    slow(a, B, "2mbit")
     for number in range(10):
         name = f"busy-{number}"
         build(a, name, size=64, count=20)
@@ -119,12 +121,14 @@ with subtest("peerix is restarted on b and on a while b builds, ten times; no bu
 
 with subtest("nix-daemon is restarted on both under load"):
     build(a, "load", size=64, count=60)
+    slow(a, B, "3mbit")
     start_build(b, "load", f"nix-build {paths('load', 64, 60)}")
     b.wait_until_succeeds("journalctl -o cat -u load | grep -q 'copying path'", timeout=60)
     for machine in (a, b):
         assert is_running(b, "load"), f"over before nix-daemon was restarted on {machine.name}"
         machine.succeed("systemctl reload-or-restart nix-daemon")
     end_build(b, "load")
+    slow(a, B, None)
     after = build(a, "after-restart")
     as_alice(b, f"nix-store --realise {after}")
     for machine in (a, b, c):
