@@ -1,1 +1,210 @@
+//! Rules of the source that the compiler does not know.
 
+use std::fs;
+use std::path::{Path, PathBuf};
+
+const ROOT: &str = env!("CARGO_MANIFEST_DIR");
+
+/// The modules, each with all that it may use. They stand in the order of the layers, so that an import that is
+/// missing here but would be right points from a higher line to a lower one.
+const MAY_USE: &[(&str, &[&str])] = &[
+    ("main", &["cli", "commands", "daemon", "service"]),
+    ("commands", &["cli", "config", "interfaces", "nix", "peers", "service", "share", "store", "wire"]),
+    ("cli", &["config", "nix", "wire"]),
+    (
+        "daemon",
+        &[
+            "config",
+            "fetch",
+            "http",
+            "identity",
+            "interfaces",
+            "lookup",
+            "nix",
+            "peers",
+            "publish",
+            "record",
+            "seldom",
+            "service",
+            "share",
+            "sockets",
+            "status",
+            "store",
+        ],
+    ),
+    ("publish", &["config", "interfaces", "nix", "on_drop", "peers", "share", "store", "wire"]),
+    ("http", &["fetch", "lookup", "nix", "on_drop", "record", "seldom", "share", "status", "store", "wire"]),
+    ("fetch", &["lookup", "nix", "peers", "record", "wire"]),
+    ("lookup", &["nix", "peers", "record", "wire"]),
+    ("status", &["config", "interfaces", "nix", "peers", "record", "store"]),
+    ("store", &["nix"]),
+    ("share", &["config", "interfaces", "nix", "on_drop", "seldom"]),
+    ("peers", &["interfaces", "nix", "on_drop", "record", "wire"]),
+    ("sockets", &["config", "interfaces"]),
+    ("identity", &["wire"]),
+    ("interfaces", &[]),
+    ("on_drop", &[]),
+    ("seldom", &[]),
+    ("service", &[]),
+    ("record", &["nix"]),
+    ("config", &["nix"]),
+    ("wire", &["nix"]),
+    ("nix", &[]),
+];
+
+/// All that the tracker may use of the library.
+const TRACKER_MAY_USE: &[&str] = &["http", "nix", "on_drop", "seldom", "service", "sockets", "wire"];
+
+#[test]
+fn the_tracker_uses_little_of_the_library() {
+    let mut seen = 0;
+    for file in files(&Path::new(ROOT).join("tracker-src")) {
+        let text = fs::read_to_string(&file).unwrap();
+        for used in modules_named_after("peerix::", &text) {
+            seen += 1;
+            assert!(TRACKER_MAY_USE.contains(&used), "{}: the tracker may not use `{used}`", file.display());
+        }
+        let http = text.match_indices("http::").map(|(at, part)| name(&text[at + part.len()..]));
+        for part in http.flatten() {
+            let of_the_server = ["body", "server", "Request", "Exchange"].contains(&part);
+            assert!(of_the_server, "{}: `http::{part}` is the daemon's", file.display());
+        }
+    }
+    assert!(seen > 10, "only {seen} imports were found: this test looks for them in the wrong way");
+}
+
+#[test]
+fn imports_never_point_up() {
+    for (at, (module, uses)) in MAY_USE.iter().enumerate() {
+        for used in *uses {
+            let place = MAY_USE.iter().position(|(name, _)| name == used);
+            assert!(place > Some(at), "{module} may not use {used}, which is not below it");
+        }
+    }
+    let src = Path::new(ROOT).join("src");
+    let mut seen = 0;
+    for file in files(&src).iter().filter(|file| file.extension().is_some_and(|e| e == "rs")) {
+        let inside = file.strip_prefix(&src).unwrap();
+        let first = inside.iter().next().unwrap().to_str().unwrap();
+        let module = first.trim_end_matches(".rs");
+        if module == "lib" {
+            continue;
+        }
+        let Some((_, uses)) = MAY_USE.iter().find(|(name, _)| *name == module) else {
+            panic!("src/{}: a module that has no place among the layers", inside.display());
+        };
+        let text = fs::read_to_string(file).unwrap();
+        for used in modules_named(&text) {
+            seen += 1;
+            let fine = used == module || uses.contains(&used);
+            assert!(fine, "src/{}: `{module}` may not use `{used}`", inside.display());
+        }
+    }
+    assert!(seen > 50, "only {seen} imports were found: this test looks for them in the wrong way");
+}
+
+/// What follows `crate::` and `peerix::`, in code as in documentation.
+fn modules_named(text: &str) -> Vec<&str> {
+    [modules_named_after("crate::", text), modules_named_after("peerix::", text)].concat()
+}
+
+fn modules_named_after<'a>(root: &str, text: &'a str) -> Vec<&'a str> {
+    let mut named = Vec::new();
+    for (at, _) in text.match_indices(root) {
+        let rest = &text[at + root.len()..];
+        match rest.strip_prefix('{') {
+            Some(group) => named.extend(first_names(group)),
+            None => named.extend(name(rest)),
+        }
+    }
+    named
+}
+
+/// The first name of each part of `a::{b, c}, d::e}`.
+fn first_names(group: &str) -> Vec<&str> {
+    let (mut names, mut depth, mut from) = (Vec::new(), 1, 0);
+    for (at, c) in group.char_indices() {
+        match c {
+            '{' => depth += 1,
+            '}' => depth -= 1,
+            ',' if depth == 1 => {
+                names.extend(name(group[from..at].trim_start()));
+                from = at + 1;
+            }
+            _ => {}
+        }
+        if depth == 0 {
+            names.extend(name(group[from..at].trim_start()));
+            break;
+        }
+    }
+    names
+}
+
+fn name(text: &str) -> Option<&str> {
+    let end = text.find(|c: char| !c.is_ascii_alphanumeric() && c != '_').unwrap_or(text.len());
+    (end > 0).then(|| &text[..end])
+}
+
+#[test]
+fn imports_are_found_in_every_form() {
+    let found = |text| {
+        let mut names = modules_named(text);
+        names.sort();
+        names
+    };
+    assert_eq!(found("use crate::nix::HashPart;"), ["nix"]);
+    assert_eq!(
+        found("use crate::{\n    nix::{HashPart, Malformed},\n    wire,\n    store::*,\n};"),
+        ["nix", "store", "wire"]
+    );
+    assert_eq!(found("fn f() { crate::peers::x() } /// [`crate::share`]"), ["peers", "share"]);
+    assert_eq!(found("use peerix::cli::{self, Command};"), ["cli"]);
+}
+
+/// Who builds elsewhere has neither the author's directories nor the author's mirrors.
+#[test]
+fn nothing_here_is_of_one_machine() {
+    // In two parts, or this file would be the first that is found.
+    let machines = [("/wo", "rk/"), ("/tmp/", "setup"), ("/ho", "me/"), ("/Us", "ers/")].map(|(a, b)| [a, b].concat());
+    for file in files(Path::new(ROOT)) {
+        let name = file.strip_prefix(ROOT).unwrap().display().to_string();
+        let bytes = fs::read(&file).unwrap();
+        let text = String::from_utf8_lossy(&bytes);
+        for line in text.lines() {
+            let found = machines.iter().find(|machine| line.contains(machine.as_str()));
+            assert_eq!(found, None, "{name}: {line}");
+        }
+        if name == "Cargo.lock" {
+            let sources = text.lines().filter(|line| line.starts_with("source = "));
+            let public = r#"source = "registry+https://github.com/rust-lang/crates.io-index""#;
+            sources.for_each(|source| assert_eq!(source, public));
+        }
+        let is_setting = ["Makefile", "Cargo.toml", ".cargo/config.toml", ".ci/run"].contains(&&*name)
+            || name.starts_with("scripts/");
+        for word in text.split_whitespace().filter(|_| is_setting) {
+            let Some((_, rest)) = word.split_once("://") else { continue };
+            let host = rest.split(['/', '"', ')', ',']).next().unwrap_or_default();
+            // Without a host: the store of that name that is none.
+            let known = ["github.com", "rustup.rs", "nixos.org", ""].contains(&host);
+            assert!(known, "{name}: a host that not everybody reaches? {word}");
+        }
+    }
+}
+
+/// Every file below, but what git and cargo keep.
+fn files(dir: &Path) -> Vec<PathBuf> {
+    let mut all = Vec::new();
+    for entry in fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        let name = path.file_name().unwrap().to_owned();
+        if name == ".git" || name == "target" {
+            continue;
+        } else if path.is_dir() {
+            all.extend(files(&path));
+        } else if !path.is_symlink() {
+            all.push(path);
+        }
+    }
+    all
+}
