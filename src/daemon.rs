@@ -184,11 +184,12 @@ pub fn run_with(config: Config, record: Record) -> Result<(), Fatal> {
     discovery.say_bye();
     strangers.iter().for_each(|strangers| strangers.trackers.leave());
     drop(server);
+    // The counters are saved meanwhile: a tracker that does not answer used up the time for it.
+    drop(counters.running);
     if let Some(Strangers { trackers, publisher }) = strangers {
         trackers.wait(stopping + STOP_LIMIT);
         drop(publisher);
     }
-    drop(counters.running);
     // A disk that hangs is not waited for.
     let _ = counters.ended.recv_deadline(stopping + STOP_LIMIT);
     drop(discovery);

@@ -13,8 +13,23 @@ pub fn log_to_stderr(verbose: bool) {
     // It is the beginning of the tracker's name too.
     let default = if verbose { "info,peerix=debug" } else { "info" };
     env_logger::Builder::from_env(env_logger::Env::default().default_filter_or(default))
-        .format(|out, record| writeln!(out, "{}: {}", record.level().as_str().to_lowercase(), record.args()))
+        .format(|out, record| {
+            let text = clean(&record.args().to_string());
+            writeln!(out, "{}: {text}", record.level().as_str().to_lowercase())
+        })
         .init();
+}
+
+/// Whether a terminal takes a character for nothing but text: it is no control character, and does not turn the direction
+/// of what follows.
+pub fn is_plain(c: char) -> bool {
+    !c.is_control() && !matches!(c, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+}
+
+/// The text without characters that are not plain, and so in one line. Much of what is logged and printed is of other
+/// machines: a tracker's refusal cleared the screen, and wrote lines of its own.
+pub fn clean(text: &str) -> String {
+    text.chars().map(|c| if is_plain(c) { c } else { '\u{fffd}' }).collect()
 }
 
 /// Tells systemd; elsewhere nothing.

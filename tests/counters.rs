@@ -144,3 +144,18 @@ fn without_a_place_for_them_all_else_works() {
     assert_eq!(daemon.log().matches("warn: counters").count(), 1, "{}", daemon.log());
     assert!(daemon.stop().success());
 }
+
+/// Its leave was waited for first, and took all the time there was.
+#[test]
+fn a_tracker_that_does_not_answer_keeps_no_counters_from_being_kept() {
+    let lan = Lan::new();
+    let host = host(&lan);
+    // Whoever connects waits, as nobody accepts.
+    let _silent = host.listen(8300);
+    let flags = ["--state-dir", STATE, "--mode", "both", "--tracker-url", "http://127.0.0.1:8300"];
+    let mut daemon = Daemon::start(&host, &flags);
+    assert_eq!(kept(&host), 0);
+    miss(&host, 4);
+    assert!(daemon.stop().success());
+    assert_eq!(kept(&host), 4);
+}

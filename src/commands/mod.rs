@@ -25,6 +25,13 @@ use ureq::tls::{RootCerts, TlsConfig};
 /// An answer comes whole within this, as to a lookup, or nobody is there.
 const HTTP_TIMEOUT: Duration = Duration::from_secs(2);
 
+/// And for the daemon's status. One that is ill has a reason to tell, once it has waited 5 s for its database and 2 s for
+/// its discovery.
+const STATUS_TIMEOUT: Duration = Duration::from_secs(8);
+
+/// As much of a key file as is read; the daemon takes no longer ones.
+const MAX_KEY_FILE: u64 = 4096;
+
 /// An answer's body: the status of a node with 200 lookups and 256 peers, or a tracker's list of 1,000 peers, has 300 KiB.
 const MAX_ANSWER: u64 = 4 << 20;
 
@@ -68,7 +75,8 @@ impl Node {
     /// Asks the daemon on the port that `asked` names.
     fn find(asked: &Config) -> Result<Node, String> {
         let url = format!("http://127.0.0.1:{}/status.json", asked.port);
-        let answer = get(&url).map_err(|e| format!("no peerix answers on port {}: {e}", asked.port))?;
+        let answer =
+            get_within(&url, STATUS_TIMEOUT).map_err(|e| format!("no peerix answers on port {}: {e}", asked.port))?;
         let status: Value = match answer.status {
             200 => serde_json::from_slice(&answer.body).unwrap_or_default(),
             _ => Value::Null,
@@ -84,6 +92,10 @@ impl Node {
         };
         // The daemon has checked them.
         for file in &config.trusted_public_key_files {
+            // What answers on the port may be anybody's: nothing is waited for, or read without end.
+            if !fs::metadata(file).is_ok_and(|meta| meta.is_file() && meta.len() <= MAX_KEY_FILE) {
+                continue;
+            }
             let text = fs::read_to_string(file).unwrap_or_default();
             config.trusted_public_keys.extend(text.split_whitespace().filter_map(|key| PublicKey::parse(key).ok()));
         }

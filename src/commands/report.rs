@@ -1,6 +1,7 @@
 //! What a command found, a line for each thing: for people, or as JSON.
 
 use super::{NO, YES};
+use crate::service::{clean, is_plain};
 use serde_json::{Value, json};
 use std::io::{self, Write};
 
@@ -83,20 +84,18 @@ fn word(state: State) -> &'static str {
 
 /// Prints JSON.
 pub fn print(value: &Value) {
-    say(&format!("{value:#}\n"));
+    // JSON escapes control characters of ASCII alone; texts of other machines may have others.
+    let text = format!("{value:#}\n");
+    let escaped: String = text
+        .chars()
+        .map(|c| if c == '\n' || is_plain(c) { c.to_string() } else { format!("\\u{:04x}", u32::from(c)) })
+        .collect();
+    say(&escaped);
 }
 
 /// Prints text; whoever does not want all of it, as `head`, is no reason to complain.
 pub fn say(text: &str) {
     let _ = io::stdout().write_all(text.as_bytes());
-}
-
-/// The text without what a terminal would take for more than text: control characters, and those that turn the direction
-/// of what follows. Much of it is of other machines.
-pub fn clean(text: &str) -> String {
-    let is_plain =
-        |c: char| !c.is_control() && !('\u{202a}'..='\u{202e}').contains(&c) && !('\u{2066}'..='\u{2069}').contains(&c);
-    text.chars().map(|c| if is_plain(c) { c } else { '\u{fffd}' }).collect()
 }
 
 #[cfg(test)]

@@ -1,7 +1,8 @@
 //! `peerix status`: what the daemon tells of itself, in a terminal.
 
-use super::report::{clean, print, say};
+use super::report::{print, say};
 use super::{NO, Node, YES, list, text};
+use crate::service::clean;
 use serde_json::Value;
 
 /// Lookups that are shown.

@@ -13,7 +13,10 @@ use std::time::Instant;
 pub fn run(node: &Node, path: &str, json: bool) -> u8 {
     let Some(hash_part) = hash_part(node, path) else {
         let dir = node.config.store_dir.as_str();
-        eprintln!("peerix: why {}: no store path; they look like {dir}/<32 digits>-<name>", super::report::clean(path));
+        eprintln!(
+            "peerix: why {}: no store path; they look like {dir}/<32 digits>-<name>",
+            crate::service::clean(path)
+        );
         return USAGE;
     };
     let mut report = Report::default();

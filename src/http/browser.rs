@@ -17,8 +17,8 @@ const HOSTS: &str = "/etc/hosts";
 const MAX_HOSTS: u64 = 4 << 20;
 
 /// Whether a request from this machine is to be refused, because a web page from elsewhere may have made it; says what
-/// is wrong with it.
-pub(super) fn is_suspect(request: &Request<'_>) -> Option<String> {
+/// is wrong with it. `is_page`: what is asked for is for people, and other pages may have a link to it.
+pub(super) fn is_suspect(request: &Request<'_>, is_page: bool) -> Option<String> {
     if let Some(host) = request.field("host")
         && !is_own_name(host, Path::new(HOSTS))
     {
@@ -27,19 +27,19 @@ pub(super) fn is_suspect(request: &Request<'_>) -> Option<String> {
     // What a browser says of a page that asks another server than its own. Following a link is fine: the page does not see
     // what comes.
     let of_other_page = request.field("sec-fetch-site").is_some_and(|site| matches!(site, "cross-site" | "same-site"));
-    let is_link = request.field("sec-fetch-mode") == Some("navigate");
+    let is_link = is_page && request.field("sec-fetch-mode") == Some("navigate");
     (of_other_page && !is_link).then(|| "a page of another server".into())
 }
 
 /// Whether a `Host` field's value names this machine, and nobody else can make it do so.
 fn is_own_name(host: &str, hosts: &Path) -> bool {
     let name = without_port(host);
+    let name = name.strip_suffix('.').unwrap_or(name);
     let address = name.strip_prefix('[').and_then(|name| name.strip_suffix(']')).unwrap_or(name);
     // With an address in it, no name was looked up.
     if address.parse::<IpAddr>().is_ok() {
         return true;
     }
-    let name = name.strip_suffix('.').unwrap_or(name);
     // Browsers, and RFC 6761, keep this name for loopback.
     name.eq_ignore_ascii_case("localhost") || is_loopback_in(hosts, name).unwrap_or(false)
 }
@@ -57,8 +57,10 @@ fn without_port(host: &str) -> &str {
 
 /// Whether a file like `/etc/hosts` gives the name a loopback address, and no other.
 fn is_loopback_in(hosts: &Path, name: &str) -> io::Result<bool> {
-    let mut text = String::new();
-    File::open(hosts)?.take(MAX_HOSTS).read_to_string(&mut text)?;
+    let mut bytes = Vec::new();
+    File::open(hosts)?.take(MAX_HOSTS).read_to_end(&mut bytes)?;
+    // Comments may be in any encoding.
+    let text = String::from_utf8_lossy(&bytes);
     let addresses = text.lines().filter_map(|line| {
         let mut words = line.split('#').next().unwrap_or_default().split_whitespace();
         let address: IpAddr = words.next()?.parse().ok()?;
@@ -78,11 +80,12 @@ mod tests {
     fn names_that_nobody_else_can_point_here() {
         let hosts = std::env::temp_dir().join(format!("peerix-hosts-{}", std::process::id()));
         let text =
-            "127.0.0.1 localhost\n127.0.1.1\tdesk.lan desk # cache.example\n10.0.0.7 server\n::1 two\n10.0.0.8 two\n";
+            b"# \xfcber\n127.0.0.1 localhost\n127.0.1.1\tdesk.lan desk # cache.example\n10.0.0.7 server\n::1 two\n10.0.0.8 two\n";
         fs::write(&hosts, text).unwrap();
         for host in [
             "127.0.0.1:12304",
             "127.0.0.1",
+            "127.0.0.1.",
             "127.8.8.8:1",
             "localhost:12304",
             "LocalHost",
@@ -120,7 +123,18 @@ mod tests {
     fn pages_of_other_servers_get_nothing() {
         let suspect = |fields: &str| {
             let text = format!("GET / HTTP/1.1\r\n{fields}\r\n");
-            head::parse(text.as_bytes(), "127.0.0.1:1".parse().unwrap(), |request| is_suspect(&request.unwrap()))
+            let asker = "127.0.0.1:1".parse().unwrap();
+            head::parse(text.as_bytes(), asker, |request| {
+                let request = request.unwrap();
+                // Whatever a page must not have, it must not make this machine look for either.
+                assert!(is_suspect(&request, true).is_none() || is_suspect(&request, false).is_some());
+                is_suspect(&request, true)
+            })
+        };
+        let sought = |fields: &str| {
+            let text = format!("GET / HTTP/1.1\r\n{fields}\r\n");
+            let asker = "127.0.0.1:1".parse().unwrap();
+            head::parse(text.as_bytes(), asker, |request| is_suspect(&request.unwrap(), false))
         };
         // Nix, curl, Prometheus; somebody without a Host, who is no browser.
         assert_eq!(suspect("Host: 127.0.0.1:12304\r\nUser-Agent: curl/8.13.0 Nix/2.26.3\r\n"), None);
@@ -129,6 +143,8 @@ mod tests {
         assert_eq!(suspect(&format!("{own} none\r\nSec-Fetch-Mode: navigate\r\n")), None);
         assert_eq!(suspect(&format!("{own} same-origin\r\nSec-Fetch-Mode: cors\r\n")), None);
         assert_eq!(suspect(&format!("{own} cross-site\r\nSec-Fetch-Mode: navigate\r\n")), None, "a link");
+        // A frame that nobody sees made this machine look paths up.
+        assert!(sought(&format!("{own} cross-site\r\nSec-Fetch-Mode: navigate\r\n")).is_some());
         assert!(suspect(&format!("{own} cross-site\r\nSec-Fetch-Mode: no-cors\r\n")).is_some());
         // Another port of this machine.
         assert!(suspect(&format!("{own} same-site\r\nSec-Fetch-Mode: cors\r\n")).is_some());

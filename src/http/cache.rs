@@ -127,7 +127,7 @@ impl Cache {
         if scope != Scope::ThisMachine || matches!(route, Route::CacheInfo(_)) {
             return Ok(());
         }
-        let Some(why) = browser::is_suspect(request) else { return Ok(()) };
+        let Some(why) = browser::is_suspect(request, matches!(route, Route::Status(_))) else { return Ok(()) };
         self.warn(format_args!(
             "refused a request from this machine that a web page may have made ({}); if it was Nix's, have it ask for \
              127.0.0.1, or put the name into /etc/hosts",

@@ -109,7 +109,9 @@ impl Traffic {
     }
 
     fn forget_one(&mut self) {
-        let oldest = self.peers.iter().min_by_key(|(_, counts)| counts.last.load(Ordering::Relaxed));
+        // Who has a series keeps it: its place would be another's, and there would be more of them as time goes by.
+        let age = |counts: &Counts| (counts.has_series(), counts.last.load(Ordering::Relaxed));
+        let oldest = self.peers.iter().min_by_key(|(_, counts)| age(counts));
         let Some(who) = oldest.map(|(who, _)| *who) else { return };
         if let Some(counts) = self.peers.remove(&who) {
             self.gone[0] += counts.received.load(Ordering::Relaxed);
@@ -181,5 +183,17 @@ mod tests {
         assert_eq!(counts.id(), None);
         counts.set_id("<img src=x>");
         assert_eq!(counts.id().as_deref(), Some("<img src=x>"));
+    }
+
+    /// Who was forgotten left its series to the next one: a neighbour with many addresses got as many as it liked.
+    #[test]
+    fn series_are_bounded_over_all_time() {
+        let start = Instant::now();
+        let mut traffic = Traffic::new(start);
+        let has_series = |number: u32| {
+            let now = start + Duration::from_secs(number.into());
+            traffic.of(lan(number), now).has_series()
+        };
+        assert_eq!((0..5000).map(has_series).filter(|has| *has).count(), MAX_SERIES);
     }
 }

@@ -274,7 +274,10 @@ impl Status {
         }
         let mut peers: Vec<(Who, Peer)> = rows.into_iter().collect();
         let moved = |peer: &Peer| peer.received_bytes.saturating_add(peer.sent_bytes);
-        peers.sort_by_cached_key(|(who, peer)| (std::cmp::Reverse(moved(peer)), who.ip, who.port));
+        // Neighbours that gave nothing yet before any number of strangers that only asked.
+        peers.sort_by_cached_key(|(who, peer)| {
+            (peer.found_by == "request", std::cmp::Reverse(moved(peer)), who.ip, who.port)
+        });
         let omitted = peers.len().saturating_sub(MAX_PEERS);
         peers.truncate(MAX_PEERS);
         (peers.into_iter().map(|(_, peer)| peer).collect(), omitted, answers)
