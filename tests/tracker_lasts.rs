@@ -3,8 +3,8 @@
 mod common;
 
 use common::http::{Answer, Connection};
-use common::solo::{Solo, TempDir, announce, command, connect, fresh_source, identity, post, signed_announce};
-use peerix::wire::tracker::Proof;
+use common::solo::{Solo, TempDir, announce, clock, command, connect, fresh_source, identity, post, signed_announce};
+use peerix::wire::tracker::{Proof, Statement};
 use rusqlite::Connection as Database;
 use serde_json::{Value, json};
 use std::collections::HashMap;
@@ -139,8 +139,14 @@ fn who_is_here_is_told_anew_after_a_restart_and_the_rest_lasts() {
     let mut tracker = Solo::start(&dir.file("db"));
     let key = identity(1);
     let mut c = tracker.connect();
-    let welcome = value(&post(&mut c, "/announce", &signed_announce(&key, "a", 1, "10.0.0.1")));
-    let replay = signed_announce(&key, "a", 1, "10.0.0.1");
+    // By the clock itself: the time of other statements here runs ahead of it, when other tests sign many.
+    let now = clock();
+    let at = |stamp| {
+        let proof = key.sign(&Statement::Announce { peer_id: "a", port: 1, addr: "10.0.0.1" }, stamp);
+        announce("a", 1, "10.0.0.1", proof)
+    };
+    let welcome = value(&post(&mut c, "/announce", &at(now)));
+    let replay = at(now + 1);
     post(&mut c, "/transfer/init", br#"{"sender_id":"b","receiver_id":"c"}"#);
     for (peer, role) in [("b", "sender"), ("c", "receiver")] {
         let body = json!({"transfer_id": 1, "peer_id": peer, "role": role, "bytes": 1000}).to_string();
