@@ -103,7 +103,6 @@ pub fn run_with(config: Config, record: Record) -> Result<(), Fatal> {
     let store = Arc::new(Store::open(store).map_err(|e| Fatal(e.to_string()))?);
     let interfaces = Arc::new(Interfaces::read(now));
     let share = Arc::new(Share::new(interfaces.clone(), &config));
-    let Sockets { listeners, datagrams, port } = sockets::open(&config, &interfaces).map_err(Fatal)?;
 
     let (wakeups, woken) = bounded(8);
     let ended = |what| {
@@ -113,6 +112,8 @@ pub fn run_with(config: Config, record: Record) -> Result<(), Fatal> {
     let signal = wakeups.clone();
     let on_signal = move || drop(signal.try_send(Wakeup::Signal));
     let signals = service::watch_signals(on_signal).map_err(|e| Fatal::from(("signals", e)))?;
+    // After the signals: who sees the port open may stop it in good order.
+    let Sockets { listeners, datagrams, port } = sockets::open(&config, &interfaces).map_err(Fatal)?;
 
     let neighbourhood = LanNeighbourhood {
         share: share.clone(),

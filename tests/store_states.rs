@@ -261,7 +261,7 @@ fn same_log_as_nix() {
     assert_eq!(info.references, theirs);
     assert_eq!(info.references.len(), 2);
     assert_eq!(info.deriver.as_ref().map(StorePath::base_name), derivation.strip_prefix("/nix/store/"));
-    let log = store.log(&info.deriver.unwrap()).unwrap().unwrap();
+    let log = store.log(info.deriver.as_ref().unwrap()).unwrap().unwrap();
     let mut text = String::new();
     assert_eq!(log.len, 9);
     { log.reader }.read_to_string(&mut text).unwrap();

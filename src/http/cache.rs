@@ -1,7 +1,7 @@
 //! The routes of peerix, and the one place where what went wrong becomes a status.
 
 use super::permits::{Permit, Permits};
-use super::response::Exchange;
+use super::response::{Answer, Exchange};
 use super::route::{Refusal, Route, View, route};
 use super::server::Handler;
 use super::{Request, browser, nar, narinfo, status};
@@ -72,10 +72,34 @@ impl From<io::Error> for Failure {
     }
 }
 
+/// What a 404 says.
+const NOT_FOUND: &str = "not found";
+
 /// A 404.
 pub const NOT_THERE: Failure = Failure::Refused(Refusal::NotThere);
 
 impl Handler for Cache {
+    /// Narinfos of the own store, for this machine and the LAN: all that many ask for at the same time.
+    fn at_once(&self, request: &Request<'_>) -> Option<Answer> {
+        let scope = self.share.scope(request.asker.ip());
+        let route = route(request.method, request.target, scope, self.share.serves(scope)).ok()?;
+        let Route::OwnNarinfo(hash_part, view) = &route else { return None };
+        // What strangers may have, upstream may have to be asked.
+        if scope == Scope::Wan || self.keep_pages_out(&route, request, scope).is_err() {
+            return None;
+        }
+        Some(match self.store.path_info_at_once(hash_part)? {
+            Some(info) => {
+                Answer { status: 200, content_type: narinfo::CONTENT_TYPE, body: narinfo::own(self, &info, *view) }
+            }
+            None => Answer::say(404, NOT_FOUND),
+        })
+    }
+
+    fn rest(&self) {
+        self.store.rest();
+    }
+
     fn handle(&self, request: &Request<'_>, exchange: &mut Exchange<'_>) -> io::Result<()> {
         let scope = self.share.scope(request.asker.ip());
         let answered = route(request.method, request.target, scope, self.share.serves(scope))
@@ -95,7 +119,7 @@ impl Handler for Cache {
             Failure::Refused(Refusal::Malformed) => exchange.say(400, "bad request"),
             Failure::Refused(Refusal::Forbidden) => exchange.say(403, "not for this address"),
             Failure::Suspect => exchange.say(403, "not under this name; ask for 127.0.0.1, localhost or [::1]"),
-            Failure::Refused(Refusal::NotThere) => exchange.say(404, "not found"),
+            Failure::Refused(Refusal::NotThere) => exchange.say(404, NOT_FOUND),
             Failure::Refused(Refusal::Method) => {
                 let fields = [("Allow", "GET, HEAD"), ("Content-Type", "text/plain; charset=utf-8")];
                 exchange.send(405, &fields, b"only GET and HEAD\n")
@@ -146,8 +170,14 @@ impl Cache {
         match route {
             Route::Status(what) => status::tell(self, *what, exchange),
             Route::CacheInfo(_) => self.cache_info(exchange),
-            Route::PeerNarinfo(hash_part) => narinfo::from_peer(self, hash_part, exchange),
-            Route::OwnNarinfo(hash_part, view) => narinfo::own(self, self.shared(hash_part, scope)?, *view, exchange),
+            Route::PeerNarinfo(hash_part) => {
+                let text = narinfo::from_peer(self, hash_part).ok_or(NOT_THERE)?;
+                Ok(exchange.send(200, &[("Content-Type", narinfo::CONTENT_TYPE)], text.as_bytes())?)
+            }
+            Route::OwnNarinfo(hash_part, view) => {
+                let text = narinfo::own(self, &*self.shared(hash_part, scope)?, *view);
+                Ok(exchange.send(200, &[("Content-Type", narinfo::CONTENT_TYPE)], text.as_bytes())?)
+            }
             Route::PeerNar(name) => {
                 let _permit = self.permit(request, scope)?;
                 nar::from_peer(self, name, request, exchange)
@@ -177,7 +207,7 @@ impl Cache {
     }
 
     /// A valid path of the own store that this asker may have. One that they may not have is not there for them.
-    fn shared(&self, hash_part: &HashPart, scope: Scope) -> Result<PathInfo, Failure> {
+    fn shared(&self, hash_part: &HashPart, scope: Scope) -> Result<Arc<PathInfo>, Failure> {
         let info = match self.store.path_info(hash_part) {
             // A 503 for this path alone would tell that it is there.
             Err(StoreError::Row { .. }) if scope == Scope::Wan => return Err(NOT_THERE),

@@ -1,19 +1,17 @@
 //! Reading the head of a request, strictly: what two parsers could understand in two ways is refused.
 
-use std::io::{self, Read};
+use rustix::buffer::spare_capacity;
+use rustix::io::retry_on_intr;
+use rustix::net::{RecvFlags, recv};
+use std::io;
 use std::net::{SocketAddr, TcpStream};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 /// A head may be so long. Nix's have 200 bytes; 16 KiB leaves room for a proxy's.
 pub const MAX_HEAD: usize = 16 * 1024;
 /// A head may have so many fields.
 const MAX_FIELDS: usize = 64;
-/// A head has to be complete so long after its first byte, however slowly it comes.
-pub const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
-/// A connection without a request is kept for so long.
-pub const IDLE_TIMEOUT: Duration = Duration::from_secs(30);
-
-/// Read at once. A request of Nix fits, and it is on the stack of up to 1,024 threads.
+/// Room that is made for what comes. A request of Nix fits.
 const CHUNK: usize = 4096;
 
 /// One request.
@@ -50,62 +48,48 @@ pub enum BadHead {
     Malformed(&'static str),
 }
 
-/// What came of waiting for a head.
-pub enum Received {
-    /// So many bytes of the buffer are a head.
-    Head(usize),
-    /// The other end closed, or was silent for too long.
-    Nothing,
-    /// It is refused.
-    Bad(BadHead),
-}
-
 /// What was received and not yet consumed: part of a head, or the requests that were pipelined behind it.
 #[derive(Default)]
 pub struct Buffer {
     bytes: Vec<u8>,
     scanned: usize,
+    began: Option<Instant>,
 }
 
 impl Buffer {
-    /// Waits for a whole head.
+    /// Takes more of what the other end sends, and says how many bytes came; 0 is the end. Without `wait`, or after the
+    /// stream's timeout, nothing is [`io::ErrorKind::WouldBlock`].
     ///
     /// # Errors
     /// The socket's.
-    pub fn receive(&mut self, stream: &TcpStream) -> io::Result<Received> {
-        let mut began = (!self.bytes.is_empty()).then(Instant::now);
-        loop {
-            if let Some(len) = self.head_len() {
-                return Ok(Received::Head(len));
-            }
-            if self.bytes.len() >= MAX_HEAD {
-                return Ok(Received::Bad(BadHead::TooLarge));
-            }
-            let left = match began {
-                None => IDLE_TIMEOUT,
-                Some(began) => HEAD_TIMEOUT.saturating_sub(began.elapsed()),
-            };
-            if left.is_zero() {
-                return Ok(Received::Nothing);
-            }
-            stream.set_read_timeout(Some(left))?;
-            let mut chunk = [0; CHUNK];
-            match (&*stream).read(&mut chunk) {
-                Ok(0) => return Ok(Received::Nothing),
-                Ok(n) => self.bytes.extend_from_slice(&chunk[..n]),
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => {
-                    return Ok(Received::Nothing);
-                }
-                Err(e) => return Err(e),
-            }
-            began.get_or_insert_with(Instant::now);
+    pub fn fill(&mut self, stream: &TcpStream, wait: bool) -> io::Result<usize> {
+        let flags = if wait { RecvFlags::empty() } else { RecvFlags::DONTWAIT };
+        self.bytes.reserve(CHUNK);
+        let came = retry_on_intr(|| recv(stream, spare_capacity(&mut self.bytes), flags).map(|(came, _)| came))?;
+        self.began.get_or_insert_with(Instant::now);
+        Ok(came)
+    }
+
+    /// When the first of it came, unless there is nothing.
+    pub fn began(&self) -> Option<Instant> {
+        self.began.filter(|_| !self.is_empty())
+    }
+
+    /// Gives the memory back if there is nothing in it.
+    pub fn shrink(&mut self) {
+        if self.is_empty() {
+            *self = Buffer::default();
         }
     }
 
-    /// Whether a whole head is here already. With less, the connection is idle: it waits for the other end.
-    pub fn has_head(&mut self) -> bool {
-        self.head_len().is_some()
+    /// Whether there is nothing.
+    pub fn is_empty(&self) -> bool {
+        self.bytes.is_empty()
+    }
+
+    /// Whether it is more than a head may have.
+    pub fn is_full(&self) -> bool {
+        self.bytes.len() >= MAX_HEAD
     }
 
     /// The first `len` bytes, and what was received behind them.
@@ -117,10 +101,11 @@ impl Buffer {
     pub fn consume(&mut self, len: usize) {
         self.bytes.drain(..len);
         self.scanned = 0;
+        self.began = (!self.bytes.is_empty()).then(Instant::now);
     }
 
     /// The length of the head in front, with its blank line.
-    fn head_len(&mut self) -> Option<usize> {
+    pub fn head_len(&mut self) -> Option<usize> {
         let from = self.scanned.saturating_sub(3);
         let end = self.bytes[from..].windows(4).position(|w| w == b"\r\n\r\n");
         // Up to the end that was found, so that it is found again.
@@ -256,11 +241,11 @@ mod tests {
                 assert_eq!(buffer.head_len(), Some(19), "{cut}");
             }
         }
-        let mut buffer = Buffer { bytes: two[..two.len() - 1].to_vec(), scanned: 0 };
-        assert!(buffer.has_head());
+        let mut buffer = Buffer { bytes: two[..two.len() - 1].to_vec(), ..Buffer::default() };
         assert_eq!(buffer.head_len(), Some(19));
+        assert_eq!(buffer.head_len(), Some(19), "again");
         buffer.consume(19);
-        assert!(!buffer.has_head(), "part of a pipelined head");
+        assert_eq!(buffer.head_len(), None, "part of a pipelined head");
         buffer.bytes.push(b'\n');
         assert_eq!(buffer.head_len(), Some(two.len() - 19));
     }

@@ -6,6 +6,7 @@
 pub mod body;
 mod browser;
 pub mod cache;
+mod connections;
 mod encoding;
 mod head;
 mod nar;
@@ -17,6 +18,7 @@ mod room;
 pub mod route;
 pub mod server;
 mod status;
+mod watch;
 
 pub use head::Request;
-pub use response::Exchange;
+pub use response::{Answer, Exchange};

@@ -1,9 +1,8 @@
 //! Narinfos: of the own store, for peers; and of peers, for this machine's Nix.
 
-use super::cache::{Cache, Failure, NOT_THERE};
-use super::response::Exchange;
-use super::route::{NarName, View};
-use crate::nix::{HashPart, NarInfo, PathInfo, SecretKey, Signature, StoreDir};
+use super::cache::Cache;
+use super::route::View;
+use crate::nix::{HashPart, PathInfo, SecretKey, Signature, StoreDir, narinfo};
 use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard};
 
@@ -41,31 +40,28 @@ impl Signer {
     }
 }
 
+/// Of a narinfo.
+pub(super) const CONTENT_TYPE: &str = "text/x-nix-narinfo";
+
 /// A valid path of this machine's store.
-pub(super) fn own(cache: &Cache, mut info: PathInfo, view: View, exchange: &mut Exchange<'_>) -> Result<(), Failure> {
-    if let Some(signer) = &cache.signer {
-        let signature = signer.sign(&info, &cache.store_dir);
-        if !info.signatures.contains(&signature) {
-            info.signatures.push(signature);
-        }
-    }
-    let name = NarName { hash_part: info.path.hash_part(), nar_hash: info.nar_hash };
-    let url = match view {
-        View::Peers => format!("local/nar/{name}"),
-        View::Cache => format!("nar/{name}"),
+pub(super) fn own(cache: &Cache, info: &PathInfo, view: View) -> String {
+    let signature = cache.signer.as_ref().map(|signer| signer.sign(info, &cache.store_dir));
+    let root = match view {
+        View::Peers => "local/",
+        View::Cache => "",
     };
-    send(cache, &NarInfo { info, url, compression: "none".into() }, exchange)
+    print(cache, info, root, "none", signature.as_ref())
 }
 
 /// A path that a peer has.
-pub(super) fn from_peer(cache: &Cache, hash_part: &HashPart, exchange: &mut Exchange<'_>) -> Result<(), Failure> {
-    let mut narinfo = cache.lookup.narinfo(hash_part).ok_or(NOT_THERE)?;
-    let name = NarName { hash_part: *hash_part, nar_hash: narinfo.info.nar_hash };
-    narinfo.url = format!("peer/nar/{name}");
-    send(cache, &narinfo, exchange)
+pub(super) fn from_peer(cache: &Cache, hash_part: &HashPart) -> Option<String> {
+    let found = cache.lookup.narinfo(hash_part)?;
+    Some(print(cache, &found.info, "peer/", &found.compression, None))
 }
 
-fn send(cache: &Cache, narinfo: &NarInfo, exchange: &mut Exchange<'_>) -> Result<(), Failure> {
-    let text = narinfo.print(&cache.store_dir);
-    Ok(exchange.send(200, &[("Content-Type", "text/x-nix-narinfo")], text.as_bytes())?)
+/// The URL is the [`NarName`](super::route::NarName) below `root`.
+fn print(cache: &Cache, info: &PathInfo, root: &str, compression: &str, signature: Option<&Signature>) -> String {
+    let (hash_part, nar_hash) = (info.path.hash_part(), info.nar_hash.to_nix32());
+    let url = [root, "nar/", hash_part.as_str(), "-", &nar_hash, ".nar"];
+    narinfo::print(info, &url, compression, signature, &cache.store_dir)
 }

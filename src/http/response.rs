@@ -4,14 +4,47 @@ use super::body::Body;
 use crate::store::NarSink;
 use rustix::fs::sendfile;
 use rustix::io::{Errno, retry_on_intr};
+use std::cell::RefCell;
 use std::io::{self, IoSlice, Write};
 use std::net::TcpStream;
 use std::os::fd::BorrowedFd;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 use tiny_http::{HTTPVersion, Header, Response, StatusCode};
 
 /// A client that takes nothing for this long is dropped.
 pub(super) const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// A short answer that is whole.
+pub struct Answer {
+    /// The status.
+    pub status: u16,
+    /// Of the body.
+    pub content_type: &'static str,
+    /// The body.
+    pub body: String,
+}
+
+impl Answer {
+    /// A short answer in words.
+    pub fn say(status: u16, line: &str) -> Answer {
+        Answer { status, content_type: PLAIN, body: format!("{line}\n") }
+    }
+
+    /// The response, of which a request for the head alone gets the head.
+    ///
+    /// # Errors
+    /// None in practice: a field that is not ASCII.
+    pub(super) fn print(&self, out: &mut Vec<u8>, head_only: bool) -> io::Result<()> {
+        print_head(out, self.status, &[("Content-Type", self.content_type)], Some(self.body.len() as u64), false)?;
+        if !head_only {
+            out.extend_from_slice(self.body.as_bytes());
+        }
+        Ok(())
+    }
+}
+
+/// Of answers in words.
+const PLAIN: &str = "text/plain; charset=utf-8";
 
 /// One response on one connection.
 pub struct Exchange<'a> {
@@ -50,7 +83,7 @@ impl<'a> Exchange<'a> {
     /// # Errors
     /// The socket's.
     pub fn say(&mut self, status: u16, line: &str) -> io::Result<()> {
-        self.send(status, &[("Content-Type", "text/plain; charset=utf-8")], format!("{line}\n").as_bytes())
+        self.send(status, &[("Content-Type", PLAIN)], format!("{line}\n").as_bytes())
     }
 
     /// Begins a response whose body of `len` bytes is then written to this. A body that stays shorter makes the
@@ -113,25 +146,8 @@ impl<'a> Exchange<'a> {
     }
 
     fn prepare_head(&mut self, status: u16, fields: &[(&str, &str)], len: Option<u64>) -> io::Result<()> {
-        let field = |name: &str, value: &str| {
-            Header::from_bytes(name, value).map_err(|()| io::Error::other(format!("header {name}: not ASCII")))
-        };
-        let mut headers = Vec::with_capacity(fields.len() + 1);
-        headers.push(field("Server", concat!("peerix/", env!("CARGO_PKG_VERSION")))?);
-        for (name, value) in fields {
-            headers.push(field(name, value)?);
-        }
-        let len = len.map(usize::try_from).transpose().map_err(io::Error::other)?;
-        let response = Response::new(StatusCode(status), headers, io::empty(), len, None);
-        // In chunks only what has no length.
-        let response = response.with_chunked_threshold(usize::MAX);
         self.head.clear();
-        response.raw_print(&mut self.head, HTTPVersion(1, 1), &[], true, None)?;
-        if self.close || self.body.is_left() {
-            // tiny_http leaves this field to its own connections.
-            self.head.truncate(self.head.len() - 2);
-            self.head.extend_from_slice(b"Connection: close\r\n\r\n");
-        }
+        print_head(&mut self.head, status, fields, len, self.close || self.body.is_left())?;
         self.begun = true;
         self.missing = 0;
         self.in_chunks = false;
@@ -176,6 +192,61 @@ impl<'a> Exchange<'a> {
         self.missing = left.ok_or_else(|| io::Error::other("body longer than promised"))?;
         Ok(written)
     }
+}
+
+/// Appends a response's head. One without a length has its body in chunks.
+fn print_head(
+    out: &mut Vec<u8>,
+    status: u16,
+    fields: &[(&str, &str)],
+    len: Option<u64>,
+    close: bool,
+) -> io::Result<()> {
+    begin_head(out, status)?;
+    let mut field = |name: &str, value: &str| {
+        // Where a line ends is nobody's but ours to say.
+        if !value.bytes().all(|b| matches!(b, b' '..=b'~')) {
+            return Err(io::Error::other(format!("header {name}: not ASCII")));
+        }
+        [name, ": ", value, "\r\n"].iter().for_each(|part| out.extend_from_slice(part.as_bytes()));
+        Ok(())
+    };
+    fields.iter().try_for_each(|(name, value)| field(name, value))?;
+    match len {
+        Some(len) => field("Content-Length", &len.to_string())?,
+        None => field("Transfer-Encoding", "chunked")?,
+    }
+    if close {
+        field("Connection", "close")?;
+    }
+    out.extend_from_slice(b"\r\n");
+    Ok(())
+}
+
+/// Appends what tiny_http begins a head with: the status line, `Date` and `Server`. They are the same for a second, and
+/// take as long to make as all else in a narinfo, so each thread keeps them.
+fn begin_head(out: &mut Vec<u8>, status: u16) -> io::Result<()> {
+    thread_local! {
+        static BEGUN: RefCell<(u64, Vec<(u16, Vec<u8>)>)> = const { RefCell::new((0, Vec::new())) };
+    }
+    BEGUN.with_borrow_mut(|(second, begun)| {
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
+        if *second != now {
+            (*second, *begun) = (now, Vec::new());
+        }
+        if let Some((_, bytes)) = begun.iter().find(|(of, _)| *of == status) {
+            out.extend_from_slice(bytes);
+            return Ok(());
+        }
+        let server = Header::from_bytes("Server", concat!("peerix/", env!("CARGO_PKG_VERSION"))).into_iter().collect();
+        let mut bytes = Vec::new();
+        let response = Response::new(StatusCode(status), server, io::empty(), Some(0), None);
+        response.raw_print(&mut bytes, HTTPVersion(1, 1), &[], true, None)?;
+        bytes.truncate(bytes.len() - b"Content-Length: 0\r\n\r\n".len());
+        out.extend_from_slice(&bytes);
+        begun.push((status, bytes));
+        Ok(())
+    })
 }
 
 /// The kernel tells of a timeout by a short count if anything was taken before, and of nothing taken only the next time.

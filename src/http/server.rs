@@ -1,22 +1,24 @@
-//! Connections: accepting, bounding, reading requests, and closing in a way the client can tell from success.
+//! Serving connections: reading requests, having them answered, and closing in a way the client can tell from success.
 //!
-//! One thread accepts; each connection has a thread of a pool while it lasts. Knows nothing of what is served: that is
-//! a [`Handler`]'s.
+//! One thread accepts, and watches the connections that wait for a request ([`super::watch`]); a connection at work has a
+//! thread of the pool. Knows nothing of what is served: that is a [`Handler`]'s.
 
 use super::body::Body;
-use super::head::{self, BadHead, Buffer, Received, Request};
-use super::response::{Exchange, WRITE_TIMEOUT};
-use super::room::{self, Room, Seat};
+use super::connections::{Bytes, Connection, Connections};
+use super::head::{self, BadHead, Request};
+use super::response::{Answer, Exchange};
+use super::watch::{ACCEPT_PAUSE, watch};
 use crate::on_drop::OnDrop;
 use crossbeam_channel::{Receiver, Sender, TrySendError, bounded};
-use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
-use std::collections::HashMap;
-use std::io::{self, Read};
-use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
+use rustix::event::{EventfdFlags, eventfd};
+use std::cell::Cell;
+use std::io::{self, Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -26,12 +28,9 @@ const STACK: usize = 512 * 1024;
 /// A thread without a connection ends after this.
 const THREAD_IDLE: Duration = Duration::from_secs(10);
 
-/// When no descriptor is left, accepting pauses for this long: others need time to close theirs.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
-
-/// When all connections are this machine's and at work, its next one waits so long for one to end. It delays others
-/// that come; they would find no room either.
-const FULL_PAUSE: Duration = Duration::from_millis(100);
+/// After an answer, a thread waits so long for the next request before the connection goes back to the watcher: who asks
+/// for one NAR mostly asks for another at once, and changing threads would delay it.
+const STAY: Duration = Duration::from_millis(100);
 
 /// At the end, running answers have so long to end by themselves.
 const STOP_GRACE: Duration = Duration::from_millis(1200);
@@ -44,6 +43,12 @@ const LINGER: Duration = Duration::from_secs(1);
 
 /// What is served. A body that the handler does not read ends the connection.
 pub trait Handler: Send + Sync + 'static {
+    /// Answers a request without a body if that takes next to no time: from memory, without waiting for the disk, the
+    /// network or another thread. All connections wait meanwhile.
+    fn at_once(&self, _request: &Request<'_>) -> Option<Answer> {
+        None
+    }
+
     /// Answers one request.
     ///
     /// # Errors
@@ -55,17 +60,20 @@ pub trait Handler: Send + Sync + 'static {
     /// # Errors
     /// The connection's.
     fn after_panic(&self, request: &Request<'_>, exchange: &mut Exchange<'_>) -> io::Result<()>;
+
+    /// Nobody has been connected for a minute: memory may be given back.
+    fn rest(&self) {}
 }
 
 /// The running server. Dropping it ends it, in `STOP_GRACE` or a little more.
 pub struct Server {
     shared: Arc<Shared>,
     wake: OwnedFd,
-    acceptor: Option<JoinHandle<()>>,
+    watcher: Option<JoinHandle<()>>,
 }
 
 impl Server {
-    /// Serves `handler` on the listeners. `on_end` runs when the accepting thread ends, for whatever reason.
+    /// Serves `handler` on the listeners. `on_end` runs when the watching thread ends, for whatever reason.
     ///
     /// # Errors
     /// No descriptor or no thread to be had.
@@ -79,13 +87,15 @@ impl Server {
         }
         let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         let stop = wake.try_clone()?;
-        let shared = Arc::new(Shared::new(handler));
-        let acceptor = shared.clone();
-        let acceptor = thread::Builder::new().name("http-accept".into()).spawn(move || {
+        let shared = Arc::new(Shared::new(handler)?);
+        let watching = shared.clone();
+        let watcher = thread::Builder::new().name("http-watch".into()).spawn(move || {
             let _end = OnDrop::new(on_end);
-            accept(&acceptor, &listeners, &stop);
+            if let Err(e) = watch(&watching, &listeners, &stop) {
+                log::error!("watching connections: {e}");
+            }
         })?;
-        Ok(Server { shared, wake, acceptor: Some(acceptor) })
+        Ok(Server { shared, wake, watcher: Some(watcher) })
     }
 }
 
@@ -93,190 +103,94 @@ impl Drop for Server {
     fn drop(&mut self) {
         self.shared.stopping.store(true, Ordering::SeqCst);
         let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
-        if let Some(acceptor) = self.acceptor.take() {
-            let _ = acceptor.join();
+        if let Some(watcher) = self.watcher.take() {
+            let _ = watcher.join();
         }
         let until = Instant::now() + STOP_GRACE;
-        self.shared.close_where(|connection| connection.is_idle());
-        while !self.shared.lock().is_empty() && Instant::now() < until {
+        self.shared.connections.end_idle();
+        while !self.shared.connections.is_empty() && Instant::now() < until {
             thread::sleep(Duration::from_millis(5));
-            self.shared.close_where(|connection| connection.is_idle());
+            self.shared.connections.end_idle();
         }
-        self.shared.close_where(|_| true);
+        self.shared.connections.close_all();
     }
 }
 
-/// One open connection, as the others see it.
-struct Connection {
-    stream: TcpStream,
-    peer: SocketAddr,
-    /// Milliseconds since the server's start at which it became idle; 0 while it is at work.
-    idle_since: AtomicU64,
-}
-
-impl Connection {
-    fn is_idle(&self) -> bool {
-        self.idle_since.load(Ordering::Relaxed) != 0
-    }
-
-    fn close(&self) {
-        let _ = self.stream.shutdown(Shutdown::Both);
-    }
-}
-
-struct Shared {
-    handler: Arc<dyn Handler>,
-    connections: Mutex<HashMap<u64, Arc<Connection>>>,
+/// What the watcher and the threads of the pool have in common.
+pub(super) struct Shared {
+    pub(super) handler: Arc<dyn Handler>,
+    pub(super) connections: Connections,
+    /// Tells of what comes on the connections that are watched.
+    pub(super) epoll: OwnedFd,
     threads: AtomicUsize,
     stopping: AtomicBool,
-    started: Instant,
     /// To threads that are free: nothing is ever queued here.
-    hand_over: Sender<(u64, Arc<Connection>)>,
-    free: Receiver<(u64, Arc<Connection>)>,
+    hand_over: Sender<Arc<Connection>>,
+    free: Receiver<Arc<Connection>>,
 }
 
 impl Shared {
-    fn new(handler: Arc<dyn Handler>) -> Self {
+    fn new(handler: Arc<dyn Handler>) -> io::Result<Self> {
         let (hand_over, free) = bounded(0);
-        Shared {
+        Ok(Shared {
             handler,
-            connections: Mutex::default(),
+            connections: Connections::new(),
+            epoll: epoll::create(CreateFlags::CLOEXEC)?,
             threads: AtomicUsize::new(0),
             stopping: AtomicBool::new(false),
-            started: Instant::now(),
             hand_over,
             free,
-        }
+        })
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<u64, Arc<Connection>>> {
-        self.connections.lock().unwrap_or_else(|e| e.into_inner())
+    pub(super) fn is_stopping(&self) -> bool {
+        self.stopping.load(Ordering::Relaxed)
     }
 
-    fn close_where(&self, condition: impl Fn(&Connection) -> bool) {
-        self.lock().values().filter(|c| condition(c)).for_each(|c| c.close());
-    }
-
-    /// Never 0, which means at work.
-    fn now(&self) -> u64 {
-        self.started.elapsed().as_millis() as u64 + 1
-    }
-
-    /// Closes the connection that is idle longest, if one is.
-    fn close_idlest(&self) {
-        let mut connections = self.lock();
-        if let Some(id) = room::idlest(seats(&connections)) {
-            close(&mut connections, id);
-        }
-    }
-
-    /// Makes room for a connection from `peer`, closing another if need be. False if there is none.
-    fn make_room(&self, peer: SocketAddr) -> bool {
-        let until = Instant::now() + FULL_PAUSE;
-        loop {
-            let mut connections = self.lock();
-            match room::room(peer.ip(), seats(&connections)) {
-                Room::Free => return true,
-                Room::Instead(id) => {
-                    close(&mut connections, id);
-                    return true;
-                }
-                Room::Full => {}
-            }
-            drop(connections);
-            let own = peer.ip().to_canonical().is_loopback();
-            if !own || Instant::now() >= until || self.stopping.load(Ordering::Relaxed) {
-                return false;
-            }
-            thread::sleep(Duration::from_millis(2));
+    /// Gives a connection to the watcher, or ends it if that cannot be.
+    pub(super) fn watch(&self, connection: &Connection) {
+        self.connections.is_idle_at(connection, Instant::now());
+        let added = epoll::add(&self.epoll, &connection.stream, EventData::new_u64(connection.id), EventFlags::IN);
+        if let Err(e) = added {
+            log::error!("watching a connection: {e}");
+            self.connections.end(connection);
         }
     }
 }
 
-fn seats(connections: &HashMap<u64, Arc<Connection>>) -> impl Iterator<Item = Seat> + Clone {
-    connections.iter().map(|(id, connection)| {
-        let idle_since = connection.idle_since.load(Ordering::Relaxed);
-        Seat { id: *id, peer: connection.peer.ip(), idle_since: (idle_since != 0).then_some(idle_since) }
-    })
-}
-
-fn close(connections: &mut HashMap<u64, Arc<Connection>>, id: u64) {
-    if let Some(connection) = connections.remove(&id) {
-        connection.close();
-    }
-}
-
-fn accept(shared: &Arc<Shared>, listeners: &[TcpListener], stop: &OwnedFd) {
-    let mut next_id = 0;
-    loop {
-        let mut fds: Vec<PollFd<'_>> = listeners.iter().map(|l| PollFd::new(l, PollFlags::IN)).collect();
-        fds.push(PollFd::new(stop, PollFlags::IN));
-        let minute = Timespec { tv_sec: 60, tv_nsec: 0 };
-        let _ = poll(&mut fds, Some(&minute));
-        if shared.stopping.load(Ordering::SeqCst) {
-            return;
-        }
-        for listener in listeners {
-            match listener.accept() {
-                Ok((stream, peer)) => {
-                    next_id += 1;
-                    admit(shared, next_id, stream, peer);
-                }
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
-                // The client gave up before it was accepted.
-                Err(e) if matches!(e.kind(), io::ErrorKind::ConnectionAborted | io::ErrorKind::Interrupted) => {}
-                Err(e) => {
-                    log::error!("accepting connections: {e}");
-                    shared.close_idlest();
-                    thread::sleep(ACCEPT_PAUSE);
-                }
-            }
-        }
-    }
-}
-
-fn admit(shared: &Arc<Shared>, id: u64, stream: TcpStream, peer: SocketAddr) {
-    if !shared.make_room(peer) {
-        return log::debug!("connection from {peer}: refused, too many at work");
-    }
-    let prepared = stream
-        .set_nonblocking(false)
-        .and_then(|()| stream.set_nodelay(true))
-        .and_then(|()| stream.set_write_timeout(Some(WRITE_TIMEOUT)));
-    if let Err(e) = prepared {
-        return log::debug!("connection from {peer}: {e}");
-    }
-    let connection = Arc::new(Connection { stream, peer, idle_since: AtomicU64::new(shared.now()) });
-    shared.lock().insert(id, connection.clone());
-    let rejected = match shared.hand_over.try_send((id, connection)) {
+/// Gives a connection at work to a thread of the pool, or ends it if there is none to be had.
+pub(super) fn hand_over(shared: &Arc<Shared>, connection: Arc<Connection>) {
+    let rejected = match shared.hand_over.try_send(connection) {
         Ok(()) => return,
         Err(TrySendError::Full(job) | TrySendError::Disconnected(job)) => job,
     };
     let number = shared.threads.fetch_add(1, Ordering::Relaxed);
-    let worker = shared.clone();
+    let (worker, job) = (shared.clone(), rejected.clone());
     let spawned =
-        thread::Builder::new().name(format!("http-{number}")).stack_size(STACK).spawn(move || work(&worker, rejected));
+        thread::Builder::new().name(format!("http-{number}")).stack_size(STACK).spawn(move || work(&worker, job));
     if let Err(e) = spawned {
         shared.threads.fetch_sub(1, Ordering::Relaxed);
-        shared.lock().remove(&id);
+        shared.connections.end(&rejected);
         log::error!("thread for a connection: {e}");
         thread::sleep(ACCEPT_PAUSE);
     }
 }
 
-fn work(shared: &Shared, first: (u64, Arc<Connection>)) {
+fn work(shared: &Shared, first: Arc<Connection>) {
     // Both ends come also when something panics that no handler's guard covers.
     let _thread = OnDrop::new(|| {
         shared.threads.fetch_sub(1, Ordering::Relaxed);
     });
     let mut job = Some(first);
-    while let Some((id, connection)) = job {
-        let end = OnDrop::new(|| {
-            connection.close();
-            shared.lock().remove(&id);
+    while let Some(connection) = job {
+        let goes_on = Cell::new(false);
+        let end = OnDrop::new(|| match goes_on.get() {
+            true => shared.watch(&connection),
+            false => shared.connections.end(&connection),
         });
-        if let Err(e) = serve(shared, &connection) {
-            log::debug!("connection from {}: {e}", connection.peer);
+        match serve(shared, &connection) {
+            Ok(more) => goes_on.set(more && !shared.is_stopping()),
+            Err(e) => log::debug!("connection from {}: {e}", connection.peer),
         }
         drop(end);
         drop(connection);
@@ -284,37 +198,85 @@ fn work(shared: &Shared, first: (u64, Arc<Connection>)) {
     }
 }
 
-/// Serves one connection to its end. An error, or a body left short, is told by cutting it.
-fn serve(shared: &Shared, connection: &Connection) -> io::Result<()> {
-    let mut buffer = Buffer::default();
+/// What is next on a connection after a request.
+enum After {
+    /// More requests, most likely soon.
+    Stay,
+    /// More requests, which the watcher may answer by itself.
+    Watch,
+    /// Nothing.
+    End,
+}
+
+/// Serves one connection until nothing comes for a while; false when it has ended. An error, or a body left short, is told
+/// by cutting it.
+fn serve(shared: &Shared, connection: &Connection) -> io::Result<bool> {
+    let mut bytes = connection.bytes();
+    let Bytes { received, unsent } = &mut *bytes;
+    if !unsent.is_empty() {
+        (&connection.stream).write_all(unsent)?;
+        *unsent = Vec::new();
+    }
+    let (mut after, mut has_timeout) = (After::Watch, false);
     loop {
-        // Requests already here keep a connection at work: it is idle when it waits for the next, or the rest of it.
-        let idle = if buffer.has_head() { 0 } else { shared.now() };
-        connection.idle_since.store(idle, Ordering::Relaxed);
-        let received = buffer.receive(&connection.stream)?;
-        connection.idle_since.store(0, Ordering::Relaxed);
-        let len = match received {
-            Received::Head(len) => len,
-            Received::Nothing => return Ok(()),
-            Received::Bad(bad) => return refuse(connection, &bad),
+        let Some(len) = received.head_len() else {
+            if received.is_full() {
+                return refuse(connection, &BadHead::TooLarge).map(|()| false);
+            }
+            // Requests already here keep a connection at work: it is idle when it waits for the next, or the rest of it.
+            if matches!(after, After::Watch) || !received.is_empty() {
+                received.shrink();
+                return Ok(true);
+            }
+            shared.connections.is_idle_at(connection, Instant::now());
+            if !has_timeout {
+                connection.stream.set_read_timeout(Some(STAY))?;
+                has_timeout = true;
+            }
+            match received.fill(&connection.stream, true) {
+                Ok(0) => return Ok(false),
+                Ok(_) => {}
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => after = After::Watch,
+                Err(e) => return Err(e),
+            }
+            continue;
         };
-        let (head, behind) = buffer.split(len);
-        let again = head::parse(head, connection.peer, |request| match request {
-            Ok(request) => answer(shared, connection, &request, behind),
-            Err(bad) => refuse(connection, &bad).map(|()| None),
+        connection.is_at_work();
+        let (head, behind) = received.split(len);
+        let (next, body) = head::parse(head, connection.peer, |request| match request {
+            Ok(request) => {
+                // Reading a body takes another one.
+                has_timeout &= request.body_len == 0;
+                answer(shared, connection, &request, behind)
+            }
+            Err(bad) => refuse(connection, &bad).map(|()| (After::End, 0)),
         })?;
-        let Some(body) = again else { return Ok(()) };
-        buffer.consume(len + body);
+        received.consume(len + body);
+        after = next;
+        if matches!(after, After::End) {
+            return Ok(false);
+        }
     }
 }
 
-/// Answers one request, of whose body `behind` may have the beginning. If the connection can be used again, tells how many
-/// bytes of that were of the body.
-fn answer(shared: &Shared, connection: &Connection, request: &Request<'_>, behind: &[u8]) -> io::Result<Option<usize>> {
-    let keep_alive = request.keep_alive && !shared.stopping.load(Ordering::Relaxed);
+/// Answers one request, of whose body `behind` may have the beginning. Tells also how many bytes of that were of the body.
+fn answer(
+    shared: &Shared,
+    connection: &Connection,
+    request: &Request<'_>,
+    behind: &[u8],
+) -> io::Result<(After, usize)> {
+    let keep_alive = request.keep_alive && !shared.is_stopping();
     let body = Body::new(&connection.stream, request, behind);
     let mut exchange = Exchange::new(&connection.stream, request.method == "HEAD", !keep_alive, body);
-    let handled = catch_unwind(AssertUnwindSafe(|| shared.handler.handle(request, &mut exchange)));
+    let mut after = After::Stay;
+    let handled = catch_unwind(AssertUnwindSafe(|| match shared.handler.at_once(request) {
+        Some(answer) if request.body_len == 0 => {
+            after = After::Watch;
+            exchange.send(answer.status, &[("Content-Type", answer.content_type)], answer.body.as_bytes())
+        }
+        _ => shared.handler.handle(request, &mut exchange),
+    }));
     match handled {
         Ok(result) => result?,
         Err(_) if !exchange.has_begun() => shared.handler.after_panic(request, &mut exchange)?,
@@ -325,9 +287,12 @@ fn answer(shared: &Shared, connection: &Connection, request: &Request<'_>, behin
     }
     if exchange.body().is_left() {
         linger(&connection.stream)?;
-        return Ok(None);
+        return Ok((After::End, 0));
     }
-    Ok(keep_alive.then(|| exchange.body().behind()))
+    if !keep_alive {
+        after = After::End;
+    }
+    Ok((after, exchange.body().behind()))
 }
 
 fn refuse(connection: &Connection, bad: &BadHead) -> io::Result<()> {
@@ -389,7 +354,7 @@ mod tests {
         }
         drop(server);
         assert_eq!(end.recv(), Ok(()));
-        assert!(shared.lock().is_empty());
+        assert!(shared.connections.is_empty());
         // The last thread is on its way out; the others' going is what this waits for.
         while shared.threads.load(Ordering::Relaxed) > 0 {
             thread::yield_now();

@@ -7,7 +7,7 @@ pub(crate) mod golden;
 mod hash;
 pub mod listing;
 pub mod nar;
-mod narinfo;
+pub mod narinfo;
 pub mod nix32;
 mod path_info;
 mod signature;

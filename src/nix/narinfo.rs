@@ -6,7 +6,6 @@
 
 use super::content_address::ContentAddress;
 use super::{Malformed, NarHash, PathInfo, Signature, StoreDir, StorePath};
-use std::fmt::Write;
 
 const WHAT: &str = "narinfo";
 
@@ -87,25 +86,56 @@ impl NarInfo {
         })
     }
 
-    /// The narinfo as Nix writes it, without the `FileHash` and `FileSize` of a compressed file. `References`
-    /// is always there, as is the space after its colon: Nix skips two bytes there whatever they are.
+    /// The narinfo as Nix writes it: see [`print`].
     pub fn print(&self, store_dir: &StoreDir) -> String {
-        let info = &self.info;
-        let mut out = String::with_capacity(512 + 64 * info.references.len() + 128 * info.signatures.len());
-        let mut line = |key: &str, value: &dyn std::fmt::Display| {
-            writeln!(out, "{key}: {value}").expect("a String takes every text");
-        };
-        line("StorePath", &store_dir.join(&info.path));
-        line("URL", &self.url);
-        line("Compression", &self.compression);
-        line("NarHash", &info.nar_hash);
-        line("NarSize", &info.nar_size);
-        line("References", &info.references.iter().map(StorePath::base_name).collect::<Vec<_>>().join(" "));
-        info.deriver.iter().for_each(|deriver| line("Deriver", deriver));
-        info.signatures.iter().for_each(|signature| line("Sig", signature));
-        info.ca.iter().for_each(|ca| line("CA", ca));
-        out
+        print(&self.info, &[&self.url], &self.compression, None, store_dir)
     }
+}
+
+/// The narinfo of a path as Nix writes it, without the `FileHash` and `FileSize` of a compressed file. `References`
+/// is always there, as is the space after its colon: Nix skips two bytes there whatever they are. `signature` is added if
+/// the path does not have it.
+pub fn print(
+    info: &PathInfo,
+    url: &[&str],
+    compression: &str,
+    signature: Option<&Signature>,
+    store_dir: &StoreDir,
+) -> String {
+    // Without format strings, which would take longer than all else in a narinfo.
+    let room = info.references.iter().map(|path| path.base_name().len() + 1).sum::<usize>();
+    let mut out = String::with_capacity(768 + room + 128 * info.signatures.len());
+    let mut line = |key: &str, parts: &[&str]| {
+        out.push_str(key);
+        parts.iter().for_each(|part| out.push_str(part));
+        out.push('\n');
+    };
+    line("StorePath: ", &[store_dir.as_str(), "/", info.path.base_name()]);
+    line("URL: ", url);
+    line("Compression: ", &[compression]);
+    line("NarHash: sha256:", &[&info.nar_hash.to_nix32()]);
+    line("NarSize: ", &[&info.nar_size.to_string()]);
+    out.push_str("References: ");
+    for (at, reference) in info.references.iter().enumerate() {
+        if at > 0 {
+            out.push(' ');
+        }
+        out.push_str(reference.base_name());
+    }
+    out.push('\n');
+    if let Some(deriver) = &info.deriver {
+        out.extend(["Deriver: ", deriver.base_name(), "\n"]);
+    }
+    let added = signature.filter(|signature| !info.signatures.contains(signature));
+    for signature in info.signatures.iter().chain(added) {
+        out.push_str("Sig: ");
+        signature.append_to(&mut out);
+        out.push('\n');
+    }
+    if let Some(ca) = &info.ca {
+        out.extend(["CA: ", ca, "\n"]);
+    }
+    out
 }
 
 fn once<T>(field: &mut Option<T>, value: T) -> Result<(), Malformed> {

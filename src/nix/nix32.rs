@@ -18,7 +18,9 @@ static REVERSED: LazyLock<Encoding> = LazyLock::new(|| {
 
 /// The Nix32 text of `bytes`: `ceil(8 n / 5)` digits.
 pub fn encode(bytes: &[u8]) -> String {
-    REVERSED.encode(bytes).chars().rev().collect()
+    let mut digits = REVERSED.encode(bytes).into_bytes();
+    digits.reverse();
+    String::from_utf8(digits).expect("digits are ASCII")
 }
 
 /// The bytes of a Nix32 text.
@@ -43,7 +45,15 @@ pub fn value(digit: u8) -> u8 {
 
 /// Whether every byte of `text` is a Nix32 digit.
 pub fn is_nix32(text: &[u8]) -> bool {
-    text.iter().all(|&b| matches!(b, b'0'..=b'9' | b'a'..=b'z') && !matches!(b, b'e' | b'o' | b't' | b'u'))
+    const IS_DIGIT: [bool; 256] = {
+        let (mut table, mut value) = ([false; 256], 0);
+        while value < ALPHABET.len() {
+            table[ALPHABET.as_bytes()[value] as usize] = true;
+            value += 1;
+        }
+        table
+    };
+    text.iter().all(|&b| IS_DIGIT[usize::from(b)])
 }
 
 #[cfg(test)]

@@ -28,6 +28,13 @@ impl Signature {
     pub fn name(&self) -> &str {
         &self.name
     }
+
+    /// Appends `name:base64`.
+    pub fn append_to(&self, out: &mut String) {
+        out.push_str(&self.name);
+        out.push(':');
+        BASE64.encode_append(&self.bytes, out);
+    }
 }
 
 impl fmt::Display for Signature {

@@ -8,6 +8,7 @@ mod build_log;
 mod daemon_socket;
 mod database;
 mod error;
+mod kept;
 mod listing;
 mod nar;
 mod pool;
@@ -20,9 +21,10 @@ pub use nar::NarSink;
 
 use crate::nix::{HashPart, PathInfo, StoreDir, StorePath};
 use database::SCHEMA;
+use kept::Kept;
 use pool::{Place, Pool};
 use rustix::fs::{Mode, OFlags, open};
-use std::{ops::Range, path::PathBuf, time::Duration};
+use std::{ops::Range, path::PathBuf, sync::Arc, time::Duration};
 use walk::Walk;
 
 /// Connections to the database that all threads share. A lookup takes some 10 µs, so more than the machine has
@@ -65,6 +67,7 @@ impl StoreConfig {
 #[derive(Debug)]
 pub struct Store {
     config: StoreConfig,
+    kept: Kept,
     lookups: Pool,
     /// One connection of its own, so that no crowd of lookups is before it in the queue.
     quick_lookups: Pool,
@@ -80,7 +83,7 @@ impl Store {
     pub fn open(config: StoreConfig) -> Result<Store, StoreError> {
         let store = Store::new(config);
         let any = HashPart::parse(&[b'0'; HashPart::LEN]).expect("zeros are Nix32");
-        match store.lookups.path_info(&any) {
+        match store.path_info(&any) {
             Ok(_) | Err(StoreError::Row { .. }) => Ok(store),
             Err(error) => Err(error),
         }
@@ -90,6 +93,7 @@ impl Store {
         let place =
             Place { store_dir: config.store_dir.clone(), db: config.db.clone(), daemon_socket: config.daemon_socket() };
         Store {
+            kept: Kept::default(),
             lookups: Pool::new(place.clone(), CONNECTIONS, LOOKUP_PATIENCE, log::Level::Info),
             quick_lookups: Pool::new(place.clone(), 1, QUICK_PATIENCE, log::Level::Debug),
             readings: Pool::new(place, 1, LOOKUP_PATIENCE, log::Level::Debug),
@@ -101,16 +105,27 @@ impl Store {
     ///
     /// # Errors
     /// The database cannot be read, or the path's row is malformed; a row without NAR size counts as that.
-    pub fn path_info(&self, part: &HashPart) -> Result<Option<PathInfo>, StoreError> {
-        self.lookups.path_info(part)
+    pub fn path_info(&self, part: &HashPart) -> Result<Option<Arc<PathInfo>>, StoreError> {
+        self.lookups.path_info(&self.kept, part)
+    }
+
+    /// The same if it is known already and still true, for a thread that must not wait: not for the disk, and not for
+    /// anybody. The outer `None` is that it is not.
+    pub fn path_info_at_once(&self, part: &HashPart) -> Option<Option<Arc<PathInfo>>> {
+        self.lookups.path_info_at_once(&self.kept, part)
+    }
+
+    /// Gives back the memory of what nobody asks for any more.
+    pub fn rest(&self) {
+        self.kept.clear();
     }
 
     /// The same within 50 ms, for a thread that others wait for; for one thread.
     ///
     /// # Errors
     /// As [`Store::path_info`]; [`StoreError::Busy`] comes sooner.
-    pub fn path_info_quickly(&self, part: &HashPart) -> Result<Option<PathInfo>, StoreError> {
-        self.quick_lookups.path_info(part)
+    pub fn path_info_quickly(&self, part: &HashPart) -> Result<Option<Arc<PathInfo>>, StoreError> {
+        self.quick_lookups.path_info(&self.kept, part)
     }
 
     /// The valid paths that were registered after the row `row_id` (0: from the first one), in the order of their row
@@ -311,7 +326,7 @@ mod tests {
         assert_eq!(all.iter().map(|(_, info)| &info.path).collect::<Vec<_>>(), paths.iter().collect::<Vec<_>>());
         assert!(all.is_sorted_by_key(|(id, _)| *id));
         for (_, info) in &all {
-            assert_eq!(store.path_info(&info.path.hash_part()).unwrap().as_ref(), Some(info));
+            assert_eq!(store.path_info(&info.path.hash_part()).unwrap().as_deref(), Some(info));
         }
         for limit in 1..4 {
             let (mut last, mut steps) = (0, Vec::new());

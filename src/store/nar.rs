@@ -44,7 +44,9 @@ pub(super) fn write(
     if range.start > range.end || range.end > nar_size {
         return Err(NarError::Range);
     }
-    let mut stream = Stream { out, range, buffer: vec![0; PIECE + 1], filled: 0, pieces: 0, position: 0 };
+    // Most NARs are smaller than a piece, and clearing all of one takes longer than they do.
+    let piece = PIECE.min(usize::try_from(range.end - range.start).unwrap_or(PIECE));
+    let mut stream = Stream { out, range, buffer: vec![0; piece + 1], piece, filled: 0, pieces: 0, position: 0 };
     let mut structure = nar::MAGIC.to_vec();
     while let Some(step) = walk.advance()? {
         if step != Step::Leave && !walk.at_root() {
@@ -135,6 +137,8 @@ struct Stream<'a> {
     range: Range<u64>,
     /// One byte longer than a piece, to see a file that goes on after its end without a read of its own.
     buffer: Vec<u8>,
+    /// Bytes in a piece.
+    piece: usize,
     filled: usize,
     pieces: u64,
     /// In the NAR.
@@ -160,7 +164,7 @@ impl Stream<'_> {
         let mut rest = &bytes[wanted.start as usize..wanted.end as usize];
         while !rest.is_empty() {
             self.make_room()?;
-            let count = rest.len().min(PIECE - self.filled);
+            let count = rest.len().min(self.piece - self.filled);
             self.buffer[self.filled..self.filled + count].copy_from_slice(&rest[..count]);
             self.filled += count;
             rest = &rest[count..];
@@ -199,7 +203,7 @@ impl Stream<'_> {
         while at < wanted.end {
             self.make_room()?;
             let left = wanted.end - at;
-            let room = PIECE - self.filled;
+            let room = self.piece - self.filled;
             // At the end of the file, one byte more is asked for than there may be.
             let (asked, most) = match usize::try_from(left) {
                 Ok(left) if left <= room => (left + usize::from(wanted.end == file.size), left),
@@ -219,7 +223,7 @@ impl Stream<'_> {
     }
 
     fn make_room(&mut self) -> Result<(), NarError> {
-        if self.filled == PIECE {
+        if self.filled == self.piece {
             self.flush()?;
         }
         Ok(())

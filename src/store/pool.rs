@@ -17,12 +17,13 @@
 use super::{
     StoreError, daemon_socket,
     database::{Database, Failure, FileId, Mode, Still},
+    kept::{Answer, Kept},
 };
-use crate::nix::{HashPart, PathInfo, StoreDir};
+use crate::nix::{HashPart, StoreDir};
 use std::{
     fmt,
     path::PathBuf,
-    sync::{Condvar, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
     thread,
     time::{Duration, Instant, SystemTime},
 };
@@ -96,9 +97,28 @@ impl Pool {
         Pool { place, connections, patience, level, state: Mutex::default(), returned: Condvar::new() }
     }
 
-    /// The valid path with this hash part.
-    pub(super) fn path_info(&self, part: &HashPart) -> Result<Option<PathInfo>, StoreError> {
-        self.read(&|database| database.path_info(&self.place.store_dir, part))
+    /// The valid path with this hash part, from the database or from what it said before.
+    pub(super) fn path_info(&self, kept: &Kept, part: &HashPart) -> Result<Answer, StoreError> {
+        self.read(&|database| {
+            let generation = kept.generation(database)?;
+            if let Some(answer) = kept.get(part, generation) {
+                return Ok(answer);
+            }
+            let answer = database.path_info(&self.place.store_dir, part)?.map(Arc::new);
+            kept.put(*part, generation, &answer);
+            Ok(answer)
+        })
+    }
+
+    /// The same, only from what it said before, and without waiting for a connection or a lock.
+    pub(super) fn path_info_at_once(&self, kept: &Kept, part: &HashPart) -> Option<Answer> {
+        self.notice_replacement().ok()?;
+        let now = Instant::now();
+        let mut lease = self.lease(now).ok()?;
+        let database = lease.database.take()?;
+        let generation = ask(&database, &|database| kept.generation(database), now).ok()?;
+        lease.database = Some(database);
+        kept.get(part, generation)
     }
 
     /// What a question to the database gives. It may be asked more than once.

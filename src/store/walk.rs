@@ -84,7 +84,7 @@ impl Walk {
             directories: Vec::new(),
             depth: 0,
             names: 0,
-            buffer: Vec::with_capacity(ENTRIES_BUFFER),
+            buffer: Vec::new(),
         }
     }
 
@@ -186,6 +186,7 @@ impl Walk {
         let mut names = Vec::new();
         let mut entries = Vec::new();
         let mut buffer = std::mem::take(&mut self.buffer);
+        buffer.reserve(ENTRIES_BUFFER);
         let mut listing = RawDir::new(&descriptor, buffer.spare_capacity_mut());
         while let Some(entry) = listing.next() {
             let entry = entry.map_err(|error| self.failed(error))?;

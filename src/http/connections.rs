@@ -1,0 +1,167 @@
+//! The open connections: what is known of each, and who has to go when there are too many.
+
+use super::head::Buffer;
+use super::room::{self, Room, Seat};
+use std::collections::HashMap;
+use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+/// A head has to be complete so long after its first byte, however slowly it comes.
+pub const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
+/// A connection without a request is kept for so long.
+pub const IDLE_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// One open connection. Either the watcher has it, which waits for its next request, or a thread of the pool.
+pub(super) struct Connection {
+    pub(super) id: u64,
+    pub(super) stream: TcpStream,
+    pub(super) peer: SocketAddr,
+    /// Milliseconds since the table's start at which it became idle; 0 while it is at work.
+    idle_since: AtomicU64,
+    /// Of who has the connection. Nobody waits for it.
+    pub(super) bytes: Mutex<Bytes>,
+}
+
+/// What is under way on a connection.
+#[derive(Default)]
+pub(super) struct Bytes {
+    /// Received, and not answered yet.
+    pub(super) received: Buffer,
+    /// The rest of an answer that the other end did not take at once.
+    pub(super) unsent: Vec<u8>,
+}
+
+impl Connection {
+    pub(super) fn is_idle(&self) -> bool {
+        self.idle_since.load(Ordering::Relaxed) != 0
+    }
+
+    pub(super) fn is_at_work(&self) {
+        self.idle_since.store(0, Ordering::Relaxed);
+    }
+
+    pub(super) fn bytes(&self) -> MutexGuard<'_, Bytes> {
+        // What a panic left of it belongs to a connection that is closed.
+        self.bytes.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    pub(super) fn close(&self) {
+        let _ = self.stream.shutdown(Shutdown::Both);
+    }
+}
+
+/// All of them, by ID. IDs grow.
+pub(super) struct Connections {
+    open: Mutex<HashMap<u64, Arc<Connection>>>,
+    started: Instant,
+}
+
+impl Connections {
+    pub(super) fn new() -> Self {
+        Connections { open: Mutex::default(), started: Instant::now() }
+    }
+
+    pub(super) fn insert(&self, id: u64, stream: TcpStream, peer: SocketAddr) -> Arc<Connection> {
+        let idle_since = AtomicU64::new(self.moment(Instant::now()));
+        let connection = Arc::new(Connection { id, stream, peer, idle_since, bytes: Mutex::default() });
+        self.lock().insert(id, connection.clone());
+        connection
+    }
+
+    pub(super) fn get(&self, id: u64) -> Option<Arc<Connection>> {
+        self.lock().get(&id).cloned()
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.lock().is_empty()
+    }
+
+    /// The end of a connection: whoever has it drops it then.
+    pub(super) fn end(&self, connection: &Connection) {
+        connection.close();
+        self.lock().remove(&connection.id);
+    }
+
+    /// It waits for its next request from now on.
+    pub(super) fn is_idle_at(&self, connection: &Connection, now: Instant) {
+        connection.idle_since.store(self.moment(now), Ordering::Relaxed);
+    }
+
+    /// Ends all that are idle.
+    pub(super) fn end_idle(&self) {
+        self.end_where(Connection::is_idle);
+    }
+
+    /// Ends all that have waited too long for a request, or for the rest of one.
+    pub(super) fn end_overdue(&self, now: Instant) {
+        let moment = self.moment(now);
+        self.end_where(|connection| {
+            let idle_since = connection.idle_since.load(Ordering::Relaxed);
+            // Who is at work has bytes of its own, and bounds for them.
+            let began = || connection.bytes.try_lock().ok()?.received.began();
+            idle_since != 0
+                && (moment.saturating_sub(idle_since) >= IDLE_TIMEOUT.as_millis() as u64
+                    || began().is_some_and(|began| now.saturating_duration_since(began) >= HEAD_TIMEOUT))
+        });
+    }
+
+    /// Shuts all down, and leaves them to who has them.
+    pub(super) fn close_all(&self) {
+        self.lock().values().for_each(|connection| connection.close());
+    }
+
+    fn end_where(&self, condition: impl Fn(&Connection) -> bool) {
+        self.lock().retain(|_, connection| {
+            let ends = condition(connection);
+            if ends {
+                connection.close();
+            }
+            !ends
+        });
+    }
+
+    /// Closes the connection that is idle longest, if one is.
+    pub(super) fn close_idlest(&self) {
+        let mut open = self.lock();
+        if let Some(id) = room::idlest(seats(&open)) {
+            close(&mut open, id);
+        }
+    }
+
+    /// Makes room for a connection from `peer`, closing another if need be.
+    pub(super) fn make_room(&self, peer: SocketAddr) -> bool {
+        let mut open = self.lock();
+        match room::room(peer.ip(), seats(&open)) {
+            Room::Free => true,
+            Room::Instead(id) => {
+                close(&mut open, id);
+                true
+            }
+            Room::Full => false,
+        }
+    }
+
+    /// Never 0, which means at work.
+    fn moment(&self, now: Instant) -> u64 {
+        now.saturating_duration_since(self.started).as_millis() as u64 + 1
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<u64, Arc<Connection>>> {
+        self.open.lock().unwrap_or_else(|e| e.into_inner())
+    }
+}
+
+fn seats(open: &HashMap<u64, Arc<Connection>>) -> impl Iterator<Item = Seat> + Clone {
+    open.iter().map(|(id, connection)| {
+        let idle_since = connection.idle_since.load(Ordering::Relaxed);
+        Seat { id: *id, peer: connection.peer.ip(), idle_since: (idle_since != 0).then_some(idle_since) }
+    })
+}
+
+fn close(open: &mut HashMap<u64, Arc<Connection>>, id: u64) {
+    if let Some(connection) = open.remove(&id) {
+        connection.close();
+    }
+}
