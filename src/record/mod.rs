@@ -66,6 +66,8 @@ pub struct Record {
     pub first_byte_wan: Histogram,
     lookups: Mutex<Lookups>,
     traffic: Mutex<Traffic>,
+    /// Bytes received from and sent to peers without a series, whether they are still among the others or not.
+    others: [AtomicU64; 2],
     transfers: Mutex<BTreeMap<u64, Arc<Running>>>,
     next_id: AtomicU64,
     hours: Mutex<Hours>,
@@ -103,6 +105,7 @@ impl Record {
             first_byte_wan: Histogram::default(),
             lookups: Mutex::default(),
             traffic: Mutex::new(Traffic::new(started)),
+            others: Default::default(),
             transfers: Mutex::default(),
             next_id: AtomicU64::new(1),
             hours: Mutex::default(),
@@ -223,10 +226,14 @@ impl Record {
         lock(&self.transfers).values().cloned().collect()
     }
 
-    /// What each peer gave and took; and the bytes received from and sent to peers that are not among them any more.
-    pub fn traffic(&self) -> (Vec<(Who, Arc<Counts>)>, [u64; 2]) {
-        let traffic = lock(&self.traffic);
-        (traffic.all(), traffic.gone())
+    /// What each peer gave and took.
+    pub fn traffic(&self) -> Vec<(Who, Arc<Counts>)> {
+        lock(&self.traffic).all()
+    }
+
+    /// Bytes received from and sent to all those that ever were without a series.
+    pub fn others(&self) -> [u64; 2] {
+        self.others.each_ref().map(|bytes| bytes.load(Ordering::Relaxed))
     }
 
     /// The hours in which something happened, the oldest first.
@@ -353,7 +360,7 @@ mod tests {
         assert_eq!(&*lookups[1].result.as_ref().unwrap().name, "hello");
         assert_eq!(record.misses().find(|(code, _)| *code == "nobody"), Some(("nobody", 1)));
         assert_eq!((record.hit_time.cumulative()[15], record.miss_time.cumulative()[15]), (1, 1));
-        let (traffic, _) = record.traffic();
+        let traffic = record.traffic();
         assert_eq!((traffic.len(), traffic[0].1.id().as_deref()), (1, Some("<b>")));
     }
 
@@ -379,9 +386,30 @@ mod tests {
         let totals = record.totals();
         let counted = [Count::ReceivedLan, Count::ReceivedWan, Count::ReceivedNars, Count::SentLan, Count::SentNars];
         assert_eq!(counted.map(|count| totals.get(count)), [60, 40, 1, 7, 0]);
-        let (traffic, _) = record.traffic();
+        let traffic = record.traffic();
         let lan = traffic.iter().find(|(who, _)| who.network == Network::Lan).unwrap();
         assert_eq!((lan.1.received.load(Ordering::Relaxed), lan.1.sent.load(Ordering::Relaxed)), (60, 7));
+    }
+
+    /// What a transfer moved after its peer was forgotten was in no sum.
+    #[test]
+    fn every_byte_is_in_a_series_or_among_the_others() {
+        let record = Record::new();
+        let running: Vec<Transfer<'_>> = (0..2 * MAX_PEERS as u32)
+            .map(|number| {
+                let peer = SocketAddr::from((std::net::Ipv4Addr::from_bits(0x0a00_0000 + number), 1));
+                let transfer = record.send(path().base_name(), 10, Network::Lan, peer);
+                transfer.moved(3);
+                transfer
+            })
+            .collect();
+        running.iter().for_each(|transfer| transfer.moved(4));
+        let named = record.traffic().into_iter().filter(|(_, counts)| counts.has_series());
+        let named: u64 = named.map(|(_, counts)| counts.sent.load(Ordering::Relaxed)).sum();
+        let others = record.others();
+        assert!(named > 0 && others[0] == 0);
+        assert_eq!(named + others[1], record.totals().get(Count::SentLan));
+        assert_eq!(named + others[1], 7 * 2 * MAX_PEERS as u64);
     }
 
     #[test]
@@ -395,7 +423,7 @@ mod tests {
         transfer.moved(1);
         transfer.is_whole();
         transfer.has_failed();
-        assert!(record.transfers().is_empty() && record.lookups().is_empty() && record.traffic().0.is_empty());
+        assert!(record.transfers().is_empty() && record.lookups().is_empty() && record.traffic().is_empty());
         assert_eq!((record.totals(), record.first_byte_lan.cumulative()[15]), (Totals::default(), 0));
     }
 
