@@ -52,8 +52,9 @@ impl Network {
 /// The record of this run, and of those before as far as it was kept.
 pub struct Record {
     is_on: bool,
-    started: Instant,
-    started_at: SystemTime,
+    /// When it began, by [`since_boot`] and by the clock.
+    started: Duration,
+    started_at: Mutex<SystemTime>,
     counters: Counters,
     misses: [AtomicU64; Miss::CODES.len()],
     /// How long lookups took that found something.
@@ -81,8 +82,8 @@ struct Kept {
     before: Saved,
     /// Whether the file may be written over.
     is_ours: bool,
-    /// What was last written.
-    written: Option<Totals>,
+    /// What was last written, and since when it counts.
+    written: Option<(u64, Totals)>,
     /// What was wrong with the file at the start.
     problem: Option<String>,
     /// Why it cannot be written now.
@@ -92,11 +93,10 @@ struct Kept {
 impl Record {
     /// An empty one.
     pub fn new() -> Self {
-        let started = Instant::now();
         Record {
             is_on: true,
-            started,
-            started_at: SystemTime::now(),
+            started: since_boot(),
+            started_at: Mutex::new(SystemTime::now()),
             counters: Counters::default(),
             misses: Default::default(),
             hit_time: Histogram::default(),
@@ -104,7 +104,7 @@ impl Record {
             first_byte_lan: Histogram::default(),
             first_byte_wan: Histogram::default(),
             lookups: Mutex::default(),
-            traffic: Mutex::new(Traffic::new(started)),
+            traffic: Mutex::new(Traffic::new(Instant::now())),
             others: Default::default(),
             transfers: Mutex::default(),
             next_id: AtomicU64::new(1),
@@ -118,9 +118,21 @@ impl Record {
         Record { is_on: false, ..Record::new() }
     }
 
-    /// When it began.
-    pub fn started(&self) -> (Instant, SystemTime) {
-        (self.started, self.started_at)
+    /// How long it has been kept, the machine's sleep included.
+    pub fn age(&self) -> Duration {
+        since_boot().saturating_sub(self.started)
+    }
+
+    /// When it began, by the clock that says `now`. That may have been set since, as on machines that begin in 1970.
+    pub fn started(&self, now: SystemTime) -> SystemTime {
+        let mut at = lock(&self.started_at);
+        let by_now = now.checked_sub(self.age()).unwrap_or(SystemTime::UNIX_EPOCH);
+        let off = by_now.duration_since(*at).unwrap_or_else(|e| e.duration());
+        // Not at every look another.
+        if off > CLOCK_SET {
+            *at = by_now;
+        }
+        *at
     }
 
     /// A lookup found the path at a peer, which a tracker may call `id`.
@@ -272,8 +284,16 @@ impl Record {
         let totals = self.totals();
         let hours = lock(&self.hours).all().to_vec();
         let (dir, saved) = {
-            let kept = lock(&self.kept);
-            let Some(kept) = kept.as_ref().filter(|kept| kept.is_ours && kept.written != Some(totals)) else { return };
+            let mut kept = lock(&self.kept);
+            let Some(kept) = kept.as_mut().filter(|kept| kept.is_ours) else { return };
+            // As a clock said that was wrong.
+            let sane = FIRST..=seconds(now).saturating_add(24 * HOUR);
+            if seconds(now) >= FIRST && !sane.contains(&kept.before.since) {
+                kept.before.since = seconds(self.started(now));
+            }
+            if kept.written == Some((kept.before.since, totals)) {
+                return;
+            }
             (kept.dir.clone(), Saved::new(kept.before.since, kept.before.totals.plus(&totals), hours))
         };
         // Not while others are kept from looking.
@@ -285,7 +305,7 @@ impl Record {
                 if kept.fails.take().is_some() {
                     log::info!("counters {}: written again", dir.display());
                 }
-                kept.written = Some(totals);
+                kept.written = Some((saved.since, totals));
             }
             Err(e) => {
                 let problem = format!("{}: {e}; {NOT_KEPT}", dir.display());
@@ -306,6 +326,18 @@ impl Record {
     pub fn kept_in(&self) -> Option<PathBuf> {
         lock(&self.kept).as_ref().map(|kept| kept.dir.clone())
     }
+}
+
+/// A clock that is off by more than this was set; by less, it is kept right.
+const CLOCK_SET: Duration = Duration::from_secs(10);
+
+/// The beginning of 2020, in seconds since 1970. Nobody counted anything before that.
+const FIRST: u64 = 1_577_836_800;
+
+/// How long the machine has been up, its sleep included.
+fn since_boot() -> Duration {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+    Duration::try_from(time).unwrap_or_default()
 }
 
 /// What is said of counters that cannot be written.
@@ -340,7 +372,7 @@ mod tests {
     }
 
     fn at(second: u64) -> SystemTime {
-        SystemTime::UNIX_EPOCH + Duration::from_secs(second)
+        SystemTime::UNIX_EPOCH + Duration::from_secs(FIRST + second)
     }
 
     fn dir(name: &str) -> PathBuf {
@@ -436,10 +468,37 @@ mod tests {
             record.missed(&path().hash_part(), Miss::Busy, Duration::ZERO);
             record.save(at(start * 10_000));
             let (since, ever) = record.totals_ever().unwrap();
-            assert_eq!((since, ever.get(Count::Misses), record.totals().get(Count::Misses)), (10_000, start, 1));
+            let (ever, now) = (ever.get(Count::Misses), record.totals().get(Count::Misses));
+            assert_eq!((since, ever, now), (FIRST + 10_000, start, 1));
             assert_eq!(lock(&record.hours).all().len() as u64, start);
         }
         fs::remove_dir_all(&dir).unwrap();
+    }
+
+    /// A machine without a battery for its clock begins in 1970, and is told the time when it has a network: it went on to
+    /// count since 1970. Another's battery was empty, and it began in 2099.
+    #[test]
+    fn a_clock_that_was_wrong_does_not_stay() {
+        for wrong in [SystemTime::UNIX_EPOCH + Duration::from_secs(20), at(80 * 365 * 24 * HOUR)] {
+            let dir = dir("clock");
+            let record = Record::new();
+            *lock(&record.started_at) = wrong;
+            record.keep_in(&dir, wrong);
+            record.save(wrong);
+            assert_eq!(record.totals_ever().unwrap().0, seconds(wrong));
+            let now = at(365 * 24 * HOUR);
+            let started = record.started(now);
+            assert!(now.duration_since(started).unwrap() < Duration::from_secs(600), "{started:?}");
+            assert_eq!(record.started(now + Duration::from_secs(5)), started, "it is one moment");
+            // Though nothing was counted.
+            record.save(now);
+            assert_eq!(record.totals_ever().unwrap().0, seconds(started));
+            let next = Record::new();
+            next.keep_in(&dir, now);
+            next.save(SystemTime::UNIX_EPOCH);
+            assert_eq!(next.totals_ever().unwrap().0, seconds(started), "corrected by a clock that is wrong now");
+            fs::remove_dir_all(&dir).unwrap();
+        }
     }
 
     #[test]
@@ -469,7 +528,7 @@ mod tests {
         assert!(record.problem().unwrap().contains("lost"), "a person may not have seen it yet");
         let next = Record::new();
         next.keep_in(&dir, at(3));
-        assert_eq!((next.problem(), next.totals_ever().unwrap().0), (None, 1));
+        assert_eq!((next.problem(), next.totals_ever().unwrap().0), (None, FIRST + 1));
         fs::remove_dir_all(&dir).unwrap();
     }
 

@@ -149,7 +149,7 @@ impl Status {
     fn whole(&self) -> Report {
         let now = Now::get();
         let (peers, discovery_answers) = self.peers(now);
-        let (started, started_at) = self.record.started();
+        let started = unix(self.record.started(now.wall));
         let problems = self.problems(discovery_answers);
         Report {
             version: VERSION,
@@ -166,8 +166,8 @@ impl Status {
                 store_dir: self.facts.store_dir.clone(),
                 state_dir: self.record.kept_in().map(|dir| dir.display().to_string()),
                 peer_id: self.trackers.as_ref().map(|trackers| trackers.me().peer_id.clone()),
-                started: unix(started_at),
-                uptime_seconds: seconds(now.instant.saturating_duration_since(started)),
+                started,
+                uptime_seconds: seconds(self.record.age()),
                 shares: self.facts.shares.clone(),
                 signs: self.facts.signs,
                 trusted_keys: self.facts.trusted_keys.clone(),
@@ -181,7 +181,7 @@ impl Status {
             lookups: self.record.lookups().into_iter().map(lookup).collect(),
             transfers: self.record.transfers().iter().map(|running| transfer(running, now)).collect(),
             totals: AllTotals {
-                start: totals(unix(started_at), self.record.totals()),
+                start: totals(started, self.record.totals()),
                 installation: self.record.totals_ever().map(|(since, ever)| totals(since as f64, ever)),
             },
             history: History { hour_seconds: HOUR, hours: self.record.hours() },
