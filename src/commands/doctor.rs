@@ -7,8 +7,7 @@ use super::nix::{self, Settings};
 use super::peers::NO_PATH;
 use super::probe::{self, Http};
 use super::report::{Report, State};
-use super::status::period;
-use super::{Node, get, get_within, list, text};
+use super::{Node, get, get_within, list, long, text};
 use crate::cli::{self, Command};
 use crate::config::{Config, DEFAULT_PORT};
 use crate::interfaces::{Interfaces, is_private};
@@ -84,7 +83,7 @@ fn daemon(report: &mut Report, asked: &Config) -> Option<Node> {
     };
     let told = &node.status["node"];
     let (version, mode) = (text(&told["version"]), text(&told["mode"]));
-    let up = period(told["uptime_seconds"].as_f64().unwrap_or_default());
+    let up = long(told["uptime_seconds"].as_f64().unwrap_or_default());
     report.ok("daemon", format!("peerix {version} runs on port {}, mode {mode}, for {up}", node.config.port));
     // Trackers are looked at below.
     for problem in list(&node.status["health"]["problems"]).iter().filter(|problem| problem["code"] != "trackers") {
@@ -202,7 +201,7 @@ fn nix_conf(report: &mut Report, config: &Config) -> Option<Settings> {
     if let Some(after) = nix::outdated() {
         let text = format!(
             "nix.conf was written {} after nix-daemon had started, which goes by the old one",
-            period(after as f64)
+            long(after as f64)
         );
         report.fail("nix-daemon", text, "systemctl restart nix-daemon".into());
     }
@@ -427,7 +426,7 @@ fn trackers(report: &mut Report, config: &Config) {
                 ..CLOCK => report.ok("clock", "it agrees with the tracker's".into()),
                 off => {
                     let way = if here < there { "behind" } else { "ahead of" };
-                    let text = format!("this machine's is {} {way} that of {url}", period(off as f64));
+                    let text = format!("this machine's is {} {way} that of {url}", long(off as f64));
                     report.fail("clock", text, "timedatectl set-ntp true, on whichever of the two is wrong".into());
                 }
             }

@@ -4,7 +4,7 @@
 mod metrics;
 mod page;
 pub mod report;
-mod text;
+pub mod text;
 
 pub use page::{Page, page};
 
