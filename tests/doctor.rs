@@ -227,6 +227,40 @@ fn no_daemon_and_no_database() {
     assert_eq!(elsewhere.faults(), ["daemon", "database"]);
 }
 
+/// Whoever has the port while peerix is down had root open files and fetch addresses of their choice. And what mends it was
+/// printed with names as they are, which a shell takes for commands.
+#[test]
+fn root_does_not_go_by_what_another_user_says_and_names_are_quoted() {
+    let lan = Lan::new();
+    let host = lan.host("a");
+    let trusted = key(&host);
+    nix::configure_client(&host, "", &[&trusted]);
+    host.sh("install -o 65534 -m 644 /etc/peerix.sec \"/tmp/it's; a key.sec\"");
+    let daemon = Daemon::start_as(&host, 65534, &["--private-key", "/tmp/it's; a key.sec"]);
+    let found = doctor(&host, &[]);
+    found.is("daemon", &["user 65534 listens on port 12304", "sudo -u '#65534' peerix doctor", "ss -ltnp"]);
+    assert!(!found.findings.iter().any(|(.., text, _)| text.contains("it's")), "{:#?}", found.findings);
+    for command in ["status", "peers", "why"] {
+        let mut asked = host.cmd(&binary().display().to_string());
+        let output = asked.arg(command).args((command == "why").then_some("/nix/store/x")).ran();
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.code() == Some(3) && said.contains("user 65534"), "{command}: {said}");
+    }
+    // That user risks nothing.
+    let as_owner = |program: &str, words: &[&str]| {
+        let mut command = host.cmd_as(65534, program);
+        command.args(words).env("HOME", "/tmp");
+        command
+    };
+    let program = binary().display().to_string();
+    let remedy = Found::read(as_owner(&program, &["doctor", "--json"])).is("secret", &["it's; a key.sec"]);
+    assert_eq!(remedy, r"chmod 600 '/tmp/it'\''s; a key.sec'");
+    as_owner("sh", &["-c", &remedy]).okay();
+    Found::read(as_owner(&program, &["doctor", "--json"])).is_well();
+    assert!(as_owner(&program, &["status"]).ran().status.success());
+    drop(daemon);
+}
+
 #[test]
 fn nix_is_not_told() {
     let mut pair = Pair::new();

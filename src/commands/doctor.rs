@@ -3,10 +3,12 @@
 //! Nothing is bad here that may be as its user wants it: a network without peers is a note, a peer that is heard and
 //! cannot be fetched from is not.
 
+use super::listener;
 use super::nix::{self, Settings};
 use super::peers::NO_PATH;
 use super::probe::{self, Http};
 use super::report::{Report, State};
+use super::shell::quote;
 use super::{Node, get, get_within, list, long, text};
 use crate::cli::{self, Command};
 use crate::config::{Config, DEFAULT_PORT};
@@ -68,13 +70,14 @@ fn daemon(report: &mut Report, asked: &Config) -> Option<Node> {
     let node = match Node::find(asked) {
         Ok(node) => node,
         Err(e) => {
-            let remedy = match running_on().filter(|port| *port != asked.port) {
-                Some(port) => format!("one runs on port {port}: peerix doctor --port {port}"),
-                None => format!(
+            let whose = format!("whose the port is: ss -ltnp 'sport = :{}'", asked.port);
+            let elsewhere = running_on().filter(|port| *port != asked.port);
+            let remedy = match (listener::stranger(asked.port), elsewhere) {
+                (Some(uid), _) => format!("if peerix runs as that user: sudo -u '#{uid}' peerix doctor\n{whose}"),
+                (None, Some(port)) => format!("one runs on port {port}: peerix doctor --port {port}"),
+                (None, None) => format!(
                     "systemctl start peerix.socket peerix.service\n\
-                     if it does not stay: journalctl -u peerix -n 20\n\
-                     whose the port is: ss -ltnp 'sport = :{}'",
-                    asked.port
+                     if it does not stay: journalctl -u peerix -n 20\n{whose}"
                 ),
             };
             report.fail("daemon", e, remedy);
@@ -143,7 +146,7 @@ fn is_readable(file: &Path) -> bool {
 }
 
 fn readable(db: &Path) -> String {
-    format!("chmod -R o+rX {}", db.parent().unwrap_or(db).display())
+    format!("chmod -R o+rX {}", quote(&db.parent().unwrap_or(db).display().to_string()))
 }
 
 /// Files that nobody else may read.
@@ -151,12 +154,13 @@ fn secrets(report: &mut Report, config: &Config) {
     let identity = config.state_dir.as_ref().map(|dir| dir.join("identity"));
     for file in config.private_key.iter().chain(identity.iter()) {
         let name = file.display();
+        let word = quote(&name.to_string());
         match fs::metadata(file) {
             // Group rights are how systemd lets a service read its credentials.
             Ok(meta) if meta.permissions().mode() & 0o007 != 0 => {
                 let remedy = match file.starts_with("/nix/store") {
-                    true => format!("install -m 600 {name} /etc/nix/peerix.sec, name that file, and make another key"),
-                    false => format!("chmod 600 {name}"),
+                    true => format!("install -m 600 {word} /etc/nix/peerix.sec, name that file, and make another key"),
+                    false => format!("chmod 600 {word}"),
                 };
                 report.fail(
                     "secret",
@@ -207,7 +211,8 @@ fn nix_conf(report: &mut Report, config: &Config) -> Option<Settings> {
     }
     let known = settings.words("trusted-public-keys");
     for key in config.trusted_public_keys.iter().map(ToString::to_string).filter(|key| !known.contains(&key.as_str())) {
-        let conf = format!("echo 'extra-trusted-public-keys = {key}' >> /etc/nix/nix.conf");
+        let conf = quote(&format!("extra-trusted-public-keys = {key}"));
+        let conf = format!("echo {conf} >> /etc/nix/nix.conf");
         report.fail("keys", format!("peerix accepts what {key} signed, and Nix does not"), conf);
     }
     Some(settings)
@@ -413,7 +418,8 @@ fn trackers(report: &mut Report, config: &Config) {
             Ok(answer) if answer.status < 500 => answer,
             other => {
                 let why = other.map_or_else(|e| e, |answer| format!("status {}", answer.status));
-                let remedy = format!("on that machine: systemctl status peerix-tracker\nfrom here: curl {url}/health");
+                let curl = format!("curl {}", quote(&format!("{url}/health")));
+                let remedy = format!("on that machine: systemctl status peerix-tracker\nfrom here: {curl}");
                 report.fail("tracker", format!("{url} does not answer: {why}"), remedy);
                 continue;
             }

@@ -5,10 +5,12 @@
 //! again here. Only `doctor` can do without it.
 
 mod doctor;
+mod listener;
 mod nix;
 mod peers;
 mod probe;
 mod report;
+mod shell;
 mod status;
 mod why;
 
@@ -72,6 +74,9 @@ struct Node {
 impl Node {
     /// Asks the daemon on the port that `asked` names.
     fn find(asked: &Config) -> Result<Node, String> {
+        if let Some(uid) = listener::stranger(asked.port) {
+            return Err(format!("user {uid} listens on port {}, whom root does not take at their word", asked.port));
+        }
         let url = format!("http://127.0.0.1:{}/status.json", asked.port);
         let answer =
             get_within(&url, STATUS_TIMEOUT).map_err(|e| format!("no peerix answers on port {}: {e}", asked.port))?;
