@@ -7,7 +7,7 @@ use super::listener;
 use super::nix::{self, Settings};
 use super::peers::NO_PATH;
 use super::probe::{self, Http};
-use super::report::{Report, State};
+use super::report::Report;
 use super::shell::quote;
 use super::{Node, get, get_within, list, long, text};
 use crate::cli::{self, Command};
@@ -90,9 +90,20 @@ fn daemon(report: &mut Report, asked: &Config) -> Option<Node> {
     report.ok("daemon", format!("peerix {version} runs on port {}, mode {mode}, for {up}", node.config.port));
     // Trackers are looked at below.
     for problem in list(&node.status["health"]["problems"]).iter().filter(|problem| problem["code"] != "trackers") {
-        let what = if problem["code"] == "store" { "database" } else { "daemon" };
-        let state = if problem["serious"] == true { State::Fail } else { State::Note };
-        report.add(state, what, text(&problem["text"]).to_owned());
+        let (is_store, said) = (problem["code"] == "store", text(&problem["text"]).to_owned());
+        let what = if is_store { "database" } else { "daemon" };
+        match problem["serious"] == true {
+            true if is_store => {
+                let remedy = match Store::open(place(&node.config)) {
+                    Err(e) => store_remedy(&e, &node.config.db),
+                    // This user may what the daemon's may not.
+                    Ok(_) => readable(&node.config.db),
+                };
+                report.fail(what, said, remedy);
+            }
+            true => report.fail(what, said, "systemctl restart peerix".into()),
+            false => report.note(what, said),
+        }
     }
     Some(node)
 }
@@ -112,17 +123,8 @@ fn running_on() -> Option<u16> {
 
 fn database(report: &mut Report, config: &Config) {
     let (db, uid) = (config.db.display(), uid());
-    let place = StoreConfig { store_dir: config.store_dir.clone(), db: config.db.clone() };
-    match Store::open(place) {
-        Err(e) => {
-            let remedy = match &e {
-                StoreError::Unreadable { .. } => readable(&config.db),
-                StoreError::Asleep { .. } => "systemctl enable --now nix-daemon.socket".into(),
-                StoreError::Missing { .. } => "install Nix, or name the place by --db FILE".into(),
-                _ => "nix-store --verify".into(),
-            };
-            report.fail("database", e.to_string(), remedy);
-        }
+    match Store::open(place(config)) {
+        Err(e) => report.fail("database", e.to_string(), store_remedy(&e, &config.db)),
         // Daemons are other users.
         Ok(_) if uid == 0 && !is_readable(&config.db) => {
             report.fail(
@@ -132,6 +134,26 @@ fn database(report: &mut Report, config: &Config) {
             );
         }
         Ok(_) => report.ok("database", format!("{db} can be read by this user ({uid})")),
+    }
+}
+
+fn place(config: &Config) -> StoreConfig {
+    StoreConfig { store_dir: config.store_dir.clone(), db: config.db.clone() }
+}
+
+fn store_remedy(e: &StoreError, db: &Path) -> String {
+    let file = quote(&db.display().to_string());
+    match e {
+        StoreError::Unreadable { .. } => readable(db),
+        StoreError::Asleep { .. } => "systemctl enable --now nix-daemon.socket".into(),
+        StoreError::Missing { .. } => "install Nix, or name the place by --db FILE".into(),
+        StoreError::Busy { .. } => format!("whose lock it is: fuser -v {file}"),
+        StoreError::Database { .. } => {
+            format!(
+                "what is wrong with it: sqlite3 {file} 'pragma integrity_check'\nif it is damaged, put it back from a backup"
+            )
+        }
+        _ => "nix-store --verify".into(),
     }
 }
 
