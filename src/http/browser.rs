@@ -130,6 +130,26 @@ mod tests {
     use super::*;
     use std::fs;
 
+    fn with<T>(fields: &str, then: impl FnOnce(&Request<'_>) -> T) -> T {
+        let text = format!("GET / HTTP/1.1\r\n{fields}\r\n");
+        head::parse(text.as_bytes(), "127.0.0.1:1".parse().unwrap(), |request| then(&request.unwrap()))
+    }
+
+    #[test]
+    fn browsers_are_known_by_what_a_page_cannot_leave_out() {
+        let host = "Host: desk.example:12304\r\n";
+        for field in ["Accept-Language: en", "accept-language: ", "Origin: null", "Sec-Fetch-Site: same-origin"] {
+            assert!(with(&format!("{host}{field}\r\n"), is_browser), "{field}");
+        }
+        for fields in [
+            "User-Agent: curl/8.13.0 Nix/2.26.3\r\nAccept: */*\r\nAccept-Encoding: zstd, br, gzip\r\n",
+            "User-Agent: Python/3.11 aiohttp/3.8.4\r\nAccept: */*\r\nAccept-Encoding: gzip, deflate\r\n",
+            "User-Agent: peerix/0.1.0\r\nX-Peerix-Transfer: a-1\r\nRange: bytes=1-\r\n",
+        ] {
+            assert!(!with(&format!("{host}{fields}"), is_browser), "{fields}");
+        }
+    }
+
     #[test]
     fn names_that_nobody_else_can_point_here() {
         let hosts = std::env::temp_dir().join(format!("peerix-hosts-{}", std::process::id()));
@@ -197,20 +217,12 @@ mod tests {
 
     #[test]
     fn pages_of_other_servers_get_nothing() {
+        let sought = |fields: &str| with(fields, |request| is_suspect(request, false));
         let suspect = |fields: &str| {
-            let text = format!("GET / HTTP/1.1\r\n{fields}\r\n");
-            let asker = "127.0.0.1:1".parse().unwrap();
-            head::parse(text.as_bytes(), asker, |request| {
-                let request = request.unwrap();
-                // Whatever a page must not have, it must not make this machine look for either.
-                assert!(is_suspect(&request, true).is_none() || is_suspect(&request, false).is_some());
-                is_suspect(&request, true)
-            })
-        };
-        let sought = |fields: &str| {
-            let text = format!("GET / HTTP/1.1\r\n{fields}\r\n");
-            let asker = "127.0.0.1:1".parse().unwrap();
-            head::parse(text.as_bytes(), asker, |request| is_suspect(&request.unwrap(), false))
+            // Whatever a page must not have, it must not make this machine look for either.
+            let told = with(fields, |request| is_suspect(request, true));
+            assert!(told.is_none() || sought(fields).is_some());
+            told
         };
         // Nix, curl, Prometheus; somebody without a Host, who is no browser.
         assert_eq!(suspect("Host: 127.0.0.1:12304\r\nUser-Agent: curl/8.13.0 Nix/2.26.3\r\n"), None);
