@@ -7,6 +7,7 @@ use crate::http::permits::Permits;
 use crate::http::server::Server;
 use crate::identity;
 use crate::interfaces::Interfaces;
+use crate::key_file;
 use crate::lookup::Lookup;
 use crate::nix::{HashPart, PublicKey, SecretKey};
 use crate::peers::announce::{Publication, Trackers};
@@ -32,13 +33,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
-use std::{fmt, fs, io};
+use std::{fmt, io};
 
 /// Names given by `--peer` are resolved again this often: addresses change.
 const RESOLVE_INTERVAL: Duration = Duration::from_secs(60);
-
-/// A key file larger than this is none.
-const MAX_KEY_FILE: u64 = 4096;
 
 /// How often the main thread looks at the others when systemd's watchdog is off.
 const LOOK: Duration = Duration::from_secs(10);
@@ -251,7 +249,7 @@ fn wait(woken: &Receiver<Wakeup>, discovery: &Handle, record: &Record) -> Result
 /// The secret key of `--private-key`.
 fn read_key(path: &Path) -> Result<SecretKey, Fatal> {
     let name = path.display();
-    let text = read_key_file(path).map_err(|e| {
+    let text = key_file::read(path).map_err(|e| {
         Fatal(format!("private key {name}: {e}; --private-key needs a file of nix-store --generate-binary-cache-key that this user can read"))
     })?;
     SecretKey::parse(&text).map_err(|e| Fatal(format!("private key {name}: {e}")))
@@ -261,7 +259,7 @@ fn read_key(path: &Path) -> Result<SecretKey, Fatal> {
 /// come late, and Nix goes by its own list. A file without any would let every peer in.
 fn read_public_keys(path: &Path) -> Result<Vec<PublicKey>, Fatal> {
     let name = path.display();
-    let text = read_key_file(path);
+    let text = key_file::read(path);
     if text.as_ref().is_err_and(|e| e.kind() == io::ErrorKind::NotFound) {
         log::warn!("public key {name}: not there; paths that only it signed are passed over");
         return Ok(Vec::new());
@@ -276,14 +274,6 @@ fn read_public_keys(path: &Path) -> Result<Vec<PublicKey>, Fatal> {
         Ok(keys) if keys.is_empty() => Err(Fatal(format!("public key {name}: there is none in it"))),
         keys => keys.map_err(|e| Fatal(format!("public key {name}: {e}"))),
     }
-}
-
-fn read_key_file(path: &Path) -> io::Result<String> {
-    let meta = fs::metadata(path)?;
-    if !meta.is_file() || meta.len() > MAX_KEY_FILE {
-        return Err(io::Error::other("not a key file"));
-    }
-    fs::read_to_string(path)
 }
 
 /// What the WAN mode runs beside the rest.
@@ -409,6 +399,7 @@ fn resolve(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs;
 
     #[test]
     fn a_file_may_have_several_public_keys_and_has_one() {

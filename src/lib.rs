@@ -26,6 +26,7 @@ pub mod fetch;
 pub mod http;
 pub mod identity;
 pub mod interfaces;
+pub mod key_file;
 pub mod lookup;
 pub mod nix;
 pub mod on_drop;

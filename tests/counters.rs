@@ -159,3 +159,20 @@ fn a_tracker_that_does_not_answer_keeps_no_counters_from_being_kept() {
     assert!(daemon.stop().success());
     assert_eq!(kept(&host), 4);
 }
+
+/// As many as a page lists, and not as many as there are, were counted.
+#[test]
+fn every_peer_is_counted_where_not_every_one_is_shown() {
+    let lan = Lan::new();
+    let host = host(&lan);
+    let names: Vec<String> = (0..300).map(|number| format!("10.99.{}.{}", number / 100, number % 100 + 1)).collect();
+    let flags: Vec<&str> = names.iter().flat_map(|name| ["--peer", name]).collect();
+    let _daemon = Daemon::start(&host, &flags);
+    let metrics = wait_for("they are resolved", || {
+        let metrics = http::get_local(&host, "/metrics").unwrap().text();
+        (!metrics.contains("peerix_peers{network=\"lan\"} 0\n")).then_some(metrics)
+    });
+    assert!(metrics.contains("peerix_peers{network=\"lan\"} 300\n"), "{metrics}");
+    let status = status(&host);
+    assert_eq!((status["peers"].as_array().unwrap().len(), &status["peers_omitted"]), (256, &Value::from(44)));
+}

@@ -4,7 +4,7 @@
 mod common;
 
 use common::daemon::{binary, narinfo_status, wait_until_known};
-use common::http::{self, Reply};
+use common::http::{self, Reply, Server};
 use common::lan::Run;
 use common::packet::Packet;
 use common::standin::StandIn;
@@ -227,6 +227,109 @@ fn no_daemon_and_no_database() {
     assert_eq!(elsewhere.faults(), ["daemon", "database"]);
 }
 
+/// Whoever has the port while peerix is down had root open files and fetch addresses of their choice. And what mends it was
+/// printed with names as they are, which a shell takes for commands.
+#[test]
+fn root_does_not_go_by_what_another_user_says_and_names_are_quoted() {
+    let lan = Lan::new();
+    let host = lan.host("a");
+    let trusted = key(&host);
+    nix::configure_client(&host, "", &[&trusted]);
+    host.sh("install -o 65534 -m 644 /etc/peerix.sec \"/tmp/it's; a key.sec\"");
+    let daemon = Daemon::start_as(&host, 65534, &["--private-key", "/tmp/it's; a key.sec"]);
+    let found = doctor(&host, &[]);
+    found.is("daemon", &["user 65534 listens on port 12304", "sudo -u '#65534' peerix doctor", "ss -ltnp"]);
+    assert!(!found.findings.iter().any(|(.., text, _)| text.contains("it's")), "{:#?}", found.findings);
+    for command in ["status", "peers", "why"] {
+        let mut asked = host.cmd(&binary().display().to_string());
+        let output = asked.arg(command).args((command == "why").then_some("/nix/store/x")).ran();
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.code() == Some(3) && said.contains("user 65534"), "{command}: {said}");
+    }
+    // That user risks nothing.
+    let as_owner = |program: &str, words: &[&str]| {
+        let mut command = host.cmd_as(65534, program);
+        command.args(words).env("HOME", "/tmp");
+        command
+    };
+    let program = binary().display().to_string();
+    let remedy = Found::read(as_owner(&program, &["doctor", "--json"])).is("secret", &["it's; a key.sec"]);
+    assert_eq!(remedy, r"chmod 600 '/tmp/it'\''s; a key.sec'");
+    as_owner("sh", &["-c", &remedy]).okay();
+    Found::read(as_owner(&program, &["doctor", "--json"])).is_well();
+    assert!(as_owner(&program, &["status"]).ran().status.success());
+    drop(daemon);
+}
+
+/// What `peerix status` says, and its exit status.
+fn status(host: &Host) -> (Option<i32>, String) {
+    let output = host.cmd(&binary().display().to_string()).arg("status").ran();
+    (output.status.code(), String::from_utf8(output.stdout).unwrap())
+}
+
+#[test]
+fn an_ill_daemon_says_why() {
+    let lan = Lan::new();
+    let host = lan.host("a");
+    let key = key(&host);
+    nix::configure_client(&host, "", &[&key]);
+    let _daemon = Daemon::start(&host, &[]);
+    let health = |status: u16| {
+        let ask = || http::get_local(&host, "/health").ok().filter(|answer| answer.status == status);
+        wait_for("health notices", ask).text()
+    };
+    health(200);
+    assert_eq!(status(&host).0, Some(0));
+    // As after a disk has lost what was written to it.
+    host.sh(
+        "cp -a /nix/var/nix/db /nix/var/nix/backup; cd /nix/var/nix/db; head -c 8192 /dev/zero > new; mv new db.sqlite",
+    );
+    let reason = health(503);
+    let reason = reason.trim().strip_prefix("store: ").unwrap();
+    assert!(reason.contains("/nix/var/nix/db/db.sqlite"), "{reason}");
+    let (code, said) = status(&host);
+    assert!(code == Some(1) && said.contains(&format!("! {reason}\n")), "{said}");
+    doctor(&host, &[]).is("database", &[reason, "sqlite3 /nix/var/nix/db/db.sqlite", "backup"]);
+    host.sh("rm -r /nix/var/nix/db; mv /nix/var/nix/backup /nix/var/nix/db");
+    health(200);
+    assert_eq!(status(&host).0, Some(0));
+    doctor(&host, &[]).is_well();
+}
+
+/// A tracker's refusal cleared the screen of whoever looked at the log, and wrote lines of its own.
+#[test]
+fn what_others_say_is_text_in_a_log_and_on_a_terminal() {
+    let lan = Lan::new();
+    let (host, centre) = (lan.host("a"), lan.host("tracker"));
+    key(&host);
+    // Escape sequences in both forms, a line's end, and letters that run the other way.
+    const REFUSAL: &str = r#"{"error":"first\u001b[2J\u009b2J\nerror: second\u202edriht"}"#;
+    const PEERS: &str =
+        r#"{"peers":[{"peer_id":"first\u001b[2J\u009b2J\nok second\u202edriht","addr":"10.77.0.99","port":12304}]}"#;
+    let _tracker = Server::start(centre.listen(tracker::PORT), |request| match request.path.as_str() {
+        "/peers" => Reply::Whole(200, PEERS.into()),
+        _ => Reply::Whole(403, REFUSAL.into()),
+    });
+    let url = format!("http://{}:{}", centre.address, tracker::PORT);
+    let daemon = Daemon::start(&host, &["--mode", "both", "--state-dir", "/var/lib/peerix", "--tracker-url", &url]);
+    let is_text = |text: &str| text.chars().all(|c| c == '\n' || !(c.is_control() || c == '\u{202e}'));
+    let line = wait_for("the refusal is logged", || {
+        daemon.log().lines().find(|line| line.starts_with("warn: tracker")).map(str::to_owned)
+    });
+    assert!(line.contains("first") && line.contains("second") && is_text(&daemon.log()), "{line:?}");
+    for flags in [&["peers"][..], &["peers", "--json"]] {
+        let output = host.cmd(&binary().display().to_string()).args(flags).ran();
+        let said = String::from_utf8(output.stdout).unwrap();
+        let line = said.lines().find(|line| line.contains("10.77.0.99")).unwrap();
+        assert!(line.contains("first") && line.contains("second") && is_text(&said), "{said:?}");
+        if flags.contains(&"--json") {
+            // To programs it is what it was.
+            let read: Value = serde_json::from_str(&said).unwrap();
+            assert!(read.to_string().contains("\u{9b}2J\\nok second\u{202e}driht"), "{said}");
+        }
+    }
+}
+
 #[test]
 fn nix_is_not_told() {
     let mut pair = Pair::new();
@@ -381,10 +484,11 @@ fn trackers() {
     let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
     let daemon = Daemon::start(&host, &flags);
     // Closed at the router, with a word to who knocks and without.
-    let remedy = doctor(&host, &[]).is("address", &["203.0.113.1:12304", "refused", "forward TCP", "--announce-addr"]);
+    let words = ["203.0.113.1:12304 is not reached from", "forward TCP", "--announce-addr"];
+    let remedy = doctor(&host, &[]).is("address", &words);
     assert!(remedy.contains("router"));
     home.router.net("iptables -A INPUT -i eth0 -p tcp --dport 12304 -j DROP");
-    doctor(&host, &[]).is("address", &["203.0.113.1:12304", "timed out"]);
+    doctor(&host, &[]).is("address", &words);
     home.forward("tcp", PORT, &host, PORT);
     let found = doctor(&host, &[]);
     found.is_well();

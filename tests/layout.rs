@@ -9,7 +9,10 @@ const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 /// missing here but would be right points from a higher line to a lower one.
 const MAY_USE: &[(&str, &[&str])] = &[
     ("main", &["cli", "commands", "daemon", "service"]),
-    ("commands", &["cli", "config", "interfaces", "nix", "peers", "service", "share", "store", "wire"]),
+    (
+        "commands",
+        &["cli", "config", "interfaces", "key_file", "nix", "peers", "service", "share", "status", "store", "wire"],
+    ),
     ("cli", &["config", "nix", "wire"]),
     (
         "daemon",
@@ -19,6 +22,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "http",
             "identity",
             "interfaces",
+            "key_file",
             "lookup",
             "nix",
             "peers",
@@ -43,6 +47,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("sockets", &["config", "interfaces"]),
     ("identity", &["wire"]),
     ("interfaces", &[]),
+    ("key_file", &[]),
     ("on_drop", &[]),
     ("seldom", &[]),
     ("service", &[]),

@@ -373,6 +373,10 @@ fn a_public_key_file_is_read_by_nix_and_not_by_the_evaluation() {
     assert_eq!(setting(&machine, unit, "UMask"), "0022");
     assert_eq!(setting(&machine, unit, "RemainAfterExit"), "true");
     assert_eq!(setting(&machine, unit, "CapabilityBoundingSet"), "");
+    // nix-daemon reads its configuration when it starts: with another file it has to start again.
+    assert_eq!(machine["restartTriggers"]["nix-daemon"], json!(["/run/secrets/50 %.pub"]));
+    let without = &peerix("")["restartTriggers"];
+    assert!(without.is_object() && without["nix-daemon"].is_null());
     // peerix takes them from there: as a credential of its own, a missing file kept it from starting.
     assert!(has(&machine, "--trusted-public-key-file=/run/peerix-public-key/keys"));
     assert_eq!(settings(&machine, "peerix.service", "LoadCredential"), [""; 0]);
@@ -405,7 +409,8 @@ fn a_public_key_file_beside_the_configuration_goes_with_the_system() {
 
 #[test]
 fn peers_are_held_to_the_keys_that_nix_trusts() {
-    let machine = peerix("nix.settings.extra-trusted-public-keys = [ \"own-1:BBBB\" ];");
+    // A key may be named in more than one place; it is one.
+    let machine = peerix("nix.settings.extra-trusted-public-keys = [ \"own-1:BBBB\" \"own-1:BBBB\" ];");
     let keys = |machine: &Value| {
         let arguments = arguments(machine, "peerix.service").into_iter();
         arguments.filter(|argument| argument.starts_with("--trusted-public-key")).collect::<Vec<_>>()
@@ -415,6 +420,13 @@ fn peers_are_held_to_the_keys_that_nix_trusts() {
     // A Nix that takes paths without signatures is not kept from them.
     let trusting = "nix.settings.require-sigs = (import ./tests/module/lib.nix).mkForce false;";
     assert_eq!(keys(&peerix(&format!("{trusting} services.peerix.publicKeyFile = \"/k\";"))), [""; 0]);
+}
+
+/// Without the overlay, nixpkgs knows no peerix.
+#[test]
+fn the_package_is_built_where_nixpkgs_has_none() {
+    let built = eval("toString (import ./tests/module/eval.nix).fallback");
+    assert_eq!(built, json!(format!("{ROOT}/nix/package.nix")));
 }
 
 #[test]

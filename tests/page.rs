@@ -231,6 +231,8 @@ fn nobody_else_is_told_and_no_page_of_another_name() {
         // What tells nothing stays open: Nix takes a cache without it for broken, and a 403 for a path that is not there.
         assert_eq!(ask(host, "/nix-cache-info", ""), 200);
     }
+    // Of two names the first was looked at, whichever one a proxy goes by.
+    assert_eq!(ask("127.0.0.1\r\nHost: evil.example", "/status.json", ""), 400);
     assert_eq!(ask("127.0.0.1:12304", &narinfo, "Sec-Fetch-Site: cross-site\r\nSec-Fetch-Mode: no-cors\r\n"), 403);
     assert!(daemon.log().contains("evil.example"), "nobody is told why");
     // Real Nix, by each name that may be in nix.conf.
@@ -241,8 +243,12 @@ fn nobody_else_is_told_and_no_page_of_another_name() {
     }
 
     // A page whose name was given this machine's address after it was loaded, and one that stays where it is.
-    let rules = format!("--host-resolver-rules=MAP evil.example 127.0.0.1, MAP wicked.example {}", neighbour.address);
-    let mut browser = Browser::start(&node, &[&rules]);
+    let rules = format!(
+        "--host-resolver-rules=MAP evil.example 127.0.0.1, MAP wider.example {}, MAP wicked.example {}",
+        node.address, neighbour.address
+    );
+    // Chromium without a window has no languages of its own; with one it has the desktop's.
+    let mut browser = Browser::start(&node, &[&rules, "--accept-lang=en-US"]);
     browser.open(&format!("http://evil.example:{PORT}/status.json"));
     let said = browser.text("document.body.innerText");
     assert!(said.contains("not under this name") && !said.contains("uptime"), "{said}");
@@ -252,6 +258,23 @@ fn nobody_else_is_told_and_no_page_of_another_name() {
         let read = format!("fetch({url:?}).then(answer => answer.text(), () => 'refused')");
         assert_eq!(browser.text(&read), "refused", "{url}");
     }
+    // Nor what neighbours may have: one whose name was given the address that they ask, and any that knows that address.
+    let there = format!("{}:{PORT}", node.address);
+    browser.open(&format!("http://wider.example:{PORT}/nix-cache-info"));
+    assert!(browser.text("document.body.innerText").contains("StoreDir"), "it is another origin's page");
+    for url in [narinfo.clone(), narinfo.replace("/store", "/local"), format!("http://{there}{narinfo}")] {
+        let read = format!("fetch({url:?}).then(answer => String(answer.status), () => 'refused')");
+        let answer = browser.text(&read);
+        assert!(["403", "refused"].contains(&&*answer), "{url}: {answer}");
+        // Whether a script comes tells as much as what is in it.
+        let load = "new Promise(done => { const script = document.createElement('script'); script.onload = () =>
+            done('it is there'); script.onerror = () => done('nothing'); script.src = URL_; document.body.append(script); })";
+        assert_eq!(browser.text(&load.replace("URL_", &format!("{url:?}"))), "nothing", "{url}");
+    }
+    for from in [&node, &neighbour] {
+        assert_eq!(http::get(from, (node.address, PORT), &narinfo).unwrap().status, 200, "programs may have it");
+    }
+    browser.open("http://wicked.example/");
     let framed = "new Promise(done => { const frame = document.createElement('iframe'); frame.onload = () =>
         done(String(frame.contentDocument === null)); frame.src = URL_; document.body.append(frame); })";
     assert_eq!(browser.text(&framed.replace("URL_", &format!("{:?}", page()))), "true");

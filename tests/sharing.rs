@@ -276,7 +276,7 @@ fn no_header_makes_a_stranger_somebody_else() {
         let mut connection = Connection::new(scene.stranger.connect(scene.node()).unwrap()).unwrap();
         let headers = format!(
             "X-Forwarded-For: {address}\r\nForwarded: for={address}\r\nX-Real-IP: {address}\r\nClient-IP: {address}\r\n\
-             X-Client-IP: {address}\r\nTrue-Client-IP: {address}\r\nVia: 1.1 {address}\r\nOrigin: http://{address}\r\n"
+             X-Client-IP: {address}\r\nTrue-Client-IP: {address}\r\nVia: 1.1 {address}\r\nReferer: http://{address}\r\n"
         );
         for route in scene.routes(absent) {
             assert_eq!(connection.ask("GET", &route, &headers).unwrap().status, 404, "{address}: {route}");

@@ -1,15 +1,16 @@
 //! The tracker as a process: what it answers to peers of the original, to peers with keys, and to those who mean harm;
 //! what survives its death; how many it can have.
 //!
-//! On loopback, whose addresses stand for as many machines.
+//! On loopback, whose addresses stand for as many machines; but for `/reach`, which is about a network.
 
 mod common;
 
-use common::http::{Answer, Connection};
+use common::http::{Answer, Connection, Reply, Server};
 use common::solo::{
     Solo, TempDir, announce, clock, fresh_source, identity, post, signed_announce, signed_filter_headers, stamp,
 };
-use common::{SOON, wait_for};
+use common::tracker::Tracker;
+use common::{Lan, PORT, SOON, wait_for};
 use peerix::nix::{HashPart, nix32};
 use peerix::wire::filter::Filter;
 use peerix::wire::tracker::{Identity, Proof, Statement};
@@ -562,6 +563,44 @@ fn targets_and_methods_that_there_are_not() {
     transfer(&tracker, (id, None), "b", 7);
     let reputation = tracker.get("/reputation/ein%20peer%2F%C3%A9");
     assert_eq!((reputation["peer_id"].as_str(), reputation["total_shared"].as_u64()), (Some(id), Some(7)));
+}
+
+/// What it answered told who shares an address which of its ports are open, one asker could take all the tries at once, and
+/// a proxy's ports were tried for whoever came through it.
+#[test]
+fn whether_a_node_is_reached() {
+    let lan = Lan::new();
+    let tracker = Tracker::start(lan.host("tracker"));
+    let (node, other) = (lan.host("node"), lan.host("other"));
+    let at = (tracker.host.address, common::tracker::PORT);
+    let connect = || Connection::new(node.connect(at).unwrap()).unwrap();
+    let target = format!("/reach/{PORT}");
+    let ask = |fields: &str| connect().ask("GET", &target, fields).unwrap();
+    let said = |reached: bool| format!("{{\"addr\":\"{}\",\"port\":{PORT},\"reached\":{reached}}}", node.address);
+
+    is(&ask(""), 200, &said(false));
+    let server = |body: &'static [u8]| Server::start(node.listen(PORT), move |_| Reply::Whole(200, body.to_vec()));
+    let program = server(b"hello");
+    is(&ask(""), 200, &said(false));
+    drop(program);
+    let peerix = server(b"StoreDir: /nix/store\nWantMassQuery: 1\nPriority: 20\n");
+    is(&ask(""), 200, &said(true));
+    for field in ["X-Forwarded-For: 10.0.0.1", "Forwarded: for=10.0.0.1", "X-Real-IP: 10.0.0.1", "Via: 1.1 proxy"] {
+        assert!(error(&ask(&format!("{field}\r\n")), 400).contains("proxy"), "{field}");
+    }
+
+    // Nothing answers: while that is waited for, this address waits, and no other does.
+    node.net(&format!("iptables -A INPUT -p tcp --dport {PORT} -j DROP"));
+    let mut both = [connect(), connect()];
+    let request = format!("GET {target} HTTP/1.1\r\nHost: tracker\r\n\r\n");
+    both.iter_mut().for_each(|connection| connection.send(request.as_bytes()).unwrap());
+    let mut elsewhere = Connection::new(other.connect(at).unwrap()).unwrap();
+    assert_eq!(elsewhere.ask("GET", &target, "").unwrap().status, 200);
+    let mut answers = both.map(|mut connection| connection.answer(true).unwrap());
+    answers.sort_by_key(|answer| answer.status);
+    is(&answers[0], 200, &said(false));
+    assert!(error(&answers[1], 429).contains("one at a time") && answers[1].header("retry-after").is_some());
+    drop(peerix);
 }
 
 #[test]

@@ -37,8 +37,14 @@ const MAX_UPLOADS: usize = 8;
 /// Who finds no room for a filter is told to come again after so many seconds.
 const UPLOAD_RETRY: u64 = 2;
 
-/// Nodes that are tried to be reached at once, each by a thread that waits.
+/// Who finds no room to be tried comes again after so many seconds: a try takes no longer.
+const REACH_RETRY: u64 = 2;
+
+/// Nodes that are tried to be reached at once, each by a thread that waits; one of each address.
 const MAX_REACHES: usize = 16;
+
+/// What proxies add to the requests that they pass on. The address is then the proxy's.
+const FORWARDED: [&str; 4] = ["forwarded", "x-forwarded-for", "x-real-ip", "via"];
 
 /// Who is refused for want of room or for the database, after so many.
 const FULL_RETRY: u64 = 60;
@@ -137,8 +143,6 @@ struct ReachBody {
     addr: IpAddr,
     port: u16,
     reached: bool,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    error: Option<String>,
 }
 
 #[derive(Serialize)]
@@ -197,7 +201,8 @@ pub struct Api {
     limits: Limits,
     metrics: Metrics,
     uploads: AtomicUsize,
-    reaches: AtomicUsize,
+    /// Whose nodes are tried now.
+    reaches: Mutex<Vec<u128>>,
     list: Mutex<List>,
     faults: Seldom,
 }
@@ -329,7 +334,7 @@ impl Api {
             limits: Limits::default(),
             metrics: Metrics::default(),
             uploads: AtomicUsize::new(0),
-            reaches: AtomicUsize::new(0),
+            reaches: Mutex::default(),
             list: Mutex::default(),
             faults: Seldom::default(),
         }
@@ -356,7 +361,7 @@ impl Api {
                 json(&ReputationBody::new(Some(&id), &self.ledger.reputation(&id)?))
             }
             Route::Health => self.ledger.probe().map_err(Refusal::from).and_then(|()| status("ok")),
-            Route::Reach(port) => self.reach(port, from),
+            Route::Reach(port) => self.reach(port, request, from),
             Route::Metrics => Ok(Answer::Text(self.metrics.page(self.table.counts(), self.ledger.numbers()))),
         }
     }
@@ -482,21 +487,34 @@ impl Api {
         Ok(answer)
     }
 
-    fn reach(&self, port: &str, from: IpAddr) -> Outcome {
+    fn reach(&self, port: &str, request: &Request<'_>, from: IpAddr) -> Outcome {
         let port = port.parse().ok().filter(|port| *port != 0);
         let port: u16 = port.ok_or_else(|| Refusal::new(400, "port: not from 1 to 65535"))?;
         if !can_be_peer(from) {
             return Err(Refusal::new(400, format!("no other peer can reach {from}")));
         }
-        let reaches = self.reaches.fetch_add(1, Ordering::Relaxed);
-        let _permit = OnDrop::new(|| {
-            self.reaches.fetch_sub(1, Ordering::Relaxed);
-        });
-        if reaches >= MAX_REACHES {
-            return Err(Refusal::later(503, "too many at once", UPLOAD_RETRY));
+        if FORWARDED.iter().any(|field| request.has(field)) {
+            return Err(Refusal::new(400, "asked through a proxy, which is what would be reached"));
         }
-        let error = reach::ask((from, port).into()).err().map(|e| e.to_string());
-        json(&ReachBody { addr: from, port, reached: error.is_none(), error })
+        let reaches = || self.reaches.lock().unwrap_or_else(PoisonError::into_inner);
+        let asker = address::household(from);
+        {
+            let mut reaches = reaches();
+            if reaches.contains(&asker) {
+                return Err(Refusal::later(429, "one at a time", REACH_RETRY));
+            }
+            if reaches.len() >= MAX_REACHES {
+                return Err(Refusal::later(503, "too many at once", REACH_RETRY));
+            }
+            reaches.push(asker);
+        }
+        let _permit = OnDrop::new(|| reaches().retain(|other| *other != asker));
+        // Not why: whoever shares the address, as behind a router, would learn which of its ports are open.
+        let reached = reach::ask((from, port).into());
+        if let Err(e) = &reached {
+            log::debug!("{from}: port {port} is not reached: {e}");
+        }
+        json(&ReachBody { addr: from, port, reached: reached.is_ok() })
     }
 
     fn begin_transfers(&self, body: TransferInit, from: IpAddr) -> Outcome {

@@ -3,12 +3,13 @@
 //! Nothing is bad here that may be as its user wants it: a network without peers is a note, a peer that is heard and
 //! cannot be fetched from is not.
 
+use super::listener;
 use super::nix::{self, Settings};
 use super::peers::NO_PATH;
 use super::probe::{self, Http};
-use super::report::{Report, State};
-use super::status::period;
-use super::{Node, get, get_within, list, text};
+use super::report::Report;
+use super::shell::quote;
+use super::{Node, get, get_within, list, long, text};
 use crate::cli::{self, Command};
 use crate::config::{Config, DEFAULT_PORT};
 use crate::interfaces::{Interfaces, is_private};
@@ -69,13 +70,14 @@ fn daemon(report: &mut Report, asked: &Config) -> Option<Node> {
     let node = match Node::find(asked) {
         Ok(node) => node,
         Err(e) => {
-            let remedy = match running_on().filter(|port| *port != asked.port) {
-                Some(port) => format!("one runs on port {port}: peerix doctor --port {port}"),
-                None => format!(
+            let whose = format!("whose the port is: ss -ltnp 'sport = :{}'", asked.port);
+            let elsewhere = running_on().filter(|port| *port != asked.port);
+            let remedy = match (listener::stranger(asked.port), elsewhere) {
+                (Some(uid), _) => format!("if peerix runs as that user: sudo -u '#{uid}' peerix doctor\n{whose}"),
+                (None, Some(port)) => format!("one runs on port {port}: peerix doctor --port {port}"),
+                (None, None) => format!(
                     "systemctl start peerix.socket peerix.service\n\
-                     if it does not stay: journalctl -u peerix -n 20\n\
-                     whose the port is: ss -ltnp 'sport = :{}'",
-                    asked.port
+                     if it does not stay: journalctl -u peerix -n 20\n{whose}"
                 ),
             };
             report.fail("daemon", e, remedy);
@@ -84,13 +86,24 @@ fn daemon(report: &mut Report, asked: &Config) -> Option<Node> {
     };
     let told = &node.status["node"];
     let (version, mode) = (text(&told["version"]), text(&told["mode"]));
-    let up = period(told["uptime_seconds"].as_f64().unwrap_or_default());
+    let up = long(told["uptime_seconds"].as_f64().unwrap_or_default());
     report.ok("daemon", format!("peerix {version} runs on port {}, mode {mode}, for {up}", node.config.port));
     // Trackers are looked at below.
     for problem in list(&node.status["health"]["problems"]).iter().filter(|problem| problem["code"] != "trackers") {
-        let what = if problem["code"] == "store" { "database" } else { "daemon" };
-        let state = if problem["serious"] == true { State::Fail } else { State::Note };
-        report.add(state, what, text(&problem["text"]).to_owned());
+        let (is_store, said) = (problem["code"] == "store", text(&problem["text"]).to_owned());
+        let what = if is_store { "database" } else { "daemon" };
+        match problem["serious"] == true {
+            true if is_store => {
+                let remedy = match Store::open(place(&node.config)) {
+                    Err(e) => store_remedy(&e, &node.config.db),
+                    // This user may what the daemon's may not.
+                    Ok(_) => readable(&node.config.db),
+                };
+                report.fail(what, said, remedy);
+            }
+            true => report.fail(what, said, "systemctl restart peerix".into()),
+            false => report.note(what, said),
+        }
     }
     Some(node)
 }
@@ -110,17 +123,8 @@ fn running_on() -> Option<u16> {
 
 fn database(report: &mut Report, config: &Config) {
     let (db, uid) = (config.db.display(), uid());
-    let place = StoreConfig { store_dir: config.store_dir.clone(), db: config.db.clone() };
-    match Store::open(place) {
-        Err(e) => {
-            let remedy = match &e {
-                StoreError::Unreadable { .. } => readable(&config.db),
-                StoreError::Asleep { .. } => "systemctl enable --now nix-daemon.socket".into(),
-                StoreError::Missing { .. } => "install Nix, or name the place by --db FILE".into(),
-                _ => "nix-store --verify".into(),
-            };
-            report.fail("database", e.to_string(), remedy);
-        }
+    match Store::open(place(config)) {
+        Err(e) => report.fail("database", e.to_string(), store_remedy(&e, &config.db)),
         // Daemons are other users.
         Ok(_) if uid == 0 && !is_readable(&config.db) => {
             report.fail(
@@ -130,6 +134,26 @@ fn database(report: &mut Report, config: &Config) {
             );
         }
         Ok(_) => report.ok("database", format!("{db} can be read by this user ({uid})")),
+    }
+}
+
+fn place(config: &Config) -> StoreConfig {
+    StoreConfig { store_dir: config.store_dir.clone(), db: config.db.clone() }
+}
+
+fn store_remedy(e: &StoreError, db: &Path) -> String {
+    let file = quote(&db.display().to_string());
+    match e {
+        StoreError::Unreadable { .. } => readable(db),
+        StoreError::Asleep { .. } => "systemctl enable --now nix-daemon.socket".into(),
+        StoreError::Missing { .. } => "install Nix, or name the place by --db FILE".into(),
+        StoreError::Busy { .. } => format!("whose lock it is: fuser -v {file}"),
+        StoreError::Database { .. } => {
+            format!(
+                "what is wrong with it: sqlite3 {file} 'pragma integrity_check'\nif it is damaged, put it back from a backup"
+            )
+        }
+        _ => "nix-store --verify".into(),
     }
 }
 
@@ -144,7 +168,7 @@ fn is_readable(file: &Path) -> bool {
 }
 
 fn readable(db: &Path) -> String {
-    format!("chmod -R o+rX {}", db.parent().unwrap_or(db).display())
+    format!("chmod -R o+rX {}", quote(&db.parent().unwrap_or(db).display().to_string()))
 }
 
 /// Files that nobody else may read.
@@ -152,12 +176,13 @@ fn secrets(report: &mut Report, config: &Config) {
     let identity = config.state_dir.as_ref().map(|dir| dir.join("identity"));
     for file in config.private_key.iter().chain(identity.iter()) {
         let name = file.display();
+        let word = quote(&name.to_string());
         match fs::metadata(file) {
             // Group rights are how systemd lets a service read its credentials.
             Ok(meta) if meta.permissions().mode() & 0o007 != 0 => {
                 let remedy = match file.starts_with("/nix/store") {
-                    true => format!("install -m 600 {name} /etc/nix/peerix.sec, name that file, and make another key"),
-                    false => format!("chmod 600 {name}"),
+                    true => format!("install -m 600 {word} /etc/nix/peerix.sec, name that file, and make another key"),
+                    false => format!("chmod 600 {word}"),
                 };
                 report.fail(
                     "secret",
@@ -202,13 +227,14 @@ fn nix_conf(report: &mut Report, config: &Config) -> Option<Settings> {
     if let Some(after) = nix::outdated() {
         let text = format!(
             "nix.conf was written {} after nix-daemon had started, which goes by the old one",
-            period(after as f64)
+            long(after as f64)
         );
         report.fail("nix-daemon", text, "systemctl restart nix-daemon".into());
     }
     let known = settings.words("trusted-public-keys");
     for key in config.trusted_public_keys.iter().map(ToString::to_string).filter(|key| !known.contains(&key.as_str())) {
-        let conf = format!("echo 'extra-trusted-public-keys = {key}' >> /etc/nix/nix.conf");
+        let conf = quote(&format!("extra-trusted-public-keys = {key}"));
+        let conf = format!("echo {conf} >> /etc/nix/nix.conf");
         report.fail("keys", format!("peerix accepts what {key} signed, and Nix does not"), conf);
     }
     Some(settings)
@@ -414,7 +440,8 @@ fn trackers(report: &mut Report, config: &Config) {
             Ok(answer) if answer.status < 500 => answer,
             other => {
                 let why = other.map_or_else(|e| e, |answer| format!("status {}", answer.status));
-                let remedy = format!("on that machine: systemctl status peerix-tracker\nfrom here: curl {url}/health");
+                let curl = format!("curl {}", quote(&format!("{url}/health")));
+                let remedy = format!("on that machine: systemctl status peerix-tracker\nfrom here: {curl}");
                 report.fail("tracker", format!("{url} does not answer: {why}"), remedy);
                 continue;
             }
@@ -427,7 +454,7 @@ fn trackers(report: &mut Report, config: &Config) {
                 ..CLOCK => report.ok("clock", "it agrees with the tracker's".into()),
                 off => {
                     let way = if here < there { "behind" } else { "ahead of" };
-                    let text = format!("this machine's is {} {way} that of {url}", period(off as f64));
+                    let text = format!("this machine's is {} {way} that of {url}", long(off as f64));
                     report.fail("clock", text, "timedatectl set-ntp true, on whichever of the two is wrong".into());
                 }
             }
@@ -473,5 +500,5 @@ fn outside(report: &mut Report, tracker: &str, host: Option<&str>, port: u16) {
         "on the router: forward TCP (and UDP) port {port} to this machine\nhere: {}\nif the router has another port for it: --announce-addr HOST:PORT",
         open_port("tcp", port)
     );
-    report.fail("address", format!("{at} is not reached from {tracker}: {}", text(&told["error"])), remedy);
+    report.fail("address", format!("{at} is not reached from {tracker}"), remedy);
 }

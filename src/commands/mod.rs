@@ -5,18 +5,21 @@
 //! again here. Only `doctor` can do without it.
 
 mod doctor;
+mod listener;
 mod nix;
 mod peers;
 mod probe;
 mod report;
+mod shell;
 mod status;
 mod why;
 
 use crate::cli::{self, Ask, Command, What};
 use crate::config::Config;
+use crate::key_file;
 use crate::nix::PublicKey;
+use crate::status::text::{bytes, long, short};
 use serde_json::Value;
-use std::fs;
 use std::io::Read;
 use std::time::{Duration, SystemTime};
 use ureq::Agent;
@@ -28,9 +31,6 @@ const HTTP_TIMEOUT: Duration = Duration::from_secs(2);
 /// And for the daemon's status. One that is ill has a reason to tell, once it has waited 5 s for its database and 2 s for
 /// its discovery.
 const STATUS_TIMEOUT: Duration = Duration::from_secs(8);
-
-/// As much of a key file as is read; the daemon takes no longer ones.
-const MAX_KEY_FILE: u64 = 4096;
 
 /// An answer's body: the status of a node with 200 lookups and 256 peers, or a tracker's list of 1,000 peers, has 300 KiB.
 const MAX_ANSWER: u64 = 4 << 20;
@@ -74,6 +74,9 @@ struct Node {
 impl Node {
     /// Asks the daemon on the port that `asked` names.
     fn find(asked: &Config) -> Result<Node, String> {
+        if let Some(uid) = listener::stranger(asked.port) {
+            return Err(format!("user {uid} listens on port {}, whom root does not take at their word", asked.port));
+        }
         let url = format!("http://127.0.0.1:{}/status.json", asked.port);
         let answer =
             get_within(&url, STATUS_TIMEOUT).map_err(|e| format!("no peerix answers on port {}: {e}", asked.port))?;
@@ -92,11 +95,7 @@ impl Node {
         };
         // The daemon has checked them.
         for file in &config.trusted_public_key_files {
-            // What answers on the port may be anybody's: nothing is waited for, or read without end.
-            if !fs::metadata(file).is_ok_and(|meta| meta.is_file() && meta.len() <= MAX_KEY_FILE) {
-                continue;
-            }
-            let text = fs::read_to_string(file).unwrap_or_default();
+            let text = key_file::read(file).unwrap_or_default();
             config.trusted_public_keys.extend(text.split_whitespace().filter_map(|key| PublicKey::parse(key).ok()));
         }
         Ok(Node { config, status })

@@ -1,5 +1,6 @@
 //! Nix, as its users run it: its settings, and what it remembers of binary caches. The daemon never does this; commands may.
 
+use super::shell::quote;
 use crate::nix::{PathInfo, PublicKey, StoreDir, is_content_addressed};
 use crate::share::UPSTREAM_KEY;
 use rusqlite::{Connection, OpenFlags};
@@ -213,7 +214,7 @@ pub fn order(settings: &Settings) -> Vec<(String, String)> {
 pub fn set(conf: &str, nixos: &str) -> String {
     match Path::new("/etc/NIXOS").exists() {
         true => format!("nix.settings.{nixos}"),
-        false => format!("echo '{conf}' >> /etc/nix/nix.conf && systemctl try-restart nix-daemon"),
+        false => format!("echo {} >> /etc/nix/nix.conf && systemctl try-restart nix-daemon", quote(conf)),
     }
 }
 
@@ -250,7 +251,7 @@ pub fn trust(info: &PathInfo, who: &str) -> String {
 
 /// How Nix comes to ask for a path again.
 pub fn ask_again(path: &str) -> String {
-    format!("nix-store --realise --option narinfo-cache-negative-ttl 0 {path}")
+    format!("nix-store --realise --option narinfo-cache-negative-ttl 0 {}", quote(path))
 }
 
 /// When nix-daemon was started, if it runs, and `nix.conf` was written after that: how many seconds after.

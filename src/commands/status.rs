@@ -1,7 +1,7 @@
 //! `peerix status`: what the daemon tells of itself, in a terminal.
 
 use super::report::{print, say};
-use super::{NO, Node, YES, list, text};
+use super::{NO, Node, YES, list, long, short, text};
 use crate::service::clean;
 use serde_json::Value;
 
@@ -22,13 +22,13 @@ pub fn run(node: &Node, json: bool) -> u8 {
 fn shown(status: &Value) -> String {
     let (node, mut out) = (&status["node"], String::new());
     let now = status["time"].as_f64().unwrap_or_default();
-    let ago = |then: &Value| then.as_f64().map_or("never".to_owned(), |then| format!("{} ago", period(now - then)));
+    let ago = |then: &Value| then.as_f64().map_or("never".to_owned(), |then| format!("{} ago", long(now - then)));
     let mut line = |text: String| {
         out.push_str(&clean(&text));
         out.push('\n');
     };
     let (name, version, mode) = (text(&node["name"]), text(&node["version"]), text(&node["mode"]));
-    let up = period(number(&node["uptime_seconds"]));
+    let up = long(number(&node["uptime_seconds"]));
     line(format!("{name}: peerix {version}, mode {mode}, port {}, up {up}", node["port"]));
     line(text(&node["shares"]).to_owned());
     for problem in list(&status["health"]["problems"]) {
@@ -47,14 +47,14 @@ fn shown(status: &Value) -> String {
     line(format!("peers: {}", peers.len() as u64 + status["peers_omitted"].as_u64().unwrap_or_default()));
     for peer in peers {
         let trip = peer["round_trip_seconds"].as_f64().or_else(|| peer["narinfo_seconds"].as_f64());
-        let trip = trip.map_or("?".into(), |seconds| format!("{:.1} ms", seconds * 1e3));
+        let trip = trip.map_or("?".into(), short);
         let (received, sent) = (bytes(&peer["received_bytes"]), bytes(&peer["sent_bytes"]));
         let (address, found_by, id) = (text(&peer["address"]), text(&peer["found_by"]), text(&peer["id"]));
         let counts = format!("{} hits, {} failures", peer["hits"], peer["failures"]);
         let heard = ago(&peer["last_heard"]);
         line(format!("  {address} {id} by {found_by}, heard {heard}, {trip}, {counts}, {received} in, {sent} out"));
         if let Some(until) = peer["avoided"]["until"].as_f64() {
-            line(format!("    avoided for {}: {}", period(until - now), text(&peer["avoided"]["reason"])));
+            line(format!("    avoided for {}: {}", long(until - now), text(&peer["avoided"]["reason"])));
         }
     }
     let transfers = list(&status["transfers"]);
@@ -72,9 +72,10 @@ fn shown(status: &Value) -> String {
         if totals.is_object() {
             let (hits, misses) = (&totals["hits"], &totals["misses"]);
             let (lan, wan) = (bytes(&totals["received_lan_bytes"]), bytes(&totals["received_wan_bytes"]));
-            let sent = (number(&totals["sent_lan_bytes"]) + number(&totals["sent_wan_bytes"])).into();
-            let saved = period(number(&totals["upstream_seconds"]));
-            let sent = bytes(&sent);
+            let sent =
+                [&totals["sent_lan_bytes"], &totals["sent_wan_bytes"]].map(|bytes| bytes.as_u64().unwrap_or_default());
+            let saved = long(number(&totals["upstream_seconds"]));
+            let sent = super::bytes(sent.iter().fold(0, |all, bytes| all.saturating_add(*bytes)));
             line(format!(
                 "  {title}: {hits} hits, {misses} misses; {lan} from the LAN, {wan} from further; {sent} sent"
             ));
@@ -87,8 +88,8 @@ fn shown(status: &Value) -> String {
     for lookup in lookups.iter().take(LOOKUPS) {
         let what = format!("{}-{}", text(&lookup["hash_part"]), lookup["name"].as_str().unwrap_or("?"));
         let came = if lookup["hit"] == true { text(&lookup["peer"]) } else { text(&lookup["miss"]["text"]) };
-        let took = number(&lookup["seconds"]) * 1e3;
-        line(format!("  {} {what} {took:.1} ms: {came}", if lookup["hit"] == true { "hit " } else { "miss" }));
+        let took = short(number(&lookup["seconds"]));
+        line(format!("  {} {what} {took}: {came}", if lookup["hit"] == true { "hit " } else { "miss" }));
     }
     out
 }
@@ -97,24 +98,6 @@ fn number(value: &Value) -> f64 {
     value.as_f64().unwrap_or_default()
 }
 
-/// Bytes as a person counts them.
 fn bytes(value: &Value) -> String {
-    let mut amount = number(value);
-    for unit in ["B", "KiB", "MiB", "GiB"] {
-        if amount < 1024.0 {
-            return format!("{amount:.0} {unit}");
-        }
-        amount /= 1024.0;
-    }
-    format!("{amount:.1} TiB")
-}
-
-/// A time in seconds, as a person counts it.
-pub fn period(seconds: f64) -> String {
-    match seconds.max(0.0) as u64 {
-        s @ 0..120 => format!("{s} s"),
-        s @ 120..7200 => format!("{} min", s / 60),
-        s @ 7200..172_800 => format!("{} h", s / 3600),
-        s => format!("{} days", s / 86400),
-    }
+    super::bytes(value.as_u64().unwrap_or_default())
 }

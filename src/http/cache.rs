@@ -48,8 +48,8 @@ pub struct Cache {
 pub enum Failure {
     /// 400, 403, 404 or 405.
     Refused(Refusal),
-    /// 403: a web page may have asked.
-    Suspect,
+    /// 403: a web page may have asked; what is said of it.
+    Suspect(&'static str),
     /// 416, of so many bytes.
     Unsatisfiable(u64),
     /// Too many long answers at once.
@@ -84,8 +84,9 @@ impl Handler for Cache {
         let scope = self.share.scope(request.asker.ip());
         let route = route(request.method, request.target, scope, self.share.serves(scope)).ok()?;
         let Route::OwnNarinfo(hash_part, view) = &route else { return None };
-        // What strangers may have, upstream may have to be asked.
-        if scope == Scope::Wan || self.keep_pages_out(&route, request, scope).is_err() {
+        // What strangers may have, upstream may have to be asked; and whether this machine is meant, a file.
+        let waits = scope == Scope::Wan || browser::is_under_a_name(request);
+        if waits || self.keep_pages_out(&route, request, scope).is_err() {
             return None;
         }
         Some(match self.store.path_info_at_once(hash_part)? {
@@ -118,7 +119,7 @@ impl Handler for Cache {
         match failure {
             Failure::Refused(Refusal::Malformed) => exchange.say(400, "bad request"),
             Failure::Refused(Refusal::Forbidden) => exchange.say(403, "not for this address"),
-            Failure::Suspect => exchange.say(403, "not under this name; ask for 127.0.0.1, localhost or [::1]"),
+            Failure::Suspect(line) => exchange.say(403, line),
             Failure::Refused(Refusal::NotThere) => exchange.say(404, NOT_FOUND),
             Failure::Refused(Refusal::Method) => {
                 let fields = [("Allow", "GET, HEAD"), ("Content-Type", "text/plain; charset=utf-8")];
@@ -145,11 +146,15 @@ impl Handler for Cache {
 }
 
 impl Cache {
-    /// What this machine may have, a web page in a browser of it must not. The greeting tells nothing, and without it Nix
+    /// What a machine may have, a web page in a browser of it must not. The greeting tells nothing, and without it Nix
     /// would take the cache for broken; a 403 is for it a path that is not there.
     fn keep_pages_out(&self, route: &Route, request: &Request<'_>, scope: Scope) -> Result<(), Failure> {
-        if scope != Scope::ThisMachine || matches!(route, Route::CacheInfo(_)) {
+        if matches!(route, Route::CacheInfo(_)) {
             return Ok(());
+        }
+        if scope != Scope::ThisMachine {
+            let is_browser = browser::is_browser(request);
+            return if is_browser { Err(Failure::Suspect("not for browsers; ask with nix or curl")) } else { Ok(()) };
         }
         let Some(why) = browser::is_suspect(request, matches!(route, Route::Status(_))) else { return Ok(()) };
         self.warn(format_args!(
@@ -157,7 +162,7 @@ impl Cache {
              127.0.0.1, or put the name into /etc/hosts",
             why.escape_debug()
         ));
-        Err(Failure::Suspect)
+        Err(Failure::Suspect("not under this name; ask for 127.0.0.1, localhost or [::1]"))
     }
 
     fn answer(

@@ -37,6 +37,11 @@ impl Request<'_> {
         let field = self.fields.iter().find(|f| f.name.eq_ignore_ascii_case(name))?;
         std::str::from_utf8(field.value).ok()
     }
+
+    /// Whether there is such a field, whatever its value.
+    pub fn has(&self, name: &str) -> bool {
+        self.fields.iter().any(|f| f.name.eq_ignore_ascii_case(name))
+    }
 }
 
 /// Why a head is refused.
@@ -123,6 +128,7 @@ pub fn parse<T>(head: &[u8], asker: SocketAddr, then: impl FnOnce(Result<Request
             return Err(BadHead::Malformed("request line incomplete"));
         };
         let body_len = body_length(request.headers)?;
+        check_host(request.headers)?;
         let close = request.headers.iter().any(|f| {
             f.name.eq_ignore_ascii_case("connection") && f.value.to_ascii_lowercase().windows(5).any(|w| w == b"close")
         });
@@ -167,12 +173,25 @@ fn body_length(fields: &[httparse::Header<'_>]) -> Result<u64, BadHead> {
     }
 }
 
+/// What is served under which name hangs on it. HTTP/1.1 asks for one; who sends none is no browser, and told apart by nobody.
+fn check_host(fields: &[httparse::Header<'_>]) -> Result<(), BadHead> {
+    let mut hosts = fields.iter().filter(|f| f.name.eq_ignore_ascii_case("host"));
+    let host = hosts.next().map_or(&[][..], |f| f.value);
+    // RFC 3986: unreserved, percent-encoded, delimiters, brackets of an IPv6 address, and the colon before a port.
+    let may_be = |b: &u8| b.is_ascii_alphanumeric() || b"-._~%!$&'()*+,;=:[]".contains(b);
+    match hosts.next() {
+        Some(_) => Err(BadHead::Malformed("two Hosts")),
+        None if host.iter().all(may_be) => Ok(()),
+        None => Err(BadHead::Malformed("Host")),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn with<T>(head: &str, then: impl FnOnce(Result<Request<'_>, BadHead>) -> T) -> T {
-        parse(head.as_bytes(), "127.0.0.1:1".parse().unwrap(), then)
+    fn with<T>(head: impl AsRef<[u8]>, then: impl FnOnce(Result<Request<'_>, BadHead>) -> T) -> T {
+        parse(head.as_ref(), "127.0.0.1:1".parse().unwrap(), then)
     }
 
     #[test]
@@ -201,6 +220,12 @@ mod tests {
             "POST / HTTP/1.1\r\nContent-Length: -1\r\n\r\n",
             "POST / HTTP/1.1\r\nContent-Length: 1, 1\r\n\r\n",
             "POST / HTTP/1.1\r\nContent-Length: 99999999999999999999\r\n\r\n",
+            "GET / HTTP/1.1\r\nHost: localhost\r\nHost: localhost\r\n\r\n",
+            "GET / HTTP/1.1\r\nHost: localhost\r\nhost:\r\n\r\n",
+            "GET / HTTP/1.1\r\nHost: evil.example/\r\n\r\n",
+            "GET / HTTP/1.1\r\nHost: a@localhost\r\n\r\n",
+            "GET / HTTP/1.1\r\nHost: evil localhost\r\n\r\n",
+            "GET / HTTP/1.1\r\nHost: ev\u{ef}l.example\r\n\r\n",
             "GET / HTTP/2.0\r\n\r\n",
             "GET /\r\n\r\n",
             "\r\n\r\n",
@@ -210,8 +235,15 @@ mod tests {
                 assert!(matches!(request, Err(BadHead::Malformed(_))), "{head:?}");
             });
         }
+        // Bytes that are no text used to be taken for no Host at all.
+        with(b"GET / HTTP/1.1\r\nHost: ev\xefl.example\r\n\r\n", |request| {
+            assert_eq!(request.err(), Some(BadHead::Malformed("Host")));
+        });
+        for head in ["", "Host:\r\n", "Host: [::1]:12304\r\n", "Host: a_b.example:1\r\n"] {
+            with(format!("GET / HTTP/1.1\r\n{head}\r\n"), |request| assert!(request.is_ok(), "{head:?}"));
+        }
         let many = format!("GET / HTTP/1.1\r\n{}\r\n", "A: b\r\n".repeat(MAX_FIELDS + 1));
-        with(&many, |request| assert_eq!(request.err(), Some(BadHead::TooLarge)));
+        with(many, |request| assert_eq!(request.err(), Some(BadHead::TooLarge)));
     }
 
     #[test]

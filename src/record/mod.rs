@@ -52,8 +52,9 @@ impl Network {
 /// The record of this run, and of those before as far as it was kept.
 pub struct Record {
     is_on: bool,
-    started: Instant,
-    started_at: SystemTime,
+    /// When it began, by [`since_boot`] and by the clock.
+    started: Duration,
+    started_at: Mutex<SystemTime>,
     counters: Counters,
     misses: [AtomicU64; Miss::CODES.len()],
     /// How long lookups took that found something.
@@ -66,6 +67,8 @@ pub struct Record {
     pub first_byte_wan: Histogram,
     lookups: Mutex<Lookups>,
     traffic: Mutex<Traffic>,
+    /// Bytes received from and sent to peers without a series, whether they are still among the others or not.
+    others: [AtomicU64; 2],
     transfers: Mutex<BTreeMap<u64, Arc<Running>>>,
     next_id: AtomicU64,
     hours: Mutex<Hours>,
@@ -79,8 +82,8 @@ struct Kept {
     before: Saved,
     /// Whether the file may be written over.
     is_ours: bool,
-    /// What was last written.
-    written: Option<Totals>,
+    /// What was last written, and since when it counts.
+    written: Option<(u64, Totals)>,
     /// What was wrong with the file at the start.
     problem: Option<String>,
     /// Why it cannot be written now.
@@ -90,11 +93,10 @@ struct Kept {
 impl Record {
     /// An empty one.
     pub fn new() -> Self {
-        let started = Instant::now();
         Record {
             is_on: true,
-            started,
-            started_at: SystemTime::now(),
+            started: since_boot(),
+            started_at: Mutex::new(SystemTime::now()),
             counters: Counters::default(),
             misses: Default::default(),
             hit_time: Histogram::default(),
@@ -102,7 +104,8 @@ impl Record {
             first_byte_lan: Histogram::default(),
             first_byte_wan: Histogram::default(),
             lookups: Mutex::default(),
-            traffic: Mutex::new(Traffic::new(started)),
+            traffic: Mutex::new(Traffic::new(Instant::now())),
+            others: Default::default(),
             transfers: Mutex::default(),
             next_id: AtomicU64::new(1),
             hours: Mutex::default(),
@@ -115,9 +118,21 @@ impl Record {
         Record { is_on: false, ..Record::new() }
     }
 
-    /// When it began.
-    pub fn started(&self) -> (Instant, SystemTime) {
-        (self.started, self.started_at)
+    /// How long it has been kept, the machine's sleep included.
+    pub fn age(&self) -> Duration {
+        since_boot().saturating_sub(self.started)
+    }
+
+    /// When it began, by the clock that says `now`. That may have been set since, as on machines that begin in 1970.
+    pub fn started(&self, now: SystemTime) -> SystemTime {
+        let mut at = lock(&self.started_at);
+        let by_now = now.checked_sub(self.age()).unwrap_or(SystemTime::UNIX_EPOCH);
+        let off = by_now.duration_since(*at).unwrap_or_else(|e| e.duration());
+        // Not at every look another.
+        if off > CLOCK_SET {
+            *at = by_now;
+        }
+        *at
     }
 
     /// A lookup found the path at a peer, which a tracker may call `id`.
@@ -223,10 +238,14 @@ impl Record {
         lock(&self.transfers).values().cloned().collect()
     }
 
-    /// What each peer gave and took; and the bytes received from and sent to peers that are not among them any more.
-    pub fn traffic(&self) -> (Vec<(Who, Arc<Counts>)>, [u64; 2]) {
-        let traffic = lock(&self.traffic);
-        (traffic.all(), traffic.gone())
+    /// What each peer gave and took.
+    pub fn traffic(&self) -> Vec<(Who, Arc<Counts>)> {
+        lock(&self.traffic).all()
+    }
+
+    /// Bytes received from and sent to all those that ever were without a series.
+    pub fn others(&self) -> [u64; 2] {
+        self.others.each_ref().map(|bytes| bytes.load(Ordering::Relaxed))
     }
 
     /// The hours in which something happened, the oldest first.
@@ -265,8 +284,16 @@ impl Record {
         let totals = self.totals();
         let hours = lock(&self.hours).all().to_vec();
         let (dir, saved) = {
-            let kept = lock(&self.kept);
-            let Some(kept) = kept.as_ref().filter(|kept| kept.is_ours && kept.written != Some(totals)) else { return };
+            let mut kept = lock(&self.kept);
+            let Some(kept) = kept.as_mut().filter(|kept| kept.is_ours) else { return };
+            // As a clock said that was wrong.
+            let sane = FIRST..=seconds(now).saturating_add(24 * HOUR);
+            if seconds(now) >= FIRST && !sane.contains(&kept.before.since) {
+                kept.before.since = seconds(self.started(now));
+            }
+            if kept.written == Some((kept.before.since, totals)) {
+                return;
+            }
             (kept.dir.clone(), Saved::new(kept.before.since, kept.before.totals.plus(&totals), hours))
         };
         // Not while others are kept from looking.
@@ -278,7 +305,7 @@ impl Record {
                 if kept.fails.take().is_some() {
                     log::info!("counters {}: written again", dir.display());
                 }
-                kept.written = Some(totals);
+                kept.written = Some((saved.since, totals));
             }
             Err(e) => {
                 let problem = format!("{}: {e}; {NOT_KEPT}", dir.display());
@@ -299,6 +326,18 @@ impl Record {
     pub fn kept_in(&self) -> Option<PathBuf> {
         lock(&self.kept).as_ref().map(|kept| kept.dir.clone())
     }
+}
+
+/// A clock that is off by more than this was set; by less, it is kept right.
+const CLOCK_SET: Duration = Duration::from_secs(10);
+
+/// The beginning of 2020, in seconds since 1970. Nobody counted anything before that.
+const FIRST: u64 = 1_577_836_800;
+
+/// How long the machine has been up, its sleep included.
+fn since_boot() -> Duration {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+    Duration::try_from(time).unwrap_or_default()
 }
 
 /// What is said of counters that cannot be written.
@@ -333,7 +372,7 @@ mod tests {
     }
 
     fn at(second: u64) -> SystemTime {
-        SystemTime::UNIX_EPOCH + Duration::from_secs(second)
+        SystemTime::UNIX_EPOCH + Duration::from_secs(FIRST + second)
     }
 
     fn dir(name: &str) -> PathBuf {
@@ -353,7 +392,7 @@ mod tests {
         assert_eq!(&*lookups[1].result.as_ref().unwrap().name, "hello");
         assert_eq!(record.misses().find(|(code, _)| *code == "nobody"), Some(("nobody", 1)));
         assert_eq!((record.hit_time.cumulative()[15], record.miss_time.cumulative()[15]), (1, 1));
-        let (traffic, _) = record.traffic();
+        let traffic = record.traffic();
         assert_eq!((traffic.len(), traffic[0].1.id().as_deref()), (1, Some("<b>")));
     }
 
@@ -379,9 +418,30 @@ mod tests {
         let totals = record.totals();
         let counted = [Count::ReceivedLan, Count::ReceivedWan, Count::ReceivedNars, Count::SentLan, Count::SentNars];
         assert_eq!(counted.map(|count| totals.get(count)), [60, 40, 1, 7, 0]);
-        let (traffic, _) = record.traffic();
+        let traffic = record.traffic();
         let lan = traffic.iter().find(|(who, _)| who.network == Network::Lan).unwrap();
         assert_eq!((lan.1.received.load(Ordering::Relaxed), lan.1.sent.load(Ordering::Relaxed)), (60, 7));
+    }
+
+    /// What a transfer moved after its peer was forgotten was in no sum.
+    #[test]
+    fn every_byte_is_in_a_series_or_among_the_others() {
+        let record = Record::new();
+        let running: Vec<Transfer<'_>> = (0..2 * MAX_PEERS as u32)
+            .map(|number| {
+                let peer = SocketAddr::from((std::net::Ipv4Addr::from_bits(0x0a00_0000 + number), 1));
+                let transfer = record.send(path().base_name(), 10, Network::Lan, peer);
+                transfer.moved(3);
+                transfer
+            })
+            .collect();
+        running.iter().for_each(|transfer| transfer.moved(4));
+        let named = record.traffic().into_iter().filter(|(_, counts)| counts.has_series());
+        let named: u64 = named.map(|(_, counts)| counts.sent.load(Ordering::Relaxed)).sum();
+        let others = record.others();
+        assert!(named > 0 && others[0] == 0);
+        assert_eq!(named + others[1], record.totals().get(Count::SentLan));
+        assert_eq!(named + others[1], 7 * 2 * MAX_PEERS as u64);
     }
 
     #[test]
@@ -395,7 +455,7 @@ mod tests {
         transfer.moved(1);
         transfer.is_whole();
         transfer.has_failed();
-        assert!(record.transfers().is_empty() && record.lookups().is_empty() && record.traffic().0.is_empty());
+        assert!(record.transfers().is_empty() && record.lookups().is_empty() && record.traffic().is_empty());
         assert_eq!((record.totals(), record.first_byte_lan.cumulative()[15]), (Totals::default(), 0));
     }
 
@@ -408,10 +468,37 @@ mod tests {
             record.missed(&path().hash_part(), Miss::Busy, Duration::ZERO);
             record.save(at(start * 10_000));
             let (since, ever) = record.totals_ever().unwrap();
-            assert_eq!((since, ever.get(Count::Misses), record.totals().get(Count::Misses)), (10_000, start, 1));
+            let (ever, now) = (ever.get(Count::Misses), record.totals().get(Count::Misses));
+            assert_eq!((since, ever, now), (FIRST + 10_000, start, 1));
             assert_eq!(lock(&record.hours).all().len() as u64, start);
         }
         fs::remove_dir_all(&dir).unwrap();
+    }
+
+    /// A machine without a battery for its clock begins in 1970, and is told the time when it has a network: it went on to
+    /// count since 1970. Another's battery was empty, and it began in 2099.
+    #[test]
+    fn a_clock_that_was_wrong_does_not_stay() {
+        for wrong in [SystemTime::UNIX_EPOCH + Duration::from_secs(20), at(80 * 365 * 24 * HOUR)] {
+            let dir = dir("clock");
+            let record = Record::new();
+            *lock(&record.started_at) = wrong;
+            record.keep_in(&dir, wrong);
+            record.save(wrong);
+            assert_eq!(record.totals_ever().unwrap().0, seconds(wrong));
+            let now = at(365 * 24 * HOUR);
+            let started = record.started(now);
+            assert!(now.duration_since(started).unwrap() < Duration::from_secs(600), "{started:?}");
+            assert_eq!(record.started(now + Duration::from_secs(5)), started, "it is one moment");
+            // Though nothing was counted.
+            record.save(now);
+            assert_eq!(record.totals_ever().unwrap().0, seconds(started));
+            let next = Record::new();
+            next.keep_in(&dir, now);
+            next.save(SystemTime::UNIX_EPOCH);
+            assert_eq!(next.totals_ever().unwrap().0, seconds(started), "corrected by a clock that is wrong now");
+            fs::remove_dir_all(&dir).unwrap();
+        }
     }
 
     #[test]
@@ -441,7 +528,7 @@ mod tests {
         assert!(record.problem().unwrap().contains("lost"), "a person may not have seen it yet");
         let next = Record::new();
         next.keep_in(&dir, at(3));
-        assert_eq!((next.problem(), next.totals_ever().unwrap().0), (None, 1));
+        assert_eq!((next.problem(), next.totals_ever().unwrap().0), (None, FIRST + 1));
         fs::remove_dir_all(&dir).unwrap();
     }
 

@@ -100,6 +100,10 @@ impl<'a> Transfer<'a> {
         };
         self.record.add(count, bytes);
         of_peer.fetch_add(bytes, Ordering::Relaxed);
+        // At once, for a peer may be forgotten while this goes on.
+        if !counts.has_series() {
+            self.record.others[running.direction as usize].fetch_add(bytes, Ordering::Relaxed);
+        }
     }
 
     /// So many bytes have passed; fewer than before if it begins anew.

@@ -51,7 +51,7 @@ impl Metrics {
 impl Status {
     /// All metrics.
     pub fn metrics(&self) -> String {
-        let report = self.report();
+        let report = self.whole();
         let record = &self.record;
         let totals = &report.totals.start.totals;
         let mut all = Metrics(String::new());
@@ -114,24 +114,19 @@ impl Status {
 
     /// Bytes of some peers by name, and of all others together: a Prometheus keeps every series that it ever saw.
     fn peer_series(&self, all: &mut Metrics) {
-        let (peers, gone) = self.record.traffic();
+        let (peers, others) = (self.record.traffic(), self.record.others());
         for (at, name, help) in [
             (0, "peer_received_bytes_total", "Bytes of NARs from a peer; of most of them together if there are many."),
             (1, "peer_sent_bytes_total", "Bytes of NARs to a peer; to most of them together if there are many."),
         ] {
             all.metric(name, "counter", help);
-            let mut others = gone[at];
-            for (who, counts) in &peers {
+            for (who, counts) in peers.iter().filter(|(_, counts)| counts.has_series()) {
                 let counter = if at == 0 { &counts.received } else { &counts.sent };
-                let count = counter.load(std::sync::atomic::Ordering::Relaxed);
-                if counts.has_series() {
-                    let address = if who.port == 0 { who.ip.to_string() } else { format!("{}:{}", who.ip, who.port) };
-                    all.series(name, &[("peer", &address), ("network", who.network.as_str())], count as f64);
-                } else {
-                    others += count;
-                }
+                let count = counter.load(std::sync::atomic::Ordering::Relaxed) as f64;
+                let address = if who.port == 0 { who.ip.to_string() } else { format!("{}:{}", who.ip, who.port) };
+                all.series(name, &[("peer", &address), ("network", who.network.as_str())], count);
             }
-            all.series(name, &[("peer", "others"), ("network", "any")], others as f64);
+            all.series(name, &[("peer", "others"), ("network", "any")], others[at] as f64);
         }
     }
 

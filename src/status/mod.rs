@@ -4,7 +4,7 @@
 mod metrics;
 mod page;
 pub mod report;
-mod text;
+pub mod text;
 
 pub use page::{Page, page};
 
@@ -137,11 +137,19 @@ fn round(number: f64, steps: f64) -> f64 {
 }
 
 impl Status {
-    /// Everything, now.
+    /// Everything, now; of the peers, as many as anybody looks at.
     pub fn report(&self) -> Report {
+        let mut report = self.whole();
+        report.peers_omitted = report.peers.len().saturating_sub(MAX_PEERS);
+        report.peers.truncate(MAX_PEERS);
+        report
+    }
+
+    /// The same with every peer.
+    fn whole(&self) -> Report {
         let now = Now::get();
-        let (peers, peers_omitted, discovery_answers) = self.peers(now);
-        let (started, started_at) = self.record.started();
+        let (peers, discovery_answers) = self.peers(now);
+        let started = unix(self.record.started(now.wall));
         let problems = self.problems(discovery_answers);
         Report {
             version: VERSION,
@@ -158,8 +166,8 @@ impl Status {
                 store_dir: self.facts.store_dir.clone(),
                 state_dir: self.record.kept_in().map(|dir| dir.display().to_string()),
                 peer_id: self.trackers.as_ref().map(|trackers| trackers.me().peer_id.clone()),
-                started: unix(started_at),
-                uptime_seconds: seconds(now.instant.saturating_duration_since(started)),
+                started,
+                uptime_seconds: seconds(self.record.age()),
                 shares: self.facts.shares.clone(),
                 signs: self.facts.signs,
                 trusted_keys: self.facts.trusted_keys.clone(),
@@ -169,11 +177,11 @@ impl Status {
             networks: self.networks(),
             trackers: self.tracker_states(),
             peers,
-            peers_omitted,
+            peers_omitted: 0,
             lookups: self.record.lookups().into_iter().map(lookup).collect(),
             transfers: self.record.transfers().iter().map(|running| transfer(running, now)).collect(),
             totals: AllTotals {
-                start: totals(unix(started_at), self.record.totals()),
+                start: totals(started, self.record.totals()),
                 installation: self.record.totals_ever().map(|(since, ever)| totals(since as f64, ever)),
             },
             history: History { hour_seconds: HOUR, hours: self.record.hours() },
@@ -229,8 +237,8 @@ impl Status {
         all.map(|tracker| TrackerState { url: tracker.url().to_owned(), reached: tracker.reached_if_known() }).collect()
     }
 
-    /// The peers, how many more there are, and whether discovery answered.
-    fn peers(&self, now: Now) -> (Vec<Peer>, usize, bool) {
+    /// The peers, and whether discovery answered.
+    fn peers(&self, now: Now) -> (Vec<Peer>, bool) {
         let mut rows: HashMap<Who, Peer> = HashMap::new();
         let neighbours = self.discovery.neighbours(DISCOVERY_PATIENCE);
         let answers = neighbours.is_some();
@@ -253,7 +261,7 @@ impl Status {
             let reason = seen.reason;
             row.avoided = seen.avoided.map(|(until, wholly)| Avoided { until: now.of(until), wholly, reason });
         }
-        for (who, counts) in self.record.traffic().0 {
+        for (who, counts) in self.record.traffic() {
             // Strangers ask from whatever port; if one far peer alone has the address, it is that.
             let mut far = rows.keys().filter(|known| known.network == who.network && known.ip == who.ip);
             let who = match (far.next(), far.next()) {
@@ -270,7 +278,6 @@ impl Status {
             row.nars += counts.nars.load(Ordering::Relaxed);
             row.received_bytes += counts.received.load(Ordering::Relaxed);
             row.sent_bytes += counts.sent.load(Ordering::Relaxed);
-            row.has_series |= counts.has_series();
         }
         let mut peers: Vec<(Who, Peer)> = rows.into_iter().collect();
         let moved = |peer: &Peer| peer.received_bytes.saturating_add(peer.sent_bytes);
@@ -278,9 +285,7 @@ impl Status {
         peers.sort_by_cached_key(|(who, peer)| {
             (peer.found_by == "request", std::cmp::Reverse(moved(peer)), who.ip, who.port)
         });
-        let omitted = peers.len().saturating_sub(MAX_PEERS);
-        peers.truncate(MAX_PEERS);
-        (peers.into_iter().map(|(_, peer)| peer).collect(), omitted, answers)
+        (peers.into_iter().map(|(_, peer)| peer).collect(), answers)
     }
 }
 
@@ -299,7 +304,6 @@ fn empty(address: SocketAddr, network: Network) -> Peer {
         received_bytes: 0,
         sent_bytes: 0,
         avoided: None,
-        has_series: false,
     }
 }
 

@@ -107,9 +107,6 @@ pub struct Peer {
     pub received_bytes: u64,
     pub sent_bytes: u64,
     pub avoided: Option<Avoided>,
-    /// Whether metrics name it.
-    #[serde(skip)]
-    pub has_series: bool,
 }
 
 /// That a peer is avoided.

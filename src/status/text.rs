@@ -1,4 +1,5 @@
-//! Numbers and texts as people read them. The page's script has the same, so that nothing jumps when it takes over.
+//! Numbers and texts as people read them. The page's script has the same, so that nothing jumps when it takes over,
+//! and `peerix status` says what the page says.
 
 use std::fmt::Write;
 
@@ -30,7 +31,7 @@ fn fixed(number: f64, digits: usize) -> String {
 }
 
 /// `512 B`, `1.5 KiB`, `120 MiB`.
-pub(super) fn bytes(count: u64) -> String {
+pub fn bytes(count: u64) -> String {
     if count < 1024 {
         return format!("{count} B");
     }
@@ -44,7 +45,7 @@ pub(super) fn bytes(count: u64) -> String {
 }
 
 /// `0.25 ms`, `12 ms`, `1.5 s`: for what should be short.
-pub(super) fn short(seconds: f64) -> String {
+pub fn short(seconds: f64) -> String {
     let millis = seconds * 1e3;
     if millis < 9.995 {
         format!("{} ms", fixed(millis, 2))
@@ -56,7 +57,7 @@ pub(super) fn short(seconds: f64) -> String {
 }
 
 /// `42 s`, `5 min`, `3 h 12 min`, `4 d 7 h`: for what may be long.
-pub(super) fn long(seconds: f64) -> String {
+pub fn long(seconds: f64) -> String {
     let seconds = seconds.max(0.0) as u64;
     let (minutes, hours, days) = (seconds / 60, seconds / 3600, seconds / 86400);
     match (days, hours, minutes) {

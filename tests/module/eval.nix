@@ -1,17 +1,17 @@
 # The module evaluated without nixpkgs, on a machine with Debian's Nix. tests/module.rs asks for its parts.
 let
   lib = import ./lib.nix;
-  evaluate =
-    nix: modules:
+  evaluateWith =
+    packages: nix: modules:
     lib.evalModules {
       modules = [ ./debian.nix ] ++ modules;
-      args.pkgs = {
-        # Where a program installed by hand is.
-        peerix = "/usr/local";
+      args.pkgs = packages // {
         inherit nix;
         pkgsStatic.busybox = "/usr";
       };
     };
+  # Where a program installed by hand is.
+  evaluate = evaluateWith { peerix = "/usr/local"; };
   machine =
     nix: modules:
     let
@@ -23,6 +23,11 @@ in
 {
   # The configuration that a module comes to, as files. Nix is where its own installer puts it.
   module = module: machine "/nix/var/nix/profiles/default" [ ../../nixos-module.nix module ];
+
+  # The package that is taken where nixpkgs has none, of one that "builds" a file by naming it.
+  fallback =
+    (evaluateWith { callPackage = file: _: file; } "/usr" [ ../../nixos-module.nix ])
+    .options.services.peerix.package.default;
 
   # Name, type, default and description of every option.
   options =

@@ -101,5 +101,6 @@ in
   ) (config.environment.etc or { });
   vlans = config.virtualisation.vlans or [ ];
   memory = config.virtualisation.memorySize or 1024;
+  restartTriggers = mapAttrs (_: unit: map toString (unit.restartTriggers or [ ])) services;
   stopIfChanged = mapAttrs (_: unit: unit.stopIfChanged or true) services;
 }
