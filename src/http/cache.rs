@@ -81,6 +81,9 @@ pub const NOT_THERE: Failure = Failure::Refused(Refusal::NotThere);
 impl Handler for Cache {
     /// Narinfos of the own store, for this machine and the LAN: all that many ask for at the same time.
     fn at_once(&self, request: &Request<'_>) -> Option<Answer> {
+        if !request.target.ends_with(".narinfo") {
+            return None;
+        }
         let scope = self.share.scope(request.asker.ip());
         let route = route(request.method, request.target, scope, self.share.serves(scope)).ok()?;
         let Route::OwnNarinfo(hash_part, view) = &route else { return None };

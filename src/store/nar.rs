@@ -18,6 +18,10 @@ use std::{
 /// The largest piece that is written at once, in bytes; larger ones were not faster.
 pub(super) const PIECE: usize = 256 << 10;
 
+/// The first piece of a NAR that has more than one, in bytes: who asked sees at once that it comes, also where a piece
+/// is hundreds of files. What fits into one piece stays one, so that a fault in it is found before anything was sent.
+const FIRST_PIECE: usize = 4 << 10;
+
 /// Where a NAR goes.
 pub trait NarSink: Write {
     /// Passes on up to `len` bytes of `file` from `at` on without a copy in this process, and says how many it did: 0 is
@@ -45,8 +49,9 @@ pub(super) fn write(
         return Err(NarError::Range);
     }
     // Most NARs are smaller than a piece, and clearing all of one takes longer than they do.
-    let piece = PIECE.min(usize::try_from(range.end - range.start).unwrap_or(PIECE));
-    let mut stream = Stream { out, range, buffer: vec![0; piece + 1], piece, filled: 0, pieces: 0, position: 0 };
+    let most = PIECE.min(usize::try_from(range.end - range.start).unwrap_or(PIECE));
+    let piece = if most < PIECE { most } else { FIRST_PIECE };
+    let mut stream = Stream { out, range, buffer: vec![0; most + 1], piece, filled: 0, pieces: 0, position: 0 };
     let mut structure = nar::MAGIC.to_vec();
     while let Some(step) = walk.advance()? {
         if step != Step::Leave && !walk.at_root() {
@@ -137,7 +142,7 @@ struct Stream<'a> {
     range: Range<u64>,
     /// One byte longer than a piece, to see a file that goes on after its end without a read of its own.
     buffer: Vec<u8>,
-    /// Bytes in a piece.
+    /// Bytes in the piece that is being filled.
     piece: usize,
     filled: usize,
     pieces: u64,
@@ -236,6 +241,7 @@ impl Stream<'_> {
         self.out.write_all(&self.buffer[..self.filled]).map_err(NarError::Write)?;
         self.filled = 0;
         self.pieces += 1;
+        self.piece = self.buffer.len() - 1;
         Ok(())
     }
 }
@@ -368,7 +374,7 @@ mod tests {
         for (number, damage) in damages.into_iter().enumerate() {
             let (came, whole, end) = damaged(two_files, damage);
             assert!(matches!(end, Err(NarError::Changed { .. })), "{number}: {end:?}");
-            assert!((PIECE..whole).contains(&came), "{number}: {came} of {whole}");
+            assert!((FIRST_PIECE..whole).contains(&came), "{number}: {came} of {whole}");
         }
         assert!(damaged(two_files, |_, _| {}).2.is_ok());
     }
