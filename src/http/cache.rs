@@ -3,7 +3,7 @@
 use super::permits::{Permit, Permits};
 use super::response::{Answer, Exchange};
 use super::route::{Refusal, Route, View, route};
-use super::server::Handler;
+use super::server::{Handler, Moment};
 use super::{Request, browser, nar, narinfo, status};
 use crate::fetch::Fetch;
 use crate::lookup::Lookup;
@@ -80,7 +80,7 @@ pub const NOT_THERE: Failure = Failure::Refused(Refusal::NotThere);
 
 impl Handler for Cache {
     /// Narinfos of the own store, for this machine and the LAN: all that many ask for at the same time.
-    fn at_once(&self, request: &Request<'_>) -> Option<Answer> {
+    fn at_once(&self, request: &Request<'_>, now: &mut Moment) -> Option<Answer> {
         if !request.target.ends_with(".narinfo") {
             return None;
         }
@@ -92,7 +92,7 @@ impl Handler for Cache {
         if waits || self.keep_pages_out(&route, request, scope).is_err() {
             return None;
         }
-        Some(match self.store.path_info_at_once(hash_part)? {
+        Some(match self.store.path_info_at_once(hash_part, now)? {
             Some(info) => {
                 Answer { status: 200, content_type: narinfo::CONTENT_TYPE, body: narinfo::own(self, &info, *view) }
             }

@@ -41,11 +41,17 @@ const LINGER_BYTES: u64 = 1 << 20;
 /// See [`LINGER_BYTES`].
 const LINGER: Duration = Duration::from_secs(1);
 
+/// What a handler knows about one moment, in a number of its own.
+pub type Moment = Option<u64>;
+
 /// What is served. A body that the handler does not read ends the connection.
 pub trait Handler: Send + Sync + 'static {
     /// Answers a request without a body if that takes next to no time: from memory, without waiting for the disk, the
     /// network or another thread. All connections wait meanwhile.
-    fn at_once(&self, _request: &Request<'_>) -> Option<Answer> {
+    ///
+    /// `now` is the same for requests that were there at the same time: what the handler finds out about that moment for
+    /// the first of them is true for the others.
+    fn at_once(&self, _request: &Request<'_>, _now: &mut Moment) -> Option<Answer> {
         None
     }
 
@@ -270,7 +276,7 @@ fn answer(
     let body = Body::new(&connection.stream, request, behind);
     let mut exchange = Exchange::new(&connection.stream, request.method == "HEAD", !keep_alive, body);
     let mut after = After::Stay;
-    let handled = catch_unwind(AssertUnwindSafe(|| match shared.handler.at_once(request) {
+    let handled = catch_unwind(AssertUnwindSafe(|| match shared.handler.at_once(request, &mut None) {
         Some(answer) if request.body_len == 0 => {
             after = After::Watch;
             exchange.send(answer.status, &[("Content-Type", answer.content_type)], answer.body.as_bytes())

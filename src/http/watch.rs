@@ -7,7 +7,7 @@
 use super::connections::{Bytes, Connection};
 use super::head::{self, Buffer};
 use super::response;
-use super::server::{Shared, hand_over};
+use super::server::{Moment, Shared, hand_over};
 use rustix::event::Timespec;
 use rustix::event::epoll::{self, Event, EventData, EventFlags};
 use rustix::io::Errno;
@@ -59,10 +59,12 @@ pub(super) fn watch(shared: &Arc<Shared>, listeners: &[TcpListener], stop: &Owne
         if shared.is_stopping() {
             return Ok(());
         }
+        // All that these events tell of was there before.
+        let mut now = None;
         for event in &events {
             match event.data.u64() {
                 STOP => {}
-                id if id > STOP => watcher.look_at(id),
+                id if id > STOP => watcher.look_at(id, &mut now),
                 place => watcher.accept(&listeners[place as usize]),
             }
         }
@@ -141,10 +143,10 @@ impl Watcher<'_> {
     }
 
     /// Something came on a connection, or it ended.
-    fn look_at(&mut self, id: u64) {
+    fn look_at(&mut self, id: u64, now: &mut Moment) {
         // It may have been closed to make room, a moment ago.
         let Some(connection) = self.shared.connections.get(id) else { return };
-        let next = catch_unwind(AssertUnwindSafe(|| self.receive(&connection)));
+        let next = catch_unwind(AssertUnwindSafe(|| self.receive(&connection, now)));
         match next.unwrap_or(Next::End) {
             Next::Watch => {}
             Next::End => self.shared.connections.end(&connection),
@@ -158,7 +160,7 @@ impl Watcher<'_> {
         }
     }
 
-    fn receive(&mut self, connection: &Connection) -> Next {
+    fn receive(&mut self, connection: &Connection, now: &mut Moment) -> Next {
         let mut bytes = connection.bytes();
         let own = bytes.received.is_empty();
         if own {
@@ -166,7 +168,7 @@ impl Watcher<'_> {
         }
         let next = match bytes.received.fill(&connection.stream, false) {
             Ok(0) => Next::End,
-            Ok(_) => self.answer(connection, &mut bytes),
+            Ok(_) => self.answer(connection, &mut bytes, now),
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => Next::Watch,
             Err(e) => {
                 log::debug!("connection from {}: {e}", connection.peer);
@@ -180,7 +182,7 @@ impl Watcher<'_> {
     }
 
     /// Answers the request that was received, if there is no more to it than that.
-    fn answer(&mut self, connection: &Connection, bytes: &mut Bytes) -> Next {
+    fn answer(&mut self, connection: &Connection, bytes: &mut Bytes, now: &mut Moment) -> Next {
         let received = &mut bytes.received;
         let len = match received.head_len() {
             Some(len) => len,
@@ -192,7 +194,7 @@ impl Watcher<'_> {
         out.clear();
         let answered = head::parse(received.split(len).0, connection.peer, |request| {
             let request = request.ok().filter(|request| request.keep_alive && request.body_len == 0)?;
-            let answer = shared.handler.at_once(&request)?;
+            let answer = shared.handler.at_once(&request, now)?;
             answer.print(out, request.method == "HEAD").ok()
         });
         if answered.is_none() {

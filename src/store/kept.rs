@@ -124,7 +124,7 @@ mod tests {
             // Two connections, and what is there at once.
             let slow = of(store.path_info(&part).unwrap());
             assert_eq!(of(store.path_info_quickly(&part).unwrap()), slow);
-            assert_eq!(store.path_info_at_once(&part).map(of), Some(slow));
+            assert_eq!(store.path_info_at_once(&part, &mut None).map(of), Some(slow));
             slow
         };
         for n in 1..50 {
@@ -142,14 +142,14 @@ mod tests {
         let fixture = Fixture::new();
         let store = fixture.open();
         let path = fixture.register(&"1".repeat(32), 120);
-        assert_eq!(store.path_info_at_once(&path.hash_part()), None);
+        assert_eq!(store.path_info_at_once(&path.hash_part(), &mut None), None);
         store.path_info(&path.hash_part()).unwrap().unwrap();
-        assert!(store.path_info_at_once(&path.hash_part()).unwrap().is_some());
-        assert_eq!(store.path_info_at_once(&part(7)), None);
+        assert!(store.path_info_at_once(&path.hash_part(), &mut None).unwrap().is_some());
+        assert_eq!(store.path_info_at_once(&part(7), &mut None), None);
         assert_eq!(store.path_info(&part(7)).unwrap(), None);
-        assert_eq!(store.path_info_at_once(&part(7)), Some(None));
+        assert_eq!(store.path_info_at_once(&part(7), &mut None), Some(None));
         store.rest();
-        assert_eq!(store.path_info_at_once(&part(7)), None);
+        assert_eq!(store.path_info_at_once(&part(7), &mut None), None);
     }
 
     #[test]

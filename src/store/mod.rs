@@ -110,9 +110,14 @@ impl Store {
     }
 
     /// The same if it is known already and still true, for a thread that must not wait: not for the disk, and not for
-    /// anybody. The outer `None` is that it is not.
-    pub fn path_info_at_once(&self, part: &HashPart) -> Option<Option<Arc<PathInfo>>> {
-        self.lookups.path_info_at_once(&self.kept, part)
+    /// anybody. The outer `None` is that it is not. `now` is the state of the database, which is looked at if it is not
+    /// given; it is for all questions that were asked before that.
+    pub fn path_info_at_once(&self, part: &HashPart, now: &mut Option<u64>) -> Option<Option<Arc<PathInfo>>> {
+        let now = match *now {
+            Some(now) => now,
+            None => *now.insert(self.lookups.generation_at_once(&self.kept)?),
+        };
+        self.kept.get(part, now)
     }
 
     /// Gives back the memory of what nobody asks for any more.

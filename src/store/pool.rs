@@ -110,15 +110,15 @@ impl Pool {
         })
     }
 
-    /// The same, only from what it said before, and without waiting for a connection or a lock.
-    pub(super) fn path_info_at_once(&self, kept: &Kept, part: &HashPart) -> Option<Answer> {
+    /// The state that the database is in, if that can be told without waiting for a connection or a lock.
+    pub(super) fn generation_at_once(&self, kept: &Kept) -> Option<u64> {
         self.notice_replacement().ok()?;
         let now = Instant::now();
         let mut lease = self.lease(now).ok()?;
         let database = lease.database.take()?;
         let generation = ask(&database, &|database| kept.generation(database), now).ok()?;
         lease.database = Some(database);
-        kept.get(part, generation)
+        Some(generation)
     }
 
     /// What a question to the database gives. It may be asked more than once.
