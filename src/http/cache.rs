@@ -79,25 +79,27 @@ const NOT_FOUND: &str = "not found";
 pub const NOT_THERE: Failure = Failure::Refused(Refusal::NotThere);
 
 impl Handler for Cache {
-    /// Narinfos of the own store, for this machine and the LAN: all that many ask for at the same time.
+    /// Narinfos and small NARs of the own store, for this machine and the LAN: what many ask for at the same time.
     fn at_once(&self, request: &Request<'_>, now: &mut Moment) -> Option<Answer> {
-        if !request.target.ends_with(".narinfo") {
-            return None;
-        }
         let scope = self.share.scope(request.asker.ip());
         let route = route(request.method, request.target, scope, self.share.serves(scope)).ok()?;
-        let Route::OwnNarinfo(hash_part, view) = &route else { return None };
+        let hash_part = match &route {
+            Route::OwnNarinfo(hash_part, _) => hash_part,
+            Route::OwnNar(name, _) => &name.hash_part,
+            _ => return None,
+        };
         // What strangers may have, upstream may have to be asked; and whether this machine is meant, a file.
         let waits = scope == Scope::Wan || browser::is_under_a_name(request);
         if waits || self.keep_pages_out(&route, request, scope).is_err() {
             return None;
         }
-        Some(match self.store.path_info_at_once(hash_part, now)? {
-            Some(info) => {
-                Answer { status: 200, content_type: narinfo::CONTENT_TYPE, body: narinfo::own(self, &info, *view) }
+        match (self.store.path_info_at_once(hash_part, now)?, &route) {
+            (Some(info), Route::OwnNarinfo(_, view)) => {
+                Some(Answer::new(200, narinfo::CONTENT_TYPE, narinfo::own(self, &info, *view).into()))
             }
-            None => Answer::say(404, NOT_FOUND),
-        })
+            (Some(info), Route::OwnNar(name, _)) => nar::own_at_once(self, name, &info, scope, request),
+            _ => Some(Answer::say(404, NOT_FOUND)),
+        }
     }
 
     fn rest(&self) {

@@ -4,7 +4,7 @@ use super::Request;
 use super::cache::{Cache, Failure, NOT_THERE};
 use super::encoding::{Compressor, accepts_zstd};
 use super::range::{self, Part};
-use super::response::Exchange;
+use super::response::{Answer, Exchange};
 use super::route::NarName;
 use crate::nix::PathInfo;
 use crate::record::{Network, Transfer};
@@ -15,6 +15,9 @@ use std::io::{self, Write};
 use std::ops::Range;
 use std::os::fd::BorrowedFd;
 
+/// The content type.
+const NAR: &str = "application/x-nix-nar";
+
 /// How a NAR goes out.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Coding {
@@ -24,6 +27,28 @@ enum Coding {
     Identity,
     /// Compressed.
     Zstd,
+}
+
+/// The whole of a small NAR of this machine's store, if that takes no time; not for strangers.
+pub(super) fn own_at_once(
+    cache: &Cache,
+    name: &NarName,
+    info: &PathInfo,
+    scope: Scope,
+    request: &Request<'_>,
+) -> Option<Answer> {
+    if info.nar_hash != name.nar_hash || request.field("range").is_some() {
+        return None;
+    }
+    let body = cache.store.nar_at_once(info)?;
+    if scope == Scope::Lan && request.method != "HEAD" {
+        let transfer = cache.record.send(info.path.base_name(), info.nar_size, Network::Lan, request.asker);
+        transfer.moved(info.nar_size);
+        transfer.is_whole();
+    }
+    let etag = etag(name, Coding::Never);
+    let fields = vec![("Content-Type", NAR.into()), ("Accept-Ranges", "bytes".into()), ("ETag", etag.into())];
+    Some(Answer { status: 200, fields, body })
 }
 
 /// A valid path of this machine's store, if it still has that NAR hash. `is_far`: for a peer on another network, which may
@@ -175,7 +200,7 @@ fn begin(
 ) -> io::Result<()> {
     let etag = etag(name, coding);
     let content_range = format!("bytes {}-{}/{size}", part.start, part.end.saturating_sub(1));
-    let mut fields = vec![("Content-Type", "application/x-nix-nar"), ("Accept-Ranges", "bytes"), ("ETag", &*etag)];
+    let mut fields = vec![("Content-Type", NAR), ("Accept-Ranges", "bytes"), ("ETag", &*etag)];
     if status == 206 {
         fields.push(("Content-Range", &content_range));
     }

@@ -4,6 +4,7 @@ use super::body::Body;
 use crate::store::NarSink;
 use rustix::fs::sendfile;
 use rustix::io::{Errno, retry_on_intr};
+use std::borrow::Cow;
 use std::cell::RefCell;
 use std::io::{self, IoSlice, Write};
 use std::net::TcpStream;
@@ -18,16 +19,21 @@ pub(super) const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
 pub struct Answer {
     /// The status.
     pub status: u16,
-    /// Of the body.
-    pub content_type: &'static str,
+    /// The head's fields beside those that all have.
+    pub fields: Vec<(&'static str, Cow<'static, str>)>,
     /// The body.
-    pub body: String,
+    pub body: Vec<u8>,
 }
 
 impl Answer {
+    /// With the one field that all bodies have.
+    pub fn new(status: u16, content_type: &'static str, body: Vec<u8>) -> Answer {
+        Answer { status, fields: vec![("Content-Type", content_type.into())], body }
+    }
+
     /// A short answer in words.
     pub fn say(status: u16, line: &str) -> Answer {
-        Answer { status, content_type: PLAIN, body: format!("{line}\n") }
+        Answer::new(status, PLAIN, format!("{line}\n").into())
     }
 
     /// The response, of which a request for the head alone gets the head.
@@ -35,9 +41,9 @@ impl Answer {
     /// # Errors
     /// None in practice: a field that is not ASCII.
     pub(super) fn print(&self, out: &mut Vec<u8>, head_only: bool) -> io::Result<()> {
-        print_head(out, self.status, &[("Content-Type", self.content_type)], Some(self.body.len() as u64), false)?;
+        print_head(out, self.status, &self.fields, Some(self.body.len() as u64), false)?;
         if !head_only {
-            out.extend_from_slice(self.body.as_bytes());
+            out.extend_from_slice(&self.body);
         }
         Ok(())
     }
@@ -73,7 +79,7 @@ impl<'a> Exchange<'a> {
     ///
     /// # Errors
     /// The socket's.
-    pub fn send(&mut self, status: u16, fields: &[(&str, &str)], body: &[u8]) -> io::Result<()> {
+    pub fn send(&mut self, status: u16, fields: &[(&str, impl AsRef<str>)], body: &[u8]) -> io::Result<()> {
         self.begin(status, fields, body.len() as u64)?;
         if !self.head_only { self.write_all(body) } else { Ok(()) }
     }
@@ -91,7 +97,7 @@ impl<'a> Exchange<'a> {
     ///
     /// # Errors
     /// The socket's.
-    pub fn begin(&mut self, status: u16, fields: &[(&str, &str)], len: u64) -> io::Result<()> {
+    pub fn begin(&mut self, status: u16, fields: &[(&str, impl AsRef<str>)], len: u64) -> io::Result<()> {
         self.prepare_head(status, fields, Some(len))?;
         self.missing = if self.head_only { 0 } else { len };
         if self.missing == 0 { self.flush_head() } else { Ok(()) }
@@ -145,7 +151,7 @@ impl<'a> Exchange<'a> {
         Ok(())
     }
 
-    fn prepare_head(&mut self, status: u16, fields: &[(&str, &str)], len: Option<u64>) -> io::Result<()> {
+    fn prepare_head(&mut self, status: u16, fields: &[(&str, impl AsRef<str>)], len: Option<u64>) -> io::Result<()> {
         self.head.clear();
         print_head(&mut self.head, status, fields, len, self.close || self.body.is_left())?;
         self.begun = true;
@@ -198,7 +204,7 @@ impl<'a> Exchange<'a> {
 fn print_head(
     out: &mut Vec<u8>,
     status: u16,
-    fields: &[(&str, &str)],
+    fields: &[(&str, impl AsRef<str>)],
     len: Option<u64>,
     close: bool,
 ) -> io::Result<()> {
@@ -211,7 +217,7 @@ fn print_head(
         [name, ": ", value, "\r\n"].iter().for_each(|part| out.extend_from_slice(part.as_bytes()));
         Ok(())
     };
-    fields.iter().try_for_each(|(name, value)| field(name, value))?;
+    fields.iter().try_for_each(|(name, value)| field(name, value.as_ref()))?;
     match len {
         Some(len) => field("Content-Length", &len.to_string())?,
         None => field("Transfer-Encoding", "chunked")?,

@@ -223,7 +223,8 @@ fn serve(shared: &Shared, connection: &Connection) -> io::Result<bool> {
         (&connection.stream).write_all(unsent)?;
         *unsent = Vec::new();
     }
-    let (mut after, mut has_timeout) = (After::Watch, false);
+    // The watcher could not answer the first request at once.
+    let (mut after, mut has_timeout, mut first) = (After::Watch, false, true);
     loop {
         let Some(len) = received.head_len() else {
             if received.is_full() {
@@ -253,7 +254,7 @@ fn serve(shared: &Shared, connection: &Connection) -> io::Result<bool> {
             Ok(request) => {
                 // Reading a body takes another one.
                 has_timeout &= request.body_len == 0;
-                answer(shared, connection, &request, behind)
+                answer(shared, connection, &request, behind, std::mem::take(&mut first))
             }
             Err(bad) => refuse(connection, &bad).map(|()| (After::End, 0)),
         })?;
@@ -271,17 +272,22 @@ fn answer(
     connection: &Connection,
     request: &Request<'_>,
     behind: &[u8],
+    takes_time: bool,
 ) -> io::Result<(After, usize)> {
     let keep_alive = request.keep_alive && !shared.is_stopping();
     let body = Body::new(&connection.stream, request, behind);
     let mut exchange = Exchange::new(&connection.stream, request.method == "HEAD", !keep_alive, body);
     let mut after = After::Stay;
-    let handled = catch_unwind(AssertUnwindSafe(|| match shared.handler.at_once(request, &mut None) {
-        Some(answer) if request.body_len == 0 => {
+    let at_once = || match takes_time || request.body_len > 0 {
+        true => None,
+        false => shared.handler.at_once(request, &mut None),
+    };
+    let handled = catch_unwind(AssertUnwindSafe(|| match at_once() {
+        Some(answer) => {
             after = After::Watch;
-            exchange.send(answer.status, &[("Content-Type", answer.content_type)], answer.body.as_bytes())
+            exchange.send(answer.status, &answer.fields, &answer.body)
         }
-        _ => shared.handler.handle(request, &mut exchange),
+        None => shared.handler.handle(request, &mut exchange),
     }));
     match handled {
         Ok(result) => result?,

@@ -152,6 +152,11 @@ impl Store {
         self.readings.read(&|database| database.census())
     }
 
+    /// The NAR of a path that is a single file and at most 16 KiB, if it can be had without waiting for the disk.
+    pub fn nar_at_once(&self, info: &PathInfo) -> Option<Vec<u8>> {
+        nar::at_once(&self.config.store_dir, info)
+    }
+
     /// Writes the bytes `range` of the NAR of a path, in pieces of at most 256 KiB.
     ///
     /// The last piece is written only when all files turned out to make up exactly `nar_size` bytes and, if it is not

@@ -4,13 +4,13 @@ use super::{
     NarError,
     walk::{Step, Walk},
 };
-use crate::nix::nar;
+use crate::nix::{PathInfo, StoreDir, nar};
 use rustix::{
-    fs::{AtFlags, FileType, Mode, OFlags, Stat, fstat, openat, statat},
-    io::{Errno, pread},
+    fs::{AtFlags, CWD, FileType, Mode, OFlags, ResolveFlags, Stat, fstat, openat, openat2, statat},
+    io::{Errno, ReadWriteFlags, pread, preadv2},
 };
 use std::{
-    io::{self, Write},
+    io::{self, IoSliceMut, Write},
     ops::Range,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
 };
@@ -97,6 +97,42 @@ pub(super) fn write(
     stream.flush()
 }
 
+/// NARs that [`at_once`] makes are no larger, in bytes.
+const SMALL: u64 = 16 << 10;
+
+/// The NAR of a path that is one small file, if the kernel has the file in memory: nothing here waits for a disk.
+pub(super) fn at_once(store_dir: &StoreDir, info: &PathInfo) -> Option<Vec<u8>> {
+    if info.nar_size > SMALL {
+        return None;
+    }
+    let file = openat2(CWD, store_dir.join(&info.path), FILE, Mode::empty(), ResolveFlags::CACHED).ok()?;
+    let stat = fstat(&file).ok()?;
+    let executable = Mode::from_raw_mode(stat.st_mode).contains(Mode::XUSR);
+    let size = stat.st_size.unsigned_abs();
+    let is_file = FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile;
+    if !is_file || nar::MAGIC.len() as u64 + nar::regular_len(executable, size) != info.nar_size {
+        return None;
+    }
+    // No larger than a small NAR, and one byte longer to see that the file ends there.
+    let size = size as usize;
+    let mut nar = Vec::with_capacity(SMALL as usize + 1);
+    nar.extend_from_slice(&nar::MAGIC);
+    nar::regular_open(&mut nar, executable, size as u64);
+    let begin = nar.len();
+    nar.resize(begin + size + 1, 0);
+    let read = preadv2(&file, &mut [IoSliceMut::new(&mut nar[begin..])], 0, ReadWriteFlags::NOWAIT).ok()?;
+    if read != size {
+        return None;
+    }
+    nar.truncate(begin + size);
+    nar.extend_from_slice(nar::padding(size as u64));
+    nar.extend_from_slice(&nar::CLOSE);
+    Some(nar)
+}
+
+/// How a file is opened. Should a FIFO have taken its place, opening it must not wait for a writer.
+const FILE: OFlags = OFlags::RDONLY.union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC).union(OFlags::NONBLOCK);
+
 /// Structure is put into the stream with the next file, or when there is so much of it, in bytes.
 const STRUCTURE: usize = 16 << 10;
 const LARGER: &str = "larger than what was registered";
@@ -131,9 +167,7 @@ impl File {
 }
 
 fn open_file(directory: BorrowedFd<'_>, name: &std::ffi::CStr) -> rustix::io::Result<OwnedFd> {
-    // Should a FIFO have taken the file's place, opening it must not wait for a writer.
-    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
-    openat(directory, name, flags, Mode::empty())
+    openat(directory, name, FILE, Mode::empty())
 }
 
 /// The NAR's bytes on their way out: drops those outside the range and always keeps the last piece back.
