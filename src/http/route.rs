@@ -107,7 +107,10 @@ pub fn route(method: &str, target: &str, scope: Scope, served: bool) -> Result<R
         None => target,
     };
     let path = path.split(['?', '#']).next().unwrap_or_default();
-    let path = percent_decode_str(path).decode_utf8().map_err(|_| Refusal::Malformed)?;
+    let path = match path.contains('%') {
+        true => percent_decode_str(path).decode_utf8().map_err(|_| Refusal::Malformed)?,
+        false => path.into(),
+    };
     let Some(path) = path.strip_prefix('/') else { return Err(Refusal::Malformed) };
     if path.bytes().any(|b| b.is_ascii_control()) {
         return Err(Refusal::Malformed);

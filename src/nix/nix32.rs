@@ -2,29 +2,30 @@
 //! (Nix manual, "Store path specification" and glossary, "Nix32").
 
 use super::Malformed;
-use data_encoding::{BitOrder, Encoding, Specification};
-use std::sync::LazyLock;
 
 /// The 32 digits in the order of their values.
 pub const ALPHABET: &str = "0123456789abcdfghijklmnpqrsvwxyz";
 
-// Nix32 is a plain least-significant-bit-first base-32, written back to front.
-static REVERSED: LazyLock<Encoding> = LazyLock::new(|| {
-    let mut spec = Specification::new();
-    spec.symbols.push_str(ALPHABET);
-    spec.bit_order = BitOrder::LeastSignificantFirst;
-    spec.encoding().expect("32 distinct ASCII symbols")
-});
+/// What a byte is worth that is a digit, and [`NONE`] for all others.
+const VALUES: [u8; 256] = {
+    let (mut values, mut value) = ([NONE; 256], 0);
+    while value < 32 {
+        values[ALPHABET.as_bytes()[value] as usize] = value as u8;
+        value += 1;
+    }
+    values
+};
+const NONE: u8 = u8::MAX;
 
 /// The Nix32 text of `bytes`: `ceil(8 n / 5)` digits.
 pub fn encode(bytes: &[u8]) -> String {
-    // By hand, as there is one in every narinfo, and the library takes five times as long.
     let byte = |at: usize| u16::from(bytes.get(at).copied().unwrap_or(0));
     let digit = |n: usize| {
         let (at, shift) = (5 * n / 8, 5 * n % 8);
-        char::from(ALPHABET.as_bytes()[usize::from((byte(at) | byte(at + 1) << 8) >> shift & 31)])
+        ALPHABET.as_bytes()[usize::from((byte(at) | byte(at + 1) << 8) >> shift & 31)]
     };
-    (0..(8 * bytes.len()).div_ceil(5)).rev().map(digit).collect()
+    let digits: Vec<u8> = (0..(8 * bytes.len()).div_ceil(5)).rev().map(digit).collect();
+    String::from_utf8(digits).expect("digits are ASCII")
 }
 
 /// The bytes of a Nix32 text.
@@ -32,32 +33,33 @@ pub fn encode(bytes: &[u8]) -> String {
 /// # Errors
 /// A character that is no digit, a length no byte string has, or leftover bits that are not zero.
 pub fn decode(text: &[u8]) -> Result<Vec<u8>, Malformed> {
-    let mut reversed = text.to_vec();
-    reversed.reverse();
-    REVERSED.decode(&reversed).map_err(|_| Malformed::new("Nix32", "not a Nix32 text"))
+    const MALFORMED: Malformed = Malformed::new("Nix32", "not a Nix32 text");
+    let mut bytes = Vec::with_capacity(5 * text.len() / 8);
+    let (mut bits, mut held) = (0u16, 0);
+    for &digit in text.iter().rev() {
+        let value = VALUES[usize::from(digit)];
+        if value == NONE {
+            return Err(MALFORMED);
+        }
+        bits |= u16::from(value) << held;
+        held += 5;
+        if held >= 8 {
+            bytes.push(bits as u8);
+            bits >>= 8;
+            held -= 8;
+        }
+    }
+    if bits != 0 || held >= 5 { Err(MALFORMED) } else { Ok(bytes) }
 }
 
 /// The value of a digit; of what is no digit, nothing that means anything.
 pub fn value(digit: u8) -> u8 {
-    // The four letters that are left out.
-    const MISSING: [u8; 4] = *b"eotu";
-    match digit {
-        b'0'..=b'9' => digit - b'0',
-        _ => digit.wrapping_sub(b'a' - 10).wrapping_sub(MISSING.iter().filter(|m| **m < digit).count() as u8),
-    }
+    VALUES[usize::from(digit)]
 }
 
 /// Whether every byte of `text` is a Nix32 digit.
 pub fn is_nix32(text: &[u8]) -> bool {
-    const IS_DIGIT: [bool; 256] = {
-        let (mut table, mut value) = ([false; 256], 0);
-        while value < ALPHABET.len() {
-            table[ALPHABET.as_bytes()[value] as usize] = true;
-            value += 1;
-        }
-        table
-    };
-    text.iter().all(|&b| IS_DIGIT[usize::from(b)])
+    text.iter().all(|&b| VALUES[usize::from(b)] != NONE)
 }
 
 #[cfg(test)]
