@@ -49,6 +49,12 @@ impl<'a> Cache<'a> {
         Cache { name: name.to_owned(), ..self }
     }
 
+    /// The same with [`Cache::label`] as its name.
+    pub fn labelled(self, path: &str) -> Cache<'a> {
+        let label = self.label(path);
+        self.named(&label)
+    }
+
     /// As a substituter.
     pub fn url(&self) -> String {
         format!("http://{}{}", self.address, self.prefix)

@@ -4,10 +4,10 @@ use super::report::{Bar, Better};
 use std::fmt::Write;
 
 /// Where things are, in pixels.
-const WIDTH: f64 = 960.0;
+const WIDTH: f64 = 1010.0;
 const LINE: f64 = 22.0;
-const PLOT: f64 = 470.0;
-const PLOT_END: f64 = 860.0;
+const PLOT: f64 = 520.0;
+const PLOT_END: f64 = 910.0;
 /// Ratios beyond are drawn as this; what they are is written beside.
 const MOST: f64 = 8.0;
 
@@ -20,6 +20,10 @@ text { font: 12px system-ui, sans-serif; fill: #1f2328 }
 text { fill: #e6edf3 } .soft { fill: #9198a1 } .page { fill: #0d1117 } .ahead { fill: #3fb950 } .behind { fill: #db6d28 }
 .line { stroke: #3d444d } .one { stroke: #9198a1 } .goal { stroke: #58a6ff } }
 ";
+
+const LEGEND: &str = r#"<rect class="ahead" x="520" y="18" width="14" height="14"/><text x="540" y="29">ahead of the rival</text>
+<rect class="behind" x="660" y="18" width="14" height="14"/><text x="680" y="29">behind it</text>
+<line class="goal" x1="760" x2="760" y1="16" y2="34"/><text x="768" y="29">goal</text>"#;
 
 /// The whole file.
 pub fn draw(bars: &[Bar], machine: &str) -> String {
@@ -39,11 +43,9 @@ pub fn draw(bars: &[Bar], machine: &str) -> String {
          <desc id=\"desc\">{machine} Each bar is the ratio of the medians, peerix to the rival named, on a logarithmic \
          scale.</desc>\n<style>{STYLE}</style>\n<rect class=\"page\" width=\"100%\" height=\"100%\"/>\n\
          <text class=\"title\" x=\"16\" y=\"28\">peerix ÷ rival, logarithmic</text>\n\
-         <line class=\"goal\" x1=\"{mark}\" x2=\"{mark}\" y1=\"15\" y2=\"31\"/><text class=\"soft\" x=\"{beside}\" \
-         y=\"28\">goal</text>\n{body}</svg>\n",
-        height = y + 8.0,
-        mark = PLOT,
-        beside = PLOT + 8.0,
+         {LEGEND}\n{body}<text class=\"soft\" x=\"16\" y=\"{y}\">{short}</text>\n</svg>\n",
+        height = y + 16.0,
+        short = machine.split(". ").next().unwrap_or_default(),
     )
 }
 

@@ -31,7 +31,8 @@ impl Outside {
             let pid = pid.parse().ok().filter(|pid| std::path::Path::new(&format!("/proc/{pid}/stat")).exists());
             pid.unwrap_or_else(|| fail("CACHE_PID: no process has this number"))
         });
-        let outside = Outside { name: server, address, prefix, pids: pids.into_iter().collect() };
+        let outside =
+            Outside { name: rest.trim_end_matches('/').to_owned(), address, prefix, pids: pids.into_iter().collect() };
         if let Err(missing) = outside.has_all(fixture) {
             let count = fixture.paths().count();
             let what = format!("{count} paths of this benchmark, with {} MiB", fixture.mebibytes() / 2);
@@ -70,7 +71,8 @@ impl Outside {
 fn fill(fixture: &Fixture) {
     // Nix's options: new commands are still an experiment, and nobody trusts the benchmark's key.
     let from = format!("file://{}", fixture.cache().display());
-    let options = ["--extra-experimental-features", "nix-command", "copy", "--no-check-sigs", "--from", &from];
+    let options =
+        ["--extra-experimental-features", "nix-command", "copy", "--quiet", "--no-check-sigs", "--from", &from];
     let paths: Vec<&String> = fixture.paths().collect();
     // As many as a command line has room for.
     for paths in paths.chunks(5000) {

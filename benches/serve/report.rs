@@ -82,7 +82,7 @@ impl Report {
         let (arrow, sign) = if bar.better == Better::More { ("↑", "≥") } else { ("↓", "≤") };
         let mark = if bar.reached() { "✓" } else { "✗" };
         let goal = bar.goal.map(|goal| format!("{sign} {goal} {mark}")).unwrap_or_default();
-        self.table.beside(&format!("{} {arrow}", bar.what), own, &bar.rival, its, &goal);
+        self.table.beside(&format!("{} {arrow}", bar.what), own, &bar.rival.replace('|', "\\|"), its, &goal);
         // Of all the figures, rates beside the first rival and what has a goal make a chart that can be read.
         if bar.goal.is_some() || first && bar.better == Better::More {
             self.bars.push(bar);

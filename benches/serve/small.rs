@@ -1,5 +1,6 @@
 //! Many small answers: narinfos, and NARs of 4 KiB.
 
+use super::cache::Cache;
 use super::report::{Better, Contender, Goal, Report};
 use super::scene::Bench;
 use super::wrk::Load;
@@ -46,10 +47,11 @@ pub fn narinfos(bench: &Bench, report: &mut Report, present: bool) {
 
 /// 3.
 pub fn nars(bench: &Bench, report: &mut Report) {
-    let servers = bench.servers();
+    let small = &bench.fixture.small;
+    let servers: Vec<Cache> = bench.servers().into_iter().map(|server| server.labelled(&small[0])).collect();
     let loads = servers.iter().map(|server| {
-        server.check(&bench.fixture.small[0]);
-        let (mut client, small) = (server.client(), &bench.fixture.small);
+        server.check(&small[0]);
+        let mut client = server.client();
         let nar = |path: &String| server.ask(&mut client, path).unwrap_or_else(|status| panic!("{path}: {status}")).nar;
         let routes: Vec<String> = small.iter().map(nar).collect();
         Load::new(server, &routes, true)
