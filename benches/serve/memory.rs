@@ -53,7 +53,8 @@ pub fn connections(bench: &Bench, report: &mut Report) {
 /// The most until then (VmHWM), then, and when all connections are closed again (VmRSS).
 fn memory(cache: &Cache, bench: &Bench) -> [f64; 3] {
     let of = |line| cache.pids.iter().map(|pid| cost::memory_of_all(*pid, line)).sum::<f64>();
-    let open = || cache.pids.iter().map(|pid| cost::sockets(*pid)).sum::<usize>();
+    // One process is in the network that all of them are in.
+    let open = || cost::connections(cache.pids[0], cache.address.port());
     let nars: Vec<String> = bench.fixture.quarters.iter().map(|path| cache.narinfo(path).nar).collect();
     let before = open();
     let clients: Vec<Client> = (0..CONNECTIONS)
@@ -67,6 +68,7 @@ fn memory(cache: &Cache, bench: &Bench) -> [f64; 3] {
             client
         })
         .collect();
+    assert!(open() >= before + CONNECTIONS, "{}: all are open", cache.name);
     let (most, now) = (of("VmHWM"), of("VmRSS"));
     drop(clients);
     wait_for("connections are closed", || (open() <= before).then_some(()));

@@ -38,12 +38,17 @@ pub fn memory_of_all(pid: u32, line: &str) -> f64 {
     memory(pid, line) + children(pid).into_iter().map(|child| memory_of_all(child, line)).sum::<f64>()
 }
 
-/// Sockets that a process and its children have open.
-pub fn sockets(pid: u32) -> usize {
-    let descriptors = fs::read_dir(format!("/proc/{pid}/fd")).expect("the process runs").flatten();
-    let is_socket = |to: &std::path::Path| to.to_string_lossy().starts_with("socket:");
-    let own = descriptors.filter(|entry| fs::read_link(entry.path()).is_ok_and(|to| is_socket(&to))).count();
-    own + children(pid).into_iter().map(sockets).sum::<usize>()
+/// TCP connections that the network of a process has to one of its ports, those included that only the client has closed.
+pub fn connections(pid: u32, port: u16) -> usize {
+    let read = |table| fs::read_to_string(format!("/proc/{pid}/net/{table}")).expect("the process runs");
+    let port = format!(":{port:04X}");
+    let open = |line: &&str| {
+        let mut words = line.split_whitespace().skip(1);
+        let local = words.next().is_some_and(|local| local.ends_with(&port));
+        // Established, and waiting to be closed.
+        local && words.nth(1).is_some_and(|state| state == "01" || state == "08")
+    };
+    [read("tcp"), read("tcp6")].iter().map(|table| table.lines().filter(open).count()).sum()
 }
 
 fn children(pid: u32) -> Vec<u32> {
