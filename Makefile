@@ -65,6 +65,7 @@ check: ## what has to pass before a change is taken: format, lints, documentatio
 
 bench: ## measures peerix side by side with nginx, and prints a table
 	@scripts/deps build test bench
+	$(CARGO) bench --locked $(RUNNER) --bench serve
 	$(CARGO) bench --locked $(RUNNER) --bench peers
 	$(CARGO) bench --locked $(RUNNER) --bench wan
 	$(CARGO) bench --locked $(RUNNER) --bench tracker

@@ -7,7 +7,7 @@
 
 #[path = "../tests/common/mod.rs"]
 mod common;
-#[path = "peers/table.rs"]
+#[path = "shared/table.rs"]
 #[allow(dead_code)]
 mod table;
 

@@ -8,12 +8,8 @@
 
 #[path = "../../tests/common/mod.rs"]
 mod common;
-#[path = "../peers/scene.rs"]
-#[allow(dead_code)]
-mod scene;
-#[path = "../peers/table.rs"]
-#[allow(dead_code)]
-mod table;
+#[path = "../shared/mod.rs"]
+mod shared;
 
 use common::http::{Connection, Reply, Server};
 use common::tracker::{self, Tracker};
@@ -22,13 +18,15 @@ use peerix::nix::{HashPart, nix32};
 use peerix::wire::filter::Filter;
 use peerix::wire::tracker::{Announce, Identity, KEY_HEADER, SIGNATURE_HEADER, Statement, TIMESTAMP_HEADER};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use shared::client::{Body, Client};
+use shared::scene;
+use shared::table::{Series, Table};
 use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
-use table::{Series, Table};
 
 /// Peers beside the one that has the paths.
 const CROWD: u32 = 499;
@@ -237,13 +235,18 @@ fn compressed(rounds: usize, table: &mut Table) {
         for _ in 0..rounds {
             let began = Instant::now();
             let route = scene::nar_route(&asker, local, &narinfo);
-            scene::stream(&asker, local, &route, 1, &[]);
+            drop_body(&asker, local, &route);
             ours.push(began.elapsed().as_secs_f64());
             let began = Instant::now();
-            scene::stream(&asker, (holder.address, PORT), &plain, 1, &[]);
+            drop_body(&asker, (holder.address, PORT), &plain);
             theirs.push(began.elapsed().as_secs_f64());
         }
         let megabytes = format!("2. NAR of {MEBIBYTES} MiB of {what} over {MEGABITS} Mbit/s, 40 ms, seconds");
         table.beside(&megabytes, &ours, "the same uncompressed, as the original sends it", &theirs, goal);
     }
+}
+
+/// Asks for a body, and throws it away.
+fn drop_body(host: &Host, to: impl Into<SocketAddr>, route: &str) {
+    Client::new(host.connect(to).expect("a server")).get(route, "", Body::Dropped);
 }

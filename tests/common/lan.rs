@@ -127,7 +127,16 @@ impl Host {
 
     /// The same as another user.
     pub fn cmd_as(&self, uid: u32, program: &str) -> Command {
-        let mut command = self.namespace.nsenter(&["net", "mnt", "pid_for_children"]);
+        self.cmd_in(&["net", "mnt", "pid_for_children"], uid, program)
+    }
+
+    /// A command with this host's files and this machine's own network.
+    pub fn cmd_outside(&self, program: &str) -> Command {
+        self.cmd_in(&["mnt", "pid_for_children"], 0, program)
+    }
+
+    fn cmd_in(&self, kinds: &[&str], uid: u32, program: &str) -> Command {
+        let mut command = self.namespace.nsenter(kinds);
         if uid != 0 {
             command.arg(format!("--setuid={uid}")).arg(format!("--setgid={uid}"));
         }

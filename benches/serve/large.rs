@@ -1,0 +1,201 @@
+//! Large NARs and NARs of many files, from the own store.
+
+use super::cache::{Cache, Narinfo};
+use super::report::{Better, Contender, Report};
+use super::scene::Bench;
+use crate::common::world;
+use crate::shared::client::{Body, Client};
+use crate::shared::cost;
+use crate::shared::table::Series;
+use std::time::{Duration, Instant};
+
+/// What a stream reaches, and costs.
+pub const FIGURES: [(&str, Better); 2] = [("GB/s", Better::More), ("CPU-s/GiB", Better::Less)];
+
+/// Streams go on for so long: CPU time is told in hundredths of a second.
+const LONG: Duration = Duration::from_secs(1);
+/// Times that the tree is asked for, and written by other programs.
+const TREE: u32 = 10;
+/// Times that something short is timed; their median counts.
+const SHORT: usize = 10;
+const FIRST_BYTES: usize = 50;
+
+/// 4.
+pub fn one(bench: &Bench, report: &mut Report) {
+    let servers = bench.servers();
+    servers.iter().for_each(|server| server.check(&bench.fixture.large));
+    for (what, read) in [("thrown away by the kernel", false), ("read", true)] {
+        let run = |server: &Cache| stream(server, &bench.fixture.large, 1, read);
+        let goals = [(0, 1, 1.0)];
+        report.compare(&format!("4. 1 GiB, {what}"), FIGURES, &each(&servers, &bench.fixture.large, &run), &goals);
+    }
+}
+
+/// 5.
+pub fn four(bench: &Bench, report: &mut Report) {
+    let (servers, quarters) = (bench.servers(), &bench.fixture.quarters);
+    servers.iter().for_each(|server| quarters.iter().for_each(|path| server.check(path)));
+    let run = |server: &Cache| {
+        let mut readers: Vec<(Client, String)> =
+            quarters.iter().map(|path| (server.client(), server.narinfo(path).nar)).collect();
+        let (before, began, mut bytes) = (server.cpu(), Instant::now(), 0);
+        while began.elapsed() < LONG {
+            std::thread::scope(|scope| {
+                let read = readers.iter_mut().map(|(client, nar)| scope.spawn(|| client.get(nar, "", Body::Dropped)));
+                let read: Vec<_> = read.collect();
+                bytes += read.into_iter().map(|reader| reader.join().expect("a stream")).sum::<u64>();
+            });
+        }
+        rates(bytes, began, server.cpu() - before)
+    };
+    report.compare("5. four of 256 MiB at once", FIGURES, &each(&servers, &quarters[0], &run), &[]);
+}
+
+/// 6.
+pub fn tree(bench: &Bench, report: &mut Report) {
+    let (servers, tree) = (bench.servers(), &bench.fixture.tree);
+    servers.iter().for_each(|server| server.check(tree));
+    let size = servers[0].narinfo(tree).size;
+    let run = |server: &Cache| stream(server, tree, TREE, false);
+    let mut contenders = each(&servers, tree, &run);
+    for (name, program) in [("tar | cat", "tar -cPf -"), ("nix-store --dump | cat", "nix-store --dump")] {
+        let program = format!("{program} {tree}");
+        let written: u64 = bench.holder.host.sh(&format!("{program} | wc -c")).trim().parse().expect("a number");
+        assert!(written >= size, "{program}: {written} bytes");
+        let script = format!("for n in $(seq {TREE}); do {program} | cat >/dev/null; done");
+        let run = move || {
+            let (before, began) = (cost::cpu_of_ended(), Instant::now());
+            bench.holder.host.sh(&script);
+            // What comes counts as the same for all: tar writes half as much again of its own.
+            rates(size * u64::from(TREE), began, cost::cpu_of_ended() - before)
+        };
+        contenders.push((name.into(), Box::new(run)));
+    }
+    let last = contenders.len() - 1;
+    let goals = [(0, last - 1, 1.0), (0, last, 1.5)];
+    report.compare("6. 20,000 files", FIGURES, &contenders, &goals);
+}
+
+/// 7.
+pub fn resume(bench: &Bench, report: &mut Report) {
+    let (servers, fixture) = (bench.servers(), &bench.fixture);
+    for (what, whole, last) in
+        [("1 GiB", &fixture.large, &fixture.last_of_large), ("20,000 files", &fixture.tree, &fixture.last_of_tree)]
+    {
+        let run = |server: &Cache| [resuming(server, whole)];
+        let mut contenders = each(&servers, whole, &run);
+        let alone = || [alone(&servers[0], last)];
+        contenders.insert(1, ("a NAR as long as that".into(), Box::new(alone)));
+        // Of another cache it is not known whether it can.
+        servers[..3].iter().for_each(|server| check_resuming(server, whole));
+        report.compare(&format!("7. the last tenth of {what}"), [("ms", Better::Less)], &contenders, &[(0, 1, 1.1)]);
+    }
+}
+
+/// 8.
+pub fn first_byte(bench: &Bench, report: &mut Report) {
+    let (servers, fixture) = (bench.servers(), &bench.fixture);
+    let run = |server: &Cache| [first(server, &fixture.tree)];
+    let mut contenders = each(&servers, &fixture.tree, &run);
+    contenders.insert(1, ("that of 4 KiB".into(), Box::new(|| [first(&servers[0], &fixture.small[0])])));
+    report.compare("8. first byte of 20,000 files", [("ms", Better::Less)], &contenders, &[(0, 1, 2.0)]);
+}
+
+/// Each server in its turn; `path` is what it is asked for.
+pub fn each<'a, const N: usize>(
+    servers: &'a [Cache<'a>],
+    path: &str,
+    run: &'a impl Fn(&Cache) -> [f64; N],
+) -> Vec<Contender<'a, N>> {
+    let contender = |server: &'a Cache<'a>| -> Contender<'a, N> { (server.label(path), Box::new(move || run(server))) };
+    servers.iter().map(contender).collect()
+}
+
+/// GB/s and CPU-s/GiB of a NAR that is asked for at least so many times, and for a while.
+pub fn stream(server: &Cache, path: &str, times: u32, read: bool) -> [f64; 2] {
+    let (nar, mut client) = (server.narinfo(path).nar, server.client());
+    let (before, began, mut bytes, mut count) = (server.cpu(), Instant::now(), 0, 0);
+    while count < times || began.elapsed() < LONG {
+        let body = if read { Body::Read(&mut |_| ()) } else { Body::Dropped };
+        bytes += client.get(&nar, "", body);
+        count += 1;
+    }
+    rates(bytes, began, server.cpu() - before)
+}
+
+fn rates(bytes: u64, began: Instant, cpu: f64) -> [f64; 2] {
+    let (rate, cost) = cost::rates(bytes, began, cpu);
+    [rate, cost]
+}
+
+/// Milliseconds that the last tenth of a NAR takes; no number of a server that cannot resume.
+pub fn resuming(server: &Cache, path: &str) -> f64 {
+    let narinfo = server.narinfo(path);
+    let (start, mut client) = (tenth(&narinfo), server.client());
+    let range = format!("Range: bytes={start}-\r\n");
+    if narinfo.compression != "none" || server.client().ask(&narinfo.nar, &range).status != 206 {
+        return f64::NAN;
+    }
+    median(SHORT, || {
+        let began = Instant::now();
+        let came = client.get(&narinfo.nar, &range, Body::Dropped);
+        let took = began.elapsed();
+        assert_eq!(came, narinfo.size - start, "{}: {}", server.name, narinfo.nar);
+        took
+    })
+}
+
+/// Milliseconds that a whole NAR takes.
+pub fn alone(server: &Cache, path: &str) -> f64 {
+    let (nar, mut client) = (server.narinfo(path).nar, server.client());
+    median(SHORT, || {
+        let began = Instant::now();
+        client.get(&nar, "", Body::Dropped);
+        began.elapsed()
+    })
+}
+
+/// Compares what comes with the end of the whole.
+pub fn check_resuming(server: &Cache, path: &str) {
+    let narinfo = server.narinfo(path);
+    let start = tenth(&narinfo);
+    // A digest of all bytes but the first ones.
+    let digest = |headers: &str, mut skip: u64| {
+        let mut digest = ring::digest::Context::new(&ring::digest::SHA256);
+        let mut look = |bytes: &[u8]| {
+            let skipped = skip.min(bytes.len() as u64);
+            skip -= skipped;
+            digest.update(&bytes[usize::try_from(skipped).expect("no more than there are")..]);
+        };
+        server.client().get(&narinfo.nar, headers, Body::Read(&mut look));
+        digest.finish()
+    };
+    let (whole, resumed) = (digest("", start), digest(&format!("Range: bytes={start}-\r\n"), 0));
+    assert_eq!(whole.as_ref(), resumed.as_ref(), "{}: {} resumes with other bytes", server.name, narinfo.nar);
+}
+
+/// Where the last tenth begins.
+fn tenth(narinfo: &Narinfo) -> u64 {
+    narinfo.size / 10 * 9
+}
+
+/// Milliseconds from the request to the first byte of the body.
+fn first(server: &Cache, path: &str) -> f64 {
+    let nar = server.narinfo(path).nar;
+    median(FIRST_BYTES, || {
+        // The rest of the body is left where it is, so each has a connection of its own, that was used before.
+        let mut client = server.client();
+        client.text(&server.route(world::hash_part(path)));
+        let began = Instant::now();
+        assert_eq!(client.ask(&nar, "").status, 200, "{nar}");
+        client.first_byte();
+        began.elapsed()
+    })
+}
+
+/// In milliseconds.
+fn median(times: usize, mut timed: impl FnMut() -> Duration) -> f64 {
+    let mut series = Series::default();
+    (0..times).for_each(|_| series.push(timed().as_secs_f64() * 1e3));
+    series.median()
+}

@@ -1,0 +1,147 @@
+//! A client that costs as little as possible, so that it is the server that is measured.
+
+use crate::common::SOON;
+use rustix::net::{RecvFlags, recv};
+use std::io::{Read, Write};
+use std::net::TcpStream;
+
+/// How much is read at once of an answer whose head is not over.
+const HEAD: usize = 4096;
+
+/// A connection that is kept open from request to request.
+pub struct Client {
+    socket: TcpStream,
+    buffer: Vec<u8>,
+    /// What is in the buffer and was not taken yet.
+    start: usize,
+    end: usize,
+}
+
+/// What is done with a body.
+pub enum Body<'a> {
+    /// It is thrown away in the kernel, which does not even copy it.
+    Dropped,
+    /// It is read in pieces of up to 256 KiB, each of which is looked at.
+    Read(&'a mut dyn FnMut(&[u8])),
+}
+
+/// What the first lines of an answer say.
+pub struct Head {
+    /// 200.
+    pub status: u16,
+    /// By `Content-Length`; without it the body comes in chunks.
+    length: Option<u64>,
+}
+
+impl Client {
+    /// Takes over a connection.
+    pub fn new(socket: TcpStream) -> Client {
+        socket.set_nodelay(true).expect("a socket");
+        socket.set_read_timeout(Some(SOON)).expect("a socket");
+        socket.set_write_timeout(Some(SOON)).expect("a socket");
+        Client { socket, buffer: vec![0; 256 << 10], start: 0, end: 0 }
+    }
+
+    /// Asks, with further header lines that each end in CR LF, and reads the head of the answer.
+    pub fn ask(&mut self, route: &str, headers: &str) -> Head {
+        write!(self.socket, "GET {route} HTTP/1.1\r\nHost: 127.0.0.1\r\n{headers}\r\n").expect("a server");
+        let (mut status, mut length) = (None, None);
+        loop {
+            let line = self.line();
+            match line.split_once(": ") {
+                _ if line.is_empty() => break,
+                Some((name, value)) if name.eq_ignore_ascii_case("content-length") => length = value.parse().ok(),
+                _ => status = status.or_else(|| line.split(' ').nth(1)?.parse().ok()),
+            }
+        }
+        Head { status: status.unwrap_or_else(|| panic!("{route}: not HTTP")), length }
+    }
+
+    /// The same of what has to be there: its body's length.
+    pub fn get(&mut self, route: &str, headers: &str, body: Body) -> u64 {
+        let head = self.ask(route, headers);
+        let wanted = if headers.contains("Range") { 206 } else { 200 };
+        assert_eq!(head.status, wanted, "{route}");
+        self.body(&head, body)
+    }
+
+    /// A whole body as text, with its status.
+    pub fn text(&mut self, route: &str) -> (u16, String) {
+        let (head, mut all) = (self.ask(route, ""), Vec::new());
+        self.body(&head, Body::Read(&mut |bytes| all.extend(bytes)));
+        (head.status, String::from_utf8_lossy(&all).into_owned())
+    }
+
+    /// Takes the body; returns its length.
+    pub fn body(&mut self, head: &Head, mut body: Body) -> u64 {
+        if let Some(length) = head.length {
+            self.take(length, &mut body);
+            return length;
+        }
+        let mut all = 0;
+        loop {
+            let line = self.line();
+            let length = u64::from_str_radix(line.split(';').next().unwrap_or(""), 16).expect("the length of a chunk");
+            self.take(length, &mut body);
+            self.line();
+            all += length;
+            if length == 0 {
+                return all;
+            }
+        }
+    }
+
+    /// Waits until some of the body is there.
+    pub fn first_byte(&mut self) {
+        self.fill(self.buffer.len());
+    }
+
+    fn take(&mut self, mut left: u64, body: &mut Body) {
+        while left > 0 {
+            let most = usize::try_from(left).unwrap_or(usize::MAX);
+            let got = match body {
+                Body::Dropped if self.start == self.end => {
+                    let most = most.min(self.buffer.len());
+                    let got = recv(&self.socket, &mut self.buffer[..most], RecvFlags::TRUNC).expect("the body").1;
+                    assert!(got > 0, "a body was cut");
+                    got
+                }
+                _ => {
+                    self.fill(self.buffer.len());
+                    let got = most.min(self.end - self.start);
+                    if let Body::Read(look) = body {
+                        look(&self.buffer[self.start..self.start + got]);
+                    }
+                    self.start += got;
+                    got
+                }
+            };
+            left -= got as u64;
+        }
+    }
+
+    fn line(&mut self) -> String {
+        let mut line = Vec::new();
+        loop {
+            // Little of a body shall come with its head.
+            self.fill(HEAD);
+            let rest = &self.buffer[self.start..self.end];
+            let found = rest.iter().position(|byte| *byte == b'\n');
+            let taken = found.map_or(rest.len(), |at| at + 1);
+            line.extend(&rest[..taken]);
+            self.start += taken;
+            if found.is_some() {
+                return String::from_utf8_lossy(&line).trim_end().to_owned();
+            }
+        }
+    }
+
+    /// Reads at most so much into an empty buffer.
+    fn fill(&mut self, most: usize) {
+        if self.start == self.end {
+            self.start = 0;
+            self.end = self.socket.read(&mut self.buffer[..most]).expect("an answer");
+            assert!(self.end > 0, "the connection was closed");
+        }
+    }
+}

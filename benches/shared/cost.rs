@@ -1,0 +1,66 @@
+//! What processes cost, as the kernel counts it.
+
+use std::fs;
+use std::time::Instant;
+
+const GIB: f64 = (1u64 << 30) as f64;
+
+/// CPU seconds that a process has used, and its children that live.
+pub fn cpu(pid: u32) -> f64 {
+    let own: f64 = times(&format!("/proc/{pid}/stat"))[..2].iter().sum();
+    own + children(pid).into_iter().map(cpu).sum::<f64>()
+}
+
+/// The same of several.
+pub fn cpu_of(pids: &[u32]) -> f64 {
+    pids.iter().copied().map(cpu).sum()
+}
+
+/// CPU seconds that processes have used which this one has started and waited for.
+pub fn cpu_of_ended() -> f64 {
+    times("/proc/self/stat")[2..].iter().sum()
+}
+
+/// GB/s and CPU seconds a GiB.
+pub fn rates(bytes: u64, began: Instant, cpu: f64) -> (f64, f64) {
+    (bytes as f64 / began.elapsed().as_secs_f64() / 1e9, cpu / (bytes as f64 / GIB))
+}
+
+/// MiB by a line of `/proc/<pid>/status`, of a process alone.
+pub fn memory(pid: u32, line: &str) -> f64 {
+    let text = fs::read_to_string(format!("/proc/{pid}/status")).expect("the process runs");
+    let value = text.lines().find_map(|l| l.strip_prefix(line)?.strip_prefix(':')).expect("Linux tells it");
+    value.trim().trim_end_matches(" kB").parse::<f64>().expect("a number") / 1024.0
+}
+
+/// The same of a process and its children together; what they share counts for each.
+pub fn memory_of_all(pid: u32, line: &str) -> f64 {
+    memory(pid, line) + children(pid).into_iter().map(|child| memory_of_all(child, line)).sum::<f64>()
+}
+
+/// TCP connections that the network of a process has to one of its ports, those included that only the client has closed.
+pub fn connections(pid: u32, port: u16) -> usize {
+    let read = |table| fs::read_to_string(format!("/proc/{pid}/net/{table}")).expect("the process runs");
+    let port = format!(":{port:04X}");
+    let open = |line: &&str| {
+        let mut words = line.split_whitespace().skip(1);
+        let local = words.next().is_some_and(|local| local.ends_with(&port));
+        // Established, and waiting to be closed.
+        local && words.nth(1).is_some_and(|state| state == "01" || state == "08")
+    };
+    [read("tcp"), read("tcp6")].iter().map(|table| table.lines().filter(open).count()).sum()
+}
+
+fn children(pid: u32) -> Vec<u32> {
+    let text = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
+    text.split_whitespace().filter_map(|child| child.parse().ok()).collect()
+}
+
+/// User and system time of a process, and of the children it has waited for, in seconds.
+fn times(stat: &str) -> [f64; 4] {
+    let text = fs::read_to_string(stat).expect("the process runs");
+    let fields = text.rsplit_once(") ").expect("the name is in parentheses").1;
+    let mut ticks = fields.split(' ').skip(11).map(|field| field.parse::<f64>().expect("a number"));
+    // USER_HZ is 100 on every Linux that Nix knows.
+    std::array::from_fn(|_| ticks.next().expect("four times") / 100.0)
+}
