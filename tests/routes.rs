@@ -626,3 +626,44 @@ fn logs_of_what_is_not_shared_stay_here() {
     assert_eq!(scene.get(&log).status, 404, "the log of a derivation that is no valid path");
     assert_eq!(get_local(&scene.server, &log).unwrap().status, 200);
 }
+
+/// What the database said is told again as long as nobody has written to it, and not for a moment longer.
+#[test]
+fn what_nix_did_a_moment_ago() {
+    let lan = Lan::new();
+    let (server, neighbour) = (lan.host("server"), lan.host("neighbour"));
+    stock::ready(&server);
+    let _daemon = Daemon::start(&server, &[]);
+    let connect = |host: &Host, to: IpAddr| Connection::new(host.connect((to, PORT)).unwrap()).unwrap();
+    let mut connections = [
+        (connect(&server, "127.0.0.1".parse().unwrap()), "/store"),
+        (connect(&neighbour, server.address.into()), "/local"),
+    ];
+    let mut statuses = |route: &str| -> Vec<u16> {
+        let mut all = Vec::new();
+        // The second time from memory.
+        for _ in 0..2 {
+            for (connection, root) in &mut connections {
+                all.push(connection.get(&format!("{root}{route}")).unwrap().status);
+            }
+        }
+        all
+    };
+    server.write("/tmp/moment", "one");
+    let mut nar = String::new();
+    for round in 0..12 {
+        // Other paths come and go beside it.
+        server.write("/tmp/other", round.to_string());
+        let path = server.cmd("nix-store").args(["--add", "/tmp/moment"]).okay().trim().to_owned();
+        let route = format!("/{}.narinfo", world::hash_part(&path));
+        assert_eq!(statuses(&route), [200; 4], "{round}: just added");
+        nar = nar_route(&neighbour, &server, &path).strip_prefix("/local").unwrap().to_owned();
+        assert_eq!(statuses(&nar), [200; 4], "{round}: just added");
+        server.cmd("nix-store").args(["--add", "/tmp/other"]).okay();
+        assert_eq!(statuses(&route), [200; 4], "{round}: another was added");
+        server.cmd("nix-store").args(["--delete", &path]).okay();
+        assert_eq!(statuses(&nar), [404; 4], "{round}: just deleted");
+        assert_eq!(statuses(&route), [404; 4], "{round}: just deleted");
+    }
+    assert!(!nar.is_empty());
+}

@@ -165,3 +165,47 @@ fn close(open: &mut HashMap<u64, Arc<Connection>>, id: u64) {
         connection.close();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+    use std::net::TcpListener;
+
+    #[test]
+    fn who_waits_too_long_is_closed_and_nobody_else() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let open = || {
+            let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+            let (stream, peer) = listener.accept().unwrap();
+            (client, stream, peer)
+        };
+        let connections = Connections::new();
+        let (mut clients, start) = (Vec::new(), Instant::now());
+        for id in 0..3 {
+            let (mut client, stream, peer) = open();
+            let connection = connections.insert(id, stream, peer);
+            // The first is idle, the second amid a head, the third at work.
+            connections.is_idle_at(&connection, start);
+            if id == 1 {
+                client.write_all(b"GET / HT").unwrap();
+                connection.bytes().received.fill(&connection.stream, true).unwrap();
+            }
+            if id == 2 {
+                connection.is_at_work();
+            }
+            clients.push(client);
+        }
+        let left = |after: Duration| {
+            connections.end_overdue(start + after);
+            (0..3).filter(|id| connections.get(*id).is_some()).collect::<Vec<_>>()
+        };
+        // The head began a moment after the start.
+        let moment = Duration::from_secs(1);
+        assert_eq!(left(HEAD_TIMEOUT - moment), [0, 1, 2]);
+        assert_eq!(left(HEAD_TIMEOUT + moment), [0, 2]);
+        assert_eq!(left(IDLE_TIMEOUT - moment), [0, 2]);
+        assert_eq!(left(IDLE_TIMEOUT + moment), [2]);
+        assert_eq!(left(100 * IDLE_TIMEOUT), [2]);
+    }
+}

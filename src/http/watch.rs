@@ -214,3 +214,154 @@ impl Watcher<'_> {
         Next::Watch
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::server::{Handler, Server};
+    use super::super::{Answer, Exchange, Request};
+    use super::*;
+    use crossbeam_channel::{Receiver, Sender, unbounded};
+    use std::io::{Read, Write};
+
+    /// More than both ends' buffers take.
+    const LARGE: usize = 32 << 20;
+
+    /// Answers with the target, and tells by which thread.
+    struct Echo(Sender<(String, String)>);
+
+    impl Echo {
+        fn tell(&self, request: &Request<'_>) {
+            let thread = thread::current().name().unwrap_or_default().to_owned();
+            self.0.send((request.target.to_owned(), thread)).unwrap();
+        }
+    }
+
+    impl Handler for Echo {
+        fn at_once(&self, request: &Request<'_>, _: &mut Moment) -> Option<Answer> {
+            if request.target == "/panic" {
+                panic!("on purpose");
+            }
+            let body = match request.target.strip_prefix("/at-once") {
+                Some("/large") => vec![b'#'; LARGE],
+                Some(_) => request.target.into(),
+                None => return None,
+            };
+            self.tell(request);
+            Some(Answer::new(200, "text/plain", body))
+        }
+
+        fn handle(&self, request: &Request<'_>, exchange: &mut Exchange<'_>) -> io::Result<()> {
+            self.tell(request);
+            exchange.send(200, &[("Content-Type", "text/plain")], request.target.as_bytes())
+        }
+
+        fn after_panic(&self, _: &Request<'_>, exchange: &mut Exchange<'_>) -> io::Result<()> {
+            exchange.say(500, "panic")
+        }
+    }
+
+    fn start() -> (Server, SocketAddr, Receiver<(String, String)>) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let (tell, told) = unbounded();
+        (Server::start(vec![listener], Arc::new(Echo(tell)), || ()).unwrap(), address, told)
+    }
+
+    fn connect(address: SocketAddr) -> TcpStream {
+        let stream = TcpStream::connect(address).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+        stream
+    }
+
+    fn get(target: &str) -> String {
+        format!("GET {target} HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    }
+
+    /// The bodies of so many answers.
+    fn bodies(mut stream: &TcpStream, count: usize) -> Vec<String> {
+        let (mut bytes, mut bodies) = (Vec::new(), Vec::new());
+        while bodies.len() < count {
+            let text = String::from_utf8_lossy(&bytes).into_owned();
+            if let Some((head, rest)) = text.split_once("\r\n\r\n") {
+                let len: usize = head.rsplit_once("Content-Length: ").unwrap().1.trim().parse().unwrap();
+                if rest.len() >= len {
+                    bodies.push(rest[..len].to_owned());
+                    bytes.drain(..head.len() + 4 + len);
+                    continue;
+                }
+            }
+            let mut chunk = vec![0; 1 << 20];
+            let came = stream.read(&mut chunk).unwrap();
+            assert!(came > 0, "cut after {bodies:?}");
+            bytes.extend_from_slice(&chunk[..came]);
+        }
+        bodies
+    }
+
+    #[test]
+    fn who_answers_what() {
+        let (_server, address, told) = start();
+        let mut stream = connect(address);
+        let mut ask = |target: &str| {
+            stream.write_all(get(target).as_bytes()).unwrap();
+            assert_eq!(bodies(&stream, 1), [target]);
+            let (asked, thread) = told.recv().unwrap();
+            assert_eq!(asked, target);
+            thread
+        };
+        assert_eq!(ask("/at-once/1"), "http-watch");
+        assert_eq!(ask("/2"), "http-0");
+        // The thread may have the connection still. When it answers what the watcher can, that has it again.
+        ask("/at-once/3");
+        assert_eq!(ask("/at-once/4"), "http-watch");
+        assert_eq!(ask("/5"), "http-0");
+    }
+
+    #[test]
+    fn requests_that_come_together_are_answered_in_their_order() {
+        let (_server, address, _told) = start();
+        let mut stream = connect(address);
+        let targets: Vec<String> =
+            (0..100).map(|n| if n % 3 == 0 { format!("/{n}") } else { format!("/at-once/{n}") }).collect();
+        let all: String = targets.iter().map(|target| get(target)).collect();
+        // Cut where it hurts: within a head.
+        let (first, rest) = all.split_at(get("/0").len() + 10);
+        stream.write_all(first.as_bytes()).unwrap();
+        assert_eq!(bodies(&stream, 1), targets[..1]);
+        stream.write_all(rest.as_bytes()).unwrap();
+        assert_eq!(bodies(&stream, 99), targets[1..]);
+    }
+
+    #[test]
+    fn who_takes_an_answer_slowly_delays_nobody_and_gets_all_of_it() {
+        let (_server, address, _told) = start();
+        let (mut slow, mut other) = (connect(address), connect(address));
+        slow.write_all((get("/at-once/large") + &get("/at-once/next")).as_bytes()).unwrap();
+        for _ in 0..10 {
+            other.write_all(get("/at-once/1").as_bytes()).unwrap();
+            assert_eq!(bodies(&other, 1), ["/at-once/1"]);
+        }
+        let mut head = [0; 15];
+        slow.read_exact(&mut head).unwrap();
+        let mut left = LARGE;
+        let mut chunk = vec![0; 1 << 20];
+        let mut text = Vec::new();
+        while left > 0 || !text.ends_with(b"/at-once/next") {
+            let came = slow.read(&mut chunk).unwrap();
+            assert!(came > 0, "cut with {left} bytes to come");
+            left -= chunk[..came].iter().filter(|b| **b == b'#').count();
+            text.extend(chunk[..came].iter().filter(|b| **b != b'#'));
+            text.drain(..text.len().saturating_sub(100));
+        }
+    }
+
+    #[test]
+    fn a_panic_takes_its_connection_along_and_no_other() {
+        let (_server, address, _told) = start();
+        let (mut bad, mut other) = (connect(address), connect(address));
+        bad.write_all(get("/panic").as_bytes()).unwrap();
+        assert_eq!(bad.read(&mut [0]).unwrap(), 0);
+        other.write_all(get("/at-once/1").as_bytes()).unwrap();
+        assert_eq!(bodies(&other, 1), ["/at-once/1"]);
+    }
+}
