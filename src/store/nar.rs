@@ -20,7 +20,7 @@ pub(super) const PIECE: usize = 256 << 10;
 
 /// The first piece of a NAR that has more than one, in bytes: who asked sees at once that it comes, also where a piece
 /// is hundreds of files. What fits into one piece stays one, so that a fault in it is found before anything was sent.
-const FIRST_PIECE: usize = 4 << 10;
+const FIRST_PIECE: usize = 1 << 10;
 
 /// Where a NAR goes.
 pub trait NarSink: Write {
@@ -49,9 +49,9 @@ pub(super) fn write(
         return Err(NarError::Range);
     }
     // Most NARs are smaller than a piece, and clearing all of one takes longer than they do.
-    let most = PIECE.min(usize::try_from(range.end - range.start).unwrap_or(PIECE));
-    let piece = if most < PIECE { most } else { FIRST_PIECE };
-    let mut stream = Stream { out, range, buffer: vec![0; most + 1], piece, filled: 0, pieces: 0, position: 0 };
+    let len = usize::try_from(range.end - range.start).unwrap_or(usize::MAX);
+    let piece = if len < PIECE { len } else { FIRST_PIECE };
+    let mut stream = Stream { out, range, buffer: vec![0; piece + 1], filled: 0, pieces: 0, position: 0 };
     let mut structure = nar::MAGIC.to_vec();
     while let Some(step) = walk.advance()? {
         if step != Step::Leave && !walk.at_root() {
@@ -174,10 +174,9 @@ fn open_file(directory: BorrowedFd<'_>, name: &std::ffi::CStr) -> rustix::io::Re
 struct Stream<'a> {
     out: &'a mut dyn NarSink,
     range: Range<u64>,
-    /// One byte longer than a piece, to see a file that goes on after its end without a read of its own.
+    /// One byte longer than the piece that is being filled, to see a file that goes on after its end without a read of its
+    /// own.
     buffer: Vec<u8>,
-    /// Bytes in the piece that is being filled.
-    piece: usize,
     filled: usize,
     pieces: u64,
     /// In the NAR.
@@ -203,7 +202,7 @@ impl Stream<'_> {
         let mut rest = &bytes[wanted.start as usize..wanted.end as usize];
         while !rest.is_empty() {
             self.make_room()?;
-            let count = rest.len().min(self.piece - self.filled);
+            let count = rest.len().min(self.room());
             self.buffer[self.filled..self.filled + count].copy_from_slice(&rest[..count]);
             self.filled += count;
             rest = &rest[count..];
@@ -242,7 +241,7 @@ impl Stream<'_> {
         while at < wanted.end {
             self.make_room()?;
             let left = wanted.end - at;
-            let room = self.piece - self.filled;
+            let room = self.room();
             // At the end of the file, one byte more is asked for than there may be.
             let (asked, most) = match usize::try_from(left) {
                 Ok(left) if left <= room => (left + usize::from(wanted.end == file.size), left),
@@ -261,8 +260,12 @@ impl Stream<'_> {
         Ok(())
     }
 
+    fn room(&self) -> usize {
+        self.buffer.len() - 1 - self.filled
+    }
+
     fn make_room(&mut self) -> Result<(), NarError> {
-        if self.filled == self.piece {
+        if self.room() == 0 {
             self.flush()?;
         }
         Ok(())
@@ -275,7 +278,9 @@ impl Stream<'_> {
         self.out.write_all(&self.buffer[..self.filled]).map_err(NarError::Write)?;
         self.filled = 0;
         self.pieces += 1;
-        self.piece = self.buffer.len() - 1;
+        if self.buffer.len() <= PIECE {
+            self.buffer = vec![0; PIECE + 1];
+        }
         Ok(())
     }
 }
