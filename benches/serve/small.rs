@@ -5,6 +5,7 @@ use super::report::{Better, Contender, Goal, Report};
 use super::scene::Bench;
 use super::wrk::Load;
 use crate::common::world;
+use crate::shared::client::{Client, spread};
 use crate::shared::scene::absent;
 
 /// Connections that are kept open. Nix itself has 25.
@@ -51,9 +52,11 @@ pub fn nars(bench: &Bench, report: &mut Report) {
     let servers: Vec<Cache> = bench.servers().into_iter().map(|server| server.labelled(&small[0])).collect();
     let loads = servers.iter().map(|server| {
         server.check(&small[0]);
-        let mut client = server.client();
-        let nar = |path: &String| server.ask(&mut client, path).unwrap_or_else(|status| panic!("{path}: {status}")).nar;
-        let routes: Vec<String> = small.iter().map(nar).collect();
+        // As many as Nix would have: some caches take their time.
+        let mut clients: Vec<Client> = (0..25).map(|_| server.client()).collect();
+        let routes: Vec<String> = spread(&mut clients, small, |client, path| {
+            server.ask(client, path).unwrap_or_else(|status| panic!("{path}: {status}")).nar
+        });
         Load::new(server, &routes, true)
     });
     let loads: Vec<Load> = loads.collect();
