@@ -37,12 +37,13 @@ pub fn narinfos(bench: &Bench, report: &mut Report, present: bool) {
     });
     let loads: Vec<Load> = loads.collect();
     for connections in CONNECTIONS {
-        let nginx_static: &[Goal] = match (present, connections) {
-            (true, 25) => &[(0, 1, 1.0), (2, 1, 1.0), (3, 1, 1.5)],
-            (false, 25) => &[(0, 1, 1.0)],
+        // Both ways of nginx to send are to be reached: without `sendfile` it is the quicker one here.
+        let goals: &[Goal] = match (present, connections) {
+            (true, 25) => &[(0, 1, 1.0), (0, 2, 1.0), (2, 1, 1.0), (2, 2, 1.0), (3, 1, 1.5), (3, 2, 1.5)],
+            (false, 25) => &[(0, 1, 1.0), (0, 2, 1.0)],
             _ => &[],
         };
-        report.compare(&format!("{what}, {}", plural(connections)), FIGURES, &asked(&loads, connections), nginx_static);
+        report.compare(&format!("{what}, {}", plural(connections)), FIGURES, &asked(&loads, connections), goals);
     }
 }
 
@@ -60,7 +61,7 @@ pub fn nars(bench: &Bench, report: &mut Report) {
         Load::new(server, &routes, true)
     });
     let loads: Vec<Load> = loads.collect();
-    report.compare("3. NAR of 4 KiB, 16 connections", FIGURES, &asked(&loads, 16), &[(0, 1, 0.8)]);
+    report.compare("3. NAR of 4 KiB, 16 connections", FIGURES, &asked(&loads, 16), &[(0, 1, 0.8), (0, 2, 0.8)]);
 }
 
 /// Each of these in its turn.
