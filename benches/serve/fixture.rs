@@ -52,6 +52,8 @@ du -sm nix cache | awk '{ n += $1 } END { print n }' > size
 /// Paths of the store, in full.
 pub struct Fixture {
     dir: PathBuf,
+    /// Two runs at once would measure one another.
+    _lock: File,
     /// Public key of all signatures.
     pub key: String,
     /// 20,000 of about 4 KiB.
@@ -75,7 +77,10 @@ impl Fixture {
     pub fn on(lan: &Lan) -> Fixture {
         let dir = directory().join(format!("serve-{VERSION}"));
         let lock = File::create(directory().join("serve.lock")).expect("the directory for fixtures is writable");
-        flock(&lock, FlockOperation::LockExclusive).expect("one at a time");
+        if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
+            eprintln!("another run of this benchmark is at work: waiting for its end");
+            flock(&lock, FlockOperation::LockExclusive).expect("one at a time");
+        }
         let mut fixture = Fixture {
             key: String::new(),
             small: (0..SMALL).map(|n| path(&format!("small-{n}"))).collect(),
@@ -86,6 +91,7 @@ impl Fixture {
             tree: path("tree"),
             last_of_tree: path("last-of-tree"),
             dir,
+            _lock: lock,
         };
         if !fixture.dir.join("size").exists() {
             eprintln!("making a store of 20,000 paths and its static cache in {}, once", fixture.dir.display());

@@ -71,20 +71,20 @@ impl Report {
                 let (own, its, rival_name) = (&series[0][at], &series[rival][at], contenders[rival].0.clone());
                 let ratio = own.median() / its.median();
                 let bar = Bar { what: what.clone(), rival: rival_name, ratio, better, goal };
+                // All figures would make a chart that nobody reads: of several the rates are drawn, and what has a goal.
                 if ratio.is_finite() {
-                    self.row(bar, own, its, rival == 1);
+                    self.row(bar, own, its, rival == 1 && (better == Better::More || N == 1));
                 }
             }
         }
     }
 
-    fn row(&mut self, bar: Bar, own: &Series, its: &Series, first: bool) {
+    fn row(&mut self, bar: Bar, own: &Series, its: &Series, drawn: bool) {
         let (arrow, sign) = if bar.better == Better::More { ("↑", "≥") } else { ("↓", "≤") };
         let mark = if bar.reached() { "✓" } else { "✗" };
         let goal = bar.goal.map(|goal| format!("{sign} {goal} {mark}")).unwrap_or_default();
         self.table.beside(&format!("{} {arrow}", bar.what), own, &bar.rival.replace('|', "\\|"), its, &goal);
-        // Of all the figures, rates beside the first rival and what has a goal make a chart that can be read.
-        if bar.goal.is_some() || first && bar.better == Better::More {
+        if bar.goal.is_some() || drawn {
             self.bars.push(bar);
         }
     }

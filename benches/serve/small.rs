@@ -5,6 +5,7 @@ use super::report::{Better, Contender, Goal, Report};
 use super::scene::Bench;
 use super::wrk::Load;
 use crate::common::world;
+use crate::shared::client::{Client, spread};
 use crate::shared::scene::absent;
 
 /// Connections that are kept open. Nix itself has 25.
@@ -36,12 +37,13 @@ pub fn narinfos(bench: &Bench, report: &mut Report, present: bool) {
     });
     let loads: Vec<Load> = loads.collect();
     for connections in CONNECTIONS {
-        let nginx_static: &[Goal] = match (present, connections) {
-            (true, 25) => &[(0, 1, 1.0), (2, 1, 1.0), (3, 1, 1.5)],
-            (false, 25) => &[(0, 1, 1.0)],
+        // Both ways of nginx to send are to be reached: without `sendfile` it is the quicker one here.
+        let goals: &[Goal] = match (present, connections) {
+            (true, 25) => &[(0, 1, 1.0), (0, 2, 1.0), (2, 1, 1.0), (2, 2, 1.0), (3, 1, 1.5), (3, 2, 1.5)],
+            (false, 25) => &[(0, 1, 1.0), (0, 2, 1.0)],
             _ => &[],
         };
-        report.compare(&format!("{what}, {}", plural(connections)), FIGURES, &asked(&loads, connections), nginx_static);
+        report.compare(&format!("{what}, {}", plural(connections)), FIGURES, &asked(&loads, connections), goals);
     }
 }
 
@@ -51,13 +53,15 @@ pub fn nars(bench: &Bench, report: &mut Report) {
     let servers: Vec<Cache> = bench.servers().into_iter().map(|server| server.labelled(&small[0])).collect();
     let loads = servers.iter().map(|server| {
         server.check(&small[0]);
-        let mut client = server.client();
-        let nar = |path: &String| server.ask(&mut client, path).unwrap_or_else(|status| panic!("{path}: {status}")).nar;
-        let routes: Vec<String> = small.iter().map(nar).collect();
+        // As many as Nix would have: some caches take their time.
+        let mut clients: Vec<Client> = (0..25).map(|_| server.client()).collect();
+        let routes: Vec<String> = spread(&mut clients, small, |client, path| {
+            server.ask(client, path).unwrap_or_else(|status| panic!("{path}: {status}")).nar
+        });
         Load::new(server, &routes, true)
     });
     let loads: Vec<Load> = loads.collect();
-    report.compare("3. NAR of 4 KiB, 16 connections", FIGURES, &asked(&loads, 16), &[(0, 1, 0.8)]);
+    report.compare("3. NAR of 4 KiB, 16 connections", FIGURES, &asked(&loads, 16), &[(0, 1, 0.8), (0, 2, 0.8)]);
 }
 
 /// Each of these in its turn.

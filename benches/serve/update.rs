@@ -4,10 +4,9 @@ use super::cache::{Cache, Narinfo};
 use super::large::each;
 use super::report::{Better, Report};
 use super::scene::Bench;
-use crate::shared::client::{Body, Client};
+use crate::shared::client::{Body, Client, spread};
 use std::cell::Cell;
 use std::collections::HashSet;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
 /// As Nix has them: for narinfos, and of those for NARs.
@@ -51,19 +50,4 @@ fn update(cache: &Cache, paths: &[String], others: &[String]) -> f64 {
         assert!(came == narinfo.size || narinfo.compression != "none", "{}", narinfo.nar);
     });
     began.elapsed().as_secs_f64()
-}
-
-/// All clients do some of the work, whoever is free the next piece.
-fn spread<T: Sync, R: Send>(clients: &mut [Client], work: &[T], run: impl Fn(&mut Client, &T) -> R + Sync) -> Vec<R> {
-    let (next, run) = (&AtomicUsize::new(0), &run);
-    std::thread::scope(|scope| {
-        let workers = clients.iter_mut().map(|client| {
-            scope.spawn(move || {
-                let pieces = std::iter::from_fn(|| work.get(next.fetch_add(1, Ordering::Relaxed)));
-                pieces.map(|piece| run(client, piece)).collect::<Vec<R>>()
-            })
-        });
-        let workers: Vec<_> = workers.collect();
-        workers.into_iter().flat_map(|worker| worker.join().expect("a worker")).collect()
-    })
 }

@@ -4,6 +4,7 @@ use crate::common::SOON;
 use rustix::net::{RecvFlags, recv};
 use std::io::{Read, Write};
 use std::net::TcpStream;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// How much is read at once of an answer whose head is not over.
 const HEAD: usize = 4096;
@@ -144,4 +145,23 @@ impl Client {
             assert!(self.end > 0, "the connection was closed");
         }
     }
+}
+
+/// All clients do some of the work, whoever is free the next piece.
+pub fn spread<T: Sync, R: Send>(
+    clients: &mut [Client],
+    work: &[T],
+    run: impl Fn(&mut Client, &T) -> R + Sync,
+) -> Vec<R> {
+    let (next, run) = (&AtomicUsize::new(0), &run);
+    std::thread::scope(|scope| {
+        let workers = clients.iter_mut().map(|client| {
+            scope.spawn(move || {
+                let pieces = std::iter::from_fn(|| work.get(next.fetch_add(1, Ordering::Relaxed)));
+                pieces.map(|piece| run(client, piece)).collect::<Vec<R>>()
+            })
+        });
+        let workers: Vec<_> = workers.collect();
+        workers.into_iter().flat_map(|worker| worker.join().expect("a worker")).collect()
+    })
 }
