@@ -196,7 +196,7 @@ pub(super) fn odd_tree(root: &Path) {
     std::os::unix::fs::symlink("empty", name(b"dir-link")).unwrap();
 }
 
-/// Takes everything, and does something when the first bytes come.
+/// Takes everything, and does something when the first piece comes that has more in it than what every NAR begins with.
 pub(super) struct Receiver<F: FnMut()> {
     pub(super) bytes: Vec<u8>,
     pub(super) at_first: F,
@@ -206,7 +206,7 @@ impl<F: FnMut()> super::NarSink for Receiver<F> {}
 
 impl<F: FnMut()> io::Write for Receiver<F> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        if self.bytes.is_empty() {
+        if self.bytes.len() <= crate::nix::nar::MAGIC.len() && bytes.len() > crate::nix::nar::MAGIC.len() {
             (self.at_first)();
         }
         self.bytes.extend_from_slice(bytes);

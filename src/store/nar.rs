@@ -18,10 +18,6 @@ use std::{
 /// The largest piece that is written at once, in bytes; larger ones were not faster.
 pub(super) const PIECE: usize = 256 << 10;
 
-/// The first piece of a NAR that has more than one, in bytes: who asked sees at once that it comes, also where a piece
-/// is hundreds of files. What fits into one piece stays one, so that a fault in it is found before anything was sent.
-const FIRST_PIECE: usize = 1 << 10;
-
 /// Where a NAR goes.
 pub trait NarSink: Write {
     /// Passes on up to `len` bytes of `file` from `at` on without a copy in this process, and says how many it did: 0 is
@@ -49,10 +45,18 @@ pub(super) fn write(
         return Err(NarError::Range);
     }
     // Most NARs are smaller than a piece, and clearing all of one takes longer than they do.
-    let len = usize::try_from(range.end - range.start).unwrap_or(usize::MAX);
-    let piece = if len < PIECE { len } else { FIRST_PIECE };
+    let piece = PIECE.min(usize::try_from(range.end - range.start).unwrap_or(PIECE));
     let mut stream = Stream { out, range, buffer: vec![0; piece + 1], filled: 0, pieces: 0, position: 0 };
     let mut structure = nar::MAGIC.to_vec();
+    if piece == PIECE && stream.is_wanted(0) {
+        // A directory may take long to list, and a piece may be hundreds of files: who asked sees at once that the NAR comes.
+        walk.is_there()?;
+        stream.put(&structure)?;
+        structure.clear();
+        stream.flush()?;
+        // Whoever waits for it may wait on this processor, and would see it when this thread's time is up: 2 ms.
+        std::thread::yield_now();
+    }
     while let Some(step) = walk.advance()? {
         if step != Step::Leave && !walk.at_root() {
             nar::entry_open(&mut structure, walk.name().to_bytes());
@@ -174,8 +178,7 @@ fn open_file(directory: BorrowedFd<'_>, name: &std::ffi::CStr) -> rustix::io::Re
 struct Stream<'a> {
     out: &'a mut dyn NarSink,
     range: Range<u64>,
-    /// One byte longer than the piece that is being filled, to see a file that goes on after its end without a read of its
-    /// own.
+    /// One byte longer than a piece, to see a file that goes on after its end without a read of its own.
     buffer: Vec<u8>,
     filled: usize,
     pieces: u64,
@@ -278,9 +281,6 @@ impl Stream<'_> {
         self.out.write_all(&self.buffer[..self.filled]).map_err(NarError::Write)?;
         self.filled = 0;
         self.pieces += 1;
-        if self.buffer.len() <= PIECE {
-            self.buffer = vec![0; PIECE + 1];
-        }
         Ok(())
     }
 }
@@ -413,7 +413,7 @@ mod tests {
         for (number, damage) in damages.into_iter().enumerate() {
             let (came, whole, end) = damaged(two_files, damage);
             assert!(matches!(end, Err(NarError::Changed { .. })), "{number}: {end:?}");
-            assert!((FIRST_PIECE..whole).contains(&came), "{number}: {came} of {whole}");
+            assert!((PIECE..whole).contains(&came), "{number}: {came} of {whole}");
         }
         assert!(damaged(two_files, |_, _| {}).2.is_ok());
     }

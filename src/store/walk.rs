@@ -121,6 +121,11 @@ impl Walk {
         }
     }
 
+    /// Whether there is anything to walk through, before the first step.
+    pub(super) fn is_there(&self) -> Result<(), NarError> {
+        self.ask_kind().map(drop)
+    }
+
     /// Whether the current entry is the store path itself.
     pub(super) fn at_root(&self) -> bool {
         self.depth == 0
