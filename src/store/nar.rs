@@ -6,7 +6,7 @@ use super::{
 };
 use crate::nix::{PathInfo, StoreDir, nar};
 use rustix::{
-    fs::{AtFlags, CWD, FileType, Mode, OFlags, ResolveFlags, Stat, fstat, openat, openat2, statat},
+    fs::{AtFlags, CWD, FileType, FsWord, Mode, OFlags, ResolveFlags, Stat, fstat, fstatfs, openat, openat2, statat},
     io::{Errno, ReadWriteFlags, pread, preadv2},
 };
 use std::{
@@ -124,8 +124,12 @@ pub(super) fn at_once(store_dir: &StoreDir, info: &PathInfo) -> Option<Vec<u8>> 
     nar::regular_open(&mut nar, executable, size as u64);
     let begin = nar.len();
     nar.resize(begin + size + 1, 0);
-    let read = preadv2(&file, &mut [IoSliceMut::new(&mut nar[begin..])], 0, ReadWriteFlags::NOWAIT).ok()?;
-    if read != size {
+    let read = match preadv2(&file, &mut [IoSliceMut::new(&mut nar[begin..])], 0, ReadWriteFlags::NOWAIT) {
+        // What is in memory for good knows no other way to be read.
+        Err(Errno::OPNOTSUPP) if fstatfs(&file).ok()?.f_type == TMPFS => pread(&file, &mut nar[begin..], 0),
+        read => read,
+    };
+    if read != Ok(size) {
         return None;
     }
     nar.truncate(begin + size);
@@ -133,6 +137,9 @@ pub(super) fn at_once(store_dir: &StoreDir, info: &PathInfo) -> Option<Vec<u8>> 
     nar.extend_from_slice(&nar::CLOSE);
     Some(nar)
 }
+
+/// `TMPFS_MAGIC` of Linux: the store of a system that runs from memory.
+const TMPFS: FsWord = 0x0102_1994;
 
 /// How a file is opened. Should a FIFO have taken its place, opening it must not wait for a writer.
 const FILE: OFlags = OFlags::RDONLY.union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC).union(OFlags::NONBLOCK);
@@ -336,6 +343,38 @@ mod tests {
                     assert!(out.is_empty());
                 }
             }
+        }
+    }
+
+    #[test]
+    fn at_once_are_only_small_files_as_they_were_registered() {
+        use std::os::unix::fs::PermissionsExt;
+        for size in [0, 1, 7, 8, 3900, SMALL as usize - 160] {
+            for mode in [0o444, 0o555] {
+                let fixture = Fixture::new();
+                let (info, nar) = fixture.add(|root| {
+                    fs::write(root, vec![b'x'; size]).unwrap();
+                    fs::set_permissions(root, fs::Permissions::from_mode(mode)).unwrap();
+                });
+                let store = fixture.open();
+                assert_eq!(store.nar_at_once(&info), Some(nar), "{size}");
+                let file = fixture.absolute(info.path.base_name());
+                fs::set_permissions(&file, fs::Permissions::from_mode(0o644)).unwrap();
+                fs::write(&file, vec![b'x'; size + 9]).unwrap();
+                assert_eq!(store.nar_at_once(&info), None, "{size}: has grown");
+                fs::remove_file(&file).unwrap();
+                assert_eq!(store.nar_at_once(&info), None, "{size}: is gone");
+            }
+        }
+        let makes: [fn(&Path); 3] = [
+            |root| fs::write(root, vec![b'x'; SMALL as usize]).unwrap(),
+            |root| symlink("/etc/passwd", root).unwrap(),
+            |root| fs::create_dir(root).unwrap(),
+        ];
+        for make in makes {
+            let fixture = Fixture::new();
+            let (info, _) = fixture.add(make);
+            assert_eq!(fixture.open().nar_at_once(&info), None);
         }
     }
 
