@@ -94,6 +94,7 @@ impl Handler for Cache {
             return None;
         }
         match (self.store.path_info_at_once(hash_part, now)?, &route) {
+            (Some(info), Route::OwnNarinfo(..)) if info.references.len() > narinfo::MANY_REFERENCES => None,
             (Some(info), Route::OwnNarinfo(_, view)) => {
                 Some(Answer::new(200, narinfo::CONTENT_TYPE, narinfo::own(self, &info, *view).into()))
             }

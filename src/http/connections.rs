@@ -102,8 +102,10 @@ impl Connections {
             // Who is at work has bytes of its own, and bounds for them.
             let began = || connection.bytes.try_lock().ok()?.received.began();
             idle_since != 0
-                && (moment.saturating_sub(idle_since) >= IDLE_TIMEOUT.as_millis() as u64
-                    || began().is_some_and(|began| now.saturating_duration_since(began) >= HEAD_TIMEOUT))
+                && match began() {
+                    Some(began) => now.saturating_duration_since(began) >= HEAD_TIMEOUT,
+                    None => moment.saturating_sub(idle_since) >= IDLE_TIMEOUT.as_millis() as u64,
+                }
         });
     }
 
@@ -122,12 +124,14 @@ impl Connections {
         });
     }
 
-    /// Closes the connection that is idle longest, if one is.
-    pub(super) fn close_idlest(&self) {
+    /// Closes the connection that is idle longest; false if none is.
+    pub(super) fn close_idlest(&self) -> bool {
         let mut open = self.lock();
-        if let Some(id) = room::idlest(seats(&open)) {
+        let idlest = room::idlest(seats(&open));
+        if let Some(id) = idlest {
             close(&mut open, id);
         }
+        idlest.is_some()
     }
 
     /// Makes room for a connection from `peer`, closing another if need be.
@@ -204,6 +208,14 @@ mod tests {
         let moment = Duration::from_secs(1);
         assert_eq!(left(HEAD_TIMEOUT - moment), [0, 1, 2]);
         assert_eq!(left(HEAD_TIMEOUT + moment), [0, 2]);
+        // A head that begins late has its time all the same, which it once had not.
+        let late = connections.get(0).unwrap();
+        clients[0].write_all(b"GET / HT").unwrap();
+        late.bytes().received.fill(&late.stream, true).unwrap();
+        connections.is_idle_at(&late, start - IDLE_TIMEOUT + moment);
+        assert_eq!(left(2 * moment), [0, 2]);
+        late.bytes().received = Buffer::default();
+        connections.is_idle_at(&late, start);
         assert_eq!(left(IDLE_TIMEOUT - moment), [0, 2]);
         assert_eq!(left(IDLE_TIMEOUT + moment), [2]);
         assert_eq!(left(100 * IDLE_TIMEOUT), [2]);

@@ -71,7 +71,10 @@ impl Buffer {
         let flags = if wait { RecvFlags::empty() } else { RecvFlags::DONTWAIT };
         self.bytes.reserve(CHUNK);
         let came = retry_on_intr(|| recv(stream, spare_capacity(&mut self.bytes), flags).map(|(came, _)| came))?;
-        self.began.get_or_insert_with(Instant::now);
+        // The end of one connection is not the beginning of a head on another.
+        if came > 0 {
+            self.began.get_or_insert_with(Instant::now);
+        }
         Ok(came)
     }
 

@@ -40,6 +40,9 @@ impl Signer {
     }
 }
 
+/// One with more references than this is not made while others wait for it; most have ten.
+pub(super) const MANY_REFERENCES: usize = 500;
+
 /// Of a narinfo.
 pub(super) const CONTENT_TYPE: &str = "text/x-nix-narinfo";
 

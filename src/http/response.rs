@@ -136,17 +136,7 @@ impl<'a> Exchange<'a> {
         if is_last {
             bytes.extend_from_slice(b"0\r\n\r\n");
         }
-        let mut rest = &bytes[..];
-        while !rest.is_empty() {
-            let began = Instant::now();
-            let written = match self.stream.write(rest) {
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
-                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-                written => written?,
-            };
-            in_time(written, rest.len(), began)?;
-            rest = &rest[written..];
-        }
+        send_all(self.stream, &bytes)?;
         self.in_chunks = !is_last;
         Ok(())
     }
@@ -253,6 +243,22 @@ fn begin_head(out: &mut Vec<u8>, status: u16) -> io::Result<()> {
         begun.push((status, bytes));
         Ok(())
     })
+}
+
+/// Sends it all to a client that takes some of it now and again.
+pub(super) fn send_all(mut stream: &TcpStream, bytes: &[u8]) -> io::Result<()> {
+    let mut rest = bytes;
+    while !rest.is_empty() {
+        let began = Instant::now();
+        let written = match stream.write(rest) {
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            written => written?,
+        };
+        in_time(written, rest.len(), began)?;
+        rest = &rest[written..];
+    }
+    Ok(())
 }
 
 /// The kernel tells of a timeout by a short count if anything was taken before, and of nothing taken only the next time.

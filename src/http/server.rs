@@ -6,14 +6,14 @@
 use super::body::Body;
 use super::connections::{Bytes, Connection, Connections};
 use super::head::{self, BadHead, Request};
-use super::response::{Answer, Exchange};
-use super::watch::{ACCEPT_PAUSE, watch};
+use super::response::{Answer, Exchange, send_all};
+use super::watch::watch;
 use crate::on_drop::OnDrop;
 use crossbeam_channel::{Receiver, Sender, TrySendError, bounded};
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use rustix::event::{EventfdFlags, eventfd};
 use std::cell::Cell;
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -178,7 +178,6 @@ pub(super) fn hand_over(shared: &Arc<Shared>, connection: Arc<Connection>) {
         shared.threads.fetch_sub(1, Ordering::Relaxed);
         shared.connections.end(&rejected);
         log::error!("thread for a connection: {e}");
-        thread::sleep(ACCEPT_PAUSE);
     }
 }
 
@@ -220,7 +219,7 @@ fn serve(shared: &Shared, connection: &Connection) -> io::Result<bool> {
     let mut bytes = connection.bytes();
     let Bytes { received, unsent } = &mut *bytes;
     if !unsent.is_empty() {
-        (&connection.stream).write_all(unsent)?;
+        send_all(&connection.stream, unsent)?;
         *unsent = Vec::new();
     }
     // The watcher could not answer the first request at once.

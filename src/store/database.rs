@@ -96,6 +96,7 @@ pub(super) struct Database {
     connection: Connection,
     path: PathBuf,
     pub(super) file: FileId,
+    pub(super) mode: Mode,
     /// What was counted last, at that `data_version`, which only this connection can compare with its own.
     counted: Cell<Option<(i64, Census)>>,
     /// What `data_version` was when last looked at for [`Database::has_changed`].
@@ -116,7 +117,7 @@ impl Database {
         };
         let connection = opened.map_err(|error| classify(path, error))?;
         let database =
-            Database { connection, path: path.to_owned(), file, counted: Cell::default(), seen: Cell::default() };
+            Database { connection, path: path.to_owned(), file, mode, counted: Cell::default(), seen: Cell::default() };
         database.set_patience(patience)?;
         database.connection.pragma_update(None, "cache_size", -CACHE_KIB).map_err(|error| classify(path, error))?;
         Ok(database)

@@ -2,18 +2,15 @@
 //! for its narinfo, for its NAR; and by all the machines that update at the same time.
 //!
 //! Nothing is told from here that is not what the database says at that moment. SQLite tells each connection whether
-//! another one has committed anything since it last looked (`pragma data_version`, 2 µs where a path takes 15), and the
-//! first to notice makes everything here too old, for all connections.
+//! another one has committed anything since it last looked (`pragma data_version`, 2 µs where a path takes 15), and each
+//! that notices makes everything here too old, for all connections.
 
-use super::database::{Database, Failure};
+use super::database::{Database, Failure, FileId};
 use crate::nix::{HashPart, PathInfo};
 use std::{
     collections::HashMap,
     mem,
-    sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 /// What all of it may take, in bytes: 25,000 paths with five references each, more than one machine's update asks for.
@@ -29,9 +26,17 @@ pub(super) type Answer = Option<Arc<PathInfo>>;
 /// The answers, all from the same state of the database.
 #[derive(Debug, Default)]
 pub(super) struct Kept {
-    /// Grows whenever some connection sees a change.
-    generation: AtomicU64,
+    newest: Mutex<State>,
     answers: Mutex<Answers>,
+}
+
+/// The newest state of the database that some connection has seen.
+#[derive(Debug, Default)]
+struct State {
+    /// Grows whenever some connection sees a change.
+    generation: u64,
+    /// What it was read from. After another file took its place, there are connections to both for a while.
+    file: Option<FileId>,
 }
 
 #[derive(Debug, Default)]
@@ -48,10 +53,13 @@ impl Kept {
     /// # Errors
     /// The database's.
     pub(super) fn generation(&self, database: &Database) -> Result<u64, Failure> {
-        Ok(match database.has_changed()? {
-            true => self.generation.fetch_add(1, Ordering::SeqCst) + 1,
-            false => self.generation.load(Ordering::SeqCst),
-        })
+        let has_changed = database.has_changed()?;
+        // No code that can panic runs while it is held.
+        let mut newest = self.newest.lock().unwrap_or_else(PoisonError::into_inner);
+        if has_changed || newest.file != Some(database.file) {
+            *newest = State { generation: newest.generation + 1, file: Some(database.file) };
+        }
+        Ok(newest.generation)
     }
 
     /// The answer, if it is of that state.
@@ -65,12 +73,14 @@ impl Kept {
         let bytes = OVERHEAD + answer.as_deref().map_or(0, size);
         let mut outdated = Answers::default();
         let mut answers = self.lock();
+        if generation < answers.generation || bytes > MAX_BYTES {
+            return;
+        }
         if generation > answers.generation || answers.bytes + bytes > MAX_BYTES {
             // All of it: to tell what is asked for again would cost every request more than it saves.
-            let generation = generation.max(answers.generation);
             outdated = mem::replace(&mut *answers, Answers { generation, ..Answers::default() });
         }
-        if generation == answers.generation && answers.map.insert(part, answer.clone()).is_none() {
+        if answers.map.insert(part, answer.clone()).is_none() {
             answers.bytes += bytes;
         }
         drop(answers);
@@ -106,8 +116,10 @@ fn size(info: &PathInfo) -> usize {
 
 #[cfg(test)]
 mod tests {
+    use super::super::database::Mode;
     use super::super::fixture::Fixture;
     use super::*;
+    use std::time::Duration;
 
     fn part(n: usize) -> HashPart {
         HashPart::parse(format!("{n:032}").as_bytes()).unwrap()
@@ -135,6 +147,37 @@ mod tests {
         assert_eq!(size(&store), None);
         fixture.register(&"1".repeat(32), 7);
         assert_eq!(size(&store), Some(7));
+    }
+
+    /// An answer from the old file was told for ever, if it was given after the new one had been noticed.
+    #[test]
+    fn connections_to_two_files_share_nothing() {
+        let (old, new) = (Fixture::new(), Fixture::new());
+        let path = old.register(&"1".repeat(32), 120);
+        let open = |fixture: &Fixture| Database::open(&fixture.db(), Mode::Shared, Duration::from_secs(5)).unwrap();
+        let (of_old, of_new) = (open(&old), open(&new));
+        let kept = Kept::default();
+        kept.generation(&of_old).unwrap();
+        kept.generation(&of_new).unwrap();
+        let late = kept.generation(&of_old).unwrap();
+        let answer = of_old.path_info(&old.config().store_dir, &path.hash_part()).unwrap().map(Arc::new);
+        assert!(answer.is_some());
+        kept.put(path.hash_part(), late, &answer);
+        assert_eq!(kept.get(&path.hash_part(), kept.generation(&of_new).unwrap()), None);
+    }
+
+    #[test]
+    fn a_writer_without_a_log_makes_nobody_open_the_database_anew() {
+        let fixture = Fixture::new();
+        fixture.execute("pragma journal_mode = delete");
+        let store = fixture.open();
+        let part = fixture.register(&"1".repeat(32), 120).hash_part();
+        store.path_info(&part).unwrap();
+        fixture.execute("begin exclusive");
+        assert_eq!(store.path_info_at_once(&part, &mut None), None);
+        // Nothing was written, and what was kept is still there.
+        fixture.execute("rollback");
+        assert!(store.path_info_at_once(&part, &mut None).is_some());
     }
 
     #[test]

@@ -45,10 +45,11 @@ pub(super) fn write(
         return Err(NarError::Range);
     }
     // Most NARs are smaller than a piece, and clearing all of one takes longer than they do.
-    let piece = PIECE.min(usize::try_from(range.end - range.start).unwrap_or(PIECE));
+    let len = usize::try_from(range.end - range.start).unwrap_or(usize::MAX);
+    let piece = len.min(PIECE);
     let mut stream = Stream { out, range, buffer: vec![0; piece + 1], filled: 0, pieces: 0, position: 0 };
     let mut structure = nar::MAGIC.to_vec();
-    if piece == PIECE && stream.is_wanted(0) {
+    if len > PIECE && stream.is_wanted(0) {
         // A directory may take long to list, and a piece may be hundreds of files: who asked sees at once that the NAR comes.
         walk.is_there()?;
         stream.put(&structure)?;

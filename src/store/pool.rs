@@ -100,11 +100,16 @@ impl Pool {
     /// The valid path with this hash part, from the database or from what it said before.
     pub(super) fn path_info(&self, kept: &Kept, part: &HashPart) -> Result<Answer, StoreError> {
         self.read(&|database| {
+            let look_up = || Ok(database.path_info(&self.place.store_dir, part)?.map(Arc::new));
+            // Whether it is right is known only afterwards.
+            if database.mode == Mode::Immutable {
+                return look_up();
+            }
             let generation = kept.generation(database)?;
             if let Some(answer) = kept.get(part, generation) {
                 return Ok(answer);
             }
-            let answer = database.path_info(&self.place.store_dir, part)?.map(Arc::new);
+            let answer = look_up()?;
             kept.put(*part, generation, &answer);
             Ok(answer)
         })
@@ -116,9 +121,12 @@ impl Pool {
         let now = Instant::now();
         let mut lease = self.lease(now).ok()?;
         let database = lease.database.take()?;
-        let generation = ask(&database, &|database| kept.generation(database), now).ok()?;
-        lease.database = Some(database);
-        Some(generation)
+        let generation = ask(&database, &|database| kept.generation(database), now);
+        // That somebody writes is no reason to open it anew.
+        if matches!(generation, Ok(_) | Err(Failure::Error(StoreError::Busy { .. }))) {
+            lease.database = Some(database);
+        }
+        generation.ok()
     }
 
     /// What a question to the database gives. It may be asked more than once.
