@@ -219,18 +219,25 @@ fn print_head(
     Ok(())
 }
 
+/// What tiny_http begins heads with in one second: the status, and the bytes.
+#[derive(Default)]
+struct Begun {
+    second: u64,
+    heads: Vec<(u16, Vec<u8>)>,
+}
+
 /// Appends what tiny_http begins a head with: the status line, `Date` and `Server`. They are the same for a second, and
 /// take as long to make as all else in a narinfo, so each thread keeps them.
 fn begin_head(out: &mut Vec<u8>, status: u16) -> io::Result<()> {
     thread_local! {
-        static BEGUN: RefCell<(u64, Vec<(u16, Vec<u8>)>)> = const { RefCell::new((0, Vec::new())) };
+        static BEGUN: RefCell<Begun> = RefCell::default();
     }
-    BEGUN.with_borrow_mut(|(second, begun)| {
-        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
-        if *second != now {
-            (*second, *begun) = (now, Vec::new());
+    BEGUN.with_borrow_mut(|begun| {
+        let second = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
+        if begun.second != second {
+            *begun = Begun { second, heads: Vec::new() };
         }
-        if let Some((_, bytes)) = begun.iter().find(|(of, _)| *of == status) {
+        if let Some((_, bytes)) = begun.heads.iter().find(|(of, _)| *of == status) {
             out.extend_from_slice(bytes);
             return Ok(());
         }
@@ -240,7 +247,7 @@ fn begin_head(out: &mut Vec<u8>, status: u16) -> io::Result<()> {
         response.raw_print(&mut bytes, HTTPVersion(1, 1), &[], true, None)?;
         bytes.truncate(bytes.len() - b"Content-Length: 0\r\n\r\n".len());
         out.extend_from_slice(&bytes);
-        begun.push((status, bytes));
+        begun.heads.push((status, bytes));
         Ok(())
     })
 }

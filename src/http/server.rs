@@ -1,6 +1,6 @@
 //! Serving connections: reading requests, having them answered, and closing in a way the client can tell from success.
 //!
-//! One thread accepts, and watches the connections that wait for a request ([`super::watch`]); a connection at work has a
+//! One thread accepts, and watches the connections that wait for a request (`watch.rs`); a connection at work has a
 //! thread of the pool. Knows nothing of what is served: that is a [`Handler`]'s.
 
 use super::body::Body;
