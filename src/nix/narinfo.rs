@@ -86,7 +86,7 @@ impl NarInfo {
         })
     }
 
-    /// The narinfo as Nix writes it: see [`print`].
+    /// The narinfo as Nix writes it: see [`print()`].
     pub fn print(&self, store_dir: &StoreDir) -> String {
         print(&self.info, &[&self.url], &self.compression, None, store_dir)
     }
