@@ -44,20 +44,20 @@ pub(super) fn write(
     if range.start > range.end || range.end > nar_size {
         return Err(NarError::Range);
     }
-    // Most NARs are smaller than a piece, and clearing all of one takes longer than they do.
     let len = usize::try_from(range.end - range.start).unwrap_or(usize::MAX);
-    let piece = len.min(PIECE);
-    let mut stream = Stream { out, range, buffer: vec![0; piece + 1], filled: 0, pieces: 0, position: 0 };
     let mut structure = nar::MAGIC.to_vec();
-    if len > PIECE && stream.is_wanted(0) {
+    let (mut position, mut pieces) = (0, 0);
+    if len > PIECE && range.start == 0 {
         // A directory may take long to list, and a piece may be hundreds of files: who asked sees at once that the NAR comes.
         walk.is_there()?;
-        stream.put(&structure)?;
+        out.write_all(&structure).map_err(NarError::Write)?;
+        (position, pieces) = (structure.len() as u64, 1);
         structure.clear();
-        stream.flush()?;
         // Whoever waits for it may wait on this processor, and would see it when this thread's time is up: 2 ms.
         std::thread::yield_now();
     }
+    // Most NARs are smaller than a piece, and clearing all of one takes longer than they do.
+    let mut stream = Stream { out, range, buffer: vec![0; len.min(PIECE) + 1], filled: 0, pieces, position };
     while let Some(step) = walk.advance()? {
         if step != Step::Leave && !walk.at_root() {
             nar::entry_open(&mut structure, walk.name().to_bytes());
