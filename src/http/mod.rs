@@ -1,7 +1,7 @@
 //! The HTTP server: connections and their bounds ([`server`]), what a request asks for ([`route`]), and one module
 //! per kind of answer, put together in [`cache`].
 //!
-//! tiny_http writes the messages; the connections are ours: docs/dependencies.md tells why.
+//! tiny_http begins the heads of answers; the connections are ours: docs/dependencies.md tells why.
 
 pub mod body;
 mod browser;

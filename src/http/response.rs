@@ -1,4 +1,4 @@
-//! Writing one response. tiny_http makes the bytes of the head; they leave in one write with the body's first.
+//! Writing one response. tiny_http begins the head; it leaves in one write with the body's first bytes.
 
 use super::body::Body;
 use crate::store::NarSink;
