@@ -35,8 +35,10 @@ const DAEMON_PATIENCE: Duration = Duration::from_secs(2);
 /// The pause between two attempts at nix-daemon.
 const DAEMON_PAUSE: Duration = Duration::from_secs(5);
 
-/// How often a file that changes while it is read as immutable is read again.
-const IMMUTABLE_ATTEMPTS: usize = 5;
+/// How often reading it as immutable is tried while nobody seems to write.
+const ATTEMPTS: u32 = 10;
+/// The pause between two of them.
+const PAUSE: Duration = Duration::from_millis(2);
 
 /// Where the database is and what surrounds it.
 #[derive(Debug, Clone)]
@@ -172,24 +174,26 @@ impl Pool {
                 Err(error) => daemon_said = error.to_string(),
             }
         }
-        for _ in 0..IMMUTABLE_ATTEMPTS {
-            if let Some(before) = Still::observe(&self.place.db) {
-                if let Some(wait) = before.unsettled(SystemTime::now()) {
-                    thread::sleep(wait.min(left(deadline)));
-                } else {
-                    let answer = self.attempt(lease, Mode::Immutable, question, deadline);
-                    lease.database = None; // for this one query only
-                    if Still::observe(&self.place.db) == Some(before)
-                        && let Some(told) = self.told(answer, Way::Immutable)
-                    {
-                        return told;
-                    }
+        let mut fruitless = 0;
+        while fruitless < ATTEMPTS && !left(deadline).is_zero() {
+            let before = Still::observe(&self.place.db);
+            // Whoever has written a moment ago opens and closes the database, and will be through in another moment.
+            let is_settled = before.as_ref().is_none_or(|still| still.unsettled(SystemTime::now()).is_none());
+            fruitless = if is_settled { fruitless + 1 } else { 0 };
+            if let Some(before) = before.filter(|_| is_settled) {
+                let answer = self.attempt(lease, Mode::Immutable, question, deadline);
+                lease.database = None; // for this one query only
+                if Still::observe(&self.place.db) == Some(before)
+                    && let Some(told) = self.told(answer, Way::Immutable)
+                {
+                    return told;
                 }
             }
             // If somebody writes, the files are there now.
             if let Some(told) = self.told(self.attempt(lease, Mode::Shared, question, deadline), Way::Plain) {
                 return told;
             }
+            thread::sleep(PAUSE.min(left(deadline)));
         }
         Err(StoreError::Asleep { db: self.place.db.clone(), daemon: daemon_said })
     }
