@@ -95,9 +95,7 @@ impl Handler for Cache {
         }
         match (self.store.path_info_at_once(hash_part, now)?, &route) {
             (Some(info), Route::OwnNarinfo(..)) if info.references.len() > narinfo::MANY_REFERENCES => None,
-            (Some(info), Route::OwnNarinfo(_, view)) => {
-                Some(Answer::new(200, narinfo::CONTENT_TYPE, narinfo::own(self, &info, *view).into()))
-            }
+            (Some(info), Route::OwnNarinfo(_, view)) => Some(narinfo::own(self, &info, *view)),
             (Some(info), Route::OwnNar(name, _)) => nar::own_at_once(self, name, &info, scope, request),
             _ => Some(Answer::say(404, NOT_FOUND)),
         }
@@ -182,12 +180,10 @@ impl Cache {
             Route::Status(what) => status::tell(self, *what, exchange),
             Route::CacheInfo(_) => self.cache_info(exchange),
             Route::PeerNarinfo(hash_part) => {
-                let text = narinfo::from_peer(self, hash_part).ok_or(NOT_THERE)?;
-                Ok(exchange.send(200, &[("Content-Type", narinfo::CONTENT_TYPE)], text.as_bytes())?)
+                Ok(exchange.answer(&narinfo::from_peer(self, hash_part).ok_or(NOT_THERE)?)?)
             }
             Route::OwnNarinfo(hash_part, view) => {
-                let text = narinfo::own(self, &*self.shared(hash_part, scope)?, *view);
-                Ok(exchange.send(200, &[("Content-Type", narinfo::CONTENT_TYPE)], text.as_bytes())?)
+                Ok(exchange.answer(&narinfo::own(self, &*self.shared(hash_part, scope)?, *view))?)
             }
             Route::PeerNar(name) => {
                 let _permit = self.permit(request, scope)?;

@@ -21,7 +21,7 @@ pub(super) struct Connection {
     /// Milliseconds since the table's start at which it became idle; 0 while it is at work.
     idle_since: AtomicU64,
     /// Of who has the connection. Nobody waits for it.
-    pub(super) bytes: Mutex<Bytes>,
+    bytes: Mutex<Bytes>,
 }
 
 /// What is under way on a connection.
@@ -38,12 +38,12 @@ impl Connection {
         self.idle_since.load(Ordering::Relaxed) != 0
     }
 
-    pub(super) fn is_at_work(&self) {
+    pub(super) fn set_at_work(&self) {
         self.idle_since.store(0, Ordering::Relaxed);
     }
 
     pub(super) fn bytes(&self) -> MutexGuard<'_, Bytes> {
-        // What a panic left of it belongs to a connection that is closed.
+        // A handler that panics has changed nothing of it.
         self.bytes.lock().unwrap_or_else(|e| e.into_inner())
     }
 
@@ -85,7 +85,7 @@ impl Connections {
     }
 
     /// It waits for its next request from now on.
-    pub(super) fn is_idle_at(&self, connection: &Connection, now: Instant) {
+    pub(super) fn set_idle(&self, connection: &Connection, now: Instant) {
         connection.idle_since.store(self.moment(now), Ordering::Relaxed);
     }
 
@@ -184,19 +184,19 @@ mod tests {
             let (stream, peer) = listener.accept().unwrap();
             (client, stream, peer)
         };
-        let connections = Connections::new();
+        let connections = Connections { open: Mutex::default(), started: Instant::now() - 2 * IDLE_TIMEOUT };
         let (mut clients, start) = (Vec::new(), Instant::now());
         for id in 0..3 {
             let (mut client, stream, peer) = open();
             let connection = connections.insert(id, stream, peer);
             // The first is idle, the second amid a head, the third at work.
-            connections.is_idle_at(&connection, start);
+            connections.set_idle(&connection, start);
             if id == 1 {
                 client.write_all(b"GET / HT").unwrap();
                 connection.bytes().received.fill(&connection.stream, true).unwrap();
             }
             if id == 2 {
-                connection.is_at_work();
+                connection.set_at_work();
             }
             clients.push(client);
         }
@@ -212,10 +212,10 @@ mod tests {
         let late = connections.get(0).unwrap();
         clients[0].write_all(b"GET / HT").unwrap();
         late.bytes().received.fill(&late.stream, true).unwrap();
-        connections.is_idle_at(&late, start - IDLE_TIMEOUT + moment);
-        assert_eq!(left(2 * moment), [0, 2]);
+        connections.set_idle(&late, start - IDLE_TIMEOUT);
+        assert_eq!(left(moment), [0, 2]);
         late.bytes().received = Buffer::default();
-        connections.is_idle_at(&late, start);
+        connections.set_idle(&late, start);
         assert_eq!(left(IDLE_TIMEOUT - moment), [0, 2]);
         assert_eq!(left(IDLE_TIMEOUT + moment), [2]);
         assert_eq!(left(100 * IDLE_TIMEOUT), [2]);

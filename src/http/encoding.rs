@@ -158,6 +158,8 @@ mod tests {
         assert!(!accepts_zstd(None));
     }
 
+    const NO_FIELDS: [(&str, &str); 0] = [];
+
     /// All that `write` sends, head included.
     fn sent(write: impl FnOnce(&mut Exchange<'_>) + Send) -> Vec<u8> {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -203,7 +205,7 @@ mod tests {
         for (len, piece) in [(1, 1), (1000, 7), (300_000, 262_144), (5_000_000, 262_144), (5_000_000, 5_000_000)] {
             let plain = text(len);
             let response = sent(|exchange| {
-                exchange.begin_chunked(200, &[]).unwrap();
+                exchange.begin_chunked(200, &NO_FIELDS).unwrap();
                 let mut out = Compressor::new(exchange, len as u64).unwrap();
                 plain.chunks(piece).for_each(|piece| out.write_all(piece).unwrap());
                 out.finish().unwrap();
@@ -221,7 +223,7 @@ mod tests {
         let plain = text(1 << 20);
         for promised in [plain.len(), plain.len() + 1] {
             let response = sent(|exchange| {
-                exchange.begin_chunked(200, &[]).unwrap();
+                exchange.begin_chunked(200, &NO_FIELDS).unwrap();
                 let mut out = Compressor::new(exchange, promised as u64).unwrap();
                 out.write_all(&plain).unwrap();
                 if promised > plain.len() {
@@ -232,7 +234,7 @@ mod tests {
             assert_eq!(unchunk(&response), None);
         }
         sent(|exchange| {
-            exchange.begin_chunked(200, &[]).unwrap();
+            exchange.begin_chunked(200, &NO_FIELDS).unwrap();
             let mut out = Compressor::new(exchange, plain.len() as u64 - 1).unwrap();
             assert!(out.write_all(&plain).and_then(|()| out.finish()).is_err());
             assert!(!exchange.is_whole());

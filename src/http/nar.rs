@@ -4,7 +4,7 @@ use super::Request;
 use super::cache::{Cache, Failure, NOT_THERE};
 use super::encoding::{Compressor, accepts_zstd};
 use super::range::{self, Part};
-use super::response::{Answer, Exchange};
+use super::response::{Answer, Exchange, Fields};
 use super::route::NarName;
 use crate::nix::PathInfo;
 use crate::record::{Network, Transfer};
@@ -14,9 +14,6 @@ use crate::wire::tracker::{TRANSFER_HEADER, TransferName};
 use std::io::{self, Write};
 use std::ops::Range;
 use std::os::fd::BorrowedFd;
-
-/// The content type.
-const NAR: &str = "application/x-nix-nar";
 
 /// How a NAR goes out.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -46,9 +43,7 @@ pub(super) fn own_at_once(
         transfer.moved(info.nar_size);
         transfer.is_whole();
     }
-    let etag = etag(name, Coding::Never);
-    let fields = vec![("Content-Type", NAR.into()), ("Accept-Ranges", "bytes".into()), ("ETag", etag.into())];
-    Some(Answer { status: 200, fields, body })
+    Some(Answer { status: 200, fields: fields(name, Coding::Never), body })
 }
 
 /// A valid path of this machine's store, if it still has that NAR hash. `is_far`: for a peer on another network, which may
@@ -190,6 +185,12 @@ fn etag(name: &NarName, coding: Coding) -> String {
     format!("\"{}{suffix}\"", name.nar_hash.to_nix32())
 }
 
+/// What the head of every NAR has.
+fn fields(name: &NarName, coding: Coding) -> Fields {
+    let etag = etag(name, coding).into();
+    vec![("Content-Type", "application/x-nix-nar".into()), ("Accept-Ranges", "bytes".into()), ("ETag", etag)]
+}
+
 fn begin(
     exchange: &mut Exchange<'_>,
     name: &NarName,
@@ -198,17 +199,15 @@ fn begin(
     part: &Range<u64>,
     size: u64,
 ) -> io::Result<()> {
-    let etag = etag(name, coding);
-    let content_range = format!("bytes {}-{}/{size}", part.start, part.end.saturating_sub(1));
-    let mut fields = vec![("Content-Type", NAR), ("Accept-Ranges", "bytes"), ("ETag", &*etag)];
+    let mut fields = fields(name, coding);
     if status == 206 {
-        fields.push(("Content-Range", &content_range));
+        fields.push(("Content-Range", format!("bytes {}-{}/{size}", part.start, part.end.saturating_sub(1)).into()));
     }
     if coding != Coding::Never {
-        fields.push(("Vary", "Accept-Encoding"));
+        fields.push(("Vary", "Accept-Encoding".into()));
     }
     if coding == Coding::Zstd {
-        fields.push(("Content-Encoding", "zstd"));
+        fields.push(("Content-Encoding", "zstd".into()));
         return exchange.begin_chunked(status, &fields);
     }
     exchange.begin(status, &fields, part.end - part.start)

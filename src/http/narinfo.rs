@@ -1,7 +1,8 @@
 //! Narinfos: of the own store, for peers; and of peers, for this machine's Nix.
 
 use super::cache::Cache;
-use super::route::View;
+use super::response::Answer;
+use super::route::{NarName, View};
 use crate::nix::{HashPart, PathInfo, SecretKey, Signature, StoreDir, narinfo};
 use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard};
@@ -43,28 +44,24 @@ impl Signer {
 /// One with more references than this is not made while others wait for it; most have ten.
 pub(super) const MANY_REFERENCES: usize = 500;
 
-/// Of a narinfo.
-pub(super) const CONTENT_TYPE: &str = "text/x-nix-narinfo";
-
 /// A valid path of this machine's store.
-pub(super) fn own(cache: &Cache, info: &PathInfo, view: View) -> String {
+pub(super) fn own(cache: &Cache, info: &PathInfo, view: View) -> Answer {
     let signature = cache.signer.as_ref().map(|signer| signer.sign(info, &cache.store_dir));
     let root = match view {
         View::Peers => "local/",
         View::Cache => "",
     };
-    print(cache, info, root, "none", signature.as_ref())
+    answer(cache, info, root, "none", signature.as_ref())
 }
 
 /// A path that a peer has.
-pub(super) fn from_peer(cache: &Cache, hash_part: &HashPart) -> Option<String> {
+pub(super) fn from_peer(cache: &Cache, hash_part: &HashPart) -> Option<Answer> {
     let found = cache.lookup.narinfo(hash_part)?;
-    Some(print(cache, &found.info, "peer/", &found.compression, None))
+    Some(answer(cache, &found.info, "peer/", &found.compression, None))
 }
 
-/// The URL is the [`NarName`](super::route::NarName) below `root`.
-fn print(cache: &Cache, info: &PathInfo, root: &str, compression: &str, signature: Option<&Signature>) -> String {
-    let (hash_part, nar_hash) = (info.path.hash_part(), info.nar_hash.to_nix32());
-    let url = [root, "nar/", hash_part.as_str(), "-", &nar_hash, ".nar"];
-    narinfo::print(info, &url, compression, signature, &cache.store_dir)
+fn answer(cache: &Cache, info: &PathInfo, root: &str, compression: &str, signature: Option<&Signature>) -> Answer {
+    let name = NarName { hash_part: info.path.hash_part(), nar_hash: info.nar_hash }.to_string();
+    let text = narinfo::print(info, &[root, "nar/", &name], compression, signature, &cache.store_dir);
+    Answer::new(200, "text/x-nix-narinfo", text.into())
 }

@@ -17,12 +17,15 @@ use tiny_http::{HTTPVersion, Header, Response, StatusCode};
 /// A client that takes nothing for this long is dropped.
 pub(super) const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
 
+/// Fields of a head.
+pub type Fields = Vec<(&'static str, Cow<'static, str>)>;
+
 /// A short answer that is whole.
 pub struct Answer {
     /// The status.
     pub status: u16,
     /// The head's fields beside those that all have.
-    pub fields: Vec<(&'static str, Cow<'static, str>)>,
+    pub fields: Fields,
     /// The body.
     pub body: Vec<u8>,
 }
@@ -91,7 +94,15 @@ impl<'a> Exchange<'a> {
     /// # Errors
     /// The socket's.
     pub fn say(&mut self, status: u16, line: &str) -> io::Result<()> {
-        self.send(status, &[("Content-Type", PLAIN)], format!("{line}\n").as_bytes())
+        self.answer(&Answer::say(status, line))
+    }
+
+    /// A short answer that is whole.
+    ///
+    /// # Errors
+    /// The socket's.
+    pub fn answer(&mut self, answer: &Answer) -> io::Result<()> {
+        self.send(answer.status, &answer.fields, &answer.body)
     }
 
     /// Begins a response whose body of `len` bytes is then written to this. A body that stays shorter makes the
@@ -110,7 +121,7 @@ impl<'a> Exchange<'a> {
     ///
     /// # Errors
     /// The socket's.
-    pub(super) fn begin_chunked(&mut self, status: u16, fields: &[(&str, &str)]) -> io::Result<()> {
+    pub(super) fn begin_chunked(&mut self, status: u16, fields: &[(&str, impl AsRef<str>)]) -> io::Result<()> {
         self.prepare_head(status, fields, None)?;
         self.in_chunks = !self.head_only;
         if self.head_only { self.flush_head() } else { Ok(()) }
@@ -291,12 +302,20 @@ impl NarSink for Exchange<'_> {
         // After an error the connection is cut, in whatever state it is.
         self.stream.set_nonblocking(true)?;
         set_tcp_cork(self.stream, true)?;
-        let sent = loop {
-            match retry_on_intr(|| sendfile(self.stream, file, Some(&mut at), most)) {
-                Err(Errno::AGAIN) => wait_for_room(self.stream)?,
-                sent => break sent,
-            }
-        };
+        let mut sent = Ok(0);
+        while let Ok(before) = sent
+            && before < most
+        {
+            sent = match retry_on_intr(|| sendfile(self.stream, file, Some(&mut at), most - before)) {
+                Ok(0) => break,
+                Ok(more) => Ok(before + more),
+                Err(Errno::AGAIN) => {
+                    wait_for_room(self.stream)?;
+                    Ok(before)
+                }
+                Err(e) => Err(e),
+            };
+        }
         set_tcp_cork(self.stream, false)?;
         self.stream.set_nonblocking(false)?;
         match sent {

@@ -25,7 +25,9 @@ impl NarName {
 
 impl std::fmt::Display for NarName {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}-{}.nar", self.hash_part, self.nar_hash.to_nix32())
+        let nar_hash = self.nar_hash.to_nix32();
+        // Without arguments to format, as there is one in every narinfo.
+        [self.hash_part.as_str(), "-", &nar_hash, ".nar"].iter().try_for_each(|part| f.write_str(part))
     }
 }
 

@@ -155,7 +155,7 @@ impl Shared {
 
     /// Gives a connection to the watcher, or ends it if that cannot be.
     pub(super) fn watch(&self, connection: &Connection) {
-        self.connections.is_idle_at(connection, Instant::now());
+        self.connections.set_idle(connection, Instant::now());
         let added = epoll::add(&self.epoll, &connection.stream, EventData::new_u64(connection.id), EventFlags::IN);
         if let Err(e) = added {
             log::error!("watching a connection: {e}");
@@ -234,7 +234,7 @@ fn serve(shared: &Shared, connection: &Connection) -> io::Result<bool> {
                 received.shrink();
                 return Ok(true);
             }
-            shared.connections.is_idle_at(connection, Instant::now());
+            shared.connections.set_idle(connection, Instant::now());
             if !has_timeout {
                 connection.stream.set_read_timeout(Some(STAY))?;
                 has_timeout = true;
@@ -247,7 +247,7 @@ fn serve(shared: &Shared, connection: &Connection) -> io::Result<bool> {
             }
             continue;
         };
-        connection.is_at_work();
+        connection.set_at_work();
         let (head, behind) = received.split(len);
         let (next, body) = head::parse(head, connection.peer, |request| match request {
             Ok(request) => {
@@ -284,7 +284,7 @@ fn answer(
     let handled = catch_unwind(AssertUnwindSafe(|| match at_once() {
         Some(answer) => {
             after = After::Watch;
-            exchange.send(answer.status, &answer.fields, &answer.body)
+            exchange.answer(&answer)
         }
         None => shared.handler.handle(request, &mut exchange),
     }));

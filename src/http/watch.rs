@@ -161,7 +161,7 @@ impl Watcher<'_> {
             Next::Watch => {}
             Next::End => self.shared.connections.end(&connection),
             Next::HandOver => {
-                connection.is_at_work();
+                connection.set_at_work();
                 match epoll::delete(&self.shared.epoll, &connection.stream) {
                     Ok(()) => hand_over(self.shared, connection),
                     Err(_) => self.shared.connections.end(&connection),
@@ -200,7 +200,7 @@ impl Watcher<'_> {
             None if received.is_full() => return Next::HandOver,
             None => return Next::Watch,
         };
-        connection.is_at_work();
+        connection.set_at_work();
         let (shared, out) = (self.shared, &mut self.out);
         out.clear();
         let answered = head::parse(received.split(len).0, connection.peer, |request| {
@@ -221,7 +221,7 @@ impl Watcher<'_> {
             bytes.unsent.extend_from_slice(&out[sent..]);
             return Next::HandOver;
         }
-        shared.connections.is_idle_at(connection, Instant::now());
+        shared.connections.set_idle(connection, Instant::now());
         Next::Watch
     }
 }

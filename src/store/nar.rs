@@ -111,11 +111,8 @@ pub(super) fn at_once(store_dir: &StoreDir, info: &PathInfo) -> Option<Vec<u8>> 
         return None;
     }
     let file = openat2(CWD, store_dir.join(&info.path), FILE, Mode::empty(), ResolveFlags::CACHED).ok()?;
-    let stat = fstat(&file).ok()?;
-    let executable = Mode::from_raw_mode(stat.st_mode).contains(Mode::XUSR);
-    let size = stat.st_size.unsigned_abs();
-    let is_file = FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile;
-    if !is_file || nar::MAGIC.len() as u64 + nar::regular_len(executable, size) != info.nar_size {
+    let (size, executable) = regular(&fstat(&file).ok()?)?;
+    if nar::MAGIC.len() as u64 + nar::regular_len(executable, size) != info.nar_size {
         return None;
     }
     // No larger than a small NAR, and one byte longer to see that the file ends there.
@@ -170,12 +167,15 @@ impl File {
     }
 
     fn from_stat(walk: &Walk, stat: &Stat, descriptor: Option<OwnedFd>) -> Result<File, NarError> {
-        if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
-            return Err(walk.failed(Errno::LOOP));
-        }
-        let executable = Mode::from_raw_mode(stat.st_mode).contains(Mode::XUSR);
-        Ok(File { size: stat.st_size.unsigned_abs(), executable, descriptor })
+        let (size, executable) = regular(stat).ok_or_else(|| walk.failed(Errno::LOOP))?;
+        Ok(File { size, executable, descriptor })
     }
+}
+
+/// Size of a regular file, and whether its owner may execute it.
+fn regular(stat: &Stat) -> Option<(u64, bool)> {
+    let is_regular = FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile;
+    is_regular.then(|| (stat.st_size.unsigned_abs(), Mode::from_raw_mode(stat.st_mode).contains(Mode::XUSR)))
 }
 
 fn open_file(directory: BorrowedFd<'_>, name: &std::ffi::CStr) -> rustix::io::Result<OwnedFd> {
