@@ -8,11 +8,13 @@ use crate::http::server::Server;
 use crate::identity;
 use crate::interfaces::Interfaces;
 use crate::key_file;
+use crate::lan::{Discovery, DiscoveryClient, DiscoveryThread, Settings, StoreEnvironment};
 use crate::lookup::Lookup;
-use crate::nix::{HashPart, PublicKey, SecretKey};
+use crate::nix::{PublicKey, SecretKey};
 use crate::peers::announce::{Publication, Trackers};
 use crate::peers::client::Client;
-use crate::peers::discovery::{Discovery, Handle, Neighbourhood, Wake};
+use crate::peers::lan::Lan;
+use crate::peers::requests::Requests;
 use crate::peers::standing::Standing;
 use crate::peers::tracker::Me;
 use crate::peers::wan::Wan;
@@ -20,14 +22,14 @@ use crate::publish::Publisher;
 use crate::record::Record;
 use crate::seldom::Seldom;
 use crate::service::{self, notify};
-use crate::share::{Scope, Share};
+use crate::share::Share;
 use crate::sockets::{self, Sockets};
 use crate::status::{Facts, Status};
 use crate::store::{Store, StoreConfig};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use ring::rand::{SecureRandom, SystemRandom};
 use sd_notify::NotifyState;
-use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
+use std::net::{SocketAddr, ToSocketAddrs};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -113,24 +115,19 @@ pub fn run_with(config: Config, record: Record) -> Result<(), Fatal> {
     // After the signals: who sees the port open may stop it in good order.
     let Sockets { listeners, datagrams, port } = sockets::open(&config, &interfaces).map_err(Fatal)?;
 
-    let neighbourhood = LanNeighbourhood {
-        share: share.clone(),
-        store: store.clone(),
-        interfaces: interfaces.clone(),
-        leaving: Arc::default(),
-        faults: Seldom::default(),
-    };
-    let mut random = [0; 12];
-    SystemRandom::new().fill(&mut random).map_err(|_| Fatal("no random numbers to be had".into()))?;
-    let leaving = neighbourhood.leaving.clone();
-    let discovery = Discovery::new(neighbourhood, port, port, config.timeout, random, now);
-    let discovery = Handle::spawn(discovery, datagrams, interfaces.clone(), ended("discovery"))
+    let leaving = Arc::new(AtomicBool::new(false));
+    let environment = StoreEnvironment::new(share.clone(), store.clone(), interfaces.clone(), leaving.clone());
+    let settings = Settings { http_port: port, udp_port: port, timeout: config.timeout };
+    let random = random_numbers().ok_or_else(|| Fatal("the system gives no random numbers".into()))?;
+    let discovery = Discovery::new(environment, settings, random, now);
+    let discovery = DiscoveryThread::spawn(discovery, datagrams, interfaces.clone(), ended("discovery"))
         .map_err(|e| Fatal::from(("discovery", e)))?;
-    let resolver = resolve_peers(config.peers.clone(), discovery.wake(), share.clone())
+    let resolver = resolve_peers(config.peers.clone(), discovery.client(), share.clone())
         .map_err(|e| Fatal::from(("resolve", e)))?;
 
     let client = Arc::new(Client::new(config.store_dir.clone()));
     let standing = Arc::new(Standing::default());
+    let requests = Arc::new(Requests::default());
     let record = Arc::new(record);
     let counters = keep_counters(&config, &record).map_err(|e| Fatal::from(("counters", e)))?;
     let facts = Facts::new(&config, port);
@@ -140,15 +137,18 @@ pub fn run_with(config: Config, record: Record) -> Result<(), Fatal> {
     };
     let wan = strangers.as_ref().map(|strangers| {
         let trackers = strangers.trackers.clone();
-        Arc::new(Wan::new(trackers, client.clone(), standing.clone(), discovery.wake(), interfaces.clone()))
+        let (client, standing, requests) = (client.clone(), standing.clone(), requests.clone());
+        Arc::new(Wan::new(trackers, client, standing, discovery.client(), interfaces.clone(), requests))
     });
-    let lan = config.mode.has_lan().then(|| discovery.wake());
+    let lan = config.mode.has_lan().then(|| {
+        Arc::new(Lan::new(discovery.client(), client.clone(), standing.clone(), requests.clone()))
+    });
     let store_dir = config.store_dir.clone();
-    let lookup = Lookup::new(lan, wan, client.clone(), standing.clone(), trusted, store_dir, record.clone());
+    let lookup = Lookup::new(lan, wan, standing.clone(), trusted, store_dir, record.clone());
     let lookup = Arc::new(lookup);
     let status = Status {
         record: record.clone(),
-        discovery: discovery.wake(),
+        discovery: discovery.client(),
         standing: standing.clone(),
         trackers: strangers.as_ref().map(|strangers| strangers.trackers.clone()),
         store: store.clone(),
@@ -225,10 +225,10 @@ fn keep_counters(config: &Config, record: &Arc<Record>) -> io::Result<Counters> 
 }
 
 /// Waits for the end, and tells systemd's watchdog that discovery still turns.
-fn wait(woken: &Receiver<Wakeup>, discovery: &Handle, record: &Record) -> Result<(), Fatal> {
+fn wait(woken: &Receiver<Wakeup>, discovery: &DiscoveryThread, record: &Record) -> Result<(), Fatal> {
     let watchdog = sd_notify::watchdog_enabled();
     let look = watchdog.map_or(LOOK, |limit| limit / 3);
-    let mut turns = discovery.turns();
+    let mut turns = discovery.count_turns();
     loop {
         match woken.recv_timeout(look) {
             Ok(Wakeup::Signal) => return Ok(()),
@@ -236,7 +236,7 @@ fn wait(woken: &Receiver<Wakeup>, discovery: &Handle, record: &Record) -> Result
             Err(RecvTimeoutError::Disconnected) => return Err(Fatal("nobody is left to wake the daemon".into())),
             Err(RecvTimeoutError::Timeout) => {
                 record.tick(SystemTime::now());
-                let now = discovery.turns();
+                let now = discovery.count_turns();
                 if now != turns && watchdog.is_some() {
                     notify(&[NotifyState::Watchdog]);
                 }
@@ -313,54 +313,26 @@ impl Strangers {
     }
 }
 
-/// What discovery may know: networks, and the store through what is shared.
-struct LanNeighbourhood {
-    share: Arc<Share>,
-    store: Arc<Store>,
-    interfaces: Arc<Interfaces>,
-    /// Set at the end, when nothing more is offered that could not be fetched.
-    leaving: Arc<AtomicBool>,
-    faults: Seldom,
-}
-
-impl Neighbourhood for LanNeighbourhood {
-    fn is_lan(&self, ip: IpAddr) -> bool {
-        self.share.scope(ip) == Scope::Lan
-    }
-
-    fn is_own(&self, ip: IpAddr) -> bool {
-        self.interfaces.is_own(ip)
-    }
-
-    fn has_lan(&self) -> bool {
-        self.share.serves(Scope::Lan)
-    }
-
-    fn is_stranger(&self, ip: IpAddr) -> bool {
-        let is_host = !ip.is_unspecified() && !ip.is_multicast();
-        is_host && self.share.serves(Scope::Wan) && self.share.scope(ip) == Scope::Wan
-    }
-
-    fn would_serve(&mut self, hash_part: &HashPart, asker: IpAddr) -> bool {
-        let scope = self.share.scope(asker);
-        if self.leaving.load(Ordering::Relaxed) || !self.share.serves(scope) {
-            return false;
+/// A source of random numbers; `None` if the system has none. One that fails later repeats its last numbers, as discovery
+/// must go on.
+fn random_numbers() -> Option<crate::lan::Random> {
+    let system = SystemRandom::new();
+    let mut bytes = [0; 256];
+    system.fill(&mut bytes).ok()?;
+    let mut at = 0;
+    Some(Box::new(move || {
+        if at + 4 > bytes.len() {
+            at = 0;
+            let _ = system.fill(&mut bytes);
         }
-        match self.store.path_info_quickly(hash_part) {
-            Ok(info) => info.is_some_and(|info| self.share.may_have_now(scope, &info)),
-            Err(e) => {
-                if self.faults.now(Instant::now()) {
-                    log::error!("{e}");
-                }
-                false
-            }
-        }
-    }
+        at += 4;
+        u32::from_ne_bytes([bytes[at - 4], bytes[at - 3], bytes[at - 2], bytes[at - 1]])
+    }))
 }
 
 /// Resolves the names of `--peer`, now and again, where a slow name server delays nothing else. Ends when the sender
 /// that is returned is dropped; a resolution under way is not waited for.
-fn resolve_peers(peers: Vec<(String, u16)>, lan: Arc<Wake>, share: Arc<Share>) -> io::Result<Option<Sender<()>>> {
+fn resolve_peers(peers: Vec<(String, u16)>, lan: Arc<DiscoveryClient>, share: Arc<Share>) -> io::Result<Option<Sender<()>>> {
     if peers.is_empty() {
         return Ok(None);
     }

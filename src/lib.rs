@@ -27,6 +27,7 @@ pub mod http;
 pub mod identity;
 pub mod interfaces;
 pub mod key_file;
+pub mod lan;
 pub mod lookup;
 pub mod nix;
 pub mod on_drop;

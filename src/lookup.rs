@@ -6,27 +6,20 @@
 
 use crate::nix::{HashPart, NarHash, NarInfo, PathInfo, PublicKey, StoreDir, StorePath, is_content_addressed};
 use crate::peers::announce::Begun;
-use crate::peers::client::{Client, Error, Way};
-use crate::peers::discovery::Wake;
+use crate::peers::client::Way;
+use crate::peers::lan::{Lan, LanOffer, LanSearch};
 use crate::peers::standing::{Standing, Turn, Who};
 use crate::peers::wan::{Offer, Wan, WanSearch};
-use crate::peers::{Holder, Tally};
 use crate::record::{Miss, Network, Record};
 use crate::wire::tracker::{Role, TransferName};
-use crossbeam_channel::{Receiver, RecvTimeoutError, TryRecvError};
 use std::collections::HashMap;
 use std::net::SocketAddr;
-use std::sync::atomic::Ordering;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// The whole of a lookup ends by then. Reached only if many peers claim a path and none delivers.
-const LOOKUP_TIMEOUT: Duration = Duration::from_secs(5);
-
-/// While there is hope for another holder, a narinfo may take so long, or four times the peer's usual.
-const FIRST_TRY: Duration = Duration::from_millis(300);
-/// When there is not, so long.
-const LAST_TRY: Duration = Duration::from_secs(2);
+/// A thread that waits for another one's lookup of the same path gives up after this. The first one ends by itself;
+/// the deadline is for the case that its thread does not.
+const FLIGHT_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// Found paths whose NAR Nix has not asked for yet. Nix asks for all narinfos of a closure first; beyond so many, the
 /// NAR request looks up again.
@@ -79,9 +72,8 @@ impl Source {
 
 /// Looks up paths for this machine's Nix.
 pub struct Lookup {
-    lan: Option<Arc<Wake>>,
+    lan: Option<Arc<Lan>>,
     wan: Option<Arc<Wan>>,
-    client: Arc<Client>,
     standing: Arc<Standing>,
     trusted: Vec<PublicKey>,
     store_dir: StoreDir,
@@ -107,16 +99,15 @@ impl Lookup {
     /// `lan` and `wan`: where it looks. `trusted`: keys one of which must have signed what is found; none leaves that to
     /// Nix. Every lookup is told to `record`.
     pub fn new(
-        lan: Option<Arc<Wake>>,
+        lan: Option<Arc<Lan>>,
         wan: Option<Arc<Wan>>,
-        client: Arc<Client>,
         standing: Arc<Standing>,
         trusted: Vec<PublicKey>,
         store_dir: StoreDir,
         record: Arc<Record>,
     ) -> Self {
         let (flights, found) = Default::default();
-        Lookup { lan, wan, client, standing, trusted, store_dir, record, flights, found }
+        Lookup { lan, wan, standing, trusted, store_dir, record, flights, found }
     }
 
     /// The narinfo of a peer that has the path; its `URL` is the peer's. Equal lookups at the same time are one.
@@ -185,19 +176,11 @@ impl Lookup {
 
     /// Asks the LAN anew, and the trackers after it.
     pub fn search(&self, hash_part: &HashPart) -> Search {
-        let tally = Arc::new(Tally::default());
         Search {
             hash_part: *hash_part,
-            holders: self.lan.as_ref().map(|lan| lan.ask(*hash_part, tally.clone())),
+            lan: self.lan.as_ref().map(|lan| lan.search(hash_part)),
             wan: self.wan.as_ref().map(|wan| wan.search(hash_part)),
-            tally,
             unusable: None,
-            seen: Vec::new(),
-            untried: Vec::new(),
-            slow: Vec::new(),
-            last_resort: Vec::new(),
-            until: Instant::now() + LOOKUP_TIMEOUT,
-            has_lan: self.lan.is_some(),
         }
     }
 
@@ -226,70 +209,27 @@ impl Lookup {
         Some(narinfo)
     }
 
-    /// The next holder with a good narinfo. Reliable and fast peers first; one that hangs is not waited for while there
-    /// is another.
+    /// The next holder with a good narinfo: on the LAN, else beyond it, else one that is to be left alone for a while.
     fn next_offer(&self, search: &mut Search) -> Option<Offered> {
-        loop {
-            let now = Instant::now();
-            search.take_in(&self.standing, now);
-            // A doubtful peer's turn comes when nobody else may still answer.
-            let doubtful = |holder: &Holder| search.holders.is_some() && self.standing.is_doubtful(holder.http);
-            let ready = search.untried.first().is_some_and(|holder| !doubtful(holder));
-            if now >= search.until {
-                return None;
-            } else if ready {
-                let holder = search.untried.remove(0);
-                let hope = search.holders.is_some() || !search.untried.is_empty() || !search.slow.is_empty();
-                let usual = (self.standing.latency(holder.http) * 4).min(LAST_TRY);
-                let timeout = if hope { FIRST_TRY.max(usual) } else { LAST_TRY };
-                match self.try_holder(search, &holder, timeout, hope) {
-                    Tried::Good(offer) => return Some(*offer),
-                    Tried::Slow => search.slow.push(holder),
-                    Tried::Bad => {}
-                }
-            } else if search.holders.is_some() {
-                search.wait();
-            } else {
-                // Those that hung get more time; then there may be somebody elsewhere; and those that failed lately get a
-                // little.
-                let (holder, timeout) = match search.slow.pop() {
-                    Some(holder) => (holder, LAST_TRY),
-                    None => {
-                        if let Some(offer) = self.next_wan_offer(search) {
-                            return Some(offer);
-                        }
-                        (search.last_resort.pop()?, FIRST_TRY)
-                    }
-                };
-                if let Tried::Good(offer) = self.try_holder(search, &holder, timeout, false) {
-                    return Some(*offer);
-                }
-            }
-        }
+        self.next_lan_offer(search, LanSearch::next_offer)
+            .or_else(|| self.next_wan_offer(search))
+            .or_else(|| self.next_lan_offer(search, LanSearch::next_last_resort))
     }
 
-    fn try_holder(&self, search: &mut Search, holder: &Holder, timeout: Duration, may_be_slow: bool) -> Tried {
-        let began = Instant::now();
-        let answer = self.client.narinfo(holder, &search.hash_part, timeout);
-        let now = Instant::now();
-        match answer {
-            Ok(narinfo) => {
-                self.standing.answered(holder.http, now - began, now);
-                let Some(source) = self.accept(holder.http, &narinfo, &mut search.unusable) else { return Tried::Bad };
-                search.tally.content.store(true, Ordering::Relaxed);
-                Tried::Good(Box::new(Offered { source, narinfo, peer_id: None }))
-            }
-            Err(Error::Unreachable(ureq::Error::Timeout(_))) if may_be_slow => {
-                self.standing.hung(holder.http, timeout, began, now);
-                search.unusable = Some(Miss::failed(holder.http, &"its narinfo does not come"));
-                Tried::Slow
-            }
-            Err(e) => {
-                if let Some(fault) = e.fault() {
-                    self.standing.failed(holder.http, fault, began, now, &e);
+    fn next_lan_offer(
+        &self,
+        search: &mut Search,
+        next: impl Fn(&mut LanSearch) -> Option<LanOffer>,
+    ) -> Option<Offered> {
+        let lan = search.lan.as_mut()?;
+        loop {
+            let offer = next(lan)?;
+            match self.accept(offer.http(), &offer.narinfo) {
+                Ok(source) => {
+                    lan.accept(&offer);
+                    return Some(Offered { source, narinfo: offer.narinfo, peer_id: None });
                 }
-                search.unusable = Some(Miss::failed(holder.http, &e));
-                Tried::Bad
+                Err(why) => lan.reject(&offer, why),
             }
         }
     }
@@ -299,28 +239,29 @@ impl Lookup {
         let (wan, unusable, search) = (self.wan.as_ref()?, &mut search.unusable, search.wan.as_mut()?);
         loop {
             let Offer { peer, origin, narinfo } = search.next_offer()?;
-            if let Some(mut source) = self.accept(peer, &narinfo, unusable) {
-                source.wan = Some(wan.begin_transfer(&origin));
-                return Some(Offered { source, narinfo, peer_id: Some(origin.peer_id) });
+            match self.accept(peer, &narinfo) {
+                Ok(mut source) => {
+                    source.wan = Some(wan.begin_transfer(&origin));
+                    return Some(Offered { source, narinfo, peer_id: Some(origin.peer_id) });
+                }
+                Err(why) => *unusable = Some(why),
             }
         }
     }
 
-    /// Where the NAR of a narinfo is to be had, if Nix may be offered it; else why not.
-    fn accept(&self, peer: SocketAddr, narinfo: &NarInfo, unusable: &mut Option<Miss>) -> Option<Source> {
+    /// The source of a narinfo's NAR, if Nix may be offered it; else why not.
+    fn accept(&self, peer: SocketAddr, narinfo: &NarInfo) -> Result<Source, Miss> {
         if narinfo.url.len() > MAX_NAR_URL || narinfo.url.contains("://") {
             log::debug!("peer {peer}: NAR URL too long or elsewhere");
-            *unusable = Some(Miss::failed(peer, &"the URL of its NAR is too long, or elsewhere"));
-            return None;
+            return Err(Miss::failed(peer, &"the URL of its NAR is too long, or elsewhere"));
         }
         if !self.is_trusted(&narinfo.info) {
             log::debug!("{}: peer {peer} has it without a trusted signature", narinfo.info.path);
-            *unusable = Some(Miss::Untrusted(peer));
-            return None;
+            return Err(Miss::Untrusted(peer));
         }
         let (nar_hash, nar_size) = (narinfo.info.nar_hash, narinfo.info.nar_size);
         let path = narinfo.info.path.clone();
-        Some(Source { peer, url_path: narinfo.url.clone(), nar_hash, nar_size, path, wan: None })
+        Ok(Source { peer, url_path: narinfo.url.clone(), nar_hash, nar_size, path, wan: None })
     }
 
     fn is_trusted(&self, info: &PathInfo) -> bool {
@@ -341,31 +282,14 @@ struct Offered {
     peer_id: Option<String>,
 }
 
-enum Tried {
-    Good(Box<Offered>),
-    Slow,
-    Bad,
-}
-
 /// The holders of one path: those that answered, and those that still may.
 pub struct Search {
     hash_part: HashPart,
-    /// `None` when nobody can answer any more.
-    holders: Option<Receiver<Holder>>,
-    /// Those that trackers name, whose turn comes when nobody of the LAN has it.
+    lan: Option<LanSearch>,
+    /// Peers that trackers name, whose turn comes when no peer of the LAN has it.
     wan: Option<WanSearch>,
-    /// Tells discovery that a good one was found, and how many answered.
-    tally: Arc<Tally>,
-    /// Why the last one that has it is of no use.
+    /// Why the last one beyond the LAN that has it is of no use.
     unusable: Option<Miss>,
-    seen: Vec<Holder>,
-    untried: Vec<Holder>,
-    slow: Vec<Holder>,
-    /// Those that failed lately.
-    last_resort: Vec<Holder>,
-    until: Instant,
-    /// Whether neighbours are asked at all.
-    has_lan: bool,
 }
 
 impl Search {
@@ -376,10 +300,7 @@ impl Search {
 
     /// Whether there is another holder.
     pub fn has_more(&self) -> bool {
-        !self.untried.is_empty()
-            || !self.slow.is_empty()
-            || self.holders.as_ref().is_some_and(|h| !h.is_empty())
-            || self.wan.as_ref().is_some_and(WanSearch::has_more)
+        self.lan.as_ref().is_some_and(LanSearch::has_more) || self.wan.as_ref().is_some_and(WanSearch::has_more)
     }
 
     /// Whether there may be one: the trackers have not been asked yet.
@@ -389,18 +310,21 @@ impl Search {
 
     /// Why nothing was found.
     fn why_not(&mut self) -> Miss {
-        if let Some(why) = self.unusable.take() {
+        let lan_failure = self.lan.as_mut().and_then(LanSearch::take_failure);
+        if let Some(why) = self.unusable.take().or(lan_failure) {
             return why;
         }
         let far = self.wan.as_ref();
         if let Some((peer, e)) = far.and_then(WanSearch::useless) {
             return Miss::failed(*peer, e);
         }
-        // Who is seen and was not tried is avoided.
-        if let Some(peer) = self.seen.first().map(|holder| holder.http).or_else(|| far.and_then(WanSearch::avoided)) {
+        // One that says that it has the path and was not asked for it is avoided.
+        let first_seen = self.lan.as_ref().and_then(LanSearch::first_seen);
+        if let Some(peer) = first_seen.or_else(|| far.and_then(WanSearch::avoided)) {
             return Miss::Avoided(peer);
         }
-        let Some((near, near_silent)) = self.near() else { return Miss::Busy };
+        let near = self.lan.as_ref().map_or(Some((0, 0)), LanSearch::asked_and_unanswered);
+        let Some((near, near_silent)) = near else { return Miss::Busy };
         let (far_asked, far_silent) = far.map(WanSearch::asked_and_silent).unwrap_or_default();
         match (near + far_asked, near_silent + far_silent) {
             (0, _) => Miss::Alone { no_tracker: far.is_some_and(|wan| !wan.has_tracker()) },
@@ -409,60 +333,17 @@ impl Search {
         }
     }
 
-    /// How many neighbours were asked, and how many of them did not answer.
-    fn near(&self) -> Option<(u32, u32)> {
-        if self.has_lan { self.tally.asked_and_silent() } else { Some((0, 0)) }
-    }
-
     /// Gives the search, resumed for alternates, its time anew.
     pub fn resume(&mut self) {
-        self.until = Instant::now() + LOOKUP_TIMEOUT;
+        self.lan.iter_mut().for_each(LanSearch::resume);
         self.wan.iter_mut().for_each(WanSearch::resume);
-    }
-
-    /// Takes in everyone who has answered.
-    fn take_in(&mut self, standing: &Standing, now: Instant) {
-        while let Some(holders) = &self.holders {
-            match holders.try_recv() {
-                Ok(holder) => self.add(holder),
-                Err(TryRecvError::Empty) => break,
-                Err(TryRecvError::Disconnected) => self.holders = None,
-            }
-        }
-        self.untried.retain(|holder| match standing.turn(holder.http, now) {
-            Turn::Now => true,
-            Turn::Last => {
-                self.last_resort.push(holder.clone());
-                false
-            }
-            Turn::Never => false,
-        });
-        standing.sort(&mut self.untried, |holder| holder.http);
-    }
-
-    /// Waits for one more answer.
-    fn wait(&mut self) {
-        let Some(holders) = &self.holders else { return };
-        match holders.recv_deadline(self.until) {
-            Ok(holder) => self.add(holder),
-            Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => self.holders = None,
-        }
-    }
-
-    fn add(&mut self, holder: Holder) {
-        if !self.seen.contains(&holder) {
-            self.seen.push(holder.clone());
-            self.untried.push(holder);
-        }
     }
 }
 
 impl Flight {
     fn wait(&self) -> Option<NarInfo> {
         let landed = lock(&self.landed);
-        // The first one ends by itself; the deadline is for the case that its thread does not.
-        let timeout = LOOKUP_TIMEOUT + LAST_TRY * 2;
-        let waited = self.condition.wait_timeout_while(landed, timeout, |landed| landed.is_none());
+        let waited = self.condition.wait_timeout_while(landed, FLIGHT_TIMEOUT, |landed| landed.is_none());
         waited.unwrap_or_else(PoisonError::into_inner).0.clone().flatten()
     }
 }

@@ -4,7 +4,7 @@ use super::{HTTP_TIMEOUT, Node, get, list, text};
 use crate::config::Config;
 use crate::interfaces::{Interfaces, MULTICAST_GROUP, is_private};
 use crate::nix::{HashPart, NarInfo};
-use crate::peers::Holder;
+use crate::lan::Holder;
 use crate::peers::client::{Client, Error};
 use crate::wire::Packet;
 use crate::wire::tracker::{can_be_peer, lookup_target};

@@ -52,6 +52,11 @@ pub fn decode(text: &[u8]) -> Result<Vec<u8>, Malformed> {
     if bits != 0 || held >= 5 { Err(MALFORMED) } else { Ok(bytes) }
 }
 
+/// The digit of the lowest five bits of `value`.
+pub fn digit(value: u8) -> u8 {
+    ALPHABET.as_bytes()[usize::from(value & 31)]
+}
+
 /// The value of a digit; of what is no digit, nothing that means anything.
 pub fn value(digit: u8) -> u8 {
     VALUES[usize::from(digit)]

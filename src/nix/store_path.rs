@@ -24,6 +24,34 @@ impl HashPart {
         Ok(HashPart(digits))
     }
 
+    /// Bytes that a hash part encodes: 160 bits.
+    pub const BYTES: usize = 20;
+
+    /// The hash part that encodes these bytes; every 20 bytes make one.
+    pub fn from_bytes(bytes: &[u8; Self::BYTES]) -> Self {
+        // Nix32 writes the lowest five bits last; five bytes are eight digits.
+        let mut digits = [0; Self::LEN];
+        for (group, five) in bytes.as_chunks::<5>().0.iter().enumerate() {
+            let bits = five.iter().rev().fold(0, |bits, byte| bits << 8 | u64::from(*byte));
+            for at in 0..8 {
+                digits[Self::LEN - 1 - 8 * group - at] = nix32::digit((bits >> (5 * at)) as u8);
+            }
+        }
+        HashPart(digits)
+    }
+
+    /// The bytes that the digits encode.
+    pub fn to_bytes(&self) -> [u8; Self::BYTES] {
+        let mut bytes = [0; Self::BYTES];
+        for (group, five) in bytes.as_chunks_mut::<5>().0.iter_mut().enumerate() {
+            let end = Self::LEN - 8 * group;
+            let digits = &self.0[end - 8..end];
+            let bits = digits.iter().fold(0, |bits, digit| bits << 5 | u64::from(nix32::value(*digit)));
+            five.copy_from_slice(&bits.to_le_bytes()[..5]);
+        }
+        bytes
+    }
+
     /// The digits 0 to 11 and 12 to 23 as numbers of 60 bits, the first digit the highest.
     pub fn prefixes(&self) -> (u64, u64) {
         let number = |digits: &[u8]| digits.iter().fold(0, |n, digit| n << 5 | u64::from(nix32::value(*digit)));
@@ -165,6 +193,17 @@ mod tests {
     use super::*;
 
     const BASE: &str = "7h7qgvs4kgzsn8a6rb273saxyqh4jxlz-konsole-18.12.3";
+
+    #[test]
+    fn hash_part_and_bytes_convert_as_nix32_does() {
+        for seed in 0..=255u8 {
+            let bytes: [u8; HashPart::BYTES] = std::array::from_fn(|at| seed.wrapping_mul(at as u8 ^ 0x5b));
+            let hash_part = HashPart::from_bytes(&bytes);
+            assert_eq!(hash_part.as_str(), nix32::encode(&bytes));
+            assert_eq!(hash_part.to_bytes(), bytes);
+            assert_eq!(nix32::decode(hash_part.as_str().as_bytes()).unwrap(), bytes);
+        }
+    }
 
     #[test]
     fn a_path_and_its_parts() {

@@ -1,9 +1,9 @@
 //! Requests to the HTTP servers of peers, by blocking ureq. Nothing that a peer answers is believed here beyond its
 //! form; nothing follows a redirect, a proxy or a name server.
 
-use super::Holder;
 use super::decoder::Decoded;
 use super::standing::Fault;
+use crate::lan::Holder;
 use crate::nix::{HashPart, Malformed, NarInfo, StoreDir};
 use crate::on_drop::OnDrop;
 use crate::wire::tracker::{TRANSFER_HEADER, TransferName};
@@ -62,6 +62,11 @@ pub enum Error {
 }
 
 impl Error {
+    /// Whether the connection could not be made or broke, other than by a timeout.
+    pub fn is_broken_connection(&self) -> bool {
+        matches!(self, Error::Unreachable(e) if !matches!(e, ureq::Error::Timeout(_)))
+    }
+
     /// What this says about the peer; `None` for nothing bad.
     pub fn fault(&self) -> Option<Fault> {
         match self {

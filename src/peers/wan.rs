@@ -4,23 +4,20 @@
 //! miss is known when all have said no, which takes a round trip after the tracker's, and a hit takes two, for its
 //! connection and its narinfo. The whole ends after two seconds, whatever trackers and peers do.
 
-use super::Holder;
 use super::announce::{Begun, Trackers};
-use super::asks::Told;
 use super::client::{Client, Error};
-use super::discovery::Wake;
 use super::names::Names;
+use super::requests::Requests;
 use super::standing::{Fault, Standing, Turn, Who};
 use crate::interfaces::Interfaces;
+use crate::lan::{CandidateAnswer, DiscoveryClient, Holder};
 use crate::nix::{HashPart, NarInfo};
-use crate::on_drop::OnDrop;
 use crate::wire::tracker::{
     Candidate, Candidates, MAX_ADDR, MAX_CANDIDATES, MAX_OTHERS, Role, TransferName, can_be_peer, is_peer_id,
 };
 use crossbeam_channel::{Receiver, Sender, bounded, never, select};
-use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -32,28 +29,20 @@ const AT_ONCE: usize = 4;
 const SLOW: Duration = Duration::from_millis(500);
 /// Names of candidates are waited for so long.
 const NAMES_WAIT: Duration = Duration::from_millis(500);
-/// Requests to candidates under way, of all lookups together: each has a thread.
-const MAX_ASKING: u32 = 256;
-/// Of these, so many to one address: Nix looks up 25 paths at once.
-const MAX_ASKING_ONE: u32 = 32;
-/// And to one that has not answered before, or failed to lately: those that hang must not keep the others from being asked.
-const MAX_ASKING_UNPROVEN: u32 = 4;
 /// Who is waited for is looked at this often, if nothing happens.
 const LOOK_AGAIN: Duration = Duration::from_millis(20);
 /// Who may not be asked for one of these reasons is looked at again after this.
 const BLOCKED: Duration = Duration::from_millis(10);
-/// Stack of such a thread: the client's buffers are not on it, TLS is not used.
-const STACK: usize = 256 * 1024;
 
 /// The peers beyond the LAN.
 pub struct Wan {
     trackers: Arc<Trackers>,
     client: Arc<Client>,
     standing: Arc<Standing>,
-    wake: Arc<Wake>,
+    discovery: Arc<DiscoveryClient>,
     interfaces: Arc<Interfaces>,
     names: Arc<Names>,
-    asking: Arc<Asking>,
+    requests: Arc<Requests>,
 }
 
 impl Wan {
@@ -62,10 +51,11 @@ impl Wan {
         trackers: Arc<Trackers>,
         client: Arc<Client>,
         standing: Arc<Standing>,
-        wake: Arc<Wake>,
+        discovery: Arc<DiscoveryClient>,
         interfaces: Arc<Interfaces>,
+        requests: Arc<Requests>,
     ) -> Self {
-        Wan { trackers, client, standing, wake, interfaces, names: Arc::default(), asking: Arc::default() }
+        Wan { trackers, client, standing, discovery, interfaces, names: Arc::default(), requests }
     }
 
     /// A search for a path, which begins when it is asked for the first time.
@@ -123,35 +113,6 @@ impl Wan {
     }
 }
 
-/// Requests under way by address.
-#[derive(Default)]
-struct Asking(Mutex<HashMap<IpAddr, u32>>);
-
-impl Asking {
-    /// Counts one more, unless there are too many; its end has to be told.
-    fn begin(&self, ip: IpAddr, is_proven: bool) -> bool {
-        let most = if is_proven { MAX_ASKING_ONE } else { MAX_ASKING_UNPROVEN };
-        let mut counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let all: u32 = counts.values().sum();
-        let its = counts.get(&ip).copied().unwrap_or_default();
-        let fits = all < MAX_ASKING && its < most;
-        if fits {
-            counts.insert(ip, its + 1);
-        }
-        fits
-    }
-
-    fn end(&self, ip: IpAddr) {
-        let mut counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(its) = counts.get_mut(&ip) {
-            *its -= 1;
-            if *its == 0 {
-                counts.remove(&ip);
-            }
-        }
-    }
-}
-
 /// Where an offer comes from.
 #[derive(Debug, Clone)]
 pub struct Origin {
@@ -183,7 +144,7 @@ pub struct WanSearch {
     began: Option<Instant>,
     until: Instant,
     entries: Vec<Entry>,
-    told: Receiver<Told>,
+    told: Receiver<CandidateAnswer>,
     answer: Sender<Answer>,
     answers: Receiver<Answer>,
     found: bool,
@@ -303,7 +264,7 @@ impl WanSearch {
         others.into_iter().for_each(|(at, others)| self.add(at, others, false));
         if !self.entries.is_empty() {
             let addresses = self.entries.iter().map(|entry| entry.address).collect();
-            self.told = self.wan.wake.ask_candidates(self.hash_part, addresses, self.until);
+            self.told = self.wan.discovery.query_candidates(self.hash_part, addresses, self.until);
         }
     }
 
@@ -400,17 +361,12 @@ impl WanSearch {
     /// there are too many.
     fn start(&mut self, at: usize, now: Instant) -> bool {
         let address = self.entries[at].address;
-        let asking = self.wan.asking.clone();
-        if !asking.begin(address.ip(), self.wan.is_proven(address)) {
-            return false;
-        }
-        let end = OnDrop::new(move || asking.end(address.ip()));
         let (client, standing) = (self.wan.client.clone(), self.wan.standing.clone());
         let (answer, hash_part) = (self.answer.clone(), self.hash_part);
         let timeout = self.until.saturating_duration_since(now);
         let holder = Holder { http: address, url_path: format!("local/{hash_part}.narinfo") };
-        let started = thread::Builder::new().name("candidate".into()).stack_size(STACK).spawn(move || {
-            let _end = end;
+        let is_proven = self.wan.is_proven(address);
+        let started = self.wan.requests.start(address.ip(), is_proven, move || {
             let result = client.narinfo(&holder, &hash_part, timeout);
             let then = Instant::now();
             match &result {
@@ -421,14 +377,10 @@ impl WanSearch {
             }
             let _ = answer.try_send(Answer { at, result: Box::new(result) });
         });
-        match started {
-            Ok(_) => self.entries[at].state = State::Asked(now),
-            Err(e) => {
-                log::debug!("thread for a candidate: {e}");
-                self.entries[at].state = State::Done;
-            }
+        if started {
+            self.entries[at].state = State::Asked(now);
         }
-        true
+        started
     }
 
     fn take(&mut self, Answer { at, result }: Answer) -> Option<Offer> {
@@ -448,14 +400,14 @@ impl WanSearch {
         Some(Offer { peer: entry.address, origin: entry.origin.clone(), narinfo })
     }
 
-    fn hear(&mut self, told: Told) {
-        let (Told::Have(from) | Told::HaveNot(from)) = told;
+    fn hear(&mut self, told: CandidateAnswer) {
+        let (CandidateAnswer::Have(from) | CandidateAnswer::HaveNot(from)) = told;
         let Some(entry) = self.entries.iter_mut().find(|entry| entry.address == from) else { return };
         entry.answered = true;
         match (told, entry.state) {
-            (Told::Have(_), State::Untried) => entry.state = State::Promising,
+            (CandidateAnswer::Have(_), State::Untried) => entry.state = State::Promising,
             // Who has no filter yet may not know yet what it may share: by HTTP it finds out.
-            (Told::HaveNot(_), State::Untried | State::Asked(_)) if entry.has_filter => entry.state = State::Done,
+            (CandidateAnswer::HaveNot(_), State::Untried | State::Asked(_)) if entry.has_filter => entry.state = State::Done,
             _ => {}
         }
     }
@@ -501,20 +453,5 @@ mod tests {
         assert!(!candidate(&"a".repeat(129), "example.org", 1));
         assert!(!candidate("a", "", 1) && !candidate("a", &"a".repeat(MAX_ADDR + 1), 1));
         assert!(!candidate("a", "example.org", 0));
-    }
-
-    #[test]
-    fn one_that_has_not_proven_itself_takes_few_places() {
-        let asking = Asking::default();
-        let ip = |last| IpAddr::from([203, 0, 113, last]);
-        let taken = |ip, is_proven| (0..1000).filter(|_| asking.begin(ip, is_proven)).count();
-        assert_eq!(taken(ip(1), false), MAX_ASKING_UNPROVEN as usize);
-        assert_eq!(taken(ip(2), true), MAX_ASKING_ONE as usize);
-        asking.end(ip(1));
-        assert_eq!(taken(ip(1), false), 1);
-        let all: usize = (3..=255).map(|last| taken(ip(last), false)).sum();
-        assert_eq!(all as u32, MAX_ASKING - MAX_ASKING_UNPROVEN - MAX_ASKING_ONE);
-        (0..MAX_ASKING_ONE).for_each(|_| asking.end(ip(2)));
-        assert!(!asking.0.lock().unwrap().contains_key(&ip(2)));
     }
 }

@@ -12,7 +12,7 @@ use crate::config::{Config, Mode};
 use crate::interfaces::{Interfaces, is_private};
 use crate::nix::HashPart;
 use crate::peers::announce::Trackers;
-use crate::peers::discovery::Wake;
+use crate::lan::DiscoveryClient;
 use crate::peers::standing::Standing;
 use crate::record::{self, HOUR, MAX_PEERS, Network, Record, Totals, Who};
 use crate::store::Store;
@@ -37,7 +37,7 @@ pub struct Status {
     /// What was done.
     pub record: Arc<Record>,
     /// Who is near.
-    pub discovery: Arc<Wake>,
+    pub discovery: Arc<DiscoveryClient>,
     /// How well peers serve.
     pub standing: Arc<Standing>,
     /// In modes with WAN.
@@ -246,9 +246,8 @@ impl Status {
             let mut http = neighbour.address;
             http.set_port(neighbour.http_port.unwrap_or(http.port()));
             let row = rows.entry(Who::server(Network::Lan, http)).or_insert_with(|| empty(http, Network::Lan));
-            if neighbour.named {
-                row.found_by = "flag";
-            }
+            row.found_by = neighbour.met_by.code();
+            row.silent_since = neighbour.silent_since.map(|since| now.of(since));
             row.last_heard = neighbour.heard.map(|heard| now.of(heard));
             row.round_trip_seconds = neighbour.round_trip.map(seconds);
         }
@@ -296,6 +295,7 @@ fn empty(address: SocketAddr, network: Network) -> Peer {
         found_by: if network == Network::Lan { "broadcast" } else { "tracker" },
         id: None,
         last_heard: None,
+        silent_since: None,
         round_trip_seconds: None,
         narinfo_seconds: None,
         hits: 0,

@@ -99,6 +99,7 @@ pub struct Peer {
     pub found_by: &'static str,
     pub id: Option<String>,
     pub last_heard: Option<f64>,
+    pub silent_since: Option<f64>,
     pub round_trip_seconds: Option<f64>,
     pub narinfo_seconds: Option<f64>,
     pub hits: u64,

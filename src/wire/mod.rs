@@ -4,4 +4,4 @@ pub mod filter;
 mod packet;
 pub mod tracker;
 
-pub use packet::{Hello, Packet};
+pub use packet::{Bits, HashParts, Hello, MAX_BATCH, Packet};

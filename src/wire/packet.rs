@@ -2,17 +2,27 @@
 //!
 //! | byte 0 | bytes | meaning |
 //! |---|---|---|
-//! | 0 query | 1–4 request ID, 5–36 hash part | who has this? |
+//! | 0 query | 1–4 request ID, 5–36 hash part as Nix32 digits | who has this path? |
 //! | 1 have | 1–4 request ID, 5–8 HTTP port, 9… URL path | I do: `http://<sender>:<port>/<path>` |
-//! | 2 have not | 1–4 request ID | I don't |
+//! | 2 have not | 1–4 request ID | I do not |
 //! | 3 hello | 1 version, 2–3 HTTP port, 4–11 instance ID, 12 flags | I am here |
 //! | 4 bye | as hello | I am leaving |
+//! | 5 query many | 1–4 request ID, 20 bytes for each hash part, optionally 1 flag byte | which of these? |
+//! | 6 answer many | 1–4 request ID, one bit for each hash part | these |
 //!
-//! Kinds 0 and 1 are those of the Python peerix, which ignores the others. Flag 1 of *hello* says that the
-//! sender knows so many peers that it sends no *have not* ([`Hello::crowded`]). Bytes after the flags are for
-//! later versions and not looked at.
+//! Kinds 0 and 1 are those of the Python peerix, which ignores the others. The flags of *hello* are
+//! in [`Hello`]. Bytes after them belong to later versions and are ignored.
+//!
+//! *Query many* names up to [`MAX_BATCH`] hash parts; none at all asks only for a sign of life. Bit 0 of
+//! its flag byte says that it was broadcast: then only nodes that have one of the paths answer. In *answer
+//! many*, bit `i % 8` (the lowest is 0) of byte `i / 8` is set if the sender has path `i`. An answer is
+//! never longer than its query, so that a forged source address gains nothing.
 
 use crate::nix::{HashPart, Malformed};
+use std::sync::Arc;
+
+/// Hash parts in one *query many*. With them the datagram has 806 bytes and fits every link's MTU.
+pub const MAX_BATCH: usize = 40;
 
 /// What one datagram says.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -21,7 +31,7 @@ pub enum Packet {
     Query {
         /// Names the query in its answers.
         id: u32,
-        /// The path that is looked for.
+        /// The path that is looked up.
         hash_part: HashPart,
     },
     /// The sender has it.
@@ -42,6 +52,22 @@ pub enum Packet {
     Hello(Hello),
     /// The sender is leaving.
     Bye(Hello),
+    /// Which of these paths does the receiver have?
+    QueryMany {
+        /// Names the query in its answer.
+        id: u32,
+        /// The paths that are looked up.
+        hash_parts: HashParts,
+        /// Set in broadcasts: a node that has none of the paths does not answer.
+        holders_only: bool,
+    },
+    /// The sender has the paths whose bits are set.
+    AnswerMany {
+        /// Of the query this answers.
+        id: u32,
+        /// One bit for each hash part of the query, in its order.
+        held: Bits,
+    },
 }
 
 /// What a node says of itself in *hello* and *bye*.
@@ -51,8 +77,69 @@ pub struct Hello {
     pub port: u16,
     /// Random at every start, so that a restart shows.
     pub instance: [u8; 8],
-    /// The sender sends no *have not*; nobody should wait for one.
+    /// Flag bit 0, of peerix 0.1: the sender sends no *have not*; nobody should wait for one.
     pub crowded: bool,
+    /// Flag bit 1: the sender answers *query many*.
+    pub batches: bool,
+}
+
+/// Up to [`MAX_BATCH`] hash parts as *query many* carries them. Cloning shares the bytes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HashParts(Arc<[u8]>);
+
+impl HashParts {
+    /// Packs the first [`MAX_BATCH`] of `hash_parts`.
+    pub fn pack<'a>(hash_parts: impl IntoIterator<Item = &'a HashPart>) -> Self {
+        HashParts(hash_parts.into_iter().take(MAX_BATCH).flat_map(HashPart::to_bytes).collect())
+    }
+
+    /// Number of hash parts.
+    pub fn len(&self) -> usize {
+        self.0.len() / HashPart::BYTES
+    }
+
+    /// Whether there are none: the query asks for a sign of life.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// The hash parts in their order.
+    pub fn iter(&self) -> impl Iterator<Item = HashPart> {
+        self.0.as_chunks::<{ HashPart::BYTES }>().0.iter().map(HashPart::from_bytes)
+    }
+}
+
+/// The bits of an *answer many*.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Bits(Vec<u8>);
+
+impl Bits {
+    /// One bit for each of `held`, at most [`MAX_BATCH`].
+    pub fn pack(held: impl IntoIterator<Item = bool>) -> Self {
+        let mut bytes = Vec::new();
+        for (at, is_held) in held.into_iter().take(MAX_BATCH).enumerate() {
+            if at % 8 == 0 {
+                bytes.push(0);
+            }
+            bytes[at / 8] |= u8::from(is_held) << (at % 8);
+        }
+        Bits(bytes)
+    }
+
+    /// Whether this is an answer to `count` hash parts, as far as its length shows.
+    pub fn fits(&self, count: usize) -> bool {
+        self.0.len() == count.div_ceil(8)
+    }
+
+    /// Whether bit `at` is set.
+    pub fn is_set(&self, at: usize) -> bool {
+        self.0.get(at / 8).is_some_and(|byte| byte >> (at % 8) & 1 == 1)
+    }
+
+    /// Whether any bit is set.
+    pub fn any(&self) -> bool {
+        self.0.iter().any(|byte| *byte != 0)
+    }
 }
 
 const QUERY: u8 = 0;
@@ -60,18 +147,22 @@ const HAVE: u8 = 1;
 const HAVE_NOT: u8 = 2;
 const HELLO: u8 = 3;
 const BYE: u8 = 4;
+const QUERY_MANY: u8 = 5;
+const ANSWER_MANY: u8 = 6;
 
 const HELLO_VERSION: u8 = 1;
 const FLAG_CROWDED: u8 = 1;
+const FLAG_BATCHES: u8 = 2;
+const FLAG_HOLDERS_ONLY: u8 = 1;
 
-/// A hash part and a route take well under 100 bytes; more is no URL path of a peer.
+/// Longest URL path of a narinfo, in bytes. A hash part and a route take under 100; a longer one is refused.
 const MAX_URL_PATH: usize = 256;
 
 const WHAT: &str = "packet";
 
 impl Packet {
     /// The longest datagram that can be a packet, in bytes.
-    pub const MAX_LEN: usize = 9 + MAX_URL_PATH;
+    pub const MAX_LEN: usize = 6 + MAX_BATCH * HashPart::BYTES;
 
     /// Reads one datagram.
     ///
@@ -93,6 +184,22 @@ impl Packet {
             }
             HAVE_NOT if rest.is_empty() => Ok(Packet::HaveNot { id }),
             HAVE_NOT => Err(Malformed::new(WHAT, "too long")),
+            QUERY_MANY => {
+                let (hash_parts, flags) = rest.split_at(rest.len() - rest.len() % HashPart::BYTES);
+                let holders_only = match flags {
+                    [] => false,
+                    [flags] => flags & FLAG_HOLDERS_ONLY != 0,
+                    _ => return Err(Malformed::new(WHAT, "a hash part is cut")),
+                };
+                if hash_parts.len() > MAX_BATCH * HashPart::BYTES {
+                    return Err(Malformed::new(WHAT, "more than 40 hash parts"));
+                }
+                Ok(Packet::QueryMany { id, hash_parts: HashParts(hash_parts.into()), holders_only })
+            }
+            ANSWER_MANY if rest.len() <= MAX_BATCH.div_ceil(8) => {
+                Ok(Packet::AnswerMany { id, held: Bits(rest.to_vec()) })
+            }
+            ANSWER_MANY => Err(Malformed::new(WHAT, "more than 40 bits")),
             _ => Err(Malformed::new(WHAT, "of an unknown kind")),
         }
     }
@@ -109,6 +216,11 @@ impl Packet {
             Packet::HaveNot { id } => [&[HAVE_NOT][..], &id.to_be_bytes()].concat(),
             Packet::Hello(hello) => hello.encode(HELLO),
             Packet::Bye(hello) => hello.encode(BYE),
+            Packet::QueryMany { id, hash_parts, holders_only } => {
+                let flags: &[u8] = if *holders_only { &[FLAG_HOLDERS_ONLY] } else { &[] };
+                [&[QUERY_MANY][..], &id.to_be_bytes(), &hash_parts.0, flags].concat()
+            }
+            Packet::AnswerMany { id, held } => [&[ANSWER_MANY][..], &id.to_be_bytes(), &held.0].concat(),
         }
     }
 }
@@ -125,11 +237,13 @@ impl Hello {
             port: port_of(u32::from(u16::from_be_bytes([port_high, port_low])))?,
             instance: [a, b, c, d, e, f, g, h],
             crowded: flags & FLAG_CROWDED != 0,
+            batches: flags & FLAG_BATCHES != 0,
         })
     }
 
     fn encode(&self, kind: u8) -> Vec<u8> {
-        let flags = if self.crowded { FLAG_CROWDED } else { 0 };
+        let flag = |is_set, bit| if is_set { bit } else { 0 };
+        let flags = flag(self.crowded, FLAG_CROWDED) | flag(self.batches, FLAG_BATCHES);
         [&[kind, HELLO_VERSION][..], &self.port.to_be_bytes(), &self.instance, &[flags]].concat()
     }
 }
@@ -159,8 +273,13 @@ mod tests {
     /// Written by hand from the packet table and, for kinds 0 and 1, as captured from the Python peerix.
     fn golden() -> Vec<(Packet, Vec<u8>)> {
         let hash_part = HashPart::parse(HASH_PART.as_bytes()).unwrap();
-        let hello = Hello { port: 12304, instance: *b"\x01\x02\x03\x04\x05\x06\x07\x08", crowded: false };
+        let instance = *b"\x01\x02\x03\x04\x05\x06\x07\x08";
+        let hello = Hello { port: 12304, instance, crowded: false, batches: true };
         let url_path = format!("local/{HASH_PART}.narinfo");
+        let zeros = HashPart::parse(&[b'0'; 32]).unwrap();
+        let ones = HashPart::parse(&[b'z'; 32]).unwrap();
+        let probe = Packet::QueryMany { id: 3, hash_parts: HashParts::pack([]), holders_only: false };
+        let two = HashParts::pack([&zeros, &ones]);
         vec![
             (Packet::Query { id: 0x0102_0304, hash_part }, [b"\0\x01\x02\x03\x04", HASH_PART.as_bytes()].concat()),
             (
@@ -168,16 +287,30 @@ mod tests {
                 [b"\x01\0\0\0\x07\0\0\x30\x10", url_path.as_bytes()].concat(),
             ),
             (Packet::HaveNot { id: 0xffff_ffff }, b"\x02\xff\xff\xff\xff".to_vec()),
-            (Packet::Hello(hello), b"\x03\x01\x30\x10\x01\x02\x03\x04\x05\x06\x07\x08\0".to_vec()),
+            (Packet::Hello(hello), b"\x03\x01\x30\x10\x01\x02\x03\x04\x05\x06\x07\x08\x02".to_vec()),
             (
-                Packet::Bye(Hello { crowded: true, ..hello }),
+                Packet::Bye(Hello { crowded: true, batches: false, ..hello }),
                 b"\x04\x01\x30\x10\x01\x02\x03\x04\x05\x06\x07\x08\x01".to_vec(),
+            ),
+            (probe, b"\x05\0\0\0\x03".to_vec()),
+            (
+                Packet::QueryMany { id: 4, hash_parts: two.clone(), holders_only: false },
+                [&b"\x05\0\0\0\x04"[..], &[0; 20], &[0xff; 20]].concat(),
+            ),
+            (
+                Packet::QueryMany { id: 4, hash_parts: two, holders_only: true },
+                [&b"\x05\0\0\0\x04"[..], &[0; 20], &[0xff; 20], &[1]].concat(),
+            ),
+            (Packet::AnswerMany { id: 3, held: Bits::pack([]) }, b"\x06\0\0\0\x03".to_vec()),
+            (
+                Packet::AnswerMany { id: 5, held: Bits::pack((0..10).map(|at| at == 1 || at == 9)) },
+                b"\x06\0\0\0\x05\x02\x02".to_vec(),
             ),
         ]
     }
 
     #[test]
-    fn golden_bytes_both_ways() {
+    fn packet_and_golden_bytes_convert_both_ways() {
         for (packet, bytes) in golden() {
             assert_eq!(packet.encode(), bytes, "{packet:?}");
             assert_eq!(Packet::parse(&bytes).as_ref(), Ok(&packet));
@@ -186,12 +319,14 @@ mod tests {
     }
 
     #[test]
-    fn no_truncation_is_taken_for_another_packet() {
+    fn truncated_packet_is_not_another_packet() {
         for (packet, bytes) in golden() {
             for end in 0..bytes.len() {
                 match (Packet::parse(&bytes[..end]), &packet) {
-                    // A shorter URL path is a URL path.
+                    // A shorter URL path is a URL path; fewer hash parts and bits are a batch and an answer.
                     (Ok(Packet::Have { .. }), Packet::Have { .. }) if end > 9 => {}
+                    (Ok(Packet::QueryMany { .. }), Packet::QueryMany { .. }) if (end - 5) % 20 <= 1 => {}
+                    (Ok(Packet::AnswerMany { .. }), Packet::AnswerMany { .. }) if end >= 5 => {}
                     (parsed, _) => assert!(parsed.is_err(), "{packet:?} cut at {end}"),
                 }
             }
@@ -201,14 +336,14 @@ mod tests {
     #[test]
     fn every_first_byte_with_every_length_is_survived() {
         for kind in 0..=255u8 {
-            for len in 0..600 {
+            for len in 0..900 {
                 for fill in [0, b'0', b'/', 0xff] {
                     let mut datagram = vec![fill; len];
                     if let Some(first) = datagram.first_mut() {
                         *first = kind;
                     }
                     if let Ok(packet) = Packet::parse(&datagram) {
-                        assert!(kind <= BYE);
+                        assert!(kind <= ANSWER_MANY && len <= Packet::MAX_LEN || kind == HELLO || kind == BYE);
                         assert_eq!(Packet::parse(&packet.encode()), Ok(packet));
                     }
                 }
@@ -217,7 +352,25 @@ mod tests {
     }
 
     #[test]
-    fn what_could_reach_past_a_request_line_is_refused() {
+    fn batch_of_forty_fits_and_comes_back_whole() {
+        let hash_parts: Vec<HashPart> = (0..=MAX_BATCH as u8).map(|n| HashPart::from_bytes(&[n; 20])).collect();
+        let packed = HashParts::pack(&hash_parts);
+        assert_eq!((packed.len(), packed.is_empty()), (MAX_BATCH, false));
+        assert!(packed.iter().eq(hash_parts[..MAX_BATCH].iter().copied()));
+        let query = Packet::QueryMany { id: 1, hash_parts: packed, holders_only: true }.encode();
+        assert_eq!(query.len(), Packet::MAX_LEN);
+        let held = Bits::pack((0..MAX_BATCH).map(|at| at % 3 == 0));
+        assert!(held.fits(MAX_BATCH) && !held.fits(MAX_BATCH - 8) && held.any());
+        assert!((0..MAX_BATCH).all(|at| held.is_set(at) == (at % 3 == 0)));
+        assert!(!held.is_set(MAX_BATCH));
+        let answer = Packet::AnswerMany { id: 1, held }.encode();
+        assert!(answer.len() <= query.len());
+        let probe = Packet::QueryMany { id: 1, hash_parts: HashParts::pack([]), holders_only: false };
+        assert_eq!(probe.encode().len(), Packet::AnswerMany { id: 1, held: Bits::pack([]) }.encode().len());
+    }
+
+    #[test]
+    fn characters_that_reach_past_a_request_line_are_refused() {
         for path in ["a b", "a\r\nb", "/a", "a?b", "a#b", "http://a", "\u{e9}", "a@b", ""] {
             let datagram = [b"\x01\0\0\0\x07\0\0\x30\x10", path.as_bytes()].concat();
             assert!(Packet::parse(&datagram).is_err(), "{path:?}");
@@ -229,7 +382,7 @@ mod tests {
     }
 
     #[test]
-    fn a_longer_hello_of_a_later_release_is_understood() {
+    fn longer_hello_of_a_later_release_is_understood() {
         let (packet, mut bytes) = golden().swap_remove(3);
         bytes.extend_from_slice(b"more");
         assert_eq!(Packet::parse(&bytes), Ok(packet));

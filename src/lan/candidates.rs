@@ -19,7 +19,7 @@ const FIRST_STEP: Duration = Duration::from_millis(150);
 
 /// What a candidate said.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Told {
+pub enum CandidateAnswer {
     /// It has the path.
     Have(SocketAddr),
     /// It has not.
@@ -27,13 +27,13 @@ pub enum Told {
 }
 
 /// A question to candidates. Its channel ends when all have answered, at `until`, or when nobody listens.
-pub struct Question {
+pub struct CandidateQuery {
     /// What is looked for.
     pub hash_part: HashPart,
     /// Whom to ask.
     pub candidates: Vec<SocketAddr>,
     /// Who wants to know.
-    pub told: Sender<Told>,
+    pub told: Sender<CandidateAnswer>,
     /// When it is over.
     pub until: Instant,
 }
@@ -41,7 +41,7 @@ pub struct Question {
 struct Ask {
     hash_part: HashPart,
     silent: Vec<SocketAddr>,
-    told: Sender<Told>,
+    told: Sender<CandidateAnswer>,
     until: Instant,
     sends: u32,
     step: Duration,
@@ -49,25 +49,25 @@ struct Ask {
 }
 
 /// All of them.
-pub struct Asks {
+pub struct Candidates {
     asks: HashMap<u32, Ask>,
     next_id: u32,
 }
 
-impl Asks {
+impl Candidates {
     /// IDs count up from `first_id`, which should be random.
     pub fn new(first_id: u32) -> Self {
-        Asks { asks: HashMap::new(), next_id: first_id }
+        Candidates { asks: HashMap::new(), next_id: first_id }
     }
 
-    /// Takes a question; [`Asks::due`] then has its first sending.
-    pub fn ask(&mut self, question: Question, now: Instant) {
+    /// Takes a question; [`Candidates::due`] then has its first sending.
+    pub fn ask(&mut self, question: CandidateQuery, now: Instant) {
         if self.asks.len() >= MAX_ASKS {
             return log::debug!("query for {}: too many in flight", question.hash_part);
         }
         let id = self.next_id;
         self.next_id = self.next_id.wrapping_add(1);
-        let Question { hash_part, candidates, told, until } = question;
+        let CandidateQuery { hash_part, candidates, told, until } = question;
         let ask = Ask { hash_part, silent: candidates, told, until, sends: 0, step: FIRST_STEP, next_send: now };
         self.asks.insert(id, ask);
     }
@@ -78,7 +78,7 @@ impl Asks {
         let Some(at) = ask.silent.iter().position(|candidate| *candidate == from) else { return false };
         ask.silent.swap_remove(at);
         // The channel has room for an answer of everyone who is asked.
-        let heard = ask.told.try_send(if has_it { Told::Have(from) } else { Told::HaveNot(from) }).is_ok();
+        let heard = ask.told.try_send(if has_it { CandidateAnswer::Have(from) } else { CandidateAnswer::HaveNot(from) }).is_ok();
         if !heard || ask.silent.is_empty() {
             self.asks.remove(&id);
         }
@@ -98,7 +98,7 @@ impl Asks {
         }
     }
 
-    /// When [`Asks::due`] has something next.
+    /// When [`Candidates::due`] has something next.
     pub fn next_due(&self) -> Option<Instant> {
         let due = |ask: &Ask| if ask.sends < MAX_SENDS { ask.next_send.min(ask.until) } else { ask.until };
         self.asks.values().map(due).min()
@@ -114,16 +114,16 @@ mod tests {
         SocketAddr::from(([203, 0, 113, last], 12304))
     }
 
-    fn asked(candidates: &[u8], now: Instant) -> (Asks, Receiver<Told>) {
-        let mut asks = Asks::new(u32::MAX);
+    fn asked(candidates: &[u8], now: Instant) -> (Candidates, Receiver<CandidateAnswer>) {
+        let mut asks = Candidates::new(u32::MAX);
         let (told, receiver) = bounded(candidates.len());
         let hash_part = HashPart::parse(&[b'1'; 32]).unwrap();
         let candidates = candidates.iter().map(|c| at(*c)).collect();
-        asks.ask(Question { hash_part, candidates, told, until: now + Duration::from_secs(2) }, now);
+        asks.ask(CandidateQuery { hash_part, candidates, told, until: now + Duration::from_secs(2) }, now);
         (asks, receiver)
     }
 
-    fn due(asks: &mut Asks, now: Instant) -> Vec<SocketAddr> {
+    fn due(asks: &mut Candidates, now: Instant) -> Vec<SocketAddr> {
         let mut to = Vec::new();
         asks.due(now, |_, _, address| to.push(address));
         to.sort();
@@ -140,10 +140,10 @@ mod tests {
         assert!(!asks.answered(7, at(1), true), "nor this");
         assert!(asks.answered(u32::MAX, at(1), true));
         assert!(!asks.answered(u32::MAX, at(1), true), "a second time");
-        assert_eq!(told.try_recv(), Ok(Told::Have(at(1))));
+        assert_eq!(told.try_recv(), Ok(CandidateAnswer::Have(at(1))));
         assert_eq!(told.try_recv(), Err(TryRecvError::Empty));
         assert!(asks.answered(u32::MAX, at(2), false));
-        assert_eq!(told.try_recv(), Ok(Told::HaveNot(at(2))));
+        assert_eq!(told.try_recv(), Ok(CandidateAnswer::HaveNot(at(2))));
         assert_eq!(told.try_recv(), Err(TryRecvError::Disconnected));
         assert_eq!(asks.next_due(), None);
     }
@@ -160,7 +160,7 @@ mod tests {
             assert!(next <= now + Duration::from_secs(2));
         }
         assert_eq!(sent, 3);
-        assert_eq!(told.recv(), Ok(Told::HaveNot(at(1))));
+        assert_eq!(told.recv(), Ok(CandidateAnswer::HaveNot(at(1))));
         assert_eq!(told.try_recv(), Err(TryRecvError::Disconnected));
     }
 
@@ -172,7 +172,7 @@ mod tests {
         for _ in 0..2 * MAX_ASKS {
             let (told, receiver) = bounded(1);
             let hash_part = HashPart::parse(&[b'1'; 32]).unwrap();
-            asks.ask(Question { hash_part, candidates: vec![at(1)], told, until: now + FIRST_STEP }, now);
+            asks.ask(CandidateQuery { hash_part, candidates: vec![at(1)], told, until: now + FIRST_STEP }, now);
             others.push(receiver);
         }
         assert_eq!(asks.asks.len(), MAX_ASKS);

@@ -1,0 +1,983 @@
+//! The decisions of LAN discovery: which packets to send, which peers to wait for, and when a lookup ends.
+//! No I/O; time and random numbers are passed in, so that [`super::simulation`] runs the same code.
+//!
+//! # Life of a lookup
+//!
+//! 1. [`Event::LookUp`] queues it. It leaves in the next batch: at once if it is the only one, else a batch
+//!    interval after the last one.
+//! 2. The batch goes by unicast to every live peer, at most [`MAX_UNICAST`]. Queries are also broadcast where peers
+//!    may be that do not understand batches or are not known.
+//! 3. Each peer owes an answer. *No* settles it. *Have* passes the holder on as [`Update::Holder`]; then the peer owes
+//!    the narinfo until [`Event::Settled`] or [`Event::Failed`]. What is owed for too long is asked again.
+//! 4. An overdue answer uses up the peer's [`WaitBudget`]. When that is used up, the peer is given up, and is silent if
+//!    it has answered nothing since.
+//! 5. The lookup ends when no peer owes it anything, at the first good narinfo, or after 5 s.
+//!
+//! # Two clocks
+//!
+//! Waits are judged in *lookup time*, called `t`, which counts at most [`MAX_TURN`] for each turn of the loop: a pause of
+//! this machine is not the peers' fault. Hellos and probes go by real time, called `now`.
+
+use super::budget::WaitBudget;
+use super::candidates::{CandidateQuery, Candidates};
+use super::environment::{Environment, Presence};
+use super::lookups::{LookupId, Lookups, Update};
+use super::peer_table::{Dialect, MetBy, Neighbour, Peer, PeerTable, SentBatch};
+use super::Holder;
+use crate::nix::HashPart;
+use crate::wire::{Bits, HashParts, Hello, MAX_BATCH, Packet};
+use crossbeam_channel::Sender;
+use std::collections::{BTreeMap, VecDeque};
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// Interval between two broadcasts of *hello*.
+const HELLO_INTERVAL: Duration = Duration::from_secs(30);
+/// First interval after a start or a change of network. It doubles up to [`HELLO_INTERVAL`], as announcements do in
+/// RFC 6762, section 8.3: one may be lost, and three fall into [`GRACE`].
+const FIRST_HELLO_INTERVAL: Duration = Duration::from_millis(100);
+/// A hello is answered within this, at a random time, so that a broadcast is not answered by all at once.
+const HELLO_REPLY_SPREAD: Duration = Duration::from_millis(200);
+/// Replies to hellos within one [`HELLO_REPLY_WINDOW`]. Beyond, none is sent: the next broadcast reaches the peer. A
+/// datagram to an invented address stays in the socket's send buffer of 208 KiB for 3 s, with about 800 bytes.
+const MAX_HELLO_REPLIES: usize = 32;
+/// See [`MAX_HELLO_REPLIES`].
+const HELLO_REPLY_WINDOW: Duration = Duration::from_secs(1);
+/// Hellos to addresses from the kernel's neighbour table in one [`HELLO_INTERVAL`].
+const MAX_GREETINGS: usize = 64;
+/// Addresses that were greeted so, the last ones. When full, all are forgotten and greeted again.
+const MAX_GREETED: usize = 4096;
+
+/// After a start, a wake-up and a change of network, lookups without a holder wait this long for hellos.
+const GRACE: Duration = Duration::from_millis(500);
+
+/// Live peers that are asked by unicast. Beyond, the most useful ones are, and the batch is broadcast to all.
+pub const MAX_UNICAST: usize = 256;
+/// How long answers to a broadcast batch are waited for.
+const BROADCAST_BATCH_WAIT: Duration = Duration::from_millis(50);
+/// With no Python peerix known, the lookups of one `--timeout` in this time are broadcast as single queries.
+const BROADCAST_INTERVAL: Duration = Duration::from_secs(30);
+/// Broadcast queries whose answers are understood, the latest ones.
+const MAX_BROADCASTS: usize = 1024;
+
+/// Distance between two batches for each live peer: one datagram to each and its answer take 20 to 40 µs of a
+/// processor, so that lookups use at most about half of one.
+const BATCH_INTERVAL_PER_PEER: Duration = Duration::from_micros(60);
+/// Shortest distance between two batches.
+const MIN_BATCH_INTERVAL: Duration = Duration::from_millis(1);
+/// Longest distance between two batches.
+const MAX_BATCH_INTERVAL: Duration = Duration::from_millis(8);
+
+/// Distance between two probes of silent peers: ten a second.
+const PROBE_INTERVAL: Duration = Duration::from_millis(100);
+
+/// The most that one turn of the loop counts as waiting.
+const MAX_TURN: Duration = Duration::from_millis(100);
+
+/// How old the median of the usual answer times may be.
+const MEDIAN_AGE: Duration = Duration::from_millis(50);
+
+/// Everything that happens to discovery.
+pub enum Event<'a> {
+    /// A datagram came.
+    Datagram {
+        /// From there.
+        from: SocketAddr,
+        /// With this content.
+        bytes: &'a [u8],
+    },
+    /// A thread looks for a path.
+    LookUp(LookUp),
+    /// A lookup has a good narinfo and waits no more.
+    Settled {
+        /// The lookup.
+        lookup: LookupId,
+        /// The peer that the narinfo came from, if it was one of this LAN.
+        found: Option<SocketAddr>,
+    },
+    /// A peer that said *have* gave no good narinfo, or is not asked for it: it is not waited for.
+    Failed {
+        /// The lookup.
+        lookup: LookupId,
+        /// The peer.
+        peer: SocketAddr,
+    },
+    /// A thread asks peers that a tracker named.
+    QueryCandidates(CandidateQuery),
+    /// The nodes that `--peer` names have these addresses now.
+    SetNamed(Vec<SocketAddr>),
+    /// A thread wants to know all peers.
+    ListPeers(Sender<Vec<Neighbour>>),
+    /// The interfaces changed, or the machine woke from suspend.
+    NetworkChanged,
+    /// Addresses in the kernel's neighbour tables.
+    KernelNeighbours(Vec<IpAddr>),
+    /// The turn of the loop ends.
+    Tick {
+        /// Every datagram that had come was handled. Else no wait is judged: its answer may be among the others.
+        drained: bool,
+    },
+}
+
+/// A lookup for discovery. The channel ends when the lookup does.
+pub struct LookUp {
+    /// Names it in later events.
+    pub id: LookupId,
+    /// The path.
+    pub hash_part: HashPart,
+    /// Gets the holders, and the end; its capacity must be [`LookUp::CAPACITY`].
+    pub updates: Sender<Update>,
+}
+
+impl LookUp {
+    /// Updates of one lookup.
+    pub const CAPACITY: usize = super::lookups::MAX_HOLDERS + 1;
+}
+
+/// Where a datagram goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum To {
+    /// To a peer that answers, or to a host that has just asked.
+    Peer(SocketAddr),
+    /// To a peer that has not answered: its datagrams may wait for ARP, and must not be in the way of others.
+    Unproven(SocketAddr),
+    /// To every network.
+    Everyone,
+}
+
+/// Datagrams to be sent.
+pub type Outgoing = Vec<(To, Packet)>;
+
+/// Makes random numbers. Request IDs must not be predictable.
+pub type Random = Box<dyn FnMut() -> u32 + Send>;
+
+/// What a peer answers to a query.
+enum Answer {
+    /// It has the path.
+    Have(Holder),
+    /// It does not.
+    HaveNot,
+    /// A bit for each path.
+    Many(Bits),
+}
+
+impl Answer {
+    /// The holder of the path at this place of the query, if the peer has it. `http` is the peer's HTTP server.
+    fn holder(&self, at: usize, hash_part: HashPart, http: SocketAddr) -> Option<Holder> {
+        match self {
+            Answer::Have(holder) => Some(holder.clone()),
+            Answer::HaveNot => None,
+            Answer::Many(held) => {
+                held.is_set(at).then(|| Holder { http, url_path: format!("local/{hash_part}.narinfo") })
+            }
+        }
+    }
+}
+
+/// What is constant in a node.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// TCP port of the node's HTTP server.
+    pub http_port: u16,
+    /// Port that peers use for datagrams, and this node too.
+    pub udp_port: u16,
+    /// How long answers of unknown peers to a broadcast are waited for: `--timeout`.
+    pub timeout: Duration,
+}
+
+/// The state of LAN discovery.
+pub struct Discovery<E> {
+    environment: E,
+    settings: Settings,
+    instance: [u8; 8],
+    random: Random,
+    peers: PeerTable,
+    lookups: Lookups,
+    candidates: Candidates,
+    /// The budget of all peers through which nothing was found.
+    shared_budget: WaitBudget,
+    last_turn: Instant,
+    /// Real time minus lookup time.
+    lost: Duration,
+    last_batch: Option<Instant>,
+    median: Option<Duration>,
+    median_until: Option<Instant>,
+    /// No answer becomes overdue before this, in lookup time.
+    next_judgement: Option<Instant>,
+    /// Queries that were broadcast, the latest ones.
+    broadcasts: VecDeque<SentBatch>,
+    /// Lookups are broadcast as single queries until the first of these, and again from the second on.
+    broadcast_until: Instant,
+    next_broadcast: Instant,
+    grace_until: Instant,
+    next_hello: Instant,
+    hello_interval: Duration,
+    hello_replies: BTreeMap<SocketAddr, Instant>,
+    /// When the latest replies were or will be sent.
+    recent_replies: Vec<Instant>,
+    greeted: BTreeMap<IpAddr, Instant>,
+    next_probe: Instant,
+}
+
+impl<E: Environment> Discovery<E> {
+    /// A node that starts at `now`.
+    pub fn new(environment: E, settings: Settings, mut random: Random, now: Instant) -> Self {
+        let (high, low) = (random().to_be_bytes(), random().to_be_bytes());
+        let mut instance = [0; 8];
+        instance[..4].copy_from_slice(&high);
+        instance[4..].copy_from_slice(&low);
+        let candidates = Candidates::new(random());
+        Discovery {
+            environment,
+            settings,
+            instance,
+            random,
+            peers: PeerTable::default(),
+            lookups: Lookups::default(),
+            candidates,
+            shared_budget: WaitBudget::full(now),
+            last_turn: now,
+            lost: Duration::ZERO,
+            last_batch: None,
+            median: None,
+            median_until: None,
+            next_judgement: None,
+            broadcasts: VecDeque::new(),
+            broadcast_until: now,
+            next_broadcast: now,
+            grace_until: now + GRACE,
+            next_hello: now,
+            hello_interval: FIRST_HELLO_INTERVAL,
+            hello_replies: BTreeMap::new(),
+            recent_replies: Vec::new(),
+            greeted: BTreeMap::new(),
+            next_probe: now,
+        }
+    }
+
+    /// Handles one event and adds what is to be sent to `out`. A turn of the loop ends with [`Event::Tick`].
+    pub fn handle(&mut self, event: Event<'_>, now: Instant, out: &mut Outgoing) {
+        let t = self.lookup_time(now);
+        match event {
+            Event::Datagram { from, bytes } => self.datagram(from, bytes, now, t, out),
+            Event::LookUp(lookup) => self.look_up(lookup, now, t),
+            Event::Settled { lookup, found } => self.settled(lookup, found, t),
+            Event::Failed { lookup, peer } => {
+                if self.peers.get_mut(peer).is_some_and(|peer| peer.settle(lookup)) {
+                    self.lookups.record_settled(lookup, false);
+                    self.recount(peer, t);
+                }
+            }
+            Event::QueryCandidates(query) => self.candidates.ask(query, now),
+            Event::SetNamed(addresses) => self.set_named(&addresses, t, out),
+            Event::ListPeers(list) => drop(list.try_send(self.peers.list())),
+            Event::NetworkChanged => self.network_changed(now),
+            Event::KernelNeighbours(addresses) => self.greet(&addresses, now, out),
+            Event::Tick { drained } => self.tick(drained, now, t, out),
+        }
+    }
+
+    /// When the next turn is due, if nothing happens before.
+    pub fn next_turn(&self) -> Instant {
+        let waits = [self.next_batch_at(), self.next_judgement, self.lookups.next_end(), self.next_repeat()];
+        let waits = waits.into_iter().flatten().map(|t| t + self.lost);
+        // Turns are counted while lookups wait, see `MAX_TURN`.
+        let counted = (!self.lookups.is_empty()).then(|| self.last_turn + MAX_TURN);
+        let probe = self.peers.iter().filter_map(|(_, peer)| peer.next_probe()).min();
+        let probe = probe.map(|at| at.max(self.next_probe));
+        let reply = self.hello_replies.values().min().copied();
+        let others = [counted, probe, reply, self.candidates.next_due(), Some(self.next_hello)];
+        waits.chain(others.into_iter().flatten()).min().unwrap_or(self.next_hello)
+    }
+
+    /// Adds the packets that say that this node leaves.
+    pub fn bye(&self, out: &mut Outgoing) {
+        self.to_all(Packet::Bye(self.hello()), out);
+    }
+
+    /// Port of the node's datagrams.
+    pub fn udp_port(&self) -> u16 {
+        self.settings.udp_port
+    }
+
+    /// Whether there is a LAN at all.
+    pub fn has_lan(&self) -> bool {
+        self.environment.has_lan()
+    }
+
+    fn lookup_time(&mut self, now: Instant) -> Instant {
+        let turn = now.saturating_duration_since(self.last_turn);
+        self.last_turn = self.last_turn.max(now);
+        self.lost += turn.saturating_sub(MAX_TURN);
+        self.last_turn.checked_sub(self.lost).unwrap_or(self.last_turn)
+    }
+
+    fn hello(&self) -> Hello {
+        Hello { port: self.settings.http_port, instance: self.instance, crowded: false, batches: true }
+    }
+
+    fn to_all(&self, packet: Packet, out: &mut Outgoing) {
+        if self.environment.has_lan() {
+            out.push((To::Everyone, packet.clone()));
+            out.extend(self.peers.named().map(|peer| (To::Peer(peer), packet.clone())));
+        }
+    }
+
+    /// Peers use one port for everything, so that a neighbour is one peer; one that `--peer` names may have another.
+    fn may_be_peer(&self, from: SocketAddr) -> bool {
+        let is_named = || self.peers.get(from).is_some_and(|peer| peer.is_named);
+        self.environment.is_lan(from) && (from.port() == self.settings.udp_port || is_named())
+    }
+
+    // Lookups.
+
+    fn look_up(&mut self, lookup: LookUp, now: Instant, t: Instant) {
+        let LookUp { id, hash_part, updates } = lookup;
+        if !self.environment.has_lan() {
+            let _ = updates.try_send(Update::Ended { asked: 0, unanswered: 0 });
+            return;
+        }
+        if !self.lookups.insert(id, hash_part, updates, t) {
+            return log::debug!("lookup of {hash_part}: too many under way");
+        }
+        if let Some(lookup) = self.lookups.get_mut(id) {
+            lookup.open_until = t + self.grace_until.saturating_duration_since(now);
+        }
+    }
+
+    fn next_batch_at(&self) -> Option<Instant> {
+        let unsent = self.lookups.unsent();
+        let last = self.last_batch.filter(|_| self.lookups.len() > 1 && unsent < MAX_BATCH);
+        let live = u32::try_from(self.peers.live()).unwrap_or(u32::MAX);
+        let interval = || (BATCH_INTERVAL_PER_PEER * live).clamp(MIN_BATCH_INTERVAL, MAX_BATCH_INTERVAL);
+        let at = last.map_or(self.last_turn.checked_sub(self.lost), |last| Some(last + interval()));
+        at.filter(|_| unsent > 0)
+    }
+
+    fn send_batches(&mut self, now: Instant, t: Instant, out: &mut Outgoing) {
+        while self.next_batch_at().is_some_and(|at| at <= t) {
+            let batch = self.lookups.take_unsent(MAX_BATCH);
+            self.last_batch = Some(t);
+            self.send_batch(&batch, now, t, out);
+        }
+    }
+
+    fn send_batch(&mut self, batch: &[(LookupId, HashPart)], now: Instant, t: Instant, out: &mut Outgoing) {
+        let mut live: Vec<SocketAddr> =
+            self.peers.iter().filter(|(_, peer)| peer.is_live()).map(|(address, _)| address).collect();
+        if live.len() > MAX_UNICAST {
+            let usefulness = |address: &SocketAddr| {
+                let peer = self.peers.get(*address);
+                std::cmp::Reverse(peer.map(|peer| (peer.is_named, peer.found, peer.is_proven())))
+            };
+            live.sort_by_cached_key(usefulness);
+            live.truncate(MAX_UNICAST);
+            self.broadcast_batch(batch, t, out);
+        }
+        self.broadcast_singles(batch, now, t, out);
+        for address in live {
+            self.ask(address, batch, t, out);
+        }
+        batch.iter().for_each(|(id, _)| self.lookups.touch(*id));
+    }
+
+    /// Asks every node at once; only holders answer.
+    fn broadcast_batch(&mut self, batch: &[(LookupId, HashPart)], t: Instant, out: &mut Outgoing) {
+        let id = (self.random)();
+        let hash_parts = HashParts::pack(batch.iter().map(|(_, hash_part)| hash_part));
+        out.push((To::Everyone, Packet::QueryMany { id, hash_parts, holders_only: true }));
+        self.record_broadcast(id, batch.iter().map(|(id, _)| *id).collect(), BROADCAST_BATCH_WAIT, t);
+    }
+
+    /// Asks nodes that understand no batches and need not be known: now and then, and every time while a Python peerix is
+    /// there. All lookups of that time are broadcast, as Nix begins with 25 at once.
+    fn broadcast_singles(
+        &mut self,
+        batch: &[(LookupId, HashPart)],
+        now: Instant,
+        t: Instant,
+        out: &mut Outgoing,
+    ) {
+        if now >= self.next_broadcast {
+            self.broadcast_until = now + self.settings.timeout;
+            self.next_broadcast = now + BROADCAST_INTERVAL;
+        }
+        if now >= self.broadcast_until && !self.peers.has_original(now) {
+            return;
+        }
+        for (lookup, hash_part) in batch {
+            let id = (self.random)();
+            out.push((To::Everyone, Packet::Query { id, hash_part: *hash_part }));
+            self.record_broadcast(id, Arc::new([*lookup]), self.settings.timeout, t);
+            if let Some(lookup) = self.lookups.get_mut(*lookup) {
+                lookup.broadcast = Some(id);
+            }
+        }
+    }
+
+    fn record_broadcast(&mut self, id: u32, lookups: Arc<[LookupId]>, wait: Duration, t: Instant) {
+        for lookup in lookups.iter() {
+            if let Some(lookup) = self.lookups.get_mut(*lookup) {
+                lookup.open_until = lookup.open_until.max(t + wait);
+            }
+        }
+        if self.broadcasts.len() >= MAX_BROADCASTS {
+            self.broadcasts.pop_front();
+        }
+        self.broadcasts.push_back(SentBatch { id, sent: t, lookups });
+    }
+
+    /// Sends `batch` to one peer, in the packets that it understands.
+    fn ask(&mut self, address: SocketAddr, batch: &[(LookupId, HashPart)], t: Instant, out: &mut Outgoing) {
+        let Some(peer) = self.peers.get_mut(address) else { return };
+        let to = if peer.is_proven() { To::Peer(address) } else { To::Unproven(address) };
+        let mut added = Vec::new();
+        match peer.dialect() {
+            Dialect::Batches => {
+                for batch in batch.chunks(MAX_BATCH) {
+                    let id = (self.random)();
+                    let hash_parts = HashParts::pack(batch.iter().map(|(_, hash_part)| hash_part));
+                    out.push((to, Packet::QueryMany { id, hash_parts, holders_only: false }));
+                    added.extend(peer.record_sent(id, batch.iter().map(|(id, _)| *id).collect(), t));
+                }
+            }
+            Dialect::Singles | Dialect::HaveOnly => {
+                for (lookup, hash_part) in batch {
+                    let was_broadcast = self.lookups.get_mut(*lookup).and_then(|lookup| lookup.broadcast);
+                    let is_first = !peer.owes(*lookup);
+                    let id = match was_broadcast.filter(|_| is_first && peer.takes_broadcasts()) {
+                        Some(id) => id,
+                        None => {
+                            let id = (self.random)();
+                            out.push((to, Packet::Query { id, hash_part: *hash_part }));
+                            id
+                        }
+                    };
+                    added.extend(peer.record_sent(id, Arc::new([*lookup]), t));
+                }
+            }
+        }
+        for lookup in added {
+            if let Some(lookup) = self.lookups.get_mut(lookup) {
+                lookup.record_asked(1);
+            }
+        }
+        self.expect_judgement(address, t);
+    }
+
+    /// A peer that owes something may become overdue.
+    fn expect_judgement(&mut self, address: SocketAddr, t: Instant) {
+        let median = self.median_usual(t);
+        let at = self.peers.get(address).map(|peer| t + peer.due_after(median));
+        self.next_judgement = self.next_judgement.into_iter().chain(at).min();
+    }
+
+    /// Asks a peer that has just become live what open lookups want to know.
+    fn ask_open(&mut self, address: SocketAddr, t: Instant, out: &mut Outgoing) {
+        let sent = self.lookups.sent();
+        if !sent.is_empty() {
+            let batch = self.lookups.hash_parts(&sent);
+            self.ask(address, &batch, t, out);
+        }
+    }
+
+    fn ask_again(&mut self, address: SocketAddr, lookups: &[LookupId], t: Instant, out: &mut Outgoing) {
+        let batch = self.lookups.hash_parts(lookups);
+        if !batch.is_empty() {
+            self.ask(address, &batch, t, out);
+        }
+    }
+
+    fn settled(&mut self, lookup: LookupId, found: Option<SocketAddr>, t: Instant) {
+        let hash_part = self.lookups.get_mut(lookup).map(|lookup| lookup.hash_part);
+        if let Some(peer) = found.and_then(|address| self.peers.get_mut(address)) {
+            peer.found = peer.found.saturating_add(1);
+            peer.last_found = hash_part.or(peer.last_found);
+            match &mut peer.budget {
+                Some(budget) => budget.reward(t),
+                None => {
+                    // It leaves the shared budget with what it is counted for there.
+                    let mut budget = WaitBudget::full(t);
+                    if peer.is_overdue {
+                        self.shared_budget.stop(t);
+                        budget.start(t);
+                    }
+                    peer.budget = Some(budget);
+                }
+            }
+        }
+        self.lookups.settle(lookup, t);
+        self.release(lookup, t);
+    }
+
+    /// No peer owes this lookup anything any more.
+    fn release(&mut self, lookup: LookupId, t: Instant) {
+        let owing = self.peers.iter_mut().filter_map(|(address, peer)| peer.settle(lookup).then_some(address));
+        let owing: Vec<SocketAddr> = owing.collect();
+        owing.into_iter().for_each(|address| self.recount(address, t));
+    }
+
+    // Answers.
+
+    fn datagram(&mut self, from: SocketAddr, bytes: &[u8], now: Instant, t: Instant, out: &mut Outgoing) {
+        let packet = match Packet::parse(bytes) {
+            Ok(packet) => packet,
+            Err(e) => return log::debug!("peer {from}: {e}"),
+        };
+        // Candidates may be anywhere. What they say of their port and path is their own view, behind a router perhaps.
+        let is_candidates = match packet {
+            Packet::Have { id, .. } => self.candidates.answered(id, from, true),
+            Packet::HaveNot { id } => self.candidates.answered(id, from, false),
+            _ => false,
+        };
+        // Broadcasts of this node come back to it.
+        let is_own = from.port() == self.settings.udp_port && self.environment.is_own(from.ip());
+        if is_candidates || is_own {
+            return;
+        }
+        let is_peer = self.may_be_peer(from);
+        match packet {
+            Packet::Query { id, hash_part } => self.query(from, id, hash_part, now, t, out),
+            Packet::QueryMany { id, hash_parts, holders_only } => {
+                self.query_many(from, id, &hash_parts, holders_only, now, t, out);
+            }
+            _ if !is_peer => {}
+            Packet::Have { id, port, url_path } => {
+                // A link-local address is only one together with the interface it was seen on.
+                let mut http = from;
+                http.set_port(port);
+                self.answer(from, id, &Answer::Have(Holder { http, url_path }), now, t, out);
+            }
+            Packet::HaveNot { id } => self.answer(from, id, &Answer::HaveNot, now, t, out),
+            Packet::AnswerMany { id, held } => self.answer(from, id, &Answer::Many(held), now, t, out),
+            Packet::Hello(hello) => self.heard_hello(from, hello, now, t, out),
+            Packet::Bye(bye) => self.heard_bye(from, bye, now, t, out),
+        }
+    }
+
+    /// An answer to the query with this request ID came.
+    fn answer(
+        &mut self,
+        from: SocketAddr,
+        id: u32,
+        answer: &Answer,
+        now: Instant,
+        t: Instant,
+        out: &mut Outgoing,
+    ) {
+        let asked = self.peers.get_mut(from).and_then(|peer| peer.take_sent(id));
+        let is_broadcast = asked.is_none();
+        let broadcast = || self.broadcasts.iter().find(|batch| batch.id == id).cloned();
+        let Some(SentBatch { sent, lookups, .. }) = asked.or_else(broadcast) else { return };
+        if let Answer::Many(held) = answer
+            && !held.fits(lookups.len())
+        {
+            return log::debug!("peer {from}: an answer of the wrong length");
+        }
+        let Some((peer, is_first)) = self.peers.record_heard(from, MetBy::Answer, now) else { return };
+        let mut http = from;
+        http.set_port(peer.hello.map_or(self.settings.http_port, |hello| hello.port));
+        let is_unknown = is_first && peer.hello.is_none();
+        let became_live = peer.record_answer(sent, t) || is_first;
+        let overtaken = peer.overtaken(sent, t, MAX_BATCH);
+        for (at, lookup) in lookups.iter().enumerate() {
+            let Some(hash_part) = self.lookups.hash_part(*lookup) else { continue };
+            match answer.holder(at, hash_part, http) {
+                Some(holder) => self.have(from, *lookup, holder, t),
+                None if is_broadcast => {}
+                None => self.answered(from, *lookup),
+            }
+        }
+        self.recount(from, t);
+        if is_unknown {
+            self.reply_to_hello(from, now);
+        }
+        if became_live {
+            self.ask_open(from, t, out);
+        } else {
+            self.ask_again(from, &overtaken, t, out);
+        }
+    }
+
+    /// The peer owes this lookup nothing any more, as it has answered.
+    fn answered(&mut self, from: SocketAddr, lookup: LookupId) {
+        if self.peers.get_mut(from).is_some_and(|peer| peer.settle(lookup)) {
+            self.lookups.record_settled(lookup, true);
+        }
+    }
+
+    fn have(&mut self, from: SocketAddr, lookup: LookupId, holder: Holder, t: Instant) {
+        let Some(peer) = self.peers.get_mut(from) else { return };
+        if peer.owes_narinfo(lookup) {
+            return;
+        }
+        if !self.lookups.pass_on(lookup, from, holder) {
+            return self.answered(from, lookup);
+        }
+        let was_asked = peer.owe_narinfo(lookup, t);
+        self.lookups.record_holder(lookup, was_asked);
+        self.expect_judgement(from, t);
+    }
+
+    // Queries of peers.
+
+    fn query(
+        &mut self,
+        from: SocketAddr,
+        id: u32,
+        hash_part: HashPart,
+        now: Instant,
+        t: Instant,
+        out: &mut Outgoing,
+    ) {
+        if !self.environment.is_answered(from) {
+            return;
+        }
+        self.heard_query(from, now, t, out);
+        match self.environment.presence(&hash_part, from) {
+            Presence::Held => {
+                let url_path = format!("local/{hash_part}.narinfo");
+                out.push((To::Peer(from), Packet::Have { id, port: self.settings.http_port, url_path }));
+            }
+            // A peer that understands batches sends single queries only by broadcast, and waits for holders alone.
+            Presence::Absent if self.speaks_batches(from) => {}
+            Presence::Absent => out.push((To::Peer(from), Packet::HaveNot { id })),
+            Presence::Unknown => {}
+        }
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    fn query_many(
+        &mut self,
+        from: SocketAddr,
+        id: u32,
+        hash_parts: &HashParts,
+        holders_only: bool,
+        now: Instant,
+        t: Instant,
+        out: &mut Outgoing,
+    ) {
+        if !self.environment.is_answered(from) {
+            return;
+        }
+        self.heard_query(from, now, t, out);
+        let mut held = Vec::with_capacity(hash_parts.len());
+        for hash_part in hash_parts.iter() {
+            match self.environment.presence(&hash_part, from) {
+                Presence::Unknown => return,
+                presence => held.push(presence == Presence::Held),
+            }
+        }
+        let held = Bits::pack(held);
+        if held.any() || !holders_only {
+            out.push((To::Peer(from), Packet::AnswerMany { id, held }));
+        }
+    }
+
+    fn speaks_batches(&self, address: SocketAddr) -> bool {
+        self.peers.get(address).is_some_and(|peer| peer.dialect() == Dialect::Batches)
+    }
+
+    /// A query came from `from`: if it is a peer that does not know this node, it learns of it.
+    fn heard_query(&mut self, from: SocketAddr, now: Instant, t: Instant, out: &mut Outgoing) {
+        if !self.may_be_peer(from) {
+            return;
+        }
+        let Some((peer, is_first)) = self.peers.record_heard(from, MetBy::Query, now) else { return };
+        peer.hasten_probe(now);
+        if is_first {
+            self.reply_to_hello(from, now);
+            self.ask_open(from, t, out);
+        }
+    }
+
+    // Meeting.
+
+    fn heard_hello(&mut self, from: SocketAddr, hello: Hello, now: Instant, t: Instant, out: &mut Outgoing) {
+        if hello.instance == self.instance {
+            return;
+        }
+        let met_by = if self.greeted.contains_key(&from.ip()) { MetBy::NeighbourTable } else { MetBy::Hello };
+        let Some((peer, is_first)) = self.peers.record_heard(from, met_by, now) else { return };
+        let is_restarted = peer.hello.is_none_or(|old| old.instance != hello.instance);
+        peer.hello = Some(hello);
+        peer.hasten_probe(now);
+        let is_live = peer.is_live();
+        let unanswered = peer.all_unanswered(MAX_BATCH);
+        if !is_restarted {
+            return;
+        }
+        log::debug!("peer {from}: hello");
+        // It does not know this node, and may have lost what it was asked.
+        self.reply_to_hello(from, now);
+        if is_first {
+            self.ask_open(from, t, out);
+        } else if is_live {
+            self.ask_again(from, &unanswered, t, out);
+        }
+        if is_live && self.peers.get(from).is_some_and(|peer| peer.oldest_owed().is_none()) {
+            self.probe(from, now, t, out);
+        }
+    }
+
+    fn reply_to_hello(&mut self, to: SocketAddr, now: Instant) {
+        self.recent_replies.retain(|at| *at + HELLO_REPLY_WINDOW > now);
+        if self.recent_replies.len() < MAX_HELLO_REPLIES && self.environment.has_lan() {
+            let spread = HELLO_REPLY_SPREAD.mul_f64(f64::from((self.random)()) / f64::from(u32::MAX));
+            self.recent_replies.push(now + spread);
+            self.hello_replies.entry(to).or_insert(now + spread);
+        }
+    }
+
+    fn heard_bye(&mut self, from: SocketAddr, bye: Hello, now: Instant, t: Instant, out: &mut Outgoing) {
+        let instance = self.peers.get(from).filter(|peer| peer.is_live()).and_then(|peer| peer.hello);
+        if instance.is_none_or(|hello| hello.instance != bye.instance) {
+            return;
+        }
+        // Anybody can send a bye: it bounds how long the answer to a probe is waited for, and no more.
+        if self.probe(from, now, t, out)
+            && let Some(peer) = self.peers.get_mut(from)
+        {
+            log::debug!("peer {from}: bye");
+            peer.record_bye(t);
+            self.next_judgement = Some(t);
+        }
+    }
+
+    fn set_named(&mut self, addresses: &[SocketAddr], t: Instant, out: &mut Outgoing) {
+        for address in self.peers.set_named(addresses) {
+            if self.environment.has_lan() {
+                out.push((To::Peer(address), Packet::Hello(self.hello())));
+                self.ask_open(address, t, out);
+            }
+        }
+    }
+
+    fn network_changed(&mut self, now: Instant) {
+        (self.next_hello, self.hello_interval) = (now, FIRST_HELLO_INTERVAL);
+        self.grace_until = now + GRACE;
+        self.next_broadcast = now;
+        self.peers.iter_mut().for_each(|(_, peer)| peer.restart_probes(now));
+        self.greeted.clear();
+    }
+
+    /// Says hello to hosts that the kernel knows and this node does not: broadcasts may not reach them.
+    fn greet(&mut self, addresses: &[IpAddr], now: Instant, out: &mut Outgoing) {
+        let mut greetings = 0;
+        for ip in addresses {
+            let address = SocketAddr::new(*ip, self.settings.udp_port);
+            let is_met = self.peers.get(address).is_some() || self.greeted.contains_key(ip);
+            if is_met || greetings >= MAX_GREETINGS || self.environment.is_own(*ip) {
+                continue;
+            }
+            if self.environment.is_lan(address) {
+                if self.greeted.len() >= MAX_GREETED {
+                    self.greeted.clear();
+                }
+                self.greeted.insert(*ip, now);
+                out.push((To::Peer(address), Packet::Hello(self.hello())));
+                greetings += 1;
+            }
+        }
+    }
+
+    /// Asks a peer for a sign of life.
+    fn probe(&mut self, address: SocketAddr, now: Instant, t: Instant, out: &mut Outgoing) -> bool {
+        if now < self.next_probe || !self.environment.has_lan() {
+            return false;
+        }
+        let Some(peer) = self.peers.get_mut(address) else { return false };
+        peer.record_probe(now);
+        let id = (self.random)();
+        let packet = match peer.dialect() {
+            Dialect::Batches => Packet::QueryMany { id, hash_parts: HashParts::pack([]), holders_only: false },
+            dialect => {
+                let any = (dialect == Dialect::Singles).then(|| HashPart::from_bytes(&[0; HashPart::BYTES]));
+                match peer.last_found.or(any) {
+                    Some(hash_part) => Packet::Query { id, hash_part },
+                    // Broadcast queries are its probes.
+                    None => return false,
+                }
+            }
+        };
+        peer.record_sent(id, Arc::new([]), t);
+        self.next_probe = now + PROBE_INTERVAL;
+        out.push((To::Unproven(address), packet));
+        true
+    }
+
+    // The end of a turn.
+
+    fn tick(&mut self, drained: bool, now: Instant, t: Instant, out: &mut Outgoing) {
+        self.say_hello(now, t, out);
+        self.send_batches(now, t, out);
+        self.repeat(t, out);
+        if drained {
+            self.judge(now, t, out);
+        }
+        for lookup in self.lookups.end_due(t) {
+            self.release(lookup, t);
+        }
+        self.send_probes(now, t, out);
+        self.candidates.due(now, |id, hash_part, to| out.push((To::Peer(to), Packet::Query { id, hash_part })));
+    }
+
+    fn say_hello(&mut self, now: Instant, t: Instant, out: &mut Outgoing) {
+        if now >= self.next_hello {
+            self.next_hello = now + self.hello_interval;
+            self.hello_interval = HELLO_INTERVAL.min(self.hello_interval * 2);
+            self.to_all(Packet::Hello(self.hello()), out);
+            for address in self.peers.forget_old(now) {
+                self.silence(address, now, t);
+            }
+        }
+        let hello = self.hello();
+        self.hello_replies.retain(|to, at| {
+            if *at <= now {
+                out.push((To::Peer(*to), Packet::Hello(hello)));
+            }
+            *at > now
+        });
+    }
+
+    fn next_repeat(&self) -> Option<Instant> {
+        if self.lookups.is_empty() {
+            return None;
+        }
+        self.peers.iter().filter_map(|(_, peer)| peer.repeat_at()).min()
+    }
+
+    fn repeat(&mut self, t: Instant, out: &mut Outgoing) {
+        let is_due = |peer: &Peer| peer.repeat_at().is_some_and(|at| at <= t);
+        let due = self.peers.iter_mut().filter(|(_, peer)| is_due(peer));
+        let repeats: Vec<_> = due.map(|(address, peer)| (address, peer.due_repeats(t, MAX_BATCH))).collect();
+        for (address, lookups) in repeats {
+            self.ask_again(address, &lookups, t, out);
+        }
+    }
+
+    fn median_usual(&mut self, t: Instant) -> Option<Duration> {
+        if self.median_until.is_none_or(|until| until <= t) {
+            self.median = self.peers.median_usual();
+            self.median_until = Some(t + MEDIAN_AGE);
+        }
+        self.median
+    }
+
+    /// Counts overdue answers in their budgets, and gives up those whose budget is used up.
+    fn judge(&mut self, now: Instant, t: Instant, out: &mut Outgoing) {
+        if self.next_judgement.is_none_or(|at| at > t) {
+            return;
+        }
+        let median = self.median_usual(t);
+        let mut given_up = Vec::new();
+        for (address, peer) in self.peers.iter_mut() {
+            let is_overdue = peer.oldest_owed().is_some_and(|since| since + peer.due_after(median) <= t);
+            let budget = peer.budget.as_mut().unwrap_or(&mut self.shared_budget);
+            if is_overdue != std::mem::replace(&mut peer.is_overdue, is_overdue) {
+                if is_overdue { budget.start(t) } else { budget.stop(t) }
+            }
+            let is_used_up = is_overdue && budget.update(t).is_zero();
+            if is_used_up || peer.has_left(t) {
+                given_up.push(address);
+            }
+        }
+        // A peer that became overdue after another one had used up the shared budget is given up in the same turn.
+        for address in given_up {
+            self.give_up(address, now, t, out);
+        }
+        self.plan_judgement(t);
+    }
+
+    fn plan_judgement(&mut self, t: Instant) {
+        let median = self.median_usual(t);
+        let mut next = self.shared_budget.used_up_at();
+        for (_, peer) in self.peers.iter() {
+            let overdue = peer.oldest_owed().filter(|_| !peer.is_overdue).map(|since| since + peer.due_after(median));
+            let used_up = peer.budget.as_ref().and_then(WaitBudget::used_up_at);
+            next = [next, overdue, used_up, peer.leaves_at()].into_iter().flatten().min();
+        }
+        self.next_judgement = next;
+    }
+
+    fn give_up(&mut self, address: SocketAddr, now: Instant, t: Instant, out: &mut Outgoing) {
+        let median = self.median_usual(t);
+        let Some(peer) = self.peers.get_mut(address) else { return };
+        let due = peer.due_after(median);
+        let until = t.checked_sub(due).unwrap_or(t);
+        let oldest = peer.oldest_owed();
+        let is_unanswered = oldest.is_none_or(|since| peer.is_unanswered_since(since));
+        let is_silent = match peer.dialect() {
+            Dialect::HaveOnly => is_unanswered && peer.is_verified_silent(t, due),
+            _ => is_unanswered,
+        };
+        if peer.has_left(t) || is_silent {
+            log::debug!("peer {address}: silent");
+            return self.silence(address, now, t);
+        }
+        for lookup in peer.owed_since(until) {
+            peer.settle(lookup);
+            self.lookups.record_settled(lookup, false);
+        }
+        if peer.dialect() == Dialect::HaveOnly
+            && is_unanswered
+            && let Some(hash_part) = peer.last_found
+            && peer.begin_verification(t)
+        {
+            let id = (self.random)();
+            peer.record_sent(id, Arc::new([]), t);
+            out.push((To::Peer(address), Packet::Query { id, hash_part }));
+        }
+        self.recount(address, t);
+    }
+
+    /// The peer is asked nothing more until it answers a probe.
+    fn silence(&mut self, address: SocketAddr, now: Instant, t: Instant) {
+        let Some(peer) = self.peers.get_mut(address) else { return };
+        for lookup in peer.silence(now) {
+            self.lookups.record_settled(lookup, false);
+        }
+        self.recount(address, t);
+    }
+
+    /// Corrects the budget that the peer is counted in after it owes less.
+    fn recount(&mut self, address: SocketAddr, t: Instant) {
+        if !self.peers.get(address).is_some_and(|peer| peer.is_overdue) {
+            return;
+        }
+        let median = self.median_usual(t);
+        let Some(peer) = self.peers.get_mut(address) else { return };
+        let is_overdue = peer.oldest_owed().is_some_and(|since| since + peer.due_after(median) <= t);
+        if !is_overdue && std::mem::replace(&mut peer.is_overdue, false) {
+            peer.budget.as_mut().unwrap_or(&mut self.shared_budget).stop(t);
+        }
+    }
+
+    fn send_probes(&mut self, now: Instant, t: Instant, out: &mut Outgoing) {
+        if now < self.next_probe {
+            return;
+        }
+        let due = self.peers.iter().filter_map(|(address, peer)| Some((peer.next_probe()?, address)));
+        let mut due: Vec<(Instant, SocketAddr)> = due.filter(|(at, _)| *at <= now).collect();
+        due.sort();
+        for (_, address) in due {
+            if self.probe(address, now, t, out) {
+                break;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+impl<E: Environment> Discovery<E> {
+    /// Panics if a table is larger than its bound.
+    pub(super) fn assert_bounds(&self) {
+        self.peers.assert_bounds();
+        self.lookups.assert_bounds();
+        assert!(self.broadcasts.len() <= MAX_BROADCASTS);
+        assert!(self.hello_replies.len() <= MAX_HELLO_REPLIES + 1);
+        assert!(self.recent_replies.len() <= MAX_HELLO_REPLIES);
+        assert!(self.greeted.len() <= MAX_GREETED);
+    }
+}

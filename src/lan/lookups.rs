@@ -1,0 +1,262 @@
+//! Lookups under way on the LAN. No I/O; time is passed in, as lookup time (see [`super::discovery`]).
+
+use super::Holder;
+use crate::nix::HashPart;
+use crossbeam_channel::Sender;
+use std::collections::{BTreeMap, VecDeque};
+use std::net::{IpAddr, SocketAddr};
+use std::time::{Duration, Instant};
+
+/// Lookups that wait at once. Each belongs to a thread that serves a connection, of which there are 1,024. Beyond, a
+/// lookup ends at once without an answer.
+pub const MAX_LOOKUPS: usize = 1024;
+
+/// The whole of a lookup, whatever peers do.
+pub const LOOKUP_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// After the first good narinfo, holders are still passed on for this long, as alternates for the NAR.
+const ALTERNATES_TIMEOUT: Duration = Duration::from_millis(200);
+/// Lookups in that state. Beyond, the oldest gets no further alternates.
+const MAX_ALTERNATES: usize = 4096;
+
+/// Holders passed on for one lookup; more alternates are not needed.
+pub const MAX_HOLDERS: usize = 16;
+
+/// Names a lookup within this process.
+pub type LookupId = u64;
+
+/// What discovery tells the thread that looks something up.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Update {
+    /// A peer says that it has the path.
+    Holder {
+        /// The peer, by the address its datagrams come from: to be named in [`super::Event::Failed`] and
+        /// [`super::Event::Settled`].
+        peer: SocketAddr,
+        /// Where its narinfo is.
+        holder: Holder,
+    },
+    /// No peer is waited for any more.
+    Ended {
+        /// Number of peers that were asked.
+        asked: u32,
+        /// Number of those that gave no answer.
+        unanswered: u32,
+    },
+}
+
+/// One lookup.
+#[derive(Debug)]
+pub struct Lookup {
+    /// The path.
+    pub hash_part: HashPart,
+    updates: Sender<Update>,
+    /// When it began.
+    pub began: Instant,
+    /// It does not end before this, except by a good narinfo: peers that are not known may still answer.
+    pub open_until: Instant,
+    /// Number of peers that owe it an answer.
+    pub waiting: u32,
+    asked: u32,
+    answered: u32,
+    /// Request ID of the query that was broadcast for it.
+    pub broadcast: Option<u32>,
+    is_sent: bool,
+    /// Holders that were passed on: one address has one server, however many it claims.
+    holders: Vec<IpAddr>,
+}
+
+impl Lookup {
+    /// So many more peers owe an answer.
+    pub fn record_asked(&mut self, peers: u32) {
+        self.asked += peers;
+        self.waiting += peers;
+    }
+
+    /// Passes a holder on, unless one with its address was passed on before or there are enough. Returns whether it did.
+    fn pass_on(&mut self, peer: SocketAddr, holder: Holder) -> bool {
+        let is_wanted = !self.holders.contains(&holder.http.ip()) && self.holders.len() < MAX_HOLDERS;
+        if is_wanted {
+            self.holders.push(holder.http.ip());
+            // The channel has room for all holders and the end. It may be closed: nobody listens any more.
+            let _ = self.updates.try_send(Update::Holder { peer, holder });
+        }
+        is_wanted
+    }
+
+    fn ends_at(&self) -> Instant {
+        let limit = self.began + LOOKUP_TIMEOUT;
+        if self.waiting > 0 { limit } else { self.open_until.min(limit) }
+    }
+}
+
+/// All lookups under way.
+#[derive(Default)]
+pub struct Lookups {
+    open: BTreeMap<LookupId, Lookup>,
+    /// Those not yet sent, the oldest first.
+    unsent: VecDeque<LookupId>,
+    /// Those that got a good narinfo and still take alternates; and until when, in that order.
+    settled: BTreeMap<LookupId, Lookup>,
+    settled_until: VecDeque<(Instant, LookupId)>,
+    /// Nothing ends before this.
+    next_end: Option<Instant>,
+}
+
+impl Lookups {
+    /// Takes a lookup. Returns false, and drops `updates`, if there are too many.
+    pub fn insert(&mut self, id: LookupId, hash_part: HashPart, updates: Sender<Update>, t: Instant) -> bool {
+        if self.open.len() >= MAX_LOOKUPS {
+            return false;
+        }
+        let lookup = Lookup {
+            hash_part,
+            updates,
+            began: t,
+            open_until: t,
+            waiting: 0,
+            asked: 0,
+            answered: 0,
+            broadcast: None,
+            is_sent: false,
+            holders: Vec::new(),
+        };
+        self.open.insert(id, lookup);
+        self.unsent.push_back(id);
+        true
+    }
+
+    /// The open lookup with this ID.
+    pub fn get_mut(&mut self, id: LookupId) -> Option<&mut Lookup> {
+        self.open.get_mut(&id)
+    }
+
+    /// Number of open lookups.
+    pub fn len(&self) -> usize {
+        self.open.len()
+    }
+
+    /// Whether no lookup waits.
+    pub fn is_empty(&self) -> bool {
+        self.open.is_empty()
+    }
+
+    /// Number of lookups that were not sent yet.
+    pub fn unsent(&self) -> usize {
+        self.unsent.len()
+    }
+
+    /// Takes up to `most` lookups to send them, the oldest first.
+    pub fn take_unsent(&mut self, most: usize) -> Vec<(LookupId, HashPart)> {
+        let mut taken = Vec::new();
+        while taken.len() < most
+            && let Some(id) = self.unsent.pop_front()
+        {
+            if let Some(lookup) = self.open.get_mut(&id) {
+                lookup.is_sent = true;
+                taken.push((id, lookup.hash_part));
+            }
+        }
+        taken
+    }
+
+    /// The lookups that were sent and still wait.
+    pub fn sent(&self) -> Vec<LookupId> {
+        self.open.iter().filter(|(_, lookup)| lookup.is_sent).map(|(id, _)| *id).collect()
+    }
+
+    /// The hash parts of those lookups that are still open, with their IDs.
+    pub fn hash_parts(&self, ids: &[LookupId]) -> Vec<(LookupId, HashPart)> {
+        ids.iter().filter_map(|id| self.open.get(id).map(|lookup| (*id, lookup.hash_part))).collect()
+    }
+
+    /// Something about the lookup has changed: it may end now.
+    pub fn touch(&mut self, id: LookupId) {
+        if let Some(lookup) = self.open.get(&id) {
+            let ends_at = lookup.ends_at();
+            self.next_end = Some(self.next_end.map_or(ends_at, |next| next.min(ends_at)));
+        }
+    }
+
+    /// A peer that owed the lookup an answer owes it no longer; `answered` tells whether it gave one.
+    pub fn record_settled(&mut self, id: LookupId, answered: bool) {
+        if let Some(lookup) = self.open.get_mut(&id) {
+            lookup.waiting = lookup.waiting.saturating_sub(1);
+            lookup.answered += u32::from(answered);
+            self.touch(id);
+        }
+    }
+
+    /// A peer said *have* and now owes the narinfo. `was_asked`: it owed an answer before.
+    pub fn record_holder(&mut self, id: LookupId, was_asked: bool) {
+        if let Some(lookup) = self.open.get_mut(&id) {
+            lookup.answered += u32::from(was_asked);
+            lookup.waiting += u32::from(!was_asked);
+        }
+    }
+
+    /// The path of a lookup that is open or takes alternates.
+    pub fn hash_part(&self, id: LookupId) -> Option<HashPart> {
+        self.open.get(&id).or_else(|| self.settled.get(&id)).map(|lookup| lookup.hash_part)
+    }
+
+    /// Passes a holder on. Returns whether a narinfo is to be waited for: the lookup is open, and this is a new holder.
+    pub fn pass_on(&mut self, id: LookupId, peer: SocketAddr, holder: Holder) -> bool {
+        if let Some(lookup) = self.open.get_mut(&id) {
+            return lookup.pass_on(peer, holder);
+        }
+        if let Some(lookup) = self.settled.get_mut(&id) {
+            lookup.pass_on(peer, holder);
+        }
+        false
+    }
+
+    /// A good narinfo came: the lookup waits for no peer any more, but takes alternates for a while.
+    pub fn settle(&mut self, id: LookupId, t: Instant) {
+        let Some(lookup) = self.open.remove(&id) else { return };
+        if self.settled_until.len() >= MAX_ALTERNATES
+            && let Some((_, oldest)) = self.settled_until.pop_front()
+        {
+            self.settled.remove(&oldest);
+        }
+        self.settled.insert(id, lookup);
+        self.settled_until.push_back((t + ALTERNATES_TIMEOUT, id));
+    }
+
+    /// Ends the lookups whose time is over. Returns those that peers may still owe answers to.
+    pub fn end_due(&mut self, t: Instant) -> Vec<LookupId> {
+        while self.settled_until.front().is_some_and(|(until, _)| *until <= t) {
+            if let Some((_, id)) = self.settled_until.pop_front() {
+                self.settled.remove(&id);
+            }
+        }
+        if self.next_end.is_none_or(|next| next > t) {
+            return Vec::new();
+        }
+        let is_due = |lookup: &Lookup| lookup.is_sent && lookup.ends_at() <= t;
+        let due: Vec<LookupId> = self.open.iter().filter(|(_, lookup)| is_due(lookup)).map(|(id, _)| *id).collect();
+        for id in &due {
+            if let Some(lookup) = self.open.remove(id) {
+                let unanswered = lookup.asked.saturating_sub(lookup.answered);
+                let _ = lookup.updates.try_send(Update::Ended { asked: lookup.asked, unanswered });
+            }
+        }
+        self.next_end = self.open.values().filter(|lookup| lookup.is_sent).map(Lookup::ends_at).min();
+        due
+    }
+
+    /// When [`Lookups::end_due`] has something to do next.
+    pub fn next_end(&self) -> Option<Instant> {
+        let settled = self.settled_until.front().map(|(until, _)| *until);
+        self.next_end.into_iter().chain(settled).min()
+    }
+}
+
+#[cfg(test)]
+impl Lookups {
+    /// Panics if more lookups are kept than may be.
+    pub fn assert_bounds(&self) {
+        assert!(self.open.len() <= MAX_LOOKUPS && self.unsent.len() <= MAX_LOOKUPS);
+        assert!(self.settled.len() <= MAX_ALTERNATES && self.settled_until.len() <= MAX_ALTERNATES);
+    }
+}

@@ -1,0 +1,137 @@
+//! What holds whatever happens, checked for many seeds.
+
+use super::{Kind, LONGEST, MS, SECOND, Simulation, path};
+use crate::nix::HashPart;
+use std::time::Duration;
+
+/// Seeds of an ordinary test run.
+const SEEDS: u64 = 2000;
+const PATHS: u64 = 200;
+/// Paths that the asker looks up before anything goes wrong: the holders have proven themselves.
+const WARM_UP: u64 = 40;
+
+/// Number of seeds: `PEERIX_SIMULATION_SEEDS`, else [`SEEDS`].
+fn seeds() -> u64 {
+    std::env::var("PEERIX_SIMULATION_SEEDS").ok().and_then(|text| text.parse().ok()).unwrap_or(SEEDS)
+}
+
+/// Number of nodes for a seed: mostly a home, seldom an office, very seldom 1,000.
+fn size(seed: u64, simulation: &mut Simulation) -> usize {
+    let small = 2 + simulation.random.below(14);
+    let size = match seed % 1000 {
+        999 => 1000,
+        499 => 300,
+        n if n % 50 == 49 => 17 + simulation.random.below(48),
+        _ => small,
+    };
+    usize::try_from(size).unwrap()
+}
+
+/// A random network with holders that are undisturbed, but for one pause, cable or restart, and neighbours that do
+/// whatever neighbours do.
+fn check(seed: u64) {
+    let mut simulation = Simulation::new(seed);
+    let count = size(seed, &mut simulation);
+    let nodes = simulation.add_all(Kind::Node, count);
+    let asker = nodes[0];
+    simulation.loss = [0.0, 0.0, 0.01, 0.05, 0.1][usize::try_from(simulation.random.below(5)).unwrap()];
+    simulation.duplication = if simulation.random.chance(0.3) { 0.05 } else { 0.0 };
+    // Delays vary more than their distance in time: packets overtake one another.
+    let slow = simulation.random.chance(0.2);
+    for node in &nodes {
+        let high = if slow { 30 * MS } else { MS };
+        let low = simulation.random.between(Duration::from_micros(30), high);
+        simulation.hosts[*node].latency = (low, low * 2);
+    }
+    let holders = 1 + usize::try_from(simulation.random.below(3)).unwrap();
+    let holders: Vec<usize> = nodes[1..].iter().copied().take(holders).collect();
+    for number in 0..PATHS {
+        if simulation.random.chance(0.6) {
+            let holder = holders[usize::try_from(simulation.random.below(holders.len() as u64)).unwrap()];
+            simulation.hold(holder, &[path(number)]);
+        }
+    }
+    let warm = 2 * SECOND;
+    let trouble = warm + SECOND;
+    neighbours(&mut simulation, &nodes[1 + holders.len()..], trouble);
+    let (what, own_pause) = disturb(&mut simulation, asker, holders[0], trouble);
+    let warm_up: Vec<HashPart> = (0..WARM_UP).map(path).collect();
+    simulation.ask(asker, warm_up, 5, warm, false);
+    simulation.run(trouble);
+    let (before, packets) = (simulation.outcomes.len(), simulation.packets);
+    let all: Vec<HashPart> = (0..PATHS).map(path).collect();
+    let connections = 1 + u32::try_from(simulation.random.below(25)).unwrap();
+    simulation.ask(asker, all, connections, trouble, false);
+    simulation.run(trouble + 120 * SECOND);
+
+    let context = format!("seed {seed}: {count} nodes, loss {}, {what}", simulation.loss);
+    let ended = simulation.outcomes.len() - before;
+    assert!(ended as u64 >= PATHS, "{context}: {ended} lookups ended");
+    assert!(simulation.slowest() <= LONGEST + own_pause, "{context}: a lookup took {:?}", simulation.slowest());
+    let wrong = simulation.wrong_misses(None);
+    assert!(wrong.is_empty(), "{context}: {} wrong misses, {:?}", wrong.len(), wrong[0]);
+    simulation.machine(asker).check_bounds();
+    // Each lookup alone in its batch, asked and answered, with six repeats: more is a storm.
+    let most = (PATHS + WARM_UP) * (count as u64 + 30) * 14 + 20_000 + 40 * (count * count) as u64;
+    let sent = simulation.packets - packets;
+    assert!(sent <= most, "{context}: {sent} packets");
+}
+
+/// One disturbance of the asker or a holder. Returns its name, and how long the asker itself does nothing.
+fn disturb(simulation: &mut Simulation, asker: usize, holder: usize, after: Duration) -> (String, Duration) {
+    let at = after + simulation.random.between(Duration::ZERO, 300 * MS);
+    let long = simulation.random.between(50 * MS, 2000 * MS);
+    let what = simulation.random.below(6);
+    simulation.run_at(at, move |simulation| match what {
+        1 => simulation.pause(holder, long),
+        2 => simulation.unplug(asker, long),
+        3 => simulation.restart(holder, long.min(600 * MS)),
+        4 => simulation.pause(asker, long * 10),
+        5 => simulation.unplug(holder, long),
+        _ => {}
+    });
+    let names = ["nothing", "holder paused", "asker unplugged", "holder restarted", "asker paused", "holder unplugged"];
+    let own_pause = if what == 4 { long * 10 } else { Duration::ZERO };
+    (format!("{} for {long:?} at {at:?}", names[usize::try_from(what).unwrap()]), own_pause)
+}
+
+/// What neighbours that hold nothing do.
+fn neighbours(simulation: &mut Simulation, others: &[usize], after: Duration) {
+    for &other in others {
+        let at = after + simulation.random.between(Duration::ZERO, 3 * SECOND);
+        match simulation.random.below(8) {
+            0 => simulation.run_at(at, move |simulation| simulation.vanish(other)),
+            1 => simulation.run_at(at, move |simulation| simulation.pause(other, 5 * SECOND)),
+            2 => simulation.run_at(at, move |simulation| simulation.restart(other, SECOND)),
+            3 => simulation.run_at(at, move |simulation| simulation.unplug(other, 3 * SECOND)),
+            _ => {}
+        }
+    }
+    for kind in [Kind::Late, Kind::Half, Kind::Firewalled, Kind::Single] {
+        if simulation.random.chance(0.15) {
+            let start = simulation.random.between(Duration::ZERO, after + SECOND);
+            simulation.add(kind, start);
+        }
+    }
+    if simulation.random.chance(0.1) {
+        for _ in 0..simulation.random.below(50) {
+            let start = simulation.random.between(after, after + 5 * SECOND);
+            simulation.add(Kind::Firewalled, start);
+        }
+    }
+}
+
+#[test]
+fn every_seed_keeps_the_promises() {
+    let seeds = seeds();
+    let threads = std::thread::available_parallelism().map_or(2, usize::from) as u64;
+    std::thread::scope(|scope| {
+        if let Some(seed) = std::env::var("PEERIX_SIMULATION_TRACE").ok().and_then(|text| text.parse().ok()) {
+            return check(seed);
+        }
+        let workers: Vec<_> = (0..threads)
+            .map(|first| scope.spawn(move || (first..seeds).step_by(threads as usize).for_each(check)))
+            .collect();
+        workers.into_iter().for_each(|worker| worker.join().unwrap());
+    });
+}

@@ -1,0 +1,272 @@
+//! Named situations, the same as those of the model from which the rules come, and what they may cost.
+
+use super::{Kind, MS, SECOND, Simulation, US, path};
+use crate::nix::HashPart;
+use std::time::Duration;
+
+/// Lookups of one run.
+const LOOKUPS: u64 = 3000;
+/// When askers begin: all hosts have met.
+const START: Duration = Duration::from_secs(1);
+
+/// 32 nodes, of which node 0 asks. Node 1 holds every second path.
+fn thirty_two(seed: u64) -> (Simulation, Vec<usize>) {
+    let mut simulation = Simulation::new(seed);
+    let nodes = simulation.add_all(Kind::Node, 32);
+    let held: Vec<HashPart> = (0..LOOKUPS).filter(|number| number % 2 == 0).map(path).collect();
+    simulation.hold(nodes[1], &held);
+    (simulation, nodes)
+}
+
+fn all() -> Vec<HashPart> {
+    (0..LOOKUPS).map(path).collect()
+}
+
+fn no_wrong_miss(simulation: &Simulation) {
+    let wrong = simulation.wrong_misses(None);
+    assert!(wrong.is_empty(), "seed {}: {} wrong misses: {:?}", simulation.seed, wrong.len(), wrong[0]);
+}
+
+/// Time from the first lookup to the last answer.
+fn time_of(simulation: &Simulation) -> Duration {
+    let end = simulation.outcomes.iter().map(|outcome| outcome.began + outcome.took).max();
+    end.unwrap_or_default().saturating_sub(START)
+}
+
+#[test]
+fn undisturbed_lookups_find_every_path_with_few_packets() {
+    let (mut simulation, nodes) = thirty_two(1);
+    simulation.run(START);
+    let before = simulation.packets;
+    simulation.ask(nodes[0], all(), 25, START, false);
+    simulation.run(60 * SECOND);
+    no_wrong_miss(&simulation);
+    assert_eq!(simulation.outcomes.len() as u64, LOOKUPS);
+    let packets = simulation.packets - before;
+    assert!(packets <= 30_000, "{packets} packets for {LOOKUPS} lookups among 32 nodes");
+    assert!(simulation.slowest() < 100 * MS, "{:?}", simulation.slowest());
+}
+
+#[test]
+fn peer_that_answers_after_2900_ms_costs_one_wait_and_a_due_time_each() {
+    let (mut simulation, nodes) = thirty_two(2);
+    simulation.add(Kind::Late, Duration::ZERO);
+    simulation.ask(nodes[0], all(), 25, START, false);
+    simulation.run(120 * SECOND);
+    no_wrong_miss(&simulation);
+    assert!(time_of(&simulation) < 12 * SECOND, "{:?}", time_of(&simulation));
+}
+
+#[test]
+fn slow_radio_of_a_neighbour_without_paths_delays_lookups_by_its_due_time() {
+    let (mut simulation, nodes) = thirty_two(3);
+    simulation.hosts[nodes[5]].latency = (50 * MS, 150 * MS);
+    simulation.ask(nodes[0], all(), 25, START, false);
+    simulation.run(120 * SECOND);
+    no_wrong_miss(&simulation);
+    assert!(time_of(&simulation) < 24 * SECOND, "{:?}", time_of(&simulation));
+}
+
+/// Asks for 20 s, and returns how many lookups took longer than half a second. The model has 25 in a minute.
+fn long_waits(simulation: &mut Simulation, asker: usize) -> usize {
+    simulation.ask(asker, all(), 25, START, true);
+    simulation.run(START + 20 * SECOND);
+    no_wrong_miss(simulation);
+    simulation.longer_than(500 * MS)
+}
+
+#[test]
+fn flapping_neighbour_causes_few_long_waits() {
+    let (mut simulation, nodes) = thirty_two(4);
+    let flapping = nodes[7];
+    for round in 0..4 {
+        let down = START + 5 * SECOND * round + SECOND;
+        simulation.run_at(down, move |simulation| simulation.unplug(flapping, 4 * SECOND));
+    }
+    let waits = long_waits(&mut simulation, nodes[0]);
+    assert!(waits <= 50, "{waits} lookups took longer than 0.5 s");
+}
+
+#[test]
+fn twenty_neighbours_that_vanish_cause_few_long_waits() {
+    let (mut simulation, nodes) = thirty_two(5);
+    for (round, vanishing) in nodes[5..25].iter().copied().enumerate() {
+        let at = START + SECOND * u32::try_from(round).unwrap();
+        simulation.run_at(at, move |simulation| simulation.vanish(vanishing));
+    }
+    let waits = long_waits(&mut simulation, nodes[0]);
+    assert!(waits <= 50, "{waits} lookups took longer than 0.5 s");
+}
+
+#[test]
+fn firewalled_newcomers_cause_few_long_waits() {
+    let (mut simulation, nodes) = thirty_two(6);
+    for round in 0..5 {
+        simulation.add(Kind::Firewalled, START + 4 * SECOND * round);
+    }
+    let waits = long_waits(&mut simulation, nodes[0]);
+    assert!(waits <= 50, "{waits} lookups took longer than 0.5 s");
+}
+
+#[test]
+fn forged_hellos_cost_a_due_time_a_lookup() {
+    let (mut simulation, nodes) = thirty_two(7);
+    // Ten a second, from addresses at which there is no host.
+    for round in 0..100 {
+        simulation.add(Kind::Firewalled, START + 100 * MS * round);
+    }
+    simulation.ask(nodes[0], all(), 25, START, true);
+    simulation.run(START + 10 * SECOND);
+    no_wrong_miss(&simulation);
+    let rate = simulation.outcomes.len() / 10;
+    assert!(rate >= 300, "{rate} lookups a second");
+}
+
+#[test]
+fn paused_holder_is_waited_for() {
+    for (seed, pause) in [(8, 300 * MS), (9, 1000 * MS), (10, 2500 * MS)] {
+        let (mut simulation, nodes) = thirty_two(seed);
+        let holder = nodes[1];
+        simulation.run_at(START + SECOND / 4, move |simulation| simulation.pause(holder, pause));
+        simulation.ask(nodes[0], all(), 25, START, true);
+        simulation.run(START + 6 * SECOND);
+        no_wrong_miss(&simulation);
+        assert!(simulation.outcomes.len() > 3000, "{pause:?}: {}", simulation.outcomes.len());
+    }
+}
+
+#[test]
+fn holder_that_pauses_for_a_minute_costs_one_wait_of_three_seconds() {
+    let (mut simulation, nodes) = thirty_two(11);
+    let holder = nodes[1];
+    simulation.run_at(START + SECOND / 4, move |simulation| simulation.pause(holder, 60 * SECOND));
+    simulation.ask(nodes[0], all(), 25, START, true);
+    simulation.run(START + 30 * SECOND);
+    let waited = simulation.longer_than(SECOND);
+    assert!((1..=25).contains(&waited), "{waited} lookups waited");
+    assert!(simulation.slowest() < 3500 * MS, "{:?}", simulation.slowest());
+}
+
+#[test]
+fn ten_percent_loss_causes_no_wrong_miss() {
+    for seed in 20..24 {
+        let (mut simulation, nodes) = thirty_two(seed);
+        let other: Vec<HashPart> = (0..LOOKUPS).filter(|number| number % 4 == 1).map(path).collect();
+        simulation.hold(nodes[2], &other);
+        simulation.loss = 0.1;
+        simulation.ask(nodes[0], all(), 25, START, false);
+        simulation.run(120 * SECOND);
+        no_wrong_miss(&simulation);
+    }
+}
+
+#[test]
+fn holder_that_restarts_is_waited_for() {
+    for seed in 30..34 {
+        let (mut simulation, nodes) = thirty_two(seed);
+        let holder = nodes[1];
+        simulation.run_at(START + SECOND / 4, move |simulation| simulation.restart(holder, 700 * MS));
+        simulation.ask(nodes[0], all(), 25, START, true);
+        simulation.run(START + 5 * SECOND);
+        no_wrong_miss(&simulation);
+    }
+}
+
+#[test]
+fn asker_without_a_network_for_two_seconds_loses_nothing() {
+    for seed in 40..44 {
+        let (mut simulation, nodes) = thirty_two(seed);
+        let asker = nodes[0];
+        simulation.run_at(START + SECOND / 4, move |simulation| simulation.unplug(asker, 2 * SECOND));
+        simulation.ask(asker, all(), 25, START, true);
+        simulation.run(START + 5 * SECOND);
+        no_wrong_miss(&simulation);
+    }
+}
+
+#[test]
+fn asker_that_was_stopped_itself_blames_nobody() {
+    let (mut simulation, nodes) = thirty_two(45);
+    let asker = nodes[0];
+    simulation.run_at(START + SECOND / 4, move |simulation| simulation.pause(asker, 20 * SECOND));
+    simulation.ask(asker, all(), 25, START, true);
+    simulation.run(START + 22 * SECOND);
+    no_wrong_miss(&simulation);
+    assert!(simulation.outcomes.len() > 3000, "{}", simulation.outcomes.len());
+}
+
+#[test]
+fn python_holder_among_new_nodes_is_found() {
+    for seed in 50..54 {
+        let mut simulation = Simulation::new(seed);
+        let nodes = simulation.add_all(Kind::Node, 8);
+        let original = simulation.add(Kind::Original, Duration::ZERO);
+        let paths: Vec<HashPart> = (0..500).map(path).collect();
+        simulation.hold(original, &paths);
+        simulation.ask(nodes[0], paths, 25, START, false);
+        simulation.run(120 * SECOND);
+        no_wrong_miss(&simulation);
+        assert_eq!(simulation.outcomes.len(), 500);
+    }
+}
+
+#[test]
+fn holder_of_the_first_release_among_new_nodes_is_found() {
+    let mut simulation = Simulation::new(55);
+    let nodes = simulation.add_all(Kind::Node, 8);
+    let old = simulation.add(Kind::Single, Duration::ZERO);
+    simulation.hold(old, &(0..LOOKUPS / 2).map(path).collect::<Vec<_>>());
+    simulation.ask(nodes[0], all(), 25, START, false);
+    simulation.run(120 * SECOND);
+    no_wrong_miss(&simulation);
+    assert!(simulation.slowest() < 100 * MS, "{:?}", simulation.slowest());
+}
+
+#[test]
+fn first_lookup_after_a_common_start_finds() {
+    for seed in 60..260 {
+        let mut simulation = Simulation::new(seed);
+        let start = simulation.random.between(Duration::ZERO, SECOND);
+        let asker = simulation.add(Kind::Node, Duration::ZERO);
+        let holder = simulation.add(Kind::Node, start);
+        simulation.hold(holder, &[path(1)]);
+        // Nix asks when both run, not before.
+        let first = simulation.random.between(start, SECOND).max(100 * US);
+        simulation.ask(asker, vec![path(1)], 1, first, false);
+        simulation.run(20 * SECOND);
+        assert!(simulation.outcomes[0].found, "seed {seed}: holder started at {start:?}, lookup at {first:?}");
+    }
+}
+
+#[test]
+fn path_registered_after_a_no_is_found_at_once() {
+    let (mut simulation, nodes) = thirty_two(70);
+    let holder = nodes[3];
+    for number in 0..100 {
+        let new = path(1_000_000 + number);
+        simulation.ask(nodes[0], vec![new], 1, simulation.now.max(START), false);
+        simulation.run(simulation.now.max(START) + SECOND);
+        simulation.hold(holder, &[new]);
+        simulation.ask(nodes[0], vec![new], 1, simulation.now, false);
+        simulation.run(simulation.now + SECOND);
+        let found: Vec<bool> = simulation.outcomes.drain(..).map(|outcome| outcome.found).collect();
+        assert_eq!(found, [false, true], "path {number}");
+    }
+}
+
+#[test]
+fn thirty_nodes_that_ask_at_once_find_everything() {
+    let mut simulation = Simulation::new(80);
+    let nodes = simulation.add_all(Kind::Node, 30);
+    for (number, node) in nodes.iter().enumerate() {
+        let paths: Vec<HashPart> = (0..300).map(|at| path(at * 30 + number as u64)).collect();
+        simulation.hold(*node, &paths);
+    }
+    for (number, node) in nodes.iter().enumerate() {
+        let other = (number as u64 + 7) % 30;
+        simulation.ask(*node, (0..300).map(|at| path(at * 30 + other)).collect(), 25, START, false);
+    }
+    simulation.run(60 * SECOND);
+    no_wrong_miss(&simulation);
+    assert_eq!(simulation.outcomes.len(), 30 * 300);
+}

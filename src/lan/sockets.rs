@@ -1,0 +1,363 @@
+//! The sockets of discovery: which of them reaches a target, and how a datagram is sent so that none for a peer that
+//! answers is lost in the queue behind those for hosts that do not.
+
+use super::discovery::{Outgoing, To};
+use crate::interfaces::{Interface, Interfaces, MULTICAST_GROUP, REFRESH};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use std::collections::HashSet;
+use std::net::{IpAddr, SocketAddr, SocketAddrV6, UdpSocket};
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use std::{io, thread};
+
+/// Receive buffer that is asked for: 40 answers of 25 lookups from 256 peers. The kernel caps it.
+const RECEIVE_BUFFER: usize = 1 << 20;
+
+/// How long one turn waits in all for room in the send buffer. At 1 Mbit/s the buffer of 208 KiB empties in 1.7 s; what
+/// does not leave is lost and repeated.
+const SEND_TIMEOUT: Duration = Duration::from_millis(20);
+
+/// Datagrams sent before the sockets are read again.
+pub(super) const SENDS_AT_ONCE: usize = 32;
+
+/// The sockets, and which of them reaches a target.
+pub(super) struct Sockets {
+    sockets: Vec<UdpSocket>,
+    bound: Vec<Bound>,
+    /// For each of `sockets`, one on the same address and another port. Datagrams to hosts that have not answered leave
+    /// from there: while ARP waits for a host, they fill its send buffer and not that of the live.
+    unproven: Vec<Option<UdpSocket>>,
+    port: u16,
+    interfaces: Arc<Interfaces>,
+    /// Generation of the interface table that was acted on last.
+    generation: u64,
+    /// Which socket is in the multicast group on which interface.
+    joined: HashSet<(usize, u32)>,
+    /// When a join that failed is tried again.
+    join_again: Option<Instant>,
+    unreachable: bool,
+    /// Without a LAN, no group is joined.
+    has_lan: bool,
+    /// What is left of [`SEND_TIMEOUT`] in this turn.
+    patience: Duration,
+}
+
+/// What a socket is bound to.
+#[derive(Debug, Clone, Copy)]
+struct Bound {
+    address: SocketAddr,
+    /// An IPv6 socket that also does IPv4, as systemd makes them by default.
+    dual: bool,
+}
+
+impl Bound {
+    fn does(&self, target: SocketAddr) -> bool {
+        self.dual || self.address.is_ipv4() == target.is_ipv4()
+    }
+}
+
+impl Sockets {
+    pub(super) fn new(
+        sockets: Vec<UdpSocket>,
+        port: u16,
+        interfaces: Arc<Interfaces>,
+        has_lan: bool,
+    ) -> io::Result<Self> {
+        let mut bound = Vec::new();
+        for socket in &sockets {
+            let address = socket.local_addr()?;
+            let dual = address.is_ipv6()
+                && address.ip().is_unspecified()
+                && !socket2::SockRef::from(socket).only_v6()?;
+            bound.push(Bound { address, dual });
+            prepare(socket)?;
+        }
+        let unproven = bound.iter().map(|bound| match has_lan {
+            true => twin(*bound).inspect_err(|e| log::debug!("second socket on {}: {e}", bound.address)).ok(),
+            false => None,
+        });
+        let unproven = unproven.collect();
+        let mut sockets = Sockets {
+            sockets,
+            bound,
+            unproven,
+            port,
+            generation: interfaces.generation(),
+            interfaces,
+            joined: HashSet::new(),
+            join_again: None,
+            unreachable: false,
+            has_lan,
+            patience: SEND_TIMEOUT,
+        };
+        sockets.join(Instant::now());
+        Ok(sockets)
+    }
+
+    /// Number of sockets that [`Sockets::receive`] takes.
+    pub(super) fn len(&self) -> usize {
+        self.sockets.len() + self.unproven.len()
+    }
+
+    /// The next datagram of that socket, and where it is from. Does not block.
+    pub(super) fn receive(&self, at: usize, buffer: &mut [u8]) -> io::Result<(usize, SocketAddr)> {
+        let socket = match at.checked_sub(self.sockets.len()) {
+            None => Some(&self.sockets[at]),
+            Some(at) => self.unproven[at].as_ref(),
+        };
+        let (len, from) = socket.ok_or(io::ErrorKind::WouldBlock)?.recv_from(buffer)?;
+        let from = match from {
+            SocketAddr::V6(v6) => match v6.ip().to_ipv4_mapped() {
+                Some(v4) => SocketAddr::from((v4, v6.port())),
+                None => from,
+            },
+            SocketAddr::V4(_) => from,
+        };
+        Ok((len, from))
+    }
+
+    /// Waits for a datagram, for `wake` or for the end of `wait`.
+    pub(super) fn wait(&mut self, wake: &OwnedFd, wait: Duration) {
+        self.patience = SEND_TIMEOUT;
+        let sockets = self.sockets.iter().chain(self.unproven.iter().flatten());
+        let mut fds: Vec<PollFd<'_>> = sockets.map(|socket| PollFd::new(socket, PollFlags::IN)).collect();
+        fds.push(PollFd::new(wake, PollFlags::IN));
+        let timeout = Timespec::try_from(wait).unwrap_or(Timespec { tv_sec: 1, tv_nsec: 0 });
+        if let Err(e) = poll(&mut fds, Some(&timeout))
+            && e != rustix::io::Errno::INTR
+        {
+            log::error!("poll: {e}");
+            thread::sleep(Duration::from_millis(100));
+        }
+        let _ = rustix::io::read(wake, &mut [0u8; 8]);
+    }
+
+    /// Looks at the interfaces now and then, and sooner when something could not be sent.
+    pub(super) fn network_changed(&mut self) -> bool {
+        let max_age = if std::mem::take(&mut self.unreachable) { REFRESH / 5 } else { REFRESH };
+        let now = Instant::now();
+        self.interfaces.refresh(now, max_age);
+        let generation = self.interfaces.generation();
+        let changed = std::mem::replace(&mut self.generation, generation) != generation;
+        if changed || self.join_again.is_some_and(|at| at <= now) {
+            self.join(now);
+        }
+        changed
+    }
+
+    /// Joins the multicast group on interfaces that are new, and forgets those that are gone.
+    fn join(&mut self, now: Instant) {
+        if !self.has_lan {
+            return;
+        }
+        let current = self.interfaces.current();
+        let indexes: HashSet<u32> = current.iter().filter(|i| i.address.is_ipv6()).map(|i| i.index).collect();
+        self.joined.retain(|(_, index)| indexes.contains(index));
+        self.join_again = None;
+        for (at, (socket, bound)) in self.sockets.iter().zip(&self.bound).enumerate() {
+            let SocketAddr::V6(bound) = bound.address else { continue };
+            let _ = socket.set_multicast_loop_v6(false);
+            for &index in indexes.iter().filter(|&&index| hears_group(bound, index)) {
+                if self.joined.contains(&(at, index)) {
+                    continue;
+                }
+                match socket.join_multicast_v6(&MULTICAST_GROUP, index) {
+                    Ok(()) => {}
+                    // The kernel kept it over the time the interface was without IPv6.
+                    Err(e) if e.kind() == io::ErrorKind::AddrInUse => {}
+                    Err(e) => {
+                        log::debug!("multicast on interface {index}: {e}");
+                        self.join_again = Some(now + REFRESH);
+                        continue;
+                    }
+                }
+                self.joined.insert((at, index));
+            }
+        }
+    }
+
+    /// Sends up to [`SENDS_AT_ONCE`] datagrams of `out`, those for the living first. Returns whether any is left.
+    pub(super) fn send(&mut self, out: &mut Outgoing) -> bool {
+        let is_last = |to: &To| matches!(to, To::Unproven(_));
+        out.sort_by_key(|(to, _)| is_last(to));
+        for (to, packet) in out.drain(..out.len().min(SENDS_AT_ONCE)) {
+            let bytes = packet.encode();
+            match to {
+                To::Peer(peer) => self.send_to(&bytes, peer, true),
+                To::Unproven(peer) => self.send_to(&bytes, peer, false),
+                To::Everyone => {
+                    for target in self.everyone() {
+                        self.send_to(&bytes, target, true);
+                    }
+                }
+            }
+        }
+        !out.is_empty()
+    }
+
+    fn everyone(&self) -> Vec<SocketAddr> {
+        let mut targets = Vec::new();
+        for interface in self.interfaces.current().iter().filter(|i| i.running) {
+            let target = match (interface.address, interface.broadcast) {
+                (IpAddr::V4(ip), Some(broadcast)) if crate::interfaces::is_private(ip.into()) => {
+                    SocketAddr::new(broadcast.into(), self.port)
+                }
+                (IpAddr::V6(ip), _) if ip.is_unicast_link_local() => {
+                    SocketAddrV6::new(MULTICAST_GROUP, self.port, 0, interface.index).into()
+                }
+                _ => continue,
+            };
+            if !targets.contains(&target) {
+                targets.push(target);
+            }
+        }
+        targets
+    }
+
+    fn send_to(&mut self, bytes: &[u8], target: SocketAddr, is_proven: bool) {
+        let Some(at) = socket_for(target, &self.bound, &self.interfaces.current()) else { return };
+        let mapped = match target {
+            SocketAddr::V4(v4) if self.bound[at].dual => (v4.ip().to_ipv6_mapped(), v4.port()).into(),
+            _ => target,
+        };
+        let second = self.unproven[at].as_ref().filter(|_| !is_proven);
+        let socket = second.unwrap_or(&self.sockets[at]);
+        let mut sent = socket.send_to(bytes, mapped);
+        while is_full(&sent) && second.is_none() && !self.patience.is_zero() {
+            let began = Instant::now();
+            let timeout = Timespec::try_from(self.patience).unwrap_or(Timespec { tv_sec: 0, tv_nsec: 1_000_000 });
+            let _ = poll(&mut [PollFd::new(socket, PollFlags::OUT)], Some(&timeout));
+            self.patience = self.patience.saturating_sub(began.elapsed());
+            sent = socket.send_to(bytes, mapped);
+        }
+        if let Err(e) = sent {
+            // A lost packet: it is repeated.
+            log::debug!("datagram to {target}: {e}");
+            self.unreachable |= e.kind() != io::ErrorKind::WouldBlock;
+        }
+    }
+}
+
+fn is_full(sent: &io::Result<usize>) -> bool {
+    sent.as_ref().is_err_and(|e| e.kind() == io::ErrorKind::WouldBlock)
+}
+
+fn prepare(socket: &UdpSocket) -> io::Result<()> {
+    socket.set_nonblocking(true)?;
+    socket.set_broadcast(true)?;
+    socket2::SockRef::from(socket).set_recv_buffer_size(RECEIVE_BUFFER)
+}
+
+/// A socket on the same address with a port of its own.
+fn twin(bound: Bound) -> io::Result<UdpSocket> {
+    let domain = socket2::Domain::for_address(bound.address);
+    let socket = socket2::Socket::new(domain, socket2::Type::DGRAM, Some(socket2::Protocol::UDP))?;
+    if bound.address.is_ipv6() {
+        socket.set_only_v6(!bound.dual)?;
+    }
+    let mut address = bound.address;
+    address.set_port(0);
+    socket.bind(&address.into())?;
+    let socket = UdpSocket::from(socket);
+    prepare(&socket)?;
+    Ok(socket)
+}
+
+/// Whether a socket bound to this can hear the multicast group on that interface: only if it is bound to everything,
+/// or to the group there.
+fn hears_group(bound: SocketAddrV6, index: u32) -> bool {
+    bound.ip().is_unspecified() || *bound.ip() == MULTICAST_GROUP && bound.scope_id() == index
+}
+
+/// Which socket reaches the target: one bound to everything, or to the address in the target's network; a single node
+/// elsewhere, which `--peer` names, through whichever is bound to an address of this machine.
+fn socket_for(target: SocketAddr, bound: &[Bound], interfaces: &[Interface]) -> Option<usize> {
+    let group_on = match target {
+        SocketAddr::V6(v6) if v6.ip().is_multicast() => Some(v6.scope_id()),
+        _ => None,
+    };
+    let is_broadcast = |ip| interfaces.iter().any(|i| i.broadcast.map(IpAddr::V4) == Some(ip));
+    let reaches = |i: &Interface| group_on.map_or_else(|| i.reaches(target.ip()), |index| i.index == index);
+    let near = |bound: &Bound| {
+        let ip = bound.address.ip();
+        bound.does(target) && (ip.is_unspecified() || interfaces.iter().any(|i| i.address == ip && reaches(i)))
+    };
+    let far = |bound: &Bound| {
+        let ip = bound.address.ip();
+        bound.does(target) && !ip.is_loopback() && !ip.is_multicast() && !is_broadcast(ip)
+    };
+    let to_one = group_on.is_none() && !is_broadcast(target.ip());
+    bound.iter().position(near).or_else(|| bound.iter().position(far).filter(|_| to_one))
+}
+
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn interface(index: u32, address: &str, prefix_len: u8) -> Interface {
+        let address: IpAddr = address.parse().unwrap();
+        let broadcast = match address {
+            IpAddr::V4(v4) => Some((v4.to_bits() | 0xff).into()),
+            IpAddr::V6(_) => None,
+        };
+        Interface { name: format!("eth{index}"), index, address, prefix_len, broadcast, running: true }
+    }
+
+    #[test]
+    fn which_socket_reaches_whom() {
+        let interfaces = [
+            interface(1, "10.0.0.1", 24),
+            interface(2, "10.0.1.1", 24),
+            interface(1, "fd00::1", 64),
+            interface(2, "fd00:1::1", 64),
+        ];
+        let through = |bound: &[&str], target: &str| {
+            let bind = |ip: &&str| Bound { address: SocketAddr::new(ip.parse().unwrap(), 12304), dual: *ip == "::" };
+            let bound: Vec<Bound> = bound.iter().map(bind).collect();
+            socket_for(target.parse().unwrap(), &bound, &interfaces).map(|at| bound[at].address.ip().to_string())
+        };
+        // In the order that `sockets::open` has them, the broadcast addresses last.
+        let both = ["127.0.0.1", "10.0.0.1", "10.0.1.1", "10.0.0.255", "10.0.1.255"];
+        assert_eq!(through(&both, "10.0.1.7:1").as_deref(), Some("10.0.1.1"));
+        assert_eq!(through(&both, "10.0.1.255:1").as_deref(), Some("10.0.1.1"));
+        assert_eq!(through(&both, "172.16.0.1:1").as_deref(), Some("10.0.0.1"), "a named peer far away");
+        assert_eq!(through(&["10.0.0.255", "10.0.0.1"], "172.16.0.1:1").as_deref(), Some("10.0.0.1"));
+        assert_eq!(through(&["10.0.0.1"], "10.0.1.255:1"), None, "no broadcast where it is not bound");
+        assert_eq!(through(&["127.0.0.1"], "172.16.0.1:1"), None);
+        assert_eq!(through(&["10.0.0.1"], "[fd00:2::1]:1"), None);
+        assert_eq!(through(&["::"], "10.0.1.255:1").as_deref(), Some("::"));
+        assert_eq!(through(&["0.0.0.0"], "10.0.1.255:1").as_deref(), Some("0.0.0.0"));
+        let group = ["ff02::7065:6572", "fd00::1"];
+        assert_eq!(through(&group, "[fd00:2::1]:1").as_deref(), Some("fd00::1"));
+        assert_eq!(through(&group, "[ff02::7065:6572%1]:1").as_deref(), Some("fd00::1"));
+        assert_eq!(through(&group, "[ff02::7065:6572%2]:1"), None);
+        for (bound, index, hears) in [
+            ("[::]:1", 3, true),
+            ("[fd00::1]:1", 1, false),
+            ("[ff02::7065:6572%1]:1", 1, true),
+            ("[ff02::7065:6572%1]:1", 2, false),
+        ] {
+            assert_eq!(hears_group(bound.parse().unwrap(), index), hears, "{bound}");
+        }
+    }
+
+    #[test]
+    fn a_socket_for_both_families_speaks_ipv4() {
+        let socket = socket2::Socket::new(socket2::Domain::IPV6, socket2::Type::DGRAM, None).unwrap();
+        socket.set_only_v6(false).unwrap();
+        socket.bind(&SocketAddr::from(([0u16; 8], 0)).into()).unwrap();
+        let socket = UdpSocket::from(socket);
+        let here = SocketAddr::from(([127, 0, 0, 1], socket.local_addr().unwrap().port()));
+        let interfaces = Arc::new(Interfaces::fixed(Vec::new(), Instant::now()));
+        let mut sockets = Sockets::new(vec![socket], here.port(), interfaces, true).unwrap();
+        let other = UdpSocket::bind("127.0.0.1:0").unwrap();
+        sockets.send_to(b"to", other.local_addr().unwrap(), true);
+        let mut buffer = [0; 8];
+        assert_eq!(other.recv_from(&mut buffer).unwrap(), (2, here));
+        other.send_to(b"back", here).unwrap();
+        // On loopback a datagram is there when it is sent.
+        assert_eq!(sockets.receive(0, &mut buffer).unwrap(), (4, other.local_addr().unwrap()));
+    }
+}

@@ -1,0 +1,225 @@
+//! The thread that runs [`Discovery`] on its sockets, and what other threads see of it.
+
+use super::candidates::{CandidateAnswer, CandidateQuery};
+use super::discovery::{Discovery, Event, LookUp, Outgoing};
+use super::environment::Environment;
+use super::lookups::{LookupId, Update};
+use super::peer_table::Neighbour;
+use super::sockets::Sockets;
+use crate::interfaces::{Interfaces, REFRESH};
+use crate::nix::HashPart;
+use crate::on_drop::OnDrop;
+use crate::wire::Packet;
+use crossbeam_channel::{Receiver, Sender, bounded};
+use rustix::event::{EventfdFlags, eventfd};
+use std::net::{SocketAddr, UdpSocket};
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+use std::{io, thread};
+
+/// Events that wait for the thread. Each connection thread, of which there are 1,024, has at most one lookup, and a few
+/// reports on its holders. Beyond, a lookup ends at once without an answer, and a report is left to the lookup's end.
+const MAX_WAITING: usize = 4096;
+
+/// Datagrams read in one turn. Beyond, no wait is judged in this turn, as answers may still be in the buffer.
+const MAX_READ: usize = 4096;
+
+/// The running thread. Dropping it says *bye* and waits for its end.
+pub struct DiscoveryThread {
+    client: Arc<DiscoveryClient>,
+    turns: Arc<AtomicU64>,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// Sends events to the thread, from any thread.
+pub struct DiscoveryClient {
+    events: Sender<Event<'static>>,
+    wake: OwnedFd,
+    next_lookup: AtomicU64,
+    // Not events: a full channel must not keep the thread from ending.
+    bye: AtomicBool,
+    stop: AtomicBool,
+}
+
+impl DiscoveryClient {
+    /// Asks the LAN who has the path. The channel yields holders as they answer and ends with the lookup, within 5 s.
+    /// Every holder is to be reported by [`DiscoveryClient::settled`] or [`DiscoveryClient::failed`]: until then the
+    /// lookup waits for its narinfo.
+    pub fn look_up(&self, hash_part: HashPart) -> (LookupId, Receiver<Update>) {
+        let id = self.next_lookup.fetch_add(1, Ordering::Relaxed);
+        let (updates, receiver) = bounded(LookUp::CAPACITY);
+        // If the channel of events is full, the lookup's own channel ends without `Update::Ended`.
+        self.send(Event::LookUp(LookUp { id, hash_part, updates }));
+        (id, receiver)
+    }
+
+    /// The lookup has a good narinfo, from `found` if that is a peer of the LAN, and waits no more.
+    pub fn settled(&self, lookup: LookupId, found: Option<SocketAddr>) {
+        self.send(Event::Settled { lookup, found });
+    }
+
+    /// The peer that said *have* is not waited for in this lookup.
+    pub fn failed(&self, lookup: LookupId, peer: SocketAddr) {
+        self.send(Event::Failed { lookup, peer });
+    }
+
+    /// Asks each of these whether it has the path. The channel yields their answers and ends when all have answered, at
+    /// `until` at the latest.
+    pub fn query_candidates(
+        &self,
+        hash_part: HashPart,
+        candidates: Vec<SocketAddr>,
+        until: Instant,
+    ) -> Receiver<CandidateAnswer> {
+        let (told, receiver) = bounded(candidates.len());
+        self.send(Event::QueryCandidates(CandidateQuery { hash_part, candidates, told, until }));
+        receiver
+    }
+
+    /// Tells the thread the addresses that `--peer` names.
+    pub fn set_named(&self, addresses: Vec<SocketAddr>) {
+        self.send(Event::SetNamed(addresses));
+    }
+
+    /// All peers on the LAN; `None` if the thread does not say so within `timeout`.
+    pub fn neighbours(&self, timeout: Duration) -> Option<Vec<Neighbour>> {
+        let (list, receiver) = bounded(1);
+        let until = Instant::now() + timeout;
+        // A channel that is full for a moment is no sign that the thread hangs.
+        self.events.send_deadline(Event::ListPeers(list), until).ok()?;
+        self.ring();
+        receiver.recv_deadline(until).ok()
+    }
+
+    fn send(&self, event: Event<'static>) {
+        if self.events.try_send(event).is_ok() {
+            self.ring();
+        }
+    }
+
+    fn ring(&self) {
+        // Can only fail when the counter is full, and then the thread is awake anyway.
+        let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
+    }
+}
+
+impl DiscoveryThread {
+    /// Starts the thread on bound sockets. `on_end` runs when it ends, for whatever reason.
+    ///
+    /// # Errors
+    /// No descriptor or no thread is available.
+    pub fn spawn<E: Environment + 'static>(
+        discovery: Discovery<E>,
+        sockets: Vec<UdpSocket>,
+        interfaces: Arc<Interfaces>,
+        on_end: impl FnOnce() + Send + 'static,
+    ) -> io::Result<DiscoveryThread> {
+        let (sender, events) = bounded(MAX_WAITING);
+        let client = Arc::new(DiscoveryClient {
+            events: sender,
+            wake: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
+            next_lookup: AtomicU64::new(0),
+            bye: AtomicBool::new(false),
+            stop: AtomicBool::new(false),
+        });
+        let turns = Arc::new(AtomicU64::new(0));
+        let sockets = Sockets::new(sockets, discovery.udp_port(), interfaces, discovery.has_lan())?;
+        let runner = Runner { discovery, sockets, out: Vec::new(), buffer: [0; Packet::MAX_LEN + 1] };
+        let (own_client, own_turns) = (client.clone(), turns.clone());
+        let thread = thread::Builder::new().name("discovery".into()).spawn(move || {
+            let _end = OnDrop::new(|| {
+                // What is left in the channel would keep its askers waiting while a sender exists.
+                events.try_iter().for_each(drop);
+                on_end();
+            });
+            runner.run(&events, &own_client, &own_turns);
+        })?;
+        Ok(DiscoveryThread { client, turns, thread: Some(thread) })
+    }
+
+    /// Tells the peers that this node leaves. The thread goes on: lookups under way still get their answers.
+    pub fn say_bye(&self) {
+        self.client.bye.store(true, Ordering::SeqCst);
+        self.client.ring();
+    }
+
+    /// What other threads use.
+    pub fn client(&self) -> Arc<DiscoveryClient> {
+        self.client.clone()
+    }
+
+    /// Turns of the thread's loop so far, and begins another one: if the number does not grow, the thread hangs.
+    pub fn count_turns(&self) -> u64 {
+        self.client.ring();
+        self.turns.load(Ordering::Relaxed)
+    }
+}
+
+impl Drop for DiscoveryThread {
+    fn drop(&mut self) {
+        self.client.stop.store(true, Ordering::SeqCst);
+        self.client.ring();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+struct Runner<E> {
+    discovery: Discovery<E>,
+    sockets: Sockets,
+    out: Outgoing,
+    buffer: [u8; Packet::MAX_LEN + 1],
+}
+
+impl<E: Environment> Runner<E> {
+    fn run(mut self, events: &Receiver<Event<'static>>, client: &DiscoveryClient, turns: &AtomicU64) {
+        loop {
+            let wait = self.discovery.next_turn().saturating_duration_since(Instant::now());
+            self.sockets.wait(&client.wake, wait.min(REFRESH));
+            turns.fetch_add(1, Ordering::Relaxed);
+            let stop = client.stop.load(Ordering::SeqCst);
+            if client.bye.swap(false, Ordering::SeqCst) || stop {
+                // Said again at the end: a query that was sent since made this node known again.
+                self.discovery.bye(&mut self.out);
+            }
+            if self.sockets.network_changed() {
+                self.handle(Event::NetworkChanged);
+            }
+            while let Ok(event) = events.try_recv() {
+                self.handle(event);
+            }
+            let drained = self.read(MAX_READ);
+            self.handle(Event::Tick { drained });
+            while self.sockets.send(&mut self.out) {
+                self.read(MAX_READ);
+            }
+            if stop {
+                return;
+            }
+        }
+    }
+
+    fn handle(&mut self, event: Event<'_>) {
+        self.discovery.handle(event, Instant::now(), &mut self.out);
+    }
+
+    /// Handles up to `most` datagrams. Returns whether there are no more.
+    fn read(&mut self, most: usize) -> bool {
+        let mut left = most;
+        for at in 0..self.sockets.len() {
+            while let Ok((len, from)) = self.sockets.receive(at, &mut self.buffer) {
+                let event = Event::Datagram { from, bytes: &self.buffer[..len] };
+                self.discovery.handle(event, Instant::now(), &mut self.out);
+                left = left.saturating_sub(1);
+                if left == 0 {
+                    return false;
+                }
+            }
+        }
+        true
+    }
+}
