@@ -1,6 +1,6 @@
 # Every target installs what it needs and this machine lacks, by scripts/deps. `make` lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help build run demo demo-wan test vm-test check bench deps
+.PHONY: help build run demo demo-wan test test-under-load vm-test check bench deps
 
 CARGO ?= cargo
 # Debian keeps ip and iptables where only root looks.
@@ -22,7 +22,7 @@ RUNNER := --config 'target."cfg(unix)".runner = "$(SUDO)"'
 endif
 
 help: ## this list
-	@sed -n 's/^\([a-z-]*\):[^#]*## /  make \1\t/p' Makefile | expand -t 16
+	@sed -n 's/^\([a-z-]*\):[^#]*## /  make \1\t/p' Makefile | expand -t 24
 
 build: ## the release program, target/release/peerix
 	@scripts/deps build
@@ -44,17 +44,21 @@ demo-wan: ## machines on three networks and a tracker; one of them behind a rout
 	@PEERIX_BIN=$(TARGET)/release/peerix PEERIX_TRACKER_BIN=$(TARGET)/release/peerix-tracker PEERIX_TEST_DIR=$(TARGET)/demo \
 		$(DEMO_ROOT) $(TARGET)/release/examples/demo_wan
 
-# tests/wan.rs mostly waits for what happens once in a minute. These run beside it, which do not mind.
-BESIDE := doctor tracker_lasts why
-ALONE := $(filter-out wan $(BESIDE),$(basename $(notdir $(wildcard tests/*.rs))))
-TEST := $(CARGO) test --locked $(RUNNER)
-test: ## every test
+# Most end-to-end tests mostly wait, so more of them run at once than there are processors.
+TEST_THREADS ?= 6
+# A failing test says what it expected and shows its daemons' logs; backtraces would hide that.
+TEST := RUST_BACKTRACE=0 $(CARGO) test --locked --no-fail-fast $(RUNNER) --lib --bins --test integration
+test: ## every test; ONLY=bounds runs those with "bounds" in their names, as bounds::heads_without_end
 	@scripts/deps build test
-	$(CARGO) test --locked --no-run
-	$(TEST) --lib --bins $(ALONE:%=--test %)
-	@$(TEST) --test wan >$(TARGET)/wan.log 2>&1 & wan=$$!; trap "kill $$wan 2>/dev/null" EXIT INT TERM; \
-		$(TEST) $(BESIDE:%=--test %); beside=$$?; \
-		wait $$wan; wan=$$?; cat $(TARGET)/wan.log; exit $$((beside | wan))
+	$(TEST) -- --test-threads $(TEST_THREADS) $(ONLY)
+
+# The busy processes end with the shell that started them, also when that is killed.
+test-under-load: ## the same beside four processes that are always busy
+	@scripts/deps build test
+	$(TEST) --no-run
+	@busy=; trap 'kill $$busy' EXIT; trap 'exit 130' INT TERM HUP; \
+		for number in 1 2 3 4; do (while kill -0 $$$$; do :; done) & busy="$$busy $$!"; done; \
+		$(MAKE) --no-print-directory test
 
 check: ## what has to pass before a change is taken: format, lints, documentation, every test
 	@scripts/deps build lint
@@ -71,8 +75,11 @@ bench: ## measures peerix side by side with nginx, and prints a table
 	$(CARGO) bench --locked $(RUNNER) --bench tracker
 	$(CARGO) bench --locked $(RUNNER) --bench record
 else
-demo demo-wan test check bench:
+demo demo-wan check bench:
 	@scripts/in-debian $@
+
+test test-under-load:
+	@scripts/in-debian $@ $(if $(ONLY),"ONLY=$(ONLY)")
 endif
 
 vm-test: ## boots virtual machines and goes through it all in them: systemd, firewall, nix-daemon

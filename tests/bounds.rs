@@ -1,13 +1,11 @@
 //! What the daemon does with clients that want too much, too slowly, or nothing sensible. It always answers the others.
 
-mod common;
-
-use common::daemon::binary;
-use common::http::{Answer, Connection, Reply, Server, get, get_local};
-use common::packet::Packet;
-use common::standin::receive;
-use common::stock::{self, line, nar_route, narinfo};
-use common::{Daemon, Host, Lan, PORT, Process, SOON, wait_for, world};
+use crate::common::daemon::binary;
+use crate::common::http::{Answer, Connection, Reply, Server, get, get_local};
+use crate::common::packet::Packet;
+use crate::common::standin::receive;
+use crate::common::stock::{self, line, nar_route, narinfo};
+use crate::common::{Daemon, Host, Lan, PORT, Process, SOON, wait_for, world};
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream, UdpSocket};
 use std::sync::Arc;
@@ -467,7 +465,7 @@ fn no_descriptors_left() {
     stock::ready(&server);
     let path = stock::add(&server, "file", "echo file > $n");
     let large = stock::add_large(&server, "large", 32);
-    let log = common::directory().join(format!("descriptors-{}", std::process::id()));
+    let log = crate::common::directory().join(format!("descriptors-{}", std::process::id()));
     let mut command = server.cmd("prlimit");
     command.arg("--nofile=60:60").arg(binary()).arg("--verbose").stderr(std::fs::File::create(&log).unwrap());
     let mut process = Process::start(command);

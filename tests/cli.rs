@@ -1,16 +1,19 @@
 //! The daemon as its user and systemd see it: the command line, what it says when it cannot start, how it stops, and
 //! the sockets that outlive it.
 
-mod common;
-
-use common::daemon::binary;
-use common::lan::Run;
-use common::stock::{self, nar_route, narinfo};
-use common::{Daemon, Host, Lan, PORT, Process, SOON, directory, wait_for};
+use crate::common::daemon::binary;
+use crate::common::http::get_local;
+use crate::common::lan::Run;
+use crate::common::packet::Packet;
+use crate::common::process::Logged;
+use crate::common::standin::receive;
+use crate::common::stock::{self, nar_route, narinfo};
+use crate::common::world::hash_part;
+use crate::common::{Daemon, Host, Lan, PORT, Process, SOON, directory, wait_for};
 use rustix::process::Signal;
 use std::io::{Read, Write};
 use std::net::TcpStream;
-use std::os::fd::AsRawFd;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixDatagram;
 use std::process::{Command, Output, Stdio};
 
@@ -214,10 +217,9 @@ fn neighbours_learn_that_it_leaves() {
     let socket = neighbour.udp(PORT);
     let mut daemon = Daemon::start(&server, &[]);
     assert_eq!(daemon.stop().code(), Some(0));
-    let heard: Vec<u8> =
-        std::iter::from_fn(|| common::standin::receive(&socket, SOON).map(|(_, datagram)| datagram[0]))
-            .take_while(|&kind| kind != 4)
-            .collect();
+    let heard: Vec<u8> = std::iter::from_fn(|| receive(&socket, SOON).map(|(_, datagram)| datagram[0]))
+        .take_while(|&kind| kind != 4)
+        .collect();
     assert!(heard.contains(&3), "no hello before the bye: {heard:?}");
 }
 
@@ -246,7 +248,7 @@ fn systemd_is_told() {
     };
     hear("READY=1");
     // Ready is when it answers.
-    let answer = common::http::get_local(&server, "/nix-cache-info").unwrap();
+    let answer = get_local(&server, "/nix-cache-info").unwrap();
     assert_eq!(answer.status, 200);
     hear("WATCHDOG=1");
     hear("WATCHDOG=1");
@@ -264,24 +266,26 @@ fn sockets_that_systemd_holds() {
     // What systemd does: it holds the sockets, and passes copies to each daemon it starts.
     let (tcp, udp) = (server.listen(PORT), server.udp(PORT));
     let start = |flags: &str| {
-        let copies = [rustix::io::dup(&tcp).unwrap(), rustix::io::dup(&udp).unwrap()];
-        let [stream, datagram] = [copies[0].as_raw_fd(), copies[1].as_raw_fd()];
         let mut command = server.cmd("bash");
         let peerix = binary().display();
+        // The copies come as standard input and output: descriptors that are inherited by number
+        // would be inherited by the processes that other tests start at this moment, too.
         command.arg("-ec").arg(format!(
-            "exec 3<&{stream}- 4<&{datagram}-; export LISTEN_PID=$$ LISTEN_FDS=2 LISTEN_FDNAMES=tcp:udp; exec {peerix} {flags}"
+            "exec 3<&0 4<&1 </dev/null >/dev/null; export LISTEN_PID=$$ LISTEN_FDS=2 LISTEN_FDNAMES=tcp:udp
+             exec {peerix} {flags}"
         ));
-        command.stdin(Stdio::null()).stderr(Stdio::piped());
-        Process::start(command)
+        let copies = [OwnedFd::from(tcp.try_clone().unwrap()), OwnedFd::from(udp.try_clone().unwrap())];
+        let [stream, datagram] = copies.map(Stdio::from);
+        Logged::start_with(&server.name, command, stream, datagram)
     };
-    let query = common::packet::Packet::Query { id: 9, hash_part: common::world::hash_part(&path).into() }.write();
+    let query = Packet::Query { id: 9, hash_part: hash_part(&path).into() }.write();
     // `--port` is not what it binds: that port is somebody else's on this host.
     let _somebody = server.listen(PORT + 1);
     let mut daemon = start(&format!("--verbose --port {}", PORT + 1));
     for _ in 0..3 {
         assert_eq!(narinfo(&neighbour, &server, &path).status, 200);
         assert!(stock::has(&neighbour.udp(0), &server, &path));
-        assert_eq!(daemon.terminate().code(), Some(0));
+        assert_eq!(daemon.process.terminate().code(), Some(0));
         // Between two daemons: the connection is made, and the query sent, and both are answered by the next one.
         let asker = neighbour.udp(0);
         asker.send_to(&query, (server.address, PORT)).unwrap();
@@ -293,16 +297,19 @@ fn sockets_that_systemd_holds() {
         waiting.read_to_string(&mut answer).unwrap();
         assert!(answer.starts_with("HTTP/1.1 200 ") && answer.contains(&path), "{answer}");
         wait_for("the query is answered", || {
-            let (_, datagram) = common::standin::receive(&asker, SOON)?;
+            let (_, datagram) = receive(&asker, SOON)?;
             (datagram[0] == 1).then_some(())
         });
     }
     drop(daemon);
 
     // Only one of the two, or another kind, is a mistake in the unit that somebody has to learn of.
-    let copy = rustix::io::dup(&tcp).unwrap();
     let mut command = server.cmd("bash");
-    let (peerix, number) = (binary().display(), copy.as_raw_fd());
-    command.arg("-ec").arg(format!("exec 3<&{number}-; export LISTEN_PID=$$ LISTEN_FDS=1; exec {peerix}"));
-    assert_one_line(&command.env("RUST_LOG", "off").ran(), 1, &["ListenDatagram="]);
+    let peerix = binary().display();
+    command
+        .arg("-ec")
+        .arg(format!("exec 3<&0 </dev/null; export LISTEN_PID=$$ LISTEN_FDS=1; exec {peerix}"))
+        .stdin(OwnedFd::from(tcp))
+        .env("RUST_LOG", "off");
+    assert_one_line(&command.output().unwrap(), 1, &["ListenDatagram="]);
 }

@@ -1,10 +1,8 @@
 //! NARs compressed between peers that are far from one another. The `zstd` program is the other end: it need not be
 //! peerix.
 
-mod common;
-
-use common::http::{Answer, Connection, Reply, Request, Server};
-use common::{Daemon, Host, Lan, PORT, SOON, nar, stock};
+use crate::common::http::{Answer, Connection, Reply, Request, Server};
+use crate::common::{Daemon, Host, Lan, PORT, SOON, nar, stock};
 use peerix::nix::StoreDir;
 use peerix::peers::client::{Client, Error, NarBody, Way};
 use std::io::{self, Read, Write};

@@ -1,8 +1,6 @@
 //! What a node counts survives it, and whatever is wrong with where it is kept is told, and costs nothing else.
 
-mod common;
-
-use common::{Daemon, Host, Lan, http, nix, wait_for};
+use crate::common::{Daemon, Host, Lan, http, nix, wait_for};
 use serde_json::Value;
 use std::fs;
 

@@ -1,15 +1,13 @@
 //! `peerix doctor` against what breaks in practice, each made for real, with real Nix; that what it says mends it; and
 //! that it finds nothing wrong where nothing is.
 
-mod common;
-
-use common::daemon::{binary, narinfo_status, wait_until_known};
-use common::http::{self, Reply, Server};
-use common::lan::Run;
-use common::packet::Packet;
-use common::standin::StandIn;
-use common::tracker::{self, Tracker};
-use common::{Daemon, Host, Lan, Nat, PORT, Wan, nix, stock, wait_for};
+use crate::common::daemon::{binary, narinfo_status, wait_until_known};
+use crate::common::http::{self, Reply, Server};
+use crate::common::lan::Run;
+use crate::common::packet::Packet;
+use crate::common::standin::StandIn;
+use crate::common::tracker::{self, Tracker};
+use crate::common::{Daemon, Host, Lan, Nat, PORT, Wan, nix, stock, wait_for};
 use serde_json::Value;
 use std::fs;
 use std::process::Command;
@@ -124,7 +122,7 @@ impl Pair {
 
     fn meet(&mut self) {
         self.start(&[]);
-        let mark = common::daemon::mark(&self.a);
+        let mark = crate::common::daemon::mark(&self.a);
         wait_until_known(&self.b, &mark);
     }
 
@@ -414,7 +412,7 @@ fn firewalls() {
         let remedy = doctor(&pair.b, &[]).is("udp", &["10.77.0.1:12304", "UDP is blocked here", "--dport 12304"]);
         mend(&pair.b, &remedy);
         // It is known when it says hello, or answers.
-        let mark = common::daemon::mark(&pair.a);
+        let mark = crate::common::daemon::mark(&pair.a);
         wait_until_known(&pair.b, &mark);
         pair.healed("UDP comes through");
         pair.b.net("iptables -F");

@@ -1,8 +1,6 @@
 //! The peer that is sending goes away in the middle of a NAR.
 
-mod common;
-
-use common::{Asker, Holder, Lan, World, nix, wait_for};
+use crate::common::{Asker, Holder, Lan, World, nix, wait_for};
 use rustix::process::Signal;
 use std::process::Output;
 

@@ -1,11 +1,9 @@
 //! The test network itself: were it not what it claims to be, the other tests would prove nothing.
 
-mod common;
-
-use common::http::{self, Reply, Server};
-use common::lan::{Host, Run};
-use common::standin::receive;
-use common::{Lan, Nat, PORT, Wan, World, nix, tree, world};
+use crate::common::http::{self, Reply, Server};
+use crate::common::lan::{Host, Run};
+use crate::common::standin::receive;
+use crate::common::{Lan, Nat, PORT, Wan, World, nix, tree, world};
 use std::fs;
 use std::io::ErrorKind;
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
@@ -42,10 +40,11 @@ fn broadcast_is_heard_and_faults_happen() {
     let trip = |count: usize| {
         let start = Instant::now();
         for _ in 0..count {
-            from.send_to(b"x", (common::standin::BROADCAST, PORT)).unwrap();
+            from.send_to(b"x", (crate::common::standin::BROADCAST, PORT)).unwrap();
         }
         let heard = (0..count).take_while(|_| {
-            common::standin::receive(&to, Duration::from_millis(300)).is_some_and(|(who, _)| who.ip() == one.address)
+            crate::common::standin::receive(&to, Duration::from_millis(300))
+                .is_some_and(|(who, _)| who.ip() == one.address)
         });
         (heard.count(), start.elapsed())
     };
@@ -107,7 +106,7 @@ fn networks_are_joined_by_a_router_that_passes_on_no_broadcast() {
     for (socket, host) in sockets.iter().zip(&hosts).skip(1) {
         // It takes the same way, so who has this has all that will come.
         sockets[0].send_to(b"last", (host.address, PORT)).unwrap();
-        let heard = std::iter::from_fn(|| receive(socket, common::SOON))
+        let heard = std::iter::from_fn(|| receive(socket, crate::common::SOON))
             .inspect(|(from, _)| assert_eq!(from.ip(), hosts[0].address))
             .take_while(|(_, datagram)| datagram != b"last");
         let expected = if host.name == "b" { 2 } else { 0 };
@@ -168,7 +167,7 @@ fn a_network_behind_one_address() {
     assert_eq!(reached(&inside, outside.address).as_deref(), Some("outside"));
     let (heard, sends) = (outside.udp(PORT), inside.udp(PORT));
     sends.send_to(b"x", (outside.address, PORT)).unwrap();
-    let (from, _) = receive(&heard, common::SOON).unwrap();
+    let (from, _) = receive(&heard, crate::common::SOON).unwrap();
     assert_eq!(from.ip(), nat.address());
 
     // In, only what is forwarded, and with the address of who sent it.
@@ -181,7 +180,7 @@ fn a_network_behind_one_address() {
     // A connection of its own, so that what the router remembers of the first says nothing of it.
     let third = elsewhere.host("third");
     third.udp(PORT).send_to(b"comes", (nat.address(), 20_000)).unwrap();
-    let (from, datagram) = receive(&sends, common::SOON).unwrap();
+    let (from, datagram) = receive(&sends, crate::common::SOON).unwrap();
     assert_eq!((from.ip(), &datagram[..]), (third.address.into(), &b"comes"[..]));
 
     // And what nobody forwarded does not get in, also from who knows the addresses inside.

@@ -2,12 +2,10 @@
 //!
 //! The good peer is far away, so that the bad one is always heard, and asked, first.
 
-mod common;
-
-use common::fault::Delay;
-use common::http::{self, Reply, Request};
-use common::standin::{Shelf, StandIn, have};
-use common::{Asker, Holder, Lan, World, nar, nix, wait_for, world};
+use crate::common::fault::Delay;
+use crate::common::http::{self, Reply, Request};
+use crate::common::standin::{Shelf, StandIn, have};
+use crate::common::{Asker, Holder, Lan, World, nar, nix, wait_for, world};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
@@ -151,7 +149,7 @@ fn a_forged_narinfo() {
             for (key, value) in &lines {
                 match key.as_str() {
                     "NarHash" | "NarSize" => {
-                        text += &format!("{key}: {}\n", common::standin::field(&forgery, key));
+                        text += &format!("{key}: {}\n", crate::common::standin::field(&forgery, key));
                     }
                     "URL" | "FileHash" | "FileSize" => {}
                     _ => text += &format!("{key}: {value}\n"),

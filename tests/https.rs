@@ -1,8 +1,6 @@
 //! Trackers behind HTTPS: their certificates are checked against those that this machine trusts.
 
-mod common;
-
-use common::{Daemon, Lan, SOON, stock, wait_for};
+use crate::common::{Daemon, Lan, SOON, stock, wait_for};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::{ServerConfig, ServerConnection, Stream};

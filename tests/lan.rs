@@ -1,9 +1,7 @@
 //! The main job: real Nix on one host gets real paths from the store of another, whatever is in them.
 
-mod common;
-
-use common::lan::Run;
-use common::{Asker, Holder, Lan, PORT, World, daemon, nix};
+use crate::common::lan::Run;
+use crate::common::{Asker, Holder, Lan, PORT, World, daemon, nix};
 
 #[test]
 fn closure_from_a_peer_that_signs() {

@@ -1,9 +1,7 @@
 //! Man pages and shell completions say what `--help` says. What can be is made of it here, and compared with what is in
-//! `contrib/`; after a change of the help, `PEERIX_WRITE=1 cargo test --test manual` writes it anew.
+//! `contrib/`; after a change of the help, `PEERIX_WRITE=1 cargo test --test integration manual` writes it anew.
 
-mod common;
-
-use common::{daemon, tracker};
+use crate::common::{daemon, tracker};
 use std::fmt::Write;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -108,7 +106,10 @@ fn is(name: &str, text: &str) {
         fs::write(&file, text).unwrap();
         text.clone_into(&mut there);
     }
-    assert!(there == text, "contrib/{name} is not what --help says: PEERIX_WRITE=1 cargo test --test manual");
+    assert!(
+        there == text,
+        "contrib/{name} is not what --help says: PEERIX_WRITE=1 cargo test --test integration manual"
+    );
 }
 
 #[test]
@@ -270,7 +271,12 @@ fn completions_are_what_the_help_says() {
 /// What a shell prints for a script.
 fn shell(shell: &str, script: &str, args: &[&str]) -> String {
     let mut command = Command::new(shell);
-    command.args(["-c", script]).args(args).env("HOME", common::directory()).env("TERM", "dumb").stdin(Stdio::null());
+    command
+        .args(["-c", script])
+        .args(args)
+        .env("HOME", crate::common::directory())
+        .env("TERM", "dumb")
+        .stdin(Stdio::null());
     let output = command.output().unwrap_or_else(|e| panic!("{shell}: {e}"));
     assert!(output.stderr.is_empty(), "{shell}: {}", String::from_utf8_lossy(&output.stderr));
     String::from_utf8_lossy(&output.stdout).into_owned()

@@ -1,10 +1,8 @@
 //! No false misses. Nix remembers a *not there* for an hour, so a path that a peer has must be found, every time,
 //! at Nix's own 25 connections; and where peers cannot be reached Nix must go on without them.
 
-mod common;
-
-use common::http::Connection;
-use common::{Asker, Holder, Host, Lan, World, nix, world};
+use crate::common::http::Connection;
+use crate::common::{Asker, Holder, Host, Lan, World, nix, world};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 

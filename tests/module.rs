@@ -523,7 +523,7 @@ fn the_units_in_contrib_are_those_of_the_module() {
             std::fs::write(&path, text).unwrap();
         }
         let there = std::fs::read_to_string(&path).unwrap_or_default();
-        assert_eq!(there, *text, "contrib/{name}: PEERIX_UPDATE=1 cargo test --test module writes it anew");
+        assert_eq!(there, *text, "contrib/{name}: PEERIX_UPDATE=1 cargo test --test integration module writes it anew");
     }
     let units = std::fs::read_dir(contrib.join("systemd")).unwrap().count();
     assert_eq!(units, files.len() - 1, "contrib/systemd has units that the module does not make");

@@ -5,13 +5,11 @@
 //! `data/original-query` and `data/original-have` are datagrams as the original sends them, with the request ID 1, for the
 //! content-addressed file that [`golden`] adds.
 
-mod common;
-
-use common::http::{self, Reply};
-use common::lan::Run;
-use common::packet::Packet;
-use common::standin::{self, BROADCAST, Shelf, StandIn, field, have, receive};
-use common::{Asker, Holder, Host, Lan, PORT, SOON, World, nix, tree, wait_for, world};
+use crate::common::http::{self, Reply};
+use crate::common::lan::Run;
+use crate::common::packet::Packet;
+use crate::common::standin::{self, BROADCAST, Shelf, StandIn, field, have, receive};
+use crate::common::{Asker, Holder, Host, Lan, PORT, SOON, World, nix, tree, wait_for, world};
 use std::collections::HashMap;
 use std::fs;
 

@@ -1,13 +1,11 @@
 //! What a person sees of a node: the status page in a real Chromium, beside real traffic, and who may not see it.
 
-mod common;
-
-use common::http::{self, Connection, Reply, Server};
-use common::lan::Run;
-use common::packet::Packet;
-use common::scene::Places;
-use common::standin::{StandIn, have};
-use common::{
+use crate::common::http::{self, Connection, Reply, Server};
+use crate::common::lan::Run;
+use crate::common::packet::Packet;
+use crate::common::scene::Places;
+use crate::common::standin::{StandIn, have};
+use crate::common::{
     Asker, Browser, Daemon, Holder, Host, Lan, PORT, World, daemon, directory, nix, tracker, wait_for, world,
 };
 use serde_json::Value;

@@ -1,12 +1,10 @@
 //! Every route of the daemon as a program on a network sees it: who may ask, what is answered, and what real Nix makes
 //! of it without a peerix of its own.
 
-mod common;
-
-use common::http::{Answer, Connection, get, get_local};
-use common::lan::Run;
-use common::stock::{self, line, nar_route, narinfo};
-use common::{Daemon, Holder, Host, Lan, PORT, World, nix, wait_for, world};
+use crate::common::http::{Answer, Connection, get, get_local};
+use crate::common::lan::Run;
+use crate::common::stock::{self, line, nar_route, narinfo};
+use crate::common::{Daemon, Holder, Host, Lan, PORT, World, nix, wait_for, world};
 use std::fs;
 use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv6Addr, SocketAddr, SocketAddrV6};
@@ -127,7 +125,7 @@ fn who_may_ask() {
     assert_eq!((there.status, there.body), (not_there.status, not_there.body));
 
     // And by UDP: the same query from the same host, from the address behind a router and from the neighbour's.
-    let query = common::packet::Packet::Query { id: 7, hash_part: scene.hash_part().to_owned() }.write();
+    let query = crate::common::packet::Packet::Query { id: 7, hash_part: scene.hash_part().to_owned() }.write();
     let ask_from = |from: &str| {
         let from: IpAddr = from.parse().unwrap();
         let udp = neighbour.in_net(|| std::net::UdpSocket::bind((from, 0)).unwrap());
@@ -390,7 +388,7 @@ fn malformed_targets() {
 /// Everything that comes back on a connection of its own, until it is closed.
 fn raw(scene: &Scene, bytes: &[u8]) -> String {
     let mut stream = scene.neighbour.connect((scene.server.address, PORT)).unwrap();
-    stream.set_read_timeout(Some(common::SOON)).unwrap();
+    stream.set_read_timeout(Some(crate::common::SOON)).unwrap();
     stream.write_all(bytes).unwrap();
     let mut answer = Vec::new();
     stream.read_to_end(&mut answer).expect("the connection is closed in order");
@@ -521,18 +519,18 @@ fn own_paths_are_signed_and_no_others() {
     stock::ready(&relay);
     let relay_key = generate(&relay, "relay-1");
     let _relaying = Daemon::start(&relay, &["--private-key", "/etc/peerix.sec"]);
-    common::daemon::wait_until_known(&relay, &holder.mark);
+    crate::common::daemon::wait_until_known(&relay, &holder.mark);
     let answer = get_local(&relay, &format!("/{}.narinfo", world::hash_part(little))).unwrap();
     let relayed = answer.text();
     assert_eq!(answer.status, 200);
     let but_url = |text: &str| text.lines().filter(|line| !line.starts_with("URL: ")).collect::<Vec<_>>().join("\n");
     assert_eq!(but_url(&relayed), but_url(&text), "relayed with another signature");
-    let own = common::daemon::mark(&relay);
+    let own = crate::common::daemon::mark(&relay);
     assert!(narinfo(&relay, &relay, &own).text().contains("Sig: relay-1:"), "the relay does sign what it has");
     let distrusting = lan.host("distrusting");
     nix::configure_client(&distrusting, "", &[&relay_key]);
     let _daemon = Daemon::start(&distrusting, &[]);
-    common::daemon::wait_until_known(&distrusting, &holder.mark);
+    crate::common::daemon::wait_until_known(&distrusting, &holder.mark);
     assert!(!nix::realise(&distrusting, &[little]).status.success(), "the relay's key made others' paths acceptable");
 
     // A relayed NAR has the same headers and parts as one of the own store.

@@ -1,13 +1,11 @@
 //! What leaves a machine, and to whom: every kind of answer, for paths that may go to strangers and paths that may not, as
 //! a stranger, a neighbour and the machine itself see it.
 
-mod common;
-
-use common::http::{Answer, Connection, Reply, Server, get, get_local};
-use common::packet::Packet;
-use common::standin::receive;
-use common::stock::{self, has, line};
-use common::{Daemon, Host, Lan, PORT, SOON, wait_for, world};
+use crate::common::http::{Answer, Connection, Reply, Server, get, get_local};
+use crate::common::packet::Packet;
+use crate::common::standin::receive;
+use crate::common::stock::{self, has, line};
+use crate::common::{Daemon, Host, Lan, PORT, SOON, wait_for, world};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
 use std::sync::{Arc, Condvar, Mutex};

@@ -3,14 +3,12 @@
 //!
 //! On loopback, whose addresses stand for as many machines; but for `/reach`, which is about a network.
 
-mod common;
-
-use common::http::{Answer, Connection, Reply, Server};
-use common::solo::{
+use crate::common::http::{Answer, Connection, Reply, Server};
+use crate::common::solo::{
     Solo, TempDir, announce, clock, fresh_source, identity, post, signed_announce, signed_filter_headers, stamp,
 };
-use common::tracker::Tracker;
-use common::{Lan, PORT, SOON, wait_for};
+use crate::common::tracker::Tracker;
+use crate::common::{Lan, PORT, SOON, wait_for};
 use peerix::nix::{HashPart, nix32};
 use peerix::wire::filter::Filter;
 use peerix::wire::tracker::{Identity, Proof, Statement};
@@ -572,7 +570,7 @@ fn whether_a_node_is_reached() {
     let lan = Lan::new();
     let tracker = Tracker::start(lan.host("tracker"));
     let (node, other) = (lan.host("node"), lan.host("other"));
-    let at = (tracker.host.address, common::tracker::PORT);
+    let at = (tracker.host.address, crate::common::tracker::PORT);
     let connect = || Connection::new(node.connect(at).unwrap()).unwrap();
     let target = format!("/reach/{PORT}");
     let ask = |fields: &str| connect().ask("GET", &target, fields).unwrap();

@@ -1,9 +1,9 @@
 //! What a tracker keeps through its own death, through those who were before it, and through a great many peers.
 
-mod common;
-
-use common::http::{Answer, Connection};
-use common::solo::{Solo, TempDir, announce, clock, command, connect, fresh_source, identity, post, signed_announce};
+use crate::common::http::{Answer, Connection};
+use crate::common::solo::{
+    Solo, TempDir, announce, clock, command, connect, fresh_source, identity, post, signed_announce,
+};
 use peerix::wire::tracker::{Proof, Statement};
 use rusqlite::Connection as Database;
 use serde_json::{Value, json};

@@ -1,11 +1,9 @@
 //! The daemon as `nobody`, with a store that belongs to root, in every state in which Nix leaves its database; and
 //! store paths that are taken away while they are being sent.
 
-mod common;
-
-use common::lan::Run;
-use common::stock::{self, nar_route};
-use common::{Daemon, Host, Lan, PORT, Process, SOON, nix, wait_for};
+use crate::common::lan::Run;
+use crate::common::stock::{self, nar_route};
+use crate::common::{Daemon, Host, Lan, PORT, Process, SOON, nix, wait_for};
 use std::io::{Read, Write};
 use std::net::{TcpStream, UdpSocket};
 
@@ -54,7 +52,7 @@ impl Scene {
     /// Checks that `path` is fetched by HTTP as Nix has it.
     fn is_sent(&self, path: &str) {
         let route = nar_route(&self.neighbour, &self.server, path);
-        let nar = common::http::get(&self.neighbour, (self.server.address, PORT), &route).unwrap();
+        let nar = crate::common::http::get(&self.neighbour, (self.server.address, PORT), &route).unwrap();
         assert!(nar.status == 200 && nar.whole, "{path}: {}", nar.status);
         assert!(nar.body == stock::dump(&self.server, path), "{path}: another NAR");
     }
@@ -249,7 +247,7 @@ fn a_store_this_user_may_not_read() {
     let secret = stock::add(&scene.server, "secret", "echo secret > $n");
     scene.server.sh(&format!("chmod 600 {secret}"));
     let route = nar_route(&scene.neighbour, &scene.server, &secret);
-    let answer = common::http::get(&scene.neighbour, (scene.server.address, PORT), &route).unwrap();
+    let answer = crate::common::http::get(&scene.neighbour, (scene.server.address, PORT), &route).unwrap();
     assert_eq!(answer.status, 404);
     assert!(daemon.log().contains(&format!("{secret}: ")), "{}", daemon.log());
     nix::assert_nothing_but(&scene.server, &[scene.old.clone(), secret]);

@@ -1,15 +1,13 @@
 //! Peers on other networks, found by a tracker: real Nix on one network gets real paths from another, where no
 //! broadcast reaches.
 
-mod common;
-
-use common::daemon::narinfo_status;
-use common::http::{Reply, Request, Server};
-use common::lan::Run;
-use common::scene::Places;
-use common::standin::{self, Shelf, StandIn, field};
-use common::tracker::{self, Tracker, open};
-use common::{Asker, Daemon, Holder, Host, Nat, PORT, Wan, World, nix, stock, wait_at_most, wait_for, world};
+use crate::common::daemon::narinfo_status;
+use crate::common::http::{Reply, Request, Server};
+use crate::common::lan::Run;
+use crate::common::scene::Places;
+use crate::common::standin::{self, Shelf, StandIn, field};
+use crate::common::tracker::{self, Tracker, open};
+use crate::common::{Asker, Daemon, Holder, Host, Nat, PORT, Wan, World, nix, stock, wait_at_most, wait_for, world};
 use std::fs;
 use std::time::Duration;
 

@@ -1,13 +1,11 @@
 //! Trackers and peers on other networks that fail, or mean no good. Adding them costs Nix nothing it would notice.
 
-mod common;
-
-use common::daemon::{self, narinfo_status};
-use common::http::{self, Connection, Reply, Request, Server};
-use common::scene::Places;
-use common::standin::{Record, Shelf, StandIn, have};
-use common::tracker;
-use common::{Asker, Host, Lan, PORT, Wan, World, nix, wait_for, world};
+use crate::common::daemon::{self, narinfo_status};
+use crate::common::http::{self, Connection, Reply, Request, Server};
+use crate::common::scene::Places;
+use crate::common::standin::{Record, Shelf, StandIn, have};
+use crate::common::tracker;
+use crate::common::{Asker, Host, Lan, PORT, Wan, World, nix, wait_for, world};
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};

@@ -1,14 +1,12 @@
 //! `peerix why`, for each reason there is; `peerix peers` and `peerix status`; their exit statuses and JSON.
 
-mod common;
-
-use common::daemon::{binary, narinfo_status};
-use common::http::{self, Reply, Server};
-use common::lan::Run;
-use common::scene::Places;
-use common::standin::{self, Shelf, StandIn};
-use common::tracker::flags;
-use common::{Asker, Daemon, Holder, Host, Lan, World, nix, stock, wait_for, world};
+use crate::common::daemon::{binary, narinfo_status};
+use crate::common::http::{self, Reply, Server};
+use crate::common::lan::Run;
+use crate::common::scene::Places;
+use crate::common::standin::{self, Shelf, StandIn};
+use crate::common::tracker::flags;
+use crate::common::{Asker, Daemon, Holder, Host, Lan, World, nix, stock, wait_for, world};
 use serde_json::Value;
 use std::process::Output;
 
@@ -76,7 +74,7 @@ fn without_a_daemon_or_a_path() {
         assert!(output.stdout.is_empty());
     }
     // Another program's port.
-    let other = Server::start(host.listen(common::PORT), |_| Reply::Whole(200, b"{}".to_vec()));
+    let other = Server::start(host.listen(crate::common::PORT), |_| Reply::Whole(200, b"{}".to_vec()));
     assert_eq!(peerix(&host, &["status"]).status.code(), Some(3));
     drop(other);
 

@@ -8,8 +8,8 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// A switch. Hosts are plugged in by [`Lan::host`].
 pub struct Lan {
@@ -20,30 +20,15 @@ pub struct Lan {
     /// The address of the way out, if there is one.
     gateway: Option<Ipv4Addr>,
     hosts: AtomicU8,
-    _turn: Option<Turn>,
 }
 
 /// The first three bytes of the addresses of a network: a /24.
 pub type Subnet = [u8; 3];
 
-/// The right to have a network: one exists at a time in a test program (a [`super::Wan`] counts as one), so that a
-/// test measures what it does to the machine itself and not what its neighbours do.
-pub type Turn = MutexGuard<'static, ()>;
-
-/// Waits until no other test of this program has a network.
-pub fn turn() -> Turn {
-    static TURN: Mutex<()> = Mutex::new(());
-    // A test that failed leaves nothing behind that matters to the next.
-    TURN.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 impl Lan {
     /// An empty network, 10.77.0.0/24, with no way out.
     pub fn new() -> Lan {
-        let turn = turn();
-        let mut lan = Lan::of(&Arc::new(Namespace::bare()), "switch", [10, 77, 0]);
-        lan._turn = Some(turn);
-        lan
+        Lan::of(&Arc::new(Namespace::bare()), "switch", [10, 77, 0])
     }
 
     /// An empty network with no way out, its switch called `switch` in `namespace`.
@@ -51,7 +36,7 @@ impl Lan {
         run(namespace, &format!("ip link add {switch} type bridge mcast_snooping 0"));
         run(namespace, &format!("ip link set {switch} up"));
         let (namespace, switch) = (Arc::clone(namespace), switch.to_owned());
-        Lan { namespace, switch, subnet, gateway: None, hosts: AtomicU8::new(0), _turn: None }
+        Lan { namespace, switch, subnet, gateway: None, hosts: AtomicU8::new(0) }
     }
 
     /// The same, where the machine that the switch is in is the way out, for hosts still to come.

@@ -88,6 +88,11 @@ pub fn directory() -> PathBuf {
     dir
 }
 
+/// The name of the running test, which is that of its thread; a helper thread's own name in one.
+pub fn test_name() -> String {
+    std::thread::current().name().unwrap_or("unnamed").to_owned()
+}
+
 /// Where the programs under test are.
 fn program_dirs() -> Vec<PathBuf> {
     let programs = [Some(daemon::binary()), tracker::binary()];

@@ -81,15 +81,22 @@ pub struct Logged {
 }
 
 impl Logged {
-    /// Starts what [`super::Host::cmd`] describes; `name` is for people.
-    pub fn start(name: &str, mut command: Command) -> Logged {
-        static COUNT: AtomicU32 = AtomicU32::new(0);
-        let logs = directory().join("log");
-        fs::create_dir_all(&logs).expect("a directory for logs");
-        let number = COUNT.fetch_add(1, Ordering::Relaxed);
-        let log = logs.join(format!("{}-{number}-{name}", std::process::id()));
-        let file = File::create(&log).expect("a log");
-        command.stdin(Stdio::null()).stdout(file.try_clone().expect("a second handle")).stderr(file);
+    /// Starts what [`super::Host::cmd`] describes, with its standard output and error in a log;
+    /// `name` is for people.
+    pub fn start(name: &str, command: Command) -> Logged {
+        let (file, log) = log_file(name);
+        Logged::run(command, log, file.try_clone().expect("a second handle"), Stdio::null(), file.into())
+    }
+
+    /// Starts what [`super::Host::cmd`] describes, with its standard error in a log, and standard
+    /// input and output as given.
+    pub fn start_with(name: &str, command: Command, input: Stdio, output: Stdio) -> Logged {
+        let (file, log) = log_file(name);
+        Logged::run(command, log, file, input, output)
+    }
+
+    fn run(mut command: Command, log: PathBuf, error: File, input: Stdio, output: Stdio) -> Logged {
+        command.stdin(input).stdout(output).stderr(error);
         Logged { process: Process::start(command), log }
     }
 
@@ -120,4 +127,15 @@ impl Drop for Logged {
             let _ = fs::remove_file(&self.log);
         }
     }
+}
+
+/// Creates a log file, whose name begins with that of the test.
+fn log_file(name: &str) -> (File, PathBuf) {
+    static COUNT: AtomicU32 = AtomicU32::new(0);
+    let logs = directory().join("log");
+    fs::create_dir_all(&logs).expect("a directory for logs");
+    let number = COUNT.fetch_add(1, Ordering::Relaxed);
+    let test = super::test_name().replace("::", ".");
+    let path = logs.join(format!("{test}-{}-{number}-{name}", std::process::id()));
+    (File::create(&path).expect("a log"), path)
 }

@@ -1,7 +1,7 @@
 //! Networks joined by a router, as the internet joins them: each reaches the others' addresses, and no broadcast or
 //! multicast leaves any.
 
-use super::lan::{Host, Lan, Namespace, Run, Subnet, Turn, run, turn};
+use super::lan::{Host, Lan, Namespace, Run, Subnet, run};
 use std::net::Ipv4Addr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
@@ -10,16 +10,14 @@ use std::sync::atomic::{AtomicU8, Ordering};
 pub struct Wan {
     router: Arc<Namespace>,
     lans: AtomicU8,
-    _turn: Turn,
 }
 
 impl Wan {
     /// No networks yet.
     pub fn new() -> Wan {
-        let turn = turn();
         let router = Namespace::bare();
         router.forward();
-        Wan { router: Arc::new(router), lans: AtomicU8::new(0), _turn: turn }
+        Wan { router: Arc::new(router), lans: AtomicU8::new(0) }
     }
 
     /// A network of the internet; its hosts get a way out.

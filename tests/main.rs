@@ -1,0 +1,32 @@
+//! End-to-end tests. Most of them run peerix on hosts made of namespaces: see [`common`].
+//!
+//! `make test` runs all of them, `make test ONLY=bounds` those whose name contains `bounds`.
+
+mod common;
+
+mod bounds;
+mod cli;
+mod compression;
+mod counters;
+mod doctor;
+mod faults;
+mod harness;
+mod hostile;
+mod https;
+mod lan;
+mod layout;
+mod manual;
+mod misses;
+mod module;
+mod networks;
+mod original;
+mod page;
+mod routes;
+mod sharing;
+mod store_states;
+mod tracker;
+mod tracker_lasts;
+mod unprivileged;
+mod wan;
+mod wan_faults;
+mod why;
