@@ -23,6 +23,7 @@ pub mod commands;
 pub mod config;
 pub mod daemon;
 pub mod fetch;
+pub mod fnmatch;
 pub mod http;
 pub mod identity;
 pub mod interfaces;

@@ -42,7 +42,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("lookup", &["nix", "peers", "record", "wire"]),
     ("status", &["config", "interfaces", "nix", "peers", "record", "store"]),
     ("store", &["nix"]),
-    ("share", &["config", "interfaces", "nix", "on_drop", "seldom"]),
+    ("share", &["config", "fnmatch", "interfaces", "nix", "on_drop", "seldom"]),
     ("peers", &["interfaces", "nix", "on_drop", "record", "wire"]),
     ("sockets", &["config", "interfaces"]),
     ("identity", &["wire"]),
@@ -53,6 +53,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("service", &[]),
     ("record", &["nix"]),
     ("config", &["nix"]),
+    ("fnmatch", &[]),
     ("wire", &["nix"]),
     ("nix", &[]),
 ];
