@@ -6,9 +6,9 @@ use crate::http::cache::{Cache, signer};
 use crate::http::permits::Permits;
 use crate::http::server::Server;
 use crate::identity;
-use crate::interfaces::Interfaces;
 use crate::key_file;
 use crate::lookup::Lookup;
+use crate::network::{LanNetworks, Networks};
 use crate::nix::{HashPart, PublicKey, SecretKey};
 use crate::peers::announce::{Publication, Trackers};
 use crate::peers::client::Client;
@@ -99,8 +99,11 @@ pub fn run_with(config: Config, record: Record) -> Result<(), Fatal> {
     }
     let store = StoreConfig { store_dir: config.store_dir.clone(), db: config.db.clone() };
     let store = Arc::new(Store::open(store).map_err(|e| Fatal(e.to_string()))?);
-    let interfaces = Arc::new(Interfaces::read(now));
-    let share = Arc::new(Share::new(interfaces.clone(), &config));
+    let networks = Arc::new(Networks::read(config.networks.clone()));
+    if config.mode.has_lan() {
+        log_networks(&networks.current());
+    }
+    let share = Arc::new(Share::new(networks.clone(), &config));
 
     let (wakeups, woken) = bounded(8);
     let ended = |what| {
@@ -111,12 +114,12 @@ pub fn run_with(config: Config, record: Record) -> Result<(), Fatal> {
     let on_signal = move || drop(signal.try_send(Wakeup::Signal));
     let signals = service::watch_signals(on_signal).map_err(|e| Fatal::from(("signals", e)))?;
     // After the signals: who sees the port open may stop it in good order.
-    let Sockets { listeners, datagrams, port } = sockets::open(&config, &interfaces).map_err(Fatal)?;
+    let Sockets { listeners, datagrams, port } = sockets::open(&config, &networks.current()).map_err(Fatal)?;
 
     let neighbourhood = LanNeighbourhood {
         share: share.clone(),
         store: store.clone(),
-        interfaces: interfaces.clone(),
+        networks: networks.clone(),
         leaving: Arc::default(),
         faults: Seldom::default(),
     };
@@ -124,7 +127,7 @@ pub fn run_with(config: Config, record: Record) -> Result<(), Fatal> {
     SystemRandom::new().fill(&mut random).map_err(|_| Fatal("no random numbers to be had".into()))?;
     let leaving = neighbourhood.leaving.clone();
     let discovery = Discovery::new(neighbourhood, port, port, config.timeout, random, now);
-    let discovery = Handle::spawn(discovery, datagrams, interfaces.clone(), ended("discovery"))
+    let discovery = Handle::spawn(discovery, datagrams, networks.clone(), ended("discovery"))
         .map_err(|e| Fatal::from(("discovery", e)))?;
     let resolver = resolve_peers(config.peers.clone(), discovery.wake(), share.clone())
         .map_err(|e| Fatal::from(("resolve", e)))?;
@@ -140,7 +143,7 @@ pub fn run_with(config: Config, record: Record) -> Result<(), Fatal> {
     };
     let wan = strangers.as_ref().map(|strangers| {
         let trackers = strangers.trackers.clone();
-        Arc::new(Wan::new(trackers, client.clone(), standing.clone(), discovery.wake(), interfaces.clone()))
+        Arc::new(Wan::new(trackers, client.clone(), standing.clone(), discovery.wake(), networks.clone()))
     });
     let lan = config.mode.has_lan().then(|| discovery.wake());
     let store_dir = config.store_dir.clone();
@@ -152,7 +155,7 @@ pub fn run_with(config: Config, record: Record) -> Result<(), Fatal> {
         standing: standing.clone(),
         trackers: strangers.as_ref().map(|strangers| strangers.trackers.clone()),
         store: store.clone(),
-        interfaces,
+        networks,
         facts,
     };
     let cache = Cache {
@@ -195,6 +198,15 @@ pub fn run_with(config: Config, record: Record) -> Result<(), Fatal> {
     drop(resolver);
     drop(signals);
     result
+}
+
+/// Logs which networks are LAN, and which of the user's choices have no effect.
+fn log_networks(networks: &LanNetworks) {
+    log::info!("LAN: {networks}");
+    for (network, interface) in networks.ineffective_networks() {
+        let remedy = format!("--interface {interface} uses it");
+        log::warn!("--lan {network}: is on {interface}, which is excluded; {remedy}");
+    }
 }
 
 /// The thread that writes the counters, if they are kept.
@@ -313,37 +325,36 @@ impl Strangers {
     }
 }
 
-/// What discovery may know: networks, and the store through what is shared.
+/// What discovery asks of the rest of the daemon.
 struct LanNeighbourhood {
     share: Arc<Share>,
     store: Arc<Store>,
-    interfaces: Arc<Interfaces>,
+    networks: Arc<Networks>,
     /// Set at the end, when nothing more is offered that could not be fetched.
     leaving: Arc<AtomicBool>,
     faults: Seldom,
 }
 
 impl Neighbourhood for LanNeighbourhood {
-    fn is_lan(&self, ip: IpAddr) -> bool {
-        self.share.scope(ip) == Scope::Lan
+    fn is_lan(&self, address: SocketAddr) -> bool {
+        self.share.datagram_scope(address) == Some(Scope::Lan)
     }
 
     fn is_own(&self, ip: IpAddr) -> bool {
-        self.interfaces.is_own(ip)
+        self.networks.is_own(ip)
     }
 
     fn has_lan(&self) -> bool {
         self.share.serves(Scope::Lan)
     }
 
-    fn is_stranger(&self, ip: IpAddr) -> bool {
-        let is_host = !ip.is_unspecified() && !ip.is_multicast();
-        is_host && self.share.serves(Scope::Wan) && self.share.scope(ip) == Scope::Wan
+    fn is_stranger(&self, address: SocketAddr) -> bool {
+        self.share.datagram_scope(address) == Some(Scope::Wan)
     }
 
-    fn would_serve(&mut self, hash_part: &HashPart, asker: IpAddr) -> bool {
-        let scope = self.share.scope(asker);
-        if self.leaving.load(Ordering::Relaxed) || !self.share.serves(scope) {
+    fn would_serve(&mut self, hash_part: &HashPart, asker: SocketAddr) -> bool {
+        let Some(scope) = self.share.datagram_scope(asker) else { return false };
+        if self.leaving.load(Ordering::Relaxed) {
             return false;
         }
         match self.store.path_info_quickly(hash_part) {
@@ -370,7 +381,7 @@ fn resolve_peers(peers: Vec<(String, u16)>, lan: Arc<Wake>, share: Arc<Share>) -
         loop {
             let lookup = |host: &str, port| (host, port).to_socket_addrs().map(Iterator::collect);
             let addresses = resolve(&peers, &mut last, lookup);
-            share.set_named_peers(addresses.iter().map(|a| a.ip().to_canonical()).collect());
+            share.set_named_peers(addresses.clone());
             lan.set_named(addresses);
             if stopped.recv_timeout(RESOLVE_INTERVAL) != Err(RecvTimeoutError::Timeout) {
                 return;

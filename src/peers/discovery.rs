@@ -11,7 +11,7 @@ use super::Holder;
 use super::asks::{Asks, Question, Told};
 use super::known::{Answer, CROWD, Known, Neighbour};
 use super::queries::{Due, Queries, Query, Tally};
-use crate::interfaces::{Interface, Interfaces, MULTICAST_GROUP, REFRESH};
+use crate::network::{Interface, LanNetworks, MULTICAST_GROUP, Networks};
 use crate::nix::HashPart;
 use crate::on_drop::OnDrop;
 use crate::wire::{Hello, Packet};
@@ -25,6 +25,9 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use std::{io, thread};
+
+/// Age at which the networks of this machine are read again.
+const REFRESH: Duration = Duration::from_secs(5);
 
 /// How often a node says *hello*.
 const HELLO_INTERVAL: Duration = Duration::from_secs(30);
@@ -55,15 +58,15 @@ const BATCH: usize = 64;
 /// What discovery needs to know of the rest of the daemon.
 pub trait Neighbourhood: Send {
     /// Whether a peer may be at this address.
-    fn is_lan(&self, ip: IpAddr) -> bool;
+    fn is_lan(&self, address: SocketAddr) -> bool;
     /// Whether there is a LAN at all. Without one nothing is sent to anybody who did not ask.
     fn has_lan(&self) -> bool;
     /// Whether a node at this address, which is no LAN's, is to be answered. Packets from elsewhere are dropped.
-    fn is_stranger(&self, ip: IpAddr) -> bool;
+    fn is_stranger(&self, address: SocketAddr) -> bool;
     /// Whether this is an address of this machine.
     fn is_own(&self, ip: IpAddr) -> bool;
     /// Whether this node would serve the path to that asker. Must not block.
-    fn would_serve(&mut self, hash_part: &HashPart, asker: IpAddr) -> bool;
+    fn would_serve(&mut self, hash_part: &HashPart, asker: SocketAddr) -> bool;
 }
 
 /// Everything that happens to discovery.
@@ -285,8 +288,8 @@ impl<N: Neighbourhood> Discovery<N> {
         if from.port() == self.udp_port && self.neighbourhood.is_own(from.ip()) {
             return;
         }
-        let is_lan = self.neighbourhood.is_lan(from.ip());
-        if !is_lan && !self.neighbourhood.is_stranger(from.ip()) {
+        let is_lan = self.neighbourhood.is_lan(from);
+        if !is_lan && !self.neighbourhood.is_stranger(from) {
             return;
         }
         let packet = match Packet::parse(bytes) {
@@ -341,7 +344,7 @@ impl<N: Neighbourhood> Discovery<N> {
 
     fn answered(&mut self, id: u32, from: SocketAddr, holder: Option<Holder>, now: Instant) {
         let has_it = holder.is_some();
-        let is_lan = self.neighbourhood.is_lan(from.ip());
+        let is_lan = self.neighbourhood.is_lan(from);
         // Broadcasts go to this port, and only from there does a node answer them.
         let broadcast_to = from.port() == self.udp_port && is_lan;
         match self.queries.answered(id, from, broadcast_to, holder, now) {
@@ -359,13 +362,13 @@ impl<N: Neighbourhood> Discovery<N> {
     }
 
     fn answer(&mut self, from: SocketAddr, id: u32, hash_part: HashPart, now: Instant, out: &mut Vec<(To, Packet)>) {
-        if self.neighbourhood.would_serve(&hash_part, from.ip()) {
+        if self.neighbourhood.would_serve(&hash_part, from) {
             let url_path = format!("local/{hash_part}.narinfo");
             out.push((To::Peer(from), Packet::Have { id, port: self.http_port, url_path }));
             return;
         }
         // It spares the LAN an answer from everybody to every query; a stranger asks few.
-        if self.known.is_crowded() && self.neighbourhood.is_lan(from.ip()) {
+        if self.known.is_crowded() && self.neighbourhood.is_lan(from) {
             return;
         }
         while self.have_nots.front().is_some_and(|(_, _, at)| now.saturating_duration_since(*at) > ECHO)
@@ -457,7 +460,7 @@ impl Handle {
     pub fn spawn<N: Neighbourhood + 'static>(
         discovery: Discovery<N>,
         sockets: Vec<UdpSocket>,
-        interfaces: Arc<Interfaces>,
+        networks: Arc<Networks>,
         on_end: impl FnOnce() + Send + 'static,
     ) -> io::Result<Handle> {
         let (sender, commands) = bounded(MAX_WAITING);
@@ -466,7 +469,7 @@ impl Handle {
         let wake = ask.clone();
         let alive = Arc::new(AtomicU64::new(0));
         let udp_port = discovery.udp_port;
-        let sockets = Sockets::new(sockets, udp_port, interfaces, discovery.neighbourhood.has_lan())?;
+        let sockets = Sockets::new(sockets, udp_port, networks, discovery.neighbourhood.has_lan())?;
         let turns = alive.clone();
         let thread = thread::Builder::new().name("discovery".into()).spawn(move || {
             let _end = OnDrop::new(|| {
@@ -557,9 +560,11 @@ struct Sockets {
     sockets: Vec<UdpSocket>,
     bound: Vec<Bound>,
     port: u16,
-    interfaces: Arc<Interfaces>,
-    /// Of the interfaces, as last acted on.
+    networks: Arc<Networks>,
+    /// Of the networks, as last acted on.
     generation: u64,
+    /// When they were last read.
+    read: Instant,
     /// Which socket is in the multicast group on which interface.
     joined: HashSet<(usize, u32)>,
     /// When a join that failed is tried again.
@@ -584,7 +589,7 @@ impl Bound {
 }
 
 impl Sockets {
-    fn new(sockets: Vec<UdpSocket>, port: u16, interfaces: Arc<Interfaces>, has_lan: bool) -> io::Result<Self> {
+    fn new(sockets: Vec<UdpSocket>, port: u16, networks: Arc<Networks>, has_lan: bool) -> io::Result<Self> {
         let mut bound = Vec::new();
         for socket in &sockets {
             socket.set_nonblocking(true)?;
@@ -600,8 +605,9 @@ impl Sockets {
             sockets,
             bound,
             port,
-            generation: interfaces.generation(),
-            interfaces,
+            generation: networks.generation(),
+            networks,
+            read: Instant::now(),
             joined: HashSet::new(),
             join_again: None,
             unreachable: false,
@@ -642,8 +648,13 @@ impl Sockets {
     fn network_changed(&mut self) -> bool {
         let max_age = if std::mem::take(&mut self.unreachable) { REFRESH / 5 } else { REFRESH };
         let now = Instant::now();
-        self.interfaces.refresh(now, max_age);
-        let generation = self.interfaces.generation();
+        if now >= self.read + max_age {
+            self.read = now;
+            if let Err(e) = self.networks.refresh() {
+                log::error!("network interfaces: {e}");
+            }
+        }
+        let generation = self.networks.generation();
         let changed = std::mem::replace(&mut self.generation, generation) != generation;
         if changed || self.join_again.is_some_and(|at| at <= now) {
             self.join(now);
@@ -656,8 +667,7 @@ impl Sockets {
         if !self.has_lan {
             return;
         }
-        let current = self.interfaces.current();
-        let indexes: HashSet<u32> = current.iter().filter(|i| i.address.is_ipv6()).map(|i| i.index).collect();
+        let indexes: HashSet<u32> = self.networks.current().multicast_interfaces().into_iter().collect();
         self.joined.retain(|(_, index)| indexes.contains(index));
         self.join_again = None;
         for (at, (socket, bound)) in self.sockets.iter().zip(&self.bound).enumerate() {
@@ -688,7 +698,7 @@ impl Sockets {
             match to {
                 To::Peer(peer) => self.send_to(&bytes, peer),
                 To::Everyone => {
-                    for target in self.everyone() {
+                    for target in self.networks.current().broadcast_targets(self.port) {
                         self.send_to(&bytes, target);
                     }
                 }
@@ -696,27 +706,8 @@ impl Sockets {
         }
     }
 
-    fn everyone(&self) -> Vec<SocketAddr> {
-        let mut targets = Vec::new();
-        for interface in self.interfaces.current().iter().filter(|i| i.running) {
-            let target = match (interface.address, interface.broadcast) {
-                (IpAddr::V4(ip), Some(broadcast)) if crate::interfaces::is_private(ip.into()) => {
-                    SocketAddr::new(broadcast.into(), self.port)
-                }
-                (IpAddr::V6(ip), _) if ip.is_unicast_link_local() => {
-                    SocketAddrV6::new(MULTICAST_GROUP, self.port, 0, interface.index).into()
-                }
-                _ => continue,
-            };
-            if !targets.contains(&target) {
-                targets.push(target);
-            }
-        }
-        targets
-    }
-
     fn send_to(&mut self, bytes: &[u8], target: SocketAddr) {
-        let Some(at) = socket_for(target, &self.bound, &self.interfaces.current()) else { return };
+        let Some(at) = socket_for(target, &self.bound, &self.networks.current()) else { return };
         let mapped = match target {
             SocketAddr::V4(v4) if self.bound[at].dual => (v4.ip().to_ipv6_mapped(), v4.port()).into(),
             _ => target,
@@ -738,7 +729,8 @@ fn hears_group(bound: SocketAddrV6, index: u32) -> bool {
 
 /// Which socket reaches the target: one bound to everything, or to the address in the target's network; a single node
 /// elsewhere, which `--peer` names, through whichever is bound to an address of this machine.
-fn socket_for(target: SocketAddr, bound: &[Bound], interfaces: &[Interface]) -> Option<usize> {
+fn socket_for(target: SocketAddr, bound: &[Bound], networks: &LanNetworks) -> Option<usize> {
+    let interfaces = networks.interfaces();
     let group_on = match target {
         SocketAddr::V6(v6) if v6.ip().is_multicast() => Some(v6.scope_id()),
         _ => None,
@@ -760,6 +752,7 @@ fn socket_for(target: SocketAddr, bound: &[Bound], interfaces: &[Interface]) -> 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::network::NetworkPolicy;
     use crossbeam_channel::TryRecvError;
 
     const MS: Duration = Duration::from_millis(1);
@@ -776,19 +769,19 @@ mod tests {
     }
 
     impl Neighbourhood for Net {
-        fn is_lan(&self, ip: IpAddr) -> bool {
-            self.has_lan && is_in([10, 0, 0], ip)
+        fn is_lan(&self, address: SocketAddr) -> bool {
+            self.has_lan && is_in([10, 0, 0], address.ip())
         }
         fn has_lan(&self) -> bool {
             self.has_lan
         }
-        fn is_stranger(&self, ip: IpAddr) -> bool {
-            is_in([198, 51, 100], ip)
+        fn is_stranger(&self, address: SocketAddr) -> bool {
+            is_in([198, 51, 100], address.ip())
         }
         fn is_own(&self, ip: IpAddr) -> bool {
             ip == IpAddr::from([10, 0, 0, 1])
         }
-        fn would_serve(&mut self, hash_part: &HashPart, _: IpAddr) -> bool {
+        fn would_serve(&mut self, hash_part: &HashPart, _: SocketAddr) -> bool {
             hash_part.as_str() == HELD
         }
     }
@@ -1101,16 +1094,17 @@ mod tests {
 
     #[test]
     fn which_socket_reaches_whom() {
-        let interfaces = [
+        let interfaces = vec![
             interface(1, "10.0.0.1", 24),
             interface(2, "10.0.1.1", 24),
             interface(1, "fd00::1", 64),
             interface(2, "fd00:1::1", 64),
         ];
+        let networks = LanNetworks::new(NetworkPolicy::default(), interfaces);
         let through = |bound: &[&str], target: &str| {
             let bind = |ip: &&str| Bound { address: SocketAddr::new(ip.parse().unwrap(), 12304), dual: *ip == "::" };
             let bound: Vec<Bound> = bound.iter().map(bind).collect();
-            socket_for(target.parse().unwrap(), &bound, &interfaces).map(|at| bound[at].address.ip().to_string())
+            socket_for(target.parse().unwrap(), &bound, &networks).map(|at| bound[at].address.ip().to_string())
         };
         // In the order that `sockets::open` has them, the broadcast addresses last.
         let both = ["127.0.0.1", "10.0.0.1", "10.0.1.1", "10.0.0.255", "10.0.1.255"];
@@ -1144,8 +1138,8 @@ mod tests {
         socket.bind(&SocketAddr::from(([0u16; 8], 0)).into()).unwrap();
         let socket = UdpSocket::from(socket);
         let here = SocketAddr::from(([127, 0, 0, 1], socket.local_addr().unwrap().port()));
-        let interfaces = Arc::new(Interfaces::fixed(Vec::new(), Instant::now()));
-        let mut sockets = Sockets::new(vec![socket], here.port(), interfaces, true).unwrap();
+        let networks = Arc::new(Networks::new(NetworkPolicy::default(), Vec::new()));
+        let mut sockets = Sockets::new(vec![socket], here.port(), networks, true).unwrap();
         let other = UdpSocket::bind("127.0.0.1:0").unwrap();
         sockets.send_to(b"to", other.local_addr().unwrap());
         let mut buffer = [0; 8];
@@ -1159,7 +1153,7 @@ mod tests {
     fn a_full_queue_does_not_keep_it_from_ending() {
         struct Stuck(Sender<()>, Receiver<()>);
         impl Neighbourhood for Stuck {
-            fn is_lan(&self, _: IpAddr) -> bool {
+            fn is_lan(&self, _: SocketAddr) -> bool {
                 self.0.send(()).unwrap();
                 let _ = self.1.recv();
                 false
@@ -1167,13 +1161,13 @@ mod tests {
             fn has_lan(&self) -> bool {
                 true
             }
-            fn is_stranger(&self, _: IpAddr) -> bool {
+            fn is_stranger(&self, _: SocketAddr) -> bool {
                 false
             }
             fn is_own(&self, _: IpAddr) -> bool {
                 false
             }
-            fn would_serve(&mut self, _: &HashPart, _: IpAddr) -> bool {
+            fn would_serve(&mut self, _: &HashPart, _: SocketAddr) -> bool {
                 false
             }
         }
@@ -1183,9 +1177,9 @@ mod tests {
         let (enters, is_stuck) = bounded(1);
         let (go, stuck) = bounded(0);
         let discovery = Discovery::new(Stuck(enters, stuck), here.port(), here.port(), TIMEOUT, [9; 12], now);
-        let interfaces = Arc::new(Interfaces::fixed(Vec::new(), now + Duration::from_secs(3600)));
+        let networks = Arc::new(Networks::new(NetworkPolicy::default(), Vec::new()));
         let (ended, end) = bounded(1);
-        let handle = Handle::spawn(discovery, vec![socket], interfaces, move || ended.send(()).unwrap()).unwrap();
+        let handle = Handle::spawn(discovery, vec![socket], networks, move || ended.send(()).unwrap()).unwrap();
         let wake = handle.wake();
         UdpSocket::bind("127.0.0.1:0").unwrap().send_to(b"x", here).unwrap();
         is_stuck.recv().unwrap();

@@ -11,7 +11,7 @@ use super::client::{Client, Error};
 use super::discovery::Wake;
 use super::names::Names;
 use super::standing::{Fault, Standing, Turn, Who};
-use crate::interfaces::Interfaces;
+use crate::network::Networks;
 use crate::nix::{HashPart, NarInfo};
 use crate::on_drop::OnDrop;
 use crate::wire::tracker::{
@@ -51,7 +51,7 @@ pub struct Wan {
     client: Arc<Client>,
     standing: Arc<Standing>,
     wake: Arc<Wake>,
-    interfaces: Arc<Interfaces>,
+    networks: Arc<Networks>,
     names: Arc<Names>,
     asking: Arc<Asking>,
 }
@@ -63,9 +63,9 @@ impl Wan {
         client: Arc<Client>,
         standing: Arc<Standing>,
         wake: Arc<Wake>,
-        interfaces: Arc<Interfaces>,
+        networks: Arc<Networks>,
     ) -> Self {
-        Wan { trackers, client, standing, wake, interfaces, names: Arc::default(), asking: Arc::default() }
+        Wan { trackers, client, standing, wake, networks, names: Arc::default(), asking: Arc::default() }
     }
 
     /// A search for a path, which begins when it is asked for the first time.
@@ -86,7 +86,7 @@ impl Wan {
     }
 
     fn is_own(&self, address: SocketAddr) -> bool {
-        address.port() == self.trackers.me().port && self.interfaces.is_own(address.ip())
+        address.port() == self.trackers.me().port && self.networks.is_own(address.ip())
     }
 
     /// Whether it has answered before, and has done so since it failed.
