@@ -229,6 +229,30 @@ in
       '';
     };
 
+    lanNetworks = mkOption {
+      type = types.listOf types.str;
+      default = [ ];
+      example = [ "100.64.0.0/10" ];
+      description = ''
+        Networks that belong to the LAN beside the private and link-local ones of this machine's interfaces: a VPN, or
+        a network with public addresses. Machines there get every valid path.
+      '';
+    };
+
+    interfaces = mkOption {
+      type = types.listOf types.str;
+      default = [ ];
+      example = [
+        "en*"
+        "!eno2"
+      ];
+      description = ''
+        Interfaces whose networks belong to the LAN: names, in which `*` and `?` are wildcards, and with `!` in front
+        those to exclude. If no name includes any, these are all interfaces but those of containers and virtual
+        machines (`docker*`, `br-*`, `veth*`, `virbr*` and the like).
+      '';
+    };
+
     priority = mkOption {
       type = types.ints.unsigned;
       default = 20;
@@ -394,6 +418,8 @@ in
                 (flag "trusted-public-key-file" "${publicKeyDir}/keys")
               ]
               ++ map (flag "peer") cfg.peers
+              ++ map (flag "lan") cfg.lanNetworks
+              ++ map (flag "interface") cfg.interfaces
               ++ flagIf "tracker-url" cfg.trackerUrl
               ++ flagIf "announce-addr" cfg.announceAddr
               ++ flagIf "peer-id" cfg.peerId

@@ -19,6 +19,14 @@ const MAX_PATTERNS: usize = 128;
 /// The longest of them, in bytes; names have 244. The slowest pattern takes the product of the two in steps.
 const MAX_PATTERN: usize = 256;
 
+/// Most networks that `--lan` may name. Each address that is in no directly connected network is
+/// compared with all of them.
+const MAX_LAN_NETWORKS: usize = 64;
+
+/// Most patterns that `--interface` may give. Each interface is compared with all of them whenever
+/// the networks of this machine change.
+const MAX_INTERFACE_PATTERNS: usize = 64;
+
 /// What `--help` prints.
 pub const HELP: &str = "\
 peerix fetches Nix store paths from the machines around you: it answers Nix on
@@ -43,6 +51,11 @@ others for a daemon that does not run:
   --port N                 TCP and UDP port                             [default: 12304]
   --bind ADDR              address to listen on, repeatable; [::] adds IPv6.
                            127.0.0.1 is always listened on            [default: 0.0.0.0]
+  --lan CIDR               a network that is LAN whatever its addresses, as 100.64.0.0/10
+                           (Tailscale); repeatable
+  --interface NAME         use only interfaces of that name, or with ! in front, not those;
+                           * and ? are wildcards; repeatable   [default: all but those of
+                           containers and virtual machines]
   --timeout MS             how long unknown LAN peers may take to answer   [default: 50]
   --peer HOST[:PORT]       a node beyond the broadcast domain (VLAN, VPN) to ask, and to
                            share with, like a neighbour; repeatable; name each other
@@ -177,6 +190,16 @@ pub fn parse(
         match flag.as_str() {
             "port" => config.port = number(&flag, value()?, 0, u16::MAX.into())? as u16,
             "bind" => bind.push(bind_address(&text(&flag, value()?)?)?),
+            "lan" => {
+                let network = text(&flag, value()?)?;
+                let range = network.parse().map_err(|e| wrong(&flag, &network, e))?;
+                push(&flag, &mut config.networks.lan, range, MAX_LAN_NETWORKS)?;
+            }
+            "interface" => {
+                let name = text(&flag, value()?)?;
+                let pattern = name.parse().map_err(|e| wrong(&flag, &name, e))?;
+                push(&flag, &mut config.networks.interfaces, pattern, MAX_INTERFACE_PATTERNS)?;
+            }
             "timeout" => config.timeout = Duration::from_millis(number(&flag, value()?, 1, MAX_TIMEOUT_MS)?),
             "peer" => {
                 let (host, port) = host(&flag, &text(&flag, value()?)?)?;
@@ -192,12 +215,8 @@ pub fn parse(
             "trusted-public-key-file" => config.trusted_public_key_files.push(value()?.into()),
             "priority" => config.priority = number(&flag, value()?, 0, u32::MAX.into())? as u32,
             "mode" => {
-                config.mode = match text(&flag, value()?)?.as_str() {
-                    "lan" => Mode::Lan,
-                    "wan" => Mode::Wan,
-                    "both" => Mode::Both,
-                    other => return Err(wrong(&flag, other, "not lan, wan or both")),
-                }
+                let mode = text(&flag, value()?)?;
+                config.mode = mode.parse().map_err(|e| wrong(&flag, &mode, e))?;
             }
             "tracker-url" => config.tracker_urls.push(url(&flag, text(&flag, value()?)?)?),
             "peer-id" => {
@@ -255,6 +274,15 @@ pub fn parse(
 
 fn wrong(flag: &str, value: &str, why: impl Display) -> String {
     format!("--{flag} {value}: {why}")
+}
+
+/// Adds the value of a repeatable flag.
+fn push<T>(flag: &str, all: &mut Vec<T>, value: T, most: usize) -> Result<(), String> {
+    if all.len() >= most {
+        return Err(format!("--{flag}: given more than {most} times"));
+    }
+    all.push(value);
+    Ok(())
 }
 
 fn text(flag: &str, value: OsString) -> Result<String, String> {
@@ -442,6 +470,15 @@ mod tests {
     }
 
     #[test]
+    fn networks_and_interfaces_are_repeatable() {
+        let config = run(&["--lan", "100.64.0.0/10", "--lan=fd7a::/48", "--interface", "!wlan*"]);
+        let networks = config.unwrap().networks;
+        let lan: Vec<String> = networks.lan.iter().map(|range| range.cidr().to_string()).collect();
+        assert_eq!(lan, ["100.64.0.0/10", "fd7a::/48"]);
+        assert!(networks.allows_interface("eth0") && !networks.allows_interface("wlan0"));
+    }
+
+    #[test]
     fn each_mistake_is_one_line_that_names_it() {
         for (args, names) in [
             (&["--prot", "1"][..], "--prot"),
@@ -455,6 +492,13 @@ mod tests {
             (&["--mode", "wan"], "--tracker-url"),
             (&["--bind", "eth0"], "--bind eth0"),
             (&["--peer", "a b"], "--peer a b"),
+            (&["--lan", "10.0.0.5/8"], "--lan 10.0.0.5/8: host bits are set; did you mean 10.0.0.0/8?"),
+            (&["--lan", "0.0.0.0/0"], "--lan 0.0.0.0/0: every address"),
+            (&["--lan"], "--lan: needs a value"),
+            (&["--interface", "e[tn]h0"], "--interface e[tn]h0: only * and ?"),
+            (&["--interface", "!"], "--interface !: no name"),
+            (&["--lan", "10.0.0.0/8"].repeat(65), "--lan: given more than 64 times"),
+            (&["--interface", "eth0"].repeat(65), "--interface: given more than 64 times"),
             (&["--peer", "a:0"], "--peer a:0"),
             (&["--tracker-url", "tracker"], "--tracker-url tracker"),
             (&["--peer-id", ""], "--peer-id"),
@@ -485,6 +529,8 @@ mod tests {
         for flag in [
             "port",
             "bind",
+            "lan",
+            "interface",
             "timeout",
             "peer",
             "private-key",

@@ -1,8 +1,10 @@
 //! Every setting of the daemon, with its unit and default.
 
+use crate::network::NetworkPolicy;
 use crate::nix::{PublicKey, StoreDir};
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::PathBuf;
+use std::str::FromStr;
 use std::time::Duration;
 
 /// Where peers are looked for.
@@ -28,6 +30,19 @@ impl Mode {
     }
 }
 
+impl FromStr for Mode {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text {
+            "lan" => Ok(Mode::Lan),
+            "wan" => Ok(Mode::Wan),
+            "both" => Ok(Mode::Both),
+            _ => Err("not lan, wan or both"),
+        }
+    }
+}
+
 /// Every setting. [`Config::default`] is what `peerix` without flags does.
 #[derive(Debug, Clone)]
 pub struct Config {
@@ -35,6 +50,9 @@ pub struct Config {
     pub port: u16,
     /// Addresses to listen on; for HTTP 127.0.0.1 is always one. Defaults to `0.0.0.0`.
     pub bind: Vec<IpAddr>,
+    /// Which networks are LAN. Defaults to the private and link-local networks of all interfaces
+    /// but those of containers and virtual machines.
+    pub networks: NetworkPolicy,
     /// How long unknown LAN peers may take to answer. Defaults to 50 ms.
     pub timeout: Duration,
     /// Log what each request does. Defaults to false.
@@ -89,6 +107,7 @@ impl Default for Config {
         Config {
             port: DEFAULT_PORT,
             bind: vec![Ipv4Addr::UNSPECIFIED.into()],
+            networks: NetworkPolicy::default(),
             timeout: Duration::from_millis(50),
             verbose: false,
             private_key: None,

@@ -6,10 +6,10 @@ use crate::http::cache::{Cache, signer};
 use crate::http::permits::Permits;
 use crate::http::server::Server;
 use crate::identity;
-use crate::interfaces::Interfaces;
 use crate::key_file;
 use crate::lan::{Discovery, DiscoveryClient, DiscoveryThread, Settings, StoreEnvironment};
 use crate::lookup::Lookup;
+use crate::network::{LanNetworks, Networks};
 use crate::nix::{PublicKey, SecretKey};
 use crate::peers::announce::{Publication, Trackers};
 use crate::peers::client::Client;
@@ -101,8 +101,11 @@ pub fn run_with(config: Config, record: Record) -> Result<(), Fatal> {
     }
     let store = StoreConfig { store_dir: config.store_dir.clone(), db: config.db.clone() };
     let store = Arc::new(Store::open(store).map_err(|e| Fatal(e.to_string()))?);
-    let interfaces = Arc::new(Interfaces::read(now));
-    let share = Arc::new(Share::new(interfaces.clone(), &config));
+    let networks = Arc::new(Networks::read(config.networks.clone()));
+    if config.mode.has_lan() {
+        log_networks(&networks.current());
+    }
+    let share = Arc::new(Share::new(networks.clone(), &config));
 
     let (wakeups, woken) = bounded(8);
     let ended = |what| {
@@ -113,14 +116,14 @@ pub fn run_with(config: Config, record: Record) -> Result<(), Fatal> {
     let on_signal = move || drop(signal.try_send(Wakeup::Signal));
     let signals = service::watch_signals(on_signal).map_err(|e| Fatal::from(("signals", e)))?;
     // After the signals: who sees the port open may stop it in good order.
-    let Sockets { listeners, datagrams, port } = sockets::open(&config, &interfaces).map_err(Fatal)?;
+    let Sockets { listeners, datagrams, port } = sockets::open(&config, &networks.current()).map_err(Fatal)?;
 
     let leaving = Arc::new(AtomicBool::new(false));
-    let environment = StoreEnvironment::new(share.clone(), store.clone(), interfaces.clone(), leaving.clone());
+    let environment = StoreEnvironment::new(share.clone(), store.clone(), networks.clone(), leaving.clone());
     let settings = Settings { http_port: port, udp_port: port, timeout: config.timeout };
     let random = random_numbers().ok_or_else(|| Fatal("the system gives no random numbers".into()))?;
     let discovery = Discovery::new(environment, settings, random, now);
-    let discovery = DiscoveryThread::spawn(discovery, datagrams, interfaces.clone(), ended("discovery"))
+    let discovery = DiscoveryThread::spawn(discovery, datagrams, networks.clone(), ended("discovery"))
         .map_err(|e| Fatal::from(("discovery", e)))?;
     let resolver = resolve_peers(config.peers.clone(), discovery.client(), share.clone())
         .map_err(|e| Fatal::from(("resolve", e)))?;
@@ -138,7 +141,7 @@ pub fn run_with(config: Config, record: Record) -> Result<(), Fatal> {
     let wan = strangers.as_ref().map(|strangers| {
         let trackers = strangers.trackers.clone();
         let (client, standing, requests) = (client.clone(), standing.clone(), requests.clone());
-        Arc::new(Wan::new(trackers, client, standing, discovery.client(), interfaces.clone(), requests))
+        Arc::new(Wan::new(trackers, client, standing, discovery.client(), networks.clone(), requests))
     });
     let lan = config.mode.has_lan().then(|| {
         Arc::new(Lan::new(discovery.client(), client.clone(), standing.clone(), requests.clone()))
@@ -152,7 +155,7 @@ pub fn run_with(config: Config, record: Record) -> Result<(), Fatal> {
         standing: standing.clone(),
         trackers: strangers.as_ref().map(|strangers| strangers.trackers.clone()),
         store: store.clone(),
-        interfaces,
+        networks,
         facts,
     };
     let cache = Cache {
@@ -195,6 +198,15 @@ pub fn run_with(config: Config, record: Record) -> Result<(), Fatal> {
     drop(resolver);
     drop(signals);
     result
+}
+
+/// Logs which networks are LAN, and which of the user's choices have no effect.
+fn log_networks(networks: &LanNetworks) {
+    log::info!("LAN: {networks}");
+    for (network, interface) in networks.ineffective_networks() {
+        let remedy = format!("--interface {interface} uses it");
+        log::warn!("--lan {network}: is on {interface}, which is excluded; {remedy}");
+    }
 }
 
 /// The thread that writes the counters, if they are kept.
@@ -342,7 +354,7 @@ fn resolve_peers(peers: Vec<(String, u16)>, lan: Arc<DiscoveryClient>, share: Ar
         loop {
             let lookup = |host: &str, port| (host, port).to_socket_addrs().map(Iterator::collect);
             let addresses = resolve(&peers, &mut last, lookup);
-            share.set_named_peers(addresses.iter().map(|a| a.ip().to_canonical()).collect());
+            share.set_named_peers(addresses.clone());
             lan.set_named(addresses);
             if stopped.recv_timeout(RESOLVE_INTERVAL) != Err(RecvTimeoutError::Timeout) {
                 return;

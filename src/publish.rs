@@ -195,7 +195,7 @@ impl Reader {
 mod tests {
     use super::*;
     use crate::config::{Config, Mode};
-    use crate::interfaces::Interfaces;
+    use crate::network::{NetworkPolicy, Networks};
     use crate::nix::nix32;
     use crate::store::fixture::Fixture;
 
@@ -210,8 +210,8 @@ mod tests {
 
     /// The sender keeps the reader running.
     fn reader(fixture: &Fixture, config: &Config) -> (Reader, Sender<()>) {
-        let interfaces = Arc::new(Interfaces::fixed(Vec::new(), Instant::now()));
-        let share = Arc::new(Share::new(interfaces, config));
+        let networks = Arc::new(Networks::new(NetworkPolicy::default(), Vec::new()));
+        let share = Arc::new(Share::new(networks, config));
         let (running, stopped) = bounded(0);
         (Reader { store: Arc::new(fixture.open()), share, stopped }, running)
     }

@@ -1,7 +1,7 @@
 //! The listening sockets: those that systemd passes, or bound here.
 
 use crate::config::Config;
-use crate::interfaces::{Interfaces, MULTICAST_GROUP};
+use crate::network::{Interface, LanNetworks, MULTICAST_GROUP};
 use listenfd::ListenFd;
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 use std::io;
@@ -24,7 +24,7 @@ pub struct Sockets {
 ///
 /// # Errors
 /// A port that is taken, an address this machine does not have, sockets of another kind.
-pub fn open(config: &Config, interfaces: &Interfaces) -> Result<Sockets, String> {
+pub fn open(config: &Config, networks: &LanNetworks) -> Result<Sockets, String> {
     let (mut listeners, mut datagrams) = inherited()?;
     if listeners.is_empty() {
         let mut port = config.port;
@@ -45,14 +45,16 @@ pub fn open(config: &Config, interfaces: &Interfaces) -> Result<Sockets, String>
             let socket = bind(*ip, port, Type::DGRAM).map_err(|e| explain(*ip, port, "UDP", &e))?;
             datagrams.push(socket.into());
         }
-        // A socket bound to one address hears no broadcast; one bound to the broadcast address does.
-        for interface in interfaces.current().iter().filter(|i| config.bind.contains(&i.address)) {
+        // A socket bound to one address receives no broadcasts; one bound to the broadcast address
+        // of a network does.
+        let is_bound = |i: &&Interface| config.bind.contains(&i.address);
+        for interface in networks.lan_addresses().iter().filter(is_bound) {
             if let Some(broadcast) = interface.broadcast {
                 let socket = bind(broadcast.into(), port, Type::DGRAM);
                 datagrams.push(socket.map_err(|e| explain(broadcast.into(), port, "UDP", &e))?.into());
             }
         }
-        datagrams.extend(groups(config, interfaces, port));
+        datagrams.extend(multicast_sockets(config, networks, port));
     }
     Ok(Sockets { listeners, datagrams, port })
 }
@@ -81,18 +83,15 @@ pub fn open_tcp(addresses: &[IpAddr], mut port: u16, flag: &str) -> Result<(Vec<
     Ok((listeners, port))
 }
 
-/// Likewise for multicast, on the interfaces of IPv6 addresses. Without one, peers there find this node only when it
-/// asks or greets them; that is no reason not to start.
-fn groups(config: &Config, interfaces: &Interfaces, port: u16) -> Vec<UdpSocket> {
-    let mut indexes: Vec<u32> = Vec::new();
-    for interface in interfaces.current().iter() {
-        if interface.address.is_ipv6()
-            && config.bind.contains(&interface.address)
-            && !indexes.contains(&interface.index)
-        {
-            indexes.push(interface.index);
-        }
-    }
+/// A socket bound to the multicast group on each LAN interface that has a bound IPv6 address.
+/// Where that fails, other nodes find this one only when it sends to them; that is no reason not
+/// to start.
+fn multicast_sockets(config: &Config, networks: &LanNetworks, port: u16) -> Vec<UdpSocket> {
+    let mut indexes = networks.multicast_interfaces();
+    indexes.retain(|index| {
+        let on_interface = networks.interfaces().iter().filter(|i| i.index == *index);
+        on_interface.map(|i| i.address).any(|ip| ip.is_ipv6() && config.bind.contains(&ip))
+    });
     let bind_on = |index| {
         let address = SocketAddrV6::new(MULTICAST_GROUP, port, 0, index).into();
         let socket = bind_to(address, Type::DGRAM);
@@ -181,7 +180,7 @@ fn explain_for(ip: IpAddr, port: u16, kind: &str, e: &io::Error, flag: &str) -> 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::time::Instant;
+    use crate::network::NetworkPolicy;
 
     #[test]
     fn loopback_is_always_listened_on() {
@@ -196,7 +195,7 @@ mod tests {
             assert_eq!(with_loopback(&parse(bind)), parse(expected));
         }
         let config = Config { port: 0, bind: vec!["127.0.0.2".parse().unwrap()], ..Config::default() };
-        let sockets = open(&config, &Interfaces::fixed(Vec::new(), Instant::now())).unwrap();
+        let sockets = open(&config, &LanNetworks::new(NetworkPolicy::default(), Vec::new())).unwrap();
         let at: Vec<SocketAddr> = sockets.listeners.iter().map(|l| l.local_addr().unwrap()).collect();
         assert_eq!(at, ["127.0.0.2", "127.0.0.1"].map(|ip| SocketAddr::new(ip.parse().unwrap(), sockets.port)));
         assert_eq!(sockets.datagrams.len(), 1, "discovery stays where it was put");

@@ -128,8 +128,6 @@ fn the_help_is_read_whole() {
         let matched = line.strip_prefix('"').filter(|_| line.contains("\" =>"));
         known.extend(long.or(matched).and_then(|rest| rest.split('"').next()).map(|name| format!("--{name}")));
     }
-    // The values of --mode stand in the same form.
-    known.retain(|name| !["--lan", "--wan", "--both"].contains(&name.as_str()));
     let mut told: Vec<String> = peerix.flags().map(|item| item.name.clone()).collect();
     known.sort();
     told.sort();

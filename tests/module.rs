@@ -145,7 +145,8 @@ fn every_option_of_the_original_has_its_name_type_and_default() {
         assert!(option["description"].as_str().unwrap().len() > 20, "{option}");
     }
     let new: Vec<&str> = options.keys().filter(|name| original.iter().all(|(old, _)| old != *name)).copied().collect();
-    assert_eq!(new, ["enableIPv6", "extraFlags", "peers", "priority"].map(|name| format!("services.peerix.{name}")));
+    let added = ["enableIPv6", "extraFlags", "interfaces", "lanNetworks", "peers", "priority"];
+    assert_eq!(new, added.map(|name| format!("services.peerix.{name}")));
 }
 
 /// Each option stands in the README with its default.
@@ -228,6 +229,7 @@ fn every_option_arrives() {
             port = 12399; mode = "both"; trackerUrl = "http://tracker:1"; announceAddr = "home:2"; peerId = "me";
             upstreamCache = "https://cache.example"; noVerify = true; noFilter = true; noDefaultFilters = true;
             filterPatterns = [ "*-a" "b*" ]; priority = 7; peers = [ "one" "two:3" ]; enableIPv6 = true;
+            lanNetworks = [ "100.64.0.0/10" "fd7a::/48" ]; interfaces = [ "eth*" "!eth1" ];
             extraFlags = [ "--timeout=80" "--tracker-url=http://second:1" ];
             privateKeyFile = "/run/secrets/50 %.key"; package = "/other"; publicKey = "k-1:AAAA"; globalCacheTTL = 60;
         };"#,
@@ -240,6 +242,10 @@ fn every_option_arrives() {
         "--trusted-public-key=k-1:AAAA",
         "--peer=one",
         "--peer=two:3",
+        "--lan=100.64.0.0/10",
+        "--lan=fd7a::/48",
+        "--interface=eth*",
+        "--interface=!eth1",
         "--tracker-url=http://tracker:1",
         "--announce-addr=home:2",
         "--peer-id=me",
@@ -280,6 +286,7 @@ fn the_program_takes_each_flag_that_the_module_gives() {
         r#"services.peerix = {
             mode = "wan"; trackerUrl = "http://t:1"; announceAddr = "home:2"; peerId = "-me"; noVerify = true; noFilter = true;
             noDefaultFilters = true; filterPatterns = [ "-*" "--port" ]; peers = [ "one" ]; privateKeyFile = "/k"; publicKeyFile = "/p"; enableIPv6 = true;
+            lanNetworks = [ "10.8.0.0/16" ]; interfaces = [ "!eth1" ];
         };"#,
     );
     // The first thing it misses is a file: everything before was understood.
@@ -350,6 +357,8 @@ fn what_cannot_work_is_refused_with_what_to_set() {
         ("port = \"12304\";", "services.peerix.port"),
         ("mode = \"internet\";", "services.peerix.mode"),
         ("filterPatterns = \"*\";", "services.peerix.filterPatterns"),
+        ("lanNetworks = \"10.8.0.0/16\";", "services.peerix.lanNetworks"),
+        ("interfaces = \"eth0\";", "services.peerix.interfaces"),
         ("globalCacheTTL = -1;", "services.peerix.globalCacheTTL"),
         ("privateKeyFile = \"key\";", "services.peerix.privateKeyFile"),
         ("tracker = { enable = true; port = -1; };", "services.peerix.tracker.port"),

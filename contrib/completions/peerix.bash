@@ -5,6 +5,8 @@ _peerix() {
     case $prev in
     --port) return ;;
     --bind) return ;;
+    --lan) return ;;
+    --interface) return ;;
     --timeout) return ;;
     --peer) return ;;
     --private-key) mapfile -t COMPREPLY < <(compgen -f -- "$cur"); return ;;
@@ -22,7 +24,7 @@ _peerix() {
     --state-dir) mapfile -t COMPREPLY < <(compgen -d -- "$cur"); return ;;
     esac
     if [[ $cur == -* ]]; then
-        mapfile -t COMPREPLY < <(compgen -W '--json --port --bind --timeout --peer --private-key --trusted-public-key --trusted-public-key-file --priority --mode --tracker-url --peer-id --announce-addr --no-verify --upstream-cache --no-filter --no-default-filters --filter-patterns --store-dir --db --state-dir --verbose --help --version' -- "$cur")
+        mapfile -t COMPREPLY < <(compgen -W '--json --port --bind --lan --interface --timeout --peer --private-key --trusted-public-key --trusted-public-key-file --priority --mode --tracker-url --peer-id --announce-addr --no-verify --upstream-cache --no-filter --no-default-filters --filter-patterns --store-dir --db --state-dir --verbose --help --version' -- "$cur")
     elif ((COMP_CWORD == 1)); then
         mapfile -t COMPREPLY < <(compgen -W 'status peers why doctor' -- "$cur")
     elif [[ ${COMP_WORDS[1]} == why ]]; then

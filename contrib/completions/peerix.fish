@@ -7,6 +7,8 @@ complete -c peerix -n __fish_is_first_arg -a doctor -d 'looks for what breaks in
 complete -c peerix -l json -d 'the same for programs'
 complete -c peerix -l port -x -d 'TCP and UDP port [default: 12304]'
 complete -c peerix -l bind -x -d 'address to listen on, repeatable; [::] adds IPv6. 127.0.0.1 is always listened on [default: 0.0.0.0]'
+complete -c peerix -l lan -x -d 'a network that is LAN whatever its addresses, as 100.64.0.0/10 (Tailscale); repeatable'
+complete -c peerix -l interface -x -d 'use only interfaces of that name, or with ! in front, not those; * and ? are wildcards; repeatable [default: all but those of containers and virtual machines]'
 complete -c peerix -l timeout -x -d 'how long unknown LAN peers may take to answer [default: 50]'
 complete -c peerix -l peer -x -d 'a node beyond the broadcast domain (VLAN, VPN) to ask, and to share with, like a neighbour; repeatable; name each other'
 complete -c peerix -l private-key -r -F -d 'secret key to sign this machine\'s paths with, as made by nix-store --generate-binary-cache-key [env: NIX_SECRET_KEY_FILE]'

@@ -12,7 +12,7 @@ use super::shell::quote;
 use super::{Node, get, get_within, list, long, text};
 use crate::cli::{self, Command};
 use crate::config::{Config, DEFAULT_PORT};
-use crate::interfaces::{Interfaces, is_private};
+use crate::network::{LanNetworks, Networks};
 use crate::nix::{HashPart, NarInfo};
 use crate::store::{Store, StoreConfig, StoreError};
 use std::ffi::OsString;
@@ -22,7 +22,7 @@ use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
 use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, SystemTime};
 
 /// Clocks may differ by so many seconds; certificates, and what Nix remembers, suffer from more.
 const CLOCK: u64 = 120;
@@ -256,15 +256,17 @@ fn open_port(protocol: &str, port: u16) -> String {
 
 fn network(report: &mut Report, node: &Node) {
     let port = node.config.port;
+    let networks = Networks::read(node.config.networks.clone()).current();
+    let hears = |ip| probe::hears(&node.config, &networks, ip);
     let nothing = HashPart::parse(&NO_PATH).expect("zeros are Nix32");
     let known = probe::known(node);
-    let asked: Vec<SocketAddr> = known.iter().copied().chain(neighbours(port)).collect();
-    let mut heard = match probe::ask(&nothing, port, &asked, true) {
+    let asked: Vec<SocketAddr> = known.iter().copied().chain(neighbours(&networks, port)).collect();
+    let mut heard = match probe::ask(&nothing, &networks, port, &asked, true) {
         Ok(heard) => heard,
         Err(e) => return report.note("network", format!("cannot ask it: {e}")),
     };
     // Its user chose where it listens.
-    heard.retain(|heard| probe::hears(&node.config, heard.from.ip()));
+    heard.retain(|heard| hears(heard.from.ip()));
     // Whoever came while they were asked is known by now.
     let fresh = Node::find(&node.config);
     let node = fresh.as_ref().unwrap_or(node);
@@ -291,7 +293,7 @@ fn network(report: &mut Report, node: &Node) {
         let tcp = open_port("tcp", address.port());
         match (http, last(address)) {
             (Http::Refuses, _) => {
-                let to = Interfaces::read(Instant::now()).current().iter().map(|i| i.address).find(IpAddr::is_ipv4);
+                let to = networks.interfaces().iter().map(|i| i.address).find(IpAddr::is_ipv4);
                 let to = to.map_or("this machine".into(), |ip| ip.to_string());
                 report.fail(
                     "share",
@@ -324,14 +326,11 @@ fn network(report: &mut Report, node: &Node) {
             _ => well += 1,
         }
     }
-    let interfaces = Interfaces::read(Instant::now()).current();
-    let networks: Vec<String> = interfaces
-        .iter()
-        .filter(|i| i.running && is_private(i.address) && probe::hears(&node.config, i.address))
-        .map(|i| format!("{}/{}", i.address, i.prefix_len))
-        .collect();
-    match networks.join(", ") {
-        none if none.is_empty() => report.note("network", "this machine is on no private network".into()),
+    let connected = networks.lan_addresses().iter();
+    let connected = connected.filter(|i| i.running && hears(i.address));
+    let connected: Vec<String> = connected.map(|i| format!("{}/{}", i.address, i.prefix_len)).collect();
+    match connected.join(", ") {
+        none if none.is_empty() => report.note("network", networks.why_none()),
         networks if all.is_empty() => {
             let text = format!("no other peerix answers on {networks}; those beyond need --peer HOST on both sides");
             report.note("network", text);
@@ -342,7 +341,7 @@ fn network(report: &mut Report, node: &Node) {
         _ => {}
     }
     if port != DEFAULT_PORT {
-        let others = probe::ask(&nothing, DEFAULT_PORT, &[], true).unwrap_or_default();
+        let others = probe::ask(&nothing, &networks, DEFAULT_PORT, &[], true).unwrap_or_default();
         let others: Vec<String> = others.iter().map(|other| other.from.to_string()).collect();
         if !others.is_empty() {
             let text = format!(
@@ -354,11 +353,12 @@ fn network(report: &mut Report, node: &Node) {
     }
 }
 
-/// Machines that the kernel has spoken with lately.
-fn neighbours(port: u16) -> Vec<SocketAddr> {
+/// Machines on the LAN that the kernel has spoken with lately.
+fn neighbours(networks: &LanNetworks, port: u16) -> Vec<SocketAddr> {
     let table = fs::read_to_string("/proc/net/arp").unwrap_or_default();
-    let addresses = table.lines().filter_map(|line| line.split_whitespace().next()?.parse::<IpAddr>().ok());
-    addresses.filter(|ip| is_private(*ip)).take(MAX_NEIGHBOURS).map(|ip| (ip, port).into()).collect()
+    let first = |line: &str| line.split_whitespace().next()?.parse::<IpAddr>().ok();
+    let addresses = table.lines().filter_map(first).map(|ip| SocketAddr::new(ip, port));
+    addresses.filter(|address| networks.is_lan(*address)).take(MAX_NEIGHBOURS).collect()
 }
 
 /// Whether Nix would take what peers offered lately.

@@ -3,6 +3,7 @@
 use super::probe::{self, Http};
 use super::report::{Report, State};
 use super::{Node, list, text};
+use crate::network::Networks;
 use crate::nix::HashPart;
 use std::net::SocketAddr;
 
@@ -15,7 +16,9 @@ pub fn run(node: &Node, json: bool) -> u8 {
     let known = probe::known(node);
     let far = probe::far(node, None);
     let mut asked: Vec<SocketAddr> = known.iter().copied().chain(far.iter().map(|(_, address)| *address)).collect();
-    let heard = match probe::ask(&nothing, node.config.port, &asked, node.config.mode.has_lan()) {
+    let networks = Networks::read(node.config.networks.clone()).current();
+    let has_lan = node.config.mode.has_lan();
+    let heard = match probe::ask(&nothing, &networks, node.config.port, &asked, has_lan) {
         Ok(heard) => heard,
         Err(e) => {
             report.fail("udp", format!("cannot ask: {e}"), String::new());

@@ -2,7 +2,7 @@
 
 use super::{HTTP_TIMEOUT, Node, get, list, text};
 use crate::config::Config;
-use crate::interfaces::{Interfaces, MULTICAST_GROUP, is_private};
+use crate::network::{LanNetworks, Networks};
 use crate::nix::{HashPart, NarInfo};
 use crate::lan::Holder;
 use crate::peers::client::{Client, Error};
@@ -12,7 +12,7 @@ use serde_json::Value;
 use socket2::{Domain, Protocol, Socket, Type};
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io::{self, Read, Write};
-use std::net::{IpAddr, Ipv6Addr, SocketAddr, SocketAddrV6, TcpStream, ToSocketAddrs, UdpSocket};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpStream, ToSocketAddrs, UdpSocket};
 use std::time::{Duration, Instant};
 
 /// A query is sent so often: any datagram may get lost.
@@ -36,21 +36,19 @@ pub struct Heard {
     pub took: Duration,
 }
 
-/// Asks everyone on these networks, on that port, and each of `named`; gives the first answer of each, none of them this
-/// machine's.
-pub fn ask(hash_part: &HashPart, port: u16, named: &[SocketAddr], everyone: bool) -> io::Result<Vec<Heard>> {
-    let now = Instant::now();
-    let interfaces = Interfaces::read(now);
+/// Asks each of `named`, and with `everyone` all nodes that broadcasts on the LAN reach on that
+/// port. Gives the first answer of each node; answers of this machine do not count.
+pub fn ask(
+    hash_part: &HashPart,
+    networks: &LanNetworks,
+    port: u16,
+    named: &[SocketAddr],
+    everyone: bool,
+) -> io::Result<Vec<Heard>> {
     let (socket, is_v6) = open()?;
     let mut targets = named.to_vec();
-    for interface in interfaces.current().iter().filter(|i| everyone && i.running) {
-        match (interface.address, interface.broadcast) {
-            (IpAddr::V4(ip), Some(broadcast)) if is_private(ip.into()) => targets.push((broadcast, port).into()),
-            (IpAddr::V6(ip), _) if ip.is_unicast_link_local() => {
-                targets.push(SocketAddrV6::new(MULTICAST_GROUP, port, 0, interface.index).into());
-            }
-            _ => {}
-        }
+    if everyone {
+        targets.extend(networks.broadcast_targets(port));
     }
     targets.sort_unstable();
     targets.dedup();
@@ -88,8 +86,8 @@ pub fn ask(hash_part: &HashPart, port: u16, named: &[SocketAddr], everyone: bool
                 _ => continue,
             };
             let Some(at) = sent.get(id.wrapping_sub(first) as usize) else { continue };
-            let was_asked = targets.contains(&from) || (everyone && interfaces.is_neighbour(from.ip()));
-            let is_new = !interfaces.is_own(from.ip()) && !heard.iter().any(|h| h.from == from);
+            let was_asked = targets.contains(&from) || (everyone && networks.is_lan(from));
+            let is_new = !networks.is_own(from.ip()) && !heard.iter().any(|h| h.from == from);
             if was_asked && is_new && heard.len() < MAX_HEARD {
                 heard.push(Heard { from, holder, took: at.elapsed() });
             }
@@ -167,11 +165,10 @@ fn status(node: SocketAddr) -> io::Result<u16> {
 }
 
 /// Whether the daemon can hear a node at this address: it listens for that family, or in that network.
-pub fn hears(config: &Config, ip: IpAddr) -> bool {
-    let interfaces = Interfaces::read(Instant::now()).current();
+pub fn hears(config: &Config, networks: &LanNetworks, ip: IpAddr) -> bool {
     config.bind.iter().any(|bind| match bind.is_unspecified() {
         true => bind.is_ipv6() == ip.is_ipv6(),
-        false => interfaces.iter().any(|i| i.address == *bind && i.reaches(ip)),
+        false => networks.interfaces().iter().any(|i| i.address == *bind && i.reaches(ip)),
     })
 }
 
@@ -247,7 +244,9 @@ pub fn offers(node: &Node, hash_part: &HashPart) -> Vec<Offer> {
     if node.config.mode.has_lan() {
         // The daemon knows them all; if it knows nobody, there may be somebody.
         let known = known(node);
-        let heard = ask(hash_part, node.config.port, &known, known.is_empty()).unwrap_or_default();
+        let networks = Networks::read(node.config.networks.clone()).current();
+        let port = node.config.port;
+        let heard = ask(hash_part, &networks, port, &known, known.is_empty()).unwrap_or_default();
         holders.extend(heard.into_iter().filter_map(|heard| Some((String::new(), heard.holder?))));
     }
     let url_path = format!("local/{hash_part}.narinfo");

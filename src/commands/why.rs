@@ -4,11 +4,10 @@ use super::nix::{self, Settings, trusted_by};
 use super::probe;
 use super::report::Report;
 use super::{Node, USAGE, get, list, text};
-use crate::interfaces::Interfaces;
+use crate::network::Networks;
 use crate::nix::{HashPart, NarInfo, StorePath};
 use crate::share::Share;
 use std::sync::Arc;
-use std::time::Instant;
 
 pub fn run(node: &Node, path: &str, json: bool) -> u8 {
     let Some(hash_part) = hash_part(node, path) else {
@@ -74,7 +73,8 @@ fn here(report: &mut Report, node: &Node, hash_part: &HashPart) -> bool {
         true => report.ok("lan", format!("shared with the networks that this machine is on ({})", networks.join(", "))),
         false => report.note("lan", "not shared with neighbours as such: the mode is wan".into()),
     }
-    let share = Share::new(Arc::new(Interfaces::read(Instant::now())), &node.config);
+    let networks = Networks::read(node.config.networks.clone());
+    let share = Share::new(Arc::new(networks), &node.config);
     match share.why_kept(&node.config, &info) {
         None => report.ok("wan", "shared with everybody who knows its hash".into()),
         Some(why) => report.note("wan", format!("not shared with other networks: {why}")),

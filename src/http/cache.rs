@@ -81,7 +81,7 @@ pub const NOT_THERE: Failure = Failure::Refused(Refusal::NotThere);
 impl Handler for Cache {
     /// Narinfos and small NARs of the own store, for this machine and the LAN: what many ask for at the same time.
     fn at_once(&self, request: &Request<'_>, now: &mut Moment) -> Option<Answer> {
-        let scope = self.share.scope(request.asker.ip());
+        let scope = self.share.scope(request.asker);
         let route = route(request.method, request.target, scope, self.share.serves(scope)).ok()?;
         let hash_part = match &route {
             Route::OwnNarinfo(hash_part, _) => hash_part,
@@ -106,7 +106,7 @@ impl Handler for Cache {
     }
 
     fn handle(&self, request: &Request<'_>, exchange: &mut Exchange<'_>) -> io::Result<()> {
-        let scope = self.share.scope(request.asker.ip());
+        let scope = self.share.scope(request.asker);
         let answered = route(request.method, request.target, scope, self.share.serves(scope))
             .map_err(Failure::Refused)
             .and_then(|route| self.keep_pages_out(&route, request, scope).map(|()| route))
@@ -142,7 +142,7 @@ impl Handler for Cache {
     }
 
     fn after_panic(&self, request: &Request<'_>, exchange: &mut Exchange<'_>) -> io::Result<()> {
-        match self.share.scope(request.asker.ip()) {
+        match self.share.scope(request.asker) {
             Scope::ThisMachine => exchange.say(404, "not available"),
             _ => exchange.say(500, "not available"),
         }

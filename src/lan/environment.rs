@@ -1,6 +1,6 @@
 //! What discovery needs of the rest of the daemon.
 
-use crate::interfaces::Interfaces;
+use crate::network::Networks;
 use crate::nix::HashPart;
 use crate::seldom::Seldom;
 use crate::share::{Scope, Share};
@@ -39,7 +39,7 @@ pub trait Environment: Send {
 pub struct StoreEnvironment {
     share: Arc<Share>,
     store: Arc<Store>,
-    interfaces: Arc<Interfaces>,
+    networks: Arc<Networks>,
     /// Set while the daemon stops: it answers no queries then. *No* would be wrong after a restart.
     leaving: Arc<AtomicBool>,
     faults: Seldom,
@@ -50,16 +50,16 @@ impl StoreEnvironment {
     pub fn new(
         share: Arc<Share>,
         store: Arc<Store>,
-        interfaces: Arc<Interfaces>,
+        networks: Arc<Networks>,
         leaving: Arc<AtomicBool>,
     ) -> Self {
-        StoreEnvironment { share, store, interfaces, leaving, faults: Seldom::default() }
+        StoreEnvironment { share, store, networks, leaving, faults: Seldom::default() }
     }
 }
 
 impl Environment for StoreEnvironment {
     fn is_lan(&self, address: SocketAddr) -> bool {
-        self.share.scope(address.ip()) == Scope::Lan
+        self.share.datagram_scope(address) == Some(Scope::Lan)
     }
 
     fn has_lan(&self) -> bool {
@@ -67,19 +67,15 @@ impl Environment for StoreEnvironment {
     }
 
     fn is_answered(&self, address: SocketAddr) -> bool {
-        let ip = address.ip();
-        let scope = self.share.scope(ip);
-        let is_host = !ip.is_unspecified() && !ip.is_multicast();
-        let is_leaving = self.leaving.load(Ordering::Relaxed);
-        !is_leaving && is_host && scope != Scope::ThisMachine && self.share.serves(scope)
+        !self.leaving.load(Ordering::Relaxed) && self.share.datagram_scope(address).is_some()
     }
 
     fn is_own(&self, ip: IpAddr) -> bool {
-        self.interfaces.is_own(ip)
+        self.networks.is_own(ip)
     }
 
     fn presence(&mut self, hash_part: &HashPart, asker: SocketAddr) -> Presence {
-        let scope = self.share.scope(asker.ip());
+        let Some(scope) = self.share.datagram_scope(asker) else { return Presence::Absent };
         match self.store.path_info_quickly(hash_part) {
             Ok(Some(info)) if self.share.may_have_now(scope, &info) => Presence::Held,
             Ok(_) => Presence::Absent,

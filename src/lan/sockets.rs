@@ -2,7 +2,7 @@
 //! answers is lost in the queue behind those for hosts that do not.
 
 use super::discovery::{Outgoing, To};
-use crate::interfaces::{Interface, Interfaces, MULTICAST_GROUP, REFRESH};
+use crate::network::{Interface, LanNetworks, MULTICAST_GROUP, Networks};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::collections::HashSet;
 use std::net::{IpAddr, SocketAddr, SocketAddrV6, UdpSocket};
@@ -18,6 +18,9 @@ const RECEIVE_BUFFER: usize = 1 << 20;
 /// does not leave is lost and repeated.
 const SEND_TIMEOUT: Duration = Duration::from_millis(20);
 
+/// Age at which the networks of this machine are read again.
+pub(super) const REFRESH: Duration = Duration::from_secs(5);
+
 /// Datagrams sent before the sockets are read again.
 pub(super) const SENDS_AT_ONCE: usize = 32;
 
@@ -29,9 +32,11 @@ pub(super) struct Sockets {
     /// from there: while ARP waits for a host, they fill its send buffer and not that of the live.
     unproven: Vec<Option<UdpSocket>>,
     port: u16,
-    interfaces: Arc<Interfaces>,
-    /// Generation of the interface table that was acted on last.
+    networks: Arc<Networks>,
+    /// Generation of the networks that was acted on last.
     generation: u64,
+    /// When they were last read.
+    read: Instant,
     /// Which socket is in the multicast group on which interface.
     joined: HashSet<(usize, u32)>,
     /// When a join that failed is tried again.
@@ -61,7 +66,7 @@ impl Sockets {
     pub(super) fn new(
         sockets: Vec<UdpSocket>,
         port: u16,
-        interfaces: Arc<Interfaces>,
+        networks: Arc<Networks>,
         has_lan: bool,
     ) -> io::Result<Self> {
         let mut bound = Vec::new();
@@ -83,8 +88,9 @@ impl Sockets {
             bound,
             unproven,
             port,
-            generation: interfaces.generation(),
-            interfaces,
+            generation: networks.generation(),
+            networks,
+            read: Instant::now(),
             joined: HashSet::new(),
             join_again: None,
             unreachable: false,
@@ -137,8 +143,13 @@ impl Sockets {
     pub(super) fn network_changed(&mut self) -> bool {
         let max_age = if std::mem::take(&mut self.unreachable) { REFRESH / 5 } else { REFRESH };
         let now = Instant::now();
-        self.interfaces.refresh(now, max_age);
-        let generation = self.interfaces.generation();
+        if now >= self.read + max_age {
+            self.read = now;
+            if let Err(e) = self.networks.refresh() {
+                log::error!("network interfaces: {e}");
+            }
+        }
+        let generation = self.networks.generation();
         let changed = std::mem::replace(&mut self.generation, generation) != generation;
         if changed || self.join_again.is_some_and(|at| at <= now) {
             self.join(now);
@@ -151,8 +162,7 @@ impl Sockets {
         if !self.has_lan {
             return;
         }
-        let current = self.interfaces.current();
-        let indexes: HashSet<u32> = current.iter().filter(|i| i.address.is_ipv6()).map(|i| i.index).collect();
+        let indexes: HashSet<u32> = self.networks.current().multicast_interfaces().into_iter().collect();
         self.joined.retain(|(_, index)| indexes.contains(index));
         self.join_again = None;
         for (at, (socket, bound)) in self.sockets.iter().zip(&self.bound).enumerate() {
@@ -187,7 +197,7 @@ impl Sockets {
                 To::Peer(peer) => self.send_to(&bytes, peer, true),
                 To::Unproven(peer) => self.send_to(&bytes, peer, false),
                 To::Everyone => {
-                    for target in self.everyone() {
+                    for target in self.networks.current().broadcast_targets(self.port) {
                         self.send_to(&bytes, target, true);
                     }
                 }
@@ -196,27 +206,8 @@ impl Sockets {
         !out.is_empty()
     }
 
-    fn everyone(&self) -> Vec<SocketAddr> {
-        let mut targets = Vec::new();
-        for interface in self.interfaces.current().iter().filter(|i| i.running) {
-            let target = match (interface.address, interface.broadcast) {
-                (IpAddr::V4(ip), Some(broadcast)) if crate::interfaces::is_private(ip.into()) => {
-                    SocketAddr::new(broadcast.into(), self.port)
-                }
-                (IpAddr::V6(ip), _) if ip.is_unicast_link_local() => {
-                    SocketAddrV6::new(MULTICAST_GROUP, self.port, 0, interface.index).into()
-                }
-                _ => continue,
-            };
-            if !targets.contains(&target) {
-                targets.push(target);
-            }
-        }
-        targets
-    }
-
     fn send_to(&mut self, bytes: &[u8], target: SocketAddr, is_proven: bool) {
-        let Some(at) = socket_for(target, &self.bound, &self.interfaces.current()) else { return };
+        let Some(at) = socket_for(target, &self.bound, &self.networks.current()) else { return };
         let mapped = match target {
             SocketAddr::V4(v4) if self.bound[at].dual => (v4.ip().to_ipv6_mapped(), v4.port()).into(),
             _ => target,
@@ -272,7 +263,8 @@ fn hears_group(bound: SocketAddrV6, index: u32) -> bool {
 
 /// Which socket reaches the target: one bound to everything, or to the address in the target's network; a single node
 /// elsewhere, which `--peer` names, through whichever is bound to an address of this machine.
-fn socket_for(target: SocketAddr, bound: &[Bound], interfaces: &[Interface]) -> Option<usize> {
+fn socket_for(target: SocketAddr, bound: &[Bound], networks: &LanNetworks) -> Option<usize> {
+    let interfaces = networks.interfaces();
     let group_on = match target {
         SocketAddr::V6(v6) if v6.ip().is_multicast() => Some(v6.scope_id()),
         _ => None,
@@ -295,6 +287,7 @@ fn socket_for(target: SocketAddr, bound: &[Bound], interfaces: &[Interface]) -> 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::network::NetworkPolicy;
 
     fn interface(index: u32, address: &str, prefix_len: u8) -> Interface {
         let address: IpAddr = address.parse().unwrap();
@@ -307,16 +300,17 @@ mod tests {
 
     #[test]
     fn which_socket_reaches_whom() {
-        let interfaces = [
+        let interfaces = vec![
             interface(1, "10.0.0.1", 24),
             interface(2, "10.0.1.1", 24),
             interface(1, "fd00::1", 64),
             interface(2, "fd00:1::1", 64),
         ];
+        let networks = LanNetworks::new(NetworkPolicy::default(), interfaces);
         let through = |bound: &[&str], target: &str| {
             let bind = |ip: &&str| Bound { address: SocketAddr::new(ip.parse().unwrap(), 12304), dual: *ip == "::" };
             let bound: Vec<Bound> = bound.iter().map(bind).collect();
-            socket_for(target.parse().unwrap(), &bound, &interfaces).map(|at| bound[at].address.ip().to_string())
+            socket_for(target.parse().unwrap(), &bound, &networks).map(|at| bound[at].address.ip().to_string())
         };
         // In the order that `sockets::open` has them, the broadcast addresses last.
         let both = ["127.0.0.1", "10.0.0.1", "10.0.1.1", "10.0.0.255", "10.0.1.255"];
@@ -350,8 +344,8 @@ mod tests {
         socket.bind(&SocketAddr::from(([0u16; 8], 0)).into()).unwrap();
         let socket = UdpSocket::from(socket);
         let here = SocketAddr::from(([127, 0, 0, 1], socket.local_addr().unwrap().port()));
-        let interfaces = Arc::new(Interfaces::fixed(Vec::new(), Instant::now()));
-        let mut sockets = Sockets::new(vec![socket], here.port(), interfaces, true).unwrap();
+        let networks = Arc::new(Networks::new(NetworkPolicy::default(), Vec::new()));
+        let mut sockets = Sockets::new(vec![socket], here.port(), networks, true).unwrap();
         let other = UdpSocket::bind("127.0.0.1:0").unwrap();
         sockets.send_to(b"to", other.local_addr().unwrap(), true);
         let mut buffer = [0; 8];

@@ -5,8 +5,8 @@ use super::discovery::{Discovery, Event, LookUp, Outgoing};
 use super::environment::Environment;
 use super::lookups::{LookupId, Update};
 use super::peer_table::Neighbour;
-use super::sockets::Sockets;
-use crate::interfaces::{Interfaces, REFRESH};
+use super::sockets::{REFRESH, Sockets};
+use crate::network::Networks;
 use crate::nix::HashPart;
 use crate::on_drop::OnDrop;
 use crate::wire::Packet;
@@ -114,7 +114,7 @@ impl DiscoveryThread {
     pub fn spawn<E: Environment + 'static>(
         discovery: Discovery<E>,
         sockets: Vec<UdpSocket>,
-        interfaces: Arc<Interfaces>,
+        networks: Arc<Networks>,
         on_end: impl FnOnce() + Send + 'static,
     ) -> io::Result<DiscoveryThread> {
         let (sender, events) = bounded(MAX_WAITING);
@@ -126,7 +126,7 @@ impl DiscoveryThread {
             stop: AtomicBool::new(false),
         });
         let turns = Arc::new(AtomicU64::new(0));
-        let sockets = Sockets::new(sockets, discovery.udp_port(), interfaces, discovery.has_lan())?;
+        let sockets = Sockets::new(sockets, discovery.udp_port(), networks, discovery.has_lan())?;
         let runner = Runner { discovery, sockets, out: Vec::new(), buffer: [0; Packet::MAX_LEN + 1] };
         let (own_client, own_turns) = (client.clone(), turns.clone());
         let thread = thread::Builder::new().name("discovery".into()).spawn(move || {

@@ -9,8 +9,8 @@ use super::client::{Client, Error};
 use super::names::Names;
 use super::requests::Requests;
 use super::standing::{Fault, Standing, Turn, Who};
-use crate::interfaces::Interfaces;
 use crate::lan::{CandidateAnswer, DiscoveryClient, Holder};
+use crate::network::Networks;
 use crate::nix::{HashPart, NarInfo};
 use crate::wire::tracker::{
     Candidate, Candidates, MAX_ADDR, MAX_CANDIDATES, MAX_OTHERS, Role, TransferName, can_be_peer, is_peer_id,
@@ -40,7 +40,7 @@ pub struct Wan {
     client: Arc<Client>,
     standing: Arc<Standing>,
     discovery: Arc<DiscoveryClient>,
-    interfaces: Arc<Interfaces>,
+    networks: Arc<Networks>,
     names: Arc<Names>,
     requests: Arc<Requests>,
 }
@@ -52,10 +52,10 @@ impl Wan {
         client: Arc<Client>,
         standing: Arc<Standing>,
         discovery: Arc<DiscoveryClient>,
-        interfaces: Arc<Interfaces>,
+        networks: Arc<Networks>,
         requests: Arc<Requests>,
     ) -> Self {
-        Wan { trackers, client, standing, discovery, interfaces, names: Arc::default(), requests }
+        Wan { trackers, client, standing, discovery, networks, names: Arc::default(), requests }
     }
 
     /// A search for a path, which begins when it is asked for the first time.
@@ -76,7 +76,7 @@ impl Wan {
     }
 
     fn is_own(&self, address: SocketAddr) -> bool {
-        address.port() == self.trackers.me().port && self.interfaces.is_own(address.ip())
+        address.port() == self.trackers.me().port && self.networks.is_own(address.ip())
     }
 
     /// Whether it has answered before, and has done so since it failed.

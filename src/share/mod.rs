@@ -7,12 +7,11 @@ mod filter;
 mod verify;
 
 use crate::config::{Config, Mode};
-use crate::interfaces::{self, Interfaces};
+use crate::network::Networks;
 use crate::nix::PathInfo;
 use filter::Filter;
-use std::net::IpAddr;
-use std::sync::Arc;
-use std::time::Instant;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::sync::{Arc, PoisonError, RwLock};
 pub use verify::UPSTREAM_KEY;
 use verify::Verifier;
 
@@ -21,7 +20,8 @@ use verify::Verifier;
 pub enum Scope {
     /// A loopback address: this machine's Nix and its users.
     ThisMachine,
-    /// A neighbour in a directly connected private network, or a node named by `--peer`; in modes that have a LAN.
+    /// A node on a LAN network (see [`crate::network::LanNetworks`]), or one named by `--peer`; in
+    /// modes that have a LAN.
     Lan,
     /// Anybody else.
     Wan,
@@ -29,8 +29,8 @@ pub enum Scope {
 
 /// Tells scopes apart, and what each may have.
 pub struct Share {
-    interfaces: Arc<Interfaces>,
-    named_peers: std::sync::RwLock<Vec<IpAddr>>,
+    networks: Arc<Networks>,
+    named_peers: RwLock<Vec<SocketAddr>>,
     mode: Mode,
     filter: Filter,
     /// None where nothing is verified.
@@ -39,46 +39,50 @@ pub struct Share {
 
 impl Share {
     /// As the user chose.
-    pub fn new(interfaces: Arc<Interfaces>, config: &Config) -> Self {
+    pub fn new(networks: Arc<Networks>, config: &Config) -> Self {
         let filter = match config.filter {
             true => Filter::new(config.default_filters, &config.filter_patterns),
             false => Filter::default(),
         };
         let verifier = (config.mode.has_wan() && config.verify).then(|| Verifier::new(config));
-        Share { interfaces, named_peers: Default::default(), mode: config.mode, filter, verifier }
+        Share { networks, named_peers: Default::default(), mode: config.mode, filter, verifier }
     }
 
-    /// The addresses that `--peer` names now: who names a node shares with it as with a neighbour.
-    pub fn set_named_peers(&self, addresses: Vec<IpAddr>) {
-        *self.named_peers.write().unwrap_or_else(|e| e.into_inner()) = addresses;
+    /// Sets the addresses that `--peer` names now. Their ports do not count: nodes at these
+    /// addresses have the scope LAN.
+    pub fn set_named_peers(&self, addresses: Vec<SocketAddr>) {
+        *self.named_peers.write().unwrap_or_else(PoisonError::into_inner) = addresses;
     }
 
-    /// The scope of an asker. A private address that the interface table does not know makes the table be read
-    /// again: a laptop's new neighbours should not wait for the next regular look.
-    pub fn scope(&self, asker: IpAddr) -> Scope {
-        let asker = asker.to_canonical();
-        if asker.is_loopback() {
+    /// The scope of a node at this address, as the socket has it. For link-local IPv6 the scope ID
+    /// of the address counts too.
+    pub fn scope(&self, asker: SocketAddr) -> Scope {
+        if asker.ip().to_canonical().is_loopback() {
             return Scope::ThisMachine;
         }
-        if !self.mode.has_lan() {
-            return Scope::Wan;
+        let is_lan = self.mode.has_lan() && (self.networks.is_lan(asker) || self.is_named_peer(asker));
+        if is_lan { Scope::Lan } else { Scope::Wan }
+    }
+
+    /// The scope in which a datagram from this address is answered, or `None` if it is dropped.
+    /// Dropped are datagrams from this machine's loopback, from addresses that no answer reaches,
+    /// and from scopes with which nothing is shared.
+    pub fn datagram_scope(&self, from: SocketAddr) -> Option<Scope> {
+        let ip = from.ip().to_canonical();
+        let is_broadcast = ip == IpAddr::V4(Ipv4Addr::BROADCAST);
+        if from.port() == 0 || ip.is_unspecified() || ip.is_multicast() || is_broadcast {
+            return None;
         }
-        let is_lan = || {
-            self.interfaces.is_neighbour(asker)
-                || self.named_peers.read().unwrap_or_else(|e| e.into_inner()).contains(&asker)
-        };
-        if is_lan() {
-            return Scope::Lan;
+        match self.scope(from) {
+            Scope::ThisMachine => None,
+            scope => self.serves(scope).then_some(scope),
         }
-        // At most once a second, however many strangers ask.
-        let stale = std::time::Duration::from_secs(1);
-        if interfaces::is_private(asker) {
-            self.interfaces.refresh(Instant::now(), stale);
-            if is_lan() {
-                return Scope::Lan;
-            }
-        }
-        Scope::Wan
+    }
+
+    fn is_named_peer(&self, asker: SocketAddr) -> bool {
+        let host = host_of(asker);
+        let named = self.named_peers.read().unwrap_or_else(PoisonError::into_inner);
+        named.iter().any(|peer| host_of(*peer) == host)
     }
 
     /// Whether an asker of that scope may have any valid path at all.
@@ -135,10 +139,19 @@ impl Share {
     }
 }
 
+/// What tells one host from another: its address, and for a link-local IPv6 address the interface
+/// that leads there.
+fn host_of(address: SocketAddr) -> (IpAddr, u32) {
+    match address {
+        SocketAddr::V6(v6) if v6.ip().is_unicast_link_local() => (address.ip(), v6.scope_id()),
+        _ => (address.ip().to_canonical(), 0),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::interfaces::Interface;
+    use crate::network::{Interface, NetworkPolicy};
     use crate::nix::{NarHash, StorePath};
     use std::net::TcpListener;
 
@@ -151,16 +164,34 @@ mod tests {
             broadcast: None,
             running: true,
         };
-        // Read in the future, so that no stranger's address makes the test read the real machine's interfaces.
-        let later = Instant::now() + std::time::Duration::from_secs(3600);
-        Share::new(Arc::new(Interfaces::fixed(vec![eth0], later)), &Config { mode, ..Config::default() })
+        let docker0 = Interface {
+            name: "docker0".into(),
+            index: 3,
+            address: "172.17.0.1".parse().unwrap(),
+            prefix_len: 16,
+            broadcast: None,
+            running: true,
+        };
+        share_on(vec![eth0, docker0], &Config { mode, ..Config::default() })
+    }
+
+    fn share_on(interfaces: Vec<Interface>, config: &Config) -> Share {
+        Share::new(Arc::new(Networks::new(NetworkPolicy::default(), interfaces)), config)
+    }
+
+    fn address(text: &str) -> SocketAddr {
+        text.parse().unwrap_or_else(|_| SocketAddr::new(text.parse().unwrap(), 12304))
+    }
+
+    fn named() -> Vec<SocketAddr> {
+        ["10.9.8.7:12399", "[fe80::7%3]:12304"].map(address).into()
     }
 
     #[test]
     fn scope_is_decided_by_address() {
         let share = share(Mode::Lan);
-        share.set_named_peers(vec!["10.9.8.7".parse().unwrap()]);
-        for (ip, scope) in [
+        share.set_named_peers(named());
+        for (asker, scope) in [
             ("127.0.0.1", Scope::ThisMachine),
             ("127.8.8.8", Scope::ThisMachine),
             ("::1", Scope::ThisMachine),
@@ -168,23 +199,54 @@ mod tests {
             ("192.168.10.77", Scope::Lan),
             ("::ffff:192.168.10.77", Scope::Lan),
             ("10.9.8.7", Scope::Lan),
+            ("[::ffff:10.9.8.7]:1", Scope::Lan),
+            ("[fe80::1%2]:1", Scope::Lan),
+            ("[fe80::7%3]:1", Scope::Lan),
+            ("[fe80::1%3]:1", Scope::Wan),
+            ("fe80::1", Scope::Wan),
+            ("172.17.0.2", Scope::Wan),
             ("192.168.11.1", Scope::Wan),
             ("10.9.8.8", Scope::Wan),
             ("8.8.8.8", Scope::Wan),
             ("2001:db8::1", Scope::Wan),
         ] {
-            assert_eq!(share.scope(ip.parse().unwrap()), scope, "{ip}");
+            assert_eq!(share.scope(address(asker)), scope, "{asker}");
+        }
+    }
+
+    #[test]
+    fn datagrams_are_answered_in_the_scopes_that_are_served() {
+        let (lan, both, wan) = (share(Mode::Lan), share(Mode::Both), share(Mode::Wan));
+        for (from, in_lan, in_both) in [
+            ("192.168.10.77", Some(Scope::Lan), Some(Scope::Lan)),
+            ("[fe80::1%2]:1", Some(Scope::Lan), Some(Scope::Lan)),
+            ("172.17.0.2", None, Some(Scope::Wan)),
+            ("[fe80::1%3]:1", None, Some(Scope::Wan)),
+            ("8.8.8.8", None, Some(Scope::Wan)),
+            ("127.0.0.1", None, None),
+            ("[::ffff:127.0.0.1]:1", None, None),
+            ("0.0.0.0", None, None),
+            ("255.255.255.255", None, None),
+            ("224.0.0.1", None, None),
+            ("[ff02::1%2]:1", None, None),
+            ("192.168.10.77:0", None, None),
+        ] {
+            assert_eq!(lan.datagram_scope(address(from)), in_lan, "{from}");
+            assert_eq!(both.datagram_scope(address(from)), in_both, "{from}");
+            // In mode wan the LAN is like any other network.
+            let in_wan = in_both.map(|_| Scope::Wan);
+            assert_eq!(wan.datagram_scope(address(from)), in_wan, "{from}");
         }
     }
 
     #[test]
     fn a_node_without_a_lan_has_no_neighbours() {
         let share = share(Mode::Wan);
-        share.set_named_peers(vec!["10.9.8.7".parse().unwrap()]);
-        for ip in ["192.168.10.77", "fe80::1", "10.9.8.7", "8.8.8.8"] {
-            assert_eq!(share.scope(ip.parse().unwrap()), Scope::Wan, "{ip}");
+        share.set_named_peers(named());
+        for asker in ["192.168.10.77", "[fe80::1%2]:1", "10.9.8.7", "8.8.8.8"] {
+            assert_eq!(share.scope(address(asker)), Scope::Wan, "{asker}");
         }
-        assert_eq!(share.scope("::ffff:127.0.0.1".parse().unwrap()), Scope::ThisMachine);
+        assert_eq!(share.scope(address("::ffff:127.0.0.1")), Scope::ThisMachine);
     }
 
     #[test]
@@ -215,7 +277,7 @@ mod tests {
         upstream.set_nonblocking(true).unwrap();
         let upstream_cache = format!("http://{}", upstream.local_addr().unwrap());
         let config = Config { mode: Mode::Both, upstream_cache, ..Config::default() };
-        let share = Share::new(Arc::new(Interfaces::fixed(Vec::new(), Instant::now())), &config);
+        let share = share_on(Vec::new(), &config);
         for info in [info("hello"), info("a-secret-b")] {
             assert!(share.may_have(Scope::ThisMachine, &info) && share.may_have(Scope::Lan, &info));
             assert!(!share.may_have_now(Scope::Wan, &info));
@@ -229,7 +291,7 @@ mod tests {
         let with = |mode, verify, filter| {
             let upstream_cache = "http://127.0.0.1:9".to_owned();
             let config = Config { mode, verify, filter, upstream_cache, ..Config::default() };
-            Share::new(Arc::new(Interfaces::fixed(Vec::new(), Instant::now())), &config)
+            share_on(Vec::new(), &config)
         };
         let (plain, secret) = (info("hello"), info("a-secret-b"));
         for (mode, verify, filter, wan) in [

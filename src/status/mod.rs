@@ -9,7 +9,7 @@ pub mod text;
 pub use page::{Page, page};
 
 use crate::config::{Config, Mode};
-use crate::interfaces::{Interfaces, is_private};
+use crate::network::Networks;
 use crate::nix::HashPart;
 use crate::peers::announce::Trackers;
 use crate::lan::DiscoveryClient;
@@ -44,8 +44,8 @@ pub struct Status {
     pub trackers: Option<Arc<Trackers>>,
     /// To see whether it can be read.
     pub store: Arc<Store>,
-    /// The networks.
-    pub interfaces: Arc<Interfaces>,
+    /// The networks of this machine.
+    pub networks: Arc<Networks>,
     /// What does not change.
     pub facts: Facts,
 }
@@ -209,9 +209,7 @@ impl Status {
             add("discovery", text.into(), true);
         }
         if self.facts.mode.has_lan() && self.networks().is_empty() {
-            let text =
-                "no interface that is up has a private address, so that there are no neighbours; see `ip address`";
-            add("network", text.into(), false);
+            add("network", self.networks.current().why_none(), false);
         }
         let states = self.tracker_states();
         if !states.is_empty() && states.iter().all(|tracker| tracker.reached == Some(false)) {
@@ -224,12 +222,16 @@ impl Status {
         problems
     }
 
+    /// The LAN networks: those of interfaces with a link, and those of `--lan` behind routers.
     fn networks(&self) -> Vec<OwnNetwork> {
-        let table = self.interfaces.current();
-        let private = table.iter().filter(|i| i.running && is_private(i.address));
-        let own = private
-            .map(|i| OwnNetwork { interface: i.name.clone(), address: format!("{}/{}", i.address, i.prefix_len) });
-        own.collect()
+        let networks = self.networks.current();
+        let connected = networks.lan_addresses().iter().filter(|i| i.running).map(|i| {
+            let address = format!("{}/{}", i.address, i.prefix_len);
+            OwnNetwork { interface: Some(i.name.clone()), address }
+        });
+        let routed = networks.routed_networks();
+        let routed = routed.map(|n| OwnNetwork { interface: None, address: n.to_string() });
+        connected.chain(routed).collect()
     }
 
     fn tracker_states(&self) -> Vec<TrackerState> {

@@ -149,7 +149,7 @@
     say('t-sent', bytes(sent(since)));
     say('t-sent-of', plural(since.sent_nars, 'NAR'));
     say('uptime', long(r.node.uptime_seconds));
-    put('networks', ...lines(r.networks.map(network => `${network.interface} ${network.address}`)));
+    put('networks', ...lines(r.networks.map(network => `${network.interface ?? 'routed'} ${network.address}`)));
     put('trackers', ...lines(r.trackers.map(tracker =>
       `${tracker.url}, ${tracker.reached === null ? 'asked' : tracker.reached ? 'reached' : 'not reached'}`)));
     put('transfers', ...(r.transfers.length ? r.transfers.map(transfer) : [h('p', { class: 'none' }, 'Nothing is being transferred.')]));

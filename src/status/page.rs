@@ -192,7 +192,11 @@ fn received_of(since: &TotalsSince) -> String {
 }
 
 fn networks(r: &Report) -> String {
-    let all: Vec<_> = r.networks.iter().map(|n| format!("{} {}", escape(&n.interface), escape(&n.address))).collect();
+    let network = |n: &super::report::OwnNetwork| {
+        let interface = n.interface.as_deref().unwrap_or("routed");
+        format!("{} {}", escape(interface), escape(&n.address))
+    };
+    let all: Vec<_> = r.networks.iter().map(network).collect();
     if all.is_empty() { "none".into() } else { all.join("<br>") }
 }
 

@@ -74,11 +74,11 @@ pub struct Problem {
     pub serious: bool,
 }
 
-/// A network of this machine.
+/// A LAN network of this machine.
 #[derive(Debug, Serialize)]
 #[expect(missing_docs, reason = "docs/status.md has them")]
 pub struct OwnNetwork {
-    pub interface: String,
+    pub interface: Option<String>,
     pub address: String,
 }
 

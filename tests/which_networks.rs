@@ -1,0 +1,353 @@
+//! Which networks peerix uses: those of `--lan` and `--interface`, and none of containers.
+
+mod common;
+
+use common::lan::Run;
+use common::packet::Packet;
+use common::{Daemon, Host, Lan, PORT, SOON, Wan, daemon, http, wait_for, world};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6, UdpSocket};
+
+const BIND_BOTH: [&str; 4] = ["--bind", "0.0.0.0", "--bind", "[::]"];
+
+fn host_with_store(lan: &Lan, name: &str) -> Host {
+    let host = lan.host(name);
+    host.cmd("nix-store").arg("--init").okay();
+    host
+}
+
+/// Nix on `asker` fetches `mark`: the narinfo and the NAR come through.
+fn fetches(asker: &Host, mark: &str) {
+    let conf = format!("substituters = http://127.0.0.1:{PORT}\nrequire-sigs = false\n");
+    asker.write("/etc/nix/nix.conf", conf);
+    asker.cmd("nix-store").args(["--realise", mark]).okay();
+    asker.cmd("nix-store").args(["--verify-path", mark]).okay();
+}
+
+/// The status of a request from `from` for the narinfo of `path` of the node at `to`.
+fn narinfo_status(from: &Host, to: impl Into<SocketAddr>, path: &str) -> u16 {
+    let route = format!("/local/{}.narinfo", world::hash_part(path));
+    http::get(from, to.into(), &route).expect("peerix answers").status
+}
+
+fn v4(a: u8, b: u8, c: u8, d: u8) -> SocketAddr {
+    (Ipv4Addr::new(a, b, c, d), PORT).into()
+}
+
+/// Replaces the address that `host` has on eth0.
+fn readdress(host: &Host, address: &str) {
+    host.net(&format!("ip addr del {}/24 dev eth0", host.address));
+    host.net(&format!("ip addr add {address} brd + dev eth0"));
+}
+
+/// Joins hosts by a second network. Each gets an interface of the name and address given.
+fn join(hosts: &[(&Host, &str, &str)]) {
+    hosts[0].0.switch("ip link add second type bridge mcast_snooping 0");
+    hosts[0].0.switch("ip link set second up");
+    for (host, name, address) in hosts {
+        // The host's files are seen under its process: /proc/PID/root.
+        let root = host.path("/");
+        let pid = root.iter().nth(2).and_then(|pid| pid.to_str()).expect("a process id");
+        host.switch(&format!("ip link add {{port}}b type veth peer name {name} netns {pid}"));
+        host.switch("ip link set {port}b master second up");
+        host.net(&format!("ip addr add {address} brd + dev {name}"));
+        host.net(&format!("ip link set {name} up"));
+    }
+}
+
+/// The link-local IPv6 address of an interface.
+fn link_local(host: &Host, interface: &str) -> Ipv6Addr {
+    wait_for("a link-local address", || {
+        let show = ["-6", "-o", "addr", "show", "dev", interface, "scope", "link"];
+        let text = host.net_cmd("ip").args(show).okay();
+        let address = text.split_whitespace().find(|word| word.starts_with("fe80:"))?;
+        address.split('/').next()?.parse().ok()
+    })
+}
+
+/// The number of an interface.
+fn index(host: &Host, interface: &str) -> u32 {
+    let text = host.net_cmd("ip").args(["-o", "link", "show", "dev", interface]).okay();
+    text.split(':').next().and_then(|index| index.trim().parse().ok()).expect("a number")
+}
+
+/// Sends a query for `path` to each of `targets`, from sockets of its own for both families.
+struct Asking {
+    sockets: Vec<UdpSocket>,
+    query: Vec<u8>,
+}
+
+impl Asking {
+    fn from(host: &Host, path: &str) -> Asking {
+        let bind = |ip: IpAddr| host.in_net(|| UdpSocket::bind((ip, 0)).expect("a free port"));
+        let sockets = [Ipv4Addr::UNSPECIFIED.into(), Ipv6Addr::UNSPECIFIED.into()].map(bind);
+        for socket in &sockets {
+            socket.set_read_timeout(Some(SOON)).unwrap();
+        }
+        sockets[0].set_broadcast(true).unwrap();
+        let query = Packet::Query { id: 7, hash_part: world::hash_part(path).to_owned() }.write();
+        Asking { sockets: sockets.into(), query }
+    }
+
+    fn socket(&self, target: &SocketAddr) -> &UdpSocket {
+        &self.sockets[usize::from(target.is_ipv6())]
+    }
+
+    fn send(&self, target: SocketAddr) {
+        self.socket(&target).send_to(&self.query, target).expect("a way to the target");
+    }
+
+    /// Waits until the node at `target` answers *have*.
+    fn answers(&self, target: SocketAddr) {
+        self.send(target);
+        let mut buffer = [0; 512];
+        loop {
+            let (len, from) = self.socket(&target).recv_from(&mut buffer).expect("an answer");
+            let packet = Packet::read(&buffer[..len]);
+            if from.ip() == target.ip() && matches!(packet, Some(Packet::Have { id: 7, .. })) {
+                return;
+            }
+        }
+    }
+
+    /// Asserts that nothing has come.
+    fn heard_nothing(&self) {
+        for socket in &self.sockets {
+            socket.set_nonblocking(true).unwrap();
+            if let Ok((len, from)) = socket.recv_from(&mut [0; 512]) {
+                panic!("{len} bytes came from {from}");
+            }
+        }
+    }
+}
+
+/// Counts the datagrams that a host sends to peerix's port, by what they leave through.
+struct Counters<'a>(&'a Host);
+
+impl Counters<'_> {
+    fn start(host: &Host) -> Counters<'_> {
+        for program in ["iptables", "ip6tables"] {
+            for way in [&["-o", "eth0"][..], &["!", "-o", "eth0"]] {
+                let rule = ["-w", "-A", "OUTPUT", "-p", "udp", "--dport", "12304"];
+                host.net_cmd(program).args(rule).args(way).okay();
+            }
+        }
+        Counters(host)
+    }
+
+    /// How many left through eth0, and how many through other interfaces, by IPv4 and by IPv6.
+    fn read(&self) -> [[u64; 2]; 2] {
+        ["iptables-save", "ip6tables-save"].map(|program| {
+            let text = self.0.net_cmd(program).arg("-c").okay();
+            ["-A OUTPUT -o eth0 ", "-A OUTPUT ! -o eth0 "].map(|rule| {
+                let line = text.lines().find(|line| line.contains(rule)).expect("the rule");
+                let count = line.strip_prefix('[').and_then(|line| line.split(':').next());
+                count.and_then(|count| count.parse().ok()).expect("a count")
+            })
+        })
+    }
+}
+
+/// Names of interfaces that programs for containers and virtual machines make.
+fn container_interfaces() -> Vec<String> {
+    let names = "docker0 docker_gwbridge cni0 cni-podman0 podman1 lxcbr0 lxdbr0 virbr0 virbr1 \
+                 vmnet1 vmnet8 vboxnet0 veth12ab34c";
+    let mut names: Vec<String> = names.split_whitespace().map(str::to_owned).collect();
+    names.extend((names.len()..40).map(|number| format!("br-{number:012x}")));
+    names
+}
+
+#[test]
+fn container_networks_get_no_datagram() {
+    let lan = Lan::new();
+    let (holder, asker) = (lan.host("holder"), host_with_store(&lan, "asker"));
+    let mark = daemon::mark(&holder);
+    let names = container_interfaces();
+    assert_eq!(names.len(), 40);
+    let mut script = String::new();
+    for (name, number) in names.iter().zip(1..) {
+        // A bridge is up only with a port that has a link.
+        let (port, far) = (format!("veth{number}a"), format!("veth{number}b"));
+        script += &format!(
+            "ip link add {name} type bridge; ip addr add 172.20.{number}.1/24 brd + dev {name}
+             ip link add {port} type veth peer name {far}; ip link set {port} master {name} up
+             ip link set {far} up; ip link set {name} up\n"
+        );
+    }
+    asker.net_cmd("sh").args(["-ec", &script]).okay();
+    for name in &names {
+        // Then datagrams would go there.
+        link_local(&asker, name);
+    }
+    let counters = Counters::start(&asker);
+    let _holder = Daemon::start(&holder, &BIND_BOTH);
+    let mut asking = Daemon::start(&asker, &BIND_BOTH);
+    daemon::wait_until_known(&asker, &mark);
+    let absent = format!("/nix/store/{}-absent", "0".repeat(32));
+    assert_eq!(daemon::narinfo_status(&asker, &absent), 404);
+    // A change of the network makes it say hello again, and leaving is told too.
+    let [[before, _], _] = counters.read();
+    asker.net("ip addr add 10.77.0.200/24 dev eth0");
+    wait_for("hello after a change", || (counters.read()[0][0] > before).then_some(()));
+    assert!(asking.stop().success());
+    let [[v4, v4_elsewhere], [v6, v6_elsewhere]] = counters.read();
+    assert!(v4 > 2 && v6 > 2, "{v4} and {v6} datagrams");
+    assert_eq!((v4_elsewhere, v6_elsewhere), (0, 0));
+
+    // The counters see what goes there.
+    let flags = [&BIND_BOTH[..], &["--interface", "docker0"]].concat();
+    let _asking = Daemon::start(&asker, &flags);
+    wait_for("hello to a named interface", || {
+        let [[v4_now, v4_elsewhere], [v6_now, v6_elsewhere]] = counters.read();
+        assert_eq!((v4_now, v6_now), (v4, v6), "nothing to eth0");
+        (v4_elsewhere > 0 && v6_elsewhere > 0).then_some(())
+    });
+}
+
+#[test]
+fn a_network_of_public_addresses_is_lan_if_it_is_named() {
+    let lan = Lan::new();
+    let (holder, asker) = (lan.host("holder"), host_with_store(&lan, "asker"));
+    let mark = daemon::mark(&holder);
+    readdress(&holder, "203.0.113.1/24");
+    readdress(&asker, "203.0.113.2/24");
+    // Without IPv6, whose link-local addresses are LAN.
+    asker.net("ip -6 addr flush dev eth0");
+    let at = v4(203, 0, 113, 1);
+    {
+        let daemons = [Daemon::start(&holder, &[]), Daemon::start(&asker, &[])];
+        assert_eq!(daemon::narinfo_status(&asker, &mark), 404);
+        assert_eq!(narinfo_status(&asker, at, &mark), 403);
+        let status = http::get_local(&asker, "/status.json").expect("peerix answers").text();
+        assert!(status.contains("--lan names networks"), "{status}");
+        drop(daemons);
+    }
+    let flags = ["--lan", "203.0.113.0/24"];
+    let _daemons = [Daemon::start(&holder, &flags), Daemon::start(&asker, &flags)];
+    daemon::wait_until_known(&asker, &mark);
+    fetches(&asker, &mark);
+    assert_eq!(narinfo_status(&asker, at, &mark), 200);
+    // An address beyond the named network is a stranger's still.
+    asker.net("ip addr add 203.0.114.2/24 dev eth0");
+    holder.net("ip addr add 203.0.114.1/24 dev eth0");
+    assert_eq!(narinfo_status(&asker, v4(203, 0, 114, 1), &mark), 403);
+}
+
+#[test]
+fn a_routed_network_is_lan_if_it_is_named() {
+    let wan = Wan::new();
+    let (here, there) = (wan.lan([172, 20, 1]), wan.lan([100, 64, 2]));
+    let (holder, asker) = (here.host("holder"), host_with_store(&there, "asker"));
+    let mark = daemon::mark(&holder);
+    let named = holder.address.to_string();
+    let _asking = Daemon::start(&asker, &["--peer", &named]);
+    {
+        let _daemon = Daemon::start(&holder, &[]);
+        assert_eq!(narinfo_status(&asker, (holder.address, PORT), &mark), 403);
+        assert_eq!(daemon::narinfo_status(&asker, &mark), 404);
+    }
+    let _daemon = Daemon::start(&holder, &["--lan", "100.64.0.0/10"]);
+    daemon::wait_until_known(&asker, &mark);
+    fetches(&asker, &mark);
+}
+
+#[test]
+fn a_small_and_a_large_network_are_both_lan() {
+    let lan = Lan::new();
+    let (near, far) = (lan.host("near"), lan.host("far"));
+    let asker = host_with_store(&lan, "asker");
+    let marks = [daemon::mark(&near), daemon::mark(&far)];
+    join(&[(&asker, "eth1", "172.20.1.1/16"), (&far, "eth1", "172.20.200.2/16")]);
+    far.net("ip link set eth0 down");
+    let _daemons = [&near, &far, &asker].map(|host| Daemon::start(host, &[]));
+    for mark in &marks {
+        daemon::wait_until_known(&asker, mark);
+        fetches(&asker, mark);
+    }
+}
+
+#[test]
+fn an_interface_that_is_not_named_is_not_used() {
+    let lan = Lan::new();
+    let (holder, asker) = (lan.host("holder"), host_with_store(&lan, "asker"));
+    let mark = daemon::mark(&holder);
+    join(&[(&holder, "eth1", "172.20.1.1/24"), (&asker, "eth1", "172.20.1.2/24")]);
+    let (used, unused) = (v4(172, 20, 1, 1), SocketAddr::from((holder.address, PORT)));
+    let listening = asker.udp(PORT);
+    listening.set_read_timeout(Some(SOON)).unwrap();
+    let serving = Daemon::start(&holder, &["--interface", "eth1", "--lan", "10.77.0.0/24"]);
+    // Broadcasts are sent in the order of the interfaces, so that one to eth0 would be there.
+    let mut senders = Vec::new();
+    while !senders.contains(&used) {
+        let (_, from) = listening.recv_from(&mut [0; 512]).expect("hello");
+        senders.push(from);
+    }
+    assert_eq!(senders, [used]);
+    drop(listening);
+
+    let strange = Asking::from(&asker, &mark);
+    strange.send(unused);
+    strange.send((lan.address(255), PORT).into());
+    Asking::from(&asker, &mark).answers(used);
+    // They were asked before.
+    strange.heard_nothing();
+    assert_eq!(narinfo_status(&asker, unused, &mark), 403);
+    assert_eq!(narinfo_status(&asker, used, &mark), 200);
+
+    let log = serving.log();
+    assert!(log.contains("info: LAN: 172.20.1.1/24 on eth1"), "{log}");
+    assert!(log.contains("warn: --lan 10.77.0.0/24: is on eth0, which is excluded"), "{log}");
+
+    // Nodes that use different interfaces do not find each other; those that share one do.
+    let asking = Daemon::start(&asker, &["--interface", "!eth1"]);
+    assert_eq!(daemon::narinfo_status(&asker, &mark), 404);
+    drop(asking);
+    let _asking = Daemon::start(&asker, &["--interface", "eth?"]);
+    daemon::wait_until_known(&asker, &mark);
+    fetches(&asker, &mark);
+}
+
+#[test]
+fn nothing_is_answered_through_an_excluded_interface() {
+    let lan = Lan::new();
+    let (holder, neighbour) = (lan.host("holder"), lan.host("neighbour"));
+    let container = lan.host("container");
+    holder.cmd("nix-store").arg("--init").okay();
+    let mark = daemon::mark(&holder);
+    join(&[(&holder, "docker0", "172.17.0.1/16"), (&container, "eth1", "172.17.0.2/16")]);
+    container.net("ip link set eth0 down");
+    let v6 = |ip, host, interface| SocketAddrV6::new(ip, PORT, 0, index(host, interface)).into();
+    let group = "ff02::7065:6572".parse().unwrap();
+    let docker0 = link_local(&holder, "docker0");
+    let inside: [SocketAddr; 2] = [v4(172, 17, 0, 1), v6(docker0, &container, "eth1")];
+    let everybody: [SocketAddr; 2] = [v4(172, 17, 255, 255), v6(group, &container, "eth1")];
+    let eth0 = link_local(&holder, "eth0");
+    let outside: [SocketAddr; 2] = [(holder.address, PORT).into(), v6(eth0, &neighbour, "eth0")];
+    {
+        let _daemon = Daemon::start(&holder, &BIND_BOTH);
+        let strange = Asking::from(&container, &mark);
+        for target in inside.iter().chain(&everybody) {
+            strange.send(*target);
+        }
+        for target in outside {
+            Asking::from(&neighbour, &mark).answers(target);
+            assert_eq!(narinfo_status(&neighbour, target, &mark), 200, "{target}");
+        }
+        // It was asked before the neighbour, which has its answer.
+        strange.heard_nothing();
+        for target in inside {
+            assert_eq!(narinfo_status(&container, target, &mark), 403, "{target}");
+        }
+        // Nor is it another address of the same machine that helps.
+        container.net("ip route add default via 172.17.0.1");
+        assert_eq!(narinfo_status(&container, outside[0], &mark), 403);
+    }
+    let flags = [&BIND_BOTH[..], &["--interface", "docker0"]].concat();
+    let _daemon = Daemon::start(&holder, &flags);
+    for target in inside {
+        Asking::from(&container, &mark).answers(target);
+        assert_eq!(narinfo_status(&container, target, &mark), 200, "{target}");
+    }
+    for target in outside {
+        assert_eq!(narinfo_status(&neighbour, target, &mark), 403, "{target}");
+    }
+}
