@@ -391,7 +391,8 @@ impl<E: Environment> Discovery<E> {
     }
 
     /// Asks nodes that understand no batches and need not be known: now and then, and every time while a Python peerix is
-    /// there. All lookups of that time are broadcast, as Nix begins with 25 at once.
+    /// there. All lookups of that time are broadcast, as Nix begins with 25 at once. Where no peer is live, the broadcast is
+    /// the only packet of a lookup, and is always sent: a late answer makes its sender known.
     fn broadcast_singles(
         &mut self,
         batch: &[(LookupId, HashPart)],
@@ -403,13 +404,15 @@ impl<E: Environment> Discovery<E> {
             self.broadcast_until = now + self.settings.timeout;
             self.next_broadcast = now + BROADCAST_INTERVAL;
         }
-        if now >= self.broadcast_until && !self.peers.has_original(now) {
+        let is_waited = now < self.broadcast_until || self.peers.has_original(now);
+        if !is_waited && self.peers.live() > 0 {
             return;
         }
+        let wait = if is_waited { self.settings.timeout } else { Duration::ZERO };
         for (lookup, hash_part) in batch {
             let id = (self.random)();
             out.push((To::Everyone, Packet::Query { id, hash_part: *hash_part }));
-            self.record_broadcast(id, Arc::new([*lookup]), self.settings.timeout, t);
+            self.record_broadcast(id, Arc::new([*lookup]), wait, t);
             if let Some(lookup) = self.lookups.get_mut(*lookup) {
                 lookup.broadcast = Some(id);
             }
