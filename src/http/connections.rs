@@ -34,8 +34,14 @@ pub(super) struct Bytes {
 }
 
 impl Connection {
+    /// Milliseconds from the table's start to when the connection became idle; `None` while a
+    /// request is being answered.
+    pub(super) fn idle_since(&self) -> Option<u64> {
+        Some(self.idle_since.load(Ordering::Relaxed)).filter(|&since| since != 0)
+    }
+
     pub(super) fn is_idle(&self) -> bool {
-        self.idle_since.load(Ordering::Relaxed) != 0
+        self.idle_since().is_some()
     }
 
     pub(super) fn set_at_work(&self) {
@@ -98,14 +104,13 @@ impl Connections {
     pub(super) fn end_overdue(&self, now: Instant) {
         let moment = self.moment(now);
         self.end_where(|connection| {
-            let idle_since = connection.idle_since.load(Ordering::Relaxed);
-            // Who is at work has bytes of its own, and bounds for them.
+            // A connection at work has time-outs of its own.
+            let Some(idle_since) = connection.idle_since() else { return false };
             let began = || connection.bytes.try_lock().ok()?.received.began();
-            idle_since != 0
-                && match began() {
-                    Some(began) => now.saturating_duration_since(began) >= HEAD_TIMEOUT,
-                    None => moment.saturating_sub(idle_since) >= IDLE_TIMEOUT.as_millis() as u64,
-                }
+            match began() {
+                Some(began) => now.saturating_duration_since(began) >= HEAD_TIMEOUT,
+                None => moment.saturating_sub(idle_since) >= IDLE_TIMEOUT.as_millis() as u64,
+            }
         });
     }
 
@@ -158,9 +163,10 @@ impl Connections {
 }
 
 fn seats(open: &HashMap<u64, Arc<Connection>>) -> impl Iterator<Item = Seat> + Clone {
-    open.iter().map(|(id, connection)| {
-        let idle_since = connection.idle_since.load(Ordering::Relaxed);
-        Seat { id: *id, peer: connection.peer.ip(), idle_since: (idle_since != 0).then_some(idle_since) }
+    open.iter().map(|(id, connection)| Seat {
+        id: *id,
+        peer: connection.peer.ip(),
+        idle_since: connection.idle_since(),
     })
 }
 
