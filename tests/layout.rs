@@ -36,14 +36,17 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "store",
         ],
     ),
-    ("publish", &["config", "interfaces", "nix", "on_drop", "peers", "share", "store", "wire"]),
-    ("http", &["fetch", "lookup", "nix", "on_drop", "record", "seldom", "share", "status", "store", "wire"]),
+    ("publish", &["config", "interfaces", "nix", "on_drop", "peers", "share", "store", "time_scale", "wire"]),
+    (
+        "http",
+        &["fetch", "lookup", "nix", "on_drop", "record", "seldom", "share", "status", "store", "time_scale", "wire"],
+    ),
     ("fetch", &["lookup", "nix", "peers", "record", "wire"]),
     ("lookup", &["nix", "peers", "record", "wire"]),
     ("status", &["config", "interfaces", "nix", "peers", "record", "store"]),
     ("store", &["nix"]),
     ("share", &["config", "interfaces", "nix", "on_drop", "seldom"]),
-    ("peers", &["interfaces", "nix", "on_drop", "record", "wire"]),
+    ("peers", &["interfaces", "nix", "on_drop", "record", "time_scale", "wire"]),
     ("sockets", &["config", "interfaces"]),
     ("identity", &["wire"]),
     ("interfaces", &[]),
@@ -51,6 +54,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("on_drop", &[]),
     ("seldom", &[]),
     ("service", &[]),
+    ("time_scale", &[]),
     ("record", &["nix"]),
     ("config", &["nix"]),
     ("wire", &["nix"]),
@@ -58,7 +62,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
 ];
 
 /// All that the tracker may use of the library.
-const TRACKER_MAY_USE: &[&str] = &["http", "nix", "on_drop", "seldom", "service", "sockets", "wire"];
+const TRACKER_MAY_USE: &[&str] = &["http", "nix", "on_drop", "seldom", "service", "sockets", "time_scale", "wire"];
 
 #[test]
 fn the_tracker_uses_little_of_the_library() {
