@@ -9,17 +9,14 @@ mod show;
 
 use common::daemon::{self, narinfo_status};
 use common::lan::Run;
-use common::{Daemon, Host, Nat, PORT, Tracker, Wan, nix, stock, tracker, wait_at_most};
+use common::{Daemon, Host, Nat, PORT, Tracker, Wan, nix, stock, tracker, wait_slowly_for};
 use show::{MIB, Maker, Steps, build, make_ready, median_miss, table, watch};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 const BOOK_MIB: u64 = 256;
 
 /// The sender of the large path is ended when it has sent so many MiB.
 const STRUCK_AFTER: u64 = 4;
-
-/// Both sides have told the tracker of a transfer after so long at most.
-const REPORTED: Duration = Duration::from_secs(100);
 
 fn main() {
     let mut steps = Steps::new(9);
@@ -111,7 +108,7 @@ fn main() {
 
     steps.next("what the tracker thinks of them, from what both sides of each transfer reported");
     let survivor = &makers[1 - victim].host.name;
-    wait_at_most(REPORTED, "both sides have reported", || {
+    wait_slowly_for("both sides have reported", || {
         (tracker.reputation(survivor, "successful_transfers") > 0).then_some(())
     });
     println!("    {:<10}{:>16}{:>16}{:>8}{:>8}{:>8}", "", "bytes shared", "received", "well", "badly", "score");

@@ -359,7 +359,7 @@ impl Nar<'_> {
             self.tries += 1;
             let mut source = self.next_source()?;
             let began = Instant::now();
-            let patience = if self.search.may_have_more() { FIRST_BYTE } else { STALL };
+            let patience = if self.search.may_have_more() { FIRST_BYTE } else { STALL.get() };
             let left = self.start_until.map(|until| until.saturating_duration_since(began).max(FIRST_BYTE));
             let patience = left.map_or(patience, |left| patience.min(left));
             let client = &self.fetch.client;

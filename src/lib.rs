@@ -41,4 +41,5 @@ pub mod share;
 pub mod sockets;
 pub mod status;
 pub mod store;
+pub mod time_scale;
 pub mod wire;

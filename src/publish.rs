@@ -6,6 +6,7 @@ use crate::on_drop::OnDrop;
 use crate::peers::announce::Publication;
 use crate::share::{Scope, Share};
 use crate::store::{Census, Store, StoreError};
+use crate::time_scale::Interval;
 use crate::wire::filter::{Filter, LEAST_BITS_PER_PATH, MAX_BYTES};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use std::collections::VecDeque;
@@ -14,7 +15,7 @@ use std::time::{Duration, Instant};
 use std::{io, thread};
 
 /// How often it is looked whether the store has changed, which costs 10 µs.
-const LOOK: Duration = Duration::from_secs(5);
+const LOOK: Interval = Interval::from_secs(5);
 /// Paths read at once.
 const BATCH: usize = 256;
 /// Once so many in a hundred of the paths that were added are gone, the filter is made anew: what is gone stays in it, and
@@ -96,7 +97,7 @@ impl Reader {
     fn run(&self, publication: &Publication) {
         let (mut shared, mut changed) = (None, false);
         let first_filter = Instant::now() + FIRST_FILTER;
-        while !self.waited(if shared.is_some() { LOOK } else { Duration::ZERO }) {
+        while !self.waited(if shared.is_some() { LOOK.get() } else { Duration::ZERO }) {
             match self.update(&mut shared) {
                 Ok(anything) => changed |= anything,
                 Err(e) => log::warn!("what would be shared with strangers cannot be told: {e}"),
@@ -171,7 +172,7 @@ impl Reader {
 
     /// Asks the upstream cache about open questions, for a while. True if that changed the filter.
     fn look_into(&self, shared: &mut Shared) -> bool {
-        let (mut changed, until) = (false, Instant::now() + LOOK);
+        let (mut changed, until) = (false, Instant::now() + LOOK.get());
         while let Some(hash_part) = shared.open.pop_front() {
             if let Ok(Some(info)) = self.store.path_info(&hash_part) {
                 if self.share.may_have(Scope::Wan, &info) {

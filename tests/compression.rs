@@ -2,7 +2,7 @@
 //! peerix.
 
 use crate::common::http::{Answer, Connection, Reply, Request, Server};
-use crate::common::{Daemon, Host, Lan, PORT, SOON, nar, stock};
+use crate::common::{DEADLINE, Daemon, Host, Lan, PORT, nar, stock, thread};
 use peerix::nix::StoreDir;
 use peerix::peers::client::{Client, Error, NarBody, Way};
 use std::io::{self, Read, Write};
@@ -17,7 +17,7 @@ fn zstd(options: &[&str], input: &[u8]) -> Vec<u8> {
     let mut child = command.spawn().expect("zstd starts (Debian has it in zstd)");
     let mut stdin = child.stdin.take().expect("it was asked for");
     let output = std::thread::scope(|scope| {
-        scope.spawn(move || stdin.write_all(input));
+        thread::spawn_in(scope, "writer", move || stdin.write_all(input));
         child.wait_with_output().expect("zstd ends")
     });
     assert!(output.status.success());
@@ -77,7 +77,7 @@ impl Peer {
 
     fn nar(&self, offset: usize, size: usize, is_far: bool) -> Result<NarBody, Error> {
         let way = if is_far { Way::Wan(None) } else { Way::Lan };
-        client().nar(self.address, "local/nar/x.nar", offset as u64, size as u64, SOON, &way)
+        client().nar(self.address, "local/nar/x.nar", offset as u64, size as u64, DEADLINE, &way)
     }
 
     fn header(&self, name: &str) -> Option<String> {
@@ -208,9 +208,9 @@ fn a_connection_is_used_again() {
     let bodies = [answer(&zstd(&[], &nar), 0, nar.len()), answer(&zstd(&[], &nar[9..]), 9, nar.len())];
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
-    let peer = std::thread::spawn(move || {
+    let peer = thread::spawn("peer", move || {
         let (mut stream, _) = listener.accept().unwrap();
-        stream.set_read_timeout(Some(SOON)).unwrap();
+        stream.set_read_timeout(Some(DEADLINE)).unwrap();
         for body in bodies {
             let mut head = Vec::new();
             while !head.ends_with(b"\r\n\r\n") {
@@ -223,7 +223,7 @@ fn a_connection_is_used_again() {
     });
     let client = client();
     for from in [0, 9] {
-        let mut body = client.nar(address, "x", from, nar.len() as u64, SOON, &Way::Wan(None)).unwrap();
+        let mut body = client.nar(address, "x", from, nar.len() as u64, DEADLINE, &Way::Wan(None)).unwrap();
         let mut bytes = vec![0; nar.len() - from as usize];
         body.read_exact(&mut bytes).unwrap();
         assert!(bytes == nar[from as usize..]);

@@ -93,7 +93,7 @@ fn a_damaged_file_is_told_and_costs_nothing_else() {
     let mut daemon = start(&host);
     let told = problem(&host).unwrap();
     assert!(told.contains("damaged") && told.contains("counters.damaged"), "{told}");
-    assert!(daemon.log().contains("warn: counters /var/lib/peerix/counters: damaged"), "{}", daemon.log());
+    assert!(daemon.log().contains("warn: counters /var/lib/peerix/counters: damaged"));
     assert!(http::get_local(&host, "/").unwrap().text().contains("counters.damaged"));
     assert_eq!(http::get_local(&host, "/health").unwrap().status, 200);
     miss(&host, 3);
@@ -139,7 +139,7 @@ fn without_a_place_for_them_all_else_works() {
     let told = wait_for("it is told that nothing is kept", || problem(&host));
     assert!(told.contains("Permission denied"), "{told}");
     assert_eq!(misses(&host), (2, Some(2)));
-    assert_eq!(daemon.log().matches("warn: counters").count(), 1, "{}", daemon.log());
+    assert_eq!(daemon.log().matches("warn: counters").count(), 1);
     assert!(daemon.stop().success());
 }
 

@@ -2,11 +2,11 @@
 
 use crate::common::http::{self, Reply, Server};
 use crate::common::lan::{Host, Run};
-use crate::common::standin::receive;
-use crate::common::{Lan, Nat, PORT, Wan, World, nix, tree, world};
+use crate::common::standin::{BROADCAST, receive};
+use crate::common::{DEADLINE, Lan, Nat, PORT, Wan, World, nix, tree, wait_for, world};
 use std::fs;
 use std::io::ErrorKind;
-use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::net::{Ipv4Addr, SocketAddr, TcpStream, UdpSocket};
 use std::time::{Duration, Instant};
 
 #[test]
@@ -32,41 +32,94 @@ fn hosts_are_machines_of_their_own() {
     assert!(!fs::exists(proc).unwrap());
 }
 
+/// Wait for what is not expected to come. A busy machine cannot make a test fail by it.
+const NOTHING_COMES: Duration = Duration::from_millis(300);
+
+/// Broadcasts from one host to another.
+struct Broadcasts {
+    from: UdpSocket,
+    to: UdpSocket,
+}
+
+impl Broadcasts {
+    fn new(from: &Host, to: &Host) -> Broadcasts {
+        Broadcasts { from: from.udp(PORT), to: to.udp(PORT) }
+    }
+
+    fn send(&self, datagram: &[u8]) {
+        self.from.send_to(datagram, (BROADCAST, PORT)).unwrap();
+    }
+
+    /// Sends until one comes through.
+    fn wait_until_heard(&self) {
+        wait_for("a broadcast is heard", || {
+            self.send(b"first");
+            receive(&self.to, NOTHING_COMES)
+        });
+        self.drain();
+    }
+
+    /// Takes what is still under way.
+    fn drain(&self) {
+        while receive(&self.to, NOTHING_COMES).is_some() {}
+    }
+
+    /// Sends one that comes through, and returns how long it was under way.
+    fn time(&self) -> Duration {
+        let start = Instant::now();
+        self.send(b"timed");
+        receive(&self.to, DEADLINE).expect("a broadcast is heard");
+        start.elapsed()
+    }
+
+    /// How many of `count` come through.
+    fn count(&self, count: usize) -> usize {
+        for _ in 0..count {
+            self.send(b"counted");
+        }
+        let mut heard = 0;
+        wait_for("a broadcast after those that are counted", || {
+            self.send(b"last");
+            while let Some((_, datagram)) = receive(&self.to, NOTHING_COMES) {
+                if datagram == b"last" {
+                    return Some(heard);
+                }
+                heard += 1;
+            }
+            None
+        })
+    }
+
+    fn assert_not_heard(&self) {
+        self.send(b"lost");
+        assert_eq!(receive(&self.to, NOTHING_COMES), None);
+    }
+}
+
 #[test]
 fn broadcast_is_heard_and_faults_happen() {
     let lan = Lan::new();
     let (one, two) = (lan.host("one"), lan.host("two"));
-    let (from, to) = (one.udp(PORT), two.udp(PORT));
-    let trip = |count: usize| {
-        let start = Instant::now();
-        for _ in 0..count {
-            from.send_to(b"x", (crate::common::standin::BROADCAST, PORT)).unwrap();
-        }
-        let heard = (0..count).take_while(|_| {
-            crate::common::standin::receive(&to, Duration::from_millis(300))
-                .is_some_and(|(who, _)| who.ip() == one.address)
-        });
-        (heard.count(), start.elapsed())
-    };
-    assert_eq!(trip(1).0, 1);
+    let broadcasts = Broadcasts::new(&one, &two);
+    broadcasts.wait_until_heard();
     {
         let _delay = two.delay(Duration::from_millis(100));
-        let (heard, time) = trip(1);
-        assert_eq!(heard, 1);
+        let time = broadcasts.time();
         assert!(time >= Duration::from_millis(100), "{time:?}");
     }
     two.net("iptables -F");
     two.lose(30);
     // No more than a socket's buffer holds.
-    let (heard, _) = trip(200);
+    let heard = broadcasts.count(200);
     assert!((100..180).contains(&heard), "{heard} of 200");
     two.net("iptables -F");
+    broadcasts.drain();
     two.unplug();
-    assert_eq!(trip(1).0, 0);
+    broadcasts.assert_not_heard();
     two.plug();
-    assert_eq!(trip(1).0, 1);
+    broadcasts.wait_until_heard();
     two.fall_silent();
-    assert_eq!(trip(1).0, 0);
+    broadcasts.assert_not_heard();
 }
 
 /// A server on `host` that answers with the host's name and who asks.
@@ -79,10 +132,10 @@ fn reached(from: &Host, address: Ipv4Addr) -> Option<String> {
     http::get(from, (address, PORT), "/").ok().map(|answer| answer.text())
 }
 
-/// Connects without waiting for long.
-fn connects(from: &Host, address: Ipv4Addr) -> Result<(), ErrorKind> {
+/// Connects, and says why that failed if it did.
+fn connects(from: &Host, address: Ipv4Addr, within: Duration) -> Result<(), ErrorKind> {
     let to = SocketAddr::from((address, PORT));
-    let connection = from.in_net(|| TcpStream::connect_timeout(&to, Duration::from_millis(300)));
+    let connection = from.in_net(|| TcpStream::connect_timeout(&to, within));
     connection.map(drop).map_err(|error| error.kind())
 }
 
@@ -106,7 +159,7 @@ fn networks_are_joined_by_a_router_that_passes_on_no_broadcast() {
     for (socket, host) in sockets.iter().zip(&hosts).skip(1) {
         // It takes the same way, so who has this has all that will come.
         sockets[0].send_to(b"last", (host.address, PORT)).unwrap();
-        let heard = std::iter::from_fn(|| receive(socket, crate::common::SOON))
+        let heard = std::iter::from_fn(|| receive(socket, DEADLINE))
             .inspect(|(from, _)| assert_eq!(from.ip(), hosts[0].address))
             .take_while(|(_, datagram)| datagram != b"last");
         let expected = if host.name == "b" { 2 } else { 0 };
@@ -123,9 +176,9 @@ fn addresses_where_nobody_is() {
     wan.unreachable("10.7.0.0/16");
     wan.blackhole("10.8.0.0/16");
     wan.all_at("10.9.0.0/16", &b);
-    assert_eq!(connects(&a, nobody(7)), Err(ErrorKind::HostUnreachable));
-    assert_eq!(connects(&a, nobody(8)), Err(ErrorKind::TimedOut));
-    assert_eq!(connects(&a, nobody(9)), Err(ErrorKind::ConnectionRefused));
+    assert_eq!(connects(&a, nobody(7), DEADLINE), Err(ErrorKind::HostUnreachable));
+    assert_eq!(connects(&a, nobody(8), NOTHING_COMES), Err(ErrorKind::TimedOut));
+    assert_eq!(connects(&a, nobody(9), DEADLINE), Err(ErrorKind::ConnectionRefused));
     let _server = echo(&b);
     assert_eq!(reached(&a, nobody(9)).as_deref(), Some("b"));
 }
@@ -139,7 +192,7 @@ fn faults_happen_across_a_router() {
     let begin = Instant::now();
     {
         let _delay = b.delay(Duration::from_millis(60));
-        assert_eq!(connects(&a, b.address), Ok(()));
+        assert_eq!(connects(&a, b.address, DEADLINE), Ok(()));
     }
     assert!(begin.elapsed() >= Duration::from_millis(60), "{:?}", begin.elapsed());
     b.net("iptables -F");
@@ -151,7 +204,7 @@ fn faults_happen_across_a_router() {
     assert!(answer.whole && begin.elapsed() >= Duration::from_millis(150), "2 MiB at 80 Mbit/s: {:?}", begin.elapsed());
     assert!(b.sent() - sent > 2 << 20 && a.received() - received > 2 << 20);
     b.unplug();
-    assert!(connects(&a, b.address).is_err());
+    assert!(connects(&a, b.address, NOTHING_COMES).is_err());
 }
 
 #[test]
@@ -167,7 +220,7 @@ fn a_network_behind_one_address() {
     assert_eq!(reached(&inside, outside.address).as_deref(), Some("outside"));
     let (heard, sends) = (outside.udp(PORT), inside.udp(PORT));
     sends.send_to(b"x", (outside.address, PORT)).unwrap();
-    let (from, _) = receive(&heard, crate::common::SOON).unwrap();
+    let (from, _) = receive(&heard, DEADLINE).unwrap();
     assert_eq!(from.ip(), nat.address());
 
     // In, only what is forwarded, and with the address of who sent it.
@@ -180,13 +233,13 @@ fn a_network_behind_one_address() {
     // A connection of its own, so that what the router remembers of the first says nothing of it.
     let third = elsewhere.host("third");
     third.udp(PORT).send_to(b"comes", (nat.address(), 20_000)).unwrap();
-    let (from, datagram) = receive(&sends, crate::common::SOON).unwrap();
+    let (from, datagram) = receive(&sends, DEADLINE).unwrap();
     assert_eq!((from.ip(), &datagram[..]), (third.address.into(), &b"comes"[..]));
 
     // And what nobody forwarded does not get in, also from who knows the addresses inside.
     let neighbour = internet.host("neighbour");
     neighbour.net(&format!("ip route add 192.168.1.0/24 via {}", nat.address()));
-    assert_eq!(connects(&neighbour, inside.address), Err(ErrorKind::TimedOut));
+    assert_eq!(connects(&neighbour, inside.address, NOTHING_COMES), Err(ErrorKind::TimedOut));
 }
 
 #[test]

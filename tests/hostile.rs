@@ -5,7 +5,7 @@
 use crate::common::fault::Delay;
 use crate::common::http::{self, Reply, Request};
 use crate::common::standin::{Shelf, StandIn, have};
-use crate::common::{Asker, Holder, Lan, World, nar, nix, wait_for, world};
+use crate::common::{Asker, Holder, Lan, World, nar, nix, thread, wait_for, world};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
@@ -307,7 +307,7 @@ fn one_broken_stream_of_the_only_holder_hides_nothing() {
         (answer.status == 200).then_some(())
     });
     std::thread::scope(|scope| {
-        let fetching = scope.spawn(|| asker.fetches(&world, little));
+        let fetching = thread::spawn_in(scope, "Nix", || asker.fetches(&world, little));
         wait_for("the stream broke", || asker.daemon.log().contains("stream broke").then_some(()));
         let answer = http::get_local(&asker.host, &format!("/{}", narinfo(other))).unwrap();
         assert_eq!(answer.status, 200);

@@ -1,6 +1,6 @@
 //! Trackers behind HTTPS: their certificates are checked against those that this machine trusts.
 
-use crate::common::{Daemon, Lan, SOON, stock, wait_for};
+use crate::common::{DEADLINE, Daemon, Lan, stock, thread, wait_for};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::{ServerConfig, ServerConnection, Stream};
@@ -20,9 +20,9 @@ fn tracker(listener: TcpListener) -> Receiver<Result<String, String>> {
     let key = PrivateKeyDer::from_pem_slice(KEY.as_bytes()).unwrap();
     let config = ServerConfig::builder().with_no_client_auth().with_single_cert(vec![certificate], key).unwrap();
     let (asked, receiver) = channel();
-    std::thread::spawn(move || {
+    thread::spawn("tracker", move || {
         let (mut tcp, _) = listener.accept().unwrap();
-        tcp.set_read_timeout(Some(SOON)).unwrap();
+        tcp.set_read_timeout(Some(DEADLINE)).unwrap();
         let mut tls = ServerConnection::new(Arc::new(config)).unwrap();
         let mut stream = Stream::new(&mut tls, &mut tcp);
         let mut bytes = [0; 4096];
@@ -45,7 +45,7 @@ fn the_authorities_of_this_machine_count_and_no_others() {
         host.write("/etc/ssl/certs/ca-certificates.crt", trusted);
         let asked = tracker(host.listen(8443));
         let daemon = Daemon::start(&host, &["--mode", "wan", "--tracker-url", "https://127.0.0.1:8443"]);
-        let asked = asked.recv_timeout(SOON).expect("the tracker is asked");
+        let asked = asked.recv_timeout(DEADLINE).expect("the tracker is asked");
         if trusted == AUTHORITY {
             assert_eq!(asked.as_deref(), Ok("POST /announce HTTP/1.1"));
         } else {

@@ -11,30 +11,35 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("main", &["cli", "commands", "daemon", "service"]),
     (
         "commands",
-        &["cli", "config", "key_file", "network", "nix", "peers", "service", "share", "status", "store", "wire"],
+        &["cli", "config", "key_file", "lan", "network", "nix", "peers", "service", "share", "status", "store", "wire"],
     ),
     ("cli", &["config", "nix", "wire"]),
     (
         "daemon",
         &[
-            "config", "fetch", "http", "identity", "key_file", "lookup", "network", "nix", "peers", "publish",
+            "config", "fetch", "http", "identity", "key_file", "lan", "lookup", "network", "nix", "peers", "publish",
             "record", "seldom", "service", "share", "sockets", "status", "store",
         ],
     ),
-    ("publish", &["config", "network", "nix", "on_drop", "peers", "share", "store", "wire"]),
-    ("http", &["fetch", "lookup", "nix", "on_drop", "record", "seldom", "share", "status", "store", "wire"]),
+    ("publish", &["config", "network", "nix", "on_drop", "peers", "share", "store", "time_scale", "wire"]),
+    (
+        "http",
+        &["fetch", "lookup", "nix", "on_drop", "record", "seldom", "share", "status", "store", "time_scale", "wire"],
+    ),
     ("fetch", &["lookup", "nix", "peers", "record", "wire"]),
     ("lookup", &["nix", "peers", "record", "wire"]),
-    ("status", &["config", "network", "nix", "peers", "record", "store"]),
+    ("status", &["config", "lan", "network", "nix", "peers", "record", "store"]),
     ("store", &["nix"]),
     ("share", &["config", "fnmatch", "network", "nix", "on_drop", "seldom"]),
-    ("peers", &["network", "nix", "on_drop", "record", "wire"]),
+    ("peers", &["lan", "network", "nix", "on_drop", "record", "time_scale", "wire"]),
+    ("lan", &["network", "nix", "on_drop", "seldom", "share", "store", "suspend", "wire"]),
     ("sockets", &["config", "network"]),
     ("identity", &["wire"]),
     ("key_file", &[]),
     ("on_drop", &[]),
     ("seldom", &[]),
     ("service", &[]),
+    ("time_scale", &[]),
     ("record", &["nix"]),
     ("config", &["network", "nix"]),
     ("network", &["fnmatch"]),
@@ -44,7 +49,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
 ];
 
 /// All that the tracker may use of the library.
-const TRACKER_MAY_USE: &[&str] = &["http", "nix", "on_drop", "seldom", "service", "sockets", "wire"];
+const TRACKER_MAY_USE: &[&str] = &["http", "nix", "on_drop", "seldom", "service", "sockets", "time_scale", "wire"];
 
 #[test]
 fn the_tracker_uses_little_of_the_library() {

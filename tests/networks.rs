@@ -96,7 +96,7 @@ fn bound_to_one_address_it_still_hears_broadcasts() {
     let address = holder.address.to_string();
     let _holder = Daemon::start(&holder, &["--bind", &address, "--bind", "127.0.0.1"]);
     let socket = asker.udp(PORT);
-    socket.set_read_timeout(Some(crate::common::SOON)).unwrap();
+    socket.set_read_timeout(Some(crate::common::DEADLINE)).unwrap();
     let query = packet::Packet::Query { id: 7, hash_part: world::hash_part(&mark).to_owned() }.write();
     let mut answer = [0; 512];
     socket.send_to(&query, (Ipv4Addr::new(10, 77, 0, 255), PORT)).unwrap();

@@ -9,7 +9,7 @@ use crate::common::http::{self, Reply};
 use crate::common::lan::Run;
 use crate::common::packet::Packet;
 use crate::common::standin::{self, BROADCAST, Shelf, StandIn, field, have, receive};
-use crate::common::{Asker, Holder, Host, Lan, PORT, SOON, World, nix, tree, wait_for, world};
+use crate::common::{Asker, DEADLINE, Holder, Host, Lan, PORT, World, nix, tree, wait_for, world};
 use std::collections::HashMap;
 use std::fs;
 
@@ -117,7 +117,7 @@ fn the_original_fetches_from_us() {
     // The golden query gets the golden answer, and nothing before it that the original would take for one.
     socket.send_to(QUERY, (BROADCAST, PORT)).unwrap();
     let (from, answer) = wait_for("an answer", || {
-        let (from, datagram) = receive(&socket, SOON)?;
+        let (from, datagram) = receive(&socket, DEADLINE)?;
         (from.ip() == holder.host.address && matches!(datagram[0], 0 | 1)).then_some((from, datagram))
     });
     assert_eq!(answer, HAVE);
@@ -125,7 +125,7 @@ fn the_original_fetches_from_us() {
     let fetch = |id: u32, path: &str| {
         let query = Packet::Query { id, hash_part: world::hash_part(path).to_owned() }.write();
         socket.send_to(&query, (BROADCAST, PORT)).unwrap();
-        let (port, route) = wait_for("an answer", || match Packet::read(&receive(&socket, SOON)?.1)? {
+        let (port, route) = wait_for("an answer", || match Packet::read(&receive(&socket, DEADLINE)?.1)? {
             Packet::Have { id: answered, port, path } if answered == id => Some((port, path)),
             _ => None,
         });
@@ -160,7 +160,7 @@ fn the_original_fetches_from_us() {
     socket.send_to(&query, (BROADCAST, PORT)).unwrap();
     socket.send_to(QUERY, (BROADCAST, PORT)).unwrap();
     wait_for("the next answer", || {
-        let (_, datagram) = receive(&socket, SOON)?;
+        let (_, datagram) = receive(&socket, DEADLINE)?;
         assert!(datagram[0] != 1 || datagram[1..5] != 9_u32.to_be_bytes(), "have, for what is not there");
         (datagram == HAVE).then_some(())
     });

@@ -6,8 +6,9 @@ use crate::common::packet::Packet;
 use crate::common::scene::Places;
 use crate::common::standin::{StandIn, have};
 use crate::common::{
-    Asker, Browser, Daemon, Holder, Host, Lan, PORT, World, daemon, directory, nix, tracker, wait_for, world,
+    Asker, Browser, Daemon, Holder, Host, Lan, PORT, World, daemon, directory, nix, thread, tracker, wait_for, world,
 };
+use peerix::on_drop::OnDrop;
 use serde_json::Value;
 use std::io::Write;
 use std::path::Path;
@@ -91,8 +92,8 @@ fn the_page_tells_what_happens_and_the_same_without_scripts() {
     assert!(lookups.contains("said it has it, but"), "{lookups}");
     assert!(liar.was_asked(&format!("{LIE}.narinfo")));
 
-    // A NAR under way moves.
-    asker.host.slow(100);
+    // A NAR under way moves. It would take half a minute, so that the browser sees it.
+    asker.host.slow(20);
     let realising = nix::realising(&asker.host, &[world.path("middle")]).spawn().expect("nsenter starts");
     let under_way = "document.querySelector('#transfers progress')?.value ?? 0";
     browser.wait_until_shown("transfers", &["-middle", &near]);
@@ -293,7 +294,7 @@ fn metrics_are_what_prometheus_expects_under_load() {
     let asker = Asker::new(&lan, &world, &[&holder]);
     let done = AtomicBool::new(false);
     let checked = std::thread::scope(|scope| {
-        let scraping = scope.spawn(|| {
+        let scraping = thread::spawn_in(scope, "scraping", || {
             let mut texts = Vec::new();
             while !done.load(Ordering::Relaxed) {
                 let answer = http::get_local(&asker.host, "/metrics").unwrap();
@@ -302,8 +303,10 @@ fn metrics_are_what_prometheus_expects_under_load() {
             }
             texts
         });
+        // Also when Nix fails, or the test would not end.
+        let is_done = OnDrop::new(|| done.store(true, Ordering::Relaxed));
         asker.fetches(&world, world.path("closure300"));
-        done.store(true, Ordering::Relaxed);
+        drop(is_done);
         scraping.join().unwrap()
     });
     let last = http::get_local(&asker.host, "/metrics").unwrap().text();

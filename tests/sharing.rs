@@ -5,7 +5,7 @@ use crate::common::http::{Answer, Connection, Reply, Server, get, get_local};
 use crate::common::packet::Packet;
 use crate::common::standin::receive;
 use crate::common::stock::{self, has, line};
-use crate::common::{Daemon, Host, Lan, PORT, SOON, wait_for, world};
+use crate::common::{DEADLINE, Daemon, Host, Lan, PORT, thread, wait_for, world};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
 use std::sync::{Arc, Condvar, Mutex};
@@ -47,7 +47,7 @@ impl Upstream {
             gate.now += 1;
             gate.most = gate.most.max(gate.now);
             let is_held = |gate: &mut Gate| gate.held.contains(hash_part);
-            let (mut gate, _) = upstream.opened.wait_timeout_while(gate, SOON, is_held).unwrap();
+            let (mut gate, _) = upstream.opened.wait_timeout_while(gate, DEADLINE, is_held).unwrap();
             gate.now -= 1;
             let (status, body) = upstream.answers.lock().unwrap().get(hash_part).cloned().unwrap_or((404, "no".into()));
             Reply::Whole(status, body.into_bytes())
@@ -336,7 +336,7 @@ fn an_upstream_that_is_down() {
         scene.check(&scene.stranger, path, false, name);
         scene.check(&scene.neighbour, path, true, name);
     }
-    assert!(daemon.log().contains("warn: upstream cache http://"), "{}", daemon.log());
+    assert!(daemon.log().contains("warn: upstream cache http://"));
     // What failed is no answer: when upstream is there, it is asked again.
     let plain = &scene.paths["plain"];
     let cache = scene.upstream.serve(&scene.cache);
@@ -354,7 +354,8 @@ fn an_upstream_that_is_down() {
     let _silent = Server::start(scene.cache.listen(UPSTREAM_PORT), |_| Reply::Silence);
     let _daemon = scene.start("both", &[]);
     std::thread::scope(|scope| {
-        let waiting = scope.spawn(|| scene.check(&scene.stranger, plain, false, "upstream is silent"));
+        let waiting =
+            thread::spawn_in(scope, "stranger", || scene.check(&scene.stranger, plain, false, "upstream is silent"));
         scene.check(&scene.neighbour, plain, true, "upstream is silent");
         waiting.join().unwrap();
     });
@@ -411,7 +412,7 @@ fn without_a_lan_nothing_is_said_unasked() {
     let hash_part = world::hash_part(&scene.paths["plain"]).to_owned();
     udp.send_to(&Packet::Query { id: 7, hash_part }.write(), scene.node()).unwrap();
     // Anything that it said unasked would have come before.
-    let (from, datagram) = receive(&udp, SOON).expect("an answer");
+    let (from, datagram) = receive(&udp, DEADLINE).expect("an answer");
     assert_eq!(from, scene.node());
     assert!(matches!(Packet::read(&datagram), Some(Packet::Have { id: 7, .. })), "{datagram:?}");
 }

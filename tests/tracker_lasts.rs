@@ -4,6 +4,8 @@ use crate::common::http::{Answer, Connection};
 use crate::common::solo::{
     Solo, TempDir, announce, clock, command, connect, fresh_source, identity, post, signed_announce,
 };
+use crate::common::{thread, wait_for};
+use peerix::on_drop::OnDrop;
 use peerix::wire::tracker::{Proof, Statement};
 use rusqlite::Connection as Database;
 use serde_json::{Value, json};
@@ -13,7 +15,7 @@ use std::path::Path;
 use std::process::Output;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 const KILLS: u64 = 20;
 const THREADS: u64 = 4;
@@ -88,14 +90,16 @@ fn killed_under_load_it_has_lost_nothing_that_it_acknowledged() {
         std::thread::scope(|scope| {
             for thread in 0..THREADS {
                 let (port, next, all, dead) = (tracker.port, &next, &all, &dead);
-                scope.spawn(move || while !dead.load(Ordering::Relaxed) && load(port, thread, next, all).is_ok() {});
+                thread::spawn_in(scope, "load", move || {
+                    while !dead.load(Ordering::Relaxed) && load(port, thread, next, all).is_ok() {}
+                });
             }
+            // Also when what was asked for never comes, or the threads would not end.
+            let is_dead = OnDrop::new(|| dead.store(true, Ordering::Relaxed));
             // At another moment each time, and always amid it all.
             let enough = transfers + 20 + 7 * round as usize;
-            while all.lock().unwrap().transfers.len() < enough {
-                std::thread::sleep(Duration::from_millis(1));
-            }
-            dead.store(true, Ordering::Relaxed);
+            wait_for("enough transfers", || (all.lock().unwrap().transfers.len() >= enough).then_some(()));
+            drop(is_dead);
             tracker.kill();
         });
         let tracker = Solo::start(&db);
@@ -156,7 +160,7 @@ fn who_is_here_is_told_anew_after_a_restart_and_the_rest_lasts() {
     assert_eq!(reputation["total_shared"].as_u64(), Some(1000));
     assert_eq!(tracker.get("/peers")["peers"].as_array().map(Vec::len), Some(1));
     assert!(tracker.terminate().success());
-    assert!(tracker.log().ends_with("info: stopping\n"), "{}", tracker.log());
+    assert!(tracker.log().ends_with("info: stopping\n"));
     // The database was closed: SQLite keeps this file until then.
     assert!(!dir.file("db-wal").exists());
     drop(tracker);
@@ -317,7 +321,7 @@ fn a_hundred_thousand_peers() {
     let number = |at: &AtomicU64| at.fetch_add(1, Ordering::Relaxed);
     std::thread::scope(|scope| {
         for _ in 0..16 {
-            scope.spawn(|| {
+            thread::spawn_in(scope, "announcing", || {
                 let mut c: Option<(Connection, u64)> = None;
                 loop {
                     let n = number(&next);
@@ -341,5 +345,6 @@ fn a_hundred_thousand_peers() {
         (found["candidates"].as_array().map(Vec::len), found["others"].as_array().map(Vec::len)),
         (Some(0), Some(8))
     );
-    eprintln!("{PEERS} peers without filters: {} bytes each", tracker.rss() / PEERS);
+    let bytes = tracker.rss() / PEERS;
+    assert!(bytes < 2048, "{bytes} bytes for each peer without a filter");
 }

@@ -7,7 +7,9 @@ use crate::common::lan::Run;
 use crate::common::scene::Places;
 use crate::common::standin::{self, Shelf, StandIn, field};
 use crate::common::tracker::{self, Tracker, open};
-use crate::common::{Asker, Daemon, Holder, Host, Nat, PORT, Wan, World, nix, stock, wait_at_most, wait_for, world};
+use crate::common::{
+    Asker, Daemon, Holder, Host, Nat, PORT, Scale, Wan, World, nix, stock, wait_for, wait_slowly_for, world,
+};
 use std::fs;
 use std::time::Duration;
 
@@ -16,8 +18,8 @@ const MIB: u64 = 1 << 20;
 /// What the NAR of `middle` has, and a little more for what is around it.
 const MIDDLE: u64 = 64 * MIB;
 
-/// A peer announces itself again after so long at most, also to a tracker that was down for a while.
-const ANNOUNCED: Duration = Duration::from_secs(100);
+/// Peers announce themselves, and report transfers, every six seconds.
+const OFTEN: f64 = 0.1;
 
 /// Has Nix make `host` a key; returns the public one.
 fn key(host: &Host) -> String {
@@ -74,11 +76,11 @@ fn a_distant_peer_has_everything() {
 
 #[test]
 fn a_path_that_comes_later_is_found() {
-    let places = Places::new();
+    let places = Places::with_scale(Scale::intervals(OFTEN));
     let holder = places.holder("holder");
     let asker = places.asker(&[&holder]);
     let later = stock::add(&holder.host, "later", "echo later > $n");
-    wait_at_most(ANNOUNCED, "a new path is found", || (narinfo_status(&asker.host, &later) == 200).then_some(()));
+    wait_slowly_for("a new path is found", || (narinfo_status(&asker.host, &later) == 200).then_some(()));
     nix::realise_quietly(&asker.host, &[&later]);
     nix::assert_whole(&asker.host, &[&later], &holder.host.path("/nix/store"));
 }
@@ -200,7 +202,8 @@ fn a_peer_behind_a_router_that_forwards_tcp_alone() {
 
 #[test]
 fn one_of_two_trackers_is_enough() {
-    let Places { tracker: mut first, home, away, centre, world, wan: _wan } = Places::new();
+    let places = Places::with_scale(Scale::intervals(OFTEN));
+    let Places { tracker: mut first, home, away, centre, world, wan: _wan } = places;
     let second = centre.host("second");
     let trackers = [&first.host, &second];
     let holder = Holder::with(&away, &world, "holder", |host| {
@@ -213,17 +216,17 @@ fn one_of_two_trackers_is_enough() {
 
     // The second comes up, and then the first goes down.
     let mut second = Tracker::start(second);
-    wait_at_most(ANNOUNCED, "the second tracker has the holder", || second.lists("holder").then_some(()));
+    wait_slowly_for("the second tracker has the holder", || second.lists("holder").then_some(()));
     first.kill();
     let found = || (narinfo_status(&asker.host, &holder.mark) == 200).then_some(());
-    wait_at_most(ANNOUNCED, "the holder is found by the second tracker", found);
+    wait_slowly_for("the holder is found by the second tracker", found);
     assert_eq!(asker.fetches(&world, world.path("closure300")).len(), 300);
 
     // And the other way round.
     first.start_again();
-    wait_at_most(ANNOUNCED, "the first tracker has the holder again", || first.lists("holder").then_some(()));
+    wait_slowly_for("the first tracker has the holder again", || first.lists("holder").then_some(()));
     second.kill();
-    wait_at_most(ANNOUNCED, "the holder is found by the first tracker", found);
+    wait_slowly_for("the holder is found by the first tracker", found);
     asker.fetches(&world, world.path("other"));
 }
 
@@ -249,13 +252,13 @@ fn a_node_that_stops_is_listed_no_longer() {
 
 #[test]
 fn both_sides_report_and_the_tracker_remembers() {
-    let mut places = Places::new();
+    let mut places = Places::with_scale(Scale::intervals(OFTEN));
     let holder = places.holder("holder");
     let asker = places.asker(&[&holder]);
     let paths = asker.fetches(&places.world, places.world.path("closure300"));
     let bytes = nar_bytes(&asker.host, &paths);
     let tracker = &mut places.tracker;
-    wait_at_most(ANNOUNCED, "all transfers are resolved", || {
+    wait_slowly_for("all transfers are resolved", || {
         assert!(tracker.reputation("holder", "total_shared") <= bytes);
         (tracker.reputation("holder", "total_shared") == bytes).then_some(())
     });
@@ -274,7 +277,7 @@ fn both_sides_report_and_the_tracker_remembers() {
     tracker.start_again();
     assert_eq!(["holder", "asker"].map(|peer| tracker.get(&format!("/reputation/{peer}"))), said);
     // Who is here it need not know, and is soon told.
-    wait_at_most(ANNOUNCED, "the holder is listed again", || tracker.lists("holder").then_some(()));
+    wait_slowly_for("the holder is listed again", || tracker.lists("holder").then_some(()));
     let listed = tracker.get("/peers");
     let listed = listed["peers"].as_array().unwrap().iter().find(|peer| peer["peer_id"] == "holder").unwrap();
     assert_eq!(listed["reputation"]["total_shared"], bytes);
@@ -310,15 +313,15 @@ fn between_networks_nars_are_compressed_and_on_one_they_are_not() {
     // What cannot be made smaller does not get larger, and comes through.
     let random = takes(&asker, world.path("middle"));
     assert!((MIDDLE..MIDDLE + MIDDLE / 8).contains(&random), "{random} bytes for a NAR of {MIDDLE}");
-    eprintln!("NAR of {nar} bytes: {near} on the own network, {far} to another");
 }
 
-/// Realises `path` over a link slow enough to see it half done, and then kills the holder that is sending it.
+/// Realises `path` over a link so slow that each half takes seconds, and kills the holder that is
+/// sending it when half is there.
 fn killed_at_half(places: &Places, path: &str, size: u64) {
     let mut holders = [places.holder("one"), places.holder("two")];
     let [one, two] = &holders;
     let asker = places.asker(&[one, two]);
-    asker.host.slow(400);
+    asker.host.slow(100);
     let before = holders.each_ref().map(|holder| holder.host.sent());
     let mut child = nix::realising(&asker.host, &[path]).spawn().expect("nsenter starts");
     let sender = wait_for("half of what is sent", || {
@@ -327,6 +330,7 @@ fn killed_at_half(places: &Places, path: &str, size: u64) {
     });
     holders[sender].daemon.kill();
     assert!(child.try_wait().expect("it is ours").is_none(), "Nix was done before the peer was struck");
+    asker.host.quick();
     nix::assert_quiet(&child.wait_with_output().expect("it is ours"));
     nix::assert_whole(&asker.host, &[path], &holders[sender].host.path("/nix/store"));
     let log = asker.daemon.log();

@@ -3,6 +3,7 @@
 
 use crate::slices::{Place, Slices};
 use peerix::nix::HashPart;
+use peerix::time_scale::Interval;
 use peerix::wire::filter::Filter;
 use peerix::wire::tracker::{Candidate, Candidates, MAX_CANDIDATES, MAX_OTHERS};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -27,7 +28,7 @@ pub const CLOCK_SKEW_MS: u64 = 5 * 60 * 1000;
 const DAY_MS: u64 = 24 * 3600 * 1000;
 
 /// A peer's filters are so far apart at least. Nodes wait 30 s; on the way that can become less.
-pub const FILTER_INTERVAL: Duration = Duration::from_secs(25);
+pub const FILTER_INTERVAL: Interval = Interval::from_secs(25);
 
 /// Of the peers without a filter that a lookup names, so many are the best ones; the others take turns, or a newcomer without
 /// reputation would never be asked.
@@ -421,8 +422,8 @@ impl Table {
         }
         self.allow(&peers, id, Some(claim), now)?;
         let passed = |published: &Published| now.at.saturating_duration_since(published.at);
-        match peer.published.as_ref().map(passed).filter(|passed| *passed < FILTER_INTERVAL) {
-            Some(passed) => Err(Refused::TooSoon(FILTER_INTERVAL - passed)),
+        match peer.published.as_ref().map(passed).filter(|passed| *passed < FILTER_INTERVAL.get()) {
+            Some(passed) => Err(Refused::TooSoon(FILTER_INTERVAL.get() - passed)),
             None => Ok(()),
         }
     }
@@ -718,7 +719,7 @@ mod tests {
             table.publish("a", &by(1, now), filter(seconds), now)
         };
         assert_eq!(publish(1), Ok(()));
-        assert_eq!(publish(2), Err(Refused::TooSoon(FILTER_INTERVAL - Duration::from_secs(1))));
+        assert_eq!(publish(2), Err(Refused::TooSoon(FILTER_INTERVAL.get() - Duration::from_secs(1))));
         assert_eq!(publish(26), Ok(()));
         let now = after(start, 27);
         assert_eq!(names(&table.lookup(&part(26), now).candidates), ["a"]);

@@ -69,7 +69,7 @@ impl<'a> Cache<'a> {
     pub fn client(&self) -> Client {
         let stream = match self.from {
             Some(host) => host.connect(self.address),
-            None => TcpStream::connect_timeout(&self.address, crate::common::SOON),
+            None => TcpStream::connect_timeout(&self.address, crate::common::DEADLINE),
         };
         Client::new(stream.unwrap_or_else(|error| panic!("{}: {error}", self.url())))
     }

@@ -58,7 +58,7 @@ pub fn closures(bench: &Bench, report: &mut Report) {
         // Each time with an empty store.
         let run = |host: &Host, url: &str, outside: bool| {
             let mut command = if outside { host.cmd_outside("timeout") } else { host.cmd("timeout") };
-            command.arg(crate::common::NIX_LIMIT.as_secs().to_string());
+            command.arg(crate::common::DEADLINE.as_secs().to_string());
             match what {
                 "nix copy --from" => command.args(["nix", "copy", "--from", url, &root]),
                 _ => command.args(["nix-store", "--no-gc-warning", "--realise", &root]),

@@ -1,6 +1,6 @@
 //! A client that costs as little as possible, so that it is the server that is measured.
 
-use crate::common::SOON;
+use crate::common::DEADLINE;
 use rustix::net::{RecvFlags, recv};
 use std::io::{Read, Write};
 use std::net::TcpStream;
@@ -38,8 +38,8 @@ impl Client {
     /// Takes over a connection.
     pub fn new(socket: TcpStream) -> Client {
         socket.set_nodelay(true).expect("a socket");
-        socket.set_read_timeout(Some(SOON)).expect("a socket");
-        socket.set_write_timeout(Some(SOON)).expect("a socket");
+        socket.set_read_timeout(Some(DEADLINE)).expect("a socket");
+        socket.set_write_timeout(Some(DEADLINE)).expect("a socket");
         Client { socket, buffer: vec![0; 256 << 10], start: 0, end: 0 }
     }
 

@@ -2,16 +2,17 @@
 
 use super::head::Buffer;
 use super::room::{self, Room, Seat};
+use crate::time_scale::Timeout;
 use std::collections::HashMap;
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 /// A head has to be complete so long after its first byte, however slowly it comes.
-pub const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
+pub const HEAD_TIMEOUT: Timeout = Timeout::from_secs(10);
 /// A connection without a request is kept for so long.
-pub const IDLE_TIMEOUT: Duration = Duration::from_secs(30);
+pub const IDLE_TIMEOUT: Timeout = Timeout::from_secs(30);
 
 /// One open connection. Either the watcher has it, which waits for its next request, or a thread of the pool.
 pub(super) struct Connection {
@@ -34,8 +35,14 @@ pub(super) struct Bytes {
 }
 
 impl Connection {
+    /// Milliseconds from the table's start to when the connection became idle; `None` while a
+    /// request is being answered.
+    pub(super) fn idle_since(&self) -> Option<u64> {
+        Some(self.idle_since.load(Ordering::Relaxed)).filter(|&since| since != 0)
+    }
+
     pub(super) fn is_idle(&self) -> bool {
-        self.idle_since.load(Ordering::Relaxed) != 0
+        self.idle_since().is_some()
     }
 
     pub(super) fn set_at_work(&self) {
@@ -98,14 +105,13 @@ impl Connections {
     pub(super) fn end_overdue(&self, now: Instant) {
         let moment = self.moment(now);
         self.end_where(|connection| {
-            let idle_since = connection.idle_since.load(Ordering::Relaxed);
-            // Who is at work has bytes of its own, and bounds for them.
+            // A connection at work has time-outs of its own.
+            let Some(idle_since) = connection.idle_since() else { return false };
             let began = || connection.bytes.try_lock().ok()?.received.began();
-            idle_since != 0
-                && match began() {
-                    Some(began) => now.saturating_duration_since(began) >= HEAD_TIMEOUT,
-                    None => moment.saturating_sub(idle_since) >= IDLE_TIMEOUT.as_millis() as u64,
-                }
+            match began() {
+                Some(began) => now.saturating_duration_since(began) >= HEAD_TIMEOUT.get(),
+                None => moment.saturating_sub(idle_since) >= IDLE_TIMEOUT.get().as_millis() as u64,
+            }
         });
     }
 
@@ -158,9 +164,10 @@ impl Connections {
 }
 
 fn seats(open: &HashMap<u64, Arc<Connection>>) -> impl Iterator<Item = Seat> + Clone {
-    open.iter().map(|(id, connection)| {
-        let idle_since = connection.idle_since.load(Ordering::Relaxed);
-        Seat { id: *id, peer: connection.peer.ip(), idle_since: (idle_since != 0).then_some(idle_since) }
+    open.iter().map(|(id, connection)| Seat {
+        id: *id,
+        peer: connection.peer.ip(),
+        idle_since: connection.idle_since(),
     })
 }
 
@@ -175,6 +182,7 @@ mod tests {
     use super::*;
     use std::io::Write;
     use std::net::TcpListener;
+    use std::time::Duration;
 
     #[test]
     fn who_waits_too_long_is_closed_and_nobody_else() {
@@ -184,7 +192,8 @@ mod tests {
             let (stream, peer) = listener.accept().unwrap();
             (client, stream, peer)
         };
-        let connections = Connections { open: Mutex::default(), started: Instant::now() - 2 * IDLE_TIMEOUT };
+        let (head_timeout, idle_timeout) = (HEAD_TIMEOUT.get(), IDLE_TIMEOUT.get());
+        let connections = Connections { open: Mutex::default(), started: Instant::now() - 2 * idle_timeout };
         let (mut clients, start) = (Vec::new(), Instant::now());
         for id in 0..3 {
             let (mut client, stream, peer) = open();
@@ -206,18 +215,18 @@ mod tests {
         };
         // The head began a moment after the start.
         let moment = Duration::from_secs(1);
-        assert_eq!(left(HEAD_TIMEOUT - moment), [0, 1, 2]);
-        assert_eq!(left(HEAD_TIMEOUT + moment), [0, 2]);
+        assert_eq!(left(head_timeout - moment), [0, 1, 2]);
+        assert_eq!(left(head_timeout + moment), [0, 2]);
         // A head that begins late has its time all the same, which it once had not.
         let late = connections.get(0).unwrap();
         clients[0].write_all(b"GET / HT").unwrap();
         late.bytes().received.fill(&late.stream, true).unwrap();
-        connections.set_idle(&late, start - IDLE_TIMEOUT);
+        connections.set_idle(&late, start - idle_timeout);
         assert_eq!(left(moment), [0, 2]);
         late.bytes().received = Buffer::default();
         connections.set_idle(&late, start);
-        assert_eq!(left(IDLE_TIMEOUT - moment), [0, 2]);
-        assert_eq!(left(IDLE_TIMEOUT + moment), [2]);
-        assert_eq!(left(100 * IDLE_TIMEOUT), [2]);
+        assert_eq!(left(idle_timeout - moment), [0, 2]);
+        assert_eq!(left(idle_timeout + moment), [2]);
+        assert_eq!(left(100 * idle_timeout), [2]);
     }
 }

@@ -1,10 +1,11 @@
 //! Permits for the long answers: NARs, listings and logs. Short answers need none, so that they never wait for long
 //! ones.
 
+use crate::time_scale::Timeout;
 use std::collections::HashMap;
 use std::net::IpAddr;
 use std::sync::{Condvar, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 /// Long answers at once. Each holds up to 1 MiB of buffers.
 pub const MAX_STREAMS: usize = 64;
@@ -19,7 +20,7 @@ pub const MAX_STREAMS_PER_PEER: usize = 32;
 pub const MAX_COMPRESSED: usize = 16;
 
 /// How long this machine's Nix waits for its turn before it is told 404 and goes to its next substituter.
-const OWN_PATIENCE: Duration = Duration::from_secs(30);
+const OWN_PATIENCE: Timeout = Timeout::from_secs(30);
 
 #[derive(Default)]
 struct Taken {
@@ -53,7 +54,7 @@ pub struct Compressing<'a>(&'a Permits);
 impl Permits {
     /// For this machine's Nix: waits for its turn, up to 30 seconds.
     pub fn for_this_machine(&self) -> Option<Permit<'_>> {
-        let until = Instant::now() + OWN_PATIENCE;
+        let until = Instant::now() + OWN_PATIENCE.get();
         let mut taken = self.lock();
         while taken.own + taken.by_peers() >= MAX_STREAMS {
             let left = until.checked_duration_since(Instant::now())?;

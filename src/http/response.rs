@@ -2,6 +2,7 @@
 
 use super::body::Body;
 use crate::store::NarSink;
+use crate::time_scale::Timeout;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::sendfile;
 use rustix::io::{Errno, retry_on_intr};
@@ -11,11 +12,11 @@ use std::cell::RefCell;
 use std::io::{self, IoSlice, Write};
 use std::net::TcpStream;
 use std::os::fd::BorrowedFd;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Instant, SystemTime};
 use tiny_http::{HTTPVersion, Header, Response, StatusCode};
 
 /// A client that takes nothing for this long is dropped.
-pub(super) const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
+pub(super) const WRITE_TIMEOUT: Timeout = Timeout::from_secs(30);
 
 /// Fields of a head.
 pub type Fields = Vec<(&'static str, Cow<'static, str>)>;
@@ -283,7 +284,7 @@ pub(super) fn send_all(mut stream: &TcpStream, bytes: &[u8]) -> io::Result<()> {
 
 /// The kernel tells of a timeout by a short count if anything was taken before, and of nothing taken only the next time.
 fn in_time(written: usize, asked: usize, began: Instant) -> io::Result<()> {
-    let late = written < asked && began.elapsed() >= WRITE_TIMEOUT;
+    let late = written < asked && began.elapsed() >= WRITE_TIMEOUT.get();
     if late { Err(io::ErrorKind::TimedOut.into()) } else { Ok(()) }
 }
 
@@ -329,7 +330,8 @@ impl NarSink for Exchange<'_> {
 
 /// Waits until the other end took something, for [`WRITE_TIMEOUT`] at most.
 fn wait_for_room(stream: &TcpStream) -> io::Result<()> {
-    let patience = Timespec { tv_sec: WRITE_TIMEOUT.as_secs() as i64, tv_nsec: 0 };
+    let patience = WRITE_TIMEOUT.get();
+    let patience = Timespec { tv_sec: patience.as_secs() as i64, tv_nsec: patience.subsec_nanos().into() };
     match retry_on_intr(|| poll(&mut [PollFd::new(stream, PollFlags::OUT)], Some(&patience)))? {
         0 => Err(io::ErrorKind::TimedOut.into()),
         _ => Ok(()),

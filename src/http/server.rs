@@ -154,8 +154,13 @@ impl Shared {
     }
 
     /// Gives a connection to the watcher, or ends it if that cannot be.
+    ///
+    /// One that a thread of the pool hands back has been idle since its last answer: the thread
+    /// waited up to [`STAY`] for another request before.
     pub(super) fn watch(&self, connection: &Connection) {
-        self.connections.set_idle(connection, Instant::now());
+        if !connection.is_idle() {
+            self.connections.set_idle(connection, Instant::now());
+        }
         let added = epoll::add(&self.epoll, &connection.stream, EventData::new_u64(connection.id), EventFlags::IN);
         if let Err(e) = added {
             log::error!("watching a connection: {e}");
@@ -349,6 +354,26 @@ mod tests {
         fn after_panic(&self, _: &Request<'_>, _: &mut Exchange<'_>) -> io::Result<()> {
             panic!("on purpose, again")
         }
+    }
+
+    #[test]
+    fn connection_handed_back_is_idle_since_its_last_answer() {
+        let shared = Shared::new(Arc::new(Panics)).unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let _client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (stream, peer) = listener.accept().unwrap();
+        let connection = shared.connections.insert(1, stream, peer);
+        let answered = Instant::now() + Duration::from_secs(1000);
+        shared.connections.set_idle(&connection, answered);
+        let since_answer = connection.idle_since();
+        shared.watch(&connection);
+        assert_eq!(connection.idle_since(), since_answer);
+
+        // Handed back without an answer, as after the first part of a head.
+        epoll::delete(&shared.epoll, &connection.stream).unwrap();
+        connection.set_at_work();
+        shared.watch(&connection);
+        assert!(connection.is_idle() && connection.idle_since() < since_answer);
     }
 
     #[test]

@@ -129,7 +129,7 @@ impl Watcher<'_> {
         let prepared = stream
             .set_nonblocking(false)
             .and_then(|()| stream.set_nodelay(true))
-            .and_then(|()| stream.set_write_timeout(Some(response::WRITE_TIMEOUT)));
+            .and_then(|()| stream.set_write_timeout(Some(response::WRITE_TIMEOUT.get())));
         if let Err(e) = prepared {
             return log::debug!("connection from {peer}: {e}");
         }

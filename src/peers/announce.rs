@@ -2,24 +2,25 @@
 //! transfers: all that the tracker is told, so that no request ever waits for it.
 
 use super::tracker::{Error, Me, Tracker};
+use crate::time_scale::Interval;
 use crate::wire::filter::Filter;
 use crate::wire::tracker::{MAX_TRANSFERS_AT_ONCE, Role, TransferName};
 use crossbeam_channel::{Receiver, Sender, TryRecvError, TrySendError, bounded, select};
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 use std::{io, thread};
 
 /// How often a node announces itself; trackers forget it after twice that.
-const INTERVAL: Duration = Duration::from_secs(60);
+const INTERVAL: Interval = Interval::from_secs(60);
 /// A filter is published at most this often.
-const FILTER_INTERVAL: Duration = Duration::from_secs(30);
+const FILTER_INTERVAL: Interval = Interval::from_secs(30);
 /// How often it is looked whether there is a new one.
-const LOOK: Duration = Duration::from_secs(2);
+const LOOK: Interval = Interval::from_secs(2);
 /// The first pause after a failure; it doubles.
-const FIRST_PAUSE: Duration = Duration::from_secs(1);
+const FIRST_PAUSE: Interval = Interval::from_secs(1);
 /// The longest.
-const LONGEST_PAUSE: Duration = Duration::from_secs(300);
+const LONGEST_PAUSE: Interval = Interval::from_secs(300);
 
 /// Transfers to begin or report that wait for the thread: the NARs of a large closure. Beyond, they are not counted.
 const MAX_JOBS: usize = 8192;
@@ -196,7 +197,7 @@ impl Worker {
             let now = Instant::now();
             // A lookup has found out that the tracker is away.
             if !self.tracker.is_reached() && self.failures == 0 {
-                self.next_announce = self.next_announce.min(now + FIRST_PAUSE);
+                self.next_announce = self.next_announce.min(now + FIRST_PAUSE.get());
             }
             if now >= self.next_announce {
                 self.announce();
@@ -225,7 +226,7 @@ impl Worker {
                 if self.published.is_some_and(|(_, timestamp)| announced.filter != Some(timestamp)) {
                     self.published = None;
                 }
-                INTERVAL
+                INTERVAL.get()
             }
             Err(e) => {
                 if let Error::Refused(..) = e
@@ -234,7 +235,7 @@ impl Worker {
                     log::warn!("tracker {}: does not take this node: {e}", self.tracker.url());
                 }
                 self.failures = self.failures.saturating_add(1);
-                FIRST_PAUSE.saturating_mul(1 << (self.failures - 1).min(10)).min(LONGEST_PAUSE)
+                FIRST_PAUSE.get().saturating_mul(1 << (self.failures - 1).min(10)).min(LONGEST_PAUSE.get())
             }
         };
         self.next_announce = Instant::now() + pause;
@@ -246,7 +247,7 @@ impl Worker {
         if now < self.next_filter || self.failures > 0 || self.published.is_some_and(|(last, _)| last == version) {
             return;
         }
-        self.next_filter = now + FILTER_INTERVAL;
+        self.next_filter = now + FILTER_INTERVAL.get();
         match self.tracker.put_filter(&self.me, &filter) {
             Ok(timestamp) => self.published = Some((version, timestamp)),
             Err(e) => log::debug!("tracker {}: filter: {e}", self.tracker.url()),
@@ -293,7 +294,7 @@ impl Worker {
         let until = if self.tracker.is_reached() && !self.reports.is_empty() {
             now
         } else {
-            self.next_announce.min(now + LOOK)
+            self.next_announce.min(now + LOOK.get())
         };
         select! {
             recv(self.stopped) -> _ => return false,

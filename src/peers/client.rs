@@ -6,6 +6,7 @@ use super::standing::Fault;
 use crate::lan::Holder;
 use crate::nix::{HashPart, Malformed, NarInfo, StoreDir};
 use crate::on_drop::OnDrop;
+use crate::time_scale::Timeout;
 use crate::wire::tracker::{TRANSFER_HEADER, TransferName};
 use crossbeam_channel::bounded;
 use std::fmt;
@@ -24,7 +25,7 @@ use ureq::unversioned::transport::{DefaultConnector, NextTimeout};
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// A NAR's first byte, and every further one, comes within this of the last.
-pub const STALL: Duration = Duration::from_secs(10);
+pub const STALL: Timeout = Timeout::from_secs(10);
 
 /// A peer that is slower than this, in bytes a second and one stream, is left in any case: Nix would wait for it
 /// without end. Sixteen streams over the slowest Wi-Fi have twice that each.
@@ -38,7 +39,7 @@ const IDLE_PER_PEER: usize = 25;
 /// Connections kept open in all.
 const IDLE: usize = 100;
 /// Shorter than the 30 s after which a peer closes an idle connection, so that no request meets a closed one.
-const IDLE_AGE: Duration = Duration::from_secs(15);
+const IDLE_AGE: Timeout = Timeout::from_secs(15);
 
 /// ureq's buffer for what it reads, which bounds one read of a NAR's body. 128 KiB was fastest among 16 to 512.
 const BUFFER: usize = 128 * 1024;
@@ -177,13 +178,13 @@ impl Client {
             .accept_encoding("identity")
             .no_delay(true)
             .timeout_connect(Some(CONNECT_TIMEOUT))
-            .timeout_per_read(Some(STALL))
-            .timeout_recv_response(Some(STALL))
+            .timeout_per_read(Some(STALL.get()))
+            .timeout_recv_response(Some(STALL.get()))
             .max_response_header_size(MAX_HEAD)
             .input_buffer_size(BUFFER)
             .max_idle_connections(IDLE)
             .max_idle_connections_per_host(IDLE_PER_PEER)
-            .max_idle_age(IDLE_AGE)
+            .max_idle_age(IDLE_AGE.get())
             .build();
         Client { agent: Agent::with_parts(config, DefaultConnector::default(), PeerAddress), store_dir }
     }
@@ -258,7 +259,7 @@ impl Client {
         let body = response.into_body();
         if is_compressed {
             let reader = body.into_with_config().limit(u64::MAX).reader();
-            let decoded = Decoded::new(reader, STALL).map_err(|e| Error::Unreachable(e.into()))?;
+            let decoded = Decoded::new(reader, STALL.get()).map_err(|e| Error::Unreachable(e.into()))?;
             let bytes = Bytes::Compressed(Box::new(decoded));
             return Ok(NarBody { bytes, skip: offset - from, has_end: true });
         }

@@ -7,6 +7,7 @@
 
 use super::client::twice;
 use crate::nix::HashPart;
+use crate::time_scale::{Interval, Timeout};
 use crate::wire::filter::Filter;
 use crate::wire::tracker::{
     Announce, Announced, Candidates, Identity, KEY_HEADER, MAX_CANDIDATES, MAX_OTHERS, Proof, Report, Role,
@@ -40,7 +41,7 @@ const MAX_HEAD: usize = 16 * 1024;
 /// Connections kept: as many as Nix has questions.
 const IDLE: usize = 25;
 /// Shorter than the 30 s after which trackers close idle ones.
-const IDLE_AGE: Duration = Duration::from_secs(25);
+const IDLE_AGE: Timeout = Timeout::from_secs(25);
 
 /// In the first moment after the start it is not known yet whether a tracker is there; lookups wait so long for its first
 /// answer, as Nix remembers a wrong *not there* for an hour.
@@ -58,9 +59,9 @@ const LONGEST_WAIT: Duration = Duration::from_millis(400);
 /// A tracker is not left out as long as one of its candidates has answered in this time.
 const USEFUL_FOR: Duration = Duration::from_secs(600);
 /// The first pause of one that is; it doubles.
-const FIRST_PAUSE: Duration = Duration::from_secs(5);
+const FIRST_PAUSE: Interval = Interval::from_secs(5);
 /// The longest.
-const LONGEST_PAUSE: Duration = Duration::from_secs(300);
+const LONGEST_PAUSE: Interval = Interval::from_secs(300);
 
 /// A node as trackers know it.
 #[derive(Debug)]
@@ -159,7 +160,7 @@ impl Tracker {
             .max_response_header_size(MAX_HEAD)
             .max_idle_connections(IDLE)
             .max_idle_connections_per_host(IDLE)
-            .max_idle_age(IDLE_AGE)
+            .max_idle_age(IDLE_AGE.get())
             .build()
             .into();
         let state = State {
@@ -197,7 +198,7 @@ impl Tracker {
         }
         // After a pause one lookup tries, and the others go on without.
         if state.paused_until.is_some() {
-            state.paused_until = Some(now + FIRST_PAUSE);
+            state.paused_until = Some(now + FIRST_PAUSE.get());
         }
         true
     }
@@ -233,7 +234,8 @@ impl Tracker {
         state.counted = Some(now);
         let is_useful = state.useful.is_some_and(|at| now.saturating_duration_since(at) < USEFUL_FOR);
         if state.fruitless > 1 && !is_useful {
-            let pause = FIRST_PAUSE.saturating_mul(1 << (state.fruitless - 2).min(10)).min(LONGEST_PAUSE);
+            let longest = LONGEST_PAUSE.get();
+            let pause = FIRST_PAUSE.get().saturating_mul(1 << (state.fruitless - 2).min(10)).min(longest);
             log::debug!("tracker {}: left out for {} s", self.url, pause.as_secs());
             state.paused_until = Some(now + pause);
         }
@@ -518,13 +520,13 @@ mod tests {
         assert_eq!(tracker.patience(), Some(LEAST_WAIT));
         let again = later + LEAST_WAIT;
         tracker.proved(0, MANY_DEAD, later + Duration::from_millis(1), again);
-        assert_eq!(tracker.lock().paused_until, Some(again + FIRST_PAUSE));
+        assert_eq!(tracker.lock().paused_until, Some(again + FIRST_PAUSE.get()));
         assert!(!tracker.is_of_use());
         tracker.lock().paused_until = Some(now);
         assert!(tracker.is_of_use(), "one tries again");
         assert!(!tracker.is_of_use(), "the others do not wait for it");
-        tracker.proved(0, MANY_DEAD, again + FIRST_PAUSE, again + FIRST_PAUSE);
-        assert_eq!(tracker.lock().paused_until, Some(again + FIRST_PAUSE * 3));
+        tracker.proved(0, MANY_DEAD, again + FIRST_PAUSE.get(), again + FIRST_PAUSE.get());
+        assert_eq!(tracker.lock().paused_until, Some(again + FIRST_PAUSE.get() * 3));
         tracker.proved(1, 0, again, again);
         assert!(tracker.is_of_use() && tracker.is_of_use());
         assert_eq!(tracker.patience(), None);

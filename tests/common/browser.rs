@@ -1,7 +1,7 @@
 //! A real Chromium without a window on a host's network, driven by its own protocol (CDP) over a pipe.
 
 use super::lan::Host;
-use super::{SOON, directory};
+use super::{DEADLINE, directory, thread};
 use data_encoding::BASE64;
 use serde_json::{Value, json};
 use std::collections::VecDeque;
@@ -68,7 +68,7 @@ impl Browser {
         let to = process.stdin.take().expect("it was asked for");
         let output = BufReader::new(process.stdout.take().expect("it was asked for"));
         let (sender, from) = channel();
-        std::thread::spawn(move || {
+        thread::spawn("browser", move || {
             let messages = output.split(0).map_while(Result::ok);
             for message in messages.filter_map(|bytes| serde_json::from_slice(&bytes).ok()) {
                 if sender.send(message).is_err() {
@@ -117,7 +117,7 @@ impl Browser {
     }
 
     fn receive(&mut self, waiting_for: &str) -> Value {
-        let message = self.from.recv_timeout(SOON).unwrap_or_else(|e| panic!("{waiting_for}: {e}"));
+        let message = self.from.recv_timeout(DEADLINE).unwrap_or_else(|e| panic!("{waiting_for}: {e}"));
         let parameters = &message["params"];
         match message["method"].as_str().unwrap_or_default() {
             "Network.requestWillBeSent" => {
@@ -179,7 +179,7 @@ impl Browser {
 
     /// Waits until an element with that ID shows all of these; nobody reloads the page.
     pub fn wait_until_shown(&mut self, id: &str, texts: &[&str]) -> String {
-        let until = Instant::now() + SOON;
+        let until = Instant::now() + DEADLINE;
         loop {
             let shown = self.shown(id);
             if texts.iter().all(|text| shown.contains(text)) {

@@ -2,6 +2,7 @@
 
 use super::lan::{Host, Run};
 use super::process::Process;
+use super::thread;
 use nfq::{Queue, Verdict};
 use std::collections::VecDeque;
 use std::io::ErrorKind;
@@ -69,7 +70,7 @@ impl Host {
         queue.set_nonblocking(true);
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = Arc::clone(&stop);
-        let thread = std::thread::spawn(move || hold(&mut queue, time, &stopped));
+        let thread = thread::spawn("delay", move || hold(&mut queue, time, &stopped));
         for table in TABLES {
             self.net_cmd(table)
                 .args(["-A", "INPUT", "-i", "eth0", "-j", "NFQUEUE", "--queue-num", "0", "--queue-bypass"])

@@ -1,8 +1,10 @@
 //! As much HTTP/1.1 as the tests need, both sides.
 
-use super::{SOON, lan::Host};
+use super::{DEADLINE, lan::Host, thread};
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -41,8 +43,8 @@ impl Connection {
     /// Takes over a connection.
     pub fn new(stream: TcpStream) -> io::Result<Connection> {
         stream.set_nodelay(true)?;
-        stream.set_read_timeout(Some(SOON))?;
-        stream.set_write_timeout(Some(SOON))?;
+        stream.set_read_timeout(Some(DEADLINE))?;
+        stream.set_write_timeout(Some(DEADLINE))?;
         Ok(Connection { stream: BufReader::new(stream) })
     }
 
@@ -174,11 +176,14 @@ pub enum Reply {
     Silence,
 }
 
-/// A server that does whatever it is told. Dropping it closes every connection.
+/// A server that does whatever it is told. Dropping it closes every connection, and panics if one of
+/// its answers did.
 pub struct Server {
     listener: TcpListener,
     connections: Arc<Mutex<Vec<TcpStream>>>,
     thread: Option<JoinHandle<()>>,
+    /// Whether `handle` has panicked.
+    failed: Arc<AtomicBool>,
 }
 
 impl Server {
@@ -187,20 +192,23 @@ impl Server {
         let connections: Arc<Mutex<Vec<TcpStream>>> = Arc::default();
         let accepting = listener.try_clone().expect("a second handle");
         let (opened, handle) = (Arc::clone(&connections), Arc::new(handle));
-        let thread = std::thread::spawn(move || {
+        let has_failed = Arc::<AtomicBool>::default();
+        let failed = Arc::clone(&has_failed);
+        let thread = thread::spawn("server", move || {
             // Ends when the listener is shut down.
             while let Ok((stream, _)) = accepting.accept() {
                 let mut opened = opened.lock().expect("no connection panics while it is held");
                 opened.push(stream.try_clone().expect("a second handle"));
-                let handle = Arc::clone(&handle);
-                std::thread::spawn(move || {
+                let (handle, failed) = (Arc::clone(&handle), Arc::clone(&failed));
+                thread::spawn("server", move || {
                     // An asker that goes away is none of the server's business.
-                    let _ = serve(&stream, handle.as_ref());
+                    let served = catch_unwind(AssertUnwindSafe(|| serve(&stream, handle.as_ref())));
+                    failed.fetch_or(served.is_err(), Ordering::Relaxed);
                     let _ = stream.shutdown(Shutdown::Both);
                 });
             }
         });
-        Server { listener, connections, thread: Some(thread) }
+        Server { listener, connections, thread: Some(thread), failed: has_failed }
     }
 }
 
@@ -214,6 +222,9 @@ impl Drop for Server {
             for connection in connections.iter() {
                 let _ = connection.shutdown(Shutdown::Both);
             }
+        }
+        if self.failed.load(Ordering::Relaxed) && !std::thread::panicking() {
+            panic!("a request was answered by a panic: its message is above");
         }
     }
 }

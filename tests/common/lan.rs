@@ -1,6 +1,8 @@
 //! Hosts and the switch they are plugged into.
 
-use super::{directory, process::Process};
+use super::{DEADLINE, directory, process::Process, thread};
+use peerix::time_scale::{INTERVAL_SCALE, TIMEOUT_SCALE};
+use rustix::process::{Pid, Signal, kill_process};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use std::fs::File;
 use std::io::{BufRead, BufReader};
@@ -10,6 +12,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::mpsc::channel;
 
 /// A switch. Hosts are plugged in by [`Lan::host`].
 pub struct Lan {
@@ -19,11 +22,38 @@ pub struct Lan {
     subnet: Subnet,
     /// The address of the way out, if there is one.
     gateway: Option<Ipv4Addr>,
+    pub(super) scale: Scale,
     hosts: AtomicU8,
 }
 
 /// The first three bytes of the addresses of a network: a /24.
 pub type Subnet = [u8; 3];
+
+/// By what the daemons and trackers of a scene scale their intervals and time-outs: see
+/// [`peerix::time_scale`].
+#[derive(Debug, Clone, Copy)]
+pub struct Scale {
+    intervals: f64,
+    timeouts: f64,
+}
+
+impl Default for Scale {
+    fn default() -> Scale {
+        Scale { intervals: 1.0, timeouts: 1.0 }
+    }
+}
+
+impl Scale {
+    /// Scales announces, and other actions that are repeated.
+    pub fn intervals(factor: f64) -> Scale {
+        Scale { intervals: factor, ..Scale::default() }
+    }
+
+    /// Scales waits for clients and peers.
+    pub fn timeouts(factor: f64) -> Scale {
+        Scale { timeouts: factor, ..Scale::default() }
+    }
+}
 
 impl Lan {
     /// An empty network, 10.77.0.0/24, with no way out.
@@ -36,7 +66,7 @@ impl Lan {
         run(namespace, &format!("ip link add {switch} type bridge mcast_snooping 0"));
         run(namespace, &format!("ip link set {switch} up"));
         let (namespace, switch) = (Arc::clone(namespace), switch.to_owned());
-        Lan { namespace, switch, subnet, gateway: None, hosts: AtomicU8::new(0) }
+        Lan { namespace, switch, subnet, gateway: None, scale: Scale::default(), hosts: AtomicU8::new(0) }
     }
 
     /// The same, where the machine that the switch is in is the way out, for hosts still to come.
@@ -46,6 +76,12 @@ impl Lan {
         run(namespace, &format!("ip addr add {gateway}/24 brd + dev {switch}"));
         lan.gateway = Some(gateway);
         lan
+    }
+
+    /// The same network, where programs on hosts still to come scale their times.
+    pub fn with_scale(mut self, scale: Scale) -> Lan {
+        self.scale = scale;
+        self
     }
 
     /// An address on this network, of a host or of nobody.
@@ -73,6 +109,7 @@ impl Lan {
             name: name.to_owned(),
             address: self.address(number),
             port: format!("{}-{number}", self.switch),
+            scale: self.scale,
             namespace: Arc::new(namespace),
             switch: Arc::clone(&self.namespace),
         };
@@ -100,6 +137,7 @@ pub struct Host {
     /// On the network.
     pub address: Ipv4Addr,
     port: String,
+    scale: Scale,
     pub(super) namespace: Arc<Namespace>,
     switch: Arc<Namespace>,
 }
@@ -133,6 +171,10 @@ impl Host {
             ("NIX_CONF_DIR", "/etc/nix".to_owned()),
             ("LC_ALL", "C.UTF-8".to_owned()),
         ]);
+        let scales = [(INTERVAL_SCALE, self.scale.intervals), (TIMEOUT_SCALE, self.scale.timeouts)];
+        for (variable, factor) in scales.into_iter().filter(|(_, factor)| *factor != 1.0) {
+            command.env(variable, factor.to_string());
+        }
         command
     }
 
@@ -183,7 +225,7 @@ impl Host {
     pub fn in_net<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
         let namespace = File::open(self.namespace.file("net")).expect("the host is there");
         std::thread::scope(|scope| {
-            let thread = scope.spawn(move || {
+            let thread = thread::spawn_in(scope, &self.name, move || {
                 move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network))
                     .expect("enter the host's network");
                 work()
@@ -195,7 +237,7 @@ impl Host {
     /// A connection from this host.
     pub fn connect(&self, to: impl Into<SocketAddr>) -> std::io::Result<TcpStream> {
         let to = to.into();
-        self.in_net(|| TcpStream::connect_timeout(&to, super::SOON))
+        self.in_net(|| TcpStream::connect_timeout(&to, DEADLINE))
     }
 
     /// A connection from this host to its own peerix, as its Nix makes it.
@@ -312,12 +354,21 @@ pub trait Run {
 impl Run for Command {
     fn okay(&mut self) -> String {
         let output = self.ran();
-        let error = String::from_utf8_lossy(&output.stderr);
+        let error = super::last_lines(&String::from_utf8_lossy(&output.stderr));
         assert!(output.status.success(), "{self:?}: {}\n{error}", output.status);
         String::from_utf8_lossy(&output.stdout).into_owned()
     }
 
     fn ran(&mut self) -> Output {
-        self.stdin(Stdio::null()).output().expect("nsenter starts")
+        self.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let child = self.spawn().expect("nsenter starts");
+        let pid = Pid::from_child(&child);
+        let (ended, output) = channel();
+        thread::spawn("a command", move || drop(ended.send(child.wait_with_output())));
+        let output = output.recv_timeout(DEADLINE).unwrap_or_else(|_| {
+            let _ = kill_process(pid, Signal::KILL);
+            panic!("{self:?}: not within {DEADLINE:?}")
+        });
+        output.expect("nsenter is ours")
     }
 }

@@ -33,6 +33,7 @@ pub mod scene;
 pub mod solo;
 pub mod standin;
 pub mod stock;
+pub mod thread;
 pub mod tracker;
 pub mod tree;
 pub mod wan;
@@ -40,7 +41,7 @@ pub mod world;
 
 pub use browser::Browser;
 pub use daemon::Daemon;
-pub use lan::{Host, Lan};
+pub use lan::{Host, Lan, Scale};
 pub use process::Process;
 pub use scene::{Asker, Holder};
 pub use tracker::Tracker;
@@ -53,27 +54,28 @@ use std::time::{Duration, Instant};
 /// The port every peerix listens on, TCP and UDP.
 pub const PORT: u16 = 12304;
 
-/// How long anything may take to come about that should come about at once, on a machine with other work.
-pub const SOON: Duration = Duration::from_secs(30);
+/// The longest that a test waits for anything. It bounds a hang: no test depends on how fast the
+/// machine is, or on how much else it has to do.
+pub const DEADLINE: Duration = Duration::from_secs(300);
 
-/// How long Nix may take for anything, at most, on a bad network: it has nothing like it in mind.
-pub const NIX_LIMIT: Duration = Duration::from_secs(120);
-
-/// Asks `done` until it answers, and panics when [`SOON`] is over.
+/// Asks `done` until it answers, and panics after [`DEADLINE`].
 pub fn wait_for<T>(what: &str, done: impl FnMut() -> Option<T>) -> T {
-    wait_at_most(SOON, what, done)
+    wait_with_pause(Duration::from_millis(2), what, done)
 }
 
-/// The same for what takes its time by design.
-pub fn wait_at_most<T>(limit: Duration, what: &str, mut done: impl FnMut() -> Option<T>) -> T {
-    let deadline = Instant::now() + limit;
-    // What may take long is not asked for all the time: a tracker has its limits.
-    let pause = if limit > SOON { Duration::from_millis(100) } else { Duration::from_millis(2) };
+/// Asks `done` ten times a second until it answers, and panics after [`DEADLINE`]: for what a
+/// tracker is asked, which limits the rate.
+pub fn wait_slowly_for<T>(what: &str, done: impl FnMut() -> Option<T>) -> T {
+    wait_with_pause(Duration::from_millis(100), what, done)
+}
+
+fn wait_with_pause<T>(pause: Duration, what: &str, mut done: impl FnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + DEADLINE;
     loop {
         if let Some(answer) = done() {
             return answer;
         }
-        assert!(Instant::now() < deadline, "{what}: not within {limit:?}");
+        assert!(Instant::now() < deadline, "{what}: not within {DEADLINE:?}");
         std::thread::sleep(pause);
     }
 }
@@ -88,9 +90,15 @@ pub fn directory() -> PathBuf {
     dir
 }
 
-/// The name of the running test, which is that of its thread; a helper thread's own name in one.
-pub fn test_name() -> String {
-    std::thread::current().name().unwrap_or("unnamed").to_owned()
+/// Lines of a log, or of what a program said, that a failing test shows.
+const SHOWN_LINES: usize = 40;
+
+/// The last lines of a text, as many as a failing test shows.
+pub fn last_lines(text: &str) -> String {
+    let lines: Vec<&str> = text.lines().collect();
+    let omitted = lines.len().saturating_sub(SHOWN_LINES);
+    let note = if omitted > 0 { format!("[{omitted} lines before these]\n") } else { String::new() };
+    note + &lines[omitted..].join("\n")
 }
 
 /// Where the programs under test are.

@@ -1,7 +1,7 @@
 //! Real Nix on a host.
 
-use super::NIX_LIMIT;
 use super::lan::{Host, Run};
+use super::{DEADLINE, last_lines};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::OnceLock;
@@ -58,10 +58,10 @@ pub fn configure_client(host: &Host, next: &str, keys: &[&str]) {
     host.cmd("nix-store").arg("--init").okay();
 }
 
-/// `nix-store --realise`, to be run; it ends at the latest after [`NIX_LIMIT`].
+/// `nix-store --realise`, to be run; it ends at the latest after [`DEADLINE`].
 pub fn realising(host: &Host, paths: &[&str]) -> Command {
     let mut command = host.cmd("timeout");
-    command.arg(NIX_LIMIT.as_secs().to_string()).args(["nix-store", "--no-gc-warning", "--realise"]).args(paths);
+    command.arg(DEADLINE.as_secs().to_string()).args(["nix-store", "--no-gc-warning", "--realise"]).args(paths);
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     command
 }
@@ -76,7 +76,7 @@ pub fn complaint(output: &Output) -> Option<String> {
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     let bad =
         !output.status.success() || ["error", "warning", "mismatch", "corrupt"].iter().any(|word| said.contains(word));
-    bad.then(|| format!("{}\n{said}", output.status))
+    bad.then(|| format!("{}\n{}", output.status, last_lines(&said)))
 }
 
 /// Realises and panics if Nix failed or complained.
@@ -93,7 +93,8 @@ pub fn assert_quiet(output: &Output) {
 
 /// Panics if Nix failed, whatever it said on the way.
 pub fn assert_succeeded(output: &Output) {
-    assert!(output.status.success(), "{}\n{}", output.status, String::from_utf8_lossy(&output.stderr));
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{}\n{}", output.status, last_lines(&said));
 }
 
 /// The valid paths that `paths` need, themselves among them.

@@ -1,6 +1,7 @@
 //! A process in a host, to be watched, signalled and ended.
 
-use super::{directory, wait_for};
+use super::thread::test_name;
+use super::{directory, last_lines, wait_for};
 use rustix::process::{Pid, Signal, kill_process};
 use std::fs::{self, File};
 use std::path::PathBuf;
@@ -73,10 +74,12 @@ impl Drop for Process {
     }
 }
 
-/// A process that logs. Dropping it kills it; what it logged is shown if the test failed.
+/// A process that logs. Dropping it kills it, and shows the end of its log if the test failed. A
+/// panic in it is a failure, too.
 pub struct Logged {
     /// The process.
     pub process: Process,
+    name: String,
     log: PathBuf,
 }
 
@@ -85,26 +88,27 @@ impl Logged {
     /// `name` is for people.
     pub fn start(name: &str, command: Command) -> Logged {
         let (file, log) = log_file(name);
-        Logged::run(command, log, file.try_clone().expect("a second handle"), Stdio::null(), file.into())
+        let error = file.try_clone().expect("a second handle");
+        Logged::run(name, command, log, error, Stdio::null(), file.into())
     }
 
     /// Starts what [`super::Host::cmd`] describes, with its standard error in a log, and standard
     /// input and output as given.
     pub fn start_with(name: &str, command: Command, input: Stdio, output: Stdio) -> Logged {
         let (file, log) = log_file(name);
-        Logged::run(command, log, file, input, output)
+        Logged::run(name, command, log, file, input, output)
     }
 
-    fn run(mut command: Command, log: PathBuf, error: File, input: Stdio, output: Stdio) -> Logged {
+    fn run(name: &str, mut command: Command, log: PathBuf, error: File, input: Stdio, output: Stdio) -> Logged {
         command.stdin(input).stdout(output).stderr(error);
-        Logged { process: Process::start(command), log }
+        Logged { process: Process::start(command), name: name.to_owned(), log }
     }
 
     /// Waits until `done` has an answer; panics if the process ends first.
     pub fn wait_until<T>(&mut self, what: &str, mut done: impl FnMut() -> Option<T>) -> T {
         wait_for(what, || {
             if let Some(status) = self.process.ended() {
-                panic!("{what}: it ended: {status}\n{}", self.log());
+                panic!("{what}: {} ended: {status}", self.name);
             }
             done()
         })
@@ -118,14 +122,14 @@ impl Logged {
 
 impl Drop for Logged {
     fn drop(&mut self) {
-        if std::thread::panicking() {
-            let log = self.log();
-            let lines: Vec<&str> = log.lines().collect();
-            let shown = lines[lines.len().saturating_sub(150)..].join("\n");
-            eprintln!("---- {} ({} lines)\n{shown}", self.log.display(), lines.len());
+        let panicked = !std::thread::panicking() && self.log().contains(" panicked at ");
+        if panicked || std::thread::panicking() {
+            eprintln!("---- {}: log of {}\n{}", test_name(), self.name, last_lines(&self.log()));
+            eprintln!("---- all of it: {}", self.log.display());
         } else {
             let _ = fs::remove_file(&self.log);
         }
+        assert!(!panicked, "{} panicked", self.name);
     }
 }
 
@@ -135,7 +139,7 @@ fn log_file(name: &str) -> (File, PathBuf) {
     let logs = directory().join("log");
     fs::create_dir_all(&logs).expect("a directory for logs");
     let number = COUNT.fetch_add(1, Ordering::Relaxed);
-    let test = super::test_name().replace("::", ".");
+    let test = test_name().replace("::", ".");
     let path = logs.join(format!("{test}-{}-{number}-{name}", std::process::id()));
     (File::create(&path).expect("a log"), path)
 }

@@ -2,7 +2,7 @@
 //! are in when they need a tracker to find one another.
 
 use super::daemon::{Daemon, mark, wait_until_known};
-use super::lan::{Host, Lan, Run};
+use super::lan::{Host, Lan, Run, Scale};
 use super::tracker::{self, Tracker};
 use super::wan::Wan;
 use super::{World, nix};
@@ -116,7 +116,15 @@ pub struct Places {
 impl Places {
     /// Starts the tracker.
     pub fn new() -> Places {
-        let wan = Wan::new();
+        Places::in_wan(Wan::new())
+    }
+
+    /// The same, where all programs scale their times.
+    pub fn with_scale(scale: Scale) -> Places {
+        Places::in_wan(Wan::new().with_scale(scale))
+    }
+
+    fn in_wan(wan: Wan) -> Places {
         let (home, away, centre) = (wan.lan([10, 1, 0]), wan.lan([203, 0, 113]), wan.lan([198, 51, 100]));
         let world = World::on(&home);
         Places { tracker: Tracker::start(centre.host("tracker")), home, away, centre, world, wan }

@@ -1,7 +1,8 @@
 //! A tracker on this machine's loopback, asked from as many of its addresses as needed. Needs no namespaces.
 
 use super::http::{Answer, Connection};
-use super::{SOON, directory, tracker, wait_at_most};
+use super::thread::test_name;
+use super::{directory, last_lines, tracker, wait_for};
 use peerix::wire::tracker::{Announce, Identity, KEY_HEADER, Proof, SIGNATURE_HEADER, Statement, TIMESTAMP_HEADER};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
@@ -62,7 +63,7 @@ impl Solo {
         let mut command = command(&["--port", "0", "--host", "127.0.0.1", "--db-path"]);
         command.arg(db).stdout(Stdio::null()).stderr(file);
         let mut child = command.spawn().expect("the tracker starts");
-        let port = wait_at_most(SOON, "a tracker that serves", || {
+        let port = wait_for("a tracker that serves", || {
             let said = fs::read_to_string(&log).expect("its log");
             if let Some(status) = child.try_wait().expect("it is ours") {
                 panic!("the tracker ended: {status}\n{said}");
@@ -88,7 +89,7 @@ impl Solo {
     pub fn terminate(&mut self) -> ExitStatus {
         let pid = i32::try_from(self.child.id()).ok().and_then(Pid::from_raw).expect("a process id");
         kill_process(pid, Signal::TERM).expect("it is ours, and not yet reaped");
-        wait_at_most(SOON, "a tracker that was asked to stop", || self.child.try_wait().expect("it is ours"))
+        wait_for("a tracker that was asked to stop", || self.child.try_wait().expect("it is ours"))
     }
 
     /// How it ended, if it has.
@@ -131,11 +132,11 @@ impl Drop for Solo {
         // It may have ended.
         let _ = self.child.kill();
         let _ = self.child.wait();
-        if std::thread::panicking() {
-            let log = self.log();
-            let lines: Vec<&str> = log.lines().collect();
-            eprintln!("---- the tracker\n{}", lines[lines.len().saturating_sub(30)..].join("\n"));
+        let panicked = !std::thread::panicking() && self.log().contains(" panicked at ");
+        if panicked || std::thread::panicking() {
+            eprintln!("---- {}: log of the tracker\n{}", test_name(), last_lines(&self.log()));
         }
+        assert!(!panicked, "the tracker panicked");
     }
 }
 

@@ -4,7 +4,7 @@ use super::http::{Reply, Request, Server};
 use super::lan::Host;
 use super::packet::Packet;
 use super::world::hash_part;
-use super::{PORT, World};
+use super::{PORT, World, thread};
 use data_encoding::BASE64;
 use std::fs;
 use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
@@ -46,7 +46,7 @@ impl StandIn {
         let socket = host.udp(PORT);
         let own = host.address;
         let (datagrams, stopped) = (Arc::clone(&heard), Arc::clone(&stop));
-        let thread = std::thread::spawn(move || {
+        let thread = thread::spawn("stand-in", move || {
             while !stopped.load(Ordering::Relaxed) {
                 let Some((from, datagram)) = receive(&socket, Duration::from_millis(50)) else { continue };
                 if from.ip() == own {

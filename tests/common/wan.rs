@@ -1,7 +1,7 @@
 //! Networks joined by a router, as the internet joins them: each reaches the others' addresses, and no broadcast or
 //! multicast leaves any.
 
-use super::lan::{Host, Lan, Namespace, Run, Subnet, run};
+use super::lan::{Host, Lan, Namespace, Run, Scale, Subnet, run};
 use std::net::Ipv4Addr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 pub struct Wan {
     router: Arc<Namespace>,
     lans: AtomicU8,
+    scale: Scale,
 }
 
 impl Wan {
@@ -17,13 +18,19 @@ impl Wan {
     pub fn new() -> Wan {
         let router = Namespace::bare();
         router.forward();
-        Wan { router: Arc::new(router), lans: AtomicU8::new(0) }
+        Wan { router: Arc::new(router), lans: AtomicU8::new(0), scale: Scale::default() }
+    }
+
+    /// The same, where programs on networks still to come scale their times.
+    pub fn with_scale(mut self, scale: Scale) -> Wan {
+        self.scale = scale;
+        self
     }
 
     /// A network of the internet; its hosts get a way out.
     pub fn lan(&self, subnet: Subnet) -> Lan {
         let number = self.lans.fetch_add(1, Ordering::Relaxed) + 1;
-        Lan::routed(&self.router, &format!("lan{number}"), subnet)
+        Lan::routed(&self.router, &format!("lan{number}"), subnet).with_scale(self.scale)
     }
 
     /// Has packets to a range of addresses that is nobody's, given as `10.9.0.0/16`, dropped without a word.
@@ -57,7 +64,7 @@ impl Nat {
     pub fn new(outside: &Lan, inside: Subnet) -> Nat {
         let router = outside.host("nat");
         router.namespace.forward();
-        let lan = Lan::routed(&router.namespace, "inside", inside);
+        let lan = Lan::routed(&router.namespace, "inside", inside).with_scale(outside.scale);
         router.net("iptables -t nat -A POSTROUTING -o eth0 -j MASQUERADE");
         // What nobody inside asked for, and nobody forwarded, stays outside, whoever knows the addresses inside.
         router.net("iptables -A FORWARD -i eth0 -m conntrack --ctstate ESTABLISHED,RELATED,DNAT -j ACCEPT");
