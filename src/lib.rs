@@ -40,4 +40,5 @@ pub mod share;
 pub mod sockets;
 pub mod status;
 pub mod store;
+pub mod suspend;
 pub mod wire;

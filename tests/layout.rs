@@ -35,6 +35,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("on_drop", &[]),
     ("seldom", &[]),
     ("service", &[]),
+    ("suspend", &[]),
     ("record", &["nix"]),
     ("config", &["network", "nix"]),
     ("network", &["fnmatch"]),
