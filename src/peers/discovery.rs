@@ -11,7 +11,7 @@ use super::Holder;
 use super::asks::{Asks, Question, Told};
 use super::known::{Answer, CROWD, Known, Neighbour};
 use super::queries::{Due, Queries, Query, Tally};
-use crate::network::{Interface, LanNetworks, MULTICAST_GROUP, Networks};
+use crate::network::{Interface, LanNetworks, MULTICAST_GROUP, NetworkWatcher, Networks};
 use crate::nix::HashPart;
 use crate::on_drop::OnDrop;
 use crate::wire::{Hello, Packet};
@@ -26,8 +26,11 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use std::{io, thread};
 
-/// Age at which the networks of this machine are read again.
-const REFRESH: Duration = Duration::from_secs(5);
+/// Longest wait of the thread's loop, so that a watchdog which looks every 20 s sees it turn.
+const MAX_WAIT: Duration = Duration::from_secs(15);
+
+/// Pause before an interface on which the multicast group could not be joined is tried again.
+const JOIN_RETRY: Duration = Duration::from_secs(5);
 
 /// How often a node says *hello*.
 const HELLO_INTERVAL: Duration = Duration::from_secs(30);
@@ -493,7 +496,7 @@ impl Handle {
         self.ask.clone()
     }
 
-    /// Turns of the thread's loop so far; it makes one every [`REFRESH`] at least.
+    /// Turns of the thread's loop so far; it makes one every 15 s at least.
     pub fn turns(&self) -> u64 {
         self.alive.load(Ordering::Relaxed)
     }
@@ -522,7 +525,8 @@ fn run<N: Neighbourhood>(
     loop {
         sockets.send(&mut out);
         let now = Instant::now();
-        let wait = discovery.next_due().saturating_duration_since(now).min(REFRESH);
+        let due = sockets.next_due().into_iter().fold(discovery.next_due(), Instant::min);
+        let wait = due.saturating_duration_since(now).min(MAX_WAIT);
         sockets.wait(&wake.event, wait);
         turns.fetch_add(1, Ordering::Relaxed);
         let stop = wake.stop.load(Ordering::SeqCst);
@@ -561,10 +565,7 @@ struct Sockets {
     bound: Vec<Bound>,
     port: u16,
     networks: Arc<Networks>,
-    /// Of the networks, as last acted on.
-    generation: u64,
-    /// When they were last read.
-    read: Instant,
+    watcher: NetworkWatcher,
     /// Which socket is in the multicast group on which interface.
     joined: HashSet<(usize, u32)>,
     /// When a join that failed is tried again.
@@ -605,9 +606,8 @@ impl Sockets {
             sockets,
             bound,
             port,
-            generation: networks.generation(),
+            watcher: NetworkWatcher::new(networks.clone(), Instant::now()),
             networks,
-            read: Instant::now(),
             joined: HashSet::new(),
             join_again: None,
             unreachable: false,
@@ -633,6 +633,8 @@ impl Sockets {
     fn wait(&self, wake: &OwnedFd, wait: Duration) {
         let mut fds: Vec<PollFd<'_>> = self.sockets.iter().map(|s| PollFd::new(s, PollFlags::IN)).collect();
         fds.push(PollFd::new(wake, PollFlags::IN));
+        let news = self.watcher.as_fd();
+        fds.extend(news.as_ref().map(|news| PollFd::new(news, PollFlags::IN)));
         // Rounded up, or the last fraction of a millisecond would be spent in a busy loop on old kernels.
         let timeout = Timespec::try_from(wait).unwrap_or(Timespec { tv_sec: 1, tv_nsec: 0 });
         if let Err(e) = poll(&mut fds, Some(&timeout))
@@ -644,18 +646,15 @@ impl Sockets {
         let _ = rustix::io::read(wake, &mut [0u8; 8]);
     }
 
-    /// Looks at the interfaces now and then, and sooner when something could not be sent.
+    /// When [`Sockets::network_changed`] has to be called even if the kernel reports no change.
+    fn next_due(&self) -> Option<Instant> {
+        [self.watcher.next_due(), self.join_again].into_iter().flatten().min()
+    }
+
+    /// Reads the networks of this machine again if there is a reason to; true if they changed.
     fn network_changed(&mut self) -> bool {
-        let max_age = if std::mem::take(&mut self.unreachable) { REFRESH / 5 } else { REFRESH };
         let now = Instant::now();
-        if now >= self.read + max_age {
-            self.read = now;
-            if let Err(e) = self.networks.refresh() {
-                log::error!("network interfaces: {e}");
-            }
-        }
-        let generation = self.networks.generation();
-        let changed = std::mem::replace(&mut self.generation, generation) != generation;
+        let changed = self.watcher.update(std::mem::take(&mut self.unreachable), now);
         if changed || self.join_again.is_some_and(|at| at <= now) {
             self.join(now);
         }
@@ -683,7 +682,7 @@ impl Sockets {
                     Err(e) if e.kind() == io::ErrorKind::AddrInUse => {}
                     Err(e) => {
                         log::debug!("multicast on interface {index}: {e}");
-                        self.join_again = Some(now + REFRESH);
+                        self.join_again = Some(now + JOIN_RETRY);
                         continue;
                     }
                 }
