@@ -41,5 +41,6 @@ pub mod share;
 pub mod sockets;
 pub mod status;
 pub mod store;
+pub mod suspend;
 pub mod time_scale;
 pub mod wire;

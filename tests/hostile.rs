@@ -5,7 +5,7 @@
 use crate::common::fault::Delay;
 use crate::common::http::{self, Reply, Request};
 use crate::common::standin::{Shelf, StandIn, have};
-use crate::common::{Asker, Holder, Lan, World, nar, nix, thread, wait_for, world};
+use crate::common::{Asker, Holder, Host, Lan, World, nar, nix, thread, wait_for, world};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
@@ -19,6 +19,7 @@ struct Scene {
     world: World,
     asker: Asker,
     evil: StandIn,
+    _evil: Host,
     _far: Delay,
     good: Holder,
     lan: Lan,
@@ -31,8 +32,10 @@ impl Scene {
         let good = Holder::new(&lan, &world, "good");
         let asker = Asker::new(&lan, &world, &[&good]);
         let far = good.host.delay(FAR);
-        let evil = StandIn::start(&lan.host("evil"), have(|_| true), answers(&world));
-        Scene { world, asker, evil, _far: far, good, lan }
+        let host = lan.host("evil");
+        let evil = StandIn::start(&host, have(|_| true), answers(&world));
+        evil.meet(&host, &asker.host);
+        Scene { world, asker, evil, _evil: host, _far: far, good, lan }
     }
 
     /// Nix gets `name` in one go and never learns of the bad peer.

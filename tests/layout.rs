@@ -39,6 +39,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("on_drop", &[]),
     ("seldom", &[]),
     ("service", &[]),
+    ("suspend", &[]),
     ("time_scale", &[]),
     ("record", &["nix"]),
     ("config", &["network", "nix"]),

@@ -111,7 +111,7 @@ fn who_may_ask() {
     let link_local = link_local(server);
     let scope = index(neighbour);
     check("fe80::", neighbour, SocketAddrV6::new(link_local, PORT, 0, scope).into(), 200, 403);
-    // The daemon looks at its interfaces again within a second when a private address it does not know asks.
+    // The kernel reports the new addresses to the daemon.
     wait_for("a new private network is noticed", || {
         (get(neighbour, socket("fd00:77::1"), "/store/nix-cache-info").unwrap().status == 200).then_some(())
     });

@@ -5,7 +5,12 @@ mod common;
 use common::lan::Run;
 use common::packet::Packet;
 use common::{Daemon, Host, Lan, PORT, SOON, Wan, daemon, http, wait_for, world};
+use peerix::network::neighbours::{self, NeighbourState};
+use peerix::network::{ChangeMonitor, NetworkPolicy, NetworkWatcher, Networks};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6, UdpSocket};
+use std::sync::Arc;
+use std::time::Instant;
 
 const BIND_BOTH: [&str; 4] = ["--bind", "0.0.0.0", "--bind", "[::]"];
 
@@ -350,4 +355,88 @@ fn nothing_is_answered_through_an_excluded_interface() {
     for target in outside {
         assert_eq!(narinfo_status(&neighbour, target, &mark), 403, "{target}");
     }
+}
+
+/// Waits until the kernel reports something.
+fn wait_for_news(monitor: &ChangeMonitor, what: &str) {
+    let timeout = Timespec::try_from(SOON).unwrap();
+    let ready = poll(&mut [PollFd::new(monitor, PollFlags::IN)], Some(&timeout)).unwrap();
+    assert_eq!(ready, 1, "{what}: no news within {SOON:?}");
+}
+
+#[test]
+fn the_kernel_reports_changes_of_links_and_addresses() {
+    let lan = Lan::new();
+    let host = lan.host("host");
+    // The last thing that comes of itself.
+    link_local(&host, "eth0");
+    let monitor = host.in_net(|| ChangeMonitor::open().expect("a netlink socket"));
+    host.net("ip route add 10.9.0.0/16 dev eth0");
+    assert!(!monitor.drain(), "a route is no news");
+    for change in [
+        "ip addr add 10.77.0.99/24 dev eth0",
+        "ip addr del 10.77.0.99/24 dev eth0",
+        "ip -6 addr add fd00::1/64 dev eth0 nodad",
+        "ip -6 addr del fd00::1/64 dev eth0",
+        "ip link add docker0 type bridge",
+        "ip link set docker0 name docker1",
+        "ip link del docker1",
+        "ip link set eth0 down",
+        "ip link set eth0 up",
+    ] {
+        host.net(change);
+        wait_for_news(&monitor, change);
+        assert!(monitor.drain(), "{change}");
+    }
+}
+
+#[test]
+fn reports_that_are_lost_count_as_a_change() {
+    let lan = Lan::new();
+    let host = lan.host("host");
+    link_local(&host, "eth0");
+    let networks = Arc::new(host.in_net(|| Networks::new(NetworkPolicy::default(), Vec::new())));
+    let (monitor, mut watcher) = host.in_net(|| {
+        let watcher = NetworkWatcher::new(networks.clone(), Instant::now());
+        (ChangeMonitor::open().expect("a netlink socket"), watcher)
+    });
+    assert!(networks.is_lan((lan.address(9), PORT).into()), "read when it began to watch");
+    // The buffer of a socket holds fewer than 2,000 reports.
+    let add_and_remove = "addr add 10.9.9.9/24 dev eth0\naddr del 10.9.9.9/24 dev eth0\n";
+    host.write("/tmp/batch", add_and_remove.repeat(1000) + "addr add 10.8.8.8/24 dev eth0\n");
+    let batch = host.path("/tmp/batch");
+    host.net_cmd("ip").arg("-batch").arg(batch).okay();
+    assert!(monitor.drain());
+    assert!(!monitor.drain());
+    assert!(host.in_net(|| watcher.update(false, Instant::now())));
+    assert!(networks.is_lan(v4(10, 8, 8, 1)) && !networks.is_lan(v4(10, 9, 9, 1)));
+    assert!(!host.in_net(|| watcher.update(false, Instant::now())), "a change is told once");
+}
+
+#[test]
+fn machines_that_the_kernel_knows_are_listed() {
+    let lan = Lan::new();
+    let (host, other) = (lan.host("host"), lan.host("other"));
+    let v6 = SocketAddrV6::new(link_local(&other, "eth0"), 9, 0, index(&host, "eth0"));
+    link_local(&host, "eth0");
+    for target in [SocketAddr::from((other.address, 9)), v6.into()] {
+        let refused = host.connect(target).expect_err("nobody listens there");
+        assert_eq!(refused.kind(), std::io::ErrorKind::ConnectionRefused);
+    }
+    let nobody = SocketAddr::from((lan.address(77), 9));
+    host.udp(9).send_to(b"x", nobody).unwrap();
+    let entries = host.in_net(|| neighbours::read().expect("the tables"));
+    let state_of = |ip: IpAddr| {
+        let mut found = entries.iter().filter(|entry| entry.ip == ip);
+        let entry = found.next().unwrap_or_else(|| panic!("no {ip} in {entries:?}"));
+        assert_eq!(entry.interface, index(&host, "eth0"));
+        assert!(found.next().is_none());
+        entry.state
+    };
+    assert_eq!(state_of(other.address.into()), NeighbourState::Reachable);
+    assert!(
+        [NeighbourState::Reachable, NeighbourState::Stale, NeighbourState::Delay]
+            .contains(&state_of((*v6.ip()).into()))
+    );
+    assert!(entries.iter().all(|entry| entry.ip != nobody.ip()), "{entries:?}");
 }

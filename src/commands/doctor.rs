@@ -12,7 +12,7 @@ use super::shell::quote;
 use super::{Node, get, get_within, list, long, text};
 use crate::cli::{self, Command};
 use crate::config::{Config, DEFAULT_PORT};
-use crate::network::{LanNetworks, Networks};
+use crate::network::{LanNetworks, Networks, neighbours};
 use crate::nix::{HashPart, NarInfo};
 use crate::store::{Store, StoreConfig, StoreError};
 use std::ffi::OsString;
@@ -353,11 +353,10 @@ fn network(report: &mut Report, node: &Node) {
     }
 }
 
-/// Machines on the LAN that the kernel has spoken with lately.
+/// Machines on the LAN that the kernel has exchanged packets with.
 fn neighbours(networks: &LanNetworks, port: u16) -> Vec<SocketAddr> {
-    let table = fs::read_to_string("/proc/net/arp").unwrap_or_default();
-    let first = |line: &str| line.split_whitespace().next()?.parse::<IpAddr>().ok();
-    let addresses = table.lines().filter_map(first).map(|ip| SocketAddr::new(ip, port));
+    let entries = neighbours::read().unwrap_or_default().into_iter();
+    let addresses = entries.map(|entry| entry.socket_addr(port));
     addresses.filter(|address| networks.is_lan(*address)).take(MAX_NEIGHBOURS).collect()
 }
 

@@ -27,8 +27,8 @@ use super::Holder;
 use crate::nix::HashPart;
 use crate::wire::{Bits, HashParts, Hello, MAX_BATCH, Packet};
 use crossbeam_channel::Sender;
-use std::collections::{BTreeMap, VecDeque};
-use std::net::{IpAddr, SocketAddr};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -112,7 +112,7 @@ pub enum Event<'a> {
     /// The interfaces changed, or the machine woke from suspend.
     NetworkChanged,
     /// Addresses in the kernel's neighbour tables.
-    KernelNeighbours(Vec<IpAddr>),
+    KernelNeighbours(Vec<SocketAddr>),
     /// The turn of the loop ends.
     Tick {
         /// Every datagram that had come was handled. Else no wait is judged: its answer may be among the others.
@@ -216,7 +216,7 @@ pub struct Discovery<E> {
     hello_replies: BTreeMap<SocketAddr, Instant>,
     /// When the latest replies were or will be sent.
     recent_replies: Vec<Instant>,
-    greeted: BTreeMap<IpAddr, Instant>,
+    greeted: BTreeSet<SocketAddr>,
     next_probe: Instant,
 }
 
@@ -251,7 +251,7 @@ impl<E: Environment> Discovery<E> {
             hello_interval: FIRST_HELLO_INTERVAL,
             hello_replies: BTreeMap::new(),
             recent_replies: Vec::new(),
-            greeted: BTreeMap::new(),
+            greeted: BTreeSet::new(),
             next_probe: now,
         }
     }
@@ -273,7 +273,7 @@ impl<E: Environment> Discovery<E> {
             Event::SetNamed(addresses) => self.set_named(&addresses, t, out),
             Event::ListPeers(list) => drop(list.try_send(self.peers.list())),
             Event::NetworkChanged => self.network_changed(now),
-            Event::KernelNeighbours(addresses) => self.greet(&addresses, now, out),
+            Event::KernelNeighbours(addresses) => self.greet(&addresses, out),
             Event::Tick { drained } => self.tick(drained, now, t, out),
         }
     }
@@ -701,7 +701,7 @@ impl<E: Environment> Discovery<E> {
         if hello.instance == self.instance {
             return;
         }
-        let met_by = if self.greeted.contains_key(&from.ip()) { MetBy::NeighbourTable } else { MetBy::Hello };
+        let met_by = if self.greeted.contains(&from) { MetBy::NeighbourTable } else { MetBy::Hello };
         let Some((peer, is_first)) = self.peers.record_heard(from, met_by, now) else { return };
         let is_restarted = peer.hello.is_none_or(|old| old.instance != hello.instance);
         peer.hello = Some(hello);
@@ -734,8 +734,8 @@ impl<E: Environment> Discovery<E> {
     }
 
     fn heard_bye(&mut self, from: SocketAddr, bye: Hello, now: Instant, t: Instant, out: &mut Outgoing) {
-        let instance = self.peers.get(from).filter(|peer| peer.is_live()).and_then(|peer| peer.hello);
-        if instance.is_none_or(|hello| hello.instance != bye.instance) {
+        let Some(peer) = self.peers.get(from).filter(|peer| peer.is_live()) else { return };
+        if peer.hello.is_some_and(|hello| hello.instance != bye.instance) {
             return;
         }
         // Anybody can send a bye: it bounds how long the answer to a probe is waited for, and no more.
@@ -766,20 +766,17 @@ impl<E: Environment> Discovery<E> {
     }
 
     /// Says hello to hosts that the kernel knows and this node does not: broadcasts may not reach them.
-    fn greet(&mut self, addresses: &[IpAddr], now: Instant, out: &mut Outgoing) {
+    fn greet(&mut self, addresses: &[SocketAddr], out: &mut Outgoing) {
         let mut greetings = 0;
-        for ip in addresses {
-            let address = SocketAddr::new(*ip, self.settings.udp_port);
-            let is_met = self.peers.get(address).is_some() || self.greeted.contains_key(ip);
-            if is_met || greetings >= MAX_GREETINGS || self.environment.is_own(*ip) {
-                continue;
-            }
-            if self.environment.is_lan(address) {
+        for address in addresses {
+            let is_met = self.peers.get(*address).is_some() || self.greeted.contains(address);
+            let is_wanted = !is_met && self.environment.is_lan(*address) && !self.environment.is_own(address.ip());
+            if is_wanted && greetings < MAX_GREETINGS {
                 if self.greeted.len() >= MAX_GREETED {
                     self.greeted.clear();
                 }
-                self.greeted.insert(*ip, now);
-                out.push((To::Peer(address), Packet::Hello(self.hello())));
+                self.greeted.insert(*address);
+                out.push((To::Peer(*address), Packet::Hello(self.hello())));
                 greetings += 1;
             }
         }

@@ -2,7 +2,7 @@
 //! answers is lost in the queue behind those for hosts that do not.
 
 use super::discovery::{Outgoing, To};
-use crate::network::{Interface, LanNetworks, MULTICAST_GROUP, Networks};
+use crate::network::{Interface, LanNetworks, MULTICAST_GROUP, NetworkWatcher, Networks};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::collections::HashSet;
 use std::net::{IpAddr, SocketAddr, SocketAddrV6, UdpSocket};
@@ -18,8 +18,8 @@ const RECEIVE_BUFFER: usize = 1 << 20;
 /// does not leave is lost and repeated.
 const SEND_TIMEOUT: Duration = Duration::from_millis(20);
 
-/// Age at which the networks of this machine are read again.
-pub(super) const REFRESH: Duration = Duration::from_secs(5);
+/// Pause before an interface on which the multicast group could not be joined is tried again.
+const JOIN_RETRY: Duration = Duration::from_secs(5);
 
 /// Datagrams sent before the sockets are read again.
 pub(super) const SENDS_AT_ONCE: usize = 32;
@@ -33,10 +33,7 @@ pub(super) struct Sockets {
     unproven: Vec<Option<UdpSocket>>,
     port: u16,
     networks: Arc<Networks>,
-    /// Generation of the networks that was acted on last.
-    generation: u64,
-    /// When they were last read.
-    read: Instant,
+    watcher: NetworkWatcher,
     /// Which socket is in the multicast group on which interface.
     joined: HashSet<(usize, u32)>,
     /// When a join that failed is tried again.
@@ -88,9 +85,8 @@ impl Sockets {
             bound,
             unproven,
             port,
-            generation: networks.generation(),
+            watcher: NetworkWatcher::new(networks.clone(), Instant::now()),
             networks,
-            read: Instant::now(),
             joined: HashSet::new(),
             join_again: None,
             unreachable: false,
@@ -129,6 +125,8 @@ impl Sockets {
         let sockets = self.sockets.iter().chain(self.unproven.iter().flatten());
         let mut fds: Vec<PollFd<'_>> = sockets.map(|socket| PollFd::new(socket, PollFlags::IN)).collect();
         fds.push(PollFd::new(wake, PollFlags::IN));
+        let news = self.watcher.as_fd();
+        fds.extend(news.as_ref().map(|news| PollFd::new(news, PollFlags::IN)));
         let timeout = Timespec::try_from(wait).unwrap_or(Timespec { tv_sec: 1, tv_nsec: 0 });
         if let Err(e) = poll(&mut fds, Some(&timeout))
             && e != rustix::io::Errno::INTR
@@ -139,18 +137,15 @@ impl Sockets {
         let _ = rustix::io::read(wake, &mut [0u8; 8]);
     }
 
-    /// Looks at the interfaces now and then, and sooner when something could not be sent.
+    /// When [`Sockets::network_changed`] has to be called even if the kernel reports no change.
+    pub(super) fn next_due(&self) -> Option<Instant> {
+        [self.watcher.next_due(), self.join_again].into_iter().flatten().min()
+    }
+
+    /// Reads the networks of this machine again if there is a reason to. Returns whether they changed.
     pub(super) fn network_changed(&mut self) -> bool {
-        let max_age = if std::mem::take(&mut self.unreachable) { REFRESH / 5 } else { REFRESH };
         let now = Instant::now();
-        if now >= self.read + max_age {
-            self.read = now;
-            if let Err(e) = self.networks.refresh() {
-                log::error!("network interfaces: {e}");
-            }
-        }
-        let generation = self.networks.generation();
-        let changed = std::mem::replace(&mut self.generation, generation) != generation;
+        let changed = self.watcher.update(std::mem::take(&mut self.unreachable), now);
         if changed || self.join_again.is_some_and(|at| at <= now) {
             self.join(now);
         }
@@ -178,7 +173,7 @@ impl Sockets {
                     Err(e) if e.kind() == io::ErrorKind::AddrInUse => {}
                     Err(e) => {
                         log::debug!("multicast on interface {index}: {e}");
-                        self.join_again = Some(now + REFRESH);
+                        self.join_again = Some(now + JOIN_RETRY);
                         continue;
                     }
                 }

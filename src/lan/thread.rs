@@ -5,10 +5,11 @@ use super::discovery::{Discovery, Event, LookUp, Outgoing};
 use super::environment::Environment;
 use super::lookups::{LookupId, Update};
 use super::peer_table::Neighbour;
-use super::sockets::{REFRESH, Sockets};
-use crate::network::Networks;
+use super::sockets::Sockets;
+use crate::network::{Networks, neighbours};
 use crate::nix::HashPart;
 use crate::on_drop::OnDrop;
+use crate::suspend::SuspendDetector;
 use crate::wire::Packet;
 use crossbeam_channel::{Receiver, Sender, bounded};
 use rustix::event::{EventfdFlags, eventfd};
@@ -26,6 +27,9 @@ const MAX_WAITING: usize = 4096;
 
 /// Datagrams read in one turn. Beyond, no wait is judged in this turn, as answers may still be in the buffer.
 const MAX_READ: usize = 4096;
+
+/// Interval between two readings of the kernel's neighbour tables.
+const NEIGHBOURS_INTERVAL: Duration = Duration::from_secs(30);
 
 /// The running thread. Dropping it says *bye* and waits for its end.
 pub struct DiscoveryThread {
@@ -127,7 +131,14 @@ impl DiscoveryThread {
         });
         let turns = Arc::new(AtomicU64::new(0));
         let sockets = Sockets::new(sockets, discovery.udp_port(), networks, discovery.has_lan())?;
-        let runner = Runner { discovery, sockets, out: Vec::new(), buffer: [0; Packet::MAX_LEN + 1] };
+        let runner = Runner {
+            discovery,
+            sockets,
+            suspend: SuspendDetector::new(),
+            next_neighbours: Instant::now(),
+            out: Vec::new(),
+            buffer: [0; Packet::MAX_LEN + 1],
+        };
         let (own_client, own_turns) = (client.clone(), turns.clone());
         let thread = thread::Builder::new().name("discovery".into()).spawn(move || {
             let _end = OnDrop::new(|| {
@@ -171,6 +182,9 @@ impl Drop for DiscoveryThread {
 struct Runner<E> {
     discovery: Discovery<E>,
     sockets: Sockets,
+    suspend: SuspendDetector,
+    /// When the kernel's neighbour tables are read next.
+    next_neighbours: Instant,
     out: Outgoing,
     buffer: [u8; Packet::MAX_LEN + 1],
 }
@@ -178,17 +192,19 @@ struct Runner<E> {
 impl<E: Environment> Runner<E> {
     fn run(mut self, events: &Receiver<Event<'static>>, client: &DiscoveryClient, turns: &AtomicU64) {
         loop {
-            let wait = self.discovery.next_turn().saturating_duration_since(Instant::now());
-            self.sockets.wait(&client.wake, wait.min(REFRESH));
+            let next = self.sockets.next_due().into_iter().fold(self.discovery.next_turn(), Instant::min);
+            self.sockets.wait(&client.wake, next.saturating_duration_since(Instant::now()));
             turns.fetch_add(1, Ordering::Relaxed);
             let stop = client.stop.load(Ordering::SeqCst);
             if client.bye.swap(false, Ordering::SeqCst) || stop {
                 // Said again at the end: a query that was sent since made this node known again.
                 self.discovery.bye(&mut self.out);
             }
-            if self.sockets.network_changed() {
+            let has_slept = self.suspend.detect();
+            if self.sockets.network_changed() || has_slept {
                 self.handle(Event::NetworkChanged);
             }
+            self.read_neighbours();
             while let Ok(event) = events.try_recv() {
                 self.handle(event);
             }
@@ -200,6 +216,23 @@ impl<E: Environment> Runner<E> {
             if stop {
                 return;
             }
+        }
+    }
+
+    /// Reads the kernel's neighbour tables from time to time. Blocks for 1 ms as a rule, 1 s at most.
+    fn read_neighbours(&mut self) {
+        let now = Instant::now();
+        if now < self.next_neighbours || !self.discovery.has_lan() {
+            return;
+        }
+        self.next_neighbours = now + NEIGHBOURS_INTERVAL;
+        let port = self.discovery.udp_port();
+        match neighbours::read() {
+            Ok(entries) => {
+                let addresses = entries.iter().map(|entry| entry.socket_addr(port)).collect();
+                self.handle(Event::KernelNeighbours(addresses));
+            }
+            Err(e) => log::debug!("neighbour tables: {e}"),
         }
     }
 

@@ -45,8 +45,7 @@ impl LanNetworks {
         let (mut lan_addresses, mut allowed, mut connected) = (Vec::new(), Vec::new(), Vec::new());
         for i in &interfaces {
             let is_allowed = policy.allows_interface(&i.name);
-            // The number is 0 if the interface went away while it was read.
-            if is_allowed && i.index != 0 && !allowed.contains(&i.index) {
+            if is_allowed && !allowed.contains(&i.index) {
                 allowed.push(i.index);
             }
             if is_allowed && policy.allows_address(i.address) {
@@ -169,8 +168,8 @@ impl LanNetworks {
 }
 
 impl fmt::Display for LanNetworks {
-    /// Addresses of this machine on the LAN, networks behind routers, and excluded interfaces; at
-    /// most [`MAX_SHOWN`] of each.
+    /// Addresses of this machine on the LAN and networks behind routers, then excluded interfaces;
+    /// beyond four of each only their number.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let connected = self.lan_addresses.iter();
         let connected = connected.map(|i| format!("{}/{} on {}", i.address, i.prefix_len, i.name));
@@ -424,12 +423,6 @@ mod tests {
         let networks = LanNetworks::new(NetworkPolicy::default(), vec![unplugged]);
         assert!(targets(&networks).is_empty());
         check(&networks, &["10.0.0.1"], &[]);
-    }
-
-    #[test]
-    fn an_interface_without_number_allows_no_link_local_address() {
-        let networks = networks(&["0 eth0 fe80::5/64"], &[], &[]);
-        check(&networks, &[], &["fe80::1", "[fe80::1%2]:1"]);
     }
 
     #[test]

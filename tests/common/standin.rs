@@ -24,6 +24,7 @@ pub struct StandIn {
     /// Every request that came.
     pub asked: Record<Request>,
     _server: Server,
+    socket: UdpSocket,
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
@@ -44,7 +45,7 @@ impl StandIn {
             answer(request)
         });
         let socket = host.udp(PORT);
-        let own = host.address;
+        let (own, second) = (host.address, socket.try_clone().expect("a second handle"));
         let (datagrams, stopped) = (Arc::clone(&heard), Arc::clone(&stop));
         let thread = thread::spawn("stand-in", move || {
             while !stopped.load(Ordering::Relaxed) {
@@ -58,7 +59,17 @@ impl StandIn {
                 }
             }
         });
-        StandIn { heard, asked, _server: server, stop, thread: Some(thread) }
+        StandIn { heard, asked, _server: server, socket: second, stop, thread: Some(thread) }
+    }
+
+    /// Says *hello* to the peerix on `host` until it lists this peer: from then on it asks it by unicast.
+    pub fn meet(&self, own: &Host, host: &Host) {
+        let hello = Packet::Hello { version: 1, port: PORT, instance: *b"stand-in", flags: 0 }.write();
+        super::wait_for("the stand-in is met", || {
+            let _ = self.socket.send_to(&hello, (host.address, PORT));
+            let status = super::http::get_local(host, "/status.json").ok()?.text();
+            status.contains(&format!("\"{}:{PORT}\"", own.address)).then_some(())
+        });
     }
 
     /// Whether any request for a path that ends so has come.

@@ -1,0 +1,81 @@
+//! The LAN networks as last read from the kernel, shared by all threads.
+
+use super::interfaces::{self, Interface};
+use super::lan::LanNetworks;
+use super::policy::NetworkPolicy;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::{Arc, PoisonError, RwLock};
+
+/// The LAN networks as last read from the kernel, shared by all threads. One thread runs the
+/// watcher that keeps them up to date.
+pub struct Networks {
+    policy: NetworkPolicy,
+    latest: RwLock<Arc<LanNetworks>>,
+}
+
+impl Networks {
+    /// Reads the addresses of this machine. If the kernel does not list them, the reason is logged
+    /// and there are none: then no address is LAN, and nothing is shared with the LAN.
+    pub fn read(policy: NetworkPolicy) -> Self {
+        let interfaces = interfaces::read().unwrap_or_else(|e| {
+            log::error!("network interfaces: {e}");
+            Vec::new()
+        });
+        Self::new(policy, interfaces)
+    }
+
+    /// Networks from a given list of addresses.
+    pub fn new(policy: NetworkPolicy, interfaces: Vec<Interface>) -> Self {
+        let networks = Arc::new(LanNetworks::new(policy.clone(), interfaces));
+        Networks { policy, latest: RwLock::new(networks) }
+    }
+
+    /// The networks as last read.
+    pub fn current(&self) -> Arc<LanNetworks> {
+        self.latest.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Takes what was read again; true if the addresses are others than before.
+    pub fn replace(&self, interfaces: Vec<Interface>) -> bool {
+        let has_changed = self.current().interfaces() != interfaces;
+        if has_changed {
+            let networks = Arc::new(LanNetworks::new(self.policy.clone(), interfaces));
+            *self.latest.write().unwrap_or_else(PoisonError::into_inner) = networks;
+        }
+        has_changed
+    }
+
+    /// Whether a node at this address is on the LAN; see [`LanNetworks::is_lan`].
+    pub fn is_lan(&self, address: SocketAddr) -> bool {
+        self.current().is_lan(address)
+    }
+
+    /// Whether `ip` is an address of this machine, on whatever interface.
+    pub fn is_own(&self, ip: IpAddr) -> bool {
+        self.current().is_own(ip)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_change_is_seen_and_an_equal_reading_is_none() {
+        let eth0 = Interface {
+            name: "eth0".into(),
+            index: 2,
+            address: "192.168.10.5".parse().unwrap(),
+            prefix_len: 24,
+            broadcast: None,
+            running: true,
+        };
+        let networks = Networks::new(NetworkPolicy::default(), vec![eth0.clone()]);
+        let neighbour: SocketAddr = "192.168.10.7:1".parse().unwrap();
+        assert!(networks.is_lan(neighbour));
+        assert!(!networks.replace(vec![eth0.clone()]));
+        assert!(networks.replace(vec![Interface { running: false, ..eth0 }]));
+        assert!(networks.replace(Vec::new()));
+        assert!(!networks.is_lan(neighbour) && !networks.is_own("192.168.10.5".parse().unwrap()));
+    }
+}
