@@ -1,6 +1,6 @@
 # Every target installs what it needs and this machine lacks, by scripts/deps. `make` lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help build run demo demo-wan test test-under-load vm-test check bench deps
+.PHONY: simulate help build run demo demo-wan test test-under-load vm-test check bench deps
 
 CARGO ?= cargo
 # Debian keeps ip and iptables where only root looks.
@@ -53,6 +53,11 @@ test: ## every test; ONLY=bounds runs those with "bounds" in their names, as bou
 	$(TEST) -- --test-threads $(TEST_THREADS) $(ONLY)
 
 # The busy processes end with the shell that started them, also when that is killed.
+simulate: ## LAN lookups of simulated networks, many seeds; SEEDS=100000 is the default
+	@scripts/deps build
+	PEERIX_SIMULATION_SEEDS=$(or $(SEEDS),100000) RUST_BACKTRACE=0 \
+		$(CARGO) test --release --locked --lib lan::simulation -- --nocapture
+
 test-under-load: ## the same beside four processes that are always busy
 	@scripts/deps build test
 	$(TEST) --no-run

@@ -56,7 +56,7 @@ others for a daemon that does not run:
   --interface NAME         use only interfaces of that name, or with ! in front, not those;
                            * and ? are wildcards; repeatable   [default: all but those of
                            containers and virtual machines]
-  --timeout MS             how long unknown LAN peers may take to answer   [default: 50]
+  --timeout MS             how long answers to a broadcast are waited for  [default: 50]
   --peer HOST[:PORT]       a node beyond the broadcast domain (VLAN, VPN) to ask, and to
                            share with, like a neighbour; repeatable; name each other
   --private-key FILE       secret key to sign this machine's paths with, as made by

@@ -173,4 +173,13 @@ fn every_peer_is_counted_where_not_every_one_is_shown() {
     assert!(metrics.contains("peerix_peers{network=\"lan\"} 300\n"), "{metrics}");
     let status = status(&host);
     assert_eq!((status["peers"].as_array().unwrap().len(), &status["peers_omitted"]), (256, &Value::from(44)));
+    // Nothing has come from any of them.
+    for state in ["live", "silent"] {
+        let series = format!("peerix_lan_peers{{state=\"{state}\"}} 0\n");
+        assert!(metrics.contains(&series), "{series}{metrics}");
+    }
+    let is_unheard = |peer: &Value| peer["state"] == "unheard" && peer["found_by"] == "flag";
+    assert!(status["peers"].as_array().unwrap().iter().all(is_unheard), "{}", status["peers"][0]);
+    let marked = "<span class=\"bad\">never heard</span>";
+    assert!(http::get_local(&host, "/").unwrap().text().contains(marked));
 }

@@ -404,19 +404,25 @@ const STATEFUL: &str = "iptables -A INPUT -i lo -j ACCEPT
 #[test]
 fn firewalls() {
     let mut pair = Pair::new();
-    for rules in ["iptables -A INPUT -p udp --dport 12304 -j DROP", STATEFUL] {
-        // Here.
-        pair.daemons[1] = None;
-        pair.b.net_cmd("sh").args(["-ec", rules]).okay();
-        pair.start(&[]);
-        let remedy = doctor(&pair.b, &[]).is("udp", &["10.77.0.1:12304", "UDP is blocked here", "--dport 12304"]);
-        mend(&pair.b, &remedy);
-        // It is known when it says hello, or answers.
-        let mark = crate::common::daemon::mark(&pair.a);
-        wait_until_known(&pair.b, &mark);
-        pair.healed("UDP comes through");
-        pair.b.net("iptables -F");
-    }
+    let mark = crate::common::daemon::mark(&pair.a);
+    // Here.
+    pair.b.net("iptables -A INPUT -p udp --dport 12304 -j DROP");
+    pair.start(&[]);
+    let words = ["10.77.0.1:12304", "UDP is blocked here", "--dport 12304"];
+    let remedy = doctor(&pair.b, &[]).is("udp", &words);
+    mend(&pair.b, &remedy);
+    // It is known when it says hello, or answers.
+    wait_until_known(&pair.b, &mark);
+    pair.healed("UDP comes through");
+    pair.b.net("iptables -F");
+    // Here, but for answers. The kernel knows a by now, so that b says hello to it, and a's answer
+    // comes through.
+    pair.daemons[1] = None;
+    pair.b.net_cmd("sh").args(["-ec", STATEFUL]).okay();
+    pair.start(&[]);
+    wait_until_known(&pair.b, &mark);
+    pair.healed("answers come through");
+    pair.b.net("iptables -F");
     // There.
     for (rule, what, words) in [
         (
@@ -460,12 +466,46 @@ fn a_peer_beyond_the_network_that_was_not_told() {
     nix::configure_client(&b, "", &keys.each_ref().map(String::as_str));
     let (from, to) = (a.address.to_string(), b.address.to_string());
     let _b = Daemon::start(&b, &["--peer", &from]);
+    let is_listed_as = |state: &str| {
+        let status = http::get_local(&b, "/status.json").unwrap();
+        let status: Value = serde_json::from_slice(&status.body).unwrap();
+        (status["peers"][0]["state"] == state).then_some(())
+    };
+    // Nothing runs there yet.
+    wait_for("b has resolved the name", || is_listed_as("unheard"));
+    let never = ["--peer 10.2.0.1:12304 does not answer", "daemon: never heard"];
+    let remedy = doctor(&b, &[]).is("peer", &never);
+    assert!(remedy.starts_with("on 10.2.0.1: systemctl start peerix"), "{remedy}");
     {
         let _a = Daemon::start(&a, &[]);
         doctor(&b, &[]).is("share", &["10.2.0.1:12304", "on 10.2.0.1: peerix --peer 10.1.0.1"]);
     }
-    let _a = Daemon::start(&a, &["--peer", &to]);
+    let last = Daemon::start(&a, &["--peer", &to]);
     wait_for("they know one another", || doctor(&b, &[]).faults().is_empty().then_some(()));
+    // It is gone, and the next lookups give it up.
+    drop(last);
+    wait_for("a is silent", || {
+        assert_eq!(narinfo_status(&b, &format!("/nix/store/{}-x", "0".repeat(32))), 404);
+        is_listed_as("silent")
+    });
+    doctor(&b, &[]).is("peer", &["--peer 10.2.0.1:12304 does not answer", "daemon: silent for "]);
+}
+
+/// Both were started within a second, one lookup was made, and doctor said that UDP was blocked.
+#[test]
+fn daemons_that_have_just_started_do_not_blame_udp() {
+    let lan = Lan::new();
+    let hosts = [lan.host("a"), lan.host("b")];
+    let keys = hosts.each_ref().map(key);
+    for host in &hosts {
+        nix::configure_client(host, "", &keys.each_ref().map(String::as_str));
+    }
+    for _ in 0..3 {
+        let _daemons = hosts.each_ref().map(|host| Daemon::start(host, &SIGNING));
+        assert_eq!(narinfo_status(&hosts[1], &format!("/nix/store/{}-x", "0".repeat(32))), 404);
+        doctor(&hosts[1], &[]).is_well();
+        doctor(&hosts[0], &[]).is_well();
+    }
 }
 
 /// A machine at home, behind a router, and a tracker outside.

@@ -37,7 +37,8 @@ fn status(host: &Host) -> Value {
 /// The text of the page without what depends on the moment at which it was made.
 const TEXT: &str = "(() => {
     const page = document.querySelector('main').cloneNode(true);
-    page.querySelectorAll('time, #uptime, [data-is=Heard], script').forEach(element => element.remove());
+    const moving = 'time, #uptime, [data-is=State] .soft, script';
+    page.querySelectorAll(moving).forEach(element => element.remove());
     page.querySelectorAll('*').forEach(element => element.before(' '));
     return page.textContent.replace(/\\s+/g, ' ').trim();
 })()";
@@ -68,7 +69,11 @@ fn the_page_tells_what_happens_and_the_same_without_scripts() {
     let near = format!("{}:{PORT}", holder.host.address);
     let far = format!("{}:{PORT}", office.host.address);
     let peers = browser.wait_until_shown("peers", &[&near, &far, "office"]);
-    assert!(peers.contains("broadcast") && peers.contains("tracker"), "{peers}");
+    // Whichever came first: its hello, its probe, or its answer to the first lookup.
+    let ways = ["hello", "its query", "answer to a broadcast"];
+    let is_met = ways.iter().any(|way| peers.contains(way));
+    assert!(is_met && peers.contains("tracker"), "{peers}");
+    browser.wait_until_shown("peers", &["live, heard"]);
     assert!(browser.shown("health").starts_with("working"));
 
     // All of a large closure, so that there is something to see.
@@ -416,10 +421,24 @@ fn a_miss_says_why() {
     assert_eq!(peer["avoided"]["wholly"], true);
     assert!(peer["avoided"]["reason"].as_str().is_some_and(|reason| !reason.is_empty()), "{peer}");
     assert!(http::get_local(&asker.host, "/").unwrap().text().contains("class=\"bad\">until <time"));
+    assert_eq!(peer["state"], "live", "{peer}");
+    let metrics = || http::get_local(&asker.host, "/metrics").unwrap().text();
+    let counts = metrics();
+    for (state, count) in [("live", 1), ("silent", 0)] {
+        let series = format!("peerix_lan_peers{{state=\"{state}\"}} {count}\n");
+        assert!(counts.contains(&series), "{series}{counts}");
+    }
 
     holder.host.fall_silent();
     assert_eq!(
         miss(&absent),
         ("silent".into(), "1 peer was asked, 1 did not answer in time, none said it has it".into())
     );
+    let peer = wait_for("the peer is silent", || {
+        let peer = status(&asker.host)["peers"][0].take();
+        (peer["state"] == "silent").then_some(peer)
+    });
+    assert!(peer["silent_since"].as_f64() > peer["last_heard"].as_f64(), "{peer}");
+    assert!(metrics().contains("peerix_lan_peers{state=\"silent\"} 1\n"), "{}", metrics());
+    assert!(http::get_local(&asker.host, "/").unwrap().text().contains("silent since <time"));
 }

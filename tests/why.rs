@@ -154,13 +154,15 @@ fn on_the_lan() {
 
     // Who answers.
     let peers = Told::by(host, &["peers"]);
-    peers.says("ok", "peer", &[&at, "answers queries", "shares with this machine"]);
+    let words = ["answers queries", "shares with this machine", "daemon: live, found by "];
+    peers.says("ok", "peer", &[&words[..], &[&*at]].concat());
     assert_eq!((peers.status, peers.findings.len()), (0, 1), "{:#?}", peers.findings);
     // What it did.
     nix::realise_quietly(host, &[little]);
     let shown = String::from_utf8(peerix(host, &["status"]).stdout).unwrap();
-    for words in ["peerix 0.1.0, mode lan, port 12304", &at, "peers: 1", &format!("hit  {}", world::base_name(little))]
-    {
+    let peer = format!("  {at}: live, found by ");
+    let hit = format!("hit  {}", world::base_name(little));
+    for words in ["peerix 0.1.0, mode lan, port 12304", &peer, "peers: 1", &hit] {
         assert!(shown.contains(words), "no {words} in\n{shown}");
     }
     assert!(!shown.contains('\u{fffd}'), "{shown}");
@@ -170,6 +172,25 @@ fn on_the_lan() {
 
 fn mark_of(host: &Host, file: &str) -> String {
     host.cmd("nix-store").args(["--add", file]).okay().trim().to_owned()
+}
+
+#[test]
+fn silent_peer_is_said_not_to_be_asked() {
+    let lan = Lan::new();
+    let world = World::on(&lan);
+    let holder = Holder::new(&lan, &world, "holder");
+    let asker = Asker::new(&lan, &world, &[&holder]);
+    let at = format!("{}:12304", holder.host.address);
+    holder.host.fall_silent();
+    wait_for("the holder is silent", || {
+        assert_eq!(narinfo_status(&asker.host, NOWHERE), 404);
+        let status = http::get_local(&asker.host, "/status.json").unwrap();
+        let status: Value = serde_json::from_slice(&status.body).unwrap();
+        (status["peers"][0]["state"] == "silent").then_some(())
+    });
+    let told = why(&asker.host, world.path("little"));
+    told.ends(1, "none has it").says("note", "peer", &["silent, and so not asked", &at]);
+    Told::by(&asker.host, &["peers"]).says("note", "peer", &[&at, "daemon: silent for "]);
 }
 
 /// A peer with what no key of the asker's peerix signed, and one that lies and is avoided.

@@ -6,29 +6,44 @@
 use super::listener;
 use super::nix::{self, Settings};
 use super::peers::NO_PATH;
-use super::probe::{self, Http};
+use super::probe::{self, Http, Named};
 use super::report::Report;
 use super::shell::quote;
-use super::{Node, get, get_within, list, long, text};
+use super::{Node, get, get_within, list, liveness, long, moment, peer_at, text};
 use crate::cli::{self, Command};
 use crate::config::{Config, DEFAULT_PORT};
 use crate::network::{LanNetworks, Networks, neighbours};
 use crate::nix::{HashPart, NarInfo};
 use crate::store::{Store, StoreConfig, StoreError};
+use serde_json::Value;
 use std::ffi::OsString;
 use std::fs;
-use std::io::ErrorKind;
+use std::io::{self, ErrorKind};
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
 use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
+use std::thread;
 use std::time::{Duration, SystemTime};
 
 /// Clocks may differ by so many seconds; certificates, and what Nix remembers, suffer from more.
 const CLOCK: u64 = 120;
 
-/// Peers say hello every 30 s. One that was heard so many seconds ago has not left.
+/// Seconds. Peers say hello every 30 s, so that one that was heard within this time has not left.
+/// The daemon probes silent peers every 30 s, so that one that has been silent for longer has left
+/// a probe unanswered.
 const LATELY: f64 = 40.0;
+
+/// A daemon meets the neighbours that are there within this time after its start: it says hello
+/// after 0, 0.1, 0.3, 0.7 and 1.5 s, and each is answered within 0.2 s. Until then, a peer that it
+/// has not heard is no sign of a fault.
+const MEETING_TIME: Duration = Duration::from_secs(3);
+
+/// Interval between requests for the status of a daemon that has just started.
+const MEETING_POLL: Duration = Duration::from_millis(100);
+
+/// Requests for the status of a daemon that has just started. Beyond, its last status is used.
+const MAX_MEETING_POLLS: u32 = 30;
 
 /// More peers than this, and a node says nothing to a query for what it does not have.
 const CROWD: usize = 32;
@@ -259,7 +274,11 @@ fn network(report: &mut Report, node: &Node) {
     let networks = Networks::read(node.config.networks.clone()).current();
     let hears = |ip| probe::hears(&node.config, &networks, ip);
     let nothing = HashPart::parse(&NO_PATH).expect("zeros are Nix32");
-    let known = probe::known(node);
+    let named = Named::resolve(&node.config);
+    for (host, e) in &named.unresolved {
+        report_unresolved(report, host, e);
+    }
+    let known = probe::known_or_named(&node.status, &named);
     let asked: Vec<SocketAddr> = known.iter().copied().chain(neighbours(&networks, port)).collect();
     let mut heard = match probe::ask(&nothing, &networks, port, &asked, true) {
         Ok(heard) => heard,
@@ -267,28 +286,22 @@ fn network(report: &mut Report, node: &Node) {
     };
     // Its user chose where it listens.
     heard.retain(|heard| hears(heard.from.ip()));
-    // Whoever came while they were asked is known by now.
-    let fresh = Node::find(&node.config);
+    let answering: Vec<SocketAddr> = heard.iter().map(|heard| heard.from).collect();
+    // The daemon may have met peers while this command asked them, or may be about to.
+    let fresh = wait_until_met(|| Node::find(&node.config).ok(), &answering);
     let node = fresh.as_ref().unwrap_or(node);
-    let now = node.status["time"].as_f64().unwrap_or_default();
-    let told = |address: &SocketAddr| {
-        list(&node.status["peers"]).iter().find(|peer| text(&peer["address"]) == address.to_string())
-    };
-    let last = |address: &SocketAddr| Some(now - told(address)?["last_heard"].as_f64()?);
-    let is_named = |address: &SocketAddr| told(address).is_some_and(|peer| peer["found_by"] == "flag");
+    let now = moment(&node.status);
+    let last = |address: &SocketAddr| last_heard(&node.status, *address).map(|at| now - at);
+    let named_peer = |address: &SocketAddr| named_peer(&node.status, &named, *address);
 
-    let deaf: Vec<String> =
-        heard.iter().map(|h| h.from).filter(|from| last(from).is_none()).map(|from| from.to_string()).collect();
-    if !deaf.is_empty() {
-        let text =
-            format!("{} answers this command, and the daemon has never heard it: UDP is blocked here", deaf.join(", "));
-        report.fail("udp", text, open_port("udp", port));
-    }
-    let mut all = probe::known(node);
+    let unmet = unmet(&node.status, &answering);
+    report_unmet(report, &node.status, &unmet, port);
+    let mut all = probe::known_or_named(&node.status, &named);
     all.extend(heard.iter().map(|heard| heard.from).filter(|from| !all.contains(from)).collect::<Vec<_>>());
     let mut well = 0;
     for (address, http) in all.iter().zip(probe::http(&all)) {
-        let answers = heard.iter().any(|heard| heard.from == *address);
+        let answers = answering.contains(address);
+        let silence = silence(&node.status, *address);
         let there = format!("on {}: ", address.ip());
         let tcp = open_port("tcp", address.port());
         match (http, last(address)) {
@@ -313,7 +326,19 @@ fn network(report: &mut Report, node: &Node) {
                 let udp = open_port("udp", address.port());
                 report.fail("udp", format!("{address} was heard {ago:.0} s ago, and answers neither by UDP nor by TCP: it has just gone, or both are blocked there"), format!("{there}{udp}\n{there}{tcp}"));
             }
-            (Http::Silent(e), _) => report.note("peer", format!("{address} does not answer: {e}")),
+            (Http::Silent(e), _) => match named_peer(address) {
+                Some(state) => report_unreachable(report, *address, &state, &e),
+                None => report.note("peer", format!("{address} does not answer: {e}")),
+            },
+            (_, Some(_)) if answers && silence.is_some() => {
+                report_silent(report, *address, silence.unwrap_or_default(), port);
+            }
+            // Python nodes answer only for paths that they have, so that silence says little.
+            (Http::Other, _) if silence.is_some() && named_peer(address).is_some() => {
+                let ago = long(silence.unwrap_or_default());
+                let text = format!("{address} is a Python peerix, and has been silent for {ago}");
+                report.note("peer", text);
+            }
             (Http::Shares(_), _) if !answers && all.len() <= CROWD => {
                 let udp = open_port("udp", address.port());
                 report.fail(
@@ -322,7 +347,7 @@ fn network(report: &mut Report, node: &Node) {
                     format!("{there}{udp}"),
                 );
             }
-            (_, None) if !is_named(address) => {}
+            (_, None) if named_peer(address).is_none() || unmet.contains(address) => {}
             _ => well += 1,
         }
     }
@@ -350,6 +375,102 @@ fn network(report: &mut Report, node: &Node) {
             );
             report.fail("port", text, format!("peerix --port {DEFAULT_PORT} here, or --port {port} on all"));
         }
+    }
+}
+
+/// Blocks until the daemon has heard all of `peers` or has run for [`MEETING_TIME`]. Returns the
+/// last status; `None` if the daemon does not answer.
+fn wait_until_met(find: impl Fn() -> Option<Node>, peers: &[SocketAddr]) -> Option<Node> {
+    let mut node = find()?;
+    for _ in 0..MAX_MEETING_POLLS {
+        if unmet(&node.status, peers).is_empty() || !is_young(&node.status) {
+            break;
+        }
+        thread::sleep(MEETING_POLL);
+        let Some(next) = find() else { break };
+        node = next;
+    }
+    Some(node)
+}
+
+/// Whether the daemon may not have met its neighbours yet.
+fn is_young(status: &Value) -> bool {
+    let uptime = status["node"]["uptime_seconds"].as_f64();
+    uptime.is_some_and(|seconds| seconds < MEETING_TIME.as_secs_f64())
+}
+
+/// Those of `peers` that the daemon has never heard. None if its status does not list all peers.
+fn unmet(status: &Value, peers: &[SocketAddr]) -> Vec<SocketAddr> {
+    let is_whole = status["peers_omitted"].as_u64().unwrap_or_default() == 0;
+    peers.iter().copied().filter(|peer| is_whole && last_heard(status, *peer).is_none()).collect()
+}
+
+/// When the daemon last heard a peer.
+fn last_heard(status: &Value, address: SocketAddr) -> Option<f64> {
+    peer_at(status, address)?["last_heard"].as_f64()
+}
+
+/// Seconds for which a peer has been silent to the daemon; `None` for any other.
+fn silence(status: &Value, address: SocketAddr) -> Option<f64> {
+    Some(moment(status) - peer_at(status, address)?["silent_since"].as_f64()?)
+}
+
+/// What the daemon says of a node that `--peer` names; `None` for any other.
+fn named_peer(status: &Value, named: &Named, address: SocketAddr) -> Option<String> {
+    match peer_at(status, address) {
+        Some(peer) if peer["found_by"] == "flag" => liveness(peer, moment(status)),
+        None if named.addresses.contains(&address) => Some("not listed".into()),
+        _ => None,
+    }
+}
+
+/// Reports peers that answer this command and that the daemon has never heard. A daemon that has
+/// just started may still hear them.
+fn report_unmet(report: &mut Report, status: &Value, unmet: &[SocketAddr], port: u16) {
+    let peers = unmet.iter().map(SocketAddr::to_string).collect::<Vec<_>>().join(", ");
+    if peers.is_empty() {
+        return;
+    }
+    let text = format!("{peers} answers this command, and the daemon has never heard it");
+    match is_young(status) {
+        true => report.note("udp", format!("{text}: the daemon has just started")),
+        false => report.fail("udp", format!("{text}: UDP is blocked here"), open_port("udp", port)),
+    }
+}
+
+/// Reports a node that `--peer` names and that answers neither this command nor HTTP. `state` is
+/// what the daemon says of it.
+fn report_unreachable(report: &mut Report, address: SocketAddr, state: &str, e: &io::Error) {
+    let ip = address.ip();
+    let (udp, tcp) = (open_port("udp", address.port()), open_port("tcp", address.port()));
+    let remedy = format!(
+        "on {ip}: systemctl start peerix.socket peerix.service\n\
+         if it runs there, on {ip}: {udp}\n\
+         if it runs there, on {ip}: {tcp}\n\
+         if there is no such node any more: peerix without --peer {ip}"
+    );
+    let text = format!("--peer {address} does not answer: {e}; daemon: {state}");
+    report.fail("peer", text, remedy);
+}
+
+/// Reports a host that `--peer` names and that has no address.
+fn report_unresolved(report: &mut Report, host: &str, e: &io::Error) {
+    let find = format!("what the resolver finds: getent ahosts {}", quote(host));
+    let remedy = format!("{find}\nif the name is wrong: peerix with the right --peer");
+    report.fail("peer", format!("--peer {host} has no address: {e}"), remedy);
+}
+
+/// Reports a peer that answers this command and has been silent to the daemon for `silence`
+/// seconds. The daemon probes it at least every 30 s.
+fn report_silent(report: &mut Report, address: SocketAddr, silence: f64, port: u16) {
+    let silent = format!("has been silent to the daemon for {}", long(silence));
+    let text = format!("{address} answers this command, and {silent}");
+    match silence > LATELY {
+        true => {
+            let text = format!("{text}: it has just come back, or UDP is blocked here");
+            report.fail("udp", text, open_port("udp", port));
+        }
+        false => report.note("peer", format!("{text}, which probes it again")),
     }
 }
 
@@ -465,7 +586,7 @@ fn trackers(report: &mut Report, config: &Config) {
 /// Whether others reach the address that is announced.
 fn outside(report: &mut Report, tracker: &str, host: Option<&str>, port: u16) {
     let told = get_within(&format!("{tracker}/reach/{port}"), REACH_TIMEOUT).ok().filter(|answer| answer.status == 200);
-    let told: Option<serde_json::Value> = told.and_then(|answer| serde_json::from_slice(&answer.body).ok());
+    let told: Option<Value> = told.and_then(|answer| serde_json::from_slice(&answer.body).ok());
     let Some(told) = told else {
         return report.note("address", format!("{tracker} does not tell whether it reaches this machine"));
     };
@@ -500,4 +621,162 @@ fn outside(report: &mut Report, tracker: &str, host: Option<&str>, port: u16) {
         open_port("tcp", port)
     );
     report.fail("address", format!("{at} is not reached from {tracker}"), remedy);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+    use std::cell::Cell;
+
+    const PORT: u16 = 12304;
+
+    fn at(last: u8) -> SocketAddr {
+        SocketAddr::from(([10, 0, 0, last], PORT))
+    }
+
+    /// The status of a daemon that has run for `uptime` seconds and has heard one peer.
+    fn status(uptime: f64, heard: SocketAddr) -> Value {
+        json!({
+            "time": 1180.0,
+            "node": {"uptime_seconds": uptime},
+            "peers": [{"address": heard.to_string(), "found_by": "query", "last_heard": 1000.0}],
+            "peers_omitted": 0,
+        })
+    }
+
+    fn node(status: Value) -> Option<Node> {
+        Some(Node { config: Config::default(), status })
+    }
+
+    /// State, kind and text of each finding.
+    fn told(report: &Report) -> Vec<(String, String, String)> {
+        let word = |finding: &Value, key: &str| text(&finding[key]).to_owned();
+        let findings = report.findings();
+        findings.iter().map(|f| (word(f, "state"), word(f, "what"), word(f, "text"))).collect()
+    }
+
+    /// The remedy of the first finding.
+    fn remedy(report: &Report) -> String {
+        text(&report.findings()[0]["remedy"]).to_owned()
+    }
+
+    #[test]
+    fn young_daemon_is_polled_until_it_has_met_all() {
+        let polls = Cell::new(0);
+        let meets_at_the_third = || {
+            polls.set(polls.get() + 1);
+            node(status(0.3, at(if polls.get() < 3 { 1 } else { 2 })))
+        };
+        let last = wait_until_met(meets_at_the_third, &[at(2)]).unwrap();
+        assert_eq!((polls.get(), unmet(&last.status, &[at(2)])), (3, vec![]));
+    }
+
+    #[test]
+    fn daemon_past_the_meeting_time_is_not_polled() {
+        let polls = Cell::new(0);
+        let grows_old = || {
+            polls.set(polls.get() + 1);
+            node(status(if polls.get() < 3 { 2.9 } else { 3.1 }, at(1)))
+        };
+        let last = wait_until_met(grows_old, &[at(2)]).unwrap();
+        assert_eq!((polls.get(), unmet(&last.status, &[at(2)])), (3, vec![at(2)]));
+    }
+
+    #[test]
+    fn daemon_that_stops_ends_the_polling() {
+        let polls = Cell::new(0);
+        let stops = || {
+            polls.set(polls.get() + 1);
+            if polls.get() < 2 { node(status(0.3, at(1))) } else { None }
+        };
+        assert!(wait_until_met(stops, &[at(2)]).is_some_and(|node| is_young(&node.status)));
+        assert!(wait_until_met(|| None, &[at(2)]).is_none());
+    }
+
+    #[test]
+    fn unmet_peer_is_a_fault_of_udp_unless_the_daemon_is_young() {
+        let found = |uptime| {
+            let mut report = Report::default();
+            let status = status(uptime, at(1));
+            report_unmet(&mut report, &status, &unmet(&status, &[at(1), at(2)]), PORT);
+            told(&report)
+        };
+        let text = "10.0.0.2:12304 answers this command, and the daemon has never heard it";
+        let finding = |state: &str, why: &str| {
+            let text = format!("{text}: {why}");
+            vec![(state.to_owned(), "udp".to_owned(), text)]
+        };
+        assert_eq!(found(0.9), finding("note", "the daemon has just started"));
+        assert_eq!(found(60.0), finding("fail", "UDP is blocked here"));
+        let mut report = Report::default();
+        report_unmet(&mut report, &status(60.0, at(1)), &[], PORT);
+        assert!(told(&report).is_empty());
+    }
+
+    #[test]
+    fn peers_that_a_status_omits_are_not_unmet() {
+        let mut status = status(60.0, at(1));
+        assert_eq!(unmet(&status, &[at(1), at(2)]), [at(2)]);
+        status["peers_omitted"] = 1.into();
+        assert_eq!(unmet(&status, &[at(1), at(2)]), []);
+    }
+
+    #[test]
+    fn named_peers_have_the_state_that_the_daemon_says() {
+        let named = Named { addresses: vec![at(1), at(2), at(3)], ..Named::default() };
+        let peer = |last, found_by: &str, state: &str| {
+            let since = (state == "silent").then_some(1000.0);
+            let address = at(last).to_string();
+            json!({"address": address, "found_by": found_by, "state": state, "silent_since": since})
+        };
+        let (silent, unheard) = (peer(1, "flag", "silent"), peer(2, "flag", "unheard"));
+        let peers = [silent, unheard, peer(4, "query", "silent")];
+        let status = json!({"time": 1180.0, "peers": peers});
+        let state = |last| named_peer(&status, &named, at(last)).unwrap_or_default();
+        assert_eq!([1, 2, 3, 4].map(state), ["silent for 3 min", "never heard", "not listed", ""]);
+        let silence = |last| silence(&status, at(last));
+        assert_eq!([1, 2, 4].map(silence), [Some(180.0), None, Some(180.0)]);
+    }
+
+    #[test]
+    fn named_peer_that_does_not_answer_is_a_fault_with_a_remedy() {
+        let mut report = Report::default();
+        let refused = io::Error::from(ErrorKind::ConnectionRefused);
+        report_unreachable(&mut report, at(1), "silent for 3 min", &refused);
+        let (state, what, text) = told(&report).remove(0);
+        assert_eq!((&*state, &*what), ("fail", "peer"));
+        assert!(text.starts_with("--peer 10.0.0.1:12304 does not answer: "), "{text}");
+        assert!(text.ends_with("; daemon: silent for 3 min"), "{text}");
+        let remedy = remedy(&report);
+        assert!(remedy.starts_with("on 10.0.0.1: systemctl start peerix.socket "), "{remedy}");
+        assert!(remedy.contains("without --peer 10.0.0.1"), "{remedy}");
+    }
+
+    #[test]
+    fn name_without_an_address_is_a_fault_with_a_remedy() {
+        // The resolver refuses a name with a zero byte, and sends nothing for it.
+        let peers = vec![("127.0.0.1".to_owned(), PORT), ("a\0b".to_owned(), PORT)];
+        let named = Named::resolve(&Config { peers, ..Config::default() });
+        assert_eq!(named.addresses, [SocketAddr::from(([127, 0, 0, 1], PORT))]);
+        let [(host, e)] = &named.unresolved[..] else { panic!("one name has no address") };
+        assert_eq!(host, "a\0b");
+        let mut report = Report::default();
+        report_unresolved(&mut report, "desk.example", e);
+        assert!(!report.is_well() && remedy(&report).contains("getent ahosts desk.example"));
+        assert!(told(&report)[0].2.starts_with("--peer desk.example has no address: "));
+    }
+
+    #[test]
+    fn peer_silent_to_the_daemon_alone_is_a_fault_after_the_probe_interval() {
+        let found = |seconds| {
+            let mut report = Report::default();
+            report_silent(&mut report, at(1), seconds, PORT);
+            told(&report).remove(0)
+        };
+        assert_eq!(found(20.0).0, "note");
+        let (state, what, text) = found(180.0);
+        assert_eq!((&*state, &*what), ("fail", "udp"));
+        assert!(text.contains("silent to the daemon for 3 min: it has just come back"), "{text}");
+    }
 }

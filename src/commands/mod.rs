@@ -18,9 +18,10 @@ use crate::cli::{self, Ask, Command, What};
 use crate::config::Config;
 use crate::key_file;
 use crate::nix::PublicKey;
-use crate::status::text::{bytes, long, short};
+use crate::status::text::{bytes, found_by, long, short};
 use serde_json::Value;
 use std::io::Read;
+use std::net::SocketAddr;
 use std::time::{Duration, SystemTime};
 use ureq::Agent;
 use ureq::tls::{RootCerts, TlsConfig};
@@ -135,10 +136,50 @@ fn get_within(url: &str, timeout: Duration) -> Result<Answer, String> {
     Ok(Answer { status, body, date })
 }
 
+/// Whether lookups ask `peer`, a row of the status made at `now`: `live`, `silent for 3 min` or
+/// `never heard`. `None` if LAN discovery does not know it.
+fn liveness(peer: &Value, now: f64) -> Option<String> {
+    match (text(&peer["state"]), peer["silent_since"].as_f64()) {
+        ("live", _) => Some("live".into()),
+        ("silent", Some(since)) => Some(format!("silent for {}", long(now - since))),
+        ("unheard", _) => Some("never heard".into()),
+        _ => None,
+    }
+}
+
+/// The moment at which a status was made, in seconds since 1970.
+fn moment(status: &Value) -> f64 {
+    status["time"].as_f64().unwrap_or_default()
+}
+
+/// The row of the peer whose HTTP server has this address.
+fn peer_at(status: &Value, address: SocketAddr) -> Option<&Value> {
+    let address = address.to_string();
+    list(&status["peers"]).iter().find(|peer| text(&peer["address"]) == address)
+}
+
 fn text(value: &Value) -> &str {
     value.as_str().unwrap_or_default()
 }
 
 fn list(value: &Value) -> &[Value] {
     value.as_array().map_or(&[], Vec::as_slice)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn liveness_is_said_of_lan_peers_alone() {
+        let said = |state, silent_since| {
+            let peer = json!({"state": state, "silent_since": silent_since});
+            liveness(&peer, 1180.0).unwrap_or_default()
+        };
+        assert_eq!(said("live".into(), Value::Null), "live");
+        assert_eq!(said("silent".into(), 1000.0.into()), "silent for 3 min");
+        assert_eq!(said("unheard".into(), Value::Null), "never heard");
+        assert_eq!(said(Value::Null, Value::Null), "");
+    }
 }

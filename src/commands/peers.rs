@@ -2,9 +2,10 @@
 
 use super::probe::{self, Http};
 use super::report::{Report, State};
-use super::{Node, list, text};
+use super::{Node, found_by, liveness, moment, peer_at, text};
 use crate::network::Networks;
 use crate::nix::HashPart;
+use serde_json::Value;
 use std::net::SocketAddr;
 
 /// Asked for by nobody else: no path has this name.
@@ -40,16 +41,42 @@ pub fn run(node: &Node, json: bool) -> u8 {
             Http::Other => "answers HTTP as another kind of peerix".into(),
             Http::Silent(e) => format!("does not answer HTTP: {e}"),
         };
-        let at = list(&node.status["peers"]).iter().find(|peer| text(&peer["address"]) == address.to_string());
-        let avoided = at.map(|peer| text(&peer["avoided"]["reason"])).filter(|reason| !reason.is_empty());
-        let avoided = avoided.map(|reason| format!("; avoided at the moment: {reason}"));
+        let now = moment(&node.status);
+        let view = peer_at(&node.status, *address).map(|peer| daemon_view(peer, now));
         let state = if by_udp.is_some() && shares { State::Ok } else { State::Note };
         answering += u32::from(by_udp.is_some() || shares);
-        let (id, avoided) = (id.unwrap_or_default(), avoided.unwrap_or_default());
-        report.add(state, "peer", format!("{address}{id}: {udp}; {http}{avoided}"));
+        let (id, view) = (id.unwrap_or_default(), view.unwrap_or_default());
+        report.add(state, "peer", format!("{address}{id}: {udp}; {http}{view}"));
     }
     if answering == 0 {
         report.note("peers", "nobody answers".into());
     }
     report.print(json, answering > 0)
+}
+
+/// End of a peer's line: whether the daemon finds it live, how it was found, and why it is avoided.
+fn daemon_view(peer: &Value, now: f64) -> String {
+    let how = found_by(text(&peer["found_by"]));
+    let state = liveness(peer, now).map(|state| format!("; daemon: {state}, found by {how}"));
+    let avoided = Some(text(&peer["avoided"]["reason"])).filter(|reason| !reason.is_empty());
+    let avoided = avoided.map(|reason| format!("; avoided at the moment: {reason}"));
+    [state, avoided].into_iter().flatten().collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn daemon_view_says_state_and_how_a_peer_was_found() {
+        let silent = json!({"found_by": "flag", "state": "silent", "silent_since": 1000.0});
+        assert_eq!(daemon_view(&silent, 1180.0), "; daemon: silent for 3 min, found by --peer");
+        let avoided = json!({"reason": "status 500"});
+        let avoided = json!({"found_by": "answer", "state": "live", "avoided": avoided});
+        let view = daemon_view(&avoided, 1180.0);
+        assert!(view.starts_with("; daemon: live, found by answer to a broadcast; "), "{view}");
+        assert!(view.ends_with("; avoided at the moment: status 500"), "{view}");
+        assert_eq!(daemon_view(&json!({"found_by": "tracker", "state": null}), 1180.0), "");
+    }
 }

@@ -2,9 +2,9 @@
 
 use super::{HTTP_TIMEOUT, Node, get, list, text};
 use crate::config::Config;
+use crate::lan::Holder;
 use crate::network::{LanNetworks, Networks};
 use crate::nix::{HashPart, NarInfo};
-use crate::lan::Holder;
 use crate::peers::client::{Client, Error};
 use crate::wire::Packet;
 use crate::wire::tracker::{can_be_peer, lookup_target};
@@ -180,14 +180,42 @@ pub fn at_once<T: Sync, U: Send>(all: &[T], work: impl Fn(&T) -> U + Sync) -> Ve
     })
 }
 
-/// The neighbours that the daemon knows or was told of, by their addresses.
+/// Addresses of the nodes that `--peer` names. Blocks while names are resolved.
+#[derive(Default)]
+pub struct Named {
+    /// All addresses of all names.
+    pub addresses: Vec<SocketAddr>,
+    /// Hosts that could not be resolved, each with the reason.
+    pub unresolved: Vec<(String, io::Error)>,
+}
+
+impl Named {
+    /// Resolves the names.
+    pub fn resolve(config: &Config) -> Named {
+        let mut named = Named::default();
+        for (host, port) in &config.peers {
+            match (host.as_str(), *port).to_socket_addrs() {
+                Ok(addresses) => named.addresses.extend(addresses),
+                Err(e) => named.unresolved.push((host.clone(), e)),
+            }
+        }
+        named
+    }
+}
+
+/// The neighbours that the daemon knows, and the nodes that `--peer` names. Blocks while names are
+/// resolved.
 pub fn known(node: &Node) -> Vec<SocketAddr> {
-    // Who only asks this node need be no peerix.
+    known_or_named(&node.status, &Named::resolve(&node.config))
+}
+
+/// The neighbours that a status lists, and the named nodes.
+pub fn known_or_named(status: &Value, named: &Named) -> Vec<SocketAddr> {
+    // A host that only asks this node need not run peerix.
     let is_peer = |peer: &&Value| peer["network"] == "lan" && peer["found_by"] != "request";
-    let peers = list(&node.status["peers"]).iter().filter(is_peer);
+    let peers = list(&status["peers"]).iter().filter(is_peer);
     let mut all: Vec<SocketAddr> = peers.filter_map(|peer| text(&peer["address"]).parse().ok()).collect();
-    let named = node.config.peers.iter().filter_map(|(host, port)| (host.as_str(), *port).to_socket_addrs().ok());
-    all.extend(named.flatten());
+    all.extend(&named.addresses);
     all.sort_unstable();
     all.dedup();
     all

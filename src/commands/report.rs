@@ -53,14 +53,20 @@ impl Report {
         self.0.iter().all(|finding| finding.state != State::Fail)
     }
 
+    /// All findings as JSON, in their order.
+    pub fn findings(&self) -> Vec<Value> {
+        let finding = |finding: &Finding| {
+            let Finding { state, what, text, remedy } = finding;
+            let remedy = (!remedy.is_empty()).then_some(remedy);
+            json!({"state": word(*state), "what": what, "text": text, "remedy": remedy})
+        };
+        self.0.iter().map(finding).collect()
+    }
+
     /// Prints all; gives the exit status, of which `well` decides.
     pub fn print(&self, json: bool, well: bool) -> u8 {
         if json {
-            let findings = self.0.iter().map(|finding| {
-                let remedy = (!finding.remedy.is_empty()).then_some(&finding.remedy);
-                json!({"state": word(finding.state), "what": finding.what, "text": finding.text, "remedy": remedy})
-            });
-            print(&json!({"version": 1, "ok": well, "findings": findings.collect::<Vec<Value>>()}));
+            print(&json!({"version": 1, "ok": well, "findings": self.findings()}));
         } else {
             let mut out = String::new();
             for finding in &self.0 {

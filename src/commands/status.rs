@@ -1,7 +1,7 @@
 //! `peerix status`: what the daemon tells of itself, in a terminal.
 
 use super::report::{print, say};
-use super::{NO, Node, YES, list, long, short, text};
+use super::{NO, Node, YES, found_by, list, liveness, long, moment, short, text};
 use crate::service::clean;
 use serde_json::Value;
 
@@ -21,8 +21,7 @@ pub fn run(node: &Node, json: bool) -> u8 {
 
 fn shown(status: &Value) -> String {
     let (node, mut out) = (&status["node"], String::new());
-    let now = status["time"].as_f64().unwrap_or_default();
-    let ago = |then: &Value| then.as_f64().map_or("never".to_owned(), |then| format!("{} ago", long(now - then)));
+    let now = moment(status);
     let mut line = |text: String| {
         out.push_str(&clean(&text));
         out.push('\n');
@@ -46,13 +45,7 @@ fn shown(status: &Value) -> String {
     line(String::new());
     line(format!("peers: {}", peers.len() as u64 + status["peers_omitted"].as_u64().unwrap_or_default()));
     for peer in peers {
-        let trip = peer["round_trip_seconds"].as_f64().or_else(|| peer["narinfo_seconds"].as_f64());
-        let trip = trip.map_or("?".into(), short);
-        let (received, sent) = (bytes(&peer["received_bytes"]), bytes(&peer["sent_bytes"]));
-        let (address, found_by, id) = (text(&peer["address"]), text(&peer["found_by"]), text(&peer["id"]));
-        let counts = format!("{} hits, {} failures", peer["hits"], peer["failures"]);
-        let heard = ago(&peer["last_heard"]);
-        line(format!("  {address} {id} by {found_by}, heard {heard}, {trip}, {counts}, {received} in, {sent} out"));
+        line(format!("  {}", peer_line(peer, now)));
         if let Some(until) = peer["avoided"]["until"].as_f64() {
             line(format!("    avoided for {}: {}", long(until - now), text(&peer["avoided"]["reason"])));
         }
@@ -94,10 +87,68 @@ fn shown(status: &Value) -> String {
     out
 }
 
+/// A peer's address, how it was found, whether it is live, and what it gave and took.
+fn peer_line(peer: &Value, now: f64) -> String {
+    let id = peer["id"].as_str().map(|id| format!(" ({id})")).unwrap_or_default();
+    let trip = peer["round_trip_seconds"].as_f64().or_else(|| peer["narinfo_seconds"].as_f64());
+    let facts = [
+        liveness(peer, now),
+        Some(format!("found by {}", found_by(text(&peer["found_by"])))),
+        peer["last_heard"].as_f64().map(|at| format!("heard {} ago", long(now - at))),
+        trip.map(short),
+        Some(format!("{} hits, {} failures", peer["hits"], peer["failures"])),
+        Some(format!("{} in", bytes(&peer["received_bytes"]))),
+        Some(format!("{} out", bytes(&peer["sent_bytes"]))),
+    ];
+    let facts: Vec<String> = facts.into_iter().flatten().collect();
+    format!("{}{id}: {}", text(&peer["address"]), facts.join(", "))
+}
+
 fn number(value: &Value) -> f64 {
     value.as_f64().unwrap_or_default()
 }
 
 fn bytes(value: &Value) -> String {
     super::bytes(value.as_u64().unwrap_or_default())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn peers_are_shown_with_state_and_how_they_were_found() {
+        // What a peer gave and took, and what is particular to it.
+        let line = |facts: Value| {
+            let mut peer = json!({"hits": 120, "failures": 2});
+            peer["received_bytes"] = (7 << 20).into();
+            peer["sent_bytes"] = 0.into();
+            let facts = facts.as_object().unwrap().clone();
+            peer.as_object_mut().unwrap().extend(facts);
+            let line = peer_line(&peer, 1180.0);
+            let facts = line.strip_suffix(", 120 hits, 2 failures, 7.0 MiB in, 0 B out");
+            facts.unwrap_or_else(|| panic!("{line}")).to_owned()
+        };
+        let live = line(json!({
+            "address": "10.0.0.1:1", "found_by": "query", "state": "live", "last_heard": 1177.0,
+            "round_trip_seconds": 0.0004,
+        }));
+        assert_eq!(live, "10.0.0.1:1: live, found by its query, heard 3 s ago, 0.40 ms");
+        let silent = line(json!({
+            "address": "10.0.0.2:1", "found_by": "broadcast", "state": "silent",
+            "silent_since": 1000.0, "last_heard": 880.0,
+        }));
+        assert_eq!(silent, "10.0.0.2:1: silent for 3 min, found by hello, heard 5 min ago");
+        let unheard = json!({"address": "10.0.0.3:1", "found_by": "flag", "state": "unheard"});
+        assert_eq!(line(unheard.clone()), "10.0.0.3:1: never heard, found by --peer");
+        let far = line(json!({
+            "address": "192.0.2.1:1", "found_by": "tracker", "id": "desk", "last_heard": 1177.0,
+            "narinfo_seconds": 0.0011,
+        }));
+        assert_eq!(far, "192.0.2.1:1 (desk): found by tracker, heard 3 s ago, 1.10 ms");
+        // Each peer has a line.
+        let shown = shown(&json!({"time": 1180.0, "peers": [unheard]}));
+        assert!(shown.contains("\n  10.0.0.3:1: never heard, "), "{shown}");
+    }
 }

@@ -3,11 +3,16 @@
 use super::nix::{self, Settings, trusted_by};
 use super::probe;
 use super::report::Report;
-use super::{Node, USAGE, get, list, text};
+use super::{Node, USAGE, get, list, liveness, long, moment, peer_at, text};
 use crate::network::Networks;
 use crate::nix::{HashPart, NarInfo, StorePath};
 use crate::share::Share;
+use serde_json::Value;
 use std::sync::Arc;
+
+/// Silent peers that are named one by one; of the others only the number is said. More would not be
+/// read.
+const MAX_SILENT_SHOWN: usize = 8;
 
 pub fn run(node: &Node, path: &str, json: bool) -> u8 {
     let Some(hash_part) = hash_part(node, path) else {
@@ -103,10 +108,16 @@ fn offered(report: &mut Report, node: &Node, hash_part: &HashPart, settings: Opt
             }
         };
         let path = node.config.store_dir.join(&info.path);
-        let at = list(&node.status["peers"]).iter().find(|peer| text(&peer["address"]) == offer.from.to_string());
+        let at = peer_at(&node.status, offer.from);
         let avoided = at.filter(|peer| peer["avoided"]["wholly"] == true).map(|peer| text(&peer["avoided"]["reason"]));
         report.ok("peer", format!("{who} has {path}, {} bytes", info.nar_size));
-        let mut passes = avoided.is_none();
+        // Broadcast queries reach silent neighbours, but need not reach a node that `--peer` names.
+        let unasked = at.filter(|peer| peer["state"] == "silent" && peer["found_by"] == "flag");
+        let mut passes = avoided.is_none() && unasked.is_none();
+        if let Some(state) = unasked.and_then(|peer| liveness(peer, moment(&node.status))) {
+            let text = format!("{who} is not asked until it answers a probe: {state}");
+            report.fail("peer", text, "peerix doctor".into());
+        }
         if let Some(reason) = avoided {
             report.fail("peer", format!("{who} is avoided at the moment: {reason}"), String::new());
         }
@@ -132,6 +143,7 @@ fn offered(report: &mut Report, node: &Node, hash_part: &HashPart, settings: Opt
         }
         all.push(Offered { passes, is_trusted: is_trusted.is_ok() });
     }
+    silent_peers(report, &node.status);
     if all.is_empty() {
         let peers = list(&node.status["peers"]).len();
         report
@@ -143,6 +155,26 @@ fn offered(report: &mut Report, node: &Node, hash_part: &HashPart, settings: Opt
         report.note("asked", format!("when Nix asked {ago:.0} s ago, it missed: {}", text(&last["miss"]["text"])));
     }
     all
+}
+
+/// Says which peers lookups do not ask, as they are silent.
+fn silent_peers(report: &mut Report, status: &Value) {
+    let is_silent = |peer: &&Value| peer["state"] == "silent";
+    let silent: Vec<&Value> = list(&status["peers"]).iter().filter(is_silent).collect();
+    if silent.is_empty() {
+        return;
+    }
+    let now = moment(status);
+    let age = |peer: &&Value| {
+        let since = peer["silent_since"].as_f64().unwrap_or_default();
+        format!("{} for {}", text(&peer["address"]), long(now - since))
+    };
+    let mut shown: Vec<String> = silent.iter().take(MAX_SILENT_SHOWN).map(age).collect();
+    if silent.len() > MAX_SILENT_SHOWN {
+        shown.push(format!("{} more", silent.len() - MAX_SILENT_SHOWN));
+    }
+    let shown = shown.join(", ");
+    report.note("peer", format!("silent, and so not asked except by broadcast: {shown}"));
 }
 
 /// Whether Nix would ask this machine's peerix for it, and whom before and after.
@@ -179,4 +211,41 @@ fn nix_asks(report: &mut Report, node: &Node, hash_part: &HashPart, settings: Re
         report.note("order", format!("Nix asks by priority, the lowest first: {}", order.join(", ")));
     }
     asks
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    /// What `why` says of a live peer, and of peers that have been silent for so many seconds.
+    fn said(silent: &[u64]) -> Vec<Value> {
+        let silent = silent.iter().zip(1..).map(|(age, number): (_, u32)| {
+            let address = format!("10.0.0.{number}:1");
+            json!({"address": address, "state": "silent", "silent_since": 5000 - age})
+        });
+        let live = json!({"address": "10.0.0.99:1", "state": "live", "silent_since": null});
+        let peers: Vec<Value> = silent.chain([live]).collect();
+        let mut report = Report::default();
+        silent_peers(&mut report, &json!({"time": 5000.0, "peers": peers}));
+        report.findings()
+    }
+
+    #[test]
+    fn silent_peers_are_said_not_to_be_asked() {
+        let told = said(&[180, 20]);
+        assert_eq!(told.len(), 1);
+        assert_eq!(told[0]["state"], "note");
+        let text = told[0]["text"].as_str().unwrap();
+        assert!(text.starts_with("silent, and so not asked except by broadcast: "), "{text}");
+        assert!(text.ends_with(": 10.0.0.1:1 for 3 min, 10.0.0.2:1 for 20 s"), "{text}");
+        assert!(said(&[]).is_empty());
+    }
+
+    #[test]
+    fn many_silent_peers_are_counted() {
+        let told = said(&[60; 12]);
+        let text = told[0]["text"].as_str().unwrap();
+        assert!(text.ends_with(", 10.0.0.8:1 for 1 min, 4 more"), "{text}");
+    }
 }

@@ -44,6 +44,8 @@ const HELLO_REPLY_SPREAD: Duration = Duration::from_millis(200);
 const MAX_HELLO_REPLIES: usize = 32;
 /// See [`MAX_HELLO_REPLIES`].
 const HELLO_REPLY_WINDOW: Duration = Duration::from_secs(1);
+/// Interval between two hellos to a peer that seems not to know this node.
+const REMINDER_INTERVAL: Duration = Duration::from_secs(10);
 /// Hellos to addresses from the kernel's neighbour table in one [`HELLO_INTERVAL`].
 const MAX_GREETINGS: usize = 64;
 /// Addresses that were greeted so, the last ones. When full, all are forgotten and greeted again.
@@ -643,8 +645,9 @@ impl<E: Environment> Discovery<E> {
                 let url_path = format!("local/{hash_part}.narinfo");
                 out.push((To::Peer(from), Packet::Have { id, port: self.settings.http_port, url_path }));
             }
-            // A peer that understands batches sends single queries only by broadcast, and waits for holders alone.
-            Presence::Absent if self.speaks_batches(from) => {}
+            // A peer that understands batches sends single queries only by broadcast, and waits for holders alone; or it has
+            // lost this node's hello.
+            Presence::Absent if self.speaks_batches(from) => self.remind_of_hello(from, now),
             Presence::Absent => out.push((To::Peer(from), Packet::HaveNot { id })),
             Presence::Unknown => {}
         }
@@ -675,6 +678,15 @@ impl<E: Environment> Discovery<E> {
         let held = Bits::pack(held);
         if held.any() || !holders_only {
             out.push((To::Peer(from), Packet::AnswerMany { id, held }));
+        }
+    }
+
+    /// Says hello to a peer again, at most once in [`REMINDER_INTERVAL`].
+    fn remind_of_hello(&mut self, address: SocketAddr, now: Instant) {
+        let Some(peer) = self.peers.get_mut(address) else { return };
+        if peer.last_reminder.is_none_or(|last| last + REMINDER_INTERVAL <= now) {
+            peer.last_reminder = Some(now);
+            self.reply_to_hello(address, now);
         }
     }
 

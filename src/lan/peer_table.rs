@@ -45,7 +45,7 @@ pub const FIRST_PROBE: Duration = Duration::from_secs(1);
 const MAX_PROBE: Duration = Duration::from_secs(30);
 /// A peer that has been silent for this long is forgotten, unless `--peer` names it.
 const FORGET_SILENT: Duration = Duration::from_secs(90);
-/// A live peer that has not been heard for this long is probed: three hellos were lost.
+/// A live peer that has not been heard for this long counts as silent and is probed: three hellos were lost.
 const UNHEARD: Duration = Duration::from_secs(90);
 /// A Python peerix says no hello. It is remembered for this long after its last packet.
 const REMEMBER_ORIGINAL: Duration = Duration::from_secs(3600);
@@ -172,6 +172,8 @@ pub struct Peer {
     repeat_at: Option<Instant>,
     repeats: u32,
     last_early_repeat: Option<Instant>,
+    /// When it was last told of this node because it seemed not to know it.
+    pub last_reminder: Option<Instant>,
 }
 
 impl Peer {
@@ -197,6 +199,7 @@ impl Peer {
             repeat_at: None,
             repeats: 0,
             last_early_repeat: None,
+            last_reminder: None,
         }
     }
 

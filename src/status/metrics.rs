@@ -1,5 +1,6 @@
 //! `/metrics`: the report's numbers in Prometheus' text format, version 0.0.4.
 
+use super::report::{Liveness, Peer};
 use super::{Status, text};
 use crate::record::{Count, Histogram, Totals};
 use std::fmt::Write;
@@ -99,6 +100,7 @@ impl Status {
                 report.peers.iter().filter(|peer| peer.network == network && peer.found_by != "request").count();
             all.series("peers", &[("network", network)], known as f64);
         }
+        lan_peers(&mut all, &report.peers);
         let avoided = report.peers.iter().filter(|peer| peer.avoided.is_some()).count();
         all.one("peers_avoided", "gauge", "Peers that are avoided after failures.", avoided as f64);
         if !report.trackers.is_empty() {
@@ -140,10 +142,46 @@ impl Status {
     }
 }
 
+/// Counts the peers on the LAN by state. A `--peer` that was never heard is not counted.
+fn lan_peers(all: &mut Metrics, peers: &[Peer]) {
+    all.metric("lan_peers", "gauge", "Peers on the LAN that answer, and that were given up.");
+    for (label, state) in [("live", Liveness::Live), ("silent", Liveness::Silent)] {
+        let count = peers.iter().filter(|peer| peer.state == Some(state)).count();
+        all.series("lan_peers", &[("state", label)], count as f64);
+    }
+}
+
 #[cfg(test)]
 mod tests {
+    use super::super::empty;
     use super::*;
+    use crate::record::Network;
+    use std::net::{Ipv4Addr, SocketAddr};
     use std::time::Duration;
+
+    #[test]
+    fn lan_peers_are_counted_by_state() {
+        let address = SocketAddr::from((Ipv4Addr::LOCALHOST, 1));
+        let peer = |network, state| Peer { state, ..empty(address, network) };
+        let peers = [
+            peer(Network::Lan, Some(Liveness::Live)),
+            peer(Network::Lan, Some(Liveness::Live)),
+            peer(Network::Lan, Some(Liveness::Silent)),
+            peer(Network::Lan, Some(Liveness::Unheard)),
+            peer(Network::Lan, None),
+            peer(Network::Wan, None),
+        ];
+        let counts = |peers: &[Peer]| {
+            let mut all = Metrics(String::new());
+            lan_peers(&mut all, peers);
+            let (_, series) = all.0.split_once(" gauge\n").unwrap();
+            series.to_owned()
+        };
+        let expected = "peerix_lan_peers{state=\"live\"} 2\npeerix_lan_peers{state=\"silent\"} 1\n";
+        assert_eq!(counts(&peers), expected);
+        // A series that is not there raises no alert.
+        assert_eq!(counts(&[]), expected.replace("} 2", "} 0").replace("} 1", "} 0"));
+    }
 
     #[test]
     fn the_format() {

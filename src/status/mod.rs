@@ -9,16 +9,16 @@ pub mod text;
 pub use page::{Page, page};
 
 use crate::config::{Config, Mode};
+use crate::lan::{DiscoveryClient, Neighbour};
 use crate::network::Networks;
 use crate::nix::HashPart;
 use crate::peers::announce::Trackers;
-use crate::lan::DiscoveryClient;
 use crate::peers::standing::Standing;
 use crate::record::{self, HOUR, MAX_PEERS, Network, Record, Totals, Who};
 use crate::store::Store;
 use report::{
-    AllTotals, Avoided, Health, History, Lookup, Node, OwnNetwork, Peer, Problem, Reason, Report, TotalsSince,
-    TrackerState, Transfer, VERSION,
+    AllTotals, Avoided, Health, History, Liveness, Lookup, Node, OwnNetwork, Peer, Problem, Reason, Report,
+    TotalsSince, TrackerState, Transfer, VERSION,
 };
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -241,21 +241,13 @@ impl Status {
 
     /// The peers, and whether discovery answered.
     fn peers(&self, now: Now) -> (Vec<Peer>, bool) {
-        let mut rows: HashMap<Who, Peer> = HashMap::new();
         let neighbours = self.discovery.neighbours(DISCOVERY_PATIENCE);
         let answers = neighbours.is_some();
-        for neighbour in neighbours.unwrap_or_default() {
-            let mut http = neighbour.address;
-            http.set_port(neighbour.http_port.unwrap_or(http.port()));
-            let row = rows.entry(Who::server(Network::Lan, http)).or_insert_with(|| empty(http, Network::Lan));
-            row.found_by = neighbour.met_by.code();
-            row.silent_since = neighbour.silent_since.map(|since| now.of(since));
-            row.last_heard = neighbour.heard.map(|heard| now.of(heard));
-            row.round_trip_seconds = neighbour.round_trip.map(seconds);
-        }
+        let mut rows = neighbour_rows(neighbours.unwrap_or_default(), now);
         for seen in self.standing.all(now.instant) {
             let network = if seen.is_far { Network::Wan } else { Network::Lan };
-            let row = rows.entry(Who::server(network, seen.address)).or_insert_with(|| empty(seen.address, network));
+            let who = row_of(&rows, network, seen.address);
+            let row = rows.entry(who).or_insert_with(|| empty(seen.address, network));
             row.narinfo_seconds = seen.latency.map(seconds);
             row.last_heard = row.last_heard.or(seen.answered.map(|at| now.of(at)));
             row.failures = seen.faults;
@@ -290,6 +282,46 @@ impl Status {
     }
 }
 
+/// A row for each neighbour. Several nodes that `--peer` names may be behind one address, with a
+/// port each: the first has the row of the address, as neighbours do, and the others have rows of
+/// their own.
+fn neighbour_rows(neighbours: Vec<Neighbour>, now: Now) -> HashMap<Who, Peer> {
+    let mut rows = HashMap::new();
+    for neighbour in neighbours {
+        let mut http = neighbour.address;
+        http.set_port(neighbour.http_port.unwrap_or(http.port()));
+        let mut who = Who::server(Network::Lan, http);
+        if rows.contains_key(&who) {
+            who.port = http.port();
+        }
+        let row = Peer {
+            found_by: neighbour.met_by.code(),
+            last_heard: neighbour.heard.map(|heard| now.of(heard)),
+            state: Some(liveness(&neighbour)),
+            silent_since: neighbour.silent_since.map(|since| now.of(since)),
+            round_trip_seconds: neighbour.round_trip.map(seconds),
+            ..empty(http, Network::Lan)
+        };
+        rows.insert(who, row);
+    }
+    rows
+}
+
+fn liveness(neighbour: &Neighbour) -> Liveness {
+    match (neighbour.silent_since, neighbour.heard) {
+        (Some(_), _) => Liveness::Silent,
+        (None, Some(_)) => Liveness::Live,
+        (None, None) => Liveness::Unheard,
+    }
+}
+
+/// The key of the row for the peer whose HTTP server has this address: see [`neighbour_rows`].
+fn row_of(rows: &HashMap<Who, Peer>, network: Network, address: SocketAddr) -> Who {
+    let who = Who::server(network, address);
+    let with_port = Who { port: address.port(), ..who };
+    if rows.contains_key(&with_port) { with_port } else { who }
+}
+
 fn empty(address: SocketAddr, network: Network) -> Peer {
     Peer {
         address: address.to_string(),
@@ -297,6 +329,7 @@ fn empty(address: SocketAddr, network: Network) -> Peer {
         found_by: if network == Network::Lan { "broadcast" } else { "tracker" },
         id: None,
         last_heard: None,
+        state: None,
         silent_since: None,
         round_trip_seconds: None,
         narinfo_seconds: None,
@@ -354,6 +387,46 @@ fn totals(since: f64, totals: Totals) -> TotalsSince {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::lan::MetBy;
+
+    #[test]
+    fn neighbours_are_live_silent_or_unheard() {
+        let instant = Instant::now();
+        let now = Now { instant, wall: SystemTime::UNIX_EPOCH + Duration::from_secs(1000) };
+        let later = |seconds| Some(instant + Duration::from_secs(seconds));
+        let at = |last: u8, port| SocketAddr::from(([10, 0, 0, last], port));
+        let neighbour = |address, met_by, heard, silent_since| Neighbour {
+            address,
+            http_port: None,
+            met_by,
+            heard,
+            silent_since,
+            round_trip: None,
+        };
+        let rows = neighbour_rows(
+            vec![
+                neighbour(at(1, 1), MetBy::Query, later(1), None),
+                neighbour(at(2, 1), MetBy::Hello, later(1), later(2)),
+                neighbour(at(3, 1), MetBy::Named, None, None),
+                // Behind one address, with a port each.
+                neighbour(at(4, 1), MetBy::Named, later(1), None),
+                neighbour(at(4, 2), MetBy::Named, None, later(3)),
+            ],
+            now,
+        );
+        let row = |address| {
+            let row = &rows[&row_of(&rows, Network::Lan, address)];
+            assert_eq!(row.address, address.to_string());
+            (row.found_by, row.state.unwrap(), row.last_heard, row.silent_since)
+        };
+        assert_eq!(row(at(1, 1)), ("query", Liveness::Live, Some(1001.0), None));
+        assert_eq!(row(at(2, 1)), ("broadcast", Liveness::Silent, Some(1001.0), Some(1002.0)));
+        assert_eq!(row(at(3, 1)), ("flag", Liveness::Unheard, None, None));
+        assert_eq!(row(at(4, 1)), ("flag", Liveness::Live, Some(1001.0), None));
+        assert_eq!(row(at(4, 2)), ("flag", Liveness::Silent, None, Some(1003.0)));
+        // Counts of traffic go by the address alone.
+        assert!(rows.contains_key(&Who::asker(Network::Lan, at(4, 0).ip())));
+    }
 
     #[test]
     fn what_is_shared_is_said_for_every_mode() {

@@ -60,13 +60,28 @@
       h('progress', { class: t.direction, max: Math.max(1, t.size), value: t.bytes, 'aria-label': `${t.name}, ${way} ${peer}` }),
       h('p', { class: 'soft' }, h('span', {}, `${bytes(t.bytes)} of ${bytes(t.size)}`), h('span', {}, bytes(t.bytes_per_second) + '/s')));
   };
-  const FOUND = { broadcast: 'broadcast', flag: '--peer', tracker: 'tracker' };
+  const FOUND = {
+    broadcast: 'hello', 'neighbour-table': 'neighbour table', query: 'its query',
+    answer: 'answer to a broadcast', flag: '--peer', tracker: 'tracker',
+  };
+  const state = (p, now) => {
+    const since = p.silent_since === null ? '' : moment(p.silent_since, now);
+    const silent = since ? ['silent since ', since] : ['silent'];
+    const words = { live: ['live'], silent, unheard: ['never heard'] }[p.state] || [];
+    const isMissed = p.found_by === 'flag' && words.length && p.state !== 'live';
+    const heard = p.last_heard === null ? '' : `heard ${long(now - p.last_heard)} ago`;
+    return [
+      ...(isMissed ? [h('span', { class: 'bad' }, ...words)] : words),
+      words.length && heard ? ', ' : '',
+      heard && h('span', { class: 'soft' }, heard),
+    ];
+  };
   const peer = (p, now) => {
     const a = p.avoided, trip = p.round_trip_seconds ?? p.narinfo_seconds;
     return h('tr', { role: 'row' },
       cell('Peer', '', p.address, ' ', tag(p.network), p.id === null ? '' : h('code', {}, p.id)),
       cell('Found by', '', FOUND[p.found_by] || 'its request'),
-      cell('Heard', '', p.last_heard === null ? '' : long(now - p.last_heard) + ' ago'),
+      cell('State', '', ...state(p, now)),
       cell('Round trip', '', trip === null ? '' : short(trip)),
       cell('Gave', '', `${plural(p.hits, 'hit')}, ${plural(p.nars, 'NAR')}${p.failures ? ', ' + plural(p.failures, 'failure') : ''}`),
       cell('From it', 'n', bytes(p.received_bytes)),

@@ -3,8 +3,8 @@
 //! Each part that changes has an element with an ID; the script makes the same of `/status.json`. All text goes through
 //! [`escape`], wherever it comes from.
 
-use super::report::{Lookup, Peer, Report, TotalsSince, Transfer};
-use super::text::{bytes, escape, long, moment, percent, plural, short};
+use super::report::{Liveness, Lookup, Peer, Report, TotalsSince, Transfer};
+use super::text::{bytes, escape, found_by, long, moment, percent, plural, short};
 use crate::record::{Count, HOUR, Hour};
 use data_encoding::BASE64;
 use ring::digest::{SHA256, digest};
@@ -136,7 +136,7 @@ fn html(r: &Report) -> String {
         transfers = transfers(&r.transfers),
         hide_no_peers = hidden(!r.peers.is_empty()),
         hide_peers = hidden(r.peers.is_empty()),
-        peer_heads = heads(&["Peer", "Found by", "Heard", "Round trip", "Gave", "From it", "To it", "Avoided"], 5..7),
+        peer_heads = heads(&["Peer", "Found by", "State", "Round trip", "Gave", "From it", "To it", "Avoided"], 5..7),
         peers = r.peers.iter().map(|peer| self::peer(peer, now)).collect::<String>(),
         omitted = omitted(r.peers_omitted),
         hours = hours(&r.history.hours, now),
@@ -237,23 +237,30 @@ fn transfers(all: &[Transfer]) -> String {
     all.iter().map(one).collect()
 }
 
-/// How a peer was found, for people.
-fn found_by(word: &str) -> &'static str {
-    match word {
-        "broadcast" => "broadcast",
-        "flag" => "--peer",
-        "tracker" => "tracker",
-        _ => "its request",
-    }
-}
-
 fn tag(network: &str) -> String {
     format!("<span class=\"tag {network}\">{}</span>", network.to_uppercase())
 }
 
+/// Whether lookups ask a peer, and when it was last heard. A peer that `--peer` names and that does
+/// not answer is marked: its user expects it to be there.
+fn state(p: &Peer, now: f64) -> String {
+    let state = match (p.state, p.silent_since) {
+        (Some(Liveness::Live), _) => "live".into(),
+        (Some(Liveness::Silent), Some(since)) => format!("silent since {}", moment(since, now)),
+        (Some(Liveness::Silent), None) => "silent".into(),
+        (Some(Liveness::Unheard), _) => "never heard".into(),
+        (None, _) => String::new(),
+    };
+    let is_missed = p.found_by == "flag" && p.state.is_some_and(|state| state != Liveness::Live);
+    let state = if is_missed { format!("<span class=\"bad\">{state}</span>") } else { state };
+    let heard = p.last_heard.map(|at| long(now - at));
+    let heard = heard.map(|age| format!("<span class=\"soft\">heard {age} ago</span>"));
+    let parts = [state, heard.unwrap_or_default()];
+    parts.into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join(", ")
+}
+
 fn peer(p: &Peer, now: f64) -> String {
     let id = p.id.as_deref().map(|id| format!("<code>{}</code>", escape(id))).unwrap_or_default();
-    let heard = p.last_heard.map(|at| format!("{} ago", long(now - at))).unwrap_or_default();
     let round_trip = p.round_trip_seconds.or(p.narinfo_seconds).map(short).unwrap_or_default();
     let failures = if p.failures == 0 { String::new() } else { format!(", {}", plural(p.failures, "failure")) };
     let avoided = p.avoided.as_ref().map(|a| {
@@ -264,7 +271,7 @@ fn peer(p: &Peer, now: f64) -> String {
         "<tr role=\"row\">".into(),
         cell("Peer", "", &format!("{} {}{id}", escape(&p.address), tag(p.network))),
         cell("Found by", "", found_by(p.found_by)),
-        cell("Heard", "", &heard),
+        cell("State", "", &state(p, now)),
         cell("Round trip", "", &round_trip),
         cell("Gave", "", &format!("{}, {}{failures}", plural(p.hits, "hit"), plural(p.nars, "NAR"))),
         cell("From it", "n", &bytes(p.received_bytes)),
@@ -369,4 +376,59 @@ fn hours(hours: &[Hour], now: f64) -> String {
          <line class=\"axis\" x1=\"0\" x2=\"{CHART_WIDTH}\" y1=\"{CHART_UP}\" y2=\"{CHART_UP}\"/></svg>\
          <div class=\"ends\"><span>48 h ago</span><span>24 h ago</span><span>now</span></div>{table}"
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::empty;
+    use super::*;
+    use crate::record::Network;
+    use std::net::{Ipv4Addr, SocketAddr};
+
+    /// The row of a LAN peer, silent since 1000 s if it is silent, at 1180 s.
+    fn row(found_by: &'static str, state: Option<Liveness>, last_heard: Option<f64>) -> String {
+        let silent_since = (state == Some(Liveness::Silent)).then_some(1000.0);
+        let address = SocketAddr::from((Ipv4Addr::new(10, 0, 0, 1), 1));
+        let unknown = empty(address, Network::Lan);
+        peer(&Peer { found_by, state, silent_since, last_heard, ..unknown }, 1180.0)
+    }
+
+    #[test]
+    fn state_is_live_or_silent_since_a_moment() {
+        let live = row("query", Some(Liveness::Live), Some(1177.0));
+        assert!(live.contains(">its query<"), "{live}");
+        assert!(live.contains(">live, <span class=\"soft\">heard 3 s ago</span><"), "{live}");
+        let silent = row("broadcast", Some(Liveness::Silent), Some(880.0));
+        assert!(silent.contains(">hello<") && silent.contains(">silent since <time "), "{silent}");
+        let heard = ">00:16:40 UTC</time>, <span class=\"soft\">heard 5 min ago</span><";
+        assert!(silent.contains(heard), "{silent}");
+        assert!(!silent.contains("class=\"bad\""), "a neighbour may be switched off: {silent}");
+        let far = row("tracker", None, Some(1177.0));
+        let heard = "data-is=\"State\" class=\"\"><span class=\"soft\">heard 3 s ago</span><";
+        assert!(far.contains(heard), "{far}");
+        let asks = row("request", None, None);
+        assert!(asks.contains("data-is=\"State\" class=\" none\">–<"), "{asks}");
+    }
+
+    #[test]
+    fn named_peer_without_answer_is_marked() {
+        let live = row("flag", Some(Liveness::Live), Some(1177.0));
+        assert!(live.contains(">--peer<") && !live.contains("class=\"bad\""), "{live}");
+        let silent = row("flag", Some(Liveness::Silent), None);
+        assert!(silent.contains("<span class=\"bad\">silent since <time "), "{silent}");
+        let unheard = row("flag", Some(Liveness::Unheard), None);
+        assert!(unheard.contains("<span class=\"bad\">never heard</span><"), "{unheard}");
+    }
+
+    #[test]
+    fn script_has_the_words_of_the_page() {
+        let near = ["broadcast", "neighbour-table", "query", "answer", "flag"];
+        for code in near.into_iter().chain(["tracker", "request"]) {
+            let words = format!("'{}'", found_by(code));
+            assert!(SCRIPT.contains(&words), "{words} is not in the script");
+        }
+        for words in ["'silent since '", "'never heard'"] {
+            assert!(SCRIPT.contains(words), "{words} is not in the script");
+        }
+    }
 }

@@ -90,6 +90,18 @@ pub struct TrackerState {
     pub reached: Option<bool>,
 }
 
+/// Whether lookups ask a peer on the LAN.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Liveness {
+    /// Lookups ask it, and it has been heard.
+    Live,
+    /// It was given up: lookups send it no queries until it answers a probe.
+    Silent,
+    /// `--peer` names it, lookups ask it, and nothing has come from it yet.
+    Unheard,
+}
+
 /// A peer.
 #[derive(Debug, Serialize)]
 #[expect(missing_docs, reason = "docs/status.md has them")]
@@ -99,6 +111,7 @@ pub struct Peer {
     pub found_by: &'static str,
     pub id: Option<String>,
     pub last_heard: Option<f64>,
+    pub state: Option<Liveness>,
     pub silent_since: Option<f64>,
     pub round_trip_seconds: Option<f64>,
     pub narinfo_seconds: Option<f64>,

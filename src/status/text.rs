@@ -78,6 +78,19 @@ pub(super) fn plural(count: u64, one: &str) -> String {
     format!("{count} {one}{}", if count == 1 { "" } else { "s" })
 }
 
+/// How a peer was found, in words; `code` is a value of `found_by` in docs/status.md.
+pub fn found_by(code: &str) -> &'static str {
+    match code {
+        "broadcast" => "hello",
+        "neighbour-table" => "neighbour table",
+        "query" => "its query",
+        "answer" => "answer to a broadcast",
+        "flag" => "--peer",
+        "tracker" => "tracker",
+        _ => "its request",
+    }
+}
+
 /// Year, month and day of so many seconds since 1970, and the second in it (Howard Hinnant's `civil_from_days`).
 fn civil(seconds: u64) -> (u64, u64, u64, u64) {
     let (days, second) = (seconds / 86400 + 719_468, seconds % 86400);
@@ -106,6 +119,15 @@ pub(super) fn moment(unix: f64, now: f64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::lan::MetBy;
+
+    #[test]
+    fn found_by_has_words_for_every_way_to_meet_a_peer() {
+        let ways = [MetBy::Hello, MetBy::NeighbourTable, MetBy::Query, MetBy::Answer, MetBy::Named];
+        let words = ways.map(|way| found_by(way.code())).join(", ");
+        assert_eq!(words, "hello, neighbour table, its query, answer to a broadcast, --peer");
+        assert_eq!(["tracker", "request"].map(found_by), ["tracker", "its request"]);
+    }
 
     #[test]
     fn nothing_gets_out_of_a_text() {
