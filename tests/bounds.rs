@@ -618,7 +618,16 @@ fn goodbyes_count_from_who_leaves() {
     send(&bind(&other, Ipv4Addr::new(203, 0, 113, 2)), &bye);
     assert!(is_asked(&asker, &socket, '2'), "somebody else's bye was believed");
     send(&socket, &bye);
-    wait_for("the peer is forgotten", || (!is_asked(&asker, &socket, '3')).then_some(()));
+    // A peer that answers after its bye is still there.
+    assert!(is_asked(&asker, &socket, '3'), "a bye was believed though its sender answers");
+    // One that does not is asked no more.
+    send(&socket, &bye);
+    wait_for("the peer counts as silent", || {
+        let status = get_local(&asker, "/status.json").unwrap().text();
+        status.contains("\"state\":\"silent\"").then_some(())
+    });
+    while receive(&socket, Duration::from_millis(20)).is_some() {}
+    assert!(!is_asked(&asker, &socket, '4'), "a silent peer is asked");
 }
 
 #[test]
@@ -644,6 +653,12 @@ fn answers_count_from_who_was_asked() {
     });
     let listener = other.udp(PORT);
     let hash_part = world::hash_part(&path);
+    let hello = Packet::Hello { version: 1, port: PORT, instance: *b"instance", flags: 0 }.write();
+    listener.send_to(&hello, (asker.address, PORT)).unwrap();
+    wait_for("the peer is met", || {
+        let status = get_local(&asker, "/status.json").unwrap().text();
+        status.contains(&format!("\"{}:{PORT}\"", other.address)).then_some(())
+    });
     // What comes of a query that is answered by `sender`, its number changed by `shift`.
     let answered_by = |sender: &UdpSocket, shift: u32| {
         std::thread::scope(|scope| {

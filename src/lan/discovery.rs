@@ -203,6 +203,7 @@ pub struct Discovery<E> {
     /// Real time minus lookup time.
     lost: Duration,
     last_batch: Option<Instant>,
+    last_looked_up: Option<HashPart>,
     median: Option<Duration>,
     median_until: Option<Instant>,
     /// No answer becomes overdue before this, in lookup time.
@@ -242,6 +243,7 @@ impl<E: Environment> Discovery<E> {
             last_turn: now,
             lost: Duration::ZERO,
             last_batch: None,
+            last_looked_up: None,
             median: None,
             median_until: None,
             next_judgement: None,
@@ -343,6 +345,7 @@ impl<E: Environment> Discovery<E> {
         if !self.lookups.insert(id, hash_part, updates, t) {
             return log::debug!("lookup of {hash_part}: too many under way");
         }
+        self.last_looked_up = Some(hash_part);
         if let Some(lookup) = self.lookups.get_mut(id) {
             lookup.open_until = t + self.grace_until.saturating_duration_since(now);
         }
@@ -805,7 +808,11 @@ impl<E: Environment> Discovery<E> {
         let packet = match peer.dialect() {
             Dialect::Batches => Packet::QueryMany { id, hash_parts: HashParts::pack([]), holders_only: false },
             dialect => {
-                let any = (dialect == Dialect::Singles).then(|| HashPart::from_bytes(&[0; HashPart::BYTES]));
+                let any = match dialect {
+                    Dialect::Singles => Some(HashPart::from_bytes(&[0; HashPart::BYTES])),
+                    // The path that Nix wanted last: the peer may have it.
+                    _ => self.last_looked_up.filter(|_| peer.is_named),
+                };
                 match peer.last_found.or(any) {
                     Some(hash_part) => Packet::Query { id, hash_part },
                     // Broadcast queries are its probes.
