@@ -1,5 +1,5 @@
-# Every target installs what it needs itself and this machine lacks, by scripts/deps, and says so in one
-# line. `make` lists the targets.
+# Every target installs what it needs itself and this machine lacks, by scripts/deps, and says so in
+# one line. `make` lists the targets.
 .DEFAULT_GOAL := help
 .PHONY: help build run demo demo-wan test vm-test check bench deps
 

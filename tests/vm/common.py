@@ -37,9 +37,9 @@ def paths(name, size=4, count=0):
 def fetch(machine, path):
     """Has an ordinary user's Nix fetch the path from a peer.
 
-    On a machine that is short of processor time a peer's answer can come after the lookup has ended,
-    which Nix takes for a miss. The nix.conf of these machines lets it ask again at once, so the fetch
-    is tried until it succeeds.
+    On a machine that is short of processor time a peer's answer can come after the lookup has
+    ended, which Nix takes for a miss. The nix.conf of these machines lets it ask again at once, so
+    the fetch is tried until it succeeds.
     """
     command = f"su - alice -c {shlex.quote(f'nix-store --realise {path} 2>&1')}"
     deadline = time.monotonic() + LONG

@@ -5,10 +5,10 @@
 
 MACHINES.json is what tests/module/eval.nix makes of the same configurations that the NixOS test
 driver gets; IMAGE-DIRECTORY is made by tests/vm/image. Each machine boots that image with a disk of
-its own on top, its network cards in bridges of this process's network namespace, which has to be one
-of its own (`unshare --net`): nothing leaves it. The steps see the part of the NixOS test driver's
-interface that they need. A run ends all that it started, also when it fails. A failure names the
-step and its line, and shows the last lines of each machine's logs.
+its own on top, its network cards in bridges of this process's network namespace, which has to be
+one of its own (`unshare --net`): nothing leaves it. The steps see the part of the NixOS test
+driver's interface that they need. A run ends all that it started, also when it fails. A failure
+names the step and its line, and shows the last lines of each machine's logs.
 """
 
 import atexit

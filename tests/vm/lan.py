@@ -68,7 +68,7 @@ with subtest("c has no key: what it built itself, b does not take"):
     unsigned = build(c, "unsigned")
     b.fail(f"su - alice -c 'nix-store --realise {unsigned}'")
 
-with subtest("a peer is switched off in the middle of a transfer; the path comes from another peer"):
+with subtest("a peer is switched off in the middle of a transfer; another peer sends the rest"):
     large = build(a, "large", size=48 * 1024)
     fetch(c, large)
     # 1 MiB/s leaves time to switch off a peer between its 6th MiB and its last.
@@ -110,8 +110,9 @@ with subtest("that peer is back, and b boots again: everything works as before")
 def build_during(name, count, interrupt):
     """Has b build a path with `count` references, which a has, and interrupts something meanwhile.
 
-    `interrupt` gets a function that says whether the build is still running. The build is repeated on
-    a slower network until that was so before and after; it never fails. Returns b's log of that build.
+    `interrupt` gets a function that says whether the build is still running. The build is repeated
+    on a slower network until that was so before and after; it never fails. Returns b's log of that
+    build.
     """
     for attempt, rate in enumerate(["2mbit", "1mbit", "512kbit", "256kbit", "128kbit"]):
         path = f"{name}-{attempt}"
