@@ -1,4 +1,5 @@
-# Every target installs what it needs and this machine lacks, by scripts/deps. `make` lists the targets.
+# Every target installs what it needs itself and this machine lacks, by scripts/deps, and says so in
+# one line. `make` lists the targets.
 .DEFAULT_GOAL := help
 .PHONY: simulate help build run demo demo-wan test test-under-load vm-test check bench deps
 
@@ -34,12 +35,12 @@ run: build ## runs it on this machine's own store, until Ctrl-C; FLAGS="--verbos
 
 ifeq ($(HERE),yes)
 demo: ## three machines in namespaces; real Nix on one fetches from the others
-	@scripts/deps build test
+	@scripts/deps build demo
 	$(CARGO) build --release --locked --bin peerix --example demo
 	@PEERIX_BIN=$(TARGET)/release/peerix PEERIX_TEST_DIR=$(TARGET)/demo $(DEMO_ROOT) $(TARGET)/release/examples/demo
 
 demo-wan: ## machines on three networks and a tracker; one of them behind a router, as at home
-	@scripts/deps build test
+	@scripts/deps build demo-wan
 	$(CARGO) build --release --locked --bin peerix --bin peerix-tracker --example demo_wan
 	@PEERIX_BIN=$(TARGET)/release/peerix PEERIX_TRACKER_BIN=$(TARGET)/release/peerix-tracker PEERIX_TEST_DIR=$(TARGET)/demo \
 		$(DEMO_ROOT) $(TARGET)/release/examples/demo_wan
@@ -73,7 +74,7 @@ check: ## what has to pass before a change is taken: format, lints, documentatio
 	@$(MAKE) test
 
 bench: ## measures peerix side by side with nginx, and prints a table
-	@scripts/deps build test bench
+	@scripts/deps build bench
 	$(CARGO) bench --locked $(RUNNER) --bench serve
 	$(CARGO) bench --locked $(RUNNER) --bench peers
 	$(CARGO) bench --locked $(RUNNER) --bench wan
@@ -90,5 +91,5 @@ endif
 vm-test: ## boots virtual machines and goes through it all in them: systemd, firewall, nix-daemon
 	@CARGO="$(CARGO)" scripts/vm-test $(TESTS)
 
-deps: ## installs what all of these but bench need, and nothing else
-	@scripts/deps build lint test
+deps: ## installs what build, demo, test and check need, and nothing else
+	@scripts/deps build lint demo-wan test

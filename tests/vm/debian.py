@@ -1,18 +1,21 @@
 #!/usr/bin/env python3
 """Runs the steps of a test in virtual machines with Debian, where there is no nixpkgs for the NixOS test driver.
 
-    debian.py NAME MACHINES.json STEPS.py IMAGE-DIRECTORY WORK-DIRECTORY PROGRAM...
+    debian.py NAME MACHINES.json IMAGE-DIRECTORY WORK-DIRECTORY PROGRAM-DIRECTORY STEPS.py...
 
-MACHINES.json is what tests/module/eval.nix makes of the same configurations that the NixOS test driver gets; IMAGE-DIRECTORY
-is made by tests/vm/image. Each machine boots that image with a disk of its own on top, its network cards in bridges of
-this process's network namespace, which has to be one of its own (`unshare --net`): nothing leaves it. The steps see the
-part of the NixOS test driver's interface that they need. A run ends all that it started, also when it fails.
+MACHINES.json is what tests/module/eval.nix makes of the same configurations that the NixOS test
+driver gets; IMAGE-DIRECTORY is made by tests/vm/image. Each machine boots that image with a disk of
+its own on top, its network cards in bridges of this process's network namespace, which has to be
+one of its own (`unshare --net`): nothing leaves it. The steps see the part of the NixOS test
+driver's interface that they need. A run ends all that it started, also when it fails. A failure
+names the step and its line, and shows the last lines of each machine's logs.
 """
 
 import atexit
 import base64
 import contextlib
 import json
+import linecache
 import os
 import shutil
 import signal
@@ -22,10 +25,18 @@ import sys
 import time
 from pathlib import Path
 
-# Emulated processors are slow, and two machines may have to share one real one.
-BOOT_LIMIT = 300
-COMMAND_LIMIT = 600
-STOP_LIMIT = 120
+# Deadlines in seconds, far beyond what anything takes on an idle host: a boot 20 s, a command 1 s.
+# Emulated processors that share two real ones with 25 other processes took nine minutes to boot.
+BOOT_LIMIT = 1800
+STOP_LIMIT = 900
+# The machine itself ends a command after this; the answer may then take its own time to come.
+COMMAND_LIMIT = 1800
+ANSWER_LIMIT = 300
+# For each log that a failure shows.
+EXPLAIN_LIMIT = 60
+
+# The programs under test, in PROGRAM-DIRECTORY.
+PROGRAMS = ["peerix", "peerix-tracker"]
 
 started = time.monotonic()
 
@@ -45,7 +56,22 @@ def has_kvm():
 
 
 def run(*words):
-    subprocess.run([str(word) for word in words], check=True, stdin=subprocess.DEVNULL)
+    """Runs a program of the host; what it prints is shown only if it fails."""
+    words = [str(word) for word in words]
+    try:
+        subprocess.run(
+            words,
+            check=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=COMMAND_LIMIT,
+        )
+    except FileNotFoundError:
+        raise Failed(f"{words[0]} is not installed: scripts/deps vm installs it") from None
+    except subprocess.CalledProcessError as failure:
+        said = failure.stdout.decode(errors="replace").strip()
+        raise Failed(f"{' '.join(words)}: status {failure.returncode}\n{said}") from None
 
 
 def ip(line):
@@ -132,15 +158,21 @@ class Machine:
             command += ["-device", f"virtio-net-pci,netdev=n{vlan},mac={mac},romfile="]
         command += ["-device", "virtio-rng-pci", "-device", "virtio-serial-pci", "-device", "virtserialport,chardev=shell,name=shell"]
         command += ["-chardev", "socket,id=shell,path=shell,server=on,wait=off"]
-        log = open(self.dir / "qemu.log", "ab")
-        self.process = subprocess.Popen(command, cwd=self.dir, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        with open(self.dir / "qemu.log", "ab") as log:
+            self.process = subprocess.Popen(
+                command, cwd=self.dir, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )
 
     def connect(self):
         """Waits for the machine to take commands."""
         deadline = time.monotonic() + BOOT_LIMIT
         while not self.shell:
-            if time.monotonic() > deadline or not self.process or self.process.poll() is not None:
-                raise Failed(f"{self.name} does not boot")
+            if not self.process:
+                raise Failed(f"{self.name} is off")
+            if self.process.poll() is not None:
+                raise Failed(f"{self.name}: QEMU has ended with status {self.process.returncode}")
+            if time.monotonic() > deadline:
+                raise Failed(f"{self.name} has not booted within {BOOT_LIMIT} s")
             with contextlib.suppress(OSError):
                 shell = socket.socket(socket.AF_UNIX)
                 # By a short name: a socket's has 107 bytes at most.
@@ -169,11 +201,14 @@ class Machine:
         """Runs a command as root, by bash; returns its status and what it printed."""
         self.connect()
         script = base64.b64encode(f"set -euo pipefail\n{command}\n".encode()).decode()
-        self.shell.settimeout(timeout + 60)
+        self.shell.settimeout(timeout + ANSWER_LIMIT)
         save = f"echo {script} | base64 -d > /run/script"
         run_it = f"timeout {timeout} bash /run/script 2>>/run/errors | base64 -w 0"
         self.shell.sendall(f'{save}; {run_it}; echo " ${{PIPESTATUS[0]}}"\n'.encode())
-        said, _, status = self.read_line().rpartition(" ")
+        try:
+            said, _, status = self.read_line().rpartition(" ")
+        except OSError as failure:
+            raise Failed(f"{self.name}: {command}: no answer: {failure}") from None
         return int(status), base64.b64decode(said).decode(errors="replace")
 
     def succeed(self, command, timeout=COMMAND_LIMIT):
@@ -205,7 +240,10 @@ class Machine:
         """As by its power button: everything is stopped in order."""
         self.connect()
         self.shell.sendall(b"systemctl poweroff\n")
-        self.process.wait(STOP_LIMIT)
+        try:
+            self.process.wait(STOP_LIMIT)
+        except subprocess.TimeoutExpired:
+            raise Failed(f"{self.name} has not stopped within {STOP_LIMIT} s") from None
         self.gone()
 
     def crash(self):
@@ -220,66 +258,113 @@ class Machine:
         self.process = self.shell = None
 
     def explain(self):
-        """What a person wants to see of a machine when a step failed."""
+        """The last lines of the machine's logs, for the person who reads about a failed step."""
         if not self.process:
             return "is off"
+        logs = {
+            "errors of commands": "tail -n 10 /run/errors",
+            "peerix, tracker, nix-daemon": "journalctl --no-pager -o short-precise -n 40"
+            " -u peerix.service -u peerix-tracker.service -u nix-daemon.service",
+            "everything else": "journalctl --no-pager -o short-precise -n 15 -p notice",
+        }
+        said = ""
         with contextlib.suppress(Exception):
-            return self.execute("tail -n 20 /run/errors; journalctl --no-pager -n 60 2>&1", timeout=60)[1]
-        return (self.dir / "console.log").read_text(errors="replace")[-4000:]
+            for what, command in logs.items():
+                said += f"[{what}]\n{self.execute(f'{command} 2>&1', timeout=EXPLAIN_LIMIT)[1]}"
+            return said
+        for log in ["qemu.log", "console.log"]:
+            with contextlib.suppress(OSError):
+                said += f"[{log}]\n{(self.dir / log).read_text(errors='replace')[-2000:]}"
+        return said
+
+
+class Run:
+    """The steps of one test, and which of them is under way."""
+
+    def __init__(self, name, machines):
+        self.name, self.machines, self.step = name, machines, None
+
+    @contextlib.contextmanager
+    def subtest(self, what):
+        self.step = what
+        say(what)
+        yield
+        self.step = None
+
+    def start_all(self):
+        for machine in self.machines:
+            machine.start()
+
+    def execute(self, steps):
+        names = {machine.name: machine for machine in self.machines}
+        names |= {"subtest": self.subtest, "start_all": self.start_all, "__name__": "steps"}
+        for file in steps:
+            exec(compile(Path(file).read_text(), file, "exec"), names)
+
+    def fail(self, failure, steps):
+        """Reports the failure and ends the process."""
+        for machine in self.machines:
+            print(f"--- {machine.name}\n{machine.explain()}", file=sys.stderr)
+        lines = [f"peerix: vm-test {self.name} failed"]
+        if self.step:
+            lines.append(f"  step: {self.step}")
+        reason, files = str(failure), steps
+        if not isinstance(failure, (Failed, AssertionError)):
+            reason, files = f"{type(failure).__name__}: {reason}", [*steps, __file__]
+        for file, line in calls(failure.__traceback__, files):
+            lines.append(f"  {file}:{line}: {linecache.getline(file, line).strip()}")
+        sys.exit("\n".join([*lines, f"  {reason}"]))
+
+
+def calls(traceback, files):
+    """File and line of each call on the way to the failure that is in one of the files."""
+    while traceback:
+        file = traceback.tb_frame.f_code.co_filename
+        if file in files:
+            yield file, traceback.tb_lineno
+        traceback = traceback.tb_next
 
 
 def main():
-    name, machines, steps, image, work, *programs = sys.argv[1:]
+    name, machines, image, work, programs, *steps = sys.argv[1:]
     spec = json.loads(Path(machines).read_text())
     work = Path(work)
-    shutil.rmtree(work, ignore_errors=True)
-    numbers = {machine: number for number, machine in enumerate(sorted(spec), 1)}
-    hosts = "".join(
-        f"192.168.{vlan}.{numbers[machine]} {machine}\n" for machine in numbers for vlan in spec[machine]["vlans"][:1]
-    )
-    ip("link set lo up")
-    for vlan in sorted({vlan for machine in spec.values() for vlan in machine["vlans"]}):
-        ip(f"link add vlan{vlan} type bridge mcast_snooping 0")
-        ip(f"link set vlan{vlan} up")
-    all_machines = [Machine(m, n, spec[m], hosts, image, work, programs) for m, n in numbers.items()]
+    programs = [Path(programs) / program for program in PROGRAMS]
+    test = Run(name, [])
 
     def end_all():
-        for machine in all_machines:
+        for machine in test.machines:
             if machine.process:
                 machine.crash()
 
     atexit.register(end_all)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
-
-    @contextlib.contextmanager
-    def subtest(what):
-        say(what)
-        yield
-
-    def start_all():
-        for machine in all_machines:
-            machine.start()
-
-    say(f"{name}: {len(all_machines)} machines, {'KVM' if has_kvm() else 'emulated processors'}")
-    names = {machine.name: machine for machine in all_machines}
-    names |= {"subtest": subtest, "start_all": start_all, "__name__": "steps"}
     try:
-        exec(compile(Path(steps).read_text(), steps, "exec"), names)
+        make_machines(test, spec, image, work, programs)
+        kind = "KVM" if has_kvm() else "emulated processors"
+        say(f"{name}: {len(test.machines)} machines, {kind}")
+        test.execute(steps)
     except Exception as failure:
-        for machine in all_machines:
-            print(f"--- {machine.name}\n{machine.explain()}", file=sys.stderr)
-        if isinstance(failure, (Failed, AssertionError)):
-            line = next((entry.lineno for entry in walk(failure.__traceback__) if entry.filename == steps), "?")
-            sys.exit(f"{name}: line {line} of {steps}: {failure}")
-        raise
+        test.fail(failure, steps)
     say(f"{name}: all steps passed")
 
 
-def walk(traceback):
-    while traceback:
-        yield type("Entry", (), {"filename": traceback.tb_frame.f_code.co_filename, "lineno": traceback.tb_lineno})
-        traceback = traceback.tb_next
+def make_machines(test, spec, image, work, programs):
+    """Makes the networks, and the machines with their disks, in an empty directory."""
+    shutil.rmtree(work, ignore_errors=True)
+    numbers = {machine: number for number, machine in enumerate(sorted(spec), 1)}
+    hosts = "".join(
+        f"192.168.{vlan}.{numbers[machine]} {machine}\n"
+        for machine in numbers
+        for vlan in spec[machine]["vlans"][:1]
+    )
+    ip("link set lo up")
+    for vlan in sorted({vlan for machine in spec.values() for vlan in machine["vlans"]}):
+        ip(f"link add vlan{vlan} type bridge mcast_snooping 0")
+        ip(f"link set vlan{vlan} up")
+    for machine, number in numbers.items():
+        test.machines.append(Machine(machine, number, spec[machine], hosts, image, work, programs))
 
 
 if __name__ == "__main__":
