@@ -1,7 +1,7 @@
 # Every target installs what it needs itself and this machine lacks, by scripts/deps, and says so in
 # one line. `make` lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: simulate help build run demo demo-wan test test-under-load vm-test check bench deps
+.PHONY: help build run demo demo-wan test test-under-load simulate vm-test check bench deps
 
 CARGO ?= cargo
 # Debian keeps ip and iptables where only root looks.

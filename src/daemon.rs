@@ -143,9 +143,10 @@ pub fn run_with(config: Config, record: Record) -> Result<(), Fatal> {
         let (client, standing, requests) = (client.clone(), standing.clone(), requests.clone());
         Arc::new(Wan::new(trackers, client, standing, discovery.client(), networks.clone(), requests))
     });
-    let lan = config.mode.has_lan().then(|| {
-        Arc::new(Lan::new(discovery.client(), client.clone(), standing.clone(), requests.clone()))
-    });
+    let lan = config
+        .mode
+        .has_lan()
+        .then(|| Arc::new(Lan::new(discovery.client(), client.clone(), standing.clone(), requests.clone())));
     let store_dir = config.store_dir.clone();
     let lookup = Lookup::new(lan, wan, standing.clone(), trusted, store_dir, record.clone());
     let lookup = Arc::new(lookup);
@@ -344,7 +345,11 @@ fn random_numbers() -> Option<crate::lan::Random> {
 
 /// Resolves the names of `--peer`, now and again, where a slow name server delays nothing else. Ends when the sender
 /// that is returned is dropped; a resolution under way is not waited for.
-fn resolve_peers(peers: Vec<(String, u16)>, lan: Arc<DiscoveryClient>, share: Arc<Share>) -> io::Result<Option<Sender<()>>> {
+fn resolve_peers(
+    peers: Vec<(String, u16)>,
+    lan: Arc<DiscoveryClient>,
+    share: Arc<Share>,
+) -> io::Result<Option<Sender<()>>> {
     if peers.is_empty() {
         return Ok(None);
     }

@@ -78,7 +78,10 @@ impl Candidates {
         let Some(at) = ask.silent.iter().position(|candidate| *candidate == from) else { return false };
         ask.silent.swap_remove(at);
         // The channel has room for an answer of everyone who is asked.
-        let heard = ask.told.try_send(if has_it { CandidateAnswer::Have(from) } else { CandidateAnswer::HaveNot(from) }).is_ok();
+        let heard = ask
+            .told
+            .try_send(if has_it { CandidateAnswer::Have(from) } else { CandidateAnswer::HaveNot(from) })
+            .is_ok();
         if !heard || ask.silent.is_empty() {
             self.asks.remove(&id);
         }

@@ -18,12 +18,12 @@
 //! Waits are judged in *lookup time*, called `t`, which counts at most [`MAX_TURN`] for each turn of the loop: a pause of
 //! this machine is not the peers' fault. Hellos and probes go by real time, called `now`.
 
+use super::Holder;
 use super::budget::WaitBudget;
 use super::candidates::{CandidateQuery, Candidates};
 use super::environment::{Environment, Presence};
 use super::lookups::{LookupId, Lookups, Update};
 use super::peer_table::{Dialect, MetBy, Neighbour, Peer, PeerTable, SentBatch};
-use super::Holder;
 use crate::nix::HashPart;
 use crate::wire::{Bits, HashParts, Hello, MAX_BATCH, Packet};
 use crossbeam_channel::Sender;
@@ -398,13 +398,7 @@ impl<E: Environment> Discovery<E> {
     /// Asks nodes that understand no batches and need not be known: now and then, and every time while a Python peerix is
     /// there. All lookups of that time are broadcast, as Nix begins with 25 at once. Where no peer is live, the broadcast is
     /// the only packet of a lookup, and is always sent: a late answer makes its sender known.
-    fn broadcast_singles(
-        &mut self,
-        batch: &[(LookupId, HashPart)],
-        now: Instant,
-        t: Instant,
-        out: &mut Outgoing,
-    ) {
+    fn broadcast_singles(&mut self, batch: &[(LookupId, HashPart)], now: Instant, t: Instant, out: &mut Outgoing) {
         if now >= self.next_broadcast {
             self.broadcast_until = now + self.settings.timeout;
             self.next_broadcast = now + BROADCAST_INTERVAL;
@@ -565,15 +559,7 @@ impl<E: Environment> Discovery<E> {
     }
 
     /// An answer to the query with this request ID came.
-    fn answer(
-        &mut self,
-        from: SocketAddr,
-        id: u32,
-        answer: &Answer,
-        now: Instant,
-        t: Instant,
-        out: &mut Outgoing,
-    ) {
+    fn answer(&mut self, from: SocketAddr, id: u32, answer: &Answer, now: Instant, t: Instant, out: &mut Outgoing) {
         let asked = self.peers.get_mut(from).and_then(|peer| peer.take_sent(id));
         let is_broadcast = asked.is_none();
         let broadcast = || self.broadcasts.iter().find(|batch| batch.id == id).cloned();
@@ -630,15 +616,7 @@ impl<E: Environment> Discovery<E> {
 
     // Queries of peers.
 
-    fn query(
-        &mut self,
-        from: SocketAddr,
-        id: u32,
-        hash_part: HashPart,
-        now: Instant,
-        t: Instant,
-        out: &mut Outgoing,
-    ) {
+    fn query(&mut self, from: SocketAddr, id: u32, hash_part: HashPart, now: Instant, t: Instant, out: &mut Outgoing) {
         if !self.environment.is_answered(from) {
             return;
         }

@@ -47,12 +47,7 @@ pub struct StoreEnvironment {
 
 impl StoreEnvironment {
     /// The parts it works with. No query is answered once `leaving` is set.
-    pub fn new(
-        share: Arc<Share>,
-        store: Arc<Store>,
-        networks: Arc<Networks>,
-        leaving: Arc<AtomicBool>,
-    ) -> Self {
+    pub fn new(share: Arc<Share>, store: Arc<Store>, networks: Arc<Networks>, leaving: Arc<AtomicBool>) -> Self {
         StoreEnvironment { share, store, networks, leaving, faults: Seldom::default() }
     }
 }

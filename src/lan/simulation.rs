@@ -163,8 +163,6 @@ enum Act {
 struct Workload {
     paths: Vec<HashPart>,
     next: usize,
-    /// Time from an answer to the next request of a connection.
-    think: Duration,
     /// Begins anew at the end of the paths.
     repeats: bool,
 }
@@ -182,6 +180,8 @@ struct Simulation {
     next_lookup: LookupId,
     loss: f64,
     duplication: f64,
+    /// Time from an answer to the next request of a connection.
+    think: Duration,
     outcomes: Vec<Outcome>,
     packets: u64,
     bytes: u64,
@@ -215,6 +215,7 @@ impl Simulation {
             next_lookup: 0,
             loss: 0.0,
             duplication: 0.0,
+            think: 10 * MS,
             outcomes: Vec::new(),
             packets: 0,
             bytes: 0,
@@ -337,7 +338,7 @@ impl Simulation {
 
     /// Begins to look up `paths` on `connections` connections at `start`.
     fn ask(&mut self, node: usize, paths: Vec<HashPart>, connections: u32, start: Duration, repeats: bool) {
-        self.workloads.insert(node, Workload { paths, next: 0, think: 200 * US, repeats });
+        self.workloads.insert(node, Workload { paths, next: 0, repeats });
         for connection in 0..connections {
             let jitter = self.random.between(Duration::ZERO, MS);
             self.at(start + jitter, Act::Begin { node, connection });
@@ -538,14 +539,8 @@ impl Simulation {
         let id = self.next_lookup;
         self.next_lookup += 1;
         let (updates, receiver) = bounded(LookUp::CAPACITY);
-        let active = Active {
-            path,
-            began: self.now,
-            updates: receiver,
-            waiting: VecDeque::new(),
-            requests: 0,
-            connection,
-        };
+        let active =
+            Active { path, began: self.now, updates: receiver, waiting: VecDeque::new(), requests: 0, connection };
         self.hosts[node].active.insert(id, active);
         self.event(node, Event::LookUp(LookUp { id, hash_part: path, updates }));
     }
@@ -617,8 +612,7 @@ impl Simulation {
         let Some(active) = self.hosts[node].active.remove(&lookup) else { return };
         let took = self.now - active.began;
         self.outcomes.push(Outcome { path: active.path, node, began: active.began, took, found });
-        let think = self.workloads.get(&node).map_or(Duration::ZERO, |work| work.think);
-        self.at(self.now + think, Act::Begin { node, connection: active.connection });
+        self.at(self.now + self.think, Act::Begin { node, connection: active.connection });
     }
 
     /// The misses of paths that a host has which was not disturbed since `margin` before the lookup.

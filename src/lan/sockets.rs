@@ -60,18 +60,12 @@ impl Bound {
 }
 
 impl Sockets {
-    pub(super) fn new(
-        sockets: Vec<UdpSocket>,
-        port: u16,
-        networks: Arc<Networks>,
-        has_lan: bool,
-    ) -> io::Result<Self> {
+    pub(super) fn new(sockets: Vec<UdpSocket>, port: u16, networks: Arc<Networks>, has_lan: bool) -> io::Result<Self> {
         let mut bound = Vec::new();
         for socket in &sockets {
             let address = socket.local_addr()?;
-            let dual = address.is_ipv6()
-                && address.ip().is_unspecified()
-                && !socket2::SockRef::from(socket).only_v6()?;
+            let dual =
+                address.is_ipv6() && address.ip().is_unspecified() && !socket2::SockRef::from(socket).only_v6()?;
             bound.push(Bound { address, dual });
             prepare(socket)?;
         }
@@ -277,7 +271,6 @@ fn socket_for(target: SocketAddr, bound: &[Bound], networks: &LanNetworks) -> Op
     let to_one = group_on.is_none() && !is_broadcast(target.ip());
     bound.iter().position(near).or_else(|| bound.iter().position(far).filter(|_| to_one))
 }
-
 
 #[cfg(test)]
 mod tests {

@@ -343,8 +343,9 @@ impl LanSearch {
         self.lan.requests.start(http.ip(), is_proven, move || {
             let result = client.narinfo(&candidate.holder, &hash_part, LOOKUP_TIMEOUT);
             let ended = Instant::now();
+            // However often a lookup asks, its failures are one.
             if let Err(e) = &result
-                && let Some(fault) = e.fault()
+                && let Some(fault) = e.fault().filter(|_| candidate.broken == 0)
             {
                 standing.failed(http, fault, began, ended, e);
             }

@@ -407,7 +407,9 @@ impl WanSearch {
         match (told, entry.state) {
             (CandidateAnswer::Have(_), State::Untried) => entry.state = State::Promising,
             // Who has no filter yet may not know yet what it may share: by HTTP it finds out.
-            (CandidateAnswer::HaveNot(_), State::Untried | State::Asked(_)) if entry.has_filter => entry.state = State::Done,
+            (CandidateAnswer::HaveNot(_), State::Untried | State::Asked(_)) if entry.has_filter => {
+                entry.state = State::Done
+            }
             _ => {}
         }
     }

@@ -6,6 +6,8 @@ use std::time::Duration;
 
 /// Lookups of one run.
 const LOOKUPS: u64 = 3000;
+/// Time from an answer to Nix's next request on the same connection, as measured.
+pub(super) const NIX_PACE: Duration = Duration::from_micros(200);
 /// When askers begin: all hosts have met.
 const START: Duration = Duration::from_secs(1);
 
@@ -38,6 +40,7 @@ fn undisturbed_lookups_find_every_path_with_few_packets() {
     let (mut simulation, nodes) = thirty_two(1);
     simulation.run(START);
     let before = simulation.packets;
+    simulation.think = NIX_PACE;
     simulation.ask(nodes[0], all(), 25, START, false);
     simulation.run(60 * SECOND);
     no_wrong_miss(&simulation);
@@ -131,7 +134,7 @@ fn paused_holder_is_waited_for() {
         simulation.ask(nodes[0], all(), 25, START, true);
         simulation.run(START + 6 * SECOND);
         no_wrong_miss(&simulation);
-        assert!(simulation.outcomes.len() > 3000, "{pause:?}: {}", simulation.outcomes.len());
+        assert!(simulation.outcomes.len() > 1000, "{pause:?}: {}", simulation.outcomes.len());
     }
 }
 
@@ -149,7 +152,7 @@ fn holder_that_pauses_for_a_minute_costs_one_wait_of_three_seconds() {
 
 #[test]
 fn ten_percent_loss_causes_no_wrong_miss() {
-    for seed in 20..24 {
+    for seed in 20..22 {
         let (mut simulation, nodes) = thirty_two(seed);
         let other: Vec<HashPart> = (0..LOOKUPS).filter(|number| number % 4 == 1).map(path).collect();
         simulation.hold(nodes[2], &other);
@@ -162,7 +165,7 @@ fn ten_percent_loss_causes_no_wrong_miss() {
 
 #[test]
 fn holder_that_restarts_is_waited_for() {
-    for seed in 30..34 {
+    for seed in 30..32 {
         let (mut simulation, nodes) = thirty_two(seed);
         let holder = nodes[1];
         simulation.run_at(START + SECOND / 4, move |simulation| simulation.restart(holder, 700 * MS));
@@ -174,7 +177,7 @@ fn holder_that_restarts_is_waited_for() {
 
 #[test]
 fn asker_without_a_network_for_two_seconds_loses_nothing() {
-    for seed in 40..44 {
+    for seed in 40..42 {
         let (mut simulation, nodes) = thirty_two(seed);
         let asker = nodes[0];
         simulation.run_at(START + SECOND / 4, move |simulation| simulation.unplug(asker, 2 * SECOND));
@@ -192,7 +195,7 @@ fn asker_that_was_stopped_itself_blames_nobody() {
     simulation.ask(asker, all(), 25, START, true);
     simulation.run(START + 22 * SECOND);
     no_wrong_miss(&simulation);
-    assert!(simulation.outcomes.len() > 3000, "{}", simulation.outcomes.len());
+    assert!(simulation.outcomes.len() > 1000, "{}", simulation.outcomes.len());
 }
 
 #[test]

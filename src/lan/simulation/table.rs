@@ -10,6 +10,7 @@ fn costs(count: usize) -> (u64, u64, Duration) {
     let nodes = simulation.add_all(Kind::Node, count);
     simulation.run(3 * SECOND);
     let (packets, bytes) = (simulation.packets, simulation.bytes);
+    simulation.think = super::scenes::NIX_PACE;
     simulation.ask(nodes[0], (0..3000).map(path).collect(), 25, 3 * SECOND, false);
     simulation.run(100 * SECOND);
     let costs = (simulation.packets - packets, simulation.bytes - bytes);
