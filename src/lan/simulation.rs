@@ -549,8 +549,7 @@ impl Simulation {
     fn collect(&mut self, node: usize) {
         let ids: Vec<LookupId> = self.hosts[node].active.keys().copied().collect();
         for id in ids {
-            loop {
-                let Some(active) = self.hosts[node].active.get_mut(&id) else { break };
+            while let Some(active) = self.hosts[node].active.get_mut(&id) {
                 match active.updates.try_recv() {
                     Ok(Update::Holder { peer, .. }) => {
                         active.waiting.push_back(peer);
@@ -558,10 +557,7 @@ impl Simulation {
                             self.hedge(node, id);
                         }
                     }
-                    Ok(Update::Ended { .. }) | Err(TryRecvError::Disconnected) => {
-                        self.end(node, id, false);
-                        break;
-                    }
+                    Ok(Update::Ended { .. }) | Err(TryRecvError::Disconnected) => self.end(node, id, false),
                     Err(TryRecvError::Empty) => break,
                 }
             }
