@@ -36,6 +36,8 @@ const MIN_REPEAT: Duration = Duration::from_millis(3);
 const UNMEASURED_REPEAT: Duration = Duration::from_millis(30);
 /// Repeats double their distance up to this.
 const MAX_REPEAT: Duration = Duration::from_millis(500);
+/// The same after a *bye*: a daemon that restarts is back within a fraction of [`BYE_WAIT`].
+const MAX_REPEAT_AFTER_BYE: Duration = Duration::from_millis(100);
 /// Out-of-order answers to batches sent closer together than this say nothing of loss.
 const REORDERING: Duration = Duration::from_micros(500);
 
@@ -331,7 +333,8 @@ impl Peer {
 
     fn repeat_gap(&self) -> Duration {
         let first = self.usual().map_or(UNMEASURED_REPEAT, |usual| (usual * 3 / 2).max(MIN_REPEAT));
-        MAX_REPEAT.min(first * (1 << self.repeats.min(8)))
+        let most = if self.bye.is_some() { MAX_REPEAT_AFTER_BYE } else { MAX_REPEAT };
+        most.min(first * (1 << self.repeats.min(8)))
     }
 
     /// When a repeat is due, in lookup time.
@@ -420,6 +423,7 @@ impl Peer {
     /// It said *bye*.
     pub fn record_bye(&mut self, t: Instant) {
         self.bye.get_or_insert(t);
+        self.repeats = 0;
     }
 
     /// When it is probed next; `None` for a live peer.

@@ -86,7 +86,7 @@ fn disturb(simulation: &mut Simulation, asker: usize, holder: usize, after: Dura
     simulation.run_at(at, move |simulation| match what {
         1 => simulation.pause(holder, long),
         2 => simulation.unplug(asker, long),
-        3 => simulation.restart(holder, long.min(600 * MS)),
+        3 => simulation.restart(holder, long.min(300 * MS)),
         4 => simulation.pause(asker, long * 10),
         5 => simulation.unplug(holder, long),
         _ => {}
