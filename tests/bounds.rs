@@ -13,10 +13,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-/// For scenes whose connections have to stay idle, or unread, however long the machine takes to get
-/// all of them there.
-const NO_TIMEOUT: f64 = 20.0;
-
 struct Scene {
     daemon: Daemon,
     path: String,
@@ -30,9 +26,8 @@ impl Scene {
         Self::on(Lan::new())
     }
 
-    /// One whose daemon scales its time-outs by `factor`.
-    fn with_timeouts(factor: f64) -> Scene {
-        Self::on(Lan::new().with_scale(Scale::timeouts(factor)))
+    fn with_scale(scale: Scale) -> Scene {
+        Self::on(Lan::new().with_scale(scale))
     }
 
     fn on(lan: Lan) -> Scene {
@@ -231,7 +226,7 @@ fn begin(stream: &mut TcpStream, route: &str) -> io::Result<u16> {
 
 #[test]
 fn clients_that_are_too_slow_are_dropped() {
-    let scene = Scene::with_timeouts(0.2);
+    let scene = Scene::with_scale(Scale::timeouts(0.2));
     let large = stock::add_large(&scene.server, "large", 64);
     let route = nar_route(&scene.neighbour, &scene.server, &large);
     // Readers take a few bytes, and then no more, until there are as many as one neighbour may have.
@@ -281,7 +276,7 @@ fn clients_that_are_too_slow_are_dropped() {
 
 #[test]
 fn long_answers_never_delay_short_ones() {
-    let scene = Scene::with_timeouts(NO_TIMEOUT);
+    let scene = Scene::with_scale(Scale::without_timeouts());
     let large = stock::add_large(&scene.server, "large", 32);
     let other = scene.lan.host("other");
     let route = nar_route(&scene.neighbour, &scene.server, &large);
@@ -349,7 +344,7 @@ fn ask_for_cache_info(mut stream: &TcpStream) {
 
 #[test]
 fn idle_connections_cost_little_and_the_one_idle_longest_makes_room() {
-    let scene = Scene::with_timeouts(NO_TIMEOUT);
+    let scene = Scene::with_scale(Scale::without_timeouts());
     let idle = many(&scene.server, loopback(), 1000);
     let connection = |stream: &TcpStream| Connection::new(stream.try_clone().unwrap()).unwrap();
     // They have all been used at once, so that each had its thread and its buffers.

@@ -2,7 +2,7 @@
 //! peerix.
 
 use crate::common::http::{Answer, Connection, Reply, Request, Server};
-use crate::common::{DEADLINE, Daemon, Host, Lan, PORT, nar, stock, thread};
+use crate::common::{DEADLINE, Daemon, Host, Lan, PORT, Scale, nar, stock, thread};
 use peerix::nix::StoreDir;
 use peerix::peers::client::{Client, Error, NarBody, Way};
 use std::io::{self, Read, Write};
@@ -242,7 +242,7 @@ struct Scene {
 
 impl Scene {
     fn new(flags: &[&str]) -> Scene {
-        let lan = Lan::new();
+        let lan = Lan::new().with_scale(Scale::without_timeouts());
         let (server, neighbour) = (lan.host("server"), lan.host("neighbour"));
         stock::ready(&server);
         let daemon = Daemon::start(&server, flags);

@@ -4,7 +4,7 @@ use crate::common::http::{Answer, Connection};
 use crate::common::solo::{
     Solo, TempDir, announce, clock, command, connect, fresh_source, identity, post, signed_announce,
 };
-use crate::common::{thread, wait_for};
+use crate::common::{Scale, thread, wait_for};
 use peerix::on_drop::OnDrop;
 use peerix::wire::tracker::{Proof, Statement};
 use rusqlite::Connection as Database;
@@ -316,7 +316,7 @@ fn a_hundred_thousand_peers() {
     /// An address may announce 200 times at once.
     const FROM_ONE: u64 = 190;
     let dir = TempDir::new();
-    let tracker = Solo::start(&dir.file("db"));
+    let tracker = Solo::start_with(&dir.file("db"), Scale::without_timeouts());
     let next = AtomicU64::new(0);
     let number = |at: &AtomicU64| at.fetch_add(1, Ordering::Relaxed);
     std::thread::scope(|scope| {

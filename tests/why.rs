@@ -6,7 +6,7 @@ use crate::common::lan::Run;
 use crate::common::scene::Places;
 use crate::common::standin::{self, Shelf, StandIn};
 use crate::common::tracker::flags;
-use crate::common::{Asker, Daemon, Holder, Host, Lan, World, nix, stock, wait_for, world};
+use crate::common::{Asker, Daemon, Holder, Host, Lan, Scale, World, nix, stock, wait_for, world};
 use serde_json::Value;
 use std::process::Output;
 
@@ -210,7 +210,8 @@ fn passed_over() {
 /// A peer that promises what Nix would trust, and sends something else.
 #[test]
 fn avoided() {
-    let lan = Lan::new();
+    // Whoever lies is avoided for a minute, not for a second, so that this is seen.
+    let lan = Lan::new().with_scale(Scale::intervals(60.0));
     let world = World::on(&lan);
     let (liar, shelf, little) = (lan.host("liar"), Shelf::of(&world), world.path("little"));
     let at = format!("{}:12304", liar.address);

@@ -3,7 +3,7 @@
 
 use crate::slices::{Place, Slices};
 use peerix::nix::HashPart;
-use peerix::time_scale::Interval;
+use peerix::time_scale::{Interval, Timeout};
 use peerix::wire::filter::Filter;
 use peerix::wire::tracker::{Candidate, Candidates, MAX_CANDIDATES, MAX_OTHERS};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -12,7 +12,7 @@ use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::{Duration, Instant};
 
 /// A peer is here for so long after an announce, as in the original. Peers announce each 60 s.
-pub const PEER_TTL: Duration = Duration::from_secs(120);
+pub const PEER_TTL: Timeout = Timeout::from_secs(120);
 
 /// Peers at once, some 150 MB without their filters.
 pub const MAX_PEERS: usize = 262_144;
@@ -361,7 +361,7 @@ impl Table {
         let today = now.ms / DAY_MS;
         let first_today =
             peers.known.get_mut(id).is_some_and(|known| std::mem::replace(&mut known.day, today) != today);
-        let (last_seen_ms, expires) = (now.ms, now.at + PEER_TTL);
+        let (last_seen_ms, expires) = (now.ms, now.at + PEER_TTL.get());
         if let Some((slot, _)) = peers.peer(id) {
             peers.change(slot, |peer| {
                 peer.whereabouts = whereabouts;
@@ -638,7 +638,7 @@ mod tests {
             seconds += 5;
             let now = after(start, seconds);
             table.sweep(now);
-            if seconds > PEER_TTL.as_secs() {
+            if seconds > PEER_TTL.get().as_secs() {
                 assert_eq!(table.counts().peers, 0);
             }
             let again = table.announce("a", at(1), Some(&said), None, now);

@@ -6,6 +6,7 @@
 //! *not there* for an hour.
 
 use crate::record::Network;
+use crate::time_scale::Interval;
 use std::collections::HashMap;
 use std::fmt;
 use std::hash::{Hash, Hasher};
@@ -14,9 +15,9 @@ use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 /// The first pause after a failure; it doubles with each further one.
-const FIRST_PAUSE: Duration = Duration::from_secs(1);
+const FIRST_PAUSE: Interval = Interval::from_secs(1);
 /// The longest pause.
-const LONGEST_PAUSE: Duration = Duration::from_secs(300);
+const LONGEST_PAUSE: Interval = Interval::from_secs(300);
 
 /// A path can be collected between *have* and the request, and one narinfo can be odd, so that a few broken promises
 /// are no failure.
@@ -291,7 +292,7 @@ impl Standing {
             return;
         }
         peer.last_fault = Some(now);
-        let pause = FIRST_PAUSE.saturating_mul(1 << (failures - 1).min(20)).min(LONGEST_PAUSE);
+        let pause = FIRST_PAUSE.get().saturating_mul(1 << (failures - 1).min(20)).min(LONGEST_PAUSE.get());
         peer.avoided_until = Some(now + pause);
         if failures == HOPELESS || fault == Fault::BadData && failures < HOPELESS {
             log::warn!("peer {who}: {reason}; avoided for {} s", pause.as_secs());
@@ -360,7 +361,7 @@ mod tests {
             standing.failed(address(1), Fault::Unreachable, now, failed, &"test");
         }
         assert_eq!(standing.turn(address(1), failed), Turn::Last);
-        assert_eq!(standing.turn(address(1), failed + FIRST_PAUSE), Turn::Now);
+        assert_eq!(standing.turn(address(1), failed + FIRST_PAUSE.get()), Turn::Now);
     }
 
     #[test]

@@ -53,6 +53,18 @@ impl Scale {
     pub fn timeouts(factor: f64) -> Scale {
         Scale { timeouts: factor, ..Scale::default() }
     }
+
+    /// For scenes whose connections stay idle, or unread, or whose peers stay listed, however long
+    /// the machine takes for the rest.
+    pub fn without_timeouts() -> Scale {
+        Scale::timeouts(20.0)
+    }
+
+    /// The environment of a program with these scales.
+    pub fn variables(self) -> impl Iterator<Item = (&'static str, String)> {
+        let scales = [(INTERVAL_SCALE, self.intervals), (TIMEOUT_SCALE, self.timeouts)];
+        scales.into_iter().filter(|(_, factor)| *factor != 1.0).map(|(variable, factor)| (variable, factor.to_string()))
+    }
 }
 
 impl Lan {
@@ -171,10 +183,7 @@ impl Host {
             ("NIX_CONF_DIR", "/etc/nix".to_owned()),
             ("LC_ALL", "C.UTF-8".to_owned()),
         ]);
-        let scales = [(INTERVAL_SCALE, self.scale.intervals), (TIMEOUT_SCALE, self.scale.timeouts)];
-        for (variable, factor) in scales.into_iter().filter(|(_, factor)| *factor != 1.0) {
-            command.env(variable, factor.to_string());
-        }
+        command.envs(self.scale.variables());
         command
     }
 

@@ -1,6 +1,7 @@
 //! A tracker on this machine's loopback, asked from as many of its addresses as needed. Needs no namespaces.
 
 use super::http::{Answer, Connection};
+use super::lan::Scale;
 use super::thread::test_name;
 use super::{directory, last_lines, tracker, wait_for};
 use peerix::wire::tracker::{Announce, Identity, KEY_HEADER, Proof, SIGNATURE_HEADER, Statement, TIMESTAMP_HEADER};
@@ -58,10 +59,15 @@ pub fn command(args: &[&str]) -> Command {
 impl Solo {
     /// Starts it with that database and waits until it serves.
     pub fn start(db: &Path) -> Solo {
+        Solo::start_with(db, Scale::default())
+    }
+
+    /// The same with times scaled.
+    pub fn start_with(db: &Path, scale: Scale) -> Solo {
         let log = db.with_extension("log");
         let file = File::create(&log).expect("a log");
         let mut command = command(&["--port", "0", "--host", "127.0.0.1", "--db-path"]);
-        command.arg(db).stdout(Stdio::null()).stderr(file);
+        command.arg(db).envs(scale.variables()).stdout(Stdio::null()).stderr(file);
         let mut child = command.spawn().expect("the tracker starts");
         let port = wait_for("a tracker that serves", || {
             let said = fs::read_to_string(&log).expect("its log");
