@@ -5,7 +5,7 @@
 use crate::common::fault::Delay;
 use crate::common::http::{self, Reply, Request};
 use crate::common::standin::{Shelf, StandIn, have};
-use crate::common::{Asker, Holder, Host, Lan, World, nar, nix, thread, wait_for, world};
+use crate::common::{Asker, Holder, Host, Lan, Scale, World, nar, nix, thread, wait_for, world};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
@@ -27,7 +27,10 @@ struct Scene {
 
 impl Scene {
     fn new(answers: impl FnOnce(&World) -> Answers) -> Scene {
-        let lan = Lan::new();
+        Scene::on(Lan::new(), answers)
+    }
+
+    fn on(lan: Lan, answers: impl FnOnce(&World) -> Answers) -> Scene {
         let world = World::on(&lan);
         let good = Holder::new(&lan, &world, "good");
         let asker = Asker::new(&lan, &world, &[&good]);
@@ -84,7 +87,9 @@ fn a_corrupt_nar_that_is_small_is_never_seen_by_nix() {
 
 #[test]
 fn a_corrupt_nar_that_is_large_is_never_completed() {
-    let scene = Scene::new(|world| lying_nar(world, |nar| Reply::Whole(200, flipped(nar))));
+    // A peer that lied is avoided for a minute, not for a second: the next run begins within it.
+    let lan = Lan::new().with_scale(Scale::intervals(60.0));
+    let scene = Scene::on(lan, |world| lying_nar(world, |nar| Reply::Whole(200, flipped(nar))));
     let path = scene.world.path("large");
     // What came before the fault was known has reached Nix, so this run may fail; nothing may come of it.
     let output = nix::realise(&scene.asker.host, &[path]);

@@ -31,7 +31,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("status", &["config", "lan", "network", "nix", "peers", "record", "store"]),
     ("peers", &["lan", "network", "nix", "on_drop", "record", "time_scale", "wire"]),
     ("lan", &["network", "nix", "on_drop", "seldom", "share", "store", "suspend", "wire"]),
-    ("store", &["nix"]),
+    ("store", &["nix", "time_scale"]),
     ("share", &["config", "fnmatch", "network", "nix", "on_drop", "seldom"]),
     ("sockets", &["config", "network"]),
     ("identity", &["wire"]),
@@ -51,6 +51,17 @@ const MAY_USE: &[(&str, &[&str])] = &[
 
 /// All that the tracker may use of the library.
 const TRACKER_MAY_USE: &[&str] = &["http", "nix", "on_drop", "seldom", "service", "sockets", "time_scale", "wire"];
+
+#[test]
+fn every_file_of_tests_is_compiled() {
+    let tests = Path::new(ROOT).join("tests");
+    let main = fs::read_to_string(tests.join("main.rs")).unwrap();
+    for file in files(&tests).iter().filter(|file| file.parent() == Some(&tests)) {
+        let name = file.file_name().unwrap().to_str().unwrap();
+        let Some(module) = name.strip_suffix(".rs").filter(|module| *module != "main") else { continue };
+        assert!(main.contains(&format!("mod {module};\n")), "tests/{name} is not in tests/main.rs");
+    }
+}
 
 #[test]
 fn the_tracker_uses_little_of_the_library() {

@@ -3,7 +3,7 @@
 
 use crate::common::lan::Run;
 use crate::common::stock::{self, nar_route};
-use crate::common::{DEADLINE, Daemon, Host, Lan, PORT, Process, nix, wait_for};
+use crate::common::{DEADLINE, Daemon, Host, Lan, PORT, Process, Scale, nix, wait_for};
 use std::io::{Read, Write};
 use std::net::{TcpStream, UdpSocket};
 
@@ -22,7 +22,7 @@ struct Scene {
 
 impl Scene {
     fn new() -> Scene {
-        let lan = Lan::new();
+        let lan = Lan::new().with_scale(Scale::without_timeouts());
         let (server, neighbour) = (lan.host("server"), lan.host("neighbour"));
         stock::ready(&server);
         let old = stock::add(&server, "old", "mkdir $n; seq 100000 > $n/numbers; ln -s numbers $n/link");

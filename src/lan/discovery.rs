@@ -1,5 +1,5 @@
 //! The decisions of LAN discovery: which packets to send, which peers to wait for, and when a lookup ends.
-//! No I/O; time and random numbers are passed in, so that [`super::simulation`] runs the same code.
+//! No I/O; time and random numbers are passed in, so that a simulation runs the same code.
 //!
 //! # Life of a lookup
 //!
@@ -9,13 +9,13 @@
 //!    may be that do not understand batches or are not known.
 //! 3. Each peer owes an answer. *No* settles it. *Have* passes the holder on as [`Update::Holder`]; then the peer owes
 //!    the narinfo until [`Event::Settled`] or [`Event::Failed`]. What is owed for too long is asked again.
-//! 4. An overdue answer uses up the peer's [`WaitBudget`]. When that is used up, the peer is given up, and is silent if
+//! 4. An overdue answer uses up the peer's *wait budget*. When that is used up, the peer is given up, and is silent if
 //!    it has answered nothing since.
 //! 5. The lookup ends when no peer owes it anything, at the first good narinfo, or after 5 s.
 //!
 //! # Two clocks
 //!
-//! Waits are judged in *lookup time*, called `t`, which counts at most [`MAX_TURN`] for each turn of the loop: a pause of
+//! Waits are judged in *lookup time*, called `t`, which counts at most 100 ms for each turn of the loop: a pause of
 //! this machine is not the peers' fault. Hellos and probes go by real time, called `now`.
 
 use super::Holder;

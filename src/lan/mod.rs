@@ -1,6 +1,6 @@
 //! The LAN: which peers there are, and which of them has a path (SPEC section 3, docs/protocol.md).
 //!
-//! [`discovery`] decides, without I/O. [`thread`] runs it on the sockets of [`sockets`], and
+//! [`discovery`] decides, without I/O. [`DiscoveryThread`] runs it on its sockets, and
 //! [`DiscoveryClient`] is what other threads see of it.
 
 mod budget;

@@ -20,6 +20,7 @@ use super::{
     kept::{Answer, Kept},
 };
 use crate::nix::{HashPart, StoreDir};
+use crate::time_scale::Timeout;
 use std::{
     fmt,
     path::PathBuf,
@@ -31,7 +32,7 @@ use std::{
 /// How often the path of the database is looked at, for a file that took the place of the open one.
 const REPLACEMENT_CHECK: Duration = Duration::from_secs(1);
 /// The longest wait for nix-daemon, which starts a process for each connection.
-const DAEMON_PATIENCE: Duration = Duration::from_secs(2);
+const DAEMON_PATIENCE: Timeout = Timeout::from_secs(2);
 /// The pause between two attempts at nix-daemon.
 const DAEMON_PAUSE: Duration = Duration::from_secs(5);
 
@@ -164,7 +165,7 @@ impl Pool {
         }
         let mut daemon_said = "not asked again so soon".to_owned();
         if self.may_wake_daemon() {
-            match daemon_socket::wake(&self.place.daemon_socket, deadline.min(Instant::now() + DAEMON_PATIENCE)) {
+            match daemon_socket::wake(&self.place.daemon_socket, deadline.min(Instant::now() + DAEMON_PATIENCE.get())) {
                 Ok(_awake_until_we_have_opened_it) => {
                     if let Some(told) = self.told(self.attempt(lease, Mode::Shared, question, deadline), Way::Daemon) {
                         return told;
