@@ -29,4 +29,5 @@ mod tracker_lasts;
 mod unprivileged;
 mod wan;
 mod wan_faults;
+mod which_networks;
 mod why;
