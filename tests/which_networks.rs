@@ -61,7 +61,8 @@ fn join(hosts: &[(&Host, &str, &str)]) {
 fn link_local(host: &Host, interface: &str) -> Ipv6Addr {
     wait_for("a link-local address", || {
         let show = ["-6", "-o", "addr", "show", "dev", interface, "scope", "link"];
-        let text = host.net_cmd("ip").args(show).okay();
+        // A tentative address cannot be used yet.
+        let text = Some(host.net_cmd("ip").args(show).okay()).filter(|text| !text.contains("tentative"))?;
         let address = text.split_whitespace().find(|word| word.starts_with("fe80:"))?;
         address.split('/').next()?.parse().ok()
     })
@@ -96,7 +97,8 @@ impl Asking {
     }
 
     fn send(&self, target: SocketAddr) {
-        self.socket(&target).send_to(&self.query, target).expect("a way to the target");
+        // An interface that has just come up has no IPv6 address for a moment.
+        wait_for("a way to the target", || self.socket(&target).send_to(&self.query, target).ok());
     }
 
     /// Waits until the node at `target` answers *have*.
