@@ -196,10 +196,7 @@ impl<E: Environment> Runner<E> {
             self.sockets.wait(&client.wake, next.saturating_duration_since(Instant::now()));
             turns.fetch_add(1, Ordering::Relaxed);
             let stop = client.stop.load(Ordering::SeqCst);
-            if client.bye.swap(false, Ordering::SeqCst) || stop {
-                // Said again at the end: a query that was sent since made this node known again.
-                self.discovery.bye(&mut self.out);
-            }
+            let leaves = client.bye.swap(false, Ordering::SeqCst) || stop;
             let has_slept = self.suspend.detect();
             if self.sockets.network_changed() || has_slept {
                 self.handle(Event::NetworkChanged);
@@ -210,6 +207,10 @@ impl<E: Environment> Runner<E> {
             }
             let drained = self.read(MAX_READ);
             self.handle(Event::Tick { drained });
+            if leaves {
+                // After a hello that was due. Said again at the end: a query that was sent since made this node known again.
+                self.discovery.bye(&mut self.out);
+            }
             while self.sockets.send(&mut self.out) {
                 self.read(MAX_READ);
             }
