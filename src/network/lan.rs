@@ -91,10 +91,11 @@ impl LanNetworks {
         &self.lan_addresses
     }
 
-    /// The `--lan` networks that this machine has no address in: those behind a router or VPN.
+    /// The `--lan` networks that are not part of one connected network: all or some of their
+    /// addresses are behind a router or VPN.
     pub fn routed_networks(&self) -> impl Iterator<Item = Cidr> {
         let all = self.policy.lan.iter().map(|range| range.cidr());
-        all.filter(|network| !self.interfaces.iter().any(|i| network.contains(i.address)))
+        all.filter(|named| self.connected_network_around(named).is_none())
     }
 
     /// Names of the interfaces whose addresses would be on the LAN if the interface were allowed.
@@ -115,11 +116,17 @@ impl LanNetworks {
     pub fn ineffective_networks(&self) -> impl Iterator<Item = (Cidr, &str)> {
         let all = self.policy.lan.iter().map(|range| range.cidr());
         all.filter_map(|named| {
-            let connected = self.connected.iter().find(|c| c.network.contains(named.address()))?;
-            let is_part = connected.network.prefix_len() <= named.prefix_len();
-            let interface = self.interfaces.iter().find(|i| i.network() == connected.network)?;
-            (is_part && !connected.is_allowed).then_some((named, &*interface.name))
+            let around = self.connected_network_around(&named).filter(|c| !c.is_allowed)?;
+            let interface = self.interfaces.iter().find(|i| i.network() == around.network)?;
+            Some((named, &*interface.name))
         })
+    }
+
+    /// The most specific connected network of which `named` is a part.
+    fn connected_network_around(&self, named: &Cidr) -> Option<&Connected> {
+        let is_wider = |c: &&Connected| c.network.prefix_len() <= named.prefix_len();
+        let mut wider = self.connected.iter().filter(is_wider);
+        wider.find(|c| c.network.contains(named.address()))
     }
 
     /// Why this machine has no LAN, and what to do, when no address of an interface with a link is
@@ -383,7 +390,7 @@ mod tests {
         check(&networks, &lan, &["172.31.0.1", "100.1.1.1"]);
         assert_eq!(targets(&networks), ["192.168.1.255:1"]);
         let routed: Vec<String> = networks.routed_networks().map(|n| n.to_string()).collect();
-        assert_eq!(routed, ["172.30.0.0/16"]);
+        assert_eq!(routed, ["100.64.0.0/10", "172.30.0.0/16"]);
     }
 
     #[test]
@@ -393,6 +400,7 @@ mod tests {
         check(&named, &["10.8.0.1"], &["10.9.0.2"]);
         assert_eq!(targets(&named), ["192.168.1.255:1"]);
         assert_eq!(named.ineffective_networks().count(), 0, "a part of it has an effect");
+        assert_eq!(named.routed_networks().count(), 1);
         let part = networks(&both, &["10.9.0.0/25"], &[]);
         let ineffective: Vec<_> = part.ineffective_networks().collect();
         assert_eq!(ineffective, [("10.9.0.0/25".parse().unwrap(), "docker0")]);
