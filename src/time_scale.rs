@@ -49,6 +49,11 @@ impl Timeout {
         Timeout(Duration::from_secs(seconds))
     }
 
+    /// A time-out of that many milliseconds, unless a test scales it.
+    pub const fn from_millis(milliseconds: u64) -> Timeout {
+        Timeout(Duration::from_millis(milliseconds))
+    }
+
     /// The time-out, scaled by [`TIMEOUT_SCALE`].
     pub fn get(self) -> Duration {
         static SCALE: OnceLock<Option<f64>> = OnceLock::new();

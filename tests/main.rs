@@ -5,9 +5,11 @@
 mod common;
 
 mod bounds;
+mod changing_lan;
 mod cli;
 mod compression;
 mod counters;
+mod crowded_lan;
 mod doctor;
 mod faults;
 mod harness;
@@ -19,6 +21,7 @@ mod manual;
 mod misses;
 mod module;
 mod networks;
+mod odd_neighbours;
 mod original;
 mod page;
 mod routes;

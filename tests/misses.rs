@@ -1,9 +1,7 @@
 //! No false misses. Nix remembers a *not there* for an hour, so a path that a peer has must be found, every time,
 //! at Nix's own 25 connections; and where peers cannot be reached Nix must go on without them.
 
-use crate::common::http::Connection;
-use crate::common::{Asker, Holder, Host, Lan, World, nix, thread, world};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use crate::common::{Asker, Holder, Lan, World, daemon, nix};
 use std::time::Duration;
 
 const RUNS: usize = 5;
@@ -18,7 +16,7 @@ fn fetch_all(lan: &Lan, world: &World, holders: &[&Holder], prepare: impl Fn(&As
 
 #[test]
 fn one_peer_has_everything() {
-    let lan = Lan::new();
+    let lan = Lan::patient();
     let world = World::on(&lan);
     let holder = Holder::new(&lan, &world, "holder");
     for _ in 0..RUNS {
@@ -28,7 +26,7 @@ fn one_peer_has_everything() {
 
 #[test]
 fn two_peers_have_everything() {
-    let lan = Lan::new();
+    let lan = Lan::patient();
     let world = World::on(&lan);
     let (one, two) = (Holder::new(&lan, &world, "one"), Holder::new(&lan, &world, "two"));
     for _ in 0..RUNS {
@@ -38,7 +36,7 @@ fn two_peers_have_everything() {
 
 #[test]
 fn one_percent_of_packets_is_lost() {
-    let lan = Lan::new();
+    let lan = Lan::patient();
     let world = World::on(&lan);
     let (one, two) = (Holder::new(&lan, &world, "one"), Holder::new(&lan, &world, "two"));
     one.host.lose(1);
@@ -50,7 +48,7 @@ fn one_percent_of_packets_is_lost() {
 
 #[test]
 fn sixty_milliseconds_round_trip() {
-    let lan = Lan::new();
+    let lan = Lan::patient();
     let world = World::on(&lan);
     let holder = Holder::new(&lan, &world, "holder");
     let _far = holder.host.delay(Duration::from_millis(60));
@@ -59,7 +57,7 @@ fn sixty_milliseconds_round_trip() {
 
 #[test]
 fn the_peer_is_busy() {
-    let lan = Lan::new();
+    let lan = Lan::patient();
     let world = World::on(&lan);
     let holder = Holder::new(&lan, &world, "holder");
     let _busy = holder.host.be_busy();
@@ -68,36 +66,15 @@ fn the_peer_is_busy() {
 
 #[test]
 fn ten_percent_of_packets_is_lost() {
-    let lan = Lan::new();
+    let lan = Lan::patient();
     let world = World::on(&lan);
     let holder = Holder::new(&lan, &world, "holder");
     let asker = Asker::new(&lan, &world, &[&holder]);
     let closure = nix::closure(&holder.host, &[world.path("closure300")]);
     holder.host.lose(10);
     asker.host.lose(10);
-    let found = found(&asker.host, &closure);
+    let found = daemon::found(&asker.host, &closure, 4);
     assert!(found * 100 >= closure.len() * 99, "{found} of {} found", closure.len());
-}
-
-/// How many of `paths` the own peerix finds, asked one after the other on four connections.
-fn found(host: &Host, paths: &[String]) -> usize {
-    let found = AtomicUsize::new(0);
-    std::thread::scope(|scope| {
-        for part in paths.chunks(paths.len().div_ceil(4)) {
-            let found = &found;
-            thread::spawn_in(scope, "lookups", move || {
-                let mut connection = Connection::new(host.connect_local().unwrap()).unwrap();
-                for path in part {
-                    let answer = connection.get(&format!("/{}.narinfo", world::hash_part(path))).unwrap();
-                    assert!([200, 404].contains(&answer.status), "{answer:?}");
-                    if answer.status == 200 {
-                        found.fetch_add(1, Ordering::Relaxed);
-                    }
-                }
-            });
-        }
-    });
-    found.into_inner()
 }
 
 /// Nix succeeds, from peers as far as they can be reached and from the next substituter for the rest.

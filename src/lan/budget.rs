@@ -4,6 +4,7 @@
 //! lookups, and recovers at other times. A vanished peer therefore costs one wait of at most
 //! [`WaitBudget::MAX`], and a peer that is always late costs the [`WaitBudget::RECOVERY`]th part of the time.
 
+use crate::time_scale::Timeout;
 use std::time::{Duration, Instant};
 
 /// Time that may be spent waiting for the overdue answers of one peer, or of all peers through which
@@ -18,7 +19,7 @@ pub struct WaitBudget {
 
 impl WaitBudget {
     /// A full budget. SPEC section 3: longer than pauses of a busy disk, shorter than a person's patience.
-    pub const MAX: Duration = Duration::from_secs(3);
+    pub const MAX: Timeout = Timeout::from_secs(3);
     /// Time in which the budget regains one unit of time: 50 ms a second.
     pub const RECOVERY: u32 = 20;
     /// Regained for each path found through the peer.
@@ -26,7 +27,7 @@ impl WaitBudget {
 
     /// A full budget at `now`.
     pub fn full(now: Instant) -> Self {
-        WaitBudget { left: Self::MAX, updated: now, overdue: 0 }
+        WaitBudget { left: Self::MAX.get(), updated: now, overdue: 0 }
     }
 
     /// Brings the budget up to `now` and returns what is left of it.
@@ -34,7 +35,7 @@ impl WaitBudget {
         let elapsed = now.saturating_duration_since(self.updated);
         self.updated = self.updated.max(now);
         self.left = match self.overdue {
-            0 => Self::MAX.min(self.left + elapsed / Self::RECOVERY),
+            0 => Self::MAX.get().min(self.left + elapsed / Self::RECOVERY),
             _ => self.left.saturating_sub(elapsed),
         };
         self.left
@@ -54,7 +55,7 @@ impl WaitBudget {
 
     /// Adds the bonus for a path that was found.
     pub fn reward(&mut self, now: Instant) {
-        self.left = Self::MAX.min(self.update(now) + Self::FOUND_BONUS);
+        self.left = Self::MAX.get().min(self.update(now) + Self::FOUND_BONUS);
     }
 
     /// When it will be used up, while it runs down.
@@ -76,13 +77,13 @@ mod tests {
         assert_eq!(budget.used_up_at(), None);
         budget.start(start);
         budget.start(start);
-        assert_eq!(budget.used_up_at(), Some(start + WaitBudget::MAX));
+        assert_eq!(budget.used_up_at(), Some(start + WaitBudget::MAX.get()));
         assert_eq!(budget.update(start + SECOND), 2 * SECOND);
         budget.stop(start + SECOND);
         assert_eq!(budget.update(start + 2 * SECOND), SECOND, "one peer is still overdue");
         budget.stop(start + 2 * SECOND);
         assert_eq!(budget.update(start + 22 * SECOND), 2 * SECOND);
-        assert_eq!(budget.update(start + 222 * SECOND), WaitBudget::MAX);
+        assert_eq!(budget.update(start + 222 * SECOND), WaitBudget::MAX.get());
     }
 
     #[test]
@@ -93,6 +94,6 @@ mod tests {
         budget.reward(start + 4 * SECOND);
         assert_eq!(budget.update(start + 4 * SECOND), WaitBudget::FOUND_BONUS);
         (0..100).for_each(|_| budget.reward(start + 4 * SECOND));
-        assert_eq!(budget.update(start + 4 * SECOND), WaitBudget::MAX);
+        assert_eq!(budget.update(start + 4 * SECOND), WaitBudget::MAX.get());
     }
 }

@@ -25,6 +25,7 @@ use super::environment::{Environment, Presence};
 use super::lookups::{LookupId, Lookups, Update};
 use super::peer_table::{Dialect, MetBy, Neighbour, Peer, PeerTable, SentBatch};
 use crate::nix::HashPart;
+use crate::time_scale::Timeout;
 use crate::wire::{Bits, HashParts, Hello, MAX_BATCH, Packet};
 use crossbeam_channel::Sender;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -52,7 +53,7 @@ const MAX_GREETINGS: usize = 64;
 const MAX_GREETED: usize = 4096;
 
 /// After a start, a wake-up and a change of network, lookups without a holder wait this long for hellos.
-const GRACE: Duration = Duration::from_millis(500);
+const GRACE: Timeout = Timeout::from_millis(500);
 
 /// Live peers that are asked by unicast. Beyond, the most useful ones are, and the batch is broadcast to all.
 pub const MAX_UNICAST: usize = 256;
@@ -142,7 +143,7 @@ impl LookUp {
 pub enum To {
     /// To a peer that answers, or to a host that has just asked.
     Peer(SocketAddr),
-    /// To a peer that has not answered: its datagrams may wait for ARP, and must not be in the way of others.
+    /// To a peer that has not answered, or not for some time: its datagrams may wait for ARP, and must not be in the way of others.
     Unproven(SocketAddr),
     /// To every network.
     Everyone,
@@ -250,7 +251,7 @@ impl<E: Environment> Discovery<E> {
             broadcasts: VecDeque::new(),
             broadcast_until: now,
             next_broadcast: now,
-            grace_until: now + GRACE,
+            grace_until: now + GRACE.get(),
             next_hello: now,
             hello_interval: FIRST_HELLO_INTERVAL,
             hello_replies: BTreeMap::new(),
@@ -382,7 +383,16 @@ impl<E: Environment> Discovery<E> {
         }
         self.broadcast_singles(batch, now, t, out);
         for address in live {
-            self.ask(address, batch, t, out);
+            // A Python peerix that has nothing answers nothing, and so is always behind.
+            let behind = self.peers.get_mut(address).filter(|peer| peer.is_behind(t));
+            match behind.filter(|peer| peer.dialect() != Dialect::HaveOnly) {
+                Some(peer) => {
+                    let lookups: Vec<LookupId> = batch.iter().map(|(id, _)| *id).collect();
+                    let added = peer.record_held_back(&lookups, t);
+                    self.record_asked(&added, address, t);
+                }
+                None => self.ask(address, batch, t, out),
+            }
         }
         batch.iter().for_each(|(id, _)| self.lookups.touch(*id));
     }
@@ -433,7 +443,7 @@ impl<E: Environment> Discovery<E> {
     /// Sends `batch` to one peer, in the packets that it understands.
     fn ask(&mut self, address: SocketAddr, batch: &[(LookupId, HashPart)], t: Instant, out: &mut Outgoing) {
         let Some(peer) = self.peers.get_mut(address) else { return };
-        let to = if peer.is_proven() { To::Peer(address) } else { To::Unproven(address) };
+        let to = if peer.is_proven() && !peer.is_behind(t) { To::Peer(address) } else { To::Unproven(address) };
         let mut added = Vec::new();
         match peer.dialect() {
             Dialect::Batches => {
@@ -460,8 +470,13 @@ impl<E: Environment> Discovery<E> {
                 }
             }
         }
-        for lookup in added {
-            if let Some(lookup) = self.lookups.get_mut(lookup) {
+        self.record_asked(&added, address, t);
+    }
+
+    /// The peer owes these lookups an answer.
+    fn record_asked(&mut self, lookups: &[LookupId], address: SocketAddr, t: Instant) {
+        for lookup in lookups {
+            if let Some(lookup) = self.lookups.get_mut(*lookup) {
                 lookup.record_asked(1);
             }
         }
@@ -752,7 +767,7 @@ impl<E: Environment> Discovery<E> {
 
     fn network_changed(&mut self, now: Instant) {
         (self.next_hello, self.hello_interval) = (now, FIRST_HELLO_INTERVAL);
-        self.grace_until = now + GRACE;
+        self.grace_until = now + GRACE.get();
         self.next_broadcast = now;
         self.peers.iter_mut().for_each(|(_, peer)| peer.restart_probes(now));
         self.greeted.clear();

@@ -2,6 +2,7 @@
 
 use super::Holder;
 use crate::nix::HashPart;
+use crate::time_scale::Timeout;
 use crossbeam_channel::Sender;
 use std::collections::{BTreeMap, VecDeque};
 use std::net::{IpAddr, SocketAddr};
@@ -12,7 +13,7 @@ use std::time::{Duration, Instant};
 pub const MAX_LOOKUPS: usize = 1024;
 
 /// The whole of a lookup, whatever peers do.
-pub const LOOKUP_TIMEOUT: Duration = Duration::from_secs(5);
+pub const LOOKUP_TIMEOUT: Timeout = Timeout::from_secs(5);
 
 /// After the first good narinfo, holders are still passed on for this long, as alternates for the NAR.
 const ALTERNATES_TIMEOUT: Duration = Duration::from_millis(200);
@@ -85,7 +86,7 @@ impl Lookup {
     }
 
     fn ends_at(&self) -> Instant {
-        let limit = self.began + LOOKUP_TIMEOUT;
+        let limit = self.began + LOOKUP_TIMEOUT.get();
         if self.waiting > 0 { limit } else { self.open_until.min(limit) }
     }
 }

@@ -7,6 +7,7 @@ use super::budget::WaitBudget;
 use super::lookups::LookupId;
 use super::round_trip::RoundTrip;
 use crate::nix::HashPart;
+use crate::time_scale::Timeout;
 use crate::wire::Hello;
 use std::collections::{BTreeMap, VecDeque};
 use std::net::SocketAddr;
@@ -20,6 +21,10 @@ const MAX_PEERS: usize = 1024;
 /// Sent batches remembered for each peer, so that a late answer is understood: two seconds at the longest batch
 /// interval. The oldest is forgotten first.
 const MAX_SENT_BATCHES: usize = 256;
+
+/// Queries that a peer may leave unanswered before it is behind. Of a peer that vanished as many datagrams wait for ARP,
+/// about 1,280 bytes each in the send buffer, for 3 s.
+const MAX_IN_FLIGHT: usize = 8;
 
 /// An answer is never due before this: scheduling and interrupt coalescing on a busy machine take up to 20 ms.
 const MIN_DUE: Duration = Duration::from_millis(50);
@@ -36,8 +41,9 @@ const MIN_REPEAT: Duration = Duration::from_millis(3);
 const UNMEASURED_REPEAT: Duration = Duration::from_millis(30);
 /// Repeats double their distance up to this.
 const MAX_REPEAT: Duration = Duration::from_millis(500);
-/// The same after a *bye*: a daemon that restarts is back within a fraction of [`BYE_WAIT`].
-const MAX_REPEAT_AFTER_BYE: Duration = Duration::from_millis(100);
+/// The same for a peer through which something was found, and after a *bye*: such a peer is waited for, and is to be
+/// asked soon after it is back. Not for a Python peerix, which works for 20 ms on each query.
+const MAX_OWN_REPEAT: Duration = Duration::from_millis(100);
 /// Out-of-order answers to batches sent closer together than this say nothing of loss.
 const REORDERING: Duration = Duration::from_micros(500);
 
@@ -55,7 +61,9 @@ const REMEMBER_ORIGINAL: Duration = Duration::from_secs(3600);
 const HELLO_PATIENCE: Duration = Duration::from_secs(1);
 
 /// After a *bye* the peer is waited for this long: a restart is shorter.
-const BYE_WAIT: Duration = Duration::from_secs(1);
+const BYE_WAIT: Timeout = Timeout::from_secs(1);
+/// Pause between probes in that time: one may be lost, or come before the daemon is back.
+const PROBE_AFTER_BYE: Duration = Duration::from_millis(200);
 
 /// How this node came to know a peer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -118,8 +126,8 @@ pub struct Neighbour {
 pub struct Owed {
     /// When it was first asked for; after a *have*, when that came. Lookup time.
     pub since: Instant,
-    /// When the query was last sent. Lookup time.
-    sent: Instant,
+    /// When the query was last sent, in lookup time; `None` if it waits, as the peer is behind.
+    sent: Option<Instant>,
     /// The peer said *have*, and its narinfo is being fetched: the query is not repeated.
     is_fetching: bool,
 }
@@ -171,6 +179,8 @@ pub struct Peer {
     pub is_overdue: bool,
     owed: BTreeMap<LookupId, Owed>,
     sent: VecDeque<SentBatch>,
+    /// How many of the last of them are later than the one that was answered last.
+    in_flight: usize,
     repeat_at: Option<Instant>,
     repeats: u32,
     last_early_repeat: Option<Instant>,
@@ -198,6 +208,7 @@ impl Peer {
             is_overdue: false,
             owed: BTreeMap::new(),
             sent: VecDeque::new(),
+            in_flight: 0,
             repeat_at: None,
             repeats: 0,
             last_early_repeat: None,
@@ -228,6 +239,13 @@ impl Peer {
     /// Whether it is live and has answered before. Datagrams to others may wait for ARP and fill a socket's send buffer.
     pub fn is_proven(&self) -> bool {
         self.is_live() && self.last_answer.is_some()
+    }
+
+    /// Whether it has left queries unanswered, too many or for too long. It may have vanished: until it answers, it is sent
+    /// nothing but repeats, so that few datagrams to it wait for ARP.
+    pub fn is_behind(&self, t: Instant) -> bool {
+        let oldest = self.sent.len().checked_sub(self.in_flight).and_then(|at| self.sent.get(at));
+        self.in_flight >= MAX_IN_FLIGHT || oldest.is_some_and(|oldest| oldest.sent + self.first_repeat_gap() <= t)
     }
 
     /// Whether a Python peerix was heard at this address within the last hour.
@@ -264,18 +282,30 @@ impl Peer {
 
     /// Notes that a query for `lookups` was sent with this request ID. Returns the lookups that were not owed before.
     pub fn record_sent(&mut self, id: u32, lookups: Arc<[LookupId]>, t: Instant) -> Vec<LookupId> {
-        let mut added = Vec::new();
-        for lookup in lookups.iter() {
-            let owed = self.owed.entry(*lookup).or_insert_with(|| {
-                added.push(*lookup);
-                Owed { since: t, sent: t, is_fetching: false }
-            });
-            owed.sent = t;
-        }
+        let added = self.owe(&lookups, Some(t), t);
         if self.sent.len() >= MAX_SENT_BATCHES {
             self.sent.pop_front();
         }
         self.sent.push_back(SentBatch { id, sent: t, lookups });
+        self.in_flight = self.sent.len().min(self.in_flight + 1);
+        added
+    }
+
+    /// Notes that the peer is to answer for `lookups` although it is behind, and will be asked later. Returns the lookups
+    /// that were not owed before.
+    pub fn record_held_back(&mut self, lookups: &[LookupId], t: Instant) -> Vec<LookupId> {
+        self.owe(lookups, None, t)
+    }
+
+    fn owe(&mut self, lookups: &[LookupId], sent: Option<Instant>, t: Instant) -> Vec<LookupId> {
+        let mut added = Vec::new();
+        for lookup in lookups {
+            let owed = self.owed.entry(*lookup).or_insert_with(|| {
+                added.push(*lookup);
+                Owed { since: t, sent, is_fetching: false }
+            });
+            owed.sent = sent.or(owed.sent);
+        }
         if self.repeat_at.is_none() && !self.owed.is_empty() {
             self.repeat_at = Some(t + self.repeat_gap());
         }
@@ -297,6 +327,7 @@ impl Peer {
         }
         self.last_answer = Some(t);
         self.verified_at = None;
+        self.in_flight = self.sent.iter().rev().take_while(|batch| batch.sent > sent).count();
         if self.bye.is_some_and(|bye| sent >= bye) {
             self.bye = None;
         }
@@ -328,12 +359,18 @@ impl Peer {
 
     /// The peer said *have* for this lookup: from now on it owes the narinfo. Returns whether it owed an answer before.
     pub fn owe_narinfo(&mut self, lookup: LookupId, t: Instant) -> bool {
-        self.owed.insert(lookup, Owed { since: t, sent: t, is_fetching: true }).is_some()
+        self.owed.insert(lookup, Owed { since: t, sent: Some(t), is_fetching: true }).is_some()
+    }
+
+    fn first_repeat_gap(&self) -> Duration {
+        self.usual().map_or(UNMEASURED_REPEAT, |usual| (usual * 3 / 2).max(MIN_REPEAT))
     }
 
     fn repeat_gap(&self) -> Duration {
-        let first = self.usual().map_or(UNMEASURED_REPEAT, |usual| (usual * 3 / 2).max(MIN_REPEAT));
-        let most = if self.bye.is_some() { MAX_REPEAT_AFTER_BYE } else { MAX_REPEAT };
+        let first = self.first_repeat_gap();
+        let is_waited_for = self.bye.is_some() || self.budget.is_some();
+        let is_quick = is_waited_for && self.dialect() != Dialect::HaveOnly;
+        let most = if is_quick { MAX_OWN_REPEAT } else { MAX_REPEAT };
         most.min(first * (1 << self.repeats.min(8)))
     }
 
@@ -377,7 +414,7 @@ impl Peer {
     }
 
     fn unanswered(&self, is_meant: impl Fn(Instant) -> bool, most: usize) -> Vec<LookupId> {
-        let meant = self.owed.iter().filter(|(_, owed)| !owed.is_fetching && is_meant(owed.sent));
+        let meant = self.owed.iter().filter(|(_, owed)| !owed.is_fetching && owed.sent.is_none_or(&is_meant));
         meant.map(|(id, _)| *id).take(most).collect()
     }
 
@@ -412,12 +449,12 @@ impl Peer {
 
     /// Whether it said *bye* and has been waited for long enough.
     pub fn has_left(&self, t: Instant) -> bool {
-        self.bye.is_some_and(|bye| bye + BYE_WAIT <= t)
+        self.bye.is_some_and(|bye| bye + BYE_WAIT.get() <= t)
     }
 
     /// When the wait after its *bye* ends.
     pub fn leaves_at(&self) -> Option<Instant> {
-        self.bye.map(|bye| bye + BYE_WAIT)
+        self.bye.map(|bye| bye + BYE_WAIT.get())
     }
 
     /// It said *bye*.
@@ -426,9 +463,10 @@ impl Peer {
         self.repeats = 0;
     }
 
-    /// When it is probed next; `None` for a live peer.
+    /// When it is probed next; `None` for a live peer, unless it said *bye*.
     pub fn next_probe(&self) -> Option<Instant> {
-        self.silence.as_ref().map(|silence| silence.next_probe)
+        let after_bye = self.last_probe.filter(|_| self.bye.is_some()).map(|last| last + PROBE_AFTER_BYE);
+        self.silence.as_ref().map(|silence| silence.next_probe).or(after_bye)
     }
 
     /// Moves the next probe of a silent peer to now, at most once in [`FIRST_PROBE`].

@@ -26,6 +26,10 @@ const PORT: u16 = 12304;
 const SECOND_PORT: u16 = 40_000;
 /// Datagrams in the receive buffer of a paused node.
 const RECEIVE_BUFFER: usize = 1000;
+/// Datagrams in the send buffer of a socket: the kernel grants 416 KiB, of which one with 25 hash parts takes 1,280 bytes.
+const SEND_BUFFER: usize = 332;
+/// How long a datagram to a host that does not answer ARP stays there.
+const ARP_TIMEOUT: Duration = Duration::from_secs(3);
 
 const US: Duration = Duration::from_micros(1);
 const MS: Duration = Duration::from_millis(1);
@@ -83,6 +87,8 @@ enum Kind {
     Half,
     /// Says hello and answers nothing.
     Firewalled,
+    /// Says hello from an address at which there is no host.
+    Forged,
 }
 
 struct Store {
@@ -141,6 +147,8 @@ struct Host {
     /// It was last paused, unplugged or down at this time.
     disturbed: Duration,
     inbox: VecDeque<(SocketAddr, Rc<[u8]>)>,
+    /// For each socket, until when datagrams wait for ARP.
+    waiting_for_arp: BTreeMap<u16, VecDeque<Duration>>,
     wake: Duration,
     active: BTreeMap<LookupId, Active>,
     /// Until when an original works.
@@ -185,6 +193,8 @@ struct Simulation {
     outcomes: Vec<Outcome>,
     packets: u64,
     bytes: u64,
+    /// Datagrams for which there was no room in a send buffer.
+    unsent: u64,
     /// Prints every packet: the seed is `PEERIX_SIMULATION_TRACE`.
     is_traced: bool,
 }
@@ -219,6 +229,7 @@ impl Simulation {
             outcomes: Vec::new(),
             packets: 0,
             bytes: 0,
+            unsent: 0,
             is_traced: std::env::var("PEERIX_SIMULATION_TRACE").is_ok_and(|traced| traced == seed.to_string()),
         }
     }
@@ -246,6 +257,7 @@ impl Simulation {
             unplugged_until: Duration::ZERO,
             disturbed: start,
             inbox: VecDeque::new(),
+            waiting_for_arp: BTreeMap::new(),
             wake: Duration::MAX,
             active: BTreeMap::new(),
             busy_until: Duration::ZERO,
@@ -388,6 +400,11 @@ impl Simulation {
         self.hosts[index].is_up && self.hosts[index].unplugged_until <= self.now
     }
 
+    /// Entries in the tables of the others are as if they had just run out: the worst case.
+    fn answers_arp(&self, index: usize) -> bool {
+        self.is_reachable(index) && self.hosts[index].kind != Kind::Forged
+    }
+
     fn send(&mut self, from: usize, port: u16, to: To, packet: &Packet) {
         let bytes: Rc<[u8]> = packet.encode().into();
         self.packets += 1;
@@ -399,8 +416,24 @@ impl Simulation {
         if self.hosts[from].unplugged_until > self.now {
             return;
         }
+        let waiting = self.hosts[from].waiting_for_arp.entry(port).or_default();
+        while waiting.front().is_some_and(|until| *until <= self.now) {
+            waiting.pop_front();
+        }
+        if waiting.len() >= SEND_BUFFER {
+            self.unsent += 1;
+            return;
+        }
         let targets: Vec<usize> = match to {
-            To::Peer(to) | To::Unproven(to) => self.by_ip.get(&to.ip()).copied().into_iter().collect(),
+            To::Peer(to) | To::Unproven(to) => {
+                let target = self.by_ip.get(&to.ip()).copied();
+                if target.is_none_or(|target| !self.answers_arp(target)) {
+                    let until = self.now + ARP_TIMEOUT;
+                    self.hosts[from].waiting_for_arp.entry(port).or_default().push_back(until);
+                    return;
+                }
+                target.into_iter().collect()
+            }
             To::Everyone => (0..self.hosts.len()).filter(|index| *index != from).collect(),
         };
         for to in targets {
@@ -517,7 +550,7 @@ impl Simulation {
                     self.at(now + delay, Act::Answer { from: index, to: from, packet });
                 }
             }
-            (Kind::Single | Kind::Late | Kind::Half | Kind::Firewalled, Packet::Hello(_)) => {
+            (Kind::Single | Kind::Late | Kind::Half | Kind::Firewalled | Kind::Forged, Packet::Hello(_)) => {
                 let packet = self.hello_of(index);
                 let delay = self.random.between(Duration::ZERO, 50 * MS);
                 // A peer that greets again is not greeted back for ever.
@@ -615,7 +648,7 @@ impl Simulation {
     fn wrong_misses(&self, margin: Option<Duration>) -> Vec<&Outcome> {
         let is_live = |host: &Host, outcome: &Outcome| {
             let is_undisturbed = margin.is_none_or(|margin| host.disturbed + margin <= outcome.began);
-            host.is_up && host.kind != Kind::Firewalled && is_undisturbed
+            host.is_up && !matches!(host.kind, Kind::Firewalled | Kind::Forged) && is_undisturbed
         };
         let is_wrong = |outcome: &&Outcome| {
             let mut others = self.hosts.iter().enumerate().filter(|(index, _)| *index != outcome.node);
@@ -650,4 +683,6 @@ impl Discovery<Store> {
 }
 
 /// No lookup takes longer, beside one turn of the loop.
-const LONGEST: Duration = LOOKUP_TIMEOUT.saturating_add(Duration::from_millis(250));
+fn longest() -> Duration {
+    LOOKUP_TIMEOUT.get() + Duration::from_millis(250)
+}

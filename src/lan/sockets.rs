@@ -11,8 +11,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use std::{io, thread};
 
-/// Receive buffer that is asked for: 40 answers of 25 lookups from 256 peers. The kernel caps it.
-const RECEIVE_BUFFER: usize = 1 << 20;
+/// Buffers that are asked for: 40 answers of 25 lookups from 256 peers, and as many queries. The kernel caps them.
+const BUFFER: usize = 1 << 20;
 
 /// How long one turn waits in all for room in the send buffer. At 1 Mbit/s the buffer of 208 KiB empties in 1.7 s; what
 /// does not leave is lost and repeated.
@@ -226,7 +226,9 @@ fn is_full(sent: &io::Result<usize>) -> bool {
 fn prepare(socket: &UdpSocket) -> io::Result<()> {
     socket.set_nonblocking(true)?;
     socket.set_broadcast(true)?;
-    socket2::SockRef::from(socket).set_recv_buffer_size(RECEIVE_BUFFER)
+    let socket = socket2::SockRef::from(socket);
+    socket.set_recv_buffer_size(BUFFER)?;
+    socket.set_send_buffer_size(BUFFER)
 }
 
 /// A socket on the same address with a port of its own.

@@ -70,7 +70,7 @@ impl Lan {
             most_under_way: 1,
             hedges: 1,
             next_hedge: None,
-            until: Instant::now() + LOOKUP_TIMEOUT,
+            until: Instant::now() + LOOKUP_TIMEOUT.get(),
             first_seen: None,
             failure: None,
             counts: None,
@@ -158,7 +158,7 @@ pub struct LanSearch {
 impl LanSearch {
     /// Gives the search, resumed for alternates, its time anew.
     pub fn resume(&mut self) {
-        self.until = Instant::now() + LOOKUP_TIMEOUT;
+        self.until = Instant::now() + LOOKUP_TIMEOUT.get();
     }
 
     /// Whether there is another holder.
@@ -341,7 +341,7 @@ impl LanSearch {
         let http = candidate.holder.http;
         let is_proven = !standing.latency(http).is_zero() && !standing.is_doubtful(http);
         self.lan.requests.start(http.ip(), is_proven, move || {
-            let result = client.narinfo(&candidate.holder, &hash_part, LOOKUP_TIMEOUT);
+            let result = client.narinfo(&candidate.holder, &hash_part, LOOKUP_TIMEOUT.get());
             let ended = Instant::now();
             // However often a lookup asks, its failures are one.
             if let Err(e) = &result

@@ -1,12 +1,14 @@
 //! A running peerix.
 
+use super::http::{self, Connection};
 use super::lan::{Host, Run};
 use super::process::Logged;
-use super::{http, wait_for, world};
+use super::{thread, wait_for, world};
 use rustix::process::Signal;
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// The program under test: `PEERIX_BIN`, else the one cargo built for these tests (it builds none for examples).
 pub fn binary() -> &'static Path {
@@ -89,4 +91,35 @@ pub fn narinfo_status(host: &Host, path: &str) -> u16 {
 /// Waits until peerix on `asker` finds what only `holder` has (by [`mark`]): then they know one another.
 pub fn wait_until_known(asker: &Host, mark: &str) {
     wait_for("peers find one another", || (narinfo_status(asker, mark) == 200).then_some(()));
+}
+
+/// How many of `paths` the own peerix finds, asked by so many connections at once.
+pub fn found(host: &Host, paths: &[String], connections: usize) -> usize {
+    let found = AtomicUsize::new(0);
+    std::thread::scope(|scope| {
+        for part in paths.chunks(paths.len().div_ceil(connections)) {
+            let found = &found;
+            thread::spawn_in(scope, "lookups", move || {
+                let mut connection = Connection::new(host.connect_local().expect("the own peerix")).expect("a socket");
+                for path in part {
+                    let answer = connection.get(&format!("/{}.narinfo", world::hash_part(path))).expect("an answer");
+                    assert!([200, 404].contains(&answer.status), "{answer:?}");
+                    if answer.status == 200 {
+                        found.fetch_add(1, Ordering::Relaxed);
+                    }
+                }
+            });
+        }
+    });
+    found.into_inner()
+}
+
+/// Waits until the peerix of `host` lists `count` peers as live.
+pub fn wait_until_live(host: &Host, count: usize) {
+    wait_for("live peers", || {
+        let answer = http::get_local(host, "/status.json").ok()?;
+        let status: serde_json::Value = serde_json::from_slice(&answer.body).ok()?;
+        let live = status["peers"].as_array()?.iter().filter(|peer| peer["state"] == "live").count();
+        (live >= count).then_some(())
+    });
 }

@@ -1,11 +1,13 @@
 //! What goes wrong on networks and machines.
 
 use super::lan::{Host, Run};
+use super::packet::hello;
 use super::process::Process;
-use super::thread;
+use super::{PORT, thread};
 use nfq::{Queue, Verdict};
 use std::collections::VecDeque;
 use std::io::ErrorKind;
+use std::net::{Ipv4Addr, UdpSocket};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
@@ -33,6 +35,13 @@ impl Host {
         for table in TABLES {
             self.net_cmd(table).args(["-I", "INPUT", "-i", "eth0", "-j", "DROP"]).okay();
             self.net_cmd(table).args(["-I", "OUTPUT", "-o", "eth0", "-j", "DROP"]).okay();
+        }
+    }
+
+    /// Hears nothing from now on, as behind a firewall that drops all that is not expected.
+    pub fn fall_deaf(&self) {
+        for table in TABLES {
+            self.net_cmd(table).args(["-I", "INPUT", "-i", "eth0", "-j", "DROP"]).okay();
         }
     }
 
@@ -79,10 +88,47 @@ impl Host {
         Delay { stop, thread: Some(thread) }
     }
 
+    /// Slows what this host sends down to so many Mbit/s.
+    pub fn slow_sending(&self, megabits: u32) {
+        self.net("ip link set eth0 gso_max_segs 8");
+        self.net(&format!("tc qdisc add dev eth0 root tbf rate {megabits}mbit burst 256kb latency 50ms"));
+    }
+
     /// Keeps all processors busy at ordinary priority.
     pub fn be_busy(&self) -> Vec<Process> {
         let processors = std::thread::available_parallelism().map_or(2, usize::from);
         (0..2 * processors).map(|_| self.spawn_sh("while :; do :; done")).collect()
+    }
+}
+
+/// Says *hello* with sender addresses that nobody has: packets sent there find no host.
+pub struct Forger {
+    sockets: Vec<UdpSocket>,
+}
+
+impl Forger {
+    /// Makes `host` forge the addresses `sources`.
+    pub fn new(host: &Host, sources: &[Ipv4Addr]) -> Forger {
+        let forge = |source: &Ipv4Addr| {
+            let socket = host.udp(0);
+            let port = socket.local_addr().expect("a bound socket").port().to_string();
+            host.net_cmd("iptables")
+                .args(["-t", "nat", "-A", "POSTROUTING", "-p", "udp", "--sport", &port, "-j", "SNAT"])
+                .args(["--to-source", &format!("{source}:{PORT}")])
+                .okay();
+            socket
+        };
+        Forger { sockets: sources.iter().map(forge).collect() }
+    }
+
+    /// One hello from each, every time from another instance.
+    pub fn say_hello(&self, to: Ipv4Addr, round: u32) {
+        for (socket, number) in self.sockets.iter().zip(0_u32..) {
+            let mut instance = [0; 8];
+            instance[..4].copy_from_slice(&round.to_be_bytes());
+            instance[4..].copy_from_slice(&number.to_be_bytes());
+            let _ = socket.send_to(&hello(instance), (to, PORT));
+        }
     }
 }
 

@@ -77,6 +77,18 @@ impl Connection {
         self.stream.fill_buf().map(drop)
     }
 
+    /// Reads and throws away until the other end closes the connection or `done` says so.
+    pub fn drain(&mut self, done: impl Fn() -> bool) -> io::Result<()> {
+        while !done() {
+            let length = self.stream.fill_buf()?.len();
+            if length == 0 {
+                break;
+            }
+            self.stream.consume(length);
+        }
+        Ok(())
+    }
+
     /// Reads one answer.
     pub fn answer(&mut self, body: bool) -> io::Result<Answer> {
         let head = read_head(&mut self.stream)?.ok_or(io::ErrorKind::UnexpectedEof)?;

@@ -73,6 +73,11 @@ impl Lan {
         Lan::of(&Arc::new(Namespace::bare()), "switch", [10, 77, 0])
     }
 
+    /// The same, where waits for peers end by their answers, however busy this machine is.
+    pub fn patient() -> Lan {
+        Lan::new().with_scale(Scale::timeouts(5.0))
+    }
+
     /// An empty network with no way out, its switch called `switch` in `namespace`.
     pub(super) fn of(namespace: &Arc<Namespace>, switch: &str, subnet: Subnet) -> Lan {
         run(namespace, &format!("ip link add {switch} type bridge mcast_snooping 0"));
@@ -139,6 +144,23 @@ impl Lan {
             run(&host.namespace, &format!("ip route add default via {gateway}"));
         }
         host
+    }
+}
+
+/// Makes hosts know each other's link addresses for good. Otherwise many hosts that all talk to one another fill the
+/// kernel's table of neighbours, which all namespaces share (1,024 entries), and scenes beside this one lose packets.
+pub fn introduce(hosts: &[&Host]) {
+    let link = |host: &Host| {
+        let link = host.net_cmd("ip").args(["-oneline", "link", "show", "eth0"]).okay();
+        let address = link.split_once("link/ether ").and_then(|(_, rest)| rest.split(' ').next());
+        let address = address.expect("Ethernet has addresses");
+        format!("neigh replace {} lladdr {address} dev eth0 nud permanent\n", host.address)
+    };
+    let links: Vec<String> = hosts.iter().map(|host| link(host)).collect();
+    for (at, host) in hosts.iter().enumerate() {
+        let others = links.iter().enumerate().filter(|(other, _)| *other != at).map(|(_, line)| line.as_str());
+        host.write("/tmp/neighbours", others.collect::<String>());
+        host.cmd("ip").args(["-batch", "/tmp/neighbours"]).okay();
     }
 }
 

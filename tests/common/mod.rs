@@ -5,7 +5,8 @@
 //!   everything in them when this process ends, however it ends.
 //! * [`Wan`], [`Nat`]: several such networks, joined by a router or behind one.
 //! * [`fault`]: what networks and machines do: loss, delay, slow links, pulled cables, silence, busy processors.
-//! * [`Holder`] and [`Asker`]: hosts that have everything, and hosts that want it.
+//! * [`Holder`] and [`Asker`]: hosts that have everything, and hosts that want it. [`Bystander`]: hosts that
+//!   have nothing, and are asked.
 //! * [`Browser`]: a real Chromium on a host.
 //! * [`World`]: real store paths made by real Nix, kept between runs.
 //! * [`Daemon`]: a running peerix. [`Tracker`]: a running tracker. [`nix`]: Nix as a client.
@@ -43,7 +44,7 @@ pub use browser::Browser;
 pub use daemon::Daemon;
 pub use lan::{Host, Lan, Scale};
 pub use process::Process;
-pub use scene::{Asker, Holder};
+pub use scene::{Asker, Bystander, Holder};
 pub use tracker::Tracker;
 pub use wan::{Nat, Wan};
 pub use world::World;

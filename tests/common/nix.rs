@@ -71,6 +71,15 @@ pub fn realise(host: &Host, paths: &[&str]) -> Output {
     realising(host, paths).output().expect("nsenter starts")
 }
 
+/// Nix asks the host's own peerix for the narinfos of all that `path` needs, and remembers none of them.
+/// Returns the store paths, one a line; panics if one was not found.
+pub fn look_up_closure(host: &Host, path: &str) -> String {
+    let url = format!("http://127.0.0.1:{}", super::PORT);
+    let script = r#"export XDG_CACHE_HOME=$(mktemp -d); trap 'rm -r "$XDG_CACHE_HOME"' EXIT; "$@""#;
+    let nix = ["nix", "path-info", "--recursive", "--store", &url, path];
+    host.cmd("sh").args(["-ec", script, "look-up"]).args(nix).okay()
+}
+
 /// What Nix told the user, if it told of anything going wrong.
 pub fn complaint(output: &Output) -> Option<String> {
     let said = String::from_utf8_lossy(&output.stderr).into_owned();

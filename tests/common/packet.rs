@@ -1,5 +1,10 @@
 //! The datagrams of SPEC section 3, written and read here apart from the program's own code.
 
+use super::PORT;
+
+/// In the flags of a hello: its sender answers [`Packet::QueryMany`].
+const FLAG_BATCHES: u8 = 2;
+
 /// A datagram, read.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Packet {
@@ -13,6 +18,10 @@ pub enum Packet {
     Hello { version: u8, port: u16, instance: [u8; 8], flags: u8 },
     /// Kind 4.
     Bye { version: u8, port: u16, instance: [u8; 8], flags: u8 },
+    /// Kind 5, its hash parts as they come, and the flag byte with them.
+    QueryMany { id: u32, rest: Vec<u8> },
+    /// Kind 6.
+    AnswerMany { id: u32, bits: Vec<u8> },
 }
 
 impl Packet {
@@ -34,6 +43,8 @@ impl Packet {
                     Packet::Bye { version, port, instance, flags }
                 }
             }
+            5 => Packet::QueryMany { id: number(1)?, rest: bytes[5..].to_vec() },
+            6 => Packet::AnswerMany { id: number(1)?, bits: bytes[5..].to_vec() },
             _ => return None,
         })
     }
@@ -46,10 +57,17 @@ impl Packet {
                 [&[1], &id.to_be_bytes()[..], &port.to_be_bytes(), path.as_bytes()].concat()
             }
             Packet::HaveNot { id } => [&[2], &id.to_be_bytes()[..]].concat(),
+            Packet::QueryMany { id, rest } => [&[5], &id.to_be_bytes()[..], rest].concat(),
+            Packet::AnswerMany { id, bits } => [&[6], &id.to_be_bytes()[..], bits].concat(),
             Packet::Hello { version, port, instance, flags } => node(3, *version, *port, instance, *flags),
             Packet::Bye { version, port, instance, flags } => node(4, *version, *port, instance, *flags),
         }
     }
+}
+
+/// The hello of a node that understands batches.
+pub fn hello(instance: [u8; 8]) -> Vec<u8> {
+    Packet::Hello { version: 1, port: PORT, instance, flags: FLAG_BATCHES }.write()
 }
 
 fn node(kind: u8, version: u8, port: u16, instance: &[u8; 8], flags: u8) -> Vec<u8> {

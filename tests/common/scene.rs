@@ -2,10 +2,18 @@
 //! are in when they need a tracker to find one another.
 
 use super::daemon::{Daemon, mark, wait_until_known};
-use super::lan::{Host, Lan, Run, Scale};
+use super::lan::{Host, Lan, Run, Scale, introduce};
 use super::tracker::{self, Tracker};
 use super::wan::Wan;
-use super::{World, nix};
+use super::{World, http, nix, stock, thread, wait_for};
+use std::process::Output;
+use std::time::Duration;
+
+/// Paths of a closure of 1,000 that are found when its middle is said to be reached.
+const MIDDLE: u64 = 100;
+
+/// Between two rounds of lookups, so that other scenes get their share of the processors.
+const BETWEEN_ROUNDS: Duration = Duration::from_millis(500);
 
 /// A host with all of the world's paths, running peerix.
 pub struct Holder {
@@ -34,6 +42,40 @@ impl Holder {
         let flags = prepare(&host);
         let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
         Holder { daemon: Daemon::start(&host, &flags), mark, host }
+    }
+}
+
+/// A neighbour that runs peerix and has nothing.
+pub struct Bystander {
+    /// Its peerix.
+    pub daemon: Daemon,
+    /// The machine.
+    pub host: Host,
+}
+
+impl Bystander {
+    /// Starts it.
+    pub fn new(lan: &Lan, name: &str) -> Bystander {
+        let host = lan.host(name);
+        stock::ready(&host);
+        Bystander { daemon: Daemon::start(&host, &[]), host }
+    }
+
+    /// Starts many.
+    pub fn crowd(lan: &Lan, count: usize) -> Vec<Bystander> {
+        let hosts: Vec<Host> = (0..count).map(|number| lan.host(&format!("neighbour-{number}"))).collect();
+        introduce(&hosts.iter().collect::<Vec<_>>());
+        let start = |host: Host| {
+            stock::ready(&host);
+            Bystander { daemon: Daemon::start(&host, &[]), host }
+        };
+        hosts.into_iter().map(start).collect()
+    }
+
+    /// As when power fails: it ends at once, and the network learns nothing of it.
+    pub fn vanish(&mut self) {
+        self.host.unplug();
+        self.daemon.kill();
     }
 }
 
@@ -67,7 +109,11 @@ impl Asker {
 
     /// The same with the flags that `more` returns.
     pub fn flagged(lan: &Lan, next: &str, keys: &[&str], more: impl FnOnce(&Host) -> Vec<String>) -> Asker {
-        let host = lan.host("asker");
+        Self::on(lan.host("asker"), next, keys, more)
+    }
+
+    /// The same on a given host.
+    pub fn on(host: Host, next: &str, keys: &[&str], more: impl FnOnce(&Host) -> Vec<String>) -> Asker {
         nix::configure_client(&host, next, keys);
         let more = more(&host);
         let mut flags: Vec<&str> = keys.iter().flat_map(|key| ["--trusted-public-key", key]).collect();
@@ -86,6 +132,52 @@ impl Asker {
     pub fn fetches(&self, world: &World, path: &str) -> Vec<String> {
         nix::realise_quietly(&self.host, &[path]);
         self.has_whole(world, path)
+    }
+
+    /// Realises `path`, and calls `event` in the middle, when some of what it needs has been found.
+    pub fn realises_while<T>(&self, path: &str, event: impl FnOnce() -> T) -> (Output, T) {
+        let before = self.hits();
+        let nix = nix::realising(&self.host, &[path]).spawn().expect("nsenter starts");
+        wait_for("the middle of the closure", || (self.hits() >= before + MIDDLE).then_some(()));
+        let event = event();
+        (nix.wait_with_output().expect("nsenter is ours"), event)
+    }
+
+    /// The same for the closure of 1,000. All of it has to be there and right at the end.
+    pub fn fetches_while<T>(&self, world: &World, event: impl FnOnce() -> T) -> T {
+        let path = world.path("closure1000");
+        let (output, event) = self.realises_while(path, event);
+        nix::assert_quiet(&output);
+        assert_eq!(self.has_whole(world, path).len(), 1000);
+        event
+    }
+
+    /// Nix looks up the closure of 1,000 again and again while `event` takes its course, and once more;
+    /// then fetches it. All has to be found each time.
+    pub fn looks_up_while(&self, world: &World, event: impl FnOnce() + Send) {
+        let path = world.path("closure1000");
+        std::thread::scope(|scope| {
+            let event = thread::spawn_in(scope, "event", event);
+            let mut rounds = 0;
+            loop {
+                let last = event.is_finished();
+                rounds += 1;
+                let paths = nix::look_up_closure(&self.host, path);
+                assert_eq!(paths.lines().count(), 1000, "round {rounds}");
+                if last {
+                    break;
+                }
+                std::thread::sleep(BETWEEN_ROUNDS);
+            }
+        });
+        assert_eq!(self.fetches(world, path).len(), 1000);
+    }
+
+    /// Lookups that found a peer.
+    fn hits(&self) -> u64 {
+        let answer = http::get_local(&self.host, "/status.json").expect("the own peerix answers");
+        let status: serde_json::Value = serde_json::from_slice(&answer.body).expect("JSON");
+        status["totals"]["start"]["hits"].as_u64().expect("a count")
     }
 
     /// Checks that `path` and all it needs is there and right.

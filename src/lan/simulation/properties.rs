@@ -1,6 +1,6 @@
 //! What holds whatever happens, checked for many seeds.
 
-use super::{Kind, LONGEST, MS, SECOND, Simulation, path};
+use super::{Kind, MS, SECOND, Simulation, longest, path};
 use crate::nix::HashPart;
 use std::time::Duration;
 
@@ -68,7 +68,7 @@ fn check(seed: u64) {
     let context = format!("seed {seed}: {count} nodes, loss {}, {what}", simulation.loss);
     let ended = simulation.outcomes.len() - before;
     assert!(ended as u64 >= PATHS, "{context}: {ended} lookups ended");
-    assert!(simulation.slowest() <= LONGEST + own_pause, "{context}: a lookup took {:?}", simulation.slowest());
+    assert!(simulation.slowest() <= longest() + own_pause, "{context}: a lookup took {:?}", simulation.slowest());
     let wrong = simulation.wrong_misses(None);
     assert!(wrong.is_empty(), "{context}: {} wrong misses, {:?}", wrong.len(), wrong[0]);
     simulation.machine(asker).check_bounds();

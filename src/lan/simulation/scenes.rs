@@ -102,6 +102,25 @@ fn twenty_neighbours_that_vanish_cause_few_long_waits() {
 }
 
 #[test]
+fn datagrams_to_vanished_neighbours_do_not_displace_those_to_the_living() {
+    for (seed, vanishing) in [(20, 10), (21, 90)] {
+        let mut simulation = Simulation::new(seed);
+        let nodes = simulation.add_all(Kind::Node, vanishing + 5);
+        // Every path is found at once, so that nobody is overdue.
+        simulation.hold(nodes[1], &all());
+        for node in nodes.iter().skip(2).take(vanishing).copied() {
+            simulation.run_at(START + SECOND, move |simulation| simulation.vanish(node));
+        }
+        simulation.think = NIX_PACE;
+        simulation.ask(nodes[0], all(), 25, START, true);
+        simulation.run(START + 10 * SECOND);
+        no_wrong_miss(&simulation);
+        assert_eq!(simulation.unsent, 0, "datagrams that found the send buffer full");
+        assert!(simulation.slowest() < 100 * MS, "{:?}", simulation.slowest());
+    }
+}
+
+#[test]
 fn firewalled_newcomers_cause_few_long_waits() {
     let (mut simulation, nodes) = thirty_two(6);
     for round in 0..5 {
@@ -116,7 +135,7 @@ fn forged_hellos_cost_a_due_time_a_lookup() {
     let (mut simulation, nodes) = thirty_two(7);
     // Ten a second, from addresses at which there is no host.
     for round in 0..100 {
-        simulation.add(Kind::Firewalled, START + 100 * MS * round);
+        simulation.add(Kind::Forged, START + 100 * MS * round);
     }
     simulation.ask(nodes[0], all(), 25, START, true);
     simulation.run(START + 10 * SECOND);

@@ -1,0 +1,341 @@
+//! What changes on a LAN while Nix fetches: neighbours vanish, holders pause and restart, cables are
+//! pulled. Whatever a live holder has is found, every time, and arrives as it is.
+
+use crate::common::fault::Forger;
+use crate::common::http::Connection;
+use crate::common::standin::{Shelf, StandIn, have, original};
+use crate::common::{
+    Asker, Bystander, Daemon, Holder, Host, Lan, PORT, Scale, World, daemon, nix, stock, thread, world,
+};
+use rustix::process::Signal;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+const SECOND: Duration = Duration::from_secs(1);
+
+/// Plays scenes whose event takes `time`, with the patience that peerix has. On a machine that stood still meanwhile for
+/// longer than [`HICCUP`], or stretched the event, waits that end too early prove nothing: then the scene is played again
+/// with twice the patience, as on a machine that is half as fast.
+fn play(time: Duration, scene: impl Fn(&Lan, &World) -> (Option<String>, Duration)) {
+    for patience in [1.0, 2.0, 4.0, 8.0, 16.0] {
+        let lan = Lan::new().with_scale(Scale::timeouts(patience));
+        let world = World::on(&lan);
+        let pace = Pace::watch();
+        let (complaint, took) = scene(&lan, &world);
+        let hiccup = pace.longest_hiccup();
+        match complaint {
+            None => return,
+            Some(complaint) if hiccup < HICCUP && took < time + time / 10 => panic!("after {took:?}: {complaint}"),
+            Some(_) => eprintln!("the machine stood still for {hiccup:?}, the event took {took:?}: again"),
+        }
+    }
+    panic!("the machine stands still for too long");
+}
+
+/// Longest time for which a machine that keeps pace lets a thread wait for a processor.
+const HICCUP: Duration = Duration::from_millis(100);
+
+/// Watches how long threads wait for a processor.
+struct Pace {
+    stop: Arc<AtomicBool>,
+    thread: JoinHandle<Duration>,
+}
+
+impl Pace {
+    fn watch() -> Pace {
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = Arc::clone(&stop);
+        let thread = thread::spawn("pace", move || {
+            let (mut last, mut longest) = (Instant::now(), Duration::ZERO);
+            while !stopped.load(Ordering::Relaxed) {
+                std::thread::sleep(TICK);
+                longest = longest.max(last.elapsed().saturating_sub(TICK));
+                last = Instant::now();
+            }
+            longest
+        });
+        Pace { stop, thread }
+    }
+
+    fn longest_hiccup(self) -> Duration {
+        self.stop.store(true, Ordering::Relaxed);
+        self.thread.join().expect("it only sleeps")
+    }
+}
+
+/// Between two looks at the pace.
+const TICK: Duration = Duration::from_millis(10);
+
+/// Realises the closure of 1,000 while `event` happens, checks the bytes, and says what went wrong.
+fn complaint(asker: &Asker, world: &World, event: impl FnOnce()) -> (Option<String>, Duration) {
+    let path = world.path("closure1000");
+    let (output, took) = asker.realises_while(path, || {
+        let start = Instant::now();
+        event();
+        start.elapsed()
+    });
+    let complaint = nix::complaint(&output);
+    if complaint.is_none() {
+        assert_eq!(asker.has_whole(world, path).len(), 1000);
+    }
+    (complaint, took)
+}
+
+#[test]
+fn a_neighbour_vanishes() {
+    let lan = Lan::patient();
+    let world = World::on(&lan);
+    let holder = Holder::new(&lan, &world, "holder");
+    let mut neighbour = Bystander::new(&lan, "neighbour");
+    let asker = Asker::new(&lan, &world, &[&holder]);
+    daemon::wait_until_live(&asker.host, 2);
+    asker.fetches_while(&world, || neighbour.vanish());
+    // The entry of its address in the kernel's table fails, is tried again, and goes.
+    asker.looks_up_while(&world, || std::thread::sleep(60 * SECOND));
+}
+
+#[test]
+fn ten_neighbours_vanish() {
+    let lan = Lan::patient();
+    let world = World::on(&lan);
+    let holder = Holder::new(&lan, &world, "holder");
+    let mut neighbours = Bystander::crowd(&lan, 10);
+    let asker = Asker::new(&lan, &world, &[&holder]);
+    daemon::wait_until_live(&asker.host, 11);
+    asker.fetches_while(&world, || neighbours.iter_mut().for_each(Bystander::vanish));
+    asker.looks_up_while(&world, || std::thread::sleep(60 * SECOND));
+}
+
+#[test]
+fn twenty_neighbours_vanish_one_after_the_other() {
+    let lan = Lan::patient();
+    let world = World::on(&lan);
+    let holder = Holder::new(&lan, &world, "holder");
+    let mut neighbours = Bystander::crowd(&lan, 20);
+    let asker = Asker::new(&lan, &world, &[&holder]);
+    daemon::wait_until_live(&asker.host, 21);
+    asker.looks_up_while(&world, || {
+        for neighbour in &mut neighbours {
+            neighbour.vanish();
+            std::thread::sleep(4 * SECOND);
+        }
+    });
+}
+
+#[test]
+fn a_named_peer_is_off() {
+    let lan = Lan::patient();
+    let world = World::on(&lan);
+    let holder = Holder::new(&lan, &world, "holder");
+    let nobody = lan.address(200).to_string();
+    let asker = Asker::flagged(&lan, "", &[&world.cache_key], |_| vec!["--peer".into(), nobody]);
+    asker.meet(&[&holder]);
+    asker.fetches_while(&world, || ());
+    asker.looks_up_while(&world, || std::thread::sleep(10 * SECOND));
+}
+
+#[test]
+fn the_holder_pauses() {
+    for millis in [300, 1000, 2500] {
+        let time = Duration::from_millis(millis);
+        play(time, |lan, world| {
+            let mut holder = Holder::new(lan, world, "holder");
+            let asker = Asker::new(lan, world, &[&holder]);
+            complaint(&asker, world, || {
+                holder.daemon.signal(Signal::STOP);
+                std::thread::sleep(time);
+                holder.daemon.signal(Signal::CONT);
+            })
+        });
+    }
+}
+
+#[test]
+fn the_holder_pauses_for_a_minute() {
+    let lan = Lan::new();
+    let world = World::on(&lan);
+    let mut holder = Holder::new(&lan, &world, "holder");
+    let asker = Asker::with_next(&lan, &world, &[&holder]);
+    let path = world.path("closure1000");
+    let (output, ()) = asker.realises_while(path, || holder.daemon.signal(Signal::STOP));
+    // The holder still stands: what came after its last answer came from the next substituter.
+    nix::assert_succeeded(&output);
+    assert_eq!(asker.has_whole(&world, path).len(), 1000);
+    holder.daemon.signal(Signal::CONT);
+    // And it is found again.
+    daemon::wait_until_known(&asker.host, &holder.mark);
+}
+
+#[test]
+fn the_holder_restarts() {
+    for end in [Signal::TERM, Signal::KILL] {
+        play(SECOND, |lan, world| {
+            let mut holder = Holder::new(lan, world, "holder");
+            let asker = Asker::new(lan, world, &[&holder]);
+            complaint(&asker, world, || {
+                if end == Signal::TERM {
+                    holder.daemon.stop();
+                } else {
+                    holder.daemon.kill();
+                }
+                holder.daemon = Daemon::start(&holder.host, &[]);
+            })
+        });
+    }
+}
+
+#[test]
+fn both_restart_and_the_first_lookup_finds() {
+    let lan = Lan::patient();
+    let world = World::on(&lan);
+    let mut holder = Holder::new(&lan, &world, "holder");
+    let mut asker = Asker::new(&lan, &world, &[&holder]);
+    for round in 0..200 {
+        holder.daemon.stop();
+        asker.daemon.stop();
+        // Now the one is first, and now the other.
+        if round % 2 == 0 {
+            holder.daemon = Daemon::start(&holder.host, &[]);
+            asker.daemon = Daemon::start(&asker.host, &["--trusted-public-key", &world.cache_key]);
+        } else {
+            asker.daemon = Daemon::start(&asker.host, &["--trusted-public-key", &world.cache_key]);
+            holder.daemon = Daemon::start(&holder.host, &[]);
+        }
+        assert_eq!(daemon::narinfo_status(&asker.host, &holder.mark), 200, "round {round}");
+    }
+}
+
+#[test]
+fn packets_are_lost_from_the_middle_on() {
+    let lan = Lan::patient();
+    let world = World::on(&lan);
+    for percent in [1, 5, 10] {
+        let holder = Holder::new(&lan, &world, "holder");
+        let asker = Asker::new(&lan, &world, &[&holder]);
+        asker.fetches_while(&world, || {
+            holder.host.lose(percent);
+            asker.host.lose(percent);
+        });
+    }
+}
+
+#[test]
+fn the_way_becomes_longer() {
+    let lan = Lan::patient();
+    let world = World::on(&lan);
+    let holder = Holder::new(&lan, &world, "holder");
+    let asker = Asker::new(&lan, &world, &[&holder]);
+    let _far = asker.fetches_while(&world, || holder.host.delay(Duration::from_millis(60)));
+    asker.looks_up_while(&world, || ());
+}
+
+#[test]
+fn the_link_of_the_holder_is_full() {
+    let lan = Lan::patient();
+    let world = World::on(&lan);
+    let holder = Holder::new(&lan, &world, "holder");
+    let asker = Asker::new(&lan, &world, &[&holder]);
+    let others: Vec<Host> = (0..8).map(|number| lan.host(&format!("o{number}"))).collect();
+    holder.host.slow_sending(100);
+    let route = stock::nar_route(&asker.host, &holder.host, world.path("big"));
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        asker.fetches_while(&world, || {
+            for other in &others {
+                let (route, done, holder) = (&route, &done, &holder.host);
+                thread::spawn_in(scope, "transfer", move || {
+                    let mut connection = Connection::new(other.connect((holder.address, PORT)).unwrap()).unwrap();
+                    connection.send(format!("GET {route} HTTP/1.1\r\nHost: holder\r\n\r\n").as_bytes()).unwrap();
+                    connection.drain(|| done.load(Ordering::Relaxed)).unwrap();
+                });
+            }
+        });
+        done.store(true, Ordering::Relaxed);
+    });
+}
+
+#[test]
+fn hellos_are_forged() {
+    let lan = Lan::patient();
+    let world = World::on(&lan);
+    let holder = Holder::new(&lan, &world, "holder");
+    let asker = Asker::new(&lan, &world, &[&holder]);
+    let forger = lan.host("forger");
+    let addresses: Vec<_> = (200..210).map(|number| lan.address(number)).collect();
+    let forger = Forger::new(&forger, &addresses);
+    asker.looks_up_while(&world, || {
+        for round in 0..20 {
+            forger.say_hello(asker.host.address, round);
+            std::thread::sleep(SECOND);
+        }
+    });
+}
+
+#[test]
+fn the_cable_is_out_for_two_seconds() {
+    play(2 * SECOND, |lan, world| {
+        let holder = Holder::new(lan, world, "holder");
+        let asker = Asker::new(lan, world, &[&holder]);
+        complaint(&asker, world, || {
+            asker.host.unplug();
+            std::thread::sleep(2 * SECOND);
+            asker.host.plug();
+        })
+    });
+}
+
+#[test]
+fn the_asker_moves_to_another_network() {
+    let lan = Lan::patient();
+    let world = World::on(&lan);
+    let here = Holder::new(&lan, &world, "here");
+    let there = Holder::new(&lan, &world, "there");
+    there.host.switch("ip link add elsewhere type bridge mcast_snooping 0");
+    there.host.switch("ip link set elsewhere up");
+    move_to_elsewhere(&there.host, "10.78.0.1");
+    let asker = Asker::new(&lan, &world, &[&here]);
+    asker.fetches_while(&world, || move_to_elsewhere(&asker.host, "10.78.0.2"));
+}
+
+/// Plugs a host into the second switch, where it gets another address.
+fn move_to_elsewhere(host: &Host, address: &str) {
+    host.switch("ip link set {port} master elsewhere");
+    host.net(&format!("ip addr del {}/24 dev eth0", host.address));
+    host.net(&format!("ip addr add {address}/24 brd + dev eth0"));
+}
+
+#[test]
+fn the_original_among_new_nodes() {
+    let lan = Lan::patient();
+    let world = World::on(&lan);
+    let old = lan.host("original");
+    let shelf = Shelf::of(&world);
+    let answers = original(&shelf);
+    let _original = StandIn::start(&old, have(move |hash_part| shelf.narinfo(hash_part).is_some()), answers);
+    let _first = Bystander::new(&lan, "first");
+    let asker = Asker::with(&lan, "", &[&world.cache_key]);
+    daemon::wait_until_known(&asker.host, world.path("little"));
+    let mut more = asker.fetches_while(&world, || [1, 2, 3].map(|number| Bystander::new(&lan, &format!("n{number}"))));
+    asker.looks_up_while(&world, || more.iter_mut().for_each(Bystander::vanish));
+}
+
+#[test]
+fn what_is_registered_is_found_at_once() {
+    let lan = Lan::patient();
+    let world = World::on(&lan);
+    let holder = Holder::new(&lan, &world, "holder");
+    let asker = Asker::new(&lan, &world, &[&holder]);
+    for number in 0..50 {
+        let path = stock::add(&holder.host, &format!("new-{number}"), "echo $n > $n");
+        assert_eq!(daemon::narinfo_status(&asker.host, &path), 200, "{path}");
+    }
+    // Also when it was asked for before.
+    for number in 0..50 {
+        let path = stock::add(&asker.host, &format!("late-{number}"), "echo $n > $n");
+        assert_eq!(daemon::narinfo_status(&asker.host, &path), 404, "the own store is not consulted");
+        assert_eq!(stock::add(&holder.host, &format!("late-{number}"), "echo $n > $n"), path);
+        assert_eq!(daemon::narinfo_status(&asker.host, &path), 200, "{}", world::base_name(&path));
+    }
+}

@@ -1,0 +1,85 @@
+//! Many nodes on one LAN, and many that ask at once.
+
+use crate::common::lan::introduce;
+use crate::common::{Asker, Bystander, Daemon, Holder, Host, Lan, World, daemon, nix, thread};
+use std::process::Output;
+
+/// Connections of Nix.
+const CONNECTIONS: usize = 25;
+
+/// Paths that nobody has.
+fn absent(count: u32) -> Vec<String> {
+    (0..count).map(|number| format!("/nix/store/{number:032}-absent")).collect()
+}
+
+#[test]
+fn sixty_four_nodes() {
+    let lan = Lan::patient();
+    let world = World::on(&lan);
+    let holder = Holder::new(&lan, &world, "holder");
+    let mut neighbours = Bystander::crowd(&lan, 62);
+    let asker = Asker::new(&lan, &world, &[&holder]);
+    daemon::wait_until_live(&asker.host, 63);
+    assert_eq!(daemon::found(&asker.host, &absent(1000), CONNECTIONS), 0);
+    asker.fetches_while(&world, || neighbours[0].vanish());
+    assert_eq!(daemon::found(&asker.host, &absent(1000), CONNECTIONS), 0);
+}
+
+#[test]
+fn thirty_nodes_ask_at_once() {
+    let lan = Lan::patient();
+    let world = World::on(&lan);
+    let holder = Holder::new(&lan, &world, "holder");
+    let closure = nix::closure(&holder.host, &[world.path("closure300")]);
+    let hosts: Vec<Host> = (0..29).map(|number| lan.host(&format!("asker-{number}"))).collect();
+    introduce(&hosts.iter().chain([&holder.host]).collect::<Vec<_>>());
+    let askers = hosts.into_iter().map(|host| Asker::on(host, "", &[&world.cache_key], |_| vec![]));
+    let askers: Vec<Asker> = askers.collect();
+    askers.iter().for_each(|asker| asker.meet(&[&holder]));
+    let found: Vec<usize> = std::thread::scope(|scope| {
+        let found = askers.iter().map(|asker| {
+            let closure = &closure;
+            thread::spawn_in(scope, "asker", move || daemon::found(&asker.host, closure, CONNECTIONS))
+        });
+        let found: Vec<_> = found.collect();
+        found.into_iter().map(|thread| thread.join().expect("lookups")).collect()
+    });
+    assert_eq!(found, [300; 29]);
+}
+
+#[test]
+fn eight_fetch_the_same_over_one_link() {
+    let lan = Lan::patient();
+    let world = World::on(&lan);
+    let holder = Holder::new(&lan, &world, "holder");
+    let askers: Vec<_> = (0..8).map(|_| Asker::new(&lan, &world, &[&holder])).collect();
+    holder.host.slow_sending(100);
+    let path = world.path("closure1000");
+    let realising: Vec<_> =
+        askers.iter().map(|asker| nix::realising(&asker.host, &[path]).spawn().expect("nsenter starts")).collect();
+    let outputs: Vec<Output> =
+        realising.into_iter().map(|nix| nix.wait_with_output().expect("nsenter is ours")).collect();
+    for (asker, output) in askers.iter().zip(&outputs) {
+        nix::assert_quiet(output);
+        assert_eq!(asker.has_whole(&world, path).len(), 1000);
+    }
+}
+
+#[test]
+fn broadcasts_are_filtered() {
+    let lan = Lan::patient();
+    let world = World::on(&lan);
+    let asker = lan.host("asker");
+    // As Wi-Fi does where it isolates: what names no single receiver is not passed on, but for ARP and ND.
+    asker.switch("ebtables -A FORWARD -d Broadcast -p IPv4 -j DROP");
+    asker.switch("ebtables -A FORWARD -d Multicast -p IPv6 --ip6-proto udp -j DROP");
+    nix::configure_client(&asker, "", &[&world.cache_key]);
+    let holder = Holder::new(&lan, &world, "holder");
+    let daemon = Daemon::start(&asker, &["--trusted-public-key", &world.cache_key]);
+    assert_eq!(daemon::narinfo_status(&asker, &holder.mark), 404, "nobody has introduced them");
+    // Any packet between them puts the one into the kernel's table of the other.
+    let _ = asker.connect((holder.host.address, 1));
+    daemon::wait_until_known(&asker, &holder.mark);
+    let asker = Asker { daemon, host: asker };
+    assert_eq!(asker.fetches(&world, world.path("closure1000")).len(), 1000);
+}

@@ -1,0 +1,143 @@
+//! Neighbours that answer late, by halves or not at all. They may slow lookups within the bounds that the
+//! simulation of `lan` measures; what a live holder has is found.
+
+use crate::common::packet::{Packet, hello};
+use crate::common::standin::receive;
+use crate::common::{Asker, Bystander, Holder, Host, Lan, PORT, World, daemon, http, thread, wait_for};
+use std::collections::VecDeque;
+use std::net::UdpSocket;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+const SECOND: Duration = Duration::from_secs(1);
+
+/// How long each scene goes on.
+const SCENE: Duration = Duration::from_secs(20);
+
+/// A neighbour that has nothing, and says so late or seldom.
+struct OddNeighbour {
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+    host: Host,
+}
+
+impl OddNeighbour {
+    /// Answers every `nth` query, `delay` after it came.
+    fn start(lan: &Lan, delay: Duration, nth: u64) -> OddNeighbour {
+        let host = lan.host("odd");
+        let socket = host.udp(PORT);
+        let own = host.address;
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = Arc::clone(&stop);
+        let thread = thread::spawn("odd neighbour", move || {
+            let mut answers = VecDeque::new();
+            let mut queries = 0;
+            while !stopped.load(Ordering::Relaxed) {
+                let datagram = receive(&socket, Duration::from_millis(5)).filter(|(from, _)| from.ip() != own);
+                if let Some((from, Some(answer))) = datagram.map(|(from, datagram)| (from, answer(&datagram))) {
+                    queries += 1;
+                    if queries % nth == 0 {
+                        answers.push_back((Instant::now() + delay, from, answer));
+                    }
+                }
+                while answers.front().is_some_and(|(due, ..)| *due <= Instant::now()) {
+                    if let Some((_, to, answer)) = answers.pop_front() {
+                        let _ = socket.send_to(&answer, to);
+                    }
+                }
+            }
+        });
+        OddNeighbour { stop, thread: Some(thread), host }
+    }
+
+    /// Waits until the peerix of `host` lists it.
+    fn meets(&self, host: &Host) {
+        wait_for("the odd neighbour is listed", || {
+            let status = http::get_local(host, "/status.json").ok()?.text();
+            status.contains(&format!("\"{}:{PORT}\"", self.host.address)).then_some(())
+        });
+    }
+}
+
+impl Drop for OddNeighbour {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// What a node that has nothing answers.
+fn answer(datagram: &[u8]) -> Option<Vec<u8>> {
+    Some(match Packet::read(datagram)? {
+        Packet::Hello { .. } => hello(*b"an odd 1"),
+        Packet::Query { id, .. } => Packet::HaveNot { id }.write(),
+        // Broadcasts, which have a flag byte, are answered by holders alone.
+        Packet::QueryMany { id, rest } if rest.len() % 20 == 0 => {
+            Packet::AnswerMany { id, bits: vec![0; (rest.len() / 20).div_ceil(8)] }.write()
+        }
+        _ => return None,
+    })
+}
+
+/// A holder and an asker, beside an odd neighbour that it has met.
+fn scene(delay: Duration, nth: u64) {
+    let lan = Lan::patient();
+    let world = World::on(&lan);
+    let odd = OddNeighbour::start(&lan, delay, nth);
+    let holder = Holder::new(&lan, &world, "holder");
+    let asker = Asker::new(&lan, &world, &[&holder]);
+    odd.meets(&asker.host);
+    asker.looks_up_while(&world, || std::thread::sleep(SCENE));
+}
+
+#[test]
+fn one_answers_after_almost_three_seconds() {
+    scene(Duration::from_millis(2900), 1);
+}
+
+#[test]
+fn one_ignores_half_of_the_queries() {
+    scene(Duration::ZERO, 2);
+}
+
+#[test]
+fn one_flaps() {
+    let lan = Lan::patient();
+    let world = World::on(&lan);
+    let neighbour = Bystander::new(&lan, "neighbour");
+    let holder = Holder::new(&lan, &world, "holder");
+    let asker = Asker::new(&lan, &world, &[&holder]);
+    daemon::wait_until_live(&asker.host, 2);
+    asker.looks_up_while(&world, || {
+        for _ in 0..4 {
+            neighbour.host.unplug();
+            std::thread::sleep(4 * SECOND);
+            neighbour.host.plug();
+            std::thread::sleep(SECOND);
+        }
+    });
+}
+
+#[test]
+fn newcomers_are_behind_firewalls() {
+    let lan = Lan::patient();
+    let world = World::on(&lan);
+    let holder = Holder::new(&lan, &world, "holder");
+    let asker = Asker::new(&lan, &world, &[&holder]);
+    let firewalled = lan.host("firewalled");
+    firewalled.fall_deaf();
+    asker.looks_up_while(&world, || {
+        for number in 200..205 {
+            let address = lan.address(number);
+            firewalled.net(&format!("ip addr add {address}/24 dev eth0"));
+            let socket = firewalled.in_net(|| UdpSocket::bind((address, PORT)).expect("an address of the host"));
+            let instance = [number; 8];
+            socket.send_to(&hello(instance), (asker.host.address, PORT)).expect("a network");
+            std::thread::sleep(4 * SECOND);
+        }
+    });
+}
