@@ -8,6 +8,7 @@
 
 #[path = "../../tests/common/mod.rs"]
 mod common;
+mod crowd;
 mod loads;
 #[path = "../shared/mod.rs"]
 mod shared;
@@ -15,7 +16,7 @@ mod shared;
 use shared::options::Options;
 
 fn main() {
-    let options = Options::read("peers", 3);
+    let options = Options::read("peers", 5);
     let machine = options.machine() + " Hosts are namespaces on a bridge, stores are on tmpfs.\n";
     println!("{machine}");
     let mut bench = loads::Bench::new(options.rounds);
@@ -23,7 +24,9 @@ fn main() {
         match number {
             1 => bench.lookups(),
             2 => bench.misses(),
-            _ => bench.footprint(),
+            3 => bench.footprint(),
+            4 => bench.crowds(),
+            _ => bench.neighbours(),
         }
     }
     options.save("md", &format!("{machine}\n{}", bench.table.text()));

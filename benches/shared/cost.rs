@@ -11,7 +11,27 @@ pub fn cpu(pid: u32) -> f64 {
     own + children(pid).into_iter().map(cpu).sum::<f64>()
 }
 
-/// The same of several.
+/// Nanoseconds that the threads of a process were on a processor.
+pub fn nanoseconds(pid: u32) -> u64 {
+    of_threads(pid, "schedstat", |text| text.split(' ').next()?.parse().ok())
+}
+
+/// How often the threads of a process were woken from a wait.
+pub fn wake_ups(pid: u32) -> u64 {
+    of_threads(pid, "status", |text| {
+        let count = text.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"))?;
+        count.trim().parse().ok()
+    })
+}
+
+/// The sum of what a file in `/proc` says of each thread.
+fn of_threads(pid: u32, file: &str, read: impl Fn(&str) -> Option<u64>) -> u64 {
+    let threads = fs::read_dir(format!("/proc/{pid}/task")).expect("the process runs");
+    let text = |thread: fs::DirEntry| fs::read_to_string(thread.path().join(file)).ok();
+    threads.flatten().filter_map(text).map(|text| read(&text).expect("Linux tells it")).sum()
+}
+
+/// CPU seconds that several processes have used.
 pub fn cpu_of(pids: &[u32]) -> f64 {
     pids.iter().copied().map(cpu).sum()
 }

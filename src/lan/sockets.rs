@@ -43,6 +43,8 @@ pub(super) struct Sockets {
     has_lan: bool,
     /// What is left of [`SEND_TIMEOUT`] in this turn.
     patience: Duration,
+    /// Datagrams that found no room in the send buffer, since [`Sockets::take_unsent`].
+    unsent: u64,
 }
 
 /// What a socket is bound to.
@@ -86,6 +88,7 @@ impl Sockets {
             unreachable: false,
             has_lan,
             patience: SEND_TIMEOUT,
+            unsent: 0,
         };
         sockets.join(Instant::now());
         Ok(sockets)
@@ -195,6 +198,11 @@ impl Sockets {
         !out.is_empty()
     }
 
+    /// Datagrams that found no room in the send buffer since the last call.
+    pub(super) fn take_unsent(&mut self) -> u64 {
+        std::mem::take(&mut self.unsent)
+    }
+
     fn send_to(&mut self, bytes: &[u8], target: SocketAddr, is_proven: bool) {
         let Some(at) = socket_for(target, &self.bound, &self.networks.current()) else { return };
         let mapped = match target {
@@ -211,6 +219,7 @@ impl Sockets {
             self.patience = self.patience.saturating_sub(began.elapsed());
             sent = socket.send_to(bytes, mapped);
         }
+        self.unsent += u64::from(is_full(&sent));
         if let Err(e) = sent {
             // A lost packet: it is repeated.
             log::debug!("datagram to {target}: {e}");

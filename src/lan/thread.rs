@@ -43,6 +43,7 @@ pub struct DiscoveryClient {
     events: Sender<Event<'static>>,
     wake: OwnedFd,
     next_lookup: AtomicU64,
+    unsent: AtomicU64,
     // Not events: a full channel must not keep the thread from ending.
     bye: AtomicBool,
     stop: AtomicBool,
@@ -98,6 +99,11 @@ impl DiscoveryClient {
         receiver.recv_deadline(until).ok()
     }
 
+    /// Datagrams so far that were lost because the send buffer stayed full.
+    pub fn unsent(&self) -> u64 {
+        self.unsent.load(Ordering::Relaxed)
+    }
+
     fn send(&self, event: Event<'static>) {
         if self.events.try_send(event).is_ok() {
             self.ring();
@@ -126,6 +132,7 @@ impl DiscoveryThread {
             events: sender,
             wake: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
             next_lookup: AtomicU64::new(0),
+            unsent: AtomicU64::new(0),
             bye: AtomicBool::new(false),
             stop: AtomicBool::new(false),
         });
@@ -214,6 +221,7 @@ impl<E: Environment> Runner<E> {
             while self.sockets.send(&mut self.out) {
                 self.read(MAX_READ);
             }
+            client.unsent.fetch_add(self.sockets.take_unsent(), Ordering::Relaxed);
             if stop {
                 return;
             }

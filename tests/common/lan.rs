@@ -160,7 +160,7 @@ pub fn introduce(hosts: &[&Host]) {
     for (at, host) in hosts.iter().enumerate() {
         let others = links.iter().enumerate().filter(|(other, _)| *other != at).map(|(_, line)| line.as_str());
         host.write("/tmp/neighbours", others.collect::<String>());
-        host.cmd("ip").args(["-batch", "/tmp/neighbours"]).okay();
+        host.net_cmd("ip").arg("-batch").arg(host.path("/tmp/neighbours")).okay();
     }
 }
 
@@ -296,6 +296,11 @@ impl Host {
     /// Bytes that went out to the network so far.
     pub fn sent(&self) -> u64 {
         self.counter(8)
+    }
+
+    /// Packets that came in and went out by the network so far.
+    pub fn packets(&self) -> u64 {
+        self.counter(1) + self.counter(9)
     }
 
     fn counter(&self, column: usize) -> u64 {
