@@ -63,9 +63,14 @@ pub enum Error {
 }
 
 impl Error {
-    /// Whether the connection could not be made or broke, other than by a timeout.
-    pub fn is_broken_connection(&self) -> bool {
-        matches!(self, Error::Unreachable(e) if !matches!(e, ureq::Error::Timeout(_)))
+    /// Whether the same request may succeed soon: the peer is busy or restarts, or packets of the connection were lost.
+    /// An answer that is late is no such case.
+    pub fn is_temporary(&self) -> bool {
+        match self {
+            Error::Unreachable(ureq::Error::Timeout(timeout)) => *timeout == ureq::Timeout::Connect,
+            Error::Unreachable(_) | Error::Busy => true,
+            Error::NotThere | Error::Status(_) | Error::Malformed(_) => false,
+        }
     }
 
     /// What this says about the peer; `None` for nothing bad.

@@ -23,8 +23,8 @@ const ALTERNATE_TIMEOUT: Duration = Duration::from_secs(2);
 const DOUBTFUL_TIMEOUT: Duration = Duration::from_millis(300);
 /// When there are too many requests, the next attempt to begin one is after this.
 const BLOCKED_DELAY: Duration = Duration::from_millis(2);
-/// A holder that breaks or refuses the connection may be about to restart: it is asked again after this, doubling, while
-/// discovery waits for it.
+/// A holder that is busy, or breaks or refuses the connection, is asked again after this, doubling, while discovery waits
+/// for it.
 const RETRY_DELAY: Duration = Duration::from_millis(20);
 /// Longest delay between two such requests.
 const MAX_RETRY_DELAY: Duration = Duration::from_millis(320);
@@ -84,8 +84,8 @@ struct Candidate {
     /// Its name in discovery.
     peer: SocketAddr,
     holder: Holder,
-    /// Requests that failed with the connection.
-    broken: u32,
+    /// Requests that failed for a reason that may pass.
+    failures: u32,
 }
 
 /// A request that is waited for.
@@ -250,7 +250,7 @@ impl LanSearch {
 
     fn take_update(&mut self, update: Update, now: Instant) {
         match update {
-            Update::Holder { peer, holder } => self.add(Candidate { peer, holder, broken: 0 }, now),
+            Update::Holder { peer, holder } => self.add(Candidate { peer, holder, failures: 0 }, now),
             Update::Ended { asked, unanswered } => {
                 self.counts = Some((asked, unanswered));
                 self.end(now);
@@ -345,7 +345,7 @@ impl LanSearch {
             let ended = Instant::now();
             // However often a lookup asks, its failures are one.
             if let Err(e) = &result
-                && let Some(fault) = e.fault().filter(|_| candidate.broken == 0)
+                && let Some(fault) = e.fault().filter(|_| candidate.failures == 0)
             {
                 standing.failed(http, fault, began, ended, e);
             }
@@ -361,9 +361,9 @@ impl LanSearch {
             Err(e) => {
                 log::debug!("{}: peer {}: {e}", self.hash_part, candidate.holder.http);
                 self.failure = Some(Miss::failed(candidate.holder.http, &e));
-                if e.is_broken_connection() && self.is_open {
-                    let delay = MAX_RETRY_DELAY.min(RETRY_DELAY * (1 << candidate.broken.min(8)));
-                    candidate.broken += 1;
+                if e.is_temporary() && self.is_open {
+                    let delay = MAX_RETRY_DELAY.min(RETRY_DELAY * (1 << candidate.failures.min(8)));
+                    candidate.failures += 1;
                     self.retries.push(Retry { candidate, at: Instant::now() + delay });
                 } else {
                     self.report_failed(candidate.peer);
