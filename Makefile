@@ -54,12 +54,7 @@ test: ## every test; ONLY=bounds runs those with "bounds" in their names, as bou
 	$(TEST) -- --test-threads $(TEST_THREADS) $(ONLY)
 
 # The busy processes end with the shell that started them, also when that is killed.
-simulate: ## LAN lookups of simulated networks, many seeds; SEEDS=100000 is the default
-	@scripts/deps build
-	PEERIX_SIMULATION_SEEDS=$(or $(SEEDS),100000) RUST_BACKTRACE=0 \
-		$(CARGO) test --release --locked --lib lan::simulation -- --nocapture
-
-test-under-load: ## the same beside four processes that are always busy
+test-under-load: ## every test, beside four processes that are always busy
 	@scripts/deps build test
 	$(TEST) --no-run
 	@busy=; trap 'kill $$busy' EXIT; trap 'exit 130' INT TERM HUP; \
@@ -87,6 +82,11 @@ demo demo-wan check bench:
 test test-under-load:
 	@scripts/in-debian $@ $(if $(ONLY),"ONLY=$(ONLY)")
 endif
+
+simulate: ## LAN lookups of simulated networks, many seeds; SEEDS=100000 is the default
+	@scripts/deps build
+	PEERIX_SIMULATION_SEEDS=$(or $(SEEDS),100000) RUST_BACKTRACE=0 \
+		$(CARGO) test --release --locked --lib lan::simulation -- --nocapture
 
 vm-test: ## boots virtual machines and goes through it all in them: systemd, firewall, nix-daemon
 	@CARGO="$(CARGO)" scripts/vm-test $(TESTS)

@@ -40,8 +40,8 @@ use std::{fmt, io};
 /// Names given by `--peer` are resolved again this often: addresses change.
 const RESOLVE_INTERVAL: Duration = Duration::from_secs(60);
 
-/// How often the main thread looks at the others when systemd's watchdog is off.
-const LOOK: Duration = Duration::from_secs(10);
+/// How often the main thread puts what was counted into its hour when systemd's watchdog is off.
+const LOOK: Duration = Duration::from_secs(60);
 
 /// Descriptors for every connection, and for every stream with a directory of each level and a file or a peer; services
 /// get 1,024 unless they ask for more.
@@ -241,7 +241,7 @@ fn keep_counters(config: &Config, record: &Arc<Record>) -> io::Result<Counters> 
 fn wait(woken: &Receiver<Wakeup>, discovery: &DiscoveryThread, record: &Record) -> Result<(), Fatal> {
     let watchdog = sd_notify::watchdog_enabled();
     let look = watchdog.map_or(LOOK, |limit| limit / 3);
-    let mut turns = discovery.count_turns();
+    let mut turns = 0;
     loop {
         match woken.recv_timeout(look) {
             Ok(Wakeup::Signal) => return Ok(()),
@@ -249,11 +249,13 @@ fn wait(woken: &Receiver<Wakeup>, discovery: &DiscoveryThread, record: &Record) 
             Err(RecvTimeoutError::Disconnected) => return Err(Fatal("nobody is left to wake the daemon".into())),
             Err(RecvTimeoutError::Timeout) => {
                 record.tick(SystemTime::now());
-                let now = discovery.count_turns();
-                if now != turns && watchdog.is_some() {
-                    notify(&[NotifyState::Watchdog]);
+                if watchdog.is_some() {
+                    let now = discovery.count_turns();
+                    if now != turns {
+                        notify(&[NotifyState::Watchdog]);
+                    }
+                    turns = now;
                 }
-                turns = now;
             }
         }
     }

@@ -112,6 +112,15 @@ impl Lookup {
 
     /// The narinfo of a peer that has the path; its `URL` is the peer's. Equal lookups at the same time are one.
     pub fn narinfo(&self, hash_part: &HashPart) -> Option<NarInfo> {
+        match self.join_or_search(hash_part) {
+            // A miss of a lookup that began before this one may be older than the path. One joined now began later.
+            (None, true) => self.join_or_search(hash_part).0,
+            (narinfo, _) => narinfo,
+        }
+    }
+
+    /// The narinfo, and whether it is of a lookup that was under way already.
+    fn join_or_search(&self, hash_part: &HashPart) -> (Option<NarInfo>, bool) {
         let (flight, is_first) = {
             let mut flights = lock(&self.flights);
             match flights.get(hash_part) {
@@ -124,12 +133,12 @@ impl Lookup {
             }
         };
         if !is_first {
-            return flight.wait();
+            return (flight.wait(), true);
         }
         // Lands also when the search panics, with a miss.
         let mut landing = Landing { lookup: self, hash_part, flight: &flight, narinfo: None };
         landing.narinfo = self.search_and_keep(hash_part);
-        landing.narinfo.clone()
+        (landing.narinfo.clone(), false)
     }
 
     /// What was found for the path, if its NAR has that hash: looked up before, or now. The search gives alternates.

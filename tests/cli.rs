@@ -166,6 +166,8 @@ fn an_identity_that_cannot_be_had() {
     }
     assert_eq!(host.sh("cat /var/damaged/identity"), "peerix-identity:AAAA\n");
     let mut daemon = Daemon::start(&host, &wan("/var/new"));
+    // The port takes connections before that.
+    wait_for("an identity", || host.path("/var/new/identity").exists().then_some(()));
     assert_eq!(host.sh("stat -c '%a %U' /var/new/identity"), "600 root\n");
     let kept = host.sh("cat /var/new/identity");
     assert!(daemon.stop().success());

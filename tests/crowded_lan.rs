@@ -13,7 +13,7 @@ fn absent(count: u32) -> Vec<String> {
 }
 
 #[test]
-fn sixty_four_nodes() {
+fn sixty_four_nodes_hit_and_miss_rightly() {
     let lan = Lan::patient();
     let world = World::on(&lan);
     let holder = Holder::new(&lan, &world, "holder");
@@ -26,7 +26,7 @@ fn sixty_four_nodes() {
 }
 
 #[test]
-fn thirty_nodes_ask_at_once() {
+fn thirty_nodes_that_ask_at_once_find_everything() {
     let lan = Lan::patient();
     let world = World::on(&lan);
     let holder = Holder::new(&lan, &world, "holder");
@@ -48,7 +48,7 @@ fn thirty_nodes_ask_at_once() {
 }
 
 #[test]
-fn eight_fetch_the_same_over_one_link() {
+fn eight_that_fetch_over_one_link_get_everything() {
     let lan = Lan::patient();
     let world = World::on(&lan);
     let holder = Holder::new(&lan, &world, "holder");
@@ -66,7 +66,7 @@ fn eight_fetch_the_same_over_one_link() {
 }
 
 #[test]
-fn broadcasts_are_filtered() {
+fn nodes_meet_where_broadcasts_are_filtered() {
     let lan = Lan::patient();
     let world = World::on(&lan);
     let asker = lan.host("asker");

@@ -30,7 +30,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("lookup", &["nix", "peers", "record", "wire"]),
     ("status", &["config", "lan", "network", "nix", "peers", "record", "store"]),
     ("peers", &["lan", "network", "nix", "on_drop", "record", "time_scale", "wire"]),
-    ("lan", &["network", "nix", "on_drop", "seldom", "share", "store", "suspend", "wire"]),
+    ("lan", &["network", "nix", "on_drop", "seldom", "share", "store", "suspend", "time_scale", "wire"]),
     ("store", &["nix", "time_scale"]),
     ("share", &["config", "fnmatch", "network", "nix", "on_drop", "seldom"]),
     ("sockets", &["config", "network"]),

@@ -1,9 +1,10 @@
 //! Neighbours that answer late, by halves or not at all. They may slow lookups within the bounds that the
 //! simulation of `lan` measures; what a live holder has is found.
 
+use crate::common::lan::PATIENCE;
 use crate::common::packet::{Packet, hello};
 use crate::common::standin::receive;
-use crate::common::{Asker, Bystander, Holder, Host, Lan, PORT, World, daemon, http, thread, wait_for};
+use crate::common::{Asker, Bystander, Holder, Host, Lan, PORT, World, daemon, thread};
 use std::collections::VecDeque;
 use std::net::UdpSocket;
 use std::sync::Arc;
@@ -51,14 +52,6 @@ impl OddNeighbour {
         });
         OddNeighbour { stop, thread: Some(thread), host }
     }
-
-    /// Waits until the peerix of `host` lists it.
-    fn meets(&self, host: &Host) {
-        wait_for("the odd neighbour is listed", || {
-            let status = http::get_local(host, "/status.json").ok()?.text();
-            status.contains(&format!("\"{}:{PORT}\"", self.host.address)).then_some(())
-        });
-    }
 }
 
 impl Drop for OddNeighbour {
@@ -90,22 +83,22 @@ fn scene(delay: Duration, nth: u64) {
     let odd = OddNeighbour::start(&lan, delay, nth);
     let holder = Holder::new(&lan, &world, "holder");
     let asker = Asker::new(&lan, &world, &[&holder]);
-    odd.meets(&asker.host);
+    daemon::wait_until_listed(&asker.host, odd.host.address);
     asker.looks_up_while(&world, || std::thread::sleep(SCENE));
 }
 
 #[test]
-fn one_answers_after_almost_three_seconds() {
-    scene(Duration::from_millis(2900), 1);
+fn neighbour_that_answers_almost_too_late_hides_no_path() {
+    scene(Duration::from_millis(2900).mul_f64(PATIENCE), 1);
 }
 
 #[test]
-fn one_ignores_half_of_the_queries() {
+fn neighbour_that_ignores_half_of_the_queries_hides_no_path() {
     scene(Duration::ZERO, 2);
 }
 
 #[test]
-fn one_flaps() {
+fn flapping_neighbour_hides_no_path() {
     let lan = Lan::patient();
     let world = World::on(&lan);
     let neighbour = Bystander::new(&lan, "neighbour");
@@ -123,7 +116,7 @@ fn one_flaps() {
 }
 
 #[test]
-fn newcomers_are_behind_firewalls() {
+fn firewalled_newcomers_hide_no_path() {
     let lan = Lan::patient();
     let world = World::on(&lan);
     let holder = Holder::new(&lan, &world, "holder");
@@ -137,6 +130,7 @@ fn newcomers_are_behind_firewalls() {
             let socket = firewalled.in_net(|| UdpSocket::bind((address, PORT)).expect("an address of the host"));
             let instance = [number; 8];
             socket.send_to(&hello(instance), (asker.host.address, PORT)).expect("a network");
+            daemon::wait_until_listed(&asker.host, address);
             std::thread::sleep(4 * SECOND);
         }
     });

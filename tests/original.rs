@@ -8,7 +8,7 @@
 use crate::common::http::{self, Reply};
 use crate::common::lan::Run;
 use crate::common::packet::Packet;
-use crate::common::standin::{self, BROADCAST, Shelf, StandIn, field, have, receive};
+use crate::common::standin::{BROADCAST, Shelf, StandIn, field, receive};
 use crate::common::{Asker, Holder, Host, Lan, PORT, World, nix, tree, wait_for, world};
 use std::collections::HashMap;
 use std::fs;
@@ -27,19 +27,12 @@ fn golden(host: &Host) -> String {
     path
 }
 
-/// The original, holding everything in the world's static cache.
-fn original(host: &Host, world: &World) -> StandIn {
-    let shelf = Shelf::of(world);
-    let answers = standin::original(&shelf);
-    StandIn::start(host, have(move |hash_part| shelf.narinfo(hash_part).is_some()), answers)
-}
-
 #[test]
 fn we_fetch_from_the_original() {
     let lan = Lan::new();
     let world = World::on(&lan);
     let peer = lan.host("original");
-    let original = original(&peer, &world);
+    let original = StandIn::original(&peer, &world);
     let asker = Asker::with(&lan, "", &[&world.cache_key]);
     let probe = format!("/{}.narinfo", world::hash_part(world.path("little")));
     wait_for("the original is heard", || (http::get_local(&asker.host, &probe).unwrap().status == 200).then_some(()));
@@ -174,7 +167,7 @@ fn the_original_and_ours_side_by_side() {
     let lan = Lan::new();
     let world = World::on(&lan);
     let old = lan.host("original");
-    let _original = original(&old, &world);
+    let _original = StandIn::original(&old, &world);
     let holder = Holder::new(&lan, &world, "holder");
     let asker = Asker::new(&lan, &world, &[&holder]);
     assert_eq!(asker.fetches(&world, world.path("closure300")).len(), 300);

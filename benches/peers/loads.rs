@@ -89,6 +89,8 @@ impl Bench {
         let mut series: [Series; 2] = Default::default();
         for _ in 0..self.rounds {
             let mut asker = Peer::asker(&self.lan, &self.world.cache_key, &self.marks);
+            // Within half a second of its start it waits for peers that it does not know yet.
+            std::thread::sleep(Duration::from_secs(1));
             series[0].push(run(&asker.host, &format!("http://127.0.0.1:{PORT}")));
             // Says goodbye, so that nobody waits for it.
             asker.daemon.terminate();

@@ -1,5 +1,5 @@
-//! Part of `make bench`: looking paths up among peers, on one network of namespaces, beside nginx that is asked directly,
-//! in turn, round after round; and what peerix costs at rest.
+//! Part of `make bench`: looking paths up among peers, on one network of namespaces, beside nginx
+//! that is asked directly, in turn, round after round; and what peerix costs at rest.
 //!
 //! Prints medians, ranges and ratios as a table, and writes it to `bench/results/<name>.md`. It asserts that answers
 //! are right and nothing about time. Needs what the tests need, and nginx.

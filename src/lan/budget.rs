@@ -1,6 +1,6 @@
 //! The wait budget: how long lookups may wait for answers that are overdue.
 //!
-//! A budget runs down in real time while at least one lookup wants an overdue answer, once for all
+//! A budget runs down in lookup time while at least one lookup wants an overdue answer, once for all
 //! lookups, and recovers at other times. A vanished peer therefore costs one wait of at most
 //! [`WaitBudget::MAX`], and a peer that is always late costs the [`WaitBudget::RECOVERY`]th part of the time.
 
@@ -18,22 +18,22 @@ pub struct WaitBudget {
 }
 
 impl WaitBudget {
-    /// A full budget. SPEC section 3: longer than pauses of a busy disk, shorter than a person's patience.
+    /// A full budget. Longer than pauses of a busy disk, shorter than a person's patience.
     pub const MAX: Timeout = Timeout::from_secs(3);
     /// Time in which the budget regains one unit of time: 50 ms a second.
     pub const RECOVERY: u32 = 20;
     /// Regained for each path found through the peer.
     pub const FOUND_BONUS: Duration = Duration::from_millis(100);
 
-    /// A full budget at `now`.
-    pub fn full(now: Instant) -> Self {
-        WaitBudget { left: Self::MAX.get(), updated: now, overdue: 0 }
+    /// A full budget at `t`.
+    pub fn full(t: Instant) -> Self {
+        WaitBudget { left: Self::MAX.get(), updated: t, overdue: 0 }
     }
 
-    /// Brings the budget up to `now` and returns what is left of it.
-    pub fn update(&mut self, now: Instant) -> Duration {
-        let elapsed = now.saturating_duration_since(self.updated);
-        self.updated = self.updated.max(now);
+    /// Brings the budget up to `t` and returns what is left of it.
+    pub fn update(&mut self, t: Instant) -> Duration {
+        let elapsed = t.saturating_duration_since(self.updated);
+        self.updated = self.updated.max(t);
         self.left = match self.overdue {
             0 => Self::MAX.get().min(self.left + elapsed / Self::RECOVERY),
             _ => self.left.saturating_sub(elapsed),
@@ -42,20 +42,20 @@ impl WaitBudget {
     }
 
     /// Counts one more peer whose answers are overdue.
-    pub fn start(&mut self, now: Instant) {
-        self.update(now);
+    pub fn start(&mut self, t: Instant) {
+        self.update(t);
         self.overdue += 1;
     }
 
     /// Counts one peer less.
-    pub fn stop(&mut self, now: Instant) {
-        self.update(now);
+    pub fn stop(&mut self, t: Instant) {
+        self.update(t);
         self.overdue = self.overdue.saturating_sub(1);
     }
 
     /// Adds the bonus for a path that was found.
-    pub fn reward(&mut self, now: Instant) {
-        self.left = Self::MAX.get().min(self.update(now) + Self::FOUND_BONUS);
+    pub fn reward(&mut self, t: Instant) {
+        self.left = Self::MAX.get().min(self.update(t) + Self::FOUND_BONUS);
     }
 
     /// When it will be used up, while it runs down.

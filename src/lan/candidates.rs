@@ -11,7 +11,7 @@ use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 /// In flight at once: one for each connection thread that can wait.
-const MAX_ASKS: usize = 1024;
+const MAX_PENDING_QUERIES: usize = 1024;
 /// Sendings of each, the first one counted: at 5 % loss one in 160,000 is lost.
 const MAX_SENDS: u32 = 4;
 /// From the first to the second sending; it doubles. Longer than most round trips.
@@ -28,70 +28,71 @@ pub enum CandidateAnswer {
 
 /// A question to candidates. Its channel ends when all have answered, at `until`, or when nobody listens.
 pub struct CandidateQuery {
-    /// What is looked for.
+    /// The path that is looked up.
     pub hash_part: HashPart,
-    /// Whom to ask.
+    /// Addresses to query.
     pub candidates: Vec<SocketAddr>,
-    /// Who wants to know.
-    pub told: Sender<CandidateAnswer>,
-    /// When it is over.
+    /// Receives one answer for each candidate; its capacity must be their number.
+    pub answers: Sender<CandidateAnswer>,
+    /// The query ends then.
     pub until: Instant,
 }
 
-struct Ask {
+struct PendingQuery {
     hash_part: HashPart,
     silent: Vec<SocketAddr>,
-    told: Sender<CandidateAnswer>,
+    answers: Sender<CandidateAnswer>,
     until: Instant,
     sends: u32,
     step: Duration,
     next_send: Instant,
 }
 
-/// All of them.
+/// All pending queries.
 pub struct Candidates {
-    asks: HashMap<u32, Ask>,
+    pending: HashMap<u32, PendingQuery>,
     next_id: u32,
 }
 
 impl Candidates {
     /// IDs count up from `first_id`, which should be random.
     pub fn new(first_id: u32) -> Self {
-        Candidates { asks: HashMap::new(), next_id: first_id }
+        Candidates { pending: HashMap::new(), next_id: first_id }
     }
 
     /// Takes a question; [`Candidates::due`] then has its first sending.
     pub fn ask(&mut self, question: CandidateQuery, now: Instant) {
-        if self.asks.len() >= MAX_ASKS {
+        if self.pending.len() >= MAX_PENDING_QUERIES {
             return log::debug!("query for {}: too many in flight", question.hash_part);
         }
         let id = self.next_id;
         self.next_id = self.next_id.wrapping_add(1);
-        let CandidateQuery { hash_part, candidates, told, until } = question;
-        let ask = Ask { hash_part, silent: candidates, told, until, sends: 0, step: FIRST_STEP, next_send: now };
-        self.asks.insert(id, ask);
+        let CandidateQuery { hash_part, candidates, answers, until } = question;
+        let ask =
+            PendingQuery { hash_part, silent: candidates, answers, until, sends: 0, step: FIRST_STEP, next_send: now };
+        self.pending.insert(id, ask);
     }
 
     /// An answer came. False if nobody at that address was asked, or not this, or it has answered before.
     pub fn answered(&mut self, id: u32, from: SocketAddr, has_it: bool) -> bool {
-        let Some(ask) = self.asks.get_mut(&id) else { return false };
+        let Some(ask) = self.pending.get_mut(&id) else { return false };
         let Some(at) = ask.silent.iter().position(|candidate| *candidate == from) else { return false };
         ask.silent.swap_remove(at);
         // The channel has room for an answer of everyone who is asked.
         let heard = ask
-            .told
+            .answers
             .try_send(if has_it { CandidateAnswer::Have(from) } else { CandidateAnswer::HaveNot(from) })
             .is_ok();
         if !heard || ask.silent.is_empty() {
-            self.asks.remove(&id);
+            self.pending.remove(&id);
         }
         true
     }
 
     /// Whom to send what now: ID, hash part and address.
     pub fn due(&mut self, now: Instant, mut send: impl FnMut(u32, HashPart, SocketAddr)) {
-        self.asks.retain(|_, ask| ask.until > now && !ask.silent.is_empty());
-        for (id, ask) in &mut self.asks {
+        self.pending.retain(|_, ask| ask.until > now && !ask.silent.is_empty());
+        for (id, ask) in &mut self.pending {
             if ask.sends < MAX_SENDS && ask.next_send <= now {
                 ask.silent.iter().for_each(|to| send(*id, ask.hash_part, *to));
                 ask.sends += 1;
@@ -103,8 +104,8 @@ impl Candidates {
 
     /// When [`Candidates::due`] has something next.
     pub fn next_due(&self) -> Option<Instant> {
-        let due = |ask: &Ask| if ask.sends < MAX_SENDS { ask.next_send.min(ask.until) } else { ask.until };
-        self.asks.values().map(due).min()
+        let due = |ask: &PendingQuery| if ask.sends < MAX_SENDS { ask.next_send.min(ask.until) } else { ask.until };
+        self.pending.values().map(due).min()
     }
 }
 
@@ -119,10 +120,10 @@ mod tests {
 
     fn asked(candidates: &[u8], now: Instant) -> (Candidates, Receiver<CandidateAnswer>) {
         let mut asks = Candidates::new(u32::MAX);
-        let (told, receiver) = bounded(candidates.len());
+        let (answers, receiver) = bounded(candidates.len());
         let hash_part = HashPart::parse(&[b'1'; 32]).unwrap();
         let candidates = candidates.iter().map(|c| at(*c)).collect();
-        asks.ask(CandidateQuery { hash_part, candidates, told, until: now + Duration::from_secs(2) }, now);
+        asks.ask(CandidateQuery { hash_part, candidates, answers, until: now + Duration::from_secs(2) }, now);
         (asks, receiver)
     }
 
@@ -136,25 +137,25 @@ mod tests {
     #[test]
     fn each_answers_once_and_the_last_ends_it() {
         let now = Instant::now();
-        let (mut asks, told) = asked(&[1, 2], now);
+        let (mut asks, answers) = asked(&[1, 2], now);
         assert_eq!(due(&mut asks, now), [at(1), at(2)]);
         assert!(due(&mut asks, now).is_empty());
         assert!(!asks.answered(u32::MAX, at(3), true), "nobody asked it");
         assert!(!asks.answered(7, at(1), true), "nor this");
         assert!(asks.answered(u32::MAX, at(1), true));
         assert!(!asks.answered(u32::MAX, at(1), true), "a second time");
-        assert_eq!(told.try_recv(), Ok(CandidateAnswer::Have(at(1))));
-        assert_eq!(told.try_recv(), Err(TryRecvError::Empty));
+        assert_eq!(answers.try_recv(), Ok(CandidateAnswer::Have(at(1))));
+        assert_eq!(answers.try_recv(), Err(TryRecvError::Empty));
         assert!(asks.answered(u32::MAX, at(2), false));
-        assert_eq!(told.try_recv(), Ok(CandidateAnswer::HaveNot(at(2))));
-        assert_eq!(told.try_recv(), Err(TryRecvError::Disconnected));
+        assert_eq!(answers.try_recv(), Ok(CandidateAnswer::HaveNot(at(2))));
+        assert_eq!(answers.try_recv(), Err(TryRecvError::Disconnected));
         assert_eq!(asks.next_due(), None);
     }
 
     #[test]
     fn only_the_silent_are_asked_again_and_not_for_ever() {
         let now = Instant::now();
-        let (mut asks, told) = asked(&[1, 2], now);
+        let (mut asks, answers) = asked(&[1, 2], now);
         due(&mut asks, now);
         asks.answered(u32::MAX, at(1), false);
         let mut sent = 0;
@@ -163,8 +164,8 @@ mod tests {
             assert!(next <= now + Duration::from_secs(2));
         }
         assert_eq!(sent, 3);
-        assert_eq!(told.recv(), Ok(CandidateAnswer::HaveNot(at(1))));
-        assert_eq!(told.try_recv(), Err(TryRecvError::Disconnected));
+        assert_eq!(answers.recv(), Ok(CandidateAnswer::HaveNot(at(1))));
+        assert_eq!(answers.try_recv(), Err(TryRecvError::Disconnected));
     }
 
     #[test]
@@ -172,14 +173,14 @@ mod tests {
         let now = Instant::now();
         let (mut asks, first) = asked(&[1], now);
         let mut others = Vec::new();
-        for _ in 0..2 * MAX_ASKS {
-            let (told, receiver) = bounded(1);
+        for _ in 0..2 * MAX_PENDING_QUERIES {
+            let (answers, receiver) = bounded(1);
             let hash_part = HashPart::parse(&[b'1'; 32]).unwrap();
-            asks.ask(CandidateQuery { hash_part, candidates: vec![at(1)], told, until: now + FIRST_STEP }, now);
+            asks.ask(CandidateQuery { hash_part, candidates: vec![at(1)], answers, until: now + FIRST_STEP }, now);
             others.push(receiver);
         }
-        assert_eq!(asks.asks.len(), MAX_ASKS);
+        assert_eq!(asks.pending.len(), MAX_PENDING_QUERIES);
         assert_eq!(first.try_recv(), Err(TryRecvError::Empty));
-        assert_eq!(others[2 * MAX_ASKS - 1].try_recv(), Err(TryRecvError::Disconnected));
+        assert_eq!(others[2 * MAX_PENDING_QUERIES - 1].try_recv(), Err(TryRecvError::Disconnected));
     }
 }

@@ -5,7 +5,8 @@
 //!
 //! 1. [`Event::LookUp`] queues it. It leaves in the next batch: at once if it is the only one, else a batch
 //!    interval after the last one.
-//! 2. The batch goes by unicast to every live peer, at most [`MAX_UNICAST`]. Queries are also broadcast where peers
+//! 2. The batch goes by unicast to every live peer that is not behind, at most [`MAX_UNICAST`]. Queries are also
+//!    broadcast where peers
 //!    may be that do not understand batches or are not known.
 //! 3. Each peer owes an answer. *No* settles it. *Have* passes the holder on as [`Update::Holder`]; then the peer owes
 //!    the narinfo until [`Event::Settled`] or [`Event::Failed`]. What is owed for too long is asked again.
@@ -21,7 +22,7 @@
 use super::Holder;
 use super::budget::WaitBudget;
 use super::candidates::{CandidateQuery, Candidates};
-use super::environment::{Environment, Presence};
+use super::environment::Environment;
 use super::lookups::{LookupId, Lookups, Update};
 use super::peer_table::{Dialect, MetBy, Neighbour, Peer, PeerTable, SentBatch};
 use crate::nix::HashPart;
@@ -41,14 +42,16 @@ const FIRST_HELLO_INTERVAL: Duration = Duration::from_millis(100);
 /// A hello is answered within this, at a random time, so that a broadcast is not answered by all at once.
 const HELLO_REPLY_SPREAD: Duration = Duration::from_millis(200);
 /// Replies to hellos within one [`HELLO_REPLY_WINDOW`]. Beyond, none is sent: the next broadcast reaches the peer. A
-/// datagram to an invented address stays in the socket's send buffer of 208 KiB for 3 s, with about 800 bytes.
+/// datagram to an invented address stays in the socket's send buffer of 416 KiB for 3 s, with about 800 bytes.
 const MAX_HELLO_REPLIES: usize = 32;
-/// See [`MAX_HELLO_REPLIES`].
+/// The time in which at most [`MAX_HELLO_REPLIES`] leave.
 const HELLO_REPLY_WINDOW: Duration = Duration::from_secs(1);
 /// Interval between two hellos to a peer that seems not to know this node.
 const REMINDER_INTERVAL: Duration = Duration::from_secs(10);
 /// Hellos to addresses from the kernel's neighbour table in one [`HELLO_INTERVAL`].
 const MAX_GREETINGS: usize = 64;
+/// After this, addresses are greeted again: a greeting may have been lost, or the host may run peerix now.
+const GREET_AGAIN: Duration = Duration::from_secs(300);
 /// Addresses that were greeted so, the last ones. When full, all are forgotten and greeted again.
 const MAX_GREETED: usize = 4096;
 
@@ -141,9 +144,13 @@ impl LookUp {
 /// Where a datagram goes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum To {
-    /// To a peer that answers, or to a host that has just asked.
+    /// From the first socket: everything but the following.
     Peer(SocketAddr),
-    /// To a peer that has not answered, or not for some time: its datagrams may wait for ARP, and must not be in the way of others.
+    /// From the second socket: queries to a peer through which paths were found, and that is
+    /// behind. They may wait for ARP, and must not be in the way of those above.
+    Behind(SocketAddr),
+    /// From the third socket: queries to any other peer that is behind, silent or has not answered
+    /// yet. There may be many, as anybody can invent them.
     Unproven(SocketAddr),
     /// To every network.
     Everyone,
@@ -166,16 +173,21 @@ enum Answer {
 }
 
 impl Answer {
-    /// The holder of the path at this place of the query, if the peer has it. `http` is the peer's HTTP server.
+    /// The holder of the path at this place of the query, if the peer has it. `http` is the peer's
+    /// HTTP server: a node that understands batches uses one port for everything. What its hello
+    /// says of the port is not asked, as anybody may have sent that.
     fn holder(&self, at: usize, hash_part: HashPart, http: SocketAddr) -> Option<Holder> {
         match self {
             Answer::Have(holder) => Some(holder.clone()),
             Answer::HaveNot => None,
-            Answer::Many(held) => {
-                held.is_set(at).then(|| Holder { http, url_path: format!("local/{hash_part}.narinfo") })
-            }
+            Answer::Many(held) => held.is_set(at).then(|| Holder { http, url_path: url_path(hash_part) }),
         }
     }
+}
+
+/// Where a node of this version has the narinfo of a path.
+fn url_path(hash_part: HashPart) -> String {
+    format!("local/{hash_part}.narinfo")
 }
 
 /// What is constant in a node.
@@ -221,6 +233,8 @@ pub struct Discovery<E> {
     /// When the latest replies were or will be sent.
     recent_replies: Vec<Instant>,
     greeted: BTreeSet<SocketAddr>,
+    /// When `greeted` is forgotten.
+    greet_again: Instant,
     next_probe: Instant,
 }
 
@@ -257,6 +271,7 @@ impl<E: Environment> Discovery<E> {
             hello_replies: BTreeMap::new(),
             recent_replies: Vec::new(),
             greeted: BTreeSet::new(),
+            greet_again: now,
             next_probe: now,
         }
     }
@@ -271,6 +286,7 @@ impl<E: Environment> Discovery<E> {
             Event::Failed { lookup, peer } => {
                 if self.peers.get_mut(peer).is_some_and(|peer| peer.settle(lookup)) {
                     self.lookups.record_settled(lookup, false);
+                    self.lookups.replace_holder(lookup);
                     self.recount(peer, t);
                 }
             }
@@ -314,7 +330,10 @@ impl<E: Environment> Discovery<E> {
     fn lookup_time(&mut self, now: Instant) -> Instant {
         let turn = now.saturating_duration_since(self.last_turn);
         self.last_turn = self.last_turn.max(now);
-        self.lost += turn.saturating_sub(MAX_TURN);
+        // Nothing waits at other times: they are not lost for budgets, which recover.
+        if !self.lookups.is_empty() {
+            self.lost += turn.saturating_sub(MAX_TURN);
+        }
         self.last_turn.checked_sub(self.lost).unwrap_or(self.last_turn)
     }
 
@@ -384,8 +403,8 @@ impl<E: Environment> Discovery<E> {
         self.broadcast_singles(batch, now, t, out);
         for address in live {
             // A Python peerix that has nothing answers nothing, and so is always behind.
-            let behind = self.peers.get_mut(address).filter(|peer| peer.is_behind(t));
-            match behind.filter(|peer| peer.dialect() != Dialect::HaveOnly) {
+            let waits = |peer: &&mut Peer| peer.is_held_back(t) && peer.dialect() != Dialect::HaveOnly;
+            match self.peers.get_mut(address).filter(waits) {
                 Some(peer) => {
                     let lookups: Vec<LookupId> = batch.iter().map(|(id, _)| *id).collect();
                     let added = peer.record_held_back(&lookups, t);
@@ -405,9 +424,10 @@ impl<E: Environment> Discovery<E> {
         self.record_broadcast(id, batch.iter().map(|(id, _)| *id).collect(), BROADCAST_BATCH_WAIT, t);
     }
 
-    /// Asks nodes that understand no batches and need not be known: now and then, and every time while a Python peerix is
-    /// there. All lookups of that time are broadcast, as Nix begins with 25 at once. Where no peer is live, the broadcast is
-    /// the only packet of a lookup, and is always sent: a late answer makes its sender known.
+    /// Asks nodes that understand no batches and need not be known: now and then, and every time
+    /// while a Python peerix is there. All lookups of that time are broadcast, as Nix begins with
+    /// 25 at once. Where no peer is live, the broadcast is the only packet of a lookup, and is
+    /// always sent: a late answer makes its sender known.
     fn broadcast_singles(&mut self, batch: &[(LookupId, HashPart)], now: Instant, t: Instant, out: &mut Outgoing) {
         if now >= self.next_broadcast {
             self.broadcast_until = now + self.settings.timeout;
@@ -443,7 +463,11 @@ impl<E: Environment> Discovery<E> {
     /// Sends `batch` to one peer, in the packets that it understands.
     fn ask(&mut self, address: SocketAddr, batch: &[(LookupId, HashPart)], t: Instant, out: &mut Outgoing) {
         let Some(peer) = self.peers.get_mut(address) else { return };
-        let to = if peer.is_proven() && !peer.is_behind(t) { To::Peer(address) } else { To::Unproven(address) };
+        let to = match peer.is_proven() {
+            true if !peer.is_behind(t) => To::Peer(address),
+            true if peer.found > 0 => To::Behind(address),
+            _ => To::Unproven(address),
+        };
         let mut added = Vec::new();
         match peer.dialect() {
             Dialect::Batches => {
@@ -477,7 +501,7 @@ impl<E: Environment> Discovery<E> {
     fn record_asked(&mut self, lookups: &[LookupId], address: SocketAddr, t: Instant) {
         for lookup in lookups {
             if let Some(lookup) = self.lookups.get_mut(*lookup) {
-                lookup.record_asked(1);
+                lookup.record_asked();
             }
         }
         self.expect_judgement(address, t);
@@ -585,14 +609,12 @@ impl<E: Environment> Discovery<E> {
             return log::debug!("peer {from}: an answer of the wrong length");
         }
         let Some((peer, is_first)) = self.peers.record_heard(from, MetBy::Answer, now) else { return };
-        let mut http = from;
-        http.set_port(peer.hello.map_or(self.settings.http_port, |hello| hello.port));
         let is_unknown = is_first && peer.hello.is_none();
         let became_live = peer.record_answer(sent, t) || is_first;
         let overtaken = peer.overtaken(sent, t, MAX_BATCH);
         for (at, lookup) in lookups.iter().enumerate() {
             let Some(hash_part) = self.lookups.hash_part(*lookup) else { continue };
-            match answer.holder(at, hash_part, http) {
+            match answer.holder(at, hash_part, from) {
                 Some(holder) => self.have(from, *lookup, holder, t),
                 None if is_broadcast => {}
                 None => self.answered(from, *lookup),
@@ -621,7 +643,7 @@ impl<E: Environment> Discovery<E> {
         if peer.owes_narinfo(lookup) {
             return;
         }
-        if !self.lookups.pass_on(lookup, from, holder) {
+        if !self.lookups.add_holder(lookup, from, holder) {
             return self.answered(from, lookup);
         }
         let was_asked = peer.owe_narinfo(lookup, t);
@@ -636,16 +658,17 @@ impl<E: Environment> Discovery<E> {
             return;
         }
         self.heard_query(from, now, t, out);
-        match self.environment.presence(&hash_part, from) {
-            Presence::Held => {
-                let url_path = format!("local/{hash_part}.narinfo");
-                out.push((To::Peer(from), Packet::Have { id, port: self.settings.http_port, url_path }));
-            }
-            // A peer that understands batches sends single queries only by broadcast, and waits for holders alone; or it has
-            // lost this node's hello.
-            Presence::Absent if self.speaks_batches(from) => self.remind_of_hello(from, now),
-            Presence::Absent => out.push((To::Peer(from), Packet::HaveNot { id })),
-            Presence::Unknown => {}
+        let Some(held) = self.environment.held(&[hash_part], from) else { return };
+        if held.contains(&true) {
+            out.push((
+                To::Peer(from),
+                Packet::Have { id, port: self.settings.http_port, url_path: url_path(hash_part) },
+            ));
+        } else if self.speaks_batches(from) {
+            // It sends single queries only by broadcast, and waits for holders alone; or it has lost this node's hello.
+            self.remind_of_hello(from, now);
+        } else {
+            out.push((To::Peer(from), Packet::HaveNot { id }));
         }
     }
 
@@ -664,13 +687,8 @@ impl<E: Environment> Discovery<E> {
             return;
         }
         self.heard_query(from, now, t, out);
-        let mut held = Vec::with_capacity(hash_parts.len());
-        for hash_part in hash_parts.iter() {
-            match self.environment.presence(&hash_part, from) {
-                Presence::Unknown => return,
-                presence => held.push(presence == Presence::Held),
-            }
-        }
+        let hash_parts: Vec<HashPart> = hash_parts.iter().collect();
+        let Some(held) = self.environment.held(&hash_parts, from) else { return };
         let held = Bits::pack(held);
         if held.any() || !holders_only {
             out.push((To::Peer(from), Packet::AnswerMany { id, held }));
@@ -711,14 +729,11 @@ impl<E: Environment> Discovery<E> {
         }
         let met_by = if self.greeted.contains(&from) { MetBy::NeighbourTable } else { MetBy::Hello };
         let Some((peer, is_first)) = self.peers.record_heard(from, met_by, now) else { return };
-        let is_restarted = peer.hello.is_none_or(|old| old.instance != hello.instance);
-        peer.hello = Some(hello);
-        peer.hasten_probe(now);
-        let is_live = peer.is_live();
-        let unanswered = peer.all_unanswered(MAX_BATCH);
-        if !is_restarted {
+        if !peer.record_hello(hello, now) {
             return;
         }
+        let is_live = peer.is_live();
+        let unanswered = peer.all_unanswered(MAX_BATCH);
         log::debug!("peer {from}: hello");
         // It does not know this node, and may have lost what it was asked.
         self.reply_to_hello(from, now);
@@ -727,7 +742,7 @@ impl<E: Environment> Discovery<E> {
         } else if is_live {
             self.ask_again(from, &unanswered, t, out);
         }
-        if is_live && self.peers.get(from).is_some_and(|peer| peer.oldest_owed().is_none()) {
+        if self.peers.get(from).is_some_and(|peer| peer.oldest_owed().is_none()) {
             self.probe(from, now, t, out);
         }
     }
@@ -842,6 +857,10 @@ impl<E: Environment> Discovery<E> {
             self.to_all(Packet::Hello(self.hello()), out);
             for address in self.peers.forget_old(now) {
                 self.silence(address, now, t);
+            }
+            if now >= self.greet_again {
+                self.greet_again = now + GREET_AGAIN;
+                self.greeted.clear();
             }
         }
         let hello = self.hello();
@@ -970,8 +989,10 @@ impl<E: Environment> Discovery<E> {
         if now < self.next_probe {
             return;
         }
-        let due = self.peers.iter().filter_map(|(address, peer)| Some((peer.next_probe()?, address)));
-        let mut due: Vec<(Instant, SocketAddr)> = due.filter(|(at, _)| *at <= now).collect();
+        let is_due = |peer: &Peer| peer.next_probe().is_some_and(|at| at <= now);
+        let due = self.peers.iter().filter(|(_, peer)| is_due(peer));
+        let order = |peer: &Peer| (!peer.is_named, peer.found == 0, peer.next_probe());
+        let mut due: Vec<_> = due.map(|(address, peer)| (order(peer), address)).collect();
         due.sort();
         for (_, address) in due {
             if self.probe(address, now, t, out) {

@@ -1,7 +1,7 @@
 //! What discovery needs of the rest of the daemon.
 
 use crate::network::Networks;
-use crate::nix::HashPart;
+use crate::nix::{HashPart, PathInfo};
 use crate::seldom::Seldom;
 use crate::share::{Scope, Share};
 use crate::store::Store;
@@ -9,17 +9,6 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
-
-/// Whether this node would serve a path.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Presence {
-    /// The asker may have it.
-    Held,
-    /// It is not there, or the asker may not have it.
-    Absent,
-    /// This node cannot tell now. It answers nothing then: *no* would be remembered for an hour.
-    Unknown,
-}
 
 /// What discovery needs of the rest of the daemon. A simulation has its own.
 pub trait Environment: Send {
@@ -31,8 +20,9 @@ pub trait Environment: Send {
     fn is_answered(&self, address: SocketAddr) -> bool;
     /// Whether this is an address of this machine.
     fn is_own(&self, ip: IpAddr) -> bool;
-    /// Whether this node would serve the path to that asker. Blocks for 50 ms at most.
-    fn presence(&mut self, hash_part: &HashPart, asker: SocketAddr) -> Presence;
+    /// Whether this node would serve each of the paths to that asker, in their order. `None` if it cannot tell now: it
+    /// answers nothing then, as *no* would be remembered for an hour. Blocks for 50 ms at most.
+    fn held(&mut self, hash_parts: &[HashPart], asker: SocketAddr) -> Option<Vec<bool>>;
 }
 
 /// The real one: the store of this machine, and what is shared of it.
@@ -69,16 +59,18 @@ impl Environment for StoreEnvironment {
         self.networks.is_own(ip)
     }
 
-    fn presence(&mut self, hash_part: &HashPart, asker: SocketAddr) -> Presence {
-        let Some(scope) = self.share.datagram_scope(asker) else { return Presence::Absent };
-        match self.store.path_info_quickly(hash_part) {
-            Ok(Some(info)) if self.share.may_have_now(scope, &info) => Presence::Held,
-            Ok(_) => Presence::Absent,
+    fn held(&mut self, hash_parts: &[HashPart], asker: SocketAddr) -> Option<Vec<bool>> {
+        let Some(scope) = self.share.datagram_scope(asker) else { return Some(vec![false; hash_parts.len()]) };
+        match self.store.path_infos_quickly(hash_parts) {
+            Ok(infos) => {
+                let is_held = |info: &Arc<PathInfo>| self.share.may_have_now(scope, info);
+                Some(infos.iter().map(|info| info.as_ref().is_some_and(is_held)).collect())
+            }
             Err(e) => {
                 if self.faults.now(Instant::now()) {
                     log::error!("{e}");
                 }
-                Presence::Unknown
+                None
             }
         }
     }

@@ -20,8 +20,12 @@ const ALTERNATES_TIMEOUT: Duration = Duration::from_millis(200);
 /// Lookups in that state. Beyond, the oldest gets no further alternates.
 const MAX_ALTERNATES: usize = 4096;
 
-/// Holders passed on for one lookup; more alternates are not needed.
+/// Holders of one lookup that are asked for the narinfo at once, and alternates for the NAR. A
+/// further one takes the place of one that fails.
 pub const MAX_HOLDERS: usize = 16;
+
+/// Holders that wait for such a place: as many as are asked by unicast.
+const MAX_SURPLUS: usize = 256;
 
 /// Names a lookup within this process.
 pub type LookupId = u64;
@@ -65,24 +69,41 @@ pub struct Lookup {
     is_sent: bool,
     /// Holders that were passed on: one address has one server, however many it claims.
     holders: Vec<IpAddr>,
+    /// Holders beyond [`MAX_HOLDERS`], for when one of those fails.
+    surplus: VecDeque<(SocketAddr, Holder)>,
 }
 
 impl Lookup {
-    /// So many more peers owe an answer.
-    pub fn record_asked(&mut self, peers: u32) {
-        self.asked += peers;
-        self.waiting += peers;
+    /// One more peer owes an answer.
+    pub fn record_asked(&mut self) {
+        self.asked += 1;
+        self.waiting += 1;
     }
 
-    /// Passes a holder on, unless one with its address was passed on before or there are enough. Returns whether it did.
-    fn pass_on(&mut self, peer: SocketAddr, holder: Holder) -> bool {
-        let is_wanted = !self.holders.contains(&holder.http.ip()) && self.holders.len() < MAX_HOLDERS;
-        if is_wanted {
-            self.holders.push(holder.http.ip());
-            // The channel has room for all holders and the end. It may be closed: nobody listens any more.
-            let _ = self.updates.try_send(Update::Holder { peer, holder });
+    /// Passes a holder on, or keeps it for later if there are enough. Returns whether its narinfo is to be waited for:
+    /// none with its address came before.
+    fn add_holder(&mut self, peer: SocketAddr, holder: Holder) -> bool {
+        let ip = holder.http.ip();
+        let is_known = self.holders.contains(&ip) || self.surplus.iter().any(|(_, holder)| holder.http.ip() == ip);
+        if is_known {
+            return false;
         }
-        is_wanted
+        if self.holders.len() < MAX_HOLDERS {
+            self.pass_on(peer, holder);
+            return true;
+        }
+        let has_room = self.surplus.len() < MAX_SURPLUS;
+        if has_room {
+            self.surplus.push_back((peer, holder));
+        }
+        has_room
+    }
+
+    fn pass_on(&mut self, peer: SocketAddr, holder: Holder) {
+        self.holders.push(holder.http.ip());
+        // The channel has room for all holders that are asked at once, and the end. It may be
+        // closed: nobody listens any more.
+        let _ = self.updates.try_send(Update::Holder { peer, holder });
     }
 
     fn ends_at(&self) -> Instant {
@@ -121,6 +142,7 @@ impl Lookups {
             broadcast: None,
             is_sent: false,
             holders: Vec::new(),
+            surplus: VecDeque::new(),
         };
         self.open.insert(id, lookup);
         self.unsent.push_back(id);
@@ -201,15 +223,25 @@ impl Lookups {
         self.open.get(&id).or_else(|| self.settled.get(&id)).map(|lookup| lookup.hash_part)
     }
 
-    /// Passes a holder on. Returns whether a narinfo is to be waited for: the lookup is open, and this is a new holder.
-    pub fn pass_on(&mut self, id: LookupId, peer: SocketAddr, holder: Holder) -> bool {
+    /// Passes a holder on, now or when another one fails. Returns whether a narinfo is to be waited for: the lookup is
+    /// open, and this is a new holder.
+    pub fn add_holder(&mut self, id: LookupId, peer: SocketAddr, holder: Holder) -> bool {
         if let Some(lookup) = self.open.get_mut(&id) {
-            return lookup.pass_on(peer, holder);
+            return lookup.add_holder(peer, holder);
         }
         if let Some(lookup) = self.settled.get_mut(&id) {
-            lookup.pass_on(peer, holder);
+            lookup.add_holder(peer, holder);
         }
         false
+    }
+
+    /// A holder gave no good narinfo: the next one is passed on, if there is one.
+    pub fn replace_holder(&mut self, id: LookupId) {
+        if let Some(lookup) = self.open.get_mut(&id)
+            && let Some((peer, holder)) = lookup.surplus.pop_front()
+        {
+            lookup.pass_on(peer, holder);
+        }
     }
 
     /// A good narinfo came: the lookup waits for no peer any more, but takes alternates for a while.
@@ -258,6 +290,36 @@ impl Lookups {
     /// Panics if more lookups are kept than may be.
     pub fn assert_bounds(&self) {
         assert!(self.open.len() <= MAX_LOOKUPS && self.unsent.len() <= MAX_LOOKUPS);
+        assert!(self.open.values().all(|lookup| lookup.surplus.len() <= MAX_SURPLUS));
         assert!(self.settled.len() <= MAX_ALTERNATES && self.settled_until.len() <= MAX_ALTERNATES);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crossbeam_channel::bounded;
+    use std::net::Ipv4Addr;
+
+    #[test]
+    fn further_holder_takes_the_place_of_one_that_fails() {
+        let now = Instant::now();
+        let mut lookups = Lookups::default();
+        let (updates, receiver) = bounded(MAX_HOLDERS + 1);
+        assert!(lookups.insert(1, HashPart::from_bytes(&[0; HashPart::BYTES]), updates, now));
+        let holder = |number: u8| {
+            let http = SocketAddr::from((Ipv4Addr::new(10, 0, 0, number), 1));
+            (http, Holder { http, url_path: String::new() })
+        };
+        for number in 0..20 {
+            let (peer, holder) = holder(number);
+            assert!(lookups.add_holder(1, peer, holder.clone()), "its narinfo is waited for");
+            assert!(!lookups.add_holder(1, peer, holder), "once");
+        }
+        assert_eq!(receiver.try_iter().count(), MAX_HOLDERS);
+        lookups.replace_holder(1);
+        let (peer, holder) = holder(16);
+        assert_eq!(receiver.try_iter().collect::<Vec<_>>(), [Update::Holder { peer, holder }]);
+        lookups.assert_bounds();
     }
 }

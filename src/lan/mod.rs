@@ -1,4 +1,4 @@
-//! The LAN: which peers there are, and which of them has a path (SPEC section 3, docs/protocol.md).
+//! The LAN: which peers there are, and which of them has a path (docs/protocol.md).
 //!
 //! [`discovery`] decides, without I/O. [`DiscoveryThread`] runs it on its sockets, and
 //! [`DiscoveryClient`] is what other threads see of it.
@@ -17,8 +17,8 @@ mod thread;
 
 pub use candidates::{CandidateAnswer, CandidateQuery};
 pub use discovery::{Discovery, Event, LookUp, Random, Settings};
-pub use environment::{Environment, Presence, StoreEnvironment};
-pub use lookups::{LOOKUP_TIMEOUT, LookupId, Update};
+pub use environment::{Environment, StoreEnvironment};
+pub use lookups::{LOOKUP_TIMEOUT, LookupId, MAX_HOLDERS, Update};
 pub use peer_table::{MetBy, Neighbour};
 pub use thread::{DiscoveryClient, DiscoveryThread};
 

@@ -22,9 +22,10 @@ const MAX_PEERS: usize = 1024;
 /// interval. The oldest is forgotten first.
 const MAX_SENT_BATCHES: usize = 256;
 
-/// Queries that a peer may leave unanswered before it is behind. Of a peer that vanished as many datagrams wait for ARP,
-/// about 1,280 bytes each in the send buffer, for 3 s.
-const MAX_IN_FLIGHT: usize = 8;
+/// Queries that a peer may leave unanswered before it is behind. Of a peer that vanished as many
+/// datagrams wait for ARP, about 1,280 bytes each in the send buffer, for 3 s. The 25 connections
+/// of Nix make fewer batches in a round trip.
+const MAX_IN_FLIGHT: usize = 16;
 
 /// An answer is never due before this: scheduling and interrupt coalescing on a busy machine take up to 20 ms.
 const MIN_DUE: Duration = Duration::from_millis(50);
@@ -37,12 +38,13 @@ const DUE_FACTOR: u32 = 4;
 
 /// A query is repeated after 1.5 usual answer times, and never before this.
 const MIN_REPEAT: Duration = Duration::from_millis(3);
-/// The same for a peer that has not been measured.
+/// Delay of the first repeat to a peer that has not been measured.
 const UNMEASURED_REPEAT: Duration = Duration::from_millis(30);
 /// Repeats double their distance up to this.
 const MAX_REPEAT: Duration = Duration::from_millis(500);
-/// The same for a peer through which something was found, and after a *bye*: such a peer is waited for, and is to be
-/// asked soon after it is back. Not for a Python peerix, which works for 20 ms on each query.
+/// Longest delay between repeats to a peer that sends *no*, if a path was found through it or it
+/// said *bye*: it is waited for, and is to be asked soon after it is back. A Python peerix works
+/// for 20 ms on each query.
 const MAX_OWN_REPEAT: Duration = Duration::from_millis(100);
 /// Out-of-order answers to batches sent closer together than this say nothing of loss.
 const REORDERING: Duration = Duration::from_micros(500);
@@ -53,16 +55,23 @@ pub const FIRST_PROBE: Duration = Duration::from_secs(1);
 const MAX_PROBE: Duration = Duration::from_secs(30);
 /// A peer that has been silent for this long is forgotten, unless `--peer` names it.
 const FORGET_SILENT: Duration = Duration::from_secs(90);
-/// A live peer that has not been heard for this long counts as silent and is probed: three hellos were lost.
+/// A live peer that has not been heard for this long is probed: where broadcasts are filtered, it may be well.
+const PROBE_UNHEARD: Duration = Duration::from_secs(60);
+/// Pause before the next such probe.
+const PROBE_UNHEARD_AGAIN: Duration = Duration::from_secs(10);
+/// A live peer that has not been heard for this long counts as silent: three hellos were lost, and as many probes.
 const UNHEARD: Duration = Duration::from_secs(90);
 /// A Python peerix says no hello. It is remembered for this long after its last packet.
 const REMEMBER_ORIGINAL: Duration = Duration::from_secs(3600);
 /// A peer that has said no hello within this time after its first packet is a Python peerix.
 const HELLO_PATIENCE: Duration = Duration::from_secs(1);
 
+/// A peer that says *hello* as another instance more often than this is not believed: each causes packets.
+const HELLO_CHANGE: Duration = Duration::from_millis(200);
+
 /// After a *bye* the peer is waited for this long: a restart is shorter.
 const BYE_WAIT: Timeout = Timeout::from_secs(1);
-/// Pause between probes in that time: one may be lost, or come before the daemon is back.
+/// Pause between probes in [`BYE_WAIT`]: one may be lost, or come before the daemon is back.
 const PROBE_AFTER_BYE: Duration = Duration::from_millis(200);
 
 /// How this node came to know a peer.
@@ -124,7 +133,7 @@ pub struct Neighbour {
 /// An answer that a lookup still wants from a peer.
 #[derive(Debug)]
 pub struct Owed {
-    /// When it was first asked for; after a *have*, when that came. Lookup time.
+    /// When the answer was first wanted, even if the query was held back; after a *have*, when that came. Lookup time.
     pub since: Instant,
     /// When the query was last sent, in lookup time; `None` if it waits, as the peer is behind.
     sent: Option<Instant>,
@@ -179,11 +188,13 @@ pub struct Peer {
     pub is_overdue: bool,
     owed: BTreeMap<LookupId, Owed>,
     sent: VecDeque<SentBatch>,
-    /// How many of the last of them are later than the one that was answered last.
+    /// Number of queries sent after the one that was answered last; they are at the end of `sent`.
     in_flight: usize,
     repeat_at: Option<Instant>,
     repeats: u32,
     last_early_repeat: Option<Instant>,
+    /// When it last said hello as another instance.
+    last_change: Option<Instant>,
     /// When it was last told of this node because it seemed not to know it.
     pub last_reminder: Option<Instant>,
 }
@@ -212,6 +223,7 @@ impl Peer {
             repeat_at: None,
             repeats: 0,
             last_early_repeat: None,
+            last_change: None,
             last_reminder: None,
         }
     }
@@ -225,8 +237,8 @@ impl Peer {
         }
     }
 
-    /// Whether a broadcast query reaches it and is all that it is sent at first: it is a Python peerix here, which works
-    /// for 20 ms on each copy.
+    /// Whether a broadcast query reaches it and is all that it is sent at first: it is a Python
+    /// peerix here, which works for 20 ms on each copy.
     pub fn takes_broadcasts(&self) -> bool {
         self.hello.is_none() && !self.is_named
     }
@@ -236,16 +248,22 @@ impl Peer {
         self.silence.is_none()
     }
 
-    /// Whether it is live and has answered before. Datagrams to others may wait for ARP and fill a socket's send buffer.
+    /// Whether it is live and has answered before. Datagrams to others may wait for ARP and fill a
+    /// socket's send buffer.
     pub fn is_proven(&self) -> bool {
         self.is_live() && self.last_answer.is_some()
     }
 
-    /// Whether it has left queries unanswered, too many or for too long. It may have vanished: until it answers, it is sent
-    /// nothing but repeats, so that few datagrams to it wait for ARP.
+    /// Whether it has left queries unanswered, too many or for too long. It may have vanished, so
+    /// that few datagrams to it may wait for ARP.
     pub fn is_behind(&self, t: Instant) -> bool {
         let oldest = self.sent.len().checked_sub(self.in_flight).and_then(|at| self.sent.get(at));
         self.in_flight >= MAX_IN_FLIGHT || oldest.is_some_and(|oldest| oldest.sent + self.first_repeat_gap() <= t)
+    }
+
+    /// Whether it is behind and was sent a query less than a repeat's distance ago.
+    pub fn is_held_back(&self, t: Instant) -> bool {
+        self.is_behind(t) && self.sent.back().is_some_and(|last| last.sent + self.repeat_gap() > t)
     }
 
     /// Whether a Python peerix was heard at this address within the last hour.
@@ -282,6 +300,8 @@ impl Peer {
 
     /// Notes that a query for `lookups` was sent with this request ID. Returns the lookups that were not owed before.
     pub fn record_sent(&mut self, id: u32, lookups: Arc<[LookupId]>, t: Instant) -> Vec<LookupId> {
+        let is_late = self.repeat_at.is_none() && self.is_behind(t);
+        self.repeats += u32::from(is_late);
         let added = self.owe(&lookups, Some(t), t);
         if self.sent.len() >= MAX_SENT_BATCHES {
             self.sent.pop_front();
@@ -291,8 +311,8 @@ impl Peer {
         added
     }
 
-    /// Notes that the peer is to answer for `lookups` although it is behind, and will be asked later. Returns the lookups
-    /// that were not owed before.
+    /// Notes that the peer is to answer for `lookups` although it is behind, and will be asked
+    /// later. Returns the lookups that were not owed before.
     pub fn record_held_back(&mut self, lookups: &[LookupId], t: Instant) -> Vec<LookupId> {
         self.owe(lookups, None, t)
     }
@@ -307,9 +327,30 @@ impl Peer {
             owed.sent = sent.or(owed.sent);
         }
         if self.repeat_at.is_none() && !self.owed.is_empty() {
-            self.repeat_at = Some(t + self.repeat_gap());
+            // What is held back leaves a repeat's distance after the last query.
+            let last = self.sent.back().filter(|_| sent.is_none()).map_or(t, |last| last.sent);
+            self.repeat_at = Some(last + self.repeat_gap());
         }
         added
+    }
+
+    /// It said hello. Returns whether it is another instance than before, and tells of such a change at most once in
+    /// [`HELLO_CHANGE`].
+    pub fn record_hello(&mut self, hello: Hello, now: Instant) -> bool {
+        self.hasten_probe(now);
+        let old = self.hello;
+        if old.is_some_and(|old| old.instance == hello.instance)
+            || self.last_change.is_some_and(|last| last + HELLO_CHANGE > now)
+        {
+            return false;
+        }
+        self.last_change = Some(now);
+        // Anybody may have sent it: what a peer that answers understood, it still does.
+        let understood = old.filter(|_| self.is_proven());
+        let batches = hello.batches || understood.is_some_and(|old| old.batches);
+        let crowded = hello.crowded && understood.is_none_or(|old| old.crowded);
+        self.hello = Some(Hello { batches, crowded, ..hello });
+        true
     }
 
     /// Takes the query with this request ID, if it was sent to this peer and not yet answered.
@@ -342,7 +383,7 @@ impl Peer {
     pub fn settle(&mut self, lookup: LookupId) -> bool {
         let was_owed = self.owed.remove(&lookup).is_some();
         if self.owed.is_empty() {
-            (self.repeat_at, self.repeats) = (None, 0);
+            self.repeat_at = None;
         }
         was_owed
     }
@@ -425,7 +466,7 @@ impl Peer {
 
     /// A *have-only* peer that was given up says nothing by its silence. Returns whether it now counts as silent: it
     /// also left a query unanswered for a path that it had.
-    pub fn is_verified_silent(&mut self, t: Instant, due: Duration) -> bool {
+    pub fn is_verified_silent(&self, t: Instant, due: Duration) -> bool {
         if self.last_found.is_none() {
             return true;
         }
@@ -463,10 +504,17 @@ impl Peer {
         self.repeats = 0;
     }
 
-    /// When it is probed next; `None` for a live peer, unless it said *bye*.
+    /// When it is probed next; a live peer only after its *bye*, and if its hellos do not come.
     pub fn next_probe(&self) -> Option<Instant> {
-        let after_bye = self.last_probe.filter(|_| self.bye.is_some()).map(|last| last + PROBE_AFTER_BYE);
-        self.silence.as_ref().map(|silence| silence.next_probe).or(after_bye)
+        if let Some(silence) = &self.silence {
+            return Some(silence.next_probe);
+        }
+        let after_last = |pause| self.last_probe.map(|last| last + pause);
+        if self.bye.is_some() {
+            return after_last(PROBE_AFTER_BYE);
+        }
+        let unheard = self.heard.filter(|_| self.hello.is_some()).map(|heard| heard + PROBE_UNHEARD);
+        unheard.map(|at| at.max(after_last(PROBE_UNHEARD_AGAIN).unwrap_or(at)))
     }
 
     /// Moves the next probe of a silent peer to now, at most once in [`FIRST_PROBE`].
@@ -572,8 +620,8 @@ impl PeerTable {
         (!usual.is_empty()).then(|| *usual.select_nth_unstable(middle).1)
     }
 
-    /// Forgets peers that have been silent for too long, and the address of a peer that `--peer` no longer names. Returns
-    /// the live ones that were not heard for long.
+    /// Forgets peers that have been silent for too long, and the address of a peer that `--peer` no
+    /// longer names. Returns the live ones that were not heard for long.
     pub fn forget_old(&mut self, now: Instant) -> Vec<SocketAddr> {
         let age = |at: Instant| now.saturating_duration_since(at);
         self.peers.retain(|_, peer| {

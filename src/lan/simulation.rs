@@ -1,12 +1,14 @@
-//! A deterministic simulation of LAN discovery: the real state machine on many nodes, in virtual time, on a network that
-//! loses, delays, duplicates and reorders packets, with nodes that pause, vanish, restart, lie and are of other versions.
+//! A deterministic simulation of LAN discovery: the real state machine on many nodes, in virtual
+//! time, on a network that loses, delays, duplicates and reorders packets, with nodes that pause,
+//! vanish, restart, lie and are of other versions.
 //!
-//! Everything follows from a seed. [`properties`] checks what holds for every seed; [`scenes`] are named situations with
-//! what they may cost; [`table`] prints costs against the number of nodes. `make simulate` runs it at length:
+//! Everything follows from a seed. [`properties`] checks what holds for every seed; [`scenes`] are
+//! named situations with what they may cost; [`table`] prints costs against the number of nodes.
+//! `make simulate` runs it at length:
 //! `PEERIX_SIMULATION_SEEDS=100000`. `PEERIX_SIMULATION_TRACE=<seed>` prints the packets of one run.
 
 use super::discovery::{Discovery, Event, LookUp, Outgoing, Settings, To};
-use super::environment::{Environment, Presence};
+use super::environment::Environment;
 use super::lookups::{LOOKUP_TIMEOUT, LookupId, Update};
 use crate::nix::HashPart;
 use crate::wire::{Bits, Hello, Packet};
@@ -22,11 +24,13 @@ mod scenes;
 mod table;
 
 const PORT: u16 = 12304;
-/// Source port of a node's second socket.
+/// Source ports of a node's second and third socket.
 const SECOND_PORT: u16 = 40_000;
+const THIRD_PORT: u16 = 40_001;
 /// Datagrams in the receive buffer of a paused node.
 const RECEIVE_BUFFER: usize = 1000;
-/// Datagrams in the send buffer of a socket: the kernel grants 416 KiB, of which one with 25 hash parts takes 1,280 bytes.
+/// Datagrams in the send buffer of a socket: the kernel grants 416 KiB, of which one with 25 hash
+/// parts takes 1,280 bytes.
 const SEND_BUFFER: usize = 332;
 /// How long a datagram to a host that does not answer ARP stays there.
 const ARP_TIMEOUT: Duration = Duration::from_secs(3);
@@ -37,12 +41,12 @@ const SECOND: Duration = Duration::from_secs(1);
 
 /// A generator of random numbers (xorshift64*), the same for the same seed.
 #[derive(Clone)]
-struct Random(u64);
+struct SeededRandom(u64);
 
-impl Random {
+impl SeededRandom {
     fn new(seed: u64) -> Self {
         // A small seed would begin with zeros.
-        let mut random = Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ 0x5851_f42d_4c95_7f2d);
+        let mut random = SeededRandom(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ 0x5851_f42d_4c95_7f2d);
         for _ in 0..4 {
             random.next();
         }
@@ -109,8 +113,9 @@ impl Environment for Store {
     fn is_own(&self, ip: IpAddr) -> bool {
         ip == self.own
     }
-    fn presence(&mut self, hash_part: &HashPart, _: SocketAddr) -> Presence {
-        if self.held.lock().unwrap().contains(hash_part) { Presence::Held } else { Presence::Absent }
+    fn held(&mut self, hash_parts: &[HashPart], _: SocketAddr) -> Option<Vec<bool>> {
+        let held = self.held.lock().unwrap();
+        Some(hash_parts.iter().map(|hash_part| held.contains(hash_part)).collect())
     }
 }
 
@@ -144,8 +149,6 @@ struct Host {
     paused_until: Option<Duration>,
     /// Off the network until then.
     unplugged_until: Duration,
-    /// It was last paused, unplugged or down at this time.
-    disturbed: Duration,
     inbox: VecDeque<(SocketAddr, Rc<[u8]>)>,
     /// For each socket, until when datagrams wait for ARP.
     waiting_for_arp: BTreeMap<u16, VecDeque<Duration>>,
@@ -177,7 +180,7 @@ struct Workload {
 
 struct Simulation {
     seed: u64,
-    random: Random,
+    random: SeededRandom,
     base: Instant,
     now: Duration,
     sequence: u64,
@@ -193,8 +196,8 @@ struct Simulation {
     outcomes: Vec<Outcome>,
     packets: u64,
     bytes: u64,
-    /// Datagrams for which there was no room in a send buffer.
-    unsent: u64,
+    /// Datagrams for which there was no room in the send buffer of a first or second socket.
+    dropped: u64,
     /// Prints every packet: the seed is `PEERIX_SIMULATION_TRACE`.
     is_traced: bool,
 }
@@ -214,7 +217,7 @@ impl Simulation {
     fn new(seed: u64) -> Self {
         Simulation {
             seed,
-            random: Random::new(seed),
+            random: SeededRandom::new(seed),
             base: Instant::now(),
             now: Duration::ZERO,
             sequence: 0,
@@ -229,7 +232,7 @@ impl Simulation {
             outcomes: Vec::new(),
             packets: 0,
             bytes: 0,
-            unsent: 0,
+            dropped: 0,
             is_traced: std::env::var("PEERIX_SIMULATION_TRACE").is_ok_and(|traced| traced == seed.to_string()),
         }
     }
@@ -255,7 +258,6 @@ impl Simulation {
             is_up: false,
             paused_until: None,
             unplugged_until: Duration::ZERO,
-            disturbed: start,
             inbox: VecDeque::new(),
             waiting_for_arp: BTreeMap::new(),
             wake: Duration::MAX,
@@ -281,10 +283,9 @@ impl Simulation {
 
     fn start(&mut self, index: usize) {
         let now = self.base + self.now;
-        let mut random = Random::new(self.random.next());
+        let mut random = SeededRandom::new(self.random.next());
         let host = &mut self.hosts[index];
         host.is_up = true;
-        host.disturbed = self.now;
         host.instance = random.next();
         if host.kind == Kind::Node {
             let settings = Settings { http_port: PORT, udp_port: PORT, timeout: 50 * MS };
@@ -319,7 +320,6 @@ impl Simulation {
         host.is_up = false;
         host.machine = None;
         host.inbox.clear();
-        host.disturbed = self.now;
     }
 
     /// The daemon says bye, ends, and starts again after `pause`.
@@ -336,7 +336,6 @@ impl Simulation {
     fn pause(&mut self, index: usize, time: Duration) {
         let until = self.now + time;
         self.hosts[index].paused_until = Some(until);
-        self.hosts[index].disturbed = until;
         self.run_at(until, move |simulation| {
             simulation.hosts[index].paused_until = None;
             simulation.turn(index);
@@ -345,7 +344,6 @@ impl Simulation {
 
     fn unplug(&mut self, index: usize, time: Duration) {
         self.hosts[index].unplugged_until = self.now + time;
-        self.hosts[index].disturbed = self.now + time;
     }
 
     /// Begins to look up `paths` on `connections` connections at `start`.
@@ -421,11 +419,11 @@ impl Simulation {
             waiting.pop_front();
         }
         if waiting.len() >= SEND_BUFFER {
-            self.unsent += 1;
+            self.dropped += u64::from(port != THIRD_PORT);
             return;
         }
         let targets: Vec<usize> = match to {
-            To::Peer(to) | To::Unproven(to) => {
+            To::Peer(to) | To::Behind(to) | To::Unproven(to) => {
                 let target = self.by_ip.get(&to.ip()).copied();
                 if target.is_none_or(|target| !self.answers_arp(target)) {
                     let until = self.now + ARP_TIMEOUT;
@@ -451,7 +449,11 @@ impl Simulation {
 
     fn send_all(&mut self, from: usize, out: Outgoing) {
         for (to, packet) in out {
-            let port = if matches!(to, To::Unproven(_)) { SECOND_PORT } else { PORT };
+            let port = match to {
+                To::Peer(_) | To::Everyone => PORT,
+                To::Behind(_) => SECOND_PORT,
+                To::Unproven(_) => THIRD_PORT,
+            };
             self.send(from, port, to, &packet);
         }
     }
@@ -644,16 +646,12 @@ impl Simulation {
         self.at(self.now + self.think, Act::Begin { node, connection: active.connection });
     }
 
-    /// The misses of paths that a host has which was not disturbed since `margin` before the lookup.
-    fn wrong_misses(&self, margin: Option<Duration>) -> Vec<&Outcome> {
-        let is_live = |host: &Host, outcome: &Outcome| {
-            let is_undisturbed = margin.is_none_or(|margin| host.disturbed + margin <= outcome.began);
-            host.is_up && !matches!(host.kind, Kind::Firewalled | Kind::Forged) && is_undisturbed
-        };
+    /// The misses of paths that a host has.
+    fn wrong_misses(&self) -> Vec<&Outcome> {
+        let is_live = |host: &Host| host.is_up && !matches!(host.kind, Kind::Firewalled | Kind::Forged);
         let is_wrong = |outcome: &&Outcome| {
             let mut others = self.hosts.iter().enumerate().filter(|(index, _)| *index != outcome.node);
-            !outcome.found
-                && others.any(|(_, host)| is_live(host, outcome) && host.held.lock().unwrap().contains(&outcome.path))
+            !outcome.found && others.any(|(_, host)| is_live(host) && host.held.lock().unwrap().contains(&outcome.path))
         };
         self.outcomes.iter().filter(is_wrong).collect()
     }
@@ -672,13 +670,6 @@ impl Simulation {
 
     fn longer_than(&self, time: Duration) -> usize {
         self.outcomes.iter().filter(|outcome| outcome.took > time).count()
-    }
-}
-
-impl Discovery<Store> {
-    /// Checks the bounds of the state.
-    fn check_bounds(&self) {
-        self.assert_bounds();
     }
 }
 

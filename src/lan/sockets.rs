@@ -11,10 +11,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use std::{io, thread};
 
-/// Buffers that are asked for: 40 answers of 25 lookups from 256 peers, and as many queries. The kernel caps them.
+/// Send and receive buffer asked of the kernel, in bytes. It caps them at `wmem_max` and `rmem_max`, and doubles them.
 const BUFFER: usize = 1 << 20;
 
-/// How long one turn waits in all for room in the send buffer. At 1 Mbit/s the buffer of 208 KiB empties in 1.7 s; what
+/// How long one turn waits in all for room in the send buffer. At 1 Mbit/s a buffer of 416 KiB empties in 3.4 s; what
 /// does not leave is lost and repeated.
 const SEND_TIMEOUT: Duration = Duration::from_millis(20);
 
@@ -28,9 +28,11 @@ pub(super) const SENDS_AT_ONCE: usize = 32;
 pub(super) struct Sockets {
     sockets: Vec<UdpSocket>,
     bound: Vec<Bound>,
-    /// For each of `sockets`, one on the same address and another port. Datagrams to hosts that have not answered leave
-    /// from there: while ARP waits for a host, they fill its send buffer and not that of the live.
-    unproven: Vec<Option<UdpSocket>>,
+    /// For each of `sockets`, two on the same address and other ports, for [`To::Behind`] and
+    /// [`To::Unproven`]. While ARP waits for a host, datagrams to it fill the send buffer of one of
+    /// these, and not that of the first.
+    extra: Vec<[Option<UdpSocket>; 2]>,
+    ready: Vec<usize>,
     port: u16,
     networks: Arc<Networks>,
     watcher: NetworkWatcher,
@@ -43,8 +45,8 @@ pub(super) struct Sockets {
     has_lan: bool,
     /// What is left of [`SEND_TIMEOUT`] in this turn.
     patience: Duration,
-    /// Datagrams that found no room in the send buffer, since [`Sockets::take_unsent`].
-    unsent: u64,
+    /// Datagrams that found no room in the send buffer, since [`Sockets::take_dropped`].
+    dropped: u64,
 }
 
 /// What a socket is bound to.
@@ -71,15 +73,16 @@ impl Sockets {
             bound.push(Bound { address, dual });
             prepare(socket)?;
         }
-        let unproven = bound.iter().map(|bound| match has_lan {
-            true => twin(*bound).inspect_err(|e| log::debug!("second socket on {}: {e}", bound.address)).ok(),
+        let extra = |bound: &Bound| match has_lan {
+            true => twin(*bound).inspect_err(|e| log::debug!("another socket on {}: {e}", bound.address)).ok(),
             false => None,
-        });
-        let unproven = unproven.collect();
+        };
+        let extra = bound.iter().map(|bound| [extra(bound), extra(bound)]).collect();
         let mut sockets = Sockets {
             sockets,
             bound,
-            unproven,
+            extra,
+            ready: Vec::new(),
             port,
             watcher: NetworkWatcher::new(networks.clone(), Instant::now()),
             networks,
@@ -88,7 +91,7 @@ impl Sockets {
             unreachable: false,
             has_lan,
             patience: SEND_TIMEOUT,
-            unsent: 0,
+            dropped: 0,
         };
         sockets.join(Instant::now());
         Ok(sockets)
@@ -96,14 +99,14 @@ impl Sockets {
 
     /// Number of sockets that [`Sockets::receive`] takes.
     pub(super) fn len(&self) -> usize {
-        self.sockets.len() + self.unproven.len()
+        self.sockets.len() + self.extra.as_flattened().len()
     }
 
     /// The next datagram of that socket, and where it is from. Does not block.
     pub(super) fn receive(&self, at: usize, buffer: &mut [u8]) -> io::Result<(usize, SocketAddr)> {
         let socket = match at.checked_sub(self.sockets.len()) {
             None => Some(&self.sockets[at]),
-            Some(at) => self.unproven[at].as_ref(),
+            Some(at) => self.extra.as_flattened()[at].as_ref(),
         };
         let (len, from) = socket.ok_or(io::ErrorKind::WouldBlock)?.recv_from(buffer)?;
         let from = match from {
@@ -116,11 +119,14 @@ impl Sockets {
         Ok((len, from))
     }
 
-    /// Waits for a datagram, for `wake` or for the end of `wait`.
+    /// Waits for a datagram, for `wake` or for the end of `wait`. [`Sockets::ready`] tells then where datagrams are.
     pub(super) fn wait(&mut self, wake: &OwnedFd, wait: Duration) {
         self.patience = SEND_TIMEOUT;
-        let sockets = self.sockets.iter().chain(self.unproven.iter().flatten());
-        let mut fds: Vec<PollFd<'_>> = sockets.map(|socket| PollFd::new(socket, PollFlags::IN)).collect();
+        self.ready.clear();
+        let sockets = self.sockets.iter().map(Some).chain(self.extra.as_flattened().iter().map(Option::as_ref));
+        let sockets: Vec<(usize, &UdpSocket)> =
+            sockets.enumerate().filter_map(|(at, socket)| Some((at, socket?))).collect();
+        let mut fds: Vec<PollFd<'_>> = sockets.iter().map(|(_, socket)| PollFd::new(*socket, PollFlags::IN)).collect();
         fds.push(PollFd::new(wake, PollFlags::IN));
         let news = self.watcher.as_fd();
         fds.extend(news.as_ref().map(|news| PollFd::new(news, PollFlags::IN)));
@@ -131,7 +137,14 @@ impl Sockets {
             log::error!("poll: {e}");
             thread::sleep(Duration::from_millis(100));
         }
+        let ready = sockets.iter().zip(&fds).filter(|(_, fd)| !fd.revents().is_empty()).map(|((at, _), _)| *at);
+        self.ready.extend(ready);
         let _ = rustix::io::read(wake, &mut [0u8; 8]);
+    }
+
+    /// The sockets, as [`Sockets::receive`] takes them, that had datagrams at the end of the last wait.
+    pub(super) fn ready(&self) -> &[usize] {
+        &self.ready
     }
 
     /// When [`Sockets::network_changed`] has to be called even if the kernel reports no change.
@@ -181,16 +194,19 @@ impl Sockets {
 
     /// Sends up to [`SENDS_AT_ONCE`] datagrams of `out`, those for the living first. Returns whether any is left.
     pub(super) fn send(&mut self, out: &mut Outgoing) -> bool {
-        let is_last = |to: &To| matches!(to, To::Unproven(_));
-        out.sort_by_key(|(to, _)| is_last(to));
+        let order = |to: &To| match to {
+            To::Peer(_) | To::Everyone => 0,
+            To::Behind(_) => 1,
+            To::Unproven(_) => 2,
+        };
+        out.sort_by_key(|(to, _)| order(to));
         for (to, packet) in out.drain(..out.len().min(SENDS_AT_ONCE)) {
             let bytes = packet.encode();
             match to {
-                To::Peer(peer) => self.send_to(&bytes, peer, true),
-                To::Unproven(peer) => self.send_to(&bytes, peer, false),
+                To::Peer(peer) | To::Behind(peer) | To::Unproven(peer) => self.send_to(&bytes, peer, order(&to)),
                 To::Everyone => {
                     for target in self.networks.current().broadcast_targets(self.port) {
-                        self.send_to(&bytes, target, true);
+                        self.send_to(&bytes, target, 0);
                     }
                 }
             }
@@ -199,27 +215,27 @@ impl Sockets {
     }
 
     /// Datagrams that found no room in the send buffer since the last call.
-    pub(super) fn take_unsent(&mut self) -> u64 {
-        std::mem::take(&mut self.unsent)
+    pub(super) fn take_dropped(&mut self) -> u64 {
+        std::mem::take(&mut self.dropped)
     }
 
-    fn send_to(&mut self, bytes: &[u8], target: SocketAddr, is_proven: bool) {
+    /// Sends from the first, second or third socket: 0 to 2.
+    fn send_to(&mut self, bytes: &[u8], target: SocketAddr, from: usize) {
         let Some(at) = socket_for(target, &self.bound, &self.networks.current()) else { return };
         let mapped = match target {
             SocketAddr::V4(v4) if self.bound[at].dual => (v4.ip().to_ipv6_mapped(), v4.port()).into(),
             _ => target,
         };
-        let second = self.unproven[at].as_ref().filter(|_| !is_proven);
-        let socket = second.unwrap_or(&self.sockets[at]);
-        let mut sent = socket.send_to(bytes, mapped);
-        while is_full(&sent) && second.is_none() && !self.patience.is_zero() {
+        let extra = from.checked_sub(1).and_then(|from| self.extra[at][from].as_ref());
+        let mut sent = extra.unwrap_or(&self.sockets[at]).send_to(bytes, mapped);
+        while is_full(&sent) && from == 0 && !self.patience.is_zero() {
             let began = Instant::now();
             let timeout = Timespec::try_from(self.patience).unwrap_or(Timespec { tv_sec: 0, tv_nsec: 1_000_000 });
-            let _ = poll(&mut [PollFd::new(socket, PollFlags::OUT)], Some(&timeout));
+            let _ = poll(&mut [PollFd::new(&self.sockets[at], PollFlags::OUT)], Some(&timeout));
             self.patience = self.patience.saturating_sub(began.elapsed());
-            sent = socket.send_to(bytes, mapped);
+            sent = self.sockets[at].send_to(bytes, mapped);
         }
-        self.unsent += u64::from(is_full(&sent));
+        self.dropped += u64::from(is_full(&sent));
         if let Err(e) = sent {
             // A lost packet: it is repeated.
             log::debug!("datagram to {target}: {e}");
@@ -346,7 +362,7 @@ mod tests {
         let networks = Arc::new(Networks::new(NetworkPolicy::default(), Vec::new()));
         let mut sockets = Sockets::new(vec![socket], here.port(), networks, true).unwrap();
         let other = UdpSocket::bind("127.0.0.1:0").unwrap();
-        sockets.send_to(b"to", other.local_addr().unwrap(), true);
+        sockets.send_to(b"to", other.local_addr().unwrap(), 0);
         let mut buffer = [0; 8];
         assert_eq!(other.recv_from(&mut buffer).unwrap(), (2, here));
         other.send_to(b"back", here).unwrap();

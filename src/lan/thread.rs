@@ -5,7 +5,7 @@ use super::discovery::{Discovery, Event, LookUp, Outgoing};
 use super::environment::Environment;
 use super::lookups::{LookupId, Update};
 use super::peer_table::Neighbour;
-use super::sockets::Sockets;
+use super::sockets::{SENDS_AT_ONCE, Sockets};
 use crate::network::{Networks, neighbours};
 use crate::nix::HashPart;
 use crate::on_drop::OnDrop;
@@ -28,6 +28,12 @@ const MAX_WAITING: usize = 4096;
 /// Datagrams read in one turn. Beyond, no wait is judged in this turn, as answers may still be in the buffer.
 const MAX_READ: usize = 4096;
 
+/// Rounds of sending in one turn, each of [`SENDS_AT_ONCE`] datagrams: a batch to 256 peers, its repeats, and answers.
+const MAX_ROUNDS: usize = 64;
+
+/// Datagrams that wait to be sent. Beyond, none is read: the kernel's buffer bounds what a flood may take.
+const MAX_OUTGOING: usize = 8192;
+
 /// Interval between two readings of the kernel's neighbour tables.
 const NEIGHBOURS_INTERVAL: Duration = Duration::from_secs(30);
 
@@ -43,7 +49,7 @@ pub struct DiscoveryClient {
     events: Sender<Event<'static>>,
     wake: OwnedFd,
     next_lookup: AtomicU64,
-    unsent: AtomicU64,
+    dropped: AtomicU64,
     // Not events: a full channel must not keep the thread from ending.
     bye: AtomicBool,
     stop: AtomicBool,
@@ -79,8 +85,8 @@ impl DiscoveryClient {
         candidates: Vec<SocketAddr>,
         until: Instant,
     ) -> Receiver<CandidateAnswer> {
-        let (told, receiver) = bounded(candidates.len());
-        self.send(Event::QueryCandidates(CandidateQuery { hash_part, candidates, told, until }));
+        let (answers, receiver) = bounded(candidates.len());
+        self.send(Event::QueryCandidates(CandidateQuery { hash_part, candidates, answers, until }));
         receiver
     }
 
@@ -99,9 +105,9 @@ impl DiscoveryClient {
         receiver.recv_deadline(until).ok()
     }
 
-    /// Datagrams so far that were lost because the send buffer stayed full.
-    pub fn unsent(&self) -> u64 {
-        self.unsent.load(Ordering::Relaxed)
+    /// Datagrams so far that were not sent because a send buffer was full.
+    pub fn dropped(&self) -> u64 {
+        self.dropped.load(Ordering::Relaxed)
     }
 
     fn send(&self, event: Event<'static>) {
@@ -132,7 +138,7 @@ impl DiscoveryThread {
             events: sender,
             wake: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
             next_lookup: AtomicU64::new(0),
-            unsent: AtomicU64::new(0),
+            dropped: AtomicU64::new(0),
             bye: AtomicBool::new(false),
             stop: AtomicBool::new(false),
         });
@@ -200,7 +206,8 @@ impl<E: Environment> Runner<E> {
     fn run(mut self, events: &Receiver<Event<'static>>, client: &DiscoveryClient, turns: &AtomicU64) {
         loop {
             let next = self.sockets.next_due().into_iter().fold(self.discovery.next_turn(), Instant::min);
-            self.sockets.wait(&client.wake, next.saturating_duration_since(Instant::now()));
+            let wait = next.saturating_duration_since(Instant::now());
+            self.sockets.wait(&client.wake, if self.out.is_empty() { wait } else { Duration::ZERO });
             turns.fetch_add(1, Ordering::Relaxed);
             let stop = client.stop.load(Ordering::SeqCst);
             let leaves = client.bye.swap(false, Ordering::SeqCst) || stop;
@@ -212,16 +219,27 @@ impl<E: Environment> Runner<E> {
             while let Ok(event) = events.try_recv() {
                 self.handle(event);
             }
-            let drained = self.read(MAX_READ);
+            // When nothing was due before these datagrams, no wait is judged, and the other sockets need not be read.
+            let drained = if next <= Instant::now() {
+                self.read(0..self.sockets.len(), MAX_READ)
+            } else {
+                self.read(self.sockets.ready().to_vec(), MAX_READ);
+                false
+            };
             self.handle(Event::Tick { drained });
             if leaves {
-                // After a hello that was due. Said again at the end: a query that was sent since made this node known again.
+                // After a hello that was due. Said again at the end: a query that was sent since
+                // made this node known again.
                 self.discovery.bye(&mut self.out);
             }
-            while self.sockets.send(&mut self.out) {
-                self.read(MAX_READ);
+            // What is left after some rounds, as under a flood, leaves in the next turn.
+            for _ in 0..MAX_ROUNDS {
+                if !self.sockets.send(&mut self.out) {
+                    break;
+                }
+                self.read(0..self.sockets.len(), SENDS_AT_ONCE);
             }
-            client.unsent.fetch_add(self.sockets.take_unsent(), Ordering::Relaxed);
+            client.dropped.fetch_add(self.sockets.take_dropped(), Ordering::Relaxed);
             if stop {
                 return;
             }
@@ -249,10 +267,13 @@ impl<E: Environment> Runner<E> {
         self.discovery.handle(event, Instant::now(), &mut self.out);
     }
 
-    /// Handles up to `most` datagrams. Returns whether there are no more.
-    fn read(&mut self, most: usize) -> bool {
-        let mut left = most;
-        for at in 0..self.sockets.len() {
+    /// Handles up to `most` datagrams of these sockets. Returns whether there are no more.
+    fn read(&mut self, sockets: impl IntoIterator<Item = usize>, most: usize) -> bool {
+        let mut left = most.min(MAX_OUTGOING.saturating_sub(self.out.len()));
+        if left == 0 {
+            return false;
+        }
+        for at in sockets {
             while let Ok((len, from)) = self.sockets.receive(at, &mut self.buffer) {
                 let event = Event::Datagram { from, bytes: &self.buffer[..len] };
                 self.discovery.handle(event, Instant::now(), &mut self.out);

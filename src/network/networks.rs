@@ -35,13 +35,18 @@ impl Networks {
         self.latest.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Takes what was read again; true if the addresses are others than before.
+    /// Takes what was read again; true if the networks in use are others than before. Containers
+    /// come and go on excluded interfaces.
     pub fn replace(&self, interfaces: Vec<Interface>) -> bool {
-        let has_changed = self.current().interfaces() != interfaces;
-        if has_changed {
-            let networks = Arc::new(LanNetworks::new(self.policy.clone(), interfaces));
-            *self.latest.write().unwrap_or_else(PoisonError::into_inner) = networks;
+        let before = self.current();
+        if before.interfaces() == interfaces {
+            return false;
         }
+        let after = Arc::new(LanNetworks::new(self.policy.clone(), interfaces));
+        let has_changed = before.lan_addresses() != after.lan_addresses()
+            || before.multicast_interfaces() != after.multicast_interfaces()
+            || !before.routed_networks().eq(after.routed_networks());
+        *self.latest.write().unwrap_or_else(PoisonError::into_inner) = after;
         has_changed
     }
 

@@ -30,8 +30,8 @@ pub const STALL: Timeout = Timeout::from_secs(10);
 /// A peer that is slower than this, in bytes a second and one stream, is left in any case: Nix would wait for it
 /// without end. Sixteen streams over the slowest Wi-Fi have twice that each.
 pub const TOO_SLOW: u64 = 8 * 1024;
-/// A NAR's body takes so long at most, beside its size at four times [`TOO_SLOW`]: it bounds what a peer can do inside one
-/// read. A slower one that is honest is asked for the rest.
+/// A NAR's body takes so long at most, beside its size at four times [`TOO_SLOW`]: it bounds what a
+/// peer can do inside one read. A slower one that is honest is asked for the rest.
 const BODY_GRACE: Duration = Duration::from_secs(30);
 
 /// Connections kept open to one peer: as many as Nix opens to us.
@@ -217,13 +217,13 @@ impl Client {
         Ok(info)
     }
 
-    /// A NAR from byte `offset` on, which begins within `patience`. `url_path` is the narinfo's `URL`, relative to the
-    /// root of the peer's server. Over other networks the peer may compress; the offset, and what is then read, is of the
-    /// NAR all the same.
+    /// A NAR from byte `offset` on, which begins within `patience`. `url_path` is the narinfo's
+    /// `URL`, relative to the root of the peer's server. Over other networks the peer may compress;
+    /// the offset, and what is then read, is of the NAR all the same.
     ///
     /// # Errors
-    /// See [`Error`]; a NAR of another size than `nar_size`, where the peer tells it, is malformed, and so is an encoding
-    /// that was not asked for.
+    /// See [`Error`]; a NAR of another size than `nar_size`, where the peer tells it, is malformed,
+    /// and so is an encoding that was not asked for.
     pub fn nar(
         &self,
         peer: SocketAddr,

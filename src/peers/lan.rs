@@ -1,13 +1,13 @@
 //! Peers on the LAN: which of those that say that they have a path gives its narinfo first.
 //!
-//! Discovery tells who has the path and how long to wait (see [`crate::lan::discovery`]). The first holder is asked at
-//! once; for every 100 ms without a good narinfo, twice as many further holders are asked. A holder that failed lately is
-//! asked when no other holder is left.
+//! Discovery tells who has the path and how long to wait (see [`crate::lan::discovery`]). The first
+//! holder is asked at once; for every 100 ms without a good narinfo, twice as many further holders
+//! are asked. A holder that failed lately is asked when no other holder is left.
 
 use super::client::{Client, Error};
 use super::requests::Requests;
 use super::standing::{Standing, Turn};
-use crate::lan::{DiscoveryClient, Holder, LOOKUP_TIMEOUT, LookupId, Update};
+use crate::lan::{DiscoveryClient, Holder, LOOKUP_TIMEOUT, LookupId, MAX_HOLDERS, Update};
 use crate::nix::{HashPart, NarInfo};
 use crate::record::Miss;
 use crossbeam_channel::{Receiver, Sender, bounded, never, select};
@@ -19,17 +19,17 @@ use std::time::{Duration, Instant};
 const HEDGE_DELAY: Duration = Duration::from_millis(100);
 /// A narinfo that discovery does not wait for: of an alternate, after the lookup. Nix waits for a NAR meanwhile.
 const ALTERNATE_TIMEOUT: Duration = Duration::from_secs(2);
-/// The same for a holder that failed lately.
+/// Least narinfo timeout for a holder that failed lately; four times its latency if that is longer.
 const DOUBTFUL_TIMEOUT: Duration = Duration::from_millis(300);
 /// When there are too many requests, the next attempt to begin one is after this.
 const BLOCKED_DELAY: Duration = Duration::from_millis(2);
-/// A holder that is busy, or breaks or refuses the connection, is asked again after this, doubling, while discovery waits
-/// for it.
+/// A holder that is busy, breaks or refuses the connection, or cannot be connected to in time, is
+/// asked again after this, doubling, while discovery waits for it.
 const RETRY_DELAY: Duration = Duration::from_millis(20);
 /// Longest delay between two such requests.
 const MAX_RETRY_DELAY: Duration = Duration::from_millis(320);
 /// Narinfos of one lookup that wait to be looked at: one for each holder.
-const MAX_FETCHED: usize = 32;
+const MAX_FETCHED: usize = MAX_HOLDERS;
 
 /// The peers on the LAN.
 pub struct Lan {
@@ -80,7 +80,7 @@ impl Lan {
 
 /// A peer that says that it has the path.
 #[derive(Debug, Clone)]
-struct Candidate {
+struct LanHolder {
     /// Its name in discovery.
     peer: SocketAddr,
     holder: Holder,
@@ -99,13 +99,13 @@ struct UnderWay {
 
 /// A request to be made again.
 struct Retry {
-    candidate: Candidate,
+    candidate: LanHolder,
     at: Instant,
 }
 
 /// A narinfo, or why there is none.
 struct Fetched {
-    candidate: Candidate,
+    candidate: LanHolder,
     began: Instant,
     ended: Instant,
     result: Result<NarInfo, Error>,
@@ -113,7 +113,7 @@ struct Fetched {
 
 /// A narinfo of a peer. Its form is checked, its signatures are not.
 pub struct LanOffer {
-    candidate: Candidate,
+    candidate: LanHolder,
     /// Time from the request to the narinfo.
     latency: Duration,
     /// The narinfo.
@@ -136,11 +136,11 @@ pub struct LanSearch {
     updates: Option<Receiver<Update>>,
     /// Discovery waits for what is under way, and is to be told of it.
     is_open: bool,
-    untried: Vec<Candidate>,
+    untried: Vec<LanHolder>,
     /// Those that failed or hung lately.
-    doubtful: Vec<Candidate>,
+    doubtful: Vec<LanHolder>,
     /// Those that are to be left alone for a while.
-    last_resort: Vec<Candidate>,
+    last_resort: Vec<LanHolder>,
     under_way: Vec<UnderWay>,
     retries: Vec<Retry>,
     fetched: Sender<Fetched>,
@@ -189,7 +189,7 @@ impl LanSearch {
         self.next(false)
     }
 
-    /// The same from holders that are to be left alone, when nobody else has the path.
+    /// The next narinfo from a holder that is to be left alone, when nobody else has the path.
     pub fn next_last_resort(&mut self) -> Option<LanOffer> {
         self.next(true)
     }
@@ -250,7 +250,7 @@ impl LanSearch {
 
     fn take_update(&mut self, update: Update, now: Instant) {
         match update {
-            Update::Holder { peer, holder } => self.add(Candidate { peer, holder, failures: 0 }, now),
+            Update::Holder { peer, holder } => self.add(LanHolder { peer, holder, failures: 0 }, now),
             Update::Ended { asked, unanswered } => {
                 self.counts = Some((asked, unanswered));
                 self.end(now);
@@ -272,7 +272,7 @@ impl LanSearch {
         }
     }
 
-    fn add(&mut self, candidate: Candidate, now: Instant) {
+    fn add(&mut self, candidate: LanHolder, now: Instant) {
         let http = candidate.holder.http;
         self.first_seen.get_or_insert(http);
         let standing = &self.lan.standing;
@@ -312,7 +312,7 @@ impl LanSearch {
                 (self.untried.remove(0), (!self.is_open).then_some(now + ALTERNATE_TIMEOUT))
             } else if !self.doubtful.is_empty() && (nobody_else || is_hedging) {
                 let candidate = self.doubtful.remove(0);
-                let timeout = DOUBTFUL_TIMEOUT.max(self.usual(&candidate));
+                let timeout = self.doubtful_timeout(&candidate);
                 (candidate, Some(now + timeout))
             } else if !self.last_resort.is_empty() && nobody_else && with_last_resort {
                 (self.last_resort.remove(0), Some(now + DOUBTFUL_TIMEOUT))
@@ -323,19 +323,18 @@ impl LanSearch {
                 self.untried.insert(0, candidate);
                 return false;
             }
-            let Candidate { peer, holder, .. } = candidate;
+            let LanHolder { peer, holder, .. } = candidate;
             self.under_way.push(UnderWay { peer, http: holder.http, began: now, until });
             self.next_hedge.get_or_insert(now + HEDGE_DELAY);
         }
         true
     }
 
-    /// Four times the usual time to the peer's narinfos.
-    fn usual(&self, candidate: &Candidate) -> Duration {
-        (self.lan.standing.latency(candidate.holder.http) * 4).min(ALTERNATE_TIMEOUT)
+    fn doubtful_timeout(&self, candidate: &LanHolder) -> Duration {
+        (self.lan.standing.latency(candidate.holder.http) * 4).clamp(DOUBTFUL_TIMEOUT, ALTERNATE_TIMEOUT)
     }
 
-    fn fetch(&self, candidate: &Candidate, began: Instant) -> bool {
+    fn fetch(&self, candidate: &LanHolder, began: Instant) -> bool {
         let (client, standing) = (self.lan.client.clone(), self.lan.standing.clone());
         let (fetched, hash_part, candidate) = (self.fetched.clone(), self.hash_part, candidate.clone());
         let http = candidate.holder.http;

@@ -101,8 +101,13 @@ impl Status {
             all.series("peers", &[("network", network)], known as f64);
         }
         lan_peers(&mut all, &report.peers);
-        let unsent = self.discovery.unsent() as f64;
-        all.one("lan_unsent_datagrams_total", "counter", "Datagrams lost because the send buffer stayed full.", unsent);
+        let dropped = self.discovery.dropped() as f64;
+        all.one(
+            "lan_dropped_datagrams_total",
+            "counter",
+            "Datagrams not sent because a send buffer was full.",
+            dropped,
+        );
         let avoided = report.peers.iter().filter(|peer| peer.avoided.is_some()).count();
         all.one("peers_avoided", "gauge", "Peers that are avoided after failures.", avoided as f64);
         if !report.trackers.is_empty() {

@@ -141,6 +141,19 @@ impl Database {
         }
     }
 
+    /// Runs `read` in one read transaction: locks are taken once, and all of it is of the same state.
+    pub(super) fn in_transaction<T>(&self, read: impl FnOnce() -> Result<T, Failure>) -> Result<T, Failure> {
+        let run = |sql| {
+            let statement = self.connection.prepare_cached(sql);
+            statement.and_then(|mut statement| statement.execute([])).map_err(|error| classify(&self.path, error))
+        };
+        run("begin")?;
+        let answer = read();
+        // Nothing was written.
+        run("rollback")?;
+        answer
+    }
+
     /// The next valid paths after that row, at most `limit`; rows that cannot be read are passed over.
     pub(super) fn paths_after(
         &self,

@@ -32,7 +32,7 @@ use walk::Walk;
 const CONNECTIONS: usize = 4;
 /// How long a lookup may take, waiting for locks and for a free connection included.
 const LOOKUP_PATIENCE: Duration = Duration::from_secs(5);
-/// The same for [`Store::path_info_quickly`].
+/// The same for [`Store::path_infos_quickly`].
 const QUICK_PATIENCE: Duration = Duration::from_millis(50);
 
 /// Where the store is.
@@ -125,12 +125,13 @@ impl Store {
         self.kept.clear();
     }
 
-    /// The same within 50 ms, for a thread that others wait for; for one thread.
+    /// The valid paths with these hash parts, in their order, within 50 ms; for one thread, that
+    /// others wait for. A path whose row cannot be read counts as absent.
     ///
     /// # Errors
-    /// As [`Store::path_info`]; [`StoreError::Busy`] comes sooner.
-    pub fn path_info_quickly(&self, part: &HashPart) -> Result<Option<Arc<PathInfo>>, StoreError> {
-        self.quick_lookups.path_info(&self.kept, part)
+    /// The database cannot be read in that time.
+    pub fn path_infos_quickly(&self, parts: &[HashPart]) -> Result<Vec<Option<Arc<PathInfo>>>, StoreError> {
+        self.quick_lookups.path_infos(&self.kept, parts)
     }
 
     /// The valid paths that were registered after the row `row_id` (0: from the first one), in the order of their row
@@ -243,7 +244,7 @@ mod tests {
         assert_eq!(info.deriver.as_ref().unwrap().base_name(), format!("{}-x.drv", "4".repeat(32)));
         assert_eq!(info.signatures.len(), 2);
         assert_eq!(info.ca.as_deref(), Some("fixed:r:sha256:x"));
-        assert_eq!(store.path_info_quickly(&info.path.hash_part()).unwrap(), Some(info));
+        assert_eq!(store.path_infos_quickly(&[info.path.hash_part()]).unwrap(), [Some(info)]);
 
         let plain = store.path_info(&first.hash_part()).unwrap().unwrap();
         assert!(plain.references.is_empty() && plain.signatures.is_empty());
@@ -316,9 +317,9 @@ mod tests {
         let path = fixture.register(&"1".repeat(32), 120);
         fixture.execute("pragma locking_mode = exclusive; begin exclusive; delete from Refs");
         let store = fixture.closed();
-        assert!(matches!(store.path_info_quickly(&path.hash_part()), Err(StoreError::Busy { .. })));
+        assert!(matches!(store.path_infos_quickly(&[path.hash_part()]), Err(StoreError::Busy { .. })));
         fixture.execute("commit; pragma locking_mode = normal; select * from ValidPaths");
-        assert!(store.path_info_quickly(&path.hash_part()).unwrap().is_some());
+        assert!(store.path_infos_quickly(&[path.hash_part()]).unwrap()[0].is_some());
     }
 
     #[test]
@@ -395,7 +396,7 @@ mod tests {
                     for round in 0..20 {
                         let path = fixture.register(&format!("{thread:016}{round:016}"), 120);
                         assert!(store.path_info(&path.hash_part()).unwrap().is_some());
-                        assert!(store.path_info_quickly(&path.hash_part()).unwrap().is_some());
+                        assert!(store.path_infos_quickly(&[path.hash_part()]).unwrap()[0].is_some());
                         assert!(store.path_info(&part('z')).unwrap().is_none());
                     }
                 });

@@ -118,6 +118,36 @@ impl Pool {
         })
     }
 
+    /// The valid paths with these hash parts. A row that cannot be read is passed over, as if it were not there.
+    pub(super) fn path_infos(&self, kept: &Kept, parts: &[HashPart]) -> Result<Vec<Answer>, StoreError> {
+        self.read(&|database| {
+            let read = || {
+                let is_shared = database.mode == Mode::Shared;
+                let generation = if is_shared { Some(kept.generation(database)?) } else { None };
+                let look_up = |part: &HashPart| {
+                    if let Some(answer) = generation.and_then(|generation| kept.get(part, generation)) {
+                        return Ok(answer);
+                    }
+                    match database.path_info(&self.place.store_dir, part) {
+                        Ok(info) => {
+                            let answer = info.map(Arc::new);
+                            generation.iter().for_each(|generation| kept.put(*part, *generation, &answer));
+                            Ok(answer)
+                        }
+                        Err(Failure::Error(error @ StoreError::Row { .. })) => {
+                            log::debug!("{error}");
+                            Ok(None)
+                        }
+                        Err(failure) => Err(failure),
+                    }
+                };
+                parts.iter().map(look_up).collect()
+            };
+            // For one path, two statements more would cost more than they save.
+            if parts.len() > 1 { database.in_transaction(read) } else { read() }
+        })
+    }
+
     /// The state that the database is in, if that can be told without waiting for a connection or a lock.
     pub(super) fn generation_at_once(&self, kept: &Kept) -> Option<u64> {
         self.notice_replacement().ok()?;

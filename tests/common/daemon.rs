@@ -123,3 +123,11 @@ pub fn wait_until_live(host: &Host, count: usize) {
         (live >= count).then_some(())
     });
 }
+
+/// Waits until the peerix of `host` lists a peer at this address, on the usual port.
+pub fn wait_until_listed(host: &Host, address: Ipv4Addr) {
+    wait_for("the peer is listed", || {
+        let status = http::get_local(host, "/status.json").ok()?.text();
+        status.contains(&format!("\"{address}:{}\"", super::PORT)).then_some(())
+    });
+}

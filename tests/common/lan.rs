@@ -26,6 +26,9 @@ pub struct Lan {
     hosts: AtomicU8,
 }
 
+/// How many times longer than usual nodes of [`Lan::patient`] wait for peers.
+pub const PATIENCE: f64 = 5.0;
+
 /// The first three bytes of the addresses of a network: a /24.
 pub type Subnet = [u8; 3];
 
@@ -75,7 +78,7 @@ impl Lan {
 
     /// The same, where waits for peers end by their answers, however busy this machine is.
     pub fn patient() -> Lan {
-        Lan::new().with_scale(Scale::timeouts(5.0))
+        Lan::new().with_scale(Scale::timeouts(PATIENCE))
     }
 
     /// An empty network with no way out, its switch called `switch` in `namespace`.

@@ -1,4 +1,4 @@
-//! The datagrams of SPEC section 3, written and read here apart from the program's own code.
+//! The datagrams of docs/protocol.md, written and read here apart from the program's own code.
 
 use super::PORT;
 

@@ -56,7 +56,10 @@ pub struct Bystander {
 impl Bystander {
     /// Starts it.
     pub fn new(lan: &Lan, name: &str) -> Bystander {
-        let host = lan.host(name);
+        Bystander::on(lan.host(name))
+    }
+
+    fn on(host: Host) -> Bystander {
         stock::ready(&host);
         Bystander { daemon: Daemon::start(&host, &[]), host }
     }
@@ -65,11 +68,7 @@ impl Bystander {
     pub fn crowd(lan: &Lan, count: usize) -> Vec<Bystander> {
         let hosts: Vec<Host> = (0..count).map(|number| lan.host(&format!("neighbour-{number}"))).collect();
         introduce(&hosts.iter().collect::<Vec<_>>());
-        let start = |host: Host| {
-            stock::ready(&host);
-            Bystander { daemon: Daemon::start(&host, &[]), host }
-        };
-        hosts.into_iter().map(start).collect()
+        hosts.into_iter().map(Bystander::on).collect()
     }
 
     /// As when power fails: it ends at once, and the network learns nothing of it.
@@ -137,10 +136,15 @@ impl Asker {
     /// Realises `path`, and calls `event` in the middle, when some of what it needs has been found.
     pub fn realises_while<T>(&self, path: &str, event: impl FnOnce() -> T) -> (Output, T) {
         let before = self.hits();
-        let nix = nix::realising(&self.host, &[path]).spawn().expect("nsenter starts");
-        wait_for("the middle of the closure", || (self.hits() >= before + MIDDLE).then_some(()));
-        let event = event();
-        (nix.wait_with_output().expect("nsenter is ours"), event)
+        let mut nix = nix::realising(&self.host, &[path]).spawn().expect("nsenter starts");
+        let is_early = wait_for("the middle of the closure", || {
+            let has_ended = nix.try_wait().expect("nsenter is ours").is_some();
+            (has_ended || self.hits() >= before + MIDDLE).then_some(has_ended)
+        });
+        let event = (!is_early).then(event);
+        let output = nix.wait_with_output().expect("nsenter is ours");
+        let event = event.unwrap_or_else(|| panic!("it ended before the middle: {:?}", nix::complaint(&output)));
+        (output, event)
     }
 
     /// The same for the closure of 1,000. All of it has to be there and right at the end.

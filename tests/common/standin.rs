@@ -62,6 +62,13 @@ impl StandIn {
         StandIn { heard, asked, _server: server, socket: second, stop, thread: Some(thread) }
     }
 
+    /// The original, holding everything in the world's static cache.
+    pub fn original(host: &Host, world: &World) -> StandIn {
+        let shelf = Shelf::of(world);
+        let answers = original(&shelf);
+        StandIn::start(host, have(move |hash_part| shelf.narinfo(hash_part).is_some()), answers)
+    }
+
     /// Says *hello* to the peerix on `host` until it lists this peer: from then on it asks it by unicast.
     pub fn meet(&self, own: &Host, host: &Host) {
         let hello = Packet::Hello { version: 1, port: PORT, instance: *b"stand-in", flags: 0 }.write();

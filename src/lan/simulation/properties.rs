@@ -69,9 +69,9 @@ fn check(seed: u64) {
     let ended = simulation.outcomes.len() - before;
     assert!(ended as u64 >= PATHS, "{context}: {ended} lookups ended");
     assert!(simulation.slowest() <= longest() + own_pause, "{context}: a lookup took {:?}", simulation.slowest());
-    let wrong = simulation.wrong_misses(None);
+    let wrong = simulation.wrong_misses();
     assert!(wrong.is_empty(), "{context}: {} wrong misses, {:?}", wrong.len(), wrong[0]);
-    simulation.machine(asker).check_bounds();
+    simulation.machine(asker).assert_bounds();
     // Each lookup alone in its batch, asked and answered, with six repeats: more is a storm.
     let most = (PATHS + WARM_UP) * (count as u64 + 30) * 14 + 20_000 + 40 * (count * count) as u64;
     let sent = simulation.packets - packets;
