@@ -300,7 +300,8 @@ impl Peer {
 
     /// Notes that a query for `lookups` was sent with this request ID. Returns the lookups that were not owed before.
     pub fn record_sent(&mut self, id: u32, lookups: Arc<[LookupId]>, t: Instant) -> Vec<LookupId> {
-        let is_late = self.repeat_at.is_none() && self.is_behind(t);
+        // That one which never says no is behind says nothing.
+        let is_late = self.repeat_at.is_none() && self.is_behind(t) && self.dialect() != Dialect::HaveOnly;
         self.repeats += u32::from(is_late);
         let added = self.owe(&lookups, Some(t), t);
         if self.sent.len() >= MAX_SENT_BATCHES {

@@ -119,15 +119,15 @@ impl Sockets {
         Ok((len, from))
     }
 
-    /// Waits for a datagram, for `wake` or for the end of `wait`. [`Sockets::ready`] tells then where datagrams are.
-    pub(super) fn wait(&mut self, wake: &OwnedFd, wait: Duration) {
+    /// Waits for a datagram, for one of `wakers`, which are then reset, or for the end of `wait`. [`Sockets::ready`] tells then where datagrams are.
+    pub(super) fn wait(&mut self, wakers: &[&OwnedFd], wait: Duration) {
         self.patience = SEND_TIMEOUT;
         self.ready.clear();
         let sockets = self.sockets.iter().map(Some).chain(self.extra.as_flattened().iter().map(Option::as_ref));
         let sockets: Vec<(usize, &UdpSocket)> =
             sockets.enumerate().filter_map(|(at, socket)| Some((at, socket?))).collect();
         let mut fds: Vec<PollFd<'_>> = sockets.iter().map(|(_, socket)| PollFd::new(*socket, PollFlags::IN)).collect();
-        fds.push(PollFd::new(wake, PollFlags::IN));
+        fds.extend(wakers.iter().map(|waker| PollFd::new(*waker, PollFlags::IN)));
         let news = self.watcher.as_fd();
         fds.extend(news.as_ref().map(|news| PollFd::new(news, PollFlags::IN)));
         let timeout = Timespec::try_from(wait).unwrap_or(Timespec { tv_sec: 1, tv_nsec: 0 });
@@ -139,7 +139,9 @@ impl Sockets {
         }
         let ready = sockets.iter().zip(&fds).filter(|(_, fd)| !fd.revents().is_empty()).map(|((at, _), _)| *at);
         self.ready.extend(ready);
-        let _ = rustix::io::read(wake, &mut [0u8; 8]);
+        for waker in wakers {
+            let _ = rustix::io::read(waker, &mut [0u8; 8]);
+        }
     }
 
     /// The sockets, as [`Sockets::receive`] takes them, that had datagrams at the end of the last wait.

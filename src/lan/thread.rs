@@ -207,7 +207,8 @@ impl<E: Environment> Runner<E> {
         loop {
             let next = self.sockets.next_due().into_iter().fold(self.discovery.next_turn(), Instant::min);
             let wait = next.saturating_duration_since(Instant::now());
-            self.sockets.wait(&client.wake, if self.out.is_empty() { wait } else { Duration::ZERO });
+            let wakers: Vec<_> = [Some(&client.wake), self.suspend.alarm()].into_iter().flatten().collect();
+            self.sockets.wait(&wakers, if self.out.is_empty() { wait } else { Duration::ZERO });
             turns.fetch_add(1, Ordering::Relaxed);
             let stop = client.stop.load(Ordering::SeqCst);
             let leaves = client.bye.swap(false, Ordering::SeqCst) || stop;

@@ -81,7 +81,7 @@ impl fmt::Display for StoreError {
                 write!(
                     f,
                     "nix database {}: no other process has it open and this user may not open its write-ahead log; \
-                     start nix-daemon or open the database once as root (nix-daemon: {daemon})",
+                     see that nix-daemon runs and answers, or open the database once as root (nix-daemon: {daemon})",
                     db.display()
                 )
             }

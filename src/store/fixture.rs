@@ -33,9 +33,13 @@ pub(super) struct TempDir(PathBuf);
 
 impl TempDir {
     pub(super) fn new() -> Self {
+        TempDir::within(&std::env::temp_dir())
+    }
+
+    fn within(parent: &Path) -> Self {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let name = format!("peerix-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
-        let dir = std::env::temp_dir().join(name);
+        let dir = parent.join(name);
         fs::create_dir(&dir).unwrap();
         TempDir(dir)
     }
@@ -59,7 +63,15 @@ pub(crate) struct Fixture {
 
 impl Fixture {
     pub(crate) fn new() -> Self {
-        let dir = TempDir::new();
+        Fixture::within(TempDir::new())
+    }
+
+    /// On a tmpfs: the overlayfs of containers cannot read without waiting.
+    pub(super) fn in_memory() -> Self {
+        Fixture::within(TempDir::within(Path::new("/dev/shm")))
+    }
+
+    fn within(dir: TempDir) -> Self {
         fs::create_dir_all(dir.path().join("store")).unwrap();
         fs::create_dir_all(dir.path().join("var/nix/db")).unwrap();
         fs::write(dir.path().join("var/nix/db/schema"), "10").unwrap();

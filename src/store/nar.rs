@@ -352,7 +352,7 @@ mod tests {
         use std::os::unix::fs::PermissionsExt;
         for size in [0, 1, 7, 8, 3900, SMALL as usize - 160] {
             for mode in [0o444, 0o555] {
-                let fixture = Fixture::new();
+                let fixture = Fixture::in_memory();
                 let (info, nar) = fixture.add(|root| {
                     fs::write(root, vec![b'x'; size]).unwrap();
                     fs::set_permissions(root, fs::Permissions::from_mode(mode)).unwrap();
@@ -373,7 +373,7 @@ mod tests {
             |root| fs::create_dir(root).unwrap(),
         ];
         for make in makes {
-            let fixture = Fixture::new();
+            let fixture = Fixture::in_memory();
             let (info, _) = fixture.add(make);
             assert_eq!(fixture.open().nar_at_once(&info), None);
         }
