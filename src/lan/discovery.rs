@@ -23,7 +23,7 @@ use super::Holder;
 use super::budget::WaitBudget;
 use super::candidates::{CandidateQuery, Candidates};
 use super::environment::Environment;
-use super::lookups::{LookupId, Lookups, Update};
+use super::lookups::{LookupId, Lookups, Taken, Update};
 use super::peer_table::{Dialect, MetBy, Neighbour, Peer, PeerTable, SentBatch};
 use crate::nix::HashPart;
 use crate::time_scale::Timeout;
@@ -286,7 +286,7 @@ impl<E: Environment> Discovery<E> {
             Event::Failed { lookup, peer } => {
                 if self.peers.get_mut(peer).is_some_and(|peer| peer.settle(lookup)) {
                     self.lookups.record_settled(lookup, false);
-                    self.lookups.replace_holder(lookup);
+                    self.replace_holder(lookup, t);
                     self.recount(peer, t);
                 }
             }
@@ -643,12 +643,23 @@ impl<E: Environment> Discovery<E> {
         if peer.owes_narinfo(lookup) {
             return;
         }
-        if !self.lookups.add_holder(lookup, from, holder) {
+        if self.lookups.add_holder(lookup, from, holder) != Taken::Now {
             return self.answered(from, lookup);
         }
         let was_asked = peer.owe_narinfo(lookup, t);
         self.lookups.record_holder(lookup, was_asked);
         self.expect_judgement(from, t);
+    }
+
+    /// A holder gave no narinfo: the next one owes it, if there is one.
+    fn replace_holder(&mut self, lookup: LookupId, t: Instant) {
+        while let Some(address) = self.lookups.replace_holder(lookup) {
+            if let Some(peer) = self.peers.get_mut(address).filter(|peer| peer.is_live()) {
+                let was_asked = peer.owe_narinfo(lookup, t);
+                self.lookups.record_holder(lookup, was_asked);
+                return self.expect_judgement(address, t);
+            }
+        }
     }
 
     // Queries of peers.
@@ -761,14 +772,13 @@ impl<E: Environment> Discovery<E> {
         if peer.hello.is_some_and(|hello| hello.instance != bye.instance) {
             return;
         }
+        log::debug!("peer {from}: bye");
         // Anybody can send a bye: it bounds how long the answer to a probe is waited for, and no more.
-        if self.probe(from, now, t, out)
-            && let Some(peer) = self.peers.get_mut(from)
-        {
-            log::debug!("peer {from}: bye");
-            peer.record_bye(t);
-            self.next_judgement = Some(t);
+        if let Some(peer) = self.peers.get_mut(from) {
+            peer.record_bye(now);
         }
+        self.probe(from, now, t, out);
+        self.next_judgement = Some(t);
     }
 
     fn set_named(&mut self, addresses: &[SocketAddr], t: Instant, out: &mut Outgoing) {
@@ -811,7 +821,7 @@ impl<E: Environment> Discovery<E> {
             return false;
         }
         let Some(peer) = self.peers.get_mut(address) else { return false };
-        peer.record_probe(now);
+        peer.record_probe(now, t);
         let id = (self.random)();
         let packet = match peer.dialect() {
             Dialect::Batches => Packet::QueryMany { id, hash_parts: HashParts::pack([]), holders_only: false },
@@ -947,7 +957,9 @@ impl<E: Environment> Discovery<E> {
             log::debug!("peer {address}: silent");
             return self.silence(address, now, t);
         }
-        for lookup in peer.owed_since(until) {
+        let owed = peer.owed_since(until);
+        let narinfos: Vec<LookupId> = owed.iter().copied().filter(|lookup| peer.owes_narinfo(*lookup)).collect();
+        for lookup in owed {
             peer.settle(lookup);
             self.lookups.record_settled(lookup, false);
         }
@@ -960,14 +972,18 @@ impl<E: Environment> Discovery<E> {
             peer.record_sent(id, Arc::new([]), t);
             out.push((To::Peer(address), Packet::Query { id, hash_part }));
         }
+        narinfos.into_iter().for_each(|lookup| self.replace_holder(lookup, t));
         self.recount(address, t);
     }
 
     /// The peer is asked nothing more until it answers a probe.
     fn silence(&mut self, address: SocketAddr, now: Instant, t: Instant) {
         let Some(peer) = self.peers.get_mut(address) else { return };
-        for lookup in peer.silence(now) {
+        for (lookup, is_narinfo) in peer.silence(now) {
             self.lookups.record_settled(lookup, false);
+            if is_narinfo {
+                self.replace_holder(lookup, t);
+            }
         }
         self.recount(address, t);
     }

@@ -67,10 +67,23 @@ pub struct Lookup {
     /// Request ID of the query that was broadcast for it.
     pub broadcast: Option<u32>,
     is_sent: bool,
-    /// Holders that were passed on: one address has one server, however many it claims.
+    /// The addresses of its holders: one address has one server, however many it claims.
     holders: Vec<IpAddr>,
+    /// Number of holders that were passed on and have not failed.
+    passed_on: usize,
     /// Holders beyond [`MAX_HOLDERS`], for when one of those fails.
     surplus: VecDeque<(SocketAddr, Holder)>,
+}
+
+/// What becomes of a holder.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Taken {
+    /// It was passed on: its narinfo is waited for.
+    Now,
+    /// It takes the place of one that fails.
+    Later,
+    /// Nobody needs it.
+    Never,
 }
 
 impl Lookup {
@@ -80,29 +93,24 @@ impl Lookup {
         self.waiting += 1;
     }
 
-    /// Passes a holder on, or keeps it for later if there are enough. Returns whether its narinfo is to be waited for:
-    /// none with its address came before.
-    fn add_holder(&mut self, peer: SocketAddr, holder: Holder) -> bool {
+    fn add_holder(&mut self, peer: SocketAddr, holder: Holder) -> Taken {
         let ip = holder.http.ip();
-        let is_known = self.holders.contains(&ip) || self.surplus.iter().any(|(_, holder)| holder.http.ip() == ip);
-        if is_known {
-            return false;
+        if self.holders.contains(&ip) || self.surplus.len() >= MAX_SURPLUS {
+            return Taken::Never;
         }
-        if self.holders.len() < MAX_HOLDERS {
-            self.pass_on(peer, holder);
-            return true;
-        }
-        let has_room = self.surplus.len() < MAX_SURPLUS;
-        if has_room {
+        self.holders.push(ip);
+        if self.passed_on >= MAX_HOLDERS {
             self.surplus.push_back((peer, holder));
+            return Taken::Later;
         }
-        has_room
+        self.pass_on(peer, holder);
+        Taken::Now
     }
 
     fn pass_on(&mut self, peer: SocketAddr, holder: Holder) {
-        self.holders.push(holder.http.ip());
-        // The channel has room for all holders that are asked at once, and the end. It may be
-        // closed: nobody listens any more.
+        self.passed_on += 1;
+        // The channel has room for all holders that are asked at once, and the end. It may be closed:
+        // nobody listens any more.
         let _ = self.updates.try_send(Update::Holder { peer, holder });
     }
 
@@ -142,6 +150,7 @@ impl Lookups {
             broadcast: None,
             is_sent: false,
             holders: Vec::new(),
+            passed_on: 0,
             surplus: VecDeque::new(),
         };
         self.open.insert(id, lookup);
@@ -223,25 +232,24 @@ impl Lookups {
         self.open.get(&id).or_else(|| self.settled.get(&id)).map(|lookup| lookup.hash_part)
     }
 
-    /// Passes a holder on, now or when another one fails. Returns whether a narinfo is to be waited for: the lookup is
-    /// open, and this is a new holder.
-    pub fn add_holder(&mut self, id: LookupId, peer: SocketAddr, holder: Holder) -> bool {
+    /// Takes a holder of the path.
+    pub fn add_holder(&mut self, id: LookupId, peer: SocketAddr, holder: Holder) -> Taken {
         if let Some(lookup) = self.open.get_mut(&id) {
             return lookup.add_holder(peer, holder);
         }
         if let Some(lookup) = self.settled.get_mut(&id) {
             lookup.add_holder(peer, holder);
         }
-        false
+        Taken::Never
     }
 
-    /// A holder gave no good narinfo: the next one is passed on, if there is one.
-    pub fn replace_holder(&mut self, id: LookupId) {
-        if let Some(lookup) = self.open.get_mut(&id)
-            && let Some((peer, holder)) = lookup.surplus.pop_front()
-        {
-            lookup.pass_on(peer, holder);
-        }
+    /// A holder that was passed on gave no good narinfo. The next one is passed on, and returned.
+    pub fn replace_holder(&mut self, id: LookupId) -> Option<SocketAddr> {
+        let lookup = self.open.get_mut(&id)?;
+        lookup.passed_on = lookup.passed_on.saturating_sub(1);
+        let (peer, holder) = lookup.surplus.pop_front()?;
+        lookup.pass_on(peer, holder);
+        Some(peer)
     }
 
     /// A good narinfo came: the lookup waits for no peer any more, but takes alternates for a while.
@@ -313,13 +321,19 @@ mod tests {
         };
         for number in 0..20 {
             let (peer, holder) = holder(number);
-            assert!(lookups.add_holder(1, peer, holder.clone()), "its narinfo is waited for");
-            assert!(!lookups.add_holder(1, peer, holder), "once");
+            let taken = if number < 16 { Taken::Now } else { Taken::Later };
+            assert_eq!(lookups.add_holder(1, peer, holder.clone()), taken);
+            assert_eq!(lookups.add_holder(1, peer, holder), Taken::Never);
         }
         assert_eq!(receiver.try_iter().count(), MAX_HOLDERS);
-        lookups.replace_holder(1);
-        let (peer, holder) = holder(16);
-        assert_eq!(receiver.try_iter().collect::<Vec<_>>(), [Update::Holder { peer, holder }]);
+        let (peer, next) = holder(16);
+        assert_eq!(lookups.replace_holder(1), Some(peer));
+        assert_eq!(receiver.try_iter().collect::<Vec<_>>(), [Update::Holder { peer, holder: next }]);
+        // Those that come later find the places of those that failed when nobody waited.
+        let replaced = (0..4).filter_map(|_| lookups.replace_holder(1));
+        assert_eq!(replaced.count(), 3);
+        let (peer, last) = holder(20);
+        assert_eq!(lookups.add_holder(1, peer, last), Taken::Now);
         lookups.assert_bounds();
     }
 }

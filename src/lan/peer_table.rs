@@ -174,7 +174,9 @@ pub struct Peer {
     last_probe: Option<Instant>,
     /// When it last answered a query, in lookup time.
     last_answer: Option<Instant>,
-    /// When it said *bye*, in lookup time.
+    /// When it said *bye*.
+    said_bye: Option<Instant>,
+    /// When it was first probed after its *bye*, in lookup time: it is waited for from then on.
     bye: Option<Instant>,
     /// Paths found through it.
     pub found: u32,
@@ -211,6 +213,7 @@ impl Peer {
             silence: None,
             last_probe: None,
             last_answer: None,
+            said_bye: None,
             bye: None,
             found: 0,
             last_found: None,
@@ -339,19 +342,17 @@ impl Peer {
     /// [`HELLO_CHANGE`].
     pub fn record_hello(&mut self, hello: Hello, now: Instant) -> bool {
         self.hasten_probe(now);
-        let old = self.hello;
-        if old.is_some_and(|old| old.instance == hello.instance)
-            || self.last_change.is_some_and(|last| last + HELLO_CHANGE > now)
-        {
+        let is_other = self.hello.is_none_or(|old| old.instance != hello.instance);
+        if is_other && self.last_change.is_some_and(|last| last + HELLO_CHANGE > now) {
             return false;
         }
-        self.last_change = Some(now);
-        // Anybody may have sent it: what a peer that answers understood, it still does.
-        let understood = old.filter(|_| self.is_proven());
-        let batches = hello.batches || understood.is_some_and(|old| old.batches);
-        let crowded = hello.crowded && understood.is_none_or(|old| old.crowded);
-        self.hello = Some(Hello { batches, crowded, ..hello });
-        true
+        if is_other {
+            self.last_change = Some(now);
+        }
+        // Anybody may have sent it: a peer that answers batches goes on getting them until it is silent.
+        let answers_batches = self.is_proven() && self.dialect() == Dialect::Batches;
+        self.hello = Some(if answers_batches { Hello { batches: true, crowded: false, ..hello } } else { hello });
+        is_other
     }
 
     /// Takes the query with this request ID, if it was sent to this peer and not yet answered.
@@ -369,9 +370,10 @@ impl Peer {
         }
         self.last_answer = Some(t);
         self.verified_at = None;
-        self.in_flight = self.sent.iter().rev().take_while(|batch| batch.sent > sent).count();
+        // An older one may have been answered late.
+        self.in_flight = self.in_flight.min(self.sent.iter().rev().take_while(|batch| batch.sent > sent).count());
         if self.bye.is_some_and(|bye| sent >= bye) {
-            self.bye = None;
+            (self.said_bye, self.bye) = (None, None);
         }
         if self.repeats > 0 {
             self.repeats = 0;
@@ -385,6 +387,10 @@ impl Peer {
         let was_owed = self.owed.remove(&lookup).is_some();
         if self.owed.is_empty() {
             self.repeat_at = None;
+            if self.dialect() == Dialect::HaveOnly {
+                // It never says no: that a query is over says nothing of it.
+                self.repeats = 0;
+            }
         }
         was_owed
     }
@@ -410,9 +416,9 @@ impl Peer {
 
     fn repeat_gap(&self) -> Duration {
         let first = self.first_repeat_gap();
-        let is_waited_for = self.bye.is_some() || self.budget.is_some();
+        let is_waited_for = self.said_bye.is_some() || self.budget.is_some();
         let is_quick = is_waited_for && self.dialect() != Dialect::HaveOnly;
-        let most = if is_quick { MAX_OWN_REPEAT } else { MAX_REPEAT };
+        let most = if is_quick { first.clamp(MAX_OWN_REPEAT, MAX_REPEAT) } else { MAX_REPEAT };
         most.min(first * (1 << self.repeats.min(8)))
     }
 
@@ -481,15 +487,16 @@ impl Peer {
         begins
     }
 
-    /// Gives the peer up. Returns the lookups that wanted an answer.
-    pub fn silence(&mut self, now: Instant) -> Vec<LookupId> {
+    /// Gives the peer up. Returns the lookups that wanted an answer, and whether that was a narinfo.
+    pub fn silence(&mut self, now: Instant) -> Vec<(LookupId, bool)> {
         let next_probe = now + FIRST_PROBE;
         self.silence.get_or_insert(Silence { since: now, next_probe, pause: FIRST_PROBE });
-        (self.repeat_at, self.repeats, self.bye, self.verified_at) = (None, 0, None, None);
-        std::mem::take(&mut self.owed).into_keys().collect()
+        (self.repeat_at, self.repeats, self.verified_at) = (None, 0, None);
+        (self.said_bye, self.bye) = (None, None);
+        std::mem::take(&mut self.owed).into_iter().map(|(lookup, owed)| (lookup, owed.is_fetching)).collect()
     }
 
-    /// Whether it said *bye* and has been waited for long enough.
+    /// Whether it said *bye*, was probed, and has been waited for long enough.
     pub fn has_left(&self, t: Instant) -> bool {
         self.bye.is_some_and(|bye| bye + BYE_WAIT.get() <= t)
     }
@@ -500,8 +507,8 @@ impl Peer {
     }
 
     /// It said *bye*.
-    pub fn record_bye(&mut self, t: Instant) {
-        self.bye.get_or_insert(t);
+    pub fn record_bye(&mut self, now: Instant) {
+        self.said_bye.get_or_insert(now);
         self.repeats = 0;
     }
 
@@ -511,8 +518,8 @@ impl Peer {
             return Some(silence.next_probe);
         }
         let after_last = |pause| self.last_probe.map(|last| last + pause);
-        if self.bye.is_some() {
-            return after_last(PROBE_AFTER_BYE);
+        if let Some(said_bye) = self.said_bye {
+            return if self.bye.is_some() { after_last(PROBE_AFTER_BYE) } else { Some(said_bye) };
         }
         let unheard = self.heard.filter(|_| self.hello.is_some()).map(|heard| heard + PROBE_UNHEARD);
         unheard.map(|at| at.max(after_last(PROBE_UNHEARD_AGAIN).unwrap_or(at)))
@@ -527,8 +534,11 @@ impl Peer {
     }
 
     /// A probe is sent now.
-    pub fn record_probe(&mut self, now: Instant) {
+    pub fn record_probe(&mut self, now: Instant, t: Instant) {
         self.last_probe = Some(now);
+        if self.said_bye.is_some() {
+            self.bye.get_or_insert(t);
+        }
         if let Some(silence) = &mut self.silence {
             silence.next_probe = now + silence.pause;
             silence.pause = MAX_PROBE.min(silence.pause * 2);

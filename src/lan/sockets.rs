@@ -119,7 +119,8 @@ impl Sockets {
         Ok((len, from))
     }
 
-    /// Waits for a datagram, for one of `wakers`, which are then reset, or for the end of `wait`. [`Sockets::ready`] tells then where datagrams are.
+    /// Waits for a datagram, for one of `wakers`, which are then reset, or for the end of `wait`.
+    /// [`Sockets::ready`] tells then where datagrams are.
     pub(super) fn wait(&mut self, wakers: &[&OwnedFd], wait: Duration) {
         self.patience = SEND_TIMEOUT;
         self.ready.clear();

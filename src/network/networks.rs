@@ -35,17 +35,19 @@ impl Networks {
         self.latest.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Takes what was read again; true if the networks in use are others than before. Containers
-    /// come and go on excluded interfaces.
+    /// Takes what was read again; true if the interfaces in use, or their addresses, are others than
+    /// before. Containers come and go on excluded interfaces.
     pub fn replace(&self, interfaces: Vec<Interface>) -> bool {
         let before = self.current();
         if before.interfaces() == interfaces {
             return false;
         }
         let after = Arc::new(LanNetworks::new(self.policy.clone(), interfaces));
-        let has_changed = before.lan_addresses() != after.lan_addresses()
-            || before.multicast_interfaces() != after.multicast_interfaces()
-            || !before.routed_networks().eq(after.routed_networks());
+        let allowed = |networks: &LanNetworks| -> Vec<Interface> {
+            let is_allowed = |interface: &&Interface| self.policy.allows_interface(&interface.name);
+            networks.interfaces().iter().filter(is_allowed).cloned().collect()
+        };
+        let has_changed = allowed(&before) != allowed(&after);
         *self.latest.write().unwrap_or_else(PoisonError::into_inner) = after;
         has_changed
     }

@@ -86,6 +86,8 @@ struct LanHolder {
     holder: Holder,
     /// Requests that failed for a reason that may pass.
     failures: u32,
+    /// One of its failures was recorded.
+    is_blamed: bool,
 }
 
 /// A request that is waited for.
@@ -250,7 +252,7 @@ impl LanSearch {
 
     fn take_update(&mut self, update: Update, now: Instant) {
         match update {
-            Update::Holder { peer, holder } => self.add(LanHolder { peer, holder, failures: 0 }, now),
+            Update::Holder { peer, holder } => self.add(LanHolder { peer, holder, failures: 0, is_blamed: false }, now),
             Update::Ended { asked, unanswered } => {
                 self.counts = Some((asked, unanswered));
                 self.end(now);
@@ -344,7 +346,7 @@ impl LanSearch {
             let ended = Instant::now();
             // However often a lookup asks, its failures are one.
             if let Err(e) = &result
-                && let Some(fault) = e.fault().filter(|_| candidate.failures == 0)
+                && let Some(fault) = e.fault().filter(|_| !candidate.is_blamed)
             {
                 standing.failed(http, fault, began, ended, e);
             }
@@ -363,6 +365,7 @@ impl LanSearch {
                 if e.is_temporary() && self.is_open {
                     let delay = MAX_RETRY_DELAY.min(RETRY_DELAY * (1 << candidate.failures.min(8)));
                     candidate.failures += 1;
+                    candidate.is_blamed |= e.fault().is_some();
                     self.retries.push(Retry { candidate, at: Instant::now() + delay });
                 } else {
                     self.report_failed(candidate.peer);

@@ -121,9 +121,10 @@ impl Pool {
     /// The valid paths with these hash parts. A row that cannot be read is passed over, as if it were not there.
     pub(super) fn path_infos(&self, kept: &Kept, parts: &[HashPart]) -> Result<Vec<Answer>, StoreError> {
         self.read(&|database| {
+            // Before the transaction: what is read in it is of this state or a later one.
+            let is_shared = database.mode == Mode::Shared;
+            let generation = if is_shared { Some(kept.generation(database)?) } else { None };
             let read = || {
-                let is_shared = database.mode == Mode::Shared;
-                let generation = if is_shared { Some(kept.generation(database)?) } else { None };
                 let look_up = |part: &HashPart| {
                     if let Some(answer) = generation.and_then(|generation| kept.get(part, generation)) {
                         return Ok(answer);
