@@ -298,8 +298,8 @@ impl LanSearch {
     /// Begins as many requests as there may be. Returns false if there are too many of all lookups.
     fn ask(&mut self, now: Instant, with_last_resort: bool) -> bool {
         if self.next_hedge.is_some_and(|at| at <= now) {
-            self.hedges *= 2;
-            self.most_under_way += self.hedges;
+            self.hedges = MAX_HOLDERS.min(self.hedges * 2);
+            self.most_under_way = MAX_HOLDERS.min(self.most_under_way + self.hedges);
             self.next_hedge = Some(now + HEDGE_DELAY);
         }
         let (due, later) = self.retries.drain(..).partition(|retry| retry.at <= now);
