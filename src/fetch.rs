@@ -9,6 +9,7 @@ use crate::nix::{Framing, HashPart, NarHash};
 use crate::peers::client::{Client, Error, NarBody, STALL, TOO_SLOW, Way};
 use crate::peers::standing::{Fault, Standing, Who};
 use crate::record::{Record, Transfer};
+use crate::time_scale::Timeout;
 use crate::wire::tracker::TransferName;
 use crossbeam_channel::{Receiver, Sender, bounded};
 use ring::digest::{Context, SHA256};
@@ -38,14 +39,14 @@ const MAX_BROKEN: u32 = 1;
 const MAX_SEARCHES: u32 = 3;
 
 /// A peer's pace is looked at each time it was waited for so long.
-const PACE_WINDOW: Duration = Duration::from_secs(5);
+const PACE_WINDOW: Timeout = Timeout::from_secs(5);
 /// A peer that is slower than this, in bytes a second, is left for another one if there is one.
 const SLOW: u64 = 128 * 1024;
 
 /// A peer begins to send within this, if there may be another; else within [`STALL`].
 const FIRST_BYTE: Duration = Duration::from_secs(2);
 /// By then the first piece is there, or Nix is told that the NAR is not: it waits for an answer.
-const START: Duration = Duration::from_secs(20);
+const START: Timeout = Timeout::from_secs(20);
 
 /// After a pause this long, which Nix made, a peer that closed the connection is not to blame.
 const LONG_PAUSE: Duration = Duration::from_secs(20);
@@ -209,7 +210,7 @@ impl Nar<'_> {
 
     fn first_piece(&mut self) -> Option<()> {
         let mut piece = Piece::new(self.size);
-        let until = Instant::now() + START;
+        let until = Instant::now() + START.get();
         self.start_until = Some(until);
         while Instant::now() < until {
             self.connect()?;
@@ -342,7 +343,7 @@ impl Nar<'_> {
                 received.bytes += got as u64;
             }
             current.waited += current.last_read - began;
-            if current.waited >= PACE_WINDOW {
+            if current.waited >= PACE_WINDOW.get() {
                 let pace = (current.got as f64 / current.waited.as_secs_f64()) as u64;
                 if pace < TOO_SLOW || pace < SLOW && self.search.has_more() {
                     return Err(Broken::new(Fault::BrokenStream, format_args!("too slow, {pace} bytes a second")));

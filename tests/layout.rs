@@ -26,7 +26,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
         "http",
         &["fetch", "lookup", "nix", "on_drop", "record", "seldom", "share", "status", "store", "time_scale", "wire"],
     ),
-    ("fetch", &["lookup", "nix", "peers", "record", "wire"]),
+    ("fetch", &["lookup", "nix", "peers", "record", "time_scale", "wire"]),
     ("lookup", &["nix", "peers", "record", "wire"]),
     ("status", &["config", "lan", "network", "nix", "peers", "record", "store"]),
     ("peers", &["lan", "network", "nix", "on_drop", "record", "time_scale", "wire"]),
