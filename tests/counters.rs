@@ -1,5 +1,6 @@
 //! What a node counts survives it, and whatever is wrong with where it is kept is told, and costs nothing else.
 
+use crate::common::daemon::status;
 use crate::common::{Daemon, Host, Lan, http, nix, wait_for};
 use serde_json::Value;
 use std::fs;
@@ -22,12 +23,6 @@ fn miss(host: &Host, times: u64) {
         let answer = http::get_local(host, &format!("/{number:032}.narinfo")).unwrap();
         assert_eq!(answer.status, 404);
     }
-}
-
-fn status(host: &Host) -> Value {
-    let answer = http::get_local(host, "/status.json").unwrap();
-    assert_eq!(answer.status, 200);
-    serde_json::from_slice(&answer.body).unwrap()
 }
 
 /// Misses since the start, and since installation.

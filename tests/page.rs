@@ -1,12 +1,13 @@
 //! What a person sees of a node: the status page in a real Chromium, beside real traffic, and who may not see it.
 
+use crate::common::daemon::status;
 use crate::common::http::{self, Connection, Reply, Server};
 use crate::common::lan::Run;
 use crate::common::packet::Packet;
 use crate::common::scene::Places;
 use crate::common::standin::{StandIn, have};
 use crate::common::{
-    Asker, Browser, Daemon, Holder, Host, Lan, PORT, World, daemon, directory, nix, thread, tracker, wait_for, world,
+    Asker, Browser, Daemon, Holder, Lan, PORT, World, daemon, directory, nix, thread, tracker, wait_for, world,
 };
 use peerix::on_drop::OnDrop;
 use serde_json::Value;
@@ -26,12 +27,6 @@ const LIE: &str = "11111111111111111111111111111111";
 
 fn page() -> String {
     format!("http://127.0.0.1:{PORT}/")
-}
-
-fn status(host: &Host) -> Value {
-    let answer = http::get_local(host, "/status.json").unwrap();
-    assert_eq!(answer.status, 200);
-    serde_json::from_slice(&answer.body).unwrap()
 }
 
 /// The text of the page without what depends on the moment at which it was made.

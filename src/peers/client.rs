@@ -30,7 +30,7 @@ pub const STALL: Timeout = Timeout::from_secs(10);
 /// A peer that is slower than this, in bytes a second and one stream, is left in any case: Nix would wait for it
 /// without end. Sixteen streams over the slowest Wi-Fi have twice that each.
 pub const TOO_SLOW: u64 = 8 * 1024;
-/// A NAR's body takes so long at most, beside its size at four times [`TOO_SLOW`]: it bounds what a
+/// Longest time for a NAR's body, beside the time that its size takes at four times [`TOO_SLOW`]. It bounds what a
 /// peer can do inside one read. A slower one that is honest is asked for the rest.
 const BODY_GRACE: Duration = Duration::from_secs(30);
 

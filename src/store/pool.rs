@@ -102,51 +102,42 @@ impl Pool {
 
     /// The valid path with this hash part, from the database or from what it said before.
     pub(super) fn path_info(&self, kept: &Kept, part: &HashPart) -> Result<Answer, StoreError> {
-        self.read(&|database| {
-            let look_up = || Ok(database.path_info(&self.place.store_dir, part)?.map(Arc::new));
-            // Whether it is right is known only afterwards.
-            if database.mode == Mode::Immutable {
-                return look_up();
-            }
-            let generation = kept.generation(database)?;
-            if let Some(answer) = kept.get(part, generation) {
-                return Ok(answer);
-            }
-            let answer = look_up()?;
-            kept.put(*part, generation, &answer);
-            Ok(answer)
-        })
+        self.read(&|database| self.look_up(database, kept, generation(database, kept)?, part))
     }
 
     /// The valid paths with these hash parts. A row that cannot be read is passed over, as if it were not there.
     pub(super) fn path_infos(&self, kept: &Kept, parts: &[HashPart]) -> Result<Vec<Answer>, StoreError> {
         self.read(&|database| {
             // Before the transaction: what is read in it is of this state or a later one.
-            let is_shared = database.mode == Mode::Shared;
-            let generation = if is_shared { Some(kept.generation(database)?) } else { None };
-            let read = || {
-                let look_up = |part: &HashPart| {
-                    if let Some(answer) = generation.and_then(|generation| kept.get(part, generation)) {
-                        return Ok(answer);
-                    }
-                    match database.path_info(&self.place.store_dir, part) {
-                        Ok(info) => {
-                            let answer = info.map(Arc::new);
-                            generation.iter().for_each(|generation| kept.put(*part, *generation, &answer));
-                            Ok(answer)
-                        }
-                        Err(Failure::Error(error @ StoreError::Row { .. })) => {
-                            log::debug!("{error}");
-                            Ok(None)
-                        }
-                        Err(failure) => Err(failure),
-                    }
-                };
-                parts.iter().map(look_up).collect()
+            let generation = generation(database, kept)?;
+            let look_up = |part| match self.look_up(database, kept, generation, part) {
+                Err(Failure::Error(error @ StoreError::Row { .. })) => {
+                    log::debug!("{error}");
+                    Ok(None)
+                }
+                answer => answer,
             };
+            let read = || parts.iter().map(look_up).collect();
             // For one path, two statements more would cost more than they save.
             if parts.len() > 1 { database.in_transaction(read) } else { read() }
         })
+    }
+
+    fn look_up(
+        &self,
+        database: &Database,
+        kept: &Kept,
+        generation: Option<u64>,
+        part: &HashPart,
+    ) -> Result<Answer, Failure> {
+        if let Some(answer) = generation.and_then(|generation| kept.get(part, generation)) {
+            return Ok(answer);
+        }
+        let answer = database.path_info(&self.place.store_dir, part)?.map(Arc::new);
+        if let Some(generation) = generation {
+            kept.put(*part, generation, &answer);
+        }
+        Ok(answer)
     }
 
     /// The state that the database is in, if that can be told without waiting for a connection or a lock.
@@ -343,6 +334,12 @@ impl Drop for Lease<'_> {
         self.pool.returned.notify_one();
         drop(outdated); // closed here, with the lock free
     }
+}
+
+/// The state of the database under which its answers are kept; none are while it is read as immutable, as whether they are
+/// right is known only afterwards.
+fn generation(database: &Database, kept: &Kept) -> Result<Option<u64>, Failure> {
+    if database.mode == Mode::Immutable { Ok(None) } else { kept.generation(database).map(Some) }
 }
 
 fn ask<T>(database: &Database, question: &Question<'_, T>, deadline: Instant) -> Result<T, Failure> {

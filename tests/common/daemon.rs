@@ -5,6 +5,7 @@ use super::lan::{Host, Run};
 use super::process::Logged;
 use super::{thread, wait_for, world};
 use rustix::process::Signal;
+use serde_json::Value;
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
@@ -93,7 +94,7 @@ pub fn wait_until_known(asker: &Host, mark: &str) {
     wait_for("peers find one another", || (narinfo_status(asker, mark) == 200).then_some(()));
 }
 
-/// How many of `paths` the own peerix finds, asked by so many connections at once.
+/// Number of `paths` that the peerix on `host` finds. `connections` ask at once, as Nix's do.
 pub fn found(host: &Host, paths: &[String], connections: usize) -> usize {
     let found = AtomicUsize::new(0);
     std::thread::scope(|scope| {
@@ -114,20 +115,36 @@ pub fn found(host: &Host, paths: &[String], connections: usize) -> usize {
     found.into_inner()
 }
 
-/// Waits until the peerix of `host` lists `count` peers as live.
-pub fn wait_until_live(host: &Host, count: usize) {
-    wait_for("live peers", || {
-        let answer = http::get_local(host, "/status.json").ok()?;
-        let status: serde_json::Value = serde_json::from_slice(&answer.body).ok()?;
-        let live = status["peers"].as_array()?.iter().filter(|peer| peer["state"] == "live").count();
-        (live >= count).then_some(())
-    });
+/// `/status.json` of the peerix on `host`; `None` while it does not answer.
+pub fn try_status(host: &Host) -> Option<Value> {
+    let answer = http::get_local(host, "/status.json").ok()?;
+    assert_eq!(answer.status, 200);
+    Some(serde_json::from_slice(&answer.body).expect("JSON"))
 }
 
-/// Waits until the peerix of `host` lists a peer at this address, on the usual port.
+/// The same of one that answers.
+pub fn status(host: &Host) -> Value {
+    try_status(host).expect("the own peerix answers")
+}
+
+/// The peers that the peerix on `host` lists.
+fn peers(host: &Host) -> Vec<Value> {
+    try_status(host).and_then(|status| status["peers"].as_array().cloned()).unwrap_or_default()
+}
+
+/// Waits until the peerix on `host` lists `count` peers as live.
+pub fn wait_until_live(host: &Host, count: usize) {
+    let is_live = |peer: &&Value| peer["state"] == "live";
+    wait_for("live peers", || (peers(host).iter().filter(is_live).count() >= count).then_some(()));
+}
+
+/// Whether the peerix on `host` lists a peer at this address, on the usual port.
+pub fn is_listed(host: &Host, address: Ipv4Addr) -> bool {
+    let address = format!("{address}:{}", super::PORT);
+    peers(host).iter().any(|peer| peer["address"] == address.as_str())
+}
+
+/// Waits until it does.
 pub fn wait_until_listed(host: &Host, address: Ipv4Addr) {
-    wait_for("the peer is listed", || {
-        let status = http::get_local(host, "/status.json").ok()?.text();
-        status.contains(&format!("\"{address}:{}\"", super::PORT)).then_some(())
-    });
+    wait_for("the peer is listed", || is_listed(host, address).then_some(()));
 }

@@ -88,7 +88,7 @@ impl Host {
         Delay { stop, thread: Some(thread) }
     }
 
-    /// Slows what this host sends down to so many Mbit/s.
+    /// Limits what this host sends, in Mbit/s. Packets beyond that wait, and are lost after 50 ms.
     pub fn slow_sending(&self, megabits: u32) {
         self.net("ip link set eth0 gso_max_segs 8");
         self.net(&format!("tc qdisc add dev eth0 root tbf rate {megabits}mbit burst 256kb latency 50ms"));

@@ -5,7 +5,7 @@ use super::daemon::{Daemon, mark, wait_until_known};
 use super::lan::{Host, Lan, Run, Scale, introduce};
 use super::tracker::{self, Tracker};
 use super::wan::Wan;
-use super::{World, http, nix, stock, thread, wait_for};
+use super::{World, daemon, nix, stock, thread, wait_for};
 use std::process::Output;
 use std::time::Duration;
 
@@ -179,9 +179,7 @@ impl Asker {
 
     /// Lookups that found a peer.
     fn hits(&self) -> u64 {
-        let answer = http::get_local(&self.host, "/status.json").expect("the own peerix answers");
-        let status: serde_json::Value = serde_json::from_slice(&answer.body).expect("JSON");
-        status["totals"]["start"]["hits"].as_u64().expect("a count")
+        daemon::status(&self.host)["totals"]["start"]["hits"].as_u64().expect("a count")
     }
 
     /// Checks that `path` and all it needs is there and right.

@@ -74,8 +74,7 @@ impl StandIn {
         let hello = Packet::Hello { version: 1, port: PORT, instance: *b"stand-in", flags: 0 }.write();
         super::wait_for("the stand-in is met", || {
             let _ = self.socket.send_to(&hello, (host.address, PORT));
-            let status = super::http::get_local(host, "/status.json").ok()?.text();
-            status.contains(&format!("\"{}:{PORT}\"", own.address)).then_some(())
+            super::daemon::is_listed(host, own.address).then_some(())
         });
     }
 
