@@ -121,6 +121,26 @@ fn datagrams_to_vanished_neighbours_do_not_displace_those_to_the_living() {
 }
 
 #[test]
+fn peer_that_never_helped_is_heard_among_many_that_vanished() {
+    for seed in 100..110 {
+        let mut simulation = Simulation::new(seed);
+        let nodes = simulation.add_all(Kind::Node, 24);
+        // What the first holder has is found at once, so that nobody is overdue; the second has what is asked for late.
+        let (early, late): (Vec<HashPart>, Vec<HashPart>) = (all()[..1500].to_vec(), all()[1500..].to_vec());
+        simulation.hold(nodes[1], &early);
+        simulation.hold(nodes[2], &late);
+        simulation.loss = 0.05;
+        for node in nodes[3..].to_vec() {
+            simulation.run_at(START + SECOND / 10, move |simulation| simulation.vanish(node));
+        }
+        simulation.think = NIX_PACE;
+        simulation.ask(nodes[0], early.into_iter().chain(late).collect(), 25, START, false);
+        simulation.run(START + 60 * SECOND);
+        no_wrong_miss(&simulation);
+    }
+}
+
+#[test]
 fn firewalled_newcomers_cause_few_long_waits() {
     let (mut simulation, nodes) = thirty_two(6);
     for round in 0..5 {
