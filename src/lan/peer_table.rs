@@ -349,8 +349,8 @@ impl Peer {
         if is_other {
             self.last_change = Some(now);
         }
-        // Anybody may have sent it: a peer that answers batches goes on getting them until it is silent.
-        let answers_batches = self.is_proven() && self.dialect() == Dialect::Batches;
+        // Anybody may have sent it: a peer that understands batches goes on getting them until it is silent.
+        let answers_batches = self.is_live() && self.dialect() == Dialect::Batches;
         self.hello = Some(if answers_batches { Hello { batches: true, crowded: false, ..hello } } else { hello });
         is_other
     }

@@ -1,7 +1,9 @@
 //! Named situations, the same as those of the model from which the rules come, and what they may cost.
 
-use super::{Kind, MS, SECOND, Simulation, US, path};
+use super::{Act, Kind, MS, PORT, SECOND, Simulation, US, path};
 use crate::nix::HashPart;
+use crate::wire::{Hello, Packet};
+use std::net::SocketAddr;
 use std::time::Duration;
 
 /// Lookups of one run.
@@ -162,6 +164,24 @@ fn forged_hellos_cost_a_due_time_a_lookup() {
     no_wrong_miss(&simulation);
     let rate = simulation.outcomes.len() / 10;
     assert!(rate >= 300, "{rate} lookups a second");
+}
+
+#[test]
+fn forged_hellos_of_a_neighbour_take_nothing_from_it() {
+    let (mut simulation, nodes) = thirty_two(11);
+    let (asker, forged) = (nodes[0], SocketAddr::new(simulation.hosts[nodes[1]].ip, PORT));
+    for round in 0..100_u64 {
+        // As of a node that never says no, and each time as of another instance.
+        let hello = Hello { port: 1, instance: round.to_le_bytes(), crowded: true, batches: false };
+        let bytes = Packet::Hello(hello).encode().into();
+        simulation
+            .at(START + 100 * MS * u32::try_from(round).unwrap(), Act::Deliver { to: asker, from: forged, bytes });
+    }
+    simulation.think = NIX_PACE;
+    simulation.ask(asker, all(), 25, START, true);
+    simulation.run(START + 10 * SECOND);
+    no_wrong_miss(&simulation);
+    assert!(simulation.slowest() < 100 * MS, "{:?}", simulation.slowest());
 }
 
 #[test]
