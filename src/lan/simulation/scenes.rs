@@ -132,7 +132,7 @@ fn peer_that_never_helped_is_heard_among_many_that_vanished() {
         simulation.hold(nodes[1], &early);
         simulation.hold(nodes[2], &late);
         simulation.loss = 0.05;
-        for node in nodes[3..].to_vec() {
+        for node in nodes[3..].iter().copied() {
             simulation.run_at(START + SECOND / 10, move |simulation| simulation.vanish(node));
         }
         simulation.think = NIX_PACE;
