@@ -1,8 +1,11 @@
 //! Which networks peerix uses: those of `--lan` and `--interface`, and none of containers.
 
-use crate::common::lan::Run;
+use crate::common::lan::{PATIENCE, Run};
 use crate::common::packet::Packet;
-use crate::common::{DEADLINE, Daemon, Host, Lan, PORT, Wan, daemon, http, wait_for, world};
+use crate::common::{
+    Asker, Bystander, DEADLINE, Daemon, Holder, Host, Lan, PORT, Scale, Wan, World, daemon, http, stock, wait_for,
+    world,
+};
 use peerix::network::neighbours::{self, NeighbourState};
 use peerix::network::{ChangeMonitor, NetworkPolicy, NetworkWatcher, Networks};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -161,11 +164,8 @@ fn container_interfaces() -> Vec<String> {
     names
 }
 
-#[test]
-fn container_networks_get_no_datagram() {
-    let lan = Lan::new();
-    let (holder, asker) = (lan.host("holder"), host_with_store(&lan, "asker"));
-    let mark = daemon::mark(&holder);
+/// Adds 40 such interfaces to a host and returns their names, once datagrams would go there.
+fn add_container_interfaces(host: &Host) -> Vec<String> {
     let names = container_interfaces();
     assert_eq!(names.len(), 40);
     let mut script = String::new();
@@ -178,11 +178,41 @@ fn container_networks_get_no_datagram() {
              ip link set {far} up; ip link set {name} up\n"
         );
     }
-    asker.net_cmd("sh").args(["-ec", &script]).okay();
+    host.net_cmd("sh").args(["-ec", &script]).okay();
     for name in &names {
-        // Then datagrams would go there.
-        link_local(&asker, name);
+        link_local(host, name);
     }
+    names
+}
+
+#[test]
+fn containers_that_come_and_go_hide_no_path() {
+    let lan = Lan::patient();
+    let world = World::on(&lan);
+    let holder = Holder::new(&lan, &world, "holder");
+    let mut neighbour = Bystander::new(&lan, "neighbour");
+    let asker = Asker::new(&lan, &world, &[&holder]);
+    let names = add_container_interfaces(&asker.host);
+    daemon::wait_until_live(&asker.host, 2);
+    let counters = Counters::start(&asker.host);
+    asker.fetches_while(&world, || {
+        for (name, number) in names[..20].iter().zip(60..) {
+            asker.host.net(&format!("ip link del {name}"));
+            asker.host.net(&format!("ip link add {name} type bridge"));
+            asker.host.net(&format!("ip addr add 172.20.{number}.1/24 brd + dev {name}"));
+        }
+        neighbour.vanish();
+    });
+    let [[_, v4_elsewhere], [_, v6_elsewhere]] = counters.read();
+    assert_eq!((v4_elsewhere, v6_elsewhere), (0, 0));
+}
+
+#[test]
+fn container_networks_get_no_datagram() {
+    let lan = Lan::new();
+    let (holder, asker) = (lan.host("holder"), host_with_store(&lan, "asker"));
+    let mark = daemon::mark(&holder);
+    add_container_interfaces(&asker);
     let counters = Counters::start(&asker);
     let _holder = Daemon::start(&holder, &BIND_BOTH);
     let mut asking = Daemon::start(&asker, &BIND_BOTH);
@@ -235,6 +265,46 @@ fn a_network_of_public_addresses_is_lan_if_it_is_named() {
     asker.net("ip addr add 203.0.114.2/24 dev eth0");
     holder.net("ip addr add 203.0.114.1/24 dev eth0");
     assert_eq!(narinfo_status(&asker, v4(203, 0, 114, 1), &mark), 403);
+}
+
+#[test]
+fn vanished_neighbour_on_a_network_of_public_addresses_hides_no_path() {
+    let wan = Wan::new().with_scale(Scale::timeouts(PATIENCE));
+    let lan = wan.lan([203, 0, 113]);
+    let world = World::on(&lan);
+    let flags = || vec!["--lan".to_owned(), "203.0.113.0/24".to_owned()];
+    let holder = Holder::with(&lan, &world, "holder", |host| {
+        world.sign(host);
+        flags()
+    });
+    let host = lan.host("neighbour");
+    stock::ready(&host);
+    let daemon = Daemon::start(&host, &["--lan", "203.0.113.0/24"]);
+    let mut neighbour = Bystander { daemon, host };
+    let asker = Asker::flagged(&lan, "", &[&world.cache_key], |_| flags());
+    asker.meet(&[&holder]);
+    daemon::wait_until_live(&asker.host, 2);
+    asker.fetches_while(&world, || neighbour.vanish());
+}
+
+#[test]
+fn holder_on_the_small_network_that_vanishes_is_replaced_by_one_on_the_large() {
+    let lan = Lan::patient();
+    let world = World::on(&lan);
+    let mut near = Holder::new(&lan, &world, "near");
+    let host = lan.host("asker");
+    let far = Holder::with(&lan, &world, "far", |far| {
+        join(&[(&host, "eth1", "172.20.1.1/16"), (far, "eth1", "172.20.200.2/16")]);
+        far.net("ip link set eth0 down");
+        world.sign(far);
+        vec![]
+    });
+    let asker = Asker::on(host, "", &[&world.cache_key], |_| vec![]);
+    asker.meet(&[&near, &far]);
+    asker.fetches_while(&world, || {
+        near.host.unplug();
+        near.daemon.kill();
+    });
 }
 
 #[test]
