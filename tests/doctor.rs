@@ -344,9 +344,9 @@ fn nix_is_not_told() {
     doctor(&pair.b, &[]).is("substituter", &["none of Nix's"]);
 
     // Told, but not nix-daemon, which has read its nix.conf.
+    pair.configure();
     let nix_daemon = pair.b.spawn_sh("exec nix-daemon");
     wait_for("nix-daemon listens", || pair.b.path("/nix/var/nix/daemon-socket/socket").exists().then_some(()));
-    pair.configure();
     doctor(&pair.b, &[]).is_well();
     pair.b.sh("touch -d '5 minutes' /etc/nix/nix.conf");
     doctor(&pair.b, &[]).is("nix-daemon", &["5 min", "systemctl restart nix-daemon"]);
