@@ -48,6 +48,8 @@ pub struct DiscoveryThread {
 pub struct DiscoveryClient {
     events: Sender<Event<'static>>,
     wake: OwnedFd,
+    /// Set from a write to `wake` until the thread has woken: one system call wakes it for many events.
+    is_woken: AtomicBool,
     next_lookup: AtomicU64,
     dropped: AtomicU64,
     // Not events: a full channel must not keep the thread from ending.
@@ -117,6 +119,9 @@ impl DiscoveryClient {
     }
 
     fn ring(&self) {
+        if self.is_woken.swap(true, Ordering::SeqCst) {
+            return;
+        }
         // Can only fail when the counter is full, and then the thread is awake anyway.
         let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
     }
@@ -137,6 +142,7 @@ impl DiscoveryThread {
         let client = Arc::new(DiscoveryClient {
             events: sender,
             wake: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
+            is_woken: AtomicBool::new(false),
             next_lookup: AtomicU64::new(0),
             dropped: AtomicU64::new(0),
             bye: AtomicBool::new(false),
@@ -210,6 +216,8 @@ impl<E: Environment> Runner<E> {
             let wakers: Vec<_> = [Some(&client.wake), self.suspend.alarm()].into_iter().flatten().collect();
             self.sockets.wait(&wakers, if self.out.is_empty() { wait } else { Duration::ZERO });
             turns.fetch_add(1, Ordering::Relaxed);
+            // Before anything is read that a caller of `ring` has written.
+            client.is_woken.store(false, Ordering::SeqCst);
             let stop = client.stop.load(Ordering::SeqCst);
             let leaves = client.bye.swap(false, Ordering::SeqCst) || stop;
             let has_slept = self.suspend.detect();
