@@ -14,6 +14,7 @@ use crate::nix::{PublicKey, SecretKey};
 use crate::peers::announce::{Publication, Trackers};
 use crate::peers::client::Client;
 use crate::peers::lan::Lan;
+use crate::peers::pace::Paces;
 use crate::peers::requests::Requests;
 use crate::peers::standing::Standing;
 use crate::peers::tracker::Me;
@@ -148,7 +149,7 @@ pub fn run_with(config: Config, record: Record) -> Result<(), Fatal> {
         .has_lan()
         .then(|| Arc::new(Lan::new(discovery.client(), client.clone(), standing.clone(), requests.clone())));
     let store_dir = config.store_dir.clone();
-    let lookup = Lookup::new(lan, wan, standing.clone(), trusted, store_dir, record.clone());
+    let lookup = Lookup::new(lan, wan, trusted, store_dir, record.clone());
     let lookup = Arc::new(lookup);
     let status = Status {
         record: record.clone(),
@@ -163,7 +164,7 @@ pub fn run_with(config: Config, record: Record) -> Result<(), Fatal> {
         store,
         share,
         lookup: lookup.clone(),
-        fetch: Fetch::new(lookup, client, standing, record.clone()),
+        fetch: Fetch::new(lookup, client, standing, Arc::new(Paces::default()), record.clone()),
         signer: key.map(signer),
         store_dir: config.store_dir,
         priority: config.priority,

@@ -1,17 +1,20 @@
 //! The one decision of the program: which peer does this machine's Nix get a path from?
 //!
-//! A lookup asks the LAN, takes the narinfo of the first holder that gives a good one, and keeps the other holders as
-//! alternates for the NAR request that follows. If nobody there has the path, the peers that trackers name are asked.
+//! A lookup asks the LAN, takes the narinfo of the first holder that gives a good one, and remembers the addresses of all
+//! holders for the NAR request that follows. If nobody there has the path, the peers that trackers name are asked.
 //! Requests of peers never come here.
+
+mod found;
 
 use crate::nix::{HashPart, NarHash, NarInfo, PathInfo, PublicKey, StoreDir, StorePath, is_content_addressed};
 use crate::peers::announce::Begun;
 use crate::peers::client::Way;
 use crate::peers::lan::{Lan, LanOffer, LanSearch};
-use crate::peers::standing::{Standing, Turn, Who};
+use crate::peers::standing::Who;
 use crate::peers::wan::{Offer, Wan, WanSearch};
 use crate::record::{Miss, Network, Record};
 use crate::wire::tracker::{Role, TransferName};
+use found::{FoundPaths, MAX_SOURCES};
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -21,36 +24,42 @@ use std::time::{Duration, Instant};
 /// the deadline is for the case that its thread does not.
 const FLIGHT_TIMEOUT: Duration = Duration::from_secs(15);
 
-/// Found paths whose NAR Nix has not asked for yet. Nix asks for all narinfos of a closure first; beyond so many, the
-/// NAR request looks up again.
-const MAX_FOUND: usize = 4096;
-/// And so long.
-const FOUND_FOR: Duration = Duration::from_secs(600);
-
 /// A narinfo's signatures that are checked, 0.1 ms each; real ones have one to three.
 const MAX_SIGNATURES: usize = 16;
 
 /// A NAR's URL is kept with what was found. Ours have 95 bytes, those of the original 200.
 const MAX_NAR_URL: usize = 1024;
 
-/// A peer's NAR of a path.
+/// A NAR, and the peers that are known to have it.
+#[derive(Debug)]
+pub struct Found {
+    /// The path.
+    pub path: StorePath,
+    /// The hash that the NAR must have.
+    pub nar_hash: NarHash,
+    /// The size that it must have.
+    pub nar_size: u64,
+    /// The peers, that with the narinfo first.
+    pub sources: Vec<Source>,
+}
+
+/// A peer that has a NAR.
 #[derive(Debug, Clone)]
 pub struct Source {
     /// The peer's HTTP server.
     pub peer: SocketAddr,
-    /// Relative to its root.
-    pub url_path: String,
-    /// The hash it must have.
-    pub nar_hash: NarHash,
-    /// And the size.
-    pub nar_size: u64,
-    /// The path.
-    pub path: StorePath,
+    /// The NAR there, relative to the server's root, if it is not at its usual place ([`Source::nar_path`]).
+    pub url_path: Option<Box<str>>,
     /// Set if the peer is one that a tracker named: how the tracker calls the transfer, as soon as it does.
     pub wan: Option<Begun>,
 }
 
 impl Source {
+    /// A peer on the LAN that says that it has the path.
+    fn neighbour(peer: SocketAddr) -> Source {
+        Source { peer, url_path: None, wan: None }
+    }
+
     /// The peer, as far as its standing goes.
     pub fn who(&self) -> Who {
         if self.wan.is_some() { Who::far(self.peer) } else { self.peer.into() }
@@ -59,6 +68,11 @@ impl Source {
     /// Where it is.
     pub fn network(&self) -> Network {
         if self.wan.is_some() { Network::Wan } else { Network::Lan }
+    }
+
+    /// Where its NAR is, relative to the root of its server.
+    pub fn nar_path(&self, hash_part: &HashPart, nar_hash: &NarHash) -> String {
+        self.url_path.as_deref().map_or_else(|| usual_nar_path(hash_part, nar_hash), str::to_owned)
     }
 
     /// What lies between it and this node. A transfer is named only once: if this is asked again, it is not counted.
@@ -70,22 +84,20 @@ impl Source {
     }
 }
 
+/// Where peerix has a NAR of its store.
+fn usual_nar_path(hash_part: &HashPart, nar_hash: &NarHash) -> String {
+    format!("local/nar/{hash_part}-{}.nar", nar_hash.to_nix32())
+}
+
 /// Looks up paths for this machine's Nix.
 pub struct Lookup {
     lan: Option<Arc<Lan>>,
     wan: Option<Arc<Wan>>,
-    standing: Arc<Standing>,
     trusted: Vec<PublicKey>,
     store_dir: StoreDir,
     record: Arc<Record>,
     flights: Mutex<HashMap<HashPart, Arc<Flight>>>,
-    found: Mutex<HashMap<HashPart, Found>>,
-}
-
-struct Found {
-    source: Source,
-    alternates: Search,
-    at: Instant,
+    found: FoundPaths,
 }
 
 /// A lookup under way, for those who ask the same.
@@ -101,13 +113,12 @@ impl Lookup {
     pub fn new(
         lan: Option<Arc<Lan>>,
         wan: Option<Arc<Wan>>,
-        standing: Arc<Standing>,
         trusted: Vec<PublicKey>,
         store_dir: StoreDir,
         record: Arc<Record>,
     ) -> Self {
         let (flights, found) = Default::default();
-        Lookup { lan, wan, standing, trusted, store_dir, record, flights, found }
+        Lookup { lan, wan, trusted, store_dir, record, flights, found }
     }
 
     /// The narinfo of a peer that has the path; its `URL` is the peer's. Equal lookups at the same time are one.
@@ -141,32 +152,62 @@ impl Lookup {
         (landing.narinfo.clone(), false)
     }
 
-    /// What was found for the path, if its NAR has that hash: looked up before, or now. The search gives alternates.
-    pub fn sources(&self, hash_part: &HashPart, nar_hash: &NarHash) -> Option<(Source, Search)> {
-        let found = lock(&self.found).remove(hash_part);
-        if let Some(found) = found
-            && found.source.nar_hash == *nar_hash
-            && found.at.elapsed() < FOUND_FOR
-            && self.standing.turn(found.source.who(), Instant::now()) == Turn::Now
-            // One that failed since is asked only if nobody else has it.
-            && !self.standing.is_doubtful(found.source.who())
-        {
-            return Some((found.source, found.alternates));
+    /// The NAR of the path, if it has that hash: looked up before, or now, until `until` at the latest.
+    pub fn find(&self, hash_part: &HashPart, nar_hash: &NarHash, until: Instant) -> Option<Found> {
+        let found = self.found.take(hash_part, Instant::now());
+        if let Some(found) = found.filter(|found| found.nar_hash == *nar_hash) {
+            return Some(found);
         }
         let mut search = self.search(hash_part);
-        let source = self.next_source(&mut search, nar_hash, None)?;
-        Some((source, search))
+        let narinfo = self.next_of(&mut search, nar_hash, until)?;
+        Some(search.found(narinfo))
     }
 
-    /// The next peer that has this very NAR, of that size if one is given.
-    pub fn next_source(&self, search: &mut Search, nar_hash: &NarHash, nar_size: Option<u64>) -> Option<Source> {
+    /// The next peer that has this very NAR, of that size, if it is found until `until`.
+    pub fn next_source(&self, search: &mut Search, found: &Found, until: Instant) -> Option<Source> {
         loop {
-            let Offered { source, .. } = self.next_offer(search)?;
-            if source.nar_hash == *nar_hash && nar_size.is_none_or(|size| source.nar_size == size) {
+            let Offered { source, narinfo, .. } = self.next_of(search, &found.nar_hash, until)?;
+            if narinfo.info.nar_size == found.nar_size {
                 return Some(source);
             }
-            log::debug!("{}: peer {} has another NAR", search.hash_part, source.peer);
         }
+    }
+
+    fn next_of(&self, search: &mut Search, nar_hash: &NarHash, until: Instant) -> Option<Offered> {
+        search.resume(until);
+        loop {
+            let offered = self.next_offer(search)?;
+            if offered.narinfo.info.nar_hash == *nar_hash {
+                return Some(offered);
+            }
+            log::debug!("{}: peer {} has another NAR", search.hash_part, offered.source.peer);
+        }
+    }
+
+    /// Asks the LAN again who has the path, and returns those that say so within `patience`. That their NAR is the one
+    /// that is wanted is not known.
+    pub fn holders(&self, hash_part: &HashPart, patience: Duration) -> Vec<Source> {
+        let addresses = self.lan.as_ref().map(|lan| lan.search(hash_part).holders(patience));
+        addresses.into_iter().flatten().map(Source::neighbour).collect()
+    }
+
+    /// Where the NAR is at a peer that has it elsewhere than usual, by its narinfo; `None` if it has no such NAR.
+    pub fn nar_elsewhere(&self, peer: SocketAddr, found: &Found, patience: Duration) -> Option<Source> {
+        let hash_part = found.path.hash_part();
+        let narinfo = self.lan.as_ref()?.narinfo(peer, &hash_part, patience)?;
+        let source = self.accept(peer, &narinfo).ok()?;
+        let is_it = narinfo.info.nar_hash == found.nar_hash && narinfo.info.nar_size == found.nar_size;
+        (is_it && source.url_path.is_some()).then_some(source)
+    }
+
+    /// Whether trackers may name further holders when the LAN has none.
+    pub fn has_trackers(&self) -> bool {
+        self.wan.is_some()
+    }
+
+    /// Gives back the memory of what nobody asked for.
+    pub fn rest(&self) {
+        self.found.clear();
     }
 
     /// Has a tracker told what came of a transfer to this node.
@@ -204,17 +245,8 @@ impl Lookup {
         };
         let now = Instant::now();
         log::debug!("{}: peer {} has it ({:?})", narinfo.info.path, source.peer, now - began);
-        self.record.hit(&source.path, source.network(), source.peer, peer_id.as_deref(), now - began);
-        let mut found = lock(&self.found);
-        if found.len() >= MAX_FOUND {
-            found.retain(|_, f| now.saturating_duration_since(f.at) < FOUND_FOR);
-            if found.len() >= MAX_FOUND {
-                found.clear();
-            }
-        }
-        // Candidates are many; who needs others asks the trackers again.
-        search.wan = self.wan.as_ref().map(|wan| wan.search(hash_part));
-        found.insert(*hash_part, Found { source, alternates: search, at: now });
+        self.record.hit(&narinfo.info.path, source.network(), source.peer, peer_id.as_deref(), now - began);
+        self.found.put(search.found(Offered { source, narinfo: narinfo.clone(), peer_id: None }), now);
         Some(narinfo)
     }
 
@@ -268,9 +300,9 @@ impl Lookup {
             log::debug!("{}: peer {peer} has it without a trusted signature", narinfo.info.path);
             return Err(Miss::Untrusted(peer));
         }
-        let (nar_hash, nar_size) = (narinfo.info.nar_hash, narinfo.info.nar_size);
-        let path = narinfo.info.path.clone();
-        Ok(Source { peer, url_path: narinfo.url.clone(), nar_hash, nar_size, path, wan: None })
+        let usual = usual_nar_path(&narinfo.info.path.hash_part(), &narinfo.info.nar_hash);
+        let url_path = (narinfo.url != usual).then(|| narinfo.url.as_str().into());
+        Ok(Source { peer, url_path, wan: None })
     }
 
     fn is_trusted(&self, info: &PathInfo) -> bool {
@@ -302,19 +334,14 @@ pub struct Search {
 }
 
 impl Search {
-    /// The path that is looked for.
-    pub fn hash_part(&self) -> &HashPart {
-        &self.hash_part
-    }
-
-    /// Whether there is another holder.
-    pub fn has_more(&self) -> bool {
-        self.lan.as_ref().is_some_and(LanSearch::has_more) || self.wan.as_ref().is_some_and(WanSearch::has_more)
-    }
-
-    /// Whether there may be one: the trackers have not been asked yet.
-    pub fn may_have_more(&self) -> bool {
-        self.has_more() || self.wan.as_ref().is_some_and(|wan| !wan.has_begun())
+    /// What was offered, with the other holders that have answered by now.
+    fn found(&mut self, offered: Offered) -> Found {
+        let Offered { source, narinfo, .. } = offered;
+        let others = self.lan.as_mut().map(|lan| lan.holders(Duration::ZERO)).unwrap_or_default();
+        let others = others.into_iter().filter(|other| other.ip() != source.peer.ip()).map(Source::neighbour);
+        let sources = std::iter::once(source.clone()).chain(others).take(MAX_SOURCES).collect();
+        let PathInfo { path, nar_hash, nar_size, .. } = narinfo.info;
+        Found { path, nar_hash, nar_size, sources }
     }
 
     /// Why nothing was found.
@@ -342,10 +369,10 @@ impl Search {
         }
     }
 
-    /// Gives the search, resumed for alternates, its time anew.
-    pub fn resume(&mut self) {
-        self.lan.iter_mut().for_each(LanSearch::resume);
-        self.wan.iter_mut().for_each(WanSearch::resume);
+    /// Gives the search, resumed for alternates, its time anew, but none after `until`.
+    fn resume(&mut self, until: Instant) {
+        self.lan.iter_mut().for_each(|lan| lan.resume(until));
+        self.wan.iter_mut().for_each(|wan| wan.resume(until));
     }
 }
 

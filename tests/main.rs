@@ -26,6 +26,7 @@ mod original;
 mod page;
 mod routes;
 mod sharing;
+mod sources;
 mod store_states;
 mod tracker;
 mod tracker_lasts;

@@ -155,17 +155,20 @@ pub(super) fn from_peer(
         // What Nix holds of it already was wrong, so that no rest can make it right. From the start is fine.
         return Err(NOT_THERE);
     }
-    let mut nar = cache.fetch.find(&name.hash_part, &name.nar_hash).ok_or(NOT_THERE)?;
-    let (status, part) = wanted(request, name, Coding::Never, nar.size())?;
-    if exchange.wants_body() {
-        // Only a NAR that did begin to arrive is answered with 200: for Nix, a 404 is no error.
-        nar.start(part.clone()).ok_or(NOT_THERE)?;
+    let nar = cache.fetch.find(&name.hash_part, &name.nar_hash).ok_or(NOT_THERE)?;
+    let size = nar.size();
+    let (status, part) = wanted(request, name, Coding::Never, size)?;
+    if !exchange.wants_body() {
+        return Ok(begin(exchange, name, Coding::Never, status, &part, size)?);
     }
-    begin(exchange, name, Coding::Never, status, &part, nar.size())?;
-    if exchange.wants_body() {
-        nar.relay(exchange)?;
+    // Only a NAR that did begin to arrive is answered with 200: for Nix, a 404 is no error.
+    let begun = nar.start().ok_or(NOT_THERE)?;
+    begin(exchange, name, Coding::Never, status, &part, size)?;
+    match begun.relay(&part, exchange) {
+        // Of a part that begins late nothing was sent: without an answer Nix would ask again and again.
+        Err(_) if exchange.take_back() => Err(NOT_THERE),
+        relayed => Ok(relayed?),
     }
-    Ok(())
 }
 
 /// The status, and which bytes of the NAR, however they are then encoded: the next part may come from a peer that does it

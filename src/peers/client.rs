@@ -2,6 +2,7 @@
 //! form; nothing follows a redirect, a proxy or a name server.
 
 use super::decoder::Decoded;
+use super::patience::{self, WithPatience};
 use super::standing::Fault;
 use crate::lan::Holder;
 use crate::nix::{HashPart, Malformed, NarInfo, StoreDir};
@@ -19,7 +20,7 @@ use ureq::Agent;
 use ureq::config::Config;
 use ureq::http::{Response, Uri};
 use ureq::unversioned::resolver::{ResolvedSocketAddrs, Resolver};
-use ureq::unversioned::transport::{DefaultConnector, NextTimeout};
+use ureq::unversioned::transport::{Connector, DefaultConnector, NextTimeout};
 
 /// A LAN peer accepts a connection within this, or is not there.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
@@ -30,8 +31,7 @@ pub const STALL: Timeout = Timeout::from_secs(10);
 /// A peer that is slower than this, in bytes a second and one stream, is left in any case: Nix would wait for it
 /// without end. Sixteen streams over the slowest Wi-Fi have twice that each.
 pub const TOO_SLOW: u64 = 8 * 1024;
-/// Longest time for a NAR's body, beside the time that its size takes at four times [`TOO_SLOW`]. It bounds what a
-/// peer can do inside one read. A slower one that is honest is asked for the rest.
+/// Longest time for a NAR's body, beside the time that its size takes at [`TOO_SLOW`].
 const BODY_GRACE: Duration = Duration::from_secs(30);
 
 /// Connections kept open to one peer: as many as Nix opens to us.
@@ -162,6 +162,20 @@ impl NarBody {
     }
 }
 
+impl NarBody {
+    /// As [`Read::read`], but waits for the peer for `patience` at most. `None`: nothing came in that time, and the next
+    /// read goes on from there.
+    ///
+    /// # Errors
+    /// The connection's, or what the peer compressed cannot be decoded.
+    pub fn read_within(&mut self, buf: &mut [u8], patience: Duration) -> io::Result<Option<usize>> {
+        match patience::limit(patience, || self.read(buf)) {
+            Err(e) if patience::is_over(&e) => Ok(None),
+            read => read.map(Some),
+        }
+    }
+}
+
 impl Read for NarBody {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         match &mut self.bytes {
@@ -191,7 +205,8 @@ impl Client {
             .max_idle_connections_per_host(IDLE_PER_PEER)
             .max_idle_age(IDLE_AGE.get())
             .build();
-        Client { agent: Agent::with_parts(config, DefaultConnector::default(), PeerAddress), store_dir }
+        let connector = DefaultConnector::default().chain(WithPatience);
+        Client { agent: Agent::with_parts(config, connector, PeerAddress), store_dir }
     }
 
     /// The narinfo a peer said it has: of the right path, for an uncompressed NAR.
@@ -217,7 +232,7 @@ impl Client {
         Ok(info)
     }
 
-    /// A NAR from byte `offset` on, which begins within `patience`. `url_path` is the narinfo's
+    /// A NAR from byte `offset` on, which begins within `patience`, the time to connect included. `url_path` is the narinfo's
     /// `URL`, relative to the root of the peer's server. Over other networks the peer may compress;
     /// the offset, and what is then read, is of the NAR all the same.
     ///
@@ -233,7 +248,7 @@ impl Client {
         patience: Duration,
         way: &Way,
     ) -> Result<NarBody, Error> {
-        let whole = BODY_GRACE + Duration::from_secs(nar_size / (4 * TOO_SLOW));
+        let whole = BODY_GRACE + Duration::from_secs(nar_size / TOO_SLOW);
         let request = || {
             let mut request = self.agent.get(url(peer, url_path));
             if let Way::Wan(transfer) = way {
@@ -245,9 +260,15 @@ impl Client {
             if offset > 0 {
                 request = request.header("Range", format!("bytes={offset}-"));
             }
-            request.config().timeout_recv_response(Some(patience)).timeout_recv_body(Some(whole)).build()
+            let config = request.config().timeout_connect(Some(patience.min(CONNECT_TIMEOUT)));
+            config.timeout_recv_response(Some(patience)).timeout_recv_body(Some(whole)).build()
         };
-        let response = expect(twice(|| request().call()).map_err(Error::Unreachable)?, &[200, 206])?;
+        let call = || match request().call() {
+            Err(ureq::Error::Io(e)) if patience::is_over(&e) => Err(ureq::Error::Timeout(ureq::Timeout::RecvResponse)),
+            called => called,
+        };
+        let response = patience::limit(patience, || twice(call)).map_err(Error::Unreachable)?;
+        let response = expect(response, &[200, 206])?;
         let from = if response.status() == 206 { offset } else { 0 };
         if response.status() == 206 {
             let range = response.headers().get("content-range").and_then(|field| field.to_str().ok());

@@ -50,6 +50,22 @@ impl Lan {
         Lan { discovery, client, standing, requests }
     }
 
+    /// The narinfo of a peer that says that it has the path, if it comes within `patience`.
+    pub fn narinfo(&self, peer: SocketAddr, hash_part: &HashPart, patience: Duration) -> Option<NarInfo> {
+        let began = Instant::now();
+        let holder = Holder { http: peer, url_path: narinfo_path(hash_part) };
+        match self.client.narinfo(&holder, hash_part, patience) {
+            Ok(narinfo) => Some(narinfo),
+            Err(e) => {
+                log::debug!("{hash_part}: peer {peer}: {e}");
+                if let Some(fault) = e.fault() {
+                    self.standing.failed(peer, fault, began, Instant::now(), &e);
+                }
+                None
+            }
+        }
+    }
+
     /// Asks the peers for a path, and returns what they answer.
     pub fn search(self: &Arc<Self>, hash_part: &HashPart) -> LanSearch {
         let (lookup, updates) = self.discovery.look_up(*hash_part);
@@ -76,6 +92,11 @@ impl Lan {
             counts: None,
         }
     }
+}
+
+/// Where peerix has the narinfo of a path of its store.
+fn narinfo_path(hash_part: &HashPart) -> String {
+    format!("local/{hash_part}.narinfo")
 }
 
 /// A peer that says that it has the path.
@@ -158,17 +179,23 @@ pub struct LanSearch {
 }
 
 impl LanSearch {
-    /// Gives the search, resumed for alternates, its time anew.
-    pub fn resume(&mut self) {
-        self.until = Instant::now() + LOOKUP_TIMEOUT.get();
+    /// Gives the search, resumed for alternates, its time anew, but none after `until`.
+    pub fn resume(&mut self, until: Instant) {
+        self.until = until.min(Instant::now() + LOOKUP_TIMEOUT.get());
     }
 
-    /// Whether there is another holder.
-    pub fn has_more(&self) -> bool {
-        !self.untried.is_empty()
-            || !self.doubtful.is_empty()
-            || !self.narinfos.is_empty()
-            || self.updates.as_ref().is_some_and(|updates| !updates.is_empty())
+    /// The holders that have not failed, without those that are left alone wholly, as far as they answer within `patience`.
+    /// Holders of the original's kind, whose narinfos are elsewhere, are not among them.
+    pub fn holders(&mut self, patience: Duration) -> Vec<SocketAddr> {
+        let until = Instant::now() + patience;
+        while let Some(Ok(update)) = self.updates.as_ref().map(|updates| updates.recv_deadline(until)) {
+            self.take_update(update, Instant::now());
+        }
+        let unasked = [&self.untried, &self.doubtful, &self.last_resort].into_iter().flatten();
+        let usual = narinfo_path(&self.hash_part);
+        let unasked =
+            unasked.filter(|candidate| candidate.holder.url_path == usual).map(|candidate| candidate.holder.http);
+        unasked.chain(self.under_way.iter().map(|request| request.http)).collect()
     }
 
     /// Number of peers that were asked, and of those that gave no answer; `None` if there were too many lookups.

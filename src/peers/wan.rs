@@ -9,7 +9,7 @@ use super::client::{Client, Error};
 use super::names::Names;
 use super::requests::Requests;
 use super::standing::{Fault, Standing, Turn, Who};
-use crate::lan::{CandidateAnswer, DiscoveryClient, Holder};
+use crate::lan::{CandidateAnswer, DiscoveryClient, Holder, LOOKUP_TIMEOUT};
 use crate::network::Networks;
 use crate::nix::{HashPart, NarInfo};
 use crate::wire::tracker::{
@@ -66,6 +66,7 @@ impl Wan {
             hash_part: *hash_part,
             began: None,
             until: Instant::now(),
+            latest: Instant::now() + WAN_TIMEOUT + LOOKUP_TIMEOUT.get(),
             entries: Vec::new(),
             told: never(),
             answer,
@@ -143,6 +144,8 @@ pub struct WanSearch {
     hash_part: HashPart,
     began: Option<Instant>,
     until: Instant,
+    /// It ends by then, whenever it begins.
+    latest: Instant,
     entries: Vec<Entry>,
     told: Receiver<CandidateAnswer>,
     answer: Sender<Answer>,
@@ -181,9 +184,10 @@ struct Answer {
 }
 
 impl WanSearch {
-    /// Gives the search, resumed for alternates, its time anew.
-    pub fn resume(&mut self) {
-        self.until = Instant::now() + WAN_TIMEOUT;
+    /// Gives the search, resumed for alternates, its time anew, but none after `until`.
+    pub fn resume(&mut self, until: Instant) {
+        self.latest = until;
+        self.until = until.min(Instant::now() + WAN_TIMEOUT);
     }
 
     /// Whether the trackers have been asked.
@@ -257,7 +261,7 @@ impl WanSearch {
     fn begin(&mut self) {
         let began = Instant::now();
         self.began = Some(began);
-        self.until = began + WAN_TIMEOUT;
+        self.until = self.latest.min(began + WAN_TIMEOUT);
         let mut listed = self.wan.list(&self.hash_part, self.until);
         let others: Vec<_> = listed.iter_mut().map(|(at, found)| (*at, std::mem::take(&mut found.others))).collect();
         listed.into_iter().for_each(|(at, found)| self.add(at, found.candidates, true));

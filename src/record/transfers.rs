@@ -33,6 +33,7 @@ pub struct Running {
     pub began: Instant,
     bytes: AtomicU64,
     peer: Mutex<Option<(Network, SocketAddr)>>,
+    why: Mutex<Option<String>>,
 }
 
 impl Running {
@@ -44,6 +45,11 @@ impl Running {
     /// With whom; `None` while that is sought.
     pub fn peer(&self) -> Option<(Network, SocketAddr)> {
         *self.peer.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Why that peer was chosen, if there was a choice.
+    pub fn why(&self) -> Option<String> {
+        self.why.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }
 
@@ -70,6 +76,7 @@ impl<'a> Transfer<'a> {
             began: Instant::now(),
             bytes: AtomicU64::new(0),
             peer: Mutex::default(),
+            why: Mutex::default(),
         };
         Transfer { record, running: Some(Arc::new(running)), peer: None }
     }
@@ -87,6 +94,12 @@ impl<'a> Transfer<'a> {
             Direction::Out => Who::asker(network, peer.ip()),
         };
         self.peer = Some((network, self.record.counts(who)));
+    }
+
+    /// Why the peer was chosen, for people.
+    pub fn explain(&self, why: &str) {
+        let Some(running) = &self.running else { return };
+        *running.why.lock().unwrap_or_else(PoisonError::into_inner) = Some(why.to_owned());
     }
 
     /// So many more bytes came from, or went to, the peer.

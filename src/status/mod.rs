@@ -372,6 +372,7 @@ fn transfer(running: &record::Running, now: Now) -> Transfer {
         name: running.name.clone(),
         peer: peer.map(|(_, address)| address.to_string()),
         network: peer.map(|(network, _)| network.as_str()),
+        reason: running.why(),
         started: unix(running.at),
         bytes,
         size: running.size,

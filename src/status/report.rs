@@ -163,6 +163,7 @@ pub struct Transfer {
     pub name: String,
     pub peer: Option<String>,
     pub network: Option<&'static str>,
+    pub reason: Option<String>,
     pub started: f64,
     pub bytes: u64,
     pub size: u64,

@@ -184,6 +184,8 @@ pub enum Reply {
     Raw(Vec<u8>),
     /// An answer with its length, a byte at a time with a pause after each.
     Drip(Vec<u8>, Duration),
+    /// An answer with its length, so many bytes at a time with a pause after each.
+    Paced(Vec<u8>, usize, Duration),
     /// Nothing: the connection stays open until the asker gives up.
     Silence,
 }
@@ -280,6 +282,13 @@ fn serve(stream: &TcpStream, handle: &dyn Fn(&Request) -> Reply) -> io::Result<(
                 write!(writer, "HTTP/1.1 200 x\r\nContent-Length: {}\r\n\r\n", body.len())?;
                 for byte in body {
                     writer.write_all(&[byte])?;
+                    std::thread::sleep(pause);
+                }
+            }
+            Reply::Paced(body, bytes, pause) => {
+                write!(writer, "HTTP/1.1 200 x\r\nContent-Length: {}\r\n\r\n", body.len())?;
+                for part in body.chunks(bytes) {
+                    writer.write_all(part)?;
                     std::thread::sleep(pause);
                 }
             }

@@ -1,0 +1,517 @@
+//! Where the bytes of one NAR come from: the best source, and another one at the same byte when it fails or is slow.
+
+use super::verified::{Incoming, Piece};
+use super::{Cut, Fetch};
+use crate::lookup::{Found, Search, Source};
+use crate::nix::HashPart;
+use crate::peers::client::{Error, NarBody, STALL, TOO_SLOW, Way};
+use crate::peers::pace::Intake;
+use crate::peers::picker::{self, Health, Holding};
+use crate::peers::standing::{Fault, Turn, Who};
+use crate::record::Transfer;
+use crate::time_scale::Timeout;
+use crate::wire::tracker::TransferName;
+use std::fmt;
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// Peers tried for one NAR in all. A NAR that twelve peers could not deliver will not come.
+const MAX_TRIES: u32 = 12;
+/// A peer that answered 503, or broke off, is asked again after this, if there is no other.
+const PAUSE: Duration = Duration::from_secs(1);
+/// A busy one so often: then Nix is better served by its next substituter.
+const MAX_BUSY: u32 = 10;
+/// Times in a row that one peer may break off and be asked again. One that sent a piece in between may so again.
+const MAX_BROKEN: u32 = 1;
+/// Times the peers are asked anew for one NAR.
+const MAX_SEARCHES: u32 = 3;
+/// Times that one NAR leaves a peer for a faster one. Then it stays.
+const MAX_MOVES: u32 = 3;
+
+/// A transfer that takes longer than this is worth asking the LAN again for further holders.
+const LONG: Duration = Duration::from_millis(50);
+/// It is asked at most once in this time for one NAR.
+const ASK_PAUSE: Duration = Duration::from_secs(10);
+/// Longest wait for their answers.
+const ASK_AGAIN: Duration = Duration::from_millis(20);
+
+/// While nothing comes from a peer, this often it is looked at whether another one is better.
+const LOOK: Duration = Duration::from_millis(100);
+/// A peer that sent less than [`TOO_SLOW`] for this long is left.
+const PACE_WINDOW: Timeout = Timeout::from_secs(5);
+
+/// A peer begins to send within this, if there may be another; else within [`STALL`].
+const FIRST_BYTE: Duration = Duration::from_secs(2);
+
+/// After a pause this long, which Nix made, a peer that closed the connection is not to blame.
+const LONG_PAUSE: Duration = Duration::from_secs(20);
+
+/// The sources of one NAR, and the peer that is sending.
+pub(super) struct Supply<'a> {
+    fetch: &'a Fetch,
+    found: Found,
+    hash_part: HashPart,
+    /// For the record.
+    transfer: Transfer<'a>,
+    search: Option<Search>,
+    searches: u32,
+    tries: u32,
+    /// The last peer that may be asked again, and how often more.
+    again: Option<Source>,
+    busy_left: u32,
+    broken_left: u32,
+    moves_left: u32,
+    /// When the LAN was last asked again for further holders.
+    asked_again: Option<Instant>,
+    current: Option<Current<'a>>,
+    contributors: Vec<Who>,
+    /// Bytes that were received, those of failed attempts included.
+    received: u64,
+    /// While the first piece has to come by then.
+    until: Option<Instant>,
+}
+
+/// The peer that is sending.
+struct Current<'a> {
+    source: Source,
+    body: NarBody,
+    intake: Intake<'a>,
+    counted: Option<Counted<'a>>,
+    began: Instant,
+    last_read: Instant,
+    /// How long Nix kept us from reading before the last read.
+    pause: Duration,
+    /// Time waited for the peer in this pace window, and bytes that came in it.
+    waited: Duration,
+    got: u64,
+    /// Time waited since it was last looked at whether another peer is better.
+    unlooked: Duration,
+}
+
+/// What came of a transfer that a tracker counts; reported when it is over, however it ends.
+struct Counted<'a> {
+    fetch: &'a Fetch,
+    transfer: TransferName,
+    bytes: u64,
+}
+
+impl Drop for Counted<'_> {
+    fn drop(&mut self) {
+        self.fetch.lookup.received(&self.transfer, self.bytes);
+    }
+}
+
+/// Why a peer's stream ended.
+#[derive(Debug)]
+pub(super) enum Broken {
+    /// The peer did something wrong.
+    Failed(Fault, String),
+    /// Another peer is twice as fast.
+    Slow(String),
+    /// The first piece has not come in time.
+    Late,
+}
+
+impl Broken {
+    fn failed(fault: Fault, why: impl fmt::Display) -> Self {
+        Broken::Failed(fault, why.to_string())
+    }
+}
+
+impl<'a> Supply<'a> {
+    /// Nothing is asked of any peer yet. The first piece has to come until `until`.
+    pub(super) fn new(fetch: &'a Fetch, found: Found, until: Instant) -> Self {
+        let transfer = fetch.record.receive(found.path.base_name(), found.nar_size);
+        Supply {
+            fetch,
+            hash_part: found.path.hash_part(),
+            found,
+            transfer,
+            search: None,
+            searches: 0,
+            tries: 0,
+            again: None,
+            busy_left: MAX_BUSY,
+            broken_left: MAX_BROKEN,
+            moves_left: MAX_MOVES,
+            asked_again: None,
+            current: None,
+            contributors: Vec::new(),
+            received: 0,
+            until: Some(until),
+        }
+    }
+
+    /// The peer that is sending.
+    pub(super) fn current(&self) -> Option<&Source> {
+        self.current.as_ref().map(|current| &current.source)
+    }
+
+    /// Gets the first piece, which is checked by `is_right`, from whichever peer gives it. `None`: none does in time.
+    pub(super) fn first_piece(&mut self, is_right: impl Fn(&Incoming, &Piece) -> bool) -> Option<(Incoming, Piece)> {
+        let mut incoming = Incoming::new(self.found.nar_hash, self.found.nar_size);
+        let mut piece = incoming.piece();
+        loop {
+            self.connect(0)?;
+            match self.fill(&mut incoming, &mut piece) {
+                Ok(()) if is_right(&incoming, &piece) => {
+                    self.until = None;
+                    return Some((incoming, piece));
+                }
+                Ok(()) => self.leave(&Broken::failed(Fault::BadData, "sent a NAR with another hash"), 0),
+                Err(broken) => self.leave(&broken, 0),
+            }
+            // Nothing has been passed on, so the next peer can begin from the beginning.
+            incoming = Incoming::new(self.found.nar_hash, self.found.nar_size);
+            piece = incoming.piece();
+            self.contributors.clear();
+        }
+    }
+
+    /// One more piece, from whichever peer gives it.
+    ///
+    /// # Errors
+    /// No peer is left, or what came is no part of a NAR.
+    pub(super) fn next_piece(&mut self, incoming: &mut Incoming, piece: &mut Piece) -> Result<(), Cut> {
+        loop {
+            let at = incoming.at();
+            if self.current.is_none() && self.connect(at).is_none() {
+                let hash = self.found.nar_hash;
+                let why = format!("NAR {hash}: no peer left at byte {at} of {}", self.found.nar_size);
+                log::warn!("{why}");
+                return Err(Cut::NoPeer(why));
+            }
+            match self.fill(incoming, piece) {
+                Ok(()) => return Ok(()),
+                // The framing has seen the bad bytes, and who knows which bytes before were bad.
+                Err(Broken::Failed(Fault::BadData, why)) => return Err(Cut::Wrong(why)),
+                Err(broken) => self.leave(&broken, incoming.at()),
+            }
+        }
+    }
+
+    /// Reads the rest of a piece from the current peer.
+    fn fill(&mut self, incoming: &mut Incoming, piece: &mut Piece) -> Result<(), Broken> {
+        while incoming.rest() > 0 {
+            let skip = self.current.as_ref().map_or(0, |current| current.body.skip);
+            // What is skipped goes to the same place, and is written over.
+            let room = piece.room(if skip > 0 { skip } else { incoming.rest() });
+            if room.is_empty() {
+                break;
+            }
+            let got = self.read(room, incoming.at(), incoming.rest())?;
+            if skip > 0 {
+                if let Some(current) = &mut self.current {
+                    current.body.skip -= got as u64;
+                }
+                continue;
+            }
+            incoming.take(piece, got).map_err(|e| Broken::failed(Fault::BadData, e))?;
+            self.transfer.progress(incoming.at());
+        }
+        self.broken_left = MAX_BROKEN;
+        Ok(())
+    }
+
+    /// Reads from the current peer, at least one byte; `rest` bytes of the NAR are to come, from byte `at` on.
+    fn read(&mut self, room: &mut [u8], at: u64, rest: u64) -> Result<usize, Broken> {
+        let began = Instant::now();
+        let Some(current) = &mut self.current else {
+            return Err(Broken::failed(Fault::BrokenStream, "not connected"));
+        };
+        current.pause = began - current.last_read;
+        current.intake.wait(began);
+        loop {
+            let look = LOOK.min(self.left(Instant::now()));
+            let Some(current) = &mut self.current else { break };
+            let before = Instant::now();
+            let read = current.body.read_within(room, look);
+            let now = Instant::now();
+            current.unlooked += now - before;
+            match read {
+                Ok(Some(0)) => {
+                    let why = format_args!("stream ended at byte {at} of {}", self.found.nar_size);
+                    return Err(Broken::failed(Fault::BrokenStream, why));
+                }
+                Ok(Some(got)) => {
+                    self.count(got as u64, began, now);
+                    self.judge(now, rest - (got as u64).min(rest))?;
+                    return Ok(got);
+                }
+                Ok(None) if now - began >= STALL.get() => {
+                    return Err(Broken::failed(Fault::BrokenStream, format_args!("sent nothing more at byte {at}")));
+                }
+                Ok(None) => self.judge(now, rest)?,
+                Err(e) => {
+                    return Err(Broken::failed(Fault::BrokenStream, format_args!("stream broke at byte {at}: {e}")));
+                }
+            }
+        }
+        Err(Broken::Late)
+    }
+
+    /// Counts bytes for which the peer was waited for since `began`.
+    fn count(&mut self, got: u64, began: Instant, now: Instant) {
+        let Some(current) = &mut self.current else { return };
+        current.last_read = now;
+        current.intake.got(got, now);
+        current.waited += now - began;
+        current.got += got;
+        self.received += got;
+        self.transfer.moved(got);
+        if let Some(counted) = &mut current.counted {
+            counted.bytes += got;
+        }
+    }
+
+    /// Whether the current peer is to be left, of which `rest` bytes are to come.
+    fn judge(&mut self, now: Instant, rest: u64) -> Result<(), Broken> {
+        if self.until.is_some_and(|until| now >= until) {
+            return Err(Broken::Late);
+        }
+        let Some(current) = &mut self.current else { return Ok(()) };
+        if current.waited >= PACE_WINDOW.get() {
+            let pace = (current.got as f64 / current.waited.as_secs_f64()) as u64;
+            if pace < TOO_SLOW {
+                return Err(Broken::failed(Fault::BrokenStream, format_args!("too slow, {pace} bytes a second")));
+            }
+            (current.waited, current.got) = (Duration::ZERO, 0);
+        }
+        if rest == 0 || current.unlooked < LOOK || self.moves_left == 0 {
+            return Ok(());
+        }
+        current.unlooked = Duration::ZERO;
+        let load = current.intake.load(now);
+        if load.pace.waited < picker::LEAST_WAIT {
+            return Ok(());
+        }
+        self.ask_again(rest as f64 / load.pace.measured);
+        let (_, others) = self.holdings(now);
+        match picker::faster(&load, rest, &others) {
+            Some(at) => Err(Broken::Slow(format!("slow ({load}), another has {}", others[at].load))),
+            None => Ok(()),
+        }
+    }
+
+    /// The known sources that may be asked, by their places, and what is known of them.
+    fn holdings(&self, now: Instant) -> (Vec<usize>, Vec<Holding>) {
+        let standing = &self.fetch.standing;
+        let holding = |(at, source): (usize, &Source)| {
+            let who = source.who();
+            let health = match standing.turn(who, now) {
+                Turn::Now if !standing.is_doubtful(who) => Health::Good,
+                Turn::Now => Health::Doubtful,
+                Turn::Last => Health::LastResort,
+                Turn::Never => return None,
+            };
+            Some((at, Holding { health, load: self.fetch.paces.load(who, now) }))
+        };
+        self.found.sources.iter().enumerate().filter_map(holding).unzip()
+    }
+
+    /// Asks the LAN for further holders, if what is to come takes so many seconds that it is worth it.
+    fn ask_again(&mut self, seconds: f64) {
+        let now = Instant::now();
+        let is_early = self.asked_again.is_some_and(|at| now.saturating_duration_since(at) < ASK_PAUSE);
+        if is_early || seconds < LONG.as_secs_f64() {
+            return;
+        }
+        self.asked_again = Some(now);
+        let left = ASK_AGAIN.min(self.left(now));
+        for source in self.fetch.lookup.holders(&self.hash_part, left) {
+            let is_same = |known: &Source| known.peer.ip() == source.peer.ip();
+            if !self.found.sources.iter().chain(self.current()).any(is_same) {
+                self.found.sources.push(source);
+            }
+        }
+    }
+
+    /// Connects to the best source, at the byte that is wanted next.
+    fn connect(&mut self, at: u64) -> Option<()> {
+        while self.tries < MAX_TRIES {
+            let (source, why) = self.next_source(at)?;
+            let patience = if self.may_have_another() { FIRST_BYTE } else { STALL.get() };
+            let patience = patience.min(self.left(Instant::now()));
+            if patience.is_zero() {
+                return None;
+            }
+            self.tries += 1;
+            if self.ask(source, at, patience, &why) {
+                return Some(());
+            }
+        }
+        None
+    }
+
+    /// Asks a peer for the NAR from a byte on. False if it does not begin to send.
+    fn ask(&mut self, mut source: Source, at: u64, patience: Duration, why: &str) -> bool {
+        let (who, began) = (source.who(), Instant::now());
+        let mut intake = self.fetch.paces.begin(who, self.found.nar_size - at);
+        intake.wait(began);
+        let url_path = source.nar_path(&self.hash_part, &self.found.nar_hash);
+        let way = source.take_way();
+        match self.fetch.client.nar(source.peer, &url_path, at, self.found.nar_size, patience, &way) {
+            Ok(body) => {
+                log::debug!("NAR {}: from peer {} at byte {at}: {why}", self.found.nar_hash, source.peer);
+                if at > 0 {
+                    log::info!("NAR {}: continued from peer {} at byte {at}", self.found.nar_hash, source.peer);
+                }
+                if !self.contributors.contains(&who) {
+                    self.contributors.push(who);
+                }
+                self.transfer.with(source.network(), source.peer);
+                self.transfer.explain(why);
+                let counted = match way {
+                    Way::Wan(Some(transfer)) => Some(Counted { fetch: self.fetch, transfer, bytes: 0 }),
+                    _ => None,
+                };
+                self.current = Some(Current {
+                    source,
+                    body,
+                    intake,
+                    counted,
+                    began,
+                    last_read: Instant::now(),
+                    pause: Duration::ZERO,
+                    waited: Duration::ZERO,
+                    got: 0,
+                    unlooked: Duration::ZERO,
+                });
+                return true;
+            }
+            Err(Error::Busy) => {
+                if let Some(left) = self.busy_left.checked_sub(1) {
+                    self.busy_left = left;
+                    self.again = Some(source);
+                }
+            }
+            // It said that it has the path, not which NAR, nor where: those of the original's kind have it elsewhere.
+            Err(Error::NotThere) if source.url_path.is_none() && source.wan.is_none() => {
+                log::debug!("NAR {}: peer {} has it elsewhere, or another one", self.found.nar_hash, source.peer);
+                let elsewhere =
+                    self.fetch.lookup.nar_elsewhere(source.peer, &self.found, patience.min(self.left(Instant::now())));
+                self.found.sources.extend(elsewhere);
+            }
+            Err(e) => {
+                log::debug!("NAR {}: peer {}: {e}", self.found.nar_hash, source.peer);
+                if let Some(fault) = e.fault() {
+                    self.fetch.standing.failed(who, fault, began, Instant::now(), &e);
+                }
+            }
+        }
+        false
+    }
+
+    /// Time until the first piece has to be there; without end when it is.
+    fn left(&self, now: Instant) -> Duration {
+        self.until.map_or(Duration::MAX, |until| until.saturating_duration_since(now))
+    }
+
+    fn may_have_another(&self) -> bool {
+        !self.found.sources.is_empty() || self.fetch.lookup.has_trackers()
+    }
+
+    /// The best source, which is then no longer among the known ones, and why it is the best.
+    fn next_source(&mut self, at: u64) -> Option<(Source, String)> {
+        let rest = self.found.nar_size - at;
+        if let Some(best) = self.best(rest) {
+            return Some(best);
+        }
+        if let Some(source) = self.searched() {
+            return Some((source, "the only one found by another search".into()));
+        }
+        let source = self.again.take()?;
+        thread::sleep(PAUSE.min(self.left(Instant::now())));
+        Some((source, "asked again, as there is no other".into()))
+    }
+
+    fn best(&mut self, bytes: u64) -> Option<(Source, String)> {
+        let (_, holdings) = self.holdings(Instant::now());
+        let choice = picker::choose(&holdings, bytes)?;
+        self.ask_again(choice.expected.as_secs_f64());
+        let (places, holdings) = self.holdings(Instant::now());
+        let choice = picker::choose(&holdings, bytes)?;
+        let why = format!("best of {}: {}", holdings.len(), holdings[choice.at].load);
+        Some((self.found.sources.swap_remove(places[choice.at]), why))
+    }
+
+    /// One more source, from a search with narinfos.
+    fn searched(&mut self) -> Option<Source> {
+        let latest = self.until.unwrap_or_else(|| Instant::now() + Duration::from_secs(60));
+        loop {
+            if let Some(search) = &mut self.search
+                && let Some(source) = self.fetch.lookup.next_source(search, &self.found, latest)
+            {
+                return Some(source);
+            }
+            if self.searches >= MAX_SEARCHES || Instant::now() >= latest {
+                return None;
+            }
+            self.searches += 1;
+            self.search = Some(self.fetch.lookup.search(&self.hash_part));
+        }
+    }
+
+    /// Leaves the current peer, at that byte.
+    fn leave(&mut self, broken: &Broken, at: u64) {
+        let Some(mut current) = self.current.take() else { return };
+        let (hash, peer, now) = (self.found.nar_hash, current.source.peer, Instant::now());
+        match broken {
+            Broken::Slow(why) => {
+                log::debug!("NAR {hash}: leaves peer {peer} at byte {at}: {why}");
+                self.moves_left -= 1;
+                current.intake.conclude(now);
+                self.found.sources.push(current.source);
+            }
+            Broken::Late => log::debug!("NAR {hash}: the first piece has not come in time from peer {peer}"),
+            Broken::Failed(Fault::BrokenStream, why) if current.pause >= LONG_PAUSE => {
+                log::debug!("NAR {hash}: peer {peer} closed in a pause: {why}");
+                self.found.sources.push(current.source);
+            }
+            Broken::Failed(fault, why) => {
+                log::debug!("NAR {hash}: peer {peer}: {why}");
+                self.fetch.standing.failed(current.source.who(), *fault, current.began, now, why);
+                if *fault == Fault::BrokenStream
+                    && let Some(left) = self.broken_left.checked_sub(1)
+                {
+                    self.broken_left = left;
+                    self.again = Some(current.source);
+                }
+            }
+        }
+    }
+
+    /// What came is wrong, and part of it is with Nix. Which of several peers sent it is not known, but those that
+    /// broke off have more against them than the one that went on for them.
+    pub(super) fn blame(&mut self, why: &dyn fmt::Display) {
+        self.transfer.has_failed();
+        let now = Instant::now();
+        let last = self.current().map(Source::who);
+        for peer in &self.contributors {
+            let innocent = self.contributors.len() > 1 && Some(*peer) == last;
+            let fault = if innocent { Fault::BrokenPromise } else { Fault::BadData };
+            self.fetch.standing.failed(*peer, fault, now, now, why);
+        }
+    }
+
+    /// No peer could deliver the NAR.
+    pub(super) fn fail(&self) {
+        self.transfer.has_failed();
+    }
+
+    /// The whole NAR came, and it was right.
+    pub(super) fn delivered(&mut self) {
+        let now = Instant::now();
+        if let Some(mut current) = self.current.take() {
+            current.intake.prove();
+            current.body.finish();
+        }
+        let peers: Vec<String> = self.contributors.iter().map(Who::to_string).collect();
+        log::debug!("{}: NAR of {} bytes from peer {}", self.hash_part, self.found.nar_size, peers.join(" and "));
+        self.contributors.iter().for_each(|peer| {
+            self.fetch.standing.delivered(*peer, now);
+            self.fetch.record.delivered(peer.network(), peer.address());
+        });
+        self.transfer.is_whole();
+    }
+}

@@ -1,0 +1,260 @@
+//! The bytes of one NAR on their way to this machine's Nix: hashed and framing-checked as they pass. Where they come from
+//! is not known here.
+//!
+//! Nix unpacks while it downloads, as root, before it knows the hash. So nothing malformed is passed on, and the last
+//! piece only when size and hash are right. A NAR of one piece, as most are, is checked before Nix sees any of it.
+
+use crate::nix::{Framing, Malformed, NarHash};
+use crossbeam_channel::{Receiver, Sender, bounded};
+use ring::digest::{Context, SHA256};
+use std::io::{self, Write};
+use std::ops::Range;
+use std::sync::Arc;
+use std::thread;
+
+/// Bytes that are read, checked and passed on at once.
+const PIECE: usize = 256 * 1024;
+
+/// Pieces that wait for the hashing thread: enough that neither waits for the other's hiccups.
+const QUEUE: usize = 2;
+
+/// Why a NAR was not passed on as a whole.
+#[derive(Debug)]
+pub(super) enum NotWhole {
+    /// The reader's error, or the writer's.
+    Io(io::Error),
+    /// Its hash is wrong; the last piece was not passed on.
+    Hash,
+}
+
+impl From<io::Error> for NotWhole {
+    fn from(e: io::Error) -> Self {
+        NotWhole::Io(e)
+    }
+}
+
+/// What has come of a NAR.
+pub(super) struct Incoming {
+    hash: NarHash,
+    size: u64,
+    framing: Framing,
+    at: u64,
+}
+
+impl Incoming {
+    /// Nothing of the NAR with that hash and size.
+    pub(super) fn new(hash: NarHash, size: u64) -> Self {
+        Incoming { hash, size, framing: Framing::with_nar_size(size), at: 0 }
+    }
+
+    /// Bytes that came and were framing-checked.
+    pub(super) fn at(&self) -> u64 {
+        self.at
+    }
+
+    /// Bytes that are still to come.
+    pub(super) fn rest(&self) -> u64 {
+        self.size - self.at
+    }
+
+    /// An empty piece for the next bytes.
+    pub(super) fn piece(&self) -> Piece {
+        Piece::new(self.size)
+    }
+
+    /// Takes bytes that were read into the piece's [`Piece::room`].
+    ///
+    /// # Errors
+    /// They cannot be a part of a NAR, or not at this place.
+    pub(super) fn take(&mut self, piece: &mut Piece, bytes: usize) -> Result<(), Malformed> {
+        self.framing.push(&piece.buffer[piece.filled..piece.filled + bytes])?;
+        piece.filled += bytes;
+        self.at += bytes as u64;
+        Ok(())
+    }
+
+    /// Whether a piece that is the whole NAR is right.
+    pub(super) fn is_right(&self, piece: &Piece) -> bool {
+        ring::digest::digest(&SHA256, piece.bytes()).as_ref() == self.hash.as_bytes() && self.framing.is_complete()
+    }
+
+    /// Passes `range` of the NAR on, of which `first` is the first piece. `next` fills a piece with what comes then, and
+    /// is called until the range or the NAR ends.
+    ///
+    /// # Errors
+    /// See [`NotWhole`]. What was written before is right in its framing alone.
+    pub(super) fn pass_on(
+        &mut self,
+        first: Piece,
+        range: &Range<u64>,
+        out: &mut dyn Write,
+        next: impl FnMut(&mut Self, &mut Piece) -> io::Result<()>,
+    ) -> Result<(), NotWhole> {
+        let (pieces, queue) = bounded(QUEUE);
+        let (recycle, recycled) = bounded(QUEUE + 2);
+        thread::scope(|scope| {
+            let hashing =
+                thread::Builder::new().name("nar-hash".into()).spawn_scoped(scope, move || hash(&queue, &recycle))?;
+            self.pass_pieces_on(first, range, out, next, pieces, &recycled, || hashing.join().ok())
+        })
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "both ends of the hashing thread's channels")]
+    fn pass_pieces_on(
+        &mut self,
+        mut piece: Piece,
+        range: &Range<u64>,
+        out: &mut dyn Write,
+        mut next: impl FnMut(&mut Self, &mut Piece) -> io::Result<()>,
+        pieces: Sender<Arc<Piece>>,
+        recycled: &Receiver<Piece>,
+        digest: impl FnOnce() -> Option<NarHash>,
+    ) -> Result<(), NotWhole> {
+        let mut from = 0;
+        while self.at < self.size {
+            let shared = Arc::new(piece);
+            let _ = pieces.send(shared.clone());
+            out.write_all(part(shared.bytes(), from, range))?;
+            from = self.at;
+            if from >= range.end {
+                // Nix wanted no more; it cannot take a part for the whole.
+                return Ok(());
+            }
+            piece = recycled.try_recv().unwrap_or_else(|_| self.piece());
+            piece.filled = 0;
+            next(self, &mut piece)?;
+        }
+        let last = Arc::new(piece);
+        let _ = pieces.send(last.clone());
+        drop(pieces);
+        if digest() != Some(self.hash) {
+            return Err(NotWhole::Hash);
+        }
+        out.write_all(part(last.bytes(), from, range))?;
+        Ok(())
+    }
+}
+
+/// A piece of a NAR. Its memory is used again and again, and cleared only once.
+pub(super) struct Piece {
+    buffer: Box<[u8]>,
+    filled: usize,
+}
+
+impl Piece {
+    /// An empty one, of the NAR's size if that is less.
+    fn new(nar_size: u64) -> Self {
+        let len = usize::try_from(nar_size).unwrap_or(PIECE).min(PIECE);
+        Piece { buffer: vec![0; len].into_boxed_slice(), filled: 0 }
+    }
+
+    /// The bytes that have come.
+    pub(super) fn bytes(&self) -> &[u8] {
+        &self.buffer[..self.filled]
+    }
+
+    /// Where the next `most` bytes go, or fewer if it has no more room.
+    pub(super) fn room(&mut self, most: u64) -> &mut [u8] {
+        let end = usize::try_from(most).map_or(self.buffer.len(), |most| self.buffer.len().min(self.filled + most));
+        &mut self.buffer[self.filled..end]
+    }
+}
+
+/// The bytes of a piece, which is at `from` in the NAR, that lie in `range`.
+pub(super) fn part<'a>(piece: &'a [u8], from: u64, range: &Range<u64>) -> &'a [u8] {
+    let within = |at: u64| usize::try_from(at.saturating_sub(from)).map_or(piece.len(), |at| at.min(piece.len()));
+    &piece[within(range.start)..within(range.end)]
+}
+
+/// Hashes pieces until there are no more, and gives back those that nobody else uses any longer.
+fn hash(pieces: &Receiver<Arc<Piece>>, recycle: &Sender<Piece>) -> NarHash {
+    let mut context = Context::new(&SHA256);
+    for piece in pieces {
+        context.update(piece.bytes());
+        if let Some(piece) = Arc::into_inner(piece) {
+            let _ = recycle.try_send(piece);
+        }
+    }
+    let digest = context.finish();
+    NarHash::from_bytes(digest.as_ref().try_into().expect("SHA-256 has 32 bytes"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::nix::nar;
+
+    #[test]
+    fn the_part_of_a_piece_in_a_range() {
+        let piece = b"0123456789";
+        for (from, range, expected) in [
+            (0, 0..10, &b"0123456789"[..]),
+            (100, 0..200, b"0123456789"),
+            (100, 103..105, b"34"),
+            (100, 0..105, b"01234"),
+            (100, 105..200, b"56789"),
+            (100, 0..100, b""),
+            (100, 110..200, b""),
+            (u64::MAX - 10, 0..u64::MAX, b"0123456789"),
+        ] {
+            assert_eq!(part(piece, from, &range), expected, "{from} {range:?}");
+        }
+    }
+
+    /// The NAR of a file of so many bytes.
+    fn file(size: usize) -> Vec<u8> {
+        let mut nar = nar::MAGIC.to_vec();
+        nar::regular_open(&mut nar, false, size as u64);
+        nar.extend((0..size).map(|i| (i % 251) as u8));
+        nar.extend_from_slice(nar::padding(size as u64));
+        nar.extend_from_slice(&nar::CLOSE);
+        nar
+    }
+
+    fn hash_of(nar: &[u8]) -> NarHash {
+        NarHash::from_bytes(ring::digest::digest(&SHA256, nar).as_ref().try_into().unwrap())
+    }
+
+    /// What is passed on of `nar`, said to have that hash, when it comes in reads of `read` bytes.
+    fn passed_on(nar: &[u8], hash: NarHash, range: Range<u64>, read: usize) -> (Vec<u8>, Result<(), NotWhole>) {
+        let mut incoming = Incoming::new(hash, nar.len() as u64);
+        let fill = |incoming: &mut Incoming, piece: &mut Piece| {
+            loop {
+                let at = incoming.at() as usize;
+                let room = piece.room(incoming.rest().min(read as u64));
+                let len = room.len();
+                room.copy_from_slice(&nar[at..at + len]);
+                if len == 0 {
+                    return Ok(());
+                }
+                incoming.take(piece, len).map_err(io::Error::other)?;
+            }
+        };
+        let mut first = incoming.piece();
+        fill(&mut incoming, &mut first).unwrap();
+        let mut out = Vec::new();
+        let end = incoming.pass_on(first, &range, &mut out, fill);
+        (out, end)
+    }
+
+    #[test]
+    fn whole_nar_and_every_part_of_it_pass() {
+        let nar = file(3 * PIECE + 1000);
+        let size = nar.len() as u64;
+        for range in [0..size, 5..size, PIECE as u64..size, size - 1..size, 100..PIECE as u64 + 5] {
+            let (out, end) = passed_on(&nar, hash_of(&nar), range.clone(), 100_000);
+            end.unwrap();
+            assert!(out == nar[range.start as usize..range.end as usize], "{range:?}");
+        }
+    }
+
+    #[test]
+    fn last_piece_of_a_wrong_nar_is_held_back() {
+        let mut nar = file(3 * PIECE);
+        let (size, right) = (nar.len(), hash_of(&nar));
+        nar[PIECE] ^= 1;
+        let (out, end) = passed_on(&nar, right, 0..size as u64, PIECE);
+        assert!(matches!(end, Err(NotWhole::Hash)));
+        assert!(out.len() < size && size - out.len() <= PIECE, "{} of {size}", out.len());
+    }
+}

@@ -1,0 +1,152 @@
+//! What lookups have found, until Nix asks for the NAR: which NAR it is, and the addresses of its holders.
+//!
+//! Nix asks for all narinfos of a closure before the first NAR, and after `--dry-run` for no NAR at all. So the memory is
+//! bounded in bytes, and the oldest is dropped first.
+
+use super::{Found, Source};
+use crate::nix::HashPart;
+use std::collections::{HashMap, VecDeque};
+use std::mem::size_of;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+/// Memory for what was found, in bytes: some 10,000 paths with one holder, 4,000 with eight. Beyond, the oldest is dropped,
+/// and looked up again when its NAR is asked for.
+const MAX_BYTES: usize = 3 << 20;
+/// Holders remembered of a path: as many as a lookup passes on.
+pub(super) const MAX_SOURCES: usize = 16;
+/// What was found is true for this long: paths are collected, and peers leave.
+const KEPT: Duration = Duration::from_secs(600);
+/// What an entry takes beside its own size, its name and its holders: the two tables' places, and allocations.
+const OVERHEAD: usize = 160;
+
+/// The memory; shared by all threads.
+#[derive(Default)]
+pub(super) struct FoundPaths(Mutex<Entries>);
+
+#[derive(Default)]
+struct Entries {
+    by_path: HashMap<HashPart, Entry>,
+    /// The oldest first. An entry that was taken or replaced is still in here.
+    order: VecDeque<(u64, HashPart)>,
+    next: u64,
+    bytes: usize,
+}
+
+struct Entry {
+    number: u64,
+    found: Found,
+    at: Instant,
+}
+
+impl FoundPaths {
+    /// Remembers what was found at `now`, in place of what was found of that path before.
+    pub(super) fn put(&self, mut found: Found, now: Instant) {
+        found.sources.truncate(MAX_SOURCES);
+        found.sources.shrink_to_fit();
+        let mut entries = self.lock();
+        let hash_part = found.path.hash_part();
+        entries.remove(&hash_part);
+        entries.bytes += cost(&found);
+        let number = entries.next;
+        entries.next += 1;
+        entries.order.push_back((number, hash_part));
+        entries.by_path.insert(hash_part, Entry { number, found, at: now });
+        entries.drop_oldest();
+    }
+
+    /// Takes what was found of a path, if that was lately.
+    pub(super) fn take(&self, hash_part: &HashPart, now: Instant) -> Option<Found> {
+        let entry = self.lock().remove(hash_part)?;
+        (now.saturating_duration_since(entry.at) < KEPT).then_some(entry.found)
+    }
+
+    /// Drops all of it, and its memory.
+    pub(super) fn clear(&self) {
+        *self.lock() = Entries::default();
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Entries> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Entries {
+    fn remove(&mut self, hash_part: &HashPart) -> Option<Entry> {
+        let entry = self.by_path.remove(hash_part)?;
+        self.bytes -= cost(&entry.found);
+        // Numbers grow, so the place is found by halving.
+        if let Ok(place) = self.order.binary_search_by_key(&entry.number, |(number, _)| *number) {
+            self.order.remove(place);
+        }
+        Some(entry)
+    }
+
+    fn drop_oldest(&mut self) {
+        while self.bytes > MAX_BYTES
+            && let Some((_, oldest)) = self.order.front().copied()
+        {
+            self.remove(&oldest);
+        }
+    }
+}
+
+fn cost(found: &Found) -> usize {
+    let urls: usize = found.sources.iter().filter_map(|source| source.url_path.as_deref()).map(str::len).sum();
+    OVERHEAD + size_of::<Entry>() + found.path.base_name().len() + found.sources.len() * size_of::<Source>() + urls
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::nix::{NarHash, StorePath};
+    use std::net::SocketAddr;
+
+    fn found(number: u32, holders: usize) -> Found {
+        let path = StorePath::parse(&format!("{number:032}-some-package-1.0")).unwrap();
+        let source = |n| Source { peer: SocketAddr::from(([10, 0, 0, n as u8], 1)), url_path: None, wan: None };
+        let sources = (0..holders).map(source).collect();
+        Found { path, nar_hash: NarHash::from_bytes([1; 32]), nar_size: u64::from(number), sources }
+    }
+
+    fn hash_part(number: u32) -> HashPart {
+        found(number, 0).path.hash_part()
+    }
+
+    #[test]
+    fn what_was_found_is_taken_once_and_for_ten_minutes() {
+        let (memory, now) = (FoundPaths::default(), Instant::now());
+        memory.put(found(1, 2), now);
+        memory.put(found(2, 2), now);
+        memory.put(Found { nar_size: 7, ..found(1, 3) }, now);
+        let first = memory.take(&hash_part(1), now).unwrap();
+        assert_eq!((first.nar_size, first.sources.len()), (7, 3));
+        assert!(memory.take(&hash_part(1), now).is_none());
+        assert!(memory.take(&hash_part(2), now + KEPT).is_none());
+        let entries = memory.lock();
+        assert_eq!((entries.bytes, entries.order.len()), (0, 0));
+    }
+
+    #[test]
+    fn memory_is_bounded_in_bytes_and_the_oldest_is_dropped_first() {
+        let (memory, now) = (FoundPaths::default(), Instant::now());
+        for number in 0..20_000 {
+            memory.put(found(number, 1 + number as usize % 40), now);
+        }
+        let entries = memory.lock();
+        assert!(entries.bytes <= MAX_BYTES && entries.order.len() == entries.by_path.len());
+        let kept = entries.by_path.len() as u32;
+        assert!(kept > 2000, "{kept}");
+        assert!((20_000 - kept..20_000).all(|number| entries.by_path.contains_key(&hash_part(number))));
+        drop(entries);
+        memory.clear();
+        assert_eq!(memory.lock().by_path.capacity(), 0);
+    }
+
+    #[test]
+    fn five_thousand_lookups_of_one_holder_are_remembered() {
+        let (memory, now) = (FoundPaths::default(), Instant::now());
+        (0..5000).for_each(|number| memory.put(found(number, 1), now));
+        assert!(memory.take(&hash_part(0), now).is_some());
+    }
+}

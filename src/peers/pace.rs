@@ -1,0 +1,346 @@
+//! How fast each peer sends NARs to this node, and how much of them is still to come from it.
+//!
+//! [`Meter`] is the arithmetic, without I/O or clock. [`Paces`] shares one meter for each peer between threads, and
+//! [`Intake`] is one NAR's part in it.
+
+use super::standing::Who;
+use crate::time_scale::Timeout;
+use std::collections::HashMap;
+use std::fmt;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+/// Bytes that are measured before a pace is known: the first ones wait for Wi-Fi cards that sleep.
+pub const ENOUGH: u64 = 256 * 1024;
+/// Time that a peer was waited for after which its pace is known with fewer bytes. A Wi-Fi card that sleeps 100 ms before
+/// each answer has sent [`ENOUGH`] by then.
+const ENOUGH_TIME: Timeout = Timeout::from_secs(2);
+/// A pace is forgotten when the peer was not waited for in this time: it may have moved to another network.
+const KEPT: Duration = Duration::from_secs(600);
+/// Part of a new sample in the smoothed pace.
+const GAIN: f64 = 0.25;
+/// Peers measured at once. Beyond, those without a NAR under way are forgotten.
+const MAX_PEERS: usize = 1024;
+
+/// What is known of a peer's pace, in bytes per second.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Pace {
+    /// The pace, if enough was measured.
+    pub known: Option<f64>,
+    /// What it sent while it was waited for, in the sample under way; zero before the first wait.
+    pub measured: f64,
+    /// It is slower than this.
+    pub at_most: f64,
+    /// Time that the sample under way has waited.
+    pub waited: Duration,
+}
+
+/// What this node expects of a peer: an input of the choice among peers.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Load {
+    /// NARs under way from it.
+    pub streams: u32,
+    /// Bytes of these that are still to come.
+    pub outstanding: u64,
+    /// How fast it sends.
+    pub pace: Pace,
+    /// When it was last chosen, as a number that grows with every choice.
+    pub chosen: u64,
+    /// Whether a NAR was whole that it sent.
+    pub is_proven: bool,
+}
+
+/// The pace of one peer over all NARs from it, and what is still to come of them.
+///
+/// Time counts once in which several NARs wait for the peer, so the pace is that of the peer and not of one stream.
+#[derive(Debug, Default)]
+pub struct Meter {
+    streams: u32,
+    outstanding: u64,
+    chosen: u64,
+    is_proven: bool,
+    /// Streams that wait at this moment, and since when there is one.
+    waiting: u32,
+    since: Option<Instant>,
+    /// Of the sample under way.
+    bytes: u64,
+    waited: Duration,
+    pace: Option<f64>,
+    last: Option<Instant>,
+}
+
+impl Meter {
+    fn begin(&mut self, bytes: u64, turn: u64) {
+        self.streams += 1;
+        self.outstanding += bytes;
+        self.chosen = turn;
+    }
+
+    fn end(&mut self, left: u64) {
+        self.streams = self.streams.saturating_sub(1);
+        self.outstanding = self.outstanding.saturating_sub(left);
+    }
+
+    fn wait(&mut self, now: Instant) {
+        if self.waiting == 0 {
+            self.since = Some(now);
+        }
+        self.waiting += 1;
+    }
+
+    /// A wait ends with so many bytes of a NAR.
+    fn got(&mut self, bytes: u64, now: Instant) {
+        self.outstanding = self.outstanding.saturating_sub(bytes);
+        self.count_time(now);
+        self.waiting = self.waiting.saturating_sub(1);
+        if self.waiting == 0 {
+            self.since = None;
+        }
+        self.bytes += bytes;
+        if self.bytes >= ENOUGH || self.waited >= ENOUGH_TIME.get() {
+            self.conclude(now);
+        }
+    }
+
+    /// Ends the sample under way, however small it is.
+    fn conclude(&mut self, now: Instant) {
+        self.count_time(now);
+        if !self.waited.is_zero() {
+            let sample = self.bytes as f64 / self.waited.as_secs_f64();
+            self.pace = Some(self.pace.map_or(sample, |pace| pace + GAIN * (sample - pace)));
+        }
+        (self.bytes, self.waited) = (0, Duration::ZERO);
+    }
+
+    fn count_time(&mut self, now: Instant) {
+        if let Some(since) = self.since {
+            self.waited += now.saturating_duration_since(since);
+            self.since = Some(now);
+            self.last = Some(now);
+        }
+    }
+
+    fn load(&self, now: Instant) -> Load {
+        let waited = self.waited + self.since.map_or(Duration::ZERO, |since| now.saturating_duration_since(since));
+        let per_second =
+            |bytes: u64| if waited.is_zero() { f64::INFINITY } else { bytes as f64 / waited.as_secs_f64() };
+        let at_most = per_second(self.bytes + ENOUGH);
+        let is_recent = self.last.is_some_and(|last| now.saturating_duration_since(last) < KEPT);
+        let known = self.pace.filter(|_| is_recent).map(|pace| pace.min(at_most));
+        let measured = if waited.is_zero() { 0.0 } else { per_second(self.bytes) };
+        let pace = Pace { known, measured, at_most, waited };
+        Load {
+            streams: self.streams,
+            outstanding: self.outstanding,
+            pace,
+            chosen: self.chosen,
+            is_proven: self.is_proven,
+        }
+    }
+}
+
+impl fmt::Display for Load {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.pace.known {
+            Some(pace) => write!(f, "{:.0} KiB/s", pace / 1024.0)?,
+            None => f.write_str("pace unknown")?,
+        }
+        write!(f, ", {} NARs with {} KiB under way", self.streams, self.outstanding / 1024)
+    }
+}
+
+/// The meters of all peers; shared by all threads.
+#[derive(Default)]
+pub struct Paces {
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    meters: HashMap<Who, Meter>,
+    turn: u64,
+}
+
+impl Paces {
+    /// What is expected of a peer at `now`.
+    pub fn load(&self, who: Who, now: Instant) -> Load {
+        let state = self.lock();
+        state.meters.get(&who).map_or_else(|| Meter::default().load(now), |meter| meter.load(now))
+    }
+
+    /// `bytes` of a NAR begin to come from a peer.
+    pub fn begin(&self, who: Who, bytes: u64) -> Intake<'_> {
+        let mut state = self.lock();
+        state.turn += 1;
+        let turn = state.turn;
+        meter(&mut state, who).begin(bytes, turn);
+        Intake { paces: self, who, left: bytes, is_waiting: false }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn meter(state: &mut State, who: Who) -> &mut Meter {
+    if state.meters.len() >= MAX_PEERS && !state.meters.contains_key(&who) {
+        // Long answers have fewer permits than there are places, so some meter is idle.
+        state.meters.retain(|_, meter| meter.streams > 0);
+    }
+    state.meters.entry(who).or_default()
+}
+
+/// One NAR that comes from a peer. Dropping it ends its part in the peer's load.
+pub struct Intake<'a> {
+    paces: &'a Paces,
+    who: Who,
+    left: u64,
+    is_waiting: bool,
+}
+
+impl Intake<'_> {
+    /// The peer is waited for from now on.
+    pub fn wait(&mut self, now: Instant) {
+        if !std::mem::replace(&mut self.is_waiting, true) {
+            self.with(|meter| meter.wait(now));
+        }
+    }
+
+    /// The wait ended with so many bytes.
+    pub fn got(&mut self, bytes: u64, now: Instant) {
+        if std::mem::replace(&mut self.is_waiting, false) {
+            self.left = self.left.saturating_sub(bytes);
+            self.with(|meter| meter.got(bytes, now));
+        }
+    }
+
+    /// The NAR was whole.
+    pub fn prove(&mut self) {
+        self.with(|meter| meter.is_proven = true);
+    }
+
+    /// The peer is left because it is slow: what was measured counts, however little it is.
+    pub fn conclude(&mut self, now: Instant) {
+        self.with(|meter| meter.conclude(now));
+    }
+
+    /// What is expected of the peer at `now`.
+    pub fn load(&self, now: Instant) -> Load {
+        self.paces.load(self.who, now)
+    }
+
+    fn with(&self, change: impl FnOnce(&mut Meter)) {
+        if let Some(meter) = self.paces.lock().meters.get_mut(&self.who) {
+            change(meter);
+        }
+    }
+}
+
+impl Drop for Intake<'_> {
+    fn drop(&mut self) {
+        self.got(0, Instant::now());
+        self.with(|meter| meter.end(self.left));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const KIB: u64 = 1024;
+
+    fn ms(ms: u64) -> Duration {
+        Duration::from_millis(ms)
+    }
+
+    /// A meter whose peer was waited for `waits` times, and sent that many bytes each time.
+    fn waited(waits: u32, each: Duration, bytes: u64) -> (Meter, Instant) {
+        let (mut meter, mut now) = (Meter::default(), Instant::now());
+        for _ in 0..waits {
+            meter.wait(now);
+            now += each;
+            meter.got(bytes, now);
+            // Nix keeps us from reading: that is not the peer's time.
+            now += Duration::from_secs(1);
+        }
+        (meter, now)
+    }
+
+    #[test]
+    fn pace_is_bytes_per_time_waited_and_unknown_before_256_kib() {
+        let (meter, now) = waited(3, ms(10), 64 * KIB);
+        assert_eq!(meter.load(now).pace.known, None);
+        let (meter, now) = waited(4, ms(10), 64 * KIB);
+        let pace = meter.load(now).pace.known.unwrap();
+        assert!((pace / (256.0 * 1024.0 / 0.04) - 1.0).abs() < 1e-6, "{pace}");
+    }
+
+    #[test]
+    fn little_in_two_seconds_is_a_pace_too() {
+        let (meter, now) = waited(19, ms(100), 900);
+        assert_eq!(meter.load(now).pace.known, None);
+        let (meter, now) = waited(20, ms(100), 900);
+        assert!((meter.load(now).pace.known.unwrap() - 9000.0).abs() < 1.0);
+    }
+
+    #[test]
+    fn streams_that_wait_together_count_their_time_once() {
+        let (mut meter, now) = (Meter::default(), Instant::now());
+        for _ in 0..8 {
+            meter.begin(32 * KIB, 1);
+            meter.wait(now);
+        }
+        assert_eq!((meter.load(now).streams, meter.load(now).outstanding), (8, 256 * KIB));
+        for i in 0..8 {
+            meter.got(32 * KIB, now + ms(100 * (i + 1) / 8));
+            meter.end(0);
+        }
+        let load = meter.load(now + ms(100));
+        let pace = load.pace.known.unwrap();
+        assert!((pace / (256.0 * 1024.0 / 0.1) - 1.0).abs() < 1e-6, "{pace}");
+        assert_eq!((load.streams, load.outstanding), (0, 0));
+    }
+
+    #[test]
+    fn pace_that_drops_is_seen_while_the_peer_is_silent() {
+        let (mut meter, now) = waited(4, ms(10), 64 * KIB);
+        meter.wait(now);
+        let later = now + Duration::from_secs(4);
+        assert!(meter.load(now + ms(1)).pace.known.unwrap() > 6e6);
+        let load = meter.load(later);
+        assert!(load.pace.known.unwrap() <= 64.0 * 1024.0, "{load:?}");
+        assert_eq!(load.pace.measured, 0.0);
+    }
+
+    #[test]
+    fn pace_of_a_peer_that_was_not_asked_for_long_is_forgotten() {
+        let (meter, now) = waited(4, ms(10), 64 * KIB);
+        assert!(meter.load(now + KEPT - Duration::from_secs(2)).pace.known.is_some());
+        assert!(meter.load(now + KEPT).pace.known.is_none());
+    }
+
+    #[test]
+    fn intake_leaves_no_load_behind_however_it_ends() {
+        let paces = Paces::default();
+        let who = Who::from(std::net::SocketAddr::from(([10, 0, 0, 1], 1)));
+        let mut intake = paces.begin(who, 1000);
+        intake.wait(Instant::now());
+        intake.got(400, Instant::now());
+        intake.wait(Instant::now());
+        assert_eq!(paces.load(who, Instant::now()).outstanding, 600);
+        drop(intake);
+        let load = paces.load(who, Instant::now());
+        assert_eq!((load.streams, load.outstanding), (0, 0));
+        assert_eq!(paces.lock().meters[&who].waiting, 0);
+    }
+
+    #[test]
+    fn memory_is_bounded() {
+        let paces = Paces::default();
+        for i in 0..5000u32 {
+            let who = Who::from(std::net::SocketAddr::from((std::net::Ipv4Addr::from_bits(i), 1)));
+            drop(paces.begin(who, 1));
+        }
+        assert!(paces.lock().meters.len() <= MAX_PEERS);
+    }
+}

@@ -1,0 +1,213 @@
+//! Which of the peers that have a NAR it comes from. No I/O and no clock: what is known of the peers is passed in.
+//!
+//! The peer is chosen from which the NAR is expected to be whole first. That is decided by the peer's pace and by what
+//! this node already gets from it, so that a closure from several equal peers uses all their links. A peer whose pace
+//! is unknown counts as fast as the fastest known one, and is found out that way.
+
+use super::pace::Load;
+use std::cmp::Ordering;
+use std::time::Duration;
+
+/// Assumed pace, in bytes per second, while no peer's pace is known: a LAN of 100 Mbit/s.
+const USUAL_PACE: f64 = 12.5e6;
+
+/// A peer was waited for this long before a NAR leaves it for its pace.
+pub const LEAST_WAIT: Duration = Duration::from_millis(200);
+/// What a change of peers costs, at most: another connection, and a peer that closes files it has opened.
+const MOVE_COST: Duration = Duration::from_millis(100);
+/// A NAR leaves a peer for a source that is this many times as fast.
+const FASTER: f64 = 2.0;
+/// A NAR leaves a peer for one whose pace is unknown only if the rest would take longer than this.
+const WORTH_A_TRY: Duration = Duration::from_secs(2);
+
+/// How far a peer is trusted to answer. The order is that of preference.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Health {
+    /// Nothing is against it.
+    Good,
+    /// It failed or hung lately.
+    Doubtful,
+    /// It is to be left alone for a while.
+    LastResort,
+}
+
+/// A peer that has the NAR.
+#[derive(Debug, Clone, Copy)]
+pub struct Holding {
+    /// How far it is trusted.
+    pub health: Health,
+    /// Its pace, and what is under way from it.
+    pub load: Load,
+}
+
+/// The peer that was chosen.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Choice {
+    /// Its place among the peers that were given.
+    pub at: usize,
+    /// When the NAR is expected to be whole.
+    pub expected: Duration,
+}
+
+/// The best source for `bytes` of a NAR; `None` if there is none.
+pub fn choose(holdings: &[Holding], bytes: u64) -> Option<Choice> {
+    let usual = usual_pace(holdings);
+    // A peer that only claims to have paths gets one NAR at a time until one was whole: it may hang.
+    let is_taken = |h: &Holding| !h.load.is_proven && h.load.streams > 0;
+    let key = |h: &Holding| (h.health, is_taken(h), expected(&h.load, bytes, usual), h.load.chosen);
+    let order =
+        |a: &(usize, &Holding), b: &(usize, &Holding)| key(a.1).partial_cmp(&key(b.1)).unwrap_or(Ordering::Equal);
+    let (at, best) = holdings.iter().enumerate().min_by(order)?;
+    Some(Choice { at, expected: duration(expected(&best.load, bytes, usual)) })
+}
+
+/// The source for which a NAR leaves the peer that sends it, if one is twice as fast. `current` is the load of that peer,
+/// this NAR included, of which `rest` bytes are to come.
+pub fn faster(current: &Load, rest: u64, others: &[Holding]) -> Option<usize> {
+    if current.pace.waited < LEAST_WAIT {
+        return None;
+    }
+    // No faster than it was in this sample, and no faster than it is known to be.
+    let pace = current.pace.known.unwrap_or(f64::INFINITY).min(current.pace.measured).max(1.0);
+    let work = current.outstanding.min(rest.saturating_mul(current.streams.max(1).into()));
+    let time = work as f64 / pace;
+    let usual = usual_pace(others);
+    let is_better = |h: &Holding| {
+        let there = h.load.pace.known.unwrap_or(usual.min(h.load.pace.at_most));
+        let is_sure = h.load.pace.known.is_some() || time > WORTH_A_TRY.as_secs_f64();
+        h.health == Health::Good
+            && is_sure
+            && there >= FASTER * pace
+            && time >= FASTER * expected(&h.load, rest, usual) + MOVE_COST.as_secs_f64()
+    };
+    let better: Vec<usize> = (0..others.len()).filter(|at| is_better(&others[*at])).collect();
+    let holdings: Vec<Holding> = better.iter().map(|at| others[*at]).collect();
+    choose(&holdings, rest).map(|choice| better[choice.at])
+}
+
+/// Seconds until `bytes` more are there, behind or beside what is under way.
+fn expected(load: &Load, bytes: u64, usual: f64) -> f64 {
+    let pace = load.pace.known.unwrap_or(usual.min(load.pace.at_most)).max(1.0);
+    // Streams share the link: behind fewer bytes than its own, the NAR is the last to be whole.
+    let work = (load.outstanding + bytes).min(bytes.saturating_mul(u64::from(load.streams) + 1));
+    work as f64 / pace
+}
+
+fn usual_pace(holdings: &[Holding]) -> f64 {
+    holdings
+        .iter()
+        .filter_map(|h| h.load.pace.known)
+        .fold(None, |best: Option<f64>, pace| Some(best.map_or(pace, |b| b.max(pace))))
+        .unwrap_or(USUAL_PACE)
+}
+
+fn duration(seconds: f64) -> Duration {
+    Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::pace::Pace;
+    use super::*;
+
+    const MIB: u64 = 1 << 20;
+
+    fn holding(known: Option<f64>) -> Holding {
+        let pace = Pace { known, measured: known.unwrap_or(0.0), at_most: f64::INFINITY, waited: Duration::ZERO };
+        Holding { health: Health::Good, load: Load { streams: 0, outstanding: 0, pace, chosen: 0, is_proven: true } }
+    }
+
+    /// Chooses for one NAR after the other, each of which is still under way when the next is asked for.
+    fn spread(mut holdings: Vec<Holding>, nars: u32, size: u64) -> Vec<u32> {
+        for turn in 1..=nars {
+            let at = choose(&holdings, size).unwrap().at;
+            let load = &mut holdings[at].load;
+            (load.streams, load.outstanding, load.chosen) = (load.streams + 1, load.outstanding + size, turn.into());
+        }
+        holdings.iter().map(|h| h.load.streams).collect()
+    }
+
+    #[test]
+    fn equal_holders_get_equal_parts() {
+        assert_eq!(spread(vec![holding(None); 8], 16, 25_000), [2; 8]);
+        assert_eq!(spread(vec![holding(Some(2.5e6)); 4], 16, MIB), [4; 4]);
+    }
+
+    #[test]
+    fn unequal_holders_get_parts_by_their_pace() {
+        let parts = spread(vec![holding(Some(10e6)), holding(Some(2.5e6))], 20, MIB);
+        assert_eq!(parts, [16, 4]);
+        // One that is slow beyond measure gets nothing.
+        assert_eq!(spread(vec![holding(Some(9e3)), holding(Some(10e6))], 16, 25_000), [0, 16]);
+    }
+
+    #[test]
+    fn unknown_holder_is_tried_beside_a_known_one() {
+        let parts = spread(vec![holding(Some(10e6)), holding(None)], 10, MIB);
+        assert_eq!(parts, [5, 5]);
+    }
+
+    #[test]
+    fn unproven_holder_gets_one_nar_at_a_time() {
+        let mut claimant = holding(None);
+        claimant.load.is_proven = false;
+        assert_eq!(spread(vec![claimant, holding(Some(10e6))], 10, MIB), [1, 9]);
+        assert_eq!(spread(vec![claimant], 3, MIB), [3]);
+    }
+
+    #[test]
+    fn health_comes_before_pace() {
+        let mut doubtful = holding(Some(100e6));
+        doubtful.health = Health::Doubtful;
+        assert_eq!(spread(vec![doubtful, holding(Some(1e6))], 4, MIB), [0, 4]);
+        assert_eq!(choose(&[], 1), None);
+    }
+
+    #[test]
+    fn small_nar_is_not_put_behind_a_large_one_without_need() {
+        let mut busy = holding(Some(10e6));
+        (busy.load.streams, busy.load.outstanding) = (1, 1 << 30);
+        let choice = choose(&[busy], 25_000).unwrap();
+        assert!(choice.expected < Duration::from_millis(6), "{choice:?}");
+    }
+
+    fn sending(measured: f64, waited: u64, rest: u64) -> Load {
+        let pace = Pace { known: None, measured, at_most: f64::INFINITY, waited: Duration::from_millis(waited) };
+        Load { streams: 1, outstanding: rest, pace, chosen: 0, is_proven: true }
+    }
+
+    #[test]
+    fn slow_peer_is_left_for_one_twice_as_fast_and_for_no_other() {
+        let current = sending(140e3, 300, 20 * MIB);
+        assert_eq!(faster(&current, 20 * MIB, &[holding(Some(250e3)), holding(Some(10e6))]), Some(1));
+        assert_eq!(faster(&current, 20 * MIB, &[holding(Some(270e3))]), None);
+        assert_eq!(faster(&current, 20 * MIB, &[]), None);
+        let mut doubtful = holding(Some(10e6));
+        doubtful.health = Health::Doubtful;
+        assert_eq!(faster(&current, 20 * MIB, &[doubtful]), None);
+    }
+
+    #[test]
+    fn peer_is_not_left_early_nor_for_little() {
+        // A Wi-Fi card that sleeps 100 ms has sent nothing yet.
+        assert_eq!(faster(&sending(0.0, 100, MIB), MIB, &[holding(Some(10e6))]), None);
+        // The rest is there sooner than another connection.
+        assert_eq!(faster(&sending(1e6, 300, 50_000), 50_000, &[holding(Some(10e6))]), None);
+        // Small NARs of a peer that drips are worth it.
+        assert_eq!(faster(&sending(9e3, 300, 22_000), 22_000, &[holding(Some(10e6))]), Some(0));
+    }
+
+    #[test]
+    fn unknown_peer_is_tried_only_if_the_rest_takes_long() {
+        assert_eq!(faster(&sending(140e3, 300, 20 * MIB), 20 * MIB, &[holding(None)]), Some(0));
+        assert_eq!(faster(&sending(140e3, 300, 100_000), 100_000, &[holding(None)]), None);
+        assert_eq!(faster(&sending(11e6, 300, 1 << 30), 1 << 30, &[holding(None)]), None);
+    }
+
+    #[test]
+    fn load_of_this_nodes_own_does_not_make_a_peer_slow() {
+        let mut busy = holding(Some(10e6));
+        (busy.load.streams, busy.load.outstanding) = (100, 100 * MIB);
+        assert_eq!(faster(&sending(1e6, 300, MIB), MIB, &[busy]), None);
+    }
+}

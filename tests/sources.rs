@@ -1,0 +1,211 @@
+//! Which holder a NAR comes from: the best one, whatever the others do, and a slow one only if there is no other.
+
+use crate::common::http::{self, Connection, Reply, Request};
+use crate::common::lan::Run;
+use crate::common::standin::{Shelf, StandIn, have};
+use crate::common::{Asker, Holder, Lan, Scale, World, daemon, nix, thread, wait_for, world};
+use std::time::{Duration, Instant};
+
+/// Bytes that a slow neighbour sends before each pause, and the pause: 9,000 bytes a second.
+const DRIP: (usize, Duration) = (900, Duration::from_millis(100));
+
+/// Longer than a closure of 300 takes on a busy machine, and shorter than a peer that drips takes for it.
+const NOT_SLOW: Duration = Duration::from_secs(120);
+
+/// A peer that has all of the world's static cache, and answers requests for NARs by `send`.
+fn holding(
+    world: &World,
+    send: impl Fn(&Request, Vec<u8>) -> Reply + Send + Sync,
+) -> impl Fn(&Request) -> Reply + Send + Sync {
+    let shelf = Shelf::of(world);
+    move |request| {
+        let missing = || Reply::Whole(404, vec![]);
+        let Some(name) = request.path.strip_prefix("/local/") else { return missing() };
+        if let Some(hash_part) = name.strip_suffix(".narinfo") {
+            let hash = shelf
+                .narinfo(hash_part)
+                .map(|lines| crate::common::standin::field(&lines, "NarHash").trim_start_matches("sha256:").to_owned());
+            let url = format!("local/nar/{hash_part}-{}.nar", hash.unwrap_or_default());
+            let text = shelf.peer_narinfo(hash_part, &url);
+            return text.map_or_else(missing, |text| Reply::Whole(200, text.into_bytes()));
+        }
+        let hash_part = name.strip_prefix("nar/").and_then(|name| name.split('-').next());
+        hash_part.and_then(|hash_part| shelf.nar(hash_part)).map_or_else(missing, |nar| send(request, nar))
+    }
+}
+
+/// Starts a slow neighbour that `asker` knows.
+fn slow_neighbour(lan: &Lan, world: &World, asker: &Asker, drip: (usize, Duration)) -> (crate::common::Host, StandIn) {
+    let host = lan.host("slow");
+    let slow = StandIn::start(&host, have(|_| true), holding(world, move |_, nar| Reply::Paced(nar, drip.0, drip.1)));
+    slow.meet(&host, &asker.host);
+    (host, slow)
+}
+
+/// The URL of a path's NAR, which it is found by.
+fn nar_url(asker: &Asker, path: &str) -> String {
+    let narinfo = wait_for("the path is found", || {
+        let answer = http::get_local(&asker.host, &format!("/{}.narinfo", world::hash_part(path))).ok()?;
+        (answer.status == 200).then(|| answer.text())
+    });
+    let url = narinfo.lines().find_map(|line| line.strip_prefix("URL: ")).expect("narinfos have a URL");
+    format!("/{url}")
+}
+
+/// NARs that came whole from each peer, by address.
+fn nars(asker: &Asker) -> Vec<(String, u64)> {
+    let status = daemon::status(&asker.host);
+    let peers = status["peers"].as_array().expect("a list").iter();
+    peers.map(|peer| (peer["address"].as_str().unwrap().to_owned(), peer["nars"].as_u64().unwrap())).collect()
+}
+
+#[test]
+fn slow_neighbour_beside_a_good_one_costs_nothing_that_is_noticed() {
+    let lan = Lan::new();
+    let world = World::on(&lan);
+    let good = Holder::new(&lan, &world, "good");
+    let asker = Asker::new(&lan, &world, &[&good]);
+    let (_host, slow) = slow_neighbour(&lan, &world, &asker, DRIP);
+    let began = Instant::now();
+    assert_eq!(asker.fetches(&world, world.path("closure300")).len(), 300);
+    eprintln!("closure of 300 beside a slow neighbour: {:?}", began.elapsed());
+    assert!(began.elapsed() < NOT_SLOW, "{:?}", began.elapsed());
+    // It was chosen, and left.
+    assert!(slow.was_asked(".nar"));
+    assert!(asker.daemon.log().contains("leaves peer"));
+}
+
+#[test]
+fn large_nar_leaves_a_slow_neighbour_at_the_same_byte() {
+    let lan = Lan::new();
+    let world = World::on(&lan);
+    let asker = Asker::with(&lan, "", &[&world.cache_key]);
+    // 140 KB/s, and the narinfo comes from there.
+    let (_host, _slow) = slow_neighbour(&lan, &world, &asker, (14_000, Duration::from_millis(100)));
+    nar_url(&asker, world.path("middle"));
+    let good = Holder::new(&lan, &world, "good");
+    asker.meet(&[&good]);
+    let began = Instant::now();
+    asker.fetches(&world, world.path("middle"));
+    eprintln!("64 MiB, first from a slow neighbour: {:?}", began.elapsed());
+    assert!(began.elapsed() < NOT_SLOW, "{:?}", began.elapsed());
+}
+
+#[test]
+fn slow_sole_holder_is_waited_for() {
+    let lan = Lan::new();
+    let world = World::on(&lan);
+    let asker = Asker::with(&lan, "", &[&world.cache_key]);
+    let (_host, slow) = slow_neighbour(&lan, &world, &asker, DRIP);
+    nar_url(&asker, world.path("little"));
+    asker.fetches(&world, world.path("little"));
+    let asked = slow.asked.lock().unwrap().iter().filter(|request| request.path.ends_with(".nar")).count();
+    assert_eq!(asked, 1);
+}
+
+#[test]
+fn holder_that_becomes_slow_in_mid_nar_is_left() {
+    let lan = Lan::new();
+    let world = World::on(&lan);
+    let holders = [Holder::new(&lan, &world, "one"), Holder::new(&lan, &world, "two")];
+    let asker = Asker::new(&lan, &world, &[&holders[0], &holders[1]]);
+    // Slow enough to see half of it.
+    asker.host.slow(100);
+    let before = holders.each_ref().map(|holder| holder.host.sent());
+    let mut nix = nix::realising(&asker.host, &[world.path("middle")]).spawn().expect("nsenter starts");
+    let sender = wait_for("half of the NAR", || {
+        assert!(nix.try_wait().expect("it is ours").is_none(), "Nix was done before half of the NAR was sent");
+        (0..2).find(|at| holders[*at].host.sent() - before[*at] > 32 << 20)
+    });
+    holders[sender].host.slow_sending(2);
+    nix::assert_quiet(&nix.wait_with_output().expect("it is ours"));
+    asker.has_whole(&world, world.path("middle"));
+    assert!(asker.daemon.log().contains("leaves peer"), "{}", asker.daemon.log());
+    assert!(holders[1 - sender].host.sent() - before[1 - sender] > 16 << 20);
+}
+
+#[test]
+fn closure_comes_from_all_holders() {
+    let lan = Lan::new();
+    let world = World::on(&lan);
+    let holders: Vec<Holder> =
+        ["one", "two", "three", "four"].iter().map(|name| Holder::new(&lan, &world, name)).collect();
+    let asker = Asker::new(&lan, &world, &holders.iter().collect::<Vec<_>>());
+    holders.iter().for_each(|holder| holder.host.slow_sending(20));
+    let began = Instant::now();
+    assert_eq!(asker.fetches(&world, world.path("closure1000")).len(), 1000);
+    let took = began.elapsed();
+    let nars = nars(&asker);
+    eprintln!("closure of 1000 from four holders: {took:?}, {nars:?}");
+    assert!(nars.len() == 4 && nars.iter().all(|(_, count)| *count >= 100), "{nars:?}");
+}
+
+#[test]
+fn nar_that_does_not_begin_in_time_is_not_there() {
+    // The first piece has to be there in 4 s.
+    let lan = Lan::new().with_scale(Scale::timeouts(0.2));
+    let world = World::on(&lan);
+    let asker = Asker::with(&lan, "", &[&world.cache_key]);
+    // It never stalls, and takes 13 s for the first piece.
+    let (_host, _slow) = slow_neighbour(&lan, &world, &asker, (2000, Duration::from_millis(100)));
+    let url = nar_url(&asker, world.path("large"));
+    assert_eq!(http::get_local(&asker.host, &url).unwrap().status, 404);
+}
+
+/// The connection used to be closed without an answer, and Nix asked again.
+#[test]
+fn rest_of_a_nar_that_is_nowhere_whole_is_not_there() {
+    let lan = Lan::new();
+    let world = World::on(&lan);
+    let asker = Asker::with(&lan, "", &[&world.cache_key]);
+    let host = lan.host("short");
+    let answers = holding(&world, |_, nar| Reply::Cut(nar.clone(), nar.len() * 3 / 4));
+    let short = StandIn::start(&host, have(|_| true), answers);
+    short.meet(&host, &asker.host);
+    let url = nar_url(&asker, world.path("large"));
+    let size = Shelf::of(&world).nar(world::hash_part(world.path("large"))).unwrap().len();
+    let mut connection = Connection::new(asker.host.connect_local().unwrap()).unwrap();
+    let answer = connection.ask("GET", &url, &format!("Range: bytes={}-\r\n", size - 10)).expect("an answer");
+    assert_eq!(answer.status, 404);
+}
+
+/// Each lookup that nobody fetched used to keep 4 KiB for good.
+#[test]
+fn lookups_that_are_not_fetched_cost_little() {
+    let lan = Lan::new();
+    let host = lan.host("holder");
+    let _holder = StandIn::start(&host, have(|_| true), |request: &Request| {
+        let name = request.path.strip_prefix("/local/").and_then(|name| name.strip_suffix(".narinfo"));
+        let narinfo = name.map(|hash_part| {
+            format!(
+                "StorePath: /nix/store/{hash_part}-package-1.0\nURL: local/nar/{hash_part}-{0}.nar\nCompression: none\n\
+                 NarHash: sha256:{0}\nNarSize: 1000\nReferences: \n",
+                "0".repeat(52)
+            )
+        });
+        narinfo.map_or_else(|| Reply::Whole(404, vec![]), |text| Reply::Whole(200, text.into_bytes()))
+    });
+    let asker = Asker::with(&lan, "", &[]);
+    nar_url(&asker, &format!("/nix/store/{}-x", "1".repeat(32)));
+    let resident = || {
+        let text = std::fs::read_to_string(format!("/proc/{}/status", asker.daemon.pid())).unwrap();
+        let line = text.lines().find_map(|line| line.strip_prefix("RssAnon:")).unwrap();
+        line.trim().trim_end_matches(" kB").parse::<u64>().unwrap()
+    };
+    let before = resident();
+    std::thread::scope(|scope| {
+        for worker in 0..8 {
+            let asker = &asker;
+            thread::spawn_in(scope, "lookups", move || {
+                let mut connection = Connection::new(asker.host.connect_local().unwrap()).unwrap();
+                for number in 0..625 {
+                    let answer = connection.get(&format!("/{:032}.narinfo", worker * 1000 + number)).unwrap();
+                    assert_eq!(answer.status, 200);
+                }
+            });
+        }
+    });
+    let after = resident();
+    eprintln!("RssAnon before {before} KiB, after 5,000 lookups {after} KiB");
+    assert!(after < before + (8 << 10), "{before} KiB, then {after} KiB");
+}
