@@ -27,6 +27,7 @@ use crate::share::Share;
 use crate::sockets::{self, Sockets};
 use crate::status::{Facts, Status};
 use crate::store::{Store, StoreConfig};
+use crate::upstream::Upstream;
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use ring::rand::{SecureRandom, SystemRandom};
 use sd_notify::NotifyState;
@@ -149,6 +150,7 @@ pub fn run_with(config: Config, record: Record) -> Result<(), Fatal> {
         .has_lan()
         .then(|| Arc::new(Lan::new(discovery.client(), client.clone(), standing.clone(), requests.clone())));
     let store_dir = config.store_dir.clone();
+    let upstream = Upstream::new(&config, &trusted);
     let lookup = Lookup::new(lan, wan, trusted, store_dir, record.clone());
     let lookup = Arc::new(lookup);
     let status = Status {
@@ -164,7 +166,7 @@ pub fn run_with(config: Config, record: Record) -> Result<(), Fatal> {
         store,
         share,
         lookup: lookup.clone(),
-        fetch: Fetch::new(lookup, client, standing, Arc::new(Paces::default()), record.clone()),
+        fetch: Fetch::new(lookup, client, standing, Arc::new(Paces::default()), record.clone(), upstream),
         signer: key.map(signer),
         store_dir: config.store_dir,
         priority: config.priority,

@@ -3,13 +3,14 @@
 mod supply;
 mod verified;
 
-use crate::lookup::Lookup;
+use crate::lookup::{Found, Lookup};
 use crate::nix::{HashPart, NarHash};
 use crate::peers::client::Client;
 use crate::peers::pace::Paces;
 use crate::peers::standing::Standing;
 use crate::record::Record;
 use crate::time_scale::Timeout;
+use crate::upstream::Upstream;
 use std::collections::HashMap;
 use std::fmt;
 use std::io::{self, Write};
@@ -22,11 +23,22 @@ use verified::{Incoming, NotWhole, Piece, part};
 /// By then the first piece is there, or Nix is told that the NAR is not: it waits for an answer.
 const START: Timeout = Timeout::from_secs(20);
 
-/// A NAR that turned out wrong when part of it was with Nix already is not continued for so long: Nix asks for the rest
-/// within a second.
-const TAINTED_FOR: Duration = Duration::from_secs(60);
-/// Such NARs remembered.
-const MAX_TAINTED: usize = 256;
+/// A NAR that was cut when part of it was with Nix already, as it was wrong or is left to the upstream cache, is not
+/// continued for so long: Nix asks for the rest within a second.
+const NOT_CONTINUED: Duration = Duration::from_secs(60);
+/// A NAR that was left to the upstream cache is not left again for so long: Nix did not get it there.
+const NOT_LEFT_AGAIN: Duration = Duration::from_secs(600);
+/// Such NARs remembered. Beyond, all are forgotten.
+const MAX_GIVEN_UP: usize = 1024;
+
+/// Why a NAR was cut.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum GivenUp {
+    /// What Nix got of it was wrong.
+    Wrong,
+    /// The upstream cache is faster.
+    Left,
+}
 
 /// Gets NARs from peers.
 pub struct Fetch {
@@ -35,7 +47,8 @@ pub struct Fetch {
     standing: Arc<Standing>,
     paces: Arc<Paces>,
     record: Arc<Record>,
-    tainted: Mutex<HashMap<NarHash, Instant>>,
+    upstream: Upstream,
+    given_up: Mutex<HashMap<NarHash, (Instant, GivenUp)>>,
 }
 
 impl Fetch {
@@ -46,8 +59,9 @@ impl Fetch {
         standing: Arc<Standing>,
         paces: Arc<Paces>,
         record: Arc<Record>,
+        upstream: Upstream,
     ) -> Self {
-        Fetch { lookup, client, standing, paces, record, tainted: Mutex::default() }
+        Fetch { lookup, client, standing, paces, record, upstream, given_up: Mutex::default() }
     }
 
     /// A NAR that some peer says it has. Blocks until one does, for 20 s at most.
@@ -58,18 +72,25 @@ impl Fetch {
         Some(Nar { asked, until, hash: *nar_hash, size: found.nar_size, found, fetch: self })
     }
 
-    /// Whether part of this NAR, and a wrong one, was passed on lately.
-    pub fn is_tainted(&self, nar_hash: NarHash) -> bool {
-        let tainted = self.tainted.lock().unwrap_or_else(PoisonError::into_inner);
-        tainted.get(&nar_hash).is_some_and(|since| since.elapsed() < TAINTED_FOR)
+    /// Whether the rest of this NAR is not passed on, as it was cut lately on purpose.
+    pub fn is_cut(&self, nar_hash: NarHash) -> bool {
+        self.given_up(nar_hash).is_some_and(|(at, _)| at.elapsed() < NOT_CONTINUED)
     }
 
-    fn taint(&self, nar_hash: NarHash) {
-        let mut tainted = self.tainted.lock().unwrap_or_else(PoisonError::into_inner);
-        if tainted.len() >= MAX_TAINTED {
-            tainted.clear();
+    fn may_leave(&self, nar_hash: NarHash) -> bool {
+        self.given_up(nar_hash).is_none_or(|(at, why)| why != GivenUp::Left || at.elapsed() >= NOT_LEFT_AGAIN)
+    }
+
+    fn given_up(&self, nar_hash: NarHash) -> Option<(Instant, GivenUp)> {
+        self.given_up.lock().unwrap_or_else(PoisonError::into_inner).get(&nar_hash).copied()
+    }
+
+    fn give_up(&self, nar_hash: NarHash, why: GivenUp) {
+        let mut given_up = self.given_up.lock().unwrap_or_else(PoisonError::into_inner);
+        if given_up.len() >= MAX_GIVEN_UP {
+            given_up.clear();
         }
-        tainted.insert(nar_hash, Instant::now());
+        given_up.insert(nar_hash, (Instant::now(), why));
     }
 }
 
@@ -82,7 +103,7 @@ pub struct Nar<'a> {
     until: Instant,
     hash: NarHash,
     size: u64,
-    found: crate::lookup::Found,
+    found: Found,
 }
 
 /// A NAR of which the first piece has come.
@@ -101,11 +122,13 @@ enum Cut {
     NoPeer(String),
     /// What came is wrong.
     Wrong(String),
+    /// Nix gets it sooner from the upstream cache.
+    Upstream(String),
 }
 
 impl fmt::Display for Cut {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (Cut::NoPeer(why) | Cut::Wrong(why)) = self;
+        let (Cut::NoPeer(why) | Cut::Wrong(why) | Cut::Upstream(why)) = self;
         f.write_str(why)
     }
 }
@@ -118,15 +141,23 @@ impl<'a> Nar<'a> {
         self.size
     }
 
-    /// Gets the first piece, from whichever peer gives it. `None`: none does within 20 s of [`Fetch::find`].
+    /// Gets the first piece, from whichever peer gives it. `None`: none does within 20 s of [`Fetch::find`], or the upstream
+    /// cache is certain to be faster.
     pub fn start(self) -> Option<Begun<'a>> {
         let Nar { fetch, asked, until, hash, found, .. } = self;
-        let mut supply = Supply::new(fetch, found, until);
+        let mut supply = Supply::new(fetch, found, until, fetch.may_leave(hash));
         // A first piece that is the whole NAR has to be right before any of it is passed on.
         let is_right = |incoming: &Incoming, piece: &Piece| incoming.rest() > 0 || incoming.is_right(piece);
-        let Some((incoming, first)) = supply.first_piece(is_right) else {
-            supply.fail();
-            return None;
+        let (incoming, first) = match supply.first_piece(is_right) {
+            Ok(begun) => begun,
+            Err(cut) => {
+                log::debug!("NAR {hash}: not begun: {cut}");
+                supply.fail();
+                if matches!(cut, Cut::Upstream(_)) {
+                    fetch.give_up(hash, GivenUp::Left);
+                }
+                return None;
+            }
         };
         if let Some(source) = supply.current() {
             fetch.record.first_byte(source.network(), asked.elapsed());
@@ -160,14 +191,18 @@ impl Begun<'_> {
             Err(NotWhole::Hash) => "sent a NAR with another hash".to_owned(),
             Err(NotWhole::Io(e)) => match e.get_ref().and_then(|e| e.downcast_ref::<Cut>()) {
                 Some(Cut::Wrong(why)) => why.clone(),
-                Some(Cut::NoPeer(_)) => {
+                Some(cut) => {
+                    log::info!("NAR {hash}: cut: {cut}");
                     supply.fail();
+                    if matches!(cut, Cut::Upstream(_)) {
+                        fetch.give_up(hash, GivenUp::Left);
+                    }
                     return Err(e);
                 }
                 None => return Err(e),
             },
         };
-        fetch.taint(hash);
+        fetch.give_up(hash, GivenUp::Wrong);
         let why = format!("NAR {hash}: {wrong}");
         supply.blame(&why);
         Err(io::Error::other(why))

@@ -43,4 +43,5 @@ pub mod status;
 pub mod store;
 pub mod suspend;
 pub mod time_scale;
+pub mod upstream;
 pub mod wire;

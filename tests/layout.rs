@@ -18,7 +18,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
         "daemon",
         &[
             "config", "fetch", "http", "identity", "key_file", "lan", "lookup", "network", "nix", "peers", "publish",
-            "record", "seldom", "service", "share", "sockets", "status", "store",
+            "record", "seldom", "service", "share", "sockets", "status", "store", "upstream",
         ],
     ),
     ("publish", &["config", "network", "nix", "on_drop", "peers", "share", "store", "time_scale", "wire"]),
@@ -26,7 +26,8 @@ const MAY_USE: &[(&str, &[&str])] = &[
         "http",
         &["fetch", "lookup", "nix", "on_drop", "record", "seldom", "share", "status", "store", "time_scale", "wire"],
     ),
-    ("fetch", &["lookup", "nix", "peers", "record", "time_scale", "wire"]),
+    ("fetch", &["lookup", "nix", "peers", "record", "time_scale", "upstream", "wire"]),
+    ("upstream", &["config", "lookup", "nix", "share"]),
     ("lookup", &["nix", "peers", "record", "wire"]),
     ("status", &["config", "lan", "network", "nix", "peers", "record", "store"]),
     ("peers", &["lan", "network", "nix", "on_drop", "record", "time_scale", "wire"]),

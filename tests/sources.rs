@@ -1,9 +1,8 @@
 //! Which holder a NAR comes from: the best one, whatever the others do, and a slow one only if there is no other.
 
-use crate::common::http::{self, Connection, Reply, Request};
-use crate::common::lan::Run;
-use crate::common::standin::{Shelf, StandIn, have};
-use crate::common::{Asker, Holder, Lan, Scale, World, daemon, nix, thread, wait_for, world};
+use crate::common::http::{self, Connection, Reply, Request, Server};
+use crate::common::standin::{Shelf, StandIn, field, have};
+use crate::common::{Asker, Daemon, Holder, Host, Lan, Scale, World, daemon, nix, thread, wait_for, world};
 use std::time::{Duration, Instant};
 
 /// Bytes that a slow neighbour sends before each pause, and the pause: 9,000 bytes a second.
@@ -15,16 +14,15 @@ const NOT_SLOW: Duration = Duration::from_secs(120);
 /// A peer that has all of the world's static cache, and answers requests for NARs by `send`.
 fn holding(
     world: &World,
-    send: impl Fn(&Request, Vec<u8>) -> Reply + Send + Sync,
-) -> impl Fn(&Request) -> Reply + Send + Sync {
+    send: impl Fn(&Request, Vec<u8>) -> Reply + Send + Sync + 'static,
+) -> impl Fn(&Request) -> Reply + Send + Sync + 'static {
     let shelf = Shelf::of(world);
     move |request| {
         let missing = || Reply::Whole(404, vec![]);
         let Some(name) = request.path.strip_prefix("/local/") else { return missing() };
         if let Some(hash_part) = name.strip_suffix(".narinfo") {
-            let hash = shelf
-                .narinfo(hash_part)
-                .map(|lines| crate::common::standin::field(&lines, "NarHash").trim_start_matches("sha256:").to_owned());
+            let hash =
+                shelf.narinfo(hash_part).map(|lines| field(&lines, "NarHash").trim_start_matches("sha256:").to_owned());
             let url = format!("local/nar/{hash_part}-{}.nar", hash.unwrap_or_default());
             let text = shelf.peer_narinfo(hash_part, &url);
             return text.map_or_else(missing, |text| Reply::Whole(200, text.into_bytes()));
@@ -35,7 +33,7 @@ fn holding(
 }
 
 /// Starts a slow neighbour that `asker` knows.
-fn slow_neighbour(lan: &Lan, world: &World, asker: &Asker, drip: (usize, Duration)) -> (crate::common::Host, StandIn) {
+fn slow_neighbour(lan: &Lan, world: &World, asker: &Asker, drip: (usize, Duration)) -> (Host, StandIn) {
     let host = lan.host("slow");
     let slow = StandIn::start(&host, have(|_| true), holding(world, move |_, nar| Reply::Paced(nar, drip.0, drip.1)));
     slow.meet(&host, &asker.host);
@@ -208,4 +206,100 @@ fn lookups_that_are_not_fetched_cost_little() {
     let after = resident();
     eprintln!("RssAnon before {before} KiB, after 5,000 lookups {after} KiB");
     assert!(after < before + (8 << 10), "{before} KiB, then {after} KiB");
+}
+
+/// The world's static cache by HTTP, on a host of its own: an upstream cache.
+struct Cache {
+    _server: Server,
+    _host: Host,
+    url: String,
+}
+
+impl Cache {
+    fn start(lan: &Lan, world: &World) -> Cache {
+        let host = lan.host("cache");
+        let dir = world.cache();
+        let server = Server::start(host.listen(8080), move |request| {
+            let path = request.path.trim_start_matches('/');
+            std::fs::read(dir.join(path)).map_or_else(|_| Reply::Whole(404, vec![]), |body| Reply::Whole(200, body))
+        });
+        let url = format!("http://{}:8080", host.address);
+        Cache { _server: server, _host: host, url }
+    }
+}
+
+/// An asker whose Nix, and whose peerix, have `url` as upstream cache.
+fn beside_upstream(lan: &Lan, world: &World, url: &str) -> Asker {
+    let flags = ["--upstream-cache", url].map(str::to_owned).to_vec();
+    Asker::flagged(lan, url, &[&world.cache_key], |_| flags)
+}
+
+/// Bytes that came for a `GET`, and whether that is all of it; nothing for a 404.
+fn get_nar(asker: &Asker, url: &str) -> (usize, bool) {
+    let answer = http::get_local(&asker.host, url).expect("an answer");
+    assert!(matches!(answer.status, 200 | 404), "{}", answer.status);
+    if answer.status == 404 { (0, false) } else { (answer.body.len(), answer.whole) }
+}
+
+#[test]
+fn slow_neighbour_is_left_for_an_upstream_cache_that_has_the_path() {
+    let lan = Lan::new();
+    let world = World::on(&lan);
+    let cache = Cache::start(&lan, &world);
+    let asker = beside_upstream(&lan, &world, &cache.url);
+    let (_host, _slow) = slow_neighbour(&lan, &world, &asker, DRIP);
+    let began = Instant::now();
+    let output = nix::realise(&asker.host, &[world.path("closure300"), world.path("large")]);
+    eprintln!("closure of 300 and a large path beside a slow neighbour and upstream: {:?}", began.elapsed());
+    nix::assert_succeeded(&output);
+    assert_eq!(asker.has_whole(&world, world.path("closure300")).len(), 300);
+    asker.has_whole(&world, world.path("large"));
+    assert!(began.elapsed() < NOT_SLOW, "{:?}", began.elapsed());
+    assert!(asker.daemon.log().contains("from the upstream cache"), "{}", asker.daemon.log());
+}
+
+#[test]
+fn nar_that_is_asked_for_again_after_it_was_left_to_upstream_is_served_at_any_pace() {
+    let lan = Lan::new();
+    let world = World::on(&lan);
+    let cache = Cache::start(&lan, &world);
+    let asker = beside_upstream(&lan, &world, &cache.url);
+    let (_host, _slow) = slow_neighbour(&lan, &world, &asker, (10_000, Duration::from_millis(100)));
+    let url = nar_url(&asker, world.path("large"));
+    let size = Shelf::of(&world).nar(world::hash_part(world.path("large"))).unwrap().len();
+    let (came, is_whole) = get_nar(&asker, &url);
+    assert!(!is_whole && came < size, "{came} of {size}");
+    // The rest is not there: Nix goes to upstream.
+    let mut connection = Connection::new(asker.host.connect_local().unwrap()).unwrap();
+    let answer = connection.ask("GET", &url, &format!("Range: bytes={}-\r\n", came.max(1))).expect("an answer");
+    assert_eq!(answer.status, 404);
+    assert_eq!(get_nar(&asker, &url), (size, true));
+}
+
+/// A network without a way out is what peerix is for.
+#[test]
+fn slow_neighbour_is_waited_for_where_upstream_is_not_reached_or_not_certain() {
+    let lan = Lan::new();
+    let world = World::on(&lan);
+    let cache = Cache::start(&lan, &world);
+    let size = Shelf::of(&world).nar(world::hash_part(world.path("large"))).unwrap().len();
+    let nobody = format!("http://{}:8080", lan.address(99));
+    let flags = ["--upstream-cache", &cache.url].map(str::to_owned).to_vec();
+    let other_key = "other-1:dw6gRsgENbg3ZRarDaIEP6t3wwkl5ML26Gov7r1VLrA=";
+    for (what, asker) in [
+        ("nobody is there", beside_upstream(&lan, &world, &nobody)),
+        ("not a substituter", Asker::flagged(&lan, "", &[&world.cache_key], |_| flags.clone())),
+        ("no signature that is trusted", {
+            let host = lan.host("asker");
+            nix::configure_client(&host, &cache.url, &[other_key]);
+            let daemon = Daemon::start(&host, &["--upstream-cache", &cache.url]);
+            Asker { daemon, host }
+        }),
+    ] {
+        let (_host, slow) = slow_neighbour(&lan, &world, &asker, (10_000, Duration::from_millis(100)));
+        let url = nar_url(&asker, world.path("large"));
+        assert_eq!(get_nar(&asker, &url), (size, true), "{what}");
+        let asked = slow.asked.lock().unwrap().iter().filter(|request| request.path.ends_with(".nar")).count();
+        assert_eq!(asked, 1, "{what}");
+    }
 }

@@ -5,7 +5,7 @@ use super::{Cut, Fetch};
 use crate::lookup::{Found, Search, Source};
 use crate::nix::HashPart;
 use crate::peers::client::{Error, NarBody, STALL, TOO_SLOW, Way};
-use crate::peers::pace::Intake;
+use crate::peers::pace::{Intake, Meter};
 use crate::peers::picker::{self, Health, Holding};
 use crate::peers::standing::{Fault, Turn, Who};
 use crate::record::Transfer;
@@ -35,6 +35,9 @@ const ASK_PAUSE: Duration = Duration::from_secs(10);
 /// Longest wait for their answers.
 const ASK_AGAIN: Duration = Duration::from_millis(20);
 
+/// A NAR is left to the upstream cache only if the rest needs longer than this, and twice the whole NAR's time there.
+const UPSTREAM_GRACE: Duration = Duration::from_secs(2);
+
 /// While nothing comes from a peer, this often it is looked at whether another one is better.
 const LOOK: Duration = Duration::from_millis(100);
 /// A peer that sent less than [`TOO_SLOW`] for this long is left.
@@ -61,6 +64,8 @@ pub(super) struct Supply<'a> {
     busy_left: u32,
     broken_left: u32,
     moves_left: u32,
+    /// The NAR may be left to the upstream cache. Nix did not ask for it again after that.
+    may_leave: bool,
     /// When the LAN was last asked again for further holders.
     asked_again: Option<Instant>,
     current: Option<Current<'a>>,
@@ -75,6 +80,8 @@ pub(super) struct Supply<'a> {
 struct Current<'a> {
     source: Source,
     body: NarBody,
+    /// Some of it has come.
+    has_begun: bool,
     intake: Intake<'a>,
     counted: Option<Counted<'a>>,
     began: Instant,
@@ -86,6 +93,8 @@ struct Current<'a> {
     got: u64,
     /// Time waited since it was last looked at whether another peer is better.
     unlooked: Duration,
+    /// The pace of this one stream, once it has begun.
+    meter: Meter,
 }
 
 /// What came of a transfer that a tracker counts; reported when it is over, however it ends.
@@ -108,6 +117,8 @@ pub(super) enum Broken {
     Failed(Fault, String),
     /// Another peer is twice as fast.
     Slow(String),
+    /// The upstream cache is certain to be faster.
+    Upstream(String),
     /// The first piece has not come in time.
     Late,
 }
@@ -119,8 +130,9 @@ impl Broken {
 }
 
 impl<'a> Supply<'a> {
-    /// Nothing is asked of any peer yet. The first piece has to come until `until`.
-    pub(super) fn new(fetch: &'a Fetch, found: Found, until: Instant) -> Self {
+    /// Nothing is asked of any peer yet. The first piece has to come until `until`. `may_leave`: the NAR may be left to the
+    /// upstream cache.
+    pub(super) fn new(fetch: &'a Fetch, found: Found, until: Instant, may_leave: bool) -> Self {
         let transfer = fetch.record.receive(found.path.base_name(), found.nar_size);
         Supply {
             fetch,
@@ -134,6 +146,7 @@ impl<'a> Supply<'a> {
             busy_left: MAX_BUSY,
             broken_left: MAX_BROKEN,
             moves_left: MAX_MOVES,
+            may_leave,
             asked_again: None,
             current: None,
             contributors: Vec::new(),
@@ -147,18 +160,25 @@ impl<'a> Supply<'a> {
         self.current.as_ref().map(|current| &current.source)
     }
 
-    /// Gets the first piece, which is checked by `is_right`, from whichever peer gives it. `None`: none does in time.
-    pub(super) fn first_piece(&mut self, is_right: impl Fn(&Incoming, &Piece) -> bool) -> Option<(Incoming, Piece)> {
+    /// Gets the first piece, which is checked by `is_right`, from whichever peer gives it in time.
+    ///
+    /// # Errors
+    /// See [`Cut`].
+    pub(super) fn first_piece(
+        &mut self,
+        is_right: impl Fn(&Incoming, &Piece) -> bool,
+    ) -> Result<(Incoming, Piece), Cut> {
         let mut incoming = Incoming::new(self.found.nar_hash, self.found.nar_size);
         let mut piece = incoming.piece();
         loop {
-            self.connect(0)?;
+            self.connect(0)?.ok_or_else(|| Cut::NoPeer("no peer begins to send".into()))?;
             match self.fill(&mut incoming, &mut piece) {
                 Ok(()) if is_right(&incoming, &piece) => {
                     self.until = None;
-                    return Some((incoming, piece));
+                    return Ok((incoming, piece));
                 }
                 Ok(()) => self.leave(&Broken::failed(Fault::BadData, "sent a NAR with another hash"), 0),
+                Err(Broken::Upstream(why)) => return Err(Cut::Upstream(why)),
                 Err(broken) => self.leave(&broken, 0),
             }
             // Nothing has been passed on, so the next peer can begin from the beginning.
@@ -175,7 +195,7 @@ impl<'a> Supply<'a> {
     pub(super) fn next_piece(&mut self, incoming: &mut Incoming, piece: &mut Piece) -> Result<(), Cut> {
         loop {
             let at = incoming.at();
-            if self.current.is_none() && self.connect(at).is_none() {
+            if self.current.is_none() && self.connect(at)?.is_none() {
                 let hash = self.found.nar_hash;
                 let why = format!("NAR {hash}: no peer left at byte {at} of {}", self.found.nar_size);
                 log::warn!("{why}");
@@ -185,6 +205,7 @@ impl<'a> Supply<'a> {
                 Ok(()) => return Ok(()),
                 // The framing has seen the bad bytes, and who knows which bytes before were bad.
                 Err(Broken::Failed(Fault::BadData, why)) => return Err(Cut::Wrong(why)),
+                Err(Broken::Upstream(why)) => return Err(Cut::Upstream(why)),
                 Err(broken) => self.leave(&broken, incoming.at()),
             }
         }
@@ -221,6 +242,9 @@ impl<'a> Supply<'a> {
         };
         current.pause = began - current.last_read;
         current.intake.wait(began);
+        if current.has_begun {
+            current.meter.wait(began);
+        }
         loop {
             let look = LOOK.min(self.left(Instant::now()));
             let Some(current) = &mut self.current else { break };
@@ -255,6 +279,9 @@ impl<'a> Supply<'a> {
         let Some(current) = &mut self.current else { return };
         current.last_read = now;
         current.intake.got(got, now);
+        if std::mem::replace(&mut current.has_begun, true) {
+            current.meter.got(got, now);
+        }
         current.waited += now - began;
         current.got += got;
         self.received += got;
@@ -277,20 +304,33 @@ impl<'a> Supply<'a> {
             }
             (current.waited, current.got) = (Duration::ZERO, 0);
         }
-        if rest == 0 || current.unlooked < LOOK || self.moves_left == 0 {
+        if rest == 0 || current.unlooked < LOOK {
             return Ok(());
         }
         current.unlooked = Duration::ZERO;
         let load = current.intake.load(now);
-        if load.pace.waited < picker::LEAST_WAIT {
-            return Ok(());
+        let own = current.meter.pace(now);
+        if self.moves_left > 0 && load.pace.waited >= picker::LEAST_WAIT {
+            self.ask_again(rest as f64 / load.pace.measured);
+            let (_, others) = self.holdings(now);
+            if let Some(at) = picker::faster(&load, rest, &others) {
+                return Err(Broken::Slow(format!("slow ({load}), another has {}", others[at].load)));
+            }
         }
-        self.ask_again(rest as f64 / load.pace.measured);
-        let (_, others) = self.holdings(now);
-        match picker::faster(&load, rest, &others) {
-            Some(at) => Err(Broken::Slow(format!("slow ({load}), another has {}", others[at].load))),
+        match picker::time_left(&load, own.known, rest).and_then(|time| self.upstream_is_faster(time)) {
+            Some(why) => Err(Broken::Upstream(why)),
             None => Ok(()),
         }
+    }
+
+    /// Why the upstream cache is certain to be faster than a peer that needs `time` for the rest; `None` if it is not.
+    fn upstream_is_faster(&mut self, time: Duration) -> Option<String> {
+        if !self.may_leave || time <= UPSTREAM_GRACE {
+            return None;
+        }
+        let there = self.fetch.upstream.time(&self.found)?;
+        let why = || format!("{time:.1?} more from the best peer, {there:.1?} from the upstream cache");
+        (time > UPSTREAM_GRACE + 2 * there).then(why)
     }
 
     /// The known sources that may be asked, by their places, and what is known of them.
@@ -326,28 +366,34 @@ impl<'a> Supply<'a> {
         }
     }
 
-    /// Connects to the best source, at the byte that is wanted next.
-    fn connect(&mut self, at: u64) -> Option<()> {
+    /// Connects to the best source, at the byte that is wanted next. `None`: there is none.
+    fn connect(&mut self, at: u64) -> Result<Option<()>, Cut> {
         while self.tries < MAX_TRIES {
-            let (source, why) = self.next_source(at)?;
+            let rest = self.found.nar_size - at;
+            let Some((source, why)) = self.next_source(rest) else { break };
+            // Before it is asked: NARs of a peer that is known to be slow wait for nothing.
+            let load = self.fetch.paces.load(source.who(), Instant::now());
+            let time = picker::time_left(&load.with(rest), None, rest);
+            if let Some(why) = time.and_then(|time| self.upstream_is_faster(time)) {
+                return Err(Cut::Upstream(why));
+            }
             let patience = if self.may_have_another() { FIRST_BYTE } else { STALL.get() };
             let patience = patience.min(self.left(Instant::now()));
             if patience.is_zero() {
-                return None;
+                break;
             }
             self.tries += 1;
             if self.ask(source, at, patience, &why) {
-                return Some(());
+                return Ok(Some(()));
             }
         }
-        None
+        Ok(None)
     }
 
     /// Asks a peer for the NAR from a byte on. False if it does not begin to send.
     fn ask(&mut self, mut source: Source, at: u64, patience: Duration, why: &str) -> bool {
         let (who, began) = (source.who(), Instant::now());
-        let mut intake = self.fetch.paces.begin(who, self.found.nar_size - at);
-        intake.wait(began);
+        let intake = self.fetch.paces.begin(who, self.found.nar_size - at, began);
         let url_path = source.nar_path(&self.hash_part, &self.found.nar_hash);
         let way = source.take_way();
         match self.fetch.client.nar(source.peer, &url_path, at, self.found.nar_size, patience, &way) {
@@ -368,6 +414,7 @@ impl<'a> Supply<'a> {
                 self.current = Some(Current {
                     source,
                     body,
+                    has_begun: false,
                     intake,
                     counted,
                     began,
@@ -376,6 +423,7 @@ impl<'a> Supply<'a> {
                     waited: Duration::ZERO,
                     got: 0,
                     unlooked: Duration::ZERO,
+                    meter: Meter::default(),
                 });
                 return true;
             }
@@ -412,8 +460,7 @@ impl<'a> Supply<'a> {
     }
 
     /// The best source, which is then no longer among the known ones, and why it is the best.
-    fn next_source(&mut self, at: u64) -> Option<(Source, String)> {
-        let rest = self.found.nar_size - at;
+    fn next_source(&mut self, rest: u64) -> Option<(Source, String)> {
         if let Some(best) = self.best(rest) {
             return Some(best);
         }
@@ -463,6 +510,8 @@ impl<'a> Supply<'a> {
                 current.intake.conclude(now);
                 self.found.sources.push(current.source);
             }
+            // The caller has left it to the upstream cache.
+            Broken::Upstream(_) => {}
             Broken::Late => log::debug!("NAR {hash}: the first piece has not come in time from peer {peer}"),
             Broken::Failed(Fault::BrokenStream, why) if current.pause >= LONG_PAUSE => {
                 log::debug!("NAR {hash}: peer {peer} closed in a pause: {why}");

@@ -151,8 +151,9 @@ pub(super) fn from_peer(
     exchange: &mut Exchange<'_>,
 ) -> Result<(), Failure> {
     let resumes = request.field("range").is_some_and(|range| range.trim() != "bytes=0-");
-    if resumes && cache.fetch.is_tainted(name.nar_hash) {
-        // What Nix holds of it already was wrong, so that no rest can make it right. From the start is fine.
+    if resumes && cache.fetch.is_cut(name.nar_hash) {
+        // What Nix holds of it already was wrong, so that no rest can make it right, or it is to ask the upstream cache.
+        // From the start is fine.
         return Err(NOT_THERE);
     }
     let nar = cache.fetch.find(&name.hash_part, &name.nar_hash).ok_or(NOT_THERE)?;

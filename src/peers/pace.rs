@@ -1,7 +1,7 @@
 //! How fast each peer sends NARs to this node, and how much of them is still to come from it.
 //!
-//! [`Meter`] is the arithmetic, without I/O or clock. [`Paces`] shares one meter for each peer between threads, and
-//! [`Intake`] is one NAR's part in it.
+//! [`Meter`] is the arithmetic, without I/O or clock. [`Paces`] shares the meters of each peer between threads, and
+//! [`Intake`] is one NAR's part in them.
 
 use super::standing::Who;
 use crate::time_scale::Timeout;
@@ -22,12 +22,12 @@ const GAIN: f64 = 0.25;
 /// Peers measured at once. Beyond, those without a NAR under way are forgotten.
 const MAX_PEERS: usize = 1024;
 
-/// What is known of a peer's pace, in bytes per second.
+/// What is known of a pace, in bytes per second.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Pace {
     /// The pace, if enough was measured.
     pub known: Option<f64>,
-    /// What it sent while it was waited for, in the sample under way; zero before the first wait.
+    /// What came while it was waited for, in the sample under way; zero before the first wait.
     pub measured: f64,
     /// It is slower than this.
     pub at_most: f64,
@@ -42,23 +42,21 @@ pub struct Load {
     pub streams: u32,
     /// Bytes of these that are still to come.
     pub outstanding: u64,
-    /// How fast it sends.
+    /// How fast NARs come from it, the waits for their beginnings included.
     pub pace: Pace,
+    /// How fast they come once they have begun.
+    pub after_begin: Pace,
     /// When it was last chosen, as a number that grows with every choice.
     pub chosen: u64,
     /// Whether a NAR was whole that it sent.
     pub is_proven: bool,
 }
 
-/// The pace of one peer over all NARs from it, and what is still to come of them.
+/// Bytes per time that was waited for them.
 ///
-/// Time counts once in which several NARs wait for the peer, so the pace is that of the peer and not of one stream.
+/// Time counts once in which several streams wait for the peer, so the pace is that of the peer and not of one stream.
 #[derive(Debug, Default)]
 pub struct Meter {
-    streams: u32,
-    outstanding: u64,
-    chosen: u64,
-    is_proven: bool,
     /// Streams that wait at this moment, and since when there is one.
     waiting: u32,
     since: Option<Instant>,
@@ -70,27 +68,16 @@ pub struct Meter {
 }
 
 impl Meter {
-    fn begin(&mut self, bytes: u64, turn: u64) {
-        self.streams += 1;
-        self.outstanding += bytes;
-        self.chosen = turn;
-    }
-
-    fn end(&mut self, left: u64) {
-        self.streams = self.streams.saturating_sub(1);
-        self.outstanding = self.outstanding.saturating_sub(left);
-    }
-
-    fn wait(&mut self, now: Instant) {
+    /// A stream waits from now on.
+    pub fn wait(&mut self, now: Instant) {
         if self.waiting == 0 {
             self.since = Some(now);
         }
         self.waiting += 1;
     }
 
-    /// A wait ends with so many bytes of a NAR.
-    fn got(&mut self, bytes: u64, now: Instant) {
-        self.outstanding = self.outstanding.saturating_sub(bytes);
+    /// The wait of a stream ends with so many bytes.
+    pub fn got(&mut self, bytes: u64, now: Instant) {
         self.count_time(now);
         self.waiting = self.waiting.saturating_sub(1);
         if self.waiting == 0 {
@@ -120,7 +107,8 @@ impl Meter {
         }
     }
 
-    fn load(&self, now: Instant) -> Load {
+    /// What is known at `now`.
+    pub fn pace(&self, now: Instant) -> Pace {
         let waited = self.waited + self.since.map_or(Duration::ZERO, |since| now.saturating_duration_since(since));
         let per_second =
             |bytes: u64| if waited.is_zero() { f64::INFINITY } else { bytes as f64 / waited.as_secs_f64() };
@@ -128,14 +116,40 @@ impl Meter {
         let is_recent = self.last.is_some_and(|last| now.saturating_duration_since(last) < KEPT);
         let known = self.pace.filter(|_| is_recent).map(|pace| pace.min(at_most));
         let measured = if waited.is_zero() { 0.0 } else { per_second(self.bytes) };
-        let pace = Pace { known, measured, at_most, waited };
+        Pace { known, measured, at_most, waited }
+    }
+}
+
+/// One peer.
+#[derive(Debug, Default)]
+struct Peer {
+    streams: u32,
+    outstanding: u64,
+    chosen: u64,
+    is_proven: bool,
+    meter: Meter,
+    /// Without the first bytes of each NAR, and the wait for them: a Wi-Fi card that sleeps makes small NARs slow, and says
+    /// nothing of large ones.
+    after_begin: Meter,
+}
+
+impl Peer {
+    fn load(&self, now: Instant) -> Load {
         Load {
             streams: self.streams,
             outstanding: self.outstanding,
-            pace,
+            pace: self.meter.pace(now),
+            after_begin: self.after_begin.pace(now),
             chosen: self.chosen,
             is_proven: self.is_proven,
         }
+    }
+}
+
+impl Load {
+    /// The load with one more NAR of so many bytes.
+    pub fn with(self, bytes: u64) -> Load {
+        Load { streams: self.streams + 1, outstanding: self.outstanding + bytes, ..self }
     }
 }
 
@@ -149,7 +163,7 @@ impl fmt::Display for Load {
     }
 }
 
-/// The meters of all peers; shared by all threads.
+/// The paces of all peers; shared by all threads.
 #[derive(Default)]
 pub struct Paces {
     state: Mutex<State>,
@@ -157,37 +171,36 @@ pub struct Paces {
 
 #[derive(Default)]
 struct State {
-    meters: HashMap<Who, Meter>,
+    peers: HashMap<Who, Peer>,
     turn: u64,
 }
 
 impl Paces {
     /// What is expected of a peer at `now`.
     pub fn load(&self, who: Who, now: Instant) -> Load {
-        let state = self.lock();
-        state.meters.get(&who).map_or_else(|| Meter::default().load(now), |meter| meter.load(now))
+        self.lock().peers.get(&who).map_or_else(|| Peer::default().load(now), |peer| peer.load(now))
     }
 
-    /// `bytes` of a NAR begin to come from a peer.
-    pub fn begin(&self, who: Who, bytes: u64) -> Intake<'_> {
+    /// `bytes` of a NAR are asked of a peer, which is waited for from now on.
+    pub fn begin(&self, who: Who, bytes: u64, now: Instant) -> Intake<'_> {
         let mut state = self.lock();
         state.turn += 1;
+        if state.peers.len() >= MAX_PEERS && !state.peers.contains_key(&who) {
+            // Long answers have fewer permits than there are places, so some peer sends nothing.
+            state.peers.retain(|_, peer| peer.streams > 0);
+        }
         let turn = state.turn;
-        meter(&mut state, who).begin(bytes, turn);
-        Intake { paces: self, who, left: bytes, is_waiting: false }
+        let peer = state.peers.entry(who).or_default();
+        peer.streams += 1;
+        peer.outstanding += bytes;
+        peer.chosen = turn;
+        peer.meter.wait(now);
+        Intake { paces: self, who, left: bytes, is_waiting: true, has_begun: false }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-fn meter(state: &mut State, who: Who) -> &mut Meter {
-    if state.meters.len() >= MAX_PEERS && !state.meters.contains_key(&who) {
-        // Long answers have fewer permits than there are places, so some meter is idle.
-        state.meters.retain(|_, meter| meter.streams > 0);
-    }
-    state.meters.entry(who).or_default()
 }
 
 /// One NAR that comes from a peer. Dropping it ends its part in the peer's load.
@@ -196,32 +209,48 @@ pub struct Intake<'a> {
     who: Who,
     left: u64,
     is_waiting: bool,
+    has_begun: bool,
 }
 
 impl Intake<'_> {
     /// The peer is waited for from now on.
     pub fn wait(&mut self, now: Instant) {
         if !std::mem::replace(&mut self.is_waiting, true) {
-            self.with(|meter| meter.wait(now));
+            let has_begun = self.has_begun;
+            self.with(|peer| {
+                peer.meter.wait(now);
+                if has_begun {
+                    peer.after_begin.wait(now);
+                }
+            });
         }
     }
 
     /// The wait ended with so many bytes.
     pub fn got(&mut self, bytes: u64, now: Instant) {
-        if std::mem::replace(&mut self.is_waiting, false) {
-            self.left = self.left.saturating_sub(bytes);
-            self.with(|meter| meter.got(bytes, now));
+        if !std::mem::replace(&mut self.is_waiting, false) {
+            return;
         }
+        let bytes = bytes.min(self.left);
+        self.left -= bytes;
+        let has_begun = std::mem::replace(&mut self.has_begun, true);
+        self.with(|peer| {
+            peer.outstanding = peer.outstanding.saturating_sub(bytes);
+            peer.meter.got(bytes, now);
+            if has_begun {
+                peer.after_begin.got(bytes, now);
+            }
+        });
     }
 
     /// The NAR was whole.
     pub fn prove(&mut self) {
-        self.with(|meter| meter.is_proven = true);
+        self.with(|peer| peer.is_proven = true);
     }
 
     /// The peer is left because it is slow: what was measured counts, however little it is.
     pub fn conclude(&mut self, now: Instant) {
-        self.with(|meter| meter.conclude(now));
+        self.with(|peer| peer.meter.conclude(now));
     }
 
     /// What is expected of the peer at `now`.
@@ -229,9 +258,9 @@ impl Intake<'_> {
         self.paces.load(self.who, now)
     }
 
-    fn with(&self, change: impl FnOnce(&mut Meter)) {
-        if let Some(meter) = self.paces.lock().meters.get_mut(&self.who) {
-            change(meter);
+    fn with(&self, change: impl FnOnce(&mut Peer)) {
+        if let Some(peer) = self.paces.lock().peers.get_mut(&self.who) {
+            change(peer);
         }
     }
 }
@@ -239,7 +268,10 @@ impl Intake<'_> {
 impl Drop for Intake<'_> {
     fn drop(&mut self) {
         self.got(0, Instant::now());
-        self.with(|meter| meter.end(self.left));
+        self.with(|peer| {
+            peer.streams = peer.streams.saturating_sub(1);
+            peer.outstanding = peer.outstanding.saturating_sub(self.left);
+        });
     }
 }
 
@@ -266,38 +298,46 @@ mod tests {
         (meter, now)
     }
 
+    fn known(meter: &Meter, now: Instant) -> Option<f64> {
+        meter.pace(now).known
+    }
+
+    fn is_near(pace: f64, expected: f64) -> bool {
+        (pace / expected - 1.0).abs() < 1e-6
+    }
+
+    fn who() -> Who {
+        Who::from(std::net::SocketAddr::from(([10, 0, 0, 1], 1)))
+    }
+
     #[test]
     fn pace_is_bytes_per_time_waited_and_unknown_before_256_kib() {
         let (meter, now) = waited(3, ms(10), 64 * KIB);
-        assert_eq!(meter.load(now).pace.known, None);
+        assert_eq!(known(&meter, now), None);
         let (meter, now) = waited(4, ms(10), 64 * KIB);
-        let pace = meter.load(now).pace.known.unwrap();
-        assert!((pace / (256.0 * 1024.0 / 0.04) - 1.0).abs() < 1e-6, "{pace}");
+        assert!(is_near(known(&meter, now).unwrap(), 256.0 * 1024.0 / 0.04));
     }
 
     #[test]
     fn little_in_two_seconds_is_a_pace_too() {
         let (meter, now) = waited(19, ms(100), 900);
-        assert_eq!(meter.load(now).pace.known, None);
+        assert_eq!(known(&meter, now), None);
         let (meter, now) = waited(20, ms(100), 900);
-        assert!((meter.load(now).pace.known.unwrap() - 9000.0).abs() < 1.0);
+        assert!(is_near(known(&meter, now).unwrap(), 9000.0));
     }
 
     #[test]
     fn streams_that_wait_together_count_their_time_once() {
-        let (mut meter, now) = (Meter::default(), Instant::now());
-        for _ in 0..8 {
-            meter.begin(32 * KIB, 1);
-            meter.wait(now);
+        let (paces, now) = (Paces::default(), Instant::now());
+        let mut intakes: Vec<Intake> = (0..8).map(|_| paces.begin(who(), 32 * KIB, now)).collect();
+        let load = paces.load(who(), now);
+        assert_eq!((load.streams, load.outstanding), (8, 256 * KIB));
+        for (i, intake) in (1..).zip(&mut intakes) {
+            intake.got(32 * KIB, now + ms(100 * i / 8));
         }
-        assert_eq!((meter.load(now).streams, meter.load(now).outstanding), (8, 256 * KIB));
-        for i in 0..8 {
-            meter.got(32 * KIB, now + ms(100 * (i + 1) / 8));
-            meter.end(0);
-        }
-        let load = meter.load(now + ms(100));
-        let pace = load.pace.known.unwrap();
-        assert!((pace / (256.0 * 1024.0 / 0.1) - 1.0).abs() < 1e-6, "{pace}");
+        drop(intakes);
+        let load = paces.load(who(), now + ms(100));
+        assert!(is_near(load.pace.known.unwrap(), 256.0 * 1024.0 / 0.1), "{load:?}");
         assert_eq!((load.streams, load.outstanding), (0, 0));
     }
 
@@ -306,32 +346,51 @@ mod tests {
         let (mut meter, now) = waited(4, ms(10), 64 * KIB);
         meter.wait(now);
         let later = now + Duration::from_secs(4);
-        assert!(meter.load(now + ms(1)).pace.known.unwrap() > 6e6);
-        let load = meter.load(later);
-        assert!(load.pace.known.unwrap() <= 64.0 * 1024.0, "{load:?}");
-        assert_eq!(load.pace.measured, 0.0);
+        assert!(known(&meter, now + ms(1)).unwrap() > 6e6);
+        assert!(known(&meter, later).unwrap() <= 64.0 * 1024.0);
+        assert_eq!(meter.pace(later).measured, 0.0);
     }
 
     #[test]
     fn pace_of_a_peer_that_was_not_asked_for_long_is_forgotten() {
         let (meter, now) = waited(4, ms(10), 64 * KIB);
-        assert!(meter.load(now + KEPT - Duration::from_secs(2)).pace.known.is_some());
-        assert!(meter.load(now + KEPT).pace.known.is_none());
+        assert!(known(&meter, now + KEPT - Duration::from_secs(2)).is_some());
+        assert!(known(&meter, now + KEPT).is_none());
+    }
+
+    /// A card that sleeps 100 ms is not slow; a peer that drips is, however small its NARs are.
+    #[test]
+    fn small_nars_of_a_sleeping_card_are_no_measure_and_those_that_drip_are() {
+        let (paces, mut now) = (Paces::default(), Instant::now());
+        for _ in 0..100 {
+            let mut intake = paces.begin(who(), 20 * KIB, now);
+            now += ms(100);
+            intake.got(20 * KIB, now);
+        }
+        let load = paces.load(who(), now);
+        assert!(load.pace.known.unwrap() < 210.0 * 1024.0);
+        assert_eq!(load.after_begin.known, None);
+        let mut intake = paces.begin(who(), 20 * KIB, now);
+        for _ in 0..22 {
+            intake.wait(now);
+            now += ms(100);
+            intake.got(900, now);
+        }
+        assert!(is_near(paces.load(who(), now).after_begin.known.unwrap(), 9000.0));
     }
 
     #[test]
     fn intake_leaves_no_load_behind_however_it_ends() {
-        let paces = Paces::default();
-        let who = Who::from(std::net::SocketAddr::from(([10, 0, 0, 1], 1)));
-        let mut intake = paces.begin(who, 1000);
-        intake.wait(Instant::now());
-        intake.got(400, Instant::now());
-        intake.wait(Instant::now());
-        assert_eq!(paces.load(who, Instant::now()).outstanding, 600);
+        let (paces, now) = (Paces::default(), Instant::now());
+        let mut intake = paces.begin(who(), 1000, now);
+        intake.got(400, now);
+        intake.wait(now);
+        assert_eq!(paces.load(who(), now).outstanding, 600);
         drop(intake);
-        let load = paces.load(who, Instant::now());
+        let load = paces.load(who(), Instant::now());
         assert_eq!((load.streams, load.outstanding), (0, 0));
-        assert_eq!(paces.lock().meters[&who].waiting, 0);
+        let state = paces.lock();
+        assert_eq!((state.peers[&who()].meter.waiting, state.peers[&who()].after_begin.waiting), (0, 0));
     }
 
     #[test]
@@ -339,8 +398,8 @@ mod tests {
         let paces = Paces::default();
         for i in 0..5000u32 {
             let who = Who::from(std::net::SocketAddr::from((std::net::Ipv4Addr::from_bits(i), 1)));
-            drop(paces.begin(who, 1));
+            drop(paces.begin(who, 1, Instant::now()));
         }
-        assert!(paces.lock().meters.len() <= MAX_PEERS);
+        assert!(paces.lock().peers.len() <= MAX_PEERS);
     }
 }

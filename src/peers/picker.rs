@@ -69,8 +69,7 @@ pub fn faster(current: &Load, rest: u64, others: &[Holding]) -> Option<usize> {
     }
     // No faster than it was in this sample, and no faster than it is known to be.
     let pace = current.pace.known.unwrap_or(f64::INFINITY).min(current.pace.measured).max(1.0);
-    let work = current.outstanding.min(rest.saturating_mul(current.streams.max(1).into()));
-    let time = work as f64 / pace;
+    let time = work_left(current, rest) / pace;
     let usual = usual_pace(others);
     let is_better = |h: &Holding| {
         let there = h.load.pace.known.unwrap_or(usual.min(h.load.pace.at_most));
@@ -85,12 +84,29 @@ pub fn faster(current: &Load, rest: u64, others: &[Holding]) -> Option<usize> {
     choose(&holdings, rest).map(|choice| better[choice.at])
 }
 
+/// How long `rest` bytes of a NAR take, which `load` includes, at the pace of what has begun to come; `None` while that is
+/// unknown. `own` is that pace of this NAR alone, if it is known. The greater pace counts: of small NARs from a Wi-Fi card
+/// that sleeps, the peer's says nothing of a large one.
+pub fn time_left(load: &Load, own: Option<f64>, rest: u64) -> Option<Duration> {
+    let pace = load
+        .after_begin
+        .known
+        .into_iter()
+        .chain(own)
+        .fold(None, |most: Option<f64>, pace| Some(most.map_or(pace, |most| most.max(pace))))?;
+    Some(duration(work_left(load, rest) / pace.max(1.0)))
+}
+
+/// Bytes until `rest` bytes of a NAR have come that `load` includes. Streams share the link, so it need not wait for more
+/// of the others than there is of it.
+fn work_left(load: &Load, rest: u64) -> f64 {
+    load.outstanding.min(rest.saturating_mul(load.streams.max(1).into())) as f64
+}
+
 /// Seconds until `bytes` more are there, behind or beside what is under way.
 fn expected(load: &Load, bytes: u64, usual: f64) -> f64 {
     let pace = load.pace.known.unwrap_or(usual.min(load.pace.at_most)).max(1.0);
-    // Streams share the link: behind fewer bytes than its own, the NAR is the last to be whole.
-    let work = (load.outstanding + bytes).min(bytes.saturating_mul(u64::from(load.streams) + 1));
-    work as f64 / pace
+    work_left(&load.with(bytes), bytes) / pace
 }
 
 fn usual_pace(holdings: &[Holding]) -> f64 {
@@ -114,7 +130,8 @@ mod tests {
 
     fn holding(known: Option<f64>) -> Holding {
         let pace = Pace { known, measured: known.unwrap_or(0.0), at_most: f64::INFINITY, waited: Duration::ZERO };
-        Holding { health: Health::Good, load: Load { streams: 0, outstanding: 0, pace, chosen: 0, is_proven: true } }
+        let load = Load { streams: 0, outstanding: 0, pace, after_begin: pace, chosen: 0, is_proven: true };
+        Holding { health: Health::Good, load }
     }
 
     /// Chooses for one NAR after the other, each of which is still under way when the next is asked for.
@@ -173,7 +190,7 @@ mod tests {
 
     fn sending(measured: f64, waited: u64, rest: u64) -> Load {
         let pace = Pace { known: None, measured, at_most: f64::INFINITY, waited: Duration::from_millis(waited) };
-        Load { streams: 1, outstanding: rest, pace, chosen: 0, is_proven: true }
+        Load { streams: 1, outstanding: rest, pace, after_begin: pace, chosen: 0, is_proven: true }
     }
 
     #[test]
@@ -202,6 +219,20 @@ mod tests {
         assert_eq!(faster(&sending(140e3, 300, 20 * MIB), 20 * MIB, &[holding(None)]), Some(0));
         assert_eq!(faster(&sending(140e3, 300, 100_000), 100_000, &[holding(None)]), None);
         assert_eq!(faster(&sending(11e6, 300, 1 << 30), 1 << 30, &[holding(None)]), None);
+    }
+
+    #[test]
+    fn time_left_is_known_with_the_pace_of_what_has_begun_and_never_overestimated() {
+        let load = sending(9e3, 3000, 25_000);
+        assert_eq!(time_left(&load, None, 25_000), None);
+        let mut slow = load;
+        slow.after_begin.known = Some(10e3);
+        assert_eq!(time_left(&slow, None, 25_000), Some(Duration::from_millis(2500)));
+        assert_eq!(time_left(&slow, Some(100e3), 25_000), Some(Duration::from_millis(250)));
+        assert_eq!(time_left(&load, Some(100e3), 25_000), Some(Duration::from_millis(250)));
+        // Of sixteen that share the link, each takes sixteen times as long.
+        (slow.streams, slow.outstanding) = (16, 16 * 25_000);
+        assert_eq!(time_left(&slow, None, 25_000), Some(Duration::from_secs(40)));
     }
 
     #[test]

@@ -1,0 +1,255 @@
+//! Whether this machine's Nix is certain to get a path from the upstream cache instead, and how fast.
+//!
+//! A slow peer is left for the upstream cache only if nothing can be lost by it: Nix has it among its substituters, it has
+//! this very NAR with a signature that Nix trusts, and it is reachable and fast enough now. Whatever cannot be told counts
+//! against it, as on a network without a way out a slow peer is all there is.
+
+use crate::config::{Config, DEFAULT_UPSTREAM};
+use crate::lookup::Found;
+use crate::nix::{HashPart, NarInfo, PublicKey, StoreDir};
+use crate::share::UPSTREAM_KEY;
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::Read;
+use std::path::PathBuf;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+use ureq::Agent;
+use ureq::tls::{RootCerts, TlsConfig};
+
+/// What upstream said of a path is true for this long, and so is that it gave no answer.
+const KEPT: Duration = Duration::from_secs(60);
+/// Answers remembered. Beyond, all are forgotten.
+const MAX_ANSWERS: usize = 1024;
+/// Its pace is remembered for this long.
+const PACE_KEPT: Duration = Duration::from_secs(600);
+/// A request to the upstream cache takes no longer. A slow peer sends meanwhile.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(2);
+/// Bytes of a NAR by which the pace is measured, and the longest time for them.
+const SAMPLE: u64 = 1 << 20;
+const SAMPLE_TIME: Duration = Duration::from_secs(1);
+/// As many redirects as caches of object stores need.
+const MAX_REDIRECTS: u32 = 3;
+/// A response's head, in bytes.
+const MAX_HEAD: usize = 16 * 1024;
+/// As much of nix.conf as is read, in bytes.
+const MAX_NIX_CONF: u64 = 1 << 20;
+
+/// The upstream cache, as this machine's Nix would use it.
+pub struct Upstream {
+    agent: Agent,
+    url: String,
+    keys: Vec<PublicKey>,
+    store_dir: StoreDir,
+    nix_conf: PathBuf,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    /// Whether it has a path, and since when that is known.
+    answers: HashMap<HashPart, (Instant, bool)>,
+    /// Bytes per second, and when they were measured.
+    pace: Option<(Instant, f64)>,
+    /// It gave no answer, and is left alone until then.
+    paused_until: Option<Instant>,
+}
+
+impl Upstream {
+    /// The upstream cache that the user chose. `trusted` are the keys that Nix trusts, as far as they are known.
+    pub fn new(config: &Config, trusted: &[PublicKey]) -> Self {
+        let agent = Agent::config_builder()
+            .tls_config(TlsConfig::builder().root_certs(RootCerts::PlatformVerifier).build())
+            .https_only(config.upstream_cache.starts_with("https://"))
+            .max_redirects(MAX_REDIRECTS)
+            .http_status_as_error(false)
+            .user_agent(concat!("peerix/", env!("CARGO_PKG_VERSION")))
+            .accept_encoding("identity")
+            .timeout_global(Some(REQUEST_TIMEOUT))
+            .max_response_header_size(MAX_HEAD)
+            .build();
+        let mut keys = trusted.to_vec();
+        if config.upstream_cache == DEFAULT_UPSTREAM {
+            keys.extend(PublicKey::parse(UPSTREAM_KEY));
+        }
+        let conf_dir = std::env::var_os("NIX_CONF_DIR").map_or_else(|| PathBuf::from("/etc/nix"), PathBuf::from);
+        Upstream {
+            agent: agent.new_agent(),
+            url: config.upstream_cache.clone(),
+            keys,
+            store_dir: config.store_dir.clone(),
+            nix_conf: conf_dir.join("nix.conf"),
+            state: Mutex::default(),
+        }
+    }
+
+    /// How long the whole NAR takes from there; `None` unless Nix is certain to get it. Blocks for 5 s at most, and mostly
+    /// not at all.
+    pub fn time(&self, found: &Found) -> Option<Duration> {
+        let now = Instant::now();
+        let hash_part = found.path.hash_part();
+        let known = {
+            let state = self.lock();
+            if state.paused_until.is_some_and(|until| now < until) {
+                return None;
+            }
+            state
+                .answers
+                .get(&hash_part)
+                .filter(|(at, _)| now.saturating_duration_since(*at) < KEPT)
+                .map(|(_, has)| *has)
+        };
+        let has = match known {
+            Some(has) => has,
+            None => self.look_up(&hash_part, found)?,
+        };
+        let pace = self.lock().pace.filter(|(at, _)| now.saturating_duration_since(*at) < PACE_KEPT);
+        let pace = pace.filter(|_| has)?.1;
+        Duration::try_from_secs_f64(found.nar_size as f64 / pace.max(1.0)).ok()
+    }
+
+    /// Asks whether it has the NAR, and measures its pace by it if that is not known. `None`: no answer.
+    fn look_up(&self, hash_part: &HashPart, found: &Found) -> Option<bool> {
+        let has = self.is_substituter().then(|| self.request(hash_part, found));
+        let now = Instant::now();
+        let mut state = self.lock();
+        let has = match has {
+            None => false,
+            Some(Ok(has)) => has,
+            Some(Err(e)) => {
+                log::debug!("{hash_part}: upstream cache {}: {e}; slow peers are not left for it", self.url);
+                state.paused_until = Some(now + KEPT);
+                return None;
+            }
+        };
+        if state.answers.len() >= MAX_ANSWERS {
+            state.answers.clear();
+        }
+        state.answers.insert(*hash_part, (now, has));
+        Some(has)
+    }
+
+    fn request(&self, hash_part: &HashPart, found: &Found) -> Result<bool, ureq::Error> {
+        let mut response = self.agent.get(format!("{}/{hash_part}.narinfo", self.url)).call()?;
+        if response.status() != 200 {
+            return Ok(false);
+        }
+        let mut bytes = Vec::new();
+        response.body_mut().as_reader().take(NarInfo::MAX_LEN as u64 + 1).read_to_end(&mut bytes)?;
+        let Ok(narinfo) = NarInfo::parse(&bytes, &self.store_dir) else { return Ok(false) };
+        if !self.is_it(&narinfo, found) || narinfo.url.contains("://") {
+            return Ok(false);
+        }
+        let is_measured = |(at, _): (Instant, f64)| at.elapsed() < PACE_KEPT;
+        if !self.lock().pace.is_some_and(is_measured) {
+            let pace = self.measure(&narinfo.url)?;
+            log::debug!("upstream cache {}: {:.0} KiB/s", self.url, pace / 1024.0);
+            self.lock().pace = Some((Instant::now(), pace));
+        }
+        Ok(true)
+    }
+
+    fn is_it(&self, narinfo: &NarInfo, found: &Found) -> bool {
+        let info = &narinfo.info;
+        let is_same = info.path == found.path && info.nar_hash == found.nar_hash && info.nar_size == found.nar_size;
+        let fingerprint = info.fingerprint(&self.store_dir);
+        is_same && info.signatures.iter().any(|s| self.keys.iter().any(|key| key.verify(fingerprint.as_bytes(), s)))
+    }
+
+    /// Bytes per second that its NARs come with, of which those of a compressed NAR count as they come.
+    fn measure(&self, nar_url: &str) -> Result<f64, ureq::Error> {
+        let began = Instant::now();
+        let range = format!("bytes=0-{}", SAMPLE - 1);
+        let mut response = self.agent.get(format!("{}/{nar_url}", self.url)).header("Range", range).call()?;
+        if !matches!(response.status().as_u16(), 200 | 206) {
+            return Err(ureq::Error::StatusCode(response.status().as_u16()));
+        }
+        let mut body = response.body_mut().as_reader().take(SAMPLE);
+        let (mut buffer, mut bytes) = (vec![0; 64 * 1024], 0);
+        while began.elapsed() < SAMPLE_TIME {
+            match body.read(&mut buffer)? {
+                0 => break,
+                got => bytes += got,
+            }
+        }
+        Ok(bytes as f64 / began.elapsed().as_secs_f64())
+    }
+
+    fn is_substituter(&self) -> bool {
+        let mut text = String::new();
+        let read = File::open(&self.nix_conf).and_then(|file| file.take(MAX_NIX_CONF).read_to_string(&mut text));
+        read.is_ok() && is_substituter(&text, &self.url)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Whether nix.conf is certain to have the cache among the substituters. One that includes other files may not.
+fn is_substituter(nix_conf: &str, url: &str) -> bool {
+    let cache = |url: &str| url.split('?').next().unwrap_or_default().trim_end_matches('/').to_owned();
+    let (mut substituters, mut extra) = (vec![cache(DEFAULT_UPSTREAM)], Vec::new());
+    for line in nix_conf.lines() {
+        let line = line.split('#').next().unwrap_or_default().trim();
+        if line.starts_with("include ") || line.starts_with("!include ") {
+            return false;
+        }
+        let Some((name, value)) = line.split_once('=') else { continue };
+        let urls = value.split_whitespace().map(cache);
+        match name.trim() {
+            "substituters" | "binary-caches" => substituters = urls.collect(),
+            "extra-substituters" | "extra-binary-caches" => extra.extend(urls),
+            "substitute" if value.trim() != "true" => return false,
+            _ => {}
+        }
+    }
+    substituters.into_iter().chain(extra).any(|substituter| substituter == cache(url))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// From cache.nixos.org, with its signature.
+    const NARINFO: &str = include_str!("../tests/data/cache.nixos.org.narinfo");
+
+    #[test]
+    fn nar_is_the_same_only_with_a_trusted_signature_and_equal_in_hash_and_size() {
+        let with = |url: &str| Upstream::new(&Config { upstream_cache: url.into(), ..Config::default() }, &[]);
+        let upstream = with(DEFAULT_UPSTREAM);
+        let narinfo = NarInfo::parse(NARINFO.as_bytes(), &upstream.store_dir).unwrap();
+        let found = || {
+            let info = narinfo.info.clone();
+            Found { path: info.path, nar_hash: info.nar_hash, nar_size: info.nar_size, sources: Vec::new() }
+        };
+        assert!(upstream.is_it(&narinfo, &found()));
+        assert!(!upstream.is_it(&narinfo, &Found { nar_size: 1, ..found() }));
+        let mut forged = narinfo.clone();
+        forged.info.references.clear();
+        assert!(!upstream.is_it(&forged, &found()));
+        // Its key is not known.
+        assert!(!with("https://cache.example").is_it(&narinfo, &found()));
+    }
+
+    #[test]
+    fn substituters_are_those_that_nix_conf_names_for_certain() {
+        let is = |conf| is_substituter(conf, "https://cache.example");
+        assert!(is("substituters = https://cache.nixos.org https://cache.example/\n"));
+        assert!(is("extra-substituters = https://cache.example?priority=10 # ours\n"));
+        assert!(is("extra-substituters = https://cache.example\nsubstituters = http://127.0.0.1:12304"));
+        assert!(is_substituter("max-jobs = 4\n", DEFAULT_UPSTREAM));
+        for conf in [
+            "",
+            "#substituters = https://cache.example",
+            "trusted-substituters = https://cache.example",
+            "substituters = https://cache.example.org",
+            "substituters = https://cache.example\nsubstituters = http://127.0.0.1:12304",
+            "substituters = https://cache.example\n!include more.conf",
+            "substituters = https://cache.example\nsubstitute = false",
+        ] {
+            assert!(!is(conf), "{conf}");
+        }
+        assert!(!is_substituter("substituters = http://127.0.0.1:12304", DEFAULT_UPSTREAM));
+    }
+}
