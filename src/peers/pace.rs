@@ -159,7 +159,7 @@ impl fmt::Display for Load {
             Some(pace) => write!(f, "{:.0} KiB/s", pace / 1024.0)?,
             None => f.write_str("pace unknown")?,
         }
-        write!(f, ", {} NARs with {} KiB under way", self.streams, self.outstanding / 1024)
+        write!(f, ", {} under way with {} KiB to come", self.streams, self.outstanding / 1024)
     }
 }
 

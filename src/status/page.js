@@ -56,7 +56,7 @@
   const transfer = t => {
     const way = t.direction === 'in' ? 'from' : 'to', peer = t.peer || 'a peer';
     return h('div', { class: 'run' },
-      h('p', {}, h('span', {}, t.name), h('span', { class: 'soft' }, `${way} ${peer}`)),
+      h('p', {}, h('span', {}, t.name), h('span', { class: 'soft', title: t.reason || '' }, `${way} ${peer}`)),
       h('progress', { class: t.direction, max: Math.max(1, t.size), value: t.bytes, 'aria-label': `${t.name}, ${way} ${peer}` }),
       h('p', { class: 'soft' }, h('span', {}, `${bytes(t.bytes)} of ${bytes(t.size)}`), h('span', {}, bytes(t.bytes_per_second) + '/s')));
   };

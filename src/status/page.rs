@@ -222,8 +222,9 @@ fn transfers(all: &[Transfer]) -> String {
         let name = escape(&t.name);
         let peer = t.peer.as_deref().map_or("a peer".into(), escape);
         let way = if t.direction == "in" { "from" } else { "to" };
+        let why = t.reason.as_deref().map(escape).unwrap_or_default();
         format!(
-            "<div class=\"run\"><p><span>{name}</span><span class=\"soft\">{way} {peer}</span></p>\
+            "<div class=\"run\"><p><span>{name}</span><span class=\"soft\" title=\"{why}\">{way} {peer}</span></p>\
              <progress class=\"{}\" max=\"{}\" value=\"{}\" aria-label=\"{name}, {way} {peer}\"></progress>\
              <p class=\"soft\"><span>{} of {}</span><span>{}/s</span></p></div>",
             t.direction,

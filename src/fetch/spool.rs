@@ -1,0 +1,207 @@
+//! Large NARs on their way in, kept in a file so that neighbours can have them while they come.
+//!
+//! The file has no name (`O_TMPFILE`): however this process ends, nothing is left. It is written in a thread of its own,
+//! and given up when the disk is slower than the network: Nix never waits for it.
+
+use super::verified::Piece;
+use crate::nix::NarHash;
+use crate::store::NarSink;
+use crate::time_scale::Timeout;
+use crossbeam_channel::{Receiver, Sender, TrySendError, bounded};
+use rustix::fs::{Mode, OFlags, open, statvfs};
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::{self, Write};
+use std::ops::Range;
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::Instant;
+
+/// Smaller NARs are not kept: they have come before a neighbour could ask for them here.
+pub const LEAST_SIZE: u64 = 16 << 20;
+/// Bytes kept at once, of all NARs. A NAR for which there is no room is not kept.
+const MAX_BYTES: u64 = 2 << 30;
+/// NARs kept at once.
+const MAX_SPOOLS: usize = 8;
+/// Parts of the disk of which one has to stay free.
+const FREE_PARTS: u64 = 10;
+/// Pieces that wait to be written, of 256 KiB each. When there are more, the disk is too slow, and the NAR is given up.
+const QUEUE: usize = 16;
+/// A neighbour waits for the next bytes for this long, and then for another source.
+const PATIENCE: Timeout = Timeout::from_secs(10);
+/// Bytes copied at once where the kernel cannot pass them on.
+const COPY: usize = 64 * 1024;
+
+/// The NARs that are kept.
+pub struct Spools {
+    dir: Option<PathBuf>,
+    kept: Mutex<HashMap<NarHash, Arc<Spool>>>,
+}
+
+/// One NAR that is kept while it comes.
+pub struct Spool {
+    size: u64,
+    file: File,
+    progress: Mutex<Progress>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct Progress {
+    /// Bytes from the beginning that are in the file.
+    written: u64,
+    /// No more bytes come.
+    has_ended: bool,
+}
+
+/// Keeps one NAR. When it is dropped, no more bytes come, and no further neighbour finds it.
+pub(super) struct Keeping<'a> {
+    spools: &'a Spools,
+    hash: NarHash,
+    spool: Arc<Spool>,
+    pieces: Option<Sender<Arc<Piece>>>,
+}
+
+impl Spools {
+    /// NARs are kept on the file system of `dir`; without one, none is.
+    pub fn new(dir: Option<PathBuf>) -> Self {
+        Spools { dir, kept: Mutex::default() }
+    }
+
+    /// What is kept of this NAR.
+    pub fn get(&self, hash: &NarHash) -> Option<Arc<Spool>> {
+        self.lock().get(hash).cloned()
+    }
+
+    /// Begins to keep a NAR, if it is large and there is room for it.
+    pub(super) fn begin(&self, hash: NarHash, size: u64) -> Option<Keeping<'_>> {
+        let dir = self.dir.as_ref().filter(|_| size >= LEAST_SIZE)?;
+        let mut kept = self.lock();
+        let taken: u64 = kept.values().map(|spool| spool.size).sum();
+        if kept.contains_key(&hash) || kept.len() >= MAX_SPOOLS || taken.saturating_add(size) > MAX_BYTES {
+            return None;
+        }
+        let (spool, queue, pieces) = match Spool::open(dir, size) {
+            Ok(Some(spool)) => {
+                let (pieces, queue) = bounded(QUEUE);
+                (Arc::new(spool), queue, pieces)
+            }
+            Ok(None) => return None,
+            Err(e) => {
+                log::debug!("{}: {e}; NARs are not passed on while they come", dir.display());
+                return None;
+            }
+        };
+        let writing = spool.clone();
+        let thread = thread::Builder::new().name("nar-spool".into()).spawn(move || writing.write(&queue));
+        thread.inspect_err(|e| log::debug!("thread for a NAR: {e}")).ok()?;
+        kept.insert(hash, spool.clone());
+        Some(Keeping { spools: self, hash, spool, pieces: Some(pieces) })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<NarHash, Arc<Spool>>> {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Keeping<'_> {
+    /// The next piece of the NAR. Never blocks.
+    pub(super) fn push(&mut self, piece: Arc<Piece>) {
+        let Some(pieces) = &self.pieces else { return };
+        if let Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) = pieces.try_send(piece) {
+            log::debug!("NAR {}: the disk is slower than the network", self.hash);
+            self.pieces = None;
+            self.spools.lock().remove(&self.hash);
+        }
+    }
+}
+
+impl Drop for Keeping<'_> {
+    fn drop(&mut self) {
+        self.pieces = None;
+        let mut kept = self.spools.lock();
+        if kept.get(&self.hash).is_some_and(|spool| Arc::ptr_eq(spool, &self.spool)) {
+            kept.remove(&self.hash);
+        }
+    }
+}
+
+impl Spool {
+    /// A file for a NAR of that size; `None` if the disk has too little room.
+    fn open(dir: &PathBuf, size: u64) -> io::Result<Option<Spool>> {
+        let disk = statvfs(dir)?;
+        let free = disk.f_bavail.saturating_mul(disk.f_frsize);
+        let least = (2 * size).saturating_add(disk.f_blocks.saturating_mul(disk.f_frsize) / FREE_PARTS);
+        if free < least {
+            return Ok(None);
+        }
+        let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
+        let file = File::from(open(dir, flags, Mode::RUSR | Mode::WUSR)?);
+        Ok(Some(Spool { size, file, progress: Mutex::default(), changed: Condvar::new() }))
+    }
+
+    /// Writes pieces until no more come or the disk fails.
+    fn write(&self, queue: &Receiver<Arc<Piece>>) {
+        let mut at = 0;
+        for piece in queue {
+            if let Err(e) = self.file.write_all_at(piece.bytes(), at) {
+                log::debug!("spool: {e}");
+                break;
+            }
+            at += piece.bytes().len() as u64;
+            self.lock().written = at;
+            self.changed.notify_all();
+        }
+        self.lock().has_ended = true;
+        self.changed.notify_all();
+    }
+
+    /// Bytes in the whole NAR.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// Passes `range` of the NAR on as it comes.
+    ///
+    /// # Errors
+    /// The sink's, or the rest of the NAR does not come.
+    pub fn write_to(&self, range: Range<u64>, out: &mut dyn NarSink) -> io::Result<()> {
+        let mut at = range.start;
+        while at < range.end {
+            let end = self.wait(at)?.min(range.end);
+            at += self.copy(at, end - at, out)?;
+        }
+        Ok(())
+    }
+
+    /// Waits until there is more than `at` bytes; returns how many there are.
+    fn wait(&self, at: u64) -> io::Result<u64> {
+        let until = Instant::now() + PATIENCE.get();
+        let mut progress = self.lock();
+        while progress.written <= at {
+            let left = until.saturating_duration_since(Instant::now());
+            if progress.has_ended || left.is_zero() {
+                return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the rest of the NAR does not come"));
+            }
+            progress = self.changed.wait_timeout(progress, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        Ok(progress.written)
+    }
+
+    fn copy(&self, at: u64, len: u64, out: &mut dyn NarSink) -> io::Result<u64> {
+        if let Some(sent) = out.send_file(self.file.as_fd(), at, len)? {
+            return if sent == 0 { Err(io::ErrorKind::UnexpectedEof.into()) } else { Ok(sent) };
+        }
+        let mut buffer = vec![0; usize::try_from(len).unwrap_or(COPY).min(COPY)];
+        self.file.read_exact_at(&mut buffer, at)?;
+        out.write_all(&buffer)?;
+        Ok(buffer.len() as u64)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Progress> {
+        self.progress.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,124 @@
+//! Who else is getting a large NAR from this node: so that the next neighbour may get it from one of them.
+//!
+//! Pure; times are passed in.
+
+use crate::nix::NarHash;
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// Neighbours named to the next one. The last ones are nearest to the chain's end.
+pub const MAX_NAMED: usize = 16;
+/// Neighbours remembered of a NAR. Those who come later are not named.
+const MAX_GETTING: usize = 64;
+
+/// The NARs that are being sent to neighbours.
+#[derive(Default)]
+pub struct Crowds(Mutex<HashMap<NarHash, Crowd>>);
+
+#[derive(Default)]
+struct Crowd {
+    /// Streams of the NAR from this node.
+    streams: usize,
+    /// Who gets it, from here or from another one that was named to them, in the order in which they asked.
+    getting: Vec<SocketAddr>,
+}
+
+/// A stream of a NAR to a neighbour. Dropping it ends it.
+pub struct Sending<'a> {
+    crowds: &'a Crowds,
+    hash: NarHash,
+}
+
+/// What a neighbour gets that asks for a NAR.
+pub enum Turn<'a> {
+    /// The NAR from this node.
+    Send(Sending<'a>),
+    /// The names of others that are getting it.
+    Name(Vec<SocketAddr>),
+}
+
+impl Crowds {
+    /// A neighbour whose HTTP server is at `asker` asks for a NAR. `may_name`: it understands names, and was not given any for
+    /// this NAR before.
+    pub fn ask(&self, hash: NarHash, asker: SocketAddr, may_name: bool) -> Turn<'_> {
+        let mut crowds = self.lock();
+        let crowd = crowds.entry(hash).or_default();
+        let others: Vec<SocketAddr> = crowd.getting.iter().copied().filter(|other| other.ip() != asker.ip()).collect();
+        let is_new = others.len() == crowd.getting.len();
+        if is_new && crowd.getting.len() < MAX_GETTING {
+            crowd.getting.push(asker);
+        }
+        if may_name && is_new && crowd.streams > 0 && !others.is_empty() {
+            return Turn::Name(others[others.len().saturating_sub(MAX_NAMED)..].to_vec());
+        }
+        crowd.streams += 1;
+        Turn::Send(Sending { crowds: self, hash })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<NarHash, Crowd>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Sending<'_> {
+    fn drop(&mut self) {
+        let mut crowds = self.crowds.lock();
+        if let Some(crowd) = crowds.get_mut(&self.hash) {
+            crowd.streams -= 1;
+            // Whoever got the first stream whole is a holder now, and found as such.
+            if crowd.streams == 0 {
+                crowds.remove(&self.hash);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn host(last: u8) -> SocketAddr {
+        SocketAddr::from(([10, 0, 0, last], 12304))
+    }
+
+    fn names(turn: &Turn) -> Option<Vec<u8>> {
+        let last = |address: &SocketAddr| match address {
+            SocketAddr::V4(v4) => v4.ip().octets()[3],
+            SocketAddr::V6(_) => 0,
+        };
+        match turn {
+            Turn::Send(_) => None,
+            Turn::Name(all) => Some(all.iter().map(last).collect()),
+        }
+    }
+
+    #[test]
+    fn neighbours_after_the_first_are_told_of_those_before_them_once() {
+        let (crowds, hash) = (Crowds::default(), NarHash::from_bytes([1; 32]));
+        let first = crowds.ask(hash, host(1), true);
+        assert_eq!(names(&first), None);
+        assert_eq!(names(&crowds.ask(hash, host(2), true)), Some(vec![1]));
+        assert_eq!(names(&crowds.ask(hash, host(3), true)), Some(vec![1, 2]));
+        // It comes again, as those did not have it.
+        let second = crowds.ask(hash, host(3), true);
+        assert_eq!(names(&second), None);
+        // One that does not understand names, and another NAR.
+        assert_eq!(names(&crowds.ask(hash, host(4), false)), None);
+        assert_eq!(names(&crowds.ask(NarHash::from_bytes([2; 32]), host(5), true)), None);
+        drop(first);
+        assert_eq!(names(&crowds.ask(hash, host(6), true)), Some(vec![1, 2, 3, 4]));
+        drop(second);
+        assert_eq!(names(&crowds.ask(hash, host(7), true)), None);
+        assert!(crowds.lock().is_empty());
+    }
+
+    #[test]
+    fn names_and_memory_are_bounded() {
+        let (crowds, hash) = (Crowds::default(), NarHash::from_bytes([1; 32]));
+        let _first = crowds.ask(hash, host(1), true);
+        let all: Vec<_> = (2..=200).map(|last| names(&crowds.ask(hash, host(last), true)).unwrap()).collect();
+        assert_eq!(all[198], (49..=64).collect::<Vec<u8>>());
+        assert_eq!(crowds.lock()[&hash].getting.len(), MAX_GETTING);
+    }
+}
