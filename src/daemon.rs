@@ -2,7 +2,9 @@
 
 use crate::config::Config;
 use crate::fetch::Fetch;
+use crate::fetch::spool::Spools;
 use crate::http::cache::{Cache, signer};
+use crate::http::crowd::Crowds;
 use crate::http::permits::Permits;
 use crate::http::server::Server;
 use crate::identity;
@@ -151,6 +153,7 @@ pub fn run_with(config: Config, record: Record) -> Result<(), Fatal> {
         .then(|| Arc::new(Lan::new(discovery.client(), client.clone(), standing.clone(), requests.clone())));
     let store_dir = config.store_dir.clone();
     let upstream = Upstream::new(&config, &trusted);
+    let spools = Spools::new(config.state_dir.clone());
     let lookup = Lookup::new(lan, wan, trusted, store_dir, record.clone());
     let lookup = Arc::new(lookup);
     let status = Status {
@@ -166,11 +169,12 @@ pub fn run_with(config: Config, record: Record) -> Result<(), Fatal> {
         store,
         share,
         lookup: lookup.clone(),
-        fetch: Fetch::new(lookup, client, standing, Arc::new(Paces::default()), record.clone(), upstream),
+        fetch: Fetch::new(lookup, client, standing, Arc::new(Paces::default()), record.clone(), upstream, spools),
         signer: key.map(signer),
         store_dir: config.store_dir,
         priority: config.priority,
         permits: Permits::default(),
+        crowds: Crowds::default(),
         record: record.clone(),
         status,
         faults: Seldom::default(),

@@ -1,5 +1,6 @@
 //! NARs from peers, for this machine's Nix. `supply` is where the bytes come from, `verified` what is checked of them.
 
+pub mod spool;
 mod supply;
 mod verified;
 
@@ -11,6 +12,7 @@ use crate::peers::standing::Standing;
 use crate::record::Record;
 use crate::time_scale::Timeout;
 use crate::upstream::Upstream;
+use spool::{Keeping, Spools};
 use std::collections::HashMap;
 use std::fmt;
 use std::io::{self, Write};
@@ -18,6 +20,7 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use supply::Supply;
+pub use verified::PIECE;
 use verified::{Incoming, NotWhole, Piece, part};
 
 /// By then the first piece is there, or Nix is told that the NAR is not: it waits for an answer.
@@ -48,6 +51,8 @@ pub struct Fetch {
     paces: Arc<Paces>,
     record: Arc<Record>,
     upstream: Upstream,
+    /// NARs that neighbours may have while they come.
+    pub spools: Spools,
     given_up: Mutex<HashMap<NarHash, (Instant, GivenUp)>>,
 }
 
@@ -60,8 +65,9 @@ impl Fetch {
         paces: Arc<Paces>,
         record: Arc<Record>,
         upstream: Upstream,
+        spools: Spools,
     ) -> Self {
-        Fetch { lookup, client, standing, paces, record, upstream, given_up: Mutex::default() }
+        Fetch { lookup, client, standing, paces, record, upstream, spools, given_up: Mutex::default() }
     }
 
     /// A NAR that some peer says it has. Blocks until one does, for 20 s at most.
@@ -110,6 +116,8 @@ pub struct Nar<'a> {
 pub struct Begun<'a> {
     fetch: &'a Fetch,
     supply: Supply<'a>,
+    /// Neighbours have it from there while it comes.
+    keeping: Option<Keeping<'a>>,
     hash: NarHash,
     incoming: Incoming,
     first: Piece,
@@ -145,6 +153,8 @@ impl<'a> Nar<'a> {
     /// cache is certain to be faster.
     pub fn start(self) -> Option<Begun<'a>> {
         let Nar { fetch, asked, until, hash, found, .. } = self;
+        // Before any peer is asked: who is named to a neighbour is asked at once.
+        let keeping = fetch.spools.begin(found.path.base_name(), hash, found.nar_size);
         let mut supply = Supply::new(fetch, found, until, fetch.may_leave(hash));
         // A first piece that is the whole NAR has to be right before any of it is passed on.
         let is_right = |incoming: &Incoming, piece: &Piece| incoming.rest() > 0 || incoming.is_right(piece);
@@ -162,7 +172,7 @@ impl<'a> Nar<'a> {
         if let Some(source) = supply.current() {
             fetch.record.first_byte(source.network(), asked.elapsed());
         }
-        Some(Begun { fetch, supply, hash, incoming, first })
+        Some(Begun { fetch, supply, keeping, hash, incoming, first })
     }
 }
 
@@ -172,7 +182,7 @@ impl Begun<'_> {
     /// # Errors
     /// The writer's, or no peer is left, or what came is wrong: then the last piece was not written.
     pub fn relay(self, range: &Range<u64>, out: &mut dyn Write) -> io::Result<()> {
-        let Begun { fetch, mut supply, hash, mut incoming, first } = self;
+        let Begun { fetch, mut supply, mut keeping, hash, mut incoming, first } = self;
         if incoming.rest() == 0 {
             out.write_all(part(first.bytes(), 0, range))?;
             supply.delivered();
@@ -180,7 +190,8 @@ impl Begun<'_> {
         }
         let next =
             |incoming: &mut Incoming, piece: &mut Piece| supply.next_piece(incoming, piece).map_err(io::Error::other);
-        let passed = incoming.pass_on(first, range, out, next);
+        let keep = |piece: Arc<Piece>| keeping.iter_mut().for_each(|keeping| keeping.push(piece.clone()));
+        let passed = incoming.pass_on(first, range, out, next, keep);
         let wrong = match passed {
             Ok(()) => {
                 if incoming.rest() == 0 {

@@ -16,7 +16,7 @@ use crate::record::{Miss, Network, Record};
 use crate::wire::tracker::{Role, TransferName};
 use found::{FoundPaths, MAX_SOURCES};
 use std::collections::HashMap;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -84,9 +84,14 @@ impl Source {
     }
 }
 
+/// What peerix calls a NAR.
+pub fn nar_name(hash_part: &HashPart, nar_hash: &NarHash) -> String {
+    format!("{hash_part}-{}.nar", nar_hash.to_nix32())
+}
+
 /// Where peerix has a NAR of its store.
 fn usual_nar_path(hash_part: &HashPart, nar_hash: &NarHash) -> String {
-    format!("local/nar/{hash_part}-{}.nar", nar_hash.to_nix32())
+    format!("local/nar/{}", nar_name(hash_part, nar_hash))
 }
 
 /// Looks up paths for this machine's Nix.
@@ -198,6 +203,12 @@ impl Lookup {
         let source = self.accept(peer, &narinfo).ok()?;
         let is_it = narinfo.info.nar_hash == found.nar_hash && narinfo.info.nar_size == found.nar_size;
         (is_it && source.url_path.is_some()).then_some(source)
+    }
+
+    /// Those of these addresses that are live neighbours, as sources of a NAR, in their order.
+    pub fn live_neighbours(&self, ips: &[IpAddr]) -> Vec<Source> {
+        let live = self.lan.as_ref().map(|lan| lan.live(ips)).unwrap_or_default();
+        live.into_iter().map(Source::neighbour).collect()
     }
 
     /// Whether trackers may name further holders when the LAN has none.

@@ -10,6 +10,7 @@ mod cli;
 mod compression;
 mod counters;
 mod crowded_lan;
+mod crowds;
 mod doctor;
 mod faults;
 mod harness;

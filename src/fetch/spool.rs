@@ -11,11 +11,11 @@ use crossbeam_channel::{Receiver, Sender, TrySendError, bounded};
 use rustix::fs::{Mode, OFlags, open, statvfs};
 use std::collections::HashMap;
 use std::fs::File;
-use std::io::{self, Write};
+use std::io;
 use std::ops::Range;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Instant;
@@ -43,6 +43,8 @@ pub struct Spools {
 
 /// One NAR that is kept while it comes.
 pub struct Spool {
+    /// The store path's base name.
+    pub name: String,
     size: u64,
     file: File,
     progress: Mutex<Progress>,
@@ -77,14 +79,14 @@ impl Spools {
     }
 
     /// Begins to keep a NAR, if it is large and there is room for it.
-    pub(super) fn begin(&self, hash: NarHash, size: u64) -> Option<Keeping<'_>> {
+    pub(super) fn begin(&self, name: &str, hash: NarHash, size: u64) -> Option<Keeping<'_>> {
         let dir = self.dir.as_ref().filter(|_| size >= LEAST_SIZE)?;
         let mut kept = self.lock();
         let taken: u64 = kept.values().map(|spool| spool.size).sum();
         if kept.contains_key(&hash) || kept.len() >= MAX_SPOOLS || taken.saturating_add(size) > MAX_BYTES {
             return None;
         }
-        let (spool, queue, pieces) = match Spool::open(dir, size) {
+        let (spool, queue, pieces) = match Spool::open(dir, name, size) {
             Ok(Some(spool)) => {
                 let (pieces, queue) = bounded(QUEUE);
                 (Arc::new(spool), queue, pieces)
@@ -131,7 +133,7 @@ impl Drop for Keeping<'_> {
 
 impl Spool {
     /// A file for a NAR of that size; `None` if the disk has too little room.
-    fn open(dir: &PathBuf, size: u64) -> io::Result<Option<Spool>> {
+    fn open(dir: &Path, name: &str, size: u64) -> io::Result<Option<Spool>> {
         let disk = statvfs(dir)?;
         let free = disk.f_bavail.saturating_mul(disk.f_frsize);
         let least = (2 * size).saturating_add(disk.f_blocks.saturating_mul(disk.f_frsize) / FREE_PARTS);
@@ -140,7 +142,8 @@ impl Spool {
         }
         let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
         let file = File::from(open(dir, flags, Mode::RUSR | Mode::WUSR)?);
-        Ok(Some(Spool { size, file, progress: Mutex::default(), changed: Condvar::new() }))
+        let (progress, changed) = Default::default();
+        Ok(Some(Spool { name: name.to_owned(), size, file, progress, changed }))
     }
 
     /// Writes pieces until no more come or the disk fails.
@@ -203,5 +206,68 @@ impl Spool {
 
     fn lock(&self) -> MutexGuard<'_, Progress> {
         self.progress.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::verified::Incoming;
+    use super::*;
+
+    const HASH: [u8; 32] = [1; 32];
+
+    fn spools() -> Spools {
+        Spools::new(Some(std::env::temp_dir()))
+    }
+
+    fn hash(number: u8) -> NarHash {
+        NarHash::from_bytes([number; 32])
+    }
+
+    /// A sink that takes no files.
+    fn read(spool: &Spool, range: Range<u64>) -> io::Result<Vec<u8>> {
+        let mut out = Vec::new();
+        spool.write_to(range, &mut out).map(|()| out)
+    }
+
+    fn piece() -> Arc<Piece> {
+        let mut piece = Incoming::new(NarHash::from_bytes(HASH), LEAST_SIZE).piece();
+        piece.room(LEAST_SIZE).fill(7);
+        Arc::new(piece.filled())
+    }
+
+    #[test]
+    fn bytes_are_read_while_they_come_and_no_more_after_the_end() {
+        let spools = spools();
+        let mut keeping = spools.begin("a", hash(1), LEAST_SIZE).expect("room on the disk");
+        let spool = spools.get(&hash(1)).expect("it is kept");
+        let piece = piece();
+        let len = piece.bytes().len() as u64;
+        thread::scope(|scope| {
+            let reading = scope.spawn(|| read(&spool, 5..2 * len));
+            keeping.push(piece.clone());
+            keeping.push(piece.clone());
+            assert_eq!(reading.join().unwrap().unwrap(), vec![7; 2 * len as usize - 5]);
+            let reading = scope.spawn(|| read(&spool, 0..3 * len));
+            drop(keeping);
+            assert_eq!(reading.join().unwrap().unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
+        });
+        assert!(spools.get(&hash(1)).is_none());
+        // Those who have begun go on.
+        assert_eq!(read(&spool, 0..len).unwrap().len() as u64, len);
+    }
+
+    #[test]
+    fn room_is_bounded_and_small_nars_and_a_second_stream_are_not_kept() {
+        let spools = spools();
+        assert!(spools.begin("a", hash(1), LEAST_SIZE - 1).is_none());
+        assert!(Spools::new(None).begin("a", hash(1), LEAST_SIZE).is_none());
+        assert!(Spools::new(Some("/proc".into())).begin("a", hash(1), LEAST_SIZE).is_none());
+        let kept: Vec<_> = (0..20).map_while(|number| spools.begin("a", hash(number), LEAST_SIZE)).collect();
+        assert_eq!(kept.len(), MAX_SPOOLS);
+        assert!(spools.begin("a", hash(0), LEAST_SIZE).is_none());
+        drop(kept);
+        assert!(spools.begin("a", hash(0), MAX_BYTES + 1).is_none());
+        assert!(spools.begin("a", hash(0), LEAST_SIZE).is_some());
     }
 }

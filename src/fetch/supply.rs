@@ -1,8 +1,8 @@
 //! Where the bytes of one NAR come from: the best source, and another one at the same byte when it fails or is slow.
 
 use super::verified::{Incoming, Piece};
-use super::{Cut, Fetch};
-use crate::lookup::{Found, Search, Source};
+use super::{Cut, Fetch, PIECE, spool};
+use crate::lookup::{Found, Search, Source, nar_name};
 use crate::nix::HashPart;
 use crate::peers::client::{Error, NarBody, STALL, TOO_SLOW, Way};
 use crate::peers::pace::{Intake, Meter};
@@ -11,7 +11,9 @@ use crate::peers::standing::{Fault, Turn, Who};
 use crate::record::Transfer;
 use crate::time_scale::Timeout;
 use crate::wire::tracker::TransferName;
+use ring::digest::SHA256;
 use std::fmt;
+use std::net::SocketAddr;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -37,6 +39,13 @@ const ASK_AGAIN: Duration = Duration::from_millis(20);
 
 /// A NAR is left to the upstream cache only if the rest needs longer than this, and twice the whole NAR's time there.
 const UPSTREAM_GRACE: Duration = Duration::from_secs(2);
+
+/// A peer that is still getting the NAR begins to send within this: it may wait for another one itself.
+const RELAY_PATIENCE: Timeout = Timeout::from_secs(4);
+/// Digests of pieces that are asked for at once: of 16 MiB.
+pub(super) const DIGESTS: u64 = 64;
+/// A holder hashes them within this.
+const DIGEST_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// While nothing comes from a peer, this often it is looked at whether another one is better.
 const LOOK: Duration = Duration::from_millis(100);
@@ -68,6 +77,10 @@ pub(super) struct Supply<'a> {
     may_leave: bool,
     /// When the LAN was last asked again for further holders.
     asked_again: Option<Instant>,
+    /// A holder may name others that are getting the NAR. Each NAR is asked for so once, so that no two nodes wait for each other.
+    takes_names: bool,
+    /// Those that a holder named, the first to be asked last, and the holder.
+    relays: Vec<(Source, SocketAddr)>,
     current: Option<Current<'a>>,
     contributors: Vec<Who>,
     /// Bytes that were received, those of failed attempts included.
@@ -95,6 +108,16 @@ struct Current<'a> {
     unlooked: Duration,
     /// The pace of this one stream, once it has begun.
     meter: Meter,
+    /// Set if the peer is still getting the NAR itself: what its pieces are compared with.
+    digests: Option<Digests>,
+}
+
+/// Digests of pieces, as a holder has them.
+struct Digests {
+    holder: SocketAddr,
+    /// The first piece of which there is one.
+    first: u64,
+    list: Vec<[u8; 32]>,
 }
 
 /// What came of a transfer that a tracker counts; reported when it is over, however it ends.
@@ -119,6 +142,10 @@ pub(super) enum Broken {
     Slow(String),
     /// The upstream cache is certain to be faster.
     Upstream(String),
+    /// A peer that is still getting the NAR sent a piece that is not the holder's.
+    WrongPiece,
+    /// The holder does not tell its digests.
+    Unchecked(String),
     /// The first piece has not come in time.
     Late,
 }
@@ -134,6 +161,7 @@ impl<'a> Supply<'a> {
     /// upstream cache.
     pub(super) fn new(fetch: &'a Fetch, found: Found, until: Instant, may_leave: bool) -> Self {
         let transfer = fetch.record.receive(found.path.base_name(), found.nar_size);
+        let found_size = found.nar_size;
         Supply {
             fetch,
             hash_part: found.path.hash_part(),
@@ -148,6 +176,8 @@ impl<'a> Supply<'a> {
             moves_left: MAX_MOVES,
             may_leave,
             asked_again: None,
+            takes_names: found_size >= spool::LEAST_SIZE,
+            relays: Vec::new(),
             current: None,
             contributors: Vec::new(),
             received: 0,
@@ -213,6 +243,9 @@ impl<'a> Supply<'a> {
 
     /// Reads the rest of a piece from the current peer.
     fn fill(&mut self, incoming: &mut Incoming, piece: &mut Piece) -> Result<(), Broken> {
+        if self.current.as_ref().is_some_and(|current| current.digests.is_some()) {
+            return self.fill_compared(incoming, piece);
+        }
         while incoming.rest() > 0 {
             let skip = self.current.as_ref().map_or(0, |current| current.body.skip);
             // What is skipped goes to the same place, and is written over.
@@ -232,6 +265,40 @@ impl<'a> Supply<'a> {
         }
         self.broken_left = MAX_BROKEN;
         Ok(())
+    }
+
+    /// Reads a whole piece from a peer that is still getting the NAR, and takes it if it is the holder's.
+    fn fill_compared(&mut self, incoming: &mut Incoming, piece: &mut Piece) -> Result<(), Broken> {
+        let (at, rest) = (incoming.at(), incoming.rest());
+        let len = piece.room(rest).len();
+        let mut filled = 0;
+        while filled < len {
+            let room = &mut piece.room(rest)[filled..];
+            filled += self.read(room, at + filled as u64, rest - filled as u64)?;
+        }
+        let digest = self.digest(at / PIECE as u64)?;
+        if ring::digest::digest(&SHA256, piece.room(rest)).as_ref() != digest {
+            return Err(Broken::WrongPiece);
+        }
+        // It is the holder's word, then.
+        incoming.take(piece, len).map_err(|e| Broken::failed(Fault::BadData, e))?;
+        self.transfer.progress(incoming.at());
+        Ok(())
+    }
+
+    /// SHA-256 of a piece, as the holder has it.
+    fn digest(&mut self, piece: u64) -> Result<[u8; 32], Broken> {
+        let Some(digests) = self.current.as_mut().and_then(|current| current.digests.as_mut()) else {
+            return Err(Broken::Unchecked("not compared".into()));
+        };
+        if let Some(digest) = usize::try_from(piece - digests.first).ok().and_then(|at| digests.list.get(at)) {
+            return Ok(*digest);
+        }
+        let name = nar_name(&self.hash_part, &self.found.nar_hash);
+        let asked = self.fetch.client.digests(digests.holder, &name, piece, DIGESTS, DIGEST_TIMEOUT);
+        digests.first = piece;
+        digests.list = asked.map_err(|e| Broken::Unchecked(e.to_string()))?;
+        digests.list.first().copied().ok_or_else(|| Broken::Unchecked("no digests".into()))
     }
 
     /// Reads from the current peer, at least one byte; `rest` bytes of the NAR are to come, from byte `at` on.
@@ -368,6 +435,14 @@ impl<'a> Supply<'a> {
 
     /// Connects to the best source, at the byte that is wanted next. `None`: there is none.
     fn connect(&mut self, at: u64) -> Result<Option<()>, Cut> {
+        while at == 0
+            && let Some((relay, holder)) = self.relays.pop()
+        {
+            let patience = RELAY_PATIENCE.get().min(self.left(Instant::now()));
+            if self.ask(relay, at, patience, "it is getting the NAR, too", Some(holder)) {
+                return Ok(Some(()));
+            }
+        }
         while self.tries < MAX_TRIES {
             let rest = self.found.nar_size - at;
             let Some((source, why)) = self.next_source(rest) else { break };
@@ -383,25 +458,34 @@ impl<'a> Supply<'a> {
                 break;
             }
             self.tries += 1;
-            if self.ask(source, at, patience, &why) {
+            if self.ask(source, at, patience, &why, None) {
                 return Ok(Some(()));
+            }
+            if !self.relays.is_empty() {
+                return self.connect(at);
             }
         }
         Ok(None)
     }
 
-    /// Asks a peer for the NAR from a byte on. False if it does not begin to send.
-    fn ask(&mut self, mut source: Source, at: u64, patience: Duration, why: &str) -> bool {
+    /// Asks a peer for the NAR from a byte on. False if it does not begin to send. `holder`: the peer is still getting the NAR
+    /// itself, and that one has it.
+    fn ask(&mut self, mut source: Source, at: u64, patience: Duration, why: &str, holder: Option<SocketAddr>) -> bool {
         let (who, began) = (source.who(), Instant::now());
         let intake = self.fetch.paces.begin(who, self.found.nar_size - at, began);
         let url_path = source.nar_path(&self.hash_part, &self.found.nar_hash);
-        let way = source.take_way();
+        let mut way = source.take_way();
+        if way == Way::Lan && self.takes_names && at == 0 && holder.is_none() {
+            way = Way::LanOrOthers;
+        }
         match self.fetch.client.nar(source.peer, &url_path, at, self.found.nar_size, patience, &way) {
             Ok(body) => {
                 log::debug!("NAR {}: from peer {} at byte {at}: {why}", self.found.nar_hash, source.peer);
                 if at > 0 {
                     log::info!("NAR {}: continued from peer {} at byte {at}", self.found.nar_hash, source.peer);
                 }
+                // What is compared with a holder's digests is the holder's word.
+                let who = holder.map_or(who, Who::from);
                 if !self.contributors.contains(&who) {
                     self.contributors.push(who);
                 }
@@ -424,9 +508,19 @@ impl<'a> Supply<'a> {
                     got: 0,
                     unlooked: Duration::ZERO,
                     meter: Meter::default(),
+                    digests: holder.map(|holder| Digests { holder, first: 0, list: Vec::new() }),
                 });
                 return true;
             }
+            Err(Error::Named(ips)) => {
+                self.takes_names = false;
+                let relays = self.fetch.lookup.live_neighbours(&ips);
+                log::debug!("NAR {}: peer {} names {ips:?}", self.found.nar_hash, source.peer);
+                self.relays = relays.into_iter().map(|relay| (relay, source.peer)).collect();
+                self.found.sources.push(source);
+            }
+            // It has not begun to get the NAR, or cannot pass it on.
+            Err(e) if holder.is_some() => log::debug!("NAR {}: peer {}: {e}", self.found.nar_hash, source.peer),
             Err(Error::Busy) => {
                 if let Some(left) = self.busy_left.checked_sub(1) {
                     self.busy_left = left;
@@ -504,6 +598,20 @@ impl<'a> Supply<'a> {
         let Some(mut current) = self.current.take() else { return };
         let (hash, peer, now) = (self.found.nar_hash, current.source.peer, Instant::now());
         match broken {
+            Broken::WrongPiece => {
+                self.fetch.standing.failed(
+                    current.source.who(),
+                    Fault::BadData,
+                    current.began,
+                    now,
+                    &"passed on another piece than the holder has",
+                );
+            }
+            // It may have lost its own source, or its Nix was stopped.
+            Broken::Failed(_, why) | Broken::Unchecked(why) | Broken::Slow(why) if current.digests.is_some() => {
+                log::debug!("NAR {hash}: leaves peer {peer}, which is getting it, at byte {at}: {why}");
+            }
+            Broken::Unchecked(_) => {}
             Broken::Slow(why) => {
                 log::debug!("NAR {hash}: leaves peer {peer} at byte {at}: {why}");
                 self.moves_left -= 1;

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::thread;
 
 /// Bytes that are read, checked and passed on at once.
-const PIECE: usize = 256 * 1024;
+pub const PIECE: usize = 256 * 1024;
 
 /// Pieces that wait for the hashing thread: enough that neither waits for the other's hiccups.
 const QUEUE: usize = 2;
@@ -79,7 +79,8 @@ impl Incoming {
     }
 
     /// Passes `range` of the NAR on, of which `first` is the first piece. `next` fills a piece with what comes then, and
-    /// is called until the range or the NAR ends.
+    /// is called until the range or the NAR ends. `keep` gets every piece from the first byte on, the last one when all is
+    /// right.
     ///
     /// # Errors
     /// See [`NotWhole`]. What was written before is right in its framing alone.
@@ -89,13 +90,14 @@ impl Incoming {
         range: &Range<u64>,
         out: &mut dyn Write,
         next: impl FnMut(&mut Self, &mut Piece) -> io::Result<()>,
+        keep: impl FnMut(Arc<Piece>),
     ) -> Result<(), NotWhole> {
         let (pieces, queue) = bounded(QUEUE);
         let (recycle, recycled) = bounded(QUEUE + 2);
         thread::scope(|scope| {
             let hashing =
                 thread::Builder::new().name("nar-hash".into()).spawn_scoped(scope, move || hash(&queue, &recycle))?;
-            self.pass_pieces_on(first, range, out, next, pieces, &recycled, || hashing.join().ok())
+            self.pass_pieces_on(first, range, out, next, keep, pieces, &recycled, || hashing.join().ok())
         })
     }
 
@@ -106,6 +108,7 @@ impl Incoming {
         range: &Range<u64>,
         out: &mut dyn Write,
         mut next: impl FnMut(&mut Self, &mut Piece) -> io::Result<()>,
+        mut keep: impl FnMut(Arc<Piece>),
         pieces: Sender<Arc<Piece>>,
         recycled: &Receiver<Piece>,
         digest: impl FnOnce() -> Option<NarHash>,
@@ -114,6 +117,7 @@ impl Incoming {
         while self.at < self.size {
             let shared = Arc::new(piece);
             let _ = pieces.send(shared.clone());
+            keep(shared.clone());
             out.write_all(part(shared.bytes(), from, range))?;
             from = self.at;
             if from >= range.end {
@@ -130,6 +134,7 @@ impl Incoming {
         if digest() != Some(self.hash) {
             return Err(NotWhole::Hash);
         }
+        keep(last.clone());
         out.write_all(part(last.bytes(), from, range))?;
         Ok(())
     }
@@ -151,6 +156,13 @@ impl Piece {
     /// The bytes that have come.
     pub(super) fn bytes(&self) -> &[u8] {
         &self.buffer[..self.filled]
+    }
+
+    /// The piece with its room filled, whatever is in it.
+    #[cfg(test)]
+    pub(super) fn filled(mut self) -> Piece {
+        self.filled = self.buffer.len();
+        self
     }
 
     /// Where the next `most` bytes go, or fewer if it has no more room.
@@ -232,8 +244,9 @@ mod tests {
         };
         let mut first = incoming.piece();
         fill(&mut incoming, &mut first).unwrap();
-        let mut out = Vec::new();
-        let end = incoming.pass_on(first, &range, &mut out, fill);
+        let (mut out, mut kept) = (Vec::new(), Vec::new());
+        let end = incoming.pass_on(first, &range, &mut out, fill, |piece| kept.extend_from_slice(piece.bytes()));
+        assert!(end.is_err() || range.end < nar.len() as u64 || kept == nar);
         (out, end)
     }
 

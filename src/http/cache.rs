@@ -1,5 +1,6 @@
 //! The routes of peerix, and the one place where what went wrong becomes a status.
 
+use super::crowd::Crowds;
 use super::permits::{Permit, Permits};
 use super::response::{Answer, Exchange};
 use super::route::{Refusal, Route, View, route};
@@ -36,6 +37,8 @@ pub struct Cache {
     pub priority: u32,
     /// For long answers.
     pub permits: Permits,
+    /// Who is getting which large NAR.
+    pub crowds: Crowds,
     /// What goes out is told to it.
     pub record: Arc<Record>,
     /// For the routes that tell of this node.
@@ -97,6 +100,8 @@ impl Handler for Cache {
             (Some(info), Route::OwnNarinfo(..)) if info.references.len() > narinfo::MANY_REFERENCES => None,
             (Some(info), Route::OwnNarinfo(_, view)) => Some(narinfo::own(self, &info, *view)),
             (Some(info), Route::OwnNar(name, _)) => nar::own_at_once(self, name, &info, scope, request),
+            // One that is on its way to this machine.
+            (None, Route::OwnNar(name, View::Peers)) if self.fetch.spools.get(&name.nar_hash).is_some() => None,
             _ => Some(Answer::say(404, NOT_FOUND)),
         }
     }
@@ -192,11 +197,23 @@ impl Cache {
             }
             // Whether it is shared comes before the permit: telling may take as long as the upstream cache does.
             Route::OwnNar(name, view) => {
-                let info = self.shared(&name.hash_part, scope)?;
+                let info = match self.shared(&name.hash_part, scope) {
+                    Err(Failure::Refused(Refusal::NotThere)) if scope == Scope::Lan && *view == View::Peers => {
+                        let spool = self.fetch.spools.get(&name.nar_hash).ok_or(NOT_THERE)?;
+                        let _permit = self.permit(request, scope)?;
+                        return nar::on_its_way(self, name, &spool, request, exchange);
+                    }
+                    info => info?,
+                };
                 let _permit = self.permit(request, scope)?;
                 // A LAN is faster than compressing, and Nix, which reads the other view, resumes nothing encoded.
                 let is_far = *view == View::Peers && scope == Scope::Wan;
                 nar::own(self, name, &info, scope, is_far, request, exchange)
+            }
+            Route::Digests(name) => {
+                let info = self.shared(&name.hash_part, scope)?;
+                let _permit = self.permit(request, scope)?;
+                nar::digests(self, name, &info, request, exchange)
             }
             Route::Listing(hash_part) => {
                 let info = self.shared(hash_part, scope)?;

@@ -4,7 +4,7 @@
 
 use crate::nix::NarHash;
 use std::collections::HashMap;
-use std::net::SocketAddr;
+use std::net::IpAddr;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Neighbours named to the next one. The last ones are nearest to the chain's end.
@@ -21,7 +21,7 @@ struct Crowd {
     /// Streams of the NAR from this node.
     streams: usize,
     /// Who gets it, from here or from another one that was named to them, in the order in which they asked.
-    getting: Vec<SocketAddr>,
+    getting: Vec<IpAddr>,
 }
 
 /// A stream of a NAR to a neighbour. Dropping it ends it.
@@ -35,22 +35,22 @@ pub enum Turn<'a> {
     /// The NAR from this node.
     Send(Sending<'a>),
     /// The names of others that are getting it.
-    Name(Vec<SocketAddr>),
+    Name(Vec<IpAddr>),
 }
 
 impl Crowds {
-    /// A neighbour whose HTTP server is at `asker` asks for a NAR. `may_name`: it understands names, and was not given any for
-    /// this NAR before.
-    pub fn ask(&self, hash: NarHash, asker: SocketAddr, may_name: bool) -> Turn<'_> {
+    /// A neighbour asks for a NAR. `may_name`: it understands names, and may be named to others.
+    pub fn ask(&self, hash: NarHash, asker: IpAddr, may_name: bool) -> Turn<'_> {
         let mut crowds = self.lock();
         let crowd = crowds.entry(hash).or_default();
-        let others: Vec<SocketAddr> = crowd.getting.iter().copied().filter(|other| other.ip() != asker.ip()).collect();
-        let is_new = others.len() == crowd.getting.len();
-        if is_new && crowd.getting.len() < MAX_GETTING {
-            crowd.getting.push(asker);
-        }
-        if may_name && is_new && crowd.streams > 0 && !others.is_empty() {
-            return Turn::Name(others[others.len().saturating_sub(MAX_NAMED)..].to_vec());
+        if may_name && !crowd.getting.contains(&asker) {
+            let names = crowd.getting[crowd.getting.len().saturating_sub(MAX_NAMED)..].to_vec();
+            if crowd.getting.len() < MAX_GETTING {
+                crowd.getting.push(asker);
+            }
+            if crowd.streams > 0 && !names.is_empty() {
+                return Turn::Name(names);
+            }
         }
         crowd.streams += 1;
         Turn::Send(Sending { crowds: self, hash })
@@ -78,14 +78,14 @@ impl Drop for Sending<'_> {
 mod tests {
     use super::*;
 
-    fn host(last: u8) -> SocketAddr {
-        SocketAddr::from(([10, 0, 0, last], 12304))
+    fn host(last: u8) -> IpAddr {
+        IpAddr::from([10, 0, 0, last])
     }
 
     fn names(turn: &Turn) -> Option<Vec<u8>> {
-        let last = |address: &SocketAddr| match address {
-            SocketAddr::V4(v4) => v4.ip().octets()[3],
-            SocketAddr::V6(_) => 0,
+        let last = |address: &IpAddr| match address {
+            IpAddr::V4(v4) => v4.octets()[3],
+            IpAddr::V6(_) => 0,
         };
         match turn {
             Turn::Send(_) => None,
@@ -107,7 +107,7 @@ mod tests {
         assert_eq!(names(&crowds.ask(hash, host(4), false)), None);
         assert_eq!(names(&crowds.ask(NarHash::from_bytes([2; 32]), host(5), true)), None);
         drop(first);
-        assert_eq!(names(&crowds.ask(hash, host(6), true)), Some(vec![1, 2, 3, 4]));
+        assert_eq!(names(&crowds.ask(hash, host(6), true)), Some(vec![1, 2, 3]));
         drop(second);
         assert_eq!(names(&crowds.ask(hash, host(7), true)), None);
         assert!(crowds.lock().is_empty());

@@ -7,6 +7,7 @@ pub mod body;
 mod browser;
 pub mod cache;
 mod connections;
+pub mod crowd;
 mod encoding;
 mod head;
 mod nar;

@@ -2,18 +2,26 @@
 
 use super::Request;
 use super::cache::{Cache, Failure, NOT_THERE};
+use super::crowd::Turn;
 use super::encoding::{Compressor, accepts_zstd};
 use super::range::{self, Part};
 use super::response::{Answer, Exchange, Fields};
 use super::route::NarName;
+use crate::fetch::PIECE;
+use crate::fetch::spool::{self, Spool};
 use crate::nix::PathInfo;
 use crate::record::{Network, Transfer};
 use crate::share::Scope;
 use crate::store::{NarError, NarSink};
 use crate::wire::tracker::{TRANSFER_HEADER, TransferName};
+use ring::digest::{Context, SHA256};
 use std::io::{self, Write};
+use std::net::IpAddr;
 use std::ops::Range;
 use std::os::fd::BorrowedFd;
+
+/// Sent by who takes the names of others that are getting the NAR for an answer, and has them in the answer.
+const RELAY_HEADER: &str = "X-Peerix-Relay";
 
 /// How a NAR goes out.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -68,6 +76,15 @@ pub(super) fn own(
         None => Coding::Never,
     };
     let (status, part) = wanted(request, name, coding, info.nar_size)?;
+    let is_large = info.nar_size >= spool::LEAST_SIZE && scope == Scope::Lan && exchange.wants_body();
+    let _sending = match is_large.then(|| cache.crowds.ask(name.nar_hash, asker(request), takes_names(request))) {
+        Some(Turn::Name(others)) => {
+            let others = others.iter().map(IpAddr::to_string).collect::<Vec<_>>().join(", ");
+            return Ok(exchange.send(307, &[(RELAY_HEADER, others)], b"")?);
+        }
+        Some(Turn::Send(sending)) => Some(sending),
+        None => None,
+    };
     begin(exchange, name, coding, status, &part, info.nar_size)?;
     if !exchange.wants_body() {
         return Ok(());
@@ -105,6 +122,109 @@ pub(super) fn own(
         }
     }
 }
+
+fn asker(request: &Request<'_>) -> IpAddr {
+    request.asker.ip().to_canonical()
+}
+
+/// Whether the asker takes the names of others that are getting the NAR for an answer.
+fn takes_names(request: &Request<'_>) -> bool {
+    request.field(RELAY_HEADER).is_some() && request.field("range").is_none()
+}
+
+/// A NAR that is still on its way to this machine, for a neighbour.
+pub(super) fn on_its_way(
+    cache: &Cache,
+    name: &NarName,
+    spool: &Spool,
+    request: &Request<'_>,
+    exchange: &mut Exchange<'_>,
+) -> Result<(), Failure> {
+    let (status, part) = wanted(request, name, Coding::Never, spool.size())?;
+    begin(exchange, name, Coding::Never, status, &part, spool.size())?;
+    if !exchange.wants_body() {
+        return Ok(());
+    }
+    let recorded = Some(cache.record.send(&spool.name, part.end - part.start, Network::Lan, request.asker));
+    let mut sent = 0;
+    spool.write_to(part, &mut Counting { out: exchange, passed: &mut sent, recorded: &recorded })?;
+    recorded.iter().for_each(Transfer::is_whole);
+    Ok(())
+}
+
+/// Bytes of a digest.
+const DIGEST: u64 = 32;
+/// Digests of one answer: of 16 MiB. Who wants more asks again.
+const MAX_DIGESTS: u64 = 64;
+
+/// SHA-256 of each piece of a NAR of this machine's store, one after the other, as far as the range asks for them.
+pub(super) fn digests(
+    cache: &Cache,
+    name: &NarName,
+    info: &PathInfo,
+    request: &Request<'_>,
+    exchange: &mut Exchange<'_>,
+) -> Result<(), Failure> {
+    if info.nar_hash != name.nar_hash {
+        return Err(NOT_THERE);
+    }
+    let size = info.nar_size.div_ceil(PIECE as u64) * DIGEST;
+    let (status, part) = match range::part(request.field("range"), size) {
+        Part::Whole => (206, 0..size),
+        Part::Bytes(part) => (206, part),
+        Part::Unsatisfiable => return Err(Failure::Unsatisfiable(size)),
+    };
+    let first = part.start / DIGEST;
+    let last = part.end.div_ceil(DIGEST).min(first + MAX_DIGESTS);
+    let bytes = first * PIECE as u64..info.nar_size.min(last * PIECE as u64);
+    let mut hashing = Hashing { context: Context::new(&SHA256), left: PIECE, digests: Vec::new() };
+    cache.store.write_nar(info, bytes, &mut hashing).map_err(|e| cache.not_served(&info.path, &e))?;
+    let digests = hashing.finish();
+    let range = format!("bytes {}-{}/{size}", first * DIGEST, first * DIGEST + digests.len() as u64 - 1);
+    let fields = [("Content-Type", "application/octet-stream"), ("Content-Range", &range)];
+    Ok(exchange.send(status, &fields, &digests)?)
+}
+
+/// Hashes each piece of what is written to it.
+struct Hashing {
+    context: Context,
+    /// Bytes until the piece ends.
+    left: usize,
+    digests: Vec<u8>,
+}
+
+impl Hashing {
+    fn end_piece(&mut self) {
+        let context = std::mem::replace(&mut self.context, Context::new(&SHA256));
+        self.digests.extend_from_slice(context.finish().as_ref());
+        self.left = PIECE;
+    }
+
+    fn finish(mut self) -> Vec<u8> {
+        if self.left < PIECE {
+            self.end_piece();
+        }
+        self.digests
+    }
+}
+
+impl Write for Hashing {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let part = &bytes[..bytes.len().min(self.left)];
+        self.context.update(part);
+        self.left -= part.len();
+        if self.left == 0 {
+            self.end_piece();
+        }
+        Ok(part.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl NarSink for Hashing {}
 
 /// Counts the bytes of the NAR that pass.
 struct Counting<'a> {

@@ -69,6 +69,8 @@ pub enum Route {
     OwnNarinfo(HashPart, View),
     /// `/local/nar/…`, `/store/nar/…`: of the own store.
     OwnNar(NarName, View),
+    /// `/local/digests/…`: the digests of a NAR's pieces.
+    Digests(NarName),
     /// `/store/<hash part>.ls`.
     Listing(HashPart),
     /// `/store/log/<derivation>`.
@@ -136,8 +138,10 @@ fn find(path: &str) -> Option<Route> {
         None if path == "nix-cache-info" => Some(Route::CacheInfo(View::Peers)),
         None => narinfo(path).map(Route::PeerNarinfo),
         Some(("peer", rest)) => NarName::parse(rest.strip_prefix("nar/")?).map(Route::PeerNar),
-        Some(("local", rest)) => match rest.strip_prefix("nar/") {
-            Some(name) => NarName::parse(name).map(|name| Route::OwnNar(name, View::Peers)),
+        Some(("local", rest)) => match rest.split_once('/') {
+            Some(("nar", name)) => NarName::parse(name).map(|name| Route::OwnNar(name, View::Peers)),
+            Some(("digests", name)) => NarName::parse(name).map(Route::Digests),
+            Some(_) => None,
             None => narinfo(rest).map(|hash_part| Route::OwnNarinfo(hash_part, View::Peers)),
         },
         Some(("store", "nix-cache-info")) => Some(Route::CacheInfo(View::Cache)),
@@ -182,6 +186,7 @@ mod tests {
             (format!("/store/{HASH_PART}.narinfo"), Route::OwnNarinfo(hash_part, View::Cache), false),
             (format!("/local/nar/{name}"), Route::OwnNar(name, View::Peers), false),
             (format!("/store/nar/{name}"), Route::OwnNar(name, View::Cache), false),
+            (format!("/local/digests/{name}"), Route::Digests(name), false),
             (format!("/store/{HASH_PART}.ls"), Route::Listing(hash_part), false),
             (format!("/store/log/{drv}"), Route::Log(drv), false),
         ] {

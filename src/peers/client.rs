@@ -12,7 +12,7 @@ use crate::wire::tracker::{TRANSFER_HEADER, TransferName};
 use crossbeam_channel::bounded;
 use std::fmt;
 use std::io::{self, Read};
-use std::net::{Ipv6Addr, SocketAddr, SocketAddrV6};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr, SocketAddrV6};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::Duration;
@@ -56,6 +56,8 @@ pub enum Error {
     NotThere,
     /// 503: it has as much to do as it wants.
     Busy,
+    /// 307: these are getting the NAR from it.
+    Named(Vec<IpAddr>),
     /// Another status.
     Status(u16),
     /// An answer that is not what it should be.
@@ -69,7 +71,7 @@ impl Error {
         match self {
             Error::Unreachable(ureq::Error::Timeout(timeout)) => *timeout == ureq::Timeout::Connect,
             Error::Unreachable(_) | Error::Busy => true,
-            Error::NotThere | Error::Status(_) | Error::Malformed(_) => false,
+            Error::NotThere | Error::Named(_) | Error::Status(_) | Error::Malformed(_) => false,
         }
     }
 
@@ -78,7 +80,7 @@ impl Error {
         match self {
             Error::Unreachable(_) => Some(Fault::Unreachable),
             Error::NotThere | Error::Status(_) | Error::Malformed(_) => Some(Fault::BrokenPromise),
-            Error::Busy => None,
+            Error::Busy | Error::Named(_) => None,
         }
     }
 }
@@ -89,6 +91,7 @@ impl fmt::Display for Error {
             Error::Unreachable(e) => write!(f, "{e}"),
             Error::NotThere => f.write_str("said it had the path, and has not"),
             Error::Busy => f.write_str("busy"),
+            Error::Named(_) => f.write_str("named others that are getting it"),
             Error::Status(status) => write!(f, "status {status}"),
             Error::Malformed(e) => write!(f, "{e}"),
         }
@@ -108,6 +111,8 @@ pub struct Client {
 pub enum Way {
     /// A network that is faster than compressing.
     Lan,
+    /// The same, and the peer may name others instead that are getting the NAR.
+    LanOrOthers,
     /// Other networks; a tracker counts what is transferred, by that name if it has given one.
     Wan(Option<TransferName>),
 }
@@ -232,6 +237,30 @@ impl Client {
         Ok(info)
     }
 
+    /// SHA-256 of up to `count` pieces of a NAR from piece `first` on, as a holder has them.
+    ///
+    /// # Errors
+    /// See [`Error`]; also when the whole takes longer than `timeout`.
+    pub fn digests(
+        &self,
+        peer: SocketAddr,
+        nar_name: &str,
+        first: u64,
+        count: u64,
+        timeout: Duration,
+    ) -> Result<Vec<[u8; 32]>, Error> {
+        let range = format!("bytes={}-{}", first * 32, (first + count) * 32 - 1);
+        let request = || {
+            let request = self.agent.get(url(peer, &format!("local/digests/{nar_name}"))).header("Range", &range);
+            request.config().timeout_global(Some(timeout)).build()
+        };
+        let response = expect(twice(|| request().call()).map_err(Error::Unreachable)?, &[206])?;
+        let mut bytes = Vec::new();
+        let body = response.into_body().into_reader().take(count * 32).read_to_end(&mut bytes);
+        body.map_err(|e| Error::Unreachable(e.into()))?;
+        Ok(bytes.as_chunks::<32>().0.to_vec())
+    }
+
     /// A NAR from byte `offset` on, which begins within `patience`, the time to connect included. `url_path` is the narinfo's
     /// `URL`, relative to the root of the peer's server. Over other networks the peer may compress;
     /// the offset, and what is then read, is of the NAR all the same.
@@ -257,6 +286,9 @@ impl Client {
                     request = request.header(TRANSFER_HEADER, transfer.to_string());
                 }
             }
+            if *way == Way::LanOrOthers {
+                request = request.header(RELAY_HEADER, "1");
+            }
             if offset > 0 {
                 request = request.header("Range", format!("bytes={offset}-"));
             }
@@ -268,6 +300,9 @@ impl Client {
             called => called,
         };
         let response = patience::limit(patience, || twice(call)).map_err(Error::Unreachable)?;
+        if *way == Way::LanOrOthers && response.status() == 307 {
+            return Err(Error::Named(names(&response)));
+        }
         let response = expect(response, &[200, 206])?;
         let from = if response.status() == 206 { offset } else { 0 };
         if response.status() == 206 {
@@ -279,7 +314,7 @@ impl Client {
         let encoding = response.headers().get("content-encoding").map(|field| field.as_bytes());
         let is_compressed = match encoding {
             None => false,
-            Some(encoding) if *way != Way::Lan && encoding.eq_ignore_ascii_case(b"zstd") => true,
+            Some(encoding) if matches!(way, Way::Wan(_)) && encoding.eq_ignore_ascii_case(b"zstd") => true,
             Some(_) => return Err(Error::Malformed(Malformed { what: "NAR", why: "in an encoding not asked for" })),
         };
         let body = response.into_body();
@@ -296,6 +331,16 @@ impl Client {
         let reader = body.into_with_config().limit(u64::MAX).reader();
         Ok(NarBody { bytes: Bytes::Plain(reader), skip: offset - from, has_end: length.is_some() })
     }
+}
+
+/// Sent by who takes the names of others that are getting the NAR for an answer, and has them in the answer.
+pub const RELAY_HEADER: &str = "X-Peerix-Relay";
+/// Names that are read of an answer.
+const MAX_NAMES: usize = 16;
+
+fn names<B>(response: &Response<B>) -> Vec<IpAddr> {
+    let field = response.headers().get(RELAY_HEADER).and_then(|field| field.to_str().ok()).unwrap_or_default();
+    field.split(',').filter_map(|name| name.trim().parse().ok()).take(MAX_NAMES).collect()
 }
 
 /// A kept connection may have been closed by the other end in the moment it is used again: then a new one does it.

@@ -7,11 +7,11 @@
 use super::client::{Client, Error};
 use super::requests::Requests;
 use super::standing::{Standing, Turn};
-use crate::lan::{DiscoveryClient, Holder, LOOKUP_TIMEOUT, LookupId, MAX_HOLDERS, Update};
+use crate::lan::{DiscoveryClient, Holder, LOOKUP_TIMEOUT, LookupId, MAX_HOLDERS, Neighbour, Update};
 use crate::nix::{HashPart, NarInfo};
 use crate::record::Miss;
 use crossbeam_channel::{Receiver, Sender, bounded, never, select};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -26,6 +26,8 @@ const BLOCKED_DELAY: Duration = Duration::from_millis(2);
 /// A holder that is busy, breaks or refuses the connection, or cannot be connected to in time, is
 /// asked again after this, doubling, while discovery waits for it.
 const RETRY_DELAY: Duration = Duration::from_millis(20);
+/// Discovery lists its peers within this.
+const LIST_TIMEOUT: Duration = Duration::from_millis(200);
 /// Longest delay between two such requests.
 const MAX_RETRY_DELAY: Duration = Duration::from_millis(320);
 /// Narinfos of one lookup that wait to be looked at: one for each holder.
@@ -64,6 +66,20 @@ impl Lan {
                 None
             }
         }
+    }
+
+    /// The HTTP servers of those of these addresses that are live neighbours, in their order.
+    pub fn live(&self, ips: &[IpAddr]) -> Vec<SocketAddr> {
+        let neighbours = self.discovery.neighbours(LIST_TIMEOUT).unwrap_or_default();
+        let server = |ip: &IpAddr| {
+            let is_it =
+                |n: &&Neighbour| n.address.ip().to_canonical() == *ip && n.silent_since.is_none() && n.heard.is_some();
+            let neighbour = neighbours.iter().find(is_it)?;
+            let mut server = neighbour.address;
+            server.set_port(neighbour.http_port?);
+            Some(server)
+        };
+        ips.iter().filter_map(server).collect()
     }
 
     /// Asks the peers for a path, and returns what they answer.

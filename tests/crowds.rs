@@ -1,0 +1,159 @@
+//! Many machines that want the same large path at the same time: they get it through one another.
+
+use crate::common::http::{Connection, Reply};
+use crate::common::packet::Packet;
+use crate::common::standin::{Shelf, StandIn, field};
+use crate::common::{Asker, Holder, Lan, PORT, Scale, World, daemon, nix, thread, wait_for, world};
+use rustix::process::Signal;
+use std::process::{Child, Output};
+use std::time::Instant;
+
+/// Mbit/s of every link: the NAR of 64 MiB takes 5.4 s.
+const LINK: u32 = 100;
+
+/// Bytes of the NAR of `middle`.
+const SIZE: u64 = 64 << 20;
+
+/// Machines that keep large NARs while they come, and know one another.
+fn crowd(lan: &Lan, world: &World, holder: &Holder, count: usize) -> Vec<Asker> {
+    let asker = |_| {
+        let asker = Asker::flagged(lan, "", &[&world.cache_key], |host| {
+            host.sh("mkdir -p /var/lib/peerix");
+            vec!["--state-dir".into(), "/var/lib/peerix".into()]
+        });
+        asker.host.slow(LINK);
+        asker.host.slow_sending(LINK);
+        asker
+    };
+    let askers: Vec<Asker> = (0..count).map(asker).collect();
+    for asker in &askers {
+        asker.meet(&[holder]);
+        daemon::wait_until_live(&asker.host, count);
+    }
+    askers
+}
+
+fn realising(asker: &Asker, path: &str) -> Child {
+    nix::realising(&asker.host, &[path]).spawn().expect("nsenter starts")
+}
+
+fn ended(nix: Child) -> Output {
+    nix.wait_with_output().expect("it is ours")
+}
+
+/// Waits until that many bytes have come to a host since it had `before`.
+fn has_received(asker: &Asker, before: u64, bytes: u64) {
+    wait_for("a part of the NAR", || (asker.host.received() - before > bytes).then_some(()));
+}
+
+#[test]
+fn crowd_gets_a_large_nar_through_one_another() {
+    let lan = Lan::new();
+    let world = World::on(&lan);
+    let holder = Holder::new(&lan, &world, "holder");
+    let askers = crowd(&lan, &world, &holder, 8);
+    holder.host.slow_sending(LINK);
+    let (before, began) = (holder.host.sent(), Instant::now());
+    let nixes: Vec<Child> = askers.iter().map(|asker| realising(asker, world.path("middle"))).collect();
+    nixes.into_iter().for_each(|nix| nix::assert_quiet(&ended(nix)));
+    let (took, sent) = (began.elapsed(), holder.host.sent() - before);
+    eprintln!("64 MiB to 8 machines at once: {took:?}, the holder sent {} MiB", sent >> 20);
+    askers.iter().for_each(|asker| drop(asker.has_whole(&world, world.path("middle"))));
+    // Eight times as much without the others' help.
+    assert!(sent < 4 * SIZE, "{sent}");
+    // Nothing is left of what was kept.
+    for asker in &askers {
+        let open = asker.host.sh(&format!("ls -l /proc/{}/fd 2>/dev/null || true", "self"));
+        assert!(!open.contains("deleted"), "{open}");
+        assert_eq!(asker.host.sh("ls /var/lib/peerix | grep -v counters || true").trim(), "");
+    }
+}
+
+#[test]
+fn crowd_goes_on_without_members_that_die_or_stop() {
+    let lan = Lan::new();
+    let world = World::on(&lan);
+    let holder = Holder::new(&lan, &world, "holder");
+    let mut askers = crowd(&lan, &world, &holder, 6);
+    holder.host.slow_sending(LINK);
+    let before: Vec<u64> = askers.iter().map(|asker| asker.host.received()).collect();
+    let mut nixes: Vec<Child> = Vec::new();
+    for (at, asker) in askers.iter().enumerate() {
+        nixes.push(realising(asker, world.path("middle")));
+        // One after the other, so that it is known who has it from whom.
+        has_received(asker, before[at], 1 << 20);
+    }
+    askers[1].daemon.kill();
+    askers[3].daemon.signal(Signal::STOP);
+    let outputs: Vec<Output> = nixes
+        .into_iter()
+        .enumerate()
+        .filter_map(|(at, mut nix)| match at {
+            1 | 3 => {
+                nix.kill().expect("it is ours");
+                nix.wait().expect("it is ours");
+                None
+            }
+            _ => Some(ended(nix)),
+        })
+        .collect();
+    outputs.iter().for_each(nix::assert_quiet);
+    for at in [0, 2, 4, 5] {
+        askers[at].has_whole(&world, world.path("middle"));
+    }
+}
+
+/// The one that the holder names sends another NAR than the holder's.
+#[test]
+fn member_that_passes_on_something_else_is_found_out_and_nobody_else_is_blamed() {
+    let lan = Lan::new().with_scale(Scale::without_timeouts());
+    let world = World::on(&lan);
+    let holder = Holder::new(&lan, &world, "holder");
+    let host = lan.host("liar");
+    let shelf = Shelf::of(&world);
+    let path = world.path("middle");
+    let hash_part = world::hash_part(path).to_owned();
+    let narinfo = shelf.narinfo(&hash_part).unwrap();
+    let nar_hash = field(&narinfo, "NarHash").trim_start_matches("sha256:");
+    let name = format!("/local/nar/{hash_part}-{nar_hash}.nar");
+    let mut nar = shelf.nar(&hash_part).unwrap();
+    let middle = nar.len() / 2;
+    nar[middle] ^= 1;
+    let has_not = |datagram: &[u8]| match Packet::read(datagram)? {
+        Packet::Query { id, .. } => Some(Packet::HaveNot { id }.write()),
+        _ => None,
+    };
+    let liar = StandIn::start(&host, has_not, move |_| Reply::Whole(200, nar.clone()));
+    let asker = crowd(&lan, &world, &holder, 1).remove(0);
+    liar.meet(&host, &asker.host);
+    daemon::wait_until_live(&asker.host, 2);
+    asker.host.quick();
+    // It is being sent the NAR, and does not take it.
+    let mut connection = Connection::new(host.connect((holder.host.address, PORT)).unwrap()).unwrap();
+    let head = format!("GET {name} HTTP/1.1\r\nHost: x\r\nX-Peerix-Relay: 1\r\n\r\n");
+    connection.send(head.as_bytes()).unwrap();
+    connection.wait_for_answer().unwrap();
+    asker.fetches(&world, path);
+    assert!(liar.was_asked(&name), "{}", asker.daemon.log());
+    let peers = daemon::status(&asker.host)["peers"].as_array().unwrap().clone();
+    for peer in peers {
+        let is_liar = peer["address"] == format!("{}:{PORT}", host.address);
+        assert_eq!(!peer["avoided"].is_null(), is_liar, "{peer}");
+    }
+    drop(connection);
+}
+
+/// Nodes without a state directory keep nothing, and the others get it from the holder.
+#[test]
+fn crowd_that_cannot_keep_anything_is_served_by_the_holder() {
+    let lan = Lan::new();
+    let world = World::on(&lan);
+    let holder = Holder::new(&lan, &world, "holder");
+    let askers: Vec<Asker> = (0..3).map(|_| Asker::new(&lan, &world, &[&holder])).collect();
+    std::thread::scope(|scope| {
+        for asker in &askers {
+            let world = &world;
+            thread::spawn_in(scope, "Nix", move || asker.fetches(world, world.path("middle")));
+        }
+    });
+}
