@@ -15,6 +15,7 @@ use crate::network::{LanNetworks, Networks};
 use crate::nix::{PublicKey, SecretKey};
 use crate::peers::announce::{Publication, Trackers};
 use crate::peers::client::Client;
+use crate::peers::kept_paces;
 use crate::peers::lan::Lan;
 use crate::peers::pace::Paces;
 use crate::peers::requests::Requests;
@@ -136,7 +137,8 @@ pub fn run_with(config: Config, record: Record) -> Result<(), Fatal> {
     let standing = Arc::new(Standing::default());
     let requests = Arc::new(Requests::default());
     let record = Arc::new(record);
-    let counters = keep_counters(&config, &record).map_err(|e| Fatal::from(("counters", e)))?;
+    let paces = Arc::new(Paces::default());
+    let counters = keep_counters(&config, &record, &paces).map_err(|e| Fatal::from(("counters", e)))?;
     let facts = Facts::new(&config, port);
     let strangers = match config.mode.has_wan() {
         true => Some(Strangers::start(&config, port, &store, &share, ended)?),
@@ -169,7 +171,7 @@ pub fn run_with(config: Config, record: Record) -> Result<(), Fatal> {
         store,
         share,
         lookup: lookup.clone(),
-        fetch: Fetch::new(lookup, client, standing, Arc::new(Paces::default()), record.clone(), upstream, spools),
+        fetch: Fetch::new(lookup, client, standing, paces, record.clone(), upstream, spools),
         signer: key.map(signer),
         store_dir: config.store_dir,
         priority: config.priority,
@@ -225,21 +227,29 @@ struct Counters {
     ended: Receiver<()>,
 }
 
-/// Goes on from the counters in the state directory, and has them written there, at once, each minute and at the end. In a
-/// thread of its own: a disk may hang.
-fn keep_counters(config: &Config, record: &Arc<Record>) -> io::Result<Counters> {
+/// Goes on from the counters and paces in the state directory, and has them written there, at once, each minute and at the
+/// end. In a thread of its own: a disk may hang.
+fn keep_counters(config: &Config, record: &Arc<Record>, paces: &Arc<Paces>) -> io::Result<Counters> {
     let (running, stopped) = bounded::<()>(0);
     let (end, ended) = bounded::<()>(0);
     let Some(dir) = &config.state_dir else { return Ok(Counters { running, ended }) };
     record.keep_in(dir, SystemTime::now());
-    let record = record.clone();
+    kept_paces::load(paces, dir);
+    let (record, paces, dir) = (record.clone(), paces.clone(), dir.clone());
+    let save = move || {
+        record.save(SystemTime::now());
+        // That the disk fails is told of the counters.
+        if let Err(e) = kept_paces::save(&paces, &dir) {
+            log::debug!("paces: {e}");
+        }
+    };
     thread::Builder::new().name("counters".into()).spawn(move || {
         let _end = end;
-        record.save(SystemTime::now());
+        save();
         while stopped.recv_timeout(SAVE_INTERVAL) == Err(RecvTimeoutError::Timeout) {
-            record.save(SystemTime::now());
+            save();
         }
-        record.save(SystemTime::now());
+        save();
     })?;
     Ok(Counters { running, ended })
 }

@@ -26,7 +26,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
         "http",
         &["fetch", "lookup", "nix", "on_drop", "record", "seldom", "share", "status", "store", "time_scale", "wire"],
     ),
-    ("fetch", &["lookup", "nix", "peers", "record", "time_scale", "upstream", "wire"]),
+    ("fetch", &["lookup", "nix", "peers", "record", "store", "time_scale", "upstream", "wire"]),
     ("upstream", &["config", "lookup", "nix", "share"]),
     ("lookup", &["nix", "peers", "record", "wire"]),
     ("status", &["config", "lan", "network", "nix", "peers", "record", "store"]),

@@ -129,7 +129,8 @@ fn closure_comes_from_all_holders() {
     let holders: Vec<Holder> =
         ["one", "two", "three", "four"].iter().map(|name| Holder::new(&lan, &world, name)).collect();
     let asker = Asker::new(&lan, &world, &holders.iter().collect::<Vec<_>>());
-    holders.iter().for_each(|holder| holder.host.slow_sending(20));
+    // So slow that links bind, and not processors, however busy the machine is.
+    holders.iter().for_each(|holder| holder.host.slow_sending(5));
     let began = Instant::now();
     assert_eq!(asker.fetches(&world, world.path("closure1000")).len(), 1000);
     let took = began.elapsed();

@@ -5,7 +5,7 @@ use super::{Cut, Fetch, PIECE, spool};
 use crate::lookup::{Found, Search, Source, nar_name};
 use crate::nix::HashPart;
 use crate::peers::client::{Error, NarBody, STALL, TOO_SLOW, Way};
-use crate::peers::pace::{Intake, Meter};
+use crate::peers::pace::{Intake, Meter, Pace};
 use crate::peers::picker::{self, Health, Holding};
 use crate::peers::standing::{Fault, Turn, Who};
 use crate::record::Transfer;
@@ -42,6 +42,9 @@ const UPSTREAM_GRACE: Duration = Duration::from_secs(2);
 
 /// A peer that is still getting the NAR begins to send within this: it may wait for another one itself.
 const RELAY_PATIENCE: Timeout = Timeout::from_secs(4);
+/// A peer that is still getting the NAR is left after so long without a byte, or while the holder is twice as fast, for each
+/// peer that is before it in the chain. The holder is asked as often how fast it is.
+const RELAY_STEP: Duration = Duration::from_secs(1);
 /// Digests of pieces that are asked for at once: of 16 MiB.
 pub(super) const DIGESTS: u64 = 64;
 /// A holder hashes them within this.
@@ -99,6 +102,8 @@ struct Current<'a> {
     counted: Option<Counted<'a>>,
     began: Instant,
     last_read: Instant,
+    /// When the read under way, or the last one, began.
+    read_began: Instant,
     /// How long Nix kept us from reading before the last read.
     pause: Duration,
     /// Time waited for the peer in this pace window, and bytes that came in it.
@@ -118,6 +123,11 @@ struct Digests {
     /// The first piece of which there is one.
     first: u64,
     list: Vec<[u8; 32]>,
+    /// How many were named that are before the peer, or are the peer, in the chain.
+    position: u32,
+    /// When the holder was last asked how fast it is, and since when it is said to be twice as fast.
+    asked: Instant,
+    slow_since: Option<Instant>,
 }
 
 /// What came of a transfer that a tracker counts; reported when it is over, however it ends.
@@ -153,6 +163,13 @@ pub(super) enum Broken {
 impl Broken {
     fn failed(fault: Fault, why: impl fmt::Display) -> Self {
         Broken::Failed(fault, why.to_string())
+    }
+}
+
+impl Digests {
+    fn of(holder: SocketAddr, named_before: usize) -> Digests {
+        let position = u32::try_from(named_before).unwrap_or(u32::MAX).saturating_add(1);
+        Digests { holder, first: 0, list: Vec::new(), position, asked: Instant::now(), slow_since: None }
     }
 }
 
@@ -297,7 +314,7 @@ impl<'a> Supply<'a> {
         let name = nar_name(&self.hash_part, &self.found.nar_hash);
         let asked = self.fetch.client.digests(digests.holder, &name, piece, DIGESTS, DIGEST_TIMEOUT);
         digests.first = piece;
-        digests.list = asked.map_err(|e| Broken::Unchecked(e.to_string()))?;
+        digests.list = asked.map_err(|e| Broken::Unchecked(e.to_string()))?.0;
         digests.list.first().copied().ok_or_else(|| Broken::Unchecked("no digests".into()))
     }
 
@@ -308,6 +325,7 @@ impl<'a> Supply<'a> {
             return Err(Broken::failed(Fault::BrokenStream, "not connected"));
         };
         current.pause = began - current.last_read;
+        current.read_began = began;
         current.intake.wait(began);
         if current.has_begun {
             current.meter.wait(began);
@@ -377,6 +395,9 @@ impl<'a> Supply<'a> {
         current.unlooked = Duration::ZERO;
         let load = current.intake.load(now);
         let own = current.meter.pace(now);
+        if current.digests.is_some() {
+            return self.judge_relay(own, now);
+        }
         if self.moves_left > 0 && load.pace.waited >= picker::LEAST_WAIT {
             self.ask_again(rest as f64 / load.pace.measured);
             let (_, others) = self.holdings(now);
@@ -388,6 +409,36 @@ impl<'a> Supply<'a> {
             Some(why) => Err(Broken::Upstream(why)),
             None => Ok(()),
         }
+    }
+
+    /// Whether a peer that is still getting the NAR itself is to be left for the holder. All behind one that is slow are
+    /// slow; the first of them leaves first, and the others see that it helped.
+    fn judge_relay(&mut self, own: Pace, now: Instant) -> Result<(), Broken> {
+        let Some(current) = &mut self.current else { return Ok(()) };
+        let silent = now.saturating_duration_since(current.read_began.max(current.last_read));
+        let Some(digests) = &mut current.digests else { return Ok(()) };
+        if silent >= RELAY_STEP * digests.position {
+            return Err(Broken::Slow(format!("nothing came for {silent:.1?}")));
+        }
+        if now.saturating_duration_since(digests.asked) < RELAY_STEP || own.waited.is_zero() {
+            return Ok(());
+        }
+        digests.asked = now;
+        let name = nar_name(&self.hash_part, &self.found.nar_hash);
+        let there = match self.fetch.client.digests(digests.holder, &name, 0, 1, RELAY_STEP) {
+            Ok((_, Some(there))) => there,
+            _ => return Ok(()),
+        };
+        let here = own.known.unwrap_or(own.measured);
+        if there < 2.0 * here {
+            digests.slow_since = None;
+            return Ok(());
+        }
+        let since = *digests.slow_since.get_or_insert(now);
+        if now.saturating_duration_since(since) < RELAY_STEP * digests.position {
+            return Ok(());
+        }
+        Err(Broken::Slow(format!("{:.0} KiB/s, the holder has {:.0} KiB/s", here / 1024.0, there / 1024.0)))
     }
 
     /// Why the upstream cache is certain to be faster than a peer that needs `time` for the rest; `None` if it is not.
@@ -503,12 +554,13 @@ impl<'a> Supply<'a> {
                     counted,
                     began,
                     last_read: Instant::now(),
+                    read_began: Instant::now(),
                     pause: Duration::ZERO,
                     waited: Duration::ZERO,
                     got: 0,
                     unlooked: Duration::ZERO,
                     meter: Meter::default(),
-                    digests: holder.map(|holder| Digests { holder, first: 0, list: Vec::new() }),
+                    digests: holder.map(|holder| Digests::of(holder, self.relays.len())),
                 });
                 return true;
             }

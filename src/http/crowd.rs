@@ -6,9 +6,12 @@ use crate::nix::NarHash;
 use std::collections::HashMap;
 use std::net::IpAddr;
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 /// Neighbours named to the next one. The last ones are nearest to the chain's end.
 pub const MAX_NAMED: usize = 16;
+/// Before this the pace of a crowd is not known: buffers fill first.
+const LEAST_TIME: Duration = Duration::from_millis(500);
 /// Neighbours remembered of a NAR. Those who come later are not named.
 const MAX_GETTING: usize = 64;
 
@@ -16,10 +19,12 @@ const MAX_GETTING: usize = 64;
 #[derive(Default)]
 pub struct Crowds(Mutex<HashMap<NarHash, Crowd>>);
 
-#[derive(Default)]
 struct Crowd {
     /// Streams of the NAR from this node.
-    streams: usize,
+    streams: u32,
+    /// Bytes that they have sent, those that have ended included, since the first one began.
+    sent: u64,
+    began: Instant,
     /// Who gets it, from here or from another one that was named to them, in the order in which they asked.
     getting: Vec<IpAddr>,
 }
@@ -40,9 +45,10 @@ pub enum Turn<'a> {
 
 impl Crowds {
     /// A neighbour asks for a NAR. `may_name`: it understands names, and may be named to others.
-    pub fn ask(&self, hash: NarHash, asker: IpAddr, may_name: bool) -> Turn<'_> {
+    pub fn ask(&self, hash: NarHash, asker: IpAddr, may_name: bool, now: Instant) -> Turn<'_> {
         let mut crowds = self.lock();
-        let crowd = crowds.entry(hash).or_default();
+        let new = || Crowd { streams: 0, sent: 0, began: now, getting: Vec::new() };
+        let crowd = crowds.entry(hash).or_insert_with(new);
         if may_name && !crowd.getting.contains(&asker) {
             let names = crowd.getting[crowd.getting.len().saturating_sub(MAX_NAMED)..].to_vec();
             if crowd.getting.len() < MAX_GETTING {
@@ -56,8 +62,26 @@ impl Crowds {
         Turn::Send(Sending { crowds: self, hash })
     }
 
+    /// Bytes per second that one more neighbour would get of a NAR that is being sent; `None` if that is not known.
+    pub fn pace_of_one_more(&self, hash: NarHash, now: Instant) -> Option<u64> {
+        let crowds = self.lock();
+        let crowd = crowds.get(&hash)?;
+        let time = now.saturating_duration_since(crowd.began);
+        let pace = crowd.sent as f64 / time.as_secs_f64() / f64::from(crowd.streams + 1);
+        (time >= LEAST_TIME).then_some(pace as u64)
+    }
+
     fn lock(&self) -> MutexGuard<'_, HashMap<NarHash, Crowd>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Sending<'_> {
+    /// So many more bytes were sent.
+    pub fn moved(&self, bytes: u64) {
+        if let Some(crowd) = self.crowds.lock().get_mut(&self.hash) {
+            crowd.sent += bytes;
+        }
     }
 }
 
@@ -95,29 +119,41 @@ mod tests {
 
     #[test]
     fn neighbours_after_the_first_are_told_of_those_before_them_once() {
-        let (crowds, hash) = (Crowds::default(), NarHash::from_bytes([1; 32]));
-        let first = crowds.ask(hash, host(1), true);
+        let (crowds, hash, now) = (Crowds::default(), NarHash::from_bytes([1; 32]), Instant::now());
+        let first = crowds.ask(hash, host(1), true, now);
         assert_eq!(names(&first), None);
-        assert_eq!(names(&crowds.ask(hash, host(2), true)), Some(vec![1]));
-        assert_eq!(names(&crowds.ask(hash, host(3), true)), Some(vec![1, 2]));
+        assert_eq!(names(&crowds.ask(hash, host(2), true, now)), Some(vec![1]));
+        assert_eq!(names(&crowds.ask(hash, host(3), true, now)), Some(vec![1, 2]));
         // It comes again, as those did not have it.
-        let second = crowds.ask(hash, host(3), true);
+        let second = crowds.ask(hash, host(3), true, now);
         assert_eq!(names(&second), None);
         // One that does not understand names, and another NAR.
-        assert_eq!(names(&crowds.ask(hash, host(4), false)), None);
-        assert_eq!(names(&crowds.ask(NarHash::from_bytes([2; 32]), host(5), true)), None);
+        assert_eq!(names(&crowds.ask(hash, host(4), false, now)), None);
+        assert_eq!(names(&crowds.ask(NarHash::from_bytes([2; 32]), host(5), true, now)), None);
         drop(first);
-        assert_eq!(names(&crowds.ask(hash, host(6), true)), Some(vec![1, 2, 3]));
+        assert_eq!(names(&crowds.ask(hash, host(6), true, now)), Some(vec![1, 2, 3]));
         drop(second);
-        assert_eq!(names(&crowds.ask(hash, host(7), true)), None);
+        assert_eq!(names(&crowds.ask(hash, host(7), true, now)), None);
         assert!(crowds.lock().is_empty());
     }
 
     #[test]
+    fn pace_of_one_more_is_its_part_of_what_was_sent() {
+        let (crowds, hash, now) = (Crowds::default(), NarHash::from_bytes([1; 32]), Instant::now());
+        assert_eq!(crowds.pace_of_one_more(hash, now), None);
+        let Turn::Send(sending) = crowds.ask(hash, host(1), true, now) else { panic!("it is the first") };
+        sending.moved(1_000_000);
+        assert_eq!(crowds.pace_of_one_more(hash, now + Duration::from_millis(100)), None);
+        assert_eq!(crowds.pace_of_one_more(hash, now + Duration::from_secs(1)), Some(500_000));
+        drop(sending);
+        assert_eq!(crowds.pace_of_one_more(hash, now + Duration::from_secs(1)), None);
+    }
+
+    #[test]
     fn names_and_memory_are_bounded() {
-        let (crowds, hash) = (Crowds::default(), NarHash::from_bytes([1; 32]));
-        let _first = crowds.ask(hash, host(1), true);
-        let all: Vec<_> = (2..=200).map(|last| names(&crowds.ask(hash, host(last), true)).unwrap()).collect();
+        let (crowds, hash, now) = (Crowds::default(), NarHash::from_bytes([1; 32]), Instant::now());
+        let _first = crowds.ask(hash, host(1), true, now);
+        let all: Vec<_> = (2..=200).map(|last| names(&crowds.ask(hash, host(last), true, now)).unwrap()).collect();
         assert_eq!(all[198], (49..=64).collect::<Vec<u8>>());
         assert_eq!(crowds.lock()[&hash].getting.len(), MAX_GETTING);
     }

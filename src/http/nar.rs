@@ -2,7 +2,7 @@
 
 use super::Request;
 use super::cache::{Cache, Failure, NOT_THERE};
-use super::crowd::Turn;
+use super::crowd::{Sending, Turn};
 use super::encoding::{Compressor, accepts_zstd};
 use super::range::{self, Part};
 use super::response::{Answer, Exchange, Fields};
@@ -19,9 +19,13 @@ use std::io::{self, Write};
 use std::net::IpAddr;
 use std::ops::Range;
 use std::os::fd::BorrowedFd;
+use std::time::Instant;
 
 /// Sent by who takes the names of others that are getting the NAR for an answer, and has them in the answer.
 const RELAY_HEADER: &str = "X-Peerix-Relay";
+
+/// With digests: bytes per second that one more neighbour would get of the NAR.
+const PACE_HEADER: &str = "X-Peerix-Pace";
 
 /// How a NAR goes out.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -77,14 +81,15 @@ pub(super) fn own(
     };
     let (status, part) = wanted(request, name, coding, info.nar_size)?;
     let is_large = info.nar_size >= spool::LEAST_SIZE && scope == Scope::Lan && exchange.wants_body();
-    let _sending = match is_large.then(|| cache.crowds.ask(name.nar_hash, asker(request), takes_names(request))) {
-        Some(Turn::Name(others)) => {
-            let others = others.iter().map(IpAddr::to_string).collect::<Vec<_>>().join(", ");
-            return Ok(exchange.send(307, &[(RELAY_HEADER, others)], b"")?);
-        }
-        Some(Turn::Send(sending)) => Some(sending),
-        None => None,
-    };
+    let sending =
+        match is_large.then(|| cache.crowds.ask(name.nar_hash, asker(request), takes_names(request), Instant::now())) {
+            Some(Turn::Name(others)) => {
+                let others = others.iter().map(IpAddr::to_string).collect::<Vec<_>>().join(", ");
+                return Ok(exchange.send(307, &[(RELAY_HEADER, others)], b"")?);
+            }
+            Some(Turn::Send(sending)) => Some(sending),
+            None => None,
+        };
     begin(exchange, name, coding, status, &part, info.nar_size)?;
     if !exchange.wants_body() {
         return Ok(());
@@ -100,11 +105,12 @@ pub(super) fn own(
     let recorded = network.map(|network| cache.record.send(info.path.base_name(), len, network, request.asker));
     let written = if coding == Coding::Zstd {
         let mut out = Compressor::new(exchange, part.end - part.start)?;
-        let written =
-            cache.store.write_nar(info, part, &mut Counting { out: &mut out, passed: &mut sent, recorded: &recorded });
+        let mut counting = Counting { out: &mut out, passed: &mut sent, recorded: &recorded, sending: &sending };
+        let written = cache.store.write_nar(info, part, &mut counting);
         written.and_then(|()| out.finish().map_err(NarError::Write))
     } else {
-        cache.store.write_nar(info, part, &mut Counting { out: exchange, passed: &mut sent, recorded: &recorded })
+        let mut counting = Counting { out: exchange, passed: &mut sent, recorded: &recorded, sending: &sending };
+        cache.store.write_nar(info, part, &mut counting)
     };
     if let Some(transfer) = transfer {
         cache.lookup.sent(&transfer, sent);
@@ -147,7 +153,8 @@ pub(super) fn on_its_way(
     }
     let recorded = Some(cache.record.send(&spool.name, part.end - part.start, Network::Lan, request.asker));
     let mut sent = 0;
-    spool.write_to(part, &mut Counting { out: exchange, passed: &mut sent, recorded: &recorded })?;
+    let mut counting = Counting { out: exchange, passed: &mut sent, recorded: &recorded, sending: &None };
+    spool.write_to(part, &mut counting)?;
     recorded.iter().for_each(Transfer::is_whole);
     Ok(())
 }
@@ -181,7 +188,9 @@ pub(super) fn digests(
     cache.store.write_nar(info, bytes, &mut hashing).map_err(|e| cache.not_served(&info.path, &e))?;
     let digests = hashing.finish();
     let range = format!("bytes {}-{}/{size}", first * DIGEST, first * DIGEST + digests.len() as u64 - 1);
-    let fields = [("Content-Type", "application/octet-stream"), ("Content-Range", &range)];
+    let mut fields = vec![("Content-Type", "application/octet-stream"), ("Content-Range", &range)];
+    let pace = cache.crowds.pace_of_one_more(name.nar_hash, Instant::now()).map(|pace| pace.to_string());
+    fields.extend(pace.as_deref().map(|pace| (PACE_HEADER, pace)));
     Ok(exchange.send(status, &fields, &digests)?)
 }
 
@@ -231,6 +240,8 @@ struct Counting<'a> {
     out: &'a mut dyn NarSink,
     passed: &'a mut u64,
     recorded: &'a Option<Transfer<'a>>,
+    /// Set for a large NAR to a neighbour.
+    sending: &'a Option<Sending<'a>>,
 }
 
 impl Counting<'_> {
@@ -240,6 +251,7 @@ impl Counting<'_> {
             transfer.moved(bytes);
             transfer.progress(*self.passed);
         }
+        self.sending.iter().for_each(|sending| sending.moved(bytes));
     }
 }
 

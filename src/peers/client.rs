@@ -237,7 +237,8 @@ impl Client {
         Ok(info)
     }
 
-    /// SHA-256 of up to `count` pieces of a NAR from piece `first` on, as a holder has them.
+    /// SHA-256 of up to `count` pieces of a NAR from piece `first` on, as a holder has them, and the bytes per second that it
+    /// would send the NAR with, if it tells.
     ///
     /// # Errors
     /// See [`Error`]; also when the whole takes longer than `timeout`.
@@ -248,17 +249,18 @@ impl Client {
         first: u64,
         count: u64,
         timeout: Duration,
-    ) -> Result<Vec<[u8; 32]>, Error> {
+    ) -> Result<(Vec<[u8; 32]>, Option<f64>), Error> {
         let range = format!("bytes={}-{}", first * 32, (first + count) * 32 - 1);
         let request = || {
             let request = self.agent.get(url(peer, &format!("local/digests/{nar_name}"))).header("Range", &range);
             request.config().timeout_global(Some(timeout)).build()
         };
         let response = expect(twice(|| request().call()).map_err(Error::Unreachable)?, &[206])?;
+        let pace = response.headers().get(PACE_HEADER).and_then(|field| field.to_str().ok()?.parse::<u32>().ok());
         let mut bytes = Vec::new();
         let body = response.into_body().into_reader().take(count * 32).read_to_end(&mut bytes);
         body.map_err(|e| Error::Unreachable(e.into()))?;
-        Ok(bytes.as_chunks::<32>().0.to_vec())
+        Ok((bytes.as_chunks::<32>().0.to_vec(), pace.map(f64::from)))
     }
 
     /// A NAR from byte `offset` on, which begins within `patience`, the time to connect included. `url_path` is the narinfo's
@@ -334,7 +336,9 @@ impl Client {
 }
 
 /// Sent by who takes the names of others that are getting the NAR for an answer, and has them in the answer.
-pub const RELAY_HEADER: &str = "X-Peerix-Relay";
+const RELAY_HEADER: &str = "X-Peerix-Relay";
+/// With digests: bytes per second that one more neighbour would get of the NAR.
+const PACE_HEADER: &str = "X-Peerix-Pace";
 /// Names that are read of an answer.
 const MAX_NAMES: usize = 16;
 

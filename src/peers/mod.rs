@@ -3,6 +3,7 @@
 pub mod announce;
 pub mod client;
 mod decoder;
+pub mod kept_paces;
 pub mod lan;
 mod names;
 pub mod pace;

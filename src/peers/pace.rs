@@ -198,6 +198,21 @@ impl Paces {
         Intake { paces: self, who, left: bytes, is_waiting: true, has_begun: false }
     }
 
+    /// The peers whose paces are known at `now`, in bytes per second.
+    pub fn known(&self, now: Instant) -> Vec<(Who, f64)> {
+        let state = self.lock();
+        state.peers.iter().filter_map(|(who, peer)| Some((*who, peer.meter.pace(now).known?))).collect()
+    }
+
+    /// A peer's pace is as it was before, until it is measured.
+    pub fn restore(&self, who: Who, bytes_per_second: f64, now: Instant) {
+        let mut state = self.lock();
+        if state.peers.len() < MAX_PEERS {
+            let meter = &mut state.peers.entry(who).or_default().meter;
+            (meter.pace, meter.last) = (Some(bytes_per_second), Some(now));
+        }
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
