@@ -20,7 +20,6 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use supply::Supply;
-pub use verified::PIECE;
 use verified::{Incoming, NotWhole, Piece, part};
 
 /// By then the first piece is there, or Nix is told that the NAR is not: it waits for an answer.

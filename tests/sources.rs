@@ -207,6 +207,9 @@ fn lookups_that_are_not_fetched_cost_little() {
     let after = resident();
     eprintln!("RssAnon before {before} KiB, after 5,000 lookups {after} KiB");
     assert!(after < before + (8 << 10), "{before} KiB, then {after} KiB");
+    // And next to nothing when nobody is connected any more.
+    let rest = wait_for("the memory is given back", || Some(resident()).filter(|now| *now < before + (4 << 10)));
+    eprintln!("RssAnon at rest {rest} KiB");
 }
 
 /// The world's static cache by HTTP, on a host of its own: an upstream cache.

@@ -1,7 +1,7 @@
 //! Where the bytes of one NAR come from: the best source, and another one at the same byte when it fails or is slow.
 
-use super::verified::{Incoming, Piece};
-use super::{Cut, Fetch, PIECE, spool};
+use super::verified::{Incoming, PIECE, Piece};
+use super::{Cut, Fetch, spool};
 use crate::lookup::{Found, Search, Source, nar_name};
 use crate::nix::HashPart;
 use crate::peers::client::{Error, NarBody, STALL, TOO_SLOW, Way};
@@ -10,6 +10,7 @@ use crate::peers::picker::{self, Health, Holding};
 use crate::peers::standing::{Fault, Turn, Who};
 use crate::record::Transfer;
 use crate::time_scale::Timeout;
+use crate::wire::relay::MAX_DIGESTS;
 use crate::wire::tracker::TransferName;
 use ring::digest::SHA256;
 use std::fmt;
@@ -40,13 +41,12 @@ const ASK_AGAIN: Duration = Duration::from_millis(20);
 /// A NAR is left to the upstream cache only if the rest needs longer than this, and twice the whole NAR's time there.
 const UPSTREAM_GRACE: Duration = Duration::from_secs(2);
 
-/// A peer that is still getting the NAR begins to send within this: it may wait for another one itself.
+/// Of the peers that a holder names one begins to send within this, or the holder is asked again: each may wait for another one
+/// itself, and the holder must be asked in time.
 const RELAY_PATIENCE: Timeout = Timeout::from_secs(4);
 /// A peer that is still getting the NAR is left after so long without a byte, or while the holder is twice as fast, for each
 /// peer that is before it in the chain. The holder is asked as often how fast it is.
 const RELAY_STEP: Duration = Duration::from_secs(1);
-/// Digests of pieces that are asked for at once: of 16 MiB.
-pub(super) const DIGESTS: u64 = 64;
 /// A holder hashes them within this.
 const DIGEST_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -84,10 +84,10 @@ pub(super) struct Supply<'a> {
     takes_names: bool,
     /// Those that a holder named, the first to be asked last, and the holder.
     relays: Vec<(Source, SocketAddr)>,
+    /// One of them begins to send by then, or the holder is asked again.
+    relays_until: Instant,
     current: Option<Current<'a>>,
     contributors: Vec<Who>,
-    /// Bytes that were received, those of failed attempts included.
-    received: u64,
     /// While the first piece has to come by then.
     until: Option<Instant>,
 }
@@ -195,9 +195,9 @@ impl<'a> Supply<'a> {
             asked_again: None,
             takes_names: found_size >= spool::LEAST_SIZE,
             relays: Vec::new(),
+            relays_until: until,
             current: None,
             contributors: Vec::new(),
-            received: 0,
             until: Some(until),
         }
     }
@@ -308,11 +308,12 @@ impl<'a> Supply<'a> {
         let Some(digests) = self.current.as_mut().and_then(|current| current.digests.as_mut()) else {
             return Err(Broken::Unchecked("not compared".into()));
         };
-        if let Some(digest) = usize::try_from(piece - digests.first).ok().and_then(|at| digests.list.get(at)) {
+        let place = piece.checked_sub(digests.first).and_then(|place| usize::try_from(place).ok());
+        if let Some(digest) = place.and_then(|place| digests.list.get(place)) {
             return Ok(*digest);
         }
         let name = nar_name(&self.hash_part, &self.found.nar_hash);
-        let asked = self.fetch.client.digests(digests.holder, &name, piece, DIGESTS, DIGEST_TIMEOUT);
+        let asked = self.fetch.client.digests(digests.holder, &name, piece, MAX_DIGESTS, DIGEST_TIMEOUT);
         digests.first = piece;
         digests.list = asked.map_err(|e| Broken::Unchecked(e.to_string()))?.0;
         digests.list.first().copied().ok_or_else(|| Broken::Unchecked("no digests".into()))
@@ -369,7 +370,6 @@ impl<'a> Supply<'a> {
         }
         current.waited += now - began;
         current.got += got;
-        self.received += got;
         self.transfer.moved(got);
         if let Some(counted) = &mut current.counted {
             counted.bytes += got;
@@ -489,7 +489,12 @@ impl<'a> Supply<'a> {
         while at == 0
             && let Some((relay, holder)) = self.relays.pop()
         {
-            let patience = RELAY_PATIENCE.get().min(self.left(Instant::now()));
+            let now = Instant::now();
+            let patience = self.relays_until.saturating_duration_since(now).min(self.left(now));
+            if patience.is_zero() {
+                self.relays.clear();
+                break;
+            }
             if self.ask(relay, at, patience, "it is getting the NAR, too", Some(holder)) {
                 return Ok(Some(()));
             }
@@ -566,6 +571,7 @@ impl<'a> Supply<'a> {
             }
             Err(Error::Named(ips)) => {
                 self.takes_names = false;
+                self.relays_until = Instant::now() + RELAY_PATIENCE.get();
                 let relays = self.fetch.lookup.live_neighbours(&ips);
                 log::debug!("NAR {}: peer {} names {ips:?}", self.found.nar_hash, source.peer);
                 self.relays = relays.into_iter().map(|relay| (relay, source.peer)).collect();

@@ -5,6 +5,7 @@
 //! piece only when size and hash are right. A NAR of one piece, as most are, is checked before Nix sees any of it.
 
 use crate::nix::{Framing, Malformed, NarHash};
+use crate::wire::relay::DIGEST_PIECE;
 use crossbeam_channel::{Receiver, Sender, bounded};
 use ring::digest::{Context, SHA256};
 use std::io::{self, Write};
@@ -12,8 +13,8 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::thread;
 
-/// Bytes that are read, checked and passed on at once.
-pub const PIECE: usize = 256 * 1024;
+/// Bytes that are read, checked and passed on at once: those of which neighbours have a digest.
+pub(super) const PIECE: usize = DIGEST_PIECE;
 
 /// Pieces that wait for the hashing thread: enough that neither waits for the other's hiccups.
 const QUEUE: usize = 2;

@@ -210,6 +210,8 @@ impl Cache {
                 let is_far = *view == View::Peers && scope == Scope::Wan;
                 nar::own(self, name, &info, scope, is_far, request, exchange)
             }
+            // A stranger could have 16 MiB hashed for a small request.
+            Route::Digests(_) if scope == Scope::Wan => Err(NOT_THERE),
             Route::Digests(name) => {
                 let info = self.shared(&name.hash_part, scope)?;
                 let _permit = self.permit(request, scope)?;

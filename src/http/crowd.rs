@@ -3,13 +3,12 @@
 //! Pure; times are passed in.
 
 use crate::nix::NarHash;
+use crate::wire::relay::MAX_NAMED;
 use std::collections::HashMap;
 use std::net::IpAddr;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// Neighbours named to the next one. The last ones are nearest to the chain's end.
-pub const MAX_NAMED: usize = 16;
 /// Before this the pace of a crowd is not known: buffers fill first.
 const LEAST_TIME: Duration = Duration::from_millis(500);
 /// Neighbours remembered of a NAR. Those who come later are not named.

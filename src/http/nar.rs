@@ -7,12 +7,12 @@ use super::encoding::{Compressor, accepts_zstd};
 use super::range::{self, Part};
 use super::response::{Answer, Exchange, Fields};
 use super::route::NarName;
-use crate::fetch::PIECE;
 use crate::fetch::spool::{self, Spool};
 use crate::nix::PathInfo;
 use crate::record::{Network, Transfer};
 use crate::share::Scope;
 use crate::store::{NarError, NarSink};
+use crate::wire::relay::{DIGEST_LEN, DIGEST_PIECE, MAX_DIGESTS, PACE_HEADER, RELAY_HEADER};
 use crate::wire::tracker::{TRANSFER_HEADER, TransferName};
 use ring::digest::{Context, SHA256};
 use std::io::{self, Write};
@@ -20,12 +20,6 @@ use std::net::IpAddr;
 use std::ops::Range;
 use std::os::fd::BorrowedFd;
 use std::time::Instant;
-
-/// Sent by who takes the names of others that are getting the NAR for an answer, and has them in the answer.
-const RELAY_HEADER: &str = "X-Peerix-Relay";
-
-/// With digests: bytes per second that one more neighbour would get of the NAR.
-const PACE_HEADER: &str = "X-Peerix-Pace";
 
 /// How a NAR goes out.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -159,11 +153,6 @@ pub(super) fn on_its_way(
     Ok(())
 }
 
-/// Bytes of a digest.
-const DIGEST: u64 = 32;
-/// Digests of one answer: of 16 MiB. Who wants more asks again.
-const MAX_DIGESTS: u64 = 64;
-
 /// SHA-256 of each piece of a NAR of this machine's store, one after the other, as far as the range asks for them.
 pub(super) fn digests(
     cache: &Cache,
@@ -175,19 +164,19 @@ pub(super) fn digests(
     if info.nar_hash != name.nar_hash {
         return Err(NOT_THERE);
     }
-    let size = info.nar_size.div_ceil(PIECE as u64) * DIGEST;
+    let size = info.nar_size.div_ceil(DIGEST_PIECE as u64) * DIGEST_LEN;
     let (status, part) = match range::part(request.field("range"), size) {
         Part::Whole => (206, 0..size),
         Part::Bytes(part) => (206, part),
         Part::Unsatisfiable => return Err(Failure::Unsatisfiable(size)),
     };
-    let first = part.start / DIGEST;
-    let last = part.end.div_ceil(DIGEST).min(first + MAX_DIGESTS);
-    let bytes = first * PIECE as u64..info.nar_size.min(last * PIECE as u64);
-    let mut hashing = Hashing { context: Context::new(&SHA256), left: PIECE, digests: Vec::new() };
+    let first = part.start / DIGEST_LEN;
+    let last = part.end.div_ceil(DIGEST_LEN).min(first + MAX_DIGESTS);
+    let bytes = first * DIGEST_PIECE as u64..info.nar_size.min(last * DIGEST_PIECE as u64);
+    let mut hashing = Hashing { context: Context::new(&SHA256), left: DIGEST_PIECE, digests: Vec::new() };
     cache.store.write_nar(info, bytes, &mut hashing).map_err(|e| cache.not_served(&info.path, &e))?;
     let digests = hashing.finish();
-    let range = format!("bytes {}-{}/{size}", first * DIGEST, first * DIGEST + digests.len() as u64 - 1);
+    let range = format!("bytes {}-{}/{size}", first * DIGEST_LEN, first * DIGEST_LEN + digests.len() as u64 - 1);
     let mut fields = vec![("Content-Type", "application/octet-stream"), ("Content-Range", &range)];
     let pace = cache.crowds.pace_of_one_more(name.nar_hash, Instant::now()).map(|pace| pace.to_string());
     fields.extend(pace.as_deref().map(|pace| (PACE_HEADER, pace)));
@@ -206,11 +195,11 @@ impl Hashing {
     fn end_piece(&mut self) {
         let context = std::mem::replace(&mut self.context, Context::new(&SHA256));
         self.digests.extend_from_slice(context.finish().as_ref());
-        self.left = PIECE;
+        self.left = DIGEST_PIECE;
     }
 
     fn finish(mut self) -> Vec<u8> {
-        if self.left < PIECE {
+        if self.left < DIGEST_PIECE {
             self.end_piece();
         }
         self.digests

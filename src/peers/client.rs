@@ -8,6 +8,7 @@ use crate::lan::Holder;
 use crate::nix::{HashPart, Malformed, NarInfo, StoreDir};
 use crate::on_drop::OnDrop;
 use crate::time_scale::Timeout;
+use crate::wire::relay::{DIGEST_LEN, MAX_NAMED, PACE_HEADER, RELAY_HEADER};
 use crate::wire::tracker::{TRANSFER_HEADER, TransferName};
 use crossbeam_channel::bounded;
 use std::fmt;
@@ -250,7 +251,7 @@ impl Client {
         count: u64,
         timeout: Duration,
     ) -> Result<(Vec<[u8; 32]>, Option<f64>), Error> {
-        let range = format!("bytes={}-{}", first * 32, (first + count) * 32 - 1);
+        let range = format!("bytes={}-{}", first * DIGEST_LEN, (first + count) * DIGEST_LEN - 1);
         let request = || {
             let request = self.agent.get(url(peer, &format!("local/digests/{nar_name}"))).header("Range", &range);
             request.config().timeout_global(Some(timeout)).build()
@@ -258,7 +259,7 @@ impl Client {
         let response = expect(twice(|| request().call()).map_err(Error::Unreachable)?, &[206])?;
         let pace = response.headers().get(PACE_HEADER).and_then(|field| field.to_str().ok()?.parse::<u32>().ok());
         let mut bytes = Vec::new();
-        let body = response.into_body().into_reader().take(count * 32).read_to_end(&mut bytes);
+        let body = response.into_body().into_reader().take(count * DIGEST_LEN).read_to_end(&mut bytes);
         body.map_err(|e| Error::Unreachable(e.into()))?;
         Ok((bytes.as_chunks::<32>().0.to_vec(), pace.map(f64::from)))
     }
@@ -335,16 +336,9 @@ impl Client {
     }
 }
 
-/// Sent by who takes the names of others that are getting the NAR for an answer, and has them in the answer.
-const RELAY_HEADER: &str = "X-Peerix-Relay";
-/// With digests: bytes per second that one more neighbour would get of the NAR.
-const PACE_HEADER: &str = "X-Peerix-Pace";
-/// Names that are read of an answer.
-const MAX_NAMES: usize = 16;
-
 fn names<B>(response: &Response<B>) -> Vec<IpAddr> {
     let field = response.headers().get(RELAY_HEADER).and_then(|field| field.to_str().ok()).unwrap_or_default();
-    field.split(',').filter_map(|name| name.trim().parse().ok()).take(MAX_NAMES).collect()
+    field.split(',').filter_map(|name| name.trim().parse().ok()).take(MAX_NAMED).collect()
 }
 
 /// A kept connection may have been closed by the other end in the moment it is used again: then a new one does it.

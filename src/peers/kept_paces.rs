@@ -25,7 +25,7 @@ struct Kept {
     bytes_per_second: f64,
 }
 
-/// Writes the paces that are known into `dir`.
+/// Writes the paces that are known into `dir`. If none is, those of the last run stay.
 ///
 /// # Errors
 /// The file system's; then the file is as it was.
@@ -36,6 +36,9 @@ pub fn save(paces: &Paces, dir: &Path) -> io::Result<()> {
         bytes_per_second,
     };
     let all: Vec<Kept> = paces.known(Instant::now()).into_iter().take(MAX_PEERS).map(kept).collect();
+    if all.is_empty() {
+        return Ok(());
+    }
     fs::write(dir.join(NEW), serde_json::to_vec(&all).map_err(io::Error::other)?)?;
     fs::rename(dir.join(NEW), dir.join(FILE))
 }

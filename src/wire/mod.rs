@@ -2,6 +2,7 @@
 
 pub mod filter;
 mod packet;
+pub mod relay;
 pub mod tracker;
 
 pub use packet::{Bits, HashParts, Hello, MAX_BATCH, Packet};
