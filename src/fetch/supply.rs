@@ -46,7 +46,7 @@ const UPSTREAM_GRACE: Duration = Duration::from_secs(2);
 const RELAY_PATIENCE: Timeout = Timeout::from_secs(4);
 /// A peer that is still getting the NAR is left after so long without a byte, or while the holder is twice as fast, for each
 /// peer that is before it in the chain. The holder is asked as often how fast it is.
-const RELAY_STEP: Duration = Duration::from_secs(1);
+const RELAY_STEP: Timeout = Timeout::from_secs(1);
 /// A holder hashes them within this.
 const DIGEST_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -417,15 +417,15 @@ impl<'a> Supply<'a> {
         let Some(current) = &mut self.current else { return Ok(()) };
         let silent = now.saturating_duration_since(current.read_began.max(current.last_read));
         let Some(digests) = &mut current.digests else { return Ok(()) };
-        if silent >= RELAY_STEP * digests.position {
+        if silent >= RELAY_STEP.get() * digests.position {
             return Err(Broken::Slow(format!("nothing came for {silent:.1?}")));
         }
-        if now.saturating_duration_since(digests.asked) < RELAY_STEP || own.waited.is_zero() {
+        if now.saturating_duration_since(digests.asked) < RELAY_STEP.get() || own.waited.is_zero() {
             return Ok(());
         }
         digests.asked = now;
         let name = nar_name(&self.hash_part, &self.found.nar_hash);
-        let there = match self.fetch.client.digests(digests.holder, &name, 0, 1, RELAY_STEP) {
+        let there = match self.fetch.client.digests(digests.holder, &name, 0, 1, RELAY_STEP.get()) {
             Ok((_, Some(there))) => there,
             _ => return Ok(()),
         };
@@ -435,7 +435,7 @@ impl<'a> Supply<'a> {
             return Ok(());
         }
         let since = *digests.slow_since.get_or_insert(now);
-        if now.saturating_duration_since(since) < RELAY_STEP * digests.position {
+        if now.saturating_duration_since(since) < RELAY_STEP.get() * digests.position {
             return Ok(());
         }
         Err(Broken::Slow(format!("{:.0} KiB/s, the holder has {:.0} KiB/s", here / 1024.0, there / 1024.0)))
@@ -572,9 +572,10 @@ impl<'a> Supply<'a> {
             Err(Error::Named(ips)) => {
                 self.takes_names = false;
                 self.relays_until = Instant::now() + RELAY_PATIENCE.get();
-                let relays = self.fetch.lookup.live_neighbours(&ips);
                 log::debug!("NAR {}: peer {} names {ips:?}", self.found.nar_hash, source.peer);
-                self.relays = relays.into_iter().map(|relay| (relay, source.peer)).collect();
+                let relays = self.fetch.lookup.live_neighbours(&ips);
+                let relays = relays.into_iter().filter(|relay| self.is_good(relay.who()));
+                self.relays = relays.map(|relay| (relay, source.peer)).collect();
                 self.found.sources.push(source);
             }
             // It has not begun to get the NAR, or cannot pass it on.
@@ -600,6 +601,12 @@ impl<'a> Supply<'a> {
             }
         }
         false
+    }
+
+    /// Whether nothing is against the peer.
+    fn is_good(&self, who: Who) -> bool {
+        let standing = &self.fetch.standing;
+        standing.turn(who, Instant::now()) == Turn::Now && !standing.is_doubtful(who)
     }
 
     /// Time until the first piece has to be there; without end when it is.
