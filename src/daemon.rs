@@ -31,6 +31,7 @@ use crate::sockets::{self, Sockets};
 use crate::status::{Facts, Status};
 use crate::store::{Store, StoreConfig};
 use crate::upstream::Upstream;
+use crate::wire::tracker::Identity;
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use ring::rand::{SecureRandom, SystemRandom};
 use sd_notify::NotifyState;
@@ -141,13 +142,13 @@ pub fn run_with(config: Config, record: Record) -> Result<(), Fatal> {
     let counters = keep_counters(&config, &record, &paces).map_err(|e| Fatal::from(("counters", e)))?;
     let facts = Facts::new(&config, port);
     let strangers = match config.mode.has_wan() {
-        true => Some(Strangers::start(&config, port, &store, &share, ended)?),
+        true => Some(Strangers::start(&config, port, &store, &share, &networks, ended)?),
         false => None,
     };
     let wan = strangers.as_ref().map(|strangers| {
         let trackers = strangers.trackers.clone();
         let (client, standing, requests) = (client.clone(), standing.clone(), requests.clone());
-        Arc::new(Wan::new(trackers, client, standing, discovery.client(), networks.clone(), requests))
+        Arc::new(Wan::new(trackers, client, standing, networks.clone(), requests))
     });
     let lan = config
         .mode
@@ -320,6 +321,7 @@ impl Strangers {
         port: u16,
         store: &Arc<Store>,
         share: &Arc<Share>,
+        networks: &Arc<Networks>,
         ended: impl Fn(&'static str) -> F,
     ) -> Result<Strangers, Fatal> {
         let identity = match &config.state_dir {
@@ -330,14 +332,14 @@ impl Strangers {
             }
         };
         let identity = identity.map_err(Fatal)?;
-        let peer_id = config.peer_id.clone().unwrap_or_else(|| identity::peer_id(&identity));
-        log::info!("peer ID {peer_id}");
         let (addr, announced_port) = config.announce_addr.clone().unzip();
         let port = announced_port.flatten().unwrap_or(port);
-        let me = Me { identity, peer_id, port, addr };
+        let instance = Identity::random_seed().map_err(|_| Fatal("the system gives no random numbers".into()))?;
+        let instance = u64::from_ne_bytes(instance[..8].try_into().expect("8 bytes")) >> 1;
+        let me = Me { identity, peer_id: config.peer_id.clone(), port, addr, instance };
         let publication = Arc::new(Publication::default());
         let urls = config.tracker_urls.clone();
-        let trackers = Trackers::start(urls, me, &publication, ended("announce"));
+        let trackers = Trackers::start(urls, me, &publication, networks, ended("announce"));
         let trackers = Arc::new(trackers.map_err(|e| Fatal::from(("announce", e)))?);
         let publisher = Publisher::start(store.clone(), share.clone(), publication, ended("publish"));
         let publisher = publisher.map_err(|e| Fatal::from(("publish", e)))?;

@@ -52,13 +52,6 @@ pub fn for_this_run() -> Result<Identity, String> {
     new_seed().map(|seed| Identity::from_seed(&seed))
 }
 
-/// The peer ID that goes with a key, if the user names none: 32 digits of it, in the form of a UUID as the original has.
-pub fn peer_id(identity: &Identity) -> String {
-    let digest = ring::digest::digest(&ring::digest::SHA256, identity.public().as_bytes());
-    let digits = data_encoding::HEXLOWER.encode(&digest.as_ref()[..16]);
-    [&digits[..8], &digits[8..12], &digits[12..16], &digits[16..20], &digits[20..]].join("-")
-}
-
 fn new_seed() -> Result<[u8; Identity::SEED_LEN], String> {
     Identity::random_seed().map_err(|_| "identity: no random numbers to be had".into())
 }
@@ -118,9 +111,9 @@ mod tests {
         assert_eq!(fs::read_dir(&dir).unwrap().count(), 1, "nothing is left beside it");
         assert_eq!(load(&dir).unwrap().public(), first.public());
         assert_ne!(for_this_run().unwrap().public(), first.public());
-        let id = peer_id(&first);
+        let id = first.peer_id();
         assert_eq!((id.len(), id.matches('-').count()), (36, 4));
-        assert_eq!(peer_id(&load(&dir).unwrap()), id);
+        assert_eq!(load(&dir).unwrap().peer_id(), id);
         fs::remove_dir_all(&dir).unwrap();
     }
 

@@ -18,6 +18,7 @@
 #![forbid(unsafe_code)]
 #![warn(missing_docs)]
 
+pub mod backoff;
 pub mod cli;
 pub mod commands;
 pub mod config;
@@ -32,6 +33,7 @@ pub mod lookup;
 pub mod network;
 pub mod nix;
 pub mod on_drop;
+pub mod pace;
 pub mod peers;
 pub mod publish;
 pub mod record;

@@ -7,9 +7,9 @@ use crate::peers::announce::Publication;
 use crate::share::{Scope, Share};
 use crate::store::{Census, Store, StoreError};
 use crate::time_scale::Interval;
-use crate::wire::filter::{Filter, LEAST_BITS_PER_PATH, MAX_BYTES};
+use crate::wire::filter::{Filter, MAX_BYTES};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
-use std::collections::VecDeque;
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use std::{io, thread};
@@ -21,7 +21,10 @@ const BATCH: usize = 256;
 /// Once so many in a hundred of the paths that were added are gone, the filter is made anew: what is gone stays in it, and
 /// every peer that wants it asks in vain.
 const GONE_PERCENT: u64 = 10;
-/// Paths of which only the upstream cache can tell whether they are its own: so many at most are looked into.
+/// A filter is made anew when its paths have grown beyond what it was made for by a quarter.
+const GROWTH: (u64, u64) = (5, 4);
+/// Paths of which only the upstream cache can tell whether they are its own: so many at most are looked into. Beyond, those
+/// that would be asked about last are left out.
 const MAX_OPEN: usize = 16 * 1024;
 /// The pause between two such questions: no more of them than a person's updates cause.
 const PAUSE: Duration = Duration::from_millis(20);
@@ -73,8 +76,10 @@ struct Shared {
     paths: u64,
     /// Paths that were in the store and are gone.
     gone: u64,
-    /// Those of which it is not known yet whether they are shared.
-    open: VecDeque<HashPart>,
+    /// Those of which it is not known whether they are shared, and when to ask.
+    open: BTreeSet<(Instant, HashPart)>,
+    /// Bits for each path that the filter was made with.
+    bits_per_path: u64,
     census: Census,
 }
 
@@ -83,7 +88,7 @@ struct Shared {
 struct Rows {
     count: u64,
     shared: Vec<HashPart>,
-    open: VecDeque<HashPart>,
+    open: BTreeSet<(Instant, HashPart)>,
 }
 
 struct Reader {
@@ -98,13 +103,15 @@ impl Reader {
         let (mut shared, mut changed) = (None, false);
         let first_filter = Instant::now() + FIRST_FILTER;
         while !self.waited(if shared.is_some() { LOOK.get() } else { Duration::ZERO }) {
-            match self.update(&mut shared) {
+            match self.update(&mut shared, publication.bits_per_path()) {
                 Ok(anything) => changed |= anything,
                 Err(e) => log::warn!("what would be shared with strangers cannot be told: {e}"),
             }
             let Some(shared) = &mut shared else { continue };
             changed |= self.look_into(shared);
-            if changed && (shared.open.is_empty() || Instant::now() > first_filter) {
+            let now = Instant::now();
+            let is_asked = shared.open.first().is_none_or(|(at, _)| *at > now);
+            if changed && (is_asked || now > first_filter) {
                 log::debug!("{} paths would be shared with strangers", shared.paths);
                 publication.set(shared.filter.clone());
                 changed = false;
@@ -118,17 +125,22 @@ impl Reader {
     }
 
     /// Follows what changed in the store. True if the filter did.
-    fn update(&self, shared: &mut Option<Shared>) -> Result<bool, StoreError> {
+    fn update(&self, shared: &mut Option<Shared>, bits_per_path: u64) -> Result<bool, StoreError> {
         let census = self.store.census()?;
         let Some(last) = shared else {
             let Rows { shared: paths, open, .. } = self.read(0)?;
-            let mut filter = Filter::for_paths((paths.len() + open.len()) as u64);
+            let mut filter = Filter::with_bits((paths.len() + open.len()) as u64, bits_per_path);
             paths.iter().for_each(|hash_part| {
                 filter.insert(hash_part);
             });
-            *shared = Some(Shared { filter, paths: paths.len() as u64, gone: 0, open, census });
+            *shared = Some(Shared { filter, paths: paths.len() as u64, gone: 0, open, bits_per_path, census });
             return Ok(true);
         };
+        // Trackers that run out of memory want a smaller one.
+        if bits_per_path < last.bits_per_path {
+            *shared = None;
+            return self.update(shared, bits_per_path);
+        }
         if last.census.version == census.version {
             return Ok(false);
         }
@@ -137,12 +149,15 @@ impl Reader {
         last.paths += paths.len() as u64;
         last.gone += (last.census.count + count).saturating_sub(census.count);
         last.open.extend(open);
-        last.open.truncate(MAX_OPEN);
+        while last.open.len() > MAX_OPEN {
+            last.open.pop_last();
+        }
         last.census = census;
-        let is_full = last.filter.len_bits() < (last.paths * LEAST_BITS_PER_PATH).min(8 * MAX_BYTES as u64);
+        let needed = last.paths * last.bits_per_path * GROWTH.1 / GROWTH.0;
+        let is_full = last.filter.len_bits() < needed.min(8 * MAX_BYTES as u64);
         if is_full || last.gone * 100 > last.paths * GONE_PERCENT && last.gone > 0 {
             *shared = None;
-            return self.update(shared);
+            return self.update(shared, bits_per_path);
         }
         Ok(changed)
     }
@@ -159,8 +174,11 @@ impl Reader {
             for (_, info) in &batch {
                 if self.share.may_have_now(Scope::Wan, info) {
                     rows.shared.push(info.path.hash_part());
-                } else if rows.open.len() < MAX_OPEN && self.share.is_open_question(info) {
-                    rows.open.push_back(info.path.hash_part());
+                } else if let Some(at) = self.share.ask_upstream_at(info) {
+                    rows.open.insert((at, info.path.hash_part()));
+                    if rows.open.len() > MAX_OPEN {
+                        rows.open.pop_last();
+                    }
                 }
             }
             // Half of the time is left to others: a signature takes 0.1 ms to check, and a store may have 100,000 paths.
@@ -173,17 +191,26 @@ impl Reader {
     /// Asks the upstream cache about open questions, for a while. True if that changed the filter.
     fn look_into(&self, shared: &mut Shared) -> bool {
         let (mut changed, until) = (false, Instant::now() + LOOK.get());
-        while let Some(hash_part) = shared.open.pop_front() {
-            if let Ok(Some(info)) = self.store.path_info(&hash_part) {
-                if self.share.may_have(Scope::Wan, &info) {
+        while let Some(question) = shared.open.first().copied().filter(|(at, _)| *at <= Instant::now()) {
+            let hash_part = question.1;
+            match self.store.path_info(&hash_part) {
+                Ok(Some(info)) if self.share.may_have(Scope::Wan, &info) => {
                     changed |= shared.filter.insert(&hash_part);
                     shared.paths += 1;
-                } else if self.share.is_open_question(&info) {
-                    // Upstream does not answer at the moment.
-                    shared.open.push_back(hash_part);
+                }
+                // Upstream lacks it, or does not answer at the moment.
+                Ok(Some(info)) => shared.open.extend(self.share.ask_upstream_at(&info).map(|at| {
+                    // What may be asked about now was asked about just now, without an answer.
+                    (at.max(Instant::now() + LOOK.get()), hash_part)
+                })),
+                // It is not there any more.
+                Ok(None) => {}
+                Err(e) => {
+                    log::debug!("{hash_part}: {e}");
                     break;
                 }
             }
+            shared.open.remove(&question);
             if Instant::now() > until || self.waited(PAUSE) {
                 break;
             }
@@ -231,12 +258,12 @@ mod tests {
         register(&fixture, 0..600);
         let (reader, _running) = reader(&fixture, &unverified());
         let mut shared = None;
-        assert!(reader.update(&mut shared).unwrap());
-        assert!(!reader.update(&mut shared).unwrap());
+        assert!(reader.update(&mut shared, 16).unwrap());
+        assert!(!reader.update(&mut shared, 16).unwrap());
         let has = |shared: &Option<Shared>, i| shared.as_ref().unwrap().filter.contains(&part(i));
         assert!((0..600).all(|i| has(&shared, i)) && !(600..620).all(|i| has(&shared, i)));
         register(&fixture, 600..620);
-        assert!(reader.update(&mut shared).unwrap());
+        assert!(reader.update(&mut shared, 16).unwrap());
         assert!((0..620).all(|i| has(&shared, i)));
         assert_eq!(shared.unwrap().paths, 620);
     }
@@ -247,17 +274,17 @@ mod tests {
         register(&fixture, 0..500);
         let (reader, _running) = reader(&fixture, &unverified());
         let mut shared = None;
-        reader.update(&mut shared).unwrap();
+        reader.update(&mut shared, 16).unwrap();
         assert_eq!(shared.as_ref().unwrap().filter.as_bytes().len(), 1024);
         register(&fixture, 500..2000);
-        reader.update(&mut shared).unwrap();
-        assert!(shared.as_ref().unwrap().filter.as_bytes().len() >= 2000 * 11 / 8);
+        reader.update(&mut shared, 16).unwrap();
+        assert!(shared.as_ref().unwrap().filter.as_bytes().len() >= 2000 * 16 / 8);
         fixture.execute("delete from ValidPaths where id <= 100");
-        reader.update(&mut shared).unwrap();
+        reader.update(&mut shared, 16).unwrap();
         let last = shared.as_ref().unwrap();
         assert_eq!((last.gone, last.paths), (100, 2000), "a few stay in it");
         fixture.execute("delete from ValidPaths where id <= 1500");
-        reader.update(&mut shared).unwrap();
+        reader.update(&mut shared, 16).unwrap();
         let last = shared.as_ref().unwrap();
         assert_eq!((last.gone, last.paths), (0, 500));
         assert!((0..1500).filter(|i| last.filter.contains(&part(*i))).count() < 30);
@@ -271,13 +298,13 @@ mod tests {
         let config = Config { verify: true, ..unverified() };
         let (reader, _running) = reader(&fixture, &config);
         let mut shared = None;
-        reader.update(&mut shared).unwrap();
+        reader.update(&mut shared, 16).unwrap();
         let last = shared.as_ref().unwrap();
         assert_eq!((last.paths, last.open.len()), (0, 0));
         let config = Config { filter_patterns: vec![format!("{}-*", digits(7))], ..unverified() };
         let (reader, _running) = self::reader(&fixture, &config);
         let mut shared = None;
-        reader.update(&mut shared).unwrap();
+        reader.update(&mut shared, 16).unwrap();
         assert_eq!(shared.unwrap().paths, 19);
     }
 
@@ -288,10 +315,34 @@ mod tests {
         let config = Config { verify: true, upstream_cache: "http://127.0.0.1:9".into(), ..unverified() };
         let (reader, _running) = reader(&fixture, &config);
         let mut shared = None;
-        reader.update(&mut shared).unwrap();
+        reader.update(&mut shared, 16).unwrap();
         let last = shared.as_mut().unwrap();
         assert_eq!(last.open.len(), 20);
+        let before = last.open.clone();
         assert!(!reader.look_into(last));
         assert_eq!((last.paths, last.open.len()), (0, 20), "nobody is there");
+        assert!(last.open.iter().all(|(at, _)| *at > Instant::now()), "and is asked again at once");
+        // A path that is gone is no question, and a store that cannot be read is not a path that is gone.
+        fixture.execute("delete from ValidPaths where id <= 5");
+        last.open = before.clone();
+        reader.look_into(last);
+        assert_eq!(last.open.len(), 15);
+        last.open = before;
+        fixture.execute("alter table ValidPaths rename to Elsewhere");
+        reader.look_into(last);
+        assert_eq!(last.open.len(), 20);
+    }
+
+    #[test]
+    fn filter_is_made_smaller_when_trackers_want_that() {
+        let fixture = Fixture::new();
+        register(&fixture, 0..2000);
+        let (reader, _running) = reader(&fixture, &unverified());
+        let mut shared = None;
+        reader.update(&mut shared, 20).unwrap();
+        let large = shared.as_ref().unwrap().filter.len_bits();
+        assert!(reader.update(&mut shared, 10).unwrap());
+        assert!(shared.as_ref().unwrap().filter.len_bits() <= large * 5 / 8);
+        assert!(!reader.update(&mut shared, 20).unwrap(), "it is no larger before it has to be made anew");
     }
 }

@@ -19,6 +19,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
         &[
             "config", "fetch", "http", "identity", "key_file", "lan", "lookup", "network", "nix", "peers", "publish",
             "record", "seldom", "service", "share", "sockets", "status", "store", "upstream",
+            "wire",
         ],
     ),
     ("publish", &["config", "network", "nix", "on_drop", "peers", "share", "store", "time_scale", "wire"]),
@@ -30,13 +31,15 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("upstream", &["config", "lookup", "nix", "share"]),
     ("lookup", &["nix", "peers", "record", "wire"]),
     ("status", &["config", "lan", "network", "nix", "peers", "record", "store"]),
-    ("peers", &["lan", "network", "nix", "on_drop", "record", "time_scale", "wire"]),
+    ("peers", &["backoff", "lan", "network", "nix", "on_drop", "pace", "record", "suspend", "time_scale", "wire"]),
     ("lan", &["network", "nix", "on_drop", "seldom", "share", "store", "suspend", "time_scale", "wire"]),
     ("store", &["nix", "time_scale"]),
-    ("share", &["config", "fnmatch", "network", "nix", "on_drop", "seldom"]),
+    ("share", &["backoff", "config", "fnmatch", "network", "nix", "on_drop", "seldom", "time_scale"]),
     ("sockets", &["config", "network"]),
     ("identity", &["wire"]),
+    ("backoff", &["time_scale"]),
     ("key_file", &[]),
+    ("pace", &[]),
     ("on_drop", &[]),
     ("seldom", &[]),
     ("service", &[]),
@@ -51,7 +54,8 @@ const MAY_USE: &[(&str, &[&str])] = &[
 ];
 
 /// All that the tracker may use of the library.
-const TRACKER_MAY_USE: &[&str] = &["http", "nix", "on_drop", "seldom", "service", "sockets", "time_scale", "wire"];
+const TRACKER_MAY_USE: &[&str] =
+    &["http", "nix", "on_drop", "pace", "seldom", "service", "sockets", "time_scale", "wire"];
 
 #[test]
 fn every_file_of_tests_is_compiled() {

@@ -39,11 +39,22 @@ pub fn check(addr: &str) -> Result<(), &'static str> {
     Ok(())
 }
 
-/// Who is limited together: an IPv4 address, or an IPv6 network of 64 bits, which is what one customer has at least.
+/// Bits of an IPv6 address that one customer of a provider has to choose from: a /56.
+const CUSTOMER_BITS: u32 = 72;
+
+/// Who is limited together: an IPv4 address, or an IPv6 /56.
 pub fn household(ip: IpAddr) -> u128 {
     match ip.to_canonical() {
         IpAddr::V4(ip) => u128::from(Ipv4Addr::to_ipv6_mapped(&ip)),
-        IpAddr::V6(ip) => u128::from(ip) & !u128::from(u64::MAX),
+        IpAddr::V6(ip) => u128::from(ip) >> CUSTOMER_BITS << CUSTOMER_BITS,
+    }
+}
+
+/// Addresses that one can come by together: an IPv4 /24, or an IPv6 /56.
+pub fn network(ip: IpAddr) -> u128 {
+    match ip.to_canonical() {
+        IpAddr::V4(_) => household(ip) >> 8 << 8,
+        IpAddr::V6(_) => household(ip),
     }
 }
 
@@ -126,6 +137,11 @@ mod tests {
         assert_eq!(household("10.0.0.1"), household("::ffff:10.0.0.1"));
         assert_ne!(household("10.0.0.1"), household("10.0.0.2"));
         assert_eq!(household("2001:db8::1"), household("2001:db8::ffff:1"));
-        assert_ne!(household("2001:db8::1"), household("2001:db8:0:1::1"));
+        assert_eq!(household("2001:db8::1"), household("2001:db8:0:ff::1"));
+        assert_ne!(household("2001:db8::1"), household("2001:db8:0:100::1"));
+        let network = |text: &str| network(text.parse().unwrap());
+        assert_eq!(network("10.0.0.1"), network("10.0.0.2"));
+        assert_ne!(network("10.0.0.1"), network("10.0.1.1"));
+        assert_eq!(network("2001:db8::1"), network("2001:db8:0:ff::1"));
     }
 }

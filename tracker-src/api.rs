@@ -7,6 +7,7 @@ use crate::limits::{Kind, Limits};
 use crate::metrics::{Call, Metrics};
 use crate::reach;
 use crate::table::{Claim, Now, Refused, Reputation, Row, Table, Whereabouts};
+use crossbeam_channel::Sender;
 use data_encoding::BASE64;
 use peerix::http::body::NoBody;
 use peerix::http::server::Handler;
@@ -201,6 +202,10 @@ pub struct Api {
     limits: Limits,
     metrics: Metrics,
     uploads: AtomicUsize,
+    /// Announced addresses to be tried.
+    announced: Sender<reach::Announced>,
+    /// Reverse proxies, whose word is taken for the client's address.
+    proxies: Vec<IpAddr>,
     /// Whose nodes are tried now.
     reaches: Mutex<Vec<u128>>,
     list: Mutex<List>,
@@ -277,7 +282,7 @@ fn route<'a>(method: &str, target: &'a str) -> Result<Route<'a>, Refusal> {
 
 impl Handler for Api {
     fn handle(&self, request: &Request<'_>, exchange: &mut Exchange<'_>) -> io::Result<()> {
-        let from = request.asker.ip().to_canonical();
+        let from = self.client(request);
         let (call, outcome) = match route(request.method, request.target) {
             Ok(route) => {
                 let (call, kind) = route.kind();
@@ -327,17 +332,40 @@ fn refuse(refusal: &Refusal, exchange: &mut Exchange<'_>) -> io::Result<()> {
 
 impl Api {
     /// Serves from these.
-    pub fn new(table: Arc<Table>, ledger: Arc<Ledger>) -> Self {
+    pub fn new(
+        table: Arc<Table>,
+        ledger: Arc<Ledger>,
+        announced: Sender<reach::Announced>,
+        proxies: Vec<IpAddr>,
+    ) -> Self {
         Api {
             table,
             ledger,
             limits: Limits::default(),
             metrics: Metrics::default(),
             uploads: AtomicUsize::new(0),
+            announced,
+            proxies,
             reaches: Mutex::default(),
             list: Mutex::default(),
             faults: Seldom::default(),
         }
+    }
+
+    /// The client's address: the socket's, or what a proxy of ours says.
+    fn client(&self, request: &Request<'_>) -> IpAddr {
+        let from = request.asker.ip().to_canonical();
+        if !self.proxies.contains(&from) {
+            return from;
+        }
+        let last = request.field("X-Forwarded-For").and_then(|list| list.rsplit(',').next()?.trim().parse().ok());
+        last.map_or(from, |client: IpAddr| client.to_canonical())
+    }
+
+    /// Whether the request came through a proxy that is none of ours: then its client's address is not known.
+    fn is_forwarded(&self, request: &Request<'_>) -> bool {
+        let is_ours = self.proxies.contains(&request.asker.ip().to_canonical());
+        !is_ours && FORWARDED.iter().any(|field| request.has(field))
     }
 
     fn limit(&self, from: IpAddr, kind: Kind) -> Result<(), Refusal> {
@@ -349,13 +377,13 @@ impl Api {
 
     fn answer(&self, route: &Route<'_>, request: &Request<'_>, from: IpAddr, exchange: &mut Exchange<'_>) -> Outcome {
         match route {
-            Route::Announce => self.announce(&read(exchange)?, from),
+            Route::Announce => self.announce(&read(exchange)?, from, self.is_forwarded(request)),
             Route::Leave => self.leave(&read(exchange)?, from),
             Route::Filter(id) => self.filter(&peer_id_in(id)?, request, exchange),
             Route::Lookup(hash_part) => self.lookup(hash_part),
             Route::Peers => self.peers(),
             Route::TransferInit => self.begin_transfers(read(exchange)?, from),
-            Route::Report => self.report(read(exchange)?),
+            Route::Report => self.report(read(exchange)?, from),
             Route::Reputation(id) => {
                 let id = peer_id_in(id)?;
                 json(&ReputationBody::new(Some(&id), &self.ledger.reputation(&id)?))
@@ -366,7 +394,7 @@ impl Api {
         }
     }
 
-    fn announce(&self, body: &Announce, from: IpAddr) -> Outcome {
+    fn announce(&self, body: &Announce, from: IpAddr, is_forwarded: bool) -> Outcome {
         let (Some(id), Some(port)) = (given(&body.peer_id), body.port) else {
             return Err(Refusal::new(400, "peer_id and port required"));
         };
@@ -376,6 +404,12 @@ impl Api {
         }
         let addr = match given(&body.addr) {
             Some(addr) => address::check(addr).map(|()| addr.to_owned()).map_err(|why| Refusal::new(400, why))?,
+            None if is_forwarded => {
+                return Err(Refusal::new(
+                    400,
+                    "addr: required, as the request came through a proxy; set --announce-addr, or --proxy of the tracker",
+                ));
+            }
             None if can_be_peer(from) => from.to_string(),
             None => {
                 return Err(Refusal::new(
@@ -392,15 +426,31 @@ impl Api {
         let met = if known { None } else { Some(self.meet(id, claim.as_ref())?) };
         log::debug!("{id} announces itself at {addr}, port {port}");
         let whereabouts = Whereabouts { addr, port, from };
-        let welcome = self.table.announce(id, whereabouts, claim.as_ref(), met, now).map_err(|e| (e, now))?;
+        let welcome = self.table.announce(id, whereabouts.clone(), claim.as_ref(), body.instance, met, now);
+        let welcome = welcome.map_err(|e| (e, now))?;
         if welcome.first_today {
             self.ledger.seen(id);
+        }
+        if welcome.has_moved {
+            self.ledger.arrived(id, &whereabouts);
+        }
+        if welcome.to_be_reached {
+            let Whereabouts { addr, port, .. } = whereabouts;
+            // When there is no room for it, it is tried after a later announce.
+            let _ = self.announced.try_send(reach::Announced { id: id.to_owned(), addr, port });
         }
         if claim.is_none() {
             return status("ok");
         }
         let tracker = Some(self.ledger.tracker_id().to_owned());
-        json(&Announced { status: "ok".into(), tracker, filter: welcome.filter })
+        json(&Announced {
+            status: "ok".into(),
+            tracker,
+            filter: welcome.filter,
+            bits_per_path: Some(self.table.bits_per_path()),
+            reachable: welcome.reachable,
+            also_at: welcome.also_at.map(|ip| ip.to_string()),
+        })
     }
 
     /// What the ledger knows of an ID. Binds it to the key, if there is one; when this returns, that lasts.
@@ -427,6 +477,7 @@ impl Api {
         self.table.check(id, claim.as_ref(), now).map_err(|e| (e, now))?;
         verify(&body.proof, &Statement::Leave { peer_id: id })?;
         self.table.leave(id, claim.as_ref(), from, now).map_err(|e| (e, now))?;
+        self.ledger.gone(id);
         log::debug!("{id} leaves");
         status("ok")
     }
@@ -458,8 +509,12 @@ impl Api {
         let digest = ring::digest::digest(&ring::digest::SHA256, &bits);
         verify(&proof, &Statement::Filter { peer_id: id, digest: digest.as_ref() })?;
         let filter = Filter::parse(bits).map_err(|e| Refusal::new(400, e.to_string()))?;
-        let now = now();
+        if filter.is_overfull() {
+            return Err(Refusal::new(400, "body: more bits are set than a filter of its size may have"));
+        }
+        let (now, bits) = (now(), filter.as_bytes().to_vec());
         self.table.publish(id, &claim, filter, now).map_err(|e| (e, now))?;
+        self.ledger.published(id, claim.stamp, bits);
         log::debug!("{id} publishes a filter of {} bytes", request.body_len);
         status("ok")
     }
@@ -493,7 +548,7 @@ impl Api {
         if !can_be_peer(from) {
             return Err(Refusal::new(400, format!("no other peer can reach {from}")));
         }
-        if FORWARDED.iter().any(|field| request.has(field)) {
+        if self.is_forwarded(request) {
             return Err(Refusal::new(400, "asked through a proxy, which is what would be reached"));
         }
         let reaches = || self.reaches.lock().unwrap_or_else(PoisonError::into_inner);
@@ -531,13 +586,15 @@ impl Api {
             return Err(Refusal::new(400, format!("count: not from 1 to {MAX_TRANSFERS_AT_ONCE}")));
         }
         self.limits.charge(from, Kind::Transfer, count - 1, Instant::now());
+        self.limit(from, Kind::Stored)?;
+        self.limits.charge(from, Kind::Stored, count - 1, Instant::now());
         let first = self.ledger.begin_transfers(sender.to_owned(), receiver.to_owned(), count)?;
         let transfer_id = first.ok_or_else(|| Refusal::later(503, "too many transfers", FULL_RETRY))?;
         self.metrics.begun(count);
         json(&TransferBegun { transfer_id, count: body.count })
     }
 
-    fn report(&self, body: Report) -> Outcome {
+    fn report(&self, body: Report, from: IpAddr) -> Outcome {
         let given_id = body.transfer_id.filter(|id| *id != 0);
         let (Some(transfer), Some(id), Some(role), Some(bytes)) =
             (given_id, given(&body.peer_id), given(&body.role), body.bytes)
@@ -561,7 +618,8 @@ impl Api {
             self.table.advance_known(id, claim, now).map_err(|e| (e, now))?;
         }
         let key = claim.map(|claim| claim.key);
-        let told = Told { transfer, peer_id: id.to_owned(), role, bytes, key };
+        let network = address::network(from);
+        let told = Told { transfer, peer_id: id.to_owned(), role, bytes, key, network };
         match self.ledger.report(told)? {
             Reported::Pending => status("pending"),
             Reported::Resolved(consistent) => {

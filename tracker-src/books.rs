@@ -1,19 +1,27 @@
 //! What lasts, as SQLite tables: whose IDs are, transfers, reputation. Knows no threads; [`crate::ledger`] runs it.
 
-use crate::table::Reputation;
+use crate::table::{Reputation, Whereabouts};
 use peerix::wire::tracker::{MAX_PEER_ID, Role, TransferName};
 use ring::rand::{SecureRandom, SystemRandom};
 use rusqlite::{Connection, OptionalExtension, params};
+use std::collections::HashSet;
 use std::path::Path;
 use std::time::Duration;
 
 /// Version of the tables, kept as `user_version`. The original's have none.
-const VERSION: i64 = 1;
+const VERSION: i64 = 2;
 
 /// Bound IDs, some 200 MB. Beyond, no new ones are bound until old ones are forgotten.
 const MAX_IDENTITIES: u64 = 1_000_000;
-/// A bound ID that was not seen for so many days is forgotten, and so is the reputation of one that is not bound.
+/// From so many on, IDs are forgotten: first those that were seen on one day only, as invented ones are.
+const FORGET_FROM: u64 = MAX_IDENTITIES / 10 * 8;
+/// Then a bound ID that was not seen for so many days; and so is, at any time, the reputation of one that is not bound.
 const FORGOTTEN_AFTER_DAYS: i64 = 90;
+/// Peers and networks that blamed them, of one day. Beyond, failures count for nobody until the next day.
+const MAX_BLAMED: usize = 100_000;
+/// Who was here is still here after a restart if the tracker was away for no longer than this, in milliseconds: nodes
+/// announce themselves each minute.
+const PRESENT_FOR_MS: u64 = 10 * 60 * 1000;
 /// IDs with a reputation. Beyond, transfers of others still resolve, and count for nobody new.
 const MAX_REPUTATIONS: u64 = 1_000_000;
 /// Transfers at once, some 500 MB. Beyond, none begin until old ones are pruned.
@@ -65,6 +73,22 @@ const TABLES: &str = "
     create index identities_seen on identities (seen_day);
     create table meta (key text primary key, value) without rowid;
     drop table if exists peers;
+";
+
+/// What version 2 adds: who is here, and since when an ID is bound.
+const TABLES_2: &str = "
+    create table present (
+        peer_id text primary key,
+        addr text not null,
+        port integer not null,
+        came_from text not null,
+        filter_stamp integer,
+        filter blob
+    ) without rowid;
+    alter table identities add column first_day integer not null default 0;
+    create index identities_once on identities (seen_day) where first_day = seen_day;
+    alter table transfers add column sender_network text;
+    alter table transfers add column receiver_network text;
 ";
 
 /// The original checks neither kinds nor signs of what it stores.
@@ -121,6 +145,21 @@ pub enum Reported {
     Unproven,
 }
 
+/// A peer that was here when the tracker ended.
+#[derive(Debug)]
+pub struct Present {
+    /// Its ID.
+    pub id: String,
+    /// Where it is.
+    pub whereabouts: Whereabouts,
+    /// The key that its ID is bound to.
+    pub key: Option<[u8; 32]>,
+    /// What it did.
+    pub reputation: Reputation,
+    /// Its filter, and the time of the statement with which it came.
+    pub filter: Option<(u64, Vec<u8>)>,
+}
+
 /// One side's report.
 #[derive(Debug, Clone)]
 pub struct Statement {
@@ -134,6 +173,8 @@ pub struct Statement {
     pub bytes: u64,
     /// Who signed it.
     pub key: Option<[u8; 32]>,
+    /// The network that it came from.
+    pub network: u128,
 }
 
 /// How many rows there are, so that bounds cost no counting.
@@ -151,6 +192,10 @@ pub struct Books {
     /// As of the last commit.
     committed: Counts,
     changed: Vec<(String, Reputation)>,
+    /// Peers that a transfer failed against today, and the network of the other side: one failure a day counts, or one
+    /// asker with false reports could ruin a peer.
+    blamed: HashSet<(String, String)>,
+    blamed_day: i64,
     pruned_to: i64,
     tracker_id: String,
 }
@@ -175,7 +220,8 @@ impl Books {
         prepare(&db).map_err(wrong)?;
         let version: i64 = db.pragma_query_value(None, "user_version", |row| row.get(0)).map_err(wrong)?;
         match version {
-            0 => migrate(&db).map_err(wrong)?,
+            0 => migrate(&db).and_then(|()| migrate_2(&db)).map_err(wrong)?,
+            1 => migrate_2(&db).map_err(wrong)?,
             VERSION => {}
             newer => {
                 return Err(format!(
@@ -199,7 +245,16 @@ impl Books {
             reputations: count("reputation").map_err(wrong)?,
             transfers: count("transfers").map_err(wrong)?,
         };
-        Ok(Books { db, counts, committed: counts, changed: Vec::new(), pruned_to: 0, tracker_id })
+        Ok(Books {
+            db,
+            counts,
+            committed: counts,
+            changed: Vec::new(),
+            blamed: HashSet::new(),
+            blamed_day: 0,
+            pruned_to: 0,
+            tracker_id,
+        })
     }
 
     /// The tracker's ID, made with the database.
@@ -237,10 +292,87 @@ impl Books {
         self.changed.clear();
     }
 
-    /// What is known of an ID.
+    /// Does one job of a transaction; what fails of it is taken back, and nothing else.
+    ///
+    /// # Errors
+    /// The job's, or SQLite's.
+    pub fn job(&mut self, work: impl FnOnce(&mut Self) -> Result<()>) -> Result<()> {
+        if self.db.is_autocommit() {
+            // An earlier job's error has taken back the whole transaction.
+            return Err(rusqlite::Error::SqliteFailure(rusqlite::ffi::Error::new(rusqlite::ffi::SQLITE_ABORT), None));
+        }
+        let (counts, changed) = (self.counts, self.changed.len());
+        self.db.prepare_cached("savepoint job")?.execute([])?;
+        let done = work(self);
+        if done.is_err() {
+            self.counts = counts;
+            self.changed.truncate(changed);
+            if self.db.is_autocommit() {
+                return done;
+            }
+            self.db.execute_batch("rollback to job")?;
+        }
+        self.db.prepare_cached("release job")?.execute([])?;
+        done
+    }
+
+    /// Who was here when the tracker ended, if it ended a moment ago.
     ///
     /// # Errors
     /// SQLite's, as for all that follow.
+    pub fn present(&self, now_ms: u64) -> Result<Vec<Present>> {
+        let sql = "select value from meta where key = 'alive'";
+        let alive: Option<i64> = self.db.query_row(sql, [], |row| row.get(0)).optional()?;
+        if alive.is_none_or(|alive| now_ms.abs_diff(alive.unsigned_abs()) > PRESENT_FOR_MS) {
+            self.db.execute("delete from present", [])?;
+            return Ok(Vec::new());
+        }
+        let sql = "select peer_id, addr, port, came_from, filter_stamp, filter, public_key
+            from present left join identities using (peer_id)";
+        let mut statement = self.db.prepare(sql)?;
+        let rows = statement.query_map([], |row| {
+            let from: String = row.get(3)?;
+            let from = from.parse().map_err(|_| rusqlite::Error::IntegralValueOutOfRange(3, 0))?;
+            let stamp: Option<i64> = row.get(4)?;
+            let filter: Option<Vec<u8>> = row.get(5)?;
+            let whereabouts = Whereabouts { addr: row.get(1)?, port: row.get(2)?, from };
+            let filter = stamp.map(i64::unsigned_abs).zip(filter);
+            let reputation = Reputation::default();
+            Ok(Present { id: row.get(0)?, whereabouts, key: row.get(6)?, reputation, filter })
+        })?;
+        // A row that cannot be read is a peer that announces itself again soon.
+        let mut present: Vec<Present> = rows.filter_map(Result::ok).collect();
+        for peer in &mut present {
+            peer.reputation = self.reputation(&peer.id)?;
+        }
+        Ok(present)
+    }
+
+    /// A peer is here, or is elsewhere than before.
+    pub fn arrived(&mut self, id: &str, at: &Whereabouts) -> Result<()> {
+        let sql = "insert into present (peer_id, addr, port, came_from) values (?, ?, ?, ?) on conflict do update
+            set addr = excluded.addr, port = excluded.port, came_from = excluded.came_from";
+        self.db.prepare_cached(sql)?.execute(params![id, at.addr, at.port, at.from.to_string()]).map(drop)
+    }
+
+    /// A peer that is here has another filter.
+    pub fn published(&mut self, id: &str, stamp: u64, filter: &[u8]) -> Result<()> {
+        let sql = "update present set filter_stamp = ?2, filter = ?3 where peer_id = ?1";
+        self.db.prepare_cached(sql)?.execute(params![id, stamp.min(MOST) as i64, filter]).map(drop)
+    }
+
+    /// A peer is gone.
+    pub fn gone(&mut self, id: &str) -> Result<()> {
+        self.db.prepare_cached("delete from present where peer_id = ?")?.execute([id]).map(drop)
+    }
+
+    /// The tracker runs at that time.
+    pub fn alive(&mut self, now_ms: u64) -> Result<()> {
+        let sql = "insert into meta (key, value) values ('alive', ?) on conflict do update set value = excluded.value";
+        self.db.prepare_cached(sql)?.execute([now_ms.min(MOST) as i64]).map(drop)
+    }
+
+    /// What is known of an ID.
     pub fn meet(&self, id: &str) -> Result<Met> {
         Ok(Met { key: self.key(id)?, reputation: self.reputation(id)? })
     }
@@ -257,7 +389,7 @@ impl Books {
             Some(_) => self.seen(id, day)?,
             None if self.counts.identities >= MAX_IDENTITIES => return Ok(Bound::Full),
             None => {
-                let sql = "insert into identities (peer_id, public_key, seen_day) values (?, ?, ?)";
+                let sql = "insert into identities (peer_id, public_key, seen_day, first_day) values (?1, ?2, ?3, ?3)";
                 self.db.prepare_cached(sql)?.execute(params![id, key, day])?;
                 self.counts.identities += 1;
             }
@@ -299,13 +431,15 @@ impl Books {
     /// One side's report of a transfer.
     pub fn report(&mut self, report: &Statement, day: i64) -> Result<Reported> {
         let sql = "select sender_id, receiver_id, sender_bytes, receiver_bytes, coalesce(sender_confirmed, 0) <> 0,
-            coalesce(receiver_confirmed, 0) <> 0, coalesce(resolved, 0) <> 0 from transfers where id = ?";
+            coalesce(receiver_confirmed, 0) <> 0, coalesce(resolved, 0) <> 0, sender_network, receiver_network
+            from transfers where id = ?";
         let Ok(id) = i64::try_from(report.transfer) else { return Ok(Reported::NotFound) };
         struct Transfer {
             peers: [String; 2],
             bytes: [Option<i64>; 2],
             confirmed: [bool; 2],
             resolved: bool,
+            networks: [Option<String>; 2],
         }
         let found = self.db.prepare_cached(sql)?.query_row([id], |row| {
             Ok(Transfer {
@@ -313,6 +447,7 @@ impl Books {
                 bytes: [row.get(2)?, row.get(3)?],
                 confirmed: [row.get(4)?, row.get(5)?],
                 resolved: row.get(6)?,
+                networks: [row.get(7)?, row.get(8)?],
             })
         });
         let Some(transfer) = found.optional()? else { return Ok(Reported::NotFound) };
@@ -334,22 +469,45 @@ impl Books {
         }
         let resolves = transfer.confirmed[other];
         let sql = match report.role {
-            Role::Sender => "update transfers set sender_bytes = ?, sender_confirmed = 1, resolved = ? where id = ?",
+            Role::Sender => {
+                "update transfers set sender_bytes = ?, sender_confirmed = 1, resolved = ?, sender_network = ? where id = ?"
+            }
             Role::Receiver => {
-                "update transfers set receiver_bytes = ?, receiver_confirmed = 1, resolved = ? where id = ?"
+                "update transfers set receiver_bytes = ?, receiver_confirmed = 1, resolved = ?, receiver_network = ?
+                    where id = ?"
             }
         };
-        self.db.prepare_cached(sql)?.execute(params![report.bytes.min(MOST) as i64, resolves, id])?;
+        let network = format!("{:x}", report.network);
+        self.db.prepare_cached(sql)?.execute(params![report.bytes.min(MOST) as i64, resolves, network, id])?;
         if !resolves {
             return Ok(Reported::Pending);
         }
         let others = transfer.bytes[other].and_then(|bytes| u64::try_from(bytes).ok()).unwrap_or(0);
         let consistent = agree(report.bytes, others);
-        let mut bytes = [0; 2];
-        (bytes[side], bytes[other]) = (report.bytes, others);
-        self.count(&transfer.peers[0], consistent, bytes[0], 0, day)?;
-        self.count(&transfer.peers[1], consistent, 0, bytes[1], day)?;
+        let [sender, receiver] = transfer.peers;
+        let other_network = transfer.networks[other].clone().unwrap_or_default();
+        // What one network says of itself, and what nobody signed, counts for nobody: identities cost nothing.
+        if other_network == network || self.key(&sender)?.is_none() || self.key(&receiver)?.is_none() {
+            return Ok(Reported::Resolved(consistent));
+        }
+        let (mut bytes, mut networks) = ([others; 2], [other_network.clone(), other_network]);
+        (bytes[side], networks[side]) = (report.bytes, network);
+        let [sender_network, receiver_network] = networks;
+        if consistent || self.may_blame(&sender, receiver_network, day) {
+            self.count(&sender, consistent, bytes[0], 0, day)?;
+        }
+        if consistent || self.may_blame(&receiver, sender_network, day) {
+            self.count(&receiver, consistent, 0, bytes[1], day)?;
+        }
         Ok(Reported::Resolved(consistent))
+    }
+
+    /// Whether a failure against a peer counts, as the first one of that day and network.
+    fn may_blame(&mut self, id: &str, network: String, day: i64) -> bool {
+        if std::mem::replace(&mut self.blamed_day, day) != day {
+            self.blamed.clear();
+        }
+        self.blamed.len() < MAX_BLAMED && self.blamed.insert((id.to_owned(), network))
     }
 
     fn count(&mut self, id: &str, consistent: bool, shared: u64, received: u64, day: i64) -> Result<()> {
@@ -408,17 +566,25 @@ impl Books {
         Ok(())
     }
 
-    /// One small step of forgetting who was not seen for long.
+    /// One small step of forgetting IDs, if there are many: of those seen on one day only that are not here, the oldest; if
+    /// there are none, of those not seen for long.
     pub fn prune_identities(&mut self, day: i64) -> Result<()> {
-        let before = day - FORGOTTEN_AFTER_DAYS;
-        let sql = "delete from identities where peer_id in
-            (select peer_id from identities where seen_day < ? limit ?)";
-        let deleted = self.db.prepare_cached(sql)?.execute([before, PRUNE_ROWS])?;
+        if self.counts.identities < FORGET_FROM {
+            return Ok(());
+        }
+        let once = "delete from identities where peer_id in (select peer_id from identities where first_day = seen_day
+            and peer_id not in (select peer_id from present) order by seen_day limit ?)";
+        let mut deleted = self.db.prepare_cached(once)?.execute([PRUNE_ROWS])?;
+        if deleted == 0 {
+            let old = "delete from identities where peer_id in
+                (select peer_id from identities where seen_day < ? limit ?)";
+            deleted = self.db.prepare_cached(old)?.execute([day - FORGOTTEN_AFTER_DAYS, PRUNE_ROWS])?;
+        }
         self.counts.identities = self.counts.identities.saturating_sub(deleted as u64);
         Ok(())
     }
 
-    /// The same for reputations of IDs that are not bound. It looks at every one.
+    /// One small step of forgetting the reputations of IDs that are not bound. It looks at every one.
     pub fn prune_reputations(&mut self, day: i64) -> Result<()> {
         let before = day - FORGOTTEN_AFTER_DAYS;
         let sql = "delete from reputation where peer_id in (select peer_id from reputation where changed_day < ?
@@ -461,6 +627,13 @@ fn migrate(db: &Connection) -> Result<()> {
     }
     let id = data_encoding::HEXLOWER.encode(&random);
     db.execute("insert into meta (key, value) values ('tracker_id', ?)", [id])?;
+    db.pragma_update(None, "user_version", 1)?;
+    db.execute_batch("commit")
+}
+
+fn migrate_2(db: &Connection) -> Result<()> {
+    db.execute_batch("begin immediate")?;
+    db.execute_batch(TABLES_2)?;
     db.pragma_update(None, "user_version", VERSION)?;
     db.execute_batch("commit")
 }
@@ -479,7 +652,15 @@ mod tests {
 
     fn report(books: &mut Books, transfer: u64, role: Role, bytes: u64) -> Reported {
         let peer_id = if role == Role::Sender { "a" } else { "b" }.to_owned();
-        books.report(&Statement { transfer, peer_id, role, bytes, key: None }, 0).unwrap()
+        let network = if role == Role::Sender { 1 } else { 2 };
+        books.report(&Statement { transfer, peer_id, role, bytes, key: None, network }, 0).unwrap()
+    }
+
+    /// One side's report, signed by key 1 for `a`, and by key 2 for everybody else.
+    fn signed(books: &mut Books, transfer: u64, peer_id: &str, role: Role, bytes: u64, network: u128) -> Reported {
+        let key = Some([if peer_id == "a" { 1 } else { 2 }; 32]);
+        let told = Statement { transfer, peer_id: peer_id.into(), role, bytes, key, network };
+        books.report(&told, 7).unwrap()
     }
 
     #[test]
@@ -506,9 +687,11 @@ mod tests {
         let sql =
             format!("insert into reputation values ('a', {most}, 0, {most}, 0, 0), ('b', 0, {huge}, 0, {most}, 0)");
         books.db.execute_batch(&sql).unwrap();
+        books.bind("a", &[1; 32], 0).unwrap();
+        books.bind("b", &[2; 32], 0).unwrap();
         let id = books.begin_transfers("a", "b", 1, 0.0).unwrap().unwrap();
-        report(&mut books, id, Role::Sender, 1 << 44);
-        assert_eq!(report(&mut books, id, Role::Receiver, 1 << 44), Reported::Resolved(true));
+        signed(&mut books, id, "a", Role::Sender, 1 << 44, 1);
+        assert_eq!(signed(&mut books, id, "b", Role::Receiver, 1 << 44, 2), Reported::Resolved(true));
         let a = books.reputation("a").unwrap();
         assert_eq!((a.shared, a.successful), (MOST, MOST));
         assert_eq!(books.reputation("b").unwrap().received, 1 << 45);
@@ -544,24 +727,115 @@ mod tests {
     }
 
     #[test]
-    fn ids_are_forgotten_when_nobody_used_them_for_long() {
+    fn ids_are_forgotten_when_there_are_many_those_of_one_day_first() {
         let mut books = books();
-        for (id, day) in [("old", 10), ("used", 10), ("new", 50)] {
+        for (id, day) in [("once", 10), ("here", 40), ("used", 10), ("old", 5), ("new", 50)] {
             assert_eq!(books.bind(id, &[7; 32], day).unwrap(), Bound::Yes(Reputation::default()));
-            books.count(id, true, 1, 0, day).unwrap();
         }
-        books.count("unbound", true, 1, 0, 10).unwrap();
-        books.seen("used", 60).unwrap();
-        books.prune_identities(10 + FORGOTTEN_AFTER_DAYS).unwrap();
-        assert_eq!(books.counts.identities, 3);
-        let day = 11 + FORGOTTEN_AFTER_DAYS;
+        for (id, day) in [("used", 60), ("old", 6), ("new", 51)] {
+            books.seen(id, day).unwrap();
+        }
+        let here = Whereabouts { addr: "a".into(), port: 1, from: std::net::Ipv4Addr::LOCALHOST.into() };
+        books.arrived("here", &here).unwrap();
+        let known = |books: &Books, id| books.meet(id).unwrap().key.is_some();
+        let day = 20 + FORGOTTEN_AFTER_DAYS;
         books.prune_identities(day).unwrap();
-        books.prune_reputations(day).unwrap();
-        assert_eq!((books.counts.identities, books.counts.reputations), (2, 2));
-        assert_eq!(books.meet("old").unwrap(), Met { key: None, reputation: Reputation::default() });
-        assert_eq!(books.meet("used").unwrap().key, Some([7; 32]));
+        assert_eq!(books.counts.identities, 5, "there is room");
+        books.counts.identities = FORGET_FROM;
+        books.prune_identities(day).unwrap();
+        assert!(!known(&books, "once") && known(&books, "old") && known(&books, "here"));
+        books.counts.identities = FORGET_FROM;
+        books.prune_identities(day).unwrap();
+        assert!(!known(&books, "old") && known(&books, "used") && known(&books, "new") && known(&books, "here"));
         assert_eq!(books.bind("used", &[8; 32], day).unwrap(), Bound::OtherKey);
         assert_eq!(books.bind("old", &[8; 32], day).unwrap(), Bound::Yes(Reputation::default()));
+        books.count("unbound", true, 1, 0, 10).unwrap();
+        books.count("used", true, 1, 0, 10).unwrap();
+        books.prune_reputations(11 + FORGOTTEN_AFTER_DAYS).unwrap();
+        assert_eq!(books.counts.reputations, 1);
+    }
+
+    /// 64 invented peers used to make themselves any reputation, and one asker with false reports to ruin a peer's.
+    #[test]
+    fn reputation_counts_signed_reports_of_different_networks_only() {
+        let mut books = books();
+        books.bind("a", &[1; 32], 0).unwrap();
+        books.bind("b", &[2; 32], 0).unwrap();
+        let mut transfer = |receiver: &str, bytes: u64, networks: (u128, u128)| {
+            let id = books.begin_transfers("a", receiver, 1, 0.0).unwrap().unwrap();
+            assert_eq!(signed(&mut books, id, "a", Role::Sender, 100, networks.0), Reported::Pending);
+            let consistent = (95..=105).contains(&bytes);
+            let outcome = match receiver {
+                "b" => signed(&mut books, id, "b", Role::Receiver, bytes, networks.1),
+                _ => {
+                    let (peer_id, key) = (receiver.to_owned(), None);
+                    let told =
+                        Statement { transfer: id, peer_id, role: Role::Receiver, bytes, key, network: networks.1 };
+                    books.report(&told, 7).unwrap()
+                }
+            };
+            assert_eq!(outcome, Reported::Resolved(consistent));
+            let of = |books: &Books, id: &str| {
+                let of = books.reputation(id).unwrap();
+                (of.successful, of.failed)
+            };
+            (of(&books, "a"), of(&books, receiver))
+        };
+        let nothing = (0, 0);
+        assert_eq!(transfer("unbound", 100, (1, 2)), (nothing, nothing));
+        assert_eq!(transfer("b", 100, (1, 1)), (nothing, nothing));
+        assert_eq!(transfer("b", 100, (1, 2)), ((1, 0), (1, 0)));
+        // False reports cost the reporter as much, and are one, however many they are.
+        for _ in 0..256 {
+            assert_eq!(transfer("b", 1 << 44, (1, 2)), ((1, 1), (1, 1)));
+        }
+        assert_eq!(transfer("b", 1 << 44, (1, 3)), ((1, 2), (1, 1)), "of another network");
+        assert_eq!(transfer("b", 100, (1, 2)), ((2, 2), (2, 1)));
+    }
+
+    #[test]
+    fn who_is_here_is_known_after_a_restart_and_not_after_an_hour() {
+        let mut books = books();
+        let at = |port| Whereabouts { addr: "example.org".into(), port, from: "2001:db8::1".parse().unwrap() };
+        books.bind("a", &[1; 32], 0).unwrap();
+        for (id, port) in [("a", 1), ("a", 2), ("b", 3), ("gone", 4)] {
+            books.arrived(id, &at(port)).unwrap();
+        }
+        books.published("a", 77, &[1, 2, 3]).unwrap();
+        books.arrived("a", &at(5)).unwrap();
+        books.published("nobody", 77, &[1]).unwrap();
+        books.gone("gone").unwrap();
+        assert!(books.present(1_000_000).unwrap().is_empty(), "not known when that was");
+        books.roll_back();
+        let mut books = self::books();
+        books.bind("a", &[1; 32], 0).unwrap();
+        books.arrived("a", &at(5)).unwrap();
+        books.arrived("b", &at(3)).unwrap();
+        books.published("a", 77, &[1, 2, 3]).unwrap();
+        books.alive(1_000_000).unwrap();
+        let present = books.present(1_000_000 + PRESENT_FOR_MS).unwrap();
+        let seen: Vec<_> = present.iter().map(|p| (&*p.id, p.whereabouts.port, p.key, p.filter.clone())).collect();
+        assert_eq!(seen, [("a", 5, Some([1; 32]), Some((77, vec![1, 2, 3]))), ("b", 3, None, None)]);
+        assert_eq!(present[0].whereabouts, at(5));
+        assert!(books.present(1_000_001 + PRESENT_FOR_MS).unwrap().is_empty());
+        assert!(books.present(1_000_000).unwrap().is_empty(), "they were forgotten");
+    }
+
+    #[test]
+    fn job_that_fails_takes_back_nothing_of_the_others() {
+        let mut books = books();
+        books.job(|books| books.bind("a", &[1; 32], 0).map(drop)).unwrap();
+        let failed = books.job(|books| {
+            books.bind("b", &[1; 32], 0)?;
+            books.count("b", true, 1, 0, 0)?;
+            books.db.execute("insert into nothing values (1)", []).map(drop)
+        });
+        assert!(failed.is_err());
+        books.job(|books| books.bind("c", &[1; 32], 0).map(drop)).unwrap();
+        assert_eq!((books.counts.identities, books.counts.reputations), (2, 0));
+        assert_eq!(books.commit().unwrap(), []);
+        let known = |id| books.meet(id).unwrap().key.is_some();
+        assert!(known("a") && !known("b") && known("c"));
     }
 
     #[test]
@@ -573,9 +847,9 @@ mod tests {
         assert_eq!(books.bind("b", &[1; 32], 0).unwrap(), Bound::Full);
         assert!(matches!(books.bind("a", &[1; 32], 1).unwrap(), Bound::Yes(_)));
         assert_eq!(books.begin_transfers("a", "b", 1, 0.0).unwrap(), None);
-        let signed = Statement { transfer: id, peer_id: "a".into(), role: Role::Sender, bytes: 1, key: Some([1; 32]) };
-        assert_eq!(books.report(&signed, 0).unwrap(), Reported::Pending);
+        assert_eq!(signed(&mut books, id, "a", Role::Sender, 1, 1), Reported::Pending);
         assert_eq!(report(&mut books, id, Role::Receiver, 1), Reported::Resolved(true));
+        books.count("a", true, 1, 0, 0).unwrap();
         assert_eq!(books.reputation("a").unwrap(), Reputation::default());
     }
 

@@ -18,6 +18,10 @@ Usage: peerix-tracker [OPTIONS]
   --db-path FILE           database of peer IDs, transfers and reputation, made if there
                            is none; that of the Python tracker is taken over
                                                          [default: ./peerix-tracker.db]
+  --filter-memory MIB      memory for the filters of peers, from 16; nodes are told to make
+                           smaller ones when it is half used               [default: 1024]
+  --proxy ADDR             address of a reverse proxy in front of the tracker, repeatable:
+                           the last address in its X-Forwarded-For is the client's
   -v, --verbose            log what each request does; RUST_LOG is read as well
   -h, --help
   -V, --version
@@ -33,6 +37,13 @@ Exit status: 0 when stopped by SIGTERM or SIGINT, 1 when it cannot start or go o
 2 for a wrong command line.
 ";
 
+/// Memory for filters if none is given, in MiB: 20,000 peers of 20,000 paths at 20 bits.
+const DEFAULT_FILTER_MIB: usize = 1024;
+/// Least memory for filters, in MiB: room for one block of the largest that are kept in blocks, and a few.
+const LEAST_FILTER_MIB: usize = 16;
+/// Most memory for filters, in MiB.
+const MOST_FILTER_MIB: usize = 1 << 20;
+
 /// Every setting.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Options {
@@ -42,6 +53,10 @@ pub struct Options {
     pub hosts: Vec<IpAddr>,
     /// Defaults to `./peerix-tracker.db`.
     pub db_path: PathBuf,
+    /// Bytes for the filters of peers. Defaults to 1 GiB.
+    pub filter_memory: usize,
+    /// Reverse proxies, whose word is taken for the client's address. Defaults to none.
+    pub proxies: Vec<IpAddr>,
     /// Log what each request does. Defaults to false.
     pub verbose: bool,
 }
@@ -49,7 +64,8 @@ pub struct Options {
 impl Default for Options {
     fn default() -> Self {
         let hosts = vec![Ipv4Addr::UNSPECIFIED.into()];
-        Options { port: 12305, hosts, db_path: "./peerix-tracker.db".into(), verbose: false }
+        let (filter_memory, proxies) = (DEFAULT_FILTER_MIB << 20, Vec::new());
+        Options { port: 12305, hosts, db_path: "./peerix-tracker.db".into(), filter_memory, proxies, verbose: false }
     }
 }
 
@@ -93,6 +109,21 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, String
             }
             "host" => hosts.extend(addresses(&value()?)?),
             "db-path" => options.db_path = value()?.into(),
+            "filter-memory" => {
+                let text = value()?;
+                let mib = text.to_str().and_then(|mib| mib.parse().ok());
+                let mib = mib.filter(|mib| (LEAST_FILTER_MIB..=MOST_FILTER_MIB).contains(mib)).ok_or_else(|| {
+                    let text = text.to_string_lossy();
+                    format!("--filter-memory {text}: not a number from {LEAST_FILTER_MIB} to {MOST_FILTER_MIB}")
+                })?;
+                options.filter_memory = mib << 20;
+            }
+            "proxy" => {
+                let text = value()?;
+                let ip = text.to_str().and_then(|ip| ip.parse::<IpAddr>().ok());
+                let ip = ip.ok_or_else(|| format!("--proxy {}: not an IP address", text.to_string_lossy()))?;
+                options.proxies.push(ip.to_canonical());
+            }
             _ => return Err(format!("--{flag}: no such option; see --help")),
         }
     }
@@ -128,7 +159,10 @@ mod tests {
         assert_eq!(run(&[]).unwrap(), Options::default());
         let options = run(&["--verbose", "--port", "1", "--host", "127.0.0.1", "--db-path", "/x"]).unwrap();
         let hosts = vec!["127.0.0.1".parse().unwrap()];
-        assert_eq!(options, Options { port: 1, hosts, db_path: "/x".into(), verbose: true });
+        assert_eq!(options, Options { port: 1, hosts, db_path: "/x".into(), verbose: true, ..Options::default() });
+        let options = run(&["--filter-memory", "64", "--proxy", "::ffff:10.0.0.1", "--proxy=fd00::1"]).unwrap();
+        assert_eq!(options.filter_memory, 64 << 20);
+        assert_eq!(options.proxies, ["10.0.0.1", "fd00::1"].map(|ip| ip.parse::<IpAddr>().unwrap()));
         assert_eq!(run(&["--host", "[::]", "--host=0.0.0.0"]).unwrap().hosts.len(), 2);
         assert!(run(&["--host", "localhost"]).unwrap().hosts.iter().all(IpAddr::is_loopback));
     }
@@ -142,6 +176,9 @@ mod tests {
             (&["--port", "-1"], "--port -1"),
             (&["--host", "a b"], "--host a b"),
             (&["--db-path"], "--db-path"),
+            (&["--filter-memory", "15"], "--filter-memory 15"),
+            (&["--filter-memory", "x"], "--filter-memory x"),
+            (&["--proxy", "proxy.example"], "--proxy proxy.example"),
             (&["--verbose=yes"], "--verbose"),
             (&["extra"], "extra"),
             (&["-x"], "-x"),
@@ -153,7 +190,7 @@ mod tests {
 
     #[test]
     fn help_names_every_flag() {
-        for flag in ["port", "host", "db-path", "verbose", "help", "version"] {
+        for flag in ["port", "host", "db-path", "filter-memory", "proxy", "verbose", "help", "version"] {
             assert!(HELP.contains(&format!("--{flag} ")) || HELP.contains(&format!("--{flag}\n")), "{flag}");
         }
         assert!(matches!(parse(["-h".into()]), Ok(Command::Help)));

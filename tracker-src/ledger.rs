@@ -1,13 +1,13 @@
 //! The thread that owns the database. What waits for it is done together, committed together, and only then answered, so that
 //! what was answered survives whatever happens next, and thousands of writes a second share a few hundred commits.
 
-use crate::books::{Books, Bound, Met, Reported, Statement};
-use crate::table::Reputation;
+use crate::books::{Books, Bound, Met, Present, Reported, Statement};
+use crate::table::{Reputation, Whereabouts};
 use crossbeam_channel::{Receiver, RecvTimeoutError, SendTimeoutError, Sender, bounded};
 use peerix::on_drop::OnDrop;
 use peerix::seldom::Seldom;
-use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant, SystemTime};
@@ -23,6 +23,12 @@ const PATIENCE: Duration = Duration::from_secs(10);
 const PRUNE: Duration = Duration::from_secs(1);
 /// And those that take a look at everything, this often.
 const PRUNE_ALL: Duration = Duration::from_secs(3600);
+/// That the tracker runs is written this often, so that who is here is known after a restart.
+const ALIVE: Duration = Duration::from_secs(60);
+/// Filters that wait to be written, in bytes. Beyond, one is not: after a restart its node is asked for it.
+const MAX_WAITING_FILTERS: usize = 64 << 20;
+/// Free space of the disk below which the tracker is not well: room for its write-ahead log, and time for somebody to act.
+const LEAST_FREE: u64 = 16 << 20;
 /// Whether the database can be written to is tried this often at most.
 const PROBE: Duration = Duration::from_secs(5);
 
@@ -86,11 +92,13 @@ pub struct Ledger {
     thread: Mutex<Option<JoinHandle<()>>>,
     numbers: Arc<Numbers>,
     tracker_id: String,
+    dir: PathBuf,
+    waiting_filters: Arc<AtomicUsize>,
     probed: Mutex<Option<(Instant, Result<(), Unavailable>)>>,
 }
 
 impl Ledger {
-    /// Opens the database. `on_change` is told every reputation that a commit has changed, in order; `on_end` runs when
+    /// Opens the database, and gives who was here when it was closed. `on_change` is told every reputation that a commit has changed, in order; `on_end` runs when
     /// the thread ends, for whatever reason.
     ///
     /// # Errors
@@ -99,8 +107,10 @@ impl Ledger {
         path: &Path,
         on_change: impl Fn(&str, Reputation) + Send + 'static,
         on_end: impl FnOnce() + Send + 'static,
-    ) -> Result<Ledger, String> {
+    ) -> Result<(Ledger, Vec<Present>), String> {
         let books = Books::open(path)?;
+        let present = books.present(milliseconds()).map_err(|e| format!("database {}: {e}", path.display()))?;
+        let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new(".")).to_owned();
         let tracker_id = books.tracker_id().to_owned();
         let (jobs, waiting) = bounded(QUEUE);
         let numbers = Arc::new(Numbers::default());
@@ -111,7 +121,8 @@ impl Ledger {
         });
         let thread = thread.map_err(|e: io::Error| format!("ledger: {e}"))?;
         let (jobs, thread) = (RwLock::new(Some(jobs)), Mutex::new(Some(thread)));
-        Ok(Ledger { jobs, thread, numbers, tracker_id, probed: Mutex::default() })
+        let (waiting_filters, probed) = Default::default();
+        Ok((Ledger { jobs, thread, numbers, tracker_id, dir, waiting_filters, probed }, present))
     }
 
     /// The tracker's ID.
@@ -139,13 +150,36 @@ impl Ledger {
         self.ask(move |books| books.bind(&id, &key, today()))
     }
 
-    /// A bound ID was seen today. Not waited for: it does not matter if it is lost.
+    /// A bound ID was seen today. Not waited for, like the next three: it does not matter if it is lost.
     pub fn seen(&self, id: &str) {
         let id = id.to_owned();
-        let (reply, _) = bounded(1);
-        let work = move |books: &mut Books| books.seen(&id, today());
-        if let Some(jobs) = self.jobs() {
-            let _ = jobs.try_send(Box::new(Ask { work: Some(work), value: None, reply }));
+        self.tell(move |books| books.seen(&id, today()));
+    }
+
+    /// A peer is here, or is elsewhere than before.
+    pub fn arrived(&self, id: &str, at: &Whereabouts) {
+        let (id, at) = (id.to_owned(), at.clone());
+        self.tell(move |books| books.arrived(&id, &at));
+    }
+
+    /// A peer is gone.
+    pub fn gone(&self, id: &str) {
+        let id = id.to_owned();
+        self.tell(move |books| books.gone(&id));
+    }
+
+    /// A peer has another filter.
+    pub fn published(&self, id: &str, stamp: u64, filter: Vec<u8>) {
+        let (id, len, waiting) = (id.to_owned(), filter.len(), self.waiting_filters.clone());
+        let fits = waiting.fetch_add(len, Ordering::Relaxed) + len <= MAX_WAITING_FILTERS;
+        let written = OnDrop::new(move || {
+            waiting.fetch_sub(len, Ordering::Relaxed);
+        });
+        if fits {
+            self.tell(move |books| {
+                let _written = written;
+                books.published(&id, stamp, &filter)
+            });
         }
     }
 
@@ -171,11 +205,25 @@ impl Ledger {
         match &*probed {
             Some((at, outcome)) if at.elapsed() < PROBE => outcome.clone(),
             _ => {
-                let outcome = self.ask(|books| books.probe(seconds()));
+                let outcome = self.room().and_then(|()| self.ask(|books| books.probe(seconds())));
                 *probed = Some((Instant::now(), outcome.clone()));
                 outcome
             }
         }
+    }
+
+    /// Whether the disk has room for what is written next: what is overwritten in place succeeds on a full disk.
+    fn room(&self) -> Result<(), Unavailable> {
+        let Ok(disk) = rustix::fs::statvfs(&self.dir) else { return Ok(()) };
+        let free = disk.f_bavail.saturating_mul(disk.f_frsize);
+        if disk.f_blocks > 0 && free < LEAST_FREE {
+            return Err(Unavailable(format!(
+                "the disk is full: {} KiB are free at {}",
+                free >> 10,
+                self.dir.display()
+            )));
+        }
+        Ok(())
     }
 
     /// Ends the thread, after what waits is done, and closes the database. Whoever asks afterwards is told so.
@@ -190,6 +238,13 @@ impl Ledger {
 
     fn jobs(&self) -> Option<Sender<Box<dyn Job>>> {
         self.jobs.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn tell(&self, work: impl FnOnce(&mut Books) -> rusqlite::Result<()> + Send + 'static) {
+        let (reply, _) = bounded(1);
+        if let Some(jobs) = self.jobs() {
+            let _ = jobs.try_send(Box::new(Ask { work: Some(work), value: None, reply }));
+        }
     }
 
     fn ask<T: Send + 'static>(
@@ -226,6 +281,11 @@ fn today() -> i64 {
     (seconds() / 86_400.0) as i64
 }
 
+/// Milliseconds since 1970.
+fn milliseconds() -> u64 {
+    (seconds() * 1000.0) as u64
+}
+
 /// Seconds since 1970.
 fn seconds() -> f64 {
     SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs_f64()
@@ -234,7 +294,7 @@ fn seconds() -> f64 {
 fn keep(mut books: Books, waiting: &Receiver<Box<dyn Job>>, numbers: &Numbers, on_change: impl Fn(&str, Reputation)) {
     let faults = Seldom::default();
     let mut pruned = Instant::now();
-    let mut pruned_all: Option<Instant> = None;
+    let (mut pruned_all, mut said_alive): (Option<Instant>, Option<Instant>) = (None, None);
     loop {
         numbers.turns.fetch_add(1, Ordering::Relaxed);
         let mut batch: Vec<Box<dyn Job>> = Vec::new();
@@ -250,37 +310,45 @@ fn keep(mut books: Books, waiting: &Receiver<Box<dyn Job>>, numbers: &Numbers, o
             continue;
         }
         let began = Instant::now();
-        let outcome = transact(&mut books, |books| batch.iter_mut().try_for_each(|job| job.run(books)));
-        let outcome = match outcome {
+        let mut outcomes = Vec::with_capacity(batch.len());
+        let committed = transact(&mut books, |books| {
+            for job in &mut batch {
+                outcomes.push(books.job(|books| job.run(books)).map_err(|e| Unavailable(e.to_string())));
+            }
+            Ok(())
+        });
+        match &committed {
             Ok(changed) => {
                 numbers.commits.fetch_add(1, Ordering::Relaxed);
                 numbers.commit_micros.fetch_add(began.elapsed().as_micros() as u64, Ordering::Relaxed);
                 // Before the answers, so that who got one sees it.
                 changed.iter().for_each(|(id, reputation)| on_change(id, *reputation));
-                Ok(())
             }
-            Err(e) => {
-                numbers.failures.fetch_add(1, Ordering::Relaxed);
-                if faults.now(began) {
-                    log::error!("database: {e}");
-                }
-                Err(Unavailable(e.to_string()))
+            Err(e) => outcomes = vec![Err(Unavailable(e.to_string())); batch.len()],
+        }
+        if let Some(Err(e)) = outcomes.iter().find(|outcome| outcome.is_err()) {
+            numbers.failures.fetch_add(1, Ordering::Relaxed);
+            if faults.now(began) {
+                log::error!("{e}");
             }
-        };
-        batch.into_iter().for_each(|job| job.answer(outcome.clone()));
+        }
+        batch.into_iter().zip(outcomes).for_each(|(job, outcome)| job.answer(outcome));
         if prune {
             pruned = Instant::now();
+            let say_alive = said_alive.is_none_or(|at| at.elapsed() >= ALIVE);
             let done = transact(&mut books, |books| {
                 books.prune_transfers(seconds())?;
+                books.prune_identities(today())?;
                 if prune_all {
-                    books.prune_identities(today())?;
                     books.prune_reputations(today())?;
+                }
+                if say_alive {
+                    books.alive(milliseconds())?;
                 }
                 Ok(())
             });
-            if prune_all {
-                pruned_all = Some(pruned);
-            }
+            pruned_all = if prune_all { Some(pruned) } else { pruned_all };
+            said_alive = if say_alive { Some(pruned) } else { said_alive };
             if let Err(e) = done
                 && faults.now(pruned)
             {

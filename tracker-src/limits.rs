@@ -21,13 +21,15 @@ pub enum Kind {
     Filter,
     /// `GET /reach`, which makes a connection and may wait for it. Somebody sets up a machine, and tries.
     Reach,
+    /// Transfers begun, each of which is kept for two hours at least: the NARs of a large closure for each machine of a site.
+    Stored,
     /// `GET /peers` and `/metrics`, whose answers are long. Peers of the original list the peers for every path that they look up.
     List,
 }
 
 /// Of each kind, in order: how many a second, and how many at once after a rest.
-const RATES: [(f64, f64); 6] =
-    [(1000.0, 10_000.0), (10.0, 200.0), (50.0, 5_000.0), (2.0, 100.0), (0.2, 20.0), (200.0, 5_000.0)];
+const RATES: [(f64, f64); 7] =
+    [(1000.0, 10_000.0), (10.0, 200.0), (50.0, 5_000.0), (2.0, 100.0), (0.2, 20.0), (3.0, 20_000.0), (200.0, 5_000.0)];
 
 /// Addresses remembered, some 4 MiB. What comes beyond shares one allowance, until others are at rest.
 const MAX_ADDRESSES: usize = 65_536;

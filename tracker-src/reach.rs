@@ -1,12 +1,84 @@
-//! Whether a node can be reached at the address it asks from, which it cannot see for itself from behind its router.
+//! Whether a node can be reached where it says that it is, which it cannot see for itself from behind its router.
 //!
-//! Only that address is ever connected to, so that nobody can have a third party asked; and no more is told of what
-//! answers there than whether it is a peerix. That nothing listens, that nothing answers, and that it is another program, is one
-//! answer.
+//! `GET /reach` connects to no address but the asker's. Announced addresses are tried by threads of their own, no faster than
+//! [`peerix::pace`] allows: anybody can announce any address. No more is told of what answers there than whether it is a
+//! peerix. That nothing listens, that nothing answers, and that it is another program, is one answer.
 
+use crate::table::Table;
+use crossbeam_channel::{Receiver, Sender, bounded};
+use peerix::on_drop::OnDrop;
+use peerix::pace::{May, Pace};
+use peerix::wire::tracker::can_be_peer;
 use std::io::{self, Read, Write};
-use std::net::{SocketAddr, TcpStream};
+use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
 use std::time::{Duration, Instant};
+
+/// Threads that try announced addresses. Each try takes 2 s at most, and a name server's time.
+const THREADS: usize = 8;
+
+/// Announced addresses that wait to be tried. Beyond, a peer is tried after its next announce that is due.
+const MAX_WAITING: usize = 4096;
+
+/// An address that may not be tried yet is tried after this: one of another peer's was a moment ago.
+const PACE_PAUSE: Duration = Duration::from_millis(100);
+/// And so often: whoever announces the ports of one address keeps a thread from the others for 2 s.
+const PACE_TRIES: u32 = 20;
+
+/// An announced address.
+pub struct Announced {
+    /// The peer's ID.
+    pub id: String,
+    /// Address or host name.
+    pub addr: String,
+    /// TCP.
+    pub port: u16,
+}
+
+/// Starts the threads, which tell the table what they find until the sender that is returned is dropped. `on_end` runs when
+/// one ends, for whatever reason.
+///
+/// # Errors
+/// No thread to be had.
+pub fn start(table: &Arc<Table>, on_end: impl Fn() + Clone + Send + 'static) -> io::Result<Sender<Announced>> {
+    let (announced, waiting) = bounded(MAX_WAITING);
+    let pace = Arc::new(Mutex::new(Pace::default()));
+    for _ in 0..THREADS {
+        let (table, waiting, pace, on_end) = (table.clone(), waiting.clone(), pace.clone(), on_end.clone());
+        thread::Builder::new().name("reach".into()).spawn(move || {
+            let _end = OnDrop::new(on_end);
+            try_announced(&table, &waiting, &pace);
+        })?;
+    }
+    Ok(announced)
+}
+
+fn try_announced(table: &Table, waiting: &Receiver<Announced>, pace: &Mutex<Pace>) {
+    for Announced { id, addr, port } in waiting {
+        let found = (&*addr, port).to_socket_addrs().ok().and_then(|mut all| all.find(|at| can_be_peer(at.ip())));
+        let Some(at) = found else {
+            table.set_reachable(&id, (&addr, port), false);
+            continue;
+        };
+        let take = || pace.lock().unwrap_or_else(PoisonError::into_inner).take(at.ip(), Instant::now());
+        if !(0..PACE_TRIES).any(|_| {
+            let may = take() == May::Now;
+            if !may {
+                thread::sleep(PACE_PAUSE);
+            }
+            may
+        }) {
+            // Not known, which ranks behind those that are reached.
+            continue;
+        }
+        let reached = ask(at);
+        if let Err(e) = &reached {
+            log::debug!("{id} is not reached at {at}: {e}");
+        }
+        table.set_reachable(&id, (&addr, port), reached.is_ok());
+    }
+}
 
 /// A peer that takes longer to accept and answer is none that a lookup, which takes 2 s in all, would find.
 const TIMEOUT: Duration = Duration::from_secs(2);

@@ -3,6 +3,7 @@
 use crate::api::{self, Api};
 use crate::cli::Options;
 use crate::ledger::Ledger;
+use crate::reach;
 use crate::table::Table;
 use crossbeam_channel::{Receiver, RecvTimeoutError, bounded};
 use peerix::http::server::Server;
@@ -43,11 +44,16 @@ pub fn run(options: &Options) -> Result<(), String> {
     let signal = wakeups.clone();
     let signals = service::watch_signals(move || drop(signal.try_send(Wakeup::Signal))).map_err(in_front("signals"))?;
 
-    let table = Arc::new(Table::new(api::now()));
+    let now = api::now();
+    let table = Arc::new(Table::new(now, options.filter_memory));
     let changed = table.clone();
     let on_change = move |id: &str, reputation| changed.set_reputation(id, reputation);
-    let ledger = Arc::new(Ledger::open(&options.db_path, on_change, ended("ledger"))?);
-    let api = Arc::new(Api::new(table.clone(), ledger.clone()));
+    let (ledger, present) = Ledger::open(&options.db_path, on_change, ended("ledger"))?;
+    log::info!("{} peers were here when the tracker ended", present.len());
+    present.into_iter().for_each(|peer| table.restore(peer, now));
+    let ledger = Arc::new(ledger);
+    let reach = reach::start(&table, ended("reach")).map_err(in_front("reach"))?;
+    let api = Arc::new(Api::new(table.clone(), ledger.clone(), reach, options.proxies.clone()));
     let server = Server::start(listeners, api, ended("http")).map_err(in_front("http server"))?;
 
     log::info!("peerix-tracker {} serves on port {port}", env!("CARGO_PKG_VERSION"));
@@ -82,7 +88,7 @@ fn wait(woken: &Receiver<Wakeup>, table: &Table, ledger: &Ledger) -> Result<(), 
         }
         if swept.elapsed() >= SWEEP {
             swept = Instant::now();
-            table.sweep(api::now());
+            table.sweep(api::now()).iter().for_each(|id| ledger.gone(id));
         }
         let now = ledger.numbers().turns.load(Ordering::Relaxed);
         if now != turns && watchdog.is_some() {

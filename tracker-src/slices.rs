@@ -1,25 +1,22 @@
 //! The filters of all peers, so arranged that one lookup asks 64 of them at a time.
 //!
 //! Filters of one size are kept in blocks of 64, transposed: a word for each bit position, whose bit *p* is that bit of the
-//! filter in slot *p*. A hash part's eight words ANDed are the peers that seem to have it: eight loads that do not wait
-//! for one another, where 64 filters one by one would be 512. Writing a filter passes over its whole block, 1.8 MB for
+//! filter in slot *p*. A hash part's twelve words ANDed are the peers that seem to have it: loads that do not wait
+//! for one another, where 64 filters one by one would be 768. Writing a filter passes over its whole block, 1.8 MB for
 //! filters of 20,000 paths, which takes well under a millisecond; lookups go on meanwhile.
 
 use peerix::nix::HashPart;
-use peerix::wire::filter::{Filter, positions};
+use peerix::wire::filter::{Filter, HASHES, positions};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
-/// Memory for all filters, 37,000 of 20,000 paths.
-pub const MAX_FILTER_BYTES: usize = 1 << 30;
-
 /// Filters in a block: the bits of a word.
 const SLOTS: u32 = 64;
 
-/// Filters of more bits are kept as they are: few nodes have as many as 48,000 paths, and a block of which one slot is used
+/// Filters of more bits are kept as they are: few nodes have as many as 52,000 paths, and a block of which one slot is used
 /// costs as much as 64.
-const MAX_SLICED_BITS: u64 = 8 * 64 * 1024;
+const MAX_SLICED_BITS: u64 = 16 * 64 * 1024;
 
 /// Where a filter is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -71,7 +68,12 @@ impl Block {
 
     fn find(&self, positions: &[u64], found: &mut Vec<u32>) {
         let word = |at: &u64| self.words[*at as usize].load(Ordering::Relaxed);
-        let mut hits = positions.iter().map(word).fold(self.live.load(Ordering::Acquire), |all, word| all & word);
+        let (first, rest) = positions.split_at(HASHES / 2);
+        let mut hits = first.iter().map(word).fold(self.live.load(Ordering::Acquire), |all, word| all & word);
+        // Mostly nobody is left by now.
+        if hits != 0 {
+            hits &= rest.iter().map(word).fold(u64::MAX, |all, word| all & word);
+        }
         while hits != 0 {
             found.push(self.owners[hits.trailing_zeros() as usize].load(Ordering::Relaxed));
             hits &= hits - 1;
@@ -98,8 +100,8 @@ struct Layout {
 }
 
 /// The filters. Owners are numbers that the caller chooses.
-#[derive(Default)]
 pub struct Slices {
+    most_bytes: usize,
     layout: RwLock<Layout>,
     bytes: AtomicUsize,
     edit: Mutex<()>,
@@ -112,6 +114,16 @@ pub struct Edit<'a> {
 }
 
 impl Slices {
+    /// None yet, and room for so many bytes.
+    pub fn new(most_bytes: usize) -> Self {
+        Slices { most_bytes, layout: RwLock::default(), bytes: AtomicUsize::new(0), edit: Mutex::new(()) }
+    }
+
+    /// Eighths of the room that are used, rounded down.
+    pub fn eighths_used(&self) -> usize {
+        self.bytes() / (self.most_bytes / 8).max(1)
+    }
+
     /// Whose filters seem to have the hash part, in no particular order.
     pub fn find(&self, hash_part: &HashPart) -> Vec<u32> {
         let mut found = Vec::new();
@@ -135,7 +147,7 @@ impl Slices {
     }
 
     fn reserve(&self, bytes: usize) -> bool {
-        let fits = |used: usize| used.checked_add(bytes).filter(|sum| *sum <= MAX_FILTER_BYTES);
+        let fits = |used: usize| used.checked_add(bytes).filter(|sum| *sum <= self.most_bytes);
         self.bytes.fetch_update(Ordering::Relaxed, Ordering::Relaxed, fits).is_ok()
     }
 }
@@ -242,7 +254,7 @@ mod tests {
     /// 300 owners with filters of different sizes, changed, enlarged and removed, beside filters asked one by one.
     #[test]
     fn the_same_as_asking_each_filter() {
-        let slices = Slices::default();
+        let slices = Slices::new(1 << 30);
         let mut expected: HashMap<u32, Filter> = HashMap::new();
         let mut places: HashMap<u32, Place> = HashMap::new();
         let mut step = 0u64;
@@ -284,10 +296,10 @@ mod tests {
 
     #[test]
     fn memory_is_bounded_and_a_refusal_leaves_the_last_filter() {
-        let slices = Slices::default();
+        let slices = Slices::new(1 << 30);
         let edit = slices.edit();
         let small = edit.set(0, None, filter(0, 10, 10)).unwrap();
-        slices.bytes.store(MAX_FILTER_BYTES - 1000, Ordering::Relaxed);
+        slices.bytes.store((1 << 30) - 1000, Ordering::Relaxed);
         assert_eq!(edit.set(0, Some(small), filter(0, 10, 20_000)), None);
         assert_eq!(edit.set(0, Some(small), filter(0, 10, 1_000_000)), None);
         assert_eq!(slices.find(&part(5)), [0]);

@@ -1,12 +1,14 @@
 //! Who is here: live peers, where they are, what they say they have, and when they last said something. No I/O; the time is
 //! passed in.
 
+use crate::address;
+use crate::books::Present;
 use crate::slices::{Place, Slices};
 use peerix::nix::HashPart;
 use peerix::time_scale::{Interval, Timeout};
-use peerix::wire::filter::Filter;
+use peerix::wire::filter::{Filter, LEAST_BITS_PER_PATH, MOST_BITS_PER_PATH};
 use peerix::wire::tracker::{Candidate, Candidates, MAX_CANDIDATES, MAX_OTHERS};
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::{Duration, Instant};
@@ -23,6 +25,12 @@ const MAX_KNOWN: usize = 2 * MAX_PEERS;
 /// A statement's time may differ from this machine's clock by so much, in milliseconds. Machines without a time service drift by
 /// less in a month, and the tracker tells the others what time it is.
 pub const CLOCK_SKEW_MS: u64 = 5 * 60 * 1000;
+
+/// Whether a peer is reached is tried again after this. One that moves is tried at once.
+const REACH_INTERVAL: Interval = Interval::from_secs(600);
+
+/// Peers without a filter that a lookup looks at for one of a network that it has not named yet.
+const LOOKED_AT: usize = 256;
 
 /// The ledger is told so often that an ID is in use, in milliseconds.
 const DAY_MS: u64 = 24 * 3600 * 1000;
@@ -131,6 +139,14 @@ pub struct Welcome {
     pub filter: Option<u64>,
     /// Whether it is the ID's first announce today; not told of new IDs.
     pub first_today: bool,
+    /// Whether it is somewhere else than before, or was not here.
+    pub has_moved: bool,
+    /// Whether it is reached at the announced address, once that was tried.
+    pub reachable: Option<bool>,
+    /// Whether that should be tried now.
+    pub to_be_reached: bool,
+    /// Where another machine with the same identity is, if both announce themselves in turns.
+    pub also_at: Option<IpAddr>,
 }
 
 /// How many there are.
@@ -147,7 +163,8 @@ pub struct Counts {
 struct Published {
     place: Place,
     stamp: u64,
-    at: Instant,
+    /// When it came; `None` if that was before the tracker's start.
+    at: Option<Instant>,
 }
 
 struct Peer {
@@ -159,13 +176,68 @@ struct Peer {
     /// Later ones have greater numbers.
     number: u64,
     published: Option<Published>,
+    reachable: Option<bool>,
+    reach_due: Instant,
+    /// Which start of the node announced it last.
+    instance: Option<u64>,
+    /// Which one did before, from where, and when it was followed by the present one.
+    before: Option<(u64, IpAddr, Instant)>,
 }
 
 impl Peer {
+    fn new(
+        id: Arc<str>,
+        whereabouts: Whereabouts,
+        reputation: Reputation,
+        number: u64,
+        last_seen_ms: u64,
+        expires: Instant,
+    ) -> Peer {
+        let (published, reachable, instance, before) = (None, None, None, None);
+        let reach_due = expires - PEER_TTL.get();
+        Peer {
+            id,
+            whereabouts,
+            last_seen_ms,
+            expires,
+            reputation,
+            number,
+            published,
+            reachable,
+            reach_due,
+            instance,
+            before,
+        }
+    }
+
     /// The best first, then those who came first.
     fn rank(&self, slot: u32) -> Rank {
         // Numbers that are not negative are ordered as their bits are.
-        (!self.reputation.score().to_bits(), self.number, slot)
+        (self.class(), !self.reputation.score().to_bits(), self.number, slot)
+    }
+
+    /// Those that are reached, before those of whom it is not known, before those that are not.
+    fn class(&self) -> u8 {
+        match self.reachable {
+            Some(true) => 0,
+            None => 1,
+            Some(false) => 2,
+        }
+    }
+
+    /// Whose address space it is in: that of the address that peers are told, or of the announce if that is a name.
+    fn network(&self) -> u128 {
+        address::network(self.whereabouts.addr.parse().unwrap_or(self.whereabouts.from))
+    }
+
+    /// Notes which start of the node speaks. Gives the address of another machine if one with the same identity has spoken
+    /// between two announces of this one: a restart does not come back.
+    fn hear(&mut self, instance: Option<u64>, now: Instant) -> Option<IpAddr> {
+        let instance = instance?;
+        let last = self.instance.replace(instance).filter(|last| *last != instance)?;
+        let before = self.before.replace((last, self.whereabouts.from, now));
+        let is_back = |(id, _, since): (u64, IpAddr, Instant)| id == instance && now < since + 2 * PEER_TTL.get();
+        before.is_some_and(is_back).then_some(self.whereabouts.from)
     }
 
     fn candidate(&self) -> Candidate {
@@ -178,7 +250,7 @@ impl Peer {
     }
 }
 
-type Rank = (u64, u64, u32);
+type Rank = (u8, u64, u64, u32);
 
 /// A bound ID.
 #[derive(Debug, Clone, Copy)]
@@ -228,10 +300,10 @@ impl Peers {
         }
         if (old, had_filter) != (new, has_filter) {
             self.others.remove(&old);
-            self.turns.remove(&old.1);
+            self.turns.remove(&old.2);
             if !has_filter {
                 self.others.insert(new);
-                self.turns.insert(new.1, slot);
+                self.turns.insert(new.2, slot);
             }
         }
         self.with_filter = self.with_filter + usize::from(has_filter) - usize::from(had_filter);
@@ -274,9 +346,49 @@ pub struct Table {
 }
 
 impl Table {
-    /// An empty one.
-    pub fn new(now: Now) -> Self {
-        Table { start: now, peers: RwLock::default(), slices: Slices::default() }
+    /// An empty one, with room for so many bytes of filters.
+    pub fn new(now: Now, filter_memory: usize) -> Self {
+        Table { start: now, peers: RwLock::default(), slices: Slices::new(filter_memory) }
+    }
+
+    /// Takes a peer for one that is here, as it was when the tracker ended. What it said before may be said again by others, so
+    /// only what it says now counts from now on.
+    pub fn restore(&self, was: Present, now: Now) {
+        let (edit, mut peers) = (self.slices.edit(), self.write());
+        let (id, number): (Arc<str>, u64) = (was.id.into(), peers.next_number);
+        let expires = now.at + PEER_TTL.get();
+        let peer = Peer::new(id.clone(), was.whereabouts, was.reputation, number, now.ms, expires);
+        let Ok(slot) = peers.insert(peer) else { return };
+        peers.next_number += 1;
+        let Some(key) = was.key else { return };
+        peers.known.insert(id, Known { key, stamp: 0, day: now.ms / DAY_MS });
+        let filter = was.filter.and_then(|(stamp, bits)| Some((stamp, Filter::parse(bits).ok()?)));
+        if let Some((stamp, filter)) = filter
+            && let Some(place) = edit.set(slot, None, filter)
+        {
+            // Another one may come at once.
+            peers.change(slot, |peer| peer.published = Some(Published { place, stamp, at: None }));
+        }
+    }
+
+    /// Bits for each path that filters should have, so that they fit.
+    pub fn bits_per_path(&self) -> u64 {
+        match self.slices.eighths_used() {
+            0..4 => MOST_BITS_PER_PATH,
+            4..6 => 16,
+            6 => 12,
+            _ => LEAST_BITS_PER_PATH,
+        }
+    }
+
+    /// Whether a peer is reached where it said that it is.
+    pub fn set_reachable(&self, id: &str, at: (&str, u16), reachable: bool) {
+        let mut peers = self.write();
+        if let Some((slot, peer)) = peers.peer(id)
+            && (&*peer.whereabouts.addr, peer.whereabouts.port) == at
+        {
+            peers.change(slot, |peer| peer.reachable = Some(reachable));
+        }
     }
 
     fn read(&self) -> RwLockReadGuard<'_, Peers> {
@@ -350,6 +462,7 @@ impl Table {
         id: &str,
         whereabouts: Whereabouts,
         claim: Option<&Claim>,
+        instance: Option<u64>,
         met: Option<Reputation>,
         now: Now,
     ) -> Result<Welcome, Refused> {
@@ -361,22 +474,36 @@ impl Table {
         let today = now.ms / DAY_MS;
         let first_today =
             peers.known.get_mut(id).is_some_and(|known| std::mem::replace(&mut known.day, today) != today);
-        let (last_seen_ms, expires) = (now.ms, now.at + PEER_TTL.get());
-        if let Some((slot, _)) = peers.peer(id) {
-            peers.change(slot, |peer| {
-                peer.whereabouts = whereabouts;
-                (peer.last_seen_ms, peer.expires) = (last_seen_ms, expires);
-                peer.reputation = newest(peer.reputation, met.unwrap_or_default());
-            });
-            let filter = peers.peer(id).and_then(|(_, peer)| peer.published.as_ref()).map(|published| published.stamp);
-            return Ok(Welcome { filter, first_today });
-        }
-        let number = peers.next_number;
-        peers.next_number += 1;
-        let id = peers.known.get_key_value(id).map_or_else(|| id.into(), |(id, _)| id.clone());
-        let reputation = met.unwrap_or_default();
-        peers.insert(Peer { id, whereabouts, last_seen_ms, expires, reputation, number, published: None })?;
-        Ok(Welcome { filter: None, first_today })
+        let expires = now.at + PEER_TTL.get();
+        let is_new = !peers.by_id.contains_key(id);
+        let slot = match peers.peer(id) {
+            Some((slot, _)) => slot,
+            None => {
+                let number = peers.next_number;
+                peers.next_number += 1;
+                let id = peers.known.get_key_value(id).map_or_else(|| id.into(), |(id, _)| id.clone());
+                let whereabouts = whereabouts.clone();
+                peers.insert(Peer::new(id, whereabouts, met.unwrap_or_default(), number, now.ms, expires))?
+            }
+        };
+        let mut welcome = Welcome { first_today, ..Welcome::default() };
+        peers.change(slot, |peer| {
+            let is_elsewhere = peer.whereabouts != whereabouts;
+            welcome.also_at = peer.hear(instance, now.at);
+            if is_elsewhere {
+                (peer.reachable, peer.reach_due) = (None, now.at);
+            }
+            (peer.whereabouts, peer.last_seen_ms, peer.expires) = (whereabouts, now.ms, expires);
+            peer.reputation = newest(peer.reputation, met.unwrap_or_default());
+            welcome.has_moved = is_new || is_elsewhere;
+            welcome.to_be_reached = peer.reach_due <= now.at;
+            if welcome.to_be_reached {
+                peer.reach_due = now.at + REACH_INTERVAL.get();
+            }
+            welcome.reachable = peer.reachable;
+            welcome.filter = peer.published.as_ref().map(|published| published.stamp);
+        });
+        Ok(welcome)
     }
 
     /// A statement that changes nothing here but what time its maker's next one may have.
@@ -421,8 +548,8 @@ impl Table {
             return Err(Refused::NotHere);
         }
         self.allow(&peers, id, Some(claim), now)?;
-        let passed = |published: &Published| now.at.saturating_duration_since(published.at);
-        match peer.published.as_ref().map(passed).filter(|passed| *passed < FILTER_INTERVAL.get()) {
+        let passed = |published: &Published| Some(now.at.saturating_duration_since(published.at?));
+        match peer.published.as_ref().and_then(passed).filter(|passed| *passed < FILTER_INTERVAL.get()) {
             Some(passed) => Err(Refused::TooSoon(FILTER_INTERVAL.get() - passed)),
             None => Ok(()),
         }
@@ -443,7 +570,7 @@ impl Table {
         };
         let place = edit.set(slot, last, filter).ok_or(Refused::Full)?;
         let mut peers = self.write();
-        let published = Published { place, stamp: claim.stamp, at: now.at };
+        let published = Published { place, stamp: claim.stamp, at: Some(now.at) };
         peers.change(slot, |peer| peer.published = Some(published));
         // An announce may have come meanwhile, whose time is later: then that one counts, and the filter is none the worse.
         if let Some(known) = peers.known.get_mut(id) {
@@ -465,29 +592,36 @@ impl Table {
         let found = self.slices.find(hash_part);
         let (salt, turn) = hash_part.prefixes();
         let peers = self.read();
-        let mut ranked: Vec<(u64, u64, u32)> = found
+        // How many of one class were met of a network: all have one before any has two.
+        let mut met: HashMap<(u8, u128), u32> = HashMap::new();
+        let mut ranked: Vec<(u8, u64, u64, u32)> = found
             .into_iter()
             .filter_map(|slot| {
                 let peer = peers.live(slot, now.at)?;
                 // Equals are asked in an order that differs from path to path, so that the work is shared.
                 let lot = (peer.number ^ salt).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-                Some((!peer.reputation.score().to_bits(), lot, slot))
+                Some((peer.class(), !peer.reputation.score().to_bits(), lot, slot))
             })
             .collect();
-        if ranked.len() > MAX_CANDIDATES {
-            ranked.select_nth_unstable(MAX_CANDIDATES);
-            ranked.truncate(MAX_CANDIDATES);
-        }
         ranked.sort_unstable();
-        let candidate = |rank: &Rank| peers.live(rank.2, now.at).map(Peer::candidate);
-        let candidates = ranked.iter().filter_map(candidate).collect();
-        Candidates { candidates, others: others(&peers, turn, now).iter().filter_map(candidate).collect() }
+        let mut dealt: Vec<((u8, u32), u32)> = Vec::with_capacity(ranked.len());
+        for (class, _, _, slot) in ranked {
+            let Some(peer) = peers.live(slot, now.at) else { continue };
+            let round = met.entry((class, peer.network())).or_default();
+            dealt.push(((class, *round), slot));
+            *round += 1;
+        }
+        dealt.sort_by_key(|(turn, _)| *turn);
+        let candidate = |slot: u32| peers.live(slot, now.at).map(Peer::candidate);
+        let candidates = dealt.iter().take(MAX_CANDIDATES).filter_map(|(_, slot)| candidate(*slot)).collect();
+        let others = others(&peers, turn, now).iter().filter_map(|rank| candidate(rank.3)).collect();
+        Candidates { candidates, others }
     }
 
     /// The best peers, at most so many.
     pub fn best(&self, most: usize, now: Now) -> Vec<Row> {
         let peers = self.read();
-        let live = peers.ranked.iter().filter_map(|(_, _, slot)| peers.live(*slot, now.at));
+        let live = peers.ranked.iter().filter_map(|rank| peers.live(rank.3, now.at));
         live.take(most)
             .map(|peer| Row {
                 peer_id: peer.id.clone(),
@@ -498,8 +632,9 @@ impl Table {
             .collect()
     }
 
-    /// Forgets who has not announced for too long, and what can no longer be replayed.
-    pub fn sweep(&self, now: Now) {
+    /// Forgets who has not announced for too long, and what can no longer be replayed. Gives the IDs of those who are gone.
+    pub fn sweep(&self, now: Now) -> Vec<Arc<str>> {
+        let mut ids = Vec::new();
         let gone: Vec<u32> = {
             let peers = self.read();
             let expired = |peer: &Peer| peer.expires <= now.at;
@@ -511,9 +646,10 @@ impl Table {
             let mut peers = self.write();
             for slot in some {
                 // It may have come back.
-                if peers.live(*slot, now.at).is_none()
-                    && let Some(published) = peers.remove(*slot).and_then(|peer| peer.published)
-                {
+                let peer = if peers.live(*slot, now.at).is_none() { peers.remove(*slot) } else { None };
+                let Some(peer) = peer else { continue };
+                ids.push(peer.id);
+                if let Some(published) = peer.published {
                     edit.remove(*slot, published.place);
                 }
             }
@@ -522,6 +658,7 @@ impl Table {
         let mut peers = self.write();
         let Peers { known, by_id, .. } = &mut *peers;
         known.retain(|id, known| by_id.contains_key(id) || !stale(known));
+        ids
     }
 
     /// How many there are.
@@ -531,21 +668,24 @@ impl Table {
     }
 }
 
-/// Some of the peers that have no filter.
+/// Some of the peers that have no filter: the best, and then those whose turn it is, which the path decides. Each network has
+/// one before any has two.
 fn others(peers: &Peers, turn: u64, now: Now) -> Vec<Rank> {
-    let best = peers.others.iter().filter(|rank| peers.live(rank.2, now.at).is_some()).copied();
+    let best = || peers.others.iter().copied().filter(|rank| peers.live(rank.3, now.at).is_some());
     if peers.others.len() <= MAX_OTHERS {
-        return best.collect();
+        return best().collect();
     }
-    let mut chosen: BTreeSet<Rank> = best.take(BEST_OTHERS).collect();
-    // Then those whose turn it is, which the path decides.
     let from = turn % peers.next_number.max(1);
-    let ranks = |(_, slot): (&u64, &u32)| Some(peers.live(*slot, now.at)?.rank(*slot));
-    for rank in peers.turns.range(from..).chain(&peers.turns).filter_map(ranks) {
-        if chosen.len() >= MAX_OTHERS {
-            break;
-        }
-        chosen.insert(rank);
+    let rank = |(_, slot): (&u64, &u32)| Some(peers.live(*slot, now.at)?.rank(*slot));
+    let turns = || peers.turns.range(from..).chain(&peers.turns).filter_map(rank);
+    let mut networks = HashSet::new();
+    let mut is_new = |rank: &Rank| peers.live(rank.3, now.at).is_some_and(|peer| networks.insert(peer.network()));
+    let mut chosen: BTreeSet<Rank> = best().take(LOOKED_AT).filter(&mut is_new).take(BEST_OTHERS).collect();
+    chosen.extend(turns().take(LOOKED_AT).filter(&mut is_new).take(MAX_OTHERS - chosen.len()));
+    for some in [best().take(BEST_OTHERS).collect::<Vec<_>>(), turns().take(LOOKED_AT).collect()] {
+        let left = MAX_OTHERS.saturating_sub(chosen.len());
+        let more: Vec<Rank> = some.into_iter().filter(|rank| !chosen.contains(rank)).take(left).collect();
+        chosen.extend(more);
     }
     chosen.into_iter().collect()
 }
@@ -567,6 +707,11 @@ mod tests {
 
     fn after(start: Now, seconds: u64) -> Now {
         Now { at: start.at + Duration::from_secs(seconds), ms: start.ms + seconds * 1000 }
+    }
+
+    fn from(network: u8, last: u8) -> Whereabouts {
+        let ip = IpAddr::from([10, 0, network, last]);
+        Whereabouts { addr: ip.to_string(), port: 1, from: ip }
     }
 
     fn by(key: u8, now: Now) -> Claim {
@@ -603,14 +748,14 @@ mod tests {
     #[test]
     fn a_peer_is_here_for_two_minutes_and_its_filter_goes_with_it() {
         let start = start();
-        let table = Table::new(start);
-        table.announce("filtered", at(1), Some(&by(1, start)), None, start).unwrap();
-        table.announce("plain", at(2), None, None, start).unwrap();
+        let table = Table::new(start, 1 << 30);
+        table.announce("filtered", at(1), Some(&by(1, start)), None, None, start).unwrap();
+        table.announce("plain", at(2), None, None, None, start).unwrap();
         table.publish("filtered", &by(1, after(start, 1)), filter(7), after(start, 1)).unwrap();
         let last = after(start, 119);
         assert_eq!(names(&table.lookup(&part(7), last).candidates), ["filtered"]);
         assert_eq!(others(&table, 7, last), ["plain"]);
-        table.announce("plain", at(2), None, None, last).unwrap();
+        table.announce("plain", at(2), None, None, None, last).unwrap();
         // Before anybody sweeps, and after.
         let over = after(start, 120);
         for _ in 0..2 {
@@ -622,17 +767,17 @@ mod tests {
         }
         assert_eq!(table.counts(), Counts { peers: 1, with_filter: 0, filter_bytes: 0 });
         // Its place is free for another, which does not inherit the filter.
-        table.announce("new", at(3), None, None, over).unwrap();
+        table.announce("new", at(3), None, None, None, over).unwrap();
         assert_eq!(names(&table.lookup(&part(7), over).candidates), [""; 0]);
     }
 
     #[test]
     fn who_went_cannot_be_announced_again_by_what_it_said() {
         let start = start();
-        let table = Table::new(start);
+        let table = Table::new(start, 1 << 30);
         // Its clock is fast, so that this is in time for longest.
         let said = by(1, after(start, 299));
-        table.announce("a", at(1), Some(&said), None, start).unwrap();
+        table.announce("a", at(1), Some(&said), None, None, start).unwrap();
         let mut seconds = 0;
         while seconds < 700 {
             seconds += 5;
@@ -641,7 +786,7 @@ mod tests {
             if seconds > PEER_TTL.get().as_secs() {
                 assert_eq!(table.counts().peers, 0);
             }
-            let again = table.announce("a", at(1), Some(&said), None, now);
+            let again = table.announce("a", at(1), Some(&said), None, None, now);
             assert!(matches!(again, Err(Refused::Time(_))), "after {seconds} s: {again:?}");
         }
         assert!(table.read().known.is_empty(), "and then it is forgotten");
@@ -650,23 +795,23 @@ mod tests {
     #[test]
     fn statements_have_their_time_and_their_key() {
         let start = start();
-        let table = Table::new(start);
+        let table = Table::new(start, 1 << 30);
         let now = after(start, 1000);
         let time = |stamp: u64| table.check("a", Some(&Claim { key: [1; 32], stamp }), now);
         assert!(time(now.ms - CLOCK_SKEW_MS).is_ok() && time(now.ms + CLOCK_SKEW_MS).is_ok());
         for wrong in [0, now.ms - CLOCK_SKEW_MS - 1, now.ms + CLOCK_SKEW_MS + 1, u64::MAX] {
             assert!(matches!(time(wrong), Err(Refused::Time(_))), "{wrong}");
         }
-        table.announce("a", at(1), Some(&by(1, now)), None, now).unwrap();
+        table.announce("a", at(1), Some(&by(1, now)), None, None, now).unwrap();
         assert!(matches!(time(now.ms), Err(Refused::Time(_))));
         assert_eq!(time(now.ms + 1), Ok(true));
         assert_eq!(table.check("a", None, now), Err(Refused::Bound));
-        assert_eq!(table.announce("a", at(9), None, None, now), Err(Refused::Bound));
+        assert_eq!(table.announce("a", at(9), None, None, None, now), Err(Refused::Bound));
         assert_eq!(table.check("a", Some(&by(2, after(now, 1))), now), Err(Refused::OtherKey));
         assert_eq!(table.leave("a", None, at(1).from, now), Err(Refused::Bound));
         assert_eq!(table.best(1, now)[0].whereabouts, at(1));
         // What was said before this tracker began may have been heard by the one before.
-        let young = Table::new(now);
+        let young = Table::new(now, 1 << 30);
         let before = Claim { key: [1; 32], stamp: now.ms - 1 };
         assert!(matches!(young.check("a", Some(&before), now), Err(Refused::Time(_))));
     }
@@ -677,13 +822,13 @@ mod tests {
         for wrong_by in [-7_200_000i64, 7_200_000] {
             let right = start();
             let wrong = |now: Now| Now { ms: now.ms.saturating_add_signed(wrong_by), ..now };
-            let table = Table::new(wrong(right));
+            let table = Table::new(wrong(right), 1 << 30);
             // Nodes go by the tracker's clock, whatever it is.
             let early = wrong(after(right, 10));
-            table.announce("a", at(1), Some(&by(1, early)), None, early).unwrap();
+            table.announce("a", at(1), Some(&by(1, early)), None, None, early).unwrap();
             let set = after(right, 20);
-            table.announce("a", at(1), Some(&by(1, set)), None, set).unwrap();
-            let again = table.announce("a", at(1), Some(&by(1, set)), None, set);
+            table.announce("a", at(1), Some(&by(1, set)), None, None, set).unwrap();
+            let again = table.announce("a", at(1), Some(&by(1, set)), None, None, set);
             assert!(matches!(again, Err(Refused::Time(_))), "{again:?}");
             let before = Claim { key: [1; 32], stamp: right.ms - 1 };
             assert!(matches!(table.check("b", Some(&before), set), Err(Refused::Time(_))));
@@ -693,14 +838,14 @@ mod tests {
     #[test]
     fn who_leaves_is_gone_and_only_by_its_own_word() {
         let start = start();
-        let table = Table::new(start);
+        let table = Table::new(start, 1 << 30);
         let elsewhere = IpAddr::from([10, 0, 0, 2]);
-        table.announce("plain", at(1), None, None, start).unwrap();
+        table.announce("plain", at(1), None, None, None, start).unwrap();
         assert_eq!(table.leave("plain", None, elsewhere, start), Err(Refused::OtherAddress));
         assert_eq!(table.leave("plain", Some(&by(1, start)), at(1).from, start), Err(Refused::OtherKey));
         assert_eq!(table.leave("plain", None, at(1).from, start), Ok(()));
         assert_eq!(table.leave("plain", None, at(1).from, start), Err(Refused::NotHere));
-        table.announce("keyed", at(1), Some(&by(1, start)), None, start).unwrap();
+        table.announce("keyed", at(1), Some(&by(1, start)), None, None, start).unwrap();
         let later = after(start, 1);
         table.publish("keyed", &by(1, later), filter(1), later).unwrap();
         assert!(matches!(table.leave("keyed", Some(&by(1, later)), elsewhere, later), Err(Refused::Time(_))));
@@ -712,8 +857,8 @@ mod tests {
     #[test]
     fn filters_have_their_pace() {
         let start = start();
-        let table = Table::new(start);
-        table.announce("a", at(1), Some(&by(1, start)), None, start).unwrap();
+        let table = Table::new(start, 1 << 30);
+        table.announce("a", at(1), Some(&by(1, start)), None, None, start).unwrap();
         let publish = |seconds: u64| {
             let now = after(start, seconds);
             table.publish("a", &by(1, now), filter(seconds), now)
@@ -724,17 +869,17 @@ mod tests {
         let now = after(start, 27);
         assert_eq!(names(&table.lookup(&part(26), now).candidates), ["a"]);
         assert_eq!(names(&table.lookup(&part(1), now).candidates), [""; 0]);
-        let welcome = table.announce("a", at(1), Some(&by(1, now)), None, now).unwrap();
+        let welcome = table.announce("a", at(1), Some(&by(1, now)), None, None, now).unwrap();
         assert_eq!(welcome.filter, Some(after(start, 26).ms));
     }
 
     #[test]
     fn the_best_come_first_and_the_others_have_their_turn() {
         let start = start();
-        let table = Table::new(start);
+        let table = Table::new(start, 1 << 30);
         for n in 0..200u64 {
             let reputation = if n < 100 { good(n) } else { Reputation::default() };
-            table.announce(&format!("{n}"), at(1), None, Some(reputation), start).unwrap();
+            table.announce(&format!("{n}"), at(1), None, None, Some(reputation), start).unwrap();
         }
         let listed = |most| table.best(most, start).iter().map(|row| row.peer_id.to_string()).collect::<Vec<_>>();
         assert_eq!(listed(3), ["99", "98", "97"]);
@@ -763,16 +908,151 @@ mod tests {
     #[test]
     fn many_candidates_are_the_best_of_them() {
         let start = start();
-        let table = Table::new(start);
+        let table = Table::new(start, 1 << 30);
         for n in 0..100u64 {
             let (id, now) = (format!("{n}"), after(start, 1));
-            table.announce(&id, at(1), Some(&by(1, start)), Some(good(n)), start).unwrap();
+            table.announce(&id, at(1), Some(&by(1, start)), None, Some(good(n)), start).unwrap();
             table.publish(&id, &by(1, now), filter(7), now).unwrap();
         }
         let found = table.lookup(&part(7), after(start, 2)).candidates;
         let best: Vec<String> = (0..100).rev().take(MAX_CANDIDATES).map(|n| n.to_string()).collect();
         assert_eq!(names(&found), best);
         assert!(found.is_sorted_by(|a, b| a.score >= b.score));
+    }
+
+    /// 64 invented peers of one address, with any reputation, used to hide the one that has the path.
+    #[test]
+    fn invented_peers_of_one_network_do_not_hide_another() {
+        let start = start();
+        let table = Table::new(start, 1 << 30);
+        let join = |id: &str, at: Whereabouts, reputation| {
+            let now = after(start, 1);
+            table.announce(id, at, Some(&by(1, start)), None, Some(reputation), start).unwrap();
+            table.publish(id, &by(1, now), filter(7), now).unwrap();
+        };
+        for n in 0..200u8 {
+            join(&format!("invented{n}"), from(1, n), good(1000));
+        }
+        join("honest", from(2, 1), Reputation::default());
+        let now = after(start, 2);
+        let found = || table.lookup(&part(7), now).candidates;
+        assert_eq!(found().len(), MAX_CANDIDATES);
+        assert_eq!(names(&found())[1], "honest", "each network has one before any has two");
+        // One that is reached comes before all that are not.
+        table.set_reachable("honest", ("10.0.2.1", 1), true);
+        assert_eq!(names(&found())[0], "honest");
+        table.set_reachable("honest", ("10.0.2.1", 2), false);
+        assert_eq!(names(&found())[0], "honest", "that was said of another port");
+        // One that is not reached is named all the same, where there is room.
+        table.set_reachable("honest", ("10.0.2.1", 1), false);
+        assert!(!names(&found()).contains(&"honest"));
+        for n in 1..200u8 {
+            table.leave(&format!("invented{n}"), Some(&by(1, now)), from(1, n).from, now).unwrap();
+        }
+        assert_eq!(names(&found()), ["invented0", "honest"]);
+    }
+
+    #[test]
+    fn invented_peers_without_filters_do_not_hide_others() {
+        let start = start();
+        let table = Table::new(start, 1 << 30);
+        for n in 0..250u8 {
+            table.announce(&format!("invented{n}"), from(1, n), None, None, Some(good(9)), start).unwrap();
+        }
+        for network in 2..5 {
+            table.announce(&format!("honest{network}"), from(network, 1), None, None, None, start).unwrap();
+        }
+        table.announce("last", from(1, 251), None, None, None, start).unwrap();
+        for path in 0..100 {
+            let named = others(&table, path, start);
+            assert_eq!(named.len(), MAX_OTHERS);
+            assert!((2..5).all(|network| named.contains(&format!("honest{network}"))), "{named:?}");
+        }
+    }
+
+    #[test]
+    fn two_machines_with_one_identity_are_told_from_a_restart() {
+        let start = start();
+        let table = Table::new(start, 1 << 30);
+        let announce = |instance, last, seconds| {
+            let now = after(start, seconds);
+            table.announce("a", from(1, last), Some(&by(1, now)), Some(instance), None, now).unwrap().also_at
+        };
+        assert_eq!(announce(7, 1, 0), None);
+        assert_eq!(announce(8, 1, 10), None, "a restart");
+        assert_eq!(announce(8, 1, 70), None);
+        assert_eq!(announce(9, 2, 80), None, "it may be a restart elsewhere");
+        assert_eq!(announce(8, 1, 130), Some(from(1, 2).from), "which does not come back");
+        assert_eq!(announce(9, 2, 140), Some(from(1, 1).from));
+        // One of them is switched off.
+        assert_eq!(announce(9, 2, 200), None);
+        assert_eq!(announce(8, 1, 1000), None, "and on again, long after");
+    }
+
+    #[test]
+    fn peer_is_tried_to_be_reached_when_it_comes_when_it_moves_and_now_and_then() {
+        let start = start();
+        let table = Table::new(start, 1 << 30);
+        let announce = |last, seconds| {
+            let now = after(start, seconds);
+            let welcome = table.announce("a", from(1, last), Some(&by(1, now)), None, None, now).unwrap();
+            (welcome.has_moved, welcome.to_be_reached, welcome.reachable)
+        };
+        assert_eq!(announce(1, 0), (true, true, None));
+        assert_eq!(announce(1, 5), (false, false, None));
+        table.set_reachable("a", ("10.0.1.1", 1), true);
+        assert_eq!(announce(1, 60), (false, false, Some(true)));
+        assert_eq!(announce(2, 61), (true, true, None), "it is somewhere else");
+        let later = 61 + REACH_INTERVAL.get().as_secs();
+        let mut seconds = 61;
+        while seconds + 60 < later {
+            seconds += 60;
+            assert!(!announce(2, seconds).1);
+        }
+        assert!(announce(2, later).1);
+    }
+
+    #[test]
+    fn peers_and_filters_are_restored_and_replays_are_not_accepted() {
+        let start = start();
+        let table = Table::new(start, 1 << 30);
+        let bits = filter(7).as_bytes().to_vec();
+        let present = |id: &str, key| Present {
+            id: id.into(),
+            whereabouts: from(1, 1),
+            key,
+            reputation: good(3),
+            filter: Some((5, bits.clone())),
+        };
+        table.restore(present("a", Some([1; 32])), start);
+        table.restore(Present { filter: Some((5, vec![1; 7])), ..present("damaged", Some([2; 32])) }, start);
+        table.restore(Present { filter: None, ..present("plain", None) }, start);
+        assert_eq!(names(&table.lookup(&part(7), start).candidates), ["a"]);
+        assert_eq!(table.counts().peers, 3);
+        let before = Claim { key: [1; 32], stamp: start.ms - 1 };
+        assert!(matches!(table.check("a", Some(&before), start), Err(Refused::Time(_))));
+        assert_eq!(table.check("a", None, start), Err(Refused::Bound));
+        assert_eq!(table.check("a", Some(&by(2, start)), start), Err(Refused::OtherKey));
+        let now = after(start, 1);
+        assert_eq!(table.may_publish("a", &by(1, now), now), Ok(()));
+        let welcome = table.announce("a", from(1, 1), Some(&by(1, now)), None, None, now).unwrap();
+        assert_eq!((welcome.filter, welcome.has_moved), (Some(5), false));
+        let gone = table.sweep(after(start, 120));
+        assert_eq!(gone.iter().map(|id| &**id).collect::<BTreeSet<_>>(), BTreeSet::from(["damaged", "plain"]));
+    }
+
+    #[test]
+    fn fewer_bits_are_wanted_when_memory_is_short() {
+        let start = start();
+        let block = 8 * filter(0).len_bits() as usize;
+        for (blocks, wanted) in [(100, 20), (2, 16), (1, 10)] {
+            let table = Table::new(start, blocks * block);
+            assert_eq!(table.bits_per_path(), MOST_BITS_PER_PATH);
+            table.announce("a", at(1), Some(&by(1, start)), None, None, start).unwrap();
+            let now = after(start, 1);
+            table.publish("a", &by(1, now), filter(1), now).unwrap();
+            assert_eq!(table.bits_per_path(), wanted, "one of {blocks} blocks is used");
+        }
     }
 
     /// Printed by the original for the same counts.

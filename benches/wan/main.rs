@@ -182,7 +182,7 @@ fn register(host: &Host, tracker: &Tracker, number: u32, address: Ipv4Addr) {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).expect("a clock that is set").as_millis() as u64;
     let statement = Statement::Announce { peer_id: &peer_id, port: PORT, addr: "" };
     let proof = identity.sign(&statement, now);
-    let announce = Announce { peer_id: Some(peer_id.clone()), port: Some(PORT), addr: None, proof };
+    let announce = Announce { peer_id: Some(peer_id.clone()), port: Some(PORT), addr: None, instance: None, proof };
     let body = serde_json::to_vec(&announce).expect("JSON");
     let json = "Content-Type: application/json\r\n";
     assert_eq!(connection.tell("POST", "/announce", json, &body).expect("an answer").status, 200);

@@ -4,6 +4,7 @@ use super::interfaces::{self, Interface};
 use super::lan::LanNetworks;
 use super::policy::NetworkPolicy;
 use std::net::{IpAddr, SocketAddr};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
 /// The LAN networks as last read from the kernel, shared by all threads. One thread runs the
@@ -11,6 +12,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 pub struct Networks {
     policy: NetworkPolicy,
     latest: RwLock<Arc<LanNetworks>>,
+    changes: AtomicU64,
 }
 
 impl Networks {
@@ -27,7 +29,7 @@ impl Networks {
     /// Networks from a given list of addresses.
     pub fn new(policy: NetworkPolicy, interfaces: Vec<Interface>) -> Self {
         let networks = Arc::new(LanNetworks::new(policy.clone(), interfaces));
-        Networks { policy, latest: RwLock::new(networks) }
+        Networks { policy, latest: RwLock::new(networks), changes: AtomicU64::new(0) }
     }
 
     /// The networks as last read.
@@ -49,7 +51,13 @@ impl Networks {
         };
         let has_changed = allowed(&before) != allowed(&after);
         *self.latest.write().unwrap_or_else(PoisonError::into_inner) = after;
+        self.changes.fetch_add(u64::from(has_changed), Ordering::Relaxed);
         has_changed
+    }
+
+    /// Number of changes so far of the interfaces in use or their addresses.
+    pub fn count_changes(&self) -> u64 {
+        self.changes.load(Ordering::Relaxed)
     }
 
     /// Whether a node at this address is on the LAN; see [`LanNetworks::is_lan`].
@@ -83,6 +91,7 @@ mod tests {
         assert!(!networks.replace(vec![eth0.clone()]));
         assert!(networks.replace(vec![Interface { running: false, ..eth0 }]));
         assert!(networks.replace(Vec::new()));
+        assert_eq!(networks.count_changes(), 2);
         assert!(!networks.is_lan(neighbour) && !networks.is_own("192.168.10.5".parse().unwrap()));
     }
 }

@@ -1,12 +1,16 @@
 //! A thread for each tracker, which says there that this node is here, publishes what it would share, and counts
 //! transfers: all that the tracker is told, so that no request ever waits for it.
 
-use super::tracker::{Error, Me, Tracker};
+use super::tracker::{Me, Tracker};
+use crate::backoff::Backoff;
+use crate::network::Networks;
+use crate::suspend::SuspendDetector;
 use crate::time_scale::Interval;
-use crate::wire::filter::Filter;
+use crate::wire::filter::{Filter, MOST_BITS_PER_PATH};
 use crate::wire::tracker::{MAX_TRANSFERS_AT_ONCE, Role, TransferName};
 use crossbeam_channel::{Receiver, Sender, TryRecvError, TrySendError, bounded, select};
 use std::collections::{BTreeMap, VecDeque};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Instant;
 use std::{io, thread};
@@ -15,27 +19,42 @@ use std::{io, thread};
 const INTERVAL: Interval = Interval::from_secs(60);
 /// A filter is published at most this often.
 const FILTER_INTERVAL: Interval = Interval::from_secs(30);
-/// How often it is looked whether there is a new one.
-const LOOK: Interval = Interval::from_secs(2);
+/// Interval between looks for a new filter, a change of network, the end of a suspend, and lookups that miss the tracker.
+const LOOK: Interval = Interval::from_secs(1);
 /// The first pause after a failure; it doubles.
 const FIRST_PAUSE: Interval = Interval::from_secs(1);
 /// The longest.
 const LONGEST_PAUSE: Interval = Interval::from_secs(300);
+/// The longest while lookups miss the tracker.
+const LONGEST_PAUSE_WHILE_WANTED: Interval = Interval::from_secs(2);
 
 /// Transfers to begin or report that wait for the thread: the NARs of a large closure. Beyond, they are not counted.
 const MAX_JOBS: usize = 8192;
-/// Reports that wait while the tracker is away. The oldest go first.
+/// Reports that wait while the tracker is away, 200 KiB. The oldest go first.
 const MAX_REPORTS: usize = 8192;
 /// Reports sent before new transfers have their turn.
 const REPORTS_AT_ONCE: usize = 16;
-/// A report that the tracker did not take is tried again with the next ones, so often in all.
-const MAX_TRIES: u32 = 3;
+/// A report waits this long for a tracker that is away. Trackers keep a transfer of which one report is missing for 2 h.
+const REPORT_KEPT: Interval = Interval::from_secs(2 * 3600);
 
 /// What this node would share, as it is published.
-#[derive(Default)]
-pub struct Publication(Mutex<Option<(u64, Arc<Filter>)>>);
+pub struct Publication {
+    current: Mutex<Option<(u64, Arc<Filter>)>>,
+    bits_per_path: AtomicU64,
+}
+
+impl Default for Publication {
+    fn default() -> Self {
+        Publication { current: Mutex::default(), bits_per_path: AtomicU64::new(MOST_BITS_PER_PATH) }
+    }
+}
 
 impl Publication {
+    /// Bits for each path that the next filter has: the fewest that a tracker wants.
+    pub fn bits_per_path(&self) -> u64 {
+        self.bits_per_path.load(Ordering::Relaxed)
+    }
+
     /// Another filter takes the place of the last.
     pub fn set(&self, filter: Filter) {
         let mut current = self.lock();
@@ -48,7 +67,7 @@ impl Publication {
     }
 
     fn lock(&self) -> MutexGuard<'_, Option<(u64, Arc<Filter>)>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.current.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -57,7 +76,7 @@ pub type Begun = Arc<OnceLock<TransferName>>;
 
 /// All trackers and their threads.
 pub struct Trackers {
-    me: Arc<Me>,
+    port: u16,
     announcers: Vec<Announcer>,
 }
 
@@ -79,7 +98,7 @@ struct Counted {
     transfer_id: u64,
     role: Role,
     bytes: u64,
-    tries: u32,
+    at: Instant,
 }
 
 impl Trackers {
@@ -91,26 +110,36 @@ impl Trackers {
         urls: Vec<String>,
         me: Me,
         publication: &Arc<Publication>,
+        networks: &Arc<Networks>,
         on_end: impl Fn() + Clone + Send + 'static,
     ) -> io::Result<Trackers> {
         let me = Arc::new(me);
+        let trackers: Vec<_> = urls.into_iter().map(|url| Arc::new(Tracker::new(url, &me, Instant::now()))).collect();
         let mut announcers = Vec::new();
-        for url in urls {
-            let tracker = Arc::new(Tracker::new(url, Instant::now()));
+        for tracker in &trackers {
+            log::info!("tracker {}: knows this node as {}", tracker.url(), tracker.peer_id());
             let (jobs, queue) = bounded(MAX_JOBS);
             let (running, stopped) = bounded(0);
             let (end, ended) = bounded(0);
+            let backoff = || Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
             let worker = Worker {
                 tracker: tracker.clone(),
+                trackers: trackers.clone(),
                 me: me.clone(),
                 publication: publication.clone(),
+                networks: networks.clone(),
+                network_changes: networks.count_changes(),
+                suspend: SuspendDetector::new(),
                 queue,
                 stopped,
-                failures: 0,
+                announcing: backoff(),
+                is_asked_to_wait: false,
                 next_announce: Instant::now(),
                 published: None,
+                publishing: backoff(),
                 next_filter: Instant::now(),
                 begin: BTreeMap::new(),
+                reporting: backoff(),
                 reports: VecDeque::new(),
             };
             let on_end = on_end.clone();
@@ -120,14 +149,14 @@ impl Trackers {
                 let _on_end = crate::on_drop::OnDrop::new(on_end);
                 worker.run();
             })?;
-            announcers.push(Announcer { tracker, jobs, running: Mutex::new(Some(running)), ended });
+            announcers.push(Announcer { tracker: tracker.clone(), jobs, running: Mutex::new(Some(running)), ended });
         }
-        Ok(Trackers { me, announcers })
+        Ok(Trackers { port: me.port, announcers })
     }
 
-    /// This node.
-    pub fn me(&self) -> &Arc<Me> {
-        &self.me
+    /// The port that this node announces.
+    pub fn port(&self) -> u16 {
+        self.port
     }
 
     /// The trackers, in the order of the command line.
@@ -162,7 +191,7 @@ impl Trackers {
     pub fn report(&self, transfer: &TransferName, role: Role, bytes: u64) {
         let counts = |announcer: &&Announcer| announcer.tracker.id().as_deref() == Some(&*transfer.tracker);
         if let Some(announcer) = self.announcers.iter().find(counts) {
-            announcer.give(Job::Report(Counted { transfer_id: transfer.id, role, bytes, tries: 0 }));
+            announcer.give(Job::Report(Counted { transfer_id: transfer.id, role, bytes, at: Instant::now() }));
         }
     }
 }
@@ -178,16 +207,27 @@ impl Announcer {
 /// What the thread owns.
 struct Worker {
     tracker: Arc<Tracker>,
+    /// All of them, this one included: one filter is for all.
+    trackers: Vec<Arc<Tracker>>,
     me: Arc<Me>,
     publication: Arc<Publication>,
+    networks: Arc<Networks>,
+    /// Changes of the network, as counted last.
+    network_changes: u64,
+    suspend: SuspendDetector,
     queue: Receiver<Job>,
     stopped: Receiver<()>,
-    failures: u32,
+    announcing: Backoff,
+    /// The tracker said when it wants the next announce.
+    is_asked_to_wait: bool,
     next_announce: Instant,
     /// The version of the filter that the tracker has, and the timestamp by which it knows it.
     published: Option<(u64, u64)>,
+    publishing: Backoff,
     next_filter: Instant,
     begin: BTreeMap<String, Vec<Begun>>,
+    /// Of reports and of transfers to begin.
+    reporting: Backoff,
     reports: VecDeque<Counted>,
 }
 
@@ -195,76 +235,106 @@ impl Worker {
     fn run(mut self) {
         loop {
             let now = Instant::now();
-            // A lookup has found out that the tracker is away.
-            if !self.tracker.is_reached() && self.failures == 0 {
-                self.next_announce = self.next_announce.min(now + FIRST_PAUSE.get());
-            }
+            self.notice_changes(now);
             if now >= self.next_announce {
                 self.announce();
             }
-            if self.tracker.is_reached() {
+            if self.tracker.is_reached() && self.announcing.failures() == 0 {
                 self.publish();
-                self.begin_transfers();
-                self.send_reports();
+                if self.reporting.is_due(Instant::now()) {
+                    self.begin_transfers();
+                    self.send_reports();
+                }
             }
             if !self.wait() {
                 break;
             }
         }
         if self.tracker.is_reached()
-            && let Err(e) = self.tracker.leave(&self.me)
+            && let Err(e) = self.tracker.leave()
         {
             log::debug!("tracker {}: leaving: {e}", self.tracker.url());
         }
     }
 
+    /// Announces sooner, if there is a reason to.
+    fn notice_changes(&mut self, now: Instant) {
+        let network_changes = self.networks.count_changes();
+        let has_moved = std::mem::replace(&mut self.network_changes, network_changes) != network_changes;
+        let has_slept = self.suspend.detect();
+        if has_moved || has_slept {
+            self.tracker.forget(now);
+            for backoff in [&mut self.announcing, &mut self.publishing, &mut self.reporting] {
+                backoff.reset();
+            }
+            self.next_announce = now;
+        }
+        // Lookups fail, or miss the tracker: an announce finds out whether it is there. A tracker that said when it wants to
+        // be asked again is not asked sooner.
+        if self.tracker.take_wanted() && !self.is_asked_to_wait {
+            let is_first = self.announcing.failures() == 0;
+            let soonest = if is_first { now } else { now + LONGEST_PAUSE_WHILE_WANTED.get() };
+            self.next_announce = self.next_announce.min(soonest);
+        }
+    }
+
     fn announce(&mut self) {
-        let pause = match self.tracker.announce(&self.me) {
+        let answer = self.tracker.announce(&self.me);
+        let now = Instant::now();
+        match answer {
             Ok(announced) => {
-                self.failures = 0;
-                // It has none, or an old one: it was started anew, or forgot this node.
+                self.announcing.reset();
+                self.is_asked_to_wait = false;
+                // It has none, or another machine's: this node's is older than its memory, or not the last.
                 if self.published.is_some_and(|(_, timestamp)| announced.filter != Some(timestamp)) {
                     self.published = None;
                 }
-                INTERVAL.get()
+                let fewest = self.trackers.iter().map(|tracker| tracker.bits_per_path()).min();
+                self.publication.bits_per_path.store(fewest.unwrap_or(MOST_BITS_PER_PATH), Ordering::Relaxed);
+                self.next_announce = now + INTERVAL.get();
             }
             Err(e) => {
-                if let Error::Refused(..) = e
-                    && self.failures == 0
-                {
-                    log::warn!("tracker {}: does not take this node: {e}", self.tracker.url());
-                }
-                self.failures = self.failures.saturating_add(1);
-                FIRST_PAUSE.get().saturating_mul(1 << (self.failures - 1).min(10)).min(LONGEST_PAUSE.get())
+                self.announcing.record_failure(e.retry_after(), now);
+                self.is_asked_to_wait = e.retry_after().is_some();
+                self.next_announce = self.announcing.due().unwrap_or(now);
             }
-        };
-        self.next_announce = Instant::now() + pause;
+        }
     }
 
     fn publish(&mut self) {
         let Some((version, filter)) = self.publication.get() else { return };
         let now = Instant::now();
-        if now < self.next_filter || self.failures > 0 || self.published.is_some_and(|(last, _)| last == version) {
+        let has_it = self.published.is_some_and(|(last, _)| last == version);
+        if now < self.next_filter || has_it || !self.publishing.is_due(now) {
             return;
         }
-        self.next_filter = now + FILTER_INTERVAL.get();
-        match self.tracker.put_filter(&self.me, &filter) {
-            Ok(timestamp) => self.published = Some((version, timestamp)),
-            Err(e) => log::debug!("tracker {}: filter: {e}", self.tracker.url()),
+        match self.tracker.put_filter(&filter) {
+            Ok(timestamp) => {
+                self.published = Some((version, timestamp));
+                self.publishing.reset();
+                self.next_filter = Instant::now() + FILTER_INTERVAL.get();
+            }
+            Err(e) => {
+                log::debug!("tracker {}: filter: {e}", self.tracker.url());
+                self.publishing.record_failure(e.retry_after(), Instant::now());
+            }
         }
     }
 
     fn begin_transfers(&mut self) {
         for (sender_id, waiting) in std::mem::take(&mut self.begin) {
             for some in waiting.chunks(MAX_TRANSFERS_AT_ONCE as usize) {
-                match self.tracker.begin_transfers(&self.me, &sender_id, some.len() as u32) {
+                match self.tracker.begin_transfers(&sender_id, some.len() as u32) {
                     Ok((first, count)) => {
                         let Some(tracker) = self.tracker.id() else { return };
                         for (id, begun) in (first..).zip(some.iter().take(count as usize)) {
                             let _ = begun.set(TransferName { tracker: tracker.clone(), id });
                         }
                     }
-                    Err(e) => return log::debug!("tracker {}: transfers: {e}", self.tracker.url()),
+                    Err(e) => {
+                        log::debug!("tracker {}: transfers: {e}", self.tracker.url());
+                        return self.reporting.record_failure(e.retry_after(), Instant::now());
+                    }
                 }
             }
         }
@@ -272,30 +342,26 @@ impl Worker {
 
     fn send_reports(&mut self) {
         for _ in 0..REPORTS_AT_ONCE {
-            let Some(mut counted) = self.reports.pop_front() else { return };
-            let sent = self.tracker.report(&self.me, counted.transfer_id, counted.role, counted.bytes);
-            let Err(e) = sent else { continue };
-            log::debug!("tracker {}: report: {e}", self.tracker.url());
-            // What it refused once it refuses again, unless it has too much to do.
-            if matches!(e, Error::Refused(400..=428 | 430..500, _)) {
-                continue;
+            let Some(counted) = self.reports.front() else { return };
+            match self.tracker.report(counted.transfer_id, counted.role, counted.bytes) {
+                Err(e) if e.is_temporary() && counted.at.elapsed() < REPORT_KEPT.get() => {
+                    log::debug!("tracker {}: report: {e}", self.tracker.url());
+                    return self.reporting.record_failure(e.retry_after(), Instant::now());
+                }
+                // What it refused once it refuses again.
+                Err(e) => log::debug!("tracker {}: report lost: {e}", self.tracker.url()),
+                Ok(()) => self.reporting.reset(),
             }
-            counted.tries += 1;
-            if counted.tries < MAX_TRIES {
-                self.reports.push_back(counted);
-            }
-            return;
+            self.reports.pop_front();
         }
     }
 
     /// Waits for something to do. False: it is time to end.
     fn wait(&mut self) -> bool {
         let now = Instant::now();
-        let until = if self.tracker.is_reached() && !self.reports.is_empty() {
-            now
-        } else {
-            self.next_announce.min(now + LOOK.get())
-        };
+        let has_reports = !self.reports.is_empty() && self.tracker.is_reached() && self.announcing.failures() == 0;
+        let reports = has_reports.then(|| self.reporting.due().unwrap_or(now));
+        let until = self.next_announce.min(now + LOOK.get()).min(reports.unwrap_or(self.next_announce));
         select! {
             recv(self.stopped) -> _ => return false,
             recv(self.queue) -> job => match job {

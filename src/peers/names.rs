@@ -54,11 +54,10 @@ impl Names {
     pub fn addresses(self: &Arc<Self>, names: &[&str], until: Instant) -> Vec<Option<IpAddr>> {
         let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
         for name in names {
-            if table.get(name, Instant::now()).is_none()
-                && table.asked.len() < MAX_ASKED
-                && table.asked.insert((*name).to_owned())
-            {
-                self.ask((*name).to_owned());
+            let is_wanted = table.get(name, Instant::now()).is_none() && !table.asked.contains(*name);
+            // Without a thread it is asked for by the next lookup.
+            if is_wanted && table.asked.len() < MAX_ASKED && self.ask((*name).to_owned()) {
+                table.asked.insert((*name).to_owned());
             }
         }
         let unknown = |table: &mut Table| {
@@ -70,17 +69,15 @@ impl Names {
         names.iter().map(|name| table.get(name, Instant::now()).flatten()).collect()
     }
 
-    fn ask(self: &Arc<Self>, name: String) {
+    /// Begins to resolve a name, whose result waits for the caller to unlock the table. False if there is no thread for it.
+    fn ask(self: &Arc<Self>, name: String) -> bool {
         let names = self.clone();
-        let asked = name.clone();
         let spawned = thread::Builder::new().name("names".into()).spawn(move || {
-            let found = (&*asked, 0).to_socket_addrs();
+            let found = (&*name, 0).to_socket_addrs();
             let address = found.ok().and_then(|mut all| all.find(|address| can_be_peer(address.ip())));
-            names.learn(&asked, address.map(|address| address.ip().to_canonical()));
+            names.learn(&name, address.map(|address| address.ip().to_canonical()));
         });
-        if let Err(e) = spawned {
-            log::debug!("resolving {name}: {e}");
-        }
+        spawned.inspect_err(|e| log::debug!("resolving a name: {e}")).is_ok()
     }
 
     fn learn(&self, name: &str, address: Option<IpAddr>) {

@@ -1,11 +1,11 @@
-//! Requests for narinfos, each in a thread of a pool: a request cannot be taken back, and a peer that hangs must not keep
-//! other peers from being asked.
+//! Requests of lookups, to peers and trackers, each in a thread of a pool: a request cannot be taken back, and a peer that
+//! hangs must not keep other peers from being asked.
 
 use crate::on_drop::OnDrop;
 use crossbeam_channel::{Receiver, Sender, TrySendError, bounded};
 use std::collections::HashMap;
 use std::net::IpAddr;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
@@ -13,20 +13,84 @@ use std::time::Duration;
 const MAX_REQUESTS: u32 = 256;
 /// Of these, requests to one address: Nix looks up 25 paths at once.
 const MAX_REQUESTS_TO_ONE: u32 = 32;
+/// Of these, requests to peers of other networks that have not answered before, or failed lately: what a tracker names must
+/// not keep neighbours from being asked.
+const MAX_REQUESTS_TO_STRANGERS: u32 = 64;
+/// Calls of trackers under way, of all lookups together: two trackers, twice each, for as many lookups as Nix makes, and
+/// as many again.
+const MAX_CALLS: u32 = 256;
 /// Requests to an address that has not answered before, or failed lately: those that hang leave room for the others.
 const MAX_REQUESTS_TO_UNPROVEN: u32 = 4;
 /// A thread without work ends after this.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(10);
-/// Stack of a thread: the client's buffers are not on it, and TLS is not used.
-const STACK_BYTES: usize = 256 * 1024;
+/// Stack of a thread: the client's buffers are not on it. TLS, of trackers, takes 100 KiB without optimisation.
+const STACK_BYTES: usize = 512 * 1024;
 
 type Job = Box<dyn FnOnce() + Send>;
+
+/// What is asked, as far as the number of requests goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum To {
+    /// A peer that has answered before, and has done so since it failed.
+    Proven(IpAddr),
+    /// Another neighbour.
+    Neighbour(IpAddr),
+    /// Another peer that a tracker named.
+    Stranger(IpAddr),
+    /// A tracker.
+    Tracker,
+}
 
 /// The pool. Its threads end when it is dropped.
 pub struct Requests {
     jobs: Sender<Job>,
     waiting: Receiver<Job>,
-    under_way: Arc<Mutex<HashMap<IpAddr, u32>>>,
+    under_way: Arc<Mutex<UnderWay>>,
+}
+
+#[derive(Default)]
+struct UnderWay {
+    to: HashMap<IpAddr, u32>,
+    to_strangers: u32,
+    calls: u32,
+}
+
+impl UnderWay {
+    fn begin(&mut self, to: To) -> bool {
+        let (ip, most) = match to {
+            To::Tracker => {
+                let fits = self.calls < MAX_CALLS;
+                self.calls += u32::from(fits);
+                return fits;
+            }
+            To::Proven(ip) => (ip, MAX_REQUESTS_TO_ONE),
+            To::Neighbour(ip) | To::Stranger(ip) => (ip, MAX_REQUESTS_TO_UNPROVEN),
+        };
+        let is_stranger = matches!(to, To::Stranger(_));
+        let all: u32 = self.to.values().sum();
+        let to_one = self.to.get(&ip).copied().unwrap_or_default();
+        let fits =
+            all < MAX_REQUESTS && to_one < most && !(is_stranger && self.to_strangers >= MAX_REQUESTS_TO_STRANGERS);
+        if fits {
+            self.to.insert(ip, to_one + 1);
+            self.to_strangers += u32::from(is_stranger);
+        }
+        fits
+    }
+
+    fn end(&mut self, to: To) {
+        let ip = match to {
+            To::Tracker => return self.calls -= 1,
+            To::Proven(ip) | To::Neighbour(ip) | To::Stranger(ip) => ip,
+        };
+        self.to_strangers -= u32::from(matches!(to, To::Stranger(_)));
+        if let Some(to_one) = self.to.get_mut(&ip) {
+            *to_one -= 1;
+            if *to_one == 0 {
+                self.to.remove(&ip);
+            }
+        }
+    }
 }
 
 impl Default for Requests {
@@ -38,14 +102,19 @@ impl Default for Requests {
 }
 
 impl Requests {
-    /// Runs `request`, which asks the peer at `ip`, in another thread. Returns false and does nothing if there are too many.
-    /// `is_proven`: the peer has answered before, and has done so since it failed.
+    /// Runs `request`, which asks a neighbour at `ip`, in another thread. Returns false and does nothing if there are too
+    /// many. `is_proven`: the peer has answered before, and has done so since it failed.
     pub fn start(&self, ip: IpAddr, is_proven: bool, request: impl FnOnce() + Send + 'static) -> bool {
-        if !self.begin(ip, is_proven) {
+        self.run(if is_proven { To::Proven(ip) } else { To::Neighbour(ip) }, request)
+    }
+
+    /// Runs `request` in another thread. Returns false and does nothing if there are too many.
+    pub fn run(&self, to: To, request: impl FnOnce() + Send + 'static) -> bool {
+        if !lock(&self.under_way).begin(to) {
             return false;
         }
         let under_way = self.under_way.clone();
-        let end = OnDrop::new(move || end(&under_way, ip));
+        let end = OnDrop::new(move || lock(&under_way).end(to));
         let job: Job = Box::new(move || {
             let _end = end;
             request();
@@ -67,27 +136,14 @@ impl Requests {
         started.is_ok()
     }
 
-    fn begin(&self, ip: IpAddr, is_proven: bool) -> bool {
-        let most = if is_proven { MAX_REQUESTS_TO_ONE } else { MAX_REQUESTS_TO_UNPROVEN };
-        let mut under_way = self.under_way.lock().unwrap_or_else(PoisonError::into_inner);
-        let all: u32 = under_way.values().sum();
-        let to_one = under_way.get(&ip).copied().unwrap_or_default();
-        let fits = all < MAX_REQUESTS && to_one < most;
-        if fits {
-            under_way.insert(ip, to_one + 1);
-        }
-        fits
+    /// Whether a request to that address is under way.
+    pub fn is_asked(&self, ip: IpAddr) -> bool {
+        lock(&self.under_way).to.contains_key(&ip)
     }
 }
 
-fn end(under_way: &Mutex<HashMap<IpAddr, u32>>, ip: IpAddr) {
-    let mut under_way = under_way.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some(to_one) = under_way.get_mut(&ip) {
-        *to_one -= 1;
-        if *to_one == 0 {
-            under_way.remove(&ip);
-        }
-    }
+fn lock(under_way: &Mutex<UnderWay>) -> MutexGuard<'_, UnderWay> {
+    under_way.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]
@@ -98,18 +154,36 @@ mod tests {
         IpAddr::from([203, 0, 113, last])
     }
 
+    fn taken(under_way: &mut UnderWay, to: To) -> u32 {
+        (0..1000).filter(|_| under_way.begin(to)).count() as u32
+    }
+
     #[test]
     fn unproven_peer_takes_few_places() {
-        let requests = Requests::default();
-        let taken = |ip, is_proven| (0..1000).filter(|_| requests.begin(ip, is_proven)).count();
-        assert_eq!(taken(ip(1), false), MAX_REQUESTS_TO_UNPROVEN as usize);
-        assert_eq!(taken(ip(2), true), MAX_REQUESTS_TO_ONE as usize);
-        end(&requests.under_way, ip(1));
-        assert_eq!(taken(ip(1), false), 1);
-        let all: usize = (3..=255).map(|last| taken(ip(last), false)).sum();
-        assert_eq!(all as u32, MAX_REQUESTS - MAX_REQUESTS_TO_UNPROVEN - MAX_REQUESTS_TO_ONE);
-        (0..MAX_REQUESTS_TO_ONE).for_each(|_| end(&requests.under_way, ip(2)));
-        assert!(!requests.under_way.lock().unwrap().contains_key(&ip(2)));
+        let mut all = UnderWay::default();
+        assert_eq!(taken(&mut all, To::Neighbour(ip(1))), MAX_REQUESTS_TO_UNPROVEN);
+        assert_eq!(taken(&mut all, To::Proven(ip(2))), MAX_REQUESTS_TO_ONE);
+        all.end(To::Neighbour(ip(1)));
+        assert_eq!(taken(&mut all, To::Neighbour(ip(1))), 1);
+        let others: u32 = (3..=255).map(|last| taken(&mut all, To::Neighbour(ip(last)))).sum();
+        assert_eq!(others, MAX_REQUESTS - MAX_REQUESTS_TO_UNPROVEN - MAX_REQUESTS_TO_ONE);
+        (0..MAX_REQUESTS_TO_ONE).for_each(|_| all.end(To::Proven(ip(2))));
+        assert!(!all.to.contains_key(&ip(2)));
+    }
+
+    /// Peers that a tracker invented used to take all places, and neighbours were not asked.
+    #[test]
+    fn strangers_leave_places_for_neighbours_and_trackers() {
+        let mut all = UnderWay::default();
+        let strangers: u32 = (1..=200).map(|last| taken(&mut all, To::Stranger(ip(last)))).sum();
+        assert_eq!(strangers, MAX_REQUESTS_TO_STRANGERS);
+        assert_eq!(taken(&mut all, To::Neighbour(ip(250))), MAX_REQUESTS_TO_UNPROVEN);
+        assert_eq!(taken(&mut all, To::Proven(ip(1))), MAX_REQUESTS_TO_ONE - MAX_REQUESTS_TO_UNPROVEN);
+        assert_eq!(taken(&mut all, To::Tracker), MAX_CALLS);
+        all.end(To::Tracker);
+        all.end(To::Stranger(ip(1)));
+        assert_eq!((taken(&mut all, To::Tracker), taken(&mut all, To::Stranger(ip(250)))), (1, 0));
+        assert_eq!(taken(&mut all, To::Stranger(ip(251))), 1);
     }
 
     #[test]
@@ -123,7 +197,7 @@ mod tests {
                 std::panic::resume_unwind(Box::new("on purpose"));
             }));
             ended.recv().unwrap();
-            while requests.under_way.lock().unwrap().contains_key(&ip(1)) {
+            while requests.is_asked(ip(1)) {
                 thread::yield_now();
             }
         }

@@ -1,32 +1,35 @@
-//! One tracker, as this node sees it: its calls, by blocking ureq, and whether it is of any use at the moment.
+//! One tracker, as this node sees it: its calls, by blocking ureq, and whether lookups ask it at the moment.
 //!
-//! A tracker that fails is left out of lookups until the announcing thread, which retries with growing pauses, has reached
-//! it again: it costs the lookup that met the failure one deadline, and later ones nothing. Of one whose candidates
-//! turn out to be dead, many of them, those that have never answered are waited for less from then on; if none of its
-//! candidates was ever any good, it is left out for a while.
+//! A tracker is left out of lookups after several failures in a row, until the announcing thread has reached it again. Of one
+//! whose candidates turn out to be dead, many of them, those that have never answered are waited for less from then on; if
+//! none of its candidates was ever any good, it is left out for a while.
 
 use super::client::twice;
+use crate::backoff::retry_after;
 use crate::nix::HashPart;
 use crate::time_scale::{Interval, Timeout};
-use crate::wire::filter::Filter;
+use crate::wire::filter::{Filter, LEAST_BITS_PER_PATH, MOST_BITS_PER_PATH};
 use crate::wire::tracker::{
-    Announce, Announced, Candidates, Identity, KEY_HEADER, MAX_CANDIDATES, MAX_OTHERS, Proof, Report, Role,
+    Announce, Announced, Candidate, Candidates, Identity, KEY_HEADER, MAX_CANDIDATES, MAX_OTHERS, Proof, Report, Role,
     SIGNATURE_HEADER, Statement, TIMESTAMP_HEADER, TransferBegun, TransferInit, lookup_target,
 };
 use serde::Deserialize;
-use serde::de::DeserializeOwned;
+use serde::de::{DeserializeOwned, IgnoredAny};
 use std::fmt;
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 use ureq::Agent;
-use ureq::http::Response;
+use ureq::http::{Response, Uri};
 use ureq::tls::{RootCerts, TlsConfig};
 
-/// A lookup that takes longer is of no use: Nix waits, and the peers need time after it.
-pub const LOOKUP_TIMEOUT: Duration = Duration::from_secs(1);
-/// Who has asked too often asks again after this, until that time is over.
-const TOO_OFTEN_PAUSE: Duration = Duration::from_millis(100);
+/// A lookup waits this long for a tracker. A tracker that restarts is back by then, and a lost packet is sent twice more.
+pub const LOOKUP_TIMEOUT: Timeout = Timeout::from_secs(2);
+/// A tracker that refuses or breaks the connection of a lookup, or has too much to do and does not say for how long, is asked
+/// again after this, doubling, until the time is over.
+const RETRY_PAUSE: Duration = Duration::from_millis(100);
+/// Failures in a row, without a success between, after which lookups leave the tracker out.
+const MAX_FAILURES: u32 = 3;
 /// Everything else is done off the request path.
 const CALL_TIMEOUT: Duration = Duration::from_secs(10);
 /// A filter has up to 4 MiB.
@@ -34,18 +37,24 @@ const UPLOAD_TIMEOUT: Duration = Duration::from_secs(60);
 /// *I am leaving*, while the daemon stops.
 const LEAVE_TIMEOUT: Duration = Duration::from_millis(700);
 
-/// An answer's body: 72 candidates with the longest IDs and names take 30 KiB.
-const MAX_ANSWER: u64 = 256 * 1024;
+/// An answer's body: 72 candidates with the longest IDs and names take 30 KiB. The original's list of 1,000 peers has 250 KiB.
+const MAX_ANSWER: u64 = 512 * 1024;
 /// Its head.
 const MAX_HEAD: usize = 16 * 1024;
 /// Connections kept: as many as Nix has questions.
 const IDLE: usize = 25;
 /// Shorter than the 30 s after which trackers close idle ones.
 const IDLE_AGE: Timeout = Timeout::from_secs(25);
+/// The list of an original tracker, which has no lookups, is used this long. Its peers come and go in minutes.
+const LIST_AGE: Interval = Interval::from_secs(5);
 
-/// In the first moment after the start it is not known yet whether a tracker is there; lookups wait so long for its first
-/// answer, as Nix remembers a wrong *not there* for an hour.
+/// In the first moment after the start, and after a change of network, it is not known yet whether a tracker is there;
+/// lookups wait this long for its first answer, as Nix remembers a wrong *not there* for an hour.
 const START_GRACE: Duration = Duration::from_secs(2);
+
+/// A node signs only what it says within this of its own clock, in milliseconds: a tracker that could choose the time
+/// would get statements to use later.
+const MAX_CLOCK_OFFSET_MS: u64 = 5 * 60 * 1000;
 
 /// So many silent candidates of one lookup, beside whom few answered, say more about the tracker than about them: a site
 /// without power, or a tracker that means no good.
@@ -66,14 +75,16 @@ const LONGEST_PAUSE: Interval = Interval::from_secs(300);
 /// A node as trackers know it.
 #[derive(Debug)]
 pub struct Me {
-    /// Its key.
+    /// Its key, from which each tracker's is derived.
     pub identity: Identity,
-    /// Its ID.
-    pub peer_id: String,
+    /// Its ID, if the user chose one; else each tracker's key makes one.
+    pub peer_id: Option<String>,
     /// The port of its HTTP server.
     pub port: u16,
     /// The address to announce, if not the one that the tracker sees.
     pub addr: Option<String>,
+    /// Random at every start.
+    pub instance: u64,
 }
 
 /// Why a call failed.
@@ -81,18 +92,41 @@ pub struct Me {
 pub enum Error {
     /// No connection, no answer in time, or the connection broke.
     Unreachable(ureq::Error),
-    /// A status other than 200, and what was said with it.
-    Refused(u16, String),
+    /// A status other than 200, what was said with it, and when to try again.
+    Refused(u16, String, Option<Duration>),
     /// An answer that is not what it should be.
     Malformed,
+    /// The tracker's clock is so many milliseconds ahead of this machine's, and nothing is signed for such a time.
+    Clock(i64),
+}
+
+impl Error {
+    /// Whether the same call may succeed later: the tracker is away or has too much to do.
+    pub fn is_temporary(&self) -> bool {
+        matches!(self, Error::Unreachable(_) | Error::Refused(429 | 500.., ..))
+    }
+
+    /// When the tracker wants to be called again, if it says so.
+    pub fn retry_after(&self) -> Option<Duration> {
+        if let Error::Refused(_, _, retry_after) = self { *retry_after } else { None }
+    }
+
+    /// Whether a lookup may try again at once: the tracker restarts, or a connection to it broke.
+    fn is_passing(&self) -> bool {
+        self.is_temporary() && !matches!(self, Error::Unreachable(ureq::Error::Timeout(_)))
+    }
 }
 
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Error::Unreachable(e) => write!(f, "{e}"),
-            Error::Refused(status, why) => write!(f, "status {status} {why}"),
+            Error::Refused(status, why, _) => write!(f, "status {status} {why}"),
             Error::Malformed => f.write_str("its answer is none of a tracker"),
+            Error::Clock(ahead) => {
+                let (seconds, direction) = (ahead / 1000, if *ahead > 0 { "slow" } else { "fast" });
+                write!(f, "this machine's clock is {} s {direction} by the tracker's; set it", seconds.abs())
+            }
         }
     }
 }
@@ -102,17 +136,35 @@ impl std::error::Error for Error {}
 /// One tracker; shared by all threads.
 pub struct Tracker {
     url: String,
-    agent: Agent,
+    peer_id: String,
+    identity: Identity,
+    /// Its connections are used again.
+    agent: RwLock<Agent>,
+    /// Its are not: for a call whose connection may be as dead as the others that were kept.
+    unpooled: Agent,
     state: Mutex<State>,
     changed: Condvar,
     clock: Mutex<Clock>,
+    listed: Mutex<Option<(Instant, Vec<Candidate>)>>,
 }
 
 struct State {
     reached: Reached,
     started: Instant,
-    /// Its own ID, once it has said it.
-    id: Option<String>,
+    /// Failures since the last success.
+    failures: u32,
+    /// A lookup failed, or found the tracker left out.
+    is_wanted: bool,
+    /// Times that lookups left it out since one succeeded.
+    outages: u32,
+    /// It asked not to be asked before.
+    not_before: Option<Instant>,
+    /// It has no lookups, as the original has none.
+    is_original: bool,
+    /// What it said about this node last.
+    announced: Option<Announced>,
+    /// Why it did not take this node's last announce.
+    refused: Option<String>,
     /// Smoothed time of a lookup.
     latency: Option<Duration>,
     /// When one of its candidates answered last.
@@ -131,7 +183,7 @@ enum Reached {
     No,
 }
 
-/// Timestamps of statements: each later than the last, by the tracker's clock if ours is wrong.
+/// Timestamps of statements: each later than the last, by the tracker's clock if ours is a little wrong.
 #[derive(Default)]
 struct Clock {
     /// Milliseconds to add to our clock.
@@ -145,35 +197,59 @@ struct Refusal {
     now: Option<u64>,
 }
 
+/// A row of the original's list of peers.
+#[derive(Deserialize)]
+struct Listed {
+    peer_id: String,
+    addr: String,
+    port: u16,
+    #[serde(default)]
+    reputation: ListedReputation,
+}
+
+#[derive(Deserialize, Default)]
+struct ListedReputation {
+    #[serde(default)]
+    score: f64,
+}
+
+#[derive(Deserialize)]
+struct List {
+    peers: Vec<Listed>,
+}
+
 impl Tracker {
-    /// The tracker at that URL, which ends without a slash.
-    pub fn new(url: String, now: Instant) -> Self {
-        let agent = Agent::config_builder()
-            .tls_config(TlsConfig::builder().root_certs(RootCerts::PlatformVerifier).build())
-            .max_redirects(0)
-            .max_redirects_will_error(false)
-            .http_status_as_error(false)
-            .user_agent(concat!("peerix/", env!("CARGO_PKG_VERSION")))
-            .accept_encoding("identity")
-            .no_delay(true)
-            .timeout_global(Some(CALL_TIMEOUT))
-            .max_response_header_size(MAX_HEAD)
-            .max_idle_connections(IDLE)
-            .max_idle_connections_per_host(IDLE)
-            .max_idle_age(IDLE_AGE.get())
-            .build()
-            .into();
+    /// The tracker at that URL, which ends without a slash, for that node.
+    pub fn new(url: String, me: &Me, now: Instant) -> Self {
+        let identity = me.identity.for_tracker(&authority(&url));
+        let peer_id = me.peer_id.clone().unwrap_or_else(|| identity.peer_id());
         let state = State {
             reached: Reached::NotYet,
             started: now,
-            id: None,
+            failures: 0,
+            outages: 0,
+            is_wanted: false,
+            not_before: None,
+            is_original: false,
+            announced: None,
+            refused: None,
             latency: None,
             useful: None,
             fruitless: 0,
             counted: None,
             paused_until: None,
         };
-        Tracker { url, agent, state: Mutex::new(state), changed: Condvar::new(), clock: Mutex::default() }
+        Tracker {
+            url,
+            peer_id,
+            identity,
+            agent: RwLock::new(agent(IDLE)),
+            unpooled: agent(0),
+            state: Mutex::new(state),
+            changed: Condvar::new(),
+            clock: Mutex::default(),
+            listed: Mutex::default(),
+        }
     }
 
     /// Where it is.
@@ -181,19 +257,58 @@ impl Tracker {
         &self.url
     }
 
-    /// The ID it gave itself, if it has.
-    pub fn id(&self) -> Option<String> {
-        self.lock().id.clone()
+    /// The ID by which it knows this node.
+    pub fn peer_id(&self) -> &str {
+        &self.peer_id
     }
 
-    /// Whether a lookup should ask it. Waits, right after the start, until it is known whether the tracker is there.
-    pub fn is_of_use(&self) -> bool {
+    /// The ID it gave itself, if it has.
+    pub fn id(&self) -> Option<String> {
+        self.lock().announced.as_ref()?.tracker.clone()
+    }
+
+    /// Bits for each path that it wants filters to have.
+    pub fn bits_per_path(&self) -> u64 {
+        let wanted = self.lock().announced.as_ref().and_then(|announced| announced.bits_per_path);
+        wanted.map_or(MOST_BITS_PER_PATH, |bits| bits.clamp(LEAST_BITS_PER_PATH, MOST_BITS_PER_PATH))
+    }
+
+    /// What keeps peers from finding this node by the tracker, and what to do about it.
+    pub fn problem(&self) -> Option<String> {
+        let state = self.lock();
+        if let Some(why) = &state.refused {
+            return Some(format!("tracker {}: does not take this node: {why}", self.url));
+        }
+        let announced = state.announced.as_ref()?;
+        if let Some(address) = &announced.also_at {
+            return Some(format!(
+                "tracker {}: another machine, at {address}, announces itself with this node's identity; remove the file \
+                 identity from the state directory of one of them",
+                self.url
+            ));
+        }
+        (announced.reachable == Some(false)).then(|| {
+            format!(
+                "tracker {}: reaches no peerix at this node's announced address and port, so that peers will not either; \
+                 open the port, or set --announce-addr",
+                self.url
+            )
+        })
+    }
+
+    /// Whether a lookup should ask it. Blocks, right after the start or a change of network, until it is known whether the
+    /// tracker is there, 2 s at most.
+    pub fn await_usable(&self) -> bool {
         let state = self.lock();
         let grace = (state.started + START_GRACE).saturating_duration_since(Instant::now());
         let waited = self.changed.wait_timeout_while(state, grace, |state| state.reached == Reached::NotYet);
         let mut state = waited.unwrap_or_else(PoisonError::into_inner).0;
         let now = Instant::now();
-        if state.reached != Reached::Yes || state.paused_until.is_some_and(|until| until > now) {
+        if state.reached != Reached::Yes {
+            state.is_wanted = true;
+            return false;
+        }
+        if state.paused_until.is_some_and(|until| until > now) {
             return false;
         }
         // After a pause one lookup tries, and the others go on without.
@@ -201,6 +316,21 @@ impl Tracker {
             state.paused_until = Some(now + FIRST_PAUSE.get());
         }
         true
+    }
+
+    /// Whether a lookup failed, or found it left out, since the last call.
+    pub fn take_wanted(&self) -> bool {
+        std::mem::take(&mut self.lock().is_wanted)
+    }
+
+    /// Nothing that is known of it need still be true: the network changed, or the machine was suspended. Lookups wait for
+    /// its next answer, on new connections.
+    pub fn forget(&self, now: Instant) {
+        *self.agent.write().unwrap_or_else(PoisonError::into_inner) = agent(IDLE);
+        *self.listed.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        let mut state = self.lock();
+        (state.reached, state.started, state.failures, state.outages) = (Reached::NotYet, now, 0, 0);
+        (state.not_before, state.paused_until, state.fruitless) = (None, None, 0);
     }
 
     /// How long to wait for candidates that have never answered; `None` for no such limit.
@@ -234,48 +364,95 @@ impl Tracker {
         state.counted = Some(now);
         let is_useful = state.useful.is_some_and(|at| now.saturating_duration_since(at) < USEFUL_FOR);
         if state.fruitless > 1 && !is_useful {
-            let longest = LONGEST_PAUSE.get();
-            let pause = FIRST_PAUSE.get().saturating_mul(1 << (state.fruitless - 2).min(10)).min(longest);
+            let pause = pause_after(state.fruitless - 1);
             log::debug!("tracker {}: left out for {} s", self.url, pause.as_secs());
             state.paused_until = Some(now + pause);
         }
     }
 
-    /// The peers that may have a path, without `me`. A failure leaves the tracker out until it is reached again.
+    /// The peers that may have a path, without this node. Blocks until `until` at most; a tracker that restarts or has too
+    /// much to do is asked again. `is_hedge`: on a new connection, as the one of another call stalls.
     ///
     /// # Errors
-    /// See [`Error`].
-    pub fn lookup(&self, hash_part: &HashPart, me: &Me) -> Result<Candidates, Error> {
-        let url = format!("{}{}", self.url, lookup_target(hash_part));
-        let call = || self.agent.get(&url).config().timeout_global(Some(LOOKUP_TIMEOUT)).build().call();
-        let first = Instant::now();
-        let (began, answer) = loop {
-            let began = Instant::now();
-            let answer = twice(call).map_err(Error::Unreachable).and_then(read::<Candidates>);
-            // A site may ask for more than it is allowed to: then a little later it may. A miss, Nix would remember for an hour.
-            if !is_too_often(&answer) || first.elapsed() + TOO_OFTEN_PAUSE > LOOKUP_TIMEOUT {
-                break (began, answer);
-            }
-            thread::sleep(TOO_OFTEN_PAUSE);
-        };
-        match answer {
-            Ok(mut found) => {
-                let (took, mut state) = (began.elapsed(), self.lock());
-                state.latency = Some(state.latency.map_or(took, |old| (old * 7 + took) / 8));
-                drop(state);
-                found.candidates.truncate(MAX_CANDIDATES);
-                found.others.truncate(MAX_OTHERS);
-                found.candidates.retain(|candidate| candidate.peer_id != me.peer_id);
-                found.others.retain(|candidate| candidate.peer_id != me.peer_id);
-                Ok(found)
-            }
-            Err(e) => {
-                if !is_too_often(&Err::<(), _>(&e)) {
-                    self.failed(&e);
+    /// See [`Error`]. Failures are not counted; [`Tracker::record_failure`] does that.
+    pub fn lookup(&self, hash_part: &HashPart, is_hedge: bool, until: Instant) -> Result<Candidates, Error> {
+        let agent = if is_hedge { self.unpooled.clone() } else { self.agent() };
+        let mut retry_pause = RETRY_PAUSE;
+        loop {
+            let now = Instant::now();
+            if let Some(pause) = self.lock().not_before.map(|at| at.saturating_duration_since(now)) {
+                if now + pause >= until {
+                    return Err(Error::Refused(429, "it asked not to be asked yet".into(), Some(pause)));
                 }
-                Err(e)
+                thread::sleep(pause);
+            }
+            let began = Instant::now();
+            let e = match self.look_up_once(&agent, hash_part, until.saturating_duration_since(began)) {
+                Ok(found) => {
+                    self.record_success(began.elapsed());
+                    return Ok(found);
+                }
+                Err(e) => e,
+            };
+            let now = Instant::now();
+            if let Some(pause) = e.retry_after() {
+                self.lock().not_before = Some(now + pause.min(LONGEST_PAUSE.get()));
+            } else if e.is_passing() && now + retry_pause < until {
+                thread::sleep(retry_pause);
+                retry_pause *= 2;
+                continue;
+            }
+            if !e.is_passing() || e.retry_after().is_none_or(|pause| now + pause >= until) {
+                return Err(e);
             }
         }
+    }
+
+    fn look_up_once(&self, agent: &Agent, hash_part: &HashPart, timeout: Duration) -> Result<Candidates, Error> {
+        if self.lock().is_original {
+            return self.list(agent, timeout);
+        }
+        let answer = self.get(agent, &lookup_target(hash_part), timeout).and_then(read::<Candidates>);
+        if let Err(Error::Refused(404 | 405 | 501, ..)) = answer {
+            self.lock().is_original = true;
+            return self.list(agent, timeout);
+        }
+        let mut found = answer?;
+        found.candidates.truncate(MAX_CANDIDATES);
+        found.others.truncate(MAX_OTHERS);
+        for list in [&mut found.candidates, &mut found.others] {
+            list.retain(|candidate| candidate.peer_id != self.peer_id);
+        }
+        Ok(found)
+    }
+
+    /// All peers, the best first, of a tracker that does not know which of them have a path.
+    fn list(&self, agent: &Agent, timeout: Duration) -> Result<Candidates, Error> {
+        let listed = || self.listed.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = listed().as_ref().filter(|(at, _)| at.elapsed() < LIST_AGE.get()).map(|(_, list)| list.clone());
+        let others = match known {
+            Some(others) => others,
+            None => {
+                let mut peers = self.get(agent, "/peers", timeout).and_then(read::<List>)?.peers;
+                peers.retain(|peer| peer.peer_id != self.peer_id);
+                peers.sort_by(|a, b| b.reputation.score.total_cmp(&a.reputation.score));
+                peers.truncate(MAX_CANDIDATES);
+                let candidate = |Listed { peer_id, addr, port, reputation }| {
+                    let score = reputation.score;
+                    Candidate { peer_id, addr, port, score }
+                };
+                let others: Vec<Candidate> = peers.into_iter().map(candidate).collect();
+                *listed() = Some((Instant::now(), others.clone()));
+                others
+            }
+        };
+        Ok(Candidates { candidates: Vec::new(), others })
+    }
+
+    fn get(&self, agent: &Agent, path: &str, timeout: Duration) -> Result<Response<ureq::Body>, Error> {
+        let url = format!("{}{path}", self.url);
+        let call = || agent.get(&url).config().timeout_global(Some(timeout)).build().call();
+        twice(call).map_err(Error::Unreachable)
     }
 
     /// Says that this node is here. Also finds out whether the tracker is.
@@ -284,17 +461,25 @@ impl Tracker {
     /// See [`Error`].
     pub fn announce(&self, me: &Me) -> Result<Announced, Error> {
         let addr = me.addr.as_deref().unwrap_or_default();
-        let statement = Statement::Announce { peer_id: &me.peer_id, port: me.port, addr };
-        let answer: Result<Announced, Error> = self.signed(me, &statement, |proof| {
-            let announce =
-                Announce { peer_id: Some(me.peer_id.clone()), port: Some(me.port), addr: me.addr.clone(), proof };
+        let statement = Statement::Announce { peer_id: &self.peer_id, port: me.port, addr };
+        let answer: Result<Announced, Error> = self.signed(&statement, |proof| {
+            let announce = Announce {
+                peer_id: Some(self.peer_id.clone()),
+                port: Some(me.port),
+                addr: me.addr.clone(),
+                instance: Some(me.instance),
+                proof,
+            };
             self.post("/announce", &announce)
         });
         match &answer {
-            Ok(announced) => self.reached(announced.tracker.clone()),
+            Ok(announced) => self.record_announce(Ok(announced.clone())),
             // It is there, and can be asked, whatever it thinks of us.
-            Err(Error::Refused(400..500, _)) => self.reached(None),
-            Err(e) => self.failed(e),
+            Err(e @ (Error::Refused(400..=428 | 430..500, ..) | Error::Clock(_))) => {
+                self.record_announce(Err(e.to_string()))
+            }
+            Err(Error::Refused(429, ..)) => self.record_reached(),
+            Err(e) => self.record_failure(e),
         }
         answer
     }
@@ -303,10 +488,10 @@ impl Tracker {
     ///
     /// # Errors
     /// See [`Error`].
-    pub fn leave(&self, me: &Me) -> Result<(), Error> {
-        self.signed(me, &Statement::Leave { peer_id: &me.peer_id }, |proof| {
-            let body = Announce { peer_id: Some(me.peer_id.clone()), proof, ..Announce::default() };
-            self.agent
+    pub fn leave(&self) -> Result<(), Error> {
+        self.signed(&Statement::Leave { peer_id: &self.peer_id }, |proof| {
+            let body = Announce { peer_id: Some(self.peer_id.clone()), proof, ..Announce::default() };
+            self.agent()
                 .delete(format!("{}/announce", self.url))
                 .header("Content-Type", "application/json")
                 .config()
@@ -315,22 +500,22 @@ impl Tracker {
                 .force_send_body()
                 .send(json(&body))
         })
-        .map(|_: serde::de::IgnoredAny| ())
+        .map(|_: IgnoredAny| ())
     }
 
     /// Publishes what this node would share. Gives the timestamp by which the tracker knows it.
     ///
     /// # Errors
     /// See [`Error`].
-    pub fn put_filter(&self, me: &Me, filter: &Filter) -> Result<u64, Error> {
+    pub fn put_filter(&self, filter: &Filter) -> Result<u64, Error> {
         let digest = ring::digest::digest(&ring::digest::SHA256, filter.as_bytes());
-        let statement = Statement::Filter { peer_id: &me.peer_id, digest: digest.as_ref() };
-        let id = percent_encoding::utf8_percent_encode(&me.peer_id, percent_encoding::NON_ALPHANUMERIC);
+        let statement = Statement::Filter { peer_id: &self.peer_id, digest: digest.as_ref() };
+        let id = percent_encoding::utf8_percent_encode(&self.peer_id, percent_encoding::NON_ALPHANUMERIC);
         let url = format!("{}/filter/{id}", self.url);
         let mut sent = 0;
-        let answer: Result<serde::de::IgnoredAny, Error> = self.signed(me, &statement, |proof| {
+        let answer: Result<IgnoredAny, Error> = self.signed(&statement, |proof| {
             sent = proof.timestamp.unwrap_or_default();
-            self.agent
+            self.agent()
                 .put(&url)
                 .header(KEY_HEADER, proof.public_key.unwrap_or_default())
                 .header(TIMESTAMP_HEADER, sent.to_string())
@@ -347,10 +532,10 @@ impl Tracker {
     ///
     /// # Errors
     /// See [`Error`].
-    pub fn begin_transfers(&self, me: &Me, sender_id: &str, count: u32) -> Result<(u64, u32), Error> {
+    pub fn begin_transfers(&self, sender_id: &str, count: u32) -> Result<(u64, u32), Error> {
         let init = TransferInit {
             sender_id: Some(sender_id.to_owned()),
-            receiver_id: Some(me.peer_id.clone()),
+            receiver_id: Some(self.peer_id.clone()),
             count: Some(count),
         };
         let begun: TransferBegun = self.post("/transfer/init", &init).map_err(Error::Unreachable).and_then(read)?;
@@ -362,34 +547,36 @@ impl Tracker {
     ///
     /// # Errors
     /// See [`Error`].
-    pub fn report(&self, me: &Me, transfer_id: u64, role: Role, bytes: u64) -> Result<(), Error> {
-        let statement = Statement::Report { transfer_id, peer_id: &me.peer_id, role: role.as_str(), bytes };
-        self.signed(me, &statement, |proof| {
+    pub fn report(&self, transfer_id: u64, role: Role, bytes: u64) -> Result<(), Error> {
+        let statement = Statement::Report { transfer_id, peer_id: &self.peer_id, role: role.as_str(), bytes };
+        self.signed(&statement, |proof| {
             let report = Report {
                 transfer_id: Some(transfer_id),
-                peer_id: Some(me.peer_id.clone()),
+                peer_id: Some(self.peer_id.clone()),
                 role: Some(role.as_str().to_owned()),
                 bytes: Some(bytes),
                 proof,
             };
             self.post("/report", &report)
         })
-        .map(|_: serde::de::IgnoredAny| ())
+        .map(|_: IgnoredAny| ())
+    }
+
+    fn agent(&self) -> Agent {
+        self.agent.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     fn post(&self, path: &str, body: &impl serde::Serialize) -> Result<Response<ureq::Body>, ureq::Error> {
-        let request = || self.agent.post(format!("{}{path}", self.url)).header("Content-Type", "application/json");
-        request().send(json(body))
+        self.agent().post(format!("{}{path}", self.url)).header("Content-Type", "application/json").send(json(body))
     }
 
-    /// Signs and sends a statement; once more, if the tracker's clock turns out to be another.
+    /// Signs and sends a statement; once more, if the tracker's clock turns out to be a little different.
     fn signed<T: DeserializeOwned>(
         &self,
-        me: &Me,
         statement: &Statement<'_>,
         mut send: impl FnMut(Proof) -> Result<Response<ureq::Body>, ureq::Error>,
     ) -> Result<T, Error> {
-        let mut send = || send(me.identity.sign(statement, self.timestamp())).map_err(Error::Unreachable);
+        let mut send = || send(self.identity.sign(statement, self.timestamp())).map_err(Error::Unreachable);
         let response = send()?;
         if response.status() != 403 {
             return read(response);
@@ -397,10 +584,10 @@ impl Tracker {
         let refusal: Refusal = body(response).unwrap_or_default();
         match refusal.now {
             Some(now) => {
-                self.set_clock(now);
+                self.set_clock(now)?;
                 read(send()?)
             }
-            None => Err(Error::Refused(403, refusal.error.unwrap_or_default())),
+            None => Err(Error::Refused(403, refusal.error.unwrap_or_default(), None)),
         }
     }
 
@@ -410,32 +597,76 @@ impl Tracker {
         clock.last
     }
 
-    fn set_clock(&self, now: u64) {
+    /// Takes the tracker's time, in milliseconds, for the time of the next statements.
+    ///
+    /// # Errors
+    /// It is too far from this machine's: nothing is signed for such a time.
+    fn set_clock(&self, now: u64) -> Result<(), Error> {
+        let ahead = i64::try_from(i128::from(now) - i128::from(our_clock())).unwrap_or(i64::MAX);
+        if ahead.unsigned_abs() > MAX_CLOCK_OFFSET_MS {
+            return Err(Error::Clock(ahead));
+        }
         let mut clock = self.clock.lock().unwrap_or_else(PoisonError::into_inner);
-        clock.offset = i64::try_from(i128::from(now) - i128::from(our_clock())).unwrap_or(0);
-        clock.last = 0;
-        log::debug!("tracker {}: its clock is {} ms ahead of ours", self.url, clock.offset);
+        (clock.offset, clock.last) = (ahead, 0);
+        log::debug!("tracker {}: its clock is {ahead} ms ahead of ours", self.url);
+        Ok(())
     }
 
-    fn reached(&self, id: Option<String>) {
+    /// What came of an announce that was answered.
+    fn record_announce(&self, outcome: Result<Announced, String>) {
+        let before = self.problem();
+        {
+            let mut state = self.lock();
+            match outcome {
+                Ok(mut announced) => {
+                    // A later answer without an ID does not take it away.
+                    announced.tracker = announced.tracker.or(state.announced.take().and_then(|last| last.tracker));
+                    (state.announced, state.refused) = (Some(announced), None);
+                }
+                Err(why) => state.refused = Some(why),
+            }
+        }
+        if let Some(problem) = self.problem().filter(|problem| before.as_ref() != Some(problem)) {
+            log::warn!("{problem}");
+        }
+        self.record_reached();
+    }
+
+    fn record_reached(&self) {
         let mut state = self.lock();
         if state.reached != Reached::Yes {
             log::info!("tracker {}: reached", self.url);
+            // It may be another program now.
+            (state.is_original, state.failures) = (false, 0);
         }
         state.reached = Reached::Yes;
-        state.id = id.or(state.id.take());
         self.changed.notify_all();
     }
 
-    fn failed(&self, why: &Error) {
+    fn record_success(&self, took: Duration) {
         let mut state = self.lock();
-        if state.reached == Reached::No {
-            log::debug!("tracker {}: {why}", self.url);
-        } else {
+        (state.failures, state.outages, state.not_before) = (0, 0, None);
+        state.latency = Some(state.latency.map_or(took, |old| (old * 7 + took) / 8));
+    }
+
+    /// A lookup failed. After several failures in a row lookups leave the tracker out, until it is reached again.
+    pub fn record_failed_lookup(&self, why: &dyn fmt::Display) {
+        self.lock().is_wanted = true;
+        self.record_failure(why);
+    }
+
+    fn record_failure(&self, why: &dyn fmt::Display) {
+        let mut state = self.lock();
+        log::debug!("tracker {}: {why}", self.url);
+        state.failures = state.failures.saturating_add(1);
+        if state.reached == Reached::NotYet || state.reached == Reached::Yes && state.failures >= MAX_FAILURES {
             log::warn!("tracker {}: {why}; left out until it is reached again", self.url);
+            state.reached = Reached::No;
+            // An announce may succeed at a tracker whose lookups fail.
+            state.outages += 1;
+            state.paused_until = (state.outages > 1).then(|| Instant::now() + pause_after(state.outages - 1));
+            self.changed.notify_all();
         }
-        state.reached = Reached::No;
-        self.changed.notify_all();
     }
 
     /// Whether it is there; `None` while its first answer is awaited.
@@ -457,8 +688,35 @@ impl Tracker {
     }
 }
 
-fn is_too_often<T, E: std::borrow::Borrow<Error>>(answer: &Result<T, E>) -> bool {
-    matches!(answer, Err(e) if matches!(e.borrow(), Error::Refused(429, _)))
+/// How long lookups leave a tracker out that was of no use so many times in a row.
+fn pause_after(times: u32) -> Duration {
+    FIRST_PAUSE.get().saturating_mul(1 << (times - 1).min(10)).min(LONGEST_PAUSE.get())
+}
+
+/// A client that keeps so many connections.
+fn agent(idle: usize) -> Agent {
+    Agent::config_builder()
+        .tls_config(TlsConfig::builder().root_certs(RootCerts::PlatformVerifier).build())
+        .max_redirects(0)
+        .max_redirects_will_error(false)
+        .http_status_as_error(false)
+        .user_agent(concat!("peerix/", env!("CARGO_PKG_VERSION")))
+        .accept_encoding("identity")
+        .no_delay(true)
+        .timeout_global(Some(CALL_TIMEOUT))
+        .max_response_header_size(MAX_HEAD)
+        .max_idle_connections(idle)
+        .max_idle_connections_per_host(idle)
+        .max_idle_age(IDLE_AGE.get())
+        .build()
+        .into()
+}
+
+/// Host and port in a URL; the whole text if it is none.
+fn authority(url: &str) -> String {
+    let Ok(uri) = url.parse::<Uri>() else { return url.to_owned() };
+    let port = uri.port_u16().unwrap_or(if uri.scheme_str() == Some("https") { 443 } else { 80 });
+    format!("{}:{port}", uri.host().unwrap_or_default().to_ascii_lowercase())
 }
 
 /// Milliseconds since 1970, by a clock that may be wrong.
@@ -479,7 +737,11 @@ fn body<T: DeserializeOwned>(response: Response<ureq::Body>) -> Option<T> {
 fn read<T: DeserializeOwned>(response: Response<ureq::Body>) -> Result<T, Error> {
     match response.status().as_u16() {
         200 => body(response).ok_or(Error::Malformed),
-        status => Err(Error::Refused(status, body::<Refusal>(response).and_then(|r| r.error).unwrap_or_default())),
+        status => {
+            let retry_after = retry_after(response.headers());
+            let why = body::<Refusal>(response).and_then(|refusal| refusal.error).unwrap_or_default();
+            Err(Error::Refused(status, why, retry_after))
+        }
     }
 }
 
@@ -488,27 +750,152 @@ mod tests {
     use super::*;
 
     fn tracker(now: Instant) -> Tracker {
-        Tracker::new("http://127.0.0.1:1".into(), now)
+        at("http://127.0.0.1:1".into(), now)
+    }
+
+    fn at(url: String, now: Instant) -> Tracker {
+        let identity = Identity::from_seed(&[1; 32]);
+        let me = Me { identity, peer_id: Some("a".into()), port: 1, addr: None, instance: 1 };
+        Tracker::new(url, &me, now)
+    }
+
+    fn soon() -> Instant {
+        Instant::now() + Duration::from_secs(60)
+    }
+
+    fn any_path() -> HashPart {
+        HashPart::parse(&[b'0'; 32]).unwrap()
+    }
+
+    /// A tracker that gives these answers, all on one connection.
+    fn answering(answers: Vec<String>) -> (Tracker, thread::JoinHandle<Vec<String>>) {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        let server = thread::spawn(move || {
+            let (stream, _) = listener.accept().unwrap();
+            let mut lines = std::io::BufRead::lines(std::io::BufReader::new(&stream)).map_while(Result::ok);
+            let mut requests = Vec::new();
+            for answer in answers {
+                requests.push(lines.next().expect("a request"));
+                assert!(lines.any(|line| line.is_empty()), "its end");
+                std::io::Write::write_all(&mut &stream, answer.as_bytes()).unwrap();
+            }
+            requests
+        });
+        let tracker = at(url, Instant::now());
+        tracker.record_reached();
+        (tracker, server)
+    }
+
+    fn answer(head: &str, body: &str) -> String {
+        format!("HTTP/1.1 {head}\r\nContent-Length: {}\r\n\r\n{body}", body.len())
+    }
+
+    const FOUND: &str = r#"{"candidates":[{"peer_id":"b","addr":"10.0.0.1","port":1,"score":0.0}],"others":[]}"#;
+
+    #[test]
+    fn one_failure_between_successes_is_no_outage() {
+        let tracker = tracker(Instant::now());
+        tracker.record_reached();
+        for _ in 0..100 {
+            (1..MAX_FAILURES).for_each(|_| tracker.record_failed_lookup(&Error::Malformed));
+            assert!(tracker.await_usable());
+            tracker.record_success(Duration::ZERO);
+        }
+        tracker.take_wanted();
+        (0..MAX_FAILURES).for_each(|_| tracker.record_failure(&Error::Malformed));
+        assert!(!tracker.await_usable());
+        assert!(tracker.take_wanted() && !tracker.take_wanted());
+        tracker.record_announce(Ok(Announced { tracker: Some("0123456789abcdef".into()), ..Announced::default() }));
+        assert!(tracker.await_usable());
+        assert_eq!(tracker.id().as_deref(), Some("0123456789abcdef"));
+        // A later answer without an ID does not take it away.
+        tracker.record_announce(Ok(Announced::default()));
+        assert!(tracker.id().is_some());
     }
 
     #[test]
-    fn one_that_fails_is_left_out_until_it_is_reached() {
+    fn first_failure_after_the_start_ends_the_wait() {
         let tracker = tracker(Instant::now());
-        tracker.failed(&Error::Malformed);
-        assert!(!tracker.is_of_use());
-        tracker.reached(Some("0123456789abcdef".into()));
-        assert!(tracker.is_of_use());
-        assert_eq!(tracker.id().as_deref(), Some("0123456789abcdef"));
-        // A later answer without an ID does not take it away.
-        tracker.reached(None);
-        assert!(tracker.id().is_some());
+        tracker.record_failure(&Error::Malformed);
+        assert!(!tracker.await_usable());
+        assert_eq!(tracker.reached_if_known(), Some(false));
+        tracker.forget(Instant::now());
+        assert_eq!(tracker.reached_if_known(), None);
+    }
+
+    #[test]
+    fn what_is_wrong_with_the_announce_is_a_problem_until_it_is_not() {
+        let tracker = tracker(Instant::now());
+        assert_eq!(tracker.problem(), None);
+        tracker.record_announce(Err("status 403 bound to another key".into()));
+        assert!(tracker.problem().unwrap().contains("bound to another key"));
+        assert!(tracker.is_reached());
+        tracker.record_announce(Ok(Announced { reachable: Some(false), ..Announced::default() }));
+        assert!(tracker.problem().unwrap().contains("--announce-addr"));
+        tracker.record_announce(Ok(Announced { also_at: Some("192.0.2.7".into()), ..Announced::default() }));
+        assert!(tracker.problem().unwrap().contains("192.0.2.7"));
+        tracker.record_announce(Ok(Announced { reachable: Some(true), ..Announced::default() }));
+        assert_eq!(tracker.problem(), None);
+    }
+
+    #[test]
+    fn one_that_is_asked_too_often_is_asked_again() {
+        let (tracker, server) = answering(vec![
+            answer("429 x", "{}"),
+            answer("429 x\r\nRetry-After: 1", "{}"),
+            answer("503 x", "{}"),
+            answer("200 x", FOUND),
+        ]);
+        let began = Instant::now();
+        assert_eq!(tracker.lookup(&any_path(), false, soon()).unwrap().candidates.len(), 1);
+        assert!(began.elapsed() >= Duration::from_secs(1), "Retry-After was not obeyed");
+        assert!(tracker.is_reached());
+        server.join().unwrap();
+    }
+
+    #[test]
+    fn tracker_that_asks_for_more_time_than_there_is_is_not_waited_for() {
+        let (tracker, server) = answering(vec![answer("429 x\r\nRetry-After: 3600", "{}")]);
+        let e = tracker.lookup(&any_path(), false, soon()).unwrap_err();
+        assert_eq!(e.retry_after(), Some(Duration::from_secs(3600)));
+        server.join().unwrap();
+    }
+
+    #[test]
+    fn original_is_asked_for_its_list() {
+        let list = r#"{"peers":[
+            {"peer_id":"b","addr":"10.0.0.1","port":1,"last_seen":1.5,"reputation":{"score":0.5}},
+            {"peer_id":"a","addr":"10.0.0.2","port":1,"last_seen":1.5,"reputation":{"score":9.5}},
+            {"peer_id":"c","addr":"10.0.0.3","port":1,"last_seen":1.5,"reputation":{"score":1.5}}]}"#;
+        let (tracker, server) = answering(vec![answer("404 x", r#"{"detail":"Not Found"}"#), answer("200 x", list)]);
+        for _ in 0..3 {
+            let found = tracker.lookup(&any_path(), false, soon()).unwrap();
+            assert!(found.candidates.is_empty());
+            let named: Vec<&str> = found.others.iter().map(|peer| &*peer.peer_id).collect();
+            assert_eq!(named, ["c", "b"], "the best first, and not this node");
+        }
+        let requests = server.join().unwrap();
+        assert!(requests[0].starts_with("GET /lookup/") && requests[1].starts_with("GET /peers "), "{requests:?}");
+    }
+
+    #[test]
+    fn key_is_named_by_host_and_port_as_configured() {
+        for (url, name) in [
+            ("http://Tracker.example:12305", "tracker.example:12305"),
+            ("https://tracker.example", "tracker.example:443"),
+            ("http://tracker.example/path", "tracker.example:80"),
+            ("http://[2001:db8::1]:9", "[2001:db8::1]:9"),
+        ] {
+            assert_eq!(authority(url), name);
+        }
     }
 
     #[test]
     fn one_that_names_none_but_the_dead_is_left_out() {
         let now = Instant::now();
         let tracker = tracker(now);
-        tracker.reached(None);
+        tracker.record_reached();
         tracker.proved(0, MANY_DEAD - 1, now, now);
         assert_eq!(tracker.patience(), None);
         let later = now + Duration::from_secs(2);
@@ -516,19 +903,19 @@ mod tests {
             tracker.proved(0, MANY_DEAD, now, later);
         }
         // Once may be an accident: a path of which only the dead were thought to have it.
-        assert!(tracker.is_of_use());
+        assert!(tracker.await_usable());
         assert_eq!(tracker.patience(), Some(LEAST_WAIT));
         let again = later + LEAST_WAIT;
         tracker.proved(0, MANY_DEAD, later + Duration::from_millis(1), again);
         assert_eq!(tracker.lock().paused_until, Some(again + FIRST_PAUSE.get()));
-        assert!(!tracker.is_of_use());
+        assert!(!tracker.await_usable());
         tracker.lock().paused_until = Some(now);
-        assert!(tracker.is_of_use(), "one tries again");
-        assert!(!tracker.is_of_use(), "the others do not wait for it");
+        assert!(tracker.await_usable(), "one tries again");
+        assert!(!tracker.await_usable(), "the others do not wait for it");
         tracker.proved(0, MANY_DEAD, again + FIRST_PAUSE.get(), again + FIRST_PAUSE.get());
         assert_eq!(tracker.lock().paused_until, Some(again + FIRST_PAUSE.get() * 3));
         tracker.proved(1, 0, again, again);
-        assert!(tracker.is_of_use() && tracker.is_of_use());
+        assert!(tracker.await_usable() && tracker.await_usable());
         assert_eq!(tracker.patience(), None);
     }
 
@@ -537,11 +924,11 @@ mod tests {
     fn one_that_was_useful_is_not_left_out() {
         let (now, second) = (Instant::now(), Duration::from_secs(1));
         let tracker = tracker(now);
-        tracker.reached(None);
+        tracker.record_reached();
         tracker.proved(1, 3, now, now);
         for i in 1..100 {
             tracker.proved(0, MANY_DEAD, now + second * i, now + second * i);
-            assert!(tracker.is_of_use() && tracker.is_of_use());
+            assert!(tracker.await_usable() && tracker.await_usable());
         }
         assert!(tracker.patience().is_some());
         // A few that answer do not speak for as many that do not.
@@ -552,7 +939,7 @@ mod tests {
         for i in 800..802 {
             tracker.proved(0, MANY_DEAD, now + second * i, now + second * i);
         }
-        assert!(!tracker.is_of_use());
+        assert!(!tracker.await_usable());
     }
 
     #[test]
@@ -566,43 +953,25 @@ mod tests {
         }
     }
 
-    /// The tracker used to be taken for dead, and what its peers had for missing.
-    #[test]
-    fn one_that_is_asked_too_often_is_asked_again() {
-        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        let url = format!("http://{}", listener.local_addr().unwrap());
-        let server = thread::spawn(move || {
-            let (stream, _) = listener.accept().unwrap();
-            let mut lines = std::io::BufRead::lines(std::io::BufReader::new(&stream)).map_while(Result::ok);
-            let found = r#"{"candidates":[{"peer_id":"b","addr":"10.0.0.1","port":1,"score":0.0}],"others":[]}"#;
-            for (status, body) in [(429, "{}"), (429, "{}"), (200, found)] {
-                assert!(lines.any(|line| line.is_empty()), "a request");
-                let answer = format!("HTTP/1.1 {status} x\r\nContent-Length: {}\r\n\r\n{body}", body.len());
-                std::io::Write::write_all(&mut &stream, answer.as_bytes()).unwrap();
-            }
-        });
-        let tracker = Tracker::new(url, Instant::now());
-        tracker.reached(None);
-        let identity = Identity::from_seed(&[1; 32]);
-        let me = Me { identity, peer_id: "a".into(), port: 1, addr: None };
-        let found = tracker.lookup(&HashPart::parse(&[b'0'; 32]).unwrap(), &me).unwrap();
-        assert_eq!(found.candidates.len(), 1);
-        assert!(tracker.is_reached());
-        server.join().unwrap();
-    }
-
     #[test]
     fn timestamps_never_go_back() {
         let tracker = tracker(Instant::now());
         let stamps: Vec<u64> = (0..100).map(|_| tracker.timestamp()).collect();
         assert!(stamps.windows(2).all(|pair| pair[0] < pair[1]));
-        for ahead in [-3_600_000, 3_600_000] {
+        for ahead in [-240_000, 240_000] {
             let now = our_clock().saturating_add_signed(ahead);
-            tracker.set_clock(now);
+            tracker.set_clock(now).unwrap();
             assert!(tracker.timestamp().abs_diff(now) < 60_000);
         }
-        // A tracker that names the end of time gets what it wants, and no overflow.
-        tracker.set_clock(u64::MAX);
-        tracker.timestamp();
+    }
+
+    #[test]
+    fn nothing_is_signed_for_a_time_far_from_the_own_clock() {
+        let tracker = tracker(Instant::now());
+        for now in [0, our_clock() - 3_600_000, our_clock() + 3_600_000, u64::MAX] {
+            let Err(Error::Clock(_)) = tracker.set_clock(now) else { panic!("{now}") };
+            assert!(tracker.timestamp().abs_diff(our_clock()) < 60_000);
+        }
+        assert!(Error::Clock(3_600_000).to_string().contains("3600 s slow"));
     }
 }

@@ -1,48 +1,55 @@
 //! Peers on other networks: which of those that trackers name has a path.
 //!
-//! Every tracker is asked at once; then every candidate by one datagram, and the best four over HTTP at the same time: a
-//! miss is known when all have said no, which takes a round trip after the tracker's, and a hit takes two, for its
-//! connection and its narinfo. The whole ends after two seconds, whatever trackers and peers do.
+//! Every tracker is asked at once, and again on a new connection if it takes long. The candidates are asked over HTTP as
+//! soon as the first tracker names them: four at once, and for every 100 ms without a good narinfo twice as many more. A miss
+//! is known when all have said no. The whole ends after four seconds, whatever trackers and peers do.
 
 use super::announce::{Begun, Trackers};
 use super::client::{Client, Error};
 use super::names::Names;
-use super::requests::Requests;
+use super::requests::{Requests, To};
 use super::standing::{Fault, Standing, Turn, Who};
-use crate::lan::{CandidateAnswer, DiscoveryClient, Holder, LOOKUP_TIMEOUT};
+use super::tracker::{self, Tracker};
+use crate::lan::{Holder, LOOKUP_TIMEOUT};
 use crate::network::Networks;
 use crate::nix::{HashPart, NarInfo};
-use crate::wire::tracker::{
-    Candidate, Candidates, MAX_ADDR, MAX_CANDIDATES, MAX_OTHERS, Role, TransferName, can_be_peer, is_peer_id,
-};
-use crossbeam_channel::{Receiver, Sender, bounded, never, select};
+use crate::pace::{May, Pace};
+use crate::time_scale::Timeout;
+use crate::wire::tracker::{Candidate, Candidates, MAX_ADDR, Role, TransferName, can_be_peer, is_peer_id};
+use crossbeam_channel::{Receiver, Sender, select, unbounded};
 use std::net::{IpAddr, SocketAddr};
-use std::sync::Arc;
-use std::thread;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// The whole of a lookup beyond the LAN.
-const WAN_TIMEOUT: Duration = Duration::from_secs(2);
-/// Candidates asked over HTTP at once.
+/// The whole of a lookup beyond the LAN: a tracker that restarts, and after it a peer to which a packet is lost twice.
+const WAN_TIMEOUT: Timeout = Timeout::from_secs(4);
+/// A tracker that takes longer is asked again, on another connection. Most answer in less; a lost packet is repeated by the
+/// kernel after 200 ms on an open connection, but only after 1 s on a new one.
+const HEDGE_DELAY: Duration = Duration::from_millis(300);
+/// Candidates asked over HTTP at first.
 const AT_ONCE: usize = 4;
-/// One that takes longer makes room for another; its answer still counts.
+/// Without a good narinfo for this long, further candidates are asked.
+const WAVE: Duration = Duration::from_millis(100);
+/// A candidate that failed lately is waited for this long.
 const SLOW: Duration = Duration::from_millis(500);
 /// Names of candidates are waited for so long.
 const NAMES_WAIT: Duration = Duration::from_millis(500);
-/// Who is waited for is looked at this often, if nothing happens.
-const LOOK_AGAIN: Duration = Duration::from_millis(20);
-/// Who may not be asked for one of these reasons is looked at again after this.
+/// A request that may not begin because of others is tried again after this.
 const BLOCKED: Duration = Duration::from_millis(10);
+/// A proven candidate that is busy or restarts is asked again after this, doubling.
+const RETRY_DELAY: Duration = Duration::from_millis(50);
+/// Doublings of it: 800 ms.
+const MAX_DOUBLINGS: u32 = 4;
 
 /// The peers beyond the LAN.
 pub struct Wan {
     trackers: Arc<Trackers>,
     client: Arc<Client>,
     standing: Arc<Standing>,
-    discovery: Arc<DiscoveryClient>,
     networks: Arc<Networks>,
     names: Arc<Names>,
     requests: Arc<Requests>,
+    pace: Mutex<Pace>,
 }
 
 impl Wan {
@@ -51,24 +58,26 @@ impl Wan {
         trackers: Arc<Trackers>,
         client: Arc<Client>,
         standing: Arc<Standing>,
-        discovery: Arc<DiscoveryClient>,
         networks: Arc<Networks>,
         requests: Arc<Requests>,
     ) -> Self {
-        Wan { trackers, client, standing, discovery, networks, names: Arc::default(), requests }
+        Wan { trackers, client, standing, networks, names: Arc::default(), requests, pace: Mutex::default() }
     }
 
     /// A search for a path, which begins when it is asked for the first time.
     pub fn search(self: &Arc<Self>, hash_part: &HashPart) -> WanSearch {
-        let (answer, answers) = bounded(self.trackers.all().count() * (MAX_CANDIDATES + MAX_OTHERS));
+        // Bounded by what is asked: two calls of each tracker, and one request of each entry at a time.
+        let (answer, answers) = unbounded();
         WanSearch {
             wan: self.clone(),
             hash_part: *hash_part,
             began: None,
             until: Instant::now(),
-            latest: Instant::now() + WAN_TIMEOUT + LOOKUP_TIMEOUT.get(),
+            latest: Instant::now() + WAN_TIMEOUT.get() + LOOKUP_TIMEOUT.get(),
+            calls: Vec::new(),
             entries: Vec::new(),
-            told: never(),
+            at_once: AT_ONCE,
+            next_wave: None,
             answer,
             answers,
             found: false,
@@ -77,7 +86,7 @@ impl Wan {
     }
 
     fn is_own(&self, address: SocketAddr) -> bool {
-        address.port() == self.trackers.me().port && self.networks.is_own(address.ip())
+        address.port() == self.trackers.port() && self.networks.is_own(address.ip())
     }
 
     /// Whether it has answered before, and has done so since it failed.
@@ -86,31 +95,14 @@ impl Wan {
         !self.standing.latency(who).is_zero() && !self.standing.is_doubtful(who)
     }
 
-    /// What the trackers name, the first answer first; all are asked at once.
-    fn list(&self, hash_part: &HashPart, until: Instant) -> Vec<(usize, Candidates)> {
-        let of_use: Vec<_> = self.trackers.all().enumerate().filter(|(_, tracker)| tracker.is_of_use()).collect();
-        if let [(at, tracker)] = of_use[..] {
-            return tracker.lookup(hash_part, self.trackers.me()).map(|found| (at, found)).into_iter().collect();
-        }
-        let (found, answers) = bounded(of_use.len());
-        for (at, tracker) in of_use {
-            let (tracker, me, hash_part, found) =
-                (tracker.clone(), self.trackers.me().clone(), *hash_part, found.clone());
-            let asked = thread::Builder::new().name("tracker".into()).spawn(move || {
-                if let Ok(candidates) = tracker.lookup(&hash_part, &me) {
-                    let _ = found.try_send((at, candidates));
-                }
-            });
-            if let Err(e) = asked {
-                log::debug!("thread for a tracker: {e}");
-            }
-        }
-        drop(found);
-        let mut all = Vec::new();
-        while let Ok(answer) = answers.recv_deadline(until) {
-            all.push(answer);
-        }
-        all
+    /// Has a tracker told what was sent or received.
+    pub fn report(&self, transfer: &TransferName, role: Role, bytes: u64) {
+        self.trackers.report(transfer, role, bytes);
+    }
+
+    /// Has the transfer of an offered path counted; it gets its name soon.
+    pub fn begin_transfer(&self, origin: &Origin) -> Begun {
+        self.trackers.begin(origin.tracker, &origin.peer_id)
     }
 }
 
@@ -146,8 +138,11 @@ pub struct WanSearch {
     until: Instant,
     /// It ends by then, whenever it begins.
     latest: Instant,
+    calls: Vec<Call>,
     entries: Vec<Entry>,
-    told: Receiver<CandidateAnswer>,
+    /// Candidates that may be asked at once.
+    at_once: usize,
+    next_wave: Option<Instant>,
     answer: Sender<Answer>,
     answers: Receiver<Answer>,
     found: bool,
@@ -155,39 +150,61 @@ pub struct WanSearch {
     useless: Option<(SocketAddr, Error)>,
 }
 
+/// A lookup at one tracker.
+struct Call {
+    tracker: Arc<Tracker>,
+    /// Its place in [`Trackers::all`].
+    at: usize,
+    /// Connections it was asked on, and how many of these failed.
+    begun: u32,
+    failed: u32,
+    error: Option<tracker::Error>,
+    is_answered: bool,
+    /// Its failure was recorded.
+    is_judged: bool,
+}
+
+impl Call {
+    fn is_awaited(&self) -> bool {
+        !self.is_answered && (self.begun == 0 || self.failed < self.begun)
+    }
+}
+
 struct Entry {
     address: SocketAddr,
     origin: Origin,
-    has_filter: bool,
-    /// If it has never answered, it is not waited for from then on.
-    unproven_until: Option<Instant>,
+    /// Its place in the tracker's list.
+    rank: usize,
     state: State,
+    /// Requests that failed for a reason that may pass.
+    failures: u32,
+    was_asked: bool,
     /// It has said something, whatever it was.
     answered: bool,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum State {
-    /// Not asked over HTTP.
-    Untried,
-    /// Not asked over HTTP, and said that it has the path.
-    Promising,
+    /// To be asked, not before then.
+    Untried(Instant),
     /// Asked then.
     Asked(Instant),
     /// There is nothing more to be had from it.
     Done,
 }
 
-struct Answer {
-    at: usize,
-    result: Box<Result<NarInfo, Error>>,
+enum Answer {
+    /// Of the tracker with that place in [`Trackers::all`].
+    Tracker { at: usize, result: Result<Candidates, tracker::Error> },
+    /// Of the entry with that place.
+    Peer { at: usize, result: Box<Result<NarInfo, Error>> },
 }
 
 impl WanSearch {
     /// Gives the search, resumed for alternates, its time anew, but none after `until`.
     pub fn resume(&mut self, until: Instant) {
         self.latest = until;
-        self.until = until.min(Instant::now() + WAN_TIMEOUT);
+        self.until = until.min(Instant::now() + WAN_TIMEOUT.get());
     }
 
     /// Whether the trackers have been asked.
@@ -200,10 +217,11 @@ impl WanSearch {
         self.entries.iter().any(|entry| entry.state != State::Done)
     }
 
-    /// How many candidates there were, and how many of them gave no sign of life.
+    /// How many candidates were asked, and how many of them gave no sign of life.
     pub fn asked_and_silent(&self) -> (u32, u32) {
+        let asked = || self.entries.iter().filter(|entry| entry.was_asked);
         let count = |entries: usize| u32::try_from(entries).unwrap_or(u32::MAX);
-        (count(self.entries.len()), count(self.entries.iter().filter(|entry| !entry.answered).count()))
+        (count(asked().count()), count(asked().filter(|entry| !entry.answered).count()))
     }
 
     /// Who answered last with something that is of no use, and what that was.
@@ -214,9 +232,9 @@ impl WanSearch {
     /// A candidate that is not asked, as it failed too often.
     pub fn avoided(&self) -> Option<SocketAddr> {
         let now = Instant::now();
-        let is_avoided = |entry: &&Entry| self.wan.standing.turn(Who::far(entry.address), now) == Turn::Never;
-        let promised = self.entries.iter().filter(|entry| entry.state == State::Promising);
-        promised.into_iter().find(is_avoided).map(|entry| entry.address)
+        let is_avoided =
+            |entry: &&Entry| !entry.was_asked && self.wan.standing.turn(Who::far(entry.address), now) == Turn::Never;
+        self.entries.iter().find(is_avoided).map(|entry| entry.address)
     }
 
     /// Whether any tracker is there to be asked.
@@ -224,7 +242,7 @@ impl WanSearch {
         self.wan.trackers.all().any(|tracker| tracker.is_reached())
     }
 
-    /// The next peer that has it, within two seconds of the first call or of [`WanSearch::resume`].
+    /// The next peer that has it. Blocks, for four seconds from the first call or from [`WanSearch::resume`] at most.
     pub fn next_offer(&mut self) -> Option<Offer> {
         if self.began.is_none() {
             self.begin();
@@ -234,22 +252,14 @@ impl WanSearch {
             if now >= self.until {
                 break;
             }
-            let is_blocked = !self.ask(now);
-            if !is_blocked && !self.entries.iter().any(|entry| self.is_awaited(entry, now)) {
-                break;
-            }
-            let look_again = if is_blocked { BLOCKED } else { LOOK_AGAIN };
-            let wake_up = self.until.min(now + look_again);
+            let is_blocked = !self.call_trackers(now) | !self.ask(now);
+            let Some(wake_up) = self.next_wake_up(is_blocked, now) else { break };
             select! {
                 recv(self.answers) -> answer => if let Ok(answer) = answer
                     && let Some(offer) = self.take(answer) {
                     self.found = true;
                     self.judge();
                     return Some(offer);
-                },
-                recv(self.told) -> told => match told {
-                    Ok(told) => self.hear(told),
-                    Err(_) => self.told = never(),
                 },
                 default(wake_up.saturating_duration_since(now)) => {}
             }
@@ -259,20 +269,58 @@ impl WanSearch {
     }
 
     fn begin(&mut self) {
+        let usable = |(at, tracker): (usize, &Arc<Tracker>)| {
+            let (begun, failed, error) = (0, 0, None);
+            let (tracker, is_answered, is_judged) = (tracker.clone(), false, false);
+            let call = Call { tracker, at, begun, failed, error, is_answered, is_judged };
+            call.tracker.await_usable().then_some(call)
+        };
+        self.calls = self.wan.trackers.all().enumerate().filter_map(usable).collect();
         let began = Instant::now();
         self.began = Some(began);
-        self.until = self.latest.min(began + WAN_TIMEOUT);
-        let mut listed = self.wan.list(&self.hash_part, self.until);
-        let others: Vec<_> = listed.iter_mut().map(|(at, found)| (*at, std::mem::take(&mut found.others))).collect();
-        listed.into_iter().for_each(|(at, found)| self.add(at, found.candidates, true));
-        others.into_iter().for_each(|(at, others)| self.add(at, others, false));
-        if !self.entries.is_empty() {
-            let addresses = self.entries.iter().map(|entry| entry.address).collect();
-            self.told = self.wan.discovery.query_candidates(self.hash_part, addresses, self.until);
-        }
+        self.until = self.latest.min(began + WAN_TIMEOUT.get());
     }
 
-    fn add(&mut self, tracker: usize, mut candidates: Vec<Candidate>, has_filter: bool) {
+    fn trackers_until(&self) -> Instant {
+        self.began.unwrap_or(self.until) + tracker::LOOKUP_TIMEOUT.get()
+    }
+
+    /// Asks the trackers, and those that take long a second time. False if one may not be asked because of other lookups.
+    fn call_trackers(&mut self, now: Instant) -> bool {
+        let (until, hedge) = (self.trackers_until(), self.began.unwrap_or(now) + HEDGE_DELAY);
+        let mut may_ask = true;
+        for call in self.calls.iter_mut().filter(|call| now < until && call.is_awaited()) {
+            if call.begun == 0 || call.begun == 1 && now >= hedge {
+                let (tracker, at, is_hedge) = (call.tracker.clone(), call.at, call.begun == 1);
+                let (answer, hash_part) = (self.answer.clone(), self.hash_part);
+                let began = self.wan.requests.run(To::Tracker, move || {
+                    let result = tracker.lookup(&hash_part, is_hedge, until);
+                    let _ = answer.send(Answer::Tracker { at, result });
+                });
+                call.begun += u32::from(began);
+                may_ask &= began;
+            }
+        }
+        may_ask
+    }
+
+    /// When there is something to do if no answer comes; `None` if nothing is waited for.
+    fn next_wake_up(&self, is_blocked: bool, now: Instant) -> Option<Instant> {
+        let hedge = self.began.unwrap_or(now) + HEDGE_DELAY;
+        let call = |call: &Call| if call.begun < 2 { hedge.max(now + BLOCKED) } else { self.trackers_until() };
+        let calls = self.calls.iter().filter(|call| now < self.trackers_until() && call.is_awaited()).map(call);
+        let entry = |entry: &Entry| match entry.state {
+            State::Untried(at) if self.is_hopeful(entry, now) && at > now => Some(at),
+            State::Asked(at) => self.awaited_until(entry, at, now).filter(|until| *until > now),
+            _ => None,
+        };
+        let entries = self.entries.iter().filter_map(entry);
+        let blocked = is_blocked.then(|| now + BLOCKED);
+        let awaited = calls.chain(entries).chain(blocked).min()?;
+        Some(self.next_wave.map_or(awaited, |wave| awaited.min(wave)).min(self.until))
+    }
+
+    fn add(&mut self, tracker: usize, mut candidates: Vec<Candidate>) {
         candidates.retain(can_be_asked);
         let ip = |addr: &str| addr.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>().ok();
         let names: Vec<&str> = candidates.iter().map(|c| &*c.addr).filter(|addr| ip(addr).is_none()).collect();
@@ -281,96 +329,115 @@ impl WanSearch {
         } else {
             self.wan.names.addresses(&names, self.until.min(Instant::now() + NAMES_WAIT)).into_iter()
         };
-        let patience = self.wan.trackers.all().nth(tracker).and_then(|tracker| tracker.patience());
-        let unproven_until = patience.map(|patience| Instant::now() + patience);
-        for candidate in &candidates {
+        let now = Instant::now();
+        for (rank, candidate) in candidates.iter().enumerate() {
             let ip = ip(&candidate.addr).map_or_else(|| resolved.next().flatten(), |ip| Some(ip.to_canonical()));
             let Some(ip) = ip.filter(|ip| can_be_peer(*ip)) else { continue };
             let address = SocketAddr::new(ip, candidate.port);
             let known = self.entries.iter().any(|entry| entry.address == address);
             if !known && !self.wan.is_own(address) {
                 let origin = Origin { tracker, peer_id: candidate.peer_id.clone() };
-                self.entries.push(Entry {
-                    address,
-                    origin,
-                    has_filter,
-                    unproven_until,
-                    state: State::Untried,
-                    answered: false,
-                });
+                let (state, failures, was_asked, answered) = (State::Untried(now), 0, false, false);
+                self.entries.push(Entry { address, origin, rank, state, failures, was_asked, answered });
             }
         }
     }
 
-    /// Whether too much was made of candidates that have never answered, of which this is one.
-    fn is_given_up(&self, entry: &Entry, now: Instant) -> bool {
-        let is_over = entry.unproven_until.is_some_and(|until| now >= until);
-        is_over && !entry.answered && !self.wan.is_proven(entry.address)
-    }
-
     fn is_hopeful(&self, entry: &Entry, now: Instant) -> bool {
-        matches!(entry.state, State::Untried | State::Promising)
-            && !self.is_given_up(entry, now)
-            && self.wan.standing.turn(Who::far(entry.address), now) != Turn::Never
+        matches!(entry.state, State::Untried(_)) && self.wan.standing.turn(Who::far(entry.address), now) != Turn::Never
     }
 
-    /// Whether its answer is worth waiting for: of one that failed lately only for a moment.
+    /// Until when the answer of an entry that was asked at `asked` is worth waiting for: of one that failed lately, and of one
+    /// that has never answered and was named by a tracker that names many dead peers, only for a moment.
+    fn awaited_until(&self, entry: &Entry, asked: Instant, now: Instant) -> Option<Instant> {
+        let who = Who::far(entry.address);
+        let limit = match self.wan.standing.turn(who, now) {
+            Turn::Now if self.wan.is_proven(entry.address) => return Some(self.until),
+            Turn::Now => {
+                let tracker = self.wan.trackers.all().nth(entry.origin.tracker);
+                tracker.and_then(|tracker| tracker.patience()).map(|patience| asked + patience)
+            }
+            Turn::Last | Turn::Never => Some(asked + SLOW),
+        };
+        Some(limit.map_or(self.until, |limit| limit.min(self.until)))
+    }
+
     fn is_awaited(&self, entry: &Entry, now: Instant) -> bool {
         match entry.state {
-            State::Asked(at) => {
-                let is_early = now < at + SLOW || self.wan.standing.turn(Who::far(entry.address), now) == Turn::Now;
-                is_early && !self.is_given_up(entry, now)
-            }
+            State::Asked(at) => self.awaited_until(entry, at, now).is_some_and(|until| now < until),
             _ => false,
         }
     }
 
     /// Asks as many as may be asked now. False if somebody is left who may not be asked because of others.
     fn ask(&mut self, now: Instant) -> bool {
-        let busy = |entry: &Entry| matches!(entry.state, State::Asked(at) if now < at + SLOW);
-        let mut free = AT_ONCE.saturating_sub(self.entries.iter().filter(|entry| busy(entry)).count());
-        let mut is_free_to_ask = true;
+        if self.next_wave.is_some_and(|at| at <= now) {
+            self.at_once = self.at_once.saturating_mul(2);
+            self.next_wave = Some(now + WAVE);
+        }
+        let under_way = self.entries.iter().filter(|entry| self.is_awaited(entry, now)).count();
+        let mut free = self.at_once.saturating_sub(under_way);
+        let mut may_ask = true;
         for at in self.in_turn(now) {
             if free == 0 {
                 break;
             }
             match self.start(at, now) {
-                true => free -= 1,
-                false => is_free_to_ask = false,
+                May::Now => free -= 1,
+                May::Later => may_ask = false,
+                May::NotThis => self.entries[at].state = State::Done,
             }
         }
-        is_free_to_ask
+        if self.entries.iter().any(|entry| entry.was_asked) {
+            self.next_wave.get_or_insert(now + WAVE);
+        }
+        may_ask
     }
 
-    /// Who may be asked, in the order of their turns: who promised before who did not, and then as the trackers have it. Who
-    /// failed lately has its turn when nobody else is left or awaited: its narinfo, which may well be the fastest, says
+    /// Who may be asked, in the order of their turns: who has proven itself before who did not, and then as the trackers have
+    /// it. Who failed lately has its turn when nobody else is left or awaited: its narinfo, which may well be the fastest, says
     /// nothing of its NAR.
     fn in_turn(&self, now: Instant) -> Vec<usize> {
         let standing = &self.wan.standing;
         let is_doubtful = |at: &usize| standing.is_doubtful(Who::far(self.entries[*at].address));
+        let is_due = |at: &usize| matches!(self.entries[*at].state, State::Untried(due) if due <= now);
         let all = 0..self.entries.len();
-        let mut turns: Vec<_> = all.clone().filter(|at| self.is_hopeful(&self.entries[*at], now)).collect();
-        let is_awaited = |at: &usize| matches!(self.entries[*at].state, State::Asked(at) if now < at + SLOW);
-        if turns.iter().any(|at| !is_doubtful(at)) || all.clone().any(|at| is_awaited(&at) && !is_doubtful(&at)) {
+        let hopeful = all.clone().filter(|at| self.is_hopeful(&self.entries[*at], now));
+        let mut turns: Vec<_> = hopeful.filter(is_due).collect();
+        let is_awaited = |at: &usize| self.is_awaited(&self.entries[*at], now);
+        let may_name_more = self.calls.iter().any(Call::is_awaited) && now < self.trackers_until();
+        let others_are_left = turns.iter().any(|at| !is_doubtful(at))
+            || all.clone().any(|at| is_awaited(&at) && !is_doubtful(&at))
+            || may_name_more;
+        if others_are_left {
             turns.retain(|at| !is_doubtful(at));
         }
         turns.sort_by_cached_key(|at| {
-            let Entry { address, state, .. } = &self.entries[*at];
-            (standing.turn(Who::far(*address), now) == Turn::Last, *state != State::Promising)
+            let Entry { address, rank, .. } = &self.entries[*at];
+            (standing.turn(Who::far(*address), now) == Turn::Last, !self.wan.is_proven(*address), *rank)
         });
         turns
     }
 
-    /// Asks one for its narinfo, in a thread of its own: a request cannot be taken back, and must not be waited for. False if
-    /// there are too many.
-    fn start(&mut self, at: usize, now: Instant) -> bool {
+    /// Asks one for its narinfo, in a thread of its own: a request cannot be taken back, and must not be waited for.
+    fn start(&mut self, at: usize, now: Instant) -> May {
         let address = self.entries[at].address;
+        let is_proven = self.wan.is_proven(address);
+        if !is_proven {
+            let mut pace = self.wan.pace.lock().unwrap_or_else(PoisonError::into_inner);
+            match pace.take(address.ip(), now) {
+                May::Now => {}
+                // A request of another lookup is about to tell whether it is there.
+                May::NotThis if self.wan.requests.is_asked(address.ip()) => return May::Later,
+                not_now => return not_now,
+            }
+        }
         let (client, standing) = (self.wan.client.clone(), self.wan.standing.clone());
         let (answer, hash_part) = (self.answer.clone(), self.hash_part);
         let timeout = self.until.saturating_duration_since(now);
         let holder = Holder { http: address, url_path: format!("local/{hash_part}.narinfo") };
-        let is_proven = self.wan.is_proven(address);
-        let started = self.wan.requests.start(address.ip(), is_proven, move || {
+        let to = if is_proven { To::Proven(address.ip()) } else { To::Stranger(address.ip()) };
+        let started = self.wan.requests.run(to, move || {
             let result = client.narinfo(&holder, &hash_part, timeout);
             let then = Instant::now();
             match &result {
@@ -379,68 +446,85 @@ impl WanSearch {
                 Err(Error::NotThere | Error::Busy) => standing.alive(Who::far(address), then - now, then),
                 Err(e) => standing.failed(Who::far(address), e.fault().unwrap_or(Fault::Unreachable), now, then, e),
             }
-            let _ = answer.try_send(Answer { at, result: Box::new(result) });
+            let _ = answer.send(Answer::Peer { at, result: Box::new(result) });
         });
-        if started {
-            self.entries[at].state = State::Asked(now);
+        if !started {
+            return May::Later;
         }
-        started
+        let entry = &mut self.entries[at];
+        (entry.state, entry.was_asked) = (State::Asked(now), true);
+        May::Now
     }
 
-    fn take(&mut self, Answer { at, result }: Answer) -> Option<Offer> {
+    fn take(&mut self, answer: Answer) -> Option<Offer> {
+        match answer {
+            Answer::Tracker { at, result } => {
+                self.take_candidates(at, result);
+                None
+            }
+            Answer::Peer { at, result } => self.take_narinfo(at, *result),
+        }
+    }
+
+    fn take_candidates(&mut self, at: usize, result: Result<Candidates, tracker::Error>) {
+        let Some(call) = self.calls.iter_mut().find(|call| call.at == at) else { return };
+        match result {
+            Ok(found) if !call.is_answered => {
+                call.is_answered = true;
+                self.add(at, found.candidates);
+                self.add(at, found.others);
+            }
+            Ok(_) => {}
+            Err(e) => {
+                call.failed += 1;
+                call.error = Some(e);
+            }
+        }
+    }
+
+    fn take_narinfo(&mut self, at: usize, result: Result<NarInfo, Error>) -> Option<Offer> {
         let entry = &mut self.entries[at];
+        entry.answered |= !matches!(result, Err(Error::Unreachable(_)));
         entry.state = State::Done;
-        entry.answered |= !matches!(*result, Err(Error::Unreachable(_)));
-        let narinfo = match *result {
-            Ok(narinfo) => narinfo,
+        match result {
+            Ok(narinfo) => return Some(Offer { peer: entry.address, origin: entry.origin.clone(), narinfo }),
+            // One that was there a moment ago restarts, or has more to do than it wants.
+            Err(e) if e.is_temporary() && !self.wan.standing.latency(Who::far(entry.address)).is_zero() => {
+                let pause = RETRY_DELAY * (1 << entry.failures.min(MAX_DOUBLINGS));
+                entry.failures += 1;
+                entry.state = State::Untried(Instant::now() + pause);
+                log::debug!("{}: candidate {}: {e}; asked again", self.hash_part, entry.address);
+            }
             Err(e) => {
                 log::debug!("{}: candidate {}: {e}", self.hash_part, entry.address);
                 if !matches!(e, Error::NotThere | Error::Unreachable(_)) {
                     self.useless = Some((entry.address, e));
                 }
-                return None;
             }
-        };
-        Some(Offer { peer: entry.address, origin: entry.origin.clone(), narinfo })
-    }
-
-    fn hear(&mut self, told: CandidateAnswer) {
-        let (CandidateAnswer::Have(from) | CandidateAnswer::HaveNot(from)) = told;
-        let Some(entry) = self.entries.iter_mut().find(|entry| entry.address == from) else { return };
-        entry.answered = true;
-        match (told, entry.state) {
-            (CandidateAnswer::Have(_), State::Untried) => entry.state = State::Promising,
-            // Who has no filter yet may not know yet what it may share: by HTTP it finds out.
-            (CandidateAnswer::HaveNot(_), State::Untried | State::Asked(_)) if entry.has_filter => {
-                entry.state = State::Done
-            }
-            _ => {}
         }
+        None
     }
 
-    /// Lets the trackers know what their candidates were worth: many from whom nothing came at all cost Nix time.
-    fn judge(&self) {
+    /// Lets the trackers know what they and their candidates were worth: many from whom nothing came at all cost Nix time.
+    fn judge(&mut self) {
         let now = Instant::now();
         let began = self.began.unwrap_or(now);
-        for (at, tracker) in self.wan.trackers.all().enumerate() {
-            let named = || self.entries.iter().filter(|entry| entry.origin.tracker == at);
+        for call in &mut self.calls {
+            let named = || self.entries.iter().filter(|entry| entry.was_asked && entry.origin.tracker == call.at);
             let alive = named().filter(|entry| entry.answered).count();
             // Who had no time to answer, as another was faster, is not silent.
             let silent = if self.found { 0 } else { named().count() - alive };
-            tracker.proved(alive, silent, began, now);
+            call.tracker.proved(alive, silent, began, now);
+            if call.is_answered || self.found && call.is_awaited() || std::mem::replace(&mut call.is_judged, true) {
+                continue;
+            }
+            match &call.error {
+                // It is there, and has too much to do.
+                Some(tracker::Error::Refused(429, ..)) => {}
+                Some(e) => call.tracker.record_failed_lookup(e),
+                None => call.tracker.record_failed_lookup(&"lookups take too long"),
+            }
         }
-    }
-}
-
-impl Wan {
-    /// Has a tracker told what was sent or received.
-    pub fn report(&self, transfer: &TransferName, role: Role, bytes: u64) {
-        self.trackers.report(transfer, role, bytes);
-    }
-
-    /// Has the transfer of an offered path counted; it gets its name soon.
-    pub fn begin_transfer(&self, origin: &Origin) -> Begun {
-        self.trackers.begin(origin.tracker, &origin.peer_id)
     }
 }
 

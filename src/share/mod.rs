@@ -12,6 +12,7 @@ use crate::nix::PathInfo;
 use filter::Filter;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Instant;
 pub use verify::UPSTREAM_KEY;
 use verify::Verifier;
 
@@ -105,11 +106,11 @@ impl Share {
         self.decide(scope, info, |verifier| verifier.verified_now(info) == Some(true))
     }
 
-    /// Whether it takes a question to the upstream cache to know if strangers may have this path. Where upstream's key is
-    /// known, its paths have a signature, and nothing is asked that no stranger wants to know.
-    pub fn is_open_question(&self, info: &PathInfo) -> bool {
-        let verifier = self.verifier.as_ref().filter(|verifier| !verifier.has_key());
-        verifier.is_some_and(|verifier| !self.filter.keeps(&info.path) && verifier.verified_now(info).is_none())
+    /// When to ask the upstream cache, by [`Share::may_have`], whether strangers may have this path; `None` if nobody needs to
+    /// be asked. Where upstream's key is known, its paths have a signature, and nothing is asked that no stranger wants to
+    /// know.
+    pub fn ask_upstream_at(&self, info: &PathInfo) -> Option<Instant> {
+        self.verifier.as_ref().filter(|_| !self.filter.keeps(&info.path))?.ask_at(info)
     }
 
     /// Why strangers may not have this valid path, for the user who asks; none if they may. `config` is what this was made

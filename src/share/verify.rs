@@ -1,18 +1,22 @@
 //! Whether a path is the upstream cache's own: what everybody can have from there gives nothing away.
 //!
 //! A signature by the upstream's key, stored with the path, proves it without a word to anybody. Otherwise the upstream
-//! cache is asked, once in an hour. Whatever is not known to be equal counts as not.
+//! cache is asked, and asked again if it does not have the path: to build first and to upload later is the usual order.
+//! Whatever is not known to be equal counts as not.
 
+use crate::backoff::{Backoff, retry_after};
 use crate::config::{Config, DEFAULT_UPSTREAM};
 use crate::nix::{HashPart, Malformed, NarHash, NarInfo, PathInfo, PublicKey, StoreDir};
 use crate::on_drop::OnDrop;
 use crate::seldom::Seldom;
+use crate::time_scale::Interval;
 use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::io::Read;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use ureq::Agent;
+use ureq::http::Response;
 use ureq::tls::{RootCerts, TlsConfig};
 
 /// The key of [`DEFAULT_UPSTREAM`] (Nix manual, "trusted-public-keys").
@@ -21,8 +25,12 @@ pub const UPSTREAM_KEY: &str = "cache.nixos.org-1:6NCHdD59X431o0gWypbMrAURkbJ16Z
 /// Signatures of the upstream's name that are checked of one path, 0.1 ms each. Upstream makes one.
 const MAX_SIGNATURES: usize = 4;
 
-/// How long it is remembered that upstream has a path not, or another NAR, as by the original.
-const REMEMBERED: Duration = Duration::from_secs(3600);
+/// How long it is remembered that upstream does not have a path, or another NAR, after the first such answer and the next
+/// ones; from the last on always as long.
+const NOT_THERE: [Interval; 4] =
+    [Interval::from_secs(60), Interval::from_secs(300), Interval::from_secs(3600), Interval::from_secs(24 * 3600)];
+/// How long it is remembered that no signature proves a path.
+const UNPROVEN: Duration = Duration::from_secs(3600);
 /// That it had this very NAR stays true.
 const PROVEN: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
 /// When so many new ones have come, those before them are forgotten: so up to twice as many are kept. A hash table of
@@ -44,9 +52,15 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// Askers that wait. Each holds a thread and a connection, of which neighbours are to have most.
 const MAX_WAITING: usize = 32;
 
-/// When upstream gave no answer it is left alone so long, and what is not known is not shared. A single path of
-/// which it said nothing that can be read is left alone as long.
-const PAUSE: Duration = Duration::from_secs(5);
+/// When upstream gave no answer it is left alone this long, doubling, and what is not known is not shared.
+const FIRST_PAUSE: Interval = Interval::from_secs(5);
+/// The longest such pause, unless upstream asks for a longer one, which is obeyed up to this.
+const LONGEST_PAUSE: Interval = Interval::from_secs(300);
+/// A path of which upstream said nothing that can be read is left alone this long. Behind the login page of a hotel that is
+/// every path, and nothing else tells when it is gone.
+const UNREADABLE: Interval = Interval::from_secs(5);
+/// Bytes of a narinfo as it is sent: compressed it is smaller than its bound, or its sender is hostile.
+const MAX_SENT: u64 = NarInfo::MAX_LEN as u64 + 4096;
 
 /// A path, and the NAR that it has here.
 type Key = (HashPart, NarHash);
@@ -63,19 +77,18 @@ pub struct Verifier {
     faults: Seldom,
 }
 
-#[derive(Default)]
 struct State {
     answers: Answers,
     /// What is being asked.
     asked: HashSet<Key>,
     waiting: usize,
-    paused_until: Option<Instant>,
+    backoff: Backoff,
 }
 
 /// Why there is no answer.
 enum Failure {
     Unreachable(ureq::Error),
-    Status(u16),
+    Status(u16, Option<Duration>),
     /// Of this path alone.
     Malformed(Malformed),
 }
@@ -84,7 +97,7 @@ impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Failure::Unreachable(e) => write!(f, "{e}"),
-            Failure::Status(status) => write!(f, "status {status}"),
+            Failure::Status(status, _) => write!(f, "status {status}"),
             Failure::Malformed(e) => write!(f, "{e}"),
         }
     }
@@ -117,7 +130,12 @@ impl Verifier {
             url,
             key,
             store_dir,
-            state: Mutex::default(),
+            state: Mutex::new(State {
+                answers: Answers::default(),
+                asked: HashSet::new(),
+                waiting: 0,
+                backoff: Backoff::new(FIRST_PAUSE, LONGEST_PAUSE),
+            }),
             ended: Condvar::new(),
             faults: Seldom::default(),
         }
@@ -134,9 +152,21 @@ impl Verifier {
         let mut state = self.lock();
         // That its signatures are none is remembered too, but must not take the place of upstream's own answer.
         if is_signed || state.answers.get(&key, now).is_none() {
-            state.answers.put(key, proof, now + REMEMBERED);
+            state.answers.put(key, proof, now + UNPROVEN, 0);
         }
         proof
+    }
+
+    /// When it makes sense to ask upstream about a path: now, or once its last answer is old. `None` if it said that it has
+    /// it, or if its paths have a signature.
+    pub fn ask_at(&self, info: &PathInfo) -> Option<Instant> {
+        let now = Instant::now();
+        match self.verified_now(info) {
+            Some(true) => None,
+            _ if self.has_key() => None,
+            Some(false) => self.lock().answers.until(&key(info)),
+            None => Some(self.lock().backoff.due().map_or(now, |due| due.max(now))),
+        }
     }
 
     /// Whether the path is upstream's; asks upstream if need be. False if that cannot be told now. Takes 15 s at most.
@@ -175,7 +205,7 @@ impl Verifier {
             if let Some(Some(answer)) = state.answers.get(key, now) {
                 return Turn::Answered(answer);
             }
-            if state.paused_until.is_some_and(|until| until > now) {
+            if !state.backoff.is_due(now) || state.answers.is_unreadable(key, now) {
                 return Turn::NotNow;
             }
             if state.asked.len() < MAX_REQUESTS && !state.asked.contains(key) {
@@ -202,22 +232,26 @@ impl Verifier {
         match answer {
             Ok(answer) => {
                 log::debug!("{}: {} upstream", info.path, if answer { "the same" } else { "not, or not the same," });
-                state.answers.put(*key, Some(answer), now + if answer { PROVEN } else { REMEMBERED });
+                state.backoff.reset();
+                let times = state.answers.times(key);
+                let lasts = if answer { PROVEN } else { NOT_THERE[times.min(NOT_THERE.len() - 1)].get() };
+                state.answers.put(*key, Some(answer), now + lasts, times + 1);
                 answer
             }
-            Err(e @ Failure::Malformed(_)) => {
-                log::debug!("{}: upstream cache {}: {e}", info.path, self.url);
-                state.answers.put(*key, Some(false), now + PAUSE);
-                false
-            }
             Err(e) => {
+                let retry_after = if let Failure::Status(_, retry_after) = e { retry_after } else { None };
+                if let Failure::Malformed(_) = e {
+                    state.answers.put_unreadable(*key, now + UNREADABLE.get());
+                } else {
+                    state.backoff.record_failure(retry_after, now);
+                }
+                drop(state);
                 if self.faults.now(now) {
                     log::warn!(
                         "upstream cache {}: {e}; what it did not confirm before is not shared over WAN",
                         self.url
                     );
                 }
-                state.paused_until = Some(now + PAUSE);
                 false
             }
         }
@@ -225,23 +259,42 @@ impl Verifier {
 
     fn request(&self, info: &PathInfo) -> Result<bool, Failure> {
         let url = format!("{}/{}.narinfo", self.url, info.path.hash_part());
-        let mut response = self.agent.get(url).call().map_err(Failure::Unreachable)?;
+        let response = self.agent.get(url).call().map_err(Failure::Unreachable)?;
         match response.status().as_u16() {
             200 => {}
             // Object stores say 403 where they may not say 404.
             403 | 404 | 410 => return Ok(false),
-            status => return Err(Failure::Status(status)),
+            status => return Err(Failure::Status(status, retry_after(response.headers()))),
         }
-        let mut bytes = Vec::new();
-        let most = NarInfo::MAX_LEN as u64 + 1;
-        let body = response.body_mut().as_reader().take(most).read_to_end(&mut bytes);
-        body.map_err(|e| Failure::Unreachable(e.into()))?;
+        let bytes = read(response)?;
         let theirs = NarInfo::parse(&bytes, &self.store_dir).map_err(Failure::Malformed)?.info;
         Ok(theirs.path == info.path && theirs.nar_hash == info.nar_hash && theirs.nar_size == info.nar_size)
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The narinfo, as it was before a cache compressed it (`narinfo-compression` of Nix), and at most a byte more of it than
+/// one may have.
+fn read(response: Response<ureq::Body>) -> Result<Vec<u8>, Failure> {
+    let encoding = response.headers().get("content-encoding").and_then(|e| e.to_str().ok()).unwrap_or("identity");
+    let encoding = encoding.to_ascii_lowercase();
+    let sent = response.into_body().into_with_config().limit(u64::MAX).reader().take(MAX_SENT);
+    let decoded: Box<dyn Read> = match encoding.as_str() {
+        "identity" => Box::new(sent),
+        "gzip" | "x-gzip" => Box::new(flate2::read::MultiGzDecoder::new(sent)),
+        "zstd" => Box::new(zstd::stream::read::Decoder::new(sent).map_err(|e| Failure::Unreachable(e.into()))?),
+        _ => return Err(Failure::Malformed(Malformed::new("narinfo", "compressed neither by gzip nor by zstd"))),
+    };
+    let mut bytes = Vec::new();
+    let most = NarInfo::MAX_LEN as u64 + 1;
+    let read = decoded.take(most).read_to_end(&mut bytes);
+    match read {
+        Ok(_) => Ok(bytes),
+        Err(_) if encoding != "identity" => Err(Failure::Malformed(Malformed::new("narinfo", "badly compressed"))),
+        Err(e) => Err(Failure::Unreachable(e.into())),
     }
 }
 
@@ -266,19 +319,50 @@ struct Answers {
 struct Answer {
     is_upstreams: Option<bool>,
     until: Instant,
+    /// How often upstream was asked.
+    times: usize,
+    /// What it said last cannot be read, until then.
+    unreadable: Option<Instant>,
 }
 
 impl Answers {
-    fn get(&self, key: &Key, now: Instant) -> Option<Option<bool>> {
-        let answer = self.young.get(key).or_else(|| self.old.get(key)).filter(|answer| answer.until > now)?;
-        Some(answer.is_upstreams)
+    fn find(&self, key: &Key) -> Option<&Answer> {
+        self.young.get(key).or_else(|| self.old.get(key))
     }
 
-    fn put(&mut self, key: Key, is_upstreams: Option<bool>, until: Instant) {
+    fn get(&self, key: &Key, now: Instant) -> Option<Option<bool>> {
+        Some(self.find(key).filter(|answer| answer.until > now)?.is_upstreams)
+    }
+
+    /// How often upstream was asked about it.
+    fn times(&self, key: &Key) -> usize {
+        self.find(key).map_or(0, |answer| answer.times)
+    }
+
+    /// Until when the last answer counts.
+    fn until(&self, key: &Key) -> Option<Instant> {
+        self.find(key).map(|answer| answer.until)
+    }
+
+    fn is_unreadable(&self, key: &Key, now: Instant) -> bool {
+        self.find(key).and_then(|answer| answer.unreadable).is_some_and(|until| until > now)
+    }
+
+    fn put(&mut self, key: Key, is_upstreams: Option<bool>, until: Instant, times: usize) {
+        self.insert(key, Answer { is_upstreams, until, times, unreadable: None });
+    }
+
+    /// What upstream said cannot be read, so that it is as if it had said nothing; it is not asked again before `until`.
+    fn put_unreadable(&mut self, key: Key, until: Instant) {
+        let times = self.times(&key);
+        self.insert(key, Answer { is_upstreams: None, until: Instant::now(), times, unreadable: Some(until) });
+    }
+
+    fn insert(&mut self, key: Key, answer: Answer) {
         if self.young.len() >= GENERATION {
             self.old = std::mem::take(&mut self.young);
         }
-        self.young.insert(key, Answer { is_upstreams, until });
+        self.young.insert(key, answer);
     }
 }
 
@@ -411,10 +495,10 @@ mod tests {
             (200, text(|n| n.info.nar_hash = NarHash::from_bytes([1; 32])), false, true, false),
             (200, text(|n| n.info.nar_size += 1), false, true, false),
             (200, text(|n| n.info.path = upstreams().path), false, true, false),
-            (200, elsewhere, false, true, false),
-            (200, long, false, true, false),
-            (200, "<html>please log in</html>".into(), false, true, false),
-            (200, String::new(), false, true, false),
+            (200, elsewhere, false, false, false),
+            (200, long, false, false, false),
+            (200, "<html>please log in</html>".into(), false, false, false),
+            (200, String::new(), false, false, false),
             (404, text(|_| {}), false, true, false),
             (403, text(|_| {}), false, true, false),
             (410, text(|_| {}), false, true, false),
@@ -435,7 +519,7 @@ mod tests {
             // Neither is asked again at once.
             assert_eq!(verifier.verified(&info), answer, "{case}");
             assert_eq!(upstream.requests(), 1, "{case}");
-            assert_eq!(verifier.lock().paused_until.is_some(), pauses, "{case}");
+            assert_eq!(verifier.lock().backoff.failures() > 0, pauses, "{case}");
             // With another NAR it is another question.
             let other = PathInfo { nar_hash: NarHash::from_bytes([2; 32]), ..info };
             assert_eq!(verifier.verified_now(&other), None, "{case}");
@@ -443,19 +527,44 @@ mod tests {
         }
     }
 
+    /// A path that was built before it was uploaded used to be shared an hour later, or never.
     #[test]
-    fn unreadable_answers_are_forgotten_soon_and_others_late() {
-        let (_upstream, verifier) = Upstream::start(|_| (200, "odd".into()));
+    fn path_that_upstream_lacks_is_asked_about_again_ever_later() {
+        let (upstream, verifier) = Upstream::start(|_| (404, String::new()));
         let info = narinfo().info;
-        verifier.verified(&info);
         let known = |after| verifier.lock().answers.get(&key(&info), Instant::now() + after);
-        assert_eq!(known(Duration::ZERO), Some(Some(false)));
-        assert_eq!(known(PAUSE), None);
-        let (_upstream, verifier) = Upstream::start(|_| (404, String::new()));
-        verifier.verified(&info);
-        let known = |after| verifier.lock().answers.get(&key(&info), Instant::now() + after);
-        assert_eq!(known(REMEMBERED - PAUSE), Some(Some(false)));
-        assert_eq!(known(REMEMBERED), None);
+        for seconds in [60, 300, 3600, 24 * 3600, 24 * 3600] {
+            assert!(!verifier.verified(&info) && !verifier.verified(&info));
+            assert_eq!(known(Duration::from_secs(seconds - 5)), Some(Some(false)));
+            assert_eq!(known(Duration::from_secs(seconds)), None);
+            let at = verifier.ask_at(&info).unwrap();
+            assert!(at > Instant::now() + Duration::from_secs(seconds - 5));
+            // Time passes.
+            let mut state = verifier.lock();
+            state.answers.young.get_mut(&key(&info)).unwrap().until = Instant::now();
+        }
+        assert_eq!(upstream.requests(), 5);
+        assert_eq!(verifier.verified_now(&info), None);
+        assert!(verifier.ask_at(&info).unwrap() <= Instant::now());
+    }
+
+    /// The login page of a network, at which paths used to be taken for missing.
+    #[test]
+    fn unreadable_answer_is_none() {
+        let is_portal = Arc::new(std::sync::atomic::AtomicBool::new(true));
+        let portal = is_portal.clone();
+        let (upstream, verifier) = Upstream::start(move |_| match portal.load(Ordering::SeqCst) {
+            true => (200, "<html>please log in</html>".into()),
+            false => (200, narinfo().print(&golden::store_dir())),
+        });
+        let info = narinfo().info;
+        assert!(!verifier.verified(&info) && !verifier.verified(&info));
+        assert_eq!((upstream.requests(), verifier.verified_now(&info)), (1, None));
+        assert!(verifier.ask_at(&info).is_some());
+        is_portal.store(false, Ordering::SeqCst);
+        verifier.lock().answers.young.get_mut(&key(&info)).unwrap().unreadable = Some(Instant::now());
+        assert!(verifier.verified(&info));
+        assert_eq!(verifier.ask_at(&info), None);
     }
 
     #[test]
@@ -469,8 +578,45 @@ mod tests {
         assert!(!verifier.verified(&info));
         assert!(!verifier.verified(&info));
         assert_eq!(upstream.requests(), 1);
-        verifier.lock().paused_until = Some(Instant::now());
+        verifier.lock().backoff.reset();
         assert!(verifier.verified(&info));
+    }
+
+    /// Nix 2.32 compresses narinfos that it uploads, if it is told to.
+    #[test]
+    fn compressed_narinfos_are_read_and_bombs_are_not() {
+        let text = narinfo().print(&golden::store_dir()).into_bytes();
+        let gzip = |bytes: &[u8]| {
+            let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::best());
+            std::io::Write::write_all(&mut encoder, bytes).unwrap();
+            encoder.finish().unwrap()
+        };
+        let zstd = |bytes: &[u8]| zstd::encode_all(bytes, 3).unwrap();
+        let bomb = [text.clone(), b"Sig: ".to_vec(), vec![b'x'; 64 << 20]].concat();
+        let mut damaged = gzip(&text);
+        damaged.truncate(damaged.len() - 20);
+        for (encoding, body, is_upstreams) in [
+            ("gzip", gzip(&text), true),
+            ("zstd", zstd(&text), true),
+            ("identity", text.clone(), true),
+            ("gzip", text.clone(), false),
+            ("gzip", damaged, false),
+            ("gzip", gzip(&bomb), false),
+            ("zstd", zstd(&bomb), false),
+            ("br", text.clone(), false),
+        ] {
+            let server = Server::http("127.0.0.1:0").unwrap();
+            let url = format!("http://{}", server.server_addr().to_ip().unwrap());
+            let verifier = Verifier::with(url, None, golden::store_dir());
+            thread::scope(|scope| {
+                scope.spawn(|| {
+                    let response = Response::from_data(body)
+                        .with_header(Header::from_bytes("Content-Encoding", encoding).unwrap());
+                    let _ = server.recv().unwrap().respond(response);
+                });
+                assert_eq!(verifier.verified(&narinfo().info), is_upstreams, "{encoding}");
+            });
+        }
     }
 
     #[test]
@@ -525,7 +671,7 @@ mod tests {
             (hash_part, NarHash::from_bytes(bytes))
         };
         for n in 0..10 * GENERATION {
-            answers.put(key(n), Some(true), now + REMEMBERED);
+            answers.put(key(n), Some(true), now + UNPROVEN, 1);
             assert!(answers.young.len() + answers.old.len() <= 2 * GENERATION);
         }
         let known = (0..10 * GENERATION).filter(|n| answers.get(&key(*n), now).is_some()).count();

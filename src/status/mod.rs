@@ -165,7 +165,7 @@ impl Status {
                 port: self.facts.port,
                 store_dir: self.facts.store_dir.clone(),
                 state_dir: self.record.kept_in().map(|dir| dir.display().to_string()),
-                peer_id: self.trackers.as_ref().map(|trackers| trackers.me().peer_id.clone()),
+                peer_id: self.trackers.iter().flat_map(|t| t.all()).next().map(|tracker| tracker.peer_id().to_owned()),
                 started,
                 uptime_seconds: seconds(self.record.age()),
                 shares: self.facts.shares.clone(),
@@ -215,6 +215,10 @@ impl Status {
         if !states.is_empty() && states.iter().all(|tracker| tracker.reached == Some(false)) {
             let text = "no tracker is reached, so that peers on other networks are not found; see the log for why";
             add("trackers", text.into(), false);
+        }
+        for problem in self.trackers.iter().flat_map(|trackers| trackers.all()).filter_map(|tracker| tracker.problem())
+        {
+            add("announce", problem, false);
         }
         if let Some(problem) = self.record.problem() {
             add("counters", format!("counters {problem}"), false);

@@ -8,15 +8,22 @@
 
 use crate::nix::{HashPart, Malformed};
 
-/// Bits that a hash part sets. Eight is best at 11 to 12 bits a path: half of all are set.
-pub const HASHES: usize = 8;
+/// Bits that a hash part sets. Twelve is near the best number from 16 to 20 bits a path.
+pub const HASHES: usize = 12;
 
-/// Bits for each path at least when a filter is made: 0.5 % of other paths are taken for its own. Each of a tracker's
-/// peers then adds that much to the candidates of every path.
-pub const BITS_PER_PATH: u64 = 11;
+/// Bits for each path of a filter that is made for no tracker in particular: 0.05 % of other paths are taken for its own.
+pub const BITS_PER_PATH: u64 = 16;
 
-/// With fewer bits a path more than 1 % would be: then it is time for a larger one.
+/// Fewest bits for each path: 1.4 % of other paths are taken for its own. Each of a tracker's peers adds that much to the
+/// candidates of every path, so trackers refuse filters that are fuller.
 pub const LEAST_BITS_PER_PATH: u64 = 10;
+
+/// Most bits for each path: 0.007 % of other paths are taken for its own, 7 of 100,000 peers.
+pub const MOST_BITS_PER_PATH: u64 = 20;
+
+/// Part of the bits that may be set: 1 - e^(-[`HASHES`] / [`LEAST_BITS_PER_PATH`]), and 0.02 for chance, which in the
+/// smallest filter is four standard deviations.
+const MOST_SET: f64 = 0.72;
 
 /// The smallest, 1 KiB: most machines have more paths than fit one.
 const MIN_BITS: u64 = 8 * 1024;
@@ -33,10 +40,21 @@ pub struct Filter {
 }
 
 impl Filter {
-    /// An empty one for so many paths; for more than the largest holds, the largest.
+    /// An empty one for so many paths, of [`BITS_PER_PATH`]; for more than the largest holds, the largest.
     pub fn for_paths(paths: u64) -> Self {
-        let bytes = Self::size_for(paths.saturating_mul(BITS_PER_PATH)) / 8;
+        Self::with_bits(paths, BITS_PER_PATH)
+    }
+
+    /// An empty one for so many paths, of so many bits each; for more than the largest holds, the largest.
+    pub fn with_bits(paths: u64, bits_per_path: u64) -> Self {
+        let bytes = Self::size_for(paths.saturating_mul(bits_per_path)) / 8;
         Filter { bits: vec![0; bytes as usize] }
+    }
+
+    /// Whether more bits are set than paths of [`LEAST_BITS_PER_PATH`] set.
+    pub fn is_overfull(&self) -> bool {
+        let set: u64 = self.bits.iter().map(|byte| u64::from(byte.count_ones())).sum();
+        set as f64 > self.len_bits() as f64 * MOST_SET
     }
 
     /// The number of bits a filter of at least so many has: an eighth of a power of two times 8 to 15, from 1 KiB to 4 MiB.
@@ -111,11 +129,15 @@ mod tests {
         HashPart::parse(nix32::encode(&digest.as_ref()[..20]).as_bytes()).unwrap()
     }
 
-    fn filter_of(paths: u64) -> Filter {
-        let mut filter = Filter::for_paths(paths);
-        (0..paths).for_each(|i| {
+    fn add(filter: &mut Filter, paths: std::ops::Range<u64>) {
+        paths.for_each(|i| {
             filter.insert(&part(i));
         });
+    }
+
+    fn filter_of(paths: u64) -> Filter {
+        let mut filter = Filter::for_paths(paths);
+        add(&mut filter, 0..paths);
         filter
     }
 
@@ -125,7 +147,8 @@ mod tests {
             let filter = filter_of(paths);
             assert!((0..paths).all(|i| filter.contains(&part(i))));
             let wrong = (0..50_000).filter(|i| filter.contains(&part(1 << 32 | i))).count();
-            assert!(wrong < 350, "{paths} paths: {wrong} of 50000 are taken for its own");
+            assert!(wrong < 60, "{paths} paths: {wrong} of 50000 are taken for its own");
+            assert!(!filter.is_overfull());
         }
         // And when it is as full as it may become.
         let mut filter = Filter::for_paths(20_000);
@@ -134,7 +157,29 @@ mod tests {
             filter.insert(&part(i));
         });
         let wrong = (0..50_000).filter(|i| filter.contains(&part(1 << 32 | i))).count();
-        assert!(wrong <= 500, "{wrong} of 50000");
+        assert!(wrong <= 750, "{wrong} of 50000");
+        assert!(!filter.is_overfull());
+    }
+
+    #[test]
+    fn fuller_filter_than_paths_make_is_overfull() {
+        for paths in [0, 20_000] {
+            let mut filter = Filter::for_paths(paths);
+            let fits = filter.len_bits() / LEAST_BITS_PER_PATH;
+            add(&mut filter, 0..fits);
+            assert!(!filter.is_overfull(), "{paths}");
+            add(&mut filter, fits..2 * fits);
+            assert!(filter.is_overfull(), "{paths}");
+        }
+        assert!(Filter::parse(vec![0xff; 1024]).unwrap().is_overfull());
+    }
+
+    #[test]
+    fn most_bits_take_few_paths_for_its_own() {
+        let mut filter = Filter::with_bits(20_000, MOST_BITS_PER_PATH);
+        add(&mut filter, 0..20_000);
+        let wrong = (0..200_000).filter(|i| filter.contains(&part(1 << 32 | i))).count();
+        assert!(wrong <= 40, "{wrong} of 200000");
     }
 
     #[test]
@@ -147,7 +192,7 @@ mod tests {
             sizes.insert(size);
         }
         assert_eq!(sizes.len(), 97);
-        assert_eq!(Filter::for_paths(20_000).as_bytes().len(), 28 * 1024);
+        assert_eq!(Filter::for_paths(20_000).as_bytes().len(), 40 * 1024);
         assert_eq!(Filter::for_paths(u64::MAX).as_bytes().len(), MAX_BYTES);
     }
 
@@ -163,7 +208,8 @@ mod tests {
         assert_eq!(positions(&half, 8192), [4096; HASHES]);
         // b is a quarter: every fourth comes back.
         let quarter = HashPart::parse(b"00000000000080000000000000000000").unwrap();
-        assert_eq!(positions(&quarter, 8192), [0, 2048, 4096, 6144, 0, 2048, 4096, 6144]);
+        let quarters = [0, 2048, 4096, 6144];
+        assert_eq!(positions(&quarter, 8192)[..], [quarters; HASHES / 4].concat());
         assert!(!filter.insert(&HashPart::parse(&[b'0'; 32]).unwrap()));
     }
 

@@ -6,6 +6,7 @@
 
 use crate::nix::HashPart;
 use data_encoding::{BASE64, HEXLOWER};
+use ring::hmac;
 use ring::rand::SystemRandom;
 use ring::signature::{ED25519, Ed25519KeyPair, KeyPair, UnparsedPublicKey};
 use serde::{Deserialize, Serialize};
@@ -69,13 +70,16 @@ pub struct Announce {
     /// Address or host name; else the tracker takes the one it sees.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub addr: Option<String>,
+    /// Random at every start of the node, so that two machines with one identity are told from a restart.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub instance: Option<u64>,
     /// Who says so.
     #[serde(flatten)]
     pub proof: Proof,
 }
 
 /// The answer to a signed announce. To others it is `{"status":"ok"}`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Announced {
     /// `ok`.
     pub status: String,
@@ -83,6 +87,18 @@ pub struct Announced {
     pub tracker: Option<String>,
     /// The timestamp with which the filter came that it has of this peer.
     pub filter: Option<u64>,
+    /// Bits for each path that the tracker wants filters to have, from [`LEAST_BITS_PER_PATH`] to [`MOST_BITS_PER_PATH`].
+    ///
+    /// [`LEAST_BITS_PER_PATH`]: crate::wire::filter::LEAST_BITS_PER_PATH
+    /// [`MOST_BITS_PER_PATH`]: crate::wire::filter::MOST_BITS_PER_PATH
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bits_per_path: Option<u64>,
+    /// Whether the tracker reached a peerix at the announced address; absent as long as it has not tried.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reachable: Option<bool>,
+    /// The address from which another machine announces itself with the same identity.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub also_at: Option<String>,
 }
 
 /// `POST /transfer/init`.
@@ -271,6 +287,7 @@ impl Proof {
 
 /// A node's secret key, with which it speaks to trackers. Never printed.
 pub struct Identity {
+    seed: [u8; Identity::SEED_LEN],
     key: Ed25519KeyPair,
     public: String,
 }
@@ -283,7 +300,15 @@ impl Identity {
     pub fn from_seed(seed: &[u8; Self::SEED_LEN]) -> Self {
         let key = Ed25519KeyPair::from_seed_unchecked(seed).expect("any 32 bytes are a seed");
         let public = BASE64.encode(key.public_key().as_ref());
-        Identity { key, public }
+        Identity { seed: *seed, key, public }
+    }
+
+    /// The key for one tracker, named by its host and port as configured (`tracker.example.org:12305`). A statement that
+    /// is made to one tracker proves nothing to another, and no tracker can tell who this node is elsewhere.
+    pub fn for_tracker(&self, authority: &str) -> Self {
+        let key = hmac::Key::new(hmac::HMAC_SHA256, &self.seed);
+        let seed = hmac::sign(&key, format!("peerix tracker key 1\n{authority}\n").as_bytes());
+        Identity::from_seed(seed.as_ref().try_into().expect("SHA-256 has the 32 bytes of a seed"))
     }
 
     /// A secret that nobody knows.
@@ -297,6 +322,14 @@ impl Identity {
     /// Base64 of the public key.
     pub fn public(&self) -> &str {
         &self.public
+    }
+
+    /// The peer ID that goes with the key, if the user names none: 32 digits of its digest, in the form of a UUID as the
+    /// original has.
+    pub fn peer_id(&self) -> String {
+        let digest = ring::digest::digest(&ring::digest::SHA256, self.public.as_bytes());
+        let digits = HEXLOWER.encode(&digest.as_ref()[..16]);
+        [&digits[..8], &digits[8..12], &digits[12..16], &digits[16..20], &digits[20..]].join("-")
     }
 
     /// Signs a statement made at that time, in milliseconds since 1970.
@@ -431,6 +464,17 @@ mod tests {
         ] {
             assert!(serde_json::from_str::<Announce>(bad).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn key_of_a_tracker_is_stable_and_no_other_trackers() {
+        let of = |name: &str| identity().for_tracker(name).public().to_owned();
+        assert_eq!(of("a.example:12305"), of("a.example:12305"));
+        let other = Identity::from_seed(&[8; 32]).for_tracker("a.example:12305").public().to_owned();
+        let keys =
+            [of("a.example:12305"), of("a.example:80"), of("b.example:12305"), other, identity().public().into()];
+        let distinct: std::collections::BTreeSet<_> = keys.iter().collect();
+        assert_eq!(distinct.len(), keys.len());
     }
 
     #[test]

@@ -186,7 +186,8 @@ pub fn stamp() -> u64 {
 
 /// An announce's body.
 pub fn announce(peer_id: &str, port: u16, addr: &str, proof: Proof) -> Vec<u8> {
-    let body = Announce { peer_id: Some(peer_id.into()), port: Some(port), addr: Some(addr.into()), proof };
+    let (peer_id, addr) = (Some(peer_id.into()), Some(addr.into()));
+    let body = Announce { peer_id, port: Some(port), addr, instance: None, proof };
     serde_json::to_vec(&body).expect("JSON")
 }
 

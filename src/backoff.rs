@@ -1,0 +1,110 @@
+//! Exponential backoff: when to try again what failed. No I/O; the time is passed in.
+
+use crate::time_scale::Interval;
+use std::time::{Duration, Instant, SystemTime};
+use ureq::http::HeaderMap;
+
+/// Failures after which the pause grows no further, whatever its bound: 2^20 times the first one.
+const MAX_DOUBLINGS: u32 = 20;
+
+/// When something that fails is tried again. The pause doubles with each failure, from `first` to `longest`.
+#[derive(Debug, Clone)]
+pub struct Backoff {
+    first: Interval,
+    longest: Interval,
+    failures: u32,
+    due: Option<Instant>,
+}
+
+impl Backoff {
+    /// Nothing has failed yet.
+    pub fn new(first: Interval, longest: Interval) -> Self {
+        Backoff { first, longest, failures: 0, due: None }
+    }
+
+    /// Failures since the last success.
+    pub fn failures(&self) -> u32 {
+        self.failures
+    }
+
+    /// When the next attempt may be made; `None` for at once.
+    pub fn due(&self) -> Option<Instant> {
+        self.due
+    }
+
+    /// Whether an attempt may be made.
+    pub fn is_due(&self, now: Instant) -> bool {
+        self.due.is_none_or(|due| due <= now)
+    }
+
+    /// An attempt failed. `retry_after` is what the server asks for; beyond the longest pause it is not obeyed, as the
+    /// server may be hostile or its clock wrong.
+    pub fn record_failure(&mut self, retry_after: Option<Duration>, now: Instant) {
+        let longest = self.longest.get();
+        let pause = self.first.get().saturating_mul(1 << self.failures.min(MAX_DOUBLINGS));
+        self.failures = self.failures.saturating_add(1);
+        self.due = Some(now + pause.max(retry_after.unwrap_or_default()).min(longest));
+    }
+
+    /// An attempt succeeded, or what made the others fail is known to be over.
+    pub fn reset(&mut self) {
+        (self.failures, self.due) = (0, None);
+    }
+}
+
+/// The time that `Retry-After` (RFC 9110, section 10.2.3) asks for: seconds, or a date by this machine's clock.
+pub fn retry_after(headers: &HeaderMap) -> Option<Duration> {
+    let field = headers.get("retry-after")?.to_str().ok()?.trim();
+    if let Ok(seconds) = field.parse() {
+        return Some(Duration::from_secs(seconds));
+    }
+    let date = httpdate::parse_http_date(field).ok()?;
+    Some(date.duration_since(SystemTime::now()).unwrap_or_default())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pause_doubles_to_its_bound_and_success_ends_it() {
+        let (mut backoff, now) = (Backoff::new(Interval::from_secs(1), Interval::from_secs(60)), Instant::now());
+        assert!(backoff.is_due(now));
+        for seconds in [1, 2, 4, 8, 16, 32, 60, 60] {
+            backoff.record_failure(None, now);
+            assert_eq!(backoff.due(), Some(now + Duration::from_secs(seconds)));
+        }
+        assert!(!backoff.is_due(now + Duration::from_secs(59)) && backoff.is_due(now + Duration::from_secs(60)));
+        backoff.reset();
+        assert!(backoff.is_due(now) && backoff.failures() == 0);
+        (0..100).for_each(|_| backoff.record_failure(None, now));
+        assert_eq!(backoff.due(), Some(now + Duration::from_secs(60)));
+    }
+
+    #[test]
+    fn server_may_ask_for_longer_pauses_up_to_the_bound() {
+        let (mut backoff, now) = (Backoff::new(Interval::from_secs(1), Interval::from_secs(60)), Instant::now());
+        for (asked, seconds) in [(30, 30), (0, 2), (u64::MAX, 60)] {
+            backoff.record_failure(Some(Duration::from_secs(asked)), now);
+            assert_eq!(backoff.due(), Some(now + Duration::from_secs(seconds)));
+        }
+    }
+
+    #[test]
+    fn retry_after_is_seconds_or_a_date() {
+        let parse = |text: &str| {
+            let mut headers = HeaderMap::new();
+            headers.insert("Retry-After", text.parse().unwrap());
+            retry_after(&headers)
+        };
+        assert_eq!(parse(" 17 "), Some(Duration::from_secs(17)));
+        let later = SystemTime::now() + Duration::from_secs(100);
+        let pause = parse(&httpdate::fmt_http_date(later)).unwrap();
+        assert!((90..=100).contains(&pause.as_secs()), "{pause:?}");
+        assert_eq!(parse("Mon, 01 Jan 2001 00:00:00 GMT"), Some(Duration::ZERO));
+        for none in ["", "-1", "soon", "1.5"] {
+            assert_eq!(parse(none), None, "{none}");
+        }
+        assert_eq!(retry_after(&HeaderMap::new()), None);
+    }
+}
