@@ -4,6 +4,7 @@
 
 mod common;
 
+mod bad_day;
 mod bounds;
 mod changing_lan;
 mod cli;

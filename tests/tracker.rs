@@ -5,14 +5,16 @@
 
 use crate::common::http::{Answer, Connection, Reply, Server};
 use crate::common::solo::{
-    Solo, TempDir, announce, clock, fresh_source, identity, post, signed_announce, signed_filter_headers, stamp,
+    Solo, TempDir, announce, clock, fresh_network, fresh_source, identity, post, signed_announce,
+    signed_filter_headers, signed_report, stamp,
 };
 use crate::common::tracker::Tracker;
-use crate::common::{DEADLINE, Lan, PORT, wait_for};
+use crate::common::{DEADLINE, Lan, PORT, Scale, wait_for};
 use peerix::nix::{HashPart, nix32};
 use peerix::wire::filter::Filter;
 use peerix::wire::tracker::{Identity, Proof, Statement};
 use serde_json::{Value, json};
+use std::net::Ipv4Addr;
 
 /// A tracker and where its database is.
 fn tracker() -> (TempDir, Solo) {
@@ -96,13 +98,9 @@ fn the_originals_calls() {
     report(2, "9f3c", "sender", "100", 409, r#"{"error":"sender already reported"}"#);
     report(2, "77aa", "receiver", "94", 200, r#"{"status":"resolved","consistent":false}"#);
 
-    // 1/3 * ln(1001)
-    let sent =
-        "\"total_shared\":1000,\"total_received\":0,\"successful_transfers\":1,\"failed_transfers\":1,\"score\":2.3029";
-    let got =
-        "\"total_shared\":0,\"total_received\":1000,\"successful_transfers\":1,\"failed_transfers\":1,\"score\":0.0";
-    ask("GET", "/reputation/9f3c", None, 200, &format!("{{\"peer_id\":\"9f3c\",{sent}}}"));
-    ask("GET", "/reputation/77aa", None, 200, &format!("{{\"peer_id\":\"77aa\",{got}}}"));
+    // What nobody signed counts for nobody, unlike in the original.
+    ask("GET", "/reputation/9f3c", None, 200, &format!("{{\"peer_id\":\"9f3c\",{nobody}}}"));
+    ask("GET", "/reputation/77aa", None, 200, &format!("{{\"peer_id\":\"77aa\",{nobody}}}"));
 
     let before = clock();
     let answer = as_the_original(&mut c, "GET", "/peers", None);
@@ -110,15 +108,26 @@ fn the_originals_calls() {
     let (head, rest) = text.split_once(",\"last_seen\":").unwrap();
     let (seen, tail) = rest.split_once(',').unwrap();
     assert_eq!(head, r#"{"peers":[{"peer_id":"9f3c","addr":"10.0.0.1","port":12304"#);
-    assert_eq!(tail, format!("\"reputation\":{{{sent}}}}}]}}"));
+    assert_eq!(tail, format!("\"reputation\":{{{nobody}}}}}]}}"));
     let seen: f64 = seen.parse().unwrap();
     assert!((before as f64 / 1000.0 - seen).abs() < DEADLINE.as_secs_f64(), "{seen}");
+}
+
+/// Two peers with keys, on networks of their own.
+fn two_networks(tracker: &Solo, keys: [(&str, &Identity); 2]) -> [Connection; 2] {
+    keys.map(|(id, key)| {
+        let mut c = tracker.connect_from(fresh_network()).unwrap();
+        let announced = post(&mut c, "/announce", &signed_announce(key, id, 1, "10.0.0.1"));
+        assert_eq!(announced.status, 200, "{}", announced.text());
+        c
+    })
 }
 
 #[test]
 fn reports_that_agree_and_that_do_not() {
     let (_dir, tracker) = tracker();
-    let mut c = tracker.connect();
+    let (a, b) = (identity(40), identity(41));
+    let [mut at_a, mut at_b] = two_networks(&tracker, [("a", &a), ("b", &b)]);
     for (sent, received, consistent) in [
         (0, 0, true),
         (1, 0, false),
@@ -129,21 +138,22 @@ fn reports_that_agree_and_that_do_not() {
         (1 << 44, 1 << 44, true),
         (1 << 44, 1, false),
     ] {
-        let begun = post(&mut c, "/transfer/init", br#"{"sender_id":"a","receiver_id":"b"}"#);
+        let begun = post(&mut at_b, "/transfer/init", br#"{"sender_id":"a","receiver_id":"b"}"#);
         let id = serde_json::from_slice::<Value>(&begun.body).unwrap()["transfer_id"].as_u64().unwrap();
-        let mut report = |peer: &str, role: &str, bytes: u64| {
-            let body = json!({ "transfer_id": id, "peer_id": peer, "role": role, "bytes": bytes });
-            post(&mut c, "/report", body.to_string().as_bytes())
-        };
-        is(&report("a", "sender", sent), 200, r#"{"status":"pending"}"#);
+        is(&post(&mut at_a, "/report", &signed_report(&a, id, "a", "sender", sent)), 200, r#"{"status":"pending"}"#);
         let resolved = format!(r#"{{"status":"resolved","consistent":{consistent}}}"#);
-        is(&report("b", "receiver", received), 200, &resolved);
-        is(&report("b", "receiver", received), 409, r#"{"error":"transfer already resolved"}"#);
+        let mut receive = || post(&mut at_b, "/report", &signed_report(&b, id, "b", "receiver", received));
+        is(&receive(), 200, &resolved);
+        is(&receive(), 409, r#"{"error":"transfer already resolved"}"#);
     }
-    let a = tracker.get("/reputation/a");
+    let reputation = tracker.get("/reputation/a");
     let total = 100 + 95 + (1u64 << 44);
-    assert_eq!((a["total_shared"].as_u64(), a["total_received"].as_u64()), (Some(total), Some(0)));
-    assert_eq!((a["successful_transfers"].as_u64(), a["failed_transfers"].as_u64()), (Some(4), Some(4)));
+    assert_eq!((reputation["total_shared"].as_u64(), reputation["total_received"].as_u64()), (Some(total), Some(0)));
+    // However often one network says so, a peer fails once a day.
+    assert_eq!(
+        (reputation["successful_transfers"].as_u64(), reputation["failed_transfers"].as_u64()),
+        (Some(4), Some(1))
+    );
     assert_eq!(tracker.get("/reputation/b")["total_received"].as_u64(), Some(95 + 100 + (1 << 44)));
 }
 
@@ -207,16 +217,6 @@ fn a_stolen_peer_id() {
     let peers = tracker.get("/peers");
     assert_eq!(peers["peers"].as_array().unwrap().len(), 1);
     assert_eq!((peers["peers"][0]["addr"].as_str(), peers["peers"][0]["port"].as_u64()), (Some("10.0.0.1"), Some(1)));
-}
-
-fn signed_report(key: &Identity, transfer_id: u64, peer_id: &str, role: &str, bytes: u64) -> Vec<u8> {
-    let proof = key.sign(&Statement::Report { transfer_id, peer_id, role, bytes }, stamp());
-    let mut body = serde_json::to_value(proof).unwrap();
-    body["transfer_id"] = transfer_id.into();
-    body["peer_id"] = peer_id.into();
-    body["role"] = role.into();
-    body["bytes"] = bytes.into();
-    body.to_string().into_bytes()
 }
 
 #[test]
@@ -448,22 +448,21 @@ fn found(tracker: &Solo, list: &str, path: u64) -> Vec<String> {
     ids.map(|peer| peer["peer_id"].as_str().unwrap().to_owned()).collect()
 }
 
-/// A transfer of so many bytes on which both sides agree.
-fn transfer(tracker: &Solo, sender: (&str, Option<&Identity>), receiver: &str, bytes: u64) {
-    let mut c = tracker.connect();
-    let init = json!({ "sender_id": sender.0, "receiver_id": receiver });
-    let begun = post(&mut c, "/transfer/init", init.to_string().as_bytes());
+/// A transfer of so many bytes to somebody on which both sides agree.
+fn transfer(tracker: &Solo, sender: (&str, &Identity), bytes: u64) {
+    let receiver = ("someone", &identity(99));
+    let [mut at_sender, mut at_receiver] = two_networks(tracker, [sender, receiver]);
+    let init = json!({ "sender_id": sender.0, "receiver_id": receiver.0 });
+    let begun = post(&mut at_receiver, "/transfer/init", init.to_string().as_bytes());
     let id = serde_json::from_slice::<Value>(&begun.body).unwrap()["transfer_id"].as_u64().unwrap();
-    let unsigned = |peer: &str, role: &str| {
-        json!({ "transfer_id": id, "peer_id": peer, "role": role, "bytes": bytes }).to_string().into_bytes()
-    };
-    let sent = match sender.1 {
-        Some(key) => signed_report(key, id, sender.0, "sender", bytes),
-        None => unsigned(sender.0, "sender"),
-    };
-    is(&post(&mut c, "/report", &sent), 200, r#"{"status":"pending"}"#);
-    let received = post(&mut c, "/report", &unsigned(receiver, "receiver"));
-    is(&received, 200, r#"{"status":"resolved","consistent":true}"#);
+    let sent = signed_report(sender.1, id, sender.0, "sender", bytes);
+    is(&post(&mut at_sender, "/report", &sent), 200, r#"{"status":"pending"}"#);
+    let received = signed_report(receiver.1, id, receiver.0, "receiver", bytes);
+    is(&post(&mut at_receiver, "/report", &received), 200, r#"{"status":"resolved","consistent":true}"#);
+    let proof = receiver.1.sign(&Statement::Leave { peer_id: receiver.0 }, stamp());
+    let mut body = serde_json::to_value(proof).unwrap();
+    body["peer_id"] = receiver.0.into();
+    is(&at_receiver.tell("DELETE", "/announce", "", body.to_string().as_bytes()).unwrap(), 200, r#"{"status":"ok"}"#);
 }
 
 #[test]
@@ -479,19 +478,18 @@ fn lookups_name_the_best_first_and_nobody_who_left() {
     for name in ["old", "old and good"] {
         post(&mut c, "/announce", &announce(name, 1, "10.0.0.2", Proof::default()));
     }
-    transfer(&tracker, ("little", Some(&keys[1])), "someone", 10);
-    transfer(&tracker, ("much", Some(&keys[2])), "someone", 1_000_000);
-    transfer(&tracker, ("old and good", None), "someone", 1_000);
+    transfer(&tracker, ("little", &keys[1]), 10);
+    transfer(&tracker, ("much", &keys[2]), 1_000_000);
     assert_eq!(found(&tracker, "candidates", 1), ["much", "little", "none"]);
     assert_eq!(found(&tracker, "candidates", 3), ["elsewhere"]);
     assert_eq!(found(&tracker, "candidates", 4), [""; 0]);
     for path in [1, 4] {
-        assert_eq!(found(&tracker, "others", path), ["old and good", "old"]);
+        assert_eq!(found(&tracker, "others", path), ["old", "old and good"]);
     }
     let listed = tracker.get("/peers");
     let listed: Vec<&str> =
         listed["peers"].as_array().unwrap().iter().map(|p| p["peer_id"].as_str().unwrap()).collect();
-    assert_eq!(listed[..3], ["much", "old and good", "little"]);
+    assert_eq!(listed, ["much", "little", "none", "elsewhere", "old", "old and good"]);
 
     let answer = c.get(&format!("/lookup/{}", hash_part(3))).unwrap();
     let elsewhere = r#"{"candidates":[{"peer_id":"elsewhere","addr":"10.0.0.1","port":1,"score":0.0}],"others":["#;
@@ -557,7 +555,7 @@ fn targets_and_methods_that_there_are_not() {
     let long = tracker.connect().get(&format!("/reputation/{}", "x".repeat(1100))).unwrap();
     assert_eq!(error(&long, 400), "target: too long");
     let id = "ein peer/é";
-    transfer(&tracker, (id, None), "b", 7);
+    transfer(&tracker, (id, &identity(42)), 7);
     let reputation = tracker.get("/reputation/ein%20peer%2F%C3%A9");
     assert_eq!((reputation["peer_id"].as_str(), reputation["total_shared"].as_u64()), (Some(id), Some(7)));
 }
@@ -630,9 +628,16 @@ fn filters_that_are_refused() {
     let wait: u64 = soon.header("retry-after").unwrap().parse().unwrap();
     assert!((1..=25).contains(&wait), "{wait}");
     assert_eq!((found(&tracker, "candidates", 1), found(&tracker, "candidates", 2)), (vec!["f".to_owned()], vec![]));
+    // One that has every path would make its peer a candidate for all.
+    let full = identity(22);
+    post(&mut tracker.connect(), "/announce", &signed_announce(&full, "full", 1, "10.0.0.1"));
+    let answer = put(&signed_filter_headers(&full, "full", &[0xff; 1024]), "full", &[0xff; 1024]);
+    assert_eq!(error(&answer, 400), "body: more bits are set than a filter of its size may have");
     // The largest there is.
     let large = identity(21);
-    let bits = vec![0xff; 4 << 20];
+    let mut most = Filter::for_paths(u64::MAX);
+    most.insert(&hash_part(2));
+    let bits = most.as_bytes().to_vec();
     post(&mut tracker.connect(), "/announce", &signed_announce(&large, "large", 1, "10.0.0.1"));
     is(&put(&signed_filter_headers(&large, "large", &bits), "large", &bits), 200, r#"{"status":"ok"}"#);
     assert_eq!(found(&tracker, "candidates", 2), ["large"]);
@@ -716,4 +721,25 @@ fn one_address_that_asks_too_much() {
     let metrics = tracker.connect().get("/metrics").unwrap().text();
     let counted = metrics.lines().find_map(|line| line.strip_prefix("peerix_tracker_rate_limited_total ")).unwrap();
     assert!(counted.parse::<usize>().unwrap() >= refused.len());
+}
+
+/// A tracker behind a proxy used to take the proxy's address for every node's.
+#[test]
+fn address_behind_a_proxy_is_the_clients_or_unknown() {
+    let dir = TempDir::new();
+    let plain = Solo::start(&dir.file("plain"));
+    let known = Solo::flagged(&dir.file("known"), Scale::default(), &["--proxy", "127.0.0.1"]);
+    let announce = |tracker: &Solo, from: Ipv4Addr, forwarded: &str| {
+        let mut c = tracker.connect_from(from).unwrap();
+        let headers = format!("Content-Type: application/json\r\nX-Forwarded-For: {forwarded}\r\n");
+        c.tell("POST", "/announce", &headers, br#"{"peer_id":"a","port":1}"#).unwrap()
+    };
+    let (proxy, stranger) = (Ipv4Addr::new(127, 0, 0, 1), Ipv4Addr::new(127, 0, 0, 2));
+    let refused = error(&announce(&plain, proxy, "192.0.2.7"), 400);
+    assert!(refused.contains("--announce-addr") && refused.contains("--proxy"), "{refused}");
+    is(&announce(&known, proxy, "198.51.100.1, 192.0.2.7"), 200, r#"{"status":"ok"}"#);
+    assert_eq!(known.get("/peers")["peers"][0]["addr"], "192.0.2.7", "the last one, which the proxy itself has seen");
+    // Others may say what they like.
+    assert!(error(&announce(&known, stranger, "192.0.2.8"), 400).contains("proxy"));
+    assert_eq!(known.get("/peers")["peers"][0]["addr"], "192.0.2.7");
 }

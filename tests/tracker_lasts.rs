@@ -2,7 +2,8 @@
 
 use crate::common::http::{Answer, Connection};
 use crate::common::solo::{
-    Solo, TempDir, announce, clock, command, connect, fresh_source, identity, post, signed_announce,
+    Solo, TempDir, announce, clock, command, connect, fresh_network, fresh_source, identity, post, signed_announce,
+    signed_filter_headers, signed_report,
 };
 use crate::common::{Scale, thread, wait_for};
 use peerix::on_drop::OnDrop;
@@ -19,6 +20,10 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 const KILLS: u64 = 20;
 const THREADS: u64 = 4;
+
+/// Numbers of the keys of those that transfer.
+const SENDERS: u64 = 1 << 40;
+const RECEIVERS: u64 = 1 << 41;
 
 /// What the tracker answered with 200, and what it was asked at all.
 #[derive(Default)]
@@ -42,8 +47,14 @@ fn load(port: u16, thread: u64, next: &AtomicU64, heard: &Mutex<Heard>) -> std::
     let mut c = connect(port, fresh_source())?;
     let json = "Content-Type: application/json\r\n";
     let (sender, receiver) = (format!("sender-{thread}"), format!("receiver-{thread}"));
+    let (sender_key, receiver_key) = (identity(SENDERS + thread), identity(RECEIVERS + thread));
+    let mut at_sender = connect(port, fresh_network())?;
+    for (c, key, peer) in [(&mut at_sender, &sender_key, &sender), (&mut c, &receiver_key, &receiver)] {
+        let answer = c.tell("POST", "/announce", json, &signed_announce(key, peer, 1, "10.0.0.1"))?;
+        assert_eq!(answer.status, 200, "{}", answer.text());
+    }
     // An address may announce 200 times at once.
-    for _ in 0..190 {
+    for _ in 0..180 {
         let number = next.fetch_add(1, Ordering::Relaxed);
         let body = signed_announce(&identity(number), &format!("peer-{number}"), 1, "10.0.0.1");
         let answer = c.tell("POST", "/announce", json, &body)?;
@@ -56,17 +67,15 @@ fn load(port: u16, thread: u64, next: &AtomicU64, heard: &Mutex<Heard>) -> std::
         let id = value(&answer)["transfer_id"].as_u64().unwrap();
         heard.lock().unwrap().transfers.push(id);
 
-        let report = |role: &str, peer: &str| {
-            json!({"transfer_id": id, "peer_id": peer, "role": role, "bytes": 100}).to_string().into_bytes()
-        };
-        let answer = c.tell("POST", "/report", json, &report("sender", &sender))?;
+        let answer =
+            at_sender.tell("POST", "/report", json, &signed_report(&sender_key, id, &sender, "sender", 100))?;
         assert_eq!((answer.status, answer.text().as_str()), (200, r#"{"status":"pending"}"#));
         {
             let mut heard = heard.lock().unwrap();
             *heard.tried.entry(sender.clone()).or_default() += 1;
             heard.half.insert(id, sender.clone());
         }
-        let answer = c.tell("POST", "/report", json, &report("receiver", &receiver))?;
+        let answer = c.tell("POST", "/report", json, &signed_report(&receiver_key, id, &receiver, "receiver", 100))?;
         assert_eq!((answer.status, answer.text().as_str()), (200, r#"{"status":"resolved","consistent":true}"#));
         let mut heard = heard.lock().unwrap();
         heard.half.remove(&id);
@@ -122,8 +131,9 @@ fn killed_under_load_it_has_lost_nothing_that_it_acknowledged() {
             assert!([403, 409].contains(&answer.status), "transfer {id}: {}", answer.text());
         }
         for (id, sender) in heard.half.drain() {
-            let body = json!({"transfer_id": id, "peer_id": sender, "role": "sender", "bytes": 100}).to_string();
-            let answer = post(&mut c, "/report", body.as_bytes());
+            let thread: u64 = sender.trim_start_matches("sender-").parse().unwrap();
+            let body = signed_report(&identity(SENDERS + thread), id, &sender, "sender", 100);
+            let answer = post(&mut c, "/report", &body);
             assert_eq!(answer.status, 409, "transfer {id}: the sender's report was acknowledged: {}", answer.text());
         }
         for (sender, tried) in &heard.tried {
@@ -137,45 +147,72 @@ fn killed_under_load_it_has_lost_nothing_that_it_acknowledged() {
     }
 }
 
+/// Nodes used to be found again only when they had announced themselves anew: every lookup was a miss for a minute.
 #[test]
-fn who_is_here_is_told_anew_after_a_restart_and_the_rest_lasts() {
+fn who_is_here_what_they_have_and_what_they_did_lasts() {
     let dir = TempDir::new();
     let mut tracker = Solo::start(&dir.file("db"));
-    let key = identity(1);
-    let mut c = tracker.connect();
+    let keys = [identity(1), identity(2)];
     // By the clock itself: the time of other statements here runs ahead of it, when other tests sign many.
     let now = clock();
     let at = |stamp| {
-        let proof = key.sign(&Statement::Announce { peer_id: "a", port: 1, addr: "10.0.0.1" }, stamp);
+        let proof = keys[0].sign(&Statement::Announce { peer_id: "a", port: 1, addr: "10.0.0.1" }, stamp);
         announce("a", 1, "10.0.0.1", proof)
     };
+    let [mut c, mut other] = [fresh_network(), fresh_network()].map(|from| tracker.connect_from(from).unwrap());
     let welcome = value(&post(&mut c, "/announce", &at(now)));
     let replay = at(now + 1);
-    post(&mut c, "/transfer/init", br#"{"sender_id":"b","receiver_id":"c"}"#);
-    for (peer, role) in [("b", "sender"), ("c", "receiver")] {
-        let body = json!({"transfer_id": 1, "peer_id": peer, "role": role, "bytes": 1000}).to_string();
-        assert_eq!(post(&mut c, "/report", body.as_bytes()).status, 200);
-    }
+    post(&mut other, "/announce", &signed_announce(&keys[1], "b", 2, "10.0.0.2"));
+    post(&mut other, "/announce", &signed_announce(&keys[1], "b", 3, "10.0.0.2"));
+    post(&mut tracker.connect(), "/announce", &announce("unsigned", 4, "10.0.0.3", Proof::default()));
+    let hash_part = peerix::nix::HashPart::parse(&[b'7'; 32]).unwrap();
+    let mut filter = peerix::wire::filter::Filter::for_paths(10);
+    filter.insert(&hash_part);
+    let headers = signed_filter_headers(&keys[1], "b", filter.as_bytes());
+    assert_eq!(other.tell("PUT", "/filter/b", &headers, filter.as_bytes()).unwrap().status, 200);
+    post(&mut c, "/transfer/init", br#"{"sender_id":"b","receiver_id":"a"}"#);
+    assert_eq!(post(&mut other, "/report", &signed_report(&keys[1], 1, "b", "sender", 1000)).status, 200);
+    assert_eq!(post(&mut c, "/report", &signed_report(&keys[0], 1, "a", "receiver", 1000)).status, 200);
     let reputation = tracker.get("/reputation/b");
     assert_eq!(reputation["total_shared"].as_u64(), Some(1000));
-    assert_eq!(tracker.get("/peers")["peers"].as_array().map(Vec::len), Some(1));
+    let found = tracker.get(&format!("/lookup/{hash_part}"));
+    assert_eq!(found["candidates"][0]["port"], 3);
+    // Where peers are, by ID: which order they have is nothing that lasts.
+    let here = |tracker: &Solo| {
+        let list = tracker.get("/peers");
+        let row = |peer: &Value| (peer["peer_id"].to_string(), peer["addr"].to_string(), peer["port"].to_string());
+        let mut rows: Vec<_> = list["peers"].as_array().unwrap().iter().map(row).collect();
+        rows.sort();
+        rows
+    };
+    let before = here(&tracker);
+    assert_eq!(before.len(), 3);
     assert!(tracker.terminate().success());
     assert!(tracker.log().ends_with("info: stopping\n"));
     // The database was closed: SQLite keeps this file until then.
     assert!(!dir.file("db-wal").exists());
     drop(tracker);
 
-    let tracker = Solo::start(&dir.file("db"));
-    assert_eq!(tracker.get("/peers"), json!({"peers": []}));
-    assert_eq!(tracker.get("/reputation/b"), reputation);
-    let mut c = tracker.connect();
-    let unsigned = post(&mut c, "/announce", &announce("a", 1, "10.0.0.1", Proof::default()));
-    assert_eq!(unsigned.status, 403, "its key lasts: {}", unsigned.text());
-    let answer = post(&mut c, "/announce", &replay);
-    assert_eq!(answer.status, 403, "made before the start: {}", answer.text());
-    assert!(value(&answer)["now"].is_u64());
-    let again = value(&post(&mut c, "/announce", &signed_announce(&key, "a", 1, "10.0.0.1")));
-    assert_eq!((&again["tracker"], again["filter"].is_null()), (&welcome["tracker"], true));
+    for is_killed in [false, true] {
+        let mut tracker = Solo::start(&dir.file("db"));
+        assert_eq!(here(&tracker), before);
+        assert_eq!(tracker.get(&format!("/lookup/{hash_part}"))["candidates"], found["candidates"]);
+        assert_eq!(tracker.get("/reputation/b"), reputation);
+        let mut c = tracker.connect();
+        let unsigned = post(&mut c, "/announce", &announce("a", 1, "10.0.0.1", Proof::default()));
+        assert_eq!(unsigned.status, 403, "its key lasts: {}", unsigned.text());
+        let answer = post(&mut c, "/announce", &replay);
+        assert_eq!(answer.status, 403, "made before the start: {}", answer.text());
+        assert!(value(&answer)["now"].is_u64());
+        let again = value(&post(&mut c, "/announce", &signed_announce(&keys[0], "a", 1, "10.0.0.1")));
+        assert_eq!((&again["tracker"], again["filter"].is_null()), (&welcome["tracker"], true));
+        let again = value(&post(&mut c, "/announce", &signed_announce(&keys[1], "b", 3, "10.0.0.2")));
+        assert!(again["filter"].is_u64(), "its filter need not be sent again: {again}");
+        match is_killed {
+            false => tracker.kill(),
+            true => drop(tracker),
+        }
+    }
 }
 
 #[test]
@@ -214,7 +251,8 @@ fn the_database_of_the_original_is_taken_over() {
     let reputation = tracker.get("/reputation/old");
     assert_eq!(
         (reputation["total_shared"].as_u64(), reputation["successful_transfers"].as_u64()),
-        (Some(1501), Some(4))
+        (Some(1000), Some(3)),
+        "what nobody signed counts for nobody"
     );
     let begun = post(&mut tracker.connect(), "/transfer/init", br#"{"sender_id":"a","receiver_id":"b"}"#);
     assert_eq!(begun.text(), r#"{"transfer_id":44}"#);

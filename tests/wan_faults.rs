@@ -278,15 +278,15 @@ fn beside_hostile_peers(answer: impl Fn(&Shelf, &Request) -> Reply + Send + Sync
         let (shelf, answer) = (Shelf::of(&places.world), Arc::clone(&answer));
         StandIn::start(host, have(|_| true), move |request| answer(&shelf, request))
     });
-    places.tracker.announce_with_everything(&claims, PORT, "claims");
+    // References come first, so what is taken from the front is whole.
+    let mut paths = nix::closure(&good.host, &[places.world.path("closure300")]);
+    paths.truncate(FETCHED);
+    places.tracker.announce_with(&claims, PORT, "claims", &paths);
     places.tracker.announce_original(&original, "original");
     wait_for("all are listed", || {
         ["good", "claims", "original"].iter().all(|peer_id| places.tracker.lists(peer_id)).then_some(())
     });
 
-    // References come first, so what is taken from the front is whole.
-    let mut paths = nix::closure(&good.host, &[places.world.path("closure300")]);
-    paths.truncate(FETCHED);
     let wanted: Vec<&str> = paths.iter().map(String::as_str).collect();
     let sent = good.host.sent();
     nix::realise_quietly(&asker.host, &wanted);
@@ -309,10 +309,10 @@ fn dead_peers_that_claim_all_do_not_hide_a_good_one() {
     let asker = places.asker(&[&good]);
     // More than would answer at once; nobody listens.
     let dead = places.away.host("dead");
-    for number in 0..12 {
-        places.tracker.announce_with_everything(&dead, 20_000 + number, &format!("dead-{number}"));
-    }
     let paths = nix::closure(&good.host, &[places.world.path("closure300")]);
+    for number in 0..12 {
+        places.tracker.announce_with(&dead, 20_000 + number, &format!("dead-{number}"), &paths);
+    }
     for path in &paths[..20] {
         assert_eq!(narinfo_status(&asker.host, &absent(unused(1))), 404);
         assert_eq!(narinfo_status(&asker.host, path), 200, "{path} is there");

@@ -108,8 +108,10 @@ impl Ledger {
         on_change: impl Fn(&str, Reputation) + Send + 'static,
         on_end: impl FnOnce() + Send + 'static,
     ) -> Result<(Ledger, Vec<Present>), String> {
-        let books = Books::open(path)?;
-        let present = books.present(milliseconds()).map_err(|e| format!("database {}: {e}", path.display()))?;
+        let mut books = Books::open(path)?;
+        let present = books.present(milliseconds());
+        let present = present.and_then(|present| books.alive(milliseconds()).map(|()| present));
+        let present = present.map_err(|e| format!("database {}: {e}", path.display()))?;
         let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new(".")).to_owned();
         let tracker_id = books.tracker_id().to_owned();
         let (jobs, waiting) = bounded(QUEUE);
@@ -301,7 +303,12 @@ fn keep(mut books: Books, waiting: &Receiver<Box<dyn Job>>, numbers: &Numbers, o
         match waiting.recv_timeout(PRUNE.saturating_sub(pruned.elapsed())) {
             Ok(job) => batch.push(job),
             Err(RecvTimeoutError::Timeout) => {}
-            Err(RecvTimeoutError::Disconnected) => return,
+            Err(RecvTimeoutError::Disconnected) => {
+                if let Err(e) = books.alive(milliseconds()) {
+                    log::debug!("database: {e}");
+                }
+                return;
+            }
         }
         batch.extend(waiting.try_iter().take(BATCH - batch.len()));
         let prune = pruned.elapsed() >= PRUNE;

@@ -21,7 +21,6 @@
 
 use super::Holder;
 use super::budget::WaitBudget;
-use super::candidates::{CandidateQuery, Candidates};
 use super::environment::Environment;
 use super::lookups::{LookupId, Lookups, Taken, Update};
 use super::peer_table::{Dialect, MetBy, Neighbour, Peer, PeerTable, SentBatch};
@@ -109,8 +108,6 @@ pub enum Event<'a> {
         /// The peer.
         peer: SocketAddr,
     },
-    /// A thread asks peers that a tracker named.
-    QueryCandidates(CandidateQuery),
     /// The nodes that `--peer` names have these addresses now.
     SetNamed(Vec<SocketAddr>),
     /// A thread wants to know all peers.
@@ -209,7 +206,6 @@ pub struct Discovery<E> {
     random: Random,
     peers: PeerTable,
     lookups: Lookups,
-    candidates: Candidates,
     /// The budget of all peers through which nothing was found.
     shared_budget: WaitBudget,
     last_turn: Instant,
@@ -245,7 +241,6 @@ impl<E: Environment> Discovery<E> {
         let mut instance = [0; 8];
         instance[..4].copy_from_slice(&high);
         instance[4..].copy_from_slice(&low);
-        let candidates = Candidates::new(random());
         Discovery {
             environment,
             settings,
@@ -253,7 +248,6 @@ impl<E: Environment> Discovery<E> {
             random,
             peers: PeerTable::default(),
             lookups: Lookups::default(),
-            candidates,
             shared_budget: WaitBudget::full(now),
             last_turn: now,
             lost: Duration::ZERO,
@@ -290,7 +284,6 @@ impl<E: Environment> Discovery<E> {
                     self.recount(peer, t);
                 }
             }
-            Event::QueryCandidates(query) => self.candidates.ask(query, now),
             Event::SetNamed(addresses) => self.set_named(&addresses, t, out),
             Event::ListPeers(list) => drop(list.try_send(self.peers.list())),
             Event::NetworkChanged => self.network_changed(now),
@@ -308,7 +301,7 @@ impl<E: Environment> Discovery<E> {
         let probe = self.peers.iter().filter_map(|(_, peer)| peer.next_probe()).min();
         let probe = probe.map(|at| at.max(self.next_probe));
         let reply = self.hello_replies.values().min().copied();
-        let others = [counted, probe, reply, self.candidates.next_due(), Some(self.next_hello)];
+        let others = [counted, probe, reply, Some(self.next_hello)];
         waits.chain(others.into_iter().flatten()).min().unwrap_or(self.next_hello)
     }
 
@@ -566,15 +559,8 @@ impl<E: Environment> Discovery<E> {
             Ok(packet) => packet,
             Err(e) => return log::debug!("peer {from}: {e}"),
         };
-        // Candidates may be anywhere. What they say of their port and path is their own view, behind a router perhaps.
-        let is_candidates = match packet {
-            Packet::Have { id, .. } => self.candidates.answered(id, from, true),
-            Packet::HaveNot { id } => self.candidates.answered(id, from, false),
-            _ => false,
-        };
         // Broadcasts of this node come back to it.
-        let is_own = from.port() == self.settings.udp_port && self.environment.is_own(from.ip());
-        if is_candidates || is_own {
+        if from.port() == self.settings.udp_port && self.environment.is_own(from.ip()) {
             return;
         }
         let is_peer = self.may_be_peer(from);
@@ -857,7 +843,6 @@ impl<E: Environment> Discovery<E> {
             self.release(lookup, t);
         }
         self.send_probes(now, t, out);
-        self.candidates.due(now, |id, hash_part, to| out.push((To::Peer(to), Packet::Query { id, hash_part })));
     }
 
     fn say_hello(&mut self, now: Instant, t: Instant, out: &mut Outgoing) {

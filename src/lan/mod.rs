@@ -4,7 +4,6 @@
 //! [`DiscoveryClient`] is what other threads see of it.
 
 mod budget;
-mod candidates;
 pub mod discovery;
 mod environment;
 mod lookups;
@@ -15,7 +14,6 @@ mod simulation;
 mod sockets;
 mod thread;
 
-pub use candidates::{CandidateAnswer, CandidateQuery};
 pub use discovery::{Discovery, Event, LookUp, Random, Settings};
 pub use environment::{Environment, StoreEnvironment};
 pub use lookups::{LOOKUP_TIMEOUT, LookupId, MAX_HOLDERS, Update};

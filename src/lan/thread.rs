@@ -1,6 +1,5 @@
 //! The thread that runs [`Discovery`] on its sockets, and what other threads see of it.
 
-use super::candidates::{CandidateAnswer, CandidateQuery};
 use super::discovery::{Discovery, Event, LookUp, Outgoing};
 use super::environment::Environment;
 use super::lookups::{LookupId, Update};
@@ -77,19 +76,6 @@ impl DiscoveryClient {
     /// The peer that said *have* is not waited for in this lookup.
     pub fn failed(&self, lookup: LookupId, peer: SocketAddr) {
         self.send(Event::Failed { lookup, peer });
-    }
-
-    /// Asks each of these whether it has the path. The channel yields their answers and ends when all have answered, at
-    /// `until` at the latest.
-    pub fn query_candidates(
-        &self,
-        hash_part: HashPart,
-        candidates: Vec<SocketAddr>,
-        until: Instant,
-    ) -> Receiver<CandidateAnswer> {
-        let (answers, receiver) = bounded(candidates.len());
-        self.send(Event::QueryCandidates(CandidateQuery { hash_part, candidates, answers, until }));
-        receiver
     }
 
     /// Tells the thread the addresses that `--peer` names.

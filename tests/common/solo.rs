@@ -64,10 +64,15 @@ impl Solo {
 
     /// The same with times scaled.
     pub fn start_with(db: &Path, scale: Scale) -> Solo {
+        Solo::flagged(db, scale, &[])
+    }
+
+    /// The same with more flags.
+    pub fn flagged(db: &Path, scale: Scale, flags: &[&str]) -> Solo {
         let log = db.with_extension("log");
         let file = File::create(&log).expect("a log");
         let mut command = command(&["--port", "0", "--host", "127.0.0.1", "--db-path"]);
-        command.arg(db).envs(scale.variables()).stdout(Stdio::null()).stderr(file);
+        command.arg(db).args(flags).envs(scale.variables()).stdout(Stdio::null()).stderr(file);
         let mut child = command.spawn().expect("the tracker starts");
         let port = wait_for("a tracker that serves", || {
             let said = fs::read_to_string(&log).expect("its log");
@@ -163,6 +168,12 @@ pub fn fresh_source() -> Ipv4Addr {
     Ipv4Addr::from_bits(0x7f0a_0001 + COUNT.fetch_add(1, Ordering::Relaxed))
 }
 
+/// One of loopback's addresses in a /24 that nothing else uses in this process.
+pub fn fresh_network() -> Ipv4Addr {
+    static COUNT: AtomicU32 = AtomicU32::new(0);
+    Ipv4Addr::from_bits(0x7f40_0001 + (COUNT.fetch_add(1, Ordering::Relaxed) << 8))
+}
+
 /// A key made of a number.
 pub fn identity(number: u64) -> Identity {
     let mut seed = [0x5a; Identity::SEED_LEN];
@@ -195,6 +206,17 @@ pub fn announce(peer_id: &str, port: u16, addr: &str, proof: Proof) -> Vec<u8> {
 pub fn signed_announce(key: &Identity, peer_id: &str, port: u16, addr: &str) -> Vec<u8> {
     let proof = key.sign(&Statement::Announce { peer_id, port, addr }, stamp());
     announce(peer_id, port, addr, proof)
+}
+
+/// A report's body, signed now.
+pub fn signed_report(key: &Identity, transfer_id: u64, peer_id: &str, role: &str, bytes: u64) -> Vec<u8> {
+    let proof = key.sign(&Statement::Report { transfer_id, peer_id, role, bytes }, stamp());
+    let mut body = serde_json::to_value(proof).expect("JSON");
+    body["transfer_id"] = transfer_id.into();
+    body["peer_id"] = peer_id.into();
+    body["role"] = role.into();
+    body["bytes"] = bytes.into();
+    body.to_string().into_bytes()
 }
 
 /// The header lines of a filter.

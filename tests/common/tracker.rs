@@ -3,9 +3,11 @@
 use super::http::{self, Connection};
 use super::lan::Host;
 use super::process::Logged;
-use super::wait_for;
+use super::{wait_for, world};
 use data_encoding::{BASE64, HEXLOWER};
 use ed25519_compact::{KeyPair, Seed};
+use peerix::nix::HashPart;
+use peerix::wire::filter::Filter;
 use rustix::process::Signal;
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
@@ -114,8 +116,8 @@ impl Tracker {
         self.told(host, "POST", "/announce", "Content-Type: application/json\r\n", body.to_string().as_bytes());
     }
 
-    /// Announces a peer on a port of `host` with a key, and a filter that has everything.
-    pub fn announce_with_everything(&self, host: &Host, port: u16, peer_id: &str) {
+    /// Announces a peer on a port of `host` with a key, and a filter that has all of `paths`.
+    pub fn announce_with(&self, host: &Host, port: u16, peer_id: &str, paths: &[String]) {
         let keys = KeyPair::from_seed(Seed::new(sha256(peer_id.as_bytes())));
         let public_key = BASE64.encode(keys.pk.as_ref());
         let now = SystemTime::now().duration_since(UNIX_EPOCH).expect("a clock that is set");
@@ -134,13 +136,16 @@ impl Tracker {
             "public_key": public_key, "timestamp": timestamp, "signature": signature,
         });
         self.told(host, "POST", "/announce", "Content-Type: application/json\r\n", body.to_string().as_bytes());
-        let filter = [0xff; 1024];
-        let digest = HEXLOWER.encode(&sha256(&filter));
+        let mut filter = Filter::for_paths(paths.len() as u64);
+        for path in paths {
+            filter.insert(&HashPart::parse(world::hash_part(path).as_bytes()).expect("a hash part"));
+        }
+        let digest = HEXLOWER.encode(&sha256(filter.as_bytes()));
         let (timestamp, signature) = sign("filter", &format!("sha256: {digest}\n"));
         let headers = format!(
             "X-Peerix-Public-Key: {public_key}\r\nX-Peerix-Timestamp: {timestamp}\r\nX-Peerix-Signature: {signature}\r\n"
         );
-        self.told(host, "PUT", &format!("/filter/{peer_id}"), &headers, &filter);
+        self.told(host, "PUT", &format!("/filter/{peer_id}"), &headers, filter.as_bytes());
     }
 
     /// A request from `host` that is answered with 200.
