@@ -3,6 +3,7 @@
 
 use crate::common::daemon::{found, narinfo_status, status};
 use crate::common::http::{self, Reply, Request, Server};
+use crate::common::lan::Run;
 use crate::common::scene::Places;
 use crate::common::standin::{Record, Shelf};
 use crate::common::tracker::{self, Tracker, open};
@@ -29,19 +30,17 @@ fn absent(number: usize) -> String {
     format!("/nix/store/{number:0>32}-absent")
 }
 
-/// What `/health` of the peerix on a host says.
-fn health(host: &Host) -> Value {
-    let answer = http::get_local(host, "/health").expect("peerix answers");
-    serde_json::from_slice(&answer.body).expect("JSON")
+/// The problems that the peerix on a host tells of.
+fn problems(host: &Host) -> Vec<String> {
+    let status = status(host);
+    let problems = status["health"]["problems"].as_array().expect("a list").iter();
+    problems.map(|problem| problem["text"].as_str().expect("a text").to_owned()).collect()
 }
 
-/// Waits until `/health` of the peerix on `host` has a problem of which the text has all of `words`.
+/// Waits until the peerix on `host` tells of a problem of which the text has all of `words`.
 fn wait_for_problem(host: &Host, words: &[&str]) {
     wait_slowly_for(&format!("a problem about {words:?}"), || {
-        let health = health(host);
-        let problems = health["problems"].as_array()?.iter();
-        let texts = problems.filter_map(|problem| problem["text"].as_str());
-        texts.into_iter().any(|text| words.iter().all(|word| text.contains(word))).then_some(())
+        problems(host).iter().any(|text| words.iter().all(|word| text.contains(word))).then_some(())
     });
 }
 
@@ -118,22 +117,27 @@ fn reports_wait_until_the_tracker_is_back() {
     let mut places = Places::with_scale(Scale::intervals(OFTEN));
     let holder = places.holder("holder");
     let asker = places.asker(&[&holder]);
-    let total = |tracker: &Tracker| tracker.reputation("holder", "total_shared");
-    asker.fetches(&places.world, places.world.path("little"));
-    wait_slowly_for("the first transfers are counted", || (total(&places.tracker) > 0).then_some(()));
-    let before = total(&places.tracker);
-    asker.host.slow(100);
-    let mut child = nix::realising(&asker.host, &[places.world.path("middle")]).spawn().expect("nsenter starts");
+    let path = places.world.path("closure1000");
+    asker.host.slow(20);
     let sent = holder.host.sent();
-    wait_for("the NAR is on its way", || (holder.host.sent() - sent > 8 << 20).then_some(()));
+    let mut child = nix::realising(&asker.host, &[path]).spawn().expect("nsenter starts");
+    // Narinfos come first, so that the transfers have their names by then.
+    wait_for("NARs are on their way", || (holder.host.sent() - sent > 3 << 20).then_some(()));
+    let counted_before = places.tracker.reputation("holder", "total_shared");
     places.tracker.kill();
     asker.host.quick();
     assert!(child.wait().expect("it is ours").success());
     // Longer than a report used to be tried.
     std::thread::sleep(Duration::from_secs(10));
     places.tracker.start_again();
+    let paths = nix::closure(&asker.host, &[path]);
+    let sizes = asker.host.cmd("nix-store").args(["--query", "--size"]).args(paths).okay();
+    let bytes: u64 = sizes.lines().map(|size| size.parse::<u64>().expect("a number")).sum();
+    assert!(counted_before < bytes, "the tracker was killed too late");
     let tracker = &places.tracker;
-    wait_slowly_for("the transfer is counted", || (total(tracker) - before > 64 << 20).then_some(()));
+    wait_slowly_for("all transfers are counted", || {
+        (tracker.reputation("holder", "total_shared") == bytes).then_some(())
+    });
     assert_eq!(tracker.reputation("holder", "failed_transfers"), 0);
 }
 
@@ -306,8 +310,8 @@ fn unreachable_address_is_a_problem_and_comes_last() {
         ids.map(|candidate| candidate["peer_id"].as_str().unwrap().to_owned()).collect::<Vec<_>>()
     };
     wait_slowly_for("the reached one comes first", || (candidates() == ["holder", "wrong"]).then_some(()));
-    let problems = health(&holder.host)["problems"].to_string();
-    assert!(!problems.contains("tracker"), "{problems}");
+    let problems = problems(&holder.host);
+    assert!(problems.iter().all(|text| !text.contains("tracker")), "{problems:?}");
     let asker = places.asker(&[&holder]);
     asker.fetches(&places.world, path);
 }

@@ -377,9 +377,9 @@ fn idle_connections_cost_little_and_the_one_idle_longest_makes_room() {
     for stream in &more {
         assert_eq!(connection(stream).get("/nix-cache-info").unwrap().status, 200);
     }
-    // A neighbour alone cannot shut out the others, however many it opens.
-    let greedy = many(&scene.neighbour, scene.address(), 400);
-    wait_for("its own idlest are closed", || (greedy.iter().filter(|s| is_closed(s)).count() >= 144).then_some(()));
+    // A neighbour alone cannot shut out this machine, however many it opens.
+    let greedy = many(&scene.neighbour, scene.address(), 1000);
+    wait_for("its own idlest are closed", || (greedy.iter().filter(|s| is_closed(s)).count() >= 104).then_some(()));
     let still_open = more.iter().filter(|stream| !is_closed(stream)).count();
     assert_eq!(still_open, 100);
     scene.recovers();

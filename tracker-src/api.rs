@@ -477,7 +477,7 @@ impl Api {
         self.table.check(id, claim.as_ref(), now).map_err(|e| (e, now))?;
         verify(&body.proof, &Statement::Leave { peer_id: id })?;
         self.table.leave(id, claim.as_ref(), from, now).map_err(|e| (e, now))?;
-        self.ledger.gone(id);
+        self.ledger.gone(vec![id.into()]);
         log::debug!("{id} leaves");
         status("ok")
     }

@@ -164,10 +164,9 @@ impl Ledger {
         self.tell(move |books| books.arrived(&id, &at));
     }
 
-    /// A peer is gone.
-    pub fn gone(&self, id: &str) {
-        let id = id.to_owned();
-        self.tell(move |books| books.gone(&id));
+    /// These peers are gone.
+    pub fn gone(&self, ids: Vec<Arc<str>>) {
+        self.tell(move |books| ids.iter().try_for_each(|id| books.gone(id)));
     }
 
     /// A peer has another filter.

@@ -88,7 +88,10 @@ fn wait(woken: &Receiver<Wakeup>, table: &Table, ledger: &Ledger) -> Result<(), 
         }
         if swept.elapsed() >= SWEEP {
             swept = Instant::now();
-            table.sweep(api::now()).iter().for_each(|id| ledger.gone(id));
+            let gone = table.sweep(api::now());
+            if !gone.is_empty() {
+                ledger.gone(gone);
+            }
         }
         let now = ledger.numbers().turns.load(Ordering::Relaxed);
         if now != turns && watchdog.is_some() {

@@ -26,8 +26,11 @@ const MAX_KNOWN: usize = 2 * MAX_PEERS;
 /// less in a month, and the tracker tells the others what time it is.
 pub const CLOCK_SKEW_MS: u64 = 5 * 60 * 1000;
 
-/// Whether a peer is reached is tried again after this. One that moves is tried at once.
-const REACH_INTERVAL: Interval = Interval::from_secs(600);
+/// Whether a peer is still reached is tried again after this: 100,000 peers are tried 28 times a second. One that moves is
+/// tried at once.
+const REACH_INTERVAL: Interval = Interval::from_secs(3600);
+/// Whether a peer that is not reached, or was not tried for want of time, is reached by now is tried after this.
+const REACH_RETRY: Interval = Interval::from_secs(600);
 
 /// Peers without a filter that a lookup looks at for one of a network that it has not named yet.
 const LOOKED_AT: usize = 256;
@@ -177,7 +180,7 @@ struct Peer {
     number: u64,
     published: Option<Published>,
     reachable: Option<bool>,
-    reach_due: Instant,
+    reach_tried: Option<Instant>,
     /// Which start of the node announced it last.
     instance: Option<u64>,
     /// Which one did before, from where, and when it was followed by the present one.
@@ -185,28 +188,19 @@ struct Peer {
 }
 
 impl Peer {
-    fn new(
-        id: Arc<str>,
-        whereabouts: Whereabouts,
-        reputation: Reputation,
-        number: u64,
-        last_seen_ms: u64,
-        expires: Instant,
-    ) -> Peer {
-        let (published, reachable, instance, before) = (None, None, None, None);
-        let reach_due = expires - PEER_TTL.get();
+    fn new(id: Arc<str>, whereabouts: Whereabouts, number: u64, now: Now) -> Peer {
         Peer {
             id,
             whereabouts,
-            last_seen_ms,
-            expires,
-            reputation,
+            last_seen_ms: now.ms,
+            expires: now.at + PEER_TTL.get(),
+            reputation: Reputation::default(),
             number,
-            published,
-            reachable,
-            reach_due,
-            instance,
-            before,
+            published: None,
+            reachable: None,
+            reach_tried: None,
+            instance: None,
+            before: None,
         }
     }
 
@@ -355,10 +349,9 @@ impl Table {
     /// only what it says now counts from now on.
     pub fn restore(&self, was: Present, now: Now) {
         let (edit, mut peers) = (self.slices.edit(), self.write());
-        let (id, number): (Arc<str>, u64) = (was.id.into(), peers.next_number);
-        let expires = now.at + PEER_TTL.get();
-        let peer = Peer::new(id.clone(), was.whereabouts, was.reputation, number, now.ms, expires);
-        let Ok(slot) = peers.insert(peer) else { return };
+        let id: Arc<str> = was.id.into();
+        let peer = Peer::new(id.clone(), was.whereabouts, peers.next_number, now);
+        let Ok(slot) = peers.insert(Peer { reputation: was.reputation, ..peer }) else { return };
         peers.next_number += 1;
         let Some(key) = was.key else { return };
         peers.known.insert(id, Known { key, stamp: 0, day: now.ms / DAY_MS });
@@ -474,7 +467,6 @@ impl Table {
         let today = now.ms / DAY_MS;
         let first_today =
             peers.known.get_mut(id).is_some_and(|known| std::mem::replace(&mut known.day, today) != today);
-        let expires = now.at + PEER_TTL.get();
         let is_new = !peers.by_id.contains_key(id);
         let slot = match peers.peer(id) {
             Some((slot, _)) => slot,
@@ -482,8 +474,7 @@ impl Table {
                 let number = peers.next_number;
                 peers.next_number += 1;
                 let id = peers.known.get_key_value(id).map_or_else(|| id.into(), |(id, _)| id.clone());
-                let whereabouts = whereabouts.clone();
-                peers.insert(Peer::new(id, whereabouts, met.unwrap_or_default(), number, now.ms, expires))?
+                peers.insert(Peer::new(id, whereabouts.clone(), number, now))?
             }
         };
         let mut welcome = Welcome { first_today, ..Welcome::default() };
@@ -491,14 +482,15 @@ impl Table {
             let is_elsewhere = peer.whereabouts != whereabouts;
             welcome.also_at = peer.hear(instance, now.at);
             if is_elsewhere {
-                (peer.reachable, peer.reach_due) = (None, now.at);
+                (peer.reachable, peer.reach_tried) = (None, None);
             }
-            (peer.whereabouts, peer.last_seen_ms, peer.expires) = (whereabouts, now.ms, expires);
+            (peer.whereabouts, peer.last_seen_ms, peer.expires) = (whereabouts, now.ms, now.at + PEER_TTL.get());
             peer.reputation = newest(peer.reputation, met.unwrap_or_default());
             welcome.has_moved = is_new || is_elsewhere;
-            welcome.to_be_reached = peer.reach_due <= now.at;
+            let interval = if peer.reachable == Some(true) { REACH_INTERVAL } else { REACH_RETRY };
+            welcome.to_be_reached = peer.reach_tried.is_none_or(|at| now.at >= at + interval.get());
             if welcome.to_be_reached {
-                peer.reach_due = now.at + REACH_INTERVAL.get();
+                peer.reach_tried = Some(now.at);
             }
             welcome.reachable = peer.reachable;
             welcome.filter = peer.published.as_ref().map(|published| published.stamp);
@@ -1003,13 +995,19 @@ mod tests {
         table.set_reachable("a", ("10.0.1.1", 1), true);
         assert_eq!(announce(1, 60), (false, false, Some(true)));
         assert_eq!(announce(2, 61), (true, true, None), "it is somewhere else");
-        let later = 61 + REACH_INTERVAL.get().as_secs();
+        let later = 61 + REACH_RETRY.get().as_secs();
         let mut seconds = 61;
         while seconds + 60 < later {
             seconds += 60;
             assert!(!announce(2, seconds).1);
         }
         assert!(announce(2, later).1);
+        table.set_reachable("a", ("10.0.1.2", 1), true);
+        let mut seconds = later;
+        while seconds + 60 < later + REACH_INTERVAL.get().as_secs() {
+            seconds += 60;
+            assert!(!announce(2, seconds).1);
+        }
     }
 
     #[test]

@@ -3,6 +3,7 @@
 //! This machine's Nix comes first: a cache that it knows and cannot reach fails its builds. Neighbours are kept from
 //! shutting out one another, and never make anybody wait.
 
+use std::collections::HashMap;
 use std::net::IpAddr;
 
 /// Connections at once, each with a thread.
@@ -11,8 +12,9 @@ pub const MAX_CONNECTIONS: usize = 1024;
 /// Of these, so many are for loopback alone, whatever the neighbours do: five times the 25 that Nix opens.
 pub const OWN_CONNECTIONS: usize = 128;
 
-/// Of these, so many for one address other than loopback: a neighbour alone must not shut out the others.
-pub const MAX_CONNECTIONS_PER_PEER: usize = 256;
+/// When there is no room, a group that has more than this loses its idlest connection, or its oldest if all are at work: slow
+/// requests of ten groups must not shut out the others. Fewer are what one machine needs.
+pub const FAIR_SHARE: usize = 64;
 
 /// An open connection, as far as it matters here.
 #[derive(Debug, Clone, Copy)]
@@ -49,17 +51,35 @@ pub fn room(newcomer: IpAddr, open: impl Iterator<Item = Seat> + Clone) -> Room 
         let victim = idlest(strangers.clone()).or_else(|| idlest(open)).or_else(|| strangers.map(|s| s.id).min());
         return victim.map_or(Room::Full, Room::Instead);
     }
-    let its = strangers.clone().filter(|seat| seat.peer.to_canonical() == newcomer);
-    let room_among = |victim: Option<u64>| victim.map_or(Room::Full, Room::Instead);
-    if its.clone().count() >= MAX_CONNECTIONS_PER_PEER {
-        room_among(idlest(its))
-    } else if strangers.clone().count() >= MAX_CONNECTIONS - OWN_CONNECTIONS {
-        room_among(idlest(strangers))
-    } else if open.clone().count() >= MAX_CONNECTIONS {
-        // This machine has more than its own then, and may lose an idle one.
-        room_among(idlest(open))
-    } else {
-        Room::Free
+    let has_room = strangers.clone().count() < MAX_CONNECTIONS - OWN_CONNECTIONS;
+    if has_room && open.clone().count() < MAX_CONNECTIONS {
+        return Room::Free;
+    }
+    // If strangers have room, this machine has more than its own, and may lose an idle one.
+    let victim =
+        if has_room { idlest(open) } else { of_largest_group(newcomer, strangers.clone()).or(idlest(strangers)) };
+    victim.map_or(Room::Full, Room::Instead)
+}
+
+/// A connection of the group that has the most, if that is more than its share and twice as much as the newcomer's.
+fn of_largest_group(newcomer: IpAddr, strangers: impl Iterator<Item = Seat> + Clone) -> Option<u64> {
+    let mut counts: HashMap<u128, usize> = HashMap::new();
+    strangers.clone().for_each(|seat| *counts.entry(group(seat.peer)).or_default() += 1);
+    let newcomers = counts.get(&group(newcomer)).copied().unwrap_or_default();
+    let (largest, count) = counts.into_iter().max_by_key(|(_, count)| *count)?;
+    if count <= FAIR_SHARE || count < 2 * newcomers {
+        return None;
+    }
+    let its = strangers.filter(|seat| group(seat.peer) == largest);
+    idlest(its.clone()).or_else(|| its.map(|seat| seat.id).min())
+}
+
+/// Addresses that are counted together: one of a private IPv4 network, else a /24 or a /56, which one can come by together.
+fn group(ip: IpAddr) -> u128 {
+    match ip.to_canonical() {
+        IpAddr::V4(ip) if ip.is_private() || ip.is_loopback() => u128::from(u32::from(ip)),
+        IpAddr::V4(ip) => u128::from(u32::from(ip) >> 8 << 8),
+        IpAddr::V6(ip) => u128::from(ip) >> 72 << 72,
     }
 }
 
@@ -137,13 +157,40 @@ mod tests {
         assert_eq!(find(own(), &and_own(Vec::new(), MAX_CONNECTIONS)), Room::Full);
     }
 
+    /// Four addresses with slow requests used to shut out all others.
     #[test]
-    fn one_stranger_does_not_shut_out_the_others() {
-        let seat = |n| Seat { id: n, peer: stranger(1), idle_since: (n == 9).then_some(5) };
-        let mut seats: Vec<Seat> = (0..MAX_CONNECTIONS_PER_PEER as u64).map(seat).collect();
-        assert_eq!(find(stranger(2), &seats), Room::Free);
-        assert_eq!(find(stranger(1), &seats), Room::Instead(9));
-        seats[9].idle_since = None;
-        assert_eq!(find(stranger(1), &seats), Room::Full);
+    fn few_groups_do_not_shut_out_the_others() {
+        let few = |groups: usize| -> Vec<Seat> {
+            (0..STRANGERS).map(|n| Seat { id: n as u64, peer: stranger(n % groups), idle_since: None }).collect()
+        };
+        for groups in [1, 4, 10] {
+            let Room::Instead(id) = find(stranger(999), &few(groups)) else {
+                panic!("{groups} groups shut out others")
+            };
+            assert!(id < groups as u64, "the oldest of a group");
+            // One of them gains nothing by coming again.
+            assert_eq!(find(stranger(0), &few(groups)), Room::Full);
+        }
+        assert_eq!(find(stranger(999), &few(20)), Room::Full, "each has its share");
+        let mut seats = few(4);
+        seats[9].idle_since = Some(5);
+        let of_four = find(stranger(999), &seats);
+        assert!(of_four == Room::Instead(9) || matches!(of_four, Room::Instead(id) if id < 4));
+    }
+
+    /// Machines behind one router used to lose connections from the 257th on, however much room there was.
+    #[test]
+    fn one_address_may_have_what_nobody_else_wants() {
+        let seat = |n| Seat { id: n, peer: stranger(1), idle_since: None };
+        let seats: Vec<Seat> = (0..600).map(seat).collect();
+        assert_eq!(find(stranger(1), &seats), Room::Free);
+    }
+
+    #[test]
+    fn addresses_that_one_can_come_by_together_are_one_group() {
+        let same = |a: &str, b: &str| group(a.parse().unwrap()) == group(b.parse().unwrap());
+        assert!(same("203.0.113.1", "203.0.113.2") && !same("203.0.113.1", "203.0.112.1"));
+        assert!(!same("10.0.0.1", "10.0.0.2") && same("10.0.0.1", "::ffff:10.0.0.1"));
+        assert!(same("2001:db8::1", "2001:db8:0:ff::1") && !same("2001:db8::1", "2001:db8:0:100::1"));
     }
 }

@@ -15,6 +15,7 @@ use crate::wire::tracker::{
 };
 use serde::Deserialize;
 use serde::de::{DeserializeOwned, IgnoredAny};
+use serde_json::Value;
 use std::fmt;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 use std::thread;
@@ -148,9 +149,11 @@ pub struct Tracker {
     listed: Mutex<Option<(Instant, Vec<Candidate>)>>,
 }
 
+#[derive(Default)]
 struct State {
     reached: Reached,
-    started: Instant,
+    /// Until when lookups wait for its first answer.
+    grace_until: Option<Instant>,
     /// Failures since the last success.
     failures: u32,
     /// A lookup failed, or found the tracker left out.
@@ -176,8 +179,9 @@ struct State {
     paused_until: Option<Instant>,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, PartialEq, Eq, Default)]
 enum Reached {
+    #[default]
     NotYet,
     Yes,
     No,
@@ -197,48 +201,12 @@ struct Refusal {
     now: Option<u64>,
 }
 
-/// A row of the original's list of peers.
-#[derive(Deserialize)]
-struct Listed {
-    peer_id: String,
-    addr: String,
-    port: u16,
-    #[serde(default)]
-    reputation: ListedReputation,
-}
-
-#[derive(Deserialize, Default)]
-struct ListedReputation {
-    #[serde(default)]
-    score: f64,
-}
-
-#[derive(Deserialize)]
-struct List {
-    peers: Vec<Listed>,
-}
-
 impl Tracker {
     /// The tracker at that URL, which ends without a slash, for that node.
     pub fn new(url: String, me: &Me, now: Instant) -> Self {
         let identity = me.identity.for_tracker(&authority(&url));
         let peer_id = me.peer_id.clone().unwrap_or_else(|| identity.peer_id());
-        let state = State {
-            reached: Reached::NotYet,
-            started: now,
-            failures: 0,
-            outages: 0,
-            is_wanted: false,
-            not_before: None,
-            is_original: false,
-            announced: None,
-            refused: None,
-            latency: None,
-            useful: None,
-            fruitless: 0,
-            counted: None,
-            paused_until: None,
-        };
+        let state = State { grace_until: Some(now + START_GRACE), ..State::default() };
         Tracker {
             url,
             peer_id,
@@ -300,7 +268,8 @@ impl Tracker {
     /// tracker is there, 2 s at most.
     pub fn await_usable(&self) -> bool {
         let state = self.lock();
-        let grace = (state.started + START_GRACE).saturating_duration_since(Instant::now());
+        let now = Instant::now();
+        let grace = state.grace_until.map(|until| until.saturating_duration_since(now)).unwrap_or_default();
         let waited = self.changed.wait_timeout_while(state, grace, |state| state.reached == Reached::NotYet);
         let mut state = waited.unwrap_or_else(PoisonError::into_inner).0;
         let now = Instant::now();
@@ -329,8 +298,8 @@ impl Tracker {
         *self.agent.write().unwrap_or_else(PoisonError::into_inner) = agent(IDLE);
         *self.listed.lock().unwrap_or_else(PoisonError::into_inner) = None;
         let mut state = self.lock();
-        (state.reached, state.started, state.failures, state.outages) = (Reached::NotYet, now, 0, 0);
-        (state.not_before, state.paused_until, state.fruitless) = (None, None, 0);
+        let (announced, refused, useful) = (state.announced.take(), state.refused.take(), state.useful);
+        *state = State { grace_until: Some(now + START_GRACE), announced, refused, useful, ..State::default() };
     }
 
     /// How long to wait for candidates that have never answered; `None` for no such limit.
@@ -433,15 +402,18 @@ impl Tracker {
         let others = match known {
             Some(others) => others,
             None => {
-                let mut peers = self.get(agent, "/peers", timeout).and_then(read::<List>)?.peers;
-                peers.retain(|peer| peer.peer_id != self.peer_id);
-                peers.sort_by(|a, b| b.reputation.score.total_cmp(&a.reputation.score));
-                peers.truncate(MAX_CANDIDATES);
-                let candidate = |Listed { peer_id, addr, port, reputation }| {
-                    let score = reputation.score;
-                    Candidate { peer_id, addr, port, score }
+                let answer: Value = self.get(agent, "/peers", timeout).and_then(read)?;
+                let candidate = |peer: &Value| {
+                    let text = |field: &str| peer[field].as_str().map(str::to_owned);
+                    let port = u16::try_from(peer["port"].as_u64()?).ok()?;
+                    let score = peer["reputation"]["score"].as_f64().unwrap_or_default();
+                    Some(Candidate { peer_id: text("peer_id")?, addr: text("addr")?, port, score })
                 };
-                let others: Vec<Candidate> = peers.into_iter().map(candidate).collect();
+                let peers = answer["peers"].as_array().ok_or(Error::Malformed)?;
+                let mut others: Vec<Candidate> = peers.iter().filter_map(candidate).collect();
+                others.retain(|peer| peer.peer_id != self.peer_id);
+                others.sort_by(|a, b| b.score.total_cmp(&a.score));
+                others.truncate(MAX_CANDIDATES);
                 *listed() = Some((Instant::now(), others.clone()));
                 others
             }
