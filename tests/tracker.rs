@@ -246,8 +246,7 @@ fn signatures_have_their_time() {
     }
     // Who takes the tracker's time for its own gets in.
     assert_eq!(post(&mut c, "/announce", &at("p", stamp() + 1)).status, 200);
-    let mut seen = tracker.get("/peers")["peers"].as_array().unwrap().len();
-    assert_eq!(seen, 1);
+    assert_eq!(tracker.get("/peers")["peers"].as_array().unwrap().len(), 1);
     // Not even a signature that was never used outlives a restart: what was used, nobody remembers.
     let then = stamp() + 2;
     let unused = at("p", then);
@@ -256,8 +255,6 @@ fn signatures_have_their_time() {
     let tracker = Solo::start(&dir.file("db"));
     let answer = post(&mut tracker.connect(), "/announce", &unused);
     assert!(error(&answer, 403).contains("earlier than the tracker's start"));
-    seen = tracker.get("/peers")["peers"].as_array().unwrap().len();
-    assert_eq!(seen, 0);
 }
 
 #[test]
