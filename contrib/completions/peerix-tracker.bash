@@ -6,9 +6,11 @@ _peerix_tracker() {
     --port) return ;;
     --host) return ;;
     --db-path) mapfile -t COMPREPLY < <(compgen -f -- "$cur"); return ;;
+    --filter-memory) return ;;
+    --proxy) return ;;
     esac
     if [[ $cur == -* ]]; then
-        mapfile -t COMPREPLY < <(compgen -W '--port --host --db-path --verbose --help --version' -- "$cur")
+        mapfile -t COMPREPLY < <(compgen -W '--port --host --db-path --filter-memory --proxy --verbose --help --version' -- "$cur")
     fi
 }
 complete -o filenames -F _peerix_tracker peerix-tracker
