@@ -117,7 +117,8 @@ fn the_help_is_read_whole() {
     let [peerix, tracker] = Help::both();
     let names = |help: &Help| help.items.iter().map(|item| item.name.clone()).collect::<Vec<_>>();
     assert_eq!(names(&peerix)[..5], ["status", "peers", "why", "doctor", "--json"]);
-    assert_eq!(names(&tracker), ["--port", "--host", "--db-path", "--verbose", "--help", "--version"]);
+    let flags = ["--port", "--host", "--db-path", "--filter-memory", "--proxy", "--verbose", "--help", "--version"];
+    assert_eq!(names(&tracker), flags);
     let source = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("src/cli.rs")).unwrap();
     // Every flag that the parser knows: in the two forms in which it matches them.
     let (parser, _) = source.split_once("#[cfg(test)]").unwrap();
