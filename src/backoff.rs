@@ -7,6 +7,9 @@ use ureq::http::HeaderMap;
 /// Failures after which the pause grows no further, whatever its bound: 2^20 times the first one.
 const MAX_DOUBLINGS: u32 = 20;
 
+/// Most that a server may ask for. Beyond, its number is a mistake or means no good, and time would overflow.
+const MAX_RETRY_AFTER: Duration = Duration::from_secs(24 * 3600);
+
 /// When something that fails is tried again. The pause doubles with each failure, from `first` to `longest`.
 #[derive(Debug, Clone)]
 pub struct Backoff {
@@ -56,10 +59,10 @@ impl Backoff {
 pub fn retry_after(headers: &HeaderMap) -> Option<Duration> {
     let field = headers.get("retry-after")?.to_str().ok()?.trim();
     if let Ok(seconds) = field.parse() {
-        return Some(Duration::from_secs(seconds));
+        return Some(Duration::from_secs(seconds).min(MAX_RETRY_AFTER));
     }
     let date = httpdate::parse_http_date(field).ok()?;
-    Some(date.duration_since(SystemTime::now()).unwrap_or_default())
+    Some(date.duration_since(SystemTime::now()).unwrap_or_default().min(MAX_RETRY_AFTER))
 }
 
 #[cfg(test)]
@@ -102,6 +105,9 @@ mod tests {
         let pause = parse(&httpdate::fmt_http_date(later)).unwrap();
         assert!((90..=100).contains(&pause.as_secs()), "{pause:?}");
         assert_eq!(parse("Mon, 01 Jan 2001 00:00:00 GMT"), Some(Duration::ZERO));
+        for endless in ["18446744073709551615", "Fri, 31 Dec 9999 23:59:59 GMT"] {
+            assert_eq!(parse(endless), Some(MAX_RETRY_AFTER));
+        }
         for none in ["", "-1", "soon", "1.5"] {
             assert_eq!(parse(none), None, "{none}");
         }

@@ -21,8 +21,11 @@ const BATCH: usize = 256;
 /// Once so many in a hundred of the paths that were added are gone, the filter is made anew: what is gone stays in it, and
 /// every peer that wants it asks in vain.
 const GONE_PERCENT: u64 = 10;
-/// A filter is made anew when its paths have grown beyond what it was made for by a quarter.
-const GROWTH: (u64, u64) = (5, 4);
+/// A filter is made anew when it has fewer tenths of a bit for each path than this, for each bit that it was made with: its
+/// paths have grown by a quarter.
+const LEAST_TENTHS: u64 = 8;
+/// And than this, in any case: trackers refuse filters that are a little fuller.
+const LEAST_TENTHS_EVER: u64 = 95;
 /// Paths of which only the upstream cache can tell whether they are its own: so many at most are looked into. Beyond, those
 /// that would be asked about last are left out.
 const MAX_OPEN: usize = 16 * 1024;
@@ -102,7 +105,9 @@ impl Reader {
     fn run(&self, publication: &Publication) {
         let (mut shared, mut changed) = (None, false);
         let first_filter = Instant::now() + FIRST_FILTER;
-        while !self.waited(if shared.is_some() { LOOK.get() } else { Duration::ZERO }) {
+        let mut pause = Duration::ZERO;
+        while !self.waited(pause) {
+            pause = LOOK.get();
             match self.update(&mut shared, publication.bits_per_path()) {
                 Ok(anything) => changed |= anything,
                 Err(e) => log::warn!("what would be shared with strangers cannot be told: {e}"),
@@ -153,7 +158,7 @@ impl Reader {
             last.open.pop_last();
         }
         last.census = census;
-        let needed = last.paths * last.bits_per_path * GROWTH.1 / GROWTH.0;
+        let needed = last.paths * (last.bits_per_path * LEAST_TENTHS).max(LEAST_TENTHS_EVER) / 10;
         let is_full = last.filter.len_bits() < needed.min(8 * MAX_BYTES as u64);
         if is_full || last.gone * 100 > last.paths * GONE_PERCENT && last.gone > 0 {
             *shared = None;

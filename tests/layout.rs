@@ -18,8 +18,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
         "daemon",
         &[
             "config", "fetch", "http", "identity", "key_file", "lan", "lookup", "network", "nix", "peers", "publish",
-            "record", "seldom", "service", "share", "sockets", "status", "store", "upstream",
-            "wire",
+            "record", "seldom", "service", "share", "sockets", "status", "store", "upstream", "wire",
         ],
     ),
     ("publish", &["config", "network", "nix", "on_drop", "peers", "share", "store", "time_scale", "wire"]),

@@ -736,6 +736,10 @@ fn address_behind_a_proxy_is_the_clients_or_unknown() {
     assert!(refused.contains("--announce-addr") && refused.contains("--proxy"), "{refused}");
     is(&announce(&known, proxy, "198.51.100.1, 192.0.2.7"), 200, r#"{"status":"ok"}"#);
     assert_eq!(known.get("/peers")["peers"][0]["addr"], "192.0.2.7", "the last one, which the proxy itself has seen");
+    // A proxy may add a field of its own to the client's, or say what is no address.
+    is(&announce(&known, proxy, "192.0.2.9\r\nX-Forwarded-For: 192.0.2.7"), 200, r#"{"status":"ok"}"#);
+    assert_eq!(known.get("/peers")["peers"][0]["addr"], "192.0.2.7");
+    assert!(error(&announce(&known, proxy, "192.0.2.9, unknown"), 400).contains("proxy"));
     // Others may say what they like.
     assert!(error(&announce(&known, stranger, "192.0.2.8"), 400).contains("proxy"));
     assert_eq!(known.get("/peers")["peers"][0]["addr"], "192.0.2.7");

@@ -354,18 +354,23 @@ impl Api {
 
     /// The client's address: the socket's, or what a proxy of ours says.
     fn client(&self, request: &Request<'_>) -> IpAddr {
-        let from = request.asker.ip().to_canonical();
-        if !self.proxies.contains(&from) {
-            return from;
-        }
-        let last = request.field("X-Forwarded-For").and_then(|list| list.rsplit(',').next()?.trim().parse().ok());
-        last.map_or(from, |client: IpAddr| client.to_canonical())
+        self.told_by_proxy(request).unwrap_or(request.asker.ip().to_canonical())
     }
 
-    /// Whether the request came through a proxy that is none of ours: then its client's address is not known.
+    /// What a proxy of ours says of its client: the last address, which it has seen itself. What stands before it, in this
+    /// field or in others, the client may have written.
+    fn told_by_proxy(&self, request: &Request<'_>) -> Option<IpAddr> {
+        if !self.proxies.contains(&request.asker.ip().to_canonical()) {
+            return None;
+        }
+        let last = request.last_field("X-Forwarded-For")?.rsplit(',').next()?;
+        last.trim().parse().ok().map(|client: IpAddr| client.to_canonical())
+    }
+
+    /// Whether the request came through a proxy, and its client's address is not known.
     fn is_forwarded(&self, request: &Request<'_>) -> bool {
         let is_ours = self.proxies.contains(&request.asker.ip().to_canonical());
-        !is_ours && FORWARDED.iter().any(|field| request.has(field))
+        self.told_by_proxy(request).is_none() && (is_ours || FORWARDED.iter().any(|field| request.has(field)))
     }
 
     fn limit(&self, from: IpAddr, kind: Kind) -> Result<(), Refusal> {

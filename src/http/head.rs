@@ -38,6 +38,12 @@ impl Request<'_> {
         std::str::from_utf8(field.value).ok()
     }
 
+    /// The value of the last field of that name, which is what the nearest proxy added.
+    pub fn last_field(&self, name: &str) -> Option<&str> {
+        let field = self.fields.iter().rfind(|f| f.name.eq_ignore_ascii_case(name))?;
+        std::str::from_utf8(field.value).ok()
+    }
+
     /// Whether there is such a field, whatever its value.
     pub fn has(&self, name: &str) -> bool {
         self.fields.iter().any(|f| f.name.eq_ignore_ascii_case(name))

@@ -56,22 +56,25 @@ pub fn room(newcomer: IpAddr, open: impl Iterator<Item = Seat> + Clone) -> Room 
         return Room::Free;
     }
     // If strangers have room, this machine has more than its own, and may lose an idle one.
-    let victim =
-        if has_room { idlest(open) } else { of_largest_group(newcomer, strangers.clone()).or(idlest(strangers)) };
+    let victim = if has_room { idlest(open) } else { victim_for(newcomer, strangers) };
     victim.map_or(Room::Full, Room::Instead)
 }
 
-/// A connection of the group that has the most, if that is more than its share and twice as much as the newcomer's.
-fn of_largest_group(newcomer: IpAddr, strangers: impl Iterator<Item = Seat> + Clone) -> Option<u64> {
+/// Which stranger's connection a newcomer may have: its own group's idlest if that has more than its share; one of the group
+/// that has the most, if that is more than its share and twice as much as the newcomer's; else the idlest.
+fn victim_for(newcomer: IpAddr, strangers: impl Iterator<Item = Seat> + Clone) -> Option<u64> {
     let mut counts: HashMap<u128, usize> = HashMap::new();
     strangers.clone().for_each(|seat| *counts.entry(group(seat.peer)).or_default() += 1);
     let newcomers = counts.get(&group(newcomer)).copied().unwrap_or_default();
     let (largest, count) = counts.into_iter().max_by_key(|(_, count)| *count)?;
-    if count <= FAIR_SHARE || count < 2 * newcomers {
-        return None;
+    let is_greedy = newcomers > FAIR_SHARE;
+    if !is_greedy && (count <= FAIR_SHARE || count < 2 * newcomers) {
+        return idlest(strangers);
     }
+    // One that has more than its share takes nothing from others.
+    let largest = if is_greedy { group(newcomer) } else { largest };
     let its = strangers.filter(|seat| group(seat.peer) == largest);
-    idlest(its.clone()).or_else(|| its.map(|seat| seat.id).min())
+    idlest(its.clone()).or_else(|| its.map(|seat| seat.id).min().filter(|_| !is_greedy))
 }
 
 /// Addresses that are counted together: one of a private IPv4 network, else a /24 or a /56, which one can come by together.
@@ -170,6 +173,10 @@ mod tests {
             assert!(id < groups as u64, "the oldest of a group");
             // One of them gains nothing by coming again.
             assert_eq!(find(stranger(0), &few(groups)), Room::Full);
+            // Nor takes it what others leave idle.
+            let mut seats = few(groups);
+            seats.push(Seat { id: 5000, peer: stranger(998), idle_since: Some(1) });
+            assert_eq!(find(stranger(0), &seats), Room::Full);
         }
         assert_eq!(find(stranger(999), &few(20)), Room::Full, "each has its share");
         let mut seats = few(4);

@@ -56,24 +56,26 @@ struct UnderWay {
 }
 
 impl UnderWay {
-    fn begin(&mut self, to: To) -> bool {
+    fn fits(&self, to: To) -> bool {
         let (ip, most) = match to {
-            To::Tracker => {
-                let fits = self.calls < MAX_CALLS;
-                self.calls += u32::from(fits);
-                return fits;
-            }
+            To::Tracker => return self.calls < MAX_CALLS,
             To::Proven(ip) => (ip, MAX_REQUESTS_TO_ONE),
             To::Neighbour(ip) | To::Stranger(ip) => (ip, MAX_REQUESTS_TO_UNPROVEN),
         };
         let is_stranger = matches!(to, To::Stranger(_));
         let all: u32 = self.to.values().sum();
         let to_one = self.to.get(&ip).copied().unwrap_or_default();
-        let fits =
-            all < MAX_REQUESTS && to_one < most && !(is_stranger && self.to_strangers >= MAX_REQUESTS_TO_STRANGERS);
+        all < MAX_REQUESTS && to_one < most && !(is_stranger && self.to_strangers >= MAX_REQUESTS_TO_STRANGERS)
+    }
+
+    fn begin(&mut self, to: To) -> bool {
+        let fits = self.fits(to);
         if fits {
-            self.to.insert(ip, to_one + 1);
-            self.to_strangers += u32::from(is_stranger);
+            match to {
+                To::Tracker => self.calls += 1,
+                To::Proven(ip) | To::Neighbour(ip) | To::Stranger(ip) => *self.to.entry(ip).or_default() += 1,
+            }
+            self.to_strangers += u32::from(matches!(to, To::Stranger(_)));
         }
         fits
     }
@@ -134,6 +136,11 @@ impl Requests {
             log::debug!("thread for a narinfo: {e}");
         }
         started.is_ok()
+    }
+
+    /// Whether a request may begin.
+    pub fn has_room(&self, to: To) -> bool {
+        lock(&self.under_way).fits(to)
     }
 
     /// Whether a request to that address is under way.

@@ -158,6 +158,8 @@ struct State {
     failures: u32,
     /// A lookup failed, or found the tracker left out.
     is_wanted: bool,
+    /// When a failed lookup was counted last.
+    lookup_failed: Option<Instant>,
     /// Times that lookups left it out since one succeeded.
     outages: u32,
     /// It asked not to be asked before.
@@ -349,7 +351,9 @@ impl Tracker {
         let mut retry_pause = RETRY_PAUSE;
         loop {
             let now = Instant::now();
-            if let Some(pause) = self.lock().not_before.map(|at| at.saturating_duration_since(now)) {
+            // A statement of its own: the lock must not be held while this sleeps.
+            let not_before = self.lock().not_before;
+            if let Some(pause) = not_before.map(|at| at.saturating_duration_since(now)) {
                 if now + pause >= until {
                     return Err(Error::Refused(429, "it asked not to be asked yet".into(), Some(pause)));
                 }
@@ -365,7 +369,10 @@ impl Tracker {
             };
             let now = Instant::now();
             if let Some(pause) = e.retry_after() {
-                self.lock().not_before = Some(now + pause.min(LONGEST_PAUSE.get()));
+                // What a proxy says while the tracker restarts is no more than a guess.
+                let is_ours = matches!(e, Error::Refused(429, ..));
+                let longest = if is_ours { LONGEST_PAUSE.get() } else { LOOKUP_TIMEOUT.get() };
+                self.lock().not_before = Some(now + pause.min(longest));
             } else if e.is_passing() && now + retry_pause < until {
                 thread::sleep(retry_pause);
                 retry_pause *= 2;
@@ -591,6 +598,8 @@ impl Tracker {
             let mut state = self.lock();
             match outcome {
                 Ok(mut announced) => {
+                    // The original has none: a 404 of a lookup was one of a proxy.
+                    state.is_original &= announced.tracker.is_none();
                     // A later answer without an ID does not take it away.
                     announced.tracker = announced.tracker.or(state.announced.take().and_then(|last| last.tracker));
                     (state.announced, state.refused) = (Some(announced), None);
@@ -609,7 +618,7 @@ impl Tracker {
         if state.reached != Reached::Yes {
             log::info!("tracker {}: reached", self.url);
             // It may be another program now.
-            (state.is_original, state.failures) = (false, 0);
+            (state.is_original, state.failures, state.not_before) = (false, 0, None);
         }
         state.reached = Reached::Yes;
         self.changed.notify_all();
@@ -618,13 +627,24 @@ impl Tracker {
     fn record_success(&self, took: Duration) {
         let mut state = self.lock();
         (state.failures, state.outages, state.not_before) = (0, 0, None);
+        if state.fruitless == 0 {
+            state.paused_until = None;
+        }
         state.latency = Some(state.latency.map_or(took, |old| (old * 7 + took) / 8));
     }
 
-    /// A lookup failed. After several failures in a row lookups leave the tracker out, until it is reached again.
-    pub fn record_failed_lookup(&self, why: &dyn fmt::Display) {
-        self.lock().is_wanted = true;
-        self.record_failure(why);
+    /// A lookup that began at `began` failed. Those that were under way together count once. After several failures in a row
+    /// lookups leave the tracker out, until it is reached again.
+    pub fn record_failed_lookup(&self, why: &dyn fmt::Display, began: Instant) {
+        let is_counted = {
+            let mut state = self.lock();
+            state.is_wanted = true;
+            state.lookup_failed.is_some_and(|last| last >= began)
+        };
+        if !is_counted {
+            self.lock().lookup_failed = Some(Instant::now());
+            self.record_failure(why);
+        }
     }
 
     fn record_failure(&self, why: &dyn fmt::Display) {
@@ -770,7 +790,11 @@ mod tests {
         let tracker = tracker(Instant::now());
         tracker.record_reached();
         for _ in 0..100 {
-            (0..2).for_each(|_| tracker.record_failed_lookup(&Error::Malformed));
+            for _ in 0..2 {
+                let began = Instant::now();
+                // All that Nix asks at once.
+                (0..25).for_each(|_| tracker.record_failed_lookup(&Error::Malformed, began));
+            }
             assert!(tracker.await_usable());
             tracker.record_success(Duration::ZERO);
         }
@@ -784,6 +808,22 @@ mod tests {
         // A later answer without an ID does not take it away.
         tracker.record_announce(Ok(Announced::default()));
         assert!(tracker.id().is_some());
+    }
+
+    /// One lookup in five seconds used to ask it, and all others to miss.
+    #[test]
+    fn success_after_two_outages_ends_the_pause() {
+        let tracker = tracker(Instant::now());
+        for _ in 0..2 {
+            tracker.record_reached();
+            (0..MAX_FAILURES).for_each(|_| tracker.record_failure(&Error::Malformed));
+        }
+        tracker.record_reached();
+        assert!(!tracker.await_usable(), "an announce succeeds at a tracker whose lookups fail");
+        tracker.lock().paused_until = Some(Instant::now());
+        assert!(tracker.await_usable() && !tracker.await_usable(), "one tries");
+        tracker.record_success(Duration::ZERO);
+        assert!(tracker.await_usable() && tracker.await_usable());
     }
 
     #[test]

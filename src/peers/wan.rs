@@ -40,6 +40,10 @@ const BLOCKED: Duration = Duration::from_millis(10);
 const RETRY_DELAY: Duration = Duration::from_millis(50);
 /// Doublings of it: 800 ms.
 const MAX_DOUBLINGS: u32 = 4;
+/// A candidate at an address that may not be connected to yet is tried after this, as often as [`MAX_PACE_RETRIES`] says.
+const PACE_DELAY: Duration = Duration::from_millis(200);
+/// The ports of one victim cost a lookup 600 ms.
+const MAX_PACE_RETRIES: u32 = 3;
 
 /// The peers beyond the LAN.
 pub struct Wan {
@@ -385,7 +389,13 @@ impl WanSearch {
             match self.start(at, now) {
                 May::Now => free -= 1,
                 May::Later => may_ask = false,
-                May::NotThis => self.entries[at].state = State::Done,
+                // Others at its address were asked a moment ago: it may be one of several behind a router.
+                May::NotThis => {
+                    let entry = &mut self.entries[at];
+                    entry.failures += 1;
+                    let is_last = entry.failures > MAX_PACE_RETRIES;
+                    entry.state = if is_last { State::Done } else { State::Untried(now + PACE_DELAY) };
+                }
             }
         }
         if self.entries.iter().any(|entry| entry.was_asked) {
@@ -423,6 +433,11 @@ impl WanSearch {
     fn start(&mut self, at: usize, now: Instant) -> May {
         let address = self.entries[at].address;
         let is_proven = self.wan.is_proven(address);
+        let to = if is_proven { To::Proven(address.ip()) } else { To::Stranger(address.ip()) };
+        // First, as what is taken from the pace is not given back.
+        if !self.wan.requests.has_room(to) {
+            return May::Later;
+        }
         if !is_proven {
             let mut pace = self.wan.pace.lock().unwrap_or_else(PoisonError::into_inner);
             match pace.take(address.ip(), now) {
@@ -436,7 +451,6 @@ impl WanSearch {
         let (answer, hash_part) = (self.answer.clone(), self.hash_part);
         let timeout = self.until.saturating_duration_since(now);
         let holder = Holder { http: address, url_path: format!("local/{hash_part}.narinfo") };
-        let to = if is_proven { To::Proven(address.ip()) } else { To::Stranger(address.ip()) };
         let started = self.wan.requests.run(to, move || {
             let result = client.narinfo(&holder, &hash_part, timeout);
             let then = Instant::now();
@@ -521,8 +535,8 @@ impl WanSearch {
             match &call.error {
                 // It is there, and has too much to do.
                 Some(tracker::Error::Refused(429, ..)) => {}
-                Some(e) => call.tracker.record_failed_lookup(e),
-                None => call.tracker.record_failed_lookup(&"lookups take too long"),
+                Some(e) => call.tracker.record_failed_lookup(e, began),
+                None => call.tracker.record_failed_lookup(&"lookups take too long", began),
             }
         }
     }
