@@ -69,6 +69,12 @@ impl Fetch {
         Fetch { lookup, client, standing, paces, record, upstream, spools, given_up: Mutex::default() }
     }
 
+    /// Gives back the memory of what nobody asked for lately.
+    pub fn rest(&self) {
+        self.lookup.rest();
+        self.client.rest();
+    }
+
     /// A NAR that some peer says it has. Blocks until one does, for 20 s at most.
     pub fn find(&self, hash_part: &HashPart, nar_hash: &NarHash) -> Option<Nar<'_>> {
         let asked = Instant::now();

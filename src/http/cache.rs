@@ -108,7 +108,7 @@ impl Handler for Cache {
 
     fn rest(&self) {
         self.store.rest();
-        self.lookup.rest();
+        self.fetch.rest();
     }
 
     fn handle(&self, request: &Request<'_>, exchange: &mut Exchange<'_>) -> io::Result<()> {

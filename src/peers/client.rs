@@ -15,8 +15,9 @@ use std::fmt;
 use std::io::{self, Read};
 use std::net::{IpAddr, Ipv6Addr, SocketAddr, SocketAddrV6};
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use ureq::Agent;
 use ureq::config::Config;
 use ureq::http::{Response, Uri};
@@ -103,8 +104,15 @@ impl std::error::Error for Error {}
 
 /// The client that all threads share.
 pub struct Client {
-    agent: Agent,
+    pool: Mutex<Pool>,
     store_dir: StoreDir,
+}
+
+/// The connections that are kept open.
+struct Pool {
+    agent: Agent,
+    /// When one of them may have been used last; `None` if there are none.
+    used: Option<Instant>,
 }
 
 /// What lies between this node and a peer.
@@ -191,28 +199,47 @@ impl Read for NarBody {
     }
 }
 
+/// One without connections.
+fn agent() -> Agent {
+    let config = Agent::config_builder()
+        .proxy(None)
+        .max_redirects(0)
+        .max_redirects_will_error(false)
+        .http_status_as_error(false)
+        .user_agent(concat!("peerix/", env!("CARGO_PKG_VERSION")))
+        .accept_encoding("identity")
+        .no_delay(true)
+        .timeout_connect(Some(CONNECT_TIMEOUT))
+        .timeout_per_read(Some(STALL.get()))
+        .timeout_recv_response(Some(STALL.get()))
+        .max_response_header_size(MAX_HEAD)
+        .input_buffer_size(BUFFER)
+        .max_idle_connections(IDLE)
+        .max_idle_connections_per_host(IDLE_PER_PEER)
+        .max_idle_age(IDLE_AGE.get())
+        .build();
+    Agent::with_parts(config, DefaultConnector::default().chain(WithPatience), PeerAddress)
+}
+
 impl Client {
     /// Accepts narinfos of that store directory only.
     pub fn new(store_dir: StoreDir) -> Self {
-        let config = Agent::config_builder()
-            .proxy(None)
-            .max_redirects(0)
-            .max_redirects_will_error(false)
-            .http_status_as_error(false)
-            .user_agent(concat!("peerix/", env!("CARGO_PKG_VERSION")))
-            .accept_encoding("identity")
-            .no_delay(true)
-            .timeout_connect(Some(CONNECT_TIMEOUT))
-            .timeout_per_read(Some(STALL.get()))
-            .timeout_recv_response(Some(STALL.get()))
-            .max_response_header_size(MAX_HEAD)
-            .input_buffer_size(BUFFER)
-            .max_idle_connections(IDLE)
-            .max_idle_connections_per_host(IDLE_PER_PEER)
-            .max_idle_age(IDLE_AGE.get())
-            .build();
-        let connector = DefaultConnector::default().chain(WithPatience);
-        Client { agent: Agent::with_parts(config, connector, PeerAddress), store_dir }
+        Client { pool: Mutex::new(Pool { agent: agent(), used: None }), store_dir }
+    }
+
+    fn agent(&self) -> Agent {
+        let mut pool = self.pool.lock().unwrap_or_else(PoisonError::into_inner);
+        pool.used = Some(Instant::now());
+        pool.agent.clone()
+    }
+
+    /// Closes the connections if none of them was used for so long that it could be used again. ureq does so only with
+    /// the next request, and each has 256 KiB of buffers.
+    pub fn rest(&self) {
+        let mut pool = self.pool.lock().unwrap_or_else(PoisonError::into_inner);
+        if pool.used.is_some_and(|used| used.elapsed() >= IDLE_AGE.get()) {
+            *pool = Pool { agent: agent(), used: None };
+        }
     }
 
     /// The narinfo a peer said it has: of the right path, for an uncompressed NAR.
@@ -221,7 +248,7 @@ impl Client {
     /// See [`Error`]; also when the whole takes longer than `timeout`.
     pub fn narinfo(&self, holder: &Holder, hash_part: &HashPart, timeout: Duration) -> Result<NarInfo, Error> {
         let request =
-            || self.agent.get(url(holder.http, &holder.url_path)).config().timeout_global(Some(timeout)).build();
+            || self.agent().get(url(holder.http, &holder.url_path)).config().timeout_global(Some(timeout)).build();
         let response = twice(|| request().call()).map_err(Error::Unreachable)?;
         let mut body = expect(response, &[200])?.into_body();
         let mut bytes = Vec::new();
@@ -253,7 +280,7 @@ impl Client {
     ) -> Result<(Vec<[u8; 32]>, Option<f64>), Error> {
         let range = format!("bytes={}-{}", first * DIGEST_LEN, (first + count) * DIGEST_LEN - 1);
         let request = || {
-            let request = self.agent.get(url(peer, &format!("local/digests/{nar_name}"))).header("Range", &range);
+            let request = self.agent().get(url(peer, &format!("local/digests/{nar_name}"))).header("Range", &range);
             request.config().timeout_global(Some(timeout)).build()
         };
         let response = expect(twice(|| request().call()).map_err(Error::Unreachable)?, &[206])?;
@@ -282,7 +309,7 @@ impl Client {
     ) -> Result<NarBody, Error> {
         let whole = BODY_GRACE + Duration::from_secs(nar_size / TOO_SLOW);
         let request = || {
-            let mut request = self.agent.get(url(peer, url_path));
+            let mut request = self.agent().get(url(peer, url_path));
             if let Way::Wan(transfer) = way {
                 request = request.header("Accept-Encoding", "zstd");
                 if let Some(transfer) = transfer {
