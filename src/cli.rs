@@ -77,6 +77,7 @@ others for a daemon that does not run:
   --no-default-filters     leave out the built-in name patterns
   --filter-patterns P...   more name patterns to keep from WAN peers
 
+  --root DIR               share the store that `nix --store DIR` uses      [default: /]
   --store-dir DIR                                                  [default: /nix/store]
   --db FILE                Nix's database           [default: /nix/var/nix/db/db.sqlite]
   --state-dir DIR          identity and counters                  [env: STATE_DIRECTORY]
@@ -141,6 +142,7 @@ pub fn parse(
 ) -> Result<Command, String> {
     let mut config = Config::default();
     let mut bind = Vec::new();
+    let mut db = None;
     let mut args: Vec<OsString> = args.into_iter().collect();
     let mut what = match args.first().and_then(|word| word.to_str()) {
         Some("status") => Some(What::Status),
@@ -245,7 +247,8 @@ pub fn parse(
                 let dir = text(&flag, value()?)?;
                 config.store_dir = StoreDir::parse(&dir).map_err(|e| wrong(&flag, &dir, e))?;
             }
-            "db" => config.db = value()?.into(),
+            "root" => config.root = value()?.into(),
+            "db" => db = Some(value()?.into()),
             "state-dir" => config.state_dir = Some(value()?.into()),
             _ => return Err(format!("--{flag}: no such option; see --help")),
         }
@@ -253,6 +256,7 @@ pub fn parse(
     if !bind.is_empty() {
         config.bind = bind;
     }
+    config.db = db.unwrap_or_else(|| config.root.join(config.db.strip_prefix("/").unwrap_or(&config.db)));
     let mut from_env = |given: Option<PathBuf>, name, flag: &str| {
         given.or_else(|| {
             let value = env(name).filter(|value| !value.is_empty())?;

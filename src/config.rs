@@ -83,6 +83,8 @@ pub struct Config {
     pub priority: u32,
     /// Defaults to `/nix/store`.
     pub store_dir: StoreDir,
+    /// The root directory of the store: its files are below it, while their names do not have it. Defaults to `/`.
+    pub root: PathBuf,
     /// Nix's database. Defaults to `/nix/var/nix/db/db.sqlite`.
     pub db: PathBuf,
     /// Where identity, peer ID and counters are kept. Defaults to `$STATE_DIRECTORY`, else none.
@@ -123,6 +125,7 @@ impl Default for Config {
             peers: Vec::new(),
             priority: 20,
             store_dir: StoreDir::parse("/nix/store").expect("an absolute path"),
+            root: "/".into(),
             db: "/nix/var/nix/db/db.sqlite".into(),
             state_dir: None,
             trusted_public_keys: Vec::new(),

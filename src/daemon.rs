@@ -17,6 +17,7 @@ use crate::peers::announce::{Publication, Trackers};
 use crate::peers::client::Client;
 use crate::peers::kept_paces;
 use crate::peers::lan::Lan;
+use crate::peers::nearby::Nearby;
 use crate::peers::pace::Paces;
 use crate::peers::requests::Requests;
 use crate::peers::standing::Standing;
@@ -105,7 +106,7 @@ pub fn run_with(config: Config, record: Record) -> Result<(), Fatal> {
     for file in &config.trusted_public_key_files {
         trusted.extend(read_public_keys(file)?);
     }
-    let store = StoreConfig { store_dir: config.store_dir.clone(), db: config.db.clone() };
+    let store = StoreConfig { store_dir: config.store_dir.clone(), db: config.db.clone(), root: config.root.clone() };
     let store = Arc::new(Store::open(store).map_err(|e| Fatal(e.to_string()))?);
     let networks = Arc::new(Networks::read(config.networks.clone()));
     if config.mode.has_lan() {
@@ -154,10 +155,14 @@ pub fn run_with(config: Config, record: Record) -> Result<(), Fatal> {
         .mode
         .has_lan()
         .then(|| Arc::new(Lan::new(discovery.client(), client.clone(), standing.clone(), requests.clone())));
+    let nearby = config
+        .mode
+        .has_lan()
+        .then(|| Nearby::new(discovery.client(), client.clone(), standing.clone(), requests.clone()));
     let store_dir = config.store_dir.clone();
     let upstream = Upstream::new(&config, &trusted);
     let spools = Spools::new(config.state_dir.clone());
-    let lookup = Lookup::new(lan, wan, trusted, store_dir, record.clone());
+    let lookup = Lookup::new(lan, wan, nearby, trusted, store_dir, record.clone());
     let lookup = Arc::new(lookup);
     let status = Status {
         record: record.clone(),

@@ -8,7 +8,7 @@ use crate::lookup::{Found, Lookup};
 use crate::nix::{HashPart, NarHash};
 use crate::peers::client::Client;
 use crate::peers::pace::Paces;
-use crate::peers::standing::Standing;
+use crate::peers::standing::{Fault, Standing};
 use crate::record::Record;
 use crate::time_scale::Timeout;
 use crate::upstream::Upstream;
@@ -133,15 +133,15 @@ pub struct Begun<'a> {
 enum Cut {
     /// No peer is left.
     NoPeer(String),
-    /// What came is wrong.
-    Wrong(String),
+    /// What came is wrong, or beyond what Nix takes.
+    Wrong(Fault, String),
     /// Nix gets it sooner from the upstream cache.
     Upstream(String),
 }
 
 impl fmt::Display for Cut {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (Cut::NoPeer(why) | Cut::Wrong(why) | Cut::Upstream(why)) = self;
+        let (Cut::NoPeer(why) | Cut::Wrong(_, why) | Cut::Upstream(why)) = self;
         f.write_str(why)
     }
 }
@@ -197,16 +197,16 @@ impl Begun<'_> {
             |incoming: &mut Incoming, piece: &mut Piece| supply.next_piece(incoming, piece).map_err(io::Error::other);
         let keep = |piece: Arc<Piece>| keeping.iter_mut().for_each(|keeping| keeping.push(piece.clone()));
         let passed = incoming.pass_on(first, range, out, next, keep);
-        let wrong = match passed {
+        let (fault, wrong) = match passed {
             Ok(()) => {
                 if incoming.rest() == 0 {
                     supply.delivered();
                 }
                 return Ok(());
             }
-            Err(NotWhole::Hash) => "sent a NAR with another hash".to_owned(),
+            Err(NotWhole::Hash) => (Fault::BadData, "sent a NAR with another hash".to_owned()),
             Err(NotWhole::Io(e)) => match e.get_ref().and_then(|e| e.downcast_ref::<Cut>()) {
-                Some(Cut::Wrong(why)) => why.clone(),
+                Some(Cut::Wrong(fault, why)) => (*fault, why.clone()),
                 Some(cut) => {
                     log::info!("NAR {hash}: cut: {cut}");
                     supply.fail();
@@ -220,7 +220,7 @@ impl Begun<'_> {
         };
         fetch.give_up(hash, GivenUp::Wrong);
         let why = format!("NAR {hash}: {wrong}");
-        supply.blame(&why);
+        supply.blame(fault, &why);
         Err(io::Error::other(why))
     }
 }

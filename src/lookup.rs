@@ -6,10 +6,14 @@
 
 mod found;
 
-use crate::nix::{HashPart, NarHash, NarInfo, PathInfo, PublicKey, StoreDir, StorePath, is_content_addressed};
+use crate::nix::{
+    DrvOutput, HashPart, NarHash, NarInfo, PathInfo, PublicKey, Realisation, Signature, StoreDir, StorePath,
+    is_content_addressed,
+};
 use crate::peers::announce::Begun;
-use crate::peers::client::Way;
+use crate::peers::client::{LogBody, PeerNarinfo, Way};
 use crate::peers::lan::{Lan, LanOffer, LanSearch};
+use crate::peers::nearby::Nearby;
 use crate::peers::standing::Who;
 use crate::peers::wan::{Offer, Wan, WanSearch};
 use crate::record::{Miss, Network, Record};
@@ -98,6 +102,7 @@ fn usual_nar_path(hash_part: &HashPart, nar_hash: &NarHash) -> String {
 pub struct Lookup {
     lan: Option<Arc<Lan>>,
     wan: Option<Arc<Wan>>,
+    nearby: Option<Nearby>,
     trusted: Vec<PublicKey>,
     store_dir: StoreDir,
     record: Arc<Record>,
@@ -108,7 +113,7 @@ pub struct Lookup {
 /// A lookup under way, for those who ask the same.
 #[derive(Default)]
 struct Flight {
-    landed: Mutex<Option<Option<NarInfo>>>,
+    landed: Mutex<Option<Option<Arc<PeerNarinfo>>>>,
     condition: Condvar,
 }
 
@@ -118,16 +123,43 @@ impl Lookup {
     pub fn new(
         lan: Option<Arc<Lan>>,
         wan: Option<Arc<Wan>>,
+        nearby: Option<Nearby>,
         trusted: Vec<PublicKey>,
         store_dir: StoreDir,
         record: Arc<Record>,
     ) -> Self {
         let (flights, found) = Default::default();
-        Lookup { lan, wan, trusted, store_dir, record, flights, found }
+        Lookup { lan, wan, nearby, trusted, store_dir, record, flights, found }
+    }
+
+    /// A neighbour's realisation of `id` that a trusted key signed. Nix 2.8 to 2.34 register what a substituter says
+    /// here unchecked, and take the content that it leads to without a signature. So without any trusted key there is
+    /// none, also where Nix would decide about a narinfo.
+    pub fn realisation(&self, id: &DrvOutput) -> Option<Realisation> {
+        let is_good = |realisation: &Realisation| self.is_signed(&realisation.fingerprint(), &realisation.signatures);
+        self.nearby.as_ref()?.realisation(id, is_good)
+    }
+
+    /// The build log of a derivation, of a neighbour that has it. Nobody has signed it.
+    pub fn log(&self, derivation: &StorePath) -> Option<LogBody> {
+        self.nearby.as_ref()?.log(derivation)
+    }
+
+    /// The hash of the NAR of a path, if all peers whose narinfo Nix would be offered agree on it.
+    pub fn agreed_nar_hash(&self, hash_part: &HashPart) -> Option<NarHash> {
+        let mut search = self.search(hash_part);
+        let first = self.next_offer(&mut search)?.narinfo.info.nar_hash;
+        while let Some(offered) = self.next_offer(&mut search) {
+            if offered.narinfo.info.nar_hash != first {
+                log::debug!("{hash_part}: peers have different NARs, and the URL that Nix remembers tells none");
+                return None;
+            }
+        }
+        Some(first)
     }
 
     /// The narinfo of a peer that has the path; its `URL` is the peer's. Equal lookups at the same time are one.
-    pub fn narinfo(&self, hash_part: &HashPart) -> Option<NarInfo> {
+    pub fn narinfo(&self, hash_part: &HashPart) -> Option<Arc<PeerNarinfo>> {
         match self.join_or_search(hash_part) {
             // A miss of a lookup that began before this one may be older than the path. One joined now began later.
             (None, true) => self.join_or_search(hash_part).0,
@@ -136,7 +168,7 @@ impl Lookup {
     }
 
     /// The narinfo, and whether it is of a lookup that was under way already.
-    fn join_or_search(&self, hash_part: &HashPart) -> (Option<NarInfo>, bool) {
+    fn join_or_search(&self, hash_part: &HashPart) -> (Option<Arc<PeerNarinfo>>, bool) {
         let (flight, is_first) = {
             let mut flights = lock(&self.flights);
             match flights.get(hash_part) {
@@ -153,7 +185,7 @@ impl Lookup {
         }
         // Lands also when the search panics, with a miss.
         let mut landing = Landing { lookup: self, hash_part, flight: &flight, narinfo: None };
-        landing.narinfo = self.search_and_keep(hash_part);
+        landing.narinfo = self.search_and_keep(hash_part).map(Arc::new);
         (landing.narinfo.clone(), false)
     }
 
@@ -164,8 +196,8 @@ impl Lookup {
             return Some(found);
         }
         let mut search = self.search(hash_part);
-        let narinfo = self.next_of(&mut search, nar_hash, until)?;
-        Some(search.found(narinfo))
+        let Offered { source, narinfo, .. } = self.next_of(&mut search, nar_hash, until)?;
+        Some(search.found(source, &narinfo.info))
     }
 
     /// The next peer that has this very NAR, of that size, if it is found until `until`.
@@ -245,7 +277,7 @@ impl Lookup {
         }
     }
 
-    fn search_and_keep(&self, hash_part: &HashPart) -> Option<NarInfo> {
+    fn search_and_keep(&self, hash_part: &HashPart) -> Option<PeerNarinfo> {
         let began = Instant::now();
         let mut search = self.search(hash_part);
         let Some(Offered { source, narinfo, peer_id }) = self.next_offer(&mut search) else {
@@ -257,7 +289,7 @@ impl Lookup {
         let now = Instant::now();
         log::debug!("{}: peer {} has it ({:?})", narinfo.info.path, source.peer, now - began);
         self.record.hit(&narinfo.info.path, source.network(), source.peer, peer_id.as_deref(), now - began);
-        self.found.put(search.found(Offered { source, narinfo: narinfo.clone(), peer_id: None }), now);
+        self.found.put(search.found(source, &narinfo.info), now);
         Some(narinfo)
     }
 
@@ -320,16 +352,19 @@ impl Lookup {
         if self.trusted.is_empty() || is_content_addressed(info, &self.store_dir) {
             return true;
         }
-        let fingerprint = info.fingerprint(&self.store_dir);
-        let signatures = info.signatures.iter().take(MAX_SIGNATURES);
-        signatures.into_iter().any(|s| self.trusted.iter().any(|key| key.verify(fingerprint.as_bytes(), s)))
+        self.is_signed(&info.fingerprint(&self.store_dir), &info.signatures)
+    }
+
+    fn is_signed(&self, fingerprint: &str, signatures: &[Signature]) -> bool {
+        let mut signatures = signatures.iter().take(MAX_SIGNATURES);
+        signatures.any(|s| self.trusted.iter().any(|key| key.verify(fingerprint.as_bytes(), s)))
     }
 }
 
 /// A good narinfo, and where its NAR is to be had.
 struct Offered {
     source: Source,
-    narinfo: NarInfo,
+    narinfo: PeerNarinfo,
     /// What a tracker calls the peer.
     peer_id: Option<String>,
 }
@@ -346,13 +381,11 @@ pub struct Search {
 
 impl Search {
     /// What was offered, with the other holders that have answered by now.
-    fn found(&mut self, offered: Offered) -> Found {
-        let Offered { source, narinfo, .. } = offered;
+    fn found(&mut self, source: Source, info: &PathInfo) -> Found {
         let others = self.lan.as_mut().map(|lan| lan.holders(Duration::ZERO)).unwrap_or_default();
         let others = others.into_iter().filter(|other| other.ip() != source.peer.ip()).map(Source::neighbour);
         let sources = std::iter::once(source.clone()).chain(others).take(MAX_SOURCES).collect();
-        let PathInfo { path, nar_hash, nar_size, .. } = narinfo.info;
-        Found { path, nar_hash, nar_size, sources }
+        Found { path: info.path.clone(), nar_hash: info.nar_hash, nar_size: info.nar_size, sources }
     }
 
     /// Why nothing was found.
@@ -388,7 +421,7 @@ impl Search {
 }
 
 impl Flight {
-    fn wait(&self) -> Option<NarInfo> {
+    fn wait(&self) -> Option<Arc<PeerNarinfo>> {
         let landed = lock(&self.landed);
         let waited = self.condition.wait_timeout_while(landed, FLIGHT_TIMEOUT, |landed| landed.is_none());
         waited.unwrap_or_else(PoisonError::into_inner).0.clone().flatten()
@@ -399,7 +432,7 @@ struct Landing<'a> {
     lookup: &'a Lookup,
     hash_part: &'a HashPart,
     flight: &'a Flight,
-    narinfo: Option<NarInfo>,
+    narinfo: Option<Arc<PeerNarinfo>>,
 }
 
 impl Drop for Landing<'_> {

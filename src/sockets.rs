@@ -1,9 +1,11 @@
 //! The listening sockets: those that systemd passes, or bound here.
 
+mod address_filter;
+
 use crate::config::Config;
 use crate::network::{Interface, LanNetworks, MULTICAST_GROUP};
 use listenfd::ListenFd;
-use socket2::{Domain, Protocol, SockAddr, Socket, Type};
+use socket2::{Domain, Protocol, SockAddr, SockRef, Socket, Type};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV6, TcpListener, UdpSocket};
 
@@ -20,13 +22,17 @@ pub struct Sockets {
     pub port: u16,
 }
 
-/// Takes what systemd passes (`LISTEN_FDS`), else binds `config.bind`, and 127.0.0.1 for HTTP.
+/// Takes what systemd passes (`LISTEN_FDS`), else binds `config.bind`, and 127.0.0.1 for HTTP. An address that this
+/// machine does not have yet is bound all the same, and served as soon as it has it.
 ///
 /// # Errors
-/// A port that is taken, an address this machine does not have, sockets of another kind.
+/// A port that is taken, sockets of another kind, or `--bind` cannot be enforced for sockets that were passed.
 pub fn open(config: &Config, networks: &LanNetworks) -> Result<Sockets, String> {
     let (mut listeners, mut datagrams) = inherited()?;
-    if listeners.is_empty() {
+    if !listeners.is_empty() {
+        keep_to_bind(config, networks, &listeners, &datagrams)?;
+    } else {
+        warn_of_missing_addresses(config, networks);
         let mut port = config.port;
         for ip in with_loopback(&config.bind) {
             let listener = bind(ip, port, Type::STREAM).map_err(|e| explain(ip, port, "TCP", &e))?;
@@ -38,7 +44,10 @@ pub fn open(config: &Config, networks: &LanNetworks) -> Result<Sockets, String> 
     }
     let port = listeners[0].local_addr().map_err(|e| format!("socket: {e}"))?.port();
     if port != config.port && config.port != 0 {
-        log::warn!("port {port}: that is what systemd passed, and not --port {}", config.port);
+        log::error!(
+            "--port {}: systemd passed sockets on port {port}, which are used; see its .socket unit",
+            config.port
+        );
     }
     if datagrams.is_empty() {
         for ip in &config.bind {
@@ -100,6 +109,53 @@ fn multicast_sockets(config: &Config, networks: &LanNetworks, port: u16) -> Vec<
     indexes.into_iter().filter_map(bind_on).map(UdpSocket::from).collect()
 }
 
+/// Enforces `--bind` for sockets that systemd passed: what arrives at other addresses is dropped. The sockets are systemd's
+/// too, so that a filter stays on them until the next daemon sets another one.
+///
+/// # Errors
+/// The kernel takes no filter.
+fn keep_to_bind(
+    config: &Config,
+    networks: &LanNetworks,
+    listeners: &[TcpListener],
+    datagrams: &[UdpSocket],
+) -> Result<(), String> {
+    let sockets: Vec<SockRef<'_>> =
+        listeners.iter().map(SockRef::from).chain(datagrams.iter().map(SockRef::from)).collect();
+    // Fails if there is none.
+    sockets.iter().for_each(|socket| drop(socket.detach_filter()));
+    let is_bound = |ip: IpAddr| ip.is_loopback() || config.bind.contains(&ip);
+    let address = |socket: &SockRef<'_>| socket.local_addr().ok().and_then(|address| address.as_socket());
+    let elsewhere: Vec<SocketAddr> = sockets.iter().filter_map(address).filter(|at| !is_bound(at.ip())).collect();
+    if elsewhere.is_empty() || config.bind.iter().any(IpAddr::is_unspecified) {
+        return Ok(());
+    }
+    let interfaces: Vec<u32> =
+        networks.interfaces().iter().filter(|i| config.bind.contains(&i.address)).map(|i| i.index).collect();
+    let program = address_filter::program(&config.bind, &interfaces);
+    for socket in &sockets {
+        socket.attach_filter(&program).map_err(|e| format!("--bind: cannot be enforced for passed sockets: {e}"))?;
+    }
+    let list = |all: &[String]| all.join(", ");
+    let (elsewhere, bind): (Vec<_>, Vec<_>) =
+        (elsewhere.iter().map(ToString::to_string).collect(), config.bind.iter().map(ToString::to_string).collect());
+    log::error!(
+        "--bind {}: systemd passed sockets on {}; what arrives at other addresses is dropped; give the .socket unit \
+         the addresses of --bind",
+        list(&bind),
+        list(&elsewhere)
+    );
+    Ok(())
+}
+
+/// Logs which addresses this machine does not have now.
+fn warn_of_missing_addresses(config: &Config, networks: &LanNetworks) {
+    let is_here = |ip: &IpAddr| networks.interfaces().iter().any(|interface| interface.address == *ip);
+    for ip in config.bind.iter().filter(|ip| !ip.is_unspecified() && !ip.is_loopback() && !is_here(ip)) {
+        log::warn!("--bind {ip}: this machine does not have that address; it is served as soon as it has");
+    }
+}
+
 /// Adds 127.0.0.1, where this machine's Nix asks: a cache that it knows and whose port is closed fails its builds.
 fn with_loopback(bind: &[IpAddr]) -> Vec<IpAddr> {
     let mut all = bind.to_vec();
@@ -148,6 +204,11 @@ fn bind(ip: IpAddr, port: u16, kind: Type) -> io::Result<Socket> {
 fn bind_to(address: SocketAddr, kind: Type) -> io::Result<Socket> {
     let protocol = if kind == Type::STREAM { Protocol::TCP } else { Protocol::UDP };
     let socket = Socket::new(Domain::for_address(address), kind, Some(protocol))?;
+    // An address that DHCP or a VPN gives later: the socket works from then on.
+    match address.is_ipv6() {
+        true => socket.set_freebind_v6(true)?,
+        false => socket.set_freebind_v4(true)?,
+    }
     if address.is_ipv6() {
         // IPv4 has sockets of its own, so that `--bind 0.0.0.0 --bind [::]` works.
         socket.set_only_v6(true)?;

@@ -6,13 +6,13 @@ use crate::common::http::get_local;
 use crate::common::lan::Run;
 use crate::common::packet::Packet;
 use crate::common::process::Logged;
-use crate::common::standin::receive;
+use crate::common::standin::{BROADCAST, receive};
 use crate::common::stock::{self, nar_route, narinfo};
 use crate::common::world::hash_part;
 use crate::common::{DEADLINE, Daemon, Host, Lan, PORT, directory, wait_for};
 use rustix::process::Signal;
 use std::io::{Read, Write};
-use std::net::TcpStream;
+use std::net::{Ipv4Addr, TcpStream};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixDatagram;
 use std::process::{Command, Output, Stdio};
@@ -313,4 +313,71 @@ fn sockets_that_systemd_holds() {
         .stdin(OwnedFd::from(tcp))
         .env("RUST_LOG", "off");
     assert_one_line(&command.output().unwrap(), 1, &["ListenDatagram="]);
+}
+
+/// With sockets from systemd, `--bind` was ignored without a word; without them, an address that was not there yet was an
+/// exit.
+#[test]
+fn bind_is_kept_for_passed_sockets_and_late_addresses() {
+    let lan = Lan::new();
+    let (server, path) = host(&lan);
+    let neighbour = lan.host("neighbour");
+    let (tcp, udp) = (server.listen(PORT), server.udp(PORT));
+    let start = |flags: &str| {
+        let mut command = server.cmd("bash");
+        let peerix = binary().display();
+        command.arg("-ec").arg(format!(
+            "exec 3<&0 4<&1 </dev/null >/dev/null; export LISTEN_PID=$$ LISTEN_FDS=2 LISTEN_FDNAMES=tcp:udp
+             exec {peerix} {flags}"
+        ));
+        let copies = [OwnedFd::from(tcp.try_clone().unwrap()), OwnedFd::from(udp.try_clone().unwrap())];
+        let [stream, datagram] = copies.map(Stdio::from);
+        Logged::start_with(&server.name, command, stream, datagram)
+    };
+    let second = Ipv4Addr::new(10, 77, 0, 200);
+    server.net(&format!("ip addr add {second}/24 dev eth0"));
+    let local = || get_local(&server, &stock::narinfo_route(&path)).is_ok_and(|answer| answer.status == 200);
+    // A connection that is dropped takes as long to fail as it is waited for.
+    let connects = |to: Ipv4Addr| {
+        let within = std::time::Duration::from_secs(2);
+        neighbour.in_net(|| TcpStream::connect_timeout(&(to, PORT).into(), within)).is_ok()
+    };
+    let mut daemon = start(&format!("--verbose --bind {second}"));
+    wait_for("peerix answers", || local().then_some(()));
+    assert!(daemon.log().contains(&format!("--bind {second}: systemd passed sockets on 0.0.0.0")), "{}", daemon.log());
+    assert!(connects(second) && !connects(server.address));
+    // Datagrams to the one address are answered, and to the other not; what everybody hears comes through its interface.
+    let asker = neighbour.udp(0);
+    let query = |to: Ipv4Addr, id: u32| {
+        asker.send_to(&Packet::Query { id, hash_part: hash_part(&path).into() }.write(), (to, PORT)).unwrap();
+    };
+    query(server.address, 1);
+    query(second, 2);
+    let first = |asker: &std::net::UdpSocket| {
+        let (_, datagram) = receive(asker, DEADLINE).expect("an answer");
+        u32::from_be_bytes(datagram[1..5].try_into().unwrap())
+    };
+    assert_eq!(first(&asker), 2);
+    query(BROADCAST, 3);
+    assert_eq!(first(&asker), 3);
+    assert_eq!(daemon.process.terminate().code(), Some(0));
+    // The next one, without the flag, takes it off again.
+    let mut daemon = start("--verbose");
+    wait_for("peerix answers", || local().then_some(()));
+    assert!(connects(second) && connects(server.address));
+    assert_eq!(daemon.process.terminate().code(), Some(0));
+    drop((tcp, udp));
+
+    // An address that comes later, as by DHCP.
+    let late = Ipv4Addr::new(10, 77, 0, 201);
+    let daemon = Daemon::start(&server, &["--bind", &late.to_string()]);
+    assert!(daemon.log().contains(&format!("--bind {late}: this machine does not have that address")));
+    server.net(&format!("ip addr add {late}/24 dev eth0"));
+    wait_for("the late address is served", || connects(late).then_some(()));
+    assert!(!connects(server.address) && local());
+    let asker = neighbour.udp(0);
+    wait_for("a query to it is answered", || {
+        asker.send_to(&Packet::Query { id: 4, hash_part: hash_part(&path).into() }.write(), (late, PORT)).unwrap();
+        receive(&asker, std::time::Duration::from_millis(500))
+    });
 }

@@ -24,6 +24,7 @@ mod misses;
 mod module;
 mod networks;
 mod odd_neighbours;
+mod odd_paths;
 mod original;
 mod page;
 mod routes;

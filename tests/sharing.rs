@@ -320,7 +320,8 @@ fn a_path_that_the_database_is_wrong_about() {
     // Registered anew without a NAR size: path, hash, size, deriver, number of references.
     scene.node.write("/tmp/dump", format!("{path}\n{}\n0\n\n0\n", "0".repeat(64)));
     scene.node.sh("nix-store --load-db < /tmp/dump");
-    assert_eq!(get(&scene.neighbour, scene.node(), &route).unwrap().status, 503);
+    // That is the path's fault alone, and no reason to leave this peer in peace.
+    assert_eq!(get(&scene.neighbour, scene.node(), &route).unwrap().status, 404);
     let absent = get(&scene.stranger, scene.node(), &stock::narinfo_route(&format!("/x/{}", "0".repeat(32)))).unwrap();
     let answer = get(&scene.stranger, scene.node(), &route).unwrap();
     assert_eq!(answer.status, 404);

@@ -274,7 +274,7 @@ fn same_log_as_nix() {
 }
 
 fn open() -> Result<Store, StoreError> {
-    Store::open(StoreConfig { store_dir: StoreDir::parse("/nix/store").unwrap(), db: DB.into() })
+    Store::open(StoreConfig { store_dir: StoreDir::parse("/nix/store").unwrap(), db: DB.into(), root: "/".into() })
 }
 
 fn hash_part(path: &str) -> HashPart {

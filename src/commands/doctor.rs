@@ -153,7 +153,7 @@ fn database(report: &mut Report, config: &Config) {
 }
 
 fn place(config: &Config) -> StoreConfig {
-    StoreConfig { store_dir: config.store_dir.clone(), db: config.db.clone() }
+    StoreConfig { store_dir: config.store_dir.clone(), db: config.db.clone(), root: config.root.clone() }
 }
 
 fn store_remedy(e: &StoreError, db: &Path) -> String {

@@ -5,7 +5,7 @@ use crate::config::Config;
 use crate::lan::Holder;
 use crate::network::{LanNetworks, Networks};
 use crate::nix::{HashPart, NarInfo};
-use crate::peers::client::{Client, Error};
+use crate::peers::client::{Client, Error, PeerNarinfo};
 use crate::wire::Packet;
 use crate::wire::tracker::{can_be_peer, lookup_target};
 use serde_json::Value;
@@ -282,7 +282,7 @@ pub fn offers(node: &Node, hash_part: &HashPart) -> Vec<Offer> {
     holders.extend(far.map(|(id, http)| (id, Holder { http, url_path: url_path.clone() })));
     let client = Client::new(node.config.store_dir.clone());
     let offers = at_once(&holders, |(id, holder)| {
-        let narinfo = client.narinfo(holder, hash_part, HTTP_TIMEOUT);
+        let narinfo = client.narinfo(holder, hash_part, HTTP_TIMEOUT).map(PeerNarinfo::into_inner);
         Offer { from: holder.http, id: id.clone(), narinfo }
     });
     // Candidates may have it; that they have not is as good as not being one.

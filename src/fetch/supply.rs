@@ -251,7 +251,9 @@ impl<'a> Supply<'a> {
             match self.fill(incoming, piece) {
                 Ok(()) => return Ok(()),
                 // The framing has seen the bad bytes, and who knows which bytes before were bad.
-                Err(Broken::Failed(Fault::BadData, why)) => return Err(Cut::Wrong(why)),
+                Err(Broken::Failed(fault @ (Fault::BadData | Fault::OddPath), why)) => {
+                    return Err(Cut::Wrong(fault, why));
+                }
                 Err(Broken::Upstream(why)) => return Err(Cut::Upstream(why)),
                 Err(broken) => self.leave(&broken, incoming.at()),
             }
@@ -277,7 +279,9 @@ impl<'a> Supply<'a> {
                 }
                 continue;
             }
-            incoming.take(piece, got).map_err(|e| Broken::failed(Fault::BadData, e))?;
+            incoming
+                .take(piece, got)
+                .map_err(|e| Broken::failed(if e.is_unsupported { Fault::OddPath } else { Fault::BadData }, e))?;
             self.transfer.progress(incoming.at());
         }
         self.broken_left = MAX_BROKEN;
@@ -692,6 +696,9 @@ impl<'a> Supply<'a> {
             }
             Broken::Failed(fault, why) => {
                 log::debug!("NAR {hash}: peer {peer}: {why}");
+                if *fault == Fault::OddPath {
+                    self.fetch.client.warn_of_odd_path(&self.hash_part, peer, why);
+                }
                 self.fetch.standing.failed(current.source.who(), *fault, current.began, now, why);
                 if *fault == Fault::BrokenStream
                     && let Some(left) = self.broken_left.checked_sub(1)
@@ -705,13 +712,16 @@ impl<'a> Supply<'a> {
 
     /// What came is wrong, and part of it is with Nix. Which of several peers sent it is not known, but those that
     /// broke off have more against them than the one that went on for them.
-    pub(super) fn blame(&mut self, why: &dyn fmt::Display) {
+    pub(super) fn blame(&mut self, fault: Fault, why: &dyn fmt::Display) {
         self.transfer.has_failed();
+        if let Some(source) = self.current().filter(|_| fault == Fault::OddPath) {
+            self.fetch.client.warn_of_odd_path(&self.hash_part, source.peer, why);
+        }
         let now = Instant::now();
         let last = self.current().map(Source::who);
         for peer in &self.contributors {
-            let innocent = self.contributors.len() > 1 && Some(*peer) == last;
-            let fault = if innocent { Fault::BrokenPromise } else { Fault::BadData };
+            let innocent = fault == Fault::BadData && self.contributors.len() > 1 && Some(*peer) == last;
+            let fault = if innocent { Fault::BrokenPromise } else { fault };
             self.fetch.standing.failed(*peer, fault, now, now, why);
         }
     }

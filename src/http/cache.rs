@@ -3,12 +3,12 @@
 use super::crowd::Crowds;
 use super::permits::{Permit, Permits};
 use super::response::{Answer, Exchange};
-use super::route::{Refusal, Route, View, route};
+use super::route::{NarName, Refusal, Route, View, route};
 use super::server::{Handler, Moment};
 use super::{Request, browser, nar, narinfo, status};
 use crate::fetch::Fetch;
 use crate::lookup::Lookup;
-use crate::nix::{HashPart, PathInfo, SecretKey, StoreDir, StorePath};
+use crate::nix::{DrvOutput, HashPart, PathInfo, SecretKey, StoreDir, StorePath};
 use crate::record::Record;
 use crate::seldom::Seldom;
 use crate::share::{Scope, Share};
@@ -98,7 +98,7 @@ impl Handler for Cache {
         }
         match (self.store.path_info_at_once(hash_part, now)?, &route) {
             (Some(info), Route::OwnNarinfo(..)) if info.references.len() > narinfo::MANY_REFERENCES => None,
-            (Some(info), Route::OwnNarinfo(_, view)) => Some(narinfo::own(self, &info, *view)),
+            (Some(info), Route::OwnNarinfo(_, view)) => Some(narinfo::own(self, &info, *view, request).answer()),
             (Some(info), Route::OwnNar(name, _)) => nar::own_at_once(self, name, &info, scope, request),
             // One that is on its way to this machine.
             (None, Route::OwnNar(name, View::Peers)) if self.fetch.spools.get(&name.nar_hash).is_some() => None,
@@ -186,15 +186,30 @@ impl Cache {
             Route::Status(what) => status::tell(self, *what, exchange),
             Route::CacheInfo(_) => self.cache_info(exchange),
             Route::PeerNarinfo(hash_part) => {
-                Ok(exchange.answer(&narinfo::from_peer(self, hash_part).ok_or(NOT_THERE)?)?)
+                // A large one keeps its room until it is sent.
+                let found = self.lookup.narinfo(hash_part).ok_or(NOT_THERE)?;
+                Ok(narinfo::from_peer(self, &found, request).send(exchange)?)
             }
-            Route::OwnNarinfo(hash_part, view) => {
-                Ok(exchange.answer(&narinfo::own(self, &*self.shared(hash_part, scope)?, *view))?)
-            }
+            Route::OwnNarinfo(hash_part, view) => self.own_narinfo(hash_part, *view, scope, request, exchange),
             Route::PeerNar(name) => {
                 let _permit = self.permit(request, scope)?;
                 nar::from_peer(self, name, request, exchange)
             }
+            Route::PeerAnyNar(hash_part) => {
+                let _permit = self.permit(request, scope)?;
+                let nar_hash = self.lookup.agreed_nar_hash(hash_part).ok_or(NOT_THERE)?;
+                nar::from_peer(self, &NarName { hash_part: *hash_part, nar_hash }, request, exchange)
+            }
+            Route::PeerLog(derivation) => {
+                let log = self.lookup.log(derivation).ok_or(NOT_THERE)?;
+                let _permit = self.permit(request, scope)?;
+                send_text(log.len, log.text, exchange)
+            }
+            Route::PeerRealisation(id) => {
+                let realisation = self.lookup.realisation(id).ok_or(NOT_THERE)?;
+                Ok(exchange.send(200, &JSON, realisation.print(None).as_bytes())?)
+            }
+            Route::OwnRealisation(id) => self.own_realisation(id, scope, exchange),
             // Whether it is shared comes before the permit: telling may take as long as the upstream cache does.
             Route::OwnNar(name, view) => {
                 let info = match self.shared(&name.hash_part, scope) {
@@ -233,11 +248,45 @@ impl Cache {
         }
     }
 
+    fn own_narinfo(
+        &self,
+        hash_part: &HashPart,
+        view: View,
+        scope: Scope,
+        request: &Request<'_>,
+        exchange: &mut Exchange<'_>,
+    ) -> Result<(), Failure> {
+        let mut info = self.shared(hash_part, scope)?;
+        let mut permit = None;
+        if info.references.len() > narinfo::MANY_REFERENCES {
+            // Those that wait for their turn have nothing in memory.
+            drop(info);
+            permit = Some(self.permits.for_large_narinfo().ok_or(Failure::Busy)?);
+            info = self.shared(hash_part, scope)?;
+        }
+        narinfo::own(self, &info, view, request).send(exchange)?;
+        drop(permit);
+        Ok(())
+    }
+
+    /// What an output is in the own store, for whoever may have its path.
+    fn own_realisation(&self, id: &DrvOutput, scope: Scope, exchange: &mut Exchange<'_>) -> Result<(), Failure> {
+        let realisation = self.store.realisation(id)?.ok_or(NOT_THERE)?;
+        if self.shared(&realisation.out_path.hash_part(), scope)?.path != realisation.out_path {
+            return Err(NOT_THERE);
+        }
+        let signature = self.signer.as_ref().map(|signer| signer.sign_text(&realisation.fingerprint()));
+        Ok(exchange.send(200, &JSON, realisation.print(signature.as_ref()).as_bytes())?)
+    }
+
     /// A valid path of the own store that this asker may have. One that they may not have is not there for them.
     fn shared(&self, hash_part: &HashPart, scope: Scope) -> Result<Arc<PathInfo>, Failure> {
         let info = match self.store.path_info(hash_part) {
-            // A 503 for this path alone would tell that it is there.
-            Err(StoreError::Row { .. }) if scope == Scope::Wan => return Err(NOT_THERE),
+            // The database has a path that cannot be handled: that is no fault of the store as a whole.
+            Err(e @ StoreError::Row { .. }) => {
+                self.warn(format_args!("{e}"));
+                return Err(NOT_THERE);
+            }
             found => found?,
         };
         info.filter(|info| self.share.may_have(scope, info)).ok_or(NOT_THERE)
@@ -275,13 +324,19 @@ impl Cache {
     }
 
     fn log(&self, derivation: &StorePath, exchange: &mut Exchange<'_>) -> Result<(), Failure> {
-        let mut log = self.store.log(derivation)?.ok_or(NOT_THERE)?;
-        exchange.begin(200, &[("Content-Type", "text/plain; charset=utf-8")], log.len)?;
-        if exchange.wants_body() {
-            io::copy(&mut log.reader, exchange)?;
-        }
-        Ok(())
+        let log = self.store.log(derivation)?.ok_or(NOT_THERE)?;
+        send_text(log.len, log.reader, exchange)
     }
+}
+
+const JSON: [(&str, &str); 1] = [("Content-Type", "application/json")];
+
+fn send_text(len: u64, text: impl io::Read, exchange: &mut Exchange<'_>) -> Result<(), Failure> {
+    exchange.begin(200, &[("Content-Type", "text/plain; charset=utf-8")], len)?;
+    if exchange.wants_body() {
+        io::copy(&mut text.take(len), exchange)?;
+    }
+    Ok(())
 }
 
 /// The secret key and its narinfo signatures.

@@ -1,10 +1,14 @@
 //! Narinfos: of the own store, for peers; and of peers, for this machine's Nix.
 
+use super::Request;
 use super::cache::Cache;
-use super::response::Answer;
+use super::response::{Answer, Exchange};
 use super::route::{NarName, View};
-use crate::nix::{HashPart, PathInfo, SecretKey, Signature, StoreDir, narinfo};
+use crate::nix::{NarInfo, PathInfo, SecretKey, Signature, StoreDir, is_known_to_every_nix, narinfo};
+use ring::digest::{SHA256, digest};
 use std::collections::HashMap;
+use std::fmt;
+use std::io::{self, BufWriter, Write};
 use std::sync::{Mutex, MutexGuard};
 
 /// Signing takes 40 µs, more than all else in a narinfo, so signatures are kept; so many take about 2 MiB.
@@ -13,8 +17,8 @@ const SIGNATURES_KEPT: usize = 8192;
 /// Signs paths of the own store, and nothing else: never what comes from a peer.
 pub struct Signer {
     key: SecretKey,
-    /// By fingerprint, which holds everything that is signed.
-    kept: Mutex<HashMap<String, Signature>>,
+    /// By the SHA-256 of what was signed, which may be 1 MiB.
+    kept: Mutex<HashMap<[u8; 32], Signature>>,
 }
 
 impl Signer {
@@ -23,8 +27,13 @@ impl Signer {
     }
 
     fn sign(&self, info: &PathInfo, store_dir: &StoreDir) -> Signature {
-        let fingerprint = info.fingerprint(store_dir);
-        if let Some(signature) = self.lock().get(&fingerprint) {
+        self.sign_text(&info.fingerprint(store_dir))
+    }
+
+    /// The signature of a fingerprint.
+    pub(super) fn sign_text(&self, fingerprint: &str) -> Signature {
+        let name: [u8; 32] = digest(&SHA256, fingerprint.as_bytes()).as_ref().try_into().expect("SHA-256 has 32 bytes");
+        if let Some(signature) = self.lock().get(&name) {
             return signature.clone();
         }
         let signature = self.key.sign(fingerprint.as_bytes());
@@ -32,36 +41,124 @@ impl Signer {
         if kept.len() >= SIGNATURES_KEPT {
             kept.clear();
         }
-        kept.insert(fingerprint, signature.clone());
+        kept.insert(name, signature.clone());
         signature
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<String, Signature>> {
+    fn lock(&self) -> MutexGuard<'_, HashMap<[u8; 32], Signature>> {
         self.kept.lock().unwrap_or_else(|e| e.into_inner())
     }
 }
 
-/// One with more references than this is not made while others wait for it; most have ten.
+/// One with more references than this is not made while others wait for it, and only few at once; most have ten.
 pub(super) const MANY_REFERENCES: usize = 500;
 
-/// A valid path of this machine's store.
-pub(super) fn own(cache: &Cache, info: &PathInfo, view: View) -> Answer {
-    let signature = cache.signer.as_ref().map(|signer| signer.sign(info, &cache.store_dir));
+/// From this version on a Nix that cannot read a content address goes on to its next substituter. Earlier ones fail
+/// the whole build.
+const NIX_TOLERATES_UNKNOWN_CA: (u32, u32) = (2, 34);
+
+/// What a narinfo says beside what is true of the path wherever it is had from.
+pub(super) struct Narinfo<'a> {
+    cache: &'a Cache,
+    info: &'a PathInfo,
+    /// Relative to what the `URL` is.
+    root: &'static str,
+    compression: &'a str,
+    signature: Option<Signature>,
+    /// No signature covers the content address: without it, Nix wants a signature instead.
+    ca: Option<&'a str>,
+}
+
+/// Of a valid path of this machine's store.
+pub(super) fn own<'a>(cache: &'a Cache, info: &'a PathInfo, view: View, request: &Request<'_>) -> Narinfo<'a> {
     let root = match view {
         View::Peers => "local/",
         View::Cache => "",
     };
-    answer(cache, info, root, "none", signature.as_ref())
+    let signature = cache.signer.as_ref().map(|signer| signer.sign(info, &cache.store_dir));
+    Narinfo { cache, info, root, compression: "none", signature, ca: ca(info, view == View::Peers, request) }
 }
 
-/// A path that a peer has.
-pub(super) fn from_peer(cache: &Cache, hash_part: &HashPart) -> Option<Answer> {
-    let found = cache.lookup.narinfo(hash_part)?;
-    Some(answer(cache, &found.info, "peer/", &found.compression, None))
+/// Of a path that a peer has, for this machine's Nix.
+pub(super) fn from_peer<'a>(cache: &'a Cache, found: &'a NarInfo, request: &Request<'_>) -> Narinfo<'a> {
+    let (info, compression) = (&found.info, found.compression.as_str());
+    Narinfo { cache, info, root: "peer/", compression, signature: None, ca: ca(info, false, request) }
 }
 
-fn answer(cache: &Cache, info: &PathInfo, root: &str, compression: &str, signature: Option<&Signature>) -> Answer {
-    let name = NarName { hash_part: info.path.hash_part(), nar_hash: info.nar_hash }.to_string();
-    let text = narinfo::print(info, &[root, "nar/", &name], compression, signature, &cache.store_dir);
-    Answer::new(200, "text/x-nix-narinfo", text.into())
+/// The content address that the asker may be sent.
+fn ca<'a>(info: &'a PathInfo, is_peer: bool, request: &Request<'_>) -> Option<&'a str> {
+    let ca = info.ca.as_deref();
+    ca.filter(|ca| is_peer || is_known_to_every_nix(ca) || tolerates_unknown_ca(request))
+}
+
+const CONTENT_TYPE: &str = "text/x-nix-narinfo";
+
+impl Narinfo<'_> {
+    /// The whole of it.
+    pub(super) fn answer(&self) -> Answer {
+        let mut text = String::with_capacity(1024);
+        let _ = self.write(&mut text);
+        Answer::new(200, CONTENT_TYPE, text.into())
+    }
+
+    /// Sends it piece by piece: a large one is never in memory as a text.
+    pub(super) fn send(&self, exchange: &mut Exchange<'_>) -> io::Result<()> {
+        if self.info.references.len() <= MANY_REFERENCES {
+            return exchange.answer(&self.answer());
+        }
+        let mut len = Counter(0);
+        let _ = self.write(&mut len);
+        exchange.begin(200, &[("Content-Type", CONTENT_TYPE)], len.0)?;
+        if exchange.wants_body() {
+            let mut pieces = Pieces { out: BufWriter::with_capacity(PIECE, exchange), failed: None };
+            if self.write(&mut pieces).is_err() {
+                return Err(pieces.failed.unwrap_or_else(|| io::ErrorKind::Other.into()));
+            }
+            pieces.out.flush()?;
+        }
+        Ok(())
+    }
+
+    fn write(&self, out: &mut impl fmt::Write) -> fmt::Result {
+        let Narinfo { cache, info, root, compression, signature, ca } = self;
+        let name = NarName { hash_part: info.path.hash_part(), nar_hash: info.nar_hash }.to_string();
+        narinfo::write(out, info, &[root, "nar/", &name], compression, signature.as_ref(), *ca, &cache.store_dir)
+    }
+}
+
+/// Bytes of a large narinfo that are sent at once.
+const PIECE: usize = 64 << 10;
+
+/// Counts the bytes that are written to it.
+struct Counter(u64);
+
+impl fmt::Write for Counter {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        self.0 += text.len() as u64;
+        Ok(())
+    }
+}
+
+/// Sends what is written to it, and keeps the error.
+struct Pieces<W: Write> {
+    out: BufWriter<W>,
+    failed: Option<io::Error>,
+}
+
+impl<W: Write> fmt::Write for Pieces<W> {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        self.out.write_all(text.as_bytes()).map_err(|e| {
+            self.failed = Some(e);
+            fmt::Error
+        })
+    }
+}
+
+/// Whether the asker is a Nix to which a content address of any form may be sent. Its `User-Agent` is like
+/// `curl/8.23.0 Nix/2.34.8`.
+fn tolerates_unknown_ca(request: &Request<'_>) -> bool {
+    let version = request.field("user-agent").and_then(|agent| agent.split(' ').find_map(|w| w.strip_prefix("Nix/")));
+    let mut numbers = version.unwrap_or_default().split(|c: char| !c.is_ascii_digit()).map(|n| n.parse().unwrap_or(0));
+    let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
+    version >= NIX_TOLERATES_UNKNOWN_CA
 }

@@ -19,6 +19,9 @@ pub const MAX_STREAMS_PER_PEER: usize = 32;
 /// by the link, which each of them waits for. Beyond, they go out plain.
 pub const MAX_COMPRESSED: usize = 16;
 
+/// Narinfos of paths with many references that are made and sent at once, 4 MiB each at most.
+pub const MAX_LARGE_NARINFOS: usize = 4;
+
 /// How long this machine's Nix waits for its turn before it is told 404 and goes to its next substituter.
 const OWN_PATIENCE: Timeout = Timeout::from_secs(30);
 
@@ -27,6 +30,7 @@ struct Taken {
     own: usize,
     peers: HashMap<IpAddr, usize>,
     compressed: usize,
+    large_narinfos: usize,
 }
 
 impl Taken {
@@ -47,6 +51,9 @@ pub struct Permit<'a> {
     permits: &'a Permits,
     peer: Option<IpAddr>,
 }
+
+/// A permit to make a narinfo with many references; dropping it returns it.
+pub struct LargeNarinfo<'a>(&'a Permits);
 
 /// A permit to compress; dropping it returns it.
 pub struct Compressing<'a>(&'a Permits);
@@ -76,6 +83,18 @@ impl Permits {
         Some(Permit { permits: self, peer: Some(peer) })
     }
 
+    /// To make a narinfo with many references, for anybody: waits for its turn, up to 30 seconds.
+    pub fn for_large_narinfo(&self) -> Option<LargeNarinfo<'_>> {
+        let until = Instant::now() + OWN_PATIENCE.get();
+        let mut taken = self.lock();
+        while taken.large_narinfos >= MAX_LARGE_NARINFOS {
+            let left = until.checked_duration_since(Instant::now())?;
+            taken = self.returned.wait_timeout(taken, left).unwrap_or_else(|e| e.into_inner()).0;
+        }
+        taken.large_narinfos += 1;
+        Some(LargeNarinfo(self))
+    }
+
     /// To compress what a permit is held for: now or not at all.
     pub fn to_compress(&self) -> Option<Compressing<'_>> {
         let mut taken = self.lock();
@@ -88,6 +107,14 @@ impl Permits {
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Taken> {
         self.taken.lock().unwrap_or_else(|e| e.into_inner())
+    }
+}
+
+impl Drop for LargeNarinfo<'_> {
+    fn drop(&mut self) {
+        self.0.lock().large_narinfos -= 1;
+        // Those who wait for something else wait on.
+        self.0.returned.notify_all();
     }
 }
 
@@ -105,7 +132,7 @@ impl Drop for Permit<'_> {
                 }
             }
         }
-        self.permits.returned.notify_one();
+        self.permits.returned.notify_all();
     }
 }
 

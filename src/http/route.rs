@@ -1,6 +1,6 @@
 //! What a request asks for, and whether its asker may ask that. Pure: decided from method, target and scope.
 
-use crate::nix::{HashPart, NarHash, StorePath};
+use crate::nix::{DrvOutput, HashPart, NarHash, StorePath};
 use crate::share::Scope;
 use percent_encoding::percent_decode_str;
 
@@ -65,6 +65,13 @@ pub enum Route {
     PeerNarinfo(HashPart),
     /// `/peer/nar/…`: from a peer.
     PeerNar(NarName),
+    /// `/v2/remote/<address>/<port>/<hash part>/…`: the same, as the Python peerix wrote it into what Nix remembers for
+    /// 30 days. Which NAR that was is not in it.
+    PeerAnyNar(HashPart),
+    /// `/log/<derivation>`: from a peer.
+    PeerLog(StorePath),
+    /// `/realisations/….doi`, `/build-trace-v2/….doi`: from a peer.
+    PeerRealisation(DrvOutput),
     /// `/local/….narinfo`, `/store/….narinfo`: of the own store.
     OwnNarinfo(HashPart, View),
     /// `/local/nar/…`, `/store/nar/…`: of the own store.
@@ -75,6 +82,8 @@ pub enum Route {
     Listing(HashPart),
     /// `/store/log/<derivation>`.
     Log(StorePath),
+    /// `/store/realisations/….doi`, `/store/build-trace-v2/….doi`: of the own store.
+    OwnRealisation(DrvOutput),
 }
 
 /// Why a request gets no answer of its own.
@@ -119,7 +128,9 @@ pub fn route(method: &str, target: &str, scope: Scope, served: bool) -> Result<R
     if path.bytes().any(|b| b.is_ascii_control()) {
         return Err(Refusal::Malformed);
     }
-    let route = find(path).ok_or(Refusal::NotThere)?;
+    // For everybody but this machine's own Nix, the root is a standard cache of the own store.
+    let at_root = if scope == Scope::ThisMachine { from_peers(path) } else { own(path, View::Cache) };
+    let route = anywhere(path).or(at_root).ok_or(Refusal::NotThere)?;
     let allowed = match route {
         Route::CacheInfo(View::Peers) => true,
         Route::Status(_) | Route::PeerNarinfo(_) | Route::PeerNar(_) => scope == Scope::ThisMachine,
@@ -128,33 +139,68 @@ pub fn route(method: &str, target: &str, scope: Scope, served: bool) -> Result<R
     if allowed { Ok(route) } else { Err(Refusal::Forbidden) }
 }
 
-fn find(path: &str) -> Option<Route> {
-    let narinfo = |name: &str| HashPart::parse(name.strip_suffix(".narinfo")?.as_bytes()).ok();
+/// What means the same for everybody who may ask for it.
+fn anywhere(path: &str) -> Option<Route> {
+    match path {
+        "" => Some(Route::Status(Told::Page)),
+        "status.json" => Some(Route::Status(Told::Json)),
+        "metrics" => Some(Route::Status(Told::Metrics)),
+        "health" => Some(Route::Status(Told::Health)),
+        "nix-cache-info" => Some(Route::CacheInfo(View::Peers)),
+        "store/nix-cache-info" => Some(Route::CacheInfo(View::Cache)),
+        _ => match path.split_once('/')? {
+            ("peer", rest) => NarName::parse(rest.strip_prefix("nar/")?).map(Route::PeerNar),
+            ("local", rest) => own(rest, View::Peers),
+            ("store", rest) => own(rest, View::Cache),
+            _ => None,
+        },
+    }
+}
+
+/// What the own store is asked for, relative to `/local` or `/store`.
+fn own(path: &str, view: View) -> Option<Route> {
     match path.split_once('/') {
-        None if path.is_empty() => Some(Route::Status(Told::Page)),
-        None if path == "status.json" => Some(Route::Status(Told::Json)),
-        None if path == "metrics" => Some(Route::Status(Told::Metrics)),
-        None if path == "health" => Some(Route::Status(Told::Health)),
-        None if path == "nix-cache-info" => Some(Route::CacheInfo(View::Peers)),
+        Some(("nar", name)) => NarName::parse(name).map(|name| Route::OwnNar(name, view)),
+        Some(("digests", name)) => NarName::parse(name).map(Route::Digests),
+        Some(("log", name)) => derivation(name).map(Route::Log),
+        Some(_) => drv_output(path).map(Route::OwnRealisation),
+        None => match path.strip_suffix(".ls") {
+            Some(hash_part) => HashPart::parse(hash_part.as_bytes()).ok().map(Route::Listing),
+            None => narinfo(path).map(|hash_part| Route::OwnNarinfo(hash_part, view)),
+        },
+    }
+}
+
+/// What this machine's Nix asks peers for.
+fn from_peers(path: &str) -> Option<Route> {
+    match path.split_once('/') {
+        Some(("log", name)) => derivation(name).map(Route::PeerLog),
+        Some(("v2", rest)) => {
+            let hash_part = rest.strip_prefix("remote/")?.split('/').nth(2)?;
+            HashPart::parse(hash_part.as_bytes()).ok().map(Route::PeerAnyNar)
+        }
+        Some(_) => drv_output(path).map(Route::PeerRealisation),
         None => narinfo(path).map(Route::PeerNarinfo),
-        Some(("peer", rest)) => NarName::parse(rest.strip_prefix("nar/")?).map(Route::PeerNar),
-        Some(("local", rest)) => match rest.split_once('/') {
-            Some(("nar", name)) => NarName::parse(name).map(|name| Route::OwnNar(name, View::Peers)),
-            Some(("digests", name)) => NarName::parse(name).map(Route::Digests),
-            Some(_) => None,
-            None => narinfo(rest).map(|hash_part| Route::OwnNarinfo(hash_part, View::Peers)),
-        },
-        Some(("store", "nix-cache-info")) => Some(Route::CacheInfo(View::Cache)),
-        Some(("store", rest)) => match rest.split_once('/') {
-            Some(("nar", name)) => NarName::parse(name).map(|name| Route::OwnNar(name, View::Cache)),
-            Some(("log", name)) => StorePath::parse(name).ok().filter(StorePath::is_derivation).map(Route::Log),
-            Some(_) => None,
-            None => match rest.strip_suffix(".ls") {
-                Some(hash_part) => HashPart::parse(hash_part.as_bytes()).ok().map(Route::Listing),
-                None => narinfo(rest).map(|hash_part| Route::OwnNarinfo(hash_part, View::Cache)),
-            },
-        },
-        Some(_) => None,
+    }
+}
+
+fn narinfo(name: &str) -> Option<HashPart> {
+    HashPart::parse(name.strip_suffix(".narinfo")?.as_bytes()).ok()
+}
+
+fn derivation(name: &str) -> Option<StorePath> {
+    StorePath::parse(name).ok().filter(StorePath::is_derivation)
+}
+
+fn drv_output(path: &str) -> Option<DrvOutput> {
+    let path = path.strip_suffix(".doi")?;
+    match path.split_once('/')? {
+        ("realisations", id) => DrvOutput::parse_id(id).ok(),
+        ("build-trace-v2", rest) => {
+            let (derivation, output) = rest.split_once('/')?;
+            DrvOutput::parse_path(derivation, output).ok()
+        }
+        _ => None,
     }
 }
 
@@ -174,13 +220,14 @@ mod tests {
         let hash_part = HashPart::parse(HASH_PART.as_bytes()).unwrap();
         let name = NarName { hash_part, nar_hash: NarHash::from_nix32(NAR_HASH).unwrap() };
         let drv = StorePath::parse(&format!("{HASH_PART}-a.drv")).unwrap();
+        let id = DrvOutput::parse_id(&format!("sha256:{}!out", "0".repeat(64))).unwrap();
+        let trace = DrvOutput::parse_path(drv.base_name(), "out").unwrap();
         for (target, expected, only_this_machine) in [
             ("/".into(), Route::Status(Told::Page), true),
             ("/status.json".into(), Route::Status(Told::Json), true),
             ("/metrics".into(), Route::Status(Told::Metrics), true),
             ("/health".into(), Route::Status(Told::Health), true),
             ("/store/nix-cache-info".into(), Route::CacheInfo(View::Cache), false),
-            (format!("/{HASH_PART}.narinfo"), Route::PeerNarinfo(hash_part), true),
             (format!("/peer/nar/{name}"), Route::PeerNar(name), true),
             (format!("/local/{HASH_PART}.narinfo"), Route::OwnNarinfo(hash_part, View::Peers), false),
             (format!("/store/{HASH_PART}.narinfo"), Route::OwnNarinfo(hash_part, View::Cache), false),
@@ -188,7 +235,9 @@ mod tests {
             (format!("/store/nar/{name}"), Route::OwnNar(name, View::Cache), false),
             (format!("/local/digests/{name}"), Route::Digests(name), false),
             (format!("/store/{HASH_PART}.ls"), Route::Listing(hash_part), false),
-            (format!("/store/log/{drv}"), Route::Log(drv), false),
+            (format!("/store/log/{drv}"), Route::Log(drv.clone()), false),
+            (format!("/local/{}", id.url_path()), Route::OwnRealisation(id.clone()), false),
+            (format!("/store/{}", trace.url_path()), Route::OwnRealisation(trace.clone()), false),
         ] {
             for method in ["GET", "HEAD"] {
                 assert_eq!(route(method, &target, Scope::ThisMachine, true).as_ref(), Ok(&expected), "{target}");
@@ -200,6 +249,30 @@ mod tests {
             assert_eq!(lan, if only_this_machine { Err(Refusal::Forbidden) } else { Ok(expected) }, "{target}");
             assert_eq!(get(&target, Scope::Wan), Err(Refusal::Forbidden), "{target}");
         }
+        // At the root, this machine asks its peers, and others ask for its store.
+        for (target, here, there) in [
+            (format!("/{HASH_PART}.narinfo"), Route::PeerNarinfo(hash_part), Route::OwnNarinfo(hash_part, View::Cache)),
+            (format!("/log/{drv}"), Route::PeerLog(drv.clone()), Route::Log(drv)),
+            (format!("/{}", id.url_path()), Route::PeerRealisation(id.clone()), Route::OwnRealisation(id.clone())),
+            (format!("/{}", trace.url_path()), Route::PeerRealisation(trace.clone()), Route::OwnRealisation(trace)),
+            (
+                format!("/{}", id.url_path().replace('!', "%21")),
+                Route::PeerRealisation(id.clone()),
+                Route::OwnRealisation(id),
+            ),
+        ] {
+            assert_eq!(get(&target, Scope::ThisMachine), Ok(here), "{target}");
+            assert_eq!(get(&target, Scope::Lan), Ok(there), "{target}");
+            assert_eq!(get(&target, Scope::Wan), Err(Refusal::Forbidden), "{target}");
+        }
+        let old = format!("/v2/remote/192.168.7.20/12304/{HASH_PART}/local/nar/remembered.nar");
+        assert_eq!(get(&old, Scope::ThisMachine), Ok(Route::PeerAnyNar(hash_part)));
+        assert_eq!(get(&format!("/nar/{name}"), Scope::Lan), Ok(Route::OwnNar(name, View::Cache)));
+        assert_eq!(get(&format!("/{HASH_PART}.ls"), Scope::Lan), Ok(Route::Listing(hash_part)));
+        for target in [format!("/nar/{name}"), format!("/{HASH_PART}.ls")] {
+            assert_eq!(get(&target, Scope::ThisMachine), Err(Refusal::NotThere), "{target}");
+        }
+        assert_eq!(get(&old, Scope::Lan), Err(Refusal::NotThere));
         for scope in [Scope::ThisMachine, Scope::Lan, Scope::Wan] {
             assert_eq!(get("/nix-cache-info", scope), Ok(Route::CacheInfo(View::Peers)));
         }
@@ -238,6 +311,8 @@ mod tests {
             "//7h7qgvs4kgzsn8a6rb273saxyqh4jxlz.narinfo",
             "/realisations/sha256:00!out.doi",
             "/realisations/sha256:00%21out.doi",
+            "/build-trace-v2/7h7qgvs4kgzsn8a6rb273saxyqh4jxlz-not-a-derivation/out.doi",
+            "/v2/remote/10.0.0.1/12304/../../etc/passwd",
             &secret,
             &format!("/{}", "a".repeat(16000)),
         ] {

@@ -6,7 +6,7 @@ use data_encoding::HEXLOWER;
 use ring::digest::{SHA256, digest};
 
 /// A content address as Nix's database and narinfos write it: `text:sha256:<Nix32>` or
-/// `fixed:[r:]<algorithm>:<Nix32>`. Other ways that Nix tries out (`git:`, BLAKE3) are not known here.
+/// `fixed:[r:|git:]<algorithm>:<Nix32>`.
 #[derive(Debug)]
 pub(super) struct ContentAddress<'a> {
     method: Method,
@@ -19,6 +19,19 @@ enum Method {
     Text,
     Flat,
     Recursive,
+    /// The hash of a Git tree. Nix reads it since 2.22, if `git-hashing` is enabled.
+    Git,
+}
+
+impl Method {
+    /// What stands between `fixed:` and the algorithm.
+    fn prefix(self) -> &'static str {
+        match self {
+            Method::Text | Method::Flat => "",
+            Method::Recursive => "r:",
+            Method::Git => "git:",
+        }
+    }
 }
 
 impl<'a> ContentAddress<'a> {
@@ -28,6 +41,8 @@ impl<'a> ContentAddress<'a> {
             (Method::Text, rest)
         } else if let Some(rest) = text.strip_prefix("fixed:r:") {
             (Method::Recursive, rest)
+        } else if let Some(rest) = text.strip_prefix("fixed:git:") {
+            (Method::Git, rest)
         } else if let Some(rest) = text.strip_prefix("fixed:") {
             (Method::Flat, rest)
         } else {
@@ -36,9 +51,10 @@ impl<'a> ContentAddress<'a> {
         let (algorithm, digits) = rest.split_once(':').ok_or(Malformed::new(WHAT, "no hash"))?;
         let len = match algorithm {
             "sha256" => 32,
-            "sha512" | "sha1" | "md5" if method == Method::Text => {
+            "blake3" | "sha512" | "sha1" | "md5" if method == Method::Text => {
                 return Err(Malformed::new(WHAT, "text: goes with sha256 alone"));
             }
+            "blake3" => 32,
             "sha512" => 64,
             "sha1" => 20,
             "md5" => 16,
@@ -64,9 +80,9 @@ impl<'a> ContentAddress<'a> {
                 (kind, HEXLOWER.encode(&self.digest))
             }
             // The older way has no place for references.
-            (Method::Flat | Method::Recursive, _) if !references.is_empty() => return None,
-            (Method::Flat | Method::Recursive, algorithm) => {
-                let prefix = if self.method == Method::Recursive { "r:" } else { "" };
+            (_, _) if !references.is_empty() => return None,
+            (method, algorithm) => {
+                let prefix = method.prefix();
                 let inner = format!("fixed:out:{prefix}{algorithm}:{}:", HEXLOWER.encode(&self.digest));
                 ("output:out".to_owned(), HEXLOWER.encode(digest(&SHA256, inner.as_bytes()).as_ref()))
             }
@@ -97,6 +113,12 @@ pub fn is_content_addressed(info: &PathInfo, store_dir: &StoreDir) -> bool {
         return false;
     };
     ca.hash_part(&info.path, &info.references, store_dir) == Some(info.path.hash_part())
+}
+
+/// Whether every supported version of Nix reads this content address. To others than these, Nix 2.8
+/// and 2.26 fail the whole build, also if another substituter has the path.
+pub fn is_known_to_every_nix(ca: &str) -> bool {
+    ContentAddress::parse(ca).is_ok_and(|ca| ca.method != Method::Git && ca.algorithm != "blake3")
 }
 
 #[cfg(test)]
@@ -166,7 +188,13 @@ mod tests {
                 assert!(ContentAddress::parse(&format!("{form}:{}", zeros(wrong))).is_err(), "{form} {wrong}");
             }
         }
-        for form in ["", "text", "fixed", "text:sha1", "text:r:sha256", "fixed:git:sha1", "fixed:blake3", "é"] {
+        for (form, digits) in [("fixed:git:sha1", 32), ("fixed:git:sha256", 52), ("fixed:r:blake3", 52)] {
+            let ca = format!("{form}:{}", zeros(digits));
+            assert!(ContentAddress::parse(&ca).is_ok() && !is_known_to_every_nix(&ca), "{ca}");
+        }
+        assert!(is_known_to_every_nix(&format!("fixed:r:sha1:{}", zeros(32))));
+        assert!(!is_known_to_every_nix(&format!("fixed:r:sha3:{}", zeros(32))));
+        for form in ["", "text", "fixed", "text:sha1", "text:blake3", "text:r:sha256", "fixed:sha3", "é"] {
             assert!(ContentAddress::parse(&format!("{form}:{}", zeros(32))).is_err(), "{form}");
             assert!(ContentAddress::parse(&format!("{form}:{}", zeros(52))).is_err(), "{form}");
             assert!(ContentAddress::parse(form).is_err(), "{form}");

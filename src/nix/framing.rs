@@ -1,14 +1,14 @@
 //! Checks the framing of a NAR that passes through. Nix unpacks a NAR as root while it arrives, before it
 //! knows the hash, so what Nix would stumble over, or older Nix does not look at, is to be found on the way.
 
-use super::nar::{CLOSE, MAGIC, MAX_DEPTH, MAX_NAME_LEN, MAX_TARGET_LEN, padded, padding, tokens};
+use super::nar::{CLOSE, MAGIC, MAX_NAME_LEN, MAX_PATH_LEN, MAX_TARGET_LEN, padded, padding, tokens};
 use super::{Malformed, NarInfo};
 
 /// A NAR's framing, checked piece by piece as the bytes come.
 ///
 /// Bytes for which [`push`](Self::push) has returned `Ok` may be passed on: every name, target and size has
 /// been judged by the time its last byte is in. Holds at most one split piece (4 KiB) and one name for each
-/// open directory (64 of 255 bytes).
+/// directory that was open at a time (2,047 of 24 bytes and its name).
 #[derive(Debug)]
 pub struct Framing {
     state: State,
@@ -20,6 +20,8 @@ pub struct Framing {
     names: Vec<Vec<u8>>,
     /// Directories that are open.
     depth: usize,
+    /// Bytes in the path of the current entry, each name with a slash before it.
+    path_len: usize,
 }
 
 /// The piece that must come next. Pieces join what always comes together, for speed.
@@ -86,7 +88,7 @@ impl Framing {
     /// Begins a NAR of at most `nar_size` bytes: files that would not fit in are refused when their size
     /// comes, before Nix sets room aside for them.
     pub fn with_nar_size(nar_size: u64) -> Self {
-        Framing { state: State::Root, left: nar_size, carry: Vec::new(), names: Vec::new(), depth: 0 }
+        Framing { state: State::Root, left: nar_size, carry: Vec::new(), names: Vec::new(), depth: 0, path_len: 0 }
     }
 
     /// Takes the next bytes, however they are split.
@@ -213,11 +215,17 @@ impl Framing {
                 }
                 before.clear();
                 before.extend_from_slice(name);
+                self.path_len += 1 + len;
+                if self.path_len > MAX_PATH_LEN {
+                    return Err(Malformed::unsupported("NAR", "a path longer than 4095 bytes"));
+                }
                 Ok(State::Node)
             }
-            State::Node if self.depth >= MAX_DEPTH => Err(malformed("nested deeper than 64")),
             State::Node if piece == NODE => Ok(State::Type),
-            State::EntryClose if piece == CLOSE => Ok(State::Entry),
+            State::EntryClose if piece == CLOSE => {
+                self.path_len -= 1 + self.names[self.depth - 1].len();
+                Ok(State::Entry)
+            }
             _ => Err(UNEXPECTED),
         }
     }
@@ -370,12 +378,31 @@ mod tests {
     }
 
     #[test]
-    fn depth() {
-        let nested = |root: Node, around: usize| (0..around).fold(root, |node, _| directory(vec![(b"d", node)]));
-        assert_eq!(check(&write_nar(&nested(regular(b"x"), 63))), Ok(true));
-        assert_eq!(check(&write_nar(&nested(directory(vec![]), 63))), Ok(true));
-        assert_eq!(check(&write_nar(&nested(regular(b"x"), 64))), Err("nested deeper than 64"));
-        assert_eq!(check(&write_nar(&nested(directory(vec![]), 64))), Err("nested deeper than 64"));
+    fn depth_is_bounded_by_the_path() {
+        const TOO_LONG: Result<bool, &str> = Err("a path longer than 4095 bytes");
+        // Written from the inside out would copy the NAR once for each level.
+        let nested = |name: &[u8], around: usize| {
+            let mut nar = MAGIC.to_vec();
+            for _ in 0..around {
+                nar.extend(crate::nix::nar::DIRECTORY_OPEN);
+                crate::nix::nar::entry_open(&mut nar, name);
+            }
+            crate::nix::nar::regular_open(&mut nar, false, 0);
+            nar.extend(CLOSE);
+            (0..around).for_each(|_| nar.extend([CLOSE, CLOSE].concat()));
+            nar
+        };
+        assert_eq!(check(&nested(b"d", 2047)), Ok(true));
+        assert_eq!(check(&nested(b"d", 2048)), TOO_LONG);
+        assert_eq!(check(&nested(&[b'd'; 255], 15)), Ok(true));
+        assert_eq!(check(&nested(&[b'd'; 255], 16)), TOO_LONG);
+        let mut framing = Framing::new();
+        assert!(framing.push(&nested(b"d", 2048)).unwrap_err().is_unsupported);
+        // What was left again does not count.
+        let long = |first: u8| [&[first][..], &[b'n'; 254]].concat();
+        let inner = || Node::Directory((b'a'..=b'z').map(|first| (long(first), regular(b""))).collect());
+        let wide = Node::Directory((b'a'..=b'z').map(|first| (long(first), inner())).collect());
+        assert_eq!(check(&write_nar(&wide)), Ok(true));
     }
 
     #[test]

@@ -32,7 +32,7 @@ impl NarHash {
             return Self::from_slice(&bytes);
         }
         let Some(digits) = text.strip_prefix("sha256:") else {
-            return Err(Malformed::new(WHAT, "not sha256"));
+            return Err(Malformed::unsupported(WHAT, "not sha256"));
         };
         match digits.len() {
             NIX32_LEN => Self::from_nix32(digits),

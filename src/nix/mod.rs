@@ -10,14 +10,16 @@ pub mod nar;
 pub mod narinfo;
 pub mod nix32;
 mod path_info;
+mod realisation;
 mod signature;
 mod store_path;
 
-pub use content_address::is_content_addressed;
+pub use content_address::{is_content_addressed, is_known_to_every_nix};
 pub use framing::Framing;
 pub use hash::NarHash;
 pub use narinfo::NarInfo;
 pub use path_info::PathInfo;
+pub use realisation::{Derivation, DrvOutput, Realisation};
 pub use signature::{PublicKey, SecretKey, Signature};
 pub use store_path::{HashPart, StoreDir, StorePath};
 
@@ -30,11 +32,19 @@ pub struct Malformed {
     pub what: &'static str,
     /// What is wrong with it: "not 32 characters".
     pub why: &'static str,
+    /// Whether it may be true, but is beyond what peerix or Nix handles. Then it says nothing about
+    /// who sent it.
+    pub is_unsupported: bool,
 }
 
 impl Malformed {
     pub(crate) const fn new(what: &'static str, why: &'static str) -> Self {
-        Malformed { what, why }
+        Malformed { what, why, is_unsupported: false }
+    }
+
+    /// The thing may be true, but is beyond what peerix or Nix handles.
+    pub(crate) const fn unsupported(what: &'static str, why: &'static str) -> Self {
+        Malformed { what, why, is_unsupported: true }
     }
 }
 

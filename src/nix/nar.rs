@@ -5,9 +5,10 @@
 //! and [`CLOSE`]; a [`symlink`]; or a directory, [`DIRECTORY_OPEN`], for each entry in the order of the names'
 //! bytes [`entry_open`], a node and [`CLOSE`], and in the end [`CLOSE`].
 
-/// The deepest nesting that Nix 2.34 and later take: a node with 64 directories around it is refused, so 63
-/// around a file and 64 empty ones in each other are the most.
-pub const MAX_DEPTH: usize = 64;
+/// The longest path inside a NAR, in bytes: `PATH_MAX` of Linux without its NUL. Nix unpacks by path, so it
+/// takes no longer ones. This bounds the depth to 2,047 directories. (Nix 2.34 and later refuse more than 64
+/// themselves; 2.8 and 2.26 unpack 2,020.)
+pub const MAX_PATH_LEN: usize = 4095;
 
 /// The longest name of a directory entry, in bytes: `NAME_MAX` of Linux, and Nix's own bound.
 pub const MAX_NAME_LEN: usize = 255;

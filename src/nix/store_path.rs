@@ -98,7 +98,7 @@ impl StorePath {
         HashPart::parse(&bytes[..HashPart::LEN])?;
         let name = &bytes[HashPart::LEN + 1..];
         if name.len() > Self::MAX_NAME_LEN {
-            return Err(Malformed::new(WHAT, "name longer than 211 bytes"));
+            return Err(Malformed::unsupported(WHAT, "name longer than 211 bytes"));
         }
         let legal = |b: &u8| b.is_ascii_alphanumeric() || b"+-._?=".contains(b);
         if !name.iter().all(legal) {
@@ -106,7 +106,7 @@ impl StorePath {
         }
         // One and two leading dots alone were legal until Nix 2.20 ruled out these four forms.
         if name == b"." || name == b".." || name.starts_with(b".-") || name.starts_with(b"..-") {
-            return Err(Malformed::new(WHAT, "name is a dot directory"));
+            return Err(Malformed::unsupported(WHAT, "name is a dot directory"));
         }
         Ok(StorePath(base_name.to_owned()))
     }

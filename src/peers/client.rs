@@ -5,15 +5,17 @@ use super::decoder::Decoded;
 use super::patience::{self, WithPatience};
 use super::standing::Fault;
 use crate::lan::Holder;
-use crate::nix::{HashPart, Malformed, NarInfo, StoreDir};
+use crate::nix::{DrvOutput, HashPart, Malformed, NarInfo, Realisation, StoreDir, StorePath};
 use crate::on_drop::OnDrop;
 use crate::time_scale::Timeout;
 use crate::wire::relay::{DIGEST_LEN, MAX_NAMED, PACE_HEADER, RELAY_HEADER};
 use crate::wire::tracker::{TRANSFER_HEADER, TransferName};
-use crossbeam_channel::bounded;
+use crossbeam_channel::{Receiver, Sender, bounded};
+use std::collections::HashSet;
 use std::fmt;
 use std::io::{self, Read};
 use std::net::{IpAddr, Ipv6Addr, SocketAddr, SocketAddrV6};
+use std::ops::Deref;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::thread;
@@ -56,7 +58,7 @@ pub enum Error {
     Unreachable(ureq::Error),
     /// 404 or 410: it does not have the path.
     NotThere,
-    /// 503: it has as much to do as it wants.
+    /// 503: it has as much to do as it wants. Or this node has as many large narinfos as it may have.
     Busy,
     /// 307: these are getting the NAR from it.
     Named(Vec<IpAddr>),
@@ -81,6 +83,7 @@ impl Error {
     pub fn fault(&self) -> Option<Fault> {
         match self {
             Error::Unreachable(_) => Some(Fault::Unreachable),
+            Error::Malformed(malformed) if malformed.is_unsupported => Some(Fault::OddPath),
             Error::NotThere | Error::Status(_) | Error::Malformed(_) => Some(Fault::BrokenPromise),
             Error::Busy | Error::Named(_) => None,
         }
@@ -102,10 +105,129 @@ impl fmt::Display for Error {
 
 impl std::error::Error for Error {}
 
+/// A narinfo larger than this, in bytes, needs room. Those of paths with fewer than 900 references do not.
+const LARGE_NARINFO: u64 = 64 * 1024;
+/// Large narinfos in memory at once: each takes up to 3 MiB, as bytes and as references. Further ones wait until
+/// their request ends.
+const MAX_LARGE_NARINFOS: usize = 2;
+/// Threads that read them, so that one slow peer does not hold up all. The C library keeps freed memory for each
+/// thread: if all 256 threads for requests read them, it would keep 60 MiB.
+const LARGE_READERS: usize = 2;
+/// Past its deadline, a large narinfo is waited for this long: its reader notices the deadline itself.
+const ROOM_GRACE: Duration = Duration::from_secs(1);
+/// Their stack: the buffers are not on it.
+const LARGE_STACK: usize = 256 << 10;
+
+/// The largest build log, in bytes: as large as nodes serve.
+const MAX_LOG: u64 = 64 << 20;
+
+/// Odd paths that were logged, so that each is logged once. When there are more, they are forgotten and may
+/// be logged again.
+const MAX_LOGGED: usize = 1024;
+
 /// The client that all threads share.
 pub struct Client {
     pool: Mutex<Pool>,
     store_dir: StoreDir,
+    logged: Mutex<HashSet<HashPart>>,
+    /// To the threads that read large narinfos.
+    large: Sender<LargeNarinfo>,
+}
+
+/// A narinfo that turned out to be large.
+struct LargeNarinfo {
+    begin: Vec<u8>,
+    rest: ureq::BodyReader<'static>,
+    until: Instant,
+    store_dir: StoreDir,
+    done: Sender<Result<PeerNarinfo, Error>>,
+}
+
+impl LargeNarinfo {
+    fn read(self, rooms: &(Sender<()>, Receiver<()>)) {
+        let LargeNarinfo { begin, mut rest, until, store_dir, done } = self;
+        let mut read = || {
+            rooms.0.send_deadline((), until).map_err(|_| Error::Busy)?;
+            let room = Some(Room(rooms.1.clone()));
+            let mut bytes = Vec::with_capacity(NarInfo::MAX_LEN + 1);
+            bytes.extend(&begin);
+            let most = (NarInfo::MAX_LEN + 1 - bytes.len()) as u64;
+            rest.by_ref().take(most).read_to_end(&mut bytes).map_err(|e| Error::Unreachable(e.into()))?;
+            let narinfo = NarInfo::parse(&bytes, &store_dir).map_err(Error::Malformed)?;
+            Ok(PeerNarinfo { narinfo, _room: room })
+        };
+        let _ = done.try_send(read());
+    }
+}
+
+/// Starts the threads that read large narinfos. They end with the returned sender.
+fn start_large_readers() -> Sender<LargeNarinfo> {
+    let (sender, jobs) = bounded::<LargeNarinfo>(0);
+    let rooms = bounded(MAX_LARGE_NARINFOS);
+    for _ in 0..LARGE_READERS {
+        let (jobs, rooms) = (jobs.clone(), rooms.clone());
+        let started = thread::Builder::new().name("narinfo-large".into()).stack_size(LARGE_STACK).spawn(move || {
+            jobs.iter().for_each(|job: LargeNarinfo| job.read(&rooms));
+        });
+        if let Err(e) = started {
+            log::error!("thread for large narinfos: {e}");
+        }
+    }
+    sender
+}
+
+/// A peer's narinfo: its form is checked, its signatures are not. A large one takes room until it is dropped.
+#[derive(Debug)]
+pub struct PeerNarinfo {
+    narinfo: NarInfo,
+    _room: Option<Room>,
+}
+
+impl PeerNarinfo {
+    /// The narinfo without its room, for a program that reads few of them.
+    pub fn into_inner(self) -> NarInfo {
+        self.narinfo
+    }
+}
+
+impl Deref for PeerNarinfo {
+    type Target = NarInfo;
+
+    fn deref(&self) -> &NarInfo {
+        &self.narinfo
+    }
+}
+
+/// The right to have a large narinfo in memory.
+#[derive(Debug)]
+struct Room(Receiver<()>);
+
+impl Drop for Room {
+    fn drop(&mut self) {
+        let _ = self.0.try_recv();
+    }
+}
+
+/// A build log of a peer.
+pub struct LogBody {
+    /// Its bytes.
+    pub len: u64,
+    /// The text.
+    pub text: Printable<ureq::BodyReader<'static>>,
+}
+
+/// Replaces control characters but tabs and line ends by question marks: Nix prints logs to the terminal, and nobody has
+/// signed them.
+pub struct Printable<R>(R);
+
+impl<R: Read> Read for Printable<R> {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        let read = self.0.read(buf)?;
+        for byte in buf[..read].iter_mut().filter(|byte| byte.is_ascii_control() && !b"\t\n\r".contains(byte)) {
+            *byte = b'?';
+        }
+        Ok(read)
+    }
 }
 
 /// The connections that are kept open.
@@ -224,7 +346,12 @@ fn agent() -> Agent {
 impl Client {
     /// Accepts narinfos of that store directory only.
     pub fn new(store_dir: StoreDir) -> Self {
-        Client { pool: Mutex::new(Pool { agent: agent(), used: None }), store_dir }
+        Client {
+            pool: Mutex::new(Pool { agent: agent(), used: None }),
+            store_dir,
+            logged: Mutex::default(),
+            large: start_large_readers(),
+        }
     }
 
     fn agent(&self) -> Agent {
@@ -242,27 +369,93 @@ impl Client {
         }
     }
 
+    /// Logs that a path cannot be handled, unless that was logged already.
+    pub fn warn_of_odd_path(&self, hash_part: &HashPart, peer: SocketAddr, why: &dyn fmt::Display) {
+        let is_new = {
+            let mut logged = self.logged.lock().unwrap_or_else(PoisonError::into_inner);
+            if logged.len() >= MAX_LOGGED {
+                logged.clear();
+            }
+            logged.insert(*hash_part)
+        };
+        if is_new {
+            log::warn!("{hash_part}: cannot be had from peer {peer}: {why}");
+        }
+    }
+
     /// The narinfo a peer said it has: of the right path, for an uncompressed NAR.
     ///
     /// # Errors
     /// See [`Error`]; also when the whole takes longer than `timeout`.
-    pub fn narinfo(&self, holder: &Holder, hash_part: &HashPart, timeout: Duration) -> Result<NarInfo, Error> {
+    pub fn narinfo(&self, holder: &Holder, hash_part: &HashPart, timeout: Duration) -> Result<PeerNarinfo, Error> {
+        let result = self.read_narinfo(holder, hash_part, timeout);
+        if let Err(Error::Malformed(why)) = &result
+            && why.is_unsupported
+        {
+            self.warn_of_odd_path(hash_part, holder.http, why);
+        }
+        result
+    }
+
+    fn read_narinfo(&self, holder: &Holder, hash_part: &HashPart, timeout: Duration) -> Result<PeerNarinfo, Error> {
+        let until = Instant::now() + timeout;
         let request =
             || self.agent().get(url(holder.http, &holder.url_path)).config().timeout_global(Some(timeout)).build();
         let response = twice(|| request().call()).map_err(Error::Unreachable)?;
-        let mut body = expect(response, &[200])?.into_body();
+        let mut reader = expect(response, &[200])?.into_body().into_reader();
+        let mut begin = Vec::new();
+        reader.by_ref().take(LARGE_NARINFO + 1).read_to_end(&mut begin).map_err(|e| Error::Unreachable(e.into()))?;
+        let narinfo = if begin.len() as u64 > LARGE_NARINFO {
+            let (done, result) = bounded(1);
+            let job = LargeNarinfo { begin, rest: reader, until, store_dir: self.store_dir.clone(), done };
+            self.large.send_deadline(job, until).map_err(|_| Error::Busy)?;
+            result.recv_deadline(until + ROOM_GRACE).map_err(|_| Error::Busy)??
+        } else {
+            let narinfo = NarInfo::parse(&begin, &self.store_dir).map_err(Error::Malformed)?;
+            PeerNarinfo { narinfo, _room: None }
+        };
+        if narinfo.info.path.hash_part() != *hash_part {
+            return Err(Error::Malformed(Malformed::new("narinfo", "of another path")));
+        }
+        if narinfo.compression != "none" {
+            return Err(Error::Malformed(Malformed::unsupported("narinfo", "of a compressed NAR")));
+        }
+        Ok(narinfo)
+    }
+
+    /// What a peer says of a derivation's output.
+    ///
+    /// # Errors
+    /// See [`Error`]; also when the whole takes longer than `timeout`.
+    pub fn realisation(&self, peer: SocketAddr, id: &DrvOutput, timeout: Duration) -> Result<Realisation, Error> {
+        let url = url(peer, &format!("local/{}", id.url_path()));
+        let request = || self.agent().get(&url).config().timeout_global(Some(timeout)).build();
+        let response = expect(twice(|| request().call()).map_err(Error::Unreachable)?, &[200])?;
         let mut bytes = Vec::new();
-        let most = NarInfo::MAX_LEN as u64 + 1;
+        let most = Realisation::MAX_LEN as u64 + 1;
+        let mut body = response.into_body();
         body.as_reader().take(most).read_to_end(&mut bytes).map_err(|e| Error::Unreachable(e.into()))?;
-        let info = NarInfo::parse(&bytes, &self.store_dir).map_err(Error::Malformed)?;
-        let wrong = |why| Err(Error::Malformed(Malformed { what: "narinfo", why }));
-        if info.info.path.hash_part() != *hash_part {
-            return wrong("of another path");
+        Realisation::parse(&bytes, id).map_err(Error::Malformed)
+    }
+
+    /// The build log of a derivation, whose head comes within `patience`.
+    ///
+    /// # Errors
+    /// See [`Error`]; one without a length, or over 64 MiB, is unsupported.
+    pub fn log(&self, peer: SocketAddr, derivation: &StorePath, patience: Duration) -> Result<LogBody, Error> {
+        let url = url(peer, &format!("store/log/{derivation}"));
+        let request = || {
+            let config = self.agent().get(&url).config().timeout_recv_response(Some(patience));
+            config.timeout_recv_body(Some(BODY_GRACE)).build()
+        };
+        let response = expect(twice(|| request().call()).map_err(Error::Unreachable)?, &[200])?;
+        let body = response.into_body();
+        match body.content_length() {
+            Some(len) if len <= MAX_LOG => {
+                Ok(LogBody { len, text: Printable(body.into_with_config().limit(u64::MAX).reader()) })
+            }
+            _ => Err(Error::Malformed(Malformed::unsupported("build log", "without a length, or over 64 MiB"))),
         }
-        if info.compression != "none" {
-            return wrong("of a compressed NAR");
-        }
-        Ok(info)
     }
 
     /// SHA-256 of up to `count` pieces of a NAR from piece `first` on, as a holder has them, and the bytes per second that it
@@ -338,14 +531,14 @@ impl Client {
         if response.status() == 206 {
             let range = response.headers().get("content-range").and_then(|field| field.to_str().ok());
             if range.is_some_and(|range| !range.starts_with(&format!("bytes {offset}-"))) {
-                return Err(Error::Malformed(Malformed { what: "NAR", why: "from another byte than was asked for" }));
+                return Err(Error::Malformed(Malformed::new("NAR", "from another byte than was asked for")));
             }
         }
         let encoding = response.headers().get("content-encoding").map(|field| field.as_bytes());
         let is_compressed = match encoding {
             None => false,
             Some(encoding) if matches!(way, Way::Wan(_)) && encoding.eq_ignore_ascii_case(b"zstd") => true,
-            Some(_) => return Err(Error::Malformed(Malformed { what: "NAR", why: "in an encoding not asked for" })),
+            Some(_) => return Err(Error::Malformed(Malformed::new("NAR", "in an encoding not asked for"))),
         };
         let body = response.into_body();
         if is_compressed {
@@ -356,7 +549,7 @@ impl Client {
         }
         let length = body.content_length();
         if length.is_some_and(|len| from.checked_add(len) != Some(nar_size)) {
-            return Err(Error::Malformed(Malformed { what: "NAR", why: "of another size than its narinfo says" }));
+            return Err(Error::Malformed(Malformed::new("NAR", "of another size than its narinfo says")));
         }
         let reader = body.into_with_config().limit(u64::MAX).reader();
         Ok(NarBody { bytes: Bytes::Plain(reader), skip: offset - from, has_end: length.is_some() })

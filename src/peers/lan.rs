@@ -4,11 +4,11 @@
 //! holder is asked at once; for every 100 ms without a good narinfo, twice as many further holders
 //! are asked. A holder that failed lately is asked when no other holder is left.
 
-use super::client::{Client, Error};
+use super::client::{Client, Error, PeerNarinfo};
 use super::requests::Requests;
 use super::standing::{Standing, Turn};
 use crate::lan::{DiscoveryClient, Holder, LOOKUP_TIMEOUT, LookupId, MAX_HOLDERS, Neighbour, Update};
-use crate::nix::{HashPart, NarInfo};
+use crate::nix::HashPart;
 use crate::record::Miss;
 use crossbeam_channel::{Receiver, Sender, bounded, never, select};
 use std::net::{IpAddr, SocketAddr};
@@ -53,7 +53,7 @@ impl Lan {
     }
 
     /// The narinfo of a peer that says that it has the path, if it comes within `patience`.
-    pub fn narinfo(&self, peer: SocketAddr, hash_part: &HashPart, patience: Duration) -> Option<NarInfo> {
+    pub fn narinfo(&self, peer: SocketAddr, hash_part: &HashPart, patience: Duration) -> Option<PeerNarinfo> {
         let began = Instant::now();
         let holder = Holder { http: peer, url_path: narinfo_path(hash_part) };
         match self.client.narinfo(&holder, hash_part, patience) {
@@ -147,7 +147,7 @@ struct Fetched {
     candidate: LanHolder,
     began: Instant,
     ended: Instant,
-    result: Result<NarInfo, Error>,
+    result: Result<PeerNarinfo, Error>,
 }
 
 /// A narinfo of a peer. Its form is checked, its signatures are not.
@@ -156,7 +156,7 @@ pub struct LanOffer {
     /// Time from the request to the narinfo.
     latency: Duration,
     /// The narinfo.
-    pub narinfo: NarInfo,
+    pub narinfo: PeerNarinfo,
 }
 
 impl LanOffer {

@@ -6,6 +6,7 @@ mod decoder;
 pub mod kept_paces;
 pub mod lan;
 mod names;
+pub mod nearby;
 pub mod pace;
 mod patience;
 pub mod picker;

@@ -26,6 +26,12 @@ const PROMISES_FORGIVEN: u32 = 3;
 /// After so many failures a peer is not tried at all in its pauses, and the log has its one warning.
 const HOPELESS: u32 = 3;
 
+/// A peer that gave this many odd paths within [`ODD_WINDOW`] is asked after all others. An honest
+/// one has them in bursts, when Nix asks for a closure that is odd as a whole.
+const MANY_ODD: u32 = 8;
+/// Time in which odd paths are counted.
+const ODD_WINDOW: Duration = Duration::from_secs(60);
+
 /// Peers remembered at once; as many as discovery knows.
 const MAX_PEERS: usize = 1024;
 
@@ -98,6 +104,9 @@ pub enum Fault {
     BadData,
     /// It said *have*, and then has not, or has a narinfo that is none. Any good narinfo makes up for it.
     BrokenPromise,
+    /// It gave what may be true, but is beyond what peerix or Nix handles. That is the path's fault:
+    /// it is a miss, and the peer is not avoided.
+    OddPath,
 }
 
 /// Whether to ask a peer at all.
@@ -119,6 +128,8 @@ struct Peer {
     was_slow: bool,
     avoided_until: Option<Instant>,
     last_fault: Option<Instant>,
+    /// Odd paths since this window began.
+    odd: Option<(Instant, u32)>,
     /// Smoothed time to a narinfo.
     latency: Option<Duration>,
     /// When it last answered anything.
@@ -153,6 +164,15 @@ impl Peer {
         self.unreachable
             .saturating_add(self.bad_nars)
             .saturating_add(self.broken_promises.saturating_sub(PROMISES_FORGIVEN))
+    }
+
+    fn note_odd_path(&mut self, now: Instant) {
+        let (began, count) = self.odd.filter(|(began, _)| now < *began + ODD_WINDOW).unwrap_or((now, 0));
+        self.odd = Some((began, count.saturating_add(1)));
+    }
+
+    fn has_many_odd_paths(&self, now: Instant) -> bool {
+        self.odd.is_some_and(|(began, count)| count >= MANY_ODD && now < began + ODD_WINDOW)
     }
 
     fn see(&mut self, latency: Duration, now: Instant) {
@@ -206,12 +226,16 @@ impl Standing {
         self.lock().iter().map(seen).collect()
     }
 
-    /// Sorts the most reliable first, then those that are known to answer, then the fastest.
+    /// Sorts the most reliable first, then those that are known to answer, then the fastest. Peers
+    /// that gave many odd paths come last.
     pub fn sort<T>(&self, peers: &mut [T], address: impl Fn(&T) -> SocketAddr) {
         let standing = self.lock();
+        let now = Instant::now();
         peers.sort_by_cached_key(|peer| {
             let known = standing.get(&address(peer).into());
-            known.map_or((0, false, Duration::MAX), |p| (p.failures(), p.was_slow, p.latency.unwrap_or(Duration::MAX)))
+            known.map_or((false, 0, false, Duration::MAX), |p| {
+                (p.has_many_odd_paths(now), p.failures(), p.was_slow, p.latency.unwrap_or(Duration::MAX))
+            })
         });
     }
 
@@ -276,16 +300,17 @@ impl Standing {
         let mut standing = self.lock();
         let peer = entry(&mut standing, who, now);
         log::debug!("peer {who}: {reason}");
+        let count = match fault {
+            Fault::Unreachable => &mut peer.unreachable,
+            Fault::BrokenStream | Fault::BadData => &mut peer.bad_nars,
+            Fault::BrokenPromise => &mut peer.broken_promises,
+            Fault::OddPath => return peer.note_odd_path(now),
+        };
         if peer.last_fault.is_some_and(|last| last >= began) {
             return;
         }
         peer.faults += 1;
         peer.reason = reason.to_string().chars().take(MAX_REASON).collect::<String>().into();
-        let count = match fault {
-            Fault::Unreachable => &mut peer.unreachable,
-            Fault::BrokenStream | Fault::BadData => &mut peer.bad_nars,
-            Fault::BrokenPromise => &mut peer.broken_promises,
-        };
         *count = count.saturating_add(1);
         let failures = peer.failures();
         if failures == 0 {
@@ -373,6 +398,27 @@ mod tests {
             standing.failed(address(1), Fault::BrokenPromise, now, now, &"test");
         }
         assert_eq!(standing.turn(address(1), now), Turn::Last);
+    }
+
+    /// One path that peerix could not read used to hide everything else that its only holder has.
+    #[test]
+    fn odd_paths_are_no_failures_and_many_make_a_peer_the_last() {
+        let (standing, now) = (Standing::default(), Instant::now());
+        standing.answered(address(1), Duration::from_micros(1), now);
+        standing.answered(address(2), Duration::from_millis(9), now);
+        let order = || {
+            let mut peers = [address(1), address(2)];
+            standing.sort(&mut peers, |peer| *peer);
+            peers
+        };
+        for count in 1..=100 {
+            standing.failed(address(1), Fault::OddPath, now, now, &"test");
+            assert_eq!(standing.turn(address(1), now), Turn::Now);
+            assert!(!standing.is_doubtful(address(1)));
+            let is_last = count >= MANY_ODD;
+            assert_eq!(order(), if is_last { [address(2), address(1)] } else { [address(1), address(2)] });
+        }
+        assert!(!standing.lock()[&address(1).into()].has_many_odd_paths(now + ODD_WINDOW));
     }
 
     /// A peer whose HTTP hangs used to be tried first for every path, as its unknown latency counted as none.

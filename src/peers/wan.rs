@@ -5,14 +5,14 @@
 //! is known when all have said no. The whole ends after four seconds, whatever trackers and peers do.
 
 use super::announce::{Begun, Trackers};
-use super::client::{Client, Error};
+use super::client::{Client, Error, PeerNarinfo};
 use super::names::Names;
 use super::requests::{Requests, To};
 use super::standing::{Fault, Standing, Turn, Who};
 use super::tracker::{self, Tracker};
 use crate::lan::{Holder, LOOKUP_TIMEOUT};
 use crate::network::Networks;
-use crate::nix::{HashPart, NarInfo};
+use crate::nix::HashPart;
 use crate::pace::{May, Pace};
 use crate::time_scale::Timeout;
 use crate::wire::tracker::{Candidate, Candidates, MAX_ADDR, Role, TransferName, can_be_peer, is_peer_id};
@@ -131,7 +131,7 @@ pub struct Offer {
     /// Who named it.
     pub origin: Origin,
     /// The narinfo; its form is checked, its signatures are not.
-    pub narinfo: NarInfo,
+    pub narinfo: PeerNarinfo,
 }
 
 /// The candidates of one path, in the order in which they are tried.
@@ -201,7 +201,7 @@ enum Answer {
     /// Of the tracker with that place in [`Trackers::all`].
     Tracker { at: usize, result: Result<Candidates, tracker::Error> },
     /// Of the entry with that place.
-    Peer { at: usize, result: Box<Result<NarInfo, Error>> },
+    Peer { at: usize, result: Box<Result<PeerNarinfo, Error>> },
 }
 
 impl WanSearch {
@@ -496,7 +496,7 @@ impl WanSearch {
         }
     }
 
-    fn take_narinfo(&mut self, at: usize, result: Result<NarInfo, Error>) -> Option<Offer> {
+    fn take_narinfo(&mut self, at: usize, result: Result<PeerNarinfo, Error>) -> Option<Offer> {
         let entry = &mut self.entries[at];
         entry.answered |= !matches!(result, Err(Error::Unreachable(_)));
         entry.state = State::Done;

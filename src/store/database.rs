@@ -1,7 +1,9 @@
 //! One connection to Nix's database: opening, the one query, and the row as a typed value.
 
 use super::StoreError;
-use crate::nix::{HashPart, Malformed, NarHash, PathInfo, Signature, StoreDir, StorePath};
+use crate::nix::{
+    Derivation, DrvOutput, HashPart, Malformed, NarHash, NarInfo, PathInfo, Realisation, Signature, StoreDir, StorePath,
+};
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_encode};
 use rusqlite::{Connection, ErrorCode, OpenFlags, Row, types::ValueRef};
 use rustix::fs::{Access, Stat, access, stat};
@@ -24,8 +26,9 @@ pub(super) const SCHEMA: &str = "10";
 /// the process.
 const CACHE_KIB: i64 = 512;
 
-/// The longest text of one column, in bytes. A path that refers to 100,000 others has 8 MiB of references.
-const MAX_COLUMN: usize = 16 << 20;
+/// The longest text of one column, in bytes: the references of the largest narinfo that peers take, each with the
+/// store directory before it.
+const MAX_COLUMN: usize = 2 * NarInfo::MAX_LEN;
 
 /// Times of files advance in steps of a clock tick: 1 to 10 ms, doubled here.
 const CLOCK_TICK: Duration = Duration::from_millis(20);
@@ -42,11 +45,39 @@ macro_rules! paths {
     };
 }
 
+const TABLE_EXISTS: &str = "select 1 from sqlite_master where type = 'table' and name = ?1";
+
 // The range is all paths with the hash part: '.' follows '-' in ASCII.
 const LOOKUP: &str = paths!("path >= ?1 and path < ?2 order by path limit 1");
 
 // Without a limit, as rows that cannot be read do not count.
 const AFTER: &str = paths!("id > ?1 order by id");
+
+/// A table of realisations: Nix makes one only if `ca-derivations` is enabled, and each form has its own.
+struct RealisationTable {
+    name: &'static str,
+    /// Output path and signatures of the output `?2` of the derivation `?1`, and the row's ID.
+    select: &'static str,
+    /// IDs and paths of the outputs that the row `?1` depends on; empty where none are recorded.
+    dependencies: &'static str,
+}
+
+/// Of Nix 2.4 to 2.34.
+const BY_HASH: &[RealisationTable] = &[RealisationTable {
+    name: "Realisations",
+    select: "select V.path, R.signatures, R.id from Realisations R join ValidPaths V on V.id = R.outputPath \
+             where R.drvPath = ?1 and R.outputName = ?2",
+    dependencies: "select D.drvPath || '!' || D.outputName, V.path from RealisationsRefs \
+                   join Realisations D on D.id = realisationReference join ValidPaths V on V.id = D.outputPath \
+                   where referrer = ?1",
+}];
+
+/// Of later versions, the newest first.
+const BY_PATH: &[RealisationTable] = &[RealisationTable {
+    name: "BuildTraceV3",
+    select: "select outputPath, signatures, id from BuildTraceV3 where drvPath = ?1 and outputName = ?2",
+    dependencies: "",
+}];
 
 const COUNT: &str = "select count(*), coalesce(max(id), 0) from ValidPaths";
 
@@ -139,6 +170,37 @@ impl Database {
             None => Ok(None),
             Some(row) => Ok(Some(typed(store_dir, row).map_err(|cause| unreadable(row, cause))?)),
         }
+    }
+
+    /// What is recorded of a derivation's output.
+    pub(super) fn realisation(&self, store_dir: &StoreDir, id: &DrvOutput) -> Result<Option<Realisation>, Failure> {
+        let fail = |error| classify(&self.path, error);
+        let (tables, derivation) = match &id.derivation {
+            Derivation::Hash(hash) => (BY_HASH, hash.as_str()),
+            Derivation::Path(path) => (BY_PATH, path.base_name()),
+        };
+        for table in tables {
+            let mut exists = self.connection.prepare_cached(TABLE_EXISTS).map_err(fail)?;
+            if !exists.exists([table.name]).map_err(fail)? {
+                continue;
+            }
+            let mut statement = self.connection.prepare_cached(table.select).map_err(fail)?;
+            let mut rows = statement.query([derivation, &id.output]).map_err(fail)?;
+            let Some(row) = rows.next().map_err(fail)? else { continue };
+            let unreadable = |cause| StoreError::Row { path: id.to_string(), cause };
+            let mut realisation = realised(store_dir, id, row).map_err(unreadable)?;
+            if !table.dependencies.is_empty() {
+                let row_id: i64 = row.get(2).map_err(fail)?;
+                let mut statement = self.connection.prepare_cached(table.dependencies).map_err(fail)?;
+                let mut rows = statement.query([row_id]).map_err(fail)?;
+                while let Some(row) = rows.next().map_err(fail)? {
+                    let (id, path) = dependency(store_dir, row).map_err(unreadable)?;
+                    realisation.dependencies.insert(id, path);
+                }
+            }
+            return Ok(Some(realisation));
+        }
+        Ok(None)
     }
 
     /// Runs `read` in one read transaction: locks are taken once, and all of it is of the same state.
@@ -270,14 +332,29 @@ fn typed(store_dir: &StoreDir, row: &Row<'_>) -> Result<PathInfo, Malformed> {
         _ => return Err(Malformed::new("NAR size", "not a positive number")),
     };
     let present = |column| Ok::<_, Malformed>(text(row, column)?.filter(|text| !text.is_empty()));
-    let deriver = present(3)?.map(|deriver| store_dir.parse_path(deriver)).transpose()?;
-    let signatures = words(present(4)?).map(Signature::parse).collect::<Result<_, _>>()?;
+    // Nix serves the path without a deriver that is none, and with its other signatures: it compares neither.
+    let deriver = present(3)?.and_then(|deriver| store_dir.parse_path(deriver).ok());
+    let signatures = words(present(4)?).flat_map(Signature::parse).collect();
     let ca = present(5)?.map(str::to_owned);
     let mut references: Vec<StorePath> =
         words(present(6)?).map(|path| store_dir.parse_path(path)).collect::<Result<_, _>>()?;
     references.sort_unstable();
     references.dedup();
     Ok(PathInfo { path, nar_hash, nar_size, references, deriver, signatures, ca })
+}
+
+fn realised(store_dir: &StoreDir, id: &DrvOutput, row: &Row<'_>) -> Result<Realisation, Malformed> {
+    let path = text(row, 0)?.ok_or(Malformed::new("output path", "null"))?;
+    let out_path = if path.starts_with('/') { store_dir.parse_path(path)? } else { StorePath::parse(path)? };
+    let signatures = words(text(row, 1)?).flat_map(Signature::parse).collect();
+    Ok(Realisation { id: id.clone(), out_path, dependencies: Default::default(), signatures })
+}
+
+fn dependency(store_dir: &StoreDir, row: &Row<'_>) -> Result<(String, StorePath), Malformed> {
+    let required = |column| text(row, column)?.ok_or(Malformed::new("dependency of a realisation", "null"));
+    let id = required(0)?;
+    DrvOutput::parse_id(id)?;
+    Ok((id.to_owned(), store_dir.parse_path(required(1)?)?))
 }
 
 fn words(text: Option<&str>) -> impl Iterator<Item = &str> {
@@ -288,7 +365,7 @@ fn text<'row>(row: &'row Row<'_>, column: usize) -> Result<Option<&'row str>, Ma
     const WHAT: &str = "row";
     match row.get_ref(column) {
         Ok(ValueRef::Null) => Ok(None),
-        Ok(ValueRef::Text(bytes)) if bytes.len() > MAX_COLUMN => Err(Malformed::new(WHAT, "text larger than 16 MiB")),
+        Ok(ValueRef::Text(bytes)) if bytes.len() > MAX_COLUMN => Err(Malformed::new(WHAT, "text larger than 2 MiB")),
         Ok(ValueRef::Text(bytes)) => {
             std::str::from_utf8(bytes).map(Some).map_err(|_| Malformed::new(WHAT, "text that is not UTF-8"))
         }

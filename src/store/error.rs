@@ -11,6 +11,13 @@ pub enum StoreError {
         /// The database.
         db: PathBuf,
     },
+    /// None of the files of some valid paths is there.
+    NoFiles {
+        /// The database.
+        db: PathBuf,
+        /// Where they should be.
+        files: PathBuf,
+    },
     /// A file is there and this user may not read it, or the disk fails.
     Unreadable {
         /// The file: the database, one of the two files beside it, `schema`, or a build log.
@@ -65,6 +72,14 @@ impl fmt::Display for StoreError {
         match self {
             StoreError::Missing { db } => {
                 write!(f, "nix database {}: not found; is Nix installed? --db names another place", db.display())
+            }
+            StoreError::NoFiles { db, files } => {
+                write!(
+                    f,
+                    "nix database {}: its paths are not in {}; for the store of `nix --store DIR` give --root DIR",
+                    db.display(),
+                    files.display()
+                )
             }
             StoreError::Unreadable { file, cause } => {
                 write!(f, "{}: not readable; the user that runs peerix must be able to: {cause}", file.display())

@@ -85,11 +85,11 @@ impl Fixture {
     }
 
     pub(super) fn config(&self) -> StoreConfig {
-        StoreConfig { store_dir: StoreDir::parse(&self.absolute("")).unwrap(), db: self.db() }
+        StoreConfig { store_dir: StoreDir::parse(&self.absolute("")).unwrap(), db: self.db(), root: "/".into() }
     }
 
     pub(crate) fn open(&self) -> Store {
-        Store::open(self.config()).unwrap()
+        Store::open_database(self.config()).unwrap()
     }
 
     /// A store that has not yet touched its database.

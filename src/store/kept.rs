@@ -15,6 +15,9 @@ use std::{
 
 /// What all of it may take, in bytes: 25,000 paths with five references each, more than one machine's update asks for.
 const MAX_BYTES: usize = 24 << 20;
+/// An answer that takes more is not kept. Few paths have so many references, and each of these would displace a
+/// hundred others.
+const MAX_ANSWER: usize = 256 << 10;
 /// What an answer takes beside what [`PathInfo`] holds: its place in the map, and what the allocator adds.
 const OVERHEAD: usize = 128;
 /// What the allocator adds to a text.
@@ -73,7 +76,7 @@ impl Kept {
         let bytes = OVERHEAD + answer.as_deref().map_or(0, size);
         let mut outdated = Answers::default();
         let mut answers = self.lock();
-        if generation < answers.generation || bytes > MAX_BYTES {
+        if generation < answers.generation || bytes > MAX_ANSWER {
             return;
         }
         if generation > answers.generation || answers.bytes + bytes > MAX_BYTES {

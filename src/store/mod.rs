@@ -19,7 +19,7 @@ pub use database::Census;
 pub use error::{NarError, StoreError};
 pub use nar::NarSink;
 
-use crate::nix::{HashPart, PathInfo, StoreDir, StorePath};
+use crate::nix::{DrvOutput, HashPart, PathInfo, Realisation, StoreDir, StorePath};
 use database::SCHEMA;
 use kept::Kept;
 use pool::{Place, Pool};
@@ -34,6 +34,8 @@ const CONNECTIONS: usize = 4;
 const LOOKUP_PATIENCE: Duration = Duration::from_secs(5);
 /// The same for [`Store::path_infos_quickly`].
 const QUICK_PATIENCE: Duration = Duration::from_millis(50);
+/// Paths whose files are looked for when the store is opened. If none of these is there, the files are elsewhere.
+const SAMPLE: usize = 16;
 
 /// Where the store is.
 #[derive(Debug, Clone)]
@@ -43,6 +45,8 @@ pub struct StoreConfig {
     /// The database, `/nix/var/nix/db/db.sqlite`. nix-daemon's socket (`/nix/var/nix/daemon-socket/socket`) and the
     /// directory of build logs (`/nix/var/log/nix`) have their places relative to it.
     pub db: PathBuf,
+    /// Where the files are: `<root><store dir>`. `/` but for the store of `nix --store DIR`.
+    pub root: PathBuf,
 }
 
 impl StoreConfig {
@@ -52,6 +56,11 @@ impl StoreConfig {
             dir.pop();
         }
         dir
+    }
+
+    /// The directory that has the files of the store paths.
+    fn files(&self) -> PathBuf {
+        self.root.join(self.store_dir.as_str().trim_start_matches('/'))
     }
 
     fn daemon_socket(&self) -> PathBuf {
@@ -79,8 +88,19 @@ impl Store {
     /// Opens the database and makes one lookup. How it had to be opened goes to the log.
     ///
     /// # Errors
-    /// No database, one of another schema, or one that cannot be read.
+    /// No database, one of another schema, one that cannot be read, or the files of its paths are elsewhere.
     pub fn open(config: StoreConfig) -> Result<Store, StoreError> {
+        let store = Store::open_database(config)?;
+        let files = store.config.files();
+        let some = store.paths_after(0, SAMPLE)?;
+        let is_there = |path: &StorePath| files.join(path.base_name()).symlink_metadata().is_ok();
+        if !some.is_empty() && !some.iter().any(|(_, info)| is_there(&info.path)) {
+            return Err(StoreError::NoFiles { db: store.config.db, files });
+        }
+        Ok(store)
+    }
+
+    fn open_database(config: StoreConfig) -> Result<Store, StoreError> {
         let store = Store::new(config);
         let any = HashPart::parse(&[b'0'; HashPart::LEN]).expect("zeros are Nix32");
         match store.path_info(&any) {
@@ -153,9 +173,17 @@ impl Store {
         self.readings.read(&|database| database.census())
     }
 
+    /// What the database says of a derivation's output; its path may be one that is no longer valid. Takes at most 5 s.
+    ///
+    /// # Errors
+    /// As [`Store::path_info`].
+    pub fn realisation(&self, id: &DrvOutput) -> Result<Option<Realisation>, StoreError> {
+        self.lookups.read(&|database| database.realisation(&self.config.store_dir, id))
+    }
+
     /// The NAR of a path that is a single file and at most 16 KiB, if it can be had without waiting for the disk.
     pub fn nar_at_once(&self, info: &PathInfo) -> Option<Vec<u8>> {
-        nar::at_once(&self.config.store_dir, info)
+        nar::at_once(&self.config.files(), info)
     }
 
     /// Writes the bytes `range` of the NAR of a path, in pieces of at most 256 KiB.
@@ -192,11 +220,11 @@ impl Store {
     }
 
     fn walk(&self, info: &PathInfo) -> Result<Walk, NarError> {
-        let dir = self.config.store_dir.as_str();
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let store = open(dir, flags, Mode::empty())
-            .map_err(|error| NarError::Read { path: dir.to_owned(), cause: error.into() })?;
-        Ok(Walk::new(store, dir, &info.path))
+        let files = self.config.files();
+        let store = open(&files, flags, Mode::empty())
+            .map_err(|error| NarError::Read { path: files.display().to_string(), cause: error.into() })?;
+        Ok(Walk::new(store, &files.display().to_string(), &info.path))
     }
 }
 
@@ -206,6 +234,7 @@ pub(crate) mod fixture;
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::nix::Signature;
     use fixture::Fixture;
     use std::{fs, thread, time::Instant};
 
@@ -218,7 +247,10 @@ mod tests {
         let config = StoreConfig {
             store_dir: StoreDir::parse("/nix/store").unwrap(),
             db: PathBuf::from("/nix/var/nix/db/db.sqlite"),
+            root: "/".into(),
         };
+        assert_eq!(config.files(), PathBuf::from("/nix/store"));
+        assert_eq!(StoreConfig { root: "/mnt".into(), ..config.clone() }.files(), PathBuf::from("/mnt/nix/store"));
         assert_eq!(config.daemon_socket(), PathBuf::from("/nix/var/nix/daemon-socket/socket"));
         assert_eq!(config.log_dir(), PathBuf::from("/nix/var/log/nix"));
     }
@@ -268,8 +300,6 @@ mod tests {
             ("narSize = 0", "NAR size: not recorded"),
             ("narSize = -5", "NAR size"),
             ("narSize = 'many'", "NAR size"),
-            ("sigs = 'unsigned'", "signature"),
-            ("deriver = '/etc/passwd'", "store path"),
             ("ca = cast(x'ff' as text)", "UTF-8"),
         ] {
             fixture.execute(&format!("update ValidPaths set {change}"));
@@ -280,6 +310,29 @@ mod tests {
             fixture.execute("delete from ValidPaths");
             fixture.register(&"1".repeat(32), 120);
             assert!(store.path_info(&path.hash_part()).unwrap().is_some());
+        }
+    }
+
+    /// One signature of another length used to hide the path, though Nix had taken it for another signature.
+    #[test]
+    fn what_nix_does_not_compare_hides_no_path() {
+        let fixture = Fixture::new();
+        let path = fixture.register(&"1".repeat(32), 120);
+        let store = fixture.open();
+        let (good, long) = (format!("good-1:{}==", "A".repeat(86)), format!("longer-1:{}", "A".repeat(128)));
+        for (change, signatures) in [
+            (format!("sigs = '{long} {good} unsigned :'"), &[good.as_str()][..]),
+            ("sigs = 'unsigned'".into(), &[]),
+            ("deriver = '/etc/passwd'".into(), &[]),
+            ("sigs = null, deriver = null, ca = null, ultimate = null".into(), &[]),
+            ("sigs = '', deriver = '', ca = ''".into(), &[]),
+        ] {
+            fixture.execute(&format!("update ValidPaths set {change}"));
+            let info = store.path_info(&path.hash_part()).unwrap().unwrap();
+            let found: Vec<String> = info.signatures.iter().map(Signature::to_string).collect();
+            assert_eq!(found, signatures, "{change}");
+            assert!(info.deriver.is_none() && info.ca.is_none());
+            fixture.execute("update ValidPaths set sigs = null, deriver = null");
         }
     }
 

@@ -4,7 +4,7 @@ use super::{
     NarError,
     walk::{Step, Walk},
 };
-use crate::nix::{PathInfo, StoreDir, nar};
+use crate::nix::{PathInfo, nar};
 use rustix::{
     fs::{AtFlags, CWD, FileType, FsWord, Mode, OFlags, ResolveFlags, Stat, fstat, fstatfs, openat, openat2, statat},
     io::{Errno, ReadWriteFlags, pread, preadv2},
@@ -13,6 +13,7 @@ use std::{
     io::{self, IoSliceMut, Write},
     ops::Range,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
+    path::Path,
 };
 
 /// The largest piece that is written at once, in bytes; larger ones were not faster.
@@ -106,11 +107,11 @@ pub(super) fn write(
 const SMALL: u64 = 16 << 10;
 
 /// The NAR of a path that is one small file, if the kernel has the file in memory: nothing here waits for a disk.
-pub(super) fn at_once(store_dir: &StoreDir, info: &PathInfo) -> Option<Vec<u8>> {
+pub(super) fn at_once(files: &Path, info: &PathInfo) -> Option<Vec<u8>> {
     if info.nar_size > SMALL {
         return None;
     }
-    let file = openat2(CWD, store_dir.join(&info.path), FILE, Mode::empty(), ResolveFlags::CACHED).ok()?;
+    let file = openat2(CWD, files.join(info.path.base_name()), FILE, Mode::empty(), ResolveFlags::CACHED).ok()?;
     let (size, executable) = regular(&fstat(&file).ok()?)?;
     if nar::MAGIC.len() as u64 + nar::regular_len(executable, size) != info.nar_size {
         return None;
