@@ -61,7 +61,8 @@ others for a daemon that does not run:
                            share with, like a neighbour; repeatable; name each other
   --private-key FILE       secret key to sign this machine's paths with, as made by
                            nix-store --generate-binary-cache-key  [env: NIX_SECRET_KEY_FILE]
-  --trusted-public-key KEY accept from peers only what this key signed; repeatable
+  --trusted-public-key KEY accept from peers what this key signed, beside what the keys of
+                           nix.conf signed; repeatable
   --trusted-public-key-file FILE
                            the same with a key, or several, in a file
   --priority N             Priority in nix-cache-info; cache.nixos.org has 40 [default: 20]
@@ -77,6 +78,7 @@ others for a daemon that does not run:
   --no-default-filters     leave out the built-in name patterns
   --filter-patterns P...   more name patterns to keep from WAN peers
 
+  --metrics ADDR:PORT      serve /metrics and /health there, to anybody who reaches that address
   --root DIR               share the store that `nix --store DIR` uses      [default: /]
   --store-dir DIR                                                  [default: /nix/store]
   --db FILE                Nix's database           [default: /nix/var/nix/db/db.sqlite]
@@ -215,6 +217,10 @@ pub fn parse(
                 }
             }
             "trusted-public-key-file" => config.trusted_public_key_files.push(value()?.into()),
+            "metrics" => {
+                let address = text(&flag, value()?)?;
+                config.metrics = Some(address.parse().map_err(|_| wrong(&flag, &address, "not ADDR:PORT"))?);
+            }
             "priority" => config.priority = number(&flag, value()?, 0, u32::MAX.into())? as u32,
             "mode" => {
                 let mode = text(&flag, value()?)?;
@@ -257,6 +263,9 @@ pub fn parse(
         config.bind = bind;
     }
     config.db = db.unwrap_or_else(|| config.root.join(config.db.strip_prefix("/").unwrap_or(&config.db)));
+    if let Some(dir) = env("NIX_CONF_DIR").filter(|dir| !dir.is_empty()) {
+        config.nix_conf_dir = dir.into();
+    }
     let mut from_env = |given: Option<PathBuf>, name, flag: &str| {
         given.or_else(|| {
             let value = env(name).filter(|value| !value.is_empty())?;
@@ -273,6 +282,24 @@ pub fn parse(
         None => Ok(Command::Run(Box::new(config))),
         Some(What::Why(path)) if path.is_empty() => Err("why: needs a store path".into()),
         Some(what) => Ok(Command::Ask(Box::new(Ask { what, config, json }))),
+    }
+}
+
+/// What a daemon answers Nix's first question by, of a command line that has a mistake somewhere: the store directory
+/// and the priority, which Nix remembers for a week, and the port. Defaults stand in for what cannot be read.
+pub fn salvage(args: &[OsString]) -> Config {
+    let mut kept = Vec::new();
+    for (at, arg) in args.iter().enumerate() {
+        let text = arg.to_string_lossy();
+        let is = |flag: &&str| text == **flag || text.starts_with(&format!("{flag}="));
+        if ["--store-dir", "--priority", "--port"].iter().any(is) {
+            kept.push(arg.clone());
+            kept.extend(args.get(at + 1).filter(|_| !text.contains('=')).cloned());
+        }
+    }
+    match parse(kept, |_| None) {
+        Ok(Command::Run(config)) => Config { flags: Vec::new(), ..*config },
+        _ => Config::default(),
     }
 }
 
@@ -496,6 +523,7 @@ mod tests {
             (&["--mode", "wan"], "--tracker-url"),
             (&["--bind", "eth0"], "--bind eth0"),
             (&["--peer", "a b"], "--peer a b"),
+            (&["--metrics", "9100"], "--metrics 9100: not ADDR:PORT"),
             (&["--lan", "10.0.0.5/8"], "--lan 10.0.0.5/8: host bits are set; did you mean 10.0.0.0/8?"),
             (&["--lan", "0.0.0.0/0"], "--lan 0.0.0.0/0: every address"),
             (&["--lan"], "--lan: needs a value"),
@@ -529,6 +557,18 @@ mod tests {
     }
 
     #[test]
+    fn what_nix_is_greeted_with_survives_a_wrong_command_line() {
+        let salvaged = |args: &[&str]| {
+            let config = salvage(&args.iter().map(OsString::from).collect::<Vec<_>>());
+            (config.store_dir.as_str().to_owned(), config.priority, config.port)
+        };
+        let args = ["--prot", "1", "--store-dir=/gnu/store", "--priority", "50", "--mode", "nonsense", "--port=7"];
+        assert_eq!(salvaged(&args), ("/gnu/store".to_owned(), 50, 7));
+        assert_eq!(salvaged(&["--priority", "x"]), ("/nix/store".to_owned(), 20, 12304));
+        assert_eq!(salvaged(&["--port"]), ("/nix/store".to_owned(), 20, 12304));
+    }
+
+    #[test]
     fn help_names_every_flag() {
         for flag in [
             "port",
@@ -552,6 +592,7 @@ mod tests {
             "filter-patterns",
             "store-dir",
             "db",
+            "metrics",
             "state-dir",
             "verbose",
             "help",

@@ -2,7 +2,7 @@
 
 use crate::network::NetworkPolicy;
 use crate::nix::{PublicKey, StoreDir};
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
@@ -89,13 +89,17 @@ pub struct Config {
     pub db: PathBuf,
     /// Where identity, peer ID and counters are kept. Defaults to `$STATE_DIRECTORY`, else none.
     pub state_dir: Option<PathBuf>,
-    /// Keys one of which must have signed what peers offer. Defaults to none, which leaves that to Nix.
+    /// Keys that are trusted beside those of nix.conf. Defaults to none.
     pub trusted_public_keys: Vec<PublicKey>,
     /// The flags that say all of this, those that stood in the environment among them; what is not UTF-8 is as good as it
     /// can be shown.
     pub flags: Vec<String>,
-    /// Files with more of them, which are read at the start. Defaults to none.
+    /// Files with more of them, read at the start and each minute. Defaults to none.
     pub trusted_public_key_files: Vec<PathBuf>,
+    /// Where `/metrics` and `/health` are served to others. Defaults to nowhere.
+    pub metrics: Option<SocketAddr>,
+    /// Where nix.conf is, whose keys are trusted too. Defaults to `$NIX_CONF_DIR`, else `/etc/nix`.
+    pub nix_conf_dir: PathBuf,
 }
 
 /// The port of peerix, TCP and UDP.
@@ -131,6 +135,8 @@ impl Default for Config {
             trusted_public_keys: Vec::new(),
             flags: Vec::new(),
             trusted_public_key_files: Vec::new(),
+            metrics: None,
+            nix_conf_dir: "/etc/nix".into(),
         }
     }
 }

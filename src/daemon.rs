@@ -1,10 +1,14 @@
 //! Who owns which thread, how the daemon starts, and how it stops.
 
 use crate::config::Config;
+use crate::degraded::Degraded;
 use crate::fetch::Fetch;
 use crate::fetch::spool::Spools;
 use crate::http::cache::{Cache, signer};
 use crate::http::crowd::Crowds;
+use crate::http::metrics::MetricsForOthers;
+use crate::http::misses::Misses;
+use crate::http::narinfo::Signer;
 use crate::http::permits::Permits;
 use crate::http::server::Server;
 use crate::identity;
@@ -12,7 +16,7 @@ use crate::key_file;
 use crate::lan::{Discovery, DiscoveryClient, DiscoveryThread, Settings, StoreEnvironment};
 use crate::lookup::Lookup;
 use crate::network::{LanNetworks, Networks};
-use crate::nix::{PublicKey, SecretKey};
+use crate::nix::SecretKey;
 use crate::peers::announce::{Publication, Trackers};
 use crate::peers::client::Client;
 use crate::peers::kept_paces;
@@ -26,20 +30,22 @@ use crate::peers::wan::Wan;
 use crate::publish::Publisher;
 use crate::record::Record;
 use crate::seldom::Seldom;
-use crate::service::{self, notify};
+use crate::service::{self, SignalWatch, notify};
 use crate::share::Share;
 use crate::sockets::{self, Sockets};
-use crate::status::{Facts, Status};
+use crate::status::{Facts, PRIVATE_KEY, Status};
 use crate::store::{Store, StoreConfig};
+use crate::time_scale::Interval;
+use crate::trust::TrustedKeys;
 use crate::upstream::Upstream;
 use crate::wire::tracker::Identity;
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use ring::rand::{SecureRandom, SystemRandom};
 use sd_notify::NotifyState;
-use std::net::{SocketAddr, ToSocketAddrs};
-use std::path::Path;
-use std::sync::Arc;
+use std::net::{SocketAddr, TcpListener, ToSocketAddrs};
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 use std::{fmt, io};
@@ -53,6 +59,13 @@ const LOOK: Duration = Duration::from_secs(60);
 /// Descriptors for every connection, and for every stream with a directory of each level and a file or a peer; services
 /// get 1,024 unless they ask for more.
 const DESCRIPTORS: u64 = 8192;
+
+/// Interval between tries to read what could not be read at the start: keys, the identity, the database. nix.conf is
+/// compared with what was read as often.
+const RETRY_INTERVAL: Interval = Interval::from_secs(60);
+
+/// Code of the fault that the identity cannot be used.
+const IDENTITY: &str = "identity";
 
 /// The daemon ends within 2 s; a tracker that does not take its leave is not waited for longer than this.
 const STOP_LIMIT: Duration = Duration::from_millis(1700);
@@ -84,6 +97,16 @@ enum Wakeup {
     Signal,
     /// A thread that should run until the end has ended.
     Ended(&'static str),
+    /// What the daemon was started without is there now: it starts again, with the same sockets.
+    Mended,
+}
+
+/// How a run ends.
+enum End {
+    /// By a signal.
+    Stopped,
+    /// To start again.
+    Mended,
 }
 
 /// Runs until SIGTERM or SIGINT.
@@ -100,30 +123,135 @@ pub fn run(config: Config) -> Result<(), Fatal> {
 /// As [`run`].
 pub fn run_with(config: Config, record: Record) -> Result<(), Fatal> {
     service::allow_descriptors(DESCRIPTORS);
-    let now = Instant::now();
-    let key = config.private_key.as_deref().map(read_key).transpose()?;
-    let mut trusted = config.trusted_public_keys.clone();
-    for file in &config.trusted_public_key_files {
-        trusted.extend(read_public_keys(file)?);
+    let process = Process::start(&config)?;
+    let mut record = Some(record);
+    loop {
+        let store = match open_store(&config, &process)? {
+            Some(store) => store,
+            None => return Ok(()),
+        };
+        let record = record.take().unwrap_or_default();
+        if let End::Stopped = serve(config.clone(), record, store, &process)? {
+            return Ok(());
+        }
+        log::info!("starting again");
     }
-    let store = StoreConfig { store_dir: config.store_dir.clone(), db: config.db.clone(), root: config.root.clone() };
-    let store = Arc::new(Store::open(store).map_err(|e| Fatal(e.to_string()))?);
-    let networks = Arc::new(Networks::read(config.networks.clone()));
+}
+
+/// Answers every lookup of this machine's Nix with a miss, until SIGTERM or SIGINT. `config` is what could be made of a
+/// wrong command line, and `problem` says what is wrong with it. For sockets that systemd passes: their port stays open
+/// whatever this program does, and Nix would wait at it, or fail.
+///
+/// # Errors
+/// As [`run`].
+pub fn run_without_flags(config: &Config, problem: &str) -> Result<(), Fatal> {
+    let process = Process::start(config)?;
+    let text = format!("{problem}; until that is mended, all that Nix asks this node is answered with a miss");
+    let misses = Misses::new(config, process.sockets.port, "flags", text);
+    answer_misses(misses, &process, || None::<()>).map(|_| ())
+}
+
+/// What lasts from the start of the process to its end.
+struct Process {
+    networks: Arc<Networks>,
+    sockets: Sockets,
+    wakeups: Sender<Wakeup>,
+    woken: Receiver<Wakeup>,
+    _signals: SignalWatch,
+}
+
+impl Process {
+    fn start(config: &Config) -> Result<Process, Fatal> {
+        let networks = Arc::new(Networks::read(config.networks.clone()));
+        let (wakeups, woken) = bounded(8);
+        let signal = wakeups.clone();
+        let on_signal = move || drop(signal.try_send(Wakeup::Signal));
+        let signals = service::watch_signals(on_signal).map_err(|e| Fatal::from(("signals", e)))?;
+        // After the signals: who sees the port open may stop it in good order.
+        let sockets = sockets::open(config, &networks.current()).map_err(Fatal)?;
+        Ok(Process { networks, sockets, wakeups, woken, _signals: signals })
+    }
+
+    /// Wakes the main thread when a thread ends.
+    fn ended(&self, what: &'static str) -> impl Fn() + Clone + Send + 'static {
+        let wakeups = self.wakeups.clone();
+        move || drop(wakeups.try_send(Wakeup::Ended(what)))
+    }
+
+    /// Forgets threads that ended with a run; whether a signal came with them.
+    fn drain(&self) -> End {
+        let is_signal = self.woken.try_iter().any(|wakeup| matches!(wakeup, Wakeup::Signal));
+        if is_signal { End::Stopped } else { End::Mended }
+    }
+}
+
+/// Opens Nix's database. While it cannot be opened, a node whose sockets systemd passed answers misses. `None` if a
+/// signal came meanwhile.
+fn open_store(config: &Config, process: &Process) -> Result<Option<Arc<Store>>, Fatal> {
+    let open = || {
+        Store::open(StoreConfig {
+            store_dir: config.store_dir.clone(),
+            db: config.db.clone(),
+            root: config.root.clone(),
+        })
+    };
+    match open() {
+        Ok(store) => Ok(Some(Arc::new(store))),
+        Err(e) if process.sockets.are_passed => {
+            let misses = Misses::new(config, process.sockets.port, "store", e.to_string());
+            answer_misses(misses, process, || open().ok().map(Arc::new))
+        }
+        Err(e) => Err(Fatal(e.to_string())),
+    }
+}
+
+/// Answers misses until `mended` gives something, or a signal comes; then it gives nothing.
+fn answer_misses<T>(misses: Misses, process: &Process, mended: impl Fn() -> Option<T>) -> Result<Option<T>, Fatal> {
+    log::error!("{}", misses.problem());
+    let sockets = process.sockets.try_clone().map_err(|e| Fatal::from(("sockets", e)))?;
+    let server = Server::start(sockets.listeners, Arc::new(misses), process.ended("http"));
+    let server = server.map_err(|e| Fatal::from(("http server", e)))?;
+    notify(&[NotifyState::Ready]);
+    let pause = sd_notify::watchdog_enabled().map_or(RETRY_INTERVAL.get(), |limit| RETRY_INTERVAL.get().min(limit / 3));
+    let mut tried = Instant::now();
+    loop {
+        match process.woken.recv_timeout(pause) {
+            Ok(Wakeup::Signal) => {
+                notify(&[NotifyState::Stopping]);
+                return Ok(None);
+            }
+            Ok(Wakeup::Ended(what)) => return Err(Fatal(format!("the {what} thread ended; see the log"))),
+            Ok(Wakeup::Mended) => {}
+            Err(_) => notify(&[NotifyState::Watchdog]),
+        }
+        if tried.elapsed() < RETRY_INTERVAL.get() {
+            continue;
+        }
+        tried = Instant::now();
+        if let Some(value) = mended() {
+            drop(server);
+            return Ok(match process.drain() {
+                End::Stopped => None,
+                End::Mended => Some(value),
+            });
+        }
+    }
+}
+
+/// Serves until a signal, or until what was missing at the start is there.
+fn serve(config: Config, record: Record, store: Arc<Store>, process: &Process) -> Result<End, Fatal> {
+    let now = Instant::now();
+    let Sockets { listeners, datagrams, port, .. } =
+        process.sockets.try_clone().map_err(|e| Fatal::from(("sockets", e)))?;
+    let networks = process.networks.clone();
     if config.mode.has_lan() {
         log_networks(&networks.current());
     }
     let share = Arc::new(Share::new(networks.clone(), &config));
-
-    let (wakeups, woken) = bounded(8);
-    let ended = |what| {
-        let wakeups = wakeups.clone();
-        move || drop(wakeups.try_send(Wakeup::Ended(what)))
-    };
-    let signal = wakeups.clone();
-    let on_signal = move || drop(signal.try_send(Wakeup::Signal));
-    let signals = service::watch_signals(on_signal).map_err(|e| Fatal::from(("signals", e)))?;
-    // After the signals: who sees the port open may stop it in good order.
-    let Sockets { listeners, datagrams, port } = sockets::open(&config, &networks.current()).map_err(Fatal)?;
+    let ended = |what| process.ended(what);
+    let degraded = Arc::new(Degraded::default());
+    let trusted = Arc::new(TrustedKeys::read(&config, port, &degraded));
+    let own_key = OwnKey::new(&config, &share, &degraded);
 
     let leaving = Arc::new(AtomicBool::new(false));
     let environment = StoreEnvironment::new(share.clone(), store.clone(), networks.clone(), leaving.clone());
@@ -142,9 +270,11 @@ pub fn run_with(config: Config, record: Record) -> Result<(), Fatal> {
     let paces = Arc::new(Paces::default());
     let counters = keep_counters(&config, &record, &paces).map_err(|e| Fatal::from(("counters", e)))?;
     let facts = Facts::new(&config, port);
-    let strangers = match config.mode.has_wan() {
-        true => Some(Strangers::start(&config, port, &store, &share, &networks, ended)?),
-        false => None,
+    let identity = config.mode.has_wan().then(|| load_identity(&config));
+    let identity = identity.and_then(|identity| degraded.note(IDENTITY, identity));
+    let strangers = match identity {
+        Some(identity) => Some(Strangers::start(&config, identity, port, &store, &share, &networks, ended)?),
+        None => None,
     };
     let wan = strangers.as_ref().map(|strangers| {
         let trackers = strangers.trackers.clone();
@@ -159,10 +289,9 @@ pub fn run_with(config: Config, record: Record) -> Result<(), Fatal> {
         .mode
         .has_lan()
         .then(|| Nearby::new(discovery.client(), client.clone(), standing.clone(), requests.clone()));
-    let store_dir = config.store_dir.clone();
-    let upstream = Upstream::new(&config, &trusted);
+    let upstream = Upstream::new(&config, &trusted.keys().unwrap_or_default());
     let spools = Spools::new(config.state_dir.clone());
-    let lookup = Lookup::new(lan, wan, nearby, trusted, store_dir, record.clone());
+    let lookup = Lookup::new(lan, wan, nearby, trusted.clone(), record.clone());
     let lookup = Arc::new(lookup);
     let status = Status {
         record: record.clone(),
@@ -171,6 +300,8 @@ pub fn run_with(config: Config, record: Record) -> Result<(), Fatal> {
         trackers: strangers.as_ref().map(|strangers| strangers.trackers.clone()),
         store: store.clone(),
         networks,
+        trusted: trusted.clone(),
+        degraded: degraded.clone(),
         facts,
     };
     let cache = Cache {
@@ -178,8 +309,8 @@ pub fn run_with(config: Config, record: Record) -> Result<(), Fatal> {
         share,
         lookup: lookup.clone(),
         fetch: Fetch::new(lookup, client, standing, paces, record.clone(), upstream, spools),
-        signer: key.map(signer),
-        store_dir: config.store_dir,
+        signer: own_key.signer.clone(),
+        store_dir: config.store_dir.clone(),
         priority: config.priority,
         permits: Permits::default(),
         crowds: Crowds::default(),
@@ -187,14 +318,23 @@ pub fn run_with(config: Config, record: Record) -> Result<(), Fatal> {
         status,
         faults: Seldom::default(),
     };
-    let server =
-        Server::start(listeners, Arc::new(cache), ended("http")).map_err(|e| Fatal::from(("http server", e)))?;
+    let cache = Arc::new(cache);
+    let metrics = Arc::new(MetricsServer::new(config.metrics, &cache, &degraded));
+    let server = Server::start(listeners, cache, ended("http")).map_err(|e| Fatal::from(("http server", e)))?;
+
+    let retries =
+        Retries { config, own_key, trusted, degraded, metrics: metrics.clone(), wakeups: process.wakeups.clone() };
+    let retrying = retries.spawn().map_err(|e| Fatal::from(("retries", e)))?;
 
     log::info!("peerix {} serves on port {port}", env!("CARGO_PKG_VERSION"));
     notify(&[NotifyState::Ready]);
-    let result = wait(&woken, &discovery, &record);
-    notify(&[NotifyState::Stopping]);
-    log::info!("stopping");
+    let result = wait(&process.woken, &discovery, &record);
+    if !matches!(result, Ok(End::Mended)) {
+        notify(&[NotifyState::Stopping]);
+        log::info!("stopping");
+    }
+    drop(retrying);
+    metrics.stop();
     // Peers learn that this node leaves; then the answers under way end; then what they used. A lookup cut short would
     // tell Nix that a path is nowhere, which it remembers for an hour.
     let stopping = Instant::now();
@@ -212,8 +352,98 @@ pub fn run_with(config: Config, record: Record) -> Result<(), Fatal> {
     let _ = counters.ended.recv_deadline(stopping + STOP_LIMIT);
     drop(discovery);
     drop(resolver);
-    drop(signals);
-    result
+    match result {
+        Ok(End::Mended) => Ok(process.drain()),
+        other => other,
+    }
+}
+
+/// The secret key of `--private-key`, as soon as it can be read.
+struct OwnKey {
+    file: Option<PathBuf>,
+    signer: Arc<OnceLock<Signer>>,
+    share: Arc<Share>,
+}
+
+impl OwnKey {
+    /// Reads it. Blocks on the disk.
+    fn new(config: &Config, share: &Arc<Share>, degraded: &Degraded) -> OwnKey {
+        let key = OwnKey { file: config.private_key.clone(), signer: Arc::default(), share: share.clone() };
+        key.read(degraded);
+        key
+    }
+
+    /// Reads it, unless that has been done; returns whether it has been read now. Blocks on the disk.
+    fn read(&self, degraded: &Degraded) -> bool {
+        let Some(file) = self.file.as_deref().filter(|_| self.signer.get().is_none()) else { return false };
+        let Some(key) = degraded.note(PRIVATE_KEY, read_key(file)) else { return false };
+        self.signer.get_or_init(|| signer(key));
+        self.share.set_has_key();
+        true
+    }
+}
+
+/// The server of `--metrics`, as soon as its address can be listened on: that of a VPN may come late.
+struct MetricsServer {
+    address: Option<SocketAddr>,
+    cache: Arc<Cache>,
+    server: Mutex<Option<Server>>,
+}
+
+impl MetricsServer {
+    fn new(address: Option<SocketAddr>, cache: &Arc<Cache>, degraded: &Degraded) -> MetricsServer {
+        let server = MetricsServer { address, cache: cache.clone(), server: Mutex::default() };
+        server.start(degraded);
+        server
+    }
+
+    /// Starts it, unless that has been done.
+    fn start(&self, degraded: &Degraded) {
+        let mut server = self.server.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(address) = self.address.filter(|_| server.is_none()) else { return };
+        let started = TcpListener::bind(address).and_then(|listener| {
+            let handler = Arc::new(MetricsForOthers(self.cache.clone()));
+            // The daemon does not need it.
+            Server::start(vec![listener], handler, || {})
+        });
+        *server = degraded.note("metrics", started.map_err(|e| format!("--metrics {address}: {e}")));
+    }
+
+    /// Ends it, so that another run can listen there.
+    fn stop(&self) {
+        drop(self.server.lock().unwrap_or_else(PoisonError::into_inner).take());
+    }
+}
+
+/// What is tried again each minute. In a thread of its own: a disk may hang.
+struct Retries {
+    config: Config,
+    own_key: OwnKey,
+    trusted: Arc<TrustedKeys>,
+    degraded: Arc<Degraded>,
+    metrics: Arc<MetricsServer>,
+    wakeups: Sender<Wakeup>,
+}
+
+impl Retries {
+    /// Starts the thread, which ends when the sender that is returned is dropped. A try under way is not waited for.
+    fn spawn(self) -> io::Result<Sender<()>> {
+        let (running, stopped) = bounded::<()>(0);
+        thread::Builder::new().name("retries".into()).spawn(move || {
+            while stopped.recv_timeout(RETRY_INTERVAL.get()) == Err(RecvTimeoutError::Timeout) {
+                // Trackers have a filter without the paths that were withheld.
+                let has_more_to_publish = self.own_key.read(&self.degraded) && self.config.mode.has_wan();
+                self.trusted.refresh(&self.degraded);
+                self.metrics.start(&self.degraded);
+                let lacks_identity = self.degraded.all().iter().any(|(code, _)| *code == IDENTITY);
+                if has_more_to_publish || (lacks_identity && load_identity(&self.config).is_ok()) {
+                    let _ = self.wakeups.try_send(Wakeup::Mended);
+                    return;
+                }
+            }
+        })?;
+        Ok(running)
+    }
 }
 
 /// Logs which networks are LAN, and which of the user's choices have no effect.
@@ -261,13 +491,14 @@ fn keep_counters(config: &Config, record: &Arc<Record>, paces: &Arc<Paces>) -> i
 }
 
 /// Waits for the end, and tells systemd's watchdog that discovery still turns.
-fn wait(woken: &Receiver<Wakeup>, discovery: &DiscoveryThread, record: &Record) -> Result<(), Fatal> {
+fn wait(woken: &Receiver<Wakeup>, discovery: &DiscoveryThread, record: &Record) -> Result<End, Fatal> {
     let watchdog = sd_notify::watchdog_enabled();
     let look = watchdog.map_or(LOOK, |limit| limit / 3);
     let mut turns = 0;
     loop {
         match woken.recv_timeout(look) {
-            Ok(Wakeup::Signal) => return Ok(()),
+            Ok(Wakeup::Signal) => return Ok(End::Stopped),
+            Ok(Wakeup::Mended) => return Ok(End::Mended),
             Ok(Wakeup::Ended(what)) => return Err(Fatal(format!("the {what} thread ended; see the log"))),
             Err(RecvTimeoutError::Disconnected) => return Err(Fatal("nobody is left to wake the daemon".into())),
             Err(RecvTimeoutError::Timeout) => {
@@ -285,32 +516,33 @@ fn wait(woken: &Receiver<Wakeup>, discovery: &DiscoveryThread, record: &Record) 
 }
 
 /// The secret key of `--private-key`.
-fn read_key(path: &Path) -> Result<SecretKey, Fatal> {
+///
+/// # Errors
+/// One line: what is wrong with the file, and what the node does without it.
+fn read_key(path: &Path) -> Result<SecretKey, String> {
     let name = path.display();
-    let text = key_file::read(path).map_err(|e| {
-        Fatal(format!("private key {name}: {e}; --private-key needs a file of nix-store --generate-binary-cache-key that this user can read"))
-    })?;
-    SecretKey::parse(&text).map_err(|e| Fatal(format!("private key {name}: {e}")))
+    let without = "until --private-key names a file of nix-store --generate-binary-cache-key that this user can read, \
+                   paths without another signature are not shared";
+    let text = key_file::read(path).map_err(|e| format!("private key {name}: {e}; {without}"))?;
+    // What the units hand over if the file is not there (SetCredential=).
+    if text.trim() == "missing" {
+        return Err(format!("private key {name}: the file that systemd should take it from is missing; {without}"));
+    }
+    SecretKey::parse(&text).map_err(|e| format!("private key {name}: {e}; {without}"))
 }
 
-/// The keys in a file of `--trusted-public-key-file`. One that is not there is told, and no reason not to start: it may
-/// come late, and Nix goes by its own list. A file without any would let every peer in.
-fn read_public_keys(path: &Path) -> Result<Vec<PublicKey>, Fatal> {
-    let name = path.display();
-    let text = key_file::read(path);
-    if text.as_ref().is_err_and(|e| e.kind() == io::ErrorKind::NotFound) {
-        log::warn!("public key {name}: not there; paths that only it signed are passed over");
-        return Ok(Vec::new());
-    }
-    let text = text.map_err(|e| {
-        Fatal(format!(
-            "public key {name}: {e}; --trusted-public-key-file needs a file with NAME:KEY in it that this user can read"
-        ))
-    })?;
-    let keys = text.split_whitespace().map(PublicKey::parse).collect::<Result<Vec<_>, _>>();
-    match keys {
-        Ok(keys) if keys.is_empty() => Err(Fatal(format!("public key {name}: there is none in it"))),
-        keys => keys.map_err(|e| Fatal(format!("public key {name}: {e}"))),
+/// This node's identity: that of the state directory, or one for this run.
+///
+/// # Errors
+/// As [`identity::load`].
+fn load_identity(config: &Config) -> Result<Identity, String> {
+    let without = |e| format!("{e}; until then, peers on other networks neither find this node nor are found");
+    match &config.state_dir {
+        Some(dir) => identity::load(dir).map_err(without),
+        None => {
+            log::warn!("no --state-dir: this node is another peer to its trackers after each start");
+            identity::for_this_run().map_err(without)
+        }
     }
 }
 
@@ -323,20 +555,13 @@ struct Strangers {
 impl Strangers {
     fn start<F: Fn() + Clone + Send + 'static>(
         config: &Config,
+        identity: Identity,
         port: u16,
         store: &Arc<Store>,
         share: &Arc<Share>,
         networks: &Arc<Networks>,
         ended: impl Fn(&'static str) -> F,
     ) -> Result<Strangers, Fatal> {
-        let identity = match &config.state_dir {
-            Some(dir) => identity::load(dir),
-            None => {
-                log::warn!("no --state-dir: this node is another peer to its trackers after each start");
-                identity::for_this_run()
-            }
-        };
-        let identity = identity.map_err(Fatal)?;
         let (addr, announced_port) = config.announce_addr.clone().unzip();
         let port = announced_port.flatten().unwrap_or(port);
         let instance = Identity::random_seed().map_err(|_| Fatal("the system gives no random numbers".into()))?;
@@ -414,21 +639,6 @@ fn resolve(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::fs;
-
-    #[test]
-    fn a_file_may_have_several_public_keys_and_has_one() {
-        let file = std::env::temp_dir().join(format!("peerix-public-keys-{}", std::process::id()));
-        let key = "dw6gRsgENbg3ZRarDaIEP6t3wwkl5ML26Gov7r1VLrA=";
-        fs::write(&file, format!("a-1:{key}\nb-1:{key} c-1:{key}\n")).unwrap();
-        assert_eq!(read_public_keys(&file).unwrap().len(), 3);
-        for (text, why) in [("", "none"), ("a-1:nonsense", "key")] {
-            fs::write(&file, text).unwrap();
-            let Fatal(error) = read_public_keys(&file).unwrap_err();
-            assert!(error.contains(why) && !error.contains('\n'), "{error}");
-        }
-        fs::remove_file(&file).unwrap();
-    }
 
     #[test]
     fn a_failed_lookup_leaves_the_addresses_as_they_were() {

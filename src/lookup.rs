@@ -6,10 +6,7 @@
 
 mod found;
 
-use crate::nix::{
-    DrvOutput, HashPart, NarHash, NarInfo, PathInfo, PublicKey, Realisation, Signature, StoreDir, StorePath,
-    is_content_addressed,
-};
+use crate::nix::{DrvOutput, HashPart, NarHash, NarInfo, PathInfo, Realisation, StorePath};
 use crate::peers::announce::Begun;
 use crate::peers::client::{LogBody, PeerNarinfo, Way};
 use crate::peers::lan::{Lan, LanOffer, LanSearch};
@@ -17,6 +14,7 @@ use crate::peers::nearby::Nearby;
 use crate::peers::standing::Who;
 use crate::peers::wan::{Offer, Wan, WanSearch};
 use crate::record::{Miss, Network, Record};
+use crate::trust::TrustedKeys;
 use crate::wire::tracker::{Role, TransferName};
 use found::{FoundPaths, MAX_SOURCES};
 use std::collections::HashMap;
@@ -27,9 +25,6 @@ use std::time::{Duration, Instant};
 /// A thread that waits for another one's lookup of the same path gives up after this. The first one ends by itself;
 /// the deadline is for the case that its thread does not.
 const FLIGHT_TIMEOUT: Duration = Duration::from_secs(15);
-
-/// A narinfo's signatures that are checked, 0.1 ms each; real ones have one to three.
-const MAX_SIGNATURES: usize = 16;
 
 /// A NAR's URL is kept with what was found. Ours have 95 bytes, those of the original 200.
 const MAX_NAR_URL: usize = 1024;
@@ -103,8 +98,7 @@ pub struct Lookup {
     lan: Option<Arc<Lan>>,
     wan: Option<Arc<Wan>>,
     nearby: Option<Nearby>,
-    trusted: Vec<PublicKey>,
-    store_dir: StoreDir,
+    trusted: Arc<TrustedKeys>,
     record: Arc<Record>,
     flights: Mutex<HashMap<HashPart, Arc<Flight>>>,
     found: FoundPaths,
@@ -118,25 +112,24 @@ struct Flight {
 }
 
 impl Lookup {
-    /// `lan` and `wan`: where it looks. `trusted`: keys one of which must have signed what is found; none leaves that to
-    /// Nix. Every lookup is told to `record`.
+    /// `lan` and `wan`: where it looks. `trusted` decides whose paths are taken. Every lookup is told to `record`.
     pub fn new(
         lan: Option<Arc<Lan>>,
         wan: Option<Arc<Wan>>,
         nearby: Option<Nearby>,
-        trusted: Vec<PublicKey>,
-        store_dir: StoreDir,
+        trusted: Arc<TrustedKeys>,
         record: Arc<Record>,
     ) -> Self {
         let (flights, found) = Default::default();
-        Lookup { lan, wan, nearby, trusted, store_dir, record, flights, found }
+        Lookup { lan, wan, nearby, trusted, record, flights, found }
     }
 
     /// A neighbour's realisation of `id` that a trusted key signed. Nix 2.8 to 2.34 register what a substituter says
     /// here unchecked, and take the content that it leads to without a signature. So without any trusted key there is
     /// none, also where Nix would decide about a narinfo.
     pub fn realisation(&self, id: &DrvOutput) -> Option<Realisation> {
-        let is_good = |realisation: &Realisation| self.is_signed(&realisation.fingerprint(), &realisation.signatures);
+        let is_good =
+            |realisation: &Realisation| self.trusted.has_signed(&realisation.fingerprint(), &realisation.signatures);
         self.nearby.as_ref()?.realisation(id, is_good)
     }
 
@@ -339,25 +332,13 @@ impl Lookup {
             log::debug!("peer {peer}: NAR URL too long or elsewhere");
             return Err(Miss::failed(peer, &"the URL of its NAR is too long, or elsewhere"));
         }
-        if !self.is_trusted(&narinfo.info) {
+        if !self.trusted.accepts(&narinfo.info) {
             log::debug!("{}: peer {peer} has it without a trusted signature", narinfo.info.path);
             return Err(Miss::Untrusted(peer));
         }
         let usual = usual_nar_path(&narinfo.info.path.hash_part(), &narinfo.info.nar_hash);
         let url_path = (narinfo.url != usual).then(|| narinfo.url.as_str().into());
         Ok(Source { peer, url_path, wan: None })
-    }
-
-    fn is_trusted(&self, info: &PathInfo) -> bool {
-        if self.trusted.is_empty() || is_content_addressed(info, &self.store_dir) {
-            return true;
-        }
-        self.is_signed(&info.fingerprint(&self.store_dir), &info.signatures)
-    }
-
-    fn is_signed(&self, fingerprint: &str, signatures: &[Signature]) -> bool {
-        let mut signatures = signatures.iter().take(MAX_SIGNATURES);
-        signatures.any(|s| self.trusted.iter().any(|key| key.verify(fingerprint.as_bytes(), s)))
     }
 }
 

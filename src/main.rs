@@ -2,14 +2,15 @@
 #![forbid(unsafe_code)]
 
 use peerix::cli::{self, Command};
-use peerix::{commands, daemon, service};
+use peerix::{commands, daemon, service, sockets};
 use std::process::ExitCode;
 
 /// A wrong command line.
 const EXIT_USAGE: u8 = 2;
 
 fn main() -> ExitCode {
-    let config = match cli::parse(std::env::args_os().skip(1), |name| std::env::var_os(name)) {
+    let args: Vec<_> = std::env::args_os().skip(1).collect();
+    let config = match cli::parse(args.clone(), |name| std::env::var_os(name)) {
         Ok(Command::Run(config)) => config,
         Ok(Command::Ask(ask)) => return ExitCode::from(commands::run(&ask)),
         Ok(Command::Help) => {
@@ -20,13 +21,21 @@ fn main() -> ExitCode {
             println!("peerix {}", env!("CARGO_PKG_VERSION"));
             return ExitCode::SUCCESS;
         }
+        Err(e) if sockets::are_passed() => {
+            service::log_to_stderr(false);
+            return ended(daemon::run_without_flags(&cli::salvage(&args), &e));
+        }
         Err(e) => {
             eprintln!("peerix: {e}");
             return ExitCode::from(EXIT_USAGE);
         }
     };
     service::log_to_stderr(config.verbose);
-    match daemon::run(*config) {
+    ended(daemon::run(*config))
+}
+
+fn ended(result: Result<(), daemon::Fatal>) -> ExitCode {
+    match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
             eprintln!("peerix: {e}");

@@ -20,6 +20,27 @@ pub struct Sockets {
     pub datagrams: Vec<UdpSocket>,
     /// The port of all of them.
     pub port: u16,
+    /// Whether systemd passed them: then the port is open also while the daemon does not run.
+    pub are_passed: bool,
+}
+
+impl Sockets {
+    /// The same sockets once more, for another run with them.
+    ///
+    /// # Errors
+    /// No descriptor to be had.
+    pub fn try_clone(&self) -> io::Result<Sockets> {
+        Ok(Sockets {
+            listeners: self.listeners.iter().map(TcpListener::try_clone).collect::<io::Result<_>>()?,
+            datagrams: self.datagrams.iter().map(UdpSocket::try_clone).collect::<io::Result<_>>()?,
+            ..*self
+        })
+    }
+}
+
+/// Whether systemd passes sockets to this process (sd_listen_fds(3)).
+pub fn are_passed() -> bool {
+    std::env::var("LISTEN_PID").is_ok_and(|pid| pid == std::process::id().to_string())
 }
 
 /// Takes what systemd passes (`LISTEN_FDS`), else binds `config.bind`, and 127.0.0.1 for HTTP. An address that this
@@ -29,7 +50,8 @@ pub struct Sockets {
 /// A port that is taken, sockets of another kind, or `--bind` cannot be enforced for sockets that were passed.
 pub fn open(config: &Config, networks: &LanNetworks) -> Result<Sockets, String> {
     let (mut listeners, mut datagrams) = inherited()?;
-    if !listeners.is_empty() {
+    let are_passed = !listeners.is_empty();
+    if are_passed {
         keep_to_bind(config, networks, &listeners, &datagrams)?;
     } else {
         warn_of_missing_addresses(config, networks);
@@ -65,7 +87,7 @@ pub fn open(config: &Config, networks: &LanNetworks) -> Result<Sockets, String> 
         }
         datagrams.extend(multicast_sockets(config, networks, port));
     }
-    Ok(Sockets { listeners, datagrams, port })
+    Ok(Sockets { listeners, datagrams, port, are_passed })
 }
 
 /// What systemd passes, or a TCP socket on each address: all that a server without UDP needs. With port 0 the first one

@@ -9,7 +9,7 @@ use crate::common::process::Logged;
 use crate::common::standin::{BROADCAST, receive};
 use crate::common::stock::{self, nar_route, narinfo};
 use crate::common::world::hash_part;
-use crate::common::{DEADLINE, Daemon, Host, Lan, PORT, directory, wait_for};
+use crate::common::{DEADLINE, Daemon, Host, Lan, PORT, Scale, directory, wait_for};
 use rustix::process::Signal;
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, TcpStream};
@@ -102,25 +102,6 @@ fn what_keeps_it_from_starting() {
     assert_one_line(&fail(&host, 0, &[]), 1, &["UDP 0.0.0.0:12304", "another", "--port"]);
     drop(taken);
 
-    host.sh("nix-store --generate-binary-cache-key a-1 /etc/good.sec /etc/good.pub; chmod 600 /etc/good.sec");
-    host.write("/etc/bad.sec", "a-1:bm9uc2Vuc2U=\n");
-    host.write("/etc/huge.sec", vec![b'a'; 1 << 20]);
-    for (uid, file, words) in [
-        (0, "/etc/missing.sec", &["/etc/missing.sec", "--private-key", "generate-binary-cache-key"][..]),
-        (65534, "/etc/good.sec", &["/etc/good.sec", "ermission denied"]),
-        (0, "/etc/bad.sec", &["/etc/bad.sec", "key"]),
-        (0, "/etc/good.pub", &["/etc/good.pub", "key"]),
-        (0, "/etc/huge.sec", &["/etc/huge.sec", "not a key file"]),
-        (0, "/etc", &["/etc", "not a key file"]),
-        (0, "/dev/zero", &["/dev/zero", "not a key file"]),
-    ] {
-        let output = fail(&host, uid, &["--private-key", file]);
-        assert_one_line(&output, 1, words);
-        let said = String::from_utf8_lossy(&output.stderr).into_owned();
-        let secret = std::fs::read_to_string(host.path("/etc/good.sec")).unwrap();
-        assert!(!said.contains(secret.trim().split_once(':').unwrap().1) && !said.contains("bm9uc2Vuc2U="), "{said}");
-    }
-
     assert_one_line(&fail(&host, 0, &["--db", "/no/db.sqlite"]), 1, &["/no/db.sqlite", "not found", "--db"]);
     host.write("/tmp/other/db.sqlite", "this is no database, and long enough to look like one ".repeat(100));
     assert_one_line(&fail(&host, 0, &["--db", "/tmp/other/db.sqlite"]), 1, &["/tmp/other/db.sqlite"]);
@@ -131,50 +112,233 @@ fn what_keeps_it_from_starting() {
     assert_one_line(&fail(&host, 65534, &[]), 1, &["/nix/var/nix/db", "readable"]);
     host.sh("chmod 755 /nix/var/nix/db");
     // Nothing of it was the host's fault.
-    Daemon::start(&host, &["--private-key", "/etc/good.sec"]);
-
-    host.write("/etc/empty.pub", "\n");
-    for (file, words) in [
-        ("/etc", &["/etc", "--trusted-public-key-file"][..]),
-        ("/etc/empty.pub", &["/etc/empty.pub", "none"]),
-        ("/etc/good.sec", &["/etc/good.sec", "key"]),
-        ("/dev/zero", &["/dev/zero", "not a key file"]),
-    ] {
-        assert_one_line(&fail(&host, 0, &["--trusted-public-key-file", file]), 1, words);
-    }
-    // It kept peerix from starting, and so its port closed.
-    let daemon = Daemon::start(&host, &["--trusted-public-key-file", "/etc/missing.pub"]);
-    assert!(daemon.log().contains("warn: public key /etc/missing.pub: not there"));
+    Daemon::start(&host, &[]);
 }
 
-/// Reads the head of an answer and a little of its body.
+/// Whether `/health` of the daemon on `host` lists the fault.
+fn has_fault(host: &Host, code: &str) -> bool {
+    let health = get_local(host, "/health").unwrap();
+    assert!(health.status == 200 && health.text().starts_with("ok\n"), "{health:?}");
+    health.text().lines().any(|line| line.starts_with(&format!("{code}: ")))
+}
+
+/// A path that no content proves: what `nix-store --add` makes needs no signature.
+fn build(host: &Host, name: &str) -> String {
+    host.write(
+        "/tmp/build.nix",
+        format!(
+            "derivation {{ name = \"{name}\"; system = builtins.currentSystem; builder = \"/bin/sh\"; \
+             args = [ \"-ec\" \"echo {name} > $out\" ]; }}"
+        ),
+    );
+    host.sh("nix-store --realise $(nix-instantiate /tmp/build.nix 2>/dev/null) 2>/dev/null").trim().to_owned()
+}
+
+/// A missing key closed the port, and with it stopped every build of the machine.
+#[test]
+fn unusable_key_files_leave_the_port_open_and_narrow_what_is_shared() {
+    let lan = Lan::new();
+    let (host, addressed) = host(&lan);
+    let neighbour = lan.host("neighbour");
+    let built = build(&host, "built");
+    host.sh("nix-store --generate-binary-cache-key a-1 /etc/good.sec /etc/good.pub; chmod 600 /etc/good.sec");
+    host.write("/etc/bad.sec", "a-1:bm9uc2Vuc2U=\n");
+    host.write("/etc/huge.sec", vec![b'a'; 1 << 20]);
+    host.write("/etc/placeholder.sec", "missing");
+    host.write("/etc/empty.pub", "\n");
+    let secret = std::fs::read_to_string(host.path("/etc/good.sec")).unwrap();
+    let secret = secret.trim().split_once(':').unwrap().1.to_owned();
+    for (uid, flag, file, words) in [
+        (
+            0,
+            "--private-key",
+            "/etc/missing.sec",
+            &["/etc/missing.sec", "--private-key", "generate-binary-cache-key"][..],
+        ),
+        (65534, "--private-key", "/etc/good.sec", &["/etc/good.sec", "ermission denied"]),
+        (0, "--private-key", "/etc/bad.sec", &["/etc/bad.sec", "key"]),
+        (0, "--private-key", "/etc/good.pub", &["/etc/good.pub", "key"]),
+        (0, "--private-key", "/etc/huge.sec", &["/etc/huge.sec", "not a key file"]),
+        (0, "--private-key", "/etc", &["/etc", "not a key file"]),
+        (0, "--private-key", "/dev/zero", &["/dev/zero", "not a key file"]),
+        (0, "--private-key", "/etc/placeholder.sec", &["systemd", "is missing"]),
+        (0, "--trusted-public-key-file", "/etc/missing.pub", &["/etc/missing.pub", "No such file"]),
+        (0, "--trusted-public-key-file", "/etc/empty.pub", &["/etc/empty.pub", "none"]),
+        (0, "--trusted-public-key-file", "/etc/good.sec", &["/etc/good.sec", "key"]),
+    ] {
+        let daemon = Daemon::start_as(&host, uid, &[flag, file]);
+        let code = if flag == "--private-key" { "private-key" } else { "public-key" };
+        assert!(has_fault(&host, code), "{file}");
+        assert_eq!(get_local(&host, "/nix-cache-info").unwrap().status, 200);
+        let log = daemon.log();
+        let errors: Vec<&str> = log.lines().filter(|line| line.starts_with("error: ")).collect();
+        assert!(errors.len() == 1 && words.iter().all(|word| errors[0].contains(word)), "{errors:?}");
+        assert!(!log.contains(&secret) && !log.contains("bm9uc2Vuc2U="), "{log}");
+        let withheld = flag == "--private-key";
+        assert_eq!(narinfo(&neighbour, &host, &built).status, if withheld { 404 } else { 200 }, "{file}");
+        assert_eq!(stock::has(&neighbour.udp(0), &host, &built), !withheld, "{file}");
+        assert_eq!(narinfo(&neighbour, &host, &addressed).status, 200, "{file}");
+    }
+}
+
+#[test]
+fn key_that_comes_late_is_used_without_a_restart() {
+    let lan = Lan::new().with_scale(Scale::intervals(0.02));
+    let (host, _) = host(&lan);
+    let neighbour = lan.host("neighbour");
+    let built = build(&host, "built");
+    let daemon =
+        Daemon::start(&host, &["--private-key", "/etc/late.sec", "--trusted-public-key-file", "/etc/late.pub"]);
+    assert!(has_fault(&host, "private-key") && has_fault(&host, "public-key"));
+    host.sh("nix-store --generate-binary-cache-key late-1 /etc/late.sec /etc/late.pub");
+    wait_for("the keys are read", || {
+        (!has_fault(&host, "private-key") && !has_fault(&host, "public-key")).then_some(())
+    });
+    let signed = narinfo(&neighbour, &host, &built).text();
+    assert!(signed.contains("\nSig: late-1:"), "{signed}");
+    assert!(stock::has(&neighbour.udp(0), &host, &built));
+    assert!(daemon.log().contains("no longer so: private key /etc/late.sec"));
+    let status = crate::common::daemon::status(&host);
+    assert!(status["node"]["signs"] == true && status["node"]["trusted_keys"].to_string().contains("late-1"));
+}
+
 /// Who has another key is another peer to the trackers, so that one that cannot be read is never replaced.
 #[test]
-fn an_identity_that_cannot_be_had() {
-    let lan = Lan::new();
-    let (host, _) = host(&lan);
-    let wan = |state_dir| ["--mode", "wan", "--tracker-url", "http://10.77.0.9:12305", "--state-dir", state_dir];
+fn an_identity_that_cannot_be_had_turns_wan_off_and_leaves_the_lan() {
+    let lan = Lan::new().with_scale(Scale::intervals(0.02));
+    let (host, path) = host(&lan);
+    let neighbour = lan.host("neighbour");
+    let flags = |state_dir| ["--mode", "both", "--tracker-url", "http://10.77.0.9:12305", "--state-dir", state_dir];
     host.write("/var/damaged/identity", "peerix-identity:AAAA\n");
     host.write("/var/file", "");
     host.sh("mkdir -m 755 /var/others; chmod 755 /var/damaged");
     for (uid, state_dir, words) in [
-        (0, "/var/damaged", &["/var/damaged/identity", "damaged", "backup", "remove"][..]),
-        (0, "/var/file", &["/var/file/identity", "--state-dir"]),
+        (0, "/var/file", &["/var/file/identity", "--state-dir"][..]),
         (65534, "/var/others", &["/var/others/identity", "ermission denied", "--state-dir"]),
+        (0, "/var/damaged", &["/var/damaged/identity", "damaged", "backup", "remove"]),
     ] {
-        assert_one_line(&fail(&host, uid, &wan(state_dir)), 1, words);
+        let mut daemon = Daemon::start_as(&host, uid, &flags(state_dir));
+        assert!(has_fault(&host, "identity"), "{state_dir}");
+        let log = daemon.log();
+        let errors: Vec<&str> = log.lines().filter(|line| line.contains("error: identity")).collect();
+        assert!(errors.len() == 1 && words.iter().all(|word| errors[0].contains(word)), "{errors:?}");
+        assert_eq!(narinfo(&neighbour, &host, &path).status, 200);
+        assert!(!log.contains("peer ID"), "{log}");
+        if state_dir != "/var/damaged" {
+            assert!(daemon.stop().success());
+            continue;
+        }
+        // It is mended while the daemon runs, which starts again without closing its port.
+        assert_eq!(host.sh("cat /var/damaged/identity"), "peerix-identity:AAAA\n");
+        host.sh("rm /var/damaged/identity");
+        wait_for("WAN is on", || daemon.log().contains("info: peer ID ").then_some(()));
+        wait_for("no fault is left", || {
+            assert!(host.connect_local().is_ok(), "the port is closed");
+            (get_local(&host, "/health").ok()?.text() == "ok\n").then_some(())
+        });
+        assert_eq!(host.sh("stat -c '%a %U' /var/damaged/identity"), "600 root\n");
+        let kept = host.sh("cat /var/damaged/identity");
+        assert_eq!(narinfo(&neighbour, &host, &path).status, 200);
+        assert!(daemon.stop().success());
+        let _daemon = Daemon::start(&host, &flags(state_dir));
+        assert_eq!(host.sh("cat /var/damaged/identity"), kept);
     }
-    assert_eq!(host.sh("cat /var/damaged/identity"), "peerix-identity:AAAA\n");
-    let mut daemon = Daemon::start(&host, &wan("/var/new"));
-    // The port takes connections before that.
-    wait_for("an identity", || host.path("/var/new/identity").exists().then_some(()));
-    assert_eq!(host.sh("stat -c '%a %U' /var/new/identity"), "600 root\n");
-    let kept = host.sh("cat /var/new/identity");
-    assert!(daemon.stop().success());
-    let _daemon = Daemon::start(&host, &wan("/var/new"));
-    assert_eq!(host.sh("cat /var/new/identity"), kept);
 }
 
+/// A Prometheus on another machine could not read them.
+#[test]
+fn metrics_are_served_to_others_where_the_user_says_so() {
+    let lan = Lan::new().with_scale(Scale::intervals(0.02));
+    let (host, path) = host(&lan);
+    let neighbour = lan.host("neighbour");
+    let ask = |port, route: &str| crate::common::http::get(&neighbour, (host.address, port), route);
+    let taken = host.listen(9100);
+    let mut daemon = Daemon::start(&host, &["--metrics", &format!("{}:9100", host.address)]);
+    // Whatever is in the way of it is in the way of nothing else.
+    assert!(has_fault(&host, "metrics"));
+    assert_eq!(narinfo(&neighbour, &host, &path).status, 200);
+    drop(taken);
+    wait_for("it is listened there", || (!has_fault(&host, "metrics")).then_some(()));
+    let metrics = ask(9100, "/metrics").unwrap();
+    assert!(metrics.status == 200 && metrics.text().contains("\npeerix_received_bytes_total"), "{metrics:?}");
+    assert_eq!(ask(9100, "/health").unwrap().text(), "ok\n");
+    // Nothing else is there, and the other port tells others no more than before.
+    let route = stock::narinfo_route(&path);
+    for route in ["/", "/status.json", "/nix-cache-info", &route] {
+        assert_eq!(ask(9100, route).unwrap().status, 404, "{route}");
+    }
+    assert_eq!(ask(PORT, "/metrics").unwrap().status, 403);
+    assert!(host.connect((std::net::Ipv4Addr::LOCALHOST, 9100)).is_err(), "it listens at another address too");
+    assert!(daemon.stop().success());
+}
+
+/// What systemd does: it holds the sockets, and passes copies to each daemon it starts.
+struct HeldSockets(std::net::TcpListener, std::net::UdpSocket);
+
+impl HeldSockets {
+    fn start(&self, host: &Host, flags: &str) -> Logged {
+        let mut command = host.cmd("bash");
+        let peerix = binary().display();
+        // The copies come as standard input and output: descriptors that are inherited by number
+        // would be inherited by the processes that other tests start at this moment, too.
+        command.arg("-ec").arg(format!(
+            "exec 3<&0 4<&1 </dev/null >/dev/null; export LISTEN_PID=$$ LISTEN_FDS=2 LISTEN_FDNAMES=tcp:udp
+             exec {peerix} {flags}"
+        ));
+        let copies = [OwnedFd::from(self.0.try_clone().unwrap()), OwnedFd::from(self.1.try_clone().unwrap())];
+        let [stream, datagram] = copies.map(Stdio::from);
+        Logged::start_with(&host.name, command, stream, datagram)
+    }
+}
+
+/// A unit with a flag that this version does not know closed the port, and Nix failed or waited at it.
+#[test]
+fn with_systemds_sockets_wrong_flags_and_a_missing_database_answer_misses() {
+    let lan = Lan::new().with_scale(Scale::intervals(0.02));
+    let (server, path) = host(&lan);
+    let neighbour = lan.host("neighbour");
+    let sockets = HeldSockets(server.listen(PORT), server.udp(PORT));
+    let route = format!("/{}.narinfo", hash_part(&path));
+    let misses = |code: &str, words: &[&str]| {
+        let health = wait_for("an answer", || get_local(&server, "/health").ok());
+        assert!(health.status == 503 && health.text().starts_with(&format!("{code}: ")), "{health:?}");
+        assert!(words.iter().all(|word| health.text().contains(word)), "{health:?}");
+        assert_eq!(get_local(&server, &route).unwrap().status, 404);
+        assert_eq!(narinfo(&neighbour, &server, &path).status, 404);
+        // Others are told nothing of it.
+        for route in ["/", "/status.json", "/health"] {
+            let answer = crate::common::http::get(&neighbour, (server.address, PORT), route).unwrap();
+            assert_eq!((answer.status, answer.text().as_str()), (404, "not found\n"));
+        }
+        let page = get_local(&server, "/").unwrap().text();
+        assert!(words.iter().all(|word| page.contains(word)) && page.contains("id=\"last-asked\">never<"), "{page}");
+    };
+
+    let mut daemon = sockets.start(&server, "--mode lan --flag-of-tomorrow=x --priority 33 --interface '!eth0'");
+    misses("flags", &["--flag-of-tomorrow", "no such option"]);
+    let info = get_local(&server, "/nix-cache-info").unwrap().text();
+    assert!(info.contains("StoreDir: /nix/store\n") && info.contains("Priority: 33\n"), "{info}");
+    assert!(daemon.log().contains("--option substituters ''"), "{}", daemon.log());
+    // A build of this machine goes on, and doctor says why it gets nothing from peers.
+    crate::common::nix::configure_client(&server, "", &[]);
+    build(&server, "local");
+    let output = server.cmd(&binary().display().to_string()).arg("doctor").ran();
+    let said = String::from_utf8(output.stdout).unwrap();
+    assert!(said.contains("FAIL  flags: --flag-of-tomorrow") && said.contains("systemctl edit peerix"), "{said}");
+    assert_eq!(daemon.process.terminate().code(), Some(0));
+
+    server.sh("mv /nix/var/nix/db /nix/var/nix/away");
+    let mut daemon = sockets.start(&server, "--verbose");
+    misses("store", &["/nix/var/nix/db/db.sqlite"]);
+    // It is there now: the daemon serves, without a restart.
+    server.sh("mv /nix/var/nix/away /nix/var/nix/db");
+    wait_for("it serves", || (narinfo(&neighbour, &server, &path).status == 200).then_some(()));
+    assert!(stock::has(&neighbour.udp(0), &server, &path));
+    assert_eq!(get_local(&server, "/health").unwrap().text(), "ok\n");
+    assert_eq!(daemon.process.terminate().code(), Some(0));
+}
+
+/// Reads the head of an answer and a little of its body.
 fn begin(stream: &mut TcpStream, route: &str) {
     write!(stream, "GET {route} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n").unwrap();
     stream.set_read_timeout(Some(DEADLINE)).unwrap();
@@ -264,21 +428,8 @@ fn sockets_that_systemd_holds() {
     let lan = Lan::new();
     let (server, path) = host(&lan);
     let neighbour = lan.host("neighbour");
-    // What systemd does: it holds the sockets, and passes copies to each daemon it starts.
-    let (tcp, udp) = (server.listen(PORT), server.udp(PORT));
-    let start = |flags: &str| {
-        let mut command = server.cmd("bash");
-        let peerix = binary().display();
-        // The copies come as standard input and output: descriptors that are inherited by number
-        // would be inherited by the processes that other tests start at this moment, too.
-        command.arg("-ec").arg(format!(
-            "exec 3<&0 4<&1 </dev/null >/dev/null; export LISTEN_PID=$$ LISTEN_FDS=2 LISTEN_FDNAMES=tcp:udp
-             exec {peerix} {flags}"
-        ));
-        let copies = [OwnedFd::from(tcp.try_clone().unwrap()), OwnedFd::from(udp.try_clone().unwrap())];
-        let [stream, datagram] = copies.map(Stdio::from);
-        Logged::start_with(&server.name, command, stream, datagram)
-    };
+    let sockets = HeldSockets(server.listen(PORT), server.udp(PORT));
+    let start = |flags: &str| sockets.start(&server, flags);
     let query = Packet::Query { id: 9, hash_part: hash_part(&path).into() }.write();
     // `--port` is not what it binds: that port is somebody else's on this host.
     let _somebody = server.listen(PORT + 1);
@@ -310,7 +461,7 @@ fn sockets_that_systemd_holds() {
     command
         .arg("-ec")
         .arg(format!("exec 3<&0 </dev/null; export LISTEN_PID=$$ LISTEN_FDS=1; exec {peerix}"))
-        .stdin(OwnedFd::from(tcp))
+        .stdin(OwnedFd::from(sockets.0))
         .env("RUST_LOG", "off");
     assert_one_line(&command.output().unwrap(), 1, &["ListenDatagram="]);
 }

@@ -68,7 +68,8 @@ fn doctor(host: &Host, flags: &[&str]) -> Found {
 fn mend(host: &Host, remedy: &str) {
     let first = remedy.lines().next().unwrap();
     // Firewalls are of this machine's programs: the host's may be another Debian's.
-    let mut shell = if first.starts_with("iptables") { host.net_cmd("sh") } else { host.cmd("sh") };
+    let mut shell =
+        if first.starts_with("iptables") || first.starts_with("nft") { host.net_cmd("sh") } else { host.cmd("sh") };
     shell.args(["-c", &first.replace("&& systemctl", "; systemctl")]).ran();
 }
 
@@ -395,6 +396,166 @@ fn nix_is_not_told() {
     doctor(&pair.b, &[]).is_well();
 }
 
+/// With the unit and the lines of nix.conf that the README has installed, nothing that was built locally was shared: the
+/// unit named one key, and the others stood in nix.conf alone.
+#[test]
+fn units_and_nix_conf_of_the_readme_share_what_is_built_locally() {
+    let lan = Lan::new();
+    let (a, b) = (lan.host("a"), lan.host("b"));
+    let key = key(&a);
+    stock::ready(&b);
+    let contrib = |name: &str| {
+        let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
+        fs::read_to_string(root.join("contrib").join(name)).unwrap()
+    };
+    let unit = contrib("systemd/peerix.service");
+    let line = unit.lines().find_map(|line| line.strip_prefix("ExecStart=")).unwrap();
+    let words: Vec<String> = line.split(' ').map(|word| word.trim_matches('"').to_owned()).collect();
+    let start = |host: &Host, key: Option<&str>| {
+        // Root asks nobody but root, to whom the socket belongs that systemd would pass.
+        let mut command = host.cmd(&binary().display().to_string());
+        command.args(&words[1..]).envs(key.map(|file| ("NIX_SECRET_KEY_FILE", file)));
+        let mut program = crate::common::process::Logged::start(&host.name, command);
+        program.wait_until("peerix answers", || host.connect_local().ok());
+        program
+    };
+    // As the user's nix.conf is after the README: what is not said there is Nix's default.
+    nix::configure(&a, &contrib("nix.conf"));
+    nix::configure(&b, &format!("{}extra-trusted-public-keys = {key}\n", contrib("nix.conf")));
+    let _daemons = [start(&a, Some("/etc/peerix.sec")), start(&b, None)];
+    let path = build(&a, "built-here");
+    wait_for("b's peerix finds it", || (narinfo_status(&b, &path) == 200).then_some(()));
+    nix::realise_quietly(&b, &[&path]);
+    for host in [&a, &b] {
+        let found = doctor(host, &[]);
+        found.is_well();
+        assert!(found.ok("asked"), "{:#?}", found.findings);
+    }
+}
+
+/// A host whose Nix is nix-daemon's, and that asks its own peerix.
+fn multi_user(lan: &Lan) -> (Host, Daemon, String) {
+    let host = lan.host("a");
+    let key = key(&host);
+    nix::configure_client(&host, "", &[&key]);
+    let daemon = Daemon::start(&host, &[]);
+    (host, daemon, key)
+}
+
+/// Starts nix-daemon with these variables, and waits until it listens.
+fn nix_daemon(host: &Host, variables: &str) -> crate::common::Process {
+    host.sh("rm -f /nix/var/nix/daemon-socket/socket");
+    let process = host.spawn_sh(&format!("export {variables}; exec nix-daemon"));
+    wait_for("nix-daemon listens", || host.path("/nix/var/nix/daemon-socket/socket").exists().then_some(()));
+    process
+}
+
+/// Nix asked the proxy for 127.0.0.1, and all was said to be well.
+#[test]
+fn proxy_of_nix_daemon_is_found_and_what_mends_it_is_right() {
+    let lan = Lan::new();
+    let (host, _daemon, _) = multi_user(&lan);
+    let proxy = Server::start(host.listen(3128), |_| Reply::Whole(403, b"refused".to_vec()));
+    // It is nix-daemon's environment that counts, and not that of whoever asks.
+    let behind = nix_daemon(&host, "http_proxy=http://127.0.0.1:3128 no_proxy=localhost");
+    let remedy = doctor(&host, &[]).is("proxy", &["http_proxy", "http://127.0.0.1:3128", "http://127.0.0.1:12304"]);
+    assert!(remedy.contains("Environment=no_proxy=localhost,127.0.0.1"), "{remedy}");
+    let output = host.cmd(&binary().display().to_string()).args(["why", &"0".repeat(32)]).ran();
+    assert!(String::from_utf8_lossy(&output.stdout).contains("FAIL  proxy: "));
+    drop(behind);
+    let _direct = nix_daemon(&host, "http_proxy=http://127.0.0.1:3128 no_proxy=localhost,127.0.0.1");
+    let found = doctor(&host, &[]);
+    found.is_well();
+    assert!(found.ok("asked"), "{:#?}", found.findings);
+    drop(proxy);
+}
+
+/// Whatever the reason, a Nix that does not ask is found by having it ask.
+#[test]
+fn nix_daemon_that_does_not_ask_is_found_by_having_it_ask() {
+    let lan = Lan::new();
+    let (host, _daemon, key) = multi_user(&lan);
+    // It has read its nix.conf, and the file says otherwise now; its time says nothing.
+    nix::configure(&host, &format!("trusted-public-keys = {key}\n"));
+    let stale = nix_daemon(&host, "X=");
+    nix::configure_client(&host, "", &[&key]);
+    host.sh("touch -d '5 minutes ago' /etc/nix/nix.conf");
+    doctor(&host, &[]).is("asked", &["has not asked this peerix", "systemctl restart nix-daemon"]);
+    drop(stale);
+    let _fresh = nix_daemon(&host, "X=");
+    let found = doctor(&host, &[]);
+    found.is_well();
+    assert!(found.findings.iter().any(|(.., text, _)| text.starts_with("nix-daemon asked this peerix")));
+}
+
+#[test]
+fn settings_are_those_of_nix_daemon() {
+    let lan = Lan::new();
+    let (host, daemon, key) = multi_user(&lan);
+    let _nix_daemon = nix_daemon(&host, "X=");
+    // In a file that is included.
+    nix::configure(&host, "!include nix.custom.conf\n");
+    host.write(
+        "/etc/nix/nix.custom.conf",
+        format!("extra-substituters = http://127.0.0.1:12304\ntrusted-public-keys = {key}\n"),
+    );
+    drop(_nix_daemon);
+    let _nix_daemon = nix_daemon(&host, "X=");
+    doctor(&host, &[]).is_well();
+    wait_for("the daemon reads it too", || {
+        let status = crate::common::daemon::status(&host);
+        (status["node"]["trusted_keys"] == serde_json::json!([key.split(':').next().unwrap()])).then_some(())
+    });
+    // In a user's own file, which nix-daemon ignores.
+    host.write("/etc/nix/nix.custom.conf", format!("trusted-public-keys = {key}\n"));
+    host.write("/tmp/alice/.config/nix/nix.conf", "extra-substituters = http://127.0.0.1:12304\n");
+    let as_user = || {
+        let mut command = host.cmd_as(65534, &binary().display().to_string());
+        command.args(["doctor", "--json"]).env("HOME", "/tmp/alice");
+        Found::read(command)
+    };
+    as_user().is("substituter", &["nix-daemon ignores", "untrusted substituter", "extra-substituters"]);
+    host.write(
+        "/etc/nix/nix.custom.conf",
+        format!("trusted-public-keys = {key}\ntrusted-substituters = http://127.0.0.1:12304\n"),
+    );
+    assert_eq!(as_user().faults(), ["substituter"], "nix-daemon itself does not ask, whoever may");
+    // Keys that Nix fails at, or does not see.
+    let write = |keys: &[&str]| {
+        nix::configure_client(&host, "", keys);
+        // For nix-daemon, which has started since, it is as old.
+        host.sh("touch -d '5 minutes ago' /etc/nix/nix.conf");
+    };
+    write(&[&key, "broken-1:AAAA"]);
+    doctor(&host, &[]).is("keys", &["broken-1:AAAA", "Nix fails"]);
+    let other = format!("{}:bfb1tHzyJC4nHA9pr2zF9z0OI/lJ6WIWbI4+SeAZQXs=", key.split(':').next().unwrap());
+    write(&[&other, &key]);
+    doctor(&host, &[]).is("keys", &["two keys of the name a-1", "the first", &key]);
+    write(&[&key]);
+    doctor(&host, &[]).is_well();
+    drop(daemon);
+}
+
+#[test]
+fn cache_that_is_asked_before_peerix_is_named() {
+    let lan = Lan::new();
+    let (host, daemon, key) = multi_user(&lan);
+    let info = b"StoreDir: /nix/store\nWantMassQuery: 1\nPriority: 10\n";
+    let _other = Server::start(host.listen(8080), |request| match request.path.as_str() {
+        "/nix-cache-info" => Reply::Whole(200, info.to_vec()),
+        _ => Reply::Whole(404, Vec::new()),
+    });
+    nix::configure_client(&host, "http://127.0.0.1:8080", &[&key]);
+    doctor(&host, &[]).is("priority", &["http://127.0.0.1:8080 (10)", "peerix (20)", "--priority 9"]);
+    // A place that its user has chosen is no fault.
+    drop(daemon);
+    let daemon = Daemon::start(&host, &["--priority", "30"]);
+    doctor(&host, &[]).is_well();
+    drop(daemon);
+    let _daemon = Daemon::start(&host, &["--priority", "9"]);
+    doctor(&host, &[]).is_well();
+}
+
 /// The rules of a firewall that lets in what was asked for, and nothing of peerix.
 const STATEFUL: &str = "iptables -A INPUT -i lo -j ACCEPT
     iptables -A INPUT -m conntrack --ctstate ESTABLISHED,RELATED -j ACCEPT
@@ -415,6 +576,21 @@ fn firewalls() {
     wait_until_known(&pair.b, &mark);
     pair.healed("UDP comes through");
     pair.b.net("iptables -F");
+    // By nftables, whose rules iptables does not change.
+    pair.daemons[1] = None;
+    pair.b.net("nft add table inet guard");
+    pair.b
+        .net_cmd("nft")
+        .arg("add chain inet guard input { type filter hook input priority 0; policy accept; }")
+        .okay();
+    pair.b.net("nft add rule inet guard input udp dport 12304 drop");
+    pair.start(&[]);
+    let remedy = doctor(&pair.b, &[]).is("udp", &["UDP is blocked here"]);
+    assert_eq!(remedy, "nft insert rule inet guard input udp dport 12304 accept");
+    mend(&pair.b, &remedy);
+    wait_until_known(&pair.b, &mark);
+    pair.healed("UDP comes through nftables");
+    pair.b.net("nft delete table inet guard");
     // Here, but for answers. The kernel knows a by now, so that b says hello to it, and a's answer
     // comes through.
     pair.daemons[1] = None;

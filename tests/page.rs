@@ -32,7 +32,7 @@ fn page() -> String {
 /// The text of the page without what depends on the moment at which it was made.
 const TEXT: &str = "(() => {
     const page = document.querySelector('main').cloneNode(true);
-    const moving = 'time, #uptime, [data-is=State] .soft, script';
+    const moving = 'time, #uptime, #last-asked, [data-is=State] .soft, script';
     page.querySelectorAll(moving).forEach(element => element.remove());
     page.querySelectorAll('*').forEach(element => element.before(' '));
     return page.textContent.replace(/\\s+/g, ' ').trim();

@@ -296,6 +296,8 @@ fn slow_neighbour_is_waited_for_where_upstream_is_not_reached_or_not_certain() {
         ("no signature that is trusted", {
             let host = lan.host("asker");
             nix::configure_client(&host, &cache.url, &[other_key]);
+            // The slow neighbour's paths have no trusted signature either.
+            host.sh("echo 'require-sigs = false' >> /etc/nix/nix.conf");
             let daemon = Daemon::start(&host, &["--upstream-cache", &cache.url]);
             Asker { daemon, host }
         }),

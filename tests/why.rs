@@ -91,6 +91,59 @@ fn without_a_daemon_or_a_path() {
     assert!(status.status.success() && String::from_utf8_lossy(&status.stdout).contains("mode lan, port 12304"));
 }
 
+/// Changes what Nix on a host remembers of its substituters. SQLite does not open files of another root directory.
+fn change_memory(host: &Host, statement: &str) {
+    let dir = host.path("/root/.cache/nix");
+    let is_memory = |name: &str| name.starts_with("binary-cache-v") && name.ends_with(".sqlite");
+    let mut files = std::fs::read_dir(&dir).unwrap().map(|file| file.unwrap().file_name().into_string().unwrap());
+    let name = files.find(|name| is_memory(name)).unwrap();
+    let copy = crate::common::directory().join(format!("memory-{}", std::process::id()));
+    std::fs::copy(dir.join(&name), &copy).unwrap();
+    let connection = rusqlite::Connection::open(&copy).unwrap();
+    assert_eq!(connection.execute(statement, ()).unwrap(), 1);
+    drop(connection);
+    std::fs::copy(&copy, dir.join(&name)).unwrap();
+    std::fs::remove_file(copy).unwrap();
+}
+
+/// What decides whether Nix asks, beside its settings: the derivation's own word, and what Nix remembers.
+#[test]
+fn derivations_that_forbid_it_and_narinfos_that_are_remembered() {
+    let lan = Lan::new();
+    let (a, b) = (lan.host("a"), lan.host("b"));
+    stock::ready(&a);
+    a.sh("nix-store --generate-binary-cache-key a-1 /etc/peerix.sec /etc/peerix.pub");
+    let key = std::fs::read_to_string(a.path("/etc/peerix.pub")).unwrap();
+    nix::configure_client(&b, "", &[key.trim()]);
+    let expression = |text: &str| {
+        format!(
+            "derivation {{ name = \"local\"; allowSubstitutes = false; system = builtins.currentSystem; \
+             builder = \"/bin/sh\"; args = [ \"-ec\" \"echo {text} > $out\" ]; }}"
+        )
+    };
+    let _daemons = [Daemon::start(&a, &["--private-key", "/etc/peerix.sec"]), Daemon::start(&b, &[])];
+    a.write("/tmp/local.nix", expression("text"));
+    let path = a.sh("nix-build --no-out-link /tmp/local.nix 2>/dev/null").trim().to_owned();
+    wait_for("b finds it", || (narinfo_status(&b, &path) == 200).then_some(()));
+    // b does not know the derivation yet.
+    why(&b, &path).ends(0, "Nix gets it from a peer");
+    b.write("/tmp/local.nix", expression("text"));
+    let derivation = b.sh("nix-instantiate /tmp/local.nix 2>/dev/null").trim().to_owned();
+    why(&b, &path).ends(1, "does not ask").says("fail", "derivation", &[&derivation, "allowSubstitutes"]);
+    // By a link to where it would be, as nix-build leaves one.
+    b.sh(&format!("ln -s {path} /tmp/result"));
+    why(&b, "/tmp/result").ends(1, "does not ask").says("ok", "peer", &[&path]);
+
+    // Another build of it is remembered, which nobody has.
+    b.sh(&format!("nix path-info --store http://127.0.0.1:12304 {path}"));
+    why(&b, &path).says("fail", "derivation", &[]);
+    let is_remembered = |told: &Told| told.findings.iter().any(|(state, what, _)| state == "fail" && what == "memory");
+    assert!(!is_remembered(&why(&b, &path)), "what is remembered is what a has");
+    let hash = format!("sha256:{}", "0".repeat(52));
+    change_memory(&b, &format!("update NARs set narHash = '{hash}' where present = 1"));
+    why(&b, &path).ends(1, "does not ask").says("fail", "memory", &[&hash, "no peer has"]);
+}
+
 #[test]
 fn on_the_lan() {
     let lan = Lan::new();
@@ -203,8 +256,16 @@ fn passed_over() {
     let at = format!("{}:12304", holder.host.address);
     let little = world.path("little");
     let told = why(&asker.host, little);
-    told.ends(1, "passed over").says("fail", "trust", &[&format!("peerix passes {at}"), "no signature"]);
+    told.ends(1, "it would not trust what they have").says("ok", "peer", &[&at]);
     told.says("fail", "trust", &["Nix would refuse it", "no signature"]);
+    // A Nix that takes everything is not kept from it.
+    drop(asker);
+    let asker = Asker::flagged(&lan, "", &[], |host| {
+        nix::configure(host, "substituters = http://127.0.0.1:12304\nrequire-sigs = false\n");
+        vec![]
+    });
+    wait_for("peers are not held to keys", || (narinfo_status(&asker.host, little) == 200).then_some(()));
+    why(&asker.host, little).ends(0, "Nix gets it from a peer").says("ok", "trust", &["require-sigs is off"]);
 }
 
 /// A peer that promises what Nix would trust, and sends something else.

@@ -20,6 +20,7 @@ _peerix() {
     --upstream-cache) return ;;
     --filter-patterns) return ;;
     --root) mapfile -t COMPREPLY < <(compgen -d -- "$cur"); return ;;
+    --metrics) return ;;
     --store-dir) mapfile -t COMPREPLY < <(compgen -d -- "$cur"); return ;;
     --db) mapfile -t COMPREPLY < <(compgen -f -- "$cur"); return ;;
     --state-dir) mapfile -t COMPREPLY < <(compgen -d -- "$cur"); return ;;

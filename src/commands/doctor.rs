@@ -12,12 +12,16 @@ use super::shell::quote;
 use super::{Node, get, get_within, list, liveness, long, moment, peer_at, text};
 use crate::cli::{self, Command};
 use crate::config::{Config, DEFAULT_PORT};
+use crate::degraded::Degraded;
 use crate::network::{LanNetworks, Networks, neighbours};
 use crate::nix::{HashPart, NarInfo};
 use crate::store::{Store, StoreConfig, StoreError};
+use crate::trust::TrustedKeys;
+use rustix::fs::{Access, access};
 use serde_json::Value;
 use std::ffi::OsString;
 use std::fs;
+use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io::{self, ErrorKind};
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
 use std::os::unix::ffi::OsStringExt;
@@ -66,13 +70,20 @@ pub fn run(asked: &Config, json: bool) -> u8 {
     }
     secrets(report, config);
     let settings = nix_conf(report, config);
-    if let Some(node) = &node {
+    // One that cannot serve has said why; what else there is to see comes of that.
+    if let Some(node) = node.as_ref().filter(|node| node.status["node"]["serves"] != false) {
         if config.mode.has_lan() {
             network(report, node);
         }
         if let Some(settings) = &settings {
             keys(report, node, settings);
             memory(report, node, settings);
+            order(report, config, settings);
+            if !settings.peerix(config.port).is_empty()
+                && !report.has_failed(&["database", "nix-daemon", "proxy", "substituter"])
+            {
+                proof(report, node, settings);
+            }
         }
     }
     if config.mode.has_wan() {
@@ -92,7 +103,8 @@ fn daemon(report: &mut Report, asked: &Config) -> Option<Node> {
                 (None, Some(port)) => format!("one runs on port {port}: peerix doctor --port {port}"),
                 (None, None) => format!(
                     "systemctl start peerix.socket peerix.service\n\
-                     if it does not stay: journalctl -u peerix -n 20\n{whose}"
+                     if it does not stay: journalctl -u peerix -n 20\n{whose}\n\
+                     to build meanwhile, without any cache: nix-build --option substituters ''"
                 ),
             };
             report.fail("daemon", e, remedy);
@@ -106,6 +118,15 @@ fn daemon(report: &mut Report, asked: &Config) -> Option<Node> {
     // Trackers are looked at below.
     for problem in list(&node.status["health"]["problems"]).iter().filter(|problem| problem["code"] != "trackers") {
         let (is_store, said) = (problem["code"] == "store", text(&problem["text"]).to_owned());
+        // A file that is included may be kept from the daemon for its secrets.
+        if problem["code"] == "nix-conf" && said.contains("Permission denied") {
+            report.note("nix-conf", format!("{said}; keys in files that all may read, or in flags, count in any case"));
+            continue;
+        }
+        if let Some((what, remedy)) = configuration_remedy(text(&problem["code"]), &node.config) {
+            report.fail(what, said, remedy);
+            continue;
+        }
         let what = if is_store { "database" } else { "daemon" };
         match problem["serious"] == true {
             true if is_store => {
@@ -121,6 +142,38 @@ fn daemon(report: &mut Report, asked: &Config) -> Option<Node> {
         }
     }
     Some(node)
+}
+
+/// What mends a fault of the configuration under which the daemon runs: what it is about, and the remedy.
+fn configuration_remedy(code: &str, config: &Config) -> Option<(&'static str, String)> {
+    const RESTART: &str = "then: systemctl restart peerix";
+    Some(match code {
+        "flags" => ("flags", format!("the flags: systemctl cat peerix\nothers: systemctl edit peerix\n{RESTART}")),
+        "private-key" => {
+            let file = config.private_key.as_deref().unwrap_or(Path::new("FILE"));
+            let word = quote(&file.display().to_string());
+            let remedy = match file.starts_with("/run/credentials") {
+                true => format!(
+                    "where systemd takes it from: systemctl cat peerix | grep LoadCredential\nput it there, {RESTART}"
+                ),
+                false => format!(
+                    "put it back from a backup; if there is none: \
+                     nix-store --generate-binary-cache-key $(hostname)-1 {word} {word}.pub\n\
+                     a user that may not read it: chown USER {word}"
+                ),
+            };
+            ("private-key", remedy)
+        }
+        "public-key" => ("public-key", "a file with NAME:KEY in it, that the daemon's user can read".into()),
+        "nix-conf" => {
+            ("nix-conf", "mend the line that is named, or what includes the file; Nix stumbles over it, too".into())
+        }
+        "identity" => ("identity", "put it back from a backup, or remove it to be a new peer to the trackers".into()),
+        "metrics" => {
+            ("metrics", "an address of this machine, and a port that is free: ss -ltnp; ip -brief address".into())
+        }
+        _ => return None,
+    })
 }
 
 /// The port of a peerix that runs, by its command line.
@@ -221,9 +274,33 @@ fn nix_conf(report: &mut Report, config: &Config) -> Option<Settings> {
             return None;
         }
     };
-    let port = config.port;
+    substituter(report, &settings, config.port);
+    if let Some(after) = nix::outdated() {
+        let text = format!(
+            "nix.conf was written {} after nix-daemon had started, which goes by the old one",
+            long(after as f64)
+        );
+        report.fail("nix-daemon", text, "systemctl restart nix-daemon".into());
+    }
+    for fault in settings.key_faults() {
+        let conf =
+            if Path::new("/etc/NIXOS").exists() { "nix.settings.trusted-public-keys" } else { "/etc/nix/nix.conf" };
+        report.fail("keys", fault, format!("take it out of {conf}, or of a file that is included there"));
+    }
+    let known = settings.words("trusted-public-keys");
+    let flag_keys = TrustedKeys::read(config, config.port, &Degraded::default()).flag_keys();
+    for key in flag_keys.iter().map(ToString::to_string).filter(|key| !known.contains(&key.as_str())) {
+        let conf = quote(&format!("extra-trusted-public-keys = {key}"));
+        let conf = format!("echo {conf} >> /etc/nix/nix.conf");
+        report.fail("keys", format!("peerix accepts what {key} signed, and Nix does not"), conf);
+    }
+    Some(settings)
+}
+
+/// Whether Nix asks peerix, as far as its settings and its environment tell.
+fn substituter(report: &mut Report, settings: &Settings, port: u16) {
+    let whose = if settings.daemon.is_some() { "nix-daemon" } else { "Nix" };
     let local = |url: &&&str| url.starts_with("http://127.0.0.1:") || url.starts_with("http://localhost:");
-    let substituters = settings.words("substituters");
     match settings.peerix(port).first() {
         _ if settings.get("substitute") == "false" => {
             // By nix.conf, or because Nix sees no address but loopback and link-local ones, which it takes for no network.
@@ -232,41 +309,113 @@ fn nix_conf(report: &mut Report, config: &Config) -> Option<Settings> {
             let remedy = format!("{remedy}\nif nix.conf does not say so: nix --option substitute true ...");
             report.fail("substituter", text.into(), remedy);
         }
-        Some(url) => report.ok("substituter", format!("Nix asks {url}")),
+        Some(url) => match settings.proxy(url) {
+            Some((variable, proxy)) => {
+                report.fail("proxy", nix::asks_by_proxy(&variable, &proxy, url), nix::no_proxy(settings));
+            }
+            None => report.ok("substituter", format!("{whose} is to ask {url}")),
+        },
+        None if nix::is_ignored(settings, port) => {
+            let text = "nix-daemon ignores the peerix in this user's nix.conf: it is an untrusted substituter, and the user is none of its trusted-users";
+            report.fail("substituter", text.into(), nix::substitute(port));
+        }
         None => {
+            let substituters = settings.words("substituters");
             let other = substituters.iter().find(local).map(|url| format!("; {url} is not this one"));
             let other = other.unwrap_or_default();
             report.fail("substituter", format!("peerix is none of Nix's substituters{other}"), nix::substitute(port));
         }
     }
-    if let Some(after) = nix::outdated() {
-        let text = format!(
-            "nix.conf was written {} after nix-daemon had started, which goes by the old one",
-            long(after as f64)
-        );
-        report.fail("nix-daemon", text, "systemctl restart nix-daemon".into());
-    }
-    let known = settings.words("trusted-public-keys");
-    for key in config.trusted_public_keys.iter().map(ToString::to_string).filter(|key| !known.contains(&key.as_str())) {
-        let conf = quote(&format!("extra-trusted-public-keys = {key}"));
-        let conf = format!("echo {conf} >> /etc/nix/nix.conf");
-        report.fail("keys", format!("peerix accepts what {key} signed, and Nix does not"), conf);
-    }
-    Some(settings)
 }
 
-/// How a port is opened here, by whichever firewall there is.
-fn open_port(protocol: &str, port: u16) -> String {
-    let there = |file: &str| Path::new(file).exists();
-    if there("/etc/NIXOS") {
-        format!("networking.firewall.allowed{}Ports = [ {port} ];", protocol.to_uppercase())
-    } else if there("/usr/bin/firewall-cmd") {
-        format!("firewall-cmd --permanent --add-port={port}/{protocol} && firewall-cmd --reload")
-    } else if there("/usr/sbin/ufw") {
-        format!("ufw allow {port}/{protocol}")
-    } else {
-        format!("iptables -I INPUT -p {protocol} --dport {port} -j ACCEPT")
+/// Whether Nix asks another cache first, so that what that one has never comes from a peer.
+fn order(report: &mut Report, config: &Config, settings: &Settings) {
+    let own = settings.peerix(config.port);
+    let ranks = nix::order(settings);
+    let Some(at) = ranks.iter().position(|rank| own.contains(&rank.url.as_str())) else { return };
+    let Some(priority) = ranks[at].priority else { return };
+    let before: Vec<&nix::Rank> =
+        ranks[..at].iter().filter(|rank| rank.priority.is_some_and(|p| p < priority)).collect();
+    let Some(lowest) = before.iter().filter_map(|rank| rank.priority).min() else { return };
+    let names: Vec<String> = before.iter().map(|rank| format!("{} ({})", rank.url, rank.says)).collect();
+    let text =
+        format!("Nix asks {} before peerix ({priority}): what is there never comes from a peer", names.join(", "));
+    // By a number of its own its user has chosen the place.
+    let is_chosen = config.priority != Config::default().priority || ranks[at].url.contains("priority=");
+    match (is_chosen, lowest.checked_sub(1)) {
+        (false, Some(lower)) => report.fail("priority", text, format!("peerix --priority {lower}")),
+        (false, None) => {
+            report.fail("priority", text, "a priority for the other in nix.conf: its URL and ?priority=50".into())
+        }
+        (true, _) => report.note("priority", text),
     }
+}
+
+/// Has Nix ask for a path that is nowhere, and reports whether this peerix was asked. Blocks until Nix has asked all
+/// substituters.
+fn proof(report: &mut Report, node: &Node, settings: &Settings) {
+    let whose = if settings.daemon.is_some() { "nix-daemon" } else { "Nix" };
+    let state = node.config.db.parent().unwrap_or(Path::new("/"));
+    if settings.daemon.is_none() && access(state, Access::WRITE_OK).is_err() {
+        return report
+            .note("asked", "whether Nix asks this peerix, a user finds out who may write to the store".into());
+    }
+    // Another one each time, as Nix remembers it.
+    let nowhere =
+        format!("{}{:016}", nix::NOWHERE, RandomState::new().build_hasher().finish() % 10_000_000_000_000_000);
+    nix::have_asked_for(&format!("{}/{nowhere}-peerix-doctor", node.config.store_dir.as_str()), settings);
+    let Ok(after) = Node::find(&node.config) else { return };
+    match list(&after.status["lookups"]).iter().any(|lookup| lookup["hash_part"] == nowhere.as_str()) {
+        true => report.ok("asked", format!("{whose} asked this peerix for a path that is nowhere, and goes on")),
+        false => report.fail(
+            "asked",
+            format!("{whose} was made to ask for a path that is nowhere, and has not asked this peerix"),
+            "systemctl restart nix-daemon\nwhat it says: journalctl -u nix-daemon -n 20".into(),
+        ),
+    }
+}
+
+/// How a port is opened here, by the firewall that is there. Blocks while programs are asked which that is.
+fn open_port(protocol: &str, port: u16) -> String {
+    let says = |program: &str, words: &[&str]| nix::run(program, words, &[]).unwrap_or_default();
+    if Path::new("/etc/NIXOS").exists() {
+        return format!("networking.firewall.allowed{}Ports = [ {port} ];", protocol.to_uppercase());
+    }
+    if says("firewall-cmd", &["--state"]).trim() == "running" {
+        return format!("firewall-cmd --permanent --add-port={port}/{protocol} && firewall-cmd --reload");
+    }
+    if fs::read_to_string("/etc/ufw/ufw.conf").is_ok_and(|conf| conf.contains("ENABLED=yes")) {
+        return format!("ufw allow {port}/{protocol}");
+    }
+    if let Some(chain) = nft_input_chain(&says("nft", &["list", "chains"])) {
+        return format!("nft insert rule {chain} {protocol} dport {port} accept");
+    }
+    format!("iptables -I INPUT -p {protocol} --dport {port} -j ACCEPT")
+}
+
+/// Family, table and name of a chain that filters what comes in, by what `nft list chains` prints. Those that iptables
+/// made are left to iptables.
+fn nft_input_chain(listed: &str) -> Option<String> {
+    let (mut table, mut chain) = ("", "");
+    for line in listed.lines().map(str::trim) {
+        let name = |word: &str| line.strip_prefix(word).map(|rest| rest.trim_end_matches('{').trim());
+        if let Some(named) = name("table ") {
+            table = named;
+        } else if let Some(named) = name("chain ") {
+            chain = named;
+        } else if line.starts_with("type filter hook input") && chain != "INPUT" {
+            return Some(format!("{table} {chain}"));
+        }
+    }
+    None
+}
+
+/// The same on another machine, of whose firewall nothing is known here.
+fn open_port_there(ip: IpAddr, protocol: &str, port: u16) -> String {
+    let here = open_port(protocol, port);
+    format!(
+        "on {ip}: {here}\nthat is for a firewall like this machine's; with another one: let in {protocol} port {port}"
+    )
 }
 
 fn network(report: &mut Report, node: &Node) {
@@ -303,7 +452,7 @@ fn network(report: &mut Report, node: &Node) {
         let answers = answering.contains(address);
         let silence = silence(&node.status, *address);
         let there = format!("on {}: ", address.ip());
-        let tcp = open_port("tcp", address.port());
+        let tcp = open_port_there(address.ip(), "tcp", address.port());
         match (http, last(address)) {
             (Http::Refuses, _) => {
                 let to = networks.interfaces().iter().map(|i| i.address).find(IpAddr::is_ipv4);
@@ -315,20 +464,21 @@ fn network(report: &mut Report, node: &Node) {
                 );
             }
             (Http::Silent(e), _) if answers => {
-                report.fail(
-                    "tcp",
-                    format!("{address} answers by UDP, and TCP is blocked there: {e}"),
-                    format!("{there}{tcp}"),
-                );
+                report.fail("tcp", format!("{address} answers by UDP, and TCP is blocked there: {e}"), tcp);
             }
             // A machine that refuses is there, and its peerix is not.
             (Http::Silent(e), Some(ago)) if ago < LATELY && e.kind() != ErrorKind::ConnectionRefused => {
-                let udp = open_port("udp", address.port());
-                report.fail("udp", format!("{address} was heard {ago:.0} s ago, and answers neither by UDP nor by TCP: it has just gone, or both are blocked there"), format!("{there}{udp}\n{there}{tcp}"));
+                let udp = open_port_there(address.ip(), "udp", address.port());
+                let text = format!(
+                    "{address} was heard {ago:.0} s ago, and answers neither by UDP nor by TCP: it has just gone, or both are \
+                     blocked there{}",
+                    between(&e)
+                );
+                report.fail("udp", text, format!("{udp}\n{tcp}"));
             }
             (Http::Silent(e), _) => match named_peer(address) {
                 Some(state) => report_unreachable(report, *address, &state, &e),
-                None => report.note("peer", format!("{address} does not answer: {e}")),
+                None => report.note("peer", format!("{address} does not answer: {e}{}", between(&e))),
             },
             (_, Some(_)) if answers && silence.is_some() => {
                 report_silent(report, *address, silence.unwrap_or_default(), port);
@@ -340,12 +490,10 @@ fn network(report: &mut Report, node: &Node) {
                 report.note("peer", text);
             }
             (Http::Shares(_), _) if !answers && all.len() <= CROWD => {
-                let udp = open_port("udp", address.port());
-                report.fail(
-                    "udp",
-                    format!("{address} answers by TCP, and UDP is blocked there"),
-                    format!("{there}{udp}"),
-                );
+                let udp = open_port_there(address.ip(), "udp", address.port());
+                let text =
+                    format!("{address} answers by TCP, and UDP is blocked there, or by an access point in between");
+                report.fail("udp", text, udp);
             }
             (_, None) if named_peer(address).is_none() || unmet.contains(address) => {}
             _ => well += 1,
@@ -442,15 +590,31 @@ fn report_unmet(report: &mut Report, status: &Value, unmet: &[SocketAddr], port:
 /// what the daemon says of it.
 fn report_unreachable(report: &mut Report, address: SocketAddr, state: &str, e: &io::Error) {
     let ip = address.ip();
-    let (udp, tcp) = (open_port("udp", address.port()), open_port("tcp", address.port()));
-    let remedy = format!(
-        "on {ip}: systemctl start peerix.socket peerix.service\n\
-         if it runs there, on {ip}: {udp}\n\
-         if it runs there, on {ip}: {tcp}\n\
-         if there is no such node any more: peerix without --peer {ip}"
-    );
-    let text = format!("--peer {address} does not answer: {e}; daemon: {state}");
+    let gone = format!("if there is no such node any more: peerix without --peer {ip}");
+    let start = format!("on {ip}: systemctl start peerix.socket peerix.service");
+    // Who refuses lets packets in.
+    let remedy = match e.kind() {
+        ErrorKind::ConnectionRefused => format!("{start}\n{gone}"),
+        ErrorKind::NetworkUnreachable => format!("the way there: ip route get {ip}; ip -brief link\n{gone}"),
+        _ => {
+            let ports = ["udp", "tcp"].map(|protocol| open_port_there(ip, protocol, address.port()));
+            format!("{start}\nif it runs there, {}\n{gone}", ports.join("\n"))
+        }
+    };
+    let text = format!("--peer {address} does not answer: {e}{}; daemon: {state}", between(e));
     report.fail("peer", text, remedy);
+}
+
+/// What an error of a connection says of the way to a host, beside its own words.
+fn between(e: &io::Error) -> &'static str {
+    match e.kind() {
+        ErrorKind::HostUnreachable => {
+            " (no machine at that address answers ARP: it is switched off, or an access point keeps its clients apart)"
+        }
+        ErrorKind::NetworkUnreachable => " (this machine has no route there: the link is down, or the network another)",
+        ErrorKind::ConnectionRefused => " (the machine is there, and its peerix does not run)",
+        _ => "",
+    }
 }
 
 /// Reports a host that `--peer` names and that has no address.
@@ -518,7 +682,8 @@ fn keys(report: &mut Report, node: &Node, settings: &Settings) {
 /// Whether Nix believes that something is nowhere that is there.
 fn memory(report: &mut Report, node: &Node, settings: &Settings) {
     let urls = settings.peerix(node.config.port);
-    let misses: Vec<_> = urls.iter().flat_map(|url| nix::misses(settings, url, None)).take(SAMPLES).collect();
+    let misses = urls.iter().flat_map(|url| nix::misses(settings, url, None));
+    let misses: Vec<_> = misses.take(SAMPLES).collect();
     let found = probe::at_once(&misses, |miss| {
         let part = HashPart::parse(miss.hash_part.as_bytes()).ok()?;
         // What has been built here since is asked for nowhere.
@@ -662,6 +827,18 @@ mod tests {
     }
 
     #[test]
+    fn chain_of_nftables_is_found_and_that_of_iptables_left_alone() {
+        let native = "table inet filter {\n\tchain forward {\n\t\ttype filter hook forward priority filter; policy drop;\n\t}\n\
+                      \tchain input {\n\t\ttype filter hook input priority filter; policy drop;\n\t}\n}\n";
+        assert_eq!(nft_input_chain(native).as_deref(), Some("inet filter input"));
+        let of_iptables =
+            "table ip filter {\n\tchain INPUT {\n\t\ttype filter hook input priority filter; policy accept;\n\t}\n}\n";
+        assert_eq!(nft_input_chain(of_iptables), None);
+        assert_eq!(nft_input_chain(&format!("{of_iptables}{native}")).as_deref(), Some("inet filter input"));
+        assert_eq!(nft_input_chain(""), None);
+    }
+
+    #[test]
     fn young_daemon_is_polled_until_it_has_met_all() {
         let polls = Cell::new(0);
         let meets_at_the_third = || {
@@ -746,7 +923,7 @@ mod tests {
         report_unreachable(&mut report, at(1), "silent for 3 min", &refused);
         let (state, what, text) = told(&report).remove(0);
         assert_eq!((&*state, &*what), ("fail", "peer"));
-        assert!(text.starts_with("--peer 10.0.0.1:12304 does not answer: "), "{text}");
+        assert!(text.starts_with("--peer 10.0.0.1:12304 does not answer: ") && text.contains("does not run"), "{text}");
         assert!(text.ends_with("; daemon: silent for 3 min"), "{text}");
         let remedy = remedy(&report);
         assert!(remedy.starts_with("on 10.0.0.1: systemctl start peerix.socket "), "{remedy}");

@@ -16,9 +16,9 @@ mod why;
 
 use crate::cli::{self, Ask, Command, What};
 use crate::config::Config;
-use crate::key_file;
-use crate::nix::PublicKey;
+use crate::degraded::Degraded;
 use crate::status::text::{bytes, found_by, long, short};
+use crate::trust::TrustedKeys;
 use serde_json::Value;
 use std::io::Read;
 use std::net::SocketAddr;
@@ -89,17 +89,17 @@ impl Node {
             return Err(format!("what answers on port {} is no peerix of this version", asked.port));
         }
         let flags = list(&status["node"]["flags"]).iter().map(|flag| text(flag).into());
-        let mut config = match cli::parse(flags, |_| None) {
+        let config = match cli::parse(flags, |_| None) {
             // Sockets that systemd passes have the port that it chose.
             Ok(Command::Run(config)) => Config { port: asked.port, ..*config },
             _ => return Err(format!("the peerix on port {} has flags that this one does not know", asked.port)),
         };
-        // The daemon has checked them.
-        for file in &config.trusted_public_key_files {
-            let text = key_file::read(file).unwrap_or_default();
-            config.trusted_public_keys.extend(text.split_whitespace().filter_map(|key| PublicKey::parse(key).ok()));
-        }
         Ok(Node { config, status })
+    }
+
+    /// The keys by which the daemon chooses peers, as far as this user can read them.
+    fn trusted(&self) -> TrustedKeys {
+        TrustedKeys::read(&self.config, self.config.port, &Degraded::default())
     }
 }
 

@@ -53,6 +53,11 @@ impl Report {
         self.0.iter().all(|finding| finding.state != State::Fail)
     }
 
+    /// Whether something bad is of one of these names.
+    pub fn has_failed(&self, names: &[&str]) -> bool {
+        self.0.iter().any(|finding| finding.state == State::Fail && names.contains(&finding.what))
+    }
+
     /// All findings as JSON, in their order.
     pub fn findings(&self) -> Vec<Value> {
         let finding = |finding: &Finding| {

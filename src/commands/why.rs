@@ -5,9 +5,11 @@ use super::probe;
 use super::report::Report;
 use super::{Node, USAGE, get, list, liveness, long, moment, peer_at, text};
 use crate::network::Networks;
-use crate::nix::{HashPart, NarInfo, StorePath};
+use crate::nix::{HashPart, NarInfo, PathInfo, StorePath};
 use crate::share::Share;
 use serde_json::Value;
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// Silent peers that are named one by one; of the others only the number is said. More would not be
@@ -27,12 +29,14 @@ pub fn run(node: &Node, path: &str, json: bool) -> u8 {
     let here = here(&mut report, node, &hash_part);
     let settings = Settings::read();
     let offered = offered(&mut report, node, &hash_part, settings.as_ref().ok());
-    let asks = nix_asks(&mut report, node, &hash_part, settings);
+    let asks = nix_asks(&mut report, node, &hash_part, &offered, settings);
     let peerix_gives = offered.iter().any(|offer| offer.passes);
     let nix_takes = offered.iter().any(|offer| offer.passes && offer.is_trusted);
+    let is_refused = offered.iter().any(|offer| offer.info.is_some()) && !offered.iter().any(|offer| offer.is_trusted);
     let verdict = match () {
         () if here => "Nix has it here, and asks nobody",
         () if offered.is_empty() => "Nix gets it from no peer: none has it, or none shares it with this machine",
+        () if is_refused => "Nix gets it from no peer: it would not trust what they have",
         () if !peerix_gives => "Nix gets it from no peer: those that have it are passed over, see above",
         () if !nix_takes => "Nix gets it from no peer: it would not trust what they have",
         () if !asks => "Nix could get it from a peer, but does not ask for it, see above",
@@ -48,9 +52,26 @@ pub fn run(node: &Node, path: &str, json: bool) -> u8 {
 
 /// A path may be given whole, by its base name, with what is inside it, or by its hash part.
 fn hash_part(node: &Node, path: &str) -> Option<HashPart> {
+    let target = store_path_behind(path, node.config.store_dir.as_str());
+    let path = target.as_deref().unwrap_or(path);
     let base = path.strip_prefix(node.config.store_dir.as_str()).map_or(path, |rest| rest.trim_start_matches('/'));
     let base = base.split('/').next()?;
     StorePath::parse(base).map(|path| path.hash_part()).ok().or_else(|| HashPart::parse(base.as_bytes()).ok())
+}
+
+/// Where a symbolic link leads, as `./result` does, whether or not the store path is there. A few links in between are
+/// followed, as profiles have them.
+fn store_path_behind(path: &str, store_dir: &str) -> Option<String> {
+    const MAX_LINKS: usize = 8;
+    let mut at = PathBuf::from(path);
+    for _ in 0..MAX_LINKS {
+        let target = fs::read_link(&at).ok()?;
+        at = at.parent().unwrap_or(Path::new("/")).join(target);
+        if at.starts_with(store_dir) {
+            return at.to_str().map(str::to_owned);
+        }
+    }
+    None
 }
 
 /// Whether it is valid here, and if so, who may have it.
@@ -91,11 +112,13 @@ fn here(report: &mut Report, node: &Node, hash_part: &HashPart) -> bool {
 struct Offered {
     passes: bool,
     is_trusted: bool,
+    /// None if it does not give its narinfo.
+    info: Option<PathInfo>,
 }
 
 fn offered(report: &mut Report, node: &Node, hash_part: &HashPart, settings: Option<&Settings>) -> Vec<Offered> {
     let mut all = Vec::new();
-    let keys = &node.config.trusted_public_keys;
+    let trusted = node.trusted();
     for offer in probe::offers(node, hash_part) {
         let who = offer.who();
         let info = match offer.narinfo {
@@ -103,7 +126,7 @@ fn offered(report: &mut Report, node: &Node, hash_part: &HashPart, settings: Opt
             Err(e) => {
                 let text = format!("{who} says it has it, and does not give it: {e}");
                 report.fail("peer", text, format!("on that machine: peerix why {hash_part}"));
-                all.push(Offered { passes: false, is_trusted: false });
+                all.push(Offered { passes: false, is_trusted: false, info: None });
                 continue;
             }
         };
@@ -121,18 +144,21 @@ fn offered(report: &mut Report, node: &Node, hash_part: &HashPart, settings: Opt
         if let Some(reason) = avoided {
             report.fail("peer", format!("{who} is avoided at the moment: {reason}"), String::new());
         }
-        if !keys.is_empty()
-            && let Err(why) = trusted_by(&info, keys, &node.config.store_dir)
-        {
-            passes = false;
-            let remedy = "start peerix with --trusted-public-key of whoever signed it, and tell Nix of it too";
-            report.fail("trust", format!("peerix passes {who} over: {why}"), remedy.into());
-        }
         let is_trusted = match settings {
             Some(settings) => settings.trusts(&info, &node.config.store_dir),
             // Who cannot ask Nix tells of the rest.
             None => Ok("whether Nix would take it, it does not say".into()),
         };
+        if let Some(keys) = trusted.keys()
+            && let Err(why) = trusted_by(&info, &keys, &node.config.store_dir)
+        {
+            passes = false;
+            // What Nix would refuse too is said below.
+            if is_trusted.is_ok() {
+                let remedy = nix::trust(&info, &offer.from.ip().to_string());
+                report.fail("trust", format!("peerix passes {who} over: {why}"), remedy);
+            }
+        }
         match &is_trusted {
             Ok(why) => report.ok("trust", why.clone()),
             Err(why) => report.fail(
@@ -141,7 +167,7 @@ fn offered(report: &mut Report, node: &Node, hash_part: &HashPart, settings: Opt
                 nix::trust(&info, &offer.from.ip().to_string()),
             ),
         }
-        all.push(Offered { passes, is_trusted: is_trusted.is_ok() });
+        all.push(Offered { passes, is_trusted: is_trusted.is_ok(), info: Some(info) });
     }
     silent_peers(report, &node.status);
     if all.is_empty() {
@@ -178,7 +204,13 @@ fn silent_peers(report: &mut Report, status: &Value) {
 }
 
 /// Whether Nix would ask this machine's peerix for it, and whom before and after.
-fn nix_asks(report: &mut Report, node: &Node, hash_part: &HashPart, settings: Result<Settings, String>) -> bool {
+fn nix_asks(
+    report: &mut Report,
+    node: &Node,
+    hash_part: &HashPart,
+    offered: &[Offered],
+    settings: Result<Settings, String>,
+) -> bool {
     let settings = match settings {
         Ok(settings) => settings,
         Err(e) => {
@@ -186,7 +218,7 @@ fn nix_asks(report: &mut Report, node: &Node, hash_part: &HashPart, settings: Re
             return true;
         }
     };
-    let order: Vec<String> = nix::order(&settings).into_iter().map(|(url, says)| format!("{url} ({says})")).collect();
+    let order: Vec<String> = nix::order(&settings).iter().map(|rank| format!("{} ({})", rank.url, rank.says)).collect();
     let mut asks = true;
     match settings.peerix(node.config.port).first() {
         None => {
@@ -205,12 +237,57 @@ fn nix_asks(report: &mut Report, node: &Node, hash_part: &HashPart, settings: Re
                 let path = format!("{}/{hash_part}-…", node.config.store_dir.as_str());
                 report.fail("memory", format!("{text} ({})", miss.file.display()), nix::ask_again(&path));
             }
+            asks &= is_remembered_rightly(report, node, &settings, url, offered);
+            if let Some((variable, proxy)) = settings.proxy(url) {
+                asks = false;
+                report.fail("proxy", nix::asks_by_proxy(&variable, &proxy, url), nix::no_proxy(&settings));
+            }
         }
+    }
+    let path = offered.iter().find_map(|offer| Some(node.config.store_dir.join(&offer.info.as_ref()?.path)));
+    if let Some(path) = path
+        && settings.get("always-allow-substitutes") != "true"
+        && let Some(derivation) = nix::forbidding_derivation(&node.config.db, &path)
+    {
+        asks = false;
+        let remedy = format!("to fetch it all the same: nix-store --realise {path}");
+        report.fail("derivation", format!("{derivation} has allowSubstitutes = false: Nix builds it here"), remedy);
     }
     if !order.is_empty() {
         report.note("order", format!("Nix asks by priority, the lowest first: {}", order.join(", ")));
     }
     asks
+}
+
+/// Whether what Nix remembers of the path is what a peer offers. A NAR of another hash is not there any more, and Nix
+/// fails at that, or builds.
+fn is_remembered_rightly(
+    report: &mut Report,
+    node: &Node,
+    settings: &Settings,
+    url: &str,
+    offered: &[Offered],
+) -> bool {
+    let infos: Vec<&PathInfo> = offered.iter().filter_map(|offer| offer.info.as_ref()).collect();
+    let Some(first) = infos.first() else { return true };
+    let known: Vec<String> = infos.iter().map(|info| format!("sha256:{}", info.nar_hash.to_nix32())).collect();
+    let mut is_right = true;
+    for remembered in nix::remembered(settings, url, first.path.hash_part().as_str()) {
+        if known.contains(&remembered.nar_hash) {
+            continue;
+        }
+        is_right = false;
+        let text = format!(
+            "Nix remembers it with the NAR hash {}, which no peer has, and believes that for another {} ({})",
+            remembered.nar_hash,
+            long(remembered.left.as_secs_f64()),
+            remembered.file.display()
+        );
+        let path = node.config.store_dir.join(&first.path);
+        let remedy = format!("nix-store --realise --option narinfo-cache-positive-ttl 0 {path}");
+        report.fail("memory", text, remedy);
+    }
+    is_right
 }
 
 #[cfg(test)]

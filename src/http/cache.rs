@@ -16,7 +16,7 @@ use crate::status::Status;
 use crate::store::{Store, StoreError};
 use std::fmt;
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 /// Everything the routes need.
@@ -29,8 +29,8 @@ pub struct Cache {
     pub lookup: Arc<Lookup>,
     /// NARs from peers.
     pub fetch: Fetch,
-    /// Signs narinfos of the own store.
-    pub signer: Option<narinfo::Signer>,
+    /// Signs narinfos of the own store, as soon as its key has been read.
+    pub signer: Arc<OnceLock<narinfo::Signer>>,
     /// For nix-cache-info.
     pub store_dir: StoreDir,
     /// For nix-cache-info.
@@ -97,6 +97,7 @@ impl Handler for Cache {
             return None;
         }
         match (self.store.path_info_at_once(hash_part, now)?, &route) {
+            (Some(info), _) if !self.share.may_have_now(scope, &info) => Some(Answer::say(404, NOT_FOUND)),
             (Some(info), Route::OwnNarinfo(..)) if info.references.len() > narinfo::MANY_REFERENCES => None,
             (Some(info), Route::OwnNarinfo(_, view)) => Some(narinfo::own(self, &info, *view, request).answer()),
             (Some(info), Route::OwnNar(name, _)) => nar::own_at_once(self, name, &info, scope, request),
@@ -275,7 +276,7 @@ impl Cache {
         if self.shared(&realisation.out_path.hash_part(), scope)?.path != realisation.out_path {
             return Err(NOT_THERE);
         }
-        let signature = self.signer.as_ref().map(|signer| signer.sign_text(&realisation.fingerprint()));
+        let signature = self.signer.get().map(|signer| signer.sign_text(&realisation.fingerprint()));
         Ok(exchange.send(200, &JSON, realisation.print(signature.as_ref()).as_bytes())?)
     }
 

@@ -75,7 +75,7 @@ pub(super) fn own<'a>(cache: &'a Cache, info: &'a PathInfo, view: View, request:
         View::Peers => "local/",
         View::Cache => "",
     };
-    let signature = cache.signer.as_ref().map(|signer| signer.sign(info, &cache.store_dir));
+    let signature = cache.signer.get().map(|signer| signer.sign(info, &cache.store_dir));
     Narinfo { cache, info, root, compression: "none", signature, ca: ca(info, view == View::Peers, request) }
 }
 

@@ -6,7 +6,7 @@ use super::route::Told;
 use crate::status;
 
 /// For every answer here: nobody keeps it, and no page of another origin gets at it.
-const FIELDS: [(&str, &str); 4] = [
+pub(super) const FIELDS: [(&str, &str); 4] = [
     ("Cache-Control", "no-store"),
     ("X-Content-Type-Options", "nosniff"),
     ("Cross-Origin-Resource-Policy", "same-origin"),

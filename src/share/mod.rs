@@ -11,6 +11,7 @@ use crate::network::Networks;
 use crate::nix::PathInfo;
 use filter::Filter;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Instant;
 pub use verify::UPSTREAM_KEY;
@@ -36,6 +37,8 @@ pub struct Share {
     filter: Filter,
     /// None where nothing is verified.
     verifier: Option<Verifier>,
+    /// Set while the secret key that should sign this machine's paths cannot be read.
+    lacks_key: AtomicBool,
 }
 
 impl Share {
@@ -46,7 +49,14 @@ impl Share {
             false => Filter::default(),
         };
         let verifier = (config.mode.has_wan() && config.verify).then(|| Verifier::new(config));
-        Share { networks, named_peers: Default::default(), mode: config.mode, filter, verifier }
+        let lacks_key = AtomicBool::new(config.private_key.is_some());
+        Share { networks, named_peers: Default::default(), mode: config.mode, filter, verifier, lacks_key }
+    }
+
+    /// Sets that the secret key has been read. Until then a node that was given one shares nothing that only that key
+    /// would sign: a plain Nix remembers an unsigned narinfo for 30 days.
+    pub fn set_has_key(&self) {
+        self.lacks_key.store(false, Ordering::Relaxed);
     }
 
     /// Sets the addresses that `--peer` names now. Their ports do not count: nodes at these
@@ -133,6 +143,10 @@ impl Share {
 
     fn decide(&self, scope: Scope, info: &PathInfo, verified: impl FnOnce(&Verifier) -> bool) -> bool {
         let serves = self.serves(scope);
+        let has_proof = || !info.signatures.is_empty() || info.ca.is_some();
+        if scope != Scope::ThisMachine && self.lacks_key.load(Ordering::Relaxed) && !has_proof() {
+            return false;
+        }
         match scope {
             Scope::ThisMachine | Scope::Lan => serves,
             Scope::Wan => serves && !self.filter.keeps(&info.path) && self.verifier.as_ref().is_none_or(verified),
@@ -153,7 +167,7 @@ fn host_of(address: SocketAddr) -> (IpAddr, u32) {
 mod tests {
     use super::*;
     use crate::network::{Interface, NetworkPolicy};
-    use crate::nix::{NarHash, StorePath};
+    use crate::nix::{NarHash, Signature, StorePath};
     use std::net::TcpListener;
 
     fn share(mode: Mode) -> Share {
@@ -285,6 +299,25 @@ mod tests {
         }
         assert!(!share.may_have(Scope::Wan, &info("a-secret-b")));
         assert_eq!(upstream.accept().unwrap_err().kind(), std::io::ErrorKind::WouldBlock);
+    }
+
+    #[test]
+    fn path_that_only_the_missing_key_would_sign_is_withheld() {
+        let config = Config { private_key: Some("/missing".into()), ..Config::default() };
+        let share = share_on(Vec::new(), &config);
+        let signed = PathInfo {
+            signatures: vec![Signature::parse(&format!("a-1:{}==", "A".repeat(86))).unwrap()],
+            ..info("signed")
+        };
+        let ca = Some("text:sha256:0mdqa9w1p6cmli6976v4wi0sw9r4p5prkj7lzfd1877wk11c9c73".into());
+        let addressed = PathInfo { ca, ..info("addressed") };
+        for has_key in [false, true] {
+            assert_eq!(share.may_have(Scope::Lan, &info("built-here")), has_key);
+            assert_eq!(share.may_have_now(Scope::Lan, &info("built-here")), has_key);
+            assert!(share.may_have(Scope::Lan, &signed) && share.may_have(Scope::Lan, &addressed));
+            assert!(share.may_have(Scope::ThisMachine, &info("built-here")));
+            share.set_has_key();
+        }
     }
 
     #[test]

@@ -139,13 +139,16 @@ impl Status {
         }
     }
 
-    /// What `/health` says: whether it is well, and why not.
+    /// What `/health` says: whether it is well, and why not; of one that is well, what it runs without.
     pub fn health_text(&self) -> (bool, String) {
         let health = self.health();
+        let line = |code: &str, what: &str| format!("{code}: {}\n", text::line(what));
+        if health.ok {
+            let lines = self.degraded.all().into_iter().map(|(code, what)| line(code, &what));
+            return (true, format!("ok\n{}", lines.collect::<String>()));
+        }
         let serious = health.problems.iter().filter(|problem| problem.serious);
-        let lines: String =
-            serious.map(|problem| format!("{}: {}\n", problem.code, text::line(&problem.text))).collect();
-        (health.ok, if health.ok { "ok\n".into() } else { lines })
+        (false, serious.map(|problem| line(problem.code, &problem.text)).collect())
     }
 }
 

@@ -9,6 +9,7 @@ pub mod text;
 pub use page::{Page, page};
 
 use crate::config::{Config, Mode};
+use crate::degraded::Degraded;
 use crate::lan::{DiscoveryClient, Neighbour};
 use crate::network::Networks;
 use crate::nix::HashPart;
@@ -16,6 +17,7 @@ use crate::peers::announce::Trackers;
 use crate::peers::standing::Standing;
 use crate::record::{self, HOUR, MAX_PEERS, Network, Record, Totals, Who};
 use crate::store::Store;
+use crate::trust::TrustedKeys;
 use report::{
     AllTotals, Avoided, Health, History, Liveness, Lookup, Node, OwnNetwork, Peer, Problem, Reason, Report,
     TotalsSince, TrackerState, Transfer, VERSION,
@@ -28,6 +30,9 @@ use std::time::{Duration, Instant, SystemTime};
 
 /// Discovery says who is known within this, or hangs. It waits for nobody, and for the database 50 ms at most.
 const DISCOVERY_PATIENCE: Duration = Duration::from_secs(2);
+
+/// Code of the fault that the file of `--private-key` cannot be used.
+pub const PRIVATE_KEY: &str = "private-key";
 
 /// Bytes of NARs a second that a download from upstream brings: 50 Mbit/s, packed to a quarter by xz.
 pub const UPSTREAM_RATE: f64 = 25e6;
@@ -46,6 +51,10 @@ pub struct Status {
     pub store: Arc<Store>,
     /// The networks of this machine.
     pub networks: Arc<Networks>,
+    /// Whose signatures count.
+    pub trusted: Arc<TrustedKeys>,
+    /// What is missing of the configuration.
+    pub degraded: Arc<Degraded>,
     /// What does not change.
     pub facts: Facts,
 }
@@ -57,8 +66,7 @@ pub struct Facts {
     mode: Mode,
     store_dir: String,
     shares: String,
-    signs: bool,
-    trusted_keys: Vec<String>,
+    has_private_key: bool,
     flags: Vec<String>,
 }
 
@@ -71,9 +79,34 @@ impl Facts {
             mode: config.mode,
             store_dir: config.store_dir.as_str().to_owned(),
             shares: shares(config),
-            signs: config.private_key.is_some(),
-            trusted_keys: config.trusted_public_keys.iter().map(|key| key.name().to_owned()).collect(),
+            has_private_key: config.private_key.is_some(),
             flags: config.flags.clone(),
+        }
+    }
+}
+
+impl Facts {
+    /// The node as far as it does not change.
+    fn node(&self, started: f64, age: Duration) -> Node {
+        Node {
+            name: self.name.clone(),
+            version: env!("CARGO_PKG_VERSION"),
+            mode: match self.mode {
+                Mode::Lan => "lan",
+                Mode::Wan => "wan",
+                Mode::Both => "both",
+            },
+            port: self.port,
+            store_dir: self.store_dir.clone(),
+            state_dir: None,
+            peer_id: None,
+            started,
+            uptime_seconds: seconds(age),
+            serves: true,
+            shares: self.shares.clone(),
+            signs: false,
+            trusted_keys: Vec::new(),
+            flags: self.flags.clone(),
         }
     }
 }
@@ -155,23 +188,11 @@ impl Status {
             version: VERSION,
             time: now.unix(),
             node: Node {
-                name: self.facts.name.clone(),
-                version: env!("CARGO_PKG_VERSION"),
-                mode: match self.facts.mode {
-                    Mode::Lan => "lan",
-                    Mode::Wan => "wan",
-                    Mode::Both => "both",
-                },
-                port: self.facts.port,
-                store_dir: self.facts.store_dir.clone(),
                 state_dir: self.record.kept_in().map(|dir| dir.display().to_string()),
                 peer_id: self.trackers.iter().flat_map(|t| t.all()).next().map(|tracker| tracker.peer_id().to_owned()),
-                started,
-                uptime_seconds: seconds(self.record.age()),
-                shares: self.facts.shares.clone(),
-                signs: self.facts.signs,
-                trusted_keys: self.facts.trusted_keys.clone(),
-                flags: self.facts.flags.clone(),
+                signs: self.signs(),
+                trusted_keys: self.trusted.keys().iter().flatten().map(|key| key.name().to_owned()).collect(),
+                ..self.facts.node(started, self.record.age())
             },
             health: Health { ok: !problems.iter().any(|problem| problem.serious), problems },
             networks: self.networks(),
@@ -204,6 +225,7 @@ impl Status {
         {
             add("store", e.to_string(), true);
         }
+        self.degraded.all().into_iter().for_each(|(code, text)| add(code, text, false));
         if !discovery_answers {
             let text = "the thread that asks and answers peers does not turn; restart peerix, and please report it with its log";
             add("discovery", text.into(), true);
@@ -224,6 +246,11 @@ impl Status {
             add("counters", format!("counters {problem}"), false);
         }
         problems
+    }
+
+    /// Whether paths built here are signed.
+    fn signs(&self) -> bool {
+        self.facts.has_private_key && self.degraded.all().iter().all(|(code, _)| *code != PRIVATE_KEY)
     }
 
     /// The LAN networks: those of interfaces with a link, and those of `--lan` behind routers.
@@ -316,6 +343,30 @@ fn liveness(neighbour: &Neighbour) -> Liveness {
         (Some(_), _) => Liveness::Silent,
         (None, Some(_)) => Liveness::Live,
         (None, None) => Liveness::Unheard,
+    }
+}
+
+/// The report of a node that cannot serve, and does nothing but say why.
+pub fn of_problem(config: &Config, port: u16, code: &'static str, problem: &str) -> Report {
+    let (facts, now) = (Facts::new(config, port), Now::get());
+    let problem = Problem { code, text: problem.to_owned(), serious: true };
+    Report {
+        version: VERSION,
+        time: now.unix(),
+        node: Node {
+            serves: false,
+            shares: "Nothing is shared with anybody.".into(),
+            ..facts.node(now.unix(), Duration::ZERO)
+        },
+        health: Health { ok: false, problems: vec![problem] },
+        networks: Vec::new(),
+        trackers: Vec::new(),
+        peers: Vec::new(),
+        peers_omitted: 0,
+        lookups: Vec::new(),
+        transfers: Vec::new(),
+        totals: AllTotals { start: totals(now.unix(), Totals::default()), installation: None },
+        history: History { hour_seconds: HOUR, hours: Vec::new() },
     }
 }
 

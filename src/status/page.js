@@ -164,6 +164,7 @@
     say('t-sent', bytes(sent(since)));
     say('t-sent-of', plural(since.sent_nars, 'NAR'));
     say('uptime', long(r.node.uptime_seconds));
+    say('last-asked', r.lookups.length ? `${long(r.time - r.lookups[0].time)} ago` : 'never');
     put('networks', ...lines(r.networks.map(network => `${network.interface ?? 'routed'} ${network.address}`)));
     put('trackers', ...lines(r.trackers.map(tracker =>
       `${tracker.url}, ${tracker.reached === null ? 'asked' : tracker.reached ? 'reached' : 'not reached'}`)));

@@ -88,6 +88,7 @@ fn html(r: &Report) -> String {
 <dt>Version</dt><dd>{version}</dd>
 <dt>Mode</dt><dd>{mode}, port {port}</dd>
 <dt>Running for</dt><dd id="uptime">{uptime}</dd>
+<dt>Nix last asked</dt><dd id="last-asked">{last_asked}</dd>
 </dl><dl>
 <dt>Networks</dt><dd id="networks">{networks}</dd>
 <dt>Trackers</dt><dd id="trackers">{trackers}</dd>
@@ -130,6 +131,7 @@ fn html(r: &Report) -> String {
         mode = r.node.mode,
         port = r.node.port,
         uptime = long(r.node.uptime_seconds),
+        last_asked = r.lookups.first().map_or("never".into(), |l| format!("{} ago", long(now - l.time))),
         networks = networks(r),
         trackers = trackers(r),
         signs = if r.node.signs { "what it serves of the own store" } else { "nothing" },

@@ -48,6 +48,7 @@ pub struct Node {
     pub peer_id: Option<String>,
     pub started: f64,
     pub uptime_seconds: f64,
+    pub serves: bool,
     pub shares: String,
     pub signs: bool,
     pub trusted_keys: Vec<String>,

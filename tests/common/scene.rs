@@ -114,6 +114,10 @@ impl Asker {
     /// The same on a given host.
     pub fn on(host: Host, next: &str, keys: &[&str], more: impl FnOnce(&Host) -> Vec<String>) -> Asker {
         nix::configure_client(&host, next, keys);
+        if keys.is_empty() {
+            // Peers are held to the keys of nix.conf. Whoever has none to name believes everybody.
+            host.sh("echo 'require-sigs = false' >> /etc/nix/nix.conf");
+        }
         let more = more(&host);
         let mut flags: Vec<&str> = keys.iter().flat_map(|key| ["--trusted-public-key", key]).collect();
         flags.extend(more.iter().map(String::as_str));

@@ -1,0 +1,246 @@
+//! Whose signatures make a peer's path worth offering to this machine's Nix.
+//!
+//! The keys are those of the local nix.conf, so that no flag has to repeat them, and those of `--trusted-public-key` and
+//! `--trusted-public-key-file`. A part that cannot be read leaves its keys untrusted, and is reported.
+
+mod nix_conf;
+
+pub use nix_conf::NixConf;
+
+use crate::config::Config;
+use crate::degraded::Degraded;
+use crate::key_file;
+use crate::nix::{PathInfo, PublicKey, SecretKey, Signature, StoreDir, is_content_addressed};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+
+/// A narinfo's signatures that are checked, 0.1 ms each; real ones have one to three.
+const MAX_SIGNATURES: usize = 16;
+
+/// Code of the fault that a file of `--trusted-public-key-file` cannot be used.
+pub const PUBLIC_KEY: &str = "public-key";
+
+/// Code of the fault that nix.conf cannot be read whole.
+pub const NIX_CONF: &str = "nix-conf";
+
+/// The keys that are trusted at one moment.
+#[derive(Default)]
+struct Gate {
+    /// Whether paths that none of them signed are passed over.
+    is_on: bool,
+    keys: Vec<PublicKey>,
+}
+
+/// The trusted keys of this node. They change when nix.conf does.
+pub struct TrustedKeys {
+    flags: Vec<PublicKey>,
+    files: Vec<PathBuf>,
+    conf_dir: PathBuf,
+    port: u16,
+    store_dir: StoreDir,
+    gate: RwLock<Arc<Gate>>,
+    /// What was read last. Locked only while it is compared with the files and read again.
+    conf: Mutex<NixConf>,
+}
+
+impl TrustedKeys {
+    /// Reads all of them. Blocks on the disk. What cannot be read is recorded in `degraded`.
+    pub fn read(config: &Config, port: u16, degraded: &Degraded) -> TrustedKeys {
+        let keys = TrustedKeys {
+            flags: config.trusted_public_keys.clone(),
+            files: config.trusted_public_key_files.clone(),
+            conf_dir: config.nix_conf_dir.clone(),
+            port,
+            store_dir: config.store_dir.clone(),
+            gate: RwLock::default(),
+            conf: Mutex::new(NixConf::read(&config.nix_conf_dir)),
+        };
+        keys.combine(degraded);
+        keys
+    }
+
+    /// Reads nix.conf again if it has changed, and the files of flags. Blocks on the disk.
+    pub fn refresh(&self, degraded: &Degraded) {
+        {
+            let mut conf = self.conf.lock().unwrap_or_else(PoisonError::into_inner);
+            if conf.has_changed() || !conf.faults.is_empty() {
+                *conf = NixConf::read(&self.conf_dir);
+            }
+        }
+        self.combine(degraded);
+    }
+
+    fn combine(&self, degraded: &Degraded) {
+        let conf = self.conf.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut keys = conf.public_keys();
+        keys.extend(conf.secret_key_files().filter_map(public_half));
+        let mut faults = Vec::new();
+        let mut named = self.flags.clone();
+        for file in &self.files {
+            match read_public_keys(file) {
+                Ok(more) => named.extend(more),
+                Err(e) => faults.push(e),
+            }
+        }
+        let by_flags = !self.flags.is_empty() || !self.files.is_empty();
+        let is_whole = conf.faults.is_empty();
+        let is_on = by_flags || (is_whole && conf.requires_signatures(self.port));
+        degraded.note(PUBLIC_KEY, if faults.is_empty() { Ok(()) } else { Err(faults.join("; ")) });
+        degraded.note(
+            NIX_CONF,
+            match is_whole {
+                true => Ok(()),
+                false => Err(format!(
+                    "nix.conf cannot be read whole: {}; until it can, {}",
+                    conf.faults.join("; "),
+                    if by_flags {
+                        "only keys of flags and of the rest count"
+                    } else {
+                        "peers are not chosen by signature, Nix checks all the same"
+                    },
+                )),
+            },
+        );
+        // Nix takes the first key of a name, and no other one of that name.
+        let mut first: Vec<PublicKey> = Vec::new();
+        for key in keys.into_iter().chain(named) {
+            if !first.iter().any(|known| known.name() == key.name()) {
+                first.push(key);
+            }
+        }
+        *self.gate.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(Gate { is_on, keys: first });
+    }
+
+    fn gate(&self) -> Arc<Gate> {
+        self.gate.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Whether a path may be offered to Nix: a trusted key signed it, its content proves it, or signatures do not
+    /// matter.
+    pub fn accepts(&self, info: &PathInfo) -> bool {
+        let gate = self.gate();
+        if !gate.is_on || is_content_addressed(info, &self.store_dir) {
+            return true;
+        }
+        self.has_signed(&info.fingerprint(&self.store_dir), &info.signatures)
+    }
+
+    /// Whether a trusted key made one of the signatures of this text.
+    pub fn has_signed(&self, fingerprint: &str, signatures: &[Signature]) -> bool {
+        let gate = self.gate();
+        let mut signatures = signatures.iter().take(MAX_SIGNATURES);
+        signatures.any(|s| gate.keys.iter().any(|key| key.verify(fingerprint.as_bytes(), s)))
+    }
+
+    /// The keys of flags alone.
+    pub fn flag_keys(&self) -> Vec<PublicKey> {
+        let files = self.files.iter().filter_map(|file| read_public_keys(file).ok());
+        self.flags.iter().cloned().chain(files.flatten()).collect()
+    }
+
+    /// The keys, if paths that none of them signed are passed over.
+    pub fn keys(&self) -> Option<Vec<PublicKey>> {
+        let gate = self.gate();
+        gate.is_on.then(|| gate.keys.clone())
+    }
+}
+
+/// The public half of a secret key that nix.conf names. One that this user cannot read is none of its business: Nix
+/// signs with it, and the paths of this machine are not looked for at peers.
+fn public_half(file: &Path) -> Option<PublicKey> {
+    Some(SecretKey::parse(&key_file::read(file).ok()?).ok()?.public())
+}
+
+/// The keys in a file of `--trusted-public-key-file`.
+fn read_public_keys(path: &Path) -> Result<Vec<PublicKey>, String> {
+    let name = path.display();
+    let without = "paths that only it signed are passed over";
+    let text = key_file::read(path).map_err(|e| format!("public key {name}: {e}; {without}"))?;
+    let keys = text.split_whitespace().map(PublicKey::parse).collect::<Result<Vec<_>, _>>();
+    match keys {
+        Ok(keys) if keys.is_empty() => Err(format!("public key {name}: there is none in it; {without}")),
+        keys => keys.map_err(|e| format!("public key {name}: {e}; {without}")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::nix::{NarHash, StorePath};
+    use std::fs;
+
+    const KEY: &str = "dw6gRsgENbg3ZRarDaIEP6t3wwkl5ML26Gov7r1VLrA=";
+
+    fn unsigned() -> PathInfo {
+        PathInfo {
+            path: StorePath::parse("7h7qgvs4kgzsn8a6rb273saxyqh4jxlz-x").unwrap(),
+            nar_hash: NarHash::from_bytes([0; 32]),
+            nar_size: 1,
+            references: Vec::new(),
+            deriver: None,
+            signatures: Vec::new(),
+            ca: None,
+        }
+    }
+
+    fn dir(name: &str) -> PathBuf {
+        let dir = std::env::temp_dir().join(format!("peerix-trust-{}-{name}", std::process::id()));
+        let _ = fs::remove_dir_all(&dir);
+        fs::create_dir_all(&dir).unwrap();
+        dir
+    }
+
+    fn names(keys: &TrustedKeys) -> Option<Vec<String>> {
+        Some(keys.keys()?.iter().map(|key| key.name().to_owned()).collect())
+    }
+
+    fn known(names: &[&str]) -> Option<Vec<String>> {
+        Some(names.iter().map(|name| (*name).to_owned()).collect())
+    }
+
+    #[test]
+    fn keys_are_those_of_nix_conf_and_change_with_it() {
+        let dir = dir("conf");
+        let config = Config { nix_conf_dir: dir.clone(), ..Config::default() };
+        fs::write(dir.join("nix.conf"), format!("trusted-public-keys = a-1:{KEY}\n")).unwrap();
+        let degraded = Degraded::default();
+        let keys = TrustedKeys::read(&config, 12304, &degraded);
+        assert_eq!(names(&keys), known(&["a-1"]));
+        assert!(!keys.accepts(&unsigned()) && degraded.all().is_empty());
+        fs::write(dir.join("nix.conf"), "require-sigs = false\n").unwrap();
+        keys.refresh(&degraded);
+        assert!(names(&keys).is_none() && keys.accepts(&unsigned()));
+        // What cannot be read may name keys.
+        fs::write(dir.join("nix.conf"), "include missing.conf\n").unwrap();
+        keys.refresh(&degraded);
+        assert!(keys.accepts(&unsigned()) && degraded.all()[0].1.contains("missing.conf"));
+        fs::write(dir.join("missing.conf"), format!("trusted-public-keys = b-1:{KEY} b-1:{KEY} a-1:{KEY}")).unwrap();
+        keys.refresh(&degraded);
+        assert!(degraded.all().is_empty());
+        assert_eq!(names(&keys), known(&["b-1", "a-1"]));
+        fs::remove_dir_all(&dir).unwrap();
+    }
+
+    #[test]
+    fn public_key_file_that_cannot_be_read_never_lets_every_peer_in() {
+        let dir = dir("files");
+        let file = dir.join("keys");
+        fs::write(dir.join("nix.conf"), "require-sigs = false\n").unwrap();
+        let config =
+            Config { nix_conf_dir: dir.clone(), trusted_public_key_files: vec![file.clone()], ..Config::default() };
+        let degraded = Degraded::default();
+        let keys = TrustedKeys::read(&config, 12304, &degraded);
+        for (text, why) in [("", "none"), ("b-1:!", "base64"), ("b-1:AAAA", "32 bytes")] {
+            assert!(!keys.accepts(&unsigned()), "{text}");
+            fs::write(&file, text).unwrap();
+            keys.refresh(&degraded);
+            let (code, said) = degraded.all().remove(0);
+            assert!(code == PUBLIC_KEY && said.contains(why) && !said.contains('\n'), "{said}");
+        }
+        fs::write(&file, format!("b-1:{KEY}\nc-1:{KEY}")).unwrap();
+        keys.refresh(&degraded);
+        assert!(degraded.all().is_empty());
+        assert_eq!(names(&keys), known(&["cache.nixos.org-1", "b-1", "c-1"]));
+        fs::remove_dir_all(&dir).unwrap();
+    }
+}

@@ -1,0 +1,255 @@
+//! nix.conf as Nix reads it (Nix manual, "nix.conf"), as far as it says whose signatures Nix takes.
+
+use crate::nix::PublicKey;
+use rustix::fs::OFlags;
+use std::collections::HashMap;
+use std::fs::{self, OpenOptions};
+use std::io::{self, ErrorKind, Read};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+/// Bytes of one file that are read; files written by hand have a few hundred, those of fleets some thousand. A longer
+/// one is a fault, as its end may change what its beginning says.
+const MAX_FILE: u64 = 1 << 20;
+
+/// Files that are read in all. A file that includes itself would have no end.
+const MAX_FILES: usize = 64;
+
+/// What `trusted-public-keys` has if nix.conf says nothing.
+const DEFAULT_KEYS: &str = "cache.nixos.org-1:6NCHdD59X431o0gWypbMrAURkbJ16ZPMQFGspcDShjY=";
+
+/// Settings that are read, and other names that Nix knows them by.
+const NAMES: [(&str, &str); 6] = [
+    ("trusted-public-keys", "trusted-public-keys"),
+    ("binary-cache-public-keys", "trusted-public-keys"),
+    ("secret-key-files", "secret-key-files"),
+    ("require-sigs", "require-sigs"),
+    ("substituters", "substituters"),
+    ("binary-caches", "substituters"),
+];
+
+/// What nix.conf and the files that it includes say.
+#[derive(Default)]
+pub struct NixConf {
+    settings: HashMap<&'static str, String>,
+    /// The files that were looked for, and what each was then.
+    files: Vec<(PathBuf, Option<Stamp>)>,
+    /// Parts that could not be read, each in a line. Nix may read them.
+    pub faults: Vec<String>,
+}
+
+/// What changes when a file is written or replaced: device, inode, size, and the time in nanoseconds.
+type Stamp = (u64, u64, u64, i64);
+
+impl NixConf {
+    /// Reads `nix.conf` in `dir`. Blocks on the disk. One that is not there leaves Nix's defaults.
+    pub fn read(dir: &Path) -> NixConf {
+        let mut conf = NixConf::default();
+        conf.apply(&dir.join("nix.conf"), None);
+        conf
+    }
+
+    /// Whether one of the files has changed since it was read, or a missing one is there now.
+    pub fn has_changed(&self) -> bool {
+        self.files.iter().any(|(file, then)| stamp(file) != *then)
+    }
+
+    /// The keys whose signatures Nix takes, in the order in which it looks for one of a name. Malformed ones are left
+    /// out.
+    pub fn public_keys(&self) -> Vec<PublicKey> {
+        self.public_key_words().filter_map(|word| PublicKey::parse(word).ok()).collect()
+    }
+
+    /// The same as they are written.
+    fn public_key_words(&self) -> impl Iterator<Item = &str> {
+        self.get("trusted-public-keys").unwrap_or(DEFAULT_KEYS).split_whitespace()
+    }
+
+    /// Files of secret keys, whose public halves Nix trusts too.
+    pub fn secret_key_files(&self) -> impl Iterator<Item = &Path> {
+        self.get("secret-key-files").unwrap_or_default().split_whitespace().map(Path::new)
+    }
+
+    /// Whether Nix takes from the cache on `port` of this machine only what a trusted key signed.
+    pub fn requires_signatures(&self, port: u16) -> bool {
+        let is_off = matches!(self.get("require-sigs"), Some("false" | "no" | "0"));
+        let urls = self.get("substituters").unwrap_or_default().split_whitespace();
+        let hosts = ["127.0.0.1", "localhost", "[::1]"].map(|host| format!("http://{host}:{port}"));
+        let is_trusted = |url: &str| {
+            let (bare, query) = url.split_once('?').unwrap_or((url, ""));
+            let says_so = query.split('&').any(|word| matches!(word, "trusted=true" | "trusted=1" | "trusted=yes"));
+            says_so && hosts.iter().any(|host| bare.trim_end_matches('/') == host)
+        };
+        !is_off && !urls.into_iter().any(is_trusted)
+    }
+
+    fn get(&self, name: &str) -> Option<&str> {
+        self.settings.get(name).map(String::as_str)
+    }
+
+    /// Applies a file; `included_from` is the file that names it.
+    fn apply(&mut self, file: &Path, included_from: Option<&Path>) {
+        if self.files.len() >= MAX_FILES {
+            return self.faults.push(format!("{}: more than {MAX_FILES} files are included", file.display()));
+        }
+        self.files.push((file.to_owned(), stamp(file)));
+        let text = match read(file) {
+            Ok(text) => text,
+            Err(e) if e.kind() == ErrorKind::NotFound && included_from.is_none() => return,
+            Err(e) => return self.faults.push(format!("{}: {e}", file.display())),
+        };
+        for line in text.lines() {
+            let words: Vec<&str> = line.split('#').next().unwrap_or_default().split_whitespace().collect();
+            match words[..] {
+                [] => {}
+                ["include", name] => self.apply(&beside(file, name), Some(file)),
+                ["!include", name] => {
+                    let name = beside(file, name);
+                    match fs::metadata(&name) {
+                        Err(e) if e.kind() == ErrorKind::NotFound => self.files.push((name, None)),
+                        _ => self.apply(&name, Some(file)),
+                    }
+                }
+                [name, "=", ref values @ ..] => self.set(name, &values.join(" ")),
+                _ => self.faults.push(format!("{}: Nix does not take the line: {}", file.display(), line.trim())),
+            }
+        }
+    }
+
+    fn set(&mut self, name: &str, value: &str) {
+        let (name, adds) = name.strip_prefix("extra-").map_or((name, false), |name| (name, true));
+        let Some((_, name)) = NAMES.iter().find(|(alias, _)| *alias == name) else { return };
+        let before = match (adds, self.get(name), *name) {
+            (false, ..) => "",
+            (true, Some(before), _) => before,
+            (true, None, "trusted-public-keys") => DEFAULT_KEYS,
+            (true, None, _) => "",
+        };
+        let value = format!("{before} {value}").trim().to_owned();
+        self.settings.insert(name, value);
+    }
+}
+
+/// A path in a file is relative to the file.
+fn beside(file: &Path, name: &str) -> PathBuf {
+    file.parent().unwrap_or(Path::new("/")).join(name)
+}
+
+fn stamp(file: &Path) -> Option<Stamp> {
+    let meta = fs::metadata(file).ok()?;
+    let nanoseconds = meta.mtime().wrapping_mul(1_000_000_000).wrapping_add(meta.mtime_nsec());
+    Some((meta.dev(), meta.ino(), meta.len(), nanoseconds))
+}
+
+fn read(file: &Path) -> io::Result<String> {
+    // A pipe would wait for somebody to write.
+    let file = OpenOptions::new().read(true).custom_flags(OFlags::NONBLOCK.bits() as i32).open(file)?;
+    let meta = file.metadata()?;
+    if !meta.is_file() || meta.len() > MAX_FILE {
+        return Err(io::Error::other("not a file of at most 1 MiB"));
+    }
+    let mut bytes = Vec::new();
+    file.take(MAX_FILE).read_to_end(&mut bytes)?;
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const KEY: &str = "dw6gRsgENbg3ZRarDaIEP6t3wwkl5ML26Gov7r1VLrA=";
+
+    struct Dir(PathBuf);
+
+    impl Dir {
+        fn new(name: &str) -> Dir {
+            let dir = std::env::temp_dir().join(format!("peerix-nix-conf-{}-{name}", std::process::id()));
+            let _ = fs::remove_dir_all(&dir);
+            fs::create_dir_all(&dir).unwrap();
+            Dir(dir)
+        }
+
+        fn write(&self, name: &str, text: &str) {
+            fs::write(self.0.join(name), text).unwrap();
+        }
+
+        fn read(&self) -> NixConf {
+            NixConf::read(&self.0)
+        }
+
+        fn names(&self) -> Vec<String> {
+            self.read().public_keys().iter().map(|key| key.name().to_owned()).collect()
+        }
+    }
+
+    impl Drop for Dir {
+        fn drop(&mut self) {
+            let _ = fs::remove_dir_all(&self.0);
+        }
+    }
+
+    #[test]
+    fn missing_file_leaves_the_defaults_of_nix() {
+        let dir = Dir::new("missing");
+        let conf = dir.read();
+        assert_eq!(dir.names(), ["cache.nixos.org-1"]);
+        assert!(conf.faults.is_empty() && conf.requires_signatures(12304) && !conf.has_changed());
+        dir.write("nix.conf", "");
+        assert!(conf.has_changed());
+    }
+
+    #[test]
+    fn assignments_replace_and_extra_ones_add() {
+        let dir = Dir::new("assignments");
+        for (text, expected) in [
+            (format!("extra-trusted-public-keys = a-1:{KEY}"), &["cache.nixos.org-1", "a-1"][..]),
+            (format!("trusted-public-keys = a-1:{KEY} b-1:{KEY} # c-1:{KEY}"), &["a-1", "b-1"]),
+            (format!("binary-cache-public-keys = a-1:{KEY}\nextra-trusted-public-keys = b-1:{KEY}"), &["a-1", "b-1"]),
+            (format!("extra-trusted-public-keys = a-1:{KEY}\ntrusted-public-keys = b-1:{KEY}"), &["b-1"]),
+            (format!("trusted-public-keys = a-1:nonsense b-1:{KEY}"), &["b-1"]),
+            ("trusted-public-keys =".to_owned(), &[]),
+        ] {
+            dir.write("nix.conf", &text);
+            assert_eq!(dir.names(), expected, "{text}");
+        }
+    }
+
+    #[test]
+    fn includes_are_followed_and_unreadable_ones_are_faults() {
+        let dir = Dir::new("includes");
+        dir.write("nix.conf", "include keys.conf\n!include custom.conf\n");
+        dir.write("keys.conf", &format!("trusted-public-keys = a-1:{KEY}\n"));
+        let conf = dir.read();
+        assert_eq!((dir.names(), &conf.faults), (vec!["a-1".to_owned()], &vec![]));
+        dir.write("custom.conf", &format!("extra-trusted-public-keys = b-1:{KEY}\n"));
+        assert!(conf.has_changed());
+        assert_eq!(dir.names(), ["a-1", "b-1"]);
+        fs::remove_file(dir.0.join("custom.conf")).unwrap();
+        fs::create_dir(dir.0.join("custom.conf")).unwrap();
+        assert!(dir.read().faults[0].contains("custom.conf: not a file"));
+        fs::remove_file(dir.0.join("keys.conf")).unwrap();
+        assert_eq!(dir.read().faults.len(), 2, "include, unlike !include, needs its file");
+        dir.write("nix.conf", "include nix.conf\n");
+        assert!(dir.read().faults[0].contains("more than 64 files"));
+        dir.write("nix.conf", "trusted-public-keys a-1\n");
+        assert!(dir.read().faults[0].contains("does not take the line"));
+    }
+
+    #[test]
+    fn signatures_are_required_unless_nix_conf_says_otherwise() {
+        let dir = Dir::new("required");
+        for (text, required) in [
+            ("", true),
+            ("require-sigs = true", true),
+            ("require-sigs = false", false),
+            ("require-sigs = no", false),
+            ("substituters = http://127.0.0.1:12304?trusted=true", false),
+            ("extra-substituters = http://localhost:12304/?priority=1&trusted=1", false),
+            ("substituters = http://127.0.0.1:12304 http://other:12304?trusted=true", true),
+            ("substituters = http://127.0.0.1:12305?trusted=true", true),
+        ] {
+            dir.write("nix.conf", text);
+            assert_eq!(dir.read().requires_signatures(12304), required, "{text}");
+        }
+    }
+}
