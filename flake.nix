@@ -19,6 +19,8 @@
         peerix =
           { pkgs, ... }:
           {
+            # Imported twice, as by two modules that need it, it is one.
+            key = "github:sophronesis/peerix#nixosModules.peerix";
             imports = [ ./nixos-module.nix ];
             services.peerix.package = lib.mkDefault self.packages.${pkgs.stdenv.hostPlatform.system}.peerix;
           };

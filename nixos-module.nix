@@ -4,33 +4,48 @@
   config,
   lib,
   pkgs,
+  utils,
   ...
 }:
 let
   inherit (lib)
     hasPrefix
     mkEnableOption
+    mapAttrsToList
+    mkDefault
     mkIf
     mkMerge
     mkOption
+    mkPackageOption
     optional
-    optionals
     removePrefix
     types
     ;
 
   cfg = config.services.peerix;
   tracker = cfg.tracker;
-  nix = config.nix.settings;
 
-  # One argument of ExecStart=, without a shell: quoted as systemd.service(5) has it, so that every character arrives.
-  # A JSON string is such a quoted word; specifiers (%) and variables ($) are doubled.
-  argument = value: builtins.replaceStrings [ "%" "$" ] [ "%%" "$$" ] (builtins.toJSON (toString value));
-  # `--flag=value`, so that a value that begins with a dash is no flag.
-  flag = name: value: argument "--${name}=${toString value}";
-  flagIf = name: value: optional (value != null && value != "") (flag name value);
-  switchIf = name: on: optional on (argument "--${name}");
-  commandLine = program: arguments: lib.concatStringsSep " " ([ "${cfg.package}/bin/${program}" ] ++ arguments);
+  # `--flag=value`, so that a value that begins with a dash is no flag. Switches have none; lists give a flag each.
+  flags =
+    name: value:
+    if value == null || value == false || value == "" then
+      [ ]
+    else if value == true then
+      [ "--${name}" ]
+    else
+      map (one: "--${name}=${toString one}") (lib.toList value);
+  commandLine =
+    program: arguments:
+    utils.escapeSystemdExecArgs ([ "${cfg.package}/bin/${program}" ] ++ arguments);
+
+  urlAssertions =
+    name:
+    map (url: {
+      assertion = builtins.match "https?://[^[:space:]]+" url != null;
+      message = "services.peerix: ${name} (${url}) is no URL: it begins with http:// or https://.";
+    }) (builtins.filter (url: url != "") (lib.toList (cfg.settings.${name} or [ ])));
+  # A name, a colon and 32 bytes in base64; several are separated by spaces.
+  isPublicKeys = keys: builtins.match "([^:[:space:]]+:[A-Za-z0-9+/]{43}=[[:space:]]*)+" keys != null;
 
   # A path in a setting that systemd takes to the end of the line.
   pathSetting = path: builtins.replaceStrings [ "%" ] [ "%%" ] (toString path);
@@ -43,14 +58,6 @@ let
 
   # A file beside the configuration has to go with the system; one that is named by a string is somewhere on it.
   publicKeyFile = if builtins.isPath cfg.publicKeyFile then "${cfg.publicKeyFile}" else cfg.publicKeyFile;
-
-  # Peers whose paths Nix would refuse are passed over, if Nix refuses any. The list has Nix's own keys and ours.
-  trustedKeys = optionals (nix.require-sigs or true) (
-    lib.unique (
-      lib.toList (nix.trusted-public-keys or [ ])
-      ++ lib.toList (nix.extra-trusted-public-keys or [ ])
-    )
-  );
 
   # nix.conf has to name the key in the file, and the file is not read while this is evaluated: it may not be there yet.
   publicKeyDir = "/run/peerix-public-key";
@@ -118,19 +125,53 @@ let
     startLimitBurst = 30;
   };
 
+  proxy = config.networking.proxy or { };
+  hasProxy = builtins.any (name: proxy.${name} or null != null) [
+    "default"
+    "httpProxy"
+    "allProxy"
+  ];
+  noProxyForLoopback = builtins.match "(.*[, ])?(127\\.0\\.0\\.(1|0/8)|\\*)([, ].*)?" (
+    toString (proxy.noProxy or "")
+  ) != null;
+
   trackerDir = dirOf tracker.dbPath;
   # systemd makes this one and below; others may be anything, and somebody else's.
   inStateDir = hasPrefix "/var/lib/peerix-tracker/" "${trackerDir}/";
 in
 {
+  # Two copies of this file, as of a flake and of a tarball, are one module.
+  key = "github:sophronesis/peerix#nixos-module";
+
   options.services.peerix = {
     enable = mkEnableOption "peerix, which lets Nix fetch store paths from the stores of the machines around it";
 
-    package = mkOption {
-      type = types.package;
-      default = pkgs.peerix or (pkgs.callPackage ./nix/package.nix { });
-      defaultText = lib.literalExpression "pkgs.peerix";
-      description = "The peerix package to use.";
+    package = mkPackageOption (
+      # nixpkgs has none yet.
+      pkgs // { peerix = pkgs.peerix or (pkgs.callPackage ./nix/package.nix { }); }
+    ) "peerix" { };
+
+    settings = mkOption {
+      type = types.attrsOf (
+        types.nullOr (
+          types.oneOf [
+            types.bool
+            types.int
+            types.str
+            (types.listOf types.str)
+          ]
+        )
+      );
+      default = { };
+      example = {
+        timeout = 100;
+        bind = [ "192.168.1.20" ];
+      };
+      description = ''
+        Flags of the program by their names without dashes; see {command}`peerix --help`. `true` gives a flag without
+        a value, a list gives the flag once for each element, and `null` or `false` leaves it out. The other options
+        set some of these, with less priority.
+      '';
     };
 
     openFirewall = mkOption {
@@ -184,7 +225,8 @@ in
       example = "/etc/nix/peerix.sec";
       description = ''
         Secret key to sign this machine's paths with, as {command}`nix-store --generate-binary-cache-key` writes it.
-        systemd reads it; it need not be readable for anybody but root, and must not be in the Nix store.
+        systemd reads it; it need not be readable for anybody but root, and must not be in the Nix store. While it is
+        missing, what only this key would sign is not shared.
       '';
     };
 
@@ -359,19 +401,36 @@ in
     (mkIf cfg.enable {
       assertions = [
         {
-          assertion = cfg.mode == "lan" || (cfg.trackerUrl != null && cfg.trackerUrl != "");
+          assertion = cfg.settings.mode == "lan" || cfg.settings.tracker-url or [ ] != [ ];
           message = ''
             services.peerix.mode is "${cfg.mode}", which needs a tracker: set services.peerix.trackerUrl, for example to "http://tracker.example:12305", or mode to "lan".'';
         }
         {
-          assertion = cfg.publicKey == null || cfg.publicKeyFile == null;
-          message = "services.peerix.publicKey and services.peerix.publicKeyFile are both set: set one of them. Further keys go to nix.settings.extra-trusted-public-keys.";
+          assertion = cfg.publicKey == null || isPublicKeys cfg.publicKey;
+          message = "services.peerix.publicKey (${toString cfg.publicKey}) is no public key: set it to what nix-store --generate-binary-cache-key writes, NAME:KEY with 44 characters of base64.";
+        }
+        {
+          assertion = !tracker.enable || tracker.port != cfg.port;
+          message = "services.peerix.port and services.peerix.tracker.port are both ${toString cfg.port}: set one of them to another.";
+        }
+        {
+          assertion = cfg.settings.port == cfg.port;
+          message = "services.peerix.settings.port is not what systemd listens on: set services.peerix.port instead.";
+        }
+        {
+          assertion =
+            ownUser || builtins.match "[0-9]+" (toString cfg.user) != null || (config.users.users or { }) ? ${cfg.user};
+          message = "services.peerix.user (${toString cfg.user}) is no user of this machine: define users.users.${toString cfg.user}, or leave the option at its default for a user that systemd makes.";
         }
         {
           assertion = cfg.privateKeyFile == null || !isInStore cfg.privateKeyFile;
           message = ''
             services.peerix.privateKeyFile is in the Nix store (${toString cfg.privateKeyFile}), which every user and every peer can read: set it to a path outside, as a string, for example "/etc/nix/peerix.sec".'';
         }
+      ]
+      ++ lib.concatMap urlAssertions [
+        "tracker-url"
+        "upstream-cache"
       ];
 
       # The port belongs to systemd and stays open while the daemon restarts: up to 2.31, a Nix that knows a cache and
@@ -408,34 +467,18 @@ in
             # Opens and closes the Nix database as root, which leaves behind the files that are needed to read it as
             # another user (Nix 2.26 or later). Where that fails, peerix has other ways.
             ExecStartPre = "+-${config.nix.package}/bin/nix-store --check-validity";
-            ExecStart = commandLine "peerix" (
-              [ (flag "port" cfg.port) ]
-              ++ [ (flag "mode" cfg.mode) ]
-              ++ [ (flag "priority" cfg.priority) ]
-              ++ optional (cfg.privateKeyFile != null) "--private-key=%d/private-key"
-              ++ map (flag "trusted-public-key") trustedKeys
-              ++ optionals (cfg.publicKeyFile != null && nix.require-sigs or true) [
-                (flag "trusted-public-key-file" "${publicKeyDir}/keys")
-              ]
-              ++ map (flag "peer") cfg.peers
-              ++ map (flag "lan") cfg.lanNetworks
-              ++ map (flag "interface") cfg.interfaces
-              ++ flagIf "tracker-url" cfg.trackerUrl
-              ++ flagIf "announce-addr" cfg.announceAddr
-              ++ flagIf "peer-id" cfg.peerId
-              ++ [ (flag "upstream-cache" cfg.upstreamCache) ]
-              ++ switchIf "no-verify" cfg.noVerify
-              ++ switchIf "no-filter" cfg.noFilter
-              ++ switchIf "no-default-filters" cfg.noDefaultFilters
-              ++ map (flag "filter-patterns") cfg.filterPatterns
-              ++ map argument cfg.extraFlags
-            );
+            ExecStart =
+              commandLine "peerix" (lib.concatLists (mapAttrsToList flags cfg.settings) ++ cfg.extraFlags)
+              # systemd puts the directory in the place of %d.
+              + lib.optionalString (cfg.privateKeyFile != null) " --private-key=%d/private-key";
             StateDirectory = "peerix";
             StateDirectoryMode = "0700";
             # systemd reads it as root and shows it to this unit alone: systemd.exec(5), credentials.
             LoadCredential = optional (
               cfg.privateKeyFile != null
             ) "private-key:${pathSetting cfg.privateKeyFile}";
+            # In its place if it is not there. Without, the unit would fail, and with the port every build.
+            SetCredential = optional (cfg.privateKeyFile != null) "private-key:missing";
             # As many as peerix takes for 1,024 connections and their streams.
             LimitNOFILE = 8192;
             # Netlink tells which networks this machine is in; the Unix socket is nix-daemon's and systemd's.
@@ -458,6 +501,29 @@ in
           // lib.optionalAttrs (toString cfg.group != "nobody") { Group = toString cfg.group; };
       };
 
+      services.peerix.settings = {
+        port = mkDefault cfg.port;
+        mode = mkDefault cfg.mode;
+        priority = mkDefault cfg.priority;
+        # Lists add to those that are set here; where there is none, one value may stand without a list.
+        peer = mkIf (cfg.peers != [ ]) cfg.peers;
+        lan = mkIf (cfg.lanNetworks != [ ]) cfg.lanNetworks;
+        interface = mkIf (cfg.interfaces != [ ]) cfg.interfaces;
+        tracker-url = mkIf (cfg.trackerUrl != null && cfg.trackerUrl != "") [ cfg.trackerUrl ];
+        announce-addr = mkDefault cfg.announceAddr;
+        peer-id = mkDefault cfg.peerId;
+        upstream-cache = mkDefault cfg.upstreamCache;
+        no-verify = mkDefault cfg.noVerify;
+        no-filter = mkDefault cfg.noFilter;
+        no-default-filters = mkDefault cfg.noDefaultFilters;
+        filter-patterns = mkIf (cfg.filterPatterns != [ ]) cfg.filterPatterns;
+      };
+
+      # nix-daemon asks peerix by the proxy otherwise.
+      networking.proxy = mkIf hasProxy { noProxy = mkDefault "127.0.0.1,localhost,::1"; };
+      warnings = optional (hasProxy && !noProxyForLoopback) ''
+        networking.proxy.noProxy does not have 127.0.0.1, so that Nix asks services.peerix by the proxy: add it.'';
+
       nix.settings = mkMerge [
         { extra-substituters = [ "http://127.0.0.1:${toString cfg.port}" ]; }
         (mkIf (cfg.publicKey != null) { extra-trusted-public-keys = [ cfg.publicKey ]; })
@@ -470,6 +536,22 @@ in
       networking.firewall = mkIf cfg.openFirewall {
         allowedTCPPorts = [ cfg.port ];
         allowedUDPPorts = [ cfg.port ];
+      };
+    })
+
+    # A key that comes late, or is put back, is taken without anybody's doing: peerix cannot read it, and systemd reads it
+    # when it starts.
+    (mkIf (cfg.enable && cfg.privateKeyFile != null) {
+      systemd.paths.peerix-key = {
+        description = "Secret key of the peer-to-peer Nix binary cache";
+        wantedBy = [ "multi-user.target" ];
+        pathConfig.PathChanged = pathSetting cfg.privateKeyFile;
+      };
+      systemd.services.peerix-key = {
+        description = "Secret key of peerix has changed";
+        serviceConfig.Type = "oneshot";
+        # A key is often written in steps.
+        serviceConfig.ExecStart = "${config.systemd.package}/bin/systemctl try-restart peerix.service";
       };
     })
 
@@ -495,7 +577,6 @@ in
         # One line, whatever is in the file: these are keys, and must not become another setting.
         script = ''
           keys=$(tr -s '\r\n' '  ' < "$CREDENTIALS_DIRECTORY/public-key")
-          printf '%s\n' "$keys" > ${publicKeyDir}/keys
           printf 'extra-trusted-public-keys = %s\n' "$keys" > ${publicKeyDir}/nix.conf
         '';
         # As root, but without its powers: every user's Nix reads the file, which in the directory of a user that
@@ -544,8 +625,8 @@ in
           // restarted
           // {
             ExecStart = commandLine "peerix-tracker" [
-              (flag "port" tracker.port)
-              (flag "db-path" tracker.dbPath)
+              "--port=${toString tracker.port}"
+              "--db-path=${tracker.dbPath}"
             ];
             User = "peerix-tracker";
             LimitNOFILE = 8192;

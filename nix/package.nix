@@ -5,6 +5,7 @@
   installShellFiles,
   nix,
   testers,
+  versionCheckHook,
 }:
 let
   cargo = lib.importTOML ../Cargo.toml;
@@ -45,6 +46,9 @@ rustPlatform.buildRustPackage (finalAttrs: {
     installManPage contrib/man/*.8
     installShellCompletion --bash contrib/completions/*.bash --fish contrib/completions/*.fish --zsh contrib/completions/_*
   '';
+
+  nativeInstallCheckInputs = [ versionCheckHook ];
+  doInstallCheck = true;
 
   passthru.tests = import ./tests {
     inherit testers;

@@ -145,7 +145,7 @@ fn every_option_of_the_original_has_its_name_type_and_default() {
         assert!(option["description"].as_str().unwrap().len() > 20, "{option}");
     }
     let new: Vec<&str> = options.keys().filter(|name| original.iter().all(|(old, _)| old != *name)).copied().collect();
-    let added = ["enableIPv6", "extraFlags", "interfaces", "lanNetworks", "peers", "priority"];
+    let added = ["enableIPv6", "extraFlags", "interfaces", "lanNetworks", "peers", "priority", "settings"];
     assert_eq!(new, added.map(|name| format!("services.peerix.{name}")));
 }
 
@@ -165,6 +165,7 @@ fn the_readme_has_every_option() {
         let name = option["name"].as_str().unwrap().to_owned();
         let default = match &option["default"] {
             Value::Array(empty) if empty.is_empty() => "[ ]".to_owned(),
+            Value::Object(empty) if empty.is_empty() => "{ }".to_owned(),
             Value::String(path) if path == "/usr/local" => "pkgs.peerix".to_owned(),
             other => other.to_string(),
         };
@@ -210,10 +211,9 @@ fn by_default_it_is_one_socket_one_service_and_one_line_for_nix() {
         arguments(&machine, "peerix.service"),
         [
             "/usr/local/bin/peerix",
-            "--port=12304",
             "--mode=lan",
+            "--port=12304",
             "--priority=20",
-            "--trusted-public-key=cache.nixos.org-1:6NCHdD59X431o0gWypbMrAURkbJ16ZPMQFGspcDShjY=",
             "--upstream-cache=https://cache.nixos.org",
         ]
     );
@@ -231,7 +231,8 @@ fn every_option_arrives() {
             filterPatterns = [ "*-a" "b*" ]; priority = 7; peers = [ "one" "two:3" ]; enableIPv6 = true;
             lanNetworks = [ "100.64.0.0/10" "fd7a::/48" ]; interfaces = [ "eth*" "!eth1" ];
             extraFlags = [ "--timeout=80" "--tracker-url=http://second:1" ];
-            privateKeyFile = "/run/secrets/50 %.key"; package = "/other"; publicKey = "k-1:AAAA"; globalCacheTTL = 60;
+            privateKeyFile = "/run/secrets/50 %.key"; package = "/other"; publicKey = "k-1:dw6gRsgENbg3ZRarDaIEP6t3wwkl5ML26Gov7r1VLrA="; globalCacheTTL = 60;
+            settings = { timeout = 90; lan = [ "10.9.0.0/16" ]; verbose = true; bind = null; };
         };"#,
     );
     for flag in [
@@ -239,7 +240,9 @@ fn every_option_arrives() {
         "--mode=both",
         "--priority=7",
         "--private-key=%d/private-key",
-        "--trusted-public-key=k-1:AAAA",
+        "--timeout=90",
+        "--lan=10.9.0.0/16",
+        "--verbose",
         "--peer=one",
         "--peer=two:3",
         "--lan=100.64.0.0/10",
@@ -266,11 +269,15 @@ fn every_option_arrives() {
     assert_eq!(setting(&machine, socket, "Service"), "peerix.service");
     assert_eq!(setting(&machine, "peerix.service", "Requires"), socket);
     assert_eq!(setting(&machine, "peerix.service", "LoadCredential"), "private-key:/run/secrets/50 %%.key");
+    assert_eq!(setting(&machine, "peerix.service", "SetCredential"), "private-key:missing");
+    assert_eq!(setting(&machine, "peerix-key.path", "PathChanged"), "/run/secrets/50 %%.key");
+    assert_eq!(setting(&machine, "peerix-key.service", "ExecStart"), "/usr/bin/systemctl try-restart peerix.service");
+    assert_eq!(machine["failed"], json!([]));
     assert_eq!(arguments(&machine, "peerix.service")[0], "/other/bin/peerix");
     let conf = machine["nixConf"].as_str().unwrap();
     for line in [
         "extra-substituters = http://127.0.0.1:12399\n",
-        "extra-trusted-public-keys = k-1:AAAA\n",
+        "extra-trusted-public-keys = k-1:dw6gRsgENbg3ZRarDaIEP6t3wwkl5ML26Gov7r1VLrA=\n",
         "narinfo-cache-positive-ttl = 60\n",
         "narinfo-cache-negative-ttl = 60\n",
     ] {
@@ -289,15 +296,16 @@ fn the_program_takes_each_flag_that_the_module_gives() {
             lanNetworks = [ "10.8.0.0/16" ]; interfaces = [ "!eth1" ];
         };"#,
     );
-    // The first thing it misses is a file: everything before was understood.
+    // The first thing it misses is the database: everything before was understood.
     let output = Command::new(env!("CARGO_BIN_EXE_peerix"))
         .args(&arguments(&machine, "peerix.service")[1..])
+        .args(["--port=0", "--db=/nonexistent/db.sqlite"])
         .env_remove("NIX_SECRET_KEY_FILE")
         .output()
         .unwrap();
     let said = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(1), "{said}");
-    assert!(said.contains("private key %d/private-key: No such file"), "{said}");
+    assert!(said.contains("peerix: nix database /nonexistent/db.sqlite: not found"), "{said}");
 }
 
 #[test]
@@ -330,7 +338,14 @@ fn what_cannot_work_is_refused_with_what_to_set() {
         (r#"tracker = { enable = true; dbPath = "tracker.db"; };"#, &["tracker.dbPath", "absolute"]),
         (r#"tracker = { enable = true; dbPath = "/data/my dir/t.db"; };"#, &["tracker.dbPath", "plain"]),
         (r#"tracker = { enable = true; dbPath = "/data/../etc/x/t.db"; };"#, &["tracker.dbPath"]),
-        (r#"publicKey = "a:b"; publicKeyFile = "/c";"#, &["publicKey ", "publicKeyFile", "set one"]),
+        (r#"publicKey = "a:b";"#, &["services.peerix.publicKey", "a:b", "no public key"]),
+        (r#"publicKey = "myhost-1";"#, &["services.peerix.publicKey", "myhost-1"]),
+        (r#"mode = "wan"; trackerUrl = "tracker:12305";"#, &["tracker-url", "tracker:12305", "http://"]),
+        (r#"upstreamCache = "cache.nixos.org";"#, &["upstream-cache", "cache.nixos.org", "https://"]),
+        (r#"settings.tracker-url = [ "http://a" "b" ];"#, &["tracker-url", "(b)"]),
+        ("tracker = { enable = true; port = 12304; };", &["services.peerix.tracker.port", "12304"]),
+        ("settings.port = 1;", &["services.peerix.settings.port", "services.peerix.port"]),
+        (r#"user = "ghost";"#, &["services.peerix.user", "ghost", "users.users.ghost"]),
         (
             "privateKeyFile = builtins.storeDir + \"/abc-key\";",
             &["privateKeyFile", "every user", "/etc/nix/peerix.sec"],
@@ -342,6 +357,15 @@ fn what_cannot_work_is_refused_with_what_to_set() {
             assert!(message.as_str().unwrap().contains(name), "{config}: no {name} in {message}");
         }
     }
+    // The original took both.
+    let both = r#"services.peerix = { publicKey = "a-1:dw6gRsgENbg3ZRarDaIEP6t3wwkl5ML26Gov7r1VLrA="; publicKeyFile = "/c"; };"#;
+    let both = peerix(both);
+    assert_eq!(both["failed"], json!([]));
+    let conf = both["nixConf"].as_str().unwrap();
+    assert!(
+        conf.contains("extra-trusted-public-keys = a-1:") && conf.contains("!include /run/peerix-public-key"),
+        "{conf}"
+    );
     // What is empty is not set.
     assert!(!peerix("services.peerix.peerId = \"\";")["units"]["peerix.service"].as_str().unwrap().contains("peer-id"));
     // Beside the store is not in it.
@@ -387,7 +411,7 @@ fn a_public_key_file_is_read_by_nix_and_not_by_the_evaluation() {
     let without = &peerix("")["restartTriggers"];
     assert!(without.is_object() && without["nix-daemon"].is_null());
     // peerix takes them from there: as a credential of its own, a missing file kept it from starting.
-    assert!(has(&machine, "--trusted-public-key-file=/run/peerix-public-key/keys"));
+    assert!(!machine["units"]["peerix.service"].as_str().unwrap().contains("public-key"));
     assert_eq!(settings(&machine, "peerix.service", "LoadCredential"), [""; 0]);
 
     // Its script, run on a file that would like to be more than keys.
@@ -399,7 +423,6 @@ fn a_public_key_file_is_read_by_nix_and_not_by_the_evaluation() {
     let status = Command::new("bash").args(["-c", &script]).env("CREDENTIALS_DIRECTORY", &dir).status().unwrap();
     assert!(status.success());
     let keys = "a-1:AAAA allowed-users = * b-1:BBBB\n";
-    assert_eq!(std::fs::read_to_string(dir.join("keys")).unwrap(), keys);
     let conf = std::fs::read_to_string(dir.join("nix.conf")).unwrap();
     assert_eq!(conf, format!("extra-trusted-public-keys = {keys}"));
 }
@@ -417,18 +440,25 @@ fn a_public_key_file_beside_the_configuration_goes_with_the_system() {
 }
 
 #[test]
-fn peers_are_held_to_the_keys_that_nix_trusts() {
-    // A key may be named in more than one place; it is one.
-    let machine = peerix("nix.settings.extra-trusted-public-keys = [ \"own-1:BBBB\" \"own-1:BBBB\" ];");
-    let keys = |machine: &Value| {
-        let arguments = arguments(machine, "peerix.service").into_iter();
-        arguments.filter(|argument| argument.starts_with("--trusted-public-key")).collect::<Vec<_>>()
-    };
-    assert_eq!(keys(&machine).len(), 2);
-    assert!(has(&machine, "--trusted-public-key=own-1:BBBB"));
-    // A Nix that takes paths without signatures is not kept from them.
-    let trusting = "nix.settings.require-sigs = (import ./tests/module/lib.nix).mkForce false;";
-    assert_eq!(keys(&peerix(&format!("{trusting} services.peerix.publicKeyFile = \"/k\";"))), [""; 0]);
+fn module_imported_twice_is_one() {
+    let expression =
+        "(import ./tests/module/eval.nix).twice { services.peerix = { enable = true; peers = [ \"a\" ]; }; }";
+    let machine = eval(expression);
+    assert_eq!(settings(&machine, "peerix.socket", "ListenStream"), ["0.0.0.0:12304"]);
+    assert_eq!(arguments(&machine, "peerix.service").iter().filter(|flag| *flag == "--peer=a").count(), 1);
+}
+
+#[test]
+fn proxy_is_not_asked_for_this_machine() {
+    let with = |proxy: &str| peerix(&format!("networking.proxy = {{ {proxy} }};"));
+    assert_eq!(peerix("")["noProxy"], json!(null));
+    assert_eq!(with(r#"default = "http://proxy:3128";"#)["noProxy"], json!("127.0.0.1,localhost,::1"));
+    for (no_proxy, warnings) in [("localhost", 1), ("example.org,127.0.0.1", 0), ("127.0.0.0/8", 0), ("127.0.0.10", 1)]
+    {
+        let machine = with(&format!(r#"httpProxy = "http://proxy:3128"; noProxy = "{no_proxy}";"#));
+        assert_eq!(machine["noProxy"], json!(no_proxy));
+        assert_eq!(machine["warnings"].as_array().unwrap().len(), warnings, "{no_proxy}");
+    }
 }
 
 /// Without the overlay, nixpkgs knows no peerix.
@@ -440,7 +470,9 @@ fn the_package_is_built_where_nixpkgs_has_none() {
 
 #[test]
 fn it_runs_as_the_user_that_is_chosen() {
-    let chosen = peerix("services.peerix = { user = \"cache\"; group = \"nogroup\"; };");
+    let chosen =
+        peerix("services.peerix = { user = \"cache\"; group = \"nogroup\"; }; users.users.cache.isSystemUser = true;");
+    assert_eq!(chosen["failed"], json!([]));
     let service = |name| settings(&chosen, "peerix.service", name);
     assert_eq!((service("User"), service("Group"), service("DynamicUser")), (vec!["cache"], vec!["nogroup"], vec![]));
     let number = peerix("services.peerix.user = 1000;");
@@ -510,6 +542,29 @@ fn both_programs_are_locked_up() {
         assert_eq!(settings(&machine, unit, "SystemCallFilter"), ["@system-service", "~@privileged @resources"]);
     }
     assert!(!settings(&machine, "peerix-tracker.service", "RestrictAddressFamilies").contains(&"AF_NETLINK"));
+}
+
+/// Of the drop-ins that the README has installed, each names what it is for, and keeps the port open without a key.
+#[test]
+fn drop_ins_of_the_readme_are_there_and_survive_a_missing_key() {
+    let read = |name: &str| std::fs::read_to_string(Path::new(ROOT).join(name)).unwrap();
+    let readme = read("README.md");
+    for line in readme.lines().filter(|line| line.starts_with("    # ") && line.contains("contrib/")) {
+        let files = line.split_whitespace().filter(|word| word.starts_with("contrib/") && !word.contains('*'));
+        files.for_each(|file| assert!(Path::new(ROOT).join(file).exists(), "{line}"));
+    }
+    let key = read("contrib/peerix.service.d/key.conf");
+    for line in
+        ["LoadCredential=private-key:/etc/nix/peerix.sec\n", "SetCredential=private-key:missing\n", "=%d/private-key\n"]
+    {
+        assert!(key.contains(line), "{line}");
+    }
+    assert!(
+        readme.contains("contrib/peerix.service.d/key.conf")
+            && readme.contains("/etc/nix/peerix.sec /etc/nix/peerix.pub")
+    );
+    // What the unit has no flag for, nix.conf says.
+    assert!(!read("contrib/systemd/peerix.service").contains("trusted-public-key"));
 }
 
 /// What those install who have no NixOS is what the module makes. Run with PEERIX_UPDATE=1 to write it anew.

@@ -9,6 +9,13 @@ let
         inherit nix;
         pkgsStatic.busybox = "/usr";
       };
+      # As nixos/lib/utils.nix: a JSON string is a quoted word of systemd.service(5), with specifiers (%) and variables
+      # ($) doubled.
+      args.utils.escapeSystemdExecArgs =
+        arguments:
+        builtins.concatStringsSep " " (
+          map (one: builtins.replaceStrings [ "%" "$" ] [ "%%" "$$" ] (builtins.toJSON (toString one))) arguments
+        );
     };
   # Where a program installed by hand is.
   evaluate = evaluateWith { peerix = "/usr/local"; };
@@ -23,6 +30,15 @@ in
 {
   # The configuration that a module comes to, as files. Nix is where its own installer puts it.
   module = module: machine "/nix/var/nix/profiles/default" [ ../../nixos-module.nix module ];
+
+  # The same with two copies of the module, as of a flake and of a tarball.
+  twice =
+    module:
+    machine "/nix/var/nix/profiles/default" [
+      ../../nixos-module.nix
+      (import ../../nixos-module.nix)
+      module
+    ];
 
   # The package that is taken where nixpkgs has none, of one that "builds" a file by naming it.
   fallback =

@@ -38,6 +38,8 @@ rec {
   optionalAttrs = condition: set: if condition then set else { };
   toList = value: if isList value then value else [ value ];
   unique = foldl' (seen: value: if elem value seen then seen else seen ++ [ value ]) [ ];
+  inherit concatMap concatLists;
+  mapAttrsToList = make: set: map (name: make name set.${name}) (attrNames set);
   hasPrefix = prefix: text: substring 0 (stringLength prefix) text == prefix;
   removePrefix = prefix: text: substring (stringLength prefix) (stringLength text) text;
   escape = chars: replaceStrings chars (map (char: "\\${char}") chars);
@@ -69,6 +71,14 @@ rec {
   mkForce = mkOverride 50;
 
   mkOption = attrs: attrs // { _type = "option"; };
+  mkPackageOption =
+    packages: name: { }:
+    mkOption {
+      type = types.package;
+      default = packages.${name};
+      defaultText = literalExpression "pkgs.${name}";
+      description = "The ${name} package to use.";
+    };
   mkEnableOption =
     what:
     mkOption {
@@ -95,6 +105,20 @@ rec {
       enum = values: simple "enum ${builtins.toJSON values}" (value: elem value values);
       nullOr = type: simple "nullOr ${type.name}" (value: value == null || type.check value);
       either = one: other: simple "either ${one.name} ${other.name}" (value: one.check value || other.check value);
+      oneOf = types: {
+        name = "oneOf";
+        check = value: builtins.any (type: type.check value) types;
+      };
+      # What stands for one name is merged as elsewhere; its type is checked then.
+      attrsOf = type: {
+        name = "attrsOf ${type.name}";
+        check = isAttrs;
+        merge =
+          sets:
+          mapAttrs (
+            name: value: if type.check value then value else throw "${name}: ${builtins.toJSON value} is not of type ${type.name}"
+          ) (mergeAny "settings" (concatMap pushDown sets));
+      };
       listOf = type: {
         name = "listOf ${type.name}";
         check = value: isList value && all type.check value;
@@ -186,7 +210,7 @@ rec {
       definitions = name: concatMap (set: optional (set ? ${name}) set.${name}) pushed;
       named = concatMap attrNames pushed;
       here = name: if where == "" then name else "${where}.${name}";
-      unknown = name: if where == "" || where == "services" then mergeAny (here name) (definitions name) else throw "${here name}: no such option";
+      unknown = name: if elem where [ "" "services" "networking" ] then mergeAny (here name) (definitions name) else throw "${here name}: no such option";
     in
     mapAttrs (
       name: option:
@@ -219,12 +243,17 @@ rec {
           concatMap load (value.imports or [ ])
           ++ [
             {
+              key = value.key or null;
               options = value.options or { };
               config =
                 if value ? options || value ? config then value.config or { } else removeAttrs value [ "imports" ];
             }
           ];
-      loaded = concatMap load modules;
+      # A module is known by its key, else it is another one.
+      loaded = foldl' (
+        seen: module:
+        if module.key != null && elem module.key (map (one: one.key) seen) then seen else seen ++ [ module ]
+      ) [ ] (concatMap load modules);
     in
     {
       inherit config options;

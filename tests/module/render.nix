@@ -49,6 +49,7 @@ let
 
   services = config.systemd.services or { };
   sockets = config.systemd.sockets or { };
+  paths = config.systemd.paths or { };
   # Others, as nix-daemon's, exist already and get something added.
   ours = filter (name: services.${name} ? description) (attrNames services);
   named = names: make: listToAttrs (map make names);
@@ -70,6 +71,13 @@ in
         (section "Unit" (unitSection sockets.${name}))
         (section "Socket" sockets.${name}.socketConfig)
       ] sockets.${name};
+    })
+    // named (attrNames paths) (name: {
+      name = "${name}.path";
+      value = text [
+        (section "Unit" (unitSection paths.${name}))
+        (section "Path" paths.${name}.pathConfig)
+      ] paths.${name};
     });
 
   scripts = named (filter (name: services.${name} ? script) ours) (name: {
@@ -91,6 +99,8 @@ in
   failed = map (assertion: assertion.message) (
     filter (assertion: !assertion.assertion) (config.assertions or [ ])
   );
+  warnings = config.warnings or [ ];
+  noProxy = config.networking.proxy.noProxy or null;
   tmpfiles = config.systemd.tmpfiles.rules or [ ];
   users = attrNames (config.users.users or { });
   # Each with `text` or the `source` it is a copy of.

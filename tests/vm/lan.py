@@ -60,9 +60,32 @@ with subtest("the key file changes, and is gone: nix-daemon reads it when it sta
     c.succeed("rm /root/other")
     c.execute("systemctl restart nix-daemon")
     c.succeed("systemctl restart peerix")
-    wait_for_log(c, "peerix", "keys: not there")
+    c.fail(f"grep other-1 {conf}")
     c.succeed(f"echo '{key}' > /root/other && systemctl restart nix-daemon && systemctl restart peerix")
     as_alice(c, f"nix-store --verify-path {only_a}")
+
+with subtest("a's secret key is gone: the port stays open, builds go on, and nothing unsigned is shared; then it is back"):
+    health = f"curl --silent --fail --max-time 60 http://127.0.0.1:{PORT}/health"
+    a.succeed("mv /etc/peerix/secret-key /root/away")
+    # Its directory is watched, so that the daemon starts again without it.
+    a.wait_until_succeeds(f"{health} | grep '^private-key: .*is missing'", timeout=LONG)
+    a.succeed("systemctl is-active peerix.socket peerix.service")
+    without_key = build(a, "without-key")
+    b.fail(f"su - alice -c 'nix-store --realise {without_key}'")
+    a.succeed("mv /root/away /etc/peerix/secret-key")
+    a.wait_until_succeeds(f"test \"$({health})\" = ok", timeout=LONG)
+    fetch(b, without_key)
+
+with subtest("a's unit has a flag that the program does not know: all is a miss, and nothing fails"):
+    a.succeed(
+        "mkdir -p /run/systemd/system/peerix.service.d && printf '[Service]\\nExecStart=\\nExecStart=%s --flag-of-tomorrow\\n'"
+        " $(readlink -f /proc/$(pidof peerix)/exe) > /run/systemd/system/peerix.service.d/flag.conf"
+        " && systemctl daemon-reload && systemctl restart peerix"
+    )
+    a.wait_until_succeeds(f"curl --silent --max-time 60 http://127.0.0.1:{PORT}/health | grep '^flags: '", timeout=LONG)
+    build(a, "with-a-wrong-flag")
+    a.succeed("rm /run/systemd/system/peerix.service.d/flag.conf && systemctl daemon-reload && systemctl restart peerix")
+    a.wait_until_succeeds(f"test \"$({health})\" = ok", timeout=LONG)
 
 with subtest("c has no key: what it built itself, b does not take"):
     unsigned = build(c, "unsigned")
