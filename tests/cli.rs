@@ -223,7 +223,8 @@ fn an_identity_that_cannot_be_had_turns_wan_off_and_leaves_the_lan() {
         let errors: Vec<&str> = log.lines().filter(|line| line.contains("error: identity")).collect();
         assert!(errors.len() == 1 && words.iter().all(|word| errors[0].contains(word)), "{errors:?}");
         assert_eq!(narinfo(&neighbour, &host, &path).status, 200);
-        assert!(!log.contains("peer ID"), "{log}");
+        let trackers = || crate::common::daemon::status(&host)["trackers"].as_array().unwrap().len();
+        assert_eq!(trackers(), 0);
         if state_dir != "/var/damaged" {
             assert!(daemon.stop().success());
             continue;
@@ -231,7 +232,10 @@ fn an_identity_that_cannot_be_had_turns_wan_off_and_leaves_the_lan() {
         // It is mended while the daemon runs, which starts again without closing its port.
         assert_eq!(host.sh("cat /var/damaged/identity"), "peerix-identity:AAAA\n");
         host.sh("rm /var/damaged/identity");
-        wait_for("WAN is on", || daemon.log().contains("info: peer ID ").then_some(()));
+        let has_trackers = |status: serde_json::Value| status["trackers"].as_array().is_some_and(|all| all.len() == 1);
+        wait_for("WAN is on", || {
+            crate::common::daemon::try_status(&host).filter(|s| has_trackers(s.clone())).map(drop)
+        });
         wait_for("no fault is left", || {
             assert!(host.connect_local().is_ok(), "the port is closed");
             (get_local(&host, "/health").ok()?.text() == "ok\n").then_some(())
