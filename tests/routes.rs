@@ -514,7 +514,7 @@ fn own_paths_are_signed_and_no_others() {
 
     // A node with a key of its own relays what it gets as it is.
     let relay = lan.host("relay");
-    stock::ready(&relay);
+    nix::configure_client(&relay, "", &[&key]);
     let relay_key = generate(&relay, "relay-1");
     let _relaying = Daemon::start(&relay, &["--private-key", "/etc/peerix.sec"]);
     crate::common::daemon::wait_until_known(&relay, &holder.mark);
