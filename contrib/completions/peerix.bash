@@ -19,14 +19,14 @@ _peerix() {
     --announce-addr) return ;;
     --upstream-cache) return ;;
     --filter-patterns) return ;;
-    --root) mapfile -t COMPREPLY < <(compgen -d -- "$cur"); return ;;
     --metrics) return ;;
+    --root) mapfile -t COMPREPLY < <(compgen -d -- "$cur"); return ;;
     --store-dir) mapfile -t COMPREPLY < <(compgen -d -- "$cur"); return ;;
     --db) mapfile -t COMPREPLY < <(compgen -f -- "$cur"); return ;;
     --state-dir) mapfile -t COMPREPLY < <(compgen -d -- "$cur"); return ;;
     esac
     if [[ $cur == -* ]]; then
-        mapfile -t COMPREPLY < <(compgen -W '--json --port --bind --lan --interface --timeout --peer --private-key --trusted-public-key --trusted-public-key-file --priority --mode --tracker-url --peer-id --announce-addr --no-verify --upstream-cache --no-filter --no-default-filters --filter-patterns --root --store-dir --db --state-dir --verbose --help --version' -- "$cur")
+        mapfile -t COMPREPLY < <(compgen -W '--json --port --bind --lan --interface --timeout --peer --private-key --trusted-public-key --trusted-public-key-file --priority --mode --tracker-url --peer-id --announce-addr --no-verify --upstream-cache --no-filter --no-default-filters --filter-patterns --metrics --root --store-dir --db --state-dir --verbose --help --version' -- "$cur")
     elif ((COMP_CWORD == 1)); then
         mapfile -t COMPREPLY < <(compgen -W 'status peers why doctor' -- "$cur")
     elif [[ ${COMP_WORDS[1]} == why ]]; then

@@ -345,7 +345,7 @@ impl Tracker {
     /// much to do is asked again. `is_hedge`: on a new connection, as the one of another call stalls.
     ///
     /// # Errors
-    /// See [`Error`]. Failures are not counted; [`Tracker::record_failure`] does that.
+    /// See [`Error`]. Failures are not counted; `record_failure` does that.
     pub fn lookup(&self, hash_part: &HashPart, is_hedge: bool, until: Instant) -> Result<Candidates, Error> {
         let agent = if is_hedge { self.unpooled.clone() } else { self.agent() };
         let mut retry_pause = RETRY_PAUSE;
