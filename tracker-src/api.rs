@@ -4,6 +4,7 @@ use crate::address;
 use crate::books::{Bound, Reported, Statement as Told};
 use crate::ledger::{Ledger, Unavailable};
 use crate::limits::{Kind, Limits};
+use crate::meeting::{self, Meetings};
 use crate::metrics::{Call, Metrics};
 use crate::reach;
 use crate::table::{Claim, Now, Refused, Reputation, Row, Table, Whereabouts};
@@ -209,6 +210,7 @@ pub struct Api {
     /// Whose nodes are tried now.
     reaches: Mutex<Vec<u128>>,
     list: Mutex<List>,
+    meetings: Meetings,
     faults: Seldom,
 }
 
@@ -225,6 +227,7 @@ pub fn now() -> Now {
 enum Route<'a> {
     Announce,
     Leave,
+    Meet,
     Filter(&'a str),
     Lookup(&'a str),
     Peers,
@@ -242,6 +245,7 @@ impl Route<'_> {
         match self {
             Route::Announce => (Call::Announce, Kind::Announce),
             Route::Leave => (Call::Leave, Kind::Announce),
+            Route::Meet => (Call::Meet, Kind::Announce),
             Route::Filter(_) => (Call::Filter, Kind::Filter),
             Route::Lookup(_) => (Call::Lookup, Kind::Lookup),
             Route::Peers => (Call::Peers, Kind::List),
@@ -264,6 +268,7 @@ fn route<'a>(method: &str, target: &'a str) -> Result<Route<'a>, Refusal> {
     let (route, allow) = match path {
         "/announce" if method == "DELETE" => (Some(Route::Leave), ""),
         "/announce" => ((method == "POST").then_some(Route::Announce), "POST, DELETE"),
+        "/meet" => ((method == "POST").then_some(Route::Meet), "POST"),
         "/transfer/init" => ((method == "POST").then_some(Route::TransferInit), "POST"),
         "/report" => ((method == "POST").then_some(Route::Report), "POST"),
         "/peers" => (get.then_some(Route::Peers), "GET, HEAD"),
@@ -348,6 +353,7 @@ impl Api {
             proxies,
             reaches: Mutex::default(),
             list: Mutex::default(),
+            meetings: Meetings::default(),
             faults: Seldom::default(),
         }
     }
@@ -383,6 +389,11 @@ impl Api {
     fn answer(&self, route: &Route<'_>, request: &Request<'_>, from: IpAddr, exchange: &mut Exchange<'_>) -> Outcome {
         match route {
             Route::Announce => self.announce(&read(exchange)?, from, self.is_forwarded(request)),
+            Route::Meet => match self.meetings.meet(&read(exchange)?, from, Instant::now()) {
+                Ok(met) => json(&met),
+                Err(meeting::Refused::Malformed(why)) => Err(Refusal::new(400, why)),
+                Err(meeting::Refused::Full) => Err(Refusal::later(503, "no room for more", FULL_RETRY)),
+            },
             Route::Leave => self.leave(&read(exchange)?, from),
             Route::Filter(id) => self.filter(&peer_id_in(id)?, request, exchange),
             Route::Lookup(hash_part) => self.lookup(hash_part),

@@ -18,6 +18,7 @@ mod books;
 mod cli;
 mod ledger;
 mod limits;
+mod meeting;
 mod metrics;
 mod reach;
 mod run;

@@ -12,6 +12,8 @@ pub enum Call {
     Announce,
     /// `DELETE /announce`.
     Leave,
+    /// `POST /meet`.
+    Meet,
     /// `PUT /filter`.
     Filter,
     /// `GET /lookup`.
@@ -35,9 +37,10 @@ pub enum Call {
 }
 
 /// The names of [`Call`]s, in order.
-const CALLS: [&str; 12] = [
+const CALLS: [&str; 13] = [
     "announce",
     "leave",
+    "meet",
     "filter",
     "lookup",
     "peers",
