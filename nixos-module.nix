@@ -59,6 +59,15 @@ let
   # A file beside the configuration has to go with the system; one that is named by a string is somewhere on it.
   publicKeyFile = if builtins.isPath cfg.publicKeyFile then "${cfg.publicKeyFile}" else cfg.publicKeyFile;
 
+  # Those after `sign=` in the friends' lines.
+  friendKeys =
+    let
+      parts = friend: builtins.filter builtins.isString (builtins.split "," friend);
+    in
+    builtins.concatMap (
+      friend: map (removePrefix "sign=") (builtins.filter (hasPrefix "sign=") (parts friend))
+    ) cfg.friends;
+
   # nix.conf has to name the key in the file, and the file is not read while this is evaluated: it may not be there yet.
   publicKeyDir = "/run/peerix-public-key";
 
@@ -374,6 +383,44 @@ in
       description = "Additional patterns (as in Python's `fnmatch`) of names to exclude from WAN sharing.";
     };
 
+    friends = mkOption {
+      type = types.listOf types.str;
+      default = [ ];
+      example = [ "laptop=ed25519:BwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwc=" ];
+      description = ''
+        Machines that may have every path, wherever they are: `NAME=KEY[@HOST[:PORT]][,sign=NAME:KEY]`, with the key
+        that {command}`peerix identity` prints there. Name each other. What is signed by the key after `sign=` is
+        trusted by this machine's Nix too.
+      '';
+    };
+
+    share = mkOption {
+      type = types.enum [
+        "all"
+        "lan"
+        "friends"
+        "nobody"
+      ];
+      default = "all";
+      description = "How much is shared of what the mode shares: all, nothing beyond the LAN, with friends alone, or nothing.";
+    };
+
+    uploadLimit = mkOption {
+      type = types.nullOr types.str;
+      default = null;
+      example = "2M";
+      description = "Bytes a second that are sent to other machines.";
+    };
+
+    mapPort = mkOption {
+      type = types.bool;
+      default = false;
+      description = ''
+        Have the router let friends in, by PCP or NAT-PMP. It passes on to the port two above
+        {option}`services.peerix.port`, which is opened in the firewall too.
+      '';
+    };
+
     tracker = {
       enable = mkEnableOption "the peerix tracker, through which peers on different networks find one another";
 
@@ -512,6 +559,10 @@ in
         tracker-url = mkIf (cfg.trackerUrl != null && cfg.trackerUrl != "") [ cfg.trackerUrl ];
         announce-addr = mkDefault cfg.announceAddr;
         peer-id = mkDefault cfg.peerId;
+        friend = mkIf (cfg.friends != [ ]) cfg.friends;
+        share = mkIf (cfg.share != "all") (mkDefault cfg.share);
+        upload-limit = mkDefault cfg.uploadLimit;
+        map-port = mkDefault cfg.mapPort;
         upstream-cache = mkDefault cfg.upstreamCache;
         no-verify = mkDefault cfg.noVerify;
         no-filter = mkDefault cfg.noFilter;
@@ -527,6 +578,7 @@ in
       nix.settings = mkMerge [
         { extra-substituters = [ "http://127.0.0.1:${toString cfg.port}" ]; }
         (mkIf (cfg.publicKey != null) { extra-trusted-public-keys = [ cfg.publicKey ]; })
+        (mkIf (friendKeys != [ ]) { extra-trusted-public-keys = friendKeys; })
         (mkIf (cfg.globalCacheTTL != null) {
           narinfo-cache-positive-ttl = cfg.globalCacheTTL;
           narinfo-cache-negative-ttl = cfg.globalCacheTTL;
@@ -534,7 +586,8 @@ in
       ];
 
       networking.firewall = mkIf cfg.openFirewall {
-        allowedTCPPorts = [ cfg.port ];
+        # The router passes on to the port two further: src/sockets.rs.
+        allowedTCPPorts = [ cfg.port ] ++ optional cfg.mapPort (cfg.port + 2);
         allowedUDPPorts = [ cfg.port ];
       };
     })

@@ -1,8 +1,9 @@
 //! The command line of `peerix`, and the environment variables that stand in for flags.
 
-use crate::config::{Config, DEFAULT_PORT, Mode};
+use crate::config::{Config, DEFAULT_PORT, MAX_FRIENDS, Mode, parse_host};
 use crate::nix::{PublicKey, StoreDir};
-use crate::wire::tracker::{MAX_ADDR, MAX_PEER_ID, is_peer_id};
+use crate::upload_limit::UploadLimit;
+use crate::wire::tracker::{MAX_PEER_ID, is_peer_id};
 use lexopt::prelude::*;
 use std::ffi::OsString;
 use std::fmt::Display;
@@ -33,7 +34,7 @@ peerix fetches Nix store paths from the machines around you: it answers Nix on
 http://127.0.0.1:12304/ like a binary cache, and asks the other machines that run it.
 
 Usage: peerix [OPTIONS]                    runs the daemon, until SIGTERM or SIGINT
-       peerix status|peers|doctor [OPTIONS]
+       peerix status|peers|doctor|identity [OPTIONS]
        peerix why PATH [OPTIONS]
 
 Commands ask the daemon that runs on this machine, and change nothing:
@@ -43,6 +44,7 @@ Commands ask the daemon that runs on this machine, and change nothing:
   why PATH                 all that decides about a store path: who may have it, who has it,
                            would Nix take it, and does Nix ask
   doctor                   looks for what breaks in practice, and says what mends it
+  identity                 prints this machine's key, which its friends give to --friend
   --json                   the same for programs
 
 Options of the daemon. Commands need none but the port, if it is another; they take the
@@ -77,6 +79,19 @@ others for a daemon that does not run:
   --no-filter              share with WAN peers whatever the name
   --no-default-filters     leave out the built-in name patterns
   --filter-patterns P...   more name patterns to keep from WAN peers
+
+  --friend NAME=ed25519:KEY[@HOST[:PORT]][,sign=NAME:KEY]
+                           a machine that may have every path, wherever it is, encrypted; its
+                           peerix identity prints the key; repeatable; name each other. What
+                           the key after sign= signed is accepted from peers
+  --friends-file FILE      more of them, one a line; read again when it changes
+  --map-port               have the router let friends in from outside, by PCP or NAT-PMP;
+                           only behind the router where it is used first
+  --share all|lan|friends|nobody
+                           with whom this machine's paths are shared: all that the mode has,
+                           not beyond the LAN, only friends, or nobody      [default: all]
+  --upload-limit RATE      bytes a second sent to other machines, as 500K or 2M
+                                                                        [default: none]
 
   --metrics ADDR:PORT      serve /metrics and /health there, to anybody who reaches that address
   --root DIR               share the store that `nix --store DIR` uses      [default: /]
@@ -132,6 +147,8 @@ pub enum What {
     Why(String),
     /// What is wrong.
     Doctor,
+    /// The public key of this machine.
+    Identity,
 }
 
 /// Reads the arguments after the program's name; `env` looks up environment variables.
@@ -151,6 +168,7 @@ pub fn parse(
         Some("peers") => Some(What::Peers),
         Some("why") => Some(What::Why(String::new())),
         Some("doctor") => Some(What::Doctor),
+        Some("identity") => Some(What::Identity),
         _ => None,
     };
     if what.is_some() {
@@ -169,6 +187,10 @@ pub fn parse(
             }
             Long("json") if what.is_some() => {
                 json = true;
+                continue;
+            }
+            Long("map-port") => {
+                config.map_port = true;
                 continue;
             }
             Long("no-verify") => {
@@ -225,6 +247,20 @@ pub fn parse(
             "mode" => {
                 let mode = text(&flag, value()?)?;
                 config.mode = mode.parse().map_err(|e| wrong(&flag, &mode, e))?;
+            }
+            "share" => {
+                let sharing = text(&flag, value()?)?;
+                config.sharing = sharing.parse().map_err(|e| wrong(&flag, &sharing, e))?;
+            }
+            "friend" => {
+                let friend = text(&flag, value()?)?;
+                let friend = friend.parse().map_err(|e| wrong(&flag, &friend, e))?;
+                push(&flag, &mut config.friends, friend, MAX_FRIENDS)?;
+            }
+            "friends-file" => config.friends_file = Some(value()?.into()),
+            "upload-limit" => {
+                let rate = text(&flag, value()?)?;
+                config.upload_limit = Some(UploadLimit::parse_rate(&rate).map_err(|e| wrong(&flag, &rate, e))?);
             }
             "tracker-url" => config.tracker_urls.push(url(&flag, text(&flag, value()?)?)?),
             "peer-id" => {
@@ -333,24 +369,8 @@ fn bind_address(value: &str) -> Result<IpAddr, String> {
     bare.parse().map_err(|_| wrong("bind", value, "not an IP address"))
 }
 
-/// `host`, `host:port`, `[v6]`, `[v6]:port` or a bare IPv6 address.
 fn host(flag: &str, value: &str) -> Result<(String, Option<u16>), String> {
-    let bad = |why: &str| wrong(flag, value, why);
-    let (host, port) = match value.rsplit_once(':') {
-        _ if value.parse::<IpAddr>().is_ok() || value.ends_with(']') => (value, None),
-        Some((host, port)) => (host, Some(port)),
-        None => (value, None),
-    };
-    let port = match port.map(str::parse) {
-        None => None,
-        Some(Ok(port)) if port != 0 => Some(port),
-        Some(_) => return Err(bad("not a port from 1 to 65535")),
-    };
-    let host = host.strip_prefix('[').and_then(|h| h.strip_suffix(']')).unwrap_or(host);
-    if host.is_empty() || host.len() > MAX_ADDR || host.contains(|c: char| c.is_whitespace() || c == '/') {
-        return Err(bad("not a host name or address"));
-    }
-    Ok((host.to_owned(), port))
+    parse_host(value).map_err(|why| wrong(flag, value, why))
 }
 
 fn url(flag: &str, value: String) -> Result<String, String> {

@@ -2,6 +2,8 @@
 
 use crate::network::NetworkPolicy;
 use crate::nix::{PublicKey, StoreDir};
+use crate::wire::NodeKey;
+use crate::wire::tracker::MAX_ADDR;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -43,6 +45,98 @@ impl FromStr for Mode {
     }
 }
 
+/// How much of what the mode shares is shared.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Sharing {
+    /// All of it.
+    All,
+    /// What the LAN and friends may have.
+    Lan,
+    /// What friends may have, in every mode.
+    Friends,
+    /// Nothing: this node only fetches.
+    Nobody,
+}
+
+impl FromStr for Sharing {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text {
+            "all" => Ok(Sharing::All),
+            "lan" => Ok(Sharing::Lan),
+            "friends" => Ok(Sharing::Friends),
+            "nobody" => Ok(Sharing::Nobody),
+            _ => Err("not all, lan, friends or nobody"),
+        }
+    }
+}
+
+/// Friends at most: each is asked for every path that the LAN does not have, and each has a thread.
+pub const MAX_FRIENDS: usize = 16;
+
+/// Longest name of a friend, in bytes. It is for people, in the log and in tables.
+const MAX_FRIEND_NAME: usize = 32;
+
+/// A machine that is known by its key, and may have every path.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Friend {
+    /// For people.
+    pub name: String,
+    /// Of its identity.
+    pub key: NodeKey,
+    /// Where it is, if that is known: host and port.
+    pub host: Option<(String, u16)>,
+    /// The key that signs its paths: peerix lets through what this key signed. What Nix takes is nix.conf's.
+    pub signing_key: Option<PublicKey>,
+}
+
+impl FromStr for Friend {
+    type Err = String;
+
+    /// Reads `NAME=ed25519:KEY[@HOST[:PORT]][,sign=NAME:BASE64]`.
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (name, rest) = text.split_once('=').ok_or("not NAME=ed25519:KEY")?;
+        let is_plain = |b: u8| b.is_ascii_alphanumeric() || b"-_.".contains(&b);
+        if name.is_empty() || name.len() > MAX_FRIEND_NAME || !name.bytes().all(is_plain) {
+            return Err(format!("a name has 1 to {MAX_FRIEND_NAME} letters, digits, dots, - and _"));
+        }
+        let mut parts = rest.split(',');
+        let place = parts.next().unwrap_or_default();
+        let (key, host) = place.split_once('@').map_or((place, None), |(key, host)| (key, Some(host)));
+        let key = key.parse::<NodeKey>().map_err(|e| e.to_string())?;
+        let host = host.map(parse_host).transpose()?.map(|(host, port)| (host, port.unwrap_or(DEFAULT_PORT)));
+        let mut signing_key = None;
+        for option in parts {
+            let value = option.strip_prefix("sign=").ok_or_else(|| format!("{option}: not sign=NAME:KEY"))?;
+            signing_key = Some(PublicKey::parse(value).map_err(|e| format!("{value}: {e}"))?);
+        }
+        Ok(Friend { name: name.to_owned(), key, host, signing_key })
+    }
+}
+
+/// Reads `host`, `host:port`, `[v6]`, `[v6]:port` or a bare IPv6 address.
+///
+/// # Errors
+/// What is wrong with it.
+pub fn parse_host(value: &str) -> Result<(String, Option<u16>), &'static str> {
+    let (host, port) = match value.rsplit_once(':') {
+        _ if value.parse::<IpAddr>().is_ok() || value.ends_with(']') => (value, None),
+        Some((host, port)) => (host, Some(port)),
+        None => (value, None),
+    };
+    let port = match port.map(str::parse) {
+        None => None,
+        Some(Ok(port)) if port != 0 => Some(port),
+        Some(_) => return Err("not a port from 1 to 65535"),
+    };
+    let host = host.strip_prefix('[').and_then(|h| h.strip_suffix(']')).unwrap_or(host);
+    if host.is_empty() || host.len() > MAX_ADDR || host.contains(|c: char| c.is_whitespace() || c == '/') {
+        return Err("not a host name or address");
+    }
+    Ok((host.to_owned(), port))
+}
+
 /// Every setting. [`Config::default`] is what `peerix` without flags does.
 #[derive(Debug, Clone)]
 pub struct Config {
@@ -61,6 +155,16 @@ pub struct Config {
     pub private_key: Option<PathBuf>,
     /// Defaults to [`Mode::Lan`].
     pub mode: Mode,
+    /// How much of what the mode shares is shared. Defaults to [`Sharing::All`].
+    pub sharing: Sharing,
+    /// Machines that may have every path. Defaults to none.
+    pub friends: Vec<Friend>,
+    /// A file with more of them, one a line, which is followed. Defaults to none.
+    pub friends_file: Option<PathBuf>,
+    /// Whether the router is asked to let connections in. Defaults to false.
+    pub map_port: bool,
+    /// Bytes a second that may be sent over HTTP to other machines. Defaults to no limit.
+    pub upload_limit: Option<u64>,
     /// Trackers, for modes with WAN. Defaults to none.
     pub tracker_urls: Vec<String>,
     /// This node's ID at the trackers. Defaults to one that is made at the first start.
@@ -108,6 +212,13 @@ pub const DEFAULT_PORT: u16 = 12304;
 /// The cache that Nix itself asks by default.
 pub const DEFAULT_UPSTREAM: &str = "https://cache.nixos.org";
 
+impl Config {
+    /// Whether there may be friends.
+    pub fn has_friends(&self) -> bool {
+        !self.friends.is_empty() || self.friends_file.is_some()
+    }
+}
+
 impl Default for Config {
     fn default() -> Self {
         Config {
@@ -118,6 +229,11 @@ impl Default for Config {
             verbose: false,
             private_key: None,
             mode: Mode::Lan,
+            sharing: Sharing::All,
+            friends: Vec::new(),
+            friends_file: None,
+            map_port: false,
+            upload_limit: None,
             tracker_urls: Vec::new(),
             peer_id: None,
             announce_addr: None,

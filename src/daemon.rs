@@ -4,6 +4,8 @@ use crate::config::Config;
 use crate::degraded::Degraded;
 use crate::fetch::Fetch;
 use crate::fetch::spool::Spools;
+use crate::friends::{FriendList, tls};
+use crate::gateway::{Mapping, PortMapper};
 use crate::http::cache::{Cache, signer};
 use crate::http::crowd::Crowds;
 use crate::http::metrics::MetricsForOthers;
@@ -13,14 +15,16 @@ use crate::http::permits::Permits;
 use crate::http::server::Server;
 use crate::identity;
 use crate::key_file;
-use crate::lan::{Discovery, DiscoveryClient, DiscoveryThread, Settings, StoreEnvironment};
+use crate::lan::{Discovery, DiscoveryClient, DiscoveryThread, HeardDigest, Settings, StoreEnvironment};
 use crate::lookup::Lookup;
 use crate::network::{LanNetworks, Networks};
 use crate::nix::SecretKey;
 use crate::peers::announce::{Publication, Trackers};
 use crate::peers::client::Client;
+use crate::peers::friends::Friends;
 use crate::peers::kept_paces;
 use crate::peers::lan::Lan;
+use crate::peers::meeting::{self, Place};
 use crate::peers::nearby::Nearby;
 use crate::peers::pace::Paces;
 use crate::peers::requests::Requests;
@@ -31,16 +35,19 @@ use crate::publish::Publisher;
 use crate::record::Record;
 use crate::seldom::Seldom;
 use crate::service::{self, SignalWatch, notify};
-use crate::share::Share;
+use crate::share::{Scope, Share};
 use crate::sockets::{self, Sockets};
 use crate::status::{Facts, PRIVATE_KEY, Status};
 use crate::store::{Store, StoreConfig};
 use crate::time_scale::Interval;
 use crate::trust::TrustedKeys;
+use crate::upload_limit::UploadLimit;
 use crate::upstream::Upstream;
+use crate::wire::NodeKey;
 use crate::wire::tracker::Identity;
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use ring::rand::{SecureRandom, SystemRandom};
+use rustls::ServerConfig;
 use sd_notify::NotifyState;
 use std::net::{SocketAddr, TcpListener, ToSocketAddrs};
 use std::path::{Path, PathBuf};
@@ -254,9 +261,18 @@ fn serve(config: Config, record: Record, store: Arc<Store>, process: &Process) -
     let own_key = OwnKey::new(&config, &share, &degraded);
 
     let leaving = Arc::new(AtomicBool::new(false));
-    let environment = StoreEnvironment::new(share.clone(), store.clone(), networks.clone(), leaving.clone());
+    let requests = Arc::new(Requests::default());
+    let own_public = own_public_key(&config);
+    let acquaintance = Acquaintance::start(&config, &networks, &requests);
+    let mut environment = StoreEnvironment::new(share.clone(), store.clone(), networks.clone(), leaving.clone());
+    if let Some(Acquaintance { friends, .. }) = &acquaintance {
+        let (key, friends) = (*friends.list().own(), friends.clone());
+        let heard: HeardDigest = Box::new(move |instance, digest, at| friends.heard_hello(instance, digest, at));
+        environment = environment.with_friends(key, heard);
+    }
     let settings = Settings { http_port: port, udp_port: port, timeout: config.timeout };
     let random = random_numbers().ok_or_else(|| Fatal("the system gives no random numbers".into()))?;
+    let (outside, mapper) = map_port(&config, port, &networks).unzip();
     let discovery = Discovery::new(environment, settings, random, now);
     let discovery = DiscoveryThread::spawn(discovery, datagrams, networks.clone(), ended("discovery"))
         .map_err(|e| Fatal::from(("discovery", e)))?;
@@ -265,11 +281,10 @@ fn serve(config: Config, record: Record, store: Arc<Store>, process: &Process) -
 
     let client = Arc::new(Client::new(config.store_dir.clone()));
     let standing = Arc::new(Standing::default());
-    let requests = Arc::new(Requests::default());
     let record = Arc::new(record);
     let paces = Arc::new(Paces::default());
     let counters = keep_counters(&config, &record, &paces).map_err(|e| Fatal::from(("counters", e)))?;
-    let facts = Facts::new(&config, port);
+    let facts = Facts::new(&config, port, own_public);
     let identity = config.mode.has_wan().then(|| load_identity(&config));
     let identity = identity.and_then(|identity| degraded.note(IDENTITY, identity));
     let strangers = match identity {
@@ -292,18 +307,26 @@ fn serve(config: Config, record: Record, store: Arc<Store>, process: &Process) -
     let upstream = Upstream::new(&config, &trusted.keys().unwrap_or_default());
     let spools = Spools::new(config.state_dir.clone());
     let lookup = Lookup::new(lan, wan, nearby, trusted.clone(), record.clone());
-    let lookup = Arc::new(lookup);
+    let friends = acquaintance.as_ref().map(|acquaintance| acquaintance.friends.clone());
+    let lookup = Arc::new(lookup.with_friends(friends.clone()));
+    if let Some(friends) = friends.clone().filter(|_| !config.tracker_urls.is_empty()) {
+        let mapping = mapper.as_ref().map(PortMapper::current);
+        meet_friends(&config, port, mapping, friends).map_err(|e| Fatal::from(("meet", e)))?;
+    }
     let status = Status {
         record: record.clone(),
         discovery: discovery.client(),
         standing: standing.clone(),
         trackers: strangers.as_ref().map(|strangers| strangers.trackers.clone()),
+        friends: friends.clone(),
+        mapping: mapper.as_ref().map(PortMapper::current),
         store: store.clone(),
         networks,
         trusted: trusted.clone(),
         degraded: degraded.clone(),
         facts,
     };
+    let upload_limit = config.upload_limit.map(UploadLimit::new);
     let cache = Cache {
         store,
         share,
@@ -312,15 +335,18 @@ fn serve(config: Config, record: Record, store: Arc<Store>, process: &Process) -
         signer: own_key.signer.clone(),
         store_dir: config.store_dir.clone(),
         priority: config.priority,
-        permits: Permits::default(),
+        permits: Permits::under(upload_limit.as_ref()),
         crowds: Crowds::default(),
+        friends: acquaintance.as_ref().map(|known| (known.tls.clone(), known.friends.list().clone())),
+        upload_limit,
         record: record.clone(),
         status,
         faults: Seldom::default(),
     };
     let cache = Arc::new(cache);
     let metrics = Arc::new(MetricsServer::new(config.metrics, &cache, &degraded));
-    let server = Server::start(listeners, cache, ended("http")).map_err(|e| Fatal::from(("http server", e)))?;
+    let server = Server::start_with_outside(listeners, outside, cache, ended("http"))
+        .map_err(|e| Fatal::from(("http server", e)))?;
 
     let retries =
         Retries { config, own_key, trusted, degraded, metrics: metrics.clone(), wakeups: process.wakeups.clone() };
@@ -350,6 +376,8 @@ fn serve(config: Config, record: Record, store: Arc<Store>, process: &Process) -
     }
     // A disk that hangs is not waited for.
     let _ = counters.ended.recv_deadline(stopping + STOP_LIMIT);
+    friends.iter().for_each(|friends| friends.stop());
+    drop(mapper);
     drop(discovery);
     drop(resolver);
     match result {
@@ -549,7 +577,8 @@ fn load_identity(config: &Config) -> Result<Identity, String> {
 /// What the WAN mode runs beside the rest.
 struct Strangers {
     trackers: Arc<Trackers>,
-    publisher: Publisher,
+    /// None if nothing is shared with strangers.
+    publisher: Option<Publisher>,
 }
 
 impl Strangers {
@@ -567,14 +596,80 @@ impl Strangers {
         let instance = Identity::random_seed().map_err(|_| Fatal("the system gives no random numbers".into()))?;
         let instance = u64::from_ne_bytes(instance[..8].try_into().expect("8 bytes")) >> 1;
         let me = Me { identity, peer_id: config.peer_id.clone(), port, addr, instance };
-        let publication = Arc::new(Publication::default());
+        let shares = share.serves(Scope::Wan);
+        let publication = Arc::new(if shares { Publication::default() } else { Publication::nothing() });
         let urls = config.tracker_urls.clone();
         let trackers = Trackers::start(urls, me, &publication, networks, ended("announce"));
         let trackers = Arc::new(trackers.map_err(|e| Fatal::from(("announce", e)))?);
-        let publisher = Publisher::start(store.clone(), share.clone(), publication, ended("publish"));
-        let publisher = publisher.map_err(|e| Fatal::from(("publish", e)))?;
+        let publish = || Publisher::start(store.clone(), share.clone(), publication, ended("publish"));
+        let publisher = shares.then(publish).transpose().map_err(|e| Fatal::from(("publish", e)))?;
         Ok(Strangers { trackers, publisher })
     }
+}
+
+/// The public key of this node's identity, for people. The identity is made with the state directory, so that it can be
+/// given to friends before there are any.
+fn own_public_key(config: &Config) -> Option<NodeKey> {
+    identity::load(config.state_dir.as_ref()?).map_err(|e| log::warn!("{e}")).ok().map(|identity| identity.key())
+}
+
+/// Friends, and how they are let in.
+struct Acquaintance {
+    friends: Arc<Friends>,
+    tls: Arc<ServerConfig>,
+}
+
+impl Acquaintance {
+    /// `None` if there are to be no friends, or if there can be none: then the rest runs without them.
+    fn start(config: &Config, networks: &Arc<Networks>, requests: &Arc<Requests>) -> Option<Acquaintance> {
+        if !config.has_friends() {
+            return None;
+        }
+        Self::try_start(config, networks, requests).map_err(|e| log::error!("no friends: {e}")).ok()
+    }
+
+    fn try_start(config: &Config, networks: &Arc<Networks>, requests: &Arc<Requests>) -> Result<Self, String> {
+        let dir = config.state_dir.as_ref().ok_or("--friend needs --state-dir, where this node's identity is kept")?;
+        let identity = identity::load(dir)?;
+        let list = FriendList::new(config.friends.clone(), config.friends_file.clone(), identity.key());
+        let list = Arc::new(list);
+        let tls = tls::server_config(&identity, list.clone()).map_err(|e| format!("TLS: {e}"))?;
+        let (networks, requests) = (networks.clone(), requests.clone());
+        let friends = Friends::start(list, identity, config.store_dir.clone(), networks, requests);
+        Ok(Acquaintance { friends: friends.map_err(|e| format!("thread: {e}"))?, tls })
+    }
+}
+
+/// The socket to which the router passes connections on, and the thread that has it do so, if that is wanted.
+fn map_port(config: &Config, port: u16, networks: &Arc<Networks>) -> Option<(TcpListener, PortMapper)> {
+    let start = || {
+        let listener = sockets::open_outside(port)?;
+        let port = listener.local_addr()?.port();
+        Ok::<_, io::Error>((listener, PortMapper::start(port, config.state_dir.clone(), networks.clone())?))
+    };
+    let started = config.map_port.then(start)?;
+    started.map_err(|e| log::error!("port mapping: {e}")).ok()
+}
+
+/// Starts the thread that meets friends at trackers. It ends with them; a call under way is not waited for.
+fn meet_friends(
+    config: &Config,
+    port: u16,
+    mapping: Option<Arc<Mutex<Mapping>>>,
+    friends: Arc<Friends>,
+) -> io::Result<()> {
+    let (host, announced_port) = config.announce_addr.clone().unzip();
+    let port = announced_port.flatten().unwrap_or(port);
+    let place = move || {
+        let mapping = mapping.iter().map(|mapping| mapping.lock().unwrap_or_else(PoisonError::into_inner).clone());
+        let mapping = mapping.last().unwrap_or_default();
+        Place { host: host.clone(), port, mapped: mapping.outside, pinhole: mapping.pinhole }
+    };
+    let urls = config.tracker_urls.clone();
+    thread::Builder::new().name("meet".into()).spawn(move || {
+        meeting::run(&urls, &friends, place, friends.stopped());
+    })?;
+    Ok(())
 }
 
 /// A source of random numbers; `None` if the system has none. One that fails later repeats its last numbers, as discovery

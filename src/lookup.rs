@@ -8,7 +8,8 @@ mod found;
 
 use crate::nix::{DrvOutput, HashPart, NarHash, NarInfo, PathInfo, Realisation, StorePath};
 use crate::peers::announce::Begun;
-use crate::peers::client::{LogBody, PeerNarinfo, Way};
+use crate::peers::client::{Client, LogBody, PeerNarinfo, Way};
+use crate::peers::friends::{FriendOffer, FriendSearch, Friends, Link, nobody};
 use crate::peers::lan::{Lan, LanOffer, LanSearch};
 use crate::peers::nearby::Nearby;
 use crate::peers::standing::Who;
@@ -51,22 +52,30 @@ pub struct Source {
     pub url_path: Option<Box<str>>,
     /// Set if the peer is one that a tracker named: how the tracker calls the transfer, as soon as it does.
     pub wan: Option<Begun>,
+    /// Set if the peer is a friend.
+    pub friend: Option<Arc<Link>>,
 }
 
 impl Source {
     /// A peer on the LAN that says that it has the path.
     fn neighbour(peer: SocketAddr) -> Source {
-        Source { peer, url_path: None, wan: None }
+        Source { peer, url_path: None, wan: None, friend: None }
     }
 
     /// The peer, as far as its standing goes.
     pub fn who(&self) -> Who {
-        if self.wan.is_some() { Who::far(self.peer) } else { self.peer.into() }
+        if self.network() == Network::Wan { Who::far(self.peer) } else { self.peer.into() }
     }
 
     /// Where it is.
     pub fn network(&self) -> Network {
-        if self.wan.is_some() { Network::Wan } else { Network::Lan }
+        let is_far = self.friend.as_ref().is_some_and(|friend| !friend.is_near(self.peer));
+        if self.wan.is_some() || is_far { Network::Wan } else { Network::Lan }
+    }
+
+    /// What asks it, where `others` asks all that are no friends.
+    pub fn client<'a>(&'a self, others: &'a Client) -> &'a Client {
+        self.friend.as_ref().map_or(others, |friend| &friend.client)
     }
 
     /// Where its NAR is, relative to the root of its server.
@@ -76,9 +85,11 @@ impl Source {
 
     /// What lies between it and this node. A transfer is named only once: if this is asked again, it is not counted.
     pub fn take_way(&mut self) -> Way {
-        match &mut self.wan {
-            Some(begun) => Way::Wan(std::mem::take(begun).get().cloned()),
-            None => Way::Lan,
+        let is_far = self.network() == Network::Wan;
+        match (&mut self.wan, is_far) {
+            (Some(begun), _) => Way::Wan(std::mem::take(begun).get().cloned()),
+            (None, true) => Way::Wan(None),
+            (None, false) => Way::Lan,
         }
     }
 }
@@ -98,6 +109,7 @@ pub struct Lookup {
     lan: Option<Arc<Lan>>,
     wan: Option<Arc<Wan>>,
     nearby: Option<Nearby>,
+    friends: Option<Arc<Friends>>,
     trusted: Arc<TrustedKeys>,
     record: Arc<Record>,
     flights: Mutex<HashMap<HashPart, Arc<Flight>>>,
@@ -121,7 +133,7 @@ impl Lookup {
         record: Arc<Record>,
     ) -> Self {
         let (flights, found) = Default::default();
-        Lookup { lan, wan, nearby, trusted, record, flights, found }
+        Lookup { lan, wan, nearby, friends: None, trusted, record, flights, found }
     }
 
     /// A neighbour's realisation of `id` that a trusted key signed. Nix 2.8 to 2.34 register what a substituter says
@@ -149,6 +161,11 @@ impl Lookup {
             }
         }
         Some(first)
+    }
+
+    /// Looks at friends too.
+    pub fn with_friends(self, friends: Option<Arc<Friends>>) -> Self {
+        Lookup { friends, ..self }
     }
 
     /// The narinfo of a peer that has the path; its `URL` is the peer's. Equal lookups at the same time are one.
@@ -262,9 +279,12 @@ impl Lookup {
 
     /// Asks the LAN anew, and the trackers after it.
     pub fn search(&self, hash_part: &HashPart) -> Search {
+        let friends = self.friends.as_ref().map(|friends| friends.search(hash_part));
+        let is_found = friends.as_ref().map_or_else(nobody, |friends| friends.is_found().clone());
         Search {
             hash_part: *hash_part,
-            lan: self.lan.as_ref().map(|lan| lan.search(hash_part)),
+            friends,
+            lan: self.lan.as_ref().map(|lan| lan.search(hash_part).interrupted_by(is_found)),
             wan: self.wan.as_ref().map(|wan| wan.search(hash_part)),
             unusable: None,
         }
@@ -288,9 +308,28 @@ impl Lookup {
 
     /// The next holder with a good narinfo: on the LAN, else beyond it, else one that is to be left alone for a while.
     fn next_offer(&self, search: &mut Search) -> Option<Offered> {
-        self.next_lan_offer(search, LanSearch::next_offer)
+        self.next_near_offer(search)
             .or_else(|| self.next_wan_offer(search))
             .or_else(|| self.next_lan_offer(search, LanSearch::next_last_resort))
+    }
+
+    /// The next holder on the LAN, or a friend that has it before the LAN's answers are in.
+    fn next_near_offer(&self, search: &mut Search) -> Option<Offered> {
+        loop {
+            if let Some(offered) = self.next_lan_offer(search, LanSearch::next_offer) {
+                return Some(offered);
+            }
+            let FriendOffer { link, address, narinfo } = search.friends.as_mut()?.next_offer()?;
+            match self.accept(address, &narinfo) {
+                Ok(mut source) => {
+                    let name = Some(link.friend.name.clone());
+                    source.friend = Some(link);
+                    search.lan.iter_mut().for_each(LanSearch::settle);
+                    return Some(Offered { source, narinfo, peer_id: name });
+                }
+                Err(why) => search.unusable = Some(why),
+            }
+        }
     }
 
     fn next_lan_offer(
@@ -338,7 +377,7 @@ impl Lookup {
         }
         let usual = usual_nar_path(&narinfo.info.path.hash_part(), &narinfo.info.nar_hash);
         let url_path = (narinfo.url != usual).then(|| narinfo.url.as_str().into());
-        Ok(Source { peer, url_path, wan: None })
+        Ok(Source { peer, url_path, wan: None, friend: None })
     }
 }
 
@@ -346,7 +385,7 @@ impl Lookup {
 struct Offered {
     source: Source,
     narinfo: PeerNarinfo,
-    /// What a tracker calls the peer.
+    /// What a tracker, or for a friend the user, calls the peer.
     peer_id: Option<String>,
 }
 
@@ -354,6 +393,7 @@ struct Offered {
 pub struct Search {
     hash_part: HashPart,
     lan: Option<LanSearch>,
+    friends: Option<FriendSearch>,
     /// Peers that trackers name, whose turn comes when no peer of the LAN has it.
     wan: Option<WanSearch>,
     /// Why the last one beyond the LAN that has it is of no use.
@@ -386,6 +426,8 @@ impl Search {
         }
         let near = self.lan.as_ref().map_or(Some((0, 0)), LanSearch::asked_and_unanswered);
         let Some((near, near_silent)) = near else { return Miss::Busy };
+        let friends = self.friends.as_ref().map(FriendSearch::asked_and_unanswered).unwrap_or_default();
+        let (near, near_silent) = (near + friends.0, near_silent + friends.1);
         let (far_asked, far_silent) = far.map(WanSearch::asked_and_silent).unwrap_or_default();
         match (near + far_asked, near_silent + far_silent) {
             (0, _) => Miss::Alone { no_tracker: far.is_some_and(|wan| !wan.has_tracker()) },
@@ -397,6 +439,7 @@ impl Search {
     /// Gives the search, resumed for alternates, its time anew, but none after `until`.
     fn resume(&mut self, until: Instant) {
         self.lan.iter_mut().for_each(|lan| lan.resume(until));
+        self.friends.iter_mut().for_each(|friends| friends.resume(until));
         self.wan.iter_mut().for_each(|wan| wan.resume(until));
     }
 }

@@ -7,7 +7,7 @@ use crate::network::{Interface, LanNetworks, MULTICAST_GROUP};
 use listenfd::ListenFd;
 use socket2::{Domain, Protocol, SockAddr, SockRef, Socket, Type};
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV6, TcpListener, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6, TcpListener, UdpSocket};
 
 /// Connections that wait to be accepted: Nix opens 25 at once, and so do the peers.
 const BACKLOG: i32 = 1024;
@@ -88,6 +88,30 @@ pub fn open(config: &Config, networks: &LanNetworks) -> Result<Sockets, String> 
         datagrams.extend(multicast_sockets(config, networks, port));
     }
     Ok(Sockets { listeners, datagrams, port, are_passed })
+}
+
+/// The socket for what a router passes on has a port that is so much higher than the one of all else, so that the firewall of
+/// this machine can let it in. The one between is the tracker's by default.
+const OUTSIDE_OFFSET: u16 = 2;
+
+/// A TCP socket for what a router passes on by IPv4 and IPv6, two ports above `port`, or on any if that one is taken.
+///
+/// # Errors
+/// None in practice: no descriptor is left.
+pub fn open_outside(port: u16) -> io::Result<TcpListener> {
+    let port = port.checked_add(OUTSIDE_OFFSET).unwrap_or_default();
+    let bind_v4 = |port| bind(Ipv4Addr::UNSPECIFIED.into(), port, Type::STREAM);
+    let socket = bind_both(port).or_else(|_| bind_v4(port)).or_else(|_| bind_both(0)).or_else(|_| bind_v4(0));
+    Ok(socket?.into())
+}
+
+fn bind_both(port: u16) -> io::Result<Socket> {
+    let socket = Socket::new(Domain::IPV6, Type::STREAM, Some(Protocol::TCP))?;
+    socket.set_only_v6(false)?;
+    socket.set_reuse_address(true)?;
+    socket.bind(&SocketAddr::from((Ipv6Addr::UNSPECIFIED, port)).into())?;
+    socket.listen(BACKLOG)?;
+    Ok(socket)
 }
 
 /// What systemd passes, or a TCP socket on each address: all that a server without UDP needs. With port 0 the first one

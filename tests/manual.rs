@@ -116,7 +116,7 @@ fn is(name: &str, text: &str) {
 fn the_help_is_read_whole() {
     let [peerix, tracker] = Help::both();
     let names = |help: &Help| help.items.iter().map(|item| item.name.clone()).collect::<Vec<_>>();
-    assert_eq!(names(&peerix)[..5], ["status", "peers", "why", "doctor", "--json"]);
+    assert_eq!(names(&peerix)[..6], ["status", "peers", "why", "doctor", "identity", "--json"]);
     let flags = ["--port", "--host", "--db-path", "--filter-memory", "--proxy", "--verbose", "--help", "--version"];
     assert_eq!(names(&tracker), flags);
     let source = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("src/cli.rs")).unwrap();

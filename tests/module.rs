@@ -145,7 +145,19 @@ fn every_option_of_the_original_has_its_name_type_and_default() {
         assert!(option["description"].as_str().unwrap().len() > 20, "{option}");
     }
     let new: Vec<&str> = options.keys().filter(|name| original.iter().all(|(old, _)| old != *name)).copied().collect();
-    let added = ["enableIPv6", "extraFlags", "interfaces", "lanNetworks", "peers", "priority", "settings"];
+    let added = [
+        "enableIPv6",
+        "extraFlags",
+        "friends",
+        "interfaces",
+        "lanNetworks",
+        "mapPort",
+        "peers",
+        "priority",
+        "settings",
+        "share",
+        "uploadLimit",
+    ];
     assert_eq!(new, added.map(|name| format!("services.peerix.{name}")));
 }
 
@@ -288,12 +300,38 @@ fn every_option_arrives() {
 }
 
 #[test]
+fn friends_and_what_is_shared_arrive() {
+    let key = "ed25519:BwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwc=";
+    let machine = peerix(&format!(
+        r#"services.peerix = {{
+            friends = [ "laptop={key}" "home={key}@home.example:4000,sign=home-1:AAAA" ];
+            share = "friends"; uploadLimit = "2M"; mapPort = true;
+        }};"#
+    ));
+    for flag in [
+        &format!("--friend=laptop={key}"),
+        &format!("--friend=home={key}@home.example:4000,sign=home-1:AAAA"),
+        "--share=friends",
+        "--upload-limit=2M",
+        "--map-port",
+        "--trusted-public-key=home-1:AAAA",
+    ] {
+        assert!(has(&machine, flag), "no {flag}");
+    }
+    let conf = machine["nixConf"].as_str().unwrap();
+    assert!(conf.contains("extra-trusted-public-keys = home-1:AAAA\n"), "{conf}");
+    assert_eq!((&machine["tcp"], &machine["udp"]), (&json!([12304, 12306]), &json!([12304])));
+    assert!(!has(&peerix(""), "--share=all"), "what is the default needs no flag");
+}
+
+#[test]
 fn the_program_takes_each_flag_that_the_module_gives() {
     let machine = peerix(
         r#"services.peerix = {
             mode = "wan"; trackerUrl = "http://t:1"; announceAddr = "home:2"; peerId = "-me"; noVerify = true; noFilter = true;
             noDefaultFilters = true; filterPatterns = [ "-*" "--port" ]; peers = [ "one" ]; privateKeyFile = "/k"; publicKeyFile = "/p"; enableIPv6 = true;
-            lanNetworks = [ "10.8.0.0/16" ]; interfaces = [ "!eth1" ];
+            lanNetworks = [ "10.8.0.0/16" ]; interfaces = [ "!eth1" ]; share = "nobody"; uploadLimit = "64K"; mapPort = true;
+            friends = [ "a=ed25519:BwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwc=@[::1]:1" ];
         };"#,
     );
     // The first thing it misses is the database: everything before was understood.

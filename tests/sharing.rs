@@ -1,6 +1,7 @@
 //! What leaves a machine, and to whom: every kind of answer, for paths that may go to strangers and paths that may not, as
 //! a stranger, a neighbour and the machine itself see it.
 
+use crate::common::friend::{self, TlsConnection};
 use crate::common::http::{Answer, Connection, Reply, Server, get, get_local};
 use crate::common::packet::Packet;
 use crate::common::standin::receive;
@@ -12,6 +13,9 @@ use std::sync::{Arc, Condvar, Mutex};
 
 const STRANGER: &str = "203.0.113.9";
 const UPSTREAM_PORT: u16 = 8000;
+
+/// Whose machine the friend is.
+const FRIEND: u8 = 3;
 
 /// What the table is about: derivations, as these have a log. After the last, upstream is left alone for a while.
 const NAMES: [&str; 7] = ["plain", "a-secret-b", "a-custom-b", "absent", "changed", "odd", "broken"];
@@ -131,7 +135,9 @@ impl Scene {
 
     fn flags<'a>(&self, mode: &'a str, more: &[&'a str]) -> Vec<String> {
         let upstream = format!("http://{}:{UPSTREAM_PORT}", self.cache.address);
+        let friend = format!("friend={}", friend::identity(FRIEND).key());
         let own = ["--mode", mode, "--tracker-url", "http://127.0.0.1:9", "--upstream-cache", &upstream];
+        let own = [&own[..], &["--state-dir", friend::STATE, "--friend", &friend]].concat();
         own.iter().chain(more).map(|flag| (*flag).to_owned()).collect()
     }
 
@@ -177,6 +183,28 @@ impl Scene {
             }
         }
         assert_eq!(has(&self.udp(from), &self.node, path), shared, "{case}: UDP");
+    }
+
+    /// Checks that the friend gets every answer about the path, or is refused, from wherever it asks.
+    fn check_friend(&self, path: &str, shared: bool, case: &str) {
+        let (identity, key) = (friend::identity(FRIEND), friend::key(&self.node));
+        for from in [&self.neighbour, &self.stranger] {
+            let mut connection = TlsConnection::open(from, self.node(), &identity, key).unwrap();
+            for route in self.routes(path) {
+                let (status, _) = connection.get(&route).unwrap();
+                assert_eq!(status, if shared { 200 } else { 403 }, "{case} from {}: {route}", from.name);
+            }
+        }
+    }
+
+    /// Checks that `from` is refused every answer, whatever it is about, and told *no* or nothing by UDP.
+    fn check_refused(&self, from: &Host, path: &str, case: &str) {
+        let mut connection = Connection::new(from.connect(self.node()).unwrap()).unwrap();
+        for route in self.routes(path) {
+            for method in ["GET", "HEAD"] {
+                assert_eq!(connection.ask(method, &route, "").unwrap().status, 403, "{case}: {method} {route}");
+            }
+        }
     }
 
     fn udp(&self, from: &Host) -> UdpSocket {
@@ -235,6 +263,10 @@ fn every_cell_of_the_table() {
                 }
             }
             for name in NAMES {
+                let case = format!("{mode} {flags:?}: {name} for a friend");
+                scene.check_friend(&scene.paths[name], true, &case);
+            }
+            for name in NAMES {
                 let case = format!("{mode} {flags:?}: {name}");
                 let (path, shared) = (&scene.paths[name], shared.contains(&name));
                 scene.check(&scene.stranger, path, shared, &format!("{case} for a stranger"));
@@ -253,6 +285,32 @@ fn every_cell_of_the_table() {
                 }
             }
             drop(daemon);
+        }
+    }
+}
+
+#[test]
+fn share_takes_rows_of_the_table_away() {
+    let scene = Scene::new();
+    let _cache = scene.upstream.serve(&scene.cache);
+    let path = &scene.paths["plain"];
+    for mode in ["both", "wan", "lan"] {
+        for (share, friend, lan) in [("lan", true, true), ("friends", true, false), ("nobody", false, false)] {
+            scene.upstream.asked.lock().unwrap().clear();
+            let _daemon = scene.start(mode, &["--no-verify", "--no-filter", "--share", share]);
+            let case = format!("{mode} --share {share}");
+            scene.check_own(path, &case);
+            scene.check_friend(path, friend, &case);
+            scene.check_refused(&scene.stranger, path, &format!("{case} for a stranger"));
+            match lan && mode != "wan" {
+                true => scene.check(&scene.neighbour, path, true, &format!("{case} for a neighbour")),
+                false => scene.check_refused(&scene.neighbour, path, &format!("{case} for a neighbour")),
+            }
+            // A neighbour is told no, so that it waits for nothing; a stranger is told nothing.
+            if !lan && mode != "wan" {
+                assert!(!has(&scene.udp(&scene.neighbour), &scene.node, path), "{case}: UDP");
+            }
+            assert_eq!(scene.upstream.asked_for(path), 0, "{case}: nothing is published");
         }
     }
 }

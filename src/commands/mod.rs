@@ -5,6 +5,7 @@
 //! again here. Only `doctor` can do without it.
 
 mod doctor;
+mod identity;
 mod listener;
 mod nix;
 mod peers;
@@ -49,6 +50,9 @@ const NOT_RUNNING: u8 = 3;
 pub fn run(ask: &Ask) -> u8 {
     if ask.what == What::Doctor {
         return doctor::run(&ask.config, ask.json);
+    }
+    if ask.what == What::Identity {
+        return identity::run(&ask.config, ask.json);
     }
     let node = match Node::find(&ask.config) {
         Ok(node) => node,

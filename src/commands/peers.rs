@@ -2,7 +2,8 @@
 
 use super::probe::{self, Http};
 use super::report::{Report, State};
-use super::{Node, found_by, liveness, moment, peer_at, text};
+use super::status::friend_line;
+use super::{Node, found_by, list, liveness, moment, peer_at, text};
 use crate::network::Networks;
 use crate::nix::HashPart;
 use serde_json::Value;
@@ -47,6 +48,14 @@ pub fn run(node: &Node, json: bool) -> u8 {
         answering += u32::from(by_udp.is_some() || shares);
         let (id, view) = (id.unwrap_or_default(), view.unwrap_or_default());
         report.add(state, "peer", format!("{address}{id}: {udp}; {http}{view}"));
+    }
+    for friend in list(&node.status["friends"]) {
+        let line = friend_line(friend, moment(&node.status));
+        match friend["reached"] == true {
+            true => report.ok("friend", line),
+            false => report.note("friend", line),
+        }
+        answering += u32::from(friend["reached"] == true);
     }
     if answering == 0 {
         report.note("peers", "nobody answers".into());

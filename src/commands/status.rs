@@ -41,6 +41,14 @@ fn shown(status: &Value) -> String {
         };
         line(format!("tracker {}: {reached}", text(&tracker["url"])));
     }
+    for (name, what) in [("outside", "outside"), ("pinhole", "by IPv6")] {
+        if let Some(at) = status["port_mapping"][name].as_str() {
+            line(format!("reached {what} at {at}"));
+        }
+    }
+    for friend in list(&status["friends"]) {
+        line(friend_line(friend, now));
+    }
     let peers = list(&status["peers"]);
     line(String::new());
     line(format!("peers: {}", peers.len() as u64 + status["peers_omitted"].as_u64().unwrap_or_default()));
@@ -85,6 +93,18 @@ fn shown(status: &Value) -> String {
         line(format!("  {} {what} {took}: {came}", if lookup["hit"] == true { "hit " } else { "miss" }));
     }
     out
+}
+
+/// A friend's name, whether it is reached, where and since when, and its key.
+pub fn friend_line(friend: &Value, now: f64) -> String {
+    let since = friend["since"].as_f64().map(|since| format!(" for {}", long(now - since))).unwrap_or_default();
+    let how = match friend["reached"] == true {
+        true => format!("reached at {} ({}){since}", text(&friend["address"]), text(&friend["found_by"])),
+        false => format!("not reached{since}"),
+    };
+    let error = friend["error"].as_str().filter(|_| friend["reached"] != true);
+    let error = error.map(|error| format!(": {error}")).unwrap_or_default();
+    format!("friend {} {}: {how}{error}", text(&friend["name"]), text(&friend["key"]))
 }
 
 /// A peer's address, how it was found, whether it is live, and what it gave and took.

@@ -4,6 +4,7 @@ use super::nix::{self, Settings, trusted_by};
 use super::probe;
 use super::report::Report;
 use super::{Node, USAGE, get, list, liveness, long, moment, peer_at, text};
+use crate::config::Sharing;
 use crate::network::Networks;
 use crate::nix::{HashPart, NarInfo, PathInfo, StorePath};
 use crate::share::Share;
@@ -96,8 +97,19 @@ fn here(report: &mut Report, node: &Node, hash_part: &HashPart) -> bool {
     report.ok("here", format!("{dir} is valid here: {} bytes, {signers}{addressed}", info.nar_size));
     let networks: Vec<&str> = list(&node.status["networks"]).iter().map(|network| text(&network["address"])).collect();
     match node.config.mode.has_lan() {
+        true if !matches!(node.config.sharing, Sharing::All | Sharing::Lan) => {
+            report.note("lan", "--share keeps it from neighbours".into());
+        }
         true => report.ok("lan", format!("shared with the networks that this machine is on ({})", networks.join(", "))),
         false => report.note("lan", "not shared with neighbours as such: the mode is wan".into()),
+    }
+    let friends: Vec<&str> = list(&node.status["friends"]).iter().map(|friend| text(&friend["name"])).collect();
+    match node.config.sharing {
+        _ if friends.is_empty() => {}
+        Sharing::Nobody => {
+            report.note("friends", format!("--share nobody keeps it from friends ({})", friends.join(", ")))
+        }
+        _ => report.ok("friends", format!("shared with friends ({})", friends.join(", "))),
     }
     let networks = Networks::read(node.config.networks.clone());
     let share = Share::new(Arc::new(networks), &node.config);

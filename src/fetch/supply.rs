@@ -535,10 +535,10 @@ impl<'a> Supply<'a> {
         let intake = self.fetch.paces.begin(who, self.found.nar_size - at, began);
         let url_path = source.nar_path(&self.hash_part, &self.found.nar_hash);
         let mut way = source.take_way();
-        if way == Way::Lan && self.takes_names && at == 0 && holder.is_none() {
+        if way == Way::Lan && source.friend.is_none() && self.takes_names && at == 0 && holder.is_none() {
             way = Way::LanOrOthers;
         }
-        match self.fetch.client.nar(source.peer, &url_path, at, self.found.nar_size, patience, &way) {
+        match source.client(&self.fetch.client).nar(source.peer, &url_path, at, self.found.nar_size, patience, &way) {
             Ok(body) => {
                 log::debug!("NAR {}: from peer {} at byte {at}: {why}", self.found.nar_hash, source.peer);
                 if at > 0 {
@@ -591,7 +591,7 @@ impl<'a> Supply<'a> {
                 }
             }
             // It said that it has the path, not which NAR, nor where: those of the original's kind have it elsewhere.
-            Err(Error::NotThere) if source.url_path.is_none() && source.wan.is_none() => {
+            Err(Error::NotThere) if source.url_path.is_none() && source.wan.is_none() && source.friend.is_none() => {
                 log::debug!("NAR {}: peer {} has it elsewhere, or another one", self.found.nar_hash, source.peer);
                 let elsewhere =
                     self.fetch.lookup.nar_elsewhere(source.peer, &self.found, patience.min(self.left(Instant::now())));

@@ -1,9 +1,9 @@
 //! Reading the body of a request, by its `Content-Length`, up to what the handler wants of it.
 
 use super::head::Request;
+use super::stream::Stream;
 use std::fmt;
 use std::io::{self, Read, Write};
-use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
 /// A body has to be there so long after its handler began to read it, and as much longer as it takes at [`LEAST_RATE`].
@@ -21,7 +21,7 @@ const CONTINUE: &[u8] = b"HTTP/1.1 100 Continue\r\n\r\n";
 
 /// The body of one request.
 pub struct Body<'a> {
-    stream: &'a TcpStream,
+    stream: &'a Stream,
     /// Received behind the head; what is behind the body too is the next request's.
     received: &'a [u8],
     len: u64,
@@ -50,12 +50,12 @@ impl fmt::Display for NoBody {
 impl std::error::Error for NoBody {}
 
 impl<'a> Body<'a> {
-    pub(super) fn new(stream: &'a TcpStream, request: &Request<'_>, received: &'a [u8]) -> Self {
+    pub(super) fn new(stream: &'a Stream, request: &Request<'_>, received: &'a [u8]) -> Self {
         let expects = request.field("Expect").is_some_and(|e| e.eq_ignore_ascii_case("100-continue"));
         Body { stream, received, len: request.body_len, left: request.body_len > 0, expects }
     }
 
-    pub(super) fn none(stream: &'a TcpStream) -> Self {
+    pub(super) fn none(stream: &'a Stream) -> Self {
         Body { stream, received: &[], len: 0, left: false, expects: false }
     }
 
@@ -117,7 +117,7 @@ mod tests {
     use super::super::server::{Handler, Server};
     use super::super::{Exchange, Request};
     use super::*;
-    use std::net::TcpListener;
+    use std::net::{TcpListener, TcpStream};
     use std::sync::Arc;
 
     /// Says how long the body is, if it has at most ten bytes.

@@ -137,7 +137,7 @@ mod tests {
 
     fn with<T>(fields: &str, then: impl FnOnce(&Request<'_>) -> T) -> T {
         let text = format!("GET / HTTP/1.1\r\n{fields}\r\n");
-        head::parse(text.as_bytes(), "127.0.0.1:1".parse().unwrap(), |request| then(&request.unwrap()))
+        head::parse(text.as_bytes(), "127.0.0.1:1".parse().unwrap(), None, |request| then(&request.unwrap()))
     }
 
     #[test]

@@ -5,8 +5,9 @@ use super::permits::{Permit, Permits};
 use super::response::{Answer, Exchange};
 use super::route::{NarName, Refusal, Route, View, route};
 use super::server::{Handler, Moment};
-use super::{Request, browser, nar, narinfo, status};
+use super::{PeerKey, Request, browser, nar, narinfo, status};
 use crate::fetch::Fetch;
+use crate::friends::FriendList;
 use crate::lookup::Lookup;
 use crate::nix::{DrvOutput, HashPart, PathInfo, SecretKey, StoreDir, StorePath};
 use crate::record::Record;
@@ -14,6 +15,9 @@ use crate::seldom::Seldom;
 use crate::share::{Scope, Share};
 use crate::status::Status;
 use crate::store::{Store, StoreError};
+use crate::upload_limit::UploadLimit;
+use crate::wire::NodeKey;
+use rustls::ServerConfig;
 use std::fmt;
 use std::io;
 use std::sync::{Arc, OnceLock};
@@ -39,6 +43,10 @@ pub struct Cache {
     pub permits: Permits,
     /// Who is getting which large NAR.
     pub crowds: Crowds,
+    /// How friends are let in, and who they are.
+    pub friends: Option<(Arc<ServerConfig>, Arc<FriendList>)>,
+    /// What other machines get in a second.
+    pub upload_limit: Option<UploadLimit>,
     /// What goes out is told to it.
     pub record: Arc<Record>,
     /// For the routes that tell of this node.
@@ -84,15 +92,17 @@ pub const NOT_THERE: Failure = Failure::Refused(Refusal::NotThere);
 impl Handler for Cache {
     /// Narinfos and small NARs of the own store, for this machine and the LAN: what many ask for at the same time.
     fn at_once(&self, request: &Request<'_>, now: &mut Moment) -> Option<Answer> {
-        let scope = self.share.scope(request.asker);
+        let scope = self.scope(request);
         let route = route(request.method, request.target, scope, self.share.serves(scope)).ok()?;
         let hash_part = match &route {
             Route::OwnNarinfo(hash_part, _) => hash_part,
             Route::OwnNar(name, _) => &name.hash_part,
             _ => return None,
         };
-        // What strangers may have, upstream may have to be asked; and whether this machine is meant, a file.
-        let waits = scope == Scope::Wan || browser::is_under_a_name(request);
+        // What strangers may have, upstream may have to be asked; and whether this machine is meant, a file. An upload
+        // limit has other machines wait.
+        let is_limited = scope != Scope::ThisMachine && self.upload_limit.is_some();
+        let waits = is_limited || scope == Scope::Wan || browser::is_under_a_name(request);
         if waits || self.keep_pages_out(&route, request, scope).is_err() {
             return None;
         }
@@ -112,8 +122,24 @@ impl Handler for Cache {
         self.fetch.rest();
     }
 
+    fn tls(&self) -> Option<Arc<ServerConfig>> {
+        self.friends.as_ref().map(|(config, _)| config.clone())
+    }
+
+    fn is_friend(&self, key: &PeerKey) -> bool {
+        self.friends.as_ref().is_some_and(|(_, friends)| friends.get(&NodeKey::from_bytes(*key)).is_some())
+    }
+
+    fn answers_outside(&self) -> bool {
+        self.share.serves(Scope::Wan)
+    }
+
+    fn upload_limit(&self) -> Option<&UploadLimit> {
+        self.upload_limit.as_ref()
+    }
+
     fn handle(&self, request: &Request<'_>, exchange: &mut Exchange<'_>) -> io::Result<()> {
-        let scope = self.share.scope(request.asker);
+        let scope = self.scope(request);
         let answered = route(request.method, request.target, scope, self.share.serves(scope))
             .map_err(Failure::Refused)
             .and_then(|route| self.keep_pages_out(&route, request, scope).map(|()| route))
@@ -149,7 +175,7 @@ impl Handler for Cache {
     }
 
     fn after_panic(&self, request: &Request<'_>, exchange: &mut Exchange<'_>) -> io::Result<()> {
-        match self.share.scope(request.asker) {
+        match self.scope(request) {
             Scope::ThisMachine => exchange.say(404, "not available"),
             _ => exchange.say(500, "not available"),
         }
@@ -157,6 +183,14 @@ impl Handler for Cache {
 }
 
 impl Cache {
+    fn scope(&self, request: &Request<'_>) -> Scope {
+        match request.key {
+            Some(_) => Scope::Friend,
+            None if request.is_outside => Scope::Wan,
+            None => self.share.scope(request.asker),
+        }
+    }
+
     /// What a machine may have, a web page in a browser of it must not. The greeting tells nothing, and without it Nix
     /// would take the cache for broken; a 403 is for it a path that is not there.
     fn keep_pages_out(&self, route: &Route, request: &Request<'_>, scope: Scope) -> Result<(), Failure> {
@@ -223,7 +257,7 @@ impl Cache {
                 };
                 let _permit = self.permit(request, scope)?;
                 // A LAN is faster than compressing, and Nix, which reads the other view, resumes nothing encoded.
-                let is_far = *view == View::Peers && scope == Scope::Wan;
+                let is_far = *view == View::Peers && self.share.is_far(scope, request.asker);
                 nar::own(self, name, &info, scope, is_far, request, exchange)
             }
             // A stranger could have 16 MiB hashed for a small request.

@@ -2,6 +2,7 @@
 
 use super::head::Buffer;
 use super::room::{self, Room, Seat};
+use super::stream::Stream;
 use crate::time_scale::Timeout;
 use std::collections::HashMap;
 use std::net::{Shutdown, SocketAddr, TcpStream};
@@ -17,8 +18,10 @@ pub const IDLE_TIMEOUT: Timeout = Timeout::from_secs(30);
 /// One open connection. Either the watcher has it, which waits for its next request, or a thread of the pool.
 pub(super) struct Connection {
     pub(super) id: u64,
-    pub(super) stream: TcpStream,
+    pub(super) stream: Stream,
     pub(super) peer: SocketAddr,
+    /// Whether a router passed it on.
+    pub(super) is_outside: bool,
     /// Milliseconds since the table's start at which it became idle; 0 while it is at work.
     idle_since: AtomicU64,
     /// Of who has the connection. Nobody waits for it.
@@ -55,7 +58,7 @@ impl Connection {
     }
 
     pub(super) fn close(&self) {
-        let _ = self.stream.shutdown(Shutdown::Both);
+        let _ = self.stream.socket().shutdown(Shutdown::Both);
     }
 }
 
@@ -70,9 +73,10 @@ impl Connections {
         Connections { open: Mutex::default(), started: Instant::now() }
     }
 
-    pub(super) fn insert(&self, id: u64, stream: TcpStream, peer: SocketAddr) -> Arc<Connection> {
+    pub(super) fn insert(&self, id: u64, stream: TcpStream, peer: SocketAddr, is_outside: bool) -> Arc<Connection> {
+        let stream = stream.into();
         let idle_since = AtomicU64::new(self.moment(Instant::now()));
-        let connection = Arc::new(Connection { id, stream, peer, idle_since, bytes: Mutex::default() });
+        let connection = Arc::new(Connection { id, stream, peer, is_outside, idle_since, bytes: Mutex::default() });
         self.lock().insert(id, connection.clone());
         connection
     }
@@ -197,7 +201,7 @@ mod tests {
         let (mut clients, start) = (Vec::new(), Instant::now());
         for id in 0..3 {
             let (mut client, stream, peer) = open();
-            let connection = connections.insert(id, stream, peer);
+            let connection = connections.insert(id, stream, peer, false);
             // The first is idle, the second amid a head, the third at work.
             connections.set_idle(&connection, start);
             if id == 1 {

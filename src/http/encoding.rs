@@ -116,6 +116,7 @@ impl NarSink for Compressor<'_, '_> {}
 
 #[cfg(test)]
 mod tests {
+    use super::super::stream::Stream;
     use super::*;
     use crate::http::body::Body;
     use std::io::Read;
@@ -164,11 +165,11 @@ mod tests {
     fn sent(write: impl FnOnce(&mut Exchange<'_>) + Send) -> Vec<u8> {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let mut reader = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-        let (writer, _) = listener.accept().unwrap();
+        let writer = Stream::from(listener.accept().unwrap().0);
         thread::scope(|scope| {
             scope.spawn(move || {
                 write(&mut Exchange::new(&writer, false, false, Body::none(&writer)));
-                writer.shutdown(Shutdown::Write).unwrap();
+                writer.socket().shutdown(Shutdown::Write).unwrap();
             });
             let mut bytes = Vec::new();
             reader.read_to_end(&mut bytes).unwrap();

@@ -1,10 +1,8 @@
 //! Reading the head of a request, strictly: what two parsers could understand in two ways is refused.
 
-use rustix::buffer::spare_capacity;
-use rustix::io::retry_on_intr;
-use rustix::net::{RecvFlags, recv};
+use super::stream::{PeerKey, Stream};
 use std::io;
-use std::net::{SocketAddr, TcpStream};
+use std::net::SocketAddr;
 use std::time::Instant;
 
 /// A head may be so long. Nix's have 200 bytes; 16 KiB leaves room for a proxy's.
@@ -22,6 +20,10 @@ pub struct Request<'a> {
     pub target: &'a str,
     /// Address of the other end of the connection.
     pub asker: SocketAddr,
+    /// The key with which the other end authenticated itself. It is a friend's.
+    pub key: Option<PeerKey>,
+    /// Whether a router passed the connection on. The address may then be the router's, and says nothing.
+    pub is_outside: bool,
     fields: &'a [httparse::Header<'a>],
     /// Whether the asker knows chunked bodies: since HTTP/1.1.
     pub knows_chunks: bool,
@@ -31,7 +33,11 @@ pub struct Request<'a> {
     pub body_len: u64,
 }
 
-impl Request<'_> {
+impl<'a> Request<'a> {
+    /// The same of a connection that comes from outside, or does not.
+    pub(super) fn from(self, is_outside: bool) -> Request<'a> {
+        Request { is_outside, ..self }
+    }
     /// The value of a field, if it is there and is text; the first one if there are several.
     pub fn field(&self, name: &str) -> Option<&str> {
         let field = self.fields.iter().find(|f| f.name.eq_ignore_ascii_case(name))?;
@@ -73,10 +79,9 @@ impl Buffer {
     ///
     /// # Errors
     /// The socket's.
-    pub fn fill(&mut self, stream: &TcpStream, wait: bool) -> io::Result<usize> {
-        let flags = if wait { RecvFlags::empty() } else { RecvFlags::DONTWAIT };
+    pub(super) fn fill(&mut self, stream: &Stream, wait: bool) -> io::Result<usize> {
         self.bytes.reserve(CHUNK);
-        let came = retry_on_intr(|| recv(stream, spare_capacity(&mut self.bytes), flags).map(|(came, _)| came))?;
+        let came = stream.append_to(&mut self.bytes, wait)?;
         // The end of one connection is not the beginning of a head on another.
         if came > 0 {
             self.began.get_or_insert_with(Instant::now);
@@ -94,6 +99,11 @@ impl Buffer {
         if self.is_empty() {
             *self = Buffer::default();
         }
+    }
+
+    /// Number of bytes.
+    pub fn len(&self) -> usize {
+        self.bytes.len()
     }
 
     /// Whether there is nothing.
@@ -128,8 +138,13 @@ impl Buffer {
     }
 }
 
-/// Reads a head and hands the request, or why it is refused, to `then`.
-pub fn parse<T>(head: &[u8], asker: SocketAddr, then: impl FnOnce(Result<Request<'_>, BadHead>) -> T) -> T {
+/// Reads a head and hands the request, or why it is refused, to `then`. `key`: what the asker authenticated itself with.
+pub fn parse<T>(
+    head: &[u8],
+    asker: SocketAddr,
+    key: Option<PeerKey>,
+    then: impl FnOnce(Result<Request<'_>, BadHead>) -> T,
+) -> T {
     let mut fields = [httparse::EMPTY_HEADER; MAX_FIELDS];
     let mut request = httparse::Request::new(&mut fields);
     then(check(head, request.parse(head)).and_then(|()| {
@@ -143,7 +158,8 @@ pub fn parse<T>(head: &[u8], asker: SocketAddr, then: impl FnOnce(Result<Request
         });
         let keep_alive = minor == 1 && !close;
         let knows_chunks = minor == 1;
-        Ok(Request { method, target, asker, fields: request.headers, knows_chunks, keep_alive, body_len })
+        let fields = request.headers;
+        Ok(Request { method, target, asker, key, is_outside: false, fields, knows_chunks, keep_alive, body_len })
     }))
 }
 
@@ -200,7 +216,7 @@ mod tests {
     use super::*;
 
     fn with<T>(head: impl AsRef<[u8]>, then: impl FnOnce(Result<Request<'_>, BadHead>) -> T) -> T {
-        parse(head.as_ref(), "127.0.0.1:1".parse().unwrap(), then)
+        parse(head.as_ref(), "127.0.0.1:1".parse().unwrap(), None, then)
     }
 
     #[test]

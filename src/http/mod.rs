@@ -9,6 +9,7 @@ pub mod cache;
 mod connections;
 pub mod crowd;
 mod encoding;
+mod handshakes;
 mod head;
 pub mod metrics;
 pub mod misses;
@@ -21,7 +22,9 @@ mod room;
 pub mod route;
 pub mod server;
 mod status;
+mod stream;
 mod watch;
 
 pub use head::Request;
 pub use response::{Answer, Exchange};
+pub use stream::PeerKey;

@@ -93,7 +93,7 @@ pub(super) fn own(
     let network = match scope {
         Scope::ThisMachine => None,
         Scope::Lan => Some(Network::Lan),
-        Scope::Wan => Some(Network::Wan),
+        Scope::Wan | Scope::Friend => Some(Network::Wan),
     };
     let len = part.end - part.start;
     let recorded = network.map(|network| cache.record.send(info.path.base_name(), len, network, request.asker));

@@ -2,6 +2,7 @@
 //! ones.
 
 use crate::time_scale::Timeout;
+use crate::upload_limit::UploadLimit;
 use std::collections::HashMap;
 use std::net::IpAddr;
 use std::sync::{Condvar, Mutex};
@@ -40,10 +41,16 @@ impl Taken {
 }
 
 /// The permits that are left.
-#[derive(Default)]
 pub struct Permits {
     taken: Mutex<Taken>,
     returned: Condvar,
+    most_for_peers: usize,
+}
+
+impl Default for Permits {
+    fn default() -> Self {
+        Permits::under(None)
+    }
 }
 
 /// A permit; dropping it returns it.
@@ -59,6 +66,12 @@ pub struct LargeNarinfo<'a>(&'a Permits);
 pub struct Compressing<'a>(&'a Permits);
 
 impl Permits {
+    /// As many as there may be under that limit of what is sent.
+    pub fn under(limit: Option<&UploadLimit>) -> Self {
+        let most_for_peers = limit.map_or(MAX_PEER_STREAMS, |limit| limit.streams().min(MAX_PEER_STREAMS));
+        Permits { taken: Mutex::default(), returned: Condvar::new(), most_for_peers }
+    }
+
     /// For this machine's Nix: waits for its turn, up to 30 seconds.
     pub fn for_this_machine(&self) -> Option<Permit<'_>> {
         let until = Instant::now() + OWN_PATIENCE.get();
@@ -76,7 +89,7 @@ impl Permits {
         let mut taken = self.lock();
         let by_peers = taken.by_peers();
         let its = taken.peers.get(&peer).copied().unwrap_or(0);
-        if taken.own + by_peers >= MAX_STREAMS || by_peers >= MAX_PEER_STREAMS || its >= MAX_STREAMS_PER_PEER {
+        if taken.own + by_peers >= MAX_STREAMS || by_peers >= self.most_for_peers || its >= MAX_STREAMS_PER_PEER {
             return None;
         }
         taken.peers.insert(peer, its + 1);

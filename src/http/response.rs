@@ -1,8 +1,10 @@
 //! Writing one response. tiny_http begins the head; it leaves in one write with the body's first bytes.
 
 use super::body::Body;
+use super::stream::Stream;
 use crate::store::NarSink;
 use crate::time_scale::Timeout;
+use crate::upload_limit::UploadLimit;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::sendfile;
 use rustix::io::{Errno, retry_on_intr};
@@ -60,7 +62,9 @@ const PLAIN: &str = "text/plain; charset=utf-8";
 
 /// One response on one connection.
 pub struct Exchange<'a> {
-    stream: &'a TcpStream,
+    stream: &'a Stream,
+    /// What may be sent, unless this machine asks.
+    limit: Option<&'a UploadLimit>,
     head_only: bool,
     close: bool,
     head: Vec<u8>,
@@ -72,8 +76,14 @@ pub struct Exchange<'a> {
 }
 
 impl<'a> Exchange<'a> {
-    pub(super) fn new(stream: &'a TcpStream, head_only: bool, close: bool, body: Body<'a>) -> Self {
-        Exchange { stream, head_only, close, head: Vec::new(), begun: false, missing: 0, in_chunks: false, body }
+    pub(super) fn new(stream: &'a Stream, head_only: bool, close: bool, body: Body<'a>) -> Self {
+        let (limit, head) = (None, Vec::new());
+        Exchange { stream, limit, head_only, close, head, begun: false, missing: 0, in_chunks: false, body }
+    }
+
+    /// The same under that limit.
+    pub(super) fn limited(self, limit: Option<&'a UploadLimit>) -> Self {
+        Exchange { limit, ..self }
     }
 
     /// The request's body.
@@ -150,7 +160,13 @@ impl<'a> Exchange<'a> {
         if is_last {
             bytes.extend_from_slice(b"0\r\n\r\n");
         }
-        send_all(self.stream, &bytes)?;
+        match self.limit {
+            Some(limit) => bytes.chunks(limit.piece()).try_for_each(|piece| {
+                limit.take(piece.len())?;
+                send_all(self.stream, piece)
+            })?,
+            None => send_all(self.stream, &bytes)?,
+        }
         self.in_chunks = !is_last;
         Ok(())
     }
@@ -194,7 +210,19 @@ impl<'a> Exchange<'a> {
 
     fn flush_head(&mut self) -> io::Result<()> {
         let head = std::mem::take(&mut self.head);
-        self.stream.write_all(&head)
+        self.reserve(head.len())?;
+        let mut stream = self.stream;
+        stream.write_all(&head)
+    }
+
+    /// Bytes of the body to send at once.
+    fn piece(&self, wanted: usize) -> usize {
+        self.limit.map_or(wanted, |limit| wanted.min(limit.piece()))
+    }
+
+    /// Waits until so many bytes may be sent.
+    fn reserve(&self, bytes: usize) -> io::Result<()> {
+        self.limit.map_or(Ok(()), |limit| limit.take(bytes))
     }
 
     fn count(&mut self, written: usize) -> io::Result<usize> {
@@ -267,7 +295,7 @@ fn begin_head(out: &mut Vec<u8>, status: u16) -> io::Result<()> {
 }
 
 /// Sends it all to a client that takes some of it now and again.
-pub(super) fn send_all(mut stream: &TcpStream, bytes: &[u8]) -> io::Result<()> {
+pub(super) fn send_all(mut stream: &Stream, bytes: &[u8]) -> io::Result<()> {
     let mut rest = bytes;
     while !rest.is_empty() {
         let began = Instant::now();
@@ -295,30 +323,36 @@ impl NarSink for Exchange<'_> {
     /// Sends as much as there is room for, and waits only when there is none. Only full segments leave meanwhile: without that
     /// the kernel sends after each 64 KiB of the file, which under BBR takes half as much processor time again.
     fn send_file(&mut self, file: BorrowedFd<'_>, mut at: u64, len: u64) -> io::Result<Option<u64>> {
+        // What is encrypted has to be copied.
+        if self.stream.key().is_some() {
+            return Ok(None);
+        }
         if !self.head.is_empty() {
             self.flush_head()?;
         }
         // No more than fits a usize on any machine.
-        let most = len.min(FILE_PIECE).min(self.missing) as usize;
+        let most = self.piece(len.min(FILE_PIECE).min(self.missing) as usize);
+        self.reserve(most)?;
+        let socket = self.stream.socket();
         // After an error the connection is cut, in whatever state it is.
-        self.stream.set_nonblocking(true)?;
-        set_tcp_cork(self.stream, true)?;
+        socket.set_nonblocking(true)?;
+        set_tcp_cork(socket, true)?;
         let mut sent = Ok(0);
         while let Ok(before) = sent
             && before < most
         {
-            sent = match retry_on_intr(|| sendfile(self.stream, file, Some(&mut at), most - before)) {
+            sent = match retry_on_intr(|| sendfile(socket, file, Some(&mut at), most - before)) {
                 Ok(0) => break,
                 Ok(more) => Ok(before + more),
                 Err(Errno::AGAIN) => {
-                    wait_for_room(self.stream)?;
+                    wait_for_room(socket)?;
                     Ok(before)
                 }
                 Err(e) => Err(e),
             };
         }
-        set_tcp_cork(self.stream, false)?;
-        self.stream.set_nonblocking(false)?;
+        set_tcp_cork(socket, false)?;
+        socket.set_nonblocking(false)?;
         match sent {
             Ok(sent) => self.count(sent).map(|sent| Some(sent as u64)),
             // A file system that has no such thing.
@@ -343,20 +377,27 @@ impl Write for Exchange<'_> {
         if piece.len() as u64 > self.missing {
             return Err(io::Error::other("body longer than promised"));
         }
+        let piece = &piece[..self.piece(piece.len())];
+        let mut stream = self.stream;
+        self.reserve(self.head.len() + piece.len())?;
         let began = Instant::now();
         if self.head.is_empty() {
-            let written = self.stream.write(piece)?;
-            in_time(written, piece.len(), began)?;
+            let written = stream.write(piece)?;
+            // TLS takes no more than a part at once, however fast the client is.
+            if stream.key().is_none() {
+                in_time(written, piece.len(), began)?;
+            }
             return self.count(written);
         }
-        let written = self.stream.write_vectored(&[IoSlice::new(&self.head), IoSlice::new(piece)])?;
+        let written = stream.write_vectored(&[IoSlice::new(&self.head), IoSlice::new(piece)])?;
         let of_head = written.min(self.head.len());
         self.head.drain(..of_head);
         if self.head.is_empty() && written > of_head {
             return self.count(written - of_head);
         }
-        self.flush_head()?;
-        let written = self.stream.write(piece)?;
+        let head = std::mem::take(&mut self.head);
+        stream.write_all(&head)?;
+        let written = stream.write(piece)?;
         self.count(written)
     }
 

@@ -4,14 +4,18 @@
 //! thread of the pool. Knows nothing of what is served: that is a [`Handler`]'s.
 
 use super::body::Body;
-use super::connections::{Bytes, Connection, Connections};
-use super::head::{self, BadHead, Request};
+use super::connections::{Bytes, Connection, Connections, HEAD_TIMEOUT};
+use super::handshakes::{HANDSHAKE_TIMEOUT, Handshakes};
+use super::head::{self, BadHead, Buffer, Request};
 use super::response::{Answer, Exchange, send_all};
+use super::stream::{PeerKey, Stream};
 use super::watch::watch;
 use crate::on_drop::OnDrop;
+use crate::upload_limit::UploadLimit;
 use crossbeam_channel::{Receiver, Sender, TrySendError, bounded};
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use rustix::event::{EventfdFlags, eventfd};
+use rustls::ServerConfig;
 use std::cell::Cell;
 use std::io::{self, Read};
 use std::net::{Shutdown, TcpListener, TcpStream};
@@ -67,6 +71,26 @@ pub trait Handler: Send + Sync + 'static {
     /// The connection's.
     fn after_panic(&self, request: &Request<'_>, exchange: &mut Exchange<'_>) -> io::Result<()>;
 
+    /// How connections in TLS are accepted; `None`: not at all.
+    fn tls(&self) -> Option<Arc<ServerConfig>> {
+        None
+    }
+
+    /// Whether requests with that key, which was a friend's when its connection was accepted, are still answered.
+    fn is_friend(&self, _key: &PeerKey) -> bool {
+        false
+    }
+
+    /// Whether connections from outside are answered that are not in TLS.
+    fn answers_outside(&self) -> bool {
+        false
+    }
+
+    /// How much may be sent to other machines.
+    fn upload_limit(&self) -> Option<&UploadLimit> {
+        None
+    }
+
     /// Nobody has been connected for a minute: memory may be given back.
     fn rest(&self) {}
 }
@@ -88,6 +112,22 @@ impl Server {
         handler: Arc<dyn Handler>,
         on_end: impl FnOnce() + Send + 'static,
     ) -> io::Result<Server> {
+        Server::start_with_outside(listeners, None, handler, on_end)
+    }
+
+    /// Serves also a listener to which a router passes connections on from outside, whatever address they seem to come
+    /// from: see [`Request::is_outside`].
+    ///
+    /// # Errors
+    /// As [`Server::start`].
+    pub fn start_with_outside(
+        mut listeners: Vec<TcpListener>,
+        outside: Option<TcpListener>,
+        handler: Arc<dyn Handler>,
+        on_end: impl FnOnce() + Send + 'static,
+    ) -> io::Result<Server> {
+        let inside = listeners.len();
+        listeners.extend(outside);
         for listener in &listeners {
             listener.set_nonblocking(true)?;
         }
@@ -97,7 +137,7 @@ impl Server {
         let watching = shared.clone();
         let watcher = thread::Builder::new().name("http-watch".into()).spawn(move || {
             let _end = OnDrop::new(on_end);
-            if let Err(e) = watch(&watching, &listeners, &stop) {
+            if let Err(e) = watch(&watching, &listeners, inside, &stop) {
                 log::error!("watching connections: {e}");
             }
         })?;
@@ -126,6 +166,7 @@ impl Drop for Server {
 pub(super) struct Shared {
     pub(super) handler: Arc<dyn Handler>,
     pub(super) connections: Connections,
+    handshakes: Handshakes,
     /// Tells of what comes on the connections that are watched.
     pub(super) epoll: OwnedFd,
     threads: AtomicUsize,
@@ -141,12 +182,18 @@ impl Shared {
         Ok(Shared {
             handler,
             connections: Connections::new(),
+            handshakes: Handshakes::default(),
             epoll: epoll::create(CreateFlags::CLOEXEC)?,
             threads: AtomicUsize::new(0),
             stopping: AtomicBool::new(false),
             hand_over,
             free,
         })
+    }
+
+    /// Whether what was received is the beginning of a connection in TLS, and there is TLS.
+    pub(super) fn begins_tls(&self, received: &Buffer) -> bool {
+        Stream::begins_tls(received.split(received.len()).0) && self.handler.tls().is_some()
     }
 
     pub(super) fn is_stopping(&self) -> bool {
@@ -161,7 +208,8 @@ impl Shared {
         if !connection.is_idle() {
             self.connections.set_idle(connection, Instant::now());
         }
-        let added = epoll::add(&self.epoll, &connection.stream, EventData::new_u64(connection.id), EventFlags::IN);
+        let added =
+            epoll::add(&self.epoll, connection.stream.socket(), EventData::new_u64(connection.id), EventFlags::IN);
         if let Err(e) = added {
             log::error!("watching a connection: {e}");
             self.connections.end(connection);
@@ -229,15 +277,29 @@ fn serve(shared: &Shared, connection: &Connection) -> io::Result<bool> {
     }
     // The watcher could not answer the first request at once.
     let (mut after, mut has_timeout, mut first) = (After::Watch, false, true);
+    if connection.stream.key().is_none() && shared.begins_tls(received) {
+        accept_tls(shared, connection, received.split(received.len()).0)?;
+        received.consume(received.len());
+    }
+    // Nobody else reads what is encrypted, and some of it may have been decrypted already: this thread waits for more before
+    // the watcher has the connection again.
+    let is_tls = connection.stream.key().is_some();
+    if is_tls {
+        after = After::Stay;
+    }
     loop {
         let Some(len) = received.head_len() else {
             if received.is_full() {
                 return refuse(connection, &BadHead::TooLarge).map(|()| false);
             }
             // Requests already here keep a connection at work: it is idle when it waits for the next, or the rest of it.
-            if matches!(after, After::Watch) || !received.is_empty() {
+            if matches!(after, After::Watch) || !received.is_empty() && !is_tls {
                 received.shrink();
                 return Ok(true);
+            }
+            // The watcher, which looks for heads that come slowly, does not see into TLS.
+            if is_tls && received.began().is_some_and(|began| began.elapsed() >= HEAD_TIMEOUT.get()) {
+                return Ok(false);
             }
             shared.connections.set_idle(connection, Instant::now());
             if !has_timeout {
@@ -254,16 +316,18 @@ fn serve(shared: &Shared, connection: &Connection) -> io::Result<bool> {
         };
         connection.set_at_work();
         let (head, behind) = received.split(len);
-        let (next, body) = head::parse(head, connection.peer, |request| match request {
-            Ok(request) => {
-                // Reading a body takes another one.
-                has_timeout &= request.body_len == 0;
-                answer(shared, connection, &request, behind, std::mem::take(&mut first))
+        let (next, body) = head::parse(head, connection.peer, connection.stream.key().copied(), |request| {
+            match request.map(|request| request.from(connection.is_outside)) {
+                Ok(request) => {
+                    // Reading a body takes another one.
+                    has_timeout &= request.body_len == 0;
+                    answer(shared, connection, &request, behind, std::mem::take(&mut first))
+                }
+                Err(bad) => refuse(connection, &bad).map(|()| (After::End, 0)),
             }
-            Err(bad) => refuse(connection, &bad).map(|()| (After::End, 0)),
         })?;
         received.consume(len + body);
-        after = next;
+        after = if is_tls && matches!(next, After::Watch) { After::Stay } else { next };
         if matches!(after, After::End) {
             return Ok(false);
         }
@@ -278,9 +342,15 @@ fn answer(
     behind: &[u8],
     takes_time: bool,
 ) -> io::Result<(After, usize)> {
+    // Removed since: what was asked for before was answered.
+    if request.key.is_some_and(|key| !shared.handler.is_friend(&key)) {
+        return Err(io::Error::other("not a friend's any more"));
+    }
     let keep_alive = request.keep_alive && !shared.is_stopping();
     let body = Body::new(&connection.stream, request, behind);
-    let mut exchange = Exchange::new(&connection.stream, request.method == "HEAD", !keep_alive, body);
+    let is_own = request.key.is_none() && !request.is_outside && request.asker.ip().to_canonical().is_loopback();
+    let limit = shared.handler.upload_limit().filter(|_| !is_own);
+    let mut exchange = Exchange::new(&connection.stream, request.method == "HEAD", !keep_alive, body).limited(limit);
     let mut after = After::Stay;
     let at_once = || match takes_time || request.body_len > 0 {
         true => None,
@@ -302,7 +372,7 @@ fn answer(
         return Err(io::Error::other("answer left incomplete"));
     }
     if exchange.body().is_left() {
-        linger(&connection.stream)?;
+        linger(connection.stream.socket())?;
         return Ok((After::End, 0));
     }
     if !keep_alive {
@@ -317,7 +387,17 @@ fn refuse(connection: &Connection, bad: &BadHead) -> io::Result<()> {
         BadHead::TooLarge => exchange.say(431, "request head too large")?,
         BadHead::Malformed(why) => exchange.say(400, &format!("bad request: {why}"))?,
     }
-    linger(&connection.stream)
+    linger(connection.stream.socket())
+}
+
+/// The handshake of a connection in TLS, if it gets one of the places for that. Blocks for [`HANDSHAKE_TIMEOUT`] at most.
+fn accept_tls(shared: &Shared, connection: &Connection, received: &[u8]) -> io::Result<()> {
+    let config = shared.handler.tls().ok_or_else(|| io::Error::other("no TLS"))?;
+    let close = connection.stream.socket().try_clone()?;
+    let place = shared.handshakes.enter(connection.id, connection.peer.ip(), close);
+    connection.stream.accept_tls(config, received, Instant::now() + HANDSHAKE_TIMEOUT.get())?;
+    place.succeeded();
+    Ok(())
 }
 
 fn linger(stream: &TcpStream) -> io::Result<()> {
@@ -362,7 +442,7 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let _client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let (stream, peer) = listener.accept().unwrap();
-        let connection = shared.connections.insert(1, stream, peer);
+        let connection = shared.connections.insert(1, stream, peer, false);
         let answered = Instant::now() + Duration::from_secs(1000);
         shared.connections.set_idle(&connection, answered);
         let since_answer = connection.idle_since();
@@ -370,7 +450,7 @@ mod tests {
         assert_eq!(connection.idle_since(), since_answer);
 
         // Handed back without an answer, as after the first part of a head.
-        epoll::delete(&shared.epoll, &connection.stream).unwrap();
+        epoll::delete(&shared.epoll, connection.stream.socket()).unwrap();
         connection.set_at_work();
         shared.watch(&connection);
         assert!(connection.is_idle() && connection.idle_since() < since_answer);

@@ -42,7 +42,8 @@ const EVENTS: usize = 64;
 const STOP: u64 = 1 << 16;
 
 /// Accepts and watches until the server stops.
-pub(super) fn watch(shared: &Arc<Shared>, listeners: &[TcpListener], stop: &OwnedFd) -> io::Result<()> {
+/// Listeners from place `inside` on have what a router passes on.
+pub(super) fn watch(shared: &Arc<Shared>, listeners: &[TcpListener], inside: usize, stop: &OwnedFd) -> io::Result<()> {
     for (place, listener) in listeners.iter().enumerate() {
         epoll::add(&shared.epoll, listener, EventData::new_u64(place as u64), EventFlags::IN)?;
     }
@@ -68,7 +69,7 @@ pub(super) fn watch(shared: &Arc<Shared>, listeners: &[TcpListener], stop: &Owne
             match event.data.u64() {
                 STOP => {}
                 id if id > STOP => watcher.look_at(id, &mut now),
-                place => watcher.accept(&listeners[place as usize]),
+                place => watcher.accept(&listeners[place as usize], place as usize >= inside),
             }
         }
         let now = Instant::now();
@@ -104,9 +105,9 @@ enum Next {
 }
 
 impl Watcher<'_> {
-    fn accept(&mut self, listener: &TcpListener) {
+    fn accept(&mut self, listener: &TcpListener, is_outside: bool) {
         match listener.accept() {
-            Ok((stream, peer)) => self.admit(stream, peer),
+            Ok((stream, peer)) => self.admit(stream, peer, is_outside),
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
             // The client gave up before it was accepted.
             Err(e) if matches!(e.kind(), io::ErrorKind::ConnectionAborted | io::ErrorKind::Interrupted) => {}
@@ -122,7 +123,7 @@ impl Watcher<'_> {
         }
     }
 
-    fn admit(&mut self, stream: TcpStream, peer: SocketAddr) {
+    fn admit(&mut self, stream: TcpStream, peer: SocketAddr, is_outside: bool) {
         if !self.make_room(peer) {
             return log::debug!("connection from {peer}: refused, too many at work");
         }
@@ -134,7 +135,7 @@ impl Watcher<'_> {
             return log::debug!("connection from {peer}: {e}");
         }
         self.next_id += 1;
-        let connection = self.shared.connections.insert(self.next_id, stream, peer);
+        let connection = self.shared.connections.insert(self.next_id, stream, peer, is_outside);
         self.shared.watch(&connection);
     }
 
@@ -162,7 +163,7 @@ impl Watcher<'_> {
             Next::End => self.shared.connections.end(&connection),
             Next::HandOver => {
                 connection.set_at_work();
-                match epoll::delete(&self.shared.epoll, &connection.stream) {
+                match epoll::delete(&self.shared.epoll, connection.stream.socket()) {
                     Ok(()) => hand_over(self.shared, connection),
                     Err(_) => self.shared.connections.end(&connection),
                 }
@@ -171,6 +172,10 @@ impl Watcher<'_> {
     }
 
     fn receive(&mut self, connection: &Connection, now: &mut Moment) -> Next {
+        // Decrypting takes time, and may wait for the rest of a record.
+        if connection.stream.key().is_some() {
+            return Next::HandOver;
+        }
         let mut bytes = connection.bytes();
         let own = bytes.received.is_empty();
         if own {
@@ -195,6 +200,13 @@ impl Watcher<'_> {
     /// Answers the request that was received, if there is no more to it than that.
     fn answer(&mut self, connection: &Connection, bytes: &mut Bytes, now: &mut Moment) -> Next {
         let received = &mut bytes.received;
+        if self.shared.begins_tls(received) {
+            return Next::HandOver;
+        }
+        if connection.is_outside && !self.shared.handler.answers_outside() {
+            log::debug!("connection from {}, from outside: not in TLS", connection.peer);
+            return Next::End;
+        }
         let len = match received.head_len() {
             Some(len) => len,
             None if received.is_full() => return Next::HandOver,
@@ -203,7 +215,8 @@ impl Watcher<'_> {
         connection.set_at_work();
         let (shared, out) = (self.shared, &mut self.out);
         out.clear();
-        let answered = head::parse(received.split(len).0, connection.peer, |request| {
+        let answered = head::parse(received.split(len).0, connection.peer, None, |request| {
+            let request = request.map(|request| request.from(connection.is_outside));
             let request = request.ok().filter(|request| request.keep_alive && request.body_len == 0)?;
             let answer = shared.handler.at_once(&request, now)?;
             answer.print(out, request.method == "HEAD").ok()
@@ -212,7 +225,7 @@ impl Watcher<'_> {
             return Next::HandOver;
         }
         received.consume(len);
-        let sent = match send(&connection.stream, out, SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
+        let sent = match send(connection.stream.socket(), out, SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
             Ok(sent) => sent,
             Err(Errno::AGAIN | Errno::INTR) => 0,
             Err(_) => return Next::End,
@@ -229,6 +242,7 @@ impl Watcher<'_> {
 #[cfg(test)]
 mod tests {
     use super::super::server::{Handler, Server};
+    use super::super::stream::Stream;
     use super::super::{Answer, Exchange, Request};
     use super::*;
     use crossbeam_channel::{Receiver, Sender, unbounded};
@@ -379,7 +393,7 @@ mod tests {
     #[test]
     fn a_head_begins_with_its_first_byte() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let pair = || (connect(listener.local_addr().unwrap()), listener.accept().unwrap().0);
+        let pair = || (connect(listener.local_addr().unwrap()), Stream::from(listener.accept().unwrap().0));
         let mut buffer = Buffer::default();
         let (client, stream) = pair();
         drop(client);

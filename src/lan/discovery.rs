@@ -331,7 +331,8 @@ impl<E: Environment> Discovery<E> {
     }
 
     fn hello(&self) -> Hello {
-        Hello { port: self.settings.http_port, instance: self.instance, crowded: false, batches: true }
+        let digest = self.environment.digest(&self.instance);
+        Hello { port: self.settings.http_port, instance: self.instance, crowded: false, batches: true, digest }
     }
 
     fn to_all(&self, packet: Packet, out: &mut Outgoing) {
@@ -723,6 +724,9 @@ impl<E: Environment> Discovery<E> {
     fn heard_hello(&mut self, from: SocketAddr, hello: Hello, now: Instant, t: Instant, out: &mut Outgoing) {
         if hello.instance == self.instance {
             return;
+        }
+        if let Some(digest) = &hello.digest {
+            self.environment.heard_digest(&hello.instance, digest, from);
         }
         let met_by = if self.greeted.contains(&from) { MetBy::NeighbourTable } else { MetBy::Hello };
         let Some((peer, is_first)) = self.peers.record_heard(from, met_by, now) else { return };

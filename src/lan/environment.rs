@@ -5,6 +5,7 @@ use crate::nix::{HashPart, PathInfo};
 use crate::seldom::Seldom;
 use crate::share::{Scope, Share};
 use crate::store::Store;
+use crate::wire::{Digest, NodeKey};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -23,7 +24,16 @@ pub trait Environment: Send {
     /// Whether this node would serve each of the paths to that asker, in their order. `None` if it cannot tell now: it
     /// answers nothing then, as *no* would be remembered for an hour. Blocks for 50 ms at most.
     fn held(&mut self, hash_parts: &[HashPart], asker: SocketAddr) -> Option<Vec<bool>>;
+    /// By what friends recognise this node in its hellos, with that instance ID.
+    fn digest(&self, _instance: &[u8; 8]) -> Option<Digest> {
+        None
+    }
+    /// A hello with a digest came from a neighbour. It may be a friend's.
+    fn heard_digest(&mut self, _instance: &[u8; 8], _digest: &Digest, _http: SocketAddr) {}
 }
+
+/// What is told of digests in hellos.
+pub type HeardDigest = Box<dyn FnMut(&[u8; 8], &Digest, SocketAddr) + Send>;
 
 /// The real one: the store of this machine, and what is shared of it.
 pub struct StoreEnvironment {
@@ -33,12 +43,19 @@ pub struct StoreEnvironment {
     /// Set while the daemon stops: it answers no queries then. *No* would be wrong after a restart.
     leaving: Arc<AtomicBool>,
     faults: Seldom,
+    /// This node's key, if it has friends, and who is told of their hellos.
+    friends: Option<(NodeKey, HeardDigest)>,
 }
 
 impl StoreEnvironment {
     /// The parts it works with. No query is answered once `leaving` is set.
     pub fn new(share: Arc<Share>, store: Arc<Store>, networks: Arc<Networks>, leaving: Arc<AtomicBool>) -> Self {
-        StoreEnvironment { share, store, networks, leaving, faults: Seldom::default() }
+        StoreEnvironment { share, store, networks, leaving, faults: Seldom::default(), friends: None }
+    }
+
+    /// Lets friends recognise this node by its key, and tells `heard` of digests that may be theirs.
+    pub fn with_friends(self, key: NodeKey, heard: HeardDigest) -> Self {
+        StoreEnvironment { friends: Some((key, heard)), ..self }
     }
 }
 
@@ -48,11 +65,21 @@ impl Environment for StoreEnvironment {
     }
 
     fn has_lan(&self) -> bool {
-        self.share.serves(Scope::Lan)
+        self.share.has_lan()
     }
 
     fn is_answered(&self, address: SocketAddr) -> bool {
         !self.leaving.load(Ordering::Relaxed) && self.share.datagram_scope(address).is_some()
+    }
+
+    fn digest(&self, instance: &[u8; 8]) -> Option<Digest> {
+        self.friends.as_ref().map(|(key, _)| key.digest(instance))
+    }
+
+    fn heard_digest(&mut self, instance: &[u8; 8], digest: &Digest, http: SocketAddr) {
+        if let Some((_, heard)) = &mut self.friends {
+            heard(instance, digest, http);
+        }
     }
 
     fn is_own(&self, ip: IpAddr) -> bool {
@@ -61,6 +88,9 @@ impl Environment for StoreEnvironment {
 
     fn held(&mut self, hash_parts: &[HashPart], asker: SocketAddr) -> Option<Vec<bool>> {
         let Some(scope) = self.share.datagram_scope(asker) else { return Some(vec![false; hash_parts.len()]) };
+        if !self.share.serves(scope) {
+            return Some(vec![false; hash_parts.len()]);
+        }
         match self.store.path_infos_quickly(hash_parts) {
             Ok(infos) => {
                 let is_held = |info: &Arc<PathInfo>| self.share.may_have_now(scope, info);

@@ -15,7 +15,7 @@ mod sockets;
 mod thread;
 
 pub use discovery::{Discovery, Event, LookUp, Random, Settings};
-pub use environment::{Environment, StoreEnvironment};
+pub use environment::{Environment, HeardDigest, StoreEnvironment};
 pub use lookups::{LOOKUP_TIMEOUT, LookupId, MAX_HOLDERS, Update};
 pub use peer_table::{MetBy, Neighbour};
 pub use thread::{DiscoveryClient, DiscoveryThread};

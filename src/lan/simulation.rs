@@ -311,7 +311,13 @@ impl Simulation {
     fn hello_of(&self, index: usize) -> Packet {
         let host = &self.hosts[index];
         let batches = host.kind != Kind::Single;
-        Packet::Hello(Hello { port: PORT, instance: host.instance.to_le_bytes(), crowded: false, batches })
+        Packet::Hello(Hello {
+            port: PORT,
+            instance: host.instance.to_le_bytes(),
+            crowded: false,
+            batches,
+            digest: None,
+        })
     }
 
     /// The machine is switched off: it says nothing.

@@ -104,7 +104,8 @@ mod tests {
 
     fn found(number: u32, holders: usize) -> Found {
         let path = StorePath::parse(&format!("{number:032}-some-package-1.0")).unwrap();
-        let source = |n| Source { peer: SocketAddr::from(([10, 0, 0, n as u8], 1)), url_path: None, wan: None };
+        let source =
+            |n| Source { peer: SocketAddr::from(([10, 0, 0, n as u8], 1)), url_path: None, wan: None, friend: None };
         let sources = (0..holders).map(source).collect();
         Found { path, nar_hash: NarHash::from_bytes([1; 32]), nar_size: u64::from(number), sources }
     }

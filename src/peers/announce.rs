@@ -55,6 +55,13 @@ impl Publication {
         self.bits_per_path.load(Ordering::Relaxed)
     }
 
+    /// Of a node that shares nothing with strangers: an empty filter. A tracker names a peer without a filter now and then,
+    /// and one whose filter is empty never.
+    pub fn nothing() -> Self {
+        let current = Mutex::new(Some((0, Arc::new(Filter::for_paths(0)))));
+        Publication { current, ..Publication::default() }
+    }
+
     /// Another filter takes the place of the last.
     pub fn set(&self, filter: Filter) {
         let mut current = self.lock();

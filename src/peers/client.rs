@@ -2,6 +2,7 @@
 //! form; nothing follows a redirect, a proxy or a name server.
 
 use super::decoder::Decoded;
+use super::friend_transport::FriendConnector;
 use super::patience::{self, WithPatience};
 use super::standing::Fault;
 use crate::lan::Holder;
@@ -11,11 +12,13 @@ use crate::time_scale::Timeout;
 use crate::wire::relay::{DIGEST_LEN, MAX_NAMED, PACE_HEADER, RELAY_HEADER};
 use crate::wire::tracker::{TRANSFER_HEADER, TransferName};
 use crossbeam_channel::{Receiver, Sender, bounded};
+use rustls::ClientConfig;
 use std::collections::HashSet;
 use std::fmt;
 use std::io::{self, Read};
 use std::net::{IpAddr, Ipv6Addr, SocketAddr, SocketAddrV6};
 use std::ops::Deref;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::thread;
@@ -24,7 +27,7 @@ use ureq::Agent;
 use ureq::config::Config;
 use ureq::http::{Response, Uri};
 use ureq::unversioned::resolver::{ResolvedSocketAddrs, Resolver};
-use ureq::unversioned::transport::{Connector, DefaultConnector, NextTimeout};
+use ureq::unversioned::transport::{Connector, DefaultConnector, NextTimeout, TcpConnector};
 
 /// A LAN peer accepts a connection within this, or is not there.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
@@ -47,6 +50,9 @@ const IDLE_AGE: Timeout = Timeout::from_secs(15);
 
 /// ureq's buffer for what it reads, which bounds one read of a NAR's body. 128 KiB was fastest among 16 to 512.
 const BUFFER: usize = 128 * 1024;
+
+/// As much as is read of an answer to [`Client::greet`]. Ours have 60 bytes.
+const MAX_GREETING: u64 = 4096;
 
 /// A response's head. Ours have 300 bytes.
 const MAX_HEAD: usize = 16 * 1024;
@@ -128,6 +134,8 @@ const MAX_LOGGED: usize = 1024;
 /// The client that all threads share.
 pub struct Client {
     pool: Mutex<Pool>,
+    /// Set for a friend.
+    tls: Option<Arc<ClientConfig>>,
     store_dir: StoreDir,
     logged: Mutex<HashSet<HashPart>>,
     /// To the threads that read large narinfos.
@@ -321,8 +329,8 @@ impl Read for NarBody {
     }
 }
 
-/// One without connections.
-fn agent() -> Agent {
+/// One without connections, for peers or for a friend.
+fn agent(tls: Option<&Arc<ClientConfig>>) -> Agent {
     let config = Agent::config_builder()
         .proxy(None)
         .max_redirects(0)
@@ -340,18 +348,48 @@ fn agent() -> Agent {
         .max_idle_connections_per_host(IDLE_PER_PEER)
         .max_idle_age(IDLE_AGE.get())
         .build();
-    Agent::with_parts(config, DefaultConnector::default().chain(WithPatience), PeerAddress)
+    match tls {
+        None => Agent::with_parts(config, DefaultConnector::default().chain(WithPatience), PeerAddress),
+        Some(tls) => {
+            let friend = ().chain(TcpConnector::default()).chain(FriendConnector(tls.clone()));
+            Agent::with_parts(config, friend.chain(WithPatience), PeerAddress)
+        }
+    }
 }
 
 impl Client {
     /// Accepts narinfos of that store directory only.
     pub fn new(store_dir: StoreDir) -> Self {
+        Client::with(store_dir, None)
+    }
+
+    /// A client of a friend, with whom all is in TLS.
+    pub fn for_friend(store_dir: StoreDir, tls: Arc<ClientConfig>) -> Self {
+        Client::with(store_dir, Some(tls))
+    }
+
+    fn with(store_dir: StoreDir, tls: Option<Arc<ClientConfig>>) -> Self {
         Client {
-            pool: Mutex::new(Pool { agent: agent(), used: None }),
+            pool: Mutex::new(Pool { agent: agent(tls.as_ref()), used: None }),
+            tls,
             store_dir,
             logged: Mutex::default(),
             large: start_large_readers(),
         }
+    }
+
+    /// Asks for what every node tells everybody, within `timeout`: whether the peer is there, and over TLS whether it is the
+    /// one that is meant.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub fn greet(&self, peer: SocketAddr, timeout: Duration) -> Result<(), Error> {
+        let request = || self.agent().get(url(peer, "nix-cache-info")).config().timeout_global(Some(timeout)).build();
+        let response = twice(|| request().call()).map_err(Error::Unreachable)?;
+        let mut body = expect(response, &[200])?.into_body();
+        let mut bytes = Vec::new();
+        body.as_reader().take(MAX_GREETING).read_to_end(&mut bytes).map_err(|e| Error::Unreachable(e.into()))?;
+        Ok(())
     }
 
     fn agent(&self) -> Agent {
@@ -365,7 +403,7 @@ impl Client {
     pub fn rest(&self) {
         let mut pool = self.pool.lock().unwrap_or_else(PoisonError::into_inner);
         if pool.used.is_some_and(|used| used.elapsed() >= IDLE_AGE.get()) {
-            *pool = Pool { agent: agent(), used: None };
+            *pool = Pool { agent: agent(self.tls.as_ref()), used: None };
         }
     }
 

@@ -106,6 +106,7 @@ impl Lan {
             first_seen: None,
             failure: None,
             counts: None,
+            interrupt: never(),
         }
     }
 }
@@ -192,9 +193,25 @@ pub struct LanSearch {
     first_seen: Option<SocketAddr>,
     failure: Option<Miss>,
     counts: Option<(u32, u32)>,
+    /// Says that there is a holder elsewhere.
+    interrupt: Receiver<()>,
 }
 
 impl LanSearch {
+    /// Has the next offer be `None`, once, when there is something in `interrupt`: a holder elsewhere need not wait for the
+    /// LAN.
+    pub fn interrupted_by(mut self, interrupt: Receiver<()>) -> Self {
+        self.interrupt = interrupt;
+        self
+    }
+
+    /// A holder elsewhere was accepted: discovery waits for nobody any more.
+    pub fn settle(&mut self) {
+        if std::mem::replace(&mut self.is_open, false) {
+            self.lan.discovery.settled(self.lookup, None);
+        }
+    }
+
     /// Gives the search, resumed for alternates, its time anew, but none after `until`.
     pub fn resume(&mut self, until: Instant) {
         self.until = until.min(Instant::now() + LOOKUP_TIMEOUT.get());
@@ -282,6 +299,7 @@ impl LanSearch {
                     Ok(update) => self.take_update(update, now),
                     Err(_) => self.end(now),
                 },
+                recv(self.interrupt) -> _ => return None,
                 default(wake_up.saturating_duration_since(now)) => {}
             }
         }
@@ -421,8 +439,6 @@ impl LanSearch {
 
 impl Drop for LanSearch {
     fn drop(&mut self) {
-        if self.is_open {
-            self.lan.discovery.settled(self.lookup, None);
-        }
+        self.settle();
     }
 }

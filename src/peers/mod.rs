@@ -3,8 +3,11 @@
 pub mod announce;
 pub mod client;
 mod decoder;
+mod friend_transport;
+pub mod friends;
 pub mod kept_paces;
 pub mod lan;
+pub mod meeting;
 mod names;
 pub mod nearby;
 pub mod pace;

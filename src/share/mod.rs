@@ -1,12 +1,13 @@
 //! What leaves this machine, and to whom. Every answer to somebody else, over HTTP or UDP, asks here first.
 //!
-//! Who asks is told by the socket's address alone. This machine has everything, the LAN every valid path, and anybody
-//! else what has no name to be kept (`filter.rs`) and is the upstream cache's as well (`verify.rs`).
+//! Who asks is told by the socket's address, or by the key with which the other end authenticated itself, and by nothing
+//! else. This machine has everything, friends and the LAN every valid path, and anybody else what has no name to be kept
+//! (`filter.rs`) and is the upstream cache's as well (`verify.rs`). `--share` takes rows of that away.
 
 mod filter;
 mod verify;
 
-use crate::config::{Config, Mode};
+use crate::config::{Config, Mode, Sharing};
 use crate::network::Networks;
 use crate::nix::PathInfo;
 use filter::Filter;
@@ -17,11 +18,13 @@ use std::time::Instant;
 pub use verify::UPSTREAM_KEY;
 use verify::Verifier;
 
-/// Who asks, by the address of the socket and nothing else.
+/// Who asks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Scope {
     /// A loopback address: this machine's Nix and its users.
     ThisMachine,
+    /// A node that holds the key of a friend, wherever it is.
+    Friend,
     /// A node on a LAN network (see [`crate::network::LanNetworks`]), or one named by `--peer`; in
     /// modes that have a LAN.
     Lan,
@@ -34,6 +37,7 @@ pub struct Share {
     networks: Arc<Networks>,
     named_peers: RwLock<Vec<SocketAddr>>,
     mode: Mode,
+    sharing: Sharing,
     filter: Filter,
     /// None where nothing is verified.
     verifier: Option<Verifier>,
@@ -48,9 +52,11 @@ impl Share {
             true => Filter::new(config.default_filters, &config.filter_patterns),
             false => Filter::default(),
         };
-        let verifier = (config.mode.has_wan() && config.verify).then(|| Verifier::new(config));
+        let has_wan = config.mode.has_wan() && config.sharing == Sharing::All;
+        let verifier = (has_wan && config.verify).then(|| Verifier::new(config));
+        let (mode, sharing) = (config.mode, config.sharing);
         let lacks_key = AtomicBool::new(config.private_key.is_some());
-        Share { networks, named_peers: Default::default(), mode: config.mode, filter, verifier, lacks_key }
+        Share { networks, named_peers: Default::default(), mode, sharing, filter, verifier, lacks_key }
     }
 
     /// Sets that the secret key has been read. Until then a node that was given one shares nothing that only that key
@@ -75,9 +81,15 @@ impl Share {
         if is_lan { Scope::Lan } else { Scope::Wan }
     }
 
+    /// Whether there is a LAN at all, whatever is shared with it.
+    pub fn has_lan(&self) -> bool {
+        self.mode.has_lan()
+    }
+
     /// The scope in which a datagram from this address is answered, or `None` if it is dropped.
     /// Dropped are datagrams from this machine's loopback, from addresses that no answer reaches,
-    /// and from scopes with which nothing is shared.
+    /// and from strangers with whom nothing is shared. Neighbours with whom nothing is shared are
+    /// answered *no*, so that they wait for nothing. No datagram has the scope of a friend.
     pub fn datagram_scope(&self, from: SocketAddr) -> Option<Scope> {
         let ip = from.ip().to_canonical();
         let is_broadcast = ip == IpAddr::V4(Ipv4Addr::BROADCAST);
@@ -85,8 +97,9 @@ impl Share {
             return None;
         }
         match self.scope(from) {
-            Scope::ThisMachine => None,
-            scope => self.serves(scope).then_some(scope),
+            Scope::ThisMachine | Scope::Friend => None,
+            Scope::Lan => Some(Scope::Lan),
+            Scope::Wan => self.serves(Scope::Wan).then_some(Scope::Wan),
         }
     }
 
@@ -96,12 +109,22 @@ impl Share {
         named.iter().any(|peer| host_of(*peer) == host)
     }
 
+    /// Whether the asker is on another network, which is slower than compressing.
+    pub fn is_far(&self, scope: Scope, asker: SocketAddr) -> bool {
+        match scope {
+            Scope::ThisMachine | Scope::Lan => false,
+            Scope::Friend => self.scope(asker) == Scope::Wan,
+            Scope::Wan => true,
+        }
+    }
+
     /// Whether an asker of that scope may have any valid path at all.
     pub fn serves(&self, scope: Scope) -> bool {
         match scope {
             Scope::ThisMachine => true,
-            Scope::Lan => self.mode.has_lan(),
-            Scope::Wan => self.mode.has_wan(),
+            Scope::Friend => self.sharing != Sharing::Nobody,
+            Scope::Lan => self.mode.has_lan() && matches!(self.sharing, Sharing::All | Sharing::Lan),
+            Scope::Wan => self.mode.has_wan() && self.sharing == Sharing::All,
         }
     }
 
@@ -126,6 +149,9 @@ impl Share {
     /// Why strangers may not have this valid path, for the user who asks; none if they may. `config` is what this was made
     /// of. Takes as long as [`Share::may_have`].
     pub fn why_kept(&self, config: &Config, info: &PathInfo) -> Option<String> {
+        if self.sharing != Sharing::All {
+            return Some("--share keeps everything from strangers".into());
+        }
         if !self.serves(Scope::Wan) {
             return Some("in mode lan, only the networks that this machine is on get anything".into());
         }
@@ -148,7 +174,7 @@ impl Share {
             return false;
         }
         match scope {
-            Scope::ThisMachine | Scope::Lan => serves,
+            Scope::ThisMachine | Scope::Friend | Scope::Lan => serves,
             Scope::Wan => serves && !self.filter.keeps(&info.path) && self.verifier.as_ref().is_none_or(verified),
         }
     }
@@ -271,6 +297,30 @@ mod tests {
             assert!(share.serves(Scope::ThisMachine));
             assert_eq!(share.serves(Scope::Lan), lan, "{mode:?}");
             assert_eq!(share.serves(Scope::Wan), wan, "{mode:?}");
+        }
+    }
+
+    #[test]
+    fn sharing_takes_rows_away_in_every_mode() {
+        use Sharing::{All, Friends, Lan, Nobody};
+        for (sharing, friend, lan, wan) in [
+            (All, true, true, true),
+            (Lan, true, true, false),
+            (Friends, true, false, false),
+            (Nobody, false, false, false),
+        ] {
+            for mode in [Mode::Lan, Mode::Both, Mode::Wan] {
+                let config = Config { mode, sharing, verify: false, filter: false, ..Config::default() };
+                let share = share_on(Vec::new(), &config);
+                let (lan, wan) = (lan && mode.has_lan(), wan && mode.has_wan());
+                let all = [(Scope::ThisMachine, true), (Scope::Friend, friend), (Scope::Lan, lan), (Scope::Wan, wan)];
+                for (scope, expected) in all {
+                    let case = format!("{mode:?} {sharing:?} {scope:?}");
+                    assert_eq!(share.serves(scope), expected, "{case}");
+                    assert_eq!(share.may_have(scope, &info("hello")), expected, "{case}");
+                    assert_eq!(share.may_have_now(scope, &info("hello")), expected, "{case}");
+                }
+            }
         }
     }
 

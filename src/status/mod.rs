@@ -8,24 +8,27 @@ pub mod text;
 
 pub use page::{Page, page};
 
-use crate::config::{Config, Mode};
+use crate::config::{Config, Mode, Sharing};
 use crate::degraded::Degraded;
+use crate::gateway::Mapping;
 use crate::lan::{DiscoveryClient, Neighbour};
 use crate::network::Networks;
 use crate::nix::HashPart;
 use crate::peers::announce::Trackers;
+use crate::peers::friends::{self, Friends};
 use crate::peers::standing::Standing;
 use crate::record::{self, HOUR, MAX_PEERS, Network, Record, Totals, Who};
 use crate::store::Store;
 use crate::trust::TrustedKeys;
+use crate::wire::NodeKey;
 use report::{
-    AllTotals, Avoided, Health, History, Liveness, Lookup, Node, OwnNetwork, Peer, Problem, Reason, Report,
-    TotalsSince, TrackerState, Transfer, VERSION,
+    AllTotals, Avoided, Friend, Health, History, Liveness, Lookup, Node, OwnNetwork, Peer, PortMapping, Problem,
+    Reason, Report, TotalsSince, TrackerState, Transfer, VERSION,
 };
 use std::collections::HashMap;
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 /// Discovery says who is known within this, or hangs. It waits for nobody, and for the database 50 ms at most.
@@ -47,6 +50,10 @@ pub struct Status {
     pub standing: Arc<Standing>,
     /// In modes with WAN.
     pub trackers: Option<Arc<Trackers>>,
+    /// If there are any.
+    pub friends: Option<Arc<Friends>>,
+    /// What the router lets in, if it is asked to.
+    pub mapping: Option<Arc<Mutex<Mapping>>>,
     /// To see whether it can be read.
     pub store: Arc<Store>,
     /// The networks of this machine.
@@ -68,11 +75,13 @@ pub struct Facts {
     shares: String,
     has_private_key: bool,
     flags: Vec<String>,
+    identity: Option<String>,
+    wants_friends: bool,
 }
 
 impl Facts {
-    /// As the user chose; `port` is the one that is served on.
-    pub fn new(config: &Config, port: u16) -> Facts {
+    /// As the user chose; `port` is the one that is served on, `identity` the public key of this node.
+    pub fn new(config: &Config, port: u16, identity: Option<NodeKey>) -> Facts {
         Facts {
             name: rustix::system::uname().nodename().to_string_lossy().into_owned(),
             port,
@@ -81,6 +90,8 @@ impl Facts {
             shares: shares(config),
             has_private_key: config.private_key.is_some(),
             flags: config.flags.clone(),
+            identity: identity.map(|key| key.to_string()),
+            wants_friends: config.has_friends(),
         }
     }
 }
@@ -100,6 +111,7 @@ impl Facts {
             store_dir: self.store_dir.clone(),
             state_dir: None,
             peer_id: None,
+            identity: self.identity.clone(),
             started,
             uptime_seconds: seconds(age),
             serves: true,
@@ -113,6 +125,22 @@ impl Facts {
 
 /// What is shared with whom, in a sentence or two.
 fn shares(config: &Config) -> String {
+    let friends = match (config.has_friends(), config.sharing) {
+        (true, Sharing::All | Sharing::Lan | Sharing::Friends) => " Friends may have every valid path, from anywhere.",
+        _ => "",
+    };
+    match (config.sharing, config.mode) {
+        (Sharing::All, _) => format!("{}{friends}", shares_by_mode(config)),
+        (Sharing::Lan, Mode::Lan | Mode::Both) => {
+            let config = Config { mode: Mode::Lan, ..config.clone() };
+            format!("{}{friends}", shares_by_mode(&config))
+        }
+        (Sharing::Lan | Sharing::Friends, _) => format!("Nothing is shared with strangers and neighbours.{friends}"),
+        (Sharing::Nobody, _) => "Nothing is shared with other machines.".into(),
+    }
+}
+
+fn shares_by_mode(config: &Config) -> String {
     let named = if config.peers.is_empty() { "" } else { ", and with those that --peer names" };
     let lan =
         format!("Every valid path of {} is shared with the machines on its networks{named}", config.store_dir.as_str());
@@ -197,6 +225,11 @@ impl Status {
             health: Health { ok: !problems.iter().any(|problem| problem.serious), problems },
             networks: self.networks(),
             trackers: self.tracker_states(),
+            port_mapping: self.mapping().map(|mapping| PortMapping {
+                outside: mapping.outside.map(|at| at.to_string()),
+                pinhole: mapping.pinhole.map(|at| at.to_string()),
+            }),
+            friends: self.friends.iter().flat_map(|friends| friends.seen()).map(|seen| friend(seen, now)).collect(),
             peers,
             peers_omitted: 0,
             lookups: self.record.lookups().into_iter().map(lookup).collect(),
@@ -242,6 +275,23 @@ impl Status {
         {
             add("announce", problem, false);
         }
+        if let Some(problem) = self.mapping().and_then(|mapping| mapping.problem) {
+            add("port_mapping", format!("--map-port: {problem}"), false);
+        }
+        if self.facts.wants_friends && self.friends.is_none() {
+            add(
+                "friends",
+                "there are no friends: the log says why; they need an identity in --state-dir".into(),
+                false,
+            );
+        }
+        if let Some(friends) = &self.friends {
+            friends.list().problem().into_iter().for_each(|problem| add("friends", problem, false));
+            for friend in friends.seen().into_iter().filter(|friend| !friend.is_up) {
+                let error = friend.error.map(|error| format!("friend {} is not reached: {error}", friend.name));
+                error.into_iter().for_each(|error| add("friend", error, false));
+            }
+        }
         if let Some(problem) = self.record.problem() {
             add("counters", format!("counters {problem}"), false);
         }
@@ -251,6 +301,11 @@ impl Status {
     /// Whether paths built here are signed.
     fn signs(&self) -> bool {
         self.facts.has_private_key && self.degraded.all().iter().all(|(code, _)| *code != PRIVATE_KEY)
+    }
+
+    fn mapping(&self) -> Option<Mapping> {
+        let mapping = self.mapping.as_ref()?;
+        Some(mapping.lock().unwrap_or_else(PoisonError::into_inner).clone())
     }
 
     /// The LAN networks: those of interfaces with a link, and those of `--lan` behind routers.
@@ -313,6 +368,18 @@ impl Status {
     }
 }
 
+fn friend(seen: friends::Seen, now: Now) -> Friend {
+    Friend {
+        name: seen.name,
+        key: seen.key.to_string(),
+        reached: seen.is_up,
+        since: seen.since.map(|since| now.of(since)),
+        address: seen.address.map(|address| address.to_string()),
+        found_by: seen.found_by.map(friends::FoundBy::code),
+        error: seen.error,
+    }
+}
+
 /// A row for each neighbour. Several nodes that `--peer` names may be behind one address, with a
 /// port each: the first has the row of the address, as neighbours do, and the others have rows of
 /// their own.
@@ -348,7 +415,7 @@ fn liveness(neighbour: &Neighbour) -> Liveness {
 
 /// The report of a node that cannot serve, and does nothing but say why.
 pub fn of_problem(config: &Config, port: u16, code: &'static str, problem: &str) -> Report {
-    let (facts, now) = (Facts::new(config, port), Now::get());
+    let (facts, now) = (Facts::new(config, port, None), Now::get());
     let problem = Problem { code, text: problem.to_owned(), serious: true };
     Report {
         version: VERSION,
@@ -361,6 +428,8 @@ pub fn of_problem(config: &Config, port: u16, code: &'static str, problem: &str)
         health: Health { ok: false, problems: vec![problem] },
         networks: Vec::new(),
         trackers: Vec::new(),
+        port_mapping: None,
+        friends: Vec::new(),
         peers: Vec::new(),
         peers_omitted: 0,
         lookups: Vec::new(),
@@ -501,6 +570,22 @@ mod tests {
         assert!(with(Mode::Wan, false, false).starts_with("Every path is shared with anybody who asks"));
         let named = Config { peers: vec![("a".into(), 1)], ..Config::default() };
         assert!(shares(&named).contains("and with those that --peer names"));
+    }
+
+    #[test]
+    fn what_is_shared_is_said_for_every_share() {
+        let with = |sharing, mode| {
+            let friends = vec![format!("home={}", NodeKey::from_bytes([1; 32])).parse().unwrap()];
+            shares(&Config { mode, sharing, friends, ..Config::default() })
+        };
+        let friends = " Friends may have every valid path, from anywhere.";
+        assert_eq!(with(Sharing::Nobody, Mode::Both), "Nothing is shared with other machines.");
+        let nobody_else = format!("Nothing is shared with strangers and neighbours.{friends}");
+        assert_eq!(with(Sharing::Friends, Mode::Both), nobody_else);
+        assert_eq!(with(Sharing::Lan, Mode::Wan), nobody_else);
+        let lan = with(Sharing::Lan, Mode::Both);
+        assert!(lan.ends_with(&format!("Nobody else gets anything.{friends}")) && !lan.contains("anybody"), "{lan}");
+        assert!(with(Sharing::All, Mode::Both).ends_with(friends));
     }
 
     #[test]

@@ -168,6 +168,8 @@
     put('networks', ...lines(r.networks.map(network => `${network.interface ?? 'routed'} ${network.address}`)));
     put('trackers', ...lines(r.trackers.map(tracker =>
       `${tracker.url}, ${tracker.reached === null ? 'asked' : tracker.reached ? 'reached' : 'not reached'}`)));
+    put('friends', ...lines(r.friends.map(friend =>
+      `${friend.name}, ${friend.reached ? 'reached at ' + friend.address : 'not reached'}`)));
     put('transfers', ...(r.transfers.length ? r.transfers.map(transfer) : [h('p', { class: 'none' }, 'Nothing is being transferred.')]));
     $('no-peers').hidden = r.peers.length > 0;
     $('peers-table').hidden = !r.peers.length;

@@ -3,7 +3,7 @@
 //! Each part that changes has an element with an ID; the script makes the same of `/status.json`. All text goes through
 //! [`escape`], wherever it comes from.
 
-use super::report::{Liveness, Lookup, Peer, Report, TotalsSince, Transfer};
+use super::report::{Friend, Liveness, Lookup, Peer, Report, TotalsSince, Transfer};
 use super::text::{bytes, escape, found_by, long, moment, percent, plural, short};
 use crate::record::{Count, HOUR, Hour};
 use data_encoding::BASE64;
@@ -92,6 +92,7 @@ fn html(r: &Report) -> String {
 </dl><dl>
 <dt>Networks</dt><dd id="networks">{networks}</dd>
 <dt>Trackers</dt><dd id="trackers">{trackers}</dd>
+<dt>Friends</dt><dd id="friends">{friends}</dd>
 <dt>Signs</dt><dd>{signs}</dd>
 </dl></div>
 </section>
@@ -134,6 +135,7 @@ fn html(r: &Report) -> String {
         last_asked = r.lookups.first().map_or("never".into(), |l| format!("{} ago", long(now - l.time))),
         networks = networks(r),
         trackers = trackers(r),
+        friends = friends(r),
         signs = if r.node.signs { "what it serves of the own store" } else { "nothing" },
         transfers = transfers(&r.transfers),
         hide_no_peers = hidden(!r.peers.is_empty()),
@@ -209,6 +211,16 @@ fn trackers(r: &Report) -> String {
         None => "asked",
     };
     let all: Vec<_> = r.trackers.iter().map(|t| format!("{}, {}", escape(&t.url), state(t.reached))).collect();
+    if all.is_empty() { "none".into() } else { all.join("<br>") }
+}
+
+fn friends(r: &Report) -> String {
+    let friend = |friend: &Friend| {
+        let address = friend.address.as_deref().unwrap_or_default();
+        let state = if friend.reached { format!("reached at {address}") } else { "not reached".into() };
+        format!("{}, {}", escape(&friend.name), escape(&state))
+    };
+    let all: Vec<_> = r.friends.iter().map(friend).collect();
     if all.is_empty() { "none".into() } else { all.join("<br>") }
 }
 

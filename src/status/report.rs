@@ -21,6 +21,10 @@ pub struct Report {
     pub networks: Vec<OwnNetwork>,
     /// Those that are told of this node.
     pub trackers: Vec<TrackerState>,
+    /// What the router lets in; `None` without `--map-port`.
+    pub port_mapping: Option<PortMapping>,
+    /// Those that `--friend` and the friends' file name.
+    pub friends: Vec<Friend>,
     /// Those that gave and took most first.
     pub peers: Vec<Peer>,
     /// How many there are beside them.
@@ -46,6 +50,7 @@ pub struct Node {
     pub store_dir: String,
     pub state_dir: Option<String>,
     pub peer_id: Option<String>,
+    pub identity: Option<String>,
     pub started: f64,
     pub uptime_seconds: f64,
     pub serves: bool,
@@ -89,6 +94,27 @@ pub struct OwnNetwork {
 pub struct TrackerState {
     pub url: String,
     pub reached: Option<bool>,
+}
+
+/// What the router lets in.
+#[derive(Debug, Serialize)]
+#[expect(missing_docs, reason = "docs/status.md has them")]
+pub struct PortMapping {
+    pub outside: Option<String>,
+    pub pinhole: Option<String>,
+}
+
+/// A friend.
+#[derive(Debug, Serialize)]
+#[expect(missing_docs, reason = "docs/status.md has them")]
+pub struct Friend {
+    pub name: String,
+    pub key: String,
+    pub reached: bool,
+    pub since: Option<f64>,
+    pub address: Option<String>,
+    pub found_by: Option<&'static str>,
+    pub error: Option<String>,
 }
 
 /// Whether lookups ask a peer on the LAN.

@@ -34,6 +34,8 @@ struct Gate {
 /// The trusted keys of this node. They change when nix.conf does.
 pub struct TrustedKeys {
     flags: Vec<PublicKey>,
+    /// Those of friends. They count beside others, and alone make no gate: it would shut out everybody else.
+    friends: Vec<PublicKey>,
     files: Vec<PathBuf>,
     conf_dir: PathBuf,
     port: u16,
@@ -48,6 +50,7 @@ impl TrustedKeys {
     pub fn read(config: &Config, port: u16, degraded: &Degraded) -> TrustedKeys {
         let keys = TrustedKeys {
             flags: config.trusted_public_keys.clone(),
+            friends: config.friends.iter().filter_map(|friend| friend.signing_key.clone()).collect(),
             files: config.trusted_public_key_files.clone(),
             conf_dir: config.nix_conf_dir.clone(),
             port,
@@ -103,7 +106,7 @@ impl TrustedKeys {
         );
         // Nix takes the first key of a name, and no other one of that name.
         let mut first: Vec<PublicKey> = Vec::new();
-        for key in keys.into_iter().chain(named) {
+        for key in keys.into_iter().chain(named).chain(self.friends.iter().cloned()) {
             if !first.iter().any(|known| known.name() == key.name()) {
                 first.push(key);
             }

@@ -1,8 +1,11 @@
 //! Formats that peerix defines. No I/O happens here.
 
 pub mod filter;
+mod node_key;
 mod packet;
+pub mod port_mapping;
 pub mod relay;
 pub mod tracker;
 
+pub use node_key::{Digest, NodeKey};
 pub use packet::{Bits, HashParts, Hello, MAX_BATCH, Packet};

@@ -18,6 +18,7 @@
 //! many*, bit `i % 8` (the lowest is 0) of byte `i / 8` is set if the sender has path `i`. An answer is
 //! never longer than its query, so that a forged source address gains nothing.
 
+use super::node_key::Digest;
 use crate::nix::{HashPart, Malformed};
 use std::sync::Arc;
 
@@ -81,6 +82,8 @@ pub struct Hello {
     pub crowded: bool,
     /// Flag bit 1: the sender answers *query many*.
     pub batches: bool,
+    /// Behind the flags: by this friends recognise the sender.
+    pub digest: Option<Digest>,
 }
 
 /// Up to [`MAX_BATCH`] hash parts as *query many* carries them. Cloning shares the bytes.
@@ -153,6 +156,7 @@ const ANSWER_MANY: u8 = 6;
 const HELLO_VERSION: u8 = 1;
 const FLAG_CROWDED: u8 = 1;
 const FLAG_BATCHES: u8 = 2;
+const FLAG_DIGEST: u8 = 4;
 const FLAG_HOLDERS_ONLY: u8 = 1;
 
 /// Longest URL path of a narinfo, in bytes. A hash part and a route take under 100; a longer one is refused.
@@ -227,7 +231,7 @@ impl Packet {
 
 impl Hello {
     fn parse(rest: &[u8]) -> Result<Self, Malformed> {
-        let &[version, port_high, port_low, a, b, c, d, e, f, g, h, flags, ..] = rest else {
+        let &[version, port_high, port_low, a, b, c, d, e, f, g, h, flags, ref rest @ ..] = rest else {
             return Err(Malformed::new(WHAT, "too short"));
         };
         if version != HELLO_VERSION {
@@ -238,13 +242,16 @@ impl Hello {
             instance: [a, b, c, d, e, f, g, h],
             crowded: flags & FLAG_CROWDED != 0,
             batches: flags & FLAG_BATCHES != 0,
+            digest: rest.first_chunk().copied().filter(|_| flags & FLAG_DIGEST != 0),
         })
     }
 
     fn encode(&self, kind: u8) -> Vec<u8> {
         let flag = |is_set, bit| if is_set { bit } else { 0 };
         let flags = flag(self.crowded, FLAG_CROWDED) | flag(self.batches, FLAG_BATCHES);
-        [&[kind, HELLO_VERSION][..], &self.port.to_be_bytes(), &self.instance, &[flags]].concat()
+        let flags = flags | flag(self.digest.is_some(), FLAG_DIGEST);
+        let digest = self.digest.as_ref().map_or(&[][..], |digest| digest);
+        [&[kind, HELLO_VERSION][..], &self.port.to_be_bytes(), &self.instance, &[flags], digest].concat()
     }
 }
 
@@ -274,7 +281,7 @@ mod tests {
     fn golden() -> Vec<(Packet, Vec<u8>)> {
         let hash_part = HashPart::parse(HASH_PART.as_bytes()).unwrap();
         let instance = *b"\x01\x02\x03\x04\x05\x06\x07\x08";
-        let hello = Hello { port: 12304, instance, crowded: false, batches: true };
+        let hello = Hello { port: 12304, instance, crowded: false, batches: true, digest: None };
         let url_path = format!("local/{HASH_PART}.narinfo");
         let zeros = HashPart::parse(&[b'0'; 32]).unwrap();
         let ones = HashPart::parse(&[b'z'; 32]).unwrap();

@@ -4,6 +4,7 @@
 //! /reputation/<peer id>`); what peerix adds are fields that the original ignores, and calls it does not have: `GET
 //! /lookup/<hash part>`, `PUT /filter/<peer id>`, `DELETE /announce`, `GET /health`. docs/protocol.md has the table.
 
+use super::node_key::NodeKey;
 use crate::nix::HashPart;
 use data_encoding::{BASE64, HEXLOWER};
 use ring::hmac;
@@ -309,6 +310,17 @@ impl Identity {
         let key = hmac::Key::new(hmac::HMAC_SHA256, &self.seed);
         let seed = hmac::sign(&key, format!("peerix tracker key 1\n{authority}\n").as_bytes());
         Identity::from_seed(seed.as_ref().try_into().expect("SHA-256 has the 32 bytes of a seed"))
+    }
+
+    /// The public key.
+    pub fn key(&self) -> NodeKey {
+        NodeKey::from_bytes(self.key.public_key().as_ref().try_into().expect("an ed25519 key has 32 bytes"))
+    }
+
+    /// The secret as TLS libraries take it: PKCS #8 without the public key (RFC 8410, section 7).
+    pub fn to_pkcs8(&self) -> Vec<u8> {
+        const PREFIX: [u8; 16] = [0x30, 0x2e, 2, 1, 0, 0x30, 5, 6, 3, 0x2b, 0x65, 0x70, 4, 0x22, 4, 0x20];
+        [&PREFIX[..], &self.seed].concat()
     }
 
     /// A secret that nobody knows.

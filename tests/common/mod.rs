@@ -24,6 +24,7 @@
 pub mod browser;
 pub mod daemon;
 pub mod fault;
+pub mod friend;
 pub mod http;
 pub mod lan;
 pub mod nar;

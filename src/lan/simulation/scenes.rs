@@ -172,7 +172,7 @@ fn forged_hellos_of_a_neighbour_take_nothing_from_it() {
     let (asker, forged) = (nodes[0], SocketAddr::new(simulation.hosts[nodes[1]].ip, PORT));
     for round in 0..100_u64 {
         // As of a node that never says no, and each time as of another instance.
-        let hello = Hello { port: 1, instance: round.to_le_bytes(), crowded: true, batches: false };
+        let hello = Hello { port: 1, instance: round.to_le_bytes(), crowded: true, batches: false, digest: None };
         let bytes = Packet::Hello(hello).encode().into();
         simulation
             .at(START + 100 * MS * u32::try_from(round).unwrap(), Act::Deliver { to: asker, from: forged, bytes });

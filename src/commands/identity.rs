@@ -1,0 +1,35 @@
+//! `peerix identity`: the public key by which friends know this machine.
+
+use super::report::{print, say};
+use super::{NO, Node, YES};
+use crate::config::Config;
+use crate::identity;
+use serde_json::json;
+
+/// Prints the key in the state directory if that is given, where it is made if there is none; else that of the daemon that
+/// runs.
+pub fn run(config: &Config, json: bool) -> u8 {
+    match key(config) {
+        Ok(key) => {
+            if json {
+                print(&json!({"version": 1, "identity": key}));
+            } else {
+                say(&format!("{key}\n"));
+            }
+            YES
+        }
+        Err(e) => {
+            eprintln!("peerix: {e}");
+            NO
+        }
+    }
+}
+
+fn key(config: &Config) -> Result<String, String> {
+    if let Some(dir) = &config.state_dir {
+        return identity::load(dir).map(|identity| identity.key().to_string());
+    }
+    let node = Node::find(config).map_err(|e| format!("{e}; start it, or say where its --state-dir is"))?;
+    let key = node.status["node"]["identity"].as_str();
+    key.map(str::to_owned).ok_or("the daemon has no identity: it needs --state-dir, and its log says more".into())
+}

@@ -1,0 +1,213 @@
+//! The bytes of one connection: as they are, or in TLS once its handshake is over.
+//!
+//! The first byte tells the two apart: a TLS record of a handshake begins with 0x16, which no HTTP request does.
+
+use super::response::WRITE_TIMEOUT;
+use rustix::buffer::spare_capacity;
+use rustix::io::retry_on_intr;
+use rustix::net::{RecvFlags, recv};
+use rustls::{ServerConfig, ServerConnection};
+use std::io::{self, Read, Write};
+use std::net::TcpStream;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
+
+/// First byte of a TLS handshake (RFC 8446, section 5.1).
+const HANDSHAKE_RECORD: u8 = 0x16;
+
+/// Bytes that are encrypted at once. It bounds what waits in memory to be sent.
+const TLS_PIECE: usize = 64 * 1024;
+
+/// A public key with which the other end of a connection authenticated itself.
+pub type PeerKey = [u8; 32];
+
+/// The bytes of one connection.
+pub struct Stream {
+    socket: TcpStream,
+    tls: OnceLock<Box<Tls>>,
+}
+
+struct Tls {
+    /// Locked only by the connection's current owner, so never contended.
+    session: Mutex<ServerConnection>,
+    key: PeerKey,
+}
+
+impl From<TcpStream> for Stream {
+    fn from(socket: TcpStream) -> Self {
+        Stream { socket, tls: OnceLock::new() }
+    }
+}
+
+impl Stream {
+    /// The socket, whose bytes are those of TLS once there is TLS.
+    pub(super) fn socket(&self) -> &TcpStream {
+        &self.socket
+    }
+
+    /// The key with which the other end authenticated itself, if this is TLS.
+    pub(super) fn key(&self) -> Option<&PeerKey> {
+        self.tls.get().map(|tls| &tls.key)
+    }
+
+    /// Whether these bytes, the first of a connection, begin a TLS handshake.
+    pub(super) fn begins_tls(first: &[u8]) -> bool {
+        first.first() == Some(&HANDSHAKE_RECORD)
+    }
+
+    /// Makes this TLS. `received` are the bytes that came already. Blocks until `until` at most.
+    ///
+    /// # Errors
+    /// The socket's, a handshake that fails or takes too long, or one without a client's ed25519 key.
+    pub(super) fn accept_tls(&self, config: Arc<ServerConfig>, mut received: &[u8], until: Instant) -> io::Result<()> {
+        let mut session = ServerConnection::new(config).map_err(io::Error::other)?;
+        let result = self.shake_hands(&mut session, &mut received, until);
+        // What is left to be sent after a failure is an alert, which tells the other end why.
+        let sent = send_records(&mut session, &self.socket, until);
+        result?;
+        sent?;
+        let raw_key = session.peer_certificates().and_then(|keys| keys.first()).and_then(|key| key_of(key));
+        let key = raw_key.ok_or_else(|| io::Error::other("no ed25519 key"))?;
+        let tls = Tls { session: Mutex::new(session), key };
+        self.tls.set(Box::new(tls)).map_err(|_| io::Error::other("a second handshake"))
+    }
+
+    fn shake_hands(&self, session: &mut ServerConnection, received: &mut &[u8], until: Instant) -> io::Result<()> {
+        while session.is_handshaking() {
+            send_records(session, &self.socket, until)?;
+            let came = if received.is_empty() {
+                let left = until.saturating_duration_since(Instant::now());
+                if left.is_zero() {
+                    return Err(io::ErrorKind::TimedOut.into());
+                }
+                self.socket.set_read_timeout(Some(left))?;
+                session.read_tls(&mut &self.socket)?
+            } else {
+                session.read_tls(received)?
+            };
+            if came == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            session.process_new_packets().map_err(io::Error::other)?;
+        }
+        // The client may have sent its first request with its last message of the handshake.
+        while !received.is_empty() {
+            session.read_tls(received)?;
+            session.process_new_packets().map_err(io::Error::other)?;
+        }
+        Ok(())
+    }
+
+    /// Appends to `buffer`, which has room, what the other end sends, and returns the number of bytes; 0 is the end. Without
+    /// `wait`, or after the read timeout, nothing is [`io::ErrorKind::WouldBlock`]. TLS always waits.
+    ///
+    /// # Errors
+    /// The socket's, and bytes that are no TLS.
+    pub(super) fn append_to(&self, buffer: &mut Vec<u8>, wait: bool) -> io::Result<usize> {
+        if self.tls.get().is_none() {
+            let flags = if wait { RecvFlags::empty() } else { RecvFlags::DONTWAIT };
+            return Ok(retry_on_intr(|| recv(&self.socket, spare_capacity(buffer), flags).map(|(came, _)| came))?);
+        }
+        let (at, room) = (buffer.len(), buffer.capacity());
+        buffer.resize(room, 0);
+        let came = (&mut &*self).read(&mut buffer[at..]);
+        buffer.truncate(at + *came.as_ref().unwrap_or(&0));
+        came
+    }
+
+    /// Sets how long a read waits.
+    ///
+    /// # Errors
+    /// The socket's.
+    pub(super) fn set_read_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
+        self.socket.set_read_timeout(timeout)
+    }
+}
+
+impl Tls {
+    fn session(&self) -> MutexGuard<'_, ServerConnection> {
+        self.session.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn read(&self, socket: &TcpStream, buffer: &mut [u8]) -> io::Result<usize> {
+        let mut session = self.session();
+        loop {
+            match session.reader().read(buffer) {
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+                read => return read,
+            }
+            match session.read_tls(&mut &*socket) {
+                Ok(0) => return Ok(0),
+                Ok(_) => {}
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+                Err(e) => return Err(e),
+            }
+            session.process_new_packets().map_err(io::Error::other)?;
+            // An answer to a change of keys, say.
+            send_records(&mut session, socket, Instant::now() + WRITE_TIMEOUT.get())?;
+        }
+    }
+
+    fn write(&self, socket: &TcpStream, bytes: &[u8]) -> io::Result<usize> {
+        let mut session = self.session();
+        let taken = session.writer().write(&bytes[..bytes.len().min(TLS_PIECE)])?;
+        send_records(&mut session, socket, Instant::now() + WRITE_TIMEOUT.get())?;
+        Ok(taken)
+    }
+}
+
+/// Sends what TLS has to send. Blocks until `until`, and for one write timeout of the socket more.
+fn send_records(session: &mut ServerConnection, socket: &TcpStream, until: Instant) -> io::Result<()> {
+    while session.wants_write() {
+        match session.write_tls(&mut &*socket) {
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Err(io::ErrorKind::TimedOut.into()),
+            Err(e) => return Err(e),
+            Ok(_) if session.wants_write() && Instant::now() >= until => return Err(io::ErrorKind::TimedOut.into()),
+            Ok(_) => {}
+        }
+    }
+    Ok(())
+}
+
+/// The key in a SubjectPublicKeyInfo of ed25519 (RFC 8410): the last 32 bytes of 44. That it is one was checked when the
+/// signature was.
+fn key_of(info: &[u8]) -> Option<PeerKey> {
+    info.last_chunk().copied().filter(|_| info.len() == 44)
+}
+
+impl Read for &Stream {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        match self.tls.get() {
+            Some(tls) => tls.read(&self.socket, buffer),
+            None => (&self.socket).read(buffer),
+        }
+    }
+}
+
+impl Write for &Stream {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        match self.tls.get() {
+            Some(tls) => tls.write(&self.socket, bytes),
+            None => (&self.socket).write(bytes),
+        }
+    }
+
+    fn write_vectored(&mut self, parts: &[io::IoSlice<'_>]) -> io::Result<usize> {
+        match self.tls.get() {
+            // One record for the head and the beginning of the body.
+            Some(tls) => {
+                let mut all: Vec<u8> = Vec::with_capacity(TLS_PIECE.min(parts.iter().map(|part| part.len()).sum()));
+                for part in parts {
+                    all.extend_from_slice(&part[..part.len().min(TLS_PIECE - all.len())]);
+                }
+                tls.write(&self.socket, &all)
+            }
+            None => (&self.socket).write_vectored(parts),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}

@@ -1,0 +1,171 @@
+//! Meeting friends at trackers: a thread that leaves this node's address there, under a tag for each friend that only the two
+//! of them know, and learns where they are.
+
+use super::friends::Friends;
+use crate::time_scale::Interval;
+use crate::wire::tracker::{MAX_ADDR, can_be_peer};
+use crossbeam_channel::Receiver;
+use serde::{Deserialize, Serialize};
+use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
+use std::sync::Arc;
+use std::time::Duration;
+use ureq::Agent;
+use ureq::tls::{RootCerts, TlsConfig};
+
+/// Interval between two meetings. A tracker forgets an address after twice that.
+const INTERVAL: Interval = Interval::from_secs(60);
+
+/// Pause after a tracker was not reached, and while a friend is looked for that was never found.
+const RETRY: Interval = Interval::from_secs(10);
+
+/// One call takes at most this.
+const CALL_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Largest answer: 16 tags with four places of 300 bytes.
+const MAX_ANSWER: u64 = 32 * 1024;
+
+/// Addresses of one friend that one tracker may name.
+const MAX_PLACES: usize = 4;
+
+/// Where this node is reached from elsewhere.
+#[derive(Debug, Clone)]
+pub struct Place {
+    /// The host, if it is not where the tracker sees this node.
+    pub host: Option<String>,
+    /// The TCP port.
+    pub port: u16,
+    /// What a router passes on, which counts if the router's address is the one that the tracker sees.
+    pub mapped: Option<SocketAddr>,
+    /// An IPv6 address that the router lets connections in to.
+    pub pinhole: Option<SocketAddr>,
+}
+
+impl Place {
+    /// What to leave at a tracker that sees this node at `seen`: host and port.
+    fn at(&self, seen: Option<IpAddr>) -> (Option<String>, u16) {
+        match (&self.host, self.mapped) {
+            (None, Some(mapped)) if seen == Some(mapped.ip()) => (None, mapped.port()),
+            (host, _) => (host.clone(), self.port),
+        }
+    }
+}
+
+#[derive(Serialize)]
+struct Meet<'a> {
+    port: Option<u16>,
+    addr: Option<&'a str>,
+    tags: &'a [String],
+}
+
+#[derive(Deserialize)]
+struct Met {
+    addr: IpAddr,
+    places: Vec<Vec<Found>>,
+}
+
+#[derive(Deserialize)]
+struct Found {
+    addr: String,
+    port: u16,
+}
+
+/// Meets friends at trackers until `stopped` closes. `place` says where this node is at the moment.
+pub fn run(urls: &[String], friends: &Arc<Friends>, place: impl Fn() -> Place, stopped: &Receiver<()>) {
+    let agent: Agent = Agent::config_builder()
+        .tls_config(TlsConfig::builder().root_certs(RootCerts::PlatformVerifier).build())
+        .max_redirects(0)
+        .max_redirects_will_error(false)
+        .http_status_as_error(false)
+        .user_agent(concat!("peerix/", env!("CARGO_PKG_VERSION")))
+        .timeout_global(Some(CALL_TIMEOUT))
+        .build()
+        .into();
+    let mut seen = vec![None; urls.len()];
+    loop {
+        let place = place();
+        let mut reached = 0;
+        for (url, seen) in urls.iter().zip(&mut seen) {
+            let before = *seen;
+            *seen = meet(&agent, url, friends, place.at(before));
+            // The first answer tells where the tracker sees this node, and so which port to leave.
+            if seen.is_some() && place.at(before) != place.at(*seen) {
+                *seen = meet(&agent, url, friends, place.at(*seen));
+            }
+            if let Some(pinhole) = place.pinhole.filter(|_| seen.is_some()) {
+                meet(&agent, url, friends, (Some(pinhole.ip().to_string()), pinhole.port()));
+            }
+            reached += usize::from(seen.is_some());
+        }
+        let is_any_away = friends.seen().iter().any(|friend| !friend.is_up);
+        let pause = if reached < urls.len() || is_any_away { RETRY } else { INTERVAL };
+        if !stopped.recv_timeout(pause.get()).is_err_and(|e| e.is_timeout()) {
+            return;
+        }
+    }
+}
+
+/// Asks one tracker about all friends, and leaves host and port there. Returns where the tracker sees this node; `None` if it
+/// does not answer, or not like a tracker that knows this.
+fn meet(agent: &Agent, url: &str, friends: &Arc<Friends>, (host, port): (Option<String>, u16)) -> Option<IpAddr> {
+    let tracker = url.split_once("://").map_or(url, |(_, rest)| rest).split('/').next().unwrap_or_default();
+    let (own, all) = (*friends.list().own(), friends.list().all());
+    let tags: Vec<String> = all.iter().map(|friend| own.tag(&friend.key, tracker)).collect();
+    let ask = Meet { port: Some(port), addr: host.as_deref(), tags: &tags };
+    let body = serde_json::to_vec(&ask).ok()?;
+    let answer = agent.post(format!("{url}/meet")).header("Content-Type", "application/json").send(&body[..]);
+    let mut answer = answer.map_err(|e| log::debug!("tracker {url}: friends: {e}")).ok()?;
+    if answer.status().as_u16() != 200 {
+        log::debug!("tracker {url}: friends: status {}", answer.status());
+        return None;
+    }
+    let text = answer.body_mut().with_config().limit(MAX_ANSWER).read_to_string().ok()?;
+    let met: Met = serde_json::from_str(&text).map_err(|e| log::debug!("tracker {url}: friends: {e}")).ok()?;
+    for (friend, places) in all.iter().zip(met.places) {
+        for address in places.iter().take(MAX_PLACES).filter_map(address) {
+            friends.found_at_tracker(&friend.key, address);
+        }
+    }
+    Some(met.addr)
+}
+
+/// The address that a tracker names; of a name the first one.
+fn address(found: &Found) -> Option<SocketAddr> {
+    if found.port == 0 || found.addr.is_empty() || found.addr.len() > MAX_ADDR {
+        return None;
+    }
+    let bare = found.addr.trim_start_matches('[').trim_end_matches(']');
+    let address = match bare.parse::<IpAddr>() {
+        Ok(ip) => SocketAddr::new(ip.to_canonical(), found.port),
+        Err(_) => (bare, found.port).to_socket_addrs().ok()?.next()?,
+    };
+    can_be_peer(address.ip()).then_some(address)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mapped_port_counts_only_where_the_tracker_sees_the_router() {
+        let mapped = Some("203.0.113.7:4000".parse().unwrap());
+        let place = Place { host: None, port: 12304, mapped, pinhole: None };
+        assert_eq!(place.at(Some("203.0.113.7".parse().unwrap())), (None, 4000));
+        // Another router is between, or this one lies.
+        assert_eq!(place.at(Some("203.0.113.8".parse().unwrap())), (None, 12304));
+        assert_eq!(place.at(None), (None, 12304));
+        let named = Place { host: Some("home.example".into()), ..place };
+        assert_eq!(named.at(Some("203.0.113.7".parse().unwrap())), (Some("home.example".into()), 12304));
+    }
+
+    #[test]
+    fn places_that_can_be_no_peers_are_passed_over() {
+        let at = |addr: &str, port| address(&Found { addr: addr.into(), port });
+        assert_eq!(at("203.0.113.7", 4000), Some("203.0.113.7:4000".parse().unwrap()));
+        assert_eq!(at("[2001:db8::1]", 1), Some("[2001:db8::1]:1".parse().unwrap()));
+        for (addr, port) in
+            [("127.0.0.1", 1), ("203.0.113.7", 0), ("", 1), ("224.0.0.1", 1), ("::1", 1), ("::ffff:127.0.0.1", 1)]
+        {
+            assert_eq!(at(addr, port), None, "{addr}");
+        }
+    }
+}
