@@ -661,8 +661,8 @@ fn meet_friends(
     let (host, announced_port) = config.announce_addr.clone().unzip();
     let port = announced_port.flatten().unwrap_or(port);
     let place = move || {
-        let mapping = mapping.iter().map(|mapping| mapping.lock().unwrap_or_else(PoisonError::into_inner).clone());
-        let mapping = mapping.last().unwrap_or_default();
+        let current = |mapping: &Arc<Mutex<Mapping>>| mapping.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let mapping = mapping.as_ref().map(current).unwrap_or_default();
         Place { host: host.clone(), port, mapped: mapping.outside, pinhole: mapping.pinhole }
     };
     let urls = config.tracker_urls.clone();

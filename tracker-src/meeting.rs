@@ -56,9 +56,12 @@ pub enum Refused {
     Full,
 }
 
+/// Where nodes are, by tag, and since when that is known.
+type Places = HashMap<[u8; TAG_LEN], Vec<(Place, Instant)>>;
+
 /// The places, by tag.
 #[derive(Default)]
-pub struct Meetings(Mutex<HashMap<[u8; TAG_LEN], Vec<(Place, Instant)>>>);
+pub struct Meetings(Mutex<Places>);
 
 impl Meetings {
     /// Leaves a node's place under its tags, and tells it the others.
@@ -100,12 +103,7 @@ fn parse(tag: &str) -> Option<[u8; TAG_LEN]> {
     digits.iter().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')).then_some(digits)
 }
 
-fn others(
-    all: &HashMap<[u8; TAG_LEN], Vec<(Place, Instant)>>,
-    tag: &[u8; TAG_LEN],
-    own: Option<&Place>,
-    now: Instant,
-) -> Vec<Place> {
+fn others(all: &Places, tag: &[u8; TAG_LEN], own: Option<&Place>, now: Instant) -> Vec<Place> {
     let places = all.get(tag).map_or(&[][..], Vec::as_slice).iter().rev();
     let is_other = |(place, at): &&(Place, Instant)| Some(place) != own && now.duration_since(*at) < FORGOTTEN_AFTER;
     places.filter(is_other).map(|(place, _)| place.clone()).collect()

@@ -30,8 +30,8 @@ pub fn friend(host: &Host, at: Option<SocketAddr>) -> String {
 /// What the peerix on `host` says of its friend called `name`.
 pub fn seen(host: &Host, name: &str) -> Value {
     let status = daemon::status(host);
-    let friends = status["friends"].as_array().expect("a list").iter();
-    friends.cloned().find(|friend| friend["name"] == name).unwrap_or_else(|| panic!("no friend {name}: {status:#}"))
+    let mut friends = status["friends"].as_array().expect("a list").iter();
+    friends.find(|friend| friend["name"] == name).cloned().unwrap_or_else(|| panic!("no friend {name}: {status:#}"))
 }
 
 /// Waits until the peerix on `host` reaches its friend called `name`, or does not, and returns what it says of it.
