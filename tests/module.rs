@@ -314,7 +314,6 @@ fn friends_and_what_is_shared_arrive() {
         "--share=friends",
         "--upload-limit=2M",
         "--map-port",
-        "--trusted-public-key=home-1:AAAA",
     ] {
         assert!(has(&machine, flag), "no {flag}");
     }

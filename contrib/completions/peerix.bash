@@ -19,6 +19,10 @@ _peerix() {
     --announce-addr) return ;;
     --upstream-cache) return ;;
     --filter-patterns) return ;;
+    --friend) return ;;
+    --friends-file) mapfile -t COMPREPLY < <(compgen -f -- "$cur"); return ;;
+    --share) mapfile -t COMPREPLY < <(compgen -W 'all lan friends nobody' -- "$cur"); return ;;
+    --upload-limit) return ;;
     --metrics) return ;;
     --root) mapfile -t COMPREPLY < <(compgen -d -- "$cur"); return ;;
     --store-dir) mapfile -t COMPREPLY < <(compgen -d -- "$cur"); return ;;
@@ -26,9 +30,9 @@ _peerix() {
     --state-dir) mapfile -t COMPREPLY < <(compgen -d -- "$cur"); return ;;
     esac
     if [[ $cur == -* ]]; then
-        mapfile -t COMPREPLY < <(compgen -W '--json --port --bind --lan --interface --timeout --peer --private-key --trusted-public-key --trusted-public-key-file --priority --mode --tracker-url --peer-id --announce-addr --no-verify --upstream-cache --no-filter --no-default-filters --filter-patterns --metrics --root --store-dir --db --state-dir --verbose --help --version' -- "$cur")
+        mapfile -t COMPREPLY < <(compgen -W '--json --port --bind --lan --interface --timeout --peer --private-key --trusted-public-key --trusted-public-key-file --priority --mode --tracker-url --peer-id --announce-addr --no-verify --upstream-cache --no-filter --no-default-filters --filter-patterns --friend --friends-file --map-port --share --upload-limit --metrics --root --store-dir --db --state-dir --verbose --help --version' -- "$cur")
     elif ((COMP_CWORD == 1)); then
-        mapfile -t COMPREPLY < <(compgen -W 'status peers why doctor' -- "$cur")
+        mapfile -t COMPREPLY < <(compgen -W 'status peers why doctor identity' -- "$cur")
     elif [[ ${COMP_WORDS[1]} == why ]]; then
         mapfile -t COMPREPLY < <(compgen -f -- "${cur:-/nix/store/}")
     fi
