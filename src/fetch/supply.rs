@@ -166,6 +166,22 @@ impl Broken {
     }
 }
 
+impl Current<'_> {
+    fn start_waiting(&mut self, now: Instant) {
+        self.intake.wait(now);
+        if self.has_begun {
+            self.meter.wait(now);
+        }
+    }
+
+    fn stop_waiting(&mut self, now: Instant) {
+        self.intake.pause(now);
+        if self.has_begun {
+            self.meter.pause(now);
+        }
+    }
+}
+
 impl Digests {
     fn of(holder: SocketAddr, named_before: usize) -> Digests {
         let position = u32::try_from(named_before).unwrap_or(u32::MAX).saturating_add(1);
@@ -331,10 +347,7 @@ impl<'a> Supply<'a> {
         };
         current.pause = began - current.last_read;
         current.read_began = began;
-        current.intake.wait(began);
-        if current.has_begun {
-            current.meter.wait(began);
-        }
+        current.start_waiting(began);
         loop {
             let look = LOOK.min(self.left(Instant::now()));
             let Some(current) = &mut self.current else { break };
@@ -355,7 +368,12 @@ impl<'a> Supply<'a> {
                 Ok(None) if now - began >= STALL.get() => {
                     return Err(Broken::failed(Fault::BrokenStream, format_args!("sent nothing more at byte {at}")));
                 }
-                Ok(None) => self.judge(now, rest)?,
+                Ok(None) => {
+                    // Other peers, or upstream, may be asked in it, which is not this one's time.
+                    current.stop_waiting(now);
+                    self.judge(now, rest)?;
+                    self.current.iter_mut().for_each(|current| current.start_waiting(Instant::now()));
+                }
                 Err(e) => {
                     return Err(Broken::failed(Fault::BrokenStream, format_args!("stream broke at byte {at}: {e}")));
                 }
@@ -409,9 +427,10 @@ impl<'a> Supply<'a> {
                 return Err(Broken::Slow(format!("slow ({load}), another has {}", others[at].load)));
             }
         }
-        match picker::time_left(&load, own.known, rest).and_then(|time| self.upstream_is_faster(time)) {
-            Some(why) => Err(Broken::Upstream(why)),
-            None => Ok(()),
+        match picker::time_left(&load, own.lasting, rest).and_then(|time| self.upstream_is_faster(time)) {
+            // When upstream was slow to answer, the next look decides, by what has come meanwhile.
+            Some(why) if now.elapsed() < LOOK => Err(Broken::Upstream(why)),
+            _ => Ok(()),
         }
     }
 

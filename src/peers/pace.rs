@@ -25,8 +25,10 @@ const MAX_PEERS: usize = 1024;
 /// What is known of a pace, in bytes per second.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Pace {
-    /// The pace, if enough was measured.
+    /// The pace, if enough was measured. It drops at once while nothing comes.
     pub known: Option<f64>,
+    /// The pace, if enough was measured, which drops only when little came in [`ENOUGH_TIME`]: one stall says nothing of it.
+    pub lasting: Option<f64>,
     /// What came while it was waited for, in the sample under way; zero before the first wait.
     pub measured: f64,
     /// It is slower than this.
@@ -76,13 +78,18 @@ impl Meter {
         self.waiting += 1;
     }
 
-    /// The wait of a stream ends with so many bytes.
-    pub fn got(&mut self, bytes: u64, now: Instant) {
+    /// The wait of a stream is interrupted: nothing came.
+    pub fn pause(&mut self, now: Instant) {
         self.count_time(now);
         self.waiting = self.waiting.saturating_sub(1);
         if self.waiting == 0 {
             self.since = None;
         }
+    }
+
+    /// The wait of a stream ends with so many bytes.
+    pub fn got(&mut self, bytes: u64, now: Instant) {
+        self.pause(now);
         self.bytes += bytes;
         if self.bytes >= ENOUGH || self.waited >= ENOUGH_TIME.get() {
             self.conclude(now);
@@ -114,9 +121,11 @@ impl Meter {
             |bytes: u64| if waited.is_zero() { f64::INFINITY } else { bytes as f64 / waited.as_secs_f64() };
         let at_most = per_second(self.bytes + ENOUGH);
         let is_recent = self.last.is_some_and(|last| now.saturating_duration_since(last) < KEPT);
-        let known = self.pace.filter(|_| is_recent).map(|pace| pace.min(at_most));
+        let smoothed = self.pace.filter(|_| is_recent);
+        let known = smoothed.map(|pace| pace.min(at_most));
+        let lasting = if waited < ENOUGH_TIME.get() { smoothed } else { known };
         let measured = if waited.is_zero() { 0.0 } else { per_second(self.bytes) };
-        Pace { known, measured, at_most, waited }
+        Pace { known, lasting, measured, at_most, waited }
     }
 }
 
@@ -241,6 +250,19 @@ impl Intake<'_> {
         }
     }
 
+    /// The wait is interrupted by something else than bytes, which is not the peer's time.
+    pub fn pause(&mut self, now: Instant) {
+        if std::mem::replace(&mut self.is_waiting, false) {
+            let has_begun = self.has_begun;
+            self.with(|peer| {
+                peer.meter.pause(now);
+                if has_begun {
+                    peer.after_begin.pause(now);
+                }
+            });
+        }
+    }
+
     /// The wait ended with so many bytes.
     pub fn got(&mut self, bytes: u64, now: Instant) {
         if !std::mem::replace(&mut self.is_waiting, false) {
@@ -282,7 +304,7 @@ impl Intake<'_> {
 
 impl Drop for Intake<'_> {
     fn drop(&mut self) {
-        self.got(0, Instant::now());
+        self.pause(Instant::now());
         self.with(|peer| {
             peer.streams = peer.streams.saturating_sub(1);
             peer.outstanding = peer.outstanding.saturating_sub(self.left);
@@ -364,6 +386,18 @@ mod tests {
         assert!(known(&meter, now + ms(1)).unwrap() > 6e6);
         assert!(known(&meter, later).unwrap() <= 64.0 * 1024.0);
         assert_eq!(meter.pace(later).measured, 0.0);
+    }
+
+    #[test]
+    fn lasting_pace_is_not_that_of_one_stall() {
+        let (mut meter, now) = waited(4, ms(10), 64 * KIB);
+        meter.wait(now);
+        let pace = meter.pace(now + ms(100));
+        assert!(pace.known.unwrap() < 2.7e6 && pace.lasting.unwrap() > 6e6, "{pace:?}");
+        assert!(meter.pace(now + Duration::from_secs(4)).lasting.unwrap() <= 64.0 * 1024.0);
+        // What this node does meanwhile is not the peer's time.
+        meter.pause(now + ms(100));
+        assert_eq!(meter.pace(now + Duration::from_secs(9)).waited, ms(100));
     }
 
     #[test]

@@ -85,12 +85,12 @@ pub fn faster(current: &Load, rest: u64, others: &[Holding]) -> Option<usize> {
 }
 
 /// How long `rest` bytes of a NAR take, which `load` includes, at the pace of what has begun to come; `None` while that is
-/// unknown. `own` is that pace of this NAR alone, if it is known. The greater pace counts: of small NARs from a Wi-Fi card
+/// unknown. `own` is that pace of this NAR alone, if it is known. Both are lasting ones. The greater pace counts: of small NARs from a Wi-Fi card
 /// that sleeps, the peer's says nothing of a large one.
 pub fn time_left(load: &Load, own: Option<f64>, rest: u64) -> Option<Duration> {
     let pace = load
         .after_begin
-        .known
+        .lasting
         .into_iter()
         .chain(own)
         .fold(None, |most: Option<f64>, pace| Some(most.map_or(pace, |most| most.max(pace))))?;
@@ -129,7 +129,13 @@ mod tests {
     const MIB: u64 = 1 << 20;
 
     fn holding(known: Option<f64>) -> Holding {
-        let pace = Pace { known, measured: known.unwrap_or(0.0), at_most: f64::INFINITY, waited: Duration::ZERO };
+        let pace = Pace {
+            known,
+            lasting: known,
+            measured: known.unwrap_or(0.0),
+            at_most: f64::INFINITY,
+            waited: Duration::ZERO,
+        };
         let load = Load { streams: 0, outstanding: 0, pace, after_begin: pace, chosen: 0, is_proven: true };
         Holding { health: Health::Good, load }
     }
@@ -189,7 +195,13 @@ mod tests {
     }
 
     fn sending(measured: f64, waited: u64, rest: u64) -> Load {
-        let pace = Pace { known: None, measured, at_most: f64::INFINITY, waited: Duration::from_millis(waited) };
+        let pace = Pace {
+            known: None,
+            lasting: None,
+            measured,
+            at_most: f64::INFINITY,
+            waited: Duration::from_millis(waited),
+        };
         Load { streams: 1, outstanding: rest, pace, after_begin: pace, chosen: 0, is_proven: true }
     }
 
@@ -226,7 +238,7 @@ mod tests {
         let load = sending(9e3, 3000, 25_000);
         assert_eq!(time_left(&load, None, 25_000), None);
         let mut slow = load;
-        slow.after_begin.known = Some(10e3);
+        slow.after_begin.lasting = Some(10e3);
         assert_eq!(time_left(&slow, None, 25_000), Some(Duration::from_millis(2500)));
         assert_eq!(time_left(&slow, Some(100e3), 25_000), Some(Duration::from_millis(250)));
         assert_eq!(time_left(&load, Some(100e3), 25_000), Some(Duration::from_millis(250)));
