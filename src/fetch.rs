@@ -134,14 +134,14 @@ enum Cut {
     /// No peer is left.
     NoPeer(String),
     /// What came is wrong, or beyond what Nix takes.
-    Wrong(Fault, String),
+    Wrong(String),
     /// Nix gets it sooner from the upstream cache.
     Upstream(String),
 }
 
 impl fmt::Display for Cut {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (Cut::NoPeer(why) | Cut::Wrong(_, why) | Cut::Upstream(why)) = self;
+        let (Cut::NoPeer(why) | Cut::Wrong(why) | Cut::Upstream(why)) = self;
         f.write_str(why)
     }
 }
@@ -197,16 +197,16 @@ impl Begun<'_> {
             |incoming: &mut Incoming, piece: &mut Piece| supply.next_piece(incoming, piece).map_err(io::Error::other);
         let keep = |piece: Arc<Piece>| keeping.iter_mut().for_each(|keeping| keeping.push(piece.clone()));
         let passed = incoming.pass_on(first, range, out, next, keep);
-        let (fault, wrong) = match passed {
+        let wrong = match passed {
             Ok(()) => {
                 if incoming.rest() == 0 {
                     supply.delivered();
                 }
                 return Ok(());
             }
-            Err(NotWhole::Hash) => (Fault::BadData, "sent a NAR with another hash".to_owned()),
+            Err(NotWhole::Hash) => "sent a NAR with another hash".to_owned(),
             Err(NotWhole::Io(e)) => match e.get_ref().and_then(|e| e.downcast_ref::<Cut>()) {
-                Some(Cut::Wrong(fault, why)) => (*fault, why.clone()),
+                Some(Cut::Wrong(why)) => why.clone(),
                 Some(cut) => {
                     log::info!("NAR {hash}: cut: {cut}");
                     supply.fail();
@@ -220,7 +220,7 @@ impl Begun<'_> {
         };
         fetch.give_up(hash, GivenUp::Wrong);
         let why = format!("NAR {hash}: {wrong}");
-        supply.blame(fault, &why);
+        supply.blame(&why);
         Err(io::Error::other(why))
     }
 }

@@ -76,6 +76,8 @@ pub(super) struct Supply<'a> {
     busy_left: u32,
     broken_left: u32,
     moves_left: u32,
+    /// The source for which the last peer was left.
+    moves_to: Option<Who>,
     /// The NAR may be left to the upstream cache. Nix did not ask for it again after that.
     may_leave: bool,
     /// When the LAN was last asked again for further holders.
@@ -87,9 +89,16 @@ pub(super) struct Supply<'a> {
     /// One of them begins to send by then, or the holder is asked again.
     relays_until: Instant,
     current: Option<Current<'a>>,
-    contributors: Vec<Who>,
+    contributors: Vec<Contributor>,
     /// While the first piece has to come by then.
     until: Option<Instant>,
+}
+
+/// A peer that may have sent a part of what came.
+struct Contributor {
+    who: Who,
+    /// It failed after it had begun.
+    has_failed: bool,
 }
 
 /// The peer that is sending.
@@ -109,6 +118,8 @@ struct Current<'a> {
     /// Time waited for the peer in this pace window, and bytes that came in it.
     waited: Duration,
     got: u64,
+    /// Time waited for it in all.
+    waited_in_all: Duration,
     /// Time waited since it was last looked at whether another peer is better.
     unlooked: Duration,
     /// The pace of this one stream, once it has begun.
@@ -207,6 +218,7 @@ impl<'a> Supply<'a> {
             busy_left: MAX_BUSY,
             broken_left: MAX_BROKEN,
             moves_left: MAX_MOVES,
+            moves_to: None,
             may_leave,
             asked_again: None,
             takes_names: found_size >= spool::LEAST_SIZE,
@@ -267,8 +279,8 @@ impl<'a> Supply<'a> {
             match self.fill(incoming, piece) {
                 Ok(()) => return Ok(()),
                 // The framing has seen the bad bytes, and who knows which bytes before were bad.
-                Err(Broken::Failed(fault @ (Fault::BadData | Fault::OddPath), why)) => {
-                    return Err(Cut::Wrong(fault, why));
+                Err(Broken::Failed(Fault::BadData | Fault::OddPath, why)) => {
+                    return Err(Cut::Wrong(why));
                 }
                 Err(Broken::Upstream(why)) => return Err(Cut::Upstream(why)),
                 Err(broken) => self.leave(&broken, incoming.at()),
@@ -355,6 +367,7 @@ impl<'a> Supply<'a> {
             let read = current.body.read_within(room, look);
             let now = Instant::now();
             current.unlooked += now - before;
+            current.waited_in_all += now - before;
             match read {
                 Ok(Some(0)) => {
                     let why = format_args!("stream ended at byte {at} of {}", self.found.nar_size);
@@ -420,10 +433,16 @@ impl<'a> Supply<'a> {
         if current.digests.is_some() {
             return self.judge_relay(own, now);
         }
-        if self.moves_left > 0 && load.pace.waited >= picker::LEAST_WAIT {
-            self.ask_again(rest as f64 / load.pace.measured);
-            let (_, others) = self.holdings(now);
-            if let Some(at) = picker::faster(&load, rest, &others) {
+        let waited = current.waited_in_all;
+        if self.moves_left > 0 && waited >= picker::LEAST_WAIT {
+            self.ask_again(rest as f64 / load.pace.known.unwrap_or(load.pace.measured));
+            let (places, others) = self.holdings(now);
+            // It stays where the last move leads.
+            let is_fit = |holding: &Holding| self.moves_left > 1 || holding.load.pace.known.is_some();
+            let (places, others): (Vec<usize>, Vec<Holding>) =
+                places.into_iter().zip(others).filter(|(_, holding)| is_fit(holding)).unzip();
+            if let Some(at) = picker::faster(&load, waited, rest, &others) {
+                self.moves_to = Some(self.found.sources[places[at]].who());
                 return Err(Broken::Slow(format!("slow ({load}), another has {}", others[at].load)));
             }
         }
@@ -565,8 +584,8 @@ impl<'a> Supply<'a> {
                 }
                 // What is compared with a holder's digests is the holder's word.
                 let who = holder.map_or(who, Who::from);
-                if !self.contributors.contains(&who) {
-                    self.contributors.push(who);
+                if !self.contributors.iter().any(|contributor| contributor.who == who) {
+                    self.contributors.push(Contributor { who, has_failed: false });
                 }
                 self.transfer.with(source.network(), source.peer);
                 self.transfer.explain(why);
@@ -586,6 +605,7 @@ impl<'a> Supply<'a> {
                     pause: Duration::ZERO,
                     waited: Duration::ZERO,
                     got: 0,
+                    waited_in_all: Duration::ZERO,
                     unlooked: Duration::ZERO,
                     meter: Meter::default(),
                     digests: holder.map(|holder| Digests::of(holder, self.relays.len())),
@@ -643,6 +663,11 @@ impl<'a> Supply<'a> {
 
     /// The best source, which is then no longer among the known ones, and why it is the best.
     fn next_source(&mut self, rest: u64) -> Option<(Source, String)> {
+        // The smoothed pace of the one that was left may still be the best.
+        let moves_to = self.moves_to.take();
+        if let Some(place) = self.found.sources.iter().position(|source| Some(source.who()) == moves_to) {
+            return Some((self.found.sources.swap_remove(place), "twice as fast as the last one".into()));
+        }
         if let Some(best) = self.best(rest) {
             return Some(best);
         }
@@ -718,6 +743,8 @@ impl<'a> Supply<'a> {
                 if *fault == Fault::OddPath {
                     self.fetch.client.warn_of_odd_path(&self.hash_part, peer, why);
                 }
+                let who = current.source.who();
+                self.contributors.iter_mut().filter(|c| c.who == who).for_each(|c| c.has_failed = true);
                 self.fetch.standing.failed(current.source.who(), *fault, current.began, now, why);
                 if *fault == Fault::BrokenStream
                     && let Some(left) = self.broken_left.checked_sub(1)
@@ -730,18 +757,12 @@ impl<'a> Supply<'a> {
     }
 
     /// What came is wrong, and part of it is with Nix. Which of several peers sent it is not known, but those that
-    /// broke off have more against them than the one that went on for them.
-    pub(super) fn blame(&mut self, fault: Fault, why: &dyn fmt::Display) {
+    /// broke off have more against them than those that went on for them. If none did, as the NAR moved for pace, all have.
+    pub(super) fn blame(&mut self, why: &dyn fmt::Display) {
         self.transfer.has_failed();
-        if let Some(source) = self.current().filter(|_| fault == Fault::OddPath) {
-            self.fetch.client.warn_of_odd_path(&self.hash_part, source.peer, why);
-        }
         let now = Instant::now();
-        let last = self.current().map(Source::who);
-        for peer in &self.contributors {
-            let innocent = fault == Fault::BadData && self.contributors.len() > 1 && Some(*peer) == last;
-            let fault = if innocent { Fault::BrokenPromise } else { fault };
-            self.fetch.standing.failed(*peer, fault, now, now, why);
+        for (peer, fault) in blamed(&self.contributors) {
+            self.fetch.standing.failed(peer, fault, now, now, why);
         }
     }
 
@@ -757,12 +778,44 @@ impl<'a> Supply<'a> {
             current.intake.prove();
             current.body.finish();
         }
-        let peers: Vec<String> = self.contributors.iter().map(Who::to_string).collect();
+        let peers: Vec<String> = self.contributors.iter().map(|peer| peer.who.to_string()).collect();
         log::debug!("{}: NAR of {} bytes from peer {}", self.hash_part, self.found.nar_size, peers.join(" and "));
-        self.contributors.iter().for_each(|peer| {
-            self.fetch.standing.delivered(*peer, now);
-            self.fetch.record.delivered(peer.network(), peer.address());
+        self.contributors.iter().for_each(|Contributor { who, .. }| {
+            self.fetch.standing.delivered(*who, now);
+            self.fetch.record.delivered(who.network(), who.address());
         });
         self.transfer.is_whole();
+    }
+}
+
+/// What each peer that may have sent a wrong part of a NAR is blamed for.
+fn blamed(contributors: &[Contributor]) -> Vec<(Who, Fault)> {
+    let is_known = contributors.iter().any(|peer| peer.has_failed);
+    let fault = |peer: &Contributor| if is_known && !peer.has_failed { Fault::BrokenPromise } else { Fault::BadData };
+    contributors.iter().map(|peer| (peer.who, fault(peer))).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn contributor(last: u8, has_failed: bool) -> Contributor {
+        Contributor { who: Who::from(SocketAddr::from(([10, 0, 0, last], 1))), has_failed }
+    }
+
+    #[test]
+    fn blame_is_on_those_that_broke_off_or_on_all() {
+        let faults = |contributors: &[Contributor]| -> Vec<Fault> {
+            blamed(contributors).into_iter().map(|(_, fault)| fault).collect()
+        };
+        let (bad, little) = (Fault::BadData, Fault::BrokenPromise);
+        assert_eq!(faults(&[contributor(1, false)]), [bad]);
+        assert_eq!(faults(&[contributor(1, true), contributor(2, false)]), [bad, little]);
+        // It was left for its pace: that it went on with another one proves neither.
+        assert_eq!(faults(&[contributor(1, false), contributor(2, false)]), [bad, bad]);
+        assert_eq!(
+            faults(&[contributor(1, false), contributor(2, true), contributor(3, false)]),
+            [little, bad, little]
+        );
     }
 }

@@ -19,6 +19,8 @@ const MOVE_COST: Duration = Duration::from_millis(100);
 const FASTER: f64 = 2.0;
 /// A NAR leaves a peer for one whose pace is unknown only if the rest would take longer than this.
 const WORTH_A_TRY: Duration = Duration::from_secs(2);
+/// A NAR that takes longer than this from the fastest known peer counts as twice as long from an unknown one.
+const LONG_FOR_A_TRIAL: Duration = Duration::from_secs(1);
 
 /// How far a peer is trusted to answer. The order is that of preference.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -54,7 +56,10 @@ pub fn choose(holdings: &[Holding], bytes: u64) -> Option<Choice> {
     let usual = usual_pace(holdings);
     // A peer that only claims to have paths gets one NAR at a time until one was whole: it may hang.
     let is_taken = |h: &Holding| !h.load.is_proven && h.load.streams > 0;
-    let key = |h: &Holding| (h.health, is_taken(h), expected(&h.load, bytes, usual), h.load.chosen);
+    // A NAR of seconds is no trial: an unknown peer gets it only beside known ones that are busy.
+    let is_long = bytes as f64 / usual > LONG_FOR_A_TRIAL.as_secs_f64();
+    let trial = |h: &Holding| if is_long && h.load.pace.known.is_none() { FASTER } else { 1.0 };
+    let key = |h: &Holding| (h.health, is_taken(h), trial(h) * expected(&h.load, bytes, usual), h.load.chosen);
     let order =
         |a: &(usize, &Holding), b: &(usize, &Holding)| key(a.1).partial_cmp(&key(b.1)).unwrap_or(Ordering::Equal);
     let (at, best) = holdings.iter().enumerate().min_by(order)?;
@@ -62,13 +67,19 @@ pub fn choose(holdings: &[Holding], bytes: u64) -> Option<Choice> {
 }
 
 /// The source for which a NAR leaves the peer that sends it, if one is twice as fast. `current` is the load of that peer,
-/// this NAR included, of which `rest` bytes are to come.
-pub fn faster(current: &Load, rest: u64, others: &[Holding]) -> Option<usize> {
-    if current.pace.waited < LEAST_WAIT {
+/// this NAR included, of which `rest` bytes are to come. This NAR has `waited` for it so far.
+pub fn faster(current: &Load, waited: Duration, rest: u64, others: &[Holding]) -> Option<usize> {
+    if waited < LEAST_WAIT {
         return None;
     }
-    // No faster than it was in this sample, and no faster than it is known to be.
-    let pace = current.pace.known.unwrap_or(f64::INFINITY).min(current.pace.measured).max(1.0);
+    // A fast peer's samples are too short to be looked at, so that its smoothed pace counts between them.
+    let pace = if current.pace.waited < LEAST_WAIT {
+        current.pace.lasting?
+    } else {
+        // No faster than it was in this sample, and no faster than it is known to be.
+        current.pace.known.unwrap_or(f64::INFINITY).min(current.pace.measured)
+    };
+    let pace = pace.max(1.0);
     let time = work_left(current, rest) / pace;
     let usual = usual_pace(others);
     let is_better = |h: &Holding| {
@@ -165,6 +176,16 @@ mod tests {
     }
 
     #[test]
+    fn nar_of_seconds_is_no_trial_of_an_unknown_holder() {
+        let holders = || vec![holding(None), holding(Some(10e6))];
+        assert_eq!(spread(holders(), 1, 64 * MIB), [0, 1]);
+        assert_eq!(spread(holders(), 1, MIB), [1, 0]);
+        // When the known one is busy with others, its link is not all there is.
+        assert_eq!(spread(holders(), 3, 64 * MIB), [1, 2]);
+        assert_eq!(spread(vec![holding(None); 2], 2, 64 * MIB), [1, 1]);
+    }
+
+    #[test]
     fn unknown_holder_is_tried_beside_a_known_one() {
         let parts = spread(vec![holding(Some(10e6)), holding(None)], 10, MIB);
         assert_eq!(parts, [5, 5]);
@@ -208,29 +229,47 @@ mod tests {
     #[test]
     fn slow_peer_is_left_for_one_twice_as_fast_and_for_no_other() {
         let current = sending(140e3, 300, 20 * MIB);
-        assert_eq!(faster(&current, 20 * MIB, &[holding(Some(250e3)), holding(Some(10e6))]), Some(1));
-        assert_eq!(faster(&current, 20 * MIB, &[holding(Some(270e3))]), None);
-        assert_eq!(faster(&current, 20 * MIB, &[]), None);
+        assert_eq!(faster(&current, LEAST_WAIT, 20 * MIB, &[holding(Some(250e3)), holding(Some(10e6))]), Some(1));
+        assert_eq!(faster(&current, LEAST_WAIT, 20 * MIB, &[holding(Some(270e3))]), None);
+        assert_eq!(faster(&current, LEAST_WAIT, 20 * MIB, &[]), None);
         let mut doubtful = holding(Some(10e6));
         doubtful.health = Health::Doubtful;
-        assert_eq!(faster(&current, 20 * MIB, &[doubtful]), None);
+        assert_eq!(faster(&current, LEAST_WAIT, 20 * MIB, &[doubtful]), None);
     }
 
     #[test]
     fn peer_is_not_left_early_nor_for_little() {
         // A Wi-Fi card that sleeps 100 ms has sent nothing yet.
-        assert_eq!(faster(&sending(0.0, 100, MIB), MIB, &[holding(Some(10e6))]), None);
+        assert_eq!(faster(&sending(0.0, 100, MIB), Duration::from_millis(100), MIB, &[holding(Some(10e6))]), None);
         // The rest is there sooner than another connection.
-        assert_eq!(faster(&sending(1e6, 300, 50_000), 50_000, &[holding(Some(10e6))]), None);
+        assert_eq!(faster(&sending(1e6, 300, 50_000), LEAST_WAIT, 50_000, &[holding(Some(10e6))]), None);
         // Small NARs of a peer that drips are worth it.
-        assert_eq!(faster(&sending(9e3, 300, 22_000), 22_000, &[holding(Some(10e6))]), Some(0));
+        assert_eq!(faster(&sending(9e3, 300, 22_000), LEAST_WAIT, 22_000, &[holding(Some(10e6))]), Some(0));
+    }
+
+    /// Its samples of 256 KiB take less than [`LEAST_WAIT`].
+    #[test]
+    fn fast_peer_is_left_for_one_far_faster_by_its_smoothed_pace() {
+        let mut current = sending(0.0, 20, 640 * MIB);
+        (current.pace.known, current.pace.lasting) = (Some(5e6), Some(5e6));
+        let moves = |current: &Load, waited, to| {
+            faster(current, Duration::from_millis(waited), 640 * MIB, &[holding(Some(to))])
+        };
+        assert_eq!(moves(&current, 200, 100e6), Some(0));
+        assert_eq!(moves(&current, 199, 100e6), None);
+        assert_eq!(moves(&current, 200, 9e6), None);
+        // One stall of 150 ms.
+        (current.pace.known, current.pace.waited) = (Some(1.7e6), Duration::from_millis(150));
+        assert_eq!(moves(&current, 1000, 9e6), None);
+        (current.pace.known, current.pace.lasting) = (None, None);
+        assert_eq!(moves(&current, 1000, 100e6), None);
     }
 
     #[test]
     fn unknown_peer_is_tried_only_if_the_rest_takes_long() {
-        assert_eq!(faster(&sending(140e3, 300, 20 * MIB), 20 * MIB, &[holding(None)]), Some(0));
-        assert_eq!(faster(&sending(140e3, 300, 100_000), 100_000, &[holding(None)]), None);
-        assert_eq!(faster(&sending(11e6, 300, 1 << 30), 1 << 30, &[holding(None)]), None);
+        assert_eq!(faster(&sending(140e3, 300, 20 * MIB), LEAST_WAIT, 20 * MIB, &[holding(None)]), Some(0));
+        assert_eq!(faster(&sending(140e3, 300, 100_000), LEAST_WAIT, 100_000, &[holding(None)]), None);
+        assert_eq!(faster(&sending(11e6, 300, 1 << 30), LEAST_WAIT, 1 << 30, &[holding(None)]), None);
     }
 
     #[test]
@@ -251,6 +290,6 @@ mod tests {
     fn load_of_this_nodes_own_does_not_make_a_peer_slow() {
         let mut busy = holding(Some(10e6));
         (busy.load.streams, busy.load.outstanding) = (100, 100 * MIB);
-        assert_eq!(faster(&sending(1e6, 300, MIB), MIB, &[busy]), None);
+        assert_eq!(faster(&sending(1e6, 300, MIB), LEAST_WAIT, MIB, &[busy]), None);
     }
 }
