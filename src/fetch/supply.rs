@@ -13,6 +13,7 @@ use crate::time_scale::Timeout;
 use crate::wire::relay::MAX_DIGESTS;
 use crate::wire::tracker::TransferName;
 use ring::digest::SHA256;
+use std::collections::HashSet;
 use std::fmt;
 use std::net::SocketAddr;
 use std::thread;
@@ -41,9 +42,9 @@ const ASK_AGAIN: Duration = Duration::from_millis(20);
 /// A NAR is left to the upstream cache only if the rest needs longer than this, and twice the whole NAR's time there.
 const UPSTREAM_GRACE: Duration = Duration::from_secs(2);
 
-/// Of the peers that a holder names one begins to send within this, or the holder is asked again: each may wait for another one
-/// itself, and the holder must be asked in time.
-const RELAY_PATIENCE: Timeout = Timeout::from_secs(4);
+/// Of the peers that a holder names one has sent the first piece within this, or the holder is asked again: each may wait for
+/// another one itself, and the holder must be asked in time.
+const RELAY_PATIENCE: Timeout = Timeout::from_secs(5);
 /// A peer that is still getting the NAR is left after so long without a byte, or while the holder is twice as fast, for each
 /// peer that is before it in the chain. The holder is asked as often how fast it is.
 const RELAY_STEP: Timeout = Timeout::from_secs(1);
@@ -86,10 +87,11 @@ pub(super) struct Supply<'a> {
     takes_names: bool,
     /// Those that a holder named, the first to be asked last, and the holder.
     relays: Vec<(Source, SocketAddr)>,
-    /// One of them begins to send by then, or the holder is asked again.
+    /// One of them has sent the first piece by then, or the holder is asked again.
     relays_until: Instant,
     current: Option<Current<'a>>,
     contributors: Vec<Contributor>,
+    accusations: Vec<Accusation>,
     /// While the first piece has to come by then.
     until: Option<Instant>,
 }
@@ -99,6 +101,19 @@ struct Contributor {
     who: Who,
     /// It failed after it had begun.
     has_failed: bool,
+}
+
+/// A peer passed on another piece than the one of which the holder told a digest. Which of the two was wrong shows when the
+/// whole NAR is right.
+struct Accusation {
+    relay: Who,
+    holder: Who,
+    began: Instant,
+    /// The byte at which the piece begins, and what the holder says of it.
+    at: u64,
+    digest: [u8; 32],
+    /// Whether the digest was that of the piece that then came, once it has come.
+    is_true: Option<bool>,
 }
 
 /// The peer that is sending.
@@ -163,8 +178,8 @@ pub(super) enum Broken {
     Slow(String),
     /// The upstream cache is certain to be faster.
     Upstream(String),
-    /// A peer that is still getting the NAR sent a piece that is not the holder's.
-    WrongPiece,
+    /// A peer that is still getting the NAR sent a piece that is not the holder's, which has this digest.
+    WrongPiece([u8; 32]),
     /// The holder does not tell its digests.
     Unchecked(String),
     /// The first piece has not come in time.
@@ -226,6 +241,7 @@ impl<'a> Supply<'a> {
             relays_until: until,
             current: None,
             contributors: Vec::new(),
+            accusations: Vec::new(),
             until: Some(until),
         }
     }
@@ -249,6 +265,7 @@ impl<'a> Supply<'a> {
             self.connect(0)?.ok_or_else(|| Cut::NoPeer("no peer begins to send".into()))?;
             match self.fill(&mut incoming, &mut piece) {
                 Ok(()) if is_right(&incoming, &piece) => {
+                    self.try_accusations(0, &piece);
                     self.until = None;
                     return Ok((incoming, piece));
                 }
@@ -277,7 +294,10 @@ impl<'a> Supply<'a> {
                 return Err(Cut::NoPeer(why));
             }
             match self.fill(incoming, piece) {
-                Ok(()) => return Ok(()),
+                Ok(()) => {
+                    self.try_accusations(at, piece);
+                    return Ok(());
+                }
                 // The framing has seen the bad bytes, and who knows which bytes before were bad.
                 Err(Broken::Failed(Fault::BadData | Fault::OddPath, why)) => {
                     return Err(Cut::Wrong(why));
@@ -327,12 +347,19 @@ impl<'a> Supply<'a> {
         }
         let digest = self.digest(at / PIECE as u64)?;
         if ring::digest::digest(&SHA256, piece.room(rest)).as_ref() != digest {
-            return Err(Broken::WrongPiece);
+            return Err(Broken::WrongPiece(digest));
         }
         // It is the holder's word, then.
         incoming.take(piece, len).map_err(|e| Broken::failed(Fault::BadData, e))?;
         self.transfer.progress(incoming.at());
         Ok(())
+    }
+
+    /// Compares the piece at byte `at` with what holders have said of it.
+    fn try_accusations(&mut self, at: u64, piece: &Piece) {
+        for accusation in self.accusations.iter_mut().filter(|accusation| accusation.at == at) {
+            accusation.is_true = Some(ring::digest::digest(&SHA256, piece.bytes()).as_ref() == accusation.digest);
+        }
     }
 
     /// SHA-256 of a piece, as the holder has it.
@@ -345,7 +372,8 @@ impl<'a> Supply<'a> {
             return Ok(*digest);
         }
         let name = nar_name(&self.hash_part, &self.found.nar_hash);
-        let asked = self.fetch.client.digests(digests.holder, &name, piece, MAX_DIGESTS, DIGEST_TIMEOUT);
+        let left = relay_time_left(self.until, self.relays_until, Instant::now());
+        let asked = self.fetch.client.digests(digests.holder, &name, piece, MAX_DIGESTS, DIGEST_TIMEOUT.min(left));
         digests.first = piece;
         digests.list = asked.map_err(|e| Broken::Unchecked(e.to_string()))?.0;
         digests.list.first().copied().ok_or_else(|| Broken::Unchecked("no digests".into()))
@@ -457,6 +485,9 @@ impl<'a> Supply<'a> {
     /// slow; the first of them leaves first, and the others see that it helped.
     fn judge_relay(&mut self, own: Pace, now: Instant) -> Result<(), Broken> {
         let Some(current) = &mut self.current else { return Ok(()) };
+        if relay_time_left(self.until, self.relays_until, now).is_zero() {
+            return Err(Broken::Slow("the first piece has not come in time".into()));
+        }
         let silent = now.saturating_duration_since(current.read_began.max(current.last_read));
         let Some(digests) = &mut current.digests else { return Ok(()) };
         if silent >= RELAY_STEP.get() * digests.position {
@@ -532,7 +563,7 @@ impl<'a> Supply<'a> {
             && let Some((relay, holder)) = self.relays.pop()
         {
             let now = Instant::now();
-            let patience = self.relays_until.saturating_duration_since(now).min(self.left(now));
+            let patience = relay_time_left(self.until, self.relays_until, now);
             if patience.is_zero() {
                 self.relays.clear();
                 break;
@@ -570,7 +601,11 @@ impl<'a> Supply<'a> {
     /// itself, and that one has it.
     fn ask(&mut self, mut source: Source, at: u64, patience: Duration, why: &str, holder: Option<SocketAddr>) -> bool {
         let (who, began) = (source.who(), Instant::now());
-        let intake = self.fetch.paces.begin(who, self.found.nar_size - at, began);
+        let mut intake = self.fetch.paces.begin(who, self.found.nar_size - at, began);
+        if holder.is_some() {
+            // It may wait for its own source before it answers.
+            intake.pause(began);
+        }
         let url_path = source.nar_path(&self.hash_part, &self.found.nar_hash);
         let mut way = source.take_way();
         if way == Way::Lan && source.friend.is_none() && self.takes_names && at == 0 && holder.is_none() {
@@ -616,9 +651,11 @@ impl<'a> Supply<'a> {
                 self.takes_names = false;
                 self.relays_until = Instant::now() + RELAY_PATIENCE.get();
                 log::debug!("NAR {}: peer {} names {ips:?}", self.found.nar_hash, source.peer);
-                let relays = self.fetch.lookup.live_neighbours(&ips);
-                let relays = relays.into_iter().filter(|relay| self.is_good(relay.who()));
-                self.relays = relays.map(|relay| (relay, source.peer)).collect();
+                let mut relays = self.fetch.lookup.live_neighbours(&ips);
+                relays.retain(|relay| self.is_good(relay.who()) && relay.who() != who);
+                let mut seen = HashSet::new();
+                relays.retain(|relay| seen.insert(relay.who()));
+                self.relays = relays.into_iter().map(|relay| (relay, source.peer)).collect();
                 self.found.sources.push(source);
             }
             // It has not begun to get the NAR, or cannot pass it on.
@@ -708,27 +745,37 @@ impl<'a> Supply<'a> {
 
     /// Leaves the current peer, at that byte.
     fn leave(&mut self, broken: &Broken, at: u64) {
-        let Some(mut current) = self.current.take() else { return };
+        let Some(current) = self.current.take() else { return };
         let (hash, peer, now) = (self.found.nar_hash, current.source.peer, Instant::now());
         match broken {
-            Broken::WrongPiece => {
-                self.fetch.standing.failed(
-                    current.source.who(),
-                    Fault::BadData,
-                    current.began,
-                    now,
-                    &"passed on another piece than the holder has",
-                );
+            Broken::WrongPiece(digest) => {
+                log::debug!("NAR {hash}: peer {peer} passed on another piece than the holder has, at byte {at}");
+                let holder = current.digests.as_ref().map(|digests| Who::from(digests.holder));
+                self.accusations.extend(holder.map(|holder| Accusation {
+                    relay: current.source.who(),
+                    holder,
+                    began: current.began,
+                    at,
+                    digest: *digest,
+                    is_true: None,
+                }));
+            }
+            // It named others, so it is to tell digests.
+            Broken::Unchecked(why) => {
+                self.relays.clear();
+                if let Some(digests) = &current.digests {
+                    log::debug!("NAR {hash}: peer {} does not tell digests: {why}", digests.holder);
+                    let holder = Who::from(digests.holder);
+                    self.fetch.standing.failed(holder, Fault::BrokenPromise, current.began, now, why);
+                }
             }
             // It may have lost its own source, or its Nix was stopped.
-            Broken::Failed(_, why) | Broken::Unchecked(why) | Broken::Slow(why) if current.digests.is_some() => {
+            Broken::Failed(_, why) | Broken::Slow(why) if current.digests.is_some() => {
                 log::debug!("NAR {hash}: leaves peer {peer}, which is getting it, at byte {at}: {why}");
             }
-            Broken::Unchecked(_) => {}
             Broken::Slow(why) => {
                 log::debug!("NAR {hash}: leaves peer {peer} at byte {at}: {why}");
                 self.moves_left -= 1;
-                current.intake.conclude(now);
                 self.found.sources.push(current.source);
             }
             // The caller has left it to the upstream cache.
@@ -784,8 +831,21 @@ impl<'a> Supply<'a> {
             self.fetch.standing.delivered(*who, now);
             self.fetch.record.delivered(who.network(), who.address());
         });
+        for accusation in &self.accusations {
+            let (peer, why) = match accusation.is_true {
+                Some(true) => (accusation.relay, "passed on another piece than the holder has"),
+                Some(false) => (accusation.holder, "told a wrong digest"),
+                None => continue,
+            };
+            self.fetch.standing.failed(peer, Fault::BadData, accusation.began, now, &why);
+        }
         self.transfer.is_whole();
     }
+}
+
+/// Time for peers that a holder named, and for its digests: while the first piece has to come, until `relays_until`.
+fn relay_time_left(until: Option<Instant>, relays_until: Instant, now: Instant) -> Duration {
+    until.map_or(Duration::MAX, |until| until.min(relays_until).saturating_duration_since(now))
 }
 
 /// What each peer that may have sent a wrong part of a NAR is blamed for.
@@ -801,6 +861,16 @@ mod tests {
 
     fn contributor(last: u8, has_failed: bool) -> Contributor {
         Contributor { who: Who::from(SocketAddr::from(([10, 0, 0, last], 1))), has_failed }
+    }
+
+    #[test]
+    fn relays_and_digests_share_one_time_until_the_first_piece_is_there() {
+        let now = Instant::now();
+        let (two, five) = (now + Duration::from_secs(2), now + Duration::from_secs(5));
+        assert_eq!(relay_time_left(Some(five), two, now), Duration::from_secs(2));
+        assert_eq!(relay_time_left(Some(two), five, now), Duration::from_secs(2));
+        assert_eq!(relay_time_left(Some(five), two, five), Duration::ZERO);
+        assert_eq!(relay_time_left(None, two, five), Duration::MAX);
     }
 
     #[test]

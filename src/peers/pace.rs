@@ -12,11 +12,13 @@ use std::time::{Duration, Instant};
 
 /// Bytes that are measured before a pace is known: the first ones wait for Wi-Fi cards that sleep.
 pub const ENOUGH: u64 = 256 * 1024;
-/// Time that a peer was waited for after which its pace is known with fewer bytes. A Wi-Fi card that sleeps 100 ms before
+/// Time that a peer was waited for, from its first bytes on, after which its pace is known with fewer. A Wi-Fi card that sleeps 100 ms before
 /// each answer has sent [`ENOUGH`] by then.
 const ENOUGH_TIME: Timeout = Timeout::from_secs(2);
 /// A pace is forgotten when the peer was not waited for in this time: it may have moved to another network.
 const KEPT: Duration = Duration::from_secs(600);
+/// A pace below this, in bytes per second, is none, and is not kept.
+const LEAST: f64 = 1.0;
 /// Part of a new sample in the smoothed pace.
 const GAIN: f64 = 0.25;
 /// Peers measured at once. Beyond, those without a NAR under way are forgotten.
@@ -65,6 +67,8 @@ pub struct Meter {
     /// Of the sample under way.
     bytes: u64,
     waited: Duration,
+    /// What it had waited when its first bytes came.
+    waited_first: Option<Duration>,
     pace: Option<f64>,
     last: Option<Instant>,
 }
@@ -90,20 +94,17 @@ impl Meter {
     /// The wait of a stream ends with so many bytes.
     pub fn got(&mut self, bytes: u64, now: Instant) {
         self.pause(now);
-        self.bytes += bytes;
-        if self.bytes >= ENOUGH || self.waited >= ENOUGH_TIME.get() {
-            self.conclude(now);
+        if bytes == 0 {
+            return;
         }
-    }
-
-    /// Ends the sample under way, however small it is.
-    fn conclude(&mut self, now: Instant) {
-        self.count_time(now);
-        if !self.waited.is_zero() {
+        self.bytes += bytes;
+        // One answer that is late is no pace: bytes have come for as long as it takes to tell.
+        let since = *self.waited_first.get_or_insert(self.waited);
+        if !self.waited.is_zero() && (self.bytes >= ENOUGH || self.waited - since >= ENOUGH_TIME.get()) {
             let sample = self.bytes as f64 / self.waited.as_secs_f64();
             self.pace = Some(self.pace.map_or(sample, |pace| pace + GAIN * (sample - pace)));
+            (self.bytes, self.waited, self.waited_first) = (0, Duration::ZERO, None);
         }
-        (self.bytes, self.waited) = (0, Duration::ZERO);
     }
 
     fn count_time(&mut self, now: Instant) {
@@ -210,13 +211,15 @@ impl Paces {
     /// The peers whose paces are known at `now`, in bytes per second.
     pub fn known(&self, now: Instant) -> Vec<(Who, f64)> {
         let state = self.lock();
-        state.peers.iter().filter_map(|(who, peer)| Some((*who, peer.meter.pace(now).known?))).collect()
+        let pace = |peer: &Peer| peer.meter.pace(now).known.filter(|pace| *pace >= LEAST);
+        state.peers.iter().filter_map(|(who, peer)| Some((*who, pace(peer)?))).collect()
     }
 
     /// A peer's pace is as it was before, until it is measured.
     pub fn restore(&self, who: Who, bytes_per_second: f64, now: Instant) {
         let mut state = self.lock();
-        if state.peers.len() < MAX_PEERS {
+        let is_pace = bytes_per_second.is_finite() && bytes_per_second >= LEAST;
+        if is_pace && state.peers.len() < MAX_PEERS {
             let meter = &mut state.peers.entry(who).or_default().meter;
             (meter.pace, meter.last) = (Some(bytes_per_second), Some(now));
         }
@@ -283,11 +286,6 @@ impl Intake<'_> {
     /// The NAR was whole.
     pub fn prove(&mut self) {
         self.with(|peer| peer.is_proven = true);
-    }
-
-    /// The peer is left because it is slow: what was measured counts, however little it is.
-    pub fn conclude(&mut self, now: Instant) {
-        self.with(|peer| peer.meter.conclude(now));
     }
 
     /// What is expected of the peer at `now`.
@@ -357,10 +355,34 @@ mod tests {
 
     #[test]
     fn little_in_two_seconds_is_a_pace_too() {
-        let (meter, now) = waited(19, ms(100), 900);
-        assert_eq!(known(&meter, now), None);
         let (meter, now) = waited(20, ms(100), 900);
+        assert_eq!(known(&meter, now), None);
+        let (meter, now) = waited(21, ms(100), 900);
         assert!(is_near(known(&meter, now).unwrap(), 9000.0));
+    }
+
+    #[test]
+    fn one_late_answer_and_none_at_all_are_no_pace() {
+        let (meter, now) = waited(1, Duration::from_secs(9), 900);
+        assert_eq!(known(&meter, now), None);
+        let (mut meter, now) = waited(4, ms(10), 64 * KIB);
+        let before = known(&meter, now).unwrap();
+        meter.wait(now);
+        meter.got(0, now + Duration::from_secs(4));
+        assert!(is_near(meter.pace.unwrap(), before), "{meter:?}");
+        // What was waited for in vain is not forgotten.
+        assert!(known(&meter, now + Duration::from_secs(4)).unwrap() <= 64.0 * 1024.0);
+    }
+
+    #[test]
+    fn zero_is_neither_kept_nor_restored() {
+        let (paces, now) = (Paces::default(), Instant::now());
+        for wrong in [0.0, -1.0, f64::NAN, f64::INFINITY] {
+            paces.restore(who(), wrong, now);
+            assert_eq!(paces.load(who(), now).pace.known, None, "{wrong}");
+        }
+        paces.restore(who(), 5e6, now);
+        assert_eq!(paces.known(now).len(), 1);
     }
 
     #[test]
