@@ -157,7 +157,7 @@ impl<'a> Nar<'a> {
     /// Gets the first piece, from whichever peer gives it. `None`: none does within 20 s of [`Fetch::find`], or the upstream
     /// cache is certain to be faster.
     pub fn start(self) -> Option<Begun<'a>> {
-        let Nar { fetch, asked, until, hash, found, .. } = self;
+        let Nar { fetch, asked, until, hash, size, found } = self;
         // Before any peer is asked: who is named to a neighbour is asked at once.
         let keeping = fetch.spools.begin(found.path.base_name(), hash, found.nar_size);
         let mut supply = Supply::new(fetch, found, until, fetch.may_leave(hash));
@@ -170,6 +170,7 @@ impl<'a> Nar<'a> {
                 supply.fail();
                 if matches!(cut, Cut::Upstream(_)) {
                     fetch.give_up(hash, GivenUp::Left);
+                    fetch.upstream.left(size);
                 }
                 return None;
             }
@@ -212,6 +213,7 @@ impl Begun<'_> {
                     supply.fail();
                     if matches!(cut, Cut::Upstream(_)) {
                         fetch.give_up(hash, GivenUp::Left);
+                        fetch.upstream.left(incoming.at() + incoming.rest());
                     }
                     return Err(e);
                 }

@@ -51,8 +51,19 @@ struct State {
     answers: HashMap<HashPart, (Instant, bool)>,
     /// Bytes per second, and when they were measured.
     pace: Option<(Instant, f64)>,
+    /// When what was left to it lately has come from there, at its pace.
+    busy_until: Option<Instant>,
     /// It gave no answer, and is left alone until then.
     paused_until: Option<Instant>,
+}
+
+impl State {
+    /// How long a NAR of so many bytes takes, which shares the link with those that were left to it before.
+    fn time(&self, nar_size: u64, now: Instant) -> Option<Duration> {
+        let pace = self.pace.filter(|(at, _)| now.saturating_duration_since(*at) < PACE_KEPT)?.1;
+        let before = self.busy_until.map_or(Duration::ZERO, |until| until.saturating_duration_since(now));
+        before.checked_add(Duration::try_from_secs_f64(nar_size as f64 / pace.max(1.0)).ok()?)
+    }
 }
 
 impl Upstream {
@@ -103,14 +114,21 @@ impl Upstream {
             Some(has) => has,
             None => self.look_up(&hash_part, found)?,
         };
-        let pace = self.lock().pace.filter(|(at, _)| now.saturating_duration_since(*at) < PACE_KEPT);
-        let pace = pace.filter(|_| has)?.1;
-        Duration::try_from_secs_f64(found.nar_size as f64 / pace.max(1.0)).ok()
+        has.then(|| self.lock().time(found.nar_size, Instant::now()))?
+    }
+
+    /// Nix is about to get so many bytes of a NAR from there.
+    pub fn left(&self, nar_size: u64) {
+        let now = Instant::now();
+        let mut state = self.lock();
+        if let Some(time) = state.time(nar_size, now) {
+            state.busy_until = now.checked_add(time);
+        }
     }
 
     /// Asks whether it has the NAR, and measures its pace by it if that is not known. `None`: no answer.
     fn look_up(&self, hash_part: &HashPart, found: &Found) -> Option<bool> {
-        let has = self.is_substituter().then(|| self.request(hash_part, found));
+        let has = self.trusted_keys().map(|keys| self.request(hash_part, found, &keys));
         let now = Instant::now();
         let mut state = self.lock();
         let has = match has {
@@ -129,7 +147,7 @@ impl Upstream {
         Some(has)
     }
 
-    fn request(&self, hash_part: &HashPart, found: &Found) -> Result<bool, ureq::Error> {
+    fn request(&self, hash_part: &HashPart, found: &Found, in_nix_conf: &[PublicKey]) -> Result<bool, ureq::Error> {
         let mut response = self.agent.get(format!("{}/{hash_part}.narinfo", self.url)).call()?;
         if response.status() != 200 {
             return Ok(false);
@@ -137,7 +155,7 @@ impl Upstream {
         let mut bytes = Vec::new();
         response.body_mut().as_reader().take(NarInfo::MAX_LEN as u64 + 1).read_to_end(&mut bytes)?;
         let Ok(narinfo) = NarInfo::parse(&bytes, &self.store_dir) else { return Ok(false) };
-        if !self.is_it(&narinfo, found) || narinfo.url.contains("://") {
+        if !self.is_it(&narinfo, found, in_nix_conf) || narinfo.url.contains("://") {
             return Ok(false);
         }
         let is_measured = |(at, _): (Instant, f64)| at.elapsed() < PACE_KEPT;
@@ -149,11 +167,13 @@ impl Upstream {
         Ok(true)
     }
 
-    fn is_it(&self, narinfo: &NarInfo, found: &Found) -> bool {
+    /// Whether it is the same NAR, with the signature of a key that both peerix and nix.conf trust.
+    fn is_it(&self, narinfo: &NarInfo, found: &Found, in_nix_conf: &[PublicKey]) -> bool {
         let info = &narinfo.info;
         let is_same = info.path == found.path && info.nar_hash == found.nar_hash && info.nar_size == found.nar_size;
         let fingerprint = info.fingerprint(&self.store_dir);
-        is_same && info.signatures.iter().any(|s| self.keys.iter().any(|key| key.verify(fingerprint.as_bytes(), s)))
+        let mut keys = self.keys.iter().filter(|key| in_nix_conf.contains(key));
+        is_same && keys.any(|key| info.signatures.iter().any(|s| key.verify(fingerprint.as_bytes(), s)))
     }
 
     /// Bytes per second that its NARs come with, of which those of a compressed NAR count as they come.
@@ -175,10 +195,11 @@ impl Upstream {
         Ok(bytes as f64 / began.elapsed().as_secs_f64())
     }
 
-    fn is_substituter(&self) -> bool {
+    /// The keys that nix.conf trusts, if it is certain to have the cache among the substituters.
+    fn trusted_keys(&self) -> Option<Vec<PublicKey>> {
         let mut text = String::new();
-        let read = File::open(&self.nix_conf).and_then(|file| file.take(MAX_NIX_CONF).read_to_string(&mut text));
-        read.is_ok() && is_substituter(&text, &self.url)
+        File::open(&self.nix_conf).and_then(|file| file.take(MAX_NIX_CONF).read_to_string(&mut text)).ok()?;
+        NixConf::parse(&text)?.keys_for(&self.url)
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -186,25 +207,42 @@ impl Upstream {
     }
 }
 
-/// Whether nix.conf is certain to have the cache among the substituters. One that includes other files may not.
-fn is_substituter(nix_conf: &str, url: &str) -> bool {
-    let cache = |url: &str| url.split('?').next().unwrap_or_default().trim_end_matches('/').to_owned();
-    let (mut substituters, mut extra) = (vec![cache(DEFAULT_UPSTREAM)], Vec::new());
-    for line in nix_conf.lines() {
-        let line = line.split('#').next().unwrap_or_default().trim();
-        if line.starts_with("include ") || line.starts_with("!include ") {
-            return false;
+/// What nix.conf says of substituters.
+struct NixConf {
+    substituters: Vec<String>,
+    public_keys: Vec<String>,
+}
+
+impl NixConf {
+    /// `None`: Nix may do something else than what is written here, as with other files that are included.
+    fn parse(text: &str) -> Option<NixConf> {
+        let mut conf = NixConf { substituters: vec![DEFAULT_UPSTREAM.into()], public_keys: vec![UPSTREAM_KEY.into()] };
+        // In their order, as Nix does it: what follows replaces what was added before.
+        for line in text.lines() {
+            let line = line.split('#').next().unwrap_or_default().trim();
+            if line.starts_with("include ") || line.starts_with("!include ") {
+                return None;
+            }
+            let Some((name, value)) = line.split_once('=') else { continue };
+            let words = value.split_whitespace().map(str::to_owned);
+            match name.trim() {
+                "substituters" | "binary-caches" => conf.substituters = words.collect(),
+                "extra-substituters" | "extra-binary-caches" => conf.substituters.extend(words),
+                "trusted-public-keys" | "binary-cache-public-keys" => conf.public_keys = words.collect(),
+                "extra-trusted-public-keys" | "extra-binary-cache-public-keys" => conf.public_keys.extend(words),
+                "substitute" if value.trim() != "true" => return None,
+                _ => {}
+            }
         }
-        let Some((name, value)) = line.split_once('=') else { continue };
-        let urls = value.split_whitespace().map(cache);
-        match name.trim() {
-            "substituters" | "binary-caches" => substituters = urls.collect(),
-            "extra-substituters" | "extra-binary-caches" => extra.extend(urls),
-            "substitute" if value.trim() != "true" => return false,
-            _ => {}
-        }
+        Some(conf)
     }
-    substituters.into_iter().chain(extra).any(|substituter| substituter == cache(url))
+
+    /// The keys whose signatures Nix takes from the cache; `None` if it is no substituter.
+    fn keys_for(&self, url: &str) -> Option<Vec<PublicKey>> {
+        let cache = |url: &str| url.split('?').next().unwrap_or_default().trim_end_matches('/').to_owned();
+        let is_one = self.substituters.iter().any(|substituter| cache(substituter) == cache(url));
+        is_one.then(|| self.public_keys.iter().filter_map(|key| PublicKey::parse(key).ok()).collect())
+    }
 }
 
 #[cfg(test)]
@@ -223,25 +261,31 @@ mod tests {
             let info = narinfo.info.clone();
             Found { path: info.path, nar_hash: info.nar_hash, nar_size: info.nar_size, sources: Vec::new() }
         };
-        assert!(upstream.is_it(&narinfo, &found()));
-        assert!(!upstream.is_it(&narinfo, &Found { nar_size: 1, ..found() }));
+        let keys = [PublicKey::parse(UPSTREAM_KEY).unwrap()];
+        assert!(upstream.is_it(&narinfo, &found(), &keys));
+        // Nix would refuse what it gets there.
+        assert!(!upstream.is_it(&narinfo, &found(), &[]));
+        assert!(!upstream.is_it(&narinfo, &Found { nar_size: 1, ..found() }, &keys));
         let mut forged = narinfo.clone();
         forged.info.references.clear();
-        assert!(!upstream.is_it(&forged, &found()));
+        assert!(!upstream.is_it(&forged, &found(), &keys));
         // Its key is not known.
-        assert!(!with("https://cache.example").is_it(&narinfo, &found()));
+        assert!(!with("https://cache.example").is_it(&narinfo, &found(), &keys));
     }
 
     #[test]
     fn substituters_are_those_that_nix_conf_names_for_certain() {
-        let is = |conf| is_substituter(conf, "https://cache.example");
+        let keys = |conf: &str, url| NixConf::parse(conf).and_then(|conf| conf.keys_for(url));
+        let is = |conf| keys(conf, "https://cache.example").is_some();
         assert!(is("substituters = https://cache.nixos.org https://cache.example/\n"));
         assert!(is("extra-substituters = https://cache.example?priority=10 # ours\n"));
-        assert!(is("extra-substituters = https://cache.example\nsubstituters = http://127.0.0.1:12304"));
-        assert!(is_substituter("max-jobs = 4\n", DEFAULT_UPSTREAM));
+        assert!(is("substituters = http://127.0.0.1:12304\nextra-substituters = https://cache.example"));
+        assert!(keys("max-jobs = 4\n", DEFAULT_UPSTREAM).is_some());
         for conf in [
             "",
             "#substituters = https://cache.example",
+            // What follows replaces it.
+            "extra-substituters = https://cache.example\nsubstituters = http://127.0.0.1:12304",
             "trusted-substituters = https://cache.example",
             "substituters = https://cache.example.org",
             "substituters = https://cache.example\nsubstituters = http://127.0.0.1:12304",
@@ -250,6 +294,32 @@ mod tests {
         ] {
             assert!(!is(conf), "{conf}");
         }
-        assert!(!is_substituter("substituters = http://127.0.0.1:12304", DEFAULT_UPSTREAM));
+        assert!(keys("substituters = http://127.0.0.1:12304", DEFAULT_UPSTREAM).is_none());
+    }
+
+    #[test]
+    fn what_was_left_to_it_before_takes_its_part_of_the_pace() {
+        let upstream = Upstream::new(&Config::default(), &[]);
+        upstream.left(1000);
+        let now = Instant::now();
+        upstream.lock().pace = Some((now, 1000.0));
+        assert_eq!(upstream.lock().time(2000, now), Some(Duration::from_secs(2)));
+        upstream.left(50_000);
+        assert_eq!(upstream.lock().time(2000, now).map(|time| time.as_secs()), Some(52));
+        assert_eq!(upstream.lock().time(2000, now + Duration::from_secs(100)), Some(Duration::from_secs(2)));
+        assert_eq!(upstream.lock().time(2000, now + PACE_KEPT), None);
+    }
+
+    #[test]
+    fn keys_are_those_of_nix_conf() {
+        const OTHER: &str = "other-1:dw6gRsgENbg3ZRarDaIEP6t3wwkl5ML26Gov7r1VLrA=";
+        let names = |conf: &str| -> Vec<String> {
+            let keys = NixConf::parse(conf).and_then(|conf| conf.keys_for(DEFAULT_UPSTREAM)).unwrap();
+            keys.iter().map(|key| key.name().to_owned()).collect()
+        };
+        assert_eq!(names(""), ["cache.nixos.org-1"]);
+        assert_eq!(names(&format!("trusted-public-keys = {OTHER}")), ["other-1"]);
+        assert_eq!(names(&format!("extra-trusted-public-keys = {OTHER} nonsense")), ["cache.nixos.org-1", "other-1"]);
+        assert_eq!(names(&format!("extra-trusted-public-keys = {OTHER}\ntrusted-public-keys =")), [""; 0]);
     }
 }

@@ -120,8 +120,9 @@ impl Meter {
         let waited = self.waited + self.since.map_or(Duration::ZERO, |since| now.saturating_duration_since(since));
         let per_second =
             |bytes: u64| if waited.is_zero() { f64::INFINITY } else { bytes as f64 / waited.as_secs_f64() };
-        let at_most = per_second(self.bytes + ENOUGH);
-        let is_recent = self.last.is_some_and(|last| now.saturating_duration_since(last) < KEPT);
+        let is_recent =
+            self.since.is_some() || self.last.is_some_and(|last| now.saturating_duration_since(last) < KEPT);
+        let at_most = if is_recent { per_second(self.bytes + ENOUGH) } else { f64::INFINITY };
         let smoothed = self.pace.filter(|_| is_recent);
         let known = smoothed.map(|pace| pace.min(at_most));
         let lasting = if waited < ENOUGH_TIME.get() { smoothed } else { known };
@@ -427,6 +428,12 @@ mod tests {
         let (meter, now) = waited(4, ms(10), 64 * KIB);
         assert!(known(&meter, now + KEPT - Duration::from_secs(2)).is_some());
         assert!(known(&meter, now + KEPT).is_none());
+        // Nor is it said to be slow, after what it once did not send.
+        let (mut meter, now) = (Meter::default(), Instant::now());
+        meter.wait(now);
+        meter.got(0, now + ms(500));
+        assert!(meter.pace(now + ms(500)).at_most < 600e3);
+        assert_eq!(meter.pace(now + ms(500) + KEPT).at_most, f64::INFINITY);
     }
 
     /// A card that sleeps 100 ms is not slow; a peer that drips is, however small its NARs are.
