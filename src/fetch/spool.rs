@@ -8,8 +8,9 @@ use crate::nix::NarHash;
 use crate::store::NarSink;
 use crate::time_scale::Timeout;
 use crossbeam_channel::{Receiver, Sender, TrySendError, bounded};
-use rustix::fs::{Mode, OFlags, open, statvfs};
+use rustix::fs::{Mode, OFlags, StatVfs, fstatvfs, open, statvfs};
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
@@ -39,6 +40,20 @@ const COPY: usize = 64 * 1024;
 pub struct Spools {
     dir: Option<PathBuf>,
     kept: Mutex<HashMap<NarHash, Arc<Spool>>>,
+    taken: Arc<Mutex<Taken>>,
+}
+
+/// What the files on the disk take, also of NARs that are no longer found but still being read.
+#[derive(Default)]
+struct Taken {
+    spools: usize,
+    bytes: u64,
+}
+
+/// A part of [`Taken`], until it is dropped.
+struct Reserved {
+    taken: Arc<Mutex<Taken>>,
+    bytes: u64,
 }
 
 /// One NAR that is kept while it comes.
@@ -47,6 +62,7 @@ pub struct Spool {
     pub name: String,
     size: u64,
     file: File,
+    _reserved: Reserved,
     progress: Mutex<Progress>,
     changed: Condvar,
 }
@@ -70,7 +86,7 @@ pub(super) struct Keeping<'a> {
 impl Spools {
     /// NARs are kept on the file system of `dir`; without one, none is.
     pub fn new(dir: Option<PathBuf>) -> Self {
-        Spools { dir, kept: Mutex::default() }
+        Spools { dir, kept: Mutex::default(), taken: Arc::default() }
     }
 
     /// What is kept of this NAR.
@@ -81,31 +97,51 @@ impl Spools {
     /// Begins to keep a NAR, if it is large and there is room for it.
     pub(super) fn begin(&self, name: &str, hash: NarHash, size: u64) -> Option<Keeping<'_>> {
         let dir = self.dir.as_ref().filter(|_| size >= LEAST_SIZE)?;
-        let mut kept = self.lock();
-        let taken: u64 = kept.values().map(|spool| spool.size).sum();
-        if kept.contains_key(&hash) || kept.len() >= MAX_SPOOLS || taken.saturating_add(size) > MAX_BYTES {
+        if self.lock().contains_key(&hash) {
             return None;
         }
-        let (spool, queue, pieces) = match Spool::open(dir, name, size) {
-            Ok(Some(spool)) => {
-                let (pieces, queue) = bounded(QUEUE);
-                (Arc::new(spool), queue, pieces)
-            }
-            Ok(None) => return None,
+        let (reserved, all) = Reserved::of(&self.taken, size)?;
+        // Not under the lock, which the event loop takes, too: disks may hang.
+        let spool = match Spool::open(dir, name, size, reserved, all) {
+            Ok(spool) => Arc::new(spool?),
             Err(e) => {
                 log::debug!("{}: {e}; NARs are not passed on while they come", dir.display());
                 return None;
             }
         };
+        let (pieces, queue) = bounded(QUEUE);
         let writing = spool.clone();
         let thread = thread::Builder::new().name("nar-spool".into()).spawn(move || writing.write(&queue));
         thread.inspect_err(|e| log::debug!("thread for a NAR: {e}")).ok()?;
-        kept.insert(hash, spool.clone());
+        match self.lock().entry(hash) {
+            Entry::Vacant(place) => place.insert(spool.clone()),
+            Entry::Occupied(_) => return None,
+        };
         Some(Keeping { spools: self, hash, spool, pieces: Some(pieces) })
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<NarHash, Arc<Spool>>> {
         self.kept.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Reserved {
+    /// Room for a NAR of that size, and the bytes that are then reserved in all; `None` if there are too many.
+    fn of(taken: &Arc<Mutex<Taken>>, size: u64) -> Option<(Reserved, u64)> {
+        let mut now = taken.lock().unwrap_or_else(PoisonError::into_inner);
+        let bytes = now.bytes.checked_add(size).filter(|bytes| *bytes <= MAX_BYTES)?;
+        if now.spools >= MAX_SPOOLS {
+            return None;
+        }
+        *now = Taken { spools: now.spools + 1, bytes };
+        Some((Reserved { taken: taken.clone(), bytes: size }, bytes))
+    }
+}
+
+impl Drop for Reserved {
+    fn drop(&mut self) {
+        let mut now = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
+        *now = Taken { spools: now.spools - 1, bytes: now.bytes - self.bytes };
     }
 }
 
@@ -132,26 +168,26 @@ impl Drop for Keeping<'_> {
 }
 
 impl Spool {
-    /// A file for a NAR of that size; `None` if the disk has too little room.
-    fn open(dir: &Path, name: &str, size: u64) -> io::Result<Option<Spool>> {
-        let disk = statvfs(dir)?;
-        let free = disk.f_bavail.saturating_mul(disk.f_frsize);
-        let least = (2 * size).saturating_add(disk.f_blocks.saturating_mul(disk.f_frsize) / FREE_PARTS);
-        if free < least {
+    /// A file for a NAR of that size; `None` if the disk has too little room for all the bytes reserved.
+    fn open(dir: &Path, name: &str, size: u64, reserved: Reserved, all: u64) -> io::Result<Option<Spool>> {
+        if !has_room(&statvfs(dir)?, all) {
             return Ok(None);
         }
         let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
         let file = File::from(open(dir, flags, Mode::RUSR | Mode::WUSR)?);
         let (progress, changed) = Default::default();
-        Ok(Some(Spool { name: name.to_owned(), size, file, progress, changed }))
+        Ok(Some(Spool { name: name.to_owned(), size, file, _reserved: reserved, progress, changed }))
     }
 
     /// Writes pieces until no more come or the disk fails.
     fn write(&self, queue: &Receiver<Arc<Piece>>) {
         let mut at = 0;
         for piece in queue {
-            if let Err(e) = self.file.write_all_at(piece.bytes(), at) {
+            if let Err(e) = self.write_piece(&piece, at) {
                 log::debug!("spool: {e}");
+                // Readers find the file shorter than was said, and go elsewhere: others need the disk.
+                self.lock().has_ended = true;
+                let _ = self.file.set_len(0);
                 break;
             }
             at += piece.bytes().len() as u64;
@@ -160,6 +196,15 @@ impl Spool {
         }
         self.lock().has_ended = true;
         self.changed.notify_all();
+    }
+
+    /// # Errors
+    /// The disk's, or others have filled it meanwhile.
+    fn write_piece(&self, piece: &Piece, at: u64) -> io::Result<()> {
+        if !has_room(&fstatvfs(&self.file)?, self.size.saturating_sub(at)) {
+            return Err(io::ErrorKind::StorageFull.into());
+        }
+        self.file.write_all_at(piece.bytes(), at)
     }
 
     /// Bytes in the whole NAR.
@@ -209,6 +254,12 @@ impl Spool {
     }
 }
 
+/// Whether the disk has room for so many bytes of NARs, which Nix writes, too, and for others.
+fn has_room(disk: &StatVfs, bytes: u64) -> bool {
+    let free = disk.f_bavail.saturating_mul(disk.f_frsize);
+    free >= bytes.saturating_mul(2).saturating_add(disk.f_blocks.saturating_mul(disk.f_frsize) / FREE_PARTS)
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::verified::Incoming;
@@ -228,6 +279,42 @@ mod tests {
     fn read(spool: &Spool, range: Range<u64>) -> io::Result<Vec<u8>> {
         let mut out = Vec::new();
         spool.write_to(range, &mut out).map(|()| out)
+    }
+
+    /// The writing threads end soon, each with its file.
+    fn wait_until_empty(spools: &Spools) {
+        let until = Instant::now() + std::time::Duration::from_secs(120);
+        while spools.taken.lock().unwrap().spools > 0 {
+            assert!(Instant::now() < until, "files are left");
+            thread::sleep(std::time::Duration::from_millis(5));
+        }
+        assert_eq!(spools.taken.lock().unwrap().bytes, 0);
+    }
+
+    #[test]
+    fn room_is_for_nix_too_and_a_tenth_stays_free() {
+        let disk = |free| StatVfs { f_bavail: free, f_frsize: 4096, f_blocks: 1000, ..statvfs("/").unwrap() };
+        assert!(has_room(&disk(102), 4096));
+        assert!(!has_room(&disk(101), 4096));
+        assert!(!has_room(&disk(101), u64::MAX));
+    }
+
+    #[test]
+    fn file_on_a_full_disk_is_emptied_and_its_readers_are_told() {
+        let spools = spools();
+        let (reserved, all) = Reserved::of(&spools.taken, LEAST_SIZE).unwrap();
+        let mut spool = Spool::open(&std::env::temp_dir(), "a", LEAST_SIZE, reserved, all).unwrap().expect("room");
+        spool.file.set_len(1 << 20).unwrap();
+        // Of which there is never so much room.
+        spool.size = u64::MAX;
+        let (pieces, queue) = bounded(1);
+        pieces.send(piece()).unwrap();
+        spool.write(&queue);
+        assert!(spool.lock().has_ended);
+        assert_eq!(spool.file.metadata().unwrap().len(), 0);
+        // Some of it was written before.
+        spool.lock().written = 1;
+        assert_eq!(read(&spool, 0..1).unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
     }
 
     fn piece() -> Arc<Piece> {
@@ -266,7 +353,12 @@ mod tests {
         let kept: Vec<_> = (0..20).map_while(|number| spools.begin("a", hash(number), LEAST_SIZE)).collect();
         assert_eq!(kept.len(), MAX_SPOOLS);
         assert!(spools.begin("a", hash(0), LEAST_SIZE).is_none());
+        // The files of those that are still read are there, although no further neighbour finds them.
+        let reading: Vec<_> = (0..20).filter_map(|number| spools.get(&hash(number))).collect();
         drop(kept);
+        assert!(spools.get(&hash(1)).is_none() && spools.begin("a", hash(1), LEAST_SIZE).is_none());
+        drop(reading);
+        wait_until_empty(&spools);
         assert!(spools.begin("a", hash(0), MAX_BYTES + 1).is_none());
         assert!(spools.begin("a", hash(0), LEAST_SIZE).is_some());
     }
