@@ -238,13 +238,13 @@ impl Lookup {
         addresses.into_iter().flatten().map(Source::neighbour).collect()
     }
 
-    /// Where the NAR is at a peer that has it elsewhere than usual, by its narinfo; `None` if it has no such NAR.
-    pub fn nar_elsewhere(&self, peer: SocketAddr, found: &Found, patience: Duration) -> Option<Source> {
+    /// Where the NAR is at a peer, by its narinfo; `None` if it has no such NAR.
+    pub fn nar_place(&self, peer: SocketAddr, found: &Found, patience: Duration) -> Option<Source> {
         let hash_part = found.path.hash_part();
         let narinfo = self.lan.as_ref()?.narinfo(peer, &hash_part, patience)?;
         let source = self.accept(peer, &narinfo).ok()?;
         let is_it = narinfo.info.nar_hash == found.nar_hash && narinfo.info.nar_size == found.nar_size;
-        (is_it && source.url_path.is_some()).then_some(source)
+        is_it.then_some(source)
     }
 
     /// Those of these addresses that are live neighbours, as sources of a NAR, in their order.

@@ -94,11 +94,15 @@ fn slow_sole_holder_is_waited_for() {
     let lan = Lan::new();
     let world = World::on(&lan);
     let asker = Asker::with(&lan, "", &[&world.cache_key]);
-    let (_host, slow) = slow_neighbour(&lan, &world, &asker, DRIP);
-    nar_url(&asker, world.path("little"));
-    asker.fetches(&world, world.path("little"));
+    // Several times as long as a pace is measured.
+    let (_host, slow) = slow_neighbour(&lan, &world, &asker, (4000, Duration::from_millis(100)));
+    let url = nar_url(&asker, world.path("large"));
+    let size = Shelf::of(&world).nar(world::hash_part(world.path("large"))).unwrap().len();
+    assert!(size > 8 * 40_000, "{size} bytes are there in less than 8 s");
+    assert_eq!(get_nar(&asker, &url), (size, true));
     let asked = slow.asked.lock().unwrap().iter().filter(|request| request.path.ends_with(".nar")).count();
     assert_eq!(asked, 1);
+    assert!(!asker.daemon.log().contains("leaves peer"), "{}", asker.daemon.log());
 }
 
 #[test]

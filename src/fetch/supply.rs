@@ -180,8 +180,8 @@ pub(super) enum Broken {
     Upstream(String),
     /// A peer that is still getting the NAR sent a piece that is not the holder's, which has this digest.
     WrongPiece([u8; 32]),
-    /// The holder does not tell its digests.
-    Unchecked(String),
+    /// The holder does not tell its digests, and whether that breaks its promise: it may be busy, or the time is up.
+    Unchecked(bool, String),
     /// The first piece has not come in time.
     Late,
 }
@@ -365,7 +365,7 @@ impl<'a> Supply<'a> {
     /// SHA-256 of a piece, as the holder has it.
     fn digest(&mut self, piece: u64) -> Result<[u8; 32], Broken> {
         let Some(digests) = self.current.as_mut().and_then(|current| current.digests.as_mut()) else {
-            return Err(Broken::Unchecked("not compared".into()));
+            return Err(Broken::Unchecked(false, "not compared".into()));
         };
         let place = piece.checked_sub(digests.first).and_then(|place| usize::try_from(place).ok());
         if let Some(digest) = place.and_then(|place| digests.list.get(place)) {
@@ -375,8 +375,9 @@ impl<'a> Supply<'a> {
         let left = relay_time_left(self.until, self.relays_until, Instant::now());
         let asked = self.fetch.client.digests(digests.holder, &name, piece, MAX_DIGESTS, DIGEST_TIMEOUT.min(left));
         digests.first = piece;
-        digests.list = asked.map_err(|e| Broken::Unchecked(e.to_string()))?.0;
-        digests.list.first().copied().ok_or_else(|| Broken::Unchecked("no digests".into()))
+        let unchecked = |e: Error| Broken::Unchecked(e.fault() == Some(Fault::BrokenPromise), e.to_string());
+        digests.list = asked.map_err(unchecked)?.0;
+        digests.list.first().copied().ok_or_else(|| Broken::Unchecked(true, "no digests".into()))
     }
 
     /// Reads from the current peer, at least one byte; `rest` bytes of the NAR are to come, from byte `at` on.
@@ -669,9 +670,15 @@ impl<'a> Supply<'a> {
             // It said that it has the path, not which NAR, nor where: those of the original's kind have it elsewhere.
             Err(Error::NotThere) if source.url_path.is_none() && source.wan.is_none() && source.friend.is_none() => {
                 log::debug!("NAR {}: peer {} has it elsewhere, or another one", self.found.nar_hash, source.peer);
-                let elsewhere =
-                    self.fetch.lookup.nar_elsewhere(source.peer, &self.found, patience.min(self.left(Instant::now())));
-                self.found.sources.extend(elsewhere);
+                let left = patience.min(self.left(Instant::now()));
+                match self.fetch.lookup.nar_place(source.peer, &self.found, left) {
+                    Some(elsewhere) if elsewhere.url_path.is_some() => self.found.sources.push(elsewhere),
+                    Some(_) => {
+                        let why = "says that it has a NAR, and has not";
+                        self.fetch.standing.failed(who, Fault::BrokenPromise, began, Instant::now(), &why);
+                    }
+                    None => {}
+                }
             }
             Err(e) => {
                 log::debug!("NAR {}: peer {}: {e}", self.found.nar_hash, source.peer);
@@ -761,12 +768,14 @@ impl<'a> Supply<'a> {
                 }));
             }
             // It named others, so it is to tell digests.
-            Broken::Unchecked(why) => {
+            Broken::Unchecked(is_broken, why) => {
                 self.relays.clear();
                 if let Some(digests) = &current.digests {
                     log::debug!("NAR {hash}: peer {} does not tell digests: {why}", digests.holder);
                     let holder = Who::from(digests.holder);
-                    self.fetch.standing.failed(holder, Fault::BrokenPromise, current.began, now, why);
+                    if *is_broken {
+                        self.fetch.standing.failed(holder, Fault::BrokenPromise, current.began, now, why);
+                    }
                 }
             }
             // It may have lost its own source, or its Nix was stopped.
