@@ -1,12 +1,13 @@
 //! Who else is getting a large NAR from this node: so that the next neighbour may get it from one of them.
 //!
-//! Pure; times are passed in.
+//! Times are passed in. Only [`Crowds::to_hash`] blocks.
 
 use crate::nix::NarHash;
-use crate::wire::relay::MAX_NAMED;
+use crate::wire::relay::{DIGEST_LEN, MAX_NAMED};
 use std::collections::HashMap;
 use std::net::IpAddr;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::ops::Range;
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 /// Before this the pace of a crowd is not known: buffers fill first.
@@ -14,9 +15,26 @@ const LEAST_TIME: Duration = Duration::from_millis(500);
 /// Neighbours remembered of a NAR. Those who come later are not named.
 const MAX_GETTING: usize = 64;
 
+/// Answers hashed at once: one takes a processor, and reads 16 MiB.
+const MAX_HASHING: u32 = 2;
+/// Longest wait for a place among these: who asks waits 5 s.
+const HASHING_PATIENCE: Duration = Duration::from_secs(3);
+/// Digests remembered of one NAR: of 2 GiB, as much as neighbours keep of those on their way. Later ones are hashed each time.
+const MAX_DIGESTS_KEPT: usize = 8192;
+
+/// A digest of a piece of a NAR.
+pub type Digest = [u8; DIGEST_LEN as usize];
+
 /// The NARs that are being sent to neighbours.
 #[derive(Default)]
-pub struct Crowds(Mutex<HashMap<NarHash, Crowd>>);
+pub struct Crowds {
+    crowds: Mutex<HashMap<NarHash, Crowd>>,
+    hashing: Mutex<u32>,
+    hashed: Condvar,
+}
+
+/// A place among those that hash. Dropping it leaves it to the next.
+pub struct ToHash<'a>(&'a Crowds);
 
 struct Crowd {
     /// Streams of the NAR from this node.
@@ -26,6 +44,8 @@ struct Crowd {
     began: Instant,
     /// Who gets it, from here or from another one that was named to them, in the order in which they asked.
     getting: Vec<IpAddr>,
+    /// Digests that were asked for, by the piece.
+    digests: HashMap<u64, Digest>,
 }
 
 /// A stream of a NAR to a neighbour. Dropping it ends it.
@@ -46,7 +66,7 @@ impl Crowds {
     /// A neighbour asks for a NAR. `may_name`: it understands names, and may be named to others.
     pub fn ask(&self, hash: NarHash, asker: IpAddr, may_name: bool, now: Instant) -> Turn<'_> {
         let mut crowds = self.lock();
-        let new = || Crowd { streams: 0, sent: 0, began: now, getting: Vec::new() };
+        let new = || Crowd { streams: 0, sent: 0, began: now, getting: Vec::new(), digests: HashMap::new() };
         let crowd = crowds.entry(hash).or_insert_with(new);
         if may_name && !crowd.getting.contains(&asker) {
             let names = crowd.getting[crowd.getting.len().saturating_sub(MAX_NAMED)..].to_vec();
@@ -70,8 +90,40 @@ impl Crowds {
         (time >= LEAST_TIME).then_some(pace as u64)
     }
 
+    /// The digests of these pieces, if all are remembered.
+    pub fn digests(&self, hash: NarHash, mut pieces: Range<u64>) -> Option<Vec<Digest>> {
+        let crowds = self.lock();
+        let known = &crowds.get(&hash)?.digests;
+        pieces.try_fold(Vec::new(), |mut all, piece| {
+            all.push(*known.get(&piece)?);
+            Some(all)
+        })
+    }
+
+    /// Remembers digests of the pieces from `first` on, as long as the NAR is being sent.
+    pub fn keep_digests(&self, hash: NarHash, first: u64, digests: &[Digest]) {
+        if let Some(crowd) = self.lock().get_mut(&hash)
+            && crowd.digests.len() + digests.len() <= MAX_DIGESTS_KEPT
+        {
+            crowd.digests.extend((first..).zip(digests.iter().copied()));
+        }
+    }
+
+    /// Blocks until few others hash, for 3 s at most. `None`: there are too many.
+    pub fn to_hash(&self) -> Option<ToHash<'_>> {
+        let hashing = self.hashing.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_full = |hashing: &mut u32| *hashing >= MAX_HASHING;
+        let waited = self.hashed.wait_timeout_while(hashing, HASHING_PATIENCE, is_full);
+        let (mut hashing, waited) = waited.unwrap_or_else(PoisonError::into_inner);
+        if waited.timed_out() {
+            return None;
+        }
+        *hashing += 1;
+        Some(ToHash(self))
+    }
+
     fn lock(&self) -> MutexGuard<'_, HashMap<NarHash, Crowd>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.crowds.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -81,6 +133,13 @@ impl Sending<'_> {
         if let Some(crowd) = self.crowds.lock().get_mut(&self.hash) {
             crowd.sent += bytes;
         }
+    }
+}
+
+impl Drop for ToHash<'_> {
+    fn drop(&mut self) {
+        *self.0.hashing.lock().unwrap_or_else(PoisonError::into_inner) -= 1;
+        self.0.hashed.notify_one();
     }
 }
 
@@ -146,6 +205,30 @@ mod tests {
         assert_eq!(crowds.pace_of_one_more(hash, now + Duration::from_secs(1)), Some(500_000));
         drop(sending);
         assert_eq!(crowds.pace_of_one_more(hash, now + Duration::from_secs(1)), None);
+    }
+
+    #[test]
+    fn digests_are_kept_while_the_nar_is_being_sent_and_bounded() {
+        let (crowds, hash, now) = (Crowds::default(), NarHash::from_bytes([1; 32]), Instant::now());
+        crowds.keep_digests(hash, 0, &[[1; 32]]);
+        assert_eq!(crowds.digests(hash, 0..1), None);
+        let sending = crowds.ask(hash, host(1), true, now);
+        crowds.keep_digests(hash, 4, &[[4; 32], [5; 32]]);
+        assert_eq!(crowds.digests(hash, 4..6), Some(vec![[4; 32], [5; 32]]));
+        assert_eq!(crowds.digests(hash, 4..7), None);
+        crowds.keep_digests(hash, 6, &vec![[6; 32]; MAX_DIGESTS_KEPT]);
+        assert_eq!(crowds.digests(hash, 6..7), None);
+        drop(sending);
+        assert_eq!(crowds.digests(hash, 4..6), None);
+    }
+
+    #[test]
+    fn few_hash_at_once_and_the_next_ones_wait_for_them() {
+        let crowds = Crowds::default();
+        let mut places: Vec<_> = (0..MAX_HASHING).map(|_| crowds.to_hash().unwrap()).collect();
+        assert!(crowds.to_hash().is_none());
+        places.pop();
+        assert!(crowds.to_hash().is_some());
     }
 
     #[test]

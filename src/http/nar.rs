@@ -2,7 +2,7 @@
 
 use super::Request;
 use super::cache::{Cache, Failure, NOT_THERE};
-use super::crowd::{Sending, Turn};
+use super::crowd::{Digest, Sending, Turn};
 use super::encoding::{Compressor, accepts_zstd};
 use super::range::{self, Part};
 use super::response::{Answer, Exchange, Fields};
@@ -161,7 +161,8 @@ pub(super) fn digests(
     request: &Request<'_>,
     exchange: &mut Exchange<'_>,
 ) -> Result<(), Failure> {
-    if info.nar_hash != name.nar_hash {
+    // Nobody needs their head, which costs as much.
+    if info.nar_hash != name.nar_hash || !exchange.wants_body() {
         return Err(NOT_THERE);
     }
     let size = info.nar_size.div_ceil(DIGEST_PIECE as u64) * DIGEST_LEN;
@@ -172,10 +173,7 @@ pub(super) fn digests(
     };
     let first = part.start / DIGEST_LEN;
     let last = part.end.div_ceil(DIGEST_LEN).min(first + MAX_DIGESTS);
-    let bytes = first * DIGEST_PIECE as u64..info.nar_size.min(last * DIGEST_PIECE as u64);
-    let mut hashing = Hashing { context: Context::new(&SHA256), left: DIGEST_PIECE, digests: Vec::new() };
-    cache.store.write_nar(info, bytes, &mut hashing).map_err(|e| cache.not_served(&info.path, &e))?;
-    let digests = hashing.finish();
+    let digests = piece_digests(cache, info, first..last)?.concat();
     let range = format!("bytes {}-{}/{size}", first * DIGEST_LEN, first * DIGEST_LEN + digests.len() as u64 - 1);
     let mut fields = vec![("Content-Type", "application/octet-stream"), ("Content-Range", &range)];
     let pace = cache.crowds.pace_of_one_more(name.nar_hash, Instant::now()).map(|pace| pace.to_string());
@@ -183,22 +181,41 @@ pub(super) fn digests(
     Ok(exchange.send(status, &fields, &digests)?)
 }
 
+/// SHA-256 of these pieces of a NAR, which are hashed once for all neighbours that get it.
+fn piece_digests(cache: &Cache, info: &PathInfo, pieces: Range<u64>) -> Result<Vec<Digest>, Failure> {
+    let known = || cache.crowds.digests(info.nar_hash, pieces.clone());
+    if let Some(digests) = known() {
+        return Ok(digests);
+    }
+    let _place = cache.crowds.to_hash().ok_or(Failure::Busy)?;
+    // Others may have been waited for that hashed the same.
+    if let Some(digests) = known() {
+        return Ok(digests);
+    }
+    let bytes = pieces.start * DIGEST_PIECE as u64..info.nar_size.min(pieces.end * DIGEST_PIECE as u64);
+    let mut hashing = Hashing { context: Context::new(&SHA256), left: DIGEST_PIECE, digests: Vec::new() };
+    cache.store.write_nar(info, bytes, &mut hashing).map_err(|e| cache.not_served(&info.path, &e))?;
+    let digests = hashing.finish();
+    cache.crowds.keep_digests(info.nar_hash, pieces.start, &digests);
+    Ok(digests)
+}
+
 /// Hashes each piece of what is written to it.
 struct Hashing {
     context: Context,
     /// Bytes until the piece ends.
     left: usize,
-    digests: Vec<u8>,
+    digests: Vec<Digest>,
 }
 
 impl Hashing {
     fn end_piece(&mut self) {
         let context = std::mem::replace(&mut self.context, Context::new(&SHA256));
-        self.digests.extend_from_slice(context.finish().as_ref());
+        self.digests.push(context.finish().as_ref().try_into().expect("SHA-256 has 32 bytes"));
         self.left = DIGEST_PIECE;
     }
 
-    fn finish(mut self) -> Vec<u8> {
+    fn finish(mut self) -> Vec<Digest> {
         if self.left < DIGEST_PIECE {
             self.end_piece();
         }
