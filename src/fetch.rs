@@ -8,7 +8,7 @@ use crate::lookup::{Found, Lookup};
 use crate::nix::{HashPart, NarHash};
 use crate::peers::client::Client;
 use crate::peers::pace::Paces;
-use crate::peers::standing::{Fault, Standing};
+use crate::peers::standing::Standing;
 use crate::record::Record;
 use crate::time_scale::Timeout;
 use crate::upstream::Upstream;
