@@ -60,7 +60,7 @@ pub struct Mapping {
     pub problem: Option<String>,
 }
 
-/// The thread that keeps a mapping. Dropping it gives the mapping up, within [`LAST_WAIT`].
+/// The thread that keeps a mapping. Dropping it gives the mapping up, within `LAST_WAIT`.
 pub struct PortMapper {
     current: Arc<Mutex<Mapping>>,
     running: Option<Sender<()>>,

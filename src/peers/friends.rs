@@ -542,7 +542,7 @@ impl FriendSearch {
         (self.asked, self.unanswered)
     }
 
-    /// The next friend that has it. Blocks until all have answered, for [`NARINFO_TIMEOUT`] at most.
+    /// The next friend that has it. Blocks until all have answered, for `NARINFO_TIMEOUT` at most.
     pub fn next_offer(&mut self) -> Option<FriendOffer> {
         loop {
             self.ask();
