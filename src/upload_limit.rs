@@ -59,7 +59,7 @@ impl UploadLimit {
         }
     }
 
-    /// Streams that get [`LEAST_RATE`] each; at least one.
+    /// Streams that get `LEAST_RATE` each; at least one.
     pub fn streams(&self) -> usize {
         usize::try_from((self.bytes_per_second / LEAST_RATE).max(1)).unwrap_or(usize::MAX)
     }

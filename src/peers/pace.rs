@@ -29,7 +29,7 @@ const MAX_PEERS: usize = 1024;
 pub struct Pace {
     /// The pace, if enough was measured. It drops at once while nothing comes.
     pub known: Option<f64>,
-    /// The pace, if enough was measured, which drops only when little came in [`ENOUGH_TIME`]: one stall says nothing of it.
+    /// The pace, if enough was measured, which drops only when little came in `ENOUGH_TIME`: one stall says nothing of it.
     pub lasting: Option<f64>,
     /// What came while it was waited for, in the sample under way; zero before the first wait.
     pub measured: f64,
