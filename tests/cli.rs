@@ -92,7 +92,6 @@ fn fail(host: &Host, uid: u32, flags: &[&str]) -> Output {
 fn what_keeps_it_from_starting() {
     let lan = Lan::new();
     let (host, _) = host(&lan);
-    assert_one_line(&fail(&host, 0, &["--bind", "10.99.99.99"]), 1, &["10.99.99.99", "--bind"]);
     assert_one_line(&fail(&host, 65534, &["--port", "80"]), 1, &["80", "--port"]);
 
     let taken = host.listen(PORT);

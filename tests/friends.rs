@@ -211,7 +211,9 @@ fn friend_removed_at_run_time_gets_nothing_more() {
     assert!(status == 200 && body == stock::dump(&home, &path));
     // What only this machine may ask for is not for friends, and no browser passes for one.
     assert_eq!(kept.get("/status.json").unwrap().0, 403);
-    assert_eq!(kept.get(&format!("/{}.narinfo", world::hash_part(&path))).unwrap().0, 403);
+    assert_eq!(kept.get(&format!("/peer/nar/{}-{}.nar", world::hash_part(&path), "0".repeat(52))).unwrap().0, 403);
+    // The root is a cache of the own store for everybody but this machine.
+    assert_eq!(kept.get(&format!("/{}.narinfo", world::hash_part(&path))).unwrap().0, 200);
 
     home.write(file, "# nobody\n");
     wait_for("the friend is removed", || kept.get(&narinfo_route(&path)).is_err().then_some(()));

@@ -215,6 +215,8 @@ fn store_remedy(e: &StoreError, db: &Path) -> String {
         StoreError::Unreadable { .. } => readable(db),
         StoreError::Asleep { .. } => "systemctl enable --now nix-daemon.socket".into(),
         StoreError::Missing { .. } => "install Nix, or name the place by --db FILE".into(),
+        // To verify the store would remove these paths from the database.
+        StoreError::NoFiles { .. } => "mount the store, or name the one that the database is of by --root DIR".into(),
         StoreError::Busy { .. } => format!("whose lock it is: fuser -v {file}"),
         StoreError::Database { .. } => {
             format!(

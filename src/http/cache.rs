@@ -306,7 +306,13 @@ impl Cache {
 
     /// What an output is in the own store, for whoever may have its path.
     fn own_realisation(&self, id: &DrvOutput, scope: Scope, exchange: &mut Exchange<'_>) -> Result<(), Failure> {
-        let realisation = self.store.realisation(id)?.ok_or(NOT_THERE)?;
+        let realisation = match self.store.realisation(id) {
+            Err(e @ StoreError::Row { .. }) => {
+                self.warn(format_args!("{e}"));
+                return Err(NOT_THERE);
+            }
+            found => found?.ok_or(NOT_THERE)?,
+        };
         if self.shared(&realisation.out_path.hash_part(), scope)?.path != realisation.out_path {
             return Err(NOT_THERE);
         }

@@ -65,8 +65,8 @@ pub enum Route {
     PeerNarinfo(HashPart),
     /// `/peer/nar/…`: from a peer.
     PeerNar(NarName),
-    /// `/v2/remote/<address>/<port>/<hash part>/…`: the same, as the Python peerix wrote it into what Nix remembers for
-    /// 30 days. Which NAR that was is not in it.
+    /// `/v2/remote/<address>/<port>/<hash part>/…` and `/v3/wan/wan/<address>/<port>/<peer ID>/<hash part>/…`: the
+    /// same, as the Python peerix wrote it into what Nix remembers for 30 days. Which NAR that was is not in it.
     PeerAnyNar(HashPart),
     /// `/log/<derivation>`: from a peer.
     PeerLog(StorePath),
@@ -175,13 +175,15 @@ fn own(path: &str, view: View) -> Option<Route> {
 fn from_peers(path: &str) -> Option<Route> {
     match path.split_once('/') {
         Some(("log", name)) => derivation(name).map(Route::PeerLog),
-        Some(("v2", rest)) => {
-            let hash_part = rest.strip_prefix("remote/")?.split('/').nth(2)?;
-            HashPart::parse(hash_part.as_bytes()).ok().map(Route::PeerAnyNar)
-        }
+        Some(("v2", rest)) => remembered(rest.strip_prefix("remote/")?.split('/').nth(2)?),
+        Some(("v3", rest)) => remembered(rest.strip_prefix("wan/wan/")?.split('/').nth(3)?),
         Some(_) => drv_output(path).map(Route::PeerRealisation),
         None => narinfo(path).map(Route::PeerNarinfo),
     }
+}
+
+fn remembered(hash_part: &str) -> Option<Route> {
+    HashPart::parse(hash_part.as_bytes()).ok().map(Route::PeerAnyNar)
 }
 
 fn narinfo(name: &str) -> Option<HashPart> {
@@ -267,6 +269,8 @@ mod tests {
         }
         let old = format!("/v2/remote/192.168.7.20/12304/{HASH_PART}/local/nar/remembered.nar");
         assert_eq!(get(&old, Scope::ThisMachine), Ok(Route::PeerAnyNar(hash_part)));
+        let far = format!("/v3/wan/wan/203.0.113.7/12304/peer-1/{HASH_PART}/local/nar/remembered.nar");
+        assert_eq!(get(&far, Scope::ThisMachine), Ok(Route::PeerAnyNar(hash_part)));
         assert_eq!(get(&format!("/nar/{name}"), Scope::Lan), Ok(Route::OwnNar(name, View::Cache)));
         assert_eq!(get(&format!("/{HASH_PART}.ls"), Scope::Lan), Ok(Route::Listing(hash_part)));
         for target in [format!("/nar/{name}"), format!("/{HASH_PART}.ls")] {

@@ -6,9 +6,10 @@
 use super::client::{Client, Error, LogBody};
 use super::requests::Requests;
 use super::standing::{Standing, Turn};
-use crate::lan::{DiscoveryClient, Neighbour, Update};
+use crate::lan::{DiscoveryClient, LookupId, Neighbour, Update};
 use crate::nix::{DrvOutput, Realisation, StorePath};
 use crossbeam_channel::{Receiver, Sender, bounded, never, select};
+use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -46,24 +47,23 @@ impl Nearby {
     /// The first realisation of `id` that `is_good`. Blocks for 2 s at most.
     pub fn realisation(&self, id: &DrvOutput, is_good: impl Fn(&Realisation) -> bool) -> Option<Realisation> {
         let until = Instant::now() + PATIENCE;
-        let mut waiting = self.live_neighbours(PATIENCE).into_iter().take(MAX_ASKED);
-        let mut next = waiting.next();
+        let mut waiting: VecDeque<SocketAddr> = self.live_neighbours(PATIENCE).into_iter().take(MAX_ASKED).collect();
         let (answers, answered) = bounded(MAX_ASKED);
         let mut under_way = 0;
-        while next.is_some() || under_way > 0 {
-            let mut is_blocked = false;
-            while let Some(http) = next
-                && under_way < AT_ONCE
-                && !is_blocked
-            {
+        while !waiting.is_empty() || under_way > 0 {
+            // One that has as many requests under way as it may does not keep the next from being asked.
+            for _ in 0..waiting.len() {
+                if under_way >= AT_ONCE {
+                    break;
+                }
+                let Some(http) = waiting.pop_front() else { break };
                 let id = id.clone();
-                let started = self.ask(http, &answers, until, move |client, left| client.realisation(http, &id, left));
-                is_blocked = !started;
-                if started {
-                    under_way += 1;
-                    next = waiting.next();
+                match self.ask(http, &answers, until, move |client, left| client.realisation(http, &id, left)) {
+                    true => under_way += 1,
+                    false => waiting.push_back(http),
                 }
             }
+            let is_blocked = !waiting.is_empty() && under_way < AT_ONCE;
             let wake_up = if is_blocked { until.min(Instant::now() + BLOCKED) } else { until };
             match answered.recv_deadline(wake_up) {
                 Ok((_, Some(realisation))) if is_good(&realisation) => return Some(realisation),
@@ -83,18 +83,26 @@ impl Nearby {
     pub fn log(&self, derivation: &StorePath) -> Option<LogBody> {
         let until = Instant::now() + PATIENCE;
         let (lookup, updates) = self.discovery.look_up(derivation.hash_part());
-        let log = self.first_log(derivation, updates, until);
+        let log = self.first_log(derivation, lookup, updates, until);
         self.discovery.settled(lookup, None);
         log
     }
 
-    fn first_log(&self, derivation: &StorePath, mut holders: Receiver<Update>, until: Instant) -> Option<LogBody> {
+    fn first_log(
+        &self,
+        derivation: &StorePath,
+        lookup: LookupId,
+        mut holders: Receiver<Update>,
+        until: Instant,
+    ) -> Option<LogBody> {
         let (answers, answered) = bounded(MAX_LOG_HOLDERS);
         let (mut asked, mut under_way, mut has_ended) = (0, 0, false);
         while under_way > 0 || !has_ended {
             select! {
                 recv(holders) -> update => match update {
-                    Ok(Update::Holder { holder, .. }) => {
+                    Ok(Update::Holder { peer, holder }) => {
+                        // A log is not waited for in discovery: its budgets are for narinfos.
+                        self.discovery.failed(lookup, peer);
                         let (http, derivation) = (holder.http, derivation.clone());
                         let request = move |client: &Client, left| client.log(http, &derivation, left);
                         if asked < MAX_LOG_HOLDERS && self.ask(http, &answers, until, request) {
@@ -109,7 +117,6 @@ impl Nearby {
                 },
                 default(until.saturating_duration_since(Instant::now())) => return None,
             }
-            // Discovery goes on waiting for those that are asked here. Nothing else has to come.
             has_ended |= asked == MAX_LOG_HOLDERS;
         }
         None
@@ -143,8 +150,8 @@ impl Nearby {
             let began = Instant::now();
             let result = request(&client, until.saturating_duration_since(began));
             match &result {
-                // It had not promised anything.
-                Ok(_) | Err(Error::NotThere | Error::Status(_)) => {}
+                // It had not promised anything, and may have had no time left.
+                Ok(_) | Err(Error::NotThere | Error::Status(_) | Error::Unreachable(ureq::Error::Timeout(_))) => {}
                 Err(e) => {
                     if let Some(fault) = e.fault() {
                         standing.failed(http, fault, began, Instant::now(), e);
