@@ -338,7 +338,8 @@ mod tests {
         // The thread may have the connection still. When it answers what the watcher can, that has it again.
         ask("/at-once/3");
         assert_eq!(ask("/at-once/4"), "http-watch");
-        assert_eq!(ask("/5"), "http-0");
+        // The first thread of the pool may not be idle yet: then it is the second one.
+        assert_ne!(ask("/5"), "http-watch");
     }
 
     #[test]
