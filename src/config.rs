@@ -212,6 +212,9 @@ pub const DEFAULT_PORT: u16 = 12304;
 /// The cache that Nix itself asks by default.
 pub const DEFAULT_UPSTREAM: &str = "https://cache.nixos.org";
 
+/// The key of [`DEFAULT_UPSTREAM`], which Nix trusts by default (Nix manual, "trusted-public-keys").
+pub const UPSTREAM_KEY: &str = "cache.nixos.org-1:6NCHdD59X431o0gWypbMrAURkbJ16ZPMQFGspcDShjY=";
+
 impl Config {
     /// Whether there may be friends.
     pub fn has_friends(&self) -> bool {

@@ -1,4 +1,4 @@
-//! Files that hold keys, as Nix writes them: a line or a few.
+//! Files that a user names: those of keys, as Nix writes them, and longer ones.
 
 use rustix::fs::OFlags;
 use std::fs::OpenOptions;
@@ -14,15 +14,26 @@ const MAX_KEY_FILE: u64 = 4096;
 /// # Errors
 /// The system's; or it is no file, too large, or no text.
 pub fn read(path: &Path) -> io::Result<String> {
+    let is_refused = |e: &io::Error| e.kind() == io::ErrorKind::Other;
+    let bytes = read_bytes(path, MAX_KEY_FILE)
+        .map_err(|e| if is_refused(&e) { io::Error::other("not a key file") } else { e })?;
+    String::from_utf8(bytes).map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))
+}
+
+/// The content of a file of at most `max` bytes. Does not wait for a pipe or a device.
+///
+/// # Errors
+/// The system's; or it is no regular file, or larger.
+pub fn read_bytes(path: &Path, max: u64) -> io::Result<Vec<u8>> {
     // A pipe would wait for somebody to write.
     let file = OpenOptions::new().read(true).custom_flags(OFlags::NONBLOCK.bits() as i32).open(path)?;
     let meta = file.metadata()?;
-    if !meta.is_file() || meta.len() > MAX_KEY_FILE {
-        return Err(io::Error::other("not a key file"));
+    if !meta.is_file() || meta.len() > max {
+        return Err(io::Error::other(format!("not a file of at most {} KiB", max >> 10)));
     }
-    let mut text = String::new();
-    file.take(MAX_KEY_FILE).read_to_string(&mut text)?;
-    Ok(text)
+    let mut bytes = Vec::new();
+    file.take(max).read_to_end(&mut bytes)?;
+    Ok(bytes)
 }
 
 #[cfg(test)]

@@ -4,12 +4,11 @@
 //! this very NAR with a signature that Nix trusts, and it is reachable and fast enough now. Whatever cannot be told counts
 //! against it, as on a network without a way out a slow peer is all there is.
 
-use crate::config::{Config, DEFAULT_UPSTREAM};
+use crate::config::{Config, DEFAULT_UPSTREAM, UPSTREAM_KEY};
 use crate::lookup::Found;
 use crate::nix::{HashPart, NarInfo, PublicKey, StoreDir};
-use crate::share::UPSTREAM_KEY;
+use crate::trust::NixConf;
 use std::collections::HashMap;
-use std::fs::File;
 use std::io::Read;
 use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -32,8 +31,6 @@ const SAMPLE_TIME: Duration = Duration::from_secs(1);
 const MAX_REDIRECTS: u32 = 3;
 /// A response's head, in bytes.
 const MAX_HEAD: usize = 16 * 1024;
-/// As much of nix.conf as is read, in bytes.
-const MAX_NIX_CONF: u64 = 1 << 20;
 
 /// The upstream cache, as this machine's Nix would use it.
 pub struct Upstream {
@@ -41,7 +38,7 @@ pub struct Upstream {
     url: String,
     keys: Vec<PublicKey>,
     store_dir: StoreDir,
-    nix_conf: PathBuf,
+    nix_conf_dir: PathBuf,
     state: Mutex<State>,
 }
 
@@ -83,13 +80,12 @@ impl Upstream {
         if config.upstream_cache == DEFAULT_UPSTREAM {
             keys.extend(PublicKey::parse(UPSTREAM_KEY));
         }
-        let conf_dir = std::env::var_os("NIX_CONF_DIR").map_or_else(|| PathBuf::from("/etc/nix"), PathBuf::from);
         Upstream {
             agent: agent.new_agent(),
             url: config.upstream_cache.clone(),
             keys,
             store_dir: config.store_dir.clone(),
-            nix_conf: conf_dir.join("nix.conf"),
+            nix_conf_dir: config.nix_conf_dir.clone(),
             state: Mutex::default(),
         }
     }
@@ -128,7 +124,8 @@ impl Upstream {
 
     /// Asks whether it has the NAR, and measures its pace by it if that is not known. `None`: no answer.
     fn look_up(&self, hash_part: &HashPart, found: &Found) -> Option<bool> {
-        let has = self.trusted_keys().map(|keys| self.request(hash_part, found, &keys));
+        let keys = NixConf::read(&self.nix_conf_dir).keys_for_substituter(&self.url);
+        let has = keys.map(|keys| self.request(hash_part, found, &keys));
         let now = Instant::now();
         let mut state = self.lock();
         let has = match has {
@@ -195,53 +192,8 @@ impl Upstream {
         Ok(bytes as f64 / began.elapsed().as_secs_f64())
     }
 
-    /// The keys that nix.conf trusts, if it is certain to have the cache among the substituters.
-    fn trusted_keys(&self) -> Option<Vec<PublicKey>> {
-        let mut text = String::new();
-        File::open(&self.nix_conf).and_then(|file| file.take(MAX_NIX_CONF).read_to_string(&mut text)).ok()?;
-        NixConf::parse(&text)?.keys_for(&self.url)
-    }
-
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// What nix.conf says of substituters.
-struct NixConf {
-    substituters: Vec<String>,
-    public_keys: Vec<String>,
-}
-
-impl NixConf {
-    /// `None`: Nix may do something else than what is written here, as with other files that are included.
-    fn parse(text: &str) -> Option<NixConf> {
-        let mut conf = NixConf { substituters: vec![DEFAULT_UPSTREAM.into()], public_keys: vec![UPSTREAM_KEY.into()] };
-        // In their order, as Nix does it: what follows replaces what was added before.
-        for line in text.lines() {
-            let line = line.split('#').next().unwrap_or_default().trim();
-            if line.starts_with("include ") || line.starts_with("!include ") {
-                return None;
-            }
-            let Some((name, value)) = line.split_once('=') else { continue };
-            let words = value.split_whitespace().map(str::to_owned);
-            match name.trim() {
-                "substituters" | "binary-caches" => conf.substituters = words.collect(),
-                "extra-substituters" | "extra-binary-caches" => conf.substituters.extend(words),
-                "trusted-public-keys" | "binary-cache-public-keys" => conf.public_keys = words.collect(),
-                "extra-trusted-public-keys" | "extra-binary-cache-public-keys" => conf.public_keys.extend(words),
-                "substitute" if value.trim() != "true" => return None,
-                _ => {}
-            }
-        }
-        Some(conf)
-    }
-
-    /// The keys whose signatures Nix takes from the cache; `None` if it is no substituter.
-    fn keys_for(&self, url: &str) -> Option<Vec<PublicKey>> {
-        let cache = |url: &str| url.split('?').next().unwrap_or_default().trim_end_matches('/').to_owned();
-        let is_one = self.substituters.iter().any(|substituter| cache(substituter) == cache(url));
-        is_one.then(|| self.public_keys.iter().filter_map(|key| PublicKey::parse(key).ok()).collect())
     }
 }
 
@@ -274,30 +226,6 @@ mod tests {
     }
 
     #[test]
-    fn substituters_are_those_that_nix_conf_names_for_certain() {
-        let keys = |conf: &str, url| NixConf::parse(conf).and_then(|conf| conf.keys_for(url));
-        let is = |conf| keys(conf, "https://cache.example").is_some();
-        assert!(is("substituters = https://cache.nixos.org https://cache.example/\n"));
-        assert!(is("extra-substituters = https://cache.example?priority=10 # ours\n"));
-        assert!(is("substituters = http://127.0.0.1:12304\nextra-substituters = https://cache.example"));
-        assert!(keys("max-jobs = 4\n", DEFAULT_UPSTREAM).is_some());
-        for conf in [
-            "",
-            "#substituters = https://cache.example",
-            // What follows replaces it.
-            "extra-substituters = https://cache.example\nsubstituters = http://127.0.0.1:12304",
-            "trusted-substituters = https://cache.example",
-            "substituters = https://cache.example.org",
-            "substituters = https://cache.example\nsubstituters = http://127.0.0.1:12304",
-            "substituters = https://cache.example\n!include more.conf",
-            "substituters = https://cache.example\nsubstitute = false",
-        ] {
-            assert!(!is(conf), "{conf}");
-        }
-        assert!(keys("substituters = http://127.0.0.1:12304", DEFAULT_UPSTREAM).is_none());
-    }
-
-    #[test]
     fn what_was_left_to_it_before_takes_its_part_of_the_pace() {
         let upstream = Upstream::new(&Config::default(), &[]);
         upstream.left(1000);
@@ -308,18 +236,5 @@ mod tests {
         assert_eq!(upstream.lock().time(2000, now).map(|time| time.as_secs()), Some(52));
         assert_eq!(upstream.lock().time(2000, now + Duration::from_secs(100)), Some(Duration::from_secs(2)));
         assert_eq!(upstream.lock().time(2000, now + PACE_KEPT), None);
-    }
-
-    #[test]
-    fn keys_are_those_of_nix_conf() {
-        const OTHER: &str = "other-1:dw6gRsgENbg3ZRarDaIEP6t3wwkl5ML26Gov7r1VLrA=";
-        let names = |conf: &str| -> Vec<String> {
-            let keys = NixConf::parse(conf).and_then(|conf| conf.keys_for(DEFAULT_UPSTREAM)).unwrap();
-            keys.iter().map(|key| key.name().to_owned()).collect()
-        };
-        assert_eq!(names(""), ["cache.nixos.org-1"]);
-        assert_eq!(names(&format!("trusted-public-keys = {OTHER}")), ["other-1"]);
-        assert_eq!(names(&format!("extra-trusted-public-keys = {OTHER} nonsense")), ["cache.nixos.org-1", "other-1"]);
-        assert_eq!(names(&format!("extra-trusted-public-keys = {OTHER}\ntrusted-public-keys =")), [""; 0]);
     }
 }

@@ -69,7 +69,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
         ],
     ),
     ("fetch", &["lookup", "nix", "peers", "record", "store", "time_scale", "upstream", "wire"]),
-    ("upstream", &["config", "lookup", "nix", "share"]),
+    ("upstream", &["config", "lookup", "nix", "trust"]),
     ("lookup", &["nix", "peers", "record", "trust", "wire"]),
     (
         "status",
@@ -95,7 +95,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("lan", &["network", "nix", "on_drop", "seldom", "share", "store", "suspend", "time_scale", "wire"]),
     ("store", &["nix", "time_scale"]),
     ("gateway", &["network", "time_scale", "wire"]),
-    ("friends", &["config", "wire"]),
+    ("friends", &["config", "key_file", "wire"]),
     ("share", &["backoff", "config", "fnmatch", "network", "nix", "on_drop", "seldom", "time_scale"]),
     ("sockets", &["config", "network"]),
     ("identity", &["wire"]),

@@ -1,8 +1,8 @@
 //! Nix, as its users run it: its settings, and what it remembers of binary caches. The daemon never does this; commands may.
 
 use super::shell::quote;
+use crate::config::UPSTREAM_KEY;
 use crate::nix::{PathInfo, PublicKey, StoreDir, is_content_addressed};
-use crate::share::UPSTREAM_KEY;
 use rusqlite::{Connection, OpenFlags};
 use std::collections::HashMap;
 use std::io::Read;

@@ -1,9 +1,9 @@
 //! Who the friends are: those of `--friend`, and those of `--friends-file` as it is now.
 
 use crate::config::{Friend, MAX_FRIENDS};
+use crate::key_file;
 use crate::wire::NodeKey;
-use std::fs::File;
-use std::io::{self, Read};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, RwLock};
 
@@ -101,12 +101,8 @@ impl FriendList {
 }
 
 fn read(file: &Path) -> io::Result<String> {
-    let mut text = String::new();
-    File::open(file)?.take(MAX_FILE + 1).read_to_string(&mut text)?;
-    if text.len() as u64 > MAX_FILE {
-        return Err(io::Error::other("larger than 64 KiB"));
-    }
-    Ok(text)
+    let bytes = key_file::read_bytes(file, MAX_FILE)?;
+    String::from_utf8(bytes).map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))
 }
 
 /// One friend, in the form of `--friend`; `None` for an empty line or a comment.
@@ -146,6 +142,17 @@ mod tests {
         assert!(list.reload());
         assert_eq!(names(&list), ["flag"]);
         assert!(list.problem().is_some());
+    }
+
+    #[test]
+    fn friends_file_that_is_a_pipe_is_not_waited_for() {
+        let dir = std::env::temp_dir().join(format!("peerix-friends-pipe-{}", std::process::id()));
+        std::fs::create_dir_all(&dir).unwrap();
+        let pipe = dir.join("friends");
+        rustix::fs::mknodat(rustix::fs::CWD, &pipe, rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
+        let list = FriendList::new(Vec::new(), Some(pipe), key(9));
+        assert!(list.problem().unwrap().contains("not a file"), "{:?}", list.problem());
+        std::fs::remove_dir_all(&dir).unwrap();
     }
 
     #[test]

@@ -5,7 +5,7 @@
 //! Whatever is not known to be equal counts as not.
 
 use crate::backoff::{Backoff, retry_after};
-use crate::config::{Config, DEFAULT_UPSTREAM};
+use crate::config::{Config, DEFAULT_UPSTREAM, UPSTREAM_KEY};
 use crate::nix::{HashPart, Malformed, NarHash, NarInfo, PathInfo, PublicKey, StoreDir};
 use crate::on_drop::OnDrop;
 use crate::seldom::Seldom;
@@ -18,9 +18,6 @@ use std::time::{Duration, Instant};
 use ureq::Agent;
 use ureq::http::Response;
 use ureq::tls::{RootCerts, TlsConfig};
-
-/// The key of [`DEFAULT_UPSTREAM`] (Nix manual, "trusted-public-keys").
-pub const UPSTREAM_KEY: &str = "cache.nixos.org-1:6NCHdD59X431o0gWypbMrAURkbJ16ZPMQFGspcDShjY=";
 
 /// Signatures of the upstream's name that are checked of one path, 0.1 ms each. Upstream makes one.
 const MAX_SIGNATURES: usize = 4;

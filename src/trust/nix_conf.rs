@@ -1,11 +1,12 @@
 //! nix.conf as Nix reads it (Nix manual, "nix.conf"), as far as it says whose signatures Nix takes.
 
+use crate::config::{DEFAULT_UPSTREAM, UPSTREAM_KEY};
+use crate::key_file;
 use crate::nix::PublicKey;
-use rustix::fs::OFlags;
 use std::collections::HashMap;
-use std::fs::{self, OpenOptions};
-use std::io::{self, ErrorKind, Read};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::fs;
+use std::io::ErrorKind;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 /// Bytes of one file that are read; files written by hand have a few hundred, those of fleets some thousand. A longer
@@ -15,17 +16,15 @@ const MAX_FILE: u64 = 1 << 20;
 /// Files that are read in all. A file that includes itself would have no end.
 const MAX_FILES: usize = 64;
 
-/// What `trusted-public-keys` has if nix.conf says nothing.
-const DEFAULT_KEYS: &str = "cache.nixos.org-1:6NCHdD59X431o0gWypbMrAURkbJ16ZPMQFGspcDShjY=";
-
 /// Settings that are read, and other names that Nix knows them by.
-const NAMES: [(&str, &str); 6] = [
+const NAMES: [(&str, &str); 7] = [
     ("trusted-public-keys", "trusted-public-keys"),
     ("binary-cache-public-keys", "trusted-public-keys"),
     ("secret-key-files", "secret-key-files"),
     ("require-sigs", "require-sigs"),
     ("substituters", "substituters"),
     ("binary-caches", "substituters"),
+    ("substitute", "substitute"),
 ];
 
 /// What nix.conf and the files that it includes say.
@@ -62,7 +61,7 @@ impl NixConf {
 
     /// The same as they are written.
     fn public_key_words(&self) -> impl Iterator<Item = &str> {
-        self.get("trusted-public-keys").unwrap_or(DEFAULT_KEYS).split_whitespace()
+        self.get("trusted-public-keys").unwrap_or(UPSTREAM_KEY).split_whitespace()
     }
 
     /// Files of secret keys, whose public halves Nix trusts too.
@@ -83,6 +82,17 @@ impl NixConf {
         !is_off && !urls.into_iter().any(is_trusted)
     }
 
+    /// The keys whose signatures Nix takes from the cache at `url`. `None` unless that cache is certain to be one of
+    /// Nix's substituters: without a nix.conf, with other files included, or with lines that Nix does not take, nothing
+    /// is certain.
+    pub fn keys_for_substituter(&self, url: &str) -> Option<Vec<PublicKey>> {
+        let is_certain = matches!(self.files[..], [(_, Some(_))]) && self.faults.is_empty();
+        let is_on = self.get("substitute").is_none_or(|value| value == "true");
+        let cache = |url: &str| url.split('?').next().unwrap_or_default().trim_end_matches('/').to_owned();
+        let mut urls = self.get("substituters").unwrap_or(DEFAULT_UPSTREAM).split_whitespace();
+        (is_certain && is_on && urls.any(|one| cache(one) == cache(url))).then(|| self.public_keys())
+    }
+
     fn get(&self, name: &str) -> Option<&str> {
         self.settings.get(name).map(String::as_str)
     }
@@ -93,8 +103,8 @@ impl NixConf {
             return self.faults.push(format!("{}: more than {MAX_FILES} files are included", file.display()));
         }
         self.files.push((file.to_owned(), stamp(file)));
-        let text = match read(file) {
-            Ok(text) => text,
+        let text = match key_file::read_bytes(file, MAX_FILE) {
+            Ok(bytes) => String::from_utf8_lossy(&bytes).into_owned(),
             Err(e) if e.kind() == ErrorKind::NotFound && included_from.is_none() => return,
             Err(e) => return self.faults.push(format!("{}: {e}", file.display())),
         };
@@ -122,7 +132,8 @@ impl NixConf {
         let before = match (adds, self.get(name), *name) {
             (false, ..) => "",
             (true, Some(before), _) => before,
-            (true, None, "trusted-public-keys") => DEFAULT_KEYS,
+            (true, None, "trusted-public-keys") => UPSTREAM_KEY,
+            (true, None, "substituters") => DEFAULT_UPSTREAM,
             (true, None, _) => "",
         };
         let value = format!("{before} {value}").trim().to_owned();
@@ -139,18 +150,6 @@ fn stamp(file: &Path) -> Option<Stamp> {
     let meta = fs::metadata(file).ok()?;
     let nanoseconds = meta.mtime().wrapping_mul(1_000_000_000).wrapping_add(meta.mtime_nsec());
     Some((meta.dev(), meta.ino(), meta.len(), nanoseconds))
-}
-
-fn read(file: &Path) -> io::Result<String> {
-    // A pipe would wait for somebody to write.
-    let file = OpenOptions::new().read(true).custom_flags(OFlags::NONBLOCK.bits() as i32).open(file)?;
-    let meta = file.metadata()?;
-    if !meta.is_file() || meta.len() > MAX_FILE {
-        return Err(io::Error::other("not a file of at most 1 MiB"));
-    }
-    let mut bytes = Vec::new();
-    file.take(MAX_FILE).read_to_end(&mut bytes)?;
-    Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
 
 #[cfg(test)]
@@ -251,5 +250,51 @@ mod tests {
             dir.write("nix.conf", text);
             assert_eq!(dir.read().requires_signatures(12304), required, "{text}");
         }
+    }
+
+    #[test]
+    fn substituters_are_those_that_nix_conf_names_for_certain() {
+        let dir = Dir::new("substituters");
+        let keys = |conf: &str, url: &str| {
+            dir.write("nix.conf", conf);
+            dir.read().keys_for_substituter(url)
+        };
+        let is = |conf| keys(conf, "https://cache.example").is_some();
+        assert!(is("substituters = https://cache.nixos.org https://cache.example/\n"));
+        assert!(is("extra-substituters = https://cache.example?priority=10 # ours\n"));
+        assert!(is("substituters = http://127.0.0.1:12304\nextra-substituters = https://cache.example"));
+        assert!(keys("max-jobs = 4\n", DEFAULT_UPSTREAM).is_some());
+        assert!(keys("extra-substituters = https://cache.example", DEFAULT_UPSTREAM).is_some());
+        for conf in [
+            "",
+            "#substituters = https://cache.example",
+            // What follows replaces it.
+            "extra-substituters = https://cache.example\nsubstituters = http://127.0.0.1:12304",
+            "trusted-substituters = https://cache.example",
+            "substituters = https://cache.example.org",
+            "substituters = https://cache.example\nsubstituters = http://127.0.0.1:12304",
+            "substituters = https://cache.example\n!include more.conf",
+            "substituters = https://cache.example\nsubstitute = false",
+        ] {
+            assert!(!is(conf), "{conf}");
+        }
+        assert!(keys("substituters = http://127.0.0.1:12304", DEFAULT_UPSTREAM).is_none());
+        // Nothing is certain either of a file that cannot be read whole.
+        assert!(keys("substituters = https://cache.example\nnonsense", "https://cache.example").is_none());
+    }
+
+    #[test]
+    fn keys_of_a_substituter_are_those_of_nix_conf() {
+        let dir = Dir::new("keys");
+        let other = format!("other-1:{KEY}");
+        let names = |conf: &str| -> Vec<String> {
+            dir.write("nix.conf", conf);
+            let keys = dir.read().keys_for_substituter(DEFAULT_UPSTREAM).unwrap();
+            keys.iter().map(|key| key.name().to_owned()).collect()
+        };
+        assert_eq!(names(""), ["cache.nixos.org-1"]);
+        assert_eq!(names(&format!("trusted-public-keys = {other}")), ["other-1"]);
+        assert_eq!(names(&format!("extra-trusted-public-keys = {other} nonsense")), ["cache.nixos.org-1", "other-1"]);
+        assert_eq!(names(&format!("extra-trusted-public-keys = {other}\ntrusted-public-keys =")), [""; 0]);
     }
 }
