@@ -29,6 +29,7 @@ pub mod fnmatch;
 pub mod friends;
 pub mod gateway;
 pub mod http;
+pub mod http_client;
 pub mod identity;
 pub mod key_file;
 pub mod lan;

@@ -5,6 +5,7 @@
 //! against it, as on a network without a way out a slow peer is all there is.
 
 use crate::config::{Config, DEFAULT_UPSTREAM, UPSTREAM_KEY};
+use crate::http_client;
 use crate::lookup::Found;
 use crate::nix::{HashPart, NarInfo, PublicKey, StoreDir};
 use crate::trust::NixConf;
@@ -14,7 +15,6 @@ use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use ureq::Agent;
-use ureq::tls::{RootCerts, TlsConfig};
 
 /// What upstream said of a path is true for this long, and so is that it gave no answer.
 const KEPT: Duration = Duration::from_secs(60);
@@ -29,8 +29,6 @@ const SAMPLE: u64 = 1 << 20;
 const SAMPLE_TIME: Duration = Duration::from_secs(1);
 /// As many redirects as caches of object stores need.
 const MAX_REDIRECTS: u32 = 3;
-/// A response's head, in bytes.
-const MAX_HEAD: usize = 16 * 1024;
 
 /// The upstream cache, as this machine's Nix would use it.
 pub struct Upstream {
@@ -66,15 +64,8 @@ impl State {
 impl Upstream {
     /// The upstream cache that the user chose. `trusted` are the keys that Nix trusts, as far as they are known.
     pub fn new(config: &Config, trusted: &[PublicKey]) -> Self {
-        let agent = Agent::config_builder()
-            .tls_config(TlsConfig::builder().root_certs(RootCerts::PlatformVerifier).build())
-            .https_only(config.upstream_cache.starts_with("https://"))
-            .max_redirects(MAX_REDIRECTS)
-            .http_status_as_error(false)
-            .user_agent(concat!("peerix/", env!("CARGO_PKG_VERSION")))
-            .accept_encoding("identity")
+        let agent = http_client::cache_config(&config.upstream_cache, MAX_REDIRECTS)
             .timeout_global(Some(REQUEST_TIMEOUT))
-            .max_response_header_size(MAX_HEAD)
             .build();
         let mut keys = trusted.to_vec();
         if config.upstream_cache == DEFAULT_UPSTREAM {

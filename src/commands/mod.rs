@@ -18,6 +18,7 @@ mod why;
 use crate::cli::{self, Ask, Command, What};
 use crate::config::Config;
 use crate::degraded::Degraded;
+use crate::http_client;
 use crate::status::text::{bytes, found_by, long, short};
 use crate::trust::TrustedKeys;
 use serde_json::Value;
@@ -25,7 +26,6 @@ use std::io::Read;
 use std::net::SocketAddr;
 use std::time::{Duration, SystemTime};
 use ureq::Agent;
-use ureq::tls::{RootCerts, TlsConfig};
 
 /// An answer comes whole within this, as to a lookup, or nobody is there.
 const HTTP_TIMEOUT: Duration = Duration::from_secs(2);
@@ -122,16 +122,7 @@ fn get(url: &str) -> Result<Answer, String> {
 
 /// The same of who needs time.
 fn get_within(url: &str, timeout: Duration) -> Result<Answer, String> {
-    let agent: Agent = Agent::config_builder()
-        .proxy(None)
-        .tls_config(TlsConfig::builder().root_certs(RootCerts::PlatformVerifier).build())
-        .max_redirects(0)
-        .max_redirects_will_error(false)
-        .http_status_as_error(false)
-        .user_agent(concat!("peerix/", env!("CARGO_PKG_VERSION")))
-        .timeout_global(Some(timeout))
-        .build()
-        .into();
+    let agent: Agent = http_client::https_config().proxy(None).timeout_global(Some(timeout)).build().into();
     let mut answer = agent.get(url).call().map_err(|e| e.to_string())?;
     let date = answer.headers().get("date").and_then(|date| httpdate::parse_http_date(date.to_str().ok()?).ok());
     let status = answer.status().as_u16();

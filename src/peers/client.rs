@@ -5,6 +5,7 @@ use super::decoder::Decoded;
 use super::friend_transport::FriendConnector;
 use super::patience::{self, WithPatience};
 use super::standing::Fault;
+use crate::http_client;
 use crate::lan::Holder;
 use crate::nix::{DrvOutput, HashPart, Malformed, NarInfo, Realisation, StoreDir, StorePath};
 use crate::on_drop::OnDrop;
@@ -53,9 +54,6 @@ const BUFFER: usize = 128 * 1024;
 
 /// As much as is read of an answer to [`Client::greet`]. Ours have 60 bytes.
 const MAX_GREETING: u64 = 4096;
-
-/// A response's head. Ours have 300 bytes.
-const MAX_HEAD: usize = 16 * 1024;
 
 /// Why a peer did not give what it was asked for.
 #[derive(Debug)]
@@ -331,18 +329,11 @@ impl Read for NarBody {
 
 /// One without connections, for peers or for a friend.
 fn agent(tls: Option<&Arc<ClientConfig>>) -> Agent {
-    let config = Agent::config_builder()
+    let config = http_client::config()
         .proxy(None)
-        .max_redirects(0)
-        .max_redirects_will_error(false)
-        .http_status_as_error(false)
-        .user_agent(concat!("peerix/", env!("CARGO_PKG_VERSION")))
-        .accept_encoding("identity")
-        .no_delay(true)
         .timeout_connect(Some(CONNECT_TIMEOUT))
         .timeout_per_read(Some(STALL.get()))
         .timeout_recv_response(Some(STALL.get()))
-        .max_response_header_size(MAX_HEAD)
         .input_buffer_size(BUFFER)
         .max_idle_connections(IDLE)
         .max_idle_connections_per_host(IDLE_PER_PEER)

@@ -2,6 +2,7 @@
 //! of them know, and learns where they are.
 
 use super::friends::Friends;
+use crate::http_client;
 use crate::time_scale::Interval;
 use crate::wire::tracker::{MAX_ADDR, can_be_peer};
 use crossbeam_channel::Receiver;
@@ -10,7 +11,6 @@ use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
 use std::sync::Arc;
 use std::time::Duration;
 use ureq::Agent;
-use ureq::tls::{RootCerts, TlsConfig};
 
 /// Interval between two meetings. A tracker forgets an address after twice that.
 const INTERVAL: Interval = Interval::from_secs(60);
@@ -71,15 +71,7 @@ struct Found {
 
 /// Meets friends at trackers until `stopped` closes. `place` says where this node is at the moment.
 pub fn run(urls: &[String], friends: &Arc<Friends>, place: impl Fn() -> Place, stopped: &Receiver<()>) {
-    let agent: Agent = Agent::config_builder()
-        .tls_config(TlsConfig::builder().root_certs(RootCerts::PlatformVerifier).build())
-        .max_redirects(0)
-        .max_redirects_will_error(false)
-        .http_status_as_error(false)
-        .user_agent(concat!("peerix/", env!("CARGO_PKG_VERSION")))
-        .timeout_global(Some(CALL_TIMEOUT))
-        .build()
-        .into();
+    let agent: Agent = http_client::https_config().timeout_global(Some(CALL_TIMEOUT)).build().into();
     let mut seen = vec![None; urls.len()];
     loop {
         let place = place();

@@ -6,6 +6,7 @@
 
 use super::client::twice;
 use crate::backoff::retry_after;
+use crate::http_client;
 use crate::nix::HashPart;
 use crate::time_scale::{Interval, Timeout};
 use crate::wire::filter::{Filter, LEAST_BITS_PER_PATH, MOST_BITS_PER_PATH};
@@ -22,7 +23,6 @@ use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 use ureq::Agent;
 use ureq::http::{Response, Uri};
-use ureq::tls::{RootCerts, TlsConfig};
 
 /// A lookup waits this long for a tracker. A tracker that restarts is back by then, and a lost packet is sent twice more.
 pub const LOOKUP_TIMEOUT: Timeout = Timeout::from_secs(2);
@@ -40,8 +40,6 @@ const LEAVE_TIMEOUT: Duration = Duration::from_millis(700);
 
 /// An answer's body: 72 candidates with the longest IDs and names take 30 KiB. The original's list of 1,000 peers has 250 KiB.
 const MAX_ANSWER: u64 = 512 * 1024;
-/// Its head.
-const MAX_HEAD: usize = 16 * 1024;
 /// Connections kept: as many as Nix has questions.
 const IDLE: usize = 25;
 /// Shorter than the 30 s after which trackers close idle ones.
@@ -687,16 +685,8 @@ fn pause_after(times: u32) -> Duration {
 
 /// A client that keeps so many connections.
 fn agent(idle: usize) -> Agent {
-    Agent::config_builder()
-        .tls_config(TlsConfig::builder().root_certs(RootCerts::PlatformVerifier).build())
-        .max_redirects(0)
-        .max_redirects_will_error(false)
-        .http_status_as_error(false)
-        .user_agent(concat!("peerix/", env!("CARGO_PKG_VERSION")))
-        .accept_encoding("identity")
-        .no_delay(true)
+    http_client::https_config()
         .timeout_global(Some(CALL_TIMEOUT))
-        .max_response_header_size(MAX_HEAD)
         .max_idle_connections(idle)
         .max_idle_connections_per_host(idle)
         .max_idle_age(IDLE_AGE.get())

@@ -6,6 +6,7 @@
 
 use crate::backoff::{Backoff, retry_after};
 use crate::config::{Config, DEFAULT_UPSTREAM, UPSTREAM_KEY};
+use crate::http_client;
 use crate::nix::{HashPart, Malformed, NarHash, NarInfo, PathInfo, PublicKey, StoreDir};
 use crate::on_drop::OnDrop;
 use crate::seldom::Seldom;
@@ -17,7 +18,6 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use ureq::Agent;
 use ureq::http::Response;
-use ureq::tls::{RootCerts, TlsConfig};
 
 /// Signatures of the upstream's name that are checked of one path, 0.1 ms each. Upstream makes one.
 const MAX_SIGNATURES: usize = 4;
@@ -40,8 +40,6 @@ const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 const MAX_REQUESTS: usize = 4;
 /// Caches send from one place to another, not in circles.
 const MAX_REDIRECTS: u32 = 3;
-/// A response's head.
-const MAX_HEAD: usize = 16 * 1024;
 
 /// How long an asker waits for its turn, or for an equal question's answer. Peers give up sooner, and find the answer
 /// when they come again.
@@ -109,16 +107,8 @@ impl Verifier {
     }
 
     fn with(url: String, key: Option<PublicKey>, store_dir: StoreDir) -> Self {
-        let config = Agent::config_builder()
-            .tls_config(TlsConfig::builder().root_certs(RootCerts::PlatformVerifier).build())
-            // A redirect must not lead out of what the user trusts to be safe from others on the way.
-            .https_only(url.starts_with("https://"))
-            .max_redirects(MAX_REDIRECTS)
-            .http_status_as_error(false)
-            .user_agent(concat!("peerix/", env!("CARGO_PKG_VERSION")))
-            .accept_encoding("identity")
+        let config = http_client::cache_config(&url, MAX_REDIRECTS)
             .timeout_global(Some(REQUEST_TIMEOUT))
-            .max_response_header_size(MAX_HEAD)
             .max_idle_connections(MAX_REQUESTS)
             .max_idle_connections_per_host(MAX_REQUESTS)
             .build();
