@@ -1,13 +1,14 @@
 //! What real stores hold beside ordinary paths, and what real Nix asks for beside paths. Each of these was found in bug
 //! reports of other caches, and the first line says what used to happen here.
 
-use crate::common::daemon::{binary, mark, narinfo_status, wait_until_known};
+use crate::common::daemon::{binary, mark, narinfo_status, wait_until_known, wait_until_live};
 use crate::common::fault::Delay;
 use crate::common::http::{self, Reply, Request};
 use crate::common::lan::Run;
 use crate::common::solo::TempDir;
 use crate::common::standin::{Shelf, StandIn, have};
-use crate::common::{Asker, Daemon, Holder, Host, Lan, PORT, World, nix, thread, wait_for, world};
+use crate::common::{Asker, Bystander, Daemon, Holder, Host, Lan, PORT, World, nix, thread, wait_for, world};
+use rustix::process::Signal;
 use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::{ffi::OsStrExt, fs::PermissionsExt};
@@ -439,6 +440,26 @@ fn forged_realisations_never_reach_nix() {
     assert!(!build(&alone.host, FLOATING, &["-j0"]).status.success());
     assert!(!nix::valid_paths(&alone.host).contains(&evil));
     assert_eq!(built(&alone.host, FLOATING, &[]), scene.outputs[0]);
+}
+
+/// A neighbour that did not answer had as many requests as it may, and kept the next one from being asked.
+#[test]
+fn paused_neighbour_hides_no_realisation() {
+    let scene = Realisations::new();
+    let asker = scene.asker(&[&scene.key]);
+    let mut near = Bystander::new(&scene.lan, "near");
+    wait_until_live(&asker.host, 2);
+    // By now the asker knows which of them is the nearer one.
+    assert_eq!(narinfo_status(&asker.host, &format!("/nix/store/{}-absent", "0".repeat(32))), 404);
+    near.daemon.signal(Signal::STOP);
+    std::thread::scope(|scope| {
+        let asks = (0..25).map(|_| thread::spawn_in(scope, "ask", || http::get_local(&asker.host, &scene.route)));
+        let asks: Vec<_> = asks.collect();
+        for ask in asks {
+            assert_eq!(ask.join().expect("it only asks").unwrap().status, 200);
+        }
+    });
+    near.daemon.signal(Signal::CONT);
 }
 
 /// Such paths were announced, and their NARs were 404.

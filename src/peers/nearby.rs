@@ -8,6 +8,7 @@ use super::requests::Requests;
 use super::standing::{Standing, Turn};
 use crate::lan::{DiscoveryClient, LookupId, Neighbour, Update};
 use crate::nix::{DrvOutput, Realisation, StorePath};
+use crate::time_scale::Timeout;
 use crossbeam_channel::{Receiver, Sender, bounded, never, select};
 use std::collections::VecDeque;
 use std::net::SocketAddr;
@@ -15,7 +16,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Longest time for an answer. By then Nix is told that there is none.
-const PATIENCE: Duration = Duration::from_secs(2);
+const PATIENCE: Timeout = Timeout::from_secs(2);
 /// Neighbours that are asked for a realisation, the nearest first: as many as lookups ask by unicast.
 const MAX_ASKED: usize = 256;
 /// Of these, so many at once.
@@ -46,8 +47,9 @@ impl Nearby {
 
     /// The first realisation of `id` that `is_good`. Blocks for 2 s at most.
     pub fn realisation(&self, id: &DrvOutput, is_good: impl Fn(&Realisation) -> bool) -> Option<Realisation> {
-        let until = Instant::now() + PATIENCE;
-        let mut waiting: VecDeque<SocketAddr> = self.live_neighbours(PATIENCE).into_iter().take(MAX_ASKED).collect();
+        let until = Instant::now() + PATIENCE.get();
+        let mut waiting: VecDeque<SocketAddr> =
+            self.live_neighbours(PATIENCE.get()).into_iter().take(MAX_ASKED).collect();
         let (answers, answered) = bounded(MAX_ASKED);
         let mut under_way = 0;
         while !waiting.is_empty() || under_way > 0 {
@@ -81,7 +83,7 @@ impl Nearby {
 
     /// The build log of a derivation, from the first of its holders that has it. Blocks for 2 s at most.
     pub fn log(&self, derivation: &StorePath) -> Option<LogBody> {
-        let until = Instant::now() + PATIENCE;
+        let until = Instant::now() + PATIENCE.get();
         let (lookup, updates) = self.discovery.look_up(derivation.hash_part());
         let log = self.first_log(derivation, lookup, updates, until);
         self.discovery.settled(lookup, None);
