@@ -43,7 +43,6 @@ use crate::time_scale::Interval;
 use crate::trust::TrustedKeys;
 use crate::upload_limit::UploadLimit;
 use crate::upstream::Upstream;
-use crate::wire::NodeKey;
 use crate::wire::tracker::Identity;
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use ring::rand::{SecureRandom, SystemRandom};
@@ -262,8 +261,8 @@ fn serve(config: Config, record: Record, store: Arc<Store>, process: &Process) -
 
     let leaving = Arc::new(AtomicBool::new(false));
     let requests = Arc::new(Requests::default());
-    let own_public = own_public_key(&config);
-    let acquaintance = Acquaintance::start(&config, &networks, &requests);
+    let identity = find_identity(&config, &degraded);
+    let acquaintance = Acquaintance::start(&config, identity.as_ref(), &networks, &requests);
     let mut environment = StoreEnvironment::new(share.clone(), store.clone(), networks.clone(), leaving.clone());
     if let Some(Acquaintance { friends, .. }) = &acquaintance {
         let (key, friends) = (*friends.list().own(), friends.clone());
@@ -284,10 +283,10 @@ fn serve(config: Config, record: Record, store: Arc<Store>, process: &Process) -
     let record = Arc::new(record);
     let paces = Arc::new(Paces::default());
     let counters = keep_counters(&config, &record, &paces).map_err(|e| Fatal::from(("counters", e)))?;
-    let facts = Facts::new(&config, port, own_public);
-    let identity = config.mode.has_wan().then(|| load_identity(&config));
-    let identity = identity.and_then(|identity| degraded.note(IDENTITY, identity));
-    let strangers = match identity {
+    // One for this run is nothing to give to friends.
+    let lasting = identity.as_ref().filter(|_| config.state_dir.is_some());
+    let facts = Facts::new(&config, port, lasting.map(|identity| identity.key()));
+    let strangers = match identity.filter(|_| config.mode.has_wan()) {
         Some(identity) => Some(Strangers::start(&config, identity, port, &store, &share, &networks, ended)?),
         None => None,
     };
@@ -584,7 +583,7 @@ struct Strangers {
 impl Strangers {
     fn start<F: Fn() + Clone + Send + 'static>(
         config: &Config,
-        identity: Identity,
+        identity: Arc<Identity>,
         port: u16,
         store: &Arc<Store>,
         share: &Arc<Share>,
@@ -607,10 +606,13 @@ impl Strangers {
     }
 }
 
-/// The public key of this node's identity, for people. The identity is made with the state directory, so that it can be
-/// given to friends before there are any.
-fn own_public_key(config: &Config) -> Option<NodeKey> {
-    identity::load(config.state_dir.as_ref()?).map_err(|e| log::warn!("{e}")).ok().map(|identity| identity.key())
+/// This node's identity, if it has one. It is made with the state directory, so that it can be given to friends before
+/// there are any. A node that needs it and cannot have it is without WAN and friends until it can.
+fn find_identity(config: &Config, degraded: &Degraded) -> Option<Arc<Identity>> {
+    if config.mode.has_wan() || config.has_friends() && config.state_dir.is_some() {
+        return degraded.note(IDENTITY, load_identity(config)).map(Arc::new);
+    }
+    identity::load(config.state_dir.as_ref()?).map_err(|e| log::warn!("{e}")).ok().map(Arc::new)
 }
 
 /// Friends, and how they are let in.
@@ -621,16 +623,28 @@ struct Acquaintance {
 
 impl Acquaintance {
     /// `None` if there are to be no friends, or if there can be none: then the rest runs without them.
-    fn start(config: &Config, networks: &Arc<Networks>, requests: &Arc<Requests>) -> Option<Acquaintance> {
+    fn start(
+        config: &Config,
+        identity: Option<&Arc<Identity>>,
+        networks: &Arc<Networks>,
+        requests: &Arc<Requests>,
+    ) -> Option<Acquaintance> {
         if !config.has_friends() {
             return None;
         }
-        Self::try_start(config, networks, requests).map_err(|e| log::error!("no friends: {e}")).ok()
+        if config.state_dir.is_none() {
+            log::error!("no friends: --friend needs --state-dir, where this node's identity is kept");
+        }
+        let identity = identity.filter(|_| config.state_dir.is_some())?.clone();
+        Self::try_start(config, identity, networks, requests).map_err(|e| log::error!("no friends: {e}")).ok()
     }
 
-    fn try_start(config: &Config, networks: &Arc<Networks>, requests: &Arc<Requests>) -> Result<Self, String> {
-        let dir = config.state_dir.as_ref().ok_or("--friend needs --state-dir, where this node's identity is kept")?;
-        let identity = identity::load(dir)?;
+    fn try_start(
+        config: &Config,
+        identity: Arc<Identity>,
+        networks: &Arc<Networks>,
+        requests: &Arc<Requests>,
+    ) -> Result<Self, String> {
         let list = FriendList::new(config.friends.clone(), config.friends_file.clone(), identity.key());
         let list = Arc::new(list);
         let tls = tls::server_config(&identity, list.clone()).map_err(|e| format!("TLS: {e}"))?;

@@ -248,6 +248,24 @@ fn an_identity_that_cannot_be_had_turns_wan_off_and_leaves_the_lan() {
     }
 }
 
+/// That was one line in the log, and remained so until a restart.
+#[test]
+fn identity_that_cannot_be_had_turns_friends_off_until_it_can() {
+    let lan = Lan::new().with_scale(Scale::intervals(0.02));
+    let (host, _) = host(&lan);
+    host.write("/var/damaged/identity", "peerix-identity:AAAA\n");
+    let friend = "laptop=ed25519:BwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwc=";
+    let _daemon = Daemon::start(&host, &["--state-dir", "/var/damaged", "--friend", friend]);
+    assert!(has_fault(&host, "identity"));
+    let friends = |status: &serde_json::Value| status["friends"].as_array().unwrap().len();
+    assert_eq!(friends(&crate::common::daemon::status(&host)), 0);
+    host.sh("rm /var/damaged/identity");
+    wait_for("there are friends", || {
+        crate::common::daemon::try_status(&host).filter(|status| friends(status) == 1).map(drop)
+    });
+    wait_for("no fault is left", || (!get_local(&host, "/health").ok()?.text().contains("identity")).then_some(()));
+}
+
 /// A Prometheus on another machine could not read them.
 #[test]
 fn metrics_are_served_to_others_where_the_user_says_so() {

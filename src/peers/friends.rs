@@ -78,7 +78,7 @@ impl FoundBy {
 /// All friends.
 pub struct Friends {
     list: Arc<FriendList>,
-    identity: Identity,
+    identity: Arc<Identity>,
     store_dir: StoreDir,
     networks: Arc<Networks>,
     requests: Arc<Requests>,
@@ -141,7 +141,7 @@ impl Friends {
     /// No thread to be had.
     pub fn start(
         list: Arc<FriendList>,
-        identity: Identity,
+        identity: Arc<Identity>,
         store_dir: StoreDir,
         networks: Arc<Networks>,
         requests: Arc<Requests>,

@@ -18,7 +18,7 @@ use serde::Deserialize;
 use serde::de::{DeserializeOwned, IgnoredAny};
 use serde_json::Value;
 use std::fmt;
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 use ureq::Agent;
@@ -75,7 +75,7 @@ const LONGEST_PAUSE: Interval = Interval::from_secs(300);
 #[derive(Debug)]
 pub struct Me {
     /// Its key, from which each tracker's is derived.
-    pub identity: Identity,
+    pub identity: Arc<Identity>,
     /// Its ID, if the user chose one; else each tracker's key makes one.
     pub peer_id: Option<String>,
     /// The port of its HTTP server.
@@ -637,10 +637,13 @@ impl Tracker {
         let is_counted = {
             let mut state = self.lock();
             state.is_wanted = true;
-            state.lookup_failed.is_some_and(|last| last >= began)
+            let is_counted = state.lookup_failed.is_some_and(|last| last >= began);
+            if !is_counted {
+                state.lookup_failed = Some(Instant::now());
+            }
+            is_counted
         };
         if !is_counted {
-            self.lock().lookup_failed = Some(Instant::now());
             self.record_failure(why);
         }
     }
@@ -737,7 +740,7 @@ mod tests {
 
     fn at(url: String, now: Instant) -> Tracker {
         let identity = Identity::from_seed(&[1; 32]);
-        let me = Me { identity, peer_id: Some("a".into()), port: 1, addr: None, instance: 1 };
+        let me = Me { identity: identity.into(), peer_id: Some("a".into()), port: 1, addr: None, instance: 1 };
         Tracker::new(url, &me, now)
     }
 
