@@ -25,7 +25,6 @@ use crate::peers::friends::Friends;
 use crate::peers::kept_paces;
 use crate::peers::lan::Lan;
 use crate::peers::meeting::{self, Place};
-use crate::peers::nearby::Nearby;
 use crate::peers::pace::Paces;
 use crate::peers::requests::Requests;
 use crate::peers::standing::Standing;
@@ -299,13 +298,9 @@ fn serve(config: Config, record: Record, store: Arc<Store>, process: &Process) -
         .mode
         .has_lan()
         .then(|| Arc::new(Lan::new(discovery.client(), client.clone(), standing.clone(), requests.clone())));
-    let nearby = config
-        .mode
-        .has_lan()
-        .then(|| Nearby::new(discovery.client(), client.clone(), standing.clone(), requests.clone()));
     let upstream = Upstream::new(&config, &trusted.keys().unwrap_or_default());
     let spools = Spools::new(config.state_dir.clone());
-    let lookup = Lookup::new(lan, wan, nearby, trusted.clone(), record.clone());
+    let lookup = Lookup::new(lan, wan, trusted.clone(), record.clone());
     let friends = acquaintance.as_ref().map(|acquaintance| acquaintance.friends.clone());
     let lookup = Arc::new(lookup.with_friends(friends.clone()));
     if let Some(friends) = friends.clone().filter(|_| !config.tracker_urls.is_empty()) {

@@ -11,7 +11,6 @@ use crate::peers::announce::Begun;
 use crate::peers::client::{Client, LogBody, PeerNarinfo, Way};
 use crate::peers::friends::{FriendOffer, FriendSearch, Friends, Link, nobody};
 use crate::peers::lan::{Lan, LanOffer, LanSearch};
-use crate::peers::nearby::Nearby;
 use crate::peers::standing::Who;
 use crate::peers::wan::{Offer, Wan, WanSearch};
 use crate::record::{Miss, Network, Record};
@@ -108,7 +107,6 @@ fn usual_nar_path(hash_part: &HashPart, nar_hash: &NarHash) -> String {
 pub struct Lookup {
     lan: Option<Arc<Lan>>,
     wan: Option<Arc<Wan>>,
-    nearby: Option<Nearby>,
     friends: Option<Arc<Friends>>,
     trusted: Arc<TrustedKeys>,
     record: Arc<Record>,
@@ -125,15 +123,9 @@ struct Flight {
 
 impl Lookup {
     /// `lan` and `wan`: where it looks. `trusted` decides whose paths are taken. Every lookup is told to `record`.
-    pub fn new(
-        lan: Option<Arc<Lan>>,
-        wan: Option<Arc<Wan>>,
-        nearby: Option<Nearby>,
-        trusted: Arc<TrustedKeys>,
-        record: Arc<Record>,
-    ) -> Self {
+    pub fn new(lan: Option<Arc<Lan>>, wan: Option<Arc<Wan>>, trusted: Arc<TrustedKeys>, record: Arc<Record>) -> Self {
         let (flights, found) = Default::default();
-        Lookup { lan, wan, nearby, friends: None, trusted, record, flights, found }
+        Lookup { lan, wan, friends: None, trusted, record, flights, found }
     }
 
     /// A neighbour's realisation of `id` that a trusted key signed. Nix 2.8 to 2.34 register what a substituter says
@@ -142,12 +134,12 @@ impl Lookup {
     pub fn realisation(&self, id: &DrvOutput) -> Option<Realisation> {
         let is_good =
             |realisation: &Realisation| self.trusted.has_signed(&realisation.fingerprint(), &realisation.signatures);
-        self.nearby.as_ref()?.realisation(id, is_good)
+        self.lan.as_ref()?.realisation(id, is_good)
     }
 
     /// The build log of a derivation, of a neighbour that has it. Nobody has signed it.
     pub fn log(&self, derivation: &StorePath) -> Option<LogBody> {
-        self.nearby.as_ref()?.log(derivation)
+        self.lan.as_ref()?.log(derivation)
     }
 
     /// The hash of the NAR of a path, if all peers whose narinfo Nix would be offered agree on it.

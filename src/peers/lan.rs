@@ -35,10 +35,10 @@ const MAX_FETCHED: usize = MAX_HOLDERS;
 
 /// The peers on the LAN.
 pub struct Lan {
-    discovery: Arc<DiscoveryClient>,
-    client: Arc<Client>,
-    standing: Arc<Standing>,
-    requests: Arc<Requests>,
+    pub(super) discovery: Arc<DiscoveryClient>,
+    pub(super) client: Arc<Client>,
+    pub(super) standing: Arc<Standing>,
+    pub(super) requests: Arc<Requests>,
 }
 
 impl Lan {

@@ -9,7 +9,7 @@ pub mod kept_paces;
 pub mod lan;
 pub mod meeting;
 mod names;
-pub mod nearby;
+mod nearby;
 pub mod pace;
 mod patience;
 pub mod picker;

@@ -4,15 +4,14 @@
 //! are asked over HTTP. A build log is where its derivation is. The first good answer counts; all of it ends within 2 s.
 
 use super::client::{Client, Error, LogBody};
-use super::requests::Requests;
-use super::standing::{Standing, Turn};
-use crate::lan::{DiscoveryClient, LookupId, Neighbour, Update};
+use super::lan::Lan;
+use super::standing::Turn;
+use crate::lan::{LookupId, Neighbour, Update};
 use crate::nix::{DrvOutput, Realisation, StorePath};
 use crate::time_scale::Timeout;
 use crossbeam_channel::{Receiver, Sender, bounded, never, select};
 use std::collections::VecDeque;
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Longest time for an answer. By then Nix is told that there is none.
@@ -26,25 +25,7 @@ const MAX_LOG_HOLDERS: usize = 4;
 /// Pause before another attempt, while all lookups together have as many requests under way as they may.
 const BLOCKED: Duration = Duration::from_millis(5);
 
-/// The neighbours.
-pub struct Nearby {
-    discovery: Arc<DiscoveryClient>,
-    client: Arc<Client>,
-    standing: Arc<Standing>,
-    requests: Arc<Requests>,
-}
-
-impl Nearby {
-    /// The parts it works with.
-    pub fn new(
-        discovery: Arc<DiscoveryClient>,
-        client: Arc<Client>,
-        standing: Arc<Standing>,
-        requests: Arc<Requests>,
-    ) -> Self {
-        Nearby { discovery, client, standing, requests }
-    }
-
+impl Lan {
     /// The first realisation of `id` that `is_good`. Blocks for 2 s at most.
     pub fn realisation(&self, id: &DrvOutput, is_good: impl Fn(&Realisation) -> bool) -> Option<Realisation> {
         let until = Instant::now() + PATIENCE.get();
