@@ -1,8 +1,9 @@
-//! The fourth part of `make bench`: what it costs to keep a record for the status page. The same program, once with the
-//! record and once without, answers its own Nix in turns.
+//! The fourth part of `make bench`: what it costs to keep a record for the status page. The same
+//! program, once with the record and once without, answers its own Nix in turns.
 //!
-//! Narinfos of peers, one at a time on one connection: found, and not found; and of the own store, where there is least else
-//! to do. What telling the record takes by itself. And the memory, idle and after all of that.
+//! Narinfos of peers, one at a time on one connection: found, and not found; and of the own store,
+//! where there is least else to do. What telling the record takes by itself. And the memory, idle
+//! and after all of that.
 //!
 //! `--rounds N` (30). Asserts that answers are right, and nothing about time.
 
@@ -18,7 +19,7 @@ use common::process::Logged;
 use common::{Host, Lan, World, directory, nix, wait_for, world};
 use peerix::cli::{self, Command};
 use peerix::nix::StorePath;
-use peerix::record::{Miss, Network, Record};
+use peerix::stats::{MissReason, Network, Stats};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -33,7 +34,7 @@ const TELLINGS: u32 = 1_000_000;
 fn serve(mode: &str) -> ! {
     let flags = std::env::args_os().skip(3);
     let Ok(Command::Run(config)) = cli::parse(flags, |_| None) else { panic!("a daemon's flags") };
-    let record = if mode == "on" { Record::new() } else { Record::off() };
+    let record = if mode == "on" { Stats::new() } else { Stats::off() };
     peerix::daemon::run_with(*config, record).expect("it serves");
     std::process::exit(0)
 }
@@ -93,7 +94,8 @@ fn main() {
         _ => 30,
     };
     let program: PathBuf = directory().join("record-bench");
-    std::fs::copy(std::env::current_exe().expect("this program"), &program).expect("a copy that hosts can see");
+    std::fs::copy(std::env::current_exe().expect("this program"), &program)
+        .expect("a copy that hosts can see");
     let mut table = Table::new();
     let (other, goal) = ("without the record", "ratio ≤ 1.03");
     telling(&mut table);
@@ -134,8 +136,9 @@ fn main() {
 
 /// What is told to the record with a lookup, by itself.
 fn telling(table: &mut Table) {
-    let record = Record::new();
-    let path = StorePath::parse("7h7qgvs4kgzsn8a6rb273saxyqh4jxlz-hello-2.12.1").expect("a store path");
+    let record = Stats::new();
+    let path =
+        StorePath::parse("7h7qgvs4kgzsn8a6rb273saxyqh4jxlz-hello-2.12.1").expect("a store path");
     let (hash_part, peer) = (path.hash_part(), SocketAddr::from(([10, 0, 0, 1], 12304)));
     let took = Duration::from_micros(200);
     let nanos = |tell: &dyn Fn()| {
@@ -149,12 +152,18 @@ fn telling(table: &mut Table) {
     };
     let hit = nanos(&|| record.hit(&path, Network::Lan, peer, None, took));
     table.alone("telling the record of a hit, ns", &hit, "");
-    let miss = nanos(&|| record.missed(&hash_part, Miss::Nobody { asked: 2 }, took));
+    let miss = nanos(&|| record.missed(&hash_part, MissReason::Nobody { asked: 2 }, took));
     table.alone("telling the record of a miss, ns", &miss, "");
 }
 
-/// The two, turn by turn. Of ten turns the quickest counts: what else the machine does is no part of it.
-fn turns(contenders: &mut [Contender; 2], rounds: usize, routes: [&[String]; 2], status: u16) -> [Series; 2] {
+/// The two, turn by turn. Of ten turns the quickest counts: what else the machine does is no part
+/// of it.
+fn turns(
+    contenders: &mut [Contender; 2],
+    rounds: usize,
+    routes: [&[String]; 2],
+    status: u16,
+) -> [Series; 2] {
     let mut series = [Series::default(), Series::default()];
     for _ in 0..rounds {
         let mut quickest = [f64::INFINITY; 2];

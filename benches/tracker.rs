@@ -1,6 +1,8 @@
-//! The third part of `make bench`: the tracker by itself, on loopback, whose addresses stand for as many machines.
+//! The third part of `make bench`: the tracker by itself, on loopback, whose addresses stand for as
+//! many machines.
 //!
-//! 1. Lookups among 1,000, 10,000 and 100,000 peers, whose filters are as full as those of real ones: rate, time, memory.
+//! 1. Lookups among 1,000, 10,000 and 100,000 peers, whose filters are as full as those of real
+//!    ones: rate, time, memory.
 //! 2. Signed announces, for a minute.
 //!
 //! `--seconds N` (60), `--only 1,2`. Asserts that answers are right, and nothing about time.
@@ -14,8 +16,8 @@ mod table;
 use common::http::Connection;
 use common::solo::{Solo, TempDir, announce, clock, filter_headers, identity, post};
 use peerix::nix::nix32;
-use peerix::wire::filter::{BITS_PER_PATH, Filter};
-use peerix::wire::tracker::{Identity, Statement};
+use peerix::wire::filter::{BITS_PER_PATH, BloomFilter};
+use peerix::wire::tracker::{Identity, SignedText};
 use std::path::Path;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -82,9 +84,10 @@ impl Random {
     }
 
     /// A filter as full as one of so many paths is: half of its bits are set.
-    fn filter(&mut self, paths: u64) -> Filter {
-        let bytes = Filter::size_for(paths * BITS_PER_PATH) / 64;
-        Filter::parse((0..bytes).flat_map(|_| self.next().to_le_bytes()).collect()).expect("a size that filters have")
+    fn filter(&mut self, paths: u64) -> BloomFilter {
+        let bytes = BloomFilter::size_for(paths * BITS_PER_PATH) / 64;
+        BloomFilter::parse((0..bytes).flat_map(|_| self.next().to_le_bytes()).collect())
+            .expect("a size that filters have")
     }
 
     fn hash_part(&mut self) -> String {
@@ -96,13 +99,18 @@ impl Random {
 /// By the clock: so many are made that numbers counted up would run ahead of it.
 fn signed_announce(key: &Identity, peer_id: &str) -> Vec<u8> {
     let addr = "10.0.0.1";
-    announce(peer_id, 12304, addr, key.sign(&Statement::Announce { peer_id, port: 12304, addr }, clock()))
+    announce(
+        peer_id,
+        12304,
+        addr,
+        key.sign(&SignedText::Announce { peer_id, port: 12304, addr }, clock()),
+    )
 }
 
 fn signed_filter(key: &Identity, peer_id: &str, bits: &[u8]) -> String {
     let digest = ring::digest::digest(&ring::digest::SHA256, bits);
     // Later than the announce, which may have been made in this very millisecond.
-    filter_headers(&key.sign(&Statement::Filter { peer_id, digest: digest.as_ref() }, clock() + 1))
+    filter_headers(&key.sign(&SignedText::Filter { peer_id, digest: digest.as_ref() }, clock() + 1))
 }
 
 fn lookups(table: &mut Table, peers: u64, paths: u64) {
@@ -127,10 +135,12 @@ fn lookups(table: &mut Table, peers: u64, paths: u64) {
                     let filter = random.filter(paths);
                     loop {
                         let headers = signed_filter(&key, &id, filter.as_bytes());
-                        let answer = c.tell("PUT", &format!("/filter/{id}"), &headers, filter.as_bytes());
+                        let answer =
+                            c.tell("PUT", &format!("/filter/{id}"), &headers, filter.as_bytes());
                         match answer {
                             Ok(answer) if answer.status == 200 => break,
-                            // Eight are received at once; who is refused before its filter was read is hung up on.
+                            // Eight are received at once; who is refused before its filter was read
+                            // is hung up on.
                             Ok(answer) => assert_eq!(answer.status, 503, "{}", answer.text()),
                             Err(_) => {}
                         }
@@ -162,7 +172,8 @@ fn lookups(table: &mut Table, peers: u64, paths: u64) {
                     let answer = c.get(&target).expect("an answer");
                     own.push(sent.elapsed().as_secs_f64() * 1e3);
                     assert_eq!(answer.status, 200);
-                    let count = answer.body.windows(9).filter(|window| window == b"\"peer_id\"").count();
+                    let count =
+                        answer.body.windows(9).filter(|window| window == b"\"peer_id\"").count();
                     named.fetch_add(count as u64, Ordering::Relaxed);
                 }
                 asked.fetch_add(own.len() as u64, Ordering::Relaxed);
@@ -172,14 +183,19 @@ fn lookups(table: &mut Table, peers: u64, paths: u64) {
         }
     });
     let took = began.elapsed().as_secs_f64();
-    let (asked, times) = (asked.load(Ordering::Relaxed) as f64, times.into_inner().expect("nobody panicked"));
+    let (asked, times) =
+        (asked.load(Ordering::Relaxed) as f64, times.into_inner().expect("nobody panicked"));
     let what = format!("1. lookups, {peers} peers of {paths} paths");
     let is_the_goals = peers == 10_000;
     let goal = |text: &'static str| if is_the_goals { text } else { "" };
     table.alone(&format!("{what}: a second"), &one(asked / took), goal("≥ 5,000"));
     table.alone(&format!("{what}: median ms"), &one(times.median()), "");
     table.alone(&format!("{what}: p99 ms"), &one(times.percentile(99)), goal("≤ 10"));
-    table.alone(&format!("{what}: candidates named"), &one(named.load(Ordering::Relaxed) as f64 / asked), "");
+    table.alone(
+        &format!("{what}: candidates named"),
+        &one(named.load(Ordering::Relaxed) as f64 / asked),
+        "",
+    );
     table.alone(&format!("{what}: KiB of memory a peer"), &one(memory), goal("≤ 32"));
 }
 
@@ -193,9 +209,11 @@ fn announces(table: &mut Table, seconds: u64) {
             let (tracker, rates) = (&tracker, &rates);
             scope.spawn(move || {
                 let mine = ANNOUNCERS / ASKERS;
-                let keys: Vec<_> =
-                    (0..mine).map(|i| (identity(thread * mine + i), format!("peer-{thread}-{i}"))).collect();
-                let (mut c, mut used, mut counts) = (tracker.connect(), 0, vec![0u64; seconds as usize + 1]);
+                let keys: Vec<_> = (0..mine)
+                    .map(|i| (identity(thread * mine + i), format!("peer-{thread}-{i}")))
+                    .collect();
+                let (mut c, mut used, mut counts) =
+                    (tracker.connect(), 0, vec![0u64; seconds as usize + 1]);
                 for (key, id) in keys.iter().cycle() {
                     let second = began.elapsed().as_secs();
                     if second >= seconds {

@@ -1,5 +1,6 @@
-//! peerix at work: three machines in namespaces of this one, each with a Nix store of its own. Real Nix on the third
-//! gets its paths from the other two, and goes on when one of them dies. Run it by `make demo`.
+//! peerix at work: three machines in namespaces of this one, each with a Nix store of its own. Real
+//! Nix on the third gets its paths from the other two, and goes on when one of them dies. Run it by
+//! `make demo`.
 //!
 //! Ends with an error if anything is not as it says.
 
@@ -41,8 +42,14 @@ fn main() {
     let asker = Daemon::start(&c, &[]);
     daemon::wait_until_known(&c, &a_mark);
     daemon::wait_until_known(&c, &b_mark);
-    steps.say(format_args!("started, and c found a and b: {} ms in all", began.elapsed().as_millis()));
-    steps.say(format_args!("a path that nobody has: c's Nix is told so after {:.2} ms (median)", median_miss(&c)));
+    steps.say(format_args!(
+        "started, and c found a and b: {} ms in all",
+        began.elapsed().as_millis()
+    ));
+    steps.say(format_args!(
+        "a path that nobody has: c's Nix is told so after {:.2} ms (median)",
+        median_miss(&c)
+    ));
 
     steps.next("c: nix-store --realise editor shell, with require-sigs and the keys of a and b");
     let began = Instant::now();
@@ -51,13 +58,16 @@ fn main() {
     assert_eq!(paths.len(), wanted);
     steps.say(format_args!("{wanted} paths in {:.1} s", began.elapsed().as_secs_f64()));
 
-    steps.next("c: nix-store --realise image, over 1 Gbit/s; the machine that sends it dies half-way");
+    steps.next(
+        "c: nix-store --realise image, over 1 Gbit/s; the machine that sends it dies half-way",
+    );
     c.slow(1000);
     let makers = [&a, &b].map(|host| Maker { host, address: host.address });
     let before = makers.map(|maker| maker.host.sent());
     let of = format!("of {IMAGE_MIB} MiB");
     let mut child = nix::realising(&c, &[&image]).spawn().expect("nsenter starts");
-    let victim = watch(&mut child, &steps, &makers, before, IMAGE_MIB / 2, &of).expect("half of the image");
+    let victim =
+        watch(&mut child, &steps, &makers, before, IMAGE_MIB / 2, &of).expect("half of the image");
     senders[victim].kill();
     steps.say(format_args!("kill -9 peerix on {}", makers[victim].host.name));
     assert_eq!(watch(&mut child, &steps, &makers, before, u64::MAX, &of), None);
@@ -65,7 +75,10 @@ fn main() {
     let log = asker.log();
     let other = makers[1 - victim].host;
     let continued = log.lines().find(|line| line.contains("continued from peer"));
-    assert!(continued.is_some_and(|line| line.contains(&other.address.to_string())), "{continued:?}");
+    assert!(
+        continued.is_some_and(|line| line.contains(&other.address.to_string())),
+        "{continued:?}"
+    );
     steps.say(format_args!("{} went on at the same byte; Nix noticed nothing", other.name));
     paths.push(image.clone());
 

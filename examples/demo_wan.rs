@@ -1,5 +1,6 @@
-//! peerix between networks: machines in namespaces of this one, on three networks that only a router joins, one of them
-//! behind a router of its own as at home. They find one another by a tracker. Run it by `make demo-wan`.
+//! peerix between networks: machines in namespaces of this one, on three networks that only a
+//! router joins, one of them behind a router of its own as at home. They find one another by a
+//! tracker. Run it by `make demo-wan`.
 //!
 //! Ends with an error if anything is not as it says.
 
@@ -26,8 +27,15 @@ fn main() {
     let (one, two, three) = (wan.lan([203, 0, 113]), wan.lan([198, 51, 100]), wan.lan([10, 1, 0]));
     let home = Nat::new(&two, [192, 168, 1]);
     let (t, a, b, c) = (one.host("t"), one.host("a"), home.lan.host("b"), three.host("c"));
-    steps.say(format_args!("t, the tracker, is {}; a is {}; c is {}", t.address, a.address, c.address));
-    steps.say(format_args!("b is {} behind a router that is {} to the others", b.address, home.address()));
+    steps.say(format_args!(
+        "t, the tracker, is {}; a is {}; c is {}",
+        t.address, a.address, c.address
+    ));
+    steps.say(format_args!(
+        "b is {} behind a router that is {} to the others",
+        b.address,
+        home.address()
+    ));
     for protocol in ["tcp", "udp"] {
         home.forward(protocol, PORT, &b, PORT);
     }
@@ -41,24 +49,35 @@ fn main() {
     assert_eq!(book, build(&b, "book"), "`book` is the same wherever it is built");
     let password = stock::add(&a, "wifi-password-home", "echo 123456 > $n");
     let wanted = nix::closure(&a, &[&editor]).len() + nix::closure(&b, &[&shell]).len();
-    steps.say(format_args!("{wanted} paths with references, and the large one; a also has a path that is called"));
+    steps.say(format_args!(
+        "{wanted} paths with references, and the large one; a also has a path that is called"
+    ));
     steps.say(&password);
 
-    steps.next("the tracker starts, and peerix on all three, who know its address and nothing else");
+    steps
+        .next("the tracker starts, and peerix on all three, who know its address and nothing else");
     let tracker = Tracker::start(t);
     let (a_mark, b_mark) = (daemon::mark(&a), daemon::mark(&b));
     nix::configure_client(&c, "", &[&a_key, &b_key]);
     let began = Instant::now();
-    let mut senders =
-        [start(&a, &tracker, &[]), start(&b, &tracker, &["--announce-addr", &home.address().to_string()])];
+    let mut senders = [
+        start(&a, &tracker, &[]),
+        start(&b, &tracker, &["--announce-addr", &home.address().to_string()]),
+    ];
     let asker = start(&c, &tracker, &[]);
     daemon::wait_until_known(&c, &a_mark);
     daemon::wait_until_known(&c, &b_mark);
-    steps.say(format_args!("started, and c found a and b: {} ms in all", began.elapsed().as_millis()));
+    steps.say(format_args!(
+        "started, and c found a and b: {} ms in all",
+        began.elapsed().as_millis()
+    ));
     for (peer, address) in tracker.peers() {
         steps.say(format_args!("the tracker has {peer} at {address}"));
     }
-    steps.say(format_args!("a path that nobody has: c's Nix is told so after {:.2} ms (median)", median_miss(&c)));
+    steps.say(format_args!(
+        "a path that nobody has: c's Nix is told so after {:.2} ms (median)",
+        median_miss(&c)
+    ));
 
     steps.next("c: nix-store --realise editor shell, with require-sigs and the keys of a and b");
     let began = Instant::now();
@@ -71,16 +90,23 @@ fn main() {
     assert_eq!(narinfo_status(&c, &password), 404);
     let status = stock::narinfo(&c, &a, &password).status;
     assert!([403, 404].contains(&status), "{status}");
-    steps.say(format_args!("c's Nix is told that {} is not there; asked directly, a says {status}", &password[44..]));
+    steps.say(format_args!(
+        "c's Nix is told that {} is not there; asked directly, a says {status}",
+        &password[44..]
+    ));
 
-    steps.next("c: nix-store --realise book, over 100 Mbit/s; the machine that sends it dies on the way");
+    steps.next(
+        "c: nix-store --realise book, over 100 Mbit/s; the machine that sends it dies on the way",
+    );
     c.slow(100);
-    let makers = [Maker { host: &a, address: a.address }, Maker { host: &b, address: home.address() }];
+    let makers =
+        [Maker { host: &a, address: a.address }, Maker { host: &b, address: home.address() }];
     let before = makers.map(|maker| maker.host.sent());
     let of = format!("MiB sent for a NAR of {BOOK_MIB} MiB");
     let began = Instant::now();
     let mut child = nix::realising(&c, &[&book]).spawn().expect("nsenter starts");
-    let victim = watch(&mut child, &steps, &makers, before, STRUCK_AFTER, &of).expect("a part of the book");
+    let victim =
+        watch(&mut child, &steps, &makers, before, STRUCK_AFTER, &of).expect("a part of the book");
     senders[victim].kill();
     steps.say(format_args!("kill -9 peerix on {}", makers[victim].host.name));
     assert_eq!(watch(&mut child, &steps, &makers, before, u64::MAX, &of), None);
@@ -89,9 +115,13 @@ fn main() {
     let log = asker.log();
     let other = makers[1 - victim];
     let continued = log.lines().find(|line| line.contains("continued from peer"));
-    assert!(continued.is_some_and(|line| line.contains(&other.address.to_string())), "{continued:?}");
+    assert!(
+        continued.is_some_and(|line| line.contains(&other.address.to_string())),
+        "{continued:?}"
+    );
     steps.say(format_args!("{} went on at the same byte; Nix noticed nothing", other.host.name));
-    let sent: u64 = makers.iter().zip(before).map(|(maker, before)| maker.host.sent() - before).sum();
+    let sent: u64 =
+        makers.iter().zip(before).map(|(maker, before)| maker.host.sent() - before).sum();
     assert!(sent < BOOK_MIB * MIB / 2, "{sent} bytes were sent");
     steps.say(format_args!(
         "{BOOK_MIB} MiB in {took:.1} s, sent as {} by zstd; as it is, the link would have taken {:.0} s",
@@ -111,7 +141,10 @@ fn main() {
     wait_slowly_for("both sides have reported", || {
         (tracker.reputation(survivor, "successful_transfers") > 0).then_some(())
     });
-    println!("    {:<10}{:>16}{:>16}{:>8}{:>8}{:>8}", "", "bytes shared", "received", "well", "badly", "score");
+    println!(
+        "    {:<10}{:>16}{:>16}{:>8}{:>8}{:>8}",
+        "", "bytes shared", "received", "well", "badly", "score"
+    );
     for name in ["a", "b", "c"] {
         let number = |field| tracker.reputation(name, field);
         println!(
@@ -128,7 +161,8 @@ fn main() {
     println!("{}", for_real());
 }
 
-/// peerix that shares what its filter lets pass; there is no upstream cache here to verify it against.
+/// peerix that shares what its filter lets pass; there is no upstream cache here to verify it
+/// against.
 fn start(host: &Host, tracker: &Tracker, more: &[&str]) -> Daemon {
     let mut flags = tracker::flags(host, "wan", &[&tracker.host]);
     flags.push("--no-verify".to_owned());

@@ -7,10 +7,12 @@ use ureq::http::HeaderMap;
 /// Failures after which the pause grows no further, whatever its bound: 2^20 times the first one.
 const MAX_DOUBLINGS: u32 = 20;
 
-/// Most that a server may ask for. Beyond, its number is a mistake or means no good, and time would overflow.
+/// Most that a server may ask for. Beyond, its number is a mistake or means no good, and time would
+/// overflow.
 const MAX_RETRY_AFTER: Duration = Duration::from_secs(24 * 3600);
 
-/// When something that fails is tried again. The pause doubles with each failure, from `first` to `longest`.
+/// When something that fails is tried again. The pause doubles with each failure, from `first` to
+/// `longest`.
 #[derive(Debug, Clone)]
 pub struct Backoff {
     first: Interval,
@@ -40,8 +42,8 @@ impl Backoff {
         self.due.is_none_or(|due| due <= now)
     }
 
-    /// An attempt failed. `retry_after` is what the server asks for; beyond the longest pause it is not obeyed, as the
-    /// server may be hostile or its clock wrong.
+    /// An attempt failed. `retry_after` is what the server asks for; beyond the longest pause it is
+    /// not obeyed, as the server may be hostile or its clock wrong.
     pub fn record_failure(&mut self, retry_after: Option<Duration>, now: Instant) {
         let longest = self.longest.get();
         let pause = self.first.get().saturating_mul(1 << self.failures.min(MAX_DOUBLINGS));
@@ -55,7 +57,8 @@ impl Backoff {
     }
 }
 
-/// The time that `Retry-After` (RFC 9110, section 10.2.3) asks for: seconds, or a date by this machine's clock.
+/// The time that `Retry-After` (RFC 9110, section 10.2.3) asks for: seconds, or a date by this
+/// machine's clock.
 pub fn retry_after(headers: &HeaderMap) -> Option<Duration> {
     let field = headers.get("retry-after")?.to_str().ok()?.trim();
     if let Ok(seconds) = field.parse() {
@@ -71,13 +74,17 @@ mod tests {
 
     #[test]
     fn pause_doubles_to_its_bound_and_success_ends_it() {
-        let (mut backoff, now) = (Backoff::new(Interval::from_secs(1), Interval::from_secs(60)), Instant::now());
+        let (mut backoff, now) =
+            (Backoff::new(Interval::from_secs(1), Interval::from_secs(60)), Instant::now());
         assert!(backoff.is_due(now));
         for seconds in [1, 2, 4, 8, 16, 32, 60, 60] {
             backoff.record_failure(None, now);
             assert_eq!(backoff.due(), Some(now + Duration::from_secs(seconds)));
         }
-        assert!(!backoff.is_due(now + Duration::from_secs(59)) && backoff.is_due(now + Duration::from_secs(60)));
+        assert!(
+            !backoff.is_due(now + Duration::from_secs(59))
+                && backoff.is_due(now + Duration::from_secs(60))
+        );
         backoff.reset();
         assert!(backoff.is_due(now) && backoff.failures() == 0);
         (0..100).for_each(|_| backoff.record_failure(None, now));
@@ -86,7 +93,8 @@ mod tests {
 
     #[test]
     fn server_may_ask_for_longer_pauses_up_to_the_bound() {
-        let (mut backoff, now) = (Backoff::new(Interval::from_secs(1), Interval::from_secs(60)), Instant::now());
+        let (mut backoff, now) =
+            (Backoff::new(Interval::from_secs(1), Interval::from_secs(60)), Instant::now());
         for (asked, seconds) in [(30, 30), (0, 2), (u64::MAX, 60)] {
             backoff.record_failure(Some(Duration::from_secs(asked)), now);
             assert_eq!(backoff.due(), Some(now + Duration::from_secs(seconds)));

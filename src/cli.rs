@@ -11,13 +11,16 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-/// `--timeout` above this would make every miss on a network with old peers slower than Nix is patient.
+/// `--timeout` above this would make every miss on a network with old peers slower than Nix is
+/// patient.
 const MAX_TIMEOUT_MS: u64 = 10_000;
 
-/// Name patterns beside the built-in ones. All are tried on each path that is asked for, 1 µs each as a rule.
+/// Name patterns beside the built-in ones. All are tried on each path that is asked for, 1 µs each
+/// as a rule.
 const MAX_PATTERNS: usize = 128;
 
-/// The longest of them, in bytes; names have 244. The slowest pattern takes the product of the two in steps.
+/// The longest of them, in bytes; names have 244. The slowest pattern takes the product of the two
+/// in steps.
 const MAX_PATTERN: usize = 256;
 
 /// Most networks that `--lan` may name. Each address that is in no directly connected network is
@@ -118,7 +121,7 @@ pub enum Command {
     /// Run the daemon.
     Run(Box<Config>),
     /// Ask the one that runs.
-    Ask(Box<Ask>),
+    Ask(Box<CommandOptions>),
     /// Print [`HELP`].
     Help,
     /// Print the version.
@@ -127,9 +130,9 @@ pub enum Command {
 
 /// A question to the running daemon, and what surrounds it.
 #[derive(Debug)]
-pub struct Ask {
+pub struct CommandOptions {
     /// What to find out.
-    pub what: What,
+    pub what: Subcommand,
     /// Where the daemon is; for the rest, what holds if it does not run.
     pub config: Config,
     /// For programs.
@@ -138,7 +141,7 @@ pub struct Ask {
 
 /// What to find out.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum What {
+pub enum Subcommand {
     /// What the daemon does.
     Status,
     /// Who answers now.
@@ -164,11 +167,11 @@ pub fn parse(
     let mut db = None;
     let mut args: Vec<OsString> = args.into_iter().collect();
     let mut what = match args.first().and_then(|word| word.to_str()) {
-        Some("status") => Some(What::Status),
-        Some("peers") => Some(What::Peers),
-        Some("why") => Some(What::Why(String::new())),
-        Some("doctor") => Some(What::Doctor),
-        Some("identity") => Some(What::Identity),
+        Some("status") => Some(Subcommand::Status),
+        Some("peers") => Some(Subcommand::Peers),
+        Some("why") => Some(Subcommand::Why(String::new())),
+        Some("doctor") => Some(Subcommand::Doctor),
+        Some("identity") => Some(Subcommand::Identity),
         _ => None,
     };
     if what.is_some() {
@@ -206,8 +209,8 @@ pub fn parse(
                 continue;
             }
             Long(name) => name.to_string(),
-            Value(path) if what == Some(What::Why(String::new())) => {
-                what = Some(What::Why(path.to_string_lossy().into_owned()));
+            Value(path) if what == Some(Subcommand::Why(String::new())) => {
+                what = Some(Subcommand::Why(path.to_string_lossy().into_owned()));
                 continue;
             }
             Short(_) | Value(_) => return Err(format!("{}; see --help", arg.unexpected())),
@@ -226,7 +229,9 @@ pub fn parse(
                 let pattern = name.parse().map_err(|e| wrong(&flag, &name, e))?;
                 push(&flag, &mut config.networks.interfaces, pattern, MAX_INTERFACE_PATTERNS)?;
             }
-            "timeout" => config.timeout = Duration::from_millis(number(&flag, value()?, 1, MAX_TIMEOUT_MS)?),
+            "timeout" => {
+                config.timeout = Duration::from_millis(number(&flag, value()?, 1, MAX_TIMEOUT_MS)?)
+            }
             "peer" => {
                 let (host, port) = host(&flag, &text(&flag, value()?)?)?;
                 config.peers.push((host, port.unwrap_or(DEFAULT_PORT)));
@@ -235,13 +240,16 @@ pub fn parse(
             "trusted-public-key" => {
                 // nix.conf has several in one line; so may this.
                 for key in text(&flag, value()?)?.split_whitespace() {
-                    config.trusted_public_keys.push(PublicKey::parse(key).map_err(|e| wrong(&flag, key, e))?);
+                    config
+                        .trusted_public_keys
+                        .push(PublicKey::parse(key).map_err(|e| wrong(&flag, key, e))?);
                 }
             }
             "trusted-public-key-file" => config.trusted_public_key_files.push(value()?.into()),
             "metrics" => {
                 let address = text(&flag, value()?)?;
-                config.metrics = Some(address.parse().map_err(|_| wrong(&flag, &address, "not ADDR:PORT"))?);
+                config.metrics =
+                    Some(address.parse().map_err(|_| wrong(&flag, &address, "not ADDR:PORT"))?);
             }
             "priority" => config.priority = number(&flag, value()?, 0, u32::MAX.into())? as u32,
             "mode" => {
@@ -260,24 +268,34 @@ pub fn parse(
             "friends-file" => config.friends_file = Some(value()?.into()),
             "upload-limit" => {
                 let rate = text(&flag, value()?)?;
-                config.upload_limit = Some(UploadLimit::parse_rate(&rate).map_err(|e| wrong(&flag, &rate, e))?);
+                config.upload_limit =
+                    Some(UploadLimit::parse_rate(&rate).map_err(|e| wrong(&flag, &rate, e))?);
             }
             "tracker-url" => config.tracker_urls.push(url(&flag, text(&flag, value()?)?)?),
             "peer-id" => {
                 let id = text(&flag, value()?)?;
                 if !is_peer_id(&id) {
-                    return Err(wrong(&flag, &id, format_args!("not 1 to {MAX_PEER_ID} printable bytes")));
+                    return Err(wrong(
+                        &flag,
+                        &id,
+                        format_args!("not 1 to {MAX_PEER_ID} printable bytes"),
+                    ));
                 }
                 config.peer_id = Some(id);
             }
             "announce-addr" => config.announce_addr = Some(host(&flag, &text(&flag, value()?)?)?),
             "upstream-cache" => config.upstream_cache = url(&flag, text(&flag, value()?)?)?,
             "filter-patterns" => {
-                let words = parser.values().map_err(|_| format!("--{flag}: needs at least one pattern"))?;
+                let words =
+                    parser.values().map_err(|_| format!("--{flag}: needs at least one pattern"))?;
                 for word in words {
                     let word = text(&flag, word)?;
                     if word.len() > MAX_PATTERN {
-                        return Err(wrong(&flag, &word, format_args!("longer than {MAX_PATTERN} bytes")));
+                        return Err(wrong(
+                            &flag,
+                            &word,
+                            format_args!("longer than {MAX_PATTERN} bytes"),
+                        ));
                     }
                     config.filter_patterns.push(word);
                 }
@@ -298,7 +316,8 @@ pub fn parse(
     if !bind.is_empty() {
         config.bind = bind;
     }
-    config.db = db.unwrap_or_else(|| config.root.join(config.db.strip_prefix("/").unwrap_or(&config.db)));
+    config.db =
+        db.unwrap_or_else(|| config.root.join(config.db.strip_prefix("/").unwrap_or(&config.db)));
     if let Some(dir) = env("NIX_CONF_DIR").filter(|dir| !dir.is_empty()) {
         config.nix_conf_dir = dir.into();
     }
@@ -309,20 +328,22 @@ pub fn parse(
             Some(value.into())
         })
     };
-    config.private_key = from_env(config.private_key.take(), "NIX_SECRET_KEY_FILE", "--private-key");
+    config.private_key =
+        from_env(config.private_key.take(), "NIX_SECRET_KEY_FILE", "--private-key");
     config.state_dir = from_env(config.state_dir.take(), "STATE_DIRECTORY", "--state-dir");
     if config.mode != Mode::Lan && config.tracker_urls.is_empty() {
         return Err("--mode wan and --mode both need --tracker-url".into());
     }
     match what {
         None => Ok(Command::Run(Box::new(config))),
-        Some(What::Why(path)) if path.is_empty() => Err("why: needs a store path".into()),
-        Some(what) => Ok(Command::Ask(Box::new(Ask { what, config, json }))),
+        Some(Subcommand::Why(path)) if path.is_empty() => Err("why: needs a store path".into()),
+        Some(what) => Ok(Command::Ask(Box::new(CommandOptions { what, config, json }))),
     }
 }
 
-/// What a daemon answers Nix's first question by, of a command line that has a mistake somewhere: the store directory
-/// and the priority, which Nix remembers for a week, and the port. Defaults stand in for what cannot be read.
+/// What a daemon answers Nix's first question by, of a command line that has a mistake somewhere:
+/// the store directory and the priority, which Nix remembers for a week, and the port. Defaults
+/// stand in for what cannot be read.
 pub fn salvage(args: &[OsString]) -> Config {
     let mut kept = Vec::new();
     for (at, arg) in args.iter().enumerate() {
@@ -437,7 +458,10 @@ mod tests {
     #[test]
     fn defaults_are_those_of_the_original() {
         let config = run(&[]).unwrap();
-        assert_eq!((config.port, config.timeout, config.priority), (12304, Duration::from_millis(50), 20));
+        assert_eq!(
+            (config.port, config.timeout, config.priority),
+            (12304, Duration::from_millis(50), 20)
+        );
         assert_eq!(config.bind, ["0.0.0.0".parse::<IpAddr>().unwrap()]);
         assert_eq!(config.mode, Mode::Lan);
         assert_eq!(config.upstream_cache, "https://cache.nixos.org");
@@ -462,8 +486,19 @@ mod tests {
     #[test]
     fn flags_say_everything() {
         let env = |name: &str| (name == "STATE_DIRECTORY").then(|| "/env/state".into());
-        let config =
-            run_with(&["--port", "1", "--filter-patterns", "a", "b", "--mode=both", "--tracker-url", "http://t"], env);
+        let config = run_with(
+            &[
+                "--port",
+                "1",
+                "--filter-patterns",
+                "a",
+                "b",
+                "--mode=both",
+                "--tracker-url",
+                "http://t",
+            ],
+            env,
+        );
         let config = config.unwrap();
         let flags: Vec<&str> = config.flags.iter().map(String::as_str).collect();
         let again = run(&flags).unwrap();
@@ -479,17 +514,20 @@ mod tests {
         };
         let path = "/nix/store/7h7qgvs4kgzsn8a6rb273saxyqh4jxlz-x";
         for (args, what, json, port) in [
-            (&["status"][..], What::Status, false, 12304),
-            (&["peers", "--json"], What::Peers, true, 12304),
-            (&["why", path], What::Why(path.into()), false, 12304),
-            (&["why", "--port", "1", path, "--json"], What::Why(path.into()), true, 1),
-            (&["doctor", "--port=1", "--verbose"], What::Doctor, false, 1),
+            (&["status"][..], Subcommand::Status, false, 12304),
+            (&["peers", "--json"], Subcommand::Peers, true, 12304),
+            (&["why", path], Subcommand::Why(path.into()), false, 12304),
+            (&["why", "--port", "1", path, "--json"], Subcommand::Why(path.into()), true, 1),
+            (&["doctor", "--port=1", "--verbose"], Subcommand::Doctor, false, 1),
         ] {
             let ask = ask(args);
             assert_eq!((ask.what, ask.json, ask.config.port), (what, json, port));
         }
         // Where a flag takes words, or a command is not the first, they are none.
-        assert_eq!(run(&["--filter-patterns", "status", "why"]).unwrap().filter_patterns, ["status", "why"]);
+        assert_eq!(
+            run(&["--filter-patterns", "status", "why"]).unwrap().filter_patterns,
+            ["status", "why"]
+        );
         assert!(matches!(parse(["peers".into(), "--help".into()], |_| None), Ok(Command::Help)));
     }
 
@@ -513,8 +551,14 @@ mod tests {
             "127.0.0.1",
         ])
         .unwrap();
-        let expected =
-            [("host", 12304), ("host", 1), ("10.0.0.1", 2), ("fd00::1", 12304), ("fd00::1", 12304), ("fd00::1", 3)];
+        let expected = [
+            ("host", 12304),
+            ("host", 1),
+            ("10.0.0.1", 2),
+            ("fd00::1", 12304),
+            ("fd00::1", 12304),
+            ("fd00::1", 3),
+        ];
         assert_eq!(config.peers, expected.map(|(host, port)| (host.to_owned(), port)));
         assert_eq!(config.bind.len(), 2);
         assert!(config.bind[0].is_ipv6());
@@ -544,7 +588,10 @@ mod tests {
             (&["--bind", "eth0"], "--bind eth0"),
             (&["--peer", "a b"], "--peer a b"),
             (&["--metrics", "9100"], "--metrics 9100: not ADDR:PORT"),
-            (&["--lan", "10.0.0.5/8"], "--lan 10.0.0.5/8: host bits are set; did you mean 10.0.0.0/8?"),
+            (
+                &["--lan", "10.0.0.5/8"],
+                "--lan 10.0.0.5/8: host bits are set; did you mean 10.0.0.0/8?",
+            ),
             (&["--lan", "0.0.0.0/0"], "--lan 0.0.0.0/0: every address"),
             (&["--lan"], "--lan: needs a value"),
             (&["--interface", "e[tn]h0"], "--interface e[tn]h0: only * and ?"),
@@ -582,7 +629,16 @@ mod tests {
             let config = salvage(&args.iter().map(OsString::from).collect::<Vec<_>>());
             (config.store_dir.as_str().to_owned(), config.priority, config.port)
         };
-        let args = ["--prot", "1", "--store-dir=/gnu/store", "--priority", "50", "--mode", "nonsense", "--port=7"];
+        let args = [
+            "--prot",
+            "1",
+            "--store-dir=/gnu/store",
+            "--priority",
+            "50",
+            "--mode",
+            "nonsense",
+            "--port=7",
+        ];
         assert_eq!(salvaged(&args), ("/gnu/store".to_owned(), 50, 7));
         assert_eq!(salvaged(&["--priority", "x"]), ("/nix/store".to_owned(), 20, 12304));
         assert_eq!(salvaged(&["--port"]), ("/nix/store".to_owned(), 20, 12304));
@@ -618,7 +674,10 @@ mod tests {
             "help",
             "version",
         ] {
-            assert!(HELP.contains(&format!("--{flag} ")) || HELP.contains(&format!("--{flag}\n")), "{flag}");
+            assert!(
+                HELP.contains(&format!("--{flag} ")) || HELP.contains(&format!("--{flag}\n")),
+                "{flag}"
+            );
         }
         assert!(matches!(parse(["-h".into()], |_| None), Ok(Command::Help)));
         assert!(matches!(parse(["--version".into()], |_| None), Ok(Command::Version)));

@@ -80,18 +80,19 @@ const MAX_FRIEND_NAME: usize = 32;
 
 /// A machine that is known by its key, and may have every path.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Friend {
+pub struct FriendConfig {
     /// For people.
     pub name: String,
     /// Of its identity.
     pub key: NodeKey,
     /// Where it is, if that is known: host and port.
     pub host: Option<(String, u16)>,
-    /// The key that signs its paths: peerix lets through what this key signed. What Nix takes is nix.conf's.
+    /// The key that signs its paths: peerix lets through what this key signed. What Nix takes is
+    /// nix.conf's.
     pub signing_key: Option<PublicKey>,
 }
 
-impl FromStr for Friend {
+impl FromStr for FriendConfig {
     type Err = String;
 
     /// Reads `NAME=ed25519:KEY[@HOST[:PORT]][,sign=NAME:BASE64]`.
@@ -99,19 +100,27 @@ impl FromStr for Friend {
         let (name, rest) = text.split_once('=').ok_or("not NAME=ed25519:KEY")?;
         let is_plain = |b: u8| b.is_ascii_alphanumeric() || b"-_.".contains(&b);
         if name.is_empty() || name.len() > MAX_FRIEND_NAME || !name.bytes().all(is_plain) {
-            return Err(format!("a name has 1 to {MAX_FRIEND_NAME} letters, digits, dots, - and _"));
+            return Err(format!(
+                "a name has 1 to {MAX_FRIEND_NAME} letters, digits, dots, - and _"
+            ));
         }
         let mut parts = rest.split(',');
         let place = parts.next().unwrap_or_default();
-        let (key, host) = place.split_once('@').map_or((place, None), |(key, host)| (key, Some(host)));
+        let (key, host) =
+            place.split_once('@').map_or((place, None), |(key, host)| (key, Some(host)));
         let key = key.parse::<NodeKey>().map_err(|e| e.to_string())?;
-        let host = host.map(parse_host).transpose()?.map(|(host, port)| (host, port.unwrap_or(DEFAULT_PORT)));
+        let host = host
+            .map(parse_host)
+            .transpose()?
+            .map(|(host, port)| (host, port.unwrap_or(DEFAULT_PORT)));
         let mut signing_key = None;
         for option in parts {
-            let value = option.strip_prefix("sign=").ok_or_else(|| format!("{option}: not sign=NAME:KEY"))?;
+            let value = option
+                .strip_prefix("sign=")
+                .ok_or_else(|| format!("{option}: not sign=NAME:KEY"))?;
             signing_key = Some(PublicKey::parse(value).map_err(|e| format!("{value}: {e}"))?);
         }
-        Ok(Friend { name: name.to_owned(), key, host, signing_key })
+        Ok(FriendConfig { name: name.to_owned(), key, host, signing_key })
     }
 }
 
@@ -131,7 +140,10 @@ pub fn parse_host(value: &str) -> Result<(String, Option<u16>), &'static str> {
         Some(_) => return Err("not a port from 1 to 65535"),
     };
     let host = host.strip_prefix('[').and_then(|h| h.strip_suffix(']')).unwrap_or(host);
-    if host.is_empty() || host.len() > MAX_ADDR || host.contains(|c: char| c.is_whitespace() || c == '/') {
+    if host.is_empty()
+        || host.len() > MAX_ADDR
+        || host.contains(|c: char| c.is_whitespace() || c == '/')
+    {
         return Err("not a host name or address");
     }
     Ok((host.to_owned(), port))
@@ -151,14 +163,15 @@ pub struct Config {
     pub timeout: Duration,
     /// Log what each request does. Defaults to false.
     pub verbose: bool,
-    /// The secret key to sign this node's own paths with. Defaults to `$NIX_SECRET_KEY_FILE`, else none.
+    /// The secret key to sign this node's own paths with. Defaults to `$NIX_SECRET_KEY_FILE`, else
+    /// none.
     pub private_key: Option<PathBuf>,
     /// Defaults to [`Mode::Lan`].
     pub mode: Mode,
     /// How much of what the mode shares is shared. Defaults to [`Sharing::All`].
     pub sharing: Sharing,
     /// Machines that may have every path. Defaults to none.
-    pub friends: Vec<Friend>,
+    pub friends: Vec<FriendConfig>,
     /// A file with more of them, one a line, which is followed. Defaults to none.
     pub friends_file: Option<PathBuf>,
     /// Whether the router is asked to let connections in. Defaults to false.
@@ -183,11 +196,13 @@ pub struct Config {
     pub filter_patterns: Vec<String>,
     /// Nodes beyond the broadcast domain, `host` and port. Defaults to none.
     pub peers: Vec<(String, u16)>,
-    /// `Priority` in nix-cache-info; lower is asked earlier, cache.nixos.org has 40. Defaults to 20.
+    /// `Priority` in nix-cache-info; lower is asked earlier, cache.nixos.org has 40. Defaults to
+    /// 20.
     pub priority: u32,
     /// Defaults to `/nix/store`.
     pub store_dir: StoreDir,
-    /// The root directory of the store: its files are below it, while their names do not have it. Defaults to `/`.
+    /// The root directory of the store: its files are below it, while their names do not have it.
+    /// Defaults to `/`.
     pub root: PathBuf,
     /// Nix's database. Defaults to `/nix/var/nix/db/db.sqlite`.
     pub db: PathBuf,
@@ -195,8 +210,8 @@ pub struct Config {
     pub state_dir: Option<PathBuf>,
     /// Keys that are trusted beside those of nix.conf. Defaults to none.
     pub trusted_public_keys: Vec<PublicKey>,
-    /// The flags that say all of this, those that stood in the environment among them; what is not UTF-8 is as good as it
-    /// can be shown.
+    /// The flags that say all of this, those that stood in the environment among them; what is not
+    /// UTF-8 is as good as it can be shown.
     pub flags: Vec<String>,
     /// Files with more of them, read at the start and each minute. Defaults to none.
     pub trusted_public_key_files: Vec<PathBuf>,
@@ -212,7 +227,8 @@ pub const DEFAULT_PORT: u16 = 12304;
 /// The cache that Nix itself asks by default.
 pub const DEFAULT_UPSTREAM: &str = "https://cache.nixos.org";
 
-/// The key of [`DEFAULT_UPSTREAM`], which Nix trusts by default (Nix manual, "trusted-public-keys").
+/// The key of [`DEFAULT_UPSTREAM`], which Nix trusts by default (Nix manual,
+/// "trusted-public-keys").
 pub const UPSTREAM_KEY: &str = "cache.nixos.org-1:6NCHdD59X431o0gWypbMrAURkbJ16ZPMQFGspcDShjY=";
 
 impl Config {

@@ -1,42 +1,45 @@
 //! Who owns which thread, how the daemon starts, and how it stops.
 
+use crate::access::{AccessPolicy, Scope};
 use crate::config::Config;
 use crate::degraded::Degraded;
-use crate::fetch::Fetch;
+use crate::fetch::Downloader;
 use crate::fetch::spool::Spools;
 use crate::friends::{FriendList, tls};
-use crate::gateway::{Mapping, PortMapper};
-use crate::http::cache::{Cache, signer};
 use crate::http::crowd::Crowds;
-use crate::http::metrics::MetricsForOthers;
-use crate::http::misses::Misses;
+use crate::http::handler::{CacheHandler, signer};
+use crate::http::metrics::MetricsHandler;
+use crate::http::miss_handler::MissHandler;
 use crate::http::narinfo::Signer;
-use crate::http::permits::Permits;
 use crate::http::server::Server;
+use crate::http::stream_limits::StreamLimits;
 use crate::identity;
 use crate::key_file;
-use crate::lan::{Discovery, DiscoveryClient, DiscoveryThread, HeardDigest, Settings, StoreEnvironment};
-use crate::lookup::Lookup;
+use crate::lan::{
+    DigestObserver, Discovery, DiscoveryClient, DiscoverySettings, DiscoveryThread,
+    StoreEnvironment,
+};
+use crate::log_throttle::LogThrottle;
+use crate::lookup::LookupService;
 use crate::network::{LanNetworks, Networks};
 use crate::nix::SecretKey;
 use crate::peers::announce::{Publication, Trackers};
-use crate::peers::client::Client;
+use crate::peers::client::PeerClient;
 use crate::peers::friends::Friends;
-use crate::peers::kept_paces;
-use crate::peers::lan::Lan;
-use crate::peers::meeting::{self, Place};
+use crate::peers::health::PeerHealth;
+use crate::peers::lan::LanSource;
+use crate::peers::meeting::{self, OutsideAddress};
 use crate::peers::pace::Paces;
-use crate::peers::requests::Requests;
-use crate::peers::standing::Standing;
-use crate::peers::tracker::Me;
-use crate::peers::wan::Wan;
+use crate::peers::request_pool::RequestPool;
+use crate::peers::saved_paces;
+use crate::peers::tracker::NodeIdentity;
+use crate::peers::wan::WanSource;
+use crate::port_mapper::{Mapping, PortMapper};
 use crate::publish::Publisher;
-use crate::record::Record;
-use crate::seldom::Seldom;
 use crate::service::{self, SignalWatch, notify};
-use crate::share::{Scope, Share};
-use crate::sockets::{self, Sockets};
-use crate::status::{Facts, PRIVATE_KEY, Status};
+use crate::sockets::{self, BoundSockets};
+use crate::stats::Stats;
+use crate::status::{NodeFacts, PRIVATE_KEY, StatusService};
 use crate::store::{Store, StoreConfig};
 use crate::time_scale::Interval;
 use crate::trust::TrustedKeys;
@@ -61,18 +64,19 @@ const RESOLVE_INTERVAL: Duration = Duration::from_secs(60);
 /// How often the main thread puts what was counted into its hour when systemd's watchdog is off.
 const LOOK: Duration = Duration::from_secs(60);
 
-/// Descriptors for every connection, and for every stream with a directory of each level and a file or a peer; services
-/// get 1,024 unless they ask for more.
+/// Descriptors for every connection, and for every stream with a directory of each level and a file
+/// or a peer; services get 1,024 unless they ask for more.
 const DESCRIPTORS: u64 = 8192;
 
-/// Interval between tries to read what could not be read at the start: keys, the identity, the database. nix.conf is
-/// compared with what was read as often.
+/// Interval between tries to read what could not be read at the start: keys, the identity, the
+/// database. nix.conf is compared with what was read as often.
 const RETRY_INTERVAL: Interval = Interval::from_secs(60);
 
 /// Code of the fault that the identity cannot be used.
 const IDENTITY: &str = "identity";
 
-/// The daemon ends within 2 s; a tracker that does not take its leave is not waited for longer than this.
+/// The daemon ends within 2 s; a tracker that does not take its leave is not waited for longer than
+/// this.
 const STOP_LIMIT: Duration = Duration::from_millis(1700);
 
 /// How often counters are written: so much of them is lost when the power goes.
@@ -80,19 +84,19 @@ const SAVE_INTERVAL: Duration = Duration::from_secs(60);
 
 /// Why the daemon could not start or go on: one line, with what to do.
 #[derive(Debug)]
-pub struct Fatal(String);
+pub struct FatalError(String);
 
-impl fmt::Display for Fatal {
+impl fmt::Display for FatalError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)
     }
 }
 
-impl std::error::Error for Fatal {}
+impl std::error::Error for FatalError {}
 
-impl<E: fmt::Display> From<(&str, E)> for Fatal {
+impl<E: fmt::Display> From<(&str, E)> for FatalError {
     fn from((what, e): (&str, E)) -> Self {
-        Fatal(format!("{what}: {e}"))
+        FatalError(format!("{what}: {e}"))
     }
 }
 
@@ -107,7 +111,7 @@ enum Wakeup {
 }
 
 /// How a run ends.
-enum End {
+enum ExitReason {
     /// By a signal.
     Stopped,
     /// To start again.
@@ -118,15 +122,15 @@ enum End {
 ///
 /// # Errors
 /// What kept it from starting, or which thread died.
-pub fn run(config: Config) -> Result<(), Fatal> {
-    run_with(config, Record::new())
+pub fn run(config: Config) -> Result<(), FatalError> {
+    run_with(config, Stats::new())
 }
 
 /// The same with that record, which the benchmark of what recording costs leaves off.
 ///
 /// # Errors
 /// As [`run`].
-pub fn run_with(config: Config, record: Record) -> Result<(), Fatal> {
+pub fn run_with(config: Config, record: Stats) -> Result<(), FatalError> {
     service::allow_descriptors(DESCRIPTORS);
     let process = Process::start(&config)?;
     let mut record = Some(record);
@@ -136,44 +140,48 @@ pub fn run_with(config: Config, record: Record) -> Result<(), Fatal> {
             None => return Ok(()),
         };
         let record = record.take().unwrap_or_default();
-        if let End::Stopped = serve(config.clone(), record, store, &process)? {
+        if let ExitReason::Stopped = serve(config.clone(), record, store, &process)? {
             return Ok(());
         }
         log::info!("starting again");
     }
 }
 
-/// Answers every lookup of this machine's Nix with a miss, until SIGTERM or SIGINT. `config` is what could be made of a
-/// wrong command line, and `problem` says what is wrong with it. For sockets that systemd passes: their port stays open
-/// whatever this program does, and Nix would wait at it, or fail.
+/// Answers every lookup of this machine's Nix with a miss, until SIGTERM or SIGINT. `config` is
+/// what could be made of a wrong command line, and `problem` says what is wrong with it. For
+/// sockets that systemd passes: their port stays open whatever this program does, and Nix would
+/// wait at it, or fail.
 ///
 /// # Errors
 /// As [`run`].
-pub fn run_without_flags(config: &Config, problem: &str) -> Result<(), Fatal> {
+pub fn run_without_flags(config: &Config, problem: &str) -> Result<(), FatalError> {
     let process = Process::start(config)?;
-    let text = format!("{problem}; until that is mended, all that Nix asks this node is answered with a miss");
-    let misses = Misses::new(config, process.sockets.port, "flags", text);
+    let text = format!(
+        "{problem}; until that is mended, all that Nix asks this node is answered with a miss"
+    );
+    let misses = MissHandler::new(config, process.sockets.port, "flags", text);
     answer_misses(misses, &process, || None::<()>).map(|_| ())
 }
 
 /// What lasts from the start of the process to its end.
 struct Process {
     networks: Arc<Networks>,
-    sockets: Sockets,
+    sockets: BoundSockets,
     wakeups: Sender<Wakeup>,
     woken: Receiver<Wakeup>,
     _signals: SignalWatch,
 }
 
 impl Process {
-    fn start(config: &Config) -> Result<Process, Fatal> {
+    fn start(config: &Config) -> Result<Process, FatalError> {
         let networks = Arc::new(Networks::read(config.networks.clone()));
         let (wakeups, woken) = bounded(8);
         let signal = wakeups.clone();
         let on_signal = move || drop(signal.try_send(Wakeup::Signal));
-        let signals = service::watch_signals(on_signal).map_err(|e| Fatal::from(("signals", e)))?;
+        let signals =
+            service::watch_signals(on_signal).map_err(|e| FatalError::from(("signals", e)))?;
         // After the signals: who sees the port open may stop it in good order.
-        let sockets = sockets::open(config, &networks.current()).map_err(Fatal)?;
+        let sockets = sockets::open(config, &networks.current()).map_err(FatalError)?;
         Ok(Process { networks, sockets, wakeups, woken, _signals: signals })
     }
 
@@ -184,15 +192,15 @@ impl Process {
     }
 
     /// Forgets threads that ended with a run; whether a signal came with them.
-    fn drain(&self) -> End {
+    fn drain(&self) -> ExitReason {
         let is_signal = self.woken.try_iter().any(|wakeup| matches!(wakeup, Wakeup::Signal));
-        if is_signal { End::Stopped } else { End::Mended }
+        if is_signal { ExitReason::Stopped } else { ExitReason::Mended }
     }
 }
 
-/// Opens Nix's database. While it cannot be opened, a node whose sockets systemd passed answers misses. `None` if a
-/// signal came meanwhile.
-fn open_store(config: &Config, process: &Process) -> Result<Option<Arc<Store>>, Fatal> {
+/// Opens Nix's database. While it cannot be opened, a node whose sockets systemd passed answers
+/// misses. `None` if a signal came meanwhile.
+fn open_store(config: &Config, process: &Process) -> Result<Option<Arc<Store>>, FatalError> {
     let open = || {
         Store::open(StoreConfig {
             store_dir: config.store_dir.clone(),
@@ -203,21 +211,26 @@ fn open_store(config: &Config, process: &Process) -> Result<Option<Arc<Store>>, 
     match open() {
         Ok(store) => Ok(Some(Arc::new(store))),
         Err(e) if process.sockets.are_passed => {
-            let misses = Misses::new(config, process.sockets.port, "store", e.to_string());
+            let misses = MissHandler::new(config, process.sockets.port, "store", e.to_string());
             answer_misses(misses, process, || open().ok().map(Arc::new))
         }
-        Err(e) => Err(Fatal(e.to_string())),
+        Err(e) => Err(FatalError(e.to_string())),
     }
 }
 
 /// Answers misses until `mended` gives something, or a signal comes; then it gives nothing.
-fn answer_misses<T>(misses: Misses, process: &Process, mended: impl Fn() -> Option<T>) -> Result<Option<T>, Fatal> {
+fn answer_misses<T>(
+    misses: MissHandler,
+    process: &Process,
+    mended: impl Fn() -> Option<T>,
+) -> Result<Option<T>, FatalError> {
     log::error!("{}", misses.problem());
-    let sockets = process.sockets.try_clone().map_err(|e| Fatal::from(("sockets", e)))?;
+    let sockets = process.sockets.try_clone().map_err(|e| FatalError::from(("sockets", e)))?;
     let server = Server::start(sockets.listeners, Arc::new(misses), process.ended("http"));
-    let server = server.map_err(|e| Fatal::from(("http server", e)))?;
+    let server = server.map_err(|e| FatalError::from(("http server", e)))?;
     notify(&[NotifyState::Ready]);
-    let pause = sd_notify::watchdog_enabled().map_or(RETRY_INTERVAL.get(), |limit| RETRY_INTERVAL.get().min(limit / 3));
+    let pause = sd_notify::watchdog_enabled()
+        .map_or(RETRY_INTERVAL.get(), |limit| RETRY_INTERVAL.get().min(limit / 3));
     let mut tried = Instant::now();
     loop {
         match process.woken.recv_timeout(pause) {
@@ -225,7 +238,9 @@ fn answer_misses<T>(misses: Misses, process: &Process, mended: impl Fn() -> Opti
                 notify(&[NotifyState::Stopping]);
                 return Ok(None);
             }
-            Ok(Wakeup::Ended(what)) => return Err(Fatal(format!("the {what} thread ended; see the log"))),
+            Ok(Wakeup::Ended(what)) => {
+                return Err(FatalError(format!("the {what} thread ended; see the log")));
+            }
             Ok(Wakeup::Mended) => {}
             Err(_) => notify(&[NotifyState::Watchdog]),
         }
@@ -236,78 +251,94 @@ fn answer_misses<T>(misses: Misses, process: &Process, mended: impl Fn() -> Opti
         if let Some(value) = mended() {
             drop(server);
             return Ok(match process.drain() {
-                End::Stopped => None,
-                End::Mended => Some(value),
+                ExitReason::Stopped => None,
+                ExitReason::Mended => Some(value),
             });
         }
     }
 }
 
 /// Serves until a signal, or until what was missing at the start is there.
-fn serve(config: Config, record: Record, store: Arc<Store>, process: &Process) -> Result<End, Fatal> {
+fn serve(
+    config: Config,
+    record: Stats,
+    store: Arc<Store>,
+    process: &Process,
+) -> Result<ExitReason, FatalError> {
     let now = Instant::now();
-    let Sockets { listeners, datagrams, port, .. } =
-        process.sockets.try_clone().map_err(|e| Fatal::from(("sockets", e)))?;
+    let BoundSockets { listeners, datagrams, port, .. } =
+        process.sockets.try_clone().map_err(|e| FatalError::from(("sockets", e)))?;
     let networks = process.networks.clone();
     if config.mode.has_lan() {
         log_networks(&networks.current());
     }
-    let share = Arc::new(Share::new(networks.clone(), &config));
+    let share = Arc::new(AccessPolicy::new(networks.clone(), &config));
     let ended = |what| process.ended(what);
     let degraded = Arc::new(Degraded::default());
     let trusted = Arc::new(TrustedKeys::read(&config, port, &degraded));
-    let own_key = OwnKey::new(&config, &share, &degraded);
+    let own_key = LateSigningKey::new(&config, &share, &degraded);
 
     let leaving = Arc::new(AtomicBool::new(false));
-    let requests = Arc::new(Requests::default());
+    let requests = Arc::new(RequestPool::default());
     let identity = find_identity(&config, &degraded);
-    let acquaintance = Acquaintance::start(&config, identity.as_ref(), &networks, &requests);
-    let mut environment = StoreEnvironment::new(share.clone(), store.clone(), networks.clone(), leaving.clone());
-    if let Some(Acquaintance { friends, .. }) = &acquaintance {
+    let acquaintance = FriendServices::start(&config, identity.as_ref(), &networks, &requests);
+    let mut environment =
+        StoreEnvironment::new(share.clone(), store.clone(), networks.clone(), leaving.clone());
+    if let Some(FriendServices { friends, .. }) = &acquaintance {
         let (key, friends) = (*friends.list().own(), friends.clone());
-        let heard: HeardDigest = Box::new(move |instance, digest, at| friends.heard_hello(instance, digest, at));
+        let heard: DigestObserver =
+            Box::new(move |instance, digest, at| friends.heard_hello(instance, digest, at));
         environment = environment.with_friends(key, heard);
     }
-    let settings = Settings { http_port: port, udp_port: port, timeout: config.timeout };
-    let random = random_numbers().ok_or_else(|| Fatal("the system gives no random numbers".into()))?;
+    let settings = DiscoverySettings { http_port: port, udp_port: port, timeout: config.timeout };
+    let random =
+        random_numbers().ok_or_else(|| FatalError("the system gives no random numbers".into()))?;
     let (outside, mapper) = map_port(&config, port, &networks).unzip();
     let discovery = Discovery::new(environment, settings, random, now);
-    let discovery = DiscoveryThread::spawn(discovery, datagrams, networks.clone(), ended("discovery"))
-        .map_err(|e| Fatal::from(("discovery", e)))?;
+    let discovery =
+        DiscoveryThread::spawn(discovery, datagrams, networks.clone(), ended("discovery"))
+            .map_err(|e| FatalError::from(("discovery", e)))?;
     let resolver = resolve_peers(config.peers.clone(), discovery.client(), share.clone())
-        .map_err(|e| Fatal::from(("resolve", e)))?;
+        .map_err(|e| FatalError::from(("resolve", e)))?;
 
-    let client = Arc::new(Client::new(config.store_dir.clone()));
-    let standing = Arc::new(Standing::default());
+    let client = Arc::new(PeerClient::new(config.store_dir.clone()));
+    let standing = Arc::new(PeerHealth::default());
     let record = Arc::new(record);
     let paces = Arc::new(Paces::default());
-    let counters = keep_counters(&config, &record, &paces).map_err(|e| Fatal::from(("counters", e)))?;
+    let counters =
+        keep_counters(&config, &record, &paces).map_err(|e| FatalError::from(("counters", e)))?;
     // One for this run is nothing to give to friends.
     let lasting = identity.as_ref().filter(|_| config.state_dir.is_some());
-    let facts = Facts::new(&config, port, lasting.map(|identity| identity.key()));
+    let facts = NodeFacts::new(&config, port, lasting.map(|identity| identity.key()));
     let strangers = match identity.filter(|_| config.mode.has_wan()) {
-        Some(identity) => Some(Strangers::start(&config, identity, port, &store, &share, &networks, ended)?),
+        Some(identity) => {
+            Some(WanServices::start(&config, identity, port, &store, &share, &networks, ended)?)
+        }
         None => None,
     };
     let wan = strangers.as_ref().map(|strangers| {
         let trackers = strangers.trackers.clone();
         let (client, standing, requests) = (client.clone(), standing.clone(), requests.clone());
-        Arc::new(Wan::new(trackers, client, standing, networks.clone(), requests))
+        Arc::new(WanSource::new(trackers, client, standing, networks.clone(), requests))
     });
-    let lan = config
-        .mode
-        .has_lan()
-        .then(|| Arc::new(Lan::new(discovery.client(), client.clone(), standing.clone(), requests.clone())));
+    let lan = config.mode.has_lan().then(|| {
+        Arc::new(LanSource::new(
+            discovery.client(),
+            client.clone(),
+            standing.clone(),
+            requests.clone(),
+        ))
+    });
     let upstream = Upstream::new(&config, &trusted.keys().unwrap_or_default());
     let spools = Spools::new(config.state_dir.clone());
-    let lookup = Lookup::new(lan, wan, trusted.clone(), record.clone());
+    let lookup = LookupService::new(lan, wan, trusted.clone(), record.clone());
     let friends = acquaintance.as_ref().map(|acquaintance| acquaintance.friends.clone());
     let lookup = Arc::new(lookup.with_friends(friends.clone()));
     if let Some(friends) = friends.clone().filter(|_| !config.tracker_urls.is_empty()) {
         let mapping = mapper.as_ref().map(PortMapper::current);
-        meet_friends(&config, port, mapping, friends).map_err(|e| Fatal::from(("meet", e)))?;
+        meet_friends(&config, port, mapping, friends).map_err(|e| FatalError::from(("meet", e)))?;
     }
-    let status = Status {
+    let status = StatusService {
         record: record.clone(),
         discovery: discovery.client(),
         standing: standing.clone(),
@@ -321,42 +352,50 @@ fn serve(config: Config, record: Record, store: Arc<Store>, process: &Process) -
         facts,
     };
     let upload_limit = config.upload_limit.map(UploadLimit::new);
-    let cache = Cache {
+    let cache = CacheHandler {
         store,
         share,
         lookup: lookup.clone(),
-        fetch: Fetch::new(lookup, client, standing, paces, record.clone(), upstream, spools),
+        fetch: Downloader::new(lookup, client, standing, paces, record.clone(), upstream, spools),
         signer: own_key.signer.clone(),
         store_dir: config.store_dir.clone(),
         priority: config.priority,
-        permits: Permits::under(upload_limit.as_ref()),
+        permits: StreamLimits::under(upload_limit.as_ref()),
         crowds: Crowds::default(),
-        friends: acquaintance.as_ref().map(|known| (known.tls.clone(), known.friends.list().clone())),
+        friends: acquaintance
+            .as_ref()
+            .map(|known| (known.tls.clone(), known.friends.list().clone())),
         upload_limit,
         record: record.clone(),
         status,
-        faults: Seldom::default(),
+        faults: LogThrottle::default(),
     };
     let cache = Arc::new(cache);
     let metrics = Arc::new(MetricsServer::new(config.metrics, &cache, &degraded));
     let server = Server::start_with_outside(listeners, outside, cache, ended("http"))
-        .map_err(|e| Fatal::from(("http server", e)))?;
+        .map_err(|e| FatalError::from(("http server", e)))?;
 
-    let retries =
-        Retries { config, own_key, trusted, degraded, metrics: metrics.clone(), wakeups: process.wakeups.clone() };
-    let retrying = retries.spawn().map_err(|e| Fatal::from(("retries", e)))?;
+    let retries = RetryThread {
+        config,
+        own_key,
+        trusted,
+        degraded,
+        metrics: metrics.clone(),
+        wakeups: process.wakeups.clone(),
+    };
+    let retrying = retries.spawn().map_err(|e| FatalError::from(("retries", e)))?;
 
     log::info!("peerix {} serves on port {port}", env!("CARGO_PKG_VERSION"));
     notify(&[NotifyState::Ready]);
     let result = wait(&process.woken, &discovery, &record);
-    if !matches!(result, Ok(End::Mended)) {
+    if !matches!(result, Ok(ExitReason::Mended)) {
         notify(&[NotifyState::Stopping]);
         log::info!("stopping");
     }
     drop(retrying);
     metrics.stop();
-    // Peers learn that this node leaves; then the answers under way end; then what they used. A lookup cut short would
-    // tell Nix that a path is nowhere, which it remembers for an hour.
+    // Peers learn that this node leaves; then the answers under way end; then what they used. A
+    // lookup cut short would tell Nix that a path is nowhere, which it remembers for an hour.
     let stopping = Instant::now();
     leaving.store(true, Ordering::Relaxed);
     discovery.say_bye();
@@ -364,7 +403,7 @@ fn serve(config: Config, record: Record, store: Arc<Store>, process: &Process) -
     drop(server);
     // The counters are saved meanwhile: a tracker that does not answer used up the time for it.
     drop(counters.running);
-    if let Some(Strangers { trackers, publisher }) = strangers {
+    if let Some(WanServices { trackers, publisher }) = strangers {
         trackers.wait(stopping + STOP_LIMIT);
         drop(publisher);
     }
@@ -375,29 +414,36 @@ fn serve(config: Config, record: Record, store: Arc<Store>, process: &Process) -
     drop(discovery);
     drop(resolver);
     match result {
-        Ok(End::Mended) => Ok(process.drain()),
+        Ok(ExitReason::Mended) => Ok(process.drain()),
         other => other,
     }
 }
 
 /// The secret key of `--private-key`, as soon as it can be read.
-struct OwnKey {
+struct LateSigningKey {
     file: Option<PathBuf>,
     signer: Arc<OnceLock<Signer>>,
-    share: Arc<Share>,
+    share: Arc<AccessPolicy>,
 }
 
-impl OwnKey {
+impl LateSigningKey {
     /// Reads it. Blocks on the disk.
-    fn new(config: &Config, share: &Arc<Share>, degraded: &Degraded) -> OwnKey {
-        let key = OwnKey { file: config.private_key.clone(), signer: Arc::default(), share: share.clone() };
+    fn new(config: &Config, share: &Arc<AccessPolicy>, degraded: &Degraded) -> LateSigningKey {
+        let key = LateSigningKey {
+            file: config.private_key.clone(),
+            signer: Arc::default(),
+            share: share.clone(),
+        };
         key.read(degraded);
         key
     }
 
-    /// Reads it, unless that has been done; returns whether it has been read now. Blocks on the disk.
+    /// Reads it, unless that has been done; returns whether it has been read now. Blocks on the
+    /// disk.
     fn read(&self, degraded: &Degraded) -> bool {
-        let Some(file) = self.file.as_deref().filter(|_| self.signer.get().is_none()) else { return false };
+        let Some(file) = self.file.as_deref().filter(|_| self.signer.get().is_none()) else {
+            return false;
+        };
         let Some(key) = degraded.note(PRIVATE_KEY, read_key(file)) else { return false };
         self.signer.get_or_init(|| signer(key));
         self.share.set_has_key();
@@ -405,15 +451,20 @@ impl OwnKey {
     }
 }
 
-/// The server of `--metrics`, as soon as its address can be listened on: that of a VPN may come late.
+/// The server of `--metrics`, as soon as its address can be listened on: that of a VPN may come
+/// late.
 struct MetricsServer {
     address: Option<SocketAddr>,
-    cache: Arc<Cache>,
+    cache: Arc<CacheHandler>,
     server: Mutex<Option<Server>>,
 }
 
 impl MetricsServer {
-    fn new(address: Option<SocketAddr>, cache: &Arc<Cache>, degraded: &Degraded) -> MetricsServer {
+    fn new(
+        address: Option<SocketAddr>,
+        cache: &Arc<CacheHandler>,
+        degraded: &Degraded,
+    ) -> MetricsServer {
         let server = MetricsServer { address, cache: cache.clone(), server: Mutex::default() };
         server.start(degraded);
         server
@@ -424,11 +475,12 @@ impl MetricsServer {
         let mut server = self.server.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(address) = self.address.filter(|_| server.is_none()) else { return };
         let started = TcpListener::bind(address).and_then(|listener| {
-            let handler = Arc::new(MetricsForOthers(self.cache.clone()));
+            let handler = Arc::new(MetricsHandler(self.cache.clone()));
             // The daemon does not need it.
             Server::start(vec![listener], handler, || {})
         });
-        *server = degraded.note("metrics", started.map_err(|e| format!("--metrics {address}: {e}")));
+        *server =
+            degraded.note("metrics", started.map_err(|e| format!("--metrics {address}: {e}")));
     }
 
     /// Ends it, so that another run can listen there.
@@ -438,23 +490,25 @@ impl MetricsServer {
 }
 
 /// What is tried again each minute. In a thread of its own: a disk may hang.
-struct Retries {
+struct RetryThread {
     config: Config,
-    own_key: OwnKey,
+    own_key: LateSigningKey,
     trusted: Arc<TrustedKeys>,
     degraded: Arc<Degraded>,
     metrics: Arc<MetricsServer>,
     wakeups: Sender<Wakeup>,
 }
 
-impl Retries {
-    /// Starts the thread, which ends when the sender that is returned is dropped. A try under way is not waited for.
+impl RetryThread {
+    /// Starts the thread, which ends when the sender that is returned is dropped. A try under way
+    /// is not waited for.
     fn spawn(self) -> io::Result<Sender<()>> {
         let (running, stopped) = bounded::<()>(0);
         thread::Builder::new().name("retries".into()).spawn(move || {
             while stopped.recv_timeout(RETRY_INTERVAL.get()) == Err(RecvTimeoutError::Timeout) {
                 // Trackers have a filter without the paths that were withheld.
-                let has_more_to_publish = self.own_key.read(&self.degraded) && self.config.mode.has_wan();
+                let has_more_to_publish =
+                    self.own_key.read(&self.degraded) && self.config.mode.has_wan();
                 self.trusted.refresh(&self.degraded);
                 self.metrics.start(&self.degraded);
                 let lacks_identity = self.degraded.all().iter().any(|(code, _)| *code == IDENTITY);
@@ -478,26 +532,30 @@ fn log_networks(networks: &LanNetworks) {
 }
 
 /// The thread that writes the counters, if they are kept.
-struct Counters {
+struct CountersThread {
     /// Closing it ends the thread.
     running: Sender<()>,
     /// Closed at its end.
     ended: Receiver<()>,
 }
 
-/// Goes on from the counters and paces in the state directory, and has them written there, at once, each minute and at the
-/// end. In a thread of its own: a disk may hang.
-fn keep_counters(config: &Config, record: &Arc<Record>, paces: &Arc<Paces>) -> io::Result<Counters> {
+/// Goes on from the counters and paces in the state directory, and has them written there, at once,
+/// each minute and at the end. In a thread of its own: a disk may hang.
+fn keep_counters(
+    config: &Config,
+    record: &Arc<Stats>,
+    paces: &Arc<Paces>,
+) -> io::Result<CountersThread> {
     let (running, stopped) = bounded::<()>(0);
     let (end, ended) = bounded::<()>(0);
-    let Some(dir) = &config.state_dir else { return Ok(Counters { running, ended }) };
+    let Some(dir) = &config.state_dir else { return Ok(CountersThread { running, ended }) };
     record.keep_in(dir, SystemTime::now());
-    kept_paces::load(paces, dir);
+    saved_paces::load(paces, dir);
     let (record, paces, dir) = (record.clone(), paces.clone(), dir.clone());
     let save = move || {
         record.save(SystemTime::now());
         // That the disk fails is told of the counters.
-        if let Err(e) = kept_paces::save(&paces, &dir) {
+        if let Err(e) = saved_paces::save(&paces, &dir) {
             log::debug!("paces: {e}");
         }
     };
@@ -509,20 +567,28 @@ fn keep_counters(config: &Config, record: &Arc<Record>, paces: &Arc<Paces>) -> i
         }
         save();
     })?;
-    Ok(Counters { running, ended })
+    Ok(CountersThread { running, ended })
 }
 
 /// Waits for the end, and tells systemd's watchdog that discovery still turns.
-fn wait(woken: &Receiver<Wakeup>, discovery: &DiscoveryThread, record: &Record) -> Result<End, Fatal> {
+fn wait(
+    woken: &Receiver<Wakeup>,
+    discovery: &DiscoveryThread,
+    record: &Stats,
+) -> Result<ExitReason, FatalError> {
     let watchdog = sd_notify::watchdog_enabled();
     let look = watchdog.map_or(LOOK, |limit| limit / 3);
     let mut turns = 0;
     loop {
         match woken.recv_timeout(look) {
-            Ok(Wakeup::Signal) => return Ok(End::Stopped),
-            Ok(Wakeup::Mended) => return Ok(End::Mended),
-            Ok(Wakeup::Ended(what)) => return Err(Fatal(format!("the {what} thread ended; see the log"))),
-            Err(RecvTimeoutError::Disconnected) => return Err(Fatal("nobody is left to wake the daemon".into())),
+            Ok(Wakeup::Signal) => return Ok(ExitReason::Stopped),
+            Ok(Wakeup::Mended) => return Ok(ExitReason::Mended),
+            Ok(Wakeup::Ended(what)) => {
+                return Err(FatalError(format!("the {what} thread ended; see the log")));
+            }
+            Err(RecvTimeoutError::Disconnected) => {
+                return Err(FatalError("nobody is left to wake the daemon".into()));
+            }
             Err(RecvTimeoutError::Timeout) => {
                 record.tick(SystemTime::now());
                 if watchdog.is_some() {
@@ -548,7 +614,9 @@ fn read_key(path: &Path) -> Result<SecretKey, String> {
     let text = key_file::read(path).map_err(|e| format!("private key {name}: {e}; {without}"))?;
     // What the units hand over if the file is not there (SetCredential=).
     if text.trim() == "missing" {
-        return Err(format!("private key {name}: the file that systemd should take it from is missing; {without}"));
+        return Err(format!(
+            "private key {name}: the file that systemd should take it from is missing; {without}"
+        ));
     }
     SecretKey::parse(&text).map_err(|e| format!("private key {name}: {e}; {without}"))
 }
@@ -558,51 +626,60 @@ fn read_key(path: &Path) -> Result<SecretKey, String> {
 /// # Errors
 /// As [`identity::load`].
 fn load_identity(config: &Config) -> Result<Identity, String> {
-    let without = |e| format!("{e}; until then, peers on other networks neither find this node nor are found");
+    let without = |e| {
+        format!("{e}; until then, peers on other networks neither find this node nor are found")
+    };
     match &config.state_dir {
         Some(dir) => identity::load(dir).map_err(without),
         None => {
-            log::warn!("no --state-dir: this node is another peer to its trackers after each start");
+            log::warn!(
+                "no --state-dir: this node is another peer to its trackers after each start"
+            );
             identity::for_this_run().map_err(without)
         }
     }
 }
 
 /// What the WAN mode runs beside the rest.
-struct Strangers {
+struct WanServices {
     trackers: Arc<Trackers>,
     /// None if nothing is shared with strangers.
     publisher: Option<Publisher>,
 }
 
-impl Strangers {
+impl WanServices {
     fn start<F: Fn() + Clone + Send + 'static>(
         config: &Config,
         identity: Arc<Identity>,
         port: u16,
         store: &Arc<Store>,
-        share: &Arc<Share>,
+        share: &Arc<AccessPolicy>,
         networks: &Arc<Networks>,
         ended: impl Fn(&'static str) -> F,
-    ) -> Result<Strangers, Fatal> {
+    ) -> Result<WanServices, FatalError> {
         let (addr, announced_port) = config.announce_addr.clone().unzip();
         let port = announced_port.flatten().unwrap_or(port);
-        let instance = Identity::random_seed().map_err(|_| Fatal("the system gives no random numbers".into()))?;
+        let instance = Identity::random_seed()
+            .map_err(|_| FatalError("the system gives no random numbers".into()))?;
         let instance = u64::from_ne_bytes(instance[..8].try_into().expect("8 bytes")) >> 1;
-        let me = Me { identity, peer_id: config.peer_id.clone(), port, addr, instance };
+        let me = NodeIdentity { identity, peer_id: config.peer_id.clone(), port, addr, instance };
         let shares = share.serves(Scope::Wan);
-        let publication = Arc::new(if shares { Publication::default() } else { Publication::nothing() });
+        let publication =
+            Arc::new(if shares { Publication::default() } else { Publication::nothing() });
         let urls = config.tracker_urls.clone();
         let trackers = Trackers::start(urls, me, &publication, networks, ended("announce"));
-        let trackers = Arc::new(trackers.map_err(|e| Fatal::from(("announce", e)))?);
-        let publish = || Publisher::start(store.clone(), share.clone(), publication, ended("publish"));
-        let publisher = shares.then(publish).transpose().map_err(|e| Fatal::from(("publish", e)))?;
-        Ok(Strangers { trackers, publisher })
+        let trackers = Arc::new(trackers.map_err(|e| FatalError::from(("announce", e)))?);
+        let publish =
+            || Publisher::start(store.clone(), share.clone(), publication, ended("publish"));
+        let publisher =
+            shares.then(publish).transpose().map_err(|e| FatalError::from(("publish", e)))?;
+        Ok(WanServices { trackers, publisher })
     }
 }
 
-/// This node's identity, if it has one. It is made with the state directory, so that it can be given to friends before
-/// there are any. A node that needs it and cannot have it is without WAN and friends until it can.
+/// This node's identity, if it has one. It is made with the state directory, so that it can be
+/// given to friends before there are any. A node that needs it and cannot have it is without WAN
+/// and friends until it can.
 fn find_identity(config: &Config, degraded: &Degraded) -> Option<Arc<Identity>> {
     if config.mode.has_wan() || config.has_friends() && config.state_dir.is_some() {
         return degraded.note(IDENTITY, load_identity(config)).map(Arc::new);
@@ -611,56 +688,71 @@ fn find_identity(config: &Config, degraded: &Degraded) -> Option<Arc<Identity>> 
 }
 
 /// Friends, and how they are let in.
-struct Acquaintance {
+struct FriendServices {
     friends: Arc<Friends>,
     tls: Arc<ServerConfig>,
 }
 
-impl Acquaintance {
-    /// `None` if there are to be no friends, or if there can be none: then the rest runs without them.
+impl FriendServices {
+    /// `None` if there are to be no friends, or if there can be none: then the rest runs without
+    /// them.
     fn start(
         config: &Config,
         identity: Option<&Arc<Identity>>,
         networks: &Arc<Networks>,
-        requests: &Arc<Requests>,
-    ) -> Option<Acquaintance> {
+        requests: &Arc<RequestPool>,
+    ) -> Option<FriendServices> {
         if !config.has_friends() {
             return None;
         }
         if config.state_dir.is_none() {
-            log::error!("no friends: --friend needs --state-dir, where this node's identity is kept");
+            log::error!(
+                "no friends: --friend needs --state-dir, where this node's identity is kept"
+            );
         }
         let identity = identity.filter(|_| config.state_dir.is_some())?.clone();
-        Self::try_start(config, identity, networks, requests).map_err(|e| log::error!("no friends: {e}")).ok()
+        Self::try_start(config, identity, networks, requests)
+            .map_err(|e| log::error!("no friends: {e}"))
+            .ok()
     }
 
     fn try_start(
         config: &Config,
         identity: Arc<Identity>,
         networks: &Arc<Networks>,
-        requests: &Arc<Requests>,
+        requests: &Arc<RequestPool>,
     ) -> Result<Self, String> {
-        let list = FriendList::new(config.friends.clone(), config.friends_file.clone(), identity.key());
+        let list =
+            FriendList::new(config.friends.clone(), config.friends_file.clone(), identity.key());
         let list = Arc::new(list);
         let tls = tls::server_config(&identity, list.clone()).map_err(|e| format!("TLS: {e}"))?;
         let (networks, requests) = (networks.clone(), requests.clone());
         let friends = Friends::start(list, identity, config.store_dir.clone(), networks, requests);
-        Ok(Acquaintance { friends: friends.map_err(|e| format!("thread: {e}"))?, tls })
+        Ok(FriendServices { friends: friends.map_err(|e| format!("thread: {e}"))?, tls })
     }
 }
 
-/// The socket to which the router passes connections on, and the thread that has it do so, if that is wanted.
-fn map_port(config: &Config, port: u16, networks: &Arc<Networks>) -> Option<(TcpListener, PortMapper)> {
+/// The socket to which the router passes connections on, and the thread that has it do so, if that
+/// is wanted.
+fn map_port(
+    config: &Config,
+    port: u16,
+    networks: &Arc<Networks>,
+) -> Option<(TcpListener, PortMapper)> {
     let start = || {
         let listener = sockets::open_outside(port)?;
         let port = listener.local_addr()?.port();
-        Ok::<_, io::Error>((listener, PortMapper::start(port, config.state_dir.clone(), networks.clone())?))
+        Ok::<_, io::Error>((
+            listener,
+            PortMapper::start(port, config.state_dir.clone(), networks.clone())?,
+        ))
     };
     let started = config.map_port.then(start)?;
     started.map_err(|e| log::error!("port mapping: {e}")).ok()
 }
 
-/// Starts the thread that meets friends at trackers. It ends with them; a call under way is not waited for.
+/// Starts the thread that meets friends at trackers. It ends with them; a call under way is not
+/// waited for.
 fn meet_friends(
     config: &Config,
     port: u16,
@@ -670,9 +762,16 @@ fn meet_friends(
     let (host, announced_port) = config.announce_addr.clone().unzip();
     let port = announced_port.flatten().unwrap_or(port);
     let place = move || {
-        let current = |mapping: &Arc<Mutex<Mapping>>| mapping.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let current = |mapping: &Arc<Mutex<Mapping>>| {
+            mapping.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        };
         let mapping = mapping.as_ref().map(current).unwrap_or_default();
-        Place { host: host.clone(), port, mapped: mapping.outside, pinhole: mapping.pinhole }
+        OutsideAddress {
+            host: host.clone(),
+            port,
+            mapped: mapping.outside,
+            pinhole: mapping.pinhole,
+        }
     };
     let urls = config.tracker_urls.clone();
     thread::Builder::new().name("meet".into()).spawn(move || {
@@ -681,9 +780,9 @@ fn meet_friends(
     Ok(())
 }
 
-/// A source of random numbers; `None` if the system has none. One that fails later repeats its last numbers, as discovery
-/// must go on.
-fn random_numbers() -> Option<crate::lan::Random> {
+/// A source of random numbers; `None` if the system has none. One that fails later repeats its last
+/// numbers, as discovery must go on.
+fn random_numbers() -> Option<crate::lan::RandomSource> {
     let system = SystemRandom::new();
     let mut bytes = [0; 256];
     system.fill(&mut bytes).ok()?;
@@ -698,12 +797,12 @@ fn random_numbers() -> Option<crate::lan::Random> {
     }))
 }
 
-/// Resolves the names of `--peer`, now and again, where a slow name server delays nothing else. Ends when the sender
-/// that is returned is dropped; a resolution under way is not waited for.
+/// Resolves the names of `--peer`, now and again, where a slow name server delays nothing else.
+/// Ends when the sender that is returned is dropped; a resolution under way is not waited for.
 fn resolve_peers(
     peers: Vec<(String, u16)>,
     lan: Arc<DiscoveryClient>,
-    share: Arc<Share>,
+    share: Arc<AccessPolicy>,
 ) -> io::Result<Option<Sender<()>>> {
     if peers.is_empty() {
         return Ok(None);
@@ -724,8 +823,8 @@ fn resolve_peers(
     Ok(Some(running))
 }
 
-/// The addresses of all peers. Those of a name that cannot be looked up now stay as they were, in `last`: a name
-/// server that is away for a moment must not take peers along.
+/// The addresses of all peers. Those of a name that cannot be looked up now stay as they were, in
+/// `last`: a name server that is away for a moment must not take peers along.
 fn resolve(
     peers: &[(String, u16)],
     last: &mut [Vec<SocketAddr>],
@@ -754,7 +853,8 @@ mod tests {
         let first = resolve(&peers, &mut last, |host, port| Ok(vec![at(host.as_bytes()[0], port)]));
         assert_eq!(first, [at(b'a', 1), at(b'b', 2)]);
         assert_eq!(resolve(&peers, &mut last, fails), first);
-        let moved = |host: &str, port| if host == "a" { fails(host, port) } else { Ok(vec![at(9, port)]) };
+        let moved =
+            |host: &str, port| if host == "a" { fails(host, port) } else { Ok(vec![at(9, port)]) };
         assert_eq!(resolve(&peers, &mut last, moved), [at(b'a', 1), at(9, 2)]);
     }
 }

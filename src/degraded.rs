@@ -1,15 +1,17 @@
-//! What this node was configured to have and runs without: a key, an identity, a part of nix.conf. One registry for
-//! all of it, which `/health`, the status page and `peerix doctor` read.
+//! What this node was configured to have and runs without: a key, an identity, a part of nix.conf.
+//! One registry for all of it, which `/health`, the status page and `peerix doctor` read.
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// Faults under which the daemon runs nevertheless, by code. The codes are a fixed set, so the map is bounded.
+/// Faults under which the daemon runs nevertheless, by code. The codes are a fixed set, so the map
+/// is bounded.
 #[derive(Default)]
 pub struct Degraded(Mutex<BTreeMap<&'static str, String>>);
 
 impl Degraded {
-    /// Records that something is wrong. Logs an error if that is new, and nothing if it was recorded before.
+    /// Records that something is wrong. Logs an error if that is new, and nothing if it was
+    /// recorded before.
     pub fn record(&self, code: &'static str, text: String) {
         if self.lock().insert(code, text.clone()).as_ref() != Some(&text) {
             log::error!("{text}");

@@ -1,41 +1,43 @@
-//! NARs from peers, for this machine's Nix. `supply` is where the bytes come from, `verified` what is checked of them.
+//! NARs from peers, for this machine's Nix. `supply` is where the bytes come from, `verified` what
+//! is checked of them.
 
+mod failover;
 pub mod spool;
-mod supply;
 mod verified;
 
-use crate::lookup::{Found, Lookup};
+use crate::lookup::{FoundNar, LookupService};
 use crate::nix::{HashPart, NarHash};
-use crate::peers::client::Client;
+use crate::peers::client::PeerClient;
+use crate::peers::health::PeerHealth;
 use crate::peers::pace::Paces;
-use crate::peers::standing::Standing;
-use crate::record::Record;
+use crate::stats::Stats;
 use crate::time_scale::Timeout;
 use crate::upstream::Upstream;
-use spool::{Keeping, Spools};
+use failover::FailoverReader;
+use spool::{SpoolWriter, Spools};
 use std::collections::HashMap;
 use std::fmt;
 use std::io::{self, Write};
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
-use supply::Supply;
-use verified::{Incoming, NotWhole, Piece, part};
+use verified::{IncompleteNar, Piece, VerifiedStream, part};
 
 /// By then the first piece is there, or Nix is told that the NAR is not: it waits for an answer.
 const START: Timeout = Timeout::from_secs(20);
 
-/// A NAR that was cut when part of it was with Nix already, as it was wrong or is left to the upstream cache, is not
-/// continued for so long: Nix asks for the rest within a second.
+/// A NAR that was cut when part of it was with Nix already, as it was wrong or is left to the
+/// upstream cache, is not continued for so long: Nix asks for the rest within a second.
 const NOT_CONTINUED: Duration = Duration::from_secs(60);
-/// A NAR that was left to the upstream cache is not left again for so long: Nix did not get it there.
+/// A NAR that was left to the upstream cache is not left again for so long: Nix did not get it
+/// there.
 const NOT_LEFT_AGAIN: Duration = Duration::from_secs(600);
 /// Such NARs remembered. Beyond, all are forgotten.
 const MAX_GIVEN_UP: usize = 1024;
 
 /// Why a NAR was cut.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum GivenUp {
+enum AbortReason {
     /// What Nix got of it was wrong.
     Wrong,
     /// The upstream cache is faster.
@@ -43,30 +45,39 @@ enum GivenUp {
 }
 
 /// Gets NARs from peers.
-pub struct Fetch {
-    lookup: Arc<Lookup>,
-    client: Arc<Client>,
-    standing: Arc<Standing>,
+pub struct Downloader {
+    lookup: Arc<LookupService>,
+    client: Arc<PeerClient>,
+    standing: Arc<PeerHealth>,
     paces: Arc<Paces>,
-    record: Arc<Record>,
+    record: Arc<Stats>,
     upstream: Upstream,
     /// NARs that neighbours may have while they come.
     pub spools: Spools,
-    given_up: Mutex<HashMap<NarHash, (Instant, GivenUp)>>,
+    given_up: Mutex<HashMap<NarHash, (Instant, AbortReason)>>,
 }
 
-impl Fetch {
+impl Downloader {
     /// The parts it works with.
     pub fn new(
-        lookup: Arc<Lookup>,
-        client: Arc<Client>,
-        standing: Arc<Standing>,
+        lookup: Arc<LookupService>,
+        client: Arc<PeerClient>,
+        standing: Arc<PeerHealth>,
         paces: Arc<Paces>,
-        record: Arc<Record>,
+        record: Arc<Stats>,
         upstream: Upstream,
         spools: Spools,
     ) -> Self {
-        Fetch { lookup, client, standing, paces, record, upstream, spools, given_up: Mutex::default() }
+        Downloader {
+            lookup,
+            client,
+            standing,
+            paces,
+            record,
+            upstream,
+            spools,
+            given_up: Mutex::default(),
+        }
     }
 
     /// Gives back the memory of what nobody asked for lately.
@@ -76,11 +87,11 @@ impl Fetch {
     }
 
     /// A NAR that some peer says it has. Blocks until one does, for 20 s at most.
-    pub fn find(&self, hash_part: &HashPart, nar_hash: &NarHash) -> Option<Nar<'_>> {
+    pub fn find(&self, hash_part: &HashPart, nar_hash: &NarHash) -> Option<Download<'_>> {
         let asked = Instant::now();
         let until = asked + START.get();
         let found = self.lookup.find(hash_part, nar_hash, until)?;
-        Some(Nar { asked, until, hash: *nar_hash, size: found.nar_size, found, fetch: self })
+        Some(Download { asked, until, hash: *nar_hash, size: found.nar_size, found, fetch: self })
     }
 
     /// Whether the rest of this NAR is not passed on, as it was cut lately on purpose.
@@ -89,14 +100,15 @@ impl Fetch {
     }
 
     fn may_leave(&self, nar_hash: NarHash) -> bool {
-        self.given_up(nar_hash).is_none_or(|(at, why)| why != GivenUp::Left || at.elapsed() >= NOT_LEFT_AGAIN)
+        self.given_up(nar_hash)
+            .is_none_or(|(at, why)| why != AbortReason::Left || at.elapsed() >= NOT_LEFT_AGAIN)
     }
 
-    fn given_up(&self, nar_hash: NarHash) -> Option<(Instant, GivenUp)> {
+    fn given_up(&self, nar_hash: NarHash) -> Option<(Instant, AbortReason)> {
         self.given_up.lock().unwrap_or_else(PoisonError::into_inner).get(&nar_hash).copied()
     }
 
-    fn give_up(&self, nar_hash: NarHash, why: GivenUp) {
+    fn give_up(&self, nar_hash: NarHash, why: AbortReason) {
         let mut given_up = self.given_up.lock().unwrap_or_else(PoisonError::into_inner);
         if given_up.len() >= MAX_GIVEN_UP {
             given_up.clear();
@@ -106,31 +118,31 @@ impl Fetch {
 }
 
 /// A NAR that a peer says it has.
-pub struct Nar<'a> {
-    fetch: &'a Fetch,
+pub struct Download<'a> {
+    fetch: &'a Downloader,
     /// When this machine asked for it.
     asked: Instant,
     /// The first piece has to be there by then.
     until: Instant,
     hash: NarHash,
     size: u64,
-    found: Found,
+    found: FoundNar,
 }
 
 /// A NAR of which the first piece has come.
-pub struct Begun<'a> {
-    fetch: &'a Fetch,
-    supply: Supply<'a>,
+pub struct StartedDownload<'a> {
+    fetch: &'a Downloader,
+    supply: FailoverReader<'a>,
     /// Neighbours have it from there while it comes.
-    keeping: Option<Keeping<'a>>,
+    keeping: Option<SpoolWriter<'a>>,
     hash: NarHash,
-    incoming: Incoming,
+    incoming: VerifiedStream,
     first: Piece,
 }
 
 /// Why a NAR could not be passed on as a whole.
 #[derive(Debug)]
-enum Cut {
+enum DownloadError {
     /// No peer is left.
     NoPeer(String),
     /// What came is wrong, or beyond what Nix takes.
@@ -139,37 +151,40 @@ enum Cut {
     Upstream(String),
 }
 
-impl fmt::Display for Cut {
+impl fmt::Display for DownloadError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (Cut::NoPeer(why) | Cut::Wrong(why) | Cut::Upstream(why)) = self;
+        let (DownloadError::NoPeer(why) | DownloadError::Wrong(why) | DownloadError::Upstream(why)) =
+            self;
         f.write_str(why)
     }
 }
 
-impl std::error::Error for Cut {}
+impl std::error::Error for DownloadError {}
 
-impl<'a> Nar<'a> {
+impl<'a> Download<'a> {
     /// Bytes in the whole NAR.
     pub fn size(&self) -> u64 {
         self.size
     }
 
-    /// Gets the first piece, from whichever peer gives it. `None`: none does within 20 s of [`Fetch::find`], or the upstream
-    /// cache is certain to be faster.
-    pub fn start(self) -> Option<Begun<'a>> {
-        let Nar { fetch, asked, until, hash, size, found } = self;
+    /// Gets the first piece, from whichever peer gives it. `None`: none does within 20 s of
+    /// [`Downloader::find`], or the upstream cache is certain to be faster.
+    pub fn start(self) -> Option<StartedDownload<'a>> {
+        let Download { fetch, asked, until, hash, size, found } = self;
         // Before any peer is asked: who is named to a neighbour is asked at once.
         let keeping = fetch.spools.begin(found.path.base_name(), hash, found.nar_size);
-        let mut supply = Supply::new(fetch, found, until, fetch.may_leave(hash));
+        let mut supply = FailoverReader::new(fetch, found, until, fetch.may_leave(hash));
         // A first piece that is the whole NAR has to be right before any of it is passed on.
-        let is_right = |incoming: &Incoming, piece: &Piece| incoming.rest() > 0 || incoming.is_right(piece);
+        let is_right = |incoming: &VerifiedStream, piece: &Piece| {
+            incoming.rest() > 0 || incoming.is_right(piece)
+        };
         let (incoming, first) = match supply.first_piece(is_right) {
             Ok(begun) => begun,
             Err(cut) => {
                 log::debug!("NAR {hash}: not begun: {cut}");
                 supply.fail();
-                if matches!(cut, Cut::Upstream(_)) {
-                    fetch.give_up(hash, GivenUp::Left);
+                if matches!(cut, DownloadError::Upstream(_)) {
+                    fetch.give_up(hash, AbortReason::Left);
                     fetch.upstream.left(size);
                 }
                 return None;
@@ -178,25 +193,28 @@ impl<'a> Nar<'a> {
         if let Some(source) = supply.current() {
             fetch.record.first_byte(source.network(), asked.elapsed());
         }
-        Some(Begun { fetch, supply, keeping, hash, incoming, first })
+        Some(StartedDownload { fetch, supply, keeping, hash, incoming, first })
     }
 }
 
-impl Begun<'_> {
+impl StartedDownload<'_> {
     /// Passes the range of the NAR on. All before its end is fetched, or it could not be checked.
     ///
     /// # Errors
-    /// The writer's, or no peer is left, or what came is wrong: then the last piece was not written.
+    /// The writer's, or no peer is left, or what came is wrong: then the last piece was not
+    /// written.
     pub fn relay(self, range: &Range<u64>, out: &mut dyn Write) -> io::Result<()> {
-        let Begun { fetch, mut supply, mut keeping, hash, mut incoming, first } = self;
+        let StartedDownload { fetch, mut supply, mut keeping, hash, mut incoming, first } = self;
         if incoming.rest() == 0 {
             out.write_all(part(first.bytes(), 0, range))?;
             supply.delivered();
             return Ok(());
         }
-        let next =
-            |incoming: &mut Incoming, piece: &mut Piece| supply.next_piece(incoming, piece).map_err(io::Error::other);
-        let keep = |piece: Arc<Piece>| keeping.iter_mut().for_each(|keeping| keeping.push(piece.clone()));
+        let next = |incoming: &mut VerifiedStream, piece: &mut Piece| {
+            supply.next_piece(incoming, piece).map_err(io::Error::other)
+        };
+        let keep =
+            |piece: Arc<Piece>| keeping.iter_mut().for_each(|keeping| keeping.push(piece.clone()));
         let passed = incoming.pass_on(first, range, out, next, keep);
         let wrong = match passed {
             Ok(()) => {
@@ -205,22 +223,24 @@ impl Begun<'_> {
                 }
                 return Ok(());
             }
-            Err(NotWhole::Hash) => "sent a NAR with another hash".to_owned(),
-            Err(NotWhole::Io(e)) => match e.get_ref().and_then(|e| e.downcast_ref::<Cut>()) {
-                Some(Cut::Wrong(why)) => why.clone(),
-                Some(cut) => {
-                    log::info!("NAR {hash}: cut: {cut}");
-                    supply.fail();
-                    if matches!(cut, Cut::Upstream(_)) {
-                        fetch.give_up(hash, GivenUp::Left);
-                        fetch.upstream.left(incoming.at() + incoming.rest());
+            Err(IncompleteNar::Hash) => "sent a NAR with another hash".to_owned(),
+            Err(IncompleteNar::Io(e)) => {
+                match e.get_ref().and_then(|e| e.downcast_ref::<DownloadError>()) {
+                    Some(DownloadError::Wrong(why)) => why.clone(),
+                    Some(cut) => {
+                        log::info!("NAR {hash}: cut: {cut}");
+                        supply.fail();
+                        if matches!(cut, DownloadError::Upstream(_)) {
+                            fetch.give_up(hash, AbortReason::Left);
+                            fetch.upstream.left(incoming.at() + incoming.rest());
+                        }
+                        return Err(e);
                     }
-                    return Err(e);
+                    None => return Err(e),
                 }
-                None => return Err(e),
-            },
+            }
         };
-        fetch.give_up(hash, GivenUp::Wrong);
+        fetch.give_up(hash, AbortReason::Wrong);
         let why = format!("NAR {hash}: {wrong}");
         supply.blame(&why);
         Err(io::Error::other(why))

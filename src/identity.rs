@@ -1,7 +1,8 @@
-//! This node's key, by which trackers know it again: made at the first start, kept in the state directory.
+//! This node's key, by which trackers know it again: made at the first start, kept in the state
+//! directory.
 //!
-//! One file, `identity`, of one line, `peerix-identity:<base64 of the 32 secret bytes>`. It is never replaced: who has
-//! another key is another peer, with another peer's reputation.
+//! One file, `identity`, of one line, `peerix-identity:<base64 of the 32 secret bytes>`. It is
+//! never replaced: who has another key is another peer, with another peer's reputation.
 
 use crate::wire::tracker::Identity;
 use data_encoding::BASE64;
@@ -23,7 +24,10 @@ const MAX_FILE: u64 = 256;
 pub fn load(state_dir: &Path) -> Result<Identity, String> {
     let path = state_dir.join(FILE);
     let failed = |e: io::Error| {
-        format!("identity {}: {e}; --state-dir has to name a directory that this user can write", path.display())
+        format!(
+            "identity {}: {e}; --state-dir has to name a directory that this user can write",
+            path.display()
+        )
     };
     match read(&path) {
         Ok(seed) => return seed.map(|seed| Identity::from_seed(&seed)),
@@ -64,7 +68,10 @@ fn read(path: &Path) -> io::Result<Result<[u8; Identity::SEED_LEN], String>> {
     }
     let mut text = String::new();
     file.take(MAX_FILE).read_to_string(&mut text)?;
-    let seed = text.trim_end().strip_prefix(PREFIX).and_then(|base64| BASE64.decode(base64.as_bytes()).ok());
+    let seed = text
+        .trim_end()
+        .strip_prefix(PREFIX)
+        .and_then(|base64| BASE64.decode(base64.as_bytes()).ok());
     Ok(seed.and_then(|seed| seed.try_into().ok()).ok_or_else(|| {
         format!(
             "identity {}: damaged; put it back from a backup, or remove it to become a new peer to the trackers",
@@ -77,10 +84,12 @@ fn read(path: &Path) -> io::Result<Result<[u8; Identity::SEED_LEN], String>> {
 fn write(dir: &Path, seed: &[u8]) -> io::Result<()> {
     fs::create_dir_all(dir)?;
     let dir = open(dir, OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
-    let random = Identity::random_seed().map_err(|_| io::Error::other("no random numbers to be had"))?;
+    let random =
+        Identity::random_seed().map_err(|_| io::Error::other("no random numbers to be had"))?;
     let temporary = format!("{FILE}.{}", data_encoding::HEXLOWER.encode(&random[..8]));
     let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::CLOEXEC;
-    let mut file = File::from(rustix::fs::openat(&dir, &*temporary, flags, Mode::RUSR | Mode::WUSR)?);
+    let mut file =
+        File::from(rustix::fs::openat(&dir, &*temporary, flags, Mode::RUSR | Mode::WUSR)?);
     let written = file
         .write_all(format!("{PREFIX}{}\n", BASE64.encode(seed)).as_bytes())
         .and_then(|()| file.sync_all())
@@ -98,7 +107,8 @@ mod tests {
     use std::path::PathBuf;
 
     fn dir(name: &str) -> PathBuf {
-        let dir = std::env::temp_dir().join(format!("peerix-identity-{}-{name}", std::process::id()));
+        let dir =
+            std::env::temp_dir().join(format!("peerix-identity-{}-{name}", std::process::id()));
         let _ = fs::remove_dir_all(&dir);
         dir
     }
@@ -121,7 +131,8 @@ mod tests {
     fn two_starts_at_once_make_one() {
         let dir = dir("race");
         let keys: Vec<String> = std::thread::scope(|scope| {
-            let starts: Vec<_> = (0..8).map(|_| scope.spawn(|| load(&dir).map(|i| i.public().to_owned()))).collect();
+            let starts: Vec<_> =
+                (0..8).map(|_| scope.spawn(|| load(&dir).map(|i| i.public().to_owned()))).collect();
             starts.into_iter().map(|start| start.join().unwrap().unwrap()).collect()
         });
         let kept = load(&dir).unwrap();
@@ -136,7 +147,13 @@ mod tests {
         let dir = dir("damaged");
         fs::create_dir_all(&dir).unwrap();
         let file = dir.join(FILE);
-        for text in ["", "peerix-identity:", "peerix-identity:AAAA\n", "something else", &"x".repeat(10_000)] {
+        for text in [
+            "",
+            "peerix-identity:",
+            "peerix-identity:AAAA\n",
+            "something else",
+            &"x".repeat(10_000),
+        ] {
             fs::write(&file, text).unwrap();
             let error = load(&dir).unwrap_err();
             assert!(error.contains("identity: damaged") && !error.contains('\n'), "{error}");

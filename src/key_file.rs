@@ -9,7 +9,8 @@ use std::path::Path;
 /// A key file has 200 bytes; whoever lists many keys has a few thousand. In bytes.
 const MAX_KEY_FILE: u64 = 4096;
 
-/// The text of a key file. Nothing is waited for, or read without end, whatever is there under that name.
+/// The text of a key file. Nothing is waited for, or read without end, whatever is there under that
+/// name.
 ///
 /// # Errors
 /// The system's; or it is no file, too large, or no text.
@@ -26,7 +27,8 @@ pub fn read(path: &Path) -> io::Result<String> {
 /// The system's; or it is no regular file, or larger.
 pub fn read_bytes(path: &Path, max: u64) -> io::Result<Vec<u8>> {
     // A pipe would wait for somebody to write.
-    let file = OpenOptions::new().read(true).custom_flags(OFlags::NONBLOCK.bits() as i32).open(path)?;
+    let file =
+        OpenOptions::new().read(true).custom_flags(OFlags::NONBLOCK.bits() as i32).open(path)?;
     let meta = file.metadata()?;
     if !meta.is_file() || meta.len() > max {
         return Err(io::Error::other(format!("not a file of at most {} KiB", max >> 10)));
@@ -48,7 +50,8 @@ mod tests {
         let (key, large, pipe) = (dir.join("key"), dir.join("large"), dir.join("pipe"));
         fs::write(&key, "a-1:x\n").unwrap();
         fs::write(&large, "x".repeat(4097)).unwrap();
-        rustix::fs::mknodat(rustix::fs::CWD, &pipe, rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
+        rustix::fs::mknodat(rustix::fs::CWD, &pipe, rustix::fs::FileType::Fifo, 0o600.into(), 0)
+            .unwrap();
         assert_eq!(read(&key).unwrap(), "a-1:x\n");
         for path in [&large, &pipe, &dir, Path::new("/dev/zero")] {
             assert_eq!(read(path).unwrap_err().to_string(), "not a key file", "{}", path.display());

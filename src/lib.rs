@@ -11,40 +11,41 @@
 //! What always holds:
 //!
 //! * a peer's request never causes a request to a peer;
-//! * nothing from the network reaches SQLite or the file system before it is a typed [`nix::HashPart`];
+//! * nothing from the network reaches SQLite or the file system before it is a typed
+//!   [`nix::HashPart`];
 //! * peerix never writes to the Nix store or its database;
 //! * every wait has a deadline;
 //! * no channel that the network can fill is unbounded.
 #![forbid(unsafe_code)]
 #![warn(missing_docs)]
 
+pub mod access;
 pub mod backoff;
 pub mod cli;
 pub mod commands;
 pub mod config;
+pub mod connect_rate;
 pub mod daemon;
+pub mod deferred;
 pub mod degraded;
 pub mod fetch;
 pub mod fnmatch;
 pub mod friends;
-pub mod gateway;
 pub mod http;
 pub mod http_client;
 pub mod identity;
 pub mod key_file;
 pub mod lan;
+pub mod log_throttle;
 pub mod lookup;
 pub mod network;
 pub mod nix;
-pub mod on_drop;
-pub mod pace;
 pub mod peers;
+pub mod port_mapper;
 pub mod publish;
-pub mod record;
-pub mod seldom;
 pub mod service;
-pub mod share;
 pub mod sockets;
+pub mod stats;
 pub mod status;
 pub mod store;
 pub mod suspend;

@@ -34,7 +34,7 @@ fn main() -> ExitCode {
     ended(daemon::run(*config))
 }
 
-fn ended(result: Result<(), daemon::Fatal>) -> ExitCode {
+fn ended(result: Result<(), daemon::FatalError>) -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {

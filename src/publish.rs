@@ -1,13 +1,13 @@
-//! What this node would share with strangers, kept as the filter that trackers get: a thread of its own reads the store
-//! once, and after that only what is new.
+//! What this node would share with strangers, kept as the filter that trackers get: a thread of its
+//! own reads the store once, and after that only what is new.
 
+use crate::access::{AccessPolicy, Scope};
+use crate::deferred::Deferred;
 use crate::nix::HashPart;
-use crate::on_drop::OnDrop;
 use crate::peers::announce::Publication;
-use crate::share::{Scope, Share};
-use crate::store::{Census, Store, StoreError};
+use crate::store::{Store, StoreError, StoreVersion};
 use crate::time_scale::Interval;
-use crate::wire::filter::{Filter, MAX_BYTES};
+use crate::wire::filter::{BloomFilter, MAX_BYTES};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -18,23 +18,25 @@ use std::{io, thread};
 const LOOK: Interval = Interval::from_secs(5);
 /// Paths read at once.
 const BATCH: usize = 256;
-/// Once so many in a hundred of the paths that were added are gone, the filter is made anew: what is gone stays in it, and
-/// every peer that wants it asks in vain.
+/// Once so many in a hundred of the paths that were added are gone, the filter is made anew: what
+/// is gone stays in it, and every peer that wants it asks in vain.
 const GONE_PERCENT: u64 = 10;
-/// A filter is made anew when it has fewer tenths of a bit for each path than this, for each bit that it was made with: its
-/// paths have grown by a quarter.
+/// A filter is made anew when it has fewer tenths of a bit for each path than this, for each bit
+/// that it was made with: its paths have grown by a quarter.
 const LEAST_TENTHS: u64 = 8;
 /// And than this, in any case: trackers refuse filters that are a little fuller.
 const LEAST_TENTHS_EVER: u64 = 95;
-/// Paths of which only the upstream cache can tell whether they are its own: so many at most are looked into. Beyond, those
-/// that would be asked about last are left out.
+/// Paths of which only the upstream cache can tell whether they are its own: so many at most are
+/// looked into. Beyond, those that would be asked about last are left out.
 const MAX_OPEN: usize = 16 * 1024;
 /// The pause between two such questions: no more of them than a person's updates cause.
 const PAUSE: Duration = Duration::from_millis(20);
-/// They are looked into before the first filter goes out, for so long: without one, peers ask by HTTP.
+/// They are looked into before the first filter goes out, for so long: without one, peers ask by
+/// HTTP.
 const FIRST_FILTER: Duration = Duration::from_secs(20);
 
-/// The end of the thread is waited for so long; one that waits for the upstream cache is left behind.
+/// The end of the thread is waited for so long; one that waits for the upstream cache is left
+/// behind.
 const END: Duration = Duration::from_millis(200);
 
 /// The running thread. Dropping it ends it.
@@ -44,21 +46,22 @@ pub struct Publisher {
 }
 
 impl Publisher {
-    /// Publishes what `share` lets strangers have of `store`. `on_end` runs when the thread ends, for whatever reason.
+    /// Publishes what `share` lets strangers have of `store`. `on_end` runs when the thread ends,
+    /// for whatever reason.
     ///
     /// # Errors
     /// No thread to be had.
     pub fn start(
         store: Arc<Store>,
-        share: Arc<Share>,
+        share: Arc<AccessPolicy>,
         publication: Arc<Publication>,
         on_end: impl FnOnce() + Send + 'static,
     ) -> io::Result<Publisher> {
         let (running, stopped) = bounded(0);
-        let reader = Reader { store, share, stopped };
+        let reader = RowReader { store, share, stopped };
         let (end, ended) = bounded::<()>(0);
         thread::Builder::new().name("publish".into()).spawn(move || {
-            let _end = (OnDrop::new(on_end), end);
+            let _end = (Deferred::new(on_end), end);
             reader.run(&publication);
         })?;
         Ok(Publisher { running: Some(running), ended })
@@ -73,8 +76,8 @@ impl Drop for Publisher {
 }
 
 /// What is shared, and the state of the store that it was read from.
-struct Shared {
-    filter: Filter,
+struct PublishedState {
+    filter: BloomFilter,
     /// In the filter.
     paths: u64,
     /// Paths that were in the store and are gone.
@@ -83,25 +86,25 @@ struct Shared {
     open: BTreeSet<(Instant, HashPart)>,
     /// Bits for each path that the filter was made with.
     bits_per_path: u64,
-    census: Census,
+    census: StoreVersion,
 }
 
 /// What was found in some rows.
 #[derive(Default)]
-struct Rows {
+struct SharedRows {
     count: u64,
     shared: Vec<HashPart>,
     open: BTreeSet<(Instant, HashPart)>,
 }
 
-struct Reader {
+struct RowReader {
     store: Arc<Store>,
-    share: Arc<Share>,
+    share: Arc<AccessPolicy>,
     /// Closed when it is time to end.
     stopped: Receiver<()>,
 }
 
-impl Reader {
+impl RowReader {
     fn run(&self, publication: &Publication) {
         let (mut shared, mut changed) = (None, false);
         let first_filter = Instant::now() + FIRST_FILTER;
@@ -130,15 +133,27 @@ impl Reader {
     }
 
     /// Follows what changed in the store. True if the filter did.
-    fn update(&self, shared: &mut Option<Shared>, bits_per_path: u64) -> Result<bool, StoreError> {
+    fn update(
+        &self,
+        shared: &mut Option<PublishedState>,
+        bits_per_path: u64,
+    ) -> Result<bool, StoreError> {
         let census = self.store.census()?;
         let Some(last) = shared else {
-            let Rows { shared: paths, open, .. } = self.read(0)?;
-            let mut filter = Filter::with_bits((paths.len() + open.len()) as u64, bits_per_path);
+            let SharedRows { shared: paths, open, .. } = self.read(0)?;
+            let mut filter =
+                BloomFilter::with_bits((paths.len() + open.len()) as u64, bits_per_path);
             paths.iter().for_each(|hash_part| {
                 filter.insert(hash_part);
             });
-            *shared = Some(Shared { filter, paths: paths.len() as u64, gone: 0, open, bits_per_path, census });
+            *shared = Some(PublishedState {
+                filter,
+                paths: paths.len() as u64,
+                gone: 0,
+                open,
+                bits_per_path,
+                census,
+            });
             return Ok(true);
         };
         // Trackers that run out of memory want a smaller one.
@@ -149,8 +164,9 @@ impl Reader {
         if last.census.version == census.version {
             return Ok(false);
         }
-        let Rows { count, shared: paths, open } = self.read(last.census.last_id)?;
-        let changed = paths.iter().fold(false, |changed, hash_part| changed | last.filter.insert(hash_part));
+        let SharedRows { count, shared: paths, open } = self.read(last.census.last_id)?;
+        let changed =
+            paths.iter().fold(false, |changed, hash_part| changed | last.filter.insert(hash_part));
         last.paths += paths.len() as u64;
         last.gone += (last.census.count + count).saturating_sub(census.count);
         last.open.extend(open);
@@ -168,8 +184,8 @@ impl Reader {
     }
 
     /// The paths after that row.
-    fn read(&self, row_id: i64) -> Result<Rows, StoreError> {
-        let (mut rows, mut last_id) = (Rows::default(), row_id);
+    fn read(&self, row_id: i64) -> Result<SharedRows, StoreError> {
+        let (mut rows, mut last_id) = (SharedRows::default(), row_id);
         loop {
             let began = Instant::now();
             let batch = self.store.paths_after(last_id, BATCH)?;
@@ -177,7 +193,7 @@ impl Reader {
             last_id = *id;
             rows.count += batch.len() as u64;
             for (_, info) in &batch {
-                if self.share.may_have_now(Scope::Wan, info) {
+                if self.share.allows_now(Scope::Wan, info) {
                     rows.shared.push(info.path.hash_part());
                 } else if let Some(at) = self.share.ask_upstream_at(info) {
                     rows.open.insert((at, info.path.hash_part()));
@@ -186,7 +202,8 @@ impl Reader {
                     }
                 }
             }
-            // Half of the time is left to others: a signature takes 0.1 ms to check, and a store may have 100,000 paths.
+            // Half of the time is left to others: a signature takes 0.1 ms to check, and a store
+            // may have 100,000 paths.
             if self.waited(began.elapsed()) {
                 return Ok(rows);
             }
@@ -194,12 +211,14 @@ impl Reader {
     }
 
     /// Asks the upstream cache about open questions, for a while. True if that changed the filter.
-    fn look_into(&self, shared: &mut Shared) -> bool {
+    fn look_into(&self, shared: &mut PublishedState) -> bool {
         let (mut changed, until) = (false, Instant::now() + LOOK.get());
-        while let Some(question) = shared.open.first().copied().filter(|(at, _)| *at <= Instant::now()) {
+        while let Some(question) =
+            shared.open.first().copied().filter(|(at, _)| *at <= Instant::now())
+        {
             let hash_part = question.1;
             match self.store.path_info(&hash_part) {
-                Ok(Some(info)) if self.share.may_have(Scope::Wan, &info) => {
+                Ok(Some(info)) if self.share.allows(Scope::Wan, &info) => {
                     changed |= shared.filter.insert(&hash_part);
                     shared.paths += 1;
                 }
@@ -242,11 +261,11 @@ mod tests {
     }
 
     /// The sender keeps the reader running.
-    fn reader(fixture: &Fixture, config: &Config) -> (Reader, Sender<()>) {
+    fn reader(fixture: &Fixture, config: &Config) -> (RowReader, Sender<()>) {
         let networks = Arc::new(Networks::new(NetworkPolicy::default(), Vec::new()));
-        let share = Arc::new(Share::new(networks, config));
+        let share = Arc::new(AccessPolicy::new(networks, config));
         let (running, stopped) = bounded(0);
-        (Reader { store: Arc::new(fixture.open()), share, stopped }, running)
+        (RowReader { store: Arc::new(fixture.open()), share, stopped }, running)
     }
 
     fn unverified() -> Config {
@@ -265,7 +284,8 @@ mod tests {
         let mut shared = None;
         assert!(reader.update(&mut shared, 16).unwrap());
         assert!(!reader.update(&mut shared, 16).unwrap());
-        let has = |shared: &Option<Shared>, i| shared.as_ref().unwrap().filter.contains(&part(i));
+        let has =
+            |shared: &Option<PublishedState>, i| shared.as_ref().unwrap().filter.contains(&part(i));
         assert!((0..600).all(|i| has(&shared, i)) && !(600..620).all(|i| has(&shared, i)));
         register(&fixture, 600..620);
         assert!(reader.update(&mut shared, 16).unwrap());
@@ -299,7 +319,8 @@ mod tests {
     fn what_strangers_may_not_have_is_not_in_it() {
         let fixture = Fixture::new();
         register(&fixture, 0..20);
-        // The default upstream's paths have signatures, and these have none: nobody is asked about them.
+        // The default upstream's paths have signatures, and these have none: nobody is asked about
+        // them.
         let config = Config { verify: true, ..unverified() };
         let (reader, _running) = reader(&fixture, &config);
         let mut shared = None;
@@ -317,7 +338,8 @@ mod tests {
     fn where_only_upstream_can_tell_it_is_asked_until_it_answers() {
         let fixture = Fixture::new();
         register(&fixture, 0..20);
-        let config = Config { verify: true, upstream_cache: "http://127.0.0.1:9".into(), ..unverified() };
+        let config =
+            Config { verify: true, upstream_cache: "http://127.0.0.1:9".into(), ..unverified() };
         let (reader, _running) = reader(&fixture, &config);
         let mut shared = None;
         reader.update(&mut shared, 16).unwrap();
@@ -327,7 +349,8 @@ mod tests {
         assert!(!reader.look_into(last));
         assert_eq!((last.paths, last.open.len()), (0, 20), "nobody is there");
         assert!(last.open.iter().all(|(at, _)| *at > Instant::now()), "and is asked again at once");
-        // A path that is gone is no question, and a store that cannot be read is not a path that is gone.
+        // A path that is gone is no question, and a store that cannot be read is not a path that is
+        // gone.
         fixture.execute("delete from ValidPaths where id <= 5");
         last.open = before.clone();
         reader.look_into(last);
@@ -348,6 +371,9 @@ mod tests {
         let large = shared.as_ref().unwrap().filter.len_bits();
         assert!(reader.update(&mut shared, 10).unwrap());
         assert!(shared.as_ref().unwrap().filter.len_bits() <= large * 5 / 8);
-        assert!(!reader.update(&mut shared, 20).unwrap(), "it is no larger before it has to be made anew");
+        assert!(
+            !reader.update(&mut shared, 20).unwrap(),
+            "it is no larger before it has to be made anew"
+        );
     }
 }

@@ -1,4 +1,5 @@
-//! What both programs do as services: log, watch for signals, tell systemd, take the descriptors they need.
+//! What both programs do as services: log, watch for signals, tell systemd, take the descriptors
+//! they need.
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use sd_notify::NotifyState;
@@ -7,8 +8,8 @@ use signal_hook::iterator::Signals;
 use std::io::{self, Write};
 use std::thread::{self, JoinHandle};
 
-/// Sends the log to standard error, without times, as journald adds them. `verbose` shows what each request does;
-/// `RUST_LOG` overrides it.
+/// Sends the log to standard error, without times, as journald adds them. `verbose` shows what each
+/// request does; `RUST_LOG` overrides it.
 pub fn log_to_stderr(verbose: bool) {
     // It is the beginning of the tracker's name too.
     let default = if verbose { "info,peerix=debug" } else { "info" };
@@ -20,14 +21,15 @@ pub fn log_to_stderr(verbose: bool) {
         .init();
 }
 
-/// Whether a terminal takes a character for nothing but text: it is no control character, and does not turn the direction
-/// of what follows.
+/// Whether a terminal takes a character for nothing but text: it is no control character, and does
+/// not turn the direction of what follows.
 pub fn is_plain(c: char) -> bool {
     !c.is_control() && !matches!(c, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }
 
-/// The text without characters that are not plain, and so in one line. Much of what is logged and printed is of other
-/// machines: a tracker's refusal cleared the screen, and wrote lines of its own.
+/// The text without characters that are not plain, and so in one line. Much of what is logged and
+/// printed is of other machines: a tracker's refusal cleared the screen, and wrote lines of its
+/// own.
 pub fn clean(text: &str) -> String {
     text.chars().map(|c| if is_plain(c) { c } else { '\u{fffd}' }).collect()
 }
@@ -39,8 +41,8 @@ pub fn notify(state: &[NotifyState<'_>]) {
     }
 }
 
-/// Takes as many descriptors as are wanted, or as many of them as the system allows. With fewer, idle connections are
-/// closed earlier.
+/// Takes as many descriptors as are wanted, or as many of them as the system allows. With fewer,
+/// idle connections are closed earlier.
 pub fn allow_descriptors(wanted: u64) {
     let limit = getrlimit(Resource::Nofile);
     // No number is no limit.

@@ -13,7 +13,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6, TcpListener
 const BACKLOG: i32 = 1024;
 
 /// The sockets the daemon works with.
-pub struct Sockets {
+pub struct BoundSockets {
     /// For HTTP.
     pub listeners: Vec<TcpListener>,
     /// For discovery.
@@ -24,15 +24,23 @@ pub struct Sockets {
     pub are_passed: bool,
 }
 
-impl Sockets {
+impl BoundSockets {
     /// The same sockets once more, for another run with them.
     ///
     /// # Errors
     /// No descriptor to be had.
-    pub fn try_clone(&self) -> io::Result<Sockets> {
-        Ok(Sockets {
-            listeners: self.listeners.iter().map(TcpListener::try_clone).collect::<io::Result<_>>()?,
-            datagrams: self.datagrams.iter().map(UdpSocket::try_clone).collect::<io::Result<_>>()?,
+    pub fn try_clone(&self) -> io::Result<BoundSockets> {
+        Ok(BoundSockets {
+            listeners: self
+                .listeners
+                .iter()
+                .map(TcpListener::try_clone)
+                .collect::<io::Result<_>>()?,
+            datagrams: self
+                .datagrams
+                .iter()
+                .map(UdpSocket::try_clone)
+                .collect::<io::Result<_>>()?,
             ..*self
         })
     }
@@ -43,12 +51,14 @@ pub fn are_passed() -> bool {
     std::env::var("LISTEN_PID").is_ok_and(|pid| pid == std::process::id().to_string())
 }
 
-/// Takes what systemd passes (`LISTEN_FDS`), else binds `config.bind`, and 127.0.0.1 for HTTP. An address that this
-/// machine does not have yet is bound all the same, and served as soon as it has it.
+/// Takes what systemd passes (`LISTEN_FDS`), else binds `config.bind`, and 127.0.0.1 for HTTP. An
+/// address that this machine does not have yet is bound all the same, and served as soon as it has
+/// it.
 ///
 /// # Errors
-/// A port that is taken, sockets of another kind, or `--bind` cannot be enforced for sockets that were passed.
-pub fn open(config: &Config, networks: &LanNetworks) -> Result<Sockets, String> {
+/// A port that is taken, sockets of another kind, or `--bind` cannot be enforced for sockets that
+/// were passed.
+pub fn open(config: &Config, networks: &LanNetworks) -> Result<BoundSockets, String> {
     let (mut listeners, mut datagrams) = inherited()?;
     let are_passed = !listeners.is_empty();
     if are_passed {
@@ -57,7 +67,8 @@ pub fn open(config: &Config, networks: &LanNetworks) -> Result<Sockets, String> 
         warn_of_missing_addresses(config, networks);
         let mut port = config.port;
         for ip in with_loopback(&config.bind) {
-            let listener = bind(ip, port, Type::STREAM).map_err(|e| explain(ip, port, "TCP", &e))?;
+            let listener =
+                bind(ip, port, Type::STREAM).map_err(|e| explain(ip, port, "TCP", &e))?;
             let listener = TcpListener::from(listener);
             // With --port 0 the first socket chooses for all.
             port = listener.local_addr().map_err(|e| format!("socket: {e}"))?.port();
@@ -82,26 +93,32 @@ pub fn open(config: &Config, networks: &LanNetworks) -> Result<Sockets, String> 
         for interface in networks.lan_addresses().iter().filter(is_bound) {
             if let Some(broadcast) = interface.broadcast {
                 let socket = bind(broadcast.into(), port, Type::DGRAM);
-                datagrams.push(socket.map_err(|e| explain(broadcast.into(), port, "UDP", &e))?.into());
+                datagrams
+                    .push(socket.map_err(|e| explain(broadcast.into(), port, "UDP", &e))?.into());
             }
         }
         datagrams.extend(multicast_sockets(config, networks, port));
     }
-    Ok(Sockets { listeners, datagrams, port, are_passed })
+    Ok(BoundSockets { listeners, datagrams, port, are_passed })
 }
 
-/// The socket for what a router passes on has a port that is so much higher than the one of all else, so that the firewall of
-/// this machine can let it in. The one between is the tracker's by default.
+/// The socket for what a router passes on has a port that is so much higher than the one of all
+/// else, so that the firewall of this machine can let it in. The one between is the tracker's by
+/// default.
 const OUTSIDE_OFFSET: u16 = 2;
 
-/// A TCP socket for what a router passes on by IPv4 and IPv6, two ports above `port`, or on any if that one is taken.
+/// A TCP socket for what a router passes on by IPv4 and IPv6, two ports above `port`, or on any if
+/// that one is taken.
 ///
 /// # Errors
 /// None in practice: no descriptor is left.
 pub fn open_outside(port: u16) -> io::Result<TcpListener> {
     let port = port.checked_add(OUTSIDE_OFFSET).unwrap_or_default();
     let bind_v4 = |port| bind(Ipv4Addr::UNSPECIFIED.into(), port, Type::STREAM);
-    let socket = bind_both(port).or_else(|_| bind_v4(port)).or_else(|_| bind_both(0)).or_else(|_| bind_v4(0));
+    let socket = bind_both(port)
+        .or_else(|_| bind_v4(port))
+        .or_else(|_| bind_both(0))
+        .or_else(|_| bind_v4(0));
     Ok(socket?.into())
 }
 
@@ -114,20 +131,29 @@ fn bind_both(port: u16) -> io::Result<Socket> {
     Ok(socket)
 }
 
-/// What systemd passes, or a TCP socket on each address: all that a server without UDP needs. With port 0 the first one
-/// chooses for all. `flag` names the option that has the addresses.
+/// What systemd passes, or a TCP socket on each address: all that a server without UDP needs. With
+/// port 0 the first one chooses for all. `flag` names the option that has the addresses.
 ///
 /// # Errors
 /// As [`open`].
-pub fn open_tcp(addresses: &[IpAddr], mut port: u16, flag: &str) -> Result<(Vec<TcpListener>, u16), String> {
+pub fn open_tcp(
+    addresses: &[IpAddr],
+    mut port: u16,
+    flag: &str,
+) -> Result<(Vec<TcpListener>, u16), String> {
     let (mut listeners, datagrams) = passed()?;
     if !datagrams.is_empty() {
-        return Err("systemd passed a datagram socket; the .socket unit needs ListenStream= only".into());
+        return Err(
+            "systemd passed a datagram socket; the .socket unit needs ListenStream= only".into()
+        );
     }
-    let port_of = |listener: &TcpListener| listener.local_addr().map(|a| a.port()).map_err(|e| format!("socket: {e}"));
+    let port_of = |listener: &TcpListener| {
+        listener.local_addr().map(|a| a.port()).map_err(|e| format!("socket: {e}"))
+    };
     if listeners.is_empty() {
         for ip in addresses {
-            let listener = bind(*ip, port, Type::STREAM).map_err(|e| explain_for(*ip, port, "TCP", &e, flag))?;
+            let listener = bind(*ip, port, Type::STREAM)
+                .map_err(|e| explain_for(*ip, port, "TCP", &e, flag))?;
             let listener = TcpListener::from(listener);
             port = port_of(&listener)?;
             listeners.push(listener);
@@ -150,13 +176,18 @@ fn multicast_sockets(config: &Config, networks: &LanNetworks, port: u16) -> Vec<
     let bind_on = |index| {
         let address = SocketAddrV6::new(MULTICAST_GROUP, port, 0, index).into();
         let socket = bind_to(address, Type::DGRAM);
-        socket.inspect_err(|e| log::warn!("UDP {address}: {e}; queries by multicast are not heard there")).ok()
+        socket
+            .inspect_err(|e| {
+                log::warn!("UDP {address}: {e}; queries by multicast are not heard there")
+            })
+            .ok()
     };
     indexes.into_iter().filter_map(bind_on).map(UdpSocket::from).collect()
 }
 
-/// Enforces `--bind` for sockets that systemd passed: what arrives at other addresses is dropped. The sockets are systemd's
-/// too, so that a filter stays on them until the next daemon sets another one.
+/// Enforces `--bind` for sockets that systemd passed: what arrives at other addresses is dropped.
+/// The sockets are systemd's too, so that a filter stays on them until the next daemon sets another
+/// one.
 ///
 /// # Errors
 /// The kernel takes no filter.
@@ -171,20 +202,30 @@ fn keep_to_bind(
     // Fails if there is none.
     sockets.iter().for_each(|socket| drop(socket.detach_filter()));
     let is_bound = |ip: IpAddr| ip.is_loopback() || config.bind.contains(&ip);
-    let address = |socket: &SockRef<'_>| socket.local_addr().ok().and_then(|address| address.as_socket());
-    let elsewhere: Vec<SocketAddr> = sockets.iter().filter_map(address).filter(|at| !is_bound(at.ip())).collect();
+    let address =
+        |socket: &SockRef<'_>| socket.local_addr().ok().and_then(|address| address.as_socket());
+    let elsewhere: Vec<SocketAddr> =
+        sockets.iter().filter_map(address).filter(|at| !is_bound(at.ip())).collect();
     if elsewhere.is_empty() || config.bind.iter().any(IpAddr::is_unspecified) {
         return Ok(());
     }
-    let interfaces: Vec<u32> =
-        networks.interfaces().iter().filter(|i| config.bind.contains(&i.address)).map(|i| i.index).collect();
+    let interfaces: Vec<u32> = networks
+        .interfaces()
+        .iter()
+        .filter(|i| config.bind.contains(&i.address))
+        .map(|i| i.index)
+        .collect();
     let program = address_filter::program(&config.bind, &interfaces);
     for socket in &sockets {
-        socket.attach_filter(&program).map_err(|e| format!("--bind: cannot be enforced for passed sockets: {e}"))?;
+        socket
+            .attach_filter(&program)
+            .map_err(|e| format!("--bind: cannot be enforced for passed sockets: {e}"))?;
     }
     let list = |all: &[String]| all.join(", ");
-    let (elsewhere, bind): (Vec<_>, Vec<_>) =
-        (elsewhere.iter().map(ToString::to_string).collect(), config.bind.iter().map(ToString::to_string).collect());
+    let (elsewhere, bind): (Vec<_>, Vec<_>) = (
+        elsewhere.iter().map(ToString::to_string).collect(),
+        config.bind.iter().map(ToString::to_string).collect(),
+    );
     log::error!(
         "--bind {}: systemd passed sockets on {}; what arrives at other addresses is dropped; give the .socket unit \
          the addresses of --bind",
@@ -196,16 +237,25 @@ fn keep_to_bind(
 
 /// Logs which addresses this machine does not have now.
 fn warn_of_missing_addresses(config: &Config, networks: &LanNetworks) {
-    let is_here = |ip: &IpAddr| networks.interfaces().iter().any(|interface| interface.address == *ip);
-    for ip in config.bind.iter().filter(|ip| !ip.is_unspecified() && !ip.is_loopback() && !is_here(ip)) {
-        log::warn!("--bind {ip}: this machine does not have that address; it is served as soon as it has");
+    let is_here =
+        |ip: &IpAddr| networks.interfaces().iter().any(|interface| interface.address == *ip);
+    for ip in
+        config.bind.iter().filter(|ip| !ip.is_unspecified() && !ip.is_loopback() && !is_here(ip))
+    {
+        log::warn!(
+            "--bind {ip}: this machine does not have that address; it is served as soon as it has"
+        );
     }
 }
 
-/// Adds 127.0.0.1, where this machine's Nix asks: a cache that it knows and whose port is closed fails its builds.
+/// Adds 127.0.0.1, where this machine's Nix asks: a cache that it knows and whose port is closed
+/// fails its builds.
 fn with_loopback(bind: &[IpAddr]) -> Vec<IpAddr> {
     let mut all = bind.to_vec();
-    if !all.iter().any(|ip| [Ipv4Addr::UNSPECIFIED, Ipv4Addr::LOCALHOST].map(IpAddr::V4).contains(ip)) {
+    if !all
+        .iter()
+        .any(|ip| [Ipv4Addr::UNSPECIFIED, Ipv4Addr::LOCALHOST].map(IpAddr::V4).contains(ip))
+    {
         all.push(Ipv4Addr::LOCALHOST.into());
     }
     all
@@ -225,7 +275,8 @@ fn passed() -> Result<(Vec<TcpListener>, Vec<UdpSocket>), String> {
     let mut fds = ListenFd::from_env();
     let (mut listeners, mut datagrams) = (Vec::new(), Vec::new());
     for at in 0..fds.len() {
-        // The kind is not known before it is tried; a failed try leaves the descriptor in its place.
+        // The kind is not known before it is tried; a failed try leaves the descriptor in its
+        // place.
         if let Ok(Some(listener)) = fds.take_tcp_listener(at) {
             listeners.push(listener);
         } else {
@@ -276,9 +327,15 @@ fn explain(ip: IpAddr, port: u16, kind: &str, e: &io::Error) -> String {
 
 fn explain_for(ip: IpAddr, port: u16, kind: &str, e: &io::Error, flag: &str) -> String {
     let remedy = match e.kind() {
-        io::ErrorKind::AddrInUse => "another program, perhaps another peerix, has it; --port names another".into(),
-        io::ErrorKind::AddrNotAvailable => format!("this machine does not have that address; see {flag}"),
-        io::ErrorKind::PermissionDenied => "ports below 1024 need privileges; --port names another".into(),
+        io::ErrorKind::AddrInUse => {
+            "another program, perhaps another peerix, has it; --port names another".into()
+        }
+        io::ErrorKind::AddrNotAvailable => {
+            format!("this machine does not have that address; see {flag}")
+        }
+        io::ErrorKind::PermissionDenied => {
+            "ports below 1024 need privileges; --port names another".into()
+        }
         _ => format!("see {flag} and --port"),
     };
     format!("{kind} {}: {e}; {remedy}", SocketAddr::new(ip, port))
@@ -298,13 +355,21 @@ mod tests {
             (&["::"], &["::", "127.0.0.1"]),
             (&["::1", "127.0.0.2"], &["::1", "127.0.0.2", "127.0.0.1"]),
         ] {
-            let parse = |list: &[&str]| -> Vec<IpAddr> { list.iter().map(|ip| ip.parse().unwrap()).collect() };
+            let parse = |list: &[&str]| -> Vec<IpAddr> {
+                list.iter().map(|ip| ip.parse().unwrap()).collect()
+            };
             assert_eq!(with_loopback(&parse(bind)), parse(expected));
         }
-        let config = Config { port: 0, bind: vec!["127.0.0.2".parse().unwrap()], ..Config::default() };
-        let sockets = open(&config, &LanNetworks::new(NetworkPolicy::default(), Vec::new())).unwrap();
-        let at: Vec<SocketAddr> = sockets.listeners.iter().map(|l| l.local_addr().unwrap()).collect();
-        assert_eq!(at, ["127.0.0.2", "127.0.0.1"].map(|ip| SocketAddr::new(ip.parse().unwrap(), sockets.port)));
+        let config =
+            Config { port: 0, bind: vec!["127.0.0.2".parse().unwrap()], ..Config::default() };
+        let sockets =
+            open(&config, &LanNetworks::new(NetworkPolicy::default(), Vec::new())).unwrap();
+        let at: Vec<SocketAddr> =
+            sockets.listeners.iter().map(|l| l.local_addr().unwrap()).collect();
+        assert_eq!(
+            at,
+            ["127.0.0.2", "127.0.0.1"].map(|ip| SocketAddr::new(ip.parse().unwrap(), sockets.port))
+        );
         assert_eq!(sockets.datagrams.len(), 1, "discovery stays where it was put");
     }
 }

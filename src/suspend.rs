@@ -1,8 +1,8 @@
 //! Detects that the machine has been suspended.
 
 use rustix::time::{
-    ClockId, Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, clock_gettime, timerfd_create,
-    timerfd_settime,
+    ClockId, Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, clock_gettime,
+    timerfd_create, timerfd_settime,
 };
 use std::os::fd::OwnedFd;
 use std::time::Duration;
@@ -27,8 +27,8 @@ impl SuspendDetector {
         SuspendDetector { suspended: suspended(), alarm }
     }
 
-    /// Becomes readable when the machine wakes up, and when somebody sets its clock. Reading it, which fails, resets
-    /// it. `None` if the kernel has no such thing.
+    /// Becomes readable when the machine wakes up, and when somebody sets its clock. Reading it,
+    /// which fails, resets it. `None` if the kernel has no such thing.
     pub fn alarm(&self) -> Option<&OwnedFd> {
         self.alarm.as_ref()
     }
@@ -56,10 +56,11 @@ impl Default for SuspendDetector {
     }
 }
 
-/// A timer that never expires, but is cancelled when the wall clock jumps (timerfd_create(2)): the kernel
-/// counts waking up as such a jump.
+/// A timer that never expires, but is cancelled when the wall clock jumps (timerfd_create(2)): the
+/// kernel counts waking up as such a jump.
 fn alarm() -> rustix::io::Result<OwnedFd> {
-    let alarm = timerfd_create(TimerfdClockId::Realtime, TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC)?;
+    let alarm =
+        timerfd_create(TimerfdClockId::Realtime, TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC)?;
     let never = Timespec { tv_sec: i64::MAX / 2, tv_nsec: 0 };
     let timer = Itimerspec { it_interval: Timespec { tv_sec: 0, tv_nsec: 0 }, it_value: never };
     timerfd_settime(&alarm, TimerfdTimerFlags::ABSTIME | TimerfdTimerFlags::CANCEL_ON_SET, &timer)?;

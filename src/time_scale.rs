@@ -2,10 +2,10 @@
 //!
 //! A test of what happens once a minute would take minutes, and so would a test of a time-out; and
 //! a test of a thousand idle connections fails on a machine that takes longer than their time-out
-//! to open them. Such tests set [`INTERVAL_SCALE`] or [`TIMEOUT_SCALE`] for the daemons and trackers
-//! that they start: `0.1` makes everything of that kind a tenth as long. The variables are for tests
-//! alone, and no part of the documentation for users: with shorter intervals a node burdens its
-//! trackers and peers.
+//! to open them. Such tests set [`INTERVAL_SCALE`] or [`TIMEOUT_SCALE`] for the daemons and
+//! trackers that they start: `0.1` makes everything of that kind a tenth as long. The variables are
+//! for tests alone, and no part of the documentation for users: with shorter intervals a node
+//! burdens its trackers and peers.
 
 use std::sync::OnceLock;
 use std::time::Duration;

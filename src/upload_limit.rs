@@ -1,20 +1,23 @@
 //! `--upload-limit`: how much is sent to other machines in a second, by all connections together.
 //!
-//! Whoever sends reserves the time that its bytes take at that rate, behind all that was reserved before, and waits for the
-//! beginning of it. So connections take turns, piece by piece.
+//! Whoever sends reserves the time that its bytes take at that rate, behind all that was reserved
+//! before, and waits for the beginning of it. So connections take turns, piece by piece.
 
 use std::io;
 use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// Least rate of a stream, in bytes a second: peers leave a slower one. Only as many streams are admitted as get it.
+/// Least rate of a stream, in bytes a second: peers leave a slower one. Only as many streams are
+/// admitted as get it.
 const LEAST_RATE: u64 = 64 * 1024;
 
-/// Highest rate that can be given, in bytes a second. It is far above any link, and keeps the arithmetic from overflowing.
+/// Highest rate that can be given, in bytes a second. It is far above any link, and keeps the
+/// arithmetic from overflowing.
 const MAX_RATE: u64 = 1 << 40;
 
-/// Time that a piece takes at the rate: short, so that connections that take turns wait little for one another.
+/// Time that a piece takes at the rate: short, so that connections that take turns wait little for
+/// one another.
 const PIECE_TIME: Duration = Duration::from_millis(20);
 
 /// Least and most bytes of a piece. Smaller ones cost more processor time than they are worth.
@@ -23,7 +26,8 @@ const PIECE_BYTES: (u64, u64) = (4096, 256 * 1024);
 /// Unused time that may be made up for. Without it every delay of a thread would lower the rate.
 const BURST: Duration = Duration::from_millis(100);
 
-/// Longest wait of one piece. With 1,000 connections that all have a piece to send, the last ones wait longer, and are cut.
+/// Longest wait of one piece. With 1,000 connections that all have a piece to send, the last ones
+/// wait longer, and are cut.
 const MAX_WAIT: Duration = Duration::from_secs(20);
 
 /// The limit, and what of it is taken.
@@ -36,10 +40,14 @@ pub struct UploadLimit {
 impl UploadLimit {
     /// That many bytes a second.
     pub fn new(bytes_per_second: u64) -> Self {
-        UploadLimit { bytes_per_second: bytes_per_second.max(1), reserved_until: Mutex::new(Instant::now()) }
+        UploadLimit {
+            bytes_per_second: bytes_per_second.max(1),
+            reserved_until: Mutex::new(Instant::now()),
+        }
     }
 
-    /// Reads a rate in bytes a second: digits, and `K`, `M` or `G` (powers of 1,024) if there are many.
+    /// Reads a rate in bytes a second: digits, and `K`, `M` or `G` (powers of 1,024) if there are
+    /// many.
     ///
     /// # Errors
     /// Anything else, and rates that are too low for one stream or higher than any link.
@@ -51,7 +59,11 @@ impl UploadLimit {
             _ => (text, 1),
         };
         let is_number = !digits.is_empty() && digits.bytes().all(|b| b.is_ascii_digit());
-        let rate = digits.parse::<u64>().ok().filter(|_| is_number).and_then(|number| number.checked_mul(unit));
+        let rate = digits
+            .parse::<u64>()
+            .ok()
+            .filter(|_| is_number)
+            .and_then(|number| number.checked_mul(unit));
         match rate {
             Some(rate) if (LEAST_RATE..=MAX_RATE).contains(&rate) => Ok(rate),
             Some(_) => Err("not from 64K to 1024G bytes a second".into()),
@@ -90,7 +102,8 @@ impl UploadLimit {
         if wait > MAX_WAIT {
             return None;
         }
-        *reserved_until = begin + Duration::from_secs_f64(bytes as f64 / self.bytes_per_second as f64);
+        *reserved_until =
+            begin + Duration::from_secs_f64(bytes as f64 / self.bytes_per_second as f64);
         Some(wait)
     }
 }
@@ -101,10 +114,23 @@ mod tests {
 
     #[test]
     fn rates_are_read_with_their_units() {
-        for (text, rate) in [("65536", 65536), ("500K", 512_000), ("2m", 2 << 20), ("1G", 1 << 30)] {
+        for (text, rate) in [("65536", 65536), ("500K", 512_000), ("2m", 2 << 20), ("1G", 1 << 30)]
+        {
             assert_eq!(UploadLimit::parse_rate(text), Ok(rate));
         }
-        for text in ["", "K", "-1M", "+1M", "1.5M", "2MB", "63K", "0", "1025G", "99999999999999999999G", "ü"] {
+        for text in [
+            "",
+            "K",
+            "-1M",
+            "+1M",
+            "1.5M",
+            "2MB",
+            "63K",
+            "0",
+            "1025G",
+            "99999999999999999999G",
+            "ü",
+        ] {
             assert!(UploadLimit::parse_rate(text).is_err(), "{text}");
         }
     }

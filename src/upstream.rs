@@ -1,12 +1,14 @@
-//! Whether this machine's Nix is certain to get a path from the upstream cache instead, and how fast.
+//! Whether this machine's Nix is certain to get a path from the upstream cache instead, and how
+//! fast.
 //!
-//! A slow peer is left for the upstream cache only if nothing can be lost by it: Nix has it among its substituters, it has
-//! this very NAR with a signature that Nix trusts, and it is reachable and fast enough now. Whatever cannot be told counts
-//! against it, as on a network without a way out a slow peer is all there is.
+//! A slow peer is left for the upstream cache only if nothing can be lost by it: Nix has it among
+//! its substituters, it has this very NAR with a signature that Nix trusts, and it is reachable and
+//! fast enough now. Whatever cannot be told counts against it, as on a network without a way out a
+//! slow peer is all there is.
 
 use crate::config::{Config, DEFAULT_UPSTREAM, UPSTREAM_KEY};
 use crate::http_client;
-use crate::lookup::Found;
+use crate::lookup::FoundNar;
 use crate::nix::{HashPart, NarInfo, PublicKey, StoreDir};
 use crate::trust::NixConf;
 use std::collections::HashMap;
@@ -37,11 +39,11 @@ pub struct Upstream {
     keys: Vec<PublicKey>,
     store_dir: StoreDir,
     nix_conf_dir: PathBuf,
-    state: Mutex<State>,
+    state: Mutex<UpstreamState>,
 }
 
 #[derive(Default)]
-struct State {
+struct UpstreamState {
     /// Whether it has a path, and since when that is known.
     answers: HashMap<HashPart, (Instant, bool)>,
     /// Bytes per second, and when they were measured.
@@ -52,17 +54,20 @@ struct State {
     paused_until: Option<Instant>,
 }
 
-impl State {
-    /// How long a NAR of so many bytes takes, which shares the link with those that were left to it before.
+impl UpstreamState {
+    /// How long a NAR of so many bytes takes, which shares the link with those that were left to it
+    /// before.
     fn time(&self, nar_size: u64, now: Instant) -> Option<Duration> {
         let pace = self.pace.filter(|(at, _)| now.saturating_duration_since(*at) < PACE_KEPT)?.1;
-        let before = self.busy_until.map_or(Duration::ZERO, |until| until.saturating_duration_since(now));
+        let before =
+            self.busy_until.map_or(Duration::ZERO, |until| until.saturating_duration_since(now));
         before.checked_add(Duration::try_from_secs_f64(nar_size as f64 / pace.max(1.0)).ok()?)
     }
 }
 
 impl Upstream {
-    /// The upstream cache that the user chose. `trusted` are the keys that Nix trusts, as far as they are known.
+    /// The upstream cache that the user chose. `trusted` are the keys that Nix trusts, as far as
+    /// they are known.
     pub fn new(config: &Config, trusted: &[PublicKey]) -> Self {
         let agent = http_client::cache_config(&config.upstream_cache, MAX_REDIRECTS)
             .timeout_global(Some(REQUEST_TIMEOUT))
@@ -81,9 +86,9 @@ impl Upstream {
         }
     }
 
-    /// How long the whole NAR takes from there; `None` unless Nix is certain to get it. Blocks for 5 s at most, and mostly
-    /// not at all.
-    pub fn time(&self, found: &Found) -> Option<Duration> {
+    /// How long the whole NAR takes from there; `None` unless Nix is certain to get it. Blocks for
+    /// 5 s at most, and mostly not at all.
+    pub fn time(&self, found: &FoundNar) -> Option<Duration> {
         let now = Instant::now();
         let hash_part = found.path.hash_part();
         let known = {
@@ -113,8 +118,9 @@ impl Upstream {
         }
     }
 
-    /// Asks whether it has the NAR, and measures its pace by it if that is not known. `None`: no answer.
-    fn look_up(&self, hash_part: &HashPart, found: &Found) -> Option<bool> {
+    /// Asks whether it has the NAR, and measures its pace by it if that is not known. `None`: no
+    /// answer.
+    fn look_up(&self, hash_part: &HashPart, found: &FoundNar) -> Option<bool> {
         let keys = NixConf::read(&self.nix_conf_dir).keys_for_substituter(&self.url);
         let has = keys.map(|keys| self.request(hash_part, found, &keys));
         let now = Instant::now();
@@ -123,7 +129,10 @@ impl Upstream {
             None => false,
             Some(Ok(has)) => has,
             Some(Err(e)) => {
-                log::debug!("{hash_part}: upstream cache {}: {e}; slow peers are not left for it", self.url);
+                log::debug!(
+                    "{hash_part}: upstream cache {}: {e}; slow peers are not left for it",
+                    self.url
+                );
                 state.paused_until = Some(now + KEPT);
                 return None;
             }
@@ -135,13 +144,22 @@ impl Upstream {
         Some(has)
     }
 
-    fn request(&self, hash_part: &HashPart, found: &Found, in_nix_conf: &[PublicKey]) -> Result<bool, ureq::Error> {
+    fn request(
+        &self,
+        hash_part: &HashPart,
+        found: &FoundNar,
+        in_nix_conf: &[PublicKey],
+    ) -> Result<bool, ureq::Error> {
         let mut response = self.agent.get(format!("{}/{hash_part}.narinfo", self.url)).call()?;
         if response.status() != 200 {
             return Ok(false);
         }
         let mut bytes = Vec::new();
-        response.body_mut().as_reader().take(NarInfo::MAX_LEN as u64 + 1).read_to_end(&mut bytes)?;
+        response
+            .body_mut()
+            .as_reader()
+            .take(NarInfo::MAX_LEN as u64 + 1)
+            .read_to_end(&mut bytes)?;
         let Ok(narinfo) = NarInfo::parse(&bytes, &self.store_dir) else { return Ok(false) };
         if !self.is_it(&narinfo, found, in_nix_conf) || narinfo.url.contains("://") {
             return Ok(false);
@@ -156,19 +174,24 @@ impl Upstream {
     }
 
     /// Whether it is the same NAR, with the signature of a key that both peerix and nix.conf trust.
-    fn is_it(&self, narinfo: &NarInfo, found: &Found, in_nix_conf: &[PublicKey]) -> bool {
+    fn is_it(&self, narinfo: &NarInfo, found: &FoundNar, in_nix_conf: &[PublicKey]) -> bool {
         let info = &narinfo.info;
-        let is_same = info.path == found.path && info.nar_hash == found.nar_hash && info.nar_size == found.nar_size;
+        let is_same = info.path == found.path
+            && info.nar_hash == found.nar_hash
+            && info.nar_size == found.nar_size;
         let fingerprint = info.fingerprint(&self.store_dir);
         let mut keys = self.keys.iter().filter(|key| in_nix_conf.contains(key));
-        is_same && keys.any(|key| info.signatures.iter().any(|s| key.verify(fingerprint.as_bytes(), s)))
+        is_same
+            && keys.any(|key| info.signatures.iter().any(|s| key.verify(fingerprint.as_bytes(), s)))
     }
 
-    /// Bytes per second that its NARs come with, of which those of a compressed NAR count as they come.
+    /// Bytes per second that its NARs come with, of which those of a compressed NAR count as they
+    /// come.
     fn measure(&self, nar_url: &str) -> Result<f64, ureq::Error> {
         let began = Instant::now();
         let range = format!("bytes=0-{}", SAMPLE - 1);
-        let mut response = self.agent.get(format!("{}/{nar_url}", self.url)).header("Range", range).call()?;
+        let mut response =
+            self.agent.get(format!("{}/{nar_url}", self.url)).header("Range", range).call()?;
         if !matches!(response.status().as_u16(), 200 | 206) {
             return Err(ureq::Error::StatusCode(response.status().as_u16()));
         }
@@ -183,7 +206,7 @@ impl Upstream {
         Ok(bytes as f64 / began.elapsed().as_secs_f64())
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, UpstreamState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -197,18 +220,25 @@ mod tests {
 
     #[test]
     fn nar_is_the_same_only_with_a_trusted_signature_and_equal_in_hash_and_size() {
-        let with = |url: &str| Upstream::new(&Config { upstream_cache: url.into(), ..Config::default() }, &[]);
+        let with = |url: &str| {
+            Upstream::new(&Config { upstream_cache: url.into(), ..Config::default() }, &[])
+        };
         let upstream = with(DEFAULT_UPSTREAM);
         let narinfo = NarInfo::parse(NARINFO.as_bytes(), &upstream.store_dir).unwrap();
         let found = || {
             let info = narinfo.info.clone();
-            Found { path: info.path, nar_hash: info.nar_hash, nar_size: info.nar_size, sources: Vec::new() }
+            FoundNar {
+                path: info.path,
+                nar_hash: info.nar_hash,
+                nar_size: info.nar_size,
+                sources: Vec::new(),
+            }
         };
         let keys = [PublicKey::parse(UPSTREAM_KEY).unwrap()];
         assert!(upstream.is_it(&narinfo, &found(), &keys));
         // Nix would refuse what it gets there.
         assert!(!upstream.is_it(&narinfo, &found(), &[]));
-        assert!(!upstream.is_it(&narinfo, &Found { nar_size: 1, ..found() }, &keys));
+        assert!(!upstream.is_it(&narinfo, &FoundNar { nar_size: 1, ..found() }, &keys));
         let mut forged = narinfo.clone();
         forged.info.references.clear();
         assert!(!upstream.is_it(&forged, &found(), &keys));
@@ -225,7 +255,10 @@ mod tests {
         assert_eq!(upstream.lock().time(2000, now), Some(Duration::from_secs(2)));
         upstream.left(50_000);
         assert_eq!(upstream.lock().time(2000, now).map(|time| time.as_secs()), Some(52));
-        assert_eq!(upstream.lock().time(2000, now + Duration::from_secs(100)), Some(Duration::from_secs(2)));
+        assert_eq!(
+            upstream.lock().time(2000, now + Duration::from_secs(100)),
+            Some(Duration::from_secs(2))
+        );
         assert_eq!(upstream.lock().time(2000, now + PACE_KEPT), None);
     }
 }

@@ -1,5 +1,6 @@
-//! Other networks on a bad day: packets are lost, trackers restart, lie or are flooded, machines move. Nix gets what peers
-//! have all the same, and who runs a node is told what only a person can mend.
+//! Other networks on a bad day: packets are lost, trackers restart, lie or are flooded, machines
+//! move. Nix gets what peers have all the same, and who runs a node is told what only a person can
+//! mend.
 
 use crate::common::daemon::{found, narinfo_status, status};
 use crate::common::http::{self, Reply, Request, Server};
@@ -7,7 +8,9 @@ use crate::common::lan::Run;
 use crate::common::scene::Places;
 use crate::common::standin::{Record, Shelf};
 use crate::common::tracker::{self, Tracker, open};
-use crate::common::{Asker, Daemon, Holder, Host, PORT, Scale, Wan, World, nix, wait_for, wait_slowly_for, world};
+use crate::common::{
+    Asker, Daemon, Holder, Host, PORT, Scale, Wan, World, nix, wait_for, wait_slowly_for, world,
+};
 use serde_json::Value;
 use std::fs;
 use std::sync::Arc;
@@ -91,7 +94,8 @@ fn restart_of_the_tracker_is_no_miss() {
     });
 }
 
-/// A tracker that was away for long is used again two seconds after it is back, for as long as Nix wants paths.
+/// A tracker that was away for long is used again two seconds after it is back, for as long as Nix
+/// wants paths.
 #[test]
 fn tracker_that_was_away_is_used_again_soon() {
     let mut places = Places::new();
@@ -107,7 +111,9 @@ fn tracker_that_was_away_is_used_again_soon() {
     narinfo_status(&asker.host, &holder.mark);
     places.tracker.start_again();
     let back = Instant::now();
-    wait_slowly_for("the path is found", || (narinfo_status(&asker.host, &holder.mark) == 200).then_some(()));
+    wait_slowly_for("the path is found", || {
+        (narinfo_status(&asker.host, &holder.mark) == 200).then_some(())
+    });
     println!("found {:?} after the tracker's return", back.elapsed());
 }
 
@@ -122,7 +128,9 @@ fn reports_wait_until_the_tracker_is_back() {
     let child = nix::realising(&asker.host, &[path]).spawn().expect("nsenter starts");
     // Narinfos come first, so that the other transfers have their names by then.
     let counted = |tracker: &Tracker| tracker.reputation("holder", "total_shared");
-    wait_slowly_for("some of the transfers are counted", || (counted(&places.tracker) > 0).then_some(()));
+    wait_slowly_for("some of the transfers are counted", || {
+        (counted(&places.tracker) > 0).then_some(())
+    });
     let counted_before = counted(&places.tracker);
     places.tracker.kill();
     asker.host.quick();
@@ -167,7 +175,8 @@ fn tracker_that_asks_for_patience_gets_it() {
     assert!(requests.len() as f64 <= 6.0 + seconds, "{} requests in {seconds} s", requests.len());
 }
 
-/// An upstream cache that answers narinfos as `answer` does, which is told whether they were uploaded.
+/// An upstream cache that answers narinfos as `answer` does, which is told whether they were
+/// uploaded.
 fn upstream(
     places: &Places,
     answer: impl Fn(bool, Vec<u8>) -> Reply + Send + Sync + 'static,
@@ -179,7 +188,8 @@ fn upstream(
         let hash_part = request.path.trim_start_matches('/').trim_end_matches(".narinfo");
         match shelf.narinfo(hash_part) {
             Some(fields) => {
-                let text: String = fields.iter().map(|(name, value)| format!("{name}: {value}\n")).collect();
+                let text: String =
+                    fields.iter().map(|(name, value)| format!("{name}: {value}\n")).collect();
                 answer(is_on.load(Ordering::SeqCst), text.into_bytes())
             }
             None => Reply::Whole(404, vec![]),
@@ -253,7 +263,9 @@ fn holder_that_moves_is_found() {
     let is_there = || places.tracker.peers().contains(&("holder".into(), new.to_string()));
     wait_slowly_for("the tracker knows the new address", || is_there().then_some(()));
     println!("announced {:?} after the move", moved.elapsed());
-    wait_slowly_for("the path is found", || (narinfo_status(&asker.host, &holder.mark) == 200).then_some(()));
+    wait_slowly_for("the path is found", || {
+        (narinfo_status(&asker.host, &holder.mark) == 200).then_some(())
+    });
     println!("found {:?} after the move", moved.elapsed());
     assert!(moved.elapsed() < Duration::from_secs(50), "only at the next regular announce");
     asker.fetches(&places.world, places.world.path("closure300"));
@@ -309,7 +321,9 @@ fn unreachable_address_is_a_problem_and_comes_last() {
         let ids = found["candidates"].as_array().unwrap().iter();
         ids.map(|candidate| candidate["peer_id"].as_str().unwrap().to_owned()).collect::<Vec<_>>()
     };
-    wait_slowly_for("the reached one comes first", || (candidates() == ["holder", "wrong"]).then_some(()));
+    wait_slowly_for("the reached one comes first", || {
+        (candidates() == ["holder", "wrong"]).then_some(())
+    });
     let problems = problems(&holder.host);
     assert!(problems.iter().all(|text| !text.contains("tracker")), "{problems:?}");
     let asker = places.asker(&[&holder]);
@@ -320,7 +334,10 @@ fn unreachable_address_is_a_problem_and_comes_last() {
 fn recording(host: &Host, answer: &'static str, status: u16) -> (Record<Value>, Server) {
     let announces: Record<Value> = Arc::default();
     let record = Arc::clone(&announces);
-    let server = Server::start(host.listen(tracker::PORT), move |request: &Request| match request.path.as_str() {
+    let server = Server::start(host.listen(tracker::PORT), move |request: &Request| match request
+        .path
+        .as_str()
+    {
         "/announce" if request.method == "POST" => {
             record.lock().unwrap().push(serde_json::from_slice(&request.body).expect("JSON"));
             Reply::Whole(status, answer.into())
@@ -330,8 +347,8 @@ fn recording(host: &Host, answer: &'static str, status: u16) -> (Record<Value>, 
     (announces, server)
 }
 
-/// A tracker used to be able to replay a node's announces at other trackers, as they were signed by one key, and to have it
-/// sign for any time.
+/// A tracker used to be able to replay a node's announces at other trackers, as they were signed by
+/// one key, and to have it sign for any time.
 #[test]
 fn tracker_gets_nothing_that_means_anything_elsewhere_or_later() {
     let wan = Wan::new().with_scale(Scale::intervals(OFTEN));
@@ -351,7 +368,9 @@ fn tracker_gets_nothing_that_means_anything_elsewhere_or_later() {
     let (one, two) = (one.lock().unwrap(), two.lock().unwrap());
     assert_ne!(one[0]["public_key"], two[0]["public_key"]);
     assert_ne!(one[0]["peer_id"], two[0]["peer_id"]);
-    let tomorrow = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_millis() + 86_400_000;
+    let tomorrow =
+        std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_millis()
+            + 86_400_000;
     for announce in one.iter().chain(two.iter()) {
         assert!(u128::from(announce["timestamp"].as_u64().unwrap()) < tomorrow, "{announce}");
     }
@@ -361,7 +380,8 @@ fn tracker_gets_nothing_that_means_anything_elsewhere_or_later() {
 #[test]
 fn original_tracker_is_asked_for_its_list() {
     let wan = Wan::new();
-    let (home, away, centre) = (wan.lan([10, 1, 0]), wan.lan([203, 0, 113]), wan.lan([198, 51, 100]));
+    let (home, away, centre) =
+        (wan.lan([10, 1, 0]), wan.lan([203, 0, 113]), wan.lan([198, 51, 100]));
     let (world, host) = (World::on(&home), centre.host("tracker"));
     let peers: Arc<std::sync::Mutex<Vec<(String, Value)>>> = Arc::default();
     let listed = Arc::clone(&peers);
@@ -394,7 +414,9 @@ fn original_tracker_is_asked_for_its_list() {
         open(host_of, "wan", &[&host])
     });
     assert_eq!(holder.host.address.to_string(), "203.0.113.1");
-    let asker = Asker::flagged(&home, "", &[&world.cache_key], |host_of| tracker::flags(host_of, "wan", &[&host]));
+    let asker = Asker::flagged(&home, "", &[&world.cache_key], |host_of| {
+        tracker::flags(host_of, "wan", &[&host])
+    });
     asker.meet(&[&holder]);
     assert_eq!(asker.fetches(&world, world.path("closure300")).len(), 300);
     assert_eq!(narinfo_status(&asker.host, &absent(1)), 404);
@@ -402,7 +424,9 @@ fn original_tracker_is_asked_for_its_list() {
 
 /// An answer to a lookup that names these addresses and ports.
 fn candidates(addresses: impl Iterator<Item = (String, u16)>) -> Reply {
-    let one = |(addr, port)| format!(r#"{{"peer_id":"{addr}:{port}","addr":"{addr}","port":{port},"score":9.5}}"#);
+    let one = |(addr, port)| {
+        format!(r#"{{"peer_id":"{addr}:{port}","addr":"{addr}","port":{port},"score":9.5}}"#)
+    };
     let list: Vec<String> = addresses.map(one).collect();
     Reply::Whole(200, format!(r#"{{"candidates":[{}],"others":[]}}"#, list.join(",")).into_bytes())
 }
@@ -411,7 +435,8 @@ fn candidates(addresses: impl Iterator<Item = (String, u16)>) -> Reply {
 #[test]
 fn victim_that_a_tracker_names_is_not_flooded() {
     let wan = Wan::new();
-    let (home, away, centre) = (wan.lan([10, 1, 0]), wan.lan([203, 0, 113]), wan.lan([198, 51, 100]));
+    let (home, away, centre) =
+        (wan.lan([10, 1, 0]), wan.lan([203, 0, 113]), wan.lan([198, 51, 100]));
     let (host, victim) = (centre.host("tracker"), away.host("victim"));
     let (address, next) = (victim.address.to_string(), AtomicUsize::new(0));
     let _server = Server::start(host.listen(tracker::PORT), move |request: &Request| {
@@ -422,7 +447,9 @@ fn victim_that_a_tracker_names_is_not_flooded() {
         candidates((from..from + 64).map(|port| (address.clone(), 1000 + port as u16)))
     });
     let asker = Asker::flagged(&home, "", &[], |asker| tracker::flags(asker, "wan", &[&host]));
-    wait_for("the tracker is reached", || (status(&asker.host)["trackers"][0]["reached"] == true).then_some(()));
+    wait_for("the tracker is reached", || {
+        (status(&asker.host)["trackers"][0]["reached"] == true).then_some(())
+    });
     let (before, began) = (victim.packets(), Instant::now());
     let paths: Vec<String> = (0..1000).map(absent).collect();
     assert_eq!(found(&asker.host, &paths, NIX), 0);
@@ -433,7 +460,8 @@ fn victim_that_a_tracker_names_is_not_flooded() {
     assert!(packets <= 20.0 * seconds + 20.0, "{packets} packets in {seconds} s");
 }
 
-/// Invented peers of a tracker used to take all requests there may be, and neighbours were asked for nothing.
+/// Invented peers of a tracker used to take all requests there may be, and neighbours were asked
+/// for nothing.
 #[test]
 fn invented_peers_do_not_hide_neighbours() {
     let wan = Wan::new();
@@ -445,14 +473,18 @@ fn invented_peers_do_not_hide_neighbours() {
             return Reply::Whole(200, br#"{"status":"ok"}"#.to_vec());
         }
         // Half of them are on the asker's own network, where nobody answers for them.
-        let address = |n: u8| if n.is_multiple_of(2) { format!("10.1.0.{}", 100 + n) } else { format!("10.8.0.{n}") };
+        let address = |n: u8| {
+            if n.is_multiple_of(2) { format!("10.1.0.{}", 100 + n) } else { format!("10.8.0.{n}") }
+        };
         candidates((1..65).map(|n| (address(n), 12304)))
     });
     let holder = Holder::with(&home, &world, "holder", |host| {
         world.sign(host);
         vec![]
     });
-    let asker = Asker::flagged(&home, "", &[&world.cache_key], |asker| tracker::flags(asker, "both", &[&host]));
+    let asker = Asker::flagged(&home, "", &[&world.cache_key], |asker| {
+        tracker::flags(asker, "both", &[&host])
+    });
     asker.meet(&[&holder]);
     let paths = nix::closure(&holder.host, &[world.path("closure300")]);
     let missing: Vec<String> = (0..200).map(absent).collect();
@@ -474,7 +506,12 @@ fn dead_candidates_do_not_hide_a_living_one() {
     let asker = places.asker(&[&holder]);
     let dead = places.away.host("dead");
     for number in 0..50 {
-        places.tracker.announce_with(&dead, 20_000 + number, &format!("dead-{number}"), &paths[..40]);
+        places.tracker.announce_with(
+            &dead,
+            20_000 + number,
+            &format!("dead-{number}"),
+            &paths[..40],
+        );
     }
     dead.fall_silent();
     for path in &paths[..40] {
@@ -490,7 +527,8 @@ fn tracker_whose_disk_is_full_is_not_well() {
     host.sh("mkdir -p /var/lib/peerix-tracker && mount -t tmpfs -o size=40m none /var/lib/peerix-tracker");
     let tracker = Tracker::start(host);
     tracker.host.sh("dd if=/dev/zero of=/var/lib/peerix-tracker/full bs=1M 2>/dev/null || true");
-    let health = || http::get(&tracker.host, (tracker.host.address, tracker::PORT), "/health").unwrap();
+    let health =
+        || http::get(&tracker.host, (tracker.host.address, tracker::PORT), "/health").unwrap();
     wait_slowly_for("it says so", || {
         let answer = health();
         (answer.status == 503 && answer.text().contains("the disk is full")).then_some(())

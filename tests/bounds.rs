@@ -1,4 +1,5 @@
-//! What the daemon does with clients that want too much, too slowly, or nothing sensible. It always answers the others.
+//! What the daemon does with clients that want too much, too slowly, or nothing sensible. It always
+//! answers the others.
 
 use crate::common::daemon::binary;
 use crate::common::http::{Answer, Connection, Reply, Server, get, get_local};
@@ -6,7 +7,9 @@ use crate::common::packet::Packet;
 use crate::common::process::Logged;
 use crate::common::standin::receive;
 use crate::common::stock::{self, line, nar_route, narinfo};
-use crate::common::{DEADLINE, Daemon, Host, Lan, PORT, Scale, thread, wait_for, wait_slowly_for, world};
+use crate::common::{
+    DEADLINE, Daemon, Host, Lan, PORT, Scale, thread, wait_for, wait_slowly_for, world,
+};
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream, UdpSocket};
 use std::sync::Arc;
@@ -97,7 +100,10 @@ fn is_closed(stream: &TcpStream) -> bool {
 fn rest(mut stream: &TcpStream) -> String {
     let mut answer = Vec::new();
     if let Err(e) = stream.read_to_end(&mut answer) {
-        assert!(!matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut), "it was left open");
+        assert!(
+            !matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut),
+            "it was left open"
+        );
     }
     String::from_utf8_lossy(&answer).into_owned()
 }
@@ -119,14 +125,26 @@ fn heads_without_end() {
         let _ = stream.write_all(shape);
         let answer = rest(&stream);
         let start = String::from_utf8_lossy(&shape[..20]).into_owned();
-        let refused = answer.starts_with("HTTP/1.1 431 ") || answer.starts_with("HTTP/1.1 400 ") || answer.is_empty();
+        let refused = answer.starts_with("HTTP/1.1 431 ")
+            || answer.starts_with("HTTP/1.1 400 ")
+            || answer.is_empty();
         assert!(refused, "{start:?}: {answer}");
         scene.answers();
     }
     // As much as is allowed is allowed.
     shapes = vec![
-        [b"GET /nix-cache-info HTTP/1.1\r\nConnection: close\r\nX: ", &vec![b'a'; 16_000][..], b"\r\n\r\n"].concat(),
-        [b"GET /nix-cache-info HTTP/1.1\r\nConnection: close\r\n", &b"A: b\r\n".repeat(63)[..], b"\r\n"].concat(),
+        [
+            b"GET /nix-cache-info HTTP/1.1\r\nConnection: close\r\nX: ",
+            &vec![b'a'; 16_000][..],
+            b"\r\n\r\n",
+        ]
+        .concat(),
+        [
+            b"GET /nix-cache-info HTTP/1.1\r\nConnection: close\r\n",
+            &b"A: b\r\n".repeat(63)[..],
+            b"\r\n",
+        ]
+        .concat(),
     ];
     for shape in &shapes {
         let mut stream = scene.connect();
@@ -229,7 +247,8 @@ fn clients_that_are_too_slow_are_dropped() {
     let scene = Scene::with_scale(Scale::timeouts(0.2));
     let large = stock::add_large(&scene.server, "large", 64);
     let route = nar_route(&scene.neighbour, &scene.server, &large);
-    // Readers take a few bytes, and then no more, until there are as many as one neighbour may have.
+    // Readers take a few bytes, and then no more, until there are as many as one neighbour may
+    // have.
     let mut readers: Vec<TcpStream> = Vec::new();
     let refused = wait_for("a reader too many", || {
         let mut reader = scene.connect();
@@ -242,7 +261,8 @@ fn clients_that_are_too_slow_are_dropped() {
     });
     assert_eq!(refused, 503);
 
-    // A head that drips, a byte at a time, never silent for long; one that stops; one that never begins.
+    // A head that drips, a byte at a time, never silent for long; one that stops; one that never
+    // begins.
     let mut drip = scene.connect();
     let mut stopped = scene.connect();
     stopped.write_all(b"GET /nix-ca").unwrap();
@@ -257,7 +277,9 @@ fn clients_that_are_too_slow_are_dropped() {
             // The places of all of them are free again.
             _ => {
                 let mut next: Vec<TcpStream> = (0..MAX_READERS).map(|_| scene.connect()).collect();
-                !next.iter_mut().all(|stream| begin(stream, &route).is_ok_and(|status| status == 200))
+                !next
+                    .iter_mut()
+                    .all(|stream| begin(stream, &route).is_ok_and(|status| status == 200))
             }
         });
         // Nobody else is delayed meanwhile.
@@ -379,7 +401,9 @@ fn idle_connections_cost_little_and_the_one_idle_longest_makes_room() {
     }
     // A neighbour alone cannot shut out this machine, however many it opens.
     let greedy = many(&scene.neighbour, scene.address(), 1000);
-    wait_for("its own idlest are closed", || (greedy.iter().filter(|s| is_closed(s)).count() >= 104).then_some(()));
+    wait_for("its own idlest are closed", || {
+        (greedy.iter().filter(|s| is_closed(s)).count() >= 104).then_some(())
+    });
     let still_open = more.iter().filter(|stream| !is_closed(stream)).count();
     assert_eq!(still_open, 100);
     scene.recovers();
@@ -393,8 +417,12 @@ fn connections_opened_at_once() {
         let mut streams = many(from, to, 25);
         for _ in 0..20 {
             for stream in &mut streams {
-                write!(stream, "GET {} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n", stock::narinfo_route(&scene.path))
-                    .unwrap();
+                write!(
+                    stream,
+                    "GET {} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n",
+                    stock::narinfo_route(&scene.path)
+                )
+                .unwrap();
             }
             for stream in &streams {
                 let mut connection = Connection::new(stream.try_clone().unwrap()).unwrap();
@@ -432,8 +460,12 @@ fn connections_that_are_reset() {
                 thread::spawn_in(scope, "resets", || {
                     scene.neighbour.in_net(|| {
                         for number in 0..700 {
-                            let Ok(mut stream) = TcpStream::connect(scene.address()) else { continue };
-                            socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO)).unwrap();
+                            let Ok(mut stream) = TcpStream::connect(scene.address()) else {
+                                continue;
+                            };
+                            socket2::SockRef::from(&stream)
+                                .set_linger(Some(Duration::ZERO))
+                                .unwrap();
                             let _ = stream.write_all(requests[number % requests.len()].as_bytes());
                         }
                     });
@@ -444,7 +476,10 @@ fn connections_that_are_reset() {
         let own = thread::spawn_in(scope, "own Nix", || {
             let mut count = 0;
             while !stopped.load(Ordering::Relaxed) {
-                assert_eq!(get_local(&scene.server, &stock::narinfo_route(&scene.path)).unwrap().status, 200);
+                assert_eq!(
+                    get_local(&scene.server, &stock::narinfo_route(&scene.path)).unwrap().status,
+                    200
+                );
                 count += 1;
             }
             count
@@ -491,7 +526,8 @@ fn no_descriptors_left() {
         // More connections than descriptors, all idle: the oldest make room.
         let idle = many(&server, loopback(), 100);
         answered();
-        // All at work: nobody can be let in, and those who are in may find that no file can be opened.
+        // All at work: nobody can be let in, and those who are in may find that no file can be
+        // opened.
         let mut streams = many(&server, loopback(), 100);
         for stream in &mut streams {
             let _ = write!(stream, "GET {route} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n");
@@ -508,7 +544,10 @@ fn no_descriptors_left() {
             (answer.status == 200 && answer.whole).then_some(())
         });
     }
-    assert!(daemon.log().contains("accepting connections: "), "descriptors were never used up: nothing was tested");
+    assert!(
+        daemon.log().contains("accepting connections: "),
+        "descriptors were never used up: nothing was tested"
+    );
     assert_eq!(daemon.process.terminate().code(), Some(0));
 }
 
@@ -525,7 +564,11 @@ fn more_connections_than_the_usual_limit_of_descriptors() {
     daemon.wait_until("peerix answers", || server.connect_local().ok());
     let idle = many(&server, loopback(), 1015);
     assert_eq!(get_local(&server, &stock::narinfo_route(&path)).unwrap().status, 200);
-    assert_eq!(idle.iter().filter(|stream| is_closed(stream)).count(), 0, "closed for want of descriptors");
+    assert_eq!(
+        idle.iter().filter(|stream| is_closed(stream)).count(),
+        0,
+        "closed for want of descriptors"
+    );
 }
 
 #[test]
@@ -564,12 +607,14 @@ fn a_flood_of_datagrams() {
     assert!(resident(&scene.daemon) < 64 << 10);
 }
 
-/// Asks for an unknown path and tells whether the query came to `heard`, where it is answered *have not*.
+/// Asks for an unknown path and tells whether the query came to `heard`, where it is answered *have
+/// not*.
 fn is_asked(asker: &Host, heard: &UdpSocket, digit: char) -> bool {
     let wanted: String = std::iter::repeat_n(digit, 32).collect();
     std::thread::scope(|scope| {
-        let asking =
-            thread::spawn_in(scope, "lookup", || get_local(asker, &format!("/{wanted}.narinfo")).unwrap().status);
+        let asking = thread::spawn_in(scope, "lookup", || {
+            get_local(asker, &format!("/{wanted}.narinfo")).unwrap().status
+        });
         let mut came = false;
         loop {
             let ended = asking.is_finished();
@@ -661,8 +706,12 @@ fn answers_count_from_who_was_asked() {
                 get_local(&asker, &format!("/{hash_part}.narinfo")).unwrap().status
             });
             while !asking.is_finished() {
-                let Some((from, datagram)) = receive(&listener, Duration::from_millis(20)) else { continue };
-                if let (IpAddr::V4(_), Some(Packet::Query { id, .. })) = (from.ip(), Packet::read(&datagram)) {
+                let Some((from, datagram)) = receive(&listener, Duration::from_millis(20)) else {
+                    continue;
+                };
+                if let (IpAddr::V4(_), Some(Packet::Query { id, .. })) =
+                    (from.ip(), Packet::read(&datagram))
+                {
                     let path = format!("local/{hash_part}.narinfo");
                     let have = Packet::Have { id: id.wrapping_add(shift), port: PORT.into(), path };
                     sender.send_to(&have.write(), from).unwrap();

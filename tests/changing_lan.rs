@@ -1,11 +1,12 @@
-//! What changes on a LAN while Nix fetches: neighbours vanish, holders pause and restart, cables are
-//! pulled. Whatever a live holder has is found, every time, and arrives as it is.
+//! What changes on a LAN while Nix fetches: neighbours vanish, holders pause and restart, cables
+//! are pulled. Whatever a live holder has is found, every time, and arrives as it is.
 
 use crate::common::fault::Forger;
 use crate::common::http::Connection;
 use crate::common::standin::StandIn;
 use crate::common::{
-    Asker, Bystander, Daemon, Holder, Host, Lan, PORT, Scale, World, daemon, nix, stock, thread, world,
+    Asker, Bystander, Daemon, Holder, Host, Lan, PORT, Scale, World, daemon, nix, stock, thread,
+    world,
 };
 use rustix::process::Signal;
 use std::collections::BTreeMap;
@@ -26,8 +27,10 @@ fn play(time: Duration, scene: impl Fn(&Lan, &World) -> (Holder, Asker, Attempt)
         let (_holder, _asker, attempt) = scene(&lan, &world);
         let Some(complaint) = attempt.complaint else { return };
         let (took, waited) = (attempt.took, attempt.waited);
-        let kept_pace = waited < MAX_WAIT.mul_f64(patience) && took < (time + time / 10).mul_f64(patience);
-        let complaint = format!("waited {waited:?} for a processor, event took {took:?}: {complaint}");
+        let kept_pace =
+            waited < MAX_WAIT.mul_f64(patience) && took < (time + time / 10).mul_f64(patience);
+        let complaint =
+            format!("waited {waited:?} for a processor, event took {took:?}: {complaint}");
         assert!(!kept_pace && patience < 16.0, "{complaint}");
         eprintln!("again with more patience: {complaint}");
     }
@@ -60,7 +63,9 @@ impl Attempt {
         if complaint.is_none() {
             assert_eq!(asker.has_whole(world, path).len(), 1000);
         }
-        let since = |(thread, wait): (String, Duration)| wait - before.get(&thread).copied().unwrap_or_default();
+        let since = |(thread, wait): (String, Duration)| {
+            wait - before.get(&thread).copied().unwrap_or_default()
+        };
         let waited = processor_waits(asker.daemon.pid()).into_iter().map(since).max();
         Attempt { complaint, took, waited: waited.unwrap_or_default() }
     }
@@ -245,8 +250,11 @@ fn full_link_of_the_holder_hides_no_path() {
             for other in &others {
                 let (route, done, holder) = (&route, &done, &holder.host);
                 thread::spawn_in(scope, "transfer", move || {
-                    let mut connection = Connection::new(other.connect((holder.address, PORT)).unwrap()).unwrap();
-                    connection.send(format!("GET {route} HTTP/1.1\r\nHost: holder\r\n\r\n").as_bytes()).unwrap();
+                    let mut connection =
+                        Connection::new(other.connect((holder.address, PORT)).unwrap()).unwrap();
+                    connection
+                        .send(format!("GET {route} HTTP/1.1\r\nHost: holder\r\n\r\n").as_bytes())
+                        .unwrap();
                     connection.drain(|| done.load(Ordering::Relaxed)).unwrap();
                 });
             }
@@ -317,7 +325,9 @@ fn original_among_new_nodes_is_found() {
     let _first = Bystander::new(&lan, "first");
     let asker = Asker::with(&lan, "", &[&world.cache_key]);
     daemon::wait_until_known(&asker.host, world.path("little"));
-    let mut more = asker.fetches_while(&world, || [1, 2, 3].map(|number| Bystander::new(&lan, &format!("n{number}"))));
+    let mut more = asker.fetches_while(&world, || {
+        [1, 2, 3].map(|number| Bystander::new(&lan, &format!("n{number}")))
+    });
     asker.looks_up_while(&world, || more.iter_mut().for_each(Bystander::vanish));
 }
 
@@ -334,7 +344,11 @@ fn what_is_registered_is_found_at_once() {
     // Also when it was asked for before.
     for number in 0..50 {
         let path = stock::add(&asker.host, &format!("late-{number}"), "echo $n > $n");
-        assert_eq!(daemon::narinfo_status(&asker.host, &path), 404, "the own store is not consulted");
+        assert_eq!(
+            daemon::narinfo_status(&asker.host, &path),
+            404,
+            "the own store is not consulted"
+        );
         assert_eq!(stock::add(&holder.host, &format!("late-{number}"), "echo $n > $n"), path);
         assert_eq!(daemon::narinfo_status(&asker.host, &path), 200, "{}", world::base_name(&path));
     }

@@ -1,5 +1,5 @@
-//! The daemon as its user and systemd see it: the command line, what it says when it cannot start, how it stops, and
-//! the sockets that outlive it.
+//! The daemon as its user and systemd see it: the command line, what it says when it cannot start,
+//! how it stops, and the sockets that outlive it.
 
 use crate::common::daemon::binary;
 use crate::common::http::get_local;
@@ -22,11 +22,15 @@ fn run(args: &[&str]) -> Output {
     Command::new(binary()).args(args).stdin(Stdio::null()).output().unwrap()
 }
 
-/// Checks that a run failed with `status` after saying one line that has all of `words`, and nothing else.
+/// Checks that a run failed with `status` after saying one line that has all of `words`, and
+/// nothing else.
 fn assert_one_line(output: &Output, status: i32, words: &[&str]) {
     let said = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(status), "{said}");
-    assert!(said.starts_with("peerix: ") && said.ends_with('\n') && said.lines().count() == 1, "{said:?}");
+    assert!(
+        said.starts_with("peerix: ") && said.ends_with('\n') && said.lines().count() == 1,
+        "{said:?}"
+    );
     for word in words {
         assert!(said.contains(word), "no {word:?} in {said:?}");
     }
@@ -46,7 +50,10 @@ fn help_and_version() {
     for flag in ["--version", "-V"] {
         let output = run(&[flag]);
         let expected = format!("peerix {}\n", env!("CARGO_PKG_VERSION"));
-        assert_eq!((output.status.code(), String::from_utf8(output.stdout).unwrap()), (Some(0), expected));
+        assert_eq!(
+            (output.status.code(), String::from_utf8(output.stdout).unwrap()),
+            (Some(0), expected)
+        );
     }
 }
 
@@ -85,7 +92,12 @@ fn host(lan: &Lan) -> (Host, String) {
 /// Runs it on a host where it cannot start.
 fn fail(host: &Host, uid: u32, flags: &[&str]) -> Output {
     let mut command = host.cmd_as(uid, "timeout");
-    command.arg(DEADLINE.as_secs().to_string()).arg(binary()).args(flags).env("RUST_LOG", "off").ran()
+    command
+        .arg(DEADLINE.as_secs().to_string())
+        .arg(binary())
+        .args(flags)
+        .env("RUST_LOG", "off")
+        .ran()
 }
 
 #[test]
@@ -101,9 +113,20 @@ fn what_keeps_it_from_starting() {
     assert_one_line(&fail(&host, 0, &[]), 1, &["UDP 0.0.0.0:12304", "another", "--port"]);
     drop(taken);
 
-    assert_one_line(&fail(&host, 0, &["--db", "/no/db.sqlite"]), 1, &["/no/db.sqlite", "not found", "--db"]);
-    host.write("/tmp/other/db.sqlite", "this is no database, and long enough to look like one ".repeat(100));
-    assert_one_line(&fail(&host, 0, &["--db", "/tmp/other/db.sqlite"]), 1, &["/tmp/other/db.sqlite"]);
+    assert_one_line(
+        &fail(&host, 0, &["--db", "/no/db.sqlite"]),
+        1,
+        &["/no/db.sqlite", "not found", "--db"],
+    );
+    host.write(
+        "/tmp/other/db.sqlite",
+        "this is no database, and long enough to look like one ".repeat(100),
+    );
+    assert_one_line(
+        &fail(&host, 0, &["--db", "/tmp/other/db.sqlite"]),
+        1,
+        &["/tmp/other/db.sqlite"],
+    );
     host.write("/nix/var/nix/db/schema", "9");
     assert_one_line(&fail(&host, 0, &[]), 1, &["schema 10 is needed", "9"]);
     host.write("/nix/var/nix/db/schema", "10");
@@ -130,7 +153,9 @@ fn build(host: &Host, name: &str) -> String {
              args = [ \"-ec\" \"echo {name} > $out\" ]; }}"
         ),
     );
-    host.sh("nix-store --realise $(nix-instantiate /tmp/build.nix 2>/dev/null) 2>/dev/null").trim().to_owned()
+    host.sh("nix-store --realise $(nix-instantiate /tmp/build.nix 2>/dev/null) 2>/dev/null")
+        .trim()
+        .to_owned()
 }
 
 /// A missing key closed the port, and with it stopped every build of the machine.
@@ -171,10 +196,17 @@ fn unusable_key_files_leave_the_port_open_and_narrow_what_is_shared() {
         assert_eq!(get_local(&host, "/nix-cache-info").unwrap().status, 200);
         let log = daemon.log();
         let errors: Vec<&str> = log.lines().filter(|line| line.starts_with("error: ")).collect();
-        assert!(errors.len() == 1 && words.iter().all(|word| errors[0].contains(word)), "{errors:?}");
+        assert!(
+            errors.len() == 1 && words.iter().all(|word| errors[0].contains(word)),
+            "{errors:?}"
+        );
         assert!(!log.contains(&secret) && !log.contains("bm9uc2Vuc2U="), "{log}");
         let withheld = flag == "--private-key";
-        assert_eq!(narinfo(&neighbour, &host, &built).status, if withheld { 404 } else { 200 }, "{file}");
+        assert_eq!(
+            narinfo(&neighbour, &host, &built).status,
+            if withheld { 404 } else { 200 },
+            "{file}"
+        );
         assert_eq!(stock::has(&neighbour.udp(0), &host, &built), !withheld, "{file}");
         assert_eq!(narinfo(&neighbour, &host, &addressed).status, 200, "{file}");
     }
@@ -186,8 +218,10 @@ fn key_that_comes_late_is_used_without_a_restart() {
     let (host, _) = host(&lan);
     let neighbour = lan.host("neighbour");
     let built = build(&host, "built");
-    let daemon =
-        Daemon::start(&host, &["--private-key", "/etc/late.sec", "--trusted-public-key-file", "/etc/late.pub"]);
+    let daemon = Daemon::start(
+        &host,
+        &["--private-key", "/etc/late.sec", "--trusted-public-key-file", "/etc/late.pub"],
+    );
     assert!(has_fault(&host, "private-key") && has_fault(&host, "public-key"));
     host.sh("nix-store --generate-binary-cache-key late-1 /etc/late.sec /etc/late.pub");
     wait_for("the keys are read", || {
@@ -198,16 +232,22 @@ fn key_that_comes_late_is_used_without_a_restart() {
     assert!(stock::has(&neighbour.udp(0), &host, &built));
     assert!(daemon.log().contains("no longer so: private key /etc/late.sec"));
     let status = crate::common::daemon::status(&host);
-    assert!(status["node"]["signs"] == true && status["node"]["trusted_keys"].to_string().contains("late-1"));
+    assert!(
+        status["node"]["signs"] == true
+            && status["node"]["trusted_keys"].to_string().contains("late-1")
+    );
 }
 
-/// Who has another key is another peer to the trackers, so that one that cannot be read is never replaced.
+/// Who has another key is another peer to the trackers, so that one that cannot be read is never
+/// replaced.
 #[test]
 fn an_identity_that_cannot_be_had_turns_wan_off_and_leaves_the_lan() {
     let lan = Lan::new().with_scale(Scale::intervals(0.02));
     let (host, path) = host(&lan);
     let neighbour = lan.host("neighbour");
-    let flags = |state_dir| ["--mode", "both", "--tracker-url", "http://10.77.0.9:12305", "--state-dir", state_dir];
+    let flags = |state_dir| {
+        ["--mode", "both", "--tracker-url", "http://10.77.0.9:12305", "--state-dir", state_dir]
+    };
     host.write("/var/damaged/identity", "peerix-identity:AAAA\n");
     host.write("/var/file", "");
     host.sh("mkdir -m 755 /var/others; chmod 755 /var/damaged");
@@ -219,10 +259,15 @@ fn an_identity_that_cannot_be_had_turns_wan_off_and_leaves_the_lan() {
         let mut daemon = Daemon::start_as(&host, uid, &flags(state_dir));
         assert!(has_fault(&host, "identity"), "{state_dir}");
         let log = daemon.log();
-        let errors: Vec<&str> = log.lines().filter(|line| line.contains("error: identity")).collect();
-        assert!(errors.len() == 1 && words.iter().all(|word| errors[0].contains(word)), "{errors:?}");
+        let errors: Vec<&str> =
+            log.lines().filter(|line| line.contains("error: identity")).collect();
+        assert!(
+            errors.len() == 1 && words.iter().all(|word| errors[0].contains(word)),
+            "{errors:?}"
+        );
         assert_eq!(narinfo(&neighbour, &host, &path).status, 200);
-        let trackers = || crate::common::daemon::status(&host)["trackers"].as_array().unwrap().len();
+        let trackers =
+            || crate::common::daemon::status(&host)["trackers"].as_array().unwrap().len();
         assert_eq!(trackers(), 0);
         if state_dir != "/var/damaged" {
             assert!(daemon.stop().success());
@@ -231,7 +276,9 @@ fn an_identity_that_cannot_be_had_turns_wan_off_and_leaves_the_lan() {
         // It is mended while the daemon runs, which starts again without closing its port.
         assert_eq!(host.sh("cat /var/damaged/identity"), "peerix-identity:AAAA\n");
         host.sh("rm /var/damaged/identity");
-        let has_trackers = |status: serde_json::Value| status["trackers"].as_array().is_some_and(|all| all.len() == 1);
+        let has_trackers = |status: serde_json::Value| {
+            status["trackers"].as_array().is_some_and(|all| all.len() == 1)
+        };
         wait_for("WAN is on", || {
             crate::common::daemon::try_status(&host).filter(|s| has_trackers(s.clone())).map(drop)
         });
@@ -263,7 +310,9 @@ fn identity_that_cannot_be_had_turns_friends_off_until_it_can() {
     wait_for("there are friends", || {
         crate::common::daemon::try_status(&host).filter(|status| friends(status) == 1).map(drop)
     });
-    wait_for("no fault is left", || (!get_local(&host, "/health").ok()?.text().contains("identity")).then_some(()));
+    wait_for("no fault is left", || {
+        (!get_local(&host, "/health").ok()?.text().contains("identity")).then_some(())
+    });
 }
 
 /// A Prometheus on another machine could not read them.
@@ -281,7 +330,10 @@ fn metrics_are_served_to_others_where_the_user_says_so() {
     drop(taken);
     wait_for("it is listened there", || (!has_fault(&host, "metrics")).then_some(()));
     let metrics = ask(9100, "/metrics").unwrap();
-    assert!(metrics.status == 200 && metrics.text().contains("\npeerix_received_bytes_total"), "{metrics:?}");
+    assert!(
+        metrics.status == 200 && metrics.text().contains("\npeerix_received_bytes_total"),
+        "{metrics:?}"
+    );
     assert_eq!(ask(9100, "/health").unwrap().text(), "ok\n");
     // Nothing else is there, and the other port tells others no more than before.
     let route = stock::narinfo_route(&path);
@@ -289,7 +341,10 @@ fn metrics_are_served_to_others_where_the_user_says_so() {
         assert_eq!(ask(9100, route).unwrap().status, 404, "{route}");
     }
     assert_eq!(ask(PORT, "/metrics").unwrap().status, 403);
-    assert!(host.connect((std::net::Ipv4Addr::LOCALHOST, 9100)).is_err(), "it listens at another address too");
+    assert!(
+        host.connect((std::net::Ipv4Addr::LOCALHOST, 9100)).is_err(),
+        "it listens at another address too"
+    );
     assert!(daemon.stop().success());
 }
 
@@ -306,13 +361,17 @@ impl HeldSockets {
             "exec 3<&0 4<&1 </dev/null >/dev/null; export LISTEN_PID=$$ LISTEN_FDS=2 LISTEN_FDNAMES=tcp:udp
              exec {peerix} {flags}"
         ));
-        let copies = [OwnedFd::from(self.0.try_clone().unwrap()), OwnedFd::from(self.1.try_clone().unwrap())];
+        let copies = [
+            OwnedFd::from(self.0.try_clone().unwrap()),
+            OwnedFd::from(self.1.try_clone().unwrap()),
+        ];
         let [stream, datagram] = copies.map(Stdio::from);
         Logged::start_with(&host.name, command, stream, datagram)
     }
 }
 
-/// A unit with a flag that this version does not know closed the port, and Nix failed or waited at it.
+/// A unit with a flag that this version does not know closed the port, and Nix failed or waited at
+/// it.
 #[test]
 fn with_systemds_sockets_wrong_flags_and_a_missing_database_answer_misses() {
     let lan = Lan::new().with_scale(Scale::intervals(0.02));
@@ -322,20 +381,29 @@ fn with_systemds_sockets_wrong_flags_and_a_missing_database_answer_misses() {
     let route = format!("/{}.narinfo", hash_part(&path));
     let misses = |code: &str, words: &[&str]| {
         let health = wait_for("an answer", || get_local(&server, "/health").ok());
-        assert!(health.status == 503 && health.text().starts_with(&format!("{code}: ")), "{health:?}");
+        assert!(
+            health.status == 503 && health.text().starts_with(&format!("{code}: ")),
+            "{health:?}"
+        );
         assert!(words.iter().all(|word| health.text().contains(word)), "{health:?}");
         assert_eq!(get_local(&server, &route).unwrap().status, 404);
         assert_eq!(narinfo(&neighbour, &server, &path).status, 404);
         // Others are told nothing of it.
         for route in ["/", "/status.json", "/health"] {
-            let answer = crate::common::http::get(&neighbour, (server.address, PORT), route).unwrap();
+            let answer =
+                crate::common::http::get(&neighbour, (server.address, PORT), route).unwrap();
             assert_eq!((answer.status, answer.text().as_str()), (404, "not found\n"));
         }
         let page = get_local(&server, "/").unwrap().text();
-        assert!(words.iter().all(|word| page.contains(word)) && page.contains("id=\"last-asked\">never<"), "{page}");
+        assert!(
+            words.iter().all(|word| page.contains(word))
+                && page.contains("id=\"last-asked\">never<"),
+            "{page}"
+        );
     };
 
-    let mut daemon = sockets.start(&server, "--mode lan --flag-of-tomorrow=x --priority 33 --interface '!eth0'");
+    let mut daemon =
+        sockets.start(&server, "--mode lan --flag-of-tomorrow=x --priority 33 --interface '!eth0'");
     misses("flags", &["--flag-of-tomorrow", "no such option"]);
     let info = get_local(&server, "/nix-cache-info").unwrap().text();
     assert!(info.contains("StoreDir: /nix/store\n") && info.contains("Priority: 33\n"), "{info}");
@@ -345,7 +413,10 @@ fn with_systemds_sockets_wrong_flags_and_a_missing_database_answer_misses() {
     build(&server, "local");
     let output = server.cmd(&binary().display().to_string()).arg("doctor").ran();
     let said = String::from_utf8(output.stdout).unwrap();
-    assert!(said.contains("FAIL  flags: --flag-of-tomorrow") && said.contains("systemctl edit peerix"), "{said}");
+    assert!(
+        said.contains("FAIL  flags: --flag-of-tomorrow") && said.contains("systemctl edit peerix"),
+        "{said}"
+    );
     assert_eq!(daemon.process.terminate().code(), Some(0));
 
     server.sh("mv /nix/var/nix/db /nix/var/nix/away");
@@ -388,7 +459,10 @@ fn stopping_ends_streams_short() {
         let mut rest = Vec::new();
         // A reset is as short as an end.
         let _ = streaming.read_to_end(&mut rest);
-        assert!(rest.len() < (MIB as usize - 1) << 20, "the stream was completed: nothing was tested");
+        assert!(
+            rest.len() < (MIB as usize - 1) << 20,
+            "the stream was completed: nothing was tested"
+        );
         idle.set_read_timeout(Some(DEADLINE)).unwrap();
         assert_eq!((&idle).read(&mut [0]).unwrap_or(0), 0, "an idle connection was left open");
         assert!(neighbour.connect((server.address, PORT)).is_err(), "the port is still open");
@@ -403,9 +477,10 @@ fn neighbours_learn_that_it_leaves() {
     let socket = neighbour.udp(PORT);
     let mut daemon = Daemon::start(&server, &[]);
     assert_eq!(daemon.stop().code(), Some(0));
-    let heard: Vec<u8> = std::iter::from_fn(|| receive(&socket, DEADLINE).map(|(_, datagram)| datagram[0]))
-        .take_while(|&kind| kind != 4)
-        .collect();
+    let heard: Vec<u8> =
+        std::iter::from_fn(|| receive(&socket, DEADLINE).map(|(_, datagram)| datagram[0]))
+            .take_while(|&kind| kind != 4)
+            .collect();
     assert!(heard.contains(&3), "no hello before the bye: {heard:?}");
 }
 
@@ -459,11 +534,18 @@ fn sockets_that_systemd_holds() {
         assert_eq!(narinfo(&neighbour, &server, &path).status, 200);
         assert!(stock::has(&neighbour.udp(0), &server, &path));
         assert_eq!(daemon.process.terminate().code(), Some(0));
-        // Between two daemons: the connection is made, and the query sent, and both are answered by the next one.
+        // Between two daemons: the connection is made, and the query sent, and both are answered by
+        // the next one.
         let asker = neighbour.udp(0);
         asker.send_to(&query, (server.address, PORT)).unwrap();
-        let mut waiting = neighbour.connect((server.address, PORT)).expect("the port is never closed");
-        write!(waiting, "GET {} HTTP/1.1\r\nConnection: close\r\n\r\n", stock::narinfo_route(&path)).unwrap();
+        let mut waiting =
+            neighbour.connect((server.address, PORT)).expect("the port is never closed");
+        write!(
+            waiting,
+            "GET {} HTTP/1.1\r\nConnection: close\r\n\r\n",
+            stock::narinfo_route(&path)
+        )
+        .unwrap();
         daemon = start("--verbose");
         waiting.set_read_timeout(Some(DEADLINE)).unwrap();
         let mut answer = String::new();
@@ -487,8 +569,8 @@ fn sockets_that_systemd_holds() {
     assert_one_line(&command.output().unwrap(), 1, &["ListenDatagram="]);
 }
 
-/// With sockets from systemd, `--bind` was ignored without a word; without them, an address that was not there yet was an
-/// exit.
+/// With sockets from systemd, `--bind` was ignored without a word; without them, an address that
+/// was not there yet was an exit.
 #[test]
 fn bind_is_kept_for_passed_sockets_and_late_addresses() {
     let lan = Lan::new();
@@ -502,13 +584,16 @@ fn bind_is_kept_for_passed_sockets_and_late_addresses() {
             "exec 3<&0 4<&1 </dev/null >/dev/null; export LISTEN_PID=$$ LISTEN_FDS=2 LISTEN_FDNAMES=tcp:udp
              exec {peerix} {flags}"
         ));
-        let copies = [OwnedFd::from(tcp.try_clone().unwrap()), OwnedFd::from(udp.try_clone().unwrap())];
+        let copies =
+            [OwnedFd::from(tcp.try_clone().unwrap()), OwnedFd::from(udp.try_clone().unwrap())];
         let [stream, datagram] = copies.map(Stdio::from);
         Logged::start_with(&server.name, command, stream, datagram)
     };
     let second = Ipv4Addr::new(10, 77, 0, 200);
     server.net(&format!("ip addr add {second}/24 dev eth0"));
-    let local = || get_local(&server, &stock::narinfo_route(&path)).is_ok_and(|answer| answer.status == 200);
+    let local = || {
+        get_local(&server, &stock::narinfo_route(&path)).is_ok_and(|answer| answer.status == 200)
+    };
     // A connection that is dropped takes as long to fail as it is waited for.
     let connects = |to: Ipv4Addr| {
         let within = std::time::Duration::from_secs(2);
@@ -516,12 +601,19 @@ fn bind_is_kept_for_passed_sockets_and_late_addresses() {
     };
     let mut daemon = start(&format!("--verbose --bind {second}"));
     wait_for("peerix answers", || local().then_some(()));
-    assert!(daemon.log().contains(&format!("--bind {second}: systemd passed sockets on 0.0.0.0")), "{}", daemon.log());
+    assert!(
+        daemon.log().contains(&format!("--bind {second}: systemd passed sockets on 0.0.0.0")),
+        "{}",
+        daemon.log()
+    );
     assert!(connects(second) && !connects(server.address));
-    // Datagrams to the one address are answered, and to the other not; what everybody hears comes through its interface.
+    // Datagrams to the one address are answered, and to the other not; what everybody hears comes
+    // through its interface.
     let asker = neighbour.udp(0);
     let query = |to: Ipv4Addr, id: u32| {
-        asker.send_to(&Packet::Query { id, hash_part: hash_part(&path).into() }.write(), (to, PORT)).unwrap();
+        asker
+            .send_to(&Packet::Query { id, hash_part: hash_part(&path).into() }.write(), (to, PORT))
+            .unwrap();
     };
     query(server.address, 1);
     query(second, 2);
@@ -543,13 +635,20 @@ fn bind_is_kept_for_passed_sockets_and_late_addresses() {
     // An address that comes later, as by DHCP.
     let late = Ipv4Addr::new(10, 77, 0, 201);
     let daemon = Daemon::start(&server, &["--bind", &late.to_string()]);
-    assert!(daemon.log().contains(&format!("--bind {late}: this machine does not have that address")));
+    assert!(
+        daemon.log().contains(&format!("--bind {late}: this machine does not have that address"))
+    );
     server.net(&format!("ip addr add {late}/24 dev eth0"));
     wait_for("the late address is served", || connects(late).then_some(()));
     assert!(!connects(server.address) && local());
     let asker = neighbour.udp(0);
     wait_for("a query to it is answered", || {
-        asker.send_to(&Packet::Query { id: 4, hash_part: hash_part(&path).into() }.write(), (late, PORT)).unwrap();
+        asker
+            .send_to(
+                &Packet::Query { id: 4, hash_part: hash_part(&path).into() }.write(),
+                (late, PORT),
+            )
+            .unwrap();
         receive(&asker, std::time::Duration::from_millis(500))
     });
 }

@@ -1,10 +1,10 @@
-//! NARs compressed between peers that are far from one another. The `zstd` program is the other end: it need not be
-//! peerix.
+//! NARs compressed between peers that are far from one another. The `zstd` program is the other
+//! end: it need not be peerix.
 
 use crate::common::http::{Answer, Connection, Reply, Request, Server};
 use crate::common::{DEADLINE, Daemon, Host, Lan, PORT, Scale, nar, stock, thread};
 use peerix::nix::StoreDir;
-use peerix::peers::client::{Client, Error, NarBody, Way};
+use peerix::peers::client::{LinkKind, NarBody, PeerClient, PeerError};
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpListener};
 use std::process::{Command, Stdio};
@@ -13,7 +13,11 @@ use std::sync::{Arc, Mutex};
 /// What `zstd` with `options` makes of bytes on its standard input.
 fn zstd(options: &[&str], input: &[u8]) -> Vec<u8> {
     let mut command = Command::new("zstd");
-    command.args(["--quiet", "--stdout"]).args(options).stdin(Stdio::piped()).stdout(Stdio::piped());
+    command
+        .args(["--quiet", "--stdout"])
+        .args(options)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped());
     let mut child = command.spawn().expect("zstd starts (Debian has it in zstd)");
     let mut stdin = child.stdin.take().expect("it was asked for");
     let output = std::thread::scope(|scope| {
@@ -45,7 +49,10 @@ fn chunked(body: &[u8]) -> Vec<u8> {
 fn answer(body: &[u8], from: usize, size: usize) -> Vec<u8> {
     let status = match from {
         0 => "HTTP/1.1 200 OK\r\n".to_owned(),
-        _ => format!("HTTP/1.1 206 Partial Content\r\nContent-Range: bytes {from}-{}/{size}\r\n", size - 1),
+        _ => format!(
+            "HTTP/1.1 206 Partial Content\r\nContent-Range: bytes {from}-{}/{size}\r\n",
+            size - 1
+        ),
     };
     let head = format!("{status}Content-Encoding: zstd\r\nTransfer-Encoding: chunked\r\n\r\n");
     [head.as_bytes(), &chunked(body)].concat()
@@ -75,8 +82,8 @@ impl Peer {
         Peer::new(move |_| Reply::Raw(bytes.clone()))
     }
 
-    fn nar(&self, offset: usize, size: usize, is_far: bool) -> Result<NarBody, Error> {
-        let way = if is_far { Way::Wan(None) } else { Way::Lan };
+    fn nar(&self, offset: usize, size: usize, is_far: bool) -> Result<NarBody, PeerError> {
+        let way = if is_far { LinkKind::Wan(None) } else { LinkKind::Lan };
         client().nar(self.address, "local/nar/x.nar", offset as u64, size as u64, DEADLINE, &way)
     }
 
@@ -87,8 +94,8 @@ impl Peer {
     }
 }
 
-fn client() -> Client {
-    Client::new(StoreDir::parse("/nix/store").unwrap())
+fn client() -> PeerClient {
+    PeerClient::new(StoreDir::parse("/nix/store").unwrap())
 }
 
 /// The rest of a NAR, and that it is the end.
@@ -114,7 +121,10 @@ fn whole_and_from_any_byte() {
         for from in [0, 1, nar.len() / 2, nar.len() - 1] {
             let peer = Peer::saying(answer(&zstd(options, &nar[from..]), from, nar.len()));
             let body = peer.nar(from, nar.len(), true).unwrap();
-            assert!(rest(body, nar.len() - from).unwrap() == nar[from..], "{options:?} from {from}");
+            assert!(
+                rest(body, nar.len() - from).unwrap() == nar[from..],
+                "{options:?} from {from}"
+            );
             assert_eq!(peer.header("accept-encoding").as_deref(), Some("zstd"));
             assert_eq!(peer.header("range"), (from > 0).then(|| format!("bytes={from}-")));
         }
@@ -133,19 +143,21 @@ fn a_peer_may_send_it_plain() {
     let peer = Peer::new(move |_| Reply::Whole(200, plain.clone()));
     assert!(rest(peer.nar(0, nar.len(), true).unwrap(), nar.len()).unwrap() == nar);
     // Then its length has to be right, as ever.
-    assert!(matches!(peer.nar(0, nar.len() + 1, true), Err(Error::Malformed(_))));
+    assert!(matches!(peer.nar(0, nar.len() + 1, true), Err(PeerError::Malformed(_))));
 }
 
 #[test]
 fn nothing_encoded_comes_unasked() {
     let nar = archive();
     let peer = Peer::saying(answer(&zstd(&[], &nar), 0, nar.len()));
-    assert!(matches!(peer.nar(0, nar.len(), false), Err(Error::Malformed(_))));
+    assert!(matches!(peer.nar(0, nar.len(), false), Err(PeerError::Malformed(_))));
     assert_eq!(peer.header("accept-encoding").as_deref(), Some("identity"));
     for encoding in ["gzip", "zstd, gzip", "", "zstd2"] {
-        let head = format!("HTTP/1.1 200 OK\r\nContent-Encoding: {encoding}\r\nContent-Length: 4\r\n\r\nbody");
+        let head = format!(
+            "HTTP/1.1 200 OK\r\nContent-Encoding: {encoding}\r\nContent-Length: 4\r\n\r\nbody"
+        );
         let peer = Peer::saying(head.into_bytes());
-        assert!(matches!(peer.nar(0, 4, true), Err(Error::Malformed(_))), "{encoding}");
+        assert!(matches!(peer.nar(0, 4, true), Err(PeerError::Malformed(_))), "{encoding}");
     }
 }
 
@@ -155,7 +167,12 @@ fn a_stream_that_is_cut_never_looks_whole() {
     let body = zstd(&[], &nar);
     // Ended in order, but too early.
     for len in [0, 1, 5, 20, body.len() / 2, body.len() - 5, body.len() - 1] {
-        assert_eq!(fails(&body[..len], nar.len()).kind(), io::ErrorKind::UnexpectedEof, "{len} of {}", body.len());
+        assert_eq!(
+            fails(&body[..len], nar.len()).kind(),
+            io::ErrorKind::UnexpectedEof,
+            "{len} of {}",
+            body.len()
+        );
     }
     // Cut anywhere in the chunks.
     let all = answer(&body, 0, nar.len());
@@ -205,7 +222,8 @@ fn a_bomb_costs_no_more_than_what_was_wanted() {
 #[test]
 fn a_connection_is_used_again() {
     let nar = archive();
-    let bodies = [answer(&zstd(&[], &nar), 0, nar.len()), answer(&zstd(&[], &nar[9..]), 9, nar.len())];
+    let bodies =
+        [answer(&zstd(&[], &nar), 0, nar.len()), answer(&zstd(&[], &nar[9..]), 9, nar.len())];
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
     let peer = thread::spawn("peer", move || {
@@ -223,7 +241,9 @@ fn a_connection_is_used_again() {
     });
     let client = client();
     for from in [0, 9] {
-        let mut body = client.nar(address, "x", from, nar.len() as u64, DEADLINE, &Way::Wan(None)).unwrap();
+        let mut body = client
+            .nar(address, "x", from, nar.len() as u64, DEADLINE, &LinkKind::Wan(None))
+            .unwrap();
         let mut bytes = vec![0; nar.len() - from as usize];
         body.read_exact(&mut bytes).unwrap();
         assert!(bytes == nar[from as usize..]);
@@ -249,9 +269,17 @@ impl Scene {
         Scene { server, neighbour, _daemon: daemon, _lan: lan }
     }
 
-    /// One in whose eyes nobody is a neighbour, sharing everything. There is no tracker at that port.
+    /// One in whose eyes nobody is a neighbour, sharing everything. There is no tracker at that
+    /// port.
     fn wan() -> Scene {
-        Scene::new(&["--mode", "wan", "--tracker-url", "http://127.0.0.1:9", "--no-verify", "--no-filter"])
+        Scene::new(&[
+            "--mode",
+            "wan",
+            "--tracker-url",
+            "http://127.0.0.1:9",
+            "--no-verify",
+            "--no-filter",
+        ])
     }
 
     fn connect(&self) -> Connection {
@@ -296,13 +324,21 @@ fn a_stranger_gets_it_compressed_from_any_byte() {
         assert!(zstd(&["--decompress"], &whole.body) == nar, "{path}");
         let size = nar.len();
         for from in [0, 1, size / 2, size - 1] {
-            let part = connection.ask("GET", &route, &format!("{ZSTD}Range: bytes={from}-\r\n")).unwrap();
+            let part =
+                connection.ask("GET", &route, &format!("{ZSTD}Range: bytes={from}-\r\n")).unwrap();
             assert!(part.status == 206 && is_zstd(&part));
-            assert_eq!(part.header("content-range"), Some(&*format!("bytes {from}-{}/{size}", size - 1)));
+            assert_eq!(
+                part.header("content-range"),
+                Some(&*format!("bytes {from}-{}/{size}", size - 1))
+            );
             assert!(zstd(&["--decompress"], &part.body) == nar[from..], "{path} from {from}");
         }
-        let end = connection.ask("GET", &route, &format!("{ZSTD}Range: bytes={size}-\r\n")).unwrap();
-        assert_eq!((end.status, end.header("content-range")), (416, Some(&*format!("bytes */{size}"))));
+        let end =
+            connection.ask("GET", &route, &format!("{ZSTD}Range: bytes={size}-\r\n")).unwrap();
+        assert_eq!(
+            (end.status, end.header("content-range")),
+            (416, Some(&*format!("bytes */{size}")))
+        );
     }
 }
 
@@ -314,7 +350,9 @@ fn who_gets_it_plain() {
     let route = scene.nar_route(&path);
     let plain = scene.ask(&route, "");
     assert!(!is_zstd(&plain) && plain.body == nar);
-    for headers in ["Accept-Encoding: zstd;q=0\r\n", "Accept-Encoding: *\r\n", "Accept-Encoding: gzip, br\r\n"] {
+    for headers in
+        ["Accept-Encoding: zstd;q=0\r\n", "Accept-Encoding: *\r\n", "Accept-Encoding: gzip, br\r\n"]
+    {
         let answer = scene.ask(&route, headers);
         assert!(!is_zstd(&answer) && answer.body == nar, "{headers}");
         assert_eq!(answer.header("vary"), Some("Accept-Encoding"));
@@ -361,7 +399,9 @@ fn a_compressed_stream_is_cut_when_its_file_changes() {
     let scene = Scene::wan();
     let path = stock::add(&scene.server, "noise", "head -c 50000000 /dev/urandom > $n");
     let mut connection = scene.connect();
-    connection.send(format!("GET {} HTTP/1.1\r\n{ZSTD}\r\n", scene.nar_route(&path)).as_bytes()).unwrap();
+    connection
+        .send(format!("GET {} HTTP/1.1\r\n{ZSTD}\r\n", scene.nar_route(&path)).as_bytes())
+        .unwrap();
     // More than fits into the buffers between is still to come when the file loses its end.
     connection.wait_for_answer().unwrap();
     scene.server.sh(&format!("chmod +w {path}; truncate -s 49999999 {path}"));

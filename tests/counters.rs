@@ -1,4 +1,5 @@
-//! What a node counts survives it, and whatever is wrong with where it is kept is told, and costs nothing else.
+//! What a node counts survives it, and whatever is wrong with where it is kept is told, and costs
+//! nothing else.
 
 use crate::common::daemon::status;
 use crate::common::{Daemon, Host, Lan, http, nix, wait_for};
@@ -34,14 +35,17 @@ fn misses(host: &Host) -> (u64, Option<u64>) {
 /// What the node says is wrong with its counters.
 fn problem(host: &Host) -> Option<String> {
     let problems = status(host)["health"]["problems"].take();
-    let counters = problems.as_array().unwrap().iter().find(|problem| problem["code"] == "counters")?;
+    let counters =
+        problems.as_array().unwrap().iter().find(|problem| problem["code"] == "counters")?;
     assert_eq!(counters["serious"], false);
     Some(counters["text"].as_str().unwrap().to_owned())
 }
 
 /// The misses in the file, once there is one.
 fn kept(host: &Host) -> u64 {
-    let text = wait_for("the counters are written", || fs::read(host.path(&format!("{STATE}/counters"))).ok());
+    let text = wait_for("the counters are written", || {
+        fs::read(host.path(&format!("{STATE}/counters"))).ok()
+    });
     serde_json::from_slice::<Value>(&text).unwrap()["totals"]["misses"].as_u64().unwrap()
 }
 
@@ -61,21 +65,26 @@ fn counters_survive_stops_and_kills() {
     let first = since(&host);
     miss(&host, 5);
     let hours = status(&host)["history"]["hours"].take();
-    assert_eq!(hours.as_array().unwrap().iter().map(|hour| hour["misses"].as_u64().unwrap()).sum::<u64>(), 12);
+    assert_eq!(
+        hours.as_array().unwrap().iter().map(|hour| hour["misses"].as_u64().unwrap()).sum::<u64>(),
+        12
+    );
     // What was counted in the last minute is lost, and no more.
     daemon.kill();
     let mut daemon = start(&host);
     assert_eq!((misses(&host), problem(&host)), ((0, Some(7)), None));
     assert_eq!(since(&host), first);
 
-    // Killed over and over, at whatever moment: the file is whole each time, and nothing is left beside it for long.
+    // Killed over and over, at whatever moment: the file is whole each time, and nothing is left
+    // beside it for long.
     for _ in 0..20 {
         daemon.kill();
         daemon = start(&host);
         assert_eq!((misses(&host).1, problem(&host)), (Some(7), None));
     }
     assert!(daemon.stop().success());
-    let mut left: Vec<_> = fs::read_dir(host.path(STATE)).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    let mut left: Vec<_> =
+        fs::read_dir(host.path(STATE)).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     left.sort();
     assert_eq!(left, ["counters", "identity"]);
 }
@@ -159,7 +168,8 @@ fn a_tracker_that_does_not_answer_keeps_no_counters_from_being_kept() {
 fn every_peer_is_counted_where_not_every_one_is_shown() {
     let lan = Lan::new();
     let host = host(&lan);
-    let names: Vec<String> = (0..300).map(|number| format!("10.99.{}.{}", number / 100, number % 100 + 1)).collect();
+    let names: Vec<String> =
+        (0..300).map(|number| format!("10.99.{}.{}", number / 100, number % 100 + 1)).collect();
     let flags: Vec<&str> = names.iter().flat_map(|name| ["--peer", name]).collect();
     let _daemon = Daemon::start(&host, &flags);
     let metrics = wait_for("they are resolved", || {
@@ -168,7 +178,10 @@ fn every_peer_is_counted_where_not_every_one_is_shown() {
     });
     assert!(metrics.contains("peerix_peers{network=\"lan\"} 300\n"), "{metrics}");
     let status = status(&host);
-    assert_eq!((status["peers"].as_array().unwrap().len(), &status["peers_omitted"]), (256, &Value::from(44)));
+    assert_eq!(
+        (status["peers"].as_array().unwrap().len(), &status["peers_omitted"]),
+        (256, &Value::from(44))
+    );
     // Nothing has come from any of them.
     for state in ["live", "silent"] {
         let series = format!("peerix_lan_peers{{state=\"{state}\"}} 0\n");

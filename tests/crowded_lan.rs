@@ -39,7 +39,9 @@ fn thirty_nodes_that_ask_at_once_find_everything() {
     let found: Vec<usize> = std::thread::scope(|scope| {
         let found = askers.iter().map(|asker| {
             let closure = &closure;
-            thread::spawn_in(scope, "asker", move || daemon::found(&asker.host, closure, CONNECTIONS))
+            thread::spawn_in(scope, "asker", move || {
+                daemon::found(&asker.host, closure, CONNECTIONS)
+            })
         });
         let found: Vec<_> = found.collect();
         found.into_iter().map(|thread| thread.join().expect("lookups")).collect()
@@ -55,8 +57,10 @@ fn eight_that_fetch_over_one_link_get_everything() {
     let askers: Vec<_> = (0..8).map(|_| Asker::new(&lan, &world, &[&holder])).collect();
     holder.host.slow_sending(100);
     let path = world.path("closure1000");
-    let realising: Vec<_> =
-        askers.iter().map(|asker| nix::realising(&asker.host, &[path]).spawn().expect("nsenter starts")).collect();
+    let realising: Vec<_> = askers
+        .iter()
+        .map(|asker| nix::realising(&asker.host, &[path]).spawn().expect("nsenter starts"))
+        .collect();
     let outputs: Vec<Output> =
         realising.into_iter().map(|nix| nix.wait_with_output().expect("nsenter is ours")).collect();
     for (asker, output) in askers.iter().zip(&outputs) {
@@ -70,7 +74,8 @@ fn nodes_meet_where_broadcasts_are_filtered() {
     let lan = Lan::patient();
     let world = World::on(&lan);
     let asker = lan.host("asker");
-    // As Wi-Fi does where it isolates: what names no single receiver is not passed on, but for ARP and ND.
+    // As Wi-Fi does where it isolates: what names no single receiver is not passed on, but for ARP
+    // and ND.
     asker.switch("ebtables -A FORWARD -d Broadcast -p IPv4 -j DROP");
     asker.switch("ebtables -A FORWARD -d Multicast -p IPv6 --ip6-proto udp -j DROP");
     nix::configure_client(&asker, "", &[&world.cache_key]);

@@ -55,7 +55,8 @@ fn crowd_gets_a_large_nar_through_one_another() {
     let askers = crowd(&lan, &world, &holder, 8);
     holder.host.slow_sending(LINK);
     let (before, began) = (holder.host.sent(), Instant::now());
-    let nixes: Vec<Child> = askers.iter().map(|asker| realising(asker, world.path("middle"))).collect();
+    let nixes: Vec<Child> =
+        askers.iter().map(|asker| realising(asker, world.path("middle"))).collect();
     nixes.into_iter().for_each(|nix| nix::assert_quiet(&ended(nix)));
     let (took, sent) = (began.elapsed(), holder.host.sent() - before);
     eprintln!("64 MiB to 8 machines at once: {took:?}, the holder sent {} MiB", sent >> 20);
@@ -65,12 +66,20 @@ fn crowd_gets_a_large_nar_through_one_another() {
     // Nothing is left of what was kept.
     for asker in &askers {
         wait_for("no file is left open", || {
-            let open = std::fs::read_dir(format!("/proc/{}/fd", asker.daemon.pid())).expect("it runs");
+            let open =
+                std::fs::read_dir(format!("/proc/{}/fd", asker.daemon.pid())).expect("it runs");
             // One may be closed meanwhile.
-            let mut files = open.flatten().filter_map(|entry| std::fs::read_link(entry.path()).ok());
+            let mut files =
+                open.flatten().filter_map(|entry| std::fs::read_link(entry.path()).ok());
             (!files.any(|file| file.to_string_lossy().ends_with("(deleted)"))).then_some(())
         });
-        assert_eq!(asker.host.sh("ls /var/lib/peerix | grep -v -e counters -e identity -e paces || true").trim(), "");
+        assert_eq!(
+            asker
+                .host
+                .sh("ls /var/lib/peerix | grep -v -e counters -e identity -e paces || true")
+                .trim(),
+            ""
+        );
     }
 }
 
@@ -137,7 +146,8 @@ fn member_that_passes_on_something_else_is_found_out_and_nobody_else_is_blamed()
     daemon::wait_until_live(&asker.host, 2);
     asker.host.quick();
     // It is being sent the NAR, and does not take it.
-    let mut connection = Connection::new(host.connect((holder.host.address, PORT)).unwrap()).unwrap();
+    let mut connection =
+        Connection::new(host.connect((holder.host.address, PORT)).unwrap()).unwrap();
     let head = format!("GET {name} HTTP/1.1\r\nHost: x\r\nX-Peerix-Relay: 1\r\n\r\n");
     connection.send(head.as_bytes()).unwrap();
     connection.wait_for_answer().unwrap();
@@ -166,7 +176,8 @@ fn crowd_that_cannot_keep_anything_is_served_by_the_holder() {
     });
 }
 
-/// Small NARs are there before anybody could name others; those who have them already answer when the LAN is asked again.
+/// Small NARs are there before anybody could name others; those who have them already answer when
+/// the LAN is asked again.
 #[test]
 fn crowd_gets_a_closure_from_those_who_have_a_part_of_it() {
     let lan = Lan::new();

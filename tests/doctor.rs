@@ -1,5 +1,5 @@
-//! `peerix doctor` against what breaks in practice, each made for real, with real Nix; that what it says mends it; and
-//! that it finds nothing wrong where nothing is.
+//! `peerix doctor` against what breaks in practice, each made for real, with real Nix; that what it
+//! says mends it; and that it finds nothing wrong where nothing is.
 
 use crate::common::daemon::{binary, narinfo_status, wait_until_known};
 use crate::common::http::{self, Reply, Server};
@@ -22,21 +22,32 @@ impl Found {
     fn read(mut command: Command) -> Found {
         let output = command.ran();
         let said = String::from_utf8_lossy(&output.stderr).into_owned();
-        let all: Value = serde_json::from_slice(&output.stdout).unwrap_or_else(|e| panic!("{e}: {said}"));
-        let text = |finding: &Value, key: &str| finding[key].as_str().unwrap_or_default().to_owned();
+        let all: Value =
+            serde_json::from_slice(&output.stdout).unwrap_or_else(|e| panic!("{e}: {said}"));
+        let text =
+            |finding: &Value, key: &str| finding[key].as_str().unwrap_or_default().to_owned();
         let findings = all["findings"].as_array().unwrap().iter();
-        let findings = findings.map(|f| (text(f, "state"), text(f, "what"), text(f, "text"), text(f, "remedy")));
+        let findings = findings
+            .map(|f| (text(f, "state"), text(f, "what"), text(f, "text"), text(f, "remedy")));
         let found = Found { status: output.status.code().unwrap(), findings: findings.collect() };
         assert_eq!(all["ok"], found.status == 0);
         assert!(said.is_empty(), "{said}");
         for (state, _, text, remedy) in &found.findings {
-            assert!(!text.contains('\n') && (state != "fail" || !remedy.is_empty()), "{:#?}", found.findings);
+            assert!(
+                !text.contains('\n') && (state != "fail" || !remedy.is_empty()),
+                "{:#?}",
+                found.findings
+            );
         }
         found
     }
 
     fn faults(&self) -> Vec<&str> {
-        self.findings.iter().filter(|(state, ..)| state == "fail").map(|(_, what, ..)| what.as_str()).collect()
+        self.findings
+            .iter()
+            .filter(|(state, ..)| state == "fail")
+            .map(|(_, what, ..)| what.as_str())
+            .collect()
     }
 
     fn is_well(&self) {
@@ -46,7 +57,8 @@ impl Found {
     /// Checks that this is the only fault, that `words` are said of it, and returns what mends it.
     fn is(&self, what: &str, words: &[&str]) -> String {
         assert_eq!((self.faults(), self.status), (vec![what], 1), "{:#?}", self.findings);
-        let (_, _, text, remedy) = self.findings.iter().find(|(state, ..)| state == "fail").unwrap();
+        let (_, _, text, remedy) =
+            self.findings.iter().find(|(state, ..)| state == "fail").unwrap();
         for word in words {
             assert!(text.contains(word) || remedy.contains(word), "no {word}: {text}\n{remedy}");
         }
@@ -68,8 +80,11 @@ fn doctor(host: &Host, flags: &[&str]) -> Found {
 fn mend(host: &Host, remedy: &str) {
     let first = remedy.lines().next().unwrap();
     // Firewalls are of this machine's programs: the host's may be another Debian's.
-    let mut shell =
-        if first.starts_with("iptables") || first.starts_with("nft") { host.net_cmd("sh") } else { host.cmd("sh") };
+    let mut shell = if first.starts_with("iptables") || first.starts_with("nft") {
+        host.net_cmd("sh")
+    } else {
+        host.cmd("sh")
+    };
     shell.args(["-c", &first.replace("&& systemctl", "; systemctl")]).ran();
 }
 
@@ -86,17 +101,23 @@ const SIGNING: [&str; 2] = ["--private-key", "/etc/peerix.sec"];
 
 fn key(host: &Host) -> String {
     stock::ready(host);
-    host.sh(&format!("nix-store --generate-binary-cache-key {}-1 /etc/peerix.sec /etc/peerix.pub", host.name));
+    host.sh(&format!(
+        "nix-store --generate-binary-cache-key {}-1 /etc/peerix.sec /etc/peerix.pub",
+        host.name
+    ));
     fs::read_to_string(host.path("/etc/peerix.pub")).unwrap().trim().to_owned()
 }
 
-/// A path that is not content-addressed, so that it needs a signature: what `nix-store --add` makes needs none.
+/// A path that is not content-addressed, so that it needs a signature: what `nix-store --add` makes
+/// needs none.
 fn build(host: &Host, name: &str) -> String {
     let expression = format!(
         "derivation {{ name = \"{name}\"; system = builtins.currentSystem; builder = \"/bin/sh\"; args = [ \"-ec\" \"echo {name} > $out\" ]; }}"
     );
     host.write("/tmp/build.nix", expression);
-    host.sh("nix-store --realise $(nix-instantiate /tmp/build.nix 2>/dev/null) 2>/dev/null").trim().to_owned()
+    host.sh("nix-store --realise $(nix-instantiate /tmp/build.nix 2>/dev/null) 2>/dev/null")
+        .trim()
+        .to_owned()
 }
 
 impl Pair {
@@ -152,10 +173,12 @@ fn nothing_is_wrong() {
     let output = pair.b.cmd(&binary().display().to_string()).arg("doctor").ran();
     let text = String::from_utf8(output.stdout).unwrap();
     assert!(
-        output.status.success() && text.lines().all(|line| line.starts_with("ok ") || line.starts_with("note ")),
+        output.status.success()
+            && text.lines().all(|line| line.starts_with("ok ") || line.starts_with("note ")),
         "{text}"
     );
-    // One of the original: it says nothing of what it does not have, and answers HTTP in its own way.
+    // One of the original: it says nothing of what it does not have, and answers HTTP in its own
+    // way.
     let python = pair.lan.host("python");
     let query = Packet::Query { id: 1, hash_part: "0".repeat(32) };
     let socket = python.udp(PORT);
@@ -168,7 +191,11 @@ fn nothing_is_wrong() {
     let python = StandIn::start(&python, |_| None, |_| Reply::Whole(404, b"Not Found".to_vec()));
     let found = doctor(&pair.b, &[]);
     found.is_well();
-    assert!(found.findings.iter().any(|(.., text, _)| text.starts_with("2 of 2 peers")), "{:#?}", found.findings);
+    assert!(
+        found.findings.iter().any(|(.., text, _)| text.starts_with("2 of 2 peers")),
+        "{:#?}",
+        found.findings
+    );
     drop(python);
     // IPv6 is heard where it is listened for, and no matter where not.
     let both = [&SIGNING[..], &["--bind", "[::]", "--bind", "0.0.0.0"]].concat();
@@ -180,8 +207,13 @@ fn nothing_is_wrong() {
     }
     pair.daemons[1] = None;
     pair.daemons[1] = Some(Daemon::start(&pair.b, &both));
-    let greeted =
-        || doctor(&pair.b, &[]).findings.iter().any(|(.., text, _)| text.starts_with("1 of 1 peers")).then_some(());
+    let greeted = || {
+        doctor(&pair.b, &[])
+            .findings
+            .iter()
+            .any(|(.., text, _)| text.starts_with("1 of 1 peers"))
+            .then_some(())
+    };
     wait_for("they greet one another", greeted);
     // All is well but for Nix itself, which takes that for no network.
     doctor(&pair.b, &[]).is("substituter", &["finds no network", "nix --option substitute true"]);
@@ -218,7 +250,9 @@ fn no_daemon_and_no_database() {
     host.sh("chmod 700 /nix/var/nix/db");
     for found in [doctor(&host, &[]), as_nobody(&[])] {
         assert_eq!(found.faults(), ["daemon", "database"], "{:#?}", found.findings);
-        assert!(found.findings.iter().any(|(.., remedy)| remedy == "chmod -R o+rX /nix/var/nix/db"));
+        assert!(
+            found.findings.iter().any(|(.., remedy)| remedy == "chmod -R o+rX /nix/var/nix/db")
+        );
     }
     mend(&host, "chmod -R o+rX /nix/var/nix/db");
     assert_eq!(as_nobody(&[]).faults(), ["daemon"]);
@@ -226,8 +260,8 @@ fn no_daemon_and_no_database() {
     assert_eq!(elsewhere.faults(), ["daemon", "database"]);
 }
 
-/// Whoever has the port while peerix is down had root open files and fetch addresses of their choice. And what mends it was
-/// printed with names as they are, which a shell takes for commands.
+/// Whoever has the port while peerix is down had root open files and fetch addresses of their
+/// choice. And what mends it was printed with names as they are, which a shell takes for commands.
 #[test]
 fn root_does_not_go_by_what_another_user_says_and_names_are_quoted() {
     let lan = Lan::new();
@@ -237,13 +271,23 @@ fn root_does_not_go_by_what_another_user_says_and_names_are_quoted() {
     host.sh("install -o 65534 -m 644 /etc/peerix.sec \"/tmp/it's; a key.sec\"");
     let daemon = Daemon::start_as(&host, 65534, &["--private-key", "/tmp/it's; a key.sec"]);
     let found = doctor(&host, &[]);
-    found.is("daemon", &["user 65534 listens on port 12304", "sudo -u '#65534' peerix doctor", "ss -ltnp"]);
-    assert!(!found.findings.iter().any(|(.., text, _)| text.contains("it's")), "{:#?}", found.findings);
+    found.is(
+        "daemon",
+        &["user 65534 listens on port 12304", "sudo -u '#65534' peerix doctor", "ss -ltnp"],
+    );
+    assert!(
+        !found.findings.iter().any(|(.., text, _)| text.contains("it's")),
+        "{:#?}",
+        found.findings
+    );
     for command in ["status", "peers", "why"] {
         let mut asked = host.cmd(&binary().display().to_string());
         let output = asked.arg(command).args((command == "why").then_some("/nix/store/x")).ran();
         let said = String::from_utf8_lossy(&output.stderr).into_owned();
-        assert!(output.status.code() == Some(3) && said.contains("user 65534"), "{command}: {said}");
+        assert!(
+            output.status.code() == Some(3) && said.contains("user 65534"),
+            "{command}: {said}"
+        );
     }
     // That user risks nothing.
     let as_owner = |program: &str, words: &[&str]| {
@@ -252,7 +296,8 @@ fn root_does_not_go_by_what_another_user_says_and_names_are_quoted() {
         command
     };
     let program = binary().display().to_string();
-    let remedy = Found::read(as_owner(&program, &["doctor", "--json"])).is("secret", &["it's; a key.sec"]);
+    let remedy =
+        Found::read(as_owner(&program, &["doctor", "--json"])).is("secret", &["it's; a key.sec"]);
     assert_eq!(remedy, r"chmod 600 '/tmp/it'\''s; a key.sec'");
     as_owner("sh", &["-c", &remedy]).okay();
     Found::read(as_owner(&program, &["doctor", "--json"])).is_well();
@@ -274,7 +319,8 @@ fn an_ill_daemon_says_why() {
     nix::configure_client(&host, "", &[&key]);
     let _daemon = Daemon::start(&host, &[]);
     let health = |status: u16| {
-        let ask = || http::get_local(&host, "/health").ok().filter(|answer| answer.status == status);
+        let ask =
+            || http::get_local(&host, "/health").ok().filter(|answer| answer.status == status);
         wait_for("health notices", ask).text()
     };
     health(200);
@@ -303,19 +349,26 @@ fn what_others_say_is_text_in_a_log_and_on_a_terminal() {
     key(&host);
     // Escape sequences in both forms, a line's end, and letters that run the other way.
     const REFUSAL: &str = r#"{"error":"first\u001b[2J\u009b2J\nerror: second\u202edriht"}"#;
-    const PEERS: &str =
-        r#"{"peers":[{"peer_id":"first\u001b[2J\u009b2J\nok second\u202edriht","addr":"10.77.0.99","port":12304}]}"#;
-    let _tracker = Server::start(centre.listen(tracker::PORT), |request| match request.path.as_str() {
-        "/peers" => Reply::Whole(200, PEERS.into()),
-        _ => Reply::Whole(403, REFUSAL.into()),
-    });
+    const PEERS: &str = r#"{"peers":[{"peer_id":"first\u001b[2J\u009b2J\nok second\u202edriht","addr":"10.77.0.99","port":12304}]}"#;
+    let _tracker =
+        Server::start(centre.listen(tracker::PORT), |request| match request.path.as_str() {
+            "/peers" => Reply::Whole(200, PEERS.into()),
+            _ => Reply::Whole(403, REFUSAL.into()),
+        });
     let url = format!("http://{}:{}", centre.address, tracker::PORT);
-    let daemon = Daemon::start(&host, &["--mode", "both", "--state-dir", "/var/lib/peerix", "--tracker-url", &url]);
-    let is_text = |text: &str| text.chars().all(|c| c == '\n' || !(c.is_control() || c == '\u{202e}'));
+    let daemon = Daemon::start(
+        &host,
+        &["--mode", "both", "--state-dir", "/var/lib/peerix", "--tracker-url", &url],
+    );
+    let is_text =
+        |text: &str| text.chars().all(|c| c == '\n' || !(c.is_control() || c == '\u{202e}'));
     let line = wait_for("the refusal is logged", || {
         daemon.log().lines().find(|line| line.starts_with("warn: tracker")).map(str::to_owned)
     });
-    assert!(line.contains("first") && line.contains("second") && is_text(&daemon.log()), "{line:?}");
+    assert!(
+        line.contains("first") && line.contains("second") && is_text(&daemon.log()),
+        "{line:?}"
+    );
     for flags in [&["peers"][..], &["peers", "--json"]] {
         let output = host.cmd(&binary().display().to_string()).args(flags).ran();
         let said = String::from_utf8(output.stdout).unwrap();
@@ -336,7 +389,8 @@ fn nix_is_not_told() {
 
     // Not asked.
     nix::configure(&pair.b, &format!("trusted-public-keys = {}\n", pair.keys.join(" ")));
-    let remedy = doctor(&pair.b, &[]).is("substituter", &["extra-substituters = http://127.0.0.1:12304", "nix.conf"]);
+    let remedy = doctor(&pair.b, &[])
+        .is("substituter", &["extra-substituters = http://127.0.0.1:12304", "nix.conf"]);
     mend(&pair.b, &remedy);
     doctor(&pair.b, &[]).is_well();
     nix::configure(&pair.b, "substitute = false\n");
@@ -347,7 +401,9 @@ fn nix_is_not_told() {
     // Told, but not nix-daemon, which has read its nix.conf.
     pair.configure();
     let nix_daemon = pair.b.spawn_sh("exec nix-daemon");
-    wait_for("nix-daemon listens", || pair.b.path("/nix/var/nix/daemon-socket/socket").exists().then_some(()));
+    wait_for("nix-daemon listens", || {
+        pair.b.path("/nix/var/nix/daemon-socket/socket").exists().then_some(())
+    });
     doctor(&pair.b, &[]).is_well();
     pair.b.sh("touch -d '5 minutes' /etc/nix/nix.conf");
     doctor(&pair.b, &[]).is("nix-daemon", &["5 min", "systemctl restart nix-daemon"]);
@@ -361,7 +417,12 @@ fn nix_is_not_told() {
     assert!(!nix::realise(&pair.b, &[&path]).status.success());
     let remedy = doctor(&pair.b, &[]).is(
         "keys",
-        &[&path, "signed by a-1", "extra-trusted-public-keys = a-1:KEY", "is what this prints on 10.77.0.1"],
+        &[
+            &path,
+            "signed by a-1",
+            "extra-trusted-public-keys = a-1:KEY",
+            "is what this prints on 10.77.0.1",
+        ],
     );
     // What it says of the key is so.
     let (_, print) = remedy.rsplit_once("--private-key: ").unwrap();
@@ -383,7 +444,10 @@ fn nix_is_not_told() {
     assert!(!nix::realise(&pair.b, &[&path]).status.success());
     doctor(&pair.b, &[]).is_well();
     build(&pair.a, "later");
-    assert!(!nix::realise(&pair.b, &[&path]).status.success(), "Nix did not remember: nothing is tested");
+    assert!(
+        !nix::realise(&pair.b, &[&path]).status.success(),
+        "Nix did not remember: nothing is tested"
+    );
     let remedy = doctor(&pair.b, &[]).is("memory", &[&path, "narinfo-cache-negative-ttl"]);
     mend(&pair.b, &remedy);
     assert!(pair.b.path(&path).exists());
@@ -396,8 +460,8 @@ fn nix_is_not_told() {
     doctor(&pair.b, &[]).is_well();
 }
 
-/// With the unit and the lines of nix.conf that the README has installed, nothing that was built locally was shared: the
-/// unit named one key, and the others stood in nix.conf alone.
+/// With the unit and the lines of nix.conf that the README has installed, nothing that was built
+/// locally was shared: the unit named one key, and the others stood in nix.conf alone.
 #[test]
 fn units_and_nix_conf_of_the_readme_share_what_is_built_locally() {
     let lan = Lan::new();
@@ -410,7 +474,8 @@ fn units_and_nix_conf_of_the_readme_share_what_is_built_locally() {
     };
     let unit = contrib("systemd/peerix.service");
     let line = unit.lines().find_map(|line| line.strip_prefix("ExecStart=")).unwrap();
-    let words: Vec<String> = line.split(' ').map(|word| word.trim_matches('"').to_owned()).collect();
+    let words: Vec<String> =
+        line.split(' ').map(|word| word.trim_matches('"').to_owned()).collect();
     let start = |host: &Host, key: Option<&str>| {
         // Root asks nobody but root, to whom the socket belongs that systemd would pass.
         let mut command = host.cmd(&binary().display().to_string());
@@ -446,7 +511,9 @@ fn multi_user(lan: &Lan) -> (Host, Daemon, String) {
 fn nix_daemon(host: &Host, variables: &str) -> crate::common::Process {
     host.sh("rm -f /nix/var/nix/daemon-socket/socket");
     let process = host.spawn_sh(&format!("export {variables}; exec nix-daemon"));
-    wait_for("nix-daemon listens", || host.path("/nix/var/nix/daemon-socket/socket").exists().then_some(()));
+    wait_for("nix-daemon listens", || {
+        host.path("/nix/var/nix/daemon-socket/socket").exists().then_some(())
+    });
     process
 }
 
@@ -458,12 +525,14 @@ fn proxy_of_nix_daemon_is_found_and_what_mends_it_is_right() {
     let proxy = Server::start(host.listen(3128), |_| Reply::Whole(403, b"refused".to_vec()));
     // It is nix-daemon's environment that counts, and not that of whoever asks.
     let behind = nix_daemon(&host, "http_proxy=http://127.0.0.1:3128 no_proxy=localhost");
-    let remedy = doctor(&host, &[]).is("proxy", &["http_proxy", "http://127.0.0.1:3128", "http://127.0.0.1:12304"]);
+    let remedy = doctor(&host, &[])
+        .is("proxy", &["http_proxy", "http://127.0.0.1:3128", "http://127.0.0.1:12304"]);
     assert!(remedy.contains("Environment=no_proxy=localhost,127.0.0.1"), "{remedy}");
     let output = host.cmd(&binary().display().to_string()).args(["why", &"0".repeat(32)]).ran();
     assert!(String::from_utf8_lossy(&output.stdout).contains("FAIL  proxy: "));
     drop(behind);
-    let _direct = nix_daemon(&host, "http_proxy=http://127.0.0.1:3128 no_proxy=localhost,127.0.0.1");
+    let _direct =
+        nix_daemon(&host, "http_proxy=http://127.0.0.1:3128 no_proxy=localhost,127.0.0.1");
     let found = doctor(&host, &[]);
     found.is_well();
     assert!(found.ok("asked"), "{:#?}", found.findings);
@@ -485,7 +554,9 @@ fn nix_daemon_that_does_not_ask_is_found_by_having_it_ask() {
     let _fresh = nix_daemon(&host, "X=");
     let found = doctor(&host, &[]);
     found.is_well();
-    assert!(found.findings.iter().any(|(.., text, _)| text.starts_with("nix-daemon asked this peerix")));
+    assert!(
+        found.findings.iter().any(|(.., text, _)| text.starts_with("nix-daemon asked this peerix"))
+    );
 }
 
 #[test]
@@ -504,7 +575,8 @@ fn settings_are_those_of_nix_daemon() {
     doctor(&host, &[]).is_well();
     wait_for("the daemon reads it too", || {
         let status = crate::common::daemon::status(&host);
-        (status["node"]["trusted_keys"] == serde_json::json!([key.split(':').next().unwrap()])).then_some(())
+        (status["node"]["trusted_keys"] == serde_json::json!([key.split(':').next().unwrap()]))
+            .then_some(())
     });
     // In a user's own file, which nix-daemon ignores.
     host.write("/etc/nix/nix.custom.conf", format!("trusted-public-keys = {key}\n"));
@@ -514,7 +586,8 @@ fn settings_are_those_of_nix_daemon() {
         command.args(["doctor", "--json"]).env("HOME", "/tmp/alice");
         Found::read(command)
     };
-    as_user().is("substituter", &["nix-daemon ignores", "untrusted substituter", "extra-substituters"]);
+    as_user()
+        .is("substituter", &["nix-daemon ignores", "untrusted substituter", "extra-substituters"]);
     host.write(
         "/etc/nix/nix.custom.conf",
         format!("trusted-public-keys = {key}\ntrusted-substituters = http://127.0.0.1:12304\n"),
@@ -528,7 +601,8 @@ fn settings_are_those_of_nix_daemon() {
     };
     write(&[&key, "broken-1:AAAA"]);
     doctor(&host, &[]).is("keys", &["broken-1:AAAA", "Nix fails"]);
-    let other = format!("{}:bfb1tHzyJC4nHA9pr2zF9z0OI/lJ6WIWbI4+SeAZQXs=", key.split(':').next().unwrap());
+    let other =
+        format!("{}:bfb1tHzyJC4nHA9pr2zF9z0OI/lJ6WIWbI4+SeAZQXs=", key.split(':').next().unwrap());
     write(&[&other, &key]);
     doctor(&host, &[]).is("keys", &["two keys of the name a-1", "the first", &key]);
     write(&[&key]);
@@ -546,7 +620,8 @@ fn cache_that_is_asked_before_peerix_is_named() {
         _ => Reply::Whole(404, Vec::new()),
     });
     nix::configure_client(&host, "http://127.0.0.1:8080", &[&key]);
-    doctor(&host, &[]).is("priority", &["http://127.0.0.1:8080 (10)", "peerix (20)", "--priority 9"]);
+    doctor(&host, &[])
+        .is("priority", &["http://127.0.0.1:8080 (10)", "peerix (20)", "--priority 9"]);
     // A place that its user has chosen is no fault.
     drop(daemon);
     let daemon = Daemon::start(&host, &["--priority", "30"]);
@@ -606,7 +681,11 @@ fn firewalls() {
             "udp",
             &["10.77.0.1:12304", "UDP is blocked there", "on 10.77.0.1: iptables"][..],
         ),
-        ("-i eth0 -p tcp --dport 12304", "tcp", &["10.77.0.1:12304", "TCP is blocked there", "on 10.77.0.1: iptables"]),
+        (
+            "-i eth0 -p tcp --dport 12304",
+            "tcp",
+            &["10.77.0.1:12304", "TCP is blocked there", "on 10.77.0.1: iptables"],
+        ),
         ("-i eth0", "udp", &["was heard", "neither", "on 10.77.0.1: iptables"]),
     ] {
         pair.meet();
@@ -627,10 +706,14 @@ fn firewalls() {
 fn two_ports() {
     let mut pair = Pair::new();
     drop(pair.daemons[1].take());
-    let conf = format!("substituters = http://127.0.0.1:12399\ntrusted-public-keys = {}\n", pair.keys.join(" "));
+    let conf = format!(
+        "substituters = http://127.0.0.1:12399\ntrusted-public-keys = {}\n",
+        pair.keys.join(" ")
+    );
     nix::configure(&pair.b, &conf);
     let _daemon = Daemon::start_on(&pair.b, 12399, &[]);
-    doctor(&pair.b, &["--port", "12399"]).is("port", &["10.77.0.1:12304", "12399", "peerix --port 12304"]);
+    doctor(&pair.b, &["--port", "12399"])
+        .is("port", &["10.77.0.1:12304", "12399", "peerix --port 12304"]);
 }
 
 #[test]
@@ -706,23 +789,35 @@ fn trackers() {
     home.forward("tcp", PORT, &host, PORT);
     let found = doctor(&host, &[]);
     found.is_well();
-    assert!(["tracker", "clock", "address"].iter().all(|what| found.ok(what)), "{:#?}", found.findings);
+    assert!(
+        ["tracker", "clock", "address"].iter().all(|what| found.ok(what)),
+        "{:#?}",
+        found.findings
+    );
 
     // Another address than its own is announced.
     drop(daemon);
-    let _daemon = Daemon::start(&host, &[&flags[..], &["--announce-addr", "198.51.100.77"]].concat());
+    let _daemon =
+        Daemon::start(&host, &[&flags[..], &["--announce-addr", "198.51.100.77"]].concat());
     doctor(&host, &[]).is("address", &["198.51.100.77 is announced", "203.0.113.1"]);
     drop(_daemon);
     let _daemon = Daemon::start(&host, &flags);
     doctor(&host, &[]).is_well();
 
-    // A clock that is wrong, as every process here would see it. The library is this machine's, whatever Nix is tested.
-    let mut places = fs::read_dir("/usr/lib").unwrap().map(|dir| dir.unwrap().path().join("faketime/libfaketime.so.1"));
+    // A clock that is wrong, as every process here would see it. The library is this machine's,
+    // whatever Nix is tested.
+    let mut places = fs::read_dir("/usr/lib")
+        .unwrap()
+        .map(|dir| dir.unwrap().path().join("faketime/libfaketime.so.1"));
     let library = places.find(|file| file.exists()).expect("scripts/deps installs faketime");
     fs::copy(library, host.path("/tmp/faketime.so")).unwrap();
     for (offset, way) in [("+5h", "ahead of"), ("-5h", "behind")] {
         let mut command = host.cmd("env");
-        command.args(["LD_PRELOAD=/tmp/faketime.so", "FAKETIME_DONT_FAKE_MONOTONIC=1", &format!("FAKETIME={offset}")]);
+        command.args([
+            "LD_PRELOAD=/tmp/faketime.so",
+            "FAKETIME_DONT_FAKE_MONOTONIC=1",
+            &format!("FAKETIME={offset}"),
+        ]);
         command.arg(binary()).args(["doctor", "--json"]);
         Found::read(command).is("clock", &[way, "h ", "timedatectl set-ntp true"]);
     }

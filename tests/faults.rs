@@ -16,16 +16,28 @@ const IMPATIENT: f64 = 0.3;
 
 /// Realises `middle` over a link slow enough to see it half done, and then lets `strike` hit the
 /// holder that is sending it. The rest comes at full speed.
-fn struck_at_half(asker: &Asker, world: &World, holders: &mut [&mut Holder], strike: impl Fn(&mut Holder)) -> Output {
+fn struck_at_half(
+    asker: &Asker,
+    world: &World,
+    holders: &mut [&mut Holder],
+    strike: impl Fn(&mut Holder),
+) -> Output {
     asker.host.slow(SLOW);
     let before: Vec<u64> = holders.iter().map(|holder| holder.host.sent()).collect();
-    let mut child = nix::realising(&asker.host, &[world.path("middle")]).spawn().expect("nsenter starts");
+    let mut child =
+        nix::realising(&asker.host, &[world.path("middle")]).spawn().expect("nsenter starts");
     let sender = wait_for("half of the NAR", || {
-        assert!(child.try_wait().expect("it is ours").is_none(), "Nix was done before half of the NAR was sent");
+        assert!(
+            child.try_wait().expect("it is ours").is_none(),
+            "Nix was done before half of the NAR was sent"
+        );
         holders.iter().zip(&before).position(|(holder, before)| holder.host.sent() - before > HALF)
     });
     strike(holders[sender]);
-    assert!(child.try_wait().expect("it is ours").is_none(), "Nix was done before the peer was struck");
+    assert!(
+        child.try_wait().expect("it is ours").is_none(),
+        "Nix was done before the peer was struck"
+    );
     asker.host.quick();
     child.wait_with_output().expect("it is ours")
 }
@@ -36,7 +48,8 @@ fn another_peer_finishes_what_a_killed_one_began() {
     let world = World::on(&lan);
     let (mut one, mut two) = (Holder::new(&lan, &world, "one"), Holder::new(&lan, &world, "two"));
     let asker = Asker::new(&lan, &world, &[&one, &two]);
-    let output = struck_at_half(&asker, &world, &mut [&mut one, &mut two], |holder| holder.daemon.kill());
+    let output =
+        struck_at_half(&asker, &world, &mut [&mut one, &mut two], |holder| holder.daemon.kill());
     nix::assert_quiet(&output);
     asker.has_whole(&world, world.path("middle"));
 }
@@ -47,7 +60,8 @@ fn another_peer_finishes_when_the_cable_is_pulled() {
     let world = World::on(&lan);
     let (mut one, mut two) = (Holder::new(&lan, &world, "one"), Holder::new(&lan, &world, "two"));
     let asker = Asker::new(&lan, &world, &[&one, &two]);
-    let output = struck_at_half(&asker, &world, &mut [&mut one, &mut two], |holder| holder.host.unplug());
+    let output =
+        struck_at_half(&asker, &world, &mut [&mut one, &mut two], |holder| holder.host.unplug());
     nix::assert_quiet(&output);
     asker.has_whole(&world, world.path("middle"));
 }
@@ -58,7 +72,9 @@ fn another_peer_finishes_when_one_hangs() {
     let world = World::on(&lan);
     let (mut one, mut two) = (Holder::new(&lan, &world, "one"), Holder::new(&lan, &world, "two"));
     let asker = Asker::new(&lan, &world, &[&one, &two]);
-    let output = struck_at_half(&asker, &world, &mut [&mut one, &mut two], |holder| holder.daemon.signal(Signal::STOP));
+    let output = struck_at_half(&asker, &world, &mut [&mut one, &mut two], |holder| {
+        holder.daemon.signal(Signal::STOP)
+    });
     nix::assert_quiet(&output);
     asker.has_whole(&world, world.path("middle"));
 }

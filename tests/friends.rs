@@ -1,10 +1,15 @@
-//! Friends: machines that are known by their keys, and share with one another what nobody else gets.
+//! Friends: machines that are known by their keys, and share with one another what nobody else
+//! gets.
 
 use crate::common::daemon::{mark, narinfo_status, wait_until_known};
-use crate::common::friend::{self, STATE, TlsConnection, friend, identity, key, seen, wait_until_reached};
+use crate::common::friend::{
+    self, STATE, TlsConnection, friend, identity, key, seen, wait_until_reached,
+};
 use crate::common::http::{Connection, get};
 use crate::common::stock::{self, has, narinfo_route};
-use crate::common::{Daemon, Host, Lan, Nat, PORT, Scale, Tracker, Wan, nix, thread, wait_for, world};
+use crate::common::{
+    Daemon, Host, Lan, Nat, PORT, Scale, Tracker, Wan, nix, thread, wait_for, world,
+};
 use peerix::wire::NodeKey;
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
@@ -24,10 +29,12 @@ fn at(host: &Host) -> SocketAddr {
     (host.address, PORT).into()
 }
 
-/// Checks that a machine gets nothing of `holder`, which is reached at `address`: no narinfo, NAR, listing or log, and no *have*.
+/// Checks that a machine gets nothing of `holder`, which is reached at `address`: no narinfo, NAR,
+/// listing or log, and no *have*.
 fn assert_gets_nothing(machine: &Host, holder: &Host, address: SocketAddr, path: &str) {
     let hash_part = world::hash_part(path);
-    let own = crate::common::http::get_local(holder, &format!("/store/{hash_part}.narinfo")).unwrap();
+    let own =
+        crate::common::http::get_local(holder, &format!("/store/{hash_part}.narinfo")).unwrap();
     let nar = stock::line(&own.text(), "URL").to_owned();
     let routes = [
         format!("/local/{hash_part}.narinfo"),
@@ -39,7 +46,12 @@ fn assert_gets_nothing(machine: &Host, holder: &Host, address: SocketAddr, path:
     ];
     for route in routes {
         let answer = get(machine, address, &route).unwrap();
-        assert!([403, 404].contains(&answer.status), "{} of {route} got {}", machine.name, answer.status);
+        assert!(
+            [403, 404].contains(&answer.status),
+            "{} of {route} got {}",
+            machine.name,
+            answer.status
+        );
     }
 }
 
@@ -108,11 +120,17 @@ impl Scene {
     }
 
     fn start_home(&self, more: &[&str]) -> Daemon {
-        start(&self.home, &[&["--share", "friends", "--friend", &friend(&self.laptop, None)], more].concat())
+        start(
+            &self.home,
+            &[&["--share", "friends", "--friend", &friend(&self.laptop, None)], more].concat(),
+        )
     }
 
     fn start_laptop(&self) -> Daemon {
-        start(&self.laptop, &["--share", "friends", "--friend", &friend(&self.home, Some(self.outside))])
+        start(
+            &self.laptop,
+            &["--share", "friends", "--friend", &friend(&self.home, Some(self.outside))],
+        )
     }
 }
 
@@ -127,9 +145,11 @@ fn friend_behind_a_router_is_reached_by_its_friend_alone() {
 
     // A router that masquerades what it passes on makes strangers look like the LAN.
     scene.inside.router.net("iptables -t nat -A POSTROUTING -o inside -j MASQUERADE");
-    for (machine, address) in
-        [(&scene.housemate, at(&scene.home)), (&scene.stranger, scene.outside), (&scene.guest, scene.outside)]
-    {
+    for (machine, address) in [
+        (&scene.housemate, at(&scene.home)),
+        (&scene.stranger, scene.outside),
+        (&scene.guest, scene.outside),
+    ] {
         assert_eq!(narinfo_status(machine, &scene.path), 404, "{}", machine.name);
         assert_gets_nothing(machine, &scene.home, address, &scene.path);
     }
@@ -175,12 +195,15 @@ fn wrong_keys_are_errors_that_say_what_to_do() {
     [&home, &laptop, &other].into_iter().for_each(ready);
     let path = mark(&home);
     let _home = start(&home, &["--share", "friends", "--friend", &friend(&other, None)]);
-    // The home does not know the laptop; and at the other's address there is another key than the laptop thinks.
+    // The home does not know the laptop; and at the other's address there is another key than the
+    // laptop thinks.
     let stolen = format!("other={}@{}", identity(7).key(), at(&other));
     let _other = start(&other, &["--friend", &friend(&laptop, None)]);
-    let flags = ["--share", "friends", "--friend", &friend(&home, Some(at(&home))), "--friend", &stolen];
+    let flags =
+        ["--share", "friends", "--friend", &friend(&home, Some(at(&home))), "--friend", &stolen];
     let _laptop = start(&laptop, &flags);
-    let error = |name| wait_for("an error", || seen(&laptop, name)["error"].as_str().map(str::to_owned));
+    let error =
+        |name| wait_for("an error", || seen(&laptop, name)["error"].as_str().map(str::to_owned));
     let denied = error("home");
     assert!(denied.contains(&format!("--friend NAME={}", key(&laptop))), "{denied}");
     let mismatch = error("other");
@@ -211,7 +234,12 @@ fn friend_removed_at_run_time_gets_nothing_more() {
     assert!(status == 200 && body == stock::dump(&home, &path));
     // What only this machine may ask for is not for friends, and no browser passes for one.
     assert_eq!(kept.get("/status.json").unwrap().0, 403);
-    assert_eq!(kept.get(&format!("/peer/nar/{}-{}.nar", world::hash_part(&path), "0".repeat(52))).unwrap().0, 403);
+    assert_eq!(
+        kept.get(&format!("/peer/nar/{}-{}.nar", world::hash_part(&path), "0".repeat(52)))
+            .unwrap()
+            .0,
+        403
+    );
     // The root is a cache of the own store for everybody but this machine.
     assert_eq!(kept.get(&format!("/{}.narinfo", world::hash_part(&path))).unwrap().0, 200);
 
@@ -235,13 +263,18 @@ fn strangers_in_tls_get_nothing_and_half_open_handshakes_hold_up_nobody() {
     assert_eq!(friend(&laptop).get(&narinfo_route(&path)).unwrap().0, 200);
     // A stranger's key; the friend's name with another key; a client that expects another server.
     for (identity, key) in [(identity(9), home_key), (identity(3), identity(9).key())] {
-        let got = TlsConnection::open(&attacker, at(&home), &identity, key).unwrap().get("/nix-cache-info");
+        let got = TlsConnection::open(&attacker, at(&home), &identity, key)
+            .unwrap()
+            .get("/nix-cache-info");
         assert!(got.is_err(), "a stranger was answered: {got:?}");
     }
     // Records that are none: too large, of TLS 1.2, cut, not TLS at all.
-    for bytes in
-        [&[0x16, 3, 1, 0xff, 0xff, 1, 2][..], &[0x16; 4096], b"\x16\x03\x03\x00\x02ab", b"\x17\x03\x03\x00\x01a"]
-    {
+    for bytes in [
+        &[0x16, 3, 1, 0xff, 0xff, 1, 2][..],
+        &[0x16; 4096],
+        b"\x16\x03\x03\x00\x02ab",
+        b"\x17\x03\x03\x00\x01a",
+    ] {
         let mut stream = attacker.connect(at(&home)).unwrap();
         stream.write_all(bytes).unwrap();
         let _ = stream.shutdown(std::net::Shutdown::Write);
@@ -259,7 +292,10 @@ fn strangers_in_tls_get_nothing_and_half_open_handshakes_hold_up_nobody() {
     for _ in 0..5 {
         assert_eq!(friend(&laptop).get(&narinfo_route(&path)).unwrap().0, 200);
         assert_eq!(narinfo_status(&home, &path), 404, "the own Nix is answered");
-        assert_eq!(get(&attacker, at(&home), "/nix-cache-info").map_or(200, |answer| answer.status), 200);
+        assert_eq!(
+            get(&attacker, at(&home), "/nix-cache-info").map_or(200, |answer| answer.status),
+            200
+        );
     }
 }
 
@@ -288,7 +324,8 @@ fn forged_hellos_displace_no_friend() {
     let _home = start(&home, &["--share", "friends", "--friend", &friend(&laptop, None)]);
     let _laptop = start(&laptop, &["--share", "friends", "--friend", &friend(&home, None)]);
     wait_until_reached(&laptop, "home", true);
-    // The digest of the friend, from elsewhere, under instance IDs as one likes; and a server there that says nothing.
+    // The digest of the friend, from elsewhere, under instance IDs as one likes; and a server there
+    // that says nothing.
     let _listener = forger.listen(PORT);
     let udp = forger.udp(PORT);
     for n in 0..200u8 {
@@ -369,7 +406,8 @@ fn upload_limit_holds_for_all_streams_together() {
 fn friends_find_one_another_at_a_tracker_and_strangers_learn_nothing() {
     let wan = Wan::new().with_scale(Scale::intervals(0.1));
     let (here, there) = (wan.lan([198, 51, 100]), wan.lan([203, 0, 113]));
-    let (home, laptop, stranger) = (here.host("home"), there.host("laptop"), there.host("stranger"));
+    let (home, laptop, stranger) =
+        (here.host("home"), there.host("laptop"), there.host("stranger"));
     [&home, &laptop].into_iter().for_each(ready);
     stock::ready(&stranger);
     let mut tracker = Tracker::start(here.host("tracker"));
@@ -391,8 +429,11 @@ fn friends_find_one_another_at_a_tracker_and_strangers_learn_nothing() {
     assert_eq!(tracker.get("/peers")["peers"], serde_json::json!([]));
     let own = key(&stranger).tag(&key(&home), &url[7..]);
     let body = format!("{{\"port\": 1, \"tags\": [\"{own}\"]}}");
-    let mut connection = Connection::new(stranger.connect((tracker.host.address, 12305)).unwrap()).unwrap();
-    let met = connection.tell("POST", "/meet", "Content-Type: application/json\r\n", body.as_bytes()).unwrap();
+    let mut connection =
+        Connection::new(stranger.connect((tracker.host.address, 12305)).unwrap()).unwrap();
+    let met = connection
+        .tell("POST", "/meet", "Content-Type: application/json\r\n", body.as_bytes())
+        .unwrap();
     assert_eq!(met.status, 200);
     assert!(met.text().contains("\"places\":[[]]"), "{}", met.text());
     assert_gets_nothing(&stranger, &home, at(&home), &path);

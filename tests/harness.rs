@@ -148,7 +148,13 @@ fn networks_are_joined_by_a_router_that_passes_on_no_broadcast() {
     let _servers = hosts.each_ref().map(echo);
     for from in &hosts {
         for to in &hosts {
-            assert_eq!(reached(from, to.address).as_deref(), Some(to.name.as_str()), "{} to {}", from.name, to.name);
+            assert_eq!(
+                reached(from, to.address).as_deref(),
+                Some(to.name.as_str()),
+                "{} to {}",
+                from.name,
+                to.name
+            );
         }
     }
 
@@ -201,7 +207,11 @@ fn faults_happen_across_a_router() {
     a.slow(80);
     let begin = Instant::now();
     let answer = http::get(&a, (b.address, PORT), "/").unwrap();
-    assert!(answer.whole && begin.elapsed() >= Duration::from_millis(150), "2 MiB at 80 Mbit/s: {:?}", begin.elapsed());
+    assert!(
+        answer.whole && begin.elapsed() >= Duration::from_millis(150),
+        "2 MiB at 80 Mbit/s: {:?}",
+        begin.elapsed()
+    );
     assert!(b.sent() - sent > 2 << 20 && a.received() - received > 2 << 20);
     b.unplug();
     assert!(connects(&a, b.address, NOTHING_COMES).is_err());

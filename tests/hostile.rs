@@ -69,7 +69,8 @@ fn lying_nar(world: &World, nar: impl Fn(Vec<u8>) -> Reply + Send + Sync + 'stat
             let text = shelf.peer_narinfo(hash_part, &format!("local/nar/{hash_part}.nar"));
             return text.map_or_else(missing, |text| Reply::Whole(200, text.into_bytes()));
         }
-        let hash_part = request.path.strip_prefix("/local/nar/").and_then(|rest| rest.strip_suffix(".nar"));
+        let hash_part =
+            request.path.strip_prefix("/local/nar/").and_then(|rest| rest.strip_suffix(".nar"));
         hash_part.and_then(|hash_part| shelf.nar(hash_part)).map_or_else(missing, &nar)
     })
 }
@@ -92,7 +93,8 @@ fn a_corrupt_nar_that_is_large_is_never_completed() {
     let lan = Lan::new().with_scale(Scale::intervals(60.0));
     let scene = Scene::on(lan, |world| lying_nar(world, |nar| Reply::Whole(200, flipped(nar))));
     let path = scene.world.path("large");
-    // What came before the fault was known has reached Nix, so this run may fail; nothing may come of it.
+    // What came before the fault was known has reached Nix, so this run may fail; nothing may come
+    // of it.
     let output = nix::realise(&scene.asker.host, &[path]);
     assert!(scene.evil.was_asked(&narinfo(path)), "the bad peer was not asked first");
     if !output.status.success() {
@@ -126,7 +128,8 @@ fn the_nar_of_another_path() {
 fn a_nar_that_ends_early() {
     // The larger one has begun to reach Nix when it ends, and goes on from the good peer.
     for name in ["little", "large"] {
-        let scene = Scene::new(|world| lying_nar(world, |nar| Reply::Cut(nar.clone(), nar.len() / 2)));
+        let scene =
+            Scene::new(|world| lying_nar(world, |nar| Reply::Cut(nar.clone(), nar.len() / 2)));
         scene.is_fetched_quietly(name);
     }
 }
@@ -141,8 +144,8 @@ fn a_nar_that_goes_on_after_its_end() {
     scene.is_fetched_quietly("little");
 }
 
-/// The narinfo of `little` promises the NAR of `other`, with whatever signatures: the key's on another text, and one
-/// that is no signature.
+/// The narinfo of `little` promises the NAR of `other`, with whatever signatures: the key's on
+/// another text, and one that is no signature.
 #[test]
 fn a_forged_narinfo() {
     let scene = Scene::new(|world| {
@@ -158,7 +161,8 @@ fn a_forged_narinfo() {
             for (key, value) in &lines {
                 match key.as_str() {
                     "NarHash" | "NarSize" => {
-                        text += &format!("{key}: {}\n", crate::common::standin::field(&forgery, key));
+                        text +=
+                            &format!("{key}: {}\n", crate::common::standin::field(&forgery, key));
                     }
                     "URL" | "FileHash" | "FileSize" => {}
                     _ => text += &format!("{key}: {value}\n"),
@@ -177,7 +181,8 @@ fn have_is_answered_to_everything_and_nothing_is_there() {
     let scene = Scene::new(|_| Box::new(|_| Reply::Whole(404, b"no".to_vec())));
     scene.is_fetched_quietly("closure300");
     // And what nobody has is a miss, not an error.
-    let answer = http::get_local(&scene.asker.host, &format!("/{}.narinfo", "0".repeat(32))).unwrap();
+    let answer =
+        http::get_local(&scene.asker.host, &format!("/{}.narinfo", "0".repeat(32))).unwrap();
     assert_eq!(answer.status, 404);
 }
 
@@ -190,7 +195,8 @@ fn http_is_never_answered() {
 #[test]
 fn http_is_answered_with_noise() {
     let scene = Scene::new(|_| {
-        Box::new(|request| match request.path.as_bytes().get(8).unwrap_or(&0) % 6 {
+        Box::new(|request| {
+            match request.path.as_bytes().get(8).unwrap_or(&0) % 6 {
             0 => Reply::Raw(b"\0\xff\xfe noise \r\n\r\n".to_vec()),
             1 => Reply::Raw(vec![b'a'; 1 << 20]),
             2 => Reply::Raw(b"HTTP/1.1 200 OK\r\nContent-Length: 999999999999\r\n\r\nStorePath: ".to_vec()),
@@ -199,6 +205,7 @@ fn http_is_answered_with_noise() {
                 b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:12304/\r\nContent-Length: 0\r\n\r\n".to_vec(),
             ),
             _ => Reply::Whole(503, vec![]),
+        }
         })
     });
     scene.is_fetched_quietly("closure300");
@@ -211,10 +218,14 @@ fn narinfos_of_every_wrong_kind() {
         let shelf = Shelf::of(world);
         let other = world.path("other").to_owned();
         Box::new(move |request| {
-            let text = asked_for(request).and_then(|hash_part| shelf.peer_narinfo(hash_part, "local/nar/x.nar"));
+            let text = asked_for(request)
+                .and_then(|hash_part| shelf.peer_narinfo(hash_part, "local/nar/x.nar"));
             let Some(text) = text else { return Reply::Whole(404, vec![]) };
             let without = |field: &str| {
-                text.lines().filter(|line| !line.starts_with(field)).map(|line| format!("{line}\n")).collect()
+                text.lines()
+                    .filter(|line| !line.starts_with(field))
+                    .map(|line| format!("{line}\n"))
+                    .collect()
             };
             let with = |field: &str, value: &str| -> String {
                 let rest: String = without(field);
@@ -244,13 +255,18 @@ fn narinfos_of_every_wrong_kind() {
     scene.is_fetched_quietly("closure300");
 }
 
-/// Nix unpacks as it downloads, as root, before it knows the hash: the framing of what it gets must be right.
+/// Nix unpacks as it downloads, as root, before it knows the hash: the framing of what it gets must
+/// be right.
 #[test]
 fn archives_that_lead_out_of_themselves_never_reach_nix() {
     let entry = |name: &[u8]| nar::archive(&nar::directory(&[(name, nar::file(b"escaped"))]));
     // Deeper than a path can be.
-    let deep = (0..70).fold(nar::file(b"escaped"), |node, _| nar::directory(&[(&[b'd'; 255], node)]));
-    let twice = nar::directory(&[(b"a", nar::link(b"/tmp")), (b"a", nar::directory(&[(b"b", nar::file(b"escaped"))]))]);
+    let deep =
+        (0..70).fold(nar::file(b"escaped"), |node, _| nar::directory(&[(&[b'd'; 255], node)]));
+    let twice = nar::directory(&[
+        (b"a", nar::link(b"/tmp")),
+        (b"a", nar::directory(&[(b"b", nar::file(b"escaped"))])),
+    ]);
     let backwards = nar::directory(&[(b"b", nar::file(b"escaped")), (b"a", nar::file(b"escaped"))]);
     let mut padding = nar::archive(&nar::file(b"escaped"));
     let at = padding.len() - 17;
@@ -283,10 +299,13 @@ fn archives_that_lead_out_of_themselves_never_reach_nix() {
         );
         // One that was caught is avoided for a while, so each has a machine of its own.
         let host = lan.host("evil");
-        let _evil = StandIn::start(&host, have(|_| true), move |request: &Request| match asked_for(request) {
-            Some(_) => Reply::Whole(200, narinfo.clone().into_bytes()),
-            None => Reply::Whole(200, archive.clone()),
-        });
+        let _evil =
+            StandIn::start(&host, have(|_| true), move |request: &Request| {
+                match asked_for(request) {
+                    Some(_) => Reply::Whole(200, narinfo.clone().into_bytes()),
+                    None => Reply::Whole(200, archive.clone()),
+                }
+            });
         let found = wait_for("the bad peer is believed", || {
             let answer = http::get_local(&asker.host, &format!("/{hash_part}.narinfo")).unwrap();
             (answer.status == 200).then(|| answer.text())
@@ -298,8 +317,8 @@ fn archives_that_lead_out_of_themselves_never_reach_nix() {
     }
 }
 
-/// One broken stream used to make the only holder of a path be avoided for a second, and everything it has "not
-/// there" meanwhile, which Nix remembers for an hour.
+/// One broken stream used to make the only holder of a path be avoided for a second, and everything
+/// it has "not there" meanwhile, which Nix remembers for an hour.
 #[test]
 fn one_broken_stream_of_the_only_holder_hides_nothing() {
     let lan = Lan::new();

@@ -18,7 +18,10 @@ const KEY: &str = include_str!("data/tls/tracker.key");
 fn tracker(listener: TcpListener) -> Receiver<Result<String, String>> {
     let certificate = CertificateDer::from_pem_slice(CERTIFICATE.as_bytes()).unwrap();
     let key = PrivateKeyDer::from_pem_slice(KEY.as_bytes()).unwrap();
-    let config = ServerConfig::builder().with_no_client_auth().with_single_cert(vec![certificate], key).unwrap();
+    let config = ServerConfig::builder()
+        .with_no_client_auth()
+        .with_single_cert(vec![certificate], key)
+        .unwrap();
     let (asked, receiver) = channel();
     thread::spawn("tracker", move || {
         let (mut tcp, _) = listener.accept().unwrap();
@@ -44,13 +47,16 @@ fn the_authorities_of_this_machine_count_and_no_others() {
         stock::ready(&host);
         host.write("/etc/ssl/certs/ca-certificates.crt", trusted);
         let asked = tracker(host.listen(8443));
-        let daemon = Daemon::start(&host, &["--mode", "wan", "--tracker-url", "https://127.0.0.1:8443"]);
+        let daemon =
+            Daemon::start(&host, &["--mode", "wan", "--tracker-url", "https://127.0.0.1:8443"]);
         let asked = asked.recv_timeout(DEADLINE).expect("the tracker is asked");
         if trusted == AUTHORITY {
             assert_eq!(asked.as_deref(), Ok("POST /announce HTTP/1.1"));
         } else {
             assert!(asked.is_err(), "{asked:?}");
-            wait_for("the certificate is refused", || daemon.log().contains("UnknownIssuer").then_some(()));
+            wait_for("the certificate is refused", || {
+                daemon.log().contains("UnknownIssuer").then_some(())
+            });
         }
     }
 }

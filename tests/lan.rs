@@ -1,4 +1,5 @@
-//! The main job: real Nix on one host gets real paths from the store of another, whatever is in them.
+//! The main job: real Nix on one host gets real paths from the store of another, whatever is in
+//! them.
 
 use crate::common::lan::Run;
 use crate::common::{Asker, Holder, Lan, PORT, World, daemon, nix};
@@ -17,7 +18,8 @@ fn closure_from_a_peer_that_signs() {
     let closure = asker.fetches(&world, world.path("closure300"));
     assert_eq!(closure.len(), 300);
     nix::assert_nothing_but(&asker.host, &closure);
-    let signatures = asker.host.cmd("nix").args(["path-info", "--sigs", world.path("closure300")]).okay();
+    let signatures =
+        asker.host.cmd("nix").args(["path-info", "--sigs", world.path("closure300")]).okay();
     assert!(signatures.contains("holder-1:"), "{signatures}");
 
     // A client that trusts another key takes nothing.
@@ -39,7 +41,8 @@ fn closure_with_the_signature_of_another_cache() {
     // `nix copy` asks one path at a time, and begins with HEAD.
     let copier = Asker::new(&lan, &world, &[&holder]);
     let url = format!("http://127.0.0.1:{PORT}");
-    let output = copier.host.cmd("nix").args(["copy", "--from", &url, world.path("closure300")]).ran();
+    let output =
+        copier.host.cmd("nix").args(["copy", "--from", &url, world.path("closure300")]).ran();
     nix::assert_quiet(&output);
     assert_eq!(copier.has_whole(&world, world.path("closure300")).len(), 300);
 }
@@ -66,11 +69,17 @@ fn content_addressed_paths_need_no_signature() {
     let tree = holder.host.cmd("nix-store").args(["--add", "/tmp/tree"]).okay();
     let flat = holder.host.cmd("nix-store").args(["--add-fixed", "sha256", "/tmp/tree/a"]).okay();
     // A derivation is text with references.
-    let derivation = holder.host.cmd("nix-store").args(["--query", "--deriver", world.path("closure300")]).okay();
+    let derivation = holder
+        .host
+        .cmd("nix-store")
+        .args(["--query", "--deriver", world.path("closure300")])
+        .okay();
     let paths = [tree.trim(), flat.trim(), derivation.trim()];
     let url = format!("http://127.0.0.1:{PORT}");
     nix::realise_quietly(&asker.host, &paths[..2]);
-    nix::assert_quiet(&asker.host.cmd("nix").args(["copy", "--derivation", "--from", &url, paths[2]]).ran());
+    nix::assert_quiet(
+        &asker.host.cmd("nix").args(["copy", "--derivation", "--from", &url, paths[2]]).ran(),
+    );
     nix::assert_whole(&asker.host, &paths, &holder.host.path("/nix/store"));
     // Registered a moment ago, and found at once.
     let mark = daemon::mark(&holder.host);

@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 
 const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 
-/// The modules, each with all that it may use. They stand in the order of the layers, so that an import that is
-/// missing here but would be right points from a higher line to a lower one.
+/// The modules, each with all that it may use. They stand in the order of the layers, so that an
+/// import that is missing here but would be right points from a higher line to a lower one.
 const MAY_USE: &[(&str, &[&str])] = &[
     ("main", &["cli", "commands", "daemon", "service", "sockets"]),
     (
@@ -23,7 +23,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "nix",
             "peers",
             "service",
-            "share",
+            "access",
             "status",
             "store",
             "trust",
@@ -38,7 +38,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "degraded",
             "fetch",
             "friends",
-            "gateway",
+            "port_mapper",
             "http",
             "identity",
             "key_file",
@@ -48,10 +48,10 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "nix",
             "peers",
             "publish",
-            "record",
-            "seldom",
+            "stats",
+            "log_throttle",
             "service",
-            "share",
+            "access",
             "sockets",
             "status",
             "store",
@@ -62,7 +62,10 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "wire",
         ],
     ),
-    ("publish", &["config", "network", "nix", "on_drop", "peers", "share", "store", "time_scale", "wire"]),
+    (
+        "publish",
+        &["config", "network", "nix", "deferred", "peers", "access", "store", "time_scale", "wire"],
+    ),
     (
         "http",
         &[
@@ -71,10 +74,10 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "friends",
             "lookup",
             "nix",
-            "on_drop",
-            "record",
-            "seldom",
-            "share",
+            "deferred",
+            "stats",
+            "log_throttle",
+            "access",
             "status",
             "store",
             "time_scale",
@@ -82,12 +85,24 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "wire",
         ],
     ),
-    ("fetch", &["lookup", "nix", "peers", "record", "store", "time_scale", "upstream", "wire"]),
+    ("fetch", &["lookup", "nix", "peers", "stats", "store", "time_scale", "upstream", "wire"]),
     ("upstream", &["config", "http_client", "lookup", "nix", "trust"]),
-    ("lookup", &["nix", "peers", "record", "trust", "wire"]),
+    ("lookup", &["nix", "peers", "stats", "trust", "wire"]),
     (
         "status",
-        &["config", "degraded", "gateway", "lan", "network", "nix", "peers", "record", "store", "trust", "wire"],
+        &[
+            "config",
+            "degraded",
+            "port_mapper",
+            "lan",
+            "network",
+            "nix",
+            "peers",
+            "stats",
+            "store",
+            "trust",
+            "wire",
+        ],
     ),
     (
         "peers",
@@ -99,19 +114,45 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "lan",
             "network",
             "nix",
-            "on_drop",
-            "pace",
-            "record",
+            "deferred",
+            "connect_rate",
+            "stats",
             "suspend",
             "time_scale",
             "wire",
         ],
     ),
-    ("lan", &["network", "nix", "on_drop", "seldom", "share", "store", "suspend", "time_scale", "wire"]),
+    (
+        "lan",
+        &[
+            "network",
+            "nix",
+            "deferred",
+            "log_throttle",
+            "access",
+            "store",
+            "suspend",
+            "time_scale",
+            "wire",
+        ],
+    ),
     ("store", &["nix", "time_scale"]),
-    ("gateway", &["network", "time_scale", "wire"]),
+    ("port_mapper", &["network", "time_scale", "wire"]),
     ("friends", &["config", "key_file", "wire"]),
-    ("share", &["backoff", "config", "fnmatch", "http_client", "network", "nix", "on_drop", "seldom", "time_scale"]),
+    (
+        "access",
+        &[
+            "backoff",
+            "config",
+            "fnmatch",
+            "http_client",
+            "network",
+            "nix",
+            "deferred",
+            "log_throttle",
+            "time_scale",
+        ],
+    ),
     ("sockets", &["config", "network"]),
     ("identity", &["wire"]),
     ("backoff", &["time_scale"]),
@@ -119,14 +160,14 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("degraded", &[]),
     ("key_file", &[]),
     ("http_client", &[]),
-    ("pace", &[]),
-    ("on_drop", &[]),
+    ("connect_rate", &[]),
+    ("deferred", &[]),
     ("upload_limit", &[]),
-    ("seldom", &[]),
+    ("log_throttle", &[]),
     ("service", &[]),
     ("suspend", &[]),
     ("time_scale", &[]),
-    ("record", &["nix"]),
+    ("stats", &["nix"]),
     ("config", &["network", "nix", "wire"]),
     ("network", &["fnmatch"]),
     ("fnmatch", &[]),
@@ -135,8 +176,17 @@ const MAY_USE: &[(&str, &[&str])] = &[
 ];
 
 /// All that the tracker may use of the library.
-const TRACKER_MAY_USE: &[&str] =
-    &["http", "nix", "on_drop", "pace", "seldom", "service", "sockets", "time_scale", "wire"];
+const TRACKER_MAY_USE: &[&str] = &[
+    "http",
+    "nix",
+    "deferred",
+    "connect_rate",
+    "log_throttle",
+    "service",
+    "sockets",
+    "time_scale",
+    "wire",
+];
 
 #[test]
 fn every_file_of_tests_is_compiled() {
@@ -144,7 +194,9 @@ fn every_file_of_tests_is_compiled() {
     let main = fs::read_to_string(tests.join("main.rs")).unwrap();
     for file in files(&tests).iter().filter(|file| file.parent() == Some(&tests)) {
         let name = file.file_name().unwrap().to_str().unwrap();
-        let Some(module) = name.strip_suffix(".rs").filter(|module| *module != "main") else { continue };
+        let Some(module) = name.strip_suffix(".rs").filter(|module| *module != "main") else {
+            continue;
+        };
         assert!(main.contains(&format!("mod {module};\n")), "tests/{name} is not in tests/main.rs");
     }
 }
@@ -156,7 +208,11 @@ fn the_tracker_uses_little_of_the_library() {
         let text = fs::read_to_string(&file).unwrap();
         for used in modules_named_after("peerix::", &text) {
             seen += 1;
-            assert!(TRACKER_MAY_USE.contains(&used), "{}: the tracker may not use `{used}`", file.display());
+            assert!(
+                TRACKER_MAY_USE.contains(&used),
+                "{}: the tracker may not use `{used}`",
+                file.display()
+            );
         }
         let http = text.match_indices("http::").map(|(at, part)| name(&text[at + part.len()..]));
         for part in http.flatten() {
@@ -252,7 +308,7 @@ fn imports_are_found_in_every_form() {
         found("use crate::{\n    nix::{HashPart, Malformed},\n    wire,\n    store::*,\n};"),
         ["nix", "store", "wire"]
     );
-    assert_eq!(found("fn f() { crate::peers::x() } /// [`crate::share`]"), ["peers", "share"]);
+    assert_eq!(found("fn f() { crate::peers::x() } /// [`crate::access`]"), ["peers", "access"]);
     assert_eq!(found("use peerix::cli::{self, Command};"), ["cli"]);
 }
 
@@ -260,7 +316,8 @@ fn imports_are_found_in_every_form() {
 #[test]
 fn nothing_here_is_of_one_machine() {
     // In two parts, or this file would be the first that is found.
-    let machines = [("/wo", "rk/"), ("/tmp/", "setup"), ("/ho", "me/"), ("/Us", "ers/")].map(|(a, b)| [a, b].concat());
+    let machines = [("/wo", "rk/"), ("/tmp/", "setup"), ("/ho", "me/"), ("/Us", "ers/")]
+        .map(|(a, b)| [a, b].concat());
     for file in files(Path::new(ROOT)) {
         let name = file.strip_prefix(ROOT).unwrap().display().to_string();
         let bytes = fs::read(&file).unwrap();
@@ -274,7 +331,8 @@ fn nothing_here_is_of_one_machine() {
             let public = r#"source = "registry+https://github.com/rust-lang/crates.io-index""#;
             sources.for_each(|source| assert_eq!(source, public));
         }
-        let is_setting = ["Makefile", "Cargo.toml", ".cargo/config.toml", ".ci/run"].contains(&&*name)
+        let is_setting = ["Makefile", "Cargo.toml", ".cargo/config.toml", ".ci/run"]
+            .contains(&&*name)
             || name.starts_with("scripts/");
         for word in text.split_whitespace().filter(|_| is_setting) {
             let Some((_, rest)) = word.split_once("://") else { continue };

@@ -1,5 +1,6 @@
-//! Man pages and shell completions say what `--help` says. What can be is made of it here, and compared with what is in
-//! `contrib/`; after a change of the help, `PEERIX_WRITE=1 cargo test --test integration manual` writes it anew.
+//! Man pages and shell completions say what `--help` says. What can be is made of it here, and
+//! compared with what is in `contrib/`; after a change of the help, `PEERIX_WRITE=1 cargo test
+//! --test integration manual` writes it anew.
 
 use crate::common::{daemon, tracker};
 use std::fmt::Write;
@@ -51,7 +52,8 @@ impl Help {
             if let Some(more) = line.strip_prefix(&" ".repeat(20)) {
                 let item = items.last_mut().expect("what it goes on with");
                 let _ = write!(item.text, " {}", more.trim_start());
-            } else if let Some(line) = line.strip_prefix("  ").filter(|line| !line.starts_with(' ')) {
+            } else if let Some(line) = line.strip_prefix("  ").filter(|line| !line.starts_with(' '))
+            {
                 let (head, text) = line.split_once("  ").unwrap_or((line, ""));
                 // A flag with a long value leaves one space.
                 let (head, text) = match head.split(' ').nth(2) {
@@ -59,18 +61,26 @@ impl Help {
                         .match_indices(' ')
                         .nth(1)
                         .map(|(at, _)| head.split_at(at))
-                        .map_or((head, text), |(flag, rest)| (flag, if text.is_empty() { rest } else { text })),
+                        .map_or((head, text), |(flag, rest)| {
+                            (flag, if text.is_empty() { rest } else { text })
+                        }),
                     _ => (head, text),
                 };
-                let (short, head) = match head.strip_prefix('-').filter(|rest| !rest.starts_with('-')) {
-                    Some(rest) => (rest.chars().next(), rest[1..].trim_start_matches(", ")),
-                    None => (None, head),
-                };
+                let (short, head) =
+                    match head.strip_prefix('-').filter(|rest| !rest.starts_with('-')) {
+                        Some(rest) => (rest.chars().next(), rest[1..].trim_start_matches(", ")),
+                        None => (None, head),
+                    };
                 let (name, value) = head.split_once(' ').unwrap_or((head, ""));
-                let is_item =
-                    name.starts_with("--") || name.chars().all(|c| c.is_ascii_lowercase()) && !text.is_empty();
+                let is_item = name.starts_with("--")
+                    || name.chars().all(|c| c.is_ascii_lowercase()) && !text.is_empty();
                 if is_item {
-                    items.push(Item { short, name: name.into(), value: value.into(), text: text.trim().into() });
+                    items.push(Item {
+                        short,
+                        name: name.into(),
+                        value: value.into(),
+                        text: text.trim().into(),
+                    });
                 }
             }
         }
@@ -117,9 +127,19 @@ fn the_help_is_read_whole() {
     let [peerix, tracker] = Help::both();
     let names = |help: &Help| help.items.iter().map(|item| item.name.clone()).collect::<Vec<_>>();
     assert_eq!(names(&peerix)[..6], ["status", "peers", "why", "doctor", "identity", "--json"]);
-    let flags = ["--port", "--host", "--db-path", "--filter-memory", "--proxy", "--verbose", "--help", "--version"];
+    let flags = [
+        "--port",
+        "--host",
+        "--db-path",
+        "--filter-memory",
+        "--proxy",
+        "--verbose",
+        "--help",
+        "--version",
+    ];
     assert_eq!(names(&tracker), flags);
-    let source = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("src/cli.rs")).unwrap();
+    let source =
+        fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("src/cli.rs")).unwrap();
     // Every flag that the parser knows: in the two forms in which it matches them.
     let (parser, _) = source.split_once("#[cfg(test)]").unwrap();
     let (_, parser) = parser.split_once("pub fn parse(").unwrap();
@@ -127,14 +147,19 @@ fn the_help_is_read_whole() {
     for line in parser.lines().map(str::trim) {
         let long = line.split_once("Long(\"").map(|(_, rest)| rest);
         let matched = line.strip_prefix('"').filter(|_| line.contains("\" =>"));
-        known.extend(long.or(matched).and_then(|rest| rest.split('"').next()).map(|name| format!("--{name}")));
+        known.extend(
+            long.or(matched)
+                .and_then(|rest| rest.split('"').next())
+                .map(|name| format!("--{name}")),
+        );
     }
     let mut told: Vec<String> = peerix.flags().map(|item| item.name.clone()).collect();
     known.sort();
     told.sort();
     assert!(known.len() > 20);
     assert_eq!(known, told);
-    for item in peerix.items.iter().filter(|item| item.name != "--help" && item.name != "--version") {
+    for item in peerix.items.iter().filter(|item| item.name != "--help" && item.name != "--version")
+    {
         assert!(item.text.len() > 5 || !item.value.is_empty(), "{item:?}");
     }
 }
@@ -163,16 +188,30 @@ fn man_pages() {
             inside = true;
             for item in help.items.iter().filter(|item| item.is_command() == (what == "commands")) {
                 let short = item.short.map(|short| format!("\\-{short}, ")).unwrap_or_default();
-                let value = if item.value.is_empty() { String::new() } else { format!(" \\fI{}", roff(&item.value)) };
-                made += &format!(".TP\n\\fB{short}{}{value}\\fR\n{}\n", roff(&item.name), roff(&item.text));
+                let value = if item.value.is_empty() {
+                    String::new()
+                } else {
+                    format!(" \\fI{}", roff(&item.value))
+                };
+                made += &format!(
+                    ".TP\n\\fB{short}{}{value}\\fR\n{}\n",
+                    roff(&item.name),
+                    roff(&item.text)
+                );
             }
         }
         is(&name, &made);
         // No complaints; that pages of nobody's distribution have no date is none.
-        let lint = Command::new("mandoc").args(["-T", "lint", "-W", "style"]).arg(contrib(&name)).output().unwrap();
+        let lint = Command::new("mandoc")
+            .args(["-T", "lint", "-W", "style"])
+            .arg(contrib(&name))
+            .output()
+            .unwrap();
         let said = String::from_utf8_lossy(&lint.stdout).into_owned();
-        let bad: Vec<&str> =
-            said.lines().filter(|l| !l.contains("missing date") && !l.contains("longer than 80")).collect();
+        let bad: Vec<&str> = said
+            .lines()
+            .filter(|l| !l.contains("missing date") && !l.contains("longer than 80"))
+            .collect();
         assert!(bad.is_empty(), "{bad:#?}");
     }
 }
@@ -181,14 +220,18 @@ const NOTE: &str = "# Made of what --help says by tests/manual.rs.\n";
 
 fn bash(help: &Help) -> String {
     let function = format!("_{}", help.program.replace('-', "_"));
-    let names = |items: Vec<&Item>| items.iter().map(|item| item.name.as_str()).collect::<Vec<_>>().join(" ");
+    let names = |items: Vec<&Item>| {
+        items.iter().map(|item| item.name.as_str()).collect::<Vec<_>>().join(" ")
+    };
     let mut out = format!(
         "{NOTE}{function}() {{\n    local cur=${{COMP_WORDS[COMP_CWORD]}} prev=${{COMP_WORDS[COMP_CWORD - 1]}}\n    \
          COMPREPLY=()\n    case $prev in\n"
     );
     for item in help.flags().filter(|item| !item.value.is_empty()) {
         let reply = match (item.choices(), item.value.as_str()) {
-            (Some(words), _) => format!("mapfile -t COMPREPLY < <(compgen -W '{words}' -- \"$cur\"); "),
+            (Some(words), _) => {
+                format!("mapfile -t COMPREPLY < <(compgen -W '{words}' -- \"$cur\"); ")
+            }
             (_, "FILE") => "mapfile -t COMPREPLY < <(compgen -f -- \"$cur\"); ".into(),
             (_, "DIR") => "mapfile -t COMPREPLY < <(compgen -d -- \"$cur\"); ".into(),
             _ => String::new(),
@@ -210,7 +253,9 @@ fn bash(help: &Help) -> String {
 }
 
 fn zsh(help: &Help) -> String {
-    let quote = |text: &str| text.replace('\'', "'\\''").replace('[', "\\[").replace(']', "\\]").replace(':', "\\:");
+    let quote = |text: &str| {
+        text.replace('\'', "'\\''").replace('[', "\\[").replace(']', "\\]").replace(':', "\\:")
+    };
     let mut out = format!("#compdef {}\n{NOTE}_arguments -s \\\n", help.program);
     for item in help.flags() {
         let action = match (item.choices(), item.value.as_str()) {
@@ -227,7 +272,10 @@ fn zsh(help: &Help) -> String {
     }
     let commands: Vec<String> = help.commands().map(|item| item.name.clone()).collect();
     if !commands.is_empty() {
-        out += &format!("    '1::command:({})' \\\n    '2::path:_files -W /nix/store' \\\n", commands.join(" "));
+        out += &format!(
+            "    '1::command:({})' \\\n    '2::path:_files -W /nix/store' \\\n",
+            commands.join(" ")
+        );
     }
     out.trim_end_matches(" \\\n").to_owned() + "\n"
 }
@@ -244,7 +292,10 @@ fn fish(help: &Help) -> String {
             _ => (" -x", words),
         };
         out += &match item.is_command() {
-            true => format!("complete -c {} -n __fish_is_first_arg -a {} -d '{text}'\n", help.program, item.name),
+            true => format!(
+                "complete -c {} -n __fish_is_first_arg -a {} -d '{text}'\n",
+                help.program, item.name
+            ),
             false => {
                 let short = item.short.map(|short| format!(" -s {short}")).unwrap_or_default();
                 let long = item.name.trim_start_matches('-');
@@ -350,7 +401,8 @@ fn zsh_completes() {
         // Without what moves the cursor: `ESC [ 7 C`.
         let after = |part: &str| part.find(char::is_alphabetic).map(|at| part[at + 1..].to_owned());
         let mut parts = printed.split('\x1b');
-        let words: Vec<String> = parts.next().map(str::to_owned).into_iter().chain(parts.filter_map(after)).collect();
+        let words: Vec<String> =
+            parts.next().map(str::to_owned).into_iter().chain(parts.filter_map(after)).collect();
         words.join(" ")
     });
 }

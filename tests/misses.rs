@@ -1,12 +1,14 @@
-//! No false misses. Nix remembers a *not there* for an hour, so a path that a peer has must be found, every time,
-//! at Nix's own 25 connections; and where peers cannot be reached Nix must go on without them.
+//! No false misses. Nix remembers a *not there* for an hour, so a path that a peer has must be
+//! found, every time, at Nix's own 25 connections; and where peers cannot be reached Nix must go on
+//! without them.
 
 use crate::common::{Asker, Holder, Lan, World, daemon, nix};
 use std::time::Duration;
 
 const RUNS: usize = 5;
 
-/// All of the closure comes from the peers: there is no other substituter, and Nix fails at the first miss.
+/// All of the closure comes from the peers: there is no other substituter, and Nix fails at the
+/// first miss.
 fn fetch_all(lan: &Lan, world: &World, holders: &[&Holder], prepare: impl Fn(&Asker)) {
     let asker = Asker::new(lan, world, holders);
     prepare(&asker);
@@ -77,7 +79,8 @@ fn ten_percent_of_packets_is_lost() {
     assert!(found * 100 >= closure.len() * 99, "{found} of {} found", closure.len());
 }
 
-/// Nix succeeds, from peers as far as they can be reached and from the next substituter for the rest.
+/// Nix succeeds, from peers as far as they can be reached and from the next substituter for the
+/// rest.
 fn goes_on(asker: &Asker, world: &World) {
     nix::assert_succeeded(&nix::realise(&asker.host, &[world.path("closure300")]));
     assert_eq!(asker.has_whole(world, world.path("closure300")).len(), 300);

@@ -1,5 +1,6 @@
-//! nixos-module.nix, evaluated by real Nix against a stand-in for nixpkgs' `lib` (tests/module): its options, what it
-//! refuses, and the unit files it comes to. That systemd takes those as they are meant is for `make vm-test`.
+//! nixos-module.nix, evaluated by real Nix against a stand-in for nixpkgs' `lib` (tests/module):
+//! its options, what it refuses, and the unit files it comes to. That systemd takes those as they
+//! are meant is for `make vm-test`.
 
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -14,8 +15,8 @@ fn nix_instantiate(expression: &str) -> Output {
 }
 
 fn run(store: &str, expression: &str) -> Output {
-    let program =
-        std::env::var_os("NIX_BIN_DIR").map_or("nix-instantiate".into(), |dir| Path::new(&dir).join("nix-instantiate"));
+    let program = std::env::var_os("NIX_BIN_DIR")
+        .map_or("nix-instantiate".into(), |dir| Path::new(&dir).join("nix-instantiate"));
     let mut command = Command::new(program);
     command.args(["--store", store, "--eval", "--strict", "--json", "-E"]).arg(expression);
     command.current_dir(ROOT).stdin(Stdio::null()).output().expect("nix-instantiate runs")
@@ -91,10 +92,12 @@ fn has(machine: &Value, flag: &str) -> bool {
 
 /// Name and default of each option in the original's README.
 fn original_options() -> Vec<(String, Value)> {
-    let tables = std::fs::read_to_string(Path::new(ROOT).join("tests/module/original-options.md")).unwrap();
+    let tables =
+        std::fs::read_to_string(Path::new(ROOT).join("tests/module/original-options.md")).unwrap();
     let rows = tables.lines().filter(|line| line.starts_with("| `services."));
     rows.map(|row| {
-        let cells: Vec<&str> = row.trim_matches('|').split('|').map(|cell| cell.trim().trim_matches('`')).collect();
+        let cells: Vec<&str> =
+            row.trim_matches('|').split('|').map(|cell| cell.trim().trim_matches('`')).collect();
         let default = serde_json::from_str(cells[2]).unwrap_or_else(|_| json!(cells[2]));
         (cells[0].to_owned(), default)
     })
@@ -130,21 +133,30 @@ fn every_option_of_the_original_has_its_name_type_and_default() {
     ]
     .into();
     let options = eval("(import ./tests/module/eval.nix).options");
-    let options: BTreeMap<&str, &Value> =
-        options.as_array().unwrap().iter().map(|option| (option["name"].as_str().unwrap(), option)).collect();
+    let options: BTreeMap<&str, &Value> = options
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|option| (option["name"].as_str().unwrap(), option))
+        .collect();
     let original = original_options();
     assert_eq!(original.len(), types.len());
     for (name, default) in &original {
         let option = options.get(&**name).unwrap_or_else(|| panic!("{name} is missing"));
         assert_eq!(option["type"], types[name.strip_prefix("services.peerix.").unwrap()], "{name}");
         // The stand-in's nixpkgs has the package at this path.
-        let default = if *default == json!("pkgs.peerix") { json!("/usr/local") } else { default.clone() };
+        let default =
+            if *default == json!("pkgs.peerix") { json!("/usr/local") } else { default.clone() };
         assert_eq!(option["default"], default, "{name}");
     }
     for option in options.values() {
         assert!(option["description"].as_str().unwrap().len() > 20, "{option}");
     }
-    let new: Vec<&str> = options.keys().filter(|name| original.iter().all(|(old, _)| old != *name)).copied().collect();
+    let new: Vec<&str> = options
+        .keys()
+        .filter(|name| original.iter().all(|(old, _)| old != *name))
+        .copied()
+        .collect();
     let added = [
         "enableIPv6",
         "extraFlags",
@@ -188,7 +200,9 @@ fn the_readme_has_every_option() {
 
 #[test]
 fn nothing_is_there_unless_it_is_enabled() {
-    let nothing = machine("services.peerix = { port = 1; publicKeyFile = \"/k\"; tracker.dbPath = \"t.db\"; };");
+    let nothing = machine(
+        "services.peerix = { port = 1; publicKeyFile = \"/k\"; tracker.dbPath = \"t.db\"; };",
+    );
     assert_eq!(nothing["units"], json!({}));
     assert_eq!((&nothing["tcp"], &nothing["udp"]), (&json!([]), &json!([])));
     let conf = nothing["nixConf"].as_str().unwrap();
@@ -213,7 +227,13 @@ fn by_default_it_is_one_socket_one_service_and_one_line_for_nix() {
     assert_eq!(setting(&machine, "peerix.socket", "WantedBy"), "sockets.target");
     let service = |name| setting(&machine, "peerix.service", name);
     assert_eq!(
-        [service("Type"), service("Restart"), service("DynamicUser"), service("User"), service("StateDirectory")],
+        [
+            service("Type"),
+            service("Restart"),
+            service("DynamicUser"),
+            service("User"),
+            service("StateDirectory")
+        ],
         ["notify", "on-failure", "true", "peerix", "peerix"]
     );
     assert!(service("WatchdogSec").parse::<u32>().unwrap() > 0);
@@ -229,7 +249,8 @@ fn by_default_it_is_one_socket_one_service_and_one_line_for_nix() {
             "--upstream-cache=https://cache.nixos.org",
         ]
     );
-    // The socket has to outlive a change of the service, and the service goes on without nix-daemon.
+    // The socket has to outlive a change of the service, and the service goes on without
+    // nix-daemon.
     assert_eq!(machine["stopIfChanged"]["peerix"], json!(false));
     assert_eq!(service("Requires"), "peerix.socket");
 }
@@ -275,15 +296,22 @@ fn every_option_arrives() {
     ] {
         assert!(has(&machine, flag), "no {flag}");
     }
-    // An active socket keeps its addresses when a configuration is switched to, so that others need another socket.
+    // An active socket keeps its addresses when a configuration is switched to, so that others need
+    // another socket.
     let socket = "peerix-12399-ipv6.socket";
     assert_eq!(settings(&machine, socket, "ListenStream"), ["0.0.0.0:12399", "[::]:12399"]);
     assert_eq!(setting(&machine, socket, "Service"), "peerix.service");
     assert_eq!(setting(&machine, "peerix.service", "Requires"), socket);
-    assert_eq!(setting(&machine, "peerix.service", "LoadCredential"), "private-key:/run/secrets/50 %%.key");
+    assert_eq!(
+        setting(&machine, "peerix.service", "LoadCredential"),
+        "private-key:/run/secrets/50 %%.key"
+    );
     assert_eq!(setting(&machine, "peerix.service", "SetCredential"), "private-key:missing");
     assert_eq!(setting(&machine, "peerix-key.path", "PathChanged"), "/run/secrets/50 %%.key");
-    assert_eq!(setting(&machine, "peerix-key.service", "ExecStart"), "/usr/bin/systemctl try-restart peerix.service");
+    assert_eq!(
+        setting(&machine, "peerix-key.service", "ExecStart"),
+        "/usr/bin/systemctl try-restart peerix.service"
+    );
     assert_eq!(machine["failed"], json!([]));
     assert_eq!(arguments(&machine, "peerix.service")[0], "/other/bin/peerix");
     let conf = machine["nixConf"].as_str().unwrap();
@@ -348,7 +376,8 @@ fn the_program_takes_each_flag_that_the_module_gives() {
 #[test]
 fn values_arrive_whatever_characters_they_have() {
     let odd = "a \"b\" 'c' %i %% $HOME ${HOME} \\ \\n ; # *? \t ü -";
-    let nix = odd.replace('\\', "\\\\").replace('"', "\\\"").replace("${", "\\${").replace('\t', "\\t");
+    let nix =
+        odd.replace('\\', "\\\\").replace('"', "\\\"").replace("${", "\\${").replace('\t', "\\t");
     let machine = peerix(&format!(
         "services.peerix = {{ peerId = \"{nix}\"; announceAddr = \"{nix}\"; trackerUrl = \"{nix}\"; filterPatterns = [ \"{nix}\" ];
           extraFlags = [ \"{nix}\" ]; }};"
@@ -372,13 +401,25 @@ fn what_cannot_work_is_refused_with_what_to_set() {
             &["tracker.dbPath", "/var/lib/tracker.db"],
         ),
         (r#"tracker = { enable = true; dbPath = "/tracker.db"; };"#, &["tracker.dbPath"]),
-        (r#"tracker = { enable = true; dbPath = "tracker.db"; };"#, &["tracker.dbPath", "absolute"]),
-        (r#"tracker = { enable = true; dbPath = "/data/my dir/t.db"; };"#, &["tracker.dbPath", "plain"]),
+        (
+            r#"tracker = { enable = true; dbPath = "tracker.db"; };"#,
+            &["tracker.dbPath", "absolute"],
+        ),
+        (
+            r#"tracker = { enable = true; dbPath = "/data/my dir/t.db"; };"#,
+            &["tracker.dbPath", "plain"],
+        ),
         (r#"tracker = { enable = true; dbPath = "/data/../etc/x/t.db"; };"#, &["tracker.dbPath"]),
         (r#"publicKey = "a:b";"#, &["services.peerix.publicKey", "a:b", "no public key"]),
         (r#"publicKey = "myhost-1";"#, &["services.peerix.publicKey", "myhost-1"]),
-        (r#"mode = "wan"; trackerUrl = "tracker:12305";"#, &["tracker-url", "tracker:12305", "http://"]),
-        (r#"upstreamCache = "cache.nixos.org";"#, &["upstream-cache", "cache.nixos.org", "https://"]),
+        (
+            r#"mode = "wan"; trackerUrl = "tracker:12305";"#,
+            &["tracker-url", "tracker:12305", "http://"],
+        ),
+        (
+            r#"upstreamCache = "cache.nixos.org";"#,
+            &["upstream-cache", "cache.nixos.org", "https://"],
+        ),
         (r#"settings.tracker-url = [ "http://a" "b" ];"#, &["tracker-url", "(b)"]),
         ("tracker = { enable = true; port = 12304; };", &["services.peerix.tracker.port", "12304"]),
         ("settings.port = 1;", &["services.peerix.settings.port", "services.peerix.port"]),
@@ -400,18 +441,28 @@ fn what_cannot_work_is_refused_with_what_to_set() {
     assert_eq!(both["failed"], json!([]));
     let conf = both["nixConf"].as_str().unwrap();
     assert!(
-        conf.contains("extra-trusted-public-keys = a-1:") && conf.contains("!include /run/peerix-public-key"),
+        conf.contains("extra-trusted-public-keys = a-1:")
+            && conf.contains("!include /run/peerix-public-key"),
         "{conf}"
     );
     // What is empty is not set.
-    assert!(!peerix("services.peerix.peerId = \"\";")["units"]["peerix.service"].as_str().unwrap().contains("peer-id"));
+    assert!(
+        !peerix("services.peerix.peerId = \"\";")["units"]["peerix.service"]
+            .as_str()
+            .unwrap()
+            .contains("peer-id")
+    );
     // Beside the store is not in it.
     let beside = peerix("services.peerix.privateKeyFile = builtins.storeDir + \"-keys/k\";");
     assert_eq!(beside["failed"], json!([]));
-    // A path of a flake is in the store, where everybody reads it; one beside configuration.nix is not, and stays there.
+    // A path of a flake is in the store, where everybody reads it; one beside configuration.nix is
+    // not, and stays there.
     let beside = peerix("services.peerix.privateKeyFile = ./Cargo.toml;");
     assert_eq!(beside["failed"], json!([]));
-    assert_eq!(setting(&beside, "peerix.service", "LoadCredential"), format!("private-key:{ROOT}/Cargo.toml"));
+    assert_eq!(
+        setting(&beside, "peerix.service", "LoadCredential"),
+        format!("private-key:{ROOT}/Cargo.toml")
+    );
 
     for (config, names) in [
         ("port = 65536;", "services.peerix.port: 65536 is not of type port"),
@@ -434,8 +485,14 @@ fn a_public_key_file_is_read_by_nix_and_not_by_the_evaluation() {
     let machine = peerix("services.peerix.publicKeyFile = \"/run/secrets/50 %.pub\";");
     let unit = "peerix-public-key.service";
     assert_eq!(setting(&machine, unit, "LoadCredential"), "public-key:/run/secrets/50 %%.pub");
-    assert!(machine["nixConf"].as_str().unwrap().contains("\n!include /run/peerix-public-key/nix.conf\n"));
-    // Before nix-daemon whenever that starts; what everybody's Nix reads; and without root's powers.
+    assert!(
+        machine["nixConf"]
+            .as_str()
+            .unwrap()
+            .contains("\n!include /run/peerix-public-key/nix.conf\n")
+    );
+    // Before nix-daemon whenever that starts; what everybody's Nix reads; and without root's
+    // powers.
     assert_eq!(setting(&machine, unit, "Before"), "nix-daemon.service peerix.service");
     assert_eq!(setting(&machine, unit, "PartOf"), "nix-daemon.service");
     assert_eq!(setting(&machine, unit, "WantedBy"), "multi-user.target nix-daemon.service");
@@ -447,7 +504,8 @@ fn a_public_key_file_is_read_by_nix_and_not_by_the_evaluation() {
     assert_eq!(machine["restartTriggers"]["nix-daemon"], json!(["/run/secrets/50 %.pub"]));
     let without = &peerix("")["restartTriggers"];
     assert!(without.is_object() && without["nix-daemon"].is_null());
-    // peerix takes them from there: as a credential of its own, a missing file kept it from starting.
+    // peerix takes them from there: as a credential of its own, a missing file kept it from
+    // starting.
     assert!(!machine["units"]["peerix.service"].as_str().unwrap().contains("public-key"));
     assert_eq!(settings(&machine, "peerix.service", "LoadCredential"), [""; 0]);
 
@@ -457,14 +515,19 @@ fn a_public_key_file_is_read_by_nix_and_not_by_the_evaluation() {
     std::fs::write(dir.join("public-key"), "a-1:AAAA\r\nallowed-users = *\n\nb-1:BBBB").unwrap();
     let script = machine["scripts"]["peerix-public-key"].as_str().unwrap();
     let script = script.replace("/run/peerix-public-key", dir.to_str().unwrap());
-    let status = Command::new("bash").args(["-c", &script]).env("CREDENTIALS_DIRECTORY", &dir).status().unwrap();
+    let status = Command::new("bash")
+        .args(["-c", &script])
+        .env("CREDENTIALS_DIRECTORY", &dir)
+        .status()
+        .unwrap();
     assert!(status.success());
     let keys = "a-1:AAAA allowed-users = * b-1:BBBB\n";
     let conf = std::fs::read_to_string(dir.join("nix.conf")).unwrap();
     assert_eq!(conf, format!("extra-trusted-public-keys = {keys}"));
 }
 
-/// Named by its place only, a file beside the configuration was not on the machine that the system was copied to.
+/// Named by its place only, a file beside the configuration was not on the machine that the system
+/// was copied to.
 #[test]
 fn a_public_key_file_beside_the_configuration_goes_with_the_system() {
     let unit = eval_with_store(
@@ -473,24 +536,33 @@ fn a_public_key_file_beside_the_configuration_goes_with_the_system() {
          in { text = builtins.unsafeDiscardStringContext unit; carried = builtins.attrNames (builtins.getContext unit); }",
     );
     let carried = unit["carried"][0].as_str().expect("it refers to a store path");
-    assert!(unit["text"].as_str().unwrap().contains(&format!("LoadCredential=public-key:{carried}\n")), "{unit}");
+    assert!(
+        unit["text"].as_str().unwrap().contains(&format!("LoadCredential=public-key:{carried}\n")),
+        "{unit}"
+    );
 }
 
 #[test]
 fn module_imported_twice_is_one() {
-    let expression =
-        "(import ./tests/module/eval.nix).twice { services.peerix = { enable = true; peers = [ \"a\" ]; }; }";
+    let expression = "(import ./tests/module/eval.nix).twice { services.peerix = { enable = true; peers = [ \"a\" ]; }; }";
     let machine = eval(expression);
     assert_eq!(settings(&machine, "peerix.socket", "ListenStream"), ["0.0.0.0:12304"]);
-    assert_eq!(arguments(&machine, "peerix.service").iter().filter(|flag| *flag == "--peer=a").count(), 1);
+    assert_eq!(
+        arguments(&machine, "peerix.service").iter().filter(|flag| *flag == "--peer=a").count(),
+        1
+    );
 }
 
 #[test]
 fn proxy_is_not_asked_for_this_machine() {
     let with = |proxy: &str| peerix(&format!("networking.proxy = {{ {proxy} }};"));
     assert_eq!(peerix("")["noProxy"], json!(null));
-    assert_eq!(with(r#"default = "http://proxy:3128";"#)["noProxy"], json!("127.0.0.1,localhost,::1"));
-    for (no_proxy, warnings) in [("localhost", 1), ("example.org,127.0.0.1", 0), ("127.0.0.0/8", 0), ("127.0.0.10", 1)]
+    assert_eq!(
+        with(r#"default = "http://proxy:3128";"#)["noProxy"],
+        json!("127.0.0.1,localhost,::1")
+    );
+    for (no_proxy, warnings) in
+        [("localhost", 1), ("example.org,127.0.0.1", 0), ("127.0.0.0/8", 0), ("127.0.0.10", 1)]
     {
         let machine = with(&format!(r#"httpProxy = "http://proxy:3128"; noProxy = "{no_proxy}";"#));
         assert_eq!(machine["noProxy"], json!(no_proxy));
@@ -507,11 +579,15 @@ fn the_package_is_built_where_nixpkgs_has_none() {
 
 #[test]
 fn it_runs_as_the_user_that_is_chosen() {
-    let chosen =
-        peerix("services.peerix = { user = \"cache\"; group = \"nogroup\"; }; users.users.cache.isSystemUser = true;");
+    let chosen = peerix(
+        "services.peerix = { user = \"cache\"; group = \"nogroup\"; }; users.users.cache.isSystemUser = true;",
+    );
     assert_eq!(chosen["failed"], json!([]));
     let service = |name| settings(&chosen, "peerix.service", name);
-    assert_eq!((service("User"), service("Group"), service("DynamicUser")), (vec!["cache"], vec!["nogroup"], vec![]));
+    assert_eq!(
+        (service("User"), service("Group"), service("DynamicUser")),
+        (vec!["cache"], vec!["nogroup"], vec![])
+    );
     let number = peerix("services.peerix.user = 1000;");
     assert_eq!(setting(&number, "peerix.service", "User"), "1000");
     assert_eq!(settings(&number, "peerix.service", "Group"), [""; 0]);
@@ -527,7 +603,11 @@ fn the_tracker_stands_by_itself() {
     let unit = "peerix-tracker.service";
     assert_eq!(
         arguments(&tracker, unit),
-        ["/usr/local/bin/peerix-tracker", "--port=12305", "--db-path=/var/lib/peerix-tracker/tracker.db"]
+        [
+            "/usr/local/bin/peerix-tracker",
+            "--port=12305",
+            "--db-path=/var/lib/peerix-tracker/tracker.db"
+        ]
     );
     assert_eq!(setting(&tracker, unit, "StateDirectory"), "peerix-tracker");
     assert_eq!(setting(&tracker, unit, "DynamicUser"), "true");
@@ -538,9 +618,14 @@ fn the_tracker_stands_by_itself() {
     assert_eq!(elsewhere["tcp"], json!([]));
     assert_eq!(setting(&elsewhere, unit, "ReadWritePaths"), "/data/tracker");
     assert_eq!(settings(&elsewhere, unit, "DynamicUser"), [""; 0]);
-    assert_eq!(elsewhere["tmpfiles"], json!(["d /data/tracker :0700 :peerix-tracker :peerix-tracker -"]));
+    assert_eq!(
+        elsewhere["tmpfiles"],
+        json!(["d /data/tracker :0700 :peerix-tracker :peerix-tracker -"])
+    );
     // Another service's directory is not taken from it.
-    let beside = machine("services.peerix.tracker = { enable = true; dbPath = \"/var/lib/postgresql/t.db\"; };");
+    let beside = machine(
+        "services.peerix.tracker = { enable = true; dbPath = \"/var/lib/postgresql/t.db\"; };",
+    );
     assert_eq!(settings(&beside, unit, "StateDirectory"), [""; 0]);
     assert_eq!(elsewhere["users"], json!(["peerix-tracker"]));
 }
@@ -576,24 +661,37 @@ fn both_programs_are_locked_up() {
         ] {
             assert_eq!(setting(&machine, unit, name), value, "{unit}: {name}");
         }
-        assert_eq!(settings(&machine, unit, "SystemCallFilter"), ["@system-service", "~@privileged @resources"]);
+        assert_eq!(
+            settings(&machine, unit, "SystemCallFilter"),
+            ["@system-service", "~@privileged @resources"]
+        );
     }
-    assert!(!settings(&machine, "peerix-tracker.service", "RestrictAddressFamilies").contains(&"AF_NETLINK"));
+    assert!(
+        !settings(&machine, "peerix-tracker.service", "RestrictAddressFamilies")
+            .contains(&"AF_NETLINK")
+    );
 }
 
-/// Of the drop-ins that the README has installed, each names what it is for, and keeps the port open without a key.
+/// Of the drop-ins that the README has installed, each names what it is for, and keeps the port
+/// open without a key.
 #[test]
 fn drop_ins_of_the_readme_are_there_and_survive_a_missing_key() {
     let read = |name: &str| std::fs::read_to_string(Path::new(ROOT).join(name)).unwrap();
     let readme = read("README.md");
-    for line in readme.lines().filter(|line| line.starts_with("    # ") && line.contains("contrib/")) {
-        let files = line.split_whitespace().filter(|word| word.starts_with("contrib/") && !word.contains('*'));
+    for line in
+        readme.lines().filter(|line| line.starts_with("    # ") && line.contains("contrib/"))
+    {
+        let files = line
+            .split_whitespace()
+            .filter(|word| word.starts_with("contrib/") && !word.contains('*'));
         files.for_each(|file| assert!(Path::new(ROOT).join(file).exists(), "{line}"));
     }
     let key = read("contrib/peerix.service.d/key.conf");
-    for line in
-        ["LoadCredential=private-key:/etc/nix/peerix.sec\n", "SetCredential=private-key:missing\n", "=%d/private-key\n"]
-    {
+    for line in [
+        "LoadCredential=private-key:/etc/nix/peerix.sec\n",
+        "SetCredential=private-key:missing\n",
+        "=%d/private-key\n",
+    ] {
         assert!(key.contains(line), "{line}");
     }
     assert!(
@@ -604,13 +702,15 @@ fn drop_ins_of_the_readme_are_there_and_survive_a_missing_key() {
     assert!(!read("contrib/systemd/peerix.service").contains("trusted-public-key"));
 }
 
-/// What those install who have no NixOS is what the module makes. Run with PEERIX_UPDATE=1 to write it anew.
+/// What those install who have no NixOS is what the module makes. Run with PEERIX_UPDATE=1 to write
+/// it anew.
 #[test]
 fn the_units_in_contrib_are_those_of_the_module() {
     let machine = peerix("services.peerix.tracker.enable = true;");
     let contrib = Path::new(ROOT).join("contrib");
     let lines = machine["nixConf"].as_str().unwrap().lines();
-    let conf: String = lines.filter(|line| line.contains("127.0.0.1")).map(|line| format!("{line}\n")).collect();
+    let conf: String =
+        lines.filter(|line| line.contains("127.0.0.1")).map(|line| format!("{line}\n")).collect();
     // It is for the end of a file whose last line may not end.
     let conf = format!("\n{conf}");
     let mut files: BTreeMap<String, String> = [("nix.conf".to_owned(), conf)].into();
@@ -624,7 +724,10 @@ fn the_units_in_contrib_are_those_of_the_module() {
             std::fs::write(&path, text).unwrap();
         }
         let there = std::fs::read_to_string(&path).unwrap_or_default();
-        assert_eq!(there, *text, "contrib/{name}: PEERIX_UPDATE=1 cargo test --test integration module writes it anew");
+        assert_eq!(
+            there, *text,
+            "contrib/{name}: PEERIX_UPDATE=1 cargo test --test integration module writes it anew"
+        );
     }
     let units = std::fs::read_dir(contrib.join("systemd")).unwrap().count();
     assert_eq!(units, files.len() - 1, "contrib/systemd has units that the module does not make");
@@ -634,16 +737,19 @@ fn the_units_in_contrib_are_those_of_the_module() {
 #[test]
 fn the_machines_of_the_virtual_tests_are_right() {
     for (test, names) in [("lan", 3), ("wan", 3)] {
-        let machines = eval(&format!("(import ./tests/module/eval.nix).machines ./nix/tests/{test}.nix"));
+        let machines =
+            eval(&format!("(import ./tests/module/eval.nix).machines ./nix/tests/{test}.nix"));
         let machines = machines.as_object().unwrap();
         assert_eq!(machines.len(), names);
         for (name, machine) in machines {
             assert_eq!(machine["failed"], json!([]), "{test}: {name}");
             assert!(!machine["units"].as_object().unwrap().is_empty());
         }
-        let steps = eval(&format!("(import ./nix/tests/{test}.nix {{ peerix = \"/p\"; }}).testScript"));
-        let parts =
-            ["common", test].map(|part| std::fs::read_to_string(Path::new(ROOT).join(format!("tests/vm/{part}.py"))));
+        let steps =
+            eval(&format!("(import ./nix/tests/{test}.nix {{ peerix = \"/p\"; }}).testScript"));
+        let parts = ["common", test].map(|part| {
+            std::fs::read_to_string(Path::new(ROOT).join(format!("tests/vm/{part}.py")))
+        });
         assert_eq!(steps, parts.map(Result::unwrap).concat());
     }
 }

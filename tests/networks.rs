@@ -1,5 +1,5 @@
-//! Networks as they are: IPv6 alone, interfaces that come and go, nodes beyond the broadcast domain, several
-//! networks at once, one address among several.
+//! Networks as they are: IPv6 alone, interfaces that come and go, nodes beyond the broadcast
+//! domain, several networks at once, one address among several.
 
 use crate::common::lan::Run;
 use crate::common::{Daemon, Host, Lan, PORT, daemon, http, packet, wait_for, world};
@@ -13,12 +13,18 @@ fn host_with_store(lan: &Lan, name: &str) -> Host {
 }
 
 fn hits(asker: &Host, mark: &str) -> bool {
-    http::get_local(asker, &format!("/{}.narinfo", world::hash_part(mark))).expect("peerix answers").status == 200
+    http::get_local(asker, &format!("/{}.narinfo", world::hash_part(mark)))
+        .expect("peerix answers")
+        .status
+        == 200
 }
 
 /// The NAR comes through too: its URL leads to the holder again.
 fn fetches(asker: &Host, mark: &str) {
-    asker.write("/etc/nix/nix.conf", format!("substituters = http://127.0.0.1:{PORT}\nrequire-sigs = false\n"));
+    asker.write(
+        "/etc/nix/nix.conf",
+        format!("substituters = http://127.0.0.1:{PORT}\nrequire-sigs = false\n"),
+    );
     asker.cmd("nix-store").args(["--realise", mark]).okay();
     asker.cmd("nix-store").args(["--verify-path", mark]).okay();
 }
@@ -63,7 +69,8 @@ fn a_network_that_comes_after_the_start_and_changes() {
 #[test]
 fn a_node_in_another_subnet_that_is_named() {
     let lan = Lan::new();
-    let (holder, router, asker) = (lan.host("holder"), lan.host("router"), host_with_store(&lan, "asker"));
+    let (holder, router, asker) =
+        (lan.host("holder"), lan.host("router"), host_with_store(&lan, "asker"));
     let mark = daemon::mark(&holder);
     for (host, subnet) in [(&holder, 1), (&asker, 2)] {
         host.net(&format!("ip addr del {}/24 dev eth0", host.address));
@@ -97,7 +104,8 @@ fn bound_to_one_address_it_still_hears_broadcasts() {
     let _holder = Daemon::start(&holder, &["--bind", &address, "--bind", "127.0.0.1"]);
     let socket = asker.udp(PORT);
     socket.set_read_timeout(Some(crate::common::DEADLINE)).unwrap();
-    let query = packet::Packet::Query { id: 7, hash_part: world::hash_part(&mark).to_owned() }.write();
+    let query =
+        packet::Packet::Query { id: 7, hash_part: world::hash_part(&mark).to_owned() }.write();
     let mut answer = [0; 512];
     socket.send_to(&query, (Ipv4Addr::new(10, 77, 0, 255), PORT)).unwrap();
     loop {

@@ -1,5 +1,5 @@
-//! Neighbours that answer late, by halves or not at all. They may slow lookups within the bounds that the
-//! simulation of `lan` measures; what a live holder has is found.
+//! Neighbours that answer late, by halves or not at all. They may slow lookups within the bounds
+//! that the simulation of `lan` measures; what a live holder has is found.
 
 use crate::common::lan::PATIENCE;
 use crate::common::packet::{Packet, hello};
@@ -36,8 +36,11 @@ impl OddNeighbour {
             let mut answers = VecDeque::new();
             let mut queries = 0;
             while !stopped.load(Ordering::Relaxed) {
-                let datagram = receive(&socket, Duration::from_millis(5)).filter(|(from, _)| from.ip() != own);
-                if let Some((from, Some(answer))) = datagram.map(|(from, datagram)| (from, answer(&datagram))) {
+                let datagram =
+                    receive(&socket, Duration::from_millis(5)).filter(|(from, _)| from.ip() != own);
+                if let Some((from, Some(answer))) =
+                    datagram.map(|(from, datagram)| (from, answer(&datagram)))
+                {
                     queries += 1;
                     if queries % nth == 0 {
                         answers.push_back((Instant::now() + delay, from, answer));
@@ -127,7 +130,8 @@ fn firewalled_newcomers_hide_no_path() {
         for number in 200..205 {
             let address = lan.address(number);
             firewalled.net(&format!("ip addr add {address}/24 dev eth0"));
-            let socket = firewalled.in_net(|| UdpSocket::bind((address, PORT)).expect("an address of the host"));
+            let socket = firewalled
+                .in_net(|| UdpSocket::bind((address, PORT)).expect("an address of the host"));
             let instance = [number; 8];
             socket.send_to(&hello(instance), (asker.host.address, PORT)).expect("a network");
             daemon::wait_until_listed(&asker.host, address);

@@ -1,5 +1,6 @@
-//! What real stores hold beside ordinary paths, and what real Nix asks for beside paths. Each of these was found in bug
-//! reports of other caches, and the first line says what used to happen here.
+//! What real stores hold beside ordinary paths, and what real Nix asks for beside paths. Each of
+//! these was found in bug reports of other caches, and the first line says what used to happen
+//! here.
 
 use crate::common::daemon::{binary, mark, narinfo_status, wait_until_known, wait_until_live};
 use crate::common::fault::Delay;
@@ -7,7 +8,9 @@ use crate::common::http::{self, Reply, Request};
 use crate::common::lan::Run;
 use crate::common::solo::TempDir;
 use crate::common::standin::{Shelf, StandIn, have};
-use crate::common::{Asker, Bystander, Daemon, Holder, Host, Lan, PORT, World, nix, thread, wait_for, world};
+use crate::common::{
+    Asker, Bystander, Daemon, Holder, Host, Lan, PORT, World, nix, thread, wait_for, world,
+};
 use rustix::process::Signal;
 use std::ffi::OsStr;
 use std::fs;
@@ -19,7 +22,11 @@ use std::time::Duration;
 const DB: &str = "/nix/var/nix/db/db.sqlite";
 
 /// Uses a copy of a database of a host: SQLite would look for `/proc/…/root/…` on this machine.
-fn with_copy<T>(host: &Host, file: &str, work: impl FnOnce(&rusqlite::Connection) -> T) -> (T, Vec<u8>) {
+fn with_copy<T>(
+    host: &Host,
+    file: &str,
+    work: impl FnOnce(&rusqlite::Connection) -> T,
+) -> (T, Vec<u8>) {
     let dir = TempDir::new();
     fs::create_dir_all(dir.file("")).unwrap();
     let copy = dir.file("db.sqlite");
@@ -36,7 +43,8 @@ fn with_copy<T>(host: &Host, file: &str, work: impl FnOnce(&rusqlite::Connection
 
 /// Changes the Nix database, or another one, of a host. Nobody else may have it open.
 fn sql(host: &Host, file: &str, statements: &str) {
-    let ((), changed) = with_copy(host, file, |connection| connection.execute_batch(statements).unwrap());
+    let ((), changed) =
+        with_copy(host, file, |connection| connection.execute_batch(statements).unwrap());
     for suffix in ["-wal", "-shm"] {
         let _ = fs::remove_file(host.path(&format!("{file}{suffix}")));
     }
@@ -67,7 +75,8 @@ fn key(host: &Host, name: &str) -> String {
     fs::read_to_string(host.path("/etc/key.pub")).unwrap().trim().to_owned()
 }
 
-/// After four such paths the peer was avoided, and the 300 ordinary ones were "not there" for an hour.
+/// After four such paths the peer was avoided, and the 300 ordinary ones were "not there" for an
+/// hour.
 #[test]
 fn odd_paths_of_a_peer_hide_none_of_its_others() {
     let lan = Lan::patient();
@@ -77,11 +86,25 @@ fn odd_paths_of_a_peer_hide_none_of_its_others() {
     // What a peer may have and this peerix, or Nix, does not take.
     let narinfo = move |kind: usize, hash_part: &str| {
         let (hash, size, more) = match kind {
-            0 => ("sha256:0mdqa9w1p6cmli6976v4wi0sw9r4p5prkj7lzfd1877wk11c9c73", "8", "x".repeat(1 << 20)),
-            1 => ("sha256:0mdqa9w1p6cmli6976v4wi0sw9r4p5prkj7lzfd1877wk11c9c73", "0", String::new()),
-            2 => ("sha512:0mdqa9w1p6cmli6976v4wi0sw9r4p5prkj7lzfd1877wk11c9c73", "8", String::new()),
-            3 => ("sha256:0mdqa9w1p6cmli6976v4wi0sw9r4p5prkj7lzfd1877wk11c9c73", "17592186044417", String::new()),
-            _ => ("sha256:0mdqa9w1p6cmli6976v4wi0sw9r4p5prkj7lzfd1877wk11c9c73", "8", String::new()),
+            0 => (
+                "sha256:0mdqa9w1p6cmli6976v4wi0sw9r4p5prkj7lzfd1877wk11c9c73",
+                "8",
+                "x".repeat(1 << 20),
+            ),
+            1 => {
+                ("sha256:0mdqa9w1p6cmli6976v4wi0sw9r4p5prkj7lzfd1877wk11c9c73", "0", String::new())
+            }
+            2 => {
+                ("sha512:0mdqa9w1p6cmli6976v4wi0sw9r4p5prkj7lzfd1877wk11c9c73", "8", String::new())
+            }
+            3 => (
+                "sha256:0mdqa9w1p6cmli6976v4wi0sw9r4p5prkj7lzfd1877wk11c9c73",
+                "17592186044417",
+                String::new(),
+            ),
+            _ => {
+                ("sha256:0mdqa9w1p6cmli6976v4wi0sw9r4p5prkj7lzfd1877wk11c9c73", "8", String::new())
+            }
         };
         let name = if kind == 4 { ".-name".to_owned() } else { "name".to_owned() };
         let compression = if kind == 5 { "xz" } else { "none" };
@@ -93,12 +116,16 @@ fn odd_paths_of_a_peer_hide_none_of_its_others() {
     let host = lan.host("odd");
     let peer = StandIn::start(&host, have(|_| true), move |request: &Request| {
         let missing = || Reply::Whole(404, vec![]);
-        if let Some(name) = request.path.strip_prefix("/local/nar/").and_then(|rest| rest.strip_suffix(".nar")) {
+        if let Some(name) =
+            request.path.strip_prefix("/local/nar/").and_then(|rest| rest.strip_suffix(".nar"))
+        {
             return shelf.nar(name).map_or_else(missing, |nar| Reply::Whole(200, nar));
         }
-        let hash_part = request.path.strip_prefix("/local/").and_then(|rest| rest.strip_suffix(".narinfo"));
+        let hash_part =
+            request.path.strip_prefix("/local/").and_then(|rest| rest.strip_suffix(".narinfo"));
         let Some(hash_part) = hash_part else { return missing() };
-        let kind = hash_part.strip_prefix(&"0".repeat(30)).and_then(|number| number.parse::<usize>().ok());
+        let kind =
+            hash_part.strip_prefix(&"0".repeat(30)).and_then(|number| number.parse::<usize>().ok());
         let text = match kind {
             Some(number) => Some(narinfo(number % 6, hash_part)),
             None => shelf.peer_narinfo(hash_part, &format!("local/nar/{hash_part}.nar")),
@@ -117,19 +144,24 @@ fn odd_paths_of_a_peer_hide_none_of_its_others() {
     });
     let log = asker.daemon.log();
     assert!(!log.contains("avoided for"), "{log}");
-    for reason in ["larger than 1 MiB", "NarSize is 0", "not sha256", "dot directory", "of a compressed NAR"] {
+    for reason in
+        ["larger than 1 MiB", "NarSize is 0", "not sha256", "dot directory", "of a compressed NAR"]
+    {
         assert!(log.contains(reason), "{reason}: {log}");
     }
     // Once each, however often Nix asks.
     for _ in 0..3 {
-        assert_eq!(http::get_local(&asker.host, &format!("/{:032}.narinfo", 1)).unwrap().status, 404);
+        assert_eq!(
+            http::get_local(&asker.host, &format!("/{:032}.narinfo", 1)).unwrap().status,
+            404
+        );
     }
     let warned = format!("warn: {:032}: cannot be had", 1);
     assert_eq!(asker.daemon.log().matches(&warned).count(), 1, "{}", asker.daemon.log());
 }
 
-/// Of these, none arrived: narinfos over 64 KiB, content addresses of a later Nix, trees of more than 64 levels, a
-/// signature of another length, a deriver that is none.
+/// Of these, none arrived: narinfos over 64 KiB, content addresses of a later Nix, trees of more
+/// than 64 levels, a signature of another length, a deriver that is none.
 #[test]
 fn what_nix_takes_arrives() {
     const MANY: &str = r#"
@@ -147,7 +179,10 @@ fn what_nix_takes_arrives() {
     let world = World::on(&lan);
     let mut paths = Vec::new();
     let holder = Holder::with(&lan, &world, "holder", |host| {
-        let eval = host.cmd("nix-instantiate").args(["--eval", "--read-write-mode", "--expr", MANY]).okay();
+        let eval = host
+            .cmd("nix-instantiate")
+            .args(["--eval", "--read-write-mode", "--expr", MANY])
+            .okay();
         paths.push(eval.trim().trim_matches('"').to_owned());
         paths.push(built(host, &deep(60), &[]));
         // Nix 2.34 refuses to build more than 64.
@@ -155,12 +190,17 @@ fn what_nix_takes_arrives() {
         if deeper.status.success() {
             paths.push(String::from_utf8_lossy(&deeper.stdout).trim().to_owned());
         }
-        let files = ["blake3", "git", "sha3", "signature", "deriver"].map(|name| file(host, name, name));
+        let files =
+            ["blake3", "git", "sha3", "signature", "deriver"].map(|name| file(host, name, name));
         paths.extend(files);
         paths.push(world.path("odd").to_owned());
         world.sign(host);
         let change = |name: &str, what: &str| {
-            sql(host, DB, &format!("update ValidPaths set {what} where path like '/nix/store/%-{name}'"));
+            sql(
+                host,
+                DB,
+                &format!("update ValidPaths set {what} where path like '/nix/store/%-{name}'"),
+            );
         };
         let digest = "1c4n7q0z8y2v5x3s6w9r1a4b7d0f2g5h8i1j4k7l0m3n6p9q2r5s";
         change("blake3", &format!("ca = 'fixed:r:blake3:{digest}'"));
@@ -171,7 +211,8 @@ fn what_nix_takes_arrives() {
         vec![]
     });
     let asker = Asker::new(&lan, &world, &[&holder]);
-    let answer = http::get_local(&asker.host, &format!("/{}.narinfo", world::hash_part(&paths[0]))).unwrap();
+    let answer =
+        http::get_local(&asker.host, &format!("/{}.narinfo", world::hash_part(&paths[0]))).unwrap();
     assert_eq!(answer.status, 200);
     assert!(answer.body.len() > 64 << 10, "{} bytes", answer.body.len());
     for path in &paths {
@@ -184,9 +225,16 @@ fn what_nix_takes_arrives() {
     let blake3 = paths.iter().find(|path| path.ends_with("-blake3")).unwrap();
     let route = format!("/{}.narinfo", world::hash_part(blake3));
     let mut connection = http::Connection::new(asker.host.connect_local().unwrap()).unwrap();
-    for (agent, has_ca) in [("curl/8.23.0 Nix/2.34.8", true), ("curl/7.85.0 Nix/2.8.0", false), ("curl/8", false)] {
+    for (agent, has_ca) in
+        [("curl/8.23.0 Nix/2.34.8", true), ("curl/7.85.0 Nix/2.8.0", false), ("curl/8", false)]
+    {
         let answer = connection.ask("GET", &route, &format!("User-Agent: {agent}\r\n")).unwrap();
-        assert_eq!(answer.text().contains("CA: fixed:r:blake3:"), has_ca, "{agent}: {}", answer.text());
+        assert_eq!(
+            answer.text().contains("CA: fixed:r:blake3:"),
+            has_ca,
+            "{agent}: {}",
+            answer.text()
+        );
     }
 }
 
@@ -198,9 +246,11 @@ fn large_narinfos_are_bounded_in_memory() {
     let asker = Asker::with(&lan, "", &[]);
     let host = lan.host("large");
     let peer = StandIn::start(&host, have(|_| true), |request: &Request| {
-        let hash_part = request.path.strip_prefix("/local/").and_then(|rest| rest.strip_suffix(".narinfo"));
+        let hash_part =
+            request.path.strip_prefix("/local/").and_then(|rest| rest.strip_suffix(".narinfo"));
         let Some(hash_part) = hash_part else { return Reply::Whole(404, vec![]) };
-        let references: String = (0..13_900).map(|n| format!(" {n:032}-member-of-a-large-collection-{n}")).collect();
+        let references: String =
+            (0..13_900).map(|n| format!(" {n:032}-member-of-a-large-collection-{n}")).collect();
         let text = format!(
             "StorePath: /nix/store/{hash_part}-large\nURL: x.nar\nCompression: none\n\
              NarHash: sha256:0mdqa9w1p6cmli6976v4wi0sw9r4p5prkj7lzfd1877wk11c9c73\nNarSize: 8\nReferences:{references}\n"
@@ -216,7 +266,8 @@ fn large_narinfos_are_bounded_in_memory() {
             thread::spawn_in(scope, "Nix", move || {
                 let mut own = http::Connection::new(asker.host.connect_local().unwrap()).unwrap();
                 for round in 0..4 {
-                    let answer = own.get(&format!("/{:032}.narinfo", 1 + connection * 4 + round)).unwrap();
+                    let answer =
+                        own.get(&format!("/{:032}.narinfo", 1 + connection * 4 + round)).unwrap();
                     assert_eq!(answer.status, 200);
                     assert!(answer.whole && answer.body.len() > 900 << 10);
                 }
@@ -230,7 +281,8 @@ fn large_narinfos_are_bounded_in_memory() {
     assert!(peak <= 40 << 10, "peak of {peak} KiB");
 }
 
-/// The build failed with "does not exist in binary cache" for as long as Nix remembered the URL: 30 days.
+/// The build failed with "does not exist in binary cache" for as long as Nix remembered the URL: 30
+/// days.
 #[test]
 fn urls_that_the_python_peerix_wrote() {
     let lan = Lan::patient();
@@ -247,16 +299,20 @@ fn urls_that_the_python_peerix_wrote() {
     sql(&asker.host, cache, &format!("{old} where namePart = 'little' and present = 1"));
     nix::realise_quietly(&asker.host, &[path, large]);
     nix::assert_whole(&asker.host, &[path, large], &world.store());
-    // Two peers that disagree: which of them is meant, nobody can tell. A third party's address is never contacted.
+    // Two peers that disagree: which of them is meant, nobody can tell. A third party's address is
+    // never contacted.
     let other = lan.host("other");
     let shelf = Shelf::of(&world);
     let _other = StandIn::start(&other, have(|_| true), move |request: &Request| {
-        let hash_part = request.path.strip_prefix("/local/").and_then(|rest| rest.strip_suffix(".narinfo"));
+        let hash_part =
+            request.path.strip_prefix("/local/").and_then(|rest| rest.strip_suffix(".narinfo"));
         let text = hash_part.and_then(|hash_part| shelf.peer_narinfo(hash_part, "local/nar/x.nar"));
         let text = text.map(|text| {
             let ca = "CA: text:sha256:0mdqa9w1p6cmli6976v4wi0sw9r4p5prkj7lzfd1877wk11c9c73";
             let lines = text.lines().map(|line| match line.split_once(": ") {
-                Some(("NarHash", _)) => "NarHash: sha256:0mdqa9w1p6cmli6976v4wi0sw9r4p5prkj7lzfd1877wk11c9c73",
+                Some(("NarHash", _)) => {
+                    "NarHash: sha256:0mdqa9w1p6cmli6976v4wi0sw9r4p5prkj7lzfd1877wk11c9c73"
+                }
                 _ => line,
             });
             lines.chain([ca]).map(|line| format!("{line}\n")).collect::<String>()
@@ -268,13 +324,18 @@ fn urls_that_the_python_peerix_wrote() {
     naive.meet(&[&holder]);
     _other.meet(&other, &naive.host);
     let route = |name: &str| {
-        format!("/v2/remote/{}/{PORT}/{}/local/nar/x.nar", other.address, world::hash_part(world.path(name)))
+        format!(
+            "/v2/remote/{}/{PORT}/{}/local/nar/x.nar",
+            other.address,
+            world::hash_part(world.path(name))
+        )
     };
     assert_eq!(http::get_local(&naive.host, &route("little")).unwrap().status, 404);
     assert!(!_other.was_asked(".nar"));
 }
 
-/// `nix-cache-info` said yes, and every narinfo was 403: Nix found the cache empty and said nothing.
+/// `nix-cache-info` said yes, and every narinfo was 403: Nix found the cache empty and said
+/// nothing.
 #[test]
 fn the_root_is_a_cache_for_neighbours() {
     let lan = Lan::patient();
@@ -284,14 +345,21 @@ fn the_root_is_a_cache_for_neighbours() {
     let url = format!("http://{}:{PORT}", holder.host.address);
     nix::configure(
         &plain,
-        &format!("substituters = {url}\nrequire-sigs = true\ntrusted-public-keys = {}\n", world.cache_key),
+        &format!(
+            "substituters = {url}\nrequire-sigs = true\ntrusted-public-keys = {}\n",
+            world.cache_key
+        ),
     );
     plain.cmd("nix-store").arg("--init").okay();
     let path = world.path("closure300");
     nix::realise_quietly(&plain, &[path]);
     let closure = nix::closure(&plain, &[path]);
     assert_eq!(closure.len(), 300);
-    nix::assert_whole(&plain, &closure.iter().map(String::as_str).collect::<Vec<_>>(), &world.store());
+    nix::assert_whole(
+        &plain,
+        &closure.iter().map(String::as_str).collect::<Vec<_>>(),
+        &world.store(),
+    );
 }
 
 /// `nix log` asked `/log/…` at the root and found nothing.
@@ -312,7 +380,11 @@ fn build_logs_of_neighbours() {
     let answer = http::get_local(&asker.host, &route).unwrap();
     // Nobody has signed it, and Nix prints it to a terminal.
     assert_eq!((answer.status, answer.text().as_str()), (200, "a line of the log?]0;x?\n"));
-    let shown = asker.host.cmd("nix").args(["log", "--store", &format!("http://127.0.0.1:{PORT}"), &derivation]).ran();
+    let shown = asker
+        .host
+        .cmd("nix")
+        .args(["log", "--store", &format!("http://127.0.0.1:{PORT}"), &derivation])
+        .ran();
     assert!(String::from_utf8_lossy(&shown.stdout).contains("a line of the log"), "{shown:?}");
     let unknown = format!("/log/{}-unknown.drv", "0".repeat(32));
     assert_eq!(http::get_local(&asker.host, &unknown).unwrap().status, 404);
@@ -353,10 +425,20 @@ impl Realisations {
         let peerix = Daemon::start(&good, &["--private-key", "/etc/key.sec"]);
         let select = "select drvPath || '!' || outputName from Realisations join ValidPaths V on V.id = outputPath \
                       where V.path like '%-floating'";
-        let (id, _) =
-            with_copy(&good, DB, |database| database.query_row(select, [], |row| row.get::<_, String>(0)).unwrap());
+        let (id, _) = with_copy(&good, DB, |database| {
+            database.query_row(select, [], |row| row.get::<_, String>(0)).unwrap()
+        });
         let far = good.delay(Duration::from_millis(100));
-        Realisations { lan, good, _far: far, peerix, mark, key, outputs, route: format!("/realisations/{id}.doi") }
+        Realisations {
+            lan,
+            good,
+            _far: far,
+            peerix,
+            mark,
+            key,
+            outputs,
+            route: format!("/realisations/{id}.doi"),
+        }
     }
 
     fn asker(&self, keys: &[&str]) -> Asker {
@@ -365,7 +447,8 @@ impl Realisations {
         asker
     }
 
-    /// A peer that says of every output that it is a path of its own, which it has, addressed by its content.
+    /// A peer that says of every output that it is a path of its own, which it has, addressed by
+    /// its content.
     fn forger(&self) -> (StandIn, Host, String) {
         let host = self.lan.host("forger");
         nix::configure(&host, "");
@@ -374,15 +457,22 @@ impl Realisations {
         let cache = host.path("/tmp/cache");
         let out_path = world::base_name(&path).to_owned();
         let peer = StandIn::start(&host, have(|_| true), move |request: &Request| {
-            let name = request.path.trim_start_matches('/').trim_start_matches("local/").replace("%21", "!");
-            if let Some(id) = name.strip_prefix("realisations/").and_then(|rest| rest.strip_suffix(".doi")) {
+            let name = request
+                .path
+                .trim_start_matches('/')
+                .trim_start_matches("local/")
+                .replace("%21", "!");
+            if let Some(id) =
+                name.strip_prefix("realisations/").and_then(|rest| rest.strip_suffix(".doi"))
+            {
                 let signature = format!("good-1:{}==", "A".repeat(86));
                 let text = format!(
                     r#"{{"dependentRealisations":{{}},"id":"{id}","outPath":"{out_path}","signatures":["{signature}"]}}"#
                 );
                 return Reply::Whole(200, text.into_bytes());
             }
-            fs::read(cache.join(&name)).map_or(Reply::Whole(404, vec![]), |bytes| Reply::Whole(200, bytes))
+            fs::read(cache.join(&name))
+                .map_or(Reply::Whole(404, vec![]), |bytes| Reply::Whole(200, bytes))
         });
         (peer, host, path)
     }
@@ -410,8 +500,8 @@ fn content_addressed_derivations_are_substituted() {
     });
 }
 
-/// Nix registers what a substituter says of a realisation unchecked, and takes content-addressed outputs unsigned: the
-/// forger's content arrived although signatures were required.
+/// Nix registers what a substituter says of a realisation unchecked, and takes content-addressed
+/// outputs unsigned: the forger's content arrived although signatures were required.
 #[test]
 fn forged_realisations_never_reach_nix() {
     let mut scene = Realisations::new();
@@ -430,7 +520,8 @@ fn forged_realisations_never_reach_nix() {
     forger.meet(&forging, &naive.host);
     assert_eq!(http::get_local(&naive.host, &scene.route).unwrap().status, 404);
 
-    // The forger alone: the build fails, or is made here, and nothing of the forger's is in the store.
+    // The forger alone: the build fails, or is made here, and nothing of the forger's is in the
+    // store.
     scene.peerix.stop();
     // The asker has it now, and would share it.
     drop((asker, naive));
@@ -442,7 +533,8 @@ fn forged_realisations_never_reach_nix() {
     assert_eq!(built(&alone.host, FLOATING, &[]), scene.outputs[0]);
 }
 
-/// A neighbour that did not answer had as many requests as it may, and kept the next one from being asked.
+/// A neighbour that did not answer had as many requests as it may, and kept the next one from being
+/// asked.
 #[test]
 fn paused_neighbour_hides_no_realisation() {
     let scene = Realisations::new();
@@ -453,7 +545,8 @@ fn paused_neighbour_hides_no_realisation() {
     assert_eq!(narinfo_status(&asker.host, &format!("/nix/store/{}-absent", "0".repeat(32))), 404);
     near.daemon.signal(Signal::STOP);
     std::thread::scope(|scope| {
-        let asks = (0..25).map(|_| thread::spawn_in(scope, "ask", || http::get_local(&asker.host, &scene.route)));
+        let asks = (0..25)
+            .map(|_| thread::spawn_in(scope, "ask", || http::get_local(&asker.host, &scene.route)));
         let asks: Vec<_> = asks.collect();
         for ask in asks {
             assert_eq!(ask.join().expect("it only asks").unwrap().status, 200);
@@ -477,15 +570,23 @@ fn a_chroot_store() {
     refused.args(["300", &binary().display().to_string(), "--db", database]).env("RUST_LOG", "off");
     let refused = refused.ran();
     let said = String::from_utf8_lossy(&refused.stderr);
-    assert!(refused.status.code() == Some(1) && said.contains("--root DIR") && said.lines().count() == 1, "{said}");
+    assert!(
+        refused.status.code() == Some(1)
+            && said.contains("--root DIR")
+            && said.lines().count() == 1,
+        "{said}"
+    );
     let _peerix = Daemon::start(&host, &["--root", "/nix/target"]);
     let asker = Asker::with(&lan, "", &[]);
-    wait_for("the peers find one another", || (narinfo_status(&asker.host, &path) == 200).then_some(()));
+    wait_for("the peers find one another", || {
+        (narinfo_status(&asker.host, &path) == 200).then_some(())
+    });
     nix::realise_quietly(&asker.host, &[&path]);
     nix::assert_whole(&asker.host, &[&path], &host.path("/nix/target/nix/store"));
 }
 
-/// A store as users have them: what differs from the others, and whether an unprivileged daemon can read it.
+/// A store as users have them: what differs from the others, and whether an unprivileged daemon can
+/// read it.
 struct Store {
     name: &'static str,
     nix_conf: &'static str,
@@ -503,7 +604,12 @@ fn stores_and_databases_as_they_are() {
     let stores = [
         Store { name: "rollback", nix_conf: "use-sqlite-wal = false\n", script: "", uid: 65534 },
         Store { name: "rollback-root", nix_conf: "use-sqlite-wal = false\n", script: "", uid: 0 },
-        Store { name: "hard-linked", nix_conf: "auto-optimise-store = true\n", script: "", uid: 65534 },
+        Store {
+            name: "hard-linked",
+            nix_conf: "auto-optimise-store = true\n",
+            script: "",
+            uid: 65534,
+        },
         Store { name: "root-only", nix_conf: "", script: "chmod 700 /nix/var/nix/db", uid: 0 },
         Store {
             name: "read-only",
@@ -526,7 +632,9 @@ fn stores_and_databases_as_they_are() {
         host.sh(script);
         let peerix = Daemon::start_as(&host, uid, &[]);
         for path in &paths {
-            wait_for("the path is found", || (narinfo_status(&asker.host, path) == 200).then_some(()));
+            wait_for("the path is found", || {
+                (narinfo_status(&asker.host, path) == 200).then_some(())
+            });
             nix::realise_quietly(&asker.host, &[path]);
             nix::assert_whole(&asker.host, &[path], &host.path("/nix/store"));
         }
@@ -536,19 +644,24 @@ fn stores_and_databases_as_they_are() {
         if script.is_empty() {
             let later = make("later");
             assert_eq!(
-                http::get_local(&host, &format!("/local/{}.narinfo", world::hash_part(&later))).unwrap().status,
+                http::get_local(&host, &format!("/local/{}.narinfo", world::hash_part(&later)))
+                    .unwrap()
+                    .status,
                 200
             );
             host.cmd("nix-store").args(["--delete", &later]).okay();
             assert_eq!(
-                http::get_local(&host, &format!("/local/{}.narinfo", world::hash_part(&later))).unwrap().status,
+                http::get_local(&host, &format!("/local/{}.narinfo", world::hash_part(&later)))
+                    .unwrap()
+                    .status,
                 404
             );
         }
         assert!(!peerix.log().contains("error"), "{name}: {}", peerix.log());
     }
 
-    // An overlay whose upper layer has a whiteout: the path was deleted here, and is in the lower layer.
+    // An overlay whose upper layer has a whiteout: the path was deleted here, and is in the lower
+    // layer.
     let overlaid = lan.host("overlaid");
     world.give(&overlaid);
     let (gone, kept) = (world.path("little"), world.path("other"));
@@ -563,10 +676,13 @@ fn stores_and_databases_as_they_are() {
     file(&closed, "closed", "closed");
     closed.sh("chmod 700 /nix/var/nix/db");
     let mut refused = closed.cmd_as(65534, "timeout");
-    let refused = refused.args(["300", &binary().display().to_string()]).env("RUST_LOG", "off").ran();
+    let refused =
+        refused.args(["300", &binary().display().to_string()]).env("RUST_LOG", "off").ran();
     let said = String::from_utf8_lossy(&refused.stderr);
     assert!(
-        refused.status.code() == Some(1) && said.contains("/nix/var/nix/db") && said.lines().count() == 1,
+        refused.status.code() == Some(1)
+            && said.contains("/nix/var/nix/db")
+            && said.lines().count() == 1,
         "{said}"
     );
 }
@@ -585,8 +701,13 @@ fn grow(seed: &mut u64, at: &Path, levels: u64) {
             0 => std::os::unix::fs::symlink("../nowhere at all/\u{fc}", at).unwrap(),
             kind => {
                 let len = [0, 1, 7, 8, 9, 4095, 4096, 70_000][random(seed, 8) as usize];
-                fs::write(at, (0..len).map(|_| random(seed, 256) as u8).collect::<Vec<_>>()).unwrap();
-                fs::set_permissions(at, fs::Permissions::from_mode(if kind == 1 { 0o755 } else { 0o644 })).unwrap();
+                fs::write(at, (0..len).map(|_| random(seed, 256) as u8).collect::<Vec<_>>())
+                    .unwrap();
+                fs::set_permissions(
+                    at,
+                    fs::Permissions::from_mode(if kind == 1 { 0o755 } else { 0o644 }),
+                )
+                .unwrap();
             }
         }
         return;
@@ -594,7 +715,8 @@ fn grow(seed: &mut u64, at: &Path, levels: u64) {
     fs::create_dir(at).unwrap();
     for _ in 0..random(seed, 6) {
         let len = if random(seed, 8) == 0 { 255 } else { 1 + random(seed, 12) };
-        let name: Vec<u8> = (0..len).map(|_| BYTES[random(seed, BYTES.len() as u64) as usize]).collect();
+        let name: Vec<u8> =
+            (0..len).map(|_| BYTES[random(seed, BYTES.len() as u64) as usize]).collect();
         let path = at.join(OsStr::from_bytes(&name));
         if name != b"." && name != b".." && path.symlink_metadata().is_err() {
             grow(seed, &path, levels - 1);
@@ -608,17 +730,27 @@ fn what_a_static_cache_gives_peerix_gives() {
     const PATHS: u64 = 30;
     let lan = Lan::patient();
     let world = World::on(&lan);
-    let seed = std::env::var("PEERIX_TEST_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(16);
+    let seed =
+        std::env::var("PEERIX_TEST_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(16);
     println!("PEERIX_TEST_SEED={seed}");
     let mut state = seed;
     let seed = &mut state;
     let mut paths = Vec::new();
     let holder = Holder::with(&lan, &world, "holder", |host| {
         for number in 0..PATHS {
-            let name = format!("t{number}{}", ["", ".x", "+-._?=", &"n".repeat(200)][random(seed, 4) as usize]);
+            let name = format!(
+                "t{number}{}",
+                ["", ".x", "+-._?=", &"n".repeat(200)][random(seed, 4) as usize]
+            );
             let levels = random(seed, 5);
             grow(seed, &host.path(&format!("/tmp/{name}")), levels);
-            paths.push(host.cmd("nix-store").args(["--add", &format!("/tmp/{name}")]).okay().trim().to_owned());
+            paths.push(
+                host.cmd("nix-store")
+                    .args(["--add", &format!("/tmp/{name}")])
+                    .okay()
+                    .trim()
+                    .to_owned(),
+            );
         }
         world.sign(host);
         let long = format!("longer-1:{}", "A".repeat(128));
@@ -640,7 +772,10 @@ fn what_a_static_cache_gives_peerix_gives() {
             changes += &format!("update ValidPaths set {change} where path = '{path}';");
         }
         sql(host, DB, &changes);
-        host.cmd("nix").args(["copy", "--to", "file:///tmp/static?compression=none"]).args(&paths).okay();
+        host.cmd("nix")
+            .args(["copy", "--to", "file:///tmp/static?compression=none"])
+            .args(&paths)
+            .okay();
         vec![]
     });
     let cache = holder.host.path("/tmp/static");
@@ -649,7 +784,10 @@ fn what_a_static_cache_gives_peerix_gives() {
     nix::configure_client(&by_file, "file:///tmp/static", &[&world.cache_key]);
     fs::create_dir_all(by_file.path("/tmp/static")).unwrap();
     for entry in walk(&cache) {
-        by_file.write(&format!("/tmp/static/{}", entry.display()), fs::read(cache.join(&entry)).unwrap());
+        by_file.write(
+            &format!("/tmp/static/{}", entry.display()),
+            fs::read(cache.join(&entry)).unwrap(),
+        );
     }
     let mut accepted = 0;
     for path in &paths {

@@ -1,9 +1,9 @@
 //! The original peerix (the Python program) and this one on one network, both ways.
 //!
-//! The stand-in does what the original does and no more: it answers a query only when it has the path, knows no other
-//! packets, and by HTTP does as [`standin::original`] says.
-//! `data/original-query` and `data/original-have` are datagrams as the original sends them, with the request ID 1, for the
-//! content-addressed file that [`golden`] adds.
+//! The stand-in does what the original does and no more: it answers a query only when it has the
+//! path, knows no other packets, and by HTTP does as [`standin::original`] says.
+//! `data/original-query` and `data/original-have` are datagrams as the original sends them, with
+//! the request ID 1, for the content-addressed file that [`golden`] adds.
 
 use crate::common::http::{self, Reply};
 use crate::common::lan::Run;
@@ -35,7 +35,9 @@ fn we_fetch_from_the_original() {
     let original = StandIn::original(&peer, &world);
     let asker = Asker::with(&lan, "", &[&world.cache_key]);
     let probe = format!("/{}.narinfo", world::hash_part(world.path("little")));
-    wait_for("the original is heard", || (http::get_local(&asker.host, &probe).unwrap().status == 200).then_some(()));
+    wait_for("the original is heard", || {
+        (http::get_local(&asker.host, &probe).unwrap().status == 200).then_some(())
+    });
     assert_eq!(asker.fetches(&world, world.path("closure300")).len(), 300);
     asker.fetches(&world, world.path("large"));
     asker.fetches(&world, world.path("odd"));
@@ -84,7 +86,8 @@ fn we_understand_its_have_to_the_byte() {
     });
 }
 
-/// A narinfo as the original reads it: lines with a colon, the last of a key wins, signatures gathered.
+/// A narinfo as the original reads it: lines with a colon, the last of a key wins, signatures
+/// gathered.
 fn read_as_original(text: &str) -> (HashMap<String, String>, Vec<String>) {
     let mut fields = HashMap::new();
     let mut signatures = Vec::new();
@@ -117,16 +120,18 @@ fn the_original_fetches_from_us() {
             heard.find(|(from, datagram)| from.ip() == holder.host.address && is_answer(datagram))
         })
     };
-    // The golden query gets the golden answer, and nothing before it that the original would take for one.
+    // The golden query gets the golden answer, and nothing before it that the original would take
+    // for one.
     let (from, answer) = ask(QUERY, &|datagram| matches!(datagram[0], 0 | 1));
     assert_eq!(answer, HAVE);
 
     let fetch = |id: u32, path: &str| {
         let query = Packet::Query { id, hash_part: world::hash_part(path).to_owned() }.write();
-        let is_answer =
-            |datagram: &[u8]| matches!(Packet::read(datagram), Some(Packet::Have { id: of, .. }) if of == id);
+        let is_answer = |datagram: &[u8]| matches!(Packet::read(datagram), Some(Packet::Have { id: of, .. }) if of == id);
         let (_, answer) = ask(&query, &is_answer);
-        let Some(Packet::Have { port, path: route, .. }) = Packet::read(&answer) else { unreachable!("an answer") };
+        let Some(Packet::Have { port, path: route, .. }) = Packet::read(&answer) else {
+            unreachable!("an answer")
+        };
         let server = (from.ip(), u16::try_from(port).unwrap());
         let answer = http::get(&original, server, &format!("/{route}")).unwrap();
         assert_eq!(answer.status, 200);
@@ -150,14 +155,20 @@ fn the_original_fetches_from_us() {
         // What it hands to its Nix unpacks to the path.
         original.write("/tmp/nar", nar);
         original.sh(&format!("nix-store --restore /tmp/{name} < /tmp/nar"));
-        tree::assert_same(&world.store().join(world::base_name(path)), &original.path(&format!("/tmp/{name}")));
+        tree::assert_same(
+            &world.store().join(world::base_name(path)),
+            &original.path(&format!("/tmp/{name}")),
+        );
     }
 
     // What we lack is not answered with anything the original would act upon.
     let query = Packet::Query { id: 9, hash_part: "0".repeat(32) }.write();
     socket.send_to(&query, (BROADCAST, PORT)).unwrap();
     ask(QUERY, &|datagram| {
-        assert!(datagram[0] != 1 || datagram[1..5] != 9_u32.to_be_bytes(), "have, for what is not there");
+        assert!(
+            datagram[0] != 1 || datagram[1..5] != 9_u32.to_be_bytes(),
+            "have, for what is not there"
+        );
         datagram == HAVE
     });
 }

@@ -1,4 +1,5 @@
-//! What a person sees of a node: the status page in a real Chromium, beside real traffic, and who may not see it.
+//! What a person sees of a node: the status page in a real Chromium, beside real traffic, and who
+//! may not see it.
 
 use crate::common::daemon::status;
 use crate::common::http::{self, Connection, Reply, Server};
@@ -7,9 +8,10 @@ use crate::common::packet::Packet;
 use crate::common::scene::Places;
 use crate::common::standin::{StandIn, have};
 use crate::common::{
-    Asker, Browser, Daemon, Holder, Lan, PORT, World, daemon, directory, nix, thread, tracker, wait_for, world,
+    Asker, Browser, Daemon, Holder, Lan, PORT, World, daemon, directory, nix, thread, tracker,
+    wait_for, world,
 };
-use peerix::on_drop::OnDrop;
+use peerix::deferred::Deferred;
 use serde_json::Value;
 use std::io::Write;
 use std::path::Path;
@@ -47,14 +49,18 @@ fn the_page_tells_what_happens_and_the_same_without_scripts() {
     let office = places.holder("office");
     // A neighbour who lies.
     let liar = lan.host("liar");
-    let narinfo = format!("StorePath: /nix/store/{LIE}-{HOSTILE}\nURL: {HOSTILE}\nCompression: none\n");
+    let narinfo =
+        format!("StorePath: /nix/store/{LIE}-{HOSTILE}\nURL: {HOSTILE}\nCompression: none\n");
     let says = |datagram: &[u8]| match Packet::read(datagram)? {
         Packet::Query { hash_part, .. } if hash_part == LIE => have(|_| true)(datagram),
         Packet::Query { id, .. } => Some(Packet::HaveNot { id }.write()),
         _ => None,
     };
-    let liar = StandIn::start(&liar, says, move |_| Reply::Whole(200, narinfo.clone().into_bytes()));
-    let asker = Asker::flagged(lan, "", &[&world.cache_key], |host| tracker::flags(host, "both", &[&tracker.host]));
+    let liar =
+        StandIn::start(&liar, says, move |_| Reply::Whole(200, narinfo.clone().into_bytes()));
+    let asker = Asker::flagged(lan, "", &[&world.cache_key], |host| {
+        tracker::flags(host, "both", &[&tracker.host])
+    });
     wait_for("the far peer is at the tracker", || tracker.lists("office").then_some(()));
     asker.meet(&[&holder, &office]);
 
@@ -79,7 +85,9 @@ fn the_page_tells_what_happens_and_the_same_without_scripts() {
     for path in &closure[..100] {
         let to = (asker.host.address, PORT);
         let narinfo =
-            http::get(&holder.host, to, &format!("/local/{}.narinfo", world::hash_part(path))).unwrap().text();
+            http::get(&holder.host, to, &format!("/local/{}.narinfo", world::hash_part(path)))
+                .unwrap()
+                .text();
         let url = narinfo.lines().find_map(|line| line.strip_prefix("URL: ")).unwrap();
         assert!(http::get(&holder.host, to, &format!("/{url}")).unwrap().whole);
     }
@@ -87,14 +95,18 @@ fn the_page_tells_what_happens_and_the_same_without_scripts() {
     // A miss and a lie appear without a reload.
     assert_eq!(http::get_local(&asker.host, &format!("/{ABSENT}.narinfo")).unwrap().status, 404);
     assert_eq!(http::get_local(&asker.host, &format!("/{LIE}.narinfo")).unwrap().status, 404);
-    assert_eq!(http::get_local(&asker.host, &format!("/{}", HOSTILE.replace(' ', "%20"))).unwrap().status, 404);
+    assert_eq!(
+        http::get_local(&asker.host, &format!("/{}", HOSTILE.replace(' ', "%20"))).unwrap().status,
+        404
+    );
     let lookups = browser.wait_until_shown("lookups", &[ABSENT, LIE, "not found"]);
     assert!(lookups.contains("said it has it, but"), "{lookups}");
     assert!(liar.was_asked(&format!("{LIE}.narinfo")));
 
     // A NAR under way moves. It would take half a minute, so that the browser sees it.
     asker.host.slow(20);
-    let realising = nix::realising(&asker.host, &[world.path("middle")]).spawn().expect("nsenter starts");
+    let realising =
+        nix::realising(&asker.host, &[world.path("middle")]).spawn().expect("nsenter starts");
     let under_way = "document.querySelector('#transfers progress')?.value ?? 0";
     browser.wait_until_shown("transfers", &["-middle", &near]);
     let mut last = browser.value(under_way).as_f64().unwrap();
@@ -143,21 +155,27 @@ fn the_page_tells_what_happens_and_the_same_without_scripts() {
     asker.meet(&[&hostile]);
     browser.wait_until_shown("peers", &[HOSTILE]);
 
-    // Nobody who named themselves oddly has become an element, and nothing was asked of anybody else.
+    // Nobody who named themselves oddly has become an element, and nothing was asked of anybody
+    // else.
     let title = browser.text("document.title");
     assert!(title.starts_with("peerix on "), "{title}");
     assert_eq!(browser.value("document.images.length"), 0);
-    let elsewhere: Vec<&String> =
-        browser.requested.iter().filter(|url| !url.starts_with(&page()) && !url.starts_with("data:")).collect();
+    let elsewhere: Vec<&String> = browser
+        .requested
+        .iter()
+        .filter(|url| !url.starts_with(&page()) && !url.starts_with("data:"))
+        .collect();
     assert!(elsewhere.is_empty() && browser.requested.len() > 5, "{:?}", browser.requested);
     assert!(browser.complaints.is_empty(), "{:?}", browser.complaints);
     // Nor could it be, should a text ever become an element: the policy does not let it.
-    let other = format!("fetch('http://{near}/nix-cache-info').then(() => 'got it', () => 'refused')");
+    let other =
+        format!("fetch('http://{near}/nix-cache-info').then(() => 'got it', () => 'refused')");
     assert_eq!(browser.text(&other), "refused");
     browser.value(&format!("document.body.insertAdjacentHTML('beforeend', `{HOSTILE}`)"));
     wait_for("the browser says what it refused", || {
         let refused = |what: &str| browser.complaints.iter().any(|said| said.contains(what));
-        let both = refused("connect-src") && (refused("inline event handler") || refused("script-src"));
+        let both =
+            refused("connect-src") && (refused("inline event handler") || refused("script-src"));
         browser.value("0");
         both.then_some(())
     });
@@ -168,7 +186,10 @@ fn the_page_tells_what_happens_and_the_same_without_scripts() {
     let mut reached = Vec::new();
     for _ in 0..4 {
         browser.press("Tab", 9);
-        reached.push(browser.text("document.activeElement.id || document.activeElement.className || 'summary'"));
+        reached
+            .push(browser.text(
+                "document.activeElement.id || document.activeElement.className || 'summary'",
+            ));
     }
     assert_eq!(reached, ["skip", "pause", "summary", "lookups-table"]);
     // Everything that can be operated or looked at has a name.
@@ -202,13 +223,20 @@ fn nobody_else_is_told_and_no_page_of_another_name() {
     let lan = Lan::new();
     let (node, neighbour) = (lan.host("node"), lan.host("neighbour"));
     nix::configure_client(&node, "", &[]);
-    node.write("/etc/hosts", "127.0.0.1 localhost\n127.0.0.1 cache.lan # by the operator\n10.77.0.9 other.lan\n");
+    node.write(
+        "/etc/hosts",
+        "127.0.0.1 localhost\n127.0.0.1 cache.lan # by the operator\n10.77.0.9 other.lan\n",
+    );
     let daemon = Daemon::start(&node, &["--bind", "0.0.0.0", "--bind", "[::]"]);
     let mark = daemon::mark(&node);
 
     // Another machine, and this one by its address on the network.
     for route in ROUTES {
-        assert_eq!(http::get(&neighbour, (node.address, PORT), route).unwrap().status, 403, "{route}");
+        assert_eq!(
+            http::get(&neighbour, (node.address, PORT), route).unwrap().status,
+            403,
+            "{route}"
+        );
         assert_eq!(http::get(&node, (node.address, PORT), route).unwrap().status, 403, "{route}");
         assert_eq!(http::get_local(&node, route).unwrap().status, 200, "{route}");
     }
@@ -217,22 +245,43 @@ fn nobody_else_is_told_and_no_page_of_another_name() {
     let lookup = format!("/{}.narinfo", world::hash_part(&mark));
     let ask = |host: &str, route: &str, fields: &str| {
         let mut connection = Connection::new(node.connect_local().unwrap()).unwrap();
-        connection.send(format!("GET {route} HTTP/1.1\r\nHost: {host}\r\n{fields}\r\n").as_bytes()).unwrap();
+        connection
+            .send(format!("GET {route} HTTP/1.1\r\nHost: {host}\r\n{fields}\r\n").as_bytes())
+            .unwrap();
         connection.answer(true).unwrap().status
     };
-    for host in ["127.0.0.1:12304", "127.0.0.1", "localhost:12304", "localhost", "[::1]:12304", "cache.lan:12304"] {
-        ROUTES.iter().chain([&&*narinfo]).for_each(|route| assert_eq!(ask(host, route, ""), 200, "{host} {route}"));
+    for host in [
+        "127.0.0.1:12304",
+        "127.0.0.1",
+        "localhost:12304",
+        "localhost",
+        "[::1]:12304",
+        "cache.lan:12304",
+    ] {
+        ROUTES
+            .iter()
+            .chain([&&*narinfo])
+            .for_each(|route| assert_eq!(ask(host, route, ""), 200, "{host} {route}"));
     }
-    for host in ["evil.example:12304", "evil.example", "other.lan:12304", "127.0.0.1.evil.example"] {
+    for host in ["evil.example:12304", "evil.example", "other.lan:12304", "127.0.0.1.evil.example"]
+    {
         for route in ROUTES.iter().chain([&&*narinfo, &&*lookup]) {
             assert_eq!(ask(host, route, ""), 403, "{host} {route}");
         }
-        // What tells nothing stays open: Nix takes a cache without it for broken, and a 403 for a path that is not there.
+        // What tells nothing stays open: Nix takes a cache without it for broken, and a 403 for a
+        // path that is not there.
         assert_eq!(ask(host, "/nix-cache-info", ""), 200);
     }
     // Of two names the first was looked at, whichever one a proxy goes by.
     assert_eq!(ask("127.0.0.1\r\nHost: evil.example", "/status.json", ""), 400);
-    assert_eq!(ask("127.0.0.1:12304", &narinfo, "Sec-Fetch-Site: cross-site\r\nSec-Fetch-Mode: no-cors\r\n"), 403);
+    assert_eq!(
+        ask(
+            "127.0.0.1:12304",
+            &narinfo,
+            "Sec-Fetch-Site: cross-site\r\nSec-Fetch-Mode: no-cors\r\n"
+        ),
+        403
+    );
     assert!(daemon.log().contains("evil.example"), "nobody is told why");
     // Real Nix, by each name that may be in nix.conf.
     for host in ["127.0.0.1", "localhost", "[::1]", "cache.lan"] {
@@ -241,7 +290,8 @@ fn nobody_else_is_told_and_no_page_of_another_name() {
         assert_eq!(path.trim(), mark, "{host}");
     }
 
-    // A page whose name was given this machine's address after it was loaded, and one that stays where it is.
+    // A page whose name was given this machine's address after it was loaded, and one that stays
+    // where it is.
     let rules = format!(
         "--host-resolver-rules=MAP evil.example 127.0.0.1, MAP wider.example {}, MAP wicked.example {}",
         node.address, neighbour.address
@@ -251,17 +301,28 @@ fn nobody_else_is_told_and_no_page_of_another_name() {
     browser.open(&format!("http://evil.example:{PORT}/status.json"));
     let said = browser.text("document.body.innerText");
     assert!(said.contains("not under this name") && !said.contains("uptime"), "{said}");
-    let wicked = Server::start(neighbour.listen(80), |_| Reply::Whole(200, b"<!doctype html>".to_vec()));
+    let wicked =
+        Server::start(neighbour.listen(80), |_| Reply::Whole(200, b"<!doctype html>".to_vec()));
     browser.open("http://wicked.example/");
-    for url in [page(), format!("http://localhost:{PORT}/status.json"), format!("http://evil.example:{PORT}/metrics")] {
+    for url in [
+        page(),
+        format!("http://localhost:{PORT}/status.json"),
+        format!("http://evil.example:{PORT}/metrics"),
+    ] {
         let read = format!("fetch({url:?}).then(answer => answer.text(), () => 'refused')");
         assert_eq!(browser.text(&read), "refused", "{url}");
     }
-    // Nor what neighbours may have: one whose name was given the address that they ask, and any that knows that address.
+    // Nor what neighbours may have: one whose name was given the address that they ask, and any
+    // that knows that address.
     let there = format!("{}:{PORT}", node.address);
     browser.open(&format!("http://wider.example:{PORT}/nix-cache-info"));
-    assert!(browser.text("document.body.innerText").contains("StoreDir"), "it is another origin's page");
-    for url in [narinfo.clone(), narinfo.replace("/store", "/local"), format!("http://{there}{narinfo}")] {
+    assert!(
+        browser.text("document.body.innerText").contains("StoreDir"),
+        "it is another origin's page"
+    );
+    for url in
+        [narinfo.clone(), narinfo.replace("/store", "/local"), format!("http://{there}{narinfo}")]
+    {
         let read = format!("fetch({url:?}).then(answer => String(answer.status), () => 'refused')");
         let answer = browser.text(&read);
         assert!(["403", "refused"].contains(&&*answer), "{url}: {answer}");
@@ -271,7 +332,11 @@ fn nobody_else_is_told_and_no_page_of_another_name() {
         assert_eq!(browser.text(&load.replace("URL_", &format!("{url:?}"))), "nothing", "{url}");
     }
     for from in [&node, &neighbour] {
-        assert_eq!(http::get(from, (node.address, PORT), &narinfo).unwrap().status, 200, "programs may have it");
+        assert_eq!(
+            http::get(from, (node.address, PORT), &narinfo).unwrap().status,
+            200,
+            "programs may have it"
+        );
     }
     browser.open("http://wicked.example/");
     let framed = "new Promise(done => { const frame = document.createElement('iframe'); frame.onload = () =>
@@ -298,44 +363,62 @@ fn metrics_are_what_prometheus_expects_under_load() {
             let mut texts = Vec::new();
             while !done.load(Ordering::Relaxed) {
                 let answer = http::get_local(&asker.host, "/metrics").unwrap();
-                assert_eq!(answer.header("content-type"), Some("text/plain; version=0.0.4; charset=utf-8"));
+                assert_eq!(
+                    answer.header("content-type"),
+                    Some("text/plain; version=0.0.4; charset=utf-8")
+                );
                 texts.push(answer.text());
             }
             texts
         });
         // Also when Nix fails, or the test would not end.
-        let is_done = OnDrop::new(|| done.store(true, Ordering::Relaxed));
+        let is_done = Deferred::new(|| done.store(true, Ordering::Relaxed));
         asker.fetches(&world, world.path("closure300"));
         drop(is_done);
         scraping.join().unwrap()
     });
     let last = http::get_local(&asker.host, "/metrics").unwrap().text();
-    for text in
-        [&checked[0], &checked[checked.len() / 2], &last, &http::get_local(&holder.host, "/metrics").unwrap().text()]
-    {
+    for text in [
+        &checked[0],
+        &checked[checked.len() / 2],
+        &last,
+        &http::get_local(&holder.host, "/metrics").unwrap().text(),
+    ] {
         let mut promtool = Command::new("promtool");
-        let mut promtool =
-            promtool.args(["check", "metrics"]).stdin(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let mut promtool = promtool
+            .args(["check", "metrics"])
+            .stdin(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
         promtool.stdin.take().unwrap().write_all(text.as_bytes()).unwrap();
         let output = promtool.wait_with_output().unwrap();
         let said = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success() && said.is_empty(), "{said}\n{text}");
     }
     let number = |text: &str, series: &str| -> f64 {
-        let line =
-            text.lines().find_map(|line| line.strip_prefix(series)).unwrap_or_else(|| panic!("{series}: {text}"));
+        let line = text
+            .lines()
+            .find_map(|line| line.strip_prefix(series))
+            .unwrap_or_else(|| panic!("{series}: {text}"));
         line.trim().parse().unwrap()
     };
     // Nothing that is counted ever goes down.
     for pair in checked.windows(2) {
-        for series in ["peerix_lookup_seconds_count{result=\"hit\"}", "peerix_received_bytes_total{network=\"lan\"}"] {
+        for series in [
+            "peerix_lookup_seconds_count{result=\"hit\"}",
+            "peerix_received_bytes_total{network=\"lan\"}",
+        ] {
             assert!(number(&pair[0], series) <= number(&pair[1], series));
         }
     }
     assert!(number(&last, "peerix_lookup_seconds_count{result=\"hit\"}") >= 300.0);
     assert!(number(&last, "peerix_received_nars_total") >= 300.0);
     assert!(number(&last, "peerix_first_byte_seconds_count{network=\"lan\"}") >= 300.0);
-    let peer = format!("peerix_peer_received_bytes_total{{peer=\"{}\",network=\"lan\"}}", holder.host.address);
+    let peer = format!(
+        "peerix_peer_received_bytes_total{{peer=\"{}\",network=\"lan\"}}",
+        holder.host.address
+    );
     assert_eq!(number(&last, &peer), number(&last, "peerix_received_bytes_total{network=\"lan\"}"));
     assert_eq!(number(&last, "peerix_healthy"), 1.0);
 
@@ -349,7 +432,8 @@ fn metrics_are_what_prometheus_expects_under_load() {
             let end = text[at..].find(|c: char| !c.is_ascii_lowercase() && c != '_').unwrap();
             let name = &text[at..at + end];
             asked += 1;
-            let is_there = last.contains(&format!("\n{name}{{")) || last.contains(&format!("\n{name} "));
+            let is_there =
+                last.contains(&format!("\n{name}{{")) || last.contains(&format!("\n{name} "));
             assert!(is_there || trackers.contains(&name), "{file}: {name}");
         }
     }
@@ -357,7 +441,10 @@ fn metrics_are_what_prometheus_expects_under_load() {
     let dashboard = std::fs::read(root.join("contrib/grafana-dashboard.json")).unwrap();
     let dashboard: Value = serde_json::from_slice(&dashboard).unwrap();
     assert!(dashboard["panels"].as_array().unwrap().len() > 10);
-    for arguments in [["check", "rules", "contrib/prometheus-alerts.yml"], ["test", "rules", "tests/data/alerts.yml"]] {
+    for arguments in [
+        ["check", "rules", "contrib/prometheus-alerts.yml"],
+        ["test", "rules", "tests/data/alerts.yml"],
+    ] {
         let output = Command::new("promtool").args(arguments).current_dir(root).output().unwrap();
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
     }
@@ -392,7 +479,10 @@ fn a_miss_says_why() {
     let miss = |path: &str| {
         assert_eq!(daemon::narinfo_status(&asker.host, path), 404);
         let lookup = status(&asker.host)["lookups"][0].take();
-        assert_eq!((lookup["hash_part"].as_str(), &lookup["hit"]), (Some(world::hash_part(path)), &Value::Bool(false)));
+        assert_eq!(
+            (lookup["hash_part"].as_str(), &lookup["hit"]),
+            (Some(world::hash_part(path)), &Value::Bool(false))
+        );
         let word = |name: &str| lookup["miss"][name].as_str().unwrap().to_owned();
         (word("code"), word("text"))
     };
@@ -406,8 +496,10 @@ fn a_miss_says_why() {
     assert_eq!(code, "untrusted");
     assert!(text.starts_with(&near), "{text}");
 
-    // It says that it has the path, and nobody can get there: the last resort first, and then left alone for a while.
-    let reject = ["INPUT", "-p", "tcp", "--dport", "12304", "-j", "REJECT", "--reject-with", "tcp-reset"];
+    // It says that it has the path, and nobody can get there: the last resort first, and then left
+    // alone for a while.
+    let reject =
+        ["INPUT", "-p", "tcp", "--dport", "12304", "-j", "REJECT", "--reject-with", "tcp-reset"];
     holder.host.net_cmd("iptables").arg("-I").args(reject).okay();
     let codes: Vec<String> = (0..4).map(|_| miss(world.path("little")).0).collect();
     assert_eq!(codes, ["failed", "failed", "failed", "avoided"]);
@@ -415,7 +507,9 @@ fn a_miss_says_why() {
     assert_eq!((peer["address"].as_str(), &peer["failures"]), (Some(&*near), &Value::from(3)));
     assert_eq!(peer["avoided"]["wholly"], true);
     assert!(peer["avoided"]["reason"].as_str().is_some_and(|reason| !reason.is_empty()), "{peer}");
-    assert!(http::get_local(&asker.host, "/").unwrap().text().contains("class=\"bad\">until <time"));
+    assert!(
+        http::get_local(&asker.host, "/").unwrap().text().contains("class=\"bad\">until <time")
+    );
     assert_eq!(peer["state"], "live", "{peer}");
     let metrics = || http::get_local(&asker.host, "/metrics").unwrap().text();
     let counts = metrics();

@@ -60,7 +60,9 @@ impl Mapper {
         command.arg("-d").arg("-f").arg(dir.join("conf")).arg("-P").arg(dir.join("pid"));
         command.stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log);
         let mapper = Mapper { process: command.spawn().expect("miniupnpd starts"), dir };
-        wait_for("miniupnpd listens", || mapper.log().contains("Listening for NAT-PMP/PCP").then_some(()));
+        wait_for("miniupnpd listens", || {
+            mapper.log().contains("Listening for NAT-PMP/PCP").then_some(())
+        });
         mapper
     }
 
@@ -112,7 +114,16 @@ impl Scene {
 
     fn start(&self, host: &Host, other: &Host, more: &[&str]) -> Daemon {
         let (url, friend) = (self.tracker.url(), friend(other, None));
-        let flags = ["--state-dir", STATE, "--share", "friends", "--tracker-url", &url, "--friend", &friend];
+        let flags = [
+            "--state-dir",
+            STATE,
+            "--share",
+            "friends",
+            "--tracker-url",
+            &url,
+            "--friend",
+            &friend,
+        ];
         Daemon::start(host, &[&flags, more].concat())
     }
 }
@@ -155,8 +166,12 @@ fn home_behind_a_router_that_maps_ports_is_reached_by_its_friend_alone() {
     // What is mapped goes with the daemon.
     assert!(home.stop().success());
     assert!(get(&scene.stranger, outside, "/nix-cache-info").is_err());
-    let left =
-        scene.inside.router.net_cmd("nft").args(["list", "chain", "inet", "filter", "prerouting_miniupnpd"]).okay();
+    let left = scene
+        .inside
+        .router
+        .net_cmd("nft")
+        .args(["list", "chain", "inet", "filter", "prerouting_miniupnpd"])
+        .okay();
     assert!(!left.contains("dnat"), "{left}");
 }
 
@@ -174,7 +189,10 @@ fn nothing_is_mapped_behind_another_router() {
     let problem = wait_for("it says why", || {
         let status = daemon::status(&scene.home);
         let problems = status["health"]["problems"].as_array().unwrap().clone();
-        problems.iter().find(|problem| problem["code"] == "port_mapping").map(|problem| problem["text"].to_string())
+        problems
+            .iter()
+            .find(|problem| problem["code"] == "port_mapping")
+            .map(|problem| problem["text"].to_string())
     });
     assert!(problem.contains("02:00:00:00:00:99") && problem.contains("remove"), "{problem}");
     assert_eq!(daemon::status(&scene.home)["port_mapping"]["outside"], serde_json::Value::Null);
@@ -187,9 +205,15 @@ fn router_that_maps_nothing_is_said_and_costs_nothing_else() {
     wait_for("it says why", || {
         let status = daemon::status(&scene.home);
         let problems = status["health"]["problems"].as_array().unwrap().clone();
-        problems.iter().any(|problem| problem["text"].to_string().contains("neither PCP nor NAT-PMP")).then_some(())
+        problems
+            .iter()
+            .any(|problem| problem["text"].to_string().contains("neither PCP nor NAT-PMP"))
+            .then_some(())
     });
-    assert_eq!(daemon::narinfo_status(&scene.home, "/nix/store/00000000000000000000000000000000-none"), 404);
+    assert_eq!(
+        daemon::narinfo_status(&scene.home, "/nix/store/00000000000000000000000000000000-none"),
+        404
+    );
 }
 
 #[test]
@@ -211,12 +235,14 @@ fn pinhole_lets_connections_in_by_ipv6() {
     drop(listener);
 
     let mut home = scene.start(&scene.home, &scene.laptop, &["--map-port"]);
-    let said =
-        wait_for("a pinhole", || daemon::status(&scene.home)["port_mapping"]["pinhole"].as_str().map(str::to_owned));
+    let said = wait_for("a pinhole", || {
+        daemon::status(&scene.home)["port_mapping"]["pinhole"].as_str().map(str::to_owned)
+    });
     assert_eq!(said, pinhole.to_string());
     // A friend is let in, and a stranger is cut.
     let (home_key, laptop_key) = (key(&scene.home), identity_of(&scene.laptop));
-    let mut connection = TlsConnection::open(&scene.next_door, pinhole, &laptop_key, home_key).unwrap();
+    let mut connection =
+        TlsConnection::open(&scene.next_door, pinhole, &laptop_key, home_key).unwrap();
     assert_eq!(connection.get(&narinfo_route(&scene.path)).unwrap().0, 200);
     assert!(get(&scene.next_door, pinhole, "/nix-cache-info").is_err());
     assert!(home.stop().success());

@@ -1,5 +1,5 @@
-//! Every route of the daemon as a program on a network sees it: who may ask, what is answered, and what real Nix makes
-//! of it without a peerix of its own.
+//! Every route of the daemon as a program on a network sees it: who may ask, what is answered, and
+//! what real Nix makes of it without a peerix of its own.
 
 use crate::common::http::{Answer, Connection, get, get_local};
 use crate::common::lan::Run;
@@ -33,8 +33,10 @@ impl Scene {
         stock::ready(&server);
         stock::ready(&neighbour);
         server.write("/tmp/logged.nix", DERIVATION);
-        let derivation = server.sh("nix-instantiate /tmp/logged.nix 2> /tmp/said").trim().to_owned();
-        let path = server.sh(&format!("nix-store --realise {derivation} 2> /tmp/said")).trim().to_owned();
+        let derivation =
+            server.sh("nix-instantiate /tmp/logged.nix 2> /tmp/said").trim().to_owned();
+        let path =
+            server.sh(&format!("nix-store --realise {derivation} 2> /tmp/said")).trim().to_owned();
         let daemon = Daemon::start(&server, flags);
         Scene { _daemon: daemon, path, derivation, server, neighbour, _lan: lan }
     }
@@ -69,7 +71,10 @@ impl Scene {
             (format!("/local/nar/{name}"), nar_type),
             (format!("/store/nar/{name}"), nar_type),
             (format!("/store/{hash_part}.ls"), "application/json"),
-            (format!("/store/log/{}", world::base_name(&self.derivation)), "text/plain; charset=utf-8"),
+            (
+                format!("/store/log/{}", world::base_name(&self.derivation)),
+                "text/plain; charset=utf-8",
+            ),
         ]
     }
 }
@@ -112,7 +117,8 @@ fn who_may_ask() {
     check("fe80::", neighbour, SocketAddrV6::new(link_local, PORT, 0, scope).into(), 200, 403);
     // The kernel reports the new addresses to the daemon.
     wait_for("a new private network is noticed", || {
-        (get(neighbour, socket("fd00:77::1"), "/store/nix-cache-info").unwrap().status == 200).then_some(())
+        (get(neighbour, socket("fd00:77::1"), "/store/nix-cache-info").unwrap().status == 200)
+            .then_some(())
     });
     check("fd00::", neighbour, socket("fd00:77::1"), 200, 403);
     check("a public address on the same link", neighbour, socket("203.0.113.1"), 403, 403);
@@ -120,11 +126,15 @@ fn who_may_ask() {
     neighbour.net(&format!("ip route add {} dev eth0 src 192.168.50.2", server.address));
     check("a private address behind a router", neighbour, address, 403, 403);
     // Whether a path is there is nothing a stranger learns.
-    let (there, not_there) = (narinfo(neighbour, server, &scene.path), get(neighbour, address, &unknown).unwrap());
+    let (there, not_there) =
+        (narinfo(neighbour, server, &scene.path), get(neighbour, address, &unknown).unwrap());
     assert_eq!((there.status, there.body), (not_there.status, not_there.body));
 
-    // And by UDP: the same query from the same host, from the address behind a router and from the neighbour's.
-    let query = crate::common::packet::Packet::Query { id: 7, hash_part: scene.hash_part().to_owned() }.write();
+    // And by UDP: the same query from the same host, from the address behind a router and from the
+    // neighbour's.
+    let query =
+        crate::common::packet::Packet::Query { id: 7, hash_part: scene.hash_part().to_owned() }
+            .write();
     let ask_from = |from: &str| {
         let from: IpAddr = from.parse().unwrap();
         let udp = neighbour.in_net(|| std::net::UdpSocket::bind((from, 0)).unwrap());
@@ -141,7 +151,10 @@ fn who_may_ask() {
 
 fn link_local(host: &Host) -> Ipv6Addr {
     wait_for("a link-local address", || {
-        let text = host.net_cmd("ip").args(["-6", "-o", "addr", "show", "dev", "eth0", "scope", "link"]).okay();
+        let text = host
+            .net_cmd("ip")
+            .args(["-6", "-o", "addr", "show", "dev", "eth0", "scope", "link"])
+            .okay();
         let address = text.split_whitespace().find(|word| word.starts_with("fe80:"))?;
         address.split('/').next()?.parse().ok()
     })
@@ -166,7 +179,9 @@ fn nodes_named_by_hand_are_neighbours() {
     assert_eq!(narinfo(&far, &server, &path).status, 403);
     drop(daemon);
     let _daemon = Daemon::start(&server, &["--peer", "192.168.50.2"]);
-    wait_for("the name is resolved", || (narinfo(&far, &server, &path).status == 200).then_some(()));
+    wait_for("the name is resolved", || {
+        (narinfo(&far, &server, &path).status == 200).then_some(())
+    });
 }
 
 #[test]
@@ -181,7 +196,11 @@ fn every_answer_has_its_headers() {
         let answer = connection.ask("GET", &route, encodings).unwrap();
         assert!(answer.whole && !answer.body.is_empty(), "{route}");
         assert_eq!(answer.header("content-type"), Some(content_type), "{route}");
-        assert_eq!(answer.header("content-length"), Some(&*answer.body.len().to_string()), "{route}");
+        assert_eq!(
+            answer.header("content-length"),
+            Some(&*answer.body.len().to_string()),
+            "{route}"
+        );
         for never in ["transfer-encoding", "content-encoding", "trailer"] {
             assert_eq!(answer.header(never), None, "{route}: {never}");
         }
@@ -199,8 +218,10 @@ fn every_answer_has_its_headers() {
             assert_eq!(answer.header("etag"), Some(&*format!("\"{hash}\"")), "{route}");
             assert!(answer.body == stock::dump(&scene.server, &scene.path), "{route}");
         }
-        let single =
-            answer.headers.iter().all(|(name, _)| answer.headers.iter().filter(|(n, _)| n == name).count() == 1);
+        let single = answer
+            .headers
+            .iter()
+            .all(|(name, _)| answer.headers.iter().filter(|(n, _)| n == name).count() == 1);
         assert!(single, "{route}: a header twice: {:?}", answer.headers);
     }
 
@@ -226,8 +247,7 @@ fn every_answer_has_its_headers() {
 #[test]
 fn parts_of_a_nar() {
     let scene = Scene::new(&[]);
-    let make =
-        "mkdir $n; printf 12345 > $n/five; printf x > $n/one; seq 100000 > $n/numbers; ln -s five $n/link; : > $n/zero";
+    let make = "mkdir $n; printf 12345 > $n/five; printf x > $n/one; seq 100000 > $n/numbers; ln -s five $n/link; : > $n/zero";
     let path = stock::add(&scene.server, "padded", make);
     let nar = stock::dump(&scene.server, &path);
     let size = nar.len();
@@ -237,7 +257,11 @@ fn parts_of_a_nar() {
     let mut part = |range: &str, more: &str| {
         let answer = connection.ask("GET", &route, &format!("Range: {range}\r\n{more}")).unwrap();
         assert!(answer.whole, "{range}");
-        assert_eq!(answer.header("content-length"), Some(&*answer.body.len().to_string()), "{range}");
+        assert_eq!(
+            answer.header("content-length"),
+            Some(&*answer.body.len().to_string()),
+            "{range}"
+        );
         answer
     };
     for (range, first, last) in [
@@ -248,16 +272,28 @@ fn parts_of_a_nar() {
         (format!("bytes={padding}-"), padding, size - 1),
         (format!("bytes={padding}-{padding}"), padding, padding),
         (format!("bytes={}-{}", padding - 3, padding + 1), padding - 3, padding + 1),
-        (format!("bytes={}-{}", size / 2, size / 2 + 300_000), size / 2, (size / 2 + 300_000).min(size - 1)),
+        (
+            format!("bytes={}-{}", size / 2, size / 2 + 300_000),
+            size / 2,
+            (size / 2 + 300_000).min(size - 1),
+        ),
         ("bytes=-1".to_owned(), size - 1, size - 1),
         (format!("bytes=-{}", size + 9), 0, size - 1),
     ] {
         let answer = part(&range, "");
         assert_eq!(answer.status, 206, "{range}");
-        assert_eq!(answer.header("content-range"), Some(&*format!("bytes {first}-{last}/{size}")), "{range}");
+        assert_eq!(
+            answer.header("content-range"),
+            Some(&*format!("bytes {first}-{last}/{size}")),
+            "{range}"
+        );
         assert!(answer.body == nar[first..=last], "{range}");
     }
-    for range in [format!("bytes={size}-"), format!("bytes={}-{}", size + 1, size + 2), "bytes=-0".to_owned()] {
+    for range in [
+        format!("bytes={size}-"),
+        format!("bytes={}-{}", size + 1, size + 2),
+        "bytes=-0".to_owned(),
+    ] {
         let answer = part(&range, "");
         assert_eq!((answer.status, answer.body.len()), (416, 0), "{range}");
         assert_eq!(answer.header("content-range"), Some(&*format!("bytes */{size}")), "{range}");
@@ -269,7 +305,9 @@ fn parts_of_a_nar() {
     }
     // Only what the asker holds already can be continued.
     let hash = route.rsplit('-').next().unwrap().strip_suffix(".nar").unwrap();
-    for (tag, status) in [(format!("\"{hash}\""), 206), ("\"other\"".into(), 200), (format!("W/\"{hash}\""), 200)] {
+    for (tag, status) in
+        [(format!("\"{hash}\""), 206), ("\"other\"".into(), 200), (format!("W/\"{hash}\""), 200)]
+    {
         let answer = part("bytes=8-15", &format!("If-Range: {tag}\r\n"));
         assert_eq!(answer.status, status, "{tag}");
     }
@@ -293,7 +331,8 @@ fn malformed_targets() {
     let scene = Scene::new(&[]);
     let hash_part = scene.hash_part();
     let nar = nar_route(&scene.neighbour, &scene.server, &scene.path);
-    let (name, derivation) = (nar.strip_prefix("/local/nar/").unwrap(), world::base_name(&scene.derivation));
+    let (name, derivation) =
+        (nar.strip_prefix("/local/nar/").unwrap(), world::base_name(&scene.derivation));
     let base = world::base_name(&scene.path);
     let mut upper = hash_part.to_ascii_uppercase();
     upper.truncate(32);
@@ -350,7 +389,10 @@ fn malformed_targets() {
         let answer = connection.get(target).unwrap();
         assert!(matches!(answer.status, 400 | 404), "{target}: {}", answer.status);
         let text = answer.text();
-        assert!(text.lines().count() == 1 && !text.contains('/') && text.len() < 80, "{target}: {text:?}");
+        assert!(
+            text.lines().count() == 1 && !text.contains('/') && text.len() < 80,
+            "{target}: {text:?}"
+        );
     }
     assert_eq!(connection.get("/nix-cache-info").unwrap().status, 200);
 
@@ -401,31 +443,52 @@ fn other_methods() {
     for method in ["POST", "PUT", "DELETE", "OPTIONS", "PATCH", "TRACE", "get"] {
         for (route, _) in scene.own_routes() {
             let answer = connection.ask(method, &route, "").unwrap();
-            assert_eq!((answer.status, answer.header("allow")), (405, Some("GET, HEAD")), "{method} {route}");
+            assert_eq!(
+                (answer.status, answer.header("allow")),
+                (405, Some("GET, HEAD")),
+                "{method} {route}"
+            );
         }
     }
-    // A body is never read as the next request, and the answer arrives although nobody waits for the body.
+    // A body is never read as the next request, and the answer arrives although nobody waits for
+    // the body.
     let smuggled = "GET /nix-cache-info HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n";
     for head in [
         format!("POST /nix-cache-info HTTP/1.1\r\nContent-Length: {}\r\n\r\n", smuggled.len()),
-        format!("PUT /store/x.narinfo HTTP/1.1\r\nContent-Length: {}\r\nExpect: 100-continue\r\n\r\n", smuggled.len()),
+        format!(
+            "PUT /store/x.narinfo HTTP/1.1\r\nContent-Length: {}\r\nExpect: 100-continue\r\n\r\n",
+            smuggled.len()
+        ),
     ] {
         let answer = raw(&scene, format!("{head}{smuggled}").as_bytes());
         assert!(answer.starts_with("HTTP/1.1 405 "), "{answer}");
         assert!(answer.contains("Connection: close"), "{answer}");
         assert_eq!(answer.matches("HTTP/1.1").count(), 1, "{answer}");
     }
-    let with_body = format!("GET /nix-cache-info HTTP/1.1\r\nContent-Length: {}\r\n\r\n{smuggled}", smuggled.len());
+    let with_body = format!(
+        "GET /nix-cache-info HTTP/1.1\r\nContent-Length: {}\r\n\r\n{smuggled}",
+        smuggled.len()
+    );
     let answer = raw(&scene, with_body.as_bytes());
-    assert_eq!((answer.matches("HTTP/1.1").count(), answer.matches("StoreDir").count()), (1, 1), "{answer}");
+    assert_eq!(
+        (answer.matches("HTTP/1.1").count(), answer.matches("StoreDir").count()),
+        (1, 1),
+        "{answer}"
+    );
 
     // Real clients: what they upload is refused at once.
     scene.neighbour.sh("head -c 3000000 /dev/zero > /tmp/upload");
     let url = scene.url("/store/x.narinfo");
-    let curl = ["-sS", "--max-time", "300", "-o", "/dev/null", "-w", "%{http_code}", "-T", "/tmp/upload"];
+    let curl =
+        ["-sS", "--max-time", "300", "-o", "/dev/null", "-w", "%{http_code}", "-T", "/tmp/upload"];
     let status = scene.neighbour.cmd("curl").args(curl).arg(&url).ran();
     assert_eq!(String::from_utf8_lossy(&status.stdout), "405");
-    let to = ["copy", "--to", &scene.url("/store"), &stock::add(&scene.neighbour, "own", "echo own > $n")];
+    let to = [
+        "copy",
+        "--to",
+        &scene.url("/store"),
+        &stock::add(&scene.neighbour, "own", "echo own > $n"),
+    ];
     let copied = scene.neighbour.cmd("timeout").args(["300", "nix"]).args(to).ran();
     assert!(!copied.status.success());
 }
@@ -438,14 +501,25 @@ fn plain_nix_without_peerix() {
     let user = server.cmd("nix-store").args(["--add", "/tmp/user"]).okay().trim().to_owned();
     let store = scene.url("/store");
 
-    let shown = client.cmd("nix").args(["path-info", "--store", &store, "--json", &scene.path, &user]).okay();
+    let shown = client
+        .cmd("nix")
+        .args(["path-info", "--store", &store, "--json", &scene.path, &user])
+        .okay();
     let shown: serde_json::Value = serde_json::from_str(&shown).unwrap();
-    assert_eq!(shown[0]["path"].as_str().max(shown[1]["path"].as_str()), Some(&*scene.path).max(Some(&*user)));
+    assert_eq!(
+        shown[0]["path"].as_str().max(shown[1]["path"].as_str()),
+        Some(&*scene.path).max(Some(&*user))
+    );
     let missing = format!("/nix/store/{}-missing", "0".repeat(32));
     let output = client.cmd("nix").args(["path-info", "--store", &store, &missing]).ran();
-    assert!(!output.status.success() && String::from_utf8_lossy(&output.stderr).contains("is not valid"));
+    assert!(
+        !output.status.success()
+            && String::from_utf8_lossy(&output.stderr).contains("is not valid")
+    );
 
-    nix::assert_quiet(&client.cmd("nix").args(["copy", "--no-check-sigs", "--from", &store, &scene.path]).ran());
+    nix::assert_quiet(
+        &client.cmd("nix").args(["copy", "--no-check-sigs", "--from", &store, &scene.path]).ran(),
+    );
     nix::assert_whole(client, &[&scene.path], &server.path("/nix/store"));
 
     // As one of its substituters; a content-addressed path needs no signature.
@@ -456,7 +530,10 @@ fn plain_nix_without_peerix() {
     // The log, compressed by Nix, as text.
     let log = server.cmd("nix-store").args(["--read-log", &scene.derivation]).okay();
     assert!(log.contains("\n3000\n") && log.ends_with("ümlaut end\n"));
-    assert_eq!(scene.get(&format!("/store/log/{}", world::base_name(&scene.derivation))).text(), log);
+    assert_eq!(
+        scene.get(&format!("/store/log/{}", world::base_name(&scene.derivation))).text(),
+        log
+    );
     for of in [&scene.path, &scene.derivation] {
         let fetched = client.cmd("nix").args(["log", "--store", &store, of]).okay();
         assert_eq!(fetched, log, "{of}");
@@ -474,7 +551,8 @@ fn plain_nix_without_peerix() {
         scene.path
     ));
     for path in [&odd, &file, &scene.path] {
-        let expected = fs::read(server.path(&format!("/tmp/cache/{}.ls", world::hash_part(path)))).unwrap();
+        let expected =
+            fs::read(server.path(&format!("/tmp/cache/{}.ls", world::hash_part(path)))).unwrap();
         let expected: serde_json::Value = serde_json::from_slice(&expected).unwrap();
         let listing = scene.get(&format!("/store/{}.ls", world::hash_part(path)));
         let found: serde_json::Value = serde_json::from_slice(&listing.body).unwrap();
@@ -489,7 +567,9 @@ fn own_paths_are_signed_and_no_others() {
     let lan = Lan::new();
     let world = World::on(&lan);
     let generate = |host: &Host, name: &str| {
-        host.sh(&format!("nix-store --generate-binary-cache-key {name} /etc/peerix.sec /etc/peerix.pub"));
+        host.sh(&format!(
+            "nix-store --generate-binary-cache-key {name} /etc/peerix.sec /etc/peerix.pub"
+        ));
         fs::read_to_string(host.path("/etc/peerix.pub")).unwrap().trim().to_owned()
     };
     let mut key = String::new();
@@ -501,14 +581,20 @@ fn own_paths_are_signed_and_no_others() {
     let little = world.path("little");
     let text = narinfo(&holder.host, &holder.host, little).text();
     // The signature that is stored stays, the own one joins it.
-    let signers: Vec<_> =
-        text.lines().filter_map(|line| line.strip_prefix("Sig: ")?.split_once(':')).map(|(name, _)| name).collect();
+    let signers: Vec<_> = text
+        .lines()
+        .filter_map(|line| line.strip_prefix("Sig: ")?.split_once(':'))
+        .map(|(name, _)| name)
+        .collect();
     assert_eq!(signers, ["cache-1", "holder-1"]);
 
     // Real Nix verifies it, in the form of plain Nix's substituter: no other key is trusted here.
     let plain = lan.host("plain");
     let store = format!("http://{}:{PORT}/store", holder.host.address);
-    nix::configure(&plain, &format!("substituters = {store}\nrequire-sigs = true\ntrusted-public-keys = {key}\n"));
+    nix::configure(
+        &plain,
+        &format!("substituters = {store}\nrequire-sigs = true\ntrusted-public-keys = {key}\n"),
+    );
     nix::realise_quietly(&plain, &[little]);
     plain.cmd("nix").args(["store", "verify", "--no-contents", little]).okay();
 
@@ -521,22 +607,35 @@ fn own_paths_are_signed_and_no_others() {
     let answer = get_local(&relay, &format!("/{}.narinfo", world::hash_part(little))).unwrap();
     let relayed = answer.text();
     assert_eq!(answer.status, 200);
-    let but_url = |text: &str| text.lines().filter(|line| !line.starts_with("URL: ")).collect::<Vec<_>>().join("\n");
+    let but_url = |text: &str| {
+        text.lines().filter(|line| !line.starts_with("URL: ")).collect::<Vec<_>>().join("\n")
+    };
     assert_eq!(but_url(&relayed), but_url(&text), "relayed with another signature");
     let own = crate::common::daemon::mark(&relay);
-    assert!(narinfo(&relay, &relay, &own).text().contains("Sig: relay-1:"), "the relay does sign what it has");
+    assert!(
+        narinfo(&relay, &relay, &own).text().contains("Sig: relay-1:"),
+        "the relay does sign what it has"
+    );
     let distrusting = lan.host("distrusting");
     nix::configure_client(&distrusting, "", &[&relay_key]);
     let _daemon = Daemon::start(&distrusting, &[]);
     crate::common::daemon::wait_until_known(&distrusting, &holder.mark);
-    assert!(!nix::realise(&distrusting, &[little]).status.success(), "the relay's key made others' paths acceptable");
+    assert!(
+        !nix::realise(&distrusting, &[little]).status.success(),
+        "the relay's key made others' paths acceptable"
+    );
 
     // A relayed NAR has the same headers and parts as one of the own store.
     let route = format!("/{}", line(&relayed, "URL"));
-    let nar = fs::read(world.cache().join(line(
-        &fs::read_to_string(world.cache().join(format!("{}.narinfo", world::hash_part(little)))).unwrap(),
-        "URL",
-    )))
+    let nar = fs::read(
+        world.cache().join(line(
+            &fs::read_to_string(
+                world.cache().join(format!("{}.narinfo", world::hash_part(little))),
+            )
+            .unwrap(),
+            "URL",
+        )),
+    )
     .unwrap();
     let mut connection = Connection::new(relay.connect_local().unwrap()).unwrap();
     let head = connection.ask("HEAD", &route, "").unwrap();
@@ -549,12 +648,14 @@ fn own_paths_are_signed_and_no_others() {
     assert_eq!(whole.header("content-type"), Some("application/x-nix-nar"));
     assert_eq!(whole.header("accept-ranges"), Some("bytes"));
     assert_eq!((whole.header("transfer-encoding"), whole.header("content-encoding")), (None, None));
-    for (range, part) in [("0-0", 0..1), ("100-1003", 100..1004), ("-1", nar.len() - 1..nar.len())] {
+    for (range, part) in [("0-0", 0..1), ("100-1003", 100..1004), ("-1", nar.len() - 1..nar.len())]
+    {
         let answer = connection.ask("GET", &route, &format!("Range: bytes={range}\r\n")).unwrap();
         assert_eq!(answer.status, 206, "{range}");
         assert!(answer.body == nar[part], "{range}");
     }
-    let answer = connection.ask("GET", &route, &format!("Range: bytes={}-\r\n", nar.len())).unwrap();
+    let answer =
+        connection.ask("GET", &route, &format!("Range: bytes={}-\r\n", nar.len())).unwrap();
     assert_eq!(answer.status, 416);
     // Another NAR of the same path, or any of a path that nobody has, is a miss.
     for route in [
@@ -618,19 +719,25 @@ fn logs_of_what_is_not_shared_stay_here() {
     let scene = Scene::new(&[]);
     let log = format!("/store/log/{}", world::base_name(&scene.derivation));
     assert_eq!(scene.get(&log).status, 200);
-    scene.server.cmd("nix-store").args(["--option", "keep-derivations", "false", "--delete", &scene.derivation]).okay();
+    scene
+        .server
+        .cmd("nix-store")
+        .args(["--option", "keep-derivations", "false", "--delete", &scene.derivation])
+        .okay();
     assert_eq!(scene.get(&log).status, 404, "the log of a derivation that is no valid path");
     assert_eq!(get_local(&scene.server, &log).unwrap().status, 200);
 }
 
-/// What the database said is told again as long as nobody has written to it, and not for a moment longer.
+/// What the database said is told again as long as nobody has written to it, and not for a moment
+/// longer.
 #[test]
 fn what_nix_did_a_moment_ago() {
     let lan = Lan::new();
     let (server, neighbour) = (lan.host("server"), lan.host("neighbour"));
     stock::ready(&server);
     let _daemon = Daemon::start(&server, &[]);
-    let connect = |host: &Host, to: IpAddr| Connection::new(host.connect((to, PORT)).unwrap()).unwrap();
+    let connect =
+        |host: &Host, to: IpAddr| Connection::new(host.connect((to, PORT)).unwrap()).unwrap();
     let mut connections = [
         (connect(&server, "127.0.0.1".parse().unwrap()), "/store"),
         (connect(&neighbour, server.address.into()), "/local"),

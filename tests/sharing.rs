@@ -1,5 +1,5 @@
-//! What leaves a machine, and to whom: every kind of answer, for paths that may go to strangers and paths that may not, as
-//! a stranger, a neighbour and the machine itself see it.
+//! What leaves a machine, and to whom: every kind of answer, for paths that may go to strangers and
+//! paths that may not, as a stranger, a neighbour and the machine itself see it.
 
 use crate::common::friend::{self, TlsConnection};
 use crate::common::http::{Answer, Connection, Reply, Server, get, get_local};
@@ -17,8 +17,10 @@ const UPSTREAM_PORT: u16 = 8000;
 /// Whose machine the friend is.
 const FRIEND: u8 = 3;
 
-/// What the table is about: derivations, as these have a log. After the last, upstream is left alone for a while.
-const NAMES: [&str; 7] = ["plain", "a-secret-b", "a-custom-b", "absent", "changed", "odd", "broken"];
+/// What the table is about: derivations, as these have a log. After the last, upstream is left
+/// alone for a while.
+const NAMES: [&str; 7] =
+    ["plain", "a-secret-b", "a-custom-b", "absent", "changed", "odd", "broken"];
 
 /// Further ones that upstream has.
 const MORE: [&str; 12] = ["m0", "m1", "m2", "m3", "m4", "m5", "m6", "m7", "m8", "m9", "m10", "m11"];
@@ -44,16 +46,25 @@ impl Upstream {
     fn serve(self: &Arc<Self>, host: &Host) -> Server {
         let upstream = Arc::clone(self);
         Server::start(host.listen(UPSTREAM_PORT), move |request| {
-            let hash_part = request.path.strip_prefix('/').and_then(|path| path.strip_suffix(".narinfo"));
-            let hash_part = hash_part.unwrap_or_else(|| panic!("upstream was asked for {}", request.path));
+            let hash_part =
+                request.path.strip_prefix('/').and_then(|path| path.strip_suffix(".narinfo"));
+            let hash_part =
+                hash_part.unwrap_or_else(|| panic!("upstream was asked for {}", request.path));
             *upstream.asked.lock().unwrap().entry(hash_part.to_owned()).or_default() += 1;
             let mut gate = upstream.gate.lock().unwrap();
             gate.now += 1;
             gate.most = gate.most.max(gate.now);
             let is_held = |gate: &mut Gate| gate.held.contains(hash_part);
-            let (mut gate, _) = upstream.opened.wait_timeout_while(gate, DEADLINE, is_held).unwrap();
+            let (mut gate, _) =
+                upstream.opened.wait_timeout_while(gate, DEADLINE, is_held).unwrap();
             gate.now -= 1;
-            let (status, body) = upstream.answers.lock().unwrap().get(hash_part).cloned().unwrap_or((404, "no".into()));
+            let (status, body) = upstream
+                .answers
+                .lock()
+                .unwrap()
+                .get(hash_part)
+                .cloned()
+                .unwrap_or((404, "no".into()));
             Reply::Whole(status, body.into_bytes())
         })
     }
@@ -87,7 +98,8 @@ struct Scene {
 impl Scene {
     fn new() -> Scene {
         let lan = Lan::new();
-        let [node, neighbour, stranger, cache] = ["node", "neighbour", "stranger", "cache"].map(|name| lan.host(name));
+        let [node, neighbour, stranger, cache] =
+            ["node", "neighbour", "stranger", "cache"].map(|name| lan.host(name));
         stock::ready(&node);
         // On the same wire, but with an address that is in no network of the node's.
         stranger.net(&format!("ip addr add {STRANGER}/32 dev lo"));
@@ -97,14 +109,19 @@ impl Scene {
         let names: Vec<&str> = NAMES.into_iter().chain(MORE).collect();
         let list: String = names.iter().map(|name| format!("\"{name}\" ")).collect();
         let builder = "system = builtins.currentSystem; builder = \"/bin/sh\";";
-        node.write("/tmp/all.nix", format!("map (name: derivation {{ inherit name; {builder} }}) [ {list} ]"));
+        node.write(
+            "/tmp/all.nix",
+            format!("map (name: derivation {{ inherit name; {builder} }}) [ {list} ]"),
+        );
         let made = node.sh("nix-instantiate /tmp/all.nix 2> /tmp/said");
-        let paths: BTreeMap<_, _> = names.into_iter().zip(made.lines().map(str::to_owned)).collect();
+        let paths: BTreeMap<_, _> =
+            names.into_iter().zip(made.lines().map(str::to_owned)).collect();
         for path in paths.values() {
             let (shard, rest) = world::base_name(path).split_at(2);
             node.write(&format!("/nix/var/log/nix/drvs/{shard}/{rest}"), format!("log of {path}"));
         }
-        let scene = Scene { node, neighbour, stranger, cache, paths, upstream: Arc::default(), _lan: lan };
+        let scene =
+            Scene { node, neighbour, stranger, cache, paths, upstream: Arc::default(), _lan: lan };
         scene.fill_upstream();
         scene
     }
@@ -114,8 +131,11 @@ impl Scene {
         let daemon = Daemon::start(&self.node, &[]);
         let mut answers = self.upstream.answers.lock().unwrap();
         for (name, path) in &self.paths {
-            let own = get_local(&self.node, &format!("/store/{}.narinfo", world::hash_part(path))).unwrap().text();
-            let theirs = own.replace("Compression: none", "Compression: xz").replace(".nar\n", ".nar.xz\n");
+            let own = get_local(&self.node, &format!("/store/{}.narinfo", world::hash_part(path)))
+                .unwrap()
+                .text();
+            let theirs =
+                own.replace("Compression: none", "Compression: xz").replace(".nar\n", ".nar.xz\n");
             let digit = line(&own, "NarHash").as_bytes()[20];
             let other = if digit == b'0' { '1' } else { '0' };
             let answer = match *name {
@@ -136,7 +156,8 @@ impl Scene {
     fn flags<'a>(&self, mode: &'a str, more: &[&'a str]) -> Vec<String> {
         let upstream = format!("http://{}:{UPSTREAM_PORT}", self.cache.address);
         let friend = format!("friend={}", friend::identity(FRIEND).key());
-        let own = ["--mode", mode, "--tracker-url", "http://127.0.0.1:9", "--upstream-cache", &upstream];
+        let own =
+            ["--mode", mode, "--tracker-url", "http://127.0.0.1:9", "--upstream-cache", &upstream];
         let own = [&own[..], &["--state-dir", friend::STATE, "--friend", &friend]].concat();
         own.iter().chain(more).map(|flag| (*flag).to_owned()).collect()
     }
@@ -165,7 +186,8 @@ impl Scene {
         ]
     }
 
-    /// Checks that `from` gets every answer about the path, or none, as if it were not there. UDP comes last.
+    /// Checks that `from` gets every answer about the path, or none, as if it were not there. UDP
+    /// comes last.
     fn check(&self, from: &Host, path: &str, shared: bool, case: &str) {
         let nowhere = "0".repeat(32);
         let mut connection = Connection::new(from.connect(self.node()).unwrap()).unwrap();
@@ -179,30 +201,45 @@ impl Scene {
                 let route_nowhere = route.replace(world::hash_part(path), &nowhere);
                 let absent = connection.ask(method, &route_nowhere, "").unwrap();
                 assert_eq!(answer.status, 404, "{case}: {method} {route}");
-                assert_eq!(all_but_the_time(answer), all_but_the_time(absent), "{case}: {method} {route}");
+                assert_eq!(
+                    all_but_the_time(answer),
+                    all_but_the_time(absent),
+                    "{case}: {method} {route}"
+                );
             }
         }
         assert_eq!(has(&self.udp(from), &self.node, path), shared, "{case}: UDP");
     }
 
-    /// Checks that the friend gets every answer about the path, or is refused, from wherever it asks.
+    /// Checks that the friend gets every answer about the path, or is refused, from wherever it
+    /// asks.
     fn check_friend(&self, path: &str, shared: bool, case: &str) {
         let (identity, key) = (friend::identity(FRIEND), friend::key(&self.node));
         for from in [&self.neighbour, &self.stranger] {
             let mut connection = TlsConnection::open(from, self.node(), &identity, key).unwrap();
             for route in self.routes(path) {
                 let (status, _) = connection.get(&route).unwrap();
-                assert_eq!(status, if shared { 200 } else { 403 }, "{case} from {}: {route}", from.name);
+                assert_eq!(
+                    status,
+                    if shared { 200 } else { 403 },
+                    "{case} from {}: {route}",
+                    from.name
+                );
             }
         }
     }
 
-    /// Checks that `from` is refused every answer, whatever it is about, and told *no* or nothing by UDP.
+    /// Checks that `from` is refused every answer, whatever it is about, and told *no* or nothing
+    /// by UDP.
     fn check_refused(&self, from: &Host, path: &str, case: &str) {
         let mut connection = Connection::new(from.connect(self.node()).unwrap()).unwrap();
         for route in self.routes(path) {
             for method in ["GET", "HEAD"] {
-                assert_eq!(connection.ask(method, &route, "").unwrap().status, 403, "{case}: {method} {route}");
+                assert_eq!(
+                    connection.ask(method, &route, "").unwrap().status,
+                    403,
+                    "{case}: {method} {route}"
+                );
             }
         }
     }
@@ -234,15 +271,22 @@ const TABLE: &[(&[&str], &[&str])] = &[
     (&["--filter-patterns", "*-CUSTOM-*", "plain.drv", "*-odd[.]drv"], &["plain", "a-custom-b"]),
     (&["--no-default-filters", "--filter-patterns", "*-custom-*"], &["plain", "a-secret-b"]),
     (&["--no-filter", "--filter-patterns", "*-custom-*"], &["plain", "a-secret-b", "a-custom-b"]),
-    (&["--no-verify", "--filter-patterns", "*-custom-*", "*-[o]??.drv"], &["plain", "absent", "changed", "broken"]),
-    (&["--no-verify", "--no-filter"], &["plain", "a-secret-b", "a-custom-b", "absent", "changed", "odd", "broken"]),
+    (
+        &["--no-verify", "--filter-patterns", "*-custom-*", "*-[o]??.drv"],
+        &["plain", "absent", "changed", "broken"],
+    ),
+    (
+        &["--no-verify", "--no-filter"],
+        &["plain", "a-secret-b", "a-custom-b", "absent", "changed", "odd", "broken"],
+    ),
 ];
 
 /// What of [`NAMES`] a pattern among the flags keeps.
 fn is_kept(name: &str, flags: &[&str]) -> bool {
     let has = |flag| flags.contains(&flag);
     let default = name == "a-secret-b" && !has("--no-default-filters");
-    let own = name == "a-custom-b" && has("*-custom-*") || name == "odd" && (has("*-[o]??.drv") || has("*-odd[.]drv"));
+    let own = name == "a-custom-b" && has("*-custom-*")
+        || name == "odd" && (has("*-[o]??.drv") || has("*-odd[.]drv"));
     !has("--no-filter") && (default || own)
 }
 
@@ -259,7 +303,12 @@ fn every_cell_of_the_table() {
                 for name in NAMES {
                     let case = format!("{mode} {flags:?}: {name}");
                     scene.check_own(&scene.paths[name], &format!("{case} for this machine"));
-                    scene.check(&scene.neighbour, &scene.paths[name], true, &format!("{case} for a neighbour"));
+                    scene.check(
+                        &scene.neighbour,
+                        &scene.paths[name],
+                        true,
+                        &format!("{case} for a neighbour"),
+                    );
                 }
             }
             for name in NAMES {
@@ -280,7 +329,8 @@ fn every_cell_of_the_table() {
                 } else if ["odd", "broken"].contains(&name) {
                     assert!(asked >= 1, "{case}: upstream was not asked");
                 } else {
-                    // The node itself looks into it too, for what it publishes, and whoever is first asks for both.
+                    // The node itself looks into it too, for what it publishes, and whoever is
+                    // first asks for both.
                     assert_eq!(asked, 1, "{case}: requests to upstream");
                 }
             }
@@ -295,7 +345,9 @@ fn share_takes_rows_of_the_table_away() {
     let _cache = scene.upstream.serve(&scene.cache);
     let path = &scene.paths["plain"];
     for mode in ["both", "wan", "lan"] {
-        for (share, friend, lan) in [("lan", true, true), ("friends", true, false), ("nobody", false, false)] {
+        for (share, friend, lan) in
+            [("lan", true, true), ("friends", true, false), ("nobody", false, false)]
+        {
             scene.upstream.asked.lock().unwrap().clear();
             let _daemon = scene.start(mode, &["--no-verify", "--no-filter", "--share", share]);
             let case = format!("{mode} --share {share}");
@@ -303,8 +355,12 @@ fn share_takes_rows_of_the_table_away() {
             scene.check_friend(path, friend, &case);
             scene.check_refused(&scene.stranger, path, &format!("{case} for a stranger"));
             match lan && mode != "wan" {
-                true => scene.check(&scene.neighbour, path, true, &format!("{case} for a neighbour")),
-                false => scene.check_refused(&scene.neighbour, path, &format!("{case} for a neighbour")),
+                true => {
+                    scene.check(&scene.neighbour, path, true, &format!("{case} for a neighbour"))
+                }
+                false => {
+                    scene.check_refused(&scene.neighbour, path, &format!("{case} for a neighbour"))
+                }
             }
             // A neighbour is told no, so that it waits for nothing; a stranger is told nothing.
             if !lan && mode != "wan" {
@@ -329,19 +385,35 @@ fn no_header_makes_a_stranger_somebody_else() {
     let _daemon = scene.start("both", &[]);
     let neighbour = scene.neighbour.address.to_string();
     for address in ["127.0.0.1", "::1", "[::1]", "localhost", &neighbour] {
-        let mut connection = Connection::new(scene.stranger.connect(scene.node()).unwrap()).unwrap();
+        let mut connection =
+            Connection::new(scene.stranger.connect(scene.node()).unwrap()).unwrap();
         let headers = format!(
             "X-Forwarded-For: {address}\r\nForwarded: for={address}\r\nX-Real-IP: {address}\r\nClient-IP: {address}\r\n\
              X-Client-IP: {address}\r\nTrue-Client-IP: {address}\r\nVia: 1.1 {address}\r\nReferer: http://{address}\r\n"
         );
         for route in scene.routes(absent) {
-            assert_eq!(connection.ask("GET", &route, &headers).unwrap().status, 404, "{address}: {route}");
+            assert_eq!(
+                connection.ask("GET", &route, &headers).unwrap().status,
+                404,
+                "{address}: {route}"
+            );
         }
-        let relayed = relay.replace('/', "/peer/nar/").replace(".narinfo", &format!("-{}.nar", "0".repeat(52)));
-        assert_eq!(connection.ask("GET", &relayed, &headers).unwrap().status, 403, "{address}: {relayed}");
-        // For this machine that would be a lookup at peers, of which there are none. For a stranger it is the own store.
+        let relayed = relay
+            .replace('/', "/peer/nar/")
+            .replace(".narinfo", &format!("-{}.nar", "0".repeat(52)));
+        assert_eq!(
+            connection.ask("GET", &relayed, &headers).unwrap().status,
+            403,
+            "{address}: {relayed}"
+        );
+        // For this machine that would be a lookup at peers, of which there are none. For a stranger
+        // it is the own store.
         for route in [&relay, &format!("http://{address}:{PORT}{relay}")] {
-            assert_eq!(connection.ask("GET", route, &headers).unwrap().status, 200, "{address}: {route}");
+            assert_eq!(
+                connection.ask("GET", route, &headers).unwrap().status,
+                200,
+                "{address}: {route}"
+            );
         }
     }
     assert_eq!(get(&scene.stranger, scene.node(), "/nix-cache-info").unwrap().status, 200);
@@ -362,7 +434,10 @@ fn by_udp_nobody_is_asked() {
     assert!(scene.upstream.asked.lock().unwrap().len() <= 1);
     scene.upstream.open();
     let plain = &scene.paths["plain"];
-    assert_eq!(get(&scene.stranger, scene.node(), &stock::narinfo_route(plain)).unwrap().status, 200);
+    assert_eq!(
+        get(&scene.stranger, scene.node(), &stock::narinfo_route(plain)).unwrap().status,
+        200
+    );
     assert!(has(&udp, &scene.node, plain), "it is known now");
 }
 
@@ -379,7 +454,12 @@ fn a_path_that_the_database_is_wrong_about() {
     scene.node.sh("nix-store --load-db < /tmp/dump");
     // That is the path's fault alone, and no reason to leave this peer in peace.
     assert_eq!(get(&scene.neighbour, scene.node(), &route).unwrap().status, 404);
-    let absent = get(&scene.stranger, scene.node(), &stock::narinfo_route(&format!("/x/{}", "0".repeat(32)))).unwrap();
+    let absent = get(
+        &scene.stranger,
+        scene.node(),
+        &stock::narinfo_route(&format!("/x/{}", "0".repeat(32))),
+    )
+    .unwrap();
     let answer = get(&scene.stranger, scene.node(), &route).unwrap();
     assert_eq!(answer.status, 404);
     assert_eq!(all_but_the_time(answer), all_but_the_time(absent));
@@ -412,8 +492,9 @@ fn an_upstream_that_is_down() {
     let _silent = Server::start(scene.cache.listen(UPSTREAM_PORT), |_| Reply::Silence);
     let _daemon = scene.start("both", &[]);
     std::thread::scope(|scope| {
-        let waiting =
-            thread::spawn_in(scope, "stranger", || scene.check(&scene.stranger, plain, false, "upstream is silent"));
+        let waiting = thread::spawn_in(scope, "stranger", || {
+            scene.check(&scene.stranger, plain, false, "upstream is silent")
+        });
         scene.check(&scene.neighbour, plain, true, "upstream is silent");
         waiting.join().unwrap();
     });
@@ -432,12 +513,17 @@ fn four_questions_at_once_and_equal_ones_are_one() {
     assert_eq!(get(&scene.stranger, scene.node(), plain).unwrap().status, 200);
     // The node looks into its paths for itself, one by one: up to the first of these.
     wait_for("one question", || (upstream.gate.lock().unwrap().now == 1).then_some(()));
-    // Nearly three for each path: 32 NARs, as many as one peer may read at once, and three narinfos.
-    let asked: Vec<&String> = MORE.iter().flat_map(|name| [&scene.paths[name]; 3]).skip(1).collect();
+    // Nearly three for each path: 32 NARs, as many as one peer may read at once, and three
+    // narinfos.
+    let asked: Vec<&String> =
+        MORE.iter().flat_map(|name| [&scene.paths[name]; 3]).skip(1).collect();
     let ask = |(at, path): (usize, &&String)| {
         let route = scene.routes(path).swap_remove(if at < 32 { 2 } else { 0 });
-        let mut connection = Connection::new(scene.stranger.connect(scene.node()).unwrap()).unwrap();
-        connection.send(format!("GET {route} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n").as_bytes()).unwrap();
+        let mut connection =
+            Connection::new(scene.stranger.connect(scene.node()).unwrap()).unwrap();
+        connection
+            .send(format!("GET {route} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n").as_bytes())
+            .unwrap();
         connection
     };
     // As many as may wait, and three that ask themselves.
@@ -447,7 +533,10 @@ fn four_questions_at_once_and_equal_ones_are_one() {
     assert_eq!(get(&scene.stranger, scene.node(), plain).unwrap().status, 200);
     for name in MORE {
         assert_eq!(stock::narinfo(&scene.neighbour, &scene.node, &scene.paths[name]).status, 200);
-        assert_eq!(get_local(&scene.node, &stock::narinfo_route(&scene.paths[name])).unwrap().status, 200);
+        assert_eq!(
+            get_local(&scene.node, &stock::narinfo_route(&scene.paths[name])).unwrap().status,
+            200
+        );
     }
     upstream.open();
     for (mut connection, path) in connections.into_iter().zip(asked) {
@@ -466,7 +555,10 @@ fn without_a_lan_nothing_is_said_unasked() {
     let _daemon = scene.start("wan", &["--no-verify"]);
     let hello = Packet::Hello { version: 1, port: PORT, instance: [7; 8], flags: 0 };
     udp.send_to(&hello.write(), scene.node()).unwrap();
-    assert_eq!(get_local(&scene.node, &format!("/{}.narinfo", "0".repeat(32))).unwrap().status, 404);
+    assert_eq!(
+        get_local(&scene.node, &format!("/{}.narinfo", "0".repeat(32))).unwrap().status,
+        404
+    );
     let hash_part = world::hash_part(&scene.paths["plain"]).to_owned();
     udp.send_to(&Packet::Query { id: 7, hash_part }.write(), scene.node()).unwrap();
     // Anything that it said unasked would have come before.

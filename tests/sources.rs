@@ -1,14 +1,18 @@
-//! Which holder a NAR comes from: the best one, whatever the others do, and a slow one only if there is no other.
+//! Which holder a NAR comes from: the best one, whatever the others do, and a slow one only if
+//! there is no other.
 
 use crate::common::http::{self, Connection, Reply, Request, Server};
 use crate::common::standin::{Shelf, StandIn, field, have};
-use crate::common::{Asker, Daemon, Holder, Host, Lan, Scale, World, daemon, nix, thread, wait_for, world};
+use crate::common::{
+    Asker, Daemon, Holder, Host, Lan, Scale, World, daemon, nix, thread, wait_for, world,
+};
 use std::time::{Duration, Instant};
 
 /// Bytes that a slow neighbour sends before each pause, and the pause: 9,000 bytes a second.
 const DRIP: (usize, Duration) = (900, Duration::from_millis(100));
 
-/// Longer than a closure of 300 takes on a busy machine, and shorter than a peer that drips takes for it.
+/// Longer than a closure of 300 takes on a busy machine, and shorter than a peer that drips takes
+/// for it.
 const NOT_SLOW: Duration = Duration::from_secs(120);
 
 /// A peer that has all of the world's static cache, and answers requests for NARs by `send`.
@@ -21,21 +25,33 @@ fn holding(
         let missing = || Reply::Whole(404, vec![]);
         let Some(name) = request.path.strip_prefix("/local/") else { return missing() };
         if let Some(hash_part) = name.strip_suffix(".narinfo") {
-            let hash =
-                shelf.narinfo(hash_part).map(|lines| field(&lines, "NarHash").trim_start_matches("sha256:").to_owned());
+            let hash = shelf
+                .narinfo(hash_part)
+                .map(|lines| field(&lines, "NarHash").trim_start_matches("sha256:").to_owned());
             let url = format!("local/nar/{hash_part}-{}.nar", hash.unwrap_or_default());
             let text = shelf.peer_narinfo(hash_part, &url);
             return text.map_or_else(missing, |text| Reply::Whole(200, text.into_bytes()));
         }
         let hash_part = name.strip_prefix("nar/").and_then(|name| name.split('-').next());
-        hash_part.and_then(|hash_part| shelf.nar(hash_part)).map_or_else(missing, |nar| send(request, nar))
+        hash_part
+            .and_then(|hash_part| shelf.nar(hash_part))
+            .map_or_else(missing, |nar| send(request, nar))
     }
 }
 
 /// Starts a slow neighbour that `asker` knows.
-fn slow_neighbour(lan: &Lan, world: &World, asker: &Asker, drip: (usize, Duration)) -> (Host, StandIn) {
+fn slow_neighbour(
+    lan: &Lan,
+    world: &World,
+    asker: &Asker,
+    drip: (usize, Duration),
+) -> (Host, StandIn) {
     let host = lan.host("slow");
-    let slow = StandIn::start(&host, have(|_| true), holding(world, move |_, nar| Reply::Paced(nar, drip.0, drip.1)));
+    let slow = StandIn::start(
+        &host,
+        have(|_| true),
+        holding(world, move |_, nar| Reply::Paced(nar, drip.0, drip.1)),
+    );
     slow.meet(&host, &asker.host);
     (host, slow)
 }
@@ -43,10 +59,12 @@ fn slow_neighbour(lan: &Lan, world: &World, asker: &Asker, drip: (usize, Duratio
 /// The URL of a path's NAR, which it is found by.
 fn nar_url(asker: &Asker, path: &str) -> String {
     let narinfo = wait_for("the path is found", || {
-        let answer = http::get_local(&asker.host, &format!("/{}.narinfo", world::hash_part(path))).ok()?;
+        let answer =
+            http::get_local(&asker.host, &format!("/{}.narinfo", world::hash_part(path))).ok()?;
         (answer.status == 200).then(|| answer.text())
     });
-    let url = narinfo.lines().find_map(|line| line.strip_prefix("URL: ")).expect("narinfos have a URL");
+    let url =
+        narinfo.lines().find_map(|line| line.strip_prefix("URL: ")).expect("narinfos have a URL");
     format!("/{url}")
 }
 
@@ -54,7 +72,9 @@ fn nar_url(asker: &Asker, path: &str) -> String {
 fn nars(asker: &Asker) -> Vec<(String, u64)> {
     let status = daemon::status(&asker.host);
     let peers = status["peers"].as_array().expect("a list").iter();
-    peers.map(|peer| (peer["address"].as_str().unwrap().to_owned(), peer["nars"].as_u64().unwrap())).collect()
+    peers
+        .map(|peer| (peer["address"].as_str().unwrap().to_owned(), peer["nars"].as_u64().unwrap()))
+        .collect()
 }
 
 #[test]
@@ -100,7 +120,8 @@ fn slow_sole_holder_is_waited_for() {
     let size = Shelf::of(&world).nar(world::hash_part(world.path("large"))).unwrap().len();
     assert!(size > 8 * 40_000, "{size} bytes are there in less than 8 s");
     assert_eq!(get_nar(&asker, &url), (size, true));
-    let asked = slow.asked.lock().unwrap().iter().filter(|request| request.path.ends_with(".nar")).count();
+    let asked =
+        slow.asked.lock().unwrap().iter().filter(|request| request.path.ends_with(".nar")).count();
     assert_eq!(asked, 1);
     assert!(!asker.daemon.log().contains("leaves peer"), "{}", asker.daemon.log());
 }
@@ -114,9 +135,13 @@ fn holder_that_becomes_slow_in_mid_nar_is_left() {
     // Slow enough to see half of it.
     asker.host.slow(100);
     let before = holders.each_ref().map(|holder| holder.host.sent());
-    let mut nix = nix::realising(&asker.host, &[world.path("middle")]).spawn().expect("nsenter starts");
+    let mut nix =
+        nix::realising(&asker.host, &[world.path("middle")]).spawn().expect("nsenter starts");
     let sender = wait_for("half of the NAR", || {
-        assert!(nix.try_wait().expect("it is ours").is_none(), "Nix was done before half of the NAR was sent");
+        assert!(
+            nix.try_wait().expect("it is ours").is_none(),
+            "Nix was done before half of the NAR was sent"
+        );
         (0..2).find(|at| holders[*at].host.sent() - before[*at] > 32 << 20)
     });
     holders[sender].host.slow_sending(2);
@@ -130,8 +155,10 @@ fn holder_that_becomes_slow_in_mid_nar_is_left() {
 fn closure_comes_from_all_holders() {
     let lan = Lan::new();
     let world = World::on(&lan);
-    let holders: Vec<Holder> =
-        ["one", "two", "three", "four"].iter().map(|name| Holder::new(&lan, &world, name)).collect();
+    let holders: Vec<Holder> = ["one", "two", "three", "four"]
+        .iter()
+        .map(|name| Holder::new(&lan, &world, name))
+        .collect();
     let asker = Asker::new(&lan, &world, &holders.iter().collect::<Vec<_>>());
     // So slow that links bind, and not processors, however busy the machine is.
     holders.iter().for_each(|holder| holder.host.slow_sending(5));
@@ -168,7 +195,9 @@ fn rest_of_a_nar_that_is_nowhere_whole_is_not_there() {
     let url = nar_url(&asker, world.path("large"));
     let size = Shelf::of(&world).nar(world::hash_part(world.path("large"))).unwrap().len();
     let mut connection = Connection::new(asker.host.connect_local().unwrap()).unwrap();
-    let answer = connection.ask("GET", &url, &format!("Range: bytes={}-\r\n", size - 10)).expect("an answer");
+    let answer = connection
+        .ask("GET", &url, &format!("Range: bytes={}-\r\n", size - 10))
+        .expect("an answer");
     assert_eq!(answer.status, 404);
 }
 
@@ -178,7 +207,8 @@ fn lookups_that_are_not_fetched_cost_little() {
     let lan = Lan::new();
     let host = lan.host("holder");
     let _holder = StandIn::start(&host, have(|_| true), |request: &Request| {
-        let name = request.path.strip_prefix("/local/").and_then(|name| name.strip_suffix(".narinfo"));
+        let name =
+            request.path.strip_prefix("/local/").and_then(|name| name.strip_suffix(".narinfo"));
         let narinfo = name.map(|hash_part| {
             format!(
                 "StorePath: /nix/store/{hash_part}-package-1.0\nURL: local/nar/{hash_part}-{0}.nar\nCompression: none\n\
@@ -186,7 +216,8 @@ fn lookups_that_are_not_fetched_cost_little() {
                 "0".repeat(52)
             )
         });
-        narinfo.map_or_else(|| Reply::Whole(404, vec![]), |text| Reply::Whole(200, text.into_bytes()))
+        narinfo
+            .map_or_else(|| Reply::Whole(404, vec![]), |text| Reply::Whole(200, text.into_bytes()))
     });
     let asker = Asker::with(&lan, "", &[]);
     nar_url(&asker, &format!("/nix/store/{}-x", "1".repeat(32)));
@@ -202,7 +233,9 @@ fn lookups_that_are_not_fetched_cost_little() {
             thread::spawn_in(scope, "lookups", move || {
                 let mut connection = Connection::new(asker.host.connect_local().unwrap()).unwrap();
                 for number in 0..625 {
-                    let answer = connection.get(&format!("/{:032}.narinfo", worker * 1000 + number)).unwrap();
+                    let answer = connection
+                        .get(&format!("/{:032}.narinfo", worker * 1000 + number))
+                        .unwrap();
                     assert_eq!(answer.status, 200);
                 }
             });
@@ -212,7 +245,9 @@ fn lookups_that_are_not_fetched_cost_little() {
     eprintln!("RssAnon before {before} KiB, after 5,000 lookups {after} KiB");
     assert!(after < before + (8 << 10), "{before} KiB, then {after} KiB");
     // And next to nothing when nobody is connected any more.
-    let rest = wait_for("the memory is given back", || Some(resident()).filter(|now| *now < before + (6 << 10)));
+    let rest = wait_for("the memory is given back", || {
+        Some(resident()).filter(|now| *now < before + (6 << 10))
+    });
     eprintln!("RssAnon at rest {rest} KiB");
 }
 
@@ -229,7 +264,8 @@ impl Cache {
         let dir = world.cache();
         let server = Server::start(host.listen(8080), move |request| {
             let path = request.path.trim_start_matches('/');
-            std::fs::read(dir.join(path)).map_or_else(|_| Reply::Whole(404, vec![]), |body| Reply::Whole(200, body))
+            std::fs::read(dir.join(path))
+                .map_or_else(|_| Reply::Whole(404, vec![]), |body| Reply::Whole(200, body))
         });
         let url = format!("http://{}:8080", host.address);
         Cache { _server: server, _host: host, url }
@@ -258,7 +294,10 @@ fn slow_neighbour_is_left_for_an_upstream_cache_that_has_the_path() {
     let (_host, _slow) = slow_neighbour(&lan, &world, &asker, DRIP);
     let began = Instant::now();
     let output = nix::realise(&asker.host, &[world.path("closure300"), world.path("large")]);
-    eprintln!("closure of 300 and a large path beside a slow neighbour and upstream: {:?}", began.elapsed());
+    eprintln!(
+        "closure of 300 and a large path beside a slow neighbour and upstream: {:?}",
+        began.elapsed()
+    );
     nix::assert_succeeded(&output);
     assert_eq!(asker.has_whole(&world, world.path("closure300")).len(), 300);
     asker.has_whole(&world, world.path("large"));
@@ -279,7 +318,9 @@ fn nar_that_is_asked_for_again_after_it_was_left_to_upstream_is_served_at_any_pa
     assert!(!is_whole && came < size, "{came} of {size}");
     // The rest is not there: Nix goes to upstream.
     let mut connection = Connection::new(asker.host.connect_local().unwrap()).unwrap();
-    let answer = connection.ask("GET", &url, &format!("Range: bytes={}-\r\n", came.max(1))).expect("an answer");
+    let answer = connection
+        .ask("GET", &url, &format!("Range: bytes={}-\r\n", came.max(1)))
+        .expect("an answer");
     assert_eq!(answer.status, 404);
     assert_eq!(get_nar(&asker, &url), (size, true));
 }
@@ -306,10 +347,17 @@ fn slow_neighbour_is_waited_for_where_upstream_is_not_reached_or_not_certain() {
             Asker { daemon, host }
         }),
     ] {
-        let (_host, slow) = slow_neighbour(&lan, &world, &asker, (10_000, Duration::from_millis(100)));
+        let (_host, slow) =
+            slow_neighbour(&lan, &world, &asker, (10_000, Duration::from_millis(100)));
         let url = nar_url(&asker, world.path("large"));
         assert_eq!(get_nar(&asker, &url), (size, true), "{what}");
-        let asked = slow.asked.lock().unwrap().iter().filter(|request| request.path.ends_with(".nar")).count();
+        let asked = slow
+            .asked
+            .lock()
+            .unwrap()
+            .iter()
+            .filter(|request| request.path.ends_with(".nar"))
+            .count();
         assert_eq!(asked, 1, "{what}");
     }
 }

@@ -1,7 +1,9 @@
-//! The states in which Nix leaves its database, each read as an unprivileged user while real Nix writes.
+//! The states in which Nix leaves its database, each read as an unprivileged user while real Nix
+//! writes.
 //!
-//! The test starts itself again: once as root in a mount namespace with an empty `/nix`, so that the machine's own is
-//! never touched, and from there as user 65534, which answers lookups line by line.
+//! The test starts itself again: once as root in a mount namespace with an empty `/nix`, so that
+//! the machine's own is never touched, and from there as user 65534, which answers lookups line by
+//! line.
 
 use crate::common::DEADLINE;
 use peerix::{
@@ -123,7 +125,8 @@ fn after_a_crash() {
             [&path, &format!("sha256:{}", "0".repeat(64))],
         )
         .unwrap();
-    let left: Vec<_> = [PathBuf::from(DB), wal(), shm()].map(|file| (fs::read(&file).unwrap(), file)).into();
+    let left: Vec<_> =
+        [PathBuf::from(DB), wal(), shm()].map(|file| (fs::read(&file).unwrap(), file)).into();
     drop(writer);
     let restore = || left.iter().for_each(|(bytes, file)| fs::write(file, bytes).unwrap());
 
@@ -175,7 +178,11 @@ fn while_nix_writes(first: &str) {
         }
         hammer.send("stop");
         let said = hammer.receive();
-        assert!(said.ends_with(" lookups, 0 failed") && !said.starts_with("0 "), "{said}: {}", hammer.log());
+        assert!(
+            said.ends_with(" lookups, 0 failed") && !said.starts_with("0 "),
+            "{said}: {}",
+            hammer.log()
+        );
         drop((somebody, reader, hammer));
         sleep_database();
     }
@@ -183,9 +190,11 @@ fn while_nix_writes(first: &str) {
 
 fn not_permitted() {
     let somebody = open_read_write();
-    for (file, mode, says) in
-        [(PathBuf::from(DB), 0o600, "not readable"), (wal(), 0o600, "not readable"), (shm(), 0o600, "not readable")]
-    {
+    for (file, mode, says) in [
+        (PathBuf::from(DB), 0o600, "not readable"),
+        (wal(), 0o600, "not readable"),
+        (shm(), 0o600, "not readable"),
+    ] {
         fs::set_permissions(&file, fs::Permissions::from_mode(mode)).unwrap();
         let answer = Reader::start().ask(&format!("/nix/store/{}-x", "1".repeat(32)));
         assert!(answer.contains(says) && answer.contains(file.to_str().unwrap()), "{answer}");
@@ -204,7 +213,14 @@ fn same_bytes_as_nix() {
     let tree = Path::new("/nix/tree");
     let name = |bytes: &[u8]| tree.join(OsStr::from_bytes(bytes));
     fs::create_dir_all(name(b"a/b/c/empty")).unwrap();
-    for (file, len) in [(&b"a-"[..], 1), (b"a.", 7), (b"a/0", 0), (b"A", 8), (b"large", 3 << 20), (b"\xff \n\xfe", 9)] {
+    for (file, len) in [
+        (&b"a-"[..], 1),
+        (b"a.", 7),
+        (b"a/0", 0),
+        (b"A", 8),
+        (b"large", 3 << 20),
+        (b"\xff \n\xfe", 9),
+    ] {
         fs::write(name(file), vec![b'x'; len]).unwrap();
     }
     (0..3000).for_each(|n| fs::write(name(format!("a/b/{n}").as_bytes()), format!("{n}")).unwrap());
@@ -220,7 +236,10 @@ fn same_bytes_as_nix() {
         let info = store.path_info(&hash_part(path)).unwrap().unwrap();
         let dumped = Command::new("nix-store").args(["--dump", path]).output().unwrap().stdout;
         assert_eq!(info.nar_size, dumped.len() as u64);
-        assert_eq!(output("nix-store", &["-q", "--hash", path]).trim_end(), info.nar_hash.to_string());
+        assert_eq!(
+            output("nix-store", &["-q", "--hash", path]).trim_end(),
+            info.nar_hash.to_string()
+        );
         let mut nar = Vec::new();
         store.write_nar(&info, 0..info.nar_size, &mut nar).unwrap();
         assert!(nar == dumped, "{source}");
@@ -229,11 +248,21 @@ fn same_bytes_as_nix() {
         store.write_nar(&info, middle.clone(), &mut nar).unwrap();
         assert!(nar == dumped[middle.start as usize..middle.end as usize]);
         let listed = Command::new("nix")
-            .args(["--extra-experimental-features", "nix-command", "store", "ls", "--json", "-R", path])
+            .args([
+                "--extra-experimental-features",
+                "nix-command",
+                "store",
+                "ls",
+                "--json",
+                "-R",
+                path,
+            ])
             .output()
             .unwrap();
-        let theirs: serde_json::Value = serde_json::from_str(&String::from_utf8_lossy(&listed.stdout)).unwrap();
-        let ours: serde_json::Value = serde_json::from_slice(&store.listing(&info).unwrap()).unwrap();
+        let theirs: serde_json::Value =
+            serde_json::from_str(&String::from_utf8_lossy(&listed.stdout)).unwrap();
+        let ours: serde_json::Value =
+            serde_json::from_slice(&store.listing(&info).unwrap()).unwrap();
         assert!(without_offsets(ours["root"].clone()) == theirs, "{source}");
     }
 }
@@ -253,8 +282,10 @@ fn same_log_as_nix() {
                       args = [ \"-c\" \"echo building; echo ${builtins.toFile \"dependency\" \"x\"} $out > $out\" ]; }";
     let derivation = output("nix-instantiate", &["-E", expression]);
     let derivation = derivation.trim_end();
-    let built =
-        output("nix-store", &["-r", "--option", "build-users-group", "", "--option", "sandbox", "false", derivation]);
+    let built = output(
+        "nix-store",
+        &["-r", "--option", "build-users-group", "", "--option", "sandbox", "false", derivation],
+    );
     let store = open().unwrap();
     let info = store.path_info(&hash_part(built.trim_end())).unwrap().unwrap();
     let mut theirs: Vec<_> = output("nix-store", &["-q", "--references", built.trim_end()])
@@ -264,7 +295,10 @@ fn same_log_as_nix() {
     theirs.sort();
     assert_eq!(info.references, theirs);
     assert_eq!(info.references.len(), 2);
-    assert_eq!(info.deriver.as_ref().map(StorePath::base_name), derivation.strip_prefix("/nix/store/"));
+    assert_eq!(
+        info.deriver.as_ref().map(StorePath::base_name),
+        derivation.strip_prefix("/nix/store/")
+    );
     let log = store.log(info.deriver.as_ref().unwrap()).unwrap().unwrap();
     let mut text = String::new();
     assert_eq!(log.len, 9);
@@ -274,7 +308,11 @@ fn same_log_as_nix() {
 }
 
 fn open() -> Result<Store, StoreError> {
-    Store::open(StoreConfig { store_dir: StoreDir::parse("/nix/store").unwrap(), db: DB.into(), root: "/".into() })
+    Store::open(StoreConfig {
+        store_dir: StoreDir::parse("/nix/store").unwrap(),
+        db: DB.into(),
+        root: "/".into(),
+    })
 }
 
 fn hash_part(path: &str) -> HashPart {
@@ -295,7 +333,11 @@ fn run(program: &str, args: &[&str]) {
 
 fn output(program: &str, args: &[&str]) -> String {
     let output = Command::new(program).args(args).stdin(Stdio::null()).output().unwrap();
-    assert!(output.status.success(), "{program} {args:?}: {}", String::from_utf8_lossy(&output.stderr));
+    assert!(
+        output.status.success(),
+        "{program} {args:?}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
     String::from_utf8(output.stdout).unwrap()
 }
 
@@ -307,7 +349,9 @@ fn add(text: &str) -> String {
 
 fn open_read_write() -> rusqlite::Connection {
     let connection = rusqlite::Connection::open(DB).unwrap();
-    connection.query_row("select count(*) from ValidPaths", [], |row| row.get::<_, i64>(0)).unwrap();
+    connection
+        .query_row("select count(*) from ValidPaths", [], |row| row.get::<_, i64>(0))
+        .unwrap();
     connection
 }
 
@@ -330,7 +374,9 @@ struct Daemon(Child);
 impl Daemon {
     /// nix-daemon, listening, with no connection.
     fn start() -> Self {
-        let daemon = Daemon(Command::new("nix-daemon").stdin(Stdio::null()).stderr(Stdio::null()).spawn().unwrap());
+        let daemon = Daemon(
+            Command::new("nix-daemon").stdin(Stdio::null()).stderr(Stdio::null()).spawn().unwrap(),
+        );
         let deadline = Instant::now() + DEADLINE;
         let mut connection = loop {
             if let Ok(connection) = UnixStream::connect(SOCKET) {
@@ -456,8 +502,13 @@ fn reader() {
         let store = store.as_ref().unwrap();
         // A busy machine may keep another process's lock for longer than a lookup waits.
         let info = patiently(|| store.path_info(&part))?;
-        assert_eq!(patiently(|| store.path_infos_quickly(&[part]).map(|mut infos| infos.remove(0)))?, info);
-        Ok::<_, StoreError>(info.map_or("none".to_owned(), |info| format!("/nix/store/{}", info.path)))
+        assert_eq!(
+            patiently(|| store.path_infos_quickly(&[part]).map(|mut infos| infos.remove(0)))?,
+            info
+        );
+        Ok::<_, StoreError>(
+            info.map_or("none".to_owned(), |info| format!("/nix/store/{}", info.path)),
+        )
     };
     while let Some(line) = next_line() {
         if let Some(path) = line.strip_prefix("hammer ") {

@@ -1,7 +1,8 @@
-//! The tracker as a process: what it answers to peers of the original, to peers with keys, and to those who mean harm;
-//! what survives its death; how many it can have.
+//! The tracker as a process: what it answers to peers of the original, to peers with keys, and to
+//! those who mean harm; what survives its death; how many it can have.
 //!
-//! On loopback, whose addresses stand for as many machines; but for `/reach`, which is about a network.
+//! On loopback, whose addresses stand for as many machines; but for `/reach`, which is about a
+//! network.
 
 use crate::common::http::{Answer, Connection, Reply, Server};
 use crate::common::solo::{
@@ -11,8 +12,8 @@ use crate::common::solo::{
 use crate::common::tracker::Tracker;
 use crate::common::{DEADLINE, Lan, PORT, Scale, wait_for};
 use peerix::nix::{HashPart, nix32};
-use peerix::wire::filter::Filter;
-use peerix::wire::tracker::{Identity, Proof, Statement};
+use peerix::wire::filter::BloomFilter;
+use peerix::wire::tracker::{Identity, Proof, SignedText};
 use serde_json::{Value, json};
 use std::net::Ipv4Addr;
 
@@ -39,7 +40,12 @@ fn error(answer: &Answer, status: u16) -> String {
 }
 
 /// A request as the original's client (aiohttp) sends it.
-fn as_the_original(connection: &mut Connection, method: &str, path: &str, body: Option<&str>) -> Answer {
+fn as_the_original(
+    connection: &mut Connection,
+    method: &str,
+    path: &str,
+    body: Option<&str>,
+) -> Answer {
     let mut request = format!(
         "{method} {path} HTTP/1.1\r\nHost: tracker:12305\r\nAccept: */*\r\nAccept-Encoding: gzip, deflate\r\n\
          User-Agent: Python/3.11 aiohttp/3.8.4\r\n"
@@ -67,19 +73,28 @@ fn the_originals_calls() {
     let announce = r#"{"peer_id": "9f3c", "port": 12304, "addr": "10.0.0.1"}"#;
     ask("POST", "/announce", Some(announce), 200, r#"{"status":"ok"}"#);
     ask("POST", "/announce", Some(announce), 200, r#"{"status":"ok"}"#);
-    for incomplete in ["{}", r#"{"peer_id": "x"}"#, r#"{"port": 1}"#, r#"{"peer_id": "", "port": 1}"#] {
+    for incomplete in
+        ["{}", r#"{"peer_id": "x"}"#, r#"{"port": 1}"#, r#"{"peer_id": "", "port": 1}"#]
+    {
         ask("POST", "/announce", Some(incomplete), 400, r#"{"error":"peer_id and port required"}"#);
     }
     let init = r#"{"sender_id": "9f3c", "receiver_id": "77aa"}"#;
     ask("POST", "/transfer/init", Some(init), 200, r#"{"transfer_id":1}"#);
     ask("POST", "/transfer/init", Some(init), 200, r#"{"transfer_id":2}"#);
-    ask("POST", "/transfer/init", Some("{}"), 400, r#"{"error":"sender_id and receiver_id required"}"#);
-    let nobody =
-        "\"total_shared\":0,\"total_received\":0,\"successful_transfers\":0,\"failed_transfers\":0,\"score\":0.0";
+    ask(
+        "POST",
+        "/transfer/init",
+        Some("{}"),
+        400,
+        r#"{"error":"sender_id and receiver_id required"}"#,
+    );
+    let nobody = "\"total_shared\":0,\"total_received\":0,\"successful_transfers\":0,\"failed_transfers\":0,\"score\":0.0";
     ask("GET", "/reputation/9f3c", None, 200, &format!("{{\"peer_id\":\"9f3c\",{nobody}}}"));
 
     let mut report = |id: u64, peer: &str, role: &str, bytes: &str, status: u16, expected: &str| {
-        let body = format!(r#"{{"transfer_id": {id}, "peer_id": "{peer}", "role": "{role}", "bytes": {bytes}}}"#);
+        let body = format!(
+            r#"{{"transfer_id": {id}, "peer_id": "{peer}", "role": "{role}", "bytes": {bytes}}}"#
+        );
         ask("POST", "/report", Some(&body), status, expected);
     };
     let incomplete = r#"{"error":"transfer_id, peer_id, role, and bytes required"}"#;
@@ -139,16 +154,25 @@ fn reports_that_agree_and_that_do_not() {
         (1 << 44, 1, false),
     ] {
         let begun = post(&mut at_b, "/transfer/init", br#"{"sender_id":"a","receiver_id":"b"}"#);
-        let id = serde_json::from_slice::<Value>(&begun.body).unwrap()["transfer_id"].as_u64().unwrap();
-        is(&post(&mut at_a, "/report", &signed_report(&a, id, "a", "sender", sent)), 200, r#"{"status":"pending"}"#);
+        let id =
+            serde_json::from_slice::<Value>(&begun.body).unwrap()["transfer_id"].as_u64().unwrap();
+        is(
+            &post(&mut at_a, "/report", &signed_report(&a, id, "a", "sender", sent)),
+            200,
+            r#"{"status":"pending"}"#,
+        );
         let resolved = format!(r#"{{"status":"resolved","consistent":{consistent}}}"#);
-        let mut receive = || post(&mut at_b, "/report", &signed_report(&b, id, "b", "receiver", received));
+        let mut receive =
+            || post(&mut at_b, "/report", &signed_report(&b, id, "b", "receiver", received));
         is(&receive(), 200, &resolved);
         is(&receive(), 409, r#"{"error":"transfer already resolved"}"#);
     }
     let reputation = tracker.get("/reputation/a");
     let total = 100 + 95 + (1u64 << 44);
-    assert_eq!((reputation["total_shared"].as_u64(), reputation["total_received"].as_u64()), (Some(total), Some(0)));
+    assert_eq!(
+        (reputation["total_shared"].as_u64(), reputation["total_received"].as_u64()),
+        (Some(total), Some(0))
+    );
     // However often one network says so, a peer fails once a day.
     assert_eq!(
         (reputation["successful_transfers"].as_u64(), reputation["failed_transfers"].as_u64()),
@@ -162,7 +186,11 @@ fn many_transfers_begin_at_once() {
     let (_dir, tracker) = tracker();
     let mut c = tracker.connect();
     let mut init = |count: &str| {
-        post(&mut c, "/transfer/init", format!(r#"{{"sender_id":"a","receiver_id":"b","count":{count}}}"#).as_bytes())
+        post(
+            &mut c,
+            "/transfer/init",
+            format!(r#"{{"sender_id":"a","receiver_id":"b","count":{count}}}"#).as_bytes(),
+        )
     };
     is(&init("1"), 200, r#"{"transfer_id":1,"count":1}"#);
     is(&init("256"), 200, r#"{"transfer_id":2,"count":256}"#);
@@ -191,32 +219,50 @@ fn a_stolen_peer_id() {
 
     let mut c = tracker.connect();
     let unsigned = announce("mine", 2, "10.0.0.2", Proof::default());
-    assert_eq!(error(&post(&mut c, "/announce", &unsigned), 403), "peer_id: bound to a key, which has to sign");
+    assert_eq!(
+        error(&post(&mut c, "/announce", &unsigned), 403),
+        "peer_id: bound to a key, which has to sign"
+    );
     let theirs = signed_announce(&thief, "mine", 2, "10.0.0.2");
     assert_eq!(error(&post(&mut c, "/announce", &theirs), 403), "peer_id: bound to another key");
     // The owner's key, and a signature that is not its own.
-    let mut proof = thief.sign(&Statement::Announce { peer_id: "mine", port: 2, addr: "10.0.0.2" }, stamp());
+    let mut proof =
+        thief.sign(&SignedText::Announce { peer_id: "mine", port: 2, addr: "10.0.0.2" }, stamp());
     proof.public_key = Some(owner.public().into());
-    assert_eq!(error(&post(&mut c, "/announce", &announce("mine", 2, "10.0.0.2", proof)), 403), "signature: wrong");
+    assert_eq!(
+        error(&post(&mut c, "/announce", &announce("mine", 2, "10.0.0.2", proof)), 403),
+        "signature: wrong"
+    );
     let mut leave = |proof: &Proof| {
         let mut body = serde_json::to_value(proof).unwrap();
         body["peer_id"] = "mine".into();
         c.tell("DELETE", "/announce", "", body.to_string().as_bytes()).unwrap()
     };
     error(&leave(&Proof::default()), 403);
-    error(&leave(&thief.sign(&Statement::Leave { peer_id: "mine" }, stamp())), 403);
-    let bits = Filter::for_paths(1);
+    error(&leave(&thief.sign(&SignedText::Leave { peer_id: "mine" }, stamp())), 403);
+    let bits = BloomFilter::for_paths(1);
     let headers = signed_filter_headers(&thief, "mine", bits.as_bytes());
     error(&tracker.connect().tell("PUT", "/filter/mine", &headers, bits.as_bytes()).unwrap(), 403);
     // Nor does it report in the owner's name.
-    is(&post(&mut c, "/transfer/init", br#"{"sender_id":"mine","receiver_id":"b"}"#), 200, r#"{"transfer_id":1}"#);
+    is(
+        &post(&mut c, "/transfer/init", br#"{"sender_id":"mine","receiver_id":"b"}"#),
+        200,
+        r#"{"transfer_id":1}"#,
+    );
     let report = json!({ "transfer_id": 1, "peer_id": "mine", "role": "sender", "bytes": 5 });
     error(&post(&mut c, "/report", report.to_string().as_bytes()), 403);
-    is(&post(&mut c, "/report", &signed_report(&owner, 1, "mine", "sender", 5)), 200, r#"{"status":"pending"}"#);
+    is(
+        &post(&mut c, "/report", &signed_report(&owner, 1, "mine", "sender", 5)),
+        200,
+        r#"{"status":"pending"}"#,
+    );
 
     let peers = tracker.get("/peers");
     assert_eq!(peers["peers"].as_array().unwrap().len(), 1);
-    assert_eq!((peers["peers"][0]["addr"].as_str(), peers["peers"][0]["port"].as_u64()), (Some("10.0.0.1"), Some(1)));
+    assert_eq!(
+        (peers["peers"][0]["addr"].as_str(), peers["peers"][0]["port"].as_u64()),
+        (Some("10.0.0.1"), Some(1))
+    );
 }
 
 #[test]
@@ -227,7 +273,7 @@ fn signatures_have_their_time() {
     let mut c = tracker.connect();
     let key = identity(3);
     let at = |peer_id: &str, stamp: u64| {
-        let statement = Statement::Announce { peer_id, port: 1, addr: "10.0.0.1" };
+        let statement = SignedText::Announce { peer_id, port: 1, addr: "10.0.0.1" };
         announce(peer_id, 1, "10.0.0.1", key.sign(&statement, stamp))
     };
     let first = at("p", stamp());
@@ -266,13 +312,14 @@ fn a_signature_is_for_one_statement() {
         let answer = post(&mut c, "/announce", &announce("p", 1, "10.0.0.1", proof));
         error(&answer, 403)
     };
-    let other = |peer_id, port, addr| key.sign(&Statement::Announce { peer_id, port, addr }, stamp());
+    let other =
+        |peer_id, port, addr| key.sign(&SignedText::Announce { peer_id, port, addr }, stamp());
     for proof in [
         other("q", 1, "10.0.0.1"),
         other("p", 2, "10.0.0.1"),
         other("p", 1, "10.0.0.2"),
         other("p", 1, ""),
-        key.sign(&Statement::Leave { peer_id: "p" }, stamp()),
+        key.sign(&SignedText::Leave { peer_id: "p" }, stamp()),
         Proof { timestamp: Some(stamp()), ..other("p", 1, "10.0.0.1") },
     ] {
         assert_eq!(wrong(proof), "signature: wrong");
@@ -291,10 +338,14 @@ fn a_signature_is_for_one_statement() {
     }
     // None of it has bound the ID.
     assert_eq!(tracker.get("/peers")["peers"].as_array().map(Vec::len), Some(0));
-    assert_eq!(post(&mut c, "/announce", &announce("p", 1, "10.0.0.1", Proof::default())).status, 200);
+    assert_eq!(
+        post(&mut c, "/announce", &announce("p", 1, "10.0.0.1", Proof::default())).status,
+        200
+    );
 }
 
-/// Whatever is in the fields: 4xx with an error in JSON, nothing stored, and the next request is served.
+/// Whatever is in the fields: 4xx with an error in JSON, nothing stored, and the next request is
+/// served.
 #[test]
 fn fields_that_are_not_what_they_should_be() {
     let (_dir, tracker) = tracker();
@@ -315,22 +366,40 @@ fn fields_that_are_not_what_they_should_be() {
         "\"\\u0000\"",
         "\"\\ud800\"",
     ];
-    let texts = ["1", "-1", "1e308", "true", "[]", "{}", "[\"a\"]", "\"a\\u0000b\"", "\"\\n\"", "\"\\ud800\""];
+    let texts = [
+        "1",
+        "-1",
+        "1e308",
+        "true",
+        "[]",
+        "{}",
+        "[\"a\"]",
+        "\"a\\u0000b\"",
+        "\"\\n\"",
+        "\"\\ud800\"",
+    ];
     let long = format!("\"{}\"", "x".repeat(129));
     let texts: Vec<&str> = texts.into_iter().chain([long.as_str()]).collect();
     let mut c = tracker.connect();
     let mut refused = |path: &str, fields: &[(&str, &str)], change: (&str, &str)| {
-        let field =
-            |(name, value): &(&str, &str)| format!("\"{name}\":{}", if *name == change.0 { change.1 } else { value });
+        let field = |(name, value): &(&str, &str)| {
+            format!("\"{name}\":{}", if *name == change.0 { change.1 } else { value })
+        };
         let body = format!("{{{}}}", fields.iter().map(field).collect::<Vec<_>>().join(","));
         let answer = post(&mut c, path, body.as_bytes());
-        assert!((400..500).contains(&answer.status), "{path} {body}: {} {}", answer.status, answer.text());
+        assert!(
+            (400..500).contains(&answer.status),
+            "{path} {body}: {} {}",
+            answer.status,
+            answer.text()
+        );
         let error = error(&answer, answer.status);
         assert!(!error.contains("1e308") && error.len() < 200, "{error}");
     };
     let announce = [("peer_id", "\"p\""), ("port", "1"), ("addr", "\"10.0.0.1\"")];
     let init = [("sender_id", "\"a\""), ("receiver_id", "\"b\""), ("count", "1")];
-    let report = [("transfer_id", "1"), ("peer_id", "\"a\""), ("role", "\"sender\""), ("bytes", "1")];
+    let report =
+        [("transfer_id", "1"), ("peer_id", "\"a\""), ("role", "\"sender\""), ("bytes", "1")];
     for value in values {
         refused("/announce", &announce, ("port", value));
         refused("/transfer/init", &init, ("count", value));
@@ -357,13 +426,28 @@ fn fields_that_are_not_what_they_should_be() {
     let deeper = "{\"a\":".repeat(10_000);
     let latin = b"{\"peer_id\":\"\xe9\"}";
     for path in ["/announce", "/transfer/init", "/report"] {
-        for body in [deep.as_bytes(), deeper.as_bytes(), latin, b"", b"null", b"[]", b"1", b"{", b"{}{}", b"\xff\xfe"] {
+        for body in [
+            deep.as_bytes(),
+            deeper.as_bytes(),
+            latin,
+            b"",
+            b"null",
+            b"[]",
+            b"1",
+            b"{",
+            b"{}{}",
+            b"\xff\xfe",
+        ] {
             let answer = post(&mut c, path, body);
             assert!((400..500).contains(&answer.status), "{path}: {}", answer.text());
         }
     }
     assert_eq!(tracker.get("/peers")["peers"].as_array().map(Vec::len), Some(0));
-    is(&post(&mut c, "/transfer/init", br#"{"sender_id":"a","receiver_id":"b"}"#), 200, r#"{"transfer_id":1}"#);
+    is(
+        &post(&mut c, "/transfer/init", br#"{"sender_id":"a","receiver_id":"b"}"#),
+        200,
+        r#"{"transfer_id":1}"#,
+    );
     let nobody = tracker.get("/reputation/a");
     assert_eq!(nobody["failed_transfers"].as_u64(), Some(0));
 }
@@ -401,7 +485,15 @@ fn addresses() {
     assert!(error(&answer, 400).starts_with("addr: required"));
     assert_eq!(tracker.get("/peers")["peers"].as_array().map(Vec::len), Some(0));
     let longest = format!("{}a", "a.".repeat(126));
-    let good = ["10.0.0.1", "100.64.0.1", "192.168.1.9", "2001:db8::1", "fd00::1", "host.example.org", &longest];
+    let good = [
+        "10.0.0.1",
+        "100.64.0.1",
+        "192.168.1.9",
+        "2001:db8::1",
+        "fd00::1",
+        "host.example.org",
+        &longest,
+    ];
     for (port, addr) in (1..).zip(good) {
         let body = announce(&format!("peer {port}"), port, addr, Proof::default());
         is(&post(&mut c, "/announce", &body), 200, r#"{"status":"ok"}"#);
@@ -416,8 +508,8 @@ fn addresses() {
 }
 
 /// A filter of few paths: those with these numbers.
-fn filter(paths: impl IntoIterator<Item = u64>) -> Filter {
-    let mut filter = Filter::for_paths(50);
+fn filter(paths: impl IntoIterator<Item = u64>) -> BloomFilter {
+    let mut filter = BloomFilter::for_paths(50);
     paths.into_iter().for_each(|path| {
         filter.insert(&hash_part(path));
     });
@@ -430,12 +522,16 @@ fn hash_part(path: u64) -> HashPart {
 }
 
 /// Announces a peer with that key and publishes its filter, from fresh addresses.
-fn publish(tracker: &Solo, key: &Identity, peer_id: &str, filter: &Filter) {
+fn publish(tracker: &Solo, key: &Identity, peer_id: &str, filter: &BloomFilter) {
     let mut c = tracker.connect();
     let announced = post(&mut c, "/announce", &signed_announce(key, peer_id, 1, "10.0.0.1"));
     assert_eq!(announced.status, 200, "{}", announced.text());
     let headers = signed_filter_headers(key, peer_id, filter.as_bytes());
-    is(&c.tell("PUT", &format!("/filter/{peer_id}"), &headers, filter.as_bytes()).unwrap(), 200, r#"{"status":"ok"}"#);
+    is(
+        &c.tell("PUT", &format!("/filter/{peer_id}"), &headers, filter.as_bytes()).unwrap(),
+        200,
+        r#"{"status":"ok"}"#,
+    );
 }
 
 /// The IDs in one of a lookup's lists.
@@ -455,11 +551,19 @@ fn transfer(tracker: &Solo, sender: (&str, &Identity), bytes: u64) {
     let sent = signed_report(sender.1, id, sender.0, "sender", bytes);
     is(&post(&mut at_sender, "/report", &sent), 200, r#"{"status":"pending"}"#);
     let received = signed_report(receiver.1, id, receiver.0, "receiver", bytes);
-    is(&post(&mut at_receiver, "/report", &received), 200, r#"{"status":"resolved","consistent":true}"#);
-    let proof = receiver.1.sign(&Statement::Leave { peer_id: receiver.0 }, stamp());
+    is(
+        &post(&mut at_receiver, "/report", &received),
+        200,
+        r#"{"status":"resolved","consistent":true}"#,
+    );
+    let proof = receiver.1.sign(&SignedText::Leave { peer_id: receiver.0 }, stamp());
     let mut body = serde_json::to_value(proof).unwrap();
     body["peer_id"] = receiver.0.into();
-    is(&at_receiver.tell("DELETE", "/announce", "", body.to_string().as_bytes()).unwrap(), 200, r#"{"status":"ok"}"#);
+    is(
+        &at_receiver.tell("DELETE", "/announce", "", body.to_string().as_bytes()).unwrap(),
+        200,
+        r#"{"status":"ok"}"#,
+    );
 }
 
 #[test]
@@ -484,8 +588,12 @@ fn lookups_name_the_best_first_and_nobody_who_left() {
         assert_eq!(found(&tracker, "others", path), ["old", "old and good"]);
     }
     let listed = tracker.get("/peers");
-    let listed: Vec<&str> =
-        listed["peers"].as_array().unwrap().iter().map(|p| p["peer_id"].as_str().unwrap()).collect();
+    let listed: Vec<&str> = listed["peers"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|p| p["peer_id"].as_str().unwrap())
+        .collect();
     assert_eq!(listed, ["much", "little", "none", "elsewhere", "old", "old and good"]);
 
     let answer = c.get(&format!("/lookup/{}", hash_part(3))).unwrap();
@@ -493,7 +601,9 @@ fn lookups_name_the_best_first_and_nobody_who_left() {
     assert!(answer.text().starts_with(elsewhere), "{}", answer.text());
 
     let mut leave = |peer: &str, key: Option<&Identity>| {
-        let proof = key.map(|key| key.sign(&Statement::Leave { peer_id: peer }, stamp())).unwrap_or_default();
+        let proof = key
+            .map(|key| key.sign(&SignedText::Leave { peer_id: peer }, stamp()))
+            .unwrap_or_default();
         let mut body = serde_json::to_value(proof).unwrap();
         body["peer_id"] = peer.into();
         c.tell("DELETE", "/announce", "", body.to_string().as_bytes()).unwrap()
@@ -554,11 +664,14 @@ fn targets_and_methods_that_there_are_not() {
     let id = "ein peer/é";
     transfer(&tracker, (id, &identity(42)), 7);
     let reputation = tracker.get("/reputation/ein%20peer%2F%C3%A9");
-    assert_eq!((reputation["peer_id"].as_str(), reputation["total_shared"].as_u64()), (Some(id), Some(7)));
+    assert_eq!(
+        (reputation["peer_id"].as_str(), reputation["total_shared"].as_u64()),
+        (Some(id), Some(7))
+    );
 }
 
-/// What it answered told who shares an address which of its ports are open, one asker could take all the tries at once, and
-/// a proxy's ports were tried for whoever came through it.
+/// What it answered told who shares an address which of its ports are open, one asker could take
+/// all the tries at once, and a proxy's ports were tried for whoever came through it.
 #[test]
 fn whether_a_node_is_reached() {
     let lan = Lan::new();
@@ -568,16 +681,25 @@ fn whether_a_node_is_reached() {
     let connect = || Connection::new(node.connect(at).unwrap()).unwrap();
     let target = format!("/reach/{PORT}");
     let ask = |fields: &str| connect().ask("GET", &target, fields).unwrap();
-    let said = |reached: bool| format!("{{\"addr\":\"{}\",\"port\":{PORT},\"reached\":{reached}}}", node.address);
+    let said = |reached: bool| {
+        format!("{{\"addr\":\"{}\",\"port\":{PORT},\"reached\":{reached}}}", node.address)
+    };
 
     is(&ask(""), 200, &said(false));
-    let server = |body: &'static [u8]| Server::start(node.listen(PORT), move |_| Reply::Whole(200, body.to_vec()));
+    let server = |body: &'static [u8]| {
+        Server::start(node.listen(PORT), move |_| Reply::Whole(200, body.to_vec()))
+    };
     let program = server(b"hello");
     is(&ask(""), 200, &said(false));
     drop(program);
     let peerix = server(b"StoreDir: /nix/store\nWantMassQuery: 1\nPriority: 20\n");
     is(&ask(""), 200, &said(true));
-    for field in ["X-Forwarded-For: 10.0.0.1", "Forwarded: for=10.0.0.1", "X-Real-IP: 10.0.0.1", "Via: 1.1 proxy"] {
+    for field in [
+        "X-Forwarded-For: 10.0.0.1",
+        "Forwarded: for=10.0.0.1",
+        "X-Real-IP: 10.0.0.1",
+        "Via: 1.1 proxy",
+    ] {
         assert!(error(&ask(&format!("{field}\r\n")), 400).contains("proxy"), "{field}");
     }
 
@@ -591,7 +713,10 @@ fn whether_a_node_is_reached() {
     let mut answers = both.map(|mut connection| connection.answer(true).unwrap());
     answers.sort_by_key(|answer| answer.status);
     is(&answers[0], 200, &said(false));
-    assert!(error(&answers[1], 429).contains("one at a time") && answers[1].header("retry-after").is_some());
+    assert!(
+        error(&answers[1], 429).contains("one at a time")
+            && answers[1].header("retry-after").is_some()
+    );
     drop(peerix);
 }
 
@@ -603,11 +728,20 @@ fn filters_that_are_refused() {
     let put = |headers: &str, peer_id: &str, body: &[u8]| {
         tracker.connect().tell("PUT", &format!("/filter/{peer_id}"), headers, body).unwrap()
     };
-    let signed = |peer_id: &str, body: &[u8]| put(&signed_filter_headers(&key, peer_id, body), peer_id, body);
+    let signed = |peer_id: &str, body: &[u8]| {
+        put(&signed_filter_headers(&key, peer_id, body), peer_id, body)
+    };
     assert_eq!(error(&signed("f", good.as_bytes()), 404), "announce first");
-    post(&mut tracker.connect(), "/announce", &announce("unbound", 1, "10.0.0.1", Proof::default()));
+    post(
+        &mut tracker.connect(),
+        "/announce",
+        &announce("unbound", 1, "10.0.0.1", Proof::default()),
+    );
     assert_eq!(error(&signed("unbound", good.as_bytes()), 404), "announce first");
-    assert_eq!(error(&put("", "f", good.as_bytes()), 403), "public_key, timestamp and signature: missing or malformed");
+    assert_eq!(
+        error(&put("", "f", good.as_bytes()), 403),
+        "public_key, timestamp and signature: missing or malformed"
+    );
 
     post(&mut tracker.connect(), "/announce", &signed_announce(&key, "f", 1, "10.0.0.1"));
     for size in [0, 1, 1023, 1025, 1200, 100_000] {
@@ -624,7 +758,10 @@ fn filters_that_are_refused() {
     assert_eq!(error(&soon, 429), "too soon after the last one");
     let wait: u64 = soon.header("retry-after").unwrap().parse().unwrap();
     assert!((1..=25).contains(&wait), "{wait}");
-    assert_eq!((found(&tracker, "candidates", 1), found(&tracker, "candidates", 2)), (vec!["f".to_owned()], vec![]));
+    assert_eq!(
+        (found(&tracker, "candidates", 1), found(&tracker, "candidates", 2)),
+        (vec!["f".to_owned()], vec![])
+    );
     // One that has every path would make its peer a candidate for all.
     let full = identity(22);
     post(&mut tracker.connect(), "/announce", &signed_announce(&full, "full", 1, "10.0.0.1"));
@@ -632,16 +769,25 @@ fn filters_that_are_refused() {
     assert_eq!(error(&answer, 400), "body: more bits are set than a filter of its size may have");
     // The largest there is.
     let large = identity(21);
-    let mut most = Filter::for_paths(u64::MAX);
+    let mut most = BloomFilter::for_paths(u64::MAX);
     most.insert(&hash_part(2));
     let bits = most.as_bytes().to_vec();
     post(&mut tracker.connect(), "/announce", &signed_announce(&large, "large", 1, "10.0.0.1"));
-    is(&put(&signed_filter_headers(&large, "large", &bits), "large", &bits), 200, r#"{"status":"ok"}"#);
+    is(
+        &put(&signed_filter_headers(&large, "large", &bits), "large", &bits),
+        200,
+        r#"{"status":"ok"}"#,
+    );
     assert_eq!(found(&tracker, "candidates", 2), ["large"]);
     // The next announce tells which filter is there.
-    let proof = key.sign(&Statement::Announce { peer_id: "f", port: 1, addr: "10.0.0.1" }, stamp());
+    let proof =
+        key.sign(&SignedText::Announce { peer_id: "f", port: 1, addr: "10.0.0.1" }, stamp());
     let answer = post(&mut tracker.connect(), "/announce", &announce("f", 1, "10.0.0.1", proof));
-    assert!(serde_json::from_slice::<Value>(&answer.body).unwrap()["filter"].is_u64(), "{}", answer.text());
+    assert!(
+        serde_json::from_slice::<Value>(&answer.body).unwrap()["filter"].is_u64(),
+        "{}",
+        answer.text()
+    );
 }
 
 /// Bodies that are too large, or never come.
@@ -649,12 +795,18 @@ fn filters_that_are_refused() {
 fn bodies_without_end() {
     let (_dir, tracker) = tracker();
     let five = vec![b' '; 5 << 20];
-    for (method, path) in
-        [("POST", "/announce"), ("POST", "/transfer/init"), ("POST", "/report"), ("DELETE", "/announce")]
-    {
+    for (method, path) in [
+        ("POST", "/announce"),
+        ("POST", "/transfer/init"),
+        ("POST", "/report"),
+        ("DELETE", "/announce"),
+    ] {
         let mut c = tracker.connect();
         // The tracker may have closed the connection before all of it is sent.
-        let head = format!("{method} {path} HTTP/1.1\r\nHost: t\r\nContent-Length: {}\r\n\r\n", five.len());
+        let head = format!(
+            "{method} {path} HTTP/1.1\r\nHost: t\r\nContent-Length: {}\r\n\r\n",
+            five.len()
+        );
         c.send(head.as_bytes()).unwrap();
         let _ = c.send(&five);
         assert_eq!(error(&c.answer(true).unwrap(), 413), "body: too large");
@@ -663,7 +815,10 @@ fn bodies_without_end() {
     post(&mut tracker.connect(), "/announce", &signed_announce(&key, "p", 1, "10.0.0.1"));
     let headers = signed_filter_headers(&key, "p", &five);
     let mut c = tracker.connect();
-    let head = format!("PUT /filter/p HTTP/1.1\r\nHost: t\r\nContent-Length: {}\r\n{headers}\r\n", five.len());
+    let head = format!(
+        "PUT /filter/p HTTP/1.1\r\nHost: t\r\nContent-Length: {}\r\n{headers}\r\n",
+        five.len()
+    );
     c.send(head.as_bytes()).unwrap();
     let _ = c.send(&five);
     error(&c.answer(true).unwrap(), 413);
@@ -673,14 +828,21 @@ fn bodies_without_end() {
     let mut waiting: Vec<Connection> = (0..20)
         .map(|_| {
             let digest = signed_filter_headers(&key, "p", &bits);
-            let head = format!("PUT /filter/p HTTP/1.1\r\nHost: t\r\nContent-Length: {}\r\n{digest}\r\n", bits.len());
+            let head = format!(
+                "PUT /filter/p HTTP/1.1\r\nHost: t\r\nContent-Length: {}\r\n{digest}\r\n",
+                bits.len()
+            );
             let mut c = tracker.connect();
             c.send(head.as_bytes()).unwrap();
             c
         })
         .collect();
     // Meanwhile others are served.
-    assert_eq!(post(&mut tracker.connect(), "/announce", &announce("q", 1, "10.0.0.1", Proof::default())).status, 200);
+    assert_eq!(
+        post(&mut tracker.connect(), "/announce", &announce("q", 1, "10.0.0.1", Proof::default()))
+            .status,
+        200
+    );
     let answers: Vec<Option<Answer>> = waiting.iter_mut().map(|c| c.answer(true).ok()).collect();
     let refused = answers.iter().flatten().filter(|answer| answer.status == 503).count();
     assert_eq!(refused, 12, "{answers:?}");
@@ -693,7 +855,11 @@ fn bodies_without_end() {
     // All places are free again.
     let bits = filter([1]);
     let headers = signed_filter_headers(&key, "p", bits.as_bytes());
-    is(&tracker.connect().tell("PUT", "/filter/p", &headers, bits.as_bytes()).unwrap(), 200, r#"{"status":"ok"}"#);
+    is(
+        &tracker.connect().tell("PUT", "/filter/p", &headers, bits.as_bytes()).unwrap(),
+        200,
+        r#"{"status":"ok"}"#,
+    );
 }
 
 #[test]
@@ -708,15 +874,22 @@ fn one_address_that_asks_too_much() {
     assert!(answers[..200].iter().all(|answer| answer.status == 200));
     assert!(!refused.is_empty());
     for answer in &refused {
-        assert_eq!((error(answer, 429).as_str(), answer.header("retry-after")), ("too many requests", Some("1")));
+        assert_eq!(
+            (error(answer, 429).as_str(), answer.header("retry-after")),
+            ("too many requests", Some("1"))
+        );
     }
     // From a new connection too, and not what is counted apart, and nobody else.
-    let more = (0..2000).map(|_| post(&mut tracker.connect_from(greedy).unwrap(), "/announce", &body).status);
+    let more = (0..2000)
+        .map(|_| post(&mut tracker.connect_from(greedy).unwrap(), "/announce", &body).status);
     assert!(more.into_iter().any(|status| status == 429));
     assert_eq!(c.get(&format!("/lookup/{}", hash_part(1))).unwrap().status, 200);
     assert_eq!(post(&mut tracker.connect(), "/announce", &body).status, 200);
     let metrics = tracker.connect().get("/metrics").unwrap().text();
-    let counted = metrics.lines().find_map(|line| line.strip_prefix("peerix_tracker_rate_limited_total ")).unwrap();
+    let counted = metrics
+        .lines()
+        .find_map(|line| line.strip_prefix("peerix_tracker_rate_limited_total "))
+        .unwrap();
     assert!(counted.parse::<usize>().unwrap() >= refused.len());
 }
 
@@ -735,9 +908,17 @@ fn address_behind_a_proxy_is_the_clients_or_unknown() {
     let refused = error(&announce(&plain, proxy, "192.0.2.7"), 400);
     assert!(refused.contains("--announce-addr") && refused.contains("--proxy"), "{refused}");
     is(&announce(&known, proxy, "198.51.100.1, 192.0.2.7"), 200, r#"{"status":"ok"}"#);
-    assert_eq!(known.get("/peers")["peers"][0]["addr"], "192.0.2.7", "the last one, which the proxy itself has seen");
+    assert_eq!(
+        known.get("/peers")["peers"][0]["addr"],
+        "192.0.2.7",
+        "the last one, which the proxy itself has seen"
+    );
     // A proxy may add a field of its own to the client's, or say what is no address.
-    is(&announce(&known, proxy, "192.0.2.9\r\nX-Forwarded-For: 192.0.2.7"), 200, r#"{"status":"ok"}"#);
+    is(
+        &announce(&known, proxy, "192.0.2.9\r\nX-Forwarded-For: 192.0.2.7"),
+        200,
+        r#"{"status":"ok"}"#,
+    );
     assert_eq!(known.get("/peers")["peers"][0]["addr"], "192.0.2.7");
     assert!(error(&announce(&known, proxy, "192.0.2.9, unknown"), 400).contains("proxy"));
     // Others may say what they like.

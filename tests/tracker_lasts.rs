@@ -1,13 +1,14 @@
-//! What a tracker keeps through its own death, through those who were before it, and through a great many peers.
+//! What a tracker keeps through its own death, through those who were before it, and through a
+//! great many peers.
 
 use crate::common::http::{Answer, Connection};
 use crate::common::solo::{
-    Solo, TempDir, announce, clock, command, connect, fresh_network, fresh_source, identity, post, signed_announce,
-    signed_filter_headers, signed_report,
+    Solo, TempDir, announce, clock, command, connect, fresh_network, fresh_source, identity, post,
+    signed_announce, signed_filter_headers, signed_report,
 };
 use crate::common::{Scale, thread, wait_for};
-use peerix::on_drop::OnDrop;
-use peerix::wire::tracker::{Proof, Statement};
+use peerix::deferred::Deferred;
+use peerix::wire::tracker::{Proof, SignedText};
 use rusqlite::Connection as Database;
 use serde_json::{Value, json};
 use std::collections::HashMap;
@@ -31,9 +32,11 @@ struct Heard {
     /// Numbers of keys and of the IDs bound to them.
     identities: Vec<u64>,
     transfers: Vec<u64>,
-    /// Transfers of which the sender's report was acknowledged, and who that is; the receiver's was not, in time.
+    /// Transfers of which the sender's report was acknowledged, and who that is; the receiver's was
+    /// not, in time.
     half: HashMap<u64, String>,
-    /// By sender: transfers that the tracker said were resolved, and those where it may have died before it said so.
+    /// By sender: transfers that the tracker said were resolved, and those where it may have died
+    /// before it said so.
     resolved: HashMap<String, u64>,
     tried: HashMap<String, u64>,
 }
@@ -49,8 +52,11 @@ fn load(port: u16, thread: u64, next: &AtomicU64, heard: &Mutex<Heard>) -> std::
     let (sender, receiver) = (format!("sender-{thread}"), format!("receiver-{thread}"));
     let (sender_key, receiver_key) = (identity(SENDERS + thread), identity(RECEIVERS + thread));
     let mut at_sender = connect(port, fresh_network())?;
-    for (c, key, peer) in [(&mut at_sender, &sender_key, &sender), (&mut c, &receiver_key, &receiver)] {
-        let answer = c.tell("POST", "/announce", json, &signed_announce(key, peer, 1, "10.0.0.1"))?;
+    for (c, key, peer) in
+        [(&mut at_sender, &sender_key, &sender), (&mut c, &receiver_key, &receiver)]
+    {
+        let answer =
+            c.tell("POST", "/announce", json, &signed_announce(key, peer, 1, "10.0.0.1"))?;
         assert_eq!(answer.status, 200, "{}", answer.text());
     }
     // An address may announce 200 times at once.
@@ -67,16 +73,28 @@ fn load(port: u16, thread: u64, next: &AtomicU64, heard: &Mutex<Heard>) -> std::
         let id = value(&answer)["transfer_id"].as_u64().unwrap();
         heard.lock().unwrap().transfers.push(id);
 
-        let answer =
-            at_sender.tell("POST", "/report", json, &signed_report(&sender_key, id, &sender, "sender", 100))?;
+        let answer = at_sender.tell(
+            "POST",
+            "/report",
+            json,
+            &signed_report(&sender_key, id, &sender, "sender", 100),
+        )?;
         assert_eq!((answer.status, answer.text().as_str()), (200, r#"{"status":"pending"}"#));
         {
             let mut heard = heard.lock().unwrap();
             *heard.tried.entry(sender.clone()).or_default() += 1;
             heard.half.insert(id, sender.clone());
         }
-        let answer = c.tell("POST", "/report", json, &signed_report(&receiver_key, id, &receiver, "receiver", 100))?;
-        assert_eq!((answer.status, answer.text().as_str()), (200, r#"{"status":"resolved","consistent":true}"#));
+        let answer = c.tell(
+            "POST",
+            "/report",
+            json,
+            &signed_report(&receiver_key, id, &receiver, "receiver", 100),
+        )?;
+        assert_eq!(
+            (answer.status, answer.text().as_str()),
+            (200, r#"{"status":"resolved","consistent":true}"#)
+        );
         let mut heard = heard.lock().unwrap();
         heard.half.remove(&id);
         *heard.resolved.entry(sender.clone()).or_default() += 1;
@@ -104,10 +122,12 @@ fn killed_under_load_it_has_lost_nothing_that_it_acknowledged() {
                 });
             }
             // Also when what was asked for never comes, or the threads would not end.
-            let is_dead = OnDrop::new(|| dead.store(true, Ordering::Relaxed));
+            let is_dead = Deferred::new(|| dead.store(true, Ordering::Relaxed));
             // At another moment each time, and always amid it all.
             let enough = transfers + 20 + 7 * round as usize;
-            wait_for("enough transfers", || (all.lock().unwrap().transfers.len() >= enough).then_some(()));
+            wait_for("enough transfers", || {
+                (all.lock().unwrap().transfers.len() >= enough).then_some(())
+            });
             drop(is_dead);
             tracker.kill();
         });
@@ -118,15 +138,22 @@ fn killed_under_load_it_has_lost_nothing_that_it_acknowledged() {
         for number in heard.identities[identities..].iter().take(60).chain(old) {
             let id = format!("peer-{number}");
             let mut c = tracker.connect();
-            let stolen = post(&mut c, "/announce", &signed_announce(&identity(number + (1 << 32)), &id, 1, "10.0.0.1"));
+            let stolen = post(
+                &mut c,
+                "/announce",
+                &signed_announce(&identity(number + (1 << 32)), &id, 1, "10.0.0.1"),
+            );
             assert_eq!(stolen.status, 403, "{id} was bound to a key: {}", stolen.text());
-            let own = post(&mut c, "/announce", &signed_announce(&identity(*number), &id, 1, "10.0.0.1"));
+            let own =
+                post(&mut c, "/announce", &signed_announce(&identity(*number), &id, 1, "10.0.0.1"));
             assert_eq!(own.status, 200, "{id}: {}", own.text());
         }
         let mut c = tracker.connect();
         let old = heard.transfers[..transfers].iter().rev().step_by(50);
         for id in heard.transfers[transfers..].iter().chain(old) {
-            let body = json!({"transfer_id": id, "peer_id": "nobody", "role": "sender", "bytes": 1}).to_string();
+            let body =
+                json!({"transfer_id": id, "peer_id": "nobody", "role": "sender", "bytes": 1})
+                    .to_string();
             let answer = post(&mut c, "/report", body.as_bytes());
             assert!([403, 409].contains(&answer.status), "transfer {id}: {}", answer.text());
         }
@@ -134,45 +161,67 @@ fn killed_under_load_it_has_lost_nothing_that_it_acknowledged() {
             let thread: u64 = sender.trim_start_matches("sender-").parse().unwrap();
             let body = signed_report(&identity(SENDERS + thread), id, &sender, "sender", 100);
             let answer = post(&mut c, "/report", &body);
-            assert_eq!(answer.status, 409, "transfer {id}: the sender's report was acknowledged: {}", answer.text());
+            assert_eq!(
+                answer.status,
+                409,
+                "transfer {id}: the sender's report was acknowledged: {}",
+                answer.text()
+            );
         }
         for (sender, tried) in &heard.tried {
             let reputation = tracker.get(&format!("/reputation/{sender}"));
             let counted = reputation["successful_transfers"].as_u64().unwrap();
             let resolved = heard.resolved.get(sender).copied().unwrap_or_default();
-            assert!((resolved..=*tried).contains(&counted), "{sender}: {resolved} of {tried}, and {counted} counted");
+            assert!(
+                (resolved..=*tried).contains(&counted),
+                "{sender}: {resolved} of {tried}, and {counted} counted"
+            );
             assert_eq!(reputation["total_shared"].as_u64(), Some(counted * 100));
             assert_eq!(reputation["failed_transfers"].as_u64(), Some(0));
         }
     }
 }
 
-/// Nodes used to be found again only when they had announced themselves anew: every lookup was a miss for a minute.
+/// Nodes used to be found again only when they had announced themselves anew: every lookup was a
+/// miss for a minute.
 #[test]
 fn who_is_here_what_they_have_and_what_they_did_lasts() {
     let dir = TempDir::new();
     let mut tracker = Solo::start(&dir.file("db"));
     let keys = [identity(1), identity(2)];
-    // By the clock itself: the time of other statements here runs ahead of it, when other tests sign many.
+    // By the clock itself: the time of other statements here runs ahead of it, when other tests
+    // sign many.
     let now = clock();
     let at = |stamp| {
-        let proof = keys[0].sign(&Statement::Announce { peer_id: "a", port: 1, addr: "10.0.0.1" }, stamp);
+        let proof =
+            keys[0].sign(&SignedText::Announce { peer_id: "a", port: 1, addr: "10.0.0.1" }, stamp);
         announce("a", 1, "10.0.0.1", proof)
     };
-    let [mut c, mut other] = [fresh_network(), fresh_network()].map(|from| tracker.connect_from(from).unwrap());
+    let [mut c, mut other] =
+        [fresh_network(), fresh_network()].map(|from| tracker.connect_from(from).unwrap());
     let welcome = value(&post(&mut c, "/announce", &at(now)));
     let replay = at(now + 1);
     post(&mut other, "/announce", &signed_announce(&keys[1], "b", 2, "10.0.0.2"));
     post(&mut other, "/announce", &signed_announce(&keys[1], "b", 3, "10.0.0.2"));
-    post(&mut tracker.connect(), "/announce", &announce("unsigned", 4, "10.0.0.3", Proof::default()));
+    post(
+        &mut tracker.connect(),
+        "/announce",
+        &announce("unsigned", 4, "10.0.0.3", Proof::default()),
+    );
     let hash_part = peerix::nix::HashPart::parse(&[b'7'; 32]).unwrap();
-    let mut filter = peerix::wire::filter::Filter::for_paths(10);
+    let mut filter = peerix::wire::filter::BloomFilter::for_paths(10);
     filter.insert(&hash_part);
     let headers = signed_filter_headers(&keys[1], "b", filter.as_bytes());
     assert_eq!(other.tell("PUT", "/filter/b", &headers, filter.as_bytes()).unwrap().status, 200);
     post(&mut c, "/transfer/init", br#"{"sender_id":"b","receiver_id":"a"}"#);
-    assert_eq!(post(&mut other, "/report", &signed_report(&keys[1], 1, "b", "sender", 1000)).status, 200);
-    assert_eq!(post(&mut c, "/report", &signed_report(&keys[0], 1, "a", "receiver", 1000)).status, 200);
+    assert_eq!(
+        post(&mut other, "/report", &signed_report(&keys[1], 1, "b", "sender", 1000)).status,
+        200
+    );
+    assert_eq!(
+        post(&mut c, "/report", &signed_report(&keys[0], 1, "a", "receiver", 1000)).status,
+        200
+    );
     let reputation = tracker.get("/reputation/b");
     assert_eq!(reputation["total_shared"].as_u64(), Some(1000));
     let found = tracker.get(&format!("/lookup/{hash_part}"));
@@ -180,7 +229,9 @@ fn who_is_here_what_they_have_and_what_they_did_lasts() {
     // Where peers are, by ID: which order they have is nothing that lasts.
     let here = |tracker: &Solo| {
         let list = tracker.get("/peers");
-        let row = |peer: &Value| (peer["peer_id"].to_string(), peer["addr"].to_string(), peer["port"].to_string());
+        let row = |peer: &Value| {
+            (peer["peer_id"].to_string(), peer["addr"].to_string(), peer["port"].to_string())
+        };
         let mut rows: Vec<_> = list["peers"].as_array().unwrap().iter().map(row).collect();
         rows.sort();
         rows
@@ -204,9 +255,11 @@ fn who_is_here_what_they_have_and_what_they_did_lasts() {
         let answer = post(&mut c, "/announce", &replay);
         assert_eq!(answer.status, 403, "made before the start: {}", answer.text());
         assert!(value(&answer)["now"].is_u64());
-        let again = value(&post(&mut c, "/announce", &signed_announce(&keys[0], "a", 1, "10.0.0.1")));
+        let again =
+            value(&post(&mut c, "/announce", &signed_announce(&keys[0], "a", 1, "10.0.0.1")));
         assert_eq!((&again["tracker"], again["filter"].is_null()), (&welcome["tracker"], true));
-        let again = value(&post(&mut c, "/announce", &signed_announce(&keys[1], "b", 3, "10.0.0.2")));
+        let again =
+            value(&post(&mut c, "/announce", &signed_announce(&keys[1], "b", 3, "10.0.0.2")));
         assert!(again["filter"].is_u64(), "its filter need not be sent again: {again}");
         match is_killed {
             false => tracker.kill(),
@@ -245,24 +298,33 @@ fn the_database_of_the_original_is_taken_over() {
         .unwrap();
     drop(original);
     let tracker = Solo::start(&db);
-    let body = json!({"transfer_id": 41, "peer_id": "old", "role": "sender", "bytes": 501}).to_string();
+    let body =
+        json!({"transfer_id": 41, "peer_id": "old", "role": "sender", "bytes": 501}).to_string();
     let answer = post(&mut tracker.connect(), "/report", body.as_bytes());
-    assert_eq!((answer.status, answer.text().as_str()), (200, r#"{"status":"resolved","consistent":true}"#));
+    assert_eq!(
+        (answer.status, answer.text().as_str()),
+        (200, r#"{"status":"resolved","consistent":true}"#)
+    );
     let reputation = tracker.get("/reputation/old");
     assert_eq!(
         (reputation["total_shared"].as_u64(), reputation["successful_transfers"].as_u64()),
         (Some(1000), Some(3)),
         "what nobody signed counts for nobody"
     );
-    let begun = post(&mut tracker.connect(), "/transfer/init", br#"{"sender_id":"a","receiver_id":"b"}"#);
+    let begun =
+        post(&mut tracker.connect(), "/transfer/init", br#"{"sender_id":"a","receiver_id":"b"}"#);
     assert_eq!(begun.text(), r#"{"transfer_id":44}"#);
     for id in [42, 43] {
-        let body = json!({"transfer_id": id, "peer_id": "old", "role": "sender", "bytes": 1}).to_string();
+        let body =
+            json!({"transfer_id": id, "peer_id": "old", "role": "sender", "bytes": 1}).to_string();
         assert_eq!(post(&mut tracker.connect(), "/report", body.as_bytes()).status, 404);
     }
     let bad = tracker.get("/reputation/bad");
     assert_eq!((bad["total_shared"].as_u64(), bad["total_received"].as_u64()), (Some(0), Some(0)));
-    assert_eq!((bad["successful_transfers"].as_u64(), bad["failed_transfers"].as_u64()), (Some(0), Some(0)));
+    assert_eq!(
+        (bad["successful_transfers"].as_u64(), bad["failed_transfers"].as_u64()),
+        (Some(0), Some(0))
+    );
     assert_eq!(tracker.get("/peers"), json!({"peers": []}));
 }
 
@@ -275,8 +337,15 @@ fn fails(args: &[&str], db: &Path) -> Output {
 fn what_keeps_it_from_starting_is_one_line() {
     let dir = TempDir::new();
     let db = dir.file("newer");
-    Database::open(&db).unwrap().execute_batch("pragma user_version = 99; create table t (x);").unwrap();
-    std::fs::write(dir.file("none"), "this is no database, and long enough to look like one ".repeat(100)).unwrap();
+    Database::open(&db)
+        .unwrap()
+        .execute_batch("pragma user_version = 99; create table t (x);")
+        .unwrap();
+    std::fs::write(
+        dir.file("none"),
+        "this is no database, and long enough to look like one ".repeat(100),
+    )
+    .unwrap();
     std::fs::create_dir(dir.file("directory")).unwrap();
     let other = Solo::start(&dir.file("other"));
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -287,7 +356,11 @@ fn what_keeps_it_from_starting_is_one_line() {
         (fails(&["--port", "0"], &dir.file("missing/db")), 1, vec!["missing/db"]),
         (fails(&["--port", "0"], &dir.file("directory")), 1, vec!["directory", "--db-path"]),
         (fails(&["--port", "0"], &dir.file("other")), 1, vec!["another tracker has it"]),
-        (fails(&["--host", "127.0.0.1", "--port", &port], &dir.file("db")), 1, vec![&port, "--port"]),
+        (
+            fails(&["--host", "127.0.0.1", "--port", &port], &dir.file("db")),
+            1,
+            vec![&port, "--port"],
+        ),
         (command(&["--prot", "1"]).output().unwrap(), 2, vec!["--prot"]),
         (command(&["--port", "x"]).output().unwrap(), 2, vec!["--port x"]),
         (command(&["word"]).output().unwrap(), 2, vec!["word"]),
@@ -298,14 +371,20 @@ fn what_keeps_it_from_starting_is_one_line() {
         assert!(words.iter().all(|word| said.contains(word)), "{words:?} in {said:?}");
     }
     assert_eq!(other.get("/health"), json!({"status": "ok"}));
-    let newer: i64 = Database::open(&db).unwrap().pragma_query_value(None, "user_version", |row| row.get(0)).unwrap();
+    let newer: i64 = Database::open(&db)
+        .unwrap()
+        .pragma_query_value(None, "user_version", |row| row.get(0))
+        .unwrap();
     assert_eq!(newer, 99, "left as it was");
     let help = String::from_utf8(command(&["--help"]).output().unwrap().stdout).unwrap();
     for word in ["--port", "12305", "--host", "--db-path", "--verbose"] {
         assert!(help.contains(word), "no {word} in\n{help}");
     }
     let version = command(&["--version"]).output().unwrap().stdout;
-    assert_eq!(String::from_utf8(version).unwrap(), format!("peerix-tracker {}\n", env!("CARGO_PKG_VERSION")));
+    assert_eq!(
+        String::from_utf8(version).unwrap(),
+        format!("peerix-tracker {}\n", env!("CARGO_PKG_VERSION"))
+    );
 }
 
 /// The value of a metric without labels.
@@ -315,7 +394,8 @@ fn metric(tracker: &Solo, name: &str) -> f64 {
     line.unwrap_or_else(|| panic!("no {name} in\n{text}")).parse().unwrap()
 }
 
-/// As strict as `promtool check metrics` about the form: help and type before the values, names and suffixes by the conventions.
+/// As strict as `promtool check metrics` about the form: help and type before the values, names and
+/// suffixes by the conventions.
 #[test]
 fn health_and_metrics() {
     let dir = TempDir::new();
@@ -366,11 +446,15 @@ fn a_hundred_thousand_peers() {
                     if n >= PEERS {
                         return;
                     }
-                    let (mut connection, asked) = c.take().unwrap_or_else(|| (tracker.connect(), 0));
+                    let (mut connection, asked) =
+                        c.take().unwrap_or_else(|| (tracker.connect(), 0));
                     let addr = std::net::Ipv4Addr::from_bits(0x0a00_0001 + n as u32).to_string();
                     let body = announce(&format!("peer-{n}"), 12304, &addr, Proof::default());
                     let answer = post(&mut connection, "/announce", &body);
-                    assert_eq!((answer.status, answer.text().as_str()), (200, r#"{"status":"ok"}"#));
+                    assert_eq!(
+                        (answer.status, answer.text().as_str()),
+                        (200, r#"{"status":"ok"}"#)
+                    );
                     c = (asked + 1 < FROM_ONE).then_some((connection, asked + 1));
                 }
             });

@@ -1,5 +1,5 @@
-//! The daemon as `nobody`, with a store that belongs to root, in every state in which Nix leaves its database; and
-//! store paths that are taken away while they are being sent.
+//! The daemon as `nobody`, with a store that belongs to root, in every state in which Nix leaves
+//! its database; and store paths that are taken away while they are being sent.
 
 use crate::common::lan::Run;
 use crate::common::stock::{self, nar_route};
@@ -25,7 +25,8 @@ impl Scene {
         let lan = Lan::new().with_scale(Scale::without_timeouts());
         let (server, neighbour) = (lan.host("server"), lan.host("neighbour"));
         stock::ready(&server);
-        let old = stock::add(&server, "old", "mkdir $n; seq 100000 > $n/numbers; ln -s numbers $n/link");
+        let old =
+            stock::add(&server, "old", "mkdir $n; seq 100000 > $n/numbers; ln -s numbers $n/link");
         let socket = neighbour.udp(PORT);
         Scene { server, neighbour, socket, old, _lan: lan }
     }
@@ -52,13 +53,14 @@ impl Scene {
     /// Checks that `path` is fetched by HTTP as Nix has it.
     fn is_sent(&self, path: &str) {
         let route = nar_route(&self.neighbour, &self.server, path);
-        let nar = crate::common::http::get(&self.neighbour, (self.server.address, PORT), &route).unwrap();
+        let nar =
+            crate::common::http::get(&self.neighbour, (self.server.address, PORT), &route).unwrap();
         assert!(nar.status == 200 && nar.whole, "{path}: {}", nar.status);
         assert!(nar.body == stock::dump(&self.server, path), "{path}: another NAR");
     }
 
-    /// Checks it of what was there, of what is registered this moment, and that what was never there, or is no
-    /// longer, is missed.
+    /// Checks it of what was there, of what is registered this moment, and that what was never
+    /// there, or is no longer, is missed.
     fn serves(&self, round: &str) {
         self.is_served(&self.old);
         let new = stock::add(&self.server, &format!("new-{round}"), &format!("echo {round} > $n"));
@@ -89,7 +91,8 @@ fn nobody_has_the_database_open() {
 #[test]
 fn only_some_of_the_files_are_there() {
     let scene = Scene::new();
-    for (round, files) in [("wal", &["-wal"][..]), ("shm", &["-shm"]), ("both", &["-wal", "-shm"])] {
+    for (round, files) in [("wal", &["-wal"][..]), ("shm", &["-shm"]), ("both", &["-wal", "-shm"])]
+    {
         for end in files {
             scene.server.write(&format!("{DB}{end}"), "");
         }
@@ -141,7 +144,8 @@ fn nix_writes_all_the_time() {
     for _ in 0..30 {
         // Registered by another process a moment ago.
         let path = wait_for("another path is registered", || {
-            let path = std::fs::read_to_string(scene.server.path("/tmp/last")).ok()?.trim().to_owned();
+            let path =
+                std::fs::read_to_string(scene.server.path("/tmp/last")).ok()?.trim().to_owned();
             seen.insert(path.clone()).then_some(path)
         });
         is_found(&scene, &path);
@@ -151,12 +155,16 @@ fn nix_writes_all_the_time() {
     }
     drop(writer);
     let log = daemon.log();
-    assert!(log.lines().all(|line| !line.contains("error:") || line.contains("no other process has it open")));
+    assert!(
+        log.lines()
+            .all(|line| !line.contains("error:") || line.contains("no other process has it open"))
+    );
     scene.serves("after");
 }
 
-/// Who asks by UDP waits 50 ms at most, and between one writer's end and the next one's beginning nobody but root may open
-/// the database: then this machine has not for a moment. HTTP waits as long as it takes.
+/// Who asks by UDP waits 50 ms at most, and between one writer's end and the next one's beginning
+/// nobody but root may open the database: then this machine has not for a moment. HTTP waits as
+/// long as it takes.
 fn is_found(scene: &Scene, path: &str) {
     wait_for("it is found", || stock::has(&scene.socket, &scene.server, path).then_some(()));
     scene.is_sent(path);
@@ -166,7 +174,9 @@ fn is_found(scene: &Scene, path: &str) {
 fn begin(scene: &Scene, path: &str) -> (TcpStream, usize) {
     let route = nar_route(&scene.neighbour, &scene.server, path);
     let size: usize =
-        stock::line(&stock::narinfo(&scene.neighbour, &scene.server, path).text(), "NarSize").parse().unwrap();
+        stock::line(&stock::narinfo(&scene.neighbour, &scene.server, path).text(), "NarSize")
+            .parse()
+            .unwrap();
     let mut stream = scene.neighbour.connect((scene.server.address, PORT)).unwrap();
     stream.set_read_timeout(Some(DEADLINE)).unwrap();
     write!(stream, "GET {route} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n").unwrap();
@@ -200,7 +210,9 @@ fn paths_that_go_away_while_they_are_sent() {
     assert_eq!(rest.len(), missing);
 
     // Nix spares what a process has open, if it sees that process; across containers it does not.
-    let deleted = |path: &str| scene.server.cmd("nix-store").args(["--delete", "--ignore-liveness", path]).okay();
+    let deleted = |path: &str| {
+        scene.server.cmd("nix-store").args(["--delete", "--ignore-liveness", path]).okay()
+    };
     let path = stock::add_large(&scene.server, "file", MIB);
     let begun = begin(&scene, &path);
     deleted(&path);
@@ -243,11 +255,13 @@ fn a_store_this_user_may_not_read() {
     let scene = Scene::new();
     let daemon = scene.start();
     scene.is_served(&scene.old);
-    // Files that only root may read: a miss for whoever asks, and never an empty or short archive taken for whole.
+    // Files that only root may read: a miss for whoever asks, and never an empty or short archive
+    // taken for whole.
     let secret = stock::add(&scene.server, "secret", "echo secret > $n");
     scene.server.sh(&format!("chmod 600 {secret}"));
     let route = nar_route(&scene.neighbour, &scene.server, &secret);
-    let answer = crate::common::http::get(&scene.neighbour, (scene.server.address, PORT), &route).unwrap();
+    let answer =
+        crate::common::http::get(&scene.neighbour, (scene.server.address, PORT), &route).unwrap();
     assert_eq!(answer.status, 404);
     assert!(daemon.log().contains(&format!("{secret}: ")));
     nix::assert_nothing_but(&scene.server, &[scene.old.clone(), secret]);

@@ -1,5 +1,5 @@
-//! Peers on other networks, found by a tracker: real Nix on one network gets real paths from another, where no
-//! broadcast reaches.
+//! Peers on other networks, found by a tracker: real Nix on one network gets real paths from
+//! another, where no broadcast reaches.
 
 use crate::common::daemon::narinfo_status;
 use crate::common::http::{Reply, Request, Server};
@@ -8,7 +8,8 @@ use crate::common::scene::Places;
 use crate::common::standin::{self, Shelf, StandIn, field};
 use crate::common::tracker::{self, Tracker, open};
 use crate::common::{
-    Asker, Daemon, Holder, Host, Nat, PORT, Scale, Wan, World, nix, stock, wait_for, wait_slowly_for, world,
+    Asker, Daemon, Holder, Host, Nat, PORT, Scale, Wan, World, nix, stock, wait_for,
+    wait_slowly_for, world,
 };
 use std::fs;
 use std::time::Duration;
@@ -23,7 +24,10 @@ const OFTEN: f64 = 0.1;
 
 /// Has Nix make `host` a key; returns the public one.
 fn key(host: &Host) -> String {
-    host.sh(&format!("nix-store --generate-binary-cache-key {}-1 /etc/peerix.sec /etc/peerix.pub", host.name));
+    host.sh(&format!(
+        "nix-store --generate-binary-cache-key {}-1 /etc/peerix.sec /etc/peerix.pub",
+        host.name
+    ));
     fs::read_to_string(host.path("/etc/peerix.pub")).unwrap().trim().to_owned()
 }
 
@@ -44,7 +48,9 @@ fn closure_from_a_peer_on_another_network() {
         flags
     });
     let key = fs::read_to_string(holder.host.path("/etc/peerix.pub")).unwrap();
-    let asker = Asker::flagged(&places.home, "", &[key.trim()], |host| tracker::flags(host, "wan", &trackers));
+    let asker = Asker::flagged(&places.home, "", &[key.trim()], |host| {
+        tracker::flags(host, "wan", &trackers)
+    });
     asker.meet(&[&holder]);
     let mut all = asker.fetches(world, world.path("closure300"));
     assert_eq!(all.len(), 300);
@@ -52,7 +58,8 @@ fn closure_from_a_peer_on_another_network() {
         all.extend(asker.fetches(world, world.path(name)));
     }
     nix::assert_nothing_but(&asker.host, &all);
-    let signatures = asker.host.cmd("nix").args(["path-info", "--sigs", world.path("closure300")]).okay();
+    let signatures =
+        asker.host.cmd("nix").args(["path-info", "--sigs", world.path("closure300")]).okay();
     assert!(signatures.contains("holder-1:"), "{signatures}");
     // Content-addressed, with no signature at all, and only the holder has it.
     nix::realise_quietly(&asker.host, &[&holder.mark]);
@@ -80,19 +87,24 @@ fn a_path_that_comes_later_is_found() {
     let holder = places.holder("holder");
     let asker = places.asker(&[&holder]);
     let later = stock::add(&holder.host, "later", "echo later > $n");
-    wait_slowly_for("a new path is found", || (narinfo_status(&asker.host, &later) == 200).then_some(()));
+    wait_slowly_for("a new path is found", || {
+        (narinfo_status(&asker.host, &later) == 200).then_some(())
+    });
     nix::realise_quietly(&asker.host, &[&later]);
     nix::assert_whole(&asker.host, &[&later], &holder.host.path("/nix/store"));
 }
 
-/// A host that serves the world's static cache over HTTP as an upstream cache; the narinfo of `other` speaks of
-/// another NAR than the world has.
+/// A host that serves the world's static cache over HTTP as an upstream cache; the narinfo of
+/// `other` speaks of another NAR than the world has.
 fn upstream(places: &Places) -> (String, Server) {
     let host = places.centre.host("upstream");
-    let (dir, other) = (places.world.cache(), world::hash_part(places.world.path("other")).to_owned());
-    let little =
-        field(&Shelf::of(&places.world).narinfo(world::hash_part(places.world.path("little"))).unwrap(), "NarHash")
-            .to_owned();
+    let (dir, other) =
+        (places.world.cache(), world::hash_part(places.world.path("other")).to_owned());
+    let little = field(
+        &Shelf::of(&places.world).narinfo(world::hash_part(places.world.path("little"))).unwrap(),
+        "NarHash",
+    )
+    .to_owned();
     let server = Server::start(host.listen(8080), move |request| {
         let path = request.path.trim_start_matches('/');
         let Ok(body) = fs::read(dir.join(path)) else { return Reply::Whole(404, b"404".to_vec()) };
@@ -102,9 +114,13 @@ fn upstream(places: &Places) -> (String, Server) {
         let text = String::from_utf8(body).expect("a narinfo is text");
         let lines: Vec<String> = text
             .lines()
-            .map(
-                |line| if line.starts_with("NarHash: ") { format!("NarHash: {little}\n") } else { format!("{line}\n") },
-            )
+            .map(|line| {
+                if line.starts_with("NarHash: ") {
+                    format!("NarHash: {little}\n")
+                } else {
+                    format!("{line}\n")
+                }
+            })
             .collect();
         Reply::Whole(200, lines.concat().into_bytes())
     });
@@ -119,12 +135,18 @@ fn only_what_the_upstream_cache_has_is_shared() {
     let holder = Holder::with(&places.away, world, "holder", |host| {
         key(host);
         let mut flags = tracker::flags(host, "wan", &trackers);
-        flags.extend(["--private-key", "/etc/peerix.sec", "--upstream-cache", &url].map(str::to_owned));
+        flags.extend(
+            ["--private-key", "/etc/peerix.sec", "--upstream-cache", &url].map(str::to_owned),
+        );
         flags
     });
     let key = fs::read_to_string(holder.host.path("/etc/peerix.pub")).unwrap();
-    let asker = Asker::flagged(&places.home, "", &[key.trim()], |host| tracker::flags(host, "wan", &trackers));
-    wait_for("the holder is known", || (narinfo_status(&asker.host, world.path("little")) == 200).then_some(()));
+    let asker = Asker::flagged(&places.home, "", &[key.trim()], |host| {
+        tracker::flags(host, "wan", &trackers)
+    });
+    wait_for("the holder is known", || {
+        (narinfo_status(&asker.host, world.path("little")) == 200).then_some(())
+    });
     let closure = asker.fetches(world, world.path("closure300"));
     assert_eq!(closure.len(), 300);
     // Never upstream; another NAR upstream.
@@ -132,7 +154,11 @@ fn only_what_the_upstream_cache_has_is_shared() {
         assert_eq!(narinfo_status(&asker.host, path), 404, "{path}");
         let status = stock::narinfo(&asker.host, &holder.host, path).status;
         assert!([403, 404].contains(&status), "{path}: {status}");
-        assert_eq!(narinfo_status(&holder.host, path), 404, "what the own Nix asks has nothing to do with it");
+        assert_eq!(
+            narinfo_status(&holder.host, path),
+            404,
+            "what the own Nix asks has nothing to do with it"
+        );
     }
 }
 
@@ -145,7 +171,9 @@ fn a_peer_on_the_own_network_is_preferred() {
         world.sign(host);
         open(host, "both", &trackers)
     });
-    let asker = Asker::flagged(&places.home, "", &[&world.cache_key], |host| tracker::flags(host, "both", &trackers));
+    let asker = Asker::flagged(&places.home, "", &[&world.cache_key], |host| {
+        tracker::flags(host, "both", &trackers)
+    });
     asker.meet(&[&far, &near]);
     let before = [far.host.sent(), near.host.sent()];
     asker.fetches(world, world.path("middle"));
@@ -156,8 +184,9 @@ fn a_peer_on_the_own_network_is_preferred() {
     nix::realise_quietly(&asker.host, &[&far.mark]);
 }
 
-/// A holder behind a router that forwards `port` to it by `protocols`, as it does for the tracker: what the tracker sees
-/// is no address that others can use. The asker is behind another router, and nothing is forwarded to it.
+/// A holder behind a router that forwards `port` to it by `protocols`, as it does for the tracker:
+/// what the tracker sees is no address that others can use. The asker is behind another router, and
+/// nothing is forwarded to it.
 fn behind_a_router(protocols: &[&str], port: u16) {
     let wan = Wan::new();
     let (here, there) = (wan.lan([203, 0, 113]), wan.lan([198, 51, 100]));
@@ -170,7 +199,11 @@ fn behind_a_router(protocols: &[&str], port: u16) {
         for protocol in protocols {
             nat.forward(protocol, port, host, PORT);
         }
-        let address = if port == PORT { nat.address().to_string() } else { format!("{}:{port}", nat.address()) };
+        let address = if port == PORT {
+            nat.address().to_string()
+        } else {
+            format!("{}:{port}", nat.address())
+        };
         let mut flags = open(host, "wan", &[&tracker.host]);
         flags.extend(["--announce-addr".to_owned(), address]);
         flags
@@ -180,7 +213,11 @@ fn behind_a_router(protocols: &[&str], port: u16) {
         tracker::flags(host, "wan", &[&nat.router])
     });
     asker.meet(&[&holder]);
-    assert!(tracker.peers().contains(&("holder".to_owned(), nat.address().to_string())), "{:?}", tracker.peers());
+    assert!(
+        tracker.peers().contains(&("holder".to_owned(), nat.address().to_string())),
+        "{:?}",
+        tracker.peers()
+    );
     assert_eq!(asker.fetches(&world, world.path("closure300")).len(), 300);
     asker.fetches(&world, world.path("large"));
 }
@@ -210,7 +247,9 @@ fn one_of_two_trackers_is_enough() {
         world.sign(host);
         open(host, "wan", &trackers)
     });
-    let asker = Asker::flagged(&home, "", &[&world.cache_key], |host| tracker::flags(host, "wan", &trackers));
+    let asker = Asker::flagged(&home, "", &[&world.cache_key], |host| {
+        tracker::flags(host, "wan", &trackers)
+    });
     asker.meet(&[&holder]);
     asker.fetches(&world, world.path("little"));
 
@@ -224,7 +263,9 @@ fn one_of_two_trackers_is_enough() {
 
     // And the other way round.
     first.start_again();
-    wait_slowly_for("the first tracker has the holder again", || first.lists("holder").then_some(()));
+    wait_slowly_for("the first tracker has the holder again", || {
+        first.lists("holder").then_some(())
+    });
     second.kill();
     wait_slowly_for("the holder is found by the first tracker", found);
     asker.fetches(&world, world.path("other"));
@@ -235,8 +276,12 @@ fn a_node_that_stops_is_listed_no_longer() {
     let places = Places::new();
     let mut holder = places.holder("holder");
     let asker = places.asker(&[&holder]);
-    let listed = || -> Vec<String> { places.tracker.peers().into_iter().map(|(peer_id, _)| peer_id).collect() };
-    wait_for("both are listed", || (places.tracker.lists("holder") && places.tracker.lists("asker")).then_some(()));
+    let listed = || -> Vec<String> {
+        places.tracker.peers().into_iter().map(|(peer_id, _)| peer_id).collect()
+    };
+    wait_for("both are listed", || {
+        (places.tracker.lists("holder") && places.tracker.lists("asker")).then_some(())
+    });
     assert!(holder.daemon.stop().success());
     assert_eq!(listed(), ["asker"]);
     let path = places.world.path("little");
@@ -279,7 +324,12 @@ fn both_sides_report_and_the_tracker_remembers() {
     // Who is here it need not know, and is soon told.
     wait_slowly_for("the holder is listed again", || tracker.lists("holder").then_some(()));
     let listed = tracker.get("/peers");
-    let listed = listed["peers"].as_array().unwrap().iter().find(|peer| peer["peer_id"] == "holder").unwrap();
+    let listed = listed["peers"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .find(|peer| peer["peer_id"] == "holder")
+        .unwrap();
     assert_eq!(listed["reputation"]["total_shared"], bytes);
 }
 
@@ -296,7 +346,9 @@ fn between_networks_nars_are_compressed_and_on_one_they_are_not() {
         text = stock::add_large(host, "text", SIZE);
         open(host, "both", &trackers)
     });
-    let neighbour = Asker::flagged(&office, "", &[&world.cache_key], |host| tracker::flags(host, "both", &trackers));
+    let neighbour = Asker::flagged(&office, "", &[&world.cache_key], |host| {
+        tracker::flags(host, "both", &trackers)
+    });
     neighbour.meet(&[&holder]);
     let asker = places.asker(&[&holder]);
     let takes = |asker: &Asker, path: &str| {
@@ -312,7 +364,10 @@ fn between_networks_nars_are_compressed_and_on_one_they_are_not() {
     assert!(far < nar / 2, "{far} bytes to another network for a NAR of {nar}");
     // What cannot be made smaller does not get larger, and comes through.
     let random = takes(&asker, world.path("middle"));
-    assert!((MIDDLE..MIDDLE + MIDDLE / 8).contains(&random), "{random} bytes for a NAR of {MIDDLE}");
+    assert!(
+        (MIDDLE..MIDDLE + MIDDLE / 8).contains(&random),
+        "{random} bytes for a NAR of {MIDDLE}"
+    );
 }
 
 /// Realises `path` over a link so slow that each half takes seconds, and kills the holder that is
@@ -325,20 +380,31 @@ fn killed_at_half(places: &Places, path: &str, size: u64) {
     let before = holders.each_ref().map(|holder| holder.host.sent());
     let mut child = nix::realising(&asker.host, &[path]).spawn().expect("nsenter starts");
     let sender = wait_for("half of what is sent", || {
-        assert!(child.try_wait().expect("it is ours").is_none(), "Nix was done before half was sent");
-        holders.iter().zip(&before).position(|(holder, before)| holder.host.sent() - before > size / 2)
+        assert!(
+            child.try_wait().expect("it is ours").is_none(),
+            "Nix was done before half was sent"
+        );
+        holders
+            .iter()
+            .zip(&before)
+            .position(|(holder, before)| holder.host.sent() - before > size / 2)
     });
     holders[sender].daemon.kill();
-    assert!(child.try_wait().expect("it is ours").is_none(), "Nix was done before the peer was struck");
+    assert!(
+        child.try_wait().expect("it is ours").is_none(),
+        "Nix was done before the peer was struck"
+    );
     asker.host.quick();
     nix::assert_quiet(&child.wait_with_output().expect("it is ours"));
     nix::assert_whole(&asker.host, &[path], &holders[sender].host.path("/nix/store"));
     let log = asker.daemon.log();
     let other = holders[1 - sender].host.address.to_string();
-    let continued = log.lines().any(|line| line.contains("continued from peer") && line.contains(&other));
+    let continued =
+        log.lines().any(|line| line.contains("continued from peer") && line.contains(&other));
     assert!(continued, "the log tells of no continuation");
     // And it did not begin anew: the two have sent it once.
-    let sent: u64 = holders.iter().zip(&before).map(|(holder, before)| holder.host.sent() - before).sum();
+    let sent: u64 =
+        holders.iter().zip(&before).map(|(holder, before)| holder.host.sent() - before).sum();
     assert!(sent < size + size / 4, "{sent} bytes were sent for {size}");
 }
 
@@ -365,7 +431,8 @@ fn a_peer_of_the_original_is_found_by_the_tracker() {
     assert_eq!(narinfo_status(&asker.host, &format!("/nix/store/{}-x", "0".repeat(32))), 404);
     // It was asked as the original asks, and once by the tracker: nothing else has a meaning to it.
     let is_usual = |request: &Request| {
-        request.method == "GET" && (request.path.starts_with("/local/") || request.path == "/nix-cache-info")
+        request.method == "GET"
+            && (request.path.starts_with("/local/") || request.path == "/nix-cache-info")
     };
     let asked = original.asked.lock().unwrap();
     let strange: Vec<&Request> = asked.iter().filter(|request| !is_usual(request)).collect();

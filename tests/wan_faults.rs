@@ -1,5 +1,5 @@
-//! Trackers and peers on other networks that fail, or mean no good. Nix never hangs for them, and gets what good peers
-//! have. How long it takes is not compared.
+//! Trackers and peers on other networks that fail, or mean no good. Nix never hangs for them, and
+//! gets what good peers have. How long it takes is not compared.
 
 use crate::common::daemon::{self, narinfo_status};
 use crate::common::http::{self, Connection, Reply, Request, Server};
@@ -15,7 +15,8 @@ use std::time::Duration;
 /// So many paths that nobody has are asked for.
 const MISSES: usize = 300;
 
-/// A tracker that does not answer as it should is asked so often at most for [`MISSES`] paths, once it has shown it.
+/// A tracker that does not answer as it should is asked so often at most for [`MISSES`] paths, once
+/// it has shown it.
 const ASKED: usize = 60;
 
 /// A path that is nowhere.
@@ -36,7 +37,10 @@ fn missed_by_nix(asker: &Host, numbers: Range<usize>) {
     let output = nix::realising(asker, &paths).arg("--dry-run").output().expect("nsenter starts");
     nix::assert_quiet(&output);
     let said = String::from_utf8_lossy(&output.stderr);
-    assert!(paths.iter().all(|path| said.contains(path)), "Nix was told that a path is there\n{said}");
+    assert!(
+        paths.iter().all(|path| said.contains(path)),
+        "Nix was told that a path is there\n{said}"
+    );
 }
 
 /// Has real Nix look for [`MISSES`] paths that nobody has, and then asks peerix for as many itself:
@@ -53,7 +57,8 @@ fn misses(asker: &Host) {
             thread::spawn_in(scope, "lookups", move || {
                 let mut connection = Connection::new(asker.connect_local().unwrap()).unwrap();
                 for path in part {
-                    let answer = connection.get(&format!("/{}.narinfo", world::hash_part(path))).unwrap();
+                    let answer =
+                        connection.get(&format!("/{}.narinfo", world::hash_part(path))).unwrap();
                     assert_eq!(answer.status, 404, "{answer:?}");
                 }
             });
@@ -93,7 +98,9 @@ impl Tracked {
             })
         });
         let next = world.next();
-        let asker = Asker::flagged(&home, &next, &[&world.cache_key], |asker| tracker::flags(asker, "both", &[&host]));
+        let asker = Asker::flagged(&home, &next, &[&world.cache_key], |asker| {
+            tracker::flags(asker, "both", &[&host])
+        });
         Tracked { asker, lookups, _server: server, world, wan, centre }
     }
 
@@ -179,23 +186,30 @@ fn tracker_that_answers_garbage_does_not_hang_nix() {
 /// An answer to a lookup that names peers of these addresses, as candidates.
 fn candidates(addresses: &[String]) -> Reply {
     let one = |(number, address): (usize, &String)| {
-        format!(r#"{{"peer_id": "dead-{number}", "addr": "{address}", "port": 12304, "score": 1.5}}"#)
+        format!(
+            r#"{{"peer_id": "dead-{number}", "addr": "{address}", "port": 12304, "score": 1.5}}"#
+        )
     };
     let list: Vec<String> = addresses.iter().enumerate().map(one).collect();
-    Reply::Whole(200, format!(r#"{{"candidates": [{}], "others": []}}"#, list.join(", ")).into_bytes())
+    Reply::Whole(
+        200,
+        format!(r#"{{"candidates": [{}], "others": []}}"#, list.join(", ")).into_bytes(),
+    )
 }
 
 /// Of 1,000 addresses that begin so, each lookup is told the next `at_once` as candidates.
 fn dead_peers(networks: &[&str], at_once: usize) -> Answers {
-    let all: Vec<String> =
-        (0..1000).map(|i| format!("{}.{}.{}", networks[i % networks.len()], i / 250, 1 + i % 250)).collect();
+    let all: Vec<String> = (0..1000)
+        .map(|i| format!("{}.{}.{}", networks[i % networks.len()], i / 250, 1 + i % 250))
+        .collect();
     let next = AtomicUsize::new(0);
     Box::new(move |request| {
         if !request.path.starts_with("/lookup/") {
             return well(request);
         }
         let from = next.fetch_add(at_once, Ordering::Relaxed);
-        let some: Vec<String> = (from..from + at_once).map(|i| all[i % all.len()].clone()).collect();
+        let some: Vec<String> =
+            (from..from + at_once).map(|i| all[i % all.len()].clone()).collect();
         candidates(&some)
     })
 }
@@ -255,18 +269,31 @@ fn tracker_that_names_the_own_machine_does_not_hang_nix() {
     })));
     // What it would find at the last is itself, asking.
     let address = tracked.asker.host.address.to_string();
-    let all = ["127.0.0.1", "::1", "0.0.0.0", "localhost", "169.254.169.254", "255.255.255.255", &address];
+    let all = [
+        "127.0.0.1",
+        "::1",
+        "0.0.0.0",
+        "localhost",
+        "169.254.169.254",
+        "255.255.255.255",
+        &address,
+    ];
     own.set(all.map(str::to_owned).to_vec()).expect("it is set once");
     tracked.does_not_hang();
     let mark = daemon::mark(&tracked.asker.host);
-    assert_eq!(narinfo_status(&tracked.asker.host, &mark), 404, "it took its own store for a peer's");
+    assert_eq!(
+        narinfo_status(&tracked.asker.host, &mark),
+        404,
+        "it took its own store for a peer's"
+    );
 }
 
 /// How many paths are fetched beside a hostile peer.
 const FETCHED: usize = 100;
 
-/// Has two hostile peers claim every path, one with a filter that has all, one without a filter; both answer by HTTP as
-/// `answer` does, sooner than the good peer. All paths come, from the good one: what the others send is wrong.
+/// Has two hostile peers claim every path, one with a filter that has all, one without a filter;
+/// both answer by HTTP as `answer` does, sooner than the good peer. All paths come, from the good
+/// one: what the others send is wrong.
 fn beside_hostile_peers(answer: impl Fn(&Shelf, &Request) -> Reply + Send + Sync + 'static) {
     let places = Places::new();
     let good = places.holder("good");
@@ -284,7 +311,10 @@ fn beside_hostile_peers(answer: impl Fn(&Shelf, &Request) -> Reply + Send + Sync
     places.tracker.announce_with(&claims, PORT, "claims", &paths);
     places.tracker.announce_original(&original, "original");
     wait_for("all are listed", || {
-        ["good", "claims", "original"].iter().all(|peer_id| places.tracker.lists(peer_id)).then_some(())
+        ["good", "claims", "original"]
+            .iter()
+            .all(|peer_id| places.tracker.lists(peer_id))
+            .then_some(())
     });
 
     let wanted: Vec<&str> = paths.iter().map(String::as_str).collect();
@@ -294,7 +324,8 @@ fn beside_hostile_peers(answer: impl Fn(&Shelf, &Request) -> Reply + Send + Sync
     nix::assert_whole(&asker.host, &wanted, &places.world.store());
     assert!(good.host.sent() > sent);
     for (hostile, name) in hostile.iter().zip(["claims", "original"]) {
-        let was_asked = !hostile.heard.lock().unwrap().is_empty() || !hostile.asked.lock().unwrap().is_empty();
+        let was_asked =
+            !hostile.heard.lock().unwrap().is_empty() || !hostile.asked.lock().unwrap().is_empty();
         assert!(was_asked, "{name} was not asked at all");
     }
     // What the hostile ones alone claim is not there.
@@ -331,7 +362,8 @@ fn lying(shelf: &Shelf, request: &Request, nar: impl Fn(Vec<u8>) -> Reply) -> Re
         let text = shelf.peer_narinfo(hash_part, &format!("local/nar/{hash_part}.nar"));
         return text.map_or_else(missing, |text| Reply::Whole(200, text.into_bytes()));
     }
-    let hash_part = request.path.strip_prefix("/local/nar/").and_then(|rest| rest.strip_suffix(".nar"));
+    let hash_part =
+        request.path.strip_prefix("/local/nar/").and_then(|rest| rest.strip_suffix(".nar"));
     hash_part.and_then(|hash_part| shelf.nar(hash_part)).map_or_else(missing, nar)
 }
 

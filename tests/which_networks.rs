@@ -3,8 +3,8 @@
 use crate::common::lan::{PATIENCE, Run};
 use crate::common::packet::Packet;
 use crate::common::{
-    Asker, Bystander, DEADLINE, Daemon, Holder, Host, Lan, PORT, Scale, Wan, World, daemon, http, stock, wait_for,
-    world,
+    Asker, Bystander, DEADLINE, Daemon, Holder, Host, Lan, PORT, Scale, Wan, World, daemon, http,
+    stock, wait_for, world,
 };
 use peerix::network::neighbours::{self, NeighbourState};
 use peerix::network::{ChangeMonitor, NetworkPolicy, NetworkWatcher, Networks};
@@ -65,7 +65,8 @@ fn link_local(host: &Host, interface: &str) -> Ipv6Addr {
     wait_for("a link-local address", || {
         let show = ["-6", "-o", "addr", "show", "dev", interface, "scope", "link"];
         // A tentative address cannot be used yet.
-        let text = Some(host.net_cmd("ip").args(show).okay()).filter(|text| !text.contains("tentative"))?;
+        let text = Some(host.net_cmd("ip").args(show).okay())
+            .filter(|text| !text.contains("tentative"))?;
         let address = text.split_whitespace().find(|word| word.starts_with("fe80:"))?;
         address.split('/').next()?.parse().ok()
     })

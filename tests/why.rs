@@ -1,4 +1,5 @@
-//! `peerix why`, for each reason there is; `peerix peers` and `peerix status`; their exit statuses and JSON.
+//! `peerix why`, for each reason there is; `peerix peers` and `peerix status`; their exit statuses
+//! and JSON.
 
 use crate::common::daemon::{binary, narinfo_status};
 use crate::common::http::{self, Reply, Server};
@@ -25,13 +26,18 @@ struct Told {
 impl Told {
     fn by(host: &Host, args: &[&str]) -> Told {
         let output = peerix(host, &[args, &["--json"]].concat());
-        let all: Value = serde_json::from_slice(&output.stdout)
-            .unwrap_or_else(|e| panic!("{args:?}: {e}: {}", String::from_utf8_lossy(&output.stderr)));
-        let text = |finding: &Value, key: &str| finding[key].as_str().unwrap_or_default().to_owned();
+        let all: Value = serde_json::from_slice(&output.stdout).unwrap_or_else(|e| {
+            panic!("{args:?}: {e}: {}", String::from_utf8_lossy(&output.stderr))
+        });
+        let text =
+            |finding: &Value, key: &str| finding[key].as_str().unwrap_or_default().to_owned();
         let findings = all["findings"].as_array().unwrap().iter();
         let findings = findings.map(|f| (text(f, "state"), text(f, "what"), text(f, "text")));
         let told = Told { status: output.status.code().unwrap(), findings: findings.collect() };
-        assert_eq!((all["version"].as_u64(), &all["ok"]), (Some(1), &Value::Bool(told.status == 0)));
+        assert_eq!(
+            (all["version"].as_u64(), &all["ok"]),
+            (Some(1), &Value::Bool(told.status == 0))
+        );
         told
     }
 
@@ -40,7 +46,11 @@ impl Told {
         let is_it = |(s, w, text): &(String, String, String)| {
             s == state && w == what && words.iter().all(|word| text.contains(word))
         };
-        assert!(self.findings.iter().any(is_it), "no {state} {what} {words:?}: {:#?}", self.findings);
+        assert!(
+            self.findings.iter().any(is_it),
+            "no {state} {what} {words:?}: {:#?}",
+            self.findings
+        );
         self
     }
 
@@ -49,7 +59,11 @@ impl Told {
         assert_eq!(self.status, status, "{:#?}", self.findings);
         let state = if status == 0 { "ok" } else { "fail" };
         let last = self.findings.last().unwrap();
-        assert!((&*last.0, &*last.1) == (state, "verdict") && last.2.contains(words), "{:#?}", self.findings);
+        assert!(
+            (&*last.0, &*last.1) == (state, "verdict") && last.2.contains(words),
+            "{:#?}",
+            self.findings
+        );
         self
     }
 }
@@ -68,34 +82,49 @@ fn without_a_daemon_or_a_path() {
         let said = String::from_utf8_lossy(&output.stderr).into_owned();
         assert_eq!((output.status.code(), said.lines().count()), (Some(3), 1), "{said}");
         assert!(
-            said.starts_with("peerix: no peerix answers on port 12304") && said.contains("peerix doctor"),
+            said.starts_with("peerix: no peerix answers on port 12304")
+                && said.contains("peerix doctor"),
             "{said}"
         );
         assert!(output.stdout.is_empty());
     }
     // Another program's port.
-    let other = Server::start(host.listen(crate::common::PORT), |_| Reply::Whole(200, b"{}".to_vec()));
+    let other =
+        Server::start(host.listen(crate::common::PORT), |_| Reply::Whole(200, b"{}".to_vec()));
     assert_eq!(peerix(&host, &["status"]).status.code(), Some(3));
     drop(other);
 
     let _daemon = Daemon::start(&host, &[]);
-    for path in ["hello", "/nix/store", "/nix/store/", "/etc/passwd", "/nix/store/short-name", "\u{1b}[2J"] {
+    for path in
+        ["hello", "/nix/store", "/nix/store/", "/etc/passwd", "/nix/store/short-name", "\u{1b}[2J"]
+    {
         let output = peerix(&host, &["why", path]);
         let said = String::from_utf8_lossy(&output.stderr).into_owned();
         assert_eq!((output.status.code(), said.lines().count()), (Some(2), 1), "{path}: {said}");
-        assert!(said.contains("no store path") && said.contains("/nix/store/") && !said.contains('\u{1b}'), "{said}");
+        assert!(
+            said.contains("no store path")
+                && said.contains("/nix/store/")
+                && !said.contains('\u{1b}'),
+            "{said}"
+        );
     }
     assert_eq!(peerix(&host, &["why"]).status.code(), Some(2));
     assert_eq!(peerix(&host, &["peers"]).status.code(), Some(1), "nobody is there");
     let status = peerix(&host, &["status"]);
-    assert!(status.status.success() && String::from_utf8_lossy(&status.stdout).contains("mode lan, port 12304"));
+    assert!(
+        status.status.success()
+            && String::from_utf8_lossy(&status.stdout).contains("mode lan, port 12304")
+    );
 }
 
-/// Changes what Nix on a host remembers of its substituters. SQLite does not open files of another root directory.
+/// Changes what Nix on a host remembers of its substituters. SQLite does not open files of another
+/// root directory.
 fn change_memory(host: &Host, statement: &str) {
     let dir = host.path("/root/.cache/nix");
     let is_memory = |name: &str| name.starts_with("binary-cache-v") && name.ends_with(".sqlite");
-    let mut files = std::fs::read_dir(&dir).unwrap().map(|file| file.unwrap().file_name().into_string().unwrap());
+    let mut files = std::fs::read_dir(&dir)
+        .unwrap()
+        .map(|file| file.unwrap().file_name().into_string().unwrap());
     let name = files.find(|name| is_memory(name)).unwrap();
     let copy = crate::common::directory().join(format!("memory-{}", std::process::id()));
     std::fs::copy(dir.join(&name), &copy).unwrap();
@@ -106,7 +135,8 @@ fn change_memory(host: &Host, statement: &str) {
     std::fs::remove_file(copy).unwrap();
 }
 
-/// What decides whether Nix asks, beside its settings: the derivation's own word, and what Nix remembers.
+/// What decides whether Nix asks, beside its settings: the derivation's own word, and what Nix
+/// remembers.
 #[test]
 fn derivations_that_forbid_it_and_narinfos_that_are_remembered() {
     let lan = Lan::new();
@@ -121,7 +151,8 @@ fn derivations_that_forbid_it_and_narinfos_that_are_remembered() {
              builder = \"/bin/sh\"; args = [ \"-ec\" \"echo {text} > $out\" ]; }}"
         )
     };
-    let _daemons = [Daemon::start(&a, &["--private-key", "/etc/peerix.sec"]), Daemon::start(&b, &[])];
+    let _daemons =
+        [Daemon::start(&a, &["--private-key", "/etc/peerix.sec"]), Daemon::start(&b, &[])];
     a.write("/tmp/local.nix", expression("text"));
     let path = a.sh("nix-build --no-out-link /tmp/local.nix 2>/dev/null").trim().to_owned();
     wait_for("b finds it", || (narinfo_status(&b, &path) == 200).then_some(()));
@@ -129,7 +160,11 @@ fn derivations_that_forbid_it_and_narinfos_that_are_remembered() {
     why(&b, &path).ends(0, "Nix gets it from a peer");
     b.write("/tmp/local.nix", expression("text"));
     let derivation = b.sh("nix-instantiate /tmp/local.nix 2>/dev/null").trim().to_owned();
-    why(&b, &path).ends(1, "does not ask").says("fail", "derivation", &[&derivation, "allowSubstitutes"]);
+    why(&b, &path).ends(1, "does not ask").says(
+        "fail",
+        "derivation",
+        &[&derivation, "allowSubstitutes"],
+    );
     // By a link to where it would be, as nix-build leaves one.
     b.sh(&format!("ln -s {path} /tmp/result"));
     why(&b, "/tmp/result").ends(1, "does not ask").says("ok", "peer", &[&path]);
@@ -137,7 +172,9 @@ fn derivations_that_forbid_it_and_narinfos_that_are_remembered() {
     // Another build of it is remembered, which nobody has.
     b.sh(&format!("nix path-info --store http://127.0.0.1:12304 {path}"));
     why(&b, &path).says("fail", "derivation", &[]);
-    let is_remembered = |told: &Told| told.findings.iter().any(|(state, what, _)| state == "fail" && what == "memory");
+    let is_remembered = |told: &Told| {
+        told.findings.iter().any(|(state, what, _)| state == "fail" && what == "memory")
+    };
     assert!(!is_remembered(&why(&b, &path)), "what is remembered is what a has");
     let hash = format!("sha256:{}", "0".repeat(52));
     change_memory(&b, &format!("update NARs set narHash = '{hash}' where present = 1"));
@@ -154,7 +191,11 @@ fn on_the_lan() {
     let (host, little) = (&asker.host, world.path("little"));
 
     let told = why(host, little);
-    told.ends(0, "Nix gets it from a peer").says("note", "here", &["not valid"]).says("ok", "peer", &[&at, little]);
+    told.ends(0, "Nix gets it from a peer").says("note", "here", &["not valid"]).says(
+        "ok",
+        "peer",
+        &[&at, little],
+    );
     told.says("ok", "trust", &["signed by cache-1"]).says(
         "note",
         "order",
@@ -172,8 +213,16 @@ fn on_the_lan() {
 
     // What is here.
     let here = why(&holder.host, little);
-    here.ends(0, "Nix has it here").says("ok", "here", &[little, "is valid here", "signed by cache-1"]);
-    here.says("ok", "lan", &[&format!("{}/24", holder.host.address)]).says("note", "wan", &["in mode lan"]);
+    here.ends(0, "Nix has it here").says(
+        "ok",
+        "here",
+        &[little, "is valid here", "signed by cache-1"],
+    );
+    here.says("ok", "lan", &[&format!("{}/24", holder.host.address)]).says(
+        "note",
+        "wan",
+        &["in mode lan"],
+    );
 
     // peerix is none of the substituters.
     nix::configure(host, &format!("trusted-public-keys = {}\n", world.cache_key));
@@ -198,7 +247,11 @@ fn on_the_lan() {
     assert!(!nix::realise(host, &[&later]).status.success());
     why(host, &later).ends(1, "none has it").says("note", "asked", &["it missed"]);
     mark_of(&holder.host, "/tmp/later");
-    why(host, &later).ends(1, "does not ask").says("fail", "memory", &["another", "binary-cache-v"]);
+    why(host, &later).ends(1, "does not ask").says(
+        "fail",
+        "memory",
+        &["another", "binary-cache-v"],
+    );
 
     // The one that has it is heard and cannot be fetched from.
     holder.host.net("iptables -A INPUT -p tcp --dport 12304 -j REJECT");
@@ -264,8 +317,14 @@ fn passed_over() {
         nix::configure(host, "substituters = http://127.0.0.1:12304\nrequire-sigs = false\n");
         vec![]
     });
-    wait_for("peers are not held to keys", || (narinfo_status(&asker.host, little) == 200).then_some(()));
-    why(&asker.host, little).ends(0, "Nix gets it from a peer").says("ok", "trust", &["require-sigs is off"]);
+    wait_for("peers are not held to keys", || {
+        (narinfo_status(&asker.host, little) == 200).then_some(())
+    });
+    why(&asker.host, little).ends(0, "Nix gets it from a peer").says(
+        "ok",
+        "trust",
+        &["require-sigs is off"],
+    );
 }
 
 /// A peer that promises what Nix would trust, and sends something else.
@@ -288,13 +347,19 @@ fn avoided() {
     });
     let asker = Asker::with(&lan, "", &[&world.cache_key]);
     wait_for("it is avoided", || {
-        let answer =
-            http::get_local(&asker.host, &format!("/{part}.narinfo")).ok().filter(|answer| answer.status == 200);
+        let answer = http::get_local(&asker.host, &format!("/{part}.narinfo"))
+            .ok()
+            .filter(|answer| answer.status == 200);
         if let Some(url) = answer.map(|answer| stock::line(&answer.text(), "URL").to_owned()) {
             let _ = http::get_local(&asker.host, &format!("/{url}"));
         }
-        let status: Value = serde_json::from_slice(&peerix(&asker.host, &["status", "--json"]).stdout).unwrap();
-        status["peers"].as_array()?.iter().any(|peer| peer["avoided"]["wholly"] == true).then_some(())
+        let status: Value =
+            serde_json::from_slice(&peerix(&asker.host, &["status", "--json"]).stdout).unwrap();
+        status["peers"]
+            .as_array()?
+            .iter()
+            .any(|peer| peer["avoided"]["wholly"] == true)
+            .then_some(())
     });
     let told = why(&asker.host, little);
     told.ends(1, "passed over").says("ok", "trust", &["signed by cache-1"]);
@@ -320,17 +385,26 @@ fn beyond_the_lan() {
     let holder = Holder::with(&places.away, world, "holder", |host| {
         world.sign(host);
         let mut all = flags(host, "wan", &trackers);
-        all.extend(["--upstream-cache", &url, "--filter-patterns", "*-other", "*-odd"].map(str::to_owned));
+        all.extend(
+            ["--upstream-cache", &url, "--filter-patterns", "*-other", "*-odd"].map(str::to_owned),
+        );
         all
     });
-    let asker = Asker::flagged(&places.home, "", &[&world.cache_key], |host| flags(host, "wan", &trackers));
+    let asker =
+        Asker::flagged(&places.home, "", &[&world.cache_key], |host| flags(host, "wan", &trackers));
     let little = world.path("little");
-    wait_for("what is shared is found", || (narinfo_status(&asker.host, little) == 200).then_some(()));
+    wait_for("what is shared is found", || {
+        (narinfo_status(&asker.host, little) == 200).then_some(())
+    });
 
     let told = why(&asker.host, little);
     told.ends(0, "from a peer").says("ok", "peer", &["203.0.113.1:12304 (holder)", little]);
     let here = |path: &str| why(&holder.host, path);
-    here(little).ends(0, "has it here").says("note", "lan", &["the mode is wan"]).says("ok", "wan", &["everybody"]);
+    here(little).ends(0, "has it here").says("note", "lan", &["the mode is wan"]).says(
+        "ok",
+        "wan",
+        &["everybody"],
+    );
     here(world.path("other")).says("note", "wan", &["its name matches the pattern *-other"]);
     here(&holder.mark).says("note", "wan", &[&url, "does not have it"]);
     // Not shared is not there.

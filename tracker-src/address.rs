@@ -1,5 +1,5 @@
-//! Which addresses a peer can have. Others would ask whatever is announced, so that nothing may be announced that points
-//! back at them, at their own machine's services, or at a cloud's metadata.
+//! Which addresses a peer can have. Others would ask whatever is announced, so that nothing may be
+//! announced that points back at them, at their own machine's services, or at a cloud's metadata.
 
 use peerix::wire::tracker::{MAX_ADDR, can_be_peer};
 use std::net::{IpAddr, Ipv4Addr};
@@ -27,9 +27,11 @@ pub fn check(addr: &str) -> Result<(), &'static str> {
         return Err("addr: neither an IP address nor a host name");
     }
     let last = name.rsplit('.').next().unwrap_or_default();
-    // Name services read 127.1, 2130706433 and 0x7f.1 as addresses. No top-level domain is a number.
+    // Name services read 127.1, 2130706433 and 0x7f.1 as addresses. No top-level domain is a
+    // number.
     let hexadecimal = last.strip_prefix("0x").or(last.strip_prefix("0X"));
-    if last.bytes().all(|b| b.is_ascii_digit()) || hexadecimal.is_some_and(|d| d.bytes().all(|b| b.is_ascii_hexdigit()))
+    if last.bytes().all(|b| b.is_ascii_digit())
+        || hexadecimal.is_some_and(|d| d.bytes().all(|b| b.is_ascii_hexdigit()))
     {
         return Err("addr: a number, but not an IP address as it is usually written");
     }

@@ -1,25 +1,29 @@
-//! The calls: what a request asks for, whether it may, and its answer. docs/protocol.md has the table.
+//! The calls: what a request asks for, whether it may, and its answer. docs/protocol.md has the
+//! table.
 
 use crate::address;
-use crate::books::{Bound, Reported, Statement as Told};
-use crate::ledger::{Ledger, Unavailable};
-use crate::limits::{Kind, Limits};
+use crate::database::{BindOutcome, ReportOutcome, SideReport as Told};
+use crate::db_thread::{DatabaseThread, DatabaseUnavailable};
+use crate::limits::{LimitKind, RateLimits};
 use crate::meeting::{self, Meetings};
-use crate::metrics::{Call, Metrics};
-use crate::reach;
-use crate::table::{Claim, Now, Refused, Reputation, Row, Table, Whereabouts};
+use crate::metrics::{CountedCall, TrackerMetrics};
+use crate::reachability;
+use crate::table::{
+    Claim, ClaimRefusal, PeerAddress, PeerRow, Reputation, TrackerTable, TrackerTime,
+};
 use crossbeam_channel::Sender;
 use data_encoding::BASE64;
-use peerix::http::body::NoBody;
+use peerix::deferred::Deferred;
+use peerix::http::body::BodyError;
 use peerix::http::server::Handler;
 use peerix::http::{Exchange, Request};
+use peerix::log_throttle::LogThrottle;
 use peerix::nix::HashPart;
-use peerix::on_drop::OnDrop;
-use peerix::seldom::Seldom;
-use peerix::wire::filter::{Filter, MAX_BYTES};
+use peerix::wire::filter::{BloomFilter, MAX_BYTES};
 use peerix::wire::tracker::{
-    Announce, Announced, Checked, KEY_HEADER, MAX_BODY, MAX_TRANSFER, MAX_TRANSFERS_AT_ONCE, Proof, Report, Role,
-    SIGNATURE_HEADER, Statement, TIMESTAMP_HEADER, TransferBegun, TransferInit, can_be_peer, is_peer_id,
+    Announce, AnnounceResponse, KEY_HEADER, MAX_BODY, MAX_TRANSFER, MAX_TRANSFERS_AT_ONCE, Proof,
+    ProofCheck, Role, SIGNATURE_HEADER, SignedText, TIMESTAMP_HEADER, TransferInit,
+    TransferInitResponse, TransferReportBody, can_be_peer, is_peer_id,
 };
 use percent_encoding::percent_decode_str;
 use serde::Serialize;
@@ -51,7 +55,8 @@ const FORWARDED: [&str; 4] = ["forwarded", "x-forwarded-for", "x-real-ip", "via"
 /// Who is refused for want of room or for the database, after so many.
 const FULL_RETRY: u64 = 60;
 
-/// `GET /peers` lists so many, the best: the answer is read by every node of the original, for every path.
+/// `GET /peers` lists so many, the best: the answer is read by every node of the original, for
+/// every path.
 const MAX_LISTED: usize = 1000;
 
 /// The list is made anew once in this time, if it is long; a short one costs nothing.
@@ -62,7 +67,7 @@ const SHORT_LIST: usize = 100;
 
 /// Why a request is not answered with what it asked for.
 #[derive(Debug)]
-struct Refusal {
+struct ApiError {
     status: u16,
     error: String,
     /// Seconds after which it may be tried again.
@@ -75,41 +80,47 @@ struct Refusal {
     gone: Option<io::Error>,
 }
 
-impl Refusal {
+impl ApiError {
     fn new(status: u16, error: impl Into<String>) -> Self {
-        Refusal { status, error: error.into(), retry: None, now: None, allow: None, gone: None }
+        ApiError { status, error: error.into(), retry: None, now: None, allow: None, gone: None }
     }
 
     fn later(status: u16, error: impl Into<String>, seconds: u64) -> Self {
-        Refusal { retry: Some(seconds), ..Refusal::new(status, error) }
+        ApiError { retry: Some(seconds), ..ApiError::new(status, error) }
     }
 }
 
-impl From<NoBody> for Refusal {
-    fn from(e: NoBody) -> Self {
+impl From<BodyError> for ApiError {
+    fn from(e: BodyError) -> Self {
         match e {
-            NoBody::TooLarge => Refusal::new(413, "body: too large"),
-            NoBody::Io(e) => Refusal { gone: Some(e), ..Refusal::new(400, "body: incomplete") },
+            BodyError::TooLarge => ApiError::new(413, "body: too large"),
+            BodyError::Io(e) => {
+                ApiError { gone: Some(e), ..ApiError::new(400, "body: incomplete") }
+            }
         }
     }
 }
 
-impl From<Unavailable> for Refusal {
-    fn from(e: Unavailable) -> Self {
-        Refusal::later(503, e.to_string(), FULL_RETRY)
+impl From<DatabaseUnavailable> for ApiError {
+    fn from(e: DatabaseUnavailable) -> Self {
+        ApiError::later(503, e.to_string(), FULL_RETRY)
     }
 }
 
-impl From<(Refused, Now)> for Refusal {
-    fn from((refused, now): (Refused, Now)) -> Self {
+impl From<(ClaimRefusal, TrackerTime)> for ApiError {
+    fn from((refused, now): (ClaimRefusal, TrackerTime)) -> Self {
         match refused {
-            Refused::Bound => Refusal::new(403, "peer_id: bound to a key, which has to sign"),
-            Refused::OtherKey => Refusal::new(403, "peer_id: bound to another key"),
-            Refused::Time(why) => Refusal { now: Some(now.ms), ..Refusal::new(403, why) },
-            Refused::NotHere => Refusal::new(404, "announce first"),
-            Refused::OtherAddress => Refusal::new(403, "peer_id: announced from another address"),
-            Refused::TooSoon(wait) => Refusal::later(429, "too soon after the last one", whole_seconds(wait)),
-            Refused::Full => Refusal::later(503, "no room for more", FULL_RETRY),
+            ClaimRefusal::Bound => ApiError::new(403, "peer_id: bound to a key, which has to sign"),
+            ClaimRefusal::OtherKey => ApiError::new(403, "peer_id: bound to another key"),
+            ClaimRefusal::Time(why) => ApiError { now: Some(now.ms), ..ApiError::new(403, why) },
+            ClaimRefusal::NotHere => ApiError::new(404, "announce first"),
+            ClaimRefusal::OtherAddress => {
+                ApiError::new(403, "peer_id: announced from another address")
+            }
+            ClaimRefusal::TooSoon(wait) => {
+                ApiError::later(429, "too soon after the last one", whole_seconds(wait))
+            }
+            ClaimRefusal::Full => ApiError::later(503, "no room for more", FULL_RETRY),
         }
     }
 }
@@ -119,15 +130,15 @@ fn whole_seconds(wait: Duration) -> u64 {
 }
 
 /// 200, with JSON or text.
-enum Answer {
+enum ApiResponse {
     Json(Vec<u8>),
     Text(String),
 }
 
-type Outcome = Result<Answer, Refusal>;
+type ApiResult = Result<ApiResponse, ApiError>;
 
 #[derive(Serialize)]
-struct Status {
+struct StatusBody {
     status: &'static str,
     #[serde(skip_serializing_if = "Option::is_none")]
     consistent: Option<bool>,
@@ -185,46 +196,47 @@ struct PeersBody<'a> {
     peers: Vec<PeerBody<'a>>,
 }
 
-fn json(body: &impl Serialize) -> Outcome {
-    let bytes = serde_json::to_vec(body).map_err(|e| Refusal::new(500, format!("answer: {e}")))?;
-    Ok(Answer::Json(bytes))
+fn json(body: &impl Serialize) -> ApiResult {
+    let bytes = serde_json::to_vec(body).map_err(|e| ApiError::new(500, format!("answer: {e}")))?;
+    Ok(ApiResponse::Json(bytes))
 }
 
-fn status(status: &'static str) -> Outcome {
-    json(&Status { status, consistent: None })
+fn status(status: &'static str) -> ApiResult {
+    json(&StatusBody { status, consistent: None })
 }
 
 type List = Option<(Instant, Arc<Vec<u8>>)>;
 
 /// The tracker, as a handler of requests.
 pub struct Api {
-    table: Arc<Table>,
-    ledger: Arc<Ledger>,
-    limits: Limits,
-    metrics: Metrics,
+    table: Arc<TrackerTable>,
+    ledger: Arc<DatabaseThread>,
+    limits: RateLimits,
+    metrics: TrackerMetrics,
     uploads: AtomicUsize,
     /// Announced addresses to be tried.
-    announced: Sender<reach::Announced>,
+    announced: Sender<reachability::AnnouncedAddress>,
     /// Reverse proxies, whose word is taken for the client's address.
     proxies: Vec<IpAddr>,
     /// Whose nodes are tried now.
     reaches: Mutex<Vec<u128>>,
     list: Mutex<List>,
     meetings: Meetings,
-    faults: Seldom,
+    faults: LogThrottle,
 }
 
 /// The time, now.
-pub fn now() -> Now {
-    // In this order: if the thread is held up between the two, the tracker's start seems later than it was. The other way
-    // round it seemed earlier, and what was signed just before it was taken once more.
+pub fn now() -> TrackerTime {
+    // In this order: if the thread is held up between the two, the tracker's start seems later than
+    // it was. The other way round it seemed earlier, and what was signed just before it was taken
+    // once more.
     let at = Instant::now();
     let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    Now { at, ms: since.as_millis() as u64 }
+    TrackerTime { at, ms: since.as_millis() as u64 }
 }
 
 /// What a request asks for.
-enum Route<'a> {
+enum ApiRoute<'a> {
     Announce,
     Leave,
     Meet,
@@ -239,50 +251,50 @@ enum Route<'a> {
     Reach(&'a str),
 }
 
-impl Route<'_> {
+impl ApiRoute<'_> {
     /// How it is counted, and with what it is limited.
-    fn kind(&self) -> (Call, Kind) {
+    fn kind(&self) -> (CountedCall, LimitKind) {
         match self {
-            Route::Announce => (Call::Announce, Kind::Announce),
-            Route::Leave => (Call::Leave, Kind::Announce),
-            Route::Meet => (Call::Meet, Kind::Announce),
-            Route::Filter(_) => (Call::Filter, Kind::Filter),
-            Route::Lookup(_) => (Call::Lookup, Kind::Lookup),
-            Route::Peers => (Call::Peers, Kind::List),
-            Route::TransferInit => (Call::TransferInit, Kind::Transfer),
-            Route::Report => (Call::Report, Kind::Transfer),
-            Route::Reputation(_) => (Call::Reputation, Kind::Transfer),
-            Route::Health => (Call::Health, Kind::Lookup),
-            Route::Metrics => (Call::Metrics, Kind::List),
-            Route::Reach(_) => (Call::Reach, Kind::Reach),
+            ApiRoute::Announce => (CountedCall::Announce, LimitKind::Announce),
+            ApiRoute::Leave => (CountedCall::Leave, LimitKind::Announce),
+            ApiRoute::Meet => (CountedCall::Meet, LimitKind::Announce),
+            ApiRoute::Filter(_) => (CountedCall::Filter, LimitKind::Filter),
+            ApiRoute::Lookup(_) => (CountedCall::Lookup, LimitKind::Lookup),
+            ApiRoute::Peers => (CountedCall::Peers, LimitKind::List),
+            ApiRoute::TransferInit => (CountedCall::TransferInit, LimitKind::Transfer),
+            ApiRoute::Report => (CountedCall::Report, LimitKind::Transfer),
+            ApiRoute::Reputation(_) => (CountedCall::Reputation, LimitKind::Transfer),
+            ApiRoute::Health => (CountedCall::Health, LimitKind::Lookup),
+            ApiRoute::Metrics => (CountedCall::Metrics, LimitKind::List),
+            ApiRoute::Reach(_) => (CountedCall::Reach, LimitKind::Reach),
         }
     }
 }
 
-fn route<'a>(method: &str, target: &'a str) -> Result<Route<'a>, Refusal> {
+fn route<'a>(method: &str, target: &'a str) -> Result<ApiRoute<'a>, ApiError> {
     if target.len() > MAX_TARGET {
-        return Err(Refusal::new(400, "target: too long"));
+        return Err(ApiError::new(400, "target: too long"));
     }
     let path = target.split('?').next().unwrap_or_default();
     let get = matches!(method, "GET" | "HEAD");
     let (route, allow) = match path {
-        "/announce" if method == "DELETE" => (Some(Route::Leave), ""),
-        "/announce" => ((method == "POST").then_some(Route::Announce), "POST, DELETE"),
-        "/meet" => ((method == "POST").then_some(Route::Meet), "POST"),
-        "/transfer/init" => ((method == "POST").then_some(Route::TransferInit), "POST"),
-        "/report" => ((method == "POST").then_some(Route::Report), "POST"),
-        "/peers" => (get.then_some(Route::Peers), "GET, HEAD"),
-        "/health" => (get.then_some(Route::Health), "GET, HEAD"),
-        "/metrics" => (get.then_some(Route::Metrics), "GET, HEAD"),
+        "/announce" if method == "DELETE" => (Some(ApiRoute::Leave), ""),
+        "/announce" => ((method == "POST").then_some(ApiRoute::Announce), "POST, DELETE"),
+        "/meet" => ((method == "POST").then_some(ApiRoute::Meet), "POST"),
+        "/transfer/init" => ((method == "POST").then_some(ApiRoute::TransferInit), "POST"),
+        "/report" => ((method == "POST").then_some(ApiRoute::Report), "POST"),
+        "/peers" => (get.then_some(ApiRoute::Peers), "GET, HEAD"),
+        "/health" => (get.then_some(ApiRoute::Health), "GET, HEAD"),
+        "/metrics" => (get.then_some(ApiRoute::Metrics), "GET, HEAD"),
         _ => match path.strip_prefix('/').and_then(|path| path.split_once('/')) {
-            Some(("lookup", rest)) => (get.then_some(Route::Lookup(rest)), "GET, HEAD"),
-            Some(("reputation", rest)) => (get.then_some(Route::Reputation(rest)), "GET, HEAD"),
-            Some(("reach", rest)) => (get.then_some(Route::Reach(rest)), "GET, HEAD"),
-            Some(("filter", rest)) => ((method == "PUT").then_some(Route::Filter(rest)), "PUT"),
-            _ => return Err(Refusal::new(404, "not found")),
+            Some(("lookup", rest)) => (get.then_some(ApiRoute::Lookup(rest)), "GET, HEAD"),
+            Some(("reputation", rest)) => (get.then_some(ApiRoute::Reputation(rest)), "GET, HEAD"),
+            Some(("reach", rest)) => (get.then_some(ApiRoute::Reach(rest)), "GET, HEAD"),
+            Some(("filter", rest)) => ((method == "PUT").then_some(ApiRoute::Filter(rest)), "PUT"),
+            _ => return Err(ApiError::new(404, "not found")),
         },
     };
-    route.ok_or_else(|| Refusal { allow: Some(allow), ..Refusal::new(405, "method not allowed") })
+    route.ok_or_else(|| ApiError { allow: Some(allow), ..ApiError::new(405, "method not allowed") })
 }
 
 impl Handler for Api {
@@ -291,27 +303,42 @@ impl Handler for Api {
         let (call, outcome) = match route(request.method, request.target) {
             Ok(route) => {
                 let (call, kind) = route.kind();
-                (call, self.limit(from, kind).and_then(|()| self.answer(&route, request, from, exchange)))
+                (
+                    call,
+                    self.limit(from, kind)
+                        .and_then(|()| self.answer(&route, request, from, exchange)),
+                )
             }
-            Err(refusal) => (Call::Other, self.limit(from, Kind::Lookup).and(Err(refusal))),
+            Err(refusal) => {
+                (CountedCall::Other, self.limit(from, LimitKind::Lookup).and(Err(refusal)))
+            }
         };
         match outcome {
             Ok(answer) => {
                 self.metrics.answered(call, 200);
                 let (kind, body) = match &answer {
-                    Answer::Json(body) => ("application/json", body.as_slice()),
-                    Answer::Text(body) => ("text/plain; version=0.0.4; charset=utf-8", body.as_bytes()),
+                    ApiResponse::Json(body) => ("application/json", body.as_slice()),
+                    ApiResponse::Text(body) => {
+                        ("text/plain; version=0.0.4; charset=utf-8", body.as_bytes())
+                    }
                 };
                 exchange.send(200, &[("Content-Type", kind)], body)
             }
-            Err(Refusal { gone: Some(e), .. }) => Err(e),
+            Err(ApiError { gone: Some(e), .. }) => Err(e),
             Err(refusal) => {
                 self.metrics.answered(call, refusal.status);
-                log::debug!("{from}: {} {}: {}: {}", request.method, request.target, refusal.status, refusal.error);
-                // A body that is small is read, so that the connection can be used again: many new ones cost more.
+                log::debug!(
+                    "{from}: {} {}: {}: {}",
+                    request.method,
+                    request.target,
+                    refusal.status,
+                    refusal.error
+                );
+                // A body that is small is read, so that the connection can be used again: many new
+                // ones cost more.
                 match exchange.body().read(MAX_BODY) {
-                    Ok(_) | Err(NoBody::TooLarge) => refuse(&refusal, exchange),
-                    Err(NoBody::Io(e)) => Err(e),
+                    Ok(_) | Err(BodyError::TooLarge) => refuse(&refusal, exchange),
+                    Err(BodyError::Io(e)) => Err(e),
                 }
             }
         }
@@ -321,12 +348,12 @@ impl Handler for Api {
         if self.faults.now(Instant::now()) {
             log::error!("a request made a handler panic; the log has the place");
         }
-        self.metrics.answered(Call::Other, 500);
-        refuse(&Refusal::new(500, "internal error"), exchange)
+        self.metrics.answered(CountedCall::Other, 500);
+        refuse(&ApiError::new(500, "internal error"), exchange)
     }
 }
 
-fn refuse(refusal: &Refusal, exchange: &mut Exchange<'_>) -> io::Result<()> {
+fn refuse(refusal: &ApiError, exchange: &mut Exchange<'_>) -> io::Result<()> {
     let body = serde_json::to_vec(&ErrorBody { error: &refusal.error, now: refusal.now })?;
     let retry = refusal.retry.map(|seconds| seconds.max(1).to_string());
     let mut fields = vec![("Content-Type", "application/json")];
@@ -338,23 +365,23 @@ fn refuse(refusal: &Refusal, exchange: &mut Exchange<'_>) -> io::Result<()> {
 impl Api {
     /// Serves from these.
     pub fn new(
-        table: Arc<Table>,
-        ledger: Arc<Ledger>,
-        announced: Sender<reach::Announced>,
+        table: Arc<TrackerTable>,
+        ledger: Arc<DatabaseThread>,
+        announced: Sender<reachability::AnnouncedAddress>,
         proxies: Vec<IpAddr>,
     ) -> Self {
         Api {
             table,
             ledger,
-            limits: Limits::default(),
-            metrics: Metrics::default(),
+            limits: RateLimits::default(),
+            metrics: TrackerMetrics::default(),
             uploads: AtomicUsize::new(0),
             announced,
             proxies,
             reaches: Mutex::default(),
             list: Mutex::default(),
             meetings: Meetings::default(),
-            faults: Seldom::default(),
+            faults: LogThrottle::default(),
         }
     }
 
@@ -363,8 +390,8 @@ impl Api {
         self.told_by_proxy(request).unwrap_or(request.asker.ip().to_canonical())
     }
 
-    /// What a proxy of ours says of its client: the last address, which it has seen itself. What stands before it, in this
-    /// field or in others, the client may have written.
+    /// What a proxy of ours says of its client: the last address, which it has seen itself. What
+    /// stands before it, in this field or in others, the client may have written.
     fn told_by_proxy(&self, request: &Request<'_>) -> Option<IpAddr> {
         if !self.proxies.contains(&request.asker.ip().to_canonical()) {
             return None;
@@ -376,61 +403,78 @@ impl Api {
     /// Whether the request came through a proxy, and its client's address is not known.
     fn is_forwarded(&self, request: &Request<'_>) -> bool {
         let is_ours = self.proxies.contains(&request.asker.ip().to_canonical());
-        self.told_by_proxy(request).is_none() && (is_ours || FORWARDED.iter().any(|field| request.has(field)))
+        self.told_by_proxy(request).is_none()
+            && (is_ours || FORWARDED.iter().any(|field| request.has(field)))
     }
 
-    fn limit(&self, from: IpAddr, kind: Kind) -> Result<(), Refusal> {
+    fn limit(&self, from: IpAddr, kind: LimitKind) -> Result<(), ApiError> {
         self.limits.take(from, kind, Instant::now()).map_err(|wait| {
             self.metrics.limited();
-            Refusal::later(429, "too many requests", whole_seconds(wait))
+            ApiError::later(429, "too many requests", whole_seconds(wait))
         })
     }
 
-    fn answer(&self, route: &Route<'_>, request: &Request<'_>, from: IpAddr, exchange: &mut Exchange<'_>) -> Outcome {
+    fn answer(
+        &self,
+        route: &ApiRoute<'_>,
+        request: &Request<'_>,
+        from: IpAddr,
+        exchange: &mut Exchange<'_>,
+    ) -> ApiResult {
         match route {
-            Route::Announce => self.announce(&read(exchange)?, from, self.is_forwarded(request)),
-            Route::Meet => match self.meetings.meet(&read(exchange)?, from, Instant::now()) {
+            ApiRoute::Announce => self.announce(&read(exchange)?, from, self.is_forwarded(request)),
+            ApiRoute::Meet => match self.meetings.meet(&read(exchange)?, from, Instant::now()) {
                 Ok(met) => json(&met),
-                Err(meeting::Refused::Malformed(why)) => Err(Refusal::new(400, why)),
-                Err(meeting::Refused::Full) => Err(Refusal::later(503, "no room for more", FULL_RETRY)),
+                Err(meeting::MeetingRefusal::Malformed(why)) => Err(ApiError::new(400, why)),
+                Err(meeting::MeetingRefusal::Full) => {
+                    Err(ApiError::later(503, "no room for more", FULL_RETRY))
+                }
             },
-            Route::Leave => self.leave(&read(exchange)?, from),
-            Route::Filter(id) => self.filter(&peer_id_in(id)?, request, exchange),
-            Route::Lookup(hash_part) => self.lookup(hash_part),
-            Route::Peers => self.peers(),
-            Route::TransferInit => self.begin_transfers(read(exchange)?, from),
-            Route::Report => self.report(read(exchange)?, from),
-            Route::Reputation(id) => {
+            ApiRoute::Leave => self.leave(&read(exchange)?, from),
+            ApiRoute::Filter(id) => self.filter(&peer_id_in(id)?, request, exchange),
+            ApiRoute::Lookup(hash_part) => self.lookup(hash_part),
+            ApiRoute::Peers => self.peers(),
+            ApiRoute::TransferInit => self.begin_transfers(read(exchange)?, from),
+            ApiRoute::Report => self.report(read(exchange)?, from),
+            ApiRoute::Reputation(id) => {
                 let id = peer_id_in(id)?;
                 json(&ReputationBody::new(Some(&id), &self.ledger.reputation(&id)?))
             }
-            Route::Health => self.ledger.probe().map_err(Refusal::from).and_then(|()| status("ok")),
-            Route::Reach(port) => self.reach(port, request, from),
-            Route::Metrics => Ok(Answer::Text(self.metrics.page(self.table.counts(), self.ledger.numbers()))),
+            ApiRoute::Health => {
+                self.ledger.probe().map_err(ApiError::from).and_then(|()| status("ok"))
+            }
+            ApiRoute::Reach(port) => self.reach(port, request, from),
+            ApiRoute::Metrics => {
+                Ok(ApiResponse::Text(self.metrics.page(self.table.counts(), self.ledger.numbers())))
+            }
         }
     }
 
-    fn announce(&self, body: &Announce, from: IpAddr, is_forwarded: bool) -> Outcome {
+    fn announce(&self, body: &Announce, from: IpAddr, is_forwarded: bool) -> ApiResult {
         let (Some(id), Some(port)) = (given(&body.peer_id), body.port) else {
-            return Err(Refusal::new(400, "peer_id and port required"));
+            return Err(ApiError::new(400, "peer_id and port required"));
         };
         check_peer_id("peer_id", id)?;
         if port == 0 {
-            return Err(Refusal::new(400, "port: not from 1 to 65535"));
+            return Err(ApiError::new(400, "port: not from 1 to 65535"));
         }
         let addr = match given(&body.addr) {
-            Some(addr) => address::check(addr).map(|()| addr.to_owned()).map_err(|why| Refusal::new(400, why))?,
+            Some(addr) => address::check(addr)
+                .map(|()| addr.to_owned())
+                .map_err(|why| ApiError::new(400, why))?,
             None if is_forwarded => {
-                return Err(Refusal::new(
+                return Err(ApiError::new(
                     400,
                     "addr: required, as the request came through a proxy; set --announce-addr, or --proxy of the tracker",
                 ));
             }
             None if can_be_peer(from) => from.to_string(),
             None => {
-                return Err(Refusal::new(
+                return Err(ApiError::new(
                     400,
-                    format!("addr: required, as no other peer can reach {from}; set --announce-addr"),
+                    format!(
+                        "addr: required, as no other peer can reach {from}; set --announce-addr"
+                    ),
                 ));
             }
         };
@@ -438,11 +482,12 @@ impl Api {
         let now = now();
         let known = self.table.check(id, claim.as_ref(), now).map_err(|e| (e, now))?;
         let signed = body.addr.as_deref().unwrap_or_default();
-        verify(&body.proof, &Statement::Announce { peer_id: id, port, addr: signed })?;
+        verify(&body.proof, &SignedText::Announce { peer_id: id, port, addr: signed })?;
         let met = if known { None } else { Some(self.meet(id, claim.as_ref())?) };
         log::debug!("{id} announces itself at {addr}, port {port}");
-        let whereabouts = Whereabouts { addr, port, from };
-        let welcome = self.table.announce(id, whereabouts.clone(), claim.as_ref(), body.instance, met, now);
+        let whereabouts = PeerAddress { addr, port, from };
+        let welcome =
+            self.table.announce(id, whereabouts.clone(), claim.as_ref(), body.instance, met, now);
         let welcome = welcome.map_err(|e| (e, now))?;
         if welcome.first_today {
             self.ledger.seen(id);
@@ -451,15 +496,19 @@ impl Api {
             self.ledger.arrived(id, &whereabouts);
         }
         if welcome.to_be_reached {
-            let Whereabouts { addr, port, .. } = whereabouts;
+            let PeerAddress { addr, port, .. } = whereabouts;
             // When there is no room for it, it is tried after a later announce.
-            let _ = self.announced.try_send(reach::Announced { id: id.to_owned(), addr, port });
+            let _ = self.announced.try_send(reachability::AnnouncedAddress {
+                id: id.to_owned(),
+                addr,
+                port,
+            });
         }
         if claim.is_none() {
             return status("ok");
         }
         let tracker = Some(self.ledger.tracker_id().to_owned());
-        json(&Announced {
+        json(&AnnounceResponse {
             status: "ok".into(),
             tracker,
             filter: welcome.filter,
@@ -469,64 +518,76 @@ impl Api {
         })
     }
 
-    /// What the ledger knows of an ID. Binds it to the key, if there is one; when this returns, that lasts.
-    fn meet(&self, id: &str, claim: Option<&Claim>) -> Result<Reputation, Refusal> {
-        let refused = |refused| Refusal::from((refused, now()));
+    /// What the ledger knows of an ID. Binds it to the key, if there is one; when this returns,
+    /// that lasts.
+    fn meet(&self, id: &str, claim: Option<&Claim>) -> Result<Reputation, ApiError> {
+        let refused = |refused| ApiError::from((refused, now()));
         match claim {
             Some(claim) => match self.ledger.bind(id, claim.key)? {
-                Bound::Yes(reputation) => Ok(reputation),
-                Bound::OtherKey => Err(refused(Refused::OtherKey)),
-                Bound::Full => Err(refused(Refused::Full)),
+                BindOutcome::Yes(reputation) => Ok(reputation),
+                BindOutcome::OtherKey => Err(refused(ClaimRefusal::OtherKey)),
+                BindOutcome::Full => Err(refused(ClaimRefusal::Full)),
             },
             None => {
                 let met = self.ledger.meet(id)?;
-                if met.key.is_some() { Err(refused(Refused::Bound)) } else { Ok(met.reputation) }
+                if met.key.is_some() {
+                    Err(refused(ClaimRefusal::Bound))
+                } else {
+                    Ok(met.reputation)
+                }
             }
         }
     }
 
-    fn leave(&self, body: &Announce, from: IpAddr) -> Outcome {
-        let id = given(&body.peer_id).ok_or_else(|| Refusal::new(400, "peer_id required"))?;
+    fn leave(&self, body: &Announce, from: IpAddr) -> ApiResult {
+        let id = given(&body.peer_id).ok_or_else(|| ApiError::new(400, "peer_id required"))?;
         check_peer_id("peer_id", id)?;
         let claim = claim(&body.proof)?;
         let now = now();
         self.table.check(id, claim.as_ref(), now).map_err(|e| (e, now))?;
-        verify(&body.proof, &Statement::Leave { peer_id: id })?;
+        verify(&body.proof, &SignedText::Leave { peer_id: id })?;
         self.table.leave(id, claim.as_ref(), from, now).map_err(|e| (e, now))?;
         self.ledger.gone(vec![id.into()]);
         log::debug!("{id} leaves");
         status("ok")
     }
 
-    fn filter(&self, id: &str, request: &Request<'_>, exchange: &mut Exchange<'_>) -> Outcome {
+    fn filter(&self, id: &str, request: &Request<'_>, exchange: &mut Exchange<'_>) -> ApiResult {
         let proof = Proof {
             public_key: request.field(KEY_HEADER).map(str::to_owned),
-            timestamp: request.field(TIMESTAMP_HEADER).map(str::parse).transpose().map_err(|_| unproven())?,
+            timestamp: request
+                .field(TIMESTAMP_HEADER)
+                .map(str::parse)
+                .transpose()
+                .map_err(|_| unproven())?,
             signature: request.field(SIGNATURE_HEADER).map(str::to_owned),
         };
         let claim = claim(&proof)?.ok_or_else(unproven)?;
         if request.body_len > MAX_BYTES as u64 {
-            return Err(NoBody::TooLarge.into());
+            return Err(BodyError::TooLarge.into());
         }
-        if Filter::size_for(request.body_len * 8) != request.body_len * 8 {
-            return Err(Refusal::new(400, "body: of a size that filters do not have"));
+        if BloomFilter::size_for(request.body_len * 8) != request.body_len * 8 {
+            return Err(ApiError::new(400, "body: of a size that filters do not have"));
         }
         // All that can be said without the body is said before it is read.
         let before = now();
         self.table.may_publish(id, &claim, before).map_err(|e| (e, before))?;
         let uploads = self.uploads.fetch_add(1, Ordering::Relaxed);
-        let _permit = OnDrop::new(|| {
+        let _permit = Deferred::new(|| {
             self.uploads.fetch_sub(1, Ordering::Relaxed);
         });
         if uploads >= MAX_UPLOADS {
-            return Err(Refusal::later(503, "too many filters at once", UPLOAD_RETRY));
+            return Err(ApiError::later(503, "too many filters at once", UPLOAD_RETRY));
         }
         let bits = exchange.body().read(MAX_BYTES)?;
         let digest = ring::digest::digest(&ring::digest::SHA256, &bits);
-        verify(&proof, &Statement::Filter { peer_id: id, digest: digest.as_ref() })?;
-        let filter = Filter::parse(bits).map_err(|e| Refusal::new(400, e.to_string()))?;
+        verify(&proof, &SignedText::Filter { peer_id: id, digest: digest.as_ref() })?;
+        let filter = BloomFilter::parse(bits).map_err(|e| ApiError::new(400, e.to_string()))?;
         if filter.is_overfull() {
-            return Err(Refusal::new(400, "body: more bits are set than a filter of its size may have"));
+            return Err(ApiError::new(
+                400,
+                "body: more bits are set than a filter of its size may have",
+            ));
         }
         let (now, bits) = (now(), filter.as_bytes().to_vec());
         self.table.publish(id, &claim, filter, now).map_err(|e| (e, now))?;
@@ -535,101 +596,115 @@ impl Api {
         status("ok")
     }
 
-    fn lookup(&self, hash_part: &str) -> Outcome {
-        let hash_part = HashPart::parse(hash_part.as_bytes()).map_err(|e| Refusal::new(400, e.to_string()))?;
+    fn lookup(&self, hash_part: &str) -> ApiResult {
+        let hash_part =
+            HashPart::parse(hash_part.as_bytes()).map_err(|e| ApiError::new(400, e.to_string()))?;
         let found = self.table.lookup(&hash_part, now());
         self.metrics.found(found.candidates.len());
         json(&found)
     }
 
-    fn peers(&self) -> Outcome {
+    fn peers(&self) -> ApiResult {
         let now = now();
         let kept = self.list.lock().unwrap_or_else(PoisonError::into_inner).clone();
         if let Some((at, body)) = kept.filter(|_| self.table.counts().peers > SHORT_LIST)
             && now.at.saturating_duration_since(at) < LIST_KEPT
         {
-            return Ok(Answer::Json(body.to_vec()));
+            return Ok(ApiResponse::Json(body.to_vec()));
         }
         let best = self.table.best(MAX_LISTED, now);
         let answer = json(&PeersBody { peers: best.iter().map(listed).collect() })?;
-        if let Answer::Json(body) = &answer {
-            *self.list.lock().unwrap_or_else(PoisonError::into_inner) = Some((now.at, Arc::new(body.clone())));
+        if let ApiResponse::Json(body) = &answer {
+            *self.list.lock().unwrap_or_else(PoisonError::into_inner) =
+                Some((now.at, Arc::new(body.clone())));
         }
         Ok(answer)
     }
 
-    fn reach(&self, port: &str, request: &Request<'_>, from: IpAddr) -> Outcome {
+    fn reach(&self, port: &str, request: &Request<'_>, from: IpAddr) -> ApiResult {
         let port = port.parse().ok().filter(|port| *port != 0);
-        let port: u16 = port.ok_or_else(|| Refusal::new(400, "port: not from 1 to 65535"))?;
+        let port: u16 = port.ok_or_else(|| ApiError::new(400, "port: not from 1 to 65535"))?;
         if !can_be_peer(from) {
-            return Err(Refusal::new(400, format!("no other peer can reach {from}")));
+            return Err(ApiError::new(400, format!("no other peer can reach {from}")));
         }
         if self.is_forwarded(request) {
-            return Err(Refusal::new(400, "asked through a proxy, which is what would be reached"));
+            return Err(ApiError::new(
+                400,
+                "asked through a proxy, which is what would be reached",
+            ));
         }
         let reaches = || self.reaches.lock().unwrap_or_else(PoisonError::into_inner);
         let asker = address::household(from);
         {
             let mut reaches = reaches();
             if reaches.contains(&asker) {
-                return Err(Refusal::later(429, "one at a time", REACH_RETRY));
+                return Err(ApiError::later(429, "one at a time", REACH_RETRY));
             }
             if reaches.len() >= MAX_REACHES {
-                return Err(Refusal::later(503, "too many at once", REACH_RETRY));
+                return Err(ApiError::later(503, "too many at once", REACH_RETRY));
             }
             reaches.push(asker);
         }
-        let _permit = OnDrop::new(|| reaches().retain(|other| *other != asker));
-        // Not why: whoever shares the address, as behind a router, would learn which of its ports are open.
-        let reached = reach::ask((from, port).into());
+        let _permit = Deferred::new(|| reaches().retain(|other| *other != asker));
+        // Not why: whoever shares the address, as behind a router, would learn which of its ports
+        // are open.
+        let reached = reachability::ask((from, port).into());
         if let Err(e) = &reached {
             log::debug!("{from}: port {port} is not reached: {e}");
         }
         json(&ReachBody { addr: from, port, reached: reached.is_ok() })
     }
 
-    fn begin_transfers(&self, body: TransferInit, from: IpAddr) -> Outcome {
-        let (Some(sender), Some(receiver)) = (given(&body.sender_id), given(&body.receiver_id)) else {
-            return Err(Refusal::new(400, "sender_id and receiver_id required"));
+    fn begin_transfers(&self, body: TransferInit, from: IpAddr) -> ApiResult {
+        let (Some(sender), Some(receiver)) = (given(&body.sender_id), given(&body.receiver_id))
+        else {
+            return Err(ApiError::new(400, "sender_id and receiver_id required"));
         };
         check_peer_id("sender_id", sender)?;
         check_peer_id("receiver_id", receiver)?;
         if sender == receiver {
-            return Err(Refusal::new(400, "sender_id and receiver_id are the same"));
+            return Err(ApiError::new(400, "sender_id and receiver_id are the same"));
         }
         let count = body.count.unwrap_or(1);
         if !(1..=MAX_TRANSFERS_AT_ONCE).contains(&count) {
-            return Err(Refusal::new(400, format!("count: not from 1 to {MAX_TRANSFERS_AT_ONCE}")));
+            return Err(ApiError::new(
+                400,
+                format!("count: not from 1 to {MAX_TRANSFERS_AT_ONCE}"),
+            ));
         }
-        self.limits.charge(from, Kind::Transfer, count - 1, Instant::now());
-        self.limit(from, Kind::Stored)?;
-        self.limits.charge(from, Kind::Stored, count - 1, Instant::now());
+        self.limits.charge(from, LimitKind::Transfer, count - 1, Instant::now());
+        self.limit(from, LimitKind::Stored)?;
+        self.limits.charge(from, LimitKind::Stored, count - 1, Instant::now());
         let first = self.ledger.begin_transfers(sender.to_owned(), receiver.to_owned(), count)?;
-        let transfer_id = first.ok_or_else(|| Refusal::later(503, "too many transfers", FULL_RETRY))?;
+        let transfer_id =
+            first.ok_or_else(|| ApiError::later(503, "too many transfers", FULL_RETRY))?;
         self.metrics.begun(count);
-        json(&TransferBegun { transfer_id, count: body.count })
+        json(&TransferInitResponse { transfer_id, count: body.count })
     }
 
-    fn report(&self, body: Report, from: IpAddr) -> Outcome {
+    fn report(&self, body: TransferReportBody, from: IpAddr) -> ApiResult {
         let given_id = body.transfer_id.filter(|id| *id != 0);
         let (Some(transfer), Some(id), Some(role), Some(bytes)) =
             (given_id, given(&body.peer_id), given(&body.role), body.bytes)
         else {
-            return Err(Refusal::new(400, "transfer_id, peer_id, role, and bytes required"));
+            return Err(ApiError::new(400, "transfer_id, peer_id, role, and bytes required"));
         };
         let (role, side) = match role {
             "sender" => (Role::Sender, "sender"),
             "receiver" => (Role::Receiver, "receiver"),
-            _ => return Err(Refusal::new(400, "role must be 'sender' or 'receiver'")),
+            _ => return Err(ApiError::new(400, "role must be 'sender' or 'receiver'")),
         };
         check_peer_id("peer_id", id)?;
         if bytes > MAX_TRANSFER {
-            return Err(Refusal::new(400, format!("bytes: more than {MAX_TRANSFER}")));
+            return Err(ApiError::new(400, format!("bytes: more than {MAX_TRANSFER}")));
         }
         let claim = claim(&body.proof)?;
         let now = now();
         self.table.check(id, claim.as_ref(), now).map_err(|e| (e, now))?;
-        verify(&body.proof, &Statement::Report { transfer_id: transfer, peer_id: id, role: side, bytes })?;
+        verify(
+            &body.proof,
+            &SignedText::Report { transfer_id: transfer, peer_id: id, role: side, bytes },
+        )?;
         if let Some(claim) = &claim {
             self.table.advance_known(id, claim, now).map_err(|e| (e, now))?;
         }
@@ -637,21 +712,25 @@ impl Api {
         let network = address::network(from);
         let told = Told { transfer, peer_id: id.to_owned(), role, bytes, key, network };
         match self.ledger.report(told)? {
-            Reported::Pending => status("pending"),
-            Reported::Resolved(consistent) => {
+            ReportOutcome::Pending => status("pending"),
+            ReportOutcome::Resolved(consistent) => {
                 self.metrics.resolved(consistent);
-                json(&Status { status: "resolved", consistent: Some(consistent) })
+                json(&StatusBody { status: "resolved", consistent: Some(consistent) })
             }
-            Reported::NotFound => Err(Refusal::new(404, "transfer not found")),
-            Reported::AlreadyResolved => Err(Refusal::new(409, "transfer already resolved")),
-            Reported::NotTheOne => Err(Refusal::new(403, format!("peer_id does not match {side}"))),
-            Reported::SameSideAgain => Err(Refusal::new(409, format!("{side} already reported"))),
-            Reported::Unproven => Err((Refused::Bound, now).into()),
+            ReportOutcome::NotFound => Err(ApiError::new(404, "transfer not found")),
+            ReportOutcome::AlreadyResolved => Err(ApiError::new(409, "transfer already resolved")),
+            ReportOutcome::NotTheOne => {
+                Err(ApiError::new(403, format!("peer_id does not match {side}")))
+            }
+            ReportOutcome::SameSideAgain => {
+                Err(ApiError::new(409, format!("{side} already reported")))
+            }
+            ReportOutcome::Unproven => Err((ClaimRefusal::Bound, now).into()),
         }
     }
 }
 
-fn listed(row: &Row) -> PeerBody<'_> {
+fn listed(row: &PeerRow) -> PeerBody<'_> {
     PeerBody {
         peer_id: &row.peer_id,
         addr: &row.whereabouts.addr,
@@ -662,12 +741,13 @@ fn listed(row: &Row) -> PeerBody<'_> {
 }
 
 /// The JSON body.
-fn read<T: DeserializeOwned>(exchange: &mut Exchange<'_>) -> Result<T, Refusal> {
+fn read<T: DeserializeOwned>(exchange: &mut Exchange<'_>) -> Result<T, ApiError> {
     let body = exchange.body().read(MAX_BODY)?;
     // Not serde's own words: they repeat what was sent.
     serde_json::from_slice(&body).map_err(|e| {
-        let what = if e.is_data() { "a field of another type, or out of range" } else { "not JSON" };
-        Refusal::new(400, format!("body: {what}, at line {}, column {}", e.line(), e.column()))
+        let what =
+            if e.is_data() { "a field of another type, or out of range" } else { "not JSON" };
+        ApiError::new(400, format!("body: {what}, at line {}, column {}", e.line(), e.column()))
     })
 }
 
@@ -676,26 +756,28 @@ fn given(field: &Option<String>) -> Option<&str> {
     field.as_deref().filter(|text| !text.is_empty())
 }
 
-fn check_peer_id(field: &str, id: &str) -> Result<(), Refusal> {
+fn check_peer_id(field: &str, id: &str) -> Result<(), ApiError> {
     if is_peer_id(id) {
         Ok(())
     } else {
-        Err(Refusal::new(400, format!("{field}: too long, or has control characters")))
+        Err(ApiError::new(400, format!("{field}: too long, or has control characters")))
     }
 }
 
-fn peer_id_in(segment: &str) -> Result<String, Refusal> {
-    let id = percent_decode_str(segment).decode_utf8().map_err(|_| Refusal::new(400, "peer_id: not UTF-8"))?;
+fn peer_id_in(segment: &str) -> Result<String, ApiError> {
+    let id = percent_decode_str(segment)
+        .decode_utf8()
+        .map_err(|_| ApiError::new(400, "peer_id: not UTF-8"))?;
     check_peer_id("peer_id", &id)?;
     Ok(id.into_owned())
 }
 
-fn unproven() -> Refusal {
-    Refusal::new(403, "public_key, timestamp and signature: missing or malformed")
+fn unproven() -> ApiError {
+    ApiError::new(403, "public_key, timestamp and signature: missing or malformed")
 }
 
 /// Who claims to say it, and when, before the signature is checked.
-fn claim(proof: &Proof) -> Result<Option<Claim>, Refusal> {
+fn claim(proof: &Proof) -> Result<Option<Claim>, ApiError> {
     let (key, stamp, signature) = match (&proof.public_key, proof.timestamp, &proof.signature) {
         (None, None, None) => return Ok(None),
         (Some(key), Some(stamp), Some(signature)) => (key, stamp, signature),
@@ -707,9 +789,9 @@ fn claim(proof: &Proof) -> Result<Option<Claim>, Refusal> {
     Ok(Some(Claim { key, stamp }))
 }
 
-fn verify(proof: &Proof, statement: &Statement<'_>) -> Result<(), Refusal> {
+fn verify(proof: &Proof, statement: &SignedText<'_>) -> Result<(), ApiError> {
     match proof.check(statement) {
-        Checked::Unsigned | Checked::By(..) => Ok(()),
-        Checked::Wrong => Err(Refusal::new(403, "signature: wrong")),
+        ProofCheck::Unsigned | ProofCheck::By(..) => Ok(()),
+        ProofCheck::Wrong => Err(ApiError::new(403, "signature: wrong")),
     }
 }

@@ -39,7 +39,8 @@ Exit status: 0 when stopped by SIGTERM or SIGINT, 1 when it cannot start or go o
 
 /// Memory for filters if none is given, in MiB: 20,000 peers of 20,000 paths at 20 bits.
 const DEFAULT_FILTER_MIB: usize = 1024;
-/// Least memory for filters, in MiB: room for one block of the largest that are kept in blocks, and a few.
+/// Least memory for filters, in MiB: room for one block of the largest that are kept in blocks, and
+/// a few.
 const LEAST_FILTER_MIB: usize = 16;
 /// Most memory for filters, in MiB.
 const MOST_FILTER_MIB: usize = 1 << 20;
@@ -65,13 +66,20 @@ impl Default for Options {
     fn default() -> Self {
         let hosts = vec![Ipv4Addr::UNSPECIFIED.into()];
         let (filter_memory, proxies) = (DEFAULT_FILTER_MIB << 20, Vec::new());
-        Options { port: 12305, hosts, db_path: "./peerix-tracker.db".into(), filter_memory, proxies, verbose: false }
+        Options {
+            port: 12305,
+            hosts,
+            db_path: "./peerix-tracker.db".into(),
+            filter_memory,
+            proxies,
+            verbose: false,
+        }
     }
 }
 
 /// What the command line asks for.
 #[derive(Debug)]
-pub enum Command {
+pub enum TrackerCommand {
     /// Run the tracker.
     Run(Options),
     /// Print [`HELP`].
@@ -84,14 +92,14 @@ pub enum Command {
 ///
 /// # Errors
 /// One line that names the flag and what is wrong with it.
-pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, String> {
+pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<TrackerCommand, String> {
     let mut options = Options::default();
     let mut hosts = Vec::new();
     let mut parser = lexopt::Parser::from_args(args);
     while let Some(arg) = parser.next().map_err(|e| e.to_string())? {
         let flag = match &arg {
-            Short('h') | Long("help") => return Ok(Command::Help),
-            Short('V') | Long("version") => return Ok(Command::Version),
+            Short('h') | Long("help") => return Ok(TrackerCommand::Help),
+            Short('V') | Long("version") => return Ok(TrackerCommand::Version),
             Short('v') | Long("verbose") => {
                 options.verbose = true;
                 continue;
@@ -104,8 +112,13 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, String
             "port" => {
                 let port = value()?;
                 let number = port.to_str().and_then(|port| port.parse().ok());
-                options.port = number
-                    .ok_or_else(|| format!("--port {}: not a number from 0 to {}", port.to_string_lossy(), u16::MAX))?;
+                options.port = number.ok_or_else(|| {
+                    format!(
+                        "--port {}: not a number from 0 to {}",
+                        port.to_string_lossy(),
+                        u16::MAX
+                    )
+                })?;
             }
             "host" => hosts.extend(addresses(&value()?)?),
             "db-path" => options.db_path = value()?.into(),
@@ -121,7 +134,9 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, String
             "proxy" => {
                 let text = value()?;
                 let ip = text.to_str().and_then(|ip| ip.parse::<IpAddr>().ok());
-                let ip = ip.ok_or_else(|| format!("--proxy {}: not an IP address", text.to_string_lossy()))?;
+                let ip = ip.ok_or_else(|| {
+                    format!("--proxy {}: not an IP address", text.to_string_lossy())
+                })?;
                 options.proxies.push(ip.to_canonical());
             }
             _ => return Err(format!("--{flag}: no such option; see --help")),
@@ -130,14 +145,16 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, String
     if !hosts.is_empty() {
         options.hosts = hosts;
     }
-    Ok(Command::Run(options))
+    Ok(TrackerCommand::Run(options))
 }
 
 fn addresses(host: &OsString) -> Result<Vec<IpAddr>, String> {
     let wrong = |why: &str| format!("--host {}: {why}", host.to_string_lossy());
     let text = host.to_str().ok_or_else(|| wrong("not UTF-8"))?;
     let bare = text.strip_prefix('[').and_then(|v| v.strip_suffix(']')).unwrap_or(text);
-    let found = (bare, 0).to_socket_addrs().map_err(|e| wrong(&format!("not an address of this machine: {e}")))?;
+    let found = (bare, 0)
+        .to_socket_addrs()
+        .map_err(|e| wrong(&format!("not an address of this machine: {e}")))?;
     let mut all: Vec<IpAddr> = found.map(|address| address.ip()).collect();
     all.dedup();
     Ok(all)
@@ -149,7 +166,7 @@ mod tests {
 
     fn run(args: &[&str]) -> Result<Options, String> {
         match parse(args.iter().map(OsString::from))? {
-            Command::Run(options) => Ok(options),
+            TrackerCommand::Run(options) => Ok(options),
             other => panic!("{other:?}"),
         }
     }
@@ -157,12 +174,21 @@ mod tests {
     #[test]
     fn the_command_line_of_the_original_still_works() {
         assert_eq!(run(&[]).unwrap(), Options::default());
-        let options = run(&["--verbose", "--port", "1", "--host", "127.0.0.1", "--db-path", "/x"]).unwrap();
+        let options =
+            run(&["--verbose", "--port", "1", "--host", "127.0.0.1", "--db-path", "/x"]).unwrap();
         let hosts = vec!["127.0.0.1".parse().unwrap()];
-        assert_eq!(options, Options { port: 1, hosts, db_path: "/x".into(), verbose: true, ..Options::default() });
-        let options = run(&["--filter-memory", "64", "--proxy", "::ffff:10.0.0.1", "--proxy=fd00::1"]).unwrap();
+        assert_eq!(
+            options,
+            Options { port: 1, hosts, db_path: "/x".into(), verbose: true, ..Options::default() }
+        );
+        let options =
+            run(&["--filter-memory", "64", "--proxy", "::ffff:10.0.0.1", "--proxy=fd00::1"])
+                .unwrap();
         assert_eq!(options.filter_memory, 64 << 20);
-        assert_eq!(options.proxies, ["10.0.0.1", "fd00::1"].map(|ip| ip.parse::<IpAddr>().unwrap()));
+        assert_eq!(
+            options.proxies,
+            ["10.0.0.1", "fd00::1"].map(|ip| ip.parse::<IpAddr>().unwrap())
+        );
         assert_eq!(run(&["--host", "[::]", "--host=0.0.0.0"]).unwrap().hosts.len(), 2);
         assert!(run(&["--host", "localhost"]).unwrap().hosts.iter().all(IpAddr::is_loopback));
     }
@@ -190,10 +216,15 @@ mod tests {
 
     #[test]
     fn help_names_every_flag() {
-        for flag in ["port", "host", "db-path", "filter-memory", "proxy", "verbose", "help", "version"] {
-            assert!(HELP.contains(&format!("--{flag} ")) || HELP.contains(&format!("--{flag}\n")), "{flag}");
+        for flag in
+            ["port", "host", "db-path", "filter-memory", "proxy", "verbose", "help", "version"]
+        {
+            assert!(
+                HELP.contains(&format!("--{flag} ")) || HELP.contains(&format!("--{flag}\n")),
+                "{flag}"
+            );
         }
-        assert!(matches!(parse(["-h".into()]), Ok(Command::Help)));
-        assert!(matches!(parse(["--version".into()]), Ok(Command::Version)));
+        assert!(matches!(parse(["-h".into()]), Ok(TrackerCommand::Help)));
+        assert!(matches!(parse(["--version".into()]), Ok(TrackerCommand::Version)));
     }
 }

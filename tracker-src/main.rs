@@ -1,4 +1,5 @@
-//! `peerix-tracker`: where peers on different networks find one another. Read the command line, log, run.
+//! `peerix-tracker`: where peers on different networks find one another. Read the command line,
+//! log, run.
 //!
 //! ```text
 //! node ──HTTP──> api ─┬─> limits   how often may this address ask?
@@ -7,25 +8,26 @@
 //!                     └─> ledger ─> books    whose is an ID, who transferred what: in SQLite
 //! ```
 //!
-//! What always holds: what was answered with 200 and has to last survives `kill -9`; nothing is stored for a request that
-//! is refused; a wrong signature changes nothing; everything that a stranger can fill has a bound.
+//! What always holds: what was answered with 200 and has to last survives `kill -9`; nothing is
+//! stored for a request that is refused; a wrong signature changes nothing; everything that a
+//! stranger can fill has a bound.
 #![forbid(unsafe_code)]
 #![warn(missing_docs)]
 
 mod address;
 mod api;
-mod books;
+mod bloom_index;
 mod cli;
-mod ledger;
+mod database;
+mod db_thread;
 mod limits;
 mod meeting;
 mod metrics;
-mod reach;
+mod reachability;
 mod run;
-mod slices;
 mod table;
 
-use cli::Command;
+use cli::TrackerCommand;
 use peerix::service;
 use std::process::ExitCode;
 
@@ -34,12 +36,12 @@ const EXIT_USAGE: u8 = 2;
 
 fn main() -> ExitCode {
     let options = match cli::parse(std::env::args_os().skip(1)) {
-        Ok(Command::Run(options)) => options,
-        Ok(Command::Help) => {
+        Ok(TrackerCommand::Run(options)) => options,
+        Ok(TrackerCommand::Help) => {
             print!("{}", cli::HELP);
             return ExitCode::SUCCESS;
         }
-        Ok(Command::Version) => {
+        Ok(TrackerCommand::Version) => {
             println!("peerix-tracker {}", env!("CARGO_PKG_VERSION"));
             return ExitCode::SUCCESS;
         }

@@ -1,13 +1,13 @@
 //! What happened, in numbers, as Prometheus reads them (its text format, version 0.0.4).
 
-use crate::ledger::Numbers;
-use crate::table::Counts;
+use crate::db_thread::DatabaseStats;
+use crate::table::TableCounts;
 use std::fmt::Write;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// The calls that are counted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Call {
+pub enum CountedCall {
     /// `POST /announce`.
     Announce,
     /// `DELETE /announce`.
@@ -36,7 +36,7 @@ pub enum Call {
     Other,
 }
 
-/// The names of [`Call`]s, in order.
+/// The names of [`CountedCall`]s, in order.
 const CALLS: [&str; 13] = [
     "announce",
     "leave",
@@ -58,7 +58,7 @@ const CLASSES: [&str; 3] = ["2xx", "4xx", "5xx"];
 
 /// The counters.
 #[derive(Default)]
-pub struct Metrics {
+pub struct TrackerMetrics {
     requests: [[AtomicU64; CLASSES.len()]; CALLS.len()],
     limited: AtomicU64,
     candidates: AtomicU64,
@@ -67,9 +67,9 @@ pub struct Metrics {
     disagreed: AtomicU64,
 }
 
-impl Metrics {
+impl TrackerMetrics {
     /// A request was answered.
-    pub fn answered(&self, call: Call, status: u16) {
+    pub fn answered(&self, call: CountedCall, status: u16) {
         let class = match status {
             ..400 => 0,
             400..500 => 1,
@@ -99,27 +99,55 @@ impl Metrics {
     }
 
     /// The page of `GET /metrics`.
-    pub fn page(&self, counts: Counts, ledger: &Numbers) -> String {
-        let mut page = Page(String::new());
+    pub fn page(&self, counts: TableCounts, ledger: &DatabaseStats) -> String {
+        let mut page = MetricsPage(String::new());
         page.one("peers", "gauge", "Peers that are here.", counts.peers as f64);
-        page.one("peers_with_filter", "gauge", "Those that have published a filter.", counts.with_filter as f64);
+        page.one(
+            "peers_with_filter",
+            "gauge",
+            "Those that have published a filter.",
+            counts.with_filter as f64,
+        );
         page.one("filter_bytes", "gauge", "Memory of filters.", counts.filter_bytes as f64);
         page.head("requests_total", "counter", "Requests answered, by call and status.");
         for (call, classes) in CALLS.iter().zip(&self.requests) {
             for (class, count) in CLASSES.iter().zip(classes) {
-                page.row("requests_total", &format!("{{call=\"{call}\",status=\"{class}\"}}"), get(count));
+                page.row(
+                    "requests_total",
+                    &format!("{{call=\"{call}\",status=\"{class}\"}}"),
+                    get(count),
+                );
             }
         }
-        page.one("rate_limited_total", "counter", "Requests answered with 429 for their address.", get(&self.limited));
-        page.one("lookup_candidates_total", "counter", "Candidates named by lookups.", get(&self.candidates));
+        page.one(
+            "rate_limited_total",
+            "counter",
+            "Requests answered with 429 for their address.",
+            get(&self.limited),
+        );
+        page.one(
+            "lookup_candidates_total",
+            "counter",
+            "Candidates named by lookups.",
+            get(&self.candidates),
+        );
         page.one("transfers_begun_total", "counter", "Transfers begun.", get(&self.transfers));
-        page.head("transfers_resolved_total", "counter", "Transfers of which both sides have reported, by result.");
+        page.head(
+            "transfers_resolved_total",
+            "counter",
+            "Transfers of which both sides have reported, by result.",
+        );
         page.row("transfers_resolved_total", "{result=\"consistent\"}", get(&self.agreed));
         page.row("transfers_resolved_total", "{result=\"inconsistent\"}", get(&self.disagreed));
         page.head("ledger_commit_seconds", "summary", "Transactions, and the time they took.");
         page.row("ledger_commit_seconds_sum", "", get(&ledger.commit_micros) / 1e6);
         page.row("ledger_commit_seconds_count", "", get(&ledger.commits));
-        page.one("ledger_failures_total", "counter", "Transactions that failed.", get(&ledger.failures));
+        page.one(
+            "ledger_failures_total",
+            "counter",
+            "Transactions that failed.",
+            get(&ledger.failures),
+        );
         page.0
     }
 }
@@ -132,12 +160,15 @@ fn get(counter: &AtomicU64) -> f64 {
     counter.load(Ordering::Relaxed) as f64
 }
 
-struct Page(String);
+struct MetricsPage(String);
 
-impl Page {
+impl MetricsPage {
     fn head(&mut self, name: &str, kind: &str, help: &str) {
         // Writing to a String cannot fail.
-        let _ = writeln!(self.0, "# HELP peerix_tracker_{name} {help}\n# TYPE peerix_tracker_{name} {kind}");
+        let _ = writeln!(
+            self.0,
+            "# HELP peerix_tracker_{name} {help}\n# TYPE peerix_tracker_{name} {kind}"
+        );
     }
 
     fn row(&mut self, name: &str, labels: &str, value: f64) {
@@ -156,11 +187,12 @@ mod tests {
 
     #[test]
     fn every_row_has_a_head_and_a_number() {
-        let metrics = Metrics::default();
-        metrics.answered(Call::Other, 404);
-        metrics.answered(Call::Announce, 200);
+        let metrics = TrackerMetrics::default();
+        metrics.answered(CountedCall::Other, 404);
+        metrics.answered(CountedCall::Announce, 200);
         metrics.found(3);
-        let page = metrics.page(Counts { peers: 2, ..Counts::default() }, &Numbers::default());
+        let page = metrics
+            .page(TableCounts { peers: 2, ..TableCounts::default() }, &DatabaseStats::default());
         for line in page.lines().filter(|line| !line.starts_with('#')) {
             let (name, value) = line.split_once(' ').unwrap();
             assert!(value.parse::<f64>().is_ok(), "{line}");
@@ -168,8 +200,12 @@ mod tests {
             let base = base.strip_suffix("_sum").or(base.strip_suffix("_count")).unwrap_or(base);
             assert!(page.contains(&format!("# TYPE {base} ")), "{line}");
         }
-        assert!(page.contains("\npeerix_tracker_requests_total{call=\"other\",status=\"4xx\"} 1\n"));
-        assert!(page.contains("\npeerix_tracker_requests_total{call=\"announce\",status=\"2xx\"} 1\n"));
+        assert!(
+            page.contains("\npeerix_tracker_requests_total{call=\"other\",status=\"4xx\"} 1\n")
+        );
+        assert!(
+            page.contains("\npeerix_tracker_requests_total{call=\"announce\",status=\"2xx\"} 1\n")
+        );
         assert!(page.contains("\npeerix_tracker_lookup_candidates_total 3\n"));
         assert!(page.contains("\npeerix_tracker_peers 2\n"));
     }

@@ -2,9 +2,9 @@
 
 use crate::api::{self, Api};
 use crate::cli::Options;
-use crate::ledger::Ledger;
-use crate::reach;
-use crate::table::Table;
+use crate::db_thread::DatabaseThread;
+use crate::reachability;
+use crate::table::TrackerTable;
 use crossbeam_channel::{Receiver, RecvTimeoutError, bounded};
 use peerix::http::server::Server;
 use peerix::service::{self, notify};
@@ -22,7 +22,7 @@ const SWEEP: Duration = Duration::from_secs(5);
 const DESCRIPTORS: u64 = 2048;
 
 /// Why the main thread wakes up.
-enum Wakeup {
+enum TrackerWakeup {
     /// SIGTERM or SIGINT.
     Signal,
     /// A thread that should run until the end has ended.
@@ -39,20 +39,21 @@ pub fn run(options: &Options) -> Result<(), String> {
     let (wakeups, woken) = bounded(8);
     let ended = |what| {
         let wakeups = wakeups.clone();
-        move || drop(wakeups.try_send(Wakeup::Ended(what)))
+        move || drop(wakeups.try_send(TrackerWakeup::Ended(what)))
     };
     let signal = wakeups.clone();
-    let signals = service::watch_signals(move || drop(signal.try_send(Wakeup::Signal))).map_err(in_front("signals"))?;
+    let signals = service::watch_signals(move || drop(signal.try_send(TrackerWakeup::Signal)))
+        .map_err(in_front("signals"))?;
 
     let now = api::now();
-    let table = Arc::new(Table::new(now, options.filter_memory));
+    let table = Arc::new(TrackerTable::new(now, options.filter_memory));
     let changed = table.clone();
     let on_change = move |id: &str, reputation| changed.set_reputation(id, reputation);
-    let (ledger, present) = Ledger::open(&options.db_path, on_change, ended("ledger"))?;
+    let (ledger, present) = DatabaseThread::open(&options.db_path, on_change, ended("ledger"))?;
     log::info!("{} peers were here when the tracker ended", present.len());
     present.into_iter().for_each(|peer| table.restore(peer, now));
     let ledger = Arc::new(ledger);
-    let reach = reach::start(&table, ended("reach")).map_err(in_front("reach"))?;
+    let reach = reachability::start(&table, ended("reach")).map_err(in_front("reach"))?;
     let api = Arc::new(Api::new(table.clone(), ledger.clone(), reach, options.proxies.clone()));
     let server = Server::start(listeners, api, ended("http")).map_err(in_front("http server"))?;
 
@@ -61,7 +62,8 @@ pub fn run(options: &Options) -> Result<(), String> {
     let result = wait(&woken, &table, &ledger);
     notify(&[NotifyState::Stopping]);
     log::info!("stopping");
-    // First the answers under way end, then the database they wait for. The server's threads may hold on to it for a while.
+    // First the answers under way end, then the database they wait for. The server's threads may
+    // hold on to it for a while.
     drop(server);
     ledger.close();
     drop(signals);
@@ -72,8 +74,13 @@ fn in_front<E: Display>(what: &str) -> impl Fn(E) -> String {
     move |e| format!("{what}: {e}")
 }
 
-/// Waits for the end, forgets peers meanwhile, and tells systemd's watchdog that the ledger still turns.
-fn wait(woken: &Receiver<Wakeup>, table: &Table, ledger: &Ledger) -> Result<(), String> {
+/// Waits for the end, forgets peers meanwhile, and tells systemd's watchdog that the ledger still
+/// turns.
+fn wait(
+    woken: &Receiver<TrackerWakeup>,
+    table: &TrackerTable,
+    ledger: &DatabaseThread,
+) -> Result<(), String> {
     let watchdog = sd_notify::watchdog_enabled();
     // The ledger turns once a second at least.
     let look = watchdog.map_or(SWEEP, |limit| (limit / 3).min(SWEEP));
@@ -81,9 +88,13 @@ fn wait(woken: &Receiver<Wakeup>, table: &Table, ledger: &Ledger) -> Result<(), 
     let mut swept = Instant::now();
     loop {
         match woken.recv_timeout(look) {
-            Ok(Wakeup::Signal) => return Ok(()),
-            Ok(Wakeup::Ended(what)) => return Err(format!("the {what} thread ended; see the log")),
-            Err(RecvTimeoutError::Disconnected) => return Err("nobody is left to wake the tracker".into()),
+            Ok(TrackerWakeup::Signal) => return Ok(()),
+            Ok(TrackerWakeup::Ended(what)) => {
+                return Err(format!("the {what} thread ended; see the log"));
+            }
+            Err(RecvTimeoutError::Disconnected) => {
+                return Err("nobody is left to wake the tracker".into());
+            }
             Err(RecvTimeoutError::Timeout) => {}
         }
         if swept.elapsed() >= SWEEP {

@@ -1,13 +1,13 @@
-//! Who is here: live peers, where they are, what they say they have, and when they last said something. No I/O; the time is
-//! passed in.
+//! Who is here: live peers, where they are, what they say they have, and when they last said
+//! something. No I/O; the time is passed in.
 
 use crate::address;
-use crate::books::Present;
-use crate::slices::{Place, Slices};
+use crate::bloom_index::{BloomIndex, FilterPlace};
+use crate::database::PersistedPeer;
 use peerix::nix::HashPart;
 use peerix::time_scale::{Interval, Timeout};
-use peerix::wire::filter::{Filter, LEAST_BITS_PER_PATH, MOST_BITS_PER_PATH};
-use peerix::wire::tracker::{Candidate, Candidates, MAX_CANDIDATES, MAX_OTHERS};
+use peerix::wire::filter::{BloomFilter, LEAST_BITS_PER_PATH, MOST_BITS_PER_PATH};
+use peerix::wire::tracker::{Candidate, CandidateList, MAX_CANDIDATES, MAX_OTHERS};
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
@@ -22,14 +22,16 @@ pub const MAX_PEERS: usize = 262_144;
 /// Bound IDs whose last statement could still be replayed, whether they are here or not.
 const MAX_KNOWN: usize = 2 * MAX_PEERS;
 
-/// A statement's time may differ from this machine's clock by so much, in milliseconds. Machines without a time service drift by
-/// less in a month, and the tracker tells the others what time it is.
+/// A statement's time may differ from this machine's clock by so much, in milliseconds. Machines
+/// without a time service drift by less in a month, and the tracker tells the others what time it
+/// is.
 pub const CLOCK_SKEW_MS: u64 = 5 * 60 * 1000;
 
-/// Whether a peer is still reached is tried again after this: 100,000 peers are tried 28 times a second. One that moves is
-/// tried at once.
+/// Whether a peer is still reached is tried again after this: 100,000 peers are tried 28 times a
+/// second. One that moves is tried at once.
 const REACH_INTERVAL: Interval = Interval::from_secs(3600);
-/// Whether a peer that is not reached, or was not tried for want of time, is reached by now is tried after this.
+/// Whether a peer that is not reached, or was not tried for want of time, is reached by now is
+/// tried after this.
 const REACH_RETRY: Interval = Interval::from_secs(600);
 
 /// Peers without a filter that a lookup looks at for one of a network that it has not named yet.
@@ -41,13 +43,13 @@ const DAY_MS: u64 = 24 * 3600 * 1000;
 /// A peer's filters are so far apart at least. Nodes wait 30 s; on the way that can become less.
 pub const FILTER_INTERVAL: Interval = Interval::from_secs(25);
 
-/// Of the peers without a filter that a lookup names, so many are the best ones; the others take turns, or a newcomer without
-/// reputation would never be asked.
+/// Of the peers without a filter that a lookup names, so many are the best ones; the others take
+/// turns, or a newcomer without reputation would never be asked.
 const BEST_OTHERS: usize = MAX_OTHERS / 2;
 
 /// The time, by the two clocks that matter.
 #[derive(Debug, Clone, Copy)]
-pub struct Now {
+pub struct TrackerTime {
     /// For what lasts so long.
     pub at: Instant,
     /// Milliseconds since 1970, for what nodes say.
@@ -94,7 +96,7 @@ pub struct Claim {
 
 /// Why a statement is refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Refused {
+pub enum ClaimRefusal {
     /// The ID is bound to a key, and nobody signed.
     Bound,
     /// The ID is bound to another key.
@@ -113,7 +115,7 @@ pub enum Refused {
 
 /// Where a peer is.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Whereabouts {
+pub struct PeerAddress {
     /// Address or host name.
     pub addr: String,
     /// TCP and UDP.
@@ -124,11 +126,11 @@ pub struct Whereabouts {
 
 /// A row of `GET /peers`.
 #[derive(Debug, Clone)]
-pub struct Row {
+pub struct PeerRow {
     /// Its ID.
     pub peer_id: Arc<str>,
     /// Where it is.
-    pub whereabouts: Whereabouts,
+    pub whereabouts: PeerAddress,
     /// Milliseconds since 1970.
     pub last_seen_ms: u64,
     /// What it did.
@@ -137,7 +139,7 @@ pub struct Row {
 
 /// What came of an announce.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Welcome {
+pub struct AnnounceOutcome {
     /// The time of the filter that the peer has here.
     pub filter: Option<u64>,
     /// Whether it is the ID's first announce today; not told of new IDs.
@@ -154,7 +156,7 @@ pub struct Welcome {
 
 /// How many there are.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Counts {
+pub struct TableCounts {
     /// Peers that are here.
     pub peers: usize,
     /// Those with a filter.
@@ -163,22 +165,22 @@ pub struct Counts {
     pub filter_bytes: usize,
 }
 
-struct Published {
-    place: Place,
+struct PublishedFilter {
+    place: FilterPlace,
     stamp: u64,
     /// When it came; `None` if that was before the tracker's start.
     at: Option<Instant>,
 }
 
-struct Peer {
+struct PeerEntry {
     id: Arc<str>,
-    whereabouts: Whereabouts,
+    whereabouts: PeerAddress,
     last_seen_ms: u64,
     expires: Instant,
     reputation: Reputation,
     /// Later ones have greater numbers.
     number: u64,
-    published: Option<Published>,
+    published: Option<PublishedFilter>,
     reachable: Option<bool>,
     reach_tried: Option<Instant>,
     /// Which start of the node announced it last.
@@ -187,9 +189,9 @@ struct Peer {
     before: Option<(u64, IpAddr, Instant)>,
 }
 
-impl Peer {
-    fn new(id: Arc<str>, whereabouts: Whereabouts, number: u64, now: Now) -> Peer {
-        Peer {
+impl PeerEntry {
+    fn new(id: Arc<str>, whereabouts: PeerAddress, number: u64, now: TrackerTime) -> PeerEntry {
+        PeerEntry {
             id,
             whereabouts,
             last_seen_ms: now.ms,
@@ -205,7 +207,7 @@ impl Peer {
     }
 
     /// The best first, then those who came first.
-    fn rank(&self, slot: u32) -> Rank {
+    fn rank(&self, slot: u32) -> CandidateRank {
         // Numbers that are not negative are ordered as their bits are.
         (self.class(), !self.reputation.score().to_bits(), self.number, slot)
     }
@@ -219,18 +221,21 @@ impl Peer {
         }
     }
 
-    /// Whose address space it is in: that of the address that peers are told, or of the announce if that is a name.
+    /// Whose address space it is in: that of the address that peers are told, or of the announce if
+    /// that is a name.
     fn network(&self) -> u128 {
         address::network(self.whereabouts.addr.parse().unwrap_or(self.whereabouts.from))
     }
 
-    /// Notes which start of the node speaks. Gives the address of another machine if one with the same identity has spoken
-    /// between two announces of this one: a restart does not come back.
+    /// Notes which start of the node speaks. Gives the address of another machine if one with the
+    /// same identity has spoken between two announces of this one: a restart does not come back.
     fn hear(&mut self, instance: Option<u64>, now: Instant) -> Option<IpAddr> {
         let instance = instance?;
         let last = self.instance.replace(instance).filter(|last| *last != instance)?;
         let before = self.before.replace((last, self.whereabouts.from, now));
-        let is_back = |(id, _, since): (u64, IpAddr, Instant)| id == instance && now < since + 2 * PEER_TTL.get();
+        let is_back = |(id, _, since): (u64, IpAddr, Instant)| {
+            id == instance && now < since + 2 * PEER_TTL.get()
+        };
         before.is_some_and(is_back).then_some(self.whereabouts.from)
     }
 
@@ -244,11 +249,11 @@ impl Peer {
     }
 }
 
-type Rank = (u8, u64, u64, u32);
+type CandidateRank = (u8, u64, u64, u32);
 
 /// A bound ID.
 #[derive(Debug, Clone, Copy)]
-struct Known {
+struct BoundIdentity {
     key: [u8; 32],
     /// The time of its last statement.
     stamp: u64,
@@ -258,14 +263,14 @@ struct Known {
 
 #[derive(Default)]
 struct Peers {
-    slots: Vec<Option<Peer>>,
+    slots: Vec<Option<PeerEntry>>,
     free: Vec<u32>,
     by_id: HashMap<Arc<str>, u32>,
-    known: HashMap<Arc<str>, Known>,
+    known: HashMap<Arc<str>, BoundIdentity>,
     /// Everybody.
-    ranked: BTreeSet<Rank>,
+    ranked: BTreeSet<CandidateRank>,
     /// Those without a filter.
-    others: BTreeSet<Rank>,
+    others: BTreeSet<CandidateRank>,
     /// The same, by number: the order of turns.
     turns: BTreeMap<u64, u32>,
     with_filter: usize,
@@ -273,17 +278,17 @@ struct Peers {
 }
 
 impl Peers {
-    fn peer(&self, id: &str) -> Option<(u32, &Peer)> {
+    fn peer(&self, id: &str) -> Option<(u32, &PeerEntry)> {
         let slot = *self.by_id.get(id)?;
         Some((slot, self.slots.get(slot as usize)?.as_ref()?))
     }
 
-    fn live(&self, slot: u32, now: Instant) -> Option<&Peer> {
+    fn live(&self, slot: u32, now: Instant) -> Option<&PeerEntry> {
         self.slots.get(slot as usize)?.as_ref().filter(|peer| peer.expires > now)
     }
 
     /// Changes a peer, and its place in the order with it.
-    fn change(&mut self, slot: u32, change: impl FnOnce(&mut Peer)) {
+    fn change(&mut self, slot: u32, change: impl FnOnce(&mut PeerEntry)) {
         let Some(Some(peer)) = self.slots.get_mut(slot as usize) else { return };
         let (old, had_filter) = (peer.rank(slot), peer.published.is_some());
         change(peer);
@@ -303,9 +308,9 @@ impl Peers {
         self.with_filter = self.with_filter + usize::from(has_filter) - usize::from(had_filter);
     }
 
-    fn insert(&mut self, peer: Peer) -> Result<u32, Refused> {
+    fn insert(&mut self, peer: PeerEntry) -> Result<u32, ClaimRefusal> {
         if self.by_id.len() >= MAX_PEERS {
-            return Err(Refused::Full);
+            return Err(ClaimRefusal::Full);
         }
         let slot = self.free.pop().unwrap_or(self.slots.len() as u32);
         if slot as usize == self.slots.len() {
@@ -319,7 +324,7 @@ impl Peers {
         Ok(slot)
     }
 
-    fn remove(&mut self, slot: u32) -> Option<Peer> {
+    fn remove(&mut self, slot: u32) -> Option<PeerEntry> {
         let peer = self.slots.get_mut(slot as usize)?.take()?;
         self.free.push(slot);
         self.by_id.remove(&peer.id);
@@ -332,35 +337,44 @@ impl Peers {
 }
 
 /// The live peers.
-pub struct Table {
+pub struct TrackerTable {
     /// Statements made before are not heeded: whether they were heard already, nobody remembers.
-    start: Now,
+    start: TrackerTime,
     peers: RwLock<Peers>,
-    slices: Slices,
+    slices: BloomIndex,
 }
 
-impl Table {
+impl TrackerTable {
     /// An empty one, with room for so many bytes of filters.
-    pub fn new(now: Now, filter_memory: usize) -> Self {
-        Table { start: now, peers: RwLock::default(), slices: Slices::new(filter_memory) }
+    pub fn new(now: TrackerTime, filter_memory: usize) -> Self {
+        TrackerTable {
+            start: now,
+            peers: RwLock::default(),
+            slices: BloomIndex::new(filter_memory),
+        }
     }
 
-    /// Takes a peer for one that is here, as it was when the tracker ended. What it said before may be said again by others, so
-    /// only what it says now counts from now on.
-    pub fn restore(&self, was: Present, now: Now) {
+    /// Takes a peer for one that is here, as it was when the tracker ended. What it said before may
+    /// be said again by others, so only what it says now counts from now on.
+    pub fn restore(&self, was: PersistedPeer, now: TrackerTime) {
         let (edit, mut peers) = (self.slices.edit(), self.write());
         let id: Arc<str> = was.id.into();
-        let peer = Peer::new(id.clone(), was.whereabouts, peers.next_number, now);
-        let Ok(slot) = peers.insert(Peer { reputation: was.reputation, ..peer }) else { return };
+        let peer = PeerEntry::new(id.clone(), was.whereabouts, peers.next_number, now);
+        let Ok(slot) = peers.insert(PeerEntry { reputation: was.reputation, ..peer }) else {
+            return;
+        };
         peers.next_number += 1;
         let Some(key) = was.key else { return };
-        peers.known.insert(id, Known { key, stamp: 0, day: now.ms / DAY_MS });
-        let filter = was.filter.and_then(|(stamp, bits)| Some((stamp, Filter::parse(bits).ok()?)));
+        peers.known.insert(id, BoundIdentity { key, stamp: 0, day: now.ms / DAY_MS });
+        let filter =
+            was.filter.and_then(|(stamp, bits)| Some((stamp, BloomFilter::parse(bits).ok()?)));
         if let Some((stamp, filter)) = filter
             && let Some(place) = edit.set(slot, None, filter)
         {
             // Another one may come at once.
-            peers.change(slot, |peer| peer.published = Some(Published { place, stamp, at: None }));
+            peers.change(slot, |peer| {
+                peer.published = Some(PublishedFilter { place, stamp, at: None })
+            });
         }
     }
 
@@ -392,99 +406,130 @@ impl Table {
         self.peers.write().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// All that can be said about a statement before its signature is checked. True if the peer is here, with what the ledger
-    /// knows of it; else that has to be looked up.
+    /// All that can be said about a statement before its signature is checked. True if the peer is
+    /// here, with what the ledger knows of it; else that has to be looked up.
     ///
     /// # Errors
     /// It is refused in any case.
-    pub fn check(&self, id: &str, claim: Option<&Claim>, now: Now) -> Result<bool, Refused> {
+    pub fn check(
+        &self,
+        id: &str,
+        claim: Option<&Claim>,
+        now: TrackerTime,
+    ) -> Result<bool, ClaimRefusal> {
         let peers = self.read();
         self.allow(&peers, id, claim, now)?;
         let is_here = peers.peer(id).is_some_and(|(_, peer)| peer.expires > now.at);
         Ok(is_here && (claim.is_none() || peers.known.contains_key(id)))
     }
 
-    fn allow(&self, peers: &Peers, id: &str, claim: Option<&Claim>, now: Now) -> Result<(), Refused> {
+    fn allow(
+        &self,
+        peers: &Peers,
+        id: &str,
+        claim: Option<&Claim>,
+        now: TrackerTime,
+    ) -> Result<(), ClaimRefusal> {
         let known = peers.known.get(id);
         match (known, claim) {
-            (Some(_), None) => return Err(Refused::Bound),
-            (Some(known), Some(claim)) if known.key != claim.key => return Err(Refused::OtherKey),
+            (Some(_), None) => return Err(ClaimRefusal::Bound),
+            (Some(known), Some(claim)) if known.key != claim.key => {
+                return Err(ClaimRefusal::OtherKey);
+            }
             _ => {}
         }
         let Some(claim) = claim else { return Ok(()) };
         if claim.stamp.abs_diff(now.ms) > CLOCK_SKEW_MS {
-            return Err(Refused::Time("timestamp: not within 5 minutes of the tracker's clock"));
+            return Err(ClaimRefusal::Time(
+                "timestamp: not within 5 minutes of the tracker's clock",
+            ));
         }
         // By the clock as it is now: it may have been set since.
         let running = now.at.saturating_duration_since(self.start.at).as_millis() as u64;
         if claim.stamp < now.ms.saturating_sub(running) {
-            return Err(Refused::Time("timestamp: earlier than the tracker's start"));
+            return Err(ClaimRefusal::Time("timestamp: earlier than the tracker's start"));
         }
-        // What was said by a clock that has been set back since can no longer be replayed, and must not shut its maker out.
-        let last = known.map(|known| known.stamp).filter(|last| *last <= now.ms.saturating_add(CLOCK_SKEW_MS));
+        // What was said by a clock that has been set back since can no longer be replayed, and must
+        // not shut its maker out.
+        let last = known
+            .map(|known| known.stamp)
+            .filter(|last| *last <= now.ms.saturating_add(CLOCK_SKEW_MS));
         if last.is_some_and(|last| claim.stamp <= last) {
-            return Err(Refused::Time("timestamp: not later than the last one"));
+            return Err(ClaimRefusal::Time("timestamp: not later than the last one"));
         }
         Ok(())
     }
 
     /// Takes the statement's time for the ID's last one.
-    fn advance(&self, peers: &mut Peers, id: &str, claim: Option<&Claim>, now: Now) -> Result<(), Refused> {
+    fn advance(
+        &self,
+        peers: &mut Peers,
+        id: &str,
+        claim: Option<&Claim>,
+        now: TrackerTime,
+    ) -> Result<(), ClaimRefusal> {
         // Again: another one may have come while the signature was checked.
         self.allow(peers, id, claim, now)?;
         let Some(claim) = claim else { return Ok(()) };
         let known = peers.known.len();
         match peers.known.get_mut(id) {
             Some(known) => known.stamp = claim.stamp,
-            None if known >= MAX_KNOWN => return Err(Refused::Full),
+            None if known >= MAX_KNOWN => return Err(ClaimRefusal::Full),
             None => {
                 let id = peers.peer(id).map_or_else(|| id.into(), |(_, peer)| peer.id.clone());
-                peers.known.insert(id, Known { key: claim.key, stamp: claim.stamp, day: now.ms / DAY_MS });
+                peers.known.insert(
+                    id,
+                    BoundIdentity { key: claim.key, stamp: claim.stamp, day: now.ms / DAY_MS },
+                );
             }
         }
         Ok(())
     }
 
-    /// A peer is there. With a claim, its signature is right and its key is that of the ID. `met` is what the ledger knows of it, if it was
-    /// asked.
+    /// A peer is there. With a claim, its signature is right and its key is that of the ID. `met`
+    /// is what the ledger knows of it, if it was asked.
     ///
     /// # Errors
     /// Refused; nothing has changed.
     pub fn announce(
         &self,
         id: &str,
-        whereabouts: Whereabouts,
+        whereabouts: PeerAddress,
         claim: Option<&Claim>,
         instance: Option<u64>,
         met: Option<Reputation>,
-        now: Now,
-    ) -> Result<Welcome, Refused> {
+        now: TrackerTime,
+    ) -> Result<AnnounceOutcome, ClaimRefusal> {
         let mut peers = self.write();
         if !peers.by_id.contains_key(id) && peers.by_id.len() >= MAX_PEERS {
-            return Err(Refused::Full);
+            return Err(ClaimRefusal::Full);
         }
         self.advance(&mut peers, id, claim, now)?;
         let today = now.ms / DAY_MS;
-        let first_today =
-            peers.known.get_mut(id).is_some_and(|known| std::mem::replace(&mut known.day, today) != today);
+        let first_today = peers
+            .known
+            .get_mut(id)
+            .is_some_and(|known| std::mem::replace(&mut known.day, today) != today);
         let is_new = !peers.by_id.contains_key(id);
         let slot = match peers.peer(id) {
             Some((slot, _)) => slot,
             None => {
                 let number = peers.next_number;
                 peers.next_number += 1;
-                let id = peers.known.get_key_value(id).map_or_else(|| id.into(), |(id, _)| id.clone());
-                peers.insert(Peer::new(id, whereabouts.clone(), number, now))?
+                let id =
+                    peers.known.get_key_value(id).map_or_else(|| id.into(), |(id, _)| id.clone());
+                peers.insert(PeerEntry::new(id, whereabouts.clone(), number, now))?
             }
         };
-        let mut welcome = Welcome { first_today, ..Welcome::default() };
+        let mut welcome = AnnounceOutcome { first_today, ..AnnounceOutcome::default() };
         peers.change(slot, |peer| {
             let is_elsewhere = peer.whereabouts != whereabouts;
             welcome.also_at = peer.hear(instance, now.at);
             if is_elsewhere {
                 (peer.reachable, peer.reach_tried) = (None, None);
             }
-            (peer.whereabouts, peer.last_seen_ms, peer.expires) = (whereabouts, now.ms, now.at + PEER_TTL.get());
+            (peer.whereabouts, peer.last_seen_ms, peer.expires) =
+                (whereabouts, now.ms, now.at + PEER_TTL.get());
             peer.reputation = newest(peer.reputation, met.unwrap_or_default());
             welcome.has_moved = is_new || is_elsewhere;
             let interval = if peer.reachable == Some(true) { REACH_INTERVAL } else { REACH_RETRY };
@@ -502,25 +547,43 @@ impl Table {
     ///
     /// # Errors
     /// Refused; nothing has changed.
-    pub fn advance_known(&self, id: &str, claim: &Claim, now: Now) -> Result<(), Refused> {
+    pub fn advance_known(
+        &self,
+        id: &str,
+        claim: &Claim,
+        now: TrackerTime,
+    ) -> Result<(), ClaimRefusal> {
         let mut peers = self.write();
-        if peers.known.contains_key(id) { self.advance(&mut peers, id, Some(claim), now) } else { Ok(()) }
+        if peers.known.contains_key(id) {
+            self.advance(&mut peers, id, Some(claim), now)
+        } else {
+            Ok(())
+        }
     }
 
     /// A peer leaves. With a claim, its signature is right and its key is that of the ID.
     ///
     /// # Errors
     /// Refused; nothing has changed.
-    pub fn leave(&self, id: &str, claim: Option<&Claim>, from: IpAddr, now: Now) -> Result<(), Refused> {
+    pub fn leave(
+        &self,
+        id: &str,
+        claim: Option<&Claim>,
+        from: IpAddr,
+        now: TrackerTime,
+    ) -> Result<(), ClaimRefusal> {
         let edit = self.slices.edit();
         let mut peers = self.write();
-        let (slot, peer) = peers.peer(id).filter(|(_, peer)| peer.expires > now.at).ok_or(Refused::NotHere)?;
+        let (slot, peer) = peers
+            .peer(id)
+            .filter(|(_, peer)| peer.expires > now.at)
+            .ok_or(ClaimRefusal::NotHere)?;
         if claim.is_none() && peer.whereabouts.from != from {
             self.allow(&peers, id, claim, now)?;
-            return Err(Refused::OtherAddress);
+            return Err(ClaimRefusal::OtherAddress);
         }
         if claim.is_some() && !peers.known.contains_key(id) {
-            return Err(Refused::OtherKey);
+            return Err(ClaimRefusal::OtherKey);
         }
         self.advance(&mut peers, id, claim, now)?;
         if let Some(published) = peers.remove(slot).and_then(|peer| peer.published) {
@@ -533,16 +596,30 @@ impl Table {
     ///
     /// # Errors
     /// It may not.
-    pub fn may_publish(&self, id: &str, claim: &Claim, now: Now) -> Result<(), Refused> {
+    pub fn may_publish(
+        &self,
+        id: &str,
+        claim: &Claim,
+        now: TrackerTime,
+    ) -> Result<(), ClaimRefusal> {
         let peers = self.read();
-        let (_, peer) = peers.peer(id).filter(|(_, peer)| peer.expires > now.at).ok_or(Refused::NotHere)?;
+        let (_, peer) = peers
+            .peer(id)
+            .filter(|(_, peer)| peer.expires > now.at)
+            .ok_or(ClaimRefusal::NotHere)?;
         if !peers.known.contains_key(id) {
-            return Err(Refused::NotHere);
+            return Err(ClaimRefusal::NotHere);
         }
         self.allow(&peers, id, Some(claim), now)?;
-        let passed = |published: &Published| Some(now.at.saturating_duration_since(published.at?));
-        match peer.published.as_ref().and_then(passed).filter(|passed| *passed < FILTER_INTERVAL.get()) {
-            Some(passed) => Err(Refused::TooSoon(FILTER_INTERVAL.get() - passed)),
+        let passed =
+            |published: &PublishedFilter| Some(now.at.saturating_duration_since(published.at?));
+        match peer
+            .published
+            .as_ref()
+            .and_then(passed)
+            .filter(|passed| *passed < FILTER_INTERVAL.get())
+        {
+            Some(passed) => Err(ClaimRefusal::TooSoon(FILTER_INTERVAL.get() - passed)),
             None => Ok(()),
         }
     }
@@ -551,20 +628,27 @@ impl Table {
     ///
     /// # Errors
     /// Refused; nothing has changed.
-    pub fn publish(&self, id: &str, claim: &Claim, filter: Filter, now: Now) -> Result<(), Refused> {
+    pub fn publish(
+        &self,
+        id: &str,
+        claim: &Claim,
+        filter: BloomFilter,
+        now: TrackerTime,
+    ) -> Result<(), ClaimRefusal> {
         // Nobody leaves or publishes while this is held.
         let edit = self.slices.edit();
         self.may_publish(id, claim, now)?;
         let (slot, last) = {
             let peers = self.read();
-            let (slot, peer) = peers.peer(id).ok_or(Refused::NotHere)?;
+            let (slot, peer) = peers.peer(id).ok_or(ClaimRefusal::NotHere)?;
             (slot, peer.published.as_ref().map(|published| published.place))
         };
-        let place = edit.set(slot, last, filter).ok_or(Refused::Full)?;
+        let place = edit.set(slot, last, filter).ok_or(ClaimRefusal::Full)?;
         let mut peers = self.write();
-        let published = Published { place, stamp: claim.stamp, at: Some(now.at) };
+        let published = PublishedFilter { place, stamp: claim.stamp, at: Some(now.at) };
         peers.change(slot, |peer| peer.published = Some(published));
-        // An announce may have come meanwhile, whose time is later: then that one counts, and the filter is none the worse.
+        // An announce may have come meanwhile, whose time is later: then that one counts, and the
+        // filter is none the worse.
         if let Some(known) = peers.known.get_mut(id) {
             known.stamp = known.stamp.max(claim.stamp);
         }
@@ -580,7 +664,7 @@ impl Table {
     }
 
     /// Who may have a path.
-    pub fn lookup(&self, hash_part: &HashPart, now: Now) -> Candidates {
+    pub fn lookup(&self, hash_part: &HashPart, now: TrackerTime) -> CandidateList {
         let found = self.slices.find(hash_part);
         let (salt, turn) = hash_part.prefixes();
         let peers = self.read();
@@ -590,7 +674,8 @@ impl Table {
             .into_iter()
             .filter_map(|slot| {
                 let peer = peers.live(slot, now.at)?;
-                // Equals are asked in an order that differs from path to path, so that the work is shared.
+                // Equals are asked in an order that differs from path to path, so that the work is
+                // shared.
                 let lot = (peer.number ^ salt).wrapping_mul(0x9e37_79b9_7f4a_7c15);
                 Some((peer.class(), !peer.reputation.score().to_bits(), lot, slot))
             })
@@ -604,18 +689,20 @@ impl Table {
             *round += 1;
         }
         dealt.sort_by_key(|(turn, _)| *turn);
-        let candidate = |slot: u32| peers.live(slot, now.at).map(Peer::candidate);
-        let candidates = dealt.iter().take(MAX_CANDIDATES).filter_map(|(_, slot)| candidate(*slot)).collect();
-        let others = others(&peers, turn, now).iter().filter_map(|rank| candidate(rank.3)).collect();
-        Candidates { candidates, others }
+        let candidate = |slot: u32| peers.live(slot, now.at).map(PeerEntry::candidate);
+        let candidates =
+            dealt.iter().take(MAX_CANDIDATES).filter_map(|(_, slot)| candidate(*slot)).collect();
+        let others =
+            others(&peers, turn, now).iter().filter_map(|rank| candidate(rank.3)).collect();
+        CandidateList { candidates, others }
     }
 
     /// The best peers, at most so many.
-    pub fn best(&self, most: usize, now: Now) -> Vec<Row> {
+    pub fn best(&self, most: usize, now: TrackerTime) -> Vec<PeerRow> {
         let peers = self.read();
         let live = peers.ranked.iter().filter_map(|rank| peers.live(rank.3, now.at));
         live.take(most)
-            .map(|peer| Row {
+            .map(|peer| PeerRow {
                 peer_id: peer.id.clone(),
                 whereabouts: peer.whereabouts.clone(),
                 last_seen_ms: peer.last_seen_ms,
@@ -624,13 +711,18 @@ impl Table {
             .collect()
     }
 
-    /// Forgets who has not announced for too long, and what can no longer be replayed. Gives the IDs of those who are gone.
-    pub fn sweep(&self, now: Now) -> Vec<Arc<str>> {
+    /// Forgets who has not announced for too long, and what can no longer be replayed. Gives the
+    /// IDs of those who are gone.
+    pub fn sweep(&self, now: TrackerTime) -> Vec<Arc<str>> {
         let mut ids = Vec::new();
         let gone: Vec<u32> = {
             let peers = self.read();
-            let expired = |peer: &Peer| peer.expires <= now.at;
-            (0u32..).zip(&peers.slots).filter(|(_, p)| p.as_ref().is_some_and(expired)).map(|(slot, _)| slot).collect()
+            let expired = |peer: &PeerEntry| peer.expires <= now.at;
+            (0u32..)
+                .zip(&peers.slots)
+                .filter(|(_, p)| p.as_ref().is_some_and(expired))
+                .map(|(slot, _)| slot)
+                .collect()
         };
         // A few at a time, so that lookups get in between.
         for some in gone.chunks(256) {
@@ -638,7 +730,8 @@ impl Table {
             let mut peers = self.write();
             for slot in some {
                 // It may have come back.
-                let peer = if peers.live(*slot, now.at).is_none() { peers.remove(*slot) } else { None };
+                let peer =
+                    if peers.live(*slot, now.at).is_none() { peers.remove(*slot) } else { None };
                 let Some(peer) = peer else { continue };
                 ids.push(peer.id);
                 if let Some(published) = peer.published {
@@ -646,7 +739,7 @@ impl Table {
                 }
             }
         }
-        let stale = |known: &Known| known.stamp.saturating_add(CLOCK_SKEW_MS) < now.ms;
+        let stale = |known: &BoundIdentity| known.stamp.saturating_add(CLOCK_SKEW_MS) < now.ms;
         let mut peers = self.write();
         let Peers { known, by_id, .. } = &mut *peers;
         known.retain(|id, known| by_id.contains_key(id) || !stale(known));
@@ -654,15 +747,19 @@ impl Table {
     }
 
     /// How many there are.
-    pub fn counts(&self) -> Counts {
+    pub fn counts(&self) -> TableCounts {
         let peers = self.read();
-        Counts { peers: peers.by_id.len(), with_filter: peers.with_filter, filter_bytes: self.slices.bytes() }
+        TableCounts {
+            peers: peers.by_id.len(),
+            with_filter: peers.with_filter,
+            filter_bytes: self.slices.bytes(),
+        }
     }
 }
 
-/// Some of the peers that have no filter: the best, and then those whose turn it is, which the path decides. Each network has
-/// one before any has two.
-fn others(peers: &Peers, turn: u64, now: Now) -> Vec<Rank> {
+/// Some of the peers that have no filter: the best, and then those whose turn it is, which the path
+/// decides. Each network has one before any has two.
+fn others(peers: &Peers, turn: u64, now: TrackerTime) -> Vec<CandidateRank> {
     let best = || peers.others.iter().copied().filter(|rank| peers.live(rank.3, now.at).is_some());
     if peers.others.len() <= MAX_OTHERS {
         return best().collect();
@@ -671,12 +768,16 @@ fn others(peers: &Peers, turn: u64, now: Now) -> Vec<Rank> {
     let rank = |(_, slot): (&u64, &u32)| Some(peers.live(*slot, now.at)?.rank(*slot));
     let turns = || peers.turns.range(from..).chain(&peers.turns).filter_map(rank);
     let mut networks = HashSet::new();
-    let mut is_new = |rank: &Rank| peers.live(rank.3, now.at).is_some_and(|peer| networks.insert(peer.network()));
-    let mut chosen: BTreeSet<Rank> = best().take(LOOKED_AT).filter(&mut is_new).take(BEST_OTHERS).collect();
+    let mut is_new = |rank: &CandidateRank| {
+        peers.live(rank.3, now.at).is_some_and(|peer| networks.insert(peer.network()))
+    };
+    let mut chosen: BTreeSet<CandidateRank> =
+        best().take(LOOKED_AT).filter(&mut is_new).take(BEST_OTHERS).collect();
     chosen.extend(turns().take(LOOKED_AT).filter(&mut is_new).take(MAX_OTHERS - chosen.len()));
     for some in [best().take(BEST_OTHERS).collect::<Vec<_>>(), turns().take(LOOKED_AT).collect()] {
         let left = MAX_OTHERS.saturating_sub(chosen.len());
-        let more: Vec<Rank> = some.into_iter().filter(|rank| !chosen.contains(rank)).take(left).collect();
+        let more: Vec<CandidateRank> =
+            some.into_iter().filter(|rank| !chosen.contains(rank)).take(left).collect();
         chosen.extend(more);
     }
     chosen.into_iter().collect()
@@ -693,25 +794,25 @@ mod tests {
     use peerix::nix::nix32;
 
     /// The start of all tests, on both clocks.
-    fn start() -> Now {
-        Now { at: Instant::now(), ms: 1_800_000_000_000 }
+    fn start() -> TrackerTime {
+        TrackerTime { at: Instant::now(), ms: 1_800_000_000_000 }
     }
 
-    fn after(start: Now, seconds: u64) -> Now {
-        Now { at: start.at + Duration::from_secs(seconds), ms: start.ms + seconds * 1000 }
+    fn after(start: TrackerTime, seconds: u64) -> TrackerTime {
+        TrackerTime { at: start.at + Duration::from_secs(seconds), ms: start.ms + seconds * 1000 }
     }
 
-    fn from(network: u8, last: u8) -> Whereabouts {
+    fn from(network: u8, last: u8) -> PeerAddress {
         let ip = IpAddr::from([10, 0, network, last]);
-        Whereabouts { addr: ip.to_string(), port: 1, from: ip }
+        PeerAddress { addr: ip.to_string(), port: 1, from: ip }
     }
 
-    fn by(key: u8, now: Now) -> Claim {
+    fn by(key: u8, now: TrackerTime) -> Claim {
         Claim { key: [key; 32], stamp: now.ms }
     }
 
-    fn at(port: u16) -> Whereabouts {
-        Whereabouts { addr: "10.0.0.1".into(), port, from: IpAddr::from([10, 0, 0, 1]) }
+    fn at(port: u16) -> PeerAddress {
+        PeerAddress { addr: "10.0.0.1".into(), port, from: IpAddr::from([10, 0, 0, 1]) }
     }
 
     fn part(i: u64) -> HashPart {
@@ -719,8 +820,8 @@ mod tests {
         HashPart::parse(nix32::encode(&digest.as_ref()[..20]).as_bytes()).unwrap()
     }
 
-    fn filter(path: u64) -> Filter {
-        let mut filter = Filter::for_paths(100);
+    fn filter(path: u64) -> BloomFilter {
+        let mut filter = BloomFilter::for_paths(100);
         filter.insert(&part(path));
         filter
     }
@@ -733,14 +834,14 @@ mod tests {
         candidates.iter().map(|candidate| candidate.peer_id.as_str()).collect()
     }
 
-    fn others(table: &Table, path: u64, now: Now) -> Vec<String> {
+    fn others(table: &TrackerTable, path: u64, now: TrackerTime) -> Vec<String> {
         table.lookup(&part(path), now).others.into_iter().map(|other| other.peer_id).collect()
     }
 
     #[test]
     fn a_peer_is_here_for_two_minutes_and_its_filter_goes_with_it() {
         let start = start();
-        let table = Table::new(start, 1 << 30);
+        let table = TrackerTable::new(start, 1 << 30);
         table.announce("filtered", at(1), Some(&by(1, start)), None, None, start).unwrap();
         table.announce("plain", at(2), None, None, None, start).unwrap();
         table.publish("filtered", &by(1, after(start, 1)), filter(7), after(start, 1)).unwrap();
@@ -754,10 +855,13 @@ mod tests {
             assert_eq!(names(&table.lookup(&part(7), over).candidates), [""; 0]);
             assert_eq!(others(&table, 7, over), ["plain"]);
             assert_eq!(table.best(9, over).len(), 1);
-            assert_eq!(table.may_publish("filtered", &by(1, over), over), Err(Refused::NotHere));
+            assert_eq!(
+                table.may_publish("filtered", &by(1, over), over),
+                Err(ClaimRefusal::NotHere)
+            );
             table.sweep(over);
         }
-        assert_eq!(table.counts(), Counts { peers: 1, with_filter: 0, filter_bytes: 0 });
+        assert_eq!(table.counts(), TableCounts { peers: 1, with_filter: 0, filter_bytes: 0 });
         // Its place is free for another, which does not inherit the filter.
         table.announce("new", at(3), None, None, None, over).unwrap();
         assert_eq!(names(&table.lookup(&part(7), over).candidates), [""; 0]);
@@ -766,7 +870,7 @@ mod tests {
     #[test]
     fn who_went_cannot_be_announced_again_by_what_it_said() {
         let start = start();
-        let table = Table::new(start, 1 << 30);
+        let table = TrackerTable::new(start, 1 << 30);
         // Its clock is fast, so that this is in time for longest.
         let said = by(1, after(start, 299));
         table.announce("a", at(1), Some(&said), None, None, start).unwrap();
@@ -779,7 +883,7 @@ mod tests {
                 assert_eq!(table.counts().peers, 0);
             }
             let again = table.announce("a", at(1), Some(&said), None, None, now);
-            assert!(matches!(again, Err(Refused::Time(_))), "after {seconds} s: {again:?}");
+            assert!(matches!(again, Err(ClaimRefusal::Time(_))), "after {seconds} s: {again:?}");
         }
         assert!(table.read().known.is_empty(), "and then it is forgotten");
     }
@@ -787,25 +891,25 @@ mod tests {
     #[test]
     fn statements_have_their_time_and_their_key() {
         let start = start();
-        let table = Table::new(start, 1 << 30);
+        let table = TrackerTable::new(start, 1 << 30);
         let now = after(start, 1000);
         let time = |stamp: u64| table.check("a", Some(&Claim { key: [1; 32], stamp }), now);
         assert!(time(now.ms - CLOCK_SKEW_MS).is_ok() && time(now.ms + CLOCK_SKEW_MS).is_ok());
         for wrong in [0, now.ms - CLOCK_SKEW_MS - 1, now.ms + CLOCK_SKEW_MS + 1, u64::MAX] {
-            assert!(matches!(time(wrong), Err(Refused::Time(_))), "{wrong}");
+            assert!(matches!(time(wrong), Err(ClaimRefusal::Time(_))), "{wrong}");
         }
         table.announce("a", at(1), Some(&by(1, now)), None, None, now).unwrap();
-        assert!(matches!(time(now.ms), Err(Refused::Time(_))));
+        assert!(matches!(time(now.ms), Err(ClaimRefusal::Time(_))));
         assert_eq!(time(now.ms + 1), Ok(true));
-        assert_eq!(table.check("a", None, now), Err(Refused::Bound));
-        assert_eq!(table.announce("a", at(9), None, None, None, now), Err(Refused::Bound));
-        assert_eq!(table.check("a", Some(&by(2, after(now, 1))), now), Err(Refused::OtherKey));
-        assert_eq!(table.leave("a", None, at(1).from, now), Err(Refused::Bound));
+        assert_eq!(table.check("a", None, now), Err(ClaimRefusal::Bound));
+        assert_eq!(table.announce("a", at(9), None, None, None, now), Err(ClaimRefusal::Bound));
+        assert_eq!(table.check("a", Some(&by(2, after(now, 1))), now), Err(ClaimRefusal::OtherKey));
+        assert_eq!(table.leave("a", None, at(1).from, now), Err(ClaimRefusal::Bound));
         assert_eq!(table.best(1, now)[0].whereabouts, at(1));
         // What was said before this tracker began may have been heard by the one before.
-        let young = Table::new(now, 1 << 30);
+        let young = TrackerTable::new(now, 1 << 30);
         let before = Claim { key: [1; 32], stamp: now.ms - 1 };
-        assert!(matches!(young.check("a", Some(&before), now), Err(Refused::Time(_))));
+        assert!(matches!(young.check("a", Some(&before), now), Err(ClaimRefusal::Time(_))));
     }
 
     /// A machine that starts with a wrong clock, which a time service then sets.
@@ -813,50 +917,62 @@ mod tests {
     fn nobody_is_shut_out_when_the_clock_is_set() {
         for wrong_by in [-7_200_000i64, 7_200_000] {
             let right = start();
-            let wrong = |now: Now| Now { ms: now.ms.saturating_add_signed(wrong_by), ..now };
-            let table = Table::new(wrong(right), 1 << 30);
+            let wrong = |now: TrackerTime| TrackerTime {
+                ms: now.ms.saturating_add_signed(wrong_by),
+                ..now
+            };
+            let table = TrackerTable::new(wrong(right), 1 << 30);
             // Nodes go by the tracker's clock, whatever it is.
             let early = wrong(after(right, 10));
             table.announce("a", at(1), Some(&by(1, early)), None, None, early).unwrap();
             let set = after(right, 20);
             table.announce("a", at(1), Some(&by(1, set)), None, None, set).unwrap();
             let again = table.announce("a", at(1), Some(&by(1, set)), None, None, set);
-            assert!(matches!(again, Err(Refused::Time(_))), "{again:?}");
+            assert!(matches!(again, Err(ClaimRefusal::Time(_))), "{again:?}");
             let before = Claim { key: [1; 32], stamp: right.ms - 1 };
-            assert!(matches!(table.check("b", Some(&before), set), Err(Refused::Time(_))));
+            assert!(matches!(table.check("b", Some(&before), set), Err(ClaimRefusal::Time(_))));
         }
     }
 
     #[test]
     fn who_leaves_is_gone_and_only_by_its_own_word() {
         let start = start();
-        let table = Table::new(start, 1 << 30);
+        let table = TrackerTable::new(start, 1 << 30);
         let elsewhere = IpAddr::from([10, 0, 0, 2]);
         table.announce("plain", at(1), None, None, None, start).unwrap();
-        assert_eq!(table.leave("plain", None, elsewhere, start), Err(Refused::OtherAddress));
-        assert_eq!(table.leave("plain", Some(&by(1, start)), at(1).from, start), Err(Refused::OtherKey));
+        assert_eq!(table.leave("plain", None, elsewhere, start), Err(ClaimRefusal::OtherAddress));
+        assert_eq!(
+            table.leave("plain", Some(&by(1, start)), at(1).from, start),
+            Err(ClaimRefusal::OtherKey)
+        );
         assert_eq!(table.leave("plain", None, at(1).from, start), Ok(()));
-        assert_eq!(table.leave("plain", None, at(1).from, start), Err(Refused::NotHere));
+        assert_eq!(table.leave("plain", None, at(1).from, start), Err(ClaimRefusal::NotHere));
         table.announce("keyed", at(1), Some(&by(1, start)), None, None, start).unwrap();
         let later = after(start, 1);
         table.publish("keyed", &by(1, later), filter(1), later).unwrap();
-        assert!(matches!(table.leave("keyed", Some(&by(1, later)), elsewhere, later), Err(Refused::Time(_))));
+        assert!(matches!(
+            table.leave("keyed", Some(&by(1, later)), elsewhere, later),
+            Err(ClaimRefusal::Time(_))
+        ));
         let later = after(start, 2);
         assert_eq!(table.leave("keyed", Some(&by(1, later)), elsewhere, later), Ok(()));
-        assert_eq!(table.counts(), Counts::default());
+        assert_eq!(table.counts(), TableCounts::default());
     }
 
     #[test]
     fn filters_have_their_pace() {
         let start = start();
-        let table = Table::new(start, 1 << 30);
+        let table = TrackerTable::new(start, 1 << 30);
         table.announce("a", at(1), Some(&by(1, start)), None, None, start).unwrap();
         let publish = |seconds: u64| {
             let now = after(start, seconds);
             table.publish("a", &by(1, now), filter(seconds), now)
         };
         assert_eq!(publish(1), Ok(()));
-        assert_eq!(publish(2), Err(Refused::TooSoon(FILTER_INTERVAL.get() - Duration::from_secs(1))));
+        assert_eq!(
+            publish(2),
+            Err(ClaimRefusal::TooSoon(FILTER_INTERVAL.get() - Duration::from_secs(1)))
+        );
         assert_eq!(publish(26), Ok(()));
         let now = after(start, 27);
         assert_eq!(names(&table.lookup(&part(26), now).candidates), ["a"]);
@@ -868,12 +984,14 @@ mod tests {
     #[test]
     fn the_best_come_first_and_the_others_have_their_turn() {
         let start = start();
-        let table = Table::new(start, 1 << 30);
+        let table = TrackerTable::new(start, 1 << 30);
         for n in 0..200u64 {
             let reputation = if n < 100 { good(n) } else { Reputation::default() };
             table.announce(&format!("{n}"), at(1), None, None, Some(reputation), start).unwrap();
         }
-        let listed = |most| table.best(most, start).iter().map(|row| row.peer_id.to_string()).collect::<Vec<_>>();
+        let listed = |most| {
+            table.best(most, start).iter().map(|row| row.peer_id.to_string()).collect::<Vec<_>>()
+        };
         assert_eq!(listed(3), ["99", "98", "97"]);
         assert_eq!(listed(1000).len(), 200);
         assert_eq!(listed(1000)[99..102], ["0", "100", "101"], "then those who came first");
@@ -900,24 +1018,26 @@ mod tests {
     #[test]
     fn many_candidates_are_the_best_of_them() {
         let start = start();
-        let table = Table::new(start, 1 << 30);
+        let table = TrackerTable::new(start, 1 << 30);
         for n in 0..100u64 {
             let (id, now) = (format!("{n}"), after(start, 1));
             table.announce(&id, at(1), Some(&by(1, start)), None, Some(good(n)), start).unwrap();
             table.publish(&id, &by(1, now), filter(7), now).unwrap();
         }
         let found = table.lookup(&part(7), after(start, 2)).candidates;
-        let best: Vec<String> = (0..100).rev().take(MAX_CANDIDATES).map(|n| n.to_string()).collect();
+        let best: Vec<String> =
+            (0..100).rev().take(MAX_CANDIDATES).map(|n| n.to_string()).collect();
         assert_eq!(names(&found), best);
         assert!(found.is_sorted_by(|a, b| a.score >= b.score));
     }
 
-    /// 64 invented peers of one address, with any reputation, used to hide the one that has the path.
+    /// 64 invented peers of one address, with any reputation, used to hide the one that has the
+    /// path.
     #[test]
     fn invented_peers_of_one_network_do_not_hide_another() {
         let start = start();
-        let table = Table::new(start, 1 << 30);
-        let join = |id: &str, at: Whereabouts, reputation| {
+        let table = TrackerTable::new(start, 1 << 30);
+        let join = |id: &str, at: PeerAddress, reputation| {
             let now = after(start, 1);
             table.announce(id, at, Some(&by(1, start)), None, Some(reputation), start).unwrap();
             table.publish(id, &by(1, now), filter(7), now).unwrap();
@@ -947,12 +1067,16 @@ mod tests {
     #[test]
     fn invented_peers_without_filters_do_not_hide_others() {
         let start = start();
-        let table = Table::new(start, 1 << 30);
+        let table = TrackerTable::new(start, 1 << 30);
         for n in 0..250u8 {
-            table.announce(&format!("invented{n}"), from(1, n), None, None, Some(good(9)), start).unwrap();
+            table
+                .announce(&format!("invented{n}"), from(1, n), None, None, Some(good(9)), start)
+                .unwrap();
         }
         for network in 2..5 {
-            table.announce(&format!("honest{network}"), from(network, 1), None, None, None, start).unwrap();
+            table
+                .announce(&format!("honest{network}"), from(network, 1), None, None, None, start)
+                .unwrap();
         }
         table.announce("last", from(1, 251), None, None, None, start).unwrap();
         for path in 0..100 {
@@ -965,10 +1089,13 @@ mod tests {
     #[test]
     fn two_machines_with_one_identity_are_told_from_a_restart() {
         let start = start();
-        let table = Table::new(start, 1 << 30);
+        let table = TrackerTable::new(start, 1 << 30);
         let announce = |instance, last, seconds| {
             let now = after(start, seconds);
-            table.announce("a", from(1, last), Some(&by(1, now)), Some(instance), None, now).unwrap().also_at
+            table
+                .announce("a", from(1, last), Some(&by(1, now)), Some(instance), None, now)
+                .unwrap()
+                .also_at
         };
         assert_eq!(announce(7, 1, 0), None);
         assert_eq!(announce(8, 1, 10), None, "a restart");
@@ -984,10 +1111,11 @@ mod tests {
     #[test]
     fn peer_is_tried_to_be_reached_when_it_comes_when_it_moves_and_now_and_then() {
         let start = start();
-        let table = Table::new(start, 1 << 30);
+        let table = TrackerTable::new(start, 1 << 30);
         let announce = |last, seconds| {
             let now = after(start, seconds);
-            let welcome = table.announce("a", from(1, last), Some(&by(1, now)), None, None, now).unwrap();
+            let welcome =
+                table.announce("a", from(1, last), Some(&by(1, now)), None, None, now).unwrap();
             (welcome.has_moved, welcome.to_be_reached, welcome.reachable)
         };
         assert_eq!(announce(1, 0), (true, true, None));
@@ -1013,9 +1141,9 @@ mod tests {
     #[test]
     fn peers_and_filters_are_restored_and_replays_are_not_accepted() {
         let start = start();
-        let table = Table::new(start, 1 << 30);
+        let table = TrackerTable::new(start, 1 << 30);
         let bits = filter(7).as_bytes().to_vec();
-        let present = |id: &str, key| Present {
+        let present = |id: &str, key| PersistedPeer {
             id: id.into(),
             whereabouts: from(1, 1),
             key,
@@ -1023,20 +1151,26 @@ mod tests {
             filter: Some((5, bits.clone())),
         };
         table.restore(present("a", Some([1; 32])), start);
-        table.restore(Present { filter: Some((5, vec![1; 7])), ..present("damaged", Some([2; 32])) }, start);
-        table.restore(Present { filter: None, ..present("plain", None) }, start);
+        table.restore(
+            PersistedPeer { filter: Some((5, vec![1; 7])), ..present("damaged", Some([2; 32])) },
+            start,
+        );
+        table.restore(PersistedPeer { filter: None, ..present("plain", None) }, start);
         assert_eq!(names(&table.lookup(&part(7), start).candidates), ["a"]);
         assert_eq!(table.counts().peers, 3);
         let before = Claim { key: [1; 32], stamp: start.ms - 1 };
-        assert!(matches!(table.check("a", Some(&before), start), Err(Refused::Time(_))));
-        assert_eq!(table.check("a", None, start), Err(Refused::Bound));
-        assert_eq!(table.check("a", Some(&by(2, start)), start), Err(Refused::OtherKey));
+        assert!(matches!(table.check("a", Some(&before), start), Err(ClaimRefusal::Time(_))));
+        assert_eq!(table.check("a", None, start), Err(ClaimRefusal::Bound));
+        assert_eq!(table.check("a", Some(&by(2, start)), start), Err(ClaimRefusal::OtherKey));
         let now = after(start, 1);
         assert_eq!(table.may_publish("a", &by(1, now), now), Ok(()));
         let welcome = table.announce("a", from(1, 1), Some(&by(1, now)), None, None, now).unwrap();
         assert_eq!((welcome.filter, welcome.has_moved), (Some(5), false));
         let gone = table.sweep(after(start, 120));
-        assert_eq!(gone.iter().map(|id| &**id).collect::<BTreeSet<_>>(), BTreeSet::from(["damaged", "plain"]));
+        assert_eq!(
+            gone.iter().map(|id| &**id).collect::<BTreeSet<_>>(),
+            BTreeSet::from(["damaged", "plain"])
+        );
     }
 
     #[test]
@@ -1044,7 +1178,7 @@ mod tests {
         let start = start();
         let block = 8 * filter(0).len_bits() as usize;
         for (blocks, wanted) in [(100, 20), (2, 16), (1, 10)] {
-            let table = Table::new(start, blocks * block);
+            let table = TrackerTable::new(start, blocks * block);
             assert_eq!(table.bits_per_path(), MOST_BITS_PER_PATH);
             table.announce("a", at(1), Some(&by(1, start)), None, None, start).unwrap();
             let now = after(start, 1);
@@ -1056,7 +1190,9 @@ mod tests {
     /// Printed by the original for the same counts.
     #[test]
     fn scores_are_those_of_the_original() {
-        let of = |shared, successful, failed| Reputation { shared, received: 9, successful, failed }.rounded_score();
+        let of = |shared, successful, failed| {
+            Reputation { shared, received: 9, successful, failed }.rounded_score()
+        };
         assert_eq!(of(0, 0, 0), 0.0);
         assert_eq!(of(1000, 1, 1), 2.3029);
         assert_eq!(of(123_456_789, 7, 2), 13.042);

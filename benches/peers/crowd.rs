@@ -30,7 +30,8 @@ struct Crowd {
 impl Crowd {
     fn new(size: usize) -> Crowd {
         let lan = Lan::new();
-        let hosts: Vec<Host> = (0..size).map(|number| lan.host(&format!("node-{number}"))).collect();
+        let hosts: Vec<Host> =
+            (0..size).map(|number| lan.host(&format!("node-{number}"))).collect();
         introduce(&hosts.iter().collect::<Vec<_>>());
         hosts.iter().for_each(stock::ready);
         let mark = daemon::mark(&hosts[0]);
@@ -66,7 +67,11 @@ impl Bench {
                 let routes = scene::narinfos("", &scene::absent(LONE));
                 series.push(scene::latencies(&crowd.asker().host, local, &routes, 404).median());
             }
-            self.table.alone(&format!("4. lone LAN miss among {size} nodes, median ms"), &series, goal);
+            self.table.alone(
+                &format!("4. lone LAN miss among {size} nodes, median ms"),
+                &series,
+                goal,
+            );
         }
     }
 

@@ -40,7 +40,18 @@ impl Bench {
         let closure = nix::closure(&holder.host, &[world.path("closure1000")]);
         let marks = vec![first, second];
         let asker = Peer::asker(&lan, &world.cache_key, &marks);
-        Bench { table: Table::new(), rounds, closure, asker, holder, _other: other, marks, _nginx: nginx, world, lan }
+        Bench {
+            table: Table::new(),
+            rounds,
+            closure,
+            asker,
+            holder,
+            _other: other,
+            marks,
+            _nginx: nginx,
+            world,
+            lan,
+        }
     }
 
     fn at(&self, port: u16) -> SocketAddr {
@@ -50,7 +61,8 @@ impl Bench {
     /// One path at a time.
     pub fn lookups(&mut self) {
         let local = SocketAddr::from((Ipv4Addr::LOCALHOST, PORT));
-        let present: Vec<String> = scene::hash_parts(&self.closure).into_iter().take(LOOKUPS).collect();
+        let present: Vec<String> =
+            scene::hash_parts(&self.closure).into_iter().take(LOOKUPS).collect();
         for (what, status, goal) in [("LAN miss", 404, "≤ 1"), ("LAN hit", 200, "< 1")] {
             let mut series: [Series; 4] = Default::default();
             for _ in 0..self.rounds {
@@ -63,8 +75,20 @@ impl Bench {
             }
             let [own, its, own99, its99] = &series;
             let nginx = "nginx, asked directly";
-            self.table.beside(&format!("1. {what} among two peers, median ms"), own, nginx, its, goal);
-            self.table.beside(&format!("1. {what} among two peers, p99 ms"), own99, nginx, its99, "");
+            self.table.beside(
+                &format!("1. {what} among two peers, median ms"),
+                own,
+                nginx,
+                its,
+                goal,
+            );
+            self.table.beside(
+                &format!("1. {what} among two peers, p99 ms"),
+                own99,
+                nginx,
+                its99,
+                "",
+            );
         }
     }
 
@@ -73,7 +97,9 @@ impl Bench {
         let [own, its] = self.nix_runs(|host, _| {
             let mut command = host.cmd("nix-store");
             command.args(["--realise", "--dry-run"]);
-            command.args(scene::absent(MISSES).iter().map(|part| format!("/nix/store/{part}-missing")));
+            command.args(
+                scene::absent(MISSES).iter().map(|part| format!("/nix/store/{part}-missing")),
+            );
             let took = timed(&mut command, |output| {
                 let said = String::from_utf8_lossy(&output.stderr);
                 assert!(said.contains("don't know how to build"), "{said}");
@@ -81,7 +107,13 @@ impl Bench {
             host.sh("rm -r /root/.cache");
             took
         });
-        self.table.beside("2. Nix asks for 1,000 missing paths, s", &own, "nginx, asked directly", &its, "ratio ≤ 1.0");
+        self.table.beside(
+            "2. Nix asks for 1,000 missing paths, s",
+            &own,
+            "nginx, asked directly",
+            &its,
+            "ratio ≤ 1.0",
+        );
     }
 
     /// Runs Nix on a new host each time, which asks its own peerix or nginx.
@@ -124,7 +156,9 @@ impl Bench {
             series[at + 1].push(memory(peer.daemon.pid(), "RssAnon"));
         }
         let mut size = Series::default();
-        size.push(std::fs::metadata(daemon::binary()).expect("it was run").len() as f64 / 1048576.0);
+        size.push(
+            std::fs::metadata(daemon::binary()).expect("it was run").len() as f64 / 1048576.0,
+        );
         let [start, rss, anon, nginx, asker, asker_anon, holder, holder_anon] = &series;
         let table = &mut self.table;
         table.beside("3. from start to first answer, ms", start, "nginx", nginx, "≤ 50");
@@ -138,7 +172,8 @@ impl Bench {
     }
 }
 
-/// One with all of the world's paths, signed by the static cache's key, on a tmpfs, and a path that only it has.
+/// One with all of the world's paths, signed by the static cache's key, on a tmpfs, and a path that
+/// only it has.
 fn holding(lan: &Lan, world: &World, name: &str) -> (Peer, String) {
     let host = lan.host(name);
     nix::configure(&host, "");

@@ -39,7 +39,13 @@ pub struct Narinfo {
 
 impl<'a> Cache<'a> {
     /// One that is asked from `from`, or from outside of the namespaces.
-    pub fn new(name: &str, from: Option<&'a Host>, address: SocketAddr, prefix: &str, pids: &[u32]) -> Cache<'a> {
+    pub fn new(
+        name: &str,
+        from: Option<&'a Host>,
+        address: SocketAddr,
+        prefix: &str,
+        pids: &[u32],
+    ) -> Cache<'a> {
         let (name, prefix) = (name.to_owned(), prefix.to_owned());
         Cache { name, address, prefix, pids: pids.to_vec(), from, narinfos: Mutex::default() }
     }
@@ -115,7 +121,8 @@ impl<'a> Cache<'a> {
     }
 
     fn parse(&self, text: &str) -> Option<Narinfo> {
-        let line = |key: &str| text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(": "));
+        let line =
+            |key: &str| text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(": "));
         let url = line("URL")?;
         let nar = match url.strip_prefix("http://") {
             Some(rest) => rest[rest.find('/')?..].to_owned(),
@@ -133,10 +140,17 @@ impl<'a> Cache<'a> {
     pub fn check(&self, path: &str) {
         let narinfo = self.narinfo(path);
         let mut digest = ring::digest::Context::new(&ring::digest::SHA256);
-        let came = self.client().get(&narinfo.nar, "", Body::Read(&mut |bytes| digest.update(bytes)));
+        let came =
+            self.client().get(&narinfo.nar, "", Body::Read(&mut |bytes| digest.update(bytes)));
         if narinfo.compression == "none" {
             let hash = format!("sha256:{}", peerix::nix::nix32::encode(digest.finish().as_ref()));
-            assert_eq!((came, &hash), (narinfo.size, &narinfo.hash), "{} {}", self.name, narinfo.nar);
+            assert_eq!(
+                (came, &hash),
+                (narinfo.size, &narinfo.hash),
+                "{} {}",
+                self.name,
+                narinfo.nar
+            );
         }
     }
 }

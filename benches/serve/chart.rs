@@ -27,8 +27,10 @@ const LEGEND: &str = r#"<rect class="ahead" x="520" y="18" width="14" height="14
 
 /// The whole file.
 pub fn draw(bars: &[Bar], machine: &str) -> String {
-    let groups =
-        [(Better::More, "Rates: to the right is better"), (Better::Less, "Times and costs: to the left is better")];
+    let groups = [
+        (Better::More, "Rates: to the right is better"),
+        (Better::Less, "Times and costs: to the left is better"),
+    ];
     let (mut body, mut y) = (String::new(), 60.0);
     for (better, heading) in groups {
         let bars: Vec<&Bar> = bars.iter().filter(|bar| bar.better == better).collect();
@@ -55,13 +57,16 @@ fn group(body: &mut String, y: &mut f64, heading: &str, bars: &[&Bar]) {
     add(format!("<text class=\"group\" x=\"16\" y=\"{y}\">{heading}</text>"));
     for tick in [0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0] {
         let (x, class) = (place(tick), if tick == 1.0 { "one" } else { "line" });
-        add(format!("<line class=\"{class}\" x1=\"{x:.1}\" x2=\"{x:.1}\" y1=\"{top}\" y2=\"{bottom}\"/>"));
+        add(format!(
+            "<line class=\"{class}\" x1=\"{x:.1}\" x2=\"{x:.1}\" y1=\"{top}\" y2=\"{bottom}\"/>"
+        ));
         add(format!("<text class=\"soft middle\" x=\"{x:.1}\" y=\"{y}\">{tick}</text>"));
     }
     for (bar, n) in bars.iter().zip(0u32..) {
         let top = top + LINE * f64::from(n);
         let (one, end, text) = (place(1.0), place(bar.ratio), top + 15.0);
-        let ahead = if (bar.ratio >= 1.0) == (bar.better == Better::More) { "ahead" } else { "behind" };
+        let ahead =
+            if (bar.ratio >= 1.0) == (bar.better == Better::More) { "ahead" } else { "behind" };
         add(format!(
             "<text class=\"end\" x=\"{:.1}\" y=\"{text}\">{} <tspan class=\"soft\">÷ {}</tspan></text>",
             PLOT - 12.0,

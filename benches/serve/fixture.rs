@@ -1,4 +1,5 @@
-//! The store that is served: made and registered by real Nix once, signed, also as a static cache, and kept between runs.
+//! The store that is served: made and registered by real Nix once, signed, also as a static cache,
+//! and kept between runs.
 
 use crate::common::lan::Run;
 use crate::common::{Host, Lan, directory, nix};
@@ -76,7 +77,8 @@ impl Fixture {
     /// Finds it, or makes it, which takes some minutes.
     pub fn on(lan: &Lan) -> Fixture {
         let dir = directory().join(format!("serve-{VERSION}"));
-        let lock = File::create(directory().join("serve.lock")).expect("the directory for fixtures is writable");
+        let lock = File::create(directory().join("serve.lock"))
+            .expect("the directory for fixtures is writable");
         if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
             eprintln!("another run of this benchmark is at work: waiting for its end");
             flock(&lock, FlockOperation::LockExclusive).expect("one at a time");
@@ -94,10 +96,16 @@ impl Fixture {
             _lock: lock,
         };
         if !fixture.dir.join("size").exists() {
-            eprintln!("making a store of 20,000 paths and its static cache in {}, once", fixture.dir.display());
+            eprintln!(
+                "making a store of 20,000 paths and its static cache in {}, once",
+                fixture.dir.display()
+            );
             fixture.make(lan);
         }
-        fixture.key = fs::read_to_string(fixture.dir.join("key.pub")).expect("the fixture is whole").trim().to_owned();
+        fixture.key = fs::read_to_string(fixture.dir.join("key.pub"))
+            .expect("the fixture is whole")
+            .trim()
+            .to_owned();
         fixture
     }
 
@@ -118,12 +126,15 @@ impl Fixture {
         text.trim().parse().expect("a number")
     }
 
-    /// Gives the store to `host`; returns where the static cache is there, and whether both are on a tmpfs.
+    /// Gives the store to `host`; returns where the static cache is there, and whether both are on
+    /// a tmpfs.
     pub fn give(&self, host: &Host) -> (PathBuf, bool) {
         nix::configure(host, "");
         let dir = self.dir.display();
         let info = fs::read_to_string("/proc/meminfo").unwrap_or_default();
-        let free = info.lines().find_map(|line| line.strip_prefix("MemAvailable:")?.trim().strip_suffix(" kB"));
+        let free = info
+            .lines()
+            .find_map(|line| line.strip_prefix("MemAvailable:")?.trim().strip_suffix(" kB"));
         let free = free.and_then(|free| free.parse().ok()).unwrap_or(0u64) << 10;
         host.sh(&format!("cp -a {dir}/nix/var /nix/var"));
         if free > (self.mebibytes() << 20) + SPARE {
@@ -148,11 +159,13 @@ impl Fixture {
         let mut register = |path: &str, references: &[&String]| {
             let name = &path["/nix/store/".len() + HASH_PART + 1..];
             let deriver = self::path(&format!("{name}.drv"));
-            write!(registration, "{path}\n{deriver}\n{}\n", references.len()).expect("a string takes everything");
+            write!(registration, "{path}\n{deriver}\n{}\n", references.len())
+                .expect("a string takes everything");
             references.iter().for_each(|path| registration.extend([path.as_str(), "\n"]));
         };
         for (n, path) in self.small.iter().enumerate() {
-            let references: Vec<&String> = references(n).into_iter().map(|n| &self.small[n]).collect();
+            let references: Vec<&String> =
+                references(n).into_iter().map(|n| &self.small[n]).collect();
             file(&at(path), text(path, &references).as_bytes());
             register(path, &references);
         }
@@ -171,9 +184,14 @@ impl Fixture {
         for (path, part) in self.quarters.iter().zip(large.chunks(256 * MIB)) {
             file(&at(path), part);
         }
-        for (path, directories) in [(&self.tree, DIRECTORIES), (&self.last_of_tree, DIRECTORIES / 10)] {
+        for (path, directories) in
+            [(&self.tree, DIRECTORIES), (&self.last_of_tree, DIRECTORIES / 10)]
+        {
             for (d, f) in (0..directories).flat_map(|d| (0..IN_EACH).map(move |f| (d, f))) {
-                file(&at(path).join(format!("{d}/{f}")), format!("{d:03} {f:02}\n").repeat(94).as_bytes());
+                file(
+                    &at(path).join(format!("{d}/{f}")),
+                    format!("{d:03} {f:02}\n").repeat(94).as_bytes(),
+                );
             }
         }
         let single = [&self.large, &self.last_of_large, &self.tree, &self.last_of_tree];
@@ -188,18 +206,22 @@ impl Fixture {
 
 /// A store path, as one that was built has it: its name says nothing of what is in it.
 fn path(name: &str) -> String {
-    let digest = ring::digest::digest(&ring::digest::SHA256, format!("{VERSION} {name}").as_bytes());
+    let digest =
+        ring::digest::digest(&ring::digest::SHA256, format!("{VERSION} {name}").as_bytes());
     format!("/nix/store/{}-{name}", nix32::encode(&digest.as_ref()[..HASH_PART * 5 / 8]))
 }
 
 /// What a small path refers to: later ones of its block.
 fn references(n: usize) -> Vec<usize> {
     let (block, place) = (n / BLOCK * BLOCK, n % BLOCK);
-    let tree = (1..=BRANCHES).map(|branch| place * BRANCHES + branch).filter(|place| *place < BLOCK);
+    let tree =
+        (1..=BRANCHES).map(|branch| place * BRANCHES + branch).filter(|place| *place < BLOCK);
     let mut random = Bytes(n as u64);
     let later = BLOCK - 1 - place;
-    let more: Vec<usize> = (0..random.below(MORE)).map(|_| place + 1 + random.below(later.max(1) as u64)).collect();
-    let mut all: Vec<usize> = tree.chain(more).filter(|place| *place < BLOCK).map(|place| block + place).collect();
+    let more: Vec<usize> =
+        (0..random.below(MORE)).map(|_| place + 1 + random.below(later.max(1) as u64)).collect();
+    let mut all: Vec<usize> =
+        tree.chain(more).filter(|place| *place < BLOCK).map(|place| block + place).collect();
     all.sort_unstable();
     all.dedup();
     all
@@ -209,15 +231,18 @@ fn references(n: usize) -> Vec<usize> {
 fn text(path: &str, references: &[&String]) -> String {
     let mut text = format!("# {path}\n");
     references.iter().for_each(|path| text.extend([path.as_str(), "\n"]));
-    let mut random = Bytes(path.bytes().fold(0, |sum, byte| sum * 31 % 1_000_000_007 + u64::from(byte)));
+    let mut random =
+        Bytes(path.bytes().fold(0, |sum, byte| sum * 31 % 1_000_000_007 + u64::from(byte)));
     while text.len() < 3900 {
-        writeln!(text, "set value-{:05} {}", random.below(100_000), random.below(1_000_000)).expect("a string");
+        writeln!(text, "set value-{:05} {}", random.below(100_000), random.below(1_000_000))
+            .expect("a string");
     }
     text
 }
 
 fn file(path: &Path, content: &[u8]) {
-    fs::create_dir_all(path.parent().expect("a file is in a directory")).expect("the fixture can be written");
+    fs::create_dir_all(path.parent().expect("a file is in a directory"))
+        .expect("the fixture can be written");
     fs::write(path, content).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
 }
 
@@ -238,7 +263,8 @@ impl Bytes {
     }
 
     fn some(&mut self, count: usize) -> Vec<u8> {
-        let mut bytes: Vec<u8> = (0..count.div_ceil(8)).flat_map(|_| self.next().to_le_bytes()).collect();
+        let mut bytes: Vec<u8> =
+            (0..count.div_ceil(8)).flat_map(|_| self.next().to_le_bytes()).collect();
         bytes.truncate(count);
         bytes
     }

@@ -30,7 +30,12 @@ pub fn one(bench: &Bench, report: &mut Report) {
     for (what, read) in [("thrown away by the kernel", false), ("read", true)] {
         let run = |server: &Cache| stream(server, &bench.fixture.large, 1, read);
         let goals = [(0, 1, 1.0)];
-        report.compare(&format!("4. 1 GiB, {what}"), FIGURES, &each(&servers, &bench.fixture.large, &run), &goals);
+        report.compare(
+            &format!("4. 1 GiB, {what}"),
+            FIGURES,
+            &each(&servers, &bench.fixture.large, &run),
+            &goals,
+        );
     }
 }
 
@@ -44,9 +49,12 @@ pub fn four(bench: &Bench, report: &mut Report) {
         let (before, began, mut bytes) = (server.cpu(), Instant::now(), 0);
         while began.elapsed() < LONG {
             std::thread::scope(|scope| {
-                let read = readers.iter_mut().map(|(client, nar)| scope.spawn(|| client.get(nar, "", Body::Dropped)));
+                let read = readers
+                    .iter_mut()
+                    .map(|(client, nar)| scope.spawn(|| client.get(nar, "", Body::Dropped)));
                 let read: Vec<_> = read.collect();
-                bytes += read.into_iter().map(|reader| reader.join().expect("a stream")).sum::<u64>();
+                bytes +=
+                    read.into_iter().map(|reader| reader.join().expect("a stream")).sum::<u64>();
             });
         }
         rates(bytes, began, server.cpu() - before)
@@ -61,9 +69,12 @@ pub fn tree(bench: &Bench, report: &mut Report) {
     let size = servers[0].narinfo(tree).size;
     let run = |server: &Cache| stream(server, tree, TREE, false);
     let mut contenders = each(&servers, tree, &run);
-    for (name, program) in [("tar | cat", "tar -cPf -"), ("nix-store --dump | cat", "nix-store --dump")] {
+    for (name, program) in
+        [("tar | cat", "tar -cPf -"), ("nix-store --dump | cat", "nix-store --dump")]
+    {
         let program = format!("{program} {tree}");
-        let written: u64 = bench.holder.host.sh(&format!("{program} | wc -c")).trim().parse().expect("a number");
+        let written: u64 =
+            bench.holder.host.sh(&format!("{program} | wc -c")).trim().parse().expect("a number");
         assert!(written >= size, "{program}: {written} bytes");
         let script = format!("for n in $(seq {TREE}); do {program} | cat >/dev/null; done");
         let run = move || {
@@ -93,7 +104,12 @@ pub fn resume(bench: &Bench, report: &mut Report) {
         contenders.insert(1, ("a NAR as long as that".into(), Box::new(alone)));
         // Of another cache it is not known whether it can.
         servers[..3].iter().for_each(|server| check_resuming(server, whole));
-        report.compare(&format!("7. the last tenth of {what}"), [("ms", Better::Less)], &contenders, goals);
+        report.compare(
+            &format!("7. the last tenth of {what}"),
+            [("ms", Better::Less)],
+            &contenders,
+            goals,
+        );
     }
 }
 
@@ -102,8 +118,14 @@ pub fn first_byte(bench: &Bench, report: &mut Report) {
     let (servers, fixture) = (bench.servers(), &bench.fixture);
     let run = |server: &Cache| [first(server, &fixture.tree)];
     let mut contenders = each(&servers, &fixture.tree, &run);
-    contenders.insert(1, ("that of 4 KiB".into(), Box::new(|| [first(&servers[0], &fixture.small[0])])));
-    report.compare("8. first byte of 20,000 files", [("ms", Better::Less)], &contenders, &[(0, 1, 2.0)]);
+    contenders
+        .insert(1, ("that of 4 KiB".into(), Box::new(|| [first(&servers[0], &fixture.small[0])])));
+    report.compare(
+        "8. first byte of 20,000 files",
+        [("ms", Better::Less)],
+        &contenders,
+        &[(0, 1, 2.0)],
+    );
 }
 
 /// Each server in its turn; `path` is what it is asked for.
@@ -112,7 +134,9 @@ pub fn each<'a, const N: usize>(
     path: &str,
     run: &'a impl Fn(&Cache) -> [f64; N],
 ) -> Vec<Contender<'a, N>> {
-    let contender = |server: &'a Cache<'a>| -> Contender<'a, N> { (server.label(path), Box::new(move || run(server))) };
+    let contender = |server: &'a Cache<'a>| -> Contender<'a, N> {
+        (server.label(path), Box::new(move || run(server)))
+    };
     servers.iter().map(contender).collect()
 }
 
@@ -176,7 +200,13 @@ pub fn check_resuming(server: &Cache, path: &str) {
         digest.finish()
     };
     let (whole, resumed) = (digest("", start), digest(&format!("Range: bytes={start}-\r\n"), 0));
-    assert_eq!(whole.as_ref(), resumed.as_ref(), "{}: {} resumes with other bytes", server.name, narinfo.nar);
+    assert_eq!(
+        whole.as_ref(),
+        resumed.as_ref(),
+        "{}: {} resumes with other bytes",
+        server.name,
+        narinfo.nar
+    );
 }
 
 /// Where the last tenth begins.
@@ -188,7 +218,8 @@ fn tenth(narinfo: &Narinfo) -> u64 {
 fn first(server: &Cache, path: &str) -> f64 {
     let nar = server.narinfo(path).nar;
     median(FIRST_BYTES, || {
-        // The rest of the body is left where it is, so each has a connection of its own, that was used before.
+        // The rest of the body is left where it is, so each has a connection of its own, that was
+        // used before.
         let mut client = server.client();
         client.text(&server.route(world::hash_part(path)));
         let began = Instant::now();

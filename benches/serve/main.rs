@@ -1,12 +1,13 @@
-//! The first part of `make bench`: what peerix serves from the own store and through a peer, beside nginx with a static cache
-//! of the same paths, in turn, round after round.
+//! The first part of `make bench`: what peerix serves from the own store and through a peer, beside
+//! nginx with a static cache of the same paths, in turn, round after round.
 //!
-//! Prints medians, ranges and ratios as a table, and writes it and a chart to `bench/results/<name>.{md,svg}`. It asserts
-//! that answers are right and nothing about time. Needs what the tests need, and nginx and wrk.
+//! Prints medians, ranges and ratios as a table, and writes it and a chart to
+//! `bench/results/<name>.{md,svg}`. It asserts that answers are right and nothing about time. Needs
+//! what the tests need, and nginx and wrk.
 //!
-//! `--rounds N` (or `PEERIX_BENCH_ROUNDS`; 5), `--name NAME` (serve), `--only 1,4` (workloads, by number). With
-//! `CACHE_URL=http://host:port[/prefix]` that cache is measured too; `CACHE_PID` is its process, for what it costs, and
-//! `CACHE_FILL=1` adds the paths to this machine's store.
+//! `--rounds N` (or `PEERIX_BENCH_ROUNDS`; 5), `--name NAME` (serve), `--only 1,4` (workloads, by
+//! number). With `CACHE_URL=http://host:port[/prefix]` that cache is measured too; `CACHE_PID` is
+//! its process, for what it costs, and `CACHE_FILL=1` adds the paths to this machine's store.
 
 #[path = "../../tests/common/mod.rs"]
 mod common;

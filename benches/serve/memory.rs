@@ -21,7 +21,11 @@ const NGINX: u16 = 8090;
 /// 11.
 pub fn connections(bench: &Bench, report: &mut Report) {
     let host = &bench.holder.host;
-    let outside = bench.outside.as_ref().map(|outside| outside.cache()).filter(|cache| !cache.pids.is_empty());
+    let outside = bench
+        .outside
+        .as_ref()
+        .map(|outside| outside.cache())
+        .filter(|cache| !cache.pids.is_empty());
     let cache = |port: u16, prefix: &str, process: &Process| {
         Cache::new("", Some(host), (Ipv4Addr::LOCALHOST, port).into(), prefix, &[process.pid()])
     };
@@ -40,14 +44,29 @@ pub fn connections(bench: &Bench, report: &mut Report) {
         ("the bound".into(), Box::new(|| [BOUND, f64::NAN, f64::NAN])),
         (
             "nginx, its processes together".into(),
-            Box::new(|| memory(&cache(NGINX, "/", &scene::nginx(host, &[(NGINX, &bench.cache, true)])), bench)),
+            Box::new(|| {
+                memory(
+                    &cache(NGINX, "/", &scene::nginx(host, &[(NGINX, &bench.cache, true)])),
+                    bench,
+                )
+            }),
         ),
     ];
     if let Some(cache) = &outside {
-        contenders.push((format!("{}, which ran before", cache.name), Box::new(|| memory(cache, bench))));
+        contenders
+            .push((format!("{}, which ran before", cache.name), Box::new(|| memory(cache, bench))));
     }
-    let figures = [("most MiB", Better::Less), ("MiB then", Better::Less), ("MiB when they are closed", Better::Less)];
-    report.compare("11. 256 connections, 64 in the middle of a NAR", figures, &contenders, &[(0, 1, 1.0)]);
+    let figures = [
+        ("most MiB", Better::Less),
+        ("MiB then", Better::Less),
+        ("MiB when they are closed", Better::Less),
+    ];
+    report.compare(
+        "11. 256 connections, 64 in the middle of a NAR",
+        figures,
+        &contenders,
+        &[(0, 1, 1.0)],
+    );
 }
 
 /// The most until then (VmHWM), then, and when all connections are closed again (VmRSS).
@@ -55,13 +74,19 @@ fn memory(cache: &Cache, bench: &Bench) -> [f64; 3] {
     let of = |line| cache.pids.iter().map(|pid| cost::memory_of_all(*pid, line)).sum::<f64>();
     // One process is in the network that all of them are in.
     let open = || cost::connections(cache.pids[0], cache.address.port());
-    let nars: Vec<String> = bench.fixture.quarters.iter().map(|path| cache.narinfo(path).nar).collect();
+    let nars: Vec<String> =
+        bench.fixture.quarters.iter().map(|path| cache.narinfo(path).nar).collect();
     let before = open();
     let clients: Vec<Client> = (0..CONNECTIONS)
         .map(|n| {
             let mut client = cache.client();
             if n < STREAMS {
-                assert_eq!(client.ask(&nars[n % nars.len()], "").status, 200, "{}: stream {n}", cache.name);
+                assert_eq!(
+                    client.ask(&nars[n % nars.len()], "").status,
+                    200,
+                    "{}: stream {n}",
+                    cache.name
+                );
             } else {
                 cache.ask(&mut client, &bench.fixture.small[n]).expect("it is there");
             }

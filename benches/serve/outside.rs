@@ -1,4 +1,5 @@
-//! The cache that the environment names, which runs outside of the namespaces: any that serves over `http`.
+//! The cache that the environment names, which runs outside of the namespaces: any that serves over
+//! `http`.
 
 use super::cache::Cache;
 use super::fixture::Fixture;
@@ -14,7 +15,8 @@ pub struct Outside {
 }
 
 impl Outside {
-    /// The cache, if there is one, with all paths; ends the program with what to do if it lacks some.
+    /// The cache, if there is one, with all paths; ends the program with what to do if it lacks
+    /// some.
     pub fn from_environment(fixture: &Fixture) -> Option<Outside> {
         let variable = |name| std::env::var(name).ok().filter(|value| !value.is_empty());
         let url = variable("CACHE_URL")?;
@@ -24,18 +26,28 @@ impl Outside {
         let (server, path) = rest.split_once('/').unwrap_or((rest, ""));
         let server = if server.contains(':') { server.to_owned() } else { format!("{server}:80") };
         let address = server.to_socket_addrs().ok().and_then(|mut all| all.next());
-        let Some(address) = address else { fail(&format!("CACHE_URL={url}: no address for {server}")) };
+        let Some(address) = address else {
+            fail(&format!("CACHE_URL={url}: no address for {server}"))
+        };
         let path = path.trim_matches('/');
         let prefix = if path.is_empty() { "/".to_owned() } else { format!("/{path}/") };
         let pids = variable("CACHE_PID").map(|pid| {
-            let pid = pid.parse().ok().filter(|pid| std::path::Path::new(&format!("/proc/{pid}/stat")).exists());
+            let pid = pid
+                .parse()
+                .ok()
+                .filter(|pid| std::path::Path::new(&format!("/proc/{pid}/stat")).exists());
             pid.unwrap_or_else(|| fail("CACHE_PID: no process has this number"))
         });
-        let outside =
-            Outside { name: rest.trim_end_matches('/').to_owned(), address, prefix, pids: pids.into_iter().collect() };
+        let outside = Outside {
+            name: rest.trim_end_matches('/').to_owned(),
+            address,
+            prefix,
+            pids: pids.into_iter().collect(),
+        };
         if let Err(missing) = outside.has_all(fixture) {
             let count = fixture.paths().count();
-            let what = format!("{count} paths of this benchmark, with {} MiB", fixture.mebibytes() / 2);
+            let what =
+                format!("{count} paths of this benchmark, with {} MiB", fixture.mebibytes() / 2);
             if variable("CACHE_FILL").as_deref() != Some("1") {
                 let cache = fixture.cache();
                 fail(&format!(
@@ -45,9 +57,13 @@ impl Outside {
                     cache.display()
                 ));
             }
-            eprintln!("adding the {what}, to this machine's /nix/store; the next garbage collection removes them");
+            eprintln!(
+                "adding the {what}, to this machine's /nix/store; the next garbage collection removes them"
+            );
             fill(fixture);
-            outside.has_all(fixture).unwrap_or_else(|missing| fail(&format!("CACHE_URL={url}: still, {missing}")));
+            outside
+                .has_all(fixture)
+                .unwrap_or_else(|missing| fail(&format!("CACHE_URL={url}: still, {missing}")));
         }
         Some(outside)
     }
@@ -60,7 +76,13 @@ impl Outside {
     /// One path of each kind stands for all.
     fn has_all(&self, fixture: &Fixture) -> Result<(), String> {
         let cache = self.cache();
-        let some = [&fixture.small[0], &fixture.update[0], &fixture.quarters[0], &fixture.large, &fixture.tree];
+        let some = [
+            &fixture.small[0],
+            &fixture.update[0],
+            &fixture.quarters[0],
+            &fixture.large,
+            &fixture.tree,
+        ];
         for path in some.into_iter().chain([&fixture.last_of_large, &fixture.last_of_tree]) {
             cache.look_up(path).map_err(|status| format!("{path} is not there ({status})"))?;
         }
@@ -71,8 +93,15 @@ impl Outside {
 fn fill(fixture: &Fixture) {
     // Nix's options: new commands are still an experiment, and nobody trusts the benchmark's key.
     let from = format!("file://{}", fixture.cache().display());
-    let options =
-        ["--extra-experimental-features", "nix-command", "copy", "--quiet", "--no-check-sigs", "--from", &from];
+    let options = [
+        "--extra-experimental-features",
+        "nix-command",
+        "copy",
+        "--quiet",
+        "--no-check-sigs",
+        "--from",
+        &from,
+    ];
     let paths: Vec<&String> = fixture.paths().collect();
     // As many as a command line has room for.
     for paths in paths.chunks(5000) {

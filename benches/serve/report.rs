@@ -49,7 +49,8 @@ impl Report {
         Report { rounds, table: Table::new(), bars: Vec::new() }
     }
 
-    /// Has all contenders, the first of which is peerix, do something in turn, round after round, and adds rows.
+    /// Has all contenders, the first of which is peerix, do something in turn, round after round,
+    /// and adds rows.
     pub fn compare<const N: usize>(
         &mut self,
         what: &str,
@@ -67,11 +68,14 @@ impl Report {
         for (at, (figure, better)) in figures.into_iter().enumerate() {
             let what = format!("{what}, {figure}");
             for rival in 1..contenders.len() {
-                let goal = goals.iter().find(|goal| (goal.0, goal.1) == (at, rival)).map(|goal| goal.2);
-                let (own, its, rival_name) = (&series[0][at], &series[rival][at], contenders[rival].0.clone());
+                let goal =
+                    goals.iter().find(|goal| (goal.0, goal.1) == (at, rival)).map(|goal| goal.2);
+                let (own, its, rival_name) =
+                    (&series[0][at], &series[rival][at], contenders[rival].0.clone());
                 let ratio = own.median() / its.median();
                 let bar = Bar { what: what.clone(), rival: rival_name, ratio, better, goal };
-                // All figures would make a chart that nobody reads: of several the rates are drawn, and what has a goal.
+                // All figures would make a chart that nobody reads: of several the rates are drawn,
+                // and what has a goal.
                 if ratio.is_finite() {
                     self.row(bar, own, its, rival == 1 && (better == Better::More || N == 1));
                 }
@@ -80,10 +84,17 @@ impl Report {
     }
 
     fn row(&mut self, bar: Bar, own: &Series, its: &Series, drawn: bool) {
-        let (arrow, sign) = if bar.better == Better::More { ("↑", "≥") } else { ("↓", "≤") };
+        let (arrow, sign) =
+            if bar.better == Better::More { ("↑", "≥") } else { ("↓", "≤") };
         let mark = if bar.reached() { "✓" } else { "✗" };
         let goal = bar.goal.map(|goal| format!("{sign} {goal} {mark}")).unwrap_or_default();
-        self.table.beside(&format!("{} {arrow}", bar.what), own, &bar.rival.replace('|', "\\|"), its, &goal);
+        self.table.beside(
+            &format!("{} {arrow}", bar.what),
+            own,
+            &bar.rival.replace('|', "\\|"),
+            its,
+            &goal,
+        );
         if bar.goal.is_some() || drawn {
             self.bars.push(bar);
         }

@@ -1,4 +1,5 @@
-//! A holder of the fixture with peerix and nginx, an asker with peerix, and a cache from outside if one is named.
+//! A holder of the fixture with peerix and nginx, an asker with peerix, and a cache from outside if
+//! one is named.
 
 use super::cache::Cache;
 use super::fixture::Fixture;
@@ -39,8 +40,8 @@ impl Bench {
         Bench { asker, holder, nginx, on_tmpfs, cache, outside, fixture, lan }
     }
 
-    /// Those that serve the holder's store, each asked from where it is: peerix, nginx by `sendfile` and without, and
-    /// the cache from outside.
+    /// Those that serve the holder's store, each asked from where it is: peerix, nginx by
+    /// `sendfile` and without, and the cache from outside.
     pub fn servers(&self) -> Vec<Cache<'_>> {
         let here = Ipv4Addr::LOCALHOST;
         let mut servers = vec![
@@ -65,7 +66,13 @@ impl Bench {
     }
 
     fn own_store<'a>(&self, from: &'a Host, at: impl Into<IpAddr>) -> Cache<'a> {
-        Cache::new("peerix", Some(from), (at.into(), PORT).into(), "/store/", &[self.holder.daemon.pid()])
+        Cache::new(
+            "peerix",
+            Some(from),
+            (at.into(), PORT).into(),
+            "/store/",
+            &[self.holder.daemon.pid()],
+        )
     }
 
     fn nginx<'a>(&self, from: &'a Host, at: impl Into<IpAddr>, port: u16) -> Cache<'a> {

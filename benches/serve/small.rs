@@ -37,20 +37,29 @@ pub fn narinfos(bench: &Bench, report: &mut Report, present: bool) {
     });
     let loads: Vec<Load> = loads.collect();
     for connections in CONNECTIONS {
-        // Both ways of nginx to send are to be reached: without `sendfile` it is the quicker one here.
+        // Both ways of nginx to send are to be reached: without `sendfile` it is the quicker one
+        // here.
         let goals: &[Goal] = match (present, connections) {
-            (true, 25) => &[(0, 1, 1.0), (0, 2, 1.0), (2, 1, 1.0), (2, 2, 1.0), (3, 1, 1.5), (3, 2, 1.5)],
+            (true, 25) => {
+                &[(0, 1, 1.0), (0, 2, 1.0), (2, 1, 1.0), (2, 2, 1.0), (3, 1, 1.5), (3, 2, 1.5)]
+            }
             (false, 25) => &[(0, 1, 1.0), (0, 2, 1.0)],
             _ => &[],
         };
-        report.compare(&format!("{what}, {}", plural(connections)), FIGURES, &asked(&loads, connections), goals);
+        report.compare(
+            &format!("{what}, {}", plural(connections)),
+            FIGURES,
+            &asked(&loads, connections),
+            goals,
+        );
     }
 }
 
 /// 3.
 pub fn nars(bench: &Bench, report: &mut Report) {
     let small = &bench.fixture.small;
-    let servers: Vec<Cache> = bench.servers().into_iter().map(|server| server.labelled(&small[0])).collect();
+    let servers: Vec<Cache> =
+        bench.servers().into_iter().map(|server| server.labelled(&small[0])).collect();
     let loads = servers.iter().map(|server| {
         server.check(&small[0]);
         // As many as Nix would have: some caches take their time.
@@ -61,12 +70,19 @@ pub fn nars(bench: &Bench, report: &mut Report) {
         Load::new(server, &routes, true)
     });
     let loads: Vec<Load> = loads.collect();
-    report.compare("3. NAR of 4 KiB, 16 connections", FIGURES, &asked(&loads, 16), &[(0, 1, 0.8), (0, 2, 0.8)]);
+    report.compare(
+        "3. NAR of 4 KiB, 16 connections",
+        FIGURES,
+        &asked(&loads, 16),
+        &[(0, 1, 0.8), (0, 2, 0.8)],
+    );
 }
 
 /// Each of these in its turn.
 pub fn asked<'a>(loads: &'a [Load], connections: u32) -> Vec<Contender<'a, 4>> {
-    let run = |load: &'a Load| -> Contender<'a, 4> { (load.name(), Box::new(move || load.run(connections))) };
+    let run = |load: &'a Load| -> Contender<'a, 4> {
+        (load.name(), Box::new(move || load.run(connections)))
+    };
     loads.iter().map(run).collect()
 }
 

@@ -26,10 +26,20 @@ pub fn all(bench: &Bench, report: &mut Report) {
         report.compare(&format!("9. through a peer, {what}"), large::FIGURES, &contenders, goals);
     }
     let routes = |prefix: &str| -> Vec<String> {
-        fixture.small.iter().map(|path| format!("{prefix}{}.narinfo", world::hash_part(path))).collect()
+        fixture
+            .small
+            .iter()
+            .map(|path| format!("{prefix}{}.narinfo", world::hash_part(path)))
+            .collect()
     };
-    let loads = [&caches[0], &caches[2]].map(|cache| Load::new(cache, &routes(&cache.prefix), true));
-    report.compare("9. through a peer, narinfo, 25 connections", small::FIGURES, &asked(&loads, 25), &[]);
+    let loads =
+        [&caches[0], &caches[2]].map(|cache| Load::new(cache, &routes(&cache.prefix), true));
+    report.compare(
+        "9. through a peer, narinfo, 25 connections",
+        small::FIGURES,
+        &asked(&loads, 25),
+        &[],
+    );
     let (own, nginx) = (&caches[0], &caches[2]);
     check_resuming(own, &fixture.large);
     let contenders: Vec<Contender<1>> = vec![
@@ -37,7 +47,12 @@ pub fn all(bench: &Bench, report: &mut Report) {
         ("a NAR as long as that".into(), Box::new(|| [alone(own, &fixture.last_of_large)])),
         (nginx.name.clone(), Box::new(|| [resuming(nginx, &fixture.large)])),
     ];
-    report.compare("9. through a peer, the last tenth of 1 GiB", [("ms", Better::Less)], &contenders, &[]);
+    report.compare(
+        "9. through a peer, the last tenth of 1 GiB",
+        [("ms", Better::Less)],
+        &contenders,
+        &[],
+    );
 }
 
 /// What hashing alone allows.
@@ -57,7 +72,8 @@ pub fn closures(bench: &Bench, report: &mut Report) {
     for what in ["nix-store --realise", "nix copy --from"] {
         // Each time with an empty store.
         let run = |host: &Host, url: &str, outside: bool| {
-            let mut command = if outside { host.cmd_outside("timeout") } else { host.cmd("timeout") };
+            let mut command =
+                if outside { host.cmd_outside("timeout") } else { host.cmd("timeout") };
             command.arg(crate::common::DEADLINE.as_secs().to_string());
             match what {
                 "nix copy --from" => command.args(["nix", "copy", "--from", url, &root]),
@@ -79,17 +95,28 @@ pub fn closures(bench: &Bench, report: &mut Report) {
                     took
                 }),
             ),
-            ("nginx, asked directly".into(), Box::new(|| run(&client(&bench.lan, key, &nginx), &nginx, false))),
+            (
+                "nginx, asked directly".into(),
+                Box::new(|| run(&client(&bench.lan, key, &nginx), &nginx, false)),
+            ),
         ];
         if let Some(cache) = &outside {
             let ask = || {
                 let host = client(&bench.lan, key, &cache.url());
                 // It may sign with a key of its own, or not at all.
-                nix::configure(&host, &format!("substituters = {}\nrequire-sigs = false\n", cache.url()));
+                nix::configure(
+                    &host,
+                    &format!("substituters = {}\nrequire-sigs = false\n", cache.url()),
+                );
                 run(&host, &cache.url(), true)
             };
             contenders.push((cache.label(&root), Box::new(ask)));
         }
-        report.compare(&format!("12. {what} of 1,000 paths"), [("s", Better::Less)], &contenders, &[(0, 1, 1.5)]);
+        report.compare(
+            &format!("12. {what} of 1,000 paths"),
+            [("s", Better::Less)],
+            &contenders,
+            &[(0, 1, 1.5)],
+        );
     }
 }

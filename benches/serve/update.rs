@@ -21,15 +21,24 @@ pub fn both(bench: &Bench, report: &mut Report) {
     let [own, _, nginx] = bench.through();
     let path = &bench.fixture.update[0];
     // From the own store it is over too soon to be told apart.
-    for (what, times, caches) in [("the own store", 5, bench.servers()), ("a peer", 1, vec![own, nginx])] {
-        caches.iter().for_each(|cache| bench.fixture.update.iter().for_each(|path| cache.check(path)));
+    for (what, times, caches) in
+        [("the own store", 5, bench.servers()), ("a peer", 1, vec![own, nginx])]
+    {
+        caches
+            .iter()
+            .for_each(|cache| bench.fixture.update.iter().for_each(|path| cache.check(path)));
         let one = |cache: &Cache| {
             // Others each time, so that nobody has kept them.
             turn.set((turn.get() + OTHERS) % (bench.fixture.small.len() - OTHERS));
             update(cache, &bench.fixture.update, &bench.fixture.small[turn.get()..][..OTHERS])
         };
         let run = |cache: &Cache| [(0..times).map(|_| one(cache)).sum::<f64>() / f64::from(times)];
-        report.compare(&format!("10. update from {what}"), [("s", Better::Less)], &each(&caches, path, &run), &[]);
+        report.compare(
+            &format!("10. update from {what}"),
+            [("s", Better::Less)],
+            &each(&caches, path, &run),
+            &[],
+        );
     }
 }
 
@@ -40,7 +49,9 @@ fn update(cache: &Cache, paths: &[String], others: &[String]) -> f64 {
     let mut clients: Vec<Client> = (0..CONNECTIONS).map(|_| cache.client()).collect();
     let began = Instant::now();
     let narinfos: Vec<Option<Narinfo>> = spread(&mut clients, &all, |client, path| {
-        let narinfo = cache.ask(client, path).unwrap_or_else(|status| panic!("{}: {path}: {status}", cache.name));
+        let narinfo = cache
+            .ask(client, path)
+            .unwrap_or_else(|status| panic!("{}: {path}: {status}", cache.name));
         wanted.contains(path).then_some(narinfo)
     });
     let nars: Vec<Narinfo> = narinfos.into_iter().flatten().collect();

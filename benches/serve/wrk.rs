@@ -7,7 +7,8 @@ use crate::common::lan::Run;
 /// Seconds that a measurement takes.
 const SECONDS: u32 = 2;
 
-/// What it found: requests a second, the median and the 99th percentile in ms, CPU µs of the server for each.
+/// What it found: requests a second, the median and the 99th percentile in ms, CPU µs of the server
+/// for each.
 pub type Figures = [f64; 4];
 
 /// Routes to be asked for in random order.
@@ -18,10 +19,15 @@ pub struct Load<'a> {
 }
 
 impl<'a> Load<'a> {
-    /// Routes that are all there, or none of them; asks for them a while, so that everything is warm.
+    /// Routes that are all there, or none of them; asks for them a while, so that everything is
+    /// warm.
     pub fn new(cache: &'a Cache<'a>, routes: &[String], present: bool) -> Load<'a> {
         // Requests are made beforehand: wrk shares the processors with the server.
-        let file = directory().join(format!("routes-{}-{}", cache.address.port(), cache.prefix.replace('/', "")));
+        let file = directory().join(format!(
+            "routes-{}-{}",
+            cache.address.port(),
+            cache.prefix.replace('/', "")
+        ));
         std::fs::write(&file, routes.join("\n")).expect("a file of routes");
         let text = format!(
             "local requests = {{}}
@@ -50,13 +56,23 @@ impl<'a> Load<'a> {
         let text = self
             .cache
             .command("wrk")
-            .args(["-t1", "--latency", "-s", &self.script, &format!("-c{connections}"), &format!("-d{seconds}")])
+            .args([
+                "-t1",
+                "--latency",
+                "-s",
+                &self.script,
+                &format!("-c{connections}"),
+                &format!("-d{seconds}"),
+            ])
             .arg(format!("http://{}", self.cache.address))
             .okay();
         let cpu = self.cache.cpu() - before;
         // The words of the line that has `word`.
         let words = |word: &str| {
-            let line = text.lines().find(|line| line.contains(word)).unwrap_or_else(|| panic!("no {word}: {text}"));
+            let line = text
+                .lines()
+                .find(|line| line.contains(word))
+                .unwrap_or_else(|| panic!("no {word}: {text}"));
             line.split_whitespace().collect::<Vec<_>>()
         };
         let number = |text: &str| text.parse::<f64>().unwrap_or_else(|_| panic!("wrk says {text}"));
@@ -67,9 +83,22 @@ impl<'a> Load<'a> {
         };
         let requests = number(words(" requests in ")[0]);
         let refused = if text.contains("Non-2xx") { number(words("Non-2xx")[4]) } else { 0.0 };
-        assert_eq!(refused, if self.present { 0.0 } else { requests }, "{}: {text}", self.cache.name);
-        assert!(!text.contains("Socket errors") || text.contains("connect 0, read 0, write 0"), "{text}");
+        assert_eq!(
+            refused,
+            if self.present { 0.0 } else { requests },
+            "{}: {text}",
+            self.cache.name
+        );
+        assert!(
+            !text.contains("Socket errors") || text.contains("connect 0, read 0, write 0"),
+            "{text}"
+        );
         let rate = number(words("Requests/sec:")[1]);
-        [rate, milliseconds(words("  50%")[1]), milliseconds(words("  99%")[1]), cpu * 1e6 / requests]
+        [
+            rate,
+            milliseconds(words("  50%")[1]),
+            milliseconds(words("  99%")[1]),
+            cpu * 1e6 / requests,
+        ]
     }
 }

@@ -45,13 +45,16 @@ impl Client {
 
     /// Asks, with further header lines that each end in CR LF, and reads the head of the answer.
     pub fn ask(&mut self, route: &str, headers: &str) -> Head {
-        write!(self.socket, "GET {route} HTTP/1.1\r\nHost: 127.0.0.1\r\n{headers}\r\n").expect("a server");
+        write!(self.socket, "GET {route} HTTP/1.1\r\nHost: 127.0.0.1\r\n{headers}\r\n")
+            .expect("a server");
         let (mut status, mut length) = (None, None);
         loop {
             let line = self.line();
             match line.split_once(": ") {
                 _ if line.is_empty() => break,
-                Some((name, value)) if name.eq_ignore_ascii_case("content-length") => length = value.parse().ok(),
+                Some((name, value)) if name.eq_ignore_ascii_case("content-length") => {
+                    length = value.parse().ok()
+                }
                 _ => status = status.or_else(|| line.split(' ').nth(1)?.parse().ok()),
             }
         }
@@ -82,7 +85,8 @@ impl Client {
         let mut all = 0;
         loop {
             let line = self.line();
-            let length = u64::from_str_radix(line.split(';').next().unwrap_or(""), 16).expect("the length of a chunk");
+            let length = u64::from_str_radix(line.split(';').next().unwrap_or(""), 16)
+                .expect("the length of a chunk");
             self.take(length, &mut body);
             self.line();
             all += length;
@@ -103,7 +107,9 @@ impl Client {
             let got = match body {
                 Body::Dropped if self.start == self.end => {
                     let most = most.min(self.buffer.len());
-                    let got = recv(&self.socket, &mut self.buffer[..most], RecvFlags::TRUNC).expect("the body").1;
+                    let got = recv(&self.socket, &mut self.buffer[..most], RecvFlags::TRUNC)
+                        .expect("the body")
+                        .1;
                     assert!(got > 0, "a body was cut");
                     got
                 }

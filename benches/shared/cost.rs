@@ -49,18 +49,22 @@ pub fn rates(bytes: u64, began: Instant, cpu: f64) -> (f64, f64) {
 /// MiB by a line of `/proc/<pid>/status`, of a process alone.
 pub fn memory(pid: u32, line: &str) -> f64 {
     let text = fs::read_to_string(format!("/proc/{pid}/status")).expect("the process runs");
-    let value = text.lines().find_map(|l| l.strip_prefix(line)?.strip_prefix(':')).expect("Linux tells it");
+    let value =
+        text.lines().find_map(|l| l.strip_prefix(line)?.strip_prefix(':')).expect("Linux tells it");
     value.trim().trim_end_matches(" kB").parse::<f64>().expect("a number") / 1024.0
 }
 
 /// The same of a process and its children together; what they share counts for each.
 pub fn memory_of_all(pid: u32, line: &str) -> f64 {
-    memory(pid, line) + children(pid).into_iter().map(|child| memory_of_all(child, line)).sum::<f64>()
+    memory(pid, line)
+        + children(pid).into_iter().map(|child| memory_of_all(child, line)).sum::<f64>()
 }
 
-/// TCP connections that the network of a process has to one of its ports, those included that only the client has closed.
+/// TCP connections that the network of a process has to one of its ports, those included that only
+/// the client has closed.
 pub fn connections(pid: u32, port: u16) -> usize {
-    let read = |table| fs::read_to_string(format!("/proc/{pid}/net/{table}")).expect("the process runs");
+    let read =
+        |table| fs::read_to_string(format!("/proc/{pid}/net/{table}")).expect("the process runs");
     let port = format!(":{port:04X}");
     let open = |line: &&str| {
         let mut words = line.split_whitespace().skip(1);

@@ -1,4 +1,5 @@
-//! What the benchmarks have in common: hosts, clients, costs, and the table that the figures end up in.
+//! What the benchmarks have in common: hosts, clients, costs, and the table that the figures end up
+//! in.
 
 // Each of them uses a part of this.
 #![allow(dead_code)]

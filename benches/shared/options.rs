@@ -13,7 +13,8 @@ pub struct Options {
 }
 
 impl Options {
-    /// Reads them; `name` is that of the files with the results, and there are workloads 1 to `workloads`.
+    /// Reads them; `name` is that of the files with the results, and there are workloads 1 to
+    /// `workloads`.
     pub fn read(name: &str, workloads: u32) -> Options {
         let rounds = std::env::var("PEERIX_BENCH_ROUNDS").unwrap_or_else(|_| "5".into());
         let usage = |what: &str| -> ! {
@@ -22,14 +23,18 @@ impl Options {
             std::process::exit(2)
         };
         let number = |text: &str, most| text.parse::<u32>().ok().filter(|n| (1..=most).contains(n));
-        let mut options = Options { rounds: 0, only: (1..=workloads).collect(), name: name.to_owned() };
+        let mut options =
+            Options { rounds: 0, only: (1..=workloads).collect(), name: name.to_owned() };
         let mut set = |flag: &str, value: &str| match flag {
             "--rounds" => {
-                options.rounds = number(value, 1000).unwrap_or_else(|| usage(value)).try_into().expect("small");
+                options.rounds =
+                    number(value, 1000).unwrap_or_else(|| usage(value)).try_into().expect("small");
             }
             "--name" => options.name = value.to_owned(),
             "--only" => {
-                let numbers = value.split(',').map(|text| number(text, workloads).unwrap_or_else(|| usage(text)));
+                let numbers = value
+                    .split(',')
+                    .map(|text| number(text, workloads).unwrap_or_else(|| usage(text)));
                 options.only = numbers.collect();
             }
             _ => usage(flag),
@@ -66,7 +71,9 @@ impl Options {
         let load = read("/proc/loadavg");
         let load = load.split(' ').next().unwrap_or_default();
         let nix = Command::new("nix-store").arg("--version").output();
-        let nix = nix.map(|output| String::from_utf8_lossy(&output.stdout).trim().to_owned()).unwrap_or_default();
+        let nix = nix
+            .map(|output| String::from_utf8_lossy(&output.stdout).trim().to_owned())
+            .unwrap_or_default();
         format!(
             "{cores} cores ({model}), Linux {}, {nix}, load {load} at the start. Medians of {} rounds, in brackets the \
              least and the most; contenders take turns.",

@@ -23,7 +23,8 @@ impl Peer {
         Peer { daemon, host }
     }
 
-    /// One with an empty store whose Nix trusts `key`. It knows those who have `marks`, which nobody else has.
+    /// One with an empty store whose Nix trusts `key`. It knows those who have `marks`, which
+    /// nobody else has.
     pub fn asker(lan: &Lan, key: &str, marks: &[String]) -> Peer {
         let peer = Peer::start(client(lan, key, &format!("http://127.0.0.1:{PORT}")));
         marks.iter().for_each(|mark| daemon::wait_until_known(&peer.host, mark));
@@ -41,7 +42,12 @@ pub fn start(host: &Host) -> Process {
 /// A host with an empty store and empty caches whose Nix asks `substituter` and trusts `key`.
 pub fn client(lan: &Lan, key: &str, substituter: &str) -> Host {
     let host = lan.host("client");
-    nix::configure(&host, &format!("substituters = {substituter}\nrequire-sigs = true\ntrusted-public-keys = {key}\n"));
+    nix::configure(
+        &host,
+        &format!(
+            "substituters = {substituter}\nrequire-sigs = true\ntrusted-public-keys = {key}\n"
+        ),
+    );
     host.cmd("nix-store").arg("--init").okay();
     host
 }
@@ -77,15 +83,25 @@ pub fn nginx(host: &Host, caches: &[(u16, &Path, bool)]) -> Process {
 /// The route of the NAR that `route`, a narinfo, names.
 pub fn nar_route(host: &Host, to: impl Into<SocketAddr>, route: &str) -> String {
     let text = Client::new(host.connect(to).expect("a server")).text(route).1;
-    let url = text.lines().find_map(|line| line.strip_prefix("URL: ")).unwrap_or_else(|| panic!("{route}: {text}"));
+    let url = text
+        .lines()
+        .find_map(|line| line.strip_prefix("URL: "))
+        .unwrap_or_else(|| panic!("{route}: {text}"));
     // Those under /local are relative to the root.
-    let root = if url.starts_with("local/") { "/" } else { &route[..=route.rfind('/').expect("a route")] };
+    let root =
+        if url.starts_with("local/") { "/" } else { &route[..=route.rfind('/').expect("a route")] };
     format!("{root}{url}")
 }
 
 /// Milliseconds that each of `routes` takes, one after the other on one connection.
-pub fn latencies(host: &Host, to: impl Into<SocketAddr>, routes: &[String], status: u16) -> super::table::Series {
-    let mut connection = Connection::new(host.connect(to).expect("a server")).expect("a connection");
+pub fn latencies(
+    host: &Host,
+    to: impl Into<SocketAddr>,
+    routes: &[String],
+    status: u16,
+) -> super::table::Series {
+    let mut connection =
+        Connection::new(host.connect(to).expect("a server")).expect("a connection");
     let mut series = super::table::Series::default();
     for route in routes {
         let began = Instant::now();
@@ -100,7 +116,9 @@ pub fn latencies(host: &Host, to: impl Into<SocketAddr>, routes: &[String], stat
 pub fn absent(count: usize) -> Vec<String> {
     use std::sync::atomic::{AtomicU64, Ordering};
     static NEXT: AtomicU64 = AtomicU64::new(0);
-    let digit = |n: u64| char::from(b"0123456789abcdfghijklmnpqrsvwxyz"[usize::try_from(n % 32).expect("a digit")]);
+    let digit = |n: u64| {
+        char::from(b"0123456789abcdfghijklmnpqrsvwxyz"[usize::try_from(n % 32).expect("a digit")])
+    };
     (0..count)
         .map(|_| {
             // A multiplier makes them differ in all digits, as real ones do.

@@ -25,7 +25,12 @@ impl Series {
     }
 
     fn show(&self) -> String {
-        format!("{} ({}–{})", short(self.median()), short(self.percentile(0)), short(self.percentile(100)))
+        format!(
+            "{} ({}–{})",
+            short(self.median()),
+            short(self.percentile(0)),
+            short(self.percentile(100))
+        )
     }
 }
 
@@ -61,7 +66,11 @@ impl Table {
     /// A figure beside that of `other`, and how many times it peerix needs or reaches.
     pub fn beside(&mut self, what: &str, own: &Series, other: &str, its: &Series, goal: &str) {
         let ratio = own.median() / its.median();
-        self.line(&format!("| {what} | {} | {other} | {} | {ratio:.2} | {goal} |", own.show(), its.show()));
+        self.line(&format!(
+            "| {what} | {} | {other} | {} | {ratio:.2} | {goal} |",
+            own.show(),
+            its.show()
+        ));
     }
 
     fn line(&mut self, line: &str) {

@@ -1,8 +1,11 @@
-//! The second part of `make bench`: peers on other networks, on a network of namespaces with a long way between them.
+//! The second part of `make bench`: peers on other networks, on a network of namespaces with a long
+//! way between them.
 //!
-//! 1. A path that one of 500 peers has, and one that none has, at 50 ms round trip: how many round trips each takes. The
-//!    tracker and the peer that has the paths are real; the other 499 answer as peers do, and their filters are real.
-//! 2. A NAR of 256 MiB of text over a link of 100 Mbit/s and 40 ms: through both daemons, beside the same uncompressed.
+//! 1. A path that one of 500 peers has, and one that none has, at 50 ms round trip: how many round
+//!    trips each takes. The tracker and the peer that has the paths are real; the other 499 answer
+//!    as peers do, and their filters are real.
+//! 2. A NAR of 256 MiB of text over a link of 100 Mbit/s and 40 ms: through both daemons, beside
+//!    the same uncompressed.
 //!
 //! `--rounds N` (3), `--only 1,2`. Asserts that answers are right, and nothing about time.
 
@@ -15,8 +18,10 @@ use common::http::{Connection, Reply, Server};
 use common::tracker::{self, Tracker};
 use common::{Daemon, Host, PORT, Wan, stock, wait_for, world};
 use peerix::nix::{HashPart, nix32};
-use peerix::wire::filter::Filter;
-use peerix::wire::tracker::{Announce, Identity, KEY_HEADER, SIGNATURE_HEADER, Statement, TIMESTAMP_HEADER};
+use peerix::wire::filter::BloomFilter;
+use peerix::wire::tracker::{
+    Announce, Identity, KEY_HEADER, SIGNATURE_HEADER, SignedText, TIMESTAMP_HEADER,
+};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use shared::client::{Body, Client};
 use shared::scene;
@@ -72,8 +77,9 @@ fn lookups(rounds: usize, table: &mut Table) {
     let away = wan.lan([10, 1, 0]);
     let holder = away.host("holder");
     stock::ready(&holder);
-    let paths: Vec<String> =
-        (0..LOOKUPS).map(|i| stock::add(&holder, &format!("path{i}"), &format!("echo {i} > $n"))).collect();
+    let paths: Vec<String> = (0..LOOKUPS)
+        .map(|i| stock::add(&holder, &format!("path{i}"), &format!("echo {i} > $n")))
+        .collect();
     let _holding = node(&holder, &tracker);
     let asker = wan.lan([10, 2, 0]).host("asker");
     stock::ready(&asker);
@@ -90,7 +96,11 @@ fn lookups(rounds: usize, table: &mut Table) {
     for (what, status, goal) in [("hit", 200, "≤ 3"), ("miss", 404, "≤ 2")] {
         let (mut medians, mut worst) = (Series::default(), Series::default());
         for _ in 0..rounds {
-            let routes = if status == 200 { present.clone() } else { scene::narinfos("", &scene::absent(LOOKUPS)) };
+            let routes = if status == 200 {
+                present.clone()
+            } else {
+                scene::narinfos("", &scene::absent(LOOKUPS))
+            };
             // Connections that were kept from the round before would save a round trip.
             std::thread::sleep(Duration::from_secs(31));
             let took = scene::latencies(&asker, local, &routes, status);
@@ -98,8 +108,16 @@ fn lookups(rounds: usize, table: &mut Table) {
             medians.push(trips(took.median()));
             worst.push(trips(took.percentile(100)));
         }
-        table.alone(&format!("1. {what} among 500 WAN peers, median, in round trips of 50 ms"), &medians, goal);
-        table.alone(&format!("1. {what} among 500 WAN peers, the longest of {LOOKUPS}"), &worst, "");
+        table.alone(
+            &format!("1. {what} among 500 WAN peers, median, in round trips of 50 ms"),
+            &medians,
+            goal,
+        );
+        table.alone(
+            &format!("1. {what} among 500 WAN peers, the longest of {LOOKUPS}"),
+            &worst,
+            "",
+        );
     }
     drop(crowd);
 }
@@ -122,16 +140,22 @@ impl Crowd {
     fn start(wan: &Wan, tracker: &Tracker) -> Crowd {
         let host = wan.lan([10, 4, 0]).host("crowd");
         wan.all_at("10.9.0.0/16", &host);
-        let addresses: Vec<Ipv4Addr> = (1..=CROWD).map(|i| Ipv4Addr::from_bits(0x0a09_0000 + i)).collect();
+        let addresses: Vec<Ipv4Addr> =
+            (1..=CROWD).map(|i| Ipv4Addr::from_bits(0x0a09_0000 + i)).collect();
         let http = Server::start(host.listen(PORT), |_| Reply::Whole(404, b"not found\n".to_vec()));
         let sockets: Vec<UdpSocket> = host.in_net(|| {
-            let bind = |address: &Ipv4Addr| UdpSocket::bind((*address, PORT)).expect("an address of the host");
+            let bind = |address: &Ipv4Addr| {
+                UdpSocket::bind((*address, PORT)).expect("an address of the host")
+            };
             addresses.iter().map(bind).collect()
         });
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = stop.clone();
         let udp = std::thread::spawn(move || say_no(&sockets, &stopped));
-        addresses.iter().enumerate().for_each(|(number, address)| register(&host, tracker, number as u32, *address));
+        addresses
+            .iter()
+            .enumerate()
+            .for_each(|(number, address)| register(&host, tracker, number as u32, *address));
         Crowd { _http: http, stop, udp: Some(udp), _host: host }
     }
 }
@@ -149,7 +173,8 @@ impl Drop for Crowd {
 fn say_no(sockets: &[UdpSocket], stopped: &AtomicBool) {
     let tick = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
     while !stopped.load(Ordering::Relaxed) {
-        let mut fds: Vec<PollFd<'_>> = sockets.iter().map(|socket| PollFd::new(socket, PollFlags::IN)).collect();
+        let mut fds: Vec<PollFd<'_>> =
+            sockets.iter().map(|socket| PollFd::new(socket, PollFlags::IN)).collect();
         if !poll(&mut fds, Some(&tick)).is_ok_and(|ready| ready > 0) {
             continue;
         }
@@ -169,7 +194,8 @@ fn say_no(sockets: &[UdpSocket], stopped: &AtomicBool) {
 fn register(host: &Host, tracker: &Tracker, number: u32, address: Ipv4Addr) {
     let to = SocketAddr::from((tracker.host.address, tracker::PORT));
     let stream = host.in_net(|| {
-        let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).expect("a socket");
+        let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None)
+            .expect("a socket");
         socket.bind(&SocketAddr::from((address, 0)).into()).expect("an address of the host");
         socket.connect(&to.into()).expect("the tracker is there");
         socket
@@ -179,24 +205,33 @@ fn register(host: &Host, tracker: &Tracker, number: u32, address: Ipv4Addr) {
     let mut seed = [1; Identity::SEED_LEN];
     seed[..4].copy_from_slice(&number.to_be_bytes());
     let identity = Identity::from_seed(&seed);
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).expect("a clock that is set").as_millis() as u64;
-    let statement = Statement::Announce { peer_id: &peer_id, port: PORT, addr: "" };
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).expect("a clock that is set").as_millis()
+        as u64;
+    let statement = SignedText::Announce { peer_id: &peer_id, port: PORT, addr: "" };
     let proof = identity.sign(&statement, now);
-    let announce = Announce { peer_id: Some(peer_id.clone()), port: Some(PORT), addr: None, instance: None, proof };
+    let announce = Announce {
+        peer_id: Some(peer_id.clone()),
+        port: Some(PORT),
+        addr: None,
+        instance: None,
+        proof,
+    };
     let body = serde_json::to_vec(&announce).expect("JSON");
     let json = "Content-Type: application/json\r\n";
     assert_eq!(connection.tell("POST", "/announce", json, &body).expect("an answer").status, 200);
-    let mut filter = Filter::for_paths(PATHS.into());
+    let mut filter = BloomFilter::for_paths(PATHS.into());
     for path in 0..PATHS {
         let mut name = [0; 8];
         name[..4].copy_from_slice(&number.to_be_bytes());
         name[4..].copy_from_slice(&path.to_be_bytes());
         let digest = ring::digest::digest(&ring::digest::SHA256, &name);
-        let hash_part = HashPart::parse(nix32::encode(&digest.as_ref()[..20]).as_bytes()).expect("Nix32");
+        let hash_part =
+            HashPart::parse(nix32::encode(&digest.as_ref()[..20]).as_bytes()).expect("Nix32");
         filter.insert(&hash_part);
     }
     let digest = ring::digest::digest(&ring::digest::SHA256, filter.as_bytes());
-    let proof = identity.sign(&Statement::Filter { peer_id: &peer_id, digest: digest.as_ref() }, now + 1);
+    let proof =
+        identity.sign(&SignedText::Filter { peer_id: &peer_id, digest: digest.as_ref() }, now + 1);
     let fields = format!(
         "{KEY_HEADER}: {}\r\n{TIMESTAMP_HEADER}: {}\r\n{SIGNATURE_HEADER}: {}\r\n",
         proof.public_key.expect("signed"),
@@ -215,11 +250,16 @@ fn compressed(rounds: usize, table: &mut Table) {
     stock::ready(&holder);
     // Text of numbers, as `seq` prints it, shrinks more than most; programs shrink to 40 %.
     let path = stock::add_large(&holder, "text", MEBIBYTES);
-    let programs = stock::add(&holder, "programs", &format!("cat /usr/bin/* 2>/dev/null | head -c {MEBIBYTES}M > $n"));
+    let programs = stock::add(
+        &holder,
+        "programs",
+        &format!("cat /usr/bin/* 2>/dev/null | head -c {MEBIBYTES}M > $n"),
+    );
     let _holding = node(&holder, &tracker);
     let asker = wan.lan([10, 2, 0]).host("asker");
     stock::ready(&asker);
-    // Before any connection is made: one that has known a shorter way takes seconds to believe in the long one.
+    // Before any connection is made: one that has known a shorter way takes seconds to believe in
+    // the long one.
     asker.slow(MEGABITS);
     let _delay = asker.delay(LINK_ROUND_TRIP);
     let _asking = node(&asker, &tracker);
@@ -241,8 +281,15 @@ fn compressed(rounds: usize, table: &mut Table) {
             drop_body(&asker, (holder.address, PORT), &plain);
             theirs.push(began.elapsed().as_secs_f64());
         }
-        let megabytes = format!("2. NAR of {MEBIBYTES} MiB of {what} over {MEGABITS} Mbit/s, 40 ms, seconds");
-        table.beside(&megabytes, &ours, "the same uncompressed, as the original sends it", &theirs, goal);
+        let megabytes =
+            format!("2. NAR of {MEBIBYTES} MiB of {what} over {MEGABITS} Mbit/s, 40 ms, seconds");
+        table.beside(
+            &megabytes,
+            &ours,
+            "the same uncompressed, as the original sends it",
+            &theirs,
+            goal,
+        );
     }
 }
 

@@ -1,5 +1,5 @@
-//! What the demonstrations have in common: they tell how far they are, have Nix build things, watch where the bytes come
-//! from, and put it all into a table.
+//! What the demonstrations have in common: they tell how far they are, have Nix build things, watch
+//! where the bytes come from, and put it all into a table.
 
 use crate::common::{Host, PORT, http, nix, world};
 use std::collections::BTreeMap;
@@ -43,7 +43,10 @@ impl Steps {
 /// Nix with a key to sign with; returns the public one.
 pub fn make_ready(host: &Host) -> String {
     nix::configure(host, "secret-key-files = /etc/peerix.sec\n");
-    host.sh(&format!("nix-store --generate-binary-cache-key {}-1 /etc/peerix.sec /etc/peerix.pub", host.name));
+    host.sh(&format!(
+        "nix-store --generate-binary-cache-key {}-1 /etc/peerix.sec /etc/peerix.pub",
+        host.name
+    ));
     host.write("/tmp/demo.nix", include_str!("../demo.nix"));
     std::fs::read_to_string(host.path("/etc/peerix.pub")).expect("Nix wrote it").trim().to_owned()
 }
@@ -58,7 +61,8 @@ pub fn build(host: &Host, name: &str) -> String {
 
 /// The time in milliseconds that a miss takes at the own peerix.
 pub fn median_miss(host: &Host) -> f64 {
-    let mut connection = http::Connection::new(host.connect_local().expect("peerix answers")).expect("a connection");
+    let mut connection =
+        http::Connection::new(host.connect_local().expect("peerix answers")).expect("a connection");
     let mut times: Vec<Duration> = (0..25)
         .map(|i| {
             let began = Instant::now();
@@ -80,8 +84,8 @@ pub struct Maker<'a> {
     pub address: Ipv4Addr,
 }
 
-/// Tells how much came from whom, until one of `makers` has sent so many MiB (and is returned) or Nix is done.
-/// `of` says of what it is so many.
+/// Tells how much came from whom, until one of `makers` has sent so many MiB (and is returned) or
+/// Nix is done. `of` says of what it is so many.
 pub fn watch(
     child: &mut Child,
     steps: &Steps,
@@ -95,13 +99,19 @@ pub fn watch(
         if child.try_wait().expect("it is ours").is_some() {
             return None;
         }
-        let sent: Vec<u64> =
-            makers.iter().zip(before).map(|(maker, before)| (maker.host.sent() - before) / MIB).collect();
+        let sent: Vec<u64> = makers
+            .iter()
+            .zip(before)
+            .map(|(maker, before)| (maker.host.sent() - before) / MIB)
+            .collect();
         let reached = sent.iter().position(|mib| *mib >= until);
         if reached.is_some() || told.elapsed() >= Duration::from_millis(500) {
             told = Instant::now();
-            let from: Vec<String> =
-                makers.iter().zip(&sent).map(|(maker, mib)| format!("{mib} from {}", maker.host.name)).collect();
+            let from: Vec<String> = makers
+                .iter()
+                .zip(&sent)
+                .map(|(maker, mib)| format!("{mib} from {}", maker.host.name))
+                .collect();
             steps.say(format_args!("{} {of}: {}", sent.iter().sum::<u64>(), from.join(", ")));
         }
         if reached.is_some() {
@@ -116,7 +126,8 @@ pub fn table(log: &str, makers: &[Maker<'_>; 2], paths: &[String], belongs: &[(&
     // `debug: <hash part>: NAR of <size> bytes from peer <address> and <address>`
     let mut nars: BTreeMap<&str, (u64, String)> = BTreeMap::new();
     for line in log.lines() {
-        if let Some((hash_part, rest)) = line.strip_prefix("debug: ").and_then(|line| line.split_once(": NAR of "))
+        if let Some((hash_part, rest)) =
+            line.strip_prefix("debug: ").and_then(|line| line.split_once(": NAR of "))
             && let Some((size, peers)) = rest.split_once(" bytes from peer ")
         {
             let names = makers.iter().fold(peers.to_owned(), |peers, maker| {
@@ -127,7 +138,8 @@ pub fn table(log: &str, makers: &[Maker<'_>; 2], paths: &[String], belongs: &[(&
     }
     let mut rows: BTreeMap<&str, (usize, u64, &str)> = BTreeMap::new();
     for path in paths {
-        let (size, from) = nars.get(world::hash_part(path)).unwrap_or_else(|| panic!("{path} came from nowhere"));
+        let (size, from) =
+            nars.get(world::hash_part(path)).unwrap_or_else(|| panic!("{path} came from nowhere"));
         let row = rows.entry(from).or_insert((0, 0, world::base_name(path)));
         (row.0, row.1) = (row.0 + 1, row.1 + size);
     }
@@ -135,8 +147,10 @@ pub fn table(log: &str, makers: &[Maker<'_>; 2], paths: &[String], belongs: &[(&
     for (from, (count, bytes, example)) in &rows {
         println!("    {from:<10}{count:>6}{bytes:>14}   {example}");
     }
-    let sent: Vec<String> =
-        makers.iter().map(|maker| format!("{} by {}", maker.host.sent() / MIB, maker.host.name)).collect();
+    let sent: Vec<String> = makers
+        .iter()
+        .map(|maker| format!("{} by {}", maker.host.sent() / MIB, maker.host.name))
+        .collect();
     println!("    MiB sent, as the network cards counted: {}", sent.join(", "));
     for (path, host) in belongs {
         assert_eq!(nars[world::hash_part(path)].1, host.name, "{path} came from elsewhere");

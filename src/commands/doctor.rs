@@ -1,15 +1,15 @@
 //! `peerix doctor`: what breaks in practice, looked for, each with what mends it.
 //!
-//! Nothing is bad here that may be as its user wants it: a network without peers is a note, a peer that is heard and
-//! cannot be fetched from is not.
+//! Nothing is bad here that may be as its user wants it: a network without peers is a note, a peer
+//! that is heard and cannot be fetched from is not.
 
 use super::listener;
-use super::nix::{self, Settings};
+use super::nix::{self, NixSettings};
 use super::peers::NO_PATH;
-use super::probe::{self, Http, Named};
-use super::report::Report;
+use super::probe::{self, HttpProbe, NamedAddresses};
+use super::report::Findings;
 use super::shell::quote;
-use super::{Node, get, get_within, list, liveness, long, moment, peer_at, text};
+use super::{RunningDaemon, get, get_within, list, liveness, long, moment, peer_at, text};
 use crate::cli::{self, Command};
 use crate::config::{Config, DEFAULT_PORT};
 use crate::degraded::Degraded;
@@ -62,7 +62,7 @@ const REACH_TIMEOUT: Duration = Duration::from_secs(5);
 const SAMPLES: usize = 4;
 
 pub fn run(asked: &Config, json: bool) -> u8 {
-    let report = &mut Report::default();
+    let report = &mut Findings::default();
     let node = daemon(report, asked);
     let config = node.as_ref().map_or(asked, |node| &node.config);
     if node.is_none() {
@@ -92,15 +92,19 @@ pub fn run(asked: &Config, json: bool) -> u8 {
     report.print(json, report.is_well())
 }
 
-fn daemon(report: &mut Report, asked: &Config) -> Option<Node> {
-    let node = match Node::find(asked) {
+fn daemon(report: &mut Findings, asked: &Config) -> Option<RunningDaemon> {
+    let node = match RunningDaemon::find(asked) {
         Ok(node) => node,
         Err(e) => {
             let whose = format!("whose the port is: ss -ltnp 'sport = :{}'", asked.port);
             let elsewhere = running_on().filter(|port| *port != asked.port);
             let remedy = match (listener::stranger(asked.port), elsewhere) {
-                (Some(uid), _) => format!("if peerix runs as that user: sudo -u '#{uid}' peerix doctor\n{whose}"),
-                (None, Some(port)) => format!("one runs on port {port}: peerix doctor --port {port}"),
+                (Some(uid), _) => {
+                    format!("if peerix runs as that user: sudo -u '#{uid}' peerix doctor\n{whose}")
+                }
+                (None, Some(port)) => {
+                    format!("one runs on port {port}: peerix doctor --port {port}")
+                }
                 (None, None) => format!(
                     "systemctl start peerix.socket peerix.service\n\
                      if it does not stay: journalctl -u peerix -n 20\n{whose}\n\
@@ -114,13 +118,22 @@ fn daemon(report: &mut Report, asked: &Config) -> Option<Node> {
     let told = &node.status["node"];
     let (version, mode) = (text(&told["version"]), text(&told["mode"]));
     let up = long(told["uptime_seconds"].as_f64().unwrap_or_default());
-    report.ok("daemon", format!("peerix {version} runs on port {}, mode {mode}, for {up}", node.config.port));
+    report.ok(
+        "daemon",
+        format!("peerix {version} runs on port {}, mode {mode}, for {up}", node.config.port),
+    );
     // Trackers are looked at below.
-    for problem in list(&node.status["health"]["problems"]).iter().filter(|problem| problem["code"] != "trackers") {
+    for problem in list(&node.status["health"]["problems"])
+        .iter()
+        .filter(|problem| problem["code"] != "trackers")
+    {
         let (is_store, said) = (problem["code"] == "store", text(&problem["text"]).to_owned());
         // A file that is included may be kept from the daemon for its secrets.
         if problem["code"] == "nix-conf" && said.contains("Permission denied") {
-            report.note("nix-conf", format!("{said}; keys in files that all may read, or in flags, count in any case"));
+            report.note(
+                "nix-conf",
+                format!("{said}; keys in files that all may read, or in flags, count in any case"),
+            );
             continue;
         }
         if let Some((what, remedy)) = configuration_remedy(text(&problem["code"]), &node.config) {
@@ -144,11 +157,15 @@ fn daemon(report: &mut Report, asked: &Config) -> Option<Node> {
     Some(node)
 }
 
-/// What mends a fault of the configuration under which the daemon runs: what it is about, and the remedy.
+/// What mends a fault of the configuration under which the daemon runs: what it is about, and the
+/// remedy.
 fn configuration_remedy(code: &str, config: &Config) -> Option<(&'static str, String)> {
     const RESTART: &str = "then: systemctl restart peerix";
     Some(match code {
-        "flags" => ("flags", format!("the flags: systemctl cat peerix\nothers: systemctl edit peerix\n{RESTART}")),
+        "flags" => (
+            "flags",
+            format!("the flags: systemctl cat peerix\nothers: systemctl edit peerix\n{RESTART}"),
+        ),
         "private-key" => {
             let file = config.private_key.as_deref().unwrap_or(Path::new("FILE"));
             let word = quote(&file.display().to_string());
@@ -164,14 +181,23 @@ fn configuration_remedy(code: &str, config: &Config) -> Option<(&'static str, St
             };
             ("private-key", remedy)
         }
-        "public-key" => ("public-key", "a file with NAME:KEY in it, that the daemon's user can read".into()),
-        "nix-conf" => {
-            ("nix-conf", "mend the line that is named, or what includes the file; Nix stumbles over it, too".into())
+        "public-key" => {
+            ("public-key", "a file with NAME:KEY in it, that the daemon's user can read".into())
         }
-        "identity" => ("identity", "put it back from a backup, or remove it to be a new peer to the trackers".into()),
-        "metrics" => {
-            ("metrics", "an address of this machine, and a port that is free: ss -ltnp; ip -brief address".into())
-        }
+        "nix-conf" => (
+            "nix-conf",
+            "mend the line that is named, or what includes the file; Nix stumbles over it, too"
+                .into(),
+        ),
+        "identity" => (
+            "identity",
+            "put it back from a backup, or remove it to be a new peer to the trackers".into(),
+        ),
+        "metrics" => (
+            "metrics",
+            "an address of this machine, and a port that is free: ss -ltnp; ip -brief address"
+                .into(),
+        ),
         _ => return None,
     })
 }
@@ -189,7 +215,7 @@ fn running_on() -> Option<u16> {
     })
 }
 
-fn database(report: &mut Report, config: &Config) {
+fn database(report: &mut Findings, config: &Config) {
     let (db, uid) = (config.db.display(), uid());
     match Store::open(place(config)) {
         Err(e) => report.fail("database", e.to_string(), store_remedy(&e, &config.db)),
@@ -206,7 +232,11 @@ fn database(report: &mut Report, config: &Config) {
 }
 
 fn place(config: &Config) -> StoreConfig {
-    StoreConfig { store_dir: config.store_dir.clone(), db: config.db.clone(), root: config.root.clone() }
+    StoreConfig {
+        store_dir: config.store_dir.clone(),
+        db: config.db.clone(),
+        root: config.root.clone(),
+    }
 }
 
 fn store_remedy(e: &StoreError, db: &Path) -> String {
@@ -216,7 +246,9 @@ fn store_remedy(e: &StoreError, db: &Path) -> String {
         StoreError::Asleep { .. } => "systemctl enable --now nix-daemon.socket".into(),
         StoreError::Missing { .. } => "install Nix, or name the place by --db FILE".into(),
         // To verify the store would remove these paths from the database.
-        StoreError::NoFiles { .. } => "mount the store, or name the one that the database is of by --root DIR".into(),
+        StoreError::NoFiles { .. } => {
+            "mount the store, or name the one that the database is of by --root DIR".into()
+        }
         StoreError::Busy { .. } => format!("whose lock it is: fuser -v {file}"),
         StoreError::Database { .. } => {
             format!(
@@ -233,8 +265,11 @@ fn uid() -> u32 {
 
 /// Whether every user may read a file.
 fn is_readable(file: &Path) -> bool {
-    let may = |path: &Path, bit| fs::metadata(path).is_ok_and(|meta| meta.permissions().mode() & bit != 0);
-    may(file, 0o004) && file.ancestors().skip(1).all(|dir| dir.as_os_str().is_empty() || may(dir, 0o001))
+    let may = |path: &Path, bit| {
+        fs::metadata(path).is_ok_and(|meta| meta.permissions().mode() & bit != 0)
+    };
+    may(file, 0o004)
+        && file.ancestors().skip(1).all(|dir| dir.as_os_str().is_empty() || may(dir, 0o001))
 }
 
 fn readable(db: &Path) -> String {
@@ -242,7 +277,7 @@ fn readable(db: &Path) -> String {
 }
 
 /// Files that nobody else may read.
-fn secrets(report: &mut Report, config: &Config) {
+fn secrets(report: &mut Findings, config: &Config) {
     let identity = config.state_dir.as_ref().map(|dir| dir.join("identity"));
     for file in config.private_key.iter().chain(identity.iter()) {
         let name = file.display();
@@ -251,7 +286,9 @@ fn secrets(report: &mut Report, config: &Config) {
             // Group rights are how systemd lets a service read its credentials.
             Ok(meta) if meta.permissions().mode() & 0o007 != 0 => {
                 let remedy = match file.starts_with("/nix/store") {
-                    true => format!("install -m 600 {word} /etc/nix/peerix.sec, name that file, and make another key"),
+                    true => format!(
+                        "install -m 600 {word} /etc/nix/peerix.sec, name that file, and make another key"
+                    ),
                     false => format!("chmod 600 {word}"),
                 };
                 report.fail(
@@ -262,14 +299,16 @@ fn secrets(report: &mut Report, config: &Config) {
             }
             Ok(_) => report.ok("secret", format!("{name} cannot be read by others")),
             // A key that is made when it is needed.
-            Err(e) if e.kind() == ErrorKind::NotFound && config.private_key.as_ref() != Some(file) => {}
+            Err(e)
+                if e.kind() == ErrorKind::NotFound && config.private_key.as_ref() != Some(file) => {
+            }
             Err(e) => report.note("secret", format!("{name}: cannot be looked at: {e}")),
         }
     }
 }
 
-fn nix_conf(report: &mut Report, config: &Config) -> Option<Settings> {
-    let settings = match Settings::read() {
+fn nix_conf(report: &mut Findings, config: &Config) -> Option<NixSettings> {
+    let settings = match NixSettings::read() {
         Ok(settings) => settings,
         Err(e) => {
             report.note("nix", format!("Nix does not tell its settings: {e}"));
@@ -285,13 +324,22 @@ fn nix_conf(report: &mut Report, config: &Config) -> Option<Settings> {
         report.fail("nix-daemon", text, "systemctl restart nix-daemon".into());
     }
     for fault in settings.key_faults() {
-        let conf =
-            if Path::new("/etc/NIXOS").exists() { "nix.settings.trusted-public-keys" } else { "/etc/nix/nix.conf" };
-        report.fail("keys", fault, format!("take it out of {conf}, or of a file that is included there"));
+        let conf = if Path::new("/etc/NIXOS").exists() {
+            "nix.settings.trusted-public-keys"
+        } else {
+            "/etc/nix/nix.conf"
+        };
+        report.fail(
+            "keys",
+            fault,
+            format!("take it out of {conf}, or of a file that is included there"),
+        );
     }
     let known = settings.words("trusted-public-keys");
     let flag_keys = TrustedKeys::read(config, config.port, &Degraded::default()).flag_keys();
-    for key in flag_keys.iter().map(ToString::to_string).filter(|key| !known.contains(&key.as_str())) {
+    for key in
+        flag_keys.iter().map(ToString::to_string).filter(|key| !known.contains(&key.as_str()))
+    {
         let conf = quote(&format!("extra-trusted-public-keys = {key}"));
         let conf = format!("echo {conf} >> /etc/nix/nix.conf");
         report.fail("keys", format!("peerix accepts what {key} signed, and Nix does not"), conf);
@@ -300,20 +348,28 @@ fn nix_conf(report: &mut Report, config: &Config) -> Option<Settings> {
 }
 
 /// Whether Nix asks peerix, as far as its settings and its environment tell.
-fn substituter(report: &mut Report, settings: &Settings, port: u16) {
+fn substituter(report: &mut Findings, settings: &NixSettings, port: u16) {
     let whose = if settings.daemon.is_some() { "nix-daemon" } else { "Nix" };
-    let local = |url: &&&str| url.starts_with("http://127.0.0.1:") || url.starts_with("http://localhost:");
+    let local =
+        |url: &&&str| url.starts_with("http://127.0.0.1:") || url.starts_with("http://localhost:");
     match settings.peerix(port).first() {
         _ if settings.get("substitute") == "false" => {
-            // By nix.conf, or because Nix sees no address but loopback and link-local ones, which it takes for no network.
-            let text = "substitute is off, by nix.conf or because Nix finds no network: Nix asks nobody";
+            // By nix.conf, or because Nix sees no address but loopback and link-local ones, which
+            // it takes for no network.
+            let text =
+                "substitute is off, by nix.conf or because Nix finds no network: Nix asks nobody";
             let remedy = nix::set("substitute = true", "substitute = true;");
-            let remedy = format!("{remedy}\nif nix.conf does not say so: nix --option substitute true ...");
+            let remedy =
+                format!("{remedy}\nif nix.conf does not say so: nix --option substitute true ...");
             report.fail("substituter", text.into(), remedy);
         }
         Some(url) => match settings.proxy(url) {
             Some((variable, proxy)) => {
-                report.fail("proxy", nix::asks_by_proxy(&variable, &proxy, url), nix::no_proxy(settings));
+                report.fail(
+                    "proxy",
+                    nix::asks_by_proxy(&variable, &proxy, url),
+                    nix::no_proxy(settings),
+                );
             }
             None => report.ok("substituter", format!("{whose} is to ask {url}")),
         },
@@ -323,68 +379,101 @@ fn substituter(report: &mut Report, settings: &Settings, port: u16) {
         }
         None => {
             let substituters = settings.words("substituters");
-            let other = substituters.iter().find(local).map(|url| format!("; {url} is not this one"));
+            let other =
+                substituters.iter().find(local).map(|url| format!("; {url} is not this one"));
             let other = other.unwrap_or_default();
-            report.fail("substituter", format!("peerix is none of Nix's substituters{other}"), nix::substitute(port));
+            report.fail(
+                "substituter",
+                format!("peerix is none of Nix's substituters{other}"),
+                nix::substitute(port),
+            );
         }
     }
 }
 
 /// Whether Nix asks another cache first, so that what that one has never comes from a peer.
-fn order(report: &mut Report, config: &Config, settings: &Settings) {
+fn order(report: &mut Findings, config: &Config, settings: &NixSettings) {
     let own = settings.peerix(config.port);
     let ranks = nix::order(settings);
     let Some(at) = ranks.iter().position(|rank| own.contains(&rank.url.as_str())) else { return };
     let Some(priority) = ranks[at].priority else { return };
-    let before: Vec<&nix::Rank> =
+    let before: Vec<&nix::SubstituterRank> =
         ranks[..at].iter().filter(|rank| rank.priority.is_some_and(|p| p < priority)).collect();
     let Some(lowest) = before.iter().filter_map(|rank| rank.priority).min() else { return };
-    let names: Vec<String> = before.iter().map(|rank| format!("{} ({})", rank.url, rank.says)).collect();
-    let text =
-        format!("Nix asks {} before peerix ({priority}): what is there never comes from a peer", names.join(", "));
+    let names: Vec<String> =
+        before.iter().map(|rank| format!("{} ({})", rank.url, rank.says)).collect();
+    let text = format!(
+        "Nix asks {} before peerix ({priority}): what is there never comes from a peer",
+        names.join(", ")
+    );
     // By a number of its own its user has chosen the place.
-    let is_chosen = config.priority != Config::default().priority || ranks[at].url.contains("priority=");
+    let is_chosen =
+        config.priority != Config::default().priority || ranks[at].url.contains("priority=");
     match (is_chosen, lowest.checked_sub(1)) {
         (false, Some(lower)) => report.fail("priority", text, format!("peerix --priority {lower}")),
-        (false, None) => {
-            report.fail("priority", text, "a priority for the other in nix.conf: its URL and ?priority=50".into())
-        }
+        (false, None) => report.fail(
+            "priority",
+            text,
+            "a priority for the other in nix.conf: its URL and ?priority=50".into(),
+        ),
         (true, _) => report.note("priority", text),
     }
 }
 
-/// Has Nix ask for a path that is nowhere, and reports whether this peerix was asked. Blocks until Nix has asked all
-/// substituters.
-fn proof(report: &mut Report, node: &Node, settings: &Settings) {
+/// Has Nix ask for a path that is nowhere, and reports whether this peerix was asked. Blocks until
+/// Nix has asked all substituters.
+fn proof(report: &mut Findings, node: &RunningDaemon, settings: &NixSettings) {
     let whose = if settings.daemon.is_some() { "nix-daemon" } else { "Nix" };
     let state = node.config.db.parent().unwrap_or(Path::new("/"));
     if settings.daemon.is_none() && access(state, Access::WRITE_OK).is_err() {
-        return report
-            .note("asked", "whether Nix asks this peerix, a user finds out who may write to the store".into());
+        return report.note(
+            "asked",
+            "whether Nix asks this peerix, a user finds out who may write to the store".into(),
+        );
     }
     // Another one each time, as Nix remembers it.
-    let nowhere =
-        format!("{}{:016}", nix::NOWHERE, RandomState::new().build_hasher().finish() % 10_000_000_000_000_000);
-    nix::have_asked_for(&format!("{}/{nowhere}-peerix-doctor", node.config.store_dir.as_str()), settings);
-    let Ok(after) = Node::find(&node.config) else { return };
-    match list(&after.status["lookups"]).iter().any(|lookup| lookup["hash_part"] == nowhere.as_str()) {
-        true => report.ok("asked", format!("{whose} asked this peerix for a path that is nowhere, and goes on")),
+    let nowhere = format!(
+        "{}{:016}",
+        nix::NOWHERE,
+        RandomState::new().build_hasher().finish() % 10_000_000_000_000_000
+    );
+    nix::have_asked_for(
+        &format!("{}/{nowhere}-peerix-doctor", node.config.store_dir.as_str()),
+        settings,
+    );
+    let Ok(after) = RunningDaemon::find(&node.config) else { return };
+    match list(&after.status["lookups"])
+        .iter()
+        .any(|lookup| lookup["hash_part"] == nowhere.as_str())
+    {
+        true => report.ok(
+            "asked",
+            format!("{whose} asked this peerix for a path that is nowhere, and goes on"),
+        ),
         false => report.fail(
             "asked",
-            format!("{whose} was made to ask for a path that is nowhere, and has not asked this peerix"),
+            format!(
+                "{whose} was made to ask for a path that is nowhere, and has not asked this peerix"
+            ),
             "systemctl restart nix-daemon\nwhat it says: journalctl -u nix-daemon -n 20".into(),
         ),
     }
 }
 
-/// How a port is opened here, by the firewall that is there. Blocks while programs are asked which that is.
+/// How a port is opened here, by the firewall that is there. Blocks while programs are asked which
+/// that is.
 fn open_port(protocol: &str, port: u16) -> String {
     let says = |program: &str, words: &[&str]| nix::run(program, words, &[]).unwrap_or_default();
     if Path::new("/etc/NIXOS").exists() {
-        return format!("networking.firewall.allowed{}Ports = [ {port} ];", protocol.to_uppercase());
+        return format!(
+            "networking.firewall.allowed{}Ports = [ {port} ];",
+            protocol.to_uppercase()
+        );
     }
     if says("firewall-cmd", &["--state"]).trim() == "running" {
-        return format!("firewall-cmd --permanent --add-port={port}/{protocol} && firewall-cmd --reload");
+        return format!(
+            "firewall-cmd --permanent --add-port={port}/{protocol} && firewall-cmd --reload"
+        );
     }
     if fs::read_to_string("/etc/ufw/ufw.conf").is_ok_and(|conf| conf.contains("ENABLED=yes")) {
         return format!("ufw allow {port}/{protocol}");
@@ -395,12 +484,13 @@ fn open_port(protocol: &str, port: u16) -> String {
     format!("iptables -I INPUT -p {protocol} --dport {port} -j ACCEPT")
 }
 
-/// Family, table and name of a chain that filters what comes in, by what `nft list chains` prints. Those that iptables
-/// made are left to iptables.
+/// Family, table and name of a chain that filters what comes in, by what `nft list chains` prints.
+/// Those that iptables made are left to iptables.
 fn nft_input_chain(listed: &str) -> Option<String> {
     let (mut table, mut chain) = ("", "");
     for line in listed.lines().map(str::trim) {
-        let name = |word: &str| line.strip_prefix(word).map(|rest| rest.trim_end_matches('{').trim());
+        let name =
+            |word: &str| line.strip_prefix(word).map(|rest| rest.trim_end_matches('{').trim());
         if let Some(named) = name("table ") {
             table = named;
         } else if let Some(named) = name("chain ") {
@@ -420,12 +510,12 @@ fn open_port_there(ip: IpAddr, protocol: &str, port: u16) -> String {
     )
 }
 
-fn network(report: &mut Report, node: &Node) {
+fn network(report: &mut Findings, node: &RunningDaemon) {
     let port = node.config.port;
     let networks = Networks::read(node.config.networks.clone()).current();
     let hears = |ip| probe::hears(&node.config, &networks, ip);
     let nothing = HashPart::parse(&NO_PATH).expect("zeros are Nix32");
-    let named = Named::resolve(&node.config);
+    let named = NamedAddresses::resolve(&node.config);
     for (host, e) in &named.unresolved {
         report_unresolved(report, host, e);
     }
@@ -439,7 +529,7 @@ fn network(report: &mut Report, node: &Node) {
     heard.retain(|heard| hears(heard.from.ip()));
     let answering: Vec<SocketAddr> = heard.iter().map(|heard| heard.from).collect();
     // The daemon may have met peers while this command asked them, or may be about to.
-    let fresh = wait_until_met(|| Node::find(&node.config).ok(), &answering);
+    let fresh = wait_until_met(|| RunningDaemon::find(&node.config).ok(), &answering);
     let node = fresh.as_ref().unwrap_or(node);
     let now = moment(&node.status);
     let last = |address: &SocketAddr| last_heard(&node.status, *address).map(|at| now - at);
@@ -448,7 +538,9 @@ fn network(report: &mut Report, node: &Node) {
     let unmet = unmet(&node.status, &answering);
     report_unmet(report, &node.status, &unmet, port);
     let mut all = probe::known_or_named(&node.status, &named);
-    all.extend(heard.iter().map(|heard| heard.from).filter(|from| !all.contains(from)).collect::<Vec<_>>());
+    all.extend(
+        heard.iter().map(|heard| heard.from).filter(|from| !all.contains(from)).collect::<Vec<_>>(),
+    );
     let mut well = 0;
     for (address, http) in all.iter().zip(probe::http(&all)) {
         let answers = answering.contains(address);
@@ -456,20 +548,28 @@ fn network(report: &mut Report, node: &Node) {
         let there = format!("on {}: ", address.ip());
         let tcp = open_port_there(address.ip(), "tcp", address.port());
         match (http, last(address)) {
-            (Http::Refuses, _) => {
+            (HttpProbe::Refuses, _) => {
                 let to = networks.interfaces().iter().map(|i| i.address).find(IpAddr::is_ipv4);
                 let to = to.map_or("this machine".into(), |ip| ip.to_string());
                 report.fail(
                     "share",
-                    format!("{address} shares nothing with this machine: to it, this is no neighbour"),
+                    format!(
+                        "{address} shares nothing with this machine: to it, this is no neighbour"
+                    ),
                     format!("{there}peerix --peer {to}"),
                 );
             }
-            (Http::Silent(e), _) if answers => {
-                report.fail("tcp", format!("{address} answers by UDP, and TCP is blocked there: {e}"), tcp);
+            (HttpProbe::Silent(e), _) if answers => {
+                report.fail(
+                    "tcp",
+                    format!("{address} answers by UDP, and TCP is blocked there: {e}"),
+                    tcp,
+                );
             }
             // A machine that refuses is there, and its peerix is not.
-            (Http::Silent(e), Some(ago)) if ago < LATELY && e.kind() != ErrorKind::ConnectionRefused => {
+            (HttpProbe::Silent(e), Some(ago))
+                if ago < LATELY && e.kind() != ErrorKind::ConnectionRefused =>
+            {
                 let udp = open_port_there(address.ip(), "udp", address.port());
                 let text = format!(
                     "{address} was heard {ago:.0} s ago, and answers neither by UDP nor by TCP: it has just gone, or both are \
@@ -478,23 +578,26 @@ fn network(report: &mut Report, node: &Node) {
                 );
                 report.fail("udp", text, format!("{udp}\n{tcp}"));
             }
-            (Http::Silent(e), _) => match named_peer(address) {
+            (HttpProbe::Silent(e), _) => match named_peer(address) {
                 Some(state) => report_unreachable(report, *address, &state, &e),
-                None => report.note("peer", format!("{address} does not answer: {e}{}", between(&e))),
+                None => {
+                    report.note("peer", format!("{address} does not answer: {e}{}", between(&e)))
+                }
             },
             (_, Some(_)) if answers && silence.is_some() => {
                 report_silent(report, *address, silence.unwrap_or_default(), port);
             }
             // Python nodes answer only for paths that they have, so that silence says little.
-            (Http::Other, _) if silence.is_some() && named_peer(address).is_some() => {
+            (HttpProbe::Other, _) if silence.is_some() && named_peer(address).is_some() => {
                 let ago = long(silence.unwrap_or_default());
                 let text = format!("{address} is a Python peerix, and has been silent for {ago}");
                 report.note("peer", text);
             }
-            (Http::Shares(_), _) if !answers && all.len() <= CROWD => {
+            (HttpProbe::Shares(_), _) if !answers && all.len() <= CROWD => {
                 let udp = open_port_there(address.ip(), "udp", address.port());
-                let text =
-                    format!("{address} answers by TCP, and UDP is blocked there, or by an access point in between");
+                let text = format!(
+                    "{address} answers by TCP, and UDP is blocked there, or by an access point in between"
+                );
                 report.fail("udp", text, udp);
             }
             (_, None) if named_peer(address).is_none() || unmet.contains(address) => {}
@@ -503,16 +606,20 @@ fn network(report: &mut Report, node: &Node) {
     }
     let connected = networks.lan_addresses().iter();
     let connected = connected.filter(|i| i.running && hears(i.address));
-    let connected: Vec<String> = connected.map(|i| format!("{}/{}", i.address, i.prefix_len)).collect();
+    let connected: Vec<String> =
+        connected.map(|i| format!("{}/{}", i.address, i.prefix_len)).collect();
     match connected.join(", ") {
         none if none.is_empty() => report.note("network", networks.why_none()),
         networks if all.is_empty() => {
-            let text = format!("no other peerix answers on {networks}; those beyond need --peer HOST on both sides");
+            let text = format!(
+                "no other peerix answers on {networks}; those beyond need --peer HOST on both sides"
+            );
             report.note("network", text);
         }
-        networks if well > 0 => {
-            report.ok("network", format!("{well} of {} peers are heard and answer, on {networks}", all.len()))
-        }
+        networks if well > 0 => report.ok(
+            "network",
+            format!("{well} of {} peers are heard and answer, on {networks}", all.len()),
+        ),
         _ => {}
     }
     if port != DEFAULT_PORT {
@@ -523,14 +630,21 @@ fn network(report: &mut Report, node: &Node) {
                 "{} is on another port than this machine's {port}: they do not hear each other",
                 others.join(", ")
             );
-            report.fail("port", text, format!("peerix --port {DEFAULT_PORT} here, or --port {port} on all"));
+            report.fail(
+                "port",
+                text,
+                format!("peerix --port {DEFAULT_PORT} here, or --port {port} on all"),
+            );
         }
     }
 }
 
 /// Blocks until the daemon has heard all of `peers` or has run for [`MEETING_TIME`]. Returns the
 /// last status; `None` if the daemon does not answer.
-fn wait_until_met(find: impl Fn() -> Option<Node>, peers: &[SocketAddr]) -> Option<Node> {
+fn wait_until_met(
+    find: impl Fn() -> Option<RunningDaemon>,
+    peers: &[SocketAddr],
+) -> Option<RunningDaemon> {
     let mut node = find()?;
     for _ in 0..MAX_MEETING_POLLS {
         if unmet(&node.status, peers).is_empty() || !is_young(&node.status) {
@@ -566,7 +680,7 @@ fn silence(status: &Value, address: SocketAddr) -> Option<f64> {
 }
 
 /// What the daemon says of a node that `--peer` names; `None` for any other.
-fn named_peer(status: &Value, named: &Named, address: SocketAddr) -> Option<String> {
+fn named_peer(status: &Value, named: &NamedAddresses, address: SocketAddr) -> Option<String> {
     match peer_at(status, address) {
         Some(peer) if peer["found_by"] == "flag" => liveness(peer, moment(status)),
         None if named.addresses.contains(&address) => Some("not listed".into()),
@@ -576,7 +690,7 @@ fn named_peer(status: &Value, named: &Named, address: SocketAddr) -> Option<Stri
 
 /// Reports peers that answer this command and that the daemon has never heard. A daemon that has
 /// just started may still hear them.
-fn report_unmet(report: &mut Report, status: &Value, unmet: &[SocketAddr], port: u16) {
+fn report_unmet(report: &mut Findings, status: &Value, unmet: &[SocketAddr], port: u16) {
     let peers = unmet.iter().map(SocketAddr::to_string).collect::<Vec<_>>().join(", ");
     if peers.is_empty() {
         return;
@@ -590,16 +704,19 @@ fn report_unmet(report: &mut Report, status: &Value, unmet: &[SocketAddr], port:
 
 /// Reports a node that `--peer` names and that answers neither this command nor HTTP. `state` is
 /// what the daemon says of it.
-fn report_unreachable(report: &mut Report, address: SocketAddr, state: &str, e: &io::Error) {
+fn report_unreachable(report: &mut Findings, address: SocketAddr, state: &str, e: &io::Error) {
     let ip = address.ip();
     let gone = format!("if there is no such node any more: peerix without --peer {ip}");
     let start = format!("on {ip}: systemctl start peerix.socket peerix.service");
     // Who refuses lets packets in.
     let remedy = match e.kind() {
         ErrorKind::ConnectionRefused => format!("{start}\n{gone}"),
-        ErrorKind::NetworkUnreachable => format!("the way there: ip route get {ip}; ip -brief link\n{gone}"),
+        ErrorKind::NetworkUnreachable => {
+            format!("the way there: ip route get {ip}; ip -brief link\n{gone}")
+        }
         _ => {
-            let ports = ["udp", "tcp"].map(|protocol| open_port_there(ip, protocol, address.port()));
+            let ports =
+                ["udp", "tcp"].map(|protocol| open_port_there(ip, protocol, address.port()));
             format!("{start}\nif it runs there, {}\n{gone}", ports.join("\n"))
         }
     };
@@ -613,14 +730,16 @@ fn between(e: &io::Error) -> &'static str {
         ErrorKind::HostUnreachable => {
             " (no machine at that address answers ARP: it is switched off, or an access point keeps its clients apart)"
         }
-        ErrorKind::NetworkUnreachable => " (this machine has no route there: the link is down, or the network another)",
+        ErrorKind::NetworkUnreachable => {
+            " (this machine has no route there: the link is down, or the network another)"
+        }
         ErrorKind::ConnectionRefused => " (the machine is there, and its peerix does not run)",
         _ => "",
     }
 }
 
 /// Reports a host that `--peer` names and that has no address.
-fn report_unresolved(report: &mut Report, host: &str, e: &io::Error) {
+fn report_unresolved(report: &mut Findings, host: &str, e: &io::Error) {
     let find = format!("what the resolver finds: getent ahosts {}", quote(host));
     let remedy = format!("{find}\nif the name is wrong: peerix with the right --peer");
     report.fail("peer", format!("--peer {host} has no address: {e}"), remedy);
@@ -628,7 +747,7 @@ fn report_unresolved(report: &mut Report, host: &str, e: &io::Error) {
 
 /// Reports a peer that answers this command and has been silent to the daemon for `silence`
 /// seconds. The daemon probes it at least every 30 s.
-fn report_silent(report: &mut Report, address: SocketAddr, silence: f64, port: u16) {
+fn report_silent(report: &mut Findings, address: SocketAddr, silence: f64, port: u16) {
     let silent = format!("has been silent to the daemon for {}", long(silence));
     let text = format!("{address} answers this command, and {silent}");
     match silence > LATELY {
@@ -648,11 +767,14 @@ fn neighbours(networks: &LanNetworks, port: u16) -> Vec<SocketAddr> {
 }
 
 /// Whether Nix would take what peers offered lately.
-fn keys(report: &mut Report, node: &Node, settings: &Settings) {
+fn keys(report: &mut Findings, node: &RunningDaemon, settings: &NixSettings) {
     let lookups = list(&node.status["lookups"]).iter();
-    let offered = lookups.filter(|lookup| lookup["hit"] == true || lookup["miss"]["code"] == "untrusted");
-    let parts: Vec<HashPart> =
-        offered.filter_map(|l| HashPart::parse(text(&l["hash_part"]).as_bytes()).ok()).take(SAMPLES).collect();
+    let offered =
+        lookups.filter(|lookup| lookup["hit"] == true || lookup["miss"]["code"] == "untrusted");
+    let parts: Vec<HashPart> = offered
+        .filter_map(|l| HashPart::parse(text(&l["hash_part"]).as_bytes()).ok())
+        .take(SAMPLES)
+        .collect();
     let mut taken = 0;
     let mut told = Vec::new();
     for offers in probe::at_once(&parts, |part| probe::offers(node, part)) {
@@ -682,7 +804,7 @@ fn keys(report: &mut Report, node: &Node, settings: &Settings) {
 }
 
 /// Whether Nix believes that something is nowhere that is there.
-fn memory(report: &mut Report, node: &Node, settings: &Settings) {
+fn memory(report: &mut Findings, node: &RunningDaemon, settings: &NixSettings) {
     let urls = settings.peerix(node.config.port);
     let misses = urls.iter().flat_map(|url| nix::misses(settings, url, None));
     let misses: Vec<_> = misses.take(SAMPLES).collect();
@@ -693,7 +815,9 @@ fn memory(report: &mut Report, node: &Node, settings: &Settings) {
         if here.is_ok_and(|answer| answer.status == 200) {
             return None;
         }
-        let mut infos = probe::offers(node, &part).into_iter().filter_map(|offer| Some(offer.narinfo.ok()?.info));
+        let mut infos = probe::offers(node, &part)
+            .into_iter()
+            .filter_map(|offer| Some(offer.narinfo.ok()?.info));
         infos.find(|info| settings.trusts(info, &node.config.store_dir).is_ok())
     });
     match misses.iter().zip(found).find_map(|(miss, info)| Some((miss, info?))) {
@@ -703,7 +827,8 @@ fn memory(report: &mut Report, node: &Node, settings: &Settings) {
             let text = format!(
                 "a peer has {path}, and Nix, which asked before it had, believes for another {left} s that none has"
             );
-            let often = "or, where stores change often, in nix.conf: narinfo-cache-negative-ttl = 60";
+            let often =
+                "or, where stores change often, in nix.conf: narinfo-cache-negative-ttl = 60";
             report.fail("memory", text, format!("{}\n{often}", nix::ask_again(&path)));
         }
         None if uid() != 0 => {
@@ -714,9 +839,12 @@ fn memory(report: &mut Report, node: &Node, settings: &Settings) {
     }
 }
 
-fn trackers(report: &mut Report, config: &Config) {
+fn trackers(report: &mut Findings, config: &Config) {
     if config.state_dir.is_none() {
-        report.note("tracker", "no --state-dir: this is another peer to the trackers after each start".into());
+        report.note(
+            "tracker",
+            "no --state-dir: this is another peer to the trackers after each start".into(),
+        );
     }
     let (host, port) = config.announce_addr.clone().unzip();
     let port = port.flatten().unwrap_or(config.port);
@@ -728,21 +856,29 @@ fn trackers(report: &mut Report, config: &Config) {
             other => {
                 let why = other.map_or_else(|e| e, |answer| format!("status {}", answer.status));
                 let curl = format!("curl {}", quote(&format!("{url}/health")));
-                let remedy = format!("on that machine: systemctl status peerix-tracker\nfrom here: {curl}");
+                let remedy =
+                    format!("on that machine: systemctl status peerix-tracker\nfrom here: {curl}");
                 report.fail("tracker", format!("{url} does not answer: {why}"), remedy);
                 continue;
             }
         };
         report.ok("tracker", format!("{url} answers"));
-        let seconds = |time: SystemTime| time.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| d.as_secs());
+        let seconds = |time: SystemTime| {
+            time.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| d.as_secs())
+        };
         if let Some(date) = answer.date {
             let (here, there) = (seconds(began), seconds(date));
             match here.abs_diff(there) {
                 ..CLOCK => report.ok("clock", "it agrees with the tracker's".into()),
                 off => {
                     let way = if here < there { "behind" } else { "ahead of" };
-                    let text = format!("this machine's is {} {way} that of {url}", long(off as f64));
-                    report.fail("clock", text, "timedatectl set-ntp true, on whichever of the two is wrong".into());
+                    let text =
+                        format!("this machine's is {} {way} that of {url}", long(off as f64));
+                    report.fail(
+                        "clock",
+                        text,
+                        "timedatectl set-ntp true, on whichever of the two is wrong".into(),
+                    );
                 }
             }
         }
@@ -751,25 +887,37 @@ fn trackers(report: &mut Report, config: &Config) {
 }
 
 /// Whether others reach the address that is announced.
-fn outside(report: &mut Report, tracker: &str, host: Option<&str>, port: u16) {
-    let told = get_within(&format!("{tracker}/reach/{port}"), REACH_TIMEOUT).ok().filter(|answer| answer.status == 200);
+fn outside(report: &mut Findings, tracker: &str, host: Option<&str>, port: u16) {
+    let told = get_within(&format!("{tracker}/reach/{port}"), REACH_TIMEOUT)
+        .ok()
+        .filter(|answer| answer.status == 200);
     let told: Option<Value> = told.and_then(|answer| serde_json::from_slice(&answer.body).ok());
     let Some(told) = told else {
-        return report.note("address", format!("{tracker} does not tell whether it reaches this machine"));
+        return report
+            .note("address", format!("{tracker} does not tell whether it reaches this machine"));
     };
     let seen: Option<IpAddr> = text(&told["addr"]).parse().ok();
-    let resolved = host.map(|host| (host, port).to_socket_addrs().map(Iterator::collect::<Vec<_>>).unwrap_or_default());
+    let resolved = host.map(|host| {
+        (host, port).to_socket_addrs().map(Iterator::collect::<Vec<_>>).unwrap_or_default()
+    });
     if let (Some(seen), Some(host), Some(resolved)) = (seen, host, resolved)
         && !resolved.iter().any(|address| address.ip().to_canonical() == seen)
     {
         // It may be another way in.
-        let reached =
-            resolved.first().map_or(Err("no such name".into()), |at| get(&format!("http://{at}/nix-cache-info")));
+        let reached = resolved
+            .first()
+            .map_or(Err("no such name".into()), |at| get(&format!("http://{at}/nix-cache-info")));
         match reached {
-            Ok(_) => report
-                .note("address", format!("{host} is announced, and the tracker sees {seen}; from here it is reached")),
+            Ok(_) => report.note(
+                "address",
+                format!(
+                    "{host} is announced, and the tracker sees {seen}; from here it is reached"
+                ),
+            ),
             Err(e) => {
-                let remedy = format!("peerix --announce-addr {seen}, or the name that this machine has outside");
+                let remedy = format!(
+                    "peerix --announce-addr {seen}, or the name that this machine has outside"
+                );
                 report.fail(
                     "address",
                     format!("{host} is announced, and not reached: {e}; the tracker sees {seen}"),
@@ -812,19 +960,19 @@ mod tests {
         })
     }
 
-    fn node(status: Value) -> Option<Node> {
-        Some(Node { config: Config::default(), status })
+    fn node(status: Value) -> Option<RunningDaemon> {
+        Some(RunningDaemon { config: Config::default(), status })
     }
 
     /// State, kind and text of each finding.
-    fn told(report: &Report) -> Vec<(String, String, String)> {
+    fn told(report: &Findings) -> Vec<(String, String, String)> {
         let word = |finding: &Value, key: &str| text(&finding[key]).to_owned();
         let findings = report.findings();
         findings.iter().map(|f| (word(f, "state"), word(f, "what"), word(f, "text"))).collect()
     }
 
     /// The remedy of the first finding.
-    fn remedy(report: &Report) -> String {
+    fn remedy(report: &Findings) -> String {
         text(&report.findings()[0]["remedy"]).to_owned()
     }
 
@@ -833,10 +981,12 @@ mod tests {
         let native = "table inet filter {\n\tchain forward {\n\t\ttype filter hook forward priority filter; policy drop;\n\t}\n\
                       \tchain input {\n\t\ttype filter hook input priority filter; policy drop;\n\t}\n}\n";
         assert_eq!(nft_input_chain(native).as_deref(), Some("inet filter input"));
-        let of_iptables =
-            "table ip filter {\n\tchain INPUT {\n\t\ttype filter hook input priority filter; policy accept;\n\t}\n}\n";
+        let of_iptables = "table ip filter {\n\tchain INPUT {\n\t\ttype filter hook input priority filter; policy accept;\n\t}\n}\n";
         assert_eq!(nft_input_chain(of_iptables), None);
-        assert_eq!(nft_input_chain(&format!("{of_iptables}{native}")).as_deref(), Some("inet filter input"));
+        assert_eq!(
+            nft_input_chain(&format!("{of_iptables}{native}")).as_deref(),
+            Some("inet filter input")
+        );
         assert_eq!(nft_input_chain(""), None);
     }
 
@@ -876,7 +1026,7 @@ mod tests {
     #[test]
     fn unmet_peer_is_a_fault_of_udp_unless_the_daemon_is_young() {
         let found = |uptime| {
-            let mut report = Report::default();
+            let mut report = Findings::default();
             let status = status(uptime, at(1));
             report_unmet(&mut report, &status, &unmet(&status, &[at(1), at(2)]), PORT);
             told(&report)
@@ -888,7 +1038,7 @@ mod tests {
         };
         assert_eq!(found(0.9), finding("note", "the daemon has just started"));
         assert_eq!(found(60.0), finding("fail", "UDP is blocked here"));
-        let mut report = Report::default();
+        let mut report = Findings::default();
         report_unmet(&mut report, &status(60.0, at(1)), &[], PORT);
         assert!(told(&report).is_empty());
     }
@@ -903,7 +1053,8 @@ mod tests {
 
     #[test]
     fn named_peers_have_the_state_that_the_daemon_says() {
-        let named = Named { addresses: vec![at(1), at(2), at(3)], ..Named::default() };
+        let named =
+            NamedAddresses { addresses: vec![at(1), at(2), at(3)], ..NamedAddresses::default() };
         let peer = |last, found_by: &str, state: &str| {
             let since = (state == "silent").then_some(1000.0);
             let address = at(last).to_string();
@@ -920,12 +1071,16 @@ mod tests {
 
     #[test]
     fn named_peer_that_does_not_answer_is_a_fault_with_a_remedy() {
-        let mut report = Report::default();
+        let mut report = Findings::default();
         let refused = io::Error::from(ErrorKind::ConnectionRefused);
         report_unreachable(&mut report, at(1), "silent for 3 min", &refused);
         let (state, what, text) = told(&report).remove(0);
         assert_eq!((&*state, &*what), ("fail", "peer"));
-        assert!(text.starts_with("--peer 10.0.0.1:12304 does not answer: ") && text.contains("does not run"), "{text}");
+        assert!(
+            text.starts_with("--peer 10.0.0.1:12304 does not answer: ")
+                && text.contains("does not run"),
+            "{text}"
+        );
         assert!(text.ends_with("; daemon: silent for 3 min"), "{text}");
         let remedy = remedy(&report);
         assert!(remedy.starts_with("on 10.0.0.1: systemctl start peerix.socket "), "{remedy}");
@@ -936,11 +1091,11 @@ mod tests {
     fn name_without_an_address_is_a_fault_with_a_remedy() {
         // The resolver refuses a name with a zero byte, and sends nothing for it.
         let peers = vec![("127.0.0.1".to_owned(), PORT), ("a\0b".to_owned(), PORT)];
-        let named = Named::resolve(&Config { peers, ..Config::default() });
+        let named = NamedAddresses::resolve(&Config { peers, ..Config::default() });
         assert_eq!(named.addresses, [SocketAddr::from(([127, 0, 0, 1], PORT))]);
         let [(host, e)] = &named.unresolved[..] else { panic!("one name has no address") };
         assert_eq!(host, "a\0b");
-        let mut report = Report::default();
+        let mut report = Findings::default();
         report_unresolved(&mut report, "desk.example", e);
         assert!(!report.is_well() && remedy(&report).contains("getent ahosts desk.example"));
         assert!(told(&report)[0].2.starts_with("--peer desk.example has no address: "));
@@ -949,7 +1104,7 @@ mod tests {
     #[test]
     fn peer_silent_to_the_daemon_alone_is_a_fault_after_the_probe_interval() {
         let found = |seconds| {
-            let mut report = Report::default();
+            let mut report = Findings::default();
             report_silent(&mut report, at(1), seconds, PORT);
             told(&report).remove(0)
         };

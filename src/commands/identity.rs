@@ -1,13 +1,13 @@
 //! `peerix identity`: the public key by which friends know this machine.
 
 use super::report::{print, say};
-use super::{NO, Node, YES};
+use super::{NO, RunningDaemon, YES};
 use crate::config::Config;
 use crate::identity;
 use serde_json::json;
 
-/// Prints the key in the state directory if that is given, where it is made if there is none; else that of the daemon that
-/// runs.
+/// Prints the key in the state directory if that is given, where it is made if there is none; else
+/// that of the daemon that runs.
 pub fn run(config: &Config, json: bool) -> u8 {
     match key(config) {
         Ok(key) => {
@@ -29,7 +29,9 @@ fn key(config: &Config) -> Result<String, String> {
     if let Some(dir) = &config.state_dir {
         return identity::load(dir).map(|identity| identity.key().to_string());
     }
-    let node = Node::find(config).map_err(|e| format!("{e}; start it, or say where its --state-dir is"))?;
+    let node = RunningDaemon::find(config)
+        .map_err(|e| format!("{e}; start it, or say where its --state-dir is"))?;
     let key = node.status["node"]["identity"].as_str();
-    key.map(str::to_owned).ok_or("the daemon has no identity: it needs --state-dir, and its log says more".into())
+    key.map(str::to_owned)
+        .ok_or("the daemon has no identity: it needs --state-dir, and its log says more".into())
 }

@@ -1,8 +1,8 @@
-//! Whose the port is. While the daemon is down any user may listen there, and would be asked which files to open and which
-//! addresses to fetch, by root as a rule.
+//! Whose the port is. While the daemon is down any user may listen there, and would be asked which
+//! files to open and which addresses to fetch, by root as a rule.
 //!
-//! The rule: root believes root, to whom the sockets of systemd's socket units belong too, whoever runs behind them. Other users
-//! risk what is theirs, and believe everybody.
+//! The rule: root believes root, to whom the sockets of systemd's socket units belong too, whoever
+//! runs behind them. Other users risk what is theirs, and believe everybody.
 
 use std::fs::File;
 use std::io::Read;
@@ -25,7 +25,8 @@ pub fn stranger(port: u16) -> Option<u32> {
 /// Who listens on `port`, by a table as `/proc/net/tcp` is.
 fn owners(table: &str, port: u16) -> impl Iterator<Item = u32> {
     let local = format!(":{port:04X}");
-    // `0: 0100007F:3010 00000000:0000 0A 00000000:00000000 00:00000000 00000000 1000 …`: the state is listening, and the user.
+    // `0: 0100007F:3010 00000000:0000 0A 00000000:00000000 00:00000000 00000000 1000 …`: the state
+    // is listening, and the user.
     table.lines().filter_map(move |line| {
         let fields: Vec<&str> = line.split_whitespace().take(8).collect();
         let [_, address, _, "0A", _, _, _, uid] = fields[..] else { return None };
@@ -44,7 +45,10 @@ mod tests {
             let Ok(listener) = TcpListener::bind(address) else { continue };
             let port = listener.local_addr().unwrap().port();
             let table = std::fs::read_to_string(name).unwrap();
-            assert_eq!(owners(&table, port).collect::<Vec<_>>(), [rustix::process::geteuid().as_raw()]);
+            assert_eq!(
+                owners(&table, port).collect::<Vec<_>>(),
+                [rustix::process::geteuid().as_raw()]
+            );
             assert_eq!(owners(&table, 0).count(), 0);
         }
     }

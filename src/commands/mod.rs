@@ -1,8 +1,8 @@
-//! The commands: they ask the running daemon, the network and Nix, and say what they find, in words and by their exit
-//! status. Nothing is changed by them.
+//! The commands: they ask the running daemon, the network and Nix, and say what they find, in words
+//! and by their exit status. Nothing is changed by them.
 //!
-//! The daemon tells of itself on loopback (docs/status.md), its flags among the rest, from which its settings are made
-//! again here. Only `doctor` can do without it.
+//! The daemon tells of itself on loopback (docs/status.md), its flags among the rest, from which
+//! its settings are made again here. Only `doctor` can do without it.
 
 mod doctor;
 mod identity;
@@ -15,7 +15,7 @@ mod shell;
 mod status;
 mod why;
 
-use crate::cli::{self, Ask, Command, What};
+use crate::cli::{self, Command, CommandOptions, Subcommand};
 use crate::config::Config;
 use crate::degraded::Degraded;
 use crate::http_client;
@@ -30,11 +30,12 @@ use ureq::Agent;
 /// An answer comes whole within this, as to a lookup, or nobody is there.
 const HTTP_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// And for the daemon's status. One that is ill has a reason to tell, once it has waited 5 s for its database and 2 s for
-/// its discovery.
+/// And for the daemon's status. One that is ill has a reason to tell, once it has waited 5 s for
+/// its database and 2 s for its discovery.
 const STATUS_TIMEOUT: Duration = Duration::from_secs(8);
 
-/// An answer's body: the status of a node with 200 lookups and 256 peers, or a tracker's list of 1,000 peers, has 300 KiB.
+/// An answer's body: the status of a node with 200 lookups and 256 peers, or a tracker's list of
+/// 1,000 peers, has 300 KiB.
 const MAX_ANSWER: u64 = 4 << 20;
 
 /// All is well, or the answer is yes.
@@ -47,14 +48,14 @@ const USAGE: u8 = 2;
 const NOT_RUNNING: u8 = 3;
 
 /// Runs a command; gives the exit status that the help describes.
-pub fn run(ask: &Ask) -> u8 {
-    if ask.what == What::Doctor {
+pub fn run(ask: &CommandOptions) -> u8 {
+    if ask.what == Subcommand::Doctor {
         return doctor::run(&ask.config, ask.json);
     }
-    if ask.what == What::Identity {
+    if ask.what == Subcommand::Identity {
         return identity::run(&ask.config, ask.json);
     }
-    let node = match Node::find(&ask.config) {
+    let node = match RunningDaemon::find(&ask.config) {
         Ok(node) => node,
         Err(e) => {
             eprintln!("peerix: {e}; peerix doctor says more");
@@ -62,43 +63,54 @@ pub fn run(ask: &Ask) -> u8 {
         }
     };
     match &ask.what {
-        What::Why(path) => why::run(&node, path, ask.json),
-        What::Peers => peers::run(&node, ask.json),
+        Subcommand::Why(path) => why::run(&node, path, ask.json),
+        Subcommand::Peers => peers::run(&node, ask.json),
         _ => status::run(&node, ask.json),
     }
 }
 
 /// The running daemon.
-struct Node {
+struct RunningDaemon {
     /// Its settings.
     config: Config,
     /// What it tells of itself.
     status: Value,
 }
 
-impl Node {
+impl RunningDaemon {
     /// Asks the daemon on the port that `asked` names.
-    fn find(asked: &Config) -> Result<Node, String> {
+    fn find(asked: &Config) -> Result<RunningDaemon, String> {
         if let Some(uid) = listener::stranger(asked.port) {
-            return Err(format!("user {uid} listens on port {}, whom root does not take at their word", asked.port));
+            return Err(format!(
+                "user {uid} listens on port {}, whom root does not take at their word",
+                asked.port
+            ));
         }
         let url = format!("http://127.0.0.1:{}/status.json", asked.port);
-        let answer =
-            get_within(&url, STATUS_TIMEOUT).map_err(|e| format!("no peerix answers on port {}: {e}", asked.port))?;
+        let answer = get_within(&url, STATUS_TIMEOUT)
+            .map_err(|e| format!("no peerix answers on port {}: {e}", asked.port))?;
         let status: Value = match answer.status {
             200 => serde_json::from_slice(&answer.body).unwrap_or_default(),
             _ => Value::Null,
         };
         if status["version"] != 1 {
-            return Err(format!("what answers on port {} is no peerix of this version", asked.port));
+            return Err(format!(
+                "what answers on port {} is no peerix of this version",
+                asked.port
+            ));
         }
         let flags = list(&status["node"]["flags"]).iter().map(|flag| text(flag).into());
         let config = match cli::parse(flags, |_| None) {
             // Sockets that systemd passes have the port that it chose.
             Ok(Command::Run(config)) => Config { port: asked.port, ..*config },
-            _ => return Err(format!("the peerix on port {} has flags that this one does not know", asked.port)),
+            _ => {
+                return Err(format!(
+                    "the peerix on port {} has flags that this one does not know",
+                    asked.port
+                ));
+            }
         };
-        Ok(Node { config, status })
+        Ok(RunningDaemon { config, status })
     }
 
     /// The keys by which the daemon chooses peers, as far as this user can read them.
@@ -108,7 +120,7 @@ impl Node {
 }
 
 /// What a server answered.
-struct Answer {
+struct HttpAnswer {
     status: u16,
     body: Vec<u8>,
     /// What its clock said.
@@ -116,19 +128,28 @@ struct Answer {
 }
 
 /// `GET`, by no proxy and no redirect.
-fn get(url: &str) -> Result<Answer, String> {
+fn get(url: &str) -> Result<HttpAnswer, String> {
     get_within(url, HTTP_TIMEOUT)
 }
 
 /// The same of who needs time.
-fn get_within(url: &str, timeout: Duration) -> Result<Answer, String> {
-    let agent: Agent = http_client::https_config().proxy(None).timeout_global(Some(timeout)).build().into();
+fn get_within(url: &str, timeout: Duration) -> Result<HttpAnswer, String> {
+    let agent: Agent =
+        http_client::https_config().proxy(None).timeout_global(Some(timeout)).build().into();
     let mut answer = agent.get(url).call().map_err(|e| e.to_string())?;
-    let date = answer.headers().get("date").and_then(|date| httpdate::parse_http_date(date.to_str().ok()?).ok());
+    let date = answer
+        .headers()
+        .get("date")
+        .and_then(|date| httpdate::parse_http_date(date.to_str().ok()?).ok());
     let status = answer.status().as_u16();
     let mut body = Vec::new();
-    answer.body_mut().as_reader().take(MAX_ANSWER).read_to_end(&mut body).map_err(|e| e.to_string())?;
-    Ok(Answer { status, body, date })
+    answer
+        .body_mut()
+        .as_reader()
+        .take(MAX_ANSWER)
+        .read_to_end(&mut body)
+        .map_err(|e| e.to_string())?;
+    Ok(HttpAnswer { status, body, date })
 }
 
 /// Whether lookups ask `peer`, a row of the status made at `now`: `live`, `silent for 3 min` or

@@ -1,4 +1,5 @@
-//! Nix, as its users run it: its settings, and what it remembers of binary caches. The daemon never does this; commands may.
+//! Nix, as its users run it: its settings, and what it remembers of binary caches. The daemon never
+//! does this; commands may.
 
 use super::shell::quote;
 use crate::config::UPSTREAM_KEY;
@@ -15,45 +16,48 @@ use std::{fs, thread};
 const TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Where else Nix is, for users whose `PATH` does not say.
-const ELSEWHERE: [&str; 2] = ["/run/current-system/sw/bin/nix", "/nix/var/nix/profiles/default/bin/nix"];
+const ELSEWHERE: [&str; 2] =
+    ["/run/current-system/sw/bin/nix", "/nix/var/nix/profiles/default/bin/nix"];
 
 /// A narinfo's signatures that are looked at; real ones have one to three.
 const MAX_SIGNATURES: usize = 16;
 
-/// How hash parts begin that no path has, and that [`have_asked_for`] is used with: Nix remembers them, too.
+/// How hash parts begin that no path has, and that [`have_asked_for`] is used with: Nix remembers
+/// them, too.
 pub const NOWHERE: &str = "0000000000000000";
 
 /// Misses that are read back, the latest first.
 const MAX_MISSES: usize = 16;
 
 /// Nix's settings, and who has them.
-pub struct Settings {
+pub struct NixSettings {
     values: HashMap<String, String>,
-    /// The process that asks substituters for this machine's users. None where each Nix asks by itself.
+    /// The process that asks substituters for this machine's users. None where each Nix asks by
+    /// itself.
     pub daemon: Option<NixDaemon>,
 }
 
-impl Settings {
-    /// Those of the process that asks substituters: nix-daemon's where one runs, else this user's. Blocks for some
-    /// seconds at most, while Nix tells them.
+impl NixSettings {
+    /// Those of the process that asks substituters: nix-daemon's where one runs, else this user's.
+    /// Blocks for some seconds at most, while Nix tells them.
     ///
     /// # Errors
     /// One line: why Nix does not tell them.
-    pub fn read() -> Result<Settings, String> {
+    pub fn read() -> Result<NixSettings, String> {
         let daemon = NixDaemon::find();
         let values = match &daemon {
-            None => Settings::show(&[])?,
-            Some(daemon) => Settings::show(&daemon.environment())?,
+            None => NixSettings::show(&[])?,
+            Some(daemon) => NixSettings::show(&daemon.environment())?,
         };
-        Ok(Settings { values, daemon })
+        Ok(NixSettings { values, daemon })
     }
 
     /// Those of this user's Nix, of which nix-daemon may ignore some.
     ///
     /// # Errors
-    /// As [`Settings::read`].
-    pub fn of_this_user() -> Result<Settings, String> {
-        Ok(Settings { values: Settings::show(&[])?, daemon: None })
+    /// As [`NixSettings::read`].
+    pub fn of_this_user() -> Result<NixSettings, String> {
+        Ok(NixSettings { values: NixSettings::show(&[])?, daemon: None })
     }
 
     fn show(environment: &[(String, String)]) -> Result<HashMap<String, String>, String> {
@@ -88,14 +92,18 @@ impl Settings {
     /// The substituters that are the peerix on `port`, as the user wrote them.
     pub fn peerix(&self, port: u16) -> Vec<&str> {
         let hosts = [format!("http://127.0.0.1:{port}"), format!("http://localhost:{port}")];
-        let is_it = |url: &&str| hosts.iter().any(|host| url.trim_end_matches('/').split('?').next() == Some(host));
+        let is_it = |url: &&str| {
+            hosts.iter().any(|host| url.trim_end_matches('/').split('?').next() == Some(host))
+        };
         self.words("substituters").into_iter().filter(is_it).collect()
     }
 
     /// The keys that Nix trusts: the first of each name.
     fn public_keys(&self) -> Vec<PublicKey> {
         let mut keys: Vec<PublicKey> = Vec::new();
-        for key in self.words("trusted-public-keys").iter().filter_map(|key| PublicKey::parse(key).ok()) {
+        for key in
+            self.words("trusted-public-keys").iter().filter_map(|key| PublicKey::parse(key).ok())
+        {
             if !keys.iter().any(|known| known.name() == key.name()) {
                 keys.push(key);
             }
@@ -125,7 +133,9 @@ impl Settings {
         match &self.daemon {
             Some(daemon) => daemon.variables.clone(),
             None => Some(
-                std::env::vars_os().filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?))).collect(),
+                std::env::vars_os()
+                    .filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?)))
+                    .collect(),
             ),
         }
     }
@@ -145,7 +155,11 @@ impl Settings {
 }
 
 /// What makes a path trusted to who has these keys, or why it is not.
-pub fn trusted_by(info: &PathInfo, keys: &[PublicKey], store_dir: &StoreDir) -> Result<String, String> {
+pub fn trusted_by(
+    info: &PathInfo,
+    keys: &[PublicKey],
+    store_dir: &StoreDir,
+) -> Result<String, String> {
     if is_content_addressed(info, store_dir) {
         return Ok("its content makes its name, which needs no signature".into());
     }
@@ -161,12 +175,16 @@ pub fn trusted_by(info: &PathInfo, keys: &[PublicKey], store_dir: &StoreDir) -> 
         return Err("it has no signature".into());
     }
     if keys.iter().any(|key| names.contains(&key.name())) {
-        return Err(format!("the signature by {} is not of the key that is trusted by that name", names.join(", ")));
+        return Err(format!(
+            "the signature by {} is not of the key that is trusted by that name",
+            names.join(", ")
+        ));
     }
     Err(format!("it is signed by {}, whose key is not trusted", names.join(", ")))
 }
 
-/// A running nix-daemon, which asks substituters for others, by its own configuration and environment.
+/// A running nix-daemon, which asks substituters for others, by its own configuration and
+/// environment.
 pub struct NixDaemon {
     /// What its environment has; `None` if this user may not read it.
     variables: Option<HashMap<String, String>>,
@@ -190,21 +208,29 @@ impl NixDaemon {
         Some(NixDaemon { variables })
     }
 
-    /// What makes another Nix find the same configuration: the variables of nix-daemon, or at least no user's files.
+    /// What makes another Nix find the same configuration: the variables of nix-daemon, or at least
+    /// no user's files.
     fn environment(&self) -> Vec<(String, String)> {
         let user_files = ("NIX_USER_CONF_FILES".to_owned(), String::new());
         let Some(variables) = &self.variables else { return vec![user_files] };
-        let matters = |name: &str| name.starts_with("NIX_") || name.starts_with("XDG_CONFIG") || name == "HOME";
+        let matters = |name: &str| {
+            name.starts_with("NIX_") || name.starts_with("XDG_CONFIG") || name == "HOME"
+        };
         // What nix-daemon has not, this user's Nix must not have either.
         let own = std::env::vars_os().filter_map(|(name, _)| name.into_string().ok());
-        let gone = own.filter(|name| matters(name) && !variables.contains_key(name)).map(|name| (name, String::new()));
+        let gone = own
+            .filter(|name| matters(name) && !variables.contains_key(name))
+            .map(|name| (name, String::new()));
         let mut all: Vec<(String, String)> = gone.collect();
-        all.extend(variables.iter().filter(|(name, _)| matters(name)).map(|(n, v)| (n.clone(), v.clone())));
+        all.extend(
+            variables.iter().filter(|(name, _)| matters(name)).map(|(n, v)| (n.clone(), v.clone())),
+        );
         all
     }
 }
 
-/// The variable and the proxy by which libcurl, and so Nix, asks an `http://` URL; `None` if it asks directly.
+/// The variable and the proxy by which libcurl, and so Nix, asks an `http://` URL; `None` if it
+/// asks directly.
 fn proxy_for(environment: &HashMap<String, String>, url: &str) -> Option<(String, String)> {
     let get = |name: &str| environment.get(name).filter(|value| !value.is_empty());
     let rest = url.strip_prefix("http://")?;
@@ -217,21 +243,26 @@ fn proxy_for(environment: &HashMap<String, String>, url: &str) -> Option<(String
         word == "*" || word == host || (word == "127.0.0.0/8" && host.starts_with("127."))
     });
     // HTTP_PROXY in capitals is a header's name in CGI, so that curl does not read it.
-    let proxy = ["http_proxy", "all_proxy", "ALL_PROXY"].into_iter().find_map(|name| Some((name, get(name)?)));
+    let proxy = ["http_proxy", "all_proxy", "ALL_PROXY"]
+        .into_iter()
+        .find_map(|name| Some((name, get(name)?)));
     proxy.filter(|_| !is_exempt).map(|(name, proxy)| (name.to_owned(), proxy.clone()))
 }
 
-/// Has nix-daemon, or this user's Nix where there is none, ask its substituters for `path`. Blocks until it has asked
-/// all, for [`TIMEOUT`] at most.
-pub fn have_asked_for(path: &str, settings: &Settings) {
+/// Has nix-daemon, or this user's Nix where there is none, ask its substituters for `path`. Blocks
+/// until it has asked all, for [`TIMEOUT`] at most.
+pub fn have_asked_for(path: &str, settings: &NixSettings) {
     let mut environment = vec![("NIX_USER_CONF_FILES".to_owned(), String::new())];
     match settings.daemon {
         Some(_) => environment.push(("NIX_REMOTE".to_owned(), "daemon".to_owned())),
         None => environment.clear(),
     }
     let ask = ["--realise", "--dry-run", path];
-    for program in ["nix-store", "/run/current-system/sw/bin/nix-store", "/nix/var/nix/profiles/default/bin/nix-store"]
-    {
+    for program in [
+        "nix-store",
+        "/run/current-system/sw/bin/nix-store",
+        "/nix/var/nix/profiles/default/bin/nix-store",
+    ] {
         // It fails, as the path is nowhere.
         if !run(program, &ask, &environment).is_err_and(|e| e.starts_with(NOT_STARTED)) {
             return;
@@ -242,12 +273,16 @@ pub fn have_asked_for(path: &str, settings: &Settings) {
 /// How the error of a program begins that is not there.
 const NOT_STARTED: &str = "cannot start ";
 
-/// What a program prints, with changes to its environment; an empty value removes a variable. Blocks for [`TIMEOUT`] at
-/// most.
+/// What a program prints, with changes to its environment; an empty value removes a variable.
+/// Blocks for [`TIMEOUT`] at most.
 ///
 /// # Errors
 /// One line: it cannot be started, or what it said last when it failed.
-pub fn run(program: &str, words: &[&str], environment: &[(String, String)]) -> Result<String, String> {
+pub fn run(
+    program: &str,
+    words: &[&str],
+    environment: &[(String, String)],
+) -> Result<String, String> {
     let mut command = Command::new(program);
     for (name, value) in environment {
         // Files of a user are left out by an empty list, and only by that.
@@ -285,7 +320,7 @@ pub fn run(program: &str, words: &[&str], environment: &[(String, String)]) -> R
 }
 
 /// A path that Nix remembers not to be at a substituter.
-pub struct Miss {
+pub struct CachedMiss {
     /// Its hash part.
     pub hash_part: String,
     /// How long ago that was.
@@ -296,24 +331,27 @@ pub struct Miss {
     pub file: PathBuf,
 }
 
-/// The misses at `url` that Nix still believes in, of one path or the latest ones: those of this user, and those of root, whose
-/// nix-daemon asks for others. What cannot be read is passed over: there may be nothing.
-pub fn misses(settings: &Settings, url: &str, hash_part: Option<&str>) -> Vec<Miss> {
+/// The misses at `url` that Nix still believes in, of one path or the latest ones: those of this
+/// user, and those of root, whose nix-daemon asks for others. What cannot be read is passed over:
+/// there may be nothing.
+pub fn misses(settings: &NixSettings, url: &str, hash_part: Option<&str>) -> Vec<CachedMiss> {
     let believed: u64 = settings.get("narinfo-cache-negative-ttl").parse().unwrap_or(3600);
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
     let mut misses = Vec::new();
     for file in memories() {
-        let rows = read(&file, url.trim_end_matches('/'), hash_part, now.saturating_sub(believed)).unwrap_or_default();
+        let rows = read(&file, url.trim_end_matches('/'), hash_part, now.saturating_sub(believed))
+            .unwrap_or_default();
         misses.extend(rows.into_iter().map(|(hash_part, at)| {
             let age = now.saturating_sub(at);
             let left = Duration::from_secs(believed.saturating_sub(age));
-            Miss { hash_part, age: Duration::from_secs(age), left, file: file.clone() }
+            CachedMiss { hash_part, age: Duration::from_secs(age), left, file: file.clone() }
         }));
     }
     misses
 }
 
-/// The files in which Nix remembers what substituters said: of this user, and of root, whose nix-daemon asks for others.
+/// The files in which Nix remembers what substituters said: of this user, and of root, whose
+/// nix-daemon asks for others.
 fn memories() -> Vec<PathBuf> {
     let home = |home: PathBuf| home.join(".cache");
     let user = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
@@ -338,7 +376,12 @@ fn databases(dir: &Path) -> Vec<PathBuf> {
     entries.filter(is_it).collect()
 }
 
-fn read(file: &Path, url: &str, hash_part: Option<&str>, since: u64) -> rusqlite::Result<Vec<(String, u64)>> {
+fn read(
+    file: &Path,
+    url: &str,
+    hash_part: Option<&str>,
+    since: u64,
+) -> rusqlite::Result<Vec<(String, u64)>> {
     let connection = open_memory(file)?;
     let mut statement = connection.prepare(
         "select hashPart, NARs.timestamp from NARs join BinaryCaches on BinaryCaches.id = NARs.cache \
@@ -353,7 +396,7 @@ fn read(file: &Path, url: &str, hash_part: Option<&str>, since: u64) -> rusqlite
 }
 
 /// A substituter's place in Nix's order.
-pub struct Rank {
+pub struct SubstituterRank {
     /// As nix.conf has it.
     pub url: String,
     /// What counts, the lowest first; `None` if it does not say.
@@ -363,26 +406,32 @@ pub struct Rank {
 }
 
 /// What substituters say of their priorities, the lowest first.
-pub fn order(settings: &Settings) -> Vec<Rank> {
+pub fn order(settings: &NixSettings) -> Vec<SubstituterRank> {
     let urls = settings.words("substituters");
     let mut all = super::probe::at_once(&urls, |url| {
         let given = url.split(['?', '&']).find_map(|word| word.strip_prefix("priority="));
         let bare = url.split('?').next().unwrap_or_default().trim_end_matches('/');
         let info = match bare.strip_prefix("file://") {
             Some(dir) => fs::read(Path::new(dir).join("nix-cache-info")).map_err(|e| e.to_string()),
-            None if bare.starts_with("http") => super::get(&format!("{bare}/nix-cache-info")).map(|answer| answer.body),
+            None if bare.starts_with("http") => {
+                super::get(&format!("{bare}/nix-cache-info")).map(|answer| answer.body)
+            }
             None => Err("not asked".into()),
         };
-        let field = |text: &str| Some(text.lines().find_map(|line| line.strip_prefix("Priority:"))?.trim().to_owned());
+        let field = |text: &str| {
+            Some(text.lines().find_map(|line| line.strip_prefix("Priority:"))?.trim().to_owned())
+        };
         let said = info.map(|info| field(&String::from_utf8_lossy(&info)));
-        let number =
-            given.map(str::to_owned).or_else(|| said.as_ref().ok()?.clone()).and_then(|n| n.parse::<u32>().ok());
+        let number = given
+            .map(str::to_owned)
+            .or_else(|| said.as_ref().ok()?.clone())
+            .and_then(|n| n.parse::<u32>().ok());
         let says = match (number, said) {
             (Some(number), _) => number.to_string(),
             (None, Ok(_)) => "no priority".into(),
             (None, Err(e)) => e,
         };
-        Rank { url: (*url).to_owned(), priority: number, says }
+        SubstituterRank { url: (*url).to_owned(), priority: number, says }
     });
     all.sort_by_key(|rank| rank.priority.unwrap_or(u32::MAX));
     all
@@ -392,7 +441,9 @@ pub fn order(settings: &Settings) -> Vec<Rank> {
 pub fn set(conf: &str, nixos: &str) -> String {
     match Path::new("/etc/NIXOS").exists() {
         true => format!("nix.settings.{nixos}"),
-        false => format!("echo {} >> /etc/nix/nix.conf && systemctl try-restart nix-daemon", quote(conf)),
+        false => {
+            format!("echo {} >> /etc/nix/nix.conf && systemctl try-restart nix-daemon", quote(conf))
+        }
     }
 }
 
@@ -416,10 +467,13 @@ pub fn trust(info: &PathInfo, who: &str) -> String {
     let (key, from) = match UPSTREAM_KEY.split_once(':') {
         Some((upstream, _)) if upstream == name => (UPSTREAM_KEY.to_owned(), String::new()),
         _ => {
-            let print = "nix --extra-experimental-features nix-command key convert-secret-to-public < FILE";
+            let print =
+                "nix --extra-experimental-features nix-command key convert-secret-to-public < FILE";
             (
                 format!("{name}:KEY"),
-                format!("\n{name}:KEY is what this prints on {who}, FILE being its --private-key: {print}"),
+                format!(
+                    "\n{name}:KEY is what this prints on {who}, FILE being its --private-key: {print}"
+                ),
             )
         }
     };
@@ -432,7 +486,8 @@ pub fn ask_again(path: &str) -> String {
     format!("nix-store --realise --option narinfo-cache-negative-ttl 0 {}", quote(path))
 }
 
-/// When nix-daemon was started, if it runs, and `nix.conf` was written after that: how many seconds after.
+/// When nix-daemon was started, if it runs, and `nix.conf` was written after that: how many seconds
+/// after.
 pub fn outdated() -> Option<u64> {
     /// The unit of times in `/proc`, on every Linux that Rust knows.
     const TICKS: u64 = 100;
@@ -448,7 +503,8 @@ pub fn outdated() -> Option<u64> {
     written.checked_sub(started.min()?).filter(|after| *after > 2)
 }
 
-/// When the process with this directory in `/proc` was started, in ticks since the boot, if it has that name.
+/// When the process with this directory in `/proc` was started, in ticks since the boot, if it has
+/// that name.
 fn started_as(process: &Path, name: &str) -> Option<u64> {
     let stat = fs::read_to_string(process.join("stat")).ok()?;
     // `12 (nix-daemon) S …`: what follows the name begins with field 3, and the start is field 22.
@@ -457,31 +513,37 @@ fn started_as(process: &Path, name: &str) -> Option<u64> {
     start.ends_with(&format!("({name}")).then_some(ticks)
 }
 
-/// What a user, other than one that nix-daemon trusts, is told of substituters in their own nix.conf: nix-daemon ignores
-/// them. Whether that is so of the peerix on `port`.
-pub fn is_ignored(settings: &Settings, port: u16) -> bool {
+/// What a user, other than one that nix-daemon trusts, is told of substituters in their own
+/// nix.conf: nix-daemon ignores them. Whether that is so of the peerix on `port`.
+pub fn is_ignored(settings: &NixSettings, port: u16) -> bool {
     let Some(_) = settings.daemon else { return false };
-    let Ok(own) = Settings::of_this_user() else { return false };
+    let Ok(own) = NixSettings::of_this_user() else { return false };
     let urls = own.peerix(port);
     let id = |flag: &str| run("id", &[flag], &[]).unwrap_or_default();
     let (user, groups) = (id("-un"), id("-Gn"));
-    let is_trusted = settings.words("trusted-users").iter().any(|word| match word.strip_prefix('@') {
-        Some(group) => groups.split_whitespace().any(|own| own == group),
-        None => *word == "*" || *word == user.trim(),
-    });
+    let is_trusted =
+        settings.words("trusted-users").iter().any(|word| match word.strip_prefix('@') {
+            Some(group) => groups.split_whitespace().any(|own| own == group),
+            None => *word == "*" || *word == user.trim(),
+        });
     let may = settings.words("trusted-substituters");
     !is_trusted && !urls.is_empty() && !urls.iter().any(|url| may.contains(url))
 }
 
 /// That Nix asks peerix by a proxy, which has another 127.0.0.1.
 pub fn asks_by_proxy(variable: &str, proxy: &str, url: &str) -> String {
-    format!("Nix asks {url} by the proxy {proxy}, as {variable} says in its environment, and never reaches peerix")
+    format!(
+        "Nix asks {url} by the proxy {proxy}, as {variable} says in its environment, and never reaches peerix"
+    )
 }
 
 /// How nix-daemon, or this user's Nix, comes to ask without the proxy.
-pub fn no_proxy(settings: &Settings) -> String {
+pub fn no_proxy(settings: &NixSettings) -> String {
     let had = settings.asking_environment().unwrap_or_default();
-    let had = ["no_proxy", "NO_PROXY"].iter().find_map(|name| had.get(*name)).filter(|list| !list.is_empty());
+    let had = ["no_proxy", "NO_PROXY"]
+        .iter()
+        .find_map(|name| had.get(*name))
+        .filter(|list| !list.is_empty());
     let list = had.map_or("127.0.0.1".to_owned(), |list| format!("{list},127.0.0.1"));
     match settings.daemon {
         _ if Path::new("/etc/NIXOS").exists() => format!("networking.proxy.noProxy = \"{list}\";"),
@@ -498,7 +560,7 @@ pub fn no_proxy(settings: &Settings) -> String {
 }
 
 /// A narinfo of a path that Nix remembers from a substituter.
-pub struct Remembered {
+pub struct CachedNarinfo {
     /// The NAR hash in it, as narinfos have it.
     pub nar_hash: String,
     /// How long Nix will go on to believe it.
@@ -507,9 +569,9 @@ pub struct Remembered {
     pub file: PathBuf,
 }
 
-/// The narinfos of a path at `url` that Nix still believes in: those of this user, and those of root. What cannot be read
-/// is passed over.
-pub fn remembered(settings: &Settings, url: &str, hash_part: &str) -> Vec<Remembered> {
+/// The narinfos of a path at `url` that Nix still believes in: those of this user, and those of
+/// root. What cannot be read is passed over.
+pub fn remembered(settings: &NixSettings, url: &str, hash_part: &str) -> Vec<CachedNarinfo> {
     let believed: u64 = settings.get("narinfo-cache-positive-ttl").parse().unwrap_or(30 * 86400);
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
     let mut all = Vec::new();
@@ -525,13 +587,14 @@ pub fn remembered(settings: &Settings, url: &str, hash_part: &str) -> Vec<Rememb
         });
         if let Ok((nar_hash, at)) = row {
             let left = Duration::from_secs(believed.saturating_sub(now.saturating_sub(at)));
-            all.push(Remembered { nar_hash, left, file });
+            all.push(CachedNarinfo { nar_hash, left, file });
         }
     }
     all
 }
 
-/// The derivation in this machine's store that makes a path, if its own text forbids that the path is fetched.
+/// The derivation in this machine's store that makes a path, if its own text forbids that the path
+/// is fetched.
 pub fn forbidding_derivation(db: &Path, path: &str) -> Option<String> {
     let connection = Connection::open_with_flags(db, OpenFlags::SQLITE_OPEN_READ_ONLY).ok()?;
     connection.busy_timeout(Duration::from_secs(1)).ok()?;
@@ -543,7 +606,8 @@ pub fn forbidding_derivation(db: &Path, path: &str) -> Option<String> {
     let forbids = |file: &String| {
         let text = fs::read(file).unwrap_or_default();
         let text = String::from_utf8_lossy(&text);
-        text.contains(r#"("allowSubstitutes","")"#) || text.contains(r#"\"allowSubstitutes\":false"#)
+        text.contains(r#"("allowSubstitutes","")"#)
+            || text.contains(r#"\"allowSubstitutes\":false"#)
     };
     derivations.flatten().find(forbids)
 }
@@ -556,7 +620,10 @@ mod tests {
     #[test]
     fn proxies_are_those_that_curl_would_use() {
         let proxy = |variables: &[(&str, &str)]| {
-            let environment = variables.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+            let environment = variables
+                .iter()
+                .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()))
+                .collect();
             proxy_for(&environment, "http://127.0.0.1:12304").map(|(name, _)| name)
         };
         let p = "http://proxy:3128";
@@ -579,10 +646,13 @@ mod tests {
 
     #[test]
     fn malformed_keys_and_second_ones_of_a_name_are_faults() {
-        let (a, b) = ("dw6gRsgENbg3ZRarDaIEP6t3wwkl5ML26Gov7r1VLrA=", "bfb1tHzyJC4nHA9pr2zF9z0OI/lJ6WIWbI4+SeAZQXs=");
+        let (a, b) = (
+            "dw6gRsgENbg3ZRarDaIEP6t3wwkl5ML26Gov7r1VLrA=",
+            "bfb1tHzyJC4nHA9pr2zF9z0OI/lJ6WIWbI4+SeAZQXs=",
+        );
         let faults = |keys: &str| {
             let values = [("trusted-public-keys".to_owned(), keys.to_owned())].into();
-            Settings { values, daemon: None }.key_faults()
+            NixSettings { values, daemon: None }.key_faults()
         };
         assert!(faults(&format!("x-1:{a} y-1:{b} x-1:{a}")).is_empty());
         let two = faults(&format!("x-1:{a} x-1:{b}"));

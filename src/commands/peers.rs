@@ -1,9 +1,9 @@
 //! `peerix peers`: asks the network now, and lists who answers.
 
-use super::probe::{self, Http};
-use super::report::{Report, State};
+use super::probe::{self, HttpProbe};
+use super::report::{Findings, Severity};
 use super::status::friend_line;
-use super::{Node, found_by, list, liveness, moment, peer_at, text};
+use super::{RunningDaemon, found_by, list, liveness, moment, peer_at, text};
 use crate::network::Networks;
 use crate::nix::HashPart;
 use serde_json::Value;
@@ -12,12 +12,13 @@ use std::net::SocketAddr;
 /// Asked for by nobody else: no path has this name.
 pub const NO_PATH: [u8; HashPart::LEN] = [b'0'; HashPart::LEN];
 
-pub fn run(node: &Node, json: bool) -> u8 {
+pub fn run(node: &RunningDaemon, json: bool) -> u8 {
     let nothing = HashPart::parse(&NO_PATH).expect("zeros are Nix32");
-    let mut report = Report::default();
+    let mut report = Findings::default();
     let known = probe::known(node);
     let far = probe::far(node, None);
-    let mut asked: Vec<SocketAddr> = known.iter().copied().chain(far.iter().map(|(_, address)| *address)).collect();
+    let mut asked: Vec<SocketAddr> =
+        known.iter().copied().chain(far.iter().map(|(_, address)| *address)).collect();
     let networks = Networks::read(node.config.networks.clone()).current();
     let has_lan = node.config.mode.has_lan();
     let heard = match probe::ask(&nothing, &networks, node.config.port, &asked, has_lan) {
@@ -34,17 +35,19 @@ pub fn run(node: &Node, json: bool) -> u8 {
     for (address, http) in asked.iter().zip(probe::http(&asked)) {
         let id = far.iter().find(|(_, other)| other == address).map(|(id, _)| format!(" ({id})"));
         let by_udp = heard.iter().find(|heard| heard.from == *address);
-        let udp = by_udp.map_or("does not answer queries".into(), |h| format!("answers queries, {:.1?}", h.took));
-        let shares = matches!(http, Http::Shares(_));
+        let udp = by_udp.map_or("does not answer queries".into(), |h| {
+            format!("answers queries, {:.1?}", h.took)
+        });
+        let shares = matches!(http, HttpProbe::Shares(_));
         let http = match http {
-            Http::Shares(took) => format!("shares with this machine, {took:.1?}"),
-            Http::Refuses => "shares nothing with this machine".into(),
-            Http::Other => "answers HTTP as another kind of peerix".into(),
-            Http::Silent(e) => format!("does not answer HTTP: {e}"),
+            HttpProbe::Shares(took) => format!("shares with this machine, {took:.1?}"),
+            HttpProbe::Refuses => "shares nothing with this machine".into(),
+            HttpProbe::Other => "answers HTTP as another kind of peerix".into(),
+            HttpProbe::Silent(e) => format!("does not answer HTTP: {e}"),
         };
         let now = moment(&node.status);
         let view = peer_at(&node.status, *address).map(|peer| daemon_view(peer, now));
-        let state = if by_udp.is_some() && shares { State::Ok } else { State::Note };
+        let state = if by_udp.is_some() && shares { Severity::Ok } else { Severity::Note };
         answering += u32::from(by_udp.is_some() || shares);
         let (id, view) = (id.unwrap_or_default(), view.unwrap_or_default());
         report.add(state, "peer", format!("{address}{id}: {udp}; {http}{view}"));

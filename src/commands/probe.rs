@@ -1,11 +1,12 @@
-//! Asks the network itself, from a port of its own, so that what the daemon knows can be compared with what is so.
+//! Asks the network itself, from a port of its own, so that what the daemon knows can be compared
+//! with what is so.
 
-use super::{HTTP_TIMEOUT, Node, get, list, text};
+use super::{HTTP_TIMEOUT, RunningDaemon, get, list, text};
 use crate::config::Config;
 use crate::lan::Holder;
 use crate::network::{LanNetworks, Networks};
 use crate::nix::{HashPart, NarInfo};
-use crate::peers::client::{Client, Error, PeerNarinfo};
+use crate::peers::client::{PeerClient, PeerError, PeerNarinfo};
 use crate::wire::Packet;
 use crate::wire::tracker::{can_be_peer, lookup_target};
 use serde_json::Value;
@@ -20,14 +21,15 @@ const SENDINGS: u32 = 3;
 /// And waited for so long each time; answers to earlier ones still count.
 const WAIT: Duration = Duration::from_millis(200);
 
-/// Nodes that are listened to: no network of private addresses has more that a daemon would remember.
+/// Nodes that are listened to: no network of private addresses has more that a daemon would
+/// remember.
 const MAX_HEARD: usize = 1024;
 
 /// Nodes of other networks that are asked; a lookup's candidates are 72.
 const MAX_FAR: usize = 72;
 
 /// What a node said to a query.
-pub struct Heard {
+pub struct ProbeReply {
     /// From where.
     pub from: SocketAddr,
     /// Where it says it has the path; none if it says that it has not.
@@ -44,7 +46,7 @@ pub fn ask(
     port: u16,
     named: &[SocketAddr],
     everyone: bool,
-) -> io::Result<Vec<Heard>> {
+) -> io::Result<Vec<ProbeReply>> {
     let (socket, is_v6) = open()?;
     let mut targets = named.to_vec();
     if everyone {
@@ -55,11 +57,12 @@ pub fn ask(
     // An answer says by its ID which sending it answers. Nobody can guess it who was not asked.
     let first = RandomState::new().build_hasher().finish() as u32;
     let mut sent = Vec::new();
-    let mut heard: Vec<Heard> = Vec::new();
+    let mut heard: Vec<ProbeReply> = Vec::new();
     for sending in 0..SENDINGS {
         let began = Instant::now();
         sent.push(began);
-        let query = Packet::Query { id: first.wrapping_add(sending), hash_part: *hash_part }.encode();
+        let query =
+            Packet::Query { id: first.wrapping_add(sending), hash_part: *hash_part }.encode();
         for target in &targets {
             if !heard.iter().any(|h| h.from == *target) {
                 // One that cannot be reached is one that does not answer.
@@ -89,7 +92,7 @@ pub fn ask(
             let was_asked = targets.contains(&from) || (everyone && networks.is_lan(from));
             let is_new = !networks.is_own(from.ip()) && !heard.iter().any(|h| h.from == from);
             if was_asked && is_new && heard.len() < MAX_HEARD {
-                heard.push(Heard { from, holder, took: at.elapsed() });
+                heard.push(ProbeReply { from, holder, took: at.elapsed() });
             }
         }
     }
@@ -127,7 +130,7 @@ fn v4_of(from: SocketAddr) -> Option<IpAddr> {
 }
 
 /// What the HTTP server of a node says.
-pub enum Http {
+pub enum HttpProbe {
     /// It shares with this machine; so long it took.
     Shares(Duration),
     /// It answers, and shares nothing with this machine.
@@ -139,32 +142,35 @@ pub enum Http {
 }
 
 /// Asks that of each, all at once.
-pub fn http(nodes: &[SocketAddr]) -> Vec<Http> {
+pub fn http(nodes: &[SocketAddr]) -> Vec<HttpProbe> {
     at_once(nodes, |node| {
         let began = Instant::now();
         match status(*node) {
-            Ok(200) => Http::Shares(began.elapsed()),
-            Ok(403) => Http::Refuses,
-            Ok(_) => Http::Other,
-            Err(e) => Http::Silent(e),
+            Ok(200) => HttpProbe::Shares(began.elapsed()),
+            Ok(403) => HttpProbe::Refuses,
+            Ok(_) => HttpProbe::Other,
+            Err(e) => HttpProbe::Silent(e),
         }
     })
 }
 
-/// What a node answers to a request for what it tells those with whom it shares. Without ureq, which cannot ask
-/// link-local addresses.
+/// What a node answers to a request for what it tells those with whom it shares. Without ureq,
+/// which cannot ask link-local addresses.
 fn status(node: SocketAddr) -> io::Result<u16> {
     let mut stream = TcpStream::connect_timeout(&node, HTTP_TIMEOUT)?;
     stream.set_read_timeout(Some(HTTP_TIMEOUT))?;
     stream.set_write_timeout(Some(HTTP_TIMEOUT))?;
-    stream.write_all(b"GET /store/nix-cache-info HTTP/1.1\r\nHost: peer\r\nConnection: close\r\n\r\n")?;
+    stream.write_all(
+        b"GET /store/nix-cache-info HTTP/1.1\r\nHost: peer\r\nConnection: close\r\n\r\n",
+    )?;
     let mut line = [0; "HTTP/1.1 200".len()];
     stream.read_exact(&mut line)?;
     let status = str::from_utf8(&line[9..]).ok().and_then(|digits| digits.parse().ok());
     status.ok_or_else(|| io::Error::other("not HTTP"))
 }
 
-/// Whether the daemon can hear a node at this address: it listens for that family, or in that network.
+/// Whether the daemon can hear a node at this address: it listens for that family, or in that
+/// network.
 pub fn hears(config: &Config, networks: &LanNetworks, ip: IpAddr) -> bool {
     config.bind.iter().any(|bind| match bind.is_unspecified() {
         true => bind.is_ipv6() == ip.is_ipv6(),
@@ -182,17 +188,17 @@ pub fn at_once<T: Sync, U: Send>(all: &[T], work: impl Fn(&T) -> U + Sync) -> Ve
 
 /// Addresses of the nodes that `--peer` names. Blocks while names are resolved.
 #[derive(Default)]
-pub struct Named {
+pub struct NamedAddresses {
     /// All addresses of all names.
     pub addresses: Vec<SocketAddr>,
     /// Hosts that could not be resolved, each with the reason.
     pub unresolved: Vec<(String, io::Error)>,
 }
 
-impl Named {
+impl NamedAddresses {
     /// Resolves the names.
-    pub fn resolve(config: &Config) -> Named {
-        let mut named = Named::default();
+    pub fn resolve(config: &Config) -> NamedAddresses {
+        let mut named = NamedAddresses::default();
         for (host, port) in &config.peers {
             match (host.as_str(), *port).to_socket_addrs() {
                 Ok(addresses) => named.addresses.extend(addresses),
@@ -205,16 +211,17 @@ impl Named {
 
 /// The neighbours that the daemon knows, and the nodes that `--peer` names. Blocks while names are
 /// resolved.
-pub fn known(node: &Node) -> Vec<SocketAddr> {
-    known_or_named(&node.status, &Named::resolve(&node.config))
+pub fn known(node: &RunningDaemon) -> Vec<SocketAddr> {
+    known_or_named(&node.status, &NamedAddresses::resolve(&node.config))
 }
 
 /// The neighbours that a status lists, and the named nodes.
-pub fn known_or_named(status: &Value, named: &Named) -> Vec<SocketAddr> {
+pub fn known_or_named(status: &Value, named: &NamedAddresses) -> Vec<SocketAddr> {
     // A host that only asks this node need not run peerix.
     let is_peer = |peer: &&Value| peer["network"] == "lan" && peer["found_by"] != "request";
     let peers = list(&status["peers"]).iter().filter(is_peer);
-    let mut all: Vec<SocketAddr> = peers.filter_map(|peer| text(&peer["address"]).parse().ok()).collect();
+    let mut all: Vec<SocketAddr> =
+        peers.filter_map(|peer| text(&peer["address"]).parse().ok()).collect();
     all.extend(&named.addresses);
     all.sort_unstable();
     all.dedup();
@@ -222,7 +229,7 @@ pub fn known_or_named(status: &Value, named: &Named) -> Vec<SocketAddr> {
 }
 
 /// Nodes of other networks, as the trackers name them: all of them, or those that may have a path.
-pub fn far(node: &Node, hash_part: Option<&HashPart>) -> Vec<(String, SocketAddr)> {
+pub fn far(node: &RunningDaemon, hash_part: Option<&HashPart>) -> Vec<(String, SocketAddr)> {
     let mut all = Vec::new();
     if !node.config.mode.has_wan() {
         return all;
@@ -231,12 +238,15 @@ pub fn far(node: &Node, hash_part: Option<&HashPart>) -> Vec<(String, SocketAddr
         let target = hash_part.map_or_else(|| "/peers".to_owned(), lookup_target);
         let Ok(answer) = get(&format!("{tracker}{target}")) else { continue };
         let body: Value = serde_json::from_slice(&answer.body).unwrap_or_default();
-        for candidate in ["peers", "candidates", "others"].iter().flat_map(|kind| list(&body[kind])) {
+        for candidate in ["peers", "candidates", "others"].iter().flat_map(|kind| list(&body[kind]))
+        {
             let (id, addr) = (text(&candidate["peer_id"]), text(&candidate["addr"]));
             let port = candidate["port"].as_u64().and_then(|port| u16::try_from(port).ok());
             let is_own = candidate["peer_id"] == node.status["node"]["peer_id"];
             let bare = addr.trim_start_matches('[').trim_end_matches(']');
-            let address = port.and_then(|port| (bare, port).to_socket_addrs().ok()?.find(|to| can_be_peer(to.ip())));
+            let address = port.and_then(|port| {
+                (bare, port).to_socket_addrs().ok()?.find(|to| can_be_peer(to.ip()))
+            });
             if let Some(address) = address
                 && !is_own
                 && all.len() < MAX_FAR
@@ -250,24 +260,28 @@ pub fn far(node: &Node, hash_part: Option<&HashPart>) -> Vec<(String, SocketAddr
 }
 
 /// A node that says it has a path, and what it says of it.
-pub struct Offer {
+pub struct ProbeOffer {
     /// Its HTTP server.
     pub from: SocketAddr,
     /// How a tracker calls it; empty for a neighbour.
     pub id: String,
     /// The narinfo, or why there is none.
-    pub narinfo: Result<NarInfo, Error>,
+    pub narinfo: Result<NarInfo, PeerError>,
 }
 
-impl Offer {
+impl ProbeOffer {
     /// Who it is.
     pub fn who(&self) -> String {
-        if self.id.is_empty() { self.from.to_string() } else { format!("{} ({})", self.from, self.id) }
+        if self.id.is_empty() {
+            self.from.to_string()
+        } else {
+            format!("{} ({})", self.from, self.id)
+        }
     }
 }
 
 /// Asks everybody for a path, as a lookup does, but all of them.
-pub fn offers(node: &Node, hash_part: &HashPart) -> Vec<Offer> {
+pub fn offers(node: &RunningDaemon, hash_part: &HashPart) -> Vec<ProbeOffer> {
     let mut holders = Vec::new();
     if node.config.mode.has_lan() {
         // The daemon knows them all; if it knows nobody, there may be somebody.
@@ -280,11 +294,14 @@ pub fn offers(node: &Node, hash_part: &HashPart) -> Vec<Offer> {
     let url_path = format!("local/{hash_part}.narinfo");
     let far = far(node, Some(hash_part)).into_iter();
     holders.extend(far.map(|(id, http)| (id, Holder { http, url_path: url_path.clone() })));
-    let client = Client::new(node.config.store_dir.clone());
+    let client = PeerClient::new(node.config.store_dir.clone());
     let offers = at_once(&holders, |(id, holder)| {
         let narinfo = client.narinfo(holder, hash_part, HTTP_TIMEOUT).map(PeerNarinfo::into_inner);
-        Offer { from: holder.http, id: id.clone(), narinfo }
+        ProbeOffer { from: holder.http, id: id.clone(), narinfo }
     });
     // Candidates may have it; that they have not is as good as not being one.
-    offers.into_iter().filter(|o| o.id.is_empty() || !matches!(o.narinfo, Err(Error::NotThere))).collect()
+    offers
+        .into_iter()
+        .filter(|o| o.id.is_empty() || !matches!(o.narinfo, Err(PeerError::NotThere)))
+        .collect()
 }

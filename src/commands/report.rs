@@ -7,7 +7,7 @@ use std::io::{self, Write};
 
 /// How a finding is meant.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub enum State {
+pub enum Severity {
     /// As it should be.
     Ok,
     /// Good to know.
@@ -17,7 +17,7 @@ pub enum State {
 }
 
 struct Finding {
-    state: State,
+    state: Severity,
     what: &'static str,
     text: String,
     remedy: String,
@@ -25,37 +25,39 @@ struct Finding {
 
 /// Findings, in the order in which they are told.
 #[derive(Default)]
-pub struct Report(Vec<Finding>);
+pub struct Findings(Vec<Finding>);
 
-impl Report {
+impl Findings {
     /// Adds one; `what` names it for programs.
-    pub fn add(&mut self, state: State, what: &'static str, text: String) {
+    pub fn add(&mut self, state: Severity, what: &'static str, text: String) {
         self.0.push(Finding { state, what, text, remedy: String::new() });
     }
 
     /// Adds something good.
     pub fn ok(&mut self, what: &'static str, text: String) {
-        self.add(State::Ok, what, text);
+        self.add(Severity::Ok, what, text);
     }
 
     /// Adds something to know.
     pub fn note(&mut self, what: &'static str, text: String) {
-        self.add(State::Note, what, text);
+        self.add(Severity::Note, what, text);
     }
 
     /// Adds something bad, and what mends it.
     pub fn fail(&mut self, what: &'static str, text: String, remedy: String) {
-        self.0.push(Finding { state: State::Fail, what, text, remedy });
+        self.0.push(Finding { state: Severity::Fail, what, text, remedy });
     }
 
     /// Whether there is nothing bad.
     pub fn is_well(&self) -> bool {
-        self.0.iter().all(|finding| finding.state != State::Fail)
+        self.0.iter().all(|finding| finding.state != Severity::Fail)
     }
 
     /// Whether something bad is of one of these names.
     pub fn has_failed(&self, names: &[&str]) -> bool {
-        self.0.iter().any(|finding| finding.state == State::Fail && names.contains(&finding.what))
+        self.0
+            .iter()
+            .any(|finding| finding.state == Severity::Fail && names.contains(&finding.what))
     }
 
     /// All findings as JSON, in their order.
@@ -75,9 +77,13 @@ impl Report {
         } else {
             let mut out = String::new();
             for finding in &self.0 {
-                let mark = if finding.state == State::Fail { "FAIL" } else { word(finding.state) };
+                let mark =
+                    if finding.state == Severity::Fail { "FAIL" } else { word(finding.state) };
                 out.push_str(&format!("{mark:5} {}: {}\n", finding.what, clean(&finding.text)));
-                finding.remedy.lines().for_each(|line| out.push_str(&format!("        {}\n", clean(line))));
+                finding
+                    .remedy
+                    .lines()
+                    .for_each(|line| out.push_str(&format!("        {}\n", clean(line))));
             }
             say(&out);
         }
@@ -85,11 +91,11 @@ impl Report {
     }
 }
 
-fn word(state: State) -> &'static str {
+fn word(state: Severity) -> &'static str {
     match state {
-        State::Ok => "ok",
-        State::Note => "note",
-        State::Fail => "fail",
+        Severity::Ok => "ok",
+        Severity::Note => "note",
+        Severity::Fail => "fail",
     }
 }
 
@@ -99,7 +105,13 @@ pub fn print(value: &Value) {
     let text = format!("{value:#}\n");
     let escaped: String = text
         .chars()
-        .map(|c| if c == '\n' || is_plain(c) { c.to_string() } else { format!("\\u{:04x}", u32::from(c)) })
+        .map(|c| {
+            if c == '\n' || is_plain(c) {
+                c.to_string()
+            } else {
+                format!("\\u{:04x}", u32::from(c))
+            }
+        })
         .collect();
     say(&escaped);
 }
@@ -115,6 +127,9 @@ mod tests {
 
     #[test]
     fn a_terminal_gets_text_alone() {
-        assert_eq!(clean("a\u{1b}[2Jb\nc\u{202e}d\u{2067}é"), "a\u{fffd}[2Jb\u{fffd}c\u{fffd}d\u{fffd}é");
+        assert_eq!(
+            clean("a\u{1b}[2Jb\nc\u{202e}d\u{2067}é"),
+            "a\u{fffd}[2Jb\u{fffd}c\u{fffd}d\u{fffd}é"
+        );
     }
 }

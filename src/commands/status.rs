@@ -1,14 +1,14 @@
 //! `peerix status`: what the daemon tells of itself, in a terminal.
 
 use super::report::{print, say};
-use super::{NO, Node, YES, found_by, list, liveness, long, moment, short, text};
+use super::{NO, RunningDaemon, YES, found_by, list, liveness, long, moment, short, text};
 use crate::service::clean;
 use serde_json::Value;
 
 /// Lookups that are shown.
 const LOOKUPS: usize = 10;
 
-pub fn run(node: &Node, json: bool) -> u8 {
+pub fn run(node: &RunningDaemon, json: bool) -> u8 {
     let status = &node.status;
     let well = status["health"]["ok"] == true;
     if json {
@@ -51,11 +51,18 @@ fn shown(status: &Value) -> String {
     }
     let peers = list(&status["peers"]);
     line(String::new());
-    line(format!("peers: {}", peers.len() as u64 + status["peers_omitted"].as_u64().unwrap_or_default()));
+    line(format!(
+        "peers: {}",
+        peers.len() as u64 + status["peers_omitted"].as_u64().unwrap_or_default()
+    ));
     for peer in peers {
         line(format!("  {}", peer_line(peer, now)));
         if let Some(until) = peer["avoided"]["until"].as_f64() {
-            line(format!("    avoided for {}: {}", long(until - now), text(&peer["avoided"]["reason"])));
+            line(format!(
+                "    avoided for {}: {}",
+                long(until - now),
+                text(&peer["avoided"]["reason"])
+            ));
         }
     }
     let transfers = list(&status["transfers"]);
@@ -72,9 +79,10 @@ fn shown(status: &Value) -> String {
         let totals = &status["totals"][when];
         if totals.is_object() {
             let (hits, misses) = (&totals["hits"], &totals["misses"]);
-            let (lan, wan) = (bytes(&totals["received_lan_bytes"]), bytes(&totals["received_wan_bytes"]));
-            let sent =
-                [&totals["sent_lan_bytes"], &totals["sent_wan_bytes"]].map(|bytes| bytes.as_u64().unwrap_or_default());
+            let (lan, wan) =
+                (bytes(&totals["received_lan_bytes"]), bytes(&totals["received_wan_bytes"]));
+            let sent = [&totals["sent_lan_bytes"], &totals["sent_wan_bytes"]]
+                .map(|bytes| bytes.as_u64().unwrap_or_default());
             let saved = long(number(&totals["upstream_seconds"]));
             let sent = super::bytes(sent.iter().fold(0, |all, bytes| all.saturating_add(*bytes)));
             line(format!(
@@ -87,19 +95,34 @@ fn shown(status: &Value) -> String {
     line(String::new());
     line(format!("last lookups: {}", lookups.len()));
     for lookup in lookups.iter().take(LOOKUPS) {
-        let what = format!("{}-{}", text(&lookup["hash_part"]), lookup["name"].as_str().unwrap_or("?"));
-        let came = if lookup["hit"] == true { text(&lookup["peer"]) } else { text(&lookup["miss"]["text"]) };
+        let what =
+            format!("{}-{}", text(&lookup["hash_part"]), lookup["name"].as_str().unwrap_or("?"));
+        let came = if lookup["hit"] == true {
+            text(&lookup["peer"])
+        } else {
+            text(&lookup["miss"]["text"])
+        };
         let took = short(number(&lookup["seconds"]));
-        line(format!("  {} {what} {took}: {came}", if lookup["hit"] == true { "hit " } else { "miss" }));
+        line(format!(
+            "  {} {what} {took}: {came}",
+            if lookup["hit"] == true { "hit " } else { "miss" }
+        ));
     }
     out
 }
 
 /// A friend's name, whether it is reached, where and since when, and its key.
 pub fn friend_line(friend: &Value, now: f64) -> String {
-    let since = friend["since"].as_f64().map(|since| format!(" for {}", long(now - since))).unwrap_or_default();
+    let since = friend["since"]
+        .as_f64()
+        .map(|since| format!(" for {}", long(now - since)))
+        .unwrap_or_default();
     let how = match friend["reached"] == true {
-        true => format!("reached at {} ({}){since}", text(&friend["address"]), text(&friend["found_by"])),
+        true => format!(
+            "reached at {} ({}){since}",
+            text(&friend["address"]),
+            text(&friend["found_by"])
+        ),
         false => format!("not reached{since}"),
     };
     let error = friend["error"].as_str().filter(|_| friend["reached"] != true);

@@ -1,13 +1,13 @@
 //! `peerix why`: follows one path through everything that decides about it.
 
-use super::nix::{self, Settings, trusted_by};
+use super::nix::{self, NixSettings, trusted_by};
 use super::probe;
-use super::report::Report;
-use super::{Node, USAGE, get, list, liveness, long, moment, peer_at, text};
+use super::report::Findings;
+use super::{RunningDaemon, USAGE, get, list, liveness, long, moment, peer_at, text};
+use crate::access::AccessPolicy;
 use crate::config::Sharing;
 use crate::network::Networks;
 use crate::nix::{HashPart, NarInfo, PathInfo, StorePath};
-use crate::share::Share;
 use serde_json::Value;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -17,7 +17,7 @@ use std::sync::Arc;
 /// read.
 const MAX_SILENT_SHOWN: usize = 8;
 
-pub fn run(node: &Node, path: &str, json: bool) -> u8 {
+pub fn run(node: &RunningDaemon, path: &str, json: bool) -> u8 {
     let Some(hash_part) = hash_part(node, path) else {
         let dir = node.config.store_dir.as_str();
         eprintln!(
@@ -26,19 +26,24 @@ pub fn run(node: &Node, path: &str, json: bool) -> u8 {
         );
         return USAGE;
     };
-    let mut report = Report::default();
+    let mut report = Findings::default();
     let here = here(&mut report, node, &hash_part);
-    let settings = Settings::read();
+    let settings = NixSettings::read();
     let offered = offered(&mut report, node, &hash_part, settings.as_ref().ok());
     let asks = nix_asks(&mut report, node, &hash_part, &offered, settings);
     let peerix_gives = offered.iter().any(|offer| offer.passes);
     let nix_takes = offered.iter().any(|offer| offer.passes && offer.is_trusted);
-    let is_refused = offered.iter().any(|offer| offer.info.is_some()) && !offered.iter().any(|offer| offer.is_trusted);
+    let is_refused = offered.iter().any(|offer| offer.info.is_some())
+        && !offered.iter().any(|offer| offer.is_trusted);
     let verdict = match () {
         () if here => "Nix has it here, and asks nobody",
-        () if offered.is_empty() => "Nix gets it from no peer: none has it, or none shares it with this machine",
+        () if offered.is_empty() => {
+            "Nix gets it from no peer: none has it, or none shares it with this machine"
+        }
         () if is_refused => "Nix gets it from no peer: it would not trust what they have",
-        () if !peerix_gives => "Nix gets it from no peer: those that have it are passed over, see above",
+        () if !peerix_gives => {
+            "Nix gets it from no peer: those that have it are passed over, see above"
+        }
         () if !nix_takes => "Nix gets it from no peer: it would not trust what they have",
         () if !asks => "Nix could get it from a peer, but does not ask for it, see above",
         () => "Nix gets it from a peer",
@@ -52,16 +57,21 @@ pub fn run(node: &Node, path: &str, json: bool) -> u8 {
 }
 
 /// A path may be given whole, by its base name, with what is inside it, or by its hash part.
-fn hash_part(node: &Node, path: &str) -> Option<HashPart> {
+fn hash_part(node: &RunningDaemon, path: &str) -> Option<HashPart> {
     let target = store_path_behind(path, node.config.store_dir.as_str());
     let path = target.as_deref().unwrap_or(path);
-    let base = path.strip_prefix(node.config.store_dir.as_str()).map_or(path, |rest| rest.trim_start_matches('/'));
+    let base = path
+        .strip_prefix(node.config.store_dir.as_str())
+        .map_or(path, |rest| rest.trim_start_matches('/'));
     let base = base.split('/').next()?;
-    StorePath::parse(base).map(|path| path.hash_part()).ok().or_else(|| HashPart::parse(base.as_bytes()).ok())
+    StorePath::parse(base)
+        .map(|path| path.hash_part())
+        .ok()
+        .or_else(|| HashPart::parse(base.as_bytes()).ok())
 }
 
-/// Where a symbolic link leads, as `./result` does, whether or not the store path is there. A few links in between are
-/// followed, as profiles have them.
+/// Where a symbolic link leads, as `./result` does, whether or not the store path is there. A few
+/// links in between are followed, as profiles have them.
 fn store_path_behind(path: &str, store_dir: &str) -> Option<String> {
     const MAX_LINKS: usize = 8;
     let mut at = PathBuf::from(path);
@@ -76,10 +86,12 @@ fn store_path_behind(path: &str, store_dir: &str) -> Option<String> {
 }
 
 /// Whether it is valid here, and if so, who may have it.
-fn here(report: &mut Report, node: &Node, hash_part: &HashPart) -> bool {
+fn here(report: &mut Findings, node: &RunningDaemon, hash_part: &HashPart) -> bool {
     let url = format!("http://127.0.0.1:{}/local/{hash_part}.narinfo", node.config.port);
     let answer = match get(&url) {
-        Ok(answer) if answer.status == 200 => NarInfo::parse(&answer.body, &node.config.store_dir).ok(),
+        Ok(answer) if answer.status == 200 => {
+            NarInfo::parse(&answer.body, &node.config.store_dir).ok()
+        }
         Ok(answer) if answer.status == 404 => {
             report.note("here", "not valid in this machine's store".into());
             return false;
@@ -87,32 +99,46 @@ fn here(report: &mut Report, node: &Node, hash_part: &HashPart) -> bool {
         _ => None,
     };
     let Some(NarInfo { info, .. }) = answer else {
-        report.note("here", "the daemon does not say whether it is valid here; peerix doctor may tell why".into());
+        report.note(
+            "here",
+            "the daemon does not say whether it is valid here; peerix doctor may tell why".into(),
+        );
         return false;
     };
     let signers: Vec<&str> = info.signatures.iter().map(|signature| signature.name()).collect();
-    let signers = if signers.is_empty() { "unsigned".into() } else { format!("signed by {}", signers.join(", ")) };
+    let signers = if signers.is_empty() {
+        "unsigned".into()
+    } else {
+        format!("signed by {}", signers.join(", "))
+    };
     let addressed = if info.ca.is_some() { ", content-addressed" } else { "" };
     let dir = node.config.store_dir.join(&info.path);
-    report.ok("here", format!("{dir} is valid here: {} bytes, {signers}{addressed}", info.nar_size));
-    let networks: Vec<&str> = list(&node.status["networks"]).iter().map(|network| text(&network["address"])).collect();
+    report
+        .ok("here", format!("{dir} is valid here: {} bytes, {signers}{addressed}", info.nar_size));
+    let networks: Vec<&str> =
+        list(&node.status["networks"]).iter().map(|network| text(&network["address"])).collect();
     match node.config.mode.has_lan() {
         true if !matches!(node.config.sharing, Sharing::All | Sharing::Lan) => {
             report.note("lan", "--share keeps it from neighbours".into());
         }
-        true => report.ok("lan", format!("shared with the networks that this machine is on ({})", networks.join(", "))),
+        true => report.ok(
+            "lan",
+            format!("shared with the networks that this machine is on ({})", networks.join(", ")),
+        ),
         false => report.note("lan", "not shared with neighbours as such: the mode is wan".into()),
     }
-    let friends: Vec<&str> = list(&node.status["friends"]).iter().map(|friend| text(&friend["name"])).collect();
+    let friends: Vec<&str> =
+        list(&node.status["friends"]).iter().map(|friend| text(&friend["name"])).collect();
     match node.config.sharing {
         _ if friends.is_empty() => {}
-        Sharing::Nobody => {
-            report.note("friends", format!("--share nobody keeps it from friends ({})", friends.join(", ")))
-        }
+        Sharing::Nobody => report.note(
+            "friends",
+            format!("--share nobody keeps it from friends ({})", friends.join(", ")),
+        ),
         _ => report.ok("friends", format!("shared with friends ({})", friends.join(", "))),
     }
     let networks = Networks::read(node.config.networks.clone());
-    let share = Share::new(Arc::new(networks), &node.config);
+    let share = AccessPolicy::new(Arc::new(networks), &node.config);
     match share.why_kept(&node.config, &info) {
         None => report.ok("wan", "shared with everybody who knows its hash".into()),
         Some(why) => report.note("wan", format!("not shared with other networks: {why}")),
@@ -121,14 +147,19 @@ fn here(report: &mut Report, node: &Node, hash_part: &HashPart) -> bool {
 }
 
 /// What a peer offers, to this machine's peerix and its Nix.
-struct Offered {
+struct PeerOffer {
     passes: bool,
     is_trusted: bool,
     /// None if it does not give its narinfo.
     info: Option<PathInfo>,
 }
 
-fn offered(report: &mut Report, node: &Node, hash_part: &HashPart, settings: Option<&Settings>) -> Vec<Offered> {
+fn offered(
+    report: &mut Findings,
+    node: &RunningDaemon,
+    hash_part: &HashPart,
+    settings: Option<&NixSettings>,
+) -> Vec<PeerOffer> {
     let mut all = Vec::new();
     let trusted = node.trusted();
     for offer in probe::offers(node, hash_part) {
@@ -138,13 +169,15 @@ fn offered(report: &mut Report, node: &Node, hash_part: &HashPart, settings: Opt
             Err(e) => {
                 let text = format!("{who} says it has it, and does not give it: {e}");
                 report.fail("peer", text, format!("on that machine: peerix why {hash_part}"));
-                all.push(Offered { passes: false, is_trusted: false, info: None });
+                all.push(PeerOffer { passes: false, is_trusted: false, info: None });
                 continue;
             }
         };
         let path = node.config.store_dir.join(&info.path);
         let at = peer_at(&node.status, offer.from);
-        let avoided = at.filter(|peer| peer["avoided"]["wholly"] == true).map(|peer| text(&peer["avoided"]["reason"]));
+        let avoided = at
+            .filter(|peer| peer["avoided"]["wholly"] == true)
+            .map(|peer| text(&peer["avoided"]["reason"]));
         report.ok("peer", format!("{who} has {path}, {} bytes", info.nar_size));
         // Broadcast queries reach silent neighbours, but need not reach a node that `--peer` names.
         let unasked = at.filter(|peer| peer["state"] == "silent" && peer["found_by"] == "flag");
@@ -179,24 +212,36 @@ fn offered(report: &mut Report, node: &Node, hash_part: &HashPart, settings: Opt
                 nix::trust(&info, &offer.from.ip().to_string()),
             ),
         }
-        all.push(Offered { passes, is_trusted: is_trusted.is_ok(), info: Some(info) });
+        all.push(PeerOffer { passes, is_trusted: is_trusted.is_ok(), info: Some(info) });
     }
     silent_peers(report, &node.status);
     if all.is_empty() {
         let peers = list(&node.status["peers"]).len();
-        report
-            .note("peer", format!("nobody who answers has it; the daemon knows {peers} peers, peerix peers asks them"));
+        report.note(
+            "peer",
+            format!(
+                "nobody who answers has it; the daemon knows {peers} peers, peerix peers asks them"
+            ),
+        );
     }
-    let last = list(&node.status["lookups"]).iter().find(|lookup| text(&lookup["hash_part"]) == hash_part.as_str());
+    let last = list(&node.status["lookups"])
+        .iter()
+        .find(|lookup| text(&lookup["hash_part"]) == hash_part.as_str());
     if let Some(last) = last.filter(|last| last["hit"] == false) {
-        let ago = node.status["time"].as_f64().zip(last["time"].as_f64()).map_or(0.0, |(now, then)| now - then);
-        report.note("asked", format!("when Nix asked {ago:.0} s ago, it missed: {}", text(&last["miss"]["text"])));
+        let ago = node.status["time"]
+            .as_f64()
+            .zip(last["time"].as_f64())
+            .map_or(0.0, |(now, then)| now - then);
+        report.note(
+            "asked",
+            format!("when Nix asked {ago:.0} s ago, it missed: {}", text(&last["miss"]["text"])),
+        );
     }
     all
 }
 
 /// Says which peers lookups do not ask, as they are silent.
-fn silent_peers(report: &mut Report, status: &Value) {
+fn silent_peers(report: &mut Findings, status: &Value) {
     let is_silent = |peer: &&Value| peer["state"] == "silent";
     let silent: Vec<&Value> = list(&status["peers"]).iter().filter(is_silent).collect();
     if silent.is_empty() {
@@ -217,11 +262,11 @@ fn silent_peers(report: &mut Report, status: &Value) {
 
 /// Whether Nix would ask this machine's peerix for it, and whom before and after.
 fn nix_asks(
-    report: &mut Report,
-    node: &Node,
+    report: &mut Findings,
+    node: &RunningDaemon,
     hash_part: &HashPart,
-    offered: &[Offered],
-    settings: Result<Settings, String>,
+    offered: &[PeerOffer],
+    settings: Result<NixSettings, String>,
 ) -> bool {
     let settings = match settings {
         Ok(settings) => settings,
@@ -230,7 +275,8 @@ fn nix_asks(
             return true;
         }
     };
-    let order: Vec<String> = nix::order(&settings).iter().map(|rank| format!("{} ({})", rank.url, rank.says)).collect();
+    let order: Vec<String> =
+        nix::order(&settings).iter().map(|rank| format!("{} ({})", rank.url, rank.says)).collect();
     let mut asks = true;
     match settings.peerix(node.config.port).first() {
         None => {
@@ -245,44 +291,62 @@ fn nix_asks(
             for miss in nix::misses(&settings, url, Some(hash_part.as_str())) {
                 asks = false;
                 let (ago, left) = (miss.age.as_secs(), miss.left.as_secs());
-                let text = format!("Nix learned {ago} s ago that no peer has it, and believes it for another {left} s");
+                let text = format!(
+                    "Nix learned {ago} s ago that no peer has it, and believes it for another {left} s"
+                );
                 let path = format!("{}/{hash_part}-…", node.config.store_dir.as_str());
-                report.fail("memory", format!("{text} ({})", miss.file.display()), nix::ask_again(&path));
+                report.fail(
+                    "memory",
+                    format!("{text} ({})", miss.file.display()),
+                    nix::ask_again(&path),
+                );
             }
             asks &= is_remembered_rightly(report, node, &settings, url, offered);
             if let Some((variable, proxy)) = settings.proxy(url) {
                 asks = false;
-                report.fail("proxy", nix::asks_by_proxy(&variable, &proxy, url), nix::no_proxy(&settings));
+                report.fail(
+                    "proxy",
+                    nix::asks_by_proxy(&variable, &proxy, url),
+                    nix::no_proxy(&settings),
+                );
             }
         }
     }
-    let path = offered.iter().find_map(|offer| Some(node.config.store_dir.join(&offer.info.as_ref()?.path)));
+    let path = offered
+        .iter()
+        .find_map(|offer| Some(node.config.store_dir.join(&offer.info.as_ref()?.path)));
     if let Some(path) = path
         && settings.get("always-allow-substitutes") != "true"
         && let Some(derivation) = nix::forbidding_derivation(&node.config.db, &path)
     {
         asks = false;
         let remedy = format!("to fetch it all the same: nix-store --realise {path}");
-        report.fail("derivation", format!("{derivation} has allowSubstitutes = false: Nix builds it here"), remedy);
+        report.fail(
+            "derivation",
+            format!("{derivation} has allowSubstitutes = false: Nix builds it here"),
+            remedy,
+        );
     }
     if !order.is_empty() {
-        report.note("order", format!("Nix asks by priority, the lowest first: {}", order.join(", ")));
+        report
+            .note("order", format!("Nix asks by priority, the lowest first: {}", order.join(", ")));
     }
     asks
 }
 
-/// Whether what Nix remembers of the path is what a peer offers. A NAR of another hash is not there any more, and Nix
-/// fails at that, or builds.
+/// Whether what Nix remembers of the path is what a peer offers. A NAR of another hash is not there
+/// any more, and Nix fails at that, or builds.
 fn is_remembered_rightly(
-    report: &mut Report,
-    node: &Node,
-    settings: &Settings,
+    report: &mut Findings,
+    node: &RunningDaemon,
+    settings: &NixSettings,
     url: &str,
-    offered: &[Offered],
+    offered: &[PeerOffer],
 ) -> bool {
     let infos: Vec<&PathInfo> = offered.iter().filter_map(|offer| offer.info.as_ref()).collect();
     let Some(first) = infos.first() else { return true };
-    let known: Vec<String> = infos.iter().map(|info| format!("sha256:{}", info.nar_hash.to_nix32())).collect();
+    let known: Vec<String> =
+        infos.iter().map(|info| format!("sha256:{}", info.nar_hash.to_nix32())).collect();
     let mut is_right = true;
     for remembered in nix::remembered(settings, url, first.path.hash_part().as_str()) {
         if known.contains(&remembered.nar_hash) {
@@ -315,7 +379,7 @@ mod tests {
         });
         let live = json!({"address": "10.0.0.99:1", "state": "live", "silent_since": null});
         let peers: Vec<Value> = silent.chain([live]).collect();
-        let mut report = Report::default();
+        let mut report = Findings::default();
         silent_peers(&mut report, &json!({"time": 5000.0, "peers": peers}));
         report.findings()
     }

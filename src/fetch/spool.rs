@@ -1,7 +1,8 @@
 //! Large NARs on their way in, kept in a file so that neighbours can have them while they come.
 //!
-//! The file has no name (`O_TMPFILE`): however this process ends, nothing is left. It is written in a thread of its own,
-//! and given up when the disk is slower than the network: Nix never waits for it.
+//! The file has no name (`O_TMPFILE`): however this process ends, nothing is left. It is written in
+//! a thread of its own, and given up when the disk is slower than the network: Nix never waits for
+//! it.
 
 use super::verified::Piece;
 use crate::nix::NarHash;
@@ -29,7 +30,8 @@ const MAX_BYTES: u64 = 2 << 30;
 const MAX_SPOOLS: usize = 8;
 /// Parts of the disk of which one has to stay free.
 const FREE_PARTS: u64 = 10;
-/// Pieces that wait to be written, of 256 KiB each. When there are more, the disk is too slow, and the NAR is given up.
+/// Pieces that wait to be written, of 256 KiB each. When there are more, the disk is too slow, and
+/// the NAR is given up.
 const QUEUE: usize = 16;
 /// A neighbour waits for the next bytes for this long, and then for another source.
 const PATIENCE: Timeout = Timeout::from_secs(10);
@@ -40,19 +42,19 @@ const COPY: usize = 64 * 1024;
 pub struct Spools {
     dir: Option<PathBuf>,
     kept: Mutex<HashMap<NarHash, Arc<Spool>>>,
-    taken: Arc<Mutex<Taken>>,
+    taken: Arc<Mutex<DiskUsage>>,
 }
 
 /// What the files on the disk take, also of NARs that are no longer found but still being read.
 #[derive(Default)]
-struct Taken {
+struct DiskUsage {
     spools: usize,
     bytes: u64,
 }
 
-/// A part of [`Taken`], until it is dropped.
-struct Reserved {
-    taken: Arc<Mutex<Taken>>,
+/// A part of [`DiskUsage`], until it is dropped.
+struct DiskReservation {
+    taken: Arc<Mutex<DiskUsage>>,
     bytes: u64,
 }
 
@@ -62,13 +64,13 @@ pub struct Spool {
     pub name: String,
     size: u64,
     file: File,
-    _reserved: Reserved,
-    progress: Mutex<Progress>,
+    _reserved: DiskReservation,
+    progress: Mutex<SpoolProgress>,
     changed: Condvar,
 }
 
 #[derive(Default)]
-struct Progress {
+struct SpoolProgress {
     /// Bytes from the beginning that are in the file.
     written: u64,
     /// No more bytes come.
@@ -76,7 +78,7 @@ struct Progress {
 }
 
 /// Keeps one NAR. When it is dropped, no more bytes come, and no further neighbour finds it.
-pub(super) struct Keeping<'a> {
+pub(super) struct SpoolWriter<'a> {
     spools: &'a Spools,
     hash: NarHash,
     spool: Arc<Spool>,
@@ -95,12 +97,12 @@ impl Spools {
     }
 
     /// Begins to keep a NAR, if it is large and there is room for it.
-    pub(super) fn begin(&self, name: &str, hash: NarHash, size: u64) -> Option<Keeping<'_>> {
+    pub(super) fn begin(&self, name: &str, hash: NarHash, size: u64) -> Option<SpoolWriter<'_>> {
         let dir = self.dir.as_ref().filter(|_| size >= LEAST_SIZE)?;
         if self.lock().contains_key(&hash) {
             return None;
         }
-        let (reserved, all) = Reserved::of(&self.taken, size)?;
+        let (reserved, all) = DiskReservation::of(&self.taken, size)?;
         // Not under the lock, which the event loop takes, too: disks may hang.
         let spool = match Spool::open(dir, name, size, reserved, all) {
             Ok(spool) => Arc::new(spool?),
@@ -111,13 +113,14 @@ impl Spools {
         };
         let (pieces, queue) = bounded(QUEUE);
         let writing = spool.clone();
-        let thread = thread::Builder::new().name("nar-spool".into()).spawn(move || writing.write(&queue));
+        let thread =
+            thread::Builder::new().name("nar-spool".into()).spawn(move || writing.write(&queue));
         thread.inspect_err(|e| log::debug!("thread for a NAR: {e}")).ok()?;
         match self.lock().entry(hash) {
             Entry::Vacant(place) => place.insert(spool.clone()),
             Entry::Occupied(_) => return None,
         };
-        Some(Keeping { spools: self, hash, spool, pieces: Some(pieces) })
+        Some(SpoolWriter { spools: self, hash, spool, pieces: Some(pieces) })
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<NarHash, Arc<Spool>>> {
@@ -125,27 +128,28 @@ impl Spools {
     }
 }
 
-impl Reserved {
-    /// Room for a NAR of that size, and the bytes that are then reserved in all; `None` if there are too many.
-    fn of(taken: &Arc<Mutex<Taken>>, size: u64) -> Option<(Reserved, u64)> {
+impl DiskReservation {
+    /// Room for a NAR of that size, and the bytes that are then reserved in all; `None` if there
+    /// are too many.
+    fn of(taken: &Arc<Mutex<DiskUsage>>, size: u64) -> Option<(DiskReservation, u64)> {
         let mut now = taken.lock().unwrap_or_else(PoisonError::into_inner);
         let bytes = now.bytes.checked_add(size).filter(|bytes| *bytes <= MAX_BYTES)?;
         if now.spools >= MAX_SPOOLS {
             return None;
         }
-        *now = Taken { spools: now.spools + 1, bytes };
-        Some((Reserved { taken: taken.clone(), bytes: size }, bytes))
+        *now = DiskUsage { spools: now.spools + 1, bytes };
+        Some((DiskReservation { taken: taken.clone(), bytes: size }, bytes))
     }
 }
 
-impl Drop for Reserved {
+impl Drop for DiskReservation {
     fn drop(&mut self) {
         let mut now = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
-        *now = Taken { spools: now.spools - 1, bytes: now.bytes - self.bytes };
+        *now = DiskUsage { spools: now.spools - 1, bytes: now.bytes - self.bytes };
     }
 }
 
-impl Keeping<'_> {
+impl SpoolWriter<'_> {
     /// The next piece of the NAR. Never blocks.
     pub(super) fn push(&mut self, piece: Arc<Piece>) {
         let Some(pieces) = &self.pieces else { return };
@@ -157,7 +161,7 @@ impl Keeping<'_> {
     }
 }
 
-impl Drop for Keeping<'_> {
+impl Drop for SpoolWriter<'_> {
     fn drop(&mut self) {
         self.pieces = None;
         let mut kept = self.spools.lock();
@@ -168,15 +172,29 @@ impl Drop for Keeping<'_> {
 }
 
 impl Spool {
-    /// A file for a NAR of that size; `None` if the disk has too little room for all the bytes reserved.
-    fn open(dir: &Path, name: &str, size: u64, reserved: Reserved, all: u64) -> io::Result<Option<Spool>> {
+    /// A file for a NAR of that size; `None` if the disk has too little room for all the bytes
+    /// reserved.
+    fn open(
+        dir: &Path,
+        name: &str,
+        size: u64,
+        reserved: DiskReservation,
+        all: u64,
+    ) -> io::Result<Option<Spool>> {
         if !has_room(&statvfs(dir)?, all) {
             return Ok(None);
         }
         let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
         let file = File::from(open(dir, flags, Mode::RUSR | Mode::WUSR)?);
         let (progress, changed) = Default::default();
-        Ok(Some(Spool { name: name.to_owned(), size, file, _reserved: reserved, progress, changed }))
+        Ok(Some(Spool {
+            name: name.to_owned(),
+            size,
+            file,
+            _reserved: reserved,
+            progress,
+            changed,
+        }))
     }
 
     /// Writes pieces until no more come or the disk fails.
@@ -185,7 +203,8 @@ impl Spool {
         for piece in queue {
             if let Err(e) = self.write_piece(&piece, at) {
                 log::debug!("spool: {e}");
-                // Readers find the file shorter than was said, and go elsewhere: others need the disk.
+                // Readers find the file shorter than was said, and go elsewhere: others need the
+                // disk.
                 self.lock().has_ended = true;
                 let _ = self.file.set_len(0);
                 break;
@@ -232,9 +251,13 @@ impl Spool {
         while progress.written <= at {
             let left = until.saturating_duration_since(Instant::now());
             if progress.has_ended || left.is_zero() {
-                return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the rest of the NAR does not come"));
+                return Err(io::Error::new(
+                    io::ErrorKind::UnexpectedEof,
+                    "the rest of the NAR does not come",
+                ));
             }
-            progress = self.changed.wait_timeout(progress, left).unwrap_or_else(PoisonError::into_inner).0;
+            progress =
+                self.changed.wait_timeout(progress, left).unwrap_or_else(PoisonError::into_inner).0;
         }
         Ok(progress.written)
     }
@@ -249,7 +272,7 @@ impl Spool {
         Ok(buffer.len() as u64)
     }
 
-    fn lock(&self) -> MutexGuard<'_, Progress> {
+    fn lock(&self) -> MutexGuard<'_, SpoolProgress> {
         self.progress.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -257,12 +280,14 @@ impl Spool {
 /// Whether the disk has room for so many bytes of NARs, which Nix writes, too, and for others.
 fn has_room(disk: &StatVfs, bytes: u64) -> bool {
     let free = disk.f_bavail.saturating_mul(disk.f_frsize);
-    free >= bytes.saturating_mul(2).saturating_add(disk.f_blocks.saturating_mul(disk.f_frsize) / FREE_PARTS)
+    free >= bytes
+        .saturating_mul(2)
+        .saturating_add(disk.f_blocks.saturating_mul(disk.f_frsize) / FREE_PARTS)
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::verified::Incoming;
+    use super::super::verified::VerifiedStream;
     use super::*;
 
     const HASH: [u8; 32] = [1; 32];
@@ -293,7 +318,12 @@ mod tests {
 
     #[test]
     fn room_is_for_nix_too_and_a_tenth_stays_free() {
-        let disk = |free| StatVfs { f_bavail: free, f_frsize: 4096, f_blocks: 1000, ..statvfs("/").unwrap() };
+        let disk = |free| StatVfs {
+            f_bavail: free,
+            f_frsize: 4096,
+            f_blocks: 1000,
+            ..statvfs("/").unwrap()
+        };
         assert!(has_room(&disk(102), 4096));
         assert!(!has_room(&disk(101), 4096));
         assert!(!has_room(&disk(101), u64::MAX));
@@ -302,8 +332,10 @@ mod tests {
     #[test]
     fn file_on_a_full_disk_is_emptied_and_its_readers_are_told() {
         let spools = spools();
-        let (reserved, all) = Reserved::of(&spools.taken, LEAST_SIZE).unwrap();
-        let mut spool = Spool::open(&std::env::temp_dir(), "a", LEAST_SIZE, reserved, all).unwrap().expect("room");
+        let (reserved, all) = DiskReservation::of(&spools.taken, LEAST_SIZE).unwrap();
+        let mut spool = Spool::open(&std::env::temp_dir(), "a", LEAST_SIZE, reserved, all)
+            .unwrap()
+            .expect("room");
         spool.file.set_len(1 << 20).unwrap();
         // Of which there is never so much room.
         spool.size = u64::MAX;
@@ -318,7 +350,7 @@ mod tests {
     }
 
     fn piece() -> Arc<Piece> {
-        let mut piece = Incoming::new(NarHash::from_bytes(HASH), LEAST_SIZE).piece();
+        let mut piece = VerifiedStream::new(NarHash::from_bytes(HASH), LEAST_SIZE).piece();
         piece.room(LEAST_SIZE).fill(7);
         Arc::new(piece.filled())
     }
@@ -350,10 +382,12 @@ mod tests {
         assert!(spools.begin("a", hash(1), LEAST_SIZE - 1).is_none());
         assert!(Spools::new(None).begin("a", hash(1), LEAST_SIZE).is_none());
         assert!(Spools::new(Some("/proc".into())).begin("a", hash(1), LEAST_SIZE).is_none());
-        let kept: Vec<_> = (0..20).map_while(|number| spools.begin("a", hash(number), LEAST_SIZE)).collect();
+        let kept: Vec<_> =
+            (0..20).map_while(|number| spools.begin("a", hash(number), LEAST_SIZE)).collect();
         assert_eq!(kept.len(), MAX_SPOOLS);
         assert!(spools.begin("a", hash(0), LEAST_SIZE).is_none());
-        // The files of those that are still read are there, although no further neighbour finds them.
+        // The files of those that are still read are there, although no further neighbour finds
+        // them.
         let reading: Vec<_> = (0..20).filter_map(|number| spools.get(&hash(number))).collect();
         drop(kept);
         assert!(spools.get(&hash(1)).is_none() && spools.begin("a", hash(1), LEAST_SIZE).is_none());

@@ -1,8 +1,9 @@
-//! The bytes of one NAR on their way to this machine's Nix: hashed and framing-checked as they pass. Where they come from
-//! is not known here.
+//! The bytes of one NAR on their way to this machine's Nix: hashed and framing-checked as they
+//! pass. Where they come from is not known here.
 //!
-//! Nix unpacks while it downloads, as root, before it knows the hash. So nothing malformed is passed on, and the last
-//! piece only when size and hash are right. A NAR of one piece, as most are, is checked before Nix sees any of it.
+//! Nix unpacks while it downloads, as root, before it knows the hash. So nothing malformed is
+//! passed on, and the last piece only when size and hash are right. A NAR of one piece, as most
+//! are, is checked before Nix sees any of it.
 
 use crate::nix::{Framing, Malformed, NarHash};
 use crate::wire::relay::DIGEST_PIECE;
@@ -21,31 +22,31 @@ const QUEUE: usize = 2;
 
 /// Why a NAR was not passed on as a whole.
 #[derive(Debug)]
-pub(super) enum NotWhole {
+pub(super) enum IncompleteNar {
     /// The reader's error, or the writer's.
     Io(io::Error),
     /// Its hash is wrong; the last piece was not passed on.
     Hash,
 }
 
-impl From<io::Error> for NotWhole {
+impl From<io::Error> for IncompleteNar {
     fn from(e: io::Error) -> Self {
-        NotWhole::Io(e)
+        IncompleteNar::Io(e)
     }
 }
 
 /// What has come of a NAR.
-pub(super) struct Incoming {
+pub(super) struct VerifiedStream {
     hash: NarHash,
     size: u64,
     framing: Framing,
     at: u64,
 }
 
-impl Incoming {
+impl VerifiedStream {
     /// Nothing of the NAR with that hash and size.
     pub(super) fn new(hash: NarHash, size: u64) -> Self {
-        Incoming { hash, size, framing: Framing::with_nar_size(size), at: 0 }
+        VerifiedStream { hash, size, framing: Framing::with_nar_size(size), at: 0 }
     }
 
     /// Bytes that came and were framing-checked.
@@ -76,15 +77,16 @@ impl Incoming {
 
     /// Whether a piece that is the whole NAR is right.
     pub(super) fn is_right(&self, piece: &Piece) -> bool {
-        ring::digest::digest(&SHA256, piece.bytes()).as_ref() == self.hash.as_bytes() && self.framing.is_complete()
+        ring::digest::digest(&SHA256, piece.bytes()).as_ref() == self.hash.as_bytes()
+            && self.framing.is_complete()
     }
 
-    /// Passes `range` of the NAR on, of which `first` is the first piece. `next` fills a piece with what comes then, and
-    /// is called until the range or the NAR ends. `keep` gets every piece from the first byte on, the last one when all is
-    /// right.
+    /// Passes `range` of the NAR on, of which `first` is the first piece. `next` fills a piece with
+    /// what comes then, and is called until the range or the NAR ends. `keep` gets every piece from
+    /// the first byte on, the last one when all is right.
     ///
     /// # Errors
-    /// See [`NotWhole`]. What was written before is right in its framing alone.
+    /// See [`IncompleteNar`]. What was written before is right in its framing alone.
     pub(super) fn pass_on(
         &mut self,
         first: Piece,
@@ -92,13 +94,16 @@ impl Incoming {
         out: &mut dyn Write,
         next: impl FnMut(&mut Self, &mut Piece) -> io::Result<()>,
         keep: impl FnMut(Arc<Piece>),
-    ) -> Result<(), NotWhole> {
+    ) -> Result<(), IncompleteNar> {
         let (pieces, queue) = bounded(QUEUE);
         let (recycle, recycled) = bounded(QUEUE + 2);
         thread::scope(|scope| {
-            let hashing =
-                thread::Builder::new().name("nar-hash".into()).spawn_scoped(scope, move || hash(&queue, &recycle))?;
-            self.pass_pieces_on(first, range, out, next, keep, pieces, &recycled, || hashing.join().ok())
+            let hashing = thread::Builder::new()
+                .name("nar-hash".into())
+                .spawn_scoped(scope, move || hash(&queue, &recycle))?;
+            self.pass_pieces_on(first, range, out, next, keep, pieces, &recycled, || {
+                hashing.join().ok()
+            })
         })
     }
 
@@ -113,7 +118,7 @@ impl Incoming {
         pieces: Sender<Arc<Piece>>,
         recycled: &Receiver<Piece>,
         digest: impl FnOnce() -> Option<NarHash>,
-    ) -> Result<(), NotWhole> {
+    ) -> Result<(), IncompleteNar> {
         let mut from = 0;
         while self.at < self.size {
             let shared = Arc::new(piece);
@@ -133,7 +138,7 @@ impl Incoming {
         let _ = pieces.send(last.clone());
         drop(pieces);
         if digest() != Some(self.hash) {
-            return Err(NotWhole::Hash);
+            return Err(IncompleteNar::Hash);
         }
         keep(last.clone());
         out.write_all(part(last.bytes(), from, range))?;
@@ -168,14 +173,17 @@ impl Piece {
 
     /// Where the next `most` bytes go, or fewer if it has no more room.
     pub(super) fn room(&mut self, most: u64) -> &mut [u8] {
-        let end = usize::try_from(most).map_or(self.buffer.len(), |most| self.buffer.len().min(self.filled + most));
+        let end = usize::try_from(most)
+            .map_or(self.buffer.len(), |most| self.buffer.len().min(self.filled + most));
         &mut self.buffer[self.filled..end]
     }
 }
 
 /// The bytes of a piece, which is at `from` in the NAR, that lie in `range`.
 pub(super) fn part<'a>(piece: &'a [u8], from: u64, range: &Range<u64>) -> &'a [u8] {
-    let within = |at: u64| usize::try_from(at.saturating_sub(from)).map_or(piece.len(), |at| at.min(piece.len()));
+    let within = |at: u64| {
+        usize::try_from(at.saturating_sub(from)).map_or(piece.len(), |at| at.min(piece.len()))
+    };
     &piece[within(range.start)..within(range.end)]
 }
 
@@ -229,9 +237,14 @@ mod tests {
     }
 
     /// What is passed on of `nar`, said to have that hash, when it comes in reads of `read` bytes.
-    fn passed_on(nar: &[u8], hash: NarHash, range: Range<u64>, read: usize) -> (Vec<u8>, Result<(), NotWhole>) {
-        let mut incoming = Incoming::new(hash, nar.len() as u64);
-        let fill = |incoming: &mut Incoming, piece: &mut Piece| {
+    fn passed_on(
+        nar: &[u8],
+        hash: NarHash,
+        range: Range<u64>,
+        read: usize,
+    ) -> (Vec<u8>, Result<(), IncompleteNar>) {
+        let mut incoming = VerifiedStream::new(hash, nar.len() as u64);
+        let fill = |incoming: &mut VerifiedStream, piece: &mut Piece| {
             loop {
                 let at = incoming.at() as usize;
                 let room = piece.room(incoming.rest().min(read as u64));
@@ -246,7 +259,8 @@ mod tests {
         let mut first = incoming.piece();
         fill(&mut incoming, &mut first).unwrap();
         let (mut out, mut kept) = (Vec::new(), Vec::new());
-        let end = incoming.pass_on(first, &range, &mut out, fill, |piece| kept.extend_from_slice(piece.bytes()));
+        let end = incoming
+            .pass_on(first, &range, &mut out, fill, |piece| kept.extend_from_slice(piece.bytes()));
         assert!(end.is_err() || range.end < nar.len() as u64 || kept == nar);
         (out, end)
     }
@@ -268,7 +282,7 @@ mod tests {
         let (size, right) = (nar.len(), hash_of(&nar));
         nar[PIECE] ^= 1;
         let (out, end) = passed_on(&nar, right, 0..size as u64, PIECE);
-        assert!(matches!(end, Err(NotWhole::Hash)));
+        assert!(matches!(end, Err(IncompleteNar::Hash)));
         assert!(out.len() < size && size - out.len() <= PIECE, "{} of {size}", out.len());
     }
 }

@@ -1,19 +1,27 @@
-//! TLS 1.3 between friends: raw public keys (RFC 7250) on both sides, no certificates, no names, no tickets, no early data.
+//! TLS 1.3 between friends: raw public keys (RFC 7250) on both sides, no certificates, no names, no
+//! tickets, no early data.
 
 use super::FriendList;
 use crate::wire::NodeKey;
 use crate::wire::tracker::Identity;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::client::{AlwaysResolvesClientRawPublicKeys, Resumption};
-use rustls::crypto::ring::cipher_suite::{TLS13_AES_128_GCM_SHA256, TLS13_CHACHA20_POLY1305_SHA256};
-use rustls::crypto::{CryptoProvider, WebPkiSupportedAlgorithms, ring, verify_tls13_signature_with_raw_key};
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, SubjectPublicKeyInfoDer, UnixTime};
+use rustls::crypto::ring::cipher_suite::{
+    TLS13_AES_128_GCM_SHA256, TLS13_CHACHA20_POLY1305_SHA256,
+};
+use rustls::crypto::{
+    CryptoProvider, WebPkiSupportedAlgorithms, ring, verify_tls13_signature_with_raw_key,
+};
+use rustls::pki_types::{
+    CertificateDer, PrivateKeyDer, ServerName, SubjectPublicKeyInfoDer, UnixTime,
+};
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::server::{AlwaysResolvesServerRawPublicKeys, NoServerSessionStorage};
 use rustls::sign::CertifiedKey;
 use rustls::version::TLS13;
 use rustls::{
-    CertificateError, ClientConfig, DigitallySignedStruct, DistinguishedName, Error, ServerConfig, SignatureScheme,
+    CertificateError, ClientConfig, DigitallySignedStruct, DistinguishedName, Error, ServerConfig,
+    SignatureScheme,
 };
 use std::fmt;
 use std::sync::Arc;
@@ -25,10 +33,16 @@ pub const NO_NAME: &str = "friend.invalid";
 ///
 /// # Errors
 /// None in practice: the parts do not fit.
-pub fn server_config(identity: &Identity, friends: Arc<FriendList>) -> Result<Arc<ServerConfig>, Error> {
+pub fn server_config(
+    identity: &Identity,
+    friends: Arc<FriendList>,
+) -> Result<Arc<ServerConfig>, Error> {
     let provider = provider();
     let key = Arc::new(certified(identity, &provider)?);
-    let verifier = Arc::new(AnyFriend { friends, algorithms: provider.signature_verification_algorithms });
+    let verifier = Arc::new(FriendClientVerifier {
+        friends,
+        algorithms: provider.signature_verification_algorithms,
+    });
     let mut config = ServerConfig::builder_with_provider(provider)
         .with_protocol_versions(&[&TLS13])?
         .with_client_cert_verifier(verifier)
@@ -45,7 +59,10 @@ pub fn server_config(identity: &Identity, friends: Arc<FriendList>) -> Result<Ar
 pub fn client_config(identity: &Identity, friend: NodeKey) -> Result<Arc<ClientConfig>, Error> {
     let provider = provider();
     let key = Arc::new(certified(identity, &provider)?);
-    let verifier = Arc::new(OneFriend { friend, algorithms: provider.signature_verification_algorithms });
+    let verifier = Arc::new(FriendServerVerifier {
+        friend,
+        algorithms: provider.signature_verification_algorithms,
+    });
     let mut config = ClientConfig::builder_with_provider(provider)
         .with_protocol_versions(&[&TLS13])?
         .dangerous()
@@ -69,13 +86,13 @@ fn certified(identity: &Identity, provider: &CryptoProvider) -> Result<Certified
 }
 
 /// Accepts the key of any friend.
-struct AnyFriend {
+struct FriendClientVerifier {
     friends: Arc<FriendList>,
     algorithms: WebPkiSupportedAlgorithms,
 }
 
 /// Accepts the key of one friend.
-struct OneFriend {
+struct FriendServerVerifier {
     friend: NodeKey,
     algorithms: WebPkiSupportedAlgorithms,
 }
@@ -83,8 +100,8 @@ struct OneFriend {
 /// Told to the other end as *access denied*: its key is not known here.
 const DENIED: Error = Error::InvalidCertificate(CertificateError::ApplicationVerificationFailure);
 
-/// The methods that verifiers of clients and of servers have in common, though no trait does: signatures are those of
-/// TLS 1.3 by a raw ed25519 key.
+/// The methods that verifiers of clients and of servers have in common, though no trait does:
+/// signatures are those of TLS 1.3 by a raw ed25519 key.
 macro_rules! raw_ed25519_signatures {
     () => {
         fn verify_tls12_signature(
@@ -117,7 +134,7 @@ macro_rules! raw_ed25519_signatures {
     };
 }
 
-impl ClientCertVerifier for AnyFriend {
+impl ClientCertVerifier for FriendClientVerifier {
     fn root_hint_subjects(&self) -> &[DistinguishedName] {
         &[]
     }
@@ -135,7 +152,7 @@ impl ClientCertVerifier for AnyFriend {
     raw_ed25519_signatures!();
 }
 
-impl ServerCertVerifier for OneFriend {
+impl ServerCertVerifier for FriendServerVerifier {
     fn verify_server_cert(
         &self,
         key: &CertificateDer<'_>,
@@ -154,13 +171,13 @@ impl ServerCertVerifier for OneFriend {
     raw_ed25519_signatures!();
 }
 
-impl fmt::Debug for AnyFriend {
+impl fmt::Debug for FriendClientVerifier {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("AnyFriend")
     }
 }
 
-impl fmt::Debug for OneFriend {
+impl fmt::Debug for FriendServerVerifier {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "OneFriend({})", self.friend)
     }
@@ -176,7 +193,10 @@ mod tests {
     }
 
     fn friends_of(own: u8, others: &[u8]) -> Arc<FriendList> {
-        let friends = others.iter().map(|n| format!("f{n}={}", identity(*n).key()).parse().unwrap()).collect();
+        let friends = others
+            .iter()
+            .map(|n| format!("f{n}={}", identity(*n).key()).parse().unwrap())
+            .collect();
         Arc::new(FriendList::new(friends, None, identity(own).key()))
     }
 
@@ -243,8 +263,10 @@ mod tests {
     #[test]
     fn client_without_a_raw_key_is_refused() {
         let server = server_config(&identity(1), friends_of(1, &[2])).unwrap();
-        let verifier =
-            Arc::new(OneFriend { friend: identity(1).key(), algorithms: provider().signature_verification_algorithms });
+        let verifier = Arc::new(FriendServerVerifier {
+            friend: identity(1).key(),
+            algorithms: provider().signature_verification_algorithms,
+        });
         let client = ClientConfig::builder_with_provider(provider())
             .with_protocol_versions(&[&TLS13])
             .unwrap()

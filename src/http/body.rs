@@ -1,13 +1,13 @@
 //! Reading the body of a request, by its `Content-Length`, up to what the handler wants of it.
 
 use super::head::Request;
-use super::stream::Stream;
+use super::stream::ConnectionStream;
 use std::fmt;
 use std::io::{self, Read, Write};
 use std::time::{Duration, Instant};
 
-/// A body has to be there so long after its handler began to read it, and as much longer as it takes at [`LEAST_RATE`].
-/// That is 10 s for 64 KiB and 30 s for 4 MiB.
+/// A body has to be there so long after its handler began to read it, and as much longer as it
+/// takes at [`LEAST_RATE`]. That is 10 s for 64 KiB and 30 s for 4 MiB.
 pub const BODY_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// See [`BODY_TIMEOUT`]. Bytes per second.
@@ -20,8 +20,8 @@ const FIRST_ROOM: usize = 64 * 1024;
 const CONTINUE: &[u8] = b"HTTP/1.1 100 Continue\r\n\r\n";
 
 /// The body of one request.
-pub struct Body<'a> {
-    stream: &'a Stream,
+pub struct RequestBody<'a> {
+    stream: &'a ConnectionStream,
     /// Received behind the head; what is behind the body too is the next request's.
     received: &'a [u8],
     len: u64,
@@ -31,32 +31,38 @@ pub struct Body<'a> {
 
 /// Why there is no body.
 #[derive(Debug)]
-pub enum NoBody {
+pub enum BodyError {
     /// It is longer than it may be; nothing of it was read.
     TooLarge,
-    /// The connection's error, its end before the body's, or a body that came too slowly. There is nobody to answer.
+    /// The connection's error, its end before the body's, or a body that came too slowly. There is
+    /// nobody to answer.
     Io(io::Error),
 }
 
-impl fmt::Display for NoBody {
+impl fmt::Display for BodyError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            NoBody::TooLarge => f.write_str("body: too large"),
-            NoBody::Io(e) => write!(f, "body: {e}"),
+            BodyError::TooLarge => f.write_str("body: too large"),
+            BodyError::Io(e) => write!(f, "body: {e}"),
         }
     }
 }
 
-impl std::error::Error for NoBody {}
+impl std::error::Error for BodyError {}
 
-impl<'a> Body<'a> {
-    pub(super) fn new(stream: &'a Stream, request: &Request<'_>, received: &'a [u8]) -> Self {
-        let expects = request.field("Expect").is_some_and(|e| e.eq_ignore_ascii_case("100-continue"));
-        Body { stream, received, len: request.body_len, left: request.body_len > 0, expects }
+impl<'a> RequestBody<'a> {
+    pub(super) fn new(
+        stream: &'a ConnectionStream,
+        request: &Request<'_>,
+        received: &'a [u8],
+    ) -> Self {
+        let expects =
+            request.field("Expect").is_some_and(|e| e.eq_ignore_ascii_case("100-continue"));
+        RequestBody { stream, received, len: request.body_len, left: request.body_len > 0, expects }
     }
 
-    pub(super) fn none(stream: &'a Stream) -> Self {
-        Body { stream, received: &[], len: 0, left: false, expects: false }
+    pub(super) fn none(stream: &'a ConnectionStream) -> Self {
+        RequestBody { stream, received: &[], len: 0, left: false, expects: false }
     }
 
     /// Whether there is one that was not read.
@@ -73,20 +79,24 @@ impl<'a> Body<'a> {
     ///
     /// # Errors
     /// A body of more than `limit` bytes, or one that does not come.
-    pub fn read(&mut self, limit: usize) -> Result<Vec<u8>, NoBody> {
+    pub fn read(&mut self, limit: usize) -> Result<Vec<u8>, BodyError> {
         if !self.left {
             return Ok(Vec::new());
         }
-        let len = usize::try_from(self.len).ok().filter(|len| *len <= limit).ok_or(NoBody::TooLarge)?;
-        let until = Instant::now() + BODY_TIMEOUT + Duration::from_millis(self.len * 1000 / LEAST_RATE);
+        let len = usize::try_from(self.len)
+            .ok()
+            .filter(|len| *len <= limit)
+            .ok_or(BodyError::TooLarge)?;
+        let until =
+            Instant::now() + BODY_TIMEOUT + Duration::from_millis(self.len * 1000 / LEAST_RATE);
         let mut bytes = Vec::with_capacity(len.min(FIRST_ROOM));
         bytes.extend_from_slice(&self.received[..self.behind()]);
         if self.expects && bytes.len() < len {
             let mut stream = self.stream;
-            stream.write_all(CONTINUE).map_err(NoBody::Io)?;
+            stream.write_all(CONTINUE).map_err(BodyError::Io)?;
         }
         while bytes.len() < len {
-            self.read_more(&mut bytes, len, until).map_err(NoBody::Io)?;
+            self.read_more(&mut bytes, len, until).map_err(BodyError::Io)?;
         }
         self.left = false;
         Ok(bytes)
@@ -130,8 +140,8 @@ mod tests {
             }
             match exchange.body().read(10) {
                 Ok(body) => exchange.say(200, &format!("[{}]", String::from_utf8_lossy(&body))),
-                Err(NoBody::TooLarge) => exchange.say(413, "too large"),
-                Err(NoBody::Io(e)) => Err(e),
+                Err(BodyError::TooLarge) => exchange.say(413, "too large"),
+                Err(BodyError::Io(e)) => Err(e),
             }
         }
         fn after_panic(&self, _: &Request<'_>, exchange: &mut Exchange<'_>) -> io::Result<()> {
@@ -139,7 +149,8 @@ mod tests {
         }
     }
 
-    /// What comes back for the pieces, each sent after an answer to the last, or after `100 Continue`.
+    /// What comes back for the pieces, each sent after an answer to the last, or after `100
+    /// Continue`.
     fn all_answers(pieces: &[&str]) -> String {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
@@ -163,24 +174,31 @@ mod tests {
         let all = all_answers(&[
             "POST / HTTP/1.1\r\nContent-Length: 3\r\n\r\nabcPOST / HTTP/1.1\r\nContent-Length: 2\r\n\r\ndeGET / HTTP/1.1\r\n\r\n",
         ]);
-        let at = ["[abc]", "[de]", "[]"].map(|body| all.find(body).unwrap_or_else(|| panic!("{body}: {all}")));
+        let at = ["[abc]", "[de]", "[]"]
+            .map(|body| all.find(body).unwrap_or_else(|| panic!("{body}: {all}")));
         assert!(at.is_sorted() && !all.contains("close"), "{all}");
     }
 
     #[test]
     fn who_asks_first_is_told_to_go_on() {
-        let all = all_answers(&["POST / HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 3\r\n\r\n", "abc"]);
+        let all = all_answers(&[
+            "POST / HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 3\r\n\r\n",
+            "abc",
+        ]);
         assert!(all.starts_with("HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200"), "{all}");
         assert!(all.contains("[abc]"), "{all}");
         // Who is refused is not.
-        let all = all_answers(&["POST / HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 11\r\n\r\n"]);
+        let all =
+            all_answers(&["POST / HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 11\r\n\r\n"]);
         assert!(all.starts_with("HTTP/1.1 413") && all.contains("Connection: close"), "{all}");
     }
 
     #[test]
     fn what_is_not_read_ends_the_connection() {
         let rest = "GET / HTTP/1.1\r\n\r\n";
-        for head in ["POST / HTTP/1.1\r\nContent-Length: 99", "DELETE / HTTP/1.1\r\nContent-Length: 3"] {
+        for head in
+            ["POST / HTTP/1.1\r\nContent-Length: 99", "DELETE / HTTP/1.1\r\nContent-Length: 3"]
+        {
             let all = all_answers(&[&format!("{head}\r\n\r\n{rest}")]);
             assert_eq!(all.matches("HTTP/1.1 ").count(), 1, "{all}");
             assert!(all.contains("Connection: close"), "{all}");

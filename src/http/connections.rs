@@ -1,8 +1,8 @@
 //! The open connections: what is known of each, and who has to go when there are too many.
 
-use super::head::Buffer;
-use super::room::{self, Room, Seat};
-use super::stream::Stream;
+use super::admission::{self, Admission, OpenConnection};
+use super::head::ReceiveBuffer;
+use super::stream::ConnectionStream;
 use crate::time_scale::Timeout;
 use std::collections::HashMap;
 use std::net::{Shutdown, SocketAddr, TcpStream};
@@ -15,24 +15,25 @@ pub const HEAD_TIMEOUT: Timeout = Timeout::from_secs(10);
 /// A connection without a request is kept for so long.
 pub const IDLE_TIMEOUT: Timeout = Timeout::from_secs(30);
 
-/// One open connection. Either the watcher has it, which waits for its next request, or a thread of the pool.
+/// One open connection. Either the watcher has it, which waits for its next request, or a thread of
+/// the pool.
 pub(super) struct Connection {
     pub(super) id: u64,
-    pub(super) stream: Stream,
+    pub(super) stream: ConnectionStream,
     pub(super) peer: SocketAddr,
     /// Whether a router passed it on.
     pub(super) is_outside: bool,
     /// Milliseconds since the table's start at which it became idle; 0 while it is at work.
     idle_since: AtomicU64,
     /// Of who has the connection. Nobody waits for it.
-    bytes: Mutex<Bytes>,
+    bytes: Mutex<ConnectionProgress>,
 }
 
 /// What is under way on a connection.
 #[derive(Default)]
-pub(super) struct Bytes {
+pub(super) struct ConnectionProgress {
     /// Received, and not answered yet.
-    pub(super) received: Buffer,
+    pub(super) received: ReceiveBuffer,
     /// The rest of an answer that the other end did not take at once.
     pub(super) unsent: Vec<u8>,
 }
@@ -52,7 +53,7 @@ impl Connection {
         self.idle_since.store(0, Ordering::Relaxed);
     }
 
-    pub(super) fn bytes(&self) -> MutexGuard<'_, Bytes> {
+    pub(super) fn bytes(&self) -> MutexGuard<'_, ConnectionProgress> {
         // A handler that panics has changed nothing of it.
         self.bytes.lock().unwrap_or_else(|e| e.into_inner())
     }
@@ -73,10 +74,23 @@ impl Connections {
         Connections { open: Mutex::default(), started: Instant::now() }
     }
 
-    pub(super) fn insert(&self, id: u64, stream: TcpStream, peer: SocketAddr, is_outside: bool) -> Arc<Connection> {
+    pub(super) fn insert(
+        &self,
+        id: u64,
+        stream: TcpStream,
+        peer: SocketAddr,
+        is_outside: bool,
+    ) -> Arc<Connection> {
         let stream = stream.into();
         let idle_since = AtomicU64::new(self.moment(Instant::now()));
-        let connection = Arc::new(Connection { id, stream, peer, is_outside, idle_since, bytes: Mutex::default() });
+        let connection = Arc::new(Connection {
+            id,
+            stream,
+            peer,
+            is_outside,
+            idle_since,
+            bytes: Mutex::default(),
+        });
         self.lock().insert(id, connection.clone());
         connection
     }
@@ -137,7 +151,7 @@ impl Connections {
     /// Closes the connection that is idle longest; false if none is.
     pub(super) fn close_idlest(&self) -> bool {
         let mut open = self.lock();
-        let idlest = room::idlest(seats(&open));
+        let idlest = admission::idlest(seats(&open));
         if let Some(id) = idlest {
             close(&mut open, id);
         }
@@ -147,13 +161,13 @@ impl Connections {
     /// Makes room for a connection from `peer`, closing another if need be.
     pub(super) fn make_room(&self, peer: SocketAddr) -> bool {
         let mut open = self.lock();
-        match room::room(peer.ip(), seats(&open)) {
-            Room::Free => true,
-            Room::Instead(id) => {
+        match admission::room(peer.ip(), seats(&open)) {
+            Admission::Free => true,
+            Admission::Instead(id) => {
                 close(&mut open, id);
                 true
             }
-            Room::Full => false,
+            Admission::Full => false,
         }
     }
 
@@ -167,8 +181,8 @@ impl Connections {
     }
 }
 
-fn seats(open: &HashMap<u64, Arc<Connection>>) -> impl Iterator<Item = Seat> + Clone {
-    open.iter().map(|(id, connection)| Seat {
+fn seats(open: &HashMap<u64, Arc<Connection>>) -> impl Iterator<Item = OpenConnection> + Clone {
+    open.iter().map(|(id, connection)| OpenConnection {
         id: *id,
         peer: connection.peer.ip(),
         idle_since: connection.idle_since(),
@@ -197,7 +211,8 @@ mod tests {
             (client, stream, peer)
         };
         let (head_timeout, idle_timeout) = (HEAD_TIMEOUT.get(), IDLE_TIMEOUT.get());
-        let connections = Connections { open: Mutex::default(), started: Instant::now() - 2 * idle_timeout };
+        let connections =
+            Connections { open: Mutex::default(), started: Instant::now() - 2 * idle_timeout };
         let (mut clients, start) = (Vec::new(), Instant::now());
         for id in 0..3 {
             let (mut client, stream, peer) = open();
@@ -227,7 +242,7 @@ mod tests {
         late.bytes().received.fill(&late.stream, true).unwrap();
         connections.set_idle(&late, start - idle_timeout);
         assert_eq!(left(moment), [0, 2]);
-        late.bytes().received = Buffer::default();
+        late.bytes().received = ReceiveBuffer::default();
         connections.set_idle(&late, start);
         assert_eq!(left(idle_timeout - moment), [0, 2]);
         assert_eq!(left(idle_timeout + moment), [2]);

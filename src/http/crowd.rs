@@ -1,4 +1,5 @@
-//! Who else is getting a large NAR from this node: so that the next neighbour may get it from one of them.
+//! Who else is getting a large NAR from this node: so that the next neighbour may get it from one
+//! of them.
 //!
 //! Times are passed in. Only [`Crowds::to_hash`] blocks.
 
@@ -19,11 +20,12 @@ const MAX_GETTING: usize = 64;
 const MAX_HASHING: u32 = 2;
 /// Longest wait for a place among these: who asks waits 5 s.
 const HASHING_PATIENCE: Duration = Duration::from_secs(3);
-/// Digests remembered of one NAR: of 2 GiB, as much as neighbours keep of those on their way. Later ones are hashed each time.
+/// Digests remembered of one NAR: of 2 GiB, as much as neighbours keep of those on their way. Later
+/// ones are hashed each time.
 const MAX_DIGESTS_KEPT: usize = 8192;
 
 /// A digest of a piece of a NAR.
-pub type Digest = [u8; DIGEST_LEN as usize];
+pub type PieceDigest = [u8; DIGEST_LEN as usize];
 
 /// The NARs that are being sent to neighbours.
 #[derive(Default)]
@@ -34,7 +36,7 @@ pub struct Crowds {
 }
 
 /// A place among those that hash. Dropping it leaves it to the next.
-pub struct ToHash<'a>(&'a Crowds);
+pub struct HashingPermit<'a>(&'a Crowds);
 
 struct Crowd {
     /// Streams of the NAR from this node.
@@ -42,31 +44,44 @@ struct Crowd {
     /// Bytes that they have sent, those that have ended included, since the first one began.
     sent: u64,
     began: Instant,
-    /// Who gets it, from here or from another one that was named to them, in the order in which they asked.
+    /// Who gets it, from here or from another one that was named to them, in the order in which
+    /// they asked.
     getting: Vec<IpAddr>,
     /// Digests that were asked for, by the piece.
-    digests: HashMap<u64, Digest>,
+    digests: HashMap<u64, PieceDigest>,
 }
 
 /// A stream of a NAR to a neighbour. Dropping it ends it.
-pub struct Sending<'a> {
+pub struct CrowdStream<'a> {
     crowds: &'a Crowds,
     hash: NarHash,
 }
 
 /// What a neighbour gets that asks for a NAR.
-pub enum Turn<'a> {
+pub enum CrowdAnswer<'a> {
     /// The NAR from this node.
-    Send(Sending<'a>),
+    Send(CrowdStream<'a>),
     /// The names of others that are getting it.
     Name(Vec<IpAddr>),
 }
 
 impl Crowds {
     /// A neighbour asks for a NAR. `may_name`: it understands names, and may be named to others.
-    pub fn ask(&self, hash: NarHash, asker: IpAddr, may_name: bool, now: Instant) -> Turn<'_> {
+    pub fn ask(
+        &self,
+        hash: NarHash,
+        asker: IpAddr,
+        may_name: bool,
+        now: Instant,
+    ) -> CrowdAnswer<'_> {
         let mut crowds = self.lock();
-        let new = || Crowd { streams: 0, sent: 0, began: now, getting: Vec::new(), digests: HashMap::new() };
+        let new = || Crowd {
+            streams: 0,
+            sent: 0,
+            began: now,
+            getting: Vec::new(),
+            digests: HashMap::new(),
+        };
         let crowd = crowds.entry(hash).or_insert_with(new);
         if may_name && !crowd.getting.contains(&asker) {
             let names = crowd.getting[crowd.getting.len().saturating_sub(MAX_NAMED)..].to_vec();
@@ -74,14 +89,15 @@ impl Crowds {
                 crowd.getting.push(asker);
             }
             if crowd.streams > 0 && !names.is_empty() {
-                return Turn::Name(names);
+                return CrowdAnswer::Name(names);
             }
         }
         crowd.streams += 1;
-        Turn::Send(Sending { crowds: self, hash })
+        CrowdAnswer::Send(CrowdStream { crowds: self, hash })
     }
 
-    /// Bytes per second that one more neighbour would get of a NAR that is being sent; `None` if that is not known.
+    /// Bytes per second that one more neighbour would get of a NAR that is being sent; `None` if
+    /// that is not known.
     pub fn pace_of_one_more(&self, hash: NarHash, now: Instant) -> Option<u64> {
         let crowds = self.lock();
         let crowd = crowds.get(&hash)?;
@@ -91,7 +107,7 @@ impl Crowds {
     }
 
     /// The digests of these pieces, if all are remembered.
-    pub fn digests(&self, hash: NarHash, mut pieces: Range<u64>) -> Option<Vec<Digest>> {
+    pub fn digests(&self, hash: NarHash, mut pieces: Range<u64>) -> Option<Vec<PieceDigest>> {
         let crowds = self.lock();
         let known = &crowds.get(&hash)?.digests;
         pieces.try_fold(Vec::new(), |mut all, piece| {
@@ -101,7 +117,7 @@ impl Crowds {
     }
 
     /// Remembers digests of the pieces from `first` on, as long as the NAR is being sent.
-    pub fn keep_digests(&self, hash: NarHash, first: u64, digests: &[Digest]) {
+    pub fn keep_digests(&self, hash: NarHash, first: u64, digests: &[PieceDigest]) {
         if let Some(crowd) = self.lock().get_mut(&hash)
             && crowd.digests.len() + digests.len() <= MAX_DIGESTS_KEPT
         {
@@ -110,7 +126,7 @@ impl Crowds {
     }
 
     /// Blocks until few others hash, for 3 s at most. `None`: there are too many.
-    pub fn to_hash(&self) -> Option<ToHash<'_>> {
+    pub fn to_hash(&self) -> Option<HashingPermit<'_>> {
         let hashing = self.hashing.lock().unwrap_or_else(PoisonError::into_inner);
         let is_full = |hashing: &mut u32| *hashing >= MAX_HASHING;
         let waited = self.hashed.wait_timeout_while(hashing, HASHING_PATIENCE, is_full);
@@ -119,7 +135,7 @@ impl Crowds {
             return None;
         }
         *hashing += 1;
-        Some(ToHash(self))
+        Some(HashingPermit(self))
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<NarHash, Crowd>> {
@@ -127,7 +143,7 @@ impl Crowds {
     }
 }
 
-impl Sending<'_> {
+impl CrowdStream<'_> {
     /// So many more bytes were sent.
     pub fn moved(&self, bytes: u64) {
         if let Some(crowd) = self.crowds.lock().get_mut(&self.hash) {
@@ -136,14 +152,14 @@ impl Sending<'_> {
     }
 }
 
-impl Drop for ToHash<'_> {
+impl Drop for HashingPermit<'_> {
     fn drop(&mut self) {
         *self.0.hashing.lock().unwrap_or_else(PoisonError::into_inner) -= 1;
         self.0.hashed.notify_one();
     }
 }
 
-impl Drop for Sending<'_> {
+impl Drop for CrowdStream<'_> {
     fn drop(&mut self) {
         let mut crowds = self.crowds.lock();
         if let Some(crowd) = crowds.get_mut(&self.hash) {
@@ -164,14 +180,14 @@ mod tests {
         IpAddr::from([10, 0, 0, last])
     }
 
-    fn names(turn: &Turn) -> Option<Vec<u8>> {
+    fn names(turn: &CrowdAnswer) -> Option<Vec<u8>> {
         let last = |address: &IpAddr| match address {
             IpAddr::V4(v4) => v4.octets()[3],
             IpAddr::V6(_) => 0,
         };
         match turn {
-            Turn::Send(_) => None,
-            Turn::Name(all) => Some(all.iter().map(last).collect()),
+            CrowdAnswer::Send(_) => None,
+            CrowdAnswer::Name(all) => Some(all.iter().map(last).collect()),
         }
     }
 
@@ -199,7 +215,9 @@ mod tests {
     fn pace_of_one_more_is_its_part_of_what_was_sent() {
         let (crowds, hash, now) = (Crowds::default(), NarHash::from_bytes([1; 32]), Instant::now());
         assert_eq!(crowds.pace_of_one_more(hash, now), None);
-        let Turn::Send(sending) = crowds.ask(hash, host(1), true, now) else { panic!("it is the first") };
+        let CrowdAnswer::Send(sending) = crowds.ask(hash, host(1), true, now) else {
+            panic!("it is the first")
+        };
         sending.moved(1_000_000);
         assert_eq!(crowds.pace_of_one_more(hash, now + Duration::from_millis(100)), None);
         assert_eq!(crowds.pace_of_one_more(hash, now + Duration::from_secs(1)), Some(500_000));
@@ -235,7 +253,9 @@ mod tests {
     fn names_and_memory_are_bounded() {
         let (crowds, hash, now) = (Crowds::default(), NarHash::from_bytes([1; 32]), Instant::now());
         let _first = crowds.ask(hash, host(1), true, now);
-        let all: Vec<_> = (2..=200).map(|last| names(&crowds.ask(hash, host(last), true, now)).unwrap()).collect();
+        let all: Vec<_> = (2..=200)
+            .map(|last| names(&crowds.ask(hash, host(last), true, now)).unwrap())
+            .collect();
         assert_eq!(all[198], (49..=64).collect::<Vec<u8>>());
         assert_eq!(crowds.lock()[&hash].getting.len(), MAX_GETTING);
     }

@@ -1,4 +1,5 @@
-//! `Content-Encoding: zstd` for NARs that go to peers over slow links: what the asker accepts, and the compressing.
+//! `Content-Encoding: zstd` for NARs that go to peers over slow links: what the asker accepts, and
+//! the compressing.
 
 use super::response::Exchange;
 use crate::store::NarSink;
@@ -6,8 +7,9 @@ use std::io::{self, Write};
 use zstd::stream::raw::{CParameter, Encoder, InBuffer, Operation, OutBuffer};
 use zstd::zstd_safe::CCtx;
 
-/// Measured on NARs of programs (`/usr/bin`, 270 MB) and of what they share (`/usr/share`, 256 MiB), one core of a server,
-/// zstd 1.5.7. In the last columns, how much sooner a NAR arrives over such a link if one core does all the compressing:
+/// Measured on NARs of programs (`/usr/bin`, 270 MB) and of what they share (`/usr/share`, 256
+/// MiB), one core of a server, zstd 1.5.7. In the last columns, how much sooner a NAR arrives over
+/// such a link if one core does all the compressing:
 ///
 /// | level | ratio | s/GiB to compress | to decompress | at 100 Mbit/s | at 1 Gbit/s |
 /// |---|---|---|---|---|---|
@@ -19,16 +21,17 @@ use zstd::zstd_safe::CCtx;
 /// | 4 | 3.0 · 2.7 | 8.8 · 4.7 | 2.0 · 0.9 | 3.0 · 2.7 | 1.0 · 1.8 |
 /// | 6 | 3.1 · 2.9 | 24 · 13 | 1.7 · 0.8 | 3.1 · 2.9 | 0.4 · 0.6 |
 ///
-/// Level 1 is the highest that keeps up with 1 Gbit/s, and above it each further byte saved costs several times as much.
-/// Bytes that do not shrink pass at 1.2 s/GiB whatever the level.
+/// Level 1 is the highest that keeps up with 1 Gbit/s, and above it each further byte saved costs
+/// several times as much. Bytes that do not shrink pass at 1.2 s/GiB whatever the level.
 const LEVEL: i32 = 1;
 
-/// How far back the stream may refer, as a power of two: 512 KiB, what level 1 does by itself. 1 MiB gain it 2 % at most.
-/// Peers refuse more than 2 MiB, which they would have to set aside.
+/// How far back the stream may refer, as a power of two: 512 KiB, what level 1 does by itself. 1
+/// MiB gain it 2 % at most. Peers refuse more than 2 MiB, which they would have to set aside.
 const WINDOW_LOG: u32 = 19;
 
-/// Whether an `Accept-Encoding` field (RFC 9110, section 12.5.3) names zstd. `*` does not: who means zstd says so. What is
-/// malformed does not either, as everybody understands what is not encoded.
+/// Whether an `Accept-Encoding` field (RFC 9110, section 12.5.3) names zstd. `*` does not: who
+/// means zstd says so. What is malformed does not either, as everybody understands what is not
+/// encoded.
 pub(super) fn accepts_zstd(field: Option<&str>) -> bool {
     let mut codings = field.unwrap_or_default().split(',').map(|coding| {
         let mut parts = coding.split(';').map(str::trim);
@@ -37,9 +40,9 @@ pub(super) fn accepts_zstd(field: Option<&str>) -> bool {
     let zstd = codings.find(|(name, _)| name.eq_ignore_ascii_case("zstd"));
     zstd.is_some_and(|(_, mut parameters)| match (parameters.next(), parameters.next()) {
         (None, _) => true,
-        (Some(weight), None) => weight
-            .split_once('=')
-            .is_some_and(|(name, value)| name.trim().eq_ignore_ascii_case("q") && is_positive_weight(value.trim())),
+        (Some(weight), None) => weight.split_once('=').is_some_and(|(name, value)| {
+            name.trim().eq_ignore_ascii_case("q") && is_positive_weight(value.trim())
+        }),
         (Some(_), Some(_)) => false,
     })
 }
@@ -94,7 +97,8 @@ impl<'a, 'e> Compressor<'a, 'e> {
 }
 
 impl Write for Compressor<'_, '_> {
-    /// Takes all of the piece. What it made of it leaves at once: who waits at the other end should see that it goes on.
+    /// Takes all of the piece. What it made of it leaves at once: who waits at the other end should
+    /// see that it goes on.
     fn write(&mut self, piece: &[u8]) -> io::Result<usize> {
         let mut input = InBuffer::around(piece);
         while input.pos() < piece.len() {
@@ -116,16 +120,23 @@ impl NarSink for Compressor<'_, '_> {}
 
 #[cfg(test)]
 mod tests {
-    use super::super::stream::Stream;
+    use super::super::stream::ConnectionStream;
     use super::*;
-    use crate::http::body::Body;
+    use crate::http::body::RequestBody;
     use std::io::Read;
     use std::net::{Shutdown, TcpListener, TcpStream};
     use std::thread;
 
     #[test]
     fn who_accepts_zstd() {
-        for field in ["zstd", "ZSTD", "gzip, zstd", "gzip;q=0.5 ,\tzstd ; Q=0.001", "zstd;q=1.000", "*;q=0, zstd"] {
+        for field in [
+            "zstd",
+            "ZSTD",
+            "gzip, zstd",
+            "gzip;q=0.5 ,\tzstd ; Q=0.001",
+            "zstd;q=1.000",
+            "*;q=0, zstd",
+        ] {
             assert!(accepts_zstd(Some(field)), "{field}");
         }
         for field in [
@@ -165,10 +176,10 @@ mod tests {
     fn sent(write: impl FnOnce(&mut Exchange<'_>) + Send) -> Vec<u8> {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let mut reader = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-        let writer = Stream::from(listener.accept().unwrap().0);
+        let writer = ConnectionStream::from(listener.accept().unwrap().0);
         thread::scope(|scope| {
             scope.spawn(move || {
-                write(&mut Exchange::new(&writer, false, false, Body::none(&writer)));
+                write(&mut Exchange::new(&writer, false, false, RequestBody::none(&writer)));
                 writer.socket().shutdown(Shutdown::Write).unwrap();
             });
             let mut bytes = Vec::new();
@@ -177,13 +188,15 @@ mod tests {
         })
     }
 
-    /// The body in the chunks of a response, and how many there are; nothing if the last one is missing.
+    /// The body in the chunks of a response, and how many there are; nothing if the last one is
+    /// missing.
     fn unchunk(response: &[u8]) -> Option<(Vec<u8>, usize)> {
         let head = response.windows(4).position(|w| w == b"\r\n\r\n")? + 4;
         let (mut rest, mut body, mut count) = (&response[head..], Vec::new(), 0);
         loop {
             let line = rest.windows(2).position(|w| w == b"\r\n")?;
-            let len = usize::from_str_radix(std::str::from_utf8(&rest[..line]).unwrap(), 16).unwrap();
+            let len =
+                usize::from_str_radix(std::str::from_utf8(&rest[..line]).unwrap(), 16).unwrap();
             rest = &rest[line + 2..];
             body.extend_from_slice(rest.get(..len)?);
             assert_eq!(&rest[len..len + 2], b"\r\n");
@@ -198,12 +211,17 @@ mod tests {
 
     /// Bytes that shrink a little.
     fn text(len: usize) -> Vec<u8> {
-        (0u64..).flat_map(|n| format!("{:x}\n", n.wrapping_mul(0x9e37_79b9_7f4a_7c15)).into_bytes()).take(len).collect()
+        (0u64..)
+            .flat_map(|n| format!("{:x}\n", n.wrapping_mul(0x9e37_79b9_7f4a_7c15)).into_bytes())
+            .take(len)
+            .collect()
     }
 
     #[test]
     fn what_is_written_in_any_pieces_comes_out() {
-        for (len, piece) in [(1, 1), (1000, 7), (300_000, 262_144), (5_000_000, 262_144), (5_000_000, 5_000_000)] {
+        for (len, piece) in
+            [(1, 1), (1000, 7), (300_000, 262_144), (5_000_000, 262_144), (5_000_000, 5_000_000)]
+        {
             let plain = text(len);
             let response = sent(|exchange| {
                 exchange.begin_chunked(200, &NO_FIELDS).unwrap();

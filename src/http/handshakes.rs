@@ -1,5 +1,6 @@
-//! Places for TLS handshakes. Anybody can begin one and leave it half done, and each holds a thread, so there are few, and
-//! one that is begun when all are taken ends another: strangers shut out nobody but themselves.
+//! Places for TLS handshakes. Anybody can begin one and leave it half done, and each holds a
+//! thread, so there are few, and one that is begun when all are taken ends another: strangers shut
+//! out nobody but themselves.
 
 use crate::time_scale::Timeout;
 use std::collections::VecDeque;
@@ -21,19 +22,19 @@ const MAX_ADDRESSES: usize = 64;
 /// The places.
 #[derive(Default)]
 pub(super) struct Handshakes {
-    state: Mutex<State>,
+    state: Mutex<HandshakesState>,
 }
 
 #[derive(Default)]
-struct State {
+struct HandshakesState {
     /// The oldest first.
-    places: Vec<Seat>,
+    places: Vec<PendingHandshake>,
     /// Where friends were authenticated, the latest last.
     addresses: VecDeque<IpAddr>,
 }
 
 /// A handshake under way.
-struct Seat {
+struct PendingHandshake {
     id: u64,
     group: IpAddr,
     is_known: bool,
@@ -41,15 +42,16 @@ struct Seat {
 }
 
 /// The place of one handshake; dropping it returns it.
-pub(super) struct Place<'a> {
+pub(super) struct HandshakePermit<'a> {
     handshakes: &'a Handshakes,
     id: u64,
     ip: IpAddr,
 }
 
 impl Handshakes {
-    /// Takes a place. If there is none, the oldest handshake of the network that has the most of them is ended.
-    pub(super) fn enter(&self, id: u64, ip: IpAddr, socket: TcpStream) -> Place<'_> {
+    /// Takes a place. If there is none, the oldest handshake of the network that has the most of
+    /// them is ended.
+    pub(super) fn enter(&self, id: u64, ip: IpAddr, socket: TcpStream) -> HandshakePermit<'_> {
         let ip = ip.to_canonical();
         let mut state = self.lock();
         let is_known = state.addresses.contains(&ip);
@@ -61,19 +63,21 @@ impl Handshakes {
         if is_full && let Some(at) = state.victim() {
             let _ = state.places.remove(at).socket.shutdown(Shutdown::Both);
         }
-        state.places.push(Seat { id, group: group(ip), is_known, socket });
-        Place { handshakes: self, id, ip }
+        state.places.push(PendingHandshake { id, group: group(ip), is_known, socket });
+        HandshakePermit { handshakes: self, id, ip }
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, HandshakesState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl State {
+impl HandshakesState {
     /// The oldest stranger of the fullest group; without strangers, the oldest of all.
     fn victim(&self) -> Option<usize> {
-        let size = |group: IpAddr| self.places.iter().filter(|seat| !seat.is_known && seat.group == group).count();
+        let size = |group: IpAddr| {
+            self.places.iter().filter(|seat| !seat.is_known && seat.group == group).count()
+        };
         let strangers = self.places.iter().enumerate().filter(|(_, seat)| !seat.is_known);
         // Of equals the last one counts, so that the oldest has to come last.
         let oldest = strangers.rev().max_by_key(|(_, seat)| size(seat.group)).map(|(at, _)| at);
@@ -81,7 +85,7 @@ impl State {
     }
 }
 
-impl Place<'_> {
+impl HandshakePermit<'_> {
     /// The handshake is over, and a friend is at that address.
     pub(super) fn succeeded(self) {
         let mut state = self.handshakes.lock();
@@ -93,13 +97,14 @@ impl Place<'_> {
     }
 }
 
-impl Drop for Place<'_> {
+impl Drop for HandshakePermit<'_> {
     fn drop(&mut self) {
         self.handshakes.lock().places.retain(|seat| seat.id != self.id);
     }
 }
 
-/// What one stranger is likely to have: a /24 of IPv4, a /56 of IPv6. On the LAN it is an address, as all are in one network.
+/// What one stranger is likely to have: a /24 of IPv4, a /56 of IPv6. On the LAN it is an address,
+/// as all are in one network.
 fn group(ip: IpAddr) -> IpAddr {
     match ip {
         IpAddr::V4(v4) if v4.is_private() || v4.is_loopback() || v4.is_link_local() => ip,
@@ -144,9 +149,11 @@ mod tests {
         let friend: IpAddr = "192.0.2.7".parse().unwrap();
         handshakes.enter(1, friend, socket()).succeeded();
         assert!(ids(&handshakes).is_empty(), "a place was not returned");
-        let friends: Vec<_> = (0..FRIENDS_HANDSHAKES as u64).map(|n| handshakes.enter(n, friend, socket())).collect();
+        let friends: Vec<_> =
+            (0..FRIENDS_HANDSHAKES as u64).map(|n| handshakes.enter(n, friend, socket())).collect();
         let stranger = |n: u64| IpAddr::from([10, 0, n as u8, 1]);
-        let _strangers: Vec<_> = (100..300).map(|n| handshakes.enter(n, stranger(n), socket())).collect();
+        let _strangers: Vec<_> =
+            (100..300).map(|n| handshakes.enter(n, stranger(n), socket())).collect();
         let open = ids(&handshakes);
         assert_eq!(open.len(), MAX_HANDSHAKES);
         assert!((0..FRIENDS_HANDSHAKES as u64).all(|id| open.contains(&id)), "{open:?}");
@@ -158,7 +165,10 @@ mod tests {
     fn groups_are_what_one_stranger_has() {
         let same = |a: &str, b: &str| group(a.parse().unwrap()) == group(b.parse().unwrap());
         assert!(same("203.0.113.1", "203.0.113.200") && !same("203.0.113.1", "203.0.114.1"));
-        assert!(same("2001:db8:0:ff::1", "2001:db8:0:1::2") && !same("2001:db8:0:100::1", "2001:db8:0:ff::1"));
+        assert!(
+            same("2001:db8:0:ff::1", "2001:db8:0:1::2")
+                && !same("2001:db8:0:100::1", "2001:db8:0:ff::1")
+        );
         assert!(!same("192.168.1.1", "192.168.1.2") && !same("fd00::1", "fd00::2"));
     }
 }

@@ -1,6 +1,7 @@
-//! Reading the head of a request, strictly: what two parsers could understand in two ways is refused.
+//! Reading the head of a request, strictly: what two parsers could understand in two ways is
+//! refused.
 
-use super::stream::{PeerKey, Stream};
+use super::stream::{AuthenticatedKey, ConnectionStream};
 use std::io;
 use std::net::SocketAddr;
 use std::time::Instant;
@@ -21,8 +22,9 @@ pub struct Request<'a> {
     /// Address of the other end of the connection.
     pub asker: SocketAddr,
     /// The key with which the other end authenticated itself. It is a friend's.
-    pub key: Option<PeerKey>,
-    /// Whether a router passed the connection on. The address may then be the router's, and says nothing.
+    pub key: Option<AuthenticatedKey>,
+    /// Whether a router passed the connection on. The address may then be the router's, and says
+    /// nothing.
     pub is_outside: bool,
     fields: &'a [httparse::Header<'a>],
     /// Whether the asker knows chunked bodies: since HTTP/1.1.
@@ -58,28 +60,29 @@ impl<'a> Request<'a> {
 
 /// Why a head is refused.
 #[derive(Debug, PartialEq, Eq)]
-pub enum BadHead {
+pub enum HeadError {
     /// 431.
     TooLarge,
     /// 400, and why.
     Malformed(&'static str),
 }
 
-/// What was received and not yet consumed: part of a head, or the requests that were pipelined behind it.
+/// What was received and not yet consumed: part of a head, or the requests that were pipelined
+/// behind it.
 #[derive(Default)]
-pub struct Buffer {
+pub struct ReceiveBuffer {
     bytes: Vec<u8>,
     scanned: usize,
     began: Option<Instant>,
 }
 
-impl Buffer {
-    /// Takes more of what the other end sends, and says how many bytes came; 0 is the end. Without `wait`, or after the
-    /// stream's timeout, nothing is [`io::ErrorKind::WouldBlock`].
+impl ReceiveBuffer {
+    /// Takes more of what the other end sends, and says how many bytes came; 0 is the end. Without
+    /// `wait`, or after the stream's timeout, nothing is [`io::ErrorKind::WouldBlock`].
     ///
     /// # Errors
     /// The socket's.
-    pub(super) fn fill(&mut self, stream: &Stream, wait: bool) -> io::Result<usize> {
+    pub(super) fn fill(&mut self, stream: &ConnectionStream, wait: bool) -> io::Result<usize> {
         self.bytes.reserve(CHUNK);
         let came = stream.append_to(&mut self.bytes, wait)?;
         // The end of one connection is not the beginning of a head on another.
@@ -97,7 +100,7 @@ impl Buffer {
     /// Gives the memory back if there is nothing in it.
     pub fn shrink(&mut self) {
         if self.is_empty() {
-            *self = Buffer::default();
+            *self = ReceiveBuffer::default();
         }
     }
 
@@ -138,32 +141,46 @@ impl Buffer {
     }
 }
 
-/// Reads a head and hands the request, or why it is refused, to `then`. `key`: what the asker authenticated itself with.
+/// Reads a head and hands the request, or why it is refused, to `then`. `key`: what the asker
+/// authenticated itself with.
 pub fn parse<T>(
     head: &[u8],
     asker: SocketAddr,
-    key: Option<PeerKey>,
-    then: impl FnOnce(Result<Request<'_>, BadHead>) -> T,
+    key: Option<AuthenticatedKey>,
+    then: impl FnOnce(Result<Request<'_>, HeadError>) -> T,
 ) -> T {
     let mut fields = [httparse::EMPTY_HEADER; MAX_FIELDS];
     let mut request = httparse::Request::new(&mut fields);
     then(check(head, request.parse(head)).and_then(|()| {
-        let (Some(method), Some(target), Some(minor)) = (request.method, request.path, request.version) else {
-            return Err(BadHead::Malformed("request line incomplete"));
+        let (Some(method), Some(target), Some(minor)) =
+            (request.method, request.path, request.version)
+        else {
+            return Err(HeadError::Malformed("request line incomplete"));
         };
         let body_len = body_length(request.headers)?;
         check_host(request.headers)?;
         let close = request.headers.iter().any(|f| {
-            f.name.eq_ignore_ascii_case("connection") && f.value.to_ascii_lowercase().windows(5).any(|w| w == b"close")
+            f.name.eq_ignore_ascii_case("connection")
+                && f.value.to_ascii_lowercase().windows(5).any(|w| w == b"close")
         });
         let keep_alive = minor == 1 && !close;
         let knows_chunks = minor == 1;
         let fields = request.headers;
-        Ok(Request { method, target, asker, key, is_outside: false, fields, knows_chunks, keep_alive, body_len })
+        Ok(Request {
+            method,
+            target,
+            asker,
+            key,
+            is_outside: false,
+            fields,
+            knows_chunks,
+            keep_alive,
+            body_len,
+        })
     }))
 }
 
-fn check(head: &[u8], parsed: httparse::Result<usize>) -> Result<(), BadHead> {
+fn check(head: &[u8], parsed: httparse::Result<usize>) -> Result<(), HeadError> {
     // httparse takes a bare LF for a line's end; another parser on the way may not.
     let bare = |i: usize| match head[i] {
         b'\n' => i == 0 || head[i - 1] != b'\r',
@@ -171,43 +188,46 @@ fn check(head: &[u8], parsed: httparse::Result<usize>) -> Result<(), BadHead> {
         _ => false,
     };
     if (0..head.len()).any(bare) {
-        return Err(BadHead::Malformed("bare CR or LF"));
+        return Err(HeadError::Malformed("bare CR or LF"));
     }
     match parsed {
         Ok(httparse::Status::Complete(len)) if len == head.len() => Ok(()),
-        Ok(_) => Err(BadHead::Malformed("request line missing")),
-        Err(httparse::Error::TooManyHeaders) => Err(BadHead::TooLarge),
-        Err(_) => Err(BadHead::Malformed("not an HTTP/1.1 request")),
+        Ok(_) => Err(HeadError::Malformed("request line missing")),
+        Err(httparse::Error::TooManyHeaders) => Err(HeadError::TooLarge),
+        Err(_) => Err(HeadError::Malformed("not an HTTP/1.1 request")),
     }
 }
 
-fn body_length(fields: &[httparse::Header<'_>]) -> Result<u64, BadHead> {
-    let named = |name: &'static str| fields.iter().filter(move |f| f.name.eq_ignore_ascii_case(name));
+fn body_length(fields: &[httparse::Header<'_>]) -> Result<u64, HeadError> {
+    let named =
+        |name: &'static str| fields.iter().filter(move |f| f.name.eq_ignore_ascii_case(name));
     if named("transfer-encoding").next().is_some() {
-        return Err(BadHead::Malformed("Transfer-Encoding"));
+        return Err(HeadError::Malformed("Transfer-Encoding"));
     }
     let mut lengths = named("content-length");
     match (lengths.next(), lengths.next()) {
         (None, _) => Ok(0),
-        (Some(_), Some(_)) => Err(BadHead::Malformed("two Content-Lengths")),
+        (Some(_), Some(_)) => Err(HeadError::Malformed("two Content-Lengths")),
         (Some(field), None) => {
             let text = std::str::from_utf8(field.value).unwrap_or_default();
             let digits = !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
-            text.parse().ok().filter(|_| digits).ok_or(BadHead::Malformed("Content-Length"))
+            text.parse().ok().filter(|_| digits).ok_or(HeadError::Malformed("Content-Length"))
         }
     }
 }
 
-/// What is served under which name hangs on it. HTTP/1.1 asks for one; who sends none is no browser, and told apart by nobody.
-fn check_host(fields: &[httparse::Header<'_>]) -> Result<(), BadHead> {
+/// What is served under which name hangs on it. HTTP/1.1 asks for one; who sends none is no
+/// browser, and told apart by nobody.
+fn check_host(fields: &[httparse::Header<'_>]) -> Result<(), HeadError> {
     let mut hosts = fields.iter().filter(|f| f.name.eq_ignore_ascii_case("host"));
     let host = hosts.next().map_or(&[][..], |f| f.value);
-    // RFC 3986: unreserved, percent-encoded, delimiters, brackets of an IPv6 address, and the colon before a port.
+    // RFC 3986: unreserved, percent-encoded, delimiters, brackets of an IPv6 address, and the colon
+    // before a port.
     let may_be = |b: &u8| b.is_ascii_alphanumeric() || b"-._~%!$&'()*+,;=:[]".contains(b);
     match hosts.next() {
-        Some(_) => Err(BadHead::Malformed("two Hosts")),
+        Some(_) => Err(HeadError::Malformed("two Hosts")),
         None if host.iter().all(may_be) => Ok(()),
-        None => Err(BadHead::Malformed("Host")),
+        None => Err(HeadError::Malformed("Host")),
     }
 }
 
@@ -215,7 +235,10 @@ fn check_host(fields: &[httparse::Header<'_>]) -> Result<(), BadHead> {
 mod tests {
     use super::*;
 
-    fn with<T>(head: impl AsRef<[u8]>, then: impl FnOnce(Result<Request<'_>, BadHead>) -> T) -> T {
+    fn with<T>(
+        head: impl AsRef<[u8]>,
+        then: impl FnOnce(Result<Request<'_>, HeadError>) -> T,
+    ) -> T {
         parse(head.as_ref(), "127.0.0.1:1".parse().unwrap(), None, then)
     }
 
@@ -257,18 +280,20 @@ mod tests {
             "nonsense\r\n\r\n",
         ] {
             with(head, |request| {
-                assert!(matches!(request, Err(BadHead::Malformed(_))), "{head:?}");
+                assert!(matches!(request, Err(HeadError::Malformed(_))), "{head:?}");
             });
         }
         // Bytes that are no text used to be taken for no Host at all.
         with(b"GET / HTTP/1.1\r\nHost: ev\xefl.example\r\n\r\n", |request| {
-            assert_eq!(request.err(), Some(BadHead::Malformed("Host")));
+            assert_eq!(request.err(), Some(HeadError::Malformed("Host")));
         });
         for head in ["", "Host:\r\n", "Host: [::1]:12304\r\n", "Host: a_b.example:1\r\n"] {
-            with(format!("GET / HTTP/1.1\r\n{head}\r\n"), |request| assert!(request.is_ok(), "{head:?}"));
+            with(format!("GET / HTTP/1.1\r\n{head}\r\n"), |request| {
+                assert!(request.is_ok(), "{head:?}")
+            });
         }
         let many = format!("GET / HTTP/1.1\r\n{}\r\n", "A: b\r\n".repeat(MAX_FIELDS + 1));
-        with(many, |request| assert_eq!(request.err(), Some(BadHead::TooLarge)));
+        with(many, |request| assert_eq!(request.err(), Some(HeadError::TooLarge)));
     }
 
     #[test]
@@ -291,14 +316,15 @@ mod tests {
     fn a_head_is_found_however_it_is_cut() {
         let two = b"GET /1 HTTP/1.1\r\n\r\nGET /2 HTTP/1.1\r\nA: b\r\n\r\n";
         for cut in 0..two.len() {
-            let mut buffer = Buffer::default();
+            let mut buffer = ReceiveBuffer::default();
             buffer.bytes.extend_from_slice(&two[..cut]);
             if buffer.head_len().is_none() {
                 buffer.bytes.extend_from_slice(&two[cut..]);
                 assert_eq!(buffer.head_len(), Some(19), "{cut}");
             }
         }
-        let mut buffer = Buffer { bytes: two[..two.len() - 1].to_vec(), ..Buffer::default() };
+        let mut buffer =
+            ReceiveBuffer { bytes: two[..two.len() - 1].to_vec(), ..ReceiveBuffer::default() };
         assert_eq!(buffer.head_len(), Some(19));
         assert_eq!(buffer.head_len(), Some(19), "again");
         buffer.consume(19);

@@ -1,26 +1,29 @@
-//! `--metrics`: `/metrics` and `/health` for whoever reaches an address that the user chose, and nothing else.
+//! `--metrics`: `/metrics` and `/health` for whoever reaches an address that the user chose, and
+//! nothing else.
 
-use super::cache::{Cache, Failure};
+use super::handler::{CacheHandler, RequestError};
 use super::response::Exchange;
-use super::route::Told;
+use super::route::StatusRoute;
 use super::server::Handler;
 use super::{Request, status};
 use std::io;
 use std::sync::Arc;
 
 /// Answers a monitoring system on another machine.
-pub struct MetricsForOthers(pub Arc<Cache>);
+pub struct MetricsHandler(pub Arc<CacheHandler>);
 
-impl Handler for MetricsForOthers {
+impl Handler for MetricsHandler {
     fn handle(&self, request: &Request<'_>, exchange: &mut Exchange<'_>) -> io::Result<()> {
         let told = match request.target.split('?').next() {
-            _ if !matches!(request.method, "GET" | "HEAD") => return exchange.say(405, "only GET and HEAD"),
-            Some("/metrics") => Told::Metrics,
-            Some("/health") => Told::Health,
+            _ if !matches!(request.method, "GET" | "HEAD") => {
+                return exchange.say(405, "only GET and HEAD");
+            }
+            Some("/metrics") => StatusRoute::Metrics,
+            Some("/health") => StatusRoute::Health,
             _ => return exchange.say(404, "not found; there is /metrics and /health"),
         };
         match status::tell(&self.0, told, exchange) {
-            Err(Failure::Io(e)) => Err(e),
+            Err(RequestError::Io(e)) => Err(e),
             Err(_) => exchange.say(500, "not available"),
             Ok(()) => Ok(()),
         }

@@ -1,30 +1,30 @@
-//! The HTTP server: connections and their bounds ([`server`]), what a request asks for ([`route`]), and one module
-//! per kind of answer, put together in [`cache`].
+//! The HTTP server: connections and their bounds ([`server`]), what a request asks for ([`route`]),
+//! and one module per kind of answer, put together in [`handler`].
 //!
 //! tiny_http begins the heads of answers; the connections are ours: docs/dependencies.md tells why.
 
+mod admission;
 pub mod body;
-mod browser;
-pub mod cache;
 mod connections;
 pub mod crowd;
 mod encoding;
+mod event_loop;
+pub mod handler;
 mod handshakes;
 mod head;
 pub mod metrics;
-pub mod misses;
+pub mod miss_handler;
 mod nar;
 pub mod narinfo;
-pub mod permits;
+mod origin;
 mod range;
 mod response;
-mod room;
 pub mod route;
 pub mod server;
 mod status;
 mod stream;
-mod watch;
+pub mod stream_limits;
 
 pub use head::Request;
-pub use response::{Answer, Exchange};
-pub use stream::PeerKey;
+pub use response::{Exchange, ShortResponse};
+pub use stream::AuthenticatedKey;

@@ -1,16 +1,16 @@
 //! NARs: of the own store, and from peers for this machine's Nix.
 
 use super::Request;
-use super::cache::{Cache, Failure, NOT_THERE};
-use super::crowd::{Digest, Sending, Turn};
+use super::crowd::{CrowdAnswer, CrowdStream, PieceDigest};
 use super::encoding::{Compressor, accepts_zstd};
-use super::range::{self, Part};
-use super::response::{Answer, Exchange, Fields};
-use super::route::NarName;
+use super::handler::{CacheHandler, NOT_THERE, RequestError};
+use super::range::{self, RequestedRange};
+use super::response::{Exchange, HeaderFields, ShortResponse};
+use super::route::NarFileName;
+use crate::access::Scope;
 use crate::fetch::spool::{self, Spool};
 use crate::nix::PathInfo;
-use crate::record::{Network, Transfer};
-use crate::share::Scope;
+use crate::stats::{Network, TransferGuard};
 use crate::store::{NarError, NarSink};
 use crate::wire::relay::{DIGEST_LEN, DIGEST_PIECE, MAX_DIGESTS, PACE_HEADER, RELAY_HEADER};
 use crate::wire::tracker::{TRANSFER_HEADER, TransferName};
@@ -23,7 +23,7 @@ use std::time::Instant;
 
 /// How a NAR goes out.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Coding {
+enum ContentCoding {
     /// As it is, whatever the asker accepts.
     Never,
     /// As it is this time, to one that might have it otherwise.
@@ -34,56 +34,59 @@ enum Coding {
 
 /// The whole of a small NAR of this machine's store, if that takes no time; not for strangers.
 pub(super) fn own_at_once(
-    cache: &Cache,
-    name: &NarName,
+    cache: &CacheHandler,
+    name: &NarFileName,
     info: &PathInfo,
     scope: Scope,
     request: &Request<'_>,
-) -> Option<Answer> {
+) -> Option<ShortResponse> {
     if info.nar_hash != name.nar_hash || request.field("range").is_some() {
         return None;
     }
     let body = cache.store.nar_at_once(info)?;
     if scope == Scope::Lan && request.method != "HEAD" {
-        let transfer = cache.record.send(info.path.base_name(), info.nar_size, Network::Lan, request.asker);
+        let transfer =
+            cache.record.send(info.path.base_name(), info.nar_size, Network::Lan, request.asker);
         transfer.moved(info.nar_size);
-        transfer.is_whole();
+        transfer.record_whole();
     }
-    Some(Answer { status: 200, fields: fields(name, Coding::Never), body })
+    Some(ShortResponse { status: 200, fields: fields(name, ContentCoding::Never), body })
 }
 
-/// A valid path of this machine's store, if it still has that NAR hash. `is_far`: for a peer on another network, which may
-/// have it compressed.
+/// A valid path of this machine's store, if it still has that NAR hash. `is_far`: for a peer on
+/// another network, which may have it compressed.
 pub(super) fn own(
-    cache: &Cache,
-    name: &NarName,
+    cache: &CacheHandler,
+    name: &NarFileName,
     info: &PathInfo,
     scope: Scope,
     is_far: bool,
     request: &Request<'_>,
     exchange: &mut Exchange<'_>,
-) -> Result<(), Failure> {
+) -> Result<(), RequestError> {
     if info.nar_hash != name.nar_hash {
         return Err(NOT_THERE);
     }
     let accepts = is_far && request.knows_chunks && accepts_zstd(request.field("accept-encoding"));
     let compressing = if accepts { cache.permits.to_compress() } else { None };
     let coding = match compressing {
-        Some(_) => Coding::Zstd,
-        None if is_far => Coding::Identity,
-        None => Coding::Never,
+        Some(_) => ContentCoding::Zstd,
+        None if is_far => ContentCoding::Identity,
+        None => ContentCoding::Never,
     };
     let (status, part) = wanted(request, name, coding, info.nar_size)?;
-    let is_large = info.nar_size >= spool::LEAST_SIZE && scope == Scope::Lan && exchange.wants_body();
-    let sending =
-        match is_large.then(|| cache.crowds.ask(name.nar_hash, asker(request), takes_names(request), Instant::now())) {
-            Some(Turn::Name(others)) => {
-                let others = others.iter().map(IpAddr::to_string).collect::<Vec<_>>().join(", ");
-                return Ok(exchange.send(307, &[(RELAY_HEADER, others)], b"")?);
-            }
-            Some(Turn::Send(sending)) => Some(sending),
-            None => None,
-        };
+    let is_large =
+        info.nar_size >= spool::LEAST_SIZE && scope == Scope::Lan && exchange.wants_body();
+    let sending = match is_large.then(|| {
+        cache.crowds.ask(name.nar_hash, asker(request), takes_names(request), Instant::now())
+    }) {
+        Some(CrowdAnswer::Name(others)) => {
+            let others = others.iter().map(IpAddr::to_string).collect::<Vec<_>>().join(", ");
+            return Ok(exchange.send(307, &[(RELAY_HEADER, others)], b"")?);
+        }
+        Some(CrowdAnswer::Send(sending)) => Some(sending),
+        None => None,
+    };
     begin(exchange, name, coding, status, &part, info.nar_size)?;
     if !exchange.wants_body() {
         return Ok(());
@@ -96,14 +99,25 @@ pub(super) fn own(
         Scope::Wan | Scope::Friend => Some(Network::Wan),
     };
     let len = part.end - part.start;
-    let recorded = network.map(|network| cache.record.send(info.path.base_name(), len, network, request.asker));
-    let written = if coding == Coding::Zstd {
+    let recorded = network
+        .map(|network| cache.record.send(info.path.base_name(), len, network, request.asker));
+    let written = if coding == ContentCoding::Zstd {
         let mut out = Compressor::new(exchange, part.end - part.start)?;
-        let mut counting = Counting { out: &mut out, passed: &mut sent, recorded: &recorded, sending: &sending };
+        let mut counting = CountingSink {
+            out: &mut out,
+            passed: &mut sent,
+            recorded: &recorded,
+            sending: &sending,
+        };
         let written = cache.store.write_nar(info, part, &mut counting);
         written.and_then(|()| out.finish().map_err(NarError::Write))
     } else {
-        let mut counting = Counting { out: exchange, passed: &mut sent, recorded: &recorded, sending: &sending };
+        let mut counting = CountingSink {
+            out: exchange,
+            passed: &mut sent,
+            recorded: &recorded,
+            sending: &sending,
+        };
         cache.store.write_nar(info, part, &mut counting)
     };
     if let Some(transfer) = transfer {
@@ -111,7 +125,7 @@ pub(super) fn own(
     }
     match written {
         Ok(()) => {
-            recorded.iter().for_each(Transfer::is_whole);
+            recorded.iter().for_each(TransferGuard::record_whole);
             Ok(())
         }
         Err(NarError::Write(e)) => Err(e.into()),
@@ -134,88 +148,105 @@ fn takes_names(request: &Request<'_>) -> bool {
 
 /// A NAR that is still on its way to this machine, for a neighbour.
 pub(super) fn on_its_way(
-    cache: &Cache,
-    name: &NarName,
+    cache: &CacheHandler,
+    name: &NarFileName,
     spool: &Spool,
     request: &Request<'_>,
     exchange: &mut Exchange<'_>,
-) -> Result<(), Failure> {
-    let (status, part) = wanted(request, name, Coding::Never, spool.size())?;
-    begin(exchange, name, Coding::Never, status, &part, spool.size())?;
+) -> Result<(), RequestError> {
+    let (status, part) = wanted(request, name, ContentCoding::Never, spool.size())?;
+    begin(exchange, name, ContentCoding::Never, status, &part, spool.size())?;
     if !exchange.wants_body() {
         return Ok(());
     }
-    let recorded = Some(cache.record.send(&spool.name, part.end - part.start, Network::Lan, request.asker));
+    let recorded =
+        Some(cache.record.send(&spool.name, part.end - part.start, Network::Lan, request.asker));
     let mut sent = 0;
-    let mut counting = Counting { out: exchange, passed: &mut sent, recorded: &recorded, sending: &None };
+    let mut counting =
+        CountingSink { out: exchange, passed: &mut sent, recorded: &recorded, sending: &None };
     spool.write_to(part, &mut counting)?;
-    recorded.iter().for_each(Transfer::is_whole);
+    recorded.iter().for_each(TransferGuard::record_whole);
     Ok(())
 }
 
-/// SHA-256 of each piece of a NAR of this machine's store, one after the other, as far as the range asks for them.
+/// SHA-256 of each piece of a NAR of this machine's store, one after the other, as far as the range
+/// asks for them.
 pub(super) fn digests(
-    cache: &Cache,
-    name: &NarName,
+    cache: &CacheHandler,
+    name: &NarFileName,
     info: &PathInfo,
     request: &Request<'_>,
     exchange: &mut Exchange<'_>,
-) -> Result<(), Failure> {
+) -> Result<(), RequestError> {
     // Nobody needs their head, which costs as much.
     if info.nar_hash != name.nar_hash || !exchange.wants_body() {
         return Err(NOT_THERE);
     }
     let size = info.nar_size.div_ceil(DIGEST_PIECE as u64) * DIGEST_LEN;
     let (status, part) = match range::part(request.field("range"), size) {
-        Part::Whole => (206, 0..size),
-        Part::Bytes(part) => (206, part),
-        Part::Unsatisfiable => return Err(Failure::Unsatisfiable(size)),
+        RequestedRange::Whole => (206, 0..size),
+        RequestedRange::Bytes(part) => (206, part),
+        RequestedRange::Unsatisfiable => return Err(RequestError::Unsatisfiable(size)),
     };
     let first = part.start / DIGEST_LEN;
     let last = part.end.div_ceil(DIGEST_LEN).min(first + MAX_DIGESTS);
     let digests = piece_digests(cache, info, first..last)?.concat();
-    let range = format!("bytes {}-{}/{size}", first * DIGEST_LEN, first * DIGEST_LEN + digests.len() as u64 - 1);
+    let range = format!(
+        "bytes {}-{}/{size}",
+        first * DIGEST_LEN,
+        first * DIGEST_LEN + digests.len() as u64 - 1
+    );
     let mut fields = vec![("Content-Type", "application/octet-stream"), ("Content-Range", &range)];
-    let pace = cache.crowds.pace_of_one_more(name.nar_hash, Instant::now()).map(|pace| pace.to_string());
+    let pace =
+        cache.crowds.pace_of_one_more(name.nar_hash, Instant::now()).map(|pace| pace.to_string());
     fields.extend(pace.as_deref().map(|pace| (PACE_HEADER, pace)));
     Ok(exchange.send(status, &fields, &digests)?)
 }
 
 /// SHA-256 of these pieces of a NAR, which are hashed once for all neighbours that get it.
-fn piece_digests(cache: &Cache, info: &PathInfo, pieces: Range<u64>) -> Result<Vec<Digest>, Failure> {
+fn piece_digests(
+    cache: &CacheHandler,
+    info: &PathInfo,
+    pieces: Range<u64>,
+) -> Result<Vec<PieceDigest>, RequestError> {
     let known = || cache.crowds.digests(info.nar_hash, pieces.clone());
     if let Some(digests) = known() {
         return Ok(digests);
     }
-    let _place = cache.crowds.to_hash().ok_or(Failure::Busy)?;
+    let _place = cache.crowds.to_hash().ok_or(RequestError::Busy)?;
     // Others may have been waited for that hashed the same.
     if let Some(digests) = known() {
         return Ok(digests);
     }
-    let bytes = pieces.start * DIGEST_PIECE as u64..info.nar_size.min(pieces.end * DIGEST_PIECE as u64);
-    let mut hashing = Hashing { context: Context::new(&SHA256), left: DIGEST_PIECE, digests: Vec::new() };
-    cache.store.write_nar(info, bytes, &mut hashing).map_err(|e| cache.not_served(&info.path, &e))?;
+    let bytes =
+        pieces.start * DIGEST_PIECE as u64..info.nar_size.min(pieces.end * DIGEST_PIECE as u64);
+    let mut hashing =
+        HashingSink { context: Context::new(&SHA256), left: DIGEST_PIECE, digests: Vec::new() };
+    cache
+        .store
+        .write_nar(info, bytes, &mut hashing)
+        .map_err(|e| cache.not_served(&info.path, &e))?;
     let digests = hashing.finish();
     cache.crowds.keep_digests(info.nar_hash, pieces.start, &digests);
     Ok(digests)
 }
 
 /// Hashes each piece of what is written to it.
-struct Hashing {
+struct HashingSink {
     context: Context,
     /// Bytes until the piece ends.
     left: usize,
-    digests: Vec<Digest>,
+    digests: Vec<PieceDigest>,
 }
 
-impl Hashing {
+impl HashingSink {
     fn end_piece(&mut self) {
         let context = std::mem::replace(&mut self.context, Context::new(&SHA256));
         self.digests.push(context.finish().as_ref().try_into().expect("SHA-256 has 32 bytes"));
         self.left = DIGEST_PIECE;
     }
 
-    fn finish(mut self) -> Vec<Digest> {
+    fn finish(mut self) -> Vec<PieceDigest> {
         if self.left < DIGEST_PIECE {
             self.end_piece();
         }
@@ -223,7 +254,7 @@ impl Hashing {
     }
 }
 
-impl Write for Hashing {
+impl Write for HashingSink {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let part = &bytes[..bytes.len().min(self.left)];
         self.context.update(part);
@@ -239,18 +270,18 @@ impl Write for Hashing {
     }
 }
 
-impl NarSink for Hashing {}
+impl NarSink for HashingSink {}
 
 /// Counts the bytes of the NAR that pass.
-struct Counting<'a> {
+struct CountingSink<'a> {
     out: &'a mut dyn NarSink,
     passed: &'a mut u64,
-    recorded: &'a Option<Transfer<'a>>,
+    recorded: &'a Option<TransferGuard<'a>>,
     /// Set for a large NAR to a neighbour.
-    sending: &'a Option<Sending<'a>>,
+    sending: &'a Option<CrowdStream<'a>>,
 }
 
-impl Counting<'_> {
+impl CountingSink<'_> {
     fn count(&mut self, bytes: u64) {
         *self.passed += bytes;
         if let Some(transfer) = self.recorded {
@@ -261,7 +292,7 @@ impl Counting<'_> {
     }
 }
 
-impl Write for Counting<'_> {
+impl Write for CountingSink<'_> {
     fn write(&mut self, piece: &[u8]) -> io::Result<usize> {
         let written = self.out.write(piece)?;
         self.count(written as u64);
@@ -273,7 +304,7 @@ impl Write for Counting<'_> {
     }
 }
 
-impl NarSink for Counting<'_> {
+impl NarSink for CountingSink<'_> {
     fn send_file(&mut self, file: BorrowedFd<'_>, at: u64, len: u64) -> io::Result<Option<u64>> {
         let sent = self.out.send_file(file, at, len)?;
         self.count(sent.unwrap_or_default());
@@ -283,72 +314,85 @@ impl NarSink for Counting<'_> {
 
 /// A NAR that some peer has.
 pub(super) fn from_peer(
-    cache: &Cache,
-    name: &NarName,
+    cache: &CacheHandler,
+    name: &NarFileName,
     request: &Request<'_>,
     exchange: &mut Exchange<'_>,
-) -> Result<(), Failure> {
+) -> Result<(), RequestError> {
     let resumes = request.field("range").is_some_and(|range| range.trim() != "bytes=0-");
     if resumes && cache.fetch.is_cut(name.nar_hash) {
-        // What Nix holds of it already was wrong, so that no rest can make it right, or it is to ask the upstream cache.
-        // From the start is fine.
+        // What Nix holds of it already was wrong, so that no rest can make it right, or it is to
+        // ask the upstream cache. From the start is fine.
         return Err(NOT_THERE);
     }
     let nar = cache.fetch.find(&name.hash_part, &name.nar_hash).ok_or(NOT_THERE)?;
     let size = nar.size();
-    let (status, part) = wanted(request, name, Coding::Never, size)?;
+    let (status, part) = wanted(request, name, ContentCoding::Never, size)?;
     if !exchange.wants_body() {
-        return Ok(begin(exchange, name, Coding::Never, status, &part, size)?);
+        return Ok(begin(exchange, name, ContentCoding::Never, status, &part, size)?);
     }
     // Only a NAR that did begin to arrive is answered with 200: for Nix, a 404 is no error.
     let begun = nar.start().ok_or(NOT_THERE)?;
-    begin(exchange, name, Coding::Never, status, &part, size)?;
+    begin(exchange, name, ContentCoding::Never, status, &part, size)?;
     match begun.relay(&part, exchange) {
-        // Of a part that begins late nothing was sent: without an answer Nix would ask again and again.
+        // Of a part that begins late nothing was sent: without an answer Nix would ask again and
+        // again.
         Err(_) if exchange.take_back() => Err(NOT_THERE),
         relayed => Ok(relayed?),
     }
 }
 
-/// The status, and which bytes of the NAR, however they are then encoded: the next part may come from a peer that does it
-/// otherwise, or not at all.
-fn wanted(request: &Request<'_>, name: &NarName, coding: Coding, size: u64) -> Result<(u16, Range<u64>), Failure> {
+/// The status, and which bytes of the NAR, however they are then encoded: the next part may come
+/// from a peer that does it otherwise, or not at all.
+fn wanted(
+    request: &Request<'_>,
+    name: &NarFileName,
+    coding: ContentCoding,
+    size: u64,
+) -> Result<(u16, Range<u64>), RequestError> {
     let current = request.field("if-range").is_none_or(|tag| tag == etag(name, coding));
     match range::part(request.field("range").filter(|_| current), size) {
-        Part::Whole => Ok((200, 0..size)),
-        Part::Bytes(part) => Ok((206, part)),
-        Part::Unsatisfiable => Err(Failure::Unsatisfiable(size)),
+        RequestedRange::Whole => Ok((200, 0..size)),
+        RequestedRange::Bytes(part) => Ok((206, part)),
+        RequestedRange::Unsatisfiable => Err(RequestError::Unsatisfiable(size)),
     }
 }
 
 /// Two answers of one tag have the same bytes.
-fn etag(name: &NarName, coding: Coding) -> String {
-    let suffix = if coding == Coding::Zstd { "-zstd" } else { "" };
+fn etag(name: &NarFileName, coding: ContentCoding) -> String {
+    let suffix = if coding == ContentCoding::Zstd { "-zstd" } else { "" };
     format!("\"{}{suffix}\"", name.nar_hash.to_nix32())
 }
 
 /// What the head of every NAR has.
-fn fields(name: &NarName, coding: Coding) -> Fields {
+fn fields(name: &NarFileName, coding: ContentCoding) -> HeaderFields {
     let etag = etag(name, coding).into();
-    vec![("Content-Type", "application/x-nix-nar".into()), ("Accept-Ranges", "bytes".into()), ("ETag", etag)]
+    vec![
+        ("Content-Type", "application/x-nix-nar".into()),
+        ("Accept-Ranges", "bytes".into()),
+        ("ETag", etag),
+    ]
 }
 
 fn begin(
     exchange: &mut Exchange<'_>,
-    name: &NarName,
-    coding: Coding,
+    name: &NarFileName,
+    coding: ContentCoding,
     status: u16,
     part: &Range<u64>,
     size: u64,
 ) -> io::Result<()> {
     let mut fields = fields(name, coding);
     if status == 206 {
-        fields.push(("Content-Range", format!("bytes {}-{}/{size}", part.start, part.end.saturating_sub(1)).into()));
+        fields.push((
+            "Content-Range",
+            format!("bytes {}-{}/{size}", part.start, part.end.saturating_sub(1)).into(),
+        ));
     }
-    if coding != Coding::Never {
+    if coding != ContentCoding::Never {
         fields.push(("Vary", "Accept-Encoding".into()));
     }
-    if coding == Coding::Zstd {
+    if coding == ContentCoding::Zstd {
         fields.push(("Content-Encoding", "zstd".into()));
         return exchange.begin_chunked(status, &fields);
     }

@@ -1,17 +1,20 @@
 //! Narinfos: of the own store, for peers; and of peers, for this machine's Nix.
 
 use super::Request;
-use super::cache::Cache;
-use super::response::{Answer, Exchange};
-use super::route::{NarName, View};
-use crate::nix::{NarInfo, PathInfo, SecretKey, Signature, StoreDir, is_known_to_every_nix, narinfo};
+use super::handler::CacheHandler;
+use super::response::{Exchange, ShortResponse};
+use super::route::{NarFileName, StoreView};
+use crate::nix::{
+    NarInfo, PathInfo, SecretKey, Signature, StoreDir, is_known_to_every_nix, narinfo,
+};
 use ring::digest::{SHA256, digest};
 use std::collections::HashMap;
 use std::fmt;
 use std::io::{self, BufWriter, Write};
 use std::sync::{Mutex, MutexGuard};
 
-/// Signing takes 40 µs, more than all else in a narinfo, so signatures are kept; so many take about 2 MiB.
+/// Signing takes 40 µs, more than all else in a narinfo, so signatures are kept; so many take about
+/// 2 MiB.
 const SIGNATURES_KEPT: usize = 8192;
 
 /// Signs paths of the own store, and nothing else: never what comes from a peer.
@@ -32,7 +35,10 @@ impl Signer {
 
     /// The signature of a fingerprint.
     pub(super) fn sign_text(&self, fingerprint: &str) -> Signature {
-        let name: [u8; 32] = digest(&SHA256, fingerprint.as_bytes()).as_ref().try_into().expect("SHA-256 has 32 bytes");
+        let name: [u8; 32] = digest(&SHA256, fingerprint.as_bytes())
+            .as_ref()
+            .try_into()
+            .expect("SHA-256 has 32 bytes");
         if let Some(signature) = self.lock().get(&name) {
             return signature.clone();
         }
@@ -50,16 +56,17 @@ impl Signer {
     }
 }
 
-/// One with more references than this is not made while others wait for it, and only few at once; most have ten.
+/// One with more references than this is not made while others wait for it, and only few at once;
+/// most have ten.
 pub(super) const MANY_REFERENCES: usize = 500;
 
-/// From this version on a Nix that cannot read a content address goes on to its next substituter. Earlier ones fail
-/// the whole build.
+/// From this version on a Nix that cannot read a content address goes on to its next substituter.
+/// Earlier ones fail the whole build.
 const NIX_TOLERATES_UNKNOWN_CA: (u32, u32) = (2, 34);
 
 /// What a narinfo says beside what is true of the path wherever it is had from.
-pub(super) struct Narinfo<'a> {
-    cache: &'a Cache,
+pub(super) struct NarinfoLocation<'a> {
+    cache: &'a CacheHandler,
     info: &'a PathInfo,
     /// Relative to what the `URL` is.
     root: &'static str,
@@ -70,19 +77,42 @@ pub(super) struct Narinfo<'a> {
 }
 
 /// Of a valid path of this machine's store.
-pub(super) fn own<'a>(cache: &'a Cache, info: &'a PathInfo, view: View, request: &Request<'_>) -> Narinfo<'a> {
+pub(super) fn own<'a>(
+    cache: &'a CacheHandler,
+    info: &'a PathInfo,
+    view: StoreView,
+    request: &Request<'_>,
+) -> NarinfoLocation<'a> {
     let root = match view {
-        View::Peers => "local/",
-        View::Cache => "",
+        StoreView::Peers => "local/",
+        StoreView::Cache => "",
     };
     let signature = cache.signer.get().map(|signer| signer.sign(info, &cache.store_dir));
-    Narinfo { cache, info, root, compression: "none", signature, ca: ca(info, view == View::Peers, request) }
+    NarinfoLocation {
+        cache,
+        info,
+        root,
+        compression: "none",
+        signature,
+        ca: ca(info, view == StoreView::Peers, request),
+    }
 }
 
 /// Of a path that a peer has, for this machine's Nix.
-pub(super) fn from_peer<'a>(cache: &'a Cache, found: &'a NarInfo, request: &Request<'_>) -> Narinfo<'a> {
+pub(super) fn from_peer<'a>(
+    cache: &'a CacheHandler,
+    found: &'a NarInfo,
+    request: &Request<'_>,
+) -> NarinfoLocation<'a> {
     let (info, compression) = (&found.info, found.compression.as_str());
-    Narinfo { cache, info, root: "peer/", compression, signature: None, ca: ca(info, false, request) }
+    NarinfoLocation {
+        cache,
+        info,
+        root: "peer/",
+        compression,
+        signature: None,
+        ca: ca(info, false, request),
+    }
 }
 
 /// The content address that the asker may be sent.
@@ -93,12 +123,12 @@ fn ca<'a>(info: &'a PathInfo, is_peer: bool, request: &Request<'_>) -> Option<&'
 
 const CONTENT_TYPE: &str = "text/x-nix-narinfo";
 
-impl Narinfo<'_> {
+impl NarinfoLocation<'_> {
     /// The whole of it.
-    pub(super) fn answer(&self) -> Answer {
+    pub(super) fn answer(&self) -> ShortResponse {
         let mut text = String::with_capacity(1024);
         let _ = self.write(&mut text);
-        Answer::new(200, CONTENT_TYPE, text.into())
+        ShortResponse::new(200, CONTENT_TYPE, text.into())
     }
 
     /// Sends it piece by piece: a large one is never in memory as a text.
@@ -106,11 +136,12 @@ impl Narinfo<'_> {
         if self.info.references.len() <= MANY_REFERENCES {
             return exchange.answer(&self.answer());
         }
-        let mut len = Counter(0);
+        let mut len = CountingWriter(0);
         let _ = self.write(&mut len);
         exchange.begin(200, &[("Content-Type", CONTENT_TYPE)], len.0)?;
         if exchange.wants_body() {
-            let mut pieces = Pieces { out: BufWriter::with_capacity(PIECE, exchange), failed: None };
+            let mut pieces =
+                ChunkWriter { out: BufWriter::with_capacity(PIECE, exchange), failed: None };
             if self.write(&mut pieces).is_err() {
                 return Err(pieces.failed.unwrap_or_else(|| io::ErrorKind::Other.into()));
             }
@@ -120,9 +151,18 @@ impl Narinfo<'_> {
     }
 
     fn write(&self, out: &mut impl fmt::Write) -> fmt::Result {
-        let Narinfo { cache, info, root, compression, signature, ca } = self;
-        let name = NarName { hash_part: info.path.hash_part(), nar_hash: info.nar_hash }.to_string();
-        narinfo::write(out, info, &[root, "nar/", &name], compression, signature.as_ref(), *ca, &cache.store_dir)
+        let NarinfoLocation { cache, info, root, compression, signature, ca } = self;
+        let name =
+            NarFileName { hash_part: info.path.hash_part(), nar_hash: info.nar_hash }.to_string();
+        narinfo::write(
+            out,
+            info,
+            &[root, "nar/", &name],
+            compression,
+            signature.as_ref(),
+            *ca,
+            &cache.store_dir,
+        )
     }
 }
 
@@ -130,9 +170,9 @@ impl Narinfo<'_> {
 const PIECE: usize = 64 << 10;
 
 /// Counts the bytes that are written to it.
-struct Counter(u64);
+struct CountingWriter(u64);
 
-impl fmt::Write for Counter {
+impl fmt::Write for CountingWriter {
     fn write_str(&mut self, text: &str) -> fmt::Result {
         self.0 += text.len() as u64;
         Ok(())
@@ -140,12 +180,12 @@ impl fmt::Write for Counter {
 }
 
 /// Sends what is written to it, and keeps the error.
-struct Pieces<W: Write> {
+struct ChunkWriter<W: Write> {
     out: BufWriter<W>,
     failed: Option<io::Error>,
 }
 
-impl<W: Write> fmt::Write for Pieces<W> {
+impl<W: Write> fmt::Write for ChunkWriter<W> {
     fn write_str(&mut self, text: &str) -> fmt::Result {
         self.out.write_all(text.as_bytes()).map_err(|e| {
             self.failed = Some(e);
@@ -154,11 +194,16 @@ impl<W: Write> fmt::Write for Pieces<W> {
     }
 }
 
-/// Whether the asker is a Nix to which a content address of any form may be sent. Its `User-Agent` is like
-/// `curl/8.23.0 Nix/2.34.8`.
+/// Whether the asker is a Nix to which a content address of any form may be sent. Its `User-Agent`
+/// is like `curl/8.23.0 Nix/2.34.8`.
 fn tolerates_unknown_ca(request: &Request<'_>) -> bool {
-    let version = request.field("user-agent").and_then(|agent| agent.split(' ').find_map(|w| w.strip_prefix("Nix/")));
-    let mut numbers = version.unwrap_or_default().split(|c: char| !c.is_ascii_digit()).map(|n| n.parse().unwrap_or(0));
+    let version = request
+        .field("user-agent")
+        .and_then(|agent| agent.split(' ').find_map(|w| w.strip_prefix("Nix/")));
+    let mut numbers = version
+        .unwrap_or_default()
+        .split(|c: char| !c.is_ascii_digit())
+        .map(|n| n.parse().unwrap_or(0));
     let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
     version >= NIX_TOLERATES_UNKNOWN_CA
 }

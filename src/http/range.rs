@@ -1,11 +1,11 @@
-//! `Range` (RFC 9110, section 14): single byte ranges. Several ranges at once, and units other than bytes, are
-//! answered with the whole, as the RFC allows.
+//! `Range` (RFC 9110, section 14): single byte ranges. Several ranges at once, and units other than
+//! bytes, are answered with the whole, as the RFC allows.
 
 use std::ops::Range;
 
 /// What to send of a representation.
 #[derive(Debug, PartialEq, Eq)]
-pub enum Part {
+pub enum RequestedRange {
     /// 200: everything.
     Whole,
     /// 206: these bytes, never none.
@@ -15,24 +15,26 @@ pub enum Part {
 }
 
 /// What the field's value asks for, of `size` bytes.
-pub fn part(field: Option<&str>, size: u64) -> Part {
-    let Some(spec) = field.and_then(|f| f.trim().strip_prefix("bytes=")) else { return Part::Whole };
-    let Some((first, last)) = spec.trim().split_once('-') else { return Part::Whole };
+pub fn part(field: Option<&str>, size: u64) -> RequestedRange {
+    let Some(spec) = field.and_then(|f| f.trim().strip_prefix("bytes=")) else {
+        return RequestedRange::Whole;
+    };
+    let Some((first, last)) = spec.trim().split_once('-') else { return RequestedRange::Whole };
     let (first, last) = (first.trim(), last.trim());
     let digits = |text: &str| text.bytes().all(|b| b.is_ascii_digit());
     if !digits(first) || !digits(last) {
-        return Part::Whole;
+        return RequestedRange::Whole;
     }
     // More digits than fit mean a place behind every end.
     let number = |text: &str| text.parse().unwrap_or(u64::MAX);
     let range = match (first.is_empty(), last.is_empty()) {
-        (true, true) => return Part::Whole,
+        (true, true) => return RequestedRange::Whole,
         (true, false) => size.saturating_sub(number(last))..size,
         (false, true) => number(first)..size,
-        (false, false) if number(first) > number(last) => return Part::Whole,
+        (false, false) if number(first) > number(last) => return RequestedRange::Whole,
         (false, false) => number(first)..size.min(number(last).saturating_add(1)),
     };
-    if range.is_empty() { Part::Unsatisfiable } else { Part::Bytes(range) }
+    if range.is_empty() { RequestedRange::Unsatisfiable } else { RequestedRange::Bytes(range) }
 }
 
 #[cfg(test)]
@@ -42,28 +44,28 @@ mod tests {
     #[test]
     fn every_form_of_range() {
         for (field, expected) in [
-            ("bytes=0-", Part::Bytes(0..100)),
-            ("bytes=0-0", Part::Bytes(0..1)),
-            ("bytes=99-", Part::Bytes(99..100)),
-            ("bytes=99-99", Part::Bytes(99..100)),
-            ("bytes=10-19", Part::Bytes(10..20)),
-            ("bytes=10-1000", Part::Bytes(10..100)),
-            ("bytes=-1", Part::Bytes(99..100)),
-            ("bytes=-1000", Part::Bytes(0..100)),
-            ("bytes=5-99999999999999999999999", Part::Bytes(5..100)),
-            ("bytes=100-", Part::Unsatisfiable),
-            ("bytes=99999999999999999999999-", Part::Unsatisfiable),
-            ("bytes=-0", Part::Unsatisfiable),
-            ("bytes=0-0,5-6", Part::Whole),
-            ("bytes=6-5", Part::Whole),
-            ("bytes=-", Part::Whole),
-            ("bytes=a-b", Part::Whole),
-            ("bytes=+1-2", Part::Whole),
-            ("lines=1-2", Part::Whole),
-            ("", Part::Whole),
+            ("bytes=0-", RequestedRange::Bytes(0..100)),
+            ("bytes=0-0", RequestedRange::Bytes(0..1)),
+            ("bytes=99-", RequestedRange::Bytes(99..100)),
+            ("bytes=99-99", RequestedRange::Bytes(99..100)),
+            ("bytes=10-19", RequestedRange::Bytes(10..20)),
+            ("bytes=10-1000", RequestedRange::Bytes(10..100)),
+            ("bytes=-1", RequestedRange::Bytes(99..100)),
+            ("bytes=-1000", RequestedRange::Bytes(0..100)),
+            ("bytes=5-99999999999999999999999", RequestedRange::Bytes(5..100)),
+            ("bytes=100-", RequestedRange::Unsatisfiable),
+            ("bytes=99999999999999999999999-", RequestedRange::Unsatisfiable),
+            ("bytes=-0", RequestedRange::Unsatisfiable),
+            ("bytes=0-0,5-6", RequestedRange::Whole),
+            ("bytes=6-5", RequestedRange::Whole),
+            ("bytes=-", RequestedRange::Whole),
+            ("bytes=a-b", RequestedRange::Whole),
+            ("bytes=+1-2", RequestedRange::Whole),
+            ("lines=1-2", RequestedRange::Whole),
+            ("", RequestedRange::Whole),
         ] {
             assert_eq!(part(Some(field), 100), expected, "{field}");
         }
-        assert_eq!(part(None, 100), Part::Whole);
+        assert_eq!(part(None, 100), RequestedRange::Whole);
     }
 }

@@ -1,7 +1,8 @@
-//! Writing one response. tiny_http begins the head; it leaves in one write with the body's first bytes.
+//! Writing one response. tiny_http begins the head; it leaves in one write with the body's first
+//! bytes.
 
-use super::body::Body;
-use super::stream::Stream;
+use super::body::RequestBody;
+use super::stream::ConnectionStream;
 use crate::store::NarSink;
 use crate::time_scale::Timeout;
 use crate::upload_limit::UploadLimit;
@@ -21,27 +22,27 @@ use tiny_http::{HTTPVersion, Header, Response, StatusCode};
 pub(super) const WRITE_TIMEOUT: Timeout = Timeout::from_secs(30);
 
 /// Fields of a head.
-pub type Fields = Vec<(&'static str, Cow<'static, str>)>;
+pub type HeaderFields = Vec<(&'static str, Cow<'static, str>)>;
 
 /// A short answer that is whole.
-pub struct Answer {
+pub struct ShortResponse {
     /// The status.
     pub status: u16,
     /// The head's fields beside those that all have.
-    pub fields: Fields,
+    pub fields: HeaderFields,
     /// The body.
     pub body: Vec<u8>,
 }
 
-impl Answer {
+impl ShortResponse {
     /// With the one field that all bodies have.
-    pub fn new(status: u16, content_type: &'static str, body: Vec<u8>) -> Answer {
-        Answer { status, fields: vec![("Content-Type", content_type.into())], body }
+    pub fn new(status: u16, content_type: &'static str, body: Vec<u8>) -> ShortResponse {
+        ShortResponse { status, fields: vec![("Content-Type", content_type.into())], body }
     }
 
     /// A short answer in words.
-    pub fn say(status: u16, line: &str) -> Answer {
-        Answer::new(status, PLAIN, format!("{line}\n").into())
+    pub fn say(status: u16, line: &str) -> ShortResponse {
+        ShortResponse::new(status, PLAIN, format!("{line}\n").into())
     }
 
     /// The response, of which a request for the head alone gets the head.
@@ -62,7 +63,7 @@ const PLAIN: &str = "text/plain; charset=utf-8";
 
 /// One response on one connection.
 pub struct Exchange<'a> {
-    stream: &'a Stream,
+    stream: &'a ConnectionStream,
     /// What may be sent, unless this machine asks.
     limit: Option<&'a UploadLimit>,
     head_only: bool,
@@ -72,13 +73,28 @@ pub struct Exchange<'a> {
     missing: u64,
     /// Whether the chunk that ends the body is still to come.
     in_chunks: bool,
-    body: Body<'a>,
+    body: RequestBody<'a>,
 }
 
 impl<'a> Exchange<'a> {
-    pub(super) fn new(stream: &'a Stream, head_only: bool, close: bool, body: Body<'a>) -> Self {
+    pub(super) fn new(
+        stream: &'a ConnectionStream,
+        head_only: bool,
+        close: bool,
+        body: RequestBody<'a>,
+    ) -> Self {
         let (limit, head) = (None, Vec::new());
-        Exchange { stream, limit, head_only, close, head, begun: false, missing: 0, in_chunks: false, body }
+        Exchange {
+            stream,
+            limit,
+            head_only,
+            close,
+            head,
+            begun: false,
+            missing: 0,
+            in_chunks: false,
+            body,
+        }
     }
 
     /// The same under that limit.
@@ -87,7 +103,7 @@ impl<'a> Exchange<'a> {
     }
 
     /// The request's body.
-    pub fn body(&mut self) -> &mut Body<'a> {
+    pub fn body(&mut self) -> &mut RequestBody<'a> {
         &mut self.body
     }
 
@@ -95,7 +111,12 @@ impl<'a> Exchange<'a> {
     ///
     /// # Errors
     /// The socket's.
-    pub fn send(&mut self, status: u16, fields: &[(&str, impl AsRef<str>)], body: &[u8]) -> io::Result<()> {
+    pub fn send(
+        &mut self,
+        status: u16,
+        fields: &[(&str, impl AsRef<str>)],
+        body: &[u8],
+    ) -> io::Result<()> {
         self.begin(status, fields, body.len() as u64)?;
         if !self.head_only { self.write_all(body) } else { Ok(()) }
     }
@@ -105,41 +126,51 @@ impl<'a> Exchange<'a> {
     /// # Errors
     /// The socket's.
     pub fn say(&mut self, status: u16, line: &str) -> io::Result<()> {
-        self.answer(&Answer::say(status, line))
+        self.answer(&ShortResponse::say(status, line))
     }
 
     /// A short answer that is whole.
     ///
     /// # Errors
     /// The socket's.
-    pub fn answer(&mut self, answer: &Answer) -> io::Result<()> {
+    pub fn answer(&mut self, answer: &ShortResponse) -> io::Result<()> {
         self.send(answer.status, &answer.fields, &answer.body)
     }
 
-    /// Begins a response whose body of `len` bytes is then written to this. A body that stays shorter makes the
-    /// connection be cut, so that nobody takes it for whole.
+    /// Begins a response whose body of `len` bytes is then written to this. A body that stays
+    /// shorter makes the connection be cut, so that nobody takes it for whole.
     ///
     /// # Errors
     /// The socket's.
-    pub fn begin(&mut self, status: u16, fields: &[(&str, impl AsRef<str>)], len: u64) -> io::Result<()> {
+    pub fn begin(
+        &mut self,
+        status: u16,
+        fields: &[(&str, impl AsRef<str>)],
+        len: u64,
+    ) -> io::Result<()> {
         self.prepare_head(status, fields, Some(len))?;
         self.missing = if self.head_only { 0 } else { len };
         if self.missing == 0 { self.flush_head() } else { Ok(()) }
     }
 
-    /// Begins a response of unknown length, for an asker that [knows chunks](super::Request::knows_chunks). Its body is
-    /// then given to [`Exchange::chunk`]; without its last chunk the connection is cut.
+    /// Begins a response of unknown length, for an asker that [knows
+    /// chunks](super::Request::knows_chunks). Its body is then given to [`Exchange::chunk`];
+    /// without its last chunk the connection is cut.
     ///
     /// # Errors
     /// The socket's.
-    pub(super) fn begin_chunked(&mut self, status: u16, fields: &[(&str, impl AsRef<str>)]) -> io::Result<()> {
+    pub(super) fn begin_chunked(
+        &mut self,
+        status: u16,
+        fields: &[(&str, impl AsRef<str>)],
+    ) -> io::Result<()> {
         self.prepare_head(status, fields, None)?;
         self.in_chunks = !self.head_only;
         if self.head_only { self.flush_head() } else { Ok(()) }
     }
 
-    /// A part of a body in chunks (RFC 9112, section 7.1) in one write, with the head before it and the body's end behind
-    /// it where that is due.
+    /// A part of a body in chunks (RFC 9112, section 7.1) in one write, with the head before it and
+    /// the body's end behind it where that is due.
     ///
     /// # Errors
     /// The socket's, or the response has no body in chunks, or it has ended.
@@ -171,7 +202,12 @@ impl<'a> Exchange<'a> {
         Ok(())
     }
 
-    fn prepare_head(&mut self, status: u16, fields: &[(&str, impl AsRef<str>)], len: Option<u64>) -> io::Result<()> {
+    fn prepare_head(
+        &mut self,
+        status: u16,
+        fields: &[(&str, impl AsRef<str>)],
+        len: Option<u64>,
+    ) -> io::Result<()> {
         self.head.clear();
         print_head(&mut self.head, status, fields, len, self.close || self.body.is_left())?;
         self.begun = true;
@@ -195,7 +231,8 @@ impl<'a> Exchange<'a> {
         self.begun && self.missing == 0 && !self.in_chunks && self.head.is_empty()
     }
 
-    /// Takes a response back of which nothing was sent yet, so that there can be another. False if it is too late.
+    /// Takes a response back of which nothing was sent yet, so that there can be another. False if
+    /// it is too late.
     pub(super) fn take_back(&mut self) -> bool {
         // The head is kept until it leaves together with the first of the body.
         let unsent = self.begun && !self.head.is_empty();
@@ -263,27 +300,30 @@ fn print_head(
 
 /// What tiny_http begins heads with in one second: the status, and the bytes.
 #[derive(Default)]
-struct Begun {
+struct HeadCache {
     second: u64,
     heads: Vec<(u16, Vec<u8>)>,
 }
 
-/// Appends what tiny_http begins a head with: the status line, `Date` and `Server`. They are the same for a second, and
-/// take as long to make as all else in a narinfo, so each thread keeps them.
+/// Appends what tiny_http begins a head with: the status line, `Date` and `Server`. They are the
+/// same for a second, and take as long to make as all else in a narinfo, so each thread keeps them.
 fn begin_head(out: &mut Vec<u8>, status: u16) -> io::Result<()> {
     thread_local! {
-        static BEGUN: RefCell<Begun> = RefCell::default();
+        static BEGUN: RefCell<HeadCache> = RefCell::default();
     }
     BEGUN.with_borrow_mut(|begun| {
-        let second = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
+        let second =
+            SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
         if begun.second != second {
-            *begun = Begun { second, heads: Vec::new() };
+            *begun = HeadCache { second, heads: Vec::new() };
         }
         if let Some((_, bytes)) = begun.heads.iter().find(|(of, _)| *of == status) {
             out.extend_from_slice(bytes);
             return Ok(());
         }
-        let server = Header::from_bytes("Server", concat!("peerix/", env!("CARGO_PKG_VERSION"))).into_iter().collect();
+        let server = Header::from_bytes("Server", concat!("peerix/", env!("CARGO_PKG_VERSION")))
+            .into_iter()
+            .collect();
         let mut bytes = Vec::new();
         let response = Response::new(StatusCode(status), server, io::empty(), Some(0), None);
         response.raw_print(&mut bytes, HTTPVersion(1, 1), &[], true, None)?;
@@ -295,7 +335,7 @@ fn begin_head(out: &mut Vec<u8>, status: u16) -> io::Result<()> {
 }
 
 /// Sends it all to a client that takes some of it now and again.
-pub(super) fn send_all(mut stream: &Stream, bytes: &[u8]) -> io::Result<()> {
+pub(super) fn send_all(mut stream: &ConnectionStream, bytes: &[u8]) -> io::Result<()> {
     let mut rest = bytes;
     while !rest.is_empty() {
         let began = Instant::now();
@@ -310,7 +350,8 @@ pub(super) fn send_all(mut stream: &Stream, bytes: &[u8]) -> io::Result<()> {
     Ok(())
 }
 
-/// The kernel tells of a timeout by a short count if anything was taken before, and of nothing taken only the next time.
+/// The kernel tells of a timeout by a short count if anything was taken before, and of nothing
+/// taken only the next time.
 fn in_time(written: usize, asked: usize, began: Instant) -> io::Result<()> {
     let late = written < asked && began.elapsed() >= WRITE_TIMEOUT.get();
     if late { Err(io::ErrorKind::TimedOut.into()) } else { Ok(()) }
@@ -320,9 +361,15 @@ fn in_time(written: usize, asked: usize, began: Instant) -> io::Result<()> {
 const FILE_PIECE: u64 = 2 << 20;
 
 impl NarSink for Exchange<'_> {
-    /// Sends as much as there is room for, and waits only when there is none. Only full segments leave meanwhile: without that
-    /// the kernel sends after each 64 KiB of the file, which under BBR takes half as much processor time again.
-    fn send_file(&mut self, file: BorrowedFd<'_>, mut at: u64, len: u64) -> io::Result<Option<u64>> {
+    /// Sends as much as there is room for, and waits only when there is none. Only full segments
+    /// leave meanwhile: without that the kernel sends after each 64 KiB of the file, which under
+    /// BBR takes half as much processor time again.
+    fn send_file(
+        &mut self,
+        file: BorrowedFd<'_>,
+        mut at: u64,
+        len: u64,
+    ) -> io::Result<Option<u64>> {
         // What is encrypted has to be copied.
         if self.stream.key().is_some() {
             return Ok(None);
@@ -365,7 +412,8 @@ impl NarSink for Exchange<'_> {
 /// Waits until the other end took something, for [`WRITE_TIMEOUT`] at most.
 fn wait_for_room(stream: &TcpStream) -> io::Result<()> {
     let patience = WRITE_TIMEOUT.get();
-    let patience = Timespec { tv_sec: patience.as_secs() as i64, tv_nsec: patience.subsec_nanos().into() };
+    let patience =
+        Timespec { tv_sec: patience.as_secs() as i64, tv_nsec: patience.subsec_nanos().into() };
     match retry_on_intr(|| poll(&mut [PollFd::new(stream, PollFlags::OUT)], Some(&patience)))? {
         0 => Err(io::ErrorKind::TimedOut.into()),
         _ => Ok(()),

@@ -1,16 +1,18 @@
-//! Serving connections: reading requests, having them answered, and closing in a way the client can tell from success.
+//! Serving connections: reading requests, having them answered, and closing in a way the client can
+//! tell from success.
 //!
-//! One thread accepts, and watches the connections that wait for a request (`watch.rs`); a connection at work has a
-//! thread of the pool. Knows nothing of what is served: that is a [`Handler`]'s.
+//! One thread accepts, and watches the connections that wait for a request (`watch.rs`); a
+//! connection at work has a thread of the pool. Knows nothing of what is served: that is a
+//! [`Handler`]'s.
 
-use super::body::Body;
-use super::connections::{Bytes, Connection, Connections, HEAD_TIMEOUT};
+use super::body::RequestBody;
+use super::connections::{Connection, ConnectionProgress, Connections, HEAD_TIMEOUT};
+use super::event_loop::watch;
 use super::handshakes::{HANDSHAKE_TIMEOUT, Handshakes};
-use super::head::{self, BadHead, Buffer, Request};
-use super::response::{Answer, Exchange, send_all};
-use super::stream::{PeerKey, Stream};
-use super::watch::watch;
-use crate::on_drop::OnDrop;
+use super::head::{self, HeadError, ReceiveBuffer, Request};
+use super::response::{Exchange, ShortResponse, send_all};
+use super::stream::{AuthenticatedKey, ConnectionStream};
+use crate::deferred::Deferred;
 use crate::upload_limit::UploadLimit;
 use crossbeam_channel::{Receiver, Sender, TrySendError, bounded};
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
@@ -32,30 +34,31 @@ const STACK: usize = 512 * 1024;
 /// A thread without a connection ends after this.
 const THREAD_IDLE: Duration = Duration::from_secs(10);
 
-/// After an answer, a thread waits so long for the next request before the connection goes back to the watcher: who asks
-/// for one NAR mostly asks for another at once, and changing threads would delay it.
+/// After an answer, a thread waits so long for the next request before the connection goes back to
+/// the watcher: who asks for one NAR mostly asks for another at once, and changing threads would
+/// delay it.
 const STAY: Duration = Duration::from_millis(100);
 
 /// At the end, running answers have so long to end by themselves.
 const STOP_GRACE: Duration = Duration::from_millis(1200);
 
-/// After an answer to a request whose body nobody reads, so many bytes of it are taken, so long: closing at once
-/// would reset the connection, and the client might never see the answer.
+/// After an answer to a request whose body nobody reads, so many bytes of it are taken, so long:
+/// closing at once would reset the connection, and the client might never see the answer.
 const LINGER_BYTES: u64 = 1 << 20;
 /// See [`LINGER_BYTES`].
 const LINGER: Duration = Duration::from_secs(1);
 
 /// What a handler knows about one moment, in a number of its own.
-pub type Moment = Option<u64>;
+pub type PollGeneration = Option<u64>;
 
 /// What is served. A body that the handler does not read ends the connection.
 pub trait Handler: Send + Sync + 'static {
-    /// Answers a request without a body if that takes next to no time: from memory, without waiting for the disk, the
-    /// network or another thread. All connections wait meanwhile.
+    /// Answers a request without a body if that takes next to no time: from memory, without waiting
+    /// for the disk, the network or another thread. All connections wait meanwhile.
     ///
-    /// `now` is the same for requests that were there at the same time: what the handler finds out about that moment for
-    /// the first of them is true for the others.
-    fn at_once(&self, _request: &Request<'_>, _now: &mut Moment) -> Option<Answer> {
+    /// `now` is the same for requests that were there at the same time: what the handler finds out
+    /// about that moment for the first of them is true for the others.
+    fn at_once(&self, _request: &Request<'_>, _now: &mut PollGeneration) -> Option<ShortResponse> {
         None
     }
 
@@ -76,8 +79,9 @@ pub trait Handler: Send + Sync + 'static {
         None
     }
 
-    /// Whether requests with that key, which was a friend's when its connection was accepted, are still answered.
-    fn is_friend(&self, _key: &PeerKey) -> bool {
+    /// Whether requests with that key, which was a friend's when its connection was accepted, are
+    /// still answered.
+    fn is_friend(&self, _key: &AuthenticatedKey) -> bool {
         false
     }
 
@@ -97,13 +101,14 @@ pub trait Handler: Send + Sync + 'static {
 
 /// The running server. Dropping it ends it, in `STOP_GRACE` or a little more.
 pub struct Server {
-    shared: Arc<Shared>,
+    shared: Arc<ServerState>,
     wake: OwnedFd,
     watcher: Option<JoinHandle<()>>,
 }
 
 impl Server {
-    /// Serves `handler` on the listeners. `on_end` runs when the watching thread ends, for whatever reason.
+    /// Serves `handler` on the listeners. `on_end` runs when the watching thread ends, for whatever
+    /// reason.
     ///
     /// # Errors
     /// No descriptor or no thread to be had.
@@ -115,8 +120,8 @@ impl Server {
         Server::start_with_outside(listeners, None, handler, on_end)
     }
 
-    /// Serves also a listener to which a router passes connections on from outside, whatever address they seem to come
-    /// from: see [`Request::is_outside`].
+    /// Serves also a listener to which a router passes connections on from outside, whatever
+    /// address they seem to come from: see [`Request::is_outside`].
     ///
     /// # Errors
     /// As [`Server::start`].
@@ -133,10 +138,10 @@ impl Server {
         }
         let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         let stop = wake.try_clone()?;
-        let shared = Arc::new(Shared::new(handler)?);
+        let shared = Arc::new(ServerState::new(handler)?);
         let watching = shared.clone();
         let watcher = thread::Builder::new().name("http-watch".into()).spawn(move || {
-            let _end = OnDrop::new(on_end);
+            let _end = Deferred::new(on_end);
             if let Err(e) = watch(&watching, &listeners, inside, &stop) {
                 log::error!("watching connections: {e}");
             }
@@ -163,7 +168,7 @@ impl Drop for Server {
 }
 
 /// What the watcher and the threads of the pool have in common.
-pub(super) struct Shared {
+pub(super) struct ServerState {
     pub(super) handler: Arc<dyn Handler>,
     pub(super) connections: Connections,
     handshakes: Handshakes,
@@ -176,10 +181,10 @@ pub(super) struct Shared {
     free: Receiver<Arc<Connection>>,
 }
 
-impl Shared {
+impl ServerState {
     fn new(handler: Arc<dyn Handler>) -> io::Result<Self> {
         let (hand_over, free) = bounded(0);
-        Ok(Shared {
+        Ok(ServerState {
             handler,
             connections: Connections::new(),
             handshakes: Handshakes::default(),
@@ -192,8 +197,9 @@ impl Shared {
     }
 
     /// Whether what was received is the beginning of a connection in TLS, and there is TLS.
-    pub(super) fn begins_tls(&self, received: &Buffer) -> bool {
-        Stream::begins_tls(received.split(received.len()).0) && self.handler.tls().is_some()
+    pub(super) fn begins_tls(&self, received: &ReceiveBuffer) -> bool {
+        ConnectionStream::begins_tls(received.split(received.len()).0)
+            && self.handler.tls().is_some()
     }
 
     pub(super) fn is_stopping(&self) -> bool {
@@ -208,8 +214,12 @@ impl Shared {
         if !connection.is_idle() {
             self.connections.set_idle(connection, Instant::now());
         }
-        let added =
-            epoll::add(&self.epoll, connection.stream.socket(), EventData::new_u64(connection.id), EventFlags::IN);
+        let added = epoll::add(
+            &self.epoll,
+            connection.stream.socket(),
+            EventData::new_u64(connection.id),
+            EventFlags::IN,
+        );
         if let Err(e) = added {
             log::error!("watching a connection: {e}");
             self.connections.end(connection);
@@ -218,15 +228,17 @@ impl Shared {
 }
 
 /// Gives a connection at work to a thread of the pool, or ends it if there is none to be had.
-pub(super) fn hand_over(shared: &Arc<Shared>, connection: Arc<Connection>) {
+pub(super) fn hand_over(shared: &Arc<ServerState>, connection: Arc<Connection>) {
     let rejected = match shared.hand_over.try_send(connection) {
         Ok(()) => return,
         Err(TrySendError::Full(job) | TrySendError::Disconnected(job)) => job,
     };
     let number = shared.threads.fetch_add(1, Ordering::Relaxed);
     let (worker, job) = (shared.clone(), rejected.clone());
-    let spawned =
-        thread::Builder::new().name(format!("http-{number}")).stack_size(STACK).spawn(move || work(&worker, job));
+    let spawned = thread::Builder::new()
+        .name(format!("http-{number}"))
+        .stack_size(STACK)
+        .spawn(move || work(&worker, job));
     if let Err(e) = spawned {
         shared.threads.fetch_sub(1, Ordering::Relaxed);
         shared.connections.end(&rejected);
@@ -234,15 +246,15 @@ pub(super) fn hand_over(shared: &Arc<Shared>, connection: Arc<Connection>) {
     }
 }
 
-fn work(shared: &Shared, first: Arc<Connection>) {
+fn work(shared: &ServerState, first: Arc<Connection>) {
     // Both ends come also when something panics that no handler's guard covers.
-    let _thread = OnDrop::new(|| {
+    let _thread = Deferred::new(|| {
         shared.threads.fetch_sub(1, Ordering::Relaxed);
     });
     let mut job = Some(first);
     while let Some(connection) = job {
         let goes_on = Cell::new(false);
-        let end = OnDrop::new(|| match goes_on.get() {
+        let end = Deferred::new(|| match goes_on.get() {
             true => shared.watch(&connection),
             false => shared.connections.end(&connection),
         });
@@ -257,7 +269,7 @@ fn work(shared: &Shared, first: Arc<Connection>) {
 }
 
 /// What is next on a connection after a request.
-enum After {
+enum NextStep {
     /// More requests, most likely soon.
     Stay,
     /// More requests, which the watcher may answer by itself.
@@ -266,39 +278,41 @@ enum After {
     End,
 }
 
-/// Serves one connection until nothing comes for a while; false when it has ended. An error, or a body left short, is told
-/// by cutting it.
-fn serve(shared: &Shared, connection: &Connection) -> io::Result<bool> {
+/// Serves one connection until nothing comes for a while; false when it has ended. An error, or a
+/// body left short, is told by cutting it.
+fn serve(shared: &ServerState, connection: &Connection) -> io::Result<bool> {
     let mut bytes = connection.bytes();
-    let Bytes { received, unsent } = &mut *bytes;
+    let ConnectionProgress { received, unsent } = &mut *bytes;
     if !unsent.is_empty() {
         send_all(&connection.stream, unsent)?;
         *unsent = Vec::new();
     }
     // The watcher could not answer the first request at once.
-    let (mut after, mut has_timeout, mut first) = (After::Watch, false, true);
+    let (mut after, mut has_timeout, mut first) = (NextStep::Watch, false, true);
     if connection.stream.key().is_none() && shared.begins_tls(received) {
         accept_tls(shared, connection, received.split(received.len()).0)?;
         received.consume(received.len());
     }
-    // Nobody else reads what is encrypted, and some of it may have been decrypted already: this thread waits for more before
-    // the watcher has the connection again.
+    // Nobody else reads what is encrypted, and some of it may have been decrypted already: this
+    // thread waits for more before the watcher has the connection again.
     let is_tls = connection.stream.key().is_some();
     if is_tls {
-        after = After::Stay;
+        after = NextStep::Stay;
     }
     loop {
         let Some(len) = received.head_len() else {
             if received.is_full() {
-                return refuse(connection, &BadHead::TooLarge).map(|()| false);
+                return refuse(connection, &HeadError::TooLarge).map(|()| false);
             }
-            // Requests already here keep a connection at work: it is idle when it waits for the next, or the rest of it.
-            if matches!(after, After::Watch) || !received.is_empty() && !is_tls {
+            // Requests already here keep a connection at work: it is idle when it waits for the
+            // next, or the rest of it.
+            if matches!(after, NextStep::Watch) || !received.is_empty() && !is_tls {
                 received.shrink();
                 return Ok(true);
             }
             // The watcher, which looks for heads that come slowly, does not see into TLS.
-            if is_tls && received.began().is_some_and(|began| began.elapsed() >= HEAD_TIMEOUT.get()) {
+            if is_tls && received.began().is_some_and(|began| began.elapsed() >= HEAD_TIMEOUT.get())
+            {
                 return Ok(false);
             }
             shared.connections.set_idle(connection, Instant::now());
@@ -309,56 +323,62 @@ fn serve(shared: &Shared, connection: &Connection) -> io::Result<bool> {
             match received.fill(&connection.stream, true) {
                 Ok(0) => return Ok(false),
                 Ok(_) => {}
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => after = After::Watch,
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => after = NextStep::Watch,
                 Err(e) => return Err(e),
             }
             continue;
         };
         connection.set_at_work();
         let (head, behind) = received.split(len);
-        let (next, body) = head::parse(head, connection.peer, connection.stream.key().copied(), |request| {
-            match request.map(|request| request.from(connection.is_outside)) {
-                Ok(request) => {
-                    // Reading a body takes another one.
-                    has_timeout &= request.body_len == 0;
-                    answer(shared, connection, &request, behind, std::mem::take(&mut first))
+        let (next, body) =
+            head::parse(head, connection.peer, connection.stream.key().copied(), |request| {
+                match request.map(|request| request.from(connection.is_outside)) {
+                    Ok(request) => {
+                        // Reading a body takes another one.
+                        has_timeout &= request.body_len == 0;
+                        answer(shared, connection, &request, behind, std::mem::take(&mut first))
+                    }
+                    Err(bad) => refuse(connection, &bad).map(|()| (NextStep::End, 0)),
                 }
-                Err(bad) => refuse(connection, &bad).map(|()| (After::End, 0)),
-            }
-        })?;
+            })?;
         received.consume(len + body);
-        after = if is_tls && matches!(next, After::Watch) { After::Stay } else { next };
-        if matches!(after, After::End) {
+        after = if is_tls && matches!(next, NextStep::Watch) { NextStep::Stay } else { next };
+        if matches!(after, NextStep::End) {
             return Ok(false);
         }
     }
 }
 
-/// Answers one request, of whose body `behind` may have the beginning. Tells also how many bytes of that were of the body.
+/// Answers one request, of whose body `behind` may have the beginning. Tells also how many bytes of
+/// that were of the body.
 fn answer(
-    shared: &Shared,
+    shared: &ServerState,
     connection: &Connection,
     request: &Request<'_>,
     behind: &[u8],
     takes_time: bool,
-) -> io::Result<(After, usize)> {
+) -> io::Result<(NextStep, usize)> {
     // Removed since: what was asked for before was answered.
     if request.key.is_some_and(|key| !shared.handler.is_friend(&key)) {
         return Err(io::Error::other("not a friend's any more"));
     }
     let keep_alive = request.keep_alive && !shared.is_stopping();
-    let body = Body::new(&connection.stream, request, behind);
-    let is_own = request.key.is_none() && !request.is_outside && request.asker.ip().to_canonical().is_loopback();
+    let body = RequestBody::new(&connection.stream, request, behind);
+    let is_own = request.key.is_none()
+        && !request.is_outside
+        && request.asker.ip().to_canonical().is_loopback();
     let limit = shared.handler.upload_limit().filter(|_| !is_own);
-    let mut exchange = Exchange::new(&connection.stream, request.method == "HEAD", !keep_alive, body).limited(limit);
-    let mut after = After::Stay;
+    let mut exchange =
+        Exchange::new(&connection.stream, request.method == "HEAD", !keep_alive, body)
+            .limited(limit);
+    let mut after = NextStep::Stay;
     let at_once = || match takes_time || request.body_len > 0 {
         true => None,
         false => shared.handler.at_once(request, &mut None),
     };
     let handled = catch_unwind(AssertUnwindSafe(|| match at_once() {
         Some(answer) => {
-            after = After::Watch;
+            after = NextStep::Watch;
             exchange.answer(&answer)
         }
         None => shared.handler.handle(request, &mut exchange),
@@ -373,25 +393,27 @@ fn answer(
     }
     if exchange.body().is_left() {
         linger(connection.stream.socket())?;
-        return Ok((After::End, 0));
+        return Ok((NextStep::End, 0));
     }
     if !keep_alive {
-        after = After::End;
+        after = NextStep::End;
     }
     Ok((after, exchange.body().behind()))
 }
 
-fn refuse(connection: &Connection, bad: &BadHead) -> io::Result<()> {
-    let mut exchange = Exchange::new(&connection.stream, false, true, Body::none(&connection.stream));
+fn refuse(connection: &Connection, bad: &HeadError) -> io::Result<()> {
+    let mut exchange =
+        Exchange::new(&connection.stream, false, true, RequestBody::none(&connection.stream));
     match bad {
-        BadHead::TooLarge => exchange.say(431, "request head too large")?,
-        BadHead::Malformed(why) => exchange.say(400, &format!("bad request: {why}"))?,
+        HeadError::TooLarge => exchange.say(431, "request head too large")?,
+        HeadError::Malformed(why) => exchange.say(400, &format!("bad request: {why}"))?,
     }
     linger(connection.stream.socket())
 }
 
-/// The handshake of a connection in TLS, if it gets one of the places for that. Blocks for [`HANDSHAKE_TIMEOUT`] at most.
-fn accept_tls(shared: &Shared, connection: &Connection, received: &[u8]) -> io::Result<()> {
+/// The handshake of a connection in TLS, if it gets one of the places for that. Blocks for
+/// [`HANDSHAKE_TIMEOUT`] at most.
+fn accept_tls(shared: &ServerState, connection: &Connection, received: &[u8]) -> io::Result<()> {
     let config = shared.handler.tls().ok_or_else(|| io::Error::other("no TLS"))?;
     let close = connection.stream.socket().try_clone()?;
     let place = shared.handshakes.enter(connection.id, connection.peer.ip(), close);
@@ -438,7 +460,7 @@ mod tests {
 
     #[test]
     fn connection_handed_back_is_idle_since_its_last_answer() {
-        let shared = Shared::new(Arc::new(Panics)).unwrap();
+        let shared = ServerState::new(Arc::new(Panics)).unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let _client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let (stream, peer) = listener.accept().unwrap();
@@ -461,7 +483,9 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
         let (ended, end) = bounded(1);
-        let server = Server::start(vec![listener], Arc::new(Panics), move || ended.send(()).unwrap()).unwrap();
+        let server =
+            Server::start(vec![listener], Arc::new(Panics), move || ended.send(()).unwrap())
+                .unwrap();
         let shared = server.shared.clone();
         for _ in 0..3 {
             let mut stream = TcpStream::connect(address).unwrap();

@@ -1,8 +1,8 @@
 //! What this node tells its own machine of itself.
 
-use super::cache::{Cache, Failure};
+use super::handler::{CacheHandler, RequestError};
 use super::response::Exchange;
-use super::route::Told;
+use super::route::StatusRoute;
 use crate::status;
 
 /// For every answer here: nobody keeps it, and no page of another origin gets at it.
@@ -13,25 +13,31 @@ pub(super) const FIELDS: [(&str, &str); 4] = [
     ("Referrer-Policy", "no-referrer"),
 ];
 
-pub(super) fn tell(cache: &Cache, what: Told, exchange: &mut Exchange<'_>) -> Result<(), Failure> {
+pub(super) fn tell(
+    cache: &CacheHandler,
+    what: StatusRoute,
+    exchange: &mut Exchange<'_>,
+) -> Result<(), RequestError> {
     let mut fields = FIELDS.to_vec();
     let mut send = |status, kind, body: &[u8]| {
         fields.push(("Content-Type", kind));
         Ok(exchange.send(status, &fields, body)?)
     };
     match what {
-        Told::Page => {
+        StatusRoute::Page => {
             let page = status::page(&cache.status.report());
             fields.push(("Content-Security-Policy", page.policy));
             fields.push(("Content-Type", "text/html; charset=utf-8"));
             Ok(exchange.send(200, &fields, page.html.as_bytes())?)
         }
-        Told::Json => {
+        StatusRoute::Json => {
             let json = serde_json::to_vec(&cache.status.report()).map_err(std::io::Error::other)?;
             send(200, "application/json", &json)
         }
-        Told::Metrics => send(200, "text/plain; version=0.0.4; charset=utf-8", cache.status.metrics().as_bytes()),
-        Told::Health => {
+        StatusRoute::Metrics => {
+            send(200, "text/plain; version=0.0.4; charset=utf-8", cache.status.metrics().as_bytes())
+        }
+        StatusRoute::Health => {
             let (is_well, text) = cache.status.health_text();
             send(if is_well { 200 } else { 503 }, "text/plain; charset=utf-8", text.as_bytes())
         }

@@ -1,6 +1,7 @@
 //! The bytes of one connection: as they are, or in TLS once its handshake is over.
 //!
-//! The first byte tells the two apart: a TLS record of a handshake begins with 0x16, which no HTTP request does.
+//! The first byte tells the two apart: a TLS record of a handshake begins with 0x16, which no HTTP
+//! request does.
 
 use super::response::WRITE_TIMEOUT;
 use rustix::buffer::spare_capacity;
@@ -19,34 +20,34 @@ const HANDSHAKE_RECORD: u8 = 0x16;
 const TLS_PIECE: usize = 64 * 1024;
 
 /// A public key with which the other end of a connection authenticated itself.
-pub type PeerKey = [u8; 32];
+pub type AuthenticatedKey = [u8; 32];
 
 /// The bytes of one connection.
-pub struct Stream {
+pub struct ConnectionStream {
     socket: TcpStream,
-    tls: OnceLock<Box<Tls>>,
+    tls: OnceLock<Box<TlsStream>>,
 }
 
-struct Tls {
+struct TlsStream {
     /// Locked only by the connection's current owner, so never contended.
     session: Mutex<ServerConnection>,
-    key: PeerKey,
+    key: AuthenticatedKey,
 }
 
-impl From<TcpStream> for Stream {
+impl From<TcpStream> for ConnectionStream {
     fn from(socket: TcpStream) -> Self {
-        Stream { socket, tls: OnceLock::new() }
+        ConnectionStream { socket, tls: OnceLock::new() }
     }
 }
 
-impl Stream {
+impl ConnectionStream {
     /// The socket, whose bytes are those of TLS once there is TLS.
     pub(super) fn socket(&self) -> &TcpStream {
         &self.socket
     }
 
     /// The key with which the other end authenticated itself, if this is TLS.
-    pub(super) fn key(&self) -> Option<&PeerKey> {
+    pub(super) fn key(&self) -> Option<&AuthenticatedKey> {
         self.tls.get().map(|tls| &tls.key)
     }
 
@@ -58,21 +59,33 @@ impl Stream {
     /// Makes this TLS. `received` are the bytes that came already. Blocks until `until` at most.
     ///
     /// # Errors
-    /// The socket's, a handshake that fails or takes too long, or one without a client's ed25519 key.
-    pub(super) fn accept_tls(&self, config: Arc<ServerConfig>, mut received: &[u8], until: Instant) -> io::Result<()> {
+    /// The socket's, a handshake that fails or takes too long, or one without a client's ed25519
+    /// key.
+    pub(super) fn accept_tls(
+        &self,
+        config: Arc<ServerConfig>,
+        mut received: &[u8],
+        until: Instant,
+    ) -> io::Result<()> {
         let mut session = ServerConnection::new(config).map_err(io::Error::other)?;
         let result = self.shake_hands(&mut session, &mut received, until);
         // What is left to be sent after a failure is an alert, which tells the other end why.
         let sent = send_records(&mut session, &self.socket, until);
         result?;
         sent?;
-        let raw_key = session.peer_certificates().and_then(|keys| keys.first()).and_then(|key| key_of(key));
+        let raw_key =
+            session.peer_certificates().and_then(|keys| keys.first()).and_then(|key| key_of(key));
         let key = raw_key.ok_or_else(|| io::Error::other("no ed25519 key"))?;
-        let tls = Tls { session: Mutex::new(session), key };
+        let tls = TlsStream { session: Mutex::new(session), key };
         self.tls.set(Box::new(tls)).map_err(|_| io::Error::other("a second handshake"))
     }
 
-    fn shake_hands(&self, session: &mut ServerConnection, received: &mut &[u8], until: Instant) -> io::Result<()> {
+    fn shake_hands(
+        &self,
+        session: &mut ServerConnection,
+        received: &mut &[u8],
+        until: Instant,
+    ) -> io::Result<()> {
         while session.is_handshaking() {
             send_records(session, &self.socket, until)?;
             let came = if received.is_empty() {
@@ -98,15 +111,18 @@ impl Stream {
         Ok(())
     }
 
-    /// Appends to `buffer`, which has room, what the other end sends, and returns the number of bytes; 0 is the end. Without
-    /// `wait`, or after the read timeout, nothing is [`io::ErrorKind::WouldBlock`]. TLS always waits.
+    /// Appends to `buffer`, which has room, what the other end sends, and returns the number of
+    /// bytes; 0 is the end. Without `wait`, or after the read timeout, nothing is
+    /// [`io::ErrorKind::WouldBlock`]. TLS always waits.
     ///
     /// # Errors
     /// The socket's, and bytes that are no TLS.
     pub(super) fn append_to(&self, buffer: &mut Vec<u8>, wait: bool) -> io::Result<usize> {
         if self.tls.get().is_none() {
             let flags = if wait { RecvFlags::empty() } else { RecvFlags::DONTWAIT };
-            return Ok(retry_on_intr(|| recv(&self.socket, spare_capacity(buffer), flags).map(|(came, _)| came))?);
+            return Ok(retry_on_intr(|| {
+                recv(&self.socket, spare_capacity(buffer), flags).map(|(came, _)| came)
+            })?);
         }
         let (at, room) = (buffer.len(), buffer.capacity());
         buffer.resize(room, 0);
@@ -124,7 +140,7 @@ impl Stream {
     }
 }
 
-impl Tls {
+impl TlsStream {
     fn session(&self) -> MutexGuard<'_, ServerConnection> {
         self.session.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -157,26 +173,34 @@ impl Tls {
 }
 
 /// Sends what TLS has to send. Blocks until `until`, and for one write timeout of the socket more.
-fn send_records(session: &mut ServerConnection, socket: &TcpStream, until: Instant) -> io::Result<()> {
+fn send_records(
+    session: &mut ServerConnection,
+    socket: &TcpStream,
+    until: Instant,
+) -> io::Result<()> {
     while session.wants_write() {
         match session.write_tls(&mut &*socket) {
             Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Err(io::ErrorKind::TimedOut.into()),
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
             Err(e) => return Err(e),
-            Ok(_) if session.wants_write() && Instant::now() >= until => return Err(io::ErrorKind::TimedOut.into()),
+            Ok(_) if session.wants_write() && Instant::now() >= until => {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
             Ok(_) => {}
         }
     }
     Ok(())
 }
 
-/// The key in a SubjectPublicKeyInfo of ed25519 (RFC 8410): the last 32 bytes of 44. That it is one was checked when the
-/// signature was.
-fn key_of(info: &[u8]) -> Option<PeerKey> {
+/// The key in a SubjectPublicKeyInfo of ed25519 (RFC 8410): the last 32 bytes of 44. That it is one
+/// was checked when the signature was.
+fn key_of(info: &[u8]) -> Option<AuthenticatedKey> {
     info.last_chunk().copied().filter(|_| info.len() == 44)
 }
 
-impl Read for &Stream {
+impl Read for &ConnectionStream {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         match self.tls.get() {
             Some(tls) => tls.read(&self.socket, buffer),
@@ -185,7 +209,7 @@ impl Read for &Stream {
     }
 }
 
-impl Write for &Stream {
+impl Write for &ConnectionStream {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         match self.tls.get() {
             Some(tls) => tls.write(&self.socket, bytes),
@@ -197,7 +221,8 @@ impl Write for &Stream {
         match self.tls.get() {
             // One record for the head and the beginning of the body.
             Some(tls) => {
-                let mut all: Vec<u8> = Vec::with_capacity(TLS_PIECE.min(parts.iter().map(|part| part.len()).sum()));
+                let mut all: Vec<u8> =
+                    Vec::with_capacity(TLS_PIECE.min(parts.iter().map(|part| part.len()).sum()));
                 for part in parts {
                     all.extend_from_slice(&part[..part.len().min(TLS_PIECE - all.len())]);
                 }

@@ -1,14 +1,15 @@
 //! The wait budget: how long lookups may wait for answers that are overdue.
 //!
-//! A budget runs down in lookup time while at least one lookup wants an overdue answer, once for all
-//! lookups, and recovers at other times. A vanished peer therefore costs one wait of at most
-//! [`WaitBudget::MAX`], and a peer that is always late costs the [`WaitBudget::RECOVERY`]th part of the time.
+//! A budget runs down in lookup time while at least one lookup wants an overdue answer, once for
+//! all lookups, and recovers at other times. A vanished peer therefore costs one wait of at most
+//! [`WaitBudget::MAX`], and a peer that is always late costs the [`WaitBudget::RECOVERY`]th part of
+//! the time.
 
 use crate::time_scale::Timeout;
 use std::time::{Duration, Instant};
 
-/// Time that may be spent waiting for the overdue answers of one peer, or of all peers through which
-/// nothing was found.
+/// Time that may be spent waiting for the overdue answers of one peer, or of all peers through
+/// which nothing was found.
 #[derive(Debug, Clone)]
 pub struct WaitBudget {
     left: Duration,

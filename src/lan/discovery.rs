@@ -1,32 +1,35 @@
-//! The decisions of LAN discovery: which packets to send, which peers to wait for, and when a lookup ends.
-//! No I/O; time and random numbers are passed in, so that a simulation runs the same code.
+//! The decisions of LAN discovery: which packets to send, which peers to wait for, and when a
+//! lookup ends. No I/O; time and random numbers are passed in, so that a simulation runs the same
+//! code.
 //!
 //! # Life of a lookup
 //!
-//! 1. [`Event::LookUp`] queues it. It leaves in the next batch: at once if it is the only one, else a batch
-//!    interval after the last one.
-//! 2. The batch goes by unicast to every live peer that is not behind, at most [`MAX_UNICAST`]. Queries are also
-//!    broadcast where peers
-//!    may be that do not understand batches or are not known.
-//! 3. Each peer owes an answer. *No* settles it. *Have* passes the holder on as [`Update::Holder`]; then the peer owes
-//!    the narinfo until [`Event::Settled`] or [`Event::Failed`]. What is owed for too long is asked again.
-//! 4. An overdue answer uses up the peer's *wait budget*. When that is used up, the peer is given up, and is silent if
-//!    it has answered nothing since.
+//! 1. [`Event::LookUp`] queues it. It leaves in the next batch: at once if it is the only one, else
+//!    a batch interval after the last one.
+//! 2. The batch goes by unicast to every live peer that is not behind, at most [`MAX_UNICAST`].
+//!    Queries are also broadcast where peers may be that do not understand batches or are not
+//!    known.
+//! 3. Each peer owes an answer. *No* settles it. *Have* passes the holder on as [`LookupUpdate::Holder`];
+//!    then the peer owes the narinfo until [`Event::Settled`] or [`Event::Failed`]. What is owed
+//!    for too long is asked again.
+//! 4. An overdue answer uses up the peer's *wait budget*. When that is used up, the peer is given
+//!    up, and is silent if it has answered nothing since.
 //! 5. The lookup ends when no peer owes it anything, at the first good narinfo, or after 5 s.
 //!
 //! # Two clocks
 //!
-//! Waits are judged in *lookup time*, called `t`, which counts at most 100 ms for each turn of the loop: a pause of
-//! this machine is not the peers' fault. Hellos and probes go by real time, called `now`.
+//! Waits are judged in *lookup time*, called `t`, which counts at most 100 ms for each turn of the
+//! loop: a pause of this machine is not the peers' fault. Hellos and probes go by real time, called
+//! `now`.
 
 use super::Holder;
 use super::budget::WaitBudget;
 use super::environment::Environment;
-use super::lookups::{LookupId, Lookups, Taken, Update};
-use super::peer_table::{Dialect, MetBy, Neighbour, Peer, PeerTable, SentBatch};
+use super::lookups::{HolderPlace, LanLookups, LookupId, LookupUpdate};
+use super::peer_table::{Dialect, LanPeer, MetBy, Neighbour, PeerTable, SentBatch};
 use crate::nix::HashPart;
 use crate::time_scale::Timeout;
-use crate::wire::{Bits, HashParts, Hello, MAX_BATCH, Packet};
+use crate::wire::{AnswerBits, HashParts, Hello, MAX_BATCH, Packet};
 use crossbeam_channel::Sender;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::SocketAddr;
@@ -35,13 +38,15 @@ use std::time::{Duration, Instant};
 
 /// Interval between two broadcasts of *hello*.
 const HELLO_INTERVAL: Duration = Duration::from_secs(30);
-/// First interval after a start or a change of network. It doubles up to [`HELLO_INTERVAL`], as announcements do in
-/// RFC 6762, section 8.3: one may be lost, and three fall into [`GRACE`].
+/// First interval after a start or a change of network. It doubles up to [`HELLO_INTERVAL`], as
+/// announcements do in RFC 6762, section 8.3: one may be lost, and three fall into [`GRACE`].
 const FIRST_HELLO_INTERVAL: Duration = Duration::from_millis(100);
-/// A hello is answered within this, at a random time, so that a broadcast is not answered by all at once.
+/// A hello is answered within this, at a random time, so that a broadcast is not answered by all at
+/// once.
 const HELLO_REPLY_SPREAD: Duration = Duration::from_millis(200);
-/// Replies to hellos within one [`HELLO_REPLY_WINDOW`]. Beyond, none is sent: the next broadcast reaches the peer. A
-/// datagram to an invented address stays in the socket's send buffer of 416 KiB for 3 s, with about 800 bytes.
+/// Replies to hellos within one [`HELLO_REPLY_WINDOW`]. Beyond, none is sent: the next broadcast
+/// reaches the peer. A datagram to an invented address stays in the socket's send buffer of 416 KiB
+/// for 3 s, with about 800 bytes.
 const MAX_HELLO_REPLIES: usize = 32;
 /// The time in which at most [`MAX_HELLO_REPLIES`] leave.
 const HELLO_REPLY_WINDOW: Duration = Duration::from_secs(1);
@@ -49,25 +54,29 @@ const HELLO_REPLY_WINDOW: Duration = Duration::from_secs(1);
 const REMINDER_INTERVAL: Duration = Duration::from_secs(10);
 /// Hellos to addresses from the kernel's neighbour table in one [`HELLO_INTERVAL`].
 const MAX_GREETINGS: usize = 64;
-/// After this, addresses are greeted again: a greeting may have been lost, or the host may run peerix now.
+/// After this, addresses are greeted again: a greeting may have been lost, or the host may run
+/// peerix now.
 const GREET_AGAIN: Duration = Duration::from_secs(300);
 /// Addresses that were greeted so, the last ones. When full, all are forgotten and greeted again.
 const MAX_GREETED: usize = 4096;
 
-/// After a start, a wake-up and a change of network, lookups without a holder wait this long for hellos.
+/// After a start, a wake-up and a change of network, lookups without a holder wait this long for
+/// hellos.
 const GRACE: Timeout = Timeout::from_millis(500);
 
-/// Live peers that are asked by unicast. Beyond, the most useful ones are, and the batch is broadcast to all.
+/// Live peers that are asked by unicast. Beyond, the most useful ones are, and the batch is
+/// broadcast to all.
 pub const MAX_UNICAST: usize = 256;
 /// How long answers to a broadcast batch are waited for.
 const BROADCAST_BATCH_WAIT: Duration = Duration::from_millis(50);
-/// With no Python peerix known, the lookups of one `--timeout` in this time are broadcast as single queries.
+/// With no Python peerix known, the lookups of one `--timeout` in this time are broadcast as single
+/// queries.
 const BROADCAST_INTERVAL: Duration = Duration::from_secs(30);
 /// Broadcast queries whose answers are understood, the latest ones.
 const MAX_BROADCASTS: usize = 1024;
 
-/// Distance between two batches for each live peer: one datagram to each and its answer take 20 to 40 µs of a
-/// processor, so that lookups use at most about half of one.
+/// Distance between two batches for each live peer: one datagram to each and its answer take 20 to
+/// 40 µs of a processor, so that lookups use at most about half of one.
 const BATCH_INTERVAL_PER_PEER: Duration = Duration::from_micros(60);
 /// Shortest distance between two batches.
 const MIN_BATCH_INTERVAL: Duration = Duration::from_millis(1);
@@ -93,7 +102,7 @@ pub enum Event<'a> {
         bytes: &'a [u8],
     },
     /// A thread looks for a path.
-    LookUp(LookUp),
+    LookUp(LookupRequest),
     /// A lookup has a good narinfo and waits no more.
     Settled {
         /// The lookup.
@@ -118,29 +127,30 @@ pub enum Event<'a> {
     KernelNeighbours(Vec<SocketAddr>),
     /// The turn of the loop ends.
     Tick {
-        /// Every datagram that had come was handled. Else no wait is judged: its answer may be among the others.
+        /// Every datagram that had come was handled. Else no wait is judged: its answer may be
+        /// among the others.
         drained: bool,
     },
 }
 
 /// A lookup for discovery. The channel ends when the lookup does.
-pub struct LookUp {
+pub struct LookupRequest {
     /// Names it in later events.
     pub id: LookupId,
     /// The path.
     pub hash_part: HashPart,
-    /// Gets the holders, and the end; its capacity must be [`LookUp::CAPACITY`].
-    pub updates: Sender<Update>,
+    /// Gets the holders, and the end; its capacity must be [`LookupRequest::CAPACITY`].
+    pub updates: Sender<LookupUpdate>,
 }
 
-impl LookUp {
+impl LookupRequest {
     /// Updates of one lookup.
     pub const CAPACITY: usize = super::lookups::MAX_HOLDERS + 1;
 }
 
 /// Where a datagram goes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum To {
+pub enum DatagramTarget {
     /// From the first socket: everything but the following.
     Peer(SocketAddr),
     /// From the second socket: queries to a peer through which paths were found, and that is
@@ -154,30 +164,32 @@ pub enum To {
 }
 
 /// Datagrams to be sent.
-pub type Outgoing = Vec<(To, Packet)>;
+pub type OutgoingDatagrams = Vec<(DatagramTarget, Packet)>;
 
 /// Makes random numbers. Request IDs must not be predictable.
-pub type Random = Box<dyn FnMut() -> u32 + Send>;
+pub type RandomSource = Box<dyn FnMut() -> u32 + Send>;
 
 /// What a peer answers to a query.
-enum Answer {
+enum QueryAnswer {
     /// It has the path.
     Have(Holder),
     /// It does not.
     HaveNot,
     /// A bit for each path.
-    Many(Bits),
+    Many(AnswerBits),
 }
 
-impl Answer {
+impl QueryAnswer {
     /// The holder of the path at this place of the query, if the peer has it. `http` is the peer's
     /// HTTP server: a node that understands batches uses one port for everything. What its hello
     /// says of the port is not asked, as anybody may have sent that.
     fn holder(&self, at: usize, hash_part: HashPart, http: SocketAddr) -> Option<Holder> {
         match self {
-            Answer::Have(holder) => Some(holder.clone()),
-            Answer::HaveNot => None,
-            Answer::Many(held) => held.is_set(at).then(|| Holder { http, url_path: url_path(hash_part) }),
+            QueryAnswer::Have(holder) => Some(holder.clone()),
+            QueryAnswer::HaveNot => None,
+            QueryAnswer::Many(held) => {
+                held.is_set(at).then(|| Holder { http, url_path: url_path(hash_part) })
+            }
         }
     }
 }
@@ -189,7 +201,7 @@ fn url_path(hash_part: HashPart) -> String {
 
 /// What is constant in a node.
 #[derive(Debug, Clone)]
-pub struct Settings {
+pub struct DiscoverySettings {
     /// TCP port of the node's HTTP server.
     pub http_port: u16,
     /// Port that peers use for datagrams, and this node too.
@@ -201,11 +213,11 @@ pub struct Settings {
 /// The state of LAN discovery.
 pub struct Discovery<E> {
     environment: E,
-    settings: Settings,
+    settings: DiscoverySettings,
     instance: [u8; 8],
-    random: Random,
+    random: RandomSource,
     peers: PeerTable,
-    lookups: Lookups,
+    lookups: LanLookups,
     /// The budget of all peers through which nothing was found.
     shared_budget: WaitBudget,
     last_turn: Instant,
@@ -219,7 +231,8 @@ pub struct Discovery<E> {
     next_judgement: Option<Instant>,
     /// Queries that were broadcast, the latest ones.
     broadcasts: VecDeque<SentBatch>,
-    /// Lookups are broadcast as single queries until the first of these, and again from the second on.
+    /// Lookups are broadcast as single queries until the first of these, and again from the second
+    /// on.
     broadcast_until: Instant,
     next_broadcast: Instant,
     grace_until: Instant,
@@ -236,7 +249,12 @@ pub struct Discovery<E> {
 
 impl<E: Environment> Discovery<E> {
     /// A node that starts at `now`.
-    pub fn new(environment: E, settings: Settings, mut random: Random, now: Instant) -> Self {
+    pub fn new(
+        environment: E,
+        settings: DiscoverySettings,
+        mut random: RandomSource,
+        now: Instant,
+    ) -> Self {
         let (high, low) = (random().to_be_bytes(), random().to_be_bytes());
         let mut instance = [0; 8];
         instance[..4].copy_from_slice(&high);
@@ -247,7 +265,7 @@ impl<E: Environment> Discovery<E> {
             instance,
             random,
             peers: PeerTable::default(),
-            lookups: Lookups::default(),
+            lookups: LanLookups::default(),
             shared_budget: WaitBudget::full(now),
             last_turn: now,
             lost: Duration::ZERO,
@@ -270,8 +288,9 @@ impl<E: Environment> Discovery<E> {
         }
     }
 
-    /// Handles one event and adds what is to be sent to `out`. A turn of the loop ends with [`Event::Tick`].
-    pub fn handle(&mut self, event: Event<'_>, now: Instant, out: &mut Outgoing) {
+    /// Handles one event and adds what is to be sent to `out`. A turn of the loop ends with
+    /// [`Event::Tick`].
+    pub fn handle(&mut self, event: Event<'_>, now: Instant, out: &mut OutgoingDatagrams) {
         let t = self.lookup_time(now);
         match event {
             Event::Datagram { from, bytes } => self.datagram(from, bytes, now, t, out),
@@ -294,7 +313,12 @@ impl<E: Environment> Discovery<E> {
 
     /// When the next turn is due, if nothing happens before.
     pub fn next_turn(&self) -> Instant {
-        let waits = [self.next_batch_at(), self.next_judgement, self.lookups.next_end(), self.next_repeat()];
+        let waits = [
+            self.next_batch_at(),
+            self.next_judgement,
+            self.lookups.next_end(),
+            self.next_repeat(),
+        ];
         let waits = waits.into_iter().flatten().map(|t| t + self.lost);
         // Turns are counted while lookups wait, see `MAX_TURN`.
         let counted = (!self.lookups.is_empty()).then(|| self.last_turn + MAX_TURN);
@@ -306,7 +330,7 @@ impl<E: Environment> Discovery<E> {
     }
 
     /// Adds the packets that say that this node leaves.
-    pub fn bye(&self, out: &mut Outgoing) {
+    pub fn bye(&self, out: &mut OutgoingDatagrams) {
         self.to_all(Packet::Bye(self.hello()), out);
     }
 
@@ -332,17 +356,24 @@ impl<E: Environment> Discovery<E> {
 
     fn hello(&self) -> Hello {
         let digest = self.environment.digest(&self.instance);
-        Hello { port: self.settings.http_port, instance: self.instance, crowded: false, batches: true, digest }
-    }
-
-    fn to_all(&self, packet: Packet, out: &mut Outgoing) {
-        if self.environment.has_lan() {
-            out.push((To::Everyone, packet.clone()));
-            out.extend(self.peers.named().map(|peer| (To::Peer(peer), packet.clone())));
+        Hello {
+            port: self.settings.http_port,
+            instance: self.instance,
+            crowded: false,
+            batches: true,
+            digest,
         }
     }
 
-    /// Peers use one port for everything, so that a neighbour is one peer; one that `--peer` names may have another.
+    fn to_all(&self, packet: Packet, out: &mut OutgoingDatagrams) {
+        if self.environment.has_lan() {
+            out.push((DatagramTarget::Everyone, packet.clone()));
+            out.extend(self.peers.named().map(|peer| (DatagramTarget::Peer(peer), packet.clone())));
+        }
+    }
+
+    /// Peers use one port for everything, so that a neighbour is one peer; one that `--peer` names
+    /// may have another.
     fn may_be_peer(&self, from: SocketAddr) -> bool {
         let is_named = || self.peers.get(from).is_some_and(|peer| peer.is_named);
         self.environment.is_lan(from) && (from.port() == self.settings.udp_port || is_named())
@@ -350,10 +381,10 @@ impl<E: Environment> Discovery<E> {
 
     // Lookups.
 
-    fn look_up(&mut self, lookup: LookUp, now: Instant, t: Instant) {
-        let LookUp { id, hash_part, updates } = lookup;
+    fn look_up(&mut self, lookup: LookupRequest, now: Instant, t: Instant) {
+        let LookupRequest { id, hash_part, updates } = lookup;
         if !self.environment.has_lan() {
-            let _ = updates.try_send(Update::Ended { asked: 0, unanswered: 0 });
+            let _ = updates.try_send(LookupUpdate::Ended { asked: 0, unanswered: 0 });
             return;
         }
         if !self.lookups.insert(id, hash_part, updates, t) {
@@ -369,12 +400,13 @@ impl<E: Environment> Discovery<E> {
         let unsent = self.lookups.unsent();
         let last = self.last_batch.filter(|_| self.lookups.len() > 1 && unsent < MAX_BATCH);
         let live = u32::try_from(self.peers.live()).unwrap_or(u32::MAX);
-        let interval = || (BATCH_INTERVAL_PER_PEER * live).clamp(MIN_BATCH_INTERVAL, MAX_BATCH_INTERVAL);
+        let interval =
+            || (BATCH_INTERVAL_PER_PEER * live).clamp(MIN_BATCH_INTERVAL, MAX_BATCH_INTERVAL);
         let at = last.map_or(self.last_turn.checked_sub(self.lost), |last| Some(last + interval()));
         at.filter(|_| unsent > 0)
     }
 
-    fn send_batches(&mut self, now: Instant, t: Instant, out: &mut Outgoing) {
+    fn send_batches(&mut self, now: Instant, t: Instant, out: &mut OutgoingDatagrams) {
         while self.next_batch_at().is_some_and(|at| at <= t) {
             let batch = self.lookups.take_unsent(MAX_BATCH);
             self.last_batch = Some(t);
@@ -382,9 +414,19 @@ impl<E: Environment> Discovery<E> {
         }
     }
 
-    fn send_batch(&mut self, batch: &[(LookupId, HashPart)], now: Instant, t: Instant, out: &mut Outgoing) {
-        let mut live: Vec<SocketAddr> =
-            self.peers.iter().filter(|(_, peer)| peer.is_live()).map(|(address, _)| address).collect();
+    fn send_batch(
+        &mut self,
+        batch: &[(LookupId, HashPart)],
+        now: Instant,
+        t: Instant,
+        out: &mut OutgoingDatagrams,
+    ) {
+        let mut live: Vec<SocketAddr> = self
+            .peers
+            .iter()
+            .filter(|(_, peer)| peer.is_live())
+            .map(|(address, _)| address)
+            .collect();
         if live.len() > MAX_UNICAST {
             let usefulness = |address: &SocketAddr| {
                 let peer = self.peers.get(*address);
@@ -397,7 +439,8 @@ impl<E: Environment> Discovery<E> {
         self.broadcast_singles(batch, now, t, out);
         for address in live {
             // A Python peerix that has nothing answers nothing, and so is always behind.
-            let waits = |peer: &&mut Peer| peer.is_held_back(t) && peer.dialect() != Dialect::HaveOnly;
+            let waits =
+                |peer: &&mut LanPeer| peer.is_held_back(t) && peer.dialect() != Dialect::HaveOnly;
             match self.peers.get_mut(address).filter(waits) {
                 Some(peer) => {
                     let lookups: Vec<LookupId> = batch.iter().map(|(id, _)| *id).collect();
@@ -411,18 +454,37 @@ impl<E: Environment> Discovery<E> {
     }
 
     /// Asks every node at once; only holders answer.
-    fn broadcast_batch(&mut self, batch: &[(LookupId, HashPart)], t: Instant, out: &mut Outgoing) {
+    fn broadcast_batch(
+        &mut self,
+        batch: &[(LookupId, HashPart)],
+        t: Instant,
+        out: &mut OutgoingDatagrams,
+    ) {
         let id = (self.random)();
         let hash_parts = HashParts::pack(batch.iter().map(|(_, hash_part)| hash_part));
-        out.push((To::Everyone, Packet::QueryMany { id, hash_parts, holders_only: true }));
-        self.record_broadcast(id, batch.iter().map(|(id, _)| *id).collect(), BROADCAST_BATCH_WAIT, t);
+        out.push((
+            DatagramTarget::Everyone,
+            Packet::QueryMany { id, hash_parts, holders_only: true },
+        ));
+        self.record_broadcast(
+            id,
+            batch.iter().map(|(id, _)| *id).collect(),
+            BROADCAST_BATCH_WAIT,
+            t,
+        );
     }
 
     /// Asks nodes that understand no batches and need not be known: now and then, and every time
     /// while a Python peerix is there. All lookups of that time are broadcast, as Nix begins with
     /// 25 at once. Where no peer is live, the broadcast is the only packet of a lookup, and is
     /// always sent: a late answer makes its sender known.
-    fn broadcast_singles(&mut self, batch: &[(LookupId, HashPart)], now: Instant, t: Instant, out: &mut Outgoing) {
+    fn broadcast_singles(
+        &mut self,
+        batch: &[(LookupId, HashPart)],
+        now: Instant,
+        t: Instant,
+        out: &mut OutgoingDatagrams,
+    ) {
         if now >= self.next_broadcast {
             self.broadcast_until = now + self.settings.timeout;
             self.next_broadcast = now + BROADCAST_INTERVAL;
@@ -434,7 +496,7 @@ impl<E: Environment> Discovery<E> {
         let wait = if is_waited { self.settings.timeout } else { Duration::ZERO };
         for (lookup, hash_part) in batch {
             let id = (self.random)();
-            out.push((To::Everyone, Packet::Query { id, hash_part: *hash_part }));
+            out.push((DatagramTarget::Everyone, Packet::Query { id, hash_part: *hash_part }));
             self.record_broadcast(id, Arc::new([*lookup]), wait, t);
             if let Some(lookup) = self.lookups.get_mut(*lookup) {
                 lookup.broadcast = Some(id);
@@ -455,12 +517,18 @@ impl<E: Environment> Discovery<E> {
     }
 
     /// Sends `batch` to one peer, in the packets that it understands.
-    fn ask(&mut self, address: SocketAddr, batch: &[(LookupId, HashPart)], t: Instant, out: &mut Outgoing) {
+    fn ask(
+        &mut self,
+        address: SocketAddr,
+        batch: &[(LookupId, HashPart)],
+        t: Instant,
+        out: &mut OutgoingDatagrams,
+    ) {
         let Some(peer) = self.peers.get_mut(address) else { return };
         let to = match peer.is_proven() {
-            true if !peer.is_behind(t) => To::Peer(address),
-            true if peer.found > 0 => To::Behind(address),
-            _ => To::Unproven(address),
+            true if !peer.is_behind(t) => DatagramTarget::Peer(address),
+            true if peer.found > 0 => DatagramTarget::Behind(address),
+            _ => DatagramTarget::Unproven(address),
         };
         let mut added = Vec::new();
         match peer.dialect() {
@@ -469,12 +537,17 @@ impl<E: Environment> Discovery<E> {
                     let id = (self.random)();
                     let hash_parts = HashParts::pack(batch.iter().map(|(_, hash_part)| hash_part));
                     out.push((to, Packet::QueryMany { id, hash_parts, holders_only: false }));
-                    added.extend(peer.record_sent(id, batch.iter().map(|(id, _)| *id).collect(), t));
+                    added.extend(peer.record_sent(
+                        id,
+                        batch.iter().map(|(id, _)| *id).collect(),
+                        t,
+                    ));
                 }
             }
             Dialect::Singles | Dialect::HaveOnly => {
                 for (lookup, hash_part) in batch {
-                    let was_broadcast = self.lookups.get_mut(*lookup).and_then(|lookup| lookup.broadcast);
+                    let was_broadcast =
+                        self.lookups.get_mut(*lookup).and_then(|lookup| lookup.broadcast);
                     let is_first = !peer.owes(*lookup);
                     let id = match was_broadcast.filter(|_| is_first && peer.takes_broadcasts()) {
                         Some(id) => id,
@@ -509,7 +582,7 @@ impl<E: Environment> Discovery<E> {
     }
 
     /// Asks a peer that has just become live what open lookups want to know.
-    fn ask_open(&mut self, address: SocketAddr, t: Instant, out: &mut Outgoing) {
+    fn ask_open(&mut self, address: SocketAddr, t: Instant, out: &mut OutgoingDatagrams) {
         let sent = self.lookups.sent();
         if !sent.is_empty() {
             let batch = self.lookups.hash_parts(&sent);
@@ -517,7 +590,13 @@ impl<E: Environment> Discovery<E> {
         }
     }
 
-    fn ask_again(&mut self, address: SocketAddr, lookups: &[LookupId], t: Instant, out: &mut Outgoing) {
+    fn ask_again(
+        &mut self,
+        address: SocketAddr,
+        lookups: &[LookupId],
+        t: Instant,
+        out: &mut OutgoingDatagrams,
+    ) {
         let batch = self.lookups.hash_parts(lookups);
         if !batch.is_empty() {
             self.ask(address, &batch, t, out);
@@ -548,14 +627,24 @@ impl<E: Environment> Discovery<E> {
 
     /// No peer owes this lookup anything any more.
     fn release(&mut self, lookup: LookupId, t: Instant) {
-        let owing = self.peers.iter_mut().filter_map(|(address, peer)| peer.settle(lookup).then_some(address));
+        let owing = self
+            .peers
+            .iter_mut()
+            .filter_map(|(address, peer)| peer.settle(lookup).then_some(address));
         let owing: Vec<SocketAddr> = owing.collect();
         owing.into_iter().for_each(|address| self.recount(address, t));
     }
 
     // Answers.
 
-    fn datagram(&mut self, from: SocketAddr, bytes: &[u8], now: Instant, t: Instant, out: &mut Outgoing) {
+    fn datagram(
+        &mut self,
+        from: SocketAddr,
+        bytes: &[u8],
+        now: Instant,
+        t: Instant,
+        out: &mut OutgoingDatagrams,
+    ) {
         let packet = match Packet::parse(bytes) {
             Ok(packet) => packet,
             Err(e) => return log::debug!("peer {from}: {e}"),
@@ -575,27 +664,39 @@ impl<E: Environment> Discovery<E> {
                 // A link-local address is only one together with the interface it was seen on.
                 let mut http = from;
                 http.set_port(port);
-                self.answer(from, id, &Answer::Have(Holder { http, url_path }), now, t, out);
+                self.answer(from, id, &QueryAnswer::Have(Holder { http, url_path }), now, t, out);
             }
-            Packet::HaveNot { id } => self.answer(from, id, &Answer::HaveNot, now, t, out),
-            Packet::AnswerMany { id, held } => self.answer(from, id, &Answer::Many(held), now, t, out),
+            Packet::HaveNot { id } => self.answer(from, id, &QueryAnswer::HaveNot, now, t, out),
+            Packet::AnswerMany { id, held } => {
+                self.answer(from, id, &QueryAnswer::Many(held), now, t, out)
+            }
             Packet::Hello(hello) => self.heard_hello(from, hello, now, t, out),
             Packet::Bye(bye) => self.heard_bye(from, bye, now, t, out),
         }
     }
 
     /// An answer to the query with this request ID came.
-    fn answer(&mut self, from: SocketAddr, id: u32, answer: &Answer, now: Instant, t: Instant, out: &mut Outgoing) {
+    fn answer(
+        &mut self,
+        from: SocketAddr,
+        id: u32,
+        answer: &QueryAnswer,
+        now: Instant,
+        t: Instant,
+        out: &mut OutgoingDatagrams,
+    ) {
         let asked = self.peers.get_mut(from).and_then(|peer| peer.take_sent(id));
         let is_broadcast = asked.is_none();
         let broadcast = || self.broadcasts.iter().find(|batch| batch.id == id).cloned();
         let Some(SentBatch { sent, lookups, .. }) = asked.or_else(broadcast) else { return };
-        if let Answer::Many(held) = answer
+        if let QueryAnswer::Many(held) = answer
             && !held.fits(lookups.len())
         {
             return log::debug!("peer {from}: an answer of the wrong length");
         }
-        let Some((peer, is_first)) = self.peers.record_heard(from, MetBy::Answer, now) else { return };
+        let Some((peer, is_first)) = self.peers.record_heard(from, MetBy::Answer, now) else {
+            return;
+        };
         let is_unknown = is_first && peer.hello.is_none();
         let became_live = peer.record_answer(sent, t) || is_first;
         let overtaken = peer.overtaken(sent, t, MAX_BATCH);
@@ -630,7 +731,7 @@ impl<E: Environment> Discovery<E> {
         if peer.owes_narinfo(lookup) {
             return;
         }
-        if self.lookups.add_holder(lookup, from, holder) != Taken::Now {
+        if self.lookups.add_holder(lookup, from, holder) != HolderPlace::Now {
             return self.answered(from, lookup);
         }
         let was_asked = peer.owe_narinfo(lookup, t);
@@ -651,7 +752,15 @@ impl<E: Environment> Discovery<E> {
 
     // Queries of peers.
 
-    fn query(&mut self, from: SocketAddr, id: u32, hash_part: HashPart, now: Instant, t: Instant, out: &mut Outgoing) {
+    fn query(
+        &mut self,
+        from: SocketAddr,
+        id: u32,
+        hash_part: HashPart,
+        now: Instant,
+        t: Instant,
+        out: &mut OutgoingDatagrams,
+    ) {
         if !self.environment.is_answered(from) {
             return;
         }
@@ -659,14 +768,15 @@ impl<E: Environment> Discovery<E> {
         let Some(held) = self.environment.held(&[hash_part], from) else { return };
         if held.contains(&true) {
             out.push((
-                To::Peer(from),
+                DatagramTarget::Peer(from),
                 Packet::Have { id, port: self.settings.http_port, url_path: url_path(hash_part) },
             ));
         } else if self.speaks_batches(from) {
-            // It sends single queries only by broadcast, and waits for holders alone; or it has lost this node's hello.
+            // It sends single queries only by broadcast, and waits for holders alone; or it has
+            // lost this node's hello.
             self.remind_of_hello(from, now);
         } else {
-            out.push((To::Peer(from), Packet::HaveNot { id }));
+            out.push((DatagramTarget::Peer(from), Packet::HaveNot { id }));
         }
     }
 
@@ -679,7 +789,7 @@ impl<E: Environment> Discovery<E> {
         holders_only: bool,
         now: Instant,
         t: Instant,
-        out: &mut Outgoing,
+        out: &mut OutgoingDatagrams,
     ) {
         if !self.environment.is_answered(from) {
             return;
@@ -687,9 +797,9 @@ impl<E: Environment> Discovery<E> {
         self.heard_query(from, now, t, out);
         let hash_parts: Vec<HashPart> = hash_parts.iter().collect();
         let Some(held) = self.environment.held(&hash_parts, from) else { return };
-        let held = Bits::pack(held);
+        let held = AnswerBits::pack(held);
         if held.any() || !holders_only {
-            out.push((To::Peer(from), Packet::AnswerMany { id, held }));
+            out.push((DatagramTarget::Peer(from), Packet::AnswerMany { id, held }));
         }
     }
 
@@ -707,11 +817,19 @@ impl<E: Environment> Discovery<E> {
     }
 
     /// A query came from `from`: if it is a peer that does not know this node, it learns of it.
-    fn heard_query(&mut self, from: SocketAddr, now: Instant, t: Instant, out: &mut Outgoing) {
+    fn heard_query(
+        &mut self,
+        from: SocketAddr,
+        now: Instant,
+        t: Instant,
+        out: &mut OutgoingDatagrams,
+    ) {
         if !self.may_be_peer(from) {
             return;
         }
-        let Some((peer, is_first)) = self.peers.record_heard(from, MetBy::Query, now) else { return };
+        let Some((peer, is_first)) = self.peers.record_heard(from, MetBy::Query, now) else {
+            return;
+        };
         peer.hasten_probe(now);
         if is_first {
             self.reply_to_hello(from, now);
@@ -721,14 +839,22 @@ impl<E: Environment> Discovery<E> {
 
     // Meeting.
 
-    fn heard_hello(&mut self, from: SocketAddr, hello: Hello, now: Instant, t: Instant, out: &mut Outgoing) {
+    fn heard_hello(
+        &mut self,
+        from: SocketAddr,
+        hello: Hello,
+        now: Instant,
+        t: Instant,
+        out: &mut OutgoingDatagrams,
+    ) {
         if hello.instance == self.instance {
             return;
         }
         if let Some(digest) = &hello.digest {
             self.environment.heard_digest(&hello.instance, digest, from);
         }
-        let met_by = if self.greeted.contains(&from) { MetBy::NeighbourTable } else { MetBy::Hello };
+        let met_by =
+            if self.greeted.contains(&from) { MetBy::NeighbourTable } else { MetBy::Hello };
         let Some((peer, is_first)) = self.peers.record_heard(from, met_by, now) else { return };
         if !peer.record_hello(hello, now) {
             return;
@@ -751,19 +877,28 @@ impl<E: Environment> Discovery<E> {
     fn reply_to_hello(&mut self, to: SocketAddr, now: Instant) {
         self.recent_replies.retain(|at| *at + HELLO_REPLY_WINDOW > now);
         if self.recent_replies.len() < MAX_HELLO_REPLIES && self.environment.has_lan() {
-            let spread = HELLO_REPLY_SPREAD.mul_f64(f64::from((self.random)()) / f64::from(u32::MAX));
+            let spread =
+                HELLO_REPLY_SPREAD.mul_f64(f64::from((self.random)()) / f64::from(u32::MAX));
             self.recent_replies.push(now + spread);
             self.hello_replies.entry(to).or_insert(now + spread);
         }
     }
 
-    fn heard_bye(&mut self, from: SocketAddr, bye: Hello, now: Instant, t: Instant, out: &mut Outgoing) {
+    fn heard_bye(
+        &mut self,
+        from: SocketAddr,
+        bye: Hello,
+        now: Instant,
+        t: Instant,
+        out: &mut OutgoingDatagrams,
+    ) {
         let Some(peer) = self.peers.get(from).filter(|peer| peer.is_live()) else { return };
         if peer.hello.is_some_and(|hello| hello.instance != bye.instance) {
             return;
         }
         log::debug!("peer {from}: bye");
-        // Anybody can send a bye: it bounds how long the answer to a probe is waited for, and no more.
+        // Anybody can send a bye: it bounds how long the answer to a probe is waited for, and no
+        // more.
         if let Some(peer) = self.peers.get_mut(from) {
             peer.record_bye(now);
         }
@@ -771,10 +906,10 @@ impl<E: Environment> Discovery<E> {
         self.next_judgement = Some(t);
     }
 
-    fn set_named(&mut self, addresses: &[SocketAddr], t: Instant, out: &mut Outgoing) {
+    fn set_named(&mut self, addresses: &[SocketAddr], t: Instant, out: &mut OutgoingDatagrams) {
         for address in self.peers.set_named(addresses) {
             if self.environment.has_lan() {
-                out.push((To::Peer(address), Packet::Hello(self.hello())));
+                out.push((DatagramTarget::Peer(address), Packet::Hello(self.hello())));
                 self.ask_open(address, t, out);
             }
         }
@@ -788,25 +923,34 @@ impl<E: Environment> Discovery<E> {
         self.greeted.clear();
     }
 
-    /// Says hello to hosts that the kernel knows and this node does not: broadcasts may not reach them.
-    fn greet(&mut self, addresses: &[SocketAddr], out: &mut Outgoing) {
+    /// Says hello to hosts that the kernel knows and this node does not: broadcasts may not reach
+    /// them.
+    fn greet(&mut self, addresses: &[SocketAddr], out: &mut OutgoingDatagrams) {
         let mut greetings = 0;
         for address in addresses {
             let is_met = self.peers.get(*address).is_some() || self.greeted.contains(address);
-            let is_wanted = !is_met && self.environment.is_lan(*address) && !self.environment.is_own(address.ip());
+            let is_wanted = !is_met
+                && self.environment.is_lan(*address)
+                && !self.environment.is_own(address.ip());
             if is_wanted && greetings < MAX_GREETINGS {
                 if self.greeted.len() >= MAX_GREETED {
                     self.greeted.clear();
                 }
                 self.greeted.insert(*address);
-                out.push((To::Peer(*address), Packet::Hello(self.hello())));
+                out.push((DatagramTarget::Peer(*address), Packet::Hello(self.hello())));
                 greetings += 1;
             }
         }
     }
 
     /// Asks a peer for a sign of life.
-    fn probe(&mut self, address: SocketAddr, now: Instant, t: Instant, out: &mut Outgoing) -> bool {
+    fn probe(
+        &mut self,
+        address: SocketAddr,
+        now: Instant,
+        t: Instant,
+        out: &mut OutgoingDatagrams,
+    ) -> bool {
         if now < self.next_probe || !self.environment.has_lan() {
             return false;
         }
@@ -814,7 +958,9 @@ impl<E: Environment> Discovery<E> {
         peer.record_probe(now, t);
         let id = (self.random)();
         let packet = match peer.dialect() {
-            Dialect::Batches => Packet::QueryMany { id, hash_parts: HashParts::pack([]), holders_only: false },
+            Dialect::Batches => {
+                Packet::QueryMany { id, hash_parts: HashParts::pack([]), holders_only: false }
+            }
             dialect => {
                 let any = match dialect {
                     Dialect::Singles => Some(HashPart::from_bytes(&[0; HashPart::BYTES])),
@@ -830,13 +976,13 @@ impl<E: Environment> Discovery<E> {
         };
         peer.record_sent(id, Arc::new([]), t);
         self.next_probe = now + PROBE_INTERVAL;
-        out.push((To::Unproven(address), packet));
+        out.push((DatagramTarget::Unproven(address), packet));
         true
     }
 
     // The end of a turn.
 
-    fn tick(&mut self, drained: bool, now: Instant, t: Instant, out: &mut Outgoing) {
+    fn tick(&mut self, drained: bool, now: Instant, t: Instant, out: &mut OutgoingDatagrams) {
         self.say_hello(now, t, out);
         self.send_batches(now, t, out);
         self.repeat(t, out);
@@ -849,7 +995,7 @@ impl<E: Environment> Discovery<E> {
         self.send_probes(now, t, out);
     }
 
-    fn say_hello(&mut self, now: Instant, t: Instant, out: &mut Outgoing) {
+    fn say_hello(&mut self, now: Instant, t: Instant, out: &mut OutgoingDatagrams) {
         if now >= self.next_hello {
             self.next_hello = now + self.hello_interval;
             self.hello_interval = HELLO_INTERVAL.min(self.hello_interval * 2);
@@ -865,7 +1011,7 @@ impl<E: Environment> Discovery<E> {
         let hello = self.hello();
         self.hello_replies.retain(|to, at| {
             if *at <= now {
-                out.push((To::Peer(*to), Packet::Hello(hello)));
+                out.push((DatagramTarget::Peer(*to), Packet::Hello(hello)));
             }
             *at > now
         });
@@ -878,10 +1024,11 @@ impl<E: Environment> Discovery<E> {
         self.peers.iter().filter_map(|(_, peer)| peer.repeat_at()).min()
     }
 
-    fn repeat(&mut self, t: Instant, out: &mut Outgoing) {
-        let is_due = |peer: &Peer| peer.repeat_at().is_some_and(|at| at <= t);
+    fn repeat(&mut self, t: Instant, out: &mut OutgoingDatagrams) {
+        let is_due = |peer: &LanPeer| peer.repeat_at().is_some_and(|at| at <= t);
         let due = self.peers.iter_mut().filter(|(_, peer)| is_due(peer));
-        let repeats: Vec<_> = due.map(|(address, peer)| (address, peer.due_repeats(t, MAX_BATCH))).collect();
+        let repeats: Vec<_> =
+            due.map(|(address, peer)| (address, peer.due_repeats(t, MAX_BATCH))).collect();
         for (address, lookups) in repeats {
             self.ask_again(address, &lookups, t, out);
         }
@@ -896,14 +1043,15 @@ impl<E: Environment> Discovery<E> {
     }
 
     /// Counts overdue answers in their budgets, and gives up those whose budget is used up.
-    fn judge(&mut self, now: Instant, t: Instant, out: &mut Outgoing) {
+    fn judge(&mut self, now: Instant, t: Instant, out: &mut OutgoingDatagrams) {
         if self.next_judgement.is_none_or(|at| at > t) {
             return;
         }
         let median = self.median_usual(t);
         let mut given_up = Vec::new();
         for (address, peer) in self.peers.iter_mut() {
-            let is_overdue = peer.oldest_owed().is_some_and(|since| since + peer.due_after(median) <= t);
+            let is_overdue =
+                peer.oldest_owed().is_some_and(|since| since + peer.due_after(median) <= t);
             let budget = peer.budget.as_mut().unwrap_or(&mut self.shared_budget);
             if is_overdue != std::mem::replace(&mut peer.is_overdue, is_overdue) {
                 if is_overdue { budget.start(t) } else { budget.stop(t) }
@@ -913,7 +1061,8 @@ impl<E: Environment> Discovery<E> {
                 given_up.push(address);
             }
         }
-        // A peer that became overdue after another one had used up the shared budget is given up in the same turn.
+        // A peer that became overdue after another one had used up the shared budget is given up in
+        // the same turn.
         for address in given_up {
             self.give_up(address, now, t, out);
         }
@@ -924,14 +1073,23 @@ impl<E: Environment> Discovery<E> {
         let median = self.median_usual(t);
         let mut next = self.shared_budget.used_up_at();
         for (_, peer) in self.peers.iter() {
-            let overdue = peer.oldest_owed().filter(|_| !peer.is_overdue).map(|since| since + peer.due_after(median));
+            let overdue = peer
+                .oldest_owed()
+                .filter(|_| !peer.is_overdue)
+                .map(|since| since + peer.due_after(median));
             let used_up = peer.budget.as_ref().and_then(WaitBudget::used_up_at);
             next = [next, overdue, used_up, peer.leaves_at()].into_iter().flatten().min();
         }
         self.next_judgement = next;
     }
 
-    fn give_up(&mut self, address: SocketAddr, now: Instant, t: Instant, out: &mut Outgoing) {
+    fn give_up(
+        &mut self,
+        address: SocketAddr,
+        now: Instant,
+        t: Instant,
+        out: &mut OutgoingDatagrams,
+    ) {
         let median = self.median_usual(t);
         let Some(peer) = self.peers.get_mut(address) else { return };
         let due = peer.due_after(median);
@@ -947,7 +1105,8 @@ impl<E: Environment> Discovery<E> {
             return self.silence(address, now, t);
         }
         let owed = peer.owed_since(until);
-        let narinfos: Vec<LookupId> = owed.iter().copied().filter(|lookup| peer.owes_narinfo(*lookup)).collect();
+        let narinfos: Vec<LookupId> =
+            owed.iter().copied().filter(|lookup| peer.owes_narinfo(*lookup)).collect();
         for lookup in owed {
             peer.settle(lookup);
             self.lookups.record_settled(lookup, false);
@@ -959,7 +1118,7 @@ impl<E: Environment> Discovery<E> {
         {
             let id = (self.random)();
             peer.record_sent(id, Arc::new([]), t);
-            out.push((To::Peer(address), Packet::Query { id, hash_part }));
+            out.push((DatagramTarget::Peer(address), Packet::Query { id, hash_part }));
         }
         narinfos.into_iter().for_each(|lookup| self.replace_holder(lookup, t));
         self.recount(address, t);
@@ -984,19 +1143,20 @@ impl<E: Environment> Discovery<E> {
         }
         let median = self.median_usual(t);
         let Some(peer) = self.peers.get_mut(address) else { return };
-        let is_overdue = peer.oldest_owed().is_some_and(|since| since + peer.due_after(median) <= t);
+        let is_overdue =
+            peer.oldest_owed().is_some_and(|since| since + peer.due_after(median) <= t);
         if !is_overdue && std::mem::replace(&mut peer.is_overdue, false) {
             peer.budget.as_mut().unwrap_or(&mut self.shared_budget).stop(t);
         }
     }
 
-    fn send_probes(&mut self, now: Instant, t: Instant, out: &mut Outgoing) {
+    fn send_probes(&mut self, now: Instant, t: Instant, out: &mut OutgoingDatagrams) {
         if now < self.next_probe {
             return;
         }
-        let is_due = |peer: &Peer| peer.next_probe().is_some_and(|at| at <= now);
+        let is_due = |peer: &LanPeer| peer.next_probe().is_some_and(|at| at <= now);
         let due = self.peers.iter().filter(|(_, peer)| is_due(peer));
-        let order = |peer: &Peer| (!peer.is_named, peer.found == 0, peer.next_probe());
+        let order = |peer: &LanPeer| (!peer.is_named, peer.found == 0, peer.next_probe());
         let mut due: Vec<_> = due.map(|(address, peer)| (order(peer), address)).collect();
         due.sort();
         for (_, address) in due {

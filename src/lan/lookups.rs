@@ -1,4 +1,5 @@
-//! Lookups under way on the LAN. No I/O; time is passed in, as lookup time (see [`super::discovery`]).
+//! Lookups under way on the LAN. No I/O; time is passed in, as lookup time (see
+//! [`super::discovery`]).
 
 use super::Holder;
 use crate::nix::HashPart;
@@ -8,14 +9,15 @@ use std::collections::{BTreeMap, VecDeque};
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
-/// Lookups that wait at once. Each belongs to a thread that serves a connection, of which there are 1,024. Beyond, a
-/// lookup ends at once without an answer.
+/// Lookups that wait at once. Each belongs to a thread that serves a connection, of which there are
+/// 1,024. Beyond, a lookup ends at once without an answer.
 pub const MAX_LOOKUPS: usize = 1024;
 
 /// The whole of a lookup, whatever peers do.
 pub const LOOKUP_TIMEOUT: Timeout = Timeout::from_secs(5);
 
-/// After the first good narinfo, holders are still passed on for this long, as alternates for the NAR.
+/// After the first good narinfo, holders are still passed on for this long, as alternates for the
+/// NAR.
 const ALTERNATES_TIMEOUT: Duration = Duration::from_millis(200);
 /// Lookups in that state. Beyond, the oldest gets no further alternates.
 const MAX_ALTERNATES: usize = 4096;
@@ -32,11 +34,11 @@ pub type LookupId = u64;
 
 /// What discovery tells the thread that looks something up.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Update {
+pub enum LookupUpdate {
     /// A peer says that it has the path.
     Holder {
-        /// The peer, by the address its datagrams come from: to be named in [`super::Event::Failed`] and
-        /// [`super::Event::Settled`].
+        /// The peer, by the address its datagrams come from: to be named in
+        /// [`super::Event::Failed`] and [`super::Event::Settled`].
         peer: SocketAddr,
         /// Where its narinfo is.
         holder: Holder,
@@ -52,13 +54,14 @@ pub enum Update {
 
 /// One lookup.
 #[derive(Debug)]
-pub struct Lookup {
+pub struct LanLookup {
     /// The path.
     pub hash_part: HashPart,
-    updates: Sender<Update>,
+    updates: Sender<LookupUpdate>,
     /// When it began.
     pub began: Instant,
-    /// It does not end before this, except by a good narinfo: peers that are not known may still answer.
+    /// It does not end before this, except by a good narinfo: peers that are not known may still
+    /// answer.
     pub open_until: Instant,
     /// Number of peers that owe it an answer.
     pub waiting: u32,
@@ -77,7 +80,7 @@ pub struct Lookup {
 
 /// What becomes of a holder.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Taken {
+pub enum HolderPlace {
     /// It was passed on: its narinfo is waited for.
     Now,
     /// It takes the place of one that fails.
@@ -86,32 +89,32 @@ pub enum Taken {
     Never,
 }
 
-impl Lookup {
+impl LanLookup {
     /// One more peer owes an answer.
     pub fn record_asked(&mut self) {
         self.asked += 1;
         self.waiting += 1;
     }
 
-    fn add_holder(&mut self, peer: SocketAddr, holder: Holder) -> Taken {
+    fn add_holder(&mut self, peer: SocketAddr, holder: Holder) -> HolderPlace {
         let ip = holder.http.ip();
         if self.holders.contains(&ip) || self.surplus.len() >= MAX_SURPLUS {
-            return Taken::Never;
+            return HolderPlace::Never;
         }
         self.holders.push(ip);
         if self.passed_on >= MAX_HOLDERS {
             self.surplus.push_back((peer, holder));
-            return Taken::Later;
+            return HolderPlace::Later;
         }
         self.pass_on(peer, holder);
-        Taken::Now
+        HolderPlace::Now
     }
 
     fn pass_on(&mut self, peer: SocketAddr, holder: Holder) {
         self.passed_on += 1;
-        // The channel has room for all holders that are asked at once, and the end. It may be closed:
-        // nobody listens any more.
-        let _ = self.updates.try_send(Update::Holder { peer, holder });
+        // The channel has room for all holders that are asked at once, and the end. It may be
+        // closed: nobody listens any more.
+        let _ = self.updates.try_send(LookupUpdate::Holder { peer, holder });
     }
 
     fn ends_at(&self) -> Instant {
@@ -122,24 +125,30 @@ impl Lookup {
 
 /// All lookups under way.
 #[derive(Default)]
-pub struct Lookups {
-    open: BTreeMap<LookupId, Lookup>,
+pub struct LanLookups {
+    open: BTreeMap<LookupId, LanLookup>,
     /// Those not yet sent, the oldest first.
     unsent: VecDeque<LookupId>,
     /// Those that got a good narinfo and still take alternates; and until when, in that order.
-    settled: BTreeMap<LookupId, Lookup>,
+    settled: BTreeMap<LookupId, LanLookup>,
     settled_until: VecDeque<(Instant, LookupId)>,
     /// Nothing ends before this.
     next_end: Option<Instant>,
 }
 
-impl Lookups {
+impl LanLookups {
     /// Takes a lookup. Returns false, and drops `updates`, if there are too many.
-    pub fn insert(&mut self, id: LookupId, hash_part: HashPart, updates: Sender<Update>, t: Instant) -> bool {
+    pub fn insert(
+        &mut self,
+        id: LookupId,
+        hash_part: HashPart,
+        updates: Sender<LookupUpdate>,
+        t: Instant,
+    ) -> bool {
         if self.open.len() >= MAX_LOOKUPS {
             return false;
         }
-        let lookup = Lookup {
+        let lookup = LanLookup {
             hash_part,
             updates,
             began: t,
@@ -159,7 +168,7 @@ impl Lookups {
     }
 
     /// The open lookup with this ID.
-    pub fn get_mut(&mut self, id: LookupId) -> Option<&mut Lookup> {
+    pub fn get_mut(&mut self, id: LookupId) -> Option<&mut LanLookup> {
         self.open.get_mut(&id)
     }
 
@@ -199,7 +208,9 @@ impl Lookups {
 
     /// The hash parts of those lookups that are still open, with their IDs.
     pub fn hash_parts(&self, ids: &[LookupId]) -> Vec<(LookupId, HashPart)> {
-        ids.iter().filter_map(|id| self.open.get(id).map(|lookup| (*id, lookup.hash_part))).collect()
+        ids.iter()
+            .filter_map(|id| self.open.get(id).map(|lookup| (*id, lookup.hash_part)))
+            .collect()
     }
 
     /// Something about the lookup has changed: it may end now.
@@ -210,7 +221,8 @@ impl Lookups {
         }
     }
 
-    /// A peer that owed the lookup an answer owes it no longer; `answered` tells whether it gave one.
+    /// A peer that owed the lookup an answer owes it no longer; `answered` tells whether it gave
+    /// one.
     pub fn record_settled(&mut self, id: LookupId, answered: bool) {
         if let Some(lookup) = self.open.get_mut(&id) {
             lookup.waiting = lookup.waiting.saturating_sub(1);
@@ -233,14 +245,14 @@ impl Lookups {
     }
 
     /// Takes a holder of the path.
-    pub fn add_holder(&mut self, id: LookupId, peer: SocketAddr, holder: Holder) -> Taken {
+    pub fn add_holder(&mut self, id: LookupId, peer: SocketAddr, holder: Holder) -> HolderPlace {
         if let Some(lookup) = self.open.get_mut(&id) {
             return lookup.add_holder(peer, holder);
         }
         if let Some(lookup) = self.settled.get_mut(&id) {
             lookup.add_holder(peer, holder);
         }
-        Taken::Never
+        HolderPlace::Never
     }
 
     /// A holder that was passed on gave no good narinfo. The next one is passed on, and returned.
@@ -252,7 +264,8 @@ impl Lookups {
         Some(peer)
     }
 
-    /// A good narinfo came: the lookup waits for no peer any more, but takes alternates for a while.
+    /// A good narinfo came: the lookup waits for no peer any more, but takes alternates for a
+    /// while.
     pub fn settle(&mut self, id: LookupId, t: Instant) {
         let Some(lookup) = self.open.remove(&id) else { return };
         if self.settled_until.len() >= MAX_ALTERNATES
@@ -274,19 +287,23 @@ impl Lookups {
         if self.next_end.is_none_or(|next| next > t) {
             return Vec::new();
         }
-        let is_due = |lookup: &Lookup| lookup.is_sent && lookup.ends_at() <= t;
-        let due: Vec<LookupId> = self.open.iter().filter(|(_, lookup)| is_due(lookup)).map(|(id, _)| *id).collect();
+        let is_due = |lookup: &LanLookup| lookup.is_sent && lookup.ends_at() <= t;
+        let due: Vec<LookupId> =
+            self.open.iter().filter(|(_, lookup)| is_due(lookup)).map(|(id, _)| *id).collect();
         for id in &due {
             if let Some(lookup) = self.open.remove(id) {
                 let unanswered = lookup.asked.saturating_sub(lookup.answered);
-                let _ = lookup.updates.try_send(Update::Ended { asked: lookup.asked, unanswered });
+                let _ = lookup
+                    .updates
+                    .try_send(LookupUpdate::Ended { asked: lookup.asked, unanswered });
             }
         }
-        self.next_end = self.open.values().filter(|lookup| lookup.is_sent).map(Lookup::ends_at).min();
+        self.next_end =
+            self.open.values().filter(|lookup| lookup.is_sent).map(LanLookup::ends_at).min();
         due
     }
 
-    /// When [`Lookups::end_due`] has something to do next.
+    /// When [`LanLookups::end_due`] has something to do next.
     pub fn next_end(&self) -> Option<Instant> {
         let settled = self.settled_until.front().map(|(until, _)| *until);
         self.next_end.into_iter().chain(settled).min()
@@ -294,7 +311,7 @@ impl Lookups {
 }
 
 #[cfg(test)]
-impl Lookups {
+impl LanLookups {
     /// Panics if more lookups are kept than may be.
     pub fn assert_bounds(&self) {
         assert!(self.open.len() <= MAX_LOOKUPS && self.unsent.len() <= MAX_LOOKUPS);
@@ -312,7 +329,7 @@ mod tests {
     #[test]
     fn further_holder_takes_the_place_of_one_that_fails() {
         let now = Instant::now();
-        let mut lookups = Lookups::default();
+        let mut lookups = LanLookups::default();
         let (updates, receiver) = bounded(MAX_HOLDERS + 1);
         assert!(lookups.insert(1, HashPart::from_bytes(&[0; HashPart::BYTES]), updates, now));
         let holder = |number: u8| {
@@ -321,19 +338,22 @@ mod tests {
         };
         for number in 0..20 {
             let (peer, holder) = holder(number);
-            let taken = if number < 16 { Taken::Now } else { Taken::Later };
+            let taken = if number < 16 { HolderPlace::Now } else { HolderPlace::Later };
             assert_eq!(lookups.add_holder(1, peer, holder.clone()), taken);
-            assert_eq!(lookups.add_holder(1, peer, holder), Taken::Never);
+            assert_eq!(lookups.add_holder(1, peer, holder), HolderPlace::Never);
         }
         assert_eq!(receiver.try_iter().count(), MAX_HOLDERS);
         let (peer, next) = holder(16);
         assert_eq!(lookups.replace_holder(1), Some(peer));
-        assert_eq!(receiver.try_iter().collect::<Vec<_>>(), [Update::Holder { peer, holder: next }]);
+        assert_eq!(
+            receiver.try_iter().collect::<Vec<_>>(),
+            [LookupUpdate::Holder { peer, holder: next }]
+        );
         // Those that come later find the places of those that failed when nobody waited.
         let replaced = (0..4).filter_map(|_| lookups.replace_holder(1));
         assert_eq!(replaced.count(), 3);
         let (peer, last) = holder(20);
-        assert_eq!(lookups.add_holder(1, peer, last), Taken::Now);
+        assert_eq!(lookups.add_holder(1, peer, last), HolderPlace::Now);
         lookups.assert_bounds();
     }
 }

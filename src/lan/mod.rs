@@ -14,9 +14,9 @@ mod simulation;
 mod sockets;
 mod thread;
 
-pub use discovery::{Discovery, Event, LookUp, Random, Settings};
-pub use environment::{Environment, HeardDigest, StoreEnvironment};
-pub use lookups::{LOOKUP_TIMEOUT, LookupId, MAX_HOLDERS, Update};
+pub use discovery::{Discovery, DiscoverySettings, Event, LookupRequest, RandomSource};
+pub use environment::{DigestObserver, Environment, StoreEnvironment};
+pub use lookups::{LOOKUP_TIMEOUT, LookupId, LookupUpdate, MAX_HOLDERS};
 pub use peer_table::{MetBy, Neighbour};
 pub use thread::{DiscoveryClient, DiscoveryThread};
 

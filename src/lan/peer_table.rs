@@ -1,7 +1,9 @@
-//! The peers on the LAN: who they are, what they owe, and how long their answers usually take. No I/O.
+//! The peers on the LAN: who they are, what they owe, and how long their answers usually take. No
+//! I/O.
 //!
-//! Two clocks appear here. `now` is real time. `t` is lookup time, which counts at most 100 ms for each turn
-//! of the discovery loop (see [`super::discovery`]), so that a pause of this machine is not blamed on peers.
+//! Two clocks appear here. `now` is real time. `t` is lookup time, which counts at most 100 ms for
+//! each turn of the discovery loop (see [`super::discovery`]), so that a pause of this machine is
+//! not blamed on peers.
 
 use super::budget::WaitBudget;
 use super::lookups::LookupId;
@@ -14,12 +16,12 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Peers remembered at once: more than a /22 has. Beyond, a peer that never had a path makes room for a newcomer, one
-/// that never answered first; so invented addresses cost no more memory.
+/// Peers remembered at once: more than a /22 has. Beyond, a peer that never had a path makes room
+/// for a newcomer, one that never answered first; so invented addresses cost no more memory.
 const MAX_PEERS: usize = 1024;
 
-/// Sent batches remembered for each peer, so that a late answer is understood: two seconds at the longest batch
-/// interval. The oldest is forgotten first.
+/// Sent batches remembered for each peer, so that a late answer is understood: two seconds at the
+/// longest batch interval. The oldest is forgotten first.
 const MAX_SENT_BATCHES: usize = 256;
 
 /// Queries that a peer may leave unanswered before it is behind. Of a peer that vanished as many
@@ -27,7 +29,8 @@ const MAX_SENT_BATCHES: usize = 256;
 /// of Nix make fewer batches in a round trip.
 const MAX_IN_FLIGHT: usize = 16;
 
-/// An answer is never due before this: scheduling and interrupt coalescing on a busy machine take up to 20 ms.
+/// An answer is never due before this: scheduling and interrupt coalescing on a busy machine take
+/// up to 20 ms.
 const MIN_DUE: Duration = Duration::from_millis(50);
 /// An answer of a peer through which nothing was found is due after this at the latest.
 const MAX_SHARED_DUE: Duration = Duration::from_millis(200);
@@ -55,18 +58,21 @@ pub const FIRST_PROBE: Duration = Duration::from_secs(1);
 const MAX_PROBE: Duration = Duration::from_secs(30);
 /// A peer that has been silent for this long is forgotten, unless `--peer` names it.
 const FORGET_SILENT: Duration = Duration::from_secs(90);
-/// A live peer that has not been heard for this long is probed: where broadcasts are filtered, it may be well.
+/// A live peer that has not been heard for this long is probed: where broadcasts are filtered, it
+/// may be well.
 const PROBE_UNHEARD: Duration = Duration::from_secs(60);
 /// Pause before the next such probe.
 const PROBE_UNHEARD_AGAIN: Duration = Duration::from_secs(10);
-/// A live peer that has not been heard for this long counts as silent: three hellos were lost, and as many probes.
+/// A live peer that has not been heard for this long counts as silent: three hellos were lost, and
+/// as many probes.
 const UNHEARD: Duration = Duration::from_secs(90);
 /// A Python peerix says no hello. It is remembered for this long after its last packet.
 const REMEMBER_ORIGINAL: Duration = Duration::from_secs(3600);
 /// A peer that has said no hello within this time after its first packet is a Python peerix.
 const HELLO_PATIENCE: Duration = Duration::from_secs(1);
 
-/// A peer that says *hello* as another instance more often than this is not believed: each causes packets.
+/// A peer that says *hello* as another instance more often than this is not believed: each causes
+/// packets.
 const HELLO_CHANGE: Duration = Duration::from_millis(200);
 
 /// After a *bye* the peer is waited for this long: a restart is shorter.
@@ -109,7 +115,8 @@ pub enum Dialect {
     Batches,
     /// *Query*, which it answers also when it does not have the path (peerix 0.1).
     Singles,
-    /// *Query*, which it answers only if it has the path (Python peerix; peerix 0.1 among many peers).
+    /// *Query*, which it answers only if it has the path (Python peerix; peerix 0.1 among many
+    /// peers).
     HaveOnly,
 }
 
@@ -132,8 +139,9 @@ pub struct Neighbour {
 
 /// An answer that a lookup still wants from a peer.
 #[derive(Debug)]
-pub struct Owed {
-    /// When the answer was first wanted, even if the query was held back; after a *have*, when that came. Lookup time.
+pub struct AwaitedAnswer {
+    /// When the answer was first wanted, even if the query was held back; after a *have*, when that
+    /// came. Lookup time.
     pub since: Instant,
     /// When the query was last sent, in lookup time; `None` if it waits, as the peer is behind.
     sent: Option<Instant>,
@@ -161,7 +169,7 @@ struct Silence {
 
 /// What is known of one peer.
 #[derive(Debug)]
-pub struct Peer {
+pub struct LanPeer {
     /// Whether `--peer` names it.
     pub is_named: bool,
     met_by: MetBy,
@@ -182,13 +190,14 @@ pub struct Peer {
     pub found: u32,
     /// The last of them.
     pub last_found: Option<HashPart>,
-    /// A *have-only* peer that was given up is asked for what it had: when that was sent, in lookup time.
+    /// A *have-only* peer that was given up is asked for what it had: when that was sent, in lookup
+    /// time.
     verified_at: Option<Instant>,
     /// The budget of a peer through which something was found; the others share one.
     pub budget: Option<WaitBudget>,
     /// Whether it is counted as overdue in its budget.
     pub is_overdue: bool,
-    owed: BTreeMap<LookupId, Owed>,
+    owed: BTreeMap<LookupId, AwaitedAnswer>,
     sent: VecDeque<SentBatch>,
     /// Number of queries sent after the one that was answered last; they are at the end of `sent`.
     in_flight: usize,
@@ -201,9 +210,9 @@ pub struct Peer {
     pub last_reminder: Option<Instant>,
 }
 
-impl Peer {
+impl LanPeer {
     fn new(met_by: MetBy, met: Option<Instant>) -> Self {
-        Peer {
+        LanPeer {
             is_named: met_by == MetBy::Named,
             met_by,
             met,
@@ -261,7 +270,8 @@ impl Peer {
     /// that few datagrams to it may wait for ARP.
     pub fn is_behind(&self, t: Instant) -> bool {
         let oldest = self.sent.len().checked_sub(self.in_flight).and_then(|at| self.sent.get(at));
-        self.in_flight >= MAX_IN_FLIGHT || oldest.is_some_and(|oldest| oldest.sent + self.first_repeat_gap() <= t)
+        self.in_flight >= MAX_IN_FLIGHT
+            || oldest.is_some_and(|oldest| oldest.sent + self.first_repeat_gap() <= t)
     }
 
     /// Whether it is behind and was sent a query less than a repeat's distance ago.
@@ -271,10 +281,13 @@ impl Peer {
 
     /// Whether a Python peerix was heard at this address within the last hour.
     fn is_original(&self, now: Instant) -> bool {
-        let is_patient = self.met.is_some_and(|met| now.saturating_duration_since(met) >= HELLO_PATIENCE);
+        let is_patient =
+            self.met.is_some_and(|met| now.saturating_duration_since(met) >= HELLO_PATIENCE);
         self.hello.is_none()
             && (self.last_answer.is_some() || self.met_by == MetBy::Query && is_patient)
-            && self.heard.is_some_and(|heard| now.saturating_duration_since(heard) < REMEMBER_ORIGINAL)
+            && self
+                .heard
+                .is_some_and(|heard| now.saturating_duration_since(heard) < REMEMBER_ORIGINAL)
     }
 
     /// The usual answer time; `None` before the first answer.
@@ -282,7 +295,8 @@ impl Peer {
         self.round_trip.map(|round_trip| round_trip.usual())
     }
 
-    /// How long after a query an answer is due, where `median` is the usual time of the median peer.
+    /// How long after a query an answer is due, where `median` is the usual time of the median
+    /// peer.
     pub fn due_after(&self, median: Option<Duration>) -> Duration {
         if self.budget.is_some() {
             let usual = self.usual().unwrap_or(MAX_OWN_DUE);
@@ -301,10 +315,12 @@ impl Peer {
         self.owed.iter().filter(|(_, owed)| owed.since <= until).map(|(id, _)| *id).collect()
     }
 
-    /// Notes that a query for `lookups` was sent with this request ID. Returns the lookups that were not owed before.
+    /// Notes that a query for `lookups` was sent with this request ID. Returns the lookups that
+    /// were not owed before.
     pub fn record_sent(&mut self, id: u32, lookups: Arc<[LookupId]>, t: Instant) -> Vec<LookupId> {
         // That one which never says no is behind says nothing.
-        let is_late = self.repeat_at.is_none() && self.is_behind(t) && self.dialect() != Dialect::HaveOnly;
+        let is_late =
+            self.repeat_at.is_none() && self.is_behind(t) && self.dialect() != Dialect::HaveOnly;
         self.repeats += u32::from(is_late);
         let added = self.owe(&lookups, Some(t), t);
         if self.sent.len() >= MAX_SENT_BATCHES {
@@ -326,7 +342,7 @@ impl Peer {
         for lookup in lookups {
             let owed = self.owed.entry(*lookup).or_insert_with(|| {
                 added.push(*lookup);
-                Owed { since: t, sent, is_fetching: false }
+                AwaitedAnswer { since: t, sent, is_fetching: false }
             });
             owed.sent = sent.or(owed.sent);
         }
@@ -338,8 +354,8 @@ impl Peer {
         added
     }
 
-    /// It said hello. Returns whether it is another instance than before, and tells of such a change at most once in
-    /// [`HELLO_CHANGE`].
+    /// It said hello. Returns whether it is another instance than before, and tells of such a
+    /// change at most once in [`HELLO_CHANGE`].
     pub fn record_hello(&mut self, hello: Hello, now: Instant) -> bool {
         self.hasten_probe(now);
         let is_other = self.hello.is_none_or(|old| old.instance != hello.instance);
@@ -349,9 +365,14 @@ impl Peer {
         if is_other {
             self.last_change = Some(now);
         }
-        // Anybody may have sent it: a peer that understands batches goes on getting them until it is silent.
+        // Anybody may have sent it: a peer that understands batches goes on getting them until it
+        // is silent.
         let answers_batches = self.is_live() && self.dialect() == Dialect::Batches;
-        self.hello = Some(if answers_batches { Hello { batches: true, crowded: false, ..hello } } else { hello });
+        self.hello = Some(if answers_batches {
+            Hello { batches: true, crowded: false, ..hello }
+        } else {
+            hello
+        });
         is_other
     }
 
@@ -371,7 +392,9 @@ impl Peer {
         self.last_answer = Some(t);
         self.verified_at = None;
         // An older one may have been answered late.
-        self.in_flight = self.in_flight.min(self.sent.iter().rev().take_while(|batch| batch.sent > sent).count());
+        self.in_flight = self
+            .in_flight
+            .min(self.sent.iter().rev().take_while(|batch| batch.sent > sent).count());
         if self.bye.is_some_and(|bye| sent >= bye) {
             (self.said_bye, self.bye) = (None, None);
         }
@@ -405,9 +428,12 @@ impl Peer {
         self.owed.get(&lookup).is_some_and(|owed| owed.is_fetching)
     }
 
-    /// The peer said *have* for this lookup: from now on it owes the narinfo. Returns whether it owed an answer before.
+    /// The peer said *have* for this lookup: from now on it owes the narinfo. Returns whether it
+    /// owed an answer before.
     pub fn owe_narinfo(&mut self, lookup: LookupId, t: Instant) -> bool {
-        self.owed.insert(lookup, Owed { since: t, sent: Some(t), is_fetching: true }).is_some()
+        self.owed
+            .insert(lookup, AwaitedAnswer { since: t, sent: Some(t), is_fetching: true })
+            .is_some()
     }
 
     fn first_repeat_gap(&self) -> Duration {
@@ -445,7 +471,9 @@ impl Peer {
 
     /// The lookups to ask again at once because a query sent at `answered` overtook theirs.
     pub fn overtaken(&mut self, answered: Instant, t: Instant, most: usize) -> Vec<LookupId> {
-        let pause = self.round_trip.map_or(MIN_REPEAT, |round_trip| round_trip.smoothed().max(2 * REORDERING));
+        let pause = self
+            .round_trip
+            .map_or(MIN_REPEAT, |round_trip| round_trip.smoothed().max(2 * REORDERING));
         if self.last_early_repeat.is_some_and(|at| at + pause > t) {
             return Vec::new();
         }
@@ -462,7 +490,10 @@ impl Peer {
     }
 
     fn unanswered(&self, is_meant: impl Fn(Instant) -> bool, most: usize) -> Vec<LookupId> {
-        let meant = self.owed.iter().filter(|(_, owed)| !owed.is_fetching && owed.sent.is_none_or(&is_meant));
+        let meant = self
+            .owed
+            .iter()
+            .filter(|(_, owed)| !owed.is_fetching && owed.sent.is_none_or(&is_meant));
         meant.map(|(id, _)| *id).take(most).collect()
     }
 
@@ -471,8 +502,8 @@ impl Peer {
         self.last_answer.is_none_or(|answer| answer < since)
     }
 
-    /// A *have-only* peer that was given up says nothing by its silence. Returns whether it now counts as silent: it
-    /// also left a query unanswered for a path that it had.
+    /// A *have-only* peer that was given up says nothing by its silence. Returns whether it now
+    /// counts as silent: it also left a query unanswered for a path that it had.
     pub fn is_verified_silent(&self, t: Instant, due: Duration) -> bool {
         if self.last_found.is_none() {
             return true;
@@ -487,13 +518,17 @@ impl Peer {
         begins
     }
 
-    /// Gives the peer up. Returns the lookups that wanted an answer, and whether that was a narinfo.
+    /// Gives the peer up. Returns the lookups that wanted an answer, and whether that was a
+    /// narinfo.
     pub fn silence(&mut self, now: Instant) -> Vec<(LookupId, bool)> {
         let next_probe = now + FIRST_PROBE;
         self.silence.get_or_insert(Silence { since: now, next_probe, pause: FIRST_PROBE });
         (self.repeat_at, self.repeats, self.verified_at) = (None, 0, None);
         (self.said_bye, self.bye) = (None, None);
-        std::mem::take(&mut self.owed).into_iter().map(|(lookup, owed)| (lookup, owed.is_fetching)).collect()
+        std::mem::take(&mut self.owed)
+            .into_iter()
+            .map(|(lookup, owed)| (lookup, owed.is_fetching))
+            .collect()
     }
 
     /// Whether it said *bye*, was probed, and has been waited for long enough.
@@ -521,7 +556,8 @@ impl Peer {
         if let Some(said_bye) = self.said_bye {
             return if self.bye.is_some() { after_last(PROBE_AFTER_BYE) } else { Some(said_bye) };
         }
-        let unheard = self.heard.filter(|_| self.hello.is_some()).map(|heard| heard + PROBE_UNHEARD);
+        let unheard =
+            self.heard.filter(|_| self.hello.is_some()).map(|heard| heard + PROBE_UNHEARD);
         unheard.map(|at| at.max(after_last(PROBE_UNHEARD_AGAIN).unwrap_or(at)))
     }
 
@@ -557,27 +593,27 @@ impl Peer {
 /// All peers by the address that their datagrams come from.
 #[derive(Default)]
 pub struct PeerTable {
-    peers: BTreeMap<SocketAddr, Peer>,
+    peers: BTreeMap<SocketAddr, LanPeer>,
 }
 
 impl PeerTable {
     /// The peer at this address.
-    pub fn get(&self, address: SocketAddr) -> Option<&Peer> {
+    pub fn get(&self, address: SocketAddr) -> Option<&LanPeer> {
         self.peers.get(&address)
     }
 
     /// The peer at this address.
-    pub fn get_mut(&mut self, address: SocketAddr) -> Option<&mut Peer> {
+    pub fn get_mut(&mut self, address: SocketAddr) -> Option<&mut LanPeer> {
         self.peers.get_mut(&address)
     }
 
     /// All of them.
-    pub fn iter_mut(&mut self) -> impl Iterator<Item = (SocketAddr, &mut Peer)> {
+    pub fn iter_mut(&mut self) -> impl Iterator<Item = (SocketAddr, &mut LanPeer)> {
         self.peers.iter_mut().map(|(address, peer)| (*address, peer))
     }
 
     /// All of them.
-    pub fn iter(&self) -> impl Iterator<Item = (SocketAddr, &Peer)> {
+    pub fn iter(&self) -> impl Iterator<Item = (SocketAddr, &LanPeer)> {
         self.peers.iter().map(|(address, peer)| (*address, peer))
     }
 
@@ -586,13 +622,19 @@ impl PeerTable {
         self.peers.values().filter(|peer| peer.is_live()).count()
     }
 
-    /// A packet came from `address`. Returns the peer, and whether it is new; `None` if there is no room for it.
-    pub fn record_heard(&mut self, address: SocketAddr, met_by: MetBy, now: Instant) -> Option<(&mut Peer, bool)> {
+    /// A packet came from `address`. Returns the peer, and whether it is new; `None` if there is no
+    /// room for it.
+    pub fn record_heard(
+        &mut self,
+        address: SocketAddr,
+        met_by: MetBy,
+        now: Instant,
+    ) -> Option<(&mut LanPeer, bool)> {
         let is_new = !self.peers.contains_key(&address);
         if is_new && self.peers.len() >= MAX_PEERS && !self.evict() {
             return None;
         }
-        let peer = self.peers.entry(address).or_insert_with(|| Peer::new(met_by, Some(now)));
+        let peer = self.peers.entry(address).or_insert_with(|| LanPeer::new(met_by, Some(now)));
         let is_first = is_new || peer.heard.is_none();
         peer.heard = Some(now);
         peer.met.get_or_insert(now);
@@ -608,7 +650,7 @@ impl PeerTable {
         for address in named {
             self.peers.entry(*address).or_insert_with(|| {
                 added.push(*address);
-                Peer::new(MetBy::Named, None)
+                LanPeer::new(MetBy::Named, None)
             });
         }
         added
@@ -626,7 +668,7 @@ impl PeerTable {
 
     /// The usual answer time of the median peer; `None` while no peer is measured.
     pub fn median_usual(&self) -> Option<Duration> {
-        let mut usual: Vec<Duration> = self.peers.values().filter_map(Peer::usual).collect();
+        let mut usual: Vec<Duration> = self.peers.values().filter_map(LanPeer::usual).collect();
         let middle = usual.len() / 2;
         (!usual.is_empty()).then(|| *usual.select_nth_unstable(middle).1)
     }
@@ -643,18 +685,22 @@ impl PeerTable {
             };
             is_remembered || !peer.owed.is_empty()
         });
-        let is_unheard = |peer: &Peer| {
+        let is_unheard = |peer: &LanPeer| {
             peer.is_live()
                 && !peer.takes_broadcasts()
                 && peer.owed.is_empty()
                 && peer.heard.is_some_and(|at| age(at) > UNHEARD)
         };
-        self.peers.iter().filter(|(_, peer)| is_unheard(peer)).map(|(address, _)| *address).collect()
+        self.peers
+            .iter()
+            .filter(|(_, peer)| is_unheard(peer))
+            .map(|(address, _)| *address)
+            .collect()
     }
 
     /// All of them, for people.
     pub fn list(&self) -> Vec<Neighbour> {
-        let neighbour = |(address, peer): (&SocketAddr, &Peer)| Neighbour {
+        let neighbour = |(address, peer): (&SocketAddr, &LanPeer)| Neighbour {
             address: *address,
             http_port: peer.hello.map(|hello| hello.port),
             met_by: if peer.is_named { MetBy::Named } else { peer.met_by },
@@ -665,10 +711,11 @@ impl PeerTable {
         self.peers.iter().map(neighbour).collect()
     }
 
-    /// Forgets the peer heard longest ago among those that never had a path, silent ones and those that never answered
-    /// first. Returns false if there is none.
+    /// Forgets the peer heard longest ago among those that never had a path, silent ones and those
+    /// that never answered first. Returns false if there is none.
     fn evict(&mut self) -> bool {
-        let is_candidate = |peer: &Peer| peer.found == 0 && !peer.is_named && peer.owed.is_empty();
+        let is_candidate =
+            |peer: &LanPeer| peer.found == 0 && !peer.is_named && peer.owed.is_empty();
         let candidates = self.peers.iter().filter(|(_, peer)| is_candidate(peer));
         let idlest = candidates.min_by_key(|(_, peer)| (peer.is_proven(), peer.heard));
         let Some(address) = idlest.map(|(address, _)| *address) else { return false };
@@ -682,7 +729,10 @@ impl PeerTable {
     pub fn assert_bounds(&self) {
         assert!(self.peers.len() <= MAX_PEERS);
         for peer in self.peers.values() {
-            assert!(peer.owed.len() <= super::lookups::MAX_LOOKUPS && peer.sent.len() <= MAX_SENT_BATCHES);
+            assert!(
+                peer.owed.len() <= super::lookups::MAX_LOOKUPS
+                    && peer.sent.len() <= MAX_SENT_BATCHES
+            );
         }
     }
 }

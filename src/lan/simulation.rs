@@ -4,14 +4,16 @@
 //!
 //! Everything follows from a seed. [`properties`] checks what holds for every seed; [`scenes`] are
 //! named situations with what they may cost; [`table`] prints costs against the number of nodes.
-//! `make simulate` runs it at length:
-//! `PEERIX_SIMULATION_SEEDS=100000`. `PEERIX_SIMULATION_TRACE=<seed>` prints the packets of one run.
+//! `make simulate` runs it at length: `PEERIX_SIMULATION_SEEDS=100000`.
+//! `PEERIX_SIMULATION_TRACE=<seed>` prints the packets of one run.
 
-use super::discovery::{Discovery, Event, LookUp, Outgoing, Settings, To};
+use super::discovery::{
+    DatagramTarget, Discovery, DiscoverySettings, Event, LookupRequest, OutgoingDatagrams,
+};
 use super::environment::Environment;
-use super::lookups::{LOOKUP_TIMEOUT, LookupId, Update};
+use super::lookups::{LOOKUP_TIMEOUT, LookupId, LookupUpdate};
 use crate::nix::HashPart;
-use crate::wire::{Bits, Hello, Packet};
+use crate::wire::{AnswerBits, Hello, Packet};
 use crossbeam_channel::{Receiver, TryRecvError, bounded};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -46,7 +48,8 @@ struct SeededRandom(u64);
 impl SeededRandom {
     fn new(seed: u64) -> Self {
         // A small seed would begin with zeros.
-        let mut random = SeededRandom(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ 0x5851_f42d_4c95_7f2d);
+        let mut random =
+            SeededRandom(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ 0x5851_f42d_4c95_7f2d);
         for _ in 0..4 {
             random.next();
         }
@@ -72,7 +75,9 @@ impl SeededRandom {
     }
 
     fn between(&mut self, low: Duration, high: Duration) -> Duration {
-        low + US * u32::try_from(self.below((high.saturating_sub(low)).as_micros() as u64 + 1)).unwrap_or(0)
+        low + US
+            * u32::try_from(self.below((high.saturating_sub(low)).as_micros() as u64 + 1))
+                .unwrap_or(0)
     }
 }
 
@@ -123,7 +128,7 @@ impl Environment for Store {
 struct Active {
     path: HashPart,
     began: Duration,
-    updates: Receiver<Update>,
+    updates: Receiver<LookupUpdate>,
     /// Holders that were not asked for the narinfo yet.
     waiting: VecDeque<SocketAddr>,
     requests: u32,
@@ -233,7 +238,8 @@ impl Simulation {
             packets: 0,
             bytes: 0,
             dropped: 0,
-            is_traced: std::env::var("PEERIX_SIMULATION_TRACE").is_ok_and(|traced| traced == seed.to_string()),
+            is_traced: std::env::var("PEERIX_SIMULATION_TRACE")
+                .is_ok_and(|traced| traced == seed.to_string()),
         }
     }
 
@@ -288,7 +294,7 @@ impl Simulation {
         host.is_up = true;
         host.instance = random.next();
         if host.kind == Kind::Node {
-            let settings = Settings { http_port: PORT, udp_port: PORT, timeout: 50 * MS };
+            let settings = DiscoverySettings { http_port: PORT, udp_port: PORT, timeout: 50 * MS };
             let store = Store { own: host.ip, held: host.held.clone() };
             let ids = Box::new(move || random.next() as u32);
             host.machine = Some(Discovery::new(store, settings, ids, now));
@@ -303,7 +309,7 @@ impl Simulation {
         let host = &self.hosts[index];
         if host.is_up && host.kind != Kind::Original {
             let hello = self.hello_of(index);
-            self.send(index, PORT, To::Everyone, &hello);
+            self.send(index, PORT, DatagramTarget::Everyone, &hello);
             self.run_at(self.now + 30 * SECOND, move |simulation| simulation.say_hello(index));
         }
     }
@@ -353,7 +359,14 @@ impl Simulation {
     }
 
     /// Begins to look up `paths` on `connections` connections at `start`.
-    fn ask(&mut self, node: usize, paths: Vec<HashPart>, connections: u32, start: Duration, repeats: bool) {
+    fn ask(
+        &mut self,
+        node: usize,
+        paths: Vec<HashPart>,
+        connections: u32,
+        start: Duration,
+        repeats: bool,
+    ) {
         self.workloads.insert(node, Workload { paths, next: 0, repeats });
         for connection in 0..connections {
             let jitter = self.random.between(Duration::ZERO, MS);
@@ -371,7 +384,9 @@ impl Simulation {
             self.now = time;
             self.act(act);
             let is_done = |(node, work): (&usize, &Workload)| {
-                !work.repeats && work.next >= work.paths.len() && self.hosts[*node].active.is_empty()
+                !work.repeats
+                    && work.next >= work.paths.len()
+                    && self.hosts[*node].active.is_empty()
             };
             if !self.workloads.is_empty() && self.workloads.iter().all(is_done) {
                 return;
@@ -390,7 +405,7 @@ impl Simulation {
             }
             Act::Answer { from, to, packet } => {
                 if self.hosts[from].is_up {
-                    self.send(from, PORT, To::Peer(to), &packet);
+                    self.send(from, PORT, DatagramTarget::Peer(to), &packet);
                 }
             }
             Act::Begin { node, connection } => self.begin(node, connection),
@@ -409,7 +424,7 @@ impl Simulation {
         self.is_reachable(index) && self.hosts[index].kind != Kind::Forged
     }
 
-    fn send(&mut self, from: usize, port: u16, to: To, packet: &Packet) {
+    fn send(&mut self, from: usize, port: u16, to: DatagramTarget, packet: &Packet) {
         let bytes: Rc<[u8]> = packet.encode().into();
         self.packets += 1;
         self.bytes += bytes.len() as u64 + 28;
@@ -429,7 +444,9 @@ impl Simulation {
             return;
         }
         let targets: Vec<usize> = match to {
-            To::Peer(to) | To::Behind(to) | To::Unproven(to) => {
+            DatagramTarget::Peer(to)
+            | DatagramTarget::Behind(to)
+            | DatagramTarget::Unproven(to) => {
                 let target = self.by_ip.get(&to.ip()).copied();
                 if target.is_none_or(|target| !self.answers_arp(target)) {
                     let until = self.now + ARP_TIMEOUT;
@@ -438,27 +455,33 @@ impl Simulation {
                 }
                 target.into_iter().collect()
             }
-            To::Everyone => (0..self.hosts.len()).filter(|index| *index != from).collect(),
+            DatagramTarget::Everyone => {
+                (0..self.hosts.len()).filter(|index| *index != from).collect()
+            }
         };
         for to in targets {
-            let copies = 1 + u32::from(self.duplication > 0.0 && self.random.chance(self.duplication));
+            let copies =
+                1 + u32::from(self.duplication > 0.0 && self.random.chance(self.duplication));
             for _ in 0..copies {
                 if self.loss > 0.0 && self.random.chance(self.loss) || !self.is_reachable(to) {
                     continue;
                 }
                 let (low, high) = self.hosts[to].latency.max(self.hosts[from].latency);
                 let latency = self.random.between(low, high);
-                self.at(self.now + latency, Act::Deliver { to, from: source, bytes: bytes.clone() });
+                self.at(
+                    self.now + latency,
+                    Act::Deliver { to, from: source, bytes: bytes.clone() },
+                );
             }
         }
     }
 
-    fn send_all(&mut self, from: usize, out: Outgoing) {
+    fn send_all(&mut self, from: usize, out: OutgoingDatagrams) {
         for (to, packet) in out {
             let port = match to {
-                To::Peer(_) | To::Everyone => PORT,
-                To::Behind(_) => SECOND_PORT,
-                To::Unproven(_) => THIRD_PORT,
+                DatagramTarget::Peer(_) | DatagramTarget::Everyone => PORT,
+                DatagramTarget::Behind(_) => SECOND_PORT,
+                DatagramTarget::Unproven(_) => THIRD_PORT,
             };
             self.send(from, port, to, &packet);
         }
@@ -504,7 +527,8 @@ impl Simulation {
     fn plan(&mut self, index: usize) {
         let Some(machine) = &self.hosts[index].machine else { return };
         // A loop that is due at once takes some time to come round.
-        let wake = (machine.next_turn().saturating_duration_since(self.base)).max(self.now + 5 * US);
+        let wake =
+            (machine.next_turn().saturating_duration_since(self.base)).max(self.now + 5 * US);
         // A turn that comes too early plans the next one.
         if wake < self.hosts[index].wake || self.hosts[index].wake <= self.now {
             self.hosts[index].wake = wake;
@@ -550,15 +574,20 @@ impl Simulation {
                 if kind == Kind::Half && hash_parts.iter().any(is_ignored) {
                     return;
                 }
-                let held = Bits::pack(hash_parts.iter().map(|part| has(&self.hosts[index], &part)));
+                let held =
+                    AnswerBits::pack(hash_parts.iter().map(|part| has(&self.hosts[index], &part)));
                 let is_probe = hash_parts.is_empty();
-                let delay = if kind == Kind::Late && !is_probe { 2900 * MS } else { Duration::ZERO };
+                let delay =
+                    if kind == Kind::Late && !is_probe { 2900 * MS } else { Duration::ZERO };
                 if held.any() || !holders_only {
                     let packet = Packet::AnswerMany { id, held };
                     self.at(now + delay, Act::Answer { from: index, to: from, packet });
                 }
             }
-            (Kind::Single | Kind::Late | Kind::Half | Kind::Firewalled | Kind::Forged, Packet::Hello(_)) => {
+            (
+                Kind::Single | Kind::Late | Kind::Half | Kind::Firewalled | Kind::Forged,
+                Packet::Hello(_),
+            ) => {
                 let packet = self.hello_of(index);
                 let delay = self.random.between(Duration::ZERO, 50 * MS);
                 // A peer that greets again is not greeted back for ever.
@@ -579,11 +608,17 @@ impl Simulation {
         work.next += 1;
         let id = self.next_lookup;
         self.next_lookup += 1;
-        let (updates, receiver) = bounded(LookUp::CAPACITY);
-        let active =
-            Active { path, began: self.now, updates: receiver, waiting: VecDeque::new(), requests: 0, connection };
+        let (updates, receiver) = bounded(LookupRequest::CAPACITY);
+        let active = Active {
+            path,
+            began: self.now,
+            updates: receiver,
+            waiting: VecDeque::new(),
+            requests: 0,
+            connection,
+        };
         self.hosts[node].active.insert(id, active);
-        self.event(node, Event::LookUp(LookUp { id, hash_part: path, updates }));
+        self.event(node, Event::LookUp(LookupRequest { id, hash_part: path, updates }));
     }
 
     /// Takes the updates of all lookups of a node.
@@ -592,13 +627,15 @@ impl Simulation {
         for id in ids {
             while let Some(active) = self.hosts[node].active.get_mut(&id) {
                 match active.updates.try_recv() {
-                    Ok(Update::Holder { peer, .. }) => {
+                    Ok(LookupUpdate::Holder { peer, .. }) => {
                         active.waiting.push_back(peer);
                         if active.requests == 0 {
                             self.hedge(node, id);
                         }
                     }
-                    Ok(Update::Ended { .. }) | Err(TryRecvError::Disconnected) => self.end(node, id, false),
+                    Ok(LookupUpdate::Ended { .. }) | Err(TryRecvError::Disconnected) => {
+                        self.end(node, id, false)
+                    }
                     Err(TryRecvError::Empty) => break,
                 }
             }
@@ -613,7 +650,11 @@ impl Simulation {
         let Some(&holder) = self.by_ip.get(&peer.ip()) else { return };
         let (low, high) = self.hosts[holder].latency.max(self.hosts[node].latency);
         // Connection, request and answer; a lost segment is repeated after 200 ms.
-        let lost = if self.loss > 0.0 && self.random.chance(self.loss * 2.0) { 200 * MS } else { Duration::ZERO };
+        let lost = if self.loss > 0.0 && self.random.chance(self.loss * 2.0) {
+            200 * MS
+        } else {
+            Duration::ZERO
+        };
         let time = 300 * US + self.random.between(low, high) * 2 + lost;
         self.at(self.now + time, Act::Narinfo { node, lookup, peer, holder });
         self.at(self.now + 100 * MS, Act::Hedge { node, lookup });
@@ -654,10 +695,15 @@ impl Simulation {
 
     /// The misses of paths that a host has.
     fn wrong_misses(&self) -> Vec<&Outcome> {
-        let is_live = |host: &Host| host.is_up && !matches!(host.kind, Kind::Firewalled | Kind::Forged);
+        let is_live =
+            |host: &Host| host.is_up && !matches!(host.kind, Kind::Firewalled | Kind::Forged);
         let is_wrong = |outcome: &&Outcome| {
-            let mut others = self.hosts.iter().enumerate().filter(|(index, _)| *index != outcome.node);
-            !outcome.found && others.any(|(_, host)| is_live(host) && host.held.lock().unwrap().contains(&outcome.path))
+            let mut others =
+                self.hosts.iter().enumerate().filter(|(index, _)| *index != outcome.node);
+            !outcome.found
+                && others.any(|(_, host)| {
+                    is_live(host) && host.held.lock().unwrap().contains(&outcome.path)
+                })
         };
         self.outcomes.iter().filter(is_wrong).collect()
     }

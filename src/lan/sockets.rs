@@ -1,7 +1,7 @@
-//! The sockets of discovery: which of them reaches a target, and how a datagram is sent so that none for a peer that
-//! answers is lost in the queue behind those for hosts that do not.
+//! The sockets of discovery: which of them reaches a target, and how a datagram is sent so that
+//! none for a peer that answers is lost in the queue behind those for hosts that do not.
 
-use super::discovery::{Outgoing, To};
+use super::discovery::{DatagramTarget, OutgoingDatagrams};
 use crate::network::{Interface, LanNetworks, MULTICAST_GROUP, NetworkWatcher, Networks};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::collections::HashSet;
@@ -11,11 +11,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use std::{io, thread};
 
-/// Send and receive buffer asked of the kernel, in bytes. It caps them at `wmem_max` and `rmem_max`, and doubles them.
+/// Send and receive buffer asked of the kernel, in bytes. It caps them at `wmem_max` and
+/// `rmem_max`, and doubles them.
 const BUFFER: usize = 1 << 20;
 
-/// How long one turn waits in all for room in the send buffer. At 1 Mbit/s a buffer of 416 KiB empties in 3.4 s; what
-/// does not leave is lost and repeated.
+/// How long one turn waits in all for room in the send buffer. At 1 Mbit/s a buffer of 416 KiB
+/// empties in 3.4 s; what does not leave is lost and repeated.
 const SEND_TIMEOUT: Duration = Duration::from_millis(20);
 
 /// Pause before an interface on which the multicast group could not be joined is tried again.
@@ -25,11 +26,11 @@ const JOIN_RETRY: Duration = Duration::from_secs(5);
 pub(super) const SENDS_AT_ONCE: usize = 32;
 
 /// The sockets, and which of them reaches a target.
-pub(super) struct Sockets {
+pub(super) struct DiscoverySockets {
     sockets: Vec<UdpSocket>,
-    bound: Vec<Bound>,
-    /// For each of `sockets`, two on the same address and other ports, for [`To::Behind`] and
-    /// [`To::Unproven`]. While ARP waits for a host, datagrams to it fill the send buffer of one of
+    bound: Vec<BoundAddress>,
+    /// For each of `sockets`, two on the same address and other ports, for [`DatagramTarget::Behind`] and
+    /// [`DatagramTarget::Unproven`]. While ARP waits for a host, datagrams to it fill the send buffer of one of
     /// these, and not that of the first.
     extra: Vec<[Option<UdpSocket>; 2]>,
     ready: Vec<usize>,
@@ -45,40 +46,48 @@ pub(super) struct Sockets {
     has_lan: bool,
     /// What is left of [`SEND_TIMEOUT`] in this turn.
     patience: Duration,
-    /// Datagrams that found no room in the send buffer, since [`Sockets::take_dropped`].
+    /// Datagrams that found no room in the send buffer, since [`DiscoverySockets::take_dropped`].
     dropped: u64,
 }
 
 /// What a socket is bound to.
 #[derive(Debug, Clone, Copy)]
-struct Bound {
+struct BoundAddress {
     address: SocketAddr,
     /// An IPv6 socket that also does IPv4, as systemd makes them by default.
     dual: bool,
 }
 
-impl Bound {
+impl BoundAddress {
     fn does(&self, target: SocketAddr) -> bool {
         self.dual || self.address.is_ipv4() == target.is_ipv4()
     }
 }
 
-impl Sockets {
-    pub(super) fn new(sockets: Vec<UdpSocket>, port: u16, networks: Arc<Networks>, has_lan: bool) -> io::Result<Self> {
+impl DiscoverySockets {
+    pub(super) fn new(
+        sockets: Vec<UdpSocket>,
+        port: u16,
+        networks: Arc<Networks>,
+        has_lan: bool,
+    ) -> io::Result<Self> {
         let mut bound = Vec::new();
         for socket in &sockets {
             let address = socket.local_addr()?;
-            let dual =
-                address.is_ipv6() && address.ip().is_unspecified() && !socket2::SockRef::from(socket).only_v6()?;
-            bound.push(Bound { address, dual });
+            let dual = address.is_ipv6()
+                && address.ip().is_unspecified()
+                && !socket2::SockRef::from(socket).only_v6()?;
+            bound.push(BoundAddress { address, dual });
             prepare(socket)?;
         }
-        let extra = |bound: &Bound| match has_lan {
-            true => twin(*bound).inspect_err(|e| log::debug!("another socket on {}: {e}", bound.address)).ok(),
+        let extra = |bound: &BoundAddress| match has_lan {
+            true => twin(*bound)
+                .inspect_err(|e| log::debug!("another socket on {}: {e}", bound.address))
+                .ok(),
             false => None,
         };
         let extra = bound.iter().map(|bound| [extra(bound), extra(bound)]).collect();
-        let mut sockets = Sockets {
+        let mut sockets = DiscoverySockets {
             sockets,
             bound,
             extra,
@@ -97,7 +106,7 @@ impl Sockets {
         Ok(sockets)
     }
 
-    /// Number of sockets that [`Sockets::receive`] takes.
+    /// Number of sockets that [`DiscoverySockets::receive`] takes.
     pub(super) fn len(&self) -> usize {
         self.sockets.len() + self.extra.as_flattened().len()
     }
@@ -120,14 +129,19 @@ impl Sockets {
     }
 
     /// Waits for a datagram, for one of `wakers`, which are then reset, or for the end of `wait`.
-    /// [`Sockets::ready`] tells then where datagrams are.
+    /// [`DiscoverySockets::ready`] tells then where datagrams are.
     pub(super) fn wait(&mut self, wakers: &[&OwnedFd], wait: Duration) {
         self.patience = SEND_TIMEOUT;
         self.ready.clear();
-        let sockets = self.sockets.iter().map(Some).chain(self.extra.as_flattened().iter().map(Option::as_ref));
+        let sockets = self
+            .sockets
+            .iter()
+            .map(Some)
+            .chain(self.extra.as_flattened().iter().map(Option::as_ref));
         let sockets: Vec<(usize, &UdpSocket)> =
             sockets.enumerate().filter_map(|(at, socket)| Some((at, socket?))).collect();
-        let mut fds: Vec<PollFd<'_>> = sockets.iter().map(|(_, socket)| PollFd::new(*socket, PollFlags::IN)).collect();
+        let mut fds: Vec<PollFd<'_>> =
+            sockets.iter().map(|(_, socket)| PollFd::new(*socket, PollFlags::IN)).collect();
         fds.extend(wakers.iter().map(|waker| PollFd::new(*waker, PollFlags::IN)));
         let news = self.watcher.as_fd();
         fds.extend(news.as_ref().map(|news| PollFd::new(news, PollFlags::IN)));
@@ -138,24 +152,30 @@ impl Sockets {
             log::error!("poll: {e}");
             thread::sleep(Duration::from_millis(100));
         }
-        let ready = sockets.iter().zip(&fds).filter(|(_, fd)| !fd.revents().is_empty()).map(|((at, _), _)| *at);
+        let ready = sockets
+            .iter()
+            .zip(&fds)
+            .filter(|(_, fd)| !fd.revents().is_empty())
+            .map(|((at, _), _)| *at);
         self.ready.extend(ready);
         for waker in wakers {
             let _ = rustix::io::read(waker, &mut [0u8; 8]);
         }
     }
 
-    /// The sockets, as [`Sockets::receive`] takes them, that had datagrams at the end of the last wait.
+    /// The sockets, as [`DiscoverySockets::receive`] takes them, that had datagrams at the end of the last
+    /// wait.
     pub(super) fn ready(&self) -> &[usize] {
         &self.ready
     }
 
-    /// When [`Sockets::network_changed`] has to be called even if the kernel reports no change.
+    /// When [`DiscoverySockets::network_changed`] has to be called even if the kernel reports no change.
     pub(super) fn next_due(&self) -> Option<Instant> {
         [self.watcher.next_due(), self.join_again].into_iter().flatten().min()
     }
 
-    /// Reads the networks of this machine again if there is a reason to. Returns whether they changed.
+    /// Reads the networks of this machine again if there is a reason to. Returns whether they
+    /// changed.
     pub(super) fn network_changed(&mut self) -> bool {
         let now = Instant::now();
         let changed = self.watcher.update(std::mem::take(&mut self.unreachable), now);
@@ -170,7 +190,8 @@ impl Sockets {
         if !self.has_lan {
             return;
         }
-        let indexes: HashSet<u32> = self.networks.current().multicast_interfaces().into_iter().collect();
+        let indexes: HashSet<u32> =
+            self.networks.current().multicast_interfaces().into_iter().collect();
         self.joined.retain(|(_, index)| indexes.contains(index));
         self.join_again = None;
         for (at, (socket, bound)) in self.sockets.iter().zip(&self.bound).enumerate() {
@@ -195,19 +216,22 @@ impl Sockets {
         }
     }
 
-    /// Sends up to [`SENDS_AT_ONCE`] datagrams of `out`, those for the living first. Returns whether any is left.
-    pub(super) fn send(&mut self, out: &mut Outgoing) -> bool {
-        let order = |to: &To| match to {
-            To::Peer(_) | To::Everyone => 0,
-            To::Behind(_) => 1,
-            To::Unproven(_) => 2,
+    /// Sends up to [`SENDS_AT_ONCE`] datagrams of `out`, those for the living first. Returns
+    /// whether any is left.
+    pub(super) fn send(&mut self, out: &mut OutgoingDatagrams) -> bool {
+        let order = |to: &DatagramTarget| match to {
+            DatagramTarget::Peer(_) | DatagramTarget::Everyone => 0,
+            DatagramTarget::Behind(_) => 1,
+            DatagramTarget::Unproven(_) => 2,
         };
         out.sort_by_key(|(to, _)| order(to));
         for (to, packet) in out.drain(..out.len().min(SENDS_AT_ONCE)) {
             let bytes = packet.encode();
             match to {
-                To::Peer(peer) | To::Behind(peer) | To::Unproven(peer) => self.send_to(&bytes, peer, order(&to)),
-                To::Everyone => {
+                DatagramTarget::Peer(peer)
+                | DatagramTarget::Behind(peer)
+                | DatagramTarget::Unproven(peer) => self.send_to(&bytes, peer, order(&to)),
+                DatagramTarget::Everyone => {
                     for target in self.networks.current().broadcast_targets(self.port) {
                         self.send_to(&bytes, target, 0);
                     }
@@ -226,14 +250,17 @@ impl Sockets {
     fn send_to(&mut self, bytes: &[u8], target: SocketAddr, from: usize) {
         let Some(at) = socket_for(target, &self.bound, &self.networks.current()) else { return };
         let mapped = match target {
-            SocketAddr::V4(v4) if self.bound[at].dual => (v4.ip().to_ipv6_mapped(), v4.port()).into(),
+            SocketAddr::V4(v4) if self.bound[at].dual => {
+                (v4.ip().to_ipv6_mapped(), v4.port()).into()
+            }
             _ => target,
         };
         let extra = from.checked_sub(1).and_then(|from| self.extra[at][from].as_ref());
         let mut sent = extra.unwrap_or(&self.sockets[at]).send_to(bytes, mapped);
         while is_full(&sent) && from == 0 && !self.patience.is_zero() {
             let began = Instant::now();
-            let timeout = Timespec::try_from(self.patience).unwrap_or(Timespec { tv_sec: 0, tv_nsec: 1_000_000 });
+            let timeout = Timespec::try_from(self.patience)
+                .unwrap_or(Timespec { tv_sec: 0, tv_nsec: 1_000_000 });
             let _ = poll(&mut [PollFd::new(&self.sockets[at], PollFlags::OUT)], Some(&timeout));
             self.patience = self.patience.saturating_sub(began.elapsed());
             sent = self.sockets[at].send_to(bytes, mapped);
@@ -260,7 +287,7 @@ fn prepare(socket: &UdpSocket) -> io::Result<()> {
 }
 
 /// A socket on the same address with a port of its own.
-fn twin(bound: Bound) -> io::Result<UdpSocket> {
+fn twin(bound: BoundAddress) -> io::Result<UdpSocket> {
     let domain = socket2::Domain::for_address(bound.address);
     let socket = socket2::Socket::new(domain, socket2::Type::DGRAM, Some(socket2::Protocol::UDP))?;
     if bound.address.is_ipv6() {
@@ -274,27 +301,30 @@ fn twin(bound: Bound) -> io::Result<UdpSocket> {
     Ok(socket)
 }
 
-/// Whether a socket bound to this can hear the multicast group on that interface: only if it is bound to everything,
-/// or to the group there.
+/// Whether a socket bound to this can hear the multicast group on that interface: only if it is
+/// bound to everything, or to the group there.
 fn hears_group(bound: SocketAddrV6, index: u32) -> bool {
     bound.ip().is_unspecified() || *bound.ip() == MULTICAST_GROUP && bound.scope_id() == index
 }
 
-/// Which socket reaches the target: one bound to everything, or to the address in the target's network; a single node
-/// elsewhere, which `--peer` names, through whichever is bound to an address of this machine.
-fn socket_for(target: SocketAddr, bound: &[Bound], networks: &LanNetworks) -> Option<usize> {
+/// Which socket reaches the target: one bound to everything, or to the address in the target's
+/// network; a single node elsewhere, which `--peer` names, through whichever is bound to an address
+/// of this machine.
+fn socket_for(target: SocketAddr, bound: &[BoundAddress], networks: &LanNetworks) -> Option<usize> {
     let interfaces = networks.interfaces();
     let group_on = match target {
         SocketAddr::V6(v6) if v6.ip().is_multicast() => Some(v6.scope_id()),
         _ => None,
     };
     let is_broadcast = |ip| interfaces.iter().any(|i| i.broadcast.map(IpAddr::V4) == Some(ip));
-    let reaches = |i: &Interface| group_on.map_or_else(|| i.reaches(target.ip()), |index| i.index == index);
-    let near = |bound: &Bound| {
+    let reaches =
+        |i: &Interface| group_on.map_or_else(|| i.reaches(target.ip()), |index| i.index == index);
+    let near = |bound: &BoundAddress| {
         let ip = bound.address.ip();
-        bound.does(target) && (ip.is_unspecified() || interfaces.iter().any(|i| i.address == ip && reaches(i)))
+        bound.does(target)
+            && (ip.is_unspecified() || interfaces.iter().any(|i| i.address == ip && reaches(i)))
     };
-    let far = |bound: &Bound| {
+    let far = |bound: &BoundAddress| {
         let ip = bound.address.ip();
         bound.does(target) && !ip.is_loopback() && !ip.is_multicast() && !is_broadcast(ip)
     };
@@ -313,7 +343,14 @@ mod tests {
             IpAddr::V4(v4) => Some((v4.to_bits() | 0xff).into()),
             IpAddr::V6(_) => None,
         };
-        Interface { name: format!("eth{index}"), index, address, prefix_len, broadcast, running: true }
+        Interface {
+            name: format!("eth{index}"),
+            index,
+            address,
+            prefix_len,
+            broadcast,
+            running: true,
+        }
     }
 
     #[test]
@@ -326,17 +363,32 @@ mod tests {
         ];
         let networks = LanNetworks::new(NetworkPolicy::default(), interfaces);
         let through = |bound: &[&str], target: &str| {
-            let bind = |ip: &&str| Bound { address: SocketAddr::new(ip.parse().unwrap(), 12304), dual: *ip == "::" };
-            let bound: Vec<Bound> = bound.iter().map(bind).collect();
-            socket_for(target.parse().unwrap(), &bound, &networks).map(|at| bound[at].address.ip().to_string())
+            let bind = |ip: &&str| BoundAddress {
+                address: SocketAddr::new(ip.parse().unwrap(), 12304),
+                dual: *ip == "::",
+            };
+            let bound: Vec<BoundAddress> = bound.iter().map(bind).collect();
+            socket_for(target.parse().unwrap(), &bound, &networks)
+                .map(|at| bound[at].address.ip().to_string())
         };
         // In the order that `sockets::open` has them, the broadcast addresses last.
         let both = ["127.0.0.1", "10.0.0.1", "10.0.1.1", "10.0.0.255", "10.0.1.255"];
         assert_eq!(through(&both, "10.0.1.7:1").as_deref(), Some("10.0.1.1"));
         assert_eq!(through(&both, "10.0.1.255:1").as_deref(), Some("10.0.1.1"));
-        assert_eq!(through(&both, "172.16.0.1:1").as_deref(), Some("10.0.0.1"), "a named peer far away");
-        assert_eq!(through(&["10.0.0.255", "10.0.0.1"], "172.16.0.1:1").as_deref(), Some("10.0.0.1"));
-        assert_eq!(through(&["10.0.0.1"], "10.0.1.255:1"), None, "no broadcast where it is not bound");
+        assert_eq!(
+            through(&both, "172.16.0.1:1").as_deref(),
+            Some("10.0.0.1"),
+            "a named peer far away"
+        );
+        assert_eq!(
+            through(&["10.0.0.255", "10.0.0.1"], "172.16.0.1:1").as_deref(),
+            Some("10.0.0.1")
+        );
+        assert_eq!(
+            through(&["10.0.0.1"], "10.0.1.255:1"),
+            None,
+            "no broadcast where it is not bound"
+        );
         assert_eq!(through(&["127.0.0.1"], "172.16.0.1:1"), None);
         assert_eq!(through(&["10.0.0.1"], "[fd00:2::1]:1"), None);
         assert_eq!(through(&["::"], "10.0.1.255:1").as_deref(), Some("::"));
@@ -357,13 +409,14 @@ mod tests {
 
     #[test]
     fn a_socket_for_both_families_speaks_ipv4() {
-        let socket = socket2::Socket::new(socket2::Domain::IPV6, socket2::Type::DGRAM, None).unwrap();
+        let socket =
+            socket2::Socket::new(socket2::Domain::IPV6, socket2::Type::DGRAM, None).unwrap();
         socket.set_only_v6(false).unwrap();
         socket.bind(&SocketAddr::from(([0u16; 8], 0)).into()).unwrap();
         let socket = UdpSocket::from(socket);
         let here = SocketAddr::from(([127, 0, 0, 1], socket.local_addr().unwrap().port()));
         let networks = Arc::new(Networks::new(NetworkPolicy::default(), Vec::new()));
-        let mut sockets = Sockets::new(vec![socket], here.port(), networks, true).unwrap();
+        let mut sockets = DiscoverySockets::new(vec![socket], here.port(), networks, true).unwrap();
         let other = UdpSocket::bind("127.0.0.1:0").unwrap();
         sockets.send_to(b"to", other.local_addr().unwrap(), 0);
         let mut buffer = [0; 8];

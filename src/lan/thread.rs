@@ -1,13 +1,13 @@
 //! The thread that runs [`Discovery`] on its sockets, and what other threads see of it.
 
-use super::discovery::{Discovery, Event, LookUp, Outgoing};
+use super::discovery::{Discovery, Event, LookupRequest, OutgoingDatagrams};
 use super::environment::Environment;
-use super::lookups::{LookupId, Update};
+use super::lookups::{LookupId, LookupUpdate};
 use super::peer_table::Neighbour;
-use super::sockets::{SENDS_AT_ONCE, Sockets};
+use super::sockets::{DiscoverySockets, SENDS_AT_ONCE};
+use crate::deferred::Deferred;
 use crate::network::{Networks, neighbours};
 use crate::nix::HashPart;
-use crate::on_drop::OnDrop;
 use crate::suspend::SuspendDetector;
 use crate::wire::Packet;
 use crossbeam_channel::{Receiver, Sender, bounded};
@@ -20,17 +20,21 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use std::{io, thread};
 
-/// Events that wait for the thread. Each connection thread, of which there are 1,024, has at most one lookup, and a few
-/// reports on its holders. Beyond, a lookup ends at once without an answer, and a report is left to the lookup's end.
+/// Events that wait for the thread. Each connection thread, of which there are 1,024, has at most
+/// one lookup, and a few reports on its holders. Beyond, a lookup ends at once without an answer,
+/// and a report is left to the lookup's end.
 const MAX_WAITING: usize = 4096;
 
-/// Datagrams read in one turn. Beyond, no wait is judged in this turn, as answers may still be in the buffer.
+/// Datagrams read in one turn. Beyond, no wait is judged in this turn, as answers may still be in
+/// the buffer.
 const MAX_READ: usize = 4096;
 
-/// Rounds of sending in one turn, each of [`SENDS_AT_ONCE`] datagrams: a batch to 256 peers, its repeats, and answers.
+/// Rounds of sending in one turn, each of [`SENDS_AT_ONCE`] datagrams: a batch to 256 peers, its
+/// repeats, and answers.
 const MAX_ROUNDS: usize = 64;
 
-/// Datagrams that wait to be sent. Beyond, none is read: the kernel's buffer bounds what a flood may take.
+/// Datagrams that wait to be sent. Beyond, none is read: the kernel's buffer bounds what a flood
+/// may take.
 const MAX_OUTGOING: usize = 8192;
 
 /// Interval between two readings of the kernel's neighbour tables.
@@ -47,7 +51,8 @@ pub struct DiscoveryThread {
 pub struct DiscoveryClient {
     events: Sender<Event<'static>>,
     wake: OwnedFd,
-    /// Set from a write to `wake` until the thread has woken: one system call wakes it for many events.
+    /// Set from a write to `wake` until the thread has woken: one system call wakes it for many
+    /// events.
     is_woken: AtomicBool,
     next_lookup: AtomicU64,
     dropped: AtomicU64,
@@ -57,14 +62,14 @@ pub struct DiscoveryClient {
 }
 
 impl DiscoveryClient {
-    /// Asks the LAN who has the path. The channel yields holders as they answer and ends with the lookup, within 5 s.
-    /// Every holder is to be reported by [`DiscoveryClient::settled`] or [`DiscoveryClient::failed`]: until then the
-    /// lookup waits for its narinfo.
-    pub fn look_up(&self, hash_part: HashPart) -> (LookupId, Receiver<Update>) {
+    /// Asks the LAN who has the path. The channel yields holders as they answer and ends with the
+    /// lookup, within 5 s. Every holder is to be reported by [`DiscoveryClient::settled`] or
+    /// [`DiscoveryClient::failed`]: until then the lookup waits for its narinfo.
+    pub fn look_up(&self, hash_part: HashPart) -> (LookupId, Receiver<LookupUpdate>) {
         let id = self.next_lookup.fetch_add(1, Ordering::Relaxed);
-        let (updates, receiver) = bounded(LookUp::CAPACITY);
+        let (updates, receiver) = bounded(LookupRequest::CAPACITY);
         // If the channel of events is full, the lookup's own channel ends without `Update::Ended`.
-        self.send(Event::LookUp(LookUp { id, hash_part, updates }));
+        self.send(Event::LookUp(LookupRequest { id, hash_part, updates }));
         (id, receiver)
     }
 
@@ -135,8 +140,9 @@ impl DiscoveryThread {
             stop: AtomicBool::new(false),
         });
         let turns = Arc::new(AtomicU64::new(0));
-        let sockets = Sockets::new(sockets, discovery.udp_port(), networks, discovery.has_lan())?;
-        let runner = Runner {
+        let sockets =
+            DiscoverySockets::new(sockets, discovery.udp_port(), networks, discovery.has_lan())?;
+        let runner = DiscoveryLoop {
             discovery,
             sockets,
             suspend: SuspendDetector::new(),
@@ -146,7 +152,7 @@ impl DiscoveryThread {
         };
         let (own_client, own_turns) = (client.clone(), turns.clone());
         let thread = thread::Builder::new().name("discovery".into()).spawn(move || {
-            let _end = OnDrop::new(|| {
+            let _end = Deferred::new(|| {
                 // What is left in the channel would keep its askers waiting while a sender exists.
                 events.try_iter().for_each(drop);
                 on_end();
@@ -156,7 +162,8 @@ impl DiscoveryThread {
         Ok(DiscoveryThread { client, turns, thread: Some(thread) })
     }
 
-    /// Tells the peers that this node leaves. The thread goes on: lookups under way still get their answers.
+    /// Tells the peers that this node leaves. The thread goes on: lookups under way still get their
+    /// answers.
     pub fn say_bye(&self) {
         self.client.bye.store(true, Ordering::SeqCst);
         self.client.ring();
@@ -167,7 +174,8 @@ impl DiscoveryThread {
         self.client.clone()
     }
 
-    /// Turns of the thread's loop so far, and begins another one: if the number does not grow, the thread hangs.
+    /// Turns of the thread's loop so far, and begins another one: if the number does not grow, the
+    /// thread hangs.
     pub fn count_turns(&self) -> u64 {
         self.client.ring();
         self.turns.load(Ordering::Relaxed)
@@ -184,22 +192,29 @@ impl Drop for DiscoveryThread {
     }
 }
 
-struct Runner<E> {
+struct DiscoveryLoop<E> {
     discovery: Discovery<E>,
-    sockets: Sockets,
+    sockets: DiscoverySockets,
     suspend: SuspendDetector,
     /// When the kernel's neighbour tables are read next.
     next_neighbours: Instant,
-    out: Outgoing,
+    out: OutgoingDatagrams,
     buffer: [u8; Packet::MAX_LEN + 1],
 }
 
-impl<E: Environment> Runner<E> {
-    fn run(mut self, events: &Receiver<Event<'static>>, client: &DiscoveryClient, turns: &AtomicU64) {
+impl<E: Environment> DiscoveryLoop<E> {
+    fn run(
+        mut self,
+        events: &Receiver<Event<'static>>,
+        client: &DiscoveryClient,
+        turns: &AtomicU64,
+    ) {
         loop {
-            let next = self.sockets.next_due().into_iter().fold(self.discovery.next_turn(), Instant::min);
+            let next =
+                self.sockets.next_due().into_iter().fold(self.discovery.next_turn(), Instant::min);
             let wait = next.saturating_duration_since(Instant::now());
-            let wakers: Vec<_> = [Some(&client.wake), self.suspend.alarm()].into_iter().flatten().collect();
+            let wakers: Vec<_> =
+                [Some(&client.wake), self.suspend.alarm()].into_iter().flatten().collect();
             self.sockets.wait(&wakers, if self.out.is_empty() { wait } else { Duration::ZERO });
             turns.fetch_add(1, Ordering::Relaxed);
             // Before anything is read that a caller of `ring` has written.
@@ -214,7 +229,8 @@ impl<E: Environment> Runner<E> {
             while let Ok(event) = events.try_recv() {
                 self.handle(event);
             }
-            // When nothing was due before these datagrams, no wait is judged, and the other sockets need not be read.
+            // When nothing was due before these datagrams, no wait is judged, and the other sockets
+            // need not be read.
             let drained = if next <= Instant::now() {
                 self.read(0..self.sockets.len(), MAX_READ)
             } else {
@@ -241,7 +257,8 @@ impl<E: Environment> Runner<E> {
         }
     }
 
-    /// Reads the kernel's neighbour tables from time to time. Blocks for 1 ms as a rule, 1 s at most.
+    /// Reads the kernel's neighbour tables from time to time. Blocks for 1 ms as a rule, 1 s at
+    /// most.
     fn read_neighbours(&mut self) {
         let now = Instant::now();
         if now < self.next_neighbours || !self.discovery.has_lan() {

@@ -1,47 +1,49 @@
-//! What lookups have found, until Nix asks for the NAR: which NAR it is, and the addresses of its holders.
+//! What lookups have found, until Nix asks for the NAR: which NAR it is, and the addresses of its
+//! holders.
 //!
-//! Nix asks for all narinfos of a closure before the first NAR, and after `--dry-run` for no NAR at all. So the memory is
-//! bounded in bytes, and the oldest is dropped first.
+//! Nix asks for all narinfos of a closure before the first NAR, and after `--dry-run` for no NAR at
+//! all. So the memory is bounded in bytes, and the oldest is dropped first.
 
-use super::{Found, Source};
+use super::{FoundNar, NarSource};
 use crate::nix::HashPart;
 use std::collections::{HashMap, VecDeque};
 use std::mem::size_of;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// Memory for what was found, in bytes: some 10,000 paths with one holder, 4,000 with eight. Beyond, the oldest is dropped,
-/// and looked up again when its NAR is asked for.
+/// Memory for what was found, in bytes: some 10,000 paths with one holder, 4,000 with eight.
+/// Beyond, the oldest is dropped, and looked up again when its NAR is asked for.
 const MAX_BYTES: usize = 3 << 20;
 /// Holders remembered of a path: as many as a lookup passes on.
 pub(super) const MAX_SOURCES: usize = 16;
 /// What was found is true for this long: paths are collected, and peers leave.
 const KEPT: Duration = Duration::from_secs(600);
-/// What an entry takes beside its own size, its name and its holders: the two tables' places, and allocations.
+/// What an entry takes beside its own size, its name and its holders: the two tables' places, and
+/// allocations.
 const OVERHEAD: usize = 160;
 
 /// The memory; shared by all threads.
 #[derive(Default)]
-pub(super) struct FoundPaths(Mutex<Entries>);
+pub(super) struct FoundPaths(Mutex<FoundEntries>);
 
 #[derive(Default)]
-struct Entries {
-    by_path: HashMap<HashPart, Entry>,
+struct FoundEntries {
+    by_path: HashMap<HashPart, FoundEntry>,
     /// The oldest first. An entry that was taken or replaced is still in here.
     order: VecDeque<(u64, HashPart)>,
     next: u64,
     bytes: usize,
 }
 
-struct Entry {
+struct FoundEntry {
     number: u64,
-    found: Found,
+    found: FoundNar,
     at: Instant,
 }
 
 impl FoundPaths {
     /// Remembers what was found at `now`, in place of what was found of that path before.
-    pub(super) fn put(&self, mut found: Found, now: Instant) {
+    pub(super) fn put(&self, mut found: FoundNar, now: Instant) {
         found.sources.truncate(MAX_SOURCES);
         found.sources.shrink_to_fit();
         let mut entries = self.lock();
@@ -51,28 +53,28 @@ impl FoundPaths {
         let number = entries.next;
         entries.next += 1;
         entries.order.push_back((number, hash_part));
-        entries.by_path.insert(hash_part, Entry { number, found, at: now });
+        entries.by_path.insert(hash_part, FoundEntry { number, found, at: now });
         entries.drop_oldest();
     }
 
     /// Takes what was found of a path, if that was lately.
-    pub(super) fn take(&self, hash_part: &HashPart, now: Instant) -> Option<Found> {
+    pub(super) fn take(&self, hash_part: &HashPart, now: Instant) -> Option<FoundNar> {
         let entry = self.lock().remove(hash_part)?;
         (now.saturating_duration_since(entry.at) < KEPT).then_some(entry.found)
     }
 
     /// Drops all of it, and its memory.
     pub(super) fn clear(&self) {
-        *self.lock() = Entries::default();
+        *self.lock() = FoundEntries::default();
     }
 
-    fn lock(&self) -> MutexGuard<'_, Entries> {
+    fn lock(&self) -> MutexGuard<'_, FoundEntries> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Entries {
-    fn remove(&mut self, hash_part: &HashPart) -> Option<Entry> {
+impl FoundEntries {
+    fn remove(&mut self, hash_part: &HashPart) -> Option<FoundEntry> {
         let entry = self.by_path.remove(hash_part)?;
         self.bytes -= cost(&entry.found);
         // Numbers grow, so the place is found by halving.
@@ -91,9 +93,14 @@ impl Entries {
     }
 }
 
-fn cost(found: &Found) -> usize {
-    let urls: usize = found.sources.iter().filter_map(|source| source.url_path.as_deref()).map(str::len).sum();
-    OVERHEAD + size_of::<Entry>() + found.path.base_name().len() + found.sources.len() * size_of::<Source>() + urls
+fn cost(found: &FoundNar) -> usize {
+    let urls: usize =
+        found.sources.iter().filter_map(|source| source.url_path.as_deref()).map(str::len).sum();
+    OVERHEAD
+        + size_of::<FoundEntry>()
+        + found.path.base_name().len()
+        + found.sources.len() * size_of::<NarSource>()
+        + urls
 }
 
 #[cfg(test)]
@@ -102,12 +109,21 @@ mod tests {
     use crate::nix::{NarHash, StorePath};
     use std::net::SocketAddr;
 
-    fn found(number: u32, holders: usize) -> Found {
+    fn found(number: u32, holders: usize) -> FoundNar {
         let path = StorePath::parse(&format!("{number:032}-some-package-1.0")).unwrap();
-        let source =
-            |n| Source { peer: SocketAddr::from(([10, 0, 0, n as u8], 1)), url_path: None, wan: None, friend: None };
+        let source = |n| NarSource {
+            peer: SocketAddr::from(([10, 0, 0, n as u8], 1)),
+            url_path: None,
+            wan: None,
+            friend: None,
+        };
         let sources = (0..holders).map(source).collect();
-        Found { path, nar_hash: NarHash::from_bytes([1; 32]), nar_size: u64::from(number), sources }
+        FoundNar {
+            path,
+            nar_hash: NarHash::from_bytes([1; 32]),
+            nar_size: u64::from(number),
+            sources,
+        }
     }
 
     fn hash_part(number: u32) -> HashPart {
@@ -119,7 +135,7 @@ mod tests {
         let (memory, now) = (FoundPaths::default(), Instant::now());
         memory.put(found(1, 2), now);
         memory.put(found(2, 2), now);
-        memory.put(Found { nar_size: 7, ..found(1, 3) }, now);
+        memory.put(FoundNar { nar_size: 7, ..found(1, 3) }, now);
         let first = memory.take(&hash_part(1), now).unwrap();
         assert_eq!((first.nar_size, first.sources.len()), (7, 3));
         assert!(memory.take(&hash_part(1), now).is_none());
@@ -138,7 +154,9 @@ mod tests {
         assert!(entries.bytes <= MAX_BYTES && entries.order.len() == entries.by_path.len());
         let kept = entries.by_path.len() as u32;
         assert!(kept > 2000, "{kept}");
-        assert!((20_000 - kept..20_000).all(|number| entries.by_path.contains_key(&hash_part(number))));
+        assert!(
+            (20_000 - kept..20_000).all(|number| entries.by_path.contains_key(&hash_part(number)))
+        );
         drop(entries);
         memory.clear();
         assert_eq!(memory.lock().by_path.capacity(), 0);

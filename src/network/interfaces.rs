@@ -50,7 +50,7 @@ pub fn read() -> io::Result<Vec<Interface>> {
 }
 
 /// What is read of an interface itself.
-struct Link {
+struct InterfaceProperties {
     name: String,
     running: bool,
     is_point_to_point: bool,
@@ -77,18 +77,18 @@ const ADDRESS_OPTIMISTIC: u32 = 0x04;
 const ADDRESS_TENTATIVE: u32 = 0x40;
 
 /// The interface that a message describes, by its number.
-fn link(body: &[u8]) -> Option<(u32, Link)> {
+fn link(body: &[u8]) -> Option<(u32, InterfaceProperties)> {
     let (index, flags) = (u32_at(body, 4)?, u32_at(body, 8)?);
     let name = netlink::attribute(body, &netlink::LINKS, LINK_NAME)?.strip_suffix(b"\0")?;
     let name = String::from_utf8_lossy(name).into_owned();
     let running = flags & LINK_RUNNING != 0;
     let is_point_to_point = flags & LINK_POINT_TO_POINT != 0;
-    Some((index, Link { name, running, is_point_to_point }))
+    Some((index, InterfaceProperties { name, running, is_point_to_point }))
 }
 
 /// The address that a message describes, unless it is one of loopback or not in use yet, or its
 /// interface came after the interfaces were listed.
-fn interface(body: &[u8], links: &HashMap<u32, Link>) -> Option<Interface> {
+fn interface(body: &[u8], links: &HashMap<u32, InterfaceProperties>) -> Option<Interface> {
     let (prefix_len, index) = (*body.get(1)?, u32_at(body, 4)?);
     let attribute = |kind| netlink::attribute(body, &netlink::ADDRESSES, kind);
     let flags = attribute(ADDRESS_FLAGS).and_then(|value| u32_at(value, 0));
@@ -145,7 +145,7 @@ mod tests {
     #[cfg(target_endian = "little")]
     fn captured_addresses_are_parsed_with_their_interfaces() {
         let links = bodies(LINKS, netlink::LINK).into_iter().filter_map(link);
-        let links: HashMap<u32, Link> = links.collect();
+        let links: HashMap<u32, InterfaceProperties> = links.collect();
         assert_eq!(links.len(), 5);
         let addresses = bodies(ADDRESSES, netlink::ADDRESS);
         assert_eq!(addresses.len(), 10);

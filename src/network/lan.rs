@@ -30,11 +30,11 @@ pub struct LanNetworks {
     allowed: Vec<u32>,
     /// The networks of all interfaces but the link-local IPv6 one. The most specific come first,
     /// and among equals those of allowed interfaces.
-    connected: Vec<Connected>,
+    connected: Vec<ConnectedNetwork>,
 }
 
 #[derive(Debug)]
-struct Connected {
+struct ConnectedNetwork {
     network: Cidr,
     is_allowed: bool,
 }
@@ -52,7 +52,7 @@ impl LanNetworks {
                 lan_addresses.push(i.clone());
             }
             if !is_link_local_v6(i.address) {
-                connected.push(Connected { network: i.network(), is_allowed });
+                connected.push(ConnectedNetwork { network: i.network(), is_allowed });
             }
         }
         connected.sort_by_key(|c| Reverse((c.network.prefix_len(), c.is_allowed)));
@@ -123,8 +123,8 @@ impl LanNetworks {
     }
 
     /// The most specific connected network of which `named` is a part.
-    fn connected_network_around(&self, named: &Cidr) -> Option<&Connected> {
-        let is_wider = |c: &&Connected| c.network.prefix_len() <= named.prefix_len();
+    fn connected_network_around(&self, named: &Cidr) -> Option<&ConnectedNetwork> {
+        let is_wider = |c: &&ConnectedNetwork| c.network.prefix_len() <= named.prefix_len();
         let mut wider = self.connected.iter().filter(is_wider);
         wider.find(|c| c.network.contains(named.address()))
     }

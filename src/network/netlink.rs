@@ -61,7 +61,7 @@ const BUFFER_LEN: usize = 32 << 10;
 
 /// A message without its header.
 #[derive(Debug, Clone, Copy)]
-pub struct Message<'a> {
+pub struct NetlinkMessage<'a> {
     /// Kind of the message, such as [`LINK`].
     pub kind: u16,
     /// The fixed part and the attributes.
@@ -69,13 +69,13 @@ pub struct Message<'a> {
 }
 
 /// The messages of a datagram.
-pub fn messages(mut bytes: &[u8]) -> impl Iterator<Item = Message<'_>> {
+pub fn messages(mut bytes: &[u8]) -> impl Iterator<Item = NetlinkMessage<'_>> {
     std::iter::from_fn(move || {
         let len = usize::try_from(u32_at(bytes, 0)?).ok()?;
         let kind = u16_at(bytes, 4)?;
         let body = bytes.get(HEADER_LEN..len)?;
         bytes = bytes.get(aligned(len)..).unwrap_or_default();
-        Some(Message { kind, body })
+        Some(NetlinkMessage { kind, body })
     })
 }
 

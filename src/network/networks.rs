@@ -37,8 +37,8 @@ impl Networks {
         self.latest.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Takes what was read again; true if the interfaces in use, or their addresses, are others than
-    /// before. Containers come and go on excluded interfaces.
+    /// Takes what was read again; true if the interfaces in use, or their addresses, are others
+    /// than before. Containers come and go on excluded interfaces.
     pub fn replace(&self, interfaces: Vec<Interface>) -> bool {
         let before = self.current();
         if before.interfaces() == interfaces {

@@ -9,13 +9,13 @@ use ring::digest::{SHA256, digest};
 /// `fixed:[r:|git:]<algorithm>:<Nix32>`.
 #[derive(Debug)]
 pub(super) struct ContentAddress<'a> {
-    method: Method,
+    method: ContentMethod,
     algorithm: &'a str,
     digest: Vec<u8>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Method {
+enum ContentMethod {
     Text,
     Flat,
     Recursive,
@@ -23,13 +23,13 @@ enum Method {
     Git,
 }
 
-impl Method {
+impl ContentMethod {
     /// What stands between `fixed:` and the algorithm.
     fn prefix(self) -> &'static str {
         match self {
-            Method::Text | Method::Flat => "",
-            Method::Recursive => "r:",
-            Method::Git => "git:",
+            ContentMethod::Text | ContentMethod::Flat => "",
+            ContentMethod::Recursive => "r:",
+            ContentMethod::Git => "git:",
         }
     }
 }
@@ -38,20 +38,20 @@ impl<'a> ContentAddress<'a> {
     pub(super) fn parse(text: &'a str) -> Result<Self, Malformed> {
         const WHAT: &str = "content address";
         let (method, rest) = if let Some(rest) = text.strip_prefix("text:") {
-            (Method::Text, rest)
+            (ContentMethod::Text, rest)
         } else if let Some(rest) = text.strip_prefix("fixed:r:") {
-            (Method::Recursive, rest)
+            (ContentMethod::Recursive, rest)
         } else if let Some(rest) = text.strip_prefix("fixed:git:") {
-            (Method::Git, rest)
+            (ContentMethod::Git, rest)
         } else if let Some(rest) = text.strip_prefix("fixed:") {
-            (Method::Flat, rest)
+            (ContentMethod::Flat, rest)
         } else {
             return Err(Malformed::new(WHAT, "neither text: nor fixed:"));
         };
         let (algorithm, digits) = rest.split_once(':').ok_or(Malformed::new(WHAT, "no hash"))?;
         let len = match algorithm {
             "sha256" => 32,
-            "blake3" | "sha512" | "sha1" | "md5" if method == Method::Text => {
+            "blake3" | "sha512" | "sha1" | "md5" if method == ContentMethod::Text => {
                 return Err(Malformed::new(WHAT, "text: goes with sha256 alone"));
             }
             "blake3" => 32,
@@ -68,12 +68,21 @@ impl<'a> ContentAddress<'a> {
     }
 
     /// The hash part of the path called `path.name()` with this content and these references.
-    fn hash_part(&self, path: &StorePath, references: &[StorePath], store_dir: &StoreDir) -> Option<HashPart> {
+    fn hash_part(
+        &self,
+        path: &StorePath,
+        references: &[StorePath],
+        store_dir: &StoreDir,
+    ) -> Option<HashPart> {
         let (kind, inner) = match (self.method, self.algorithm) {
-            (Method::Text, _) => (with_references("text", references.iter(), store_dir), HEXLOWER.encode(&self.digest)),
-            (Method::Recursive, "sha256") => {
+            (ContentMethod::Text, _) => (
+                with_references("text", references.iter(), store_dir),
+                HEXLOWER.encode(&self.digest),
+            ),
+            (ContentMethod::Recursive, "sha256") => {
                 // A path's own hash part cannot go into its computation.
-                let mut kind = with_references("source", references.iter().filter(|r| *r != path), store_dir);
+                let mut kind =
+                    with_references("source", references.iter().filter(|r| *r != path), store_dir);
                 if references.contains(path) {
                     kind.push_str(":self");
                 }
@@ -83,8 +92,12 @@ impl<'a> ContentAddress<'a> {
             (_, _) if !references.is_empty() => return None,
             (method, algorithm) => {
                 let prefix = method.prefix();
-                let inner = format!("fixed:out:{prefix}{algorithm}:{}:", HEXLOWER.encode(&self.digest));
-                ("output:out".to_owned(), HEXLOWER.encode(digest(&SHA256, inner.as_bytes()).as_ref()))
+                let inner =
+                    format!("fixed:out:{prefix}{algorithm}:{}:", HEXLOWER.encode(&self.digest));
+                (
+                    "output:out".to_owned(),
+                    HEXLOWER.encode(digest(&SHA256, inner.as_bytes()).as_ref()),
+                )
             }
         };
         let outer = format!("{kind}:sha256:{inner}:{}:{}", store_dir.as_str(), path.name());
@@ -97,7 +110,11 @@ impl<'a> ContentAddress<'a> {
     }
 }
 
-fn with_references<'a>(kind: &str, references: impl Iterator<Item = &'a StorePath>, store_dir: &StoreDir) -> String {
+fn with_references<'a>(
+    kind: &str,
+    references: impl Iterator<Item = &'a StorePath>,
+    store_dir: &StoreDir,
+) -> String {
     let mut text = kind.to_owned();
     for reference in references {
         text.push(':');
@@ -106,8 +123,8 @@ fn with_references<'a>(kind: &str, references: impl Iterator<Item = &'a StorePat
     text
 }
 
-/// Whether the path is what its `ca`, name and references make it, which is what Nix asks instead of a
-/// signature. Says nothing of the NAR: Nix hashes that itself when it arrives.
+/// Whether the path is what its `ca`, name and references make it, which is what Nix asks instead
+/// of a signature. Says nothing of the NAR: Nix hashes that itself when it arrives.
 pub fn is_content_addressed(info: &PathInfo, store_dir: &StoreDir) -> bool {
     let Some(Ok(ca)) = info.ca.as_deref().map(ContentAddress::parse) else {
         return false;
@@ -118,7 +135,8 @@ pub fn is_content_addressed(info: &PathInfo, store_dir: &StoreDir) -> bool {
 /// Whether every supported version of Nix reads this content address. To others than these, Nix 2.8
 /// and 2.26 fail the whole build, also if another substituter has the path.
 pub fn is_known_to_every_nix(ca: &str) -> bool {
-    ContentAddress::parse(ca).is_ok_and(|ca| ca.method != Method::Git && ca.algorithm != "blake3")
+    ContentAddress::parse(ca)
+        .is_ok_and(|ca| ca.method != ContentMethod::Git && ca.algorithm != "blake3")
 }
 
 #[cfg(test)]
@@ -137,7 +155,8 @@ mod tests {
                 forms.insert((ca[..ca.rfind(':').unwrap()].to_owned(), info.references.len()));
             }
         }
-        let forms: Vec<_> = forms.iter().map(|(form, references)| (form.as_str(), *references)).collect();
+        let forms: Vec<_> =
+            forms.iter().map(|(form, references)| (form.as_str(), *references)).collect();
         assert_eq!(
             forms,
             [
@@ -163,12 +182,19 @@ mod tests {
         for narinfo in golden::narinfos().into_iter().filter(|n| n.info.ca.is_some()) {
             let good = narinfo.info;
             let ca = good.ca.clone().unwrap();
-            let wrong_hash = if ca.ends_with('0') { ca.replace('0', "1") } else { format!("{}0", &ca[..ca.len() - 1]) };
+            let wrong_hash = if ca.ends_with('0') {
+                ca.replace('0', "1")
+            } else {
+                format!("{}0", &ca[..ca.len() - 1])
+            };
             let renamed = StorePath::parse(&format!("{}x", good.path.base_name())).unwrap();
             for bad in [
                 PathInfo { ca: None, ..good.clone() },
                 PathInfo { ca: Some(wrong_hash), ..good.clone() },
-                PathInfo { ca: Some(ca.replace("fixed:r:", "fixed:").replace("text:", "fixed:")), ..good.clone() },
+                PathInfo {
+                    ca: Some(ca.replace("fixed:r:", "fixed:").replace("text:", "fixed:")),
+                    ..good.clone()
+                },
                 PathInfo { ca: Some(ca.replace("fixed:", "fixed:r:")), ..good.clone() },
                 PathInfo { path: renamed, ..good.clone() },
                 PathInfo { references: vec![other.clone()], ..good.clone() },
@@ -182,19 +208,28 @@ mod tests {
     #[test]
     fn what_is_no_content_address_is_refused() {
         let zeros = |n| "0".repeat(n);
-        for (form, digits) in [("text:sha256", 52), ("fixed:sha1", 32), ("fixed:r:md5", 26), ("fixed:sha512", 103)] {
+        for (form, digits) in
+            [("text:sha256", 52), ("fixed:sha1", 32), ("fixed:r:md5", 26), ("fixed:sha512", 103)]
+        {
             assert!(ContentAddress::parse(&format!("{form}:{}", zeros(digits))).is_ok(), "{form}");
             for wrong in (0..=110).filter(|n| *n != digits) {
-                assert!(ContentAddress::parse(&format!("{form}:{}", zeros(wrong))).is_err(), "{form} {wrong}");
+                assert!(
+                    ContentAddress::parse(&format!("{form}:{}", zeros(wrong))).is_err(),
+                    "{form} {wrong}"
+                );
             }
         }
-        for (form, digits) in [("fixed:git:sha1", 32), ("fixed:git:sha256", 52), ("fixed:r:blake3", 52)] {
+        for (form, digits) in
+            [("fixed:git:sha1", 32), ("fixed:git:sha256", 52), ("fixed:r:blake3", 52)]
+        {
             let ca = format!("{form}:{}", zeros(digits));
             assert!(ContentAddress::parse(&ca).is_ok() && !is_known_to_every_nix(&ca), "{ca}");
         }
         assert!(is_known_to_every_nix(&format!("fixed:r:sha1:{}", zeros(32))));
         assert!(!is_known_to_every_nix(&format!("fixed:r:sha3:{}", zeros(32))));
-        for form in ["", "text", "fixed", "text:sha1", "text:blake3", "text:r:sha256", "fixed:sha3", "é"] {
+        for form in
+            ["", "text", "fixed", "text:sha1", "text:blake3", "text:r:sha256", "fixed:sha3", "é"]
+        {
             assert!(ContentAddress::parse(&format!("{form}:{}", zeros(32))).is_err(), "{form}");
             assert!(ContentAddress::parse(&format!("{form}:{}", zeros(52))).is_err(), "{form}");
             assert!(ContentAddress::parse(form).is_err(), "{form}");

@@ -1,17 +1,20 @@
-//! Checks the framing of a NAR that passes through. Nix unpacks a NAR as root while it arrives, before it
-//! knows the hash, so what Nix would stumble over, or older Nix does not look at, is to be found on the way.
+//! Checks the framing of a NAR that passes through. Nix unpacks a NAR as root while it arrives,
+//! before it knows the hash, so what Nix would stumble over, or older Nix does not look at, is to
+//! be found on the way.
 
-use super::nar::{CLOSE, MAGIC, MAX_NAME_LEN, MAX_PATH_LEN, MAX_TARGET_LEN, padded, padding, tokens};
+use super::nar::{
+    CLOSE, MAGIC, MAX_NAME_LEN, MAX_PATH_LEN, MAX_TARGET_LEN, padded, padding, tokens,
+};
 use super::{Malformed, NarInfo};
 
 /// A NAR's framing, checked piece by piece as the bytes come.
 ///
-/// Bytes for which [`push`](Self::push) has returned `Ok` may be passed on: every name, target and size has
-/// been judged by the time its last byte is in. Holds at most one split piece (4 KiB) and one name for each
-/// directory that was open at a time (2,047 of 24 bytes and its name).
+/// Bytes for which [`push`](Self::push) has returned `Ok` may be passed on: every name, target and
+/// size has been judged by the time its last byte is in. Holds at most one split piece (4 KiB) and
+/// one name for each directory that was open at a time (2,047 of 24 bytes and its name).
 #[derive(Debug)]
 pub struct Framing {
-    state: State,
+    state: FramingState,
     /// Bytes that may still come.
     left: u64,
     /// The beginning of a piece whose rest is still to come.
@@ -26,14 +29,15 @@ pub struct Framing {
 
 /// The piece that must come next. Pieces join what always comes together, for speed.
 #[derive(Debug, Clone, Copy)]
-enum State {
+enum FramingState {
     /// Magic and the root's `(` `type`.
     Root,
     /// `regular`, `symlink`, or the first 16 of the 24 bytes of `directory`.
     Type,
     /// The rest of `directory`.
     DirectoryType,
-    /// `contents` and the size, or the first 24 of the 32 bytes of `executable` and its empty value.
+    /// `contents` and the size, or the first 24 of the 32 bytes of `executable` and its empty
+    /// value.
     Contents,
     /// The rest of these, `contents` and the size.
     ExecutableContents,
@@ -85,10 +89,17 @@ impl Framing {
         Self::with_nar_size(NarInfo::MAX_NAR_SIZE)
     }
 
-    /// Begins a NAR of at most `nar_size` bytes: files that would not fit in are refused when their size
-    /// comes, before Nix sets room aside for them.
+    /// Begins a NAR of at most `nar_size` bytes: files that would not fit in are refused when their
+    /// size comes, before Nix sets room aside for them.
     pub fn with_nar_size(nar_size: u64) -> Self {
-        Framing { state: State::Root, left: nar_size, carry: Vec::new(), names: Vec::new(), depth: 0, path_len: 0 }
+        Framing {
+            state: FramingState::Root,
+            left: nar_size,
+            carry: Vec::new(),
+            names: Vec::new(),
+            depth: 0,
+            path_len: 0,
+        }
     }
 
     /// Takes the next bytes, however they are split.
@@ -98,14 +109,14 @@ impl Framing {
     pub fn push(&mut self, bytes: &[u8]) -> Result<(), Malformed> {
         let checked = self.check(bytes);
         if let Err(why) = checked {
-            self.state = State::Failed(why);
+            self.state = FramingState::Failed(why);
         }
         checked
     }
 
     /// Whether the NAR has come to its end.
     pub fn is_complete(&self) -> bool {
-        matches!(self.state, State::Complete)
+        matches!(self.state, FramingState::Complete)
     }
 
     fn check(&mut self, mut bytes: &[u8]) -> Result<(), Malformed> {
@@ -114,29 +125,29 @@ impl Framing {
         }
         while !bytes.is_empty() {
             let wanted = match self.state {
-                State::Data(left, padding) => {
+                FramingState::Data(left, padding) => {
                     let skipped = bytes.len().min(usize::try_from(left).unwrap_or(usize::MAX));
                     bytes = &bytes[skipped..];
                     self.left -= skipped as u64;
                     self.state = match left - skipped as u64 {
-                        0 => State::RegularClose(padding),
-                        left => State::Data(left, padding),
+                        0 => FramingState::RegularClose(padding),
+                        left => FramingState::Data(left, padding),
                     };
                     continue;
                 }
-                State::Complete => return Err(malformed("bytes after its end")),
-                State::Failed(why) => return Err(why),
-                State::Root => ROOT.len(),
-                State::Type | State::Entry | State::EntryClose => 16,
-                State::DirectoryType => DIRECTORY.len() - 16,
-                State::Contents => CONTENTS.len() + LENGTH,
-                State::ExecutableContents => EXECUTABLE_CONTENTS.len() - 24 + LENGTH,
-                State::RegularClose(padding) => padding.len() + CLOSE.len(),
-                State::TargetLen => TARGET.len() + LENGTH,
-                State::Target(len) => len.next_multiple_of(8) + CLOSE.len(),
-                State::NameLen => NAME.len() + LENGTH,
-                State::Name(len) => len.next_multiple_of(8),
-                State::Node => NODE.len(),
+                FramingState::Complete => return Err(malformed("bytes after its end")),
+                FramingState::Failed(why) => return Err(why),
+                FramingState::Root => ROOT.len(),
+                FramingState::Type | FramingState::Entry | FramingState::EntryClose => 16,
+                FramingState::DirectoryType => DIRECTORY.len() - 16,
+                FramingState::Contents => CONTENTS.len() + LENGTH,
+                FramingState::ExecutableContents => EXECUTABLE_CONTENTS.len() - 24 + LENGTH,
+                FramingState::RegularClose(padding) => padding.len() + CLOSE.len(),
+                FramingState::TargetLen => TARGET.len() + LENGTH,
+                FramingState::Target(len) => len.next_multiple_of(8) + CLOSE.len(),
+                FramingState::NameLen => NAME.len() + LENGTH,
+                FramingState::Name(len) => len.next_multiple_of(8),
+                FramingState::Node => NODE.len(),
             };
             let taken = bytes.len().min(wanted - self.carry.len());
             let (begin, rest) = bytes.split_at(taken);
@@ -158,51 +169,59 @@ impl Framing {
     }
 
     /// What follows `piece`, the whole of what `self.state` asks for.
-    fn next(&mut self, piece: &[u8]) -> Result<State, Malformed> {
+    fn next(&mut self, piece: &[u8]) -> Result<FramingState, Malformed> {
         match self.state {
-            State::Root if piece == ROOT => Ok(State::Type),
-            State::Root if piece[..MAGIC.len()] != MAGIC => Err(malformed("does not begin as one")),
-            State::Type if piece == REGULAR => Ok(State::Contents),
-            State::Type if piece == SYMLINK => Ok(State::TargetLen),
-            State::Type if piece == &DIRECTORY[..16] => Ok(State::DirectoryType),
-            State::DirectoryType if piece == &DIRECTORY[16..] => {
+            FramingState::Root if piece == ROOT => Ok(FramingState::Type),
+            FramingState::Root if piece[..MAGIC.len()] != MAGIC => {
+                Err(malformed("does not begin as one"))
+            }
+            FramingState::Type if piece == REGULAR => Ok(FramingState::Contents),
+            FramingState::Type if piece == SYMLINK => Ok(FramingState::TargetLen),
+            FramingState::Type if piece == &DIRECTORY[..16] => Ok(FramingState::DirectoryType),
+            FramingState::DirectoryType if piece == &DIRECTORY[16..] => {
                 match self.names.get_mut(self.depth) {
                     Some(name) => name.clear(),
                     None => self.names.push(Vec::new()),
                 }
                 self.depth += 1;
-                Ok(State::Entry)
+                Ok(FramingState::Entry)
             }
-            State::Contents if piece[..CONTENTS.len()] == CONTENTS => self.data(&piece[CONTENTS.len()..]),
-            State::Contents if piece == &EXECUTABLE_CONTENTS[..24] => Ok(State::ExecutableContents),
-            State::ExecutableContents if piece[..24] == EXECUTABLE_CONTENTS[24..] => self.data(&piece[24..]),
-            State::RegularClose(padding) if piece[padding.len()..] == CLOSE => {
+            FramingState::Contents if piece[..CONTENTS.len()] == CONTENTS => {
+                self.data(&piece[CONTENTS.len()..])
+            }
+            FramingState::Contents if piece == &EXECUTABLE_CONTENTS[..24] => {
+                Ok(FramingState::ExecutableContents)
+            }
+            FramingState::ExecutableContents if piece[..24] == EXECUTABLE_CONTENTS[24..] => {
+                self.data(&piece[24..])
+            }
+            FramingState::RegularClose(padding) if piece[padding.len()..] == CLOSE => {
                 zero(&piece[..padding.len()])?;
                 Ok(self.after_node())
             }
-            State::TargetLen if piece[..TARGET.len()] == TARGET => {
+            FramingState::TargetLen if piece[..TARGET.len()] == TARGET => {
                 let len = length(&piece[TARGET.len()..], MAX_TARGET_LEN)
                     .ok_or(malformed("symlink target empty or longer than 4095 bytes"))?;
-                Ok(State::Target(len))
+                Ok(FramingState::Target(len))
             }
-            State::Target(len) if piece[len.next_multiple_of(8)..] == CLOSE => {
+            FramingState::Target(len) if piece[len.next_multiple_of(8)..] == CLOSE => {
                 if piece[..len].contains(&0) {
                     return Err(malformed("symlink target with a NUL"));
                 }
                 zero(&piece[len..len.next_multiple_of(8)])?;
                 Ok(self.after_node())
             }
-            State::Entry if piece == ENTRY => Ok(State::NameLen),
-            State::Entry if piece == CLOSE => {
+            FramingState::Entry if piece == ENTRY => Ok(FramingState::NameLen),
+            FramingState::Entry if piece == CLOSE => {
                 self.depth -= 1;
                 Ok(self.after_node())
             }
-            State::NameLen if piece[..NAME.len()] == NAME => {
+            FramingState::NameLen if piece[..NAME.len()] == NAME => {
                 let len = length(&piece[NAME.len()..], MAX_NAME_LEN)
                     .ok_or(malformed("name empty or longer than 255 bytes"))?;
-                Ok(State::Name(len))
+                Ok(FramingState::Name(len))
             }
-            State::Name(len) => {
+            FramingState::Name(len) => {
                 let (name, padding) = piece.split_at(len);
                 zero(padding)?;
                 if name == b"." || name == b".." || name.iter().any(|b| matches!(b, b'/' | 0)) {
@@ -219,28 +238,32 @@ impl Framing {
                 if self.path_len > MAX_PATH_LEN {
                     return Err(Malformed::unsupported("NAR", "a path longer than 4095 bytes"));
                 }
-                Ok(State::Node)
+                Ok(FramingState::Node)
             }
-            State::Node if piece == NODE => Ok(State::Type),
-            State::EntryClose if piece == CLOSE => {
+            FramingState::Node if piece == NODE => Ok(FramingState::Type),
+            FramingState::EntryClose if piece == CLOSE => {
                 self.path_len -= 1 + self.names[self.depth - 1].len();
-                Ok(State::Entry)
+                Ok(FramingState::Entry)
             }
             _ => Err(UNEXPECTED),
         }
     }
 
-    fn data(&self, size: &[u8]) -> Result<State, Malformed> {
+    fn data(&self, size: &[u8]) -> Result<FramingState, Malformed> {
         let size = number(size);
         // No overflow: what is left is at most 16 TiB, or what the caller announced.
         if size > self.left || padded(size) > self.left {
             return Err(malformed("a file larger than what is left of it"));
         }
-        Ok(if size == 0 { State::RegularClose(&[]) } else { State::Data(size, padding(size)) })
+        Ok(if size == 0 {
+            FramingState::RegularClose(&[])
+        } else {
+            FramingState::Data(size, padding(size))
+        })
     }
 
-    fn after_node(&self) -> State {
-        if self.depth == 0 { State::Complete } else { State::EntryClose }
+    fn after_node(&self) -> FramingState {
+        if self.depth == 0 { FramingState::Complete } else { FramingState::EntryClose }
     }
 }
 
@@ -259,7 +282,11 @@ fn length(bytes: &[u8], max: usize) -> Option<usize> {
 }
 
 fn zero(padding: &[u8]) -> Result<(), Malformed> {
-    if padding.iter().all(|b| *b == 0) { Ok(()) } else { Err(malformed("padding that is not zero")) }
+    if padding.iter().all(|b| *b == 0) {
+        Ok(())
+    } else {
+        Err(malformed("padding that is not zero"))
+    }
 }
 
 #[cfg(test)]
@@ -297,7 +324,9 @@ mod tests {
             assert!(framing.is_complete());
             assert!(framing.carry.capacity() <= 8192);
         }
-        for root in [regular(b""), regular(b"x"), Node::Regular(true, vec![7; 4096]), directory(vec![])] {
+        for root in
+            [regular(b""), regular(b"x"), Node::Regular(true, vec![7; 4096]), directory(vec![])]
+        {
             assert_eq!(check(&write_nar(&root)), Ok(true));
         }
     }
@@ -314,8 +343,10 @@ mod tests {
         ]);
         let nar = write_nar(&root);
         // Contents, and the names and the target, which are one letter each after its length.
-        let may_change =
-            |at: usize| nar[at] == b'X' || nar[at].is_ascii_lowercase() && nar[at - 8..at] == [1, 0, 0, 0, 0, 0, 0, 0];
+        let may_change = |at: usize| {
+            nar[at] == b'X'
+                || nar[at].is_ascii_lowercase() && nar[at - 8..at] == [1, 0, 0, 0, 0, 0, 0, 0]
+        };
         for bit in 0..nar.len() * 8 {
             let at = bit / 8;
             let mut changed = nar.clone();
@@ -358,10 +389,16 @@ mod tests {
             (b"\xff", b"a", false),
         ] {
             let nar = write_nar(&directory(vec![(first, regular(b"")), (second, regular(b""))]));
-            assert_eq!(check(&nar), if good { Ok(true) } else { Err("names not in ascending order") });
+            assert_eq!(
+                check(&nar),
+                if good { Ok(true) } else { Err("names not in ascending order") }
+            );
         }
         let three = [&b"a"[..], b"b", b"aba"].map(|name| (name, regular(b"")));
-        assert_eq!(check(&write_nar(&directory(three.into()))), Err("names not in ascending order"));
+        assert_eq!(
+            check(&write_nar(&directory(three.into()))),
+            Err("names not in ascending order")
+        );
         // What a directory held says nothing of its neighbour or of the directory around it.
         let inner = || directory(vec![(b"z", regular(b""))]);
         assert_eq!(check(&write_nar(&directory(vec![(b"a", inner()), (b"b", inner())]))), Ok(true));
@@ -400,14 +437,17 @@ mod tests {
         assert!(framing.push(&nested(b"d", 2048)).unwrap_err().is_unsupported);
         // What was left again does not count.
         let long = |first: u8| [&[first][..], &[b'n'; 254]].concat();
-        let inner = || Node::Directory((b'a'..=b'z').map(|first| (long(first), regular(b""))).collect());
+        let inner =
+            || Node::Directory((b'a'..=b'z').map(|first| (long(first), regular(b""))).collect());
         let wide = Node::Directory((b'a'..=b'z').map(|first| (long(first), inner())).collect());
         assert_eq!(check(&write_nar(&wide)), Ok(true));
     }
 
     #[test]
     fn padding_must_be_zero() {
-        for (nar, text) in [(named(b"name"), &b"name\0\0\0\0"[..]), (symlink(b"tar"), b"tar\0\0\0\0\0")] {
+        for (nar, text) in
+            [(named(b"name"), &b"name\0\0\0\0"[..]), (symlink(b"tar"), b"tar\0\0\0\0\0")]
+        {
             let at = nar.windows(text.len()).rposition(|window| window == text).unwrap();
             for place in at + text.iter().position(|b| *b == 0).unwrap()..at + 8 {
                 let mut changed = nar.clone();
@@ -450,8 +490,32 @@ mod tests {
             &["nix-archive-1", "(", "type", "symlink", ")", "", "", ""],
             &["nix-archive-1", "(", "type", "symlink", "target", "x", "target", "y", ")"],
             &["nix-archive-1", "(", "type", "directory", "contents", "", ")"],
-            &["nix-archive-1", "(", "type", "directory", "entry", "(", "node", "(", "type", "regular"],
-            &["nix-archive-1", "(", "type", "directory", "entry", "(", "name", "a", ")", ")", ")", ")"],
+            &[
+                "nix-archive-1",
+                "(",
+                "type",
+                "directory",
+                "entry",
+                "(",
+                "node",
+                "(",
+                "type",
+                "regular",
+            ],
+            &[
+                "nix-archive-1",
+                "(",
+                "type",
+                "directory",
+                "entry",
+                "(",
+                "name",
+                "a",
+                ")",
+                ")",
+                ")",
+                ")",
+            ],
             &["nix-archive-1", "type", "(", "regular", "contents", "", ")"],
         ];
         for words in cases {

@@ -1,9 +1,10 @@
 //! What Nix 2.8.0 wrote, for the tests of these formats.
 //!
-//! `narinfos`: `nix copy --to file://…?compression=none` (the last one: bzip2) of paths made by `nix-store
-//! --add`, `--add-fixed` with each algorithm, `builtins.toFile`, two builds, `nix store make-content-addressed`
-//! of these, some signed by `nix store sign -k secret-key`. `tree.nar`: `nix-store --dump`. `tree.ls`:
-//! `write-nar-listing=true`. The key pair is of `nix-store --generate-binary-cache-key` and signs nothing else.
+//! `narinfos`: `nix copy --to file://…?compression=none` (the last one: bzip2) of paths made by
+//! `nix-store --add`, `--add-fixed` with each algorithm, `builtins.toFile`, two builds, `nix store
+//! make-content-addressed` of these, some signed by `nix store sign -k secret-key`. `tree.nar`:
+//! `nix-store --dump`. `tree.ls`: `write-nar-listing=true`. The key pair is of `nix-store
+//! --generate-binary-cache-key` and signs nothing else.
 
 use super::{NarInfo, StoreDir, nar};
 
@@ -22,7 +23,10 @@ pub fn narinfo_texts() -> Vec<String> {
 }
 
 pub fn narinfos() -> Vec<NarInfo> {
-    narinfo_texts().iter().map(|text| NarInfo::parse(text.as_bytes(), &store_dir()).unwrap()).collect()
+    narinfo_texts()
+        .iter()
+        .map(|text| NarInfo::parse(text.as_bytes(), &store_dir()).unwrap())
+        .collect()
 }
 
 pub fn narinfo(hash_part: &str) -> NarInfo {
@@ -47,7 +51,8 @@ pub fn regular(contents: &[u8]) -> Node {
 
 /// The tree of `tree.nar` and `tree.ls`.
 pub fn tree() -> Node {
-    let lens = (1..10).map(|n: u8| (format!("len{n}").into_bytes(), regular(&(0..n).collect::<Vec<_>>())));
+    let lens =
+        (1..10).map(|n: u8| (format!("len{n}").into_bytes(), regular(&(0..n).collect::<Vec<_>>())));
     let empty = (b"empty-dir".to_vec(), Node::Directory(vec![]));
     let sub = Node::Directory(std::iter::once(empty).chain(lens).collect());
     let dir = directory(vec![

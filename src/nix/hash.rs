@@ -22,13 +22,15 @@ impl NarHash {
         &self.0
     }
 
-    /// Reads `sha256:<Nix32>` (narinfo), `sha256:<hex>` (Nix's database) or `sha256-<base64>` (SRI).
+    /// Reads `sha256:<Nix32>` (narinfo), `sha256:<hex>` (Nix's database) or `sha256-<base64>`
+    /// (SRI).
     ///
     /// # Errors
     /// Another algorithm, or digits of another length or alphabet.
     pub fn parse(text: &str) -> Result<Self, Malformed> {
         if let Some(base64) = text.strip_prefix("sha256-") {
-            let bytes = BASE64.decode(base64.as_bytes()).map_err(|_| Malformed::new(WHAT, "not base64"))?;
+            let bytes =
+                BASE64.decode(base64.as_bytes()).map_err(|_| Malformed::new(WHAT, "not base64"))?;
             return Self::from_slice(&bytes);
         }
         let Some(digits) = text.strip_prefix("sha256:") else {
@@ -83,7 +85,8 @@ impl fmt::Debug for NarHash {
 mod tests {
     use super::*;
 
-    // The three spellings of one hash, printed by `nix-hash --to-base32` and `nix hash to-sri` (Nix 2.8).
+    // The three spellings of one hash, printed by `nix-hash --to-base32` and `nix hash to-sri` (Nix
+    // 2.8).
     const NIX32: &str = "sha256:0mdqa9w1p6cmli6976v4wi0sw9r4p5prkj7lzfd1877wk11c9c73";
     const HEX: &str = "sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
     const SRI: &str = "sha256-47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU=";
@@ -106,8 +109,12 @@ mod tests {
             }
             assert!(NarHash::parse(&format!("{good}0")).is_err());
         }
-        for bad in ["md5:0mdqa9w1p6cmli6976v4wi0sw9r4p5prkj7lzfd1877wk11c9c73", "sha256:é", "sha256-é", "sha512-AAAA"]
-        {
+        for bad in [
+            "md5:0mdqa9w1p6cmli6976v4wi0sw9r4p5prkj7lzfd1877wk11c9c73",
+            "sha256:é",
+            "sha256-é",
+            "sha512-AAAA",
+        ] {
             assert!(NarHash::parse(bad).is_err(), "{bad}");
         }
     }

@@ -1,11 +1,11 @@
-//! NAR listings, the `.ls` files of a binary cache: version 1, JSON, as Nix writes them (Nix manual, "NAR
-//! listing format"). Appended piece by piece by whoever walks the tree:
+//! NAR listings, the `.ls` files of a binary cache: version 1, JSON, as Nix writes them (Nix
+//! manual, "NAR listing format"). Appended piece by piece by whoever walks the tree:
 //!
-//! [`open`], one node, [`close`]. A node is [`regular`], [`symlink`], or [`directory_open`], for each entry in
-//! the order of the NAR [`entry`] and a node, and [`directory_close`].
+//! [`open`], one node, [`close`]. A node is [`regular`], [`symlink`], or [`directory_open`], for
+//! each entry in the order of the NAR [`entry`] and a node, and [`directory_close`].
 //!
-//! JSON has no way to write bytes that are not UTF-8, which Nix puts in as they are. Here each such sequence
-//! becomes U+FFFD, so that the listing stays JSON; two names may then look the same.
+//! JSON has no way to write bytes that are not UTF-8, which Nix puts in as they are. Here each such
+//! sequence becomes U+FFFD, so that the listing stays JSON; two names may then look the same.
 
 use std::io::Write;
 
@@ -22,7 +22,8 @@ pub fn close(out: &mut Vec<u8>) {
 /// A regular file of `size` bytes, whose contents begin at byte `nar_offset` of the NAR.
 pub fn regular(out: &mut Vec<u8>, size: u64, executable: bool, nar_offset: u64) {
     let executable = if executable { r#","executable":true"# } else { "" };
-    write!(out, r#"{{"type":"regular","size":{size}{executable},"narOffset":{nar_offset}}}"#).expect(MEMORY);
+    write!(out, r#"{{"type":"regular","size":{size}{executable},"narOffset":{nar_offset}}}"#)
+        .expect(MEMORY);
 }
 
 /// A symlink.
@@ -80,7 +81,8 @@ mod tests {
                 at += nar::DIRECTORY_OPEN.len() as u64;
                 for (i, (name, node)) in entries.iter().enumerate() {
                     entry(out, i == 0, name);
-                    at = list(out, node, at + nar::entry_open_len(name.len() as u64)) + nar::CLOSE.len() as u64;
+                    at = list(out, node, at + nar::entry_open_len(name.len() as u64))
+                        + nar::CLOSE.len() as u64;
                 }
                 directory_close(out);
                 at + nar::CLOSE.len() as u64
@@ -95,7 +97,10 @@ mod tests {
         let end = list(&mut out, &golden::tree(), nar::MAGIC.len() as u64);
         close(&mut out);
         assert_eq!(end, golden::TREE_NAR.len() as u64);
-        assert_eq!(String::from_utf8(out.clone()).unwrap(), String::from_utf8_lossy(golden::TREE_LS));
+        assert_eq!(
+            String::from_utf8(out.clone()).unwrap(),
+            String::from_utf8_lossy(golden::TREE_LS)
+        );
         let json: serde_json::Value = serde_json::from_slice(&out).unwrap();
         let run = &json["root"]["entries"]["dir"]["entries"]["run"];
         let at = run["narOffset"].as_u64().unwrap() as usize;

@@ -19,13 +19,14 @@ pub use framing::Framing;
 pub use hash::NarHash;
 pub use narinfo::NarInfo;
 pub use path_info::PathInfo;
-pub use realisation::{Derivation, DrvOutput, Realisation};
+pub use realisation::{DerivationId, DrvOutput, Realisation};
 pub use signature::{PublicKey, SecretKey, Signature};
 pub use store_path::{HashPart, StoreDir, StorePath};
 
 use std::fmt;
 
-/// Text that is not what its format says. Holds no part of that text, as it may come from a hostile peer.
+/// Text that is not what its format says. Holds no part of that text, as it may come from a hostile
+/// peer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Malformed {
     /// The thing that was to be read: "hash part", "narinfo".

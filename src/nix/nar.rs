@@ -1,19 +1,20 @@
-//! The NAR format (Nix manual, "Nix Archive (NAR) format"): its tokens, and the exact length of each, so that
-//! a file's place in a NAR is known before any byte of the NAR is made.
+//! The NAR format (Nix manual, "Nix Archive (NAR) format"): its tokens, and the exact length of
+//! each, so that a file's place in a NAR is known before any byte of the NAR is made.
 //!
-//! A NAR is the [`MAGIC`] and one node. A node is a regular file, [`regular_open`], its contents, [`padding`]
-//! and [`CLOSE`]; a [`symlink`]; or a directory, [`DIRECTORY_OPEN`], for each entry in the order of the names'
-//! bytes [`entry_open`], a node and [`CLOSE`], and in the end [`CLOSE`].
+//! A NAR is the [`MAGIC`] and one node. A node is a regular file, [`regular_open`], its contents,
+//! [`padding`] and [`CLOSE`]; a [`symlink`]; or a directory, [`DIRECTORY_OPEN`], for each entry in
+//! the order of the names' bytes [`entry_open`], a node and [`CLOSE`], and in the end [`CLOSE`].
 
-/// The longest path inside a NAR, in bytes: `PATH_MAX` of Linux without its NUL. Nix unpacks by path, so it
-/// takes no longer ones. This bounds the depth to 2,047 directories. (Nix 2.34 and later refuse more than 64
-/// themselves; 2.8 and 2.26 unpack 2,020.)
+/// The longest path inside a NAR, in bytes: `PATH_MAX` of Linux without its NUL. Nix unpacks by
+/// path, so it takes no longer ones. This bounds the depth to 2,047 directories. (Nix 2.34 and
+/// later refuse more than 64 themselves; 2.8 and 2.26 unpack 2,020.)
 pub const MAX_PATH_LEN: usize = 4095;
 
 /// The longest name of a directory entry, in bytes: `NAME_MAX` of Linux, and Nix's own bound.
 pub const MAX_NAME_LEN: usize = 255;
 
-/// The longest target of a symlink, in bytes: `PATH_MAX` of Linux without its NUL, and Nix's own bound.
+/// The longest target of a symlink, in bytes: `PATH_MAX` of Linux without its NUL, and Nix's own
+/// bound.
 pub const MAX_TARGET_LEN: usize = 4095;
 
 /// What every NAR begins with.
@@ -31,7 +32,8 @@ const NODE: [u8; 16] = tokens(&["node"]);
 
 const LENGTH: u64 = size_of::<u64>() as u64;
 
-/// `len` rounded up to the next multiple of 8, which is what a string of `len` bytes takes after its length.
+/// `len` rounded up to the next multiple of 8, which is what a string of `len` bytes takes after
+/// its length.
 pub const fn padded(len: u64) -> u64 {
     len.next_multiple_of(8)
 }
@@ -118,7 +120,9 @@ mod tests {
             Node::Regular(executable, contents) => regular_len(*executable, contents.len() as u64),
             Node::Symlink(target) => symlink_len(target.len() as u64),
             Node::Directory(entries) => {
-                let entry = |(name, node): &(Vec<u8>, Node)| entry_open_len(name.len() as u64) + len(node) + 16;
+                let entry = |(name, node): &(Vec<u8>, Node)| {
+                    entry_open_len(name.len() as u64) + len(node) + 16
+                };
                 56 + entries.iter().map(entry).sum::<u64>() + 16
             }
         }

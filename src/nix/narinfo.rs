@@ -1,8 +1,8 @@
-//! Narinfos, what a binary cache says of a store path: one `Key: value` a line (the form that Nix reads and
-//! writes; the Nix manual has no page on it).
+//! Narinfos, what a binary cache says of a store path: one `Key: value` a line (the form that Nix
+//! reads and writes; the Nix manual has no page on it).
 //!
-//! Read strictly: under Nix 2.8 and 2.26 one narinfo that Nix cannot read fails the whole build, so nothing
-//! that any of them trips over gets past here.
+//! Read strictly: under Nix 2.8 and 2.26 one narinfo that Nix cannot read fails the whole build, so
+//! nothing that any of them trips over gets past here.
 
 use super::{Malformed, NarHash, PathInfo, Signature, StoreDir, StorePath};
 use std::fmt;
@@ -14,7 +14,8 @@ const WHAT: &str = "narinfo";
 pub struct NarInfo {
     /// What is true of the path wherever it is had from.
     pub info: PathInfo,
-    /// Where the NAR is: relative to the root of the cache, or absolute. Visible ASCII without spaces.
+    /// Where the NAR is: relative to the root of the cache, or absolute. Visible ASCII without
+    /// spaces.
     pub url: String,
     /// How the NAR is compressed there: `none`, `xz`, `zstd`…
     pub compression: String,
@@ -25,16 +26,17 @@ impl NarInfo {
     /// thousand (texlive-full 3,700), other paths below a hundred.
     pub const MAX_LEN: usize = 1024 * 1024;
 
-    /// The most bytes in a NAR: 16 TiB, the largest file that ext4 holds. Keeps all sums of sizes far from
-    /// overflow.
+    /// The most bytes in a NAR: 16 TiB, the largest file that ext4 holds. Keeps all sums of sizes
+    /// far from overflow.
     pub const MAX_NAR_SIZE: u64 = 1 << 44;
 
     /// Reads a narinfo about a path in `store_dir`.
     ///
-    /// Fields that are not known are passed over. A signature that cannot be read is left out, not the path:
-    /// another signature may be good, and Nix 2.8 gives up the whole path over a broken signature by a key
-    /// that it knows, Nix 2.36 over any. So is a deriver that is no store path: no signature covers it.
-    /// The content address is text; see [`is_content_addressed`](super::is_content_addressed).
+    /// Fields that are not known are passed over. A signature that cannot be read is left out, not
+    /// the path: another signature may be good, and Nix 2.8 gives up the whole path over a broken
+    /// signature by a key that it knows, Nix 2.36 over any. So is a deriver that is no store path:
+    /// no signature covers it. The content address is text; see
+    /// [`is_content_addressed`](super::is_content_addressed).
     ///
     /// # Errors
     /// Not UTF-8, a line that is not `Key: value` and LF, a repeated field, a value that is not in
@@ -49,12 +51,15 @@ impl NarInfo {
         if text.contains('\r') {
             return Err(Malformed::new(WHAT, "has a carriage return"));
         }
-        let (mut path, mut url, mut compression, mut nar_hash, mut nar_size) = (None, None, None, None, None);
+        let (mut path, mut url, mut compression, mut nar_hash, mut nar_size) =
+            (None, None, None, None, None);
         let (mut references, mut deriver, mut ca) = (None, None, None);
         let mut signatures = Vec::new();
         for line in text.split_inclusive('\n') {
-            let line = line.strip_suffix('\n').ok_or(Malformed::new(WHAT, "last line has no end"))?;
-            let (key, value) = line.split_once(": ").ok_or(Malformed::new(WHAT, "a line is not Key: value"))?;
+            let line =
+                line.strip_suffix('\n').ok_or(Malformed::new(WHAT, "last line has no end"))?;
+            let (key, value) =
+                line.split_once(": ").ok_or(Malformed::new(WHAT, "a line is not Key: value"))?;
             match key {
                 "StorePath" => once(&mut path, store_dir.parse_path(value)?)?,
                 "URL" => once(&mut url, word(value)?)?,
@@ -89,14 +94,22 @@ impl NarInfo {
     /// The narinfo as Nix writes it: see [`write()`].
     pub fn print(&self, store_dir: &StoreDir) -> String {
         let mut out = String::new();
-        let _ = write(&mut out, &self.info, &[&self.url], &self.compression, None, self.info.ca.as_deref(), store_dir);
+        let _ = write(
+            &mut out,
+            &self.info,
+            &[&self.url],
+            &self.compression,
+            None,
+            self.info.ca.as_deref(),
+            store_dir,
+        );
         out
     }
 }
 
-/// Writes the narinfo of a path as Nix does, without the `FileHash` and `FileSize` of a compressed file. `References`
-/// is always there, as is the space after its colon: Nix skips two bytes there whatever they are. `signature` is added if
-/// the path does not have it.
+/// Writes the narinfo of a path as Nix does, without the `FileHash` and `FileSize` of a compressed
+/// file. `References` is always there, as is the space after its colon: Nix skips two bytes there
+/// whatever they are. `signature` is added if the path does not have it.
 ///
 /// # Errors
 /// Those of `out`.
@@ -163,7 +176,8 @@ fn word(value: &str) -> Result<&str, Malformed> {
 
 fn size(value: &str) -> Result<u64, Malformed> {
     // `u64::from_str` alone would take a plus sign.
-    let size = if value.bytes().all(|b| b.is_ascii_digit()) { value.parse::<u64>().ok() } else { None };
+    let size =
+        if value.bytes().all(|b| b.is_ascii_digit()) { value.parse::<u64>().ok() } else { None };
     match size {
         Some(size @ 1..=NarInfo::MAX_NAR_SIZE) => Ok(size),
         // Caches write 0 for a path whose size their database does not have.
@@ -173,8 +187,11 @@ fn size(value: &str) -> Result<u64, Malformed> {
 }
 
 fn paths(value: &str) -> Result<Vec<StorePath>, Malformed> {
-    let mut paths =
-        value.split(' ').filter(|word| !word.is_empty()).map(StorePath::parse).collect::<Result<Vec<_>, _>>()?;
+    let mut paths = value
+        .split(' ')
+        .filter(|word| !word.is_empty())
+        .map(StorePath::parse)
+        .collect::<Result<Vec<_>, _>>()?;
     paths.sort_unstable();
     paths.dedup();
     Ok(paths)
@@ -203,7 +220,8 @@ References: vx8ssdprqbd8zwyipycgh6jp25k69rx6-selfish-1.0 z4asv3j07d89ywjf8fxkn7s
         let texts = golden::narinfo_texts();
         assert_eq!(texts.len(), 20);
         for text in texts {
-            let kept: String = text.split_inclusive('\n').filter(|line| !line.starts_with("File")).collect();
+            let kept: String =
+                text.split_inclusive('\n').filter(|line| !line.starts_with("File")).collect();
             assert_eq!(parse(&text).unwrap().print(&golden::store_dir()), kept);
         }
     }
@@ -211,9 +229,15 @@ References: vx8ssdprqbd8zwyipycgh6jp25k69rx6-selfish-1.0 z4asv3j07d89ywjf8fxkn7s
     #[test]
     fn fields_that_may_be_absent_odd_or_many() {
         let good = parse(GOOD).unwrap();
-        assert_eq!((good.url.as_str(), good.compression.as_str(), good.info.nar_size), ("nar/x.nar", "none", 760));
+        assert_eq!(
+            (good.url.as_str(), good.compression.as_str(), good.info.nar_size),
+            ("nar/x.nar", "none", 760)
+        );
         assert_eq!(parse(&GOOD.replace("Compression: none\n", "")).unwrap().compression, "bzip2");
-        assert_eq!(parse(&GOOD.replace("Compression: none", "Compression: ")).unwrap().compression, "bzip2");
+        assert_eq!(
+            parse(&GOOD.replace("Compression: none", "Compression: ")).unwrap().compression,
+            "bzip2"
+        );
         let with = |line: &str| parse(&format!("{GOOD}{line}\n"));
         assert_eq!(with("X-Peer: a: b"), Ok(good.clone()));
         assert_eq!(with("Deriver: unknown-deriver"), Ok(good.clone()));
@@ -225,11 +249,21 @@ References: vx8ssdprqbd8zwyipycgh6jp25k69rx6-selfish-1.0 z4asv3j07d89ywjf8fxkn7s
         for ca in ["fixed:r:sha256:0", "fixed:r:blake3:0", "x"] {
             assert_eq!(with(&format!("CA: {ca}")).unwrap().info.ca.as_deref(), Some(ca));
         }
-        let sig = golden::narinfo("vx8ssdprqbd8zwyipycgh6jp25k69rx6").info.signatures[0].to_string();
-        assert_eq!(with(&format!("Sig: bad\nSig: {sig}\nSig: {sig}")).unwrap().info.signatures.len(), 2);
+        let sig =
+            golden::narinfo("vx8ssdprqbd8zwyipycgh6jp25k69rx6").info.signatures[0].to_string();
+        assert_eq!(
+            with(&format!("Sig: bad\nSig: {sig}\nSig: {sig}")).unwrap().info.signatures.len(),
+            2
+        );
         let references = GOOD.lines().last().unwrap();
         for none in ["References: \n", ""] {
-            assert!(parse(&GOOD.replace(&format!("{references}\n"), none)).unwrap().info.references.is_empty());
+            assert!(
+                parse(&GOOD.replace(&format!("{references}\n"), none))
+                    .unwrap()
+                    .info
+                    .references
+                    .is_empty()
+            );
         }
         let unsorted = "References:  z4asv3j07d89ywjf8fxkn7sg6mf5s9q5-dep vx8ssdprqbd8zwyipycgh6jp25k69rx6-selfish-1.0 \
                         z4asv3j07d89ywjf8fxkn7sg6mf5s9q5-dep";
@@ -269,12 +303,19 @@ References: vx8ssdprqbd8zwyipycgh6jp25k69rx6-selfish-1.0 z4asv3j07d89ywjf8fxkn7s
         for line in GOOD.lines() {
             assert!(parse(&format!("{GOOD}{line}\n")).is_err(), "repeated {line}");
             let optional = line.starts_with("Compression") || line.starts_with("References");
-            assert_eq!(parse(&GOOD.replace(&format!("{line}\n"), "")).is_ok(), optional, "without {line}");
+            assert_eq!(
+                parse(&GOOD.replace(&format!("{line}\n"), "")).is_ok(),
+                optional,
+                "without {line}"
+            );
         }
         for line in ["Deriver: x\nDeriver: x", "CA: x y", "CA: é", "CA: \nCA: ", "X: \r"] {
             assert!(parse(&format!("{GOOD}{line}\n")).is_err(), "{line}");
         }
-        assert!(NarInfo::parse(&[GOOD.as_bytes(), b"X: \xff\n"].concat(), &golden::store_dir()).is_err());
+        assert!(
+            NarInfo::parse(&[GOOD.as_bytes(), b"X: \xff\n"].concat(), &golden::store_dir())
+                .is_err()
+        );
         let filled = |len: usize| format!("{GOOD}X: {}\n", "x".repeat(len - GOOD.len() - 4));
         assert!(parse(&filled(NarInfo::MAX_LEN)).is_ok());
         assert!(parse(&filled(NarInfo::MAX_LEN + 1)).is_err());
@@ -285,11 +326,15 @@ References: vx8ssdprqbd8zwyipycgh6jp25k69rx6-selfish-1.0 z4asv3j07d89ywjf8fxkn7s
         let dir = golden::store_dir();
         // With a deriver and signatures, with a content address, and with bzip2.
         let texts = golden::narinfo_texts();
-        let chosen = texts.iter().filter(|t| t.contains("Deriver") || t.contains("i4wljjza") || t.contains("bzip2"));
+        let chosen = texts
+            .iter()
+            .filter(|t| t.contains("Deriver") || t.contains("i4wljjza") || t.contains("bzip2"));
         for text in chosen {
             for end in 0..text.len() {
                 assert!(parse(&text[..end]).is_err() || text[..end].ends_with('\n'));
-                for byte in [0, b'\n', b'\r', b' ', b':', b'0', b'z', b'/', 0xff, text.as_bytes()[end] ^ 1] {
+                for byte in
+                    [0, b'\n', b'\r', b' ', b':', b'0', b'z', b'/', 0xff, text.as_bytes()[end] ^ 1]
+                {
                     let mut changed = text.clone().into_bytes();
                     changed[end] = byte;
                     if let Ok(narinfo) = NarInfo::parse(&changed, &dir) {

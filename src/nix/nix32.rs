@@ -1,5 +1,5 @@
-//! Nix32, the base-32 of Nix: the digits `0-9a-z` without `e o t u`, the last digit holding the lowest bits
-//! (Nix manual, "Store path specification" and glossary, "Nix32").
+//! Nix32, the base-32 of Nix: the digits `0-9a-z` without `e o t u`, the last digit holding the
+//! lowest bits (Nix manual, "Store path specification" and glossary, "Nix32").
 
 use super::Malformed;
 
@@ -87,9 +87,9 @@ mod tests {
         for (at, digit) in ALPHABET.bytes().enumerate() {
             assert_eq!(usize::from(value(digit)), at);
         }
-        assert!(
-            (0..=u8::MAX).all(|byte| is_nix32(&[byte]) || !ALPHABET.as_bytes().contains(&byte) || value(byte) > 31)
-        );
+        assert!((0..=u8::MAX).all(|byte| is_nix32(&[byte])
+            || !ALPHABET.as_bytes().contains(&byte)
+            || value(byte) > 31));
     }
 
     #[test]

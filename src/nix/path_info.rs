@@ -22,11 +22,13 @@ pub struct PathInfo {
 }
 
 impl PathInfo {
-    /// The text that Nix signs: `1;<path>;sha256:<Nix32>;<NAR size>;<references, comma-separated>`, all paths
-    /// in full (Nix manual, "Signatures"). The references must be sorted, as the field says.
+    /// The text that Nix signs: `1;<path>;sha256:<Nix32>;<NAR size>;<references, comma-separated>`,
+    /// all paths in full (Nix manual, "Signatures"). The references must be sorted, as the field
+    /// says.
     pub fn fingerprint(&self, store_dir: &StoreDir) -> String {
         debug_assert!(self.references.is_sorted());
-        let mut text = format!("1;{};{};{};", store_dir.join(&self.path), self.nar_hash, self.nar_size);
+        let mut text =
+            format!("1;{};{};{};", store_dir.join(&self.path), self.nar_hash, self.nar_size);
         for (i, reference) in self.references.iter().enumerate() {
             if i > 0 {
                 text.push(',');

@@ -1,7 +1,9 @@
-//! Realisations: which store path an output of a content-addressed derivation is (Nix manual, "Build trace").
+//! Realisations: which store path an output of a content-addressed derivation is (Nix manual,
+//! "Build trace").
 //!
-//! There are two forms, and each Nix knows one. Nix 2.4 to 2.34 name an output by a hash that is no part of any store
-//! path, later ones by the derivation's path. A Nix database has those of the Nix that wrote it.
+//! There are two forms, and each Nix knows one. Nix 2.4 to 2.34 name an output by a hash that is no
+//! part of any store path, later ones by the derivation's path. A Nix database has those of the Nix
+//! that wrote it.
 
 use super::{Malformed, Signature, StorePath};
 use serde::{Deserialize, Serialize};
@@ -14,15 +16,16 @@ const WHAT: &str = "realisation";
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DrvOutput {
     /// The derivation.
-    pub derivation: Derivation,
+    pub derivation: DerivationId,
     /// The name of the output, mostly `out`. It has the characters of store path names.
     pub output: String,
 }
 
 /// How a derivation is named.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Derivation {
-    /// Nix 2.4 to 2.34: `sha256:` and 64 lower-case hexadecimal digits, the hash modulo of the derivation.
+pub enum DerivationId {
+    /// Nix 2.4 to 2.34: `sha256:` and 64 lower-case hexadecimal digits, the hash modulo of the
+    /// derivation.
     Hash(String),
     /// Nix 2.35 and later.
     Path(StorePath),
@@ -37,9 +40,15 @@ impl DrvOutput {
         let (hash, output) = id.split_once('!').ok_or(Malformed::new(WHAT, "ID without !"))?;
         let digits = hash.strip_prefix("sha256:").unwrap_or_default();
         if digits.len() != 64 || !digits.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')) {
-            return Err(Malformed::unsupported(WHAT, "derivation is not named by 64 hexadecimal digits of SHA-256"));
+            return Err(Malformed::unsupported(
+                WHAT,
+                "derivation is not named by 64 hexadecimal digits of SHA-256",
+            ));
         }
-        Ok(DrvOutput { derivation: Derivation::Hash(hash.to_owned()), output: output_name(output)? })
+        Ok(DrvOutput {
+            derivation: DerivationId::Hash(hash.to_owned()),
+            output: output_name(output)?,
+        })
     }
 
     /// Reads the two parts of `/build-trace-v2/<derivation>/<output>.doi`.
@@ -51,14 +60,14 @@ impl DrvOutput {
         if !path.is_derivation() {
             return Err(Malformed::new(WHAT, "not of a derivation"));
         }
-        Ok(DrvOutput { derivation: Derivation::Path(path), output: output_name(output)? })
+        Ok(DrvOutput { derivation: DerivationId::Path(path), output: output_name(output)? })
     }
 
     /// Where a cache has it, relative to its root.
     pub fn url_path(&self) -> String {
         match &self.derivation {
-            Derivation::Hash(_) => format!("realisations/{self}.doi"),
-            Derivation::Path(path) => format!("build-trace-v2/{path}/{}.doi", self.output),
+            DerivationId::Hash(_) => format!("realisations/{self}.doi"),
+            DerivationId::Path(path) => format!("build-trace-v2/{path}/{}.doi", self.output),
         }
     }
 }
@@ -67,8 +76,8 @@ impl DrvOutput {
 impl fmt::Display for DrvOutput {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.derivation {
-            Derivation::Hash(hash) => write!(f, "{hash}!{}", self.output),
-            Derivation::Path(path) => write!(f, "{path}^{}", self.output),
+            DerivationId::Hash(hash) => write!(f, "{hash}!{}", self.output),
+            DerivationId::Path(path) => write!(f, "{path}^{}", self.output),
         }
     }
 }
@@ -88,16 +97,18 @@ pub struct Realisation {
     pub id: DrvOutput,
     /// The store path that it is.
     pub out_path: StorePath,
-    /// The outputs that it was built from and their store paths, as Nix up to 2.32 records them. Signatures cover it.
+    /// The outputs that it was built from and their store paths, as Nix up to 2.32 records them.
+    /// Signatures cover it.
     pub dependencies: BTreeMap<String, StorePath>,
     /// Those that are well formed.
     pub signatures: Vec<Signature>,
 }
 
-/// The body of `/realisations/….doi`. Nix signs it without its signatures, as `nlohmann::json` prints it: without white
-/// space, and with the keys in the order of their bytes, in which these fields stand.
+/// The body of `/realisations/….doi`. Nix signs it without its signatures, as `nlohmann::json`
+/// prints it: without white space, and with the keys in the order of their bytes, in which these
+/// fields stand.
 #[derive(Serialize, Deserialize)]
-struct Keyed {
+struct RealisationBody {
     #[serde(rename = "dependentRealisations", default)]
     dependencies: BTreeMap<String, String>,
     id: String,
@@ -109,7 +120,7 @@ struct Keyed {
 
 /// The body of `/build-trace-v2/….doi`.
 #[derive(Serialize, Deserialize)]
-struct Unkeyed {
+struct BuildTraceBody {
     #[serde(rename = "outPath")]
     out_path: String,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -118,13 +129,13 @@ struct Unkeyed {
 
 /// What Nix 2.35 signs.
 #[derive(Serialize)]
-struct Signed {
-    key: Key,
-    value: Unkeyed,
+struct BuildTraceFingerprint {
+    key: BuildTraceKey,
+    value: BuildTraceBody,
 }
 
 #[derive(Serialize)]
-struct Key {
+struct BuildTraceKey {
     #[serde(rename = "drvPath")]
     derivation: String,
     #[serde(rename = "outputName")]
@@ -153,7 +164,8 @@ impl AnySignature {
 }
 
 impl Realisation {
-    /// The most bytes in a realisation. One has 250, and 140 more for each output that it was built from.
+    /// The most bytes in a realisation. One has 250, and 140 more for each output that it was built
+    /// from.
     pub const MAX_LEN: usize = 64 * 1024;
 
     /// Reads what a cache says of `id`.
@@ -166,16 +178,17 @@ impl Realisation {
         }
         let not_json = |_| Malformed::new(WHAT, "not the JSON of a realisation");
         let (out_path, dependencies, signatures) = match &id.derivation {
-            Derivation::Hash(_) => {
-                let Keyed { id: said, out_path, dependencies, signatures } =
+            DerivationId::Hash(_) => {
+                let RealisationBody { id: said, out_path, dependencies, signatures } =
                     serde_json::from_slice(bytes).map_err(not_json)?;
                 if said != id.to_string() {
                     return Err(Malformed::new(WHAT, "of another output"));
                 }
                 (out_path, dependencies, signatures)
             }
-            Derivation::Path(_) => {
-                let Unkeyed { out_path, signatures } = serde_json::from_slice(bytes).map_err(not_json)?;
+            DerivationId::Path(_) => {
+                let BuildTraceBody { out_path, signatures } =
+                    serde_json::from_slice(bytes).map_err(not_json)?;
                 (out_path, BTreeMap::new(), signatures)
             }
         };
@@ -194,10 +207,13 @@ impl Realisation {
     /// The text that Nix signs.
     pub fn fingerprint(&self) -> String {
         match &self.id.derivation {
-            Derivation::Hash(_) => json(&self.keyed(None)),
-            Derivation::Path(path) => {
-                let key = Key { derivation: path.base_name().to_owned(), output: self.id.output.clone() };
-                json(&Signed { key, value: self.unkeyed(None) })
+            DerivationId::Hash(_) => json(&self.keyed(None)),
+            DerivationId::Path(path) => {
+                let key = BuildTraceKey {
+                    derivation: path.base_name().to_owned(),
+                    output: self.id.output.clone(),
+                };
+                json(&BuildTraceFingerprint { key, value: self.unkeyed(None) })
             }
         }
     }
@@ -207,8 +223,10 @@ impl Realisation {
         let added = signature.filter(|signature| !self.signatures.contains(signature));
         let signatures = self.signatures.iter().chain(added).map(Signature::to_string);
         match &self.id.derivation {
-            Derivation::Hash(_) => json(&self.keyed(Some(signatures.map(AnySignature::Text).collect()))),
-            Derivation::Path(_) => {
+            DerivationId::Hash(_) => {
+                json(&self.keyed(Some(signatures.map(AnySignature::Text).collect())))
+            }
+            DerivationId::Path(_) => {
                 let parts = |text: String| {
                     let (name, sig) = text.split_once(':').expect("a signature has a colon");
                     AnySignature::Parts { name: name.to_owned(), sig: sig.to_owned() }
@@ -218,9 +236,10 @@ impl Realisation {
         }
     }
 
-    fn keyed(&self, signatures: Option<Vec<AnySignature>>) -> Keyed {
-        let dependency = |(id, path): (&String, &StorePath)| (id.clone(), path.base_name().to_owned());
-        Keyed {
+    fn keyed(&self, signatures: Option<Vec<AnySignature>>) -> RealisationBody {
+        let dependency =
+            |(id, path): (&String, &StorePath)| (id.clone(), path.base_name().to_owned());
+        RealisationBody {
             dependencies: self.dependencies.iter().map(dependency).collect(),
             id: self.id.to_string(),
             out_path: self.out_path.base_name().to_owned(),
@@ -228,8 +247,8 @@ impl Realisation {
         }
     }
 
-    fn unkeyed(&self, signatures: Option<Vec<AnySignature>>) -> Unkeyed {
-        Unkeyed { out_path: self.out_path.base_name().to_owned(), signatures }
+    fn unkeyed(&self, signatures: Option<Vec<AnySignature>>) -> BuildTraceBody {
+        BuildTraceBody { out_path: self.out_path.base_name().to_owned(), signatures }
     }
 }
 
@@ -264,7 +283,10 @@ mod tests {
         for forged in [
             Realisation { out_path: other, ..realisation.clone() },
             Realisation { dependencies: [dependency].into(), ..realisation.clone() },
-            Realisation { id: DrvOutput::parse_id(&ID.replace("!out", "!dev")).unwrap(), ..realisation.clone() },
+            Realisation {
+                id: DrvOutput::parse_id(&ID.replace("!out", "!dev")).unwrap(),
+                ..realisation.clone()
+            },
         ] {
             assert!(!key.verify(forged.fingerprint().as_bytes(), &realisation.signatures[0]));
             let printed = forged.print(None);
@@ -277,9 +299,11 @@ mod tests {
         let id = DrvOutput::parse_path(DERIVATION, "out").unwrap();
         assert_eq!(id.url_path(), format!("build-trace-v2/{DERIVATION}/out.doi"));
         let sig = BODY.split("k-1:").nth(1).unwrap().trim_end_matches("\"]}");
-        let old =
-            format!(r#"{{"outPath":"6a5mfmakknzr8h0dfwc1030kg9kghw9i-floating-output","signatures":["k-1:{sig}"]}}"#);
-        let new = old.replace(&format!(r#""k-1:{sig}""#), &format!(r#"{{"keyName":"k-1","sig":"{sig}"}}"#));
+        let old = format!(
+            r#"{{"outPath":"6a5mfmakknzr8h0dfwc1030kg9kghw9i-floating-output","signatures":["k-1:{sig}"]}}"#
+        );
+        let new = old
+            .replace(&format!(r#""k-1:{sig}""#), &format!(r#"{{"keyName":"k-1","sig":"{sig}"}}"#));
         for text in [&old, &new] {
             let realisation = Realisation::parse(text.as_bytes(), &id).unwrap();
             assert_eq!(realisation.print(None), new);
@@ -307,12 +331,28 @@ mod tests {
             (r#""outPath""#, r#""outpath""#),
             (r#"["k-1"#, r#"[7,"k-1"#),
         ] {
-            assert!(Realisation::parse(BODY.replacen(from, to, 1).as_bytes(), &id).is_err(), "{from} -> {to}");
+            assert!(
+                Realisation::parse(BODY.replacen(from, to, 1).as_bytes(), &id).is_err(),
+                "{from} -> {to}"
+            );
         }
         let padded = format!("{BODY}{}", " ".repeat(Realisation::MAX_LEN));
         assert!(Realisation::parse(padded.as_bytes(), &id).unwrap_err().is_unsupported);
-        assert!(Realisation::parse(BODY.replace("k-1:", "").as_bytes(), &id).unwrap().signatures.is_empty());
-        for id in ["", "!", "sha256:00!out", "sha256:!out", &ID[7..], &ID.to_uppercase(), &ID.replace("!out", "!a/b")] {
+        assert!(
+            Realisation::parse(BODY.replace("k-1:", "").as_bytes(), &id)
+                .unwrap()
+                .signatures
+                .is_empty()
+        );
+        for id in [
+            "",
+            "!",
+            "sha256:00!out",
+            "sha256:!out",
+            &ID[7..],
+            &ID.to_uppercase(),
+            &ID.replace("!out", "!a/b"),
+        ] {
             assert!(DrvOutput::parse_id(id).is_err(), "{id}");
         }
         assert!(DrvOutput::parse_path(DERIVATION.trim_end_matches(".drv"), "out").is_err());

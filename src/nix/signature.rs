@@ -1,5 +1,5 @@
-//! Keys and signatures as Nix writes them: `name:base64` (Nix manual, "nix-store --generate-binary-cache-key"
-//! and "Signatures"). The algorithm is ed25519.
+//! Keys and signatures as Nix writes them: `name:base64` (Nix manual, "nix-store
+//! --generate-binary-cache-key" and "Signatures"). The algorithm is ed25519.
 
 use super::Malformed;
 use data_encoding::BASE64;
@@ -63,7 +63,8 @@ impl PublicKey {
     /// No colon, no name, a name with white space, or other than 32 bytes of base64.
     pub fn parse(text: &str) -> Result<Self, Malformed> {
         let (name, bytes) = split("public key", text)?;
-        let key = ed25519::PublicKey::from_slice(&bytes).map_err(|_| Malformed::new("public key", "not 32 bytes"))?;
+        let key = ed25519::PublicKey::from_slice(&bytes)
+            .map_err(|_| Malformed::new("public key", "not 32 bytes"))?;
         Ok(PublicKey { name, key })
     }
 
@@ -74,7 +75,8 @@ impl PublicKey {
 
     /// Whether `signature` carries this key's name and its key made it over exactly `message`.
     pub fn verify(&self, message: &[u8], signature: &Signature) -> bool {
-        self.name == signature.name && self.key.verify(message, &ed25519::Signature::new(signature.bytes)).is_ok()
+        self.name == signature.name
+            && self.key.verify(message, &ed25519::Signature::new(signature.bytes)).is_ok()
     }
 }
 
@@ -90,7 +92,8 @@ impl fmt::Debug for PublicKey {
     }
 }
 
-/// A key that makes signatures. Never printed: it has no `Display`, and its `Debug` gives the name alone.
+/// A key that makes signatures. Never printed: it has no `Display`, and its `Debug` gives the name
+/// alone.
 pub struct SecretKey {
     name: String,
     key: ed25519::SecretKey,
@@ -100,12 +103,13 @@ impl SecretKey {
     /// Reads `name:base64`, seed and public half together, white space at the end not counted.
     ///
     /// # Errors
-    /// No colon, no name, a name with white space, other than 64 bytes of base64, or a public half that is
-    /// not the seed's: such a key would make signatures that nothing verifies.
+    /// No colon, no name, a name with white space, other than 64 bytes of base64, or a public half
+    /// that is not the seed's: such a key would make signatures that nothing verifies.
     pub fn parse(text: &str) -> Result<Self, Malformed> {
         const WHAT: &str = "secret key";
         let (name, bytes) = split(WHAT, text.trim_end())?;
-        let key = ed25519::SecretKey::from_slice(&bytes).map_err(|_| Malformed::new(WHAT, "not 64 bytes"))?;
+        let key = ed25519::SecretKey::from_slice(&bytes)
+            .map_err(|_| Malformed::new(WHAT, "not 64 bytes"))?;
         key.validate_public_key(&key.public_key())
             .map_err(|_| Malformed::new(WHAT, "public half does not belong to its seed"))?;
         Ok(SecretKey { name, key })
@@ -149,7 +153,8 @@ mod tests {
         let mut compared = 0;
         for narinfo in golden::narinfos() {
             let message = narinfo.info.fingerprint(&golden::store_dir());
-            for signature in narinfo.info.signatures.iter().filter(|s| s.name() == "test.example-1") {
+            for signature in narinfo.info.signatures.iter().filter(|s| s.name() == "test.example-1")
+            {
                 assert_eq!(secret.sign(message.as_bytes()), *signature, "{message}");
                 compared += 1;
             }
@@ -164,8 +169,12 @@ mod tests {
         assert!(public.verify(b"message", &signature));
         assert!(!public.verify(b"messagf", &signature));
         let renamed = |text: String| text.replacen("test.example-1", "test.example-2", 1);
-        assert!(!public.verify(b"message", &Signature::parse(&renamed(signature.to_string())).unwrap()));
-        assert!(!PublicKey::parse(&renamed(public.to_string())).unwrap().verify(b"message", &signature));
+        assert!(
+            !public.verify(b"message", &Signature::parse(&renamed(signature.to_string())).unwrap())
+        );
+        assert!(
+            !PublicKey::parse(&renamed(public.to_string())).unwrap().verify(b"message", &signature)
+        );
         for bit in 0..512 {
             let mut wrong = signature.clone();
             wrong.bytes[bit / 8] ^= 1 << (bit % 8);

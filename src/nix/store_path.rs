@@ -3,8 +3,8 @@
 use super::{Malformed, nix32};
 use std::fmt;
 
-/// The 32 Nix32 digits that begin a store path's base name. Only text of that form can be one, so it is
-/// safe in a file name, a URL, a packet and an SQL parameter.
+/// The 32 Nix32 digits that begin a store path's base name. Only text of that form can be one, so
+/// it is safe in a file name, a URL, a packet and an SQL parameter.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct HashPart([u8; HashPart::LEN]);
 
@@ -17,7 +17,8 @@ impl HashPart {
     /// # Errors
     /// Anything else.
     pub fn parse(text: &[u8]) -> Result<Self, Malformed> {
-        let digits: [u8; Self::LEN] = text.try_into().map_err(|_| Malformed::new("hash part", "not 32 characters"))?;
+        let digits: [u8; Self::LEN] =
+            text.try_into().map_err(|_| Malformed::new("hash part", "not 32 characters"))?;
         if !nix32::is_nix32(&digits) {
             return Err(Malformed::new("hash part", "not Nix32"));
         }
@@ -46,7 +47,8 @@ impl HashPart {
         for (group, five) in bytes.as_chunks_mut::<5>().0.iter_mut().enumerate() {
             let end = Self::LEN - 8 * group;
             let digits = &self.0[end - 8..end];
-            let bits = digits.iter().fold(0, |bits, digit| bits << 5 | u64::from(nix32::value(*digit)));
+            let bits =
+                digits.iter().fold(0, |bits, digit| bits << 5 | u64::from(nix32::value(*digit)));
             five.copy_from_slice(&bits.to_le_bytes()[..5]);
         }
         bytes
@@ -54,7 +56,9 @@ impl HashPart {
 
     /// The digits 0 to 11 and 12 to 23 as numbers of 60 bits, the first digit the highest.
     pub fn prefixes(&self) -> (u64, u64) {
-        let number = |digits: &[u8]| digits.iter().fold(0, |n, digit| n << 5 | u64::from(nix32::value(*digit)));
+        let number = |digits: &[u8]| {
+            digits.iter().fold(0, |n, digit| n << 5 | u64::from(nix32::value(*digit)))
+        };
         (number(&self.0[..12]), number(&self.0[12..24]))
     }
 
@@ -87,8 +91,8 @@ impl StorePath {
     /// Reads a base name.
     ///
     /// # Errors
-    /// No hash part, no dash, or a name that Nix would not allow: empty, over 211 bytes, other characters
-    /// than `0-9 a-z A-Z + - . _ ? =`, or `.` or `..` or beginning with `.-` or `..-`.
+    /// No hash part, no dash, or a name that Nix would not allow: empty, over 211 bytes, other
+    /// characters than `0-9 a-z A-Z + - . _ ? =`, or `.` or `..` or beginning with `.-` or `..-`.
     pub fn parse(base_name: &str) -> Result<Self, Malformed> {
         const WHAT: &str = "store path";
         let bytes = base_name.as_bytes();
@@ -197,7 +201,8 @@ mod tests {
     #[test]
     fn hash_part_and_bytes_convert_as_nix32_does() {
         for seed in 0..=255u8 {
-            let bytes: [u8; HashPart::BYTES] = std::array::from_fn(|at| seed.wrapping_mul(at as u8 ^ 0x5b));
+            let bytes: [u8; HashPart::BYTES] =
+                std::array::from_fn(|at| seed.wrapping_mul(at as u8 ^ 0x5b));
             let hash_part = HashPart::from_bytes(&bytes);
             assert_eq!(hash_part.as_str(), nix32::encode(&bytes));
             assert_eq!(hash_part.to_bytes(), bytes);
@@ -221,7 +226,19 @@ mod tests {
             assert!(StorePath::parse(&BASE[..end]).is_err());
         }
         let hash = &BASE[..32];
-        for name in ["", ".", "..", ".-x", "..-x", "a/b", "a\0b", "a b", "é", "../../etc/passwd", &"n".repeat(212)] {
+        for name in [
+            "",
+            ".",
+            "..",
+            ".-x",
+            "..-x",
+            "a/b",
+            "a\0b",
+            "a b",
+            "é",
+            "../../etc/passwd",
+            &"n".repeat(212),
+        ] {
             assert!(StorePath::parse(&format!("{hash}-{name}")).is_err(), "{name}");
         }
         for name in [".x", "...", "a", "+-._?=", &"n".repeat(211)] {

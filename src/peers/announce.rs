@@ -1,12 +1,12 @@
-//! A thread for each tracker, which says there that this node is here, publishes what it would share, and counts
-//! transfers: all that the tracker is told, so that no request ever waits for it.
+//! A thread for each tracker, which says there that this node is here, publishes what it would
+//! share, and counts transfers: all that the tracker is told, so that no request ever waits for it.
 
-use super::tracker::{Me, Tracker};
+use super::tracker::{NodeIdentity, Tracker};
 use crate::backoff::Backoff;
 use crate::network::Networks;
 use crate::suspend::SuspendDetector;
 use crate::time_scale::Interval;
-use crate::wire::filter::{Filter, MOST_BITS_PER_PATH};
+use crate::wire::filter::{BloomFilter, MOST_BITS_PER_PATH};
 use crate::wire::tracker::{MAX_TRANSFERS_AT_ONCE, Role, TransferName};
 use crossbeam_channel::{Receiver, Sender, TryRecvError, TrySendError, bounded, select};
 use std::collections::{BTreeMap, VecDeque};
@@ -19,7 +19,8 @@ use std::{io, thread};
 const INTERVAL: Interval = Interval::from_secs(60);
 /// A filter is published at most this often.
 const FILTER_INTERVAL: Interval = Interval::from_secs(30);
-/// Interval between looks for a new filter, a change of network, the end of a suspend, and lookups that miss the tracker.
+/// Interval between looks for a new filter, a change of network, the end of a suspend, and lookups
+/// that miss the tracker.
 const LOOK: Interval = Interval::from_secs(1);
 /// The first pause after a failure; it doubles.
 const FIRST_PAUSE: Interval = Interval::from_secs(1);
@@ -28,18 +29,20 @@ const LONGEST_PAUSE: Interval = Interval::from_secs(300);
 /// The longest while lookups miss the tracker.
 const LONGEST_PAUSE_WHILE_WANTED: Interval = Interval::from_secs(2);
 
-/// Transfers to begin or report that wait for the thread: the NARs of a large closure. Beyond, they are not counted.
+/// Transfers to begin or report that wait for the thread: the NARs of a large closure. Beyond, they
+/// are not counted.
 const MAX_JOBS: usize = 8192;
 /// Reports that wait while the tracker is away, 200 KiB. The oldest go first.
 const MAX_REPORTS: usize = 8192;
 /// Reports sent before new transfers have their turn.
 const REPORTS_AT_ONCE: usize = 16;
-/// A report waits this long for a tracker that is away. Trackers keep a transfer of which one report is missing for 2 h.
+/// A report waits this long for a tracker that is away. Trackers keep a transfer of which one
+/// report is missing for 2 h.
 const REPORT_KEPT: Interval = Interval::from_secs(2 * 3600);
 
 /// What this node would share, as it is published.
 pub struct Publication {
-    current: Mutex<Option<(u64, Arc<Filter>)>>,
+    current: Mutex<Option<(u64, Arc<BloomFilter>)>>,
     bits_per_path: AtomicU64,
 }
 
@@ -55,31 +58,31 @@ impl Publication {
         self.bits_per_path.load(Ordering::Relaxed)
     }
 
-    /// Of a node that shares nothing with strangers: an empty filter. A tracker names a peer without a filter now and then,
-    /// and one whose filter is empty never.
+    /// Of a node that shares nothing with strangers: an empty filter. A tracker names a peer
+    /// without a filter now and then, and one whose filter is empty never.
     pub fn nothing() -> Self {
-        let current = Mutex::new(Some((0, Arc::new(Filter::for_paths(0)))));
+        let current = Mutex::new(Some((0, Arc::new(BloomFilter::for_paths(0)))));
         Publication { current, ..Publication::default() }
     }
 
     /// Another filter takes the place of the last.
-    pub fn set(&self, filter: Filter) {
+    pub fn set(&self, filter: BloomFilter) {
         let mut current = self.lock();
         let version = current.as_ref().map_or(0, |(version, _)| version + 1);
         *current = Some((version, Arc::new(filter)));
     }
 
-    fn get(&self) -> Option<(u64, Arc<Filter>)> {
+    fn get(&self) -> Option<(u64, Arc<BloomFilter>)> {
         self.lock().clone()
     }
 
-    fn lock(&self) -> MutexGuard<'_, Option<(u64, Arc<Filter>)>> {
+    fn lock(&self) -> MutexGuard<'_, Option<(u64, Arc<BloomFilter>)>> {
         self.current.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 /// A transfer's name, once the tracker has given it one.
-pub type Begun = Arc<OnceLock<TransferName>>;
+pub type PendingTransferName = Arc<OnceLock<TransferName>>;
 
 /// All trackers and their threads.
 pub struct Trackers {
@@ -89,19 +92,19 @@ pub struct Trackers {
 
 struct Announcer {
     tracker: Arc<Tracker>,
-    jobs: Sender<Job>,
+    jobs: Sender<AnnouncerJob>,
     /// Closing it ends the thread.
     running: Mutex<Option<Sender<()>>>,
     ended: Receiver<()>,
 }
 
-enum Job {
-    Begin { sender_id: String, begun: Begun },
-    Report(Counted),
+enum AnnouncerJob {
+    Begin { sender_id: String, begun: PendingTransferName },
+    Report(TransferredBytes),
 }
 
 /// Bytes of one side of a transfer.
-struct Counted {
+struct TransferredBytes {
     transfer_id: u64,
     role: Role,
     bytes: u64,
@@ -115,13 +118,14 @@ impl Trackers {
     /// No thread to be had.
     pub fn start(
         urls: Vec<String>,
-        me: Me,
+        me: NodeIdentity,
         publication: &Arc<Publication>,
         networks: &Arc<Networks>,
         on_end: impl Fn() + Clone + Send + 'static,
     ) -> io::Result<Trackers> {
         let me = Arc::new(me);
-        let trackers: Vec<_> = urls.into_iter().map(|url| Arc::new(Tracker::new(url, &me, Instant::now()))).collect();
+        let trackers: Vec<_> =
+            urls.into_iter().map(|url| Arc::new(Tracker::new(url, &me, Instant::now()))).collect();
         let mut announcers = Vec::new();
         for tracker in &trackers {
             log::info!("tracker {}: knows this node as {}", tracker.url(), tracker.peer_id());
@@ -129,7 +133,7 @@ impl Trackers {
             let (running, stopped) = bounded(0);
             let (end, ended) = bounded(0);
             let backoff = || Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
-            let worker = Worker {
+            let worker = AnnouncerThread {
                 tracker: tracker.clone(),
                 trackers: trackers.clone(),
                 me: me.clone(),
@@ -153,10 +157,15 @@ impl Trackers {
             thread::Builder::new().name("announce".into()).spawn(move || {
                 // Closes when this thread ends, however that comes about.
                 let _end = end;
-                let _on_end = crate::on_drop::OnDrop::new(on_end);
+                let _on_end = crate::deferred::Deferred::new(on_end);
                 worker.run();
             })?;
-            announcers.push(Announcer { tracker: tracker.clone(), jobs, running: Mutex::new(Some(running)), ended });
+            announcers.push(Announcer {
+                tracker: tracker.clone(),
+                jobs,
+                running: Mutex::new(Some(running)),
+                ended,
+            });
         }
         Ok(Trackers { port: me.port, announcers })
     }
@@ -185,44 +194,57 @@ impl Trackers {
         }
     }
 
-    /// Has a transfer from that peer begun at the tracker with that place in [`Trackers::all`]. It gets its name soon.
-    pub fn begin(&self, tracker: usize, sender_id: &str) -> Begun {
-        let begun = Begun::default();
+    /// Has a transfer from that peer begun at the tracker with that place in [`Trackers::all`]. It
+    /// gets its name soon.
+    pub fn begin(&self, tracker: usize, sender_id: &str) -> PendingTransferName {
+        let begun = PendingTransferName::default();
         if let Some(announcer) = self.announcers.get(tracker) {
-            announcer.give(Job::Begin { sender_id: sender_id.to_owned(), begun: begun.clone() });
+            announcer.give(AnnouncerJob::Begin {
+                sender_id: sender_id.to_owned(),
+                begun: begun.clone(),
+            });
         }
         begun
     }
 
     /// Reports bytes of a transfer to the tracker that counts it, if that is one of ours.
     pub fn report(&self, transfer: &TransferName, role: Role, bytes: u64) {
-        let counts = |announcer: &&Announcer| announcer.tracker.id().as_deref() == Some(&*transfer.tracker);
+        let counts =
+            |announcer: &&Announcer| announcer.tracker.id().as_deref() == Some(&*transfer.tracker);
         if let Some(announcer) = self.announcers.iter().find(counts) {
-            announcer.give(Job::Report(Counted { transfer_id: transfer.id, role, bytes, at: Instant::now() }));
+            announcer.give(AnnouncerJob::Report(TransferredBytes {
+                transfer_id: transfer.id,
+                role,
+                bytes,
+                at: Instant::now(),
+            }));
         }
     }
 }
 
 impl Announcer {
-    fn give(&self, job: Job) {
+    fn give(&self, job: AnnouncerJob) {
         if let Err(TrySendError::Full(_)) = self.jobs.try_send(job) {
-            log::debug!("tracker {}: too many transfers at once; one is not counted", self.tracker.url());
+            log::debug!(
+                "tracker {}: too many transfers at once; one is not counted",
+                self.tracker.url()
+            );
         }
     }
 }
 
 /// What the thread owns.
-struct Worker {
+struct AnnouncerThread {
     tracker: Arc<Tracker>,
     /// All of them, this one included: one filter is for all.
     trackers: Vec<Arc<Tracker>>,
-    me: Arc<Me>,
+    me: Arc<NodeIdentity>,
     publication: Arc<Publication>,
     networks: Arc<Networks>,
     /// Changes of the network, as counted last.
     network_changes: u64,
     suspend: SuspendDetector,
-    queue: Receiver<Job>,
+    queue: Receiver<AnnouncerJob>,
     stopped: Receiver<()>,
     announcing: Backoff,
     /// The tracker said when it wants the next announce.
@@ -232,13 +254,13 @@ struct Worker {
     published: Option<(u64, u64)>,
     publishing: Backoff,
     next_filter: Instant,
-    begin: BTreeMap<String, Vec<Begun>>,
+    begin: BTreeMap<String, Vec<PendingTransferName>>,
     /// Of reports and of transfers to begin.
     reporting: Backoff,
-    reports: VecDeque<Counted>,
+    reports: VecDeque<TransferredBytes>,
 }
 
-impl Worker {
+impl AnnouncerThread {
     fn run(mut self) {
         loop {
             let now = Instant::now();
@@ -267,7 +289,8 @@ impl Worker {
     /// Announces sooner, if there is a reason to.
     fn notice_changes(&mut self, now: Instant) {
         let network_changes = self.networks.count_changes();
-        let has_moved = std::mem::replace(&mut self.network_changes, network_changes) != network_changes;
+        let has_moved =
+            std::mem::replace(&mut self.network_changes, network_changes) != network_changes;
         let has_slept = self.suspend.detect();
         if has_moved || has_slept {
             self.tracker.forget(now);
@@ -276,8 +299,8 @@ impl Worker {
             }
             self.next_announce = now;
         }
-        // Lookups fail, or miss the tracker: an announce finds out whether it is there. A tracker that said when it wants to
-        // be asked again is not asked sooner.
+        // Lookups fail, or miss the tracker: an announce finds out whether it is there. A tracker
+        // that said when it wants to be asked again is not asked sooner.
         if self.tracker.take_wanted() && !self.is_asked_to_wait {
             let is_first = self.announcing.failures() == 0;
             let soonest = if is_first { now } else { now + LONGEST_PAUSE_WHILE_WANTED.get() };
@@ -292,12 +315,16 @@ impl Worker {
             Ok(announced) => {
                 self.announcing.reset();
                 self.is_asked_to_wait = false;
-                // It has none, or another machine's: this node's is older than its memory, or not the last.
-                if self.published.is_some_and(|(_, timestamp)| announced.filter != Some(timestamp)) {
+                // It has none, or another machine's: this node's is older than its memory, or not
+                // the last.
+                if self.published.is_some_and(|(_, timestamp)| announced.filter != Some(timestamp))
+                {
                     self.published = None;
                 }
                 let fewest = self.trackers.iter().map(|tracker| tracker.bits_per_path()).min();
-                self.publication.bits_per_path.store(fewest.unwrap_or(MOST_BITS_PER_PATH), Ordering::Relaxed);
+                self.publication
+                    .bits_per_path
+                    .store(fewest.unwrap_or(MOST_BITS_PER_PATH), Ordering::Relaxed);
                 self.next_announce = now + INTERVAL.get();
             }
             Err(e) => {
@@ -366,9 +393,12 @@ impl Worker {
     /// Waits for something to do. False: it is time to end.
     fn wait(&mut self) -> bool {
         let now = Instant::now();
-        let has_reports = !self.reports.is_empty() && self.tracker.is_reached() && self.announcing.failures() == 0;
+        let has_reports = !self.reports.is_empty()
+            && self.tracker.is_reached()
+            && self.announcing.failures() == 0;
         let reports = has_reports.then(|| self.reporting.due().unwrap_or(now));
-        let until = self.next_announce.min(now + LOOK.get()).min(reports.unwrap_or(self.next_announce));
+        let until =
+            self.next_announce.min(now + LOOK.get()).min(reports.unwrap_or(self.next_announce));
         select! {
             recv(self.stopped) -> _ => return false,
             recv(self.queue) -> job => match job {
@@ -383,12 +413,16 @@ impl Worker {
         self.stopped.try_recv() != Err(TryRecvError::Disconnected)
     }
 
-    fn take(&mut self, job: Job) {
+    fn take(&mut self, job: AnnouncerJob) {
         match job {
-            // Of a tracker that is away, or that has no ID to name transfers by, nothing is expected.
-            Job::Begin { .. } if !self.tracker.is_reached() || self.tracker.id().is_none() => {}
-            Job::Begin { sender_id, begun } => self.begin.entry(sender_id).or_default().push(begun),
-            Job::Report(counted) => {
+            // Of a tracker that is away, or that has no ID to name transfers by, nothing is
+            // expected.
+            AnnouncerJob::Begin { .. }
+                if !self.tracker.is_reached() || self.tracker.id().is_none() => {}
+            AnnouncerJob::Begin { sender_id, begun } => {
+                self.begin.entry(sender_id).or_default().push(begun)
+            }
+            AnnouncerJob::Report(counted) => {
                 if self.reports.len() >= MAX_REPORTS {
                     self.reports.pop_front();
                 }

@@ -1,14 +1,14 @@
-//! Requests to the HTTP servers of peers, by blocking ureq. Nothing that a peer answers is believed here beyond its
-//! form; nothing follows a redirect, a proxy or a name server.
+//! Requests to the HTTP servers of peers, by blocking ureq. Nothing that a peer answers is believed
+//! here beyond its form; nothing follows a redirect, a proxy or a name server.
 
-use super::decoder::Decoded;
 use super::friend_transport::FriendConnector;
-use super::patience::{self, WithPatience};
-use super::standing::Fault;
+use super::health::Fault;
+use super::read_timeout::{self, ReadTimeoutConnector};
+use super::zstd_reader::ZstdReader;
+use crate::deferred::Deferred;
 use crate::http_client;
 use crate::lan::Holder;
 use crate::nix::{DrvOutput, HashPart, Malformed, NarInfo, Realisation, StoreDir, StorePath};
-use crate::on_drop::OnDrop;
 use crate::time_scale::Timeout;
 use crate::wire::relay::{DIGEST_LEN, MAX_NAMED, PACE_HEADER, RELAY_HEADER};
 use crate::wire::tracker::{TRANSFER_HEADER, TransferName};
@@ -36,8 +36,8 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 /// A NAR's first byte, and every further one, comes within this of the last.
 pub const STALL: Timeout = Timeout::from_secs(10);
 
-/// A peer that is slower than this, in bytes a second and one stream, is left in any case: Nix would wait for it
-/// without end. Sixteen streams over the slowest Wi-Fi have twice that each.
+/// A peer that is slower than this, in bytes a second and one stream, is left in any case: Nix
+/// would wait for it without end. Sixteen streams over the slowest Wi-Fi have twice that each.
 pub const TOO_SLOW: u64 = 8 * 1024;
 /// Longest time for a NAR's body, beside the time that its size takes at [`TOO_SLOW`].
 const BODY_GRACE: Duration = Duration::from_secs(30);
@@ -46,23 +46,26 @@ const BODY_GRACE: Duration = Duration::from_secs(30);
 const IDLE_PER_PEER: usize = 25;
 /// Connections kept open in all.
 const IDLE: usize = 100;
-/// Shorter than the 30 s after which a peer closes an idle connection, so that no request meets a closed one.
+/// Shorter than the 30 s after which a peer closes an idle connection, so that no request meets a
+/// closed one.
 const IDLE_AGE: Timeout = Timeout::from_secs(15);
 
-/// ureq's buffer for what it reads, which bounds one read of a NAR's body. 128 KiB was fastest among 16 to 512.
+/// ureq's buffer for what it reads, which bounds one read of a NAR's body. 128 KiB was fastest
+/// among 16 to 512.
 const BUFFER: usize = 128 * 1024;
 
-/// As much as is read of an answer to [`Client::greet`]. Ours have 60 bytes.
+/// As much as is read of an answer to [`PeerClient::greet`]. Ours have 60 bytes.
 const MAX_GREETING: u64 = 4096;
 
 /// Why a peer did not give what it was asked for.
 #[derive(Debug)]
-pub enum Error {
+pub enum PeerError {
     /// No connection, no answer in time, or the connection broke.
     Unreachable(ureq::Error),
     /// 404 or 410: it does not have the path.
     NotThere,
-    /// 503: it has as much to do as it wants. Or this node has as many large narinfos as it may have.
+    /// 503: it has as much to do as it wants. Or this node has as many large narinfos as it may
+    /// have.
     Busy,
     /// 307: these are getting the NAR from it.
     Named(Vec<IpAddr>),
@@ -72,52 +75,61 @@ pub enum Error {
     Malformed(Malformed),
 }
 
-impl Error {
-    /// Whether the same request may succeed soon: the peer is busy or restarts, or packets of the connection were lost.
-    /// An answer that is late is no such case.
+impl PeerError {
+    /// Whether the same request may succeed soon: the peer is busy or restarts, or packets of the
+    /// connection were lost. An answer that is late is no such case.
     pub fn is_temporary(&self) -> bool {
         match self {
-            Error::Unreachable(ureq::Error::Timeout(timeout)) => *timeout == ureq::Timeout::Connect,
-            Error::Unreachable(_) | Error::Busy => true,
-            Error::NotThere | Error::Named(_) | Error::Status(_) | Error::Malformed(_) => false,
+            PeerError::Unreachable(ureq::Error::Timeout(timeout)) => {
+                *timeout == ureq::Timeout::Connect
+            }
+            PeerError::Unreachable(_) | PeerError::Busy => true,
+            PeerError::NotThere
+            | PeerError::Named(_)
+            | PeerError::Status(_)
+            | PeerError::Malformed(_) => false,
         }
     }
 
     /// What this says about the peer; `None` for nothing bad.
     pub fn fault(&self) -> Option<Fault> {
         match self {
-            Error::Unreachable(_) => Some(Fault::Unreachable),
-            Error::Malformed(malformed) if malformed.is_unsupported => Some(Fault::OddPath),
-            Error::NotThere | Error::Status(_) | Error::Malformed(_) => Some(Fault::BrokenPromise),
-            Error::Busy | Error::Named(_) => None,
+            PeerError::Unreachable(_) => Some(Fault::Unreachable),
+            PeerError::Malformed(malformed) if malformed.is_unsupported => Some(Fault::OddPath),
+            PeerError::NotThere | PeerError::Status(_) | PeerError::Malformed(_) => {
+                Some(Fault::BrokenPromise)
+            }
+            PeerError::Busy | PeerError::Named(_) => None,
         }
     }
 }
 
-impl fmt::Display for Error {
+impl fmt::Display for PeerError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Error::Unreachable(e) => write!(f, "{e}"),
-            Error::NotThere => f.write_str("said it had the path, and has not"),
-            Error::Busy => f.write_str("busy"),
-            Error::Named(_) => f.write_str("named others that are getting it"),
-            Error::Status(status) => write!(f, "status {status}"),
-            Error::Malformed(e) => write!(f, "{e}"),
+            PeerError::Unreachable(e) => write!(f, "{e}"),
+            PeerError::NotThere => f.write_str("said it had the path, and has not"),
+            PeerError::Busy => f.write_str("busy"),
+            PeerError::Named(_) => f.write_str("named others that are getting it"),
+            PeerError::Status(status) => write!(f, "status {status}"),
+            PeerError::Malformed(e) => write!(f, "{e}"),
         }
     }
 }
 
-impl std::error::Error for Error {}
+impl std::error::Error for PeerError {}
 
-/// A narinfo larger than this, in bytes, needs room. Those of paths with fewer than 900 references do not.
+/// A narinfo larger than this, in bytes, needs room. Those of paths with fewer than 900 references
+/// do not.
 const LARGE_NARINFO: u64 = 64 * 1024;
-/// Large narinfos in memory at once: each takes up to 3 MiB, as bytes and as references. Further ones wait until
-/// their request ends.
+/// Large narinfos in memory at once: each takes up to 3 MiB, as bytes and as references. Further
+/// ones wait until their request ends.
 const MAX_LARGE_NARINFOS: usize = 2;
-/// Threads that read them, so that one slow peer does not hold up all. The C library keeps freed memory for each
-/// thread: if all 256 threads for requests read them, it would keep 60 MiB.
+/// Threads that read them, so that one slow peer does not hold up all. The C library keeps freed
+/// memory for each thread: if all 256 threads for requests read them, it would keep 60 MiB.
 const LARGE_READERS: usize = 2;
-/// Past its deadline, a large narinfo is waited for this long: its reader notices the deadline itself.
+/// Past its deadline, a large narinfo is waited for this long: its reader notices the deadline
+/// itself.
 const ROOM_GRACE: Duration = Duration::from_secs(1);
 /// Their stack: the buffers are not on it.
 const LARGE_STACK: usize = 256 << 10;
@@ -125,41 +137,44 @@ const LARGE_STACK: usize = 256 << 10;
 /// The largest build log, in bytes: as large as nodes serve.
 const MAX_LOG: u64 = 64 << 20;
 
-/// Odd paths that were logged, so that each is logged once. When there are more, they are forgotten and may
-/// be logged again.
+/// Odd paths that were logged, so that each is logged once. When there are more, they are forgotten
+/// and may be logged again.
 const MAX_LOGGED: usize = 1024;
 
 /// The client that all threads share.
-pub struct Client {
-    pool: Mutex<Pool>,
+pub struct PeerClient {
+    pool: Mutex<IdleConnections>,
     /// Set for a friend.
     tls: Option<Arc<ClientConfig>>,
     store_dir: StoreDir,
     logged: Mutex<HashSet<HashPart>>,
     /// To the threads that read large narinfos.
-    large: Sender<LargeNarinfo>,
+    large: Sender<LargeNarinfoBody>,
 }
 
 /// A narinfo that turned out to be large.
-struct LargeNarinfo {
+struct LargeNarinfoBody {
     begin: Vec<u8>,
     rest: ureq::BodyReader<'static>,
     until: Instant,
     store_dir: StoreDir,
-    done: Sender<Result<PeerNarinfo, Error>>,
+    done: Sender<Result<PeerNarinfo, PeerError>>,
 }
 
-impl LargeNarinfo {
+impl LargeNarinfoBody {
     fn read(self, rooms: &(Sender<()>, Receiver<()>)) {
-        let LargeNarinfo { begin, mut rest, until, store_dir, done } = self;
+        let LargeNarinfoBody { begin, mut rest, until, store_dir, done } = self;
         let mut read = || {
-            rooms.0.send_deadline((), until).map_err(|_| Error::Busy)?;
-            let room = Some(Room(rooms.1.clone()));
+            rooms.0.send_deadline((), until).map_err(|_| PeerError::Busy)?;
+            let room = Some(LargeNarinfoReservation(rooms.1.clone()));
             let mut bytes = Vec::with_capacity(NarInfo::MAX_LEN + 1);
             bytes.extend(&begin);
             let most = (NarInfo::MAX_LEN + 1 - bytes.len()) as u64;
-            rest.by_ref().take(most).read_to_end(&mut bytes).map_err(|e| Error::Unreachable(e.into()))?;
-            let narinfo = NarInfo::parse(&bytes, &store_dir).map_err(Error::Malformed)?;
+            rest.by_ref()
+                .take(most)
+                .read_to_end(&mut bytes)
+                .map_err(|e| PeerError::Unreachable(e.into()))?;
+            let narinfo = NarInfo::parse(&bytes, &store_dir).map_err(PeerError::Malformed)?;
             Ok(PeerNarinfo { narinfo, _room: room })
         };
         let _ = done.try_send(read());
@@ -167,14 +182,17 @@ impl LargeNarinfo {
 }
 
 /// Starts the threads that read large narinfos. They end with the returned sender.
-fn start_large_readers() -> Sender<LargeNarinfo> {
-    let (sender, jobs) = bounded::<LargeNarinfo>(0);
+fn start_large_readers() -> Sender<LargeNarinfoBody> {
+    let (sender, jobs) = bounded::<LargeNarinfoBody>(0);
     let rooms = bounded(MAX_LARGE_NARINFOS);
     for _ in 0..LARGE_READERS {
         let (jobs, rooms) = (jobs.clone(), rooms.clone());
-        let started = thread::Builder::new().name("narinfo-large".into()).stack_size(LARGE_STACK).spawn(move || {
-            jobs.iter().for_each(|job: LargeNarinfo| job.read(&rooms));
-        });
+        let started = thread::Builder::new()
+            .name("narinfo-large".into())
+            .stack_size(LARGE_STACK)
+            .spawn(move || {
+                jobs.iter().for_each(|job: LargeNarinfoBody| job.read(&rooms));
+            });
         if let Err(e) = started {
             log::error!("thread for large narinfos: {e}");
         }
@@ -182,11 +200,12 @@ fn start_large_readers() -> Sender<LargeNarinfo> {
     sender
 }
 
-/// A peer's narinfo: its form is checked, its signatures are not. A large one takes room until it is dropped.
+/// A peer's narinfo: its form is checked, its signatures are not. A large one takes room until it
+/// is dropped.
 #[derive(Debug)]
 pub struct PeerNarinfo {
     narinfo: NarInfo,
-    _room: Option<Room>,
+    _room: Option<LargeNarinfoReservation>,
 }
 
 impl PeerNarinfo {
@@ -206,9 +225,9 @@ impl Deref for PeerNarinfo {
 
 /// The right to have a large narinfo in memory.
 #[derive(Debug)]
-struct Room(Receiver<()>);
+struct LargeNarinfoReservation(Receiver<()>);
 
-impl Drop for Room {
+impl Drop for LargeNarinfoReservation {
     fn drop(&mut self) {
         let _ = self.0.try_recv();
     }
@@ -219,17 +238,20 @@ pub struct LogBody {
     /// Its bytes.
     pub len: u64,
     /// The text.
-    pub text: Printable<ureq::BodyReader<'static>>,
+    pub text: PrintableReader<ureq::BodyReader<'static>>,
 }
 
-/// Replaces control characters but tabs and line ends by question marks: Nix prints logs to the terminal, and nobody has
-/// signed them.
-pub struct Printable<R>(R);
+/// Replaces control characters but tabs and line ends by question marks: Nix prints logs to the
+/// terminal, and nobody has signed them.
+pub struct PrintableReader<R>(R);
 
-impl<R: Read> Read for Printable<R> {
+impl<R: Read> Read for PrintableReader<R> {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         let read = self.0.read(buf)?;
-        for byte in buf[..read].iter_mut().filter(|byte| byte.is_ascii_control() && !b"\t\n\r".contains(byte)) {
+        for byte in buf[..read]
+            .iter_mut()
+            .filter(|byte| byte.is_ascii_control() && !b"\t\n\r".contains(byte))
+        {
             *byte = b'?';
         }
         Ok(read)
@@ -237,7 +259,7 @@ impl<R: Read> Read for Printable<R> {
 }
 
 /// The connections that are kept open.
-struct Pool {
+struct IdleConnections {
     agent: Agent,
     /// When one of them may have been used last; `None` if there are none.
     used: Option<Instant>,
@@ -245,7 +267,7 @@ struct Pool {
 
 /// What lies between this node and a peer.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Way {
+pub enum LinkKind {
     /// A network that is faster than compressing.
     Lan,
     /// The same, and the peer may name others instead that are getting the NAR.
@@ -256,21 +278,22 @@ pub enum Way {
 
 /// The body of a NAR response: the NAR's bytes, however they came.
 pub struct NarBody {
-    bytes: Bytes,
+    bytes: BodyReader,
     /// Bytes to skip: a peer that does not know ranges begins at the beginning.
     pub skip: u64,
     /// Whether the end shows by itself: by a length, or by the end of a frame.
     has_end: bool,
 }
 
-enum Bytes {
+enum BodyReader {
     Plain(ureq::BodyReader<'static>),
-    Compressed(Box<Decoded<ureq::BodyReader<'static>>>),
+    Compressed(Box<ZstdReader<ureq::BodyReader<'static>>>),
 }
 
 impl NarBody {
-    /// Gives the connection back for the next request, which ureq does only when the end has been read. Without a
-    /// length the peer could make us wait for it; that of a compressed body is waited for elsewhere.
+    /// Gives the connection back for the next request, which ureq does only when the end has been
+    /// read. Without a length the peer could make us wait for it; that of a compressed body is
+    /// waited for elsewhere.
     pub fn finish(mut self) {
         /// Connections that have their end still to come. Beyond, they are closed.
         const MAX_FINISHING: usize = 32;
@@ -278,11 +301,13 @@ impl NarBody {
         const AT_ONCE: Duration = Duration::from_millis(50);
         static FINISHING: AtomicUsize = AtomicUsize::new(0);
         match self.bytes {
-            Bytes::Plain(_) if self.has_end => {
+            BodyReader::Plain(_) if self.has_end => {
                 let _ = self.read(&mut [0]);
             }
-            Bytes::Compressed(_) if FINISHING.fetch_add(1, Ordering::Relaxed) < MAX_FINISHING => {
-                let left = OnDrop::new(|| {
+            BodyReader::Compressed(_)
+                if FINISHING.fetch_add(1, Ordering::Relaxed) < MAX_FINISHING =>
+            {
+                let left = Deferred::new(|| {
                     FINISHING.fetch_sub(1, Ordering::Relaxed);
                 });
                 let (end, ended) = bounded::<()>(0);
@@ -296,23 +321,23 @@ impl NarBody {
                     Err(e) => log::debug!("thread for the end of a NAR: {e}"),
                 }
             }
-            Bytes::Compressed(_) => {
+            BodyReader::Compressed(_) => {
                 FINISHING.fetch_sub(1, Ordering::Relaxed);
             }
-            Bytes::Plain(_) => {}
+            BodyReader::Plain(_) => {}
         }
     }
 }
 
 impl NarBody {
-    /// As [`Read::read`], but waits for the peer for `patience` at most. `None`: nothing came in that time, and the next
-    /// read goes on from there.
+    /// As [`Read::read`], but waits for the peer for `patience` at most. `None`: nothing came in
+    /// that time, and the next read goes on from there.
     ///
     /// # Errors
     /// The connection's, or what the peer compressed cannot be decoded.
     pub fn read_within(&mut self, buf: &mut [u8], patience: Duration) -> io::Result<Option<usize>> {
-        match patience::limit(patience, || self.read(buf)) {
-            Err(e) if patience::is_over(&e) => Ok(None),
+        match read_timeout::limit(patience, || self.read(buf)) {
+            Err(e) if read_timeout::is_over(&e) => Ok(None),
             read => read.map(Some),
         }
     }
@@ -321,8 +346,8 @@ impl NarBody {
 impl Read for NarBody {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         match &mut self.bytes {
-            Bytes::Plain(reader) => reader.read(buf),
-            Bytes::Compressed(reader) => reader.read(buf),
+            BodyReader::Plain(reader) => reader.read(buf),
+            BodyReader::Compressed(reader) => reader.read(buf),
         }
     }
 }
@@ -340,28 +365,32 @@ fn agent(tls: Option<&Arc<ClientConfig>>) -> Agent {
         .max_idle_age(IDLE_AGE.get())
         .build();
     match tls {
-        None => Agent::with_parts(config, DefaultConnector::default().chain(WithPatience), PeerAddress),
+        None => Agent::with_parts(
+            config,
+            DefaultConnector::default().chain(ReadTimeoutConnector),
+            PeerAddressResolver,
+        ),
         Some(tls) => {
             let friend = ().chain(TcpConnector::default()).chain(FriendConnector(tls.clone()));
-            Agent::with_parts(config, friend.chain(WithPatience), PeerAddress)
+            Agent::with_parts(config, friend.chain(ReadTimeoutConnector), PeerAddressResolver)
         }
     }
 }
 
-impl Client {
+impl PeerClient {
     /// Accepts narinfos of that store directory only.
     pub fn new(store_dir: StoreDir) -> Self {
-        Client::with(store_dir, None)
+        PeerClient::with(store_dir, None)
     }
 
     /// A client of a friend, with whom all is in TLS.
     pub fn for_friend(store_dir: StoreDir, tls: Arc<ClientConfig>) -> Self {
-        Client::with(store_dir, Some(tls))
+        PeerClient::with(store_dir, Some(tls))
     }
 
     fn with(store_dir: StoreDir, tls: Option<Arc<ClientConfig>>) -> Self {
-        Client {
-            pool: Mutex::new(Pool { agent: agent(tls.as_ref()), used: None }),
+        PeerClient {
+            pool: Mutex::new(IdleConnections { agent: agent(tls.as_ref()), used: None }),
             tls,
             store_dir,
             logged: Mutex::default(),
@@ -369,17 +398,26 @@ impl Client {
         }
     }
 
-    /// Asks for what every node tells everybody, within `timeout`: whether the peer is there, and over TLS whether it is the
-    /// one that is meant.
+    /// Asks for what every node tells everybody, within `timeout`: whether the peer is there, and
+    /// over TLS whether it is the one that is meant.
     ///
     /// # Errors
-    /// See [`Error`].
-    pub fn greet(&self, peer: SocketAddr, timeout: Duration) -> Result<(), Error> {
-        let request = || self.agent().get(url(peer, "nix-cache-info")).config().timeout_global(Some(timeout)).build();
-        let response = twice(|| request().call()).map_err(Error::Unreachable)?;
+    /// See [`PeerError`].
+    pub fn greet(&self, peer: SocketAddr, timeout: Duration) -> Result<(), PeerError> {
+        let request = || {
+            self.agent()
+                .get(url(peer, "nix-cache-info"))
+                .config()
+                .timeout_global(Some(timeout))
+                .build()
+        };
+        let response = twice(|| request().call()).map_err(PeerError::Unreachable)?;
         let mut body = expect(response, &[200])?.into_body();
         let mut bytes = Vec::new();
-        body.as_reader().take(MAX_GREETING).read_to_end(&mut bytes).map_err(|e| Error::Unreachable(e.into()))?;
+        body.as_reader()
+            .take(MAX_GREETING)
+            .read_to_end(&mut bytes)
+            .map_err(|e| PeerError::Unreachable(e.into()))?;
         Ok(())
     }
 
@@ -389,12 +427,12 @@ impl Client {
         pool.agent.clone()
     }
 
-    /// Closes the connections if none of them was used for so long that it could be used again. ureq does so only with
-    /// the next request, and each has 256 KiB of buffers.
+    /// Closes the connections if none of them was used for so long that it could be used again.
+    /// ureq does so only with the next request, and each has 256 KiB of buffers.
     pub fn rest(&self) {
         let mut pool = self.pool.lock().unwrap_or_else(PoisonError::into_inner);
         if pool.used.is_some_and(|used| used.elapsed() >= IDLE_AGE.get()) {
-            *pool = Pool { agent: agent(self.tls.as_ref()), used: None };
+            *pool = IdleConnections { agent: agent(self.tls.as_ref()), used: None };
         }
     }
 
@@ -415,10 +453,15 @@ impl Client {
     /// The narinfo a peer said it has: of the right path, for an uncompressed NAR.
     ///
     /// # Errors
-    /// See [`Error`]; also when the whole takes longer than `timeout`.
-    pub fn narinfo(&self, holder: &Holder, hash_part: &HashPart, timeout: Duration) -> Result<PeerNarinfo, Error> {
+    /// See [`PeerError`]; also when the whole takes longer than `timeout`.
+    pub fn narinfo(
+        &self,
+        holder: &Holder,
+        hash_part: &HashPart,
+        timeout: Duration,
+    ) -> Result<PeerNarinfo, PeerError> {
         let result = self.read_narinfo(holder, hash_part, timeout);
-        if let Err(Error::Malformed(why)) = &result
+        if let Err(PeerError::Malformed(why)) = &result
             && why.is_unsupported
         {
             self.warn_of_odd_path(hash_part, holder.http, why);
@@ -426,28 +469,51 @@ impl Client {
         result
     }
 
-    fn read_narinfo(&self, holder: &Holder, hash_part: &HashPart, timeout: Duration) -> Result<PeerNarinfo, Error> {
+    fn read_narinfo(
+        &self,
+        holder: &Holder,
+        hash_part: &HashPart,
+        timeout: Duration,
+    ) -> Result<PeerNarinfo, PeerError> {
         let until = Instant::now() + timeout;
-        let request =
-            || self.agent().get(url(holder.http, &holder.url_path)).config().timeout_global(Some(timeout)).build();
-        let response = twice(|| request().call()).map_err(Error::Unreachable)?;
+        let request = || {
+            self.agent()
+                .get(url(holder.http, &holder.url_path))
+                .config()
+                .timeout_global(Some(timeout))
+                .build()
+        };
+        let response = twice(|| request().call()).map_err(PeerError::Unreachable)?;
         let mut reader = expect(response, &[200])?.into_body().into_reader();
         let mut begin = Vec::new();
-        reader.by_ref().take(LARGE_NARINFO + 1).read_to_end(&mut begin).map_err(|e| Error::Unreachable(e.into()))?;
+        reader
+            .by_ref()
+            .take(LARGE_NARINFO + 1)
+            .read_to_end(&mut begin)
+            .map_err(|e| PeerError::Unreachable(e.into()))?;
         let narinfo = if begin.len() as u64 > LARGE_NARINFO {
             let (done, result) = bounded(1);
-            let job = LargeNarinfo { begin, rest: reader, until, store_dir: self.store_dir.clone(), done };
-            self.large.send_deadline(job, until).map_err(|_| Error::Busy)?;
-            result.recv_deadline(until + ROOM_GRACE).map_err(|_| Error::Busy)??
+            let job = LargeNarinfoBody {
+                begin,
+                rest: reader,
+                until,
+                store_dir: self.store_dir.clone(),
+                done,
+            };
+            self.large.send_deadline(job, until).map_err(|_| PeerError::Busy)?;
+            result.recv_deadline(until + ROOM_GRACE).map_err(|_| PeerError::Busy)??
         } else {
-            let narinfo = NarInfo::parse(&begin, &self.store_dir).map_err(Error::Malformed)?;
+            let narinfo = NarInfo::parse(&begin, &self.store_dir).map_err(PeerError::Malformed)?;
             PeerNarinfo { narinfo, _room: None }
         };
         if narinfo.info.path.hash_part() != *hash_part {
-            return Err(Error::Malformed(Malformed::new("narinfo", "of another path")));
+            return Err(PeerError::Malformed(Malformed::new("narinfo", "of another path")));
         }
         if narinfo.compression != "none" {
-            return Err(Error::Malformed(Malformed::unsupported("narinfo", "of a compressed NAR")));
+            return Err(PeerError::Malformed(Malformed::unsupported(
+                "narinfo",
+                "of a compressed NAR",
+            )));
         }
         Ok(narinfo)
     }
@@ -455,43 +521,60 @@ impl Client {
     /// What a peer says of a derivation's output.
     ///
     /// # Errors
-    /// See [`Error`]; also when the whole takes longer than `timeout`.
-    pub fn realisation(&self, peer: SocketAddr, id: &DrvOutput, timeout: Duration) -> Result<Realisation, Error> {
+    /// See [`PeerError`]; also when the whole takes longer than `timeout`.
+    pub fn realisation(
+        &self,
+        peer: SocketAddr,
+        id: &DrvOutput,
+        timeout: Duration,
+    ) -> Result<Realisation, PeerError> {
         let url = url(peer, &format!("local/{}", id.url_path()));
         let request = || self.agent().get(&url).config().timeout_global(Some(timeout)).build();
-        let response = expect(twice(|| request().call()).map_err(Error::Unreachable)?, &[200])?;
+        let response = expect(twice(|| request().call()).map_err(PeerError::Unreachable)?, &[200])?;
         let mut bytes = Vec::new();
         let most = Realisation::MAX_LEN as u64 + 1;
         let mut body = response.into_body();
-        body.as_reader().take(most).read_to_end(&mut bytes).map_err(|e| Error::Unreachable(e.into()))?;
-        Realisation::parse(&bytes, id).map_err(Error::Malformed)
+        body.as_reader()
+            .take(most)
+            .read_to_end(&mut bytes)
+            .map_err(|e| PeerError::Unreachable(e.into()))?;
+        Realisation::parse(&bytes, id).map_err(PeerError::Malformed)
     }
 
     /// The build log of a derivation, whose head comes within `patience`.
     ///
     /// # Errors
-    /// See [`Error`]; one without a length, or over 64 MiB, is unsupported.
-    pub fn log(&self, peer: SocketAddr, derivation: &StorePath, patience: Duration) -> Result<LogBody, Error> {
+    /// See [`PeerError`]; one without a length, or over 64 MiB, is unsupported.
+    pub fn log(
+        &self,
+        peer: SocketAddr,
+        derivation: &StorePath,
+        patience: Duration,
+    ) -> Result<LogBody, PeerError> {
         let url = url(peer, &format!("store/log/{derivation}"));
         let request = || {
             let config = self.agent().get(&url).config().timeout_recv_response(Some(patience));
             config.timeout_recv_body(Some(BODY_GRACE)).build()
         };
-        let response = expect(twice(|| request().call()).map_err(Error::Unreachable)?, &[200])?;
+        let response = expect(twice(|| request().call()).map_err(PeerError::Unreachable)?, &[200])?;
         let body = response.into_body();
         match body.content_length() {
-            Some(len) if len <= MAX_LOG => {
-                Ok(LogBody { len, text: Printable(body.into_with_config().limit(u64::MAX).reader()) })
-            }
-            _ => Err(Error::Malformed(Malformed::unsupported("build log", "without a length, or over 64 MiB"))),
+            Some(len) if len <= MAX_LOG => Ok(LogBody {
+                len,
+                text: PrintableReader(body.into_with_config().limit(u64::MAX).reader()),
+            }),
+            _ => Err(PeerError::Malformed(Malformed::unsupported(
+                "build log",
+                "without a length, or over 64 MiB",
+            ))),
         }
     }
 
-    /// SHA-256 of up to `count` pieces of a NAR from piece `first` on, as a holder has them, and the bytes per second that it
-    /// would send the NAR with, if it tells.
+    /// SHA-256 of up to `count` pieces of a NAR from piece `first` on, as a holder has them, and
+    /// the bytes per second that it would send the NAR with, if it tells.
     ///
     /// # Errors
-    /// See [`Error`]; also when the whole takes longer than `timeout`.
+    /// See [`PeerError`]; also when the whole takes longer than `timeout`.
     pub fn digests(
         &self,
         peer: SocketAddr,
@@ -499,26 +582,34 @@ impl Client {
         first: u64,
         count: u64,
         timeout: Duration,
-    ) -> Result<(Vec<[u8; 32]>, Option<f64>), Error> {
+    ) -> Result<(Vec<[u8; 32]>, Option<f64>), PeerError> {
         let range = format!("bytes={}-{}", first * DIGEST_LEN, (first + count) * DIGEST_LEN - 1);
         let request = || {
-            let request = self.agent().get(url(peer, &format!("local/digests/{nar_name}"))).header("Range", &range);
+            let request = self
+                .agent()
+                .get(url(peer, &format!("local/digests/{nar_name}")))
+                .header("Range", &range);
             request.config().timeout_global(Some(timeout)).build()
         };
-        let response = expect(twice(|| request().call()).map_err(Error::Unreachable)?, &[206])?;
-        let pace = response.headers().get(PACE_HEADER).and_then(|field| field.to_str().ok()?.parse::<u32>().ok());
+        let response = expect(twice(|| request().call()).map_err(PeerError::Unreachable)?, &[206])?;
+        let pace = response
+            .headers()
+            .get(PACE_HEADER)
+            .and_then(|field| field.to_str().ok()?.parse::<u32>().ok());
         let mut bytes = Vec::new();
-        let body = response.into_body().into_reader().take(count * DIGEST_LEN).read_to_end(&mut bytes);
-        body.map_err(|e| Error::Unreachable(e.into()))?;
+        let body =
+            response.into_body().into_reader().take(count * DIGEST_LEN).read_to_end(&mut bytes);
+        body.map_err(|e| PeerError::Unreachable(e.into()))?;
         Ok((bytes.as_chunks::<32>().0.to_vec(), pace.map(f64::from)))
     }
 
-    /// A NAR from byte `offset` on, which begins within `patience`, the time to connect included. `url_path` is the narinfo's
-    /// `URL`, relative to the root of the peer's server. Over other networks the peer may compress;
-    /// the offset, and what is then read, is of the NAR all the same.
+    /// A NAR from byte `offset` on, which begins within `patience`, the time to connect included.
+    /// `url_path` is the narinfo's `URL`, relative to the root of the peer's server. Over other
+    /// networks the peer may compress; the offset, and what is then read, is of the NAR all the
+    /// same.
     ///
     /// # Errors
-    /// See [`Error`]; a NAR of another size than `nar_size`, where the peer tells it, is malformed,
+    /// See [`PeerError`]; a NAR of another size than `nar_size`, where the peer tells it, is malformed,
     /// and so is an encoding that was not asked for.
     pub fn nar(
         &self,
@@ -527,18 +618,18 @@ impl Client {
         offset: u64,
         nar_size: u64,
         patience: Duration,
-        way: &Way,
-    ) -> Result<NarBody, Error> {
+        way: &LinkKind,
+    ) -> Result<NarBody, PeerError> {
         let whole = BODY_GRACE + Duration::from_secs(nar_size / TOO_SLOW);
         let request = || {
             let mut request = self.agent().get(url(peer, url_path));
-            if let Way::Wan(transfer) = way {
+            if let LinkKind::Wan(transfer) = way {
                 request = request.header("Accept-Encoding", "zstd");
                 if let Some(transfer) = transfer {
                     request = request.header(TRANSFER_HEADER, transfer.to_string());
                 }
             }
-            if *way == Way::LanOrOthers {
+            if *way == LinkKind::LanOrOthers {
                 request = request.header(RELAY_HEADER, "1");
             }
             if offset > 0 {
@@ -548,49 +639,78 @@ impl Client {
             config.timeout_recv_response(Some(patience)).timeout_recv_body(Some(whole)).build()
         };
         let call = || match request().call() {
-            Err(ureq::Error::Io(e)) if patience::is_over(&e) => Err(ureq::Error::Timeout(ureq::Timeout::RecvResponse)),
+            Err(ureq::Error::Io(e)) if read_timeout::is_over(&e) => {
+                Err(ureq::Error::Timeout(ureq::Timeout::RecvResponse))
+            }
             called => called,
         };
-        let response = patience::limit(patience, || twice(call)).map_err(Error::Unreachable)?;
-        if *way == Way::LanOrOthers && response.status() == 307 {
-            return Err(Error::Named(names(&response)));
+        let response =
+            read_timeout::limit(patience, || twice(call)).map_err(PeerError::Unreachable)?;
+        if *way == LinkKind::LanOrOthers && response.status() == 307 {
+            return Err(PeerError::Named(names(&response)));
         }
         let response = expect(response, &[200, 206])?;
         let from = if response.status() == 206 { offset } else { 0 };
         if response.status() == 206 {
-            let range = response.headers().get("content-range").and_then(|field| field.to_str().ok());
+            let range =
+                response.headers().get("content-range").and_then(|field| field.to_str().ok());
             if range.is_some_and(|range| !range.starts_with(&format!("bytes {offset}-"))) {
-                return Err(Error::Malformed(Malformed::new("NAR", "from another byte than was asked for")));
+                return Err(PeerError::Malformed(Malformed::new(
+                    "NAR",
+                    "from another byte than was asked for",
+                )));
             }
         }
         let encoding = response.headers().get("content-encoding").map(|field| field.as_bytes());
         let is_compressed = match encoding {
             None => false,
-            Some(encoding) if matches!(way, Way::Wan(_)) && encoding.eq_ignore_ascii_case(b"zstd") => true,
-            Some(_) => return Err(Error::Malformed(Malformed::new("NAR", "in an encoding not asked for"))),
+            Some(encoding)
+                if matches!(way, LinkKind::Wan(_)) && encoding.eq_ignore_ascii_case(b"zstd") =>
+            {
+                true
+            }
+            Some(_) => {
+                return Err(PeerError::Malformed(Malformed::new(
+                    "NAR",
+                    "in an encoding not asked for",
+                )));
+            }
         };
         let body = response.into_body();
         if is_compressed {
             let reader = body.into_with_config().limit(u64::MAX).reader();
-            let decoded = Decoded::new(reader, STALL.get()).map_err(|e| Error::Unreachable(e.into()))?;
-            let bytes = Bytes::Compressed(Box::new(decoded));
+            let decoded = ZstdReader::new(reader, STALL.get())
+                .map_err(|e| PeerError::Unreachable(e.into()))?;
+            let bytes = BodyReader::Compressed(Box::new(decoded));
             return Ok(NarBody { bytes, skip: offset - from, has_end: true });
         }
         let length = body.content_length();
         if length.is_some_and(|len| from.checked_add(len) != Some(nar_size)) {
-            return Err(Error::Malformed(Malformed::new("NAR", "of another size than its narinfo says")));
+            return Err(PeerError::Malformed(Malformed::new(
+                "NAR",
+                "of another size than its narinfo says",
+            )));
         }
         let reader = body.into_with_config().limit(u64::MAX).reader();
-        Ok(NarBody { bytes: Bytes::Plain(reader), skip: offset - from, has_end: length.is_some() })
+        Ok(NarBody {
+            bytes: BodyReader::Plain(reader),
+            skip: offset - from,
+            has_end: length.is_some(),
+        })
     }
 }
 
 fn names<B>(response: &Response<B>) -> Vec<IpAddr> {
-    let field = response.headers().get(RELAY_HEADER).and_then(|field| field.to_str().ok()).unwrap_or_default();
+    let field = response
+        .headers()
+        .get(RELAY_HEADER)
+        .and_then(|field| field.to_str().ok())
+        .unwrap_or_default();
     field.split(',').filter_map(|name| name.trim().parse().ok()).take(MAX_NAMED).collect()
 }
 
-/// A kept connection may have been closed by the other end in the moment it is used again: then a new one does it.
+/// A kept connection may have been closed by the other end in the moment it is used again: then a
+/// new one does it.
 pub(super) fn twice<T>(call: impl Fn() -> Result<T, ureq::Error>) -> Result<T, ureq::Error> {
     match call() {
         Err(e) if !matches!(e, ureq::Error::Timeout(_) | ureq::Error::ConnectionFailed) => call(),
@@ -598,22 +718,27 @@ pub(super) fn twice<T>(call: impl Fn() -> Result<T, ureq::Error>) -> Result<T, u
     }
 }
 
-fn expect<B>(response: Response<B>, statuses: &[u16]) -> Result<Response<B>, Error> {
+fn expect<B>(response: Response<B>, statuses: &[u16]) -> Result<Response<B>, PeerError> {
     match response.status().as_u16() {
         status if statuses.contains(&status) => Ok(response),
-        404 | 410 => Err(Error::NotThere),
-        503 => Err(Error::Busy),
-        status => Err(Error::Status(status)),
+        404 | 410 => Err(PeerError::NotThere),
+        503 => Err(PeerError::Busy),
+        status => Err(PeerError::Status(status)),
     }
 }
 
-/// URLs have no place for the interface of a link-local address, so it goes into a host name that only
-/// [`PeerAddress`] reads.
+/// URLs have no place for the interface of a link-local address, so it goes into a host name that
+/// only [`PeerAddressResolver`] reads.
 fn url(peer: SocketAddr, path: &str) -> String {
     let path = path.trim_start_matches('/');
     match peer {
         SocketAddr::V6(v6) if v6.scope_id() != 0 => {
-            format!("http://{:032x}.{}{LINK_LOCAL}:{}/{path}", v6.ip().to_bits(), v6.scope_id(), v6.port())
+            format!(
+                "http://{:032x}.{}{LINK_LOCAL}:{}/{path}",
+                v6.ip().to_bits(),
+                v6.scope_id(),
+                v6.port()
+            )
         }
         _ => format!("http://{peer}/{path}"),
     }
@@ -623,10 +748,15 @@ const LINK_LOCAL: &str = ".link-local.invalid";
 
 /// Resolves what [`url`] writes, and nothing else: a peer is an address, never a name.
 #[derive(Debug)]
-struct PeerAddress;
+struct PeerAddressResolver;
 
-impl Resolver for PeerAddress {
-    fn resolve(&self, uri: &Uri, _: &Config, _: NextTimeout) -> Result<ResolvedSocketAddrs, ureq::Error> {
+impl Resolver for PeerAddressResolver {
+    fn resolve(
+        &self,
+        uri: &Uri,
+        _: &Config,
+        _: NextTimeout,
+    ) -> Result<ResolvedSocketAddrs, ureq::Error> {
         let mut addresses = self.empty();
         addresses.push(address(uri).ok_or(ureq::Error::HostNotFound)?);
         Ok(addresses)
@@ -651,12 +781,18 @@ mod tests {
     #[test]
     fn every_kind_of_address_comes_back_from_its_url() {
         let scoped = SocketAddrV6::new("fe80::1:2".parse().unwrap(), 12304, 0, 7);
-        for peer in ["192.168.1.9:12304".parse().unwrap(), "[fd00::1]:80".parse().unwrap(), SocketAddr::V6(scoped)] {
+        for peer in [
+            "192.168.1.9:12304".parse().unwrap(),
+            "[fd00::1]:80".parse().unwrap(),
+            SocketAddr::V6(scoped),
+        ] {
             let uri: Uri = url(peer, "/local/x.narinfo").parse().unwrap();
             assert_eq!(uri.path(), "/local/x.narinfo");
             assert_eq!(address(&uri), Some(peer));
         }
-        for name in ["http://example.org:80/", "http://10.0.0.1/", "http://x.y.link-local.invalid:1/"] {
+        for name in
+            ["http://example.org:80/", "http://10.0.0.1/", "http://x.y.link-local.invalid:1/"]
+        {
             assert_eq!(address(&name.parse().unwrap()), None, "{name}");
         }
     }

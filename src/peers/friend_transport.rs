@@ -23,7 +23,11 @@ impl fmt::Debug for FriendConnector {
 impl<In: Transport> Connector<In> for FriendConnector {
     type Out = FriendTransport;
 
-    fn connect(&self, details: &ConnectionDetails<'_>, chained: Option<In>) -> Result<Option<FriendTransport>, Error> {
+    fn connect(
+        &self,
+        details: &ConnectionDetails<'_>,
+        chained: Option<In>,
+    ) -> Result<Option<FriendTransport>, Error> {
         let Some(tcp) = chained else { return Ok(None) };
         let name = ServerName::try_from(NO_NAME).map_err(|_| Error::Tls("a name that is none"))?;
         let mut session = ClientConnection::new(self.0.clone(), name)?;
@@ -31,7 +35,10 @@ impl<In: Transport> Connector<In> for FriendConnector {
         // Without this a friend that falls silent in its handshake would be waited for without end.
         socket.set_timeout(details.timeout);
         session.complete_io(&mut socket)?;
-        let buffers = LazyBuffers::new(details.config.input_buffer_size(), details.config.output_buffer_size());
+        let buffers = LazyBuffers::new(
+            details.config.input_buffer_size(),
+            details.config.output_buffer_size(),
+        );
         Ok(Some(FriendTransport { buffers, stream: StreamOwned::new(session, socket) }))
     }
 }

@@ -1,20 +1,20 @@
 //! Friends as peers: where each is, whether it is reached, and what it has.
 //!
-//! Each friend has a thread that keeps a connection to it. It tries the addresses that are known, and once one of them has
-//! proven that it is the friend, greets it now and again, so that a lookup finds a connection and a friend that is away is
-//! known before anybody asks. Lookups ask all friends that are reached, at once, beside the LAN. One that is not reached
-//! costs them nothing.
+//! Each friend has a thread that keeps a connection to it. It tries the addresses that are known,
+//! and once one of them has proven that it is the friend, greets it now and again, so that a lookup
+//! finds a connection and a friend that is away is known before anybody asks. Lookups ask all
+//! friends that are reached, at once, beside the LAN. One that is not reached costs them nothing.
 
-use super::client::{Client, Error, PeerNarinfo};
-use super::requests::Requests;
-use crate::config::Friend;
+use super::client::{PeerClient, PeerError, PeerNarinfo};
+use super::request_pool::RequestPool;
+use crate::config::FriendConfig;
 use crate::friends::{FriendList, tls};
 use crate::lan::Holder;
 use crate::network::Networks;
 use crate::nix::{HashPart, StoreDir};
 use crate::time_scale::{Interval, Timeout};
 use crate::wire::tracker::{Identity, can_be_peer};
-use crate::wire::{Digest, NodeKey};
+use crate::wire::{HelloDigest, NodeKey};
 use crossbeam_channel::{Receiver, Sender, TrySendError, after, bounded, never, select};
 use std::collections::VecDeque;
 use std::fmt;
@@ -23,7 +23,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// Time between two greetings of a friend that is reached. It is less than a kept connection lasts unused, 15 s.
+/// Time between two greetings of a friend that is reached. It is less than a kept connection lasts
+/// unused, 15 s.
 const GREETING_INTERVAL: Interval = Interval::from_secs(10);
 
 /// A friend answers a greeting within this: three round trips of TCP and TLS over the slowest link.
@@ -32,19 +33,23 @@ const GREETING_TIMEOUT: Timeout = Timeout::from_secs(5);
 /// Pause after all addresses of a friend failed; it doubles.
 const FIRST_PAUSE: Interval = Interval::from_secs(1);
 
-/// The longest pause. A friend that wakes up says hello on the LAN, or greets this node, both of which end the pause.
+/// The longest pause. A friend that wakes up says hello on the LAN, or greets this node, both of
+/// which end the pause.
 const LONGEST_PAUSE: Interval = Interval::from_secs(60);
 
 /// A narinfo of a friend comes within this, or the friend counts as away.
 const NARINFO_TIMEOUT: Timeout = Timeout::from_secs(2);
 
-/// After a start, lookups wait this long for friends that have not been tried yet: a wrong miss fails a build.
+/// After a start, lookups wait this long for friends that have not been tried yet: a wrong miss
+/// fails a build.
 const FIRST_TRY: Timeout = Timeout::from_secs(1);
 
-/// Addresses of one friend that others named and that have not proven to be its. The oldest make room.
+/// Addresses of one friend that others named and that have not proven to be its. The oldest make
+/// room.
 const MAX_UNPROVEN: usize = 4;
 
-/// Interval at which the friends' file is read again, and it is seen whether the network is another.
+/// Interval at which the friends' file is read again, and it is seen whether the network is
+/// another.
 const LOOK_INTERVAL: Interval = Interval::from_secs(2);
 
 /// When there are too many requests, the next attempt to begin one is after this.
@@ -81,29 +86,29 @@ pub struct Friends {
     identity: Arc<Identity>,
     store_dir: StoreDir,
     networks: Arc<Networks>,
-    requests: Arc<Requests>,
+    requests: Arc<RequestPool>,
     started: Instant,
-    links: Mutex<Vec<Arc<Link>>>,
+    links: Mutex<Vec<Arc<FriendLink>>>,
     /// Closing it ends the threads.
     running: Mutex<Option<Sender<()>>>,
     stopped: Receiver<()>,
 }
 
 /// One friend.
-pub struct Link {
+pub struct FriendLink {
     /// Who it is.
-    pub friend: Arc<Friend>,
+    pub friend: Arc<FriendConfig>,
     /// What it is asked with, over connections on which it has proven who it is.
-    pub client: Client,
+    pub client: PeerClient,
     networks: Arc<Networks>,
-    state: Mutex<State>,
+    state: Mutex<FriendState>,
     changed: Condvar,
     wake: Sender<()>,
     woken: Receiver<()>,
 }
 
 #[derive(Default)]
-struct State {
+struct FriendState {
     /// Those that others named and that have not proven to be the friend's, the latest first.
     unproven: VecDeque<(SocketAddr, FoundBy)>,
     /// Where it was last, which is tried first.
@@ -117,7 +122,7 @@ struct State {
 }
 
 /// A friend, for people.
-pub struct Seen {
+pub struct FriendSnapshot {
     /// Its name.
     pub name: String,
     /// Its key.
@@ -144,7 +149,7 @@ impl Friends {
         identity: Arc<Identity>,
         store_dir: StoreDir,
         networks: Arc<Networks>,
-        requests: Arc<Requests>,
+        requests: Arc<RequestPool>,
     ) -> std::io::Result<Arc<Friends>> {
         let (running, stopped) = bounded(0);
         let friends = Arc::new(Friends {
@@ -162,7 +167,8 @@ impl Friends {
         let following = friends.clone();
         thread::Builder::new().name("friends".into()).spawn(move || {
             let mut current = following.networks.current();
-            while following.stopped.recv_timeout(LOOK_INTERVAL.get()).is_err_and(|e| e.is_timeout()) {
+            while following.stopped.recv_timeout(LOOK_INTERVAL.get()).is_err_and(|e| e.is_timeout())
+            {
                 if following.list.reload() {
                     following.follow_list();
                 }
@@ -212,11 +218,11 @@ impl Friends {
         }
     }
 
-    fn connect(&self, friend: Arc<Friend>) -> Result<Arc<Link>, String> {
+    fn connect(&self, friend: Arc<FriendConfig>) -> Result<Arc<FriendLink>, String> {
         let config = tls::client_config(&self.identity, friend.key).map_err(|e| e.to_string())?;
         let (wake, woken) = bounded(1);
-        let link = Arc::new(Link {
-            client: Client::for_friend(self.store_dir.clone(), config),
+        let link = Arc::new(FriendLink {
+            client: PeerClient::for_friend(self.store_dir.clone(), config),
             friend,
             networks: self.networks.clone(),
             state: Mutex::default(),
@@ -231,17 +237,17 @@ impl Friends {
         Ok(link)
     }
 
-    fn links(&self) -> MutexGuard<'_, Vec<Arc<Link>>> {
+    fn links(&self) -> MutexGuard<'_, Vec<Arc<FriendLink>>> {
         self.links.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// All of them, for people.
-    pub fn seen(&self) -> Vec<Seen> {
+    pub fn seen(&self) -> Vec<FriendSnapshot> {
         self.links().iter().map(|link| link.seen()).collect()
     }
 
     /// A *hello* with that digest came from a neighbour, whose HTTP server is at `address`.
-    pub fn heard_hello(&self, instance: &[u8; 8], digest: &Digest, address: SocketAddr) {
+    pub fn heard_hello(&self, instance: &[u8; 8], digest: &HelloDigest, address: SocketAddr) {
         for link in self.links().iter().filter(|link| link.friend.key.digest(instance) == *digest) {
             link.add(address, FoundBy::Hello);
         }
@@ -268,7 +274,8 @@ impl Friends {
         let (answer, answers) = bounded(links.len());
         let (found, is_found) = bounded(1);
         let waits = self.started.elapsed() < FIRST_TRY.get();
-        let to_ask = links.into_iter().filter(|link| link.address().is_some() || waits && !link.was_tried());
+        let to_ask =
+            links.into_iter().filter(|link| link.address().is_some() || waits && !link.was_tried());
         let mut search = FriendSearch {
             friends: self.clone(),
             hash_part: *hash_part,
@@ -286,7 +293,7 @@ impl Friends {
     }
 }
 
-impl Link {
+impl FriendLink {
     /// Its address, if it is reached.
     fn address(&self) -> Option<SocketAddr> {
         let state = self.state();
@@ -311,10 +318,10 @@ impl Link {
         address.ip().to_canonical().is_loopback() || self.networks.is_lan(address)
     }
 
-    fn seen(&self) -> Seen {
+    fn seen(&self) -> FriendSnapshot {
         let state = self.state();
         let (address, found_by) = state.proven.unzip();
-        Seen {
+        FriendSnapshot {
             name: self.friend.name.clone(),
             key: self.friend.key,
             address,
@@ -325,7 +332,8 @@ impl Link {
         }
     }
 
-    /// Somebody says that it is at this address. That displaces nothing that has proven to be the friend.
+    /// Somebody says that it is at this address. That displaces nothing that has proven to be the
+    /// friend.
     fn add(&self, address: SocketAddr, found_by: FoundBy) {
         let mut state = self.state();
         let is_known = state.proven.is_some_and(|(known, _)| known == address);
@@ -375,7 +383,8 @@ impl Link {
         }
     }
 
-    /// Greets the friend where it was last, and at other addresses if it is not there. True if it answers.
+    /// Greets the friend where it was last, and at other addresses if it is not there. True if it
+    /// answers.
     fn try_addresses(&self, own: &NodeKey) -> bool {
         let (proven, unproven) = {
             let state = self.state();
@@ -397,7 +406,8 @@ impl Link {
             if !answers {
                 self.state().unproven.retain(|other| *other != place);
             }
-            // Who said that it is there may be anybody: only where the user said it is an error one.
+            // Who said that it is there may be anybody: only where the user said it is an error
+            // one.
             error = error.or(why.filter(|_| place.1 == FoundBy::Flag));
             if answers {
                 break;
@@ -420,7 +430,12 @@ impl Link {
         }
     }
 
-    fn greet(&self, place: (SocketAddr, FoundBy), own: &NodeKey, error: &mut Option<String>) -> bool {
+    fn greet(
+        &self,
+        place: (SocketAddr, FoundBy),
+        own: &NodeKey,
+        error: &mut Option<String>,
+    ) -> bool {
         match self.client.greet(place.0, GREETING_TIMEOUT.get()) {
             Ok(()) => {
                 self.up(place);
@@ -473,21 +488,23 @@ impl Link {
         self.wake();
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, FriendState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 /// Why a friend is not reached, with the remedy where it is known.
-fn explain(address: SocketAddr, error: &Error, own: &NodeKey) -> String {
+fn explain(address: SocketAddr, error: &PeerError, own: &NodeKey) -> String {
     let text = error.to_string();
     if text.contains("AccessDenied") {
-        return format!("{address} does not know this node's key: give it there as --friend NAME={own}");
+        return format!(
+            "{address} does not know this node's key: give it there as --friend NAME={own}"
+        );
     }
     format!("{address}: {text}")
 }
 
-impl fmt::Debug for Link {
+impl fmt::Debug for FriendLink {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Link({})", self.friend.name)
     }
@@ -498,7 +515,7 @@ pub struct FriendSearch {
     friends: Arc<Friends>,
     hash_part: HashPart,
     /// Those whose turn has not come.
-    to_ask: Vec<Arc<Link>>,
+    to_ask: Vec<Arc<FriendLink>>,
     asked: u32,
     unanswered: u32,
     until: Instant,
@@ -510,16 +527,16 @@ pub struct FriendSearch {
 }
 
 struct FriendAnswer {
-    link: Arc<Link>,
+    link: Arc<FriendLink>,
     address: SocketAddr,
     /// `None`: it is away.
-    narinfo: Option<Result<PeerNarinfo, Error>>,
+    narinfo: Option<Result<PeerNarinfo, PeerError>>,
 }
 
 /// A friend that has the path, and its narinfo.
 pub struct FriendOffer {
     /// Who has it.
-    pub link: Arc<Link>,
+    pub link: Arc<FriendLink>,
     /// Its HTTP server.
     pub address: SocketAddr,
     /// The narinfo; its form is checked, its signatures are not.
@@ -554,7 +571,8 @@ impl FriendSearch {
                 return None;
             }
             let wake_up = if self.to_ask.is_empty() { self.until } else { now + BLOCKED_DELAY };
-            let Ok(FriendAnswer { link, address, narinfo }) = self.answers.recv_deadline(wake_up.min(self.until))
+            let Ok(FriendAnswer { link, address, narinfo }) =
+                self.answers.recv_deadline(wake_up.min(self.until))
             else {
                 continue;
             };
@@ -570,25 +588,33 @@ impl FriendSearch {
     /// Asks those whose turn it is, each in a thread of a pool.
     fn ask(&mut self) {
         while let Some(link) = self.to_ask.pop() {
-            let (hash_part, answer, found) = (self.hash_part, self.answer.clone(), self.found.clone());
+            let (hash_part, answer, found) =
+                (self.hash_part, self.answer.clone(), self.found.clone());
             let (asked, tried_by) = (link.clone(), self.friends.started + FIRST_TRY.get());
-            let started = self.friends.requests.start(place_of(&link.friend.key), true, move || {
-                let Some(address) = asked.wait_for_address(tried_by) else {
-                    let answered = FriendAnswer { link: asked, address: UNKNOWN, narinfo: None };
-                    return drop(answer.try_send(answered));
-                };
-                let holder = Holder { http: address, url_path: format!("local/{hash_part}.narinfo") };
-                let narinfo = asked.client.narinfo(&holder, &hash_part, NARINFO_TIMEOUT.get());
-                if let Err(Error::Unreachable(e)) = &narinfo {
-                    log::debug!("friend {}: {address}: {e}", asked.friend.name);
-                    asked.lost();
-                }
-                let has_it = narinfo.is_ok();
-                let _ = answer.try_send(FriendAnswer { link: asked, address, narinfo: Some(narinfo) });
-                if has_it {
-                    let _ = found.try_send(());
-                }
-            });
+            let started =
+                self.friends.requests.start(place_of(&link.friend.key), true, move || {
+                    let Some(address) = asked.wait_for_address(tried_by) else {
+                        let answered =
+                            FriendAnswer { link: asked, address: UNKNOWN, narinfo: None };
+                        return drop(answer.try_send(answered));
+                    };
+                    let holder =
+                        Holder { http: address, url_path: format!("local/{hash_part}.narinfo") };
+                    let narinfo = asked.client.narinfo(&holder, &hash_part, NARINFO_TIMEOUT.get());
+                    if let Err(PeerError::Unreachable(e)) = &narinfo {
+                        log::debug!("friend {}: {address}: {e}", asked.friend.name);
+                        asked.lost();
+                    }
+                    let has_it = narinfo.is_ok();
+                    let _ = answer.try_send(FriendAnswer {
+                        link: asked,
+                        address,
+                        narinfo: Some(narinfo),
+                    });
+                    if has_it {
+                        let _ = found.try_send(());
+                    }
+                });
             if !started {
                 self.to_ask.push(link);
                 return;
@@ -602,7 +628,8 @@ impl FriendSearch {
 /// Where a friend is that is nowhere.
 const UNKNOWN: SocketAddr = SocketAddr::new(IpAddr::V6(Ipv6Addr::UNSPECIFIED), 0);
 
-/// What stands for a friend where requests are counted by address: its address may change in between.
+/// What stands for a friend where requests are counted by address: its address may change in
+/// between.
 fn place_of(key: &NodeKey) -> IpAddr {
     let bytes = key.as_bytes().first_chunk().expect("a key has 32 bytes");
     Ipv6Addr::from_bits(u128::from_be_bytes(*bytes)).into()

@@ -4,12 +4,14 @@
 //! holder is asked at once; for every 100 ms without a good narinfo, twice as many further holders
 //! are asked. A holder that failed lately is asked when no other holder is left.
 
-use super::client::{Client, Error, PeerNarinfo};
-use super::requests::Requests;
-use super::standing::{Standing, Turn};
-use crate::lan::{DiscoveryClient, Holder, LOOKUP_TIMEOUT, LookupId, MAX_HOLDERS, Neighbour, Update};
+use super::client::{PeerClient, PeerError, PeerNarinfo};
+use super::health::{Eligibility, PeerHealth};
+use super::request_pool::RequestPool;
+use crate::lan::{
+    DiscoveryClient, Holder, LOOKUP_TIMEOUT, LookupId, LookupUpdate, MAX_HOLDERS, Neighbour,
+};
 use crate::nix::HashPart;
-use crate::record::Miss;
+use crate::stats::MissReason;
 use crossbeam_channel::{Receiver, Sender, bounded, never, select};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -17,7 +19,8 @@ use std::time::{Duration, Instant};
 
 /// Without a good narinfo for this long, further holders are asked.
 const HEDGE_DELAY: Duration = Duration::from_millis(100);
-/// A narinfo that discovery does not wait for: of an alternate, after the lookup. Nix waits for a NAR meanwhile.
+/// A narinfo that discovery does not wait for: of an alternate, after the lookup. Nix waits for a
+/// NAR meanwhile.
 const ALTERNATE_TIMEOUT: Duration = Duration::from_secs(2);
 /// Least narinfo timeout for a holder that failed lately; four times its latency if that is longer.
 const DOUBTFUL_TIMEOUT: Duration = Duration::from_millis(300);
@@ -34,26 +37,31 @@ const MAX_RETRY_DELAY: Duration = Duration::from_millis(320);
 const MAX_FETCHED: usize = MAX_HOLDERS;
 
 /// The peers on the LAN.
-pub struct Lan {
+pub struct LanSource {
     pub(super) discovery: Arc<DiscoveryClient>,
-    pub(super) client: Arc<Client>,
-    pub(super) standing: Arc<Standing>,
-    pub(super) requests: Arc<Requests>,
+    pub(super) client: Arc<PeerClient>,
+    pub(super) standing: Arc<PeerHealth>,
+    pub(super) requests: Arc<RequestPool>,
 }
 
-impl Lan {
+impl LanSource {
     /// The parts it works with.
     pub fn new(
         discovery: Arc<DiscoveryClient>,
-        client: Arc<Client>,
-        standing: Arc<Standing>,
-        requests: Arc<Requests>,
+        client: Arc<PeerClient>,
+        standing: Arc<PeerHealth>,
+        requests: Arc<RequestPool>,
     ) -> Self {
-        Lan { discovery, client, standing, requests }
+        LanSource { discovery, client, standing, requests }
     }
 
     /// The narinfo of a peer that says that it has the path, if it comes within `patience`.
-    pub fn narinfo(&self, peer: SocketAddr, hash_part: &HashPart, patience: Duration) -> Option<PeerNarinfo> {
+    pub fn narinfo(
+        &self,
+        peer: SocketAddr,
+        hash_part: &HashPart,
+        patience: Duration,
+    ) -> Option<PeerNarinfo> {
         let began = Instant::now();
         let holder = Holder { http: peer, url_path: narinfo_path(hash_part) };
         match self.client.narinfo(&holder, hash_part, patience) {
@@ -72,8 +80,11 @@ impl Lan {
     pub fn live(&self, ips: &[IpAddr]) -> Vec<SocketAddr> {
         let neighbours = self.discovery.neighbours(LIST_TIMEOUT).unwrap_or_default();
         let server = |ip: &IpAddr| {
-            let is_it =
-                |n: &&Neighbour| n.address.ip().to_canonical() == *ip && n.silent_since.is_none() && n.heard.is_some();
+            let is_it = |n: &&Neighbour| {
+                n.address.ip().to_canonical() == *ip
+                    && n.silent_since.is_none()
+                    && n.heard.is_some()
+            };
             let neighbour = neighbours.iter().find(is_it)?;
             let mut server = neighbour.address;
             server.set_port(neighbour.http_port?);
@@ -129,7 +140,7 @@ struct LanHolder {
 }
 
 /// A request that is waited for.
-struct UnderWay {
+struct NarinfoRequest {
     peer: SocketAddr,
     http: SocketAddr,
     began: Instant,
@@ -138,17 +149,17 @@ struct UnderWay {
 }
 
 /// A request to be made again.
-struct Retry {
+struct NarinfoRetry {
     candidate: LanHolder,
     at: Instant,
 }
 
 /// A narinfo, or why there is none.
-struct Fetched {
+struct NarinfoResult {
     candidate: LanHolder,
     began: Instant,
     ended: Instant,
-    result: Result<PeerNarinfo, Error>,
+    result: Result<PeerNarinfo, PeerError>,
 }
 
 /// A narinfo of a peer. Its form is checked, its signatures are not.
@@ -169,11 +180,11 @@ impl LanOffer {
 
 /// The holders of one path on the LAN.
 pub struct LanSearch {
-    lan: Arc<Lan>,
+    lan: Arc<LanSource>,
     hash_part: HashPart,
     lookup: LookupId,
     /// `None` when no further holder comes.
-    updates: Option<Receiver<Update>>,
+    updates: Option<Receiver<LookupUpdate>>,
     /// Discovery waits for what is under way, and is to be told of it.
     is_open: bool,
     untried: Vec<LanHolder>,
@@ -181,25 +192,25 @@ pub struct LanSearch {
     doubtful: Vec<LanHolder>,
     /// Those that are to be left alone for a while.
     last_resort: Vec<LanHolder>,
-    under_way: Vec<UnderWay>,
-    retries: Vec<Retry>,
-    fetched: Sender<Fetched>,
-    narinfos: Receiver<Fetched>,
+    under_way: Vec<NarinfoRequest>,
+    retries: Vec<NarinfoRetry>,
+    fetched: Sender<NarinfoResult>,
+    narinfos: Receiver<NarinfoResult>,
     /// Requests that may be under way at once, and by how many the next hedge raises that.
     most_under_way: usize,
     hedges: usize,
     next_hedge: Option<Instant>,
     until: Instant,
     first_seen: Option<SocketAddr>,
-    failure: Option<Miss>,
+    failure: Option<MissReason>,
     counts: Option<(u32, u32)>,
     /// Says that there is a holder elsewhere.
     interrupt: Receiver<()>,
 }
 
 impl LanSearch {
-    /// Has the next offer be `None`, once, when there is something in `interrupt`: a holder elsewhere need not wait for the
-    /// LAN.
+    /// Has the next offer be `None`, once, when there is something in `interrupt`: a holder
+    /// elsewhere need not wait for the LAN.
     pub fn interrupted_by(mut self, interrupt: Receiver<()>) -> Self {
         self.interrupt = interrupt;
         self
@@ -217,27 +228,32 @@ impl LanSearch {
         self.until = until.min(Instant::now() + LOOKUP_TIMEOUT.get());
     }
 
-    /// The holders that have not failed, without those that are left alone wholly, as far as they answer within `patience`.
-    /// Holders of the original's kind, whose narinfos are elsewhere, are not among them.
+    /// The holders that have not failed, without those that are left alone wholly, as far as they
+    /// answer within `patience`. Holders of the original's kind, whose narinfos are elsewhere, are
+    /// not among them.
     pub fn holders(&mut self, patience: Duration) -> Vec<SocketAddr> {
         let until = Instant::now() + patience;
-        while let Some(Ok(update)) = self.updates.as_ref().map(|updates| updates.recv_deadline(until)) {
+        while let Some(Ok(update)) =
+            self.updates.as_ref().map(|updates| updates.recv_deadline(until))
+        {
             self.take_update(update, Instant::now());
         }
         let unasked = [&self.untried, &self.doubtful, &self.last_resort].into_iter().flatten();
         let usual = narinfo_path(&self.hash_part);
-        let unasked =
-            unasked.filter(|candidate| candidate.holder.url_path == usual).map(|candidate| candidate.holder.http);
+        let unasked = unasked
+            .filter(|candidate| candidate.holder.url_path == usual)
+            .map(|candidate| candidate.holder.http);
         unasked.chain(self.under_way.iter().map(|request| request.http)).collect()
     }
 
-    /// Number of peers that were asked, and of those that gave no answer; `None` if there were too many lookups.
+    /// Number of peers that were asked, and of those that gave no answer; `None` if there were too
+    /// many lookups.
     pub fn asked_and_unanswered(&self) -> Option<(u32, u32)> {
         self.counts
     }
 
     /// Why the last holder gave no narinfo.
-    pub fn take_failure(&mut self) -> Option<Miss> {
+    pub fn take_failure(&mut self) -> Option<MissReason> {
         self.failure.take()
     }
 
@@ -269,7 +285,7 @@ impl LanSearch {
     }
 
     /// Nix cannot use this narinfo, for the given reason.
-    pub fn reject(&mut self, offer: &LanOffer, why: Miss) {
+    pub fn reject(&mut self, offer: &LanOffer, why: MissReason) {
         self.failure = Some(why);
         self.lan.standing.alive(offer.http(), offer.latency, Instant::now());
         self.report_failed(offer.candidate.peer);
@@ -288,7 +304,11 @@ impl LanSearch {
             let deadlines = self.under_way.iter().filter_map(|request| request.until);
             let blocked = is_blocked.then(|| now + BLOCKED_DELAY);
             let retry = self.retries.iter().map(|retry| retry.at).min();
-            let wake_up = deadlines.chain(blocked).chain(retry).chain(self.next_hedge).fold(self.until, Instant::min);
+            let wake_up = deadlines
+                .chain(blocked)
+                .chain(retry)
+                .chain(self.next_hedge)
+                .fold(self.until, Instant::min);
             let no_updates = never();
             select! {
                 recv(self.narinfos) -> fetched => if let Ok(fetched) = fetched
@@ -311,10 +331,12 @@ impl LanSearch {
         }
     }
 
-    fn take_update(&mut self, update: Update, now: Instant) {
+    fn take_update(&mut self, update: LookupUpdate, now: Instant) {
         match update {
-            Update::Holder { peer, holder } => self.add(LanHolder { peer, holder, failures: 0, is_blamed: false }, now),
-            Update::Ended { asked, unanswered } => {
+            LookupUpdate::Holder { peer, holder } => {
+                self.add(LanHolder { peer, holder, failures: 0, is_blamed: false }, now)
+            }
+            LookupUpdate::Ended { asked, unanswered } => {
                 self.counts = Some((asked, unanswered));
                 self.end(now);
             }
@@ -331,7 +353,7 @@ impl LanSearch {
         for request in self.under_way.iter_mut().filter(|request| request.until.is_none()) {
             request.until = Some(now);
             self.lan.standing.hung(request.http, now - request.began, request.began, now);
-            self.failure = Some(Miss::failed(request.http, &"its narinfo does not come"));
+            self.failure = Some(MissReason::failed(request.http, &"its narinfo does not come"));
         }
     }
 
@@ -340,10 +362,10 @@ impl LanSearch {
         self.first_seen.get_or_insert(http);
         let standing = &self.lan.standing;
         let list = match standing.turn(http, now) {
-            Turn::Now if !standing.is_doubtful(http) => return self.untried.push(candidate),
-            Turn::Now => Some(&mut self.doubtful),
-            Turn::Last => Some(&mut self.last_resort),
-            Turn::Never => None,
+            Eligibility::Now if !standing.is_doubtful(http) => return self.untried.push(candidate),
+            Eligibility::Now => Some(&mut self.doubtful),
+            Eligibility::Last => Some(&mut self.last_resort),
+            Eligibility::Never => None,
         };
         let peer = candidate.peer;
         list.into_iter().for_each(|list| list.push(candidate.clone()));
@@ -365,7 +387,7 @@ impl LanSearch {
         }
         let (due, later) = self.retries.drain(..).partition(|retry| retry.at <= now);
         self.retries = later;
-        let due: Vec<Retry> = due;
+        let due: Vec<NarinfoRetry> = due;
         self.untried.extend(due.into_iter().map(|retry| retry.candidate));
         self.lan.standing.sort(&mut self.untried, |candidate| candidate.holder.http);
         while self.under_way.len() < self.most_under_way {
@@ -387,19 +409,21 @@ impl LanSearch {
                 return false;
             }
             let LanHolder { peer, holder, .. } = candidate;
-            self.under_way.push(UnderWay { peer, http: holder.http, began: now, until });
+            self.under_way.push(NarinfoRequest { peer, http: holder.http, began: now, until });
             self.next_hedge.get_or_insert(now + HEDGE_DELAY);
         }
         true
     }
 
     fn doubtful_timeout(&self, candidate: &LanHolder) -> Duration {
-        (self.lan.standing.latency(candidate.holder.http) * 4).clamp(DOUBTFUL_TIMEOUT, ALTERNATE_TIMEOUT)
+        (self.lan.standing.latency(candidate.holder.http) * 4)
+            .clamp(DOUBTFUL_TIMEOUT, ALTERNATE_TIMEOUT)
     }
 
     fn fetch(&self, candidate: &LanHolder, began: Instant) -> bool {
         let (client, standing) = (self.lan.client.clone(), self.lan.standing.clone());
-        let (fetched, hash_part, candidate) = (self.fetched.clone(), self.hash_part, candidate.clone());
+        let (fetched, hash_part, candidate) =
+            (self.fetched.clone(), self.hash_part, candidate.clone());
         let http = candidate.holder.http;
         let is_proven = !standing.latency(http).is_zero() && !standing.is_doubtful(http);
         self.lan.requests.start(http.ip(), is_proven, move || {
@@ -411,23 +435,23 @@ impl LanSearch {
             {
                 standing.failed(http, fault, began, ended, e);
             }
-            let _ = fetched.try_send(Fetched { candidate, began, ended, result });
+            let _ = fetched.try_send(NarinfoResult { candidate, began, ended, result });
         })
     }
 
-    fn take(&mut self, fetched: Fetched) -> Option<LanOffer> {
-        let Fetched { mut candidate, began, ended, result } = fetched;
+    fn take(&mut self, fetched: NarinfoResult) -> Option<LanOffer> {
+        let NarinfoResult { mut candidate, began, ended, result } = fetched;
         self.under_way.retain(|request| request.peer != candidate.peer);
         match result {
             Ok(narinfo) => Some(LanOffer { candidate, latency: ended - began, narinfo }),
             Err(e) => {
                 log::debug!("{}: peer {}: {e}", self.hash_part, candidate.holder.http);
-                self.failure = Some(Miss::failed(candidate.holder.http, &e));
+                self.failure = Some(MissReason::failed(candidate.holder.http, &e));
                 if e.is_temporary() && self.is_open {
                     let delay = MAX_RETRY_DELAY.min(RETRY_DELAY * (1 << candidate.failures.min(8)));
                     candidate.failures += 1;
                     candidate.is_blamed |= e.fault().is_some();
-                    self.retries.push(Retry { candidate, at: Instant::now() + delay });
+                    self.retries.push(NarinfoRetry { candidate, at: Instant::now() + delay });
                 } else {
                     self.report_failed(candidate.peer);
                 }

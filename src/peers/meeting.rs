@@ -1,5 +1,5 @@
-//! Meeting friends at trackers: a thread that leaves this node's address there, under a tag for each friend that only the two
-//! of them know, and learns where they are.
+//! Meeting friends at trackers: a thread that leaves this node's address there, under a tag for
+//! each friend that only the two of them know, and learns where they are.
 
 use super::friends::Friends;
 use crate::http_client;
@@ -29,18 +29,19 @@ const MAX_PLACES: usize = 4;
 
 /// Where this node is reached from elsewhere.
 #[derive(Debug, Clone)]
-pub struct Place {
+pub struct OutsideAddress {
     /// The host, if it is not where the tracker sees this node.
     pub host: Option<String>,
     /// The TCP port.
     pub port: u16,
-    /// What a router passes on, which counts if the router's address is the one that the tracker sees.
+    /// What a router passes on, which counts if the router's address is the one that the tracker
+    /// sees.
     pub mapped: Option<SocketAddr>,
     /// An IPv6 address that the router lets connections in to.
     pub pinhole: Option<SocketAddr>,
 }
 
-impl Place {
+impl OutsideAddress {
     /// What to leave at a tracker that sees this node at `seen`: host and port.
     fn at(&self, seen: Option<IpAddr>) -> (Option<String>, u16) {
         match (&self.host, self.mapped) {
@@ -51,27 +52,33 @@ impl Place {
 }
 
 #[derive(Serialize)]
-struct Meet<'a> {
+struct MeetRequest<'a> {
     port: Option<u16>,
     addr: Option<&'a str>,
     tags: &'a [String],
 }
 
 #[derive(Deserialize)]
-struct Met {
+struct MeetResponse {
     addr: IpAddr,
-    places: Vec<Vec<Found>>,
+    places: Vec<Vec<MetFriend>>,
 }
 
 #[derive(Deserialize)]
-struct Found {
+struct MetFriend {
     addr: String,
     port: u16,
 }
 
 /// Meets friends at trackers until `stopped` closes. `place` says where this node is at the moment.
-pub fn run(urls: &[String], friends: &Arc<Friends>, place: impl Fn() -> Place, stopped: &Receiver<()>) {
-    let agent: Agent = http_client::https_config().timeout_global(Some(CALL_TIMEOUT)).build().into();
+pub fn run(
+    urls: &[String],
+    friends: &Arc<Friends>,
+    place: impl Fn() -> OutsideAddress,
+    stopped: &Receiver<()>,
+) {
+    let agent: Agent =
+        http_client::https_config().timeout_global(Some(CALL_TIMEOUT)).build().into();
     let mut seen = vec![None; urls.len()];
     loop {
         let place = place();
@@ -96,22 +103,32 @@ pub fn run(urls: &[String], friends: &Arc<Friends>, place: impl Fn() -> Place, s
     }
 }
 
-/// Asks one tracker about all friends, and leaves host and port there. Returns where the tracker sees this node; `None` if it
-/// does not answer, or not like a tracker that knows this.
-fn meet(agent: &Agent, url: &str, friends: &Arc<Friends>, (host, port): (Option<String>, u16)) -> Option<IpAddr> {
-    let tracker = url.split_once("://").map_or(url, |(_, rest)| rest).split('/').next().unwrap_or_default();
+/// Asks one tracker about all friends, and leaves host and port there. Returns where the tracker
+/// sees this node; `None` if it does not answer, or not like a tracker that knows this.
+fn meet(
+    agent: &Agent,
+    url: &str,
+    friends: &Arc<Friends>,
+    (host, port): (Option<String>, u16),
+) -> Option<IpAddr> {
+    let tracker =
+        url.split_once("://").map_or(url, |(_, rest)| rest).split('/').next().unwrap_or_default();
     let (own, all) = (*friends.list().own(), friends.list().all());
     let tags: Vec<String> = all.iter().map(|friend| own.tag(&friend.key, tracker)).collect();
-    let ask = Meet { port: Some(port), addr: host.as_deref(), tags: &tags };
+    let ask = MeetRequest { port: Some(port), addr: host.as_deref(), tags: &tags };
     let body = serde_json::to_vec(&ask).ok()?;
-    let answer = agent.post(format!("{url}/meet")).header("Content-Type", "application/json").send(&body[..]);
+    let answer = agent
+        .post(format!("{url}/meet"))
+        .header("Content-Type", "application/json")
+        .send(&body[..]);
     let mut answer = answer.map_err(|e| log::debug!("tracker {url}: friends: {e}")).ok()?;
     if answer.status().as_u16() != 200 {
         log::debug!("tracker {url}: friends: status {}", answer.status());
         return None;
     }
     let text = answer.body_mut().with_config().limit(MAX_ANSWER).read_to_string().ok()?;
-    let met: Met = serde_json::from_str(&text).map_err(|e| log::debug!("tracker {url}: friends: {e}")).ok()?;
+    let met: MeetResponse =
+        serde_json::from_str(&text).map_err(|e| log::debug!("tracker {url}: friends: {e}")).ok()?;
     for (friend, places) in all.iter().zip(met.places) {
         for address in places.iter().take(MAX_PLACES).filter_map(address) {
             friends.found_at_tracker(&friend.key, address);
@@ -121,7 +138,7 @@ fn meet(agent: &Agent, url: &str, friends: &Arc<Friends>, (host, port): (Option<
 }
 
 /// The address that a tracker names; of a name the first one.
-fn address(found: &Found) -> Option<SocketAddr> {
+fn address(found: &MetFriend) -> Option<SocketAddr> {
     if found.port == 0 || found.addr.is_empty() || found.addr.len() > MAX_ADDR {
         return None;
     }
@@ -140,23 +157,31 @@ mod tests {
     #[test]
     fn mapped_port_counts_only_where_the_tracker_sees_the_router() {
         let mapped = Some("203.0.113.7:4000".parse().unwrap());
-        let place = Place { host: None, port: 12304, mapped, pinhole: None };
+        let place = OutsideAddress { host: None, port: 12304, mapped, pinhole: None };
         assert_eq!(place.at(Some("203.0.113.7".parse().unwrap())), (None, 4000));
         // Another router is between, or this one lies.
         assert_eq!(place.at(Some("203.0.113.8".parse().unwrap())), (None, 12304));
         assert_eq!(place.at(None), (None, 12304));
-        let named = Place { host: Some("home.example".into()), ..place };
-        assert_eq!(named.at(Some("203.0.113.7".parse().unwrap())), (Some("home.example".into()), 12304));
+        let named = OutsideAddress { host: Some("home.example".into()), ..place };
+        assert_eq!(
+            named.at(Some("203.0.113.7".parse().unwrap())),
+            (Some("home.example".into()), 12304)
+        );
     }
 
     #[test]
     fn places_that_can_be_no_peers_are_passed_over() {
-        let at = |addr: &str, port| address(&Found { addr: addr.into(), port });
+        let at = |addr: &str, port| address(&MetFriend { addr: addr.into(), port });
         assert_eq!(at("203.0.113.7", 4000), Some("203.0.113.7:4000".parse().unwrap()));
         assert_eq!(at("[2001:db8::1]", 1), Some("[2001:db8::1]:1".parse().unwrap()));
-        for (addr, port) in
-            [("127.0.0.1", 1), ("203.0.113.7", 0), ("", 1), ("224.0.0.1", 1), ("::1", 1), ("::ffff:127.0.0.1", 1)]
-        {
+        for (addr, port) in [
+            ("127.0.0.1", 1),
+            ("203.0.113.7", 0),
+            ("", 1),
+            ("224.0.0.1", 1),
+            ("::1", 1),
+            ("::ffff:127.0.0.1", 1),
+        ] {
             assert_eq!(at(addr, port), None, "{addr}");
         }
     }

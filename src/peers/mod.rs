@@ -2,18 +2,18 @@
 
 pub mod announce;
 pub mod client;
-mod decoder;
 mod friend_transport;
 pub mod friends;
-pub mod kept_paces;
+pub mod health;
 pub mod lan;
 pub mod meeting;
-mod names;
-mod nearby;
+mod neighbour_requests;
 pub mod pace;
-mod patience;
 pub mod picker;
-pub mod requests;
-pub mod standing;
+mod read_timeout;
+pub mod request_pool;
+mod resolver;
+pub mod saved_paces;
 pub mod tracker;
 pub mod wan;
+mod zstd_reader;

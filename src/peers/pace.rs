@@ -1,9 +1,9 @@
 //! How fast each peer sends NARs to this node, and how much of them is still to come from it.
 //!
-//! [`Meter`] is the arithmetic, without I/O or clock. [`Paces`] shares the meters of each peer between threads, and
-//! [`Intake`] is one NAR's part in them.
+//! [`PaceMeter`] is the arithmetic, without I/O or clock. [`Paces`] shares the meters of each peer
+//! between threads, and [`IncomingNar`] is one NAR's part in them.
 
-use super::standing::Who;
+use super::health::PeerKey;
 use crate::time_scale::Timeout;
 use std::collections::HashMap;
 use std::fmt;
@@ -12,10 +12,11 @@ use std::time::{Duration, Instant};
 
 /// Bytes that are measured before a pace is known: the first ones wait for Wi-Fi cards that sleep.
 pub const ENOUGH: u64 = 256 * 1024;
-/// Time that a peer was waited for, from its first bytes on, after which its pace is known with fewer. A Wi-Fi card that sleeps 100 ms before
-/// each answer has sent [`ENOUGH`] by then.
+/// Time that a peer was waited for, from its first bytes on, after which its pace is known with
+/// fewer. A Wi-Fi card that sleeps 100 ms before each answer has sent [`ENOUGH`] by then.
 const ENOUGH_TIME: Timeout = Timeout::from_secs(2);
-/// A pace is forgotten when the peer was not waited for in this time: it may have moved to another network.
+/// A pace is forgotten when the peer was not waited for in this time: it may have moved to another
+/// network.
 const KEPT: Duration = Duration::from_secs(600);
 /// A pace below this, in bytes per second, is none, and is not kept.
 const LEAST: f64 = 1.0;
@@ -26,10 +27,11 @@ const MAX_PEERS: usize = 1024;
 
 /// What is known of a pace, in bytes per second.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Pace {
+pub struct PaceEstimate {
     /// The pace, if enough was measured. It drops at once while nothing comes.
     pub known: Option<f64>,
-    /// The pace, if enough was measured, which drops only when little came in `ENOUGH_TIME`: one stall says nothing of it.
+    /// The pace, if enough was measured, which drops only when little came in `ENOUGH_TIME`: one
+    /// stall says nothing of it.
     pub lasting: Option<f64>,
     /// What came while it was waited for, in the sample under way; zero before the first wait.
     pub measured: f64,
@@ -41,15 +43,15 @@ pub struct Pace {
 
 /// What this node expects of a peer: an input of the choice among peers.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Load {
+pub struct PeerLoad {
     /// NARs under way from it.
     pub streams: u32,
     /// Bytes of these that are still to come.
     pub outstanding: u64,
     /// How fast NARs come from it, the waits for their beginnings included.
-    pub pace: Pace,
+    pub pace: PaceEstimate,
     /// How fast they come once they have begun.
-    pub after_begin: Pace,
+    pub after_begin: PaceEstimate,
     /// When it was last chosen, as a number that grows with every choice.
     pub chosen: u64,
     /// Whether a NAR was whole that it sent.
@@ -58,9 +60,10 @@ pub struct Load {
 
 /// Bytes per time that was waited for them.
 ///
-/// Time counts once in which several streams wait for the peer, so the pace is that of the peer and not of one stream.
+/// Time counts once in which several streams wait for the peer, so the pace is that of the peer and
+/// not of one stream.
 #[derive(Debug, Default)]
-pub struct Meter {
+pub struct PaceMeter {
     /// Streams that wait at this moment, and since when there is one.
     waiting: u32,
     since: Option<Instant>,
@@ -73,7 +76,7 @@ pub struct Meter {
     last: Option<Instant>,
 }
 
-impl Meter {
+impl PaceMeter {
     /// A stream waits from now on.
     pub fn wait(&mut self, now: Instant) {
         if self.waiting == 0 {
@@ -100,7 +103,9 @@ impl Meter {
         self.bytes += bytes;
         // One answer that is late is no pace: bytes have come for as long as it takes to tell.
         let since = *self.waited_first.get_or_insert(self.waited);
-        if !self.waited.is_zero() && (self.bytes >= ENOUGH || self.waited - since >= ENOUGH_TIME.get()) {
+        if !self.waited.is_zero()
+            && (self.bytes >= ENOUGH || self.waited - since >= ENOUGH_TIME.get())
+        {
             let sample = self.bytes as f64 / self.waited.as_secs_f64();
             self.pace = Some(self.pace.map_or(sample, |pace| pace + GAIN * (sample - pace)));
             (self.bytes, self.waited, self.waited_first) = (0, Duration::ZERO, None);
@@ -116,37 +121,39 @@ impl Meter {
     }
 
     /// What is known at `now`.
-    pub fn pace(&self, now: Instant) -> Pace {
-        let waited = self.waited + self.since.map_or(Duration::ZERO, |since| now.saturating_duration_since(since));
-        let per_second =
-            |bytes: u64| if waited.is_zero() { f64::INFINITY } else { bytes as f64 / waited.as_secs_f64() };
-        let is_recent =
-            self.since.is_some() || self.last.is_some_and(|last| now.saturating_duration_since(last) < KEPT);
+    pub fn pace(&self, now: Instant) -> PaceEstimate {
+        let waited = self.waited
+            + self.since.map_or(Duration::ZERO, |since| now.saturating_duration_since(since));
+        let per_second = |bytes: u64| {
+            if waited.is_zero() { f64::INFINITY } else { bytes as f64 / waited.as_secs_f64() }
+        };
+        let is_recent = self.since.is_some()
+            || self.last.is_some_and(|last| now.saturating_duration_since(last) < KEPT);
         let at_most = if is_recent { per_second(self.bytes + ENOUGH) } else { f64::INFINITY };
         let smoothed = self.pace.filter(|_| is_recent);
         let known = smoothed.map(|pace| pace.min(at_most));
         let lasting = if waited < ENOUGH_TIME.get() { smoothed } else { known };
         let measured = if waited.is_zero() { 0.0 } else { per_second(self.bytes) };
-        Pace { known, lasting, measured, at_most, waited }
+        PaceEstimate { known, lasting, measured, at_most, waited }
     }
 }
 
 /// One peer.
 #[derive(Debug, Default)]
-struct Peer {
+struct PeerPace {
     streams: u32,
     outstanding: u64,
     chosen: u64,
     is_proven: bool,
-    meter: Meter,
-    /// Without the first bytes of each NAR, and the wait for them: a Wi-Fi card that sleeps makes small NARs slow, and says
-    /// nothing of large ones.
-    after_begin: Meter,
+    meter: PaceMeter,
+    /// Without the first bytes of each NAR, and the wait for them: a Wi-Fi card that sleeps makes
+    /// small NARs slow, and says nothing of large ones.
+    after_begin: PaceMeter,
 }
 
-impl Peer {
-    fn load(&self, now: Instant) -> Load {
-        Load {
+impl PeerPace {
+    fn load(&self, now: Instant) -> PeerLoad {
+        PeerLoad {
             streams: self.streams,
             outstanding: self.outstanding,
             pace: self.meter.pace(now),
@@ -157,14 +164,14 @@ impl Peer {
     }
 }
 
-impl Load {
+impl PeerLoad {
     /// The load with one more NAR of so many bytes.
-    pub fn with(self, bytes: u64) -> Load {
-        Load { streams: self.streams + 1, outstanding: self.outstanding + bytes, ..self }
+    pub fn with(self, bytes: u64) -> PeerLoad {
+        PeerLoad { streams: self.streams + 1, outstanding: self.outstanding + bytes, ..self }
     }
 }
 
-impl fmt::Display for Load {
+impl fmt::Display for PeerLoad {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.pace.known {
             Some(pace) => write!(f, "{:.0} KiB/s", pace / 1024.0)?,
@@ -177,23 +184,26 @@ impl fmt::Display for Load {
 /// The paces of all peers; shared by all threads.
 #[derive(Default)]
 pub struct Paces {
-    state: Mutex<State>,
+    state: Mutex<PacesState>,
 }
 
 #[derive(Default)]
-struct State {
-    peers: HashMap<Who, Peer>,
+struct PacesState {
+    peers: HashMap<PeerKey, PeerPace>,
     turn: u64,
 }
 
 impl Paces {
     /// What is expected of a peer at `now`.
-    pub fn load(&self, who: Who, now: Instant) -> Load {
-        self.lock().peers.get(&who).map_or_else(|| Peer::default().load(now), |peer| peer.load(now))
+    pub fn load(&self, who: PeerKey, now: Instant) -> PeerLoad {
+        self.lock()
+            .peers
+            .get(&who)
+            .map_or_else(|| PeerPace::default().load(now), |peer| peer.load(now))
     }
 
     /// `bytes` of a NAR are asked of a peer, which is waited for from now on.
-    pub fn begin(&self, who: Who, bytes: u64, now: Instant) -> Intake<'_> {
+    pub fn begin(&self, who: PeerKey, bytes: u64, now: Instant) -> IncomingNar<'_> {
         let mut state = self.lock();
         state.turn += 1;
         if state.peers.len() >= MAX_PEERS && !state.peers.contains_key(&who) {
@@ -206,18 +216,18 @@ impl Paces {
         peer.outstanding += bytes;
         peer.chosen = turn;
         peer.meter.wait(now);
-        Intake { paces: self, who, left: bytes, is_waiting: true, has_begun: false }
+        IncomingNar { paces: self, who, left: bytes, is_waiting: true, has_begun: false }
     }
 
     /// The peers whose paces are known at `now`, in bytes per second.
-    pub fn known(&self, now: Instant) -> Vec<(Who, f64)> {
+    pub fn known(&self, now: Instant) -> Vec<(PeerKey, f64)> {
         let state = self.lock();
-        let pace = |peer: &Peer| peer.meter.pace(now).known.filter(|pace| *pace >= LEAST);
+        let pace = |peer: &PeerPace| peer.meter.pace(now).known.filter(|pace| *pace >= LEAST);
         state.peers.iter().filter_map(|(who, peer)| Some((*who, pace(peer)?))).collect()
     }
 
     /// A peer's pace is as it was before, until it is measured.
-    pub fn restore(&self, who: Who, bytes_per_second: f64, now: Instant) {
+    pub fn restore(&self, who: PeerKey, bytes_per_second: f64, now: Instant) {
         let mut state = self.lock();
         let is_pace = bytes_per_second.is_finite() && bytes_per_second >= LEAST;
         if is_pace && state.peers.len() < MAX_PEERS {
@@ -226,21 +236,21 @@ impl Paces {
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, PacesState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 /// One NAR that comes from a peer. Dropping it ends its part in the peer's load.
-pub struct Intake<'a> {
+pub struct IncomingNar<'a> {
     paces: &'a Paces,
-    who: Who,
+    who: PeerKey,
     left: u64,
     is_waiting: bool,
     has_begun: bool,
 }
 
-impl Intake<'_> {
+impl IncomingNar<'_> {
     /// The peer is waited for from now on.
     pub fn wait(&mut self, now: Instant) {
         if !std::mem::replace(&mut self.is_waiting, true) {
@@ -290,18 +300,18 @@ impl Intake<'_> {
     }
 
     /// What is expected of the peer at `now`.
-    pub fn load(&self, now: Instant) -> Load {
+    pub fn load(&self, now: Instant) -> PeerLoad {
         self.paces.load(self.who, now)
     }
 
-    fn with(&self, change: impl FnOnce(&mut Peer)) {
+    fn with(&self, change: impl FnOnce(&mut PeerPace)) {
         if let Some(peer) = self.paces.lock().peers.get_mut(&self.who) {
             change(peer);
         }
     }
 }
 
-impl Drop for Intake<'_> {
+impl Drop for IncomingNar<'_> {
     fn drop(&mut self) {
         self.pause(Instant::now());
         self.with(|peer| {
@@ -322,8 +332,8 @@ mod tests {
     }
 
     /// A meter whose peer was waited for `waits` times, and sent that many bytes each time.
-    fn waited(waits: u32, each: Duration, bytes: u64) -> (Meter, Instant) {
-        let (mut meter, mut now) = (Meter::default(), Instant::now());
+    fn waited(waits: u32, each: Duration, bytes: u64) -> (PaceMeter, Instant) {
+        let (mut meter, mut now) = (PaceMeter::default(), Instant::now());
         for _ in 0..waits {
             meter.wait(now);
             now += each;
@@ -334,7 +344,7 @@ mod tests {
         (meter, now)
     }
 
-    fn known(meter: &Meter, now: Instant) -> Option<f64> {
+    fn known(meter: &PaceMeter, now: Instant) -> Option<f64> {
         meter.pace(now).known
     }
 
@@ -342,8 +352,8 @@ mod tests {
         (pace / expected - 1.0).abs() < 1e-6
     }
 
-    fn who() -> Who {
-        Who::from(std::net::SocketAddr::from(([10, 0, 0, 1], 1)))
+    fn who() -> PeerKey {
+        PeerKey::from(std::net::SocketAddr::from(([10, 0, 0, 1], 1)))
     }
 
     #[test]
@@ -389,7 +399,8 @@ mod tests {
     #[test]
     fn streams_that_wait_together_count_their_time_once() {
         let (paces, now) = (Paces::default(), Instant::now());
-        let mut intakes: Vec<Intake> = (0..8).map(|_| paces.begin(who(), 32 * KIB, now)).collect();
+        let mut intakes: Vec<IncomingNar> =
+            (0..8).map(|_| paces.begin(who(), 32 * KIB, now)).collect();
         let load = paces.load(who(), now);
         assert_eq!((load.streams, load.outstanding), (8, 256 * KIB));
         for (i, intake) in (1..).zip(&mut intakes) {
@@ -429,7 +440,7 @@ mod tests {
         assert!(known(&meter, now + KEPT - Duration::from_secs(2)).is_some());
         assert!(known(&meter, now + KEPT).is_none());
         // Nor is it said to be slow, after what it once did not send.
-        let (mut meter, now) = (Meter::default(), Instant::now());
+        let (mut meter, now) = (PaceMeter::default(), Instant::now());
         meter.wait(now);
         meter.got(0, now + ms(500));
         assert!(meter.pace(now + ms(500)).at_most < 600e3);
@@ -468,14 +479,18 @@ mod tests {
         let load = paces.load(who(), Instant::now());
         assert_eq!((load.streams, load.outstanding), (0, 0));
         let state = paces.lock();
-        assert_eq!((state.peers[&who()].meter.waiting, state.peers[&who()].after_begin.waiting), (0, 0));
+        assert_eq!(
+            (state.peers[&who()].meter.waiting, state.peers[&who()].after_begin.waiting),
+            (0, 0)
+        );
     }
 
     #[test]
     fn memory_is_bounded() {
         let paces = Paces::default();
         for i in 0..5000u32 {
-            let who = Who::from(std::net::SocketAddr::from((std::net::Ipv4Addr::from_bits(i), 1)));
+            let who =
+                PeerKey::from(std::net::SocketAddr::from((std::net::Ipv4Addr::from_bits(i), 1)));
             drop(paces.begin(who, 1, Instant::now()));
         }
         assert!(paces.lock().peers.len() <= MAX_PEERS);

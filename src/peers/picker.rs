@@ -1,10 +1,12 @@
-//! Which of the peers that have a NAR it comes from. No I/O and no clock: what is known of the peers is passed in.
+//! Which of the peers that have a NAR it comes from. No I/O and no clock: what is known of the
+//! peers is passed in.
 //!
-//! The peer is chosen from which the NAR is expected to be whole first. That is decided by the peer's pace and by what
-//! this node already gets from it, so that a closure from several equal peers uses all their links. A peer whose pace
-//! is unknown counts as fast as the fastest known one, and is found out that way.
+//! The peer is chosen from which the NAR is expected to be whole first. That is decided by the
+//! peer's pace and by what this node already gets from it, so that a closure from several equal
+//! peers uses all their links. A peer whose pace is unknown counts as fast as the fastest known
+//! one, and is found out that way.
 
-use super::pace::Load;
+use super::pace::PeerLoad;
 use std::cmp::Ordering;
 use std::time::Duration;
 
@@ -13,18 +15,20 @@ const USUAL_PACE: f64 = 12.5e6;
 
 /// A peer was waited for this long before a NAR leaves it for its pace.
 pub const LEAST_WAIT: Duration = Duration::from_millis(200);
-/// What a change of peers costs, at most: another connection, and a peer that closes files it has opened.
+/// What a change of peers costs, at most: another connection, and a peer that closes files it has
+/// opened.
 const MOVE_COST: Duration = Duration::from_millis(100);
 /// A NAR leaves a peer for a source that is this many times as fast.
 const FASTER: f64 = 2.0;
 /// A NAR leaves a peer for one whose pace is unknown only if the rest would take longer than this.
 const WORTH_A_TRY: Duration = Duration::from_secs(2);
-/// A NAR that takes longer than this from the fastest known peer counts as twice as long from an unknown one.
+/// A NAR that takes longer than this from the fastest known peer counts as twice as long from an
+/// unknown one.
 const LONG_FOR_A_TRIAL: Duration = Duration::from_secs(1);
 
 /// How far a peer is trusted to answer. The order is that of preference.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Health {
+pub enum HealthRank {
     /// Nothing is against it.
     Good,
     /// It failed or hung lately.
@@ -35,11 +39,11 @@ pub enum Health {
 
 /// A peer that has the NAR.
 #[derive(Debug, Clone, Copy)]
-pub struct Holding {
+pub struct HolderFacts {
     /// How far it is trusted.
-    pub health: Health,
+    pub health: HealthRank,
     /// Its pace, and what is under way from it.
-    pub load: Load,
+    pub load: PeerLoad,
 }
 
 /// The peer that was chosen.
@@ -52,27 +56,38 @@ pub struct Choice {
 }
 
 /// The best source for `bytes` of a NAR; `None` if there is none.
-pub fn choose(holdings: &[Holding], bytes: u64) -> Option<Choice> {
+pub fn choose(holdings: &[HolderFacts], bytes: u64) -> Option<Choice> {
     let usual = usual_pace(holdings);
-    // A peer that only claims to have paths gets one NAR at a time until one was whole: it may hang.
-    let is_taken = |h: &Holding| !h.load.is_proven && h.load.streams > 0;
+    // A peer that only claims to have paths gets one NAR at a time until one was whole: it may
+    // hang.
+    let is_taken = |h: &HolderFacts| !h.load.is_proven && h.load.streams > 0;
     // A NAR of seconds is no trial: an unknown peer gets it only beside known ones that are busy.
     let is_long = bytes as f64 / usual > LONG_FOR_A_TRIAL.as_secs_f64();
-    let trial = |h: &Holding| if is_long && h.load.pace.known.is_none() { FASTER } else { 1.0 };
-    let key = |h: &Holding| (h.health, is_taken(h), trial(h) * expected(&h.load, bytes, usual), h.load.chosen);
-    let order =
-        |a: &(usize, &Holding), b: &(usize, &Holding)| key(a.1).partial_cmp(&key(b.1)).unwrap_or(Ordering::Equal);
+    let trial = |h: &HolderFacts| if is_long && h.load.pace.known.is_none() { FASTER } else { 1.0 };
+    let key = |h: &HolderFacts| {
+        (h.health, is_taken(h), trial(h) * expected(&h.load, bytes, usual), h.load.chosen)
+    };
+    let order = |a: &(usize, &HolderFacts), b: &(usize, &HolderFacts)| {
+        key(a.1).partial_cmp(&key(b.1)).unwrap_or(Ordering::Equal)
+    };
     let (at, best) = holdings.iter().enumerate().min_by(order)?;
     Some(Choice { at, expected: duration(expected(&best.load, bytes, usual)) })
 }
 
-/// The source for which a NAR leaves the peer that sends it, if one is twice as fast. `current` is the load of that peer,
-/// this NAR included, of which `rest` bytes are to come. This NAR has `waited` for it so far.
-pub fn faster(current: &Load, waited: Duration, rest: u64, others: &[Holding]) -> Option<usize> {
+/// The source for which a NAR leaves the peer that sends it, if one is twice as fast. `current` is
+/// the load of that peer, this NAR included, of which `rest` bytes are to come. This NAR has
+/// `waited` for it so far.
+pub fn faster(
+    current: &PeerLoad,
+    waited: Duration,
+    rest: u64,
+    others: &[HolderFacts],
+) -> Option<usize> {
     if waited < LEAST_WAIT {
         return None;
     }
-    // A fast peer's samples are too short to be looked at, so that its smoothed pace counts between them.
+    // A fast peer's samples are too short to be looked at, so that its smoothed pace counts between
+    // them.
     let pace = if current.pace.waited < LEAST_WAIT {
         current.pace.lasting?
     } else {
@@ -82,23 +97,24 @@ pub fn faster(current: &Load, waited: Duration, rest: u64, others: &[Holding]) -
     let pace = pace.max(1.0);
     let time = work_left(current, rest) / pace;
     let usual = usual_pace(others);
-    let is_better = |h: &Holding| {
+    let is_better = |h: &HolderFacts| {
         let there = h.load.pace.known.unwrap_or(usual.min(h.load.pace.at_most));
         let is_sure = h.load.pace.known.is_some() || time > WORTH_A_TRY.as_secs_f64();
-        h.health == Health::Good
+        h.health == HealthRank::Good
             && is_sure
             && there >= FASTER * pace
             && time >= FASTER * expected(&h.load, rest, usual) + MOVE_COST.as_secs_f64()
     };
     let better: Vec<usize> = (0..others.len()).filter(|at| is_better(&others[*at])).collect();
-    let holdings: Vec<Holding> = better.iter().map(|at| others[*at]).collect();
+    let holdings: Vec<HolderFacts> = better.iter().map(|at| others[*at]).collect();
     choose(&holdings, rest).map(|choice| better[choice.at])
 }
 
-/// How long `rest` bytes of a NAR take, which `load` includes, at the pace of what has begun to come; `None` while that is
-/// unknown. `own` is that pace of this NAR alone, if it is known. Both are lasting ones. The greater pace counts: of small NARs from a Wi-Fi card
-/// that sleeps, the peer's says nothing of a large one.
-pub fn time_left(load: &Load, own: Option<f64>, rest: u64) -> Option<Duration> {
+/// How long `rest` bytes of a NAR take, which `load` includes, at the pace of what has begun to
+/// come; `None` while that is unknown. `own` is that pace of this NAR alone, if it is known. Both
+/// are lasting ones. The greater pace counts: of small NARs from a Wi-Fi card that sleeps, the
+/// peer's says nothing of a large one.
+pub fn time_left(load: &PeerLoad, own: Option<f64>, rest: u64) -> Option<Duration> {
     let pace = load
         .after_begin
         .lasting
@@ -108,19 +124,19 @@ pub fn time_left(load: &Load, own: Option<f64>, rest: u64) -> Option<Duration> {
     Some(duration(work_left(load, rest) / pace.max(1.0)))
 }
 
-/// Bytes until `rest` bytes of a NAR have come that `load` includes. Streams share the link, so it need not wait for more
-/// of the others than there is of it.
-fn work_left(load: &Load, rest: u64) -> f64 {
+/// Bytes until `rest` bytes of a NAR have come that `load` includes. Streams share the link, so it
+/// need not wait for more of the others than there is of it.
+fn work_left(load: &PeerLoad, rest: u64) -> f64 {
     load.outstanding.min(rest.saturating_mul(load.streams.max(1).into())) as f64
 }
 
 /// Seconds until `bytes` more are there, behind or beside what is under way.
-fn expected(load: &Load, bytes: u64, usual: f64) -> f64 {
+fn expected(load: &PeerLoad, bytes: u64, usual: f64) -> f64 {
     let pace = load.pace.known.unwrap_or(usual.min(load.pace.at_most)).max(1.0);
     work_left(&load.with(bytes), bytes) / pace
 }
 
-fn usual_pace(holdings: &[Holding]) -> f64 {
+fn usual_pace(holdings: &[HolderFacts]) -> f64 {
     holdings
         .iter()
         .filter_map(|h| h.load.pace.known)
@@ -134,29 +150,38 @@ fn duration(seconds: f64) -> Duration {
 
 #[cfg(test)]
 mod tests {
-    use super::super::pace::Pace;
+    use super::super::pace::PaceEstimate;
     use super::*;
 
     const MIB: u64 = 1 << 20;
 
-    fn holding(known: Option<f64>) -> Holding {
-        let pace = Pace {
+    fn holding(known: Option<f64>) -> HolderFacts {
+        let pace = PaceEstimate {
             known,
             lasting: known,
             measured: known.unwrap_or(0.0),
             at_most: f64::INFINITY,
             waited: Duration::ZERO,
         };
-        let load = Load { streams: 0, outstanding: 0, pace, after_begin: pace, chosen: 0, is_proven: true };
-        Holding { health: Health::Good, load }
+        let load = PeerLoad {
+            streams: 0,
+            outstanding: 0,
+            pace,
+            after_begin: pace,
+            chosen: 0,
+            is_proven: true,
+        };
+        HolderFacts { health: HealthRank::Good, load }
     }
 
-    /// Chooses for one NAR after the other, each of which is still under way when the next is asked for.
-    fn spread(mut holdings: Vec<Holding>, nars: u32, size: u64) -> Vec<u32> {
+    /// Chooses for one NAR after the other, each of which is still under way when the next is asked
+    /// for.
+    fn spread(mut holdings: Vec<HolderFacts>, nars: u32, size: u64) -> Vec<u32> {
         for turn in 1..=nars {
             let at = choose(&holdings, size).unwrap().at;
             let load = &mut holdings[at].load;
-            (load.streams, load.outstanding, load.chosen) = (load.streams + 1, load.outstanding + size, turn.into());
+            (load.streams, load.outstanding, load.chosen) =
+                (load.streams + 1, load.outstanding + size, turn.into());
         }
         holdings.iter().map(|h| h.load.streams).collect()
     }
@@ -202,7 +227,7 @@ mod tests {
     #[test]
     fn health_comes_before_pace() {
         let mut doubtful = holding(Some(100e6));
-        doubtful.health = Health::Doubtful;
+        doubtful.health = HealthRank::Doubtful;
         assert_eq!(spread(vec![doubtful, holding(Some(1e6))], 4, MIB), [0, 4]);
         assert_eq!(choose(&[], 1), None);
     }
@@ -215,36 +240,60 @@ mod tests {
         assert!(choice.expected < Duration::from_millis(6), "{choice:?}");
     }
 
-    fn sending(measured: f64, waited: u64, rest: u64) -> Load {
-        let pace = Pace {
+    fn sending(measured: f64, waited: u64, rest: u64) -> PeerLoad {
+        let pace = PaceEstimate {
             known: None,
             lasting: None,
             measured,
             at_most: f64::INFINITY,
             waited: Duration::from_millis(waited),
         };
-        Load { streams: 1, outstanding: rest, pace, after_begin: pace, chosen: 0, is_proven: true }
+        PeerLoad {
+            streams: 1,
+            outstanding: rest,
+            pace,
+            after_begin: pace,
+            chosen: 0,
+            is_proven: true,
+        }
     }
 
     #[test]
     fn slow_peer_is_left_for_one_twice_as_fast_and_for_no_other() {
         let current = sending(140e3, 300, 20 * MIB);
-        assert_eq!(faster(&current, LEAST_WAIT, 20 * MIB, &[holding(Some(250e3)), holding(Some(10e6))]), Some(1));
+        assert_eq!(
+            faster(&current, LEAST_WAIT, 20 * MIB, &[holding(Some(250e3)), holding(Some(10e6))]),
+            Some(1)
+        );
         assert_eq!(faster(&current, LEAST_WAIT, 20 * MIB, &[holding(Some(270e3))]), None);
         assert_eq!(faster(&current, LEAST_WAIT, 20 * MIB, &[]), None);
         let mut doubtful = holding(Some(10e6));
-        doubtful.health = Health::Doubtful;
+        doubtful.health = HealthRank::Doubtful;
         assert_eq!(faster(&current, LEAST_WAIT, 20 * MIB, &[doubtful]), None);
     }
 
     #[test]
     fn peer_is_not_left_early_nor_for_little() {
         // A Wi-Fi card that sleeps 100 ms has sent nothing yet.
-        assert_eq!(faster(&sending(0.0, 100, MIB), Duration::from_millis(100), MIB, &[holding(Some(10e6))]), None);
+        assert_eq!(
+            faster(
+                &sending(0.0, 100, MIB),
+                Duration::from_millis(100),
+                MIB,
+                &[holding(Some(10e6))]
+            ),
+            None
+        );
         // The rest is there sooner than another connection.
-        assert_eq!(faster(&sending(1e6, 300, 50_000), LEAST_WAIT, 50_000, &[holding(Some(10e6))]), None);
+        assert_eq!(
+            faster(&sending(1e6, 300, 50_000), LEAST_WAIT, 50_000, &[holding(Some(10e6))]),
+            None
+        );
         // Small NARs of a peer that drips are worth it.
-        assert_eq!(faster(&sending(9e3, 300, 22_000), LEAST_WAIT, 22_000, &[holding(Some(10e6))]), Some(0));
+        assert_eq!(
+            faster(&sending(9e3, 300, 22_000), LEAST_WAIT, 22_000, &[holding(Some(10e6))]),
+            Some(0)
+        );
     }
 
     /// Its samples of 256 KiB take less than [`LEAST_WAIT`].
@@ -252,7 +301,7 @@ mod tests {
     fn fast_peer_is_left_for_one_far_faster_by_its_smoothed_pace() {
         let mut current = sending(0.0, 20, 640 * MIB);
         (current.pace.known, current.pace.lasting) = (Some(5e6), Some(5e6));
-        let moves = |current: &Load, waited, to| {
+        let moves = |current: &PeerLoad, waited, to| {
             faster(current, Duration::from_millis(waited), 640 * MIB, &[holding(Some(to))])
         };
         assert_eq!(moves(&current, 200, 100e6), Some(0));
@@ -267,9 +316,18 @@ mod tests {
 
     #[test]
     fn unknown_peer_is_tried_only_if_the_rest_takes_long() {
-        assert_eq!(faster(&sending(140e3, 300, 20 * MIB), LEAST_WAIT, 20 * MIB, &[holding(None)]), Some(0));
-        assert_eq!(faster(&sending(140e3, 300, 100_000), LEAST_WAIT, 100_000, &[holding(None)]), None);
-        assert_eq!(faster(&sending(11e6, 300, 1 << 30), LEAST_WAIT, 1 << 30, &[holding(None)]), None);
+        assert_eq!(
+            faster(&sending(140e3, 300, 20 * MIB), LEAST_WAIT, 20 * MIB, &[holding(None)]),
+            Some(0)
+        );
+        assert_eq!(
+            faster(&sending(140e3, 300, 100_000), LEAST_WAIT, 100_000, &[holding(None)]),
+            None
+        );
+        assert_eq!(
+            faster(&sending(11e6, 300, 1 << 30), LEAST_WAIT, 1 << 30, &[holding(None)]),
+            None
+        );
     }
 
     #[test]

@@ -1,18 +1,21 @@
-//! One tracker, as this node sees it: its calls, by blocking ureq, and whether lookups ask it at the moment.
+//! One tracker, as this node sees it: its calls, by blocking ureq, and whether lookups ask it at
+//! the moment.
 //!
-//! A tracker is left out of lookups after several failures in a row, until the announcing thread has reached it again. Of one
-//! whose candidates turn out to be dead, many of them, those that have never answered are waited for less from then on; if
-//! none of its candidates was ever any good, it is left out for a while.
+//! A tracker is left out of lookups after several failures in a row, until the announcing thread
+//! has reached it again. Of one whose candidates turn out to be dead, many of them, those that have
+//! never answered are waited for less from then on; if none of its candidates was ever any good, it
+//! is left out for a while.
 
 use super::client::twice;
 use crate::backoff::retry_after;
 use crate::http_client;
 use crate::nix::HashPart;
 use crate::time_scale::{Interval, Timeout};
-use crate::wire::filter::{Filter, LEAST_BITS_PER_PATH, MOST_BITS_PER_PATH};
+use crate::wire::filter::{BloomFilter, LEAST_BITS_PER_PATH, MOST_BITS_PER_PATH};
 use crate::wire::tracker::{
-    Announce, Announced, Candidate, Candidates, Identity, KEY_HEADER, MAX_CANDIDATES, MAX_OTHERS, Proof, Report, Role,
-    SIGNATURE_HEADER, Statement, TIMESTAMP_HEADER, TransferBegun, TransferInit, lookup_target,
+    Announce, AnnounceResponse, Candidate, CandidateList, Identity, KEY_HEADER, MAX_CANDIDATES,
+    MAX_OTHERS, Proof, Role, SIGNATURE_HEADER, SignedText, TIMESTAMP_HEADER, TransferInit,
+    TransferInitResponse, TransferReportBody, lookup_target,
 };
 use serde::Deserialize;
 use serde::de::{DeserializeOwned, IgnoredAny};
@@ -24,10 +27,11 @@ use std::time::{Duration, Instant, SystemTime};
 use ureq::Agent;
 use ureq::http::{Response, Uri};
 
-/// A lookup waits this long for a tracker. A tracker that restarts is back by then, and a lost packet is sent twice more.
+/// A lookup waits this long for a tracker. A tracker that restarts is back by then, and a lost
+/// packet is sent twice more.
 pub const LOOKUP_TIMEOUT: Timeout = Timeout::from_secs(2);
-/// A tracker that refuses or breaks the connection of a lookup, or has too much to do and does not say for how long, is asked
-/// again after this, doubling, until the time is over.
+/// A tracker that refuses or breaks the connection of a lookup, or has too much to do and does not
+/// say for how long, is asked again after this, doubling, until the time is over.
 const RETRY_PAUSE: Duration = Duration::from_millis(100);
 /// Failures in a row, without a success between, after which lookups leave the tracker out.
 const MAX_FAILURES: u32 = 3;
@@ -38,27 +42,31 @@ const UPLOAD_TIMEOUT: Duration = Duration::from_secs(60);
 /// *I am leaving*, while the daemon stops.
 const LEAVE_TIMEOUT: Duration = Duration::from_millis(700);
 
-/// An answer's body: 72 candidates with the longest IDs and names take 30 KiB. The original's list of 1,000 peers has 250 KiB.
+/// An answer's body: 72 candidates with the longest IDs and names take 30 KiB. The original's list
+/// of 1,000 peers has 250 KiB.
 const MAX_ANSWER: u64 = 512 * 1024;
 /// Connections kept: as many as Nix has questions.
 const IDLE: usize = 25;
 /// Shorter than the 30 s after which trackers close idle ones.
 const IDLE_AGE: Timeout = Timeout::from_secs(25);
-/// The list of an original tracker, which has no lookups, is used this long. Its peers come and go in minutes.
+/// The list of an original tracker, which has no lookups, is used this long. Its peers come and go
+/// in minutes.
 const LIST_AGE: Interval = Interval::from_secs(5);
 
-/// In the first moment after the start, and after a change of network, it is not known yet whether a tracker is there;
-/// lookups wait this long for its first answer, as Nix remembers a wrong *not there* for an hour.
+/// In the first moment after the start, and after a change of network, it is not known yet whether
+/// a tracker is there; lookups wait this long for its first answer, as Nix remembers a wrong *not
+/// there* for an hour.
 const START_GRACE: Duration = Duration::from_secs(2);
 
-/// A node signs only what it says within this of its own clock, in milliseconds: a tracker that could choose the time
-/// would get statements to use later.
+/// A node signs only what it says within this of its own clock, in milliseconds: a tracker that
+/// could choose the time would get statements to use later.
 const MAX_CLOCK_OFFSET_MS: u64 = 5 * 60 * 1000;
 
-/// So many silent candidates of one lookup, beside whom few answered, say more about the tracker than about them: a site
-/// without power, or a tracker that means no good.
+/// So many silent candidates of one lookup, beside whom few answered, say more about the tracker
+/// than about them: a site without power, or a tracker that means no good.
 const MANY_DEAD: usize = 8;
-/// Others of its candidates are then waited for as long as so many of its own answers take, as they are likely to be as far away,
+/// Others of its candidates are then waited for as long as so many of its own answers take, as they
+/// are likely to be as far away,
 const USUAL_ANSWERS: u32 = 4;
 /// but at least so long,
 const LEAST_WAIT: Duration = Duration::from_millis(40);
@@ -73,7 +81,7 @@ const LONGEST_PAUSE: Interval = Interval::from_secs(300);
 
 /// A node as trackers know it.
 #[derive(Debug)]
-pub struct Me {
+pub struct NodeIdentity {
     /// Its key, from which each tracker's is derived.
     pub identity: Arc<Identity>,
     /// Its ID, if the user chose one; else each tracker's key makes one.
@@ -88,49 +96,54 @@ pub struct Me {
 
 /// Why a call failed.
 #[derive(Debug)]
-pub enum Error {
+pub enum TrackerError {
     /// No connection, no answer in time, or the connection broke.
     Unreachable(ureq::Error),
     /// A status other than 200, what was said with it, and when to try again.
     Refused(u16, String, Option<Duration>),
     /// An answer that is not what it should be.
     Malformed,
-    /// The tracker's clock is so many milliseconds ahead of this machine's, and nothing is signed for such a time.
+    /// The tracker's clock is so many milliseconds ahead of this machine's, and nothing is signed
+    /// for such a time.
     Clock(i64),
 }
 
-impl Error {
+impl TrackerError {
     /// Whether the same call may succeed later: the tracker is away or has too much to do.
     pub fn is_temporary(&self) -> bool {
-        matches!(self, Error::Unreachable(_) | Error::Refused(429 | 500.., ..))
+        matches!(self, TrackerError::Unreachable(_) | TrackerError::Refused(429 | 500.., ..))
     }
 
     /// When the tracker wants to be called again, if it says so.
     pub fn retry_after(&self) -> Option<Duration> {
-        if let Error::Refused(_, _, retry_after) = self { *retry_after } else { None }
+        if let TrackerError::Refused(_, _, retry_after) = self { *retry_after } else { None }
     }
 
     /// Whether a lookup may try again at once: the tracker restarts, or a connection to it broke.
     fn is_passing(&self) -> bool {
-        self.is_temporary() && !matches!(self, Error::Unreachable(ureq::Error::Timeout(_)))
+        self.is_temporary() && !matches!(self, TrackerError::Unreachable(ureq::Error::Timeout(_)))
     }
 }
 
-impl fmt::Display for Error {
+impl fmt::Display for TrackerError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Error::Unreachable(e) => write!(f, "{e}"),
-            Error::Refused(status, why, _) => write!(f, "status {status} {why}"),
-            Error::Malformed => f.write_str("its answer is none of a tracker"),
-            Error::Clock(ahead) => {
+            TrackerError::Unreachable(e) => write!(f, "{e}"),
+            TrackerError::Refused(status, why, _) => write!(f, "status {status} {why}"),
+            TrackerError::Malformed => f.write_str("its answer is none of a tracker"),
+            TrackerError::Clock(ahead) => {
                 let (seconds, direction) = (ahead / 1000, if *ahead > 0 { "slow" } else { "fast" });
-                write!(f, "this machine's clock is {} s {direction} by the tracker's; set it", seconds.abs())
+                write!(
+                    f,
+                    "this machine's clock is {} s {direction} by the tracker's; set it",
+                    seconds.abs()
+                )
             }
         }
     }
 }
 
-impl std::error::Error for Error {}
+impl std::error::Error for TrackerError {}
 
 /// One tracker; shared by all threads.
 pub struct Tracker {
@@ -141,15 +154,15 @@ pub struct Tracker {
     agent: RwLock<Agent>,
     /// Its are not: for a call whose connection may be as dead as the others that were kept.
     unpooled: Agent,
-    state: Mutex<State>,
+    state: Mutex<TrackerConnection>,
     changed: Condvar,
-    clock: Mutex<Clock>,
+    clock: Mutex<StatementClock>,
     listed: Mutex<Option<(Instant, Vec<Candidate>)>>,
 }
 
 #[derive(Default)]
-struct State {
-    reached: Reached,
+struct TrackerConnection {
+    reached: Reachability,
     /// Until when lookups wait for its first answer.
     grace_until: Option<Instant>,
     /// Failures since the last success.
@@ -165,7 +178,7 @@ struct State {
     /// It has no lookups, as the original has none.
     is_original: bool,
     /// What it said about this node last.
-    announced: Option<Announced>,
+    announced: Option<AnnounceResponse>,
     /// Why it did not take this node's last announce.
     refused: Option<String>,
     /// Smoothed time of a lookup.
@@ -180,33 +193,37 @@ struct State {
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Default)]
-enum Reached {
+enum Reachability {
     #[default]
     NotYet,
     Yes,
     No,
 }
 
-/// Timestamps of statements: each later than the last, by the tracker's clock if ours is a little wrong.
+/// Timestamps of statements: each later than the last, by the tracker's clock if ours is a little
+/// wrong.
 #[derive(Default)]
-struct Clock {
+struct StatementClock {
     /// Milliseconds to add to our clock.
     offset: i64,
     last: u64,
 }
 
 #[derive(Deserialize, Default)]
-struct Refusal {
+struct ServerRefusal {
     error: Option<String>,
     now: Option<u64>,
 }
 
 impl Tracker {
     /// The tracker at that URL, which ends without a slash, for that node.
-    pub fn new(url: String, me: &Me, now: Instant) -> Self {
+    pub fn new(url: String, me: &NodeIdentity, now: Instant) -> Self {
         let identity = me.identity.for_tracker(&authority(&url));
         let peer_id = me.peer_id.clone().unwrap_or_else(|| identity.peer_id());
-        let state = State { grace_until: Some(now + START_GRACE), ..State::default() };
+        let state = TrackerConnection {
+            grace_until: Some(now + START_GRACE),
+            ..TrackerConnection::default()
+        };
         Tracker {
             url,
             peer_id,
@@ -238,7 +255,8 @@ impl Tracker {
     /// Bits for each path that it wants filters to have.
     pub fn bits_per_path(&self) -> u64 {
         let wanted = self.lock().announced.as_ref().and_then(|announced| announced.bits_per_path);
-        wanted.map_or(MOST_BITS_PER_PATH, |bits| bits.clamp(LEAST_BITS_PER_PATH, MOST_BITS_PER_PATH))
+        wanted
+            .map_or(MOST_BITS_PER_PATH, |bits| bits.clamp(LEAST_BITS_PER_PATH, MOST_BITS_PER_PATH))
     }
 
     /// What keeps peers from finding this node by the tracker, and what to do about it.
@@ -264,16 +282,19 @@ impl Tracker {
         })
     }
 
-    /// Whether a lookup should ask it. Blocks, right after the start or a change of network, until it is known whether the
-    /// tracker is there, 2 s at most.
+    /// Whether a lookup should ask it. Blocks, right after the start or a change of network, until
+    /// it is known whether the tracker is there, 2 s at most.
     pub fn await_usable(&self) -> bool {
         let state = self.lock();
         let now = Instant::now();
-        let grace = state.grace_until.map(|until| until.saturating_duration_since(now)).unwrap_or_default();
-        let waited = self.changed.wait_timeout_while(state, grace, |state| state.reached == Reached::NotYet);
+        let grace =
+            state.grace_until.map(|until| until.saturating_duration_since(now)).unwrap_or_default();
+        let waited = self
+            .changed
+            .wait_timeout_while(state, grace, |state| state.reached == Reachability::NotYet);
         let mut state = waited.unwrap_or_else(PoisonError::into_inner).0;
         let now = Instant::now();
-        if state.reached != Reached::Yes {
+        if state.reached != Reachability::Yes {
             state.is_wanted = true;
             return false;
         }
@@ -292,14 +313,21 @@ impl Tracker {
         std::mem::take(&mut self.lock().is_wanted)
     }
 
-    /// Nothing that is known of it need still be true: the network changed, or the machine was suspended. Lookups wait for
-    /// its next answer, on new connections.
+    /// Nothing that is known of it need still be true: the network changed, or the machine was
+    /// suspended. Lookups wait for its next answer, on new connections.
     pub fn forget(&self, now: Instant) {
         *self.agent.write().unwrap_or_else(PoisonError::into_inner) = agent(IDLE);
         *self.listed.lock().unwrap_or_else(PoisonError::into_inner) = None;
         let mut state = self.lock();
-        let (announced, refused, useful) = (state.announced.take(), state.refused.take(), state.useful);
-        *state = State { grace_until: Some(now + START_GRACE), announced, refused, useful, ..State::default() };
+        let (announced, refused, useful) =
+            (state.announced.take(), state.refused.take(), state.useful);
+        *state = TrackerConnection {
+            grace_until: Some(now + START_GRACE),
+            announced,
+            refused,
+            useful,
+            ..TrackerConnection::default()
+        };
     }
 
     /// How long to wait for candidates that have never answered; `None` for no such limit.
@@ -309,7 +337,8 @@ impl Tracker {
         (state.fruitless > 0).then(|| usual.clamp(LEAST_WAIT, LONGEST_WAIT))
     }
 
-    /// Says what came of the candidates of a lookup that began at `began`: how many showed a sign of life, and how many none.
+    /// Says what came of the candidates of a lookup that began at `began`: how many showed a sign
+    /// of life, and how many none.
     pub fn proved(&self, alive: usize, silent: usize, began: Instant, now: Instant) {
         let mut state = self.lock();
         if alive > 0 {
@@ -327,11 +356,15 @@ impl Tracker {
             return;
         }
         if state.fruitless == 0 {
-            log::warn!("tracker {}: of the peers that it names, {silent} are silent and {alive} are not", self.url);
+            log::warn!(
+                "tracker {}: of the peers that it names, {silent} are silent and {alive} are not",
+                self.url
+            );
         }
         state.fruitless += 1;
         state.counted = Some(now);
-        let is_useful = state.useful.is_some_and(|at| now.saturating_duration_since(at) < USEFUL_FOR);
+        let is_useful =
+            state.useful.is_some_and(|at| now.saturating_duration_since(at) < USEFUL_FOR);
         if state.fruitless > 1 && !is_useful {
             let pause = pause_after(state.fruitless - 1);
             log::debug!("tracker {}: left out for {} s", self.url, pause.as_secs());
@@ -339,12 +372,18 @@ impl Tracker {
         }
     }
 
-    /// The peers that may have a path, without this node. Blocks until `until` at most; a tracker that restarts or has too
-    /// much to do is asked again. `is_hedge`: on a new connection, as the one of another call stalls.
+    /// The peers that may have a path, without this node. Blocks until `until` at most; a tracker
+    /// that restarts or has too much to do is asked again. `is_hedge`: on a new connection, as the
+    /// one of another call stalls.
     ///
     /// # Errors
-    /// See [`Error`]. Failures are not counted; `record_failure` does that.
-    pub fn lookup(&self, hash_part: &HashPart, is_hedge: bool, until: Instant) -> Result<Candidates, Error> {
+    /// See [`TrackerError`]. Failures are not counted; `record_failure` does that.
+    pub fn lookup(
+        &self,
+        hash_part: &HashPart,
+        is_hedge: bool,
+        until: Instant,
+    ) -> Result<CandidateList, TrackerError> {
         let agent = if is_hedge { self.unpooled.clone() } else { self.agent() };
         let mut retry_pause = RETRY_PAUSE;
         loop {
@@ -353,12 +392,20 @@ impl Tracker {
             let not_before = self.lock().not_before;
             if let Some(pause) = not_before.map(|at| at.saturating_duration_since(now)) {
                 if now + pause >= until {
-                    return Err(Error::Refused(429, "it asked not to be asked yet".into(), Some(pause)));
+                    return Err(TrackerError::Refused(
+                        429,
+                        "it asked not to be asked yet".into(),
+                        Some(pause),
+                    ));
                 }
                 thread::sleep(pause);
             }
             let began = Instant::now();
-            let e = match self.look_up_once(&agent, hash_part, until.saturating_duration_since(began)) {
+            let e = match self.look_up_once(
+                &agent,
+                hash_part,
+                until.saturating_duration_since(began),
+            ) {
                 Ok(found) => {
                     self.record_success(began.elapsed());
                     return Ok(found);
@@ -368,7 +415,7 @@ impl Tracker {
             let now = Instant::now();
             if let Some(pause) = e.retry_after() {
                 // What a proxy says while the tracker restarts is no more than a guess.
-                let is_ours = matches!(e, Error::Refused(429, ..));
+                let is_ours = matches!(e, TrackerError::Refused(429, ..));
                 let longest = if is_ours { LONGEST_PAUSE.get() } else { LOOKUP_TIMEOUT.get() };
                 self.lock().not_before = Some(now + pause.min(longest));
             } else if e.is_passing() && now + retry_pause < until {
@@ -382,12 +429,18 @@ impl Tracker {
         }
     }
 
-    fn look_up_once(&self, agent: &Agent, hash_part: &HashPart, timeout: Duration) -> Result<Candidates, Error> {
+    fn look_up_once(
+        &self,
+        agent: &Agent,
+        hash_part: &HashPart,
+        timeout: Duration,
+    ) -> Result<CandidateList, TrackerError> {
         if self.lock().is_original {
             return self.list(agent, timeout);
         }
-        let answer = self.get(agent, &lookup_target(hash_part), timeout).and_then(read::<Candidates>);
-        if let Err(Error::Refused(404 | 405 | 501, ..)) = answer {
+        let answer =
+            self.get(agent, &lookup_target(hash_part), timeout).and_then(read::<CandidateList>);
+        if let Err(TrackerError::Refused(404 | 405 | 501, ..)) = answer {
             self.lock().is_original = true;
             return self.list(agent, timeout);
         }
@@ -401,9 +454,12 @@ impl Tracker {
     }
 
     /// All peers, the best first, of a tracker that does not know which of them have a path.
-    fn list(&self, agent: &Agent, timeout: Duration) -> Result<Candidates, Error> {
+    fn list(&self, agent: &Agent, timeout: Duration) -> Result<CandidateList, TrackerError> {
         let listed = || self.listed.lock().unwrap_or_else(PoisonError::into_inner);
-        let known = listed().as_ref().filter(|(at, _)| at.elapsed() < LIST_AGE.get()).map(|(_, list)| list.clone());
+        let known = listed()
+            .as_ref()
+            .filter(|(at, _)| at.elapsed() < LIST_AGE.get())
+            .map(|(_, list)| list.clone());
         let others = match known {
             Some(others) => others,
             None => {
@@ -414,7 +470,7 @@ impl Tracker {
                     let score = peer["reputation"]["score"].as_f64().unwrap_or_default();
                     Some(Candidate { peer_id: text("peer_id")?, addr: text("addr")?, port, score })
                 };
-                let peers = answer["peers"].as_array().ok_or(Error::Malformed)?;
+                let peers = answer["peers"].as_array().ok_or(TrackerError::Malformed)?;
                 let mut others: Vec<Candidate> = peers.iter().filter_map(candidate).collect();
                 others.retain(|peer| peer.peer_id != self.peer_id);
                 others.sort_by(|a, b| b.score.total_cmp(&a.score));
@@ -423,23 +479,28 @@ impl Tracker {
                 others
             }
         };
-        Ok(Candidates { candidates: Vec::new(), others })
+        Ok(CandidateList { candidates: Vec::new(), others })
     }
 
-    fn get(&self, agent: &Agent, path: &str, timeout: Duration) -> Result<Response<ureq::Body>, Error> {
+    fn get(
+        &self,
+        agent: &Agent,
+        path: &str,
+        timeout: Duration,
+    ) -> Result<Response<ureq::Body>, TrackerError> {
         let url = format!("{}{path}", self.url);
         let call = || agent.get(&url).config().timeout_global(Some(timeout)).build().call();
-        twice(call).map_err(Error::Unreachable)
+        twice(call).map_err(TrackerError::Unreachable)
     }
 
     /// Says that this node is here. Also finds out whether the tracker is.
     ///
     /// # Errors
-    /// See [`Error`].
-    pub fn announce(&self, me: &Me) -> Result<Announced, Error> {
+    /// See [`TrackerError`].
+    pub fn announce(&self, me: &NodeIdentity) -> Result<AnnounceResponse, TrackerError> {
         let addr = me.addr.as_deref().unwrap_or_default();
-        let statement = Statement::Announce { peer_id: &self.peer_id, port: me.port, addr };
-        let answer: Result<Announced, Error> = self.signed(&statement, |proof| {
+        let statement = SignedText::Announce { peer_id: &self.peer_id, port: me.port, addr };
+        let answer: Result<AnnounceResponse, TrackerError> = self.signed(&statement, |proof| {
             let announce = Announce {
                 peer_id: Some(self.peer_id.clone()),
                 port: Some(me.port),
@@ -452,10 +513,10 @@ impl Tracker {
         match &answer {
             Ok(announced) => self.record_announce(Ok(announced.clone())),
             // It is there, and can be asked, whatever it thinks of us.
-            Err(e @ (Error::Refused(400..=428 | 430..500, ..) | Error::Clock(_))) => {
+            Err(e @ (TrackerError::Refused(400..=428 | 430..500, ..) | TrackerError::Clock(_))) => {
                 self.record_announce(Err(e.to_string()))
             }
-            Err(Error::Refused(429, ..)) => self.record_reached(),
+            Err(TrackerError::Refused(429, ..)) => self.record_reached(),
             Err(e) => self.record_failure(e),
         }
         answer
@@ -464,10 +525,11 @@ impl Tracker {
     /// Says that this node leaves.
     ///
     /// # Errors
-    /// See [`Error`].
-    pub fn leave(&self) -> Result<(), Error> {
-        self.signed(&Statement::Leave { peer_id: &self.peer_id }, |proof| {
-            let body = Announce { peer_id: Some(self.peer_id.clone()), proof, ..Announce::default() };
+    /// See [`TrackerError`].
+    pub fn leave(&self) -> Result<(), TrackerError> {
+        self.signed(&SignedText::Leave { peer_id: &self.peer_id }, |proof| {
+            let body =
+                Announce { peer_id: Some(self.peer_id.clone()), proof, ..Announce::default() };
             self.agent()
                 .delete(format!("{}/announce", self.url))
                 .header("Content-Type", "application/json")
@@ -483,14 +545,17 @@ impl Tracker {
     /// Publishes what this node would share. Gives the timestamp by which the tracker knows it.
     ///
     /// # Errors
-    /// See [`Error`].
-    pub fn put_filter(&self, filter: &Filter) -> Result<u64, Error> {
+    /// See [`TrackerError`].
+    pub fn put_filter(&self, filter: &BloomFilter) -> Result<u64, TrackerError> {
         let digest = ring::digest::digest(&ring::digest::SHA256, filter.as_bytes());
-        let statement = Statement::Filter { peer_id: &self.peer_id, digest: digest.as_ref() };
-        let id = percent_encoding::utf8_percent_encode(&self.peer_id, percent_encoding::NON_ALPHANUMERIC);
+        let statement = SignedText::Filter { peer_id: &self.peer_id, digest: digest.as_ref() };
+        let id = percent_encoding::utf8_percent_encode(
+            &self.peer_id,
+            percent_encoding::NON_ALPHANUMERIC,
+        );
         let url = format!("{}/filter/{id}", self.url);
         let mut sent = 0;
-        let answer: Result<IgnoredAny, Error> = self.signed(&statement, |proof| {
+        let answer: Result<IgnoredAny, TrackerError> = self.signed(&statement, |proof| {
             sent = proof.timestamp.unwrap_or_default();
             self.agent()
                 .put(&url)
@@ -508,14 +573,15 @@ impl Tracker {
     /// Begins transfers from `sender_id` to this node; gives the first ID and how many there are.
     ///
     /// # Errors
-    /// See [`Error`].
-    pub fn begin_transfers(&self, sender_id: &str, count: u32) -> Result<(u64, u32), Error> {
+    /// See [`TrackerError`].
+    pub fn begin_transfers(&self, sender_id: &str, count: u32) -> Result<(u64, u32), TrackerError> {
         let init = TransferInit {
             sender_id: Some(sender_id.to_owned()),
             receiver_id: Some(self.peer_id.clone()),
             count: Some(count),
         };
-        let begun: TransferBegun = self.post("/transfer/init", &init).map_err(Error::Unreachable).and_then(read)?;
+        let begun: TransferInitResponse =
+            self.post("/transfer/init", &init).map_err(TrackerError::Unreachable).and_then(read)?;
         // A tracker of the original begins one, whatever it is asked.
         Ok((begun.transfer_id, begun.count.unwrap_or(1).min(count)))
     }
@@ -523,11 +589,12 @@ impl Tracker {
     /// Reports what this node sent or received.
     ///
     /// # Errors
-    /// See [`Error`].
-    pub fn report(&self, transfer_id: u64, role: Role, bytes: u64) -> Result<(), Error> {
-        let statement = Statement::Report { transfer_id, peer_id: &self.peer_id, role: role.as_str(), bytes };
+    /// See [`TrackerError`].
+    pub fn report(&self, transfer_id: u64, role: Role, bytes: u64) -> Result<(), TrackerError> {
+        let statement =
+            SignedText::Report { transfer_id, peer_id: &self.peer_id, role: role.as_str(), bytes };
         self.signed(&statement, |proof| {
-            let report = Report {
+            let report = TransferReportBody {
                 transfer_id: Some(transfer_id),
                 peer_id: Some(self.peer_id.clone()),
                 role: Some(role.as_str().to_owned()),
@@ -543,34 +610,45 @@ impl Tracker {
         self.agent.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    fn post(&self, path: &str, body: &impl serde::Serialize) -> Result<Response<ureq::Body>, ureq::Error> {
-        self.agent().post(format!("{}{path}", self.url)).header("Content-Type", "application/json").send(json(body))
+    fn post(
+        &self,
+        path: &str,
+        body: &impl serde::Serialize,
+    ) -> Result<Response<ureq::Body>, ureq::Error> {
+        self.agent()
+            .post(format!("{}{path}", self.url))
+            .header("Content-Type", "application/json")
+            .send(json(body))
     }
 
-    /// Signs and sends a statement; once more, if the tracker's clock turns out to be a little different.
+    /// Signs and sends a statement; once more, if the tracker's clock turns out to be a little
+    /// different.
     fn signed<T: DeserializeOwned>(
         &self,
-        statement: &Statement<'_>,
+        statement: &SignedText<'_>,
         mut send: impl FnMut(Proof) -> Result<Response<ureq::Body>, ureq::Error>,
-    ) -> Result<T, Error> {
-        let mut send = || send(self.identity.sign(statement, self.timestamp())).map_err(Error::Unreachable);
+    ) -> Result<T, TrackerError> {
+        let mut send = || {
+            send(self.identity.sign(statement, self.timestamp())).map_err(TrackerError::Unreachable)
+        };
         let response = send()?;
         if response.status() != 403 {
             return read(response);
         }
-        let refusal: Refusal = body(response).unwrap_or_default();
+        let refusal: ServerRefusal = body(response).unwrap_or_default();
         match refusal.now {
             Some(now) => {
                 self.set_clock(now)?;
                 read(send()?)
             }
-            None => Err(Error::Refused(403, refusal.error.unwrap_or_default(), None)),
+            None => Err(TrackerError::Refused(403, refusal.error.unwrap_or_default(), None)),
         }
     }
 
     fn timestamp(&self) -> u64 {
         let mut clock = self.clock.lock().unwrap_or_else(PoisonError::into_inner);
-        clock.last = our_clock().saturating_add_signed(clock.offset).max(clock.last.saturating_add(1));
+        clock.last =
+            our_clock().saturating_add_signed(clock.offset).max(clock.last.saturating_add(1));
         clock.last
     }
 
@@ -578,10 +656,10 @@ impl Tracker {
     ///
     /// # Errors
     /// It is too far from this machine's: nothing is signed for such a time.
-    fn set_clock(&self, now: u64) -> Result<(), Error> {
+    fn set_clock(&self, now: u64) -> Result<(), TrackerError> {
         let ahead = i64::try_from(i128::from(now) - i128::from(our_clock())).unwrap_or(i64::MAX);
         if ahead.unsigned_abs() > MAX_CLOCK_OFFSET_MS {
-            return Err(Error::Clock(ahead));
+            return Err(TrackerError::Clock(ahead));
         }
         let mut clock = self.clock.lock().unwrap_or_else(PoisonError::into_inner);
         (clock.offset, clock.last) = (ahead, 0);
@@ -590,7 +668,7 @@ impl Tracker {
     }
 
     /// What came of an announce that was answered.
-    fn record_announce(&self, outcome: Result<Announced, String>) {
+    fn record_announce(&self, outcome: Result<AnnounceResponse, String>) {
         let before = self.problem();
         {
             let mut state = self.lock();
@@ -599,7 +677,8 @@ impl Tracker {
                     // The original has none: a 404 of a lookup was one of a proxy.
                     state.is_original &= announced.tracker.is_none();
                     // A later answer without an ID does not take it away.
-                    announced.tracker = announced.tracker.or(state.announced.take().and_then(|last| last.tracker));
+                    announced.tracker =
+                        announced.tracker.or(state.announced.take().and_then(|last| last.tracker));
                     (state.announced, state.refused) = (Some(announced), None);
                 }
                 Err(why) => state.refused = Some(why),
@@ -613,12 +692,12 @@ impl Tracker {
 
     fn record_reached(&self) {
         let mut state = self.lock();
-        if state.reached != Reached::Yes {
+        if state.reached != Reachability::Yes {
             log::info!("tracker {}: reached", self.url);
             // It may be another program now.
             (state.is_original, state.failures, state.not_before) = (false, 0, None);
         }
-        state.reached = Reached::Yes;
+        state.reached = Reachability::Yes;
         self.changed.notify_all();
     }
 
@@ -631,8 +710,8 @@ impl Tracker {
         state.latency = Some(state.latency.map_or(took, |old| (old * 7 + took) / 8));
     }
 
-    /// A lookup that began at `began` failed. Those that were under way together count once. After several failures in a row
-    /// lookups leave the tracker out, until it is reached again.
+    /// A lookup that began at `began` failed. Those that were under way together count once. After
+    /// several failures in a row lookups leave the tracker out, until it is reached again.
     pub fn record_failed_lookup(&self, why: &dyn fmt::Display, began: Instant) {
         let is_counted = {
             let mut state = self.lock();
@@ -652,12 +731,15 @@ impl Tracker {
         let mut state = self.lock();
         log::debug!("tracker {}: {why}", self.url);
         state.failures = state.failures.saturating_add(1);
-        if state.reached == Reached::NotYet || state.reached == Reached::Yes && state.failures >= MAX_FAILURES {
+        if state.reached == Reachability::NotYet
+            || state.reached == Reachability::Yes && state.failures >= MAX_FAILURES
+        {
             log::warn!("tracker {}: {why}; left out until it is reached again", self.url);
-            state.reached = Reached::No;
+            state.reached = Reachability::No;
             // An announce may succeed at a tracker whose lookups fail.
             state.outages += 1;
-            state.paused_until = (state.outages > 1).then(|| Instant::now() + pause_after(state.outages - 1));
+            state.paused_until =
+                (state.outages > 1).then(|| Instant::now() + pause_after(state.outages - 1));
             self.changed.notify_all();
         }
     }
@@ -665,18 +747,18 @@ impl Tracker {
     /// Whether it is there; `None` while its first answer is awaited.
     pub fn reached_if_known(&self) -> Option<bool> {
         match self.lock().reached {
-            Reached::NotYet => None,
-            Reached::Yes => Some(true),
-            Reached::No => Some(false),
+            Reachability::NotYet => None,
+            Reachability::Yes => Some(true),
+            Reachability::No => Some(false),
         }
     }
 
     /// Whether it is there, as far as is known.
     pub fn is_reached(&self) -> bool {
-        self.lock().reached == Reached::Yes
+        self.lock().reached == Reachability::Yes
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, TrackerConnection> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -719,13 +801,15 @@ fn body<T: DeserializeOwned>(response: Response<ureq::Body>) -> Option<T> {
     serde_json::from_slice(&bytes).ok()
 }
 
-fn read<T: DeserializeOwned>(response: Response<ureq::Body>) -> Result<T, Error> {
+fn read<T: DeserializeOwned>(response: Response<ureq::Body>) -> Result<T, TrackerError> {
     match response.status().as_u16() {
-        200 => body(response).ok_or(Error::Malformed),
+        200 => body(response).ok_or(TrackerError::Malformed),
         status => {
             let retry_after = retry_after(response.headers());
-            let why = body::<Refusal>(response).and_then(|refusal| refusal.error).unwrap_or_default();
-            Err(Error::Refused(status, why, retry_after))
+            let why = body::<ServerRefusal>(response)
+                .and_then(|refusal| refusal.error)
+                .unwrap_or_default();
+            Err(TrackerError::Refused(status, why, retry_after))
         }
     }
 }
@@ -740,7 +824,13 @@ mod tests {
 
     fn at(url: String, now: Instant) -> Tracker {
         let identity = Identity::from_seed(&[1; 32]);
-        let me = Me { identity: identity.into(), peer_id: Some("a".into()), port: 1, addr: None, instance: 1 };
+        let me = NodeIdentity {
+            identity: identity.into(),
+            peer_id: Some("a".into()),
+            port: 1,
+            addr: None,
+            instance: 1,
+        };
         Tracker::new(url, &me, now)
     }
 
@@ -758,7 +848,8 @@ mod tests {
         let url = format!("http://{}", listener.local_addr().unwrap());
         let server = thread::spawn(move || {
             let (stream, _) = listener.accept().unwrap();
-            let mut lines = std::io::BufRead::lines(std::io::BufReader::new(&stream)).map_while(Result::ok);
+            let mut lines =
+                std::io::BufRead::lines(std::io::BufReader::new(&stream)).map_while(Result::ok);
             let mut requests = Vec::new();
             for answer in answers {
                 requests.push(lines.next().expect("a request"));
@@ -776,7 +867,8 @@ mod tests {
         format!("HTTP/1.1 {head}\r\nContent-Length: {}\r\n\r\n{body}", body.len())
     }
 
-    const FOUND: &str = r#"{"candidates":[{"peer_id":"b","addr":"10.0.0.1","port":1,"score":0.0}],"others":[]}"#;
+    const FOUND: &str =
+        r#"{"candidates":[{"peer_id":"b","addr":"10.0.0.1","port":1,"score":0.0}],"others":[]}"#;
 
     #[test]
     fn one_failure_between_successes_is_no_outage() {
@@ -786,20 +878,23 @@ mod tests {
             for _ in 0..2 {
                 let began = Instant::now();
                 // All that Nix asks at once.
-                (0..25).for_each(|_| tracker.record_failed_lookup(&Error::Malformed, began));
+                (0..25).for_each(|_| tracker.record_failed_lookup(&TrackerError::Malformed, began));
             }
             assert!(tracker.await_usable());
             tracker.record_success(Duration::ZERO);
         }
         tracker.take_wanted();
-        (0..MAX_FAILURES).for_each(|_| tracker.record_failure(&Error::Malformed));
+        (0..MAX_FAILURES).for_each(|_| tracker.record_failure(&TrackerError::Malformed));
         assert!(!tracker.await_usable());
         assert!(tracker.take_wanted() && !tracker.take_wanted());
-        tracker.record_announce(Ok(Announced { tracker: Some("0123456789abcdef".into()), ..Announced::default() }));
+        tracker.record_announce(Ok(AnnounceResponse {
+            tracker: Some("0123456789abcdef".into()),
+            ..AnnounceResponse::default()
+        }));
         assert!(tracker.await_usable());
         assert_eq!(tracker.id().as_deref(), Some("0123456789abcdef"));
         // A later answer without an ID does not take it away.
-        tracker.record_announce(Ok(Announced::default()));
+        tracker.record_announce(Ok(AnnounceResponse::default()));
         assert!(tracker.id().is_some());
     }
 
@@ -809,7 +904,7 @@ mod tests {
         let tracker = tracker(Instant::now());
         for _ in 0..2 {
             tracker.record_reached();
-            (0..MAX_FAILURES).for_each(|_| tracker.record_failure(&Error::Malformed));
+            (0..MAX_FAILURES).for_each(|_| tracker.record_failure(&TrackerError::Malformed));
         }
         tracker.record_reached();
         assert!(!tracker.await_usable(), "an announce succeeds at a tracker whose lookups fail");
@@ -822,7 +917,7 @@ mod tests {
     #[test]
     fn first_failure_after_the_start_ends_the_wait() {
         let tracker = tracker(Instant::now());
-        tracker.record_failure(&Error::Malformed);
+        tracker.record_failure(&TrackerError::Malformed);
         assert!(!tracker.await_usable());
         assert_eq!(tracker.reached_if_known(), Some(false));
         tracker.forget(Instant::now());
@@ -836,11 +931,20 @@ mod tests {
         tracker.record_announce(Err("status 403 bound to another key".into()));
         assert!(tracker.problem().unwrap().contains("bound to another key"));
         assert!(tracker.is_reached());
-        tracker.record_announce(Ok(Announced { reachable: Some(false), ..Announced::default() }));
+        tracker.record_announce(Ok(AnnounceResponse {
+            reachable: Some(false),
+            ..AnnounceResponse::default()
+        }));
         assert!(tracker.problem().unwrap().contains("--announce-addr"));
-        tracker.record_announce(Ok(Announced { also_at: Some("192.0.2.7".into()), ..Announced::default() }));
+        tracker.record_announce(Ok(AnnounceResponse {
+            also_at: Some("192.0.2.7".into()),
+            ..AnnounceResponse::default()
+        }));
         assert!(tracker.problem().unwrap().contains("192.0.2.7"));
-        tracker.record_announce(Ok(Announced { reachable: Some(true), ..Announced::default() }));
+        tracker.record_announce(Ok(AnnounceResponse {
+            reachable: Some(true),
+            ..AnnounceResponse::default()
+        }));
         assert_eq!(tracker.problem(), None);
     }
 
@@ -873,7 +977,8 @@ mod tests {
             {"peer_id":"b","addr":"10.0.0.1","port":1,"last_seen":1.5,"reputation":{"score":0.5}},
             {"peer_id":"a","addr":"10.0.0.2","port":1,"last_seen":1.5,"reputation":{"score":9.5}},
             {"peer_id":"c","addr":"10.0.0.3","port":1,"last_seen":1.5,"reputation":{"score":1.5}}]}"#;
-        let (tracker, server) = answering(vec![answer("404 x", r#"{"detail":"Not Found"}"#), answer("200 x", list)]);
+        let (tracker, server) =
+            answering(vec![answer("404 x", r#"{"detail":"Not Found"}"#), answer("200 x", list)]);
         for _ in 0..3 {
             let found = tracker.lookup(&any_path(), false, soon()).unwrap();
             assert!(found.candidates.is_empty());
@@ -881,7 +986,10 @@ mod tests {
             assert_eq!(named, ["c", "b"], "the best first, and not this node");
         }
         let requests = server.join().unwrap();
-        assert!(requests[0].starts_with("GET /lookup/") && requests[1].starts_with("GET /peers "), "{requests:?}");
+        assert!(
+            requests[0].starts_with("GET /lookup/") && requests[1].starts_with("GET /peers "),
+            "{requests:?}"
+        );
     }
 
     #[test]
@@ -974,9 +1082,9 @@ mod tests {
     fn nothing_is_signed_for_a_time_far_from_the_own_clock() {
         let tracker = tracker(Instant::now());
         for now in [0, our_clock() - 3_600_000, our_clock() + 3_600_000, u64::MAX] {
-            let Err(Error::Clock(_)) = tracker.set_clock(now) else { panic!("{now}") };
+            let Err(TrackerError::Clock(_)) = tracker.set_clock(now) else { panic!("{now}") };
             assert!(tracker.timestamp().abs_diff(our_clock()) < 60_000);
         }
-        assert!(Error::Clock(3_600_000).to_string().contains("3600 s slow"));
+        assert!(TrackerError::Clock(3_600_000).to_string().contains("3600 s slow"));
     }
 }

@@ -1,30 +1,35 @@
 //! Peers on other networks: which of those that trackers name has a path.
 //!
-//! Every tracker is asked at once, and again on a new connection if it takes long. The candidates are asked over HTTP as
-//! soon as the first tracker names them: four at once, and for every 100 ms without a good narinfo twice as many more. A miss
-//! is known when all have said no. The whole ends after four seconds, whatever trackers and peers do.
+//! Every tracker is asked at once, and again on a new connection if it takes long. The candidates
+//! are asked over HTTP as soon as the first tracker names them: four at once, and for every 100 ms
+//! without a good narinfo twice as many more. A miss is known when all have said no. The whole ends
+//! after four seconds, whatever trackers and peers do.
 
-use super::announce::{Begun, Trackers};
-use super::client::{Client, Error, PeerNarinfo};
-use super::names::Names;
-use super::requests::{Requests, To};
-use super::standing::{Fault, Standing, Turn, Who};
+use super::announce::{PendingTransferName, Trackers};
+use super::client::{PeerClient, PeerError, PeerNarinfo};
+use super::health::{Eligibility, Fault, PeerHealth, PeerKey};
+use super::request_pool::{RequestPool, RequestTarget};
+use super::resolver::NameResolver;
 use super::tracker::{self, Tracker};
+use crate::connect_rate::{ConnectDecision, ConnectRate};
 use crate::lan::{Holder, LOOKUP_TIMEOUT};
 use crate::network::Networks;
 use crate::nix::HashPart;
-use crate::pace::{May, Pace};
 use crate::time_scale::Timeout;
-use crate::wire::tracker::{Candidate, Candidates, MAX_ADDR, Role, TransferName, can_be_peer, is_peer_id};
+use crate::wire::tracker::{
+    Candidate, CandidateList, MAX_ADDR, Role, TransferName, can_be_peer, is_peer_id,
+};
 use crossbeam_channel::{Receiver, Sender, select, unbounded};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// The whole of a lookup beyond the LAN: a tracker that restarts, and after it a peer to which a packet is lost twice.
+/// The whole of a lookup beyond the LAN: a tracker that restarts, and after it a peer to which a
+/// packet is lost twice.
 const WAN_TIMEOUT: Timeout = Timeout::from_secs(4);
-/// A tracker that takes longer is asked again, on another connection. Most answer in less; a lost packet is repeated by the
-/// kernel after 200 ms on an open connection, but only after 1 s on a new one.
+/// A tracker that takes longer is asked again, on another connection. Most answer in less; a lost
+/// packet is repeated by the kernel after 200 ms on an open connection, but only after 1 s on a new
+/// one.
 const HEDGE_DELAY: Duration = Duration::from_millis(300);
 /// Candidates asked over HTTP at first.
 const AT_ONCE: usize = 4;
@@ -40,37 +45,47 @@ const BLOCKED: Duration = Duration::from_millis(10);
 const RETRY_DELAY: Duration = Duration::from_millis(50);
 /// Doublings of it: 800 ms.
 const MAX_DOUBLINGS: u32 = 4;
-/// A candidate at an address that may not be connected to yet is tried after this, as often as [`MAX_PACE_RETRIES`] says.
+/// A candidate at an address that may not be connected to yet is tried after this, as often as
+/// [`MAX_PACE_RETRIES`] says.
 const PACE_DELAY: Duration = Duration::from_millis(200);
 /// The ports of one victim cost a lookup 600 ms.
 const MAX_PACE_RETRIES: u32 = 3;
 
 /// The peers beyond the LAN.
-pub struct Wan {
+pub struct WanSource {
     trackers: Arc<Trackers>,
-    client: Arc<Client>,
-    standing: Arc<Standing>,
+    client: Arc<PeerClient>,
+    standing: Arc<PeerHealth>,
     networks: Arc<Networks>,
-    names: Arc<Names>,
-    requests: Arc<Requests>,
-    pace: Mutex<Pace>,
+    names: Arc<NameResolver>,
+    requests: Arc<RequestPool>,
+    pace: Mutex<ConnectRate>,
 }
 
-impl Wan {
+impl WanSource {
     /// The parts it works with.
     pub fn new(
         trackers: Arc<Trackers>,
-        client: Arc<Client>,
-        standing: Arc<Standing>,
+        client: Arc<PeerClient>,
+        standing: Arc<PeerHealth>,
         networks: Arc<Networks>,
-        requests: Arc<Requests>,
+        requests: Arc<RequestPool>,
     ) -> Self {
-        Wan { trackers, client, standing, networks, names: Arc::default(), requests, pace: Mutex::default() }
+        WanSource {
+            trackers,
+            client,
+            standing,
+            networks,
+            names: Arc::default(),
+            requests,
+            pace: Mutex::default(),
+        }
     }
 
     /// A search for a path, which begins when it is asked for the first time.
     pub fn search(self: &Arc<Self>, hash_part: &HashPart) -> WanSearch {
-        // Bounded by what is asked: two calls of each tracker, and one request of each entry at a time.
+        // Bounded by what is asked: two calls of each tracker, and one request of each entry at a
+        // time.
         let (answer, answers) = unbounded();
         WanSearch {
             wan: self.clone(),
@@ -95,7 +110,7 @@ impl Wan {
 
     /// Whether it has answered before, and has done so since it failed.
     fn is_proven(&self, address: SocketAddr) -> bool {
-        let who = Who::far(address);
+        let who = PeerKey::far(address);
         !self.standing.latency(who).is_zero() && !self.standing.is_doubtful(who)
     }
 
@@ -105,81 +120,84 @@ impl Wan {
     }
 
     /// Has the transfer of an offered path counted; it gets its name soon.
-    pub fn begin_transfer(&self, origin: &Origin) -> Begun {
+    pub fn begin_transfer(&self, origin: &OfferOrigin) -> PendingTransferName {
         self.trackers.begin(origin.tracker, &origin.peer_id)
     }
 }
 
 /// Where an offer comes from.
 #[derive(Debug, Clone)]
-pub struct Origin {
+pub struct OfferOrigin {
     /// The tracker that named the peer, by its place in [`Trackers::all`].
     pub tracker: usize,
     /// The peer's ID there.
     pub peer_id: String,
 }
 
-/// Whether what a tracker says of a peer is of the form that it has to be: names are remembered, and sent to others.
+/// Whether what a tracker says of a peer is of the form that it has to be: names are remembered,
+/// and sent to others.
 fn can_be_asked(candidate: &Candidate) -> bool {
-    is_peer_id(&candidate.peer_id) && (1..=MAX_ADDR).contains(&candidate.addr.len()) && candidate.port != 0
+    is_peer_id(&candidate.peer_id)
+        && (1..=MAX_ADDR).contains(&candidate.addr.len())
+        && candidate.port != 0
 }
 
 /// A peer of another network that has the path, and its narinfo.
-pub struct Offer {
+pub struct WanOffer {
     /// Its HTTP server.
     pub peer: SocketAddr,
     /// Who named it.
-    pub origin: Origin,
+    pub origin: OfferOrigin,
     /// The narinfo; its form is checked, its signatures are not.
     pub narinfo: PeerNarinfo,
 }
 
 /// The candidates of one path, in the order in which they are tried.
 pub struct WanSearch {
-    wan: Arc<Wan>,
+    wan: Arc<WanSource>,
     hash_part: HashPart,
     began: Option<Instant>,
     until: Instant,
     /// It ends by then, whenever it begins.
     latest: Instant,
-    calls: Vec<Call>,
-    entries: Vec<Entry>,
+    calls: Vec<TrackerLookup>,
+    entries: Vec<CandidateState>,
     /// Candidates that may be asked at once.
     at_once: usize,
     next_wave: Option<Instant>,
-    answer: Sender<Answer>,
-    answers: Receiver<Answer>,
+    answer: Sender<NarinfoAnswer>,
+    answers: Receiver<NarinfoAnswer>,
     found: bool,
     /// Who answered last with something that is of no use, and what.
-    useless: Option<(SocketAddr, Error)>,
+    useless: Option<(SocketAddr, PeerError)>,
 }
 
 /// A lookup at one tracker.
-struct Call {
+struct TrackerLookup {
     tracker: Arc<Tracker>,
     /// Its place in [`Trackers::all`].
     at: usize,
     /// Connections it was asked on, and how many of these failed.
     begun: u32,
     failed: u32,
-    error: Option<tracker::Error>,
+    error: Option<tracker::TrackerError>,
     is_answered: bool,
     /// Its failure was recorded.
     is_judged: bool,
 }
 
-impl Call {
+impl TrackerLookup {
     fn is_awaited(&self) -> bool {
         !self.is_answered && (self.begun == 0 || self.failed < self.begun)
     }
 }
 
-struct Entry {
+struct CandidateState {
     address: SocketAddr,
-    origin: Origin,
+    origin: OfferOrigin,
     /// Its place in the tracker's list.
     rank: usize,
-    state: State,
+    state: CandidatePhase,
     /// Requests that failed for a reason that may pass.
     failures: u32,
     was_asked: bool,
@@ -188,7 +206,7 @@ struct Entry {
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum State {
+enum CandidatePhase {
     /// To be asked, not before then.
     Untried(Instant),
     /// Asked then.
@@ -197,11 +215,11 @@ enum State {
     Done,
 }
 
-enum Answer {
+enum NarinfoAnswer {
     /// Of the tracker with that place in [`Trackers::all`].
-    Tracker { at: usize, result: Result<Candidates, tracker::Error> },
+    Tracker { at: usize, result: Result<CandidateList, tracker::TrackerError> },
     /// Of the entry with that place.
-    Peer { at: usize, result: Box<Result<PeerNarinfo, Error>> },
+    Peer { at: usize, result: Box<Result<PeerNarinfo, PeerError>> },
 }
 
 impl WanSearch {
@@ -218,7 +236,7 @@ impl WanSearch {
 
     /// Whether somebody is left who may have the path.
     pub fn has_more(&self) -> bool {
-        self.entries.iter().any(|entry| entry.state != State::Done)
+        self.entries.iter().any(|entry| entry.state != CandidatePhase::Done)
     }
 
     /// How many candidates were asked, and how many of them gave no sign of life.
@@ -229,15 +247,17 @@ impl WanSearch {
     }
 
     /// Who answered last with something that is of no use, and what that was.
-    pub fn useless(&self) -> Option<&(SocketAddr, Error)> {
+    pub fn useless(&self) -> Option<&(SocketAddr, PeerError)> {
         self.useless.as_ref()
     }
 
     /// A candidate that is not asked, as it failed too often.
     pub fn avoided(&self) -> Option<SocketAddr> {
         let now = Instant::now();
-        let is_avoided =
-            |entry: &&Entry| !entry.was_asked && self.wan.standing.turn(Who::far(entry.address), now) == Turn::Never;
+        let is_avoided = |entry: &&CandidateState| {
+            !entry.was_asked
+                && self.wan.standing.turn(PeerKey::far(entry.address), now) == Eligibility::Never
+        };
         self.entries.iter().find(is_avoided).map(|entry| entry.address)
     }
 
@@ -246,8 +266,9 @@ impl WanSearch {
         self.wan.trackers.all().any(|tracker| tracker.is_reached())
     }
 
-    /// The next peer that has it. Blocks, for four seconds from the first call or from [`WanSearch::resume`] at most.
-    pub fn next_offer(&mut self) -> Option<Offer> {
+    /// The next peer that has it. Blocks, for four seconds from the first call or from
+    /// [`WanSearch::resume`] at most.
+    pub fn next_offer(&mut self) -> Option<WanOffer> {
         if self.began.is_none() {
             self.begin();
         }
@@ -276,7 +297,7 @@ impl WanSearch {
         let usable = |(at, tracker): (usize, &Arc<Tracker>)| {
             let (begun, failed, error) = (0, 0, None);
             let (tracker, is_answered, is_judged) = (tracker.clone(), false, false);
-            let call = Call { tracker, at, begun, failed, error, is_answered, is_judged };
+            let call = TrackerLookup { tracker, at, begun, failed, error, is_answered, is_judged };
             call.tracker.await_usable().then_some(call)
         };
         self.calls = self.wan.trackers.all().enumerate().filter_map(usable).collect();
@@ -289,7 +310,8 @@ impl WanSearch {
         self.began.unwrap_or(self.until) + tracker::LOOKUP_TIMEOUT.get()
     }
 
-    /// Asks the trackers, and those that take long a second time. False if one may not be asked because of other lookups.
+    /// Asks the trackers, and those that take long a second time. False if one may not be asked
+    /// because of other lookups.
     fn call_trackers(&mut self, now: Instant) -> bool {
         let (until, hedge) = (self.trackers_until(), self.began.unwrap_or(now) + HEDGE_DELAY);
         let mut may_ask = true;
@@ -297,9 +319,9 @@ impl WanSearch {
             if call.begun == 0 || call.begun == 1 && now >= hedge {
                 let (tracker, at, is_hedge) = (call.tracker.clone(), call.at, call.begun == 1);
                 let (answer, hash_part) = (self.answer.clone(), self.hash_part);
-                let began = self.wan.requests.run(To::Tracker, move || {
+                let began = self.wan.requests.run(RequestTarget::Tracker, move || {
                     let result = tracker.lookup(&hash_part, is_hedge, until);
-                    let _ = answer.send(Answer::Tracker { at, result });
+                    let _ = answer.send(NarinfoAnswer::Tracker { at, result });
                 });
                 call.begun += u32::from(began);
                 may_ask &= began;
@@ -311,11 +333,19 @@ impl WanSearch {
     /// When there is something to do if no answer comes; `None` if nothing is waited for.
     fn next_wake_up(&self, is_blocked: bool, now: Instant) -> Option<Instant> {
         let hedge = self.began.unwrap_or(now) + HEDGE_DELAY;
-        let call = |call: &Call| if call.begun < 2 { hedge.max(now + BLOCKED) } else { self.trackers_until() };
-        let calls = self.calls.iter().filter(|call| now < self.trackers_until() && call.is_awaited()).map(call);
-        let entry = |entry: &Entry| match entry.state {
-            State::Untried(at) if self.is_hopeful(entry, now) && at > now => Some(at),
-            State::Asked(at) => self.awaited_until(entry, at, now).filter(|until| *until > now),
+        let call = |call: &TrackerLookup| {
+            if call.begun < 2 { hedge.max(now + BLOCKED) } else { self.trackers_until() }
+        };
+        let calls = self
+            .calls
+            .iter()
+            .filter(|call| now < self.trackers_until() && call.is_awaited())
+            .map(call);
+        let entry = |entry: &CandidateState| match entry.state {
+            CandidatePhase::Untried(at) if self.is_hopeful(entry, now) && at > now => Some(at),
+            CandidatePhase::Asked(at) => {
+                self.awaited_until(entry, at, now).filter(|until| *until > now)
+            }
             _ => None,
         };
         let entries = self.entries.iter().filter_map(entry);
@@ -326,54 +356,79 @@ impl WanSearch {
 
     fn add(&mut self, tracker: usize, mut candidates: Vec<Candidate>) {
         candidates.retain(can_be_asked);
-        let ip = |addr: &str| addr.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>().ok();
-        let names: Vec<&str> = candidates.iter().map(|c| &*c.addr).filter(|addr| ip(addr).is_none()).collect();
+        let ip =
+            |addr: &str| addr.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>().ok();
+        let names: Vec<&str> =
+            candidates.iter().map(|c| &*c.addr).filter(|addr| ip(addr).is_none()).collect();
         let mut resolved = if names.is_empty() {
             Vec::new().into_iter()
         } else {
-            self.wan.names.addresses(&names, self.until.min(Instant::now() + NAMES_WAIT)).into_iter()
+            self.wan
+                .names
+                .addresses(&names, self.until.min(Instant::now() + NAMES_WAIT))
+                .into_iter()
         };
         let now = Instant::now();
         for (rank, candidate) in candidates.iter().enumerate() {
-            let ip = ip(&candidate.addr).map_or_else(|| resolved.next().flatten(), |ip| Some(ip.to_canonical()));
+            let ip = ip(&candidate.addr)
+                .map_or_else(|| resolved.next().flatten(), |ip| Some(ip.to_canonical()));
             let Some(ip) = ip.filter(|ip| can_be_peer(*ip)) else { continue };
             let address = SocketAddr::new(ip, candidate.port);
             let known = self.entries.iter().any(|entry| entry.address == address);
             if !known && !self.wan.is_own(address) {
-                let origin = Origin { tracker, peer_id: candidate.peer_id.clone() };
-                let (state, failures, was_asked, answered) = (State::Untried(now), 0, false, false);
-                self.entries.push(Entry { address, origin, rank, state, failures, was_asked, answered });
+                let origin = OfferOrigin { tracker, peer_id: candidate.peer_id.clone() };
+                let (state, failures, was_asked, answered) =
+                    (CandidatePhase::Untried(now), 0, false, false);
+                self.entries.push(CandidateState {
+                    address,
+                    origin,
+                    rank,
+                    state,
+                    failures,
+                    was_asked,
+                    answered,
+                });
             }
         }
     }
 
-    fn is_hopeful(&self, entry: &Entry, now: Instant) -> bool {
-        matches!(entry.state, State::Untried(_)) && self.wan.standing.turn(Who::far(entry.address), now) != Turn::Never
+    fn is_hopeful(&self, entry: &CandidateState, now: Instant) -> bool {
+        matches!(entry.state, CandidatePhase::Untried(_))
+            && self.wan.standing.turn(PeerKey::far(entry.address), now) != Eligibility::Never
     }
 
-    /// Until when the answer of an entry that was asked at `asked` is worth waiting for: of one that failed lately, and of one
-    /// that has never answered and was named by a tracker that names many dead peers, only for a moment.
-    fn awaited_until(&self, entry: &Entry, asked: Instant, now: Instant) -> Option<Instant> {
-        let who = Who::far(entry.address);
+    /// Until when the answer of an entry that was asked at `asked` is worth waiting for: of one
+    /// that failed lately, and of one that has never answered and was named by a tracker that names
+    /// many dead peers, only for a moment.
+    fn awaited_until(
+        &self,
+        entry: &CandidateState,
+        asked: Instant,
+        now: Instant,
+    ) -> Option<Instant> {
+        let who = PeerKey::far(entry.address);
         let limit = match self.wan.standing.turn(who, now) {
-            Turn::Now if self.wan.is_proven(entry.address) => return Some(self.until),
-            Turn::Now => {
+            Eligibility::Now if self.wan.is_proven(entry.address) => return Some(self.until),
+            Eligibility::Now => {
                 let tracker = self.wan.trackers.all().nth(entry.origin.tracker);
                 tracker.and_then(|tracker| tracker.patience()).map(|patience| asked + patience)
             }
-            Turn::Last | Turn::Never => Some(asked + SLOW),
+            Eligibility::Last | Eligibility::Never => Some(asked + SLOW),
         };
         Some(limit.map_or(self.until, |limit| limit.min(self.until)))
     }
 
-    fn is_awaited(&self, entry: &Entry, now: Instant) -> bool {
+    fn is_awaited(&self, entry: &CandidateState, now: Instant) -> bool {
         match entry.state {
-            State::Asked(at) => self.awaited_until(entry, at, now).is_some_and(|until| now < until),
+            CandidatePhase::Asked(at) => {
+                self.awaited_until(entry, at, now).is_some_and(|until| now < until)
+            }
             _ => false,
         }
     }
 
-    /// Asks as many as may be asked now. False if somebody is left who may not be asked because of others.
+    /// Asks as many as may be asked now. False if somebody is left who may not be asked because of
+    /// others.
     fn ask(&mut self, now: Instant) -> bool {
         if self.next_wave.is_some_and(|at| at <= now) {
             self.at_once = self.at_once.saturating_mul(2);
@@ -387,14 +442,19 @@ impl WanSearch {
                 break;
             }
             match self.start(at, now) {
-                May::Now => free -= 1,
-                May::Later => may_ask = false,
-                // Others at its address were asked a moment ago: it may be one of several behind a router.
-                May::NotThis => {
+                ConnectDecision::Now => free -= 1,
+                ConnectDecision::Later => may_ask = false,
+                // Others at its address were asked a moment ago: it may be one of several behind a
+                // router.
+                ConnectDecision::NotThis => {
                     let entry = &mut self.entries[at];
                     entry.failures += 1;
                     let is_last = entry.failures > MAX_PACE_RETRIES;
-                    entry.state = if is_last { State::Done } else { State::Untried(now + PACE_DELAY) };
+                    entry.state = if is_last {
+                        CandidatePhase::Done
+                    } else {
+                        CandidatePhase::Untried(now + PACE_DELAY)
+                    };
                 }
             }
         }
@@ -404,18 +464,20 @@ impl WanSearch {
         may_ask
     }
 
-    /// Who may be asked, in the order of their turns: who has proven itself before who did not, and then as the trackers have
-    /// it. Who failed lately has its turn when nobody else is left or awaited: its narinfo, which may well be the fastest, says
-    /// nothing of its NAR.
+    /// Who may be asked, in the order of their turns: who has proven itself before who did not, and
+    /// then as the trackers have it. Who failed lately has its turn when nobody else is left or
+    /// awaited: its narinfo, which may well be the fastest, says nothing of its NAR.
     fn in_turn(&self, now: Instant) -> Vec<usize> {
         let standing = &self.wan.standing;
-        let is_doubtful = |at: &usize| standing.is_doubtful(Who::far(self.entries[*at].address));
-        let is_due = |at: &usize| matches!(self.entries[*at].state, State::Untried(due) if due <= now);
+        let is_doubtful =
+            |at: &usize| standing.is_doubtful(PeerKey::far(self.entries[*at].address));
+        let is_due = |at: &usize| matches!(self.entries[*at].state, CandidatePhase::Untried(due) if due <= now);
         let all = 0..self.entries.len();
         let hopeful = all.clone().filter(|at| self.is_hopeful(&self.entries[*at], now));
         let mut turns: Vec<_> = hopeful.filter(is_due).collect();
         let is_awaited = |at: &usize| self.is_awaited(&self.entries[*at], now);
-        let may_name_more = self.calls.iter().any(Call::is_awaited) && now < self.trackers_until();
+        let may_name_more =
+            self.calls.iter().any(TrackerLookup::is_awaited) && now < self.trackers_until();
         let others_are_left = turns.iter().any(|at| !is_doubtful(at))
             || all.clone().any(|at| is_awaited(&at) && !is_doubtful(&at))
             || may_name_more;
@@ -423,27 +485,38 @@ impl WanSearch {
             turns.retain(|at| !is_doubtful(at));
         }
         turns.sort_by_cached_key(|at| {
-            let Entry { address, rank, .. } = &self.entries[*at];
-            (standing.turn(Who::far(*address), now) == Turn::Last, !self.wan.is_proven(*address), *rank)
+            let CandidateState { address, rank, .. } = &self.entries[*at];
+            (
+                standing.turn(PeerKey::far(*address), now) == Eligibility::Last,
+                !self.wan.is_proven(*address),
+                *rank,
+            )
         });
         turns
     }
 
-    /// Asks one for its narinfo, in a thread of its own: a request cannot be taken back, and must not be waited for.
-    fn start(&mut self, at: usize, now: Instant) -> May {
+    /// Asks one for its narinfo, in a thread of its own: a request cannot be taken back, and must
+    /// not be waited for.
+    fn start(&mut self, at: usize, now: Instant) -> ConnectDecision {
         let address = self.entries[at].address;
         let is_proven = self.wan.is_proven(address);
-        let to = if is_proven { To::Proven(address.ip()) } else { To::Stranger(address.ip()) };
+        let to = if is_proven {
+            RequestTarget::Proven(address.ip())
+        } else {
+            RequestTarget::Stranger(address.ip())
+        };
         // First, as what is taken from the pace is not given back.
         if !self.wan.requests.has_room(to) {
-            return May::Later;
+            return ConnectDecision::Later;
         }
         if !is_proven {
             let mut pace = self.wan.pace.lock().unwrap_or_else(PoisonError::into_inner);
             match pace.take(address.ip(), now) {
-                May::Now => {}
+                ConnectDecision::Now => {}
                 // A request of another lookup is about to tell whether it is there.
-                May::NotThis if self.wan.requests.is_asked(address.ip()) => return May::Later,
+                ConnectDecision::NotThis if self.wan.requests.is_asked(address.ip()) => {
+                    return ConnectDecision::Later;
+                }
                 not_now => return not_now,
             }
         }
@@ -455,32 +528,40 @@ impl WanSearch {
             let result = client.narinfo(&holder, &hash_part, timeout);
             let then = Instant::now();
             match &result {
-                Ok(_) => standing.answered(Who::far(address), then - now, then),
+                Ok(_) => standing.answered(PeerKey::far(address), then - now, then),
                 // It never said that it has the path; filters are wrong now and then.
-                Err(Error::NotThere | Error::Busy) => standing.alive(Who::far(address), then - now, then),
-                Err(e) => standing.failed(Who::far(address), e.fault().unwrap_or(Fault::Unreachable), now, then, e),
+                Err(PeerError::NotThere | PeerError::Busy) => {
+                    standing.alive(PeerKey::far(address), then - now, then)
+                }
+                Err(e) => standing.failed(
+                    PeerKey::far(address),
+                    e.fault().unwrap_or(Fault::Unreachable),
+                    now,
+                    then,
+                    e,
+                ),
             }
-            let _ = answer.send(Answer::Peer { at, result: Box::new(result) });
+            let _ = answer.send(NarinfoAnswer::Peer { at, result: Box::new(result) });
         });
         if !started {
-            return May::Later;
+            return ConnectDecision::Later;
         }
         let entry = &mut self.entries[at];
-        (entry.state, entry.was_asked) = (State::Asked(now), true);
-        May::Now
+        (entry.state, entry.was_asked) = (CandidatePhase::Asked(now), true);
+        ConnectDecision::Now
     }
 
-    fn take(&mut self, answer: Answer) -> Option<Offer> {
+    fn take(&mut self, answer: NarinfoAnswer) -> Option<WanOffer> {
         match answer {
-            Answer::Tracker { at, result } => {
+            NarinfoAnswer::Tracker { at, result } => {
                 self.take_candidates(at, result);
                 None
             }
-            Answer::Peer { at, result } => self.take_narinfo(at, *result),
+            NarinfoAnswer::Peer { at, result } => self.take_narinfo(at, *result),
         }
     }
 
-    fn take_candidates(&mut self, at: usize, result: Result<Candidates, tracker::Error>) {
+    fn take_candidates(&mut self, at: usize, result: Result<CandidateList, tracker::TrackerError>) {
         let Some(call) = self.calls.iter_mut().find(|call| call.at == at) else { return };
         match result {
             Ok(found) if !call.is_answered => {
@@ -496,22 +577,35 @@ impl WanSearch {
         }
     }
 
-    fn take_narinfo(&mut self, at: usize, result: Result<PeerNarinfo, Error>) -> Option<Offer> {
+    fn take_narinfo(
+        &mut self,
+        at: usize,
+        result: Result<PeerNarinfo, PeerError>,
+    ) -> Option<WanOffer> {
         let entry = &mut self.entries[at];
-        entry.answered |= !matches!(result, Err(Error::Unreachable(_)));
-        entry.state = State::Done;
+        entry.answered |= !matches!(result, Err(PeerError::Unreachable(_)));
+        entry.state = CandidatePhase::Done;
         match result {
-            Ok(narinfo) => return Some(Offer { peer: entry.address, origin: entry.origin.clone(), narinfo }),
+            Ok(narinfo) => {
+                return Some(WanOffer {
+                    peer: entry.address,
+                    origin: entry.origin.clone(),
+                    narinfo,
+                });
+            }
             // One that was there a moment ago restarts, or has more to do than it wants.
-            Err(e) if e.is_temporary() && !self.wan.standing.latency(Who::far(entry.address)).is_zero() => {
+            Err(e)
+                if e.is_temporary()
+                    && !self.wan.standing.latency(PeerKey::far(entry.address)).is_zero() =>
+            {
                 let pause = RETRY_DELAY * (1 << entry.failures.min(MAX_DOUBLINGS));
                 entry.failures += 1;
-                entry.state = State::Untried(Instant::now() + pause);
+                entry.state = CandidatePhase::Untried(Instant::now() + pause);
                 log::debug!("{}: candidate {}: {e}; asked again", self.hash_part, entry.address);
             }
             Err(e) => {
                 log::debug!("{}: candidate {}: {e}", self.hash_part, entry.address);
-                if !matches!(e, Error::NotThere | Error::Unreachable(_)) {
+                if !matches!(e, PeerError::NotThere | PeerError::Unreachable(_)) {
                     self.useless = Some((entry.address, e));
                 }
             }
@@ -519,22 +613,30 @@ impl WanSearch {
         None
     }
 
-    /// Lets the trackers know what they and their candidates were worth: many from whom nothing came at all cost Nix time.
+    /// Lets the trackers know what they and their candidates were worth: many from whom nothing
+    /// came at all cost Nix time.
     fn judge(&mut self) {
         let now = Instant::now();
         let began = self.began.unwrap_or(now);
         for call in &mut self.calls {
-            let named = || self.entries.iter().filter(|entry| entry.was_asked && entry.origin.tracker == call.at);
+            let named = || {
+                self.entries
+                    .iter()
+                    .filter(|entry| entry.was_asked && entry.origin.tracker == call.at)
+            };
             let alive = named().filter(|entry| entry.answered).count();
             // Who had no time to answer, as another was faster, is not silent.
             let silent = if self.found { 0 } else { named().count() - alive };
             call.tracker.proved(alive, silent, began, now);
-            if call.is_answered || self.found && call.is_awaited() || std::mem::replace(&mut call.is_judged, true) {
+            if call.is_answered
+                || self.found && call.is_awaited()
+                || std::mem::replace(&mut call.is_judged, true)
+            {
                 continue;
             }
             match &call.error {
                 // It is there, and has too much to do.
-                Some(tracker::Error::Refused(429, ..)) => {}
+                Some(tracker::TrackerError::Refused(429, ..)) => {}
                 Some(e) => call.tracker.record_failed_lookup(e, began),
                 None => call.tracker.record_failed_lookup(&"lookups take too long", began),
             }
@@ -546,11 +648,17 @@ impl WanSearch {
 mod tests {
     use super::*;
 
-    /// Names used to be remembered however long they were: a tracker could fill the memory with them.
+    /// Names used to be remembered however long they were: a tracker could fill the memory with
+    /// them.
     #[test]
     fn what_is_no_peer_is_not_asked() {
         let candidate = |peer_id: &str, addr: &str, port| {
-            can_be_asked(&Candidate { peer_id: peer_id.into(), addr: addr.into(), port, score: 0.0 })
+            can_be_asked(&Candidate {
+                peer_id: peer_id.into(),
+                addr: addr.into(),
+                port,
+                score: 0.0,
+            })
         };
         assert!(candidate("a", "example.org", 1) && candidate("a", "203.0.113.1", 65535));
         assert!(!candidate("", "example.org", 1) && !candidate("a\n", "example.org", 1));

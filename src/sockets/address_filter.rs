@@ -1,5 +1,6 @@
-//! A filter in the kernel that lets a socket on all addresses receive only what was sent to some of them (classic BPF,
-//! `SO_ATTACH_FILTER` in socket(7)). A connection to another address gets no answer, as behind a firewall.
+//! A filter in the kernel that lets a socket on all addresses receive only what was sent to some of
+//! them (classic BPF, `SO_ATTACH_FILTER` in socket(7)). A connection to another address gets no
+//! answer, as behind a firewall.
 
 use socket2::SockFilter;
 use std::net::{IpAddr, Ipv6Addr};
@@ -18,27 +19,29 @@ const PACKET_TYPE: u32 = 0xffff_f004;
 /// Where it has the index of the receiving interface.
 const INTERFACE: u32 = 0xffff_f008;
 
-/// The program that accepts what is sent to one of `addresses`, to loopback, or to several hosts through one of
-/// `interfaces`.
+/// The program that accepts what is sent to one of `addresses`, to loopback, or to several hosts
+/// through one of `interfaces`.
 pub(super) fn program(addresses: &[IpAddr], interfaces: &[u32]) -> Vec<SockFilter> {
     let instructions = instructions(addresses, interfaces);
     instructions.into_iter().map(|(code, yes, no, k)| SockFilter::new(code, yes, no, k)).collect()
 }
 
 /// An operation, instructions to skip if a comparison holds and if not, and the operand.
-type Instruction = (u16, u8, u8, u32);
+type BpfInstruction = (u16, u8, u8, u32);
 
-const ACCEPT: Instruction = (RETURN, 0, 0, u32::MAX);
-const DROP: Instruction = (RETURN, 0, 0, 0);
+const ACCEPT: BpfInstruction = (RETURN, 0, 0, u32::MAX);
+const DROP: BpfInstruction = (RETURN, 0, 0, 0);
 
-fn instructions(addresses: &[IpAddr], interfaces: &[u32]) -> Vec<Instruction> {
-    let mut v4: Vec<Instruction> = vec![(LOAD_WORD, 0, 0, IP_HEADER + 16)];
-    let mut v6: Vec<Instruction> = Vec::new();
+fn instructions(addresses: &[IpAddr], interfaces: &[u32]) -> Vec<BpfInstruction> {
+    let mut v4: Vec<BpfInstruction> = vec![(LOAD_WORD, 0, 0, IP_HEADER + 16)];
+    let mut v6: Vec<BpfInstruction> = Vec::new();
     for address in addresses.iter().chain(&[IpAddr::V6(Ipv6Addr::LOCALHOST)]) {
         match address {
             IpAddr::V4(address) => v4.extend([(JUMP_IF_EQUAL, 0, 1, address.to_bits()), ACCEPT]),
             IpAddr::V6(address) => {
-                for (at, word) in (0u8..4).zip([96, 64, 32, 0].map(|shift| (address.to_bits() >> shift) as u32)) {
+                for (at, word) in
+                    (0u8..4).zip([96, 64, 32, 0].map(|shift| (address.to_bits() >> shift) as u32))
+                {
                     // From a word that differs to what follows the address.
                     let to_next = 2 * (3 - at) + 1;
                     v6.extend([
@@ -51,8 +54,12 @@ fn instructions(addresses: &[IpAddr], interfaces: &[u32]) -> Vec<Instruction> {
         }
     }
     v4.extend([(AND, 0, 0, 0xff00_0000), (JUMP_IF_EQUAL, 0, 1, 0x7f00_0000), ACCEPT]);
-    let mut to_several: Vec<Instruction> =
-        vec![(LOAD_WORD, 0, 0, PACKET_TYPE), (JUMP_IF_EQUAL, 0, 1, 0), DROP, (LOAD_WORD, 0, 0, INTERFACE)];
+    let mut to_several: Vec<BpfInstruction> = vec![
+        (LOAD_WORD, 0, 0, PACKET_TYPE),
+        (JUMP_IF_EQUAL, 0, 1, 0),
+        DROP,
+        (LOAD_WORD, 0, 0, INTERFACE),
+    ];
     interfaces.iter().for_each(|index| to_several.extend([(JUMP_IF_EQUAL, 0, 1, *index), ACCEPT]));
     to_several.push(DROP);
     v4.extend(&to_several);
@@ -74,7 +81,7 @@ mod tests {
     use super::*;
 
     /// What the kernel would do with a packet to `to` of a type, through an interface.
-    fn accepts(program: &[Instruction], to: &str, packet_type: u32, interface: u32) -> bool {
+    fn accepts(program: &[BpfInstruction], to: &str, packet_type: u32, interface: u32) -> bool {
         let mut header = [0u8; 40];
         match to.parse().unwrap() {
             IpAddr::V4(address) => {

@@ -1,22 +1,22 @@
 //! `/metrics`: the report's numbers in Prometheus' text format, version 0.0.4.
 
-use super::report::{Liveness, Peer};
-use super::{Status, text};
-use crate::record::{Count, Histogram, Totals};
+use super::report::{Liveness, PeerReport};
+use super::{StatusService, text};
+use crate::stats::{Counter, Histogram, Totals};
 use std::fmt::Write;
 
 /// What makes a series: names and values of its labels.
-type Labels<'a> = &'a [(&'a str, &'a str)];
+type MetricLabels<'a> = &'a [(&'a str, &'a str)];
 
-struct Metrics(String);
+struct MetricsText(String);
 
-impl Metrics {
+impl MetricsText {
     /// Begins a metric; its series follow.
     fn metric(&mut self, name: &str, kind: &str, help: &str) {
         let _ = write!(self.0, "# HELP peerix_{name} {help}\n# TYPE peerix_{name} {kind}\n");
     }
 
-    fn series(&mut self, name: &str, labels: Labels<'_>, value: f64) {
+    fn series(&mut self, name: &str, labels: MetricLabels<'_>, value: f64) {
         let _ = write!(self.0, "peerix_{name}");
         for (at, (label, value)) in labels.iter().enumerate() {
             let _ = write!(self.0, "{}{label}=\"", if at == 0 { '{' } else { ',' });
@@ -49,18 +49,27 @@ impl Metrics {
     }
 }
 
-impl Status {
+impl StatusService {
     /// All metrics.
     pub fn metrics(&self) -> String {
         let report = self.whole();
         let record = &self.record;
         let totals = &report.totals.start.totals;
-        let mut all = Metrics(String::new());
+        let mut all = MetricsText(String::new());
 
         all.metric("build_info", "gauge", "The version, as a label.");
-        all.series("build_info", &[("version", report.node.version), ("mode", report.node.mode)], 1.0);
+        all.series(
+            "build_info",
+            &[("version", report.node.version), ("mode", report.node.mode)],
+            1.0,
+        );
         all.one("start_time_seconds", "gauge", "When it started, since 1970.", report.node.started);
-        all.one("healthy", "gauge", "Whether /health says 200.", f64::from(u8::from(report.health.ok)));
+        all.one(
+            "healthy",
+            "gauge",
+            "Whether /health says 200.",
+            f64::from(u8::from(report.health.ok)),
+        );
         all.metric("problem", "gauge", "What is wrong, 1 for each.");
         for problem in &report.health.problems {
             all.series("problem", &[("code", problem.code)], 1.0);
@@ -70,34 +79,62 @@ impl Status {
         all.histogram("lookup_seconds", ("result", "hit"), &record.hit_time);
         all.histogram("lookup_seconds", ("result", "miss"), &record.miss_time);
         all.metric("lookup_misses_total", "counter", "Lookups that found nothing, by reason.");
-        record.misses().for_each(|(code, count)| all.series("lookup_misses_total", &[("reason", code)], count as f64));
-        all.metric("first_byte_seconds", "histogram", "Time from the own Nix's request for a NAR to its first piece.");
+        record.misses().for_each(|(code, count)| {
+            all.series("lookup_misses_total", &[("reason", code)], count as f64)
+        });
+        all.metric(
+            "first_byte_seconds",
+            "histogram",
+            "Time from the own Nix's request for a NAR to its first piece.",
+        );
         all.histogram("first_byte_seconds", ("network", "lan"), &record.first_byte_lan);
         all.histogram("first_byte_seconds", ("network", "wan"), &record.first_byte_wan);
 
-        let by_network = |all: &mut Metrics, name, help, lan, wan| {
+        let by_network = |all: &mut MetricsText, name, help, lan, wan| {
             all.metric(name, "counter", help);
             all.series(name, &[("network", "lan")], totals.get(lan) as f64);
             all.series(name, &[("network", "wan")], totals.get(wan) as f64);
         };
         let received = "Bytes of NARs that came from peers.";
-        by_network(&mut all, "received_bytes_total", received, Count::ReceivedLan, Count::ReceivedWan);
-        by_network(&mut all, "sent_bytes_total", "Bytes of NARs that went to peers.", Count::SentLan, Count::SentWan);
-        let one =
-            |all: &mut Metrics, name, help, count| all.one(name, "counter", help, Totals::get(totals, count) as f64);
-        one(&mut all, "received_nars_total", "Whole NARs that came from peers.", Count::ReceivedNars);
-        one(&mut all, "failed_nars_total", "NARs that no peer could deliver.", Count::FailedNars);
-        one(&mut all, "sent_nars_total", "NARs that went to peers.", Count::SentNars);
+        by_network(
+            &mut all,
+            "received_bytes_total",
+            received,
+            Counter::ReceivedLan,
+            Counter::ReceivedWan,
+        );
+        by_network(
+            &mut all,
+            "sent_bytes_total",
+            "Bytes of NARs that went to peers.",
+            Counter::SentLan,
+            Counter::SentWan,
+        );
+        let one = |all: &mut MetricsText, name, help, count| {
+            all.one(name, "counter", help, Totals::get(totals, count) as f64)
+        };
+        one(
+            &mut all,
+            "received_nars_total",
+            "Whole NARs that came from peers.",
+            Counter::ReceivedNars,
+        );
+        one(&mut all, "failed_nars_total", "NARs that no peer could deliver.", Counter::FailedNars);
+        one(&mut all, "sent_nars_total", "NARs that went to peers.", Counter::SentNars);
 
         all.metric("transfers", "gauge", "NARs under way.");
         for direction in ["in", "out"] {
-            let running = report.transfers.iter().filter(|transfer| transfer.direction == direction).count();
+            let running =
+                report.transfers.iter().filter(|transfer| transfer.direction == direction).count();
             all.series("transfers", &[("direction", direction)], running as f64);
         }
         all.metric("peers", "gauge", "Peers that are known.");
         for network in ["lan", "wan"] {
-            let known =
-                report.peers.iter().filter(|peer| peer.network == network && peer.found_by != "request").count();
+            let known = report
+                .peers
+                .iter()
+                .filter(|peer| peer.network == network && peer.found_by != "request")
+                .count();
             all.series("peers", &[("network", network)], known as f64);
         }
         lan_peers(&mut all, &report.peers);
@@ -121,25 +158,39 @@ impl Status {
         all.0
     }
 
-    /// Bytes of some peers by name, and of all others together: a Prometheus keeps every series that it ever saw.
-    fn peer_series(&self, all: &mut Metrics) {
+    /// Bytes of some peers by name, and of all others together: a Prometheus keeps every series
+    /// that it ever saw.
+    fn peer_series(&self, all: &mut MetricsText) {
         let (peers, others) = (self.record.traffic(), self.record.others());
         for (at, name, help) in [
-            (0, "peer_received_bytes_total", "Bytes of NARs from a peer; of most of them together if there are many."),
-            (1, "peer_sent_bytes_total", "Bytes of NARs to a peer; to most of them together if there are many."),
+            (
+                0,
+                "peer_received_bytes_total",
+                "Bytes of NARs from a peer; of most of them together if there are many.",
+            ),
+            (
+                1,
+                "peer_sent_bytes_total",
+                "Bytes of NARs to a peer; to most of them together if there are many.",
+            ),
         ] {
             all.metric(name, "counter", help);
             for (who, counts) in peers.iter().filter(|(_, counts)| counts.has_series()) {
                 let counter = if at == 0 { &counts.received } else { &counts.sent };
                 let count = counter.load(std::sync::atomic::Ordering::Relaxed) as f64;
-                let address = if who.port == 0 { who.ip.to_string() } else { format!("{}:{}", who.ip, who.port) };
+                let address = if who.port == 0 {
+                    who.ip.to_string()
+                } else {
+                    format!("{}:{}", who.ip, who.port)
+                };
                 all.series(name, &[("peer", &address), ("network", who.network.as_str())], count);
             }
             all.series(name, &[("peer", "others"), ("network", "any")], others[at] as f64);
         }
     }
 
-    /// What `/health` says: whether it is well, and why not; of one that is well, what it runs without.
+    /// What `/health` says: whether it is well, and why not; of one that is well, what it runs
+    /// without.
     pub fn health_text(&self) -> (bool, String) {
         let health = self.health();
         let line = |code: &str, what: &str| format!("{code}: {}\n", text::line(what));
@@ -153,7 +204,7 @@ impl Status {
 }
 
 /// Counts the peers on the LAN by state. A `--peer` that was never heard is not counted.
-fn lan_peers(all: &mut Metrics, peers: &[Peer]) {
+fn lan_peers(all: &mut MetricsText, peers: &[PeerReport]) {
     all.metric("lan_peers", "gauge", "Peers on the LAN that answer, and that were given up.");
     for (label, state) in [("live", Liveness::Live), ("silent", Liveness::Silent)] {
         let count = peers.iter().filter(|peer| peer.state == Some(state)).count();
@@ -165,14 +216,14 @@ fn lan_peers(all: &mut Metrics, peers: &[Peer]) {
 mod tests {
     use super::super::empty;
     use super::*;
-    use crate::record::Network;
+    use crate::stats::Network;
     use std::net::{Ipv4Addr, SocketAddr};
     use std::time::Duration;
 
     #[test]
     fn lan_peers_are_counted_by_state() {
         let address = SocketAddr::from((Ipv4Addr::LOCALHOST, 1));
-        let peer = |network, state| Peer { state, ..empty(address, network) };
+        let peer = |network, state| PeerReport { state, ..empty(address, network) };
         let peers = [
             peer(Network::Lan, Some(Liveness::Live)),
             peer(Network::Lan, Some(Liveness::Live)),
@@ -181,8 +232,8 @@ mod tests {
             peer(Network::Lan, None),
             peer(Network::Wan, None),
         ];
-        let counts = |peers: &[Peer]| {
-            let mut all = Metrics(String::new());
+        let counts = |peers: &[PeerReport]| {
+            let mut all = MetricsText(String::new());
             lan_peers(&mut all, peers);
             let (_, series) = all.0.split_once(" gauge\n").unwrap();
             series.to_owned()
@@ -195,7 +246,7 @@ mod tests {
 
     #[test]
     fn the_format() {
-        let mut all = Metrics(String::new());
+        let mut all = MetricsText(String::new());
         all.one("x_total", "counter", "How many.", 3.0);
         all.series("y", &[("a", "b\\\"\n"), ("c", "")], 0.5);
         let expected = "# HELP peerix_x_total How many.\n# TYPE peerix_x_total counter\npeerix_x_total 3\n\
@@ -205,7 +256,7 @@ mod tests {
 
     #[test]
     fn a_histogram_is_cumulative_and_ends_with_all() {
-        let (mut all, histogram) = (Metrics(String::new()), Histogram::default());
+        let (mut all, histogram) = (MetricsText(String::new()), Histogram::default());
         histogram.observe(Duration::from_millis(3));
         histogram.observe(Duration::from_secs(60));
         all.histogram("t", ("n", "lan"), &histogram);

@@ -1,29 +1,30 @@
-//! What this node tells its own machine of itself: everything at one moment ([`report`]), as a page and as metrics.
-//! Looks at the record, at discovery and at the store; changes nothing.
+//! What this node tells its own machine of itself: everything at one moment ([`report`]), as a page
+//! and as metrics. Looks at the record, at discovery and at the store; changes nothing.
 
 mod metrics;
 mod page;
 pub mod report;
 pub mod text;
 
-pub use page::{Page, page};
+pub use page::{StatusPage, page};
 
 use crate::config::{Config, Mode, Sharing};
 use crate::degraded::Degraded;
-use crate::gateway::Mapping;
 use crate::lan::{DiscoveryClient, Neighbour};
 use crate::network::Networks;
 use crate::nix::HashPart;
 use crate::peers::announce::Trackers;
 use crate::peers::friends::{self, Friends};
-use crate::peers::standing::Standing;
-use crate::record::{self, HOUR, MAX_PEERS, Network, Record, Totals, Who};
+use crate::peers::health::PeerHealth;
+use crate::port_mapper::Mapping;
+use crate::stats::{self, HOUR, MAX_PEERS, Network, Stats, Totals, TrafficKey};
 use crate::store::Store;
 use crate::trust::TrustedKeys;
 use crate::wire::NodeKey;
 use report::{
-    AllTotals, Avoided, Friend, Health, History, Liveness, Lookup, Node, OwnNetwork, Peer, PortMapping, Problem,
-    Reason, Report, TotalsSince, TrackerState, Transfer, VERSION,
+    AllTotals, AvoidanceReport, FriendReport, HealthReport, History, Liveness, LookupReport,
+    MissReport, NodeReport, OwnNetwork, PeerReport, PortMapping, Problem, StatusReport,
+    TotalsSince, TrackerState, TransferReport, VERSION,
 };
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -31,23 +32,25 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
-/// Discovery says who is known within this, or hangs. It waits for nobody, and for the database 50 ms at most.
+/// Discovery says who is known within this, or hangs. It waits for nobody, and for the database 50
+/// ms at most.
 const DISCOVERY_PATIENCE: Duration = Duration::from_secs(2);
 
 /// Code of the fault that the file of `--private-key` cannot be used.
 pub const PRIVATE_KEY: &str = "private-key";
 
-/// Bytes of NARs a second that a download from upstream brings: 50 Mbit/s, packed to a quarter by xz.
+/// Bytes of NARs a second that a download from upstream brings: 50 Mbit/s, packed to a quarter by
+/// xz.
 pub const UPSTREAM_RATE: f64 = 25e6;
 
 /// All that there is to tell of.
-pub struct Status {
+pub struct StatusService {
     /// What was done.
-    pub record: Arc<Record>,
+    pub record: Arc<Stats>,
     /// Who is near.
     pub discovery: Arc<DiscoveryClient>,
     /// How well peers serve.
-    pub standing: Arc<Standing>,
+    pub standing: Arc<PeerHealth>,
     /// In modes with WAN.
     pub trackers: Option<Arc<Trackers>>,
     /// If there are any.
@@ -63,11 +66,11 @@ pub struct Status {
     /// What is missing of the configuration.
     pub degraded: Arc<Degraded>,
     /// What does not change.
-    pub facts: Facts,
+    pub facts: NodeFacts,
 }
 
 /// What does not change while the daemon runs.
-pub struct Facts {
+pub struct NodeFacts {
     name: String,
     port: u16,
     mode: Mode,
@@ -79,10 +82,11 @@ pub struct Facts {
     wants_friends: bool,
 }
 
-impl Facts {
-    /// As the user chose; `port` is the one that is served on, `identity` the public key of this node.
-    pub fn new(config: &Config, port: u16, identity: Option<NodeKey>) -> Facts {
-        Facts {
+impl NodeFacts {
+    /// As the user chose; `port` is the one that is served on, `identity` the public key of this
+    /// node.
+    pub fn new(config: &Config, port: u16, identity: Option<NodeKey>) -> NodeFacts {
+        NodeFacts {
             name: rustix::system::uname().nodename().to_string_lossy().into_owned(),
             port,
             mode: config.mode,
@@ -96,10 +100,10 @@ impl Facts {
     }
 }
 
-impl Facts {
+impl NodeFacts {
     /// The node as far as it does not change.
-    fn node(&self, started: f64, age: Duration) -> Node {
-        Node {
+    fn node(&self, started: f64, age: Duration) -> NodeReport {
+        NodeReport {
             name: self.name.clone(),
             version: env!("CARGO_PKG_VERSION"),
             mode: match self.mode {
@@ -126,7 +130,9 @@ impl Facts {
 /// What is shared with whom, in a sentence or two.
 fn shares(config: &Config) -> String {
     let friends = match (config.has_friends(), config.sharing) {
-        (true, Sharing::All | Sharing::Lan | Sharing::Friends) => " Friends may have every valid path, from anywhere.",
+        (true, Sharing::All | Sharing::Lan | Sharing::Friends) => {
+            " Friends may have every valid path, from anywhere."
+        }
         _ => "",
     };
     match (config.sharing, config.mode) {
@@ -135,15 +141,19 @@ fn shares(config: &Config) -> String {
             let config = Config { mode: Mode::Lan, ..config.clone() };
             format!("{}{friends}", shares_by_mode(&config))
         }
-        (Sharing::Lan | Sharing::Friends, _) => format!("Nothing is shared with strangers and neighbours.{friends}"),
+        (Sharing::Lan | Sharing::Friends, _) => {
+            format!("Nothing is shared with strangers and neighbours.{friends}")
+        }
         (Sharing::Nobody, _) => "Nothing is shared with other machines.".into(),
     }
 }
 
 fn shares_by_mode(config: &Config) -> String {
     let named = if config.peers.is_empty() { "" } else { ", and with those that --peer names" };
-    let lan =
-        format!("Every valid path of {} is shared with the machines on its networks{named}", config.store_dir.as_str());
+    let lan = format!(
+        "Every valid path of {} is shared with the machines on its networks{named}",
+        config.store_dir.as_str()
+    );
     let name = if config.filter { " whose name no pattern keeps" } else { "" };
     let proof = match (config.verify, config.filter) {
         (true, true) => format!(", and that {} has too,", config.upstream_cache),
@@ -159,16 +169,17 @@ fn shares_by_mode(config: &Config) -> String {
     }
 }
 
-/// What makes the clocks one: peers are heard by the one that never goes back, and people read the other.
+/// What makes the clocks one: peers are heard by the one that never goes back, and people read the
+/// other.
 #[derive(Clone, Copy)]
-struct Now {
+struct ClockReading {
     instant: Instant,
     wall: SystemTime,
 }
 
-impl Now {
-    fn get() -> Now {
-        Now { instant: Instant::now(), wall: SystemTime::now() }
+impl ClockReading {
+    fn get() -> ClockReading {
+        ClockReading { instant: Instant::now(), wall: SystemTime::now() }
     }
 
     /// Seconds since 1970.
@@ -197,9 +208,9 @@ fn round(number: f64, steps: f64) -> f64 {
     (number * steps).round() / steps
 }
 
-impl Status {
+impl StatusService {
     /// Everything, now; of the peers, as many as anybody looks at.
-    pub fn report(&self) -> Report {
+    pub fn report(&self) -> StatusReport {
         let mut report = self.whole();
         report.peers_omitted = report.peers.len().saturating_sub(MAX_PEERS);
         report.peers.truncate(MAX_PEERS);
@@ -207,46 +218,70 @@ impl Status {
     }
 
     /// The same with every peer.
-    fn whole(&self) -> Report {
-        let now = Now::get();
+    fn whole(&self) -> StatusReport {
+        let now = ClockReading::get();
         let (peers, discovery_answers) = self.peers(now);
         let started = unix(self.record.started(now.wall));
         let problems = self.problems(discovery_answers);
-        Report {
+        StatusReport {
             version: VERSION,
             time: now.unix(),
-            node: Node {
+            node: NodeReport {
                 state_dir: self.record.kept_in().map(|dir| dir.display().to_string()),
-                peer_id: self.trackers.iter().flat_map(|t| t.all()).next().map(|tracker| tracker.peer_id().to_owned()),
+                peer_id: self
+                    .trackers
+                    .iter()
+                    .flat_map(|t| t.all())
+                    .next()
+                    .map(|tracker| tracker.peer_id().to_owned()),
                 signs: self.signs(),
-                trusted_keys: self.trusted.keys().iter().flatten().map(|key| key.name().to_owned()).collect(),
+                trusted_keys: self
+                    .trusted
+                    .keys()
+                    .iter()
+                    .flatten()
+                    .map(|key| key.name().to_owned())
+                    .collect(),
                 ..self.facts.node(started, self.record.age())
             },
-            health: Health { ok: !problems.iter().any(|problem| problem.serious), problems },
+            health: HealthReport { ok: !problems.iter().any(|problem| problem.serious), problems },
             networks: self.networks(),
             trackers: self.tracker_states(),
             port_mapping: self.mapping().map(|mapping| PortMapping {
                 outside: mapping.outside.map(|at| at.to_string()),
                 pinhole: mapping.pinhole.map(|at| at.to_string()),
             }),
-            friends: self.friends.iter().flat_map(|friends| friends.seen()).map(|seen| friend(seen, now)).collect(),
+            friends: self
+                .friends
+                .iter()
+                .flat_map(|friends| friends.seen())
+                .map(|seen| friend(seen, now))
+                .collect(),
             peers,
             peers_omitted: 0,
             lookups: self.record.lookups().into_iter().map(lookup).collect(),
-            transfers: self.record.transfers().iter().map(|running| transfer(running, now)).collect(),
+            transfers: self
+                .record
+                .transfers()
+                .iter()
+                .map(|running| transfer(running, now))
+                .collect(),
             totals: AllTotals {
                 start: totals(started, self.record.totals()),
-                installation: self.record.totals_ever().map(|(since, ever)| totals(since as f64, ever)),
+                installation: self
+                    .record
+                    .totals_ever()
+                    .map(|(since, ever)| totals(since as f64, ever)),
             },
             history: History { hour_seconds: HOUR, hours: self.record.hours() },
         }
     }
 
     /// What is wrong, if anything is.
-    pub fn health(&self) -> Health {
+    pub fn health(&self) -> HealthReport {
         let answers = self.discovery.neighbours(DISCOVERY_PATIENCE).is_some();
         let problems = self.problems(answers);
-        Health { ok: !problems.iter().any(|problem| problem.serious), problems }
+        HealthReport { ok: !problems.iter().any(|problem| problem.serious), problems }
     }
 
     fn problems(&self, discovery_answers: bool) -> Vec<Problem> {
@@ -271,7 +306,11 @@ impl Status {
             let text = "no tracker is reached, so that peers on other networks are not found; see the log for why";
             add("trackers", text.into(), false);
         }
-        for problem in self.trackers.iter().flat_map(|trackers| trackers.all()).filter_map(|tracker| tracker.problem())
+        for problem in self
+            .trackers
+            .iter()
+            .flat_map(|trackers| trackers.all())
+            .filter_map(|tracker| tracker.problem())
         {
             add("announce", problem, false);
         }
@@ -281,14 +320,17 @@ impl Status {
         if self.facts.wants_friends && self.friends.is_none() {
             add(
                 "friends",
-                "there are no friends: the log says why; they need an identity in --state-dir".into(),
+                "there are no friends: the log says why; they need an identity in --state-dir"
+                    .into(),
                 false,
             );
         }
         if let Some(friends) = &self.friends {
             friends.list().problem().into_iter().for_each(|problem| add("friends", problem, false));
             for friend in friends.seen().into_iter().filter(|friend| !friend.is_up) {
-                let error = friend.error.map(|error| format!("friend {} is not reached: {error}", friend.name));
+                let error = friend
+                    .error
+                    .map(|error| format!("friend {} is not reached: {error}", friend.name));
                 error.into_iter().for_each(|error| add("friend", error, false));
             }
         }
@@ -300,7 +342,8 @@ impl Status {
 
     /// Whether paths built here are signed.
     fn signs(&self) -> bool {
-        self.facts.has_private_key && self.degraded.all().iter().all(|(code, _)| *code != PRIVATE_KEY)
+        self.facts.has_private_key
+            && self.degraded.all().iter().all(|(code, _)| *code != PRIVATE_KEY)
     }
 
     fn mapping(&self) -> Option<Mapping> {
@@ -322,11 +365,15 @@ impl Status {
 
     fn tracker_states(&self) -> Vec<TrackerState> {
         let all = self.trackers.iter().flat_map(|trackers| trackers.all());
-        all.map(|tracker| TrackerState { url: tracker.url().to_owned(), reached: tracker.reached_if_known() }).collect()
+        all.map(|tracker| TrackerState {
+            url: tracker.url().to_owned(),
+            reached: tracker.reached_if_known(),
+        })
+        .collect()
     }
 
     /// The peers, and whether discovery answered.
-    fn peers(&self, now: Now) -> (Vec<Peer>, bool) {
+    fn peers(&self, now: ClockReading) -> (Vec<PeerReport>, bool) {
         let neighbours = self.discovery.neighbours(DISCOVERY_PATIENCE);
         let answers = neighbours.is_some();
         let mut rows = neighbour_rows(neighbours.unwrap_or_default(), now);
@@ -338,18 +385,27 @@ impl Status {
             row.last_heard = row.last_heard.or(seen.answered.map(|at| now.of(at)));
             row.failures = seen.faults;
             let reason = seen.reason;
-            row.avoided = seen.avoided.map(|(until, wholly)| Avoided { until: now.of(until), wholly, reason });
+            row.avoided = seen.avoided.map(|(until, wholly)| AvoidanceReport {
+                until: now.of(until),
+                wholly,
+                reason,
+            });
         }
         for (who, counts) in self.record.traffic() {
             // Strangers ask from whatever port; if one far peer alone has the address, it is that.
-            let mut far = rows.keys().filter(|known| known.network == who.network && known.ip == who.ip);
+            let mut far =
+                rows.keys().filter(|known| known.network == who.network && known.ip == who.ip);
             let who = match (far.next(), far.next()) {
                 (Some(known), None) if who.port == 0 => *known,
                 _ => who,
             };
-            let row = rows.entry(who).or_insert_with(|| Peer {
+            let row = rows.entry(who).or_insert_with(|| PeerReport {
                 found_by: if who.port == 0 { "request" } else { "tracker" },
-                address: if who.port == 0 { who.ip.to_string() } else { SocketAddr::new(who.ip, who.port).to_string() },
+                address: if who.port == 0 {
+                    who.ip.to_string()
+                } else {
+                    SocketAddr::new(who.ip, who.port).to_string()
+                },
                 ..empty(SocketAddr::new(who.ip, who.port), who.network)
             });
             row.id = row.id.take().or_else(|| counts.id());
@@ -358,8 +414,8 @@ impl Status {
             row.received_bytes += counts.received.load(Ordering::Relaxed);
             row.sent_bytes += counts.sent.load(Ordering::Relaxed);
         }
-        let mut peers: Vec<(Who, Peer)> = rows.into_iter().collect();
-        let moved = |peer: &Peer| peer.received_bytes.saturating_add(peer.sent_bytes);
+        let mut peers: Vec<(TrafficKey, PeerReport)> = rows.into_iter().collect();
+        let moved = |peer: &PeerReport| peer.received_bytes.saturating_add(peer.sent_bytes);
         // Neighbours that gave nothing yet before any number of strangers that only asked.
         peers.sort_by_cached_key(|(who, peer)| {
             (peer.found_by == "request", std::cmp::Reverse(moved(peer)), who.ip, who.port)
@@ -368,8 +424,8 @@ impl Status {
     }
 }
 
-fn friend(seen: friends::Seen, now: Now) -> Friend {
-    Friend {
+fn friend(seen: friends::FriendSnapshot, now: ClockReading) -> FriendReport {
+    FriendReport {
         name: seen.name,
         key: seen.key.to_string(),
         reached: seen.is_up,
@@ -383,16 +439,19 @@ fn friend(seen: friends::Seen, now: Now) -> Friend {
 /// A row for each neighbour. Several nodes that `--peer` names may be behind one address, with a
 /// port each: the first has the row of the address, as neighbours do, and the others have rows of
 /// their own.
-fn neighbour_rows(neighbours: Vec<Neighbour>, now: Now) -> HashMap<Who, Peer> {
+fn neighbour_rows(
+    neighbours: Vec<Neighbour>,
+    now: ClockReading,
+) -> HashMap<TrafficKey, PeerReport> {
     let mut rows = HashMap::new();
     for neighbour in neighbours {
         let mut http = neighbour.address;
         http.set_port(neighbour.http_port.unwrap_or(http.port()));
-        let mut who = Who::server(Network::Lan, http);
+        let mut who = TrafficKey::server(Network::Lan, http);
         if rows.contains_key(&who) {
             who.port = http.port();
         }
-        let row = Peer {
+        let row = PeerReport {
             found_by: neighbour.met_by.code(),
             last_heard: neighbour.heard.map(|heard| now.of(heard)),
             state: Some(liveness(&neighbour)),
@@ -414,18 +473,18 @@ fn liveness(neighbour: &Neighbour) -> Liveness {
 }
 
 /// The report of a node that cannot serve, and does nothing but say why.
-pub fn of_problem(config: &Config, port: u16, code: &'static str, problem: &str) -> Report {
-    let (facts, now) = (Facts::new(config, port, None), Now::get());
+pub fn of_problem(config: &Config, port: u16, code: &'static str, problem: &str) -> StatusReport {
+    let (facts, now) = (NodeFacts::new(config, port, None), ClockReading::get());
     let problem = Problem { code, text: problem.to_owned(), serious: true };
-    Report {
+    StatusReport {
         version: VERSION,
         time: now.unix(),
-        node: Node {
+        node: NodeReport {
             serves: false,
             shares: "Nothing is shared with anybody.".into(),
             ..facts.node(now.unix(), Duration::ZERO)
         },
-        health: Health { ok: false, problems: vec![problem] },
+        health: HealthReport { ok: false, problems: vec![problem] },
         networks: Vec::new(),
         trackers: Vec::new(),
         port_mapping: None,
@@ -440,14 +499,18 @@ pub fn of_problem(config: &Config, port: u16, code: &'static str, problem: &str)
 }
 
 /// The key of the row for the peer whose HTTP server has this address: see [`neighbour_rows`].
-fn row_of(rows: &HashMap<Who, Peer>, network: Network, address: SocketAddr) -> Who {
-    let who = Who::server(network, address);
-    let with_port = Who { port: address.port(), ..who };
+fn row_of(
+    rows: &HashMap<TrafficKey, PeerReport>,
+    network: Network,
+    address: SocketAddr,
+) -> TrafficKey {
+    let who = TrafficKey::server(network, address);
+    let with_port = TrafficKey { port: address.port(), ..who };
     if rows.contains_key(&with_port) { with_port } else { who }
 }
 
-fn empty(address: SocketAddr, network: Network) -> Peer {
-    Peer {
+fn empty(address: SocketAddr, network: Network) -> PeerReport {
+    PeerReport {
         address: address.to_string(),
         network: network.as_str(),
         found_by: if network == Network::Lan { "broadcast" } else { "tracker" },
@@ -466,12 +529,12 @@ fn empty(address: SocketAddr, network: Network) -> Peer {
     }
 }
 
-fn lookup(looked: record::Looked) -> Lookup {
+fn lookup(looked: stats::LookupRecord) -> LookupReport {
     let (hit, miss) = match looked.result {
         Ok(hit) => (Some(hit), None),
-        Err(miss) => (None, Some(Reason { code: miss.code(), text: miss.to_string() })),
+        Err(miss) => (None, Some(MissReport { code: miss.code(), text: miss.to_string() })),
     };
-    Lookup {
+    LookupReport {
         time: unix(looked.at),
         hash_part: looked.hash_part.to_string(),
         name: hit.as_ref().map(|hit| hit.name.to_string()),
@@ -483,15 +546,15 @@ fn lookup(looked: record::Looked) -> Lookup {
     }
 }
 
-fn transfer(running: &record::Running, now: Now) -> Transfer {
+fn transfer(running: &stats::RunningTransfer, now: ClockReading) -> TransferReport {
     let peer = running.peer();
     let took = now.instant.saturating_duration_since(running.began).as_secs_f64();
     let bytes = running.bytes();
-    Transfer {
+    TransferReport {
         id: running.id,
         direction: match running.direction {
-            record::Direction::In => "in",
-            record::Direction::Out => "out",
+            stats::Direction::In => "in",
+            stats::Direction::Out => "out",
         },
         name: running.name.clone(),
         peer: peer.map(|(_, address)| address.to_string()),
@@ -506,7 +569,11 @@ fn transfer(running: &record::Running, now: Now) -> Transfer {
 }
 
 fn totals(since: f64, totals: Totals) -> TotalsSince {
-    TotalsSince { since, totals, upstream_seconds: round(totals.received() as f64 / UPSTREAM_RATE, 1e3) }
+    TotalsSince {
+        since,
+        totals,
+        upstream_seconds: round(totals.received() as f64 / UPSTREAM_RATE, 1e3),
+    }
 }
 
 #[cfg(test)]
@@ -517,7 +584,8 @@ mod tests {
     #[test]
     fn neighbours_are_live_silent_or_unheard() {
         let instant = Instant::now();
-        let now = Now { instant, wall: SystemTime::UNIX_EPOCH + Duration::from_secs(1000) };
+        let now =
+            ClockReading { instant, wall: SystemTime::UNIX_EPOCH + Duration::from_secs(1000) };
         let later = |seconds| Some(instant + Duration::from_secs(seconds));
         let at = |last: u8, port| SocketAddr::from(([10, 0, 0, last], port));
         let neighbour = |address, met_by, heard, silent_since| Neighbour {
@@ -550,12 +618,13 @@ mod tests {
         assert_eq!(row(at(4, 1)), ("flag", Liveness::Live, Some(1001.0), None));
         assert_eq!(row(at(4, 2)), ("flag", Liveness::Silent, None, Some(1003.0)));
         // Counts of traffic go by the address alone.
-        assert!(rows.contains_key(&Who::asker(Network::Lan, at(4, 0).ip())));
+        assert!(rows.contains_key(&TrafficKey::asker(Network::Lan, at(4, 0).ip())));
     }
 
     #[test]
     fn what_is_shared_is_said_for_every_mode() {
-        let with = |mode, verify, filter| shares(&Config { mode, verify, filter, ..Config::default() });
+        let with =
+            |mode, verify, filter| shares(&Config { mode, verify, filter, ..Config::default() });
         assert_eq!(
             with(Mode::Lan, true, true),
             "Every valid path of /nix/store is shared with the machines on its networks. Nobody else gets anything."
@@ -565,9 +634,17 @@ mod tests {
             "Every path whose name no pattern keeps, and that https://cache.nixos.org has too, is shared with anybody \
              who asks; neighbours are anybody."
         );
-        assert!(with(Mode::Both, true, false).contains("Every path that https://cache.nixos.org has too is shared"));
-        assert!(with(Mode::Both, false, true).contains("Every path whose name no pattern keeps, is shared"));
-        assert!(with(Mode::Wan, false, false).starts_with("Every path is shared with anybody who asks"));
+        assert!(
+            with(Mode::Both, true, false)
+                .contains("Every path that https://cache.nixos.org has too is shared")
+        );
+        assert!(
+            with(Mode::Both, false, true)
+                .contains("Every path whose name no pattern keeps, is shared")
+        );
+        assert!(
+            with(Mode::Wan, false, false).starts_with("Every path is shared with anybody who asks")
+        );
         let named = Config { peers: vec![("a".into(), 1)], ..Config::default() };
         assert!(shares(&named).contains("and with those that --peer names"));
     }
@@ -584,16 +661,25 @@ mod tests {
         assert_eq!(with(Sharing::Friends, Mode::Both), nobody_else);
         assert_eq!(with(Sharing::Lan, Mode::Wan), nobody_else);
         let lan = with(Sharing::Lan, Mode::Both);
-        assert!(lan.ends_with(&format!("Nobody else gets anything.{friends}")) && !lan.contains("anybody"), "{lan}");
+        assert!(
+            lan.ends_with(&format!("Nobody else gets anything.{friends}"))
+                && !lan.contains("anybody"),
+            "{lan}"
+        );
         assert!(with(Sharing::All, Mode::Both).ends_with(friends));
     }
 
     #[test]
     fn moments_are_told_by_the_clock_that_people_read() {
         let instant = Instant::now();
-        let now = Now { instant, wall: SystemTime::UNIX_EPOCH + Duration::from_secs(1000) };
+        let now =
+            ClockReading { instant, wall: SystemTime::UNIX_EPOCH + Duration::from_secs(1000) };
         assert_eq!(now.of(instant + Duration::from_millis(1500)), 1001.5);
         assert_eq!(now.of(instant), 1000.0);
-        assert_eq!(unix(SystemTime::UNIX_EPOCH - Duration::from_secs(5)), 0.0, "a clock that is wrong is no panic");
+        assert_eq!(
+            unix(SystemTime::UNIX_EPOCH - Duration::from_secs(5)),
+            0.0,
+            "a clock that is wrong is no panic"
+        );
     }
 }

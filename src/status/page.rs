@@ -1,11 +1,13 @@
 //! `/`: the report as one HTML file, which needs nothing else and says the same without its script.
 //!
-//! Each part that changes has an element with an ID; the script makes the same of `/status.json`. All text goes through
-//! [`escape`], wherever it comes from.
+//! Each part that changes has an element with an ID; the script makes the same of `/status.json`.
+//! All text goes through [`escape`], wherever it comes from.
 
-use super::report::{Friend, Liveness, Lookup, Peer, Report, TotalsSince, Transfer};
+use super::report::{
+    FriendReport, Liveness, LookupReport, PeerReport, StatusReport, TotalsSince, TransferReport,
+};
 use super::text::{bytes, escape, found_by, long, moment, percent, plural, short};
-use crate::record::{Count, HOUR, Hour};
+use crate::stats::{Counter, HOUR, Hour};
 use data_encoding::BASE64;
 use ring::digest::{SHA256, digest};
 use std::collections::HashMap;
@@ -27,15 +29,16 @@ const CHART_DOWN: f64 = 36.0;
 const ICON: &str = "data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 8 8'%3E%3Cg fill='%230b7a75'%3E%3Ccircle cx='2' cy='2' r='1.8'/%3E%3Ccircle cx='6' cy='6' r='1.8'/%3E%3Cpath d='M2 2l4 4' stroke='%230b7a75'/%3E%3C/g%3E%3C/svg%3E";
 
 /// The page, and what a browser has to keep to with it.
-pub struct Page {
+pub struct StatusPage {
     /// The HTML.
     pub html: String,
-    /// The value of `Content-Security-Policy`: this style, this script, and what this node says, and nothing else.
+    /// The value of `Content-Security-Policy`: this style, this script, and what this node says,
+    /// and nothing else.
     pub policy: &'static str,
 }
 
 /// Makes the page.
-pub fn page(report: &Report) -> Page {
+pub fn page(report: &StatusReport) -> StatusPage {
     static POLICY: OnceLock<String> = OnceLock::new();
     let policy = POLICY.get_or_init(|| {
         let hash = |text: &str| BASE64.encode(digest(&SHA256, text.as_bytes()).as_ref());
@@ -46,10 +49,10 @@ pub fn page(report: &Report) -> Page {
             hash(SCRIPT)
         )
     });
-    Page { html: html(report), policy }
+    StatusPage { html: html(report), policy }
 }
 
-fn html(r: &Report) -> String {
+fn html(r: &StatusReport) -> String {
     let name = escape(&r.node.name);
     let now = r.time;
     let (health, good) = health(r);
@@ -122,17 +125,22 @@ fn html(r: &Report) -> String {
         since_when = moment(since.since, now),
         t_received = bytes(since.totals.received()),
         t_received_of = received_of(since),
-        t_found = percent(since.totals.get(Count::Hits), asked(since)),
-        t_found_of = format_args!("{} of {}", since.totals.get(Count::Hits), plural(asked(since), "lookup")),
+        t_found = percent(since.totals.get(Counter::Hits), asked(since)),
+        t_found_of = format_args!(
+            "{} of {}",
+            since.totals.get(Counter::Hits),
+            plural(asked(since), "lookup")
+        ),
         t_saved = long(since.upstream_seconds),
         t_sent = bytes(since.totals.sent()),
-        t_sent_of = plural(since.totals.get(Count::SentNars), "NAR"),
+        t_sent_of = plural(since.totals.get(Counter::SentNars), "NAR"),
         shares = escape(&r.node.shares),
         version = r.node.version,
         mode = r.node.mode,
         port = r.node.port,
         uptime = long(r.node.uptime_seconds),
-        last_asked = r.lookups.first().map_or("never".into(), |l| format!("{} ago", long(now - l.time))),
+        last_asked =
+            r.lookups.first().map_or("never".into(), |l| format!("{} ago", long(now - l.time))),
         networks = networks(r),
         trackers = trackers(r),
         friends = friends(r),
@@ -140,7 +148,10 @@ fn html(r: &Report) -> String {
         transfers = transfers(&r.transfers),
         hide_no_peers = hidden(!r.peers.is_empty()),
         hide_peers = hidden(r.peers.is_empty()),
-        peer_heads = heads(&["Peer", "Found by", "State", "Round trip", "Gave", "From it", "To it", "Avoided"], 5..7),
+        peer_heads = heads(
+            &["Peer", "Found by", "State", "Round trip", "Gave", "From it", "To it", "Avoided"],
+            5..7
+        ),
         peers = r.peers.iter().map(|peer| self::peer(peer, now)).collect::<String>(),
         omitted = omitted(r.peers_omitted),
         hours = hours(&r.history.hours, now),
@@ -171,7 +182,7 @@ fn cell(name: &str, class: &str, html: &str) -> String {
     format!("<td role=\"cell\" data-is=\"{name}\" class=\"{class}{empty}\">{html}</td>")
 }
 
-fn health(r: &Report) -> (&'static str, &'static str) {
+fn health(r: &StatusReport) -> (&'static str, &'static str) {
     match (r.health.ok, r.health.problems.is_empty()) {
         (true, true) => ("working", "good"),
         (true, false) => ("working, but see below", "good"),
@@ -179,23 +190,27 @@ fn health(r: &Report) -> (&'static str, &'static str) {
     }
 }
 
-fn problems(r: &Report) -> String {
+fn problems(r: &StatusReport) -> String {
     let item = |problem: &super::report::Problem| {
-        format!("<li class=\"{}\">{}</li>", if problem.serious { "bad" } else { "" }, escape(&problem.text))
+        format!(
+            "<li class=\"{}\">{}</li>",
+            if problem.serious { "bad" } else { "" },
+            escape(&problem.text)
+        )
     };
     r.health.problems.iter().map(item).collect()
 }
 
 fn asked(since: &TotalsSince) -> u64 {
-    since.totals.get(Count::Hits).saturating_add(since.totals.get(Count::Misses))
+    since.totals.get(Counter::Hits).saturating_add(since.totals.get(Counter::Misses))
 }
 
 fn received_of(since: &TotalsSince) -> String {
     let of = |count| bytes(since.totals.get(count));
-    format!("LAN {} · WAN {}", of(Count::ReceivedLan), of(Count::ReceivedWan))
+    format!("LAN {} · WAN {}", of(Counter::ReceivedLan), of(Counter::ReceivedWan))
 }
 
-fn networks(r: &Report) -> String {
+fn networks(r: &StatusReport) -> String {
     let network = |n: &super::report::OwnNetwork| {
         let interface = n.interface.as_deref().unwrap_or("routed");
         format!("{} {}", escape(interface), escape(&n.address))
@@ -204,20 +219,22 @@ fn networks(r: &Report) -> String {
     if all.is_empty() { "none".into() } else { all.join("<br>") }
 }
 
-fn trackers(r: &Report) -> String {
+fn trackers(r: &StatusReport) -> String {
     let state = |reached| match reached {
         Some(true) => "reached",
         Some(false) => "not reached",
         None => "asked",
     };
-    let all: Vec<_> = r.trackers.iter().map(|t| format!("{}, {}", escape(&t.url), state(t.reached))).collect();
+    let all: Vec<_> =
+        r.trackers.iter().map(|t| format!("{}, {}", escape(&t.url), state(t.reached))).collect();
     if all.is_empty() { "none".into() } else { all.join("<br>") }
 }
 
-fn friends(r: &Report) -> String {
-    let friend = |friend: &Friend| {
+fn friends(r: &StatusReport) -> String {
+    let friend = |friend: &FriendReport| {
         let address = friend.address.as_deref().unwrap_or_default();
-        let state = if friend.reached { format!("reached at {address}") } else { "not reached".into() };
+        let state =
+            if friend.reached { format!("reached at {address}") } else { "not reached".into() };
         format!("{}, {}", escape(&friend.name), escape(&state))
     };
     let all: Vec<_> = r.friends.iter().map(friend).collect();
@@ -228,11 +245,11 @@ fn omitted(count: usize) -> String {
     if count == 0 { String::new() } else { format!("And {count} more.") }
 }
 
-fn transfers(all: &[Transfer]) -> String {
+fn transfers(all: &[TransferReport]) -> String {
     if all.is_empty() {
         return "<p class=\"none\">Nothing is being transferred.</p>".into();
     }
-    let one = |t: &Transfer| {
+    let one = |t: &TransferReport| {
         let name = escape(&t.name);
         let peer = t.peer.as_deref().map_or("a peer".into(), escape);
         let way = if t.direction == "in" { "from" } else { "to" };
@@ -258,7 +275,7 @@ fn tag(network: &str) -> String {
 
 /// Whether lookups ask a peer, and when it was last heard. A peer that `--peer` names and that does
 /// not answer is marked: its user expects it to be there.
-fn state(p: &Peer, now: f64) -> String {
+fn state(p: &PeerReport, now: f64) -> String {
     let state = match (p.state, p.silent_since) {
         (Some(Liveness::Live), _) => "live".into(),
         (Some(Liveness::Silent), Some(since)) => format!("silent since {}", moment(since, now)),
@@ -274,13 +291,21 @@ fn state(p: &Peer, now: f64) -> String {
     parts.into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join(", ")
 }
 
-fn peer(p: &Peer, now: f64) -> String {
+fn peer(p: &PeerReport, now: f64) -> String {
     let id = p.id.as_deref().map(|id| format!("<code>{}</code>", escape(id))).unwrap_or_default();
     let round_trip = p.round_trip_seconds.or(p.narinfo_seconds).map(short).unwrap_or_default();
-    let failures = if p.failures == 0 { String::new() } else { format!(", {}", plural(p.failures, "failure")) };
+    let failures = if p.failures == 0 {
+        String::new()
+    } else {
+        format!(", {}", plural(p.failures, "failure"))
+    };
     let avoided = p.avoided.as_ref().map(|a| {
         let last = if a.wholly { "" } else { ", unless nobody else has a path" };
-        format!("<span class=\"bad\">until {}{last}:</span> {}", moment(a.until, now), escape(&a.reason))
+        format!(
+            "<span class=\"bad\">until {}{last}:</span> {}",
+            moment(a.until, now),
+            escape(&a.reason)
+        )
     });
     [
         "<tr role=\"row\">".into(),
@@ -288,7 +313,11 @@ fn peer(p: &Peer, now: f64) -> String {
         cell("Found by", "", found_by(p.found_by)),
         cell("State", "", &state(p, now)),
         cell("Round trip", "", &round_trip),
-        cell("Gave", "", &format!("{}, {}{failures}", plural(p.hits, "hit"), plural(p.nars, "NAR"))),
+        cell(
+            "Gave",
+            "",
+            &format!("{}, {}{failures}", plural(p.hits, "hit"), plural(p.nars, "NAR")),
+        ),
         cell("From it", "n", &bytes(p.received_bytes)),
         cell("To it", "n", &bytes(p.sent_bytes)),
         cell("Avoided", "", &avoided.unwrap_or_default()),
@@ -297,12 +326,18 @@ fn peer(p: &Peer, now: f64) -> String {
     .concat()
 }
 
-fn lookup(l: &Lookup, now: f64) -> String {
+fn lookup(l: &LookupReport, now: f64) -> String {
     let result = match (&l.peer, &l.miss) {
         (Some(peer), _) => {
-            format!("<span class=\"good\">found</span> at {} {}", escape(peer), tag(l.network.unwrap_or_default()))
+            format!(
+                "<span class=\"good\">found</span> at {} {}",
+                escape(peer),
+                tag(l.network.unwrap_or_default())
+            )
         }
-        (None, Some(miss)) => format!("<span class=\"bad\">not found</span>: {}", escape(&miss.text)),
+        (None, Some(miss)) => {
+            format!("<span class=\"bad\">not found</span>: {}", escape(&miss.text))
+        }
         (None, None) => String::new(),
     };
     let name = l.name.as_deref().map(escape).unwrap_or_default();
@@ -317,25 +352,26 @@ fn lookup(l: &Lookup, now: f64) -> String {
     .concat()
 }
 
-fn totals(r: &Report) -> String {
+fn totals(r: &StatusReport) -> String {
     let columns = [Some(&r.totals.start), r.totals.installation.as_ref()];
     let row = |what: &str, value: &dyn Fn(&TotalsSince) -> String| {
-        let cells = columns.map(|since| format!("<td class=\"n\">{}</td>", since.map_or("–".into(), value)));
+        let cells = columns
+            .map(|since| format!("<td class=\"n\">{}</td>", since.map_or("–".into(), value)));
         format!("<tr><th scope=\"row\">{what}</th>{}</tr>", cells.concat())
     };
-    let count = |count: Count| move |since: &TotalsSince| since.totals.get(count).to_string();
-    let size = |count: Count| move |since: &TotalsSince| bytes(since.totals.get(count));
+    let count = |count: Counter| move |since: &TotalsSince| since.totals.get(count).to_string();
+    let size = |count: Counter| move |since: &TotalsSince| bytes(since.totals.get(count));
     [
-        row("Received from LAN", &size(Count::ReceivedLan)),
-        row("Received from WAN", &size(Count::ReceivedWan)),
-        row("Whole NARs received", &count(Count::ReceivedNars)),
-        row("NARs that no peer could deliver", &count(Count::FailedNars)),
+        row("Received from LAN", &size(Counter::ReceivedLan)),
+        row("Received from WAN", &size(Counter::ReceivedWan)),
+        row("Whole NARs received", &count(Counter::ReceivedNars)),
+        row("NARs that no peer could deliver", &count(Counter::FailedNars)),
         row("The same from upstream would have taken about", &|since| long(since.upstream_seconds)),
-        row("Sent to LAN", &size(Count::SentLan)),
-        row("Sent to WAN", &size(Count::SentWan)),
-        row("NARs sent", &count(Count::SentNars)),
-        row("Paths found", &count(Count::Hits)),
-        row("Paths not found", &count(Count::Misses)),
+        row("Sent to LAN", &size(Counter::SentLan)),
+        row("Sent to WAN", &size(Counter::SentWan)),
+        row("NARs sent", &count(Counter::SentNars)),
+        row("Paths found", &count(Counter::Hits)),
+        row("Paths not found", &count(Counter::Misses)),
     ]
     .concat()
 }
@@ -345,9 +381,12 @@ fn hours(hours: &[Hour], now: f64) -> String {
     let last = now.max(0.0) as u64 / HOUR;
     let first = last.saturating_sub(CHART_HOURS - 1);
     let by_hour: HashMap<u64, &Hour> = hours.iter().map(|hour| (hour.start / HOUR, hour)).collect();
-    let shown: Vec<(u64, &Hour)> =
-        (0..CHART_HOURS).filter_map(|at| by_hour.get(&(first + at)).map(|hour| (at, *hour))).collect();
-    let most = |bytes: fn(&Hour) -> u64| shown.iter().map(|(_, hour)| bytes(hour)).max().unwrap_or_default();
+    let shown: Vec<(u64, &Hour)> = (0..CHART_HOURS)
+        .filter_map(|at| by_hour.get(&(first + at)).map(|hour| (at, *hour)))
+        .collect();
+    let most = |bytes: fn(&Hour) -> u64| {
+        shown.iter().map(|(_, hour)| bytes(hour)).max().unwrap_or_default()
+    };
     let (up, down) = (most(|hour| hour.totals.received()), most(|hour| hour.totals.sent()));
     // One scale for both, as large as both have room for.
     let scale = (CHART_UP / up.max(1) as f64).min(CHART_DOWN / down.max(1) as f64);
@@ -355,22 +394,34 @@ fn hours(hours: &[Hour], now: f64) -> String {
     let mut bars = String::new();
     let mut rows = String::new();
     for (at, hour) in &shown {
-        let (lan, wan) = (hour.totals.get(Count::ReceivedLan), hour.totals.get(Count::ReceivedWan));
+        let (lan, wan) =
+            (hour.totals.get(Counter::ReceivedLan), hour.totals.get(Counter::ReceivedWan));
         let sent = hour.totals.sent();
         let x = at * 10 + 1;
         let mut y = CHART_UP;
         for (class, bytes) in [("lan", lan), ("wan", wan)] {
             let tall = height(bytes);
             y -= tall;
-            let _ = write!(bars, "<rect class=\"{class}\" x=\"{x}\" y=\"{y:.1}\" width=\"8\" height=\"{tall:.1}\"/>");
+            let _ = write!(
+                bars,
+                "<rect class=\"{class}\" x=\"{x}\" y=\"{y:.1}\" width=\"8\" height=\"{tall:.1}\"/>"
+            );
         }
         let tall = height(sent);
-        let _ = write!(bars, "<rect class=\"sent\" x=\"{x}\" y=\"{CHART_UP}\" width=\"8\" height=\"{tall:.1}\"/>");
-        let hits = hour.totals.get(Count::Hits);
-        let lookups = hits.saturating_add(hour.totals.get(Count::Misses));
+        let _ = write!(
+            bars,
+            "<rect class=\"sent\" x=\"{x}\" y=\"{CHART_UP}\" width=\"8\" height=\"{tall:.1}\"/>"
+        );
+        let hits = hour.totals.get(Counter::Hits);
+        let lookups = hits.saturating_add(hour.totals.get(Counter::Misses));
         let cells = [bytes(lan), bytes(wan), bytes(sent), format!("{hits} of {lookups}")];
-        let cells: String = cells.iter().map(|cell| format!("<td class=\"n\">{cell}</td>")).collect();
-        let _ = write!(rows, "<tr><th scope=\"row\">{}</th>{cells}</tr>", moment(hour.start as f64, now));
+        let cells: String =
+            cells.iter().map(|cell| format!("<td class=\"n\">{cell}</td>")).collect();
+        let _ = write!(
+            rows,
+            "<tr><th scope=\"row\">{}</th>{cells}</tr>",
+            moment(hour.start as f64, now)
+        );
     }
     let tall = CHART_UP + CHART_DOWN;
     let label = format!("Most in an hour: {} from peers, {} to peers.", bytes(up), bytes(down));
@@ -397,7 +448,7 @@ fn hours(hours: &[Hour], now: f64) -> String {
 mod tests {
     use super::super::empty;
     use super::*;
-    use crate::record::Network;
+    use crate::stats::Network;
     use std::net::{Ipv4Addr, SocketAddr};
 
     /// The row of a LAN peer, silent since 1000 s if it is silent, at 1180 s.
@@ -405,7 +456,7 @@ mod tests {
         let silent_since = (state == Some(Liveness::Silent)).then_some(1000.0);
         let address = SocketAddr::from((Ipv4Addr::new(10, 0, 0, 1), 1));
         let unknown = empty(address, Network::Lan);
-        peer(&Peer { found_by, state, silent_since, last_heard, ..unknown }, 1180.0)
+        peer(&PeerReport { found_by, state, silent_since, last_heard, ..unknown }, 1180.0)
     }
 
     #[test]

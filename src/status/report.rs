@@ -1,6 +1,7 @@
-//! The shape of `/status.json`. docs/status.md describes it; a field that changes its meaning makes another version.
+//! The shape of `/status.json`. docs/status.md describes it; a field that changes its meaning makes
+//! another version.
 
-use crate::record::Totals;
+use crate::stats::Totals;
 use serde::Serialize;
 
 /// Of the shape.
@@ -8,15 +9,15 @@ pub const VERSION: u32 = 1;
 
 /// Everything, at one moment. Moments are seconds since 1970, durations seconds, sizes bytes.
 #[derive(Debug, Serialize)]
-pub struct Report {
+pub struct StatusReport {
     /// [`VERSION`].
     pub version: u32,
     /// The moment.
     pub time: f64,
     /// This node.
-    pub node: Node,
+    pub node: NodeReport,
     /// Whether it is well.
-    pub health: Health,
+    pub health: HealthReport,
     /// Where neighbours are looked for.
     pub networks: Vec<OwnNetwork>,
     /// Those that are told of this node.
@@ -24,15 +25,15 @@ pub struct Report {
     /// What the router lets in; `None` without `--map-port`.
     pub port_mapping: Option<PortMapping>,
     /// Those that `--friend` and the friends' file name.
-    pub friends: Vec<Friend>,
+    pub friends: Vec<FriendReport>,
     /// Those that gave and took most first.
-    pub peers: Vec<Peer>,
+    pub peers: Vec<PeerReport>,
     /// How many there are beside them.
     pub peers_omitted: usize,
     /// The latest first.
-    pub lookups: Vec<Lookup>,
+    pub lookups: Vec<LookupReport>,
     /// The oldest first.
-    pub transfers: Vec<Transfer>,
+    pub transfers: Vec<TransferReport>,
     /// What it all came to.
     pub totals: AllTotals,
     /// And when.
@@ -42,7 +43,7 @@ pub struct Report {
 /// This node.
 #[derive(Debug, Serialize)]
 #[expect(missing_docs, reason = "docs/status.md has them")]
-pub struct Node {
+pub struct NodeReport {
     pub name: String,
     pub version: &'static str,
     pub mode: &'static str,
@@ -62,7 +63,7 @@ pub struct Node {
 
 /// Whether the node is well.
 #[derive(Debug, Serialize)]
-pub struct Health {
+pub struct HealthReport {
     /// Whether no problem is serious.
     pub ok: bool,
     /// What a person should know.
@@ -107,7 +108,7 @@ pub struct PortMapping {
 /// A friend.
 #[derive(Debug, Serialize)]
 #[expect(missing_docs, reason = "docs/status.md has them")]
-pub struct Friend {
+pub struct FriendReport {
     pub name: String,
     pub key: String,
     pub reached: bool,
@@ -132,7 +133,7 @@ pub enum Liveness {
 /// A peer.
 #[derive(Debug, Serialize)]
 #[expect(missing_docs, reason = "docs/status.md has them")]
-pub struct Peer {
+pub struct PeerReport {
     pub address: String,
     pub network: &'static str,
     pub found_by: &'static str,
@@ -147,13 +148,13 @@ pub struct Peer {
     pub failures: u64,
     pub received_bytes: u64,
     pub sent_bytes: u64,
-    pub avoided: Option<Avoided>,
+    pub avoided: Option<AvoidanceReport>,
 }
 
 /// That a peer is avoided.
 #[derive(Debug, Serialize)]
 #[expect(missing_docs, reason = "docs/status.md has them")]
-pub struct Avoided {
+pub struct AvoidanceReport {
     pub until: f64,
     pub wholly: bool,
     pub reason: String,
@@ -162,7 +163,7 @@ pub struct Avoided {
 /// A lookup.
 #[derive(Debug, Serialize)]
 #[expect(missing_docs, reason = "docs/status.md has them")]
-pub struct Lookup {
+pub struct LookupReport {
     pub time: f64,
     pub hash_part: String,
     pub name: Option<String>,
@@ -170,13 +171,13 @@ pub struct Lookup {
     pub peer: Option<String>,
     pub network: Option<&'static str>,
     pub seconds: f64,
-    pub miss: Option<Reason>,
+    pub miss: Option<MissReport>,
 }
 
 /// Why a lookup found nothing.
 #[derive(Debug, Serialize)]
 #[expect(missing_docs, reason = "docs/status.md has them")]
-pub struct Reason {
+pub struct MissReport {
     pub code: &'static str,
     pub text: String,
 }
@@ -184,7 +185,7 @@ pub struct Reason {
 /// A NAR under way.
 #[derive(Debug, Serialize)]
 #[expect(missing_docs, reason = "docs/status.md has them")]
-pub struct Transfer {
+pub struct TransferReport {
     pub id: u64,
     pub direction: &'static str,
     pub name: String,
@@ -220,5 +221,5 @@ pub struct TotalsSince {
 #[expect(missing_docs, reason = "docs/status.md has them")]
 pub struct History {
     pub hour_seconds: u64,
-    pub hours: Vec<crate::record::Hour>,
+    pub hours: Vec<crate::stats::Hour>,
 }

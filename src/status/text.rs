@@ -1,9 +1,10 @@
-//! Numbers and texts as people read them. The page's script has the same, so that nothing jumps when it takes over,
-//! and `peerix status` says what the page says.
+//! Numbers and texts as people read them. The page's script has the same, so that nothing jumps
+//! when it takes over, and `peerix status` says what the page says.
 
 use std::fmt::Write;
 
-/// Puts a text into HTML, where it is text and nothing else: between tags, and between the quotes of an attribute.
+/// Puts a text into HTML, where it is text and nothing else: between tags, and between the quotes
+/// of an attribute.
 pub(super) fn escape(text: &str) -> String {
     let mut safe = String::with_capacity(text.len());
     for c in text.chars() {
@@ -24,7 +25,8 @@ pub(crate) fn line(text: &str) -> String {
     text.replace(|c: char| c.is_control(), " ")
 }
 
-/// A number with so many digits after the point; what is in the middle is rounded up, as the script does.
+/// A number with so many digits after the point; what is in the middle is rounded up, as the script
+/// does.
 fn fixed(number: f64, digits: usize) -> String {
     let steps = [1.0, 10.0, 100.0][digits];
     format!("{:.digits$}", (number * steps).round() / steps)
@@ -70,7 +72,11 @@ pub fn long(seconds: f64) -> String {
 
 /// `75 %`, or a dash of nothing.
 pub(super) fn percent(part: u64, whole: u64) -> String {
-    if whole == 0 { "–".into() } else { format!("{} %", fixed(part as f64 * 100.0 / whole as f64, 0)) }
+    if whole == 0 {
+        "–".into()
+    } else {
+        format!("{} %", fixed(part as f64 * 100.0 / whole as f64, 0))
+    }
 }
 
 /// `1 peer`, `2 peers`.
@@ -91,7 +97,8 @@ pub fn found_by(code: &str) -> &'static str {
     }
 }
 
-/// Year, month and day of so many seconds since 1970, and the second in it (Howard Hinnant's `civil_from_days`).
+/// Year, month and day of so many seconds since 1970, and the second in it (Howard Hinnant's
+/// `civil_from_days`).
 fn civil(seconds: u64) -> (u64, u64, u64, u64) {
     let (days, second) = (seconds / 86400 + 719_468, seconds % 86400);
     let (era, of_era) = (days / 146_097, days % 146_097);
@@ -110,8 +117,11 @@ pub(super) fn moment(unix: f64, now: f64) -> String {
     let mut text = String::new();
     let date = format!("{year:04}-{month:02}-{day:02}");
     let clock = format!("{hour:02}:{minute:02}:{second:02}");
-    let shown =
-        if (now - unix).abs() < 86400.0 { format!("{clock} UTC") } else { format!("{date} {hour:02}:{minute:02} UTC") };
+    let shown = if (now - unix).abs() < 86400.0 {
+        format!("{clock} UTC")
+    } else {
+        format!("{date} {hour:02}:{minute:02} UTC")
+    };
     let _ = write!(text, "<time datetime=\"{date}T{clock}Z\">{shown}</time>");
     text
 }
@@ -149,7 +159,10 @@ mod tests {
         ] {
             assert_eq!(bytes(count), text);
         }
-        assert_eq!([0.002125, 0.012, 0.9996, 1.54].map(short), ["2.13 ms", "12 ms", "1.0 s", "1.5 s"]);
+        assert_eq!(
+            [0.002125, 0.012, 0.9996, 1.54].map(short),
+            ["2.13 ms", "12 ms", "1.0 s", "1.5 s"]
+        );
         let all = [-1.0, 59.9, 60.0, 3600.0 * 3.2, 86400.0 * 4.3].map(long);
         assert_eq!(all, ["0 s", "59 s", "1 min", "3 h 12 min", "4 d 7 h"]);
         assert_eq!((percent(3, 4), percent(0, 0)), ("75 %".into(), "–".into()));
@@ -159,8 +172,14 @@ mod tests {
     #[test]
     fn moments() {
         let midnight = 951_782_400.0;
-        assert_eq!(moment(midnight, midnight), "<time datetime=\"2000-02-29T00:00:00Z\">00:00:00 UTC</time>");
-        assert_eq!(moment(0.0, midnight), "<time datetime=\"1970-01-01T00:00:00Z\">1970-01-01 00:00 UTC</time>");
+        assert_eq!(
+            moment(midnight, midnight),
+            "<time datetime=\"2000-02-29T00:00:00Z\">00:00:00 UTC</time>"
+        );
+        assert_eq!(
+            moment(0.0, midnight),
+            "<time datetime=\"1970-01-01T00:00:00Z\">1970-01-01 00:00 UTC</time>"
+        );
         let last = 4_102_444_799.9;
         assert!(moment(last, last).contains("2099-12-31T23:59:59Z"));
     }

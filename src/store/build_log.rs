@@ -1,4 +1,5 @@
-//! Build logs as Nix keeps them: `<log dir>/drvs/<first two digits>/<the rest>`, usually with bzip2.
+//! Build logs as Nix keeps them: `<log dir>/drvs/<first two digits>/<the rest>`, usually with
+//! bzip2.
 
 use super::StoreError;
 use crate::nix::StorePath;
@@ -20,13 +21,17 @@ pub const MAX_LOG: u64 = 64 << 20;
 pub struct BuildLog {
     /// Bytes in the text.
     pub len: u64,
-    /// The text: `len` bytes and then the end; fewer, or an error, if somebody changes the file meanwhile.
+    /// The text: `len` bytes and then the end; fewer, or an error, if somebody changes the file
+    /// meanwhile.
     pub reader: Box<dyn Read + Send>,
 }
 
 impl BuildLog {
     /// `None` if there is no log.
-    pub(super) fn open(log_dir: &Path, derivation: &StorePath) -> Result<Option<BuildLog>, StoreError> {
+    pub(super) fn open(
+        log_dir: &Path,
+        derivation: &StorePath,
+    ) -> Result<Option<BuildLog>, StoreError> {
         if !derivation.is_derivation() {
             return Ok(None);
         }
@@ -42,7 +47,13 @@ impl BuildLog {
     }
 
     fn measure(mut file: File, compressed: bool, max: u64) -> io::Result<BuildLog> {
-        let bound = |len| if len > max { Err(io::Error::other(format!("larger than {max} bytes"))) } else { Ok(len) };
+        let bound = |len| {
+            if len > max {
+                Err(io::Error::other(format!("larger than {max} bytes")))
+            } else {
+                Ok(len)
+            }
+        };
         if !compressed {
             let len = bound(file.metadata()?.len())?;
             return Ok(BuildLog { len, reader: Box::new(file.take(len)) });
@@ -55,7 +66,8 @@ impl BuildLog {
     }
 }
 
-// The directories belong to root and may be anything; what the name leads to must be a file and no symlink.
+// The directories belong to root and may be anything; what the name leads to must be a file and no
+// symlink.
 fn open_file(dir: &Path, name: &str) -> io::Result<Option<File>> {
     let there = |result: rustix::io::Result<_>| match result {
         Ok(descriptor) => Ok(Some(descriptor)),
@@ -65,7 +77,9 @@ fn open_file(dir: &Path, name: &str) -> io::Result<Option<File>> {
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let Some(dir) = there(open(dir, flags, Mode::empty()))? else { return Ok(None) };
     let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
-    let Some(descriptor) = there(openat(&dir, name, flags, Mode::empty()))? else { return Ok(None) };
+    let Some(descriptor) = there(openat(&dir, name, flags, Mode::empty()))? else {
+        return Ok(None);
+    };
     if FileType::from_raw_mode(fstat(&descriptor)?.st_mode) != FileType::RegularFile {
         return Err(io::Error::other("not a regular file"));
     }
@@ -113,7 +127,9 @@ mod tests {
         }
         fs::write(dir.join(&DERIVATION[2..]), "plain").unwrap();
         assert_eq!(read(&fixture, DERIVATION).unwrap(), Some(b"plain".to_vec()));
-        assert!(BuildLog::measure(File::open(dir.join(&DERIVATION[2..])).unwrap(), false, 4).is_err());
+        assert!(
+            BuildLog::measure(File::open(dir.join(&DERIVATION[2..])).unwrap(), false, 4).is_err()
+        );
     }
 
     #[test]

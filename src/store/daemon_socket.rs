@@ -1,8 +1,8 @@
 //! Wakes nix-daemon: the opening of its worker protocol and nothing more
 //! (Nix source, `worker-protocol.hh` and `daemon.cc`).
 //!
-//! The daemon opens its database before it answers, and keeps it open as long as the connection lives. That makes
-//! the `-wal` and `-shm` files appear that an unprivileged reader cannot create.
+//! The daemon opens its database before it answers, and keeps it open as long as the connection
+//! lives. That makes the `-wal` and `-shm` files appear that an unprivileged reader cannot create.
 
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 use std::{
@@ -14,13 +14,14 @@ use std::{
 
 const CLIENT_MAGIC: u64 = 0x6e69_7863;
 const DAEMON_MAGIC: u64 = 0x6478_696f;
-/// 1.21: old enough for every daemon since Nix 2.0, new enough for today's, and before the version (1.33) from which
-/// the daemon adds text of its own to its answer.
+/// 1.21: old enough for every daemon since Nix 2.0, new enough for today's, and before the version
+/// (1.33) from which the daemon adds text of its own to its answer.
 const CLIENT_VERSION: u64 = 0x0115;
 /// What the daemon sends when it is ready for the first operation.
 const READY: u64 = 0x616c_7473;
 
-/// Connects and shakes hands. The daemon keeps its database open until the returned stream is dropped.
+/// Connects and shakes hands. The daemon keeps its database open until the returned stream is
+/// dropped.
 ///
 /// # Errors
 /// No daemon, one that does not let this user in, or no answer before the deadline.
@@ -40,7 +41,10 @@ pub(super) fn wake(socket: &Path, deadline: Instant) -> io::Result<UnixStream> {
     // The version, no CPU affinity, no reserved space.
     send(&mut stream, &[CLIENT_VERSION, 0, 0], deadline)?;
     if receive(&mut stream, deadline)? != READY {
-        return Err(io::Error::new(io::ErrorKind::PermissionDenied, "nix-daemon refused the connection"));
+        return Err(io::Error::new(
+            io::ErrorKind::PermissionDenied,
+            "nix-daemon refused the connection",
+        ));
     }
     Ok(stream)
 }
@@ -105,9 +109,17 @@ mod tests {
     #[test]
     fn what_is_no_daemon() {
         assert!(served_by(drop).is_err());
-        assert!(served_by(|mut stream| stream.write_all(b"HTTP/1.1 400 Bad Request\r\n\r\n").unwrap()).is_err());
-        assert!(wake(Path::new("/nonexistent/socket"), Instant::now() + Duration::from_secs(5)).is_err());
-        assert!(wake(Path::new(&"/x".repeat(200)), Instant::now() + Duration::from_secs(5)).is_err());
+        assert!(
+            served_by(|mut stream| stream.write_all(b"HTTP/1.1 400 Bad Request\r\n\r\n").unwrap())
+                .is_err()
+        );
+        assert!(
+            wake(Path::new("/nonexistent/socket"), Instant::now() + Duration::from_secs(5))
+                .is_err()
+        );
+        assert!(
+            wake(Path::new(&"/x".repeat(200)), Instant::now() + Duration::from_secs(5)).is_err()
+        );
     }
 
     #[test]
@@ -116,6 +128,9 @@ mod tests {
         let socket = dir.path().join("socket");
         let _listener = UnixListener::bind(&socket).unwrap();
         let error = wake(&socket, Instant::now() + Duration::from_millis(20)).unwrap_err();
-        assert!(matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut), "{error}");
+        assert!(
+            matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut),
+            "{error}"
+        );
     }
 }

@@ -2,7 +2,8 @@
 
 use super::StoreError;
 use crate::nix::{
-    Derivation, DrvOutput, HashPart, Malformed, NarHash, NarInfo, PathInfo, Realisation, Signature, StoreDir, StorePath,
+    DerivationId, DrvOutput, HashPart, Malformed, NarHash, NarInfo, PathInfo, Realisation,
+    Signature, StoreDir, StorePath,
 };
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_encode};
 use rusqlite::{Connection, ErrorCode, OpenFlags, Row, types::ValueRef};
@@ -20,14 +21,14 @@ use std::{
 /// The schema that Nix has had since 2015.
 pub(super) const SCHEMA: &str = "10";
 
-/// Page cache of one connection in KiB: the inner pages of the two indexes a lookup goes through. SQLite's default
-/// of 2 MiB, times the pool, would be more than the whole program may take. Mapping the file into memory instead halves
-/// the time of a lookup, but each connection then counts the whole file as its own memory, and a failing disk kills
-/// the process.
+/// Page cache of one connection in KiB: the inner pages of the two indexes a lookup goes through.
+/// SQLite's default of 2 MiB, times the pool, would be more than the whole program may take.
+/// Mapping the file into memory instead halves the time of a lookup, but each connection then
+/// counts the whole file as its own memory, and a failing disk kills the process.
 const CACHE_KIB: i64 = 512;
 
-/// The longest text of one column, in bytes: the references of the largest narinfo that peers take, each with the
-/// store directory before it.
+/// The longest text of one column, in bytes: the references of the largest narinfo that peers take,
+/// each with the store directory before it.
 const MAX_COLUMN: usize = 2 * NarInfo::MAX_LEN;
 
 /// Times of files advance in steps of a clock tick: 1 to 10 ms, doubled here.
@@ -53,7 +54,8 @@ const LOOKUP: &str = paths!("path >= ?1 and path < ?2 order by path limit 1");
 // Without a limit, as rows that cannot be read do not count.
 const AFTER: &str = paths!("id > ?1 order by id");
 
-/// A table of realisations: Nix makes one only if `ca-derivations` is enabled, and each form has its own.
+/// A table of realisations: Nix makes one only if `ca-derivations` is enabled, and each form has
+/// its own.
 struct RealisationTable {
     name: &'static str,
     /// Output path and signatures of the output `?2` of the derivation `?1`, and the row's ID.
@@ -86,8 +88,8 @@ const COUNT: &str = "select count(*), coalesce(max(id), 0) from ValidPaths";
 pub(super) struct FileId(u64, u64);
 
 impl FileId {
-    /// Asks the file system. Never by opening the file: closing it again would drop the locks that SQLite's own
-    /// descriptors hold in this process.
+    /// Asks the file system. Never by opening the file: closing it again would drop the locks that
+    /// SQLite's own descriptors hold in this process.
     ///
     /// # Errors
     /// No such file, or no access to its directory.
@@ -99,25 +101,26 @@ impl FileId {
 
 /// How a connection treats the write-ahead log.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Mode {
+pub(super) enum OpenMode {
     /// As SQLite does between processes.
     Shared,
-    /// As if nobody ever wrote: no locks, no log. See [`Still`] for when that is right.
+    /// As if nobody ever wrote: no locks, no log. See [`FileStamp`] for when that is right.
     Immutable,
 }
 
 /// Why a connection failed, told apart by what to do next.
 #[derive(Debug)]
-pub(super) enum Failure {
-    /// The log's files are not there and this user may not create them: somebody else has to open the database.
+pub(super) enum DatabaseError {
+    /// The log's files are not there and this user may not create them: somebody else has to open
+    /// the database.
     Asleep,
     /// Anything else.
     Error(StoreError),
 }
 
-impl From<StoreError> for Failure {
+impl From<StoreError> for DatabaseError {
     fn from(error: StoreError) -> Self {
-        Failure::Error(error)
+        DatabaseError::Error(error)
     }
 }
 
@@ -127,40 +130,60 @@ pub(super) struct Database {
     connection: Connection,
     path: PathBuf,
     pub(super) file: FileId,
-    pub(super) mode: Mode,
-    /// What was counted last, at that `data_version`, which only this connection can compare with its own.
-    counted: Cell<Option<(i64, Census)>>,
+    pub(super) mode: OpenMode,
+    /// What was counted last, at that `data_version`, which only this connection can compare with
+    /// its own.
+    counted: Cell<Option<(i64, StoreVersion)>>,
     /// What `data_version` was when last looked at for [`Database::has_changed`].
     seen: Cell<Option<i64>>,
 }
 
 impl Database {
     /// Opens and checks the schema; waits for locks no longer than `patience`.
-    pub(super) fn open(path: &Path, mode: Mode, patience: Duration) -> Result<Self, Failure> {
+    pub(super) fn open(
+        path: &Path,
+        mode: OpenMode,
+        patience: Duration,
+    ) -> Result<Self, DatabaseError> {
         // Before the file is opened: a file that takes its place in between is then noticed later.
         let file = FileId::of(path)?;
         check_access(path)?;
         check_schema(path)?;
         let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
         let opened = match mode {
-            Mode::Shared => Connection::open_with_flags(path, flags),
-            Mode::Immutable => Connection::open_with_flags(immutable_uri(path), flags | OpenFlags::SQLITE_OPEN_URI),
+            OpenMode::Shared => Connection::open_with_flags(path, flags),
+            OpenMode::Immutable => {
+                Connection::open_with_flags(immutable_uri(path), flags | OpenFlags::SQLITE_OPEN_URI)
+            }
         };
         let connection = opened.map_err(|error| classify(path, error))?;
-        let database =
-            Database { connection, path: path.to_owned(), file, mode, counted: Cell::default(), seen: Cell::default() };
+        let database = Database {
+            connection,
+            path: path.to_owned(),
+            file,
+            mode,
+            counted: Cell::default(),
+            seen: Cell::default(),
+        };
         database.set_patience(patience)?;
-        database.connection.pragma_update(None, "cache_size", -CACHE_KIB).map_err(|error| classify(path, error))?;
+        database
+            .connection
+            .pragma_update(None, "cache_size", -CACHE_KIB)
+            .map_err(|error| classify(path, error))?;
         Ok(database)
     }
 
     /// How long a lock may be waited for from now on.
-    pub(super) fn set_patience(&self, patience: Duration) -> Result<(), Failure> {
+    pub(super) fn set_patience(&self, patience: Duration) -> Result<(), DatabaseError> {
         self.connection.busy_timeout(patience).map_err(|error| classify(&self.path, error))
     }
 
     /// The valid path with this hash part.
-    pub(super) fn path_info(&self, store_dir: &StoreDir, part: &HashPart) -> Result<Option<PathInfo>, Failure> {
+    pub(super) fn path_info(
+        &self,
+        store_dir: &StoreDir,
+        part: &HashPart,
+    ) -> Result<Option<PathInfo>, DatabaseError> {
         let fail = |error| classify(&self.path, error);
         let mut statement = self.connection.prepare_cached(LOOKUP).map_err(fail)?;
         let from = format!("{}/{part}-", store_dir.as_str());
@@ -173,11 +196,15 @@ impl Database {
     }
 
     /// What is recorded of a derivation's output.
-    pub(super) fn realisation(&self, store_dir: &StoreDir, id: &DrvOutput) -> Result<Option<Realisation>, Failure> {
+    pub(super) fn realisation(
+        &self,
+        store_dir: &StoreDir,
+        id: &DrvOutput,
+    ) -> Result<Option<Realisation>, DatabaseError> {
         let fail = |error| classify(&self.path, error);
         let (tables, derivation) = match &id.derivation {
-            Derivation::Hash(hash) => (BY_HASH, hash.as_str()),
-            Derivation::Path(path) => (BY_PATH, path.base_name()),
+            DerivationId::Hash(hash) => (BY_HASH, hash.as_str()),
+            DerivationId::Path(path) => (BY_PATH, path.base_name()),
         };
         for table in tables {
             let mut exists = self.connection.prepare_cached(TABLE_EXISTS).map_err(fail)?;
@@ -191,7 +218,8 @@ impl Database {
             let mut realisation = realised(store_dir, id, row).map_err(unreadable)?;
             if !table.dependencies.is_empty() {
                 let row_id: i64 = row.get(2).map_err(fail)?;
-                let mut statement = self.connection.prepare_cached(table.dependencies).map_err(fail)?;
+                let mut statement =
+                    self.connection.prepare_cached(table.dependencies).map_err(fail)?;
                 let mut rows = statement.query([row_id]).map_err(fail)?;
                 while let Some(row) = rows.next().map_err(fail)? {
                     let (id, path) = dependency(store_dir, row).map_err(unreadable)?;
@@ -203,11 +231,17 @@ impl Database {
         Ok(None)
     }
 
-    /// Runs `read` in one read transaction: locks are taken once, and all of it is of the same state.
-    pub(super) fn in_transaction<T>(&self, read: impl FnOnce() -> Result<T, Failure>) -> Result<T, Failure> {
+    /// Runs `read` in one read transaction: locks are taken once, and all of it is of the same
+    /// state.
+    pub(super) fn in_transaction<T>(
+        &self,
+        read: impl FnOnce() -> Result<T, DatabaseError>,
+    ) -> Result<T, DatabaseError> {
         let run = |sql| {
             let statement = self.connection.prepare_cached(sql);
-            statement.and_then(|mut statement| statement.execute([])).map_err(|error| classify(&self.path, error))
+            statement
+                .and_then(|mut statement| statement.execute([]))
+                .map_err(|error| classify(&self.path, error))
         };
         run("begin")?;
         let answer = read();
@@ -216,13 +250,14 @@ impl Database {
         answer
     }
 
-    /// The next valid paths after that row, at most `limit`; rows that cannot be read are passed over.
+    /// The next valid paths after that row, at most `limit`; rows that cannot be read are passed
+    /// over.
     pub(super) fn paths_after(
         &self,
         store_dir: &StoreDir,
         row_id: i64,
         limit: usize,
-    ) -> Result<Vec<(i64, PathInfo)>, Failure> {
+    ) -> Result<Vec<(i64, PathInfo)>, DatabaseError> {
         let fail = |error| classify(&self.path, error);
         let mut statement = self.connection.prepare_cached(AFTER).map_err(fail)?;
         let mut rows = statement.query([row_id]).map_err(fail)?;
@@ -238,21 +273,24 @@ impl Database {
         Ok(paths)
     }
 
-    /// Whether anybody has committed anything since this was last asked; true the first time. Takes 2 µs.
-    pub(super) fn has_changed(&self) -> Result<bool, Failure> {
+    /// Whether anybody has committed anything since this was last asked; true the first time. Takes
+    /// 2 µs.
+    pub(super) fn has_changed(&self) -> Result<bool, DatabaseError> {
         let now = Some(self.data_version()?);
         Ok(self.seen.replace(now) != now)
     }
 
-    /// Another number whenever another connection, of whatever process, has committed (SQLite, "PRAGMA data_version").
-    fn data_version(&self) -> Result<i64, Failure> {
+    /// Another number whenever another connection, of whatever process, has committed (SQLite,
+    /// "PRAGMA data_version").
+    fn data_version(&self) -> Result<i64, DatabaseError> {
         let fail = |error| classify(&self.path, error);
         let mut statement = self.connection.prepare_cached("pragma data_version").map_err(fail)?;
         statement.query_one([], |row| row.get(0)).map_err(fail)
     }
 
-    /// How many valid paths there are. Counts, which goes through a whole index, only if something changed.
-    pub(super) fn census(&self) -> Result<Census, Failure> {
+    /// How many valid paths there are. Counts, which goes through a whole index, only if something
+    /// changed.
+    pub(super) fn census(&self) -> Result<StoreVersion, DatabaseError> {
         let fail = |error| classify(&self.path, error);
         // Before counting: what changes in between is then counted again the next time.
         let data_version = self.data_version()?;
@@ -264,8 +302,11 @@ impl Database {
         let mut statement = self.connection.prepare_cached(COUNT).map_err(fail)?;
         let (count, last_id): (i64, i64) =
             statement.query_one([], |row| Ok((row.get(0)?, row.get(1)?))).map_err(fail)?;
-        let census =
-            Census { count: count.unsigned_abs(), last_id, version: NEXT_VERSION.fetch_add(1, Ordering::Relaxed) };
+        let census = StoreVersion {
+            count: count.unsigned_abs(),
+            last_id,
+            version: NEXT_VERSION.fetch_add(1, Ordering::Relaxed),
+        };
         self.counted.set(Some((data_version, census)));
         Ok(census)
     }
@@ -273,7 +314,7 @@ impl Database {
 
 /// How many valid paths there were at some moment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Census {
+pub struct StoreVersion {
     /// Valid paths.
     pub count: u64,
     /// The highest row ID; 0 if there is none. Nix gives each path a higher one than all before.
@@ -285,17 +326,17 @@ pub struct Census {
 /// Of the next count, by whichever connection.
 static NEXT_VERSION: AtomicU64 = AtomicU64::new(1);
 
-/// The state of the database's files in which reading it as immutable gives the right answer: nothing in the log,
-/// and the same file before and after.
+/// The state of the database's files in which reading it as immutable gives the right answer:
+/// nothing in the log, and the same file before and after.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Still {
+pub(super) struct FileStamp {
     file: FileId,
     size: i64,
     /// Since 1970.
     modified: Duration,
 }
 
-impl Still {
+impl FileStamp {
     /// `None` while there is anything in the log.
     pub(super) fn observe(db: &Path) -> Option<Self> {
         match stat(beside(db, "-wal")) {
@@ -305,10 +346,11 @@ impl Still {
         }
         let Stat { st_dev, st_ino, st_size, st_mtime, st_mtime_nsec, .. } = stat(db).ok()?;
         let modified = Duration::new(st_mtime.unsigned_abs(), u32::try_from(st_mtime_nsec).ok()?);
-        Some(Still { file: FileId(st_dev, st_ino), size: st_size, modified })
+        Some(FileStamp { file: FileId(st_dev, st_ino), size: st_size, modified })
     }
 
-    /// How long to wait, if the file was written so lately that a further write might leave the same time.
+    /// How long to wait, if the file was written so lately that a further write might leave the
+    /// same time.
     pub(super) fn unsettled(&self, now: SystemTime) -> Option<Duration> {
         let modified = SystemTime::UNIX_EPOCH.checked_add(self.modified)?;
         let age = now.duration_since(modified).unwrap_or_else(|ahead| ahead.duration());
@@ -325,14 +367,18 @@ fn typed(store_dir: &StoreDir, row: &Row<'_>) -> Result<PathInfo, Malformed> {
     let required = |column, what| text(row, column)?.ok_or(Malformed::new(what, "null"));
     let path = store_dir.parse_path(required(0, "store path")?)?;
     let nar_hash = NarHash::parse(required(1, "NAR hash")?)?;
-    // Nix writes null where it does not know the size, as in rows older than 2010. No narinfo can be made of that.
+    // Nix writes null where it does not know the size, as in rows older than 2010. No narinfo can
+    // be made of that.
     let nar_size = match row.get_ref(2) {
         Ok(ValueRef::Integer(size)) if size > 0 => size.unsigned_abs(),
-        Ok(ValueRef::Null | ValueRef::Integer(0)) => return Err(Malformed::new("NAR size", "not recorded")),
+        Ok(ValueRef::Null | ValueRef::Integer(0)) => {
+            return Err(Malformed::new("NAR size", "not recorded"));
+        }
         _ => return Err(Malformed::new("NAR size", "not a positive number")),
     };
     let present = |column| Ok::<_, Malformed>(text(row, column)?.filter(|text| !text.is_empty()));
-    // Nix serves the path without a deriver that is none, and with its other signatures: it compares neither.
+    // Nix serves the path without a deriver that is none, and with its other signatures: it
+    // compares neither.
     let deriver = present(3)?.and_then(|deriver| store_dir.parse_path(deriver).ok());
     let signatures = words(present(4)?).flat_map(Signature::parse).collect();
     let ca = present(5)?.map(str::to_owned);
@@ -345,13 +391,15 @@ fn typed(store_dir: &StoreDir, row: &Row<'_>) -> Result<PathInfo, Malformed> {
 
 fn realised(store_dir: &StoreDir, id: &DrvOutput, row: &Row<'_>) -> Result<Realisation, Malformed> {
     let path = text(row, 0)?.ok_or(Malformed::new("output path", "null"))?;
-    let out_path = if path.starts_with('/') { store_dir.parse_path(path)? } else { StorePath::parse(path)? };
+    let out_path =
+        if path.starts_with('/') { store_dir.parse_path(path)? } else { StorePath::parse(path)? };
     let signatures = words(text(row, 1)?).flat_map(Signature::parse).collect();
     Ok(Realisation { id: id.clone(), out_path, dependencies: Default::default(), signatures })
 }
 
 fn dependency(store_dir: &StoreDir, row: &Row<'_>) -> Result<(String, StorePath), Malformed> {
-    let required = |column| text(row, column)?.ok_or(Malformed::new("dependency of a realisation", "null"));
+    let required =
+        |column| text(row, column)?.ok_or(Malformed::new("dependency of a realisation", "null"));
     let id = required(0)?;
     DrvOutput::parse_id(id)?;
     Ok((id.to_owned(), store_dir.parse_path(required(1)?)?))
@@ -365,10 +413,12 @@ fn text<'row>(row: &'row Row<'_>, column: usize) -> Result<Option<&'row str>, Ma
     const WHAT: &str = "row";
     match row.get_ref(column) {
         Ok(ValueRef::Null) => Ok(None),
-        Ok(ValueRef::Text(bytes)) if bytes.len() > MAX_COLUMN => Err(Malformed::new(WHAT, "text larger than 2 MiB")),
-        Ok(ValueRef::Text(bytes)) => {
-            std::str::from_utf8(bytes).map(Some).map_err(|_| Malformed::new(WHAT, "text that is not UTF-8"))
+        Ok(ValueRef::Text(bytes)) if bytes.len() > MAX_COLUMN => {
+            Err(Malformed::new(WHAT, "text larger than 2 MiB"))
         }
+        Ok(ValueRef::Text(bytes)) => std::str::from_utf8(bytes)
+            .map(Some)
+            .map_err(|_| Malformed::new(WHAT, "text that is not UTF-8")),
         _ => Err(Malformed::new(WHAT, "a column that is no text")),
     }
 }
@@ -387,7 +437,9 @@ fn immutable_uri(db: &Path) -> String {
 
 // SQLite says "unable to open database file" for all of these alike.
 fn check_access(db: &Path) -> Result<(), StoreError> {
-    for (file, must_exist) in [(db.to_owned(), true), (beside(db, "-wal"), false), (beside(db, "-shm"), false)] {
+    for (file, must_exist) in
+        [(db.to_owned(), true), (beside(db, "-wal"), false), (beside(db, "-shm"), false)]
+    {
         match access(&file, Access::READ_OK) {
             Err(rustix::io::Errno::NOENT) if !must_exist => {}
             Err(error) => return Err(missing_or_unreadable(&file, error.into())),
@@ -415,25 +467,34 @@ fn check_schema(db: &Path) -> Result<(), StoreError> {
 
 fn missing_or_unreadable(file: &Path, cause: io::Error) -> StoreError {
     match cause.kind() {
-        io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => StoreError::Missing { db: file.to_owned() },
+        io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => {
+            StoreError::Missing { db: file.to_owned() }
+        }
         _ => StoreError::Unreadable { file: file.to_owned(), cause },
     }
 }
 
-// Which codes come up was tried as an unprivileged user against files that Nix wrote. Of neither file, or only
-// -shm: READONLY_DIRECTORY (1544). Of only -wal, or on a read-only file system: CANTOPEN (14). Both there: none.
-fn classify(db: &Path, error: rusqlite::Error) -> Failure {
+// Which codes come up was tried as an unprivileged user against files that Nix wrote. Of neither
+// file, or only -shm: READONLY_DIRECTORY (1544). Of only -wal, or on a read-only file system:
+// CANTOPEN (14). Both there: none.
+fn classify(db: &Path, error: rusqlite::Error) -> DatabaseError {
     let db = db.to_owned();
-    // What preparing a statement says of a table or a column that is not there. It has the whole statement in it.
+    // What preparing a statement says of a table or a column that is not there. It has the whole
+    // statement in it.
     if let rusqlite::Error::SqlInputError { msg, .. } = &error {
-        return Failure::Error(StoreError::Schema { db, found: format!("another one ({msg})") });
+        return DatabaseError::Error(StoreError::Schema {
+            db,
+            found: format!("another one ({msg})"),
+        });
     }
     match error.sqlite_error_code() {
-        Some(ErrorCode::ReadOnly | ErrorCode::CannotOpen) => Failure::Asleep,
-        Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked | ErrorCode::FileLockingProtocolFailed) => {
-            Failure::Error(StoreError::Busy { db })
-        }
-        _ => Failure::Error(StoreError::Database { db, cause: error }),
+        Some(ErrorCode::ReadOnly | ErrorCode::CannotOpen) => DatabaseError::Asleep,
+        Some(
+            ErrorCode::DatabaseBusy
+            | ErrorCode::DatabaseLocked
+            | ErrorCode::FileLockingProtocolFailed,
+        ) => DatabaseError::Error(StoreError::Busy { db }),
+        _ => DatabaseError::Error(StoreError::Database { db, cause: error }),
     }
 }
 
@@ -444,8 +505,10 @@ mod tests {
     #[test]
     fn a_file_written_this_very_moment_is_not_yet_settled() {
         let modified = Duration::from_secs(1_000_000);
-        let still = Still { file: FileId(1, 2), size: 3, modified };
-        let at = |millis| SystemTime::UNIX_EPOCH + Duration::from_secs(999_999) + Duration::from_millis(millis);
+        let still = FileStamp { file: FileId(1, 2), size: 3, modified };
+        let at = |millis| {
+            SystemTime::UNIX_EPOCH + Duration::from_secs(999_999) + Duration::from_millis(millis)
+        };
         for (millis, wait) in [(1000, 20), (1005, 15), (1019, 1), (995, 15)] {
             assert_eq!(still.unsettled(at(millis)), Some(Duration::from_millis(wait)));
         }

@@ -3,7 +3,8 @@
 use crate::nix::Malformed;
 use std::{error, fmt, io, path::PathBuf};
 
-/// Why Nix's database or a build log gave no answer. A path that is not there is never one of these.
+/// Why Nix's database or a build log gave no answer. A path that is not there is never one of
+/// these.
 #[derive(Debug)]
 pub enum StoreError {
     /// There is no such database file.
@@ -71,7 +72,11 @@ impl fmt::Display for StoreError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             StoreError::Missing { db } => {
-                write!(f, "nix database {}: not found; is Nix installed? --db names another place", db.display())
+                write!(
+                    f,
+                    "nix database {}: not found; is Nix installed? --db names another place",
+                    db.display()
+                )
             }
             StoreError::NoFiles { db, files } => {
                 write!(
@@ -82,7 +87,11 @@ impl fmt::Display for StoreError {
                 )
             }
             StoreError::Unreadable { file, cause } => {
-                write!(f, "{}: not readable; the user that runs peerix must be able to: {cause}", file.display())
+                write!(
+                    f,
+                    "{}: not readable; the user that runs peerix must be able to: {cause}",
+                    file.display()
+                )
             }
             StoreError::Schema { db, found } => {
                 write!(
@@ -101,7 +110,11 @@ impl fmt::Display for StoreError {
                 )
             }
             StoreError::Busy { db } => {
-                write!(f, "nix database {}: locked or overloaded; another process may be upgrading it", db.display())
+                write!(
+                    f,
+                    "nix database {}: locked or overloaded; another process may be upgrading it",
+                    db.display()
+                )
             }
             StoreError::Row { path, cause } => {
                 write!(
@@ -111,7 +124,11 @@ impl fmt::Display for StoreError {
                 )
             }
             StoreError::Database { db, cause } => {
-                write!(f, "nix database {}: {cause}; `nix-store --verify` tells whether it is damaged", db.display())
+                write!(
+                    f,
+                    "nix database {}: {cause}; `nix-store --verify` tells whether it is damaged",
+                    db.display()
+                )
             }
             StoreError::Log { file, cause } => write!(f, "build log {}: {cause}", file.display()),
         }
@@ -136,7 +153,8 @@ pub enum NarError {
     Write(io::Error),
     /// The range does not lie inside the NAR.
     Range,
-    /// The files are not those that were registered: changed, removed, or the path is no longer valid.
+    /// The files are not those that were registered: changed, removed, or the path is no longer
+    /// valid.
     Changed {
         /// The file or directory.
         path: String,

@@ -1,4 +1,5 @@
-//! A store and a database to test with, in a temporary directory and with the tables that Nix 2.8 makes.
+//! A store and a database to test with, in a temporary directory and with the tables that Nix 2.8
+//! makes.
 
 use super::*;
 use crate::nix::NarHash;
@@ -38,7 +39,8 @@ impl TempDir {
 
     fn within(parent: &Path) -> Self {
         static NEXT: AtomicU32 = AtomicU32::new(0);
-        let name = format!("peerix-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+        let name =
+            format!("peerix-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
         let dir = parent.join(name);
         fs::create_dir(&dir).unwrap();
         TempDir(dir)
@@ -85,7 +87,11 @@ impl Fixture {
     }
 
     pub(super) fn config(&self) -> StoreConfig {
-        StoreConfig { store_dir: StoreDir::parse(&self.absolute("")).unwrap(), db: self.db(), root: "/".into() }
+        StoreConfig {
+            store_dir: StoreDir::parse(&self.absolute("")).unwrap(),
+            db: self.db(),
+            root: "/".into(),
+        }
     }
 
     pub(crate) fn open(&self) -> Store {
@@ -166,7 +172,8 @@ fn token(bytes: &[u8]) -> Vec<u8> {
 
 // The format again, in the plainest way, to compare with.
 fn plain_nar(file: &Path, out: &mut Vec<u8>) {
-    let words = |out: &mut Vec<u8>, words: &[&[u8]]| words.iter().for_each(|word| out.extend(token(word)));
+    let words =
+        |out: &mut Vec<u8>, words: &[&[u8]]| words.iter().for_each(|word| out.extend(token(word)));
     let metadata = fs::symlink_metadata(file).unwrap();
     words(out, &[b"(", b"type"]);
     if metadata.is_symlink() {
@@ -179,7 +186,8 @@ fn plain_nar(file: &Path, out: &mut Vec<u8>) {
         words(out, &[b"contents", &fs::read(file).unwrap()]);
     } else {
         words(out, &[b"directory"]);
-        let mut names: Vec<_> = fs::read_dir(file).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        let mut names: Vec<_> =
+            fs::read_dir(file).unwrap().map(|entry| entry.unwrap().file_name()).collect();
         names.sort_by(|a, b| a.as_bytes().cmp(b.as_bytes()));
         for name in names {
             words(out, &[b"entry", b"(", b"name", name.as_bytes(), b"node"]);
@@ -196,7 +204,9 @@ pub(super) fn odd_tree(root: &Path) {
     fs::create_dir(root).unwrap();
     fs::create_dir(name(b"empty")).unwrap();
     fs::create_dir_all(name(b"b/c/d")).unwrap();
-    for (file, len) in [(&b"a"[..], 0), (b"a.b", 1), (b"a-b", 7), (b"B", 8), (b"b/x", 9), (b"\xff\xfe", 100)] {
+    for (file, len) in
+        [(&b"a"[..], 0), (b"a.b", 1), (b"a-b", 7), (b"B", 8), (b"b/x", 9), (b"\xff\xfe", 100)]
+    {
         fs::write(name(file), vec![b'x'; len]).unwrap();
     }
     fs::write(name("ä b\n".as_bytes()), "text").unwrap();
@@ -208,7 +218,8 @@ pub(super) fn odd_tree(root: &Path) {
     std::os::unix::fs::symlink("empty", name(b"dir-link")).unwrap();
 }
 
-/// Takes everything, and does something when the first piece comes that has more in it than what every NAR begins with.
+/// Takes everything, and does something when the first piece comes that has more in it than what
+/// every NAR begins with.
 pub(super) struct Receiver<F: FnMut()> {
     pub(super) bytes: Vec<u8>,
     pub(super) at_first: F,
@@ -218,7 +229,9 @@ impl<F: FnMut()> super::NarSink for Receiver<F> {}
 
 impl<F: FnMut()> io::Write for Receiver<F> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        if self.bytes.len() <= crate::nix::nar::MAGIC.len() && bytes.len() > crate::nix::nar::MAGIC.len() {
+        if self.bytes.len() <= crate::nix::nar::MAGIC.len()
+            && bytes.len() > crate::nix::nar::MAGIC.len()
+        {
             (self.at_first)();
         }
         self.bytes.extend_from_slice(bytes);

@@ -2,8 +2,8 @@
 
 use super::{
     NarError,
-    nar::File,
-    walk::{Step, Walk},
+    nar::OpenedFile,
+    walk::{Walk, WalkStep},
 };
 use crate::nix::{listing, nar};
 
@@ -17,27 +17,27 @@ pub(super) fn listing(mut walk: Walk, nar_size: u64) -> Result<Vec<u8>, NarError
     let mut first = true;
     listing::open(&mut out);
     while let Some(step) = walk.advance()? {
-        if step != Step::Leave && !walk.at_root() {
+        if step != WalkStep::Leave && !walk.at_root() {
             let name = walk.name().to_bytes();
             listing::entry(&mut out, first, name);
             position += nar::entry_open_len(name.len() as u64);
         }
         match step {
-            Step::Enter => {
+            WalkStep::Enter => {
                 listing::directory_open(&mut out);
                 position += nar::DIRECTORY_OPEN.len() as u64;
             }
-            Step::Leave => {
+            WalkStep::Leave => {
                 listing::directory_close(&mut out);
                 position += nar::CLOSE.len() as u64;
             }
-            Step::Symlink => {
+            WalkStep::Symlink => {
                 let target = walk.target()?;
                 listing::symlink(&mut out, target.to_bytes());
                 position += nar::symlink_len(target.count_bytes() as u64);
             }
-            Step::Regular => {
-                let file = File::find(&walk, false)?;
+            WalkStep::Regular => {
+                let file = OpenedFile::find(&walk, false)?;
                 if file.size > nar_size {
                     return Err(walk.changed("larger than what was registered"));
                 }
@@ -46,12 +46,15 @@ pub(super) fn listing(mut walk: Walk, nar_size: u64) -> Result<Vec<u8>, NarError
                 position += nar::regular_len(file.executable, file.size);
             }
         }
-        if step != Step::Enter && !walk.at_root() {
+        if step != WalkStep::Enter && !walk.at_root() {
             position += nar::CLOSE.len() as u64;
         }
-        first = step == Step::Enter;
+        first = step == WalkStep::Enter;
         if out.len() > MAX_LISTING {
-            return Err(NarError::Unsupported { path: walk.path(), why: "listing larger than 16 MiB" });
+            return Err(NarError::Unsupported {
+                path: walk.path(),
+                why: "listing larger than 16 MiB",
+            });
         }
         if position > nar_size {
             return Err(walk.changed("larger than what was registered"));
@@ -72,12 +75,17 @@ mod tests {
     fn each_file_is_where_the_listing_says() {
         let fixture = Fixture::new();
         let (info, nar) = fixture.add(odd_tree);
-        let json: serde_json::Value = serde_json::from_slice(&fixture.open().listing(&info).unwrap()).unwrap();
+        let json: serde_json::Value =
+            serde_json::from_slice(&fixture.open().listing(&info).unwrap()).unwrap();
         let root = &json["root"]["entries"];
         let run = &root["b"]["entries"]["c"]["entries"]["run"];
         assert_eq!(run["executable"], true);
-        for (file, text) in [(run, "#!/bin/sh"), (&root["ä b\n"], "text"), (&root["a-b"], "xxxxxxx"), (&root["a"], "")]
-        {
+        for (file, text) in [
+            (run, "#!/bin/sh"),
+            (&root["ä b\n"], "text"),
+            (&root["a-b"], "xxxxxxx"),
+            (&root["a"], ""),
+        ] {
             let at = file["narOffset"].as_u64().unwrap() as usize;
             assert_eq!(file["size"], text.len());
             assert_eq!(&nar[at - 8..at], (text.len() as u64).to_le_bytes());

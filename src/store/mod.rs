@@ -1,40 +1,41 @@
 //! This machine's Nix store: what its database says of a path, and the path's files as a NAR.
 //!
-//! Everything here is asked for by a typed [`HashPart`], [`PathInfo`] or [`StorePath`]; only paths that are valid in
-//! the database are ever read. Nothing is written, and no process is started. It knows nothing of peers, of HTTP and of
-//! who may have what.
+//! Everything here is asked for by a typed [`HashPart`], [`PathInfo`] or [`StorePath`]; only paths
+//! that are valid in the database are ever read. Nothing is written, and no process is started. It
+//! knows nothing of peers, of HTTP and of who may have what.
 
 mod build_log;
 mod daemon_socket;
 mod database;
 mod error;
-mod kept;
 mod listing;
 mod nar;
+mod path_info_cache;
 mod pool;
 mod walk;
 
 pub use build_log::BuildLog;
-pub use database::Census;
+pub use database::StoreVersion;
 pub use error::{NarError, StoreError};
 pub use nar::NarSink;
 
 use crate::nix::{DrvOutput, HashPart, PathInfo, Realisation, StoreDir, StorePath};
 use database::SCHEMA;
-use kept::Kept;
-use pool::{Place, Pool};
+use path_info_cache::PathInfoCache;
+use pool::{ConnectionPool, DatabaseLocation};
 use rustix::fs::{Mode, OFlags, open};
 use std::{ops::Range, path::PathBuf, sync::Arc, time::Duration};
 use walk::Walk;
 
-/// Connections to the database that all threads share. A lookup takes some 10 µs, so more than the machine has
-/// processors help little, and each costs memory and three file descriptors.
+/// Connections to the database that all threads share. A lookup takes some 10 µs, so more than the
+/// machine has processors help little, and each costs memory and three file descriptors.
 const CONNECTIONS: usize = 4;
 /// How long a lookup may take, waiting for locks and for a free connection included.
 const LOOKUP_PATIENCE: Duration = Duration::from_secs(5);
 /// The same for [`Store::path_infos_quickly`].
 const QUICK_PATIENCE: Duration = Duration::from_millis(50);
-/// Paths whose files are looked for when the store is opened. If none of these is there, the files are elsewhere.
+/// Paths whose files are looked for when the store is opened. If none of these is there, the files
+/// are elsewhere.
 const SAMPLE: usize = 16;
 
 /// Where the store is.
@@ -42,8 +43,9 @@ const SAMPLE: usize = 16;
 pub struct StoreConfig {
     /// The store directory, `/nix/store`.
     pub store_dir: StoreDir,
-    /// The database, `/nix/var/nix/db/db.sqlite`. nix-daemon's socket (`/nix/var/nix/daemon-socket/socket`) and the
-    /// directory of build logs (`/nix/var/log/nix`) have their places relative to it.
+    /// The database, `/nix/var/nix/db/db.sqlite`. nix-daemon's socket
+    /// (`/nix/var/nix/daemon-socket/socket`) and the directory of build logs (`/nix/var/log/nix`)
+    /// have their places relative to it.
     pub db: PathBuf,
     /// Where the files are: `<root><store dir>`. `/` but for the store of `nix --store DIR`.
     pub root: PathBuf,
@@ -76,19 +78,20 @@ impl StoreConfig {
 #[derive(Debug)]
 pub struct Store {
     config: StoreConfig,
-    kept: Kept,
-    lookups: Pool,
+    kept: PathInfoCache,
+    lookups: ConnectionPool,
     /// One connection of its own, so that no crowd of lookups is before it in the queue.
-    quick_lookups: Pool,
+    quick_lookups: ConnectionPool,
     /// One for whoever goes through all paths, which is none until somebody does.
-    readings: Pool,
+    readings: ConnectionPool,
 }
 
 impl Store {
     /// Opens the database and makes one lookup. How it had to be opened goes to the log.
     ///
     /// # Errors
-    /// No database, one of another schema, one that cannot be read, or the files of its paths are elsewhere.
+    /// No database, one of another schema, one that cannot be read, or the files of its paths are
+    /// elsewhere.
     pub fn open(config: StoreConfig) -> Result<Store, StoreError> {
         let store = Store::open_database(config)?;
         let files = store.config.files();
@@ -110,29 +113,44 @@ impl Store {
     }
 
     fn new(config: StoreConfig) -> Store {
-        let place =
-            Place { store_dir: config.store_dir.clone(), db: config.db.clone(), daemon_socket: config.daemon_socket() };
+        let place = DatabaseLocation {
+            store_dir: config.store_dir.clone(),
+            db: config.db.clone(),
+            daemon_socket: config.daemon_socket(),
+        };
         Store {
-            kept: Kept::default(),
-            lookups: Pool::new(place.clone(), CONNECTIONS, LOOKUP_PATIENCE, log::Level::Info),
-            quick_lookups: Pool::new(place.clone(), 1, QUICK_PATIENCE, log::Level::Debug),
-            readings: Pool::new(place, 1, LOOKUP_PATIENCE, log::Level::Debug),
+            kept: PathInfoCache::default(),
+            lookups: ConnectionPool::new(
+                place.clone(),
+                CONNECTIONS,
+                LOOKUP_PATIENCE,
+                log::Level::Info,
+            ),
+            quick_lookups: ConnectionPool::new(place.clone(), 1, QUICK_PATIENCE, log::Level::Debug),
+            readings: ConnectionPool::new(place, 1, LOOKUP_PATIENCE, log::Level::Debug),
             config,
         }
     }
 
-    /// What the database says, at this moment, of the valid path with this hash part. Takes at most 5 s.
+    /// What the database says, at this moment, of the valid path with this hash part. Takes at most
+    /// 5 s.
     ///
     /// # Errors
-    /// The database cannot be read, or the path's row is malformed; a row without NAR size counts as that.
+    /// The database cannot be read, or the path's row is malformed; a row without NAR size counts
+    /// as that.
     pub fn path_info(&self, part: &HashPart) -> Result<Option<Arc<PathInfo>>, StoreError> {
         self.lookups.path_info(&self.kept, part)
     }
 
-    /// The same if it is known already and still true, for a thread that must not wait: not for the disk, and not for
-    /// anybody. The outer `None` is that it is not. `now` is the state of the database, which is looked at if it is not
-    /// given; it is for all questions that were asked before that.
-    pub fn path_info_at_once(&self, part: &HashPart, now: &mut Option<u64>) -> Option<Option<Arc<PathInfo>>> {
+    /// The same if it is known already and still true, for a thread that must not wait: not for the
+    /// disk, and not for anybody. The outer `None` is that it is not. `now` is the state of the
+    /// database, which is looked at if it is not given; it is for all questions that were asked
+    /// before that.
+    pub fn path_info_at_once(
+        &self,
+        part: &HashPart,
+        now: &mut Option<u64>,
+    ) -> Option<Option<Arc<PathInfo>>> {
         let now = match *now {
             Some(now) => now,
             None => *now.insert(self.lookups.generation_at_once(&self.kept)?),
@@ -150,30 +168,38 @@ impl Store {
     ///
     /// # Errors
     /// The database cannot be read in that time.
-    pub fn path_infos_quickly(&self, parts: &[HashPart]) -> Result<Vec<Option<Arc<PathInfo>>>, StoreError> {
+    pub fn path_infos_quickly(
+        &self,
+        parts: &[HashPart],
+    ) -> Result<Vec<Option<Arc<PathInfo>>>, StoreError> {
         self.quick_lookups.path_infos(&self.kept, parts)
     }
 
-    /// The valid paths that were registered after the row `row_id` (0: from the first one), in the order of their row
-    /// IDs, with these: at most `limit`, fewer only at the end. Rows that cannot be read are passed over. A path takes
-    /// some 30 µs; for a thread that nobody waits for.
+    /// The valid paths that were registered after the row `row_id` (0: from the first one), in the
+    /// order of their row IDs, with these: at most `limit`, fewer only at the end. Rows that cannot
+    /// be read are passed over. A path takes some 30 µs; for a thread that nobody waits for.
     ///
     /// # Errors
     /// The database cannot be read.
-    pub fn paths_after(&self, row_id: i64, limit: usize) -> Result<Vec<(i64, PathInfo)>, StoreError> {
+    pub fn paths_after(
+        &self,
+        row_id: i64,
+        limit: usize,
+    ) -> Result<Vec<(i64, PathInfo)>, StoreError> {
         self.readings.read(&|database| database.paths_after(&self.config.store_dir, row_id, limit))
     }
 
-    /// How many valid paths there are, and whether anything changed since the last census. Takes some 10 µs if nothing
-    /// did; else it counts, some 10 ms with 200,000 paths.
+    /// How many valid paths there are, and whether anything changed since the last census. Takes
+    /// some 10 µs if nothing did; else it counts, some 10 ms with 200,000 paths.
     ///
     /// # Errors
     /// The database cannot be read.
-    pub fn census(&self) -> Result<Census, StoreError> {
+    pub fn census(&self) -> Result<StoreVersion, StoreError> {
         self.readings.read(&|database| database.census())
     }
 
-    /// What the database says of a derivation's output; its path may be one that is no longer valid. Takes at most 5 s.
+    /// What the database says of a derivation's output; its path may be one that is no longer
+    /// valid. Takes at most 5 s.
     ///
     /// # Errors
     /// As [`Store::path_info`].
@@ -181,29 +207,39 @@ impl Store {
         self.lookups.read(&|database| database.realisation(&self.config.store_dir, id))
     }
 
-    /// The NAR of a path that is a single file and at most 16 KiB, if it can be had without waiting for the disk.
+    /// The NAR of a path that is a single file and at most 16 KiB, if it can be had without waiting
+    /// for the disk.
     pub fn nar_at_once(&self, info: &PathInfo) -> Option<Vec<u8>> {
         nar::at_once(&self.config.files(), info)
     }
 
     /// Writes the bytes `range` of the NAR of a path, in pieces of at most 256 KiB.
     ///
-    /// The last piece is written only when all files turned out to make up exactly `nar_size` bytes and, if it is not
-    /// the only piece, the path is still valid with the same NAR hash. So a reader that got all bytes got them from a
-    /// path that was whole. The bytes are not hashed.
+    /// The last piece is written only when all files turned out to make up exactly `nar_size` bytes
+    /// and, if it is not the only piece, the path is still valid with the same NAR hash. So a
+    /// reader that got all bytes got them from a path that was whole. The bytes are not hashed.
     ///
     /// # Errors
-    /// `out` failed, the files are not those that were registered, or they cannot be read. Part of the range may have
-    /// been written, but never all of it.
-    pub fn write_nar(&self, info: &PathInfo, range: Range<u64>, out: &mut dyn NarSink) -> Result<(), NarError> {
+    /// `out` failed, the files are not those that were registered, or they cannot be read. Part of
+    /// the range may have been written, but never all of it.
+    pub fn write_nar(
+        &self,
+        info: &PathInfo,
+        range: Range<u64>,
+        out: &mut dyn NarSink,
+    ) -> Result<(), NarError> {
         let still_valid = || match self.path_info(&info.path.hash_part())? {
             Some(now) if now.path == info.path && now.nar_hash == info.nar_hash => Ok(()),
-            _ => Err(NarError::Changed { path: self.config.store_dir.join(&info.path), why: "no longer valid" }),
+            _ => Err(NarError::Changed {
+                path: self.config.store_dir.join(&info.path),
+                why: "no longer valid",
+            }),
         };
         nar::write(self.walk(info)?, info.nar_size, range, out, &still_valid)
     }
 
-    /// The listing of a path: JSON, version 1, with the place of each file in the NAR. At most 16 MiB.
+    /// The listing of a path: JSON, version 1, with the place of each file in the NAR. At most 16
+    /// MiB.
     ///
     /// # Errors
     /// As [`Store::write_nar`], or a listing larger than that.
@@ -211,7 +247,8 @@ impl Store {
         listing::listing(self.walk(info)?, info.nar_size)
     }
 
-    /// The build log of a derivation, uncompressed. `None` if there is none, or the path is no derivation.
+    /// The build log of a derivation, uncompressed. `None` if there is none, or the path is no
+    /// derivation.
     ///
     /// # Errors
     /// A log that cannot be read or is larger than 64 MiB.
@@ -222,8 +259,10 @@ impl Store {
     fn walk(&self, info: &PathInfo) -> Result<Walk, NarError> {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let files = self.config.files();
-        let store = open(&files, flags, Mode::empty())
-            .map_err(|error| NarError::Read { path: files.display().to_string(), cause: error.into() })?;
+        let store = open(&files, flags, Mode::empty()).map_err(|error| NarError::Read {
+            path: files.display().to_string(),
+            cause: error.into(),
+        })?;
         Ok(Walk::new(store, &files.display().to_string(), &info.path))
     }
 }
@@ -250,7 +289,10 @@ mod tests {
             root: "/".into(),
         };
         assert_eq!(config.files(), PathBuf::from("/nix/store"));
-        assert_eq!(StoreConfig { root: "/mnt".into(), ..config.clone() }.files(), PathBuf::from("/mnt/nix/store"));
+        assert_eq!(
+            StoreConfig { root: "/mnt".into(), ..config.clone() }.files(),
+            PathBuf::from("/mnt/nix/store")
+        );
         assert_eq!(config.daemon_socket(), PathBuf::from("/nix/var/nix/daemon-socket/socket"));
         assert_eq!(config.log_dir(), PathBuf::from("/nix/var/log/nix"));
     }
@@ -306,20 +348,25 @@ mod tests {
             let error = store.path_info(&path.hash_part()).unwrap_err();
             assert!(matches!(error, StoreError::Row { .. }), "{change}: {error}");
             let line = error.to_string();
-            assert!(line.contains(path.base_name()) && line.contains(says) && !line.contains('\n'), "{line}");
+            assert!(
+                line.contains(path.base_name()) && line.contains(says) && !line.contains('\n'),
+                "{line}"
+            );
             fixture.execute("delete from ValidPaths");
             fixture.register(&"1".repeat(32), 120);
             assert!(store.path_info(&path.hash_part()).unwrap().is_some());
         }
     }
 
-    /// One signature of another length used to hide the path, though Nix had taken it for another signature.
+    /// One signature of another length used to hide the path, though Nix had taken it for another
+    /// signature.
     #[test]
     fn what_nix_does_not_compare_hides_no_path() {
         let fixture = Fixture::new();
         let path = fixture.register(&"1".repeat(32), 120);
         let store = fixture.open();
-        let (good, long) = (format!("good-1:{}==", "A".repeat(86)), format!("longer-1:{}", "A".repeat(128)));
+        let (good, long) =
+            (format!("good-1:{}==", "A".repeat(86)), format!("longer-1:{}", "A".repeat(128)));
         for (change, signatures) in [
             (format!("sigs = '{long} {good} unsigned :'"), &[good.as_str()][..]),
             ("sigs = 'unsigned'".into(), &[]),
@@ -345,11 +392,17 @@ mod tests {
         };
         let fixture = Fixture::new();
         fixture.execute("alter table ValidPaths drop column ca");
-        assert!(matches!(fails(&fixture), StoreError::Schema { found, .. } if found.contains("ca")));
+        assert!(
+            matches!(fails(&fixture), StoreError::Schema { found, .. } if found.contains("ca"))
+        );
         fs::write(fixture.db().with_file_name("schema"), "11\n").unwrap();
-        assert!(matches!(fails(&fixture), StoreError::Schema { found, .. } if found.starts_with("\"11\"")));
+        assert!(
+            matches!(fails(&fixture), StoreError::Schema { found, .. } if found.starts_with("\"11\""))
+        );
         fs::remove_file(fixture.db().with_file_name("schema")).unwrap();
-        assert!(matches!(fails(&fixture), StoreError::Schema { found, .. } if found.contains("missing")));
+        assert!(
+            matches!(fails(&fixture), StoreError::Schema { found, .. } if found.contains("missing"))
+        );
 
         let fixture = Fixture::new();
         fixture.close();
@@ -358,7 +411,10 @@ mod tests {
         assert!(matches!(error, StoreError::Missing { .. }));
         assert_eq!(
             error.to_string(),
-            format!("nix database {}: not found; is Nix installed? --db names another place", fixture.db().display())
+            format!(
+                "nix database {}: not found; is Nix installed? --db names another place",
+                fixture.db().display()
+            )
         );
         fs::write(fixture.db(), "nothing like SQLite".repeat(1000)).unwrap();
         assert!(matches!(fails(&fixture), StoreError::Database { .. }));
@@ -370,7 +426,10 @@ mod tests {
         let path = fixture.register(&"1".repeat(32), 120);
         fixture.execute("pragma locking_mode = exclusive; begin exclusive; delete from Refs");
         let store = fixture.closed();
-        assert!(matches!(store.path_infos_quickly(&[path.hash_part()]), Err(StoreError::Busy { .. })));
+        assert!(matches!(
+            store.path_infos_quickly(&[path.hash_part()]),
+            Err(StoreError::Busy { .. })
+        ));
         fixture.execute("commit; pragma locking_mode = normal; select * from ValidPaths");
         assert!(store.path_infos_quickly(&[path.hash_part()]).unwrap()[0].is_some());
     }
@@ -384,10 +443,14 @@ mod tests {
             "9183204567".chars().map(|c| fixture.register(&c.to_string().repeat(32), 8)).collect();
         fixture.refers(&paths[4], &[&paths[0], &paths[4]]);
         let signature = format!("cache.nixos.org-1:{}==", "A".repeat(86));
-        fixture.execute(&format!("update ValidPaths set sigs = '{signature}' where path like '%/2%'"));
+        fixture
+            .execute(&format!("update ValidPaths set sigs = '{signature}' where path like '%/2%'"));
         // All at once, and in steps.
         let all = store.paths_after(0, 100).unwrap();
-        assert_eq!(all.iter().map(|(_, info)| &info.path).collect::<Vec<_>>(), paths.iter().collect::<Vec<_>>());
+        assert_eq!(
+            all.iter().map(|(_, info)| &info.path).collect::<Vec<_>>(),
+            paths.iter().collect::<Vec<_>>()
+        );
         assert!(all.is_sorted_by_key(|(id, _)| *id));
         for (_, info) in &all {
             assert_eq!(store.path_info(&info.path.hash_part()).unwrap().as_deref(), Some(info));
@@ -425,7 +488,9 @@ mod tests {
         };
         let insert = |digit: &str| {
             let path = fixture.absolute(&format!("{}-name", digit.repeat(32)));
-            format!("insert into ValidPaths (path, hash, registrationTime, narSize) values ('{path}', 'x', 1, 8)")
+            format!(
+                "insert into ValidPaths (path, hash, registrationTime, narSize) values ('{path}', 'x', 1, 8)"
+            )
         };
         changed(&insert("1"), 1, 1);
         changed(&insert("2"), 2, 2);
@@ -449,7 +514,9 @@ mod tests {
                     for round in 0..20 {
                         let path = fixture.register(&format!("{thread:016}{round:016}"), 120);
                         assert!(store.path_info(&path.hash_part()).unwrap().is_some());
-                        assert!(store.path_infos_quickly(&[path.hash_part()]).unwrap()[0].is_some());
+                        assert!(
+                            store.path_infos_quickly(&[path.hash_part()]).unwrap()[0].is_some()
+                        );
                         assert!(store.path_info(&part('z')).unwrap().is_none());
                     }
                 });

@@ -2,11 +2,14 @@
 
 use super::{
     NarError,
-    walk::{Step, Walk},
+    walk::{Walk, WalkStep},
 };
 use crate::nix::{PathInfo, nar};
 use rustix::{
-    fs::{AtFlags, CWD, FileType, FsWord, Mode, OFlags, ResolveFlags, Stat, fstat, fstatfs, openat, openat2, statat},
+    fs::{
+        AtFlags, CWD, FileType, FsWord, Mode, OFlags, ResolveFlags, Stat, fstat, fstatfs, openat,
+        openat2, statat,
+    },
     io::{Errno, ReadWriteFlags, pread, preadv2},
 };
 use std::{
@@ -21,8 +24,8 @@ pub(super) const PIECE: usize = 256 << 10;
 
 /// Where a NAR goes.
 pub trait NarSink: Write {
-    /// Passes on up to `len` bytes of `file` from `at` on without a copy in this process, and says how many it did: 0 is
-    /// the file's end, `None` that this sink cannot.
+    /// Passes on up to `len` bytes of `file` from `at` on without a copy in this process, and says
+    /// how many it did: 0 is the file's end, `None` that this sink cannot.
     ///
     /// # Errors
     /// The sink's; one of the file's comes back when it is read.
@@ -33,8 +36,9 @@ pub trait NarSink: Write {
 
 impl NarSink for Vec<u8> {}
 
-/// Writes `range` of the NAR of what `walk` goes through, which the database says has `nar_size` bytes. Files before
-/// and after the range are not opened, only measured. `still_valid` is asked before the last of several pieces.
+/// Writes `range` of the NAR of what `walk` goes through, which the database says has `nar_size`
+/// bytes. Files before and after the range are not opened, only measured. `still_valid` is asked
+/// before the last of several pieces.
 pub(super) fn write(
     mut walk: Walk,
     nar_size: u64,
@@ -49,28 +53,32 @@ pub(super) fn write(
     let mut structure = nar::MAGIC.to_vec();
     let (mut position, mut pieces) = (0, 0);
     if len > PIECE && range.start == 0 {
-        // A directory may take long to list, and a piece may be hundreds of files: who asked sees at once that the NAR comes.
+        // A directory may take long to list, and a piece may be hundreds of files: who asked sees
+        // at once that the NAR comes.
         walk.is_there()?;
         out.write_all(&structure).map_err(NarError::Write)?;
         (position, pieces) = (structure.len() as u64, 1);
         structure.clear();
-        // Whoever waits for it may wait on this processor, and would see it when this thread's time is up: 2 ms.
+        // Whoever waits for it may wait on this processor, and would see it when this thread's time
+        // is up: 2 ms.
         std::thread::yield_now();
     }
     // Most NARs are smaller than a piece, and clearing all of one takes longer than they do.
-    let mut stream = Stream { out, range, buffer: vec![0; len.min(PIECE) + 1], filled: 0, pieces, position };
+    let mut stream =
+        NarStream { out, range, buffer: vec![0; len.min(PIECE) + 1], filled: 0, pieces, position };
     while let Some(step) = walk.advance()? {
-        if step != Step::Leave && !walk.at_root() {
+        if step != WalkStep::Leave && !walk.at_root() {
             nar::entry_open(&mut structure, walk.name().to_bytes());
         }
         match step {
-            Step::Enter => structure.extend_from_slice(&nar::DIRECTORY_OPEN),
-            Step::Leave => structure.extend_from_slice(&nar::CLOSE),
-            Step::Symlink => nar::symlink(&mut structure, walk.target()?.to_bytes()),
-            Step::Regular => {
-                // Where the file's node begins; opened at once if that is in the range, which saves a stat.
+            WalkStep::Enter => structure.extend_from_slice(&nar::DIRECTORY_OPEN),
+            WalkStep::Leave => structure.extend_from_slice(&nar::CLOSE),
+            WalkStep::Symlink => nar::symlink(&mut structure, walk.target()?.to_bytes()),
+            WalkStep::Regular => {
+                // Where the file's node begins; opened at once if that is in the range, which saves
+                // a stat.
                 let near = stream.position + structure.len() as u64;
-                let mut file = File::find(&walk, stream.is_wanted(near))?;
+                let mut file = OpenedFile::find(&walk, stream.is_wanted(near))?;
                 nar::regular_open(&mut structure, file.executable, file.size);
                 stream.put(&structure)?;
                 structure.clear();
@@ -82,7 +90,7 @@ pub(super) fn write(
                 structure.extend_from_slice(&nar::CLOSE);
             }
         }
-        if step != Step::Enter && !walk.at_root() {
+        if step != WalkStep::Enter && !walk.at_root() {
             structure.extend_from_slice(&nar::CLOSE);
         }
         if stream.position + structure.len() as u64 > nar_size {
@@ -106,12 +114,15 @@ pub(super) fn write(
 /// NARs that [`at_once`] makes are no larger, in bytes.
 const SMALL: u64 = 16 << 10;
 
-/// The NAR of a path that is one small file, if the kernel has the file in memory: nothing here waits for a disk.
+/// The NAR of a path that is one small file, if the kernel has the file in memory: nothing here
+/// waits for a disk.
 pub(super) fn at_once(files: &Path, info: &PathInfo) -> Option<Vec<u8>> {
     if info.nar_size > SMALL {
         return None;
     }
-    let file = openat2(CWD, files.join(info.path.base_name()), FILE, Mode::empty(), ResolveFlags::CACHED).ok()?;
+    let file =
+        openat2(CWD, files.join(info.path.base_name()), FILE, Mode::empty(), ResolveFlags::CACHED)
+            .ok()?;
     let (size, executable) = regular(&fstat(&file).ok()?)?;
     if nar::MAGIC.len() as u64 + nar::regular_len(executable, size) != info.nar_size {
         return None;
@@ -123,9 +134,16 @@ pub(super) fn at_once(files: &Path, info: &PathInfo) -> Option<Vec<u8>> {
     nar::regular_open(&mut nar, executable, size as u64);
     let begin = nar.len();
     nar.resize(begin + size + 1, 0);
-    let read = match preadv2(&file, &mut [IoSliceMut::new(&mut nar[begin..])], 0, ReadWriteFlags::NOWAIT) {
+    let read = match preadv2(
+        &file,
+        &mut [IoSliceMut::new(&mut nar[begin..])],
+        0,
+        ReadWriteFlags::NOWAIT,
+    ) {
         // What is in memory for good knows no other way to be read.
-        Err(Errno::OPNOTSUPP) if fstatfs(&file).ok()?.f_type == TMPFS => pread(&file, &mut nar[begin..], 0),
+        Err(Errno::OPNOTSUPP) if fstatfs(&file).ok()?.f_type == TMPFS => {
+            pread(&file, &mut nar[begin..], 0)
+        }
         read => read,
     };
     if read != Ok(size) {
@@ -141,53 +159,66 @@ pub(super) fn at_once(files: &Path, info: &PathInfo) -> Option<Vec<u8>> {
 const TMPFS: FsWord = 0x0102_1994;
 
 /// How a file is opened. Should a FIFO have taken its place, opening it must not wait for a writer.
-const FILE: OFlags = OFlags::RDONLY.union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC).union(OFlags::NONBLOCK);
+const FILE: OFlags =
+    OFlags::RDONLY.union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC).union(OFlags::NONBLOCK);
 
 /// Structure is put into the stream with the next file, or when there is so much of it, in bytes.
 const STRUCTURE: usize = 16 << 10;
 const LARGER: &str = "larger than what was registered";
 
 /// A regular file as it was found.
-pub(super) struct File {
+pub(super) struct OpenedFile {
     pub(super) size: u64,
     pub(super) executable: bool,
     descriptor: Option<OwnedFd>,
 }
 
-impl File {
+impl OpenedFile {
     /// The current entry of `walk`: opened, or only measured.
-    pub(super) fn find(walk: &Walk, open: bool) -> Result<File, NarError> {
+    pub(super) fn find(walk: &Walk, open: bool) -> Result<OpenedFile, NarError> {
         let (directory, name) = walk.place();
         let failed = |error| walk.failed(error);
         if open {
             let descriptor = open_file(directory, name).map_err(failed)?;
             Self::from_stat(walk, &fstat(&descriptor).map_err(failed)?, Some(descriptor))
         } else {
-            Self::from_stat(walk, &statat(directory, name, AtFlags::SYMLINK_NOFOLLOW).map_err(failed)?, None)
+            Self::from_stat(
+                walk,
+                &statat(directory, name, AtFlags::SYMLINK_NOFOLLOW).map_err(failed)?,
+                None,
+            )
         }
     }
 
-    fn from_stat(walk: &Walk, stat: &Stat, descriptor: Option<OwnedFd>) -> Result<File, NarError> {
+    fn from_stat(
+        walk: &Walk,
+        stat: &Stat,
+        descriptor: Option<OwnedFd>,
+    ) -> Result<OpenedFile, NarError> {
         let (size, executable) = regular(stat).ok_or_else(|| walk.failed(Errno::LOOP))?;
-        Ok(File { size, executable, descriptor })
+        Ok(OpenedFile { size, executable, descriptor })
     }
 }
 
 /// Size of a regular file, and whether its owner may execute it.
 fn regular(stat: &Stat) -> Option<(u64, bool)> {
     let is_regular = FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile;
-    is_regular.then(|| (stat.st_size.unsigned_abs(), Mode::from_raw_mode(stat.st_mode).contains(Mode::XUSR)))
+    is_regular.then(|| {
+        (stat.st_size.unsigned_abs(), Mode::from_raw_mode(stat.st_mode).contains(Mode::XUSR))
+    })
 }
 
 fn open_file(directory: BorrowedFd<'_>, name: &std::ffi::CStr) -> rustix::io::Result<OwnedFd> {
     openat(directory, name, FILE, Mode::empty())
 }
 
-/// The NAR's bytes on their way out: drops those outside the range and always keeps the last piece back.
-struct Stream<'a> {
+/// The NAR's bytes on their way out: drops those outside the range and always keeps the last piece
+/// back.
+struct NarStream<'a> {
     out: &'a mut dyn NarSink,
     range: Range<u64>,
-    /// One byte longer than a piece, to see a file that goes on after its end without a read of its own.
+    /// One byte longer than a piece, to see a file that goes on after its end without a read of its
+    /// own.
     buffer: Vec<u8>,
     filled: usize,
     pieces: u64,
@@ -195,7 +226,7 @@ struct Stream<'a> {
     position: u64,
 }
 
-impl Stream<'_> {
+impl NarStream<'_> {
     fn is_wanted(&self, position: u64) -> bool {
         self.range.contains(&position)
     }
@@ -222,13 +253,13 @@ impl Stream<'_> {
         Ok(())
     }
 
-    fn put_file(&mut self, walk: &Walk, file: &mut File) -> Result<(), NarError> {
+    fn put_file(&mut self, walk: &Walk, file: &mut OpenedFile) -> Result<(), NarError> {
         let wanted = self.pass(file.size);
         if wanted.is_empty() {
             return Ok(());
         }
         if file.descriptor.is_none() {
-            let opened = File::find(walk, true)?;
+            let opened = OpenedFile::find(walk, true)?;
             if (opened.size, opened.executable) != (file.size, file.executable) {
                 return Err(walk.changed("changed while it was read"));
             }
@@ -236,8 +267,8 @@ impl Stream<'_> {
         }
         let Some(descriptor) = &file.descriptor else { return Ok(()) };
         let mut at = wanted.start;
-        // All but the end of a large file goes straight to the sink. The end is read as any other file, so that it is
-        // seen whether it is the end, and the last piece is kept back.
+        // All but the end of a large file goes straight to the sink. The end is read as any other
+        // file, so that it is seen whether it is the end, and the last piece is kept back.
         while wanted.end - at > 2 * PIECE as u64 {
             self.flush()?;
             let most = wanted.end - at - PIECE as u64;
@@ -259,13 +290,16 @@ impl Stream<'_> {
                 Ok(left) if left <= room => (left + usize::from(wanted.end == file.size), left),
                 _ => (room, room),
             };
-            let count = match pread(descriptor, &mut self.buffer[self.filled..self.filled + asked], at) {
-                Ok(0) => return Err(walk.changed("became shorter while it was read")),
-                Ok(count) if count > most => return Err(walk.changed("became longer while it was read")),
-                Ok(count) => count,
-                Err(Errno::INTR) => continue,
-                Err(error) => return Err(walk.failed(error)),
-            };
+            let count =
+                match pread(descriptor, &mut self.buffer[self.filled..self.filled + asked], at) {
+                    Ok(0) => return Err(walk.changed("became shorter while it was read")),
+                    Ok(count) if count > most => {
+                        return Err(walk.changed("became longer while it was read"));
+                    }
+                    Ok(count) => count,
+                    Err(Errno::INTR) => continue,
+                    Err(error) => return Err(walk.failed(error)),
+                };
             self.filled += count;
             at += count as u64;
         }
@@ -308,11 +342,15 @@ mod tests {
     }
 
     /// What came, and how it ended, when `damage` is done as the first piece is written.
-    fn damaged(make: impl FnOnce(&Path), damage: impl Fn(&Fixture, &Path)) -> (usize, usize, Result<(), NarError>) {
+    fn damaged(
+        make: impl FnOnce(&Path),
+        damage: impl Fn(&Fixture, &Path),
+    ) -> (usize, usize, Result<(), NarError>) {
         let fixture = Fixture::new();
         let (info, nar) = fixture.add(make);
         let files = fixture.absolute(info.path.base_name());
-        let mut out = Receiver { bytes: Vec::new(), at_first: || damage(&fixture, Path::new(&files)) };
+        let mut out =
+            Receiver { bytes: Vec::new(), at_first: || damage(&fixture, Path::new(&files)) };
         let end = fixture.open().write_nar(&info, 0..info.nar_size, &mut out);
         if end.is_ok() {
             assert!(out.bytes == nar);
@@ -397,12 +435,16 @@ mod tests {
 
     #[test]
     fn pieces_end_anywhere() {
-        for size in [PIECE - 200, PIECE - 121, PIECE - 120, PIECE - 119, PIECE - 97, PIECE, 3 * PIECE + 5] {
+        for size in
+            [PIECE - 200, PIECE - 121, PIECE - 120, PIECE - 119, PIECE - 97, PIECE, 3 * PIECE + 5]
+        {
             let fixture = Fixture::new();
             let (info, nar) = fixture.add(|root| fs::write(root, vec![b'x'; size]).unwrap());
             assert!(range(&fixture, &info, 0..info.nar_size).unwrap() == nar, "{size}");
             for start in [PIECE - 1, PIECE, PIECE + 1].map(|start| start.min(nar.len())) {
-                assert!(range(&fixture, &info, start as u64..info.nar_size).unwrap() == nar[start..]);
+                assert!(
+                    range(&fixture, &info, start as u64..info.nar_size).unwrap() == nar[start..]
+                );
             }
         }
     }
@@ -419,7 +461,13 @@ mod tests {
                 fs::remove_file(files.join("b")).unwrap();
                 rustix::fs::mkfifoat(rustix::fs::CWD, files.join("b"), Mode::RUSR).unwrap();
             },
-            |files| fs::set_permissions(files.join("c"), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap(),
+            |files| {
+                fs::set_permissions(
+                    files.join("c"),
+                    std::os::unix::fs::PermissionsExt::from_mode(0o755),
+                )
+                .unwrap()
+            },
         ];
         for (number, change) in changes.into_iter().enumerate() {
             let fixture = Fixture::new();
@@ -428,7 +476,10 @@ mod tests {
             for wanted in [0..info.nar_size, 0..1, PIECE as u64 * 2..info.nar_size] {
                 let mut out = Vec::new();
                 let error = fixture.open().write_nar(&info, wanted.clone(), &mut out).unwrap_err();
-                assert!(matches!(error, NarError::Changed { .. } | NarError::Unsupported { .. }), "{number}: {error}");
+                assert!(
+                    matches!(error, NarError::Changed { .. } | NarError::Unsupported { .. }),
+                    "{number}: {error}"
+                );
                 assert!((out.len() as u64) < wanted.end - wanted.start);
             }
             assert!(fixture.open().listing(&info).is_err(), "{number}");
@@ -439,8 +490,22 @@ mod tests {
     #[test]
     fn what_changes_meanwhile_is_never_completed() {
         let damages: [fn(&Fixture, &Path); 8] = [
-            |_, files| fs::File::options().write(true).open(files.join("b")).unwrap().set_len(PIECE as u64).unwrap(),
-            |_, files| fs::File::options().write(true).open(files.join("b")).unwrap().set_len(9 << 20).unwrap(),
+            |_, files| {
+                fs::File::options()
+                    .write(true)
+                    .open(files.join("b"))
+                    .unwrap()
+                    .set_len(PIECE as u64)
+                    .unwrap()
+            },
+            |_, files| {
+                fs::File::options()
+                    .write(true)
+                    .open(files.join("b"))
+                    .unwrap()
+                    .set_len(9 << 20)
+                    .unwrap()
+            },
             |_, files| fs::write(files.join("c"), "").unwrap(),
             |_, files| fs::remove_file(files.join("c")).unwrap(),
             |_, files| fs::rename(files.join("c"), files.join("e")).unwrap(),
@@ -476,7 +541,12 @@ mod tests {
     }
 
     impl NarSink for Socket {
-        fn send_file(&mut self, file: BorrowedFd<'_>, at: u64, len: u64) -> io::Result<Option<u64>> {
+        fn send_file(
+            &mut self,
+            file: BorrowedFd<'_>,
+            at: u64,
+            len: u64,
+        ) -> io::Result<Option<u64>> {
             let mut piece = vec![0; len.min(100_000) as usize];
             let count = pread(file, &mut piece, at)?;
             self.bytes.extend_from_slice(&piece[..count]);
@@ -491,7 +561,15 @@ mod tests {
         let content: Vec<u8> = (0..size).map(|i| (i * 7 / 3) as u8).collect();
         let fixture = Fixture::new();
         let (info, nar) = fixture.add(|root| fs::write(root, &content).unwrap());
-        for wanted in [0..nar.len(), 1..nar.len(), PIECE..nar.len(), 200..nar.len() - 1, 7..3 * PIECE, 5..6, 9..9] {
+        for wanted in [
+            0..nar.len(),
+            1..nar.len(),
+            PIECE..nar.len(),
+            200..nar.len() - 1,
+            7..3 * PIECE,
+            5..6,
+            9..9,
+        ] {
             let mut out = Socket::default();
             let part = wanted.start as u64..wanted.end as u64;
             fixture.open().write_nar(&info, part, &mut out).unwrap();
@@ -526,7 +604,9 @@ mod tests {
 
     #[test]
     fn deep_trees() {
-        for (depth, good) in [(super::super::walk::MAX_DEPTH, true), (super::super::walk::MAX_DEPTH + 1, false)] {
+        for (depth, good) in
+            [(super::super::walk::MAX_DEPTH, true), (super::super::walk::MAX_DEPTH + 1, false)]
+        {
             let fixture = Fixture::new();
             let (info, nar) = fixture.add(|root| {
                 let mut dir = root.to_owned();

@@ -1,23 +1,27 @@
-//! The connections to Nix's database: how they come to be open, how many there are, and when they are too old.
+//! The connections to Nix's database: how they come to be open, how many there are, and when they
+//! are too old.
 //!
-//! A database in WAL mode can be read only while the two files `-wal` and `-shm` are there, or by a user that may
-//! create them. SQLite removes them when its last process closes the database, which on an idle machine is always.
-//! So an unprivileged peerix tries, in this order:
+//! A database in WAL mode can be read only while the two files `-wal` and `-shm` are there, or by a
+//! user that may create them. SQLite removes them when its last process closes the database, which
+//! on an idle machine is always. So an unprivileged peerix tries, in this order:
 //!
 //! 1. to open and query;
-//! 2. to have nix-daemon open it ([`super::daemon_socket`]), and then 1. again while the daemon still has it. As
-//!    long as this process keeps a connection, the files stay, so this is needed once;
-//! 3. to read it as immutable, for one query, if the log is empty and the file was the same before and after.
+//! 2. to have nix-daemon open it ([`super::daemon_socket`]), and then 1. again while the daemon
+//!    still has it. As long as this process keeps a connection, the files stay, so this is needed
+//!    once;
+//! 3. to read it as immutable, for one query, if the log is empty and the file was the same before
+//!    and after.
 //!
-//! (As root, 1. always works, and it is SQLite that creates the two files. The database itself is never written to.)
+//! (As root, 1. always works, and it is SQLite that creates the two files. The database itself is
+//! never written to.)
 //!
-//! Every query without a lasting connection begins at 1. again. (The service's unit also opens the database once as
-//! root before peerix starts, so that 1. holds from the beginning.)
+//! Every query without a lasting connection begins at 1. again. (The service's unit also opens the
+//! database once as root before peerix starts, so that 1. holds from the beginning.)
 
 use super::{
     StoreError, daemon_socket,
-    database::{Database, Failure, FileId, Mode, Still},
-    kept::{Answer, Kept},
+    database::{Database, DatabaseError, FileId, FileStamp, OpenMode},
+    path_info_cache::{CachedInfo, PathInfoCache},
 };
 use crate::nix::{HashPart, StoreDir};
 use crate::time_scale::Timeout;
@@ -43,7 +47,7 @@ const PAUSE: Duration = Duration::from_millis(2);
 
 /// Where the database is and what surrounds it.
 #[derive(Debug, Clone)]
-pub(super) struct Place {
+pub(super) struct DatabaseLocation {
     pub(super) store_dir: StoreDir,
     pub(super) db: PathBuf,
     pub(super) daemon_socket: PathBuf,
@@ -51,67 +55,91 @@ pub(super) struct Place {
 
 /// What had to be done to read the database.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Way {
+enum OpenMethod {
     Plain,
     Daemon,
     Immutable,
 }
 
-impl fmt::Display for Way {
+impl fmt::Display for OpenMethod {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Way::Plain => "opened read-only",
-            Way::Daemon => "opened read-only after nix-daemon had opened it",
-            Way::Immutable => "read as immutable, one query at a time, as nobody has it open and its log is empty",
+            OpenMethod::Plain => "opened read-only",
+            OpenMethod::Daemon => "opened read-only after nix-daemon had opened it",
+            OpenMethod::Immutable => {
+                "read as immutable, one query at a time, as nobody has it open and its log is empty"
+            }
         })
     }
 }
 
 /// What is asked of an open database.
-type Question<'a, T> = dyn Fn(&Database) -> Result<T, Failure> + 'a;
+type DatabaseQuery<'a, T> = dyn Fn(&Database) -> Result<T, DatabaseError> + 'a;
 
 /// Connections, at most so many, each used by one thread at a time.
 #[derive(Debug)]
-pub(super) struct Pool {
-    place: Place,
+pub(super) struct ConnectionPool {
+    place: DatabaseLocation,
     /// At most so many connections exist; who comes later waits for one.
     connections: usize,
     /// One lookup takes no longer than this, locks and waiting for a connection included.
     patience: Duration,
     /// How loudly it says how it opened the database.
     level: log::Level,
-    state: Mutex<State>,
+    state: Mutex<PoolState>,
     returned: Condvar,
 }
 
 #[derive(Debug, Default)]
-struct State {
-    /// Those not in use, the one used last at the end. One stays open for ever, and with it SQLite's files.
+struct PoolState {
+    /// Those not in use, the one used last at the end. One stays open for ever, and with it
+    /// SQLite's files.
     idle: Vec<Database>,
     in_use: usize,
     file: Option<FileId>,
     file_checked: Option<Instant>,
     daemon_tried: Option<Instant>,
-    way: Option<Way>,
+    way: Option<OpenMethod>,
 }
 
-impl Pool {
-    pub(super) fn new(place: Place, connections: usize, patience: Duration, level: log::Level) -> Self {
-        Pool { place, connections, patience, level, state: Mutex::default(), returned: Condvar::new() }
+impl ConnectionPool {
+    pub(super) fn new(
+        place: DatabaseLocation,
+        connections: usize,
+        patience: Duration,
+        level: log::Level,
+    ) -> Self {
+        ConnectionPool {
+            place,
+            connections,
+            patience,
+            level,
+            state: Mutex::default(),
+            returned: Condvar::new(),
+        }
     }
 
     /// The valid path with this hash part, from the database or from what it said before.
-    pub(super) fn path_info(&self, kept: &Kept, part: &HashPart) -> Result<Answer, StoreError> {
+    pub(super) fn path_info(
+        &self,
+        kept: &PathInfoCache,
+        part: &HashPart,
+    ) -> Result<CachedInfo, StoreError> {
         self.read(&|database| self.look_up(database, kept, generation(database, kept)?, part))
     }
 
-    /// The valid paths with these hash parts. A row that cannot be read is passed over, as if it were not there.
-    pub(super) fn path_infos(&self, kept: &Kept, parts: &[HashPart]) -> Result<Vec<Answer>, StoreError> {
+    /// The valid paths with these hash parts. A row that cannot be read is passed over, as if it
+    /// were not there.
+    pub(super) fn path_infos(
+        &self,
+        kept: &PathInfoCache,
+        parts: &[HashPart],
+    ) -> Result<Vec<CachedInfo>, StoreError> {
         self.read(&|database| {
             // Before the transaction: what is read in it is of this state or a later one.
             let generation = generation(database, kept)?;
             let look_up = |part| match self.look_up(database, kept, generation, part) {
-                Err(Failure::Error(error @ StoreError::Row { .. })) => {
+                Err(DatabaseError::Error(error @ StoreError::Row { .. })) => {
                     log::debug!("{error}");
                     Ok(None)
                 }
@@ -126,10 +154,10 @@ impl Pool {
     fn look_up(
         &self,
         database: &Database,
-        kept: &Kept,
+        kept: &PathInfoCache,
         generation: Option<u64>,
         part: &HashPart,
-    ) -> Result<Answer, Failure> {
+    ) -> Result<CachedInfo, DatabaseError> {
         if let Some(answer) = generation.and_then(|generation| kept.get(part, generation)) {
             return Ok(answer);
         }
@@ -140,22 +168,23 @@ impl Pool {
         Ok(answer)
     }
 
-    /// The state that the database is in, if that can be told without waiting for a connection or a lock.
-    pub(super) fn generation_at_once(&self, kept: &Kept) -> Option<u64> {
+    /// The state that the database is in, if that can be told without waiting for a connection or a
+    /// lock.
+    pub(super) fn generation_at_once(&self, kept: &PathInfoCache) -> Option<u64> {
         self.notice_replacement().ok()?;
         let now = Instant::now();
         let mut lease = self.lease(now).ok()?;
         let database = lease.database.take()?;
         let generation = ask(&database, &|database| kept.generation(database), now);
         // That somebody writes is no reason to open it anew.
-        if matches!(generation, Ok(_) | Err(Failure::Error(StoreError::Busy { .. }))) {
+        if matches!(generation, Ok(_) | Err(DatabaseError::Error(StoreError::Busy { .. }))) {
             lease.database = Some(database);
         }
         generation.ok()
     }
 
     /// What a question to the database gives. It may be asked more than once.
-    pub(super) fn read<T>(&self, question: &Question<'_, T>) -> Result<T, StoreError> {
+    pub(super) fn read<T>(&self, question: &DatabaseQuery<'_, T>) -> Result<T, StoreError> {
         let deadline = Instant::now() + self.patience;
         self.notice_replacement()?;
         let mut lease = self.lease(deadline)?;
@@ -165,7 +194,9 @@ impl Pool {
                     lease.database = Some(database);
                     return Ok(answer);
                 }
-                Err(Failure::Error(error @ (StoreError::Row { .. } | StoreError::Busy { .. }))) => {
+                Err(DatabaseError::Error(
+                    error @ (StoreError::Row { .. } | StoreError::Busy { .. }),
+                )) => {
                     lease.database = Some(database);
                     return Err(error);
                 }
@@ -178,18 +209,26 @@ impl Pool {
 
     fn open_and_ask<T>(
         &self,
-        lease: &mut Lease<'_>,
-        question: &Question<'_, T>,
+        lease: &mut ConnectionLease<'_>,
+        question: &DatabaseQuery<'_, T>,
         deadline: Instant,
     ) -> Result<T, StoreError> {
-        if let Some(told) = self.told(self.attempt(lease, Mode::Shared, question, deadline), Way::Plain) {
+        if let Some(told) =
+            self.told(self.attempt(lease, OpenMode::Shared, question, deadline), OpenMethod::Plain)
+        {
             return told;
         }
         let mut daemon_said = "not asked again so soon".to_owned();
         if self.may_wake_daemon() {
-            match daemon_socket::wake(&self.place.daemon_socket, deadline.min(Instant::now() + DAEMON_PATIENCE.get())) {
+            match daemon_socket::wake(
+                &self.place.daemon_socket,
+                deadline.min(Instant::now() + DAEMON_PATIENCE.get()),
+            ) {
                 Ok(_awake_until_we_have_opened_it) => {
-                    if let Some(told) = self.told(self.attempt(lease, Mode::Shared, question, deadline), Way::Daemon) {
+                    if let Some(told) = self.told(
+                        self.attempt(lease, OpenMode::Shared, question, deadline),
+                        OpenMethod::Daemon,
+                    ) {
                         return told;
                     }
                     daemon_said = "connected, but has another database open".to_owned();
@@ -199,21 +238,25 @@ impl Pool {
         }
         let mut fruitless = 0;
         while fruitless < ATTEMPTS && !left(deadline).is_zero() {
-            let before = Still::observe(&self.place.db);
-            // Whoever has written a moment ago opens and closes the database, and will be through in another moment.
-            let is_settled = before.as_ref().is_none_or(|still| still.unsettled(SystemTime::now()).is_none());
+            let before = FileStamp::observe(&self.place.db);
+            // Whoever has written a moment ago opens and closes the database, and will be through
+            // in another moment.
+            let is_settled =
+                before.as_ref().is_none_or(|still| still.unsettled(SystemTime::now()).is_none());
             fruitless = if is_settled { fruitless + 1 } else { 0 };
             if let Some(before) = before.filter(|_| is_settled) {
-                let answer = self.attempt(lease, Mode::Immutable, question, deadline);
+                let answer = self.attempt(lease, OpenMode::Immutable, question, deadline);
                 lease.database = None; // for this one query only
-                if Still::observe(&self.place.db) == Some(before)
-                    && let Some(told) = self.told(answer, Way::Immutable)
+                if FileStamp::observe(&self.place.db) == Some(before)
+                    && let Some(told) = self.told(answer, OpenMethod::Immutable)
                 {
                     return told;
                 }
             }
             // If somebody writes, the files are there now.
-            if let Some(told) = self.told(self.attempt(lease, Mode::Shared, question, deadline), Way::Plain) {
+            if let Some(told) = self
+                .told(self.attempt(lease, OpenMode::Shared, question, deadline), OpenMethod::Plain)
+            {
                 return told;
             }
             thread::sleep(PAUSE.min(left(deadline)));
@@ -221,42 +264,48 @@ impl Pool {
         Err(StoreError::Asleep { db: self.place.db.clone(), daemon: daemon_said })
     }
 
-    /// What an attempt told, by which way; `None` if the database was asleep and another way is to be tried.
-    fn told<T>(&self, answer: Result<T, Failure>, way: Way) -> Option<Result<T, StoreError>> {
+    /// What an attempt told, by which way; `None` if the database was asleep and another way is to
+    /// be tried.
+    fn told<T>(
+        &self,
+        answer: Result<T, DatabaseError>,
+        way: OpenMethod,
+    ) -> Option<Result<T, StoreError>> {
         match answer {
             Ok(answer) => {
                 self.note(way);
                 Some(Ok(answer))
             }
-            Err(Failure::Error(error)) => Some(Err(error)),
-            Err(Failure::Asleep) => None,
+            Err(DatabaseError::Error(error)) => Some(Err(error)),
+            Err(DatabaseError::Asleep) => None,
         }
     }
 
     fn attempt<T>(
         &self,
-        lease: &mut Lease<'_>,
-        mode: Mode,
-        question: &Question<'_, T>,
+        lease: &mut ConnectionLease<'_>,
+        mode: OpenMode,
+        question: &DatabaseQuery<'_, T>,
         deadline: Instant,
-    ) -> Result<T, Failure> {
+    ) -> Result<T, DatabaseError> {
         let database = Database::open(&self.place.db, mode, left(deadline))?;
         // A connection is opened in earnest by its first query only.
         let answer = ask(&database, question, deadline);
-        if matches!(answer, Ok(_) | Err(Failure::Error(StoreError::Row { .. }))) {
+        if matches!(answer, Ok(_) | Err(DatabaseError::Error(StoreError::Row { .. }))) {
             lease.database = Some(database);
         }
         answer
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, PoolState> {
         // No code that can panic runs while it is held.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Waits for an idle connection, or for the right to open one.
-    fn lease(&self, deadline: Instant) -> Result<Lease<'_>, StoreError> {
-        let full = |state: &mut State| state.idle.is_empty() && state.in_use >= self.connections;
+    fn lease(&self, deadline: Instant) -> Result<ConnectionLease<'_>, StoreError> {
+        let full =
+            |state: &mut PoolState| state.idle.is_empty() && state.in_use >= self.connections;
         let (mut state, waited) = self
             .returned
             .wait_timeout_while(self.state(), left(deadline), full)
@@ -266,14 +315,17 @@ impl Pool {
         }
         state.in_use += 1;
         let database = state.idle.pop();
-        Ok(Lease { pool: self, database })
+        Ok(ConnectionLease { pool: self, database })
     }
 
     fn notice_replacement(&self) -> Result<(), StoreError> {
         let now = Instant::now();
         {
             let mut state = self.state();
-            if state.file_checked.is_some_and(|checked| now.duration_since(checked) < REPLACEMENT_CHECK) {
+            if state
+                .file_checked
+                .is_some_and(|checked| now.duration_since(checked) < REPLACEMENT_CHECK)
+            {
                 return Ok(());
             }
             state.file_checked = Some(now);
@@ -284,7 +336,11 @@ impl Pool {
             let mut state = self.state();
             let file = found.as_ref().ok().copied();
             if state.file.is_some() && state.file != file {
-                log::log!(self.level, "nix database {}: the file was replaced or removed", self.place.db.display());
+                log::log!(
+                    self.level,
+                    "nix database {}: the file was replaced or removed",
+                    self.place.db.display()
+                );
                 outdated = std::mem::take(&mut state.idle);
             }
             state.file = file;
@@ -306,7 +362,7 @@ impl Pool {
         may
     }
 
-    fn note(&self, way: Way) {
+    fn note(&self, way: OpenMethod) {
         let before = self.state().way.replace(way);
         if before != Some(way) {
             log::log!(self.level, "nix database {}: {way}", self.place.db.display());
@@ -315,12 +371,12 @@ impl Pool {
 }
 
 /// The right to use one connection, and that connection if it is open.
-struct Lease<'pool> {
-    pool: &'pool Pool,
+struct ConnectionLease<'pool> {
+    pool: &'pool ConnectionPool,
     database: Option<Database>,
 }
 
-impl Drop for Lease<'_> {
+impl Drop for ConnectionLease<'_> {
     fn drop(&mut self) {
         let mut outdated = None;
         {
@@ -336,13 +392,21 @@ impl Drop for Lease<'_> {
     }
 }
 
-/// The state of the database under which its answers are kept; none are while it is read as immutable, as whether they are
-/// right is known only afterwards.
-fn generation(database: &Database, kept: &Kept) -> Result<Option<u64>, Failure> {
-    if database.mode == Mode::Immutable { Ok(None) } else { kept.generation(database).map(Some) }
+/// The state of the database under which its answers are kept; none are while it is read as
+/// immutable, as whether they are right is known only afterwards.
+fn generation(database: &Database, kept: &PathInfoCache) -> Result<Option<u64>, DatabaseError> {
+    if database.mode == OpenMode::Immutable {
+        Ok(None)
+    } else {
+        kept.generation(database).map(Some)
+    }
 }
 
-fn ask<T>(database: &Database, question: &Question<'_, T>, deadline: Instant) -> Result<T, Failure> {
+fn ask<T>(
+    database: &Database,
+    question: &DatabaseQuery<'_, T>,
+    deadline: Instant,
+) -> Result<T, DatabaseError> {
     database.set_patience(left(deadline))?;
     question(database)
 }

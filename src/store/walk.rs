@@ -1,4 +1,5 @@
-//! The files of a store path in the order of a NAR, without recursion and without following a symlink.
+//! The files of a store path in the order of a NAR, without recursion and without following a
+//! symlink.
 
 use super::NarError;
 use crate::nix::StorePath;
@@ -11,17 +12,18 @@ use std::{
     os::fd::{AsFd, BorrowedFd, OwnedFd},
 };
 
-/// Directories inside each other. Nix itself cannot make a path this deep unless all names are very short; each open
-/// level costs a file descriptor.
+/// Directories inside each other. Nix itself cannot make a path this deep unless all names are very
+/// short; each open level costs a file descriptor.
 pub(super) const MAX_DEPTH: usize = 256;
-/// Bytes of names, over all directories being walked: 400,000 files in one directory with names of 40 bytes.
+/// Bytes of names, over all directories being walked: 400,000 files in one directory with names of
+/// 40 bytes.
 const MAX_NAMES: usize = 16 << 20;
 /// What one getdents fills: about 1,000 names.
 const ENTRIES_BUFFER: usize = 32 << 10;
 
 /// What the walk has come to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Step {
+pub(super) enum WalkStep {
     /// A directory; what it holds follows.
     Enter,
     /// The end of the directory entered last.
@@ -32,14 +34,15 @@ pub(super) enum Step {
     Symlink,
 }
 
-/// A walk through one store path, by descriptors alone: a directory moved or replaced meanwhile leads nowhere else.
+/// A walk through one store path, by descriptors alone: a directory moved or replaced meanwhile
+/// leads nowhere else.
 #[derive(Debug)]
 pub(super) struct Walk {
     store: OwnedFd,
     root: CString,
     store_dir: String,
     begun: bool,
-    directories: Vec<Directory>,
+    directories: Vec<OpenDirectory>,
     /// How many of `directories` are around the current entry.
     depth: usize,
     names: usize,
@@ -47,24 +50,24 @@ pub(super) struct Walk {
 }
 
 #[derive(Debug)]
-struct Directory {
+struct OpenDirectory {
     descriptor: OwnedFd,
     /// The names, each with its NUL.
     names: Vec<u8>,
-    entries: Vec<Entry>,
+    entries: Vec<DirectoryEntry>,
     /// The entry after the current one.
     next: usize,
 }
 
 #[derive(Debug, Clone, Copy)]
-struct Entry {
+struct DirectoryEntry {
     start: usize,
     end: usize,
     kind: FileType,
 }
 
-impl Directory {
-    fn name(&self, entry: Entry) -> &CStr {
+impl OpenDirectory {
+    fn name(&self, entry: DirectoryEntry) -> &CStr {
         CStr::from_bytes_with_nul(&self.names[entry.start..entry.end]).expect("copied from a CStr")
     }
 
@@ -89,14 +92,14 @@ impl Walk {
     }
 
     /// Goes one step on. `None` after the last.
-    pub(super) fn advance(&mut self) -> Result<Option<Step>, NarError> {
+    pub(super) fn advance(&mut self) -> Result<Option<WalkStep>, NarError> {
         let listed = if self.begun {
             let Some(directory) = self.directories.last_mut() else { return Ok(None) };
             let Some(entry) = directory.entries.get(directory.next) else {
                 self.names -= directory.names.len();
                 self.directories.pop();
                 self.depth = self.directories.len();
-                return Ok(Some(Step::Leave));
+                return Ok(Some(WalkStep::Leave));
             };
             directory.next += 1;
             entry.kind
@@ -110,14 +113,17 @@ impl Walk {
             known => known,
         };
         match kind {
-            FileType::RegularFile => Ok(Some(Step::Regular)),
-            FileType::Symlink => Ok(Some(Step::Symlink)),
+            FileType::RegularFile => Ok(Some(WalkStep::Regular)),
+            FileType::Symlink => Ok(Some(WalkStep::Symlink)),
             FileType::Directory => {
                 let directory = self.read_directory()?;
                 self.directories.push(directory);
-                Ok(Some(Step::Enter))
+                Ok(Some(WalkStep::Enter))
             }
-            _ => Err(NarError::Unsupported { path: self.path(), why: "neither file, directory nor symlink" }),
+            _ => Err(NarError::Unsupported {
+                path: self.path(),
+                why: "neither file, directory nor symlink",
+            }),
         }
     }
 
@@ -131,12 +137,12 @@ impl Walk {
         self.depth == 0
     }
 
-    /// The current entry's name. Not for [`Step::Leave`].
+    /// The current entry's name. Not for [`WalkStep::Leave`].
     pub(super) fn name(&self) -> &CStr {
         self.place().1
     }
 
-    /// The current entry's directory and name, for `openat` and its like. Not for [`Step::Leave`].
+    /// The current entry's directory and name, for `openat` and its like. Not for [`WalkStep::Leave`].
     pub(super) fn place(&self) -> (BorrowedFd<'_>, &CStr) {
         match self.depth.checked_sub(1).map(|index| &self.directories[index]) {
             Some(directory) => (directory.descriptor.as_fd(), directory.current().unwrap_or(c"")),
@@ -153,7 +159,7 @@ impl Walk {
     /// The current entry's full path, for messages.
     pub(super) fn path(&self) -> String {
         let mut path = format!("{}/{}", self.store_dir, self.root.to_string_lossy());
-        for name in self.directories[..self.depth].iter().filter_map(Directory::current) {
+        for name in self.directories[..self.depth].iter().filter_map(OpenDirectory::current) {
             path.push('/');
             path.push_str(&name.to_string_lossy());
         }
@@ -164,7 +170,9 @@ impl Walk {
     pub(super) fn failed(&self, error: Errno) -> NarError {
         match error {
             Errno::NOENT => self.changed("vanished"),
-            Errno::LOOP | Errno::NOTDIR | Errno::NXIO | Errno::INVAL => self.changed("became another kind of file"),
+            Errno::LOOP | Errno::NOTDIR | Errno::NXIO | Errno::INVAL => {
+                self.changed("became another kind of file")
+            }
             _ => NarError::Read { path: self.path(), cause: error.into() },
         }
     }
@@ -176,17 +184,22 @@ impl Walk {
 
     fn ask_kind(&self) -> Result<FileType, NarError> {
         let (directory, name) = self.place();
-        let stat = statat(directory, name, AtFlags::SYMLINK_NOFOLLOW).map_err(|error| self.failed(error))?;
+        let stat = statat(directory, name, AtFlags::SYMLINK_NOFOLLOW)
+            .map_err(|error| self.failed(error))?;
         Ok(FileType::from_raw_mode(stat.st_mode))
     }
 
-    fn read_directory(&mut self) -> Result<Directory, NarError> {
+    fn read_directory(&mut self) -> Result<OpenDirectory, NarError> {
         if self.directories.len() == MAX_DEPTH {
-            return Err(NarError::Unsupported { path: self.path(), why: "more than 256 directories deep" });
+            return Err(NarError::Unsupported {
+                path: self.path(),
+                why: "more than 256 directories deep",
+            });
         }
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let (parent, name) = self.place();
-        let descriptor = openat(parent, name, flags, Mode::empty()).map_err(|error| self.failed(error))?;
+        let descriptor =
+            openat(parent, name, flags, Mode::empty()).map_err(|error| self.failed(error))?;
 
         let mut names = Vec::new();
         let mut entries = Vec::new();
@@ -202,14 +215,17 @@ impl Walk {
             let start = names.len();
             names.extend_from_slice(name);
             if self.names + names.len() > MAX_NAMES {
-                return Err(NarError::Unsupported { path: self.path(), why: "more than 16 MiB of file names" });
+                return Err(NarError::Unsupported {
+                    path: self.path(),
+                    why: "more than 16 MiB of file names",
+                });
             }
-            entries.push(Entry { start, end: names.len(), kind: entry.file_type() });
+            entries.push(DirectoryEntry { start, end: names.len(), kind: entry.file_type() });
         }
         self.buffer = buffer;
         self.names += names.len();
         // The NULs do no harm: none of the bytes that names have is smaller.
         entries.sort_unstable_by(|a, b| names[a.start..a.end].cmp(&names[b.start..b.end]));
-        Ok(Directory { descriptor, names, entries, next: 0 })
+        Ok(OpenDirectory { descriptor, names, entries, next: 0 })
     }
 }

@@ -1,7 +1,8 @@
 //! Whose signatures make a peer's path worth offering to this machine's Nix.
 //!
-//! The keys are those of the local nix.conf, so that no flag has to repeat them, and those of `--trusted-public-key` and
-//! `--trusted-public-key-file`. A part that cannot be read leaves its keys untrusted, and is reported.
+//! The keys are those of the local nix.conf, so that no flag has to repeat them, and those of
+//! `--trusted-public-key` and `--trusted-public-key-file`. A part that cannot be read leaves its
+//! keys untrusted, and is reported.
 
 mod nix_conf;
 
@@ -25,7 +26,7 @@ pub const NIX_CONF: &str = "nix-conf";
 
 /// The keys that are trusted at one moment.
 #[derive(Default)]
-struct Gate {
+struct KeySnapshot {
     /// Whether paths that none of them signed are passed over.
     is_on: bool,
     keys: Vec<PublicKey>,
@@ -34,13 +35,14 @@ struct Gate {
 /// The trusted keys of this node. They change when nix.conf does.
 pub struct TrustedKeys {
     flags: Vec<PublicKey>,
-    /// Those of friends. They count beside others, and alone make no gate: it would shut out everybody else.
+    /// Those of friends. They count beside others, and alone make no gate: it would shut out
+    /// everybody else.
     friends: Vec<PublicKey>,
     files: Vec<PathBuf>,
     conf_dir: PathBuf,
     port: u16,
     store_dir: StoreDir,
-    gate: RwLock<Arc<Gate>>,
+    gate: RwLock<Arc<KeySnapshot>>,
     /// What was read last. Locked only while it is compared with the files and read again.
     conf: Mutex<NixConf>,
 }
@@ -50,7 +52,11 @@ impl TrustedKeys {
     pub fn read(config: &Config, port: u16, degraded: &Degraded) -> TrustedKeys {
         let keys = TrustedKeys {
             flags: config.trusted_public_keys.clone(),
-            friends: config.friends.iter().filter_map(|friend| friend.signing_key.clone()).collect(),
+            friends: config
+                .friends
+                .iter()
+                .filter_map(|friend| friend.signing_key.clone())
+                .collect(),
             files: config.trusted_public_key_files.clone(),
             conf_dir: config.nix_conf_dir.clone(),
             port,
@@ -111,15 +117,16 @@ impl TrustedKeys {
                 first.push(key);
             }
         }
-        *self.gate.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(Gate { is_on, keys: first });
+        *self.gate.write().unwrap_or_else(PoisonError::into_inner) =
+            Arc::new(KeySnapshot { is_on, keys: first });
     }
 
-    fn gate(&self) -> Arc<Gate> {
+    fn gate(&self) -> Arc<KeySnapshot> {
         self.gate.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Whether a path may be offered to Nix: a trusted key signed it, its content proves it, or signatures do not
-    /// matter.
+    /// Whether a path may be offered to Nix: a trusted key signed it, its content proves it, or
+    /// signatures do not matter.
     pub fn accepts(&self, info: &PathInfo) -> bool {
         let gate = self.gate();
         if !gate.is_on || is_content_addressed(info, &self.store_dir) {
@@ -148,8 +155,8 @@ impl TrustedKeys {
     }
 }
 
-/// The public half of a secret key that nix.conf names. One that this user cannot read is none of its business: Nix
-/// signs with it, and the paths of this machine are not looked for at peers.
+/// The public half of a secret key that nix.conf names. One that this user cannot read is none of
+/// its business: Nix signs with it, and the paths of this machine are not looked for at peers.
 fn public_half(file: &Path) -> Option<PublicKey> {
     Some(SecretKey::parse(&key_file::read(file).ok()?).ok()?.public())
 }
@@ -161,7 +168,9 @@ fn read_public_keys(path: &Path) -> Result<Vec<PublicKey>, String> {
     let text = key_file::read(path).map_err(|e| format!("public key {name}: {e}; {without}"))?;
     let keys = text.split_whitespace().map(PublicKey::parse).collect::<Result<Vec<_>, _>>();
     match keys {
-        Ok(keys) if keys.is_empty() => Err(format!("public key {name}: there is none in it; {without}")),
+        Ok(keys) if keys.is_empty() => {
+            Err(format!("public key {name}: there is none in it; {without}"))
+        }
         keys => keys.map_err(|e| format!("public key {name}: {e}; {without}")),
     }
 }
@@ -217,7 +226,11 @@ mod tests {
         fs::write(dir.join("nix.conf"), "include missing.conf\n").unwrap();
         keys.refresh(&degraded);
         assert!(keys.accepts(&unsigned()) && degraded.all()[0].1.contains("missing.conf"));
-        fs::write(dir.join("missing.conf"), format!("trusted-public-keys = b-1:{KEY} b-1:{KEY} a-1:{KEY}")).unwrap();
+        fs::write(
+            dir.join("missing.conf"),
+            format!("trusted-public-keys = b-1:{KEY} b-1:{KEY} a-1:{KEY}"),
+        )
+        .unwrap();
         keys.refresh(&degraded);
         assert!(degraded.all().is_empty());
         assert_eq!(names(&keys), known(&["b-1", "a-1"]));
@@ -229,8 +242,11 @@ mod tests {
         let dir = dir("files");
         let file = dir.join("keys");
         fs::write(dir.join("nix.conf"), "require-sigs = false\n").unwrap();
-        let config =
-            Config { nix_conf_dir: dir.clone(), trusted_public_key_files: vec![file.clone()], ..Config::default() };
+        let config = Config {
+            nix_conf_dir: dir.clone(),
+            trusted_public_key_files: vec![file.clone()],
+            ..Config::default()
+        };
         let degraded = Degraded::default();
         let keys = TrustedKeys::read(&config, 12304, &degraded);
         for (text, why) in [("", "none"), ("b-1:!", "base64"), ("b-1:AAAA", "32 bytes")] {

@@ -9,8 +9,8 @@ use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-/// Bytes of one file that are read; files written by hand have a few hundred, those of fleets some thousand. A longer
-/// one is a fault, as its end may change what its beginning says.
+/// Bytes of one file that are read; files written by hand have a few hundred, those of fleets some
+/// thousand. A longer one is a fault, as its end may change what its beginning says.
 const MAX_FILE: u64 = 1 << 20;
 
 /// Files that are read in all. A file that includes itself would have no end.
@@ -32,13 +32,14 @@ const NAMES: [(&str, &str); 7] = [
 pub struct NixConf {
     settings: HashMap<&'static str, String>,
     /// The files that were looked for, and what each was then.
-    files: Vec<(PathBuf, Option<Stamp>)>,
+    files: Vec<(PathBuf, Option<NixConfStamp>)>,
     /// Parts that could not be read, each in a line. Nix may read them.
     pub faults: Vec<String>,
 }
 
-/// What changes when a file is written or replaced: device, inode, size, and the time in nanoseconds.
-type Stamp = (u64, u64, u64, i64);
+/// What changes when a file is written or replaced: device, inode, size, and the time in
+/// nanoseconds.
+type NixConfStamp = (u64, u64, u64, i64);
 
 impl NixConf {
     /// Reads `nix.conf` in `dir`. Blocks on the disk. One that is not there leaves Nix's defaults.
@@ -53,8 +54,8 @@ impl NixConf {
         self.files.iter().any(|(file, then)| stamp(file) != *then)
     }
 
-    /// The keys whose signatures Nix takes, in the order in which it looks for one of a name. Malformed ones are left
-    /// out.
+    /// The keys whose signatures Nix takes, in the order in which it looks for one of a name.
+    /// Malformed ones are left out.
     pub fn public_keys(&self) -> Vec<PublicKey> {
         self.public_key_words().filter_map(|word| PublicKey::parse(word).ok()).collect()
     }
@@ -76,21 +77,25 @@ impl NixConf {
         let hosts = ["127.0.0.1", "localhost", "[::1]"].map(|host| format!("http://{host}:{port}"));
         let is_trusted = |url: &str| {
             let (bare, query) = url.split_once('?').unwrap_or((url, ""));
-            let says_so = query.split('&').any(|word| matches!(word, "trusted=true" | "trusted=1" | "trusted=yes"));
+            let says_so = query
+                .split('&')
+                .any(|word| matches!(word, "trusted=true" | "trusted=1" | "trusted=yes"));
             says_so && hosts.iter().any(|host| bare.trim_end_matches('/') == host)
         };
         !is_off && !urls.into_iter().any(is_trusted)
     }
 
-    /// The keys whose signatures Nix takes from the cache at `url`. `None` unless that cache is certain to be one of
-    /// Nix's substituters: without a nix.conf, with other files included, or with lines that Nix does not take, nothing
-    /// is certain.
+    /// The keys whose signatures Nix takes from the cache at `url`. `None` unless that cache is
+    /// certain to be one of Nix's substituters: without a nix.conf, with other files included, or
+    /// with lines that Nix does not take, nothing is certain.
     pub fn keys_for_substituter(&self, url: &str) -> Option<Vec<PublicKey>> {
         let is_certain = matches!(self.files[..], [(_, Some(_))]) && self.faults.is_empty();
         let is_on = self.get("substitute").is_none_or(|value| value == "true");
-        let cache = |url: &str| url.split('?').next().unwrap_or_default().trim_end_matches('/').to_owned();
+        let cache =
+            |url: &str| url.split('?').next().unwrap_or_default().trim_end_matches('/').to_owned();
         let mut urls = self.get("substituters").unwrap_or(DEFAULT_UPSTREAM).split_whitespace();
-        (is_certain && is_on && urls.any(|one| cache(one) == cache(url))).then(|| self.public_keys())
+        (is_certain && is_on && urls.any(|one| cache(one) == cache(url)))
+            .then(|| self.public_keys())
     }
 
     fn get(&self, name: &str) -> Option<&str> {
@@ -100,7 +105,9 @@ impl NixConf {
     /// Applies a file; `included_from` is the file that names it.
     fn apply(&mut self, file: &Path, included_from: Option<&Path>) {
         if self.files.len() >= MAX_FILES {
-            return self.faults.push(format!("{}: more than {MAX_FILES} files are included", file.display()));
+            return self
+                .faults
+                .push(format!("{}: more than {MAX_FILES} files are included", file.display()));
         }
         self.files.push((file.to_owned(), stamp(file)));
         let text = match key_file::read_bytes(file, MAX_FILE) {
@@ -109,7 +116,8 @@ impl NixConf {
             Err(e) => return self.faults.push(format!("{}: {e}", file.display())),
         };
         for line in text.lines() {
-            let words: Vec<&str> = line.split('#').next().unwrap_or_default().split_whitespace().collect();
+            let words: Vec<&str> =
+                line.split('#').next().unwrap_or_default().split_whitespace().collect();
             match words[..] {
                 [] => {}
                 ["include", name] => self.apply(&beside(file, name), Some(file)),
@@ -121,7 +129,11 @@ impl NixConf {
                     }
                 }
                 [name, "=", ref values @ ..] => self.set(name, &values.join(" ")),
-                _ => self.faults.push(format!("{}: Nix does not take the line: {}", file.display(), line.trim())),
+                _ => self.faults.push(format!(
+                    "{}: Nix does not take the line: {}",
+                    file.display(),
+                    line.trim()
+                )),
             }
         }
     }
@@ -146,7 +158,7 @@ fn beside(file: &Path, name: &str) -> PathBuf {
     file.parent().unwrap_or(Path::new("/")).join(name)
 }
 
-fn stamp(file: &Path) -> Option<Stamp> {
+fn stamp(file: &Path) -> Option<NixConfStamp> {
     let meta = fs::metadata(file).ok()?;
     let nanoseconds = meta.mtime().wrapping_mul(1_000_000_000).wrapping_add(meta.mtime_nsec());
     Some((meta.dev(), meta.ino(), meta.len(), nanoseconds))
@@ -162,7 +174,8 @@ mod tests {
 
     impl Dir {
         fn new(name: &str) -> Dir {
-            let dir = std::env::temp_dir().join(format!("peerix-nix-conf-{}-{name}", std::process::id()));
+            let dir =
+                std::env::temp_dir().join(format!("peerix-nix-conf-{}-{name}", std::process::id()));
             let _ = fs::remove_dir_all(&dir);
             fs::create_dir_all(&dir).unwrap();
             Dir(dir)
@@ -203,8 +216,16 @@ mod tests {
         for (text, expected) in [
             (format!("extra-trusted-public-keys = a-1:{KEY}"), &["cache.nixos.org-1", "a-1"][..]),
             (format!("trusted-public-keys = a-1:{KEY} b-1:{KEY} # c-1:{KEY}"), &["a-1", "b-1"]),
-            (format!("binary-cache-public-keys = a-1:{KEY}\nextra-trusted-public-keys = b-1:{KEY}"), &["a-1", "b-1"]),
-            (format!("extra-trusted-public-keys = a-1:{KEY}\ntrusted-public-keys = b-1:{KEY}"), &["b-1"]),
+            (
+                format!(
+                    "binary-cache-public-keys = a-1:{KEY}\nextra-trusted-public-keys = b-1:{KEY}"
+                ),
+                &["a-1", "b-1"],
+            ),
+            (
+                format!("extra-trusted-public-keys = a-1:{KEY}\ntrusted-public-keys = b-1:{KEY}"),
+                &["b-1"],
+            ),
             (format!("trusted-public-keys = a-1:nonsense b-1:{KEY}"), &["b-1"]),
             ("trusted-public-keys =".to_owned(), &[]),
         ] {
@@ -262,7 +283,9 @@ mod tests {
         let is = |conf| keys(conf, "https://cache.example").is_some();
         assert!(is("substituters = https://cache.nixos.org https://cache.example/\n"));
         assert!(is("extra-substituters = https://cache.example?priority=10 # ours\n"));
-        assert!(is("substituters = http://127.0.0.1:12304\nextra-substituters = https://cache.example"));
+        assert!(is(
+            "substituters = http://127.0.0.1:12304\nextra-substituters = https://cache.example"
+        ));
         assert!(keys("max-jobs = 4\n", DEFAULT_UPSTREAM).is_some());
         assert!(keys("extra-substituters = https://cache.example", DEFAULT_UPSTREAM).is_some());
         for conf in [
@@ -280,7 +303,10 @@ mod tests {
         }
         assert!(keys("substituters = http://127.0.0.1:12304", DEFAULT_UPSTREAM).is_none());
         // Nothing is certain either of a file that cannot be read whole.
-        assert!(keys("substituters = https://cache.example\nnonsense", "https://cache.example").is_none());
+        assert!(
+            keys("substituters = https://cache.example\nnonsense", "https://cache.example")
+                .is_none()
+        );
     }
 
     #[test]
@@ -294,7 +320,13 @@ mod tests {
         };
         assert_eq!(names(""), ["cache.nixos.org-1"]);
         assert_eq!(names(&format!("trusted-public-keys = {other}")), ["other-1"]);
-        assert_eq!(names(&format!("extra-trusted-public-keys = {other} nonsense")), ["cache.nixos.org-1", "other-1"]);
-        assert_eq!(names(&format!("extra-trusted-public-keys = {other}\ntrusted-public-keys =")), [""; 0]);
+        assert_eq!(
+            names(&format!("extra-trusted-public-keys = {other} nonsense")),
+            ["cache.nixos.org-1", "other-1"]
+        );
+        assert_eq!(
+            names(&format!("extra-trusted-public-keys = {other}\ntrusted-public-keys =")),
+            [""; 0]
+        );
     }
 }

@@ -1,28 +1,31 @@
 //! What a node would share, as a set of hash parts that it publishes to trackers: a Bloom filter.
 //!
-//! `PUT /filter/<peer id>` carries the bits as they are: bit *i* is bit *i* mod 8, counted from the lowest, of byte *i* / 8.
-//! Their number is one of [`Filter::size_for`], so that a tracker can keep filters of equal size together. A hash part sets
-//! [`HASHES`] bits: with *a* and *b* the 60 bits of its digits 0–11 and 12–23, the first digit the highest, shifted up
-//! by 4, and *b* made odd, bit number *k* is (*a* + *k b*) mod 2⁶⁴, scaled to the number of bits. Hash parts
-//! are digests, so that no further hashing is needed; a node that chooses its own misleads nobody but those who ask it.
+//! `PUT /filter/<peer id>` carries the bits as they are: bit *i* is bit *i* mod 8, counted from the
+//! lowest, of byte *i* / 8. Their number is one of [`BloomFilter::size_for`], so that a tracker can keep
+//! filters of equal size together. A hash part sets [`HASHES`] bits: with *a* and *b* the 60 bits
+//! of its digits 0–11 and 12–23, the first digit the highest, shifted up by 4, and *b* made odd,
+//! bit number *k* is (*a* + *k b*) mod 2⁶⁴, scaled to the number of bits. Hash parts are digests,
+//! so that no further hashing is needed; a node that chooses its own misleads nobody but those who
+//! ask it.
 
 use crate::nix::{HashPart, Malformed};
 
 /// Bits that a hash part sets. Twelve is near the best number from 16 to 20 bits a path.
 pub const HASHES: usize = 12;
 
-/// Bits for each path of a filter that is made for no tracker in particular: 0.05 % of other paths are taken for its own.
+/// Bits for each path of a filter that is made for no tracker in particular: 0.05 % of other paths
+/// are taken for its own.
 pub const BITS_PER_PATH: u64 = 16;
 
-/// Fewest bits for each path: 1.4 % of other paths are taken for its own. Each of a tracker's peers adds that much to the
-/// candidates of every path, so trackers refuse filters that are fuller.
+/// Fewest bits for each path: 1.4 % of other paths are taken for its own. Each of a tracker's peers
+/// adds that much to the candidates of every path, so trackers refuse filters that are fuller.
 pub const LEAST_BITS_PER_PATH: u64 = 10;
 
 /// Most bits for each path: 0.007 % of other paths are taken for its own, 7 of 100,000 peers.
 pub const MOST_BITS_PER_PATH: u64 = 20;
 
-/// Part of the bits that may be set: 1 - e^(-[`HASHES`] / [`LEAST_BITS_PER_PATH`]), and 0.02 for chance, which in the
-/// smallest filter is four standard deviations.
+/// Part of the bits that may be set: 1 - e^(-[`HASHES`] / [`LEAST_BITS_PER_PATH`]), and 0.02 for
+/// chance, which in the smallest filter is four standard deviations.
 const MOST_SET: f64 = 0.72;
 
 /// The smallest, 1 KiB: most machines have more paths than fit one.
@@ -35,20 +38,22 @@ const SIZES_PER_OCTAVE: u64 = 8;
 
 /// A set that may contain a little more than was put in.
 #[derive(Clone, PartialEq, Eq)]
-pub struct Filter {
+pub struct BloomFilter {
     bits: Vec<u8>,
 }
 
-impl Filter {
-    /// An empty one for so many paths, of [`BITS_PER_PATH`]; for more than the largest holds, the largest.
+impl BloomFilter {
+    /// An empty one for so many paths, of [`BITS_PER_PATH`]; for more than the largest holds, the
+    /// largest.
     pub fn for_paths(paths: u64) -> Self {
         Self::with_bits(paths, BITS_PER_PATH)
     }
 
-    /// An empty one for so many paths, of so many bits each; for more than the largest holds, the largest.
+    /// An empty one for so many paths, of so many bits each; for more than the largest holds, the
+    /// largest.
     pub fn with_bits(paths: u64, bits_per_path: u64) -> Self {
         let bytes = Self::size_for(paths.saturating_mul(bits_per_path)) / 8;
-        Filter { bits: vec![0; bytes as usize] }
+        BloomFilter { bits: vec![0; bytes as usize] }
     }
 
     /// Whether more bits are set than paths of [`LEAST_BITS_PER_PATH`] set.
@@ -57,7 +62,8 @@ impl Filter {
         set as f64 > self.len_bits() as f64 * MOST_SET
     }
 
-    /// The number of bits a filter of at least so many has: an eighth of a power of two times 8 to 15, from 1 KiB to 4 MiB.
+    /// The number of bits a filter of at least so many has: an eighth of a power of two times 8 to
+    /// 15, from 1 KiB to 4 MiB.
     pub fn size_for(bits: u64) -> u64 {
         let bits = bits.clamp(MIN_BITS, 8 * MAX_BYTES as u64);
         let step = (1 << bits.ilog2()) / SIZES_PER_OCTAVE;
@@ -73,7 +79,7 @@ impl Filter {
         if Self::size_for(len) != len {
             return Err(Malformed::new("filter", "of a size that filters do not have"));
         }
-        Ok(Filter { bits })
+        Ok(BloomFilter { bits })
     }
 
     /// The bits, for a request's body.
@@ -129,14 +135,14 @@ mod tests {
         HashPart::parse(nix32::encode(&digest.as_ref()[..20]).as_bytes()).unwrap()
     }
 
-    fn add(filter: &mut Filter, paths: std::ops::Range<u64>) {
+    fn add(filter: &mut BloomFilter, paths: std::ops::Range<u64>) {
         paths.for_each(|i| {
             filter.insert(&part(i));
         });
     }
 
-    fn filter_of(paths: u64) -> Filter {
-        let mut filter = Filter::for_paths(paths);
+    fn filter_of(paths: u64) -> BloomFilter {
+        let mut filter = BloomFilter::for_paths(paths);
         add(&mut filter, 0..paths);
         filter
     }
@@ -151,7 +157,7 @@ mod tests {
             assert!(!filter.is_overfull());
         }
         // And when it is as full as it may become.
-        let mut filter = Filter::for_paths(20_000);
+        let mut filter = BloomFilter::for_paths(20_000);
         let most = filter.len_bits() / LEAST_BITS_PER_PATH;
         (0..most).for_each(|i| {
             filter.insert(&part(i));
@@ -164,19 +170,19 @@ mod tests {
     #[test]
     fn fuller_filter_than_paths_make_is_overfull() {
         for paths in [0, 20_000] {
-            let mut filter = Filter::for_paths(paths);
+            let mut filter = BloomFilter::for_paths(paths);
             let fits = filter.len_bits() / LEAST_BITS_PER_PATH;
             add(&mut filter, 0..fits);
             assert!(!filter.is_overfull(), "{paths}");
             add(&mut filter, fits..2 * fits);
             assert!(filter.is_overfull(), "{paths}");
         }
-        assert!(Filter::parse(vec![0xff; 1024]).unwrap().is_overfull());
+        assert!(BloomFilter::parse(vec![0xff; 1024]).unwrap().is_overfull());
     }
 
     #[test]
     fn most_bits_take_few_paths_for_its_own() {
-        let mut filter = Filter::with_bits(20_000, MOST_BITS_PER_PATH);
+        let mut filter = BloomFilter::with_bits(20_000, MOST_BITS_PER_PATH);
         add(&mut filter, 0..20_000);
         let wrong = (0..200_000).filter(|i| filter.contains(&part(1 << 32 | i))).count();
         assert!(wrong <= 40, "{wrong} of 200000");
@@ -186,19 +192,19 @@ mod tests {
     fn sizes_are_few_and_fit() {
         let mut sizes = std::collections::BTreeSet::new();
         for bits in (0..=8 * MAX_BYTES as u64).step_by(512) {
-            let size = Filter::size_for(bits);
+            let size = BloomFilter::size_for(bits);
             assert!(size >= bits && size <= MIN_BITS.max(bits * 9 / 8));
-            assert_eq!(Filter::size_for(size), size);
+            assert_eq!(BloomFilter::size_for(size), size);
             sizes.insert(size);
         }
         assert_eq!(sizes.len(), 97);
-        assert_eq!(Filter::for_paths(20_000).as_bytes().len(), 40 * 1024);
-        assert_eq!(Filter::for_paths(u64::MAX).as_bytes().len(), MAX_BYTES);
+        assert_eq!(BloomFilter::for_paths(20_000).as_bytes().len(), 40 * 1024);
+        assert_eq!(BloomFilter::for_paths(u64::MAX).as_bytes().len(), MAX_BYTES);
     }
 
     #[test]
     fn bits_are_where_the_format_says() {
-        let mut filter = Filter::for_paths(0);
+        let mut filter = BloomFilter::for_paths(0);
         // Only the lowest bit of b, which is made odd: bits 0, and 0 of each further k.
         assert!(filter.insert(&HashPart::parse(&[b'0'; 32]).unwrap()));
         assert_eq!(filter.as_bytes()[0], 1);
@@ -216,9 +222,9 @@ mod tests {
     #[test]
     fn other_lengths_are_refused() {
         let filter = filter_of(1000);
-        assert!(Filter::parse(filter.as_bytes().to_vec()).unwrap() == filter);
+        assert!(BloomFilter::parse(filter.as_bytes().to_vec()).unwrap() == filter);
         for len in [0, 1, 1023, 1025, 1100, MAX_BYTES - 1, MAX_BYTES + 1, MAX_BYTES * 2] {
-            assert!(Filter::parse(vec![0; len]).is_err(), "{len}");
+            assert!(BloomFilter::parse(vec![0; len]).is_err(), "{len}");
         }
     }
 }

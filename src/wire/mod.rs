@@ -7,5 +7,5 @@ pub mod port_mapping;
 pub mod relay;
 pub mod tracker;
 
-pub use node_key::{Digest, NodeKey};
-pub use packet::{Bits, HashParts, Hello, MAX_BATCH, Packet};
+pub use node_key::{HelloDigest, NodeKey};
+pub use packet::{AnswerBits, HashParts, Hello, MAX_BATCH, Packet};

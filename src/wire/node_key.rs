@@ -1,4 +1,5 @@
-//! The public key by which nodes know one another, and what is made of it so that only friends recognise it.
+//! The public key by which nodes know one another, and what is made of it so that only friends
+//! recognise it.
 
 use crate::nix::Malformed;
 use data_encoding::{BASE64, HEXLOWER};
@@ -10,14 +11,15 @@ use std::str::FromStr;
 const PREFIX: &str = "ed25519:";
 
 /// In front of a SubjectPublicKeyInfo's 32 bytes of key (RFC 8410, section 4).
-const INFO_PREFIX: [u8; 12] = [0x30, 0x2a, 0x30, 0x05, 0x06, 0x03, 0x2b, 0x65, 0x70, 0x03, 0x21, 0x00];
+const INFO_PREFIX: [u8; 12] =
+    [0x30, 0x2a, 0x30, 0x05, 0x06, 0x03, 0x2b, 0x65, 0x70, 0x03, 0x21, 0x00];
 
 /// The public ed25519 key of a node's identity.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct NodeKey([u8; 32]);
 
 /// What a *hello* carries so that friends recognise its sender.
-pub type Digest = [u8; 16];
+pub type HelloDigest = [u8; 16];
 
 impl NodeKey {
     /// These bytes.
@@ -40,15 +42,16 @@ impl NodeKey {
         info.strip_prefix(&INFO_PREFIX)?.try_into().ok().map(NodeKey)
     }
 
-    /// The first 16 bytes of the SHA-256 of key and instance ID: whoever knows the key can tell that it is meant, and nobody
-    /// else can tell two starts of a node from two nodes.
-    pub fn digest(&self, instance: &[u8; 8]) -> Digest {
+    /// The first 16 bytes of the SHA-256 of key and instance ID: whoever knows the key can tell
+    /// that it is meant, and nobody else can tell two starts of a node from two nodes.
+    pub fn digest(&self, instance: &[u8; 8]) -> HelloDigest {
         let digest = sha256(&[&self.0, instance]);
         *digest.first_chunk().expect("SHA-256 has more bytes")
     }
 
-    /// The tag under which two friends find one another at a tracker, 64 hexadecimal digits. Both keys are in it, so that
-    /// only who knows both can look it up; and the tracker's name (host and port), so that trackers cannot compare.
+    /// The tag under which two friends find one another at a tracker, 64 hexadecimal digits. Both
+    /// keys are in it, so that only who knows both can look it up; and the tracker's name (host and
+    /// port), so that trackers cannot compare.
     pub fn tag(&self, other: &NodeKey, tracker: &str) -> String {
         let (low, high) = (self.min(other), self.max(other));
         HEXLOWER.encode(&sha256(&[b"peerix friends 1\n", &low.0, &high.0, tracker.as_bytes()]))
@@ -78,9 +81,13 @@ impl FromStr for NodeKey {
 
     /// Reads `ed25519:` and 44 digits of base64.
     fn from_str(text: &str) -> Result<Self, Malformed> {
-        let bytes = text.strip_prefix(PREFIX).and_then(|base64| BASE64.decode(base64.as_bytes()).ok());
+        let bytes =
+            text.strip_prefix(PREFIX).and_then(|base64| BASE64.decode(base64.as_bytes()).ok());
         let key = bytes.and_then(|bytes| bytes.try_into().ok()).map(NodeKey);
-        key.ok_or(Malformed::new("key", "not ed25519: and 44 digits of base64, as peerix identity prints it"))
+        key.ok_or(Malformed::new(
+            "key",
+            "not ed25519: and 44 digits of base64, as peerix identity prints it",
+        ))
     }
 }
 
@@ -94,7 +101,13 @@ mod tests {
         assert_eq!(key.to_string(), "ed25519:BwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwc=");
         assert_eq!(key.to_string().parse(), Ok(key));
         assert_eq!(NodeKey::from_info(&key.to_info()), Some(key));
-        for text in ["", "ed25519:", "BwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwc=", "ed25519:BwcH", "rsa:BwcH"] {
+        for text in [
+            "",
+            "ed25519:",
+            "BwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwc=",
+            "ed25519:BwcH",
+            "rsa:BwcH",
+        ] {
             assert!(text.parse::<NodeKey>().is_err(), "{text}");
         }
         let info = key.to_info();
@@ -115,6 +128,8 @@ mod tests {
         let tag = a.tag(&b, "tracker.example:12305");
         assert_eq!(tag, b.tag(&a, "tracker.example:12305"));
         assert_eq!(tag.len(), 64);
-        assert!(tag != a.tag(&c, "tracker.example:12305") && tag != a.tag(&b, "other.example:12305"));
+        assert!(
+            tag != a.tag(&c, "tracker.example:12305") && tag != a.tag(&b, "other.example:12305")
+        );
     }
 }

@@ -13,12 +13,13 @@
 //! Kinds 0 and 1 are those of the Python peerix, which ignores the others. The flags of *hello* are
 //! in [`Hello`]. Bytes after them belong to later versions and are ignored.
 //!
-//! *Query many* names up to [`MAX_BATCH`] hash parts; none at all asks only for a sign of life. Bit 0 of
-//! its flag byte says that it was broadcast: then only nodes that have one of the paths answer. In *answer
-//! many*, bit `i % 8` (the lowest is 0) of byte `i / 8` is set if the sender has path `i`. An answer is
-//! never longer than its query, so that a forged source address gains nothing.
+//! *Query many* names up to [`MAX_BATCH`] hash parts; none at all asks only for a sign of life. Bit
+//! 0 of its flag byte says that it was broadcast: then only nodes that have one of the paths
+//! answer. In *answer many*, bit `i % 8` (the lowest is 0) of byte `i / 8` is set if the sender has
+//! path `i`. An answer is never longer than its query, so that a forged source address gains
+//! nothing.
 
-use super::node_key::Digest;
+use super::node_key::HelloDigest;
 use crate::nix::{HashPart, Malformed};
 use std::sync::Arc;
 
@@ -67,7 +68,7 @@ pub enum Packet {
         /// Of the query this answers.
         id: u32,
         /// One bit for each hash part of the query, in its order.
-        held: Bits,
+        held: AnswerBits,
     },
 }
 
@@ -83,7 +84,7 @@ pub struct Hello {
     /// Flag bit 1: the sender answers *query many*.
     pub batches: bool,
     /// Behind the flags: by this friends recognise the sender.
-    pub digest: Option<Digest>,
+    pub digest: Option<HelloDigest>,
 }
 
 /// Up to [`MAX_BATCH`] hash parts as *query many* carries them. Cloning shares the bytes.
@@ -114,9 +115,9 @@ impl HashParts {
 
 /// The bits of an *answer many*.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Bits(Vec<u8>);
+pub struct AnswerBits(Vec<u8>);
 
-impl Bits {
+impl AnswerBits {
     /// One bit for each of `held`, at most [`MAX_BATCH`].
     pub fn pack(held: impl IntoIterator<Item = bool>) -> Self {
         let mut bytes = Vec::new();
@@ -126,7 +127,7 @@ impl Bits {
             }
             bytes[at / 8] |= u8::from(is_held) << (at % 8);
         }
-        Bits(bytes)
+        AnswerBits(bytes)
     }
 
     /// Whether this is an answer to `count` hash parts, as far as its length shows.
@@ -159,7 +160,8 @@ const FLAG_BATCHES: u8 = 2;
 const FLAG_DIGEST: u8 = 4;
 const FLAG_HOLDERS_ONLY: u8 = 1;
 
-/// Longest URL path of a narinfo, in bytes. A hash part and a route take under 100; a longer one is refused.
+/// Longest URL path of a narinfo, in bytes. A hash part and a route take under 100; a longer one is
+/// refused.
 const MAX_URL_PATH: usize = 256;
 
 const WHAT: &str = "packet";
@@ -183,8 +185,13 @@ impl Packet {
         match kind {
             QUERY => Ok(Packet::Query { id, hash_part: HashPart::parse(rest)? }),
             HAVE => {
-                let (port, url_path) = rest.split_first_chunk().ok_or(Malformed::new(WHAT, "too short"))?;
-                Ok(Packet::Have { id, port: port_of(u32::from_be_bytes(*port))?, url_path: url_path_of(url_path)? })
+                let (port, url_path) =
+                    rest.split_first_chunk().ok_or(Malformed::new(WHAT, "too short"))?;
+                Ok(Packet::Have {
+                    id,
+                    port: port_of(u32::from_be_bytes(*port))?,
+                    url_path: url_path_of(url_path)?,
+                })
             }
             HAVE_NOT if rest.is_empty() => Ok(Packet::HaveNot { id }),
             HAVE_NOT => Err(Malformed::new(WHAT, "too long")),
@@ -201,7 +208,7 @@ impl Packet {
                 Ok(Packet::QueryMany { id, hash_parts: HashParts(hash_parts.into()), holders_only })
             }
             ANSWER_MANY if rest.len() <= MAX_BATCH.div_ceil(8) => {
-                Ok(Packet::AnswerMany { id, held: Bits(rest.to_vec()) })
+                Ok(Packet::AnswerMany { id, held: AnswerBits(rest.to_vec()) })
             }
             ANSWER_MANY => Err(Malformed::new(WHAT, "more than 40 bits")),
             _ => Err(Malformed::new(WHAT, "of an unknown kind")),
@@ -214,9 +221,13 @@ impl Packet {
             Packet::Query { id, hash_part } => {
                 [&[QUERY][..], &id.to_be_bytes(), hash_part.as_str().as_bytes()].concat()
             }
-            Packet::Have { id, port, url_path } => {
-                [&[HAVE][..], &id.to_be_bytes(), &u32::from(*port).to_be_bytes(), url_path.as_bytes()].concat()
-            }
+            Packet::Have { id, port, url_path } => [
+                &[HAVE][..],
+                &id.to_be_bytes(),
+                &u32::from(*port).to_be_bytes(),
+                url_path.as_bytes(),
+            ]
+            .concat(),
             Packet::HaveNot { id } => [&[HAVE_NOT][..], &id.to_be_bytes()].concat(),
             Packet::Hello(hello) => hello.encode(HELLO),
             Packet::Bye(hello) => hello.encode(BYE),
@@ -224,14 +235,17 @@ impl Packet {
                 let flags: &[u8] = if *holders_only { &[FLAG_HOLDERS_ONLY] } else { &[] };
                 [&[QUERY_MANY][..], &id.to_be_bytes(), &hash_parts.0, flags].concat()
             }
-            Packet::AnswerMany { id, held } => [&[ANSWER_MANY][..], &id.to_be_bytes(), &held.0].concat(),
+            Packet::AnswerMany { id, held } => {
+                [&[ANSWER_MANY][..], &id.to_be_bytes(), &held.0].concat()
+            }
         }
     }
 }
 
 impl Hello {
     fn parse(rest: &[u8]) -> Result<Self, Malformed> {
-        let &[version, port_high, port_low, a, b, c, d, e, f, g, h, flags, ref rest @ ..] = rest else {
+        let &[version, port_high, port_low, a, b, c, d, e, f, g, h, flags, ref rest @ ..] = rest
+        else {
             return Err(Malformed::new(WHAT, "too short"));
         };
         if version != HELLO_VERSION {
@@ -251,12 +265,16 @@ impl Hello {
         let flags = flag(self.crowded, FLAG_CROWDED) | flag(self.batches, FLAG_BATCHES);
         let flags = flags | flag(self.digest.is_some(), FLAG_DIGEST);
         let digest = self.digest.as_ref().map_or(&[][..], |digest| digest);
-        [&[kind, HELLO_VERSION][..], &self.port.to_be_bytes(), &self.instance, &[flags], digest].concat()
+        [&[kind, HELLO_VERSION][..], &self.port.to_be_bytes(), &self.instance, &[flags], digest]
+            .concat()
     }
 }
 
 fn port_of(number: u32) -> Result<u16, Malformed> {
-    u16::try_from(number).ok().filter(|&port| port != 0).ok_or(Malformed::new(WHAT, "port outside 1 to 65535"))
+    u16::try_from(number)
+        .ok()
+        .filter(|&port| port != 0)
+        .ok_or(Malformed::new(WHAT, "port outside 1 to 65535"))
 }
 
 /// A URL path goes into a request line, so only characters that a path has are let through.
@@ -277,7 +295,8 @@ mod tests {
 
     const HASH_PART: &str = "7h7qgvs4kgzsn8a6rb273saxyqh4jxlz";
 
-    /// Written by hand from the packet table and, for kinds 0 and 1, as captured from the Python peerix.
+    /// Written by hand from the packet table and, for kinds 0 and 1, as captured from the Python
+    /// peerix.
     fn golden() -> Vec<(Packet, Vec<u8>)> {
         let hash_part = HashPart::parse(HASH_PART.as_bytes()).unwrap();
         let instance = *b"\x01\x02\x03\x04\x05\x06\x07\x08";
@@ -285,16 +304,23 @@ mod tests {
         let url_path = format!("local/{HASH_PART}.narinfo");
         let zeros = HashPart::parse(&[b'0'; 32]).unwrap();
         let ones = HashPart::parse(&[b'z'; 32]).unwrap();
-        let probe = Packet::QueryMany { id: 3, hash_parts: HashParts::pack([]), holders_only: false };
+        let probe =
+            Packet::QueryMany { id: 3, hash_parts: HashParts::pack([]), holders_only: false };
         let two = HashParts::pack([&zeros, &ones]);
         vec![
-            (Packet::Query { id: 0x0102_0304, hash_part }, [b"\0\x01\x02\x03\x04", HASH_PART.as_bytes()].concat()),
+            (
+                Packet::Query { id: 0x0102_0304, hash_part },
+                [b"\0\x01\x02\x03\x04", HASH_PART.as_bytes()].concat(),
+            ),
             (
                 Packet::Have { id: 7, port: 12304, url_path: url_path.clone() },
                 [b"\x01\0\0\0\x07\0\0\x30\x10", url_path.as_bytes()].concat(),
             ),
             (Packet::HaveNot { id: 0xffff_ffff }, b"\x02\xff\xff\xff\xff".to_vec()),
-            (Packet::Hello(hello), b"\x03\x01\x30\x10\x01\x02\x03\x04\x05\x06\x07\x08\x02".to_vec()),
+            (
+                Packet::Hello(hello),
+                b"\x03\x01\x30\x10\x01\x02\x03\x04\x05\x06\x07\x08\x02".to_vec(),
+            ),
             (
                 Packet::Bye(Hello { crowded: true, batches: false, ..hello }),
                 b"\x04\x01\x30\x10\x01\x02\x03\x04\x05\x06\x07\x08\x01".to_vec(),
@@ -308,9 +334,12 @@ mod tests {
                 Packet::QueryMany { id: 4, hash_parts: two, holders_only: true },
                 [&b"\x05\0\0\0\x04"[..], &[0; 20], &[0xff; 20], &[1]].concat(),
             ),
-            (Packet::AnswerMany { id: 3, held: Bits::pack([]) }, b"\x06\0\0\0\x03".to_vec()),
+            (Packet::AnswerMany { id: 3, held: AnswerBits::pack([]) }, b"\x06\0\0\0\x03".to_vec()),
             (
-                Packet::AnswerMany { id: 5, held: Bits::pack((0..10).map(|at| at == 1 || at == 9)) },
+                Packet::AnswerMany {
+                    id: 5,
+                    held: AnswerBits::pack((0..10).map(|at| at == 1 || at == 9)),
+                },
                 b"\x06\0\0\0\x05\x02\x02".to_vec(),
             ),
         ]
@@ -330,9 +359,11 @@ mod tests {
         for (packet, bytes) in golden() {
             for end in 0..bytes.len() {
                 match (Packet::parse(&bytes[..end]), &packet) {
-                    // A shorter URL path is a URL path; fewer hash parts and bits are a batch and an answer.
+                    // A shorter URL path is a URL path; fewer hash parts and bits are a batch and
+                    // an answer.
                     (Ok(Packet::Have { .. }), Packet::Have { .. }) if end > 9 => {}
-                    (Ok(Packet::QueryMany { .. }), Packet::QueryMany { .. }) if (end - 5) % 20 <= 1 => {}
+                    (Ok(Packet::QueryMany { .. }), Packet::QueryMany { .. })
+                        if (end - 5) % 20 <= 1 => {}
                     (Ok(Packet::AnswerMany { .. }), Packet::AnswerMany { .. }) if end >= 5 => {}
                     (parsed, _) => assert!(parsed.is_err(), "{packet:?} cut at {end}"),
                 }
@@ -350,7 +381,11 @@ mod tests {
                         *first = kind;
                     }
                     if let Ok(packet) = Packet::parse(&datagram) {
-                        assert!(kind <= ANSWER_MANY && len <= Packet::MAX_LEN || kind == HELLO || kind == BYE);
+                        assert!(
+                            kind <= ANSWER_MANY && len <= Packet::MAX_LEN
+                                || kind == HELLO
+                                || kind == BYE
+                        );
                         assert_eq!(Packet::parse(&packet.encode()), Ok(packet));
                     }
                 }
@@ -360,20 +395,25 @@ mod tests {
 
     #[test]
     fn batch_of_forty_fits_and_comes_back_whole() {
-        let hash_parts: Vec<HashPart> = (0..=MAX_BATCH as u8).map(|n| HashPart::from_bytes(&[n; 20])).collect();
+        let hash_parts: Vec<HashPart> =
+            (0..=MAX_BATCH as u8).map(|n| HashPart::from_bytes(&[n; 20])).collect();
         let packed = HashParts::pack(&hash_parts);
         assert_eq!((packed.len(), packed.is_empty()), (MAX_BATCH, false));
         assert!(packed.iter().eq(hash_parts[..MAX_BATCH].iter().copied()));
         let query = Packet::QueryMany { id: 1, hash_parts: packed, holders_only: true }.encode();
         assert_eq!(query.len(), Packet::MAX_LEN);
-        let held = Bits::pack((0..MAX_BATCH).map(|at| at % 3 == 0));
+        let held = AnswerBits::pack((0..MAX_BATCH).map(|at| at % 3 == 0));
         assert!(held.fits(MAX_BATCH) && !held.fits(MAX_BATCH - 8) && held.any());
         assert!((0..MAX_BATCH).all(|at| held.is_set(at) == (at % 3 == 0)));
         assert!(!held.is_set(MAX_BATCH));
         let answer = Packet::AnswerMany { id: 1, held }.encode();
         assert!(answer.len() <= query.len());
-        let probe = Packet::QueryMany { id: 1, hash_parts: HashParts::pack([]), holders_only: false };
-        assert_eq!(probe.encode().len(), Packet::AnswerMany { id: 1, held: Bits::pack([]) }.encode().len());
+        let probe =
+            Packet::QueryMany { id: 1, hash_parts: HashParts::pack([]), holders_only: false };
+        assert_eq!(
+            probe.encode().len(),
+            Packet::AnswerMany { id: 1, held: AnswerBits::pack([]) }.encode().len()
+        );
     }
 
     #[test]

@@ -1,4 +1,5 @@
-//! How a router is asked to pass a port on: PCP (RFC 6887) and NAT-PMP (RFC 6886). TCP only. No I/O.
+//! How a router is asked to pass a port on: PCP (RFC 6887) and NAT-PMP (RFC 6886). TCP only. No
+//! I/O.
 
 use crate::nix::Malformed;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -21,10 +22,11 @@ const WHAT: &str = "answer of the router";
 
 /// A mapping that a router is asked for, or to give up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Wanted {
+pub struct MappingRequest {
     /// This machine's address, from which the request is sent.
     pub client: IpAddr,
-    /// Random, and the same for as long as the mapping is kept: the router lets nobody else change it.
+    /// Random, and the same for as long as the mapping is kept: the router lets nobody else change
+    /// it.
     pub nonce: [u8; 12],
     /// The port here.
     pub internal_port: u16,
@@ -36,7 +38,7 @@ pub struct Wanted {
 
 /// A mapping as the router has it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Mapped {
+pub struct MappingGrant {
     /// Where it is reached outside; NAT-PMP does not say.
     pub external_ip: Option<IpAddr>,
     /// The port outside.
@@ -49,9 +51,9 @@ pub struct Mapped {
 
 /// What a router answers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Answer {
+pub enum MappingResponse {
     /// It is done.
-    Mapped(Mapped),
+    Mapped(MappingGrant),
     /// NAT-PMP: the address outside.
     Address(Ipv4Addr),
     /// It does not speak this protocol.
@@ -61,7 +63,7 @@ pub enum Answer {
 }
 
 /// A PCP request for a mapping of IPv4, or a pinhole of IPv6.
-pub fn pcp_request(wanted: &Wanted) -> Vec<u8> {
+pub fn pcp_request(wanted: &MappingRequest) -> Vec<u8> {
     let any = match wanted.client {
         IpAddr::V4(_) => Ipv4Addr::UNSPECIFIED.to_ipv6_mapped(),
         IpAddr::V6(_) => Ipv6Addr::UNSPECIFIED,
@@ -80,9 +82,11 @@ pub fn pcp_request(wanted: &Wanted) -> Vec<u8> {
 }
 
 /// A NAT-PMP request for a mapping.
-pub fn nat_pmp_request(wanted: &Wanted) -> Vec<u8> {
-    let (internal, external) = (wanted.internal_port.to_be_bytes(), wanted.external_port.to_be_bytes());
-    [&[NAT_PMP, NAT_PMP_MAP_TCP, 0, 0][..], &internal, &external, &wanted.lifetime.to_be_bytes()].concat()
+pub fn nat_pmp_request(wanted: &MappingRequest) -> Vec<u8> {
+    let (internal, external) =
+        (wanted.internal_port.to_be_bytes(), wanted.external_port.to_be_bytes());
+    [&[NAT_PMP, NAT_PMP_MAP_TCP, 0, 0][..], &internal, &external, &wanted.lifetime.to_be_bytes()]
+        .concat()
 }
 
 /// A NAT-PMP request for the router's address outside.
@@ -94,32 +98,35 @@ pub fn nat_pmp_address_request() -> Vec<u8> {
 ///
 /// # Errors
 /// What is no answer, or one to another request.
-pub fn parse(datagram: &[u8], wanted: &Wanted) -> Result<Answer, Malformed> {
+pub fn parse(datagram: &[u8], wanted: &MappingRequest) -> Result<MappingResponse, Malformed> {
     let bad = |why| Malformed::new(WHAT, why);
     match datagram {
         [PCP, kind, ..] if *kind == ANSWER | PCP_MAP => {
             let code = u16::from(*datagram.get(3).ok_or(bad("too short"))?);
             match code {
                 0 => parse_pcp(datagram, wanted).ok_or(bad("of another mapping")),
-                UNSUPPORTED_VERSION => Ok(Answer::UnknownVersion),
-                code => Ok(Answer::Refused(code)),
+                UNSUPPORTED_VERSION => Ok(MappingResponse::UnknownVersion),
+                code => Ok(MappingResponse::Refused(code)),
             }
         }
-        [NAT_PMP, kind, high, low, rest @ ..] if kind & ANSWER != 0 => match u16::from_be_bytes([*high, *low]) {
-            0 => parse_nat_pmp(*kind, rest, wanted).ok_or(bad("of another mapping")),
-            UNSUPPORTED_VERSION => Ok(Answer::UnknownVersion),
-            code => Ok(Answer::Refused(code)),
-        },
+        [NAT_PMP, kind, high, low, rest @ ..] if kind & ANSWER != 0 => {
+            match u16::from_be_bytes([*high, *low]) {
+                0 => parse_nat_pmp(*kind, rest, wanted).ok_or(bad("of another mapping")),
+                UNSUPPORTED_VERSION => Ok(MappingResponse::UnknownVersion),
+                code => Ok(MappingResponse::Refused(code)),
+            }
+        }
         _ => Err(bad("of an unknown kind")),
     }
 }
 
-fn parse_pcp(datagram: &[u8], wanted: &Wanted) -> Option<Answer> {
+fn parse_pcp(datagram: &[u8], wanted: &MappingRequest) -> Option<MappingResponse> {
     let map = datagram.get(24..60)?;
-    let is_ours = map[..12] == wanted.nonce && map[12] == TCP && port(&map[16..18]) == wanted.internal_port;
+    let is_ours =
+        map[..12] == wanted.nonce && map[12] == TCP && port(&map[16..18]) == wanted.internal_port;
     let ip = Ipv6Addr::from(<[u8; 16]>::try_from(&map[20..36]).ok()?).to_canonical();
     is_ours.then(|| {
-        Answer::Mapped(Mapped {
+        MappingResponse::Mapped(MappingGrant {
             external_ip: Some(ip),
             external_port: port(&map[18..20]),
             lifetime: number(&datagram[4..8]),
@@ -128,15 +135,19 @@ fn parse_pcp(datagram: &[u8], wanted: &Wanted) -> Option<Answer> {
     })
 }
 
-fn parse_nat_pmp(kind: u8, rest: &[u8], wanted: &Wanted) -> Option<Answer> {
+fn parse_nat_pmp(kind: u8, rest: &[u8], wanted: &MappingRequest) -> Option<MappingResponse> {
     match (kind & !ANSWER, rest.len()) {
-        (NAT_PMP_ADDRESS, 8) => Some(Answer::Address(Ipv4Addr::new(rest[4], rest[5], rest[6], rest[7]))),
-        (NAT_PMP_MAP_TCP, 12) if port(&rest[4..6]) == wanted.internal_port => Some(Answer::Mapped(Mapped {
-            external_ip: None,
-            external_port: port(&rest[6..8]),
-            lifetime: number(&rest[8..12]),
-            epoch: number(&rest[..4]),
-        })),
+        (NAT_PMP_ADDRESS, 8) => {
+            Some(MappingResponse::Address(Ipv4Addr::new(rest[4], rest[5], rest[6], rest[7])))
+        }
+        (NAT_PMP_MAP_TCP, 12) if port(&rest[4..6]) == wanted.internal_port => {
+            Some(MappingResponse::Mapped(MappingGrant {
+                external_ip: None,
+                external_port: port(&rest[6..8]),
+                lifetime: number(&rest[8..12]),
+                epoch: number(&rest[..4]),
+            }))
+        }
         _ => None,
     }
 }
@@ -160,8 +171,8 @@ fn v6(ip: IpAddr) -> Ipv6Addr {
 mod tests {
     use super::*;
 
-    fn wanted() -> Wanted {
-        Wanted {
+    fn wanted() -> MappingRequest {
+        MappingRequest {
             client: "192.168.1.7".parse().unwrap(),
             nonce: *b"abcdefghijkl",
             internal_port: 0x1234,
@@ -172,7 +183,8 @@ mod tests {
 
     fn pcp_answer(code: u8) -> Vec<u8> {
         let ip: Ipv4Addr = "203.0.113.7".parse().unwrap();
-        let head = [&[2, 0x81, 0, code][..], &300u32.to_be_bytes(), &77u32.to_be_bytes(), &[0; 12]].concat();
+        let head = [&[2, 0x81, 0, code][..], &300u32.to_be_bytes(), &77u32.to_be_bytes(), &[0; 12]]
+            .concat();
         let ports = [0x12, 0x34, 0x99, 0x99];
         [&head[..], b"abcdefghijkl", &[6, 0, 0, 0], &ports, &ip.to_ipv6_mapped().octets()].concat()
     }
@@ -193,28 +205,43 @@ mod tests {
     fn answers_are_read_and_others_are_not_taken_for_ours() {
         let mapped = |external_ip: Option<&str>, external_port| {
             let external_ip = external_ip.map(|ip| ip.parse().unwrap());
-            Ok(Answer::Mapped(Mapped { external_ip, external_port, lifetime: 300, epoch: 77 }))
+            Ok(MappingResponse::Mapped(MappingGrant {
+                external_ip,
+                external_port,
+                lifetime: 300,
+                epoch: 77,
+            }))
         };
         assert_eq!(parse(&pcp_answer(0), &wanted()), mapped(Some("203.0.113.7"), 0x9999));
-        assert_eq!(parse(&pcp_answer(8), &wanted()), Ok(Answer::Refused(8)));
-        assert_eq!(parse(&pcp_answer(1), &wanted()), Ok(Answer::UnknownVersion));
-        let other = Wanted { nonce: [0; 12], ..wanted() };
+        assert_eq!(parse(&pcp_answer(8), &wanted()), Ok(MappingResponse::Refused(8)));
+        assert_eq!(parse(&pcp_answer(1), &wanted()), Ok(MappingResponse::UnknownVersion));
+        let other = MappingRequest { nonce: [0; 12], ..wanted() };
         assert!(parse(&pcp_answer(0), &other).is_err());
         assert!(parse(&pcp_answer(0)[..59], &wanted()).is_err());
 
         let nat_pmp = [0, 130, 0, 0, 0, 0, 0, 77, 0x12, 0x34, 0x99, 0x99, 0, 0, 1, 44];
         assert_eq!(parse(&nat_pmp, &wanted()), mapped(None, 0x9999));
-        assert!(parse(&nat_pmp, &Wanted { internal_port: 1, ..wanted() }).is_err());
-        assert_eq!(parse(&[0, 129, 0, 3], &wanted()), Ok(Answer::Refused(3)));
-        assert_eq!(parse(&[0, 0, 0, 1, 0, 0, 0, 0], &wanted()).ok(), None, "a request is no answer");
+        assert!(parse(&nat_pmp, &MappingRequest { internal_port: 1, ..wanted() }).is_err());
+        assert_eq!(parse(&[0, 129, 0, 3], &wanted()), Ok(MappingResponse::Refused(3)));
+        assert_eq!(
+            parse(&[0, 0, 0, 1, 0, 0, 0, 0], &wanted()).ok(),
+            None,
+            "a request is no answer"
+        );
         // What a router says to PCP that knows NAT-PMP alone.
-        assert_eq!(parse(&[0, 129, 0, 1, 0, 0, 0, 9], &wanted()), Ok(Answer::UnknownVersion));
+        assert_eq!(
+            parse(&[0, 129, 0, 1, 0, 0, 0, 9], &wanted()),
+            Ok(MappingResponse::UnknownVersion)
+        );
         assert_eq!(
             parse(&[0, 128, 0, 0, 0, 0, 0, 9, 203, 0, 113, 7], &wanted()),
-            Ok(Answer::Address([203, 0, 113, 7].into()))
+            Ok(MappingResponse::Address([203, 0, 113, 7].into()))
         );
         for length in 0..60 {
-            assert!(parse(&vec![2; length], &wanted()).is_err() && parse(&vec![0; length], &wanted()).is_err());
+            assert!(
+                parse(&vec![2; length], &wanted()).is_err()
+                    && parse(&vec![0; length], &wanted()).is_err()
+            );
         }
     }
 }

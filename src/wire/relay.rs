@@ -1,7 +1,8 @@
-//! What nodes say to one another of large NARs that several of them get at the same time (docs/protocol.md, "Crowds").
+//! What nodes say to one another of large NARs that several of them get at the same time
+//! (docs/protocol.md, "Crowds").
 
-/// Sent with a request for a NAR by who takes the names of others that are getting it for an answer; has them in that
-/// answer.
+/// Sent with a request for a NAR by who takes the names of others that are getting it for an
+/// answer; has them in that answer.
 pub const RELAY_HEADER: &str = "X-Peerix-Relay";
 
 /// With digests: bytes per second that one more neighbour would get of the NAR.

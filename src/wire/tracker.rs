@@ -1,8 +1,9 @@
 //! What nodes and trackers say to one another, over HTTP, as JSON.
 //!
-//! The calls are those of the original (`POST /announce`, `GET /peers`, `POST /transfer/init`, `POST /report`, `GET
-//! /reputation/<peer id>`); what peerix adds are fields that the original ignores, and calls it does not have: `GET
-//! /lookup/<hash part>`, `PUT /filter/<peer id>`, `DELETE /announce`, `GET /health`. docs/protocol.md has the table.
+//! The calls are those of the original (`POST /announce`, `GET /peers`, `POST /transfer/init`,
+//! `POST /report`, `GET /reputation/<peer id>`); what peerix adds are fields that the original
+//! ignores, and calls it does not have: `GET /lookup/<hash part>`, `PUT /filter/<peer id>`, `DELETE
+//! /announce`, `GET /health`. docs/protocol.md has the table.
 
 use super::node_key::NodeKey;
 use crate::nix::HashPart;
@@ -38,13 +39,15 @@ pub const TIMESTAMP_HEADER: &str = "X-Peerix-Timestamp";
 /// See [`KEY_HEADER`].
 pub const SIGNATURE_HEADER: &str = "X-Peerix-Signature";
 
-/// Whether a text can be a peer's ID: not empty, at most [`MAX_PEER_ID`] bytes, no control characters.
+/// Whether a text can be a peer's ID: not empty, at most [`MAX_PEER_ID`] bytes, no control
+/// characters.
 pub fn is_peer_id(text: &str) -> bool {
     !text.is_empty() && text.len() <= MAX_PEER_ID && !text.chars().any(char::is_control)
 }
 
-/// Whether a peer can be at an address: one that others can be told to ask, so not their own machine, a network's, or the
-/// link's, where clouds keep their metadata. Private ones are fine: they may be a VPN's.
+/// Whether a peer can be at an address: one that others can be told to ask, so not their own
+/// machine, a network's, or the link's, where clouds keep their metadata. Private ones are fine:
+/// they may be a VPN's.
 pub fn can_be_peer(ip: IpAddr) -> bool {
     match ip.to_canonical() {
         // "This network", and what was left for the future.
@@ -71,7 +74,8 @@ pub struct Announce {
     /// Address or host name; else the tracker takes the one it sees.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub addr: Option<String>,
-    /// Random at every start of the node, so that two machines with one identity are told from a restart.
+    /// Random at every start of the node, so that two machines with one identity are told from a
+    /// restart.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub instance: Option<u64>,
     /// Who says so.
@@ -81,20 +85,22 @@ pub struct Announce {
 
 /// The answer to a signed announce. To others it is `{"status":"ok"}`.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-pub struct Announced {
+pub struct AnnounceResponse {
     /// `ok`.
     pub status: String,
     /// The tracker's ID, which tells it from others under whatever name it is reached.
     pub tracker: Option<String>,
     /// The timestamp with which the filter came that it has of this peer.
     pub filter: Option<u64>,
-    /// Bits for each path that the tracker wants filters to have, from [`LEAST_BITS_PER_PATH`] to [`MOST_BITS_PER_PATH`].
+    /// Bits for each path that the tracker wants filters to have, from [`LEAST_BITS_PER_PATH`] to
+    /// [`MOST_BITS_PER_PATH`].
     ///
     /// [`LEAST_BITS_PER_PATH`]: crate::wire::filter::LEAST_BITS_PER_PATH
     /// [`MOST_BITS_PER_PATH`]: crate::wire::filter::MOST_BITS_PER_PATH
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bits_per_path: Option<u64>,
-    /// Whether the tracker reached a peerix at the announced address; absent as long as it has not tried.
+    /// Whether the tracker reached a peerix at the announced address; absent as long as it has not
+    /// tried.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reachable: Option<bool>,
     /// The address from which another machine announces itself with the same identity.
@@ -116,7 +122,7 @@ pub struct TransferInit {
 
 /// The answer to [`TransferInit`].
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct TransferBegun {
+pub struct TransferInitResponse {
     /// The first one's ID; the others' follow it.
     pub transfer_id: u64,
     /// How many there are, if the request said how many there should be.
@@ -146,7 +152,7 @@ impl Role {
 
 /// `POST /report`.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-pub struct Report {
+pub struct TransferReportBody {
     /// Which transfer.
     pub transfer_id: Option<u64>,
     /// Who reports.
@@ -162,7 +168,7 @@ pub struct Report {
 
 /// The answer to `GET /lookup/<hash part>`.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-pub struct Candidates {
+pub struct CandidateList {
     /// Peers whose filter has the hash part; best reputation first.
     pub candidates: Vec<Candidate>,
     /// Peers without a filter; best reputation first.
@@ -183,10 +189,10 @@ pub struct Candidate {
     pub score: f64,
 }
 
-/// What a signature is made over. The text names the call and every field, one a line, so that no statement can be taken
-/// for another.
+/// What a signature is made over. The text names the call and every field, one a line, so that no
+/// statement can be taken for another.
 #[derive(Debug, Clone, Copy)]
-pub enum Statement<'a> {
+pub enum SignedText<'a> {
     /// `POST /announce`.
     Announce {
         /// As in the request.
@@ -221,19 +227,21 @@ pub enum Statement<'a> {
     },
 }
 
-impl Statement<'_> {
+impl SignedText<'_> {
     /// The text that is signed.
     pub fn text(&self, timestamp: u64, public_key: &str) -> String {
         let fields = match self {
-            Statement::Announce { peer_id, port, addr } => {
+            SignedText::Announce { peer_id, port, addr } => {
                 format!("call: announce\npeer_id: {peer_id}\nport: {port}\naddr: {addr}\n")
             }
-            Statement::Leave { peer_id } => format!("call: leave\npeer_id: {peer_id}\n"),
-            Statement::Filter { peer_id, digest } => {
+            SignedText::Leave { peer_id } => format!("call: leave\npeer_id: {peer_id}\n"),
+            SignedText::Filter { peer_id, digest } => {
                 format!("call: filter\npeer_id: {peer_id}\nsha256: {}\n", HEXLOWER.encode(digest))
             }
-            Statement::Report { transfer_id, peer_id, role, bytes } => {
-                format!("call: report\ntransfer_id: {transfer_id}\npeer_id: {peer_id}\nrole: {role}\nbytes: {bytes}\n")
+            SignedText::Report { transfer_id, peer_id, role, bytes } => {
+                format!(
+                    "call: report\ntransfer_id: {transfer_id}\npeer_id: {peer_id}\nrole: {role}\nbytes: {bytes}\n"
+                )
             }
         };
         format!("peerix tracker 1\n{fields}timestamp: {timestamp}\npublic_key: {public_key}\n")
@@ -249,39 +257,41 @@ pub struct Proof {
     /// Milliseconds since 1970. Each of a peer's statements has a later one than the last.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub timestamp: Option<u64>,
-    /// Base64 of the 64 bytes of the signature over [`Statement::text`].
+    /// Base64 of the 64 bytes of the signature over [`SignedText::text`].
     #[serde(skip_serializing_if = "Option::is_none")]
     pub signature: Option<String>,
 }
 
 /// What a [`Proof`] turned out to be.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Checked {
+pub enum ProofCheck {
     /// Nothing is claimed.
     Unsigned,
     /// The key with these bytes said it at that time.
     By([u8; 32], u64),
-    /// One of the fields is missing, no base64, of another length, or the signature is not the key's.
+    /// One of the fields is missing, no base64, of another length, or the signature is not the
+    /// key's.
     Wrong,
 }
 
 impl Proof {
     /// Checks the signature, which takes about 0.1 ms.
-    pub fn check(&self, statement: &Statement<'_>) -> Checked {
-        let (public_key, timestamp, signature) = match (&self.public_key, self.timestamp, &self.signature) {
-            (None, None, None) => return Checked::Unsigned,
-            (Some(key), Some(timestamp), Some(signature)) => (key, timestamp, signature),
-            _ => return Checked::Wrong,
-        };
+    pub fn check(&self, statement: &SignedText<'_>) -> ProofCheck {
+        let (public_key, timestamp, signature) =
+            match (&self.public_key, self.timestamp, &self.signature) {
+                (None, None, None) => return ProofCheck::Unsigned,
+                (Some(key), Some(timestamp), Some(signature)) => (key, timestamp, signature),
+                _ => return ProofCheck::Wrong,
+            };
         let bytes = |text: &str| BASE64.decode(text.as_bytes()).ok();
         let Some(key) = bytes(public_key).and_then(|key| <[u8; 32]>::try_from(key).ok()) else {
-            return Checked::Wrong;
+            return ProofCheck::Wrong;
         };
-        let Some(signature) = bytes(signature) else { return Checked::Wrong };
+        let Some(signature) = bytes(signature) else { return ProofCheck::Wrong };
         let text = statement.text(timestamp, public_key);
         match UnparsedPublicKey::new(&ED25519, key).verify(text.as_bytes(), &signature) {
-            Ok(()) => Checked::By(key, timestamp),
-            Err(_) => Checked::Wrong,
+            Ok(()) => ProofCheck::By(key, timestamp),
+            Err(_) => ProofCheck::Wrong,
         }
     }
 }
@@ -304,8 +314,9 @@ impl Identity {
         Identity { seed: *seed, key, public }
     }
 
-    /// The key for one tracker, named by its host and port as configured (`tracker.example.org:12305`). A statement that
-    /// is made to one tracker proves nothing to another, and no tracker can tell who this node is elsewhere.
+    /// The key for one tracker, named by its host and port as configured
+    /// (`tracker.example.org:12305`). A statement that is made to one tracker proves nothing to
+    /// another, and no tracker can tell who this node is elsewhere.
     pub fn for_tracker(&self, authority: &str) -> Self {
         let key = hmac::Key::new(hmac::HMAC_SHA256, &self.seed);
         let seed = hmac::sign(&key, format!("peerix tracker key 1\n{authority}\n").as_bytes());
@@ -314,12 +325,15 @@ impl Identity {
 
     /// The public key.
     pub fn key(&self) -> NodeKey {
-        NodeKey::from_bytes(self.key.public_key().as_ref().try_into().expect("an ed25519 key has 32 bytes"))
+        NodeKey::from_bytes(
+            self.key.public_key().as_ref().try_into().expect("an ed25519 key has 32 bytes"),
+        )
     }
 
     /// The secret as TLS libraries take it: PKCS #8 without the public key (RFC 8410, section 7).
     pub fn to_pkcs8(&self) -> Vec<u8> {
-        const PREFIX: [u8; 16] = [0x30, 0x2e, 2, 1, 0, 0x30, 5, 6, 3, 0x2b, 0x65, 0x70, 4, 0x22, 4, 0x20];
+        const PREFIX: [u8; 16] =
+            [0x30, 0x2e, 2, 1, 0, 0x30, 5, 6, 3, 0x2b, 0x65, 0x70, 4, 0x22, 4, 0x20];
         [&PREFIX[..], &self.seed].concat()
     }
 
@@ -336,8 +350,8 @@ impl Identity {
         &self.public
     }
 
-    /// The peer ID that goes with the key, if the user names none: 32 digits of its digest, in the form of a UUID as the
-    /// original has.
+    /// The peer ID that goes with the key, if the user names none: 32 digits of its digest, in the
+    /// form of a UUID as the original has.
     pub fn peer_id(&self) -> String {
         let digest = ring::digest::digest(&ring::digest::SHA256, self.public.as_bytes());
         let digits = HEXLOWER.encode(&digest.as_ref()[..16]);
@@ -345,7 +359,7 @@ impl Identity {
     }
 
     /// Signs a statement made at that time, in milliseconds since 1970.
-    pub fn sign(&self, statement: &Statement<'_>, timestamp: u64) -> Proof {
+    pub fn sign(&self, statement: &SignedText<'_>, timestamp: u64) -> Proof {
         let signature = self.key.sign(statement.text(timestamp, &self.public).as_bytes());
         Proof {
             public_key: Some(self.public.clone()),
@@ -377,7 +391,8 @@ impl TransferName {
     /// Reads `<tracker ID>-<transfer ID>`.
     pub fn parse(text: &str) -> Option<Self> {
         let (tracker, id) = text.trim().split_once('-')?;
-        let is_id = tracker.len() == Self::TRACKER_ID_LEN && tracker.bytes().all(|b| b.is_ascii_hexdigit());
+        let is_id =
+            tracker.len() == Self::TRACKER_ID_LEN && tracker.bytes().all(|b| b.is_ascii_hexdigit());
         let id = id.parse().ok().filter(|_| is_id && id.bytes().all(|b| b.is_ascii_digit()))?;
         Some(TransferName { tracker: tracker.to_owned(), id })
     }
@@ -406,61 +421,72 @@ mod tests {
     #[test]
     fn statements_are_told_apart() {
         let statements = [
-            Statement::Announce { peer_id: "a", port: 12304, addr: "" },
-            Statement::Leave { peer_id: "a" },
-            Statement::Filter { peer_id: "a", digest: &[0xab; 32] },
-            Statement::Report { transfer_id: 7, peer_id: "a", role: "sender", bytes: 9 },
+            SignedText::Announce { peer_id: "a", port: 12304, addr: "" },
+            SignedText::Leave { peer_id: "a" },
+            SignedText::Filter { peer_id: "a", digest: &[0xab; 32] },
+            SignedText::Report { transfer_id: 7, peer_id: "a", role: "sender", bytes: 9 },
         ];
         let texts: Vec<String> = statements.iter().map(|s| s.text(5, "KEY")).collect();
         assert_eq!(
             texts[0],
             "peerix tracker 1\ncall: announce\npeer_id: a\nport: 12304\naddr: \ntimestamp: 5\npublic_key: KEY\n"
         );
-        assert_eq!(texts[1], "peerix tracker 1\ncall: leave\npeer_id: a\ntimestamp: 5\npublic_key: KEY\n");
+        assert_eq!(
+            texts[1],
+            "peerix tracker 1\ncall: leave\npeer_id: a\ntimestamp: 5\npublic_key: KEY\n"
+        );
         assert!(texts[2].contains(&format!("\nsha256: {}\n", "ab".repeat(32))));
         assert!(texts[3].contains("\ntransfer_id: 7\npeer_id: a\nrole: sender\nbytes: 9\n"));
         for statement in &statements {
             let proof = identity().sign(statement, 5);
             for other in &statements {
                 let same = statement.text(5, "") == other.text(5, "");
-                assert_eq!(matches!(proof.check(other), Checked::By(_, 5)), same);
+                assert_eq!(matches!(proof.check(other), ProofCheck::By(_, 5)), same);
             }
         }
     }
 
     #[test]
     fn every_field_is_signed() {
-        let statement = |port, addr| Statement::Announce { peer_id: "a", port, addr };
+        let statement = |port, addr| SignedText::Announce { peer_id: "a", port, addr };
         let proof = identity().sign(&statement(1, "x"), 5);
-        let key = <[u8; 32]>::try_from(BASE64.decode(identity().public().as_bytes()).unwrap()).unwrap();
-        assert_eq!(proof.check(&statement(1, "x")), Checked::By(key, 5));
-        assert_eq!(proof.check(&statement(2, "x")), Checked::Wrong);
-        assert_eq!(proof.check(&statement(1, "")), Checked::Wrong);
+        let key =
+            <[u8; 32]>::try_from(BASE64.decode(identity().public().as_bytes()).unwrap()).unwrap();
+        assert_eq!(proof.check(&statement(1, "x")), ProofCheck::By(key, 5));
+        assert_eq!(proof.check(&statement(2, "x")), ProofCheck::Wrong);
+        assert_eq!(proof.check(&statement(1, "")), ProofCheck::Wrong);
         let with = |change: fn(&mut Proof)| {
             let mut changed = proof.clone();
             change(&mut changed);
             changed.check(&statement(1, "x"))
         };
-        assert_eq!(with(|p| p.timestamp = Some(6)), Checked::Wrong);
-        assert_eq!(with(|p| p.timestamp = None), Checked::Wrong);
-        assert_eq!(with(|p| p.signature = None), Checked::Wrong);
-        assert_eq!(with(|p| p.public_key = None), Checked::Wrong);
-        assert_eq!(with(|p| p.signature = Some("AAAA".into())), Checked::Wrong);
-        assert_eq!(with(|p| p.signature = Some("?".into())), Checked::Wrong);
+        assert_eq!(with(|p| p.timestamp = Some(6)), ProofCheck::Wrong);
+        assert_eq!(with(|p| p.timestamp = None), ProofCheck::Wrong);
+        assert_eq!(with(|p| p.signature = None), ProofCheck::Wrong);
+        assert_eq!(with(|p| p.public_key = None), ProofCheck::Wrong);
+        assert_eq!(with(|p| p.signature = Some("AAAA".into())), ProofCheck::Wrong);
+        assert_eq!(with(|p| p.signature = Some("?".into())), ProofCheck::Wrong);
         let other = Identity::from_seed(&[8; 32]).public().to_owned();
-        assert_eq!(Proof { public_key: Some(other), ..proof.clone() }.check(&statement(1, "x")), Checked::Wrong);
-        assert_eq!(Proof::default().check(&statement(1, "x")), Checked::Unsigned);
+        assert_eq!(
+            Proof { public_key: Some(other), ..proof.clone() }.check(&statement(1, "x")),
+            ProofCheck::Wrong
+        );
+        assert_eq!(Proof::default().check(&statement(1, "x")), ProofCheck::Unsigned);
     }
 
     /// What the original sends, and what it makes of our answers.
     #[test]
     fn bodies_of_the_original() {
-        let announce: Announce = serde_json::from_str(r#"{"peer_id": "a", "port": 12304}"#).unwrap();
-        assert_eq!((announce.peer_id.as_deref(), announce.port, announce.addr), (Some("a"), Some(12304), None));
+        let announce: Announce =
+            serde_json::from_str(r#"{"peer_id": "a", "port": 12304}"#).unwrap();
+        assert_eq!(
+            (announce.peer_id.as_deref(), announce.port, announce.addr),
+            (Some("a"), Some(12304), None)
+        );
         assert_eq!(announce.proof, Proof::default());
         let announce = Announce { peer_id: Some("a".into()), port: Some(1), ..Announce::default() };
         assert_eq!(serde_json::to_string(&announce).unwrap(), r#"{"peer_id":"a","port":1}"#);
-        let begun = TransferBegun { transfer_id: 3, count: None };
+        let begun = TransferInitResponse { transfer_id: 3, count: None };
         assert_eq!(serde_json::to_string(&begun).unwrap(), r#"{"transfer_id":3}"#);
         for bad in [
             r#"{"peer_id": 1, "port": 1}"#,
@@ -482,16 +508,30 @@ mod tests {
     fn key_of_a_tracker_is_stable_and_no_other_trackers() {
         let of = |name: &str| identity().for_tracker(name).public().to_owned();
         assert_eq!(of("a.example:12305"), of("a.example:12305"));
-        let other = Identity::from_seed(&[8; 32]).for_tracker("a.example:12305").public().to_owned();
-        let keys =
-            [of("a.example:12305"), of("a.example:80"), of("b.example:12305"), other, identity().public().into()];
+        let other =
+            Identity::from_seed(&[8; 32]).for_tracker("a.example:12305").public().to_owned();
+        let keys = [
+            of("a.example:12305"),
+            of("a.example:80"),
+            of("b.example:12305"),
+            other,
+            identity().public().into(),
+        ];
         let distinct: std::collections::BTreeSet<_> = keys.iter().collect();
         assert_eq!(distinct.len(), keys.len());
     }
 
     #[test]
     fn where_peers_can_be() {
-        for good in ["1.2.3.4", "10.0.0.1", "192.168.1.1", "100.64.0.1", "2001:db8::1", "fd00::1", "::ffff:10.0.0.1"] {
+        for good in [
+            "1.2.3.4",
+            "10.0.0.1",
+            "192.168.1.1",
+            "100.64.0.1",
+            "2001:db8::1",
+            "fd00::1",
+            "::ffff:10.0.0.1",
+        ] {
             assert!(can_be_peer(good.parse().unwrap()), "{good}");
         }
         for bad in [
@@ -518,7 +558,14 @@ mod tests {
     fn names_of_transfers() {
         let name = TransferName { tracker: "0123456789abcdef".into(), id: 42 };
         assert_eq!(TransferName::parse(&name.to_string()), Some(name));
-        for bad in ["", "42", "0123456789abcdef-", "0123456789abcdef-+1", "0123456789abcde-1", "x123456789abcdef-1"] {
+        for bad in [
+            "",
+            "42",
+            "0123456789abcdef-",
+            "0123456789abcdef-+1",
+            "0123456789abcde-1",
+            "x123456789abcdef-1",
+        ] {
             assert_eq!(TransferName::parse(bad), None, "{bad}");
         }
     }

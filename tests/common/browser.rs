@@ -1,4 +1,5 @@
-//! A real Chromium without a window on a host's network, driven by its own protocol (CDP) over a pipe.
+//! A real Chromium without a window on a host's network, driven by its own protocol (CDP) over a
+//! pipe.
 
 use super::lan::Host;
 use super::{DEADLINE, directory, thread};
@@ -88,8 +89,10 @@ impl Browser {
             complaints: Vec::new(),
         };
         let target = browser.call("Target.createTarget", json!({ "url": "about:blank" }));
-        let attached =
-            browser.call("Target.attachToTarget", json!({ "targetId": target["targetId"], "flatten": true }));
+        let attached = browser.call(
+            "Target.attachToTarget",
+            json!({ "targetId": target["targetId"], "flatten": true }),
+        );
         browser.session = attached["sessionId"].as_str().map(str::to_owned);
         for domain in ["Page", "Network", "Runtime", "Log"] {
             browser.call(&format!("{domain}.enable"), json!({}));
@@ -117,17 +120,23 @@ impl Browser {
     }
 
     fn receive(&mut self, waiting_for: &str) -> Value {
-        let message = self.from.recv_timeout(DEADLINE).unwrap_or_else(|e| panic!("{waiting_for}: {e}"));
+        let message =
+            self.from.recv_timeout(DEADLINE).unwrap_or_else(|e| panic!("{waiting_for}: {e}"));
         let parameters = &message["params"];
         match message["method"].as_str().unwrap_or_default() {
             "Network.requestWillBeSent" => {
-                self.requested.push(parameters["request"]["url"].as_str().unwrap_or_default().to_owned());
+                self.requested
+                    .push(parameters["request"]["url"].as_str().unwrap_or_default().to_owned());
             }
-            "Runtime.exceptionThrown" => self.complaints.push(parameters["exceptionDetails"].to_string()),
+            "Runtime.exceptionThrown" => {
+                self.complaints.push(parameters["exceptionDetails"].to_string())
+            }
             "Log.entryAdded" if parameters["entry"]["level"] == "error" => {
                 self.complaints.push(parameters["entry"]["text"].to_string());
             }
-            "Page.javascriptDialogOpening" => self.complaints.push(parameters["message"].to_string()),
+            "Page.javascriptDialogOpening" => {
+                self.complaints.push(parameters["message"].to_string())
+            }
             _ => {}
         }
         if message.get("method").is_some() {
@@ -161,15 +170,23 @@ impl Browser {
 
     /// The value of an expression in the page, also of a promise's.
     pub fn value(&mut self, expression: &str) -> Value {
-        let parameters = json!({ "expression": expression, "returnByValue": true, "awaitPromise": true });
+        let parameters =
+            json!({ "expression": expression, "returnByValue": true, "awaitPromise": true });
         let mut answer = self.call("Runtime.evaluate", parameters);
-        assert!(answer["exceptionDetails"].is_null(), "{expression}: {}", answer["exceptionDetails"]);
+        assert!(
+            answer["exceptionDetails"].is_null(),
+            "{expression}: {}",
+            answer["exceptionDetails"]
+        );
         answer["result"]["value"].take()
     }
 
     /// The same as text.
     pub fn text(&mut self, expression: &str) -> String {
-        self.value(expression).as_str().unwrap_or_else(|| panic!("{expression}: no text")).to_owned()
+        self.value(expression)
+            .as_str()
+            .unwrap_or_else(|| panic!("{expression}: no text"))
+            .to_owned()
     }
 
     /// What an element with that ID shows.
@@ -185,7 +202,11 @@ impl Browser {
             if texts.iter().all(|text| shown.contains(text)) {
                 return shown;
             }
-            assert!(Instant::now() < until, "{id} does not show {texts:?} but {shown:?}; {:?}", self.complaints);
+            assert!(
+                Instant::now() < until,
+                "{id} does not show {texts:?} but {shown:?}; {:?}",
+                self.complaints
+            );
             std::thread::sleep(Duration::from_millis(20));
         }
     }
@@ -193,14 +214,16 @@ impl Browser {
     /// Presses a key, as a person does.
     pub fn press(&mut self, key: &str, code: u32) {
         for kind in ["rawKeyDown", "keyUp"] {
-            let parameters = json!({ "type": kind, "key": key, "code": key, "windowsVirtualKeyCode": code });
+            let parameters =
+                json!({ "type": kind, "key": key, "code": key, "windowsVirtualKeyCode": code });
             self.call("Input.dispatchKeyEvent", parameters);
         }
     }
 
     /// The page from now on is so many pixels wide, light or dark.
     pub fn look(&mut self, width: u32, scheme: &str) {
-        let metrics = json!({ "width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 600 });
+        let metrics =
+            json!({ "width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 600 });
         self.call("Emulation.setDeviceMetricsOverride", metrics);
         let features = json!({ "features": [{ "name": "prefers-color-scheme", "value": scheme }] });
         self.call("Emulation.setEmulatedMedia", features);
@@ -213,19 +236,23 @@ impl Browser {
         let clip = json!({ "x": 0, "y": 0, "width": size["width"], "height": height, "scale": 1 });
         let parameters = json!({ "format": "png", "captureBeyondViewport": true, "clip": clip });
         let answer = self.call("Page.captureScreenshot", parameters);
-        let png = BASE64.decode(answer["data"].as_str().unwrap_or_default().as_bytes()).expect("base64");
-        fs::create_dir_all(file.parent().expect("a file is in a directory")).expect("a directory for pictures");
+        let png =
+            BASE64.decode(answer["data"].as_str().unwrap_or_default().as_bytes()).expect("base64");
+        fs::create_dir_all(file.parent().expect("a file is in a directory"))
+            .expect("a directory for pictures");
         fs::write(file, png).expect("a picture");
     }
 }
 
 impl Drop for Browser {
     fn drop(&mut self) {
-        // Asked to, it ends those that it started and lets go of its files; `nsenter` and the shell have become it.
+        // Asked to, it ends those that it started and lets go of its files; `nsenter` and the shell
+        // have become it.
         let close = json!({ "id": 0, "method": "Browser.close" }).to_string();
         let asked = self.to.write_all(&[close.as_bytes(), b"\0"].concat());
         let until = Instant::now() + Duration::from_secs(5);
-        while asked.is_ok() && matches!(self.process.try_wait(), Ok(None)) && Instant::now() < until {
+        while asked.is_ok() && matches!(self.process.try_wait(), Ok(None)) && Instant::now() < until
+        {
             std::thread::sleep(Duration::from_millis(5));
         }
         let _ = self.process.kill();

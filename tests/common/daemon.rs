@@ -11,7 +11,8 @@ use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// The program under test: `PEERIX_BIN`, else the one cargo built for these tests (it builds none for examples).
+/// The program under test: `PEERIX_BIN`, else the one cargo built for these tests (it builds none
+/// for examples).
 pub fn binary() -> &'static Path {
     static PATH: std::sync::OnceLock<PathBuf> = std::sync::OnceLock::new();
     PATH.get_or_init(|| {
@@ -89,7 +90,8 @@ pub fn narinfo_status(host: &Host, path: &str) -> u16 {
     http::get_local(host, &route).expect("the own peerix answers").status
 }
 
-/// Waits until peerix on `asker` finds what only `holder` has (by [`mark`]): then they know one another.
+/// Waits until peerix on `asker` finds what only `holder` has (by [`mark`]): then they know one
+/// another.
 pub fn wait_until_known(asker: &Host, mark: &str) {
     wait_for("peers find one another", || (narinfo_status(asker, mark) == 200).then_some(()));
 }
@@ -101,9 +103,12 @@ pub fn found(host: &Host, paths: &[String], connections: usize) -> usize {
         for part in paths.chunks(paths.len().div_ceil(connections)) {
             let found = &found;
             thread::spawn_in(scope, "lookups", move || {
-                let mut connection = Connection::new(host.connect_local().expect("the own peerix")).expect("a socket");
+                let mut connection = Connection::new(host.connect_local().expect("the own peerix"))
+                    .expect("a socket");
                 for path in part {
-                    let answer = connection.get(&format!("/{}.narinfo", world::hash_part(path))).expect("an answer");
+                    let answer = connection
+                        .get(&format!("/{}.narinfo", world::hash_part(path)))
+                        .expect("an answer");
                     assert!([200, 404].contains(&answer.status), "{answer:?}");
                     if answer.status == 200 {
                         found.fetch_add(1, Ordering::Relaxed);

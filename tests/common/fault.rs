@@ -58,7 +58,9 @@ impl Host {
     /// Slows what comes to this host down to so many Mbit/s.
     pub fn slow(&self, megabits: u32) {
         self.switch("ip link set {port} gso_max_segs 8");
-        self.switch(&format!("tc qdisc add dev {{port}} root tbf rate {megabits}mbit burst 256kb latency 50ms"));
+        self.switch(&format!(
+            "tc qdisc add dev {{port}} root tbf rate {megabits}mbit burst 256kb latency 50ms"
+        ));
     }
 
     /// Undoes [`Host::slow`].
@@ -66,7 +68,8 @@ impl Host {
         self.switch("tc qdisc del dev {port} root");
     }
 
-    /// Holds every packet that comes in from the network for so long: a longer round trip to everyone.
+    /// Holds every packet that comes in from the network for so long: a longer round trip to
+    /// everyone.
     pub fn delay(&self, time: Duration) -> Delay {
         let mut queue = self.in_net(|| {
             let mut queue = Queue::open().expect("a netfilter queue");
@@ -82,7 +85,17 @@ impl Host {
         let thread = thread::spawn("delay", move || hold(&mut queue, time, &stopped));
         for table in TABLES {
             self.net_cmd(table)
-                .args(["-A", "INPUT", "-i", "eth0", "-j", "NFQUEUE", "--queue-num", "0", "--queue-bypass"])
+                .args([
+                    "-A",
+                    "INPUT",
+                    "-i",
+                    "eth0",
+                    "-j",
+                    "NFQUEUE",
+                    "--queue-num",
+                    "0",
+                    "--queue-bypass",
+                ])
                 .okay();
         }
         Delay { stop, thread: Some(thread) }
@@ -91,7 +104,9 @@ impl Host {
     /// Limits what this host sends, in Mbit/s. Packets beyond that wait, and are lost after 50 ms.
     pub fn slow_sending(&self, megabits: u32) {
         self.net("ip link set eth0 gso_max_segs 8");
-        self.net(&format!("tc qdisc add dev eth0 root tbf rate {megabits}mbit burst 256kb latency 50ms"));
+        self.net(&format!(
+            "tc qdisc add dev eth0 root tbf rate {megabits}mbit burst 256kb latency 50ms"
+        ));
     }
 
     /// Keeps all processors busy at ordinary priority.
@@ -113,7 +128,18 @@ impl Forger {
             let socket = host.udp(0);
             let port = socket.local_addr().expect("a bound socket").port().to_string();
             host.net_cmd("iptables")
-                .args(["-t", "nat", "-A", "POSTROUTING", "-p", "udp", "--sport", &port, "-j", "SNAT"])
+                .args([
+                    "-t",
+                    "nat",
+                    "-A",
+                    "POSTROUTING",
+                    "-p",
+                    "udp",
+                    "--sport",
+                    &port,
+                    "-j",
+                    "SNAT",
+                ])
                 .args(["--to-source", &format!("{source}:{PORT}")])
                 .okay();
             socket

@@ -17,7 +17,8 @@ pub const STATE: &str = "/var/lib/peerix";
 
 /// The key of a host, made if there is none, as its user gets it.
 pub fn key(host: &Host) -> NodeKey {
-    let text = host.cmd(&binary().display().to_string()).args(["identity", "--state-dir", STATE]).okay();
+    let text =
+        host.cmd(&binary().display().to_string()).args(["identity", "--state-dir", STATE]).okay();
     text.trim().parse().expect("a key and nothing else")
 }
 
@@ -31,12 +32,18 @@ pub fn friend(host: &Host, at: Option<SocketAddr>) -> String {
 pub fn seen(host: &Host, name: &str) -> Value {
     let status = daemon::status(host);
     let mut friends = status["friends"].as_array().expect("a list").iter();
-    friends.find(|friend| friend["name"] == name).cloned().unwrap_or_else(|| panic!("no friend {name}: {status:#}"))
+    friends
+        .find(|friend| friend["name"] == name)
+        .cloned()
+        .unwrap_or_else(|| panic!("no friend {name}: {status:#}"))
 }
 
-/// Waits until the peerix on `host` reaches its friend called `name`, or does not, and returns what it says of it.
+/// Waits until the peerix on `host` reaches its friend called `name`, or does not, and returns what
+/// it says of it.
 pub fn wait_until_reached(host: &Host, name: &str, reached: bool) -> Value {
-    wait_for("a friend is reached or not", || Some(seen(host, name)).filter(|friend| friend["reached"] == reached))
+    wait_for("a friend is reached or not", || {
+        Some(seen(host, name)).filter(|friend| friend["reached"] == reached)
+    })
 }
 
 /// The identity of nobody's machine.
@@ -49,7 +56,12 @@ pub struct TlsConnection(BufReader<StreamOwned<ClientConnection, TcpStream>>);
 
 impl TlsConnection {
     /// Connects from `host` with the given identity to the node with that key.
-    pub fn open(host: &Host, to: SocketAddr, identity: &Identity, key: NodeKey) -> io::Result<TlsConnection> {
+    pub fn open(
+        host: &Host,
+        to: SocketAddr,
+        identity: &Identity,
+        key: NodeKey,
+    ) -> io::Result<TlsConnection> {
         let config = tls::client_config(identity, key).expect("keys fit");
         let name = ServerName::try_from(tls::NO_NAME).expect("a name");
         let session = ClientConnection::new(config, name).map_err(io::Error::other)?;
@@ -67,7 +79,8 @@ impl TlsConnection {
             if self.0.read_line(&mut line)? == 0 {
                 return Err(io::ErrorKind::UnexpectedEof.into());
             }
-            status = status.or_else(|| line.split(' ').nth(1).and_then(|status| status.parse().ok()));
+            status =
+                status.or_else(|| line.split(' ').nth(1).and_then(|status| status.parse().ok()));
             if let Some(value) = line.strip_prefix("Content-Length: ") {
                 length = value.trim().parse().map_err(io::Error::other)?;
             }

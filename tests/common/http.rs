@@ -55,14 +55,24 @@ impl Connection {
 
     /// Any method, with further header lines, each ending in CR LF.
     pub fn ask(&mut self, method: &str, path: &str, headers: &str) -> io::Result<Answer> {
-        self.send(format!("{method} {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n{headers}\r\n").as_bytes())?;
+        self.send(
+            format!("{method} {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n{headers}\r\n").as_bytes(),
+        )?;
         self.answer(method != "HEAD")
     }
 
     /// A request with a body, and its answer. Further header lines each end in CR LF.
-    pub fn tell(&mut self, method: &str, path: &str, headers: &str, body: &[u8]) -> io::Result<Answer> {
-        let head =
-            format!("{method} {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {}\r\n{headers}\r\n", body.len());
+    pub fn tell(
+        &mut self,
+        method: &str,
+        path: &str,
+        headers: &str,
+        body: &[u8],
+    ) -> io::Result<Answer> {
+        let head = format!(
+            "{method} {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {}\r\n{headers}\r\n",
+            body.len()
+        );
         self.send(&[head.as_bytes(), body].concat())?;
         self.answer(true)
     }
@@ -101,7 +111,8 @@ impl Connection {
         if answer.header("transfer-encoding") == Some("chunked") {
             answer.whole = read_chunks(&mut self.stream, &mut answer.body).is_ok();
         } else {
-            let length = answer.header("content-length").and_then(|length| length.parse::<u64>().ok());
+            let length =
+                answer.header("content-length").and_then(|length| length.parse::<u64>().ok());
             let wanted = length.unwrap_or(u64::MAX);
             let read = (&mut self.stream).take(wanted).read_to_end(&mut answer.body);
             answer.whole = read.is_ok() && (length.is_none() || answer.body.len() as u64 == wanted);
@@ -147,7 +158,8 @@ fn read_chunks(stream: &mut impl BufRead, body: &mut Vec<u8>) -> io::Result<()> 
     loop {
         let mut line = String::new();
         stream.read_line(&mut line)?;
-        let length = u64::from_str_radix(line.trim(), 16).map_err(|_| io::ErrorKind::InvalidData)?;
+        let length =
+            u64::from_str_radix(line.trim(), 16).map_err(|_| io::ErrorKind::InvalidData)?;
         if stream.take(length).read_to_end(body)? as u64 != length {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
@@ -190,8 +202,8 @@ pub enum Reply {
     Silence,
 }
 
-/// A server that does whatever it is told. Dropping it closes every connection, and panics if one of
-/// its answers did.
+/// A server that does whatever it is told. Dropping it closes every connection, and panics if one
+/// of its answers did.
 pub struct Server {
     listener: TcpListener,
     connections: Arc<Mutex<Vec<TcpStream>>>,
@@ -202,7 +214,10 @@ pub struct Server {
 
 impl Server {
     /// Serves on `listener` (from [`Host::listen`]).
-    pub fn start(listener: TcpListener, handle: impl Fn(&Request) -> Reply + Send + Sync + 'static) -> Server {
+    pub fn start(
+        listener: TcpListener,
+        handle: impl Fn(&Request) -> Reply + Send + Sync + 'static,
+    ) -> Server {
         let connections: Arc<Mutex<Vec<TcpStream>>> = Arc::default();
         let accepting = listener.try_clone().expect("a second handle");
         let (opened, handle) = (Arc::clone(&connections), Arc::new(handle));
@@ -257,7 +272,9 @@ fn serve(stream: &TcpStream, handle: &dyn Fn(&Request) -> Reply) -> io::Result<(
         let request = Request { method: word(), path: word(), headers: head.headers, body };
         match handle(&request) {
             Reply::Whole(status, body) => {
-                let mut bytes = format!("HTTP/1.1 {status} x\r\nContent-Length: {}\r\n\r\n", body.len()).into_bytes();
+                let mut bytes =
+                    format!("HTTP/1.1 {status} x\r\nContent-Length: {}\r\n\r\n", body.len())
+                        .into_bytes();
                 if request.method != "HEAD" {
                     bytes.extend(body);
                 }

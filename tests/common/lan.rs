@@ -66,7 +66,10 @@ impl Scale {
     /// The environment of a program with these scales.
     pub fn variables(self) -> impl Iterator<Item = (&'static str, String)> {
         let scales = [(INTERVAL_SCALE, self.intervals), (TIMEOUT_SCALE, self.timeouts)];
-        scales.into_iter().filter(|(_, factor)| *factor != 1.0).map(|(variable, factor)| (variable, factor.to_string()))
+        scales
+            .into_iter()
+            .filter(|(_, factor)| *factor != 1.0)
+            .map(|(variable, factor)| (variable, factor.to_string()))
     }
 }
 
@@ -86,7 +89,14 @@ impl Lan {
         run(namespace, &format!("ip link add {switch} type bridge mcast_snooping 0"));
         run(namespace, &format!("ip link set {switch} up"));
         let (namespace, switch) = (Arc::clone(namespace), switch.to_owned());
-        Lan { namespace, switch, subnet, gateway: None, scale: Scale::default(), hosts: AtomicU8::new(0) }
+        Lan {
+            namespace,
+            switch,
+            subnet,
+            gateway: None,
+            scale: Scale::default(),
+            hosts: AtomicU8::new(0),
+        }
     }
 
     /// The same, where the machine that the switch is in is the way out, for hosts still to come.
@@ -133,7 +143,8 @@ impl Lan {
             namespace: Arc::new(namespace),
             switch: Arc::clone(&self.namespace),
         };
-        // Without duplicate address detection, which would keep the IPv6 address from being used for two seconds.
+        // Without duplicate address detection, which would keep the IPv6 address from being used
+        // for two seconds.
         let address = host.address;
         host.net_cmd("sh")
             .args(["-ec", "ip link set lo up; echo 0 > /proc/sys/net/ipv6/conf/default/accept_dad"])
@@ -150,8 +161,9 @@ impl Lan {
     }
 }
 
-/// Makes hosts know each other's link addresses for good. Otherwise many hosts that all talk to one another fill the
-/// kernel's table of neighbours, which all namespaces share (1,024 entries), and scenes beside this one lose packets.
+/// Makes hosts know each other's link addresses for good. Otherwise many hosts that all talk to one
+/// another fill the kernel's table of neighbours, which all namespaces share (1,024 entries), and
+/// scenes beside this one lose packets.
 pub fn introduce(hosts: &[&Host]) {
     let link = |host: &Host| {
         let link = host.net_cmd("ip").args(["-oneline", "link", "show", "eth0"]).okay();
@@ -161,7 +173,11 @@ pub fn introduce(hosts: &[&Host]) {
     };
     let links: Vec<String> = hosts.iter().map(|host| link(host)).collect();
     for (at, host) in hosts.iter().enumerate() {
-        let others = links.iter().enumerate().filter(|(other, _)| *other != at).map(|(_, line)| line.as_str());
+        let others = links
+            .iter()
+            .enumerate()
+            .filter(|(other, _)| *other != at)
+            .map(|(_, line)| line.as_str());
         host.write("/tmp/neighbours", others.collect::<String>());
         host.net_cmd("ip").arg("-batch").arg(host.path("/tmp/neighbours")).okay();
     }
@@ -250,12 +266,13 @@ impl Host {
     /// Writes a file, with the directories it needs.
     pub fn write(&self, path: &str, content: impl AsRef<[u8]>) {
         let path = self.path(path);
-        std::fs::create_dir_all(path.parent().expect("a file is in a directory")).expect("the host's directories");
+        std::fs::create_dir_all(path.parent().expect("a file is in a directory"))
+            .expect("the host's directories");
         std::fs::write(path, content).expect("the host's file");
     }
 
-    /// Runs `work` in a thread of its own in this host's network. Sockets stay where they were made, so
-    /// `work` need do no more than make one.
+    /// Runs `work` in a thread of its own in this host's network. Sockets stay where they were
+    /// made, so `work` need do no more than make one.
     pub fn in_net<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
         let namespace = File::open(self.namespace.file("net")).expect("the host is there");
         std::thread::scope(|scope| {
@@ -286,7 +303,8 @@ impl Host {
 
     /// A UDP socket on all of this host's IPv4 addresses that may broadcast.
     pub fn udp(&self, port: u16) -> UdpSocket {
-        let socket = self.in_net(|| UdpSocket::bind((Ipv4Addr::UNSPECIFIED, port)).expect("the port is free"));
+        let socket = self
+            .in_net(|| UdpSocket::bind((Ipv4Addr::UNSPECIFIED, port)).expect("the port is free"));
         socket.set_broadcast(true).expect("a socket may broadcast");
         socket
     }
@@ -307,10 +325,16 @@ impl Host {
     }
 
     fn counter(&self, column: usize) -> u64 {
-        let table =
-            std::fs::read_to_string(format!("/proc/{}/net/dev", self.namespace.pid())).expect("the host is there");
-        let line = table.lines().find_map(|line| line.trim().strip_prefix("eth0:")).expect("the host has eth0");
-        line.split_whitespace().nth(column).and_then(|count| count.parse().ok()).expect("a table of counts")
+        let table = std::fs::read_to_string(format!("/proc/{}/net/dev", self.namespace.pid()))
+            .expect("the host is there");
+        let line = table
+            .lines()
+            .find_map(|line| line.trim().strip_prefix("eth0:"))
+            .expect("the host has eth0");
+        line.split_whitespace()
+            .nth(column)
+            .and_then(|count| count.parse().ok())
+            .expect("a table of counts")
     }
 }
 
@@ -324,7 +348,9 @@ impl Namespace {
     pub(super) fn bare() -> Namespace {
         let script = ["sh", "-ec", "echo ready; exec cat"];
         Namespace::start(
-            Command::new("unshare").args(["--net", "--mount", "--pid", "--fork", "--mount-proc"]).args(script),
+            Command::new("unshare")
+                .args(["--net", "--mount", "--pid", "--fork", "--mount-proc"])
+                .args(script),
         )
     }
 
@@ -335,15 +361,20 @@ impl Namespace {
     }
 
     fn start(command: &mut Command) -> Namespace {
-        let mut holder =
-            command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("unshare starts (it is in util-linux)");
+        let mut holder = command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("unshare starts (it is in util-linux)");
         let mut line = String::new();
         let output = holder.stdout.take().expect("it was asked for");
         BufReader::new(output).read_line(&mut line).expect("what unshare prints is text");
         if line != "ready\n" {
             let _ = holder.kill();
             let status = holder.wait();
-            panic!("no namespaces ({status:?}): run as root or under `unshare --map-root-user --net --mount`");
+            panic!(
+                "no namespaces ({status:?}): run as root or under `unshare --map-root-user --net --mount`"
+            );
         }
         Namespace { holder }
     }

@@ -1,22 +1,23 @@
 //! A network of machines on one machine, for tests, benchmarks and the demonstration.
 //!
-//! * [`Lan`] and [`Host`]: each host is a network, mount and process namespace with a root directory and a
-//!   `/nix` of its own, joined by a bridge. Nothing outside the namespaces is touched, and the kernel ends
-//!   everything in them when this process ends, however it ends.
+//! * [`Lan`] and [`Host`]: each host is a network, mount and process namespace with a root
+//!   directory and a `/nix` of its own, joined by a bridge. Nothing outside the namespaces is
+//!   touched, and the kernel ends everything in them when this process ends, however it ends.
 //! * [`Wan`], [`Nat`]: several such networks, joined by a router or behind one.
-//! * [`fault`]: what networks and machines do: loss, delay, slow links, pulled cables, silence, busy processors.
-//! * [`Holder`] and [`Asker`]: hosts that have everything, and hosts that want it. [`Bystander`]: hosts that
-//!   have nothing, and are asked.
+//! * [`fault`]: what networks and machines do: loss, delay, slow links, pulled cables, silence,
+//!   busy processors.
+//! * [`Holder`] and [`Asker`]: hosts that have everything, and hosts that want it. [`Bystander`]:
+//!   hosts that have nothing, and are asked.
 //! * [`Browser`]: a real Chromium on a host.
 //! * [`World`]: real store paths made by real Nix, kept between runs.
 //! * [`Daemon`]: a running peerix. [`Tracker`]: a running tracker. [`nix`]: Nix as a client.
 //! * [`solo`]: a tracker on loopback, without any of that.
-//! * [`http`], [`packet`], [`standin`]: a few lines of HTTP and UDP of our own, for peers that misbehave and for
-//!   the original peerix.
+//! * [`http`], [`packet`], [`standin`]: a few lines of HTTP and UDP of our own, for peers that
+//!   misbehave and for the original peerix.
 //!
 //! Needs root, or `unshare --map-root-user --net --mount`. The Nix is the one on `PATH`, or that of
-//! `NIX_BIN_DIR` (also one inside a debootstrap directory); the daemon is the one cargo built, or `PEERIX_BIN`,
-//! and so is the tracker, or `PEERIX_TRACKER_BIN`.
+//! `NIX_BIN_DIR` (also one inside a debootstrap directory); the daemon is the one cargo built, or
+//! `PEERIX_BIN`, and so is the tracker, or `PEERIX_TRACKER_BIN`.
 
 // Each test program uses a part of this.
 #![allow(dead_code, unused_imports)]
@@ -99,15 +100,19 @@ const SHOWN_LINES: usize = 40;
 pub fn last_lines(text: &str) -> String {
     let lines: Vec<&str> = text.lines().collect();
     let omitted = lines.len().saturating_sub(SHOWN_LINES);
-    let note = if omitted > 0 { format!("[{omitted} lines before these]\n") } else { String::new() };
+    let note =
+        if omitted > 0 { format!("[{omitted} lines before these]\n") } else { String::new() };
     note + &lines[omitted..].join("\n")
 }
 
 /// Where the programs under test are.
 fn program_dirs() -> Vec<PathBuf> {
     let programs = [Some(daemon::binary()), tracker::binary()];
-    let mut dirs: Vec<PathBuf> =
-        programs.into_iter().flatten().map(|path| path.parent().expect("a program is in a directory").into()).collect();
+    let mut dirs: Vec<PathBuf> = programs
+        .into_iter()
+        .flatten()
+        .map(|path| path.parent().expect("a program is in a directory").into())
+        .collect();
     dirs.dedup();
     dirs
 }

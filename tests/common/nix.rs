@@ -32,7 +32,8 @@ pub fn bin_dir_inside() -> String {
     Path::new("/").join(inside).display().to_string()
 }
 
-/// `nix.conf` of every host. Nix's own limits (25 connections) stay as they are; `extra` lines come last and win.
+/// `nix.conf` of every host. Nix's own limits (25 connections) stay as they are; `extra` lines come
+/// last and win.
 pub fn configure(host: &Host, extra: &str) {
     host.write(
         "/etc/nix/nix.conf",
@@ -43,8 +44,8 @@ pub fn configure(host: &Host, extra: &str) {
     );
 }
 
-/// `nix.conf` of a host that asks its own peerix, and after it `next` (a URL or nothing); only paths that one of
-/// `keys` signed are taken.
+/// `nix.conf` of a host that asks its own peerix, and after it `next` (a URL or nothing); only
+/// paths that one of `keys` signed are taken.
 pub fn configure_client(host: &Host, next: &str, keys: &[&str]) {
     configure(
         host,
@@ -61,7 +62,10 @@ pub fn configure_client(host: &Host, next: &str, keys: &[&str]) {
 /// `nix-store --realise`, to be run; it ends at the latest after [`DEADLINE`].
 pub fn realising(host: &Host, paths: &[&str]) -> Command {
     let mut command = host.cmd("timeout");
-    command.arg(DEADLINE.as_secs().to_string()).args(["nix-store", "--no-gc-warning", "--realise"]).args(paths);
+    command
+        .arg(DEADLINE.as_secs().to_string())
+        .args(["nix-store", "--no-gc-warning", "--realise"])
+        .args(paths);
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     command
 }
@@ -71,8 +75,8 @@ pub fn realise(host: &Host, paths: &[&str]) -> Output {
     realising(host, paths).output().expect("nsenter starts")
 }
 
-/// Nix asks the host's own peerix for the narinfos of all that `path` needs, and remembers none of them.
-/// Returns the store paths, one a line; panics if one was not found.
+/// Nix asks the host's own peerix for the narinfos of all that `path` needs, and remembers none of
+/// them. Returns the store paths, one a line; panics if one was not found.
 pub fn look_up_closure(host: &Host, path: &str) -> String {
     let url = format!("http://127.0.0.1:{}", super::PORT);
     let script = r#"export XDG_CACHE_HOME=$(mktemp -d); trap 'rm -r "$XDG_CACHE_HOME"' EXIT; "$@""#;
@@ -83,8 +87,8 @@ pub fn look_up_closure(host: &Host, path: &str) -> String {
 /// What Nix told the user, if it told of anything going wrong.
 pub fn complaint(output: &Output) -> Option<String> {
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
-    let bad =
-        !output.status.success() || ["error", "warning", "mismatch", "corrupt"].iter().any(|word| said.contains(word));
+    let bad = !output.status.success()
+        || ["error", "warning", "mismatch", "corrupt"].iter().any(|word| said.contains(word));
     bad.then(|| format!("{}\n{}", output.status, last_lines(&said)))
 }
 
@@ -118,8 +122,8 @@ pub fn valid_paths(host: &Host) -> Vec<String> {
     text.lines().map(str::to_owned).collect()
 }
 
-/// Checks by Nix (`nix-store --verify-path`) and byte for byte against the directory they came from that `paths`
-/// are whole, and registered.
+/// Checks by Nix (`nix-store --verify-path`) and byte for byte against the directory they came from
+/// that `paths` are whole, and registered.
 pub fn assert_whole(host: &Host, paths: &[&str], from: &Path) {
     host.cmd("nix-store").args(["--verify-path"]).args(paths).okay();
     for path in paths {
@@ -136,7 +140,8 @@ pub fn assert_nothing_but(host: &Host, paths: &[String]) {
     host.cmd("nix-store").args(["--verify", "--check-contents"]).okay();
 }
 
-/// Tells one Nix from another: its program's place, size and time. (Some don't even say their version without `/proc`.)
+/// Tells one Nix from another: its program's place, size and time. (Some don't even say their
+/// version without `/proc`.)
 pub fn identity() -> (PathBuf, u64, Option<SystemTime>) {
     let program = bin_dir().join("nix-store");
     let metadata = std::fs::metadata(&program).expect("nix-store is there");
@@ -146,6 +151,7 @@ pub fn identity() -> (PathBuf, u64, Option<SystemTime>) {
 /// The hash of some bytes as narinfos have it.
 pub fn hash(host: &Host, bytes: &[u8]) -> String {
     host.write("/tmp/hashed", bytes);
-    let digits = host.cmd("nix-hash").args(["--flat", "--base32", "--type", "sha256", "/tmp/hashed"]).okay();
+    let digits =
+        host.cmd("nix-hash").args(["--flat", "--base32", "--type", "sha256", "/tmp/hashed"]).okay();
     format!("sha256:{}", digits.trim())
 }

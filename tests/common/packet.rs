@@ -52,15 +52,21 @@ impl Packet {
     /// The datagram.
     pub fn write(&self) -> Vec<u8> {
         match self {
-            Packet::Query { id, hash_part } => [&[0], &id.to_be_bytes()[..], hash_part.as_bytes()].concat(),
+            Packet::Query { id, hash_part } => {
+                [&[0], &id.to_be_bytes()[..], hash_part.as_bytes()].concat()
+            }
             Packet::Have { id, port, path } => {
                 [&[1], &id.to_be_bytes()[..], &port.to_be_bytes(), path.as_bytes()].concat()
             }
             Packet::HaveNot { id } => [&[2], &id.to_be_bytes()[..]].concat(),
             Packet::QueryMany { id, rest } => [&[5], &id.to_be_bytes()[..], rest].concat(),
             Packet::AnswerMany { id, bits } => [&[6], &id.to_be_bytes()[..], bits].concat(),
-            Packet::Hello { version, port, instance, flags } => node(3, *version, *port, instance, *flags),
-            Packet::Bye { version, port, instance, flags } => node(4, *version, *port, instance, *flags),
+            Packet::Hello { version, port, instance, flags } => {
+                node(3, *version, *port, instance, *flags)
+            }
+            Packet::Bye { version, port, instance, flags } => {
+                node(4, *version, *port, instance, *flags)
+            }
         }
     }
 }

@@ -40,9 +40,11 @@ impl Process {
     /// Sends a signal; nothing happens if the process has ended.
     pub fn signal(&mut self, signal: Signal) {
         if self.ended().is_none() {
-            // It may end between the two calls; it cannot be reaped and its number reused, as only `nsenter` reaps it.
+            // It may end between the two calls; it cannot be reaped and its number reused, as only
+            // `nsenter` reaps it.
             let _ = kill_process(self.pid, signal);
-            // `nsenter` stops when its child stops, and cannot tell us of anything until it goes on.
+            // `nsenter` stops when its child stops, and cannot tell us of anything until it goes
+            // on.
             if signal != Signal::STOP {
                 let nsenter = i32::try_from(self.nsenter.id()).ok().and_then(Pid::from_raw);
                 let _ = kill_process(nsenter.expect("a process id"), Signal::CONT);
@@ -99,7 +101,14 @@ impl Logged {
         Logged::run(name, command, log, file, input, output)
     }
 
-    fn run(name: &str, mut command: Command, log: PathBuf, error: File, input: Stdio, output: Stdio) -> Logged {
+    fn run(
+        name: &str,
+        mut command: Command,
+        log: PathBuf,
+        error: File,
+        input: Stdio,
+        output: Stdio,
+    ) -> Logged {
         command.stdin(input).stdout(output).stderr(error);
         Logged { process: Process::start(command), name: name.to_owned(), log }
     }

@@ -1,5 +1,5 @@
-//! The usual cast: hosts that hold everything and run peerix, and hosts that have nothing and ask; and the places they
-//! are in when they need a tracker to find one another.
+//! The usual cast: hosts that hold everything and run peerix, and hosts that have nothing and ask;
+//! and the places they are in when they need a tracker to find one another.
 
 use super::daemon::{Daemon, mark, wait_until_known};
 use super::lan::{Host, Lan, Run, Scale, introduce};
@@ -26,7 +26,8 @@ pub struct Holder {
 }
 
 impl Holder {
-    /// One whose `closure1000`, `middle`, `large` … carry the signature of the world's static cache, not its own.
+    /// One whose `closure1000`, `middle`, `large` … carry the signature of the world's static
+    /// cache, not its own.
     pub fn new(lan: &Lan, world: &World, name: &str) -> Holder {
         Self::with(lan, world, name, |host| {
             world.sign(host);
@@ -35,7 +36,12 @@ impl Holder {
     }
 
     /// One that `prepare` makes ready, which returns peerix's flags.
-    pub fn with(lan: &Lan, world: &World, name: &str, prepare: impl FnOnce(&Host) -> Vec<String>) -> Holder {
+    pub fn with(
+        lan: &Lan,
+        world: &World,
+        name: &str,
+        prepare: impl FnOnce(&Host) -> Vec<String>,
+    ) -> Holder {
         let host = lan.host(name);
         world.give(&host);
         let mark = mark(&host);
@@ -66,7 +72,8 @@ impl Bystander {
 
     /// Starts many.
     pub fn crowd(lan: &Lan, count: usize) -> Vec<Bystander> {
-        let hosts: Vec<Host> = (0..count).map(|number| lan.host(&format!("neighbour-{number}"))).collect();
+        let hosts: Vec<Host> =
+            (0..count).map(|number| lan.host(&format!("neighbour-{number}"))).collect();
         introduce(&hosts.iter().collect::<Vec<_>>());
         hosts.into_iter().map(Bystander::on).collect()
     }
@@ -87,7 +94,8 @@ pub struct Asker {
 }
 
 impl Asker {
-    /// One that trusts the world's static cache, knows every one of `holders`, and has no other substituter.
+    /// One that trusts the world's static cache, knows every one of `holders`, and has no other
+    /// substituter.
     pub fn new(lan: &Lan, world: &World, holders: &[&Holder]) -> Asker {
         let asker = Self::with(lan, "", &[&world.cache_key]);
         asker.meet(holders);
@@ -107,19 +115,30 @@ impl Asker {
     }
 
     /// The same with the flags that `more` returns.
-    pub fn flagged(lan: &Lan, next: &str, keys: &[&str], more: impl FnOnce(&Host) -> Vec<String>) -> Asker {
+    pub fn flagged(
+        lan: &Lan,
+        next: &str,
+        keys: &[&str],
+        more: impl FnOnce(&Host) -> Vec<String>,
+    ) -> Asker {
         Self::on(lan.host("asker"), next, keys, more)
     }
 
     /// The same on a given host.
-    pub fn on(host: Host, next: &str, keys: &[&str], more: impl FnOnce(&Host) -> Vec<String>) -> Asker {
+    pub fn on(
+        host: Host,
+        next: &str,
+        keys: &[&str],
+        more: impl FnOnce(&Host) -> Vec<String>,
+    ) -> Asker {
         nix::configure_client(&host, next, keys);
         if keys.is_empty() {
             // Peers are held to the keys of nix.conf. Whoever has none to name believes everybody.
             host.sh("echo 'require-sigs = false' >> /etc/nix/nix.conf");
         }
         let more = more(&host);
-        let mut flags: Vec<&str> = keys.iter().flat_map(|key| ["--trusted-public-key", key]).collect();
+        let mut flags: Vec<&str> =
+            keys.iter().flat_map(|key| ["--trusted-public-key", key]).collect();
         flags.extend(more.iter().map(String::as_str));
         Asker { daemon: Daemon::start(&host, &flags), host }
     }
@@ -147,7 +166,8 @@ impl Asker {
         });
         let event = (!is_early).then(event);
         let output = nix.wait_with_output().expect("nsenter is ours");
-        let event = event.unwrap_or_else(|| panic!("it ended before the middle: {:?}", nix::complaint(&output)));
+        let event = event
+            .unwrap_or_else(|| panic!("it ended before the middle: {:?}", nix::complaint(&output)));
         (output, event)
     }
 
@@ -160,8 +180,8 @@ impl Asker {
         event
     }
 
-    /// Nix looks up the closure of 1,000 again and again while `event` takes its course, and once more;
-    /// then fetches it. All has to be found each time.
+    /// Nix looks up the closure of 1,000 again and again while `event` takes its course, and once
+    /// more; then fetches it. All has to be found each time.
     pub fn looks_up_while(&self, world: &World, event: impl FnOnce() + Send) {
         let path = world.path("closure1000");
         std::thread::scope(|scope| {
@@ -223,7 +243,8 @@ impl Places {
     }
 
     fn in_wan(wan: Wan) -> Places {
-        let (home, away, centre) = (wan.lan([10, 1, 0]), wan.lan([203, 0, 113]), wan.lan([198, 51, 100]));
+        let (home, away, centre) =
+            (wan.lan([10, 1, 0]), wan.lan([203, 0, 113]), wan.lan([198, 51, 100]));
         let world = World::on(&home);
         Places { tracker: Tracker::start(centre.host("tracker")), home, away, centre, world, wan }
     }
@@ -236,8 +257,8 @@ impl Places {
         })
     }
 
-    /// One that trusts the world's static cache, finds every one of `holders` by the tracker, and has no other
-    /// substituter.
+    /// One that trusts the world's static cache, finds every one of `holders` by the tracker, and
+    /// has no other substituter.
     pub fn asker(&self, holders: &[&Holder]) -> Asker {
         let asker = Asker::flagged(&self.home, "", &[&self.world.cache_key], |host| {
             tracker::flags(host, "wan", &[&self.tracker.host])

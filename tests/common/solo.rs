@@ -1,10 +1,13 @@
-//! A tracker on this machine's loopback, asked from as many of its addresses as needed. Needs no namespaces.
+//! A tracker on this machine's loopback, asked from as many of its addresses as needed. Needs no
+//! namespaces.
 
 use super::http::{Answer, Connection};
 use super::lan::Scale;
 use super::thread::test_name;
 use super::{directory, last_lines, tracker, wait_for};
-use peerix::wire::tracker::{Announce, Identity, KEY_HEADER, Proof, SIGNATURE_HEADER, Statement, TIMESTAMP_HEADER};
+use peerix::wire::tracker::{
+    Announce, Identity, KEY_HEADER, Proof, SIGNATURE_HEADER, SignedText, TIMESTAMP_HEADER,
+};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use socket2::{Domain, Socket, Type};
@@ -98,7 +101,8 @@ impl Solo {
 
     /// `SIGTERM`, and waits until it is gone.
     pub fn terminate(&mut self) -> ExitStatus {
-        let pid = i32::try_from(self.child.id()).ok().and_then(Pid::from_raw).expect("a process id");
+        let pid =
+            i32::try_from(self.child.id()).ok().and_then(Pid::from_raw).expect("a process id");
         kill_process(pid, Signal::TERM).expect("it is ours, and not yet reaped");
         wait_for("a tracker that was asked to stop", || self.child.try_wait().expect("it is ours"))
     }
@@ -183,8 +187,10 @@ pub fn identity(number: u64) -> Identity {
 
 /// Milliseconds since 1970.
 pub fn clock() -> u64 {
-    u64::try_from(SystemTime::now().duration_since(UNIX_EPOCH).expect("a clock that is set").as_millis())
-        .expect("small")
+    u64::try_from(
+        SystemTime::now().duration_since(UNIX_EPOCH).expect("a clock that is set").as_millis(),
+    )
+    .expect("small")
 }
 
 /// The same, but later than the last one.
@@ -204,13 +210,19 @@ pub fn announce(peer_id: &str, port: u16, addr: &str, proof: Proof) -> Vec<u8> {
 
 /// One that is signed now.
 pub fn signed_announce(key: &Identity, peer_id: &str, port: u16, addr: &str) -> Vec<u8> {
-    let proof = key.sign(&Statement::Announce { peer_id, port, addr }, stamp());
+    let proof = key.sign(&SignedText::Announce { peer_id, port, addr }, stamp());
     announce(peer_id, port, addr, proof)
 }
 
 /// A report's body, signed now.
-pub fn signed_report(key: &Identity, transfer_id: u64, peer_id: &str, role: &str, bytes: u64) -> Vec<u8> {
-    let proof = key.sign(&Statement::Report { transfer_id, peer_id, role, bytes }, stamp());
+pub fn signed_report(
+    key: &Identity,
+    transfer_id: u64,
+    peer_id: &str,
+    role: &str,
+    bytes: u64,
+) -> Vec<u8> {
+    let proof = key.sign(&SignedText::Report { transfer_id, peer_id, role, bytes }, stamp());
     let mut body = serde_json::to_value(proof).expect("JSON");
     body["transfer_id"] = transfer_id.into();
     body["peer_id"] = peer_id.into();
@@ -233,10 +245,12 @@ pub fn filter_headers(proof: &Proof) -> String {
 /// The header lines of a filter that is signed now.
 pub fn signed_filter_headers(key: &Identity, peer_id: &str, bits: &[u8]) -> String {
     let digest = ring::digest::digest(&ring::digest::SHA256, bits);
-    filter_headers(&key.sign(&Statement::Filter { peer_id, digest: digest.as_ref() }, stamp()))
+    filter_headers(&key.sign(&SignedText::Filter { peer_id, digest: digest.as_ref() }, stamp()))
 }
 
 /// `POST` of JSON.
 pub fn post(connection: &mut Connection, path: &str, body: &[u8]) -> Answer {
-    connection.tell("POST", path, "Content-Type: application/json\r\n", body).expect("the tracker answers")
+    connection
+        .tell("POST", path, "Content-Type: application/json\r\n", body)
+        .expect("the tracker answers")
 }

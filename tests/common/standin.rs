@@ -49,11 +49,16 @@ impl StandIn {
         let (datagrams, stopped) = (Arc::clone(&heard), Arc::clone(&stop));
         let thread = thread::spawn("stand-in", move || {
             while !stopped.load(Ordering::Relaxed) {
-                let Some((from, datagram)) = receive(&socket, Duration::from_millis(50)) else { continue };
+                let Some((from, datagram)) = receive(&socket, Duration::from_millis(50)) else {
+                    continue;
+                };
                 if from.ip() == own {
                     continue;
                 }
-                datagrams.lock().expect("nothing panics while it is held").push((from, datagram.clone()));
+                datagrams
+                    .lock()
+                    .expect("nothing panics while it is held")
+                    .push((from, datagram.clone()));
                 if let Some(reply) = say(&datagram) {
                     let _ = socket.send_to(&reply, from);
                 }
@@ -69,9 +74,11 @@ impl StandIn {
         StandIn::start(host, have(move |hash_part| shelf.narinfo(hash_part).is_some()), answers)
     }
 
-    /// Says *hello* to the peerix on `host` until it lists this peer: from then on it asks it by unicast.
+    /// Says *hello* to the peerix on `host` until it lists this peer: from then on it asks it by
+    /// unicast.
     pub fn meet(&self, own: &Host, host: &Host) {
-        let hello = Packet::Hello { version: 1, port: PORT, instance: *b"stand-in", flags: 0 }.write();
+        let hello =
+            Packet::Hello { version: 1, port: PORT, instance: *b"stand-in", flags: 0 }.write();
         super::wait_for("the stand-in is met", || {
             let _ = self.socket.send_to(&hello, (host.address, PORT));
             super::daemon::is_listed(host, own.address).then_some(())
@@ -80,7 +87,11 @@ impl StandIn {
 
     /// Whether any request for a path that ends so has come.
     pub fn was_asked(&self, end: &str) -> bool {
-        self.asked.lock().expect("nothing panics while it is held").iter().any(|request| request.path.ends_with(end))
+        self.asked
+            .lock()
+            .expect("nothing panics while it is held")
+            .iter()
+            .any(|request| request.path.ends_with(end))
     }
 }
 
@@ -156,17 +167,20 @@ pub fn field<'a>(narinfo: &'a [(String, String)], name: &str) -> &'a str {
     narinfo.iter().find(|(key, _)| key == name).map_or("", |(_, value)| value.as_str())
 }
 
-/// What the original answers by HTTP, out of `shelf`: it names NARs by the base64 of their store path, sends them in
-/// chunks, and leaves `CA` out of narinfos.
+/// What the original answers by HTTP, out of `shelf`: it names NARs by the base64 of their store
+/// path, sends them in chunks, and leaves `CA` out of narinfos.
 pub fn original(shelf: &Shelf) -> impl Fn(&Request) -> Reply + Send + Sync + 'static {
     let shelf = shelf.clone();
     move |request| {
         let missing = || Reply::Whole(404, b"Not found".to_vec());
-        if let Some(hash_part) = request.path.strip_prefix("/local/").and_then(|rest| rest.strip_suffix(".narinfo")) {
+        if let Some(hash_part) =
+            request.path.strip_prefix("/local/").and_then(|rest| rest.strip_suffix(".narinfo"))
+        {
             let Some(lines) = shelf.narinfo(hash_part) else { return missing() };
             let path = field(&lines, "StorePath");
             let name = BASE64.encode(path.as_bytes()).replace('/', "_");
-            let mut text = format!("StorePath: {path}\nURL: local/nar/{name}.nar\nCompression: none\n");
+            let mut text =
+                format!("StorePath: {path}\nURL: local/nar/{name}.nar\nCompression: none\n");
             for name in ["NarHash", "NarSize", "References", "Deriver", "Sig"] {
                 for (key, value) in &lines {
                     if key == name && !value.is_empty() {
@@ -176,10 +190,14 @@ pub fn original(shelf: &Shelf) -> impl Fn(&Request) -> Reply + Send + Sync + 'st
             }
             return Reply::Whole(200, text.into_bytes());
         }
-        let name = request.path.strip_prefix("/local/nar/").and_then(|rest| rest.strip_suffix(".nar"));
-        let path = name.and_then(|name| BASE64.decode(name.replace("%3D", "=").replace('_', "/").as_bytes()).ok());
+        let name =
+            request.path.strip_prefix("/local/nar/").and_then(|rest| rest.strip_suffix(".nar"));
+        let path = name.and_then(|name| {
+            BASE64.decode(name.replace("%3D", "=").replace('_', "/").as_bytes()).ok()
+        });
         let path = path.and_then(|path| String::from_utf8(path).ok());
-        path.and_then(|path| shelf.nar(hash_part(&path))).map_or_else(missing, |nar| Reply::Chunked(200, nar))
+        path.and_then(|path| shelf.nar(hash_part(&path)))
+            .map_or_else(missing, |nar| Reply::Chunked(200, nar))
     }
 }
 

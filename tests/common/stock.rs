@@ -17,11 +17,14 @@ pub fn ready(host: &Host) {
 
 /// Adds to the store what `script` makes as `$n`, and returns the store path.
 pub fn add(host: &Host, name: &str, script: &str) -> String {
-    let script = format!("mkdir -p /tmp/made; cd /tmp/made; rm -rf {name}; n={name}; {script}\nnix-store --add {name}");
+    let script = format!(
+        "mkdir -p /tmp/made; cd /tmp/made; rm -rf {name}; n={name}; {script}\nnix-store --add {name}"
+    );
     host.sh(&script).trim().to_owned()
 }
 
-/// A file of so many MiB that a NAR reader can be slow on. No two bytes of it are at the wrong place unnoticed.
+/// A file of so many MiB that a NAR reader can be slow on. No two bytes of it are at the wrong
+/// place unnoticed.
 pub fn add_large(host: &Host, name: &str, mebibytes: u32) -> String {
     add(host, name, &format!("seq 100000000 | head -c {mebibytes}M > $n"))
 }
@@ -56,7 +59,8 @@ pub fn nar_route(asker: &Host, server: &Host, path: &str) -> String {
     format!("/{}", line(&answer.text(), "URL"))
 }
 
-/// Asks by UDP, again and again as any datagram may get lost, until there is an answer; whether that is *have*.
+/// Asks by UDP, again and again as any datagram may get lost, until there is an answer; whether
+/// that is *have*.
 pub fn has(socket: &UdpSocket, server: &Host, path: &str) -> bool {
     let hash_part = world::hash_part(path).to_owned();
     for id in 0.. {

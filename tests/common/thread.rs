@@ -14,7 +14,10 @@ fn builder(name: &str) -> Builder {
 }
 
 /// Starts a thread called `name`.
-pub fn spawn<T: Send + 'static>(name: &str, work: impl FnOnce() -> T + Send + 'static) -> JoinHandle<T> {
+pub fn spawn<T: Send + 'static>(
+    name: &str,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> JoinHandle<T> {
     builder(name).spawn(work).expect("a thread")
 }
 

@@ -7,7 +7,7 @@ use super::{wait_for, world};
 use data_encoding::{BASE64, HEXLOWER};
 use ed25519_compact::{KeyPair, Seed};
 use peerix::nix::HashPart;
-use peerix::wire::filter::Filter;
+use peerix::wire::filter::BloomFilter;
 use rustix::process::Signal;
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
@@ -24,7 +24,8 @@ const DATABASE: &str = "/var/lib/peerix-tracker/db";
 /// Where a node keeps its identity: [`flags`].
 const STATE: &str = "/var/lib/peerix";
 
-/// The program under test: `PEERIX_TRACKER_BIN`, else the one cargo built for these tests, if it did.
+/// The program under test: `PEERIX_TRACKER_BIN`, else the one cargo built for these tests, if it
+/// did.
 pub fn binary() -> Option<&'static Path> {
     static PATH: OnceLock<Option<PathBuf>> = OnceLock::new();
     let find = || {
@@ -34,7 +35,8 @@ pub fn binary() -> Option<&'static Path> {
     PATH.get_or_init(find).as_deref()
 }
 
-/// A tracker and the machine it runs on. Dropping it kills it; what it logged is shown if the test failed.
+/// A tracker and the machine it runs on. Dropping it kills it; what it logged is shown if the test
+/// failed.
 pub struct Tracker {
     program: Logged,
     /// The machine.
@@ -77,10 +79,12 @@ impl Tracker {
         url(&self.host)
     }
 
-    /// `GET`, answered with 200 and JSON. Where it is asked too often, it is asked again when it says so.
+    /// `GET`, answered with 200 and JSON. Where it is asked too often, it is asked again when it
+    /// says so.
     pub fn get(&self, path: &str) -> Value {
         let answer = wait_for("the tracker has time", || {
-            let answer = http::get(&self.host, (self.host.address, PORT), path).expect("the tracker answers");
+            let answer = http::get(&self.host, (self.host.address, PORT), path)
+                .expect("the tracker answers");
             if answer.status != 429 {
                 return Some(answer);
             }
@@ -113,7 +117,13 @@ impl Tracker {
     /// Announces, as the original does, a peer on `host` that has no key and no filter.
     pub fn announce_original(&self, host: &Host, peer_id: &str) {
         let body = json!({ "peer_id": peer_id, "port": super::PORT });
-        self.told(host, "POST", "/announce", "Content-Type: application/json\r\n", body.to_string().as_bytes());
+        self.told(
+            host,
+            "POST",
+            "/announce",
+            "Content-Type: application/json\r\n",
+            body.to_string().as_bytes(),
+        );
     }
 
     /// Announces a peer on a port of `host` with a key, and a filter that has all of `paths`.
@@ -135,10 +145,17 @@ impl Tracker {
             "peer_id": peer_id, "port": port,
             "public_key": public_key, "timestamp": timestamp, "signature": signature,
         });
-        self.told(host, "POST", "/announce", "Content-Type: application/json\r\n", body.to_string().as_bytes());
-        let mut filter = Filter::for_paths(paths.len() as u64);
+        self.told(
+            host,
+            "POST",
+            "/announce",
+            "Content-Type: application/json\r\n",
+            body.to_string().as_bytes(),
+        );
+        let mut filter = BloomFilter::for_paths(paths.len() as u64);
         for path in paths {
-            filter.insert(&HashPart::parse(world::hash_part(path).as_bytes()).expect("a hash part"));
+            filter
+                .insert(&HashPart::parse(world::hash_part(path).as_bytes()).expect("a hash part"));
         }
         let digest = HEXLOWER.encode(&sha256(filter.as_bytes()));
         let (timestamp, signature) = sign("filter", &format!("sha256: {digest}\n"));
@@ -181,8 +198,8 @@ pub fn url(host: &Host) -> String {
     format!("http://{}:{PORT}", host.address)
 }
 
-/// Flags for a peerix on `host` that is called as the host is, and finds peers by trackers on `trackers` in `mode`
-/// (`wan`, `both`).
+/// Flags for a peerix on `host` that is called as the host is, and finds peers by trackers on
+/// `trackers` in `mode` (`wan`, `both`).
 pub fn flags(host: &Host, mode: &str, trackers: &[&Host]) -> Vec<String> {
     make_dir(host, STATE);
     let fixed = ["--mode", mode, "--peer-id", &host.name, "--state-dir", STATE].map(str::to_owned);

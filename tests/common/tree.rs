@@ -7,16 +7,24 @@ use std::path::Path;
 
 /// Panics at the first difference: kinds, names, executable bits, link targets, contents.
 pub fn assert_same(expected: &Path, found: &Path) {
-    let meta = |path: &Path| fs::symlink_metadata(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    let meta = |path: &Path| {
+        fs::symlink_metadata(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+    };
     let (left, right) = (meta(expected), meta(found));
     let at = found.display();
     assert_eq!(left.file_type(), right.file_type(), "{at}: kind");
     if left.is_symlink() {
-        assert_eq!(fs::read_link(expected).expect("a link"), fs::read_link(found).expect("a link"), "{at}: target");
+        assert_eq!(
+            fs::read_link(expected).expect("a link"),
+            fs::read_link(found).expect("a link"),
+            "{at}: target"
+        );
     } else if left.is_dir() {
         let names = |path: &Path| {
-            let mut names: Vec<_> =
-                fs::read_dir(path).expect("a directory").map(|entry| entry.expect("an entry").file_name()).collect();
+            let mut names: Vec<_> = fs::read_dir(path)
+                .expect("a directory")
+                .map(|entry| entry.expect("an entry").file_name())
+                .collect();
             names.sort_by(|a, b| a.as_bytes().cmp(b.as_bytes()));
             names
         };

@@ -1,5 +1,5 @@
-//! Networks joined by a router, as the internet joins them: each reaches the others' addresses, and no broadcast or
-//! multicast leaves any.
+//! Networks joined by a router, as the internet joins them: each reaches the others' addresses, and
+//! no broadcast or multicast leaves any.
 
 use super::lan::{Host, Lan, Namespace, Run, Scale, Subnet, run};
 use std::net::Ipv4Addr;
@@ -33,7 +33,8 @@ impl Wan {
         Lan::routed(&self.router, &format!("lan{number}"), subnet).with_scale(self.scale)
     }
 
-    /// Has packets to a range of addresses that is nobody's, given as `10.9.0.0/16`, dropped without a word.
+    /// Has packets to a range of addresses that is nobody's, given as `10.9.0.0/16`, dropped
+    /// without a word.
     pub fn blackhole(&self, range: &str) {
         run(&self.router, &format!("ip route add blackhole {range}"));
     }
@@ -43,15 +44,16 @@ impl Wan {
         run(&self.router, &format!("ip route add unreachable {range}"));
     }
 
-    /// Has `host` take all of them for its own, so that connections are refused where it does not listen.
+    /// Has `host` take all of them for its own, so that connections are refused where it does not
+    /// listen.
     pub fn all_at(&self, range: &str, host: &Host) {
         run(&self.router, &format!("ip route add {range} via {}", host.address));
         host.net(&format!("ip route add local {range} dev lo"));
     }
 }
 
-/// A network behind a router that has one address for all of it, as at home: its hosts reach out, and from outside
-/// nothing reaches them but what is forwarded.
+/// A network behind a router that has one address for all of it, as at home: its hosts reach out,
+/// and from outside nothing reaches them but what is forwarded.
 pub struct Nat {
     /// The network inside.
     pub lan: Lan,
@@ -66,8 +68,11 @@ impl Nat {
         router.namespace.forward();
         let lan = Lan::routed(&router.namespace, "inside", inside).with_scale(outside.scale);
         router.net("iptables -t nat -A POSTROUTING -o eth0 -j MASQUERADE");
-        // What nobody inside asked for, and nobody forwarded, stays outside, whoever knows the addresses inside.
-        router.net("iptables -A FORWARD -i eth0 -m conntrack --ctstate ESTABLISHED,RELATED,DNAT -j ACCEPT");
+        // What nobody inside asked for, and nobody forwarded, stays outside, whoever knows the
+        // addresses inside.
+        router.net(
+            "iptables -A FORWARD -i eth0 -m conntrack --ctstate ESTABLISHED,RELATED,DNAT -j ACCEPT",
+        );
         router.net("iptables -A FORWARD -i eth0 -j DROP");
         Nat { lan, router }
     }

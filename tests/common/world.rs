@@ -27,8 +27,8 @@ cp -a /nix/store /nix/var nix/
 mv /tmp/paths .
 "#;
 
-/// The fixture: a Nix store directory with its database, and all of it (but `big`) as a static cache signed by
-/// [`World::cache_key`].
+/// The fixture: a Nix store directory with its database, and all of it (but `big`) as a static
+/// cache signed by [`World::cache_key`].
 pub struct World {
     dir: PathBuf,
     paths: BTreeMap<String, String>,
@@ -43,7 +43,8 @@ impl World {
         (EXPRESSION, SCRIPT, nix::identity()).hash(&mut hasher);
         let dir = directory().join(format!("world-{:016x}", hasher.finish()));
         // Another test program may run beside this one, and want the same.
-        let lock = fs::File::create(directory().join("world.lock")).expect("the directory for fixtures is writable");
+        let lock = fs::File::create(directory().join("world.lock"))
+            .expect("the directory for fixtures is writable");
         flock(&lock, FlockOperation::LockExclusive).expect("one at a time");
         if !dir.join("paths").exists() {
             eprintln!("making store paths, once; this takes a minute");

@@ -12,11 +12,14 @@ const WARM_UP: u64 = 40;
 
 /// Number of seeds: `PEERIX_SIMULATION_SEEDS`, else [`SEEDS`].
 fn seeds() -> u64 {
-    std::env::var("PEERIX_SIMULATION_SEEDS").ok().and_then(|text| text.parse().ok()).unwrap_or(SEEDS)
+    std::env::var("PEERIX_SIMULATION_SEEDS")
+        .ok()
+        .and_then(|text| text.parse().ok())
+        .unwrap_or(SEEDS)
 }
 
-/// Number of nodes for a seed: mostly a home, seldom an office, and 1,000 only in long runs, as each
-/// of those takes minutes.
+/// Number of nodes for a seed: mostly a home, seldom an office, and 1,000 only in long runs, as
+/// each of those takes minutes.
 fn size(seed: u64, simulation: &mut Simulation) -> usize {
     let small = 2 + simulation.random.below(14);
     let size = match seed % 1000 {
@@ -29,14 +32,15 @@ fn size(seed: u64, simulation: &mut Simulation) -> usize {
     usize::try_from(size).unwrap()
 }
 
-/// A random network with holders that are undisturbed, but for one pause, cable or restart, and neighbours that do
-/// whatever neighbours do.
+/// A random network with holders that are undisturbed, but for one pause, cable or restart, and
+/// neighbours that do whatever neighbours do.
 fn check(seed: u64) {
     let mut simulation = Simulation::new(seed);
     let count = size(seed, &mut simulation);
     let nodes = simulation.add_all(Kind::Node, count);
     let asker = nodes[0];
-    simulation.loss = [0.0, 0.0, 0.01, 0.05, 0.1][usize::try_from(simulation.random.below(5)).unwrap()];
+    simulation.loss =
+        [0.0, 0.0, 0.01, 0.05, 0.1][usize::try_from(simulation.random.below(5)).unwrap()];
     simulation.duplication = if simulation.random.chance(0.3) { 0.05 } else { 0.0 };
     // Delays vary more than their distance in time: packets overtake one another.
     let slow = simulation.random.chance(0.2);
@@ -49,7 +53,8 @@ fn check(seed: u64) {
     let holders: Vec<usize> = nodes[1..].iter().copied().take(holders).collect();
     for number in 0..PATHS {
         if simulation.random.chance(0.6) {
-            let holder = holders[usize::try_from(simulation.random.below(holders.len() as u64)).unwrap()];
+            let holder =
+                holders[usize::try_from(simulation.random.below(holders.len() as u64)).unwrap()];
             simulation.hold(holder, &[path(number)]);
         }
     }
@@ -69,7 +74,11 @@ fn check(seed: u64) {
     let context = format!("seed {seed}: {count} nodes, loss {}, {what}", simulation.loss);
     let ended = simulation.outcomes.len() - before;
     assert!(ended as u64 >= PATHS, "{context}: {ended} lookups ended");
-    assert!(simulation.slowest() <= longest() + own_pause, "{context}: a lookup took {:?}", simulation.slowest());
+    assert!(
+        simulation.slowest() <= longest() + own_pause,
+        "{context}: a lookup took {:?}",
+        simulation.slowest()
+    );
     let wrong = simulation.wrong_misses();
     assert!(wrong.is_empty(), "{context}: {} wrong misses, {:?}", wrong.len(), wrong[0]);
     simulation.machine(asker).assert_bounds();
@@ -79,8 +88,14 @@ fn check(seed: u64) {
     assert!(sent <= most, "{context}: {sent} packets");
 }
 
-/// One disturbance of the asker or a holder. Returns its name, and how long the asker itself does nothing.
-fn disturb(simulation: &mut Simulation, asker: usize, holder: usize, after: Duration) -> (String, Duration) {
+/// One disturbance of the asker or a holder. Returns its name, and how long the asker itself does
+/// nothing.
+fn disturb(
+    simulation: &mut Simulation,
+    asker: usize,
+    holder: usize,
+    after: Duration,
+) -> (String, Duration) {
     let at = after + simulation.random.between(Duration::ZERO, 300 * MS);
     let long = simulation.random.between(50 * MS, 2000 * MS);
     let what = simulation.random.below(6);
@@ -92,7 +107,14 @@ fn disturb(simulation: &mut Simulation, asker: usize, holder: usize, after: Dura
         5 => simulation.unplug(holder, long),
         _ => {}
     });
-    let names = ["nothing", "holder paused", "asker unplugged", "holder restarted", "asker paused", "holder unplugged"];
+    let names = [
+        "nothing",
+        "holder paused",
+        "asker unplugged",
+        "holder restarted",
+        "asker paused",
+        "holder unplugged",
+    ];
     let own_pause = if what == 4 { long * 10 } else { Duration::ZERO };
     (format!("{} for {long:?} at {at:?}", names[usize::try_from(what).unwrap()]), own_pause)
 }
@@ -128,11 +150,15 @@ fn every_seed_keeps_the_promises() {
     let seeds = seeds();
     let threads = std::thread::available_parallelism().map_or(2, usize::from) as u64;
     std::thread::scope(|scope| {
-        if let Some(seed) = std::env::var("PEERIX_SIMULATION_TRACE").ok().and_then(|text| text.parse().ok()) {
+        if let Some(seed) =
+            std::env::var("PEERIX_SIMULATION_TRACE").ok().and_then(|text| text.parse().ok())
+        {
             return check(seed);
         }
         let workers: Vec<_> = (0..threads)
-            .map(|first| scope.spawn(move || (first..seeds).step_by(threads as usize).for_each(check)))
+            .map(|first| {
+                scope.spawn(move || (first..seeds).step_by(threads as usize).for_each(check))
+            })
             .collect();
         workers.into_iter().for_each(|worker| worker.join().unwrap());
     });

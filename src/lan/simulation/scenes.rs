@@ -1,4 +1,5 @@
-//! Named situations, the same as those of the model from which the rules come, and what they may cost.
+//! Named situations, the same as those of the model from which the rules come, and what they may
+//! cost.
 
 use super::{Act, Kind, MS, PORT, SECOND, Simulation, US, path};
 use crate::nix::HashPart;
@@ -28,7 +29,13 @@ fn all() -> Vec<HashPart> {
 
 fn no_wrong_miss(simulation: &Simulation) {
     let wrong = simulation.wrong_misses();
-    assert!(wrong.is_empty(), "seed {}: {} wrong misses: {:?}", simulation.seed, wrong.len(), wrong[0]);
+    assert!(
+        wrong.is_empty(),
+        "seed {}: {} wrong misses: {:?}",
+        simulation.seed,
+        wrong.len(),
+        wrong[0]
+    );
 }
 
 /// Time from the first lookup to the last answer.
@@ -72,7 +79,8 @@ fn slow_radio_of_a_neighbour_without_paths_delays_lookups_by_its_due_time() {
     assert!(time_of(&simulation) < 24 * SECOND, "{:?}", time_of(&simulation));
 }
 
-/// Asks for 20 s, and returns how many lookups took longer than half a second. The model has 25 in a minute.
+/// Asks for 20 s, and returns how many lookups took longer than half a second. The model has 25 in
+/// a minute.
 fn long_waits(simulation: &mut Simulation, asker: usize) -> usize {
     simulation.ask(asker, all(), 25, START, true);
     simulation.run(START + 20 * SECOND);
@@ -127,8 +135,10 @@ fn peer_that_never_helped_is_heard_among_many_that_vanished() {
     for seed in 100..110 {
         let mut simulation = Simulation::new(seed);
         let nodes = simulation.add_all(Kind::Node, 24);
-        // What the first holder has is found at once, so that nobody is overdue; the second has what is asked for late.
-        let (early, late): (Vec<HashPart>, Vec<HashPart>) = (all()[..1500].to_vec(), all()[1500..].to_vec());
+        // What the first holder has is found at once, so that nobody is overdue; the second has
+        // what is asked for late.
+        let (early, late): (Vec<HashPart>, Vec<HashPart>) =
+            (all()[..1500].to_vec(), all()[1500..].to_vec());
         simulation.hold(nodes[1], &early);
         simulation.hold(nodes[2], &late);
         simulation.loss = 0.05;
@@ -172,10 +182,18 @@ fn forged_hellos_of_a_neighbour_take_nothing_from_it() {
     let (asker, forged) = (nodes[0], SocketAddr::new(simulation.hosts[nodes[1]].ip, PORT));
     for round in 0..100_u64 {
         // As of a node that never says no, and each time as of another instance.
-        let hello = Hello { port: 1, instance: round.to_le_bytes(), crowded: true, batches: false, digest: None };
+        let hello = Hello {
+            port: 1,
+            instance: round.to_le_bytes(),
+            crowded: true,
+            batches: false,
+            digest: None,
+        };
         let bytes = Packet::Hello(hello).encode().into();
-        simulation
-            .at(START + 100 * MS * u32::try_from(round).unwrap(), Act::Deliver { to: asker, from: forged, bytes });
+        simulation.at(
+            START + 100 * MS * u32::try_from(round).unwrap(),
+            Act::Deliver { to: asker, from: forged, bytes },
+        );
     }
     simulation.think = NIX_PACE;
     simulation.ask(asker, all(), 25, START, true);
@@ -213,7 +231,8 @@ fn holder_that_pauses_for_a_minute_costs_one_wait_of_three_seconds() {
 fn ten_percent_loss_causes_no_wrong_miss() {
     for seed in 20..22 {
         let (mut simulation, nodes) = thirty_two(seed);
-        let other: Vec<HashPart> = (0..LOOKUPS).filter(|number| number % 4 == 1).map(path).collect();
+        let other: Vec<HashPart> =
+            (0..LOOKUPS).filter(|number| number % 4 == 1).map(path).collect();
         simulation.hold(nodes[2], &other);
         simulation.loss = 0.1;
         simulation.ask(nodes[0], all(), 25, START, false);
@@ -227,7 +246,8 @@ fn holder_that_restarts_is_waited_for() {
     for seed in 30..32 {
         let (mut simulation, nodes) = thirty_two(seed);
         let holder = nodes[1];
-        simulation.run_at(START + SECOND / 4, move |simulation| simulation.restart(holder, 700 * MS));
+        simulation
+            .run_at(START + SECOND / 4, move |simulation| simulation.restart(holder, 700 * MS));
         simulation.ask(nodes[0], all(), 25, START, true);
         simulation.run(START + 5 * SECOND);
         no_wrong_miss(&simulation);
@@ -239,7 +259,8 @@ fn asker_without_a_network_for_two_seconds_loses_nothing() {
     for seed in 40..42 {
         let (mut simulation, nodes) = thirty_two(seed);
         let asker = nodes[0];
-        simulation.run_at(START + SECOND / 4, move |simulation| simulation.unplug(asker, 2 * SECOND));
+        simulation
+            .run_at(START + SECOND / 4, move |simulation| simulation.unplug(asker, 2 * SECOND));
         simulation.ask(asker, all(), 25, START, true);
         simulation.run(START + 5 * SECOND);
         no_wrong_miss(&simulation);
@@ -296,7 +317,10 @@ fn first_lookup_after_a_common_start_finds() {
         let first = simulation.random.between(start, SECOND).max(100 * US);
         simulation.ask(asker, vec![path(1)], 1, first, false);
         simulation.run(20 * SECOND);
-        assert!(simulation.outcomes[0].found, "seed {seed}: holder started at {start:?}, lookup at {first:?}");
+        assert!(
+            simulation.outcomes[0].found,
+            "seed {seed}: holder started at {start:?}, lookup at {first:?}"
+        );
     }
 }
 

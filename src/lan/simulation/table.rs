@@ -3,8 +3,8 @@
 use super::{Kind, SECOND, Simulation, path};
 use std::time::Duration;
 
-/// Asks 3,000 absent paths over 25 connections among `count` nodes, then one alone. Returns packets and bytes of the
-/// 3,000, and the time of the one.
+/// Asks 3,000 absent paths over 25 connections among `count` nodes, then one alone. Returns packets
+/// and bytes of the 3,000, and the time of the one.
 fn costs(count: usize) -> (u64, u64, Duration) {
     let mut simulation = Simulation::new(count as u64);
     let nodes = simulation.add_all(Kind::Node, count);
@@ -28,7 +28,10 @@ fn packets_grow_slower_than_nodes() {
     for count in [2, 8, 32, 64, 100, 300] {
         let (packets, bytes, time) = costs(count);
         println!("| {count} | {packets} | {bytes} | {:.2} ms |", time.as_secs_f64() * 1000.0);
-        assert!(packets > last && packets < 3000 * 4 * count as u64 / 3, "{count} nodes: {packets} packets");
+        assert!(
+            packets > last && packets < 3000 * 4 * count as u64 / 3,
+            "{count} nodes: {packets} packets"
+        );
         assert!(time < Duration::from_millis(60), "{count} nodes: {time:?}");
         last = packets;
     }

@@ -1,0 +1,437 @@
+//! What leaves this machine, and to whom. Every answer to somebody else, over HTTP or UDP, asks
+//! here first.
+//!
+//! Who asks is told by the socket's address, or by the key with which the other end authenticated
+//! itself, and by nothing else. This machine has everything, friends and the LAN every valid path,
+//! and anybody else what has no name to be kept (`filter.rs`) and is the upstream cache's as well
+//! (`verify.rs`). `--share` takes rows of that away.
+
+mod filter;
+mod verify;
+
+use crate::config::{Config, Mode, Sharing};
+use crate::network::Networks;
+use crate::nix::PathInfo;
+use filter::NameFilter;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Instant;
+use verify::Verifier;
+
+/// Who asks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Scope {
+    /// A loopback address: this machine's Nix and its users.
+    ThisMachine,
+    /// A node that holds the key of a friend, wherever it is.
+    Friend,
+    /// A node on a LAN network (see [`crate::network::LanNetworks`]), or one named by `--peer`; in
+    /// modes that have a LAN.
+    Lan,
+    /// Anybody else.
+    Wan,
+}
+
+/// Tells scopes apart, and what each may have.
+pub struct AccessPolicy {
+    networks: Arc<Networks>,
+    named_peers: RwLock<Vec<SocketAddr>>,
+    mode: Mode,
+    sharing: Sharing,
+    filter: NameFilter,
+    /// None where nothing is verified.
+    verifier: Option<Verifier>,
+    /// Set while the secret key that should sign this machine's paths cannot be read.
+    lacks_key: AtomicBool,
+}
+
+impl AccessPolicy {
+    /// As the user chose.
+    pub fn new(networks: Arc<Networks>, config: &Config) -> Self {
+        let filter = match config.filter {
+            true => NameFilter::new(config.default_filters, &config.filter_patterns),
+            false => NameFilter::default(),
+        };
+        let has_wan = config.mode.has_wan() && config.sharing == Sharing::All;
+        let verifier = (has_wan && config.verify).then(|| Verifier::new(config));
+        let (mode, sharing) = (config.mode, config.sharing);
+        let lacks_key = AtomicBool::new(config.private_key.is_some());
+        AccessPolicy {
+            networks,
+            named_peers: Default::default(),
+            mode,
+            sharing,
+            filter,
+            verifier,
+            lacks_key,
+        }
+    }
+
+    /// Sets that the secret key has been read. Until then a node that was given one shares nothing
+    /// that only that key would sign: a plain Nix remembers an unsigned narinfo for 30 days.
+    pub fn set_has_key(&self) {
+        self.lacks_key.store(false, Ordering::Relaxed);
+    }
+
+    /// Sets the addresses that `--peer` names now. Their ports do not count: nodes at these
+    /// addresses have the scope LAN.
+    pub fn set_named_peers(&self, addresses: Vec<SocketAddr>) {
+        *self.named_peers.write().unwrap_or_else(PoisonError::into_inner) = addresses;
+    }
+
+    /// The scope of a node at this address, as the socket has it. For link-local IPv6 the scope ID
+    /// of the address counts too.
+    pub fn scope(&self, asker: SocketAddr) -> Scope {
+        if asker.ip().to_canonical().is_loopback() {
+            return Scope::ThisMachine;
+        }
+        let is_lan =
+            self.mode.has_lan() && (self.networks.is_lan(asker) || self.is_named_peer(asker));
+        if is_lan { Scope::Lan } else { Scope::Wan }
+    }
+
+    /// Whether there is a LAN at all, whatever is shared with it.
+    pub fn has_lan(&self) -> bool {
+        self.mode.has_lan()
+    }
+
+    /// The scope in which a datagram from this address is answered, or `None` if it is dropped.
+    /// Dropped are datagrams from this machine's loopback, from addresses that no answer reaches,
+    /// and from strangers with whom nothing is shared. Neighbours with whom nothing is shared are
+    /// answered *no*, so that they wait for nothing. No datagram has the scope of a friend.
+    pub fn datagram_scope(&self, from: SocketAddr) -> Option<Scope> {
+        let ip = from.ip().to_canonical();
+        let is_broadcast = ip == IpAddr::V4(Ipv4Addr::BROADCAST);
+        if from.port() == 0 || ip.is_unspecified() || ip.is_multicast() || is_broadcast {
+            return None;
+        }
+        match self.scope(from) {
+            Scope::ThisMachine | Scope::Friend => None,
+            Scope::Lan => Some(Scope::Lan),
+            Scope::Wan => self.serves(Scope::Wan).then_some(Scope::Wan),
+        }
+    }
+
+    fn is_named_peer(&self, asker: SocketAddr) -> bool {
+        let host = host_of(asker);
+        let named = self.named_peers.read().unwrap_or_else(PoisonError::into_inner);
+        named.iter().any(|peer| host_of(*peer) == host)
+    }
+
+    /// Whether the asker is on another network, which is slower than compressing.
+    pub fn is_far(&self, scope: Scope, asker: SocketAddr) -> bool {
+        match scope {
+            Scope::ThisMachine | Scope::Lan => false,
+            Scope::Friend => self.scope(asker) == Scope::Wan,
+            Scope::Wan => true,
+        }
+    }
+
+    /// Whether an asker of that scope may have any valid path at all.
+    pub fn serves(&self, scope: Scope) -> bool {
+        match scope {
+            Scope::ThisMachine => true,
+            Scope::Friend => self.sharing != Sharing::Nobody,
+            Scope::Lan => {
+                self.mode.has_lan() && matches!(self.sharing, Sharing::All | Sharing::Lan)
+            }
+            Scope::Wan => self.mode.has_wan() && self.sharing == Sharing::All,
+        }
+    }
+
+    /// Whether an asker of that scope may have this valid path. For WAN the upstream cache may be
+    /// asked, which takes 15 s at most; what cannot be told then, they may not. Who may not is told
+    /// that there is no such path.
+    pub fn allows(&self, scope: Scope, info: &PathInfo) -> bool {
+        self.decide(scope, info, |verifier| verifier.verified(info))
+    }
+
+    /// The same from what is known already, without waiting.
+    pub fn allows_now(&self, scope: Scope, info: &PathInfo) -> bool {
+        self.decide(scope, info, |verifier| verifier.verified_now(info) == Some(true))
+    }
+
+    /// When to ask the upstream cache, by [`AccessPolicy::allows`], whether strangers may have this
+    /// path; `None` if nobody needs to be asked. Where upstream's key is known, its paths have a
+    /// signature, and nothing is asked that no stranger wants to know.
+    pub fn ask_upstream_at(&self, info: &PathInfo) -> Option<Instant> {
+        self.verifier.as_ref().filter(|_| !self.filter.keeps(&info.path))?.ask_at(info)
+    }
+
+    /// Why strangers may not have this valid path, for the user who asks; none if they may.
+    /// `config` is what this was made of. Takes as long as [`AccessPolicy::allows`].
+    pub fn why_kept(&self, config: &Config, info: &PathInfo) -> Option<String> {
+        if self.sharing != Sharing::All {
+            return Some("--share keeps everything from strangers".into());
+        }
+        if !self.serves(Scope::Wan) {
+            return Some(
+                "in mode lan, only the networks that this machine is on get anything".into(),
+            );
+        }
+        if self.filter.keeps(&info.path) {
+            let pattern =
+                filter::kept_by(config.default_filters, &config.filter_patterns, &info.path);
+            return Some(format!("its name matches the pattern {}", pattern.unwrap_or_default()));
+        }
+        let verifier = self.verifier.as_ref().filter(|verifier| !verifier.verified(info))?;
+        let upstream = &config.upstream_cache;
+        Some(match verifier.verified_now(info) {
+            Some(_) => format!("{upstream} does not have it, or with another NAR"),
+            None => format!("{upstream} did not say whether it has it"),
+        })
+    }
+
+    fn decide(
+        &self,
+        scope: Scope,
+        info: &PathInfo,
+        verified: impl FnOnce(&Verifier) -> bool,
+    ) -> bool {
+        let serves = self.serves(scope);
+        let has_proof = || !info.signatures.is_empty() || info.ca.is_some();
+        if scope != Scope::ThisMachine && self.lacks_key.load(Ordering::Relaxed) && !has_proof() {
+            return false;
+        }
+        match scope {
+            Scope::ThisMachine | Scope::Friend | Scope::Lan => serves,
+            Scope::Wan => {
+                serves
+                    && !self.filter.keeps(&info.path)
+                    && self.verifier.as_ref().is_none_or(verified)
+            }
+        }
+    }
+}
+
+/// What tells one host from another: its address, and for a link-local IPv6 address the interface
+/// that leads there.
+fn host_of(address: SocketAddr) -> (IpAddr, u32) {
+    match address {
+        SocketAddr::V6(v6) if v6.ip().is_unicast_link_local() => (address.ip(), v6.scope_id()),
+        _ => (address.ip().to_canonical(), 0),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::network::{Interface, NetworkPolicy};
+    use crate::nix::{NarHash, Signature, StorePath};
+    use std::net::TcpListener;
+
+    fn share(mode: Mode) -> AccessPolicy {
+        let eth0 = Interface {
+            name: "eth0".into(),
+            index: 2,
+            address: "192.168.10.5".parse().unwrap(),
+            prefix_len: 24,
+            broadcast: None,
+            running: true,
+        };
+        let docker0 = Interface {
+            name: "docker0".into(),
+            index: 3,
+            address: "172.17.0.1".parse().unwrap(),
+            prefix_len: 16,
+            broadcast: None,
+            running: true,
+        };
+        share_on(vec![eth0, docker0], &Config { mode, ..Config::default() })
+    }
+
+    fn share_on(interfaces: Vec<Interface>, config: &Config) -> AccessPolicy {
+        AccessPolicy::new(Arc::new(Networks::new(NetworkPolicy::default(), interfaces)), config)
+    }
+
+    fn address(text: &str) -> SocketAddr {
+        text.parse().unwrap_or_else(|_| SocketAddr::new(text.parse().unwrap(), 12304))
+    }
+
+    fn named() -> Vec<SocketAddr> {
+        ["10.9.8.7:12399", "[fe80::7%3]:12304"].map(address).into()
+    }
+
+    #[test]
+    fn scope_is_decided_by_address() {
+        let share = share(Mode::Lan);
+        share.set_named_peers(named());
+        for (asker, scope) in [
+            ("127.0.0.1", Scope::ThisMachine),
+            ("127.8.8.8", Scope::ThisMachine),
+            ("::1", Scope::ThisMachine),
+            ("::ffff:127.0.0.1", Scope::ThisMachine),
+            ("192.168.10.77", Scope::Lan),
+            ("::ffff:192.168.10.77", Scope::Lan),
+            ("10.9.8.7", Scope::Lan),
+            ("[::ffff:10.9.8.7]:1", Scope::Lan),
+            ("[fe80::1%2]:1", Scope::Lan),
+            ("[fe80::7%3]:1", Scope::Lan),
+            ("[fe80::1%3]:1", Scope::Wan),
+            ("fe80::1", Scope::Wan),
+            ("172.17.0.2", Scope::Wan),
+            ("192.168.11.1", Scope::Wan),
+            ("10.9.8.8", Scope::Wan),
+            ("8.8.8.8", Scope::Wan),
+            ("2001:db8::1", Scope::Wan),
+        ] {
+            assert_eq!(share.scope(address(asker)), scope, "{asker}");
+        }
+    }
+
+    #[test]
+    fn datagrams_are_answered_in_the_scopes_that_are_served() {
+        let (lan, both, wan) = (share(Mode::Lan), share(Mode::Both), share(Mode::Wan));
+        for (from, in_lan, in_both) in [
+            ("192.168.10.77", Some(Scope::Lan), Some(Scope::Lan)),
+            ("[fe80::1%2]:1", Some(Scope::Lan), Some(Scope::Lan)),
+            ("172.17.0.2", None, Some(Scope::Wan)),
+            ("[fe80::1%3]:1", None, Some(Scope::Wan)),
+            ("8.8.8.8", None, Some(Scope::Wan)),
+            ("127.0.0.1", None, None),
+            ("[::ffff:127.0.0.1]:1", None, None),
+            ("0.0.0.0", None, None),
+            ("255.255.255.255", None, None),
+            ("224.0.0.1", None, None),
+            ("[ff02::1%2]:1", None, None),
+            ("192.168.10.77:0", None, None),
+        ] {
+            assert_eq!(lan.datagram_scope(address(from)), in_lan, "{from}");
+            assert_eq!(both.datagram_scope(address(from)), in_both, "{from}");
+            // In mode wan the LAN is like any other network.
+            let in_wan = in_both.map(|_| Scope::Wan);
+            assert_eq!(wan.datagram_scope(address(from)), in_wan, "{from}");
+        }
+    }
+
+    #[test]
+    fn a_node_without_a_lan_has_no_neighbours() {
+        let share = share(Mode::Wan);
+        share.set_named_peers(named());
+        for asker in ["192.168.10.77", "[fe80::1%2]:1", "10.9.8.7", "8.8.8.8"] {
+            assert_eq!(share.scope(address(asker)), Scope::Wan, "{asker}");
+        }
+        assert_eq!(share.scope(address("::ffff:127.0.0.1")), Scope::ThisMachine);
+    }
+
+    #[test]
+    fn who_is_served_in_which_mode() {
+        for (mode, lan, wan) in
+            [(Mode::Lan, true, false), (Mode::Both, true, true), (Mode::Wan, false, true)]
+        {
+            let share = share(mode);
+            assert!(share.serves(Scope::ThisMachine));
+            assert_eq!(share.serves(Scope::Lan), lan, "{mode:?}");
+            assert_eq!(share.serves(Scope::Wan), wan, "{mode:?}");
+        }
+    }
+
+    #[test]
+    fn sharing_takes_rows_away_in_every_mode() {
+        use Sharing::{All, Friends, Lan, Nobody};
+        for (sharing, friend, lan, wan) in [
+            (All, true, true, true),
+            (Lan, true, true, false),
+            (Friends, true, false, false),
+            (Nobody, false, false, false),
+        ] {
+            for mode in [Mode::Lan, Mode::Both, Mode::Wan] {
+                let config =
+                    Config { mode, sharing, verify: false, filter: false, ..Config::default() };
+                let share = share_on(Vec::new(), &config);
+                let (lan, wan) = (lan && mode.has_lan(), wan && mode.has_wan());
+                let all = [
+                    (Scope::ThisMachine, true),
+                    (Scope::Friend, friend),
+                    (Scope::Lan, lan),
+                    (Scope::Wan, wan),
+                ];
+                for (scope, expected) in all {
+                    let case = format!("{mode:?} {sharing:?} {scope:?}");
+                    assert_eq!(share.serves(scope), expected, "{case}");
+                    assert_eq!(share.allows(scope, &info("hello")), expected, "{case}");
+                    assert_eq!(share.allows_now(scope, &info("hello")), expected, "{case}");
+                }
+            }
+        }
+    }
+
+    fn info(name: &str) -> PathInfo {
+        PathInfo {
+            path: StorePath::parse(&format!("7h7qgvs4kgzsn8a6rb273saxyqh4jxlz-{name}")).unwrap(),
+            nar_hash: NarHash::from_bytes([7; 32]),
+            nar_size: 8,
+            references: Vec::new(),
+            deriver: None,
+            signatures: Vec::new(),
+            ca: None,
+        }
+    }
+
+    #[test]
+    fn upstream_is_asked_for_strangers_alone() {
+        let upstream = TcpListener::bind("127.0.0.1:0").unwrap();
+        upstream.set_nonblocking(true).unwrap();
+        let upstream_cache = format!("http://{}", upstream.local_addr().unwrap());
+        let config = Config { mode: Mode::Both, upstream_cache, ..Config::default() };
+        let share = share_on(Vec::new(), &config);
+        for info in [info("hello"), info("a-secret-b")] {
+            assert!(share.allows(Scope::ThisMachine, &info) && share.allows(Scope::Lan, &info));
+            assert!(!share.allows_now(Scope::Wan, &info));
+        }
+        assert!(!share.allows(Scope::Wan, &info("a-secret-b")));
+        assert_eq!(upstream.accept().unwrap_err().kind(), std::io::ErrorKind::WouldBlock);
+    }
+
+    #[test]
+    fn path_that_only_the_missing_key_would_sign_is_withheld() {
+        let config = Config { private_key: Some("/missing".into()), ..Config::default() };
+        let share = share_on(Vec::new(), &config);
+        let signed = PathInfo {
+            signatures: vec![Signature::parse(&format!("a-1:{}==", "A".repeat(86))).unwrap()],
+            ..info("signed")
+        };
+        let ca = Some("text:sha256:0mdqa9w1p6cmli6976v4wi0sw9r4p5prkj7lzfd1877wk11c9c73".into());
+        let addressed = PathInfo { ca, ..info("addressed") };
+        for has_key in [false, true] {
+            assert_eq!(share.allows(Scope::Lan, &info("built-here")), has_key);
+            assert_eq!(share.allows_now(Scope::Lan, &info("built-here")), has_key);
+            assert!(share.allows(Scope::Lan, &signed) && share.allows(Scope::Lan, &addressed));
+            assert!(share.allows(Scope::ThisMachine, &info("built-here")));
+            share.set_has_key();
+        }
+    }
+
+    #[test]
+    fn what_each_may_have() {
+        let with = |mode, verify, filter| {
+            let upstream_cache = "http://127.0.0.1:9".to_owned();
+            let config = Config { mode, verify, filter, upstream_cache, ..Config::default() };
+            share_on(Vec::new(), &config)
+        };
+        let (plain, secret) = (info("hello"), info("a-secret-b"));
+        for (mode, verify, filter, wan) in [
+            // Nobody is at that port, so nothing is known of upstream.
+            (Mode::Both, true, true, [false, false]),
+            (Mode::Wan, true, false, [false, false]),
+            (Mode::Both, false, true, [true, false]),
+            (Mode::Wan, false, false, [true, true]),
+            (Mode::Lan, false, false, [false, false]),
+        ] {
+            let share = with(mode, verify, filter);
+            for (info, wan) in [&plain, &secret].into_iter().zip(wan) {
+                let all =
+                    [(Scope::ThisMachine, true), (Scope::Lan, mode.has_lan()), (Scope::Wan, wan)];
+                for (scope, expected) in all {
+                    let case = format!(
+                        "{mode:?} verify {verify} filter {filter}: {} for {scope:?}",
+                        info.path
+                    );
+                    assert_eq!(share.allows(scope, info), expected, "{case}");
+                    assert_eq!(share.allows_now(scope, info), expected, "{case}");
+                }
+            }
+        }
+    }
+}

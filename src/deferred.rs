@@ -1,0 +1,38 @@
+//! What has to happen at the end of a scope, also when a panic ends it.
+
+/// Calls its function when it is dropped.
+pub struct Deferred<F: FnOnce()>(Option<F>);
+
+impl<F: FnOnce()> Deferred<F> {
+    /// Holds the call back until the drop.
+    pub fn new(f: F) -> Self {
+        Deferred(Some(f))
+    }
+}
+
+impl<F: FnOnce()> Drop for Deferred<F> {
+    fn drop(&mut self) {
+        if let Some(f) = self.0.take() {
+            f();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::cell::Cell;
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+
+    #[test]
+    fn called_once_also_after_a_panic() {
+        let calls = Cell::new(0);
+        let result = catch_unwind(AssertUnwindSafe(|| {
+            let _end = Deferred::new(|| calls.set(calls.get() + 1));
+            assert_eq!(calls.get(), 0);
+            panic!("on purpose");
+        }));
+        assert!(result.is_err());
+        assert_eq!(calls.get(), 1);
+    }
+}

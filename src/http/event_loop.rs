@@ -1,0 +1,447 @@
+//! The thread that all waiting connections have in common. It accepts them, and watches for the
+//! next request on each; what can be answered from memory, it answers itself, and for all else it
+//! has a thread of the pool take the connection over.
+//!
+//! Most connections wait most of the time: so they cost no thread. And most requests are for
+//! narinfos, which take 2 µs to answer, where to wake a thread takes 5.
+
+use super::connections::{Connection, ConnectionProgress};
+use super::head::{self, ReceiveBuffer};
+use super::response;
+use super::server::{PollGeneration, ServerState, hand_over};
+use crate::log_throttle::LogThrottle;
+use rustix::event::Timespec;
+use rustix::event::epoll::{self, Event, EventData, EventFlags};
+use rustix::io::Errno;
+use rustix::net::{SendFlags, send};
+use std::io;
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::fd::OwnedFd;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// When no descriptor is left, and no connection is idle that could end for it, this thread pauses
+/// for so long: others need time to close theirs.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// When all connections are this machine's and at work, its next one waits so long for one to end.
+/// It delays others that come; they would find no room either.
+const FULL_PAUSE: Duration = Duration::from_millis(100);
+
+/// How often overdue connections are looked for while there is any connection.
+const SWEEP: Duration = Duration::from_secs(1);
+
+/// While there is none, this thread wakes up so often.
+const REST: Duration = Duration::from_secs(60);
+
+/// Events taken at once.
+const EVENTS: usize = 64;
+
+/// IDs of what is watched beside connections, whose IDs begin above: the listeners, by their place,
+/// and the wake-up.
+const STOP: u64 = 1 << 16;
+
+/// Accepts and watches until the server stops.
+/// Listeners from place `inside` on have what a router passes on.
+pub(super) fn watch(
+    shared: &Arc<ServerState>,
+    listeners: &[TcpListener],
+    inside: usize,
+    stop: &OwnedFd,
+) -> io::Result<()> {
+    for (place, listener) in listeners.iter().enumerate() {
+        epoll::add(&shared.epoll, listener, EventData::new_u64(place as u64), EventFlags::IN)?;
+    }
+    epoll::add(&shared.epoll, stop, EventData::new_u64(STOP), EventFlags::IN)?;
+    let mut watcher = EventLoop {
+        shared,
+        next_id: STOP + 1,
+        spare: ReceiveBuffer::default(),
+        out: Vec::new(),
+        faults: LogThrottle::default(),
+    };
+    let mut events: Vec<Event> = Vec::with_capacity(EVENTS);
+    let mut swept = Instant::now();
+    loop {
+        let patience = if shared.connections.is_empty() { REST } else { SWEEP };
+        let patience = Timespec { tv_sec: patience.as_secs() as i64, tv_nsec: 0 };
+        events.clear();
+        match epoll::wait(
+            &shared.epoll,
+            rustix::buffer::spare_capacity(&mut events),
+            Some(&patience),
+        ) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(e) => return Err(e.into()),
+        }
+        if shared.is_stopping() {
+            return Ok(());
+        }
+        // All that these events tell of was there before.
+        let mut now = None;
+        for event in &events {
+            match event.data.u64() {
+                STOP => {}
+                id if id > STOP => watcher.look_at(id, &mut now),
+                place => watcher.accept(&listeners[place as usize], place as usize >= inside),
+            }
+        }
+        let now = Instant::now();
+        if now.duration_since(swept) >= SWEEP {
+            swept = now;
+            shared.connections.end_overdue(now);
+            if events.is_empty() && shared.connections.is_empty() {
+                shared.handler.rest();
+            }
+        }
+    }
+}
+
+struct EventLoop<'a> {
+    shared: &'a Arc<ServerState>,
+    next_id: u64,
+    /// For what connections send that have none of their own, as nothing is left of it in the end.
+    spare: ReceiveBuffer,
+    /// The answer under way.
+    out: Vec<u8>,
+    /// For the log.
+    faults: LogThrottle,
+}
+
+/// What becomes of a connection.
+enum ConnectionFate {
+    /// It is watched on.
+    Watch,
+    /// A thread of the pool has to take it over.
+    HandOver,
+    /// It has ended.
+    End,
+}
+
+impl EventLoop<'_> {
+    fn accept(&mut self, listener: &TcpListener, is_outside: bool) {
+        match listener.accept() {
+            Ok((stream, peer)) => self.admit(stream, peer, is_outside),
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+            // The client gave up before it was accepted.
+            Err(e)
+                if matches!(
+                    e.kind(),
+                    io::ErrorKind::ConnectionAborted | io::ErrorKind::Interrupted
+                ) => {}
+            Err(e) => {
+                if self.faults.now(Instant::now()) {
+                    log::error!("accepting connections: {e}");
+                }
+                // All other connections wait meanwhile.
+                if !self.shared.connections.close_idlest() {
+                    thread::sleep(ACCEPT_PAUSE);
+                }
+            }
+        }
+    }
+
+    fn admit(&mut self, stream: TcpStream, peer: SocketAddr, is_outside: bool) {
+        if !self.make_room(peer) {
+            return log::debug!("connection from {peer}: refused, too many at work");
+        }
+        let prepared = stream
+            .set_nonblocking(false)
+            .and_then(|()| stream.set_nodelay(true))
+            .and_then(|()| stream.set_write_timeout(Some(response::WRITE_TIMEOUT.get())));
+        if let Err(e) = prepared {
+            return log::debug!("connection from {peer}: {e}");
+        }
+        self.next_id += 1;
+        let connection = self.shared.connections.insert(self.next_id, stream, peer, is_outside);
+        self.shared.watch(&connection);
+    }
+
+    /// Makes room for a connection from `peer`. This machine's own waits for it a little.
+    fn make_room(&self, peer: SocketAddr) -> bool {
+        let until = Instant::now() + FULL_PAUSE;
+        while !self.shared.connections.make_room(peer) {
+            let own = peer.ip().to_canonical().is_loopback();
+            if !own || Instant::now() >= until || self.shared.is_stopping() {
+                return false;
+            }
+            thread::sleep(Duration::from_millis(2));
+        }
+        true
+    }
+
+    /// Something came on a connection, or it ended.
+    fn look_at(&mut self, id: u64, now: &mut PollGeneration) {
+        // It may have been closed to make room, a moment ago.
+        let Some(connection) = self.shared.connections.get(id) else { return };
+        let next = catch_unwind(AssertUnwindSafe(|| self.receive(&connection, now)));
+        // A panic is answered by a thread.
+        match next.unwrap_or(ConnectionFate::HandOver) {
+            ConnectionFate::Watch => {}
+            ConnectionFate::End => self.shared.connections.end(&connection),
+            ConnectionFate::HandOver => {
+                connection.set_at_work();
+                match epoll::delete(&self.shared.epoll, connection.stream.socket()) {
+                    Ok(()) => hand_over(self.shared, connection),
+                    Err(_) => self.shared.connections.end(&connection),
+                }
+            }
+        }
+    }
+
+    fn receive(&mut self, connection: &Connection, now: &mut PollGeneration) -> ConnectionFate {
+        // Decrypting takes time, and may wait for the rest of a record.
+        if connection.stream.key().is_some() {
+            return ConnectionFate::HandOver;
+        }
+        let mut bytes = connection.bytes();
+        let own = bytes.received.is_empty();
+        if own {
+            std::mem::swap(&mut bytes.received, &mut self.spare);
+        }
+        let next = match bytes.received.fill(&connection.stream, false) {
+            Ok(0) => ConnectionFate::End,
+            Ok(_) => self.answer(connection, &mut bytes, now),
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => ConnectionFate::Watch,
+            Err(e) => {
+                log::debug!("connection from {}: {e}", connection.peer);
+                ConnectionFate::End
+            }
+        };
+        match own && bytes.received.is_empty() {
+            true => std::mem::swap(&mut bytes.received, &mut self.spare),
+            false => bytes.received.shrink(),
+        }
+        next
+    }
+
+    /// Answers the request that was received, if there is no more to it than that.
+    fn answer(
+        &mut self,
+        connection: &Connection,
+        bytes: &mut ConnectionProgress,
+        now: &mut PollGeneration,
+    ) -> ConnectionFate {
+        let received = &mut bytes.received;
+        if self.shared.begins_tls(received) {
+            return ConnectionFate::HandOver;
+        }
+        if connection.is_outside && !self.shared.handler.answers_outside() {
+            log::debug!("connection from {}, from outside: not in TLS", connection.peer);
+            return ConnectionFate::End;
+        }
+        let len = match received.head_len() {
+            Some(len) => len,
+            None if received.is_full() => return ConnectionFate::HandOver,
+            None => return ConnectionFate::Watch,
+        };
+        connection.set_at_work();
+        let (shared, out) = (self.shared, &mut self.out);
+        out.clear();
+        let answered = head::parse(received.split(len).0, connection.peer, None, |request| {
+            let request = request.map(|request| request.from(connection.is_outside));
+            let request =
+                request.ok().filter(|request| request.keep_alive && request.body_len == 0)?;
+            let answer = shared.handler.at_once(&request, now)?;
+            answer.print(out, request.method == "HEAD").ok()
+        });
+        if answered.is_none() {
+            return ConnectionFate::HandOver;
+        }
+        received.consume(len);
+        let sent = match send(
+            connection.stream.socket(),
+            out,
+            SendFlags::DONTWAIT | SendFlags::NOSIGNAL,
+        ) {
+            Ok(sent) => sent,
+            Err(Errno::AGAIN | Errno::INTR) => 0,
+            Err(_) => return ConnectionFate::End,
+        };
+        if sent < out.len() || received.head_len().is_some() {
+            bytes.unsent.extend_from_slice(&out[sent..]);
+            return ConnectionFate::HandOver;
+        }
+        shared.connections.set_idle(connection, Instant::now());
+        ConnectionFate::Watch
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::server::{Handler, Server};
+    use super::super::stream::ConnectionStream;
+    use super::super::{Exchange, Request, ShortResponse};
+    use super::*;
+    use crossbeam_channel::{Receiver, Sender, unbounded};
+    use std::io::{Read, Write};
+
+    /// More than both ends' buffers take.
+    const LARGE: usize = 32 << 20;
+
+    /// Answers with the target, and tells by which thread.
+    struct Echo(Sender<(String, String)>);
+
+    impl Echo {
+        fn tell(&self, request: &Request<'_>) {
+            let thread = thread::current().name().unwrap_or_default().to_owned();
+            self.0.send((request.target.to_owned(), thread)).unwrap();
+        }
+    }
+
+    impl Handler for Echo {
+        fn at_once(&self, request: &Request<'_>, _: &mut PollGeneration) -> Option<ShortResponse> {
+            assert_ne!(request.target, "/panic", "on purpose");
+            let body = match request.target.strip_prefix("/at-once") {
+                Some("/large") => vec![b'#'; LARGE],
+                Some(_) => request.target.into(),
+                None => return None,
+            };
+            self.tell(request);
+            Some(ShortResponse::new(200, "text/plain", body))
+        }
+
+        fn handle(&self, request: &Request<'_>, exchange: &mut Exchange<'_>) -> io::Result<()> {
+            assert_ne!(request.target, "/panic", "on purpose, again");
+            self.tell(request);
+            exchange.send(200, &[("Content-Type", "text/plain")], request.target.as_bytes())
+        }
+
+        fn after_panic(&self, _: &Request<'_>, exchange: &mut Exchange<'_>) -> io::Result<()> {
+            exchange.say(500, "panic")
+        }
+    }
+
+    fn start() -> (Server, SocketAddr, Receiver<(String, String)>) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let (tell, told) = unbounded();
+        (Server::start(vec![listener], Arc::new(Echo(tell)), || ()).unwrap(), address, told)
+    }
+
+    fn connect(address: SocketAddr) -> TcpStream {
+        let stream = TcpStream::connect(address).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+        stream
+    }
+
+    fn get(target: &str) -> String {
+        format!("GET {target} HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    }
+
+    /// The bodies of so many answers.
+    fn bodies(mut stream: &TcpStream, count: usize) -> Vec<String> {
+        let (mut bytes, mut bodies) = (Vec::new(), Vec::new());
+        while bodies.len() < count {
+            let text = String::from_utf8_lossy(&bytes).into_owned();
+            if let Some((head, rest)) = text.split_once("\r\n\r\n") {
+                let len: usize =
+                    head.rsplit_once("Content-Length: ").unwrap().1.trim().parse().unwrap();
+                if rest.len() >= len {
+                    bodies.push(rest[..len].to_owned());
+                    bytes.drain(..head.len() + 4 + len);
+                    continue;
+                }
+            }
+            let mut chunk = vec![0; 1 << 20];
+            let came = stream.read(&mut chunk).unwrap();
+            assert!(came > 0, "cut after {bodies:?}");
+            bytes.extend_from_slice(&chunk[..came]);
+        }
+        bodies
+    }
+
+    #[test]
+    fn who_answers_what() {
+        let (_server, address, told) = start();
+        let mut stream = connect(address);
+        let mut ask = |target: &str| {
+            stream.write_all(get(target).as_bytes()).unwrap();
+            assert_eq!(bodies(&stream, 1), [target]);
+            let (asked, thread) = told.recv().unwrap();
+            assert_eq!(asked, target);
+            thread
+        };
+        assert_eq!(ask("/at-once/1"), "http-watch");
+        assert_eq!(ask("/2"), "http-0");
+        // The thread may have the connection still. When it answers what the watcher can, that has
+        // it again.
+        ask("/at-once/3");
+        assert_eq!(ask("/at-once/4"), "http-watch");
+        // The first thread of the pool may not be idle yet: then it is the second one.
+        assert_ne!(ask("/5"), "http-watch");
+    }
+
+    #[test]
+    fn requests_that_come_together_are_answered_in_their_order() {
+        let (_server, address, _told) = start();
+        let mut stream = connect(address);
+        let targets: Vec<String> = (0..100)
+            .map(|n| if n % 3 == 0 { format!("/{n}") } else { format!("/at-once/{n}") })
+            .collect();
+        let all: String = targets.iter().map(|target| get(target)).collect();
+        // Cut where it hurts: within a head.
+        let (first, rest) = all.split_at(get("/0").len() + 10);
+        stream.write_all(first.as_bytes()).unwrap();
+        assert_eq!(bodies(&stream, 1), targets[..1]);
+        stream.write_all(rest.as_bytes()).unwrap();
+        assert_eq!(bodies(&stream, 99), targets[1..]);
+    }
+
+    #[test]
+    fn who_takes_an_answer_slowly_delays_nobody_and_gets_all_of_it() {
+        let (_server, address, _told) = start();
+        let (mut slow, mut other) = (connect(address), connect(address));
+        slow.write_all((get("/at-once/large") + &get("/at-once/next")).as_bytes()).unwrap();
+        for _ in 0..10 {
+            other.write_all(get("/at-once/1").as_bytes()).unwrap();
+            assert_eq!(bodies(&other, 1), ["/at-once/1"]);
+        }
+        let mut head = [0; 15];
+        slow.read_exact(&mut head).unwrap();
+        let mut left = LARGE;
+        let mut chunk = vec![0; 1 << 20];
+        let mut text = Vec::new();
+        while left > 0 || !text.ends_with(b"/at-once/next") {
+            let came = slow.read(&mut chunk).unwrap();
+            assert!(came > 0, "cut with {left} bytes to come");
+            left -= chunk[..came].iter().filter(|b| **b == b'#').count();
+            text.extend(chunk[..came].iter().filter(|b| **b != b'#'));
+            text.drain(..text.len().saturating_sub(100));
+        }
+    }
+
+    #[test]
+    fn a_panic_is_answered_by_a_thread() {
+        let (_server, address, _told) = start();
+        let (mut bad, mut other) = (connect(address), connect(address));
+        bad.write_all(get("/panic").as_bytes()).unwrap();
+        assert_eq!(bodies(&bad, 1), ["panic\n"]);
+        other.write_all(get("/at-once/1").as_bytes()).unwrap();
+        assert_eq!(bodies(&other, 1), ["/at-once/1"]);
+    }
+
+    /// It was thought to have begun when an earlier connection ended, and was closed at the next
+    /// look.
+    #[test]
+    fn a_head_begins_with_its_first_byte() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let pair = || {
+            (
+                connect(listener.local_addr().unwrap()),
+                ConnectionStream::from(listener.accept().unwrap().0),
+            )
+        };
+        let mut buffer = ReceiveBuffer::default();
+        let (client, stream) = pair();
+        drop(client);
+        assert_eq!(buffer.fill(&stream, true).unwrap(), 0);
+        let (mut client, stream) = pair();
+        let before = Instant::now();
+        client.write_all(b"GET").unwrap();
+        assert_eq!(buffer.fill(&stream, true).unwrap(), 3);
+        assert!(buffer.began().unwrap() >= before);
+    }
+}

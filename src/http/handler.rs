@@ -1,0 +1,454 @@
+//! The routes of peerix, and the one place where what went wrong becomes a status.
+
+use super::crowd::Crowds;
+use super::response::{Exchange, ShortResponse};
+use super::route::{NarFileName, Route, RouteError, StoreView, route};
+use super::server::{Handler, PollGeneration};
+use super::stream_limits::{StreamLimits, StreamPermit};
+use super::{AuthenticatedKey, Request, nar, narinfo, origin, status};
+use crate::access::{AccessPolicy, Scope};
+use crate::fetch::Downloader;
+use crate::friends::FriendList;
+use crate::log_throttle::LogThrottle;
+use crate::lookup::LookupService;
+use crate::nix::{DrvOutput, HashPart, PathInfo, SecretKey, StoreDir, StorePath};
+use crate::stats::Stats;
+use crate::status::StatusService;
+use crate::store::{Store, StoreError};
+use crate::upload_limit::UploadLimit;
+use crate::wire::NodeKey;
+use rustls::ServerConfig;
+use std::fmt;
+use std::io;
+use std::sync::{Arc, OnceLock};
+use std::time::Instant;
+
+/// Everything the routes need.
+pub struct CacheHandler {
+    /// This machine's store.
+    pub store: Arc<Store>,
+    /// Who may have what.
+    pub share: Arc<AccessPolicy>,
+    /// Who has it.
+    pub lookup: Arc<LookupService>,
+    /// NARs from peers.
+    pub fetch: Downloader,
+    /// Signs narinfos of the own store, as soon as its key has been read.
+    pub signer: Arc<OnceLock<narinfo::Signer>>,
+    /// For nix-cache-info.
+    pub store_dir: StoreDir,
+    /// For nix-cache-info.
+    pub priority: u32,
+    /// For long answers.
+    pub permits: StreamLimits,
+    /// Who is getting which large NAR.
+    pub crowds: Crowds,
+    /// How friends are let in, and who they are.
+    pub friends: Option<(Arc<ServerConfig>, Arc<FriendList>)>,
+    /// What other machines get in a second.
+    pub upload_limit: Option<UploadLimit>,
+    /// What goes out is told to it.
+    pub record: Arc<Stats>,
+    /// For the routes that tell of this node.
+    pub status: StatusService,
+    /// For the log.
+    pub faults: LogThrottle,
+}
+
+/// Why a request could not be answered with what it asked for.
+pub enum RequestError {
+    /// 400, 403, 404 or 405.
+    Refused(RouteError),
+    /// 403: a web page may have asked; what is said of it.
+    Suspect(&'static str),
+    /// 416, of so many bytes.
+    Unsatisfiable(u64),
+    /// Too many long answers at once.
+    Busy,
+    /// Our own fault.
+    Store(StoreError),
+    /// The connection's, or a body that cannot be completed.
+    Io(io::Error),
+}
+
+impl From<StoreError> for RequestError {
+    fn from(e: StoreError) -> Self {
+        RequestError::Store(e)
+    }
+}
+
+impl From<io::Error> for RequestError {
+    fn from(e: io::Error) -> Self {
+        RequestError::Io(e)
+    }
+}
+
+/// What a 404 says.
+const NOT_FOUND: &str = "not found";
+
+/// A 404.
+pub const NOT_THERE: RequestError = RequestError::Refused(RouteError::NotThere);
+
+impl Handler for CacheHandler {
+    /// Narinfos and small NARs of the own store, for this machine and the LAN: what many ask for at
+    /// the same time.
+    fn at_once(&self, request: &Request<'_>, now: &mut PollGeneration) -> Option<ShortResponse> {
+        let scope = self.scope(request);
+        let route = route(request.method, request.target, scope, self.share.serves(scope)).ok()?;
+        let hash_part = match &route {
+            Route::OwnNarinfo(hash_part, _) => hash_part,
+            Route::OwnNar(name, _) => &name.hash_part,
+            _ => return None,
+        };
+        // What strangers may have, upstream may have to be asked; and whether this machine is
+        // meant, a file. An upload limit has other machines wait.
+        let is_limited = scope != Scope::ThisMachine && self.upload_limit.is_some();
+        let waits = is_limited || scope == Scope::Wan || origin::is_under_a_name(request);
+        if waits || self.keep_pages_out(&route, request, scope).is_err() {
+            return None;
+        }
+        match (self.store.path_info_at_once(hash_part, now)?, &route) {
+            (Some(info), _) if !self.share.allows_now(scope, &info) => {
+                Some(ShortResponse::say(404, NOT_FOUND))
+            }
+            (Some(info), Route::OwnNarinfo(..))
+                if info.references.len() > narinfo::MANY_REFERENCES =>
+            {
+                None
+            }
+            (Some(info), Route::OwnNarinfo(_, view)) => {
+                Some(narinfo::own(self, &info, *view, request).answer())
+            }
+            (Some(info), Route::OwnNar(name, _)) => {
+                nar::own_at_once(self, name, &info, scope, request)
+            }
+            // One that is on its way to this machine.
+            (None, Route::OwnNar(name, StoreView::Peers))
+                if self.fetch.spools.get(&name.nar_hash).is_some() =>
+            {
+                None
+            }
+            _ => Some(ShortResponse::say(404, NOT_FOUND)),
+        }
+    }
+
+    fn rest(&self) {
+        self.store.rest();
+        self.fetch.rest();
+    }
+
+    fn tls(&self) -> Option<Arc<ServerConfig>> {
+        self.friends.as_ref().map(|(config, _)| config.clone())
+    }
+
+    fn is_friend(&self, key: &AuthenticatedKey) -> bool {
+        self.friends
+            .as_ref()
+            .is_some_and(|(_, friends)| friends.get(&NodeKey::from_bytes(*key)).is_some())
+    }
+
+    fn answers_outside(&self) -> bool {
+        self.share.serves(Scope::Wan)
+    }
+
+    fn upload_limit(&self) -> Option<&UploadLimit> {
+        self.upload_limit.as_ref()
+    }
+
+    fn handle(&self, request: &Request<'_>, exchange: &mut Exchange<'_>) -> io::Result<()> {
+        let scope = self.scope(request);
+        let answered = route(request.method, request.target, scope, self.share.serves(scope))
+            .map_err(RequestError::Refused)
+            .and_then(|route| self.keep_pages_out(&route, request, scope).map(|()| route))
+            .and_then(|route| self.answer(&route, request, scope, exchange));
+        let Err(failure) = answered else { return Ok(()) };
+        // This machine's Nix takes a 5xx for a reason to fail the build; a 404 sends it to its next
+        // substituter.
+        let busy = |exchange: &mut Exchange<'_>, line| match scope {
+            Scope::ThisMachine => exchange.say(404, line),
+            _ => {
+                let retry = [("Retry-After", "1"), ("Content-Type", "text/plain; charset=utf-8")];
+                exchange.send(503, &retry, format!("{line}\n").as_bytes())
+            }
+        };
+        match failure {
+            RequestError::Refused(RouteError::Malformed) => exchange.say(400, "bad request"),
+            RequestError::Refused(RouteError::Forbidden) => {
+                exchange.say(403, "not for this address")
+            }
+            RequestError::Suspect(line) => exchange.say(403, line),
+            RequestError::Refused(RouteError::NotThere) => exchange.say(404, NOT_FOUND),
+            RequestError::Refused(RouteError::Method) => {
+                let fields =
+                    [("Allow", "GET, HEAD"), ("Content-Type", "text/plain; charset=utf-8")];
+                exchange.send(405, &fields, b"only GET and HEAD\n")
+            }
+            RequestError::Unsatisfiable(size) => {
+                exchange.send(416, &[("Content-Range", &format!("bytes */{size}"))], b"")
+            }
+            RequestError::Busy => busy(exchange, "busy"),
+            RequestError::Store(e) => {
+                if self.faults.now(Instant::now()) {
+                    log::error!("{e}");
+                }
+                busy(exchange, "not available")
+            }
+            RequestError::Io(e) => Err(e),
+        }
+    }
+
+    fn after_panic(&self, request: &Request<'_>, exchange: &mut Exchange<'_>) -> io::Result<()> {
+        match self.scope(request) {
+            Scope::ThisMachine => exchange.say(404, "not available"),
+            _ => exchange.say(500, "not available"),
+        }
+    }
+}
+
+impl CacheHandler {
+    fn scope(&self, request: &Request<'_>) -> Scope {
+        match request.key {
+            Some(_) => Scope::Friend,
+            None if request.is_outside => Scope::Wan,
+            None => self.share.scope(request.asker),
+        }
+    }
+
+    /// What a machine may have, a web page in a browser of it must not. The greeting tells nothing,
+    /// and without it Nix would take the cache for broken; a 403 is for it a path that is not
+    /// there.
+    fn keep_pages_out(
+        &self,
+        route: &Route,
+        request: &Request<'_>,
+        scope: Scope,
+    ) -> Result<(), RequestError> {
+        if matches!(route, Route::CacheInfo(_)) {
+            return Ok(());
+        }
+        if scope != Scope::ThisMachine {
+            let is_browser = origin::is_browser(request);
+            return if is_browser {
+                Err(RequestError::Suspect("not for browsers; ask with nix or curl"))
+            } else {
+                Ok(())
+            };
+        }
+        let Some(why) = origin::is_suspect(request, matches!(route, Route::Status(_))) else {
+            return Ok(());
+        };
+        self.warn(format_args!(
+            "refused a request from this machine that a web page may have made ({}); if it was Nix's, have it ask for \
+             127.0.0.1, or put the name into /etc/hosts",
+            why.escape_debug()
+        ));
+        Err(RequestError::Suspect("not under this name; ask for 127.0.0.1, localhost or [::1]"))
+    }
+
+    fn answer(
+        &self,
+        route: &Route,
+        request: &Request<'_>,
+        scope: Scope,
+        exchange: &mut Exchange<'_>,
+    ) -> Result<(), RequestError> {
+        match route {
+            Route::Status(what) => status::tell(self, *what, exchange),
+            Route::CacheInfo(_) => self.cache_info(exchange),
+            Route::PeerNarinfo(hash_part) => {
+                // A large one keeps its room until it is sent.
+                let found = self.lookup.narinfo(hash_part).ok_or(NOT_THERE)?;
+                Ok(narinfo::from_peer(self, &found, request).send(exchange)?)
+            }
+            Route::OwnNarinfo(hash_part, view) => {
+                self.own_narinfo(hash_part, *view, scope, request, exchange)
+            }
+            Route::PeerNar(name) => {
+                let _permit = self.permit(request, scope)?;
+                nar::from_peer(self, name, request, exchange)
+            }
+            Route::PeerAnyNar(hash_part) => {
+                let _permit = self.permit(request, scope)?;
+                let nar_hash = self.lookup.agreed_nar_hash(hash_part).ok_or(NOT_THERE)?;
+                nar::from_peer(
+                    self,
+                    &NarFileName { hash_part: *hash_part, nar_hash },
+                    request,
+                    exchange,
+                )
+            }
+            Route::PeerLog(derivation) => {
+                let log = self.lookup.log(derivation).ok_or(NOT_THERE)?;
+                let _permit = self.permit(request, scope)?;
+                send_text(log.len, log.text, exchange)
+            }
+            Route::PeerRealisation(id) => {
+                let realisation = self.lookup.realisation(id).ok_or(NOT_THERE)?;
+                Ok(exchange.send(200, &JSON, realisation.print(None).as_bytes())?)
+            }
+            Route::OwnRealisation(id) => self.own_realisation(id, scope, exchange),
+            // Whether it is shared comes before the permit: telling may take as long as the
+            // upstream cache does.
+            Route::OwnNar(name, view) => {
+                let info = match self.shared(&name.hash_part, scope) {
+                    Err(RequestError::Refused(RouteError::NotThere))
+                        if scope == Scope::Lan && *view == StoreView::Peers =>
+                    {
+                        let spool = self.fetch.spools.get(&name.nar_hash).ok_or(NOT_THERE)?;
+                        let _permit = self.permit(request, scope)?;
+                        return nar::on_its_way(self, name, &spool, request, exchange);
+                    }
+                    info => info?,
+                };
+                let _permit = self.permit(request, scope)?;
+                // A LAN is faster than compressing, and Nix, which reads the other view, resumes
+                // nothing encoded.
+                let is_far = *view == StoreView::Peers && self.share.is_far(scope, request.asker);
+                nar::own(self, name, &info, scope, is_far, request, exchange)
+            }
+            // A stranger could have 16 MiB hashed for a small request.
+            Route::Digests(_) if scope == Scope::Wan => Err(NOT_THERE),
+            Route::Digests(name) => {
+                let info = self.shared(&name.hash_part, scope)?;
+                let _permit = self.permit(request, scope)?;
+                nar::digests(self, name, &info, request, exchange)
+            }
+            Route::Listing(hash_part) => {
+                let info = self.shared(hash_part, scope)?;
+                let _permit = self.permit(request, scope)?;
+                self.listing(&info, exchange)
+            }
+            Route::Log(derivation) => {
+                // Those of derivations that are no valid paths are for this machine.
+                if scope != Scope::ThisMachine
+                    && self.shared(&derivation.hash_part(), scope)?.path != *derivation
+                {
+                    return Err(NOT_THERE);
+                }
+                let _permit = self.permit(request, scope)?;
+                self.log(derivation, exchange)
+            }
+        }
+    }
+
+    fn own_narinfo(
+        &self,
+        hash_part: &HashPart,
+        view: StoreView,
+        scope: Scope,
+        request: &Request<'_>,
+        exchange: &mut Exchange<'_>,
+    ) -> Result<(), RequestError> {
+        let mut info = self.shared(hash_part, scope)?;
+        let mut permit = None;
+        if info.references.len() > narinfo::MANY_REFERENCES {
+            // Those that wait for their turn have nothing in memory.
+            drop(info);
+            permit = Some(self.permits.for_large_narinfo().ok_or(RequestError::Busy)?);
+            info = self.shared(hash_part, scope)?;
+        }
+        narinfo::own(self, &info, view, request).send(exchange)?;
+        drop(permit);
+        Ok(())
+    }
+
+    /// What an output is in the own store, for whoever may have its path.
+    fn own_realisation(
+        &self,
+        id: &DrvOutput,
+        scope: Scope,
+        exchange: &mut Exchange<'_>,
+    ) -> Result<(), RequestError> {
+        let realisation = match self.store.realisation(id) {
+            Err(e @ StoreError::Row { .. }) => {
+                self.warn(format_args!("{e}"));
+                return Err(NOT_THERE);
+            }
+            found => found?.ok_or(NOT_THERE)?,
+        };
+        if self.shared(&realisation.out_path.hash_part(), scope)?.path != realisation.out_path {
+            return Err(NOT_THERE);
+        }
+        let signature =
+            self.signer.get().map(|signer| signer.sign_text(&realisation.fingerprint()));
+        Ok(exchange.send(200, &JSON, realisation.print(signature.as_ref()).as_bytes())?)
+    }
+
+    /// A valid path of the own store that this asker may have. One that they may not have is not
+    /// there for them.
+    fn shared(&self, hash_part: &HashPart, scope: Scope) -> Result<Arc<PathInfo>, RequestError> {
+        let info = match self.store.path_info(hash_part) {
+            // The database has a path that cannot be handled: that is no fault of the store as a
+            // whole.
+            Err(e @ StoreError::Row { .. }) => {
+                self.warn(format_args!("{e}"));
+                return Err(NOT_THERE);
+            }
+            found => found?,
+        };
+        info.filter(|info| self.share.allows(scope, info)).ok_or(NOT_THERE)
+    }
+
+    fn permit(
+        &self,
+        request: &Request<'_>,
+        scope: Scope,
+    ) -> Result<StreamPermit<'_>, RequestError> {
+        let permit = match scope {
+            Scope::ThisMachine => self.permits.for_this_machine(),
+            _ => self.permits.for_peer(request.asker.ip().to_canonical()),
+        };
+        permit.ok_or(RequestError::Busy)
+    }
+
+    fn cache_info(&self, exchange: &mut Exchange<'_>) -> Result<(), RequestError> {
+        let text = format!(
+            "StoreDir: {}\nWantMassQuery: 1\nPriority: {}\n",
+            self.store_dir.as_str(),
+            self.priority
+        );
+        Ok(exchange.send(200, &[("Content-Type", "text/x-nix-cache-info")], text.as_bytes())?)
+    }
+
+    fn listing(&self, info: &PathInfo, exchange: &mut Exchange<'_>) -> Result<(), RequestError> {
+        let json = self.store.listing(info).map_err(|e| self.not_served(&info.path, &e))?;
+        Ok(exchange.send(200, &[("Content-Type", "application/json")], &json)?)
+    }
+
+    /// A path that is in the database and cannot be read from the store is as good as absent.
+    pub(super) fn not_served(&self, path: &StorePath, why: &dyn fmt::Display) -> RequestError {
+        self.warn(format_args!("{path}: {why}"));
+        NOT_THERE
+    }
+
+    /// Logs what is wrong with the own store, not more often than a person can read.
+    pub(super) fn warn(&self, what: fmt::Arguments<'_>) {
+        if self.faults.now(Instant::now()) {
+            log::warn!("{what}");
+        }
+    }
+
+    fn log(&self, derivation: &StorePath, exchange: &mut Exchange<'_>) -> Result<(), RequestError> {
+        let log = self.store.log(derivation)?.ok_or(NOT_THERE)?;
+        send_text(log.len, log.reader, exchange)
+    }
+}
+
+const JSON: [(&str, &str); 1] = [("Content-Type", "application/json")];
+
+fn send_text(
+    len: u64,
+    text: impl io::Read,
+    exchange: &mut Exchange<'_>,
+) -> Result<(), RequestError> {
+    exchange.begin(200, &[("Content-Type", "text/plain; charset=utf-8")], len)?;
+    if exchange.wants_body() {
+        io::copy(&mut text.take(len), exchange)?;
+    }
+    Ok(())
+}
+
+/// The secret key and its narinfo signatures.
+pub fn signer(key: SecretKey) -> narinfo::Signer {
+    narinfo::Signer::new(key)
+}

@@ -1,0 +1,91 @@
+//! What a node answers that cannot serve: every path is a miss, so that Nix goes to its next cache,
+//! and this machine's people are told why.
+
+use super::Request;
+use super::origin;
+use super::response::Exchange;
+use super::route::{Route, StatusRoute, route};
+use super::server::Handler;
+use super::status::FIELDS;
+use crate::access::Scope;
+use crate::config::Config;
+use crate::nix::StoreDir;
+use crate::status;
+use crate::status::report::StatusReport;
+use std::io;
+
+/// Answers for a node that cannot serve.
+pub struct MissHandler {
+    store_dir: StoreDir,
+    priority: u32,
+    report: Box<dyn Fn() -> StatusReport + Send + Sync>,
+    problem: String,
+}
+
+impl MissHandler {
+    /// `code` and `problem` say what is wrong, to programs and to people.
+    pub fn new(config: &Config, port: u16, code: &'static str, problem: String) -> MissHandler {
+        let (store_dir, priority) = (config.store_dir.clone(), config.priority);
+        let (config, text) = (config.clone(), problem.clone());
+        let report = Box::new(move || status::of_problem(&config, port, code, &text));
+        MissHandler { store_dir, priority, report, problem }
+    }
+
+    /// What is wrong, for the log: with the way out for whoever cannot mend it now.
+    pub fn problem(&self) -> String {
+        format!("{}; to build without any cache: --option substituters ''", self.problem)
+    }
+
+    fn tell(&self, what: StatusRoute, exchange: &mut Exchange<'_>) -> io::Result<()> {
+        let mut fields = FIELDS.to_vec();
+        let (status, kind, body) = match what {
+            StatusRoute::Page => {
+                let page = status::page(&(self.report)());
+                fields.push(("Content-Security-Policy", page.policy));
+                (200, "text/html; charset=utf-8", page.html.into_bytes())
+            }
+            StatusRoute::Json => (
+                200,
+                "application/json",
+                serde_json::to_vec(&(self.report)()).map_err(io::Error::other)?,
+            ),
+            // No numbers are better than wrong ones.
+            StatusRoute::Metrics => return exchange.say(404, &self.problem),
+            StatusRoute::Health => {
+                let problems = (self.report)().health.problems;
+                let lines = problems
+                    .iter()
+                    .map(|p| format!("{}: {}\n", p.code, status::text::line(&p.text)));
+                (503, "text/plain; charset=utf-8", lines.collect::<String>().into_bytes())
+            }
+        };
+        fields.push(("Content-Type", kind));
+        exchange.send(status, &fields, &body)
+    }
+}
+
+impl Handler for MissHandler {
+    fn handle(&self, request: &Request<'_>, exchange: &mut Exchange<'_>) -> io::Result<()> {
+        let is_this_machine = request.asker.ip().to_canonical().is_loopback();
+        let scope = if is_this_machine { Scope::ThisMachine } else { Scope::Wan };
+        match route(request.method, request.target, scope, false) {
+            Ok(Route::CacheInfo(_)) => {
+                let (dir, priority) = (self.store_dir.as_str(), self.priority);
+                let text = format!("StoreDir: {dir}\nWantMassQuery: 1\nPriority: {priority}\n");
+                exchange.send(200, &[("Content-Type", "text/x-nix-cache-info")], text.as_bytes())
+            }
+            Ok(Route::Status(what)) if origin::is_suspect(request, true).is_none() => {
+                self.tell(what, exchange)
+            }
+            // Others are not told what is wrong here.
+            _ => exchange.say(
+                404,
+                if is_this_machine { "not found: this peerix cannot serve" } else { "not found" },
+            ),
+        }
+    }
+
+    fn after_panic(&self, _request: &Request<'_>, exchange: &mut Exchange<'_>) -> io::Result<()> {
+        exchange.say(404, "not available")
+    }
+}

@@ -1,0 +1,168 @@
+//! What neighbours are asked for that is not a store path: realisations and build logs.
+//!
+//! The name of a realisation says nothing of any store path, so no datagram can ask who has it: all
+//! live neighbours are asked over HTTP. A build log is where its derivation is. The first good
+//! answer counts; all of it ends within 2 s.
+
+use super::client::{LogBody, PeerClient, PeerError};
+use super::health::Eligibility;
+use super::lan::LanSource;
+use crate::lan::{LookupId, LookupUpdate, Neighbour};
+use crate::nix::{DrvOutput, Realisation, StorePath};
+use crate::time_scale::Timeout;
+use crossbeam_channel::{Receiver, Sender, bounded, never, select};
+use std::collections::VecDeque;
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+/// Longest time for an answer. By then Nix is told that there is none.
+const PATIENCE: Timeout = Timeout::from_secs(2);
+/// Neighbours that are asked for a realisation, the nearest first: as many as lookups ask by
+/// unicast.
+const MAX_ASKED: usize = 256;
+/// Of these, so many at once.
+const AT_ONCE: usize = 16;
+/// Holders of a derivation that are asked for its log.
+const MAX_LOG_HOLDERS: usize = 4;
+/// Pause before another attempt, while all lookups together have as many requests under way as they
+/// may.
+const BLOCKED: Duration = Duration::from_millis(5);
+
+impl LanSource {
+    /// The first realisation of `id` that `is_good`. Blocks for 2 s at most.
+    pub fn realisation(
+        &self,
+        id: &DrvOutput,
+        is_good: impl Fn(&Realisation) -> bool,
+    ) -> Option<Realisation> {
+        let until = Instant::now() + PATIENCE.get();
+        let mut waiting: VecDeque<SocketAddr> =
+            self.live_neighbours(PATIENCE.get()).into_iter().take(MAX_ASKED).collect();
+        let (answers, answered) = bounded(MAX_ASKED);
+        let mut under_way = 0;
+        while !waiting.is_empty() || under_way > 0 {
+            // One that has as many requests under way as it may does not keep the next from being
+            // asked.
+            for _ in 0..waiting.len() {
+                if under_way >= AT_ONCE {
+                    break;
+                }
+                let Some(http) = waiting.pop_front() else { break };
+                let id = id.clone();
+                match self.ask(http, &answers, until, move |client, left| {
+                    client.realisation(http, &id, left)
+                }) {
+                    true => under_way += 1,
+                    false => waiting.push_back(http),
+                }
+            }
+            let is_blocked = !waiting.is_empty() && under_way < AT_ONCE;
+            let wake_up = if is_blocked { until.min(Instant::now() + BLOCKED) } else { until };
+            match answered.recv_deadline(wake_up) {
+                Ok((_, Some(realisation))) if is_good(&realisation) => return Some(realisation),
+                Ok((http, Some(_))) => {
+                    log::debug!("{id}: peer {http} has a realisation without a trusted signature");
+                    under_way -= 1;
+                }
+                Ok((_, None)) => under_way -= 1,
+                Err(_) if Instant::now() >= until => return None,
+                Err(_) => {}
+            }
+        }
+        None
+    }
+
+    /// The build log of a derivation, from the first of its holders that has it. Blocks for 2 s at
+    /// most.
+    pub fn log(&self, derivation: &StorePath) -> Option<LogBody> {
+        let until = Instant::now() + PATIENCE.get();
+        let (lookup, updates) = self.discovery.look_up(derivation.hash_part());
+        let log = self.first_log(derivation, lookup, updates, until);
+        self.discovery.settled(lookup, None);
+        log
+    }
+
+    fn first_log(
+        &self,
+        derivation: &StorePath,
+        lookup: LookupId,
+        mut holders: Receiver<LookupUpdate>,
+        until: Instant,
+    ) -> Option<LogBody> {
+        let (answers, answered) = bounded(MAX_LOG_HOLDERS);
+        let (mut asked, mut under_way, mut has_ended) = (0, 0, false);
+        while under_way > 0 || !has_ended {
+            select! {
+                recv(holders) -> update => match update {
+                    Ok(LookupUpdate::Holder { peer, holder }) => {
+                        // A log is not waited for in discovery: its budgets are for narinfos.
+                        self.discovery.failed(lookup, peer);
+                        let (http, derivation) = (holder.http, derivation.clone());
+                        let request = move |client: &PeerClient, left| client.log(http, &derivation, left);
+                        if asked < MAX_LOG_HOLDERS && self.ask(http, &answers, until, request) {
+                            (asked, under_way) = (asked + 1, under_way + 1);
+                        }
+                    }
+                    Ok(LookupUpdate::Ended { .. }) | Err(_) => (holders, has_ended) = (never(), true),
+                },
+                recv(answered) -> answer => match answer {
+                    Ok((_, Some(log))) => return Some(log),
+                    _ => under_way -= 1,
+                },
+                default(until.saturating_duration_since(Instant::now())) => return None,
+            }
+            has_ended |= asked == MAX_LOG_HOLDERS;
+        }
+        None
+    }
+
+    /// Live neighbours that have an HTTP server, the nearest first; none if discovery does not name
+    /// them in time.
+    fn live_neighbours(&self, patience: Duration) -> Vec<SocketAddr> {
+        let mut live = self.discovery.neighbours(patience).unwrap_or_default();
+        live.retain(|neighbour| neighbour.silent_since.is_none());
+        live.sort_by_key(|neighbour| neighbour.round_trip.unwrap_or(Duration::MAX));
+        let http = |neighbour: &Neighbour| {
+            let mut address = neighbour.address;
+            address.set_port(neighbour.http_port?);
+            Some(address)
+        };
+        let now = Instant::now();
+        live.iter()
+            .filter_map(http)
+            .filter(|http| self.standing.turn(*http, now) != Eligibility::Never)
+            .collect()
+    }
+
+    /// Asks one peer in another thread. False if there are too many requests.
+    fn ask<T: Send + 'static>(
+        &self,
+        http: SocketAddr,
+        answers: &Sender<(SocketAddr, Option<T>)>,
+        until: Instant,
+        request: impl FnOnce(&PeerClient, Duration) -> Result<T, PeerError> + Send + 'static,
+    ) -> bool {
+        let (client, standing, answers) =
+            (self.client.clone(), self.standing.clone(), answers.clone());
+        let is_proven = !standing.latency(http).is_zero() && !standing.is_doubtful(http);
+        self.requests.start(http.ip(), is_proven, move || {
+            let began = Instant::now();
+            let result = request(&client, until.saturating_duration_since(began));
+            match &result {
+                // It had not promised anything, and may have had no time left.
+                Ok(_)
+                | Err(
+                    PeerError::NotThere
+                    | PeerError::Status(_)
+                    | PeerError::Unreachable(ureq::Error::Timeout(_)),
+                ) => {}
+                Err(e) => {
+                    if let Some(fault) = e.fault() {
+                        standing.failed(http, fault, began, Instant::now(), e);
+                    }
+                }
+            }
+            let _ = answers.try_send((http, result.ok()));
+        })
+    }
+}

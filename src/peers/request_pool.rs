@@ -1,0 +1,244 @@
+//! Requests of lookups, to peers and trackers, each in a thread of a pool: a request cannot be
+//! taken back, and a peer that hangs must not keep other peers from being asked.
+
+use crate::deferred::Deferred;
+use crossbeam_channel::{Receiver, Sender, TrySendError, bounded};
+use std::collections::HashMap;
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+/// Requests under way, of all lookups together. Beyond, a lookup waits for its turn.
+const MAX_REQUESTS: u32 = 256;
+/// Of these, requests to one address: Nix looks up 25 paths at once.
+const MAX_REQUESTS_TO_ONE: u32 = 32;
+/// Of these, requests to peers of other networks that have not answered before, or failed lately:
+/// what a tracker names must not keep neighbours from being asked.
+const MAX_REQUESTS_TO_STRANGERS: u32 = 64;
+/// Calls of trackers under way, of all lookups together: two trackers, twice each, for as many
+/// lookups as Nix makes, and as many again.
+const MAX_CALLS: u32 = 256;
+/// Requests to an address that has not answered before, or failed lately: those that hang leave
+/// room for the others.
+const MAX_REQUESTS_TO_UNPROVEN: u32 = 4;
+/// A thread without work ends after this.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(10);
+/// Stack of a thread: the client's buffers are not on it. TLS, of trackers, takes 100 KiB without
+/// optimisation.
+const STACK_BYTES: usize = 512 * 1024;
+
+type RequestJob = Box<dyn FnOnce() + Send>;
+
+/// What is asked, as far as the number of requests goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RequestTarget {
+    /// A peer that has answered before, and has done so since it failed.
+    Proven(IpAddr),
+    /// Another neighbour.
+    Neighbour(IpAddr),
+    /// Another peer that a tracker named.
+    Stranger(IpAddr),
+    /// A tracker.
+    Tracker,
+}
+
+/// The pool. Its threads end when it is dropped.
+pub struct RequestPool {
+    jobs: Sender<RequestJob>,
+    waiting: Receiver<RequestJob>,
+    under_way: Arc<Mutex<InFlightCounts>>,
+}
+
+#[derive(Default)]
+struct InFlightCounts {
+    to: HashMap<IpAddr, u32>,
+    to_strangers: u32,
+    calls: u32,
+}
+
+impl InFlightCounts {
+    fn fits(&self, to: RequestTarget) -> bool {
+        let (ip, most) = match to {
+            RequestTarget::Tracker => return self.calls < MAX_CALLS,
+            RequestTarget::Proven(ip) => (ip, MAX_REQUESTS_TO_ONE),
+            RequestTarget::Neighbour(ip) | RequestTarget::Stranger(ip) => {
+                (ip, MAX_REQUESTS_TO_UNPROVEN)
+            }
+        };
+        let is_stranger = matches!(to, RequestTarget::Stranger(_));
+        let all: u32 = self.to.values().sum();
+        let to_one = self.to.get(&ip).copied().unwrap_or_default();
+        all < MAX_REQUESTS
+            && to_one < most
+            && !(is_stranger && self.to_strangers >= MAX_REQUESTS_TO_STRANGERS)
+    }
+
+    fn begin(&mut self, to: RequestTarget) -> bool {
+        let fits = self.fits(to);
+        if fits {
+            match to {
+                RequestTarget::Tracker => self.calls += 1,
+                RequestTarget::Proven(ip)
+                | RequestTarget::Neighbour(ip)
+                | RequestTarget::Stranger(ip) => *self.to.entry(ip).or_default() += 1,
+            }
+            self.to_strangers += u32::from(matches!(to, RequestTarget::Stranger(_)));
+        }
+        fits
+    }
+
+    fn end(&mut self, to: RequestTarget) {
+        let ip = match to {
+            RequestTarget::Tracker => return self.calls -= 1,
+            RequestTarget::Proven(ip)
+            | RequestTarget::Neighbour(ip)
+            | RequestTarget::Stranger(ip) => ip,
+        };
+        self.to_strangers -= u32::from(matches!(to, RequestTarget::Stranger(_)));
+        if let Some(to_one) = self.to.get_mut(&ip) {
+            *to_one -= 1;
+            if *to_one == 0 {
+                self.to.remove(&ip);
+            }
+        }
+    }
+}
+
+impl Default for RequestPool {
+    fn default() -> Self {
+        // Without capacity: a job is handed to a thread that waits for one, or to a new thread.
+        let (jobs, waiting) = bounded(0);
+        RequestPool { jobs, waiting, under_way: Arc::default() }
+    }
+}
+
+impl RequestPool {
+    /// Runs `request`, which asks a neighbour at `ip`, in another thread. Returns false and does
+    /// nothing if there are too many. `is_proven`: the peer has answered before, and has done so
+    /// since it failed.
+    pub fn start(
+        &self,
+        ip: IpAddr,
+        is_proven: bool,
+        request: impl FnOnce() + Send + 'static,
+    ) -> bool {
+        self.run(
+            if is_proven { RequestTarget::Proven(ip) } else { RequestTarget::Neighbour(ip) },
+            request,
+        )
+    }
+
+    /// Runs `request` in another thread. Returns false and does nothing if there are too many.
+    pub fn run(&self, to: RequestTarget, request: impl FnOnce() + Send + 'static) -> bool {
+        if !lock(&self.under_way).begin(to) {
+            return false;
+        }
+        let under_way = self.under_way.clone();
+        let end = Deferred::new(move || lock(&under_way).end(to));
+        let job: RequestJob = Box::new(move || {
+            let _end = end;
+            request();
+        });
+        let job = match self.jobs.try_send(job) {
+            Ok(()) => return true,
+            Err(TrySendError::Full(job) | TrySendError::Disconnected(job)) => job,
+        };
+        let waiting = self.waiting.clone();
+        let started = thread::Builder::new().name("narinfo".into()).stack_size(STACK_BYTES).spawn(
+            move || {
+                job();
+                while let Ok(job) = waiting.recv_timeout(IDLE_TIMEOUT) {
+                    job();
+                }
+            },
+        );
+        if let Err(e) = &started {
+            log::debug!("thread for a narinfo: {e}");
+        }
+        started.is_ok()
+    }
+
+    /// Whether a request may begin.
+    pub fn has_room(&self, to: RequestTarget) -> bool {
+        lock(&self.under_way).fits(to)
+    }
+
+    /// Whether a request to that address is under way.
+    pub fn is_asked(&self, ip: IpAddr) -> bool {
+        lock(&self.under_way).to.contains_key(&ip)
+    }
+}
+
+fn lock(under_way: &Mutex<InFlightCounts>) -> MutexGuard<'_, InFlightCounts> {
+    under_way.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ip(last: u8) -> IpAddr {
+        IpAddr::from([203, 0, 113, last])
+    }
+
+    fn taken(under_way: &mut InFlightCounts, to: RequestTarget) -> u32 {
+        (0..1000).filter(|_| under_way.begin(to)).count() as u32
+    }
+
+    #[test]
+    fn unproven_peer_takes_few_places() {
+        let mut all = InFlightCounts::default();
+        assert_eq!(taken(&mut all, RequestTarget::Neighbour(ip(1))), MAX_REQUESTS_TO_UNPROVEN);
+        assert_eq!(taken(&mut all, RequestTarget::Proven(ip(2))), MAX_REQUESTS_TO_ONE);
+        all.end(RequestTarget::Neighbour(ip(1)));
+        assert_eq!(taken(&mut all, RequestTarget::Neighbour(ip(1))), 1);
+        let others: u32 =
+            (3..=255).map(|last| taken(&mut all, RequestTarget::Neighbour(ip(last)))).sum();
+        assert_eq!(others, MAX_REQUESTS - MAX_REQUESTS_TO_UNPROVEN - MAX_REQUESTS_TO_ONE);
+        (0..MAX_REQUESTS_TO_ONE).for_each(|_| all.end(RequestTarget::Proven(ip(2))));
+        assert!(!all.to.contains_key(&ip(2)));
+    }
+
+    /// Peers that a tracker invented used to take all places, and neighbours were not asked.
+    #[test]
+    fn strangers_leave_places_for_neighbours_and_trackers() {
+        let mut all = InFlightCounts::default();
+        let strangers: u32 =
+            (1..=200).map(|last| taken(&mut all, RequestTarget::Stranger(ip(last)))).sum();
+        assert_eq!(strangers, MAX_REQUESTS_TO_STRANGERS);
+        assert_eq!(taken(&mut all, RequestTarget::Neighbour(ip(250))), MAX_REQUESTS_TO_UNPROVEN);
+        assert_eq!(
+            taken(&mut all, RequestTarget::Proven(ip(1))),
+            MAX_REQUESTS_TO_ONE - MAX_REQUESTS_TO_UNPROVEN
+        );
+        assert_eq!(taken(&mut all, RequestTarget::Tracker), MAX_CALLS);
+        all.end(RequestTarget::Tracker);
+        all.end(RequestTarget::Stranger(ip(1)));
+        assert_eq!(
+            (
+                taken(&mut all, RequestTarget::Tracker),
+                taken(&mut all, RequestTarget::Stranger(ip(250)))
+            ),
+            (1, 0)
+        );
+        assert_eq!(taken(&mut all, RequestTarget::Stranger(ip(251))), 1);
+    }
+
+    #[test]
+    fn request_runs_and_gives_its_place_back_also_after_a_panic() {
+        let requests = RequestPool::default();
+        let (done, ended) = bounded(1);
+        for _ in 0..2 * MAX_REQUESTS_TO_UNPROVEN {
+            let done = done.clone();
+            assert!(requests.start(ip(1), false, move || {
+                let _done = Deferred::new(|| done.send(()).unwrap());
+                std::panic::resume_unwind(Box::new("on purpose"));
+            }));
+            ended.recv().unwrap();
+            while requests.is_asked(ip(1)) {
+                thread::yield_now();
+            }
+        }
+    }
+}

@@ -1,0 +1,95 @@
+//! The paces of peers, kept in the state directory from one run to the next: `paces`, JSON, written
+//! whole or not at all.
+
+use super::health::PeerKey;
+use super::pace::Paces;
+use crate::stats::Network;
+use serde::{Deserialize, Serialize};
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::net::SocketAddr;
+use std::path::Path;
+use std::time::Instant;
+
+const FILE: &str = "paces";
+/// What is being written. One that is left behind is written over.
+const NEW: &str = "paces.new";
+/// Peers whose paces are kept: as many as a node is likely to meet again.
+const MAX_PEERS: usize = 256;
+/// The file has 20 KiB with all its peers. Of a larger one nothing is read.
+const MAX_FILE: u64 = 64 * 1024;
+
+#[derive(Serialize, Deserialize)]
+struct SavedPaces {
+    address: SocketAddr,
+    is_far: bool,
+    bytes_per_second: f64,
+}
+
+/// Writes the paces that are known into `dir`. If none is, those of the last run stay.
+///
+/// # Errors
+/// The file system's; then the file is as it was.
+pub fn save(paces: &Paces, dir: &Path) -> io::Result<()> {
+    let kept = |(who, bytes_per_second): (PeerKey, f64)| SavedPaces {
+        address: who.address(),
+        is_far: who.network() == Network::Wan,
+        bytes_per_second,
+    };
+    let all: Vec<SavedPaces> =
+        paces.known(Instant::now()).into_iter().take(MAX_PEERS).map(kept).collect();
+    if all.is_empty() {
+        return Ok(());
+    }
+    fs::write(dir.join(NEW), serde_json::to_vec(&all).map_err(io::Error::other)?)?;
+    fs::rename(dir.join(NEW), dir.join(FILE))
+}
+
+/// Reads the paces of the last run from `dir`. A file that cannot be read is as good as none: paces
+/// are soon measured.
+pub fn load(paces: &Paces, dir: &Path) {
+    let mut bytes = Vec::new();
+    let read =
+        File::open(dir.join(FILE)).and_then(|file| file.take(MAX_FILE + 1).read_to_end(&mut bytes));
+    if read.is_err() || bytes.len() as u64 > MAX_FILE {
+        return;
+    }
+    let all: Vec<SavedPaces> = serde_json::from_slice(&bytes).unwrap_or_default();
+    let now = Instant::now();
+    for SavedPaces { address, is_far, bytes_per_second } in all.into_iter().take(MAX_PEERS) {
+        if bytes_per_second.is_finite() && bytes_per_second >= 0.0 {
+            let who = if is_far { PeerKey::far(address) } else { address.into() };
+            paces.restore(who, bytes_per_second, now);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    #[test]
+    fn paces_survive_a_restart_and_damage_does_no_harm() {
+        let dir = std::env::temp_dir().join(format!("peerix-paces-{}", std::process::id()));
+        fs::create_dir_all(&dir).unwrap();
+        let (paces, now) = (Paces::default(), Instant::now());
+        let near = PeerKey::from(SocketAddr::from(([10, 0, 0, 1], 12304)));
+        let far = PeerKey::far(SocketAddr::from(([203, 0, 113, 1], 999)));
+        for (who, millis) in [(near, 100), (far, 1000)] {
+            paces.begin(who, 1 << 20, now).got(1 << 20, now + Duration::from_millis(millis));
+        }
+        save(&paces, &dir).unwrap();
+        let next = Paces::default();
+        load(&next, &dir);
+        let known = |paces: &Paces, who| paces.load(who, Instant::now()).pace.known;
+        assert!(known(&next, near).unwrap() > 9e6 && known(&next, far).unwrap() < 2e6);
+        for damage in ["", "[", "[{}]", "{\"address\":1}"] {
+            fs::write(dir.join(FILE), damage).unwrap();
+            let next = Paces::default();
+            load(&next, &dir);
+            assert!(next.known(Instant::now()).is_empty());
+        }
+        fs::remove_dir_all(&dir).unwrap();
+    }
+}

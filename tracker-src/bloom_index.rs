@@ -1,0 +1,338 @@
+//! The filters of all peers, so arranged that one lookup asks 64 of them at a time.
+//!
+//! Filters of one size are kept in blocks of 64, transposed: a word for each bit position, whose
+//! bit *p* is that bit of the filter in slot *p*. A hash part's twelve words ANDed are the peers
+//! that seem to have it: loads that do not wait for one another, where 64 filters one by one would
+//! be 768. Writing a filter passes over its whole block, 1.8 MB for filters of 20,000 paths, which
+//! takes well under a millisecond; lookups go on meanwhile.
+
+use peerix::nix::HashPart;
+use peerix::wire::filter::{BloomFilter, HASHES, positions};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+
+/// Filters in a block: the bits of a word.
+const SLOTS: u32 = 64;
+
+/// Filters of more bits are kept as they are: few nodes have as many as 52,000 paths, and a block
+/// of which one slot is used costs as much as 64.
+const MAX_SLICED_BITS: u64 = 16 * 64 * 1024;
+
+/// Where a filter is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FilterPlace {
+    /// In a block of filters of so many bits.
+    Slot {
+        /// Of each filter.
+        bits: u64,
+        /// Which of the blocks.
+        block: u32,
+        /// Which slot of the block.
+        slot: u32,
+    },
+    /// By itself; so many bits.
+    Alone(u64),
+}
+
+struct FilterBlock {
+    words: Box<[AtomicU64]>,
+    owners: Vec<AtomicU32>,
+    /// Which slots are in use.
+    live: AtomicU64,
+}
+
+impl FilterBlock {
+    fn new(bits: u64) -> Self {
+        FilterBlock {
+            words: (0..bits).map(|_| AtomicU64::new(0)).collect(),
+            owners: (0..SLOTS).map(|_| AtomicU32::new(0)).collect(),
+            live: AtomicU64::new(0),
+        }
+    }
+
+    /// A lookup at the same time sees some of the old bits and some of the new ones. The new filter
+    /// has nearly always all of the old one's; and a wrong candidate, or one missing once, is
+    /// nothing that filters exclude.
+    fn write(&self, slot: u32, owner: u32, filter: &BloomFilter) {
+        for (byte, words) in filter.as_bytes().iter().zip(self.words.chunks_exact(8)) {
+            for (k, word) in words.iter().enumerate() {
+                let old = word.load(Ordering::Relaxed);
+                let new = old & !(1 << slot) | u64::from(byte >> k & 1) << slot;
+                if new != old {
+                    word.store(new, Ordering::Relaxed);
+                }
+            }
+        }
+        self.owners[slot as usize].store(owner, Ordering::Relaxed);
+        self.live.fetch_or(1 << slot, Ordering::Release);
+    }
+
+    fn find(&self, positions: &[u64], found: &mut Vec<u32>) {
+        let word = |at: &u64| self.words[*at as usize].load(Ordering::Relaxed);
+        let (first, rest) = positions.split_at(HASHES / 2);
+        let mut hits =
+            first.iter().map(word).fold(self.live.load(Ordering::Acquire), |all, word| all & word);
+        // Mostly nobody is left by now.
+        if hits != 0 {
+            hits &= rest.iter().map(word).fold(u64::MAX, |all, word| all & word);
+        }
+        while hits != 0 {
+            found.push(self.owners[hits.trailing_zeros() as usize].load(Ordering::Relaxed));
+            hits &= hits - 1;
+        }
+    }
+}
+
+fn block_bytes(bits: u64) -> usize {
+    bits as usize * 8
+}
+
+/// The blocks of one size.
+#[derive(Default)]
+struct BlockGroup {
+    blocks: Vec<Option<Arc<FilterBlock>>>,
+    /// Slots of those blocks that are not in use.
+    free: BTreeSet<(u32, u32)>,
+}
+
+#[derive(Default)]
+struct IndexLayout {
+    groups: BTreeMap<u64, BlockGroup>,
+    alone: HashMap<u32, Arc<BloomFilter>>,
+}
+
+/// The filters. Owners are numbers that the caller chooses.
+pub struct BloomIndex {
+    most_bytes: usize,
+    layout: RwLock<IndexLayout>,
+    bytes: AtomicUsize,
+    edit: Mutex<()>,
+}
+
+/// The right to change filters, which one thread has at a time.
+pub struct IndexEditor<'a> {
+    slices: &'a BloomIndex,
+    _one: MutexGuard<'a, ()>,
+}
+
+impl BloomIndex {
+    /// None yet, and room for so many bytes.
+    pub fn new(most_bytes: usize) -> Self {
+        BloomIndex {
+            most_bytes,
+            layout: RwLock::default(),
+            bytes: AtomicUsize::new(0),
+            edit: Mutex::new(()),
+        }
+    }
+
+    /// Eighths of the room that are used, rounded down.
+    pub fn eighths_used(&self) -> usize {
+        self.bytes() / (self.most_bytes / 8).max(1)
+    }
+
+    /// Whose filters seem to have the hash part, in no particular order.
+    pub fn find(&self, hash_part: &HashPart) -> Vec<u32> {
+        let mut found = Vec::new();
+        let layout = self.layout.read().unwrap_or_else(PoisonError::into_inner);
+        for (bits, group) in &layout.groups {
+            let positions = positions(hash_part, *bits);
+            group.blocks.iter().flatten().for_each(|block| block.find(&positions, &mut found));
+        }
+        found.extend(
+            layout
+                .alone
+                .iter()
+                .filter(|(_, filter)| filter.contains(hash_part))
+                .map(|(owner, _)| *owner),
+        );
+        found
+    }
+
+    /// Waits for the right to change filters: at most as long as a few filters take to write.
+    pub fn edit(&self) -> IndexEditor<'_> {
+        IndexEditor { slices: self, _one: self.edit.lock().unwrap_or_else(PoisonError::into_inner) }
+    }
+
+    /// Memory in use.
+    pub fn bytes(&self) -> usize {
+        self.bytes.load(Ordering::Relaxed)
+    }
+
+    fn reserve(&self, bytes: usize) -> bool {
+        let fits = |used: usize| used.checked_add(bytes).filter(|sum| *sum <= self.most_bytes);
+        self.bytes.fetch_update(Ordering::Relaxed, Ordering::Relaxed, fits).is_ok()
+    }
+}
+
+impl IndexEditor<'_> {
+    /// Puts a filter in the place of the owner's last one. `None` if there is no room; the last one
+    /// is then as it was.
+    pub fn set(
+        &self,
+        owner: u32,
+        last: Option<FilterPlace>,
+        filter: BloomFilter,
+    ) -> Option<FilterPlace> {
+        let bits = filter.len_bits();
+        let place = match last {
+            Some(FilterPlace::Slot { bits: same, .. }) if same == bits => last?,
+            _ if bits > MAX_SLICED_BITS => {
+                let freed =
+                    if let Some(FilterPlace::Alone(bits)) = last { bits as usize / 8 } else { 0 };
+                if !self.slices.reserve((bits as usize / 8).saturating_sub(freed)) {
+                    return None;
+                }
+                self.slices
+                    .bytes
+                    .fetch_sub(freed.saturating_sub(bits as usize / 8), Ordering::Relaxed);
+                let mut layout = self.slices.layout.write().unwrap_or_else(PoisonError::into_inner);
+                layout.alone.insert(owner, Arc::new(filter));
+                drop(layout);
+                if let Some(place @ FilterPlace::Slot { .. }) = last {
+                    self.remove(owner, place);
+                }
+                return Some(FilterPlace::Alone(bits));
+            }
+            _ => self.take_slot(bits)?,
+        };
+        if let FilterPlace::Slot { bits, block, slot } = place {
+            let block = {
+                let layout = self.slices.layout.read().unwrap_or_else(PoisonError::into_inner);
+                layout.groups.get(&bits)?.blocks.get(block as usize)?.clone()?
+            };
+            block.write(slot, owner, &filter);
+        }
+        if let Some(last) = last.filter(|last| *last != place) {
+            self.remove(owner, last);
+        }
+        Some(place)
+    }
+
+    /// Frees a place.
+    pub fn remove(&self, owner: u32, place: FilterPlace) {
+        let mut layout = self.slices.layout.write().unwrap_or_else(PoisonError::into_inner);
+        match place {
+            FilterPlace::Alone(bits) => {
+                if layout.alone.remove(&owner).is_some() {
+                    self.slices.bytes.fetch_sub(bits as usize / 8, Ordering::Relaxed);
+                }
+            }
+            FilterPlace::Slot { bits, block: at, slot } => {
+                let Some(group) = layout.groups.get_mut(&bits) else { return };
+                let Some(Some(block)) = group.blocks.get(at as usize) else { return };
+                if block.live.fetch_and(!(1 << slot), Ordering::Release) == 1 << slot {
+                    group.blocks[at as usize] = None;
+                    group.free.retain(|(block, _)| *block != at);
+                    self.slices.bytes.fetch_sub(block_bytes(bits), Ordering::Relaxed);
+                } else {
+                    group.free.insert((at, slot));
+                }
+            }
+        }
+    }
+
+    fn take_slot(&self, bits: u64) -> Option<FilterPlace> {
+        let write = || self.slices.layout.write().unwrap_or_else(PoisonError::into_inner);
+        if let Some((block, slot)) = write().groups.entry(bits).or_default().free.pop_first() {
+            return Some(FilterPlace::Slot { bits, block, slot });
+        }
+        if !self.slices.reserve(block_bytes(bits)) {
+            return None;
+        }
+        // Made while lookups go on.
+        let new = Arc::new(FilterBlock::new(bits));
+        let mut layout = write();
+        let group = layout.groups.entry(bits).or_default();
+        let at = group.blocks.iter().position(Option::is_none).unwrap_or(group.blocks.len());
+        if at == group.blocks.len() {
+            group.blocks.push(None);
+        }
+        group.blocks[at] = Some(new);
+        let block = at as u32;
+        group.free.extend((1..SLOTS).map(|slot| (block, slot)));
+        Some(FilterPlace::Slot { bits, block, slot: 0 })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use peerix::nix::nix32;
+
+    fn part(i: u64) -> HashPart {
+        let digest = ring::digest::digest(&ring::digest::SHA256, &i.to_le_bytes());
+        HashPart::parse(nix32::encode(&digest.as_ref()[..20]).as_bytes()).unwrap()
+    }
+
+    fn filter(owner: u32, paths: u64, room: u64) -> BloomFilter {
+        let mut filter = BloomFilter::for_paths(room);
+        (0..paths).for_each(|i| {
+            filter.insert(&part(u64::from(owner) << 32 | i));
+        });
+        filter
+    }
+
+    /// 300 owners with filters of different sizes, changed, enlarged and removed, beside filters
+    /// asked one by one.
+    #[test]
+    fn the_same_as_asking_each_filter() {
+        let slices = BloomIndex::new(1 << 30);
+        let mut expected: HashMap<u32, BloomFilter> = HashMap::new();
+        let mut places: HashMap<u32, FilterPlace> = HashMap::new();
+        let mut step = 0u64;
+        for round in 0..3 {
+            for owner in 0..300 {
+                step += 1;
+                let room = [50, 700, 900, 60_000][(step * 7919 % 31 % 4) as usize];
+                let edit = slices.edit();
+                if round > 0 && step.is_multiple_of(5) {
+                    if let Some(place) = places.remove(&owner) {
+                        edit.remove(owner, place);
+                        expected.remove(&owner);
+                    }
+                } else {
+                    let filter = filter(owner, 20 + round * 10, room);
+                    let place =
+                        edit.set(owner, places.get(&owner).copied(), filter.clone()).unwrap();
+                    places.insert(owner, place);
+                    expected.insert(owner, filter);
+                }
+            }
+            for owner in 0..300u32 {
+                for i in [0, 19, 29, 39, 1000] {
+                    let part = part(u64::from(owner) << 32 | i);
+                    let mut found = slices.find(&part);
+                    found.sort_unstable();
+                    let mut wanted: Vec<u32> = expected
+                        .iter()
+                        .filter(|(_, filter)| filter.contains(&part))
+                        .map(|(owner, _)| *owner)
+                        .collect();
+                    wanted.sort_unstable();
+                    assert_eq!(found, wanted, "round {round}, owner {owner}, path {i}");
+                }
+            }
+        }
+        for (owner, place) in places {
+            slices.edit().remove(owner, place);
+        }
+        assert_eq!(slices.bytes(), 0, "all memory was given back");
+        assert!(slices.layout.read().unwrap().groups.values().all(|g| g.free.is_empty()));
+    }
+
+    #[test]
+    fn memory_is_bounded_and_a_refusal_leaves_the_last_filter() {
+        let slices = BloomIndex::new(1 << 30);
+        let edit = slices.edit();
+        let small = edit.set(0, None, filter(0, 10, 10)).unwrap();
+        slices.bytes.store((1 << 30) - 1000, Ordering::Relaxed);
+        assert_eq!(edit.set(0, Some(small), filter(0, 10, 20_000)), None);
+        assert_eq!(edit.set(0, Some(small), filter(0, 10, 1_000_000)), None);
+        assert_eq!(slices.find(&part(5)), [0]);
+        // One that fits into what is there already.
+        assert!(edit.set(1, None, filter(1, 10, 10)).is_some());
+        assert_eq!(slices.find(&part(1 << 32)), [1]);
+    }
+}

@@ -1,0 +1,987 @@
+//! What lasts, as SQLite tables: whose IDs are, transfers, reputation. Knows no threads;
+//! [`crate::db_thread`] runs it.
+
+use crate::table::{PeerAddress, Reputation};
+use peerix::wire::tracker::{MAX_PEER_ID, Role, TransferName};
+use ring::rand::{SecureRandom, SystemRandom};
+use rusqlite::{Connection, OptionalExtension, params};
+use std::collections::HashSet;
+use std::path::Path;
+use std::time::Duration;
+
+/// Version of the tables, kept as `user_version`. The original's have none.
+const VERSION: i64 = 2;
+
+/// Bound IDs, some 200 MB. Beyond, no new ones are bound until old ones are forgotten.
+const MAX_IDENTITIES: u64 = 1_000_000;
+/// From so many on, IDs are forgotten: first those that were seen on one day only, as invented ones
+/// are.
+const FORGET_FROM: u64 = MAX_IDENTITIES / 10 * 8;
+/// Then a bound ID that was not seen for so many days; and so is, at any time, the reputation of
+/// one that is not bound.
+const FORGOTTEN_AFTER_DAYS: i64 = 90;
+/// Peers and networks that blamed them, of one day. Beyond, failures count for nobody until the
+/// next day.
+const MAX_BLAMED: usize = 100_000;
+/// Who was here is still here after a restart if the tracker was away for no longer than this, in
+/// milliseconds: nodes announce themselves each minute.
+const PRESENT_FOR_MS: u64 = 10 * 60 * 1000;
+/// IDs with a reputation. Beyond, transfers of others still resolve, and count for nobody new.
+const MAX_REPUTATIONS: u64 = 1_000_000;
+/// Transfers at once, some 500 MB. Beyond, none begin until old ones are pruned.
+const MAX_TRANSFERS: u64 = 4_000_000;
+/// Seconds until a transfer is pruned of which a report is missing: longer than any NAR takes. Ten
+/// addresses that begin as many as they may do not fill the table in that time.
+const PENDING_KEPT: i64 = 2 * 3600;
+/// Seconds until a resolved one is.
+const RESOLVED_KEPT: i64 = 7 * 24 * 3600;
+/// Reports may differ by one part in so many of the greater, 5 %.
+const TOLERANCE: u64 = 20;
+
+/// Transfers looked at in one step of pruning, some milliseconds.
+const PRUNE_TRANSFERS: i64 = 2_000;
+/// Rows deleted in one step of forgetting.
+const PRUNE_ROWS: i64 = 500;
+
+/// Another program that has the database has so long to let go: a tracker that is about to end.
+const BUSY: Duration = Duration::from_secs(5);
+
+/// Largest number in a column.
+const MOST: u64 = i64::MAX as u64;
+
+const TABLES: &str = "
+    create table if not exists transfers (
+        id integer primary key autoincrement,
+        sender_id text not null,
+        receiver_id text not null,
+        sender_bytes integer,
+        receiver_bytes integer,
+        sender_confirmed integer default 0,
+        receiver_confirmed integer default 0,
+        resolved integer default 0,
+        created_at real not null
+    );
+    create table if not exists reputation (
+        peer_id text primary key,
+        total_shared integer default 0,
+        total_received integer default 0,
+        successful_transfers integer default 0,
+        failed_transfers integer default 0
+    );
+    alter table reputation add column changed_day integer not null default 0;
+    create table identities (
+        peer_id text primary key,
+        public_key blob not null,
+        seen_day integer not null
+    ) without rowid;
+    create index identities_seen on identities (seen_day);
+    create table meta (key text primary key, value) without rowid;
+    drop table if exists peers;
+";
+
+/// What version 2 adds: who is here, and since when an ID is bound.
+const TABLES_2: &str = "
+    create table present (
+        peer_id text primary key,
+        addr text not null,
+        port integer not null,
+        came_from text not null,
+        filter_stamp integer,
+        filter blob
+    ) without rowid;
+    alter table identities add column first_day integer not null default 0;
+    create index identities_once on identities (seen_day) where first_day = seen_day;
+    alter table transfers add column sender_network text;
+    alter table transfers add column receiver_network text;
+";
+
+/// The original checks neither kinds nor signs of what it stores.
+const CLEAN: &str = "
+    delete from reputation where typeof(peer_id) <> 'text' or length(cast(peer_id as blob)) not between 1 and ?1;
+    update reputation set total_shared = 0 where typeof(total_shared) <> 'integer' or total_shared < 0;
+    update reputation set total_received = 0 where typeof(total_received) <> 'integer' or total_received < 0;
+    update reputation set successful_transfers = 0
+        where typeof(successful_transfers) <> 'integer' or successful_transfers < 0;
+    update reputation set failed_transfers = 0 where typeof(failed_transfers) <> 'integer' or failed_transfers < 0;
+    delete from transfers where typeof(sender_id) <> 'text' or typeof(receiver_id) <> 'text'
+        or length(cast(sender_id as blob)) not between 1 and ?1 or length(cast(receiver_id as blob)) not between 1 and ?1
+        or typeof(sender_bytes) not in ('integer', 'null') or sender_bytes < 0
+        or typeof(receiver_bytes) not in ('integer', 'null') or receiver_bytes < 0
+        or typeof(created_at) not in ('integer', 'real');
+";
+
+/// What the ledger knows of an ID.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KnownIdentity {
+    /// The key that it is bound to.
+    pub key: Option<[u8; 32]>,
+    /// What it did.
+    pub reputation: Reputation,
+}
+
+/// What came of binding an ID to a key.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum BindOutcome {
+    /// It is, now or since before.
+    Yes(Reputation),
+    /// It is bound to another key.
+    OtherKey,
+    /// There are too many.
+    Full,
+}
+
+/// What came of a report.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ReportOutcome {
+    /// The other side's is missing.
+    Pending,
+    /// Both are there; whether they agree.
+    Resolved(bool),
+    /// No such transfer.
+    NotFound,
+    /// It is over.
+    AlreadyResolved,
+    /// This side's peer is another.
+    NotTheOne,
+    /// This side has reported.
+    SameSideAgain,
+    /// The peer's ID is bound to a key, which has not signed.
+    Unproven,
+}
+
+/// A peer that was here when the tracker ended.
+#[derive(Debug)]
+pub struct PersistedPeer {
+    /// Its ID.
+    pub id: String,
+    /// Where it is.
+    pub whereabouts: PeerAddress,
+    /// The key that its ID is bound to.
+    pub key: Option<[u8; 32]>,
+    /// What it did.
+    pub reputation: Reputation,
+    /// Its filter, and the time of the statement with which it came.
+    pub filter: Option<(u64, Vec<u8>)>,
+}
+
+/// One side's report.
+#[derive(Debug, Clone)]
+pub struct SideReport {
+    /// Which transfer.
+    pub transfer: u64,
+    /// Who reports.
+    pub peer_id: String,
+    /// Which side.
+    pub role: Role,
+    /// How many.
+    pub bytes: u64,
+    /// Who signed it.
+    pub key: Option<[u8; 32]>,
+    /// The network that it came from.
+    pub network: u128,
+}
+
+/// How many rows there are, so that bounds cost no counting.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct RowCounts {
+    identities: u64,
+    reputations: u64,
+    transfers: u64,
+}
+
+/// The open database.
+pub struct TrackerDatabase {
+    db: Connection,
+    counts: RowCounts,
+    /// As of the last commit.
+    committed: RowCounts,
+    changed: Vec<(String, Reputation)>,
+    /// Peers that a transfer failed against today, and the network of the other side: one failure a
+    /// day counts, or one asker with false reports could ruin a peer.
+    blamed: HashSet<(String, String)>,
+    blamed_day: i64,
+    pruned_to: i64,
+    tracker_id: String,
+}
+
+type Result<T> = rusqlite::Result<T>;
+
+impl TrackerDatabase {
+    /// Opens the database, making or migrating its tables.
+    ///
+    /// # Errors
+    /// One line that says what is wrong with it.
+    pub fn open(path: &Path) -> std::result::Result<TrackerDatabase, String> {
+        let wrong = |e: rusqlite::Error| {
+            let remedy = match e.sqlite_error_code() {
+                Some(rusqlite::ErrorCode::DatabaseBusy) => {
+                    "another tracker has it; one database is for one tracker"
+                }
+                Some(rusqlite::ErrorCode::NotADatabase) => {
+                    "not an SQLite database; --db-path names another"
+                }
+                _ => "--db-path needs a file in a directory that this user can write to",
+            };
+            format!("database {}: {e}; {remedy}", path.display())
+        };
+        let db = Connection::open(path).map_err(wrong)?;
+        prepare(&db).map_err(wrong)?;
+        let version: i64 =
+            db.pragma_query_value(None, "user_version", |row| row.get(0)).map_err(wrong)?;
+        match version {
+            0 => migrate(&db).and_then(|()| migrate_2(&db)).map_err(wrong)?,
+            1 => migrate_2(&db).map_err(wrong)?,
+            VERSION => {}
+            newer => {
+                return Err(format!(
+                    "database {}: of version {newer}, which a newer peerix-tracker made; this one knows {VERSION}: run the newer one, or name another --db-path",
+                    path.display()
+                ));
+            }
+        }
+        let tracker_id =
+            db.query_row("select value from meta where key = 'tracker_id'", [], |row| row.get(0));
+        let tracker_id: String = tracker_id.map_err(wrong)?;
+        if tracker_id.len() != TransferName::TRACKER_ID_LEN
+            || !tracker_id.bytes().all(|b| b.is_ascii_hexdigit())
+        {
+            return Err(format!(
+                "database {}: its tracker ID is none; --db-path names another",
+                path.display()
+            ));
+        }
+        let count = |table: &str| {
+            db.query_row(&format!("select count(*) from {table}"), [], |row| {
+                row.get::<_, i64>(0).map(|n| n.unsigned_abs())
+            })
+        };
+        let counts = RowCounts {
+            identities: count("identities").map_err(wrong)?,
+            reputations: count("reputation").map_err(wrong)?,
+            transfers: count("transfers").map_err(wrong)?,
+        };
+        Ok(TrackerDatabase {
+            db,
+            counts,
+            committed: counts,
+            changed: Vec::new(),
+            blamed: HashSet::new(),
+            blamed_day: 0,
+            pruned_to: 0,
+            tracker_id,
+        })
+    }
+
+    /// The tracker's ID, made with the database.
+    pub fn tracker_id(&self) -> &str {
+        &self.tracker_id
+    }
+
+    /// Begins a transaction.
+    ///
+    /// # Errors
+    /// SQLite's.
+    pub fn begin(&self) -> Result<()> {
+        self.db.execute_batch("begin")
+    }
+
+    /// Commits, and gives the reputations that have changed since the last time.
+    ///
+    /// # Errors
+    /// SQLite's; nothing has changed then.
+    pub fn commit(&mut self) -> Result<Vec<(String, Reputation)>> {
+        self.db.execute_batch("commit")?;
+        self.committed = self.counts;
+        Ok(std::mem::take(&mut self.changed))
+    }
+
+    /// Takes everything back since [`TrackerDatabase::begin`].
+    pub fn roll_back(&mut self) {
+        // After some errors SQLite has done it already.
+        if !self.db.is_autocommit()
+            && let Err(e) = self.db.execute_batch("rollback")
+        {
+            log::error!("database: rollback: {e}");
+        }
+        self.counts = self.committed;
+        self.changed.clear();
+    }
+
+    /// Does one job of a transaction; what fails of it is taken back, and nothing else.
+    ///
+    /// # Errors
+    /// The job's, or SQLite's.
+    pub fn job(&mut self, work: impl FnOnce(&mut Self) -> Result<()>) -> Result<()> {
+        if self.db.is_autocommit() {
+            // An earlier job's error has taken back the whole transaction.
+            return Err(rusqlite::Error::SqliteFailure(
+                rusqlite::ffi::Error::new(rusqlite::ffi::SQLITE_ABORT),
+                None,
+            ));
+        }
+        let (counts, changed) = (self.counts, self.changed.len());
+        self.db.prepare_cached("savepoint job")?.execute([])?;
+        let done = work(self);
+        if done.is_err() {
+            self.counts = counts;
+            self.changed.truncate(changed);
+            if self.db.is_autocommit() {
+                return done;
+            }
+            self.db.execute_batch("rollback to job")?;
+        }
+        self.db.prepare_cached("release job")?.execute([])?;
+        done
+    }
+
+    /// Who was here when the tracker ended, if it ended a moment ago.
+    ///
+    /// # Errors
+    /// SQLite's, as for all that follow.
+    pub fn present(&self, now_ms: u64) -> Result<Vec<PersistedPeer>> {
+        let sql = "select value from meta where key = 'alive'";
+        let alive: Option<i64> = self.db.query_row(sql, [], |row| row.get(0)).optional()?;
+        if alive.is_none_or(|alive| now_ms.abs_diff(alive.unsigned_abs()) > PRESENT_FOR_MS) {
+            self.db.execute("delete from present", [])?;
+            return Ok(Vec::new());
+        }
+        let sql = "select peer_id, addr, port, came_from, filter_stamp, filter, public_key
+            from present left join identities using (peer_id)";
+        let mut statement = self.db.prepare(sql)?;
+        let rows = statement.query_map([], |row| {
+            let from: String = row.get(3)?;
+            let from = from.parse().map_err(|_| rusqlite::Error::IntegralValueOutOfRange(3, 0))?;
+            let stamp: Option<i64> = row.get(4)?;
+            let filter: Option<Vec<u8>> = row.get(5)?;
+            let whereabouts = PeerAddress { addr: row.get(1)?, port: row.get(2)?, from };
+            let filter = stamp.map(i64::unsigned_abs).zip(filter);
+            let reputation = Reputation::default();
+            Ok(PersistedPeer { id: row.get(0)?, whereabouts, key: row.get(6)?, reputation, filter })
+        })?;
+        // A row that cannot be read is a peer that announces itself again soon.
+        let mut present: Vec<PersistedPeer> = rows.filter_map(Result::ok).collect();
+        for peer in &mut present {
+            peer.reputation = self.reputation(&peer.id)?;
+        }
+        Ok(present)
+    }
+
+    /// A peer is here, or is elsewhere than before.
+    pub fn arrived(&mut self, id: &str, at: &PeerAddress) -> Result<()> {
+        let sql = "insert into present (peer_id, addr, port, came_from) values (?, ?, ?, ?) on conflict do update
+            set addr = excluded.addr, port = excluded.port, came_from = excluded.came_from";
+        self.db
+            .prepare_cached(sql)?
+            .execute(params![id, at.addr, at.port, at.from.to_string()])
+            .map(drop)
+    }
+
+    /// A peer that is here has another filter.
+    pub fn published(&mut self, id: &str, stamp: u64, filter: &[u8]) -> Result<()> {
+        let sql = "update present set filter_stamp = ?2, filter = ?3 where peer_id = ?1";
+        self.db.prepare_cached(sql)?.execute(params![id, stamp.min(MOST) as i64, filter]).map(drop)
+    }
+
+    /// A peer is gone.
+    pub fn gone(&mut self, id: &str) -> Result<()> {
+        self.db.prepare_cached("delete from present where peer_id = ?")?.execute([id]).map(drop)
+    }
+
+    /// The tracker runs at that time.
+    pub fn alive(&mut self, now_ms: u64) -> Result<()> {
+        let sql = "insert into meta (key, value) values ('alive', ?) on conflict do update set value = excluded.value";
+        self.db.prepare_cached(sql)?.execute([now_ms.min(MOST) as i64]).map(drop)
+    }
+
+    /// What is known of an ID.
+    pub fn meet(&self, id: &str) -> Result<KnownIdentity> {
+        Ok(KnownIdentity { key: self.key(id)?, reputation: self.reputation(id)? })
+    }
+
+    fn key(&self, id: &str) -> Result<Option<[u8; 32]>> {
+        let mut statement =
+            self.db.prepare_cached("select public_key from identities where peer_id = ?")?;
+        statement.query_row([id], |row| row.get(0)).optional()
+    }
+
+    /// Binds an ID to a key, if it is bound to no other.
+    pub fn bind(&mut self, id: &str, key: &[u8; 32], day: i64) -> Result<BindOutcome> {
+        match self.key(id)? {
+            Some(bound) if bound != *key => return Ok(BindOutcome::OtherKey),
+            Some(_) => self.seen(id, day)?,
+            None if self.counts.identities >= MAX_IDENTITIES => return Ok(BindOutcome::Full),
+            None => {
+                let sql = "insert into identities (peer_id, public_key, seen_day, first_day) values (?1, ?2, ?3, ?3)";
+                self.db.prepare_cached(sql)?.execute(params![id, key, day])?;
+                self.counts.identities += 1;
+            }
+        }
+        Ok(BindOutcome::Yes(self.reputation(id)?))
+    }
+
+    /// A bound ID was seen on that day, counted from 1970.
+    pub fn seen(&mut self, id: &str, day: i64) -> Result<()> {
+        let sql = "update identities set seen_day = ?2 where peer_id = ?1 and seen_day < ?2";
+        self.db.prepare_cached(sql)?.execute(params![id, day]).map(drop)
+    }
+
+    /// What an ID did; nothing if it is unknown.
+    pub fn reputation(&self, id: &str) -> Result<Reputation> {
+        let sql = "select total_shared, total_received, successful_transfers, failed_transfers from reputation where peer_id = ?";
+        let found = self.db.prepare_cached(sql)?.query_row([id], |row| {
+            let count = |at| row.get(at).map(|count: i64| u64::try_from(count).unwrap_or(0));
+            Ok(Reputation {
+                shared: count(0)?,
+                received: count(1)?,
+                successful: count(2)?,
+                failed: count(3)?,
+            })
+        });
+        Ok(found.optional()?.unwrap_or_default())
+    }
+
+    /// Begins so many transfers and returns the first one's ID; the others' follow it. `None` if
+    /// there are too many.
+    pub fn begin_transfers(
+        &mut self,
+        sender: &str,
+        receiver: &str,
+        count: u32,
+        seconds: f64,
+    ) -> Result<Option<u64>> {
+        if self.counts.transfers + u64::from(count) > MAX_TRANSFERS {
+            return Ok(None);
+        }
+        let sql = "insert into transfers (sender_id, receiver_id, created_at) values (?, ?, ?)";
+        let mut statement = self.db.prepare_cached(sql)?;
+        for _ in 0..count {
+            statement.execute(params![sender, receiver, seconds])?;
+        }
+        self.counts.transfers += u64::from(count);
+        let last = u64::try_from(self.db.last_insert_rowid()).unwrap_or(0);
+        Ok(Some((last + 1).saturating_sub(count.into())))
+    }
+
+    /// One side's report of a transfer.
+    pub fn report(&mut self, report: &SideReport, day: i64) -> Result<ReportOutcome> {
+        let sql = "select sender_id, receiver_id, sender_bytes, receiver_bytes, coalesce(sender_confirmed, 0) <> 0,
+            coalesce(receiver_confirmed, 0) <> 0, coalesce(resolved, 0) <> 0, sender_network, receiver_network
+            from transfers where id = ?";
+        let Ok(id) = i64::try_from(report.transfer) else { return Ok(ReportOutcome::NotFound) };
+        struct TransferRow {
+            peers: [String; 2],
+            bytes: [Option<i64>; 2],
+            confirmed: [bool; 2],
+            resolved: bool,
+            networks: [Option<String>; 2],
+        }
+        let found = self.db.prepare_cached(sql)?.query_row([id], |row| {
+            Ok(TransferRow {
+                peers: [row.get(0)?, row.get(1)?],
+                bytes: [row.get(2)?, row.get(3)?],
+                confirmed: [row.get(4)?, row.get(5)?],
+                resolved: row.get(6)?,
+                networks: [row.get(7)?, row.get(8)?],
+            })
+        });
+        let Some(transfer) = found.optional()? else { return Ok(ReportOutcome::NotFound) };
+        let (side, other) = match report.role {
+            Role::Sender => (0, 1),
+            Role::Receiver => (1, 0),
+        };
+        if transfer.resolved {
+            return Ok(ReportOutcome::AlreadyResolved);
+        }
+        if transfer.peers[side] != report.peer_id {
+            return Ok(ReportOutcome::NotTheOne);
+        }
+        if transfer.confirmed[side] {
+            return Ok(ReportOutcome::SameSideAgain);
+        }
+        if self.key(&report.peer_id)?.is_some_and(|key| report.key != Some(key)) {
+            return Ok(ReportOutcome::Unproven);
+        }
+        let resolves = transfer.confirmed[other];
+        let sql = match report.role {
+            Role::Sender => {
+                "update transfers set sender_bytes = ?, sender_confirmed = 1, resolved = ?, sender_network = ? where id = ?"
+            }
+            Role::Receiver => {
+                "update transfers set receiver_bytes = ?, receiver_confirmed = 1, resolved = ?, receiver_network = ?
+                    where id = ?"
+            }
+        };
+        let network = format!("{:x}", report.network);
+        self.db.prepare_cached(sql)?.execute(params![
+            report.bytes.min(MOST) as i64,
+            resolves,
+            network,
+            id
+        ])?;
+        if !resolves {
+            return Ok(ReportOutcome::Pending);
+        }
+        let others = transfer.bytes[other].and_then(|bytes| u64::try_from(bytes).ok()).unwrap_or(0);
+        let consistent = agree(report.bytes, others);
+        let [sender, receiver] = transfer.peers;
+        let other_network = transfer.networks[other].clone().unwrap_or_default();
+        // What one network says of itself, and what nobody signed, counts for nobody: identities
+        // cost nothing.
+        if other_network == network
+            || self.key(&sender)?.is_none()
+            || self.key(&receiver)?.is_none()
+        {
+            return Ok(ReportOutcome::Resolved(consistent));
+        }
+        let (mut bytes, mut networks) = ([others; 2], [other_network.clone(), other_network]);
+        (bytes[side], networks[side]) = (report.bytes, network);
+        let [sender_network, receiver_network] = networks;
+        if consistent || self.may_blame(&sender, receiver_network, day) {
+            self.count(&sender, consistent, bytes[0], 0, day)?;
+        }
+        if consistent || self.may_blame(&receiver, sender_network, day) {
+            self.count(&receiver, consistent, 0, bytes[1], day)?;
+        }
+        Ok(ReportOutcome::Resolved(consistent))
+    }
+
+    /// Whether a failure against a peer counts, as the first one of that day and network.
+    fn may_blame(&mut self, id: &str, network: String, day: i64) -> bool {
+        if std::mem::replace(&mut self.blamed_day, day) != day {
+            self.blamed.clear();
+        }
+        self.blamed.len() < MAX_BLAMED && self.blamed.insert((id.to_owned(), network))
+    }
+
+    fn count(
+        &mut self,
+        id: &str,
+        consistent: bool,
+        shared: u64,
+        received: u64,
+        day: i64,
+    ) -> Result<()> {
+        let sum = |a: u64, b: u64| a.saturating_add(b).min(MOST);
+        let old = self.reputation(id)?;
+        let mut new = old;
+        if consistent {
+            new.shared = sum(old.shared, shared);
+            new.received = sum(old.received, received);
+            new.successful = sum(old.successful, 1);
+        } else {
+            new.failed = sum(old.failed, 1);
+        }
+        let numbers =
+            [new.shared, new.received, new.successful, new.failed].map(|number| number as i64);
+        let values = params![id, numbers[0], numbers[1], numbers[2], numbers[3], day];
+        let sql = "update reputation set total_shared = ?2, total_received = ?3, successful_transfers = ?4,
+            failed_transfers = ?5, changed_day = ?6 where peer_id = ?1";
+        if self.db.prepare_cached(sql)?.execute(values)? == 0 {
+            if self.counts.reputations >= MAX_REPUTATIONS {
+                return Ok(());
+            }
+            let sql = "insert into reputation (peer_id, total_shared, total_received, successful_transfers,
+                failed_transfers, changed_day) values (?, ?, ?, ?, ?, ?)";
+            self.db.prepare_cached(sql)?.execute(values)?;
+            self.counts.reputations += 1;
+        }
+        self.changed.push((id.to_owned(), new));
+        Ok(())
+    }
+
+    /// Something is written, to see that it can be.
+    pub fn probe(&mut self, seconds: f64) -> Result<()> {
+        let sql = "insert into meta (key, value) values ('probed', ?) on conflict do update set value = excluded.value";
+        self.db.prepare_cached(sql)?.execute([seconds]).map(drop)
+    }
+
+    /// One small step of deleting transfers that are old. Each goes on where the last one ended.
+    pub fn prune_transfers(&mut self, seconds: f64) -> Result<()> {
+        let sql = "select max(id), count(*), min(created_at) from
+            (select id, created_at from transfers where id > ? order by id limit ?)";
+        let (last, looked_at, oldest): (Option<i64>, i64, Option<f64>) =
+            self.db.prepare_cached(sql)?.query_row([self.pruned_to, PRUNE_TRANSFERS], |row| {
+                Ok((row.get(0)?, row.get(1)?, row.get(2)?))
+            })?;
+        let pending = seconds - PENDING_KEPT as f64;
+        let resolved = seconds - RESOLVED_KEPT as f64;
+        let from = self.pruned_to;
+        // The rest is younger still.
+        let young = oldest.is_none_or(|oldest| oldest >= pending);
+        self.pruned_to = last.filter(|_| looked_at == PRUNE_TRANSFERS && !young).unwrap_or(0);
+        let Some(last) = last.filter(|_| !young) else { return Ok(()) };
+        let sql = "delete from transfers where id > ? and id <= ?
+            and created_at < case when coalesce(resolved, 0) then ? else ? end";
+        let deleted =
+            self.db.prepare_cached(sql)?.execute(params![from, last, resolved, pending])?;
+        self.counts.transfers = self.counts.transfers.saturating_sub(deleted as u64);
+        Ok(())
+    }
+
+    /// One small step of forgetting IDs, if there are many: of those seen on one day only that are
+    /// not here, the oldest; if there are none, of those not seen for long.
+    pub fn prune_identities(&mut self, day: i64) -> Result<()> {
+        if self.counts.identities < FORGET_FROM {
+            return Ok(());
+        }
+        let once = "delete from identities where peer_id in (select peer_id from identities where first_day = seen_day
+            and peer_id not in (select peer_id from present) order by seen_day limit ?)";
+        let mut deleted = self.db.prepare_cached(once)?.execute([PRUNE_ROWS])?;
+        if deleted == 0 {
+            let old = "delete from identities where peer_id in
+                (select peer_id from identities where seen_day < ? limit ?)";
+            deleted =
+                self.db.prepare_cached(old)?.execute([day - FORGOTTEN_AFTER_DAYS, PRUNE_ROWS])?;
+        }
+        self.counts.identities = self.counts.identities.saturating_sub(deleted as u64);
+        Ok(())
+    }
+
+    /// One small step of forgetting the reputations of IDs that are not bound. It looks at every
+    /// one.
+    pub fn prune_reputations(&mut self, day: i64) -> Result<()> {
+        let before = day - FORGOTTEN_AFTER_DAYS;
+        let sql = "delete from reputation where peer_id in (select peer_id from reputation where changed_day < ?
+            and peer_id not in (select peer_id from identities) limit ?)";
+        let deleted = self.db.prepare_cached(sql)?.execute([before, PRUNE_ROWS])?;
+        self.counts.reputations = self.counts.reputations.saturating_sub(deleted as u64);
+        Ok(())
+    }
+}
+
+/// Whether two reports are of the same transfer, give or take 5 % of the greater.
+fn agree(a: u64, b: u64) -> bool {
+    u128::from(a.abs_diff(b)) * u128::from(TOLERANCE) <= u128::from(a.max(b))
+}
+
+fn prepare(db: &Connection) -> Result<()> {
+    db.busy_timeout(BUSY)?;
+    // For as long as this process lives: what it knows by heart must not change under it.
+    db.pragma_update(None, "locking_mode", "exclusive")?;
+    db.pragma_update_and_check(None, "journal_mode", "wal", |_| Ok(()))?;
+    // What is committed is on the disk.
+    db.pragma_update(None, "synchronous", "full")?;
+    db.set_prepared_statement_cache_capacity(64);
+    // Takes the lock, or tells who has it.
+    db.execute_batch("begin immediate; commit")
+}
+
+fn migrate(db: &Connection) -> Result<()> {
+    db.execute_batch("begin immediate")?;
+    db.execute_batch(TABLES)?;
+    let today =
+        "update reputation set changed_day = cast(strftime('%s', 'now') / 86400 as integer)";
+    db.execute_batch(today)?;
+    for statement in CLEAN.split_inclusive(';').filter(|statement| statement.contains(';')) {
+        let values: &[&dyn rusqlite::ToSql] =
+            if statement.contains("?1") { &[&(MAX_PEER_ID as i64)] } else { &[] };
+        db.execute(statement.trim(), values)?;
+    }
+    let mut random = [0; TransferName::TRACKER_ID_LEN / 2];
+    if SystemRandom::new().fill(&mut random).is_err() {
+        return Err(rusqlite::Error::ToSqlConversionFailure("no random numbers to be had".into()));
+    }
+    let id = data_encoding::HEXLOWER.encode(&random);
+    db.execute("insert into meta (key, value) values ('tracker_id', ?)", [id])?;
+    db.pragma_update(None, "user_version", 1)?;
+    db.execute_batch("commit")
+}
+
+fn migrate_2(db: &Connection) -> Result<()> {
+    db.execute_batch("begin immediate")?;
+    db.execute_batch(TABLES_2)?;
+    db.pragma_update(None, "user_version", VERSION)?;
+    db.execute_batch("commit")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const DAY: f64 = 24.0 * 3600.0;
+
+    fn books() -> TrackerDatabase {
+        let books = TrackerDatabase::open(Path::new(":memory:")).unwrap();
+        books.begin().unwrap();
+        books
+    }
+
+    fn report(books: &mut TrackerDatabase, transfer: u64, role: Role, bytes: u64) -> ReportOutcome {
+        let peer_id = if role == Role::Sender { "a" } else { "b" }.to_owned();
+        let network = if role == Role::Sender { 1 } else { 2 };
+        books.report(&SideReport { transfer, peer_id, role, bytes, key: None, network }, 0).unwrap()
+    }
+
+    /// One side's report, signed by key 1 for `a`, and by key 2 for everybody else.
+    fn signed(
+        books: &mut TrackerDatabase,
+        transfer: u64,
+        peer_id: &str,
+        role: Role,
+        bytes: u64,
+        network: u128,
+    ) -> ReportOutcome {
+        let key = Some([if peer_id == "a" { 1 } else { 2 }; 32]);
+        let told = SideReport { transfer, peer_id: peer_id.into(), role, bytes, key, network };
+        books.report(&told, 7).unwrap()
+    }
+
+    #[test]
+    fn reports_agree_within_a_twentieth_of_the_greater() {
+        for (a, b, agrees) in [
+            (0, 0, true),
+            (0, 1, false),
+            (100, 95, true),
+            (100, 94, false),
+            (95, 100, true),
+            (1 << 44, 1 << 44, true),
+            (1 << 44, 0, false),
+            (u64::MAX, u64::MAX - 1, true),
+        ] {
+            assert_eq!(agree(a, b), agrees, "{a}, {b}");
+        }
+    }
+
+    #[test]
+    fn sums_end_at_the_greatest_number() {
+        let mut books = books();
+        let huge = (1u64 << 44).to_string();
+        let most = i64::MAX.to_string();
+        let sql = format!(
+            "insert into reputation values ('a', {most}, 0, {most}, 0, 0), ('b', 0, {huge}, 0, {most}, 0)"
+        );
+        books.db.execute_batch(&sql).unwrap();
+        books.bind("a", &[1; 32], 0).unwrap();
+        books.bind("b", &[2; 32], 0).unwrap();
+        let id = books.begin_transfers("a", "b", 1, 0.0).unwrap().unwrap();
+        signed(&mut books, id, "a", Role::Sender, 1 << 44, 1);
+        assert_eq!(
+            signed(&mut books, id, "b", Role::Receiver, 1 << 44, 2),
+            ReportOutcome::Resolved(true)
+        );
+        let a = books.reputation("a").unwrap();
+        assert_eq!((a.shared, a.successful), (MOST, MOST));
+        assert_eq!(books.reputation("b").unwrap().received, 1 << 45);
+    }
+
+    #[test]
+    fn transfers_are_pruned_when_they_are_old_and_not_before() {
+        let mut books = books();
+        let mut begin =
+            |days: f64| books.begin_transfers("a", "b", 3, days * DAY).unwrap().unwrap();
+        // More than one step looks at.
+        let begun: Vec<u64> = (0..1500).map(|_| begin(0.0)).collect();
+        let young = begin(7.05);
+        for first in &begun {
+            report(&mut books, *first, Role::Sender, 1);
+            report(&mut books, *first, Role::Receiver, 1);
+        }
+        let mut left = |now: f64| {
+            // Twice around, whatever was looked at before.
+            for _ in 0..8 {
+                books.prune_transfers(now * DAY).unwrap();
+            }
+            let rows: i64 =
+                books.db.query_row("select count(*) from transfers", [], |row| row.get(0)).unwrap();
+            assert_eq!(rows as u64, books.counts.transfers);
+            rows
+        };
+        assert_eq!(left(0.08), 4503);
+        assert_eq!(left(0.09), 1503, "those that are not resolved");
+        assert_eq!(left(6.9), 1503);
+        assert_eq!(left(7.1), 3);
+        assert_eq!(left(7.2), 0);
+        assert_eq!(report(&mut books, young, Role::Sender, 1), ReportOutcome::NotFound);
+        assert!(
+            books.begin_transfers("a", "b", 1, 0.0).unwrap() > Some(young + 2),
+            "no ID is given twice"
+        );
+    }
+
+    #[test]
+    fn ids_are_forgotten_when_there_are_many_those_of_one_day_first() {
+        let mut books = books();
+        for (id, day) in [("once", 10), ("here", 40), ("used", 10), ("old", 5), ("new", 50)] {
+            assert_eq!(
+                books.bind(id, &[7; 32], day).unwrap(),
+                BindOutcome::Yes(Reputation::default())
+            );
+        }
+        for (id, day) in [("used", 60), ("old", 6), ("new", 51)] {
+            books.seen(id, day).unwrap();
+        }
+        let here =
+            PeerAddress { addr: "a".into(), port: 1, from: std::net::Ipv4Addr::LOCALHOST.into() };
+        books.arrived("here", &here).unwrap();
+        let known = |books: &TrackerDatabase, id| books.meet(id).unwrap().key.is_some();
+        let day = 20 + FORGOTTEN_AFTER_DAYS;
+        books.prune_identities(day).unwrap();
+        assert_eq!(books.counts.identities, 5, "there is room");
+        books.counts.identities = FORGET_FROM;
+        books.prune_identities(day).unwrap();
+        assert!(!known(&books, "once") && known(&books, "old") && known(&books, "here"));
+        books.counts.identities = FORGET_FROM;
+        books.prune_identities(day).unwrap();
+        assert!(
+            !known(&books, "old")
+                && known(&books, "used")
+                && known(&books, "new")
+                && known(&books, "here")
+        );
+        assert_eq!(books.bind("used", &[8; 32], day).unwrap(), BindOutcome::OtherKey);
+        assert_eq!(
+            books.bind("old", &[8; 32], day).unwrap(),
+            BindOutcome::Yes(Reputation::default())
+        );
+        books.count("unbound", true, 1, 0, 10).unwrap();
+        books.count("used", true, 1, 0, 10).unwrap();
+        books.prune_reputations(11 + FORGOTTEN_AFTER_DAYS).unwrap();
+        assert_eq!(books.counts.reputations, 1);
+    }
+
+    /// 64 invented peers used to make themselves any reputation, and one asker with false reports
+    /// to ruin a peer's.
+    #[test]
+    fn reputation_counts_signed_reports_of_different_networks_only() {
+        let mut books = books();
+        books.bind("a", &[1; 32], 0).unwrap();
+        books.bind("b", &[2; 32], 0).unwrap();
+        let mut transfer = |receiver: &str, bytes: u64, networks: (u128, u128)| {
+            let id = books.begin_transfers("a", receiver, 1, 0.0).unwrap().unwrap();
+            assert_eq!(
+                signed(&mut books, id, "a", Role::Sender, 100, networks.0),
+                ReportOutcome::Pending
+            );
+            let consistent = (95..=105).contains(&bytes);
+            let outcome = match receiver {
+                "b" => signed(&mut books, id, "b", Role::Receiver, bytes, networks.1),
+                _ => {
+                    let (peer_id, key) = (receiver.to_owned(), None);
+                    let told = SideReport {
+                        transfer: id,
+                        peer_id,
+                        role: Role::Receiver,
+                        bytes,
+                        key,
+                        network: networks.1,
+                    };
+                    books.report(&told, 7).unwrap()
+                }
+            };
+            assert_eq!(outcome, ReportOutcome::Resolved(consistent));
+            let of = |books: &TrackerDatabase, id: &str| {
+                let of = books.reputation(id).unwrap();
+                (of.successful, of.failed)
+            };
+            (of(&books, "a"), of(&books, receiver))
+        };
+        let nothing = (0, 0);
+        assert_eq!(transfer("unbound", 100, (1, 2)), (nothing, nothing));
+        assert_eq!(transfer("b", 100, (1, 1)), (nothing, nothing));
+        assert_eq!(transfer("b", 100, (1, 2)), ((1, 0), (1, 0)));
+        // False reports cost the reporter as much, and are one, however many they are.
+        for _ in 0..256 {
+            assert_eq!(transfer("b", 1 << 44, (1, 2)), ((1, 1), (1, 1)));
+        }
+        assert_eq!(transfer("b", 1 << 44, (1, 3)), ((1, 2), (1, 1)), "of another network");
+        assert_eq!(transfer("b", 100, (1, 2)), ((2, 2), (2, 1)));
+    }
+
+    #[test]
+    fn who_is_here_is_known_after_a_restart_and_not_after_an_hour() {
+        let mut books = books();
+        let at = |port| PeerAddress {
+            addr: "example.org".into(),
+            port,
+            from: "2001:db8::1".parse().unwrap(),
+        };
+        books.bind("a", &[1; 32], 0).unwrap();
+        for (id, port) in [("a", 1), ("a", 2), ("b", 3), ("gone", 4)] {
+            books.arrived(id, &at(port)).unwrap();
+        }
+        books.published("a", 77, &[1, 2, 3]).unwrap();
+        books.arrived("a", &at(5)).unwrap();
+        books.published("nobody", 77, &[1]).unwrap();
+        books.gone("gone").unwrap();
+        assert!(books.present(1_000_000).unwrap().is_empty(), "not known when that was");
+        books.roll_back();
+        let mut books = self::books();
+        books.bind("a", &[1; 32], 0).unwrap();
+        books.arrived("a", &at(5)).unwrap();
+        books.arrived("b", &at(3)).unwrap();
+        books.published("a", 77, &[1, 2, 3]).unwrap();
+        books.alive(1_000_000).unwrap();
+        let present = books.present(1_000_000 + PRESENT_FOR_MS).unwrap();
+        let seen: Vec<_> =
+            present.iter().map(|p| (&*p.id, p.whereabouts.port, p.key, p.filter.clone())).collect();
+        assert_eq!(
+            seen,
+            [("a", 5, Some([1; 32]), Some((77, vec![1, 2, 3]))), ("b", 3, None, None)]
+        );
+        assert_eq!(present[0].whereabouts, at(5));
+        assert!(books.present(1_000_001 + PRESENT_FOR_MS).unwrap().is_empty());
+        assert!(books.present(1_000_000).unwrap().is_empty(), "they were forgotten");
+    }
+
+    #[test]
+    fn job_that_fails_takes_back_nothing_of_the_others() {
+        let mut books = books();
+        books.job(|books| books.bind("a", &[1; 32], 0).map(drop)).unwrap();
+        let failed = books.job(|books| {
+            books.bind("b", &[1; 32], 0)?;
+            books.count("b", true, 1, 0, 0)?;
+            books.db.execute("insert into nothing values (1)", []).map(drop)
+        });
+        assert!(failed.is_err());
+        books.job(|books| books.bind("c", &[1; 32], 0).map(drop)).unwrap();
+        assert_eq!((books.counts.identities, books.counts.reputations), (2, 0));
+        assert_eq!(books.commit().unwrap(), []);
+        let known = |id| books.meet(id).unwrap().key.is_some();
+        assert!(known("a") && !known("b") && known("c"));
+    }
+
+    #[test]
+    fn there_is_room_for_so_many_and_what_was_there_goes_on() {
+        let mut books = books();
+        books.bind("a", &[1; 32], 0).unwrap();
+        let id = books.begin_transfers("a", "b", 1, 0.0).unwrap().unwrap();
+        books.counts = RowCounts {
+            identities: MAX_IDENTITIES,
+            reputations: MAX_REPUTATIONS,
+            transfers: MAX_TRANSFERS,
+        };
+        assert_eq!(books.bind("b", &[1; 32], 0).unwrap(), BindOutcome::Full);
+        assert!(matches!(books.bind("a", &[1; 32], 1).unwrap(), BindOutcome::Yes(_)));
+        assert_eq!(books.begin_transfers("a", "b", 1, 0.0).unwrap(), None);
+        assert_eq!(signed(&mut books, id, "a", Role::Sender, 1, 1), ReportOutcome::Pending);
+        assert_eq!(report(&mut books, id, Role::Receiver, 1), ReportOutcome::Resolved(true));
+        books.count("a", true, 1, 0, 0).unwrap();
+        assert_eq!(books.reputation("a").unwrap(), Reputation::default());
+    }
+
+    /// A full disk, in the form of a database that may have no more pages.
+    #[test]
+    fn a_full_disk_leaves_nothing_half_done_and_passes() {
+        let mut books = books();
+        books.begin_transfers("a", "b", 1, 0.0).unwrap();
+        books.commit().unwrap();
+        let pages: i64 = books.db.pragma_query_value(None, "page_count", |row| row.get(0)).unwrap();
+        let allow = |books: &TrackerDatabase, most: i64| {
+            books.db.query_row(&format!("pragma max_page_count = {most}"), [], |_| Ok(())).unwrap();
+        };
+        allow(&books, pages);
+        books.begin().unwrap();
+        books.count("a", true, 5, 0, 0).unwrap();
+        let full =
+            (0..10_000).find_map(|_| books.begin_transfers("a", "b", 256, 0.0).err()).unwrap();
+        assert_eq!(full.sqlite_error_code(), Some(rusqlite::ErrorCode::DiskFull));
+        books.roll_back();
+        assert_eq!((books.counts.transfers, books.counts.reputations), (1, 0));
+        assert_eq!(books.reputation("a").unwrap(), Reputation::default());
+        allow(&books, 1 << 20);
+        books.begin().unwrap();
+        assert_eq!(books.begin_transfers("a", "b", 256, 0.0).unwrap(), Some(2));
+        assert_eq!(books.commit().unwrap(), []);
+        assert_eq!(books.counts.transfers, 257);
+    }
+}
