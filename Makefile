@@ -49,7 +49,7 @@ demo-wan: ## machines on three networks and a tracker; one of them behind a rout
 TEST_THREADS ?= 6
 # A failing test says what it expected and shows its daemons' logs; backtraces would hide that.
 TEST := RUST_BACKTRACE=0 $(CARGO) test --locked --no-fail-fast $(RUNNER) --lib --bins --test integration
-test: ## every test; ONLY=bounds runs those with "bounds" in their names, as bounds::heads_without_end
+test: ## every test; ONLY=bounds runs those with "bounds" in their names, as bounds::oversized_heads_are_refused
 	@scripts/deps build test
 	$(TEST) -- --test-threads $(TEST_THREADS) $(ONLY)
 

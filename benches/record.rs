@@ -1,11 +1,10 @@
-//! The fourth part of `make bench`: what it costs to keep a record for the status page. The same
-//! program, once with the record and once without, answers its own Nix in turns.
+//! Fourth part of `make bench`: what the statistics of the status page cost. Two instances of this
+//! program, one with statistics and one without, take turns in answering requests.
 //!
-//! Narinfos of peers, one at a time on one connection: found, and not found; and of the own store,
-//! where there is least else to do. What telling the record takes by itself. And the memory, idle
-//! and after all of that.
+//! Measures narinfos of a peer (found and not found) and of the local store, one at a time on one
+//! connection; the time of one update of the statistics; and memory, idle and after all requests.
 //!
-//! `--rounds N` (30). Asserts that answers are right, and nothing about time.
+//! Flag: `--rounds N` (default 30). Asserts that answers are right, and nothing about time.
 
 #[path = "../tests/common/mod.rs"]
 mod common;
@@ -25,12 +24,12 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 use table::{Series, Table};
 
-/// Requests in a row to one of the two, before it is the other's turn.
+/// Consecutive requests to one contender before the other one's turn.
 const IN_A_ROW: usize = 50;
-/// Times that the record is told of something.
+/// Number of updates over which the time of one update is averaged.
 const TELLINGS: u32 = 1_000_000;
 
-/// This program as the daemon: `--serve on`, `--serve off`, and then a daemon's flags.
+/// Runs this program as the daemon. Arguments: `--serve on` or `--serve off`, then daemon flags.
 fn serve(mode: &str) -> ! {
     let flags = std::env::args_os().skip(3);
     let Ok(Command::Run(config)) = cli::parse(flags, |_| None) else { panic!("a daemon's flags") };
@@ -60,7 +59,8 @@ impl Contender {
         self.connection.get(route).expect("an answer").status
     }
 
-    /// Microseconds for each of these, all answered so.
+    /// Requests [`IN_A_ROW`] of `routes` in turn and returns the mean time of one, in microseconds.
+    /// Panics if an answer has another status than `status`.
     fn asks(&mut self, routes: &[String], status: u16) -> f64 {
         let began = Instant::now();
         for at in 0..IN_A_ROW {
@@ -69,7 +69,7 @@ impl Contender {
         began.elapsed().as_secs_f64() * 1e6 / IN_A_ROW as f64
     }
 
-    /// Memory of its own, in MiB.
+    /// Anonymous memory of the process (`RssAnon`), in MiB.
     fn memory(&self) -> f64 {
         let file = format!("/proc/{}/status", self.daemon.process.pid());
         let text = std::fs::read_to_string(file).expect("it runs");
@@ -134,7 +134,7 @@ fn main() {
     std::fs::write(results.join("record.md"), table.text()).expect("the table is written");
 }
 
-/// What is told to the record with a lookup, by itself.
+/// Measures the time of one update of the statistics, without a lookup.
 fn telling(table: &mut Table) {
     let record = Stats::new();
     let path =
@@ -156,8 +156,8 @@ fn telling(table: &mut Table) {
     table.alone("telling the record of a miss, ns", &miss, "");
 }
 
-/// The two, turn by turn. Of ten turns the quickest counts: what else the machine does is no part
-/// of it.
+/// Alternates between the two contenders; microseconds per request. Each round takes the quickest
+/// of ten turns, because other work of the machine only makes turns slower.
 fn turns(
     contenders: &mut [Contender; 2],
     rounds: usize,
@@ -168,7 +168,7 @@ fn turns(
     for _ in 0..rounds {
         let mut quickest = [f64::INFINITY; 2];
         for turn in 0..10 {
-            // Who is first has the warmer processor.
+            // The first of the two finds a warmer processor, so the order alternates.
             for at in [turn % 2, 1 - turn % 2] {
                 quickest[at] = quickest[at].min(contenders[at].asks(routes[at], status));
             }

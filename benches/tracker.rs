@@ -1,11 +1,12 @@
-//! The third part of `make bench`: the tracker by itself, on loopback, whose addresses stand for as
-//! many machines.
+//! Third part of `make bench`: the tracker alone, on loopback. Each loopback address stands for one
+//! machine.
 //!
-//! 1. Lookups among 1,000, 10,000 and 100,000 peers, whose filters are as full as those of real
-//!    ones: rate, time, memory.
+//! 1. Lookups among 1,000, 10,000 and 100,000 peers with half-full filters, as real ones are: rate,
+//!    latency, memory.
 //! 2. Signed announces, for a minute.
 //!
-//! `--seconds N` (60), `--only 1,2`. Asserts that answers are right, and nothing about time.
+//! Flags: `--seconds N` (default 60), `--only 1,2`. Asserts that answers are right, and nothing
+//! about time.
 
 #[path = "../tests/common/mod.rs"]
 mod common;
@@ -24,17 +25,17 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 use table::{Series, Table};
 
-/// Connections that ask at once.
+/// Concurrent client threads.
 const ASKERS: u64 = 16;
-/// How long lookups are measured.
+/// Duration of the measurement of lookups.
 const LOOKUPS_FOR: Duration = Duration::from_secs(5);
-/// An address may send 100 filters at once.
+/// Filters sent from one address. The tracker accepts a burst of 100.
 const FILTERS_FROM_ONE: u64 = 90;
-/// Ask for 10,000 paths.
+/// Lookups from one address. The tracker accepts a burst of 10,000.
 const LOOKUPS_FROM_ONE: usize = 9_000;
-/// And announce 200 times.
+/// Announces from one address. The tracker accepts a burst of 200.
 const ANNOUNCES_FROM_ONE: u64 = 190;
-/// Peers that announce themselves again and again.
+/// Peers that announce themselves repeatedly in workload 2.
 const ANNOUNCERS: u64 = 10_000;
 
 fn main() {
@@ -72,7 +73,7 @@ fn one(value: f64) -> Series {
     series
 }
 
-/// Numbers without a pattern (xorshift64*).
+/// A random number generator (xorshift64*).
 struct Random(u64);
 
 impl Random {
@@ -83,7 +84,7 @@ impl Random {
         self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
     }
 
-    /// A filter as full as one of so many paths is: half of its bits are set.
+    /// A filter of the size for `paths` paths, with half of its bits set like a full one.
     fn filter(&mut self, paths: u64) -> BloomFilter {
         let bytes = BloomFilter::size_for(paths * BITS_PER_PATH) / 64;
         BloomFilter::parse((0..bytes).flat_map(|_| self.next().to_le_bytes()).collect())
@@ -96,7 +97,7 @@ impl Random {
     }
 }
 
-/// By the clock: so many are made that numbers counted up would run ahead of it.
+/// Takes its timestamp from the clock: a counter would run ahead of it at this rate.
 fn signed_announce(key: &Identity, peer_id: &str) -> Vec<u8> {
     let addr = "10.0.0.1";
     announce(
@@ -109,7 +110,7 @@ fn signed_announce(key: &Identity, peer_id: &str) -> Vec<u8> {
 
 fn signed_filter(key: &Identity, peer_id: &str, bits: &[u8]) -> String {
     let digest = ring::digest::digest(&ring::digest::SHA256, bits);
-    // Later than the announce, which may have been made in this very millisecond.
+    // Must be later than the announce, which may have the same millisecond.
     filter_headers(&key.sign(&SignedText::Filter { peer_id, digest: digest.as_ref() }, clock() + 1))
 }
 
@@ -139,8 +140,8 @@ fn lookups(table: &mut Table, peers: u64, paths: u64) {
                             c.tell("PUT", &format!("/filter/{id}"), &headers, filter.as_bytes());
                         match answer {
                             Ok(answer) if answer.status == 200 => break,
-                            // Eight are received at once; who is refused before its filter was read
-                            // is hung up on.
+                            // The tracker receives eight filters at once. It refuses more
+                            // before it reads them, and closes the connection.
                             Ok(answer) => assert_eq!(answer.status, 503, "{}", answer.text()),
                             Err(_) => {}
                         }
@@ -153,7 +154,7 @@ fn lookups(table: &mut Table, peers: u64, paths: u64) {
         }
     });
     let memory = (tracker.rss() - before) as f64 / peers as f64 / 1024.0;
-    // Those who announced first would be gone after two minutes.
+    // The measurement must end within two minutes, when the first announces expire.
     let (times, named) = (Mutex::new(Series::default()), AtomicU64::new(0));
     let asked = AtomicU64::new(0);
     let began = Instant::now();

@@ -1,8 +1,8 @@
-//! peerix at work: three machines in namespaces of this one, each with a Nix store of its own. Real
-//! Nix on the third gets its paths from the other two, and goes on when one of them dies. Run it by
-//! `make demo`.
+//! Demonstration on one LAN: three machines in namespaces, each with its own Nix store. Real Nix on
+//! the third fetches paths from the other two, and continues when one of them is killed. Run it
+//! with `make demo`.
 //!
-//! Ends with an error if anything is not as it says.
+//! Panics if a result differs from what it prints.
 
 #[path = "../tests/common/mod.rs"]
 mod common;

@@ -1,8 +1,8 @@
-//! peerix between networks: machines in namespaces of this one, on three networks that only a
-//! router joins, one of them behind a router of its own as at home. They find one another by a
-//! tracker. Run it by `make demo-wan`.
+//! Demonstration between networks: machines in namespaces on three networks joined by a router, one
+//! of them behind a home router. They find each other through a tracker. Run it with
+//! `make demo-wan`.
 //!
-//! Ends with an error if anything is not as it says.
+//! Panics if a result differs from what it prints.
 
 #[path = "../tests/common/mod.rs"]
 mod common;
@@ -16,7 +16,7 @@ use std::time::Instant;
 
 const BOOK_MIB: u64 = 256;
 
-/// The sender of the large path is ended when it has sent so many MiB.
+/// The sender of the large path is killed after it has sent this many MiB.
 const STRUCK_AFTER: u64 = 4;
 
 fn main() {
@@ -161,8 +161,8 @@ fn main() {
     println!("{}", for_real());
 }
 
-/// peerix that shares what its filter lets pass; there is no upstream cache here to verify it
-/// against.
+/// Starts peerix with `--no-verify`, because there is no upstream cache here. It shares every path
+/// that its filter permits.
 fn start(host: &Host, tracker: &Tracker, more: &[&str]) -> Daemon {
     let mut flags = tracker::flags(host, "wan", &[&tracker.host]);
     flags.push("--no-verify".to_owned());

@@ -1,17 +1,19 @@
-//! Exponential backoff: when to try again what failed. No I/O; the time is passed in.
+//! Exponential backoff: computes when a failed operation may be retried. The module does no I/O;
+//! the caller passes the current time.
 
 use crate::time_scale::Interval;
 use std::time::{Duration, Instant, SystemTime};
 use ureq::http::HeaderMap;
 
-/// Failures after which the pause grows no further, whatever its bound: 2^20 times the first one.
+/// Number of doublings after which the pause stops growing, at 2^20 times the first pause. Keeps
+/// the shift from overflowing when the bound is very long.
 const MAX_DOUBLINGS: u32 = 20;
 
-/// Most that a server may ask for. Beyond, its number is a mistake or means no good, and time would
-/// overflow.
+/// Largest `Retry-After` that is taken over. A longer one is cut to this: it is a mistake or
+/// hostile, and adding it to an `Instant` could overflow.
 const MAX_RETRY_AFTER: Duration = Duration::from_secs(24 * 3600);
 
-/// When something that fails is tried again. The pause doubles with each failure, from `first` to
+/// Retry schedule of one operation. The pause doubles with each failure, from `first` up to
 /// `longest`.
 #[derive(Debug, Clone)]
 pub struct Backoff {
@@ -22,28 +24,29 @@ pub struct Backoff {
 }
 
 impl Backoff {
-    /// Nothing has failed yet.
+    /// Creates a schedule without failures: the first attempt is due at once.
     pub fn new(first: Interval, longest: Interval) -> Self {
         Backoff { first, longest, failures: 0, due: None }
     }
 
-    /// Failures since the last success.
+    /// Number of failures since the last success.
     pub fn failures(&self) -> u32 {
         self.failures
     }
 
-    /// When the next attempt may be made; `None` for at once.
+    /// Time of the next attempt; `None` if an attempt may be made at once.
     pub fn due(&self) -> Option<Instant> {
         self.due
     }
 
-    /// Whether an attempt may be made.
+    /// Returns true if an attempt may be made at `now`.
     pub fn is_due(&self, now: Instant) -> bool {
         self.due.is_none_or(|due| due <= now)
     }
 
-    /// An attempt failed. `retry_after` is what the server asks for; beyond the longest pause it is
-    /// not obeyed, as the server may be hostile or its clock wrong.
+    /// Records a failed attempt. `retry_after` is the pause that the server requested; it can
+    /// extend the pause up to `longest`, but not beyond, because the server may be hostile or its
+    /// clock wrong.
     pub fn record_failure(&mut self, retry_after: Option<Duration>, now: Instant) {
         let longest = self.longest.get();
         let pause = self.first.get().saturating_mul(1 << self.failures.min(MAX_DOUBLINGS));
@@ -51,14 +54,15 @@ impl Backoff {
         self.due = Some(now + pause.max(retry_after.unwrap_or_default()).min(longest));
     }
 
-    /// An attempt succeeded, or what made the others fail is known to be over.
+    /// Clears the failures: an attempt succeeded, or the cause of the failures is known to be gone.
     pub fn reset(&mut self) {
         (self.failures, self.due) = (0, None);
     }
 }
 
-/// The time that `Retry-After` (RFC 9110, section 10.2.3) asks for: seconds, or a date by this
-/// machine's clock.
+/// Parses `Retry-After` (RFC 9110, section 10.2.3): seconds, or a date that is compared with this
+/// machine's clock. At most 24 h; zero for a date in the past; `None` if the field is missing or
+/// malformed.
 pub fn retry_after(headers: &HeaderMap) -> Option<Duration> {
     let field = headers.get("retry-after")?.to_str().ok()?.trim();
     if let Ok(seconds) = field.parse() {
@@ -73,7 +77,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn pause_doubles_to_its_bound_and_success_ends_it() {
+    fn pause_after_failures_doubles_to_bound_and_reset_clears_it() {
         let (mut backoff, now) =
             (Backoff::new(Interval::from_secs(1), Interval::from_secs(60)), Instant::now());
         assert!(backoff.is_due(now));
@@ -92,7 +96,7 @@ mod tests {
     }
 
     #[test]
-    fn server_may_ask_for_longer_pauses_up_to_the_bound() {
+    fn requested_pause_extends_backoff_up_to_bound() {
         let (mut backoff, now) =
             (Backoff::new(Interval::from_secs(1), Interval::from_secs(60)), Instant::now());
         for (asked, seconds) in [(30, 30), (0, 2), (u64::MAX, 60)] {
@@ -102,7 +106,7 @@ mod tests {
     }
 
     #[test]
-    fn retry_after_is_seconds_or_a_date() {
+    fn retry_after_as_seconds_or_date_is_parsed() {
         let parse = |text: &str| {
             let mut headers = HeaderMap::new();
             headers.insert("Retry-After", text.parse().unwrap());

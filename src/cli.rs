@@ -1,4 +1,5 @@
-//! The command line of `peerix`, and the environment variables that stand in for flags.
+//! Parses the command line of `peerix`. Environment variables replace missing flags:
+//! `NIX_SECRET_KEY_FILE` replaces `--private-key`, `STATE_DIRECTORY` replaces `--state-dir`.
 
 use crate::config::{Config, DEFAULT_PORT, MAX_FRIENDS, Mode, parse_host};
 use crate::nix::{PublicKey, StoreDir};
@@ -11,27 +12,28 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-/// `--timeout` above this would make every miss on a network with old peers slower than Nix is
-/// patient.
+/// Upper bound of `--timeout`, in milliseconds; a larger value is an error. On a network with
+/// Python peers, a miss can take the whole timeout.
 const MAX_TIMEOUT_MS: u64 = 10_000;
 
-/// Name patterns beside the built-in ones. All are tried on each path that is asked for, 1 µs each
-/// as a rule.
+/// Maximum number of `--filter-patterns`; more are an error. The built-in patterns do not count.
+/// Each path that a WAN peer asks for is matched against all patterns, at about 1 µs each.
 const MAX_PATTERNS: usize = 128;
 
-/// The longest of them, in bytes; names have 244. The slowest pattern takes the product of the two
-/// in steps.
+/// Maximum length of a name pattern, in bytes; a longer one is an error. A match takes at most as
+/// many steps as the product of the lengths of pattern and name. Base names of store paths have at
+/// most 244 bytes.
 const MAX_PATTERN: usize = 256;
 
-/// Most networks that `--lan` may name. Each address that is in no directly connected network is
-/// compared with all of them.
+/// Maximum number of `--lan` networks; more are an error. Each address outside the directly
+/// connected networks is compared with all of them.
 const MAX_LAN_NETWORKS: usize = 64;
 
-/// Most patterns that `--interface` may give. Each interface is compared with all of them whenever
-/// the networks of this machine change.
+/// Maximum number of `--interface` patterns; more are an error. Each interface is compared with all
+/// of them whenever the networks of this machine change.
 const MAX_INTERFACE_PATTERNS: usize = 64;
 
-/// What `--help` prints.
+/// Text that `--help` prints.
 pub const HELP: &str = "\
 peerix fetches Nix store paths from the machines around you: it answers Nix on
 http://127.0.0.1:12304/ like a binary cache, and asks the other machines that run it.
@@ -115,12 +117,12 @@ would get it from a peer; peers: when one answers), 1 when not, 2 as above, 3 wh
 runs (doctor: 1).
 ";
 
-/// What the command line asks for.
+/// Result of parsing the command line.
 #[derive(Debug)]
 pub enum Command {
     /// Run the daemon.
     Run(Box<Config>),
-    /// Ask the one that runs.
+    /// Run a command against the running daemon.
     Ask(Box<CommandOptions>),
     /// Print [`HELP`].
     Help,
@@ -128,33 +130,35 @@ pub enum Command {
     Version,
 }
 
-/// A question to the running daemon, and what surrounds it.
+/// A subcommand and its options.
 #[derive(Debug)]
 pub struct CommandOptions {
-    /// What to find out.
+    /// The subcommand.
     pub what: Subcommand,
-    /// Where the daemon is; for the rest, what holds if it does not run.
+    /// Settings from the flags. [`Config::port`] locates the daemon, whose settings replace the
+    /// others. Only `identity` uses `state_dir`, and `doctor` uses all if no daemon runs.
     pub config: Config,
-    /// For programs.
+    /// Print JSON instead of text.
     pub json: bool,
 }
 
-/// What to find out.
+/// A subcommand of `peerix`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Subcommand {
-    /// What the daemon does.
+    /// Prints the state of the daemon.
     Status,
-    /// Who answers now.
+    /// Queries the network and lists the peers that answer.
     Peers,
-    /// What becomes of a path, given as its user wrote it.
+    /// Explains whether Nix would get a store path from a peer. Contains the path as the user wrote
+    /// it.
     Why(String),
-    /// What is wrong.
+    /// Looks for faults and prints remedies.
     Doctor,
-    /// The public key of this machine.
+    /// Prints the public key of this machine.
     Identity,
 }
 
-/// Reads the arguments after the program's name; `env` looks up environment variables.
+/// Parses the arguments after the program's name. `env` looks up environment variables.
 ///
 /// # Errors
 /// One line that names the flag and what is wrong with it.
@@ -238,7 +242,7 @@ pub fn parse(
             }
             "private-key" => config.private_key = Some(value()?.into()),
             "trusted-public-key" => {
-                // nix.conf has several in one line; so may this.
+                // One value may contain several keys, as in nix.conf.
                 for key in text(&flag, value()?)?.split_whitespace() {
                     config
                         .trusted_public_keys
@@ -341,9 +345,9 @@ pub fn parse(
     }
 }
 
-/// What a daemon answers Nix's first question by, of a command line that has a mistake somewhere:
-/// the store directory and the priority, which Nix remembers for a week, and the port. Defaults
-/// stand in for what cannot be read.
+/// Reads `--store-dir`, `--priority` and `--port` from a command line that contains an error
+/// elsewhere. The daemon needs them to answer `nix-cache-info`, which Nix caches for a week. If one
+/// of the three is invalid, all have their defaults.
 pub fn salvage(args: &[OsString]) -> Config {
     let mut kept = Vec::new();
     for (at, arg) in args.iter().enumerate() {
@@ -364,7 +368,10 @@ fn wrong(flag: &str, value: &str, why: impl Display) -> String {
     format!("--{flag} {value}: {why}")
 }
 
-/// Adds the value of a repeatable flag.
+/// Adds a value of a repeatable flag to `all`.
+///
+/// # Errors
+/// `all` already has `most` values.
 fn push<T>(flag: &str, all: &mut Vec<T>, value: T, most: usize) -> Result<(), String> {
     if all.len() >= most {
         return Err(format!("--{flag}: given more than {most} times"));
@@ -420,7 +427,7 @@ mod tests {
     }
 
     #[test]
-    fn the_command_line_of_the_original_still_works() {
+    fn flags_of_the_python_peerix_are_accepted() {
         let config = run(&[
             "--port",
             "12399",
@@ -456,7 +463,7 @@ mod tests {
     }
 
     #[test]
-    fn defaults_are_those_of_the_original() {
+    fn no_flags_gives_the_defaults_of_the_python_peerix() {
         let config = run(&[]).unwrap();
         assert_eq!(
             (config.port, config.timeout, config.priority),
@@ -469,7 +476,7 @@ mod tests {
     }
 
     #[test]
-    fn the_environment_stands_in_for_flags() {
+    fn environment_variables_replace_missing_flags() {
         let env = |name: &str| match name {
             "NIX_SECRET_KEY_FILE" => Some("/env/key".into()),
             "STATE_DIRECTORY" => Some("/env/state".into()),
@@ -482,9 +489,9 @@ mod tests {
         assert_eq!(config.private_key, Some("/flag".into()));
     }
 
-    /// What the daemon says of its flags makes its settings again.
+    /// The daemon reports its flags, and commands parse them to restore its settings.
     #[test]
-    fn flags_say_everything() {
+    fn reported_flags_restore_the_same_config() {
         let env = |name: &str| (name == "STATE_DIRECTORY").then(|| "/env/state".into());
         let config = run_with(
             &[
@@ -507,7 +514,7 @@ mod tests {
     }
 
     #[test]
-    fn commands() {
+    fn subcommands_are_parsed_with_their_options() {
         let ask = |args: &[&str]| match parse(args.iter().map(OsString::from), |_| None) {
             Ok(Command::Ask(ask)) => *ask,
             other => panic!("{other:?}"),
@@ -523,7 +530,7 @@ mod tests {
             let ask = ask(args);
             assert_eq!((ask.what, ask.json, ask.config.port), (what, json, port));
         }
-        // Where a flag takes words, or a command is not the first, they are none.
+        // A command name is a plain word as the value of a flag or after the first argument.
         assert_eq!(
             run(&["--filter-patterns", "status", "why"]).unwrap().filter_patterns,
             ["status", "why"]
@@ -532,7 +539,7 @@ mod tests {
     }
 
     #[test]
-    fn peers_and_addresses_in_every_spelling() {
+    fn hosts_and_addresses_in_every_spelling_are_parsed() {
         let config = run(&[
             "--peer",
             "host",
@@ -565,7 +572,7 @@ mod tests {
     }
 
     #[test]
-    fn networks_and_interfaces_are_repeatable() {
+    fn repeated_networks_and_interfaces_are_all_kept() {
         let config = run(&["--lan", "100.64.0.0/10", "--lan=fd7a::/48", "--interface", "!wlan*"]);
         let networks = config.unwrap().networks;
         let lan: Vec<String> = networks.lan.iter().map(|range| range.cidr().to_string()).collect();
@@ -574,7 +581,7 @@ mod tests {
     }
 
     #[test]
-    fn each_mistake_is_one_line_that_names_it() {
+    fn invalid_arguments_give_one_line_that_names_the_flag() {
         for (args, names) in [
             (&["--prot", "1"][..], "--prot"),
             (&["--port"], "--port"),
@@ -624,7 +631,7 @@ mod tests {
     }
 
     #[test]
-    fn what_nix_is_greeted_with_survives_a_wrong_command_line() {
+    fn salvage_keeps_store_dir_priority_and_port() {
         let salvaged = |args: &[&str]| {
             let config = salvage(&args.iter().map(OsString::from).collect::<Vec<_>>());
             (config.store_dir.as_str().to_owned(), config.priority, config.port)
@@ -645,7 +652,7 @@ mod tests {
     }
 
     #[test]
-    fn help_names_every_flag() {
+    fn help_text_names_every_flag() {
         for flag in [
             "port",
             "bind",

@@ -1,4 +1,4 @@
-//! Every setting of the daemon, with its unit and default.
+//! Settings of the daemon, with their units and defaults.
 
 use crate::network::NetworkPolicy;
 use crate::nix::{PublicKey, StoreDir};
@@ -9,24 +9,24 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
-/// Where peers are looked for.
+/// Networks on which this node looks for peers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Mode {
     /// On directly connected networks.
     Lan,
     /// Through a tracker.
     Wan,
-    /// Both.
+    /// On directly connected networks and through a tracker.
     Both,
 }
 
 impl Mode {
-    /// Whether this node looks on the LAN and shares with it.
+    /// Whether this node looks for peers on the LAN and shares with them.
     pub fn has_lan(self) -> bool {
         self != Mode::Wan
     }
 
-    /// Whether this node looks beyond it, and shares with anybody.
+    /// Whether this node looks for peers through trackers and shares with WAN peers.
     pub fn has_wan(self) -> bool {
         self != Mode::Lan
     }
@@ -45,16 +45,16 @@ impl FromStr for Mode {
     }
 }
 
-/// How much of what the mode shares is shared.
+/// Restriction of what the mode shares.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Sharing {
-    /// All of it.
+    /// Share with all peers that the mode allows.
     All,
-    /// What the LAN and friends may have.
+    /// Share only with the LAN and with friends.
     Lan,
-    /// What friends may have, in every mode.
+    /// Share only with friends, in every mode.
     Friends,
-    /// Nothing: this node only fetches.
+    /// Share nothing; this node only fetches.
     Nobody,
 }
 
@@ -72,30 +72,33 @@ impl FromStr for Sharing {
     }
 }
 
-/// Friends at most: each is asked for every path that the LAN does not have, and each has a thread.
+/// Maximum number of friends. More `--friend` flags are an error; more lines of the friends file
+/// are ignored and reported. Each friend costs a thread, and a query for each path that the LAN
+/// lacks.
 pub const MAX_FRIENDS: usize = 16;
 
-/// Longest name of a friend, in bytes. It is for people, in the log and in tables.
+/// Maximum length of a friend's name, in bytes; a longer one is an error. It appears in logs and
+/// tables.
 const MAX_FRIEND_NAME: usize = 32;
 
-/// A machine that is known by its key, and may have every path.
+/// A machine that is identified by its key and may have every path.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FriendConfig {
-    /// For people.
+    /// Name in logs and status.
     pub name: String,
-    /// Of its identity.
+    /// Public key of its identity.
     pub key: NodeKey,
-    /// Where it is, if that is known: host and port.
+    /// Host and port, if they are known.
     pub host: Option<(String, u16)>,
-    /// The key that signs its paths: peerix lets through what this key signed. What Nix takes is
-    /// nix.conf's.
+    /// Key that signs the friend's paths. peerix accepts paths that it signed; Nix accepts them
+    /// only if nix.conf trusts the key too.
     pub signing_key: Option<PublicKey>,
 }
 
 impl FromStr for FriendConfig {
     type Err = String;
 
-    /// Reads `NAME=ed25519:KEY[@HOST[:PORT]][,sign=NAME:BASE64]`.
+    /// Parses `NAME=ed25519:KEY[@HOST[:PORT]][,sign=NAME:BASE64]`.
     fn from_str(text: &str) -> Result<Self, String> {
         let (name, rest) = text.split_once('=').ok_or("not NAME=ed25519:KEY")?;
         let is_plain = |b: u8| b.is_ascii_alphanumeric() || b"-_.".contains(&b);
@@ -124,10 +127,10 @@ impl FromStr for FriendConfig {
     }
 }
 
-/// Reads `host`, `host:port`, `[v6]`, `[v6]:port` or a bare IPv6 address.
+/// Parses `host`, `host:port`, `[v6]`, `[v6]:port` or a bare IPv6 address.
 ///
 /// # Errors
-/// What is wrong with it.
+/// The port is not from 1 to 65535, or the host is empty, longer than 253 bytes or malformed.
 pub fn parse_host(value: &str) -> Result<(String, Option<u16>), &'static str> {
     let (host, port) = match value.rsplit_once(':') {
         _ if value.parse::<IpAddr>().is_ok() || value.ends_with(']') => (value, None),
@@ -149,90 +152,94 @@ pub fn parse_host(value: &str) -> Result<(String, Option<u16>), &'static str> {
     Ok((host.to_owned(), port))
 }
 
-/// Every setting. [`Config::default`] is what `peerix` without flags does.
+/// All settings. [`Config::default`] has the values of `peerix` without flags and environment.
 #[derive(Debug, Clone)]
 pub struct Config {
-    /// TCP and UDP port. Defaults to 12304; 0 takes a free one.
+    /// TCP and UDP port. 0 takes a free one. Defaults to 12304.
     pub port: u16,
-    /// Addresses to listen on; for HTTP 127.0.0.1 is always one. Defaults to `0.0.0.0`.
+    /// Addresses to listen on. HTTP is also served on 127.0.0.1. Defaults to `0.0.0.0`.
     pub bind: Vec<IpAddr>,
-    /// Which networks are LAN. Defaults to the private and link-local networks of all interfaces
-    /// but those of containers and virtual machines.
+    /// Networks that count as LAN. Defaults to the private and link-local networks of all
+    /// interfaces except those of containers and virtual machines.
     pub networks: NetworkPolicy,
-    /// How long unknown LAN peers may take to answer. Defaults to 50 ms.
+    /// Time that a lookup waits for broadcast answers of unknown LAN peers. Defaults to 50 ms.
     pub timeout: Duration,
-    /// Log what each request does. Defaults to false.
+    /// Whether each request is logged. Defaults to false.
     pub verbose: bool,
-    /// The secret key to sign this node's own paths with. Defaults to `$NIX_SECRET_KEY_FILE`, else
-    /// none.
+    /// File of the secret key that signs this node's own paths. Defaults to `$NIX_SECRET_KEY_FILE`,
+    /// else none.
     pub private_key: Option<PathBuf>,
-    /// Defaults to [`Mode::Lan`].
+    /// Networks on which this node looks for peers. Defaults to [`Mode::Lan`].
     pub mode: Mode,
-    /// How much of what the mode shares is shared. Defaults to [`Sharing::All`].
+    /// Restriction of what the mode shares. Defaults to [`Sharing::All`].
     pub sharing: Sharing,
-    /// Machines that may have every path. Defaults to none.
+    /// Machines that may have every path; at most [`MAX_FRIENDS`]. Defaults to none.
     pub friends: Vec<FriendConfig>,
-    /// A file with more of them, one a line, which is followed. Defaults to none.
+    /// File with further friends, one a line. The daemon reads it again when it changes. Defaults
+    /// to none.
     pub friends_file: Option<PathBuf>,
-    /// Whether the router is asked to let connections in. Defaults to false.
+    /// Whether the router is asked to forward a port to this node. Defaults to false.
     pub map_port: bool,
-    /// Bytes a second that may be sent over HTTP to other machines. Defaults to no limit.
+    /// Limit of the bytes per second that are sent over HTTP to other machines, all connections
+    /// together. Defaults to no limit.
     pub upload_limit: Option<u64>,
-    /// Trackers, for modes with WAN. Defaults to none.
+    /// URLs of the trackers, without a slash at the end. Defaults to none.
     pub tracker_urls: Vec<String>,
-    /// This node's ID at the trackers. Defaults to one that is made at the first start.
+    /// This node's ID at the trackers. Defaults to one derived from its identity.
     pub peer_id: Option<String>,
-    /// The host, and the port if it is another, to announce to trackers. Defaults to what they see.
+    /// Host to announce to trackers, and its port if it differs from `port`. Defaults to the
+    /// address that the tracker sees.
     pub announce_addr: Option<(String, Option<u16>)>,
-    /// Whether WAN peers get only what the upstream cache has too. Defaults to true.
+    /// Whether WAN peers get only paths that the upstream cache has too. Defaults to true.
     pub verify: bool,
-    /// Without a slash at its end. Defaults to [`DEFAULT_UPSTREAM`].
+    /// URL of the upstream cache, without a slash at the end. Defaults to [`DEFAULT_UPSTREAM`].
     pub upstream_cache: String,
-    /// Whether paths are kept from WAN peers by name. Defaults to true.
+    /// Whether paths with certain names are withheld from WAN peers. Defaults to true.
     pub filter: bool,
-    /// Whether that uses the built-in patterns. Defaults to true.
+    /// Whether the name filter uses the built-in patterns. Defaults to true.
     pub default_filters: bool,
-    /// Further patterns. Defaults to none.
+    /// Further patterns of the name filter. Defaults to none.
     pub filter_patterns: Vec<String>,
-    /// Nodes beyond the broadcast domain, `host` and port. Defaults to none.
+    /// Host and port of nodes beyond the broadcast domain. Defaults to none.
     pub peers: Vec<(String, u16)>,
-    /// `Priority` in nix-cache-info; lower is asked earlier, cache.nixos.org has 40. Defaults to
-    /// 20.
+    /// `Priority` in nix-cache-info. Nix asks caches with lower values first; cache.nixos.org has
+    /// 40. Defaults to 20.
     pub priority: u32,
-    /// Defaults to `/nix/store`.
+    /// Store directory. Defaults to `/nix/store`.
     pub store_dir: StoreDir,
-    /// The root directory of the store: its files are below it, while their names do not have it.
-    /// Defaults to `/`.
+    /// Root directory of the store, as of `nix --store DIR`. Files are below it; store paths do not
+    /// contain it. Defaults to `/`.
     pub root: PathBuf,
-    /// Nix's database. Defaults to `/nix/var/nix/db/db.sqlite`.
+    /// File of Nix's database. Defaults to `/nix/var/nix/db/db.sqlite`.
     pub db: PathBuf,
-    /// Where identity, peer ID and counters are kept. Defaults to `$STATE_DIRECTORY`, else none.
+    /// Directory for the identity, the counters and other state. Defaults to `$STATE_DIRECTORY`,
+    /// else none.
     pub state_dir: Option<PathBuf>,
-    /// Keys that are trusted beside those of nix.conf. Defaults to none.
+    /// Keys that are trusted in addition to those of nix.conf. Defaults to none.
     pub trusted_public_keys: Vec<PublicKey>,
-    /// The flags that say all of this, those that stood in the environment among them; what is not
-    /// UTF-8 is as good as it can be shown.
+    /// Flags that restore these settings except `nix_conf_dir`, including those from the
+    /// environment. Bytes that are not UTF-8 are replaced by U+FFFD.
     pub flags: Vec<String>,
-    /// Files with more of them, read at the start and each minute. Defaults to none.
+    /// Files with further trusted keys, read at the start and once a minute. Defaults to none.
     pub trusted_public_key_files: Vec<PathBuf>,
-    /// Where `/metrics` and `/health` are served to others. Defaults to nowhere.
+    /// Address that serves `/metrics` and `/health` to every client. Defaults to none.
     pub metrics: Option<SocketAddr>,
-    /// Where nix.conf is, whose keys are trusted too. Defaults to `$NIX_CONF_DIR`, else `/etc/nix`.
+    /// Directory of nix.conf, whose keys are trusted too. Defaults to `$NIX_CONF_DIR`, else
+    /// `/etc/nix`.
     pub nix_conf_dir: PathBuf,
 }
 
-/// The port of peerix, TCP and UDP.
+/// Default TCP and UDP port of peerix.
 pub const DEFAULT_PORT: u16 = 12304;
 
-/// The cache that Nix itself asks by default.
+/// Default substituter of Nix (Nix manual, "substituters").
 pub const DEFAULT_UPSTREAM: &str = "https://cache.nixos.org";
 
-/// The key of [`DEFAULT_UPSTREAM`], which Nix trusts by default (Nix manual,
-/// "trusted-public-keys").
+/// Key of [`DEFAULT_UPSTREAM`], which Nix trusts by default (Nix manual, "trusted-public-keys").
 pub const UPSTREAM_KEY: &str = "cache.nixos.org-1:6NCHdD59X431o0gWypbMrAURkbJ16ZPMQFGspcDShjY=";
 
 impl Config {
-    /// Whether there may be friends.
+    /// Whether friends are configured, by flag or by file. The file may be empty.
     pub fn has_friends(&self) -> bool {
         !self.friends.is_empty() || self.friends_file.is_some()
     }

@@ -1,44 +1,48 @@
-//! How often a program connects to addresses that a stranger named and that have never answered it:
-//! whoever runs a tracker must not be able to have its nodes flood somebody, nor a node the
-//! tracker. No I/O; the time is passed in.
+//! Rate limit for connections to addresses that a tracker named and that have never answered this
+//! program. It prevents a hostile tracker from making its nodes flood a third party, and a node
+//! from making the tracker do so. The module does no I/O; the caller passes the current time.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
-/// Between two connections to one address, on average. A connection that nobody accepts is two
-/// datagrams within its time-out, so that 10 datagrams a second are the most.
+/// Average interval between two connections to one address. A connection that is not accepted costs
+/// two datagrams before it times out, so one address gets at most 10 datagrams per second.
 const TO_ONE: Duration = Duration::from_millis(200);
-/// Connections to one address at once after a rest: several nodes behind one router.
+/// Burst of connections to one address after a rest. It covers several nodes behind one router.
 const TO_ONE_AT_ONCE: u32 = 4;
-/// Between two connections to any such address, on average: 100 datagrams a second.
+/// Average interval between two connections to any of these addresses: at most 100 datagrams per
+/// second.
 const TO_ALL: Duration = Duration::from_millis(20);
-/// Connections to such addresses at once after a rest: all that a lookup's trackers name.
+/// Burst of connections to all of these addresses after a rest. It covers all peers that the
+/// trackers name for one lookup.
 const TO_ALL_AT_ONCE: u32 = 64;
-/// Addresses remembered: those that were connected to in the last second, at [`TO_ALL`], and as
-/// many again.
+/// Number of remembered addresses at which expired ones are dropped. It is twice the number that
+/// [`TO_ALL`] admits within one second.
 const MAX_ADDRESSES: usize = 2 * (TO_ALL_AT_ONCE as usize + 50);
 
-/// Times from which on a further connection is within the average, for one address and for all.
+/// Rate limiter for one address and for all addresses together. Each entry is the time from which
+/// on the average rate allows the next connection.
 #[derive(Default)]
 pub struct ConnectRate {
     all: Option<Instant>,
     each: HashMap<IpAddr, Instant>,
 }
 
-/// Whether a connection may be made.
+/// Result of [`ConnectRate::take`].
 #[derive(Debug, PartialEq, Eq)]
 pub enum ConnectDecision {
-    /// It may, and is counted.
+    /// The connection may be made, and is counted.
     Now,
-    /// Not yet, because of connections to other addresses.
+    /// Connections to other addresses have used up the common rate. Try again later.
     Later,
-    /// Not yet, because of connections to the same address.
+    /// Connections to this address have used up its rate. Other addresses may still be free.
     NotThis,
 }
 
 impl ConnectRate {
-    /// Counts a connection to `ip`, if there may be one.
+    /// Admits a connection to `ip` at `now` and counts it, or says which limit refuses it. Does not
+    /// block.
     pub fn take(&mut self, ip: IpAddr, now: Instant) -> ConnectDecision {
         let Some(one) = next(self.each.get(&ip).copied(), TO_ONE, TO_ONE_AT_ONCE, now) else {
             return ConnectDecision::NotThis;
@@ -55,7 +59,7 @@ impl ConnectRate {
     }
 }
 
-/// The next such time after an event at `now`; `None` if that is one too many.
+/// Next free time of a limiter after an event at `now`; `None` if the event exceeds the burst.
 fn next(last: Option<Instant>, interval: Duration, at_once: u32, now: Instant) -> Option<Instant> {
     let from = last.map_or(now, |at| at.max(now));
     (from - now <= interval * (at_once - 1)).then_some(from + interval)
@@ -69,10 +73,10 @@ mod tests {
         std::net::Ipv4Addr::from_bits(0xcb00_7100 + last).into()
     }
 
-    /// A hostile tracker that named the ports of a victim used to have one node send it 58,000
-    /// datagrams a second.
+    /// Guards against a hostile tracker that names many ports of one victim: without this limit,
+    /// one node sent the victim 58,000 datagrams per second.
     #[test]
-    fn one_address_gets_five_connections_a_second() {
+    fn connections_to_one_address_are_limited_to_five_a_second() {
         let (mut pace, start) = (ConnectRate::default(), Instant::now());
         let taken = (0..10_000)
             .filter(|ms| {
@@ -87,7 +91,7 @@ mod tests {
     }
 
     #[test]
-    fn all_addresses_get_fifty_connections_a_second_and_little_memory() {
+    fn connections_to_all_addresses_are_limited_to_fifty_a_second() {
         let (mut pace, start) = (ConnectRate::default(), Instant::now());
         let at = |n: u32| start + Duration::from_millis(u64::from(n) / 10);
         let taken =

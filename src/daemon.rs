@@ -1,4 +1,8 @@
-//! Who owns which thread, how the daemon starts, and how it stops.
+//! Starts, runs and stops the daemon.
+//!
+//! The main thread opens the sockets and the store, starts one thread for each service, and then
+//! waits for a signal. If a setting that failed at the start becomes usable, the main thread stops
+//! the services and starts them again with the same sockets. `serve` contains the order of both.
 
 use crate::access::{AccessPolicy, Scope};
 use crate::config::Config;
@@ -58,31 +62,33 @@ use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 use std::{fmt, io};
 
-/// Names given by `--peer` are resolved again this often: addresses change.
+/// Interval between resolutions of the hosts of `--peer`, because their addresses may change.
 const RESOLVE_INTERVAL: Duration = Duration::from_secs(60);
 
-/// How often the main thread puts what was counted into its hour when systemd's watchdog is off.
+/// Interval between updates of the hourly totals if systemd's watchdog is off. With the watchdog it
+/// is a third of the watchdog's limit.
 const LOOK: Duration = Duration::from_secs(60);
 
-/// Descriptors for every connection, and for every stream with a directory of each level and a file
-/// or a peer; services get 1,024 unless they ask for more.
+/// File descriptors that the daemon requests from the system. A connection needs one; a stream
+/// needs one for each open directory level, and one for a file or a peer. systemd gives services
+/// 1,024 by default.
 const DESCRIPTORS: u64 = 8192;
 
-/// Interval between tries to read what could not be read at the start: keys, the identity, the
-/// database. nix.conf is compared with what was read as often.
+/// Interval between retries of what failed at the start: keys, the identity, the database, the
+/// metrics address. nix.conf is checked for changes in the same interval.
 const RETRY_INTERVAL: Interval = Interval::from_secs(60);
 
-/// Code of the fault that the identity cannot be used.
+/// Problem code of an unusable identity.
 const IDENTITY: &str = "identity";
 
-/// The daemon ends within 2 s; a tracker that does not take its leave is not waited for longer than
-/// this.
+/// Time after the start of the shutdown at which the daemon stops waiting for trackers and for the
+/// counters' file. The whole shutdown takes at most 2 s.
 const STOP_LIMIT: Duration = Duration::from_millis(1700);
 
-/// How often counters are written: so much of them is lost when the power goes.
+/// Interval between writes of the counters. A power failure loses at most this much.
 const SAVE_INTERVAL: Duration = Duration::from_secs(60);
 
-/// Why the daemon could not start or go on: one line, with what to do.
+/// Why the daemon cannot start or continue: one line with the remedy.
 #[derive(Debug)]
 pub struct FatalError(String);
 
@@ -100,36 +106,39 @@ impl<E: fmt::Display> From<(&str, E)> for FatalError {
     }
 }
 
-/// Why the main thread wakes up.
+/// Reason why the main thread wakes up.
 enum Wakeup {
     /// SIGTERM or SIGINT.
     Signal,
-    /// A thread that should run until the end has ended.
+    /// A thread ended that should run until the shutdown. Contains its name.
     Ended(&'static str),
-    /// What the daemon was started without is there now: it starts again, with the same sockets.
+    /// A resource that was missing at the start is available. The services restart with the same
+    /// sockets.
     Mended,
 }
 
-/// How a run ends.
+/// Reason why the services stop.
 enum ExitReason {
-    /// By a signal.
+    /// A signal.
     Stopped,
-    /// To start again.
+    /// A restart of the services.
     Mended,
 }
 
-/// Runs until SIGTERM or SIGINT.
+/// Runs the daemon until SIGTERM or SIGINT.
 ///
 /// # Errors
-/// What kept it from starting, or which thread died.
+/// The daemon cannot start, or one of its threads ended.
 pub fn run(config: Config) -> Result<(), FatalError> {
     run_with(config, Stats::new())
 }
 
-/// The same with that record, which the benchmark of what recording costs leaves off.
+/// Runs the daemon until SIGTERM or SIGINT and records into `record`. A benchmark passes
+/// [`Stats::off`] to measure the cost of recording. After a restart of the services, a new
+/// [`Stats`] is used.
 ///
 /// # Errors
-/// As [`run`].
+/// The daemon cannot start, or one of its threads ended.
 pub fn run_with(config: Config, record: Stats) -> Result<(), FatalError> {
     service::allow_descriptors(DESCRIPTORS);
     let process = Process::start(&config)?;
@@ -148,12 +157,12 @@ pub fn run_with(config: Config, record: Stats) -> Result<(), FatalError> {
 }
 
 /// Answers every lookup of this machine's Nix with a miss, until SIGTERM or SIGINT. `config` is
-/// what could be made of a wrong command line, and `problem` says what is wrong with it. For
-/// sockets that systemd passes: their port stays open whatever this program does, and Nix would
-/// wait at it, or fail.
+/// what [`crate::cli::salvage`] got from a malformed command line, and `problem` is the error. Used
+/// with sockets from systemd: their port is open even if this process exits, so Nix would wait or
+/// fail.
 ///
 /// # Errors
-/// As [`run`].
+/// The daemon cannot start, or one of its threads ended.
 pub fn run_without_flags(config: &Config, problem: &str) -> Result<(), FatalError> {
     let process = Process::start(config)?;
     let text = format!(
@@ -163,7 +172,7 @@ pub fn run_without_flags(config: &Config, problem: &str) -> Result<(), FatalErro
     answer_misses(misses, &process, || None::<()>).map(|_| ())
 }
 
-/// What lasts from the start of the process to its end.
+/// Resources that last from the start of the process to its end.
 struct Process {
     networks: Arc<Networks>,
     sockets: BoundSockets,
@@ -180,26 +189,28 @@ impl Process {
         let on_signal = move || drop(signal.try_send(Wakeup::Signal));
         let signals =
             service::watch_signals(on_signal).map_err(|e| FatalError::from(("signals", e)))?;
-        // After the signals: who sees the port open may stop it in good order.
+        // The signal handlers are installed first, because another process may send a signal as
+        // soon as the port is open.
         let sockets = sockets::open(config, &networks.current()).map_err(FatalError)?;
         Ok(Process { networks, sockets, wakeups, woken, _signals: signals })
     }
 
-    /// Wakes the main thread when a thread ends.
+    /// Returns a callback that wakes the main thread when the thread `what` ends.
     fn ended(&self, what: &'static str) -> impl Fn() + Clone + Send + 'static {
         let wakeups = self.wakeups.clone();
         move || drop(wakeups.try_send(Wakeup::Ended(what)))
     }
 
-    /// Forgets threads that ended with a run; whether a signal came with them.
+    /// Discards the wakeups of threads that ended with a run. Returns [`ExitReason::Stopped`] if a
+    /// signal was among them.
     fn drain(&self) -> ExitReason {
         let is_signal = self.woken.try_iter().any(|wakeup| matches!(wakeup, Wakeup::Signal));
         if is_signal { ExitReason::Stopped } else { ExitReason::Mended }
     }
 }
 
-/// Opens Nix's database. While it cannot be opened, a node whose sockets systemd passed answers
-/// misses. `None` if a signal came meanwhile.
+/// Opens Nix's database. If that fails and systemd passed the sockets, answers misses and retries
+/// every [`RETRY_INTERVAL`]. `None` if a signal ended the retries.
 fn open_store(config: &Config, process: &Process) -> Result<Option<Arc<Store>>, FatalError> {
     let open = || {
         Store::open(StoreConfig {
@@ -218,7 +229,8 @@ fn open_store(config: &Config, process: &Process) -> Result<Option<Arc<Store>>, 
     }
 }
 
-/// Answers misses until `mended` gives something, or a signal comes; then it gives nothing.
+/// Answers lookups with misses until `mended` returns a value, and returns that value. Calls
+/// `mended` every [`RETRY_INTERVAL`]. `None` if a signal came.
 fn answer_misses<T>(
     misses: MissHandler,
     process: &Process,
@@ -258,7 +270,8 @@ fn answer_misses<T>(
     }
 }
 
-/// Serves until a signal, or until what was missing at the start is there.
+/// Starts all services and runs them until a signal, or until a resource that was missing at the
+/// start is available. Then stops them.
 fn serve(
     config: Config,
     record: Stats,
@@ -307,7 +320,7 @@ fn serve(
     let paces = Arc::new(Paces::default());
     let counters =
         keep_counters(&config, &record, &paces).map_err(|e| FatalError::from(("counters", e)))?;
-    // One for this run is nothing to give to friends.
+    // Friends need a key that lasts; without a state directory it changes with each start.
     let lasting = identity.as_ref().filter(|_| config.state_dir.is_some());
     let facts = NodeFacts::new(&config, port, lasting.map(|identity| identity.key()));
     let strangers = match identity.filter(|_| config.mode.has_wan()) {
@@ -394,20 +407,21 @@ fn serve(
     }
     drop(retrying);
     metrics.stop();
-    // Peers learn that this node leaves; then the answers under way end; then what they used. A
-    // lookup cut short would tell Nix that a path is nowhere, which it remembers for an hour.
+    // First peers and trackers learn that this node leaves, then running requests finish, then the
+    // services that they use stop. An aborted lookup would be a miss for Nix, which caches it for
+    // an hour.
     let stopping = Instant::now();
     leaving.store(true, Ordering::Relaxed);
     discovery.say_bye();
     strangers.iter().for_each(|strangers| strangers.trackers.leave());
     drop(server);
-    // The counters are saved meanwhile: a tracker that does not answer used up the time for it.
+    // Starts the last write now, so that a tracker that does not answer cannot use up its time.
     drop(counters.running);
     if let Some(WanServices { trackers, publisher }) = strangers {
         trackers.wait(stopping + STOP_LIMIT);
         drop(publisher);
     }
-    // A disk that hangs is not waited for.
+    // Bounded, because the disk may hang.
     let _ = counters.ended.recv_deadline(stopping + STOP_LIMIT);
     friends.iter().for_each(|friends| friends.stop());
     drop(mapper);
@@ -419,7 +433,7 @@ fn serve(
     }
 }
 
-/// The secret key of `--private-key`, as soon as it can be read.
+/// The secret key of `--private-key`, which may become readable after the start.
 struct LateSigningKey {
     file: Option<PathBuf>,
     signer: Arc<OnceLock<Signer>>,
@@ -427,7 +441,7 @@ struct LateSigningKey {
 }
 
 impl LateSigningKey {
-    /// Reads it. Blocks on the disk.
+    /// Tries to read the key. Blocks on the disk.
     fn new(config: &Config, share: &Arc<AccessPolicy>, degraded: &Degraded) -> LateSigningKey {
         let key = LateSigningKey {
             file: config.private_key.clone(),
@@ -438,7 +452,7 @@ impl LateSigningKey {
         key
     }
 
-    /// Reads it, unless that has been done; returns whether it has been read now. Blocks on the
+    /// Reads the key if it has not been read yet. Returns true if this call read it. Blocks on the
     /// disk.
     fn read(&self, degraded: &Degraded) -> bool {
         let Some(file) = self.file.as_deref().filter(|_| self.signer.get().is_none()) else {
@@ -451,8 +465,8 @@ impl LateSigningKey {
     }
 }
 
-/// The server of `--metrics`, as soon as its address can be listened on: that of a VPN may come
-/// late.
+/// The HTTP server of `--metrics`. Its address may become available after the start, as that of a
+/// VPN.
 struct MetricsServer {
     address: Option<SocketAddr>,
     cache: Arc<CacheHandler>,
@@ -470,26 +484,27 @@ impl MetricsServer {
         server
     }
 
-    /// Starts it, unless that has been done.
+    /// Starts the server if it does not run yet. Records a failure in `degraded`.
     fn start(&self, degraded: &Degraded) {
         let mut server = self.server.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(address) = self.address.filter(|_| server.is_none()) else { return };
         let started = TcpListener::bind(address).and_then(|listener| {
             let handler = Arc::new(MetricsHandler(self.cache.clone()));
-            // The daemon does not need it.
+            // The daemon works without this server, so its end is ignored.
             Server::start(vec![listener], handler, || {})
         });
         *server =
             degraded.note("metrics", started.map_err(|e| format!("--metrics {address}: {e}")));
     }
 
-    /// Ends it, so that another run can listen there.
+    /// Stops the server, so that the next run can bind the address.
     fn stop(&self) {
         drop(self.server.lock().unwrap_or_else(PoisonError::into_inner).take());
     }
 }
 
-/// What is tried again each minute. In a thread of its own: a disk may hang.
+/// A thread that retries every [`RETRY_INTERVAL`] what failed at the start. It is separate because
+/// the disk may hang.
 struct RetryThread {
     config: Config,
     own_key: LateSigningKey,
@@ -500,13 +515,16 @@ struct RetryThread {
 }
 
 impl RetryThread {
-    /// Starts the thread, which ends when the sender that is returned is dropped. A try under way
-    /// is not waited for.
+    /// Starts the thread. Dropping the returned sender ends it, without waiting for a running try.
+    ///
+    /// # Errors
+    /// No thread can be started.
     fn spawn(self) -> io::Result<Sender<()>> {
         let (running, stopped) = bounded::<()>(0);
         thread::Builder::new().name("retries".into()).spawn(move || {
             while stopped.recv_timeout(RETRY_INTERVAL.get()) == Err(RecvTimeoutError::Timeout) {
-                // Trackers have a filter without the paths that were withheld.
+                // The published filter lacks the paths that were withheld without the key. A
+                // restart rebuilds it.
                 let has_more_to_publish =
                     self.own_key.read(&self.degraded) && self.config.mode.has_wan();
                 self.trusted.refresh(&self.degraded);
@@ -522,7 +540,7 @@ impl RetryThread {
     }
 }
 
-/// Logs which networks are LAN, and which of the user's choices have no effect.
+/// Logs the LAN networks, and warns of each `--lan` on an excluded interface.
 fn log_networks(networks: &LanNetworks) {
     log::info!("LAN: {networks}");
     for (network, interface) in networks.ineffective_networks() {
@@ -531,16 +549,19 @@ fn log_networks(networks: &LanNetworks) {
     }
 }
 
-/// The thread that writes the counters, if they are kept.
+/// The thread that writes the counters. None runs without a state directory.
 struct CountersThread {
-    /// Closing it ends the thread.
+    /// Dropping it ends the thread after a last write.
     running: Sender<()>,
-    /// Closed at its end.
+    /// Disconnected when the thread has ended.
     ended: Receiver<()>,
 }
 
-/// Goes on from the counters and paces in the state directory, and has them written there, at once,
-/// each minute and at the end. In a thread of its own: a disk may hang.
+/// Loads counters and paces from the state directory, and starts a thread that writes them at once,
+/// every [`SAVE_INTERVAL`] and at the end. It is separate because the disk may hang.
+///
+/// # Errors
+/// No thread can be started.
 fn keep_counters(
     config: &Config,
     record: &Arc<Stats>,
@@ -554,7 +575,7 @@ fn keep_counters(
     let (record, paces, dir) = (record.clone(), paces.clone(), dir.clone());
     let save = move || {
         record.save(SystemTime::now());
-        // That the disk fails is told of the counters.
+        // Debug level only: the counters report a failing disk.
         if let Err(e) = saved_paces::save(&paces, &dir) {
             log::debug!("paces: {e}");
         }
@@ -570,7 +591,11 @@ fn keep_counters(
     Ok(CountersThread { running, ended })
 }
 
-/// Waits for the end, and tells systemd's watchdog that discovery still turns.
+/// Waits for the reason to stop. Meanwhile notifies systemd's watchdog as long as the discovery
+/// loop makes progress, and updates the hourly totals.
+///
+/// # Errors
+/// A thread ended that should run until the shutdown.
 fn wait(
     woken: &Receiver<Wakeup>,
     discovery: &DiscoveryThread,
@@ -603,16 +628,16 @@ fn wait(
     }
 }
 
-/// The secret key of `--private-key`.
+/// Reads the secret key of `--private-key`.
 ///
 /// # Errors
-/// One line: what is wrong with the file, and what the node does without it.
+/// One line: what is wrong with the file, and what the node does without the key.
 fn read_key(path: &Path) -> Result<SecretKey, String> {
     let name = path.display();
     let without = "until --private-key names a file of nix-store --generate-binary-cache-key that this user can read, \
                    paths without another signature are not shared";
     let text = key_file::read(path).map_err(|e| format!("private key {name}: {e}; {without}"))?;
-    // What the units hand over if the file is not there (SetCredential=).
+    // Content that the systemd units provide by SetCredential= if the file is missing.
     if text.trim() == "missing" {
         return Err(format!(
             "private key {name}: the file that systemd should take it from is missing; {without}"
@@ -621,10 +646,11 @@ fn read_key(path: &Path) -> Result<SecretKey, String> {
     SecretKey::parse(&text).map_err(|e| format!("private key {name}: {e}; {without}"))
 }
 
-/// This node's identity: that of the state directory, or one for this run.
+/// Loads the identity from the state directory, or creates one for this run if there is no
+/// directory.
 ///
 /// # Errors
-/// As [`identity::load`].
+/// One line: what is wrong with the file, and what the node does without it.
 fn load_identity(config: &Config) -> Result<Identity, String> {
     let without = |e| {
         format!("{e}; until then, peers on other networks neither find this node nor are found")
@@ -640,10 +666,10 @@ fn load_identity(config: &Config) -> Result<Identity, String> {
     }
 }
 
-/// What the WAN mode runs beside the rest.
+/// Services that run only in modes with WAN.
 struct WanServices {
     trackers: Arc<Trackers>,
-    /// None if nothing is shared with strangers.
+    /// `None` if nothing is shared with WAN peers.
     publisher: Option<Publisher>,
 }
 
@@ -677,9 +703,9 @@ impl WanServices {
     }
 }
 
-/// This node's identity, if it has one. It is made with the state directory, so that it can be
-/// given to friends before there are any. A node that needs it and cannot have it is without WAN
-/// and friends until it can.
+/// Loads this node's identity, and creates it if there is a state directory, so that the user can
+/// give it to friends in advance. `None` if the node needs no identity, or if it cannot be loaded.
+/// In modes with WAN or with friends, a failure is recorded in `degraded` and retried.
 fn find_identity(config: &Config, degraded: &Degraded) -> Option<Arc<Identity>> {
     if config.mode.has_wan() || config.has_friends() && config.state_dir.is_some() {
         return degraded.note(IDENTITY, load_identity(config)).map(Arc::new);
@@ -687,15 +713,15 @@ fn find_identity(config: &Config, degraded: &Degraded) -> Option<Arc<Identity>> 
     identity::load(config.state_dir.as_ref()?).map_err(|e| log::warn!("{e}")).ok().map(Arc::new)
 }
 
-/// Friends, and how they are let in.
+/// Connections to and from friends, and the TLS configuration for accepting theirs.
 struct FriendServices {
     friends: Arc<Friends>,
     tls: Arc<ServerConfig>,
 }
 
 impl FriendServices {
-    /// `None` if there are to be no friends, or if there can be none: then the rest runs without
-    /// them.
+    /// Starts the services for friends. `None` if no friends are configured, or after an error,
+    /// which is logged.
     fn start(
         config: &Config,
         identity: Option<&Arc<Identity>>,
@@ -732,8 +758,8 @@ impl FriendServices {
     }
 }
 
-/// The socket to which the router passes connections on, and the thread that has it do so, if that
-/// is wanted.
+/// Opens the socket to which the router forwards connections, and starts the thread that maps the
+/// port. `None` without `--map-port`, or after an error, which is logged.
 fn map_port(
     config: &Config,
     port: u16,
@@ -751,8 +777,11 @@ fn map_port(
     started.map_err(|e| log::error!("port mapping: {e}")).ok()
 }
 
-/// Starts the thread that meets friends at trackers. It ends with them; a call under way is not
-/// waited for.
+/// Starts the thread that meets friends at trackers. It ends when `friends` stops; a running
+/// request is not waited for.
+///
+/// # Errors
+/// No thread can be started.
 fn meet_friends(
     config: &Config,
     port: u16,
@@ -780,8 +809,8 @@ fn meet_friends(
     Ok(())
 }
 
-/// A source of random numbers; `None` if the system has none. One that fails later repeats its last
-/// numbers, as discovery must go on.
+/// Returns a source of random numbers. `None` if the system has none. If the system fails later,
+/// the source repeats its last 64 numbers, so that discovery can continue.
 fn random_numbers() -> Option<crate::lan::RandomSource> {
     let system = SystemRandom::new();
     let mut bytes = [0; 256];
@@ -797,8 +826,12 @@ fn random_numbers() -> Option<crate::lan::RandomSource> {
     }))
 }
 
-/// Resolves the names of `--peer`, now and again, where a slow name server delays nothing else.
-/// Ends when the sender that is returned is dropped; a resolution under way is not waited for.
+/// Starts a thread that resolves the hosts of `--peer` now and every [`RESOLVE_INTERVAL`], so that
+/// a slow name server delays nothing else. Dropping the returned sender ends it, without waiting
+/// for a running resolution.
+///
+/// # Errors
+/// No thread can be started.
 fn resolve_peers(
     peers: Vec<(String, u16)>,
     lan: Arc<DiscoveryClient>,
@@ -823,8 +856,8 @@ fn resolve_peers(
     Ok(Some(running))
 }
 
-/// The addresses of all peers. Those of a name that cannot be looked up now stay as they were, in
-/// `last`: a name server that is away for a moment must not take peers along.
+/// Returns the addresses of all peers. A host that cannot be resolved keeps its addresses in
+/// `last`, so that a failing name server does not remove peers. Blocks as long as `lookup` does.
 fn resolve(
     peers: &[(String, u16)],
     last: &mut [Vec<SocketAddr>],
@@ -844,7 +877,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_failed_lookup_leaves_the_addresses_as_they_were() {
+    fn failed_resolution_keeps_the_last_addresses() {
         let peers = [("a".to_owned(), 1), ("b".to_owned(), 2)];
         let mut last = vec![Vec::new(); 2];
         let at = |last_octet, port| SocketAddr::from(([10, 0, 0, last_octet], port));

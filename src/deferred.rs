@@ -1,10 +1,10 @@
-//! What has to happen at the end of a scope, also when a panic ends it.
+//! A guard that runs a function at the end of a scope, also when the scope unwinds from a panic.
 
-/// Calls its function when it is dropped.
+/// Calls a function when it is dropped, once.
 pub struct Deferred<F: FnOnce()>(Option<F>);
 
 impl<F: FnOnce()> Deferred<F> {
-    /// Holds the call back until the drop.
+    /// Creates a guard that calls `f` when it is dropped.
     pub fn new(f: F) -> Self {
         Deferred(Some(f))
     }
@@ -25,7 +25,7 @@ mod tests {
     use std::panic::{AssertUnwindSafe, catch_unwind};
 
     #[test]
-    fn called_once_also_after_a_panic() {
+    fn deferred_dropped_by_panic_calls_function_once() {
         let calls = Cell::new(0);
         let result = catch_unwind(AssertUnwindSafe(|| {
             let _end = Deferred::new(|| calls.set(calls.get() + 1));

@@ -1,31 +1,30 @@
-//! What this node was configured to have and runs without: a key, an identity, a part of nix.conf.
-//! One registry for all of it, which `/health`, the status page and `peerix doctor` read.
+//! Registry of configured resources that the daemon runs without, such as a key, the identity or a
+//! part of nix.conf. `/health`, the status page and `peerix doctor` read it.
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// Faults under which the daemon runs nevertheless, by code. The codes are a fixed set, so the map
-/// is bounded.
+/// Current faults by code. The codes are a fixed set, so the map is bounded.
 #[derive(Default)]
 pub struct Degraded(Mutex<BTreeMap<&'static str, String>>);
 
 impl Degraded {
-    /// Records that something is wrong. Logs an error if that is new, and nothing if it was
-    /// recorded before.
+    /// Records a fault. Logs an error if the text differs from the last one for `code`.
     pub fn record(&self, code: &'static str, text: String) {
         if self.lock().insert(code, text.clone()).as_ref() != Some(&text) {
             log::error!("{text}");
         }
     }
 
-    /// Records that it is right. Logs that if it was wrong before.
+    /// Removes a fault. Logs that if there was one.
     pub fn clear(&self, code: &'static str) {
         if let Some(text) = self.lock().remove(code) {
             log::info!("no longer so: {text}");
         }
     }
 
-    /// Records the outcome of a try: [`Degraded::clear`] or [`Degraded::record`].
+    /// Records the result of a try: removes the fault and returns the value, or records the error
+    /// and returns `None`.
     pub fn note<T>(&self, code: &'static str, outcome: Result<T, String>) -> Option<T> {
         match outcome {
             Ok(value) => {
@@ -39,7 +38,7 @@ impl Degraded {
         }
     }
 
-    /// Code and text of each fault.
+    /// Code and text of each current fault, sorted by code.
     pub fn all(&self) -> Vec<(&'static str, String)> {
         self.lock().iter().map(|(code, text)| (*code, text.clone())).collect()
     }
@@ -54,7 +53,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn fault_stays_until_the_try_succeeds() {
+    fn fault_is_kept_until_a_try_succeeds() {
         let degraded = Degraded::default();
         assert_eq!(degraded.note::<()>("key", Err("not there".into())), None);
         assert_eq!(degraded.note::<()>("key", Err("not text".into())), None);

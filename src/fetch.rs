@@ -1,5 +1,8 @@
-//! NARs from peers, for this machine's Nix. `supply` is where the bytes come from, `verified` what
-//! is checked of them.
+//! Downloads NARs from peers for this machine's Nix.
+//!
+//! `failover` chooses the peer that sends and replaces it when it fails or is slow. `verified`
+//! checks the bytes before Nix gets them. `spool` keeps large NARs in a file, so that neighbours
+//! can get them during the download.
 
 mod failover;
 pub mod spool;
@@ -23,28 +26,28 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use verified::{IncompleteNar, Piece, VerifiedStream, part};
 
-/// By then the first piece is there, or Nix is told that the NAR is not: it waits for an answer.
+/// Maximum time from Nix's request to the first piece of the NAR. After it, Nix gets 404.
 const START: Timeout = Timeout::from_secs(20);
 
-/// A NAR that was cut when part of it was with Nix already, as it was wrong or is left to the
-/// upstream cache, is not continued for so long: Nix asks for the rest within a second.
+/// Time during which [`Downloader::is_cut`] refuses a NAR whose transfer was cut on purpose. Nix
+/// retries such a transfer within a second.
 const NOT_CONTINUED: Duration = Duration::from_secs(60);
-/// A NAR that was left to the upstream cache is not left again for so long: Nix did not get it
-/// there.
+/// Time during which a NAR is not left to the upstream cache a second time. Nix asked here again,
+/// so it did not get the NAR there.
 const NOT_LEFT_AGAIN: Duration = Duration::from_secs(600);
-/// Such NARs remembered. Beyond, all are forgotten.
+/// Maximum number of NARs in `Downloader::given_up`. At the bound, the map is cleared.
 const MAX_GIVEN_UP: usize = 1024;
 
-/// Why a NAR was cut.
+/// Why a transfer was cut on purpose.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum AbortReason {
-    /// What Nix got of it was wrong.
+    /// The NAR was malformed or had another hash.
     Wrong,
     /// The upstream cache is faster.
     Left,
 }
 
-/// Gets NARs from peers.
+/// Downloads NARs from peers. Shared by all threads.
 pub struct Downloader {
     lookup: Arc<LookupService>,
     client: Arc<PeerClient>,
@@ -52,13 +55,14 @@ pub struct Downloader {
     paces: Arc<Paces>,
     record: Arc<Stats>,
     upstream: Upstream,
-    /// NARs that neighbours may have while they come.
+    /// Large NARs during their download, for the HTTP server to pass on to neighbours.
     pub spools: Spools,
     given_up: Mutex<HashMap<NarHash, (Instant, AbortReason)>>,
 }
 
 impl Downloader {
-    /// The parts it works with.
+    /// Creates a downloader. `lookup` finds peers, `client` requests NARs, `standing` and `paces`
+    /// rank the peers, and `record` counts the transfers.
     pub fn new(
         lookup: Arc<LookupService>,
         client: Arc<PeerClient>,
@@ -80,13 +84,13 @@ impl Downloader {
         }
     }
 
-    /// Gives back the memory of what nobody asked for lately.
+    /// Frees the memory of found paths, and idle connections.
     pub fn rest(&self) {
         self.lookup.rest();
         self.client.rest();
     }
 
-    /// A NAR that some peer says it has. Blocks until one does, for 20 s at most.
+    /// Finds a peer that claims to have the NAR. Blocks for at most 20 s.
     pub fn find(&self, hash_part: &HashPart, nar_hash: &NarHash) -> Option<Download<'_>> {
         let asked = Instant::now();
         let until = asked + START.get();
@@ -94,7 +98,7 @@ impl Downloader {
         Some(Download { asked, until, hash: *nar_hash, size: found.nar_size, found, fetch: self })
     }
 
-    /// Whether the rest of this NAR is not passed on, as it was cut lately on purpose.
+    /// Whether the transfer of this NAR was cut on purpose in the last 60 s.
     pub fn is_cut(&self, nar_hash: NarHash) -> bool {
         self.given_up(nar_hash).is_some_and(|(at, _)| at.elapsed() < NOT_CONTINUED)
     }
@@ -117,23 +121,23 @@ impl Downloader {
     }
 }
 
-/// A NAR that a peer says it has.
+/// A NAR that a peer claims to have.
 pub struct Download<'a> {
     fetch: &'a Downloader,
-    /// When this machine asked for it.
+    /// When Nix asked for the NAR.
     asked: Instant,
-    /// The first piece has to be there by then.
+    /// Deadline for the first piece.
     until: Instant,
     hash: NarHash,
     size: u64,
     found: FoundNar,
 }
 
-/// A NAR of which the first piece has come.
+/// A download whose first piece is there and checked.
 pub struct StartedDownload<'a> {
     fetch: &'a Downloader,
     supply: FailoverReader<'a>,
-    /// Neighbours have it from there while it comes.
+    /// Writes the NAR to a file for neighbours, if it is kept.
     keeping: Option<SpoolWriter<'a>>,
     hash: NarHash,
     incoming: VerifiedStream,
@@ -143,11 +147,11 @@ pub struct StartedDownload<'a> {
 /// Why a NAR could not be passed on as a whole.
 #[derive(Debug)]
 enum DownloadError {
-    /// No peer is left.
+    /// No peer is left that could send the rest.
     NoPeer(String),
-    /// What came is wrong, or beyond what Nix takes.
+    /// The bytes are malformed or have the wrong hash, or Nix could not unpack them.
     Wrong(String),
-    /// Nix gets it sooner from the upstream cache.
+    /// Nix gets the NAR sooner from the upstream cache.
     Upstream(String),
 }
 
@@ -162,19 +166,21 @@ impl fmt::Display for DownloadError {
 impl std::error::Error for DownloadError {}
 
 impl<'a> Download<'a> {
-    /// Bytes in the whole NAR.
+    /// Size of the whole NAR in bytes.
     pub fn size(&self) -> u64 {
         self.size
     }
 
-    /// Gets the first piece, from whichever peer gives it. `None`: none does within 20 s of
-    /// [`Downloader::find`], or the upstream cache is certain to be faster.
+    /// Gets the first piece from any of the peers. Blocks until 20 s after the call of
+    /// [`Downloader::find`], and 4 s longer at most if it then asks the upstream cache. Returns
+    /// `None` if no peer sends the piece by then, or if the upstream cache is certain to be faster.
     pub fn start(self) -> Option<StartedDownload<'a>> {
         let Download { fetch, asked, until, hash, size, found } = self;
-        // Before any peer is asked: who is named to a neighbour is asked at once.
+        // The spool begins before the request: the asked peer may name this node to a neighbour,
+        // which then asks this node at once.
         let keeping = fetch.spools.begin(found.path.base_name(), hash, found.nar_size);
         let mut supply = FailoverReader::new(fetch, found, until, fetch.may_leave(hash));
-        // A first piece that is the whole NAR has to be right before any of it is passed on.
+        // If the first piece is the whole NAR, its hash is checked before Nix gets any of it.
         let is_right = |incoming: &VerifiedStream, piece: &Piece| {
             incoming.rest() > 0 || incoming.is_right(piece)
         };
@@ -198,11 +204,12 @@ impl<'a> Download<'a> {
 }
 
 impl StartedDownload<'_> {
-    /// Passes the range of the NAR on. All before its end is fetched, or it could not be checked.
+    /// Writes `range` of the NAR to `out`. Downloads everything before the end of the range, as the
+    /// hash covers it. Blocks until `range` is written or the transfer fails.
     ///
     /// # Errors
-    /// The writer's, or no peer is left, or what came is wrong: then the last piece was not
-    /// written.
+    /// Returns the error of `out`, or an error of its own if no peer is left, if the NAR is wrong,
+    /// or if the upstream cache is faster. If the hash is wrong, the last piece is not written.
     pub fn relay(self, range: &Range<u64>, out: &mut dyn Write) -> io::Result<()> {
         let StartedDownload { fetch, mut supply, mut keeping, hash, mut incoming, first } = self;
         if incoming.rest() == 0 {

@@ -1,10 +1,10 @@
-//! Shell patterns, matched as Python's `fnmatch` does on Linux.
+//! Shell patterns with the semantics of Python's `fnmatch.fnmatch` on Linux.
 //!
-//! The crate `glob` does not do: it refuses `**` within a name, an unclosed `[` and other patterns
-//! that `fnmatch` takes. A refused pattern, or one that matches less than its author thinks,
-//! would give away what it should hold back.
+//! The crate `glob` is not used because it refuses patterns that `fnmatch` accepts, such as `**`
+//! within a name or an unclosed `[`. A pattern that is refused or matches too little would share a
+//! path that its author wants to withhold.
 
-/// A compiled pattern: `*` is any characters, `?` is one character, `[…]` is one of a set.
+/// A compiled pattern: `*` matches any characters, `?` one character, `[…]` one character of a set.
 #[derive(Debug, Clone)]
 pub struct Pattern(Vec<Token>);
 
@@ -12,7 +12,7 @@ pub struct Pattern(Vec<Token>);
 enum Token {
     /// `*`
     Any,
-    /// `?`, or the character itself, or `[…]`
+    /// `?`, a literal character, or `[…]`
     One(Set),
 }
 
@@ -20,7 +20,7 @@ enum Token {
 #[derive(Debug, Clone, Default)]
 struct Set {
     ranges: Vec<(char, char)>,
-    /// The set is all characters outside the ranges.
+    /// Whether the set contains all characters outside the ranges instead.
     negated: bool,
 }
 
@@ -29,9 +29,9 @@ impl Set {
         self.ranges.iter().any(|(first, last)| (*first..=*last).contains(&c)) != self.negated
     }
 
-    /// Parses the text between the brackets, which is not empty.
+    /// Parses the text between the brackets. Panics if it is empty.
     fn parse(text: &[char]) -> Self {
-        // A range cannot begin with the mark of negation.
+        // A leading `!` negates the set and cannot begin a range.
         let (mark, mut rest) = text.split_at(usize::from(text[0] == '!'));
         let mut ranges: Vec<(char, char)> = mark.iter().map(|&c| (c, c)).collect();
         loop {
@@ -48,8 +48,8 @@ impl Set {
                 [] => break,
             };
         }
-        // Python removes empty ranges before it looks for the mark of negation, so a later
-        // character can become the mark.
+        // Python removes empty ranges before it looks for the leading `!`, so a later `!` can
+        // become the negation.
         let negated = ranges.first().is_some_and(|(first, _)| *first == '!');
         if negated && let (_, last @ '"'..) = ranges.remove(0) {
             ranges.extend([('-', '-'), (last, last)]);
@@ -59,26 +59,26 @@ impl Set {
 }
 
 impl Pattern {
-    /// Compiles a pattern. Every text is one.
+    /// Compiles a pattern. Every text is a valid pattern.
     pub fn parse(text: &str) -> Self {
         let text: Vec<char> = text.chars().collect();
         let (mut tokens, mut rest) = (Vec::new(), &text[..]);
         while let [c, after @ ..] = rest {
             rest = after;
             tokens.push(match c {
-                // Several in a row match what one does.
+                // Consecutive `*` match the same as one.
                 '*' if matches!(tokens.last(), Some(Token::Any)) => continue,
                 '*' => Token::Any,
                 '?' => Token::One(Set { ranges: Vec::new(), negated: true }),
                 '[' => {
-                    // A closing bracket that comes first is a member of the set.
+                    // A `]` in first place is a member of the set.
                     let least = usize::from(after.first() == Some(&'!')) + 1;
                     match after.iter().skip(least).position(|c| *c == ']') {
                         Some(more) => {
                             rest = &after[least + more + 1..];
                             Token::One(Set::parse(&after[..least + more]))
                         }
-                        // Without a closing bracket it is a literal.
+                        // A `[` without a closing bracket is a literal.
                         None => Token::One(Set { ranges: vec![('[', '[')], negated: false }),
                     }
                 }
@@ -89,8 +89,8 @@ impl Pattern {
     }
 
     /// Whether the pattern matches the whole of `name`. Takes at most as many steps as the product
-    /// of the two lengths: on a mismatch the last `*` takes one more character, and no earlier one
-    /// can do better.
+    /// of both lengths: after a mismatch it extends only the match of the last `*`, because
+    /// extending an earlier one cannot help.
     pub fn matches(&self, name: &str) -> bool {
         let name = name.chars();
         let (mut tokens, mut left) = (&self.0[..], name);
@@ -125,12 +125,12 @@ impl Pattern {
 mod tests {
     use super::*;
 
-    /// Lines of pattern, name, and whether `fnmatch.fnmatch` of Python 3.11 matches them, written
-    /// as Python writes strings.
+    /// Golden results of `fnmatch.fnmatch` in Python 3.11. Each line has a pattern, a name and
+    /// `yes` or `no`, with Python's escapes.
     const GOLDEN: &str = include_str!("../tests/data/fnmatch");
 
     #[test]
-    fn patterns_match_as_in_python() {
+    fn pattern_matches_as_in_python() {
         let text = |field: &str| field.replace("\\n", "\n").replace("\\\\", "\\");
         let (mut cases, mut wrong) = ([0, 0], Vec::new());
         for line in GOLDEN.lines() {
@@ -147,8 +147,8 @@ mod tests {
     }
 
     #[test]
-    fn no_pattern_takes_exponential_time() {
-        // The longest name of a store path.
+    fn pattern_with_many_stars_takes_polynomial_time() {
+        // Maximum length of the name of a store path.
         let name = "a".repeat(211);
         assert!(!Pattern::parse(&format!("{}b", "*a".repeat(128))).matches(&name));
         assert!(!Pattern::parse(&format!("{}b", "*?[a-z]".repeat(50))).matches(&name));

@@ -1,15 +1,16 @@
-//! Settings that all HTTP clients of this program have in common.
+//! Settings shared by all HTTP clients of this program.
 
 use ureq::Agent;
 use ureq::config::ConfigBuilder;
 use ureq::tls::{RootCerts, TlsConfig};
 use ureq::typestate::AgentScope;
 
-/// Largest head of a response, in bytes. Those of peers have 300, those of object stores 2,000.
+/// Largest response head, in bytes. A longer one is an error. Heads of peers have 300 bytes, those
+/// of object stores 2,000.
 const MAX_HEAD: usize = 16 * 1024;
 
-/// The settings. Every status is an answer, also a redirect, which is not followed; bodies are not
-/// compressed.
+/// Base settings. No status is an error, redirects are not followed, and the client asks for
+/// uncompressed bodies.
 pub fn config() -> ConfigBuilder<AgentScope> {
     Agent::config_builder()
         .max_redirects(0)
@@ -21,13 +22,13 @@ pub fn config() -> ConfigBuilder<AgentScope> {
         .max_response_header_size(MAX_HEAD)
 }
 
-/// The settings for servers that may be asked over HTTPS: the system's certificates are trusted.
+/// Settings for servers with HTTPS. The client trusts the system's certificate authorities.
 pub fn https_config() -> ConfigBuilder<AgentScope> {
     config().tls_config(TlsConfig::builder().root_certs(RootCerts::PlatformVerifier).build())
 }
 
-/// The settings for a cache, which may redirect `max_redirects` times; more is an error. A redirect
-/// must not lead from HTTPS to what others on the way can change.
+/// Settings for a binary cache. More than `max_redirects` redirects are an error. Redirects from
+/// HTTPS to HTTP are refused, because others could alter the response on the way.
 pub fn cache_config(url: &str, max_redirects: u32) -> ConfigBuilder<AgentScope> {
     https_config()
         .https_only(url.starts_with("https://"))

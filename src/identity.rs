@@ -1,8 +1,8 @@
-//! This node's key, by which trackers know it again: made at the first start, kept in the state
-//! directory.
+//! This node's key pair, by which trackers and friends recognise it. The daemon creates it at the
+//! first start and keeps it in the state directory.
 //!
-//! One file, `identity`, of one line, `peerix-identity:<base64 of the 32 secret bytes>`. It is
-//! never replaced: who has another key is another peer, with another peer's reputation.
+//! The file `identity` has one line, `peerix-identity:<base64 of the 32 secret bytes>`. An existing
+//! file is never replaced: with another key, the node would be a new peer without its reputation.
 
 use crate::wire::tracker::Identity;
 use data_encoding::BASE64;
@@ -14,13 +14,14 @@ use std::path::Path;
 
 const FILE: &str = "identity";
 const PREFIX: &str = "peerix-identity:";
-/// The line has 61 bytes.
+/// Maximum size that is read, in bytes; a longer file counts as damaged. The line has 61 bytes.
 const MAX_FILE: u64 = 256;
 
-/// Reads the key in `state_dir`, or makes one if there is none.
+/// Loads the key pair from `state_dir`, or creates it if the file is missing. Blocks on the disk.
 ///
 /// # Errors
-/// One line: what is wrong with which file, and what to do.
+/// One line that names the file, the fault and the remedy: the file is unreadable or damaged, or
+/// cannot be written.
 pub fn load(state_dir: &Path) -> Result<Identity, String> {
     let path = state_dir.join(FILE);
     let failed = |e: io::Error| {
@@ -40,7 +41,7 @@ pub fn load(state_dir: &Path) -> Result<Identity, String> {
             log::info!("identity {}: made", path.display());
             Ok(Identity::from_seed(&seed))
         }
-        // Another start was faster.
+        // Another process has created the file since.
         Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {
             read(&path).map_err(failed)?.map(|seed| Identity::from_seed(&seed))
         }
@@ -48,7 +49,7 @@ pub fn load(state_dir: &Path) -> Result<Identity, String> {
     }
 }
 
-/// A key for this run only.
+/// Creates a key pair that is not saved.
 ///
 /// # Errors
 /// The system has no random numbers.
@@ -80,7 +81,8 @@ fn read(path: &Path) -> io::Result<Result<[u8; Identity::SEED_LEN], String>> {
     }))
 }
 
-/// Writes the file whole or not at all: under another name first, which is then linked to its own.
+/// Writes the file atomically: writes and syncs a temporary file and links it to the final name.
+/// Fails with [`io::ErrorKind::AlreadyExists`] if the file exists.
 fn write(dir: &Path, seed: &[u8]) -> io::Result<()> {
     fs::create_dir_all(dir)?;
     let dir = open(dir, OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
@@ -114,7 +116,7 @@ mod tests {
     }
 
     #[test]
-    fn made_once_and_kept() {
+    fn identity_is_created_once_and_kept() {
         let dir = dir("once");
         let first = load(&dir).unwrap();
         assert_eq!(fs::metadata(dir.join(FILE)).unwrap().permissions().mode() & 0o777, 0o600);
@@ -128,7 +130,7 @@ mod tests {
     }
 
     #[test]
-    fn two_starts_at_once_make_one() {
+    fn concurrent_starts_create_one_identity() {
         let dir = dir("race");
         let keys: Vec<String> = std::thread::scope(|scope| {
             let starts: Vec<_> =
@@ -141,9 +143,9 @@ mod tests {
         fs::remove_dir_all(&dir).unwrap();
     }
 
-    /// A damaged key silently replaced would be another peer.
+    /// Replacing a damaged key would turn this node into another peer.
     #[test]
-    fn what_is_damaged_or_unreadable_is_an_error_and_stays() {
+    fn damaged_identity_is_an_error_and_not_replaced() {
         let dir = dir("damaged");
         fs::create_dir_all(&dir).unwrap();
         let file = dir.join(FILE);

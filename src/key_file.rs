@@ -1,4 +1,4 @@
-//! Files that a user names: those of keys, as Nix writes them, and longer ones.
+//! Bounded reads of files that the user names, such as key files and nix.conf.
 
 use rustix::fs::OFlags;
 use std::fs::OpenOptions;
@@ -6,14 +6,14 @@ use std::io::{self, Read};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
-/// A key file has 200 bytes; whoever lists many keys has a few thousand. In bytes.
+/// Maximum size of a key file, in bytes; a larger file is an error. One key takes 200 bytes, a long
+/// list of keys a few thousand.
 const MAX_KEY_FILE: u64 = 4096;
 
-/// The text of a key file. Nothing is waited for, or read without end, whatever is there under that
-/// name.
+/// Reads a key file as text. Does not wait for a pipe or a device.
 ///
 /// # Errors
-/// The system's; or it is no file, too large, or no text.
+/// The system's error; the file is not regular or larger than 4,096 bytes; or it is not UTF-8.
 pub fn read(path: &Path) -> io::Result<String> {
     let is_refused = |e: &io::Error| e.kind() == io::ErrorKind::Other;
     let bytes = read_bytes(path, MAX_KEY_FILE)
@@ -21,12 +21,12 @@ pub fn read(path: &Path) -> io::Result<String> {
     String::from_utf8(bytes).map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))
 }
 
-/// The content of a file of at most `max` bytes. Does not wait for a pipe or a device.
+/// Reads a regular file of at most `max` bytes. Does not wait for a pipe or a device.
 ///
 /// # Errors
-/// The system's; or it is no regular file, or larger.
+/// The system's error, or the file is not regular or larger than `max`.
 pub fn read_bytes(path: &Path, max: u64) -> io::Result<Vec<u8>> {
-    // A pipe would wait for somebody to write.
+    // Without O_NONBLOCK, opening a named pipe waits for a writer.
     let file =
         OpenOptions::new().read(true).custom_flags(OFlags::NONBLOCK.bits() as i32).open(path)?;
     let meta = file.metadata()?;
@@ -44,7 +44,7 @@ mod tests {
     use std::fs;
 
     #[test]
-    fn what_is_no_key_file_is_neither_waited_for_nor_read() {
+    fn pipe_device_or_large_file_is_refused_without_waiting() {
         let dir = std::env::temp_dir().join(format!("peerix-key-file-{}", std::process::id()));
         fs::create_dir_all(&dir).unwrap();
         let (key, large, pipe) = (dir.join("key"), dir.join("large"), dir.join("pipe"));

@@ -1,21 +1,22 @@
-//! peerix: Nix on one machine fetches store paths from the Nix stores of the other machines.
+//! peerix lets Nix on one machine fetch store paths from the Nix stores of other machines.
 //!
 //! ```text
-//! Nix (or a peer) ─> http ─> route ─┬─> narinfo ─┐            ┌─> store   this machine's Nix database and files
-//!                                   ├─> nar ─────┼─> lookup ──┤
-//!                                   └─> listing  │            └─> peers ──UDP──> LAN       who has it?
-//!                                                │                  │
-//!                                  share: may this asker have it?   └──HTTP─> a peer's http, which only ever asks its own store
+//!                               ┌─> store: this machine's Nix database and files
+//! Nix, peers ─> http ─> access ─┤
+//!                               └─> lookup, fetch ─> peers ─┬─ UDP ──> lan: who has the path?
+//!                                                           └─ HTTP ─> http of a peer
 //! ```
 //!
-//! What always holds:
+//! `access` decides whether a client may have a path. Requests of this machine's Nix go to `lookup`
+//! and `fetch`. Requests of peers get paths of `store` and NARs that `fetch` has on disk.
+//!
+//! Invariants:
 //!
 //! * a peer's request never causes a request to a peer;
-//! * nothing from the network reaches SQLite or the file system before it is a typed
-//!   [`nix::HashPart`];
+//! * data from the network reaches SQLite and the file system only as a typed [`nix::HashPart`];
 //! * peerix never writes to the Nix store or its database;
 //! * every wait has a deadline;
-//! * no channel that the network can fill is unbounded.
+//! * every channel that the network can fill is bounded.
 #![forbid(unsafe_code)]
 #![warn(missing_docs)]
 

@@ -1,17 +1,17 @@
-//! Keeps a fault that comes with every request from flooding the log.
+//! Limits how often a repeated fault is logged.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// The same fault is logged this often.
+/// Shortest interval between two log messages.
 const INTERVAL: Duration = Duration::from_secs(10);
 
-/// Says when it is time to log again.
+/// Permits one log message per 10 s. Messages in between are dropped.
 #[derive(Default)]
 pub struct LogThrottle(Mutex<Option<Instant>>);
 
 impl LogThrottle {
-    /// True the first time, and then once in ten seconds.
+    /// Returns true at most once per 10 s, and at the first call.
     pub fn now(&self, now: Instant) -> bool {
         let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let due = last.is_none_or(|last| now.saturating_duration_since(last) >= INTERVAL);
@@ -27,7 +27,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn once_in_ten_seconds() {
+    fn throttle_permits_one_message_per_ten_seconds() {
         let (seldom, start) = (LogThrottle::default(), Instant::now());
         let said = (0..100).filter(|s| seldom.now(start + Duration::from_secs(*s))).count();
         assert_eq!(said, 10);

@@ -1,8 +1,9 @@
-//! The one decision of the program: which peer does this machine's Nix get a path from?
+//! Finds a peer from which this machine's Nix gets a store path.
 //!
-//! A lookup asks the LAN, takes the narinfo of the first holder that gives a good one, and
-//! remembers the addresses of all holders for the NAR request that follows. If nobody there has the
-//! path, the peers that trackers name are asked. Requests of peers never come here.
+//! A lookup asks the LAN and friends, and accepts the first good narinfo of a holder. It remembers
+//! the addresses of all holders for the NAR request that follows. If none has the path, the lookup
+//! asks the peers that trackers name. Only local requests come here: a peer's request never starts
+//! a lookup.
 
 mod found;
 
@@ -22,70 +23,72 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// A thread that waits for another one's lookup of the same path gives up after this. The first one
-/// ends by itself; the deadline is for the case that its thread does not.
+/// Maximum wait for another thread's lookup of the same path. At the bound, the waiting thread
+/// reports a miss. Lookups have shorter timeouts of their own, so the bound matters only if the
+/// other thread hangs.
 const FLIGHT_TIMEOUT: Duration = Duration::from_secs(15);
 
-/// A NAR's URL is kept with what was found. Ours have 95 bytes, those of the original 200.
+/// Maximum length in bytes of a narinfo's `URL`, which is stored with the found path. Narinfos with
+/// longer ones are refused. URLs of peerix have 95 bytes, those of the Python peerix about 200.
 const MAX_NAR_URL: usize = 1024;
 
 /// A NAR, and the peers that are known to have it.
 #[derive(Debug)]
 pub struct FoundNar {
-    /// The path.
+    /// The store path.
     pub path: StorePath,
     /// The hash that the NAR must have.
     pub nar_hash: NarHash,
-    /// The size that it must have.
+    /// The size in bytes that the NAR must have.
     pub nar_size: u64,
-    /// The peers, that with the narinfo first.
+    /// The peers, starting with the one whose narinfo was accepted.
     pub sources: Vec<NarSource>,
 }
 
 /// A peer that has a NAR.
 #[derive(Debug, Clone)]
 pub struct NarSource {
-    /// The peer's HTTP server.
+    /// Address and port of the peer's HTTP server.
     pub peer: SocketAddr,
-    /// The NAR there, relative to the server's root, if it is not at its usual place
-    /// ([`NarSource::nar_path`]).
+    /// Path of the NAR relative to the root of that server; `None` for the default path that
+    /// [`NarSource::nar_path`] returns.
     pub url_path: Option<Box<str>>,
-    /// Set if the peer is one that a tracker named: how the tracker calls the transfer, as soon as
-    /// it does.
+    /// Set if a tracker named the peer: the tracker's name of the transfer, once it has assigned
+    /// one.
     pub wan: Option<PendingTransferName>,
-    /// Set if the peer is a friend.
+    /// Set if the peer is a friend: its client and addresses.
     pub friend: Option<Arc<FriendLink>>,
 }
 
 impl NarSource {
-    /// A peer on the LAN that says that it has the path.
+    /// A LAN peer that claims to have the path.
     fn neighbour(peer: SocketAddr) -> NarSource {
         NarSource { peer, url_path: None, wan: None, friend: None }
     }
 
-    /// The peer, as far as its standing goes.
+    /// The key of the peer in health and pace records.
     pub fn who(&self) -> PeerKey {
         if self.network() == Network::Wan { PeerKey::far(self.peer) } else { self.peer.into() }
     }
 
-    /// Where it is.
+    /// Whether the peer is on the LAN or beyond it.
     pub fn network(&self) -> Network {
         let is_far = self.friend.as_ref().is_some_and(|friend| !friend.is_near(self.peer));
         if self.wan.is_some() || is_far { Network::Wan } else { Network::Lan }
     }
 
-    /// What asks it, where `others` asks all that are no friends.
+    /// The HTTP client for this peer: the friend's own, or `others`.
     pub fn client<'a>(&'a self, others: &'a PeerClient) -> &'a PeerClient {
         self.friend.as_ref().map_or(others, |friend| &friend.client)
     }
 
-    /// Where its NAR is, relative to the root of its server.
+    /// Path of the NAR relative to the root of the peer's server.
     pub fn nar_path(&self, hash_part: &HashPart, nar_hash: &NarHash) -> String {
         self.url_path.as_deref().map_or_else(|| usual_nar_path(hash_part, nar_hash), str::to_owned)
     }
 
-    /// What lies between it and this node. A transfer is named only once: if this is asked again,
-    /// it is not counted.
+    /// The kind of link to the peer. Takes the transfer's name out of this source: a further
+    /// request to the peer is not counted as a second transfer.
     pub fn take_way(&mut self) -> LinkKind {
         let is_far = self.network() == Network::Wan;
         match (&mut self.wan, is_far) {
@@ -96,17 +99,17 @@ impl NarSource {
     }
 }
 
-/// What peerix calls a NAR.
+/// File name of a NAR in URLs: `<hash part>-<NAR hash>.nar`.
 pub fn nar_name(hash_part: &HashPart, nar_hash: &NarHash) -> String {
     format!("{hash_part}-{}.nar", nar_hash.to_nix32())
 }
 
-/// Where peerix has a NAR of its store.
+/// URL path at which a peerix serves a NAR of its store.
 fn usual_nar_path(hash_part: &HashPart, nar_hash: &NarHash) -> String {
     format!("local/nar/{}", nar_name(hash_part, nar_hash))
 }
 
-/// Looks up paths for this machine's Nix.
+/// Looks up paths for this machine's Nix. Shared by all threads.
 pub struct LookupService {
     lan: Option<Arc<LanSource>>,
     wan: Option<Arc<WanSource>>,
@@ -117,7 +120,7 @@ pub struct LookupService {
     found: FoundPaths,
 }
 
-/// A lookup under way, for those who ask the same.
+/// A lookup under way, which further requests for the same path join.
 #[derive(Default)]
 struct Flight {
     landed: Mutex<Option<Option<Arc<PeerNarinfo>>>>,
@@ -125,8 +128,8 @@ struct Flight {
 }
 
 impl LookupService {
-    /// `lan` and `wan`: where it looks. `trusted` decides whose paths are taken. Every lookup is
-    /// told to `record`.
+    /// Creates a service that searches `lan` and `wan`. `trusted` decides which narinfos are
+    /// accepted. `record` counts every lookup.
     pub fn new(
         lan: Option<Arc<LanSource>>,
         wan: Option<Arc<WanSource>>,
@@ -137,9 +140,10 @@ impl LookupService {
         LookupService { lan, wan, friends: None, trusted, record, flights, found }
     }
 
-    /// A neighbour's realisation of `id` that a trusted key signed. Nix 2.8 to 2.34 register what a
-    /// substituter says here unchecked, and take the content that it leads to without a signature.
-    /// So without any trusted key there is none, also where Nix would decide about a narinfo.
+    /// Returns a neighbour's realisation of `id` that a trusted key signed. Nix 2.8 to 2.34
+    /// register a substituter's realisation unchecked, and accept the content-addressed path that
+    /// it names without a signature. So without trusted keys the result is `None`, even where
+    /// unsigned narinfos are passed on to Nix. Blocks for at most 2 s.
     pub fn realisation(&self, id: &DrvOutput) -> Option<Realisation> {
         let is_good = |realisation: &Realisation| {
             self.trusted.has_signed(&realisation.fingerprint(), &realisation.signatures)
@@ -147,12 +151,14 @@ impl LookupService {
         self.lan.as_ref()?.realisation(id, is_good)
     }
 
-    /// The build log of a derivation, of a neighbour that has it. Nobody has signed it.
+    /// Returns the build log of a derivation from a neighbour that has it. Build logs are not
+    /// signed. Blocks for at most 2 s.
     pub fn log(&self, derivation: &StorePath) -> Option<LogBody> {
         self.lan.as_ref()?.log(derivation)
     }
 
-    /// The hash of the NAR of a path, if all peers whose narinfo Nix would be offered agree on it.
+    /// Returns the NAR hash of a path if all peers with an acceptable narinfo agree on it. Blocks
+    /// until all holders have answered or timed out.
     pub fn agreed_nar_hash(&self, hash_part: &HashPart) -> Option<NarHash> {
         let mut search = self.search(hash_part);
         let first = self.next_offer(&mut search)?.narinfo.info.nar_hash;
@@ -167,23 +173,25 @@ impl LookupService {
         Some(first)
     }
 
-    /// Looks at friends too.
+    /// Adds friends to the places that are searched.
     pub fn with_friends(self, friends: Option<Arc<Friends>>) -> Self {
         LookupService { friends, ..self }
     }
 
-    /// The narinfo of a peer that has the path; its `URL` is the peer's. Equal lookups at the same
-    /// time are one.
+    /// Returns the narinfo of a peer that has the path, with the `URL` on that peer. Concurrent
+    /// lookups of one path share one search. A search blocks for at most 5 s on the LAN, 2 s on
+    /// friends and 4 s on peers that trackers name. A call that joins a search waits for at most 15
+    /// s, and starts its own after a miss.
     pub fn narinfo(&self, hash_part: &HashPart) -> Option<Arc<PeerNarinfo>> {
         match self.join_or_search(hash_part) {
-            // A miss of a lookup that began before this one may be older than the path. One joined
-            // now began later.
+            // The joined lookup began before this one, so its miss may be older than the path. A
+            // lookup that is joined now began later.
             (None, true) => self.join_or_search(hash_part).0,
             (narinfo, _) => narinfo,
         }
     }
 
-    /// The narinfo, and whether it is of a lookup that was under way already.
+    /// Returns the narinfo, and whether it comes from a lookup that was already under way.
     fn join_or_search(&self, hash_part: &HashPart) -> (Option<Arc<PeerNarinfo>>, bool) {
         let (flight, is_first) = {
             let mut flights = lock(&self.flights);
@@ -199,14 +207,14 @@ impl LookupService {
         if !is_first {
             return (flight.wait(), true);
         }
-        // Lands also when the search panics, with a miss.
+        // The guard wakes the waiting threads even if the search panics, with a miss.
         let mut landing = FlightGuard { lookup: self, hash_part, flight: &flight, narinfo: None };
         landing.narinfo = self.search_and_keep(hash_part).map(Arc::new);
         (landing.narinfo.clone(), false)
     }
 
-    /// The NAR of the path, if it has that hash: looked up before, or now, until `until` at the
-    /// latest.
+    /// Finds peers that have the path with this NAR hash: from an earlier lookup, or by a new
+    /// search until `until`. Blocks until then at most.
     pub fn find(
         &self,
         hash_part: &HashPart,
@@ -222,7 +230,8 @@ impl LookupService {
         Some(search.found(source, &narinfo.info))
     }
 
-    /// The next peer that has this very NAR, of that size, if it is found until `until`.
+    /// Returns the next peer of `search` that has the same NAR, hash and size. Blocks until `until`
+    /// at most.
     pub fn next_source(
         &self,
         search: &mut HolderSearch,
@@ -254,14 +263,15 @@ impl LookupService {
         }
     }
 
-    /// Asks the LAN again who has the path, and returns those that say so within `patience`. That
-    /// their NAR is the one that is wanted is not known.
+    /// Asks the LAN for holders of the path, and returns those that answer within `patience`. Their
+    /// NARs may differ from the wanted one. Blocks for `patience` at most.
     pub fn holders(&self, hash_part: &HashPart, patience: Duration) -> Vec<NarSource> {
         let addresses = self.lan.as_ref().map(|lan| lan.search(hash_part).holders(patience));
         addresses.into_iter().flatten().map(NarSource::neighbour).collect()
     }
 
-    /// Where the NAR is at a peer, by its narinfo; `None` if it has no such NAR.
+    /// Requests the narinfo of a peer, and returns the peer as a source with the NAR's URL. Returns
+    /// `None` if it has another NAR or does not answer within `patience`.
     pub fn nar_place(
         &self,
         peer: SocketAddr,
@@ -276,37 +286,39 @@ impl LookupService {
         is_it.then_some(source)
     }
 
-    /// Those of these addresses that are live neighbours, as sources of a NAR, in their order.
+    /// Returns those of `ips` that are live neighbours, in the same order, as sources of a NAR.
+    /// Blocks for at most 200 ms.
     pub fn live_neighbours(&self, ips: &[IpAddr]) -> Vec<NarSource> {
         let live = self.lan.as_ref().map(|lan| lan.live(ips)).unwrap_or_default();
         live.into_iter().map(NarSource::neighbour).collect()
     }
 
-    /// Whether trackers may name further holders when the LAN has none.
+    /// Whether trackers are configured, which may name holders beyond the LAN.
     pub fn has_trackers(&self) -> bool {
         self.wan.is_some()
     }
 
-    /// Gives back the memory of what nobody asked for.
+    /// Frees the memory of found paths.
     pub fn rest(&self) {
         self.found.clear();
     }
 
-    /// Has a tracker told what came of a transfer to this node.
+    /// Reports the bytes of a transfer to this node to the tracker that counts it. Does not block.
     pub fn received(&self, transfer: &TransferName, bytes: u64) {
         if let Some(wan) = &self.wan {
             wan.report(transfer, Role::Receiver, bytes);
         }
     }
 
-    /// And of one from this node.
+    /// Reports the bytes of a transfer from this node to the tracker that counts it. Does not
+    /// block.
     pub fn sent(&self, transfer: &TransferName, bytes: u64) {
         if let Some(wan) = &self.wan {
             wan.report(transfer, Role::Sender, bytes);
         }
     }
 
-    /// Asks the LAN anew, and the trackers after it.
+    /// Starts a search: asks the LAN and friends now, and the trackers when the LAN has no holder.
     pub fn search(&self, hash_part: &HashPart) -> HolderSearch {
         let friends = self.friends.as_ref().map(|friends| friends.search(hash_part));
         let is_found = friends.as_ref().map_or_else(nobody, |friends| friends.is_found().clone());
@@ -341,15 +353,15 @@ impl LookupService {
         Some(narinfo)
     }
 
-    /// The next holder with a good narinfo: on the LAN, else beyond it, else one that is to be left
-    /// alone for a while.
+    /// Returns the next holder with an acceptable narinfo: on the LAN or a friend, then beyond,
+    /// then a LAN peer that is only asked as a last resort.
     fn next_offer(&self, search: &mut HolderSearch) -> Option<FoundNarinfo> {
         self.next_near_offer(search)
             .or_else(|| self.next_wan_offer(search))
             .or_else(|| self.next_lan_offer(search, LanSearch::next_last_resort))
     }
 
-    /// The next holder on the LAN, or a friend that has it before the LAN's answers are in.
+    /// Returns the next holder on the LAN, or a friend that answers before the LAN has.
     fn next_near_offer(&self, search: &mut HolderSearch) -> Option<FoundNarinfo> {
         loop {
             if let Some(offered) = self.next_lan_offer(search, LanSearch::next_offer) {
@@ -386,7 +398,7 @@ impl LookupService {
         }
     }
 
-    /// The next good narinfo of a peer that a tracker named.
+    /// Returns the next peer named by a tracker that has an acceptable narinfo.
     fn next_wan_offer(&self, search: &mut HolderSearch) -> Option<FoundNarinfo> {
         let (wan, unusable, search) =
             (self.wan.as_ref()?, &mut search.unusable, search.wan.as_mut()?);
@@ -402,7 +414,8 @@ impl LookupService {
         }
     }
 
-    /// The source of a narinfo's NAR, if Nix may be offered it; else why not.
+    /// Returns the NAR source of a narinfo that may be passed on to Nix, or the reason why it may
+    /// not.
     fn accept(&self, peer: SocketAddr, narinfo: &NarInfo) -> Result<NarSource, MissReason> {
         if narinfo.url.len() > MAX_NAR_URL || narinfo.url.contains("://") {
             log::debug!("peer {peer}: NAR URL too long or elsewhere");
@@ -418,27 +431,27 @@ impl LookupService {
     }
 }
 
-/// A good narinfo, and where its NAR is to be had.
+/// An accepted narinfo, and the source of its NAR.
 struct FoundNarinfo {
     source: NarSource,
     narinfo: PeerNarinfo,
-    /// What a tracker, or for a friend the user, calls the peer.
+    /// The ID of a tracker's peer, or the name that the user gave a friend.
     peer_id: Option<String>,
 }
 
-/// The holders of one path: those that answered, and those that still may.
+/// A search for the holders of one path: those that answered, and those that still may.
 pub struct HolderSearch {
     hash_part: HashPart,
     lan: Option<LanSearch>,
     friends: Option<FriendSearch>,
-    /// Peers that trackers name, whose turn comes when no peer of the LAN has it.
+    /// Peers that trackers name. They are asked when no LAN peer has the path.
     wan: Option<WanSearch>,
-    /// Why the last one beyond the LAN that has it is of no use.
+    /// Why the last narinfo from beyond the LAN was refused.
     unusable: Option<MissReason>,
 }
 
 impl HolderSearch {
-    /// What was offered, with the other holders that have answered by now.
+    /// The accepted source, with the other LAN holders that have answered by now.
     fn found(&mut self, source: NarSource, info: &PathInfo) -> FoundNar {
         let others = self.lan.as_mut().map(|lan| lan.holders(Duration::ZERO)).unwrap_or_default();
         let others = others
@@ -454,7 +467,7 @@ impl HolderSearch {
         }
     }
 
-    /// Why nothing was found.
+    /// Why the search found nothing.
     fn why_not(&mut self) -> MissReason {
         let lan_failure = self.lan.as_mut().and_then(LanSearch::take_failure);
         if let Some(why) = self.unusable.take().or(lan_failure) {
@@ -464,7 +477,7 @@ impl HolderSearch {
         if let Some((peer, e)) = far.and_then(WanSearch::useless) {
             return MissReason::failed(*peer, e);
         }
-        // One that says that it has the path and was not asked for it is avoided.
+        // A peer that claims to have the path but was not asked is an avoided one.
         let first_seen = self.lan.as_ref().and_then(LanSearch::first_seen);
         if let Some(peer) = first_seen.or_else(|| far.and_then(WanSearch::avoided)) {
             return MissReason::Avoided(peer);
@@ -482,7 +495,8 @@ impl HolderSearch {
         }
     }
 
-    /// Gives the search, resumed for alternates, its time anew, but none after `until`.
+    /// Restarts the timeouts of a search that is resumed for further holders; none ends after
+    /// `until`.
     fn resume(&mut self, until: Instant) {
         self.lan.iter_mut().for_each(|lan| lan.resume(until));
         self.friends.iter_mut().for_each(|friends| friends.resume(until));
@@ -509,8 +523,8 @@ struct FlightGuard<'a> {
 impl Drop for FlightGuard<'_> {
     fn drop(&mut self) {
         let listed = lock(&self.lookup.flights).remove(self.hash_part);
-        // Nobody joins any more. Those who did have the flight, too; without them a system call is
-        // saved.
+        // The flight is no longer listed, so no thread can join now. Waiting threads hold further
+        // references to it; without them, no system call is needed.
         if listed.is_none_or(|flight| Arc::strong_count(&flight) > 2) {
             *lock(&self.flight.landed) = Some(self.narinfo.clone());
             self.flight.condition.notify_all();

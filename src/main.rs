@@ -1,11 +1,11 @@
-//! `peerix`: read the command line, log, run the daemon; or ask the one that runs.
+//! The `peerix` program: parses the command line, then runs the daemon or a command.
 #![forbid(unsafe_code)]
 
 use peerix::cli::{self, Command};
 use peerix::{commands, daemon, service, sockets};
 use std::process::ExitCode;
 
-/// A wrong command line.
+/// Exit status for an invalid command line.
 const EXIT_USAGE: u8 = 2;
 
 fn main() -> ExitCode {

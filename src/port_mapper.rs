@@ -1,9 +1,9 @@
-//! `--map-port`: has the router pass a port on to this machine, by PCP or NAT-PMP, and let
-//! connections in by IPv6, by PCP.
+//! `--map-port`: asks the router to forward a port to this machine by PCP (RFC 6887) or NAT-PMP
+//! (RFC 6886), and to admit IPv6 connections by PCP.
 //!
-//! A thread asks for ten minutes at a time, asks again at half of that, when the network changes
-//! and when the router says that it was restarted, and gives the mapping up at the end. It asks
-//! only the gateway behind which it was used first: in a café nothing is opened.
+//! A thread requests a mapping for ten minutes and renews it after half of that, when the network
+//! changes, and when the router announces a restart. It releases the mapping at the end. It uses
+//! only the gateway at which the option was first used, so that it opens nothing in a café.
 
 use crate::network::Networks;
 use crate::time_scale::{Interval, Timeout};
@@ -18,52 +18,57 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-/// Seconds for which a mapping is asked: when this machine goes, it is open for no longer.
+/// Requested lifetime of a mapping, in seconds. If this machine disappears, the mapping stays open
+/// for at most this long.
 const LIFETIME_SECONDS: u32 = 600;
 
-/// A mapping is asked for again after this, or after half of what the router gives if that is less.
+/// Longest interval between renewals. Half of the granted lifetime applies if that is shorter.
 const RENEWAL: Interval = Interval::from_secs(300);
 
-/// Least time between two renewals, whatever the router says.
+/// Shortest interval between scheduled renewals, whatever lifetime the router grants.
 const LEAST_RENEWAL: Interval = Interval::from_secs(10);
 
-/// A router that gives nothing is asked again after this.
+/// Interval between attempts while the router grants nothing.
 const RETRY: Interval = Interval::from_secs(120);
 
-/// First wait for an answer. It doubles with each of the [`TRIES`], so that a router that is silent
-/// costs 3.75 s.
+/// Wait for the first answer. It doubles with each of the [`TRIES`], so a silent router costs 3.75
+/// s per exchange.
 const FIRST_WAIT: Timeout = Timeout::from_millis(250);
-/// Requests in all.
+/// Largest number of requests in one exchange.
 const TRIES: u32 = 4;
 
-/// At the end the router's answer is not waited for longer.
+/// Longest wait for the router's answer when a mapping is released.
 const LAST_WAIT: Duration = Duration::from_millis(300);
 
-/// It is looked this often whether the network is another, or the daemon ends.
+/// Interval at which the thread checks for a network change, news of the router, and the end of the
+/// daemon.
 const LOOK: Duration = Duration::from_secs(1);
 
-/// The UDP port at which routers say that they forgot their mappings (RFC 6886, section 3.2.1, and
+/// UDP port at which routers announce that they lost their mappings (RFC 6886, section 3.2.1, and
 /// RFC 6887, section 14.1).
 const NEWS_PORT: u16 = 5350;
 
-/// Largest answer (RFC 6887, section 7).
+/// Largest answer, in bytes (RFC 6887, section 7).
 const MAX_DATAGRAM: usize = 1100;
 
-/// In the state directory: the hardware address of the gateway behind which ports may be mapped.
+/// File in the state directory with the hardware address of the gateway at which ports may be
+/// mapped.
 const FILE: &str = "gateway";
 
-/// What is mapped at the moment.
+/// Current state of the mapping.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Mapping {
-    /// Where the router passes connections on from.
+    /// Outside address from which the router forwards connections.
     pub outside: Option<SocketAddr>,
-    /// Where it lets connections in by IPv6.
+    /// IPv6 address for which the router admits connections.
     pub pinhole: Option<SocketAddr>,
-    /// Why there is nothing, for people.
+    /// Message why the router forwards no IPv4 port; `None` if it does.
     pub problem: Option<String>,
 }
 
-/// The thread that keeps a mapping. Dropping it gives the mapping up, within `LAST_WAIT`.
+/// Thread that maintains a mapping. Dropping it releases the mapping and waits for the thread. That
+/// takes up to 300 ms per mapping, and several seconds more while a renewal waits for a silent
+/// router.
 pub struct PortMapper {
     current: Arc<Mutex<Mapping>>,
     running: Option<Sender<()>>,
@@ -71,10 +76,11 @@ pub struct PortMapper {
 }
 
 impl PortMapper {
-    /// Begins to map `port` of this machine. The first gateway is remembered in `state_dir`.
+    /// Starts to map `port` of this machine. The first gateway is stored in `state_dir`; without
+    /// one, nothing is mapped.
     ///
     /// # Errors
-    /// No thread, or no random numbers.
+    /// The system cannot create a thread, or has no random numbers.
     pub fn start(
         port: u16,
         state_dir: Option<PathBuf>,
@@ -97,7 +103,7 @@ impl PortMapper {
         Ok(PortMapper { current, running: Some(running), thread: Some(thread) })
     }
 
-    /// What is mapped at the moment; shared, as it changes.
+    /// The current state, shared with the thread that updates it.
     pub fn current(&self) -> Arc<Mutex<Mapping>> {
         self.current.clone()
     }
@@ -119,11 +125,11 @@ struct MappingThread {
     networks: Arc<Networks>,
     current: Arc<Mutex<Mapping>>,
     stopped: Receiver<()>,
-    /// The problem that was logged last.
+    /// The last problem that was logged.
     was_said: Option<String>,
 }
 
-/// A router, and how it was asked.
+/// A mapping that a router granted, and how it was requested.
 struct KnownRouter {
     router: SocketAddr,
     client: IpAddr,
@@ -155,7 +161,7 @@ impl MappingThread {
         }
     }
 
-    /// Asks the router for all that it can give. Returns how long that is good for.
+    /// Requests all mappings again and returns the time until the next renewal.
     fn renew(&mut self, held: &mut Vec<KnownRouter>) -> Duration {
         let before = std::mem::take(held);
         let mut mapping = Mapping::default();
@@ -191,7 +197,7 @@ impl MappingThread {
         }
         *current = mapping.clone();
         drop(current);
-        // A router that has neither protocol is said once.
+        // Each problem is logged once, and none while the router admits IPv6 connections.
         let problem = mapping.problem.filter(|_| mapping.pinhole.is_none());
         if problem != self.was_said {
             problem.iter().for_each(|problem| log::warn!("port mapping: {problem}"));
@@ -206,8 +212,8 @@ impl MappingThread {
             UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).map_err(|e| format!("socket: {e}"))?;
         socket.connect(router).map_err(|e| format!("router {gateway}: {e}"))?;
         let client = socket.local_addr().map_err(|e| format!("socket: {e}"))?.ip();
-        // Nothing is asked for before it is known which router this is. The answer is of no
-        // interest, but ARP's is.
+        // Nothing may be requested before the router is identified. The datagram only makes the
+        // kernel resolve the router's hardware address by ARP; its answer is ignored.
         let _ =
             exchange(&socket, &port_mapping::nat_pmp_address_request(), &self.wanted(client, 0), 1);
         self.check_gateway(gateway)?;
@@ -255,10 +261,10 @@ impl MappingThread {
         Ok((SocketAddr::new(ip, mapped.external_port), held))
     }
 
-    /// Has the router let connections in to this machine's IPv6 address, if it has a global one.
+    /// Asks the router to admit connections to this machine's global IPv6 address, if there is one.
     fn pinhole(&self, before: &[KnownRouter]) -> Option<KnownRouter> {
         let router = default_gateway_v6(&self.networks)?;
-        // Before anything is asked by IPv6, the router has to be the one that was allowed.
+        // The router must be the permitted one before anything is requested by IPv6.
         self.check_gateway(default_gateway_v4()?).ok()?;
         let client = own_global_v6()?;
         let socket = UdpSocket::bind((client, 0)).ok()?;
@@ -285,7 +291,10 @@ impl MappingThread {
         }
     }
 
-    /// Allows the gateway behind which this was used first, and no other.
+    /// Accepts the gateway at which the option was first used, and no other. Stores the first one.
+    ///
+    /// # Errors
+    /// A message for the user: another gateway, no ARP entry, no state directory, or a file error.
     fn check_gateway(&self, gateway: Ipv4Addr) -> Result<(), String> {
         let mac =
             hardware_address(gateway).ok_or_else(|| format!("router {gateway} does not answer"))?;
@@ -334,8 +343,8 @@ impl MappingThread {
     }
 }
 
-/// Sends a request until there is an answer to it, `tries` times. Only the router is heard: the
-/// socket is connected.
+/// Sends a request up to `tries` times until a valid answer arrives. The socket is connected, so
+/// only the router's datagrams are received. Blocks for up to 3.75 s with four tries.
 fn exchange(
     socket: &UdpSocket,
     request: &[u8],
@@ -344,7 +353,8 @@ fn exchange(
 ) -> Option<MappingResponse> {
     let mut wait = FIRST_WAIT.get();
     for _ in 0..tries {
-        // Nobody may be there, which the answer to an earlier datagram tells.
+        // Sending fails if an ICMP error for an earlier datagram is pending; the next try repeats
+        // it.
         let _ = socket.send(request);
         let until = Instant::now() + wait;
         while let Some(left) =
@@ -367,15 +377,16 @@ fn exchange(
     None
 }
 
-/// Whether a router that holds a mapping has just said something: it says when it has forgotten all
-/// of them.
+/// Returns true if a router that holds a mapping has sent an announcement, which means that it lost
+/// all mappings. Does not block.
 fn is_router_new(news: Option<&UdpSocket>, held: &[KnownRouter]) -> bool {
     let mut datagram = [0; MAX_DATAGRAM];
     let Some(Ok((_, from))) = news.map(|news| news.recv_from(&mut datagram)) else { return false };
     held.iter().any(|one| one.router.ip() == from.ip())
 }
 
-/// Whether others reach this address: it is in none of the ranges that IANA has for other purposes.
+/// Returns true if the address is public: it is not private, shared (100.64.0.0/10), link-local,
+/// loopback, multicast or reserved.
 fn is_public(ip: IpAddr) -> bool {
     match ip {
         IpAddr::V4(v4) => {
@@ -394,13 +405,13 @@ fn is_public(ip: IpAddr) -> bool {
     }
 }
 
-/// The router of the default route with the lowest metric.
+/// Gateway of the IPv4 default route with the lowest metric.
 fn default_gateway_v4() -> Option<Ipv4Addr> {
     parse_routes_v4(&fs::read_to_string("/proc/self/net/route").ok()?)
 }
 
-/// Columns: interface, destination, gateway, flags, two counters, metric, mask; addresses in the
-/// machine's byte order.
+/// Parses `/proc/net/route`. Columns: interface, destination, gateway, flags, two counters, metric,
+/// mask. Addresses are in the machine's byte order.
 fn parse_routes_v4(table: &str) -> Option<Ipv4Addr> {
     const UP_AND_GATEWAY: u32 = 3;
     let route = |line: &str| {
@@ -418,7 +429,7 @@ fn parse_routes_v4(table: &str) -> Option<Ipv4Addr> {
         .map(|(_, gateway)| gateway)
 }
 
-/// The router of the IPv6 default route with the lowest metric.
+/// Gateway of the IPv6 default route with the lowest metric.
 fn default_gateway_v6(networks: &Networks) -> Option<SocketAddrV6> {
     let (gateway, name) = parse_routes_v6(&fs::read_to_string("/proc/self/net/ipv6_route").ok()?)?;
     let index =
@@ -427,8 +438,8 @@ fn default_gateway_v6(networks: &Networks) -> Option<SocketAddrV6> {
     Some(SocketAddrV6::new(gateway, 0, 0, scope))
 }
 
-/// Columns: destination, its prefix, source, its prefix, next hop, metric, two counters, flags,
-/// interface; all hexadecimal.
+/// Parses `/proc/net/ipv6_route`. Columns: destination, its prefix length, source, its prefix
+/// length, next hop, metric, two counters, flags, interface. All numbers are hexadecimal.
 fn parse_routes_v6(table: &str) -> Option<(Ipv6Addr, String)> {
     let route = |line: &str| {
         let columns: Vec<&str> = line.split_whitespace().collect();
@@ -444,10 +455,10 @@ fn parse_routes_v6(table: &str) -> Option<(Ipv6Addr, String)> {
     Some((best.1, best.2))
 }
 
-/// This machine's IPv6 address towards the internet. Nothing is sent to find it out.
+/// IPv6 address that this machine uses towards the internet. Sends nothing.
 fn own_global_v6() -> Option<Ipv6Addr> {
     let socket = UdpSocket::bind((Ipv6Addr::UNSPECIFIED, 0)).ok()?;
-    // Any global address: the kernel chooses a source for it.
+    // Any global address: `connect` makes the kernel choose a source address.
     socket.connect((Ipv6Addr::new(0x2000, 0, 0, 0, 0, 0, 0, 1), 9)).ok()?;
     match socket.local_addr().ok()?.ip() {
         IpAddr::V6(v6) if is_public(v6.into()) => Some(v6),
@@ -455,12 +466,12 @@ fn own_global_v6() -> Option<Ipv6Addr> {
     }
 }
 
-/// A neighbour's hardware address, from the kernel's ARP table.
+/// Hardware address of a neighbour, from the kernel's ARP table.
 fn hardware_address(ip: Ipv4Addr) -> Option<String> {
     parse_arp(&fs::read_to_string("/proc/self/net/arp").ok()?, ip)
 }
 
-/// Columns: address, hardware type, flags, hardware address, mask, device.
+/// Parses `/proc/net/arp`. Columns: address, hardware type, flags, hardware address, mask, device.
 fn parse_arp(table: &str, ip: Ipv4Addr) -> Option<String> {
     let of_ip =
         |line: &&str| line.split_whitespace().next().and_then(|word| word.parse().ok()) == Some(ip);
@@ -477,7 +488,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn default_routes_are_those_with_the_lowest_metric() {
+    fn default_route_with_lowest_metric_is_chosen() {
         let gateway = u32::from_ne_bytes([192, 168, 1, 1]);
         let other = u32::from_ne_bytes([10, 0, 0, 1]);
         let network = u32::from_ne_bytes([192, 168, 1, 0]);
@@ -501,7 +512,7 @@ mod tests {
     }
 
     #[test]
-    fn hardware_addresses_are_those_of_neighbours_that_answered() {
+    fn hardware_address_of_silent_neighbour_is_none() {
         let table = "IP address HW type Flags HW address Mask Device\n\
                      192.168.1.1 0x1 0x2 02:00:00:00:00:01 * eth0\n\
                      192.168.1.9 0x1 0x0 00:00:00:00:00:00 * eth0\n";
@@ -511,7 +522,7 @@ mod tests {
     }
 
     #[test]
-    fn addresses_that_nobody_reaches_are_not_public() {
+    fn special_purpose_address_is_not_public() {
         for ip in [
             "10.0.0.1",
             "192.168.1.1",

@@ -1,5 +1,5 @@
-//! What this node would share with strangers, kept as the filter that trackers get: a thread of its
-//! own reads the store once, and after that only what is new.
+//! Maintains the Bloom filter of the paths that this node shares with WAN peers, and publishes it
+//! to the trackers. A thread reads the whole store once, and then only new paths.
 
 use crate::access::{AccessPolicy, Scope};
 use crate::deferred::Deferred;
@@ -14,43 +14,45 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use std::{io, thread};
 
-/// How often it is looked whether the store has changed, which costs 10 µs.
+/// Interval between checks whether the store has changed. A check takes 10 µs.
 const LOOK: Interval = Interval::from_secs(5);
-/// Paths read at once.
+/// Number of paths that are read at once.
 const BATCH: usize = 256;
-/// Once so many in a hundred of the paths that were added are gone, the filter is made anew: what
-/// is gone stays in it, and every peer that wants it asks in vain.
+/// Limit of the removed paths, in percent of the paths in the filter. Beyond, the filter is
+/// rebuilt: it still contains removed paths, and peers ask for them in vain.
 const GONE_PERCENT: u64 = 10;
-/// A filter is made anew when it has fewer tenths of a bit for each path than this, for each bit
-/// that it was made with: its paths have grown by a quarter.
+/// Limit of the bits per path, in tenths of those that the filter was made with. Below, after the
+/// number of paths has grown by a quarter, the filter is rebuilt.
 const LEAST_TENTHS: u64 = 8;
-/// And than this, in any case: trackers refuse filters that are a little fuller.
+/// Limit of the bits per path, in tenths of a bit. Below, the filter is rebuilt in any case:
+/// trackers refuse a filter with 72 % of its bits set, which 9.4 bits per path reach.
 const LEAST_TENTHS_EVER: u64 = 95;
-/// Paths of which only the upstream cache can tell whether they are its own: so many at most are
-/// looked into. Beyond, those that would be asked about last are left out.
+/// Maximum number of paths that wait for the upstream cache to tell whether it has them. Beyond,
+/// those that would be asked about last are not published.
 const MAX_OPEN: usize = 16 * 1024;
-/// The pause between two such questions: no more of them than a person's updates cause.
+/// Pause between two requests to the upstream cache, so that they cause no more load than a user's
+/// updates.
 const PAUSE: Duration = Duration::from_millis(20);
-/// They are looked into before the first filter goes out, for so long: without one, peers ask by
-/// HTTP.
+/// Time for which the first filter waits for the upstream cache's answers. Without a filter, peers
+/// ask this node by HTTP.
 const FIRST_FILTER: Duration = Duration::from_secs(20);
 
-/// The end of the thread is waited for so long; one that waits for the upstream cache is left
-/// behind.
+/// Maximum time that dropping the [`Publisher`] waits for the thread. A thread that waits for the
+/// upstream cache is left running.
 const END: Duration = Duration::from_millis(200);
 
-/// The running thread. Dropping it ends it.
+/// The publishing thread. Dropping it ends the thread and waits for at most 200 ms.
 pub struct Publisher {
     running: Option<Sender<()>>,
     ended: Receiver<()>,
 }
 
 impl Publisher {
-    /// Publishes what `share` lets strangers have of `store`. `on_end` runs when the thread ends,
-    /// for whatever reason.
+    /// Starts to publish the paths of `store` that `share` allows WAN peers to have. `on_end` runs
+    /// when the thread ends, also by a panic.
     ///
     /// # Errors
-    /// No thread to be had.
+    /// No thread can be started.
     pub fn start(
         store: Arc<Store>,
         share: Arc<AccessPolicy>,
@@ -75,21 +77,21 @@ impl Drop for Publisher {
     }
 }
 
-/// What is shared, and the state of the store that it was read from.
+/// The filter, and the state of the store from which it was made.
 struct PublishedState {
     filter: BloomFilter,
-    /// In the filter.
+    /// Number of paths in the filter.
     paths: u64,
-    /// Paths that were in the store and are gone.
+    /// Number of paths that have been removed from the store since the filter was made.
     gone: u64,
-    /// Those of which it is not known whether they are shared, and when to ask.
+    /// Paths of which only the upstream cache can tell whether they are shared, and when to ask it.
     open: BTreeSet<(Instant, HashPart)>,
-    /// Bits for each path that the filter was made with.
+    /// Bits per path with which the filter was made.
     bits_per_path: u64,
     census: StoreVersion,
 }
 
-/// What was found in some rows.
+/// Result of reading rows of the store.
 #[derive(Default)]
 struct SharedRows {
     count: u64,
@@ -100,7 +102,7 @@ struct SharedRows {
 struct RowReader {
     store: Arc<Store>,
     share: Arc<AccessPolicy>,
-    /// Closed when it is time to end.
+    /// Disconnected when the thread has to end.
     stopped: Receiver<()>,
 }
 
@@ -127,12 +129,12 @@ impl RowReader {
         }
     }
 
-    /// Waits. True if it is time to end.
+    /// Waits for `time`. Returns true at once if the thread has to end.
     fn waited(&self, time: Duration) -> bool {
         self.stopped.recv_timeout(time) != Err(RecvTimeoutError::Timeout)
     }
 
-    /// Follows what changed in the store. True if the filter did.
+    /// Applies changes of the store to the filter. Returns true if the filter changed.
     fn update(
         &self,
         shared: &mut Option<PublishedState>,
@@ -156,7 +158,7 @@ impl RowReader {
             });
             return Ok(true);
         };
-        // Trackers that run out of memory want a smaller one.
+        // A tracker that runs out of memory requests smaller filters.
         if bits_per_path < last.bits_per_path {
             *shared = None;
             return self.update(shared, bits_per_path);
@@ -183,7 +185,7 @@ impl RowReader {
         Ok(changed)
     }
 
-    /// The paths after that row.
+    /// Reads the paths after the row `row_id`.
     fn read(&self, row_id: i64) -> Result<SharedRows, StoreError> {
         let (mut rows, mut last_id) = (SharedRows::default(), row_id);
         loop {
@@ -202,15 +204,16 @@ impl RowReader {
                     }
                 }
             }
-            // Half of the time is left to others: a signature takes 0.1 ms to check, and a store
-            // may have 100,000 paths.
+            // Pauses as long as it worked, to leave half of the processor time to others: checking
+            // a signature takes 0.1 ms, and a store may have 100,000 paths.
             if self.waited(began.elapsed()) {
                 return Ok(rows);
             }
         }
     }
 
-    /// Asks the upstream cache about open questions, for a while. True if that changed the filter.
+    /// Asks the upstream cache about the paths that are due, for at most [`LOOK`] and one more
+    /// request. Returns true if the filter changed.
     fn look_into(&self, shared: &mut PublishedState) -> bool {
         let (mut changed, until) = (false, Instant::now() + LOOK.get());
         while let Some(question) =
@@ -222,12 +225,12 @@ impl RowReader {
                     changed |= shared.filter.insert(&hash_part);
                     shared.paths += 1;
                 }
-                // Upstream lacks it, or does not answer at the moment.
+                // The upstream cache lacks the path, or does not answer now.
                 Ok(Some(info)) => shared.open.extend(self.share.ask_upstream_at(&info).map(|at| {
-                    // What may be asked about now was asked about just now, without an answer.
+                    // An immediate retry would fail again.
                     (at.max(Instant::now() + LOOK.get()), hash_part)
                 })),
-                // It is not there any more.
+                // The path has been removed from the store.
                 Ok(None) => {}
                 Err(e) => {
                     log::debug!("{hash_part}: {e}");
@@ -260,7 +263,7 @@ mod tests {
         HashPart::parse(digits(i).as_bytes()).unwrap()
     }
 
-    /// The sender keeps the reader running.
+    /// Dropping the returned sender ends the reader.
     fn reader(fixture: &Fixture, config: &Config) -> (RowReader, Sender<()>) {
         let networks = Arc::new(Networks::new(NetworkPolicy::default(), Vec::new()));
         let share = Arc::new(AccessPolicy::new(networks, config));
@@ -277,7 +280,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_new_is_added_and_what_is_unchanged_costs_nothing() {
+    fn new_paths_are_added_and_an_unchanged_store_is_not_read() {
         let fixture = Fixture::new();
         register(&fixture, 0..600);
         let (reader, _running) = reader(&fixture, &unverified());
@@ -294,7 +297,7 @@ mod tests {
     }
 
     #[test]
-    fn it_grows_with_the_store_and_forgets_what_is_gone() {
+    fn filter_is_rebuilt_when_it_is_too_full_or_too_many_paths_are_gone() {
         let fixture = Fixture::new();
         register(&fixture, 0..500);
         let (reader, _running) = reader(&fixture, &unverified());
@@ -316,11 +319,10 @@ mod tests {
     }
 
     #[test]
-    fn what_strangers_may_not_have_is_not_in_it() {
+    fn withheld_paths_are_not_in_the_filter() {
         let fixture = Fixture::new();
         register(&fixture, 0..20);
-        // The default upstream's paths have signatures, and these have none: nobody is asked about
-        // them.
+        // The default upstream cache signs its paths. These are unsigned, so nothing is asked.
         let config = Config { verify: true, ..unverified() };
         let (reader, _running) = reader(&fixture, &config);
         let mut shared = None;
@@ -335,7 +337,7 @@ mod tests {
     }
 
     #[test]
-    fn where_only_upstream_can_tell_it_is_asked_until_it_answers() {
+    fn unanswered_upstream_is_asked_again() {
         let fixture = Fixture::new();
         register(&fixture, 0..20);
         let config =
@@ -349,8 +351,7 @@ mod tests {
         assert!(!reader.look_into(last));
         assert_eq!((last.paths, last.open.len()), (0, 20), "nobody is there");
         assert!(last.open.iter().all(|(at, _)| *at > Instant::now()), "and is asked again at once");
-        // A path that is gone is no question, and a store that cannot be read is not a path that is
-        // gone.
+        // A removed path leaves the queue. An unreadable store keeps the path in it.
         fixture.execute("delete from ValidPaths where id <= 5");
         last.open = before.clone();
         reader.look_into(last);
@@ -362,7 +363,7 @@ mod tests {
     }
 
     #[test]
-    fn filter_is_made_smaller_when_trackers_want_that() {
+    fn filter_shrinks_when_trackers_request_fewer_bits() {
         let fixture = Fixture::new();
         register(&fixture, 0..2000);
         let (reader, _running) = reader(&fixture, &unverified());

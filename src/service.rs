@@ -1,5 +1,5 @@
-//! What both programs do as services: log, watch for signals, tell systemd, take the descriptors
-//! they need.
+//! Functions that both programs need as services: logging, signals, systemd notification, and the
+//! limit of file descriptors.
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use sd_notify::NotifyState;
@@ -8,10 +8,10 @@ use signal_hook::iterator::Signals;
 use std::io::{self, Write};
 use std::thread::{self, JoinHandle};
 
-/// Sends the log to standard error, without times, as journald adds them. `verbose` shows what each
-/// request does; `RUST_LOG` overrides it.
+/// Logs to standard error, without timestamps because journald adds them. `verbose` also logs each
+/// request; `RUST_LOG` overrides it.
 pub fn log_to_stderr(verbose: bool) {
-    // It is the beginning of the tracker's name too.
+    // The filter matches module prefixes, so it covers the tracker's program too.
     let default = if verbose { "info,peerix=debug" } else { "info" };
     env_logger::Builder::from_env(env_logger::Env::default().default_filter_or(default))
         .format(|out, record| {
@@ -21,31 +21,31 @@ pub fn log_to_stderr(verbose: bool) {
         .init();
 }
 
-/// Whether a terminal takes a character for nothing but text: it is no control character, and does
-/// not turn the direction of what follows.
+/// Whether a terminal shows a character as text only: it is no control character and does not
+/// change the direction of text.
 pub fn is_plain(c: char) -> bool {
     !c.is_control() && !matches!(c, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }
 
-/// The text without characters that are not plain, and so in one line. Much of what is logged and
-/// printed is of other machines: a tracker's refusal cleared the screen, and wrote lines of its
-/// own.
+/// Replaces every character that is not plain, line breaks included, by U+FFFD. Other machines
+/// determine much of what peerix logs and prints; a tracker's error message could clear the screen
+/// or forge log lines.
 pub fn clean(text: &str) -> String {
     text.chars().map(|c| if is_plain(c) { c } else { '\u{fffd}' }).collect()
 }
 
-/// Tells systemd; elsewhere nothing.
+/// Sends a notification to systemd (sd_notify(3)). Without systemd it does nothing.
 pub fn notify(state: &[NotifyState<'_>]) {
     if let Err(e) = sd_notify::notify(state) {
         log::error!("notifying systemd: {e}");
     }
 }
 
-/// Takes as many descriptors as are wanted, or as many of them as the system allows. With fewer,
-/// idle connections are closed earlier.
+/// Raises the soft limit of file descriptors to `wanted`, or to the hard limit if that is lower.
+/// With fewer, the server closes idle connections earlier.
 pub fn allow_descriptors(wanted: u64) {
     let limit = getrlimit(Resource::Nofile);
-    // No number is no limit.
+    // `None` means unlimited.
     let wanted = limit.maximum.map_or(wanted, |most| most.min(wanted));
     if limit.current.is_some_and(|current| current < wanted)
         && let Err(e) = setrlimit(Resource::Nofile, Rlimit { current: Some(wanted), ..limit })
@@ -54,16 +54,16 @@ pub fn allow_descriptors(wanted: u64) {
     }
 }
 
-/// The thread that waits for signals; dropping it ends it.
+/// The thread that waits for signals. Dropping this ends it.
 pub struct SignalWatch {
     handle: signal_hook::iterator::Handle,
     thread: Option<JoinHandle<()>>,
 }
 
-/// Calls `on_signal` at every SIGTERM and SIGINT.
+/// Starts a thread that calls `on_signal` for every SIGTERM and SIGINT.
 ///
 /// # Errors
-/// The system's, or no thread to be had.
+/// The handlers cannot be installed, or no thread can be started.
 pub fn watch_signals(on_signal: impl Fn() + Send + 'static) -> io::Result<SignalWatch> {
     let mut signals = Signals::new([SIGTERM, SIGINT])?;
     let handle = signals.handle();

@@ -1,4 +1,4 @@
-//! The listening sockets: those that systemd passes, or bound here.
+//! The listening sockets, inherited from systemd or bound by this process.
 
 mod address_filter;
 
@@ -9,26 +9,28 @@ use socket2::{Domain, Protocol, SockAddr, SockRef, Socket, Type};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6, TcpListener, UdpSocket};
 
-/// Connections that wait to be accepted: Nix opens 25 at once, and so do the peers.
+/// Connections that the kernel queues before they are accepted. Nix and the peers open 25 each at
+/// once.
 const BACKLOG: i32 = 1024;
 
-/// The sockets the daemon works with.
+/// The daemon's sockets.
 pub struct BoundSockets {
-    /// For HTTP.
+    /// TCP sockets for HTTP.
     pub listeners: Vec<TcpListener>,
-    /// For discovery.
+    /// UDP sockets for discovery.
     pub datagrams: Vec<UdpSocket>,
-    /// The port of all of them.
+    /// The port of the first listener, and of all sockets that this process binds.
     pub port: u16,
-    /// Whether systemd passed them: then the port is open also while the daemon does not run.
+    /// Whether systemd passed the sockets. It then keeps the port open while the daemon does not
+    /// run.
     pub are_passed: bool,
 }
 
 impl BoundSockets {
-    /// The same sockets once more, for another run with them.
+    /// Duplicates the sockets, for another run with them.
     ///
     /// # Errors
-    /// No descriptor to be had.
+    /// No file descriptor is left.
     pub fn try_clone(&self) -> io::Result<BoundSockets> {
         Ok(BoundSockets {
             listeners: self
@@ -46,18 +48,18 @@ impl BoundSockets {
     }
 }
 
-/// Whether systemd passes sockets to this process (sd_listen_fds(3)).
+/// Whether systemd passed sockets to this process (sd_listen_fds(3)).
 pub fn are_passed() -> bool {
     std::env::var("LISTEN_PID").is_ok_and(|pid| pid == std::process::id().to_string())
 }
 
-/// Takes what systemd passes (`LISTEN_FDS`), else binds `config.bind`, and 127.0.0.1 for HTTP. An
-/// address that this machine does not have yet is bound all the same, and served as soon as it has
-/// it.
+/// Takes the sockets that systemd passes (`LISTEN_FDS`), or binds the addresses of `config.bind`,
+/// and 127.0.0.1 for HTTP. An address that this machine does not have yet is bound too, and works
+/// as soon as the machine has it.
 ///
 /// # Errors
-/// A port that is taken, sockets of another kind, or `--bind` cannot be enforced for sockets that
-/// were passed.
+/// A message for the user: the port is taken, a passed socket is of a wrong kind, or the kernel
+/// cannot enforce `--bind` on passed sockets.
 pub fn open(config: &Config, networks: &LanNetworks) -> Result<BoundSockets, String> {
     let (mut listeners, mut datagrams) = inherited()?;
     let are_passed = !listeners.is_empty();
@@ -70,7 +72,8 @@ pub fn open(config: &Config, networks: &LanNetworks) -> Result<BoundSockets, Str
             let listener =
                 bind(ip, port, Type::STREAM).map_err(|e| explain(ip, port, "TCP", &e))?;
             let listener = TcpListener::from(listener);
-            // With --port 0 the first socket chooses for all.
+            // With `--port 0` the kernel chooses a port for the first socket, and the others use
+            // it.
             port = listener.local_addr().map_err(|e| format!("socket: {e}"))?.port();
             listeners.push(listener);
         }
@@ -87,8 +90,8 @@ pub fn open(config: &Config, networks: &LanNetworks) -> Result<BoundSockets, Str
             let socket = bind(*ip, port, Type::DGRAM).map_err(|e| explain(*ip, port, "UDP", &e))?;
             datagrams.push(socket.into());
         }
-        // A socket bound to one address receives no broadcasts; one bound to the broadcast address
-        // of a network does.
+        // A socket bound to an interface's address receives no broadcasts, so the network's
+        // broadcast address is bound too.
         let is_bound = |i: &&Interface| config.bind.contains(&i.address);
         for interface in networks.lan_addresses().iter().filter(is_bound) {
             if let Some(broadcast) = interface.broadcast {
@@ -102,16 +105,15 @@ pub fn open(config: &Config, networks: &LanNetworks) -> Result<BoundSockets, Str
     Ok(BoundSockets { listeners, datagrams, port, are_passed })
 }
 
-/// The socket for what a router passes on has a port that is so much higher than the one of all
-/// else, so that the firewall of this machine can let it in. The one between is the tracker's by
-/// default.
+/// Distance of the port for forwarded connections from the main port. It is fixed, so that this
+/// machine's firewall can open the port. The port in between is the tracker's default.
 const OUTSIDE_OFFSET: u16 = 2;
 
-/// A TCP socket for what a router passes on by IPv4 and IPv6, two ports above `port`, or on any if
-/// that one is taken.
+/// Binds a TCP socket for connections that a router forwards, over IPv4 and IPv6 where possible. It
+/// uses `port` + 2, or any port if that one is taken.
 ///
 /// # Errors
-/// None in practice: no descriptor is left.
+/// No file descriptor is left.
 pub fn open_outside(port: u16) -> io::Result<TcpListener> {
     let port = port.checked_add(OUTSIDE_OFFSET).unwrap_or_default();
     let bind_v4 = |port| bind(Ipv4Addr::UNSPECIFIED.into(), port, Type::STREAM);
@@ -131,11 +133,12 @@ fn bind_both(port: u16) -> io::Result<Socket> {
     Ok(socket)
 }
 
-/// What systemd passes, or a TCP socket on each address: all that a server without UDP needs. With
-/// port 0 the first one chooses for all. `flag` names the option that has the addresses.
+/// Takes the TCP sockets that systemd passes, or binds one per address, for a server without UDP.
+/// Returns them with the first one's port. With port 0 the kernel chooses a port for the first, and
+/// the others use it. `flag` is the name of the addresses' option, for error messages.
 ///
 /// # Errors
-/// As [`open`].
+/// A message for the user: the port is taken, a passed socket is not TCP, or there is no address.
 pub fn open_tcp(
     addresses: &[IpAddr],
     mut port: u16,
@@ -164,9 +167,8 @@ pub fn open_tcp(
     Ok((listeners, port))
 }
 
-/// A socket bound to the multicast group on each LAN interface that has a bound IPv6 address.
-/// Where that fails, other nodes find this one only when it sends to them; that is no reason not
-/// to start.
+/// Binds a socket to the multicast group on each LAN interface that has a bound IPv6 address. A
+/// failure is only logged: other nodes then find this one only after it sends to them.
 fn multicast_sockets(config: &Config, networks: &LanNetworks, port: u16) -> Vec<UdpSocket> {
     let mut indexes = networks.multicast_interfaces();
     indexes.retain(|index| {
@@ -185,12 +187,11 @@ fn multicast_sockets(config: &Config, networks: &LanNetworks, port: u16) -> Vec<
     indexes.into_iter().filter_map(bind_on).map(UdpSocket::from).collect()
 }
 
-/// Enforces `--bind` for sockets that systemd passed: what arrives at other addresses is dropped.
-/// The sockets are systemd's too, so that a filter stays on them until the next daemon sets another
-/// one.
+/// Enforces `--bind` on sockets that systemd passed, with a filter that drops packets to other
+/// addresses. systemd owns the sockets too, so a filter stays until the next daemon replaces it.
 ///
 /// # Errors
-/// The kernel takes no filter.
+/// The kernel does not accept the filter.
 fn keep_to_bind(
     config: &Config,
     networks: &LanNetworks,
@@ -199,7 +200,7 @@ fn keep_to_bind(
 ) -> Result<(), String> {
     let sockets: Vec<SockRef<'_>> =
         listeners.iter().map(SockRef::from).chain(datagrams.iter().map(SockRef::from)).collect();
-    // Fails if there is none.
+    // Removing a filter fails if there is none.
     sockets.iter().for_each(|socket| drop(socket.detach_filter()));
     let is_bound = |ip: IpAddr| ip.is_loopback() || config.bind.contains(&ip);
     let address =
@@ -235,7 +236,7 @@ fn keep_to_bind(
     Ok(())
 }
 
-/// Logs which addresses this machine does not have now.
+/// Logs the addresses of `--bind` that this machine does not have now.
 fn warn_of_missing_addresses(config: &Config, networks: &LanNetworks) {
     let is_here =
         |ip: &IpAddr| networks.interfaces().iter().any(|interface| interface.address == *ip);
@@ -248,8 +249,8 @@ fn warn_of_missing_addresses(config: &Config, networks: &LanNetworks) {
     }
 }
 
-/// Adds 127.0.0.1, where this machine's Nix asks: a cache that it knows and whose port is closed
-/// fails its builds.
+/// Adds 127.0.0.1, where this machine's Nix connects: Nix fails a build when the port of a
+/// configured cache is closed.
 fn with_loopback(bind: &[IpAddr]) -> Vec<IpAddr> {
     let mut all = bind.to_vec();
     if !all
@@ -275,8 +276,8 @@ fn passed() -> Result<(Vec<TcpListener>, Vec<UdpSocket>), String> {
     let mut fds = ListenFd::from_env();
     let (mut listeners, mut datagrams) = (Vec::new(), Vec::new());
     for at in 0..fds.len() {
-        // The kind is not known before it is tried; a failed try leaves the descriptor in its
-        // place.
+        // A socket's kind is known only by trying. A failed attempt leaves the descriptor in the
+        // list.
         if let Ok(Some(listener)) = fds.take_tcp_listener(at) {
             listeners.push(listener);
         } else {
@@ -301,7 +302,7 @@ fn bind(ip: IpAddr, port: u16, kind: Type) -> io::Result<Socket> {
 fn bind_to(address: SocketAddr, kind: Type) -> io::Result<Socket> {
     let protocol = if kind == Type::STREAM { Protocol::TCP } else { Protocol::UDP };
     let socket = Socket::new(Domain::for_address(address), kind, Some(protocol))?;
-    // An address that DHCP or a VPN gives later: the socket works from then on.
+    // DHCP or a VPN may assign the address later. The socket works from then on.
     match address.is_ipv6() {
         true => socket.set_freebind_v6(true)?,
         false => socket.set_freebind_v4(true)?,
@@ -311,7 +312,7 @@ fn bind_to(address: SocketAddr, kind: Type) -> io::Result<Socket> {
         socket.set_only_v6(true)?;
     }
     if kind == Type::STREAM {
-        // A restart must not wait for old connections to expire.
+        // A restart must not wait for old connections in TIME_WAIT.
         socket.set_reuse_address(true)?;
     }
     socket.bind(&SockAddr::from(address))?;
@@ -347,7 +348,7 @@ mod tests {
     use crate::network::NetworkPolicy;
 
     #[test]
-    fn loopback_is_always_listened_on() {
+    fn open_adds_loopback_for_http_only() {
         for (bind, expected) in [
             (&["0.0.0.0"][..], &["0.0.0.0"][..]),
             (&["127.0.0.1", "10.0.0.1"], &["127.0.0.1", "10.0.0.1"]),

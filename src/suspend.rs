@@ -7,43 +7,43 @@ use rustix::time::{
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 
-/// Shortest suspension that counts. It is far above the time between two readings of clocks, and
-/// far below what neighbours notice.
+/// Minimum duration of a suspension that is detected. It is far above the time between two clock
+/// readings, and too short for peers to notice.
 pub const MIN_SUSPENSION: Duration = Duration::from_secs(1);
 
-/// Detects that the machine has been suspended: `CLOCK_BOOTTIME` goes on meanwhile, and
-/// `CLOCK_MONOTONIC`, by which `Instant` and all timeouts go, stands still.
+/// Detects that the machine was suspended. Meanwhile `CLOCK_BOOTTIME` advances, and
+/// `CLOCK_MONOTONIC` stands still, and with it `Instant` and all timeouts (clock_gettime(2)).
 #[derive(Debug)]
 pub struct SuspendDetector {
-    /// Time spent suspended since the machine booted, as known so far.
+    /// Total time spent suspended since boot, as known so far.
     suspended: Duration,
     alarm: Option<OwnedFd>,
 }
 
 impl SuspendDetector {
-    /// Suspensions from now on are detected.
+    /// Creates a detector of suspensions from now on.
     pub fn new() -> Self {
         let alarm = alarm().inspect_err(|e| log::debug!("alarm for wake-ups: {e}")).ok();
         SuspendDetector { suspended: suspended(), alarm }
     }
 
-    /// Becomes readable when the machine wakes up, and when somebody sets its clock. Reading it,
-    /// which fails, resets it. `None` if the kernel has no such thing.
+    /// File descriptor that becomes readable when the machine wakes up, and when its clock is set.
+    /// A read from it fails with `ECANCELED` and resets it. `None` if it could not be created.
     pub fn alarm(&self) -> Option<&OwnedFd> {
         self.alarm.as_ref()
     }
 
-    /// Reads the clocks; true if the machine has been suspended for [`MIN_SUSPENSION`] or longer
-    /// since the last call, or since the detector was made. A wait does not end when the machine
-    /// wakes up, because its time has stood still: call this at every turn of an event loop that
-    /// also waits for [`SuspendDetector::alarm`].
+    /// Reads the clocks. Returns whether the machine was suspended for [`MIN_SUSPENSION`] or longer
+    /// since the last call, or since the detector was created. A wait does not end at a wake-up,
+    /// because its clock stood still. So call this in every turn of an event loop that also waits
+    /// for [`SuspendDetector::alarm`]. Does not block.
     pub fn detect(&mut self) -> bool {
         self.update(suspended())
     }
 
     fn update(&mut self, suspended: Duration) -> bool {
-        // The reading is too small if the thread was interrupted between the two clocks. As it is
-        // never too large, the largest is the right one.
+        // A reading is too small if the thread was interrupted between the two clocks. It is never
+        // too large, so the largest one is kept.
         let known = self.suspended;
         self.suspended = known.max(suspended);
         suspended.saturating_sub(known) >= MIN_SUSPENSION
@@ -56,8 +56,8 @@ impl Default for SuspendDetector {
     }
 }
 
-/// A timer that never expires, but is cancelled when the wall clock jumps (timerfd_create(2)): the
-/// kernel counts waking up as such a jump.
+/// Creates a timer that never expires. The kernel cancels it when the wall clock jumps
+/// (`TFD_TIMER_CANCEL_ON_SET` of timerfd_create(2)), and counts a wake-up as a jump.
 fn alarm() -> rustix::io::Result<OwnedFd> {
     let alarm =
         timerfd_create(TimerfdClockId::Realtime, TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC)?;
@@ -67,7 +67,7 @@ fn alarm() -> rustix::io::Result<OwnedFd> {
     Ok(alarm)
 }
 
-/// Time spent suspended since the machine booted, or less.
+/// Total time spent suspended since boot, or less.
 fn suspended() -> Duration {
     let boot_time = duration(clock_gettime(ClockId::Boottime));
     boot_time.saturating_sub(duration(clock_gettime(ClockId::Monotonic)))
@@ -82,7 +82,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_suspension_is_detected_once() {
+    fn suspension_is_detected_once() {
         let minutes = |n: u64| Duration::from_secs(60 * n);
         let mut detector = SuspendDetector { suspended: minutes(5), alarm: None };
         assert!(!detector.update(minutes(5)));
@@ -92,10 +92,10 @@ mod tests {
     }
 
     #[test]
-    fn readings_that_are_too_small_are_no_suspension() {
+    fn too_small_readings_are_no_suspension() {
         let second = Duration::from_secs(1);
         let mut detector = SuspendDetector { suspended: 100 * second, alarm: None };
-        // Interrupted for 3 s between the two clocks, and not the next time.
+        // The thread is interrupted for 3 s between the two clocks in the first reading only.
         assert!(!detector.update(97 * second));
         assert!(!detector.update(100 * second));
         assert!(!detector.update(100 * second + second / 2));
@@ -110,7 +110,7 @@ mod tests {
     }
 
     #[test]
-    fn a_machine_that_is_awake_is_not_suspended() {
+    fn awake_machine_is_not_suspended() {
         let mut detector = SuspendDetector::new();
         assert!((0..1000).all(|_| !detector.detect()));
         let alarm = detector.alarm().expect("Linux has had it since 2.6.38");

@@ -1,44 +1,45 @@
-//! `--upload-limit`: how much is sent to other machines in a second, by all connections together.
+//! `--upload-limit`: limits the rate at which all connections together send to other machines.
 //!
-//! Whoever sends reserves the time that its bytes take at that rate, behind all that was reserved
-//! before, and waits for the beginning of it. So connections take turns, piece by piece.
+//! A sender reserves the time that its bytes take at the rate, after all earlier reservations, and
+//! waits until that time begins. So connections take turns, piece by piece.
 
 use std::io;
 use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// Least rate of a stream, in bytes a second: peers leave a slower one. Only as many streams are
-/// admitted as get it.
+/// Least rate of a stream, in bytes per second. Peers abandon a slower one, so only as many streams
+/// are admitted as get this rate.
 const LEAST_RATE: u64 = 64 * 1024;
 
-/// Highest rate that can be given, in bytes a second. It is far above any link, and keeps the
-/// arithmetic from overflowing.
+/// Highest rate that can be configured, in bytes per second. It exceeds every link and prevents
+/// overflows.
 const MAX_RATE: u64 = 1 << 40;
 
-/// Time that a piece takes at the rate: short, so that connections that take turns wait little for
+/// Time that a piece takes at the configured rate. It is short, so that connections wait little for
 /// one another.
 const PIECE_TIME: Duration = Duration::from_millis(20);
 
-/// Least and most bytes of a piece. Smaller ones cost more processor time than they are worth.
+/// Least and greatest size of a piece, in bytes. Smaller pieces cost too much processor time.
 const PIECE_BYTES: (u64, u64) = (4096, 256 * 1024);
 
-/// Unused time that may be made up for. Without it every delay of a thread would lower the rate.
+/// Unused time that senders can make up for. Without it, each delay of a thread would lower the
+/// rate.
 const BURST: Duration = Duration::from_millis(100);
 
-/// Longest wait of one piece. With 1,000 connections that all have a piece to send, the last ones
-/// wait longer, and are cut.
+/// Longest wait for a piece. Beyond it, the reservation fails and the connection is cut, as may
+/// happen with 1,000 connections that all send.
 const MAX_WAIT: Duration = Duration::from_secs(20);
 
-/// The limit, and what of it is taken.
+/// An upload rate limit and its reservations.
 pub struct UploadLimit {
     bytes_per_second: u64,
-    /// When all that was reserved will have been sent.
+    /// End of the last reservation.
     reserved_until: Mutex<Instant>,
 }
 
 impl UploadLimit {
-    /// That many bytes a second.
+    /// Creates a limit of `bytes_per_second`; 0 counts as 1.
     pub fn new(bytes_per_second: u64) -> Self {
         UploadLimit {
             bytes_per_second: bytes_per_second.max(1),
@@ -46,11 +47,11 @@ impl UploadLimit {
         }
     }
 
-    /// Reads a rate in bytes a second: digits, and `K`, `M` or `G` (powers of 1,024) if there are
-    /// many.
+    /// Parses a rate in bytes per second: digits, optionally followed by `K`, `M` or `G` (powers of
+    /// 1,024) in either case.
     ///
     /// # Errors
-    /// Anything else, and rates that are too low for one stream or higher than any link.
+    /// A message for the user if the text has another form, or the rate is not from 64K to 1024G.
     pub fn parse_rate(text: &str) -> Result<u64, String> {
         let (digits, unit) = match text.char_indices().last() {
             Some((at, 'K' | 'k')) => (&text[..at], 1 << 10),
@@ -71,21 +72,21 @@ impl UploadLimit {
         }
     }
 
-    /// Streams that get `LEAST_RATE` each; at least one.
+    /// Number of streams that get 64 KiB/s each; at least one.
     pub fn streams(&self) -> usize {
         usize::try_from((self.bytes_per_second / LEAST_RATE).max(1)).unwrap_or(usize::MAX)
     }
 
-    /// Bytes to send at once, between two calls of [`UploadLimit::take`].
+    /// Bytes to send between two calls of [`UploadLimit::take`]: those of 20 ms, from 4 to 256 KiB.
     pub fn piece(&self) -> usize {
         let bytes = self.bytes_per_second * PIECE_TIME.as_millis() as u64 / 1000;
         bytes.clamp(PIECE_BYTES.0, PIECE_BYTES.1) as usize
     }
 
-    /// Waits until so many bytes may be sent.
+    /// Waits until `bytes` more bytes may be sent, for at most 20 s.
     ///
     /// # Errors
-    /// [`io::ErrorKind::TimedOut`] if that would take longer than 20 s.
+    /// [`io::ErrorKind::TimedOut`], without waiting, if the wait would be longer than 20 s.
     pub fn take(&self, bytes: usize) -> io::Result<()> {
         let wait = self.reserve(bytes as u64, Instant::now()).ok_or(io::ErrorKind::TimedOut)?;
         if !wait.is_zero() {
@@ -94,7 +95,8 @@ impl UploadLimit {
         Ok(())
     }
 
-    /// How long to wait at `now` before so many bytes are sent; `None` if that is too long.
+    /// Reserves `bytes` bytes and returns the wait from `now`; `None` without a reservation if the
+    /// wait would exceed [`MAX_WAIT`].
     fn reserve(&self, bytes: u64, now: Instant) -> Option<Duration> {
         let mut reserved_until = self.reserved_until.lock().unwrap_or_else(PoisonError::into_inner);
         let begin = (*reserved_until).max(now.checked_sub(BURST).unwrap_or(now));
@@ -113,7 +115,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn rates_are_read_with_their_units() {
+    fn rate_is_parsed_with_its_unit() {
         for (text, rate) in [("65536", 65536), ("500K", 512_000), ("2m", 2 << 20), ("1G", 1 << 30)]
         {
             assert_eq!(UploadLimit::parse_rate(text), Ok(rate));
@@ -136,7 +138,7 @@ mod tests {
     }
 
     #[test]
-    fn bytes_sent_in_a_time_are_what_the_rate_allows() {
+    fn bytes_sent_match_the_rate() {
         let rate = 1 << 20;
         let limit = UploadLimit::new(rate);
         let start = Instant::now() + Duration::from_secs(1);
@@ -151,7 +153,7 @@ mod tests {
     }
 
     #[test]
-    fn unused_time_is_not_saved_up() {
+    fn unused_time_is_made_up_for_up_to_burst() {
         let limit = UploadLimit::new(1 << 20);
         let late = Instant::now() + Duration::from_secs(3600);
         assert_eq!(limit.reserve(1 << 20, late), Some(Duration::ZERO));
@@ -160,7 +162,7 @@ mod tests {
     }
 
     #[test]
-    fn waits_are_bounded_and_a_refused_piece_takes_nothing() {
+    fn reservation_beyond_longest_wait_is_refused_and_takes_nothing() {
         let limit = UploadLimit::new(LEAST_RATE);
         let now = Instant::now() + Duration::from_secs(1);
         assert!(limit.reserve(30 * LEAST_RATE, now).is_some());
@@ -169,7 +171,7 @@ mod tests {
     }
 
     #[test]
-    fn as_many_streams_as_get_the_least_rate() {
+    fn streams_get_at_least_the_least_rate() {
         let streams = |rate| UploadLimit::new(rate).streams();
         assert_eq!([streams(1), streams(LEAST_RATE), streams(10 * LEAST_RATE)], [1, 1, 10]);
     }

@@ -1,10 +1,9 @@
-//! Whether this machine's Nix is certain to get a path from the upstream cache instead, and how
-//! fast.
+//! Tells whether this machine's Nix is certain to get a path from the upstream cache, and how fast.
 //!
-//! A slow peer is left for the upstream cache only if nothing can be lost by it: Nix has it among
-//! its substituters, it has this very NAR with a signature that Nix trusts, and it is reachable and
-//! fast enough now. Whatever cannot be told counts against it, as on a network without a way out a
-//! slow peer is all there is.
+//! A slow peer is left for the upstream cache only if Nix cannot lose by it. Upstream must be among
+//! Nix's substituters, have the same NAR with a signature that Nix trusts, and be reachable and
+//! fast enough now. Whatever is unknown counts against upstream: on a network without Internet
+//! access, a slow peer is the only source.
 
 use crate::config::{Config, DEFAULT_UPSTREAM, UPSTREAM_KEY};
 use crate::http_client;
@@ -18,18 +17,19 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use ureq::Agent;
 
-/// What upstream said of a path is true for this long, and so is that it gave no answer.
+/// Lifetime of an answer about a path, and pause after a failed request.
 const KEPT: Duration = Duration::from_secs(60);
-/// Answers remembered. Beyond, all are forgotten.
+/// Maximum number of remembered answers. At the bound, all are dropped.
 const MAX_ANSWERS: usize = 1024;
-/// Its pace is remembered for this long.
+/// Lifetime of the measured pace.
 const PACE_KEPT: Duration = Duration::from_secs(600);
-/// A request to the upstream cache takes no longer. A slow peer sends meanwhile.
+/// Timeout of a request to the upstream cache. The slow peer sends meanwhile.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(2);
-/// Bytes of a NAR by which the pace is measured, and the longest time for them.
+/// Maximum bytes of a NAR that are read to measure the pace.
 const SAMPLE: u64 = 1 << 20;
+/// Maximum time of that measurement. At the bound, the bytes so far give the pace.
 const SAMPLE_TIME: Duration = Duration::from_secs(1);
-/// As many redirects as caches of object stores need.
+/// Maximum number of redirects. Caches in object stores need some.
 const MAX_REDIRECTS: u32 = 3;
 
 /// The upstream cache, as this machine's Nix would use it.
@@ -44,19 +44,19 @@ pub struct Upstream {
 
 #[derive(Default)]
 struct UpstreamState {
-    /// Whether it has a path, and since when that is known.
+    /// Whether upstream has a path, and when that was learned.
     answers: HashMap<HashPart, (Instant, bool)>,
     /// Bytes per second, and when they were measured.
     pace: Option<(Instant, f64)>,
-    /// When what was left to it lately has come from there, at its pace.
+    /// When the NARs that were left to upstream should have arrived, at its pace.
     busy_until: Option<Instant>,
-    /// It gave no answer, and is left alone until then.
+    /// No request before this time, as the last one failed.
     paused_until: Option<Instant>,
 }
 
 impl UpstreamState {
-    /// How long a NAR of so many bytes takes, which shares the link with those that were left to it
-    /// before.
+    /// Expected time of a NAR of `nar_size` bytes, which shares the link with NARs that were left
+    /// to upstream before. `None` if the pace is not known.
     fn time(&self, nar_size: u64, now: Instant) -> Option<Duration> {
         let pace = self.pace.filter(|(at, _)| now.saturating_duration_since(*at) < PACE_KEPT)?.1;
         let before =
@@ -66,8 +66,8 @@ impl UpstreamState {
 }
 
 impl Upstream {
-    /// The upstream cache that the user chose. `trusted` are the keys that Nix trusts, as far as
-    /// they are known.
+    /// Creates a client of the configured upstream cache. `trusted` are the keys that Nix trusts,
+    /// as far as they are known.
     pub fn new(config: &Config, trusted: &[PublicKey]) -> Self {
         let agent = http_client::cache_config(&config.upstream_cache, MAX_REDIRECTS)
             .timeout_global(Some(REQUEST_TIMEOUT))
@@ -86,8 +86,9 @@ impl Upstream {
         }
     }
 
-    /// How long the whole NAR takes from there; `None` unless Nix is certain to get it. Blocks for
-    /// 5 s at most, and mostly not at all.
+    /// Returns the expected time of the whole NAR from upstream; `None` unless Nix is certain to
+    /// get it there. Mostly answers from memory. Otherwise blocks for at most 4 s: two requests of
+    /// 2 s.
     pub fn time(&self, found: &FoundNar) -> Option<Duration> {
         let now = Instant::now();
         let hash_part = found.path.hash_part();
@@ -109,7 +110,7 @@ impl Upstream {
         has.then(|| self.lock().time(found.nar_size, Instant::now()))?
     }
 
-    /// Nix is about to get so many bytes of a NAR from there.
+    /// Records that Nix is about to get `nar_size` bytes of a NAR from upstream.
     pub fn left(&self, nar_size: u64) {
         let now = Instant::now();
         let mut state = self.lock();
@@ -118,8 +119,8 @@ impl Upstream {
         }
     }
 
-    /// Asks whether it has the NAR, and measures its pace by it if that is not known. `None`: no
-    /// answer.
+    /// Asks upstream whether it has the NAR, and measures the pace if that is not known. Returns
+    /// `None` if upstream does not answer.
     fn look_up(&self, hash_part: &HashPart, found: &FoundNar) -> Option<bool> {
         let keys = NixConf::read(&self.nix_conf_dir).keys_for_substituter(&self.url);
         let has = keys.map(|keys| self.request(hash_part, found, &keys));
@@ -173,7 +174,7 @@ impl Upstream {
         Ok(true)
     }
 
-    /// Whether it is the same NAR, with the signature of a key that both peerix and nix.conf trust.
+    /// Whether upstream has the same NAR, signed by a key that both peerix and nix.conf trust.
     fn is_it(&self, narinfo: &NarInfo, found: &FoundNar, in_nix_conf: &[PublicKey]) -> bool {
         let info = &narinfo.info;
         let is_same = info.path == found.path
@@ -185,8 +186,8 @@ impl Upstream {
             && keys.any(|key| info.signatures.iter().any(|s| key.verify(fingerprint.as_bytes(), s)))
     }
 
-    /// Bytes per second that its NARs come with, of which those of a compressed NAR count as they
-    /// come.
+    /// Measures the bytes per second of a NAR from upstream. Bytes of a compressed NAR count as
+    /// they are sent, so the pace is a lower bound.
     fn measure(&self, nar_url: &str) -> Result<f64, ureq::Error> {
         let began = Instant::now();
         let range = format!("bytes=0-{}", SAMPLE - 1);
@@ -215,11 +216,11 @@ impl Upstream {
 mod tests {
     use super::*;
 
-    /// From cache.nixos.org, with its signature.
+    /// A narinfo of cache.nixos.org, with its signature.
     const NARINFO: &str = include_str!("../tests/data/cache.nixos.org.narinfo");
 
     #[test]
-    fn nar_is_the_same_only_with_a_trusted_signature_and_equal_in_hash_and_size() {
+    fn is_it_without_trusted_signature_or_with_other_nar_is_false() {
         let with = |url: &str| {
             Upstream::new(&Config { upstream_cache: url.into(), ..Config::default() }, &[])
         };
@@ -236,18 +237,18 @@ mod tests {
         };
         let keys = [PublicKey::parse(UPSTREAM_KEY).unwrap()];
         assert!(upstream.is_it(&narinfo, &found(), &keys));
-        // Nix would refuse what it gets there.
+        // Nix does not trust the key, so it would refuse the path.
         assert!(!upstream.is_it(&narinfo, &found(), &[]));
         assert!(!upstream.is_it(&narinfo, &FoundNar { nar_size: 1, ..found() }, &keys));
         let mut forged = narinfo.clone();
         forged.info.references.clear();
         assert!(!upstream.is_it(&forged, &found(), &keys));
-        // Its key is not known.
+        // The key of this cache is unknown.
         assert!(!with("https://cache.example").is_it(&narinfo, &found(), &keys));
     }
 
     #[test]
-    fn what_was_left_to_it_before_takes_its_part_of_the_pace() {
+    fn time_includes_nars_left_before() {
         let upstream = Upstream::new(&Config::default(), &[]);
         upstream.left(1000);
         let now = Instant::now();

@@ -1,6 +1,6 @@
-//! Other networks on a bad day: packets are lost, trackers restart, lie or are flooded, machines
-//! move. Nix gets what peers have all the same, and who runs a node is told what only a person can
-//! mend.
+//! WAN mode under faults: packets are lost, trackers restart, lie or are overloaded, machines move.
+//! Nix still gets the paths that peers have, and the status reports the problems that the operator
+//! has to fix.
 
 use crate::common::daemon::{found, narinfo_status, status};
 use crate::common::http::{self, Reply, Request, Server};
@@ -17,39 +17,39 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-/// Intervals of a twentieth: nodes announce themselves every three seconds.
+/// Scale of the intervals: nodes announce themselves every 3 s instead of 60 s.
 const OFTEN: f64 = 0.05;
 
-/// Connections that Nix asks on.
+/// Parallel connections of Nix.
 const NIX: usize = 25;
 
-/// The paths of the closure of 1,000, of which the holder knows.
+/// The paths of `closure1000`, which the holder has.
 fn closure(holder: &Holder, places: &Places) -> Vec<String> {
     nix::closure(&holder.host, &[places.world.path("closure1000")])
 }
 
-/// A path that is nowhere.
+/// A store path that no host has.
 fn absent(number: usize) -> String {
     format!("/nix/store/{number:0>32}-absent")
 }
 
-/// The problems that the peerix on a host tells of.
+/// The texts of the problems in the status of the peerix on a host.
 fn problems(host: &Host) -> Vec<String> {
     let status = status(host);
     let problems = status["health"]["problems"].as_array().expect("a list").iter();
     problems.map(|problem| problem["text"].as_str().expect("a text").to_owned()).collect()
 }
 
-/// Waits until the peerix on `host` tells of a problem of which the text has all of `words`.
+/// Waits until the peerix on `host` reports a problem whose text contains all `words`.
 fn wait_for_problem(host: &Host, words: &[&str]) {
     wait_slowly_for(&format!("a problem about {words:?}"), || {
         problems(host).iter().any(|text| words.iter().all(|word| text.contains(word))).then_some(())
     });
 }
 
-/// One lost SYN of a tracker's connection used to make every path missing until the next announce.
+/// A lost SYN of a connection to the tracker must not make all paths miss until the next announce.
 #[test]
-fn lost_packets_are_no_misses() {
+fn lost_packets_cause_no_misses() {
     let places = Places::new();
     let holder = places.holder("holder");
     let _far = holder.host.delay(Duration::from_millis(20));
@@ -58,16 +58,16 @@ fn lost_packets_are_no_misses() {
     for host in [&asker.host, &places.tracker.host, &holder.host] {
         host.lose(1);
     }
-    // New connections are where it hurts.
+    // Packet loss delays new connections most.
     for round in 0..4 {
         assert_eq!(found(&asker.host, &paths, NIX), paths.len(), "round {round}");
     }
     assert_eq!(asker.fetches(&places.world, places.world.path("closure1000")).len(), 1000);
 }
 
-/// Every lookup used to be a miss for 50 s.
+/// Lookups during a restart of the tracker wait for it.
 #[test]
-fn restart_of_the_tracker_is_no_miss() {
+fn tracker_restart_causes_no_misses() {
     let mut places = Places::new();
     let holder = places.holder("holder");
     let asker = places.asker(&[&holder]);
@@ -94,10 +94,10 @@ fn restart_of_the_tracker_is_no_miss() {
     });
 }
 
-/// A tracker that was away for long is used again two seconds after it is back, for as long as Nix
-/// wants paths.
+/// While lookups miss a tracker, the node tries it every two seconds. Lookups use it again once it
+/// has answered.
 #[test]
-fn tracker_that_was_away_is_used_again_soon() {
+fn tracker_after_outage_answers_lookups_again() {
     let mut places = Places::new();
     let holder = places.holder("holder");
     let asker = places.asker(&[&holder]);
@@ -117,16 +117,16 @@ fn tracker_that_was_away_is_used_again_soon() {
     println!("found {:?} after the tracker's return", back.elapsed());
 }
 
-/// Of a tracker that was away for a second, every report used to be lost.
+/// The node keeps the reports for a tracker that is down, and sends them when it is back.
 #[test]
-fn reports_wait_until_the_tracker_is_back() {
+fn reports_during_tracker_outage_are_sent_afterwards() {
     let mut places = Places::with_scale(Scale::intervals(OFTEN));
     let holder = places.holder("holder");
     let asker = places.asker(&[&holder]);
     let path = places.world.path("closure1000");
     asker.host.slow(10);
     let child = nix::realising(&asker.host, &[path]).spawn().expect("nsenter starts");
-    // Narinfos come first, so that the other transfers have their names by then.
+    // Nix fetches the narinfos first, so the node has asked for IDs of all other transfers by then.
     let counted = |tracker: &Tracker| tracker.reputation("holder", "total_shared");
     wait_slowly_for("some of the transfers are counted", || {
         (counted(&places.tracker) > 0).then_some(())
@@ -135,7 +135,7 @@ fn reports_wait_until_the_tracker_is_back() {
     places.tracker.kill();
     asker.host.quick();
     nix::assert_quiet(&child.wait_with_output().expect("it is ours"));
-    // Longer than a report used to be tried.
+    // The outage lasts longer than the 10 s timeout of one call.
     std::thread::sleep(Duration::from_secs(10));
     places.tracker.start_again();
     let paths = nix::closure(&asker.host, &[path]);
@@ -149,9 +149,9 @@ fn reports_wait_until_the_tracker_is_back() {
     assert_eq!(tracker.reputation("holder", "failed_transfers"), 0);
 }
 
-/// Reports to a tracker that has too much to do used to be 600 requests in 0.2 s, and to be lost.
+/// The node respects `Retry-After` of a busy tracker, instead of sending 600 reports in 0.2 s.
 #[test]
-fn tracker_that_asks_for_patience_gets_it() {
+fn busy_tracker_gets_few_requests() {
     let wan = Wan::new().with_scale(Scale::intervals(OFTEN));
     let (home, centre) = (wan.lan([10, 1, 0]), wan.lan([198, 51, 100]));
     let host = centre.host("tracker");
@@ -163,7 +163,8 @@ fn tracker_that_asks_for_patience_gets_it() {
     });
     let asker = Asker::flagged(&home, "", &[], |asker| tracker::flags(asker, "wan", &[&host]));
     let began = Instant::now();
-    // Lookups do not hang for it, and do not hurry it either.
+    // The answers to lookups do not wait for the busy tracker, and lookups send it no extra
+    // requests.
     for number in 0..200 {
         assert_eq!(narinfo_status(&asker.host, &absent(number)), 404);
     }
@@ -175,8 +176,8 @@ fn tracker_that_asks_for_patience_gets_it() {
     assert!(requests.len() as f64 <= 6.0 + seconds, "{} requests in {seconds} s", requests.len());
 }
 
-/// An upstream cache that answers narinfos as `answer` does, which is told whether they were
-/// uploaded.
+/// An upstream cache whose answers to narinfo requests come from `answer`, which gets the state of
+/// the returned switch and the true narinfo.
 fn upstream(
     places: &Places,
     answer: impl Fn(bool, Vec<u8>) -> Reply + Send + Sync + 'static,
@@ -200,7 +201,8 @@ fn upstream(
 
 type Switch = Arc<AtomicBool>;
 
-/// A holder that verifies with that upstream cache, whose signatures prove nothing.
+/// A holder that checks its paths at this upstream cache, because it trusts none of their
+/// signatures.
 fn verifying(places: &Places, url: &str) -> Holder {
     Holder::with(&places.away, &places.world, "holder", |host| {
         places.world.sign(host);
@@ -210,7 +212,7 @@ fn verifying(places: &Places, url: &str) -> Holder {
     })
 }
 
-/// Checks that a holder of which upstream's answers were of no use shares its paths once they are.
+/// Checks that a holder publishes its paths once the answers of the upstream cache are usable.
 fn is_shared_once_upstream_has_it(answer: impl Fn(bool, Vec<u8>) -> Reply + Send + Sync + 'static) {
     let places = Places::with_scale(Scale::intervals(OFTEN));
     let (url, switch, _server) = upstream(&places, answer);
@@ -231,27 +233,28 @@ fn is_shared_once_upstream_has_it(answer: impl Fn(bool, Vec<u8>) -> Reply + Send
     asker.fetches(&places.world, path);
 }
 
-/// Upstream used to be asked once: what was built before it was uploaded was never published.
+/// The holder repeats the check of a path that the upstream cache did not have.
 #[test]
-fn path_uploaded_after_it_was_built_is_shared() {
+fn path_uploaded_upstream_after_build_is_shared() {
     is_shared_once_upstream_has_it(|is_uploaded, narinfo| match is_uploaded {
         true => Reply::Whole(200, narinfo),
         false => Reply::Whole(404, vec![]),
     });
 }
 
-/// What was asked about at the login page of a network was never published.
+/// The holder repeats the check of a path after a login page answered instead of the upstream
+/// cache.
 #[test]
-fn login_page_in_front_of_upstream_is_no_answer() {
+fn login_page_instead_of_upstream_delays_sharing_only() {
     is_shared_once_upstream_has_it(|is_logged_in, narinfo| match is_logged_in {
         true => Reply::Whole(200, narinfo),
         false => Reply::Whole(200, b"<html>please log in</html>".to_vec()),
     });
 }
 
-/// A holder that gets another address used not to be found for a minute.
+/// The holder announces a new address before its next regular announce, which is 60 s away.
 #[test]
-fn holder_that_moves_is_found() {
+fn holder_with_new_address_is_found() {
     let places = Places::new();
     let holder = places.holder("holder");
     let asker = places.asker(&[&holder]);
@@ -271,9 +274,9 @@ fn holder_that_moves_is_found() {
     asker.fetches(&places.world, places.world.path("closure300"));
 }
 
-/// Each path used to be found now and then, and nothing said why.
+/// Peers find such machines only sometimes, because each announce replaces the other's address.
 #[test]
-fn two_machines_with_one_identity_are_told() {
+fn identity_used_by_two_machines_is_reported() {
     let places = Places::with_scale(Scale::intervals(OFTEN));
     let seed: &str = "peerix-identity:AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=\n";
     let clone = |name: &str| {
@@ -291,9 +294,9 @@ fn two_machines_with_one_identity_are_told() {
     }
 }
 
-/// Refused, a node used to be as well as any.
+/// The status reports a node that a tracker refuses.
 #[test]
-fn refused_announce_is_a_problem() {
+fn refused_announce_is_reported() {
     let places = Places::with_scale(Scale::intervals(OFTEN));
     let thief = places.away.host("thief");
     places.tracker.announce_with(&thief, PORT, "holder", &[]);
@@ -302,9 +305,9 @@ fn refused_announce_is_a_problem() {
     assert_eq!(status(&holder.host)["trackers"][0]["reached"], true);
 }
 
-/// Where nobody reaches it, a node used to be as well as any.
+/// The status reports a node that its tracker cannot reach.
 #[test]
-fn unreachable_address_is_a_problem_and_comes_last() {
+fn unreachable_address_is_reported_and_listed_last() {
     let places = Places::with_scale(Scale::intervals(OFTEN));
     places.wan.blackhole("10.8.0.0/16");
     let wrong = Holder::with(&places.away, &places.world, "wrong", |host| {
@@ -330,7 +333,7 @@ fn unreachable_address_is_a_problem_and_comes_last() {
     asker.fetches(&places.world, path);
 }
 
-/// A tracker that records announces, refuses them as told, and names nobody.
+/// A tracker that records announces, answers them with `status` and `answer`, and knows no peers.
 fn recording(host: &Host, answer: &'static str, status: u16) -> (Record<Value>, Server) {
     let announces: Record<Value> = Arc::default();
     let record = Arc::clone(&announces);
@@ -347,10 +350,11 @@ fn recording(host: &Host, answer: &'static str, status: u16) -> (Record<Value>, 
     (announces, server)
 }
 
-/// A tracker used to be able to replay a node's announces at other trackers, as they were signed by
-/// one key, and to have it sign for any time.
+/// A node signs with a different key for each tracker, so that no tracker can replay announces at
+/// another. It signs only timestamps near its own clock, so that no tracker can collect announces
+/// for later.
 #[test]
-fn tracker_gets_nothing_that_means_anything_elsewhere_or_later() {
+fn announces_are_bound_to_one_tracker_and_to_the_local_clock() {
     let wan = Wan::new().with_scale(Scale::intervals(OFTEN));
     let (home, centre) = (wan.lan([10, 1, 0]), wan.lan([198, 51, 100]));
     let hosts = ["one", "two"].map(|name| centre.host(name));
@@ -376,9 +380,9 @@ fn tracker_gets_nothing_that_means_anything_elsewhere_or_later() {
     }
 }
 
-/// The original's tracker has no lookups: nothing used to be found.
+/// The original peerix's tracker has no lookups, so the node uses its list of peers.
 #[test]
-fn original_tracker_is_asked_for_its_list() {
+fn original_tracker_without_lookups_is_asked_for_its_list() {
     let wan = Wan::new();
     let (home, away, centre) =
         (wan.lan([10, 1, 0]), wan.lan([203, 0, 113]), wan.lan([198, 51, 100]));
@@ -422,7 +426,7 @@ fn original_tracker_is_asked_for_its_list() {
     assert_eq!(narinfo_status(&asker.host, &absent(1)), 404);
 }
 
-/// An answer to a lookup that names these addresses and ports.
+/// The answer to a lookup with these addresses and ports as candidates.
 fn candidates(addresses: impl Iterator<Item = (String, u16)>) -> Reply {
     let one = |(addr, port)| {
         format!(r#"{{"peer_id":"{addr}:{port}","addr":"{addr}","port":{port},"score":9.5}}"#)
@@ -431,7 +435,7 @@ fn candidates(addresses: impl Iterator<Item = (String, u16)>) -> Reply {
     Reply::Whole(200, format!(r#"{{"candidates":[{}],"others":[]}}"#, list.join(",")).into_bytes())
 }
 
-/// A hostile tracker used to have one node send a victim 58,000 datagrams a second.
+/// Without a limit, a hostile tracker makes one node send a victim 58,000 packets per second.
 #[test]
 fn victim_that_a_tracker_names_is_not_flooded() {
     let wan = Wan::new();
@@ -453,15 +457,14 @@ fn victim_that_a_tracker_names_is_not_flooded() {
     let (before, began) = (victim.packets(), Instant::now());
     let paths: Vec<String> = (0..1000).map(absent).collect();
     assert_eq!(found(&asker.host, &paths, NIX), 0);
-    // What came and what was answered, with a second that a burst is ahead.
+    // Packets in both directions. The extra second allows for the initial burst.
     let seconds = began.elapsed().as_secs_f64() + 1.0;
     let packets = (victim.packets() - before) as f64;
     println!("{packets} packets in {seconds} s");
     assert!(packets <= 20.0 * seconds + 20.0, "{packets} packets in {seconds} s");
 }
 
-/// Invented peers of a tracker used to take all requests there may be, and neighbours were asked
-/// for nothing.
+/// Requests to a tracker's invented peers must not use up the capacity for requests to neighbours.
 #[test]
 fn invented_peers_do_not_hide_neighbours() {
     let wan = Wan::new();
@@ -472,7 +475,7 @@ fn invented_peers_do_not_hide_neighbours() {
         if !request.path.starts_with("/lookup/") {
             return Reply::Whole(200, br#"{"status":"ok"}"#.to_vec());
         }
-        // Half of them are on the asker's own network, where nobody answers for them.
+        // Half of them are on the asker's own network, at unused addresses.
         let address = |n: u8| {
             if n.is_multiple_of(2) { format!("10.1.0.{}", 100 + n) } else { format!("10.8.0.{n}") }
         };
@@ -497,7 +500,7 @@ fn invented_peers_do_not_hide_neighbours() {
     });
 }
 
-/// Peers that died a moment ago, and whose filters match, used to hide the one that lives.
+/// Peers that died recently and whose filters match must not displace a live candidate.
 #[test]
 fn dead_candidates_do_not_hide_a_living_one() {
     let places = Places::new();
@@ -519,9 +522,9 @@ fn dead_candidates_do_not_hide_a_living_one() {
     }
 }
 
-/// A full disk used to be none of the tracker's business.
+/// The tracker reports a full disk in `/health`.
 #[test]
-fn tracker_whose_disk_is_full_is_not_well() {
+fn tracker_with_full_disk_reports_it_in_health() {
     let wan = Wan::new();
     let host = wan.lan([198, 51, 100]).host("tracker");
     host.sh("mkdir -p /var/lib/peerix-tracker && mount -t tmpfs -o size=40m none /var/lib/peerix-tracker");
@@ -539,7 +542,7 @@ fn tracker_whose_disk_is_full_is_not_well() {
 
 /// The first lookup after a start waits for the tracker's first answer.
 #[test]
-fn first_lookup_after_a_start_is_no_miss() {
+fn first_lookup_after_start_waits_for_the_tracker() {
     let places = Places::new();
     let holder = places.holder("holder");
     let mut asker = places.asker(&[&holder]);

@@ -1,5 +1,5 @@
-//! What the daemon does with clients that want too much, too slowly, or nothing sensible. It always
-//! answers the others.
+//! The daemon's limits: clients that send too much, read too slowly or send garbage. The daemon
+//! always answers the other clients.
 
 use crate::common::daemon::binary;
 use crate::common::http::{Answer, Connection, Reply, Server, get, get_local};
@@ -49,14 +49,14 @@ impl Scene {
         connect(&self.neighbour, self.address())
     }
 
-    /// Checks that a new connection is answered, from the network and from this machine.
+    /// Checks that new connections from the network and from this machine get answers.
     fn answers(&self) {
         let answer = narinfo(&self.neighbour, &self.server, &self.path);
         assert_eq!((answer.status, line(&answer.text(), "StorePath")), (200, &*self.path));
         assert_eq!(get_local(&self.server, &stock::narinfo_route(&self.path)).unwrap().status, 200);
     }
 
-    /// Waits until a new connection is answered, from the network and from this machine.
+    /// Waits until new connections from the network and from this machine get answers.
     fn recovers(&self) {
         for from in [&self.neighbour, &self.server] {
             wait_for("an answer", || {
@@ -79,13 +79,13 @@ fn loopback() -> SocketAddr {
     (IpAddr::from(Ipv4Addr::LOCALHOST), PORT).into()
 }
 
-/// So many connections from `from`.
+/// Opens `count` connections from `from`.
 fn many(from: &Host, to: SocketAddr, count: usize) -> Vec<TcpStream> {
-    // One thread that enters the host's network once.
+    // One thread for all connections, so that it enters the host's network only once.
     from.in_net(|| (0..count).map(|_| TcpStream::connect(to).unwrap()).collect())
 }
 
-/// Whether the other end has closed it.
+/// Whether the daemon has closed the connection.
 fn is_closed(stream: &TcpStream) -> bool {
     stream.set_nonblocking(true).unwrap();
     let read = (&*stream).read(&mut [0]);
@@ -96,7 +96,7 @@ fn is_closed(stream: &TcpStream) -> bool {
     }
 }
 
-/// Everything that comes until the connection is closed, in whatever way.
+/// Everything received until the daemon closes or resets the connection.
 fn rest(mut stream: &TcpStream) -> String {
     let mut answer = Vec::new();
     if let Err(e) = stream.read_to_end(&mut answer) {
@@ -109,7 +109,7 @@ fn rest(mut stream: &TcpStream) -> String {
 }
 
 #[test]
-fn heads_without_end() {
+fn oversized_heads_are_refused() {
     let scene = Scene::new();
     let mut shapes: Vec<Vec<u8>> = vec![
         [b"GET /nix-cache-info HTTP/1.1\r\nX: ", &vec![b'a'; 1 << 20][..], b"\r\n\r\n"].concat(),
@@ -121,7 +121,7 @@ fn heads_without_end() {
     ];
     for shape in &shapes {
         let mut stream = scene.connect();
-        // It may be refused before it has come whole.
+        // The daemon may refuse the head before it is complete, so the write may fail.
         let _ = stream.write_all(shape);
         let answer = rest(&stream);
         let start = String::from_utf8_lossy(&shape[..20]).into_owned();
@@ -131,7 +131,7 @@ fn heads_without_end() {
         assert!(refused, "{start:?}: {answer}");
         scene.answers();
     }
-    // As much as is allowed is allowed.
+    // Heads just below the limits get an answer.
     shapes = vec![
         [
             b"GET /nix-cache-info HTTP/1.1\r\nConnection: close\r\nX: ",
@@ -156,7 +156,7 @@ fn heads_without_end() {
 }
 
 #[test]
-fn bodies_nobody_asked_for() {
+fn unexpected_bodies_are_refused_or_cut_off() {
     let scene = Scene::new();
     for (head, status) in [
         ("GET /nix-cache-info HTTP/1.1\r\nContent-Length: 999999999999\r\n\r\n", "200"),
@@ -174,7 +174,7 @@ fn bodies_nobody_asked_for() {
         assert!(answer.starts_with(&format!("HTTP/1.1 {status} ")), "{head:?}: {answer}");
         assert_eq!(answer.matches("Content-Length: ").count(), 1, "{head:?}: {answer}");
     }
-    // A body that goes on and on is not taken for ever.
+    // The daemon reads only a limited part of an endless body.
     let mut stream = scene.connect();
     stream.write_all(b"PUT /x HTTP/1.1\r\nContent-Length: 999999999999\r\n\r\n").unwrap();
     let chunk = vec![b'x'; 1 << 20];
@@ -184,7 +184,7 @@ fn bodies_nobody_asked_for() {
     scene.recovers();
 }
 
-/// KiB of memory.
+/// Resident memory of the daemon, in KiB.
 fn resident(daemon: &Daemon) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{}/status", daemon.pid())).unwrap();
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
@@ -192,7 +192,7 @@ fn resident(daemon: &Daemon) -> u64 {
 }
 
 #[test]
-fn a_thousand_requests_at_once_are_answered_in_order() {
+fn thousand_pipelined_requests_are_answered_in_order() {
     let scene = Scene::new();
     let nar = nar_route(&scene.neighbour, &scene.server, &scene.path);
     let dump = stock::dump(&scene.server, &scene.path);
@@ -210,7 +210,7 @@ fn a_thousand_requests_at_once_are_answered_in_order() {
     std::thread::scope(|scope| {
         let mut writer = scene.connect();
         let text = all.as_bytes();
-        // And cut at every odd place on a second connection, meanwhile.
+        // A second connection sends the same requests in pieces of 77 bytes at the same time.
         thread::spawn_in(scope, "pieces", move || {
             for piece in text.chunks(77) {
                 writer.write_all(piece).unwrap();
@@ -231,10 +231,10 @@ fn a_thousand_requests_at_once_are_answered_in_order() {
     assert_eq!(connection.get("/nix-cache-info").unwrap().status, 200);
 }
 
-/// Readers that one neighbour may have at once.
+/// NAR streams that one neighbour may have at the same time (`MAX_STREAMS_PER_PEER`).
 const MAX_READERS: usize = 32;
 
-/// Begins to read a NAR and reads no further.
+/// Requests a NAR and reads only the status, which it returns.
 fn begin(stream: &mut TcpStream, route: &str) -> io::Result<u16> {
     write!(stream, "GET {route} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")?;
     let mut start = [0; 16];
@@ -243,12 +243,11 @@ fn begin(stream: &mut TcpStream, route: &str) -> io::Result<u16> {
 }
 
 #[test]
-fn clients_that_are_too_slow_are_dropped() {
+fn slow_clients_are_dropped() {
     let scene = Scene::with_scale(Scale::timeouts(0.2));
     let large = stock::add_large(&scene.server, "large", 64);
     let route = nar_route(&scene.neighbour, &scene.server, &large);
-    // Readers take a few bytes, and then no more, until there are as many as one neighbour may
-    // have.
+    // Readers stop after the first bytes, until their number reaches the limit for one neighbour.
     let mut readers: Vec<TcpStream> = Vec::new();
     let refused = wait_for("a reader too many", || {
         let mut reader = scene.connect();
@@ -261,8 +260,7 @@ fn clients_that_are_too_slow_are_dropped() {
     });
     assert_eq!(refused, 503);
 
-    // A head that drips, a byte at a time, never silent for long; one that stops; one that never
-    // begins.
+    // One head arrives byte by byte without long pauses, one stops in the middle, one never begins.
     let mut drip = scene.connect();
     let mut stopped = scene.connect();
     stopped.write_all(b"GET /nix-ca").unwrap();
@@ -274,7 +272,7 @@ fn clients_that_are_too_slow_are_dropped() {
             "drip" => !is_closed(&drip),
             "stopped" => !is_closed(&stopped),
             "silent" => !is_closed(&silent),
-            // The places of all of them are free again.
+            // All streams of this neighbour are available again.
             _ => {
                 let mut next: Vec<TcpStream> = (0..MAX_READERS).map(|_| scene.connect()).collect();
                 !next
@@ -282,12 +280,12 @@ fn clients_that_are_too_slow_are_dropped() {
                     .all(|stream| begin(stream, &route).is_ok_and(|status| status == 200))
             }
         });
-        // Nobody else is delayed meanwhile.
+        // The slow clients do not delay others.
         scene.answers();
         pending.is_empty().then_some(())
     });
     assert!(resident(&scene.daemon) < 64 << 10);
-    // What they get now of what was sent is not the whole.
+    // The dropped readers get only the part of the NAR that was already sent.
     for reader in &mut readers {
         let mut all = Vec::new();
         let _ = reader.read_to_end(&mut all);
@@ -297,7 +295,7 @@ fn clients_that_are_too_slow_are_dropped() {
 }
 
 #[test]
-fn long_answers_never_delay_short_ones() {
+fn long_answers_do_not_delay_short_ones() {
     let scene = Scene::with_scale(Scale::without_timeouts());
     let large = stock::add_large(&scene.server, "large", 32);
     let other = scene.lan.host("other");
@@ -310,7 +308,8 @@ fn long_answers_never_delay_short_ones() {
             readers.push(stream);
         }
     };
-    // One neighbour's share, all neighbours' share, and this machine has the rest to itself.
+    // 32 streams for one neighbour, 48 for all neighbours together, and the remaining 16 only for
+    // this machine.
     read(&scene.neighbour, scene.address(), MAX_READERS);
     refused(&get(&scene.neighbour, scene.address(), &route).unwrap());
     read(&other, scene.address(), 16);
@@ -318,7 +317,7 @@ fn long_answers_never_delay_short_ones() {
     read(&scene.server, loopback(), 16);
     refused(&get(&other, scene.address(), &route).unwrap());
 
-    // Sixty-four slow readers: narinfos are answered as ever, and so are queries.
+    // With 64 slow readers, the daemon still answers narinfo requests and queries.
     scene.answers();
     let socket = other.udp(0);
     assert!(stock::has(&socket, &scene.server, &large));
@@ -332,7 +331,7 @@ fn long_answers_never_delay_short_ones() {
         }
     });
 
-    // This machine's Nix is never told 503: it waits for its turn.
+    // A request from this machine never gets a 503. It waits for a free stream.
     let mut own = connect(&scene.server, loopback());
     write!(own, "GET {route} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n").unwrap();
     own.set_read_timeout(Some(Duration::from_millis(500))).unwrap();
@@ -343,7 +342,7 @@ fn long_answers_never_delay_short_ones() {
     let answer = rest(&own);
     assert!(answer.starts_with("HTTP/1.1 200 ") && answer.len() > 32 << 20, "{}", answer.len());
 
-    // When they have gone, all is as before.
+    // After the readers have left, neighbours get streams again.
     readers.clear();
     for from in [&scene.neighbour, &other] {
         wait_for("a place", || {
@@ -359,22 +358,22 @@ fn refused(answer: &Answer) {
     assert_eq!(answer.text().lines().count(), 1);
 }
 
-/// Sends a request without waiting for its answer.
+/// Sends a request without reading the answer.
 fn ask_for_cache_info(mut stream: &TcpStream) {
     stream.write_all(b"GET /nix-cache-info HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n").unwrap();
 }
 
 #[test]
-fn idle_connections_cost_little_and_the_one_idle_longest_makes_room() {
+fn longest_idle_connections_are_closed_at_the_limit() {
     let scene = Scene::with_scale(Scale::without_timeouts());
     let idle = many(&scene.server, loopback(), 1000);
     let connection = |stream: &TcpStream| Connection::new(stream.try_clone().unwrap()).unwrap();
-    // They have all been used at once, so that each had its thread and its buffers.
+    // First, all connections are in use at the same time, so that each gets its thread and buffers.
     idle.iter().for_each(ask_for_cache_info);
     for stream in &idle {
         assert_eq!(connection(stream).answer(true).unwrap().status, 200);
     }
-    // And once more one after another, so that they have been idle for longer and longer.
+    // Then they are used one after another, so that the first has been idle for the longest time.
     for stream in &idle {
         ask_for_cache_info(stream);
         assert_eq!(connection(stream).answer(true).unwrap().status, 200);
@@ -385,21 +384,23 @@ fn idle_connections_cost_little_and_the_one_idle_longest_makes_room() {
     let count_closed = || idle.iter().filter(|stream| is_closed(stream)).count();
     assert_eq!(count_closed(), 0);
 
-    // More than are allowed: the connections idle longest make room.
+    // More connections than the limit of 1,024: the daemon closes those that have been idle
+    // longest.
     let more = many(&scene.server, loopback(), 100);
     wait_for("idle connections make room", || (count_closed() >= 76).then_some(()));
-    // The answers come after all of those were let in.
+    // These requests are accepted after all of `more`, so the daemon has closed connections for
+    // those.
     scene.answers();
     let closed = count_closed();
     assert!((76..150).contains(&closed), "{closed} closed");
-    // The kernel may stop a thread between its answer and the note that its connection is idle;
-    // such a connection lives a little longer, and the next one makes room instead.
+    // The scheduler may delay a thread between its answer and the update of its idle time. Such a
+    // connection stays open a little longer, and the daemon closes the next one instead.
     let last_closed = idle.iter().rposition(is_closed).unwrap();
     assert!(last_closed < 500, "connection {last_closed} of 1,000 was closed");
     for stream in &more {
         assert_eq!(connection(stream).get("/nix-cache-info").unwrap().status, 200);
     }
-    // A neighbour alone cannot shut out this machine, however many it opens.
+    // One neighbour cannot displace this machine's connections, however many it opens.
     let greedy = many(&scene.neighbour, scene.address(), 1000);
     wait_for("its own idlest are closed", || {
         (greedy.iter().filter(|s| is_closed(s)).count() >= 104).then_some(())
@@ -410,10 +411,10 @@ fn idle_connections_cost_little_and_the_one_idle_longest_makes_room() {
 }
 
 #[test]
-fn connections_opened_at_once() {
+fn parallel_connections_of_several_clients_all_get_answers() {
     let scene = Scene::new();
     let nix = |from: &Host, to: SocketAddr| {
-        // Nix opens 25, then asks on all of them, then waits for all of them.
+        // Nix opens 25 connections, sends a request on each, and then reads all answers.
         let mut streams = many(from, to, 25);
         for _ in 0..20 {
             for stream in &mut streams {
@@ -440,7 +441,7 @@ fn connections_opened_at_once() {
 }
 
 #[test]
-fn connections_that_are_reset() {
+fn reset_connections_release_their_streams() {
     let scene = Scene::new();
     let large = stock::add_large(&scene.server, "large", 8);
     let route = nar_route(&scene.neighbour, &scene.server, &large);
@@ -472,7 +473,7 @@ fn connections_that_are_reset() {
                 })
             })
             .collect();
-        // This machine's Nix is answered all the while.
+        // The daemon answers requests from this machine during the resets.
         let own = thread::spawn_in(scope, "own Nix", || {
             let mut count = 0;
             while !stopped.load(Ordering::Relaxed) {
@@ -489,7 +490,7 @@ fn connections_that_are_reset() {
         assert!(own.join().unwrap() > 0);
         assert!(ended.iter().all(Result::is_ok));
     });
-    // All the permits came back.
+    // The resets released all streams.
     let mut readers: Vec<TcpStream> = (0..MAX_READERS).map(|_| scene.connect()).collect();
     for reader in &mut readers {
         wait_for("a place", || {
@@ -503,8 +504,8 @@ fn connections_that_are_reset() {
 }
 
 #[test]
-fn no_descriptors_left() {
-    // Started through `prlimit`, which becomes it.
+fn daemon_out_of_descriptors_recovers() {
+    // `prlimit` replaces itself with peerix (`exec`).
     let lan = Lan::new();
     let (server, neighbour) = (lan.host("server"), lan.host("neighbour"));
     stock::ready(&server);
@@ -523,17 +524,17 @@ fn no_descriptors_left() {
         });
     };
     for _ in 0..3 {
-        // More connections than descriptors, all idle: the oldest make room.
+        // With more idle connections than descriptors, the daemon closes the oldest ones.
         let idle = many(&server, loopback(), 100);
         answered();
-        // All at work: nobody can be let in, and those who are in may find that no file can be
-        // opened.
+        // With all descriptors in use by requests, the daemon accepts no connections, and open ones
+        // may fail to open files.
         let mut streams = many(&server, loopback(), 100);
         for stream in &mut streams {
             let _ = write!(stream, "GET {route} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n");
         }
         let socket = neighbour.udp(0);
-        // Datagrams need no descriptor: but an answer may have to wait for the database.
+        // A query needs no descriptor of its own, but its answer may have to wait for the database.
         let query = Packet::Query { id: 1, hash_part: world::hash_part(&path).to_owned() }.write();
         socket.send_to(&query, address).unwrap();
         drop((idle, streams));
@@ -552,12 +553,12 @@ fn no_descriptors_left() {
 }
 
 #[test]
-fn more_connections_than_the_usual_limit_of_descriptors() {
+fn descriptor_limit_is_raised_for_all_connections() {
     let lan = Lan::new();
     let server = lan.host("server");
     stock::ready(&server);
     let path = stock::add(&server, "file", "echo file > $n");
-    // What systemd and shells give: few at first, many on request.
+    // The limits that systemd and shells set: a low soft limit and a high hard limit.
     let mut command = server.cmd("prlimit");
     command.arg("--nofile=1024:8192").arg(binary());
     let mut daemon = Logged::start(&server.name, command);
@@ -572,7 +573,7 @@ fn more_connections_than_the_usual_limit_of_descriptors() {
 }
 
 #[test]
-fn a_flood_of_datagrams() {
+fn flood_of_datagrams_leaves_the_daemon_working() {
     let scene = Scene::new();
     let socket = scene.neighbour.udp(PORT);
     let address = scene.address();
@@ -583,7 +584,7 @@ fn a_flood_of_datagrams() {
         state ^= state << 17;
         state as u8
     };
-    // Garbage of every length, behind every kind.
+    // Random data of each length after each packet kind.
     for length in 0..1400 {
         for kind in [0, 1, 2, 3, 4, 5, 255] {
             let mut datagram: Vec<u8> = (0..length).map(|_| random()).collect();
@@ -596,7 +597,7 @@ fn a_flood_of_datagrams() {
     let _ = socket.send_to(&vec![0; 60_000], address);
     scene.recovers();
     assert!(stock::has(&socket, &scene.server, &scene.path));
-    // Queries, more than can be answered.
+    // More queries than the daemon can answer.
     for id in 0..50_000_u32 {
         let hash_part = world::hash_part(&scene.path).to_owned();
         let _ = socket.send_to(&Packet::Query { id, hash_part }.write(), address);
@@ -607,8 +608,8 @@ fn a_flood_of_datagrams() {
     assert!(resident(&scene.daemon) < 64 << 10);
 }
 
-/// Asks for an unknown path and tells whether the query came to `heard`, where it is answered *have
-/// not*.
+/// Requests an unknown path and returns whether a query for it arrived at `heard`, which answers
+/// *have not*.
 fn is_asked(asker: &Host, heard: &UdpSocket, digit: char) -> bool {
     let wanted: String = std::iter::repeat_n(digit, 32).collect();
     std::thread::scope(|scope| {
@@ -636,7 +637,7 @@ fn is_asked(asker: &Host, heard: &UdpSocket, digit: char) -> bool {
 }
 
 #[test]
-fn goodbyes_count_from_who_leaves() {
+fn bye_counts_only_from_its_peer_and_if_that_falls_silent() {
     let lan = Lan::new();
     let (asker, peer, other) = (lan.host("asker"), lan.host("peer"), lan.host("other"));
     stock::ready(&asker);
@@ -644,7 +645,7 @@ fn goodbyes_count_from_who_leaves() {
     other.net("ip addr add 203.0.113.2/24 dev eth0");
     let _daemon = Daemon::start(&asker, &[]);
     let bind = |host: &Host, ip: Ipv4Addr| host.in_net(|| UdpSocket::bind((ip, PORT)).unwrap());
-    // Bound to its address it hears no broadcast: only who knows the peer asks it here.
+    // A socket that is bound to its address receives no broadcasts, so only unicast queries arrive.
     let socket = bind(&peer, peer.address);
     let send = |from: &UdpSocket, packet: &Packet| {
         from.send_to(&packet.write(), (asker.address, PORT)).unwrap();
@@ -658,9 +659,9 @@ fn goodbyes_count_from_who_leaves() {
     send(&bind(&other, Ipv4Addr::new(203, 0, 113, 2)), &bye);
     assert!(is_asked(&asker, &socket, '2'), "somebody else's bye was believed");
     send(&socket, &bye);
-    // A peer that answers after its bye is still there.
+    // A bye does not count if its sender still answers.
     assert!(is_asked(&asker, &socket, '3'), "a bye was believed though its sender answers");
-    // One that does not is asked no more.
+    // A sender that does not answer after its bye gets no further queries.
     send(&socket, &bye);
     wait_for("the peer counts as silent", || {
         let status = get_local(&asker, "/status.json").unwrap().text();
@@ -671,7 +672,7 @@ fn goodbyes_count_from_who_leaves() {
 }
 
 #[test]
-fn answers_count_from_who_was_asked() {
+fn answers_from_unqueried_senders_are_ignored() {
     let lan = Lan::new();
     let (asker, other) = (lan.host("asker"), lan.host("other"));
     stock::ready(&asker);
@@ -679,7 +680,7 @@ fn answers_count_from_who_was_asked() {
     asker.net("ip addr add 203.0.113.1/24 dev eth0");
     other.net("ip addr add 203.0.113.2/24 dev eth0");
     let path = stock::add(&other, "file", "echo file > $n");
-    // A narinfo that is taken from whoever is believed.
+    // A valid narinfo, which the asker accepts from any peer that it believes.
     let text = {
         let _real = Daemon::start(&other, &[]);
         narinfo(&other, &other, &path).text()
@@ -699,7 +700,7 @@ fn answers_count_from_who_was_asked() {
         let status = get_local(&asker, "/status.json").unwrap().text();
         status.contains(&format!("\"{}:{PORT}\"", other.address)).then_some(())
     });
-    // What comes of a query that is answered by `sender`, its number changed by `shift`.
+    // Result of a lookup when `sender` answers the query with an ID that is off by `shift`.
     let answered_by = |sender: &UdpSocket, shift: u32| {
         std::thread::scope(|scope| {
             let asking = thread::spawn_in(scope, "lookup", || {
@@ -720,7 +721,7 @@ fn answers_count_from_who_was_asked() {
             asking.join().unwrap()
         })
     };
-    // The port a broadcast did not go to; a network nobody shares with; a number nobody asked with.
+    // Answers from another port, from another network, and with another ID.
     assert_eq!(answered_by(&other.udp(40_000), 0), 404);
     let strange = other.in_net(|| UdpSocket::bind((Ipv4Addr::new(203, 0, 113, 2), 0)).unwrap());
     assert_eq!(answered_by(&strange, 0), 404);

@@ -1,5 +1,5 @@
-//! What changes on a LAN while Nix fetches: neighbours vanish, holders pause and restart, cables
-//! are pulled. Whatever a live holder has is found, every time, and arrives as it is.
+//! Changes on a LAN while Nix fetches: neighbours vanish, holders pause and restart, cables are
+//! unplugged. Nix must find every path that a live holder has, and receive it intact.
 
 use crate::common::fault::Forger;
 use crate::common::http::Connection;
@@ -15,15 +15,15 @@ use std::time::{Duration, Instant};
 
 const SECOND: Duration = Duration::from_secs(1);
 
-/// Plays scenes whose event takes `time`, with the patience that peerix has. On a machine that kept
-/// threads waiting for a processor for longer than [`MAX_WAIT`] meanwhile, or stretched the event,
-/// waits that end too early prove nothing: then the scene is played again with twice the patience,
-/// as on a machine that is half as fast.
+/// Runs a scene whose event takes `time`, with normal timeouts. A failure counts only if the
+/// machine kept pace: no thread waited for a processor for longer than [`MAX_WAIT`], and the event
+/// took at most 10 % longer. Otherwise the scene runs again with doubled timeouts, up to 16 times
+/// the normal ones.
 fn play(time: Duration, scene: impl Fn(&Lan, &World) -> (Holder, Asker, Attempt)) {
     for patience in [1.0, 2.0, 4.0, 8.0, 16.0] {
         let lan = Lan::new().with_scale(Scale::timeouts(patience));
         let world = World::on(&lan);
-        // They show their logs if the test fails here.
+        // Kept alive, so that a failing assertion prints their logs.
         let (_holder, _asker, attempt) = scene(&lan, &world);
         let Some(complaint) = attempt.complaint else { return };
         let (took, waited) = (attempt.took, attempt.waited);
@@ -36,21 +36,21 @@ fn play(time: Duration, scene: impl Fn(&Lan, &World) -> (Holder, Asker, Attempt)
     }
 }
 
-/// Longest time in all for which a machine that keeps pace lets a thread wait for a processor.
+/// Longest total time for which a thread waits for a processor on a machine that keeps pace.
 const MAX_WAIT: Duration = Duration::from_millis(100);
 
-/// What came of fetching the closure of 1,000 while something happened.
+/// Result of one fetch of `closure1000` during an event.
 struct Attempt {
-    /// What Nix complained of.
+    /// Errors and warnings of Nix.
     complaint: Option<String>,
-    /// How long the event took.
+    /// Duration of the event.
     took: Duration,
-    /// How long a thread of the asker's daemon waited for a processor, the one that waited longest.
+    /// Longest time for which a thread of the asker's daemon waited for a processor.
     waited: Duration,
 }
 
 impl Attempt {
-    /// Realises the closure of 1,000 while `event` happens, and checks the bytes.
+    /// Realises `closure1000`, runs `event` meanwhile, and compares the result byte for byte.
     fn new(asker: &Asker, world: &World, event: impl FnOnce()) -> Attempt {
         let path = world.path("closure1000");
         let before = processor_waits(asker.daemon.pid());
@@ -71,13 +71,13 @@ impl Attempt {
     }
 }
 
-/// How long each thread of a process has waited for a processor so far (proc_pid_schedstat: the
-/// second number, in nanoseconds).
+/// Total time for which each thread of a process has waited for a processor. Source: the second
+/// number, in nanoseconds, of `schedstat` (Documentation/scheduler/sched-stats.rst).
 fn processor_waits(pid: u32) -> BTreeMap<String, Duration> {
     let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).expect("a process");
     let wait = |task: std::io::Result<std::fs::DirEntry>| {
         let task = task.ok()?;
-        // A thread may have ended meanwhile.
+        // The thread may have ended meanwhile.
         let text = std::fs::read_to_string(task.path().join("schedstat")).ok()?;
         let nanos = text.split_whitespace().nth(1)?.parse().ok()?;
         Some((task.file_name().into_string().ok()?, Duration::from_nanos(nanos)))
@@ -94,7 +94,7 @@ fn vanished_neighbour_hides_no_path() {
     let asker = Asker::new(&lan, &world, &[&holder]);
     daemon::wait_until_live(&asker.host, 2);
     asker.fetches_while(&world, || neighbour.vanish());
-    // The entry of its address in the kernel's table fails, is tried again, and goes.
+    // Meanwhile its entry in the kernel's neighbour table fails, is tried again and disappears.
     asker.looks_up_while(&world, || std::thread::sleep(60 * SECOND));
 }
 
@@ -163,11 +163,11 @@ fn stopped_holder_is_replaced_by_the_next_substituter() {
     let asker = Asker::with_next(&lan, &world, &[&holder]);
     let path = world.path("closure1000");
     let (output, ()) = asker.realises_while(path, || holder.daemon.signal(Signal::STOP));
-    // The holder still stands: what came after its last answer came from the next substituter.
+    // The holder is still stopped, so the rest came from the next substituter.
     nix::assert_succeeded(&output);
     assert_eq!(asker.has_whole(&world, path).len(), 1000);
     holder.daemon.signal(Signal::CONT);
-    // And it is found again.
+    // The asker finds the holder again.
     daemon::wait_until_known(&asker.host, &holder.mark);
 }
 
@@ -191,7 +191,7 @@ fn restarted_holder_is_waited_for() {
 }
 
 #[test]
-fn both_restart_and_the_first_lookup_finds() {
+fn first_lookup_after_restart_of_both_nodes_finds() {
     let lan = Lan::patient();
     let world = World::on(&lan);
     let mut holder = Holder::new(&lan, &world, "holder");
@@ -199,7 +199,7 @@ fn both_restart_and_the_first_lookup_finds() {
     for round in 0..200 {
         holder.daemon.stop();
         asker.daemon.stop();
-        // Now the one is first, and now the other.
+        // Alternate the order of the starts.
         if round % 2 == 0 {
             holder.daemon = Daemon::start(&holder.host, &[]);
             asker.daemon = Daemon::start(&asker.host, &["--trusted-public-key", &world.cache_key]);
@@ -283,7 +283,7 @@ fn forged_hellos_hide_no_path() {
 }
 
 #[test]
-fn cable_that_was_out_hides_no_path() {
+fn replugged_cable_hides_no_path() {
     play(2 * SECOND, |lan, world| {
         let holder = Holder::new(lan, world, "holder");
         let asker = Asker::new(lan, world, &[&holder]);
@@ -297,7 +297,7 @@ fn cable_that_was_out_hides_no_path() {
 }
 
 #[test]
-fn holder_in_the_next_network_is_found() {
+fn holder_in_new_network_is_found_after_move() {
     let lan = Lan::patient();
     let world = World::on(&lan);
     let here = Holder::new(&lan, &world, "here");
@@ -309,7 +309,7 @@ fn holder_in_the_next_network_is_found() {
     asker.fetches_while(&world, || move_to_elsewhere(&asker.host, "10.78.0.2"));
 }
 
-/// Plugs a host into the second switch, where it gets another address.
+/// Connects a host to the second switch, with another address.
 fn move_to_elsewhere(host: &Host, address: &str) {
     host.switch("ip link set {port} master elsewhere");
     host.net(&format!("ip addr del {}/24 dev eth0", host.address));
@@ -317,7 +317,7 @@ fn move_to_elsewhere(host: &Host, address: &str) {
 }
 
 #[test]
-fn original_among_new_nodes_is_found() {
+fn original_peerix_among_new_nodes_is_found() {
     let lan = Lan::patient();
     let world = World::on(&lan);
     let old = lan.host("original");
@@ -332,7 +332,7 @@ fn original_among_new_nodes_is_found() {
 }
 
 #[test]
-fn what_is_registered_is_found_at_once() {
+fn newly_registered_path_is_found_at_once() {
     let lan = Lan::patient();
     let world = World::on(&lan);
     let holder = Holder::new(&lan, &world, "holder");
@@ -341,7 +341,7 @@ fn what_is_registered_is_found_at_once() {
         let path = stock::add(&holder.host, &format!("new-{number}"), "echo $n > $n");
         assert_eq!(daemon::narinfo_status(&asker.host, &path), 200, "{path}");
     }
-    // Also when it was asked for before.
+    // A path is also found if an earlier lookup missed it.
     for number in 0..50 {
         let path = stock::add(&asker.host, &format!("late-{number}"), "echo $n > $n");
         assert_eq!(

@@ -1,5 +1,5 @@
-//! The daemon as its user and systemd see it: the command line, what it says when it cannot start,
-//! how it stops, and the sockets that outlive it.
+//! The daemon as its user and systemd see it: command line, error messages at start, shutdown, and
+//! sockets that systemd passes.
 
 use crate::common::daemon::binary;
 use crate::common::http::get_local;
@@ -17,13 +17,13 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixDatagram;
 use std::process::{Command, Output, Stdio};
 
-/// Runs it here, for what it answers before it touches anything.
+/// Runs the program on this machine, for command lines that end before it opens anything.
 fn run(args: &[&str]) -> Output {
     Command::new(binary()).args(args).stdin(Stdio::null()).output().unwrap()
 }
 
-/// Checks that a run failed with `status` after saying one line that has all of `words`, and
-/// nothing else.
+/// Checks that a run exited with `status` and printed one line with all of `words`, to standard
+/// error only.
 fn assert_one_line(output: &Output, status: i32, words: &[&str]) {
     let said = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(status), "{said}");
@@ -38,7 +38,7 @@ fn assert_one_line(output: &Output, status: i32, words: &[&str]) {
 }
 
 #[test]
-fn help_and_version() {
+fn help_and_version_are_printed() {
     for flag in ["--help", "-h"] {
         let output = run(&[flag]);
         let text = String::from_utf8(output.stdout).unwrap();
@@ -58,7 +58,7 @@ fn help_and_version() {
 }
 
 #[test]
-fn a_wrong_command_line() {
+fn wrong_command_line_exits_with_one_line() {
     for (args, names) in [
         (&["--prot", "1"][..], "--prot"),
         (&["word"], "word"),
@@ -89,7 +89,7 @@ fn host(lan: &Lan) -> (Host, String) {
     (host, path)
 }
 
-/// Runs it on a host where it cannot start.
+/// Runs the daemon on a host where its start fails.
 fn fail(host: &Host, uid: u32, flags: &[&str]) -> Output {
     let mut command = host.cmd_as(uid, "timeout");
     command
@@ -101,7 +101,7 @@ fn fail(host: &Host, uid: u32, flags: &[&str]) -> Output {
 }
 
 #[test]
-fn what_keeps_it_from_starting() {
+fn start_failures_exit_with_one_line() {
     let lan = Lan::new();
     let (host, _) = host(&lan);
     assert_one_line(&fail(&host, 65534, &["--port", "80"]), 1, &["80", "--port"]);
@@ -133,18 +133,19 @@ fn what_keeps_it_from_starting() {
     host.sh("chmod 700 /nix/var/nix/db");
     assert_one_line(&fail(&host, 65534, &[]), 1, &["/nix/var/nix/db", "readable"]);
     host.sh("chmod 755 /nix/var/nix/db");
-    // Nothing of it was the host's fault.
+    // The daemon starts once all faults are fixed.
     Daemon::start(&host, &[]);
 }
 
-/// Whether `/health` of the daemon on `host` lists the fault.
+/// Whether `/health` of the daemon on `host` lists the fault `code`.
 fn has_fault(host: &Host, code: &str) -> bool {
     let health = get_local(host, "/health").unwrap();
     assert!(health.status == 200 && health.text().starts_with("ok\n"), "{health:?}");
     health.text().lines().any(|line| line.starts_with(&format!("{code}: ")))
 }
 
-/// A path that no content proves: what `nix-store --add` makes needs no signature.
+/// Builds a path that is not content-addressed. `nix-store --add` makes paths that need no
+/// signature.
 fn build(host: &Host, name: &str) -> String {
     host.write(
         "/tmp/build.nix",
@@ -158,9 +159,9 @@ fn build(host: &Host, name: &str) -> String {
         .to_owned()
 }
 
-/// A missing key closed the port, and with it stopped every build of the machine.
+/// The port stays open with an unusable key. A closed port would stop every build of the machine.
 #[test]
-fn unusable_key_files_leave_the_port_open_and_narrow_what_is_shared() {
+fn unusable_key_files_leave_the_port_open_and_reduce_sharing() {
     let lan = Lan::new();
     let (host, addressed) = host(&lan);
     let neighbour = lan.host("neighbour");
@@ -213,7 +214,7 @@ fn unusable_key_files_leave_the_port_open_and_narrow_what_is_shared() {
 }
 
 #[test]
-fn key_that_comes_late_is_used_without_a_restart() {
+fn late_key_is_used_without_a_restart() {
     let lan = Lan::new().with_scale(Scale::intervals(0.02));
     let (host, _) = host(&lan);
     let neighbour = lan.host("neighbour");
@@ -238,10 +239,10 @@ fn key_that_comes_late_is_used_without_a_restart() {
     );
 }
 
-/// Who has another key is another peer to the trackers, so that one that cannot be read is never
-/// replaced.
+/// The daemon never replaces an unreadable identity, because trackers treat a new key as a new
+/// peer.
 #[test]
-fn an_identity_that_cannot_be_had_turns_wan_off_and_leaves_the_lan() {
+fn unusable_identity_disables_wan_but_not_lan() {
     let lan = Lan::new().with_scale(Scale::intervals(0.02));
     let (host, path) = host(&lan);
     let neighbour = lan.host("neighbour");
@@ -273,7 +274,7 @@ fn an_identity_that_cannot_be_had_turns_wan_off_and_leaves_the_lan() {
             assert!(daemon.stop().success());
             continue;
         }
-        // It is mended while the daemon runs, which starts again without closing its port.
+        // The identity is repaired while the daemon runs. It restarts without closing its port.
         assert_eq!(host.sh("cat /var/damaged/identity"), "peerix-identity:AAAA\n");
         host.sh("rm /var/damaged/identity");
         let has_trackers = |status: serde_json::Value| {
@@ -295,9 +296,9 @@ fn an_identity_that_cannot_be_had_turns_wan_off_and_leaves_the_lan() {
     }
 }
 
-/// That was one line in the log, and remained so until a restart.
+/// The daemon retries an unusable identity and reports it in `/health`, without a restart.
 #[test]
-fn identity_that_cannot_be_had_turns_friends_off_until_it_can() {
+fn unusable_identity_disables_friends_until_repaired() {
     let lan = Lan::new().with_scale(Scale::intervals(0.02));
     let (host, _) = host(&lan);
     host.write("/var/damaged/identity", "peerix-identity:AAAA\n");
@@ -315,16 +316,16 @@ fn identity_that_cannot_be_had_turns_friends_off_until_it_can() {
     });
 }
 
-/// A Prometheus on another machine could not read them.
+/// `--metrics` lets a Prometheus on another machine read the metrics.
 #[test]
-fn metrics_are_served_to_others_where_the_user_says_so() {
+fn metrics_flag_serves_metrics_to_others() {
     let lan = Lan::new().with_scale(Scale::intervals(0.02));
     let (host, path) = host(&lan);
     let neighbour = lan.host("neighbour");
     let ask = |port, route: &str| crate::common::http::get(&neighbour, (host.address, port), route);
     let taken = host.listen(9100);
     let mut daemon = Daemon::start(&host, &["--metrics", &format!("{}:9100", host.address)]);
-    // Whatever is in the way of it is in the way of nothing else.
+    // A failure of the metrics listener affects nothing else.
     assert!(has_fault(&host, "metrics"));
     assert_eq!(narinfo(&neighbour, &host, &path).status, 200);
     drop(taken);
@@ -335,7 +336,7 @@ fn metrics_are_served_to_others_where_the_user_says_so() {
         "{metrics:?}"
     );
     assert_eq!(ask(9100, "/health").unwrap().text(), "ok\n");
-    // Nothing else is there, and the other port tells others no more than before.
+    // The metrics port serves nothing else, and the main port still refuses metrics to others.
     let route = stock::narinfo_route(&path);
     for route in ["/", "/status.json", "/nix-cache-info", &route] {
         assert_eq!(ask(9100, route).unwrap().status, 404, "{route}");
@@ -348,15 +349,15 @@ fn metrics_are_served_to_others_where_the_user_says_so() {
     assert!(daemon.stop().success());
 }
 
-/// What systemd does: it holds the sockets, and passes copies to each daemon it starts.
+/// Holds the sockets like systemd, and passes copies to each daemon.
 struct HeldSockets(std::net::TcpListener, std::net::UdpSocket);
 
 impl HeldSockets {
     fn start(&self, host: &Host, flags: &str) -> Logged {
         let mut command = host.cmd("bash");
         let peerix = binary().display();
-        // The copies come as standard input and output: descriptors that are inherited by number
-        // would be inherited by the processes that other tests start at this moment, too.
+        // The copies are passed as standard input and output. Processes that other tests start at
+        // the same time would inherit other descriptors too.
         command.arg("-ec").arg(format!(
             "exec 3<&0 4<&1 </dev/null >/dev/null; export LISTEN_PID=$$ LISTEN_FDS=2 LISTEN_FDNAMES=tcp:udp
              exec {peerix} {flags}"
@@ -370,10 +371,9 @@ impl HeldSockets {
     }
 }
 
-/// A unit with a flag that this version does not know closed the port, and Nix failed or waited at
-/// it.
+/// The port stays open with an unknown flag in the unit. Without a listener, Nix fails or waits.
 #[test]
-fn with_systemds_sockets_wrong_flags_and_a_missing_database_answer_misses() {
+fn daemon_with_passed_sockets_and_a_fault_answers_misses() {
     let lan = Lan::new().with_scale(Scale::intervals(0.02));
     let (server, path) = host(&lan);
     let neighbour = lan.host("neighbour");
@@ -388,7 +388,7 @@ fn with_systemds_sockets_wrong_flags_and_a_missing_database_answer_misses() {
         assert!(words.iter().all(|word| health.text().contains(word)), "{health:?}");
         assert_eq!(get_local(&server, &route).unwrap().status, 404);
         assert_eq!(narinfo(&neighbour, &server, &path).status, 404);
-        // Others are told nothing of it.
+        // Other machines get no details.
         for route in ["/", "/status.json", "/health"] {
             let answer =
                 crate::common::http::get(&neighbour, (server.address, PORT), route).unwrap();
@@ -408,7 +408,7 @@ fn with_systemds_sockets_wrong_flags_and_a_missing_database_answer_misses() {
     let info = get_local(&server, "/nix-cache-info").unwrap().text();
     assert!(info.contains("StoreDir: /nix/store\n") && info.contains("Priority: 33\n"), "{info}");
     assert!(daemon.log().contains("--option substituters ''"), "{}", daemon.log());
-    // A build of this machine goes on, and doctor says why it gets nothing from peers.
+    // A local build succeeds, and `doctor` says why the daemon gets nothing from peers.
     crate::common::nix::configure_client(&server, "", &[]);
     build(&server, "local");
     let output = server.cmd(&binary().display().to_string()).arg("doctor").ran();
@@ -422,7 +422,7 @@ fn with_systemds_sockets_wrong_flags_and_a_missing_database_answer_misses() {
     server.sh("mv /nix/var/nix/db /nix/var/nix/away");
     let mut daemon = sockets.start(&server, "--verbose");
     misses("store", &["/nix/var/nix/db/db.sqlite"]);
-    // It is there now: the daemon serves, without a restart.
+    // With the database back, the daemon serves without a restart.
     server.sh("mv /nix/var/nix/away /nix/var/nix/db");
     wait_for("it serves", || (narinfo(&neighbour, &server, &path).status == 200).then_some(()));
     assert!(stock::has(&neighbour.udp(0), &server, &path));
@@ -430,7 +430,7 @@ fn with_systemds_sockets_wrong_flags_and_a_missing_database_answer_misses() {
     assert_eq!(daemon.process.terminate().code(), Some(0));
 }
 
-/// Reads the head of an answer and a little of its body.
+/// Sends a request and reads the first 100,000 bytes of the answer.
 fn begin(stream: &mut TcpStream, route: &str) {
     write!(stream, "GET {route} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n").unwrap();
     stream.set_read_timeout(Some(DEADLINE)).unwrap();
@@ -440,7 +440,7 @@ fn begin(stream: &mut TcpStream, route: &str) {
 }
 
 #[test]
-fn stopping_ends_streams_short() {
+fn stop_cuts_streams_and_exits() {
     const MIB: u32 = 96;
     let lan = Lan::new();
     let (server, _) = host(&lan);
@@ -453,11 +453,11 @@ fn stopping_ends_streams_short() {
         begin(&mut streaming, &route);
         let idle = neighbour.connect((server.address, PORT)).unwrap();
         daemon.signal(signal);
-        // It does not wait for a reader that reads nothing meanwhile.
+        // The daemon does not wait for a client that reads nothing.
         let status = daemon.stop();
         assert_eq!(status.code(), Some(0));
         let mut rest = Vec::new();
-        // A reset is as short as an end.
+        // The daemon may end the stream with a reset.
         let _ = streaming.read_to_end(&mut rest);
         assert!(
             rest.len() < (MIB as usize - 1) << 20,
@@ -470,7 +470,7 @@ fn stopping_ends_streams_short() {
 }
 
 #[test]
-fn neighbours_learn_that_it_leaves() {
+fn stop_sends_a_bye_to_neighbours() {
     let lan = Lan::new();
     let (server, _) = host(&lan);
     let neighbour = lan.host("neighbour");
@@ -485,7 +485,7 @@ fn neighbours_learn_that_it_leaves() {
 }
 
 #[test]
-fn systemd_is_told() {
+fn systemd_gets_ready_watchdog_and_stopping() {
     let lan = Lan::new();
     let (server, _) = host(&lan);
     let file = directory().join(format!("notify-{}", std::process::id()));
@@ -493,7 +493,7 @@ fn systemd_is_told() {
     let socket = UnixDatagram::bind(&file).unwrap();
     socket.set_read_timeout(Some(DEADLINE)).unwrap();
     let mut command = server.cmd(&binary().display().to_string());
-    // Discovery turns every five seconds at least; a watchdog asks for a third of its time.
+    // After each third of this time, the main thread notifies systemd if discovery still runs.
     command.env("NOTIFY_SOCKET", &file).env("WATCHDOG_USEC", "16000000");
     let mut daemon = Logged::start(&server.name, command);
     let hear = |wanted: &str| {
@@ -508,7 +508,7 @@ fn systemd_is_told() {
         }
     };
     hear("READY=1");
-    // Ready is when it answers.
+    // The daemon answers requests by the time it reports READY=1.
     let answer = get_local(&server, "/nix-cache-info").unwrap();
     assert_eq!(answer.status, 200);
     hear("WATCHDOG=1");
@@ -520,22 +520,21 @@ fn systemd_is_told() {
 }
 
 #[test]
-fn sockets_that_systemd_holds() {
+fn passed_sockets_stay_open_between_daemons() {
     let lan = Lan::new();
     let (server, path) = host(&lan);
     let neighbour = lan.host("neighbour");
     let sockets = HeldSockets(server.listen(PORT), server.udp(PORT));
     let start = |flags: &str| sockets.start(&server, flags);
     let query = Packet::Query { id: 9, hash_part: hash_part(&path).into() }.write();
-    // `--port` is not what it binds: that port is somebody else's on this host.
+    // The daemon ignores `--port` for passed sockets: another program uses that port on this host.
     let _somebody = server.listen(PORT + 1);
     let mut daemon = start(&format!("--verbose --port {}", PORT + 1));
     for _ in 0..3 {
         assert_eq!(narinfo(&neighbour, &server, &path).status, 200);
         assert!(stock::has(&neighbour.udp(0), &server, &path));
         assert_eq!(daemon.process.terminate().code(), Some(0));
-        // Between two daemons: the connection is made, and the query sent, and both are answered by
-        // the next one.
+        // No daemon runs now. The next one answers this connection and this query.
         let asker = neighbour.udp(0);
         asker.send_to(&query, (server.address, PORT)).unwrap();
         let mut waiting =
@@ -558,7 +557,7 @@ fn sockets_that_systemd_holds() {
     }
     drop(daemon);
 
-    // Only one of the two, or another kind, is a mistake in the unit that somebody has to learn of.
+    // The daemon exits if the unit passes only one of the two sockets.
     let mut command = server.cmd("bash");
     let peerix = binary().display();
     command
@@ -569,10 +568,10 @@ fn sockets_that_systemd_holds() {
     assert_one_line(&command.output().unwrap(), 1, &["ListenDatagram="]);
 }
 
-/// With sockets from systemd, `--bind` was ignored without a word; without them, an address that
-/// was not there yet was an exit.
+/// `--bind` applies to passed sockets too, and the daemon waits for an address that is not there
+/// yet.
 #[test]
-fn bind_is_kept_for_passed_sockets_and_late_addresses() {
+fn bind_applies_to_passed_sockets_and_late_addresses() {
     let lan = Lan::new();
     let (server, path) = host(&lan);
     let neighbour = lan.host("neighbour");
@@ -594,7 +593,7 @@ fn bind_is_kept_for_passed_sockets_and_late_addresses() {
     let local = || {
         get_local(&server, &stock::narinfo_route(&path)).is_ok_and(|answer| answer.status == 200)
     };
-    // A connection that is dropped takes as long to fail as it is waited for.
+    // A connection to a filtered address fails only after this timeout.
     let connects = |to: Ipv4Addr| {
         let within = std::time::Duration::from_secs(2);
         neighbour.in_net(|| TcpStream::connect_timeout(&(to, PORT).into(), within)).is_ok()
@@ -607,8 +606,8 @@ fn bind_is_kept_for_passed_sockets_and_late_addresses() {
         daemon.log()
     );
     assert!(connects(second) && !connects(server.address));
-    // Datagrams to the one address are answered, and to the other not; what everybody hears comes
-    // through its interface.
+    // The daemon answers datagrams to the bound address and to the broadcast address of its
+    // interface, and none to its other address.
     let asker = neighbour.udp(0);
     let query = |to: Ipv4Addr, id: u32| {
         asker
@@ -625,14 +624,14 @@ fn bind_is_kept_for_passed_sockets_and_late_addresses() {
     query(BROADCAST, 3);
     assert_eq!(first(&asker), 3);
     assert_eq!(daemon.process.terminate().code(), Some(0));
-    // The next one, without the flag, takes it off again.
+    // The next daemon, without `--bind`, removes the restriction from the sockets.
     let mut daemon = start("--verbose");
     wait_for("peerix answers", || local().then_some(()));
     assert!(connects(second) && connects(server.address));
     assert_eq!(daemon.process.terminate().code(), Some(0));
     drop((tcp, udp));
 
-    // An address that comes later, as by DHCP.
+    // An address that is assigned later, for example by DHCP.
     let late = Ipv4Addr::new(10, 77, 0, 201);
     let daemon = Daemon::start(&server, &["--bind", &late.to_string()]);
     assert!(

@@ -1,5 +1,5 @@
-//! NARs compressed between peers that are far from one another. The `zstd` program is the other
-//! end: it need not be peerix.
+//! Compression of NARs between distant peers. The `zstd` program is the other end, so that peerix
+//! is not only tested against itself.
 
 use crate::common::http::{Answer, Connection, Reply, Request, Server};
 use crate::common::{DEADLINE, Daemon, Host, Lan, PORT, Scale, nar, stock, thread};
@@ -10,7 +10,7 @@ use std::net::{SocketAddr, TcpListener};
 use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex};
 
-/// What `zstd` with `options` makes of bytes on its standard input.
+/// The output of `zstd` with `options` for the bytes in `input`.
 fn zstd(options: &[&str], input: &[u8]) -> Vec<u8> {
     let mut command = Command::new("zstd");
     command
@@ -28,7 +28,7 @@ fn zstd(options: &[&str], input: &[u8]) -> Vec<u8> {
     output.stdout
 }
 
-/// Several windows of text.
+/// A NAR with text, larger than several zstd windows.
 fn archive() -> Vec<u8> {
     let lines: String = (0..500_000u64).map(|n| format!("{n} {:x}\n", n * 7919 % 65_536)).collect();
     nar::archive(&nar::file(lines.as_bytes()))
@@ -45,7 +45,7 @@ fn chunked(body: &[u8]) -> Vec<u8> {
     out
 }
 
-/// A compressed answer that begins at byte `from`.
+/// A compressed answer with the NAR from byte `from`. `size` is the size of the whole NAR.
 fn answer(body: &[u8], from: usize, size: usize) -> Vec<u8> {
     let status = match from {
         0 => "HTTP/1.1 200 OK\r\n".to_owned(),
@@ -58,7 +58,7 @@ fn answer(body: &[u8], from: usize, size: usize) -> Vec<u8> {
     [head.as_bytes(), &chunked(body)].concat()
 }
 
-/// A peer that answers every request so.
+/// A peer that gives every request an answer from the same function.
 struct Peer {
     address: SocketAddr,
     asked: Arc<Mutex<Vec<Request>>>,
@@ -98,7 +98,7 @@ fn client() -> PeerClient {
     PeerClient::new(StoreDir::parse("/nix/store").unwrap())
 }
 
-/// The rest of a NAR, and that it is the end.
+/// Reads the remaining `len` bytes of a NAR. Fails if the body does not end there.
 fn rest(mut body: NarBody, len: usize) -> io::Result<Vec<u8>> {
     let mut bytes = vec![0; body.skip as usize + len];
     body.read_exact(&mut bytes)?;
@@ -108,14 +108,14 @@ fn rest(mut body: NarBody, len: usize) -> io::Result<Vec<u8>> {
     Ok(bytes.split_off(body.skip as usize))
 }
 
-/// Why a NAR of `size` bytes cannot be read from this body.
+/// The error when a NAR of `size` bytes is read from this compressed body.
 fn fails(body: &[u8], size: usize) -> io::Error {
     let peer = Peer::saying(answer(body, 0, size));
     rest(peer.nar(0, size, true).unwrap(), size).unwrap_err()
 }
 
 #[test]
-fn whole_and_from_any_byte() {
+fn compressed_nar_is_read_whole_and_from_any_byte() {
     let nar = archive();
     for options in [&["-1"][..], &["-3"], &["-3", "--no-check"], &["--fast=5"]] {
         for from in [0, 1, nar.len() / 2, nar.len() - 1] {
@@ -129,7 +129,7 @@ fn whole_and_from_any_byte() {
             assert_eq!(peer.header("range"), (from > 0).then(|| format!("bytes={from}-")));
         }
     }
-    // A peer without ranges sends all of it, of which the beginning is skipped.
+    // A peer without ranges sends the whole NAR, and the client skips the beginning.
     let peer = Peer::saying(answer(&zstd(&[], &nar), 0, nar.len()));
     let body = peer.nar(1000, nar.len(), true).unwrap();
     assert_eq!(body.skip, 1000);
@@ -137,17 +137,17 @@ fn whole_and_from_any_byte() {
 }
 
 #[test]
-fn a_peer_may_send_it_plain() {
+fn uncompressed_answer_is_accepted() {
     let nar = archive();
     let plain = nar.clone();
     let peer = Peer::new(move |_| Reply::Whole(200, plain.clone()));
     assert!(rest(peer.nar(0, nar.len(), true).unwrap(), nar.len()).unwrap() == nar);
-    // Then its length has to be right, as ever.
+    // An uncompressed NAR must have the expected length.
     assert!(matches!(peer.nar(0, nar.len() + 1, true), Err(PeerError::Malformed(_))));
 }
 
 #[test]
-fn nothing_encoded_comes_unasked() {
+fn unrequested_encoding_is_refused() {
     let nar = archive();
     let peer = Peer::saying(answer(&zstd(&[], &nar), 0, nar.len()));
     assert!(matches!(peer.nar(0, nar.len(), false), Err(PeerError::Malformed(_))));
@@ -162,10 +162,10 @@ fn nothing_encoded_comes_unasked() {
 }
 
 #[test]
-fn a_stream_that_is_cut_never_looks_whole() {
+fn cut_stream_is_an_error() {
     let nar = archive();
     let body = zstd(&[], &nar);
-    // Ended in order, but too early.
+    // The chunked encoding ends properly, but the zstd frame does not.
     for len in [0, 1, 5, 20, body.len() / 2, body.len() - 5, body.len() - 1] {
         assert_eq!(
             fails(&body[..len], nar.len()).kind(),
@@ -174,7 +174,7 @@ fn a_stream_that_is_cut_never_looks_whole() {
             body.len()
         );
     }
-    // Cut anywhere in the chunks.
+    // The connection ends inside the chunked encoding.
     let all = answer(&body, 0, nar.len());
     for len in [all.len() / 2, all.len() - 8, all.len() - 6, all.len() - 5] {
         let peer = Peer::saying(all[..len].to_vec());
@@ -183,7 +183,7 @@ fn a_stream_that_is_cut_never_looks_whole() {
 }
 
 #[test]
-fn what_is_no_zstd_or_more_than_that() {
+fn invalid_or_oversized_zstd_is_an_error() {
     let nar = archive();
     let body = zstd(&[], &nar);
     fails(&nar, nar.len());
@@ -198,10 +198,10 @@ fn what_is_no_zstd_or_more_than_that() {
     for after in [&b"x"[..], &body] {
         fails(&[&body, after].concat(), nar.len());
     }
-    // A shorter NAR than was promised, and one that is longer.
+    // A NAR that is one byte shorter or longer than promised.
     fails(&zstd(&[], &nar[..nar.len() - 1]), nar.len());
     fails(&zstd(&[], &[&nar[..], b"x"].concat()), nar.len());
-    // Windows that take more memory than any peer needs.
+    // Frames with a window larger than the reader's limit of 2 MiB.
     for options in [["-19"], ["--long=27"]] {
         let error = fails(&zstd(&options, &nar), nar.len());
         assert!(error.to_string().contains("memory"), "{error}");
@@ -209,7 +209,7 @@ fn what_is_no_zstd_or_more_than_that() {
 }
 
 #[test]
-fn a_bomb_costs_no_more_than_what_was_wanted() {
+fn zip_bomb_is_decompressed_only_as_far_as_read() {
     let bomb = zstd(&["-1"], &vec![0; 256 << 20]);
     let peer = Peer::saying(answer(&bomb, 0, 1000));
     let mut body = peer.nar(0, 1000, true).unwrap();
@@ -220,7 +220,7 @@ fn a_bomb_costs_no_more_than_what_was_wanted() {
 }
 
 #[test]
-fn a_connection_is_used_again() {
+fn connection_is_reused_after_a_compressed_nar() {
     let nar = archive();
     let bodies =
         [answer(&zstd(&[], &nar), 0, nar.len()), answer(&zstd(&[], &nar[9..]), 9, nar.len())];
@@ -252,7 +252,7 @@ fn a_connection_is_used_again() {
     peer.join().unwrap();
 }
 
-/// A server that takes its neighbours for strangers, and what it has.
+/// A server, and a neighbour that sends it requests.
 struct Scene {
     server: Host,
     neighbour: Host,
@@ -269,8 +269,8 @@ impl Scene {
         Scene { server, neighbour, _daemon: daemon, _lan: lan }
     }
 
-    /// One in whose eyes nobody is a neighbour, sharing everything. There is no tracker at that
-    /// port.
+    /// A server that shares everything and treats no address as a neighbour. No tracker listens on
+    /// port 9.
     fn wan() -> Scene {
         Scene::new(&[
             "--mode",
@@ -306,7 +306,7 @@ fn is_zstd(answer: &Answer) -> bool {
 }
 
 #[test]
-fn a_stranger_gets_it_compressed_from_any_byte() {
+fn stranger_gets_compressed_nar_from_any_byte() {
     let scene = Scene::wan();
     let tree = "mkdir -p $n/d; seq 100000 > $n/a; seq 9 > $n/d/b; chmod +x $n/d/b; ln -s ../a $n/d/c; : > $n/e";
     let noise = "head -c 1000000 /dev/urandom > $n";
@@ -343,7 +343,7 @@ fn a_stranger_gets_it_compressed_from_any_byte() {
 }
 
 #[test]
-fn who_gets_it_plain() {
+fn requests_without_zstd_get_uncompressed_nar() {
     let scene = Scene::wan();
     let path = stock::add_large(&scene.server, "large", 1);
     let nar = stock::dump(&scene.server, &path);
@@ -357,18 +357,18 @@ fn who_gets_it_plain() {
         assert!(!is_zstd(&answer) && answer.body == nar, "{headers}");
         assert_eq!(answer.header("vary"), Some("Accept-Encoding"));
     }
-    // The other view is Nix's own.
+    // Only `/local`, the view for peers, is compressed.
     let answer = scene.ask(&route.replace("/local/", "/store/"), ZSTD);
     assert!(!is_zstd(&answer) && answer.header("vary").is_none() && answer.body == nar);
-    // HTTP/1.0 knows no chunks.
+    // HTTP/1.0 has no chunked encoding.
     let mut old = scene.connect();
     old.send(format!("GET {route} HTTP/1.0\r\n{ZSTD}\r\n").as_bytes()).unwrap();
     assert!(!is_zstd(&old.answer(true).unwrap()));
-    // This machine.
+    // A request from the same machine.
     let mut own = Connection::new(scene.server.connect_local().unwrap()).unwrap();
     assert!(!is_zstd(&own.ask("GET", &route, ZSTD).unwrap()));
 
-    // The two forms have two names.
+    // The two encodings have different entity tags.
     let compressed = scene.ask(&route, ZSTD);
     let tags = [&plain, &compressed].map(|answer| answer.header("etag").unwrap().to_owned());
     assert_ne!(tags[0], tags[1]);
@@ -378,7 +378,7 @@ fn who_gets_it_plain() {
         let answer = scene.ask(&route, &format!("{ZSTD}Range: bytes=5-\r\nIf-Range: {tag}\r\n"));
         assert_eq!(answer.status, status, "{tag}");
     }
-    // HEAD says the same, and the connection goes on.
+    // HEAD returns the same headers as GET, and the connection stays usable.
     let mut connection = scene.connect();
     let head = connection.ask("HEAD", &route, ZSTD).unwrap();
     assert!(head.status == 200 && is_zstd(&head) && head.body.is_empty());
@@ -386,7 +386,7 @@ fn who_gets_it_plain() {
 }
 
 #[test]
-fn a_neighbour_gets_it_plain() {
+fn neighbour_gets_uncompressed_nar() {
     let scene = Scene::new(&[]);
     let path = stock::add_large(&scene.server, "large", 1);
     let answer = scene.ask(&scene.nar_route(&path), ZSTD);
@@ -395,14 +395,14 @@ fn a_neighbour_gets_it_plain() {
 }
 
 #[test]
-fn a_compressed_stream_is_cut_when_its_file_changes() {
+fn compressed_stream_of_changed_file_is_cut() {
     let scene = Scene::wan();
     let path = stock::add(&scene.server, "noise", "head -c 50000000 /dev/urandom > $n");
     let mut connection = scene.connect();
     connection
         .send(format!("GET {} HTTP/1.1\r\n{ZSTD}\r\n", scene.nar_route(&path)).as_bytes())
         .unwrap();
-    // More than fits into the buffers between is still to come when the file loses its end.
+    // The file shrinks while more of it than the buffers hold is still to be sent.
     connection.wait_for_answer().unwrap();
     scene.server.sh(&format!("chmod +w {path}; truncate -s 49999999 {path}"));
     let answer = connection.answer(true).unwrap();
@@ -411,11 +411,11 @@ fn a_compressed_stream_is_cut_when_its_file_changes() {
 }
 
 #[test]
-fn beyond_sixteen_the_streams_are_plain() {
+fn compressed_streams_beyond_sixteen_are_uncompressed() {
     let scene = Scene::wan();
     let path = stock::add(&scene.server, "noise", "head -c 50000000 /dev/urandom > $n");
     let route = scene.nar_route(&path);
-    // Each waits for its asker to take more.
+    // Each stream stays active, because its client does not read on.
     let streams: Vec<Connection> = (0..16)
         .map(|_| {
             let mut connection = scene.connect();

@@ -1,4 +1,4 @@
-//! What a node counts survives it, and whatever is wrong with where it is kept is told, and costs
+//! The counters of a node survive a restart. A problem with their file is reported and affects
 //! nothing else.
 
 use crate::common::daemon::status;
@@ -8,7 +8,7 @@ use std::fs;
 
 const STATE: &str = "/var/lib/peerix";
 
-/// A machine without peers, whose every lookup is a miss.
+/// A host without peers, on which every lookup is a miss.
 fn host(lan: &Lan) -> Host {
     let host = lan.host("node");
     nix::configure_client(&host, "", &[]);
@@ -26,13 +26,13 @@ fn miss(host: &Host, times: u64) {
     }
 }
 
-/// Misses since the start, and since installation.
+/// Misses since the start, and since installation if the counters are kept.
 fn misses(host: &Host) -> (u64, Option<u64>) {
     let totals = status(host)["totals"].take();
     (totals["start"]["misses"].as_u64().unwrap(), totals["installation"]["misses"].as_u64())
 }
 
-/// What the node says is wrong with its counters.
+/// The problem that the node reports about its counters.
 fn problem(host: &Host) -> Option<String> {
     let problems = status(host)["health"]["problems"].take();
     let counters =
@@ -41,7 +41,7 @@ fn problem(host: &Host) -> Option<String> {
     Some(counters["text"].as_str().unwrap().to_owned())
 }
 
-/// The misses in the file, once there is one.
+/// The misses in the file. Waits until the file exists.
 fn kept(host: &Host) -> u64 {
     let text = wait_for("the counters are written", || {
         fs::read(host.path(&format!("{STATE}/counters"))).ok()
@@ -69,14 +69,13 @@ fn counters_survive_stops_and_kills() {
         hours.as_array().unwrap().iter().map(|hour| hour["misses"].as_u64().unwrap()).sum::<u64>(),
         12
     );
-    // What was counted in the last minute is lost, and no more.
+    // The file is written every 60 s, so the last misses are lost.
     daemon.kill();
     let mut daemon = start(&host);
     assert_eq!((misses(&host), problem(&host)), ((0, Some(7)), None));
     assert_eq!(since(&host), first);
 
-    // Killed over and over, at whatever moment: the file is whole each time, and nothing is left
-    // beside it for long.
+    // Kills at random moments leave the file intact, and the next write replaces a temporary file.
     for _ in 0..20 {
         daemon.kill();
         daemon = start(&host);
@@ -90,7 +89,7 @@ fn counters_survive_stops_and_kills() {
 }
 
 #[test]
-fn a_damaged_file_is_told_and_costs_nothing_else() {
+fn damaged_file_is_reported_and_replaced() {
     let lan = Lan::new();
     let host = host(&lan);
     host.write(&format!("{STATE}/counters"), "{\"version\":1,\"since\":1,\"tot");
@@ -111,17 +110,17 @@ fn a_damaged_file_is_told_and_costs_nothing_else() {
 }
 
 #[test]
-fn without_a_place_for_them_all_else_works() {
+fn node_that_cannot_save_counters_still_serves() {
     let lan = Lan::new();
     let host = host(&lan);
-    // None at all.
+    // Without a state directory.
     let mut daemon = Daemon::start(&host, &[]);
     miss(&host, 2);
     assert_eq!((misses(&host), problem(&host)), ((2, None), None));
     assert!(http::get_local(&host, "/").unwrap().text().contains("Since the start"));
     assert!(daemon.stop().success());
 
-    // A full disk, with what was counted before it was.
+    // On a full disk, with an older file.
     host.sh(&format!("mkdir -p {STATE}; mount -t tmpfs -o size=16k none {STATE}"));
     let mut daemon = start(&host);
     miss(&host, 4);
@@ -137,7 +136,7 @@ fn without_a_place_for_them_all_else_works() {
     assert_eq!(kept(&host), 4, "the old file is as it was");
     host.sh(&format!("umount {STATE}"));
 
-    // Somebody else's directory.
+    // In a directory that belongs to another user.
     host.sh(&format!("chmod 755 {STATE}; chown 0:0 {STATE}; ls -ld {STATE}"));
     let mut daemon = Daemon::start_as(&host, 1000, &["--state-dir", STATE]);
     miss(&host, 2);
@@ -148,12 +147,12 @@ fn without_a_place_for_them_all_else_works() {
     assert!(daemon.stop().success());
 }
 
-/// Its leave was waited for first, and took all the time there was.
+/// A tracker that does not answer at shutdown must not use up the time to write the counters.
 #[test]
-fn a_tracker_that_does_not_answer_keeps_no_counters_from_being_kept() {
+fn silent_tracker_does_not_prevent_saving_at_stop() {
     let lan = Lan::new();
     let host = host(&lan);
-    // Whoever connects waits, as nobody accepts.
+    // The kernel completes connections, but nothing accepts them.
     let _silent = host.listen(8300);
     let flags = ["--state-dir", STATE, "--mode", "both", "--tracker-url", "http://127.0.0.1:8300"];
     let mut daemon = Daemon::start(&host, &flags);
@@ -163,9 +162,9 @@ fn a_tracker_that_does_not_answer_keeps_no_counters_from_being_kept() {
     assert_eq!(kept(&host), 4);
 }
 
-/// As many as a page lists, and not as many as there are, were counted.
+/// The metrics count all peers, and the page lists only the first 256.
 #[test]
-fn every_peer_is_counted_where_not_every_one_is_shown() {
+fn peers_beyond_the_listed_ones_are_counted() {
     let lan = Lan::new();
     let host = host(&lan);
     let names: Vec<String> =
@@ -182,7 +181,7 @@ fn every_peer_is_counted_where_not_every_one_is_shown() {
         (status["peers"].as_array().unwrap().len(), &status["peers_omitted"]),
         (256, &Value::from(44))
     );
-    // Nothing has come from any of them.
+    // No peer has sent anything.
     for state in ["live", "silent"] {
         let series = format!("peerix_lan_peers{{state=\"{state}\"}} 0\n");
         assert!(metrics.contains(&series), "{series}{metrics}");

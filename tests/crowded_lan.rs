@@ -1,19 +1,19 @@
-//! Many nodes on one LAN, and many that ask at once.
+//! A LAN with many nodes, and with many lookups at the same time.
 
 use crate::common::lan::introduce;
 use crate::common::{Asker, Bystander, Daemon, Holder, Host, Lan, World, daemon, nix, thread};
 use std::process::Output;
 
-/// Connections of Nix.
+/// Parallel connections of Nix.
 const CONNECTIONS: usize = 25;
 
-/// Paths that nobody has.
+/// Store paths that no host has.
 fn absent(count: u32) -> Vec<String> {
     (0..count).map(|number| format!("/nix/store/{number:032}-absent")).collect()
 }
 
 #[test]
-fn sixty_four_nodes_hit_and_miss_rightly() {
+fn lookups_among_64_nodes_hit_and_miss_correctly() {
     let lan = Lan::patient();
     let world = World::on(&lan);
     let holder = Holder::new(&lan, &world, "holder");
@@ -26,7 +26,7 @@ fn sixty_four_nodes_hit_and_miss_rightly() {
 }
 
 #[test]
-fn thirty_nodes_that_ask_at_once_find_everything() {
+fn parallel_lookups_of_29_nodes_find_all_paths() {
     let lan = Lan::patient();
     let world = World::on(&lan);
     let holder = Holder::new(&lan, &world, "holder");
@@ -50,7 +50,7 @@ fn thirty_nodes_that_ask_at_once_find_everything() {
 }
 
 #[test]
-fn eight_that_fetch_over_one_link_get_everything() {
+fn parallel_fetches_of_8_nodes_over_one_link_succeed() {
     let lan = Lan::patient();
     let world = World::on(&lan);
     let holder = Holder::new(&lan, &world, "holder");
@@ -70,19 +70,19 @@ fn eight_that_fetch_over_one_link_get_everything() {
 }
 
 #[test]
-fn nodes_meet_where_broadcasts_are_filtered() {
+fn nodes_without_broadcasts_meet_by_neighbour_table() {
     let lan = Lan::patient();
     let world = World::on(&lan);
     let asker = lan.host("asker");
-    // As Wi-Fi does where it isolates: what names no single receiver is not passed on, but for ARP
-    // and ND.
+    // Like a Wi-Fi access point that isolates its clients: the switch drops broadcasts and
+    // multicasts, except for ARP and neighbour discovery.
     asker.switch("ebtables -A FORWARD -d Broadcast -p IPv4 -j DROP");
     asker.switch("ebtables -A FORWARD -d Multicast -p IPv6 --ip6-proto udp -j DROP");
     nix::configure_client(&asker, "", &[&world.cache_key]);
     let holder = Holder::new(&lan, &world, "holder");
     let daemon = Daemon::start(&asker, &["--trusted-public-key", &world.cache_key]);
     assert_eq!(daemon::narinfo_status(&asker, &holder.mark), 404, "nobody has introduced them");
-    // Any packet between them puts the one into the kernel's table of the other.
+    // Any packet between them creates entries in the neighbour tables of their kernels.
     let _ = asker.connect((holder.host.address, 1));
     daemon::wait_until_known(&asker, &holder.mark);
     let asker = Asker { daemon, host: asker };

@@ -1,4 +1,4 @@
-//! Many machines that want the same large path at the same time: they get it through one another.
+//! Many machines that want the same large path at the same time and relay it to each other.
 
 use crate::common::http::{Connection, Reply};
 use crate::common::packet::Packet;
@@ -8,13 +8,13 @@ use rustix::process::Signal;
 use std::process::{Child, Output};
 use std::time::Instant;
 
-/// Mbit/s of every link: the NAR of 64 MiB takes 5.4 s.
+/// Rate of each link in Mbit/s. The NAR of 64 MiB takes 5.4 s.
 const LINK: u32 = 100;
 
-/// Bytes of the NAR of `middle`.
+/// Size of the NAR of `middle`, in bytes, without framing.
 const SIZE: u64 = 64 << 20;
 
-/// Machines that keep large NARs while they come, and know one another.
+/// Starts askers that relay large NARs while they receive them. Waits until they know each other.
 fn crowd(lan: &Lan, world: &World, holder: &Holder, count: usize) -> Vec<Asker> {
     let asker = |_| {
         let asker = Asker::flagged(lan, "", &[&world.cache_key], |host| {
@@ -41,14 +41,14 @@ fn ended(nix: Child) -> Output {
     nix.wait_with_output().expect("it is ours")
 }
 
-/// Waits until that many bytes have come to a host since it had `before`.
+/// Waits until a host has received more than `bytes` since its counter stood at `before`.
 fn has_received(asker: &Asker, before: u64, bytes: u64) {
     wait_for("a part of the NAR", || (asker.host.received() - before > bytes).then_some(()));
 }
 
 #[test]
-fn crowd_gets_a_large_nar_through_one_another() {
-    // On a busy machine, too, nobody takes the one before it for slow.
+fn crowd_relays_a_large_nar() {
+    // With normal timeouts, a node on a busy machine may take its source for stalled.
     let lan = Lan::patient();
     let world = World::on(&lan);
     let holder = Holder::new(&lan, &world, "holder");
@@ -61,14 +61,14 @@ fn crowd_gets_a_large_nar_through_one_another() {
     let (took, sent) = (began.elapsed(), holder.host.sent() - before);
     eprintln!("64 MiB to 8 machines at once: {took:?}, the holder sent {} MiB", sent >> 20);
     askers.iter().for_each(|asker| drop(asker.has_whole(&world, world.path("middle"))));
-    // Eight times as much without the others' help.
+    // Without relaying, the holder sends eight times the size.
     assert!(sent < 4 * SIZE, "{sent}");
-    // Nothing is left of what was kept.
+    // No spooled files remain.
     for asker in &askers {
         wait_for("no file is left open", || {
             let open =
                 std::fs::read_dir(format!("/proc/{}/fd", asker.daemon.pid())).expect("it runs");
-            // One may be closed meanwhile.
+            // Descriptors may close while this reads them.
             let mut files =
                 open.flatten().filter_map(|entry| std::fs::read_link(entry.path()).ok());
             (!files.any(|file| file.to_string_lossy().ends_with("(deleted)"))).then_some(())
@@ -84,7 +84,7 @@ fn crowd_gets_a_large_nar_through_one_another() {
 }
 
 #[test]
-fn crowd_goes_on_without_members_that_die_or_stop() {
+fn crowd_survives_killed_stopped_and_slow_members() {
     let lan = Lan::new();
     let world = World::on(&lan);
     let holder = Holder::new(&lan, &world, "holder");
@@ -94,10 +94,10 @@ fn crowd_goes_on_without_members_that_die_or_stop() {
     let mut nixes: Vec<Child> = Vec::new();
     for (at, asker) in askers.iter().enumerate() {
         nixes.push(realising(asker, world.path("middle")));
-        // One after the other, so that it is known who has it from whom.
+        // One after another, so that each node's source is known.
         has_received(asker, before[at], 1 << 20);
     }
-    // And one whose link becomes slow.
+    // The link of another node becomes slow.
     askers[2].host.quick();
     askers[2].host.slow(LINK / 5);
     askers[1].daemon.kill();
@@ -120,9 +120,9 @@ fn crowd_goes_on_without_members_that_die_or_stop() {
     }
 }
 
-/// The one that the holder names sends another NAR than the holder's.
+/// The holder names a relaying node that sends a different NAR.
 #[test]
-fn member_that_passes_on_something_else_is_found_out_and_nobody_else_is_blamed() {
+fn member_that_relays_a_wrong_nar_is_the_only_one_blamed() {
     let lan = Lan::new().with_scale(Scale::without_timeouts());
     let world = World::on(&lan);
     let holder = Holder::new(&lan, &world, "holder");
@@ -145,7 +145,8 @@ fn member_that_passes_on_something_else_is_found_out_and_nobody_else_is_blamed()
     liar.meet(&host, &asker.host);
     daemon::wait_until_live(&asker.host, 2);
     asker.host.quick();
-    // It is being sent the NAR, and does not take it.
+    // The holder counts the liar as a receiver, because the liar requests the NAR without reading
+    // it.
     let mut connection =
         Connection::new(host.connect((holder.host.address, PORT)).unwrap()).unwrap();
     let head = format!("GET {name} HTTP/1.1\r\nHost: x\r\nX-Peerix-Relay: 1\r\n\r\n");
@@ -161,9 +162,9 @@ fn member_that_passes_on_something_else_is_found_out_and_nobody_else_is_blamed()
     drop(connection);
 }
 
-/// Nodes without a state directory keep nothing, and the others get it from the holder.
+/// Nodes without a state directory cannot relay, so all get the path from the holder.
 #[test]
-fn crowd_that_cannot_keep_anything_is_served_by_the_holder() {
+fn crowd_without_state_directories_is_served_by_the_holder() {
     let lan = Lan::new();
     let world = World::on(&lan);
     let holder = Holder::new(&lan, &world, "holder");
@@ -176,10 +177,10 @@ fn crowd_that_cannot_keep_anything_is_served_by_the_holder() {
     });
 }
 
-/// Small NARs are there before anybody could name others; those who have them already answer when
-/// the LAN is asked again.
+/// Small NARs arrive before the holder can name other receivers. Nodes that already have a path
+/// answer when another node repeats its lookup.
 #[test]
-fn crowd_gets_a_closure_from_those_who_have_a_part_of_it() {
+fn crowd_fetches_a_closure_from_members_with_parts_of_it() {
     let lan = Lan::new();
     let world = World::on(&lan);
     let holder = Holder::new(&lan, &world, "holder");

@@ -1,5 +1,5 @@
-//! `peerix doctor` against what breaks in practice, each made for real, with real Nix; that what it
-//! says mends it; and that it finds nothing wrong where nothing is.
+//! `peerix doctor` with real Nix and real faults. It must find each fault, give a remedy that
+//! works, and find nothing in a working setup.
 
 use crate::common::daemon::{binary, narinfo_status, wait_until_known};
 use crate::common::http::{self, Reply, Server};
@@ -12,7 +12,7 @@ use serde_json::Value;
 use std::fs;
 use std::process::Command;
 
-/// What it found.
+/// The findings and the exit status of one run.
 struct Found {
     status: i32,
     findings: Vec<(String, String, String, String)>,
@@ -54,7 +54,7 @@ impl Found {
         assert!(self.faults().is_empty() && self.status == 0, "{:#?}", self.findings);
     }
 
-    /// Checks that this is the only fault, that `words` are said of it, and returns what mends it.
+    /// Checks that `what` is the only fault and that its texts contain `words`. Returns the remedy.
     fn is(&self, what: &str, words: &[&str]) -> String {
         assert_eq!((self.faults(), self.status), (vec![what], 1), "{:#?}", self.findings);
         let (_, _, text, remedy) =
@@ -76,10 +76,10 @@ fn doctor(host: &Host, flags: &[&str]) -> Found {
     Found::read(command)
 }
 
-/// Runs what doctor says. There is no systemd in these hosts, whose part therefore fails.
+/// Runs the first line of a remedy. Its `systemctl` part fails, because the hosts have no systemd.
 fn mend(host: &Host, remedy: &str) {
     let first = remedy.lines().next().unwrap();
-    // Firewalls are of this machine's programs: the host's may be another Debian's.
+    // Firewall tools come from the real machine, because the host's Debian may have other versions.
     let mut shell = if first.starts_with("iptables") || first.starts_with("nft") {
         host.net_cmd("sh")
     } else {
@@ -88,7 +88,7 @@ fn mend(host: &Host, remedy: &str) {
     shell.args(["-c", &first.replace("&& systemctl", "; systemctl")]).ran();
 }
 
-/// Two neighbours that sign, trust and ask one another.
+/// Two neighbours that sign their paths, trust each other's keys and query each other.
 struct Pair {
     a: Host,
     b: Host,
@@ -108,8 +108,8 @@ fn key(host: &Host) -> String {
     fs::read_to_string(host.path("/etc/peerix.pub")).unwrap().trim().to_owned()
 }
 
-/// A path that is not content-addressed, so that it needs a signature: what `nix-store --add` makes
-/// needs none.
+/// Builds a path that is not content-addressed. `nix-store --add` makes paths that need no
+/// signature.
 fn build(host: &Host, name: &str) -> String {
     let expression = format!(
         "derivation {{ name = \"{name}\"; system = builtins.currentSystem; builder = \"/bin/sh\"; args = [ \"-ec\" \"echo {name} > $out\" ]; }}"
@@ -136,7 +136,7 @@ impl Pair {
         }
     }
 
-    /// Starts peerix on b, and waits until they know one another.
+    /// Starts peerix on `b` again, with these flags.
     fn start(&mut self, flags: &[&str]) {
         self.daemons[1] = None;
         self.daemons[1] = Some(Daemon::start(&self.b, &[&SIGNING, flags].concat()));
@@ -154,9 +154,9 @@ impl Pair {
 }
 
 #[test]
-fn nothing_is_wrong() {
+fn working_setup_has_no_faults() {
     let mut pair = Pair::new();
-    // Alone: b's peerix is not there yet.
+    // The peerix on `b` does not run yet.
     doctor(&pair.a, &[]).is_well();
     pair.meet();
     let path = build(&pair.a, "greeting");
@@ -169,7 +169,7 @@ fn nothing_is_wrong() {
         }
     }
     assert!(doctor(&pair.b, &[]).ok("keys"), "the path that it fetched was looked at");
-    // For people.
+    // Text output.
     let output = pair.b.cmd(&binary().display().to_string()).arg("doctor").ran();
     let text = String::from_utf8(output.stdout).unwrap();
     assert!(
@@ -177,8 +177,8 @@ fn nothing_is_wrong() {
             && text.lines().all(|line| line.starts_with("ok ") || line.starts_with("note ")),
         "{text}"
     );
-    // One of the original: it says nothing of what it does not have, and answers HTTP in its own
-    // way.
+    // An original peerix does not answer a query for a path that it lacks, and its HTTP answers
+    // differ.
     let python = pair.lan.host("python");
     let query = Packet::Query { id: 1, hash_part: "0".repeat(32) };
     let socket = python.udp(PORT);
@@ -197,7 +197,7 @@ fn nothing_is_wrong() {
         found.findings
     );
     drop(python);
-    // IPv6 is heard where it is listened for, and no matter where not.
+    // IPv6 discovery works where both listen on IPv6, and does no harm where only one does.
     let both = [&SIGNING[..], &["--bind", "[::]", "--bind", "0.0.0.0"]].concat();
     pair.daemons[0] = None;
     pair.daemons[0] = Some(Daemon::start(&pair.a, &both));
@@ -215,14 +215,14 @@ fn nothing_is_wrong() {
             .then_some(())
     };
     wait_for("they greet one another", greeted);
-    // All is well but for Nix itself, which takes that for no network.
+    // Only Nix has a fault: with link-local addresses alone, it assumes that there is no network.
     doctor(&pair.b, &[]).is("substituter", &["finds no network", "nix --option substitute true"]);
     let settings = pair.b.cmd("nix").args(["--option", "substitute", "true", "show-config"]).okay();
     assert!(settings.contains("substitute = true"));
 }
 
 #[test]
-fn no_daemon_and_no_database() {
+fn missing_daemon_and_unreadable_database_are_found() {
     let lan = Lan::new();
     let host = lan.host("a");
     let key = key(&host);
@@ -234,7 +234,7 @@ fn no_daemon_and_no_database() {
         Found::read(command)
     };
 
-    // On another port, one is found, and is well when it is asked there.
+    // `doctor` finds a daemon on another port, and accepts it if `--port` names it.
     let daemon = Daemon::start_on(&host, 12399, &[]);
     let found = doctor(&host, &[]);
     assert!(
@@ -246,7 +246,7 @@ fn no_daemon_and_no_database() {
         .is("substituter", &["http://127.0.0.1:12304 is not this one", "127.0.0.1:12399"]);
     drop(daemon);
 
-    // A database that only root may read, as root and as another user see it.
+    // A database that only root can read, checked as root and as another user.
     host.sh("chmod 700 /nix/var/nix/db");
     for found in [doctor(&host, &[]), as_nobody(&[])] {
         assert_eq!(found.faults(), ["daemon", "database"], "{:#?}", found.findings);
@@ -260,10 +260,10 @@ fn no_daemon_and_no_database() {
     assert_eq!(elsewhere.faults(), ["daemon", "database"]);
 }
 
-/// Whoever has the port while peerix is down had root open files and fetch addresses of their
-/// choice. And what mends it was printed with names as they are, which a shell takes for commands.
+/// While peerix is down, another user may listen on its port. `doctor` as root must not open files
+/// or URLs that such a daemon names. Remedies quote names for the shell.
 #[test]
-fn root_does_not_go_by_what_another_user_says_and_names_are_quoted() {
+fn daemon_of_another_user_is_not_trusted_by_root() {
     let lan = Lan::new();
     let host = lan.host("a");
     let trusted = key(&host);
@@ -289,7 +289,7 @@ fn root_does_not_go_by_what_another_user_says_and_names_are_quoted() {
             "{command}: {said}"
         );
     }
-    // That user risks nothing.
+    // The owner of that daemon may trust it.
     let as_owner = |program: &str, words: &[&str]| {
         let mut command = host.cmd_as(65534, program);
         command.args(words).env("HOME", "/tmp");
@@ -305,14 +305,14 @@ fn root_does_not_go_by_what_another_user_says_and_names_are_quoted() {
     drop(daemon);
 }
 
-/// What `peerix status` says, and its exit status.
+/// Exit status and output of `peerix status`.
 fn status(host: &Host) -> (Option<i32>, String) {
     let output = host.cmd(&binary().display().to_string()).arg("status").ran();
     (output.status.code(), String::from_utf8(output.stdout).unwrap())
 }
 
 #[test]
-fn an_ill_daemon_says_why() {
+fn faulty_daemon_reports_the_cause() {
     let lan = Lan::new();
     let host = lan.host("a");
     let key = key(&host);
@@ -325,7 +325,7 @@ fn an_ill_daemon_says_why() {
     };
     health(200);
     assert_eq!(status(&host).0, Some(0));
-    // As after a disk has lost what was written to it.
+    // A corrupt database, as after a disk error.
     host.sh(
         "cp -a /nix/var/nix/db /nix/var/nix/backup; cd /nix/var/nix/db; head -c 8192 /dev/zero > new; mv new db.sqlite",
     );
@@ -341,13 +341,13 @@ fn an_ill_daemon_says_why() {
     doctor(&host, &[]).is_well();
 }
 
-/// A tracker's refusal cleared the screen of whoever looked at the log, and wrote lines of its own.
+/// A tracker's texts must not control the terminal or add lines to the log.
 #[test]
-fn what_others_say_is_text_in_a_log_and_on_a_terminal() {
+fn control_characters_from_trackers_are_escaped() {
     let lan = Lan::new();
     let (host, centre) = (lan.host("a"), lan.host("tracker"));
     key(&host);
-    // Escape sequences in both forms, a line's end, and letters that run the other way.
+    // Escape sequences in both encodings, a line feed, and a right-to-left override.
     const REFUSAL: &str = r#"{"error":"first\u001b[2J\u009b2J\nerror: second\u202edriht"}"#;
     const PEERS: &str = r#"{"peers":[{"peer_id":"first\u001b[2J\u009b2J\nok second\u202edriht","addr":"10.77.0.99","port":12304}]}"#;
     let _tracker =
@@ -375,7 +375,7 @@ fn what_others_say_is_text_in_a_log_and_on_a_terminal() {
         let line = said.lines().find(|line| line.contains("10.77.0.99")).unwrap();
         assert!(line.contains("first") && line.contains("second") && is_text(&said), "{said:?}");
         if flags.contains(&"--json") {
-            // To programs it is what it was.
+            // The JSON output preserves the text, in escaped form.
             let read: Value = serde_json::from_str(&said).unwrap();
             assert!(read.to_string().contains("\u{9b}2J\\nok second\u{202e}driht"), "{said}");
         }
@@ -383,11 +383,11 @@ fn what_others_say_is_text_in_a_log_and_on_a_terminal() {
 }
 
 #[test]
-fn nix_is_not_told() {
+fn wrong_nix_settings_are_found_and_mended() {
     let mut pair = Pair::new();
     pair.meet();
 
-    // Not asked.
+    // Nix does not use peerix as a substituter.
     nix::configure(&pair.b, &format!("trusted-public-keys = {}\n", pair.keys.join(" ")));
     let remedy = doctor(&pair.b, &[])
         .is("substituter", &["extra-substituters = http://127.0.0.1:12304", "nix.conf"]);
@@ -398,7 +398,7 @@ fn nix_is_not_told() {
     mend(&pair.b, &remedy);
     doctor(&pair.b, &[]).is("substituter", &["none of Nix's"]);
 
-    // Told, but not nix-daemon, which has read its nix.conf.
+    // nix-daemon started before the last change of nix.conf.
     pair.configure();
     let nix_daemon = pair.b.spawn_sh("exec nix-daemon");
     wait_for("nix-daemon listens", || {
@@ -411,7 +411,7 @@ fn nix_is_not_told() {
     doctor(&pair.b, &[]).is_well();
     pair.configure();
 
-    // Not trusted: of what a peer offered, and of what peerix was told.
+    // Nix does not trust the key of the offered path, or peerix does not.
     nix::configure_client(&pair.b, "", &[&pair.keys[1]]);
     let path = build(&pair.a, "signed");
     assert!(!nix::realise(&pair.b, &[&path]).status.success());
@@ -424,7 +424,7 @@ fn nix_is_not_told() {
             "is what this prints on 10.77.0.1",
         ],
     );
-    // What it says of the key is so.
+    // The command in the remedy prints the peer's public key.
     let (_, print) = remedy.rsplit_once("--private-key: ").unwrap();
     let public = pair.a.sh(&print.replace("FILE", "/etc/peerix.sec"));
     mend(&pair.b, &remedy.replace("a-1:KEY", public.trim()));
@@ -437,7 +437,7 @@ fn nix_is_not_told() {
     doctor(&pair.b, &[]).is_well();
     pair.configure();
 
-    // Asked too early, and remembered.
+    // Nix remembers a miss from a lookup before the path existed.
     pair.meet();
     let path = build(&pair.a, "later");
     pair.a.cmd("nix-store").args(["--delete", &path]).okay();
@@ -453,17 +453,17 @@ fn nix_is_not_told() {
     assert!(pair.b.path(&path).exists());
     doctor(&pair.b, &[]).is_well();
 
-    // A key that others can read.
+    // A secret key file that other users can read.
     pair.b.sh("chmod 644 /etc/peerix.sec");
     let remedy = doctor(&pair.b, &[]).is("secret", &["/etc/peerix.sec", "chmod 600"]);
     mend(&pair.b, &remedy);
     doctor(&pair.b, &[]).is_well();
 }
 
-/// With the unit and the lines of nix.conf that the README has installed, nothing that was built
-/// locally was shared: the unit named one key, and the others stood in nix.conf alone.
+/// The unit and the nix.conf lines from the README must be enough to share local builds, including
+/// the keys that only nix.conf names.
 #[test]
-fn units_and_nix_conf_of_the_readme_share_what_is_built_locally() {
+fn readme_unit_and_nix_conf_share_local_builds() {
     let lan = Lan::new();
     let (a, b) = (lan.host("a"), lan.host("b"));
     let key = key(&a);
@@ -477,14 +477,14 @@ fn units_and_nix_conf_of_the_readme_share_what_is_built_locally() {
     let words: Vec<String> =
         line.split(' ').map(|word| word.trim_matches('"').to_owned()).collect();
     let start = |host: &Host, key: Option<&str>| {
-        // Root asks nobody but root, to whom the socket belongs that systemd would pass.
+        // No socket activation: `doctor` as root only trusts a daemon whose socket belongs to root.
         let mut command = host.cmd(&binary().display().to_string());
         command.args(&words[1..]).envs(key.map(|file| ("NIX_SECRET_KEY_FILE", file)));
         let mut program = crate::common::process::Logged::start(&host.name, command);
         program.wait_until("peerix answers", || host.connect_local().ok());
         program
     };
-    // As the user's nix.conf is after the README: what is not said there is Nix's default.
+    // The nix.conf from the README. All other settings are Nix's defaults.
     nix::configure(&a, &contrib("nix.conf"));
     nix::configure(&b, &format!("{}extra-trusted-public-keys = {key}\n", contrib("nix.conf")));
     let _daemons = [start(&a, Some("/etc/peerix.sec")), start(&b, None)];
@@ -498,7 +498,7 @@ fn units_and_nix_conf_of_the_readme_share_what_is_built_locally() {
     }
 }
 
-/// A host whose Nix is nix-daemon's, and that asks its own peerix.
+/// A host with a peerix that its Nix uses, for tests that start nix-daemon.
 fn multi_user(lan: &Lan) -> (Host, Daemon, String) {
     let host = lan.host("a");
     let key = key(&host);
@@ -507,7 +507,7 @@ fn multi_user(lan: &Lan) -> (Host, Daemon, String) {
     (host, daemon, key)
 }
 
-/// Starts nix-daemon with these variables, and waits until it listens.
+/// Starts nix-daemon with these environment variables and waits until it listens.
 fn nix_daemon(host: &Host, variables: &str) -> crate::common::Process {
     host.sh("rm -f /nix/var/nix/daemon-socket/socket");
     let process = host.spawn_sh(&format!("export {variables}; exec nix-daemon"));
@@ -517,13 +517,13 @@ fn nix_daemon(host: &Host, variables: &str) -> crate::common::Process {
     process
 }
 
-/// Nix asked the proxy for 127.0.0.1, and all was said to be well.
+/// Nix sends requests for 127.0.0.1 to a proxy unless `no_proxy` excludes it.
 #[test]
-fn proxy_of_nix_daemon_is_found_and_what_mends_it_is_right() {
+fn proxy_of_nix_daemon_is_found_and_mended() {
     let lan = Lan::new();
     let (host, _daemon, _) = multi_user(&lan);
     let proxy = Server::start(host.listen(3128), |_| Reply::Whole(403, b"refused".to_vec()));
-    // It is nix-daemon's environment that counts, and not that of whoever asks.
+    // The environment of nix-daemon counts, not that of the user who runs `doctor`.
     let behind = nix_daemon(&host, "http_proxy=http://127.0.0.1:3128 no_proxy=localhost");
     let remedy = doctor(&host, &[])
         .is("proxy", &["http_proxy", "http://127.0.0.1:3128", "http://127.0.0.1:12304"]);
@@ -539,12 +539,13 @@ fn proxy_of_nix_daemon_is_found_and_what_mends_it_is_right() {
     drop(proxy);
 }
 
-/// Whatever the reason, a Nix that does not ask is found by having it ask.
+/// `doctor` makes nix-daemon ask this peerix, which finds faults that no other check finds.
 #[test]
-fn nix_daemon_that_does_not_ask_is_found_by_having_it_ask() {
+fn nix_daemon_that_does_not_ask_is_found() {
     let lan = Lan::new();
     let (host, _daemon, key) = multi_user(&lan);
-    // It has read its nix.conf, and the file says otherwise now; its time says nothing.
+    // nix-daemon has read another nix.conf than the present one, and the file's time does not show
+    // it.
     nix::configure(&host, &format!("trusted-public-keys = {key}\n"));
     let stale = nix_daemon(&host, "X=");
     nix::configure_client(&host, "", &[&key]);
@@ -560,11 +561,11 @@ fn nix_daemon_that_does_not_ask_is_found_by_having_it_ask() {
 }
 
 #[test]
-fn settings_are_those_of_nix_daemon() {
+fn settings_of_nix_daemon_are_checked() {
     let lan = Lan::new();
     let (host, daemon, key) = multi_user(&lan);
     let _nix_daemon = nix_daemon(&host, "X=");
-    // In a file that is included.
+    // Settings in an included file.
     nix::configure(&host, "!include nix.custom.conf\n");
     host.write(
         "/etc/nix/nix.custom.conf",
@@ -578,7 +579,7 @@ fn settings_are_those_of_nix_daemon() {
         (status["node"]["trusted_keys"] == serde_json::json!([key.split(':').next().unwrap()]))
             .then_some(())
     });
-    // In a user's own file, which nix-daemon ignores.
+    // Settings in the nix.conf of a user, whose substituters nix-daemon ignores.
     host.write("/etc/nix/nix.custom.conf", format!("trusted-public-keys = {key}\n"));
     host.write("/tmp/alice/.config/nix/nix.conf", "extra-substituters = http://127.0.0.1:12304\n");
     let as_user = || {
@@ -593,10 +594,10 @@ fn settings_are_those_of_nix_daemon() {
         format!("trusted-public-keys = {key}\ntrusted-substituters = http://127.0.0.1:12304\n"),
     );
     assert_eq!(as_user().faults(), ["substituter"], "nix-daemon itself does not ask, whoever may");
-    // Keys that Nix fails at, or does not see.
+    // Keys that Nix rejects, and keys that it ignores.
     let write = |keys: &[&str]| {
         nix::configure_client(&host, "", keys);
-        // For nix-daemon, which has started since, it is as old.
+        // The file must look older than nix-daemon, which has started since.
         host.sh("touch -d '5 minutes ago' /etc/nix/nix.conf");
     };
     write(&[&key, "broken-1:AAAA"]);
@@ -611,7 +612,7 @@ fn settings_are_those_of_nix_daemon() {
 }
 
 #[test]
-fn cache_that_is_asked_before_peerix_is_named() {
+fn cache_with_better_priority_is_named() {
     let lan = Lan::new();
     let (host, daemon, key) = multi_user(&lan);
     let info = b"StoreDir: /nix/store\nWantMassQuery: 1\nPriority: 10\n";
@@ -622,7 +623,7 @@ fn cache_that_is_asked_before_peerix_is_named() {
     nix::configure_client(&host, "http://127.0.0.1:8080", &[&key]);
     doctor(&host, &[])
         .is("priority", &["http://127.0.0.1:8080 (10)", "peerix (20)", "--priority 9"]);
-    // A place that its user has chosen is no fault.
+    // A priority that the user has set is no fault.
     drop(daemon);
     let daemon = Daemon::start(&host, &["--priority", "30"]);
     doctor(&host, &[]).is_well();
@@ -631,27 +632,27 @@ fn cache_that_is_asked_before_peerix_is_named() {
     doctor(&host, &[]).is_well();
 }
 
-/// The rules of a firewall that lets in what was asked for, and nothing of peerix.
+/// A firewall that accepts answers and TCP to peerix, and no unsolicited UDP.
 const STATEFUL: &str = "iptables -A INPUT -i lo -j ACCEPT
     iptables -A INPUT -m conntrack --ctstate ESTABLISHED,RELATED -j ACCEPT
     iptables -A INPUT -p tcp --dport 12304 -j ACCEPT
     iptables -A INPUT -i eth0 -j DROP";
 
 #[test]
-fn firewalls() {
+fn blocking_firewalls_are_found_and_mended() {
     let mut pair = Pair::new();
     let mark = crate::common::daemon::mark(&pair.a);
-    // Here.
+    // iptables on this machine blocks UDP.
     pair.b.net("iptables -A INPUT -p udp --dport 12304 -j DROP");
     pair.start(&[]);
     let words = ["10.77.0.1:12304", "UDP is blocked here", "--dport 12304"];
     let remedy = doctor(&pair.b, &[]).is("udp", &words);
     mend(&pair.b, &remedy);
-    // It is known when it says hello, or answers.
+    // The next hello or answer of `a` makes it known to `b`.
     wait_until_known(&pair.b, &mark);
     pair.healed("UDP comes through");
     pair.b.net("iptables -F");
-    // By nftables, whose rules iptables does not change.
+    // nftables on this machine blocks UDP. iptables cannot change its rules.
     pair.daemons[1] = None;
     pair.b.net("nft add table inet guard");
     pair.b
@@ -666,15 +667,15 @@ fn firewalls() {
     wait_until_known(&pair.b, &mark);
     pair.healed("UDP comes through nftables");
     pair.b.net("nft delete table inet guard");
-    // Here, but for answers. The kernel knows a by now, so that b says hello to it, and a's answer
-    // comes through.
+    // This machine accepts only answers. `b` sends a hello to `a`, which is in its kernel's
+    // neighbour table by now, and the firewall accepts the answer.
     pair.daemons[1] = None;
     pair.b.net_cmd("sh").args(["-ec", STATEFUL]).okay();
     pair.start(&[]);
     wait_until_known(&pair.b, &mark);
     pair.healed("answers come through");
     pair.b.net("iptables -F");
-    // There.
+    // The firewall of the other machine blocks UDP, TCP or both.
     for (rule, what, words) in [
         (
             "-i eth0 -p udp --dport 12304",
@@ -690,7 +691,7 @@ fn firewalls() {
     ] {
         pair.meet();
         pair.a.net(&format!("iptables -A INPUT {rule} -j DROP"));
-        // Heard this moment, by its hello.
+        // The restarted `a` sends a hello, so `b` has just heard it.
         pair.daemons[0] = None;
         pair.daemons[0] = Some(Daemon::start(&pair.a, &SIGNING));
         let remedy = doctor(&pair.b, &[]).is(what, words);
@@ -703,7 +704,7 @@ fn firewalls() {
 }
 
 #[test]
-fn two_ports() {
+fn peer_on_another_port_is_found() {
     let mut pair = Pair::new();
     drop(pair.daemons[1].take());
     let conf = format!(
@@ -717,7 +718,7 @@ fn two_ports() {
 }
 
 #[test]
-fn a_peer_beyond_the_network_that_was_not_told() {
+fn named_peer_without_access_is_found() {
     let wan = Wan::new();
     let (here, there) = (wan.lan([10, 1, 0]), wan.lan([10, 2, 0]));
     let (a, b) = (there.host("a"), here.host("b"));
@@ -730,7 +731,7 @@ fn a_peer_beyond_the_network_that_was_not_told() {
         let status: Value = serde_json::from_slice(&status.body).unwrap();
         (status["peers"][0]["state"] == state).then_some(())
     };
-    // Nothing runs there yet.
+    // No peerix runs on `a` yet.
     wait_for("b has resolved the name", || is_listed_as("unheard"));
     let never = ["--peer 10.2.0.1:12304 does not answer", "daemon: never heard"];
     let remedy = doctor(&b, &[]).is("peer", &never);
@@ -741,7 +742,7 @@ fn a_peer_beyond_the_network_that_was_not_told() {
     }
     let last = Daemon::start(&a, &["--peer", &to]);
     wait_for("they know one another", || doctor(&b, &[]).faults().is_empty().then_some(()));
-    // It is gone, and the next lookups give it up.
+    // `a` stops, and `b` considers it silent after some lookups.
     drop(last);
     wait_for("a is silent", || {
         assert_eq!(narinfo_status(&b, &format!("/nix/store/{}-x", "0".repeat(32))), 404);
@@ -750,9 +751,9 @@ fn a_peer_beyond_the_network_that_was_not_told() {
     doctor(&b, &[]).is("peer", &["--peer 10.2.0.1:12304 does not answer", "daemon: silent for "]);
 }
 
-/// Both were started within a second, one lookup was made, and doctor said that UDP was blocked.
+/// A lookup within a second of both starts must not make `doctor` report blocked UDP.
 #[test]
-fn daemons_that_have_just_started_do_not_blame_udp() {
+fn just_started_daemons_have_no_faults() {
     let lan = Lan::new();
     let hosts = [lan.host("a"), lan.host("b")];
     let keys = hosts.each_ref().map(key);
@@ -767,9 +768,9 @@ fn daemons_that_have_just_started_do_not_blame_udp() {
     }
 }
 
-/// A machine at home, behind a router, and a tracker outside.
+/// A machine behind NAT and a tracker outside.
 #[test]
-fn trackers() {
+fn tracker_address_and_clock_faults_are_found() {
     let wan = Wan::new();
     let (outside, centre) = (wan.lan([203, 0, 113]), wan.lan([198, 51, 100]));
     let home = Nat::new(&outside, [192, 168, 1]);
@@ -780,7 +781,7 @@ fn trackers() {
     let flags = tracker::flags(&host, "both", &[&tracker.host]);
     let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
     let daemon = Daemon::start(&host, &flags);
-    // Closed at the router, with a word to who knocks and without.
+    // The router refuses the port, and then drops packets to it.
     let words = ["203.0.113.1:12304 is not reached from", "forward TCP", "--announce-addr"];
     let remedy = doctor(&host, &[]).is("address", &words);
     assert!(remedy.contains("router"));
@@ -795,7 +796,7 @@ fn trackers() {
         found.findings
     );
 
-    // Another address than its own is announced.
+    // peerix announces an address that is not the router's.
     drop(daemon);
     let _daemon =
         Daemon::start(&host, &[&flags[..], &["--announce-addr", "198.51.100.77"]].concat());
@@ -804,8 +805,8 @@ fn trackers() {
     let _daemon = Daemon::start(&host, &flags);
     doctor(&host, &[]).is_well();
 
-    // A clock that is wrong, as every process here would see it. The library is this machine's,
-    // whatever Nix is tested.
+    // A wrong clock, simulated by faketime. The library comes from the real machine, whichever Nix
+    // is under test.
     let mut places = fs::read_dir("/usr/lib")
         .unwrap()
         .map(|dir| dir.unwrap().path().join("faketime/libfaketime.so.1"));

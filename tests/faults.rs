@@ -1,21 +1,21 @@
-//! The peer that is sending goes away in the middle of a NAR.
+//! Faults of the sending peer in the middle of a NAR.
 
 use crate::common::{Asker, Holder, Lan, Scale, World, nix, wait_for};
 use rustix::process::Signal;
 use std::process::Output;
 
-/// Half of the NAR of `middle`.
+/// Half the size of the NAR of `middle`, in bytes.
 const HALF: u64 = 32 << 20;
 
-/// Mbit/s at which the other half takes seconds: however busy the machine is, the test sees that
-/// one half is there before the other is.
+/// Link rate in Mbit/s. The second half takes almost three seconds, so the test sees the first half
+/// before the transfer ends, also on a busy machine.
 const SLOW: u32 = 100;
 
-/// Scale of time-outs, among them the 10 s after which a peer that sends nothing is given up.
+/// Scale of the timeouts, such as the 10 s after which the node gives up a peer that sends nothing.
 const IMPATIENT: f64 = 0.3;
 
-/// Realises `middle` over a link slow enough to see it half done, and then lets `strike` hit the
-/// holder that is sending it. The rest comes at full speed.
+/// Realises `middle` over a slow link. When half of the NAR is sent, calls `strike` with the
+/// sending holder and removes the limit of the link.
 fn struck_at_half(
     asker: &Asker,
     world: &World,
@@ -43,7 +43,7 @@ fn struck_at_half(
 }
 
 #[test]
-fn another_peer_finishes_what_a_killed_one_began() {
+fn another_peer_finishes_nar_of_killed_peer() {
     let lan = Lan::new();
     let world = World::on(&lan);
     let (mut one, mut two) = (Holder::new(&lan, &world, "one"), Holder::new(&lan, &world, "two"));
@@ -55,7 +55,7 @@ fn another_peer_finishes_what_a_killed_one_began() {
 }
 
 #[test]
-fn another_peer_finishes_when_the_cable_is_pulled() {
+fn another_peer_finishes_nar_of_unplugged_peer() {
     let lan = Lan::new().with_scale(Scale::timeouts(IMPATIENT));
     let world = World::on(&lan);
     let (mut one, mut two) = (Holder::new(&lan, &world, "one"), Holder::new(&lan, &world, "two"));
@@ -67,7 +67,7 @@ fn another_peer_finishes_when_the_cable_is_pulled() {
 }
 
 #[test]
-fn another_peer_finishes_when_one_hangs() {
+fn another_peer_finishes_nar_of_hanging_peer() {
     let lan = Lan::new().with_scale(Scale::timeouts(IMPATIENT));
     let world = World::on(&lan);
     let (mut one, mut two) = (Holder::new(&lan, &world, "one"), Holder::new(&lan, &world, "two"));
@@ -80,7 +80,7 @@ fn another_peer_finishes_when_one_hangs() {
 }
 
 #[test]
-fn with_no_other_peer_nix_takes_the_next_substituter() {
+fn next_substituter_finishes_nar_of_killed_only_peer() {
     let lan = Lan::new();
     let world = World::on(&lan);
     let mut holder = Holder::new(&lan, &world, "holder");

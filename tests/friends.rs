@@ -1,5 +1,4 @@
-//! Friends: machines that are known by their keys, and share with one another what nobody else
-//! gets.
+//! Friends: machines that know each other's keys and share paths that no other machine gets.
 
 use crate::common::daemon::{mark, narinfo_status, wait_until_known};
 use crate::common::friend::{
@@ -15,12 +14,12 @@ use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
 use std::time::{Duration, Instant};
 
-/// Starts a peerix with an identity and further flags.
+/// Starts peerix with an identity and additional flags.
 fn start(host: &Host, flags: &[&str]) -> Daemon {
     Daemon::start(host, &[&["--state-dir", STATE], flags].concat())
 }
 
-/// A machine whose Nix asks its own peerix.
+/// Configures Nix on a host to ask its own peerix.
 fn ready(host: &Host) {
     nix::configure_client(host, "", &[]);
 }
@@ -29,8 +28,8 @@ fn at(host: &Host) -> SocketAddr {
     (host.address, PORT).into()
 }
 
-/// Checks that a machine gets nothing of `holder`, which is reached at `address`: no narinfo, NAR,
-/// listing or log, and no *have*.
+/// Checks that `machine` gets nothing about `path` from `holder`, which it reaches at `address`: no
+/// narinfo, NAR or listing of the path, and no status.
 fn assert_gets_nothing(machine: &Host, holder: &Host, address: SocketAddr, path: &str) {
     let hash_part = world::hash_part(path);
     let own =
@@ -55,19 +54,19 @@ fn assert_gets_nothing(machine: &Host, holder: &Host, address: SocketAddr, path:
     }
 }
 
-/// Whether a machine is told by UDP that `holder` has the path; silence is no.
+/// Whether `holder` answers a UDP query of `machine` with *have*. Panics if it does not answer.
 fn is_told(machine: &Host, holder: &Host, path: &str) -> bool {
     let udp = machine.in_net(|| UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).unwrap());
     has(&udp, holder, path)
 }
 
 #[test]
-fn friends_on_one_lan_share_what_neighbours_do_not_get() {
+fn friends_on_one_lan_share_paths_that_neighbours_do_not_get() {
     let lan = Lan::new();
     let [home, laptop, neighbour] = ["home", "laptop", "neighbour"].map(|name| lan.host(name));
     [&home, &laptop, &neighbour].into_iter().for_each(ready);
     let (path, own) = (mark(&home), mark(&laptop));
-    // Nobody says where anybody is.
+    // The flags give no addresses.
     let _home = start(&home, &["--share", "friends", "--friend", &friend(&laptop, None)]);
     let _laptop = start(&laptop, &["--share", "friends", "--friend", &friend(&home, None)]);
     let _neighbour = start(&neighbour, &[]);
@@ -84,19 +83,19 @@ fn friends_on_one_lan_share_what_neighbours_do_not_get() {
     assert_gets_nothing(&neighbour, &home, at(&home), &path);
     assert!(!is_told(&neighbour, &home, &path));
     assert!(!is_told(&laptop, &home, &path), "a datagram has a friend's scope");
-    // The neighbour shares with them all the same.
+    // The neighbour shares its paths with both.
     let theirs = mark(&neighbour);
     wait_until_known(&laptop, &theirs);
 }
 
-/// Two homes behind routers, of which one passes a port on, and the rest of the world.
+/// Two networks behind NAT, one of which forwards a port to `home`, and a host outside.
 struct Scene {
     home: Host,
     laptop: Host,
     housemate: Host,
     guest: Host,
     stranger: Host,
-    /// Where the home is seen outside.
+    /// Outer address of the port that is forwarded to `home`.
     outside: SocketAddr,
     path: String,
     inside: Nat,
@@ -135,7 +134,7 @@ impl Scene {
 }
 
 #[test]
-fn friend_behind_a_router_is_reached_by_its_friend_alone() {
+fn friend_behind_nat_is_reached_only_by_its_friend() {
     let scene = Scene::new(Scale::intervals(0.2));
     let mut home = scene.start_home(&[]);
     let _laptop = scene.start_laptop();
@@ -143,7 +142,7 @@ fn friend_behind_a_router_is_reached_by_its_friend_alone() {
     let reached = wait_until_reached(&scene.laptop, "home", true);
     assert_eq!(reached["found_by"], "flag");
 
-    // A router that masquerades what it passes on makes strangers look like the LAN.
+    // A router that also masquerades forwarded packets makes strangers look like LAN hosts.
     scene.inside.router.net("iptables -t nat -A POSTROUTING -o inside -j MASQUERADE");
     for (machine, address) in [
         (&scene.housemate, at(&scene.home)),
@@ -156,7 +155,7 @@ fn friend_behind_a_router_is_reached_by_its_friend_alone() {
     assert!(!is_told(&scene.housemate, &scene.home, &scene.path));
     nix::realise_quietly(&scene.laptop, &[&scene.path]);
 
-    // It vanishes, and comes back.
+    // The friend vanishes and returns.
     home.kill();
     wait_until_reached(&scene.laptop, "home", false);
     let path = stock::add(&scene.home, "later", "echo later > $n");
@@ -169,7 +168,7 @@ fn friend_behind_a_router_is_reached_by_its_friend_alone() {
 }
 
 #[test]
-fn friend_that_falls_silent_costs_lookups_nothing_after_the_first() {
+fn silent_friend_does_not_delay_lookups() {
     let scene = Scene::new(Scale::intervals(0.2));
     let mut home = scene.start_home(&[]);
     let _laptop = scene.start_laptop();
@@ -177,7 +176,7 @@ fn friend_that_falls_silent_costs_lookups_nothing_after_the_first() {
     home.signal(rustix::process::Signal::STOP);
     wait_until_reached(&scene.laptop, "home", false);
     let absent = |n: u32| format!("/nix/store/{n:032}-absent");
-    // A pause of the machine is no reason to fail: most lookups are fast.
+    // Some lookups may be slow because the machine pauses.
     let fast = (0..20).filter(|n| {
         let began = Instant::now();
         assert_eq!(narinfo_status(&scene.laptop, &absent(*n)), 404);
@@ -189,14 +188,14 @@ fn friend_that_falls_silent_costs_lookups_nothing_after_the_first() {
 }
 
 #[test]
-fn wrong_keys_are_errors_that_say_what_to_do() {
+fn wrong_keys_give_errors_with_remedies() {
     let lan = Lan::new().with_scale(Scale::intervals(0.2));
     let [home, laptop, other] = ["home", "laptop", "other"].map(|name| lan.host(name));
     [&home, &laptop, &other].into_iter().for_each(ready);
     let path = mark(&home);
     let _home = start(&home, &["--share", "friends", "--friend", &friend(&other, None)]);
-    // The home does not know the laptop; and at the other's address there is another key than the
-    // laptop thinks.
+    // `home` does not know the key of `laptop`, and `other` has a different key than `laptop`
+    // expects.
     let stolen = format!("other={}@{}", identity(7).key(), at(&other));
     let _other = start(&other, &["--friend", &friend(&laptop, None)]);
     let flags =
@@ -232,7 +231,7 @@ fn friend_removed_at_run_time_gets_nothing_more() {
     let nar = stock::line(std::str::from_utf8(&body).unwrap(), "URL").to_owned();
     let (status, body) = kept.get(&format!("/{nar}")).unwrap();
     assert!(status == 200 && body == stock::dump(&home, &path));
-    // What only this machine may ask for is not for friends, and no browser passes for one.
+    // A friend gets neither the status nor `/peer/nar`, which only this machine may request.
     assert_eq!(kept.get("/status.json").unwrap().0, 403);
     assert_eq!(
         kept.get(&format!("/peer/nar/{}-{}.nar", world::hash_part(&path), "0".repeat(52)))
@@ -240,7 +239,7 @@ fn friend_removed_at_run_time_gets_nothing_more() {
             .0,
         403
     );
-    // The root is a cache of the own store for everybody but this machine.
+    // For all other machines, the root routes serve only this machine's store.
     assert_eq!(kept.get(&format!("/{}.narinfo", world::hash_part(&path))).unwrap().0, 200);
 
     home.write(file, "# nobody\n");
@@ -251,7 +250,7 @@ fn friend_removed_at_run_time_gets_nothing_more() {
 }
 
 #[test]
-fn strangers_in_tls_get_nothing_and_half_open_handshakes_hold_up_nobody() {
+fn tls_strangers_get_nothing_and_half_open_handshakes_do_not_block() {
     let lan = Lan::new();
     let [home, laptop, attacker] = ["home", "laptop", "attacker"].map(|name| lan.host(name));
     [&home, &laptop].into_iter().for_each(ready);
@@ -261,14 +260,14 @@ fn strangers_in_tls_get_nothing_and_half_open_handshakes_hold_up_nobody() {
     let _home = start(&home, &["--share", "friends", "--friend", &flag]);
     let friend = |host: &Host| TlsConnection::open(host, at(&home), &mine, home_key).unwrap();
     assert_eq!(friend(&laptop).get(&narinfo_route(&path)).unwrap().0, 200);
-    // A stranger's key; the friend's name with another key; a client that expects another server.
+    // A stranger's key, and the friend's key with the wrong expectation of the server's key.
     for (identity, key) in [(identity(9), home_key), (identity(3), identity(9).key())] {
         let got = TlsConnection::open(&attacker, at(&home), &identity, key)
             .unwrap()
             .get("/nix-cache-info");
         assert!(got.is_err(), "a stranger was answered: {got:?}");
     }
-    // Records that are none: too large, of TLS 1.2, cut, not TLS at all.
+    // Invalid records: too large, TLS 1.2, truncated, and not TLS at all.
     for bytes in [
         &[0x16, 3, 1, 0xff, 0xff, 1, 2][..],
         &[0x16; 4096],
@@ -300,7 +299,7 @@ fn strangers_in_tls_get_nothing_and_half_open_handshakes_hold_up_nobody() {
 }
 
 #[test]
-fn node_without_friends_speaks_no_tls() {
+fn node_without_friends_refuses_tls() {
     let lan = Lan::new();
     let [node, other] = ["node", "other"].map(|name| lan.host(name));
     ready(&node);
@@ -315,7 +314,7 @@ fn node_without_friends_speaks_no_tls() {
 }
 
 #[test]
-fn forged_hellos_displace_no_friend() {
+fn forged_hellos_do_not_displace_a_friend() {
     let lan = Lan::new().with_scale(Scale::intervals(0.2));
     let [home, laptop, forger] = ["home", "laptop", "forger"].map(|name| lan.host(name));
     [&home, &laptop].into_iter().for_each(ready);
@@ -324,8 +323,8 @@ fn forged_hellos_displace_no_friend() {
     let _home = start(&home, &["--share", "friends", "--friend", &friend(&laptop, None)]);
     let _laptop = start(&laptop, &["--share", "friends", "--friend", &friend(&home, None)]);
     wait_until_reached(&laptop, "home", true);
-    // The digest of the friend, from elsewhere, under instance IDs as one likes; and a server there
-    // that says nothing.
+    // The friend's digest from another address, with many instance IDs. A silent server listens
+    // there.
     let _listener = forger.listen(PORT);
     let udp = forger.udp(PORT);
     for n in 0..200u8 {
@@ -336,13 +335,13 @@ fn forged_hellos_displace_no_friend() {
     assert_eq!(friend["address"].as_str(), Some(&*at(&home).to_string()), "{friend}");
 }
 
-/// A hello with the digest of a key, port 12304.
+/// A hello with the digest of `key` and port 12304.
 fn forged_hello(key: &NodeKey, instance: [u8; 8]) -> Vec<u8> {
     [&[3, 1][..], &PORT.to_be_bytes(), &instance, &[2 | 4], &key.digest(&instance)].concat()
 }
 
 #[test]
-fn status_and_peers_say_who_is_a_friend() {
+fn status_and_peers_list_friends() {
     let lan = Lan::new();
     let [home, laptop] = ["home", "laptop"].map(|name| lan.host(name));
     [&home, &laptop].into_iter().for_each(ready);
@@ -367,7 +366,7 @@ fn status_and_peers_say_who_is_a_friend() {
 }
 
 #[test]
-fn upload_limit_holds_for_all_streams_together() {
+fn upload_limit_applies_to_all_streams_together() {
     let lan = Lan::new();
     let [home, other] = ["home", "other"].map(|name| lan.host(name));
     ready(&home);
@@ -389,21 +388,21 @@ fn upload_limit_holds_for_all_streams_together() {
         }
     });
     let (took, received) = (began.elapsed(), other.received() - before);
-    // Headers of Ethernet, IP and TCP come on top: 66 bytes of 1,514 at most.
+    // Ethernet, IP and TCP headers take up to 66 of 1,514 bytes.
     let limit = RATE as f64 * took.as_secs_f64() * 1514.0 / 1448.0;
     let share = received as f64 / limit;
     println!("{received} bytes in {took:?}: {:.1} % of the limit", share * 100.0);
     assert!(share < 1.05, "{received} bytes in {took:?}");
-    // A machine that is busy with other things sends less.
+    // A busy machine sends less than the limit.
     assert!(share > 0.5, "{received} bytes in {took:?}");
-    // The own Nix is not limited.
+    // The limit does not apply to the local Nix.
     let began = Instant::now();
     let nar = crate::common::http::get_local(&home, &route).unwrap();
     assert!(nar.whole && began.elapsed() < Duration::from_secs(32), "the own Nix is limited");
 }
 
 #[test]
-fn friends_find_one_another_at_a_tracker_and_strangers_learn_nothing() {
+fn friends_meet_at_a_tracker_and_strangers_learn_nothing() {
     let wan = Wan::new().with_scale(Scale::intervals(0.1));
     let (here, there) = (wan.lan([198, 51, 100]), wan.lan([203, 0, 113]));
     let (home, laptop, stranger) =
@@ -413,7 +412,7 @@ fn friends_find_one_another_at_a_tracker_and_strangers_learn_nothing() {
     let mut tracker = Tracker::start(here.host("tracker"));
     let url = tracker.url();
     let path = mark(&home);
-    // In mode lan: a tracker is good for friends alone.
+    // In mode `lan`, peerix uses the tracker only to find friends.
     let flags = ["--share", "friends", "--tracker-url", &url];
     let _home = start(&home, &[&flags[..], &["--friend", &friend(&laptop, None)]].concat());
     let _laptop = start(&laptop, &[&flags[..], &["--friend", &friend(&home, None)]].concat());
@@ -425,7 +424,7 @@ fn friends_find_one_another_at_a_tracker_and_strangers_learn_nothing() {
     nix::realise_quietly(&laptop, &[&path]);
     wait_until_reached(&home, "laptop", true);
 
-    // The tracker names neither to anybody, and what it is asked under is known to the two alone.
+    // The tracker lists neither friend, and only the two friends know the tag of their meeting.
     assert_eq!(tracker.get("/peers")["peers"], serde_json::json!([]));
     let own = key(&stranger).tag(&key(&home), &url[7..]);
     let body = format!("{{\"port\": 1, \"tags\": [\"{own}\"]}}");
@@ -438,7 +437,7 @@ fn friends_find_one_another_at_a_tracker_and_strangers_learn_nothing() {
     assert!(met.text().contains("\"places\":[[]]"), "{}", met.text());
     assert_gets_nothing(&stranger, &home, at(&home), &path);
 
-    // A tracker that goes away takes nobody along.
+    // The friends stay connected when the tracker ends.
     tracker.kill();
     assert_eq!(narinfo_status(&laptop, &stock::add(&home, "later", "echo later > $n")), 200);
 }

@@ -1,4 +1,5 @@
-//! The test network itself: were it not what it claims to be, the other tests would prove nothing.
+//! The simulated network itself. Tests that rely on it prove nothing if it does not work as
+//! claimed.
 
 use crate::common::http::{self, Reply, Server};
 use crate::common::lan::{Host, Run};
@@ -10,7 +11,7 @@ use std::net::{Ipv4Addr, SocketAddr, TcpStream, UdpSocket};
 use std::time::{Duration, Instant};
 
 #[test]
-fn hosts_are_machines_of_their_own() {
+fn hosts_are_isolated_machines() {
     let lan = Lan::new();
     let (one, two) = (lan.host("one"), lan.host("two"));
     nix::configure(&one, "");
@@ -32,10 +33,10 @@ fn hosts_are_machines_of_their_own() {
     assert!(!fs::exists(proc).unwrap());
 }
 
-/// Wait for what is not expected to come. A busy machine cannot make a test fail by it.
+/// Wait before a test concludes that nothing arrives. A slow machine cannot make such a test fail.
 const NOTHING_COMES: Duration = Duration::from_millis(300);
 
-/// Broadcasts from one host to another.
+/// Sockets for broadcasts from one host to another.
 struct Broadcasts {
     from: UdpSocket,
     to: UdpSocket,
@@ -50,7 +51,7 @@ impl Broadcasts {
         self.from.send_to(datagram, (BROADCAST, PORT)).unwrap();
     }
 
-    /// Sends until one comes through.
+    /// Sends broadcasts until one arrives, and discards the rest.
     fn wait_until_heard(&self) {
         wait_for("a broadcast is heard", || {
             self.send(b"first");
@@ -59,12 +60,12 @@ impl Broadcasts {
         self.drain();
     }
 
-    /// Takes what is still under way.
+    /// Discards the datagrams that are still in transit.
     fn drain(&self) {
         while receive(&self.to, NOTHING_COMES).is_some() {}
     }
 
-    /// Sends one that comes through, and returns how long it was under way.
+    /// Sends a broadcast and returns the time until it arrives.
     fn time(&self) -> Duration {
         let start = Instant::now();
         self.send(b"timed");
@@ -72,7 +73,7 @@ impl Broadcasts {
         start.elapsed()
     }
 
-    /// How many of `count` come through.
+    /// Sends `count` broadcasts and returns how many arrive.
     fn count(&self, count: usize) -> usize {
         for _ in 0..count {
             self.send(b"counted");
@@ -97,7 +98,7 @@ impl Broadcasts {
 }
 
 #[test]
-fn broadcast_is_heard_and_faults_happen() {
+fn broadcasts_arrive_unless_a_fault_drops_them() {
     let lan = Lan::new();
     let (one, two) = (lan.host("one"), lan.host("two"));
     let broadcasts = Broadcasts::new(&one, &two);
@@ -109,7 +110,7 @@ fn broadcast_is_heard_and_faults_happen() {
     }
     two.net("iptables -F");
     two.lose(30);
-    // No more than a socket's buffer holds.
+    // Few enough for the receive buffer of a socket.
     let heard = broadcasts.count(200);
     assert!((100..180).contains(&heard), "{heard} of 200");
     two.net("iptables -F");
@@ -122,7 +123,7 @@ fn broadcast_is_heard_and_faults_happen() {
     broadcasts.assert_not_heard();
 }
 
-/// A server on `host` that answers with the host's name and who asks.
+/// A server on `host` that answers with the host's name.
 fn echo(host: &Host) -> Server {
     let name = host.name.clone();
     Server::start(host.listen(PORT), move |_| Reply::Whole(200, name.clone().into_bytes()))
@@ -132,7 +133,7 @@ fn reached(from: &Host, address: Ipv4Addr) -> Option<String> {
     http::get(from, (address, PORT), "/").ok().map(|answer| answer.text())
 }
 
-/// Connects, and says why that failed if it did.
+/// Connects, and returns the kind of the error if that fails.
 fn connects(from: &Host, address: Ipv4Addr, within: Duration) -> Result<(), ErrorKind> {
     let to = SocketAddr::from((address, PORT));
     let connection = from.in_net(|| TcpStream::connect_timeout(&to, within));
@@ -140,7 +141,7 @@ fn connects(from: &Host, address: Ipv4Addr, within: Duration) -> Result<(), Erro
 }
 
 #[test]
-fn networks_are_joined_by_a_router_that_passes_on_no_broadcast() {
+fn router_forwards_packets_but_no_broadcasts() {
     let wan = Wan::new();
     let (home, office, public) = (wan.lan([10, 1, 0]), wan.lan([10, 2, 0]), wan.lan([203, 0, 113]));
     let hosts = [home.host("a"), home.host("b"), office.host("c"), public.host("d")];
@@ -163,7 +164,7 @@ fn networks_are_joined_by_a_router_that_passes_on_no_broadcast() {
         sockets[0].send_to(b"all", (to, PORT)).unwrap();
     }
     for (socket, host) in sockets.iter().zip(&hosts).skip(1) {
-        // It takes the same way, so who has this has all that will come.
+        // It takes the same route, so all earlier broadcasts have arrived when it arrives.
         sockets[0].send_to(b"last", (host.address, PORT)).unwrap();
         let heard = std::iter::from_fn(|| receive(socket, DEADLINE))
             .inspect(|(from, _)| assert_eq!(from.ip(), hosts[0].address))
@@ -174,7 +175,7 @@ fn networks_are_joined_by_a_router_that_passes_on_no_broadcast() {
 }
 
 #[test]
-fn addresses_where_nobody_is() {
+fn unused_addresses_fail_as_configured() {
     let wan = Wan::new();
     let (home, office) = (wan.lan([10, 1, 0]), wan.lan([10, 2, 0]));
     let (a, b) = (home.host("a"), office.host("b"));
@@ -190,7 +191,7 @@ fn addresses_where_nobody_is() {
 }
 
 #[test]
-fn faults_happen_across_a_router() {
+fn faults_apply_across_a_router() {
     let wan = Wan::new();
     let (home, office) = (wan.lan([10, 1, 0]), wan.lan([10, 2, 0]));
     let (a, b) = (home.host("a"), office.host("b"));
@@ -218,7 +219,7 @@ fn faults_happen_across_a_router() {
 }
 
 #[test]
-fn a_network_behind_one_address() {
+fn nat_forwards_only_configured_ports() {
     let wan = Wan::new();
     let (internet, elsewhere) = (wan.lan([203, 0, 113]), wan.lan([198, 51, 100]));
     let nat = Nat::new(&internet, [192, 168, 1]);
@@ -226,34 +227,34 @@ fn a_network_behind_one_address() {
     assert_eq!((nat.address(), inside.address), (internet.address(1), nat.lan.address(1)));
     let _servers = [echo(&inside), echo(&outside)];
 
-    // Out, with the router's address.
+    // Outgoing connections have the router's address.
     assert_eq!(reached(&inside, outside.address).as_deref(), Some("outside"));
     let (heard, sends) = (outside.udp(PORT), inside.udp(PORT));
     sends.send_to(b"x", (outside.address, PORT)).unwrap();
     let (from, _) = receive(&heard, DEADLINE).unwrap();
     assert_eq!(from.ip(), nat.address());
 
-    // In, only what is forwarded, and with the address of who sent it.
+    // Only forwarded ports accept incoming connections, and these keep the sender's address.
     assert!(reached(&outside, nat.address()).is_none());
     nat.forward("tcp", PORT, &inside, PORT);
     assert_eq!(reached(&outside, nat.address()).as_deref(), Some("inside"));
     let other = elsewhere.host("other").udp(PORT);
     other.send_to(b"lost", (nat.address(), PORT)).unwrap();
     nat.forward("udp", 20_000, &inside, PORT);
-    // A connection of its own, so that what the router remembers of the first says nothing of it.
+    // A new sender, so that the router's connection tracking has no entry for it.
     let third = elsewhere.host("third");
     third.udp(PORT).send_to(b"comes", (nat.address(), 20_000)).unwrap();
     let (from, datagram) = receive(&sends, DEADLINE).unwrap();
     assert_eq!((from.ip(), &datagram[..]), (third.address.into(), &b"comes"[..]));
 
-    // And what nobody forwarded does not get in, also from who knows the addresses inside.
+    // The router drops other packets, also from a sender that has a route to the inside addresses.
     let neighbour = internet.host("neighbour");
     neighbour.net(&format!("ip route add 192.168.1.0/24 via {}", nat.address()));
     assert_eq!(connects(&neighbour, inside.address, NOTHING_COMES), Err(ErrorKind::TimedOut));
 }
 
 #[test]
-fn the_world_is_fetched_from_a_static_cache() {
+fn world_is_fetched_from_its_static_cache() {
     let lan = Lan::new();
     let world = World::on(&lan);
     let client = lan.host("client");

@@ -1,6 +1,5 @@
-//! Peers that lie. The good peer's bytes arrive, and nothing bad is ever completed to Nix.
-//!
-//! The good peer is far away, so that the bad one is always heard, and asked, first.
+//! Peers that lie. Nix gets the true bytes from the good peer, and never a complete bad NAR. The
+//! good peer has a delay, so that peerix always hears and asks the bad one first.
 
 use crate::common::fault::Delay;
 use crate::common::http::{self, Reply, Request};
@@ -9,13 +8,13 @@ use crate::common::{Asker, Holder, Host, Lan, Scale, World, nar, nix, thread, wa
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-/// Longer than the bad peer takes to answer on a busy machine.
+/// Delay of the good peer, longer than the bad peer takes to answer on a busy machine.
 const FAR: Duration = Duration::from_millis(200);
 
-/// What a bad peer answers by HTTP.
+/// HTTP handler of a bad peer.
 type Answers = Box<dyn Fn(&Request) -> Reply + Send + Sync>;
 
-/// A network with a good peer and one that answers *have* to everything, and first.
+/// A network with a good peer and a bad one, which answers *have* first and to every query.
 struct Scene {
     world: World,
     asker: Asker,
@@ -42,7 +41,7 @@ impl Scene {
         Scene { world, asker, evil, _evil: host, _far: far, good, lan }
     }
 
-    /// Nix gets `name` in one go and never learns of the bad peer.
+    /// Checks that Nix fetches `name` without a warning, though peerix asked the bad peer.
     fn is_fetched_quietly(&self, name: &str) {
         let path = self.world.path(name);
         let closure = self.asker.fetches(&self.world, path);
@@ -60,7 +59,7 @@ fn asked_for(request: &Request) -> Option<&str> {
     request.path.strip_prefix("/local/")?.strip_suffix(".narinfo")
 }
 
-/// Serves the true narinfo of every path, and as its NAR what `nar` makes of the true one.
+/// Answers with the true narinfo of every path, and passes the true NAR through `nar`.
 fn lying_nar(world: &World, nar: impl Fn(Vec<u8>) -> Reply + Send + Sync + 'static) -> Answers {
     let shelf = Shelf::of(world);
     Box::new(move |request| {
@@ -82,31 +81,31 @@ fn flipped(mut nar: Vec<u8>) -> Vec<u8> {
 }
 
 #[test]
-fn a_corrupt_nar_that_is_small_is_never_seen_by_nix() {
+fn corrupt_small_nar_never_reaches_nix() {
     let scene = Scene::new(|world| lying_nar(world, |nar| Reply::Whole(200, flipped(nar))));
     scene.is_fetched_quietly("little");
 }
 
 #[test]
-fn a_corrupt_nar_that_is_large_is_never_completed() {
-    // A peer that lied is avoided for a minute, not for a second: the next run begins within it.
+fn corrupt_large_nar_is_never_completed() {
+    // The next run must begin while peerix avoids the liar, which this extends from 1 s to 60 s.
     let lan = Lan::new().with_scale(Scale::intervals(60.0));
     let scene = Scene::on(lan, |world| lying_nar(world, |nar| Reply::Whole(200, flipped(nar))));
     let path = scene.world.path("large");
-    // What came before the fault was known has reached Nix, so this run may fail; nothing may come
-    // of it.
+    // Nix has received a part of the NAR before peerix detects the fault, so this run may fail. The
+    // store must stay unchanged then.
     let output = nix::realise(&scene.asker.host, &[path]);
     assert!(scene.evil.was_asked(&narinfo(path)), "the bad peer was not asked first");
     if !output.status.success() {
         nix::assert_nothing_but(&scene.asker.host, &[]);
-        // The peer is avoided now.
+        // peerix avoids the bad peer now.
         nix::assert_succeeded(&nix::realise(&scene.asker.host, &[path]));
     }
     let closure = scene.asker.has_whole(&scene.world, path);
     nix::assert_nothing_but(&scene.asker.host, &closure);
     drop(scene);
 
-    // With another substituter the first run is enough.
+    // With another substituter, the first run succeeds.
     let scene = Scene::new(|world| lying_nar(world, |nar| Reply::Whole(200, flipped(nar))));
     let asker = Asker::with_next(&scene.lan, &scene.world, &[&scene.good]);
     let path = scene.world.path("large");
@@ -116,7 +115,7 @@ fn a_corrupt_nar_that_is_large_is_never_completed() {
 }
 
 #[test]
-fn the_nar_of_another_path() {
+fn nar_of_another_path_never_reaches_nix() {
     let scene = Scene::new(|world| {
         let other = Shelf::of(world).nar(world::hash_part(world.path("other"))).unwrap();
         lying_nar(world, move |_| Reply::Whole(200, other.clone()))
@@ -125,8 +124,8 @@ fn the_nar_of_another_path() {
 }
 
 #[test]
-fn a_nar_that_ends_early() {
-    // The larger one has begun to reach Nix when it ends, and goes on from the good peer.
+fn truncated_nar_is_finished_by_another_peer() {
+    // Nix has received a part of the larger NAR when it ends. The rest comes from the good peer.
     for name in ["little", "large"] {
         let scene =
             Scene::new(|world| lying_nar(world, |nar| Reply::Cut(nar.clone(), nar.len() / 2)));
@@ -135,7 +134,7 @@ fn a_nar_that_ends_early() {
 }
 
 #[test]
-fn a_nar_that_goes_on_after_its_end() {
+fn nar_with_trailing_bytes_never_reaches_nix() {
     let longer = |mut nar: Vec<u8>| {
         nar.extend([0; 64]);
         Reply::Chunked(200, nar)
@@ -144,10 +143,10 @@ fn a_nar_that_goes_on_after_its_end() {
     scene.is_fetched_quietly("little");
 }
 
-/// The narinfo of `little` promises the NAR of `other`, with whatever signatures: the key's on
-/// another text, and one that is no signature.
+/// The narinfo of `little` has the NAR hash and size of `other`, with the signature of the true
+/// narinfo and an invalid one.
 #[test]
-fn a_forged_narinfo() {
+fn forged_narinfo_is_refused() {
     let scene = Scene::new(|world| {
         let shelf = Shelf::of(world);
         let other = world::hash_part(world.path("other")).to_owned();
@@ -177,23 +176,23 @@ fn a_forged_narinfo() {
 }
 
 #[test]
-fn have_is_answered_to_everything_and_nothing_is_there() {
+fn peer_with_false_haves_hides_no_path() {
     let scene = Scene::new(|_| Box::new(|_| Reply::Whole(404, b"no".to_vec())));
     scene.is_fetched_quietly("closure300");
-    // And what nobody has is a miss, not an error.
+    // A path that no peer has is a miss, not an error.
     let answer =
         http::get_local(&scene.asker.host, &format!("/{}.narinfo", "0".repeat(32))).unwrap();
     assert_eq!(answer.status, 404);
 }
 
 #[test]
-fn http_is_never_answered() {
+fn peer_with_silent_http_hides_no_path() {
     let scene = Scene::new(|_| Box::new(|_| Reply::Silence));
     scene.is_fetched_quietly("closure300");
 }
 
 #[test]
-fn http_is_answered_with_noise() {
+fn peer_with_invalid_http_hides_no_path() {
     let scene = Scene::new(|_| {
         Box::new(|request| {
             match request.path.as_bytes().get(8).unwrap_or(&0) % 6 {
@@ -211,9 +210,9 @@ fn http_is_answered_with_noise() {
     scene.is_fetched_quietly("closure300");
 }
 
-/// Each of these, passed on, breaks a build under some Nix.
+/// Each of these narinfos breaks a build with some version of Nix if it gets there.
 #[test]
-fn narinfos_of_every_wrong_kind() {
+fn malformed_narinfos_never_reach_nix() {
     let scene = Scene::new(|world| {
         let shelf = Shelf::of(world);
         let other = world.path("other").to_owned();
@@ -255,12 +254,12 @@ fn narinfos_of_every_wrong_kind() {
     scene.is_fetched_quietly("closure300");
 }
 
-/// Nix unpacks as it downloads, as root, before it knows the hash: the framing of what it gets must
-/// be right.
+/// Nix unpacks a NAR as root while it downloads, before it knows the hash. peerix must therefore
+/// check the framing of the NAR.
 #[test]
-fn archives_that_lead_out_of_themselves_never_reach_nix() {
+fn malformed_archives_never_reach_nix() {
     let entry = |name: &[u8]| nar::archive(&nar::directory(&[(name, nar::file(b"escaped"))]));
-    // Deeper than a path can be.
+    // Longer than the longest possible path.
     let deep =
         (0..70).fold(nar::file(b"escaped"), |node, _| nar::directory(&[(&[b'd'; 255], node)]));
     let twice = nar::directory(&[
@@ -286,7 +285,7 @@ fn archives_that_lead_out_of_themselves_never_reach_nix() {
     ];
 
     let lan = Lan::new();
-    // Believes anyone: a narinfo without signatures is enough here.
+    // The asker requires no signatures, so it accepts these narinfos.
     let asker = Asker::with(&lan, "", &[]);
     for (number, archive) in archives.into_iter().enumerate() {
         let what = String::from_utf8_lossy(&archive).into_owned();
@@ -297,7 +296,7 @@ fn archives_that_lead_out_of_themselves_never_reach_nix() {
             nix::hash(&asker.host, &archive),
             archive.len()
         );
-        // One that was caught is avoided for a while, so each has a machine of its own.
+        // peerix avoids a liar for some time, so each archive has its own host.
         let host = lan.host("evil");
         let _evil =
             StandIn::start(&host, have(|_| true), move |request: &Request| {
@@ -317,10 +316,10 @@ fn archives_that_lead_out_of_themselves_never_reach_nix() {
     }
 }
 
-/// One broken stream used to make the only holder of a path be avoided for a second, and everything
-/// it has "not there" meanwhile, which Nix remembers for an hour.
+/// If peerix avoids the only holder of a path after a broken stream, its lookups miss, and Nix
+/// remembers each miss for an hour.
 #[test]
-fn one_broken_stream_of_the_only_holder_hides_nothing() {
+fn broken_stream_of_the_only_holder_hides_no_path() {
     let lan = Lan::new();
     let world = World::on(&lan);
     let asker = Asker::with(&lan, "", &[&world.cache_key]);
@@ -340,7 +339,7 @@ fn one_broken_stream_of_the_only_holder_hides_nothing() {
         wait_for("the stream broke", || asker.daemon.log().contains("stream broke").then_some(()));
         let answer = http::get_local(&asker.host, &format!("/{}", narinfo(other))).unwrap();
         assert_eq!(answer.status, 200);
-        // And Nix gets the path whose NAR broke off, from the same peer.
+        // Nix gets the rest of the broken NAR from the same peer.
         fetching.join().unwrap();
     });
     assert!(only.was_asked(&narinfo(other)));

@@ -1,4 +1,5 @@
-//! Trackers behind HTTPS: their certificates are checked against those that this machine trusts.
+//! Trackers behind HTTPS. The node checks their certificates against the authorities that this
+//! machine trusts.
 
 use crate::common::{DEADLINE, Daemon, Lan, stock, thread, wait_for};
 use rustls::pki_types::pem::PemObject;
@@ -9,12 +10,12 @@ use std::net::TcpListener;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
 
-/// Made for this test, and for the names `localhost` and 127.0.0.1.
+/// Test certificates for the names `localhost` and 127.0.0.1.
 const AUTHORITY: &str = include_str!("data/tls/ca.pem");
 const CERTIFICATE: &str = include_str!("data/tls/tracker.pem");
 const KEY: &str = include_str!("data/tls/tracker.key");
 
-/// A tracker that takes one connection. Gives the first line of what is asked, or why nothing was.
+/// A tracker that accepts one connection. Sends the first line of the request, or the TLS error.
 fn tracker(listener: TcpListener) -> Receiver<Result<String, String>> {
     let certificate = CertificateDer::from_pem_slice(CERTIFICATE.as_bytes()).unwrap();
     let key = PrivateKeyDer::from_pem_slice(KEY.as_bytes()).unwrap();
@@ -38,9 +39,10 @@ fn tracker(listener: TcpListener) -> Receiver<Result<String, String>> {
     receiver
 }
 
-/// Only the certificates that ureq brings were asked, so that no authority of one's own helped.
+/// The node must use the machine's authorities, not those built into ureq, so that an operator can
+/// use a private authority.
 #[test]
-fn the_authorities_of_this_machine_count_and_no_others() {
+fn only_authorities_of_this_machine_are_trusted() {
     let lan = Lan::new();
     for (trusted, name) in [(AUTHORITY, "trusts"), (CERTIFICATE, "trusts-others")] {
         let host = lan.host(name);

@@ -1,11 +1,10 @@
-//! The main job: real Nix on one host gets real paths from the store of another, whatever is in
-//! them.
+//! Real Nix on one host fetches real paths of every kind from the store of another.
 
 use crate::common::lan::Run;
 use crate::common::{Asker, Holder, Lan, PORT, World, daemon, nix};
 
 #[test]
-fn closure_from_a_peer_that_signs() {
+fn closure_signed_by_peer_is_fetched() {
     let lan = Lan::new();
     let world = World::on(&lan);
     let holder = Holder::with(&lan, &world, "holder", |host| {
@@ -22,7 +21,7 @@ fn closure_from_a_peer_that_signs() {
         asker.host.cmd("nix").args(["path-info", "--sigs", world.path("closure300")]).okay();
     assert!(signatures.contains("holder-1:"), "{signatures}");
 
-    // A client that trusts another key takes nothing.
+    // A client that trusts only another key takes nothing.
     let stranger = Asker::with(&lan, "", &[&world.cache_key]);
     let output = nix::realise(&stranger.host, &[world.path("little")]);
     assert!(!output.status.success(), "a path was taken that no trusted key has signed");
@@ -30,7 +29,7 @@ fn closure_from_a_peer_that_signs() {
 }
 
 #[test]
-fn closure_with_the_signature_of_another_cache() {
+fn closure_signed_by_other_cache_is_fetched() {
     let lan = Lan::new();
     let world = World::on(&lan);
     let holder = Holder::new(&lan, &world, "holder");
@@ -38,7 +37,7 @@ fn closure_with_the_signature_of_another_cache() {
     let closure = asker.fetches(&world, world.path("closure300"));
     assert_eq!(closure.len(), 300);
 
-    // `nix copy` asks one path at a time, and begins with HEAD.
+    // `nix copy` looks up one path at a time, and begins with HEAD.
     let copier = Asker::new(&lan, &world, &[&holder]);
     let url = format!("http://127.0.0.1:{PORT}");
     let output =
@@ -48,7 +47,7 @@ fn closure_with_the_signature_of_another_cache() {
 }
 
 #[test]
-fn paths_of_every_kind() {
+fn paths_of_every_kind_are_fetched() {
     let lan = Lan::new();
     let world = World::on(&lan);
     let holder = Holder::new(&lan, &world, "holder");
@@ -68,7 +67,7 @@ fn content_addressed_paths_need_no_signature() {
     holder.host.sh("mkdir -p /tmp/tree/sub; echo a > /tmp/tree/a; ln -s a /tmp/tree/sub/link");
     let tree = holder.host.cmd("nix-store").args(["--add", "/tmp/tree"]).okay();
     let flat = holder.host.cmd("nix-store").args(["--add-fixed", "sha256", "/tmp/tree/a"]).okay();
-    // A derivation is text with references.
+    // A derivation is content-addressed text with references.
     let derivation = holder
         .host
         .cmd("nix-store")
@@ -81,7 +80,7 @@ fn content_addressed_paths_need_no_signature() {
         &asker.host.cmd("nix").args(["copy", "--derivation", "--from", &url, paths[2]]).ran(),
     );
     nix::assert_whole(&asker.host, &paths, &holder.host.path("/nix/store"));
-    // Registered a moment ago, and found at once.
+    // A path is found at once after its registration.
     let mark = daemon::mark(&holder.host);
     nix::realise_quietly(&asker.host, &[&mark]);
     nix::assert_whole(&asker.host, &[&mark], &holder.host.path("/nix/store"));

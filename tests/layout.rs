@@ -1,12 +1,12 @@
-//! Rules of the source that the compiler does not know.
+//! Rules for the source that the compiler does not check: layers of modules, and hygiene.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
 const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 
-/// The modules, each with all that it may use. They stand in the order of the layers, so that an
-/// import that is missing here but would be right points from a higher line to a lower one.
+/// Each module with all modules that it may use, from the highest layer to the lowest. A module may
+/// use only modules that stand below it.
 const MAY_USE: &[(&str, &[&str])] = &[
     ("main", &["cli", "commands", "daemon", "service", "sockets"]),
     (
@@ -175,7 +175,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("nix", &[]),
 ];
 
-/// All that the tracker may use of the library.
+/// Modules of the library that the tracker may use.
 const TRACKER_MAY_USE: &[&str] = &[
     "http",
     "nix",
@@ -202,7 +202,7 @@ fn every_file_of_tests_is_compiled() {
 }
 
 #[test]
-fn the_tracker_uses_little_of_the_library() {
+fn tracker_imports_only_allowed_modules() {
     let mut seen = 0;
     for file in files(&Path::new(ROOT).join("tracker-src")) {
         let text = fs::read_to_string(&file).unwrap();
@@ -224,7 +224,7 @@ fn the_tracker_uses_little_of_the_library() {
 }
 
 #[test]
-fn imports_never_point_up() {
+fn imports_point_only_to_lower_layers() {
     for (at, (module, uses)) in MAY_USE.iter().enumerate() {
         for used in *uses {
             let place = MAY_USE.iter().position(|(name, _)| name == used);
@@ -253,7 +253,7 @@ fn imports_never_point_up() {
     assert!(seen > 50, "only {seen} imports were found: this test looks for them in the wrong way");
 }
 
-/// What follows `crate::` and `peerix::`, in code as in documentation.
+/// Names of the modules after `crate::` and `peerix::`, in code and in documentation.
 fn modules_named(text: &str) -> Vec<&str> {
     [modules_named_after("crate::", text), modules_named_after("peerix::", text)].concat()
 }
@@ -270,7 +270,7 @@ fn modules_named_after<'a>(root: &str, text: &'a str) -> Vec<&'a str> {
     named
 }
 
-/// The first name of each part of `a::{b, c}, d::e}`.
+/// First name of each part of a group such as `a::{b, c}, d::e}`.
 fn first_names(group: &str) -> Vec<&str> {
     let (mut names, mut depth, mut from) = (Vec::new(), 1, 0);
     for (at, c) in group.char_indices() {
@@ -312,10 +312,10 @@ fn imports_are_found_in_every_form() {
     assert_eq!(found("use peerix::cli::{self, Command};"), ["cli"]);
 }
 
-/// Who builds elsewhere has neither the author's directories nor the author's mirrors.
+/// Builds elsewhere have neither the author's directories nor a private mirror.
 #[test]
-fn nothing_here_is_of_one_machine() {
-    // In two parts, or this file would be the first that is found.
+fn files_name_no_directory_or_mirror_of_one_machine() {
+    // In two parts, so that this file does not contain the searched text itself.
     let machines = [("/wo", "rk/"), ("/tmp/", "setup"), ("/ho", "me/"), ("/Us", "ers/")]
         .map(|(a, b)| [a, b].concat());
     for file in files(Path::new(ROOT)) {
@@ -337,14 +337,14 @@ fn nothing_here_is_of_one_machine() {
         for word in text.split_whitespace().filter(|_| is_setting) {
             let Some((_, rest)) = word.split_once("://") else { continue };
             let host = rest.split(['/', '"', ')', ',']).next().unwrap_or_default();
-            // Without a host: the store of that name that is none.
+            // An empty host: Nix store URLs such as `dummy://`.
             let known = ["github.com", "rustup.rs", "nixos.org", ""].contains(&host);
             assert!(known, "{name}: a host that not everybody reaches? {word}");
         }
     }
 }
 
-/// Every file below, but what git and cargo keep.
+/// All files below `dir`, without `.git`, `target` and symlinks.
 fn files(dir: &Path) -> Vec<PathBuf> {
     let mut all = Vec::new();
     for entry in fs::read_dir(dir).unwrap() {

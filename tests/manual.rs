@@ -1,19 +1,18 @@
-//! Man pages and shell completions say what `--help` says. What can be is made of it here, and
-//! compared with what is in `contrib/`; after a change of the help, `PEERIX_WRITE=1 cargo test
-//! --test integration manual` writes it anew.
-
+//! Man pages and shell completions agree with `--help`. The tests generate them from the help and
+//! compare them with the files in `contrib/`. After a change of the help, write them with
+//! `PEERIX_WRITE=1 cargo test --test integration manual`.
 use crate::common::{daemon, tracker};
 use std::fmt::Write;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-/// A line of the help: `--port N`, or `why PATH`.
+/// A flag or command in the help: `--port N`, or `why PATH`.
 #[derive(Debug, Default)]
 struct Item {
     short: Option<char>,
     name: String,
-    /// Empty for none.
+    /// Placeholder of the value; empty for a flag without one.
     value: String,
     text: String,
 }
@@ -27,7 +26,7 @@ impl Item {
         ["FILE", "DIR", "PATH"].contains(&self.value.as_str())
     }
 
-    /// `lan|wan|both`.
+    /// The words of a value such as `lan|wan|both`, separated by spaces.
     fn choices(&self) -> Option<String> {
         self.value.contains('|').then(|| self.value.replace('|', " "))
     }
@@ -37,7 +36,7 @@ impl Item {
     }
 }
 
-/// What a program is called, and what its help has.
+/// A program's name, and the flags and commands in its help.
 struct Help {
     program: &'static str,
     items: Vec<Item>,
@@ -55,7 +54,7 @@ impl Help {
             } else if let Some(line) = line.strip_prefix("  ").filter(|line| !line.starts_with(' '))
             {
                 let (head, text) = line.split_once("  ").unwrap_or((line, ""));
-                // A flag with a long value leaves one space.
+                // Before the text of a flag with a long value there is only one space.
                 let (head, text) = match head.split(' ').nth(2) {
                     Some(_) if head.starts_with("--") => head
                         .match_indices(' ')
@@ -108,7 +107,7 @@ fn contrib(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("contrib").join(name)
 }
 
-/// Compares with the file, or writes it.
+/// Compares the text with a file in `contrib/`, and writes it first if `PEERIX_WRITE` is set.
 fn is(name: &str, text: &str) {
     let file = contrib(name);
     let mut there = fs::read_to_string(&file).unwrap_or_default();
@@ -123,7 +122,7 @@ fn is(name: &str, text: &str) {
 }
 
 #[test]
-fn the_help_is_read_whole() {
+fn help_parser_finds_every_flag() {
     let [peerix, tracker] = Help::both();
     let names = |help: &Help| help.items.iter().map(|item| item.name.clone()).collect::<Vec<_>>();
     assert_eq!(names(&peerix)[..6], ["status", "peers", "why", "doctor", "identity", "--json"]);
@@ -140,7 +139,7 @@ fn the_help_is_read_whole() {
     assert_eq!(names(&tracker), flags);
     let source =
         fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("src/cli.rs")).unwrap();
-    // Every flag that the parser knows: in the two forms in which it matches them.
+    // Every flag of the parser, in both forms in which the source matches flags.
     let (parser, _) = source.split_once("#[cfg(test)]").unwrap();
     let (_, parser) = parser.split_once("pub fn parse(").unwrap();
     let mut known: Vec<String> = Vec::new();
@@ -164,14 +163,14 @@ fn the_help_is_read_whole() {
     }
 }
 
-/// Text for troff.
+/// Escapes text for troff.
 fn roff(text: &str) -> String {
     let text = text.replace('\\', "\\e").replace('-', "\\-");
     if text.starts_with(['.', '\'']) { format!("\\&{text}") } else { text }
 }
 
 #[test]
-fn man_pages() {
+fn man_pages_match_help() {
     for help in Help::both() {
         let name = format!("man/{}.8", help.program);
         let page = fs::read_to_string(contrib(&name)).unwrap();
@@ -201,7 +200,7 @@ fn man_pages() {
             }
         }
         is(&name, &made);
-        // No complaints; that pages of nobody's distribution have no date is none.
+        // mandoc must report nothing. A missing date is fine: the pages belong to no distribution.
         let lint = Command::new("mandoc")
             .args(["-T", "lint", "-W", "style"])
             .arg(contrib(&name))
@@ -310,7 +309,7 @@ fn fish(help: &Help) -> String {
 }
 
 #[test]
-fn completions_are_what_the_help_says() {
+fn completions_match_help() {
     for help in Help::both() {
         is(&format!("completions/{}.bash", help.program), &bash(&help));
         is(&format!("completions/_{}", help.program), &zsh(&help));
@@ -318,7 +317,7 @@ fn completions_are_what_the_help_says() {
     }
 }
 
-/// What a shell prints for a script.
+/// Runs a script in a shell and returns what it prints; panics if it writes to stderr.
 fn shell(shell: &str, script: &str, args: &[&str]) -> String {
     let mut command = Command::new(shell);
     command
@@ -332,7 +331,7 @@ fn shell(shell: &str, script: &str, args: &[&str]) -> String {
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
-/// Lines completed, and what has to be among the answers, and what not.
+/// Lines to complete, words that must be offered, and words that must not.
 const CASES: [(&str, &[&str], &[&str]); 6] = [
     ("peerix ", &["status", "peers", "why", "doctor"], &["--port"]),
     ("peerix d", &["doctor"], &["status"]),
@@ -361,7 +360,7 @@ fn check(shell: &str, answers: impl Fn(&str, &Path) -> String) {
 }
 
 #[test]
-fn bash_completes() {
+fn bash_completion_offers_expected_words() {
     check("bash", |line, file| {
         let script = r#"source "$1"; IFS=' ' read -ra COMP_WORDS <<<"$0"; [[ $0 != *' ' ]] || COMP_WORDS+=("")
             COMP_CWORD=$((${#COMP_WORDS[@]} - 1)); "_${COMP_WORDS[0]//-/_}"; printf '%s\n' "${COMPREPLY[@]}""#;
@@ -370,7 +369,7 @@ fn bash_completes() {
 }
 
 #[test]
-fn fish_completes() {
+fn fish_completion_offers_expected_words() {
     check("fish", |line, file| {
         shell(
             "fish",
@@ -380,7 +379,7 @@ fn fish_completes() {
     });
 }
 
-/// Types a line into a zsh on a terminal of its own, and lists what could follow.
+/// Types a line into an interactive zsh on its own terminal, and lists the completions.
 const ZSH: &str = r#"
     zmodload zsh/zpty
     zpty -b z zsh -f -i
@@ -394,11 +393,11 @@ const ZSH: &str = r#"
 "#;
 
 #[test]
-fn zsh_completes() {
+fn zsh_completion_offers_expected_words() {
     check("zsh", |line, file| {
         let dir = file.parent().unwrap().display().to_string();
         let printed = shell("zsh", ZSH, &["zsh", line, &dir]);
-        // Without what moves the cursor: `ESC [ 7 C`.
+        // Removes escape sequences that move the cursor, such as `ESC [ 7 C`.
         let after = |part: &str| part.find(char::is_alphabetic).map(|at| part[at + 1..].to_owned());
         let mut parts = printed.split('\x1b');
         let words: Vec<String> =

@@ -1,14 +1,13 @@
-//! No false misses. Nix remembers a *not there* for an hour, so a path that a peer has must be
-//! found, every time, at Nix's own 25 connections; and where peers cannot be reached Nix must go on
-//! without them.
+//! No false misses. Nix caches a miss for an hour, so peerix must find every path that a peer has,
+//! at Nix's own 25 connections. Where peers are unreachable, Nix must succeed without them.
 
 use crate::common::{Asker, Holder, Lan, World, daemon, nix};
 use std::time::Duration;
 
 const RUNS: usize = 5;
 
-/// All of the closure comes from the peers: there is no other substituter, and Nix fails at the
-/// first miss.
+/// Fetches a closure of 1,000 paths that only the peers have. Nix has no other substituter and
+/// fails at the first miss.
 fn fetch_all(lan: &Lan, world: &World, holders: &[&Holder], prepare: impl Fn(&Asker)) {
     let asker = Asker::new(lan, world, holders);
     prepare(&asker);
@@ -17,7 +16,7 @@ fn fetch_all(lan: &Lan, world: &World, holders: &[&Holder], prepare: impl Fn(&As
 }
 
 #[test]
-fn one_peer_has_everything() {
+fn closure_from_one_peer_has_no_false_miss() {
     let lan = Lan::patient();
     let world = World::on(&lan);
     let holder = Holder::new(&lan, &world, "holder");
@@ -27,7 +26,7 @@ fn one_peer_has_everything() {
 }
 
 #[test]
-fn two_peers_have_everything() {
+fn closure_from_two_peers_has_no_false_miss() {
     let lan = Lan::patient();
     let world = World::on(&lan);
     let (one, two) = (Holder::new(&lan, &world, "one"), Holder::new(&lan, &world, "two"));
@@ -37,7 +36,7 @@ fn two_peers_have_everything() {
 }
 
 #[test]
-fn one_percent_of_packets_is_lost() {
+fn one_percent_packet_loss_causes_no_false_miss() {
     let lan = Lan::patient();
     let world = World::on(&lan);
     let (one, two) = (Holder::new(&lan, &world, "one"), Holder::new(&lan, &world, "two"));
@@ -49,7 +48,7 @@ fn one_percent_of_packets_is_lost() {
 }
 
 #[test]
-fn sixty_milliseconds_round_trip() {
+fn sixty_ms_round_trip_causes_no_false_miss() {
     let lan = Lan::patient();
     let world = World::on(&lan);
     let holder = Holder::new(&lan, &world, "holder");
@@ -58,7 +57,7 @@ fn sixty_milliseconds_round_trip() {
 }
 
 #[test]
-fn the_peer_is_busy() {
+fn busy_peer_causes_no_false_miss() {
     let lan = Lan::patient();
     let world = World::on(&lan);
     let holder = Holder::new(&lan, &world, "holder");
@@ -67,7 +66,7 @@ fn the_peer_is_busy() {
 }
 
 #[test]
-fn ten_percent_of_packets_is_lost() {
+fn ten_percent_packet_loss_hides_at_most_one_percent_of_paths() {
     let lan = Lan::patient();
     let world = World::on(&lan);
     let holder = Holder::new(&lan, &world, "holder");
@@ -79,15 +78,14 @@ fn ten_percent_of_packets_is_lost() {
     assert!(found * 100 >= closure.len() * 99, "{found} of {} found", closure.len());
 }
 
-/// Nix succeeds, from peers as far as they can be reached and from the next substituter for the
-/// rest.
+/// Checks that Nix gets the closure from peers and, for the rest, from the next substituter.
 fn goes_on(asker: &Asker, world: &World) {
     nix::assert_succeeded(&nix::realise(&asker.host, &[world.path("closure300")]));
     assert_eq!(asker.has_whole(world, world.path("closure300")).len(), 300);
 }
 
 #[test]
-fn without_peers_nix_goes_on() {
+fn nix_without_peers_uses_next_substituter() {
     let lan = Lan::new();
     let world = World::on(&lan);
     let asker = Asker::with_next(&lan, &world, &[]);
@@ -95,20 +93,20 @@ fn without_peers_nix_goes_on() {
 }
 
 #[test]
-fn without_a_network_nix_goes_on() {
+fn nix_without_network_uses_next_substituter() {
     let lan = Lan::new();
     let world = World::on(&lan);
     let holder = Holder::new(&lan, &world, "holder");
     let asker = Asker::with_next(&lan, &world, &[&holder]);
     asker.host.unplug();
     goes_on(&asker, &world);
-    // And when the cable is back, so are the peers.
+    // After the cable is plugged in again, peerix finds its peers.
     asker.host.plug();
     asker.meet(&[&holder]);
 }
 
 #[test]
-fn when_the_peer_falls_silent_nix_goes_on() {
+fn nix_with_silent_peer_uses_next_substituter() {
     let lan = Lan::new();
     let world = World::on(&lan);
     let holder = Holder::new(&lan, &world, "holder");
@@ -118,12 +116,12 @@ fn when_the_peer_falls_silent_nix_goes_on() {
 }
 
 #[test]
-fn at_thirty_percent_loss_nix_goes_on() {
+fn nix_at_thirty_percent_packet_loss_succeeds() {
     let lan = Lan::new();
     let world = World::on(&lan);
     let holder = Holder::new(&lan, &world, "holder");
     let asker = Asker::with_next(&lan, &world, &[&holder]);
-    // Some paths are enough: TCP sends most of their bytes again after seconds.
+    // 60 paths are enough: at this loss TCP retransmits most bytes after seconds.
     let mut paths = nix::closure(&holder.host, &[world.path("closure300")]);
     paths.truncate(60);
     let paths: Vec<&str> = paths.iter().map(String::as_str).collect();

@@ -1,6 +1,6 @@
-//! nixos-module.nix, evaluated by real Nix against a stand-in for nixpkgs' `lib` (tests/module):
-//! its options, what it refuses, and the unit files it comes to. That systemd takes those as they
-//! are meant is for `make vm-test`.
+//! nixos-module.nix: its options, what it rejects, and the unit files it generates. Real Nix
+//! evaluates it against a stand-in for nixpkgs' `lib` (tests/module). `make vm-test` checks that
+//! systemd interprets the units as intended.
 
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -10,7 +10,7 @@ use std::process::{Command, Output, Stdio};
 const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 
 fn nix_instantiate(expression: &str) -> Output {
-    // Without a store: what is read while evaluating would have to be put there.
+    // The dummy store suffices, because the evaluation reads nothing that must be in a store.
     run("dummy://", expression)
 }
 
@@ -28,7 +28,7 @@ fn eval(expression: &str) -> Value {
     serde_json::from_slice(&output.stdout).unwrap()
 }
 
-/// The same with a store of its own, where files beside a configuration go.
+/// Evaluates with a writable store, into which Nix copies files beside a configuration.
 fn eval_with_store(expression: &str) -> Value {
     let store = Path::new(env!("CARGO_TARGET_TMPDIR")).join("module-store");
     let output = run(store.to_str().unwrap(), expression);
@@ -36,12 +36,12 @@ fn eval_with_store(expression: &str) -> Value {
     serde_json::from_slice(&output.stdout).unwrap()
 }
 
-/// What a NixOS configuration comes to, as tests/module/render.nix has it.
+/// The result of a NixOS configuration, in the form of tests/module/render.nix.
 fn machine(config: &str) -> Value {
     eval(&format!("(import ./tests/module/eval.nix).module {{ {config} }}"))
 }
 
-/// The same with peerix enabled and something more.
+/// The result of a NixOS configuration that enables peerix and adds `config`.
 fn peerix(config: &str) -> Value {
     machine(&format!("services.peerix.enable = true; {config}"))
 }
@@ -53,7 +53,7 @@ fn refused(config: &str) -> String {
     String::from_utf8(output.stderr).unwrap()
 }
 
-/// The values of a setting in a unit file, one for each line.
+/// All values of a setting in a unit file, in order.
 fn settings<'a>(machine: &'a Value, unit: &str, name: &str) -> Vec<&'a str> {
     let text = machine["units"][unit].as_str().unwrap_or_else(|| panic!("no {unit}"));
     text.lines().filter_map(|line| line.strip_prefix(name)?.strip_prefix('=')).collect()
@@ -66,7 +66,7 @@ fn setting<'a>(machine: &'a Value, unit: &str, name: &str) -> &'a str {
     }
 }
 
-/// The arguments of `ExecStart=`, as systemd.service(5) says that systemd takes them apart.
+/// The arguments of `ExecStart=`, split by the quoting rules of systemd.service(5).
 fn arguments(machine: &Value, unit: &str) -> Vec<String> {
     let (mut words, mut rest) = (Vec::new(), setting(machine, unit, "ExecStart"));
     while !rest.is_empty() {
@@ -90,7 +90,7 @@ fn has(machine: &Value, flag: &str) -> bool {
     arguments(machine, "peerix.service").iter().any(|argument| argument == flag)
 }
 
-/// Name and default of each option in the original's README.
+/// Name and default of each option in the README of the original peerix.
 fn original_options() -> Vec<(String, Value)> {
     let tables =
         std::fs::read_to_string(Path::new(ROOT).join("tests/module/original-options.md")).unwrap();
@@ -105,7 +105,7 @@ fn original_options() -> Vec<(String, Value)> {
 }
 
 #[test]
-fn every_option_of_the_original_has_its_name_type_and_default() {
+fn original_options_keep_name_type_and_default() {
     let types: BTreeMap<&str, &str> = [
         ("enable", "bool"),
         ("openFirewall", "bool"),
@@ -144,7 +144,7 @@ fn every_option_of_the_original_has_its_name_type_and_default() {
     for (name, default) in &original {
         let option = options.get(&**name).unwrap_or_else(|| panic!("{name} is missing"));
         assert_eq!(option["type"], types[name.strip_prefix("services.peerix.").unwrap()], "{name}");
-        // The stand-in's nixpkgs has the package at this path.
+        // The stand-in for nixpkgs has the package at this path.
         let default =
             if *default == json!("pkgs.peerix") { json!("/usr/local") } else { default.clone() };
         assert_eq!(option["default"], default, "{name}");
@@ -173,9 +173,9 @@ fn every_option_of_the_original_has_its_name_type_and_default() {
     assert_eq!(new, added.map(|name| format!("services.peerix.{name}")));
 }
 
-/// Each option stands in the README with its default.
+/// The README lists each option with its default.
 #[test]
-fn the_readme_has_every_option() {
+fn readme_lists_every_option_with_default() {
     let readme = std::fs::read_to_string(Path::new(ROOT).join("README.md")).unwrap();
     let mut there = BTreeMap::new();
     for row in readme.lines().filter(|line| line.starts_with("| `services.")) {
@@ -199,7 +199,7 @@ fn the_readme_has_every_option() {
 }
 
 #[test]
-fn nothing_is_there_unless_it_is_enabled() {
+fn disabled_module_adds_nothing() {
     let nothing = machine(
         "services.peerix = { port = 1; publicKeyFile = \"/k\"; tracker.dbPath = \"t.db\"; };",
     );
@@ -210,7 +210,7 @@ fn nothing_is_there_unless_it_is_enabled() {
 }
 
 #[test]
-fn by_default_it_is_one_socket_one_service_and_one_line_for_nix() {
+fn default_module_adds_one_socket_one_service_and_one_substituter() {
     let machine = peerix("");
     let units: Vec<&String> = machine["units"].as_object().unwrap().keys().collect();
     assert_eq!(units, ["peerix.service", "peerix.socket"]);
@@ -249,14 +249,13 @@ fn by_default_it_is_one_socket_one_service_and_one_line_for_nix() {
             "--upstream-cache=https://cache.nixos.org",
         ]
     );
-    // The socket has to outlive a change of the service, and the service goes on without
-    // nix-daemon.
+    // The socket survives a change of the service, and the service does not depend on nix-daemon.
     assert_eq!(machine["stopIfChanged"]["peerix"], json!(false));
     assert_eq!(service("Requires"), "peerix.socket");
 }
 
 #[test]
-fn every_option_arrives() {
+fn every_option_reaches_units_and_nix_conf() {
     let machine = peerix(
         r#"services.peerix = {
             port = 12399; mode = "both"; trackerUrl = "http://tracker:1"; announceAddr = "home:2"; peerId = "me";
@@ -296,8 +295,8 @@ fn every_option_arrives() {
     ] {
         assert!(has(&machine, flag), "no {flag}");
     }
-    // An active socket keeps its addresses when a configuration is switched to, so that others need
-    // another socket.
+    // An active socket keeps its addresses during a switch of the configuration, so other addresses
+    // need a socket of another name.
     let socket = "peerix-12399-ipv6.socket";
     assert_eq!(settings(&machine, socket, "ListenStream"), ["0.0.0.0:12399", "[::]:12399"]);
     assert_eq!(setting(&machine, socket, "Service"), "peerix.service");
@@ -328,7 +327,7 @@ fn every_option_arrives() {
 }
 
 #[test]
-fn friends_and_what_is_shared_arrive() {
+fn friends_and_sharing_options_become_flags() {
     let key = "ed25519:BwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwc=";
     let machine = peerix(&format!(
         r#"services.peerix = {{
@@ -352,7 +351,7 @@ fn friends_and_what_is_shared_arrive() {
 }
 
 #[test]
-fn the_program_takes_each_flag_that_the_module_gives() {
+fn program_accepts_every_flag_of_module() {
     let machine = peerix(
         r#"services.peerix = {
             mode = "wan"; trackerUrl = "http://t:1"; announceAddr = "home:2"; peerId = "-me"; noVerify = true; noFilter = true;
@@ -361,7 +360,7 @@ fn the_program_takes_each_flag_that_the_module_gives() {
             friends = [ "a=ed25519:BwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwc=@[::1]:1" ];
         };"#,
     );
-    // The first thing it misses is the database: everything before was understood.
+    // The daemon fails at the missing database, after it has parsed all flags.
     let output = Command::new(env!("CARGO_BIN_EXE_peerix"))
         .args(&arguments(&machine, "peerix.service")[1..])
         .args(["--port=0", "--db=/nonexistent/db.sqlite"])
@@ -374,7 +373,7 @@ fn the_program_takes_each_flag_that_the_module_gives() {
 }
 
 #[test]
-fn values_arrive_whatever_characters_they_have() {
+fn special_characters_reach_program_unchanged() {
     let odd = "a \"b\" 'c' %i %% $HOME ${HOME} \\ \\n ; # *? \t ü -";
     let nix =
         odd.replace('\\', "\\\\").replace('"', "\\\"").replace("${", "\\${").replace('\t', "\\t");
@@ -390,12 +389,12 @@ fn values_arrive_whatever_characters_they_have() {
 }
 
 #[test]
-fn what_cannot_work_is_refused_with_what_to_set() {
+fn invalid_options_are_refused_with_advice() {
     for (config, names) in [
         (r#"mode = "wan";"#, &["\"wan\"", "services.peerix.trackerUrl"][..]),
         (r#"mode = "both";"#, &["services.peerix.trackerUrl"]),
         (r#"mode = "both"; trackerUrl = "";"#, &["services.peerix.trackerUrl"]),
-        // These would have become the tracker's own, or nobody's.
+        // These directories would be handed to the tracker, or have no owner.
         (
             r#"tracker = { enable = true; dbPath = "/var/lib/tracker.db"; };"#,
             &["tracker.dbPath", "/var/lib/tracker.db"],
@@ -435,7 +434,7 @@ fn what_cannot_work_is_refused_with_what_to_set() {
             assert!(message.as_str().unwrap().contains(name), "{config}: no {name} in {message}");
         }
     }
-    // The original took both.
+    // The original accepts both options together.
     let both = r#"services.peerix = { publicKey = "a-1:dw6gRsgENbg3ZRarDaIEP6t3wwkl5ML26Gov7r1VLrA="; publicKeyFile = "/c"; };"#;
     let both = peerix(both);
     assert_eq!(both["failed"], json!([]));
@@ -445,18 +444,18 @@ fn what_cannot_work_is_refused_with_what_to_set() {
             && conf.contains("!include /run/peerix-public-key"),
         "{conf}"
     );
-    // What is empty is not set.
+    // An empty option counts as unset.
     assert!(
         !peerix("services.peerix.peerId = \"\";")["units"]["peerix.service"]
             .as_str()
             .unwrap()
             .contains("peer-id")
     );
-    // Beside the store is not in it.
+    // A path whose name only begins like the store directory is not in the store.
     let beside = peerix("services.peerix.privateKeyFile = builtins.storeDir + \"-keys/k\";");
     assert_eq!(beside["failed"], json!([]));
-    // A path of a flake is in the store, where everybody reads it; one beside configuration.nix is
-    // not, and stays there.
+    // A path of a flake is in the store and world-readable. A path beside configuration.nix is not
+    // copied to the store.
     let beside = peerix("services.peerix.privateKeyFile = ./Cargo.toml;");
     assert_eq!(beside["failed"], json!([]));
     assert_eq!(
@@ -481,7 +480,7 @@ fn what_cannot_work_is_refused_with_what_to_set() {
 }
 
 #[test]
-fn a_public_key_file_is_read_by_nix_and_not_by_the_evaluation() {
+fn public_key_file_is_read_by_nix_not_by_evaluation() {
     let machine = peerix("services.peerix.publicKeyFile = \"/run/secrets/50 %.pub\";");
     let unit = "peerix-public-key.service";
     assert_eq!(setting(&machine, unit, "LoadCredential"), "public-key:/run/secrets/50 %%.pub");
@@ -491,8 +490,8 @@ fn a_public_key_file_is_read_by_nix_and_not_by_the_evaluation() {
             .unwrap()
             .contains("\n!include /run/peerix-public-key/nix.conf\n")
     );
-    // Before nix-daemon whenever that starts; what everybody's Nix reads; and without root's
-    // powers.
+    // The unit runs before nix-daemon starts, writes a world-readable file, and has no
+    // capabilities.
     assert_eq!(setting(&machine, unit, "Before"), "nix-daemon.service peerix.service");
     assert_eq!(setting(&machine, unit, "PartOf"), "nix-daemon.service");
     assert_eq!(setting(&machine, unit, "WantedBy"), "multi-user.target nix-daemon.service");
@@ -500,16 +499,16 @@ fn a_public_key_file_is_read_by_nix_and_not_by_the_evaluation() {
     assert_eq!(setting(&machine, unit, "UMask"), "0022");
     assert_eq!(setting(&machine, unit, "RemainAfterExit"), "true");
     assert_eq!(setting(&machine, unit, "CapabilityBoundingSet"), "");
-    // nix-daemon reads its configuration when it starts: with another file it has to start again.
+    // nix-daemon reads its configuration at its start, so another file requires a restart.
     assert_eq!(machine["restartTriggers"]["nix-daemon"], json!(["/run/secrets/50 %.pub"]));
     let without = &peerix("")["restartTriggers"];
     assert!(without.is_object() && without["nix-daemon"].is_null());
-    // peerix takes them from there: as a credential of its own, a missing file kept it from
-    // starting.
+    // peerix reads the keys from nix.conf. A credential of its own would keep it from starting
+    // while the file is missing.
     assert!(!machine["units"]["peerix.service"].as_str().unwrap().contains("public-key"));
     assert_eq!(settings(&machine, "peerix.service", "LoadCredential"), [""; 0]);
 
-    // Its script, run on a file that would like to be more than keys.
+    // The unit's script on a file that tries to inject another setting.
     let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join("public-key");
     std::fs::create_dir_all(&dir).unwrap();
     std::fs::write(dir.join("public-key"), "a-1:AAAA\r\nallowed-users = *\n\nb-1:BBBB").unwrap();
@@ -526,10 +525,10 @@ fn a_public_key_file_is_read_by_nix_and_not_by_the_evaluation() {
     assert_eq!(conf, format!("extra-trusted-public-keys = {keys}"));
 }
 
-/// Named by its place only, a file beside the configuration was not on the machine that the system
-/// was copied to.
+/// A path in the configuration must become a store path. Otherwise the file is missing on the
+/// machine to which the system is copied.
 #[test]
-fn a_public_key_file_beside_the_configuration_goes_with_the_system() {
+fn public_key_file_beside_configuration_is_copied_with_system() {
     let unit = eval_with_store(
         "let unit = ((import ./tests/module/eval.nix).module { services.peerix = { enable = true;
            publicKeyFile = ./tests/data/public-key; }; }).units.\"peerix-public-key.service\";
@@ -543,7 +542,7 @@ fn a_public_key_file_beside_the_configuration_goes_with_the_system() {
 }
 
 #[test]
-fn module_imported_twice_is_one() {
+fn module_imported_twice_applies_once() {
     let expression = "(import ./tests/module/eval.nix).twice { services.peerix = { enable = true; peers = [ \"a\" ]; }; }";
     let machine = eval(expression);
     assert_eq!(settings(&machine, "peerix.socket", "ListenStream"), ["0.0.0.0:12304"]);
@@ -554,7 +553,7 @@ fn module_imported_twice_is_one() {
 }
 
 #[test]
-fn proxy_is_not_asked_for_this_machine() {
+fn no_proxy_includes_loopback() {
     let with = |proxy: &str| peerix(&format!("networking.proxy = {{ {proxy} }};"));
     assert_eq!(peerix("")["noProxy"], json!(null));
     assert_eq!(
@@ -570,15 +569,15 @@ fn proxy_is_not_asked_for_this_machine() {
     }
 }
 
-/// Without the overlay, nixpkgs knows no peerix.
+/// Without the overlay, nixpkgs has no package for peerix.
 #[test]
-fn the_package_is_built_where_nixpkgs_has_none() {
+fn package_is_built_without_overlay() {
     let built = eval("toString (import ./tests/module/eval.nix).fallback");
     assert_eq!(built, json!(format!("{ROOT}/nix/package.nix")));
 }
 
 #[test]
-fn it_runs_as_the_user_that_is_chosen() {
+fn service_runs_as_configured_user() {
     let chosen = peerix(
         "services.peerix = { user = \"cache\"; group = \"nogroup\"; }; users.users.cache.isSystemUser = true;",
     );
@@ -594,7 +593,7 @@ fn it_runs_as_the_user_that_is_chosen() {
 }
 
 #[test]
-fn the_tracker_stands_by_itself() {
+fn tracker_without_daemon_is_one_service() {
     let tracker = machine("services.peerix.tracker.enable = true;");
     let units: Vec<&String> = tracker["units"].as_object().unwrap().keys().collect();
     assert_eq!(units, ["peerix-tracker.service"]);
@@ -612,7 +611,7 @@ fn the_tracker_stands_by_itself() {
     assert_eq!(setting(&tracker, unit, "StateDirectory"), "peerix-tracker");
     assert_eq!(setting(&tracker, unit, "DynamicUser"), "true");
 
-    // Where systemd makes no directory, one is made that belongs to a user that stays.
+    // systemd creates no directory outside /var/lib, so tmpfiles does, for a static user.
     let config = "enable = true; port = 1; openFirewall = false; dbPath = \"/data/tracker/t.db\";";
     let elsewhere = machine(&format!("services.peerix.tracker = {{ {config} }};"));
     assert_eq!(elsewhere["tcp"], json!([]));
@@ -622,7 +621,7 @@ fn the_tracker_stands_by_itself() {
         elsewhere["tmpfiles"],
         json!(["d /data/tracker :0700 :peerix-tracker :peerix-tracker -"])
     );
-    // Another service's directory is not taken from it.
+    // The directory of another service stays with its owner.
     let beside = machine(
         "services.peerix.tracker = { enable = true; dbPath = \"/var/lib/postgresql/t.db\"; };",
     );
@@ -630,9 +629,9 @@ fn the_tracker_stands_by_itself() {
     assert_eq!(elsewhere["users"], json!(["peerix-tracker"]));
 }
 
-/// nixpkgs' harmonia module, the measure of it, has all of these.
+/// The settings of nixpkgs' harmonia module, at least.
 #[test]
-fn both_programs_are_locked_up() {
+fn both_services_are_sandboxed() {
     let machine = peerix("services.peerix.tracker.enable = true;");
     for unit in ["peerix.service", "peerix-tracker.service"] {
         for (name, value) in [
@@ -672,10 +671,10 @@ fn both_programs_are_locked_up() {
     );
 }
 
-/// Of the drop-ins that the README has installed, each names what it is for, and keeps the port
-/// open without a key.
+/// The README names only existing drop-ins. The drop-in for the key lets the daemon start without
+/// the key.
 #[test]
-fn drop_ins_of_the_readme_are_there_and_survive_a_missing_key() {
+fn drop_ins_of_readme_exist_and_tolerate_missing_key() {
     let read = |name: &str| std::fs::read_to_string(Path::new(ROOT).join(name)).unwrap();
     let readme = read("README.md");
     for line in
@@ -698,20 +697,20 @@ fn drop_ins_of_the_readme_are_there_and_survive_a_missing_key() {
         readme.contains("contrib/peerix.service.d/key.conf")
             && readme.contains("/etc/nix/peerix.sec /etc/nix/peerix.pub")
     );
-    // What the unit has no flag for, nix.conf says.
+    // peerix reads trusted keys from nix.conf, so the unit needs no flag for them.
     assert!(!read("contrib/systemd/peerix.service").contains("trusted-public-key"));
 }
 
-/// What those install who have no NixOS is what the module makes. Run with PEERIX_UPDATE=1 to write
-/// it anew.
+/// `contrib/` has the units of the module, for systems other than NixOS. `PEERIX_UPDATE=1` writes
+/// them.
 #[test]
-fn the_units_in_contrib_are_those_of_the_module() {
+fn contrib_units_match_module() {
     let machine = peerix("services.peerix.tracker.enable = true;");
     let contrib = Path::new(ROOT).join("contrib");
     let lines = machine["nixConf"].as_str().unwrap().lines();
     let conf: String =
         lines.filter(|line| line.contains("127.0.0.1")).map(|line| format!("{line}\n")).collect();
-    // It is for the end of a file whose last line may not end.
+    // A leading newline, because the file it is appended to may lack its last one.
     let conf = format!("\n{conf}");
     let mut files: BTreeMap<String, String> = [("nix.conf".to_owned(), conf)].into();
     for (name, text) in machine["units"].as_object().unwrap() {
@@ -733,9 +732,9 @@ fn the_units_in_contrib_are_those_of_the_module() {
     assert_eq!(units, files.len() - 1, "contrib/systemd has units that the module does not make");
 }
 
-/// The machines of the tests, and that both ways of running them get the same steps.
+/// The machines of the VM tests are valid, and both ways to run the tests use the same steps.
 #[test]
-fn the_machines_of_the_virtual_tests_are_right() {
+fn vm_test_machines_are_valid_and_share_steps() {
     for (test, names) in [("lan", 3), ("wan", 3)] {
         let machines =
             eval(&format!("(import ./tests/module/eval.nix).machines ./nix/tests/{test}.nix"));

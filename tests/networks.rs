@@ -1,11 +1,11 @@
-//! Networks as they are: IPv6 alone, interfaces that come and go, nodes beyond the broadcast
-//! domain, several networks at once, one address among several.
+//! Real network configurations: IPv6 only, interfaces that appear and change, peers beyond the
+//! broadcast domain, and a daemon bound to one address of several.
 
 use crate::common::lan::Run;
 use crate::common::{Daemon, Host, Lan, PORT, daemon, http, packet, wait_for, world};
 use std::net::{Ipv4Addr, SocketAddr};
 
-/// A host with an empty store.
+/// Adds a host with an empty store.
 fn host_with_store(lan: &Lan, name: &str) -> Host {
     let host = lan.host(name);
     host.cmd("nix-store").arg("--init").okay();
@@ -19,7 +19,7 @@ fn hits(asker: &Host, mark: &str) -> bool {
         == 200
 }
 
-/// The NAR comes through too: its URL leads to the holder again.
+/// Fetches the path with real Nix. The URL in the narinfo must lead to the holder's NAR.
 fn fetches(asker: &Host, mark: &str) {
     asker.write(
         "/etc/nix/nix.conf",
@@ -30,7 +30,7 @@ fn fetches(asker: &Host, mark: &str) {
 }
 
 #[test]
-fn link_local_ipv6_alone() {
+fn peers_with_only_link_local_ipv6_find_each_other() {
     let lan = Lan::new();
     let (holder, asker) = (lan.host("holder"), host_with_store(&lan, "asker"));
     let mark = daemon::mark(&holder);
@@ -44,7 +44,7 @@ fn link_local_ipv6_alone() {
 }
 
 #[test]
-fn a_network_that_comes_after_the_start_and_changes() {
+fn network_that_appears_or_changes_after_start_is_used() {
     let lan = Lan::new();
     let (holder, asker) = (lan.host("holder"), host_with_store(&lan, "asker"));
     let mark = daemon::mark(&holder);
@@ -57,7 +57,7 @@ fn a_network_that_comes_after_the_start_and_changes() {
     asker.net(&format!("ip addr add {}/24 dev eth0", asker.address));
     asker.net("ip link set eth0 up");
     daemon::wait_until_known(&asker, &mark);
-    // And both move to another network, with no broadcast address set, as `ip addr add` leaves it.
+    // Both move to another network. `ip addr add` sets no broadcast address.
     for (host, last) in [(&holder, 1), (&asker, 2)] {
         host.net(&format!("ip addr del {}/24 dev eth0", host.address));
         host.net(&format!("ip addr add 192.168.44.{last}/24 dev eth0"));
@@ -67,7 +67,7 @@ fn a_network_that_comes_after_the_start_and_changes() {
 }
 
 #[test]
-fn a_node_in_another_subnet_that_is_named() {
+fn named_peer_in_other_subnet_answers_if_it_names_asker() {
     let lan = Lan::new();
     let (holder, router, asker) =
         (lan.host("holder"), lan.host("router"), host_with_store(&lan, "asker"));
@@ -82,7 +82,8 @@ fn a_node_in_another_subnet_that_is_named() {
     let named_holder = ["--peer", "172.20.1.1"];
     let asking = Daemon::start(&asker, &named_holder);
     {
-        // The holder does not name the asker, to whom it is a stranger then: no answer, and 403.
+        // The holder does not name the asker: it does not answer queries, and refuses HTTP with
+        // 403.
         let _daemon = Daemon::start(&holder, &[]);
         assert!(!hits(&asker, &mark));
         let route = format!("/local/{}.narinfo", world::hash_part(&mark));
@@ -96,7 +97,7 @@ fn a_node_in_another_subnet_that_is_named() {
 }
 
 #[test]
-fn bound_to_one_address_it_still_hears_broadcasts() {
+fn daemon_bound_to_one_address_answers_broadcasts() {
     let lan = Lan::new();
     let (holder, asker) = (lan.host("holder"), host_with_store(&lan, "asker"));
     let mark = daemon::mark(&holder);
@@ -110,7 +111,7 @@ fn bound_to_one_address_it_still_hears_broadcasts() {
     socket.send_to(&query, (Ipv4Addr::new(10, 77, 0, 255), PORT)).unwrap();
     loop {
         let (len, from) = socket.recv_from(&mut answer).expect("an answer to a broadcast");
-        // A hello to the newcomer comes too.
+        // Skips the hello that greets a newcomer.
         if answer[0] == 1 {
             assert_eq!(from.ip(), holder.address);
             assert_eq!(&answer[1..5], &7u32.to_be_bytes());
@@ -118,13 +119,13 @@ fn bound_to_one_address_it_still_hears_broadcasts() {
             break;
         }
     }
-    // Elsewhere it does not listen.
+    // The daemon does not listen on other addresses of the host.
     holder.net("ip addr add 10.77.0.99/24 dev eth0");
     assert!(asker.connect((Ipv4Addr::new(10, 77, 0, 99), PORT)).is_err());
 }
 
 #[test]
-fn a_node_that_leaves_is_not_waited_for() {
+fn peer_that_says_bye_is_not_waited_for() {
     let lan = Lan::new();
     let (holder, asker) = (lan.host("holder"), host_with_store(&lan, "asker"));
     let mark = daemon::mark(&holder);
@@ -134,7 +135,7 @@ fn a_node_that_leaves_is_not_waited_for() {
     assert!(leaving.stop().success());
     wait_for("bye is heard", || asking.log().contains(": bye").then_some(()));
     assert!(!hits(&asker, &mark));
-    // Started again, it is found again.
+    // After a restart it is found again.
     let _daemon = Daemon::start(&holder, &[]);
     daemon::wait_until_known(&asker, &mark);
 }

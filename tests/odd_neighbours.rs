@@ -1,5 +1,5 @@
-//! Neighbours that answer late, by halves or not at all. They may slow lookups within the bounds
-//! that the simulation of `lan` measures; what a live holder has is found.
+//! Neighbours that answer late, only some of the queries, or none. They may delay lookups within
+//! the bounds that the simulation of `lan` measures, but they hide no path of a live holder.
 
 use crate::common::lan::PATIENCE;
 use crate::common::packet::{Packet, hello};
@@ -14,10 +14,10 @@ use std::time::{Duration, Instant};
 
 const SECOND: Duration = Duration::from_secs(1);
 
-/// How long each scene goes on.
+/// How long lookups run beside an odd neighbour.
 const SCENE: Duration = Duration::from_secs(20);
 
-/// A neighbour that has nothing, and says so late or seldom.
+/// A neighbour without any paths, which answers queries late or only some of them.
 struct OddNeighbour {
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
@@ -25,7 +25,7 @@ struct OddNeighbour {
 }
 
 impl OddNeighbour {
-    /// Answers every `nth` query, `delay` after it came.
+    /// Answers every `nth` query `delay` after it arrives.
     fn start(lan: &Lan, delay: Duration, nth: u64) -> OddNeighbour {
         let host = lan.host("odd");
         let socket = host.udp(PORT);
@@ -66,12 +66,12 @@ impl Drop for OddNeighbour {
     }
 }
 
-/// What a node that has nothing answers.
+/// The answer of a node without any paths.
 fn answer(datagram: &[u8]) -> Option<Vec<u8>> {
     Some(match Packet::read(datagram)? {
         Packet::Hello { .. } => hello(*b"an odd 1"),
         Packet::Query { id, .. } => Packet::HaveNot { id }.write(),
-        // Broadcasts, which have a flag byte, are answered by holders alone.
+        // A query with a flag byte is a broadcast, which only holders answer.
         Packet::QueryMany { id, rest } if rest.len() % 20 == 0 => {
             Packet::AnswerMany { id, bits: vec![0; (rest.len() / 20).div_ceil(8)] }.write()
         }
@@ -79,7 +79,7 @@ fn answer(datagram: &[u8]) -> Option<Vec<u8>> {
     })
 }
 
-/// A holder and an asker, beside an odd neighbour that it has met.
+/// Looks paths up on a LAN with a holder, an asker and an odd neighbour known to the asker.
 fn scene(delay: Duration, nth: u64) {
     let lan = Lan::patient();
     let world = World::on(&lan);
@@ -91,7 +91,7 @@ fn scene(delay: Duration, nth: u64) {
 }
 
 #[test]
-fn neighbour_that_answers_almost_too_late_hides_no_path() {
+fn neighbour_answering_just_before_timeout_hides_no_path() {
     scene(Duration::from_millis(2900).mul_f64(PATIENCE), 1);
 }
 

@@ -1,6 +1,6 @@
-//! What real stores hold beside ordinary paths, and what real Nix asks for beside paths. Each of
-//! these was found in bug reports of other caches, and the first line says what used to happen
-//! here.
+//! Unusual paths in real stores, and requests of real Nix for other things than paths. Each case
+//! comes from bug reports of other caches. The doc comment of a test names the regression that
+//! it guards against.
 
 use crate::common::daemon::{binary, mark, narinfo_status, wait_until_known, wait_until_live};
 use crate::common::fault::Delay;
@@ -21,7 +21,7 @@ use std::time::Duration;
 
 const DB: &str = "/nix/var/nix/db/db.sqlite";
 
-/// Uses a copy of a database of a host: SQLite would look for `/proc/…/root/…` on this machine.
+/// Uses a copy of a host's database: SQLite would resolve `/proc/…/root/…` on this machine.
 fn with_copy<T>(
     host: &Host,
     file: &str,
@@ -41,7 +41,7 @@ fn with_copy<T>(
     (result, fs::read(&copy).unwrap())
 }
 
-/// Changes the Nix database, or another one, of a host. Nobody else may have it open.
+/// Changes the Nix database, or another one, of a host. No process may have it open.
 fn sql(host: &Host, file: &str, statements: &str) {
     let ((), changed) =
         with_copy(host, file, |connection| connection.execute_batch(statements).unwrap());
@@ -51,7 +51,7 @@ fn sql(host: &Host, file: &str, statements: &str) {
     fs::write(host.path(file), changed).unwrap();
 }
 
-/// Builds an expression on a host, whose Nix knows content-addressed derivations.
+/// Builds an expression on a host whose Nix supports content-addressed derivations.
 fn build(host: &Host, expression: &str, options: &[&str]) -> Output {
     let mut command = host.cmd("timeout");
     command.args(["300", "nix-build", "--no-out-link", "--expr", expression]).args(options);
@@ -64,7 +64,7 @@ fn built(host: &Host, expression: &str, options: &[&str]) -> String {
     String::from_utf8_lossy(&output.stdout).trim().to_owned()
 }
 
-/// Adds a text file to the store of a host.
+/// Adds a text file to the store of a host, and returns its path.
 fn file(host: &Host, name: &str, text: &str) -> String {
     host.write(&format!("/tmp/{name}"), text);
     host.cmd("nix-store").args(["--add", &format!("/tmp/{name}")]).okay().trim().to_owned()
@@ -75,15 +75,15 @@ fn key(host: &Host, name: &str) -> String {
     fs::read_to_string(host.path("/etc/key.pub")).unwrap().trim().to_owned()
 }
 
-/// After four such paths the peer was avoided, and the 300 ordinary ones were "not there" for an
-/// hour.
+/// Regression: after four such paths the asker avoided the peer, and Nix cached misses for its 300
+/// ordinary paths for an hour.
 #[test]
-fn odd_paths_of_a_peer_hide_none_of_its_others() {
+fn rejected_narinfos_of_peer_hide_no_other_path() {
     let lan = Lan::patient();
     let world = World::on(&lan);
     let asker = Asker::with(&lan, "", &[&world.cache_key]);
     let shelf = Shelf::of(&world);
-    // What a peer may have and this peerix, or Nix, does not take.
+    // Narinfos of a peer that this peerix or Nix does not accept.
     let narinfo = move |kind: usize, hash_part: &str| {
         let (hash, size, more) = match kind {
             0 => (
@@ -149,7 +149,7 @@ fn odd_paths_of_a_peer_hide_none_of_its_others() {
     {
         assert!(log.contains(reason), "{reason}: {log}");
     }
-    // Once each, however often Nix asks.
+    // Each rejected path is logged once, however often Nix looks it up.
     for _ in 0..3 {
         assert_eq!(
             http::get_local(&asker.host, &format!("/{:032}.narinfo", 1)).unwrap().status,
@@ -160,10 +160,11 @@ fn odd_paths_of_a_peer_hide_none_of_its_others() {
     assert_eq!(asker.daemon.log().matches(&warned).count(), 1, "{}", asker.daemon.log());
 }
 
-/// Of these, none arrived: narinfos over 64 KiB, content addresses of a later Nix, trees of more
-/// than 64 levels, a signature of another length, a deriver that is none.
+/// Regression: none of these paths was fetched. They have narinfos over 64 KiB, content addresses
+/// of a later Nix, trees of more than 64 levels, a signature of another length, or an invalid
+/// deriver.
 #[test]
-fn what_nix_takes_arrives() {
+fn unusual_paths_that_nix_accepts_are_fetched() {
     const MANY: &str = r#"
         let member = number: builtins.toFile "member-of-a-large-collection-${toString number}" "${toString number}";
         in builtins.toFile "large-collection" (toString (builtins.genList member 1200))"#;
@@ -185,7 +186,7 @@ fn what_nix_takes_arrives() {
             .okay();
         paths.push(eval.trim().trim_matches('"').to_owned());
         paths.push(built(host, &deep(60), &[]));
-        // Nix 2.34 refuses to build more than 64.
+        // Nix 2.34 refuses to build trees of more than 64 levels.
         let deeper = build(host, &deep(120), &[]);
         if deeper.status.success() {
             paths.push(String::from_utf8_lossy(&deeper.stdout).trim().to_owned());
@@ -221,7 +222,7 @@ fn what_nix_takes_arrives() {
     }
     let log = asker.daemon.log();
     assert!(!log.contains("avoided for") && !log.contains("cannot be had"), "{log}");
-    // To a Nix that goes on without it, a content address goes as it is.
+    // A client that ignores an unknown content address gets it unchanged; older clients get none.
     let blake3 = paths.iter().find(|path| path.ends_with("-blake3")).unwrap();
     let route = format!("/{}.narinfo", world::hash_part(blake3));
     let mut connection = http::Connection::new(asker.host.connect_local().unwrap()).unwrap();
@@ -238,9 +239,9 @@ fn what_nix_takes_arrives() {
     }
 }
 
-/// Twenty-five narinfos of almost 1 MiB at a time.
+/// Looks up narinfos of almost 1 MiB over 25 connections.
 #[test]
-fn large_narinfos_are_bounded_in_memory() {
+fn large_narinfos_keep_memory_bounded() {
     let lan = Lan::patient();
     let world = World::on(&lan);
     let asker = Asker::with(&lan, "", &[]);
@@ -281,16 +282,16 @@ fn large_narinfos_are_bounded_in_memory() {
     assert!(peak <= 40 << 10, "peak of {peak} KiB");
 }
 
-/// The build failed with "does not exist in binary cache" for as long as Nix remembered the URL: 30
-/// days.
+/// Regression: builds failed with "does not exist in binary cache" for 30 days, as long as Nix
+/// caches the URL of a NAR.
 #[test]
-fn urls_that_the_python_peerix_wrote() {
+fn nar_urls_cached_from_python_peerix_are_served() {
     let lan = Lan::patient();
     let world = World::on(&lan);
     let holder = Holder::new(&lan, &world, "holder");
     let asker = Asker::new(&lan, &world, &[&holder]);
     let (path, large) = (world.path("little"), world.path("large"));
-    // What Nix learned through this peerix and through the Python one, before the switch.
+    // Nix caches narinfos from this peerix. The test then replaces one URL by the Python peerix's.
     let url = format!("http://127.0.0.1:{PORT}");
     asker.host.cmd("nix").args(["path-info", "--store", &url, path, large]).okay();
     let caches = asker.host.sh("ls /root/.cache/nix/binary-cache-v*.sqlite");
@@ -299,8 +300,8 @@ fn urls_that_the_python_peerix_wrote() {
     sql(&asker.host, cache, &format!("{old} where namePart = 'little' and present = 1"));
     nix::realise_quietly(&asker.host, &[path, large]);
     nix::assert_whole(&asker.host, &[path, large], &world.store());
-    // Two peers that disagree: which of them is meant, nobody can tell. A third party's address is
-    // never contacted.
+    // Two peers disagree about the path, so its URL is ambiguous. The daemon never contacts the
+    // address in the URL.
     let other = lan.host("other");
     let shelf = Shelf::of(&world);
     let _other = StandIn::start(&other, have(|_| true), move |request: &Request| {
@@ -319,7 +320,7 @@ fn urls_that_the_python_peerix_wrote() {
         });
         text.map_or(Reply::Whole(404, vec![]), |text| Reply::Whole(200, text.into_bytes()))
     });
-    // Believes anyone.
+    // This asker trusts no key, and accepts narinfos of any peer.
     let naive = Asker::with(&lan, "", &[]);
     naive.meet(&[&holder]);
     _other.meet(&other, &naive.host);
@@ -334,10 +335,10 @@ fn urls_that_the_python_peerix_wrote() {
     assert!(!_other.was_asked(".nar"));
 }
 
-/// `nix-cache-info` said yes, and every narinfo was 403: Nix found the cache empty and said
-/// nothing.
+/// Regression: `nix-cache-info` succeeded and every narinfo was 403, so Nix took the cache for
+/// empty and reported nothing.
 #[test]
-fn the_root_is_a_cache_for_neighbours() {
+fn neighbour_without_peerix_substitutes_from_root() {
     let lan = Lan::patient();
     let world = World::on(&lan);
     let holder = Holder::new(&lan, &world, "holder");
@@ -362,9 +363,9 @@ fn the_root_is_a_cache_for_neighbours() {
     );
 }
 
-/// `nix log` asked `/log/…` at the root and found nothing.
+/// Regression: `nix log` requested `/log/…` at the root and got 404.
 #[test]
-fn build_logs_of_neighbours() {
+fn build_logs_of_neighbours_are_served() {
     const LOGGED: &str = r#"derivation { name = "with-log"; system = builtins.currentSystem; builder = "/bin/sh";
         args = [ "-c" "printf 'a line of the log\\033]0;x\\007\\n'; echo done > $out" ]; }"#;
     let lan = Lan::patient();
@@ -378,7 +379,7 @@ fn build_logs_of_neighbours() {
     let asker = Asker::new(&lan, &world, &[&holder]);
     let route = format!("/log/{}", world::base_name(&derivation));
     let answer = http::get_local(&asker.host, &route).unwrap();
-    // Nobody has signed it, and Nix prints it to a terminal.
+    // The log is unsigned, and Nix prints it to a terminal, so control characters are replaced.
     assert_eq!((answer.status, answer.text().as_str()), (200, "a line of the log?]0;x?\n"));
     let shown = asker
         .host
@@ -395,14 +396,14 @@ const FLOATING: &str = r#"derivation { name = "floating"; system = builtins.curr
     args = [ "-c" "echo the same content everywhere > $out" ]; __contentAddressed = true;
     outputHashMode = "recursive"; outputHashAlgo = "sha256"; }"#;
 
-/// Another one that is built from it.
+/// A content-addressed derivation that depends on another one.
 const DEPENDENT: &str = r#"let mk = name: script: more: derivation ({ inherit name; system = builtins.currentSystem;
     builder = "/bin/sh"; args = [ "-c" script ]; __contentAddressed = true; outputHashMode = "recursive";
     outputHashAlgo = "sha256"; } // more);
     floating = mk "inner" "echo inner > $out" { };
     in mk "dependent" "echo $inner > $out" { inner = floating; }"#;
 
-/// Hosts with a realisation each, the good one far away; and who asks.
+/// A distant host with the realisations of both derivations, for askers on its LAN.
 struct Realisations {
     lan: Lan,
     good: Host,
@@ -447,8 +448,8 @@ impl Realisations {
         asker
     }
 
-    /// A peer that says of every output that it is a path of its own, which it has, addressed by
-    /// its content.
+    /// A peer that claims for every derivation output that it is the peer's own content-addressed
+    /// path.
     fn forger(&self) -> (StandIn, Host, String) {
         let host = self.lan.host("forger");
         nix::configure(&host, "");
@@ -478,7 +479,8 @@ impl Realisations {
     }
 }
 
-/// Outputs of content-addressed derivations were never substituted: nobody served realisations.
+/// Regression: no cache served realisations, so outputs of content-addressed derivations were never
+/// substituted.
 #[test]
 fn content_addressed_derivations_are_substituted() {
     let scene = Realisations::new();
@@ -487,12 +489,12 @@ fn content_addressed_derivations_are_substituted() {
         assert_eq!(built(&asker.host, expression, &["-j0"]), *output);
         nix::assert_whole(&asker.host, &[output], &scene.good.path("/nix/store"));
     }
-    // As any cache gives it, to a Nix without peerix too.
+    // Any cache serves the realisation, also to a Nix without peerix.
     let there = http::get(&asker.host, (scene.good.address, PORT), &scene.route).unwrap();
     let here = http::get_local(&asker.host, &scene.route.replace('!', "%21")).unwrap();
     assert_eq!((there.status, here.status), (200, 200));
     assert_eq!(there.text(), here.text());
-    // It goes where its output path goes.
+    // The realisation disappears with its output path.
     scene.good.cmd("nix-store").args(["--delete", &scene.outputs[0]]).okay();
     wait_for("the realisation is gone", || {
         let answer = http::get(&asker.host, (scene.good.address, PORT), &scene.route).unwrap();
@@ -500,8 +502,8 @@ fn content_addressed_derivations_are_substituted() {
     });
 }
 
-/// Nix registers what a substituter says of a realisation unchecked, and takes content-addressed
-/// outputs unsigned: the forger's content arrived although signatures were required.
+/// Regression: the forger's content arrived although signatures were required. Nix registers
+/// realisations of a substituter unchecked, and accepts content-addressed outputs unsigned.
 #[test]
 fn forged_realisations_never_reach_nix() {
     let mut scene = Realisations::new();
@@ -515,15 +517,15 @@ fn forged_realisations_never_reach_nix() {
     assert_eq!(built(&asker.host, FLOATING, &["-j0"]), scene.outputs[0]);
     nix::assert_whole(&asker.host, &[&scene.outputs[0]], &scene.good.path("/nix/store"));
 
-    // Without a key nobody can tell which is right.
+    // Without a trusted key, no realisation can be verified.
     let naive = scene.asker(&[]);
     forger.meet(&forging, &naive.host);
     assert_eq!(http::get_local(&naive.host, &scene.route).unwrap().status, 404);
 
-    // The forger alone: the build fails, or is made here, and nothing of the forger's is in the
-    // store.
+    // With the forger as the only peer, substitution fails and a local build succeeds. The store
+    // must not contain the forger's path.
     scene.peerix.stop();
-    // The asker has it now, and would share it.
+    // The asker's own store has the output now, and would share it.
     drop((asker, naive));
     let alone = Asker::with(&scene.lan, "", &[&scene.key]);
     forger.meet(&forging, &alone.host);
@@ -533,15 +535,15 @@ fn forged_realisations_never_reach_nix() {
     assert_eq!(built(&alone.host, FLOATING, &[]), scene.outputs[0]);
 }
 
-/// A neighbour that did not answer had as many requests as it may, and kept the next one from being
-/// asked.
+/// Regression: a neighbour that did not answer used up the allowed number of requests, and the next
+/// neighbour was not asked.
 #[test]
 fn paused_neighbour_hides_no_realisation() {
     let scene = Realisations::new();
     let asker = scene.asker(&[&scene.key]);
     let mut near = Bystander::new(&scene.lan, "near");
     wait_until_live(&asker.host, 2);
-    // By now the asker knows which of them is the nearer one.
+    // This lookup lets the asker learn which neighbour is nearer.
     assert_eq!(narinfo_status(&asker.host, &format!("/nix/store/{}-absent", "0".repeat(32))), 404);
     near.daemon.signal(Signal::STOP);
     std::thread::scope(|scope| {
@@ -555,16 +557,16 @@ fn paused_neighbour_hides_no_realisation() {
     near.daemon.signal(Signal::CONT);
 }
 
-/// Such paths were announced, and their NARs were 404.
+/// Regression: paths of a chroot store were announced, and their NARs were 404.
 #[test]
-fn a_chroot_store() {
+fn chroot_store_is_served_with_root_flag() {
     let lan = Lan::patient();
     let host = lan.host("installer");
     nix::configure(&host, "");
     host.write("/tmp/in-chroot", "held by a chroot store");
     let added = ["store", "add-path", "--store", "/nix/target", "/tmp/in-chroot"];
     let path = host.cmd("nix").args(added).okay().trim().to_owned();
-    // With the database alone nothing could be sent, so it says so instead of promising it.
+    // With the database alone the daemon could send no NAR, so it refuses to start.
     let database = "/nix/target/nix/var/nix/db/db.sqlite";
     let mut refused = host.cmd("timeout");
     refused.args(["300", &binary().display().to_string(), "--db", database]).env("RUST_LOG", "off");
@@ -585,19 +587,18 @@ fn a_chroot_store() {
     nix::assert_whole(&asker.host, &[&path], &host.path("/nix/target/nix/store"));
 }
 
-/// A store as users have them: what differs from the others, and whether an unprivileged daemon can
-/// read it.
+/// A store that differs from the default, and the user that the daemon runs as.
 struct Store {
     name: &'static str,
     nix_conf: &'static str,
-    /// Run when the paths are there.
+    /// Shell script that runs after the paths are added.
     script: &'static str,
     uid: u32,
 }
 
-/// Each of these was never tried.
+/// Checks stores with other settings, permissions and mounts than the default.
 #[test]
-fn stores_and_databases_as_they_are() {
+fn unusual_stores_and_databases_are_served() {
     let lan = Lan::patient();
     let world = World::on(&lan);
     let asker = Asker::with(&lan, "", &[]);
@@ -621,7 +622,7 @@ fn stores_and_databases_as_they_are() {
     for Store { name, nix_conf, script, uid } in stores {
         let host = lan.host(name);
         nix::configure(&host, nix_conf);
-        // Two with the same file in them, so that there is something to link.
+        // Both paths contain the same file, so that Nix hard-links it.
         let make = |tree: &str| {
             host.sh(&format!(
                 "mkdir -p /tmp/{tree}; seq 1000 > /tmp/{tree}/same; echo {name}-{tree} > /tmp/{tree}/own"
@@ -638,7 +639,7 @@ fn stores_and_databases_as_they_are() {
             nix::realise_quietly(&asker.host, &[path]);
             nix::assert_whole(&asker.host, &[path], &host.path("/nix/store"));
         }
-        // There are no tables for realisations: none is there.
+        // This database has no tables for realisations, which must be a miss and no error.
         let route = format!("/store/realisations/sha256:{}!out.doi", "0".repeat(64));
         assert_eq!(http::get_local(&host, &route).unwrap().status, 404, "{name}");
         if script.is_empty() {
@@ -660,8 +661,8 @@ fn stores_and_databases_as_they_are() {
         assert!(!peerix.log().contains("error"), "{name}: {}", peerix.log());
     }
 
-    // An overlay whose upper layer has a whiteout: the path was deleted here, and is in the lower
-    // layer.
+    // An overlay store with a whiteout in its upper layer: the path is deleted, and still exists in
+    // the lower layer.
     let overlaid = lan.host("overlaid");
     world.give(&overlaid);
     let (gone, kept) = (world.path("little"), world.path("other"));
@@ -670,7 +671,8 @@ fn stores_and_databases_as_they_are() {
     wait_for("the path is found", || (narinfo_status(&asker.host, kept) == 200).then_some(()));
     assert_eq!(narinfo_status(&asker.host, gone), 404);
 
-    // A directory that this user may not enter is one line, and no promise.
+    // If the user may not enter the database directory, the daemon logs one line and does not
+    // start.
     let closed = lan.host("closed");
     nix::configure(&closed, "");
     file(&closed, "closed", "closed");
@@ -687,13 +689,13 @@ fn stores_and_databases_as_they_are() {
     );
 }
 
-/// A number from 0 to `below` - 1, the same ones for the same seed (the constants are Knuth's).
+/// A number from 0 to `below` - 1, deterministic for a seed (MMIX's constants by Knuth).
 fn random(seed: &mut u64, below: u64) -> u64 {
     *seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
     (*seed >> 33) % below
 }
 
-/// Makes a tree of odd names, depths and kinds.
+/// Makes a tree with unusual names, depths and kinds of files.
 fn grow(seed: &mut u64, at: &Path, levels: u64) {
     const BYTES: &[u8] = b"aZ0 .%\n\t\"'\\*?[~\xff\xc3\xa9-=+:;&|<>$`!#@\x01\x7f";
     if levels == 0 || random(seed, 4) == 0 {
@@ -724,9 +726,10 @@ fn grow(seed: &mut u64, at: &Path, levels: u64) {
     }
 }
 
-/// What Nix accepts from a `file://` cache of a store, it accepts through peerix, and nothing else.
+/// Nix accepts through peerix exactly the paths that it accepts from a `file://` cache of the same
+/// store.
 #[test]
-fn what_a_static_cache_gives_peerix_gives() {
+fn peerix_serves_same_paths_as_static_cache() {
     const PATHS: u64 = 30;
     let lan = Lan::patient();
     let world = World::on(&lan);
@@ -803,7 +806,7 @@ fn what_a_static_cache_gives_peerix_gives() {
     assert!(!by_peerix.daemon.log().contains("avoided for"), "{}", by_peerix.daemon.log());
 }
 
-/// The files in a directory, relative to it.
+/// All files below a directory, relative to it.
 fn walk(dir: &Path) -> Vec<PathBuf> {
     let mut found = Vec::new();
     for entry in fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path()) {

@@ -1,9 +1,9 @@
-//! The original peerix (the Python program) and this one on one network, both ways.
+//! The original peerix (the Python program) and this one on one LAN, in both directions.
 //!
-//! The stand-in does what the original does and no more: it answers a query only when it has the
-//! path, knows no other packets, and by HTTP does as [`standin::original`] says.
-//! `data/original-query` and `data/original-have` are datagrams as the original sends them, with
-//! the request ID 1, for the content-addressed file that [`golden`] adds.
+//! The stand-in behaves like the original: it answers a query only when it has the path, ignores
+//! all other packets, and serves HTTP as [`standin::original`](crate::common::standin) documents.
+//! `data/original-query` and `data/original-have` are the original's datagrams with request ID 1,
+//! for the content-addressed file that [`golden`] adds.
 
 use crate::common::http::{self, Reply};
 use crate::common::lan::Run;
@@ -19,7 +19,7 @@ const SECOND: Duration = Duration::from_secs(1);
 const QUERY: &[u8] = include_bytes!("data/original-query");
 const HAVE: &[u8] = include_bytes!("data/original-have");
 
-/// Adds the path of the golden datagrams to a store.
+/// Adds the path of the recorded datagrams to a store.
 fn golden(host: &Host) -> String {
     host.write("/tmp/golden", "golden\n");
     let path = host.cmd("nix-store").args(["--add", "/tmp/golden"]).okay().trim().to_owned();
@@ -28,7 +28,7 @@ fn golden(host: &Host) -> String {
 }
 
 #[test]
-fn we_fetch_from_the_original() {
+fn closure_is_fetched_from_original_peerix() {
     let lan = Lan::new();
     let world = World::on(&lan);
     let peer = lan.host("original");
@@ -42,11 +42,12 @@ fn we_fetch_from_the_original() {
     asker.fetches(&world, world.path("large"));
     asker.fetches(&world, world.path("odd"));
 
-    // It says nothing when it has nothing, and that is a miss.
+    // The original does not answer queries for paths that it lacks: a miss.
     let missing = http::get_local(&asker.host, &format!("/{}.narinfo", "0".repeat(32))).unwrap();
     assert_eq!(missing.status, 404);
 
-    // What it heard: queries exactly as its own, to the byte, and else only what it ignores.
+    // The daemon sends queries that equal the original's byte by byte, and packets that the
+    // original ignores.
     let little = world::hash_part(world.path("little"));
     let heard = original.heard.lock().unwrap();
     let mut queries = 0;
@@ -65,7 +66,7 @@ fn we_fetch_from_the_original() {
 }
 
 #[test]
-fn we_understand_its_have_to_the_byte() {
+fn recorded_have_datagram_is_understood() {
     let lan = Lan::new();
     let asker = Asker::with(&lan, "", &[]);
     let host = lan.host("original");
@@ -73,7 +74,7 @@ fn we_understand_its_have_to_the_byte() {
     let peer = StandIn::start(
         &host,
         |datagram| {
-            // The golden answer, with the ID of the query.
+            // The recorded answer, with the ID of the query.
             (datagram[0] == 0 && datagram[5..] == QUERY[5..])
                 .then(|| [&HAVE[..1], &datagram[1..5], &HAVE[5..]].concat())
         },
@@ -86,8 +87,8 @@ fn we_understand_its_have_to_the_byte() {
     });
 }
 
-/// A narinfo as the original reads it: lines with a colon, the last of a key wins, signatures
-/// gathered.
+/// Parses a narinfo like the original: lines with a colon, the last value of a key wins, all
+/// signatures are collected.
 fn read_as_original(text: &str) -> (HashMap<String, String>, Vec<String>) {
     let mut fields = HashMap::new();
     let mut signatures = Vec::new();
@@ -104,7 +105,7 @@ fn read_as_original(text: &str) -> (HashMap<String, String>, Vec<String>) {
 }
 
 #[test]
-fn the_original_fetches_from_us() {
+fn original_peerix_fetches_from_daemon() {
     let lan = Lan::new();
     let world = World::on(&lan);
     let holder = Holder::new(&lan, &world, "holder");
@@ -112,7 +113,7 @@ fn the_original_fetches_from_us() {
     let original = lan.host("original");
     let socket = original.udp(PORT);
 
-    // Any datagram may be lost, so each query is sent until it is answered.
+    // Any datagram may be lost, so each query is repeated until it is answered.
     let ask = |query: &[u8], is_answer: &dyn Fn(&[u8]) -> bool| {
         wait_for("an answer", || {
             socket.send_to(query, (BROADCAST, PORT)).unwrap();
@@ -120,8 +121,7 @@ fn the_original_fetches_from_us() {
             heard.find(|(from, datagram)| from.ip() == holder.host.address && is_answer(datagram))
         })
     };
-    // The golden query gets the golden answer, and nothing before it that the original would take
-    // for one.
+    // The first datagram that the original would take for an answer is the recorded one.
     let (from, answer) = ask(QUERY, &|datagram| matches!(datagram[0], 0 | 1));
     assert_eq!(answer, HAVE);
 
@@ -138,7 +138,7 @@ fn the_original_fetches_from_us() {
         let (fields, signatures) = read_as_original(&answer.text());
         assert_eq!(fields["StorePath"], path);
         assert_eq!(fields["Compression"], "none");
-        // To the original the URL is relative to the root of the server.
+        // The original resolves the URL against the root of the server.
         let nar = http::get(&original, server, &format!("/{}", fields["URL"])).unwrap();
         assert_eq!((nar.status, nar.whole), (200, true));
         assert_eq!(fields["NarSize"], nar.body.len().to_string());
@@ -152,7 +152,7 @@ fn the_original_fetches_from_us() {
         let lines = Shelf::of(&world).narinfo(world::hash_part(path)).unwrap();
         assert_eq!(fields["References"], field(&lines, "References"));
         assert_eq!(signatures, [field(&lines, "Sig")]);
-        // What it hands to its Nix unpacks to the path.
+        // The NAR unpacks to the path.
         original.write("/tmp/nar", nar);
         original.sh(&format!("nix-store --restore /tmp/{name} < /tmp/nar"));
         tree::assert_same(
@@ -161,7 +161,7 @@ fn the_original_fetches_from_us() {
         );
     }
 
-    // What we lack is not answered with anything the original would act upon.
+    // For a path that the daemon lacks, it sends no answer that the original would act upon.
     let query = Packet::Query { id: 9, hash_part: "0".repeat(32) }.write();
     socket.send_to(&query, (BROADCAST, PORT)).unwrap();
     ask(QUERY, &|datagram| {
@@ -174,7 +174,7 @@ fn the_original_fetches_from_us() {
 }
 
 #[test]
-fn the_original_and_ours_side_by_side() {
+fn closure_is_fetched_beside_original_peerix() {
     let lan = Lan::new();
     let world = World::on(&lan);
     let old = lan.host("original");

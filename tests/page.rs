@@ -1,5 +1,5 @@
-//! What a person sees of a node: the status page in a real Chromium, beside real traffic, and who
-//! may not see it.
+//! The status page in a real Chromium beside real traffic, `/metrics` and `/health`, and which
+//! clients may not read them.
 
 use crate::common::daemon::status;
 use crate::common::http::{self, Connection, Reply, Server};
@@ -18,20 +18,20 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// What a peer would like to be called.
+/// A peer ID that is HTML with a script.
 const HOSTILE: &str = "<img src=x onerror=\"document.title='taken over'\">";
 
-/// A hash part that nobody has.
+/// A hash part that no peer has.
 const ABSENT: &str = "00000000000000000000000000000000";
 
-/// And one that only a liar has.
+/// A hash part that only the lying peer claims to have.
 const LIE: &str = "11111111111111111111111111111111";
 
 fn page() -> String {
     format!("http://127.0.0.1:{PORT}/")
 }
 
-/// The text of the page without what depends on the moment at which it was made.
+/// JavaScript that returns the text of the page without its time-dependent parts.
 const TEXT: &str = "(() => {
     const page = document.querySelector('main').cloneNode(true);
     const moving = 'time, #uptime, #last-asked, [data-is=State] .soft, script';
@@ -41,13 +41,13 @@ const TEXT: &str = "(() => {
 })()";
 
 #[test]
-fn the_page_tells_what_happens_and_the_same_without_scripts() {
+fn page_shows_traffic_with_and_without_scripts() {
     let places = Places::new();
     let (lan, world, tracker) = (&places.home, &places.world, &places.tracker);
     let holder = Holder::new(lan, world, "holder");
     // A peer on another network.
     let office = places.holder("office");
-    // A neighbour who lies.
+    // A LAN peer that claims a path and sends an invalid narinfo.
     let liar = lan.host("liar");
     let narinfo =
         format!("StorePath: /nix/store/{LIE}-{HOSTILE}\nURL: {HOSTILE}\nCompression: none\n");
@@ -70,18 +70,18 @@ fn the_page_tells_what_happens_and_the_same_without_scripts() {
     let near = format!("{}:{PORT}", holder.host.address);
     let far = format!("{}:{PORT}", office.host.address);
     let peers = browser.wait_until_shown("peers", &[&near, &far, "office"]);
-    // Whichever came first: its hello, its probe, or its answer to the first lookup.
+    // The asker discovers the holder by its hello, its query, or its answer to the first lookup.
     let ways = ["hello", "its query", "answer to a broadcast"];
     let is_met = ways.iter().any(|way| peers.contains(way));
     assert!(is_met && peers.contains("tracker"), "{peers}");
     browser.wait_until_shown("peers", &["live, heard"]);
     assert!(browser.shown("health").starts_with("working"));
 
-    // All of a large closure, so that there is something to see.
+    // A large closure, so that the tables of the page are full.
     let closure = asker.fetches(world, world.path("closure300"));
     nix::realise_quietly(&asker.host, &[&office.mark]);
     browser.wait_until_shown("peers", &["300 NARs", "1 NAR\t"]);
-    // A neighbour takes some of it.
+    // The holder fetches 100 of the paths from the asker.
     for path in &closure[..100] {
         let to = (asker.host.address, PORT);
         let narinfo =
@@ -92,7 +92,7 @@ fn the_page_tells_what_happens_and_the_same_without_scripts() {
         assert!(http::get(&holder.host, to, &format!("/{url}")).unwrap().whole);
     }
 
-    // A miss and a lie appear without a reload.
+    // A miss and the liar's invalid narinfo appear without a reload.
     assert_eq!(http::get_local(&asker.host, &format!("/{ABSENT}.narinfo")).unwrap().status, 404);
     assert_eq!(http::get_local(&asker.host, &format!("/{LIE}.narinfo")).unwrap().status, 404);
     assert_eq!(
@@ -103,7 +103,7 @@ fn the_page_tells_what_happens_and_the_same_without_scripts() {
     assert!(lookups.contains("said it has it, but"), "{lookups}");
     assert!(liar.was_asked(&format!("{LIE}.narinfo")));
 
-    // A NAR under way moves. It would take half a minute, so that the browser sees it.
+    // The page shows the progress of a running transfer. At 20 Mbit/s it lasts about half a minute.
     asker.host.slow(20);
     let realising =
         nix::realising(&asker.host, &[world.path("middle")]).spawn().expect("nsenter starts");
@@ -134,7 +134,7 @@ fn the_page_tells_what_happens_and_the_same_without_scripts() {
     asker.host.quick();
     nix::assert_quiet(&realising.wait_with_output().unwrap());
 
-    // And is a hit, at its peer.
+    // After the transfer, the path is listed as a hit with its peer.
     let row = browser.wait_until_shown("lookups", &["middle", &near]);
     assert!(row.contains("found"), "{row}");
     browser.wait_until_shown("transfers", &["Nothing is being transferred"]);
@@ -144,7 +144,7 @@ fn the_page_tells_what_happens_and_the_same_without_scripts() {
     assert_eq!(totals["start"]["sent_nars"], 100, "{totals}");
     assert_eq!(totals["installation"]["received_lan_bytes"], totals["start"]["received_lan_bytes"]);
 
-    // Another peer, with a name of its choice, and a hit there.
+    // A remote peer with a hostile peer ID appears on the page.
     let hostile = Holder::with(&places.away, world, "hostile", |host| {
         world.sign(host);
         let mut flags = tracker::open(host, "wan", &[&tracker.host]);
@@ -155,8 +155,7 @@ fn the_page_tells_what_happens_and_the_same_without_scripts() {
     asker.meet(&[&hostile]);
     browser.wait_until_shown("peers", &[HOSTILE]);
 
-    // Nobody who named themselves oddly has become an element, and nothing was asked of anybody
-    // else.
+    // No hostile text became an element, and the browser sent no request to another server.
     let title = browser.text("document.title");
     assert!(title.starts_with("peerix on "), "{title}");
     assert_eq!(browser.value("document.images.length"), 0);
@@ -167,7 +166,7 @@ fn the_page_tells_what_happens_and_the_same_without_scripts() {
         .collect();
     assert!(elsewhere.is_empty() && browser.requested.len() > 5, "{:?}", browser.requested);
     assert!(browser.complaints.is_empty(), "{:?}", browser.complaints);
-    // Nor could it be, should a text ever become an element: the policy does not let it.
+    // The content security policy blocks requests even if a text became an element.
     let other =
         format!("fetch('http://{near}/nix-cache-info').then(() => 'got it', () => 'refused')");
     assert_eq!(browser.text(&other), "refused");
@@ -181,7 +180,7 @@ fn the_page_tells_what_happens_and_the_same_without_scripts() {
     });
     assert_eq!(browser.text("document.title"), title);
 
-    // With the keyboard alone: first to the facts, then to the button, then into the long table.
+    // Keyboard order: skip link, pause button, summary, the long table.
     browser.open(&page());
     let mut reached = Vec::new();
     for _ in 0..4 {
@@ -192,14 +191,14 @@ fn the_page_tells_what_happens_and_the_same_without_scripts() {
             ));
     }
     assert_eq!(reached, ["skip", "pause", "summary", "lookups-table"]);
-    // Everything that can be operated or looked at has a name.
+    // Every element that is operable or visible has an accessible name.
     let nameless = browser.value(
         "[...document.querySelectorAll('section, table, [role=region], svg, progress, button')].filter(e =>
          !e.ariaLabel && !e.getAttribute('aria-labelledby') && !e.textContent.trim()).map(e => e.outerHTML)",
     );
     assert_eq!(nameless, Value::Array(vec![]));
 
-    // Without scripts it tells the same.
+    // Without scripts the page shows the same text.
     wait_for("the script's clock", || (!browser.shown("asof").contains("UTC")).then_some(()));
     let scripted = browser.text(TEXT);
     browser.allow_scripts(false);
@@ -215,11 +214,11 @@ fn the_page_tells_what_happens_and_the_same_without_scripts() {
     browser.allow_scripts(true);
 }
 
-/// All that a node tells of itself.
+/// All routes that report the state of a node.
 const ROUTES: [&str; 4] = ["/", "/status.json", "/metrics", "/health"];
 
 #[test]
-fn nobody_else_is_told_and_no_page_of_another_name() {
+fn status_routes_refuse_other_machines_and_host_names() {
     let lan = Lan::new();
     let (node, neighbour) = (lan.host("node"), lan.host("neighbour"));
     nix::configure_client(&node, "", &[]);
@@ -230,7 +229,7 @@ fn nobody_else_is_told_and_no_page_of_another_name() {
     let daemon = Daemon::start(&node, &["--bind", "0.0.0.0", "--bind", "[::]"]);
     let mark = daemon::mark(&node);
 
-    // Another machine, and this one by its address on the network.
+    // Requests from another machine, and from this one by its LAN address.
     for route in ROUTES {
         assert_eq!(
             http::get(&neighbour, (node.address, PORT), route).unwrap().status,
@@ -268,11 +267,11 @@ fn nobody_else_is_told_and_no_page_of_another_name() {
         for route in ROUTES.iter().chain([&&*narinfo, &&*lookup]) {
             assert_eq!(ask(host, route, ""), 403, "{host} {route}");
         }
-        // What tells nothing stays open: Nix takes a cache without it for broken, and a 403 for a
-        // path that is not there.
+        // `/nix-cache-info` reveals nothing and stays open. Without it, or with a 403 for an absent
+        // path, Nix takes the cache for broken.
         assert_eq!(ask(host, "/nix-cache-info", ""), 200);
     }
-    // Of two names the first was looked at, whichever one a proxy goes by.
+    // Two Host fields: the daemon and a proxy before it could choose different ones.
     assert_eq!(ask("127.0.0.1\r\nHost: evil.example", "/status.json", ""), 400);
     assert_eq!(
         ask(
@@ -283,20 +282,20 @@ fn nobody_else_is_told_and_no_page_of_another_name() {
         403
     );
     assert!(daemon.log().contains("evil.example"), "nobody is told why");
-    // Real Nix, by each name that may be in nix.conf.
+    // Real Nix, by each host name that nix.conf may contain.
     for host in ["127.0.0.1", "localhost", "[::1]", "cache.lan"] {
         let url = format!("http://{host}:{PORT}/store");
         let path = node.cmd("nix").args(["path-info", "--store", &url, &mark]).okay();
         assert_eq!(path.trim(), mark, "{host}");
     }
 
-    // A page whose name was given this machine's address after it was loaded, and one that stays
-    // where it is.
+    // Two hostile pages: one rebinds its DNS name to this machine's address after it loads, the
+    // other keeps its own address.
     let rules = format!(
         "--host-resolver-rules=MAP evil.example 127.0.0.1, MAP wider.example {}, MAP wicked.example {}",
         node.address, neighbour.address
     );
-    // Chromium without a window has no languages of its own; with one it has the desktop's.
+    // Headless Chromium has no languages of its own, unlike a desktop's.
     let mut browser = Browser::start(&node, &[&rules, "--accept-lang=en-US"]);
     browser.open(&format!("http://evil.example:{PORT}/status.json"));
     let said = browser.text("document.body.innerText");
@@ -312,8 +311,8 @@ fn nobody_else_is_told_and_no_page_of_another_name() {
         let read = format!("fetch({url:?}).then(answer => answer.text(), () => 'refused')");
         assert_eq!(browser.text(&read), "refused", "{url}");
     }
-    // Nor what neighbours may have: one whose name was given the address that they ask, and any
-    // that knows that address.
+    // Scripts must not read what LAN peers may read: neither a page rebound to the LAN address, nor
+    // any page that knows this address.
     let there = format!("{}:{PORT}", node.address);
     browser.open(&format!("http://wider.example:{PORT}/nix-cache-info"));
     assert!(
@@ -326,7 +325,7 @@ fn nobody_else_is_told_and_no_page_of_another_name() {
         let read = format!("fetch({url:?}).then(answer => String(answer.status), () => 'refused')");
         let answer = browser.text(&read);
         assert!(["403", "refused"].contains(&&*answer), "{url}: {answer}");
-        // Whether a script comes tells as much as what is in it.
+        // Whether a script loads reveals as much as its content.
         let load = "new Promise(done => { const script = document.createElement('script'); script.onload = () =>
             done('it is there'); script.onerror = () => done('nothing'); script.src = URL_; document.body.append(script); })";
         assert_eq!(browser.text(&load.replace("URL_", &format!("{url:?}"))), "nothing", "{url}");
@@ -352,7 +351,7 @@ fn nobody_else_is_told_and_no_page_of_another_name() {
 }
 
 #[test]
-fn metrics_are_what_prometheus_expects_under_load() {
+fn metrics_under_load_pass_promtool() {
     let lan = Lan::new();
     let world = World::on(&lan);
     let holder = Holder::new(&lan, &world, "holder");
@@ -371,7 +370,7 @@ fn metrics_are_what_prometheus_expects_under_load() {
             }
             texts
         });
-        // Also when Nix fails, or the test would not end.
+        // Ends the scraping thread even if Nix fails; otherwise the test would hang.
         let is_done = Deferred::new(|| done.store(true, Ordering::Relaxed));
         asker.fetches(&world, world.path("closure300"));
         drop(is_done);
@@ -403,7 +402,7 @@ fn metrics_are_what_prometheus_expects_under_load() {
             .unwrap_or_else(|| panic!("{series}: {text}"));
         line.trim().parse().unwrap()
     };
-    // Nothing that is counted ever goes down.
+    // Counters never decrease.
     for pair in checked.windows(2) {
         for series in [
             "peerix_lookup_seconds_count{result=\"hit\"}",
@@ -422,7 +421,7 @@ fn metrics_are_what_prometheus_expects_under_load() {
     assert_eq!(number(&last, &peer), number(&last, "peerix_received_bytes_total{network=\"lan\"}"));
     assert_eq!(number(&last, "peerix_healthy"), 1.0);
 
-    // What contrib/ asks for is there, and its alerts come when they should.
+    // Every metric that `contrib/` uses exists, and its alerts fire when they should.
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let trackers = ["peerix_tracker_reached"];
     let mut asked = 0;
@@ -451,27 +450,27 @@ fn metrics_are_what_prometheus_expects_under_load() {
 }
 
 #[test]
-fn health_says_what_is_wrong() {
+fn health_names_missing_database() {
     let lan = Lan::new();
     let host = lan.host("node");
     nix::configure_client(&host, "", &[]);
     let _daemon = Daemon::start(&host, &[]);
     let health = || http::get_local(&host, "/health").unwrap();
     assert_eq!((health().status, health().text().as_str()), (200, "ok\n"));
-    // Nix's database is gone, as on a disk that was not mounted again.
+    // The Nix database disappears, as on a disk that was not mounted again.
     host.sh("mv /nix/var/nix/db /nix/var/nix/away");
     wait_for("health notices", || (health().status == 503).then_some(()));
     let said = health().text();
     assert!(said.starts_with("store: ") && said.contains("/nix/var/nix/db/db.sqlite"), "{said}");
     assert_eq!(status(&host)["health"]["ok"], false);
-    // Nix is not told, nor does any build fail for it.
+    // Nix gets a miss, so no build fails.
     assert_eq!(http::get_local(&host, &format!("/store/{ABSENT}.narinfo")).unwrap().status, 404);
     host.sh("mv /nix/var/nix/away /nix/var/nix/db");
     wait_for("health notices", || (health().status == 200).then_some(()));
 }
 
 #[test]
-fn a_miss_says_why() {
+fn miss_reports_its_reason() {
     let lan = Lan::new();
     let world = World::on(&lan);
     let stranger = "stranger-1:dw6gRsgENbg3ZRarDaIEP6t3wwkl5ML26Gov7r1VLrA=";
@@ -496,8 +495,8 @@ fn a_miss_says_why() {
     assert_eq!(code, "untrusted");
     assert!(text.starts_with(&near), "{text}");
 
-    // It says that it has the path, and nobody can get there: the last resort first, and then left
-    // alone for a while.
+    // The holder claims the path and rejects connections. As the only holder it is tried three
+    // times, and then avoided for a while.
     let reject =
         ["INPUT", "-p", "tcp", "--dport", "12304", "-j", "REJECT", "--reject-with", "tcp-reset"];
     holder.host.net_cmd("iptables").arg("-I").args(reject).okay();

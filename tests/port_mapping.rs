@@ -1,4 +1,4 @@
-//! `--map-port` with a real router: nftables and miniupnpd.
+//! `--map-port` with a real router: nftables and miniupnpd, NAT-PMP and PCP.
 
 use crate::common::daemon::{self, mark};
 use crate::common::friend::{STATE, TlsConnection, friend, key, wait_until_reached};
@@ -11,7 +11,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::{Child, Stdio};
 
-/// Chains that miniupnpd writes its rules into.
+/// nftables chains into which miniupnpd writes its rules.
 const CHAINS: &str = "
 table inet filter {
   chain forward { type filter hook forward priority 0; policy accept; jump miniupnpd;
@@ -23,7 +23,7 @@ table inet filter {
   chain postrouting_miniupnpd { }
 }";
 
-/// The other lines of its configuration.
+/// Configuration of miniupnpd.
 const CONFIGURATION: &str = "ext_ifname=eth0
 listening_ip=inside
 enable_natpmp=yes
@@ -41,7 +41,7 @@ allow 1024-65535 192.168.0.0/16 1024-65535
 deny 0-65535 0.0.0.0/0 0-65535
 ";
 
-/// The part of a router that maps ports.
+/// A running miniupnpd on a router.
 struct Mapper {
     process: Child,
     dir: PathBuf,
@@ -70,7 +70,7 @@ impl Mapper {
         std::fs::read_to_string(self.dir.join("log")).unwrap_or_default()
     }
 
-    /// As when the router loses power: nothing is left of its mappings.
+    /// Restarts miniupnpd without its mappings, as after a power failure of the router.
     fn restart(self, router: &Host, name: &str) -> Mapper {
         drop(self);
         Mapper::start(router, name)
@@ -84,12 +84,12 @@ impl Drop for Mapper {
     }
 }
 
-/// Two homes behind routers, of which one maps ports, and the rest of the world.
+/// Two homes behind routers, one of which maps ports, and hosts outside.
 struct Scene {
     home: Host,
     laptop: Host,
     stranger: Host,
-    /// On the same network outside as the router of the home.
+    /// A host on the outer network of the home's router.
     next_door: Host,
     inside: Nat,
     tracker: Tracker,
@@ -100,7 +100,7 @@ struct Scene {
 impl Scene {
     fn new() -> Scene {
         let wan = Wan::new().with_scale(Scale::intervals(0.1));
-        // miniupnpd takes no address for a public one that is reserved for documentation.
+        // miniupnpd rejects outer addresses from the ranges reserved for documentation.
         let (here, there) = (wan.lan([5, 5, 5]), wan.lan([5, 5, 6]));
         let (inside, cafe) = (Nat::new(&here, [192, 168, 1]), Nat::new(&there, [192, 168, 7]));
         let (home, laptop) = (inside.lan.host("home"), cafe.lan.host("laptop"));
@@ -128,7 +128,7 @@ impl Scene {
     }
 }
 
-/// Where the peerix on a host says that it is reached from outside, once it does.
+/// Waits until the peerix on a host reports a mapped port, and returns the outer address.
 fn wait_until_mapped(host: &Host) -> SocketAddr {
     wait_for("a port is mapped", || {
         daemon::status(host)["port_mapping"]["outside"].as_str().map(|at| at.parse().unwrap())
@@ -136,7 +136,7 @@ fn wait_until_mapped(host: &Host) -> SocketAddr {
 }
 
 #[test]
-fn home_behind_a_router_that_maps_ports_is_reached_by_its_friend_alone() {
+fn mapped_home_is_reached_only_by_its_friend() {
     let scene = Scene::new();
     let mapper = Mapper::start(&scene.inside.router, "maps");
     let mut home = scene.start(&scene.home, &scene.laptop, &["--map-port"]);
@@ -150,20 +150,21 @@ fn home_behind_a_router_that_maps_ports_is_reached_by_its_friend_alone() {
     );
     nix::realise_quietly(&scene.laptop, &[&scene.path]);
 
-    // A stranger is cut, also if the router makes it look like a neighbour.
+    // The daemon closes a stranger's connection, even if the router masquerades it as a LAN
+    // address.
     for _ in 0..2 {
         let got = get(&scene.stranger, outside, &narinfo_route(&scene.path));
         assert!(got.is_err(), "a stranger was answered: {got:?}");
         scene.inside.router.net("iptables -t nat -A POSTROUTING -o inside -j MASQUERADE");
     }
 
-    // The router forgets everything, and says so.
+    // The router loses all mappings and announces its restart.
     let _mapper = mapper.restart(&scene.inside.router, "maps");
     let later = stock::add(&scene.home, "later", "echo later > $n");
     daemon::wait_until_known(&scene.laptop, &later);
     let outside = wait_until_mapped(&scene.home);
 
-    // What is mapped goes with the daemon.
+    // The daemon removes its mappings when it stops.
     assert!(home.stop().success());
     assert!(get(&scene.stranger, outside, "/nix-cache-info").is_err());
     let left = scene
@@ -176,13 +177,13 @@ fn home_behind_a_router_that_maps_ports_is_reached_by_its_friend_alone() {
 }
 
 #[test]
-fn nothing_is_mapped_behind_another_router() {
+fn unknown_router_gets_no_mapping() {
     let scene = Scene::new();
     let _mapper = Mapper::start(&scene.inside.router, "cafe");
     let first = scene.start(&scene.home, &scene.laptop, &["--map-port"]);
     wait_until_mapped(&scene.home);
     drop(first);
-    // The same address, and another router: a café.
+    // The same address with another router, as in a café.
     scene.inside.router.net("ip link set inside address 02:00:00:00:00:99");
     scene.home.net("ip neigh flush all");
     let _second = scene.start(&scene.home, &scene.laptop, &["--map-port"]);
@@ -199,7 +200,7 @@ fn nothing_is_mapped_behind_another_router() {
 }
 
 #[test]
-fn router_that_maps_nothing_is_said_and_costs_nothing_else() {
+fn router_without_port_mapping_is_reported_and_lookups_work() {
     let scene = Scene::new();
     let _home = scene.start(&scene.home, &scene.laptop, &["--map-port"]);
     wait_for("it says why", || {
@@ -217,7 +218,7 @@ fn router_that_maps_nothing_is_said_and_costs_nothing_else() {
 }
 
 #[test]
-fn pinhole_lets_connections_in_by_ipv6() {
+fn ipv6_pinhole_admits_friend_until_daemon_stops() {
     let scene = Scene::new();
     let router = &scene.inside.router;
     let _mapper = Mapper::start(router, "pinhole");
@@ -229,7 +230,7 @@ fn pinhole_lets_connections_in_by_ipv6() {
     scene.next_door.net("ip addr add 2001:db8:5::1/64 dev eth0 nodad");
     scene.next_door.net("ip -6 route add default via 2001:db8:5::7");
     let pinhole: SocketAddr = "[2001:db8:1::1]:12306".parse().unwrap();
-    // Somebody listens there, and the router lets nobody in.
+    // Without a pinhole, the router rejects connections to a listening port.
     let listener = scene.home.in_net(|| std::net::TcpListener::bind(("::", 12306)).unwrap());
     assert!(scene.next_door.connect(pinhole).is_err(), "the router lets everybody in");
     drop(listener);
@@ -239,7 +240,7 @@ fn pinhole_lets_connections_in_by_ipv6() {
         daemon::status(&scene.home)["port_mapping"]["pinhole"].as_str().map(str::to_owned)
     });
     assert_eq!(said, pinhole.to_string());
-    // A friend is let in, and a stranger is cut.
+    // The daemon serves a friend and closes a stranger's connection.
     let (home_key, laptop_key) = (key(&scene.home), identity_of(&scene.laptop));
     let mut connection =
         TlsConnection::open(&scene.next_door, pinhole, &laptop_key, home_key).unwrap();
@@ -249,7 +250,7 @@ fn pinhole_lets_connections_in_by_ipv6() {
     assert!(scene.next_door.connect(pinhole).is_err(), "the pinhole stays");
 }
 
-/// The identity that a host has, to speak in its name.
+/// The identity of a host, so that the test can connect in its name.
 fn identity_of(host: &Host) -> Identity {
     peerix::identity::load(&host.path(STATE)).unwrap()
 }

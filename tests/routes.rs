@@ -1,5 +1,5 @@
-//! Every route of the daemon as a program on a network sees it: who may ask, what is answered, and
-//! what real Nix makes of it without a peerix of its own.
+//! Every route of the daemon as clients on a LAN see it: which clients it serves, what it answers,
+//! and what real Nix without a peerix of its own makes of it.
 
 use crate::common::http::{Answer, Connection, get, get_local};
 use crate::common::lan::Run;
@@ -9,16 +9,16 @@ use std::fs;
 use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv6Addr, SocketAddr, SocketAddrV6};
 
-/// A derivation with output that Nix keeps as a log.
+/// A derivation that builds a directory and prints output, which Nix keeps as a log.
 const DERIVATION: &str = r#"derivation {
   name = "logged"; system = builtins.currentSystem; builder = "/bin/sh"; PATH = "/usr/bin:/bin";
   args = [ "-ec" "seq 3000; echo 'ümlaut end' >&2; mkdir $out; echo run > $out/run; chmod +x $out/run; ln -s run $out/link; mkdir $out/dir; : > $out/dir/empty" ];
 }"#;
 
-/// One server and what it has.
+/// A server with one built path, and a neighbour that sends requests.
 struct Scene {
     _daemon: Daemon,
-    /// A directory with a log.
+    /// A directory that has a build log.
     path: String,
     derivation: String,
     server: Host,
@@ -57,7 +57,7 @@ impl Scene {
         Connection::new(self.neighbour.connect((self.server.address, PORT)).unwrap()).unwrap()
     }
 
-    /// Routes that serve the own store, with their content types.
+    /// Routes that serve the local store, with their content types.
     fn own_routes(&self) -> Vec<(String, &'static str)> {
         let hash_part = self.hash_part();
         let nar = nar_route(&self.server, &self.server, &self.path);
@@ -80,7 +80,7 @@ impl Scene {
 }
 
 #[test]
-fn who_may_ask() {
+fn routes_serve_only_permitted_clients() {
     let scene = Scene::new(&["--bind", "0.0.0.0", "--bind", "[::]"]);
     let (server, neighbour) = (&scene.server, &scene.neighbour);
     let unknown = format!("/local/{}.narinfo", "0".repeat(32));
@@ -92,17 +92,17 @@ fn who_may_ask() {
             assert_eq!(get(from, to, &route).unwrap().status, expected, "{who}: {route}");
         }
         assert_eq!(get(from, to, &relayed).unwrap().status, peers, "{who}: {relayed}");
-        // This machine asks its peers there; for others it is the own store's.
+        // At the root, this machine looks paths up at its peers; others get the local store.
         let expected = if peers == 404 { peers } else { own };
         assert_eq!(get(from, to, &at_root).unwrap().status, expected, "{who}: {at_root}");
     };
     let socket = |ip: &str| SocketAddr::new(ip.parse().unwrap(), PORT);
     let address = SocketAddr::new(server.address.into(), PORT);
-    // Nobody else runs peerix, so that this machine's own questions to peers are misses.
+    // No other host runs peerix, so this machine's lookups at peers are misses.
     check("127.0.0.1", server, socket("127.0.0.1"), 200, 404);
     check("::1", server, socket("::1"), 200, 404);
     check("a neighbour", neighbour, address, 200, 403);
-    // To its own address the machine is one of its neighbours.
+    // Through its own LAN address, the machine counts as a neighbour.
     check("this machine's address", server, address, 200, 403);
 
     for (host, number) in [(server, 1), (neighbour, 2)] {
@@ -125,13 +125,13 @@ fn who_may_ask() {
     check("a global IPv6 address on the same link", neighbour, socket("2001:db8::1"), 403, 403);
     neighbour.net(&format!("ip route add {} dev eth0 src 192.168.50.2", server.address));
     check("a private address behind a router", neighbour, address, 403, 403);
-    // Whether a path is there is nothing a stranger learns.
+    // A stranger's answer does not depend on whether the path exists.
     let (there, not_there) =
         (narinfo(neighbour, server, &scene.path), get(neighbour, address, &unknown).unwrap());
     assert_eq!((there.status, there.body), (not_there.status, not_there.body));
 
-    // And by UDP: the same query from the same host, from the address behind a router and from the
-    // neighbour's.
+    // By UDP: the same query from the same host, once with the address behind a router and once
+    // with the neighbour's address.
     let query =
         crate::common::packet::Packet::Query { id: 7, hash_part: scene.hash_part().to_owned() }
             .write();
@@ -144,7 +144,7 @@ fn who_may_ask() {
     let strange = ask_from("192.168.50.2");
     let known = ask_from(&neighbour.address.to_string());
     assert!(stock::has(&known, server, &scene.path));
-    // It was asked before the other, which has its answer.
+    // The stranger's query arrived before the neighbour's, which has its answer.
     strange.set_nonblocking(true).unwrap();
     assert!(strange.recv_from(&mut [0; 2048]).is_err(), "a stranger was answered by UDP");
 }
@@ -167,7 +167,7 @@ fn index(host: &Host) -> u32 {
 }
 
 #[test]
-fn nodes_named_by_hand_are_neighbours() {
+fn named_peer_outside_lan_is_served_as_neighbour() {
     let lan = Lan::new();
     let (server, far) = (lan.host("server"), lan.host("far"));
     stock::ready(&server);
@@ -185,7 +185,7 @@ fn nodes_named_by_hand_are_neighbours() {
 }
 
 #[test]
-fn every_answer_has_its_headers() {
+fn answers_have_expected_headers() {
     let scene = Scene::new(&[]);
     let encodings = "Accept-Encoding: zstd, br, gzip, deflate\r\n";
     let mut connection = scene.connect();
@@ -204,7 +204,7 @@ fn every_answer_has_its_headers() {
         for never in ["transfer-encoding", "content-encoding", "trailer"] {
             assert_eq!(answer.header(never), None, "{route}: {never}");
         }
-        // Had HEAD a body, it would stand where the next answer is expected.
+        // A body after HEAD would appear in place of the next answer.
         let head = connection.ask("HEAD", &route, encodings).unwrap();
         assert_eq!(head.status, answer.status, "{route}");
         let but_date = |answer: &Answer| {
@@ -245,7 +245,7 @@ fn every_answer_has_its_headers() {
 }
 
 #[test]
-fn parts_of_a_nar() {
+fn nar_ranges_return_requested_bytes() {
     let scene = Scene::new(&[]);
     let make = "mkdir $n; printf 12345 > $n/five; printf x > $n/one; seq 100000 > $n/numbers; ln -s five $n/link; : > $n/zero";
     let path = stock::add(&scene.server, "padded", make);
@@ -303,7 +303,7 @@ fn parts_of_a_nar() {
         assert_eq!((answer.status, answer.header("content-range")), (200, None), "{range}");
         assert!(answer.body == nar, "{range}");
     }
-    // Only what the asker holds already can be continued.
+    // `If-Range` continues a NAR only if the client has part of the same NAR (RFC 9110, 13.1.5).
     let hash = route.rsplit('-').next().unwrap().strip_suffix(".nar").unwrap();
     for (tag, status) in
         [(format!("\"{hash}\""), 206), ("\"other\"".into(), 200), (format!("W/\"{hash}\""), 200)]
@@ -311,7 +311,7 @@ fn parts_of_a_nar() {
         let answer = part("bytes=8-15", &format!("If-Range: {tag}\r\n"));
         assert_eq!(answer.status, status, "{tag}");
     }
-    // Every place in the NAR of a small tree can be the first.
+    // In a small NAR, a range may begin at every byte.
     let path = stock::add(
         &scene.server,
         "small",
@@ -327,7 +327,7 @@ fn parts_of_a_nar() {
 }
 
 #[test]
-fn malformed_targets() {
+fn malformed_targets_get_400_or_404() {
     let scene = Scene::new(&[]);
     let hash_part = scene.hash_part();
     let nar = nar_route(&scene.neighbour, &scene.server, &scene.path);
@@ -385,7 +385,7 @@ fn malformed_targets() {
     ];
     let mut connection = scene.connect();
     for target in &targets {
-        // All on one connection: none of it confuses the one after it.
+        // All targets go over one connection: none of them confuses the next request.
         let answer = connection.get(target).unwrap();
         assert!(matches!(answer.status, 400 | 404), "{target}: {}", answer.status);
         let text = answer.text();
@@ -396,7 +396,7 @@ fn malformed_targets() {
     }
     assert_eq!(connection.get("/nix-cache-info").unwrap().status, 200);
 
-    // Right, though unusual.
+    // Unusual, but valid targets.
     for target in [
         format!("/local/{hash_part}.narinfo?query"),
         format!("/l%6fcal/{hash_part}%2Enarinfo"),
@@ -406,7 +406,7 @@ fn malformed_targets() {
         assert_eq!(connection.get(&target).unwrap().status, 200, "{target}");
     }
 
-    // What is no request at all is refused and closed.
+    // Malformed requests get 400, and the daemon closes the connection.
     for bytes in [
         &b"GET /nix-cache-info\0 HTTP/1.1\r\n\r\n"[..],
         b"GET /nix cache-info HTTP/1.1\r\n\r\n",
@@ -426,7 +426,7 @@ fn malformed_targets() {
     }
 }
 
-/// Everything that comes back on a connection of its own, until it is closed.
+/// Sends bytes on a new connection and returns everything up to its close.
 fn raw(scene: &Scene, bytes: &[u8]) -> String {
     let mut stream = scene.neighbour.connect((scene.server.address, PORT)).unwrap();
     stream.set_read_timeout(Some(crate::common::DEADLINE)).unwrap();
@@ -437,7 +437,7 @@ fn raw(scene: &Scene, bytes: &[u8]) -> String {
 }
 
 #[test]
-fn other_methods() {
+fn methods_other_than_get_and_head_get_405() {
     let scene = Scene::new(&[]);
     let mut connection = scene.connect();
     for method in ["POST", "PUT", "DELETE", "OPTIONS", "PATCH", "TRACE", "get"] {
@@ -450,8 +450,7 @@ fn other_methods() {
             );
         }
     }
-    // A body is never read as the next request, and the answer arrives although nobody waits for
-    // the body.
+    // The daemon never parses a body as the next request, and answers without waiting for the body.
     let smuggled = "GET /nix-cache-info HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n";
     for head in [
         format!("POST /nix-cache-info HTTP/1.1\r\nContent-Length: {}\r\n\r\n", smuggled.len()),
@@ -476,7 +475,7 @@ fn other_methods() {
         "{answer}"
     );
 
-    // Real clients: what they upload is refused at once.
+    // Uploads of real clients are refused at once.
     scene.neighbour.sh("head -c 3000000 /dev/zero > /tmp/upload");
     let url = scene.url("/store/x.narinfo");
     let curl =
@@ -494,7 +493,7 @@ fn other_methods() {
 }
 
 #[test]
-fn plain_nix_without_peerix() {
+fn plain_nix_reads_paths_logs_and_listings() {
     let scene = Scene::new(&[]);
     let (server, client) = (&scene.server, &scene.neighbour);
     server.write("/tmp/user", format!("uses {}", scene.path));
@@ -522,12 +521,12 @@ fn plain_nix_without_peerix() {
     );
     nix::assert_whole(client, &[&scene.path], &server.path("/nix/store"));
 
-    // As one of its substituters; a content-addressed path needs no signature.
+    // As a substituter in nix.conf. A content-addressed path needs no signature.
     nix::configure(client, &format!("substituters = {store}\nrequire-sigs = true\n"));
     nix::realise_quietly(client, &[&user]);
     nix::assert_whole(client, &[&user], &server.path("/nix/store"));
 
-    // The log, compressed by Nix, as text.
+    // Nix stores the log compressed; the daemon serves it as text.
     let log = server.cmd("nix-store").args(["--read-log", &scene.derivation]).okay();
     assert!(log.contains("\n3000\n") && log.ends_with("ümlaut end\n"));
     assert_eq!(
@@ -539,7 +538,7 @@ fn plain_nix_without_peerix() {
         assert_eq!(fetched, log, "{of}");
     }
 
-    // Listings as Nix itself writes them.
+    // Listings equal those that Nix writes.
     let odd = stock::add(
         server,
         "odd",
@@ -563,7 +562,7 @@ fn plain_nix_without_peerix() {
 }
 
 #[test]
-fn own_paths_are_signed_and_no_others() {
+fn only_own_paths_are_signed() {
     let lan = Lan::new();
     let world = World::on(&lan);
     let generate = |host: &Host, name: &str| {
@@ -580,7 +579,7 @@ fn own_paths_are_signed_and_no_others() {
     });
     let little = world.path("little");
     let text = narinfo(&holder.host, &holder.host, little).text();
-    // The signature that is stored stays, the own one joins it.
+    // The daemon adds its own signature to the stored one.
     let signers: Vec<_> = text
         .lines()
         .filter_map(|line| line.strip_prefix("Sig: ")?.split_once(':'))
@@ -588,7 +587,7 @@ fn own_paths_are_signed_and_no_others() {
         .collect();
     assert_eq!(signers, ["cache-1", "holder-1"]);
 
-    // Real Nix verifies it, in the form of plain Nix's substituter: no other key is trusted here.
+    // Real Nix verifies the daemon's signature, because it trusts no other key.
     let plain = lan.host("plain");
     let store = format!("http://{}:{PORT}/store", holder.host.address);
     nix::configure(
@@ -598,7 +597,7 @@ fn own_paths_are_signed_and_no_others() {
     nix::realise_quietly(&plain, &[little]);
     plain.cmd("nix").args(["store", "verify", "--no-contents", little]).okay();
 
-    // A node with a key of its own relays what it gets as it is.
+    // A node with a key relays other peers' narinfos without its own signature.
     let relay = lan.host("relay");
     nix::configure_client(&relay, "", &[&key]);
     let relay_key = generate(&relay, "relay-1");
@@ -625,7 +624,7 @@ fn own_paths_are_signed_and_no_others() {
         "the relay's key made others' paths acceptable"
     );
 
-    // A relayed NAR has the same headers and parts as one of the own store.
+    // A relayed NAR has the same headers and ranges as one of the local store.
     let route = format!("/{}", line(&relayed, "URL"));
     let nar = fs::read(
         world.cache().join(line(
@@ -657,7 +656,7 @@ fn own_paths_are_signed_and_no_others() {
     let answer =
         connection.ask("GET", &route, &format!("Range: bytes={}-\r\n", nar.len())).unwrap();
     assert_eq!(answer.status, 416);
-    // Another NAR of the same path, or any of a path that nobody has, is a miss.
+    // Another NAR of the same path, and a NAR of an absent path, are misses.
     for route in [
         format!("/peer/nar/{}-{}.nar", world::hash_part(little), "0".repeat(52)),
         format!("/peer/nar/{}-{}.nar", "0".repeat(32), "0".repeat(52)),
@@ -667,7 +666,7 @@ fn own_paths_are_signed_and_no_others() {
 }
 
 #[test]
-fn a_path_that_changed_or_is_gone() {
+fn changed_or_deleted_path_is_a_miss_until_registered_again() {
     let scene = Scene::new(&[]);
     let server = &scene.server;
     let path = stock::add(server, "file", "echo file > $n");
@@ -682,7 +681,7 @@ fn a_path_that_changed_or_is_gone() {
     routes.iter().for_each(|route| assert_eq!(scene.get(route).status, 200, "{route}"));
     assert!(stock::has(&socket, server, &path));
 
-    // Mended with other content, as by `nix-store --repair-path`.
+    // The path is registered with other content, as by `nix-store --repair-path`.
     let register = |content: &str| {
         server.sh(&format!(
             "echo {content} > {path}; printf '{path}\\n\\n0\\n' | nix-store --register-validity --reregister"
@@ -697,7 +696,7 @@ fn a_path_that_changed_or_is_gone() {
     register("file");
     assert_eq!(scene.get(&nar).status, 200);
 
-    // Valid, but its files were deleted by hand: as good as absent, and the connection goes on.
+    // A valid path without files is a miss, and the connection stays open.
     server.sh(&format!("rm {other}"));
     let route = nar_route(&scene.neighbour, server, &other);
     let mut connection = scene.connect();
@@ -705,17 +704,17 @@ fn a_path_that_changed_or_is_gone() {
         assert_eq!(connection.get(&route).unwrap().status, 404, "a path without files");
     }
 
-    // Collected.
+    // After garbage collection.
     server.cmd("nix-store").args(["--delete", &path]).okay();
     routes.iter().for_each(|route| assert_eq!(scene.get(route).status, 404, "{route}"));
     assert!(!stock::has(&socket, server, &path));
-    // And registered again, with the file there already.
+    // Registered again with the same content.
     assert_eq!(stock::add(server, "file", "echo file > $n"), path);
     routes.iter().for_each(|route| assert_eq!(scene.get(route).status, 200, "{route}"));
 }
 
 #[test]
-fn logs_of_what_is_not_shared_stay_here() {
+fn log_of_invalid_derivation_is_served_only_locally() {
     let scene = Scene::new(&[]);
     let log = format!("/store/log/{}", world::base_name(&scene.derivation));
     assert_eq!(scene.get(&log).status, 200);
@@ -728,10 +727,9 @@ fn logs_of_what_is_not_shared_stay_here() {
     assert_eq!(get_local(&scene.server, &log).unwrap().status, 200);
 }
 
-/// What the database said is told again as long as nobody has written to it, and not for a moment
-/// longer.
+/// The daemon repeats a cached answer until the next write to the database, and no longer.
 #[test]
-fn what_nix_did_a_moment_ago() {
+fn cached_answers_follow_every_change_of_nix() {
     let lan = Lan::new();
     let (server, neighbour) = (lan.host("server"), lan.host("neighbour"));
     stock::ready(&server);
@@ -744,7 +742,7 @@ fn what_nix_did_a_moment_ago() {
     ];
     let mut statuses = |route: &str| -> Vec<u16> {
         let mut all = Vec::new();
-        // The second time from memory.
+        // The second answer comes from the cache.
         for _ in 0..2 {
             for (connection, root) in &mut connections {
                 all.push(connection.get(&format!("{root}{route}")).unwrap().status);
@@ -755,7 +753,7 @@ fn what_nix_did_a_moment_ago() {
     server.write("/tmp/moment", "one");
     let mut nar = String::new();
     for round in 0..12 {
-        // Other paths come and go beside it.
+        // Each round also adds other paths.
         server.write("/tmp/other", round.to_string());
         let path = server.cmd("nix-store").args(["--add", "/tmp/moment"]).okay().trim().to_owned();
         let route = format!("/{}.narinfo", world::hash_part(&path));

@@ -1,5 +1,5 @@
-//! What leaves a machine, and to whom: every kind of answer, for paths that may go to strangers and
-//! paths that may not, as a stranger, a neighbour and the machine itself see it.
+//! Access control: every kind of answer, for shareable paths and others, as a stranger, a
+//! neighbour, a friend and the machine itself get it.
 
 use crate::common::friend::{self, TlsConnection};
 use crate::common::http::{Answer, Connection, Reply, Server, get, get_local};
@@ -14,18 +14,18 @@ use std::sync::{Arc, Condvar, Mutex};
 const STRANGER: &str = "203.0.113.9";
 const UPSTREAM_PORT: u16 = 8000;
 
-/// Whose machine the friend is.
+/// Number of the friend's identity.
 const FRIEND: u8 = 3;
 
-/// What the table is about: derivations, as these have a log. After the last, upstream is left
-/// alone for a while.
+/// Names of the derivations in the table; each has a log. "broken" comes last, because its error
+/// makes the node pause requests to upstream.
 const NAMES: [&str; 7] =
     ["plain", "a-secret-b", "a-custom-b", "absent", "changed", "odd", "broken"];
 
-/// Further ones that upstream has.
+/// Further derivations that upstream has.
 const MORE: [&str; 12] = ["m0", "m1", "m2", "m3", "m4", "m5", "m6", "m7", "m8", "m9", "m10", "m11"];
 
-/// What upstream answers, by hash part, and how often it was asked.
+/// A stand-in for the upstream cache: answers by hash part, and number of requests for each.
 #[derive(Default)]
 struct Upstream {
     answers: Mutex<BTreeMap<String, (u16, String)>>,
@@ -34,7 +34,7 @@ struct Upstream {
     opened: Condvar,
 }
 
-/// Holds requests back, and tells how many come at once.
+/// Delays requests for some hash parts, and counts concurrent requests.
 #[derive(Default)]
 struct Gate {
     held: BTreeSet<String>,
@@ -69,7 +69,7 @@ impl Upstream {
         })
     }
 
-    /// Lets nobody have answers about these.
+    /// Delays answers about these paths until [`Upstream::open`].
     fn hold<'a>(&self, paths: impl Iterator<Item = &'a String>) {
         self.gate.lock().unwrap().held.extend(paths.map(|path| world::hash_part(path).to_owned()));
     }
@@ -89,7 +89,7 @@ struct Scene {
     neighbour: Host,
     stranger: Host,
     cache: Host,
-    /// Store paths by name.
+    /// Derivations by name.
     paths: BTreeMap<&'static str, String>,
     upstream: Arc<Upstream>,
     _lan: Lan,
@@ -101,7 +101,7 @@ impl Scene {
         let [node, neighbour, stranger, cache] =
             ["node", "neighbour", "stranger", "cache"].map(|name| lan.host(name));
         stock::ready(&node);
-        // On the same wire, but with an address that is in no network of the node's.
+        // On the same link, but with an address outside the node's networks.
         stranger.net(&format!("ip addr add {STRANGER}/32 dev lo"));
         stranger.net(&format!("ip route add {}/32 dev eth0 src {STRANGER}", node.address));
         node.net(&format!("ip route add {STRANGER}/32 via {}", stranger.address));
@@ -126,7 +126,7 @@ impl Scene {
         scene
     }
 
-    /// Everything as the node has it, but not quite.
+    /// Gives upstream the node's narinfos; some of them are absent, changed, invalid or an error.
     fn fill_upstream(&self) {
         let daemon = Daemon::start(&self.node, &[]);
         let mut answers = self.upstream.answers.lock().unwrap();
@@ -171,7 +171,7 @@ impl Scene {
         (self.node.address, PORT).into()
     }
 
-    /// Each kind of answer about a path.
+    /// One route for each kind of answer about a path.
     fn routes(&self, path: &str) -> Vec<String> {
         let hash_part = world::hash_part(path);
         let own = get_local(&self.node, &format!("/store/{hash_part}.narinfo")).unwrap();
@@ -186,8 +186,8 @@ impl Scene {
         ]
     }
 
-    /// Checks that `from` gets every answer about the path, or none, as if it were not there. UDP
-    /// comes last.
+    /// Checks that `from` gets every answer about the path. If it is not shared, the answers must
+    /// equal those about an absent path. Asks by UDP last.
     fn check(&self, from: &Host, path: &str, shared: bool, case: &str) {
         let nowhere = "0".repeat(32);
         let mut connection = Connection::new(from.connect(self.node()).unwrap()).unwrap();
@@ -211,8 +211,7 @@ impl Scene {
         assert_eq!(has(&self.udp(from), &self.node, path), shared, "{case}: UDP");
     }
 
-    /// Checks that the friend gets every answer about the path, or is refused, from wherever it
-    /// asks.
+    /// Checks that the friend gets every answer about the path, or 403, from any address.
     fn check_friend(&self, path: &str, shared: bool, case: &str) {
         let (identity, key) = (friend::identity(FRIEND), friend::key(&self.node));
         for from in [&self.neighbour, &self.stranger] {
@@ -229,8 +228,7 @@ impl Scene {
         }
     }
 
-    /// Checks that `from` is refused every answer, whatever it is about, and told *no* or nothing
-    /// by UDP.
+    /// Checks that `from` gets 403 on every route about the path.
     fn check_refused(&self, from: &Host, path: &str, case: &str) {
         let mut connection = Connection::new(from.connect(self.node()).unwrap()).unwrap();
         for route in self.routes(path) {
@@ -248,7 +246,7 @@ impl Scene {
         from.in_net(|| UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).unwrap())
     }
 
-    /// As this machine itself, which has no need to ask itself by UDP.
+    /// Checks that this machine gets every answer. It sends itself no UDP queries.
     fn check_own(&self, path: &str, case: &str) {
         for route in self.routes(path) {
             assert_eq!(get_local(&self.node, &route).unwrap().status, 200, "{case}: {route}");
@@ -261,7 +259,7 @@ fn all_but_the_time(mut answer: Answer) -> String {
     format!("{answer:?}")
 }
 
-/// Flags, and what of [`NAMES`] a stranger may have.
+/// Flags, and the names in [`NAMES`] that a stranger may get with them.
 const TABLE: &[(&[&str], &[&str])] = &[
     (&[], &["plain", "a-custom-b"]),
     (&["--no-verify"], &["plain", "a-custom-b", "absent", "changed", "odd", "broken"]),
@@ -281,7 +279,7 @@ const TABLE: &[(&[&str], &[&str])] = &[
     ),
 ];
 
-/// What of [`NAMES`] a pattern among the flags keeps.
+/// Returns true if a filter pattern withholds the derivation of this name.
 fn is_kept(name: &str, flags: &[&str]) -> bool {
     let has = |flag| flags.contains(&flag);
     let default = name == "a-secret-b" && !has("--no-default-filters");
@@ -291,7 +289,7 @@ fn is_kept(name: &str, flags: &[&str]) -> bool {
 }
 
 #[test]
-fn every_cell_of_the_table() {
+fn flags_decide_which_paths_strangers_get() {
     let scene = Scene::new();
     let _cache = scene.upstream.serve(&scene.cache);
     for mode in ["both", "wan"] {
@@ -329,8 +327,8 @@ fn every_cell_of_the_table() {
                 } else if ["odd", "broken"].contains(&name) {
                     assert!(asked >= 1, "{case}: upstream was not asked");
                 } else {
-                    // The node itself looks into it too, for what it publishes, and whoever is
-                    // first asks for both.
+                    // The node verifies paths for its own announcements too. Both uses share one
+                    // request.
                     assert_eq!(asked, 1, "{case}: requests to upstream");
                 }
             }
@@ -340,7 +338,7 @@ fn every_cell_of_the_table() {
 }
 
 #[test]
-fn share_takes_rows_of_the_table_away() {
+fn share_flag_restricts_clients() {
     let scene = Scene::new();
     let _cache = scene.upstream.serve(&scene.cache);
     let path = &scene.paths["plain"];
@@ -362,7 +360,7 @@ fn share_takes_rows_of_the_table_away() {
                     scene.check_refused(&scene.neighbour, path, &format!("{case} for a neighbour"))
                 }
             }
-            // A neighbour is told no, so that it waits for nothing; a stranger is told nothing.
+            // A neighbour gets *have not*, so that it need not wait; a stranger gets no answer.
             if !lan && mode != "wan" {
                 assert!(!has(&scene.udp(&scene.neighbour), &scene.node, path), "{case}: UDP");
             }
@@ -372,7 +370,7 @@ fn share_takes_rows_of_the_table_away() {
 }
 
 #[test]
-fn no_header_makes_a_stranger_somebody_else() {
+fn stranger_gains_nothing_by_headers() {
     let scene = Scene::new();
     let _cache = scene.upstream.serve(&scene.cache);
     let (plain, absent) = (&scene.paths["plain"], &scene.paths["absent"]);
@@ -406,8 +404,7 @@ fn no_header_makes_a_stranger_somebody_else() {
             403,
             "{address}: {relayed}"
         );
-        // For this machine that would be a lookup at peers, of which there are none. For a stranger
-        // it is the own store.
+        // On this machine the route looks paths up at peers. For a stranger it is the local store.
         for route in [&relay, &format!("http://{address}:{PORT}{relay}")] {
             assert_eq!(
                 connection.ask("GET", route, &headers).unwrap().status,
@@ -421,10 +418,10 @@ fn no_header_makes_a_stranger_somebody_else() {
 }
 
 #[test]
-fn by_udp_nobody_is_asked() {
+fn udp_query_causes_no_request_to_upstream() {
     let scene = Scene::new();
     let _cache = scene.upstream.serve(&scene.cache);
-    // So that the first path which the node looks into for itself keeps it from the others.
+    // Without answers, the node stops at the first path that it verifies for its announcements.
     scene.upstream.hold(scene.paths.values());
     let _daemon = scene.start("both", &[]);
     let udp = scene.udp(&scene.stranger);
@@ -442,17 +439,17 @@ fn by_udp_nobody_is_asked() {
 }
 
 #[test]
-fn a_path_that_the_database_is_wrong_about() {
+fn path_without_nar_size_is_a_miss() {
     let scene = Scene::new();
     let _cache = scene.upstream.serve(&scene.cache);
     let _daemon = scene.start("both", &["--no-verify", "--no-filter"]);
     let path = &scene.paths["plain"];
     let route = stock::narinfo_route(path);
     assert_eq!(get(&scene.stranger, scene.node(), &route).unwrap().status, 200);
-    // Registered anew without a NAR size: path, hash, size, deriver, number of references.
+    // Registered again without a NAR size: path, hash, size, deriver, number of references.
     scene.node.write("/tmp/dump", format!("{path}\n{}\n0\n\n0\n", "0".repeat(64)));
     scene.node.sh("nix-store --load-db < /tmp/dump");
-    // That is the path's fault alone, and no reason to leave this peer in peace.
+    // The broken row makes only this path a miss, and is no reason to avoid the peer.
     assert_eq!(get(&scene.neighbour, scene.node(), &route).unwrap().status, 404);
     let absent = get(
         &scene.stranger,
@@ -466,7 +463,7 @@ fn a_path_that_the_database_is_wrong_about() {
 }
 
 #[test]
-fn an_upstream_that_is_down() {
+fn unreachable_upstream_withholds_only_unverified_paths() {
     let scene = Scene::new();
     let mut daemon = scene.start("both", &[]);
     for name in NAMES {
@@ -475,7 +472,7 @@ fn an_upstream_that_is_down() {
         scene.check(&scene.neighbour, path, true, name);
     }
     assert!(daemon.log().contains("warn: upstream cache http://"));
-    // What failed is no answer: when upstream is there, it is asked again.
+    // A failed request is not cached: the node asks again when upstream is there.
     let plain = &scene.paths["plain"];
     let cache = scene.upstream.serve(&scene.cache);
     wait_for("upstream is asked again", || {
@@ -483,11 +480,11 @@ fn an_upstream_that_is_down() {
         (answer.status == 200).then_some(())
     });
     scene.check(&scene.stranger, plain, true, "upstream is back");
-    // And what it said before it went is remembered.
+    // The answer stays cached after upstream is gone.
     drop(cache);
     scene.check(&scene.stranger, plain, true, "gone again");
 
-    // One that takes connections and says nothing.
+    // An upstream that accepts connections and never answers.
     daemon.stop();
     let _silent = Server::start(scene.cache.listen(UPSTREAM_PORT), |_| Reply::Silence);
     let _daemon = scene.start("both", &[]);
@@ -501,20 +498,20 @@ fn an_upstream_that_is_down() {
 }
 
 #[test]
-fn four_questions_at_once_and_equal_ones_are_one() {
+fn upstream_gets_at_most_four_requests_and_one_per_path() {
     let scene = Scene::new();
     let _cache = scene.upstream.serve(&scene.cache);
     let upstream = &scene.upstream;
-    // An upstream that fails at times would be left alone.
+    // The node would pause requests to an upstream with errors.
     upstream.answers.lock().unwrap().remove(world::hash_part(&scene.paths["broken"]));
     upstream.hold(MORE.iter().map(|name| &scene.paths[name]));
     let _daemon = scene.start("both", &[]);
     let plain = &scene.routes(&scene.paths["plain"])[2];
     assert_eq!(get(&scene.stranger, scene.node(), plain).unwrap().status, 200);
-    // The node looks into its paths for itself, one by one: up to the first of these.
+    // For its announcements, the node verifies its paths one by one, up to the first held one.
     wait_for("one question", || (upstream.gate.lock().unwrap().now == 1).then_some(()));
-    // Nearly three for each path: 32 NARs, as many as one peer may read at once, and three
-    // narinfos.
+    // Nearly three requests for each path: 32 NARs, as many as one peer may read at once, and
+    // three narinfos.
     let asked: Vec<&String> =
         MORE.iter().flat_map(|name| [&scene.paths[name]; 3]).skip(1).collect();
     let ask = |(at, path): (usize, &&String)| {
@@ -526,10 +523,10 @@ fn four_questions_at_once_and_equal_ones_are_one() {
             .unwrap();
         connection
     };
-    // As many as may wait, and three that ask themselves.
+    // As many requests as may wait, and three that ask upstream.
     let connections: Vec<Connection> = asked.iter().enumerate().map(ask).collect();
     wait_for("four questions", || (upstream.gate.lock().unwrap().now == 4).then_some(()));
-    // Others are served meanwhile, and those that wait take nobody's turn.
+    // The waiting requests do not block other clients.
     assert_eq!(get(&scene.stranger, scene.node(), plain).unwrap().status, 200);
     for name in MORE {
         assert_eq!(stock::narinfo(&scene.neighbour, &scene.node, &scene.paths[name]).status, 200);
@@ -547,10 +544,10 @@ fn four_questions_at_once_and_equal_ones_are_one() {
 }
 
 #[test]
-fn without_a_lan_nothing_is_said_unasked() {
+fn wan_mode_sends_no_unsolicited_datagram() {
     let scene = Scene::new();
     let _cache = scene.upstream.serve(&scene.cache);
-    // From the port of peers, where broadcasts go too.
+    // From the peers' port, to which broadcasts also go.
     let udp = scene.neighbour.udp(PORT);
     let _daemon = scene.start("wan", &["--no-verify"]);
     let hello = Packet::Hello { version: 1, port: PORT, instance: [7; 8], flags: 0 };
@@ -561,7 +558,7 @@ fn without_a_lan_nothing_is_said_unasked() {
     );
     let hash_part = world::hash_part(&scene.paths["plain"]).to_owned();
     udp.send_to(&Packet::Query { id: 7, hash_part }.write(), scene.node()).unwrap();
-    // Anything that it said unasked would have come before.
+    // A datagram that the node sent unasked would arrive before the answer.
     let (from, datagram) = receive(&udp, DEADLINE).expect("an answer");
     assert_eq!(from, scene.node());
     assert!(matches!(Packet::read(&datagram), Some(Packet::Have { id: 7, .. })), "{datagram:?}");

@@ -1,5 +1,5 @@
-//! Which holder a NAR comes from: the best one, whatever the others do, and a slow one only if
-//! there is no other.
+//! Which holder a NAR comes from: the fastest one, and a slow one only if no other holder has the
+//! path.
 
 use crate::common::http::{self, Connection, Reply, Request, Server};
 use crate::common::standin::{Shelf, StandIn, field, have};
@@ -8,14 +8,14 @@ use crate::common::{
 };
 use std::time::{Duration, Instant};
 
-/// Bytes that a slow neighbour sends before each pause, and the pause: 9,000 bytes a second.
+/// Bytes that a slow neighbour sends before each pause, and the pause: 9,000 bytes per second.
 const DRIP: (usize, Duration) = (900, Duration::from_millis(100));
 
-/// Longer than a closure of 300 takes on a busy machine, and shorter than a peer that drips takes
-/// for it.
+/// Bound for a fetch that must not depend on a slow peer. A closure of 300 takes less on a busy
+/// machine, and more from a peer at the pace of [`DRIP`].
 const NOT_SLOW: Duration = Duration::from_secs(120);
 
-/// A peer that has all of the world's static cache, and answers requests for NARs by `send`.
+/// Answers like a peer with all of the world's static cache; `send` makes the answers for NARs.
 fn holding(
     world: &World,
     send: impl Fn(&Request, Vec<u8>) -> Reply + Send + Sync + 'static,
@@ -39,7 +39,7 @@ fn holding(
     }
 }
 
-/// Starts a slow neighbour that `asker` knows.
+/// Starts a slow neighbour known to `asker`. It sends `drip.0` bytes, then pauses for `drip.1`.
 fn slow_neighbour(
     lan: &Lan,
     world: &World,
@@ -56,7 +56,7 @@ fn slow_neighbour(
     (host, slow)
 }
 
-/// The URL of a path's NAR, which it is found by.
+/// Waits until a path is found, and returns the route of its NAR.
 fn nar_url(asker: &Asker, path: &str) -> String {
     let narinfo = wait_for("the path is found", || {
         let answer =
@@ -68,7 +68,7 @@ fn nar_url(asker: &Asker, path: &str) -> String {
     format!("/{url}")
 }
 
-/// NARs that came whole from each peer, by address.
+/// Number of complete NARs from each peer, by its address.
 fn nars(asker: &Asker) -> Vec<(String, u64)> {
     let status = daemon::status(&asker.host);
     let peers = status["peers"].as_array().expect("a list").iter();
@@ -78,7 +78,7 @@ fn nars(asker: &Asker) -> Vec<(String, u64)> {
 }
 
 #[test]
-fn slow_neighbour_beside_a_good_one_costs_nothing_that_is_noticed() {
+fn slow_neighbour_beside_good_one_does_not_delay_closure() {
     let lan = Lan::new();
     let world = World::on(&lan);
     let good = Holder::new(&lan, &world, "good");
@@ -88,17 +88,17 @@ fn slow_neighbour_beside_a_good_one_costs_nothing_that_is_noticed() {
     assert_eq!(asker.fetches(&world, world.path("closure300")).len(), 300);
     eprintln!("closure of 300 beside a slow neighbour: {:?}", began.elapsed());
     assert!(began.elapsed() < NOT_SLOW, "{:?}", began.elapsed());
-    // It was chosen, and left.
+    // The asker tries the slow neighbour and leaves it.
     assert!(slow.was_asked(".nar"));
     assert!(asker.daemon.log().contains("leaves peer"));
 }
 
 #[test]
-fn large_nar_leaves_a_slow_neighbour_at_the_same_byte() {
+fn large_nar_continues_from_other_holder_after_slow_one() {
     let lan = Lan::new();
     let world = World::on(&lan);
     let asker = Asker::with(&lan, "", &[&world.cache_key]);
-    // 140 KB/s, and the narinfo comes from there.
+    // 140 KB/s. The narinfo comes from this peer.
     let (_host, _slow) = slow_neighbour(&lan, &world, &asker, (14_000, Duration::from_millis(100)));
     nar_url(&asker, world.path("middle"));
     let good = Holder::new(&lan, &world, "good");
@@ -110,11 +110,11 @@ fn large_nar_leaves_a_slow_neighbour_at_the_same_byte() {
 }
 
 #[test]
-fn slow_sole_holder_is_waited_for() {
+fn slow_sole_holder_is_not_left() {
     let lan = Lan::new();
     let world = World::on(&lan);
     let asker = Asker::with(&lan, "", &[&world.cache_key]);
-    // Several times as long as a pace is measured.
+    // The transfer lasts several times as long as the period over which the pace is measured.
     let (_host, slow) = slow_neighbour(&lan, &world, &asker, (4000, Duration::from_millis(100)));
     let url = nar_url(&asker, world.path("large"));
     let size = Shelf::of(&world).nar(world::hash_part(world.path("large"))).unwrap().len();
@@ -132,7 +132,7 @@ fn holder_that_becomes_slow_in_mid_nar_is_left() {
     let world = World::on(&lan);
     let holders = [Holder::new(&lan, &world, "one"), Holder::new(&lan, &world, "two")];
     let asker = Asker::new(&lan, &world, &[&holders[0], &holders[1]]);
-    // Slow enough to see half of it.
+    // Slow enough for the test to act in the middle of the NAR.
     asker.host.slow(100);
     let before = holders.each_ref().map(|holder| holder.host.sent());
     let mut nix =
@@ -160,7 +160,7 @@ fn closure_comes_from_all_holders() {
         .map(|name| Holder::new(&lan, &world, name))
         .collect();
     let asker = Asker::new(&lan, &world, &holders.iter().collect::<Vec<_>>());
-    // So slow that links bind, and not processors, however busy the machine is.
+    // At 5 Mbit/s the links are the bottleneck, even if processors are busy.
     holders.iter().for_each(|holder| holder.host.slow_sending(5));
     let began = Instant::now();
     assert_eq!(asker.fetches(&world, world.path("closure1000")).len(), 1000);
@@ -171,20 +171,20 @@ fn closure_comes_from_all_holders() {
 }
 
 #[test]
-fn nar_that_does_not_begin_in_time_is_not_there() {
-    // The first piece has to be there in 4 s.
+fn nar_without_first_piece_in_time_gets_404() {
+    // At a scale of 0.2, the first piece of a NAR must arrive within 4 s.
     let lan = Lan::new().with_scale(Scale::timeouts(0.2));
     let world = World::on(&lan);
     let asker = Asker::with(&lan, "", &[&world.cache_key]);
-    // It never stalls, and takes 13 s for the first piece.
+    // This peer never stalls, but needs 13 s for the first piece.
     let (_host, _slow) = slow_neighbour(&lan, &world, &asker, (2000, Duration::from_millis(100)));
     let url = nar_url(&asker, world.path("large"));
     assert_eq!(http::get_local(&asker.host, &url).unwrap().status, 404);
 }
 
-/// The connection used to be closed without an answer, and Nix asked again.
+/// Regression: the daemon closed the connection without an answer, and Nix asked again.
 #[test]
-fn rest_of_a_nar_that_is_nowhere_whole_is_not_there() {
+fn range_missing_at_sole_holder_gets_404() {
     let lan = Lan::new();
     let world = World::on(&lan);
     let asker = Asker::with(&lan, "", &[&world.cache_key]);
@@ -201,9 +201,9 @@ fn rest_of_a_nar_that_is_nowhere_whole_is_not_there() {
     assert_eq!(answer.status, 404);
 }
 
-/// Each lookup that nobody fetched used to keep 4 KiB for good.
+/// Regression: each lookup without a fetch used 4 KiB for good.
 #[test]
-fn lookups_that_are_not_fetched_cost_little() {
+fn lookups_without_fetch_keep_memory_bounded() {
     let lan = Lan::new();
     let host = lan.host("holder");
     let _holder = StandIn::start(&host, have(|_| true), |request: &Request| {
@@ -244,14 +244,14 @@ fn lookups_that_are_not_fetched_cost_little() {
     let after = resident();
     eprintln!("RssAnon before {before} KiB, after 5,000 lookups {after} KiB");
     assert!(after < before + (8 << 10), "{before} KiB, then {after} KiB");
-    // And next to nothing when nobody is connected any more.
+    // Nearly all of the memory is free again after the clients disconnect.
     let rest = wait_for("the memory is given back", || {
         Some(resident()).filter(|now| *now < before + (6 << 10))
     });
     eprintln!("RssAnon at rest {rest} KiB");
 }
 
-/// The world's static cache by HTTP, on a host of its own: an upstream cache.
+/// An upstream cache: the world's static cache by HTTP on its own host.
 struct Cache {
     _server: Server,
     _host: Host,
@@ -272,13 +272,13 @@ impl Cache {
     }
 }
 
-/// An asker whose Nix, and whose peerix, have `url` as upstream cache.
+/// An asker whose Nix and peerix have `url` as upstream cache.
 fn beside_upstream(lan: &Lan, world: &World, url: &str) -> Asker {
     let flags = ["--upstream-cache", url].map(str::to_owned).to_vec();
     Asker::flagged(lan, url, &[&world.cache_key], |_| flags)
 }
 
-/// Bytes that came for a `GET`, and whether that is all of it; nothing for a 404.
+/// Returns the received bytes of a NAR, and true if it is complete; `(0, false)` for a 404.
 fn get_nar(asker: &Asker, url: &str) -> (usize, bool) {
     let answer = http::get_local(&asker.host, url).expect("an answer");
     assert!(matches!(answer.status, 200 | 404), "{}", answer.status);
@@ -286,7 +286,7 @@ fn get_nar(asker: &Asker, url: &str) -> (usize, bool) {
 }
 
 #[test]
-fn slow_neighbour_is_left_for_an_upstream_cache_that_has_the_path() {
+fn slow_neighbour_is_left_for_upstream_cache_with_path() {
     let lan = Lan::new();
     let world = World::on(&lan);
     let cache = Cache::start(&lan, &world);
@@ -306,7 +306,7 @@ fn slow_neighbour_is_left_for_an_upstream_cache_that_has_the_path() {
 }
 
 #[test]
-fn nar_that_is_asked_for_again_after_it_was_left_to_upstream_is_served_at_any_pace() {
+fn nar_left_to_upstream_is_served_slowly_on_retry() {
     let lan = Lan::new();
     let world = World::on(&lan);
     let cache = Cache::start(&lan, &world);
@@ -316,7 +316,7 @@ fn nar_that_is_asked_for_again_after_it_was_left_to_upstream_is_served_at_any_pa
     let size = Shelf::of(&world).nar(world::hash_part(world.path("large"))).unwrap().len();
     let (came, is_whole) = get_nar(&asker, &url);
     assert!(!is_whole && came < size, "{came} of {size}");
-    // The rest is not there: Nix goes to upstream.
+    // The rest is a 404, so that Nix turns to upstream.
     let mut connection = Connection::new(asker.host.connect_local().unwrap()).unwrap();
     let answer = connection
         .ask("GET", &url, &format!("Range: bytes={}-\r\n", came.max(1)))
@@ -325,9 +325,9 @@ fn nar_that_is_asked_for_again_after_it_was_left_to_upstream_is_served_at_any_pa
     assert_eq!(get_nar(&asker, &url), (size, true));
 }
 
-/// A network without a way out is what peerix is for.
+/// Without a reachable upstream cache, a slow neighbour is better than none.
 #[test]
-fn slow_neighbour_is_waited_for_where_upstream_is_not_reached_or_not_certain() {
+fn slow_neighbour_is_not_left_without_certain_upstream() {
     let lan = Lan::new();
     let world = World::on(&lan);
     let cache = Cache::start(&lan, &world);

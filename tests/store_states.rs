@@ -1,9 +1,9 @@
 //! The states in which Nix leaves its database, each read as an unprivileged user while real Nix
 //! writes.
 //!
-//! The test starts itself again: once as root in a mount namespace with an empty `/nix`, so that
-//! the machine's own is never touched, and from there as user 65534, which answers lookups line by
-//! line.
+//! The test starts its own program again: once as root in a mount namespace with an empty `/nix`,
+//! so that the machine's own store stays untouched, and from there as user 65534. That process
+//! answers lookups line by line.
 
 use crate::common::DEADLINE;
 use peerix::{
@@ -28,10 +28,10 @@ use std::{
     time::Instant,
 };
 
-/// The test as the test program knows it, for starting itself again.
+/// Name of the test, with which the program starts itself again.
 const TEST: &str = "store_states::every_state_of_the_database";
 const ROLE: &str = "PEERIX_TEST_ROLE";
-/// Printed in the namespace at the end: a program that knows no test of that name succeeds, too.
+/// Printed at the end of the namespace's run: a program without a test of that name also succeeds.
 const DONE: &str = "every state was read";
 const NOBODY: u32 = 65534;
 const DB: &str = "/nix/var/nix/db/db.sqlite";
@@ -79,7 +79,7 @@ fn in_namespace() {
 }
 
 fn idle_without_daemon(first: &str) {
-    // Up to 2.8 at least, Nix removes the files when it ends; later ones leave them.
+    // Nix up to 2.8 at least removes the files when it ends; later versions leave them.
     sleep_database();
     let mut reader = Reader::start();
     assert!(!wal().exists() && !shm().exists());
@@ -91,7 +91,7 @@ fn idle_without_daemon(first: &str) {
     reader.finds(&second);
     run("nix-store", &["--delete", &second]);
     reader.misses(&second);
-    // Somebody opens it: from then on it stays open.
+    // Another process opens the database, and from then on the reader keeps it open.
     let somebody = open_read_write();
     reader.finds(first);
     assert!(reader.log().contains("opened read-only\n"), "{}", reader.log());
@@ -115,7 +115,7 @@ fn files_in_part(first: &str) {
 }
 
 fn after_a_crash() {
-    // What a writer that is killed leaves behind: a path that only the log has.
+    // A killed writer leaves a path that only the write-ahead log has.
     let path = format!("/nix/store/{}-crash", "0".repeat(32));
     let writer = open_read_write();
     writer.execute_batch("pragma wal_autocheckpoint = 0").unwrap();
@@ -158,7 +158,7 @@ fn with_daemon(first: &str) {
     let added = add("with daemon");
     reader.finds(&added);
     drop(daemon);
-    // Our own connection keeps them.
+    // The reader's own connection keeps the files.
     assert!(wal().exists() && shm().exists());
     let added = add("after daemon");
     reader.finds(&added);
@@ -267,7 +267,7 @@ fn same_bytes_as_nix() {
     }
 }
 
-/// `nix store ls` does not say where files are in the NAR.
+/// Removes the offsets of files in the NAR, which `nix store ls` does not print.
 fn without_offsets(mut node: serde_json::Value) -> serde_json::Value {
     let object = node.as_object_mut().unwrap();
     object.remove("narOffset");
@@ -341,7 +341,7 @@ fn output(program: &str, args: &[&str]) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
-/// Adds a file with this text to the store; its path.
+/// Adds a file with this text to the store, and returns its path.
 fn add(text: &str) -> String {
     fs::write("/nix/added", text).unwrap();
     output("nix-store", &["--add", "/nix/added"]).trim_end().to_owned()
@@ -355,13 +355,14 @@ fn open_read_write() -> rusqlite::Connection {
     connection
 }
 
-/// Closes the database as its last user, which removes the files beside it.
+/// Opens and closes the database as its last user, which removes the files beside it. Panics if
+/// another process keeps it open for longer than [`DEADLINE`].
 fn sleep_database() {
     let deadline = Instant::now() + DEADLINE;
     while wal().exists() || shm().exists() {
         drop(open_read_write());
         if !wal().exists() {
-            // One that is there alone is not SQLite's.
+            // Without a write-ahead log, SQLite does not remove this file.
             let _ = fs::remove_file(shm());
         }
         assert!(Instant::now() < deadline, "somebody keeps the database open");
@@ -372,7 +373,7 @@ fn sleep_database() {
 struct Daemon(Child);
 
 impl Daemon {
-    /// nix-daemon, listening, with no connection.
+    /// Starts nix-daemon and waits until it listens and has the database closed.
     fn start() -> Self {
         let daemon = Daemon(
             Command::new("nix-daemon").stdin(Stdio::null()).stderr(Stdio::null()).spawn().unwrap(),
@@ -385,7 +386,7 @@ impl Daemon {
             assert!(Instant::now() < deadline, "nix-daemon does not listen");
             thread::yield_now();
         };
-        // It opens the database for this connection too: that has to be over.
+        // nix-daemon opens the database for this connection too; wait until it has closed it.
         connection.shutdown(Shutdown::Write).unwrap();
         connection.set_read_timeout(Some(DEADLINE)).unwrap();
         let _ = connection.read_to_end(&mut Vec::new());
@@ -402,7 +403,7 @@ impl Drop for Daemon {
     }
 }
 
-/// This program as another user, which answers lookups.
+/// This program running as another user, which answers lookups.
 struct Reader {
     child: Child,
     to: Option<ChildStdin>,
@@ -434,7 +435,7 @@ impl Reader {
         loop {
             let mut line = String::new();
             assert!(self.from.read_line(&mut line).unwrap() > 0, "the reader died");
-            // Not always at the beginning: the test runner does not end its own line.
+            // The test runner does not end its own line, so the answer may follow it.
             if let Some((_, answer)) = line.split_once("> ") {
                 return answer.trim_end().to_owned();
             }
@@ -455,7 +456,7 @@ impl Reader {
         assert_eq!(self.ask(path), "none");
     }
 
-    /// What it has logged before its last answer.
+    /// Everything that the reader logged before its last answer.
     fn log(&self) -> &str {
         &self.log
     }
@@ -468,14 +469,15 @@ impl Drop for Reader {
     }
 }
 
-/// Lets go of the standard input at once, as another thread may wait for the next line.
+/// Reads a line. Releases the lock of standard input at once, because another thread may read
+/// the next line.
 fn next_line() -> Option<String> {
     let mut line = String::new();
     let bytes = std::io::stdin().read_line(&mut line).unwrap();
     (bytes > 0).then(|| line.trim_end().to_owned())
 }
 
-/// Repeats a lookup while the database is locked.
+/// Repeats a lookup while the database is locked, for at most [`DEADLINE`].
 fn patiently<T>(lookup: impl Fn() -> Result<T, StoreError>) -> Result<T, StoreError> {
     let deadline = Instant::now() + DEADLINE;
     loop {
@@ -500,7 +502,7 @@ fn reader() {
             store = Some(open()?);
         }
         let store = store.as_ref().unwrap();
-        // A busy machine may keep another process's lock for longer than a lookup waits.
+        // On a busy machine another process may hold its lock for longer than a lookup waits.
         let info = patiently(|| store.path_info(&part))?;
         assert_eq!(
             patiently(|| store.path_infos_quickly(&[part]).map(|mut infos| infos.remove(0)))?,

@@ -1,8 +1,8 @@
-//! The tracker as a process: what it answers to peers of the original, to peers with keys, and to
-//! those who mean harm; what survives its death; how many it can have.
+//! The tracker as a process: its answers to original peers, to peers with keys and to attackers,
+//! and its limits.
 //!
-//! On loopback, whose addresses stand for as many machines; but for `/reach`, which is about a
-//! network.
+//! The tests use loopback, where each address stands for one machine. Only the test of `/reach`
+//! uses a LAN of namespaces.
 
 use crate::common::http::{Answer, Connection, Reply, Server};
 use crate::common::solo::{
@@ -17,7 +17,7 @@ use peerix::wire::tracker::{Identity, Proof, SignedText};
 use serde_json::{Value, json};
 use std::net::Ipv4Addr;
 
-/// A tracker and where its database is.
+/// Starts a tracker; returns the directory of its database and the tracker.
 fn tracker() -> (TempDir, Solo) {
     let dir = TempDir::new();
     let tracker = Solo::start(&dir.file("db"));
@@ -30,7 +30,7 @@ fn is(answer: &Answer, status: u16, body: &str) {
     assert_eq!((answer.status, answer.text().as_str()), (status, body));
 }
 
-/// The error in an answer with that status.
+/// Checks an answer's status, and returns its error text.
 #[track_caller]
 fn error(answer: &Answer, status: u16) -> String {
     assert_eq!(answer.status, status, "{}", answer.text());
@@ -39,7 +39,7 @@ fn error(answer: &Answer, status: u16) -> String {
     body["error"].as_str().expect("an error").to_owned()
 }
 
-/// A request as the original's client (aiohttp) sends it.
+/// Sends a request with the headers of the original's client (aiohttp).
 fn as_the_original(
     connection: &mut Connection,
     method: &str,
@@ -59,9 +59,9 @@ fn as_the_original(
     connection.answer(true).unwrap()
 }
 
-/// The answers are what the original's server (Starlette) sends, byte for byte but for the clock.
+/// The answers equal those of the original's server (Starlette) byte by byte, except for times.
 #[test]
-fn the_originals_calls() {
+fn original_client_requests_get_original_answers() {
     let (_dir, tracker) = tracker();
     let mut c = tracker.connect();
     let mut ask = |method: &str, path: &str, body: Option<&str>, status: u16, expected: &str| {
@@ -113,7 +113,7 @@ fn the_originals_calls() {
     report(2, "9f3c", "sender", "100", 409, r#"{"error":"sender already reported"}"#);
     report(2, "77aa", "receiver", "94", 200, r#"{"status":"resolved","consistent":false}"#);
 
-    // What nobody signed counts for nobody, unlike in the original.
+    // Unsigned reports change no reputation, unlike in the original.
     ask("GET", "/reputation/9f3c", None, 200, &format!("{{\"peer_id\":\"9f3c\",{nobody}}}"));
     ask("GET", "/reputation/77aa", None, 200, &format!("{{\"peer_id\":\"77aa\",{nobody}}}"));
 
@@ -128,7 +128,7 @@ fn the_originals_calls() {
     assert!((before as f64 / 1000.0 - seen).abs() < DEADLINE.as_secs_f64(), "{seen}");
 }
 
-/// Two peers with keys, on networks of their own.
+/// Announces two peers with keys, each from an address in another network.
 fn two_networks(tracker: &Solo, keys: [(&str, &Identity); 2]) -> [Connection; 2] {
     keys.map(|(id, key)| {
         let mut c = tracker.connect_from(fresh_network()).unwrap();
@@ -139,7 +139,7 @@ fn two_networks(tracker: &Solo, keys: [(&str, &Identity); 2]) -> [Connection; 2]
 }
 
 #[test]
-fn reports_that_agree_and_that_do_not() {
+fn reports_within_five_percent_are_consistent() {
     let (_dir, tracker) = tracker();
     let (a, b) = (identity(40), identity(41));
     let [mut at_a, mut at_b] = two_networks(&tracker, [("a", &a), ("b", &b)]);
@@ -173,7 +173,7 @@ fn reports_that_agree_and_that_do_not() {
         (reputation["total_shared"].as_u64(), reputation["total_received"].as_u64()),
         (Some(total), Some(0))
     );
-    // However often one network says so, a peer fails once a day.
+    // Reports from one network count as at most one failure of a peer per day.
     assert_eq!(
         (reputation["successful_transfers"].as_u64(), reputation["failed_transfers"].as_u64()),
         (Some(4), Some(1))
@@ -182,7 +182,7 @@ fn reports_that_agree_and_that_do_not() {
 }
 
 #[test]
-fn many_transfers_begin_at_once() {
+fn transfer_init_accepts_counts_from_1_to_256() {
     let (_dir, tracker) = tracker();
     let mut c = tracker.connect();
     let mut init = |count: &str| {
@@ -206,9 +206,9 @@ fn many_transfers_begin_at_once() {
     assert_eq!(error(&same, 400), "sender_id and receiver_id are the same");
 }
 
-/// Who has an ID's key, and nobody else, says where that ID is.
+/// Only the holder of the key that is bound to a peer ID may announce an address for it.
 #[test]
-fn a_stolen_peer_id() {
+fn bound_peer_id_rejects_other_keys() {
     let (_dir, tracker) = tracker();
     let mut c = tracker.connect();
     let (owner, thief) = (identity(1), identity(2));
@@ -225,7 +225,7 @@ fn a_stolen_peer_id() {
     );
     let theirs = signed_announce(&thief, "mine", 2, "10.0.0.2");
     assert_eq!(error(&post(&mut c, "/announce", &theirs), 403), "peer_id: bound to another key");
-    // The owner's key, and a signature that is not its own.
+    // The owner's public key with a signature by another key.
     let mut proof =
         thief.sign(&SignedText::Announce { peer_id: "mine", port: 2, addr: "10.0.0.2" }, stamp());
     proof.public_key = Some(owner.public().into());
@@ -243,7 +243,7 @@ fn a_stolen_peer_id() {
     let bits = BloomFilter::for_paths(1);
     let headers = signed_filter_headers(&thief, "mine", bits.as_bytes());
     error(&tracker.connect().tell("PUT", "/filter/mine", &headers, bits.as_bytes()).unwrap(), 403);
-    // Nor does it report in the owner's name.
+    // The thief cannot report for the owner either.
     is(
         &post(&mut c, "/transfer/init", br#"{"sender_id":"mine","receiver_id":"b"}"#),
         200,
@@ -266,7 +266,7 @@ fn a_stolen_peer_id() {
 }
 
 #[test]
-fn signatures_have_their_time() {
+fn signatures_outside_time_window_are_rejected() {
     let dir = TempDir::new();
     let early = clock() - 2000;
     let tracker = Solo::start(&dir.file("db"));
@@ -290,10 +290,10 @@ fn signatures_have_their_time() {
         let now = serde_json::from_slice::<Value>(&answer.body).unwrap()["now"].as_u64().unwrap();
         assert!(now.abs_diff(clock()) < 60_000, "{what}: {now}");
     }
-    // Who takes the tracker's time for its own gets in.
+    // A client that adopts the tracker's time succeeds.
     assert_eq!(post(&mut c, "/announce", &at("p", stamp() + 1)).status, 200);
     assert_eq!(tracker.get("/peers")["peers"].as_array().unwrap().len(), 1);
-    // Not even a signature that was never used outlives a restart: what was used, nobody remembers.
+    // An unused signature does not survive a restart, because the tracker forgets used ones.
     let then = stamp() + 2;
     let unused = at("p", then);
     drop(tracker);
@@ -304,7 +304,7 @@ fn signatures_have_their_time() {
 }
 
 #[test]
-fn a_signature_is_for_one_statement() {
+fn signature_of_other_statement_is_rejected() {
     let (_dir, tracker) = tracker();
     let mut c = tracker.connect();
     let key = identity(4);
@@ -336,7 +336,7 @@ fn a_signature_is_for_one_statement() {
     ] {
         assert_eq!(wrong(proof), "public_key, timestamp and signature: missing or malformed");
     }
-    // None of it has bound the ID.
+    // None of these requests has bound the ID to a key.
     assert_eq!(tracker.get("/peers")["peers"].as_array().map(Vec::len), Some(0));
     assert_eq!(
         post(&mut c, "/announce", &announce("p", 1, "10.0.0.1", Proof::default())).status,
@@ -344,10 +344,10 @@ fn a_signature_is_for_one_statement() {
     );
 }
 
-/// Whatever is in the fields: 4xx with an error in JSON, nothing stored, and the next request is
-/// served.
+/// Any invalid field gets a 4xx status with an error in JSON, stores nothing, and leaves the
+/// connection usable.
 #[test]
-fn fields_that_are_not_what_they_should_be() {
+fn invalid_fields_get_4xx_and_store_nothing() {
     let (_dir, tracker) = tracker();
     let values = [
         "-1",
@@ -453,7 +453,7 @@ fn fields_that_are_not_what_they_should_be() {
 }
 
 #[test]
-fn addresses() {
+fn announced_addresses_are_validated() {
     let (_dir, tracker) = tracker();
     let mut c = tracker.connect();
     let long = format!("{}a", "a.".repeat(127));
@@ -480,7 +480,7 @@ fn addresses() {
         let answer = post(&mut c, "/announce", &announce("p", 1, bad, Proof::default()));
         assert!(error(&answer, 400).starts_with("addr: "), "{bad}: {}", answer.text());
     }
-    // An empty one is as good as none, and from loopback there is none to be seen.
+    // An empty address counts as missing, and the tracker rejects loopback as the sender's address.
     let answer = post(&mut c, "/announce", &announce("p", 1, "", Proof::default()));
     assert!(error(&answer, 400).starts_with("addr: required"));
     assert_eq!(tracker.get("/peers")["peers"].as_array().map(Vec::len), Some(0));
@@ -507,7 +507,7 @@ fn addresses() {
     assert_eq!(listed, good);
 }
 
-/// A filter of few paths: those with these numbers.
+/// A filter for 50 paths that contains the paths with these numbers.
 fn filter(paths: impl IntoIterator<Item = u64>) -> BloomFilter {
     let mut filter = BloomFilter::for_paths(50);
     paths.into_iter().for_each(|path| {
@@ -534,14 +534,14 @@ fn publish(tracker: &Solo, key: &Identity, peer_id: &str, filter: &BloomFilter) 
     );
 }
 
-/// The IDs in one of a lookup's lists.
+/// The peer IDs in the list `list` of a lookup's answer.
 fn found(tracker: &Solo, list: &str, path: u64) -> Vec<String> {
     let answer = tracker.get(&format!("/lookup/{}", hash_part(path)));
     let ids = answer[list].as_array().unwrap().iter();
     ids.map(|peer| peer["peer_id"].as_str().unwrap().to_owned()).collect()
 }
 
-/// A transfer of so many bytes to somebody on which both sides agree.
+/// Makes a transfer of `bytes` bytes to another peer on which both sides agree.
 fn transfer(tracker: &Solo, sender: (&str, &Identity), bytes: u64) {
     let receiver = ("someone", &identity(99));
     let [mut at_sender, mut at_receiver] = two_networks(tracker, [sender, receiver]);
@@ -567,7 +567,7 @@ fn transfer(tracker: &Solo, sender: (&str, &Identity), bytes: u64) {
 }
 
 #[test]
-fn lookups_name_the_best_first_and_nobody_who_left() {
+fn lookups_list_peers_by_reputation_without_departed_ones() {
     let (_dir, tracker) = tracker();
     let names = ["none", "little", "much"];
     let keys = [identity(10), identity(11), identity(12)];
@@ -616,18 +616,18 @@ fn lookups_name_the_best_first_and_nobody_who_left() {
     assert_eq!(found(&tracker, "candidates", 2), ["little", "none"]);
     assert_eq!(found(&tracker, "others", 2), ["old and good"]);
     assert_eq!(tracker.get("/peers")["peers"].as_array().map(Vec::len), Some(4));
-    // An ID without a key is taken away by nobody but the address that announced it.
+    // Only the address that announced an ID without a key can remove it.
     let mut other = tracker.connect();
     let answer = other.tell("DELETE", "/announce", "", br#"{"peer_id":"old and good"}"#).unwrap();
     assert_eq!(error(&answer, 403), "peer_id: announced from another address");
-    // Who comes back starts without a filter.
+    // A peer that announces itself again has no filter until it uploads one.
     post(&mut other, "/announce", &signed_announce(&keys[2], "much", 1, "10.0.0.1"));
     assert_eq!(found(&tracker, "candidates", 2), ["little", "none"]);
     assert_eq!(found(&tracker, "others", 2), ["much", "old and good"]);
 }
 
 #[test]
-fn targets_and_methods_that_there_are_not() {
+fn unknown_targets_and_methods_get_4xx() {
     let (_dir, tracker) = tracker();
     let mut c = tracker.connect();
     for (method, path, status) in [
@@ -652,7 +652,7 @@ fn targets_and_methods_that_there_are_not() {
         ("GET", "/reach/0", 400),
         ("GET", "/reach/65536", 400),
         ("GET", "/reach/x", 400),
-        // Loopback is nobody's address outside.
+        // The tracker does not connect back to a loopback address.
         ("GET", "/reach/12304", 400),
     ] {
         let answer = c.ask(method, path, "").unwrap();
@@ -670,10 +670,10 @@ fn targets_and_methods_that_there_are_not() {
     );
 }
 
-/// What it answered told who shares an address which of its ports are open, one asker could take
-/// all the tries at once, and a proxy's ports were tried for whoever came through it.
+/// Regressions: the answer revealed open ports of another machine at a shared address, one client
+/// used up all attempts, and the tracker probed the ports of a proxy for its clients.
 #[test]
-fn whether_a_node_is_reached() {
+fn reach_reports_peerix_at_client_address() {
     let lan = Lan::new();
     let tracker = Tracker::start(lan.host("tracker"));
     let (node, other) = (lan.host("node"), lan.host("other"));
@@ -703,7 +703,7 @@ fn whether_a_node_is_reached() {
         assert!(error(&ask(&format!("{field}\r\n")), 400).contains("proxy"), "{field}");
     }
 
-    // Nothing answers: while that is waited for, this address waits, and no other does.
+    // No answer arrives: while the tracker waits, it blocks this address and no other one.
     node.net(&format!("iptables -A INPUT -p tcp --dport {PORT} -j DROP"));
     let mut both = [connect(), connect()];
     let request = format!("GET {target} HTTP/1.1\r\nHost: tracker\r\n\r\n");
@@ -721,7 +721,7 @@ fn whether_a_node_is_reached() {
 }
 
 #[test]
-fn filters_that_are_refused() {
+fn invalid_filters_are_rejected() {
     let (_dir, tracker) = tracker();
     let key = identity(20);
     let good = filter([1]);
@@ -748,7 +748,7 @@ fn filters_that_are_refused() {
         let answer = signed("f", &vec![0; size]);
         assert_eq!(error(&answer, 400), "body: of a size that filters do not have", "{size}");
     }
-    // Signed for other bits.
+    // The signature is for other bits.
     let headers = signed_filter_headers(&key, "f", good.as_bytes());
     assert_eq!(error(&put(&headers, "f", filter([2]).as_bytes()), 403), "signature: wrong");
     assert_eq!(found(&tracker, "candidates", 1), [""; 0]);
@@ -762,12 +762,12 @@ fn filters_that_are_refused() {
         (found(&tracker, "candidates", 1), found(&tracker, "candidates", 2)),
         (vec!["f".to_owned()], vec![])
     );
-    // One that has every path would make its peer a candidate for all.
+    // A filter with all bits set would make its peer a candidate for every path.
     let full = identity(22);
     post(&mut tracker.connect(), "/announce", &signed_announce(&full, "full", 1, "10.0.0.1"));
     let answer = put(&signed_filter_headers(&full, "full", &[0xff; 1024]), "full", &[0xff; 1024]);
     assert_eq!(error(&answer, 400), "body: more bits are set than a filter of its size may have");
-    // The largest there is.
+    // The largest filter size.
     let large = identity(21);
     let mut most = BloomFilter::for_paths(u64::MAX);
     most.insert(&hash_part(2));
@@ -779,7 +779,7 @@ fn filters_that_are_refused() {
         r#"{"status":"ok"}"#,
     );
     assert_eq!(found(&tracker, "candidates", 2), ["large"]);
-    // The next announce tells which filter is there.
+    // The answer to the next announce tells which filter the tracker has.
     let proof =
         key.sign(&SignedText::Announce { peer_id: "f", port: 1, addr: "10.0.0.1" }, stamp());
     let answer = post(&mut tracker.connect(), "/announce", &announce("f", 1, "10.0.0.1", proof));
@@ -790,9 +790,9 @@ fn filters_that_are_refused() {
     );
 }
 
-/// Bodies that are too large, or never come.
+/// Bodies that are too large, or never arrive.
 #[test]
-fn bodies_without_end() {
+fn oversized_or_missing_bodies_do_not_block_others() {
     let (_dir, tracker) = tracker();
     let five = vec![b' '; 5 << 20];
     for (method, path) in [
@@ -802,7 +802,7 @@ fn bodies_without_end() {
         ("DELETE", "/announce"),
     ] {
         let mut c = tracker.connect();
-        // The tracker may have closed the connection before all of it is sent.
+        // The tracker may close the connection before the whole body is sent.
         let head = format!(
             "{method} {path} HTTP/1.1\r\nHost: t\r\nContent-Length: {}\r\n\r\n",
             five.len()
@@ -823,7 +823,7 @@ fn bodies_without_end() {
     let _ = c.send(&five);
     error(&c.answer(true).unwrap(), 413);
 
-    // Twenty filters that are promised and do not come hold eight places, and only for a while.
+    // Twenty announced filters that never arrive occupy at most eight places, for a limited time.
     let bits = vec![0; 1 << 20];
     let mut waiting: Vec<Connection> = (0..20)
         .map(|_| {
@@ -837,7 +837,7 @@ fn bodies_without_end() {
             c
         })
         .collect();
-    // Meanwhile others are served.
+    // Meanwhile the tracker serves other clients.
     assert_eq!(
         post(&mut tracker.connect(), "/announce", &announce("q", 1, "10.0.0.1", Proof::default()))
             .status,
@@ -863,12 +863,12 @@ fn bodies_without_end() {
 }
 
 #[test]
-fn one_address_that_asks_too_much() {
+fn requests_above_rate_limit_get_429() {
     let (_dir, tracker) = tracker();
     let greedy = fresh_source();
     let mut c = tracker.connect_from(greedy).unwrap();
     let body = announce("p", 1, "10.0.0.1", Proof::default());
-    // 200 at once, and ten a second.
+    // A burst of 200, and ten per second.
     let answers: Vec<Answer> = (0..2000).map(|_| post(&mut c, "/announce", &body)).collect();
     let refused: Vec<&Answer> = answers.iter().filter(|answer| answer.status == 429).collect();
     assert!(answers[..200].iter().all(|answer| answer.status == 200));
@@ -879,7 +879,8 @@ fn one_address_that_asks_too_much() {
             ("too many requests", Some("1"))
         );
     }
-    // From a new connection too, and not what is counted apart, and nobody else.
+    // The limit covers new connections of the address, but no other kind of request and no other
+    // address.
     let more = (0..2000)
         .map(|_| post(&mut tracker.connect_from(greedy).unwrap(), "/announce", &body).status);
     assert!(more.into_iter().any(|status| status == 429));
@@ -893,9 +894,9 @@ fn one_address_that_asks_too_much() {
     assert!(counted.parse::<usize>().unwrap() >= refused.len());
 }
 
-/// A tracker behind a proxy used to take the proxy's address for every node's.
+/// Regression: the tracker took a proxy's address for the address of every node behind it.
 #[test]
-fn address_behind_a_proxy_is_the_clients_or_unknown() {
+fn address_behind_known_proxy_is_the_forwarded_one() {
     let dir = TempDir::new();
     let plain = Solo::start(&dir.file("plain"));
     let known = Solo::flagged(&dir.file("known"), Scale::default(), &["--proxy", "127.0.0.1"]);
@@ -913,7 +914,7 @@ fn address_behind_a_proxy_is_the_clients_or_unknown() {
         "192.0.2.7",
         "the last one, which the proxy itself has seen"
     );
-    // A proxy may add a field of its own to the client's, or say what is no address.
+    // A proxy may append a second field after the client's, or forward an invalid address.
     is(
         &announce(&known, proxy, "192.0.2.9\r\nX-Forwarded-For: 192.0.2.7"),
         200,
@@ -921,7 +922,7 @@ fn address_behind_a_proxy_is_the_clients_or_unknown() {
     );
     assert_eq!(known.get("/peers")["peers"][0]["addr"], "192.0.2.7");
     assert!(error(&announce(&known, proxy, "192.0.2.9, unknown"), 400).contains("proxy"));
-    // Others may say what they like.
+    // Fields from other clients than the proxy are refused.
     assert!(error(&announce(&known, stranger, "192.0.2.8"), 400).contains("proxy"));
     assert_eq!(known.get("/peers")["peers"][0]["addr"], "192.0.2.7");
 }

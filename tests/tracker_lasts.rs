@@ -1,5 +1,5 @@
-//! What a tracker keeps through its own death, through those who were before it, and through a
-//! great many peers.
+//! What a tracker keeps when it is killed, restarted or replaces an original tracker, and its
+//! limits with very many peers.
 
 use crate::common::http::{Answer, Connection};
 use crate::common::solo::{
@@ -22,22 +22,21 @@ use std::time::{SystemTime, UNIX_EPOCH};
 const KILLS: u64 = 20;
 const THREADS: u64 = 4;
 
-/// Numbers of the keys of those that transfer.
+/// Base numbers of the keys of senders and receivers.
 const SENDERS: u64 = 1 << 40;
 const RECEIVERS: u64 = 1 << 41;
 
-/// What the tracker answered with 200, and what it was asked at all.
+/// Requests that the tracker acknowledged with 200, and requests it was sent.
 #[derive(Default)]
 struct Heard {
     /// Numbers of keys and of the IDs bound to them.
     identities: Vec<u64>,
     transfers: Vec<u64>,
-    /// Transfers of which the sender's report was acknowledged, and who that is; the receiver's was
-    /// not, in time.
+    /// Senders by transfer, for transfers of which only the sender's report was acknowledged.
     half: HashMap<u64, String>,
-    /// By sender: transfers that the tracker said were resolved, and those where it may have died
-    /// before it said so.
+    /// Number of transfers by sender that the tracker reported as resolved.
     resolved: HashMap<String, u64>,
+    /// Number of transfers by sender that may be resolved, including unacknowledged ones.
     tried: HashMap<String, u64>,
 }
 
@@ -45,7 +44,8 @@ fn value(answer: &Answer) -> Value {
     serde_json::from_slice(&answer.body).expect("JSON")
 }
 
-/// Asks without end, as a node does that transfers a great many paths, until the tracker dies.
+/// Sends requests like a node that transfers very many paths. Errors: the connection failed,
+/// because the tracker was killed.
 fn load(port: u16, thread: u64, next: &AtomicU64, heard: &Mutex<Heard>) -> std::io::Result<()> {
     let mut c = connect(port, fresh_source())?;
     let json = "Content-Type: application/json\r\n";
@@ -59,7 +59,7 @@ fn load(port: u16, thread: u64, next: &AtomicU64, heard: &Mutex<Heard>) -> std::
             c.tell("POST", "/announce", json, &signed_announce(key, peer, 1, "10.0.0.1"))?;
         assert_eq!(answer.status, 200, "{}", answer.text());
     }
-    // An address may announce 200 times at once.
+    // The tracker accepts a burst of 200 announces from one address.
     for _ in 0..180 {
         let number = next.fetch_add(1, Ordering::Relaxed);
         let body = signed_announce(&identity(number), &format!("peer-{number}"), 1, "10.0.0.1");
@@ -103,7 +103,7 @@ fn load(port: u16, thread: u64, next: &AtomicU64, heard: &Mutex<Heard>) -> std::
 }
 
 #[test]
-fn killed_under_load_it_has_lost_nothing_that_it_acknowledged() {
+fn tracker_killed_under_load_keeps_everything_acknowledged() {
     let dir = TempDir::new();
     let db = dir.file("db");
     let (next, all) = (AtomicU64::new(1), Mutex::new(Heard::default()));
@@ -121,9 +121,10 @@ fn killed_under_load_it_has_lost_nothing_that_it_acknowledged() {
                     while !dead.load(Ordering::Relaxed) && load(port, thread, next, all).is_ok() {}
                 });
             }
-            // Also when what was asked for never comes, or the threads would not end.
+            // Ends the threads even if the expected requests never arrive; otherwise the test would
+            // hang.
             let is_dead = Deferred::new(|| dead.store(true, Ordering::Relaxed));
-            // At another moment each time, and always amid it all.
+            // A different moment in each round, always under load.
             let enough = transfers + 20 + 7 * round as usize;
             wait_for("enough transfers", || {
                 (all.lock().unwrap().transfers.len() >= enough).then_some(())
@@ -133,7 +134,7 @@ fn killed_under_load_it_has_lost_nothing_that_it_acknowledged() {
         });
         let tracker = Solo::start(&db);
         let mut heard = all.lock().unwrap();
-        // Each kill's own are checked at once, and a few of all others again.
+        // Checks everything new since the last kill, and a sample of everything older.
         let old = heard.identities[..identities].iter().rev().step_by(50);
         for number in heard.identities[identities..].iter().take(60).chain(old) {
             let id = format!("peer-{number}");
@@ -182,15 +183,15 @@ fn killed_under_load_it_has_lost_nothing_that_it_acknowledged() {
     }
 }
 
-/// Nodes used to be found again only when they had announced themselves anew: every lookup was a
-/// miss for a minute.
+/// Regression: after a restart, every lookup was a miss for a minute, until the nodes announced
+/// themselves again.
 #[test]
-fn who_is_here_what_they_have_and_what_they_did_lasts() {
+fn peers_filters_and_reputation_survive_restart() {
     let dir = TempDir::new();
     let mut tracker = Solo::start(&dir.file("db"));
     let keys = [identity(1), identity(2)];
-    // By the clock itself: the time of other statements here runs ahead of it, when other tests
-    // sign many.
+    // From the clock itself: the shared stamp of other statements runs ahead of it when parallel
+    // tests sign many.
     let now = clock();
     let at = |stamp| {
         let proof =
@@ -226,7 +227,7 @@ fn who_is_here_what_they_have_and_what_they_did_lasts() {
     assert_eq!(reputation["total_shared"].as_u64(), Some(1000));
     let found = tracker.get(&format!("/lookup/{hash_part}"));
     assert_eq!(found["candidates"][0]["port"], 3);
-    // Where peers are, by ID: which order they have is nothing that lasts.
+    // Addresses by peer ID: the order of the list need not survive a restart.
     let here = |tracker: &Solo| {
         let list = tracker.get("/peers");
         let row = |peer: &Value| {
@@ -240,7 +241,7 @@ fn who_is_here_what_they_have_and_what_they_did_lasts() {
     assert_eq!(before.len(), 3);
     assert!(tracker.terminate().success());
     assert!(tracker.log().ends_with("info: stopping\n"));
-    // The database was closed: SQLite keeps this file until then.
+    // The tracker closed the database: SQLite keeps this file until then.
     assert!(!dir.file("db-wal").exists());
     drop(tracker);
 
@@ -269,7 +270,7 @@ fn who_is_here_what_they_have_and_what_they_did_lasts() {
 }
 
 #[test]
-fn the_database_of_the_original_is_taken_over() {
+fn database_of_original_tracker_is_migrated() {
     let dir = TempDir::new();
     let db = dir.file("db");
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs_f64();
@@ -328,13 +329,13 @@ fn the_database_of_the_original_is_taken_over() {
     assert_eq!(tracker.get("/peers"), json!({"peers": []}));
 }
 
-/// Runs it where it cannot start.
+/// Runs the tracker with arguments or a database with which it cannot start.
 fn fails(args: &[&str], db: &Path) -> Output {
     command(args).arg("--db-path").arg(db).env("RUST_LOG", "off").output().unwrap()
 }
 
 #[test]
-fn what_keeps_it_from_starting_is_one_line() {
+fn startup_failure_is_one_line_on_stderr() {
     let dir = TempDir::new();
     let db = dir.file("newer");
     Database::open(&db)
@@ -394,10 +395,10 @@ fn metric(tracker: &Solo, name: &str) -> f64 {
     line.unwrap_or_else(|| panic!("no {name} in\n{text}")).parse().unwrap()
 }
 
-/// As strict as `promtool check metrics` about the form: help and type before the values, names and
-/// suffixes by the conventions.
+/// Checks the form like `promtool check metrics`: help and type before values, conventional names
+/// and suffixes.
 #[test]
-fn health_and_metrics() {
+fn metrics_have_prometheus_text_form() {
     let dir = TempDir::new();
     let tracker = Solo::start(&dir.file("db"));
     let health = tracker.connect().get("/health").unwrap();
@@ -429,9 +430,9 @@ fn health_and_metrics() {
 }
 
 #[test]
-fn a_hundred_thousand_peers() {
+fn hundred_thousand_peers_take_under_2_kib_each() {
     const PEERS: u64 = 100_000;
-    /// An address may announce 200 times at once.
+    /// The tracker accepts a burst of 200 announces from one address.
     const FROM_ONE: u64 = 190;
     let dir = TempDir::new();
     let tracker = Solo::start_with(&dir.file("db"), Scale::without_timeouts());

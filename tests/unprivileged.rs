@@ -1,5 +1,5 @@
-//! The daemon as `nobody`, with a store that belongs to root, in every state in which Nix leaves
-//! its database; and store paths that are taken away while they are being sent.
+//! The daemon as `nobody` with a store that belongs to root, in every state in which Nix leaves its
+//! database; and store paths that change or disappear while they are sent.
 
 use crate::common::lan::Run;
 use crate::common::stock::{self, nar_route};
@@ -11,7 +11,7 @@ const NOBODY: u32 = 65534;
 const DB: &str = "/nix/var/nix/db/db.sqlite";
 const DAEMON_SOCKET: &str = "/nix/var/nix/daemon-socket/socket";
 
-/// A server whose store is root's, and who asks it.
+/// A server whose store belongs to root, and a neighbour that sends requests.
 struct Scene {
     server: Host,
     neighbour: Host,
@@ -31,7 +31,7 @@ impl Scene {
         Scene { server, neighbour, socket, old, _lan: lan }
     }
 
-    /// Files beside the database, as they are now.
+    /// The files of SQLite beside the database that exist now.
     fn beside(&self) -> Vec<&'static str> {
         let there = |end: &&str| self.server.path(&format!("{DB}{end}")).exists();
         ["-wal", "-shm"].into_iter().filter(there).collect()
@@ -44,13 +44,13 @@ impl Scene {
         daemon
     }
 
-    /// Checks that `path` is served as Nix has it, found by UDP and fetched by HTTP.
+    /// Checks that `path` is found by UDP, and that its NAR by HTTP equals Nix's own.
     fn is_served(&self, path: &str) {
         assert!(stock::has(&self.socket, &self.server, path), "{path}: have not");
         self.is_sent(path);
     }
 
-    /// Checks that `path` is fetched by HTTP as Nix has it.
+    /// Checks that the NAR of `path` by HTTP equals Nix's own.
     fn is_sent(&self, path: &str) {
         let route = nar_route(&self.neighbour, &self.server, path);
         let nar =
@@ -59,8 +59,8 @@ impl Scene {
         assert!(nar.body == stock::dump(&self.server, path), "{path}: another NAR");
     }
 
-    /// Checks it of what was there, of what is registered this moment, and that what was never
-    /// there, or is no longer, is missed.
+    /// Checks that old paths and a path registered just now are served, and that a deleted path is
+    /// a miss.
     fn serves(&self, round: &str) {
         self.is_served(&self.old);
         let new = stock::add(&self.server, &format!("new-{round}"), &format!("echo {round} > $n"));
@@ -71,7 +71,7 @@ impl Scene {
     }
 }
 
-/// A multi-user nix-daemon that listens.
+/// Starts a multi-user nix-daemon and waits until it listens.
 fn nix_daemon(host: &Host) -> Process {
     let process = host.spawn_sh("exec nix-daemon 2> /tmp/nix-daemon");
     wait_for("nix-daemon listens", || host.path(DAEMON_SOCKET).exists().then_some(()));
@@ -79,7 +79,7 @@ fn nix_daemon(host: &Host) -> Process {
 }
 
 #[test]
-fn nobody_has_the_database_open() {
+fn closed_database_is_read_as_immutable() {
     let scene = Scene::new();
     assert!(scene.beside().is_empty(), "Nix left {:?} behind", scene.beside());
     let daemon = scene.start();
@@ -89,7 +89,7 @@ fn nobody_has_the_database_open() {
 }
 
 #[test]
-fn only_some_of_the_files_are_there() {
+fn database_with_partial_wal_files_is_served() {
     let scene = Scene::new();
     for (round, files) in [("wal", &["-wal"][..]), ("shm", &["-shm"]), ("both", &["-wal", "-shm"])]
     {
@@ -98,7 +98,7 @@ fn only_some_of_the_files_are_there() {
         }
         let _daemon = scene.start();
         scene.is_served(&scene.old);
-        // Reading changed nothing, so that this is the state that was tested.
+        // Reading must not change the files under test.
         assert_eq!(scene.beside(), files, "{round}");
         scene.serves(round);
         for end in ["-wal", "-shm"] {
@@ -108,19 +108,19 @@ fn only_some_of_the_files_are_there() {
 }
 
 #[test]
-fn a_nix_daemon_runs() {
+fn idle_nix_daemon_opens_database_for_peerix() {
     let scene = Scene::new();
     let mut nix_daemon = nix_daemon(&scene.server);
-    // It listens, and has the database closed: peerix has it opened.
+    // nix-daemon listens with the database closed; peerix connects to it, so that it opens it.
     assert!(scene.beside().is_empty());
     let daemon = scene.start();
     scene.serves("daemon");
     assert!(daemon.log().contains("after nix-daemon had opened it"));
-    // From then on it stays open, also when nix-daemon ends.
+    // The files stay, also after nix-daemon ends.
     assert_eq!(scene.beside(), ["-wal", "-shm"]);
     nix_daemon.kill();
     scene.serves("ended");
-    // Through the daemon, as users of the machine do it.
+    // A user of the machine adds a path through nix-daemon.
     std::fs::remove_file(scene.server.path(DAEMON_SOCKET)).unwrap();
     let _again = self::nix_daemon(&scene.server);
     scene.server.write("/tmp/user", "by a user");
@@ -135,14 +135,14 @@ fn a_nix_daemon_runs() {
 }
 
 #[test]
-fn nix_writes_all_the_time() {
+fn paths_are_found_while_nix_writes() {
     let scene = Scene::new();
     let writer = "cd /tmp; n=0; while :; do n=$((n+1)); echo $n > written; nix-store --add written > /tmp/last.part && mv /tmp/last.part /tmp/last; done";
     let writer = scene.server.spawn_sh(writer);
     let daemon = scene.start();
     let mut seen = std::collections::HashSet::new();
     for _ in 0..30 {
-        // Registered by another process a moment ago.
+        // Another process registered the path just now.
         let path = wait_for("another path is registered", || {
             let path =
                 std::fs::read_to_string(scene.server.path("/tmp/last")).ok()?.trim().to_owned();
@@ -162,15 +162,15 @@ fn nix_writes_all_the_time() {
     scene.serves("after");
 }
 
-/// Who asks by UDP waits 50 ms at most, and between one writer's end and the next one's beginning
-/// nobody but root may open the database: then this machine has not for a moment. HTTP waits as
-/// long as it takes.
+/// Waits until `path` is found by UDP, and checks its NAR. Between two writers, only root can open
+/// the database. A UDP query waits for it at most 50 ms, so its answer may be *have not* for a
+/// moment. HTTP waits longer.
 fn is_found(scene: &Scene, path: &str) {
     wait_for("it is found", || stock::has(&scene.socket, &scene.server, path).then_some(()));
     scene.is_sent(path);
 }
 
-/// Begins a NAR and reads 1 MiB of it.
+/// Begins a NAR and reads 1 MiB of it. Returns the stream and the number of missing bytes.
 fn begin(scene: &Scene, path: &str) -> (TcpStream, usize) {
     let route = nar_route(&scene.neighbour, &scene.server, path);
     let size: usize =
@@ -187,36 +187,36 @@ fn begin(scene: &Scene, path: &str) -> (TcpStream, usize) {
     (stream, size - (begun.len() - head))
 }
 
-/// Checks that the rest of the NAR does not come whole.
+/// Checks that the connection ends before the whole NAR has arrived.
 fn is_cut((mut stream, missing): (TcpStream, usize), what: &str) {
     let mut rest = Vec::new();
-    // A reset is a cut as well.
+    // A connection reset also ends the NAR early.
     let _ = stream.read_to_end(&mut rest);
     assert!(rest.len() < missing, "{what}: completed, {} bytes", rest.len());
 }
 
 #[test]
-fn paths_that_go_away_while_they_are_sent() {
+fn changed_path_cuts_running_nar() {
     const MIB: u32 = 64;
     let scene = Scene::new();
-    // As it mostly is: with nix-daemon, and the database open.
+    // The usual state: nix-daemon runs, and has the database open.
     let _nix_daemon = nix_daemon(&scene.server);
     let daemon = scene.start();
-    // The stream is whole if nothing happens, or the rest of this would be no test.
+    // Control: without a change the stream arrives whole.
     let path = stock::add_large(&scene.server, "kept", MIB);
     let (mut stream, missing) = begin(&scene, &path);
     let mut rest = Vec::new();
     stream.read_to_end(&mut rest).unwrap();
     assert_eq!(rest.len(), missing);
 
-    // Nix spares what a process has open, if it sees that process; across containers it does not.
+    // Nix spares files that a process has open, but does not see processes in other containers.
     let deleted = |path: &str| {
         scene.server.cmd("nix-store").args(["--delete", "--ignore-liveness", path]).okay()
     };
     let path = stock::add_large(&scene.server, "file", MIB);
     let begun = begin(&scene, &path);
     deleted(&path);
-    // The file is open and all its bytes are there: that it is no longer valid is what counts.
+    // The open file still has all its bytes. The stream ends because the path is no longer valid.
     is_cut(begun, "a file that was collected");
 
     let make = "mkdir $n; seq 100000000 | head -c 64M > $n/a; echo b > $n/b; seq 100000 > $n/c";
@@ -251,12 +251,12 @@ fn paths_that_go_away_while_they_are_sent() {
 }
 
 #[test]
-fn a_store_this_user_may_not_read() {
+fn unreadable_path_is_a_miss() {
     let scene = Scene::new();
     let daemon = scene.start();
     scene.is_served(&scene.old);
-    // Files that only root may read: a miss for whoever asks, and never an empty or short archive
-    // taken for whole.
+    // A path with a file that only root can read is a miss. Peers must never get an empty or short
+    // archive as a whole one.
     let secret = stock::add(&scene.server, "secret", "echo secret > $n");
     scene.server.sh(&format!("chmod 600 {secret}"));
     let route = nar_route(&scene.neighbour, &scene.server, &secret);

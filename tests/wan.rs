@@ -1,5 +1,5 @@
-//! Peers on other networks, found by a tracker: real Nix on one network gets real paths from
-//! another, where no broadcast reaches.
+//! Peers on other networks, found through a tracker: real Nix fetches real paths from a network
+//! that no broadcast reaches.
 
 use crate::common::daemon::narinfo_status;
 use crate::common::http::{Reply, Request, Server};
@@ -16,13 +16,13 @@ use std::time::Duration;
 
 const MIB: u64 = 1 << 20;
 
-/// What the NAR of `middle` has, and a little more for what is around it.
+/// Size of the file in the NAR of `middle`, in bytes; the NAR is slightly larger.
 const MIDDLE: u64 = 64 * MIB;
 
-/// Peers announce themselves, and report transfers, every six seconds.
+/// Scale of intervals: peers announce themselves and report transfers every six seconds.
 const OFTEN: f64 = 0.1;
 
-/// Has Nix make `host` a key; returns the public one.
+/// Generates a signing key on `host` with Nix; returns the public key.
 fn key(host: &Host) -> String {
     host.sh(&format!(
         "nix-store --generate-binary-cache-key {}-1 /etc/peerix.sec /etc/peerix.pub",
@@ -31,14 +31,14 @@ fn key(host: &Host) -> String {
     fs::read_to_string(host.path("/etc/peerix.pub")).unwrap().trim().to_owned()
 }
 
-/// What the NARs of `paths` have in all.
+/// Total size of the NARs of `paths`, in bytes.
 fn nar_bytes(host: &Host, paths: &[String]) -> u64 {
     let sizes = host.cmd("nix-store").args(["--query", "--size"]).args(paths).okay();
     sizes.lines().map(|size| size.parse::<u64>().expect("a number")).sum()
 }
 
 #[test]
-fn closure_from_a_peer_on_another_network() {
+fn closure_is_fetched_from_peer_on_other_network() {
     let places = Places::new();
     let (world, trackers) = (&places.world, [&places.tracker.host]);
     let holder = Holder::with(&places.away, world, "holder", |host| {
@@ -61,11 +61,11 @@ fn closure_from_a_peer_on_another_network() {
     let signatures =
         asker.host.cmd("nix").args(["path-info", "--sigs", world.path("closure300")]).okay();
     assert!(signatures.contains("holder-1:"), "{signatures}");
-    // Content-addressed, with no signature at all, and only the holder has it.
+    // A content-addressed path without a signature that only the holder has.
     nix::realise_quietly(&asker.host, &[&holder.mark]);
     nix::assert_whole(&asker.host, &[&holder.mark], &holder.host.path("/nix/store"));
 
-    // A client that trusts another key takes nothing.
+    // A client that trusts only another key takes nothing.
     let stranger = places.asker(&[&holder]);
     let output = nix::realise(&stranger.host, &[world.path("little")]);
     assert!(!output.status.success(), "a path was taken that no trusted key has signed");
@@ -73,7 +73,7 @@ fn closure_from_a_peer_on_another_network() {
 }
 
 #[test]
-fn a_distant_peer_has_everything() {
+fn distant_peer_causes_no_false_miss() {
     let places = Places::new();
     let holder = places.holder("holder");
     let _far = holder.host.delay(Duration::from_millis(60));
@@ -82,7 +82,7 @@ fn a_distant_peer_has_everything() {
 }
 
 #[test]
-fn a_path_that_comes_later_is_found() {
+fn path_added_later_is_found() {
     let places = Places::with_scale(Scale::intervals(OFTEN));
     let holder = places.holder("holder");
     let asker = places.asker(&[&holder]);
@@ -94,8 +94,8 @@ fn a_path_that_comes_later_is_found() {
     nix::assert_whole(&asker.host, &[&later], &holder.host.path("/nix/store"));
 }
 
-/// A host that serves the world's static cache over HTTP as an upstream cache; the narinfo of
-/// `other` speaks of another NAR than the world has.
+/// Serves the world's static cache over HTTP as an upstream cache. The narinfo of `other` has the
+/// hash of another NAR.
 fn upstream(places: &Places) -> (String, Server) {
     let host = places.centre.host("upstream");
     let (dir, other) =
@@ -128,7 +128,7 @@ fn upstream(places: &Places) -> (String, Server) {
 }
 
 #[test]
-fn only_what_the_upstream_cache_has_is_shared() {
+fn only_paths_of_upstream_cache_are_shared() {
     let places = Places::new();
     let (world, trackers) = (&places.world, [&places.tracker.host]);
     let (url, _server) = upstream(&places);
@@ -149,7 +149,7 @@ fn only_what_the_upstream_cache_has_is_shared() {
     });
     let closure = asker.fetches(world, world.path("closure300"));
     assert_eq!(closure.len(), 300);
-    // Never upstream; another NAR upstream.
+    // The first two paths are not upstream; the third has another NAR there.
     for path in [&holder.mark, world.path("big"), world.path("other")] {
         assert_eq!(narinfo_status(&asker.host, path), 404, "{path}");
         let status = stock::narinfo(&asker.host, &holder.host, path).status;
@@ -163,7 +163,7 @@ fn only_what_the_upstream_cache_has_is_shared() {
 }
 
 #[test]
-fn a_peer_on_the_own_network_is_preferred() {
+fn peer_on_own_network_is_preferred() {
     let places = Places::new();
     let (world, trackers) = (&places.world, [&places.tracker.host]);
     let far = places.holder("far");
@@ -180,13 +180,13 @@ fn a_peer_on_the_own_network_is_preferred() {
     asker.fetches(world, world.path("closure300"));
     let sent = [far.host.sent() - before[0], near.host.sent() - before[1]];
     assert!(sent[1] > MIDDLE && sent[0] < MIB, "{sent:?} bytes came from far and near");
-    // What nobody on the own network has still comes from the other.
+    // A path that only the remote holder has still comes from there.
     nix::realise_quietly(&asker.host, &[&far.mark]);
 }
 
-/// A holder behind a router that forwards `port` to it by `protocols`, as it does for the tracker:
-/// what the tracker sees is no address that others can use. The asker is behind another router, and
-/// nothing is forwarded to it.
+/// Fetches from a holder behind a router that forwards `port` to it by `protocols`. The tracker is
+/// behind the same router, so the address that it sees is useless to others. The asker is behind
+/// another router that forwards nothing.
 fn behind_a_router(protocols: &[&str], port: u16) {
     let wan = Wan::new();
     let (here, there) = (wan.lan([203, 0, 113]), wan.lan([198, 51, 100]));
@@ -209,7 +209,7 @@ fn behind_a_router(protocols: &[&str], port: u16) {
         flags
     });
     let asker = Asker::flagged(&own.lan, "", &[&world.cache_key], |host| {
-        // To everyone outside the tracker is where the router is.
+        // From outside, the tracker is at the router's address.
         tracker::flags(host, "wan", &[&nat.router])
     });
     asker.meet(&[&holder]);
@@ -223,17 +223,17 @@ fn behind_a_router(protocols: &[&str], port: u16) {
 }
 
 #[test]
-fn a_peer_behind_a_router_that_forwards_its_port() {
+fn peer_behind_router_with_forwarded_port_is_reached() {
     behind_a_router(&["tcp", "udp"], PORT);
 }
 
 #[test]
-fn a_peer_behind_a_router_that_forwards_another_port() {
+fn peer_behind_router_with_other_outer_port_is_reached() {
     behind_a_router(&["tcp", "udp"], 20_000);
 }
 
 #[test]
-fn a_peer_behind_a_router_that_forwards_tcp_alone() {
+fn peer_behind_router_with_tcp_only_is_reached() {
     behind_a_router(&["tcp"], PORT);
 }
 
@@ -253,7 +253,7 @@ fn one_of_two_trackers_is_enough() {
     asker.meet(&[&holder]);
     asker.fetches(&world, world.path("little"));
 
-    // The second comes up, and then the first goes down.
+    // The second tracker starts, and then the first one is killed.
     let mut second = Tracker::start(second);
     wait_slowly_for("the second tracker has the holder", || second.lists("holder").then_some(()));
     first.kill();
@@ -261,7 +261,7 @@ fn one_of_two_trackers_is_enough() {
     wait_slowly_for("the holder is found by the second tracker", found);
     assert_eq!(asker.fetches(&world, world.path("closure300")).len(), 300);
 
-    // And the other way round.
+    // The same with exchanged roles.
     first.start_again();
     wait_slowly_for("the first tracker has the holder again", || {
         first.lists("holder").then_some(())
@@ -272,7 +272,7 @@ fn one_of_two_trackers_is_enough() {
 }
 
 #[test]
-fn a_node_that_stops_is_listed_no_longer() {
+fn stopped_node_leaves_tracker_list() {
     let places = Places::new();
     let mut holder = places.holder("holder");
     let asker = places.asker(&[&holder]);
@@ -287,7 +287,7 @@ fn a_node_that_stops_is_listed_no_longer() {
     let path = places.world.path("little");
     assert_eq!(narinfo_status(&asker.host, path), 404);
 
-    // The same node with the same key is listed again, and found.
+    // The same node with the same key is listed and found again after a restart.
     let flags = open(&holder.host, "wan", &[&places.tracker.host]);
     let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
     let _daemon = Daemon::start(&holder.host, &flags);
@@ -296,7 +296,7 @@ fn a_node_that_stops_is_listed_no_longer() {
 }
 
 #[test]
-fn both_sides_report_and_the_tracker_remembers() {
+fn reported_transfers_survive_tracker_kill() {
     let mut places = Places::with_scale(Scale::intervals(OFTEN));
     let holder = places.holder("holder");
     let asker = places.asker(&[&holder]);
@@ -316,12 +316,12 @@ fn both_sides_report_and_the_tracker_remembers() {
     assert_eq!(tracker.reputation("asker", "successful_transfers"), successful);
     assert_eq!(tracker.reputation("holder", "total_received"), 0);
 
-    // Killed, it comes back with all it said it knew.
+    // After it is killed, the tracker starts again with all reputation.
     let said = ["holder", "asker"].map(|peer| tracker.get(&format!("/reputation/{peer}")));
     tracker.kill();
     tracker.start_again();
     assert_eq!(["holder", "asker"].map(|peer| tracker.get(&format!("/reputation/{peer}"))), said);
-    // Who is here it need not know, and is soon told.
+    // The holder announces itself again soon.
     wait_slowly_for("the holder is listed again", || tracker.lists("holder").then_some(()));
     let listed = tracker.get("/peers");
     let listed = listed["peers"]
@@ -334,11 +334,11 @@ fn both_sides_report_and_the_tracker_remembers() {
 }
 
 #[test]
-fn between_networks_nars_are_compressed_and_on_one_they_are_not() {
+fn nars_are_compressed_only_between_networks() {
     const SIZE: u32 = 48;
     let places = Places::new();
     let (world, trackers) = (&places.world, [&places.tracker.host]);
-    // Of a private network, or its machines would be strangers to one another.
+    // A private network, so that its machines belong to one LAN.
     let office = places.wan.lan([10, 5, 0]);
     let mut text = String::new();
     let holder = Holder::with(&office, world, "holder", |host| {
@@ -362,7 +362,7 @@ fn between_networks_nars_are_compressed_and_on_one_they_are_not() {
     assert!(near > nar, "{near} bytes on the own network for a NAR of {nar}");
     let far = takes(&asker, &text);
     assert!(far < nar / 2, "{far} bytes to another network for a NAR of {nar}");
-    // What cannot be made smaller does not get larger, and comes through.
+    // Incompressible data arrives without growing noticeably.
     let random = takes(&asker, world.path("middle"));
     assert!(
         (MIDDLE..MIDDLE + MIDDLE / 8).contains(&random),
@@ -370,8 +370,8 @@ fn between_networks_nars_are_compressed_and_on_one_they_are_not() {
     );
 }
 
-/// Realises `path` over a link so slow that each half takes seconds, and kills the holder that is
-/// sending it when half is there.
+/// Realises `path` over a link of 100 Mbit/s, and kills the sending holder after half of `size`
+/// bytes.
 fn killed_at_half(places: &Places, path: &str, size: u64) {
     let mut holders = [places.holder("one"), places.holder("two")];
     let [one, two] = &holders;
@@ -402,24 +402,24 @@ fn killed_at_half(places: &Places, path: &str, size: u64) {
     let continued =
         log.lines().any(|line| line.contains("continued from peer") && line.contains(&other));
     assert!(continued, "the log tells of no continuation");
-    // And it did not begin anew: the two have sent it once.
+    // The transfer did not start again: both holders together sent the NAR once.
     let sent: u64 =
         holders.iter().zip(&before).map(|(holder, before)| holder.host.sent() - before).sum();
     assert!(sent < size + size / 4, "{sent} bytes were sent for {size}");
 }
 
 #[test]
-fn another_peer_finishes_what_a_killed_one_began() {
+fn nar_of_killed_peer_continues_from_other_peer() {
     let places = Places::new();
     killed_at_half(&places, places.world.path("middle"), MIDDLE);
 }
 
 #[test]
-fn a_peer_of_the_original_is_found_by_the_tracker() {
+fn original_peer_is_found_through_tracker() {
     let places = Places::new();
     let old = places.away.host("original");
     let shelf = Shelf::of(&places.world);
-    // To datagrams from elsewhere it says nothing.
+    // The original ignores datagrams from other networks.
     let original = StandIn::start(&old, |_| None, standin::original(&shelf));
     places.tracker.announce_original(&old, "9f1b8a62-7a4e-4c8e-9a39-0b7f8e6b1d11");
     let asker = places.asker(&[]);
@@ -429,7 +429,7 @@ fn a_peer_of_the_original_is_found_by_the_tracker() {
     asker.fetches(&places.world, places.world.path("large"));
     asker.fetches(&places.world, places.world.path("odd"));
     assert_eq!(narinfo_status(&asker.host, &format!("/nix/store/{}-x", "0".repeat(32))), 404);
-    // It was asked as the original asks, and once by the tracker: nothing else has a meaning to it.
+    // The asker sends it only requests that the original understands, and the tracker one probe.
     let is_usual = |request: &Request| {
         request.method == "GET"
             && (request.path.starts_with("/local/") || request.path == "/nix-cache-info")

@@ -1,5 +1,5 @@
-//! Trackers and peers on other networks that fail, or mean no good. Nix never hangs for them, and
-//! gets what good peers have. How long it takes is not compared.
+//! Failing or hostile trackers and peers on other networks. Nix must never hang because of them,
+//! and must get every path that good peers have. The tests do not measure time.
 
 use crate::common::daemon::{self, narinfo_status};
 use crate::common::http::{self, Connection, Reply, Request, Server};
@@ -12,25 +12,25 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-/// So many paths that nobody has are asked for.
+/// Number of absent paths that each client looks up.
 const MISSES: usize = 300;
 
-/// A tracker that does not answer as it should is asked so often at most for [`MISSES`] paths, once
-/// it has shown it.
+/// Upper bound of the lookups that reach a faulty tracker for [`MISSES`] paths, after its fault is
+/// known.
 const ASKED: usize = 60;
 
-/// A path that is nowhere.
+/// A path that no peer has.
 fn absent(number: usize) -> String {
     format!("/nix/store/{number:0>32}-absent")
 }
 
-/// The first of so many numbers that no other path has.
+/// Reserves `count` numbers of absent paths, and returns the first.
 fn unused(count: usize) -> usize {
     static USED: AtomicUsize = AtomicUsize::new(0);
     USED.fetch_add(count, Ordering::Relaxed)
 }
 
-/// Has real Nix look for paths that nobody has, which ends.
+/// Checks that real Nix finds none of these absent paths, without an error.
 fn missed_by_nix(asker: &Host, numbers: Range<usize>) {
     let paths: Vec<String> = numbers.map(absent).collect();
     let paths: Vec<&str> = paths.iter().map(String::as_str).collect();
@@ -43,16 +43,15 @@ fn missed_by_nix(asker: &Host, numbers: Range<usize>) {
     );
 }
 
-/// Has real Nix look for [`MISSES`] paths that nobody has, and then asks peerix for as many itself:
-/// all are answered *not there* in the end. The two ask for other paths each time, so that nothing
-/// remembered makes it easy.
+/// Looks up [`MISSES`] absent paths by real Nix, and as many others by HTTP. All must be misses.
+/// Every call uses new paths, so that no cached answer helps.
 fn misses(asker: &Host) {
     let first = unused(2 * MISSES);
     missed_by_nix(asker, first..first + MISSES);
 
     let rest: Vec<String> = (first + MISSES..first + 2 * MISSES).map(absent).collect();
     std::thread::scope(|scope| {
-        // As many connections as Nix has.
+        // 25 connections, as many as Nix opens.
         for part in rest.chunks(MISSES / 25) {
             thread::spawn_in(scope, "lookups", move || {
                 let mut connection = Connection::new(asker.connect_local().unwrap()).unwrap();
@@ -66,10 +65,10 @@ fn misses(asker: &Host) {
     });
 }
 
-/// A network with a node whose tracker fails.
+/// A network with an asker whose tracker is a stand-in.
 struct Tracked {
     asker: Asker,
-    /// Lookups that came to the tracker.
+    /// Lookups that reached the tracker.
     lookups: Record<Request>,
     _server: Option<Server>,
     world: World,
@@ -77,11 +76,11 @@ struct Tracked {
     centre: Lan,
 }
 
-/// What a tracker answers.
+/// The behaviour of a stand-in for a tracker.
 type Answers = Box<dyn Fn(&Request) -> Reply + Send + Sync>;
 
 impl Tracked {
-    /// `answer` is what the tracker does about a request; without it nobody listens.
+    /// Starts a tracker with these answers; `None` leaves its port closed.
     fn by(answer: Option<Answers>) -> Tracked {
         let wan = Wan::new();
         let (home, centre) = (wan.lan([10, 1, 0]), wan.lan([198, 51, 100]));
@@ -108,22 +107,22 @@ impl Tracked {
         self.lookups.lock().expect("nothing panics while it is held").len()
     }
 
-    /// Checks that misses come to an end, and that Nix gets what it wants from elsewhere. The first
-    /// path that is asked for finds out what the tracker is; returns how many of [`MISSES`] more,
-    /// by Nix and by this test each, made it to the tracker.
+    /// Checks that misses end, and that Nix gets a closure from the next substituter. The first
+    /// miss lets the asker learn of the tracker's fault. Returns the number of later lookups that
+    /// reached the tracker.
     fn does_not_hang(&self) -> usize {
         let first = unused(1);
         missed_by_nix(&self.asker.host, first..first + 1);
         let before = self.lookups();
         misses(&self.asker.host);
         let lookups = self.lookups() - before;
-        // And Nix gets what it wants from where there is something.
+        // The next substituter has the closure.
         self.asker.fetches(&self.world, self.world.path("closure300"));
         lookups
     }
 }
 
-/// A tracker's answers to all but lookups.
+/// Valid answers of a tracker to all requests except lookups.
 fn well(request: &Request) -> Reply {
     let body = match request.path.as_str() {
         "/peers" => r#"{"peers": []}"#,
@@ -141,7 +140,7 @@ fn tracker_where_nobody_listens_does_not_hang_nix() {
 #[test]
 fn tracker_that_is_not_reached_does_not_hang_nix() {
     let tracked = Tracked::by(Some(Box::new(well)));
-    // Packets to it are lost from now on.
+    // From now on, packets to the tracker are lost.
     tracked.wan.blackhole("198.51.100.1/32");
     tracked.does_not_hang();
 }
@@ -183,7 +182,7 @@ fn tracker_that_answers_garbage_does_not_hang_nix() {
     Tracked::by(Some(Box::new(failing))).does_not_hang();
 }
 
-/// An answer to a lookup that names peers of these addresses, as candidates.
+/// Answer to a lookup that lists peers at these addresses as candidates.
 fn candidates(addresses: &[String]) -> Reply {
     let one = |(number, address): (usize, &String)| {
         format!(
@@ -197,7 +196,7 @@ fn candidates(addresses: &[String]) -> Reply {
     )
 }
 
-/// Of 1,000 addresses that begin so, each lookup is told the next `at_once` as candidates.
+/// Lists the next `at_once` of 1,000 addresses in `networks` as candidates in every lookup.
 fn dead_peers(networks: &[&str], at_once: usize) -> Answers {
     let all: Vec<String> = (0..1000)
         .map(|i| format!("{}.{}.{}", networks[i % networks.len()], i / 250, 1 + i % 250))
@@ -215,7 +214,8 @@ fn dead_peers(networks: &[&str], at_once: usize) -> Answers {
 }
 
 impl Tracked {
-    /// The same as [`Tracked::does_not_hang`]; peers of which none answers are not asked for long.
+    /// Checks [`Tracked::does_not_hang`], and that the asker soon stops asking a tracker whose
+    /// peers never answer.
     fn names_the_dead_and_does_not_hang(&self) {
         let lookups = self.does_not_hang();
         assert!(self.lookups() > 0, "it was not asked at all");
@@ -223,25 +223,25 @@ impl Tracked {
     }
 }
 
-/// As many as a tracker names at once.
+/// Number of candidates that a tracker lists at most in one answer.
 const AT_ONCE: usize = 64;
 
 #[test]
-fn dead_peers_that_are_unreachable_do_not_hang_nix() {
+fn unreachable_dead_peers_do_not_hang_nix() {
     let tracked = Tracked::by(Some(dead_peers(&["10.7"], AT_ONCE)));
     tracked.wan.unreachable("10.7.0.0/16");
     tracked.names_the_dead_and_does_not_hang();
 }
 
 #[test]
-fn dead_peers_where_packets_are_lost_do_not_hang_nix() {
+fn blackholed_dead_peers_do_not_hang_nix() {
     let tracked = Tracked::by(Some(dead_peers(&["10.8"], AT_ONCE)));
     tracked.wan.blackhole("10.8.0.0/16");
     tracked.names_the_dead_and_does_not_hang();
 }
 
 #[test]
-fn dead_peers_that_refuse_do_not_hang_nix() {
+fn dead_peers_that_refuse_connections_do_not_hang_nix() {
     let tracked = Tracked::by(Some(dead_peers(&["10.9"], AT_ONCE)));
     let refuses = tracked.centre.host("refuses");
     tracked.wan.all_at("10.9.0.0/16", &refuses);
@@ -258,7 +258,7 @@ fn dead_peers_of_every_kind_do_not_hang_nix() {
     tracked.names_the_dead_and_does_not_hang();
 }
 
-/// A tracker may name any address; a node has no business at its own.
+/// A tracker may list any address. The node must not connect to its own addresses.
 #[test]
 fn tracker_that_names_the_own_machine_does_not_hang_nix() {
     let own = Arc::new(OnceLock::<Vec<String>>::new());
@@ -267,7 +267,7 @@ fn tracker_that_names_the_own_machine_does_not_hang_nix() {
         Some(named) if request.path.starts_with("/lookup/") => candidates(named),
         _ => well(request),
     })));
-    // What it would find at the last is itself, asking.
+    // The last address is the asker's own.
     let address = tracked.asker.host.address.to_string();
     let all = [
         "127.0.0.1",
@@ -288,12 +288,12 @@ fn tracker_that_names_the_own_machine_does_not_hang_nix() {
     );
 }
 
-/// How many paths are fetched beside a hostile peer.
+/// Number of paths fetched beside hostile peers.
 const FETCHED: usize = 100;
 
-/// Has two hostile peers claim every path, one with a filter that has all, one without a filter;
-/// both answer by HTTP as `answer` does, sooner than the good peer. All paths come, from the good
-/// one: what the others send is wrong.
+/// Fetches paths beside two hostile peers that claim every path, one with a full filter, one
+/// without a filter. Both answer HTTP with `answer`, and sooner than the good peer. All paths must
+/// arrive, from the good peer.
 fn beside_hostile_peers(answer: impl Fn(&Shelf, &Request) -> Reply + Send + Sync + 'static) {
     let places = Places::new();
     let good = places.holder("good");
@@ -305,7 +305,7 @@ fn beside_hostile_peers(answer: impl Fn(&Shelf, &Request) -> Reply + Send + Sync
         let (shelf, answer) = (Shelf::of(&places.world), Arc::clone(&answer));
         StandIn::start(host, have(|_| true), move |request| answer(&shelf, request))
     });
-    // References come first, so what is taken from the front is whole.
+    // The closure lists references first, so its beginning is closed under references.
     let mut paths = nix::closure(&good.host, &[places.world.path("closure300")]);
     paths.truncate(FETCHED);
     places.tracker.announce_with(&claims, PORT, "claims", &paths);
@@ -328,7 +328,7 @@ fn beside_hostile_peers(answer: impl Fn(&Shelf, &Request) -> Reply + Send + Sync
             !hostile.heard.lock().unwrap().is_empty() || !hostile.asked.lock().unwrap().is_empty();
         assert!(was_asked, "{name} was not asked at all");
     }
-    // What the hostile ones alone claim is not there.
+    // A path that only hostile peers claim is a miss.
     assert_eq!(narinfo_status(&asker.host, &absent(unused(1))), 404);
     assert_eq!(http::get_local(&asker.host, "/nix-cache-info").unwrap().status, 200);
 }
@@ -338,7 +338,7 @@ fn dead_peers_that_claim_all_do_not_hide_a_good_one() {
     let places = Places::new();
     let good = places.holder("good");
     let asker = places.asker(&[&good]);
-    // More than would answer at once; nobody listens.
+    // More dead peers than the asker queries at once; no process listens on their ports.
     let dead = places.away.host("dead");
     let paths = nix::closure(&good.host, &[places.world.path("closure300")]);
     for number in 0..12 {
@@ -355,7 +355,7 @@ fn asked_for(request: &Request) -> Option<&str> {
     request.path.strip_prefix("/local/")?.strip_suffix(".narinfo")
 }
 
-/// The true narinfo of what there is, and `nar` for every NAR.
+/// Answers with true narinfos, and passes each NAR through `nar`.
 fn lying(shelf: &Shelf, request: &Request, nar: impl Fn(Vec<u8>) -> Reply) -> Reply {
     let missing = || Reply::Whole(404, vec![]);
     if let Some(hash_part) = asked_for(request) {
@@ -368,27 +368,27 @@ fn lying(shelf: &Shelf, request: &Request, nar: impl Fn(Vec<u8>) -> Reply) -> Re
 }
 
 #[test]
-fn peers_that_claim_all_and_have_nothing() {
+fn peers_with_false_claims_hide_no_path() {
     beside_hostile_peers(|_, _| Reply::Whole(404, vec![]));
 }
 
 #[test]
-fn peers_that_answer_garbage() {
+fn peers_with_invalid_narinfos_hide_no_path() {
     beside_hostile_peers(|_, _| Reply::Whole(200, b"StorePath: /etc/shadow\n\xff".to_vec()));
 }
 
 #[test]
-fn peers_whose_narinfos_come_a_byte_at_a_time() {
+fn peers_with_dripping_narinfos_hide_no_path() {
     beside_hostile_peers(|_, _| Reply::Drip(vec![b'x'; 2000], Duration::from_millis(200)));
 }
 
 #[test]
-fn peers_that_never_answer() {
+fn peers_that_never_answer_hide_no_path() {
     beside_hostile_peers(|_, _| Reply::Silence);
 }
 
 #[test]
-fn peers_that_send_wrong_nars() {
+fn peers_with_wrong_nars_hide_no_path() {
     beside_hostile_peers(|shelf, request| {
         lying(shelf, request, |mut nar| {
             let middle = nar.len() / 2;
@@ -399,7 +399,7 @@ fn peers_that_send_wrong_nars() {
 }
 
 #[test]
-fn peers_that_send_the_beginning_of_a_nar() {
+fn peers_with_truncated_nars_hide_no_path() {
     beside_hostile_peers(|shelf, request| {
         lying(shelf, request, |nar| {
             let half = nar.len() / 2;
@@ -409,6 +409,6 @@ fn peers_that_send_the_beginning_of_a_nar() {
 }
 
 #[test]
-fn peers_whose_nars_never_come() {
+fn peers_with_silent_nar_routes_hide_no_path() {
     beside_hostile_peers(|shelf, request| lying(shelf, request, |_| Reply::Silence));
 }

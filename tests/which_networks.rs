@@ -21,7 +21,7 @@ fn host_with_store(lan: &Lan, name: &str) -> Host {
     host
 }
 
-/// Nix on `asker` fetches `mark`: the narinfo and the NAR come through.
+/// Fetches `mark` by Nix on `asker`, narinfo and NAR.
 fn fetches(asker: &Host, mark: &str) {
     let conf = format!("substituters = http://127.0.0.1:{PORT}\nrequire-sigs = false\n");
     asker.write("/etc/nix/nix.conf", conf);
@@ -29,7 +29,7 @@ fn fetches(asker: &Host, mark: &str) {
     asker.cmd("nix-store").args(["--verify-path", mark]).okay();
 }
 
-/// The status of a request from `from` for the narinfo of `path` of the node at `to`.
+/// Requests the narinfo of `path` from the node at `to`, and returns the status.
 fn narinfo_status(from: &Host, to: impl Into<SocketAddr>, path: &str) -> u16 {
     let route = format!("/local/{}.narinfo", world::hash_part(path));
     http::get(from, to.into(), &route).expect("peerix answers").status
@@ -39,18 +39,18 @@ fn v4(a: u8, b: u8, c: u8, d: u8) -> SocketAddr {
     (Ipv4Addr::new(a, b, c, d), PORT).into()
 }
 
-/// Replaces the address that `host` has on eth0.
+/// Replaces the address of `host` on eth0.
 fn readdress(host: &Host, address: &str) {
     host.net(&format!("ip addr del {}/24 dev eth0", host.address));
     host.net(&format!("ip addr add {address} brd + dev eth0"));
 }
 
-/// Joins hosts by a second network. Each gets an interface of the name and address given.
+/// Joins hosts by a second network. Each host gets an interface with this name and address.
 fn join(hosts: &[(&Host, &str, &str)]) {
     hosts[0].0.switch("ip link add second type bridge mcast_snooping 0");
     hosts[0].0.switch("ip link set second up");
     for (host, name, address) in hosts {
-        // The host's files are seen under its process: /proc/PID/root.
+        // `host.path` begins with /proc/PID/root.
         let root = host.path("/");
         let pid = root.iter().nth(2).and_then(|pid| pid.to_str()).expect("a process id");
         host.switch(&format!("ip link add {{port}}b type veth peer name {name} netns {pid}"));
@@ -60,11 +60,11 @@ fn join(hosts: &[(&Host, &str, &str)]) {
     }
 }
 
-/// The link-local IPv6 address of an interface.
+/// Waits until an interface has a usable link-local IPv6 address, and returns it.
 fn link_local(host: &Host, interface: &str) -> Ipv6Addr {
     wait_for("a link-local address", || {
         let show = ["-6", "-o", "addr", "show", "dev", interface, "scope", "link"];
-        // A tentative address cannot be used yet.
+        // A tentative address is not usable yet.
         let text = Some(host.net_cmd("ip").args(show).okay())
             .filter(|text| !text.contains("tentative"))?;
         let address = text.split_whitespace().find(|word| word.starts_with("fe80:"))?;
@@ -72,13 +72,13 @@ fn link_local(host: &Host, interface: &str) -> Ipv6Addr {
     })
 }
 
-/// The number of an interface.
+/// Index of an interface.
 fn index(host: &Host, interface: &str) -> u32 {
     let text = host.net_cmd("ip").args(["-o", "link", "show", "dev", interface]).okay();
     text.split(':').next().and_then(|index| index.trim().parse().ok()).expect("a number")
 }
 
-/// Sends a query for `path` to each of `targets`, from sockets of its own for both families.
+/// Sockets for both address families that send queries for one path.
 struct Asking {
     sockets: Vec<UdpSocket>,
     query: Vec<u8>,
@@ -101,11 +101,11 @@ impl Asking {
     }
 
     fn send(&self, target: SocketAddr) {
-        // An interface that has just come up has no IPv6 address for a moment.
+        // An interface that has just come up lacks an IPv6 address for a moment.
         wait_for("a way to the target", || self.socket(&target).send_to(&self.query, target).ok());
     }
 
-    /// Waits until the node at `target` answers *have*.
+    /// Sends a query and waits until the node at `target` answers *have*.
     fn answers(&self, target: SocketAddr) {
         self.send(target);
         let mut buffer = [0; 512];
@@ -118,7 +118,7 @@ impl Asking {
         }
     }
 
-    /// Asserts that nothing has come.
+    /// Panics if a datagram has arrived.
     fn heard_nothing(&self) {
         for socket in &self.sockets {
             socket.set_nonblocking(true).unwrap();
@@ -129,7 +129,7 @@ impl Asking {
     }
 }
 
-/// Counts the datagrams that a host sends to peerix's port, by what they leave through.
+/// Counts the datagrams that a host sends to peerix's port, by outgoing interface.
 struct Counters<'a>(&'a Host);
 
 impl Counters<'_> {
@@ -143,7 +143,7 @@ impl Counters<'_> {
         Counters(host)
     }
 
-    /// How many left through eth0, and how many through other interfaces, by IPv4 and by IPv6.
+    /// Datagrams through eth0 and through all other interfaces, for IPv4 and then IPv6.
     fn read(&self) -> [[u64; 2]; 2] {
         ["iptables-save", "ip6tables-save"].map(|program| {
             let text = self.0.net_cmd(program).arg("-c").okay();
@@ -156,7 +156,7 @@ impl Counters<'_> {
     }
 }
 
-/// Names of interfaces that programs for containers and virtual machines make.
+/// Names that programs for containers and virtual machines give to interfaces.
 fn container_interfaces() -> Vec<String> {
     let names = "docker0 docker_gwbridge cni0 cni-podman0 podman1 lxcbr0 lxdbr0 virbr0 virbr1 \
                  vmnet1 vmnet8 vboxnet0 veth12ab34c";
@@ -165,13 +165,13 @@ fn container_interfaces() -> Vec<String> {
     names
 }
 
-/// Adds 40 such interfaces to a host and returns their names, once datagrams would go there.
+/// Adds 40 such interfaces to a host and returns their names after all of them can send.
 fn add_container_interfaces(host: &Host) -> Vec<String> {
     let names = container_interfaces();
     assert_eq!(names.len(), 40);
     let mut script = String::new();
     for (name, number) in names.iter().zip(1..) {
-        // A bridge is up only with a port that has a link.
+        // A bridge is up only with a port whose link is up.
         let (port, far) = (format!("veth{number}a"), format!("veth{number}b"));
         script += &format!(
             "ip link add {name} type bridge; ip addr add 172.20.{number}.1/24 brd + dev {name}
@@ -187,7 +187,7 @@ fn add_container_interfaces(host: &Host) -> Vec<String> {
 }
 
 #[test]
-fn containers_that_come_and_go_hide_no_path() {
+fn container_interface_changes_hide_no_path() {
     let lan = Lan::patient();
     let world = World::on(&lan);
     let holder = Holder::new(&lan, &world, "holder");
@@ -220,7 +220,7 @@ fn container_networks_get_no_datagram() {
     daemon::wait_until_known(&asker, &mark);
     let absent = format!("/nix/store/{}-absent", "0".repeat(32));
     assert_eq!(daemon::narinfo_status(&asker, &absent), 404);
-    // A change of the network makes it say hello again, and leaving is told too.
+    // A change of the network triggers another hello; a stop triggers a bye.
     let [[before, _], _] = counters.read();
     asker.net("ip addr add 10.77.0.200/24 dev eth0");
     wait_for("hello after a change", || (counters.read()[0][0] > before).then_some(()));
@@ -229,7 +229,7 @@ fn container_networks_get_no_datagram() {
     assert!(v4 > 2 && v6 > 2, "{v4} and {v6} datagrams");
     assert_eq!((v4_elsewhere, v6_elsewhere), (0, 0));
 
-    // The counters see what goes there.
+    // Control: the counters see datagrams to a container's interface.
     let flags = [&BIND_BOTH[..], &["--interface", "docker0"]].concat();
     let _asking = Daemon::start(&asker, &flags);
     wait_for("hello to a named interface", || {
@@ -240,13 +240,13 @@ fn container_networks_get_no_datagram() {
 }
 
 #[test]
-fn a_network_of_public_addresses_is_lan_if_it_is_named() {
+fn public_network_named_by_flag_is_lan() {
     let lan = Lan::new();
     let (holder, asker) = (lan.host("holder"), host_with_store(&lan, "asker"));
     let mark = daemon::mark(&holder);
     readdress(&holder, "203.0.113.1/24");
     readdress(&asker, "203.0.113.2/24");
-    // Without IPv6, whose link-local addresses are LAN.
+    // Without IPv6: link-local addresses always belong to the LAN.
     asker.net("ip -6 addr flush dev eth0");
     let at = v4(203, 0, 113, 1);
     {
@@ -262,14 +262,14 @@ fn a_network_of_public_addresses_is_lan_if_it_is_named() {
     daemon::wait_until_known(&asker, &mark);
     fetches(&asker, &mark);
     assert_eq!(narinfo_status(&asker, at, &mark), 200);
-    // An address beyond the named network is a stranger's still.
+    // An address outside the named network is still a stranger's.
     asker.net("ip addr add 203.0.114.2/24 dev eth0");
     holder.net("ip addr add 203.0.114.1/24 dev eth0");
     assert_eq!(narinfo_status(&asker, v4(203, 0, 114, 1), &mark), 403);
 }
 
 #[test]
-fn vanished_neighbour_on_a_network_of_public_addresses_hides_no_path() {
+fn vanished_neighbour_on_named_public_network_hides_no_path() {
     let wan = Wan::new().with_scale(Scale::timeouts(PATIENCE));
     let lan = wan.lan([203, 0, 113]);
     let world = World::on(&lan);
@@ -289,7 +289,7 @@ fn vanished_neighbour_on_a_network_of_public_addresses_hides_no_path() {
 }
 
 #[test]
-fn holder_on_the_small_network_that_vanishes_is_replaced_by_one_on_the_large() {
+fn vanished_holder_on_small_network_is_replaced_by_one_on_large() {
     let lan = Lan::patient();
     let world = World::on(&lan);
     let mut near = Holder::new(&lan, &world, "near");
@@ -309,7 +309,7 @@ fn holder_on_the_small_network_that_vanishes_is_replaced_by_one_on_the_large() {
 }
 
 #[test]
-fn a_routed_network_is_lan_if_it_is_named() {
+fn routed_network_named_by_flag_is_lan() {
     let wan = Wan::new();
     let (here, there) = (wan.lan([172, 20, 1]), wan.lan([100, 64, 2]));
     let (holder, asker) = (here.host("holder"), host_with_store(&there, "asker"));
@@ -327,7 +327,7 @@ fn a_routed_network_is_lan_if_it_is_named() {
 }
 
 #[test]
-fn a_small_and_a_large_network_are_both_lan() {
+fn small_and_large_networks_are_both_lan() {
     let lan = Lan::new();
     let (near, far) = (lan.host("near"), lan.host("far"));
     let asker = host_with_store(&lan, "asker");
@@ -342,7 +342,7 @@ fn a_small_and_a_large_network_are_both_lan() {
 }
 
 #[test]
-fn an_interface_that_is_not_named_is_not_used() {
+fn interface_not_named_by_flag_is_unused() {
     let lan = Lan::new();
     let (holder, asker) = (lan.host("holder"), host_with_store(&lan, "asker"));
     let mark = daemon::mark(&holder);
@@ -351,7 +351,7 @@ fn an_interface_that_is_not_named_is_not_used() {
     let listening = asker.udp(PORT);
     listening.set_read_timeout(Some(DEADLINE)).unwrap();
     let serving = Daemon::start(&holder, &["--interface", "eth1", "--lan", "10.77.0.0/24"]);
-    // Broadcasts are sent in the order of the interfaces, so that one to eth0 would be there.
+    // Broadcasts go out in the order of the interfaces, so one to eth0 would arrive first.
     let mut senders = Vec::new();
     while !senders.contains(&used) {
         let (_, from) = listening.recv_from(&mut [0; 512]).expect("hello");
@@ -364,7 +364,7 @@ fn an_interface_that_is_not_named_is_not_used() {
     strange.send(unused);
     strange.send((lan.address(255), PORT).into());
     Asking::from(&asker, &mark).answers(used);
-    // They were asked before.
+    // The node received these queries before the one that it answered.
     strange.heard_nothing();
     assert_eq!(narinfo_status(&asker, unused, &mark), 403);
     assert_eq!(narinfo_status(&asker, used, &mark), 200);
@@ -373,7 +373,7 @@ fn an_interface_that_is_not_named_is_not_used() {
     assert!(log.contains("info: LAN: 172.20.1.1/24 on eth1"), "{log}");
     assert!(log.contains("warn: --lan 10.77.0.0/24: is on eth0, which is excluded"), "{log}");
 
-    // Nodes that use different interfaces do not find each other; those that share one do.
+    // Nodes find each other only if they use a common network.
     let asking = Daemon::start(&asker, &["--interface", "!eth1"]);
     assert_eq!(daemon::narinfo_status(&asker, &mark), 404);
     drop(asking);
@@ -383,7 +383,7 @@ fn an_interface_that_is_not_named_is_not_used() {
 }
 
 #[test]
-fn nothing_is_answered_through_an_excluded_interface() {
+fn excluded_interface_gets_no_answer() {
     let lan = Lan::new();
     let (holder, neighbour) = (lan.host("holder"), lan.host("neighbour"));
     let container = lan.host("container");
@@ -408,12 +408,12 @@ fn nothing_is_answered_through_an_excluded_interface() {
             Asking::from(&neighbour, &mark).answers(target);
             assert_eq!(narinfo_status(&neighbour, target, &mark), 200, "{target}");
         }
-        // It was asked before the neighbour, which has its answer.
+        // The container's queries arrived before the neighbour's, which has its answer.
         strange.heard_nothing();
         for target in inside {
             assert_eq!(narinfo_status(&container, target, &mark), 403, "{target}");
         }
-        // Nor is it another address of the same machine that helps.
+        // Another address of the same machine does not help the container either.
         container.net("ip route add default via 172.17.0.1");
         assert_eq!(narinfo_status(&container, outside[0], &mark), 403);
     }
@@ -428,7 +428,7 @@ fn nothing_is_answered_through_an_excluded_interface() {
     }
 }
 
-/// Waits until the kernel reports something.
+/// Waits until the kernel reports a change, for at most [`DEADLINE`].
 fn wait_for_news(monitor: &ChangeMonitor, what: &str) {
     let timeout = Timespec::try_from(DEADLINE).unwrap();
     let ready = poll(&mut [PollFd::new(monitor, PollFlags::IN)], Some(&timeout)).unwrap();
@@ -436,13 +436,13 @@ fn wait_for_news(monitor: &ChangeMonitor, what: &str) {
 }
 
 #[test]
-fn the_kernel_reports_changes_of_links_and_addresses() {
+fn change_monitor_reports_link_and_address_changes() {
     let lan = Lan::new();
     let host = lan.host("host");
-    // The last thing that comes of itself.
+    // The last change that the kernel makes by itself.
     link_local(&host, "eth0");
     let monitor = host.in_net(|| ChangeMonitor::open().expect("a netlink socket"));
-    // The kernel may still report the link that has just come up.
+    // Discards reports of the link that has just come up.
     monitor.drain();
     for change in [
         "ip addr add 10.77.0.99/24 dev eth0",
@@ -462,7 +462,7 @@ fn the_kernel_reports_changes_of_links_and_addresses() {
 }
 
 #[test]
-fn reports_that_are_lost_count_as_a_change() {
+fn lost_kernel_reports_count_as_change() {
     let lan = Lan::new();
     let host = lan.host("host");
     link_local(&host, "eth0");
@@ -472,7 +472,7 @@ fn reports_that_are_lost_count_as_a_change() {
         (ChangeMonitor::open().expect("a netlink socket"), watcher)
     });
     assert!(networks.is_lan((lan.address(9), PORT).into()), "read when it began to watch");
-    // The buffer of a socket holds fewer than 2,000 reports.
+    // The socket's buffer holds fewer than 2,000 reports.
     let add_and_remove = "addr add 10.9.9.9/24 dev eth0\naddr del 10.9.9.9/24 dev eth0\n";
     host.write("/tmp/batch", add_and_remove.repeat(1000) + "addr add 10.8.8.8/24 dev eth0\n");
     let batch = host.path("/tmp/batch");
@@ -485,7 +485,7 @@ fn reports_that_are_lost_count_as_a_change() {
 }
 
 #[test]
-fn machines_that_the_kernel_knows_are_listed() {
+fn reachable_neighbours_of_kernel_are_listed() {
     let lan = Lan::new();
     let (host, other) = (lan.host("host"), lan.host("other"));
     let v6 = SocketAddrV6::new(link_local(&other, "eth0"), 9, 0, index(&host, "eth0"));

@@ -1,5 +1,5 @@
-//! `peerix why`, for each reason there is; `peerix peers` and `peerix status`; their exit statuses
-//! and JSON.
+//! `peerix why` for each of its reasons, `peerix peers` and `peerix status`: findings, exit
+//! statuses and JSON.
 
 use crate::common::daemon::{binary, narinfo_status};
 use crate::common::http::{self, Reply, Server};
@@ -17,7 +17,7 @@ fn peerix(host: &Host, args: &[&str]) -> Output {
     host.cmd(&binary().display().to_string()).args(args).ran()
 }
 
-/// What a command found, and its exit status.
+/// The findings of a command (state, kind and text of each), and its exit status.
 struct Told {
     status: i32,
     findings: Vec<(String, String, String)>,
@@ -41,7 +41,7 @@ impl Told {
         told
     }
 
-    /// Checks that there is a line of that kind which says all of `words`.
+    /// Checks that a finding of this state and kind contains all of `words`.
     fn says(&self, state: &str, what: &str, words: &[&str]) -> &Told {
         let is_it = |(s, w, text): &(String, String, String)| {
             s == state && w == what && words.iter().all(|word| text.contains(word))
@@ -54,7 +54,7 @@ impl Told {
         self
     }
 
-    /// Checks the exit status, and the last line.
+    /// Checks the exit status, and that the last finding is a verdict with `words`.
     fn ends(&self, status: i32, words: &str) -> &Told {
         assert_eq!(self.status, status, "{:#?}", self.findings);
         let state = if status == 0 { "ok" } else { "fail" };
@@ -73,7 +73,7 @@ fn why(host: &Host, path: &str) -> Told {
 }
 
 #[test]
-fn without_a_daemon_or_a_path() {
+fn missing_daemon_or_invalid_path_is_one_error_line() {
     let lan = Lan::new();
     let host = lan.host("a");
     stock::ready(&host);
@@ -88,7 +88,7 @@ fn without_a_daemon_or_a_path() {
         );
         assert!(output.stdout.is_empty());
     }
-    // Another program's port.
+    // Another program listens on the port.
     let other =
         Server::start(host.listen(crate::common::PORT), |_| Reply::Whole(200, b"{}".to_vec()));
     assert_eq!(peerix(&host, &["status"]).status.code(), Some(3));
@@ -117,8 +117,8 @@ fn without_a_daemon_or_a_path() {
     );
 }
 
-/// Changes what Nix on a host remembers of its substituters. SQLite does not open files of another
-/// root directory.
+/// Changes one row of Nix's cache of narinfos on a host. Works on a copy, because SQLite does not
+/// open files of another root directory.
 fn change_memory(host: &Host, statement: &str) {
     let dir = host.path("/root/.cache/nix");
     let is_memory = |name: &str| name.starts_with("binary-cache-v") && name.ends_with(".sqlite");
@@ -135,10 +135,10 @@ fn change_memory(host: &Host, statement: &str) {
     std::fs::remove_file(copy).unwrap();
 }
 
-/// What decides whether Nix asks, beside its settings: the derivation's own word, and what Nix
-/// remembers.
+/// Nix does not ask peerix if the derivation forbids substitution, or if Nix has cached another
+/// answer.
 #[test]
-fn derivations_that_forbid_it_and_narinfos_that_are_remembered() {
+fn why_reports_forbidden_substitution_and_cached_narinfos() {
     let lan = Lan::new();
     let (a, b) = (lan.host("a"), lan.host("b"));
     stock::ready(&a);
@@ -156,7 +156,7 @@ fn derivations_that_forbid_it_and_narinfos_that_are_remembered() {
     a.write("/tmp/local.nix", expression("text"));
     let path = a.sh("nix-build --no-out-link /tmp/local.nix 2>/dev/null").trim().to_owned();
     wait_for("b finds it", || (narinfo_status(&b, &path) == 200).then_some(()));
-    // b does not know the derivation yet.
+    // Host b does not have the derivation yet.
     why(&b, &path).ends(0, "Nix gets it from a peer");
     b.write("/tmp/local.nix", expression("text"));
     let derivation = b.sh("nix-instantiate /tmp/local.nix 2>/dev/null").trim().to_owned();
@@ -165,11 +165,11 @@ fn derivations_that_forbid_it_and_narinfos_that_are_remembered() {
         "derivation",
         &[&derivation, "allowSubstitutes"],
     );
-    // By a link to where it would be, as nix-build leaves one.
+    // The argument may be a symlink to the missing path, as nix-build makes one.
     b.sh(&format!("ln -s {path} /tmp/result"));
     why(&b, "/tmp/result").ends(1, "does not ask").says("ok", "peer", &[&path]);
 
-    // Another build of it is remembered, which nobody has.
+    // Nix caches the narinfo of another build that no peer has.
     b.sh(&format!("nix path-info --store http://127.0.0.1:12304 {path}"));
     why(&b, &path).says("fail", "derivation", &[]);
     let is_remembered = |told: &Told| {
@@ -182,7 +182,7 @@ fn derivations_that_forbid_it_and_narinfos_that_are_remembered() {
 }
 
 #[test]
-fn on_the_lan() {
+fn why_on_lan_reports_each_reason() {
     let lan = Lan::new();
     let world = World::on(&lan);
     let holder = Holder::new(&lan, &world, "holder");
@@ -201,17 +201,17 @@ fn on_the_lan() {
         "order",
         &["http://127.0.0.1:12304 (20), file://", "(90)"],
     );
-    // In every spelling.
+    // All spellings of a store path are accepted.
     for path in [world::hash_part(little), world::base_name(little), &format!("{little}/data")] {
         why(host, path).ends(0, "Nix gets it from a peer");
     }
-    // Its content makes its name.
+    // A content-addressed path needs no signature.
     why(host, &holder.mark).ends(0, "from a peer").says("ok", "trust", &["content"]);
     why(host, NOWHERE).ends(1, "none has it").says("note", "peer", &["nobody"]);
     let text = String::from_utf8(peerix(host, &["why", NOWHERE]).stdout).unwrap();
     assert!(text.lines().last().unwrap().starts_with("FAIL  verdict: "), "{text}");
 
-    // What is here.
+    // Paths in the local store.
     let here = why(&holder.host, little);
     here.ends(0, "Nix has it here").says(
         "ok",
@@ -224,10 +224,10 @@ fn on_the_lan() {
         &["in mode lan"],
     );
 
-    // peerix is none of the substituters.
+    // peerix is not among the substituters.
     nix::configure(host, &format!("trusted-public-keys = {}\n", world.cache_key));
     why(host, little).ends(1, "does not ask").says("fail", "substituter", &["none of Nix's"]);
-    // Nix trusts nobody; nor does peerix, of its own.
+    // Nix trusts no key, and neither does peerix.
     nix::configure_client(host, "", &[]);
     why(host, little).ends(1, "would not trust").says(
         "fail",
@@ -240,7 +240,7 @@ fn on_the_lan() {
     why(host, little).ends(0, "from a peer").says("ok", "trust", &["require-sigs is off"]);
     nix::configure_client(host, "", &[&world.cache_key]);
 
-    // Nix remembers that nobody had it.
+    // Nix has cached a miss.
     holder.host.write("/tmp/later", "later");
     let later = mark_of(&holder.host, "/tmp/later");
     holder.host.cmd("nix-store").args(["--delete", &later]).okay();
@@ -253,17 +253,17 @@ fn on_the_lan() {
         &["another", "binary-cache-v"],
     );
 
-    // The one that has it is heard and cannot be fetched from.
+    // The holder answers queries, but its TCP port is closed.
     holder.host.net("iptables -A INPUT -p tcp --dport 12304 -j REJECT");
     why(host, little).ends(1, "passed over").says("fail", "peer", &[&at, "does not give it"]);
     holder.host.net("iptables -F");
 
-    // Who answers.
+    // `peerix peers` lists the peers that answer.
     let peers = Told::by(host, &["peers"]);
     let words = ["answers queries", "shares with this machine", "daemon: live, found by "];
     peers.says("ok", "peer", &[&words[..], &[&*at]].concat());
     assert_eq!((peers.status, peers.findings.len()), (0, 1), "{:#?}", peers.findings);
-    // What it did.
+    // `peerix status` lists the lookups.
     nix::realise_quietly(host, &[little]);
     let shown = String::from_utf8(peerix(host, &["status"]).stdout).unwrap();
     let peer = format!("  {at}: live, found by ");
@@ -281,7 +281,7 @@ fn mark_of(host: &Host, file: &str) -> String {
 }
 
 #[test]
-fn silent_peer_is_said_not_to_be_asked() {
+fn why_reports_silent_peer_as_not_asked() {
     let lan = Lan::new();
     let world = World::on(&lan);
     let holder = Holder::new(&lan, &world, "holder");
@@ -299,9 +299,9 @@ fn silent_peer_is_said_not_to_be_asked() {
     Told::by(&asker.host, &["peers"]).says("note", "peer", &[&at, "daemon: silent for "]);
 }
 
-/// A peer with what no key of the asker's peerix signed, and one that lies and is avoided.
+/// A peer whose paths no trusted key has signed.
 #[test]
-fn passed_over() {
+fn why_reports_untrusted_signature() {
     let lan = Lan::new();
     let world = World::on(&lan);
     let holder = Holder::with(&lan, &world, "holder", |_| vec![]);
@@ -311,7 +311,7 @@ fn passed_over() {
     let told = why(&asker.host, little);
     told.ends(1, "it would not trust what they have").says("ok", "peer", &[&at]);
     told.says("fail", "trust", &["Nix would refuse it", "no signature"]);
-    // A Nix that takes everything is not kept from it.
+    // A Nix without `require-sigs` accepts them.
     drop(asker);
     let asker = Asker::flagged(&lan, "", &[], |host| {
         nix::configure(host, "substituters = http://127.0.0.1:12304\nrequire-sigs = false\n");
@@ -327,10 +327,10 @@ fn passed_over() {
     );
 }
 
-/// A peer that promises what Nix would trust, and sends something else.
+/// A peer with a trusted narinfo that sends another NAR.
 #[test]
-fn avoided() {
-    // Whoever lies is avoided for a minute, not for a second, so that this is seen.
+fn why_reports_avoided_peer() {
+    // The longer interval keeps the liar avoided for a minute instead of a second.
     let lan = Lan::new().with_scale(Scale::intervals(60.0));
     let world = World::on(&lan);
     let (liar, shelf, little) = (lan.host("liar"), Shelf::of(&world), world.path("little"));
@@ -368,7 +368,7 @@ fn avoided() {
 }
 
 #[test]
-fn beyond_the_lan() {
+fn why_on_wan_reports_each_reason() {
     let places = Places::new();
     let (world, trackers) = (&places.world, [&places.tracker.host]);
     let upstream = places.centre.host("upstream");
@@ -407,7 +407,7 @@ fn beyond_the_lan() {
     );
     here(world.path("other")).says("note", "wan", &["its name matches the pattern *-other"]);
     here(&holder.mark).says("note", "wan", &[&url, "does not have it"]);
-    // Not shared is not there.
+    // A path that is not shared is a miss.
     why(&asker.host, world.path("other")).ends(1, "none shares it");
     drop(server);
     here(world.path("closure300")).says("note", "wan", &[&url, "did not say"]);

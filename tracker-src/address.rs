@@ -1,16 +1,18 @@
-//! Which addresses a peer can have. Others would ask whatever is announced, so that nothing may be
-//! announced that points back at them, at their own machine's services, or at a cloud's metadata.
+//! Checks announced addresses, and groups addresses for limits.
+//!
+//! Nodes connect to whatever is announced. So an announced address must not lead them to
+//! themselves, to services of their own machine, or to a cloud's metadata service.
 
 use peerix::wire::tracker::{MAX_ADDR, can_be_peer};
 use std::net::{IpAddr, Ipv4Addr};
 
-/// One label of a host name (RFC 1035).
+/// Maximum length in bytes of one label of a host name (RFC 1035).
 const MAX_LABEL: usize = 63;
 
-/// Whether an announced address can be a peer's: such an IP address, or a host name.
+/// Checks that an announced address is an IP address that a peer can have, or a host name.
 ///
 /// # Errors
-/// Why not.
+/// Returns the reason why not.
 pub fn check(addr: &str) -> Result<(), &'static str> {
     if let Ok(ip) = addr.parse() {
         return if can_be_peer(ip) { Ok(()) } else { Err("addr: no peer can be reached there") };
@@ -27,8 +29,8 @@ pub fn check(addr: &str) -> Result<(), &'static str> {
         return Err("addr: neither an IP address nor a host name");
     }
     let last = name.rsplit('.').next().unwrap_or_default();
-    // Name services read 127.1, 2130706433 and 0x7f.1 as addresses. No top-level domain is a
-    // number.
+    // System resolvers read 127.1, 2130706433 and 0x7f.1 as IPv4 addresses. No top-level domain is
+    // a number.
     let hexadecimal = last.strip_prefix("0x").or(last.strip_prefix("0X"));
     if last.bytes().all(|b| b.is_ascii_digit())
         || hexadecimal.is_some_and(|d| d.bytes().all(|b| b.is_ascii_hexdigit()))
@@ -41,10 +43,10 @@ pub fn check(addr: &str) -> Result<(), &'static str> {
     Ok(())
 }
 
-/// Bits of an IPv6 address that one customer of a provider has to choose from: a /56.
+/// Number of low bits of an IPv6 address that one customer of a provider controls: a /56.
 const CUSTOMER_BITS: u32 = 72;
 
-/// Who is limited together: an IPv4 address, or an IPv6 /56.
+/// The key under which an address is limited: an IPv4 address, or an IPv6 /56.
 pub fn household(ip: IpAddr) -> u128 {
     match ip.to_canonical() {
         IpAddr::V4(ip) => u128::from(Ipv4Addr::to_ipv6_mapped(&ip)),
@@ -52,7 +54,8 @@ pub fn household(ip: IpAddr) -> u128 {
     }
 }
 
-/// Addresses that one can come by together: an IPv4 /24, or an IPv6 /56.
+/// The key of the network of an address: an IPv4 /24, or an IPv6 /56. One operator easily gets
+/// several addresses in it.
 pub fn network(ip: IpAddr) -> u128 {
     match ip.to_canonical() {
         IpAddr::V4(_) => household(ip) >> 8 << 8,
@@ -65,7 +68,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_can_be_a_peers() {
+    fn check_accepts_peer_addresses_and_refuses_others() {
         for good in [
             "10.0.0.1",
             "192.168.1.9",
@@ -134,7 +137,7 @@ mod tests {
     }
 
     #[test]
-    fn households() {
+    fn household_and_network_group_neighbouring_addresses() {
         let household = |text: &str| household(text.parse().unwrap());
         assert_eq!(household("10.0.0.1"), household("::ffff:10.0.0.1"));
         assert_ne!(household("10.0.0.1"), household("10.0.0.2"));

@@ -1,5 +1,5 @@
-//! The calls: what a request asks for, whether it may, and its answer. docs/protocol.md has the
-//! table.
+//! The HTTP API: routes a request, checks limits and signatures, and answers. docs/protocol.md has
+//! the table of calls.
 
 use crate::address;
 use crate::database::{BindOutcome, ReportOutcome, SideReport as Told};
@@ -34,49 +34,51 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
-/// A target may be so long: an ID of 128 bytes, each percent-encoded, fits.
+/// Maximum length of a request target in bytes. A percent-encoded peer ID of 128 bytes fits. Longer
+/// targets get 400.
 const MAX_TARGET: usize = 1024;
 
-/// Filters received at once, each up to 4 MiB.
+/// Maximum number of filters, of up to 4 MiB each, received at once. Further uploads get 503.
 const MAX_UPLOADS: usize = 8;
 
-/// Who finds no room for a filter is told to come again after so many seconds.
+/// `Retry-After` in seconds of an upload that was refused by [`MAX_UPLOADS`].
 const UPLOAD_RETRY: u64 = 2;
 
-/// Who finds no room to be tried comes again after so many seconds: a try takes no longer.
+/// `Retry-After` in seconds of a refused `GET /reach`. A check takes no longer.
 const REACH_RETRY: u64 = 2;
 
-/// Nodes that are tried to be reached at once, each by a thread that waits; one of each address.
+/// Maximum number of `GET /reach` checks at once, each of which blocks a thread; one per household.
+/// Further ones get 503.
 const MAX_REACHES: usize = 16;
 
-/// What proxies add to the requests that they pass on. The address is then the proxy's.
+/// Header fields that mark a proxied request, whose source address is the proxy's.
 const FORWARDED: [&str; 4] = ["forwarded", "x-forwarded-for", "x-real-ip", "via"];
 
-/// Who is refused for want of room or for the database, after so many.
+/// `Retry-After` in seconds when a table is full or the database is unavailable.
 const FULL_RETRY: u64 = 60;
 
-/// `GET /peers` lists so many, the best: the answer is read by every node of the original, for
-/// every path.
+/// Maximum number of peers in `GET /peers`, best first. Nodes of the original read the whole list
+/// for every path.
 const MAX_LISTED: usize = 1000;
 
-/// The list is made anew once in this time, if it is long; a short one costs nothing.
+/// Lifetime of a cached `GET /peers` answer, if it has more than [`SHORT_LIST`] peers.
 const LIST_KEPT: Duration = Duration::from_secs(1);
 
-/// See [`LIST_KEPT`]. Peers.
+/// Number of peers up to which `GET /peers` is not cached, as it is cheap.
 const SHORT_LIST: usize = 100;
 
-/// Why a request is not answered with what it asked for.
+/// Why a request fails.
 #[derive(Debug)]
 struct ApiError {
     status: u16,
     error: String,
-    /// Seconds after which it may be tried again.
+    /// `Retry-After` in seconds.
     retry: Option<u64>,
-    /// The tracker's time in milliseconds, for who has another.
+    /// The tracker's time in milliseconds since 1970, for a node whose clock differs.
     now: Option<u64>,
-    /// What can be asked there, for 405.
+    /// Methods that the path supports, for 405.
     allow: Option<&'static str>,
-    /// The connection's error: there is nobody to answer.
+    /// Set if the connection broke: no answer is possible.
     gone: Option<io::Error>,
 }
 
@@ -129,7 +131,7 @@ fn whole_seconds(wait: Duration) -> u64 {
     wait.as_secs() + u64::from(wait.subsec_nanos() > 0)
 }
 
-/// 200, with JSON or text.
+/// The body of a 200 answer.
 enum ApiResponse {
     Json(Vec<u8>),
     Text(String),
@@ -207,35 +209,35 @@ fn status(status: &'static str) -> ApiResult {
 
 type List = Option<(Instant, Arc<Vec<u8>>)>;
 
-/// The tracker, as a handler of requests.
+/// Answers the tracker's HTTP requests.
 pub struct Api {
     table: Arc<TrackerTable>,
     ledger: Arc<DatabaseThread>,
     limits: RateLimits,
     metrics: TrackerMetrics,
     uploads: AtomicUsize,
-    /// Announced addresses to be tried.
+    /// Announced addresses that wait for a reachability check.
     announced: Sender<reachability::AnnouncedAddress>,
-    /// Reverse proxies, whose word is taken for the client's address.
+    /// Trusted reverse proxies. Their `X-Forwarded-For` has the client's address.
     proxies: Vec<IpAddr>,
-    /// Whose nodes are tried now.
+    /// Households whose `GET /reach` is under way.
     reaches: Mutex<Vec<u128>>,
     list: Mutex<List>,
     meetings: Meetings,
     faults: LogThrottle,
 }
 
-/// The time, now.
+/// The current time on both clocks.
 pub fn now() -> TrackerTime {
-    // In this order: if the thread is held up between the two, the tracker's start seems later than
-    // it was. The other way round it seemed earlier, and what was signed just before it was taken
-    // once more.
+    // The monotonic clock is read first. If the thread is delayed between the two reads, the
+    // tracker's start seems later than it was. The other order would make it seem earlier, and
+    // statements from just before the start could be replayed.
     let at = Instant::now();
     let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     TrackerTime { at, ms: since.as_millis() as u64 }
 }
 
-/// What a request asks for.
+/// The call that a request makes.
 enum ApiRoute<'a> {
     Announce,
     Leave,
@@ -252,7 +254,7 @@ enum ApiRoute<'a> {
 }
 
 impl ApiRoute<'_> {
-    /// How it is counted, and with what it is limited.
+    /// The call's metrics label and its rate limit.
     fn kind(&self) -> (CountedCall, LimitKind) {
         match self {
             ApiRoute::Announce => (CountedCall::Announce, LimitKind::Announce),
@@ -334,8 +336,8 @@ impl Handler for Api {
                     refusal.status,
                     refusal.error
                 );
-                // A body that is small is read, so that the connection can be used again: many new
-                // ones cost more.
+                // Reads a small body, so that the connection can be reused: new connections cost
+                // more.
                 match exchange.body().read(MAX_BODY) {
                     Ok(_) | Err(BodyError::TooLarge) => refuse(&refusal, exchange),
                     Err(BodyError::Io(e)) => Err(e),
@@ -363,7 +365,8 @@ fn refuse(refusal: &ApiError, exchange: &mut Exchange<'_>) -> io::Result<()> {
 }
 
 impl Api {
-    /// Serves from these.
+    /// Creates the handler. `announced` takes addresses to be checked, `proxies` are trusted
+    /// reverse proxies.
     pub fn new(
         table: Arc<TrackerTable>,
         ledger: Arc<DatabaseThread>,
@@ -385,13 +388,13 @@ impl Api {
         }
     }
 
-    /// The client's address: the socket's, or what a proxy of ours says.
+    /// The client's address: the socket's peer, or what a trusted proxy reports.
     fn client(&self, request: &Request<'_>) -> IpAddr {
         self.told_by_proxy(request).unwrap_or(request.asker.ip().to_canonical())
     }
 
-    /// What a proxy of ours says of its client: the last address, which it has seen itself. What
-    /// stands before it, in this field or in others, the client may have written.
+    /// The client's address according to a trusted proxy: the last one in `X-Forwarded-For`, which
+    /// the proxy itself added. The client may have forged what precedes it.
     fn told_by_proxy(&self, request: &Request<'_>) -> Option<IpAddr> {
         if !self.proxies.contains(&request.asker.ip().to_canonical()) {
             return None;
@@ -400,7 +403,7 @@ impl Api {
         last.trim().parse().ok().map(|client: IpAddr| client.to_canonical())
     }
 
-    /// Whether the request came through a proxy, and its client's address is not known.
+    /// Whether the request came through a proxy and the client's address is unknown.
     fn is_forwarded(&self, request: &Request<'_>) -> bool {
         let is_ours = self.proxies.contains(&request.asker.ip().to_canonical());
         self.told_by_proxy(request).is_none()
@@ -497,7 +500,7 @@ impl Api {
         }
         if welcome.to_be_reached {
             let PeerAddress { addr, port, .. } = whereabouts;
-            // When there is no room for it, it is tried after a later announce.
+            // If the queue is full, the address is checked after a later announce.
             let _ = self.announced.try_send(reachability::AnnouncedAddress {
                 id: id.to_owned(),
                 addr,
@@ -518,8 +521,8 @@ impl Api {
         })
     }
 
-    /// What the ledger knows of an ID. Binds it to the key, if there is one; when this returns,
-    /// that lasts.
+    /// Returns the reputation of an ID. Binds the ID to the claim's key, if there is one; the
+    /// binding is durable when this returns. Blocks while the database is busy, for 10 s at most.
     fn meet(&self, id: &str, claim: Option<&Claim>) -> Result<Reputation, ApiError> {
         let refused = |refused| ApiError::from((refused, now()));
         match claim {
@@ -569,7 +572,7 @@ impl Api {
         if BloomFilter::size_for(request.body_len * 8) != request.body_len * 8 {
             return Err(ApiError::new(400, "body: of a size that filters do not have"));
         }
-        // All that can be said without the body is said before it is read.
+        // All checks that need no body come first, so that refused uploads are not read.
         let before = now();
         self.table.may_publish(id, &claim, before).map_err(|e| (e, before))?;
         let uploads = self.uploads.fetch_add(1, Ordering::Relaxed);
@@ -646,8 +649,8 @@ impl Api {
             reaches.push(asker);
         }
         let _permit = Deferred::new(|| reaches().retain(|other| *other != asker));
-        // Not why: whoever shares the address, as behind a router, would learn which of its ports
-        // are open.
+        // The reason is not returned: other machines behind the same address could scan their
+        // router's ports by it.
         let reached = reachability::ask((from, port).into());
         if let Err(e) = &reached {
             log::debug!("{from}: port {port} is not reached: {e}");
@@ -740,10 +743,10 @@ fn listed(row: &PeerRow) -> PeerBody<'_> {
     }
 }
 
-/// The JSON body.
+/// Reads and parses the JSON body.
 fn read<T: DeserializeOwned>(exchange: &mut Exchange<'_>) -> Result<T, ApiError> {
     let body = exchange.body().read(MAX_BODY)?;
-    // Not serde's own words: they repeat what was sent.
+    // serde's error messages are not passed on, as they repeat the input.
     serde_json::from_slice(&body).map_err(|e| {
         let what =
             if e.is_data() { "a field of another type, or out of range" } else { "not JSON" };
@@ -751,7 +754,7 @@ fn read<T: DeserializeOwned>(exchange: &mut Exchange<'_>) -> Result<T, ApiError>
     })
 }
 
-/// Empty is as good as absent, as in the original.
+/// An empty field counts as absent, as in the original.
 fn given(field: &Option<String>) -> Option<&str> {
     field.as_deref().filter(|text| !text.is_empty())
 }
@@ -776,7 +779,7 @@ fn unproven() -> ApiError {
     ApiError::new(403, "public_key, timestamp and signature: missing or malformed")
 }
 
-/// Who claims to say it, and when, before the signature is checked.
+/// Parses the key and time of a signed request. The signature is not checked yet.
 fn claim(proof: &Proof) -> Result<Option<Claim>, ApiError> {
     let (key, stamp, signature) = match (&proof.public_key, proof.timestamp, &proof.signature) {
         (None, None, None) => return Ok(None),

@@ -1,10 +1,10 @@
-//! The filters of all peers, so arranged that one lookup asks 64 of them at a time.
+//! Index over the Bloom filters of all peers. One lookup tests 64 filters at a time.
 //!
-//! Filters of one size are kept in blocks of 64, transposed: a word for each bit position, whose
-//! bit *p* is that bit of the filter in slot *p*. A hash part's twelve words ANDed are the peers
-//! that seem to have it: loads that do not wait for one another, where 64 filters one by one would
-//! be 768. Writing a filter passes over its whole block, 1.8 MB for filters of 20,000 paths, which
-//! takes well under a millisecond; lookups go on meanwhile.
+//! Filters of one size are stored in blocks of 64, transposed: one word for each bit position,
+//! whose bit *p* belongs to the filter in slot *p*. The AND of a hash part's twelve words gives the
+//! peers that may have it. That takes 12 independent loads instead of 768. Writing a filter touches
+//! its whole block (2.6 MB for 20,000 paths of 16 bits), which takes about a millisecond and does
+//! not block lookups.
 
 use peerix::nix::HashPart;
 use peerix::wire::filter::{BloomFilter, HASHES, positions};
@@ -12,33 +12,33 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
-/// Filters in a block: the bits of a word.
+/// Number of filters in a block: the bits of a word.
 const SLOTS: u32 = 64;
 
-/// Filters of more bits are kept as they are: few nodes have as many as 52,000 paths, and a block
-/// of which one slot is used costs as much as 64.
+/// Maximum size in bits of a filter in a block: 52,000 paths. Larger filters are stored separately.
+/// They are rare, and a block with one used slot costs as much memory as 64 filters.
 const MAX_SLICED_BITS: u64 = 16 * 64 * 1024;
 
-/// Where a filter is.
+/// Where a filter is stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FilterPlace {
-    /// In a block of filters of so many bits.
+    /// In a block of filters of equal size.
     Slot {
-        /// Of each filter.
+        /// Size of each filter in bits.
         bits: u64,
-        /// Which of the blocks.
+        /// Index of the block among those of this size.
         block: u32,
-        /// Which slot of the block.
+        /// Slot in the block, from 0 to 63.
         slot: u32,
     },
-    /// By itself; so many bits.
+    /// Stored separately; its size in bits.
     Alone(u64),
 }
 
 struct FilterBlock {
     words: Box<[AtomicU64]>,
     owners: Vec<AtomicU32>,
-    /// Which slots are in use.
+    /// Bit mask of the slots in use.
     live: AtomicU64,
 }
 
@@ -51,9 +51,9 @@ impl FilterBlock {
         }
     }
 
-    /// A lookup at the same time sees some of the old bits and some of the new ones. The new filter
-    /// has nearly always all of the old one's; and a wrong candidate, or one missing once, is
-    /// nothing that filters exclude.
+    /// Writes a filter into a slot. A concurrent lookup may see a mix of old and new bits. The new
+    /// filter usually has all bits of the old one, and lookups tolerate a wrong or a missing
+    /// candidate.
     fn write(&self, slot: u32, owner: u32, filter: &BloomFilter) {
         for (byte, words) in filter.as_bytes().iter().zip(self.words.chunks_exact(8)) {
             for (k, word) in words.iter().enumerate() {
@@ -73,7 +73,7 @@ impl FilterBlock {
         let (first, rest) = positions.split_at(HASHES / 2);
         let mut hits =
             first.iter().map(word).fold(self.live.load(Ordering::Acquire), |all, word| all & word);
-        // Mostly nobody is left by now.
+        // Mostly no candidate is left after half of the words.
         if hits != 0 {
             hits &= rest.iter().map(word).fold(u64::MAX, |all, word| all & word);
         }
@@ -88,11 +88,11 @@ fn block_bytes(bits: u64) -> usize {
     bits as usize * 8
 }
 
-/// The blocks of one size.
+/// The blocks of one filter size.
 #[derive(Default)]
 struct BlockGroup {
     blocks: Vec<Option<Arc<FilterBlock>>>,
-    /// Slots of those blocks that are not in use.
+    /// Unused slots of the existing blocks: block and slot.
     free: BTreeSet<(u32, u32)>,
 }
 
@@ -102,7 +102,7 @@ struct IndexLayout {
     alone: HashMap<u32, Arc<BloomFilter>>,
 }
 
-/// The filters. Owners are numbers that the caller chooses.
+/// The index. Owners are numbers that the caller chooses.
 pub struct BloomIndex {
     most_bytes: usize,
     layout: RwLock<IndexLayout>,
@@ -110,14 +110,14 @@ pub struct BloomIndex {
     edit: Mutex<()>,
 }
 
-/// The right to change filters, which one thread has at a time.
+/// The exclusive right to change filters.
 pub struct IndexEditor<'a> {
     slices: &'a BloomIndex,
     _one: MutexGuard<'a, ()>,
 }
 
 impl BloomIndex {
-    /// None yet, and room for so many bytes.
+    /// Creates an empty index that uses at most `most_bytes` bytes for filters.
     pub fn new(most_bytes: usize) -> Self {
         BloomIndex {
             most_bytes,
@@ -127,12 +127,13 @@ impl BloomIndex {
         }
     }
 
-    /// Eighths of the room that are used, rounded down.
+    /// Used eighths of the memory limit, rounded down.
     pub fn eighths_used(&self) -> usize {
         self.bytes() / (self.most_bytes / 8).max(1)
     }
 
-    /// Whose filters seem to have the hash part, in no particular order.
+    /// Returns the owners whose filters contain the hash part, in no particular order. Blocks
+    /// only while a block is added or removed.
     pub fn find(&self, hash_part: &HashPart) -> Vec<u32> {
         let mut found = Vec::new();
         let layout = self.layout.read().unwrap_or_else(PoisonError::into_inner);
@@ -150,12 +151,13 @@ impl BloomIndex {
         found
     }
 
-    /// Waits for the right to change filters: at most as long as a few filters take to write.
+    /// Acquires the right to change filters. Blocks while another thread has it, which is as long
+    /// as writing a few filters takes.
     pub fn edit(&self) -> IndexEditor<'_> {
         IndexEditor { slices: self, _one: self.edit.lock().unwrap_or_else(PoisonError::into_inner) }
     }
 
-    /// Memory in use.
+    /// Memory of the filters in bytes.
     pub fn bytes(&self) -> usize {
         self.bytes.load(Ordering::Relaxed)
     }
@@ -167,8 +169,8 @@ impl BloomIndex {
 }
 
 impl IndexEditor<'_> {
-    /// Puts a filter in the place of the owner's last one. `None` if there is no room; the last one
-    /// is then as it was.
+    /// Stores a filter in place of `last`, the owner's previous one. Returns `None` if the memory
+    /// limit is reached; `last` then remains.
     pub fn set(
         &self,
         owner: u32,
@@ -210,7 +212,7 @@ impl IndexEditor<'_> {
         Some(place)
     }
 
-    /// Frees a place.
+    /// Removes the owner's filter, and its block if that is empty then.
     pub fn remove(&self, owner: u32, place: FilterPlace) {
         let mut layout = self.slices.layout.write().unwrap_or_else(PoisonError::into_inner);
         match place {
@@ -241,7 +243,7 @@ impl IndexEditor<'_> {
         if !self.slices.reserve(block_bytes(bits)) {
             return None;
         }
-        // Made while lookups go on.
+        // The block is allocated without the lock, so that lookups continue.
         let new = Arc::new(FilterBlock::new(bits));
         let mut layout = write();
         let group = layout.groups.entry(bits).or_default();
@@ -274,10 +276,10 @@ mod tests {
         filter
     }
 
-    /// 300 owners with filters of different sizes, changed, enlarged and removed, beside filters
-    /// asked one by one.
+    /// Changes, enlarges and removes the filters of 300 owners, and compares each lookup with a
+    /// test of each filter.
     #[test]
-    fn the_same_as_asking_each_filter() {
+    fn find_matches_test_of_each_filter() {
         let slices = BloomIndex::new(1 << 30);
         let mut expected: HashMap<u32, BloomFilter> = HashMap::new();
         let mut places: HashMap<u32, FilterPlace> = HashMap::new();
@@ -323,7 +325,7 @@ mod tests {
     }
 
     #[test]
-    fn memory_is_bounded_and_a_refusal_leaves_the_last_filter() {
+    fn set_beyond_memory_limit_keeps_last_filter() {
         let slices = BloomIndex::new(1 << 30);
         let edit = slices.edit();
         let small = edit.set(0, None, filter(0, 10, 10)).unwrap();
@@ -331,7 +333,7 @@ mod tests {
         assert_eq!(edit.set(0, Some(small), filter(0, 10, 20_000)), None);
         assert_eq!(edit.set(0, Some(small), filter(0, 10, 1_000_000)), None);
         assert_eq!(slices.find(&part(5)), [0]);
-        // One that fits into what is there already.
+        // A filter that fits into an existing block needs no memory.
         assert!(edit.set(1, None, filter(1, 10, 10)).is_some());
         assert_eq!(slices.find(&part(1 << 32)), [1]);
     }

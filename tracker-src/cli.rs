@@ -1,11 +1,11 @@
-//! The command line of `peerix-tracker`.
+//! Parses the command line of `peerix-tracker`.
 
 use lexopt::prelude::*;
 use std::ffi::OsString;
 use std::net::{IpAddr, Ipv4Addr, ToSocketAddrs};
 use std::path::PathBuf;
 
-/// What `--help` prints.
+/// Text that `--help` prints.
 pub const HELP: &str = "\
 peerix-tracker tells nodes of peerix on different networks of one another: who is there, and
 who may have a store path. Paths go from node to node, never through the tracker.
@@ -37,28 +37,28 @@ Exit status: 0 when stopped by SIGTERM or SIGINT, 1 when it cannot start or go o
 2 for a wrong command line.
 ";
 
-/// Memory for filters if none is given, in MiB: 20,000 peers of 20,000 paths at 20 bits.
+/// Default memory for filters in MiB: 20,000 peers with 20,000 paths of 20 bits.
 const DEFAULT_FILTER_MIB: usize = 1024;
-/// Least memory for filters, in MiB: room for one block of the largest that are kept in blocks, and
-/// a few.
+/// Minimum memory for filters in MiB: one block of the largest size that blocks have (8 MiB), and
+/// some small ones. Less is refused.
 const LEAST_FILTER_MIB: usize = 16;
-/// Most memory for filters, in MiB.
+/// Maximum memory for filters in MiB, 1 TiB. More is refused.
 const MOST_FILTER_MIB: usize = 1 << 20;
 
-/// Every setting.
+/// The settings of the tracker.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Options {
-    /// TCP port. Defaults to 12305; 0 takes a free one, which the log then names.
+    /// TCP port. Defaults to 12305. With 0, the system chooses a free port, which the log names.
     pub port: u16,
     /// Addresses to listen on. Defaults to `0.0.0.0`.
     pub hosts: Vec<IpAddr>,
-    /// Defaults to `./peerix-tracker.db`.
+    /// Path of the SQLite database. Defaults to `./peerix-tracker.db`.
     pub db_path: PathBuf,
-    /// Bytes for the filters of peers. Defaults to 1 GiB.
+    /// Memory limit for the filters of peers in bytes. Defaults to 1 GiB.
     pub filter_memory: usize,
-    /// Reverse proxies, whose word is taken for the client's address. Defaults to none.
+    /// Trusted reverse proxies, which report the client's address. Defaults to none.
     pub proxies: Vec<IpAddr>,
-    /// Log what each request does. Defaults to false.
+    /// Whether to log each request. Defaults to false.
     pub verbose: bool,
 }
 
@@ -77,7 +77,7 @@ impl Default for Options {
     }
 }
 
-/// What the command line asks for.
+/// What the command line requests.
 #[derive(Debug)]
 pub enum TrackerCommand {
     /// Run the tracker.
@@ -88,10 +88,10 @@ pub enum TrackerCommand {
     Version,
 }
 
-/// Reads the arguments after the program's name.
+/// Parses the arguments after the program's name. Resolves names in `--host`, which may block.
 ///
 /// # Errors
-/// One line that names the flag and what is wrong with it.
+/// Returns one line that names the option and its problem.
 pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<TrackerCommand, String> {
     let mut options = Options::default();
     let mut hosts = Vec::new();
@@ -172,7 +172,7 @@ mod tests {
     }
 
     #[test]
-    fn the_command_line_of_the_original_still_works() {
+    fn parse_of_original_and_new_options_succeeds() {
         assert_eq!(run(&[]).unwrap(), Options::default());
         let options =
             run(&["--verbose", "--port", "1", "--host", "127.0.0.1", "--db-path", "/x"]).unwrap();
@@ -194,7 +194,7 @@ mod tests {
     }
 
     #[test]
-    fn each_mistake_is_one_line_that_names_it() {
+    fn parse_of_wrong_option_fails_with_one_line_naming_it() {
         for (args, names) in [
             (&["--prot", "1"][..], "--prot"),
             (&["--port"], "--port"),

@@ -1,5 +1,5 @@
-//! What lasts, as SQLite tables: whose IDs are, transfers, reputation. Knows no threads;
-//! [`crate::db_thread`] runs it.
+//! The durable state in SQLite: bound IDs, transfers, reputations, and the peers for a restart. Has
+//! no threads; [`crate::db_thread`] runs it.
 
 use crate::table::{PeerAddress, Reputation};
 use peerix::wire::tracker::{MAX_PEER_ID, Role, TransferName};
@@ -9,44 +9,47 @@ use std::collections::HashSet;
 use std::path::Path;
 use std::time::Duration;
 
-/// Version of the tables, kept as `user_version`. The original's have none.
+/// Version of the schema, stored as `user_version`. The original's databases have 0.
 const VERSION: i64 = 2;
 
-/// Bound IDs, some 200 MB. Beyond, no new ones are bound until old ones are forgotten.
+/// Maximum number of bound IDs, about 200 MB. At the bound, no further ID is bound until others are
+/// forgotten.
 const MAX_IDENTITIES: u64 = 1_000_000;
-/// From so many on, IDs are forgotten: first those that were seen on one day only, as invented ones
-/// are.
+/// Number of bound IDs from which on IDs are forgotten, first those seen on one day only, as
+/// invented ones are.
 const FORGET_FROM: u64 = MAX_IDENTITIES / 10 * 8;
-/// Then a bound ID that was not seen for so many days; and so is, at any time, the reputation of
-/// one that is not bound.
+/// Days without an announce after which a bound ID may be forgotten. Also the days without a change
+/// after which the reputation of an unbound ID is deleted.
 const FORGOTTEN_AFTER_DAYS: i64 = 90;
-/// Peers and networks that blamed them, of one day. Beyond, failures count for nobody until the
-/// next day.
+/// Maximum number of pairs of blamed peer and blaming network on one day. At the bound, further
+/// failures do not count until the next day.
 const MAX_BLAMED: usize = 100_000;
-/// Who was here is still here after a restart if the tracker was away for no longer than this, in
-/// milliseconds: nodes announce themselves each minute.
+/// Maximum downtime in milliseconds after which a restarted tracker still counts its former peers
+/// as live. Beyond, it forgets them. Nodes announce themselves each minute.
 const PRESENT_FOR_MS: u64 = 10 * 60 * 1000;
-/// IDs with a reputation. Beyond, transfers of others still resolve, and count for nobody new.
+/// Maximum number of IDs with a reputation. At the bound, transfers of further IDs resolve, but do
+/// not count.
 const MAX_REPUTATIONS: u64 = 1_000_000;
-/// Transfers at once, some 500 MB. Beyond, none begin until old ones are pruned.
+/// Maximum number of transfers, about 500 MB. At the bound, none begins until old ones are pruned.
 const MAX_TRANSFERS: u64 = 4_000_000;
-/// Seconds until a transfer is pruned of which a report is missing: longer than any NAR takes. Ten
-/// addresses that begin as many as they may do not fill the table in that time.
+/// Seconds until a transfer with a missing report is pruned: longer than any NAR takes. Ten
+/// addresses at their rate limits do not fill the table in that time.
 const PENDING_KEPT: i64 = 2 * 3600;
-/// Seconds until a resolved one is.
+/// Seconds until a resolved transfer is pruned.
 const RESOLVED_KEPT: i64 = 7 * 24 * 3600;
-/// Reports may differ by one part in so many of the greater, 5 %.
+/// Two reports agree if they differ by at most one part in this many of the greater: 5 %.
 const TOLERANCE: u64 = 20;
 
-/// Transfers looked at in one step of pruning, some milliseconds.
+/// Transfers examined in one pruning step, which takes some milliseconds.
 const PRUNE_TRANSFERS: i64 = 2_000;
-/// Rows deleted in one step of forgetting.
+/// Maximum number of IDs or reputations deleted in one pruning step.
 const PRUNE_ROWS: i64 = 500;
 
-/// Another program that has the database has so long to let go: a tracker that is about to end.
+/// Maximum wait for another process to release the database, such as a tracker that is stopping.
+/// After it, opening fails.
 const BUSY: Duration = Duration::from_secs(5);
 
-/// Largest number in a column.
+/// Largest number that a column holds. Sums are capped here.
 const MOST: u64 = i64::MAX as u64;
 
 const TABLES: &str = "
@@ -79,7 +82,7 @@ const TABLES: &str = "
     drop table if exists peers;
 ";
 
-/// What version 2 adds: who is here, and since when an ID is bound.
+/// Schema changes of version 2: the live peers, the first day of bound IDs, networks of reports.
 const TABLES_2: &str = "
     create table present (
         peer_id text primary key,
@@ -95,7 +98,7 @@ const TABLES_2: &str = "
     alter table transfers add column receiver_network text;
 ";
 
-/// The original checks neither kinds nor signs of what it stores.
+/// Repairs a database of the original, which checks neither types nor signs of its values.
 const CLEAN: &str = "
     delete from reputation where typeof(peer_id) <> 'text' or length(cast(peer_id as blob)) not between 1 and ?1;
     update reputation set total_shared = 0 where typeof(total_shared) <> 'integer' or total_shared < 0;
@@ -110,78 +113,78 @@ const CLEAN: &str = "
         or typeof(created_at) not in ('integer', 'real');
 ";
 
-/// What the ledger knows of an ID.
+/// What the database knows of an ID.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct KnownIdentity {
-    /// The key that it is bound to.
+    /// The key that the ID is bound to; `None` if it is not bound.
     pub key: Option<[u8; 32]>,
-    /// What it did.
+    /// Its reputation, zero if unknown.
     pub reputation: Reputation,
 }
 
-/// What came of binding an ID to a key.
+/// Result of [`TrackerDatabase::bind`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum BindOutcome {
-    /// It is, now or since before.
+    /// The ID is bound to the key, now or since before; its reputation.
     Yes(Reputation),
-    /// It is bound to another key.
+    /// The ID is bound to another key.
     OtherKey,
-    /// There are too many.
+    /// There are too many bound IDs.
     Full,
 }
 
-/// What came of a report.
+/// Result of [`TrackerDatabase::report`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ReportOutcome {
-    /// The other side's is missing.
+    /// The other side has not reported yet.
     Pending,
-    /// Both are there; whether they agree.
+    /// Both sides have reported; true if they agree.
     Resolved(bool),
-    /// No such transfer.
+    /// There is no such transfer.
     NotFound,
-    /// It is over.
+    /// Both sides had reported before.
     AlreadyResolved,
-    /// This side's peer is another.
+    /// Another peer has this side of the transfer.
     NotTheOne,
-    /// This side has reported.
+    /// This side had reported before.
     SameSideAgain,
-    /// The peer's ID is bound to a key, which has not signed.
+    /// The ID is bound to a key that has not signed the report.
     Unproven,
 }
 
-/// A peer that was here when the tracker ended.
+/// A peer that was live when the tracker stopped.
 #[derive(Debug)]
 pub struct PersistedPeer {
-    /// Its ID.
+    /// Its peer ID.
     pub id: String,
-    /// Where it is.
+    /// Its announced address.
     pub whereabouts: PeerAddress,
     /// The key that its ID is bound to.
     pub key: Option<[u8; 32]>,
-    /// What it did.
+    /// Its reputation.
     pub reputation: Reputation,
-    /// Its filter, and the time of the statement with which it came.
+    /// Its filter, with the timestamp of the request that published it, in milliseconds since 1970.
     pub filter: Option<(u64, Vec<u8>)>,
 }
 
-/// One side's report.
+/// The report of one side of a transfer.
 #[derive(Debug, Clone)]
 pub struct SideReport {
-    /// Which transfer.
+    /// ID of the transfer.
     pub transfer: u64,
-    /// Who reports.
+    /// ID of the reporting peer.
     pub peer_id: String,
-    /// Which side.
+    /// Its side of the transfer.
     pub role: Role,
-    /// How many.
+    /// Transferred bytes according to it.
     pub bytes: u64,
-    /// Who signed it.
+    /// The key that signed the report.
     pub key: Option<[u8; 32]>,
-    /// The network that it came from.
+    /// The network (see [`crate::address::network`]) from which it came.
     pub network: u128,
 }
 
-/// How many rows there are, so that bounds cost no counting.
+/// Row counts, kept in memory so that checks of the bounds need no `count(*)`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct RowCounts {
     identities: u64,
@@ -189,15 +192,15 @@ struct RowCounts {
     transfers: u64,
 }
 
-/// The open database.
+/// The open database. Its methods do disk I/O and block for it.
 pub struct TrackerDatabase {
     db: Connection,
     counts: RowCounts,
-    /// As of the last commit.
+    /// The counts as of the last commit.
     committed: RowCounts,
     changed: Vec<(String, Reputation)>,
-    /// Peers that a transfer failed against today, and the network of the other side: one failure a
-    /// day counts, or one asker with false reports could ruin a peer.
+    /// Pairs of blamed peer and blaming network of today. One failure a day and pair counts, so
+    /// that one network cannot ruin a peer with false reports.
     blamed: HashSet<(String, String)>,
     blamed_day: i64,
     pruned_to: i64,
@@ -207,10 +210,11 @@ pub struct TrackerDatabase {
 type Result<T> = rusqlite::Result<T>;
 
 impl TrackerDatabase {
-    /// Opens the database, making or migrating its tables.
+    /// Opens the database. Creates or migrates its tables. Blocks for up to 5 s while another
+    /// process has it.
     ///
     /// # Errors
-    /// One line that says what is wrong with it.
+    /// Returns one line that says what is wrong and what to do.
     pub fn open(path: &Path) -> std::result::Result<TrackerDatabase, String> {
         let wrong = |e: rusqlite::Error| {
             let remedy = match e.sqlite_error_code() {
@@ -272,7 +276,7 @@ impl TrackerDatabase {
         })
     }
 
-    /// The tracker's ID, made with the database.
+    /// The tracker's random ID, created with the database.
     pub fn tracker_id(&self) -> &str {
         &self.tracker_id
     }
@@ -280,24 +284,24 @@ impl TrackerDatabase {
     /// Begins a transaction.
     ///
     /// # Errors
-    /// SQLite's.
+    /// Returns SQLite's error.
     pub fn begin(&self) -> Result<()> {
         self.db.execute_batch("begin")
     }
 
-    /// Commits, and gives the reputations that have changed since the last time.
+    /// Commits the transaction. Returns the reputations that it changed.
     ///
     /// # Errors
-    /// SQLite's; nothing has changed then.
+    /// Returns SQLite's error. The transaction is then still to be rolled back.
     pub fn commit(&mut self) -> Result<Vec<(String, Reputation)>> {
         self.db.execute_batch("commit")?;
         self.committed = self.counts;
         Ok(std::mem::take(&mut self.changed))
     }
 
-    /// Takes everything back since [`TrackerDatabase::begin`].
+    /// Undoes everything since [`TrackerDatabase::begin`].
     pub fn roll_back(&mut self) {
-        // After some errors SQLite has done it already.
+        // After some errors SQLite has rolled back already.
         if !self.db.is_autocommit()
             && let Err(e) = self.db.execute_batch("rollback")
         {
@@ -307,13 +311,15 @@ impl TrackerDatabase {
         self.changed.clear();
     }
 
-    /// Does one job of a transaction; what fails of it is taken back, and nothing else.
+    /// Runs one job in a savepoint of the transaction. If it fails, only its own changes are
+    /// undone.
     ///
     /// # Errors
-    /// The job's, or SQLite's.
+    /// Returns the job's error or SQLite's. After an error that undid the whole transaction, all
+    /// further jobs fail.
     pub fn job(&mut self, work: impl FnOnce(&mut Self) -> Result<()>) -> Result<()> {
         if self.db.is_autocommit() {
-            // An earlier job's error has taken back the whole transaction.
+            // An earlier error has rolled back the whole transaction.
             return Err(rusqlite::Error::SqliteFailure(
                 rusqlite::ffi::Error::new(rusqlite::ffi::SQLITE_ABORT),
                 None,
@@ -334,10 +340,11 @@ impl TrackerDatabase {
         done
     }
 
-    /// Who was here when the tracker ended, if it ended a moment ago.
+    /// Returns the peers that were live when the tracker stopped, if that was at most 10 minutes
+    /// before `now_ms` (milliseconds since 1970). Otherwise deletes them.
     ///
     /// # Errors
-    /// SQLite's, as for all that follow.
+    /// Returns SQLite's error.
     pub fn present(&self, now_ms: u64) -> Result<Vec<PersistedPeer>> {
         let sql = "select value from meta where key = 'alive'";
         let alive: Option<i64> = self.db.query_row(sql, [], |row| row.get(0)).optional()?;
@@ -358,7 +365,7 @@ impl TrackerDatabase {
             let reputation = Reputation::default();
             Ok(PersistedPeer { id: row.get(0)?, whereabouts, key: row.get(6)?, reputation, filter })
         })?;
-        // A row that cannot be read is a peer that announces itself again soon.
+        // An unreadable row is skipped: its peer announces itself again within a minute.
         let mut present: Vec<PersistedPeer> = rows.filter_map(Result::ok).collect();
         for peer in &mut present {
             peer.reputation = self.reputation(&peer.id)?;
@@ -366,7 +373,7 @@ impl TrackerDatabase {
         Ok(present)
     }
 
-    /// A peer is here, or is elsewhere than before.
+    /// Stores the address of a live peer.
     pub fn arrived(&mut self, id: &str, at: &PeerAddress) -> Result<()> {
         let sql = "insert into present (peer_id, addr, port, came_from) values (?, ?, ?, ?) on conflict do update
             set addr = excluded.addr, port = excluded.port, came_from = excluded.came_from";
@@ -376,24 +383,24 @@ impl TrackerDatabase {
             .map(drop)
     }
 
-    /// A peer that is here has another filter.
+    /// Stores the filter of a live peer, and the timestamp of its request.
     pub fn published(&mut self, id: &str, stamp: u64, filter: &[u8]) -> Result<()> {
         let sql = "update present set filter_stamp = ?2, filter = ?3 where peer_id = ?1";
         self.db.prepare_cached(sql)?.execute(params![id, stamp.min(MOST) as i64, filter]).map(drop)
     }
 
-    /// A peer is gone.
+    /// Deletes a peer from the live ones.
     pub fn gone(&mut self, id: &str) -> Result<()> {
         self.db.prepare_cached("delete from present where peer_id = ?")?.execute([id]).map(drop)
     }
 
-    /// The tracker runs at that time.
+    /// Stores the time, in milliseconds since 1970, at which the tracker was last running.
     pub fn alive(&mut self, now_ms: u64) -> Result<()> {
         let sql = "insert into meta (key, value) values ('alive', ?) on conflict do update set value = excluded.value";
         self.db.prepare_cached(sql)?.execute([now_ms.min(MOST) as i64]).map(drop)
     }
 
-    /// What is known of an ID.
+    /// Returns the key and reputation of an ID.
     pub fn meet(&self, id: &str) -> Result<KnownIdentity> {
         Ok(KnownIdentity { key: self.key(id)?, reputation: self.reputation(id)? })
     }
@@ -404,7 +411,7 @@ impl TrackerDatabase {
         statement.query_row([id], |row| row.get(0)).optional()
     }
 
-    /// Binds an ID to a key, if it is bound to no other.
+    /// Binds an ID to a key, unless it is bound to another. `day` is counted from 1970.
     pub fn bind(&mut self, id: &str, key: &[u8; 32], day: i64) -> Result<BindOutcome> {
         match self.key(id)? {
             Some(bound) if bound != *key => return Ok(BindOutcome::OtherKey),
@@ -419,13 +426,13 @@ impl TrackerDatabase {
         Ok(BindOutcome::Yes(self.reputation(id)?))
     }
 
-    /// A bound ID was seen on that day, counted from 1970.
+    /// Stores the day, counted from 1970, on which a bound ID was last seen.
     pub fn seen(&mut self, id: &str, day: i64) -> Result<()> {
         let sql = "update identities set seen_day = ?2 where peer_id = ?1 and seen_day < ?2";
         self.db.prepare_cached(sql)?.execute(params![id, day]).map(drop)
     }
 
-    /// What an ID did; nothing if it is unknown.
+    /// Returns the reputation of an ID; zeros if it is unknown.
     pub fn reputation(&self, id: &str) -> Result<Reputation> {
         let sql = "select total_shared, total_received, successful_transfers, failed_transfers from reputation where peer_id = ?";
         let found = self.db.prepare_cached(sql)?.query_row([id], |row| {
@@ -440,8 +447,8 @@ impl TrackerDatabase {
         Ok(found.optional()?.unwrap_or_default())
     }
 
-    /// Begins so many transfers and returns the first one's ID; the others' follow it. `None` if
-    /// there are too many.
+    /// Begins `count` transfers. Returns the ID of the first; the others follow it. Returns `None`
+    /// if there would be more than 4,000,000.
     pub fn begin_transfers(
         &mut self,
         sender: &str,
@@ -462,7 +469,7 @@ impl TrackerDatabase {
         Ok(Some((last + 1).saturating_sub(count.into())))
     }
 
-    /// One side's report of a transfer.
+    /// Stores the report of one side. If both have reported, updates the reputations.
     pub fn report(&mut self, report: &SideReport, day: i64) -> Result<ReportOutcome> {
         let sql = "select sender_id, receiver_id, sender_bytes, receiver_bytes, coalesce(sender_confirmed, 0) <> 0,
             coalesce(receiver_confirmed, 0) <> 0, coalesce(resolved, 0) <> 0, sender_network, receiver_network
@@ -525,8 +532,8 @@ impl TrackerDatabase {
         let consistent = agree(report.bytes, others);
         let [sender, receiver] = transfer.peers;
         let other_network = transfer.networks[other].clone().unwrap_or_default();
-        // What one network says of itself, and what nobody signed, counts for nobody: identities
-        // cost nothing.
+        // Identities cost nothing. So unsigned reports, and those of two peers in one network, do
+        // not change a reputation.
         if other_network == network
             || self.key(&sender)?.is_none()
             || self.key(&receiver)?.is_none()
@@ -545,7 +552,8 @@ impl TrackerDatabase {
         Ok(ReportOutcome::Resolved(consistent))
     }
 
-    /// Whether a failure against a peer counts, as the first one of that day and network.
+    /// Records a failure. Returns true if it is the first one of that peer, network and day, and
+    /// [`MAX_BLAMED`] is not reached.
     fn may_blame(&mut self, id: &str, network: String, day: i64) -> bool {
         if std::mem::replace(&mut self.blamed_day, day) != day {
             self.blamed.clear();
@@ -589,13 +597,13 @@ impl TrackerDatabase {
         Ok(())
     }
 
-    /// Something is written, to see that it can be.
+    /// Writes a value, to test that the database is writable.
     pub fn probe(&mut self, seconds: f64) -> Result<()> {
         let sql = "insert into meta (key, value) values ('probed', ?) on conflict do update set value = excluded.value";
         self.db.prepare_cached(sql)?.execute([seconds]).map(drop)
     }
 
-    /// One small step of deleting transfers that are old. Each goes on where the last one ended.
+    /// Deletes old transfers in one small step. Each step continues where the last one ended.
     pub fn prune_transfers(&mut self, seconds: f64) -> Result<()> {
         let sql = "select max(id), count(*), min(created_at) from
             (select id, created_at from transfers where id > ? order by id limit ?)";
@@ -606,7 +614,7 @@ impl TrackerDatabase {
         let pending = seconds - PENDING_KEPT as f64;
         let resolved = seconds - RESOLVED_KEPT as f64;
         let from = self.pruned_to;
-        // The rest is younger still.
+        // IDs ascend with time, so all later transfers are younger still.
         let young = oldest.is_none_or(|oldest| oldest >= pending);
         self.pruned_to = last.filter(|_| looked_at == PRUNE_TRANSFERS && !young).unwrap_or(0);
         let Some(last) = last.filter(|_| !young) else { return Ok(()) };
@@ -618,8 +626,8 @@ impl TrackerDatabase {
         Ok(())
     }
 
-    /// One small step of forgetting IDs, if there are many: of those seen on one day only that are
-    /// not here, the oldest; if there are none, of those not seen for long.
+    /// Forgets IDs in one small step, if there are [`FORGET_FROM`] or more. First go the oldest of
+    /// those that were seen on one day only and are not live, then those not seen for 90 days.
     pub fn prune_identities(&mut self, day: i64) -> Result<()> {
         if self.counts.identities < FORGET_FROM {
             return Ok(());
@@ -637,8 +645,8 @@ impl TrackerDatabase {
         Ok(())
     }
 
-    /// One small step of forgetting the reputations of IDs that are not bound. It looks at every
-    /// one.
+    /// Deletes reputations of unbound IDs in one small step, if they have not changed for 90 days.
+    /// Scans the whole table.
     pub fn prune_reputations(&mut self, day: i64) -> Result<()> {
         let before = day - FORGOTTEN_AFTER_DAYS;
         let sql = "delete from reputation where peer_id in (select peer_id from reputation where changed_day < ?
@@ -649,20 +657,20 @@ impl TrackerDatabase {
     }
 }
 
-/// Whether two reports are of the same transfer, give or take 5 % of the greater.
+/// Whether two reported sizes differ by at most 5 % of the greater.
 fn agree(a: u64, b: u64) -> bool {
     u128::from(a.abs_diff(b)) * u128::from(TOLERANCE) <= u128::from(a.max(b))
 }
 
 fn prepare(db: &Connection) -> Result<()> {
     db.busy_timeout(BUSY)?;
-    // For as long as this process lives: what it knows by heart must not change under it.
+    // No other process may change the database while it is open, as row counts are kept in memory.
     db.pragma_update(None, "locking_mode", "exclusive")?;
     db.pragma_update_and_check(None, "journal_mode", "wal", |_| Ok(()))?;
-    // What is committed is on the disk.
+    // A commit returns only when its data is on the disk.
     db.pragma_update(None, "synchronous", "full")?;
     db.set_prepared_statement_cache_capacity(64);
-    // Takes the lock, or tells who has it.
+    // Takes the lock now, so that a second tracker fails at its start.
     db.execute_batch("begin immediate; commit")
 }
 
@@ -712,7 +720,7 @@ mod tests {
         books.report(&SideReport { transfer, peer_id, role, bytes, key: None, network }, 0).unwrap()
     }
 
-    /// One side's report, signed by key 1 for `a`, and by key 2 for everybody else.
+    /// Reports one side, signed by key 1 for `a` and by key 2 for everybody else.
     fn signed(
         books: &mut TrackerDatabase,
         transfer: u64,
@@ -743,7 +751,7 @@ mod tests {
     }
 
     #[test]
-    fn sums_end_at_the_greatest_number() {
+    fn reputation_sums_are_capped() {
         let mut books = books();
         let huge = (1u64 << 44).to_string();
         let most = i64::MAX.to_string();
@@ -765,11 +773,11 @@ mod tests {
     }
 
     #[test]
-    fn transfers_are_pruned_when_they_are_old_and_not_before() {
+    fn prune_transfers_deletes_only_expired_transfers() {
         let mut books = books();
         let mut begin =
             |days: f64| books.begin_transfers("a", "b", 3, days * DAY).unwrap().unwrap();
-        // More than one step looks at.
+        // More rows than one step examines.
         let begun: Vec<u64> = (0..1500).map(|_| begin(0.0)).collect();
         let young = begin(7.05);
         for first in &begun {
@@ -777,7 +785,7 @@ mod tests {
             report(&mut books, *first, Role::Receiver, 1);
         }
         let mut left = |now: f64| {
-            // Twice around, whatever was looked at before.
+            // Eight steps examine the whole table twice.
             for _ in 0..8 {
                 books.prune_transfers(now * DAY).unwrap();
             }
@@ -799,7 +807,7 @@ mod tests {
     }
 
     #[test]
-    fn ids_are_forgotten_when_there_are_many_those_of_one_day_first() {
+    fn prune_identities_near_limit_forgets_ids_of_one_day_first() {
         let mut books = books();
         for (id, day) in [("once", 10), ("here", 40), ("used", 10), ("old", 5), ("new", 50)] {
             assert_eq!(
@@ -839,8 +847,8 @@ mod tests {
         assert_eq!(books.counts.reputations, 1);
     }
 
-    /// 64 invented peers used to make themselves any reputation, and one asker with false reports
-    /// to ruin a peer's.
+    /// Invented peers must not gain reputation, and false reports of one peer must not ruin
+    /// another's.
     #[test]
     fn reputation_counts_signed_reports_of_different_networks_only() {
         let mut books = books();
@@ -879,7 +887,7 @@ mod tests {
         assert_eq!(transfer("unbound", 100, (1, 2)), (nothing, nothing));
         assert_eq!(transfer("b", 100, (1, 1)), (nothing, nothing));
         assert_eq!(transfer("b", 100, (1, 2)), ((1, 0), (1, 0)));
-        // False reports cost the reporter as much, and are one, however many they are.
+        // A false report costs the reporter as much, and only the first one of a day counts.
         for _ in 0..256 {
             assert_eq!(transfer("b", 1 << 44, (1, 2)), ((1, 1), (1, 1)));
         }
@@ -888,7 +896,7 @@ mod tests {
     }
 
     #[test]
-    fn who_is_here_is_known_after_a_restart_and_not_after_an_hour() {
+    fn present_after_long_downtime_is_empty() {
         let mut books = books();
         let at = |port| PeerAddress {
             addr: "example.org".into(),
@@ -924,7 +932,7 @@ mod tests {
     }
 
     #[test]
-    fn job_that_fails_takes_back_nothing_of_the_others() {
+    fn failed_job_undoes_only_its_own_changes() {
         let mut books = books();
         books.job(|books| books.bind("a", &[1; 32], 0).map(drop)).unwrap();
         let failed = books.job(|books| {
@@ -941,7 +949,7 @@ mod tests {
     }
 
     #[test]
-    fn there_is_room_for_so_many_and_what_was_there_goes_on() {
+    fn full_tables_refuse_new_rows_and_keep_old_ones() {
         let mut books = books();
         books.bind("a", &[1; 32], 0).unwrap();
         let id = books.begin_transfers("a", "b", 1, 0.0).unwrap().unwrap();
@@ -959,9 +967,9 @@ mod tests {
         assert_eq!(books.reputation("a").unwrap(), Reputation::default());
     }
 
-    /// A full disk, in the form of a database that may have no more pages.
+    /// A limit on the number of pages stands for a full disk.
     #[test]
-    fn a_full_disk_leaves_nothing_half_done_and_passes() {
+    fn full_disk_rolls_back_transaction_and_recovers() {
         let mut books = books();
         books.begin_transfers("a", "b", 1, 0.0).unwrap();
         books.commit().unwrap();

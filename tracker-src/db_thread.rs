@@ -1,6 +1,6 @@
-//! The thread that owns the database. What waits for it is done together, committed together, and
-//! only then answered, so that what was answered survives whatever happens next, and thousands of
-//! writes a second share a few hundred commits.
+//! The thread that owns the database. It runs all waiting jobs in one transaction, commits, and
+//! only then answers. So an answered change survives a crash, and thousands of changes a second
+//! share a few hundred commits.
 
 use crate::database::{
     BindOutcome, KnownIdentity, PersistedPeer, ReportOutcome, SideReport, TrackerDatabase,
@@ -16,28 +16,29 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant, SystemTime};
 use std::{fmt, io};
 
-/// Jobs that wait: one of each connection that there can be.
+/// Maximum number of waiting jobs: one for each possible connection. At the bound, callers that
+/// need an answer block, and other jobs are dropped.
 const QUEUE: usize = 1024;
-/// Jobs in one transaction.
+/// Maximum number of jobs in one transaction.
 const BATCH: usize = 512;
-/// Who asks the database waits so long.
+/// Maximum wait for an answer of the database. After it, the caller gets [`DatabaseUnavailable`].
 const PATIENCE: Duration = Duration::from_secs(10);
-/// Old rows are looked for this often, between jobs.
+/// Interval between pruning steps.
 const PRUNE: Duration = Duration::from_secs(1);
-/// And those that take a look at everything, this often.
+/// Interval between pruning steps that scan a whole table.
 const PRUNE_ALL: Duration = Duration::from_secs(3600);
-/// That the tracker runs is written this often, so that who is here is known after a restart.
+/// Interval at which the time is stored as that of the running tracker, which a restart reads.
 const ALIVE: Duration = Duration::from_secs(60);
-/// Filters that wait to be written, in bytes. Beyond, one is not: after a restart its node is asked
-/// for it.
+/// Maximum bytes of filters that wait to be written. At the bound, a filter is not stored, and the
+/// tracker requests it from its node after a restart.
 const MAX_WAITING_FILTERS: usize = 64 << 20;
-/// Free space of the disk below which the tracker is not well: room for its write-ahead log, and
-/// time for somebody to act.
+/// Free disk space in bytes below which [`DatabaseThread::probe`] fails. It leaves room for the
+/// write-ahead log, and time to act.
 const LEAST_FREE: u64 = 16 << 20;
-/// Whether the database can be written to is tried this often at most.
+/// Minimum interval between tests whether the database is writable.
 const PROBE: Duration = Duration::from_secs(5);
 
-/// The database cannot be used now; why.
+/// The database cannot be used now, for this reason.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DatabaseUnavailable(pub String);
 
@@ -49,20 +50,20 @@ impl fmt::Display for DatabaseUnavailable {
 
 impl std::error::Error for DatabaseUnavailable {}
 
-/// What the database does, in numbers.
+/// Counters of the database thread.
 #[derive(Default)]
 pub struct DatabaseStats {
-    /// Transactions committed.
+    /// Committed transactions.
     pub commits: AtomicU64,
-    /// Time that took, in microseconds.
+    /// Time of these transactions in microseconds.
     pub commit_micros: AtomicU64,
-    /// Transactions that failed.
+    /// Batches in which a job or the commit failed.
     pub failures: AtomicU64,
-    /// Rounds of the thread, by which a watchdog sees that it turns.
+    /// Rounds of the thread. The watchdog checks that the number grows.
     pub turns: AtomicU64,
 }
 
-/// Something to do with the database.
+/// A unit of work for the database thread.
 trait DatabaseJob: Send {
     fn run(&mut self, books: &mut TrackerDatabase) -> rusqlite::Result<()>;
     fn answer(self: Box<Self>, outcome: Result<(), DatabaseUnavailable>);
@@ -88,14 +89,14 @@ impl<T: Send, F: FnOnce(&mut TrackerDatabase) -> rusqlite::Result<T> + Send> Dat
         let JobRequest { value, reply, .. } = *self;
         let value =
             outcome.and_then(|()| value.ok_or_else(|| DatabaseUnavailable("not done".into())));
-        // Who asked may have gone.
+        // The caller may have given up.
         let _ = reply.try_send(value);
     }
 }
 
-/// The ledger's handle. Dropping it closes it.
+/// Handle of the database thread. Dropping it ends the thread and closes the database.
 pub struct DatabaseThread {
-    /// `None` once it is closed.
+    /// `None` once the handle is closed.
     jobs: RwLock<Option<Sender<Box<dyn DatabaseJob>>>>,
     thread: Mutex<Option<JoinHandle<()>>>,
     numbers: Arc<DatabaseStats>,
@@ -106,12 +107,12 @@ pub struct DatabaseThread {
 }
 
 impl DatabaseThread {
-    /// Opens the database, and gives who was here when it was closed. `on_change` is told every
-    /// reputation that a commit has changed, in order; `on_end` runs when the thread ends, for
-    /// whatever reason.
+    /// Opens the database and starts its thread. Returns the peers that were live when the tracker
+    /// stopped. `on_change` gets each changed reputation after its commit, in order. `on_end` runs
+    /// when the thread ends, even by a panic.
     ///
     /// # Errors
-    /// One line that says what is wrong.
+    /// Returns one line that says what is wrong.
     pub fn open(
         path: &Path,
         on_change: impl Fn(&str, Reputation) + Send + 'static,
@@ -143,51 +144,50 @@ impl DatabaseThread {
         ))
     }
 
-    /// The tracker's ID.
+    /// The tracker's random ID.
     pub fn tracker_id(&self) -> &str {
         &self.tracker_id
     }
 
-    /// What it does.
+    /// The counters of the thread.
     pub fn numbers(&self) -> &DatabaseStats {
         &self.numbers
     }
 
-    /// What is known of an ID.
+    /// Returns the key and reputation of an ID. Blocks for at most 10 s.
     ///
     /// # Errors
-    /// The database cannot be used, as for all that follow: then nothing was done, or, if it took
-    /// too long, perhaps.
+    /// The database cannot be used.
     pub fn meet(&self, id: &str) -> Result<KnownIdentity, DatabaseUnavailable> {
         let id = id.to_owned();
         self.ask(move |books| books.meet(&id))
     }
 
-    /// Binds an ID to a key.
+    /// Binds an ID to a key, unless it is bound to another. Blocks for at most 10 s. After an
+    /// error, the ID may be bound all the same.
     pub fn bind(&self, id: &str, key: [u8; 32]) -> Result<BindOutcome, DatabaseUnavailable> {
         let id = id.to_owned();
         self.ask(move |books| books.bind(&id, &key, today()))
     }
 
-    /// A bound ID was seen today. Not waited for, like the next three: it does not matter if it is
-    /// lost.
+    /// Records that a bound ID was seen today. Does not block; may be lost.
     pub fn seen(&self, id: &str) {
         let id = id.to_owned();
         self.tell(move |books| books.seen(&id, today()));
     }
 
-    /// A peer is here, or is elsewhere than before.
+    /// Records the address of a live peer. Does not block; may be lost.
     pub fn arrived(&self, id: &str, at: &PeerAddress) {
         let (id, at) = (id.to_owned(), at.clone());
         self.tell(move |books| books.arrived(&id, &at));
     }
 
-    /// These peers are gone.
+    /// Records that these peers are no longer live. Does not block; may be lost.
     pub fn gone(&self, ids: Vec<Arc<str>>) {
         self.tell(move |books| ids.iter().try_for_each(|id| books.gone(id)));
     }
 
-    /// A peer has another filter.
+    /// Records a peer's new filter. Does not block; may be lost.
     pub fn published(&self, id: &str, stamp: u64, filter: Vec<u8>) {
         let (id, len, waiting) = (id.to_owned(), filter.len(), self.waiting_filters.clone());
         let fits = waiting.fetch_add(len, Ordering::Relaxed) + len <= MAX_WAITING_FILTERS;
@@ -202,13 +202,14 @@ impl DatabaseThread {
         }
     }
 
-    /// What an ID did.
+    /// Returns the reputation of an ID. Blocks for at most 10 s.
     pub fn reputation(&self, id: &str) -> Result<Reputation, DatabaseUnavailable> {
         let id = id.to_owned();
         self.ask(move |books| books.reputation(&id))
     }
 
-    /// Begins transfers. `None` if there are too many.
+    /// Begins transfers, and returns the first one's ID; `None` if there are too many. Blocks for
+    /// at most 10 s. After an error, they may have begun all the same.
     pub fn begin_transfers(
         &self,
         sender: String,
@@ -218,12 +219,14 @@ impl DatabaseThread {
         self.ask(move |books| books.begin_transfers(&sender, &receiver, count, seconds()))
     }
 
-    /// One side's report.
+    /// Records one side's report of a transfer. Blocks for at most 10 s. After an error, the report
+    /// may be recorded all the same.
     pub fn report(&self, report: SideReport) -> Result<ReportOutcome, DatabaseUnavailable> {
         self.ask(move |books| books.report(&report, today()))
     }
 
-    /// Whether the database can be written to, as of the last few seconds.
+    /// Checks that the database can be written to. The result may be up to 5 s old. Blocks for 10 s
+    /// at most for each caller that is waiting.
     pub fn probe(&self) -> Result<(), DatabaseUnavailable> {
         let mut probed = self.probed.lock().unwrap_or_else(PoisonError::into_inner);
         match &*probed {
@@ -236,8 +239,8 @@ impl DatabaseThread {
         }
     }
 
-    /// Whether the disk has room for what is written next: what is overwritten in place succeeds on
-    /// a full disk.
+    /// Checks that the disk has free space. The write test does not show that, as overwriting a row
+    /// succeeds on a full disk.
     fn room(&self) -> Result<(), DatabaseUnavailable> {
         let Ok(disk) = rustix::fs::statvfs(&self.dir) else { return Ok(()) };
         let free = disk.f_bavail.saturating_mul(disk.f_frsize);
@@ -251,10 +254,10 @@ impl DatabaseThread {
         Ok(())
     }
 
-    /// Ends the thread, after what waits is done, and closes the database. Whoever asks afterwards
-    /// is told so.
+    /// Runs the waiting jobs, ends the thread and closes the database. Blocks until that is done.
+    /// Later calls fail.
     pub fn close(&self) {
-        // The thread ends when the last sender is gone.
+        // The thread ends when the last sender is dropped.
         *self.jobs.write().unwrap_or_else(PoisonError::into_inner) = None;
         let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(thread) = thread {
@@ -366,7 +369,7 @@ fn keep(
                 numbers
                     .commit_micros
                     .fetch_add(began.elapsed().as_micros() as u64, Ordering::Relaxed);
-                // Before the answers, so that who got one sees it.
+                // Before the answers, so that a client that has one sees the new reputation.
                 changed.iter().for_each(|(id, reputation)| on_change(id, *reputation));
             }
             Err(e) => outcomes = vec![Err(DatabaseUnavailable(e.to_string())); batch.len()],

@@ -1,4 +1,4 @@
-//! How often an address may ask: a token bucket for each kind of call. Takes the time; no I/O.
+//! Rate limits: a token bucket for each address and kind of call. The time is passed in; no I/O.
 
 use crate::address::household;
 use std::collections::HashMap;
@@ -6,32 +6,31 @@ use std::net::IpAddr;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// What is limited together.
+/// Calls that share a bucket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LimitKind {
-    /// `GET /lookup`, `/health` and whatever is refused for what it is. Nix asks for thousands of
-    /// paths at once, and a site behind one address has several machines.
+    /// `GET /lookup`, `GET /health`, and requests that match no route. Nix asks for thousands of
+    /// paths at once, and several machines may share an address.
     Lookup,
-    /// `POST` and `DELETE /announce`. A node announces once a minute: enough for a site of
-    /// hundreds, not for inventing peers.
+    /// `POST` and `DELETE /announce`, `POST /meet`. A node announces itself once a minute. The rate
+    /// fits a site of hundreds of nodes, and is too low for inventing peers.
     Announce,
-    /// `POST /transfer/init` and `/report`, `GET /reputation`: each is work for the database, and a
-    /// node fetches at most some dozens of paths a second.
+    /// `POST /transfer/init`, `POST /report` and `GET /reputation`, which the database has to
+    /// handle. A node downloads at most some dozens of paths a second.
     Transfer,
-    /// `PUT /filter`. A node sends one in 25 s at most, and most have nothing new.
+    /// `PUT /filter`. A node publishes at most one in 25 s, and most have nothing new.
     Filter,
-    /// `GET /reach`, which makes a connection and may wait for it. Somebody sets up a machine, and
-    /// tries.
+    /// `GET /reach`, which connects to the node and waits for it. Operators use it during setup.
     Reach,
-    /// Transfers begun, each of which is kept for two hours at least: the NARs of a large closure
-    /// for each machine of a site.
+    /// Transfers begun, each of which is stored for two hours or longer. The burst fits the NARs of
+    /// a large closure for each machine of a site.
     Stored,
-    /// `GET /peers` and `/metrics`, whose answers are long. Peers of the original list the peers
-    /// for every path that they look up.
+    /// `GET /peers` and `GET /metrics`, whose answers are long. Nodes of the original get the list
+    /// for every path.
     List,
 }
 
-/// Of each kind, in order: how many a second, and how many at once after a rest.
+/// For each [`LimitKind`] in order: calls a second, and burst.
 const RATES: [(f64, f64); 7] = [
     (1000.0, 10_000.0),
     (10.0, 200.0),
@@ -42,14 +41,14 @@ const RATES: [(f64, f64); 7] = [
     (200.0, 5_000.0),
 ];
 
-/// Addresses remembered, some 4 MiB. What comes beyond shares one allowance, until others are at
-/// rest.
+/// Maximum number of addresses with buckets of their own, about 4 MiB. At the bound, further
+/// addresses share one set of buckets until others are full again and are dropped.
 const MAX_ADDRESSES: usize = 65_536;
 
-/// When the table is full, those at rest are looked for this often.
+/// Minimum interval between scans for full buckets when the table is full.
 const SWEEP: Duration = Duration::from_secs(1);
 
-/// The key of all addresses that have no entry; no address has it, for it is `::`'s.
+/// Key of the shared buckets. It is that of `::`, which is no source address.
 const THE_REST: u128 = 0;
 
 #[derive(Clone, Copy)]
@@ -81,7 +80,7 @@ struct LimitsState {
     swept: Option<Instant>,
 }
 
-/// What every address has left.
+/// The token buckets of all addresses.
 pub struct RateLimits(Mutex<LimitsState>);
 
 impl Default for RateLimits {
@@ -91,10 +90,10 @@ impl Default for RateLimits {
 }
 
 impl RateLimits {
-    /// Takes one call from what the address has left.
+    /// Takes one token of the address.
     ///
     /// # Errors
-    /// It has nothing left. So long it takes until it has.
+    /// No token is left. Returns the time until there is one.
     pub fn take(&self, ip: IpAddr, kind: LimitKind, now: Instant) -> Result<(), Duration> {
         let mut inner = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let mut key = household(ip);
@@ -121,8 +120,7 @@ impl RateLimits {
         Err(Duration::from_secs_f64((1.0 - *left) / RATES[kind as usize].0))
     }
 
-    /// Takes more, for a call that turned out to be so many. The address may then have less than
-    /// nothing left.
+    /// Takes `more` tokens for a call that is worth several. The bucket may go negative.
     pub fn charge(&self, ip: IpAddr, kind: LimitKind, more: u32, now: Instant) {
         let mut inner = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let key = if inner.buckets.contains_key(&household(ip)) { household(ip) } else { THE_REST };
@@ -139,10 +137,9 @@ mod tests {
         IpAddr::from([10, (n >> 16) as u8, (n >> 8) as u8, n as u8])
     }
 
-    /// 256 transfers used to cost what one does: one address could use up all that a tracker can
-    /// hold.
+    /// One request may begin 256 transfers, so its cost must be theirs.
     #[test]
-    fn a_call_that_is_many_costs_as_many() {
+    fn charge_takes_further_tokens() {
         let (limits, start) = (RateLimits::default(), Instant::now());
         let begun = (0..1000).take_while(|_| {
             let may = limits.take(ip(1), LimitKind::Transfer, start).is_ok();
@@ -157,7 +154,7 @@ mod tests {
     }
 
     #[test]
-    fn a_burst_then_a_rate_for_each_kind_and_address() {
+    fn take_beyond_burst_is_limited_by_kind_and_address() {
         let (limits, start) = (RateLimits::default(), Instant::now());
         let burst = (0..1000)
             .take_while(|_| limits.take(ip(1), LimitKind::Announce, start).is_ok())
@@ -179,16 +176,16 @@ mod tests {
     }
 
     #[test]
-    fn the_table_of_addresses_is_bounded() {
+    fn take_beyond_address_limit_shares_one_bucket() {
         let (limits, start) = (RateLimits::default(), Instant::now());
         for n in 0..MAX_ADDRESSES + 1000 {
             let _ = limits.take(ip(n), LimitKind::Announce, start);
         }
         assert_eq!(limits.0.lock().unwrap().buckets.len(), MAX_ADDRESSES + 1);
-        // Those that come beyond have one allowance between them.
+        // Addresses beyond the bound share one bucket.
         assert!(limits.take(ip(200_000), LimitKind::Announce, start).is_err());
         assert_eq!(limits.take(ip(5), LimitKind::Announce, start), Ok(()));
-        // Until the others have rested.
+        // Full buckets are dropped, which makes room.
         let later = start + Duration::from_secs(30);
         assert_eq!(limits.take(ip(200_000), LimitKind::Announce, later), Ok(()));
         assert!(limits.0.lock().unwrap().buckets.len() < 10);

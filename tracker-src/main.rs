@@ -1,16 +1,17 @@
-//! `peerix-tracker`: where peers on different networks find one another. Read the command line,
-//! log, run.
+//! `peerix-tracker`: tells nodes on different networks of one another. This file parses the command
+//! line, starts the log and runs the tracker.
 //!
 //! ```text
-//! node ──HTTP──> api ─┬─> limits   how often may this address ask?
-//!                     ├─> table ──> slices   who is here, and who may have a path: in memory
-//!                     ├─> reach    is the one who asks reached from here?
-//!                     └─> ledger ─> books    whose is an ID, who transferred what: in SQLite
+//! node ──HTTP──> api ─┬─> limits         rate limits of each address
+//!                     ├─> table ───────> bloom_index   live peers and their filters, in memory
+//!                     ├─> meeting        addresses of friends, in memory
+//!                     ├─> reachability   connections to announced addresses
+//!                     └─> db_thread ───> database      bound IDs, reputations, in SQLite
 //! ```
 //!
-//! What always holds: what was answered with 200 and has to last survives `kill -9`; nothing is
-//! stored for a request that is refused; a wrong signature changes nothing; everything that a
-//! stranger can fill has a bound.
+//! Invariants: a change that was answered with 200 and has to last survives `kill -9`; a refused
+//! request stores nothing; a wrong signature changes nothing; all tables that strangers can fill
+//! are bounded.
 #![forbid(unsafe_code)]
 #![warn(missing_docs)]
 
@@ -31,7 +32,7 @@ use cli::TrackerCommand;
 use peerix::service;
 use std::process::ExitCode;
 
-/// A wrong command line.
+/// Exit status for a wrong command line.
 const EXIT_USAGE: u8 = 2;
 
 fn main() -> ExitCode {

@@ -1,6 +1,6 @@
-//! Where friends meet: under a tag that only those know who know both their keys, a node leaves
-//! where it is, and finds where the other was last. Nothing of it lasts: nodes come again within a
-//! minute.
+//! Addresses of friends (`POST /meet`). A node stores its address under a tag that only nodes with
+//! both friends' keys can compute, and gets the addresses that others stored there. All of it is in
+//! memory only, as nodes repeat the request within a minute.
 
 use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
@@ -8,66 +8,68 @@ use std::net::IpAddr;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// Tags that one node may name: one for each of 16 friends.
+/// Maximum number of tags in one request, one for each of 16 friends. More are refused.
 pub const MAX_TAGS_OF_ONE: usize = 16;
-/// Hexadecimal digits of a tag.
+/// Length of a tag in hexadecimal digits.
 const TAG_LEN: usize = 64;
-/// Places under one tag. Two friends have two; a forger may add others, and takes the place of the
-/// oldest.
+/// Maximum number of addresses under one tag. Two friends need two. At the bound, a new one
+/// replaces the oldest, which may be a forged one.
 const MAX_PLACES: usize = 4;
-/// Tags in all, some 300 bytes each with two places. Beyond, new ones are refused until old ones
-/// are forgotten.
+/// Maximum number of tags, of about 300 bytes each with two addresses. At the bound, new tags are
+/// refused until others expire.
 const MAX_TAGS: usize = 16_384;
-/// A place is forgotten after this: two intervals at which nodes come again.
+/// Lifetime of an address: two intervals at which nodes repeat the request.
 const FORGOTTEN_AFTER: Duration = Duration::from_secs(120);
-/// Longest host name that a node may give for itself, in bytes.
+/// Maximum length in bytes of an address or host name in a request. Longer ones are refused.
 const MAX_ADDR: usize = 253;
 
-/// What a node asks.
+/// Body of `POST /meet`.
 #[derive(Deserialize)]
 pub struct MeetBody {
-    /// The TCP port at which it is reached; without one it only asks.
+    /// TCP port of the node. Without it, the request only reads.
     pub port: Option<u16>,
-    /// The host, if it is not where the request comes from.
+    /// Address or host name of the node, if it is not the request's source address.
     pub addr: Option<String>,
-    /// Under which it is to be found, and looks for others.
+    /// Tags under which the address is stored, and others are returned. At most
+    /// [`MAX_TAGS_OF_ONE`].
     pub tags: Vec<String>,
 }
 
-/// A place where a node is.
+/// Address and TCP port of a node.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct MeetingPlace {
     addr: String,
     port: u16,
 }
 
-/// What it is told.
+/// Answer to `POST /meet`.
 #[derive(Serialize)]
 pub struct MeetReply {
-    /// Where the request came from.
+    /// Source address of the request.
     addr: IpAddr,
-    /// The other places under each tag, in the order of the tags, the latest first.
+    /// For each tag in the request's order: the addresses of others, the latest first.
     places: Vec<Vec<MeetingPlace>>,
 }
 
 /// Why a request is refused.
 #[derive(Debug, PartialEq, Eq)]
 pub enum MeetingRefusal {
-    /// It is malformed: what is.
+    /// A field is malformed, for this reason.
     Malformed(&'static str),
-    /// There is no room for more tags.
+    /// There are [`MAX_TAGS`] tags already.
     Full,
 }
 
-/// Where nodes are, by tag, and since when that is known.
+/// Addresses by tag, each with the time when it was stored; the latest comes last.
 type PlacesByTag = HashMap<[u8; TAG_LEN], Vec<(MeetingPlace, Instant)>>;
 
-/// The places, by tag.
+/// All stored addresses.
 #[derive(Default)]
 pub struct Meetings(Mutex<PlacesByTag>);
 
 impl Meetings {
-    /// Leaves a node's place under its tags, and tells it the others.
+    /// Stores a node's address under its tags, and returns the addresses of others. After
+    /// [`MeetingRefusal::Full`], it may be stored under some of the tags.
     pub fn meet(
         &self,
         ask: &MeetBody,
@@ -127,7 +129,7 @@ fn others(
     places.filter(is_other).map(|(place, _)| place.clone()).collect()
 }
 
-/// The latest comes last.
+/// Stores `own` as the latest address, and drops expired ones.
 fn leave(places: &mut Vec<(MeetingPlace, Instant)>, own: &MeetingPlace, now: Instant) {
     places.retain(|(place, at)| place != own && now.duration_since(*at) < FORGOTTEN_AFTER);
     if places.len() >= MAX_PLACES {
@@ -153,7 +155,7 @@ mod tests {
     }
 
     #[test]
-    fn friends_find_one_another_and_nobody_else_does() {
+    fn meet_returns_unexpired_addresses_under_same_tag_only() {
         let (meetings, now) = (Meetings::default(), Instant::now());
         let both = [tag(1), tag(2)];
         assert_eq!(
@@ -166,7 +168,7 @@ mod tests {
             [vec![MeetingPlace { addr: "203.0.113.1".into(), port: 1 }], vec![]]
         );
         assert_eq!(met.addr, ip(2));
-        // Who only asks leaves nothing.
+        // A request without a port stores nothing.
         assert_eq!(meetings.meet(&ask(None, &[tag(3)]), ip(3), now).unwrap().places[0].len(), 1);
         assert_eq!(meetings.meet(&ask(Some(1), &both), ip(1), now).unwrap().places[1].len(), 1);
         let later = now + FORGOTTEN_AFTER;
@@ -177,7 +179,7 @@ mod tests {
     }
 
     #[test]
-    fn numbers_are_bounded() {
+    fn meet_beyond_limits_drops_oldest_address_and_refuses_tags() {
         let (meetings, now) = (Meetings::default(), Instant::now());
         (0..10).for_each(|n| drop(meetings.meet(&ask(Some(9), &[tag(0)]), ip(n), now).unwrap()));
         assert_eq!(
@@ -193,7 +195,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_malformed_is_refused() {
+    fn malformed_request_is_refused() {
         let (meetings, now) = (Meetings::default(), Instant::now());
         let refused = |ask: &MeetBody| {
             matches!(meetings.meet(ask, ip(1), now), Err(MeetingRefusal::Malformed(_)))

@@ -1,11 +1,11 @@
-//! What happened, in numbers, as Prometheus reads them (its text format, version 0.0.4).
+//! Counters of the tracker, and their page in the text format of Prometheus, version 0.0.4.
 
 use crate::db_thread::DatabaseStats;
 use crate::table::TableCounts;
 use std::fmt::Write;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// The calls that are counted.
+/// Calls that are counted separately.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum CountedCall {
     /// `POST /announce`.
@@ -32,11 +32,11 @@ pub enum CountedCall {
     Metrics,
     /// `GET /reach`.
     Reach,
-    /// Whatever is none of these.
+    /// Any other request.
     Other,
 }
 
-/// The names of [`CountedCall`]s, in order.
+/// Label of each [`CountedCall`], in order.
 const CALLS: [&str; 13] = [
     "announce",
     "leave",
@@ -53,10 +53,10 @@ const CALLS: [&str; 13] = [
     "other",
 ];
 
-/// First digits of statuses.
+/// Labels of status classes.
 const CLASSES: [&str; 3] = ["2xx", "4xx", "5xx"];
 
-/// The counters.
+/// The counters. All start at 0.
 #[derive(Default)]
 pub struct TrackerMetrics {
     requests: [[AtomicU64; CLASSES.len()]; CALLS.len()],
@@ -68,7 +68,7 @@ pub struct TrackerMetrics {
 }
 
 impl TrackerMetrics {
-    /// A request was answered.
+    /// Counts an answered request.
     pub fn answered(&self, call: CountedCall, status: u16) {
         let class = match status {
             ..400 => 0,
@@ -78,27 +78,27 @@ impl TrackerMetrics {
         add(&self.requests[call as usize][class], 1);
     }
 
-    /// A request was one too many of its address.
+    /// Counts a request that was refused by its address's rate limit.
     pub fn limited(&self) {
         add(&self.limited, 1);
     }
 
-    /// A lookup named so many candidates.
+    /// Counts the candidates of a lookup.
     pub fn found(&self, candidates: usize) {
         add(&self.candidates, candidates as u64);
     }
 
-    /// So many transfers began.
+    /// Counts transfers that began.
     pub fn begun(&self, count: u32) {
         add(&self.transfers, count.into());
     }
 
-    /// Both sides of a transfer have reported.
+    /// Counts a transfer of which both sides have reported.
     pub fn resolved(&self, consistent: bool) {
         add(if consistent { &self.agreed } else { &self.disagreed }, 1);
     }
 
-    /// The page of `GET /metrics`.
+    /// Returns the page of `GET /metrics`.
     pub fn page(&self, counts: TableCounts, ledger: &DatabaseStats) -> String {
         let mut page = MetricsPage(String::new());
         page.one("peers", "gauge", "Peers that are here.", counts.peers as f64);
@@ -186,7 +186,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_row_has_a_head_and_a_number() {
+    fn page_has_type_line_and_number_for_each_row() {
         let metrics = TrackerMetrics::default();
         metrics.answered(CountedCall::Other, 404);
         metrics.answered(CountedCall::Announce, 200);

@@ -1,10 +1,10 @@
-//! Whether a node can be reached where it says that it is, which it cannot see for itself from
-//! behind its router.
+//! Tests whether a node accepts connections at its announced address. A node behind a router cannot
+//! test that itself.
 //!
-//! `GET /reach` connects to no address but the asker's. Announced addresses are tried by threads of
-//! their own, no faster than [`peerix::connect_rate`] allows: anybody can announce any address. No more is
-//! told of what answers there than whether it is a peerix. That nothing listens, that nothing
-//! answers, and that it is another program, is one answer.
+//! `GET /reach` only connects to the client's own address. Threads test announced addresses, at
+//! most at the rates of [`peerix::connect_rate`], as anyone can announce any address. The result
+//! only tells whether a peerix answers: a closed port, no answer, and another program give the same
+//! result.
 
 use crate::table::TrackerTable;
 use crossbeam_channel::{Receiver, Sender, bounded};
@@ -17,34 +17,35 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// Threads that try announced addresses. Each try takes 2 s at most, and a name server's time.
+/// Number of threads that test announced addresses. A test takes at most 2 s for the rate limit, 2
+/// s for the connection, and the time of name resolution.
 const THREADS: usize = 8;
 
-/// Announced addresses that wait to be tried. Beyond, a peer is tried after its next announce that
-/// is due.
+/// Maximum number of addresses that wait for a test. At the bound, a peer is tested after a later
+/// announce.
 const MAX_WAITING: usize = 4096;
 
-/// An address that may not be tried yet is tried after this: one of another peer's was a moment
-/// ago.
+/// Pause before another attempt, if the rate limit does not allow the connection yet.
 const PACE_PAUSE: Duration = Duration::from_millis(100);
-/// And so often: whoever announces the ports of one address keeps a thread from the others for 2 s.
+/// Maximum number of such attempts. At the bound, the address is not tested: peers with many ports
+/// of one address would otherwise block the threads.
 const PACE_TRIES: u32 = 20;
 
-/// An announced address.
+/// An announced address that is to be tested.
 pub struct AnnouncedAddress {
     /// The peer's ID.
     pub id: String,
-    /// Address or host name.
+    /// Address or host name of its HTTP server.
     pub addr: String,
-    /// TCP.
+    /// TCP port of its HTTP server.
     pub port: u16,
 }
 
-/// Starts the threads, which tell the table what they find until the sender that is returned is
-/// dropped. `on_end` runs when one ends, for whatever reason.
+/// Starts the threads, which write their results into `table`. They end when the returned sender is
+/// dropped. `on_end` runs when a thread ends, even by a panic.
 ///
 /// # Errors
-/// No thread to be had.
+/// A thread cannot be started.
 pub fn start(
     table: &Arc<TrackerTable>,
     on_end: impl Fn() + Clone + Send + 'static,
@@ -85,7 +86,7 @@ fn try_announced(
             }
             may
         }) {
-            // Not known, which ranks behind those that are reached.
+            // The result stays unknown, which ranks behind peers that are reachable.
             continue;
         }
         let reached = ask(at);
@@ -96,24 +97,24 @@ fn try_announced(
     }
 }
 
-/// A peer that takes longer to accept and answer is none that a lookup, which takes 2 s in all,
-/// would find.
+/// Maximum time for connection and answer. A lookup takes at most 2 s in all, so it could not use a
+/// slower peer.
 const TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Its answer has 300 bytes.
+/// Maximum bytes of the answer that are read. A peerix sends about 300.
 const MAX_ANSWER: usize = 2048;
 
-/// Asks for `/nix-cache-info`, which every peerix tells everybody.
+/// Requests `/nix-cache-info`, which every peerix serves to everyone. Blocks for at most 2 s.
 ///
 /// # Errors
-/// No connection, no answer in time, or another program's.
+/// No connection, no answer in time, or an answer of another program.
 pub fn ask(node: SocketAddr) -> io::Result<()> {
     let until = Instant::now() + TIMEOUT;
     let mut stream = TcpStream::connect_timeout(&node, TIMEOUT)?;
     stream.set_write_timeout(Some(TIMEOUT))?;
     stream.write_all(b"GET /nix-cache-info HTTP/1.1\r\nHost: peer\r\nConnection: close\r\n\r\n")?;
     let (mut answer, mut length) = ([0; MAX_ANSWER], 0);
-    // Whoever keeps the connection open has said it by then.
+    // Does not wait for the end of the connection, which a server may keep open.
     while !answer[..length].windows(9).any(|window| window == b"StoreDir:") {
         let left = until.saturating_duration_since(Instant::now());
         if left.is_zero() {
@@ -121,7 +122,7 @@ pub fn ask(node: SocketAddr) -> io::Result<()> {
         }
         stream.set_read_timeout(Some(left))?;
         match stream.read(&mut answer[length..])? {
-            // Its end, or more than a peerix says.
+            // The answer has ended, or is longer than that of a peerix.
             0 => return Err(io::Error::other("what answers there is no peerix")),
             read => length += read,
         }

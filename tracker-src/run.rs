@@ -1,4 +1,4 @@
-//! Who owns which thread, how the tracker starts, and how it stops.
+//! Starts the tracker's threads, waits for a signal, and stops them in order.
 
 use crate::api::{self, Api};
 use crate::cli::Options;
@@ -15,24 +15,24 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-/// How often expired peers are forgotten; they are not told of from the moment they expire.
+/// Interval at which expired peers are removed. Answers omit them as soon as they expire.
 const SWEEP: Duration = Duration::from_secs(5);
 
-/// Descriptors for every connection, and a few.
+/// Requested limit of file descriptors: one for each connection, and some others.
 const DESCRIPTORS: u64 = 2048;
 
 /// Why the main thread wakes up.
 enum TrackerWakeup {
-    /// SIGTERM or SIGINT.
+    /// SIGTERM or SIGINT arrived.
     Signal,
-    /// A thread that should run until the end has ended.
+    /// A thread ended that should run until the tracker stops.
     Ended(&'static str),
 }
 
-/// Runs until SIGTERM or SIGINT.
+/// Runs the tracker. Blocks until SIGTERM or SIGINT.
 ///
 /// # Errors
-/// What kept it from starting, or which thread died: one line, with what to do.
+/// Returns one line: why it cannot start, or which thread has ended.
 pub fn run(options: &Options) -> Result<(), String> {
     service::allow_descriptors(DESCRIPTORS);
     let (listeners, port) = sockets::open_tcp(&options.hosts, options.port, "--host")?;
@@ -62,8 +62,8 @@ pub fn run(options: &Options) -> Result<(), String> {
     let result = wait(&woken, &table, &ledger);
     notify(&[NotifyState::Stopping]);
     log::info!("stopping");
-    // First the answers under way end, then the database they wait for. The server's threads may
-    // hold on to it for a while.
+    // Requests under way need the database, so the server ends first. Its threads may keep a
+    // reference to `ledger`, so it is closed explicitly.
     drop(server);
     ledger.close();
     drop(signals);
@@ -74,15 +74,15 @@ fn in_front<E: Display>(what: &str) -> impl Fn(E) -> String {
     move |e| format!("{what}: {e}")
 }
 
-/// Waits for the end, forgets peers meanwhile, and tells systemd's watchdog that the ledger still
-/// turns.
+/// Blocks until the tracker has to stop. Removes expired peers meanwhile, and notifies systemd's
+/// watchdog while the database thread makes progress.
 fn wait(
     woken: &Receiver<TrackerWakeup>,
     table: &TrackerTable,
     ledger: &DatabaseThread,
 ) -> Result<(), String> {
     let watchdog = sd_notify::watchdog_enabled();
-    // The ledger turns once a second at least.
+    // The database thread makes at least one round a second.
     let look = watchdog.map_or(SWEEP, |limit| (limit / 3).min(SWEEP));
     let mut turns = ledger.numbers().turns.load(Ordering::Relaxed);
     let mut swept = Instant::now();

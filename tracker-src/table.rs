@@ -1,5 +1,5 @@
-//! Who is here: live peers, where they are, what they say they have, and when they last said
-//! something. No I/O; the time is passed in.
+//! The live peers: their addresses, filters, reputations, and the times of their last signed
+//! requests. All in memory. No I/O; the time is passed in.
 
 use crate::address;
 use crate::bloom_index::{BloomIndex, FilterPlace};
@@ -13,64 +13,68 @@ use std::net::IpAddr;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::{Duration, Instant};
 
-/// A peer is here for so long after an announce, as in the original. Peers announce each 60 s.
+/// Lifetime of an announce, as in the original. Peers announce themselves every 60 s.
 pub const PEER_TTL: Timeout = Timeout::from_secs(120);
 
-/// Peers at once, some 150 MB without their filters.
+/// Maximum number of peers, about 150 MB without their filters. At the bound, new peers are
+/// refused.
 pub const MAX_PEERS: usize = 262_144;
 
-/// Bound IDs whose last statement could still be replayed, whether they are here or not.
+/// Maximum number of bound IDs in memory: live ones, and those whose last signed request could
+/// still be replayed. At the bound, signed requests of further IDs are refused.
 const MAX_KNOWN: usize = 2 * MAX_PEERS;
 
-/// A statement's time may differ from this machine's clock by so much, in milliseconds. Machines
-/// without a time service drift by less in a month, and the tracker tells the others what time it
-/// is.
+/// Maximum difference in milliseconds between a signed request's time and the tracker's clock.
+/// Machines without a time service drift by less in a month, and refusals contain the tracker's
+/// time. Requests beyond the bound are refused.
 pub const CLOCK_SKEW_MS: u64 = 5 * 60 * 1000;
 
-/// Whether a peer is still reached is tried again after this: 100,000 peers are tried 28 times a
-/// second. One that moves is tried at once.
+/// Interval between reachability tests of a peer that was reached: 28 tests a second for 100,000
+/// peers. A changed address is tested at once.
 const REACH_INTERVAL: Interval = Interval::from_secs(3600);
-/// Whether a peer that is not reached, or was not tried for want of time, is reached by now is
-/// tried after this.
+/// Interval between reachability tests of a peer that was not reached, or whose test was skipped.
 const REACH_RETRY: Interval = Interval::from_secs(600);
 
-/// Peers without a filter that a lookup looks at for one of a network that it has not named yet.
+/// Maximum number of peers without a filter that a lookup examines for networks that it does not
+/// list yet.
 const LOOKED_AT: usize = 256;
 
-/// The ledger is told so often that an ID is in use, in milliseconds.
+/// Milliseconds of a day. The database is told once a day that an ID is in use.
 const DAY_MS: u64 = 24 * 3600 * 1000;
 
-/// A peer's filters are so far apart at least. Nodes wait 30 s; on the way that can become less.
+/// Minimum interval between two filters of a peer; earlier ones are refused. Nodes wait 30 s, which
+/// the network's delays may shorten.
 pub const FILTER_INTERVAL: Interval = Interval::from_secs(25);
 
-/// Of the peers without a filter that a lookup names, so many are the best ones; the others take
-/// turns, or a newcomer without reputation would never be asked.
+/// Number of best peers among those without a filter in an answer. The other places rotate, so that
+/// new peers without reputation are asked, too.
 const BEST_OTHERS: usize = MAX_OTHERS / 2;
 
-/// The time, by the two clocks that matter.
+/// The current time on two clocks.
 #[derive(Debug, Clone, Copy)]
 pub struct TrackerTime {
-    /// For what lasts so long.
+    /// Monotonic clock, for intervals.
     pub at: Instant,
-    /// Milliseconds since 1970, for what nodes say.
+    /// System clock in milliseconds since 1970, for the times of signed requests.
     pub ms: u64,
 }
 
-/// What a peer did so far.
+/// Totals of a peer's resolved transfers.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Reputation {
     /// Bytes sent.
     pub shared: u64,
     /// Bytes received.
     pub received: u64,
-    /// Transfers on which both sides agreed.
+    /// Transfers on which both sides' reports agree.
     pub successful: u64,
-    /// Transfers on which they did not.
+    /// Transfers on which they do not agree.
     pub failed: u64,
 }
 
 impl Reputation {
-    /// ok / (ok + failed + 1) · ln(bytes shared + 1), as in the original.
+    /// The score: ok / (ok + failed + 1) · ln(bytes shared + 1), as in the original. 0 without
+    /// transfers.
     pub fn score(&self) -> f64 {
         let (ok, failed) = (self.successful as f64, self.failed as f64);
         if ok + failed == 0.0 {
@@ -79,96 +83,97 @@ impl Reputation {
         ok / (ok + failed + 1.0) * (self.shared as f64 + 1.0).ln()
     }
 
-    /// The same with four digits.
+    /// The score rounded to four decimal places.
     pub fn rounded_score(&self) -> f64 {
         format!("{:.4}", self.score()).parse().unwrap_or_default()
     }
 }
 
-/// Who makes a statement, and when; the signature is checked elsewhere.
+/// Key and time of a signed request. The caller checks the signature.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Claim {
-    /// The public key.
+    /// The ed25519 public key.
     pub key: [u8; 32],
-    /// Milliseconds since 1970.
+    /// Time of the request according to the node, in milliseconds since 1970.
     pub stamp: u64,
 }
 
-/// Why a statement is refused.
+/// Why a request is refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ClaimRefusal {
-    /// The ID is bound to a key, and nobody signed.
+    /// The ID is bound to a key, and the request is not signed.
     Bound,
     /// The ID is bound to another key.
     OtherKey,
-    /// Not the time that it should be, and why.
+    /// The request's time is out of range, for this reason.
     Time(&'static str),
-    /// The peer is not here, or has no key.
+    /// The peer is not live, or has no key.
     NotHere,
-    /// It was announced from another address, and nobody signed.
+    /// The request is not signed, and came from another address than the announce.
     OtherAddress,
-    /// Too soon after the last one; so long it has to wait.
+    /// Too soon after the last filter; the time left to wait.
     TooSoon(Duration),
-    /// There is no room for more.
+    /// A table or the filter memory is full.
     Full,
 }
 
-/// Where a peer is.
+/// The announced address of a peer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PeerAddress {
     /// Address or host name.
     pub addr: String,
-    /// TCP and UDP.
+    /// Port for HTTP (TCP) and queries (UDP).
     pub port: u16,
-    /// The address that announced it.
+    /// Source address of the announce.
     pub from: IpAddr,
 }
 
 /// A row of `GET /peers`.
 #[derive(Debug, Clone)]
 pub struct PeerRow {
-    /// Its ID.
+    /// Its peer ID.
     pub peer_id: Arc<str>,
-    /// Where it is.
+    /// Its announced address.
     pub whereabouts: PeerAddress,
-    /// Milliseconds since 1970.
+    /// Time of its last announce, in milliseconds since 1970.
     pub last_seen_ms: u64,
-    /// What it did.
+    /// Its reputation.
     pub reputation: Reputation,
 }
 
-/// What came of an announce.
+/// Result of [`TrackerTable::announce`].
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct AnnounceOutcome {
-    /// The time of the filter that the peer has here.
+    /// Timestamp of the peer's filter in the table, in milliseconds since 1970.
     pub filter: Option<u64>,
-    /// Whether it is the ID's first announce today; not told of new IDs.
+    /// Whether this is the bound ID's first announce today. False for IDs that the table did not
+    /// know.
     pub first_today: bool,
-    /// Whether it is somewhere else than before, or was not here.
+    /// Whether the address has changed, or the peer is new.
     pub has_moved: bool,
-    /// Whether it is reached at the announced address, once that was tried.
+    /// Result of the last reachability test; `None` if there was none.
     pub reachable: Option<bool>,
-    /// Whether that should be tried now.
+    /// Whether the address is to be tested now.
     pub to_be_reached: bool,
-    /// Where another machine with the same identity is, if both announce themselves in turns.
+    /// Address of another machine that announces itself with the same identity.
     pub also_at: Option<IpAddr>,
 }
 
-/// How many there are.
+/// Sizes of the table.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct TableCounts {
-    /// Peers that are here.
+    /// Peers in the table.
     pub peers: usize,
-    /// Those with a filter.
+    /// Peers with a filter.
     pub with_filter: usize,
-    /// Memory of filters.
+    /// Memory of the filters in bytes.
     pub filter_bytes: usize,
 }
 
 struct PublishedFilter {
     place: FilterPlace,
     stamp: u64,
-    /// When it came; `None` if that was before the tracker's start.
+    /// When the filter was published; `None` if that was before the tracker's start.
     at: Option<Instant>,
 }
 
@@ -178,14 +183,14 @@ struct PeerEntry {
     last_seen_ms: u64,
     expires: Instant,
     reputation: Reputation,
-    /// Later ones have greater numbers.
+    /// Sequence number; newer peers have greater ones.
     number: u64,
     published: Option<PublishedFilter>,
     reachable: Option<bool>,
     reach_tried: Option<Instant>,
-    /// Which start of the node announced it last.
+    /// Random number of the node's start, from its last announce.
     instance: Option<u64>,
-    /// Which one did before, from where, and when it was followed by the present one.
+    /// The instance before that one, its address, and when the present one replaced it.
     before: Option<(u64, IpAddr, Instant)>,
 }
 
@@ -206,13 +211,13 @@ impl PeerEntry {
         }
     }
 
-    /// The best first, then those who came first.
+    /// Sort key: reachable peers first, then the best score, then the oldest peer.
     fn rank(&self, slot: u32) -> CandidateRank {
-        // Numbers that are not negative are ordered as their bits are.
+        // Non-negative floats sort like their bits.
         (self.class(), !self.reputation.score().to_bits(), self.number, slot)
     }
 
-    /// Those that are reached, before those of whom it is not known, before those that are not.
+    /// Reachable peers sort before untested ones, and those before unreachable ones.
     fn class(&self) -> u8 {
         match self.reachable {
             Some(true) => 0,
@@ -221,14 +226,15 @@ impl PeerEntry {
         }
     }
 
-    /// Whose address space it is in: that of the address that peers are told, or of the announce if
-    /// that is a name.
+    /// The network of the announced IP address, or of the announce's source if a host name was
+    /// announced.
     fn network(&self) -> u128 {
         address::network(self.whereabouts.addr.parse().unwrap_or(self.whereabouts.from))
     }
 
-    /// Notes which start of the node speaks. Gives the address of another machine if one with the
-    /// same identity has spoken between two announces of this one: a restart does not come back.
+    /// Records the instance of an announce. Returns the address of another machine with the same
+    /// identity if its announces alternate with this one's. After a restart, the old instance does
+    /// not come back.
     fn hear(&mut self, instance: Option<u64>, now: Instant) -> Option<IpAddr> {
         let instance = instance?;
         let last = self.instance.replace(instance).filter(|last| *last != instance)?;
@@ -251,13 +257,13 @@ impl PeerEntry {
 
 type CandidateRank = (u8, u64, u64, u32);
 
-/// A bound ID.
+/// A bound ID, known from a signed request.
 #[derive(Debug, Clone, Copy)]
 struct BoundIdentity {
     key: [u8; 32],
-    /// The time of its last statement.
+    /// Time of its last signed request, in milliseconds since 1970.
     stamp: u64,
-    /// The day on which the ledger was told last that it is in use, counted from 1970.
+    /// The last day, counted from 1970, on which the database was told that the ID is in use.
     day: u64,
 }
 
@@ -267,11 +273,11 @@ struct Peers {
     free: Vec<u32>,
     by_id: HashMap<Arc<str>, u32>,
     known: HashMap<Arc<str>, BoundIdentity>,
-    /// Everybody.
+    /// All peers, best first.
     ranked: BTreeSet<CandidateRank>,
-    /// Those without a filter.
+    /// Peers without a filter, best first.
     others: BTreeSet<CandidateRank>,
-    /// The same, by number: the order of turns.
+    /// Peers without a filter by sequence number, the order in which they take turns.
     turns: BTreeMap<u64, u32>,
     with_filter: usize,
     next_number: u64,
@@ -287,7 +293,7 @@ impl Peers {
         self.slots.get(slot as usize)?.as_ref().filter(|peer| peer.expires > now)
     }
 
-    /// Changes a peer, and its place in the order with it.
+    /// Changes a peer, and updates the sorted sets and counts.
     fn change(&mut self, slot: u32, change: impl FnOnce(&mut PeerEntry)) {
         let Some(Some(peer)) = self.slots.get_mut(slot as usize) else { return };
         let (old, had_filter) = (peer.rank(slot), peer.published.is_some());
@@ -336,16 +342,17 @@ impl Peers {
     }
 }
 
-/// The live peers.
+/// The table of live peers. Shared by all threads.
 pub struct TrackerTable {
-    /// Statements made before are not heeded: whether they were heard already, nobody remembers.
+    /// Signed requests from before this time are refused, as a former process may have accepted
+    /// them.
     start: TrackerTime,
     peers: RwLock<Peers>,
     slices: BloomIndex,
 }
 
 impl TrackerTable {
-    /// An empty one, with room for so many bytes of filters.
+    /// Creates an empty table with at most `filter_memory` bytes of filters.
     pub fn new(now: TrackerTime, filter_memory: usize) -> Self {
         TrackerTable {
             start: now,
@@ -354,8 +361,8 @@ impl TrackerTable {
         }
     }
 
-    /// Takes a peer for one that is here, as it was when the tracker ended. What it said before may
-    /// be said again by others, so only what it says now counts from now on.
+    /// Adds a peer that was live when the tracker stopped. Its next signed request must be later
+    /// than this start, so that nobody can replay its old ones.
     pub fn restore(&self, was: PersistedPeer, now: TrackerTime) {
         let (edit, mut peers) = (self.slices.edit(), self.write());
         let id: Arc<str> = was.id.into();
@@ -371,14 +378,15 @@ impl TrackerTable {
         if let Some((stamp, filter)) = filter
             && let Some(place) = edit.set(slot, None, filter)
         {
-            // Another one may come at once.
+            // No publication time, so the node may replace the filter at once.
             peers.change(slot, |peer| {
                 peer.published = Some(PublishedFilter { place, stamp, at: None })
             });
         }
     }
 
-    /// Bits for each path that filters should have, so that they fit.
+    /// Bits for each path that new filters should have. It decreases from half of the memory limit
+    /// on.
     pub fn bits_per_path(&self) -> u64 {
         match self.slices.eighths_used() {
             0..4 => MOST_BITS_PER_PATH,
@@ -388,7 +396,7 @@ impl TrackerTable {
         }
     }
 
-    /// Whether a peer is reached where it said that it is.
+    /// Records the result of a reachability test, unless the peer's address has changed since.
     pub fn set_reachable(&self, id: &str, at: (&str, u16), reachable: bool) {
         let mut peers = self.write();
         if let Some((slot, peer)) = peers.peer(id)
@@ -406,11 +414,11 @@ impl TrackerTable {
         self.peers.write().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// All that can be said about a statement before its signature is checked. True if the peer is
-    /// here, with what the ledger knows of it; else that has to be looked up.
+    /// Checks everything about a request that does not need its signature. Returns true if the peer
+    /// is live and the database need not be asked about it.
     ///
     /// # Errors
-    /// It is refused in any case.
+    /// Returns why the request is refused.
     pub fn check(
         &self,
         id: &str,
@@ -444,13 +452,13 @@ impl TrackerTable {
                 "timestamp: not within 5 minutes of the tracker's clock",
             ));
         }
-        // By the clock as it is now: it may have been set since.
+        // Computed from the current clock, which may have been set since the start.
         let running = now.at.saturating_duration_since(self.start.at).as_millis() as u64;
         if claim.stamp < now.ms.saturating_sub(running) {
             return Err(ClaimRefusal::Time("timestamp: earlier than the tracker's start"));
         }
-        // What was said by a clock that has been set back since can no longer be replayed, and must
-        // not shut its maker out.
+        // The clock may have been set back. Requests signed with later times are now out of range,
+        // so they cannot be replayed, and must not block the node's new ones.
         let last = known
             .map(|known| known.stamp)
             .filter(|last| *last <= now.ms.saturating_add(CLOCK_SKEW_MS));
@@ -460,7 +468,7 @@ impl TrackerTable {
         Ok(())
     }
 
-    /// Takes the statement's time for the ID's last one.
+    /// Stores the claim's time as that of the ID's last signed request.
     fn advance(
         &self,
         peers: &mut Peers,
@@ -468,7 +476,7 @@ impl TrackerTable {
         claim: Option<&Claim>,
         now: TrackerTime,
     ) -> Result<(), ClaimRefusal> {
-        // Again: another one may have come while the signature was checked.
+        // Checked again, as another request may have arrived while the signature was checked.
         self.allow(peers, id, claim, now)?;
         let Some(claim) = claim else { return Ok(()) };
         let known = peers.known.len();
@@ -486,11 +494,11 @@ impl TrackerTable {
         Ok(())
     }
 
-    /// A peer is there. With a claim, its signature is right and its key is that of the ID. `met`
-    /// is what the ledger knows of it, if it was asked.
+    /// Adds or renews a peer. The caller has checked the claim's signature and that the ID is bound
+    /// to its key. `met` is the reputation in the database, if that was asked.
     ///
     /// # Errors
-    /// Refused; nothing has changed.
+    /// Returns why the announce is refused. The table is then unchanged.
     pub fn announce(
         &self,
         id: &str,
@@ -543,10 +551,11 @@ impl TrackerTable {
         Ok(welcome)
     }
 
-    /// A statement that changes nothing here but what time its maker's next one may have.
+    /// Stores the time of a signed request that changes nothing else in the table, if the ID is
+    /// known.
     ///
     /// # Errors
-    /// Refused; nothing has changed.
+    /// Returns why the request is refused. The table is then unchanged.
     pub fn advance_known(
         &self,
         id: &str,
@@ -561,10 +570,10 @@ impl TrackerTable {
         }
     }
 
-    /// A peer leaves. With a claim, its signature is right and its key is that of the ID.
+    /// Removes a peer. The caller has checked the claim's signature.
     ///
     /// # Errors
-    /// Refused; nothing has changed.
+    /// Returns why the request is refused. The table is then unchanged.
     pub fn leave(
         &self,
         id: &str,
@@ -592,10 +601,10 @@ impl TrackerTable {
         Ok(())
     }
 
-    /// Whether a peer may publish a filter now, if its signature is right.
+    /// Checks that a peer may publish a filter now, provided that its signature is valid.
     ///
     /// # Errors
-    /// It may not.
+    /// Returns why it may not.
     pub fn may_publish(
         &self,
         id: &str,
@@ -624,10 +633,10 @@ impl TrackerTable {
         }
     }
 
-    /// A peer's new filter, whose signature is right.
+    /// Stores a peer's filter. The caller has checked the claim's signature.
     ///
     /// # Errors
-    /// Refused; nothing has changed.
+    /// Returns why the filter is refused. The table is then unchanged.
     pub fn publish(
         &self,
         id: &str,
@@ -635,7 +644,7 @@ impl TrackerTable {
         filter: BloomFilter,
         now: TrackerTime,
     ) -> Result<(), ClaimRefusal> {
-        // Nobody leaves or publishes while this is held.
+        // While this is held, no peer is removed and no other filter is published.
         let edit = self.slices.edit();
         self.may_publish(id, claim, now)?;
         let (slot, last) = {
@@ -647,15 +656,15 @@ impl TrackerTable {
         let mut peers = self.write();
         let published = PublishedFilter { place, stamp: claim.stamp, at: Some(now.at) };
         peers.change(slot, |peer| peer.published = Some(published));
-        // An announce may have come meanwhile, whose time is later: then that one counts, and the
-        // filter is none the worse.
+        // An announce with a later time may have arrived meanwhile. Then its time stays, and the
+        // filter is stored all the same.
         if let Some(known) = peers.known.get_mut(id) {
             known.stamp = known.stamp.max(claim.stamp);
         }
         Ok(())
     }
 
-    /// What a transfer has made of a peer's reputation.
+    /// Updates the reputation of a live peer after a transfer. Older counts are ignored.
     pub fn set_reputation(&self, id: &str, reputation: Reputation) {
         let mut peers = self.write();
         if let Some((slot, _)) = peers.peer(id) {
@@ -663,19 +672,20 @@ impl TrackerTable {
         }
     }
 
-    /// Who may have a path.
+    /// Returns the peers that may have a path, best first, with networks taking turns.
     pub fn lookup(&self, hash_part: &HashPart, now: TrackerTime) -> CandidateList {
         let found = self.slices.find(hash_part);
         let (salt, turn) = hash_part.prefixes();
         let peers = self.read();
-        // How many of one class were met of a network: all have one before any has two.
+        // Number of peers of each class and network so far. Each network gets one place before any
+        // gets a second.
         let mut met: HashMap<(u8, u128), u32> = HashMap::new();
         let mut ranked: Vec<(u8, u64, u64, u32)> = found
             .into_iter()
             .filter_map(|slot| {
                 let peer = peers.live(slot, now.at)?;
-                // Equals are asked in an order that differs from path to path, so that the work is
-                // shared.
+                // The order of peers with equal scores depends on the path, so that they share the
+                // load.
                 let lot = (peer.number ^ salt).wrapping_mul(0x9e37_79b9_7f4a_7c15);
                 Some((peer.class(), !peer.reputation.score().to_bits(), lot, slot))
             })
@@ -697,7 +707,7 @@ impl TrackerTable {
         CandidateList { candidates, others }
     }
 
-    /// The best peers, at most so many.
+    /// Returns the best `most` live peers.
     pub fn best(&self, most: usize, now: TrackerTime) -> Vec<PeerRow> {
         let peers = self.read();
         let live = peers.ranked.iter().filter_map(|rank| peers.live(rank.3, now.at));
@@ -711,8 +721,8 @@ impl TrackerTable {
             .collect()
     }
 
-    /// Forgets who has not announced for too long, and what can no longer be replayed. Gives the
-    /// IDs of those who are gone.
+    /// Removes expired peers, and IDs whose last signed request can no longer be replayed. Returns
+    /// the IDs of the removed peers.
     pub fn sweep(&self, now: TrackerTime) -> Vec<Arc<str>> {
         let mut ids = Vec::new();
         let gone: Vec<u32> = {
@@ -724,12 +734,12 @@ impl TrackerTable {
                 .map(|(slot, _)| slot)
                 .collect()
         };
-        // A few at a time, so that lookups get in between.
+        // In chunks, so that lookups are not blocked for long.
         for some in gone.chunks(256) {
             let edit = self.slices.edit();
             let mut peers = self.write();
             for slot in some {
-                // It may have come back.
+                // The peer may have announced itself since.
                 let peer =
                     if peers.live(*slot, now.at).is_none() { peers.remove(*slot) } else { None };
                 let Some(peer) = peer else { continue };
@@ -746,7 +756,7 @@ impl TrackerTable {
         ids
     }
 
-    /// How many there are.
+    /// The sizes of the table.
     pub fn counts(&self) -> TableCounts {
         let peers = self.read();
         TableCounts {
@@ -757,8 +767,8 @@ impl TrackerTable {
     }
 }
 
-/// Some of the peers that have no filter: the best, and then those whose turn it is, which the path
-/// decides. Each network has one before any has two.
+/// Selects peers without a filter: the best ones, and some that the path determines. Each network
+/// gets one place before any gets a second.
 fn others(peers: &Peers, turn: u64, now: TrackerTime) -> Vec<CandidateRank> {
     let best = || peers.others.iter().copied().filter(|rank| peers.live(rank.3, now.at).is_some());
     if peers.others.len() <= MAX_OTHERS {
@@ -783,7 +793,7 @@ fn others(peers: &Peers, turn: u64, now: TrackerTime) -> Vec<CandidateRank> {
     chosen.into_iter().collect()
 }
 
-/// Counts only ever grow, and news of them can arrive in any order.
+/// Counts only grow, so the greater ones are newer. Updates may arrive in any order.
 fn newest(a: Reputation, b: Reputation) -> Reputation {
     if b.successful + b.failed > a.successful + a.failed { b } else { a }
 }
@@ -793,7 +803,7 @@ mod tests {
     use super::*;
     use peerix::nix::nix32;
 
-    /// The start of all tests, on both clocks.
+    /// The start time of all tests, on both clocks.
     fn start() -> TrackerTime {
         TrackerTime { at: Instant::now(), ms: 1_800_000_000_000 }
     }
@@ -839,7 +849,7 @@ mod tests {
     }
 
     #[test]
-    fn a_peer_is_here_for_two_minutes_and_its_filter_goes_with_it() {
+    fn peer_expires_after_two_minutes_with_its_filter() {
         let start = start();
         let table = TrackerTable::new(start, 1 << 30);
         table.announce("filtered", at(1), Some(&by(1, start)), None, None, start).unwrap();
@@ -849,7 +859,7 @@ mod tests {
         assert_eq!(names(&table.lookup(&part(7), last).candidates), ["filtered"]);
         assert_eq!(others(&table, 7, last), ["plain"]);
         table.announce("plain", at(2), None, None, None, last).unwrap();
-        // Before anybody sweeps, and after.
+        // Expired peers are invisible before and after the sweep.
         let over = after(start, 120);
         for _ in 0..2 {
             assert_eq!(names(&table.lookup(&part(7), over).candidates), [""; 0]);
@@ -862,16 +872,16 @@ mod tests {
             table.sweep(over);
         }
         assert_eq!(table.counts(), TableCounts { peers: 1, with_filter: 0, filter_bytes: 0 });
-        // Its place is free for another, which does not inherit the filter.
+        // A new peer in the freed slot does not inherit the filter.
         table.announce("new", at(3), None, None, None, over).unwrap();
         assert_eq!(names(&table.lookup(&part(7), over).candidates), [""; 0]);
     }
 
     #[test]
-    fn who_went_cannot_be_announced_again_by_what_it_said() {
+    fn announce_replayed_after_expiry_is_refused() {
         let start = start();
         let table = TrackerTable::new(start, 1 << 30);
-        // Its clock is fast, so that this is in time for longest.
+        // The node's clock is fast, so the request stays in the allowed range for the longest time.
         let said = by(1, after(start, 299));
         table.announce("a", at(1), Some(&said), None, None, start).unwrap();
         let mut seconds = 0;
@@ -889,7 +899,7 @@ mod tests {
     }
 
     #[test]
-    fn statements_have_their_time_and_their_key() {
+    fn request_with_wrong_time_or_key_is_refused() {
         let start = start();
         let table = TrackerTable::new(start, 1 << 30);
         let now = after(start, 1000);
@@ -906,15 +916,15 @@ mod tests {
         assert_eq!(table.check("a", Some(&by(2, after(now, 1))), now), Err(ClaimRefusal::OtherKey));
         assert_eq!(table.leave("a", None, at(1).from, now), Err(ClaimRefusal::Bound));
         assert_eq!(table.best(1, now)[0].whereabouts, at(1));
-        // What was said before this tracker began may have been heard by the one before.
+        // A former process may have accepted requests from before this start.
         let young = TrackerTable::new(now, 1 << 30);
         let before = Claim { key: [1; 32], stamp: now.ms - 1 };
         assert!(matches!(young.check("a", Some(&before), now), Err(ClaimRefusal::Time(_))));
     }
 
-    /// A machine that starts with a wrong clock, which a time service then sets.
+    /// The machine starts with a wrong clock, and a time service then sets it.
     #[test]
-    fn nobody_is_shut_out_when_the_clock_is_set() {
+    fn announce_after_clock_change_is_accepted() {
         for wrong_by in [-7_200_000i64, 7_200_000] {
             let right = start();
             let wrong = |now: TrackerTime| TrackerTime {
@@ -922,7 +932,7 @@ mod tests {
                 ..now
             };
             let table = TrackerTable::new(wrong(right), 1 << 30);
-            // Nodes go by the tracker's clock, whatever it is.
+            // Nodes use the tracker's clock, even if it is wrong.
             let early = wrong(after(right, 10));
             table.announce("a", at(1), Some(&by(1, early)), None, None, early).unwrap();
             let set = after(right, 20);
@@ -935,7 +945,7 @@ mod tests {
     }
 
     #[test]
-    fn who_leaves_is_gone_and_only_by_its_own_word() {
+    fn leave_without_right_address_or_signature_is_refused() {
         let start = start();
         let table = TrackerTable::new(start, 1 << 30);
         let elsewhere = IpAddr::from([10, 0, 0, 2]);
@@ -960,7 +970,7 @@ mod tests {
     }
 
     #[test]
-    fn filters_have_their_pace() {
+    fn publish_within_interval_is_refused() {
         let start = start();
         let table = TrackerTable::new(start, 1 << 30);
         table.announce("a", at(1), Some(&by(1, start)), None, None, start).unwrap();
@@ -982,7 +992,7 @@ mod tests {
     }
 
     #[test]
-    fn the_best_come_first_and_the_others_have_their_turn() {
+    fn lookup_lists_best_peers_first_and_rotates_others() {
         let start = start();
         let table = TrackerTable::new(start, 1 << 30);
         for n in 0..200u64 {
@@ -1005,7 +1015,7 @@ mod tests {
         assert_eq!(seen.len(), 200, "everybody is named for some path");
         table.set_reputation("150", good(1_000_000));
         assert_eq!(listed(1), ["150"]);
-        // News that come late change nothing.
+        // Updates that arrive late are ignored.
         table.set_reputation("150", good(5));
         assert_eq!(listed(1), ["150"]);
         let ranks = table.read().ranked.len();
@@ -1016,7 +1026,7 @@ mod tests {
     }
 
     #[test]
-    fn many_candidates_are_the_best_of_them() {
+    fn lookup_with_many_candidates_returns_best() {
         let start = start();
         let table = TrackerTable::new(start, 1 << 30);
         for n in 0..100u64 {
@@ -1031,7 +1041,7 @@ mod tests {
         assert!(found.is_sorted_by(|a, b| a.score >= b.score));
     }
 
-    /// 64 invented peers of one address, with any reputation, used to hide the one that has the
+    /// 64 invented peers of one network, with any reputation, must not hide the peer that has the
     /// path.
     #[test]
     fn invented_peers_of_one_network_do_not_hide_another() {
@@ -1050,12 +1060,12 @@ mod tests {
         let found = || table.lookup(&part(7), now).candidates;
         assert_eq!(found().len(), MAX_CANDIDATES);
         assert_eq!(names(&found())[1], "honest", "each network has one before any has two");
-        // One that is reached comes before all that are not.
+        // A reachable peer precedes all others.
         table.set_reachable("honest", ("10.0.2.1", 1), true);
         assert_eq!(names(&found())[0], "honest");
         table.set_reachable("honest", ("10.0.2.1", 2), false);
         assert_eq!(names(&found())[0], "honest", "that was said of another port");
-        // One that is not reached is named all the same, where there is room.
+        // An unreachable peer is listed only if there is room.
         table.set_reachable("honest", ("10.0.2.1", 1), false);
         assert!(!names(&found()).contains(&"honest"));
         for n in 1..200u8 {
@@ -1087,7 +1097,7 @@ mod tests {
     }
 
     #[test]
-    fn two_machines_with_one_identity_are_told_from_a_restart() {
+    fn alternating_instances_are_reported_and_restart_is_not() {
         let start = start();
         let table = TrackerTable::new(start, 1 << 30);
         let announce = |instance, last, seconds| {
@@ -1103,13 +1113,13 @@ mod tests {
         assert_eq!(announce(9, 2, 80), None, "it may be a restart elsewhere");
         assert_eq!(announce(8, 1, 130), Some(from(1, 2).from), "which does not come back");
         assert_eq!(announce(9, 2, 140), Some(from(1, 1).from));
-        // One of them is switched off.
+        // One of the machines is switched off.
         assert_eq!(announce(9, 2, 200), None);
         assert_eq!(announce(8, 1, 1000), None, "and on again, long after");
     }
 
     #[test]
-    fn peer_is_tried_to_be_reached_when_it_comes_when_it_moves_and_now_and_then() {
+    fn peer_is_tested_when_new_or_moved_and_at_intervals() {
         let start = start();
         let table = TrackerTable::new(start, 1 << 30);
         let announce = |last, seconds| {
@@ -1139,7 +1149,7 @@ mod tests {
     }
 
     #[test]
-    fn peers_and_filters_are_restored_and_replays_are_not_accepted() {
+    fn restored_peer_keeps_filter_and_refuses_replays() {
         let start = start();
         let table = TrackerTable::new(start, 1 << 30);
         let bits = filter(7).as_bytes().to_vec();
@@ -1174,7 +1184,7 @@ mod tests {
     }
 
     #[test]
-    fn fewer_bits_are_wanted_when_memory_is_short() {
+    fn bits_per_path_decreases_with_used_memory() {
         let start = start();
         let block = 8 * filter(0).len_bits() as usize;
         for (blocks, wanted) in [(100, 20), (2, 16), (1, 10)] {
@@ -1187,7 +1197,7 @@ mod tests {
         }
     }
 
-    /// Printed by the original for the same counts.
+    /// Values printed by the original for the same counts.
     #[test]
     fn scores_are_those_of_the_original() {
         let of = |shared, successful, failed| {

@@ -1,4 +1,4 @@
-//! What lookups cost on networks with many nodes, and what they cost the others.
+//! Cost of lookups on LANs with many nodes: latency, packets, and processor time of the neighbours.
 
 use super::common::lan::introduce;
 use super::common::{Host, Lan, PORT, daemon, stock};
@@ -9,20 +9,20 @@ use super::shared::table::Series;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
-/// Numbers of nodes, and the goal for a miss among them, in milliseconds.
+/// Number of nodes of each LAN, and the goal for the median latency of a miss, in milliseconds.
 const SIZES: [(usize, &str); 4] = [(2, "≤ 0.2"), (30, "≤ 1"), (64, "≤ 2"), (100, "≤ 3")];
-/// Lone lookups a round.
+/// Sequential lookups per round.
 const LONE: usize = 300;
-/// Lookups whose packets are counted.
+/// Lookups per round whose packets are counted.
 const COUNTED: usize = 3000;
-/// Lookups in which a neighbour's processor time is measured.
+/// Lookups per round over which a neighbour's processor time is measured.
 const FOREIGN: usize = 20_000;
-/// Connections of Nix.
+/// Parallel connections, as many as Nix opens.
 const CONNECTIONS: usize = 25;
-/// How long a node at rest is watched.
+/// Interval over which an idle node's wake-ups are counted.
 const REST: Duration = Duration::from_secs(60);
 
-/// Nodes on a network of their own; the first has one path, the last asks.
+/// Nodes on one LAN. The first holds one path, the last sends the lookups.
 struct Crowd {
     nodes: Vec<Peer>,
 }
@@ -46,7 +46,7 @@ impl Crowd {
         self.nodes.last().expect("a crowd")
     }
 
-    /// Asks for paths that nobody has, as Nix does.
+    /// Looks up `count` absent paths over [`CONNECTIONS`] parallel connections.
     fn ask(&self, count: usize) {
         let absent = |part: String| format!("/nix/store/{part}-absent");
         let paths: Vec<String> = scene::absent(count).into_iter().map(absent).collect();
@@ -55,12 +55,12 @@ impl Crowd {
 }
 
 impl Bench {
-    /// Misses among few and many nodes.
+    /// Measures the latency of misses on LANs of each size in [`SIZES`].
     pub fn crowds(&mut self) {
         let local = SocketAddr::from((Ipv4Addr::LOCALHOST, PORT));
         for (size, goal) in SIZES {
             let crowd = Crowd::new(size);
-            // Broadcasts of single queries, which are waited for, are over.
+            // Warm-up: afterwards no lookup waits for answers to broadcasts of single queries.
             crowd.ask(COUNTED);
             let mut series = Series::default();
             for _ in 0..self.rounds {
@@ -75,7 +75,7 @@ impl Bench {
         }
     }
 
-    /// Packets, a neighbour's processor time, and wake-ups at rest.
+    /// Measures packets per lookup, a neighbour's processor time, and wake-ups of an idle node.
     pub fn neighbours(&mut self) {
         let crowd = Crowd::new(32);
         let mut packets = Series::default();
@@ -93,7 +93,7 @@ impl Bench {
         self.table.alone("5. processor time of a neighbour for each lookup, µs", &foreign, "≤ 5");
         drop(crowd);
         let crowd = Crowd::new(6);
-        // The hellos of the start are over.
+        // The nodes send hellos after their start; they must not count.
         std::thread::sleep(REST);
         let mut at_rest = Series::default();
         for _ in 0..self.rounds.min(2) {

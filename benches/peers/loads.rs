@@ -1,4 +1,6 @@
-//! The workloads. Each goes round by round through its contenders, and adds rows to the table.
+//! The workloads of the benchmark among two peers and nginx.
+//!
+//! Each workload alternates between its contenders in every round and adds rows to the table.
 
 use crate::common::{Host, Lan, PORT, Process, World, daemon, http, nix, wait_for};
 use crate::shared::cost::memory;
@@ -7,16 +9,16 @@ use crate::shared::table::{Series, Table};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::time::{Duration, Instant};
 
-/// Lookups a round, one after the other.
+/// Sequential lookups per round.
 const LOOKUPS: usize = 300;
-/// Paths that Nix asks for at once.
+/// Missing paths that Nix looks up in one run.
 const MISSES: usize = 1000;
-/// Where nginx serves the world's static cache.
+/// TCP port on which nginx serves the static cache of [`World`].
 const STATIC: u16 = 8080;
 
-/// Everything that is there from the first workload to the last.
+/// Hosts and processes shared by all workloads.
 pub struct Bench {
-    /// Grows with every workload.
+    /// Results; every workload appends rows.
     pub table: Table,
     pub(super) rounds: usize,
     closure: Vec<String>,
@@ -30,7 +32,8 @@ pub struct Bench {
 }
 
 impl Bench {
-    /// Two holders of everything, the first with nginx too, and an asker; all know one another.
+    /// Starts two holders of the whole world and an asker that knows both. The first holder also
+    /// runs nginx.
     pub fn new(rounds: usize) -> Bench {
         let lan = Lan::new();
         let world = World::on(&lan);
@@ -58,7 +61,7 @@ impl Bench {
         (self.holder.host.address, port).into()
     }
 
-    /// One path at a time.
+    /// Workload 1: latency of sequential lookups, misses and hits.
     pub fn lookups(&mut self) {
         let local = SocketAddr::from((Ipv4Addr::LOCALHOST, PORT));
         let present: Vec<String> =
@@ -92,7 +95,7 @@ impl Bench {
         }
     }
 
-    /// Nix asks for paths that nobody has.
+    /// Workload 2: real Nix looks up paths that no peer has.
     pub fn misses(&mut self) {
         let [own, its] = self.nix_runs(|host, _| {
             let mut command = host.cmd("nix-store");
@@ -116,15 +119,16 @@ impl Bench {
         );
     }
 
-    /// Runs Nix on a new host each time, which asks its own peerix or nginx.
+    /// Runs Nix in every round on two new hosts: one asks its own peerix, the other nginx. Returns
+    /// seconds.
     fn nix_runs(&self, run: impl Fn(&Host, &str) -> f64) -> [Series; 2] {
         let mut series: [Series; 2] = Default::default();
         for _ in 0..self.rounds {
             let mut asker = Peer::asker(&self.lan, &self.world.cache_key, &self.marks);
-            // Within half a second of its start it waits for peers that it does not know yet.
+            // For half a second after its start, peerix waits for peers that it does not know yet.
             std::thread::sleep(Duration::from_secs(1));
             series[0].push(run(&asker.host, &format!("http://127.0.0.1:{PORT}")));
-            // Says goodbye, so that nobody waits for it.
+            // The daemon sends bye on SIGTERM, so that no peer waits for its answers.
             asker.daemon.terminate();
             let url = format!("http://{}", self.at(STATIC));
             series[1].push(run(&scene::client(&self.lan, &self.world.cache_key, &url), &url));
@@ -132,7 +136,7 @@ impl Bench {
         series
     }
 
-    /// Memory, size, time to start.
+    /// Workload 3: memory, size of the binary, and time to start.
     pub fn footprint(&mut self) {
         let mut series: [Series; 8] = Default::default();
         for _ in 0..self.rounds {
@@ -141,7 +145,7 @@ impl Bench {
             let mut daemon = scene::start(&host);
             first_answer(&host, PORT, "/nix-cache-info");
             series[0].push(began.elapsed().as_secs_f64() * 1e3);
-            // It has begun by then whatever it does at the start.
+            // Two seconds cover the work that the daemon does at its start.
             std::thread::sleep(Duration::from_secs(2));
             series[1].push(memory(daemon.pid(), "VmRSS"));
             series[2].push(memory(daemon.pid(), "RssAnon"));
@@ -172,8 +176,8 @@ impl Bench {
     }
 }
 
-/// One with all of the world's paths, signed by the static cache's key, on a tmpfs, and a path that
-/// only it has.
+/// Starts a peer with all paths of the world, signed by the static cache's key, on a tmpfs. Returns
+/// it with a path that no other host has.
 fn holding(lan: &Lan, world: &World, name: &str) -> (Peer, String) {
     let host = lan.host(name);
     nix::configure(&host, "");

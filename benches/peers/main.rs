@@ -1,11 +1,11 @@
-//! Part of `make bench`: looking paths up among peers, on one network of namespaces, beside nginx
-//! that is asked directly, in turn, round after round; and what peerix costs at rest.
+//! Part of `make bench`: lookups among peers on one LAN of namespaces, and what peerix costs at
+//! rest. nginx, asked directly, takes turns with peerix in every round.
 //!
 //! Prints medians, ranges and ratios as a table, and writes it to `bench/results/<name>.md`. It
 //! asserts that answers are right and nothing about time. Needs what the tests need, and nginx.
 //!
-//! `--rounds N` (or `PEERIX_BENCH_ROUNDS`; 5), `--name NAME` (peers), `--only 1,3` (workloads, by
-//! number).
+//! Flags: `--rounds N` (default 5, or `PEERIX_BENCH_ROUNDS`), `--name NAME` (default `peers`),
+//! `--only 1,3` (workloads by number; default all).
 
 #[path = "../../tests/common/mod.rs"]
 mod common;

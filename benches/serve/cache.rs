@@ -1,4 +1,4 @@
-//! A contender: a binary cache, where it is asked from, and what it costs.
+//! A contender: a binary cache, the host it is asked from, and what it costs.
 
 use crate::common::{Host, world};
 use crate::shared::client::{Body, Client};
@@ -8,37 +8,37 @@ use std::net::{SocketAddr, TcpStream};
 use std::process::Command;
 use std::sync::Mutex;
 
-/// A cache that is asked from one place.
+/// A binary cache as seen from one host.
 pub struct Cache<'a> {
-    /// For the table.
+    /// Name in the table.
     pub name: String,
-    /// Where it listens.
+    /// Address on which it listens.
     pub address: SocketAddr,
-    /// What its routes begin with: `/`, `/store/`.
+    /// Prefix of its routes: `/` or `/store/`.
     pub prefix: String,
-    /// The processes that serve; none if that is not known.
+    /// The serving processes; empty if unknown.
     pub pids: Vec<u32>,
-    /// Who asks: a host, or this machine itself.
+    /// The host that sends the requests; `None` for this machine, outside the namespaces.
     from: Option<&'a Host>,
-    /// Narinfos that it has given.
+    /// Narinfos fetched so far, by store path.
     narinfos: Mutex<HashMap<String, Narinfo>>,
 }
 
-/// What counts of one.
+/// The fields of a narinfo that the benchmark uses.
 #[derive(Clone)]
 pub struct Narinfo {
     /// The route of the NAR.
     pub nar: String,
-    /// `sha256:…`, of the NAR.
+    /// `NarHash`: `sha256:…` in Nix32.
     pub hash: String,
-    /// Of the NAR.
+    /// `NarSize` in bytes, uncompressed.
     pub size: u64,
-    /// `none`, or how the NAR is compressed when it comes.
+    /// `Compression`: `none`, or the method by which the served file is compressed.
     pub compression: String,
 }
 
 impl<'a> Cache<'a> {
-    /// One that is asked from `from`, or from outside of the namespaces.
+    /// A cache asked from host `from`, or from outside the namespaces if that is `None`.
     pub fn new(
         name: &str,
         from: Option<&'a Host>,
@@ -50,28 +50,28 @@ impl<'a> Cache<'a> {
         Cache { name, address, prefix, pids: pids.to_vec(), from, narinfos: Mutex::default() }
     }
 
-    /// The same under another name.
+    /// Returns this cache under another name.
     pub fn named(self, name: &str) -> Cache<'a> {
         Cache { name: name.to_owned(), ..self }
     }
 
-    /// The same with [`Cache::label`] as its name.
+    /// Returns this cache with [`Cache::label`] as its name.
     pub fn labelled(self, path: &str) -> Cache<'a> {
         let label = self.label(path);
         self.named(&label)
     }
 
-    /// As a substituter.
+    /// The URL of this cache as a substituter.
     pub fn url(&self) -> String {
         format!("http://{}{}", self.address, self.prefix)
     }
 
-    /// A program where it is asked from.
+    /// A command that runs on the host that asks this cache.
     pub fn command(&self, program: &str) -> Command {
         self.from.map_or_else(|| Command::new(program), |host| host.cmd(program))
     }
 
-    /// A connection to it.
+    /// Opens a connection; panics if there is none within [`DEADLINE`](crate::common::DEADLINE).
     pub fn client(&self) -> Client {
         let stream = match self.from {
             Some(host) => host.connect(self.address),
@@ -80,17 +80,18 @@ impl<'a> Cache<'a> {
         Client::new(stream.unwrap_or_else(|error| panic!("{}: {error}", self.url())))
     }
 
-    /// CPU seconds that it has used, or no number.
+    /// CPU seconds that its processes have used, or NaN if they are unknown.
     pub fn cpu(&self) -> f64 {
         if self.pids.is_empty() { f64::NAN } else { cost::cpu_of(&self.pids) }
     }
 
-    /// The route of the narinfo of a hash part.
+    /// The route of the narinfo with this hash part.
     pub fn route(&self, hash_part: &str) -> String {
         format!("{}{hash_part}.narinfo", self.prefix)
     }
 
-    /// What its narinfo of a path says, or the status if there is none.
+    /// Returns the narinfo of a store path, cached from the first request. Errors: the HTTP status
+    /// if the cache has no such narinfo.
     pub fn look_up(&self, path: &str) -> Result<Narinfo, u16> {
         let mut kept = self.narinfos.lock().expect("nobody panics while it is held");
         if let Some(narinfo) = kept.get(path) {
@@ -101,18 +102,19 @@ impl<'a> Cache<'a> {
         Ok(narinfo)
     }
 
-    /// Asks for the narinfo of a path; the status if there is none.
+    /// Requests the narinfo of a store path over `client`. Errors: the HTTP status if the cache has
+    /// no such narinfo.
     pub fn ask(&self, client: &mut Client, path: &str) -> Result<Narinfo, u16> {
         let (status, text) = client.text(&self.route(world::hash_part(path)));
         self.parse(&text).filter(|_| status == 200).ok_or(status)
     }
 
-    /// The same of a path that it has to have.
+    /// Returns the narinfo of a store path; panics if the cache lacks it.
     pub fn narinfo(&self, path: &str) -> Narinfo {
         self.look_up(path).unwrap_or_else(|status| panic!("{}: {status} for {path}", self.name))
     }
 
-    /// Its name, with how it compresses the NAR of a path.
+    /// The name, followed by the compression of the path's NAR unless that is `none`.
     pub fn label(&self, path: &str) -> String {
         match self.narinfo(path).compression.as_str() {
             "none" => self.name.clone(),
@@ -136,7 +138,8 @@ impl<'a> Cache<'a> {
         })
     }
 
-    /// Reads a whole NAR and checks that it is what its narinfo promises.
+    /// Reads a whole NAR. Panics if it is uncompressed and its size or hash differs from the
+    /// narinfo.
     pub fn check(&self, path: &str) {
         let narinfo = self.narinfo(path);
         let mut digest = ring::digest::Context::new(&ring::digest::SHA256);

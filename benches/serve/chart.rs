@@ -1,14 +1,14 @@
-//! Ratios as horizontal bars, an SVG that is readable on light and on dark pages.
+//! Draws ratios as horizontal bars: an SVG that is readable on light and on dark pages.
 
 use super::report::{Bar, Better};
 use std::fmt::Write;
 
-/// Where things are, in pixels.
+/// Dimensions of the chart, in pixels.
 const WIDTH: f64 = 1010.0;
 const LINE: f64 = 22.0;
 const PLOT: f64 = 520.0;
 const PLOT_END: f64 = 910.0;
-/// Ratios beyond are drawn as this; what they are is written beside.
+/// Largest ratio on the scale. Bars beyond end here; the text beside them has the true ratio.
 const MOST: f64 = 8.0;
 
 const STYLE: &str = "
@@ -25,7 +25,7 @@ const LEGEND: &str = r#"<rect class="ahead" x="520" y="18" width="14" height="14
 <rect class="behind" x="660" y="18" width="14" height="14"/><text x="680" y="29">behind it</text>
 <line class="goal" x1="760" x2="760" y1="16" y2="34"/><text x="768" y="29">goal</text>"#;
 
-/// The whole file.
+/// Returns the whole SVG file.
 pub fn draw(bars: &[Bar], machine: &str) -> String {
     let groups = [
         (Better::More, "Rates: to the right is better"),
@@ -94,7 +94,7 @@ fn group(body: &mut String, y: &mut f64, heading: &str, bars: &[&Bar]) {
     *y = bottom + 36.0;
 }
 
-/// Where a ratio is on the scale.
+/// Horizontal position of a ratio, in pixels; the scale is logarithmic.
 fn place(ratio: f64) -> f64 {
     let share = (ratio.clamp(1.0 / MOST, MOST).log2() / MOST.log2() + 1.0) / 2.0;
     PLOT + share * (PLOT_END - PLOT)

@@ -1,5 +1,5 @@
-//! The store that is served: made and registered by real Nix once, signed, also as a static cache,
-//! and kept between runs.
+//! The store that is served: made, registered and signed once by real Nix, exported as a static
+//! cache as well, and kept between runs.
 
 use crate::common::lan::Run;
 use crate::common::{Host, Lan, directory, nix};
@@ -9,32 +9,33 @@ use std::fmt::Write;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
-/// Goes up when anything below changes what is made.
+/// Version of the fixture. Increase it when a change below alters the paths or their content.
 const VERSION: u32 = 1;
-/// Paths of about 4 KiB, in blocks each of which is the closure of its first.
+/// Number of paths of about 4 KiB. Every block of [`BLOCK`] is the closure of its first path.
 const SMALL: usize = 20_000;
 pub const BLOCK: usize = 1000;
-/// References within a block: a tree that reaches all of it, and some more.
+/// References within a block: a tree with this many branches that reaches all of it.
 const BRANCHES: usize = 4;
+/// Exclusive bound of the additional random references of a path.
 const MORE: u64 = 9;
-/// Paths whose NARs a system update asks for: sizes are log-normal, in bytes.
+/// Paths whose NARs a system update asks for. Sizes in bytes are log-normal, [`LARGEST`] at most.
 const UPDATE: usize = 300;
 const MEDIAN: f64 = 60.0 * 1024.0;
 const SIGMA: f64 = 2.0;
 const LARGEST: f64 = 64.0 * 1024.0 * 1024.0;
-/// Such a path has a file for so many bytes, up to a number.
+/// Such a path has one file per [`FILE`] bytes, but at most [`FILES`].
 const FILE: usize = 16 << 10;
 const FILES: usize = 64;
-/// Directories of the tree, and files in each.
+/// Directories of the tree, with [`IN_EACH`] files in each.
 const DIRECTORIES: usize = 200;
 const IN_EACH: usize = 100;
-/// Digits, of five bits each.
+/// Length of a hash part in Nix32 digits of five bits each.
 const HASH_PART: usize = 32;
 const MIB: usize = 1 << 20;
-/// What has to stay free when the store is copied to a tmpfs.
+/// Bytes of memory that must stay available when the store is copied to a tmpfs.
 const SPARE: u64 = 2 << 30;
 
-/// Real Nix takes what is in `$1/nix` over. Registering hashes it and makes it canonical.
+/// Registers the content of `$1/nix` with real Nix, which hashes and canonicalises it.
 const SCRIPT: &str = r#"
 cd "$1"
 mount --bind nix /nix
@@ -50,31 +51,32 @@ umount /nix
 du -sm nix cache | awk '{ n += $1 } END { print n }' > size
 "#;
 
-/// Paths of the store, in full.
+/// Full store paths of the fixture.
 pub struct Fixture {
     dir: PathBuf,
-    /// Two runs at once would measure one another.
+    /// Held while the fixture is in use, because two concurrent runs would distort the results.
     _lock: File,
     /// Public key of all signatures.
     pub key: String,
-    /// 20,000 of about 4 KiB.
+    /// 20,000 paths of about 4 KiB.
     pub small: Vec<String>,
-    /// 300 of log-normal size.
+    /// 300 paths of log-normal size.
     pub update: Vec<String>,
     /// A file of 1 GiB that does not compress.
     pub large: String,
-    /// One that is as long as the last tenth of that.
+    /// A file with the last tenth of [`Fixture::large`].
     pub last_of_large: String,
-    /// Four of 256 MiB.
+    /// Four files of 256 MiB, parts of [`Fixture::large`].
     pub quarters: Vec<String>,
     /// 20,000 files of 658 bytes in 200 directories.
     pub tree: String,
-    /// A tenth of those.
+    /// 2,000 files of 658 bytes in 20 directories.
     pub last_of_tree: String,
 }
 
 impl Fixture {
-    /// Finds it, or makes it, which takes some minutes.
+    /// Finds the fixture, or makes it, which takes some minutes. Blocks without a bound while
+    /// another run holds the lock.
     pub fn on(lan: &Lan) -> Fixture {
         let dir = directory().join(format!("serve-{VERSION}"));
         let lock = File::create(directory().join("serve.lock"))
@@ -109,25 +111,25 @@ impl Fixture {
         fixture
     }
 
-    /// The static cache as all can see it.
+    /// Directory of the static cache, as this machine sees it.
     pub fn cache(&self) -> PathBuf {
         self.dir.join("cache")
     }
 
-    /// All paths.
+    /// All paths of the fixture.
     pub fn paths(&self) -> impl Iterator<Item = &String> {
         let single = [&self.large, &self.last_of_large, &self.tree, &self.last_of_tree];
         self.small.iter().chain(&self.update).chain(&self.quarters).chain(single)
     }
 
-    /// MiB of the store and the static cache together.
+    /// Size of the store and the static cache together, in MiB.
     pub fn mebibytes(&self) -> u64 {
         let text = fs::read_to_string(self.dir.join("size")).expect("the fixture is whole");
         text.trim().parse().expect("a number")
     }
 
-    /// Gives the store to `host`; returns where the static cache is there, and whether both are on
-    /// a tmpfs.
+    /// Gives the store to `host`. Returns the directory of the static cache on that host, and true
+    /// if both are on a tmpfs.
     pub fn give(&self, host: &Host) -> (PathBuf, bool) {
         nix::configure(host, "");
         let dir = self.dir.display();
@@ -204,14 +206,14 @@ impl Fixture {
     }
 }
 
-/// A store path, as one that was built has it: its name says nothing of what is in it.
+/// A store path whose hash part is derived from its name, as for an input-addressed path.
 fn path(name: &str) -> String {
     let digest =
         ring::digest::digest(&ring::digest::SHA256, format!("{VERSION} {name}").as_bytes());
     format!("/nix/store/{}-{name}", nix32::encode(&digest.as_ref()[..HASH_PART * 5 / 8]))
 }
 
-/// What a small path refers to: later ones of its block.
+/// Indices of the paths that small path `n` refers to: later ones of its block.
 fn references(n: usize) -> Vec<usize> {
     let (block, place) = (n / BLOCK * BLOCK, n % BLOCK);
     let tree =
@@ -227,7 +229,7 @@ fn references(n: usize) -> Vec<usize> {
     all
 }
 
-/// 3.9 KB that no other path has.
+/// Unique text of about 3.9 KB for a small path.
 fn text(path: &str, references: &[&String]) -> String {
     let mut text = format!("# {path}\n");
     references.iter().for_each(|path| text.extend([path.as_str(), "\n"]));
@@ -246,7 +248,7 @@ fn file(path: &Path, content: &[u8]) {
     fs::write(path, content).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
 }
 
-/// The same bytes every time, which look random (splitmix64).
+/// A deterministic random number generator (splitmix64).
 struct Bytes(u64);
 
 impl Bytes {
@@ -269,7 +271,7 @@ impl Bytes {
         bytes
     }
 
-    /// A size, by the method of Box and Muller.
+    /// A log-normal size in bytes, by the Box–Muller transform.
     fn log_normal(&mut self) -> usize {
         let mut uniform = || (self.below(1 << 53) as f64 + 1.0) / (1u64 << 53) as f64;
         let normal = (-2.0 * uniform().ln()).sqrt() * (std::f64::consts::TAU * uniform()).cos();

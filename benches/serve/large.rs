@@ -1,4 +1,4 @@
-//! Large NARs and NARs of many files, from the own store.
+//! Large NARs and NARs of many files, served from the local store.
 
 use super::cache::{Cache, Narinfo};
 use super::report::{Better, Contender, Report};
@@ -9,21 +9,22 @@ use crate::shared::cost;
 use crate::shared::table::Series;
 use std::time::{Duration, Instant};
 
-/// What a stream reaches, and costs.
+/// Figures of a stream: throughput and CPU cost.
 pub const FIGURES: [(&str, Better); 2] = [("GB/s", Better::More), ("CPU-s/GiB", Better::Less)];
 
-/// Streams go on for so long: CPU time is told in hundredths of a second.
+/// Minimum duration of a stream: the kernel reports CPU time in hundredths of a second.
 const LONG: Duration = Duration::from_secs(1);
-/// Times that the tree is asked for, and written by other programs.
+/// How many times each contender streams the tree.
 const TREE: u32 = 10;
-/// Times that something short is timed; their median counts.
+/// Repetitions of a short request; the result is their median.
 const SHORT: usize = 10;
-/// After an answer that was broken off, a server is idle again by then.
+/// Pause after an aborted answer, so that the server is idle again.
 const SETTLED: Duration = Duration::from_millis(20);
 
+/// Repetitions of the measurement of the first byte.
 const FIRST_BYTES: usize = 50;
 
-/// 4.
+/// Workload 4: one stream of 1 GiB.
 pub fn one(bench: &Bench, report: &mut Report) {
     let servers = bench.servers();
     servers.iter().for_each(|server| server.check(&bench.fixture.large));
@@ -39,7 +40,7 @@ pub fn one(bench: &Bench, report: &mut Report) {
     }
 }
 
-/// 5.
+/// Workload 5: four parallel streams of 256 MiB.
 pub fn four(bench: &Bench, report: &mut Report) {
     let (servers, quarters) = (bench.servers(), &bench.fixture.quarters);
     servers.iter().for_each(|server| quarters.iter().for_each(|path| server.check(path)));
@@ -62,7 +63,7 @@ pub fn four(bench: &Bench, report: &mut Report) {
     report.compare("5. four of 256 MiB at once", FIGURES, &each(&servers, &quarters[0], &run), &[]);
 }
 
-/// 6.
+/// Workload 6: a NAR of 20,000 files, compared with `tar` and `nix-store --dump`.
 pub fn tree(bench: &Bench, report: &mut Report) {
     let (servers, tree) = (bench.servers(), &bench.fixture.tree);
     servers.iter().for_each(|server| server.check(tree));
@@ -80,7 +81,7 @@ pub fn tree(bench: &Bench, report: &mut Report) {
         let run = move || {
             let (before, began) = (cost::cpu_of_ended(), Instant::now());
             bench.holder.host.sh(&script);
-            // What comes counts as the same for all: tar writes half as much again of its own.
+            // All contenders count the size of the NAR: the output of tar is half as long again.
             rates(size * u64::from(TREE), began, cost::cpu_of_ended() - before)
         };
         contenders.push((name.into(), Box::new(run)));
@@ -90,10 +91,10 @@ pub fn tree(bench: &Bench, report: &mut Report) {
     report.compare("6. 20,000 files", FIGURES, &contenders, &goals);
 }
 
-/// 7.
+/// Workload 7: a range request for the last tenth of a NAR.
 pub fn resume(bench: &Bench, report: &mut Report) {
     let (servers, fixture) = (bench.servers(), &bench.fixture);
-    // Of many files, those before have to be measured.
+    // To resume a NAR of many files, the server must compute the sizes of the earlier ones.
     for (what, whole, last, goals) in [
         ("1 GiB", &fixture.large, &fixture.last_of_large, &[(0, 1, 1.1)][..]),
         ("20,000 files", &fixture.tree, &fixture.last_of_tree, &[]),
@@ -102,7 +103,7 @@ pub fn resume(bench: &Bench, report: &mut Report) {
         let mut contenders = each(&servers, whole, &run);
         let alone = || [alone(&servers[0], last)];
         contenders.insert(1, ("a NAR as long as that".into(), Box::new(alone)));
-        // Of another cache it is not known whether it can.
+        // The cache from outside, if any, need not support ranges.
         servers[..3].iter().for_each(|server| check_resuming(server, whole));
         report.compare(
             &format!("7. the last tenth of {what}"),
@@ -113,7 +114,7 @@ pub fn resume(bench: &Bench, report: &mut Report) {
     }
 }
 
-/// 8.
+/// Workload 8: time to the first byte of a NAR of 20,000 files.
 pub fn first_byte(bench: &Bench, report: &mut Report) {
     let (servers, fixture) = (bench.servers(), &bench.fixture);
     let run = |server: &Cache| [first(server, &fixture.tree)];
@@ -128,7 +129,7 @@ pub fn first_byte(bench: &Bench, report: &mut Report) {
     );
 }
 
-/// Each server in its turn; `path` is what it is asked for.
+/// Turns each server into a contender. `path` is the store path that `run` requests.
 pub fn each<'a, const N: usize>(
     servers: &'a [Cache<'a>],
     path: &str,
@@ -140,7 +141,7 @@ pub fn each<'a, const N: usize>(
     servers.iter().map(contender).collect()
 }
 
-/// GB/s and CPU-s/GiB of a NAR that is asked for at least so many times, and for a while.
+/// Streams a NAR `times` times, and for at least [`LONG`]. Returns GB/s and CPU seconds per GiB.
 pub fn stream(server: &Cache, path: &str, times: u32, read: bool) -> [f64; 2] {
     let (nar, mut client) = (server.narinfo(path).nar, server.client());
     let (before, began, mut bytes, mut count) = (server.cpu(), Instant::now(), 0, 0);
@@ -157,7 +158,7 @@ fn rates(bytes: u64, began: Instant, cpu: f64) -> [f64; 2] {
     [rate, cost]
 }
 
-/// Milliseconds that the last tenth of a NAR takes; no number of a server that cannot resume.
+/// Median milliseconds for the last tenth of a NAR, or NaN if the server cannot resume it.
 pub fn resuming(server: &Cache, path: &str) -> f64 {
     let narinfo = server.narinfo(path);
     let (start, mut client) = (tenth(&narinfo), server.client());
@@ -174,7 +175,7 @@ pub fn resuming(server: &Cache, path: &str) -> f64 {
     })
 }
 
-/// Milliseconds that a whole NAR takes.
+/// Median milliseconds for a whole NAR.
 pub fn alone(server: &Cache, path: &str) -> f64 {
     let (nar, mut client) = (server.narinfo(path).nar, server.client());
     median(SHORT, || {
@@ -184,11 +185,11 @@ pub fn alone(server: &Cache, path: &str) -> f64 {
     })
 }
 
-/// Compares what comes with the end of the whole.
+/// Panics if the resumed last tenth of a NAR differs from the end of the whole NAR.
 pub fn check_resuming(server: &Cache, path: &str) {
     let narinfo = server.narinfo(path);
     let start = tenth(&narinfo);
-    // A digest of all bytes but the first ones.
+    // Returns the digest of all bytes after the first `skip`.
     let digest = |headers: &str, mut skip: u64| {
         let mut digest = ring::digest::Context::new(&ring::digest::SHA256);
         let mut look = |bytes: &[u8]| {
@@ -209,17 +210,17 @@ pub fn check_resuming(server: &Cache, path: &str) {
     );
 }
 
-/// Where the last tenth begins.
+/// Offset of the last tenth of a NAR, in bytes.
 fn tenth(narinfo: &Narinfo) -> u64 {
     narinfo.size / 10 * 9
 }
 
-/// Milliseconds from the request to the first byte of the body.
+/// Median milliseconds from the request to the first byte of the body.
 fn first(server: &Cache, path: &str) -> f64 {
     let nar = server.narinfo(path).nar;
     median(FIRST_BYTES, || {
-        // The rest of the body is left where it is, so each has a connection of its own, that was
-        // used before.
+        // The rest of the body stays unread, so each repetition needs a new connection. The
+        // request for the narinfo warms it up.
         let mut client = server.client();
         client.text(&server.route(world::hash_part(path)));
         let began = Instant::now();
@@ -227,13 +228,13 @@ fn first(server: &Cache, path: &str) -> f64 {
         client.first_byte();
         let took = began.elapsed();
         drop(client);
-        // A server may be amid a piece of what nobody takes any more.
+        // The server may still be writing to the closed connection.
         std::thread::sleep(SETTLED);
         took
     })
 }
 
-/// In milliseconds.
+/// Median of `times` durations, in milliseconds.
 fn median(times: usize, mut timed: impl FnMut() -> Duration) -> f64 {
     let mut series = Series::default();
     (0..times).for_each(|_| series.push(timed().as_secs_f64() * 1e3));

@@ -1,13 +1,14 @@
-//! The first part of `make bench`: what peerix serves from the own store and through a peer, beside
-//! nginx with a static cache of the same paths, in turn, round after round.
+//! First part of `make bench`: what peerix serves from the local store and through a peer. nginx
+//! with a static cache of the same paths takes turns with peerix in every round.
 //!
 //! Prints medians, ranges and ratios as a table, and writes it and a chart to
 //! `bench/results/<name>.{md,svg}`. It asserts that answers are right and nothing about time. Needs
 //! what the tests need, and nginx and wrk.
 //!
-//! `--rounds N` (or `PEERIX_BENCH_ROUNDS`; 5), `--name NAME` (serve), `--only 1,4` (workloads, by
-//! number). With `CACHE_URL=http://host:port[/prefix]` that cache is measured too; `CACHE_PID` is
-//! its process, for what it costs, and `CACHE_FILL=1` adds the paths to this machine's store.
+//! Flags: `--rounds N` (default 5, or `PEERIX_BENCH_ROUNDS`), `--name NAME` (default `serve`),
+//! `--only 1,4` (workloads by number; default all). `CACHE_URL=http://host:port[/prefix]` adds
+//! another cache; `CACHE_PID` is its process, for the CPU and memory figures, and `CACHE_FILL=1`
+//! adds the paths to this machine's store.
 
 #[path = "../../tests/common/mod.rs"]
 mod common;
@@ -57,7 +58,7 @@ fn main() {
             11 => memory::connections(&bench, &mut report),
             _ => through::closures(&bench, &mut report),
         }
-        // What there is counts, should a later workload fail.
+        // Saved after every workload, so that a later failure loses no results.
         files = [
             options.save("md", &format!("{machine}\n\n{}", report.text())),
             options.save("svg", &chart::draw(report.bars(), &machine)),

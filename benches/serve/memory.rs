@@ -1,4 +1,4 @@
-//! Memory with many connections, some of which have stopped reading.
+//! Memory with many connections, some of which stopped reading in the middle of a NAR.
 
 use super::cache::Cache;
 use super::report::{Better, Contender, Report};
@@ -9,16 +9,17 @@ use crate::shared::{cost, scene};
 use std::net::Ipv4Addr;
 use std::process::Stdio;
 
-/// Connections, and those that are in the middle of a NAR of 256 MiB.
+/// Open connections.
 const CONNECTIONS: usize = 256;
+/// Connections among them that are in the middle of a NAR of 256 MiB.
 const STREAMS: usize = 64;
-/// MiB that it may take.
+/// Goal for the peak memory, in MiB.
 const BOUND: f64 = 64.0;
-/// Beside those that serve the other workloads.
+/// Ports of the instances of this workload, which run beside those of the other workloads.
 const OWN: u16 = PORT + 1000;
 const NGINX: u16 = 8090;
 
-/// 11.
+/// Workload 11.
 pub fn connections(bench: &Bench, report: &mut Report) {
     let host = &bench.holder.host;
     let outside = bench
@@ -69,10 +70,11 @@ pub fn connections(bench: &Bench, report: &mut Report) {
     );
 }
 
-/// The most until then (VmHWM), then, and when all connections are closed again (VmRSS).
+/// Returns MiB: the peak (`VmHWM`) and the current size (`VmRSS`) while all connections are open,
+/// and `VmRSS` after they are closed.
 fn memory(cache: &Cache, bench: &Bench) -> [f64; 3] {
     let of = |line| cache.pids.iter().map(|pid| cost::memory_of_all(*pid, line)).sum::<f64>();
-    // One process is in the network that all of them are in.
+    // All processes share one network namespace, so the tables of the first one cover all.
     let open = || cost::connections(cache.pids[0], cache.address.port());
     let nars: Vec<String> =
         bench.fixture.quarters.iter().map(|path| cache.narinfo(path).nar).collect();

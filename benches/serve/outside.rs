@@ -1,12 +1,12 @@
-//! The cache that the environment names, which runs outside of the namespaces: any that serves over
-//! `http`.
+//! An optional contender named by the environment: any binary cache outside the namespaces that
+//! serves over `http`.
 
 use super::cache::Cache;
 use super::fixture::Fixture;
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::process::{Command, Stdio};
 
-/// `CACHE_URL`, `CACHE_PID` and `CACHE_FILL`.
+/// The cache described by `CACHE_URL`, `CACHE_PID` and `CACHE_FILL`.
 pub struct Outside {
     name: String,
     address: SocketAddr,
@@ -15,8 +15,8 @@ pub struct Outside {
 }
 
 impl Outside {
-    /// The cache, if there is one, with all paths; ends the program with what to do if it lacks
-    /// some.
+    /// Returns the cache, or `None` if `CACHE_URL` is unset or empty. If the cache lacks paths, it
+    /// fills it (`CACHE_FILL=1`) or ends the program with instructions.
     pub fn from_environment(fixture: &Fixture) -> Option<Outside> {
         let variable = |name| std::env::var(name).ok().filter(|value| !value.is_empty());
         let url = variable("CACHE_URL")?;
@@ -68,12 +68,12 @@ impl Outside {
         Some(outside)
     }
 
-    /// As a contender.
+    /// This cache as a contender.
     pub fn cache(&self) -> Cache<'_> {
         Cache::new(&self.name, None, self.address, &self.prefix, &self.pids)
     }
 
-    /// One path of each kind stands for all.
+    /// Checks one path of each kind, which stands for all. Errors: which path is missing.
     fn has_all(&self, fixture: &Fixture) -> Result<(), String> {
         let cache = self.cache();
         let some = [
@@ -91,7 +91,7 @@ impl Outside {
 }
 
 fn fill(fixture: &Fixture) {
-    // Nix's options: new commands are still an experiment, and nobody trusts the benchmark's key.
+    // `nix copy` is still experimental, and no store trusts the benchmark's key.
     let from = format!("file://{}", fixture.cache().display());
     let options = [
         "--extra-experimental-features",
@@ -103,7 +103,7 @@ fn fill(fixture: &Fixture) {
         &from,
     ];
     let paths: Vec<&String> = fixture.paths().collect();
-    // As many as a command line has room for.
+    // 5,000 paths fit on a command line.
     for paths in paths.chunks(5000) {
         let status = Command::new("nix").args(options).args(paths).stdin(Stdio::null()).status();
         if !status.is_ok_and(|status| status.success()) {

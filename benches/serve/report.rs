@@ -1,23 +1,23 @@
-//! The results: a row for each figure and rival, and what the chart shows of them.
+//! The results: a table row for each figure and rival, and the bars of the chart.
 
 use crate::shared::table::{Series, Table};
 
-/// Which ratio of peerix to a rival is the better one.
+/// Direction in which a figure of peerix is better than that of a rival.
 #[derive(Clone, Copy, PartialEq)]
 pub enum Better {
-    /// Rates.
+    /// More is better: rates.
     More,
-    /// Times and costs.
+    /// Less is better: times and costs.
     Less,
 }
 
-/// A contender and how it is asked for its figures of a round; one that it has not is not a number.
+/// A contender's name, and the function that measures its figures of one round; NaN if it has none.
 pub type Contender<'a, const N: usize> = (String, Box<dyn Fn() -> [f64; N] + 'a>);
 
-/// The ratio to reach: of the figure with that number, to the contender with that number.
+/// Index of a figure, index of a contender, and the ratio of peerix to that contender to reach.
 pub type Goal = (usize, usize, f64);
 
-/// A bar of the chart.
+/// One bar of the chart.
 pub struct Bar {
     pub what: String,
     pub rival: String,
@@ -27,7 +27,7 @@ pub struct Bar {
 }
 
 impl Bar {
-    /// Whether the goal is reached; true if there is none.
+    /// Returns true if the ratio reaches the goal, or if there is none.
     pub fn reached(&self) -> bool {
         self.goal.is_none_or(|goal| match self.better {
             Better::More => self.ratio >= goal,
@@ -36,7 +36,7 @@ impl Bar {
     }
 }
 
-/// Everything found so far.
+/// All results so far.
 pub struct Report {
     rounds: usize,
     table: Table,
@@ -44,13 +44,13 @@ pub struct Report {
 }
 
 impl Report {
-    /// An empty one.
+    /// An empty report for benchmarks of `rounds` rounds.
     pub fn new(rounds: usize) -> Report {
         Report { rounds, table: Table::new(), bars: Vec::new() }
     }
 
-    /// Has all contenders, the first of which is peerix, do something in turn, round after round,
-    /// and adds rows.
+    /// Runs all contenders in turn in every round, and adds rows. The first contender is peerix.
+    /// Figures that are NaN get no row.
     pub fn compare<const N: usize>(
         &mut self,
         what: &str,
@@ -74,8 +74,8 @@ impl Report {
                     (&series[0][at], &series[rival][at], contenders[rival].0.clone());
                 let ratio = own.median() / its.median();
                 let bar = Bar { what: what.clone(), rival: rival_name, ratio, better, goal };
-                // All figures would make a chart that nobody reads: of several the rates are drawn,
-                // and what has a goal.
+                // A bar for every figure would make the chart unreadable. Of several figures it
+                // shows rates, and figures with a goal.
                 if ratio.is_finite() {
                     self.row(bar, own, its, rival == 1 && (better == Better::More || N == 1));
                 }
@@ -100,12 +100,12 @@ impl Report {
         }
     }
 
-    /// The table.
+    /// The table as Markdown.
     pub fn text(&self) -> &str {
         self.table.text()
     }
 
-    /// What a chart shows.
+    /// The bars of the chart.
     pub fn bars(&self) -> &[Bar] {
         &self.bars
     }

@@ -1,5 +1,5 @@
-//! A holder of the fixture with peerix and nginx, an asker with peerix, and a cache from outside if
-//! one is named.
+//! The hosts: a holder of the fixture with peerix and nginx, an asker with peerix, and optionally a
+//! cache outside the namespaces.
 
 use super::cache::Cache;
 use super::fixture::Fixture;
@@ -8,17 +8,17 @@ use crate::common::{Host, Lan, PORT, Process};
 use crate::shared::scene::{self, Peer};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
-/// Where nginx sends by `sendfile`, and where not.
+/// Ports of nginx with `sendfile` and without it.
 const SENDFILE: u16 = 8080;
 const PLAIN: u16 = 8081;
 
-/// Everything that is there from the first workload to the last.
+/// Hosts and processes shared by all workloads.
 pub struct Bench {
     pub asker: Peer,
     pub holder: Peer,
     pub nginx: Process,
     pub on_tmpfs: bool,
-    /// Where the static cache is for the holder.
+    /// Directory of the static cache on the holder.
     pub cache: std::path::PathBuf,
     pub outside: Option<Outside>,
     pub fixture: Fixture,
@@ -26,7 +26,7 @@ pub struct Bench {
 }
 
 impl Bench {
-    /// Starts all of it.
+    /// Starts all hosts and servers. Makes the fixture if it does not exist.
     pub fn new() -> Bench {
         let lan = Lan::new();
         let fixture = Fixture::on(&lan);
@@ -35,13 +35,13 @@ impl Bench {
         let (cache, on_tmpfs) = fixture.give(&host);
         let nginx = scene::nginx(&host, &[(SENDFILE, &cache, true), (PLAIN, &cache, false)]);
         let holder = Peer::start(host);
-        // Nobody else has any of it.
+        // Only the holder has the path.
         let asker = Peer::asker(&lan, &fixture.key, &fixture.small[..1]);
         Bench { asker, holder, nginx, on_tmpfs, cache, outside, fixture, lan }
     }
 
-    /// Those that serve the holder's store, each asked from where it is: peerix, nginx by
-    /// `sendfile` and without, and the cache from outside.
+    /// The servers of the holder's store, asked locally: peerix, nginx with `sendfile`, nginx
+    /// without it, and the cache from outside if there is one.
     pub fn servers(&self) -> Vec<Cache<'_>> {
         let here = Ipv4Addr::LOCALHOST;
         let mut servers = vec![
@@ -53,7 +53,7 @@ impl Bench {
         servers
     }
 
-    /// The asker's peerix, the holder's, and its nginx, each asked by the asker.
+    /// The asker's peerix, the holder's peerix, and the holder's nginx, all asked from the asker.
     pub fn through(&self) -> [Cache<'_>; 3] {
         let (asker, holder) = (&self.asker.host, self.holder.host.address);
         let pids = [self.asker.daemon.pid(), self.holder.daemon.pid()];

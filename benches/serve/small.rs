@@ -8,10 +8,10 @@ use crate::common::world;
 use crate::shared::client::{Client, spread};
 use crate::shared::scene::absent;
 
-/// Connections that are kept open. Nix itself has 25.
+/// Numbers of persistent connections. Nix opens 25.
 const CONNECTIONS: [u32; 5] = [1, 16, 25, 64, 256];
 
-/// What wrk tells.
+/// Figures that wrk reports.
 pub const FIGURES: [(&str, Better); 4] = [
     ("requests/s", Better::More),
     ("median ms", Better::Less),
@@ -19,7 +19,7 @@ pub const FIGURES: [(&str, Better); 4] = [
     ("CPU µs each", Better::Less),
 ];
 
-/// 1 and 2.
+/// Workload 1 (`present`) and 2 (absent).
 pub fn narinfos(bench: &Bench, report: &mut Report, present: bool) {
     let servers = bench.servers();
     let hash_parts: Vec<String> = if present {
@@ -37,8 +37,8 @@ pub fn narinfos(bench: &Bench, report: &mut Report, present: bool) {
     });
     let loads: Vec<Load> = loads.collect();
     for connections in CONNECTIONS {
-        // Both ways of nginx to send are to be reached: without `sendfile` it is the quicker one
-        // here.
+        // The goals hold for both configurations of nginx: for small answers it is quicker without
+        // `sendfile`.
         let goals: &[Goal] = match (present, connections) {
             (true, 25) => {
                 &[(0, 1, 1.0), (0, 2, 1.0), (2, 1, 1.0), (2, 2, 1.0), (3, 1, 1.5), (3, 2, 1.5)]
@@ -55,14 +55,14 @@ pub fn narinfos(bench: &Bench, report: &mut Report, present: bool) {
     }
 }
 
-/// 3.
+/// Workload 3.
 pub fn nars(bench: &Bench, report: &mut Report) {
     let small = &bench.fixture.small;
     let servers: Vec<Cache> =
         bench.servers().into_iter().map(|server| server.labelled(&small[0])).collect();
     let loads = servers.iter().map(|server| {
         server.check(&small[0]);
-        // As many as Nix would have: some caches take their time.
+        // 25 connections, as Nix opens: some caches need time to make a narinfo.
         let mut clients: Vec<Client> = (0..25).map(|_| server.client()).collect();
         let routes: Vec<String> = spread(&mut clients, small, |client, path| {
             server.ask(client, path).unwrap_or_else(|status| panic!("{path}: {status}")).nar
@@ -78,7 +78,7 @@ pub fn nars(bench: &Bench, report: &mut Report) {
     );
 }
 
-/// Each of these in its turn.
+/// Turns each load into a contender.
 pub fn asked<'a>(loads: &'a [Load], connections: u32) -> Vec<Contender<'a, 4>> {
     let run = |load: &'a Load| -> Contender<'a, 4> {
         (load.name(), Box::new(move || load.run(connections)))

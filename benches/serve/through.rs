@@ -1,4 +1,4 @@
-//! What comes through a peer: large NARs, narinfos, and a closure that real Nix asks for.
+//! Answers that come through a peer: large NARs, narinfos, and a closure that real Nix fetches.
 
 use super::cache::Cache;
 use super::fixture::BLOCK;
@@ -13,7 +13,7 @@ use crate::shared::cost;
 use crate::shared::scene::{Peer, client, timed};
 use std::time::Instant;
 
-/// 9.
+/// Workload 9.
 pub fn all(bench: &Bench, report: &mut Report) {
     let (caches, fixture) = (bench.through(), &bench.fixture);
     for (what, path, times, goals) in
@@ -55,7 +55,7 @@ pub fn all(bench: &Bench, report: &mut Report) {
     );
 }
 
-/// What hashing alone allows.
+/// GB/s of SHA-256 alone, an upper bound for a server that verifies what it passes on.
 fn sha256() -> [f64; 2] {
     let zeros = vec![0; 1 << 20];
     let (began, mut digest) = (Instant::now(), ring::digest::Context::new(&ring::digest::SHA256));
@@ -64,13 +64,13 @@ fn sha256() -> [f64; 2] {
     [cost::rates(1 << 30, began, f64::NAN).0, f64::NAN]
 }
 
-/// 12.
+/// Workload 12.
 pub fn closures(bench: &Bench, report: &mut Report) {
     let (key, root) = (&bench.fixture.key, bench.fixture.small[0].clone());
     let nginx = bench.through()[2].url();
     let outside = bench.outside.as_ref().map(|outside| outside.cache());
     for what in ["nix-store --realise", "nix copy --from"] {
-        // Each time with an empty store.
+        // Every run starts with an empty store.
         let run = |host: &Host, url: &str, outside: bool| {
             let mut command =
                 if outside { host.cmd_outside("timeout") } else { host.cmd("timeout") };
@@ -90,7 +90,7 @@ pub fn closures(bench: &Bench, report: &mut Report) {
                 Box::new(|| {
                     let mut asker = Peer::asker(&bench.lan, key, &bench.fixture.update[..1]);
                     let took = run(&asker.host, &format!("http://127.0.0.1:{PORT}"), false);
-                    // Says goodbye, so that nobody waits for it.
+                    // The daemon sends bye on SIGTERM, so that no peer waits for its answers.
                     asker.daemon.terminate();
                     took
                 }),
@@ -103,7 +103,7 @@ pub fn closures(bench: &Bench, report: &mut Report) {
         if let Some(cache) = &outside {
             let ask = || {
                 let host = client(&bench.lan, key, &cache.url());
-                // It may sign with a key of its own, or not at all.
+                // The cache may sign with an unknown key, or not at all.
                 nix::configure(
                     &host,
                     &format!("substituters = {}\nrequire-sigs = false\n", cache.url()),

@@ -1,4 +1,4 @@
-//! What a system update asks for: narinfos of many paths, then the NARs of those that are missing.
+//! A system update: narinfos of many paths, then the NARs of those that are missing.
 
 use super::cache::{Cache, Narinfo};
 use super::large::each;
@@ -9,18 +9,19 @@ use std::cell::Cell;
 use std::collections::HashSet;
 use std::time::Instant;
 
-/// As Nix has them: for narinfos, and of those for NARs.
+/// Connections that Nix opens for narinfos.
 const CONNECTIONS: usize = 25;
+/// Connections among them that Nix uses for NARs.
 const NARS: usize = 16;
-/// Narinfos beside those whose NARs are asked for.
+/// Narinfos that are requested without their NARs.
 const OTHERS: usize = 700;
 
-/// 10.
+/// Workload 10.
 pub fn both(bench: &Bench, report: &mut Report) {
     let turn = Cell::new(0);
     let [own, _, nginx] = bench.through();
     let path = &bench.fixture.update[0];
-    // From the own store it is over too soon to be told apart.
+    // An update from the local store is too short to measure alone, so it runs five times.
     for (what, times, caches) in
         [("the own store", 5, bench.servers()), ("a peer", 1, vec![own, nginx])]
     {
@@ -28,7 +29,7 @@ pub fn both(bench: &Bench, report: &mut Report) {
             .iter()
             .for_each(|cache| bench.fixture.update.iter().for_each(|path| cache.check(path)));
         let one = |cache: &Cache| {
-            // Others each time, so that nobody has kept them.
+            // Other paths in every turn, so that no server has their narinfos cached.
             turn.set((turn.get() + OTHERS) % (bench.fixture.small.len() - OTHERS));
             update(cache, &bench.fixture.update, &bench.fixture.small[turn.get()..][..OTHERS])
         };
@@ -42,7 +43,7 @@ pub fn both(bench: &Bench, report: &mut Report) {
     }
 }
 
-/// Seconds for 1,000 narinfos, and then for the NARs of 300.
+/// Returns the seconds for 1,000 narinfos followed by the NARs of 300 of them.
 fn update(cache: &Cache, paths: &[String], others: &[String]) -> f64 {
     let wanted: HashSet<&String> = paths.iter().collect();
     let all: Vec<&String> = paths.iter().chain(others).collect();

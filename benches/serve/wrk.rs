@@ -1,17 +1,17 @@
-//! wrk, which asks for as much as it can over connections that are kept open.
+//! Load from wrk, which sends as many requests as it can over persistent connections.
 
 use super::cache::Cache;
 use crate::common::directory;
 use crate::common::lan::Run;
 
-/// Seconds that a measurement takes.
+/// Duration of a measurement, in seconds.
 const SECONDS: u32 = 2;
 
-/// What it found: requests a second, the median and the 99th percentile in ms, CPU µs of the server
-/// for each.
+/// Requests per second, median and 99th percentile in milliseconds, and CPU microseconds of the
+/// server per request.
 pub type Figures = [f64; 4];
 
-/// Routes to be asked for in random order.
+/// Routes that wrk requests in random order.
 pub struct Load<'a> {
     cache: &'a Cache<'a>,
     script: String,
@@ -19,10 +19,10 @@ pub struct Load<'a> {
 }
 
 impl<'a> Load<'a> {
-    /// Routes that are all there, or none of them; asks for them a while, so that everything is
-    /// warm.
+    /// Prepares a load. Either all routes are present or none is. Requests them for one second over
+    /// 64 connections, so that caches are warm.
     pub fn new(cache: &'a Cache<'a>, routes: &[String], present: bool) -> Load<'a> {
-        // Requests are made beforehand: wrk shares the processors with the server.
+        // The script formats requests in advance: wrk shares the processors with the server.
         let file = directory().join(format!(
             "routes-{}-{}",
             cache.address.port(),
@@ -41,12 +41,12 @@ impl<'a> Load<'a> {
         load
     }
 
-    /// Who is asked.
+    /// Name of the cache under load.
     pub fn name(&self) -> String {
         self.cache.name.clone()
     }
 
-    /// Asks over so many connections.
+    /// Measures for [`SECONDS`] over `connections` connections.
     pub fn run(&self, connections: u32) -> Figures {
         self.run_for(connections, SECONDS)
     }
@@ -67,7 +67,7 @@ impl<'a> Load<'a> {
             .arg(format!("http://{}", self.cache.address))
             .okay();
         let cpu = self.cache.cpu() - before;
-        // The words of the line that has `word`.
+        // Returns the words of the first line that contains `word`.
         let words = |word: &str| {
             let line = text
                 .lines()

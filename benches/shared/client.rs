@@ -1,4 +1,4 @@
-//! A client that costs as little as possible, so that it is the server that is measured.
+//! An HTTP client that costs as little as possible, so that the server dominates the measurement.
 
 use crate::common::DEADLINE;
 use rustix::net::{RecvFlags, recv};
@@ -6,31 +6,31 @@ use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// How much is read at once of an answer whose head is not over.
+/// Bytes read at once while the head of an answer is incomplete.
 const HEAD: usize = 4096;
 
-/// A connection that is kept open from request to request.
+/// A persistent connection. Reads and writes time out after [`DEADLINE`].
 pub struct Client {
     socket: TcpStream,
     buffer: Vec<u8>,
-    /// What is in the buffer and was not taken yet.
+    /// Bounds of the unread bytes in `buffer`.
     start: usize,
     end: usize,
 }
 
-/// What is done with a body.
+/// How the client consumes a body.
 pub enum Body<'a> {
-    /// It is thrown away in the kernel, which does not even copy it.
+    /// The kernel discards it without a copy to user space (`MSG_TRUNC`, tcp(7)).
     Dropped,
-    /// It is read in pieces of up to 256 KiB, each of which is looked at.
+    /// The client reads it in pieces of at most 256 KiB and passes each to the function.
     Read(&'a mut dyn FnMut(&[u8])),
 }
 
-/// What the first lines of an answer say.
+/// Status line and framing of an answer.
 pub struct Head {
-    /// 200.
+    /// The status code.
     pub status: u16,
-    /// By `Content-Length`; without it the body comes in chunks.
+    /// `Content-Length`; `None` for a chunked body.
     length: Option<u64>,
 }
 
@@ -43,7 +43,7 @@ impl Client {
         Client { socket, buffer: vec![0; 256 << 10], start: 0, end: 0 }
     }
 
-    /// Asks, with further header lines that each end in CR LF, and reads the head of the answer.
+    /// Sends a request and reads the head of the answer. Each line of `headers` ends in CR LF.
     pub fn ask(&mut self, route: &str, headers: &str) -> Head {
         write!(self.socket, "GET {route} HTTP/1.1\r\nHost: 127.0.0.1\r\n{headers}\r\n")
             .expect("a server");
@@ -61,7 +61,8 @@ impl Client {
         Head { status: status.unwrap_or_else(|| panic!("{route}: not HTTP")), length }
     }
 
-    /// The same of what has to be there: its body's length.
+    /// Requests what must be present, consumes the body and returns its length in bytes. Panics if
+    /// the status is not 200, or 206 for a range.
     pub fn get(&mut self, route: &str, headers: &str, body: Body) -> u64 {
         let head = self.ask(route, headers);
         let wanted = if headers.contains("Range") { 206 } else { 200 };
@@ -69,14 +70,14 @@ impl Client {
         self.body(&head, body)
     }
 
-    /// A whole body as text, with its status.
+    /// Returns the status and the whole body as text.
     pub fn text(&mut self, route: &str) -> (u16, String) {
         let (head, mut all) = (self.ask(route, ""), Vec::new());
         self.body(&head, Body::Read(&mut |bytes| all.extend(bytes)));
         (head.status, String::from_utf8_lossy(&all).into_owned())
     }
 
-    /// Takes the body; returns its length.
+    /// Consumes the body and returns its length in bytes.
     pub fn body(&mut self, head: &Head, mut body: Body) -> u64 {
         if let Some(length) = head.length {
             self.take(length, &mut body);
@@ -96,7 +97,7 @@ impl Client {
         }
     }
 
-    /// Waits until some of the body is there.
+    /// Blocks until the first bytes of the body are there, for at most [`DEADLINE`].
     pub fn first_byte(&mut self) {
         self.fill(self.buffer.len());
     }
@@ -130,7 +131,7 @@ impl Client {
     fn line(&mut self) -> String {
         let mut line = Vec::new();
         loop {
-            // Little of a body shall come with its head.
+            // A small read, so that little of the body comes with its head.
             self.fill(HEAD);
             let rest = &self.buffer[self.start..self.end];
             let found = rest.iter().position(|byte| *byte == b'\n');
@@ -143,7 +144,7 @@ impl Client {
         }
     }
 
-    /// Reads at most so much into an empty buffer.
+    /// Reads at most `most` bytes if the buffer is empty.
     fn fill(&mut self, most: usize) {
         if self.start == self.end {
             self.start = 0;
@@ -153,7 +154,7 @@ impl Client {
     }
 }
 
-/// All clients do some of the work, whoever is free the next piece.
+/// Distributes `work` among the clients: each free client takes the next piece.
 pub fn spread<T: Sync, R: Send>(
     clients: &mut [Client],
     work: &[T],

@@ -1,7 +1,7 @@
-//! What the benchmarks have in common: hosts, clients, costs, and the table that the figures end up
-//! in.
+//! Code shared by the benchmarks: hosts, clients, costs, command-line flags, and the table of
+//! results.
 
-// Each of them uses a part of this.
+// Each benchmark uses only a part of this module.
 #![allow(dead_code)]
 
 pub mod client;

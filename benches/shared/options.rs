@@ -1,20 +1,20 @@
-//! How a benchmark is called, and what it ran on.
+//! Command-line flags of a benchmark, and the description of the machine it runs on.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// The flags of a benchmark.
+/// The parsed flags of a benchmark.
 pub struct Options {
-    /// How many times each contender has its turn.
+    /// How many times each contender is measured, 1 to 1,000.
     pub rounds: usize,
-    /// The workloads to run, by number.
+    /// Numbers of the workloads to run.
     pub only: Vec<u32>,
     name: String,
 }
 
 impl Options {
-    /// Reads them; `name` is that of the files with the results, and there are workloads 1 to
-    /// `workloads`.
+    /// Parses the command line; ends the program with status 2 if it is invalid. `name` is the
+    /// default name of the result files. Workloads have the numbers 1 to `workloads`.
     pub fn read(name: &str, workloads: u32) -> Options {
         let rounds = std::env::var("PEERIX_BENCH_ROUNDS").unwrap_or_else(|_| "5".into());
         let usage = |what: &str| -> ! {
@@ -42,7 +42,7 @@ impl Options {
         set("--rounds", &rounds);
         let mut arguments = std::env::args().skip(1);
         while let Some(argument) = arguments.next() {
-            // `--bench` is cargo's own.
+            // cargo passes `--bench`.
             if argument != "--bench" {
                 let value = arguments.next().unwrap_or_else(|| usage(&argument));
                 set(&argument, &value);
@@ -51,7 +51,7 @@ impl Options {
         options
     }
 
-    /// Writes a file with results; returns where it is.
+    /// Writes a result file with extension `kind`, and returns its path.
     pub fn save(&self, kind: &str, text: &str) -> PathBuf {
         let results: PathBuf = Path::new(env!("CARGO_MANIFEST_DIR")).join("bench/results");
         std::fs::create_dir_all(&results).expect("a directory for results");
@@ -60,7 +60,7 @@ impl Options {
         file
     }
 
-    /// What is measured on, in words.
+    /// Describes the machine and the rounds in words.
     pub fn machine(&self) -> String {
         let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
         let cores = std::thread::available_parallelism().map_or(1, usize::from);

@@ -1,4 +1,4 @@
-//! The contenders: hosts with peerix and nginx, and what they are asked for.
+//! Hosts with peerix and nginx, the paths they are asked for, and timing helpers.
 
 use super::client::Client;
 use crate::common::http::Connection;
@@ -9,22 +9,22 @@ use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::time::Instant;
 
-/// A host that runs peerix. Without `--verbose`, which would be measured too.
+/// A host that runs peerix, without `--verbose`, whose cost would be measured too.
 pub struct Peer {
     pub daemon: Process,
     pub host: Host,
 }
 
 impl Peer {
-    /// On a host that is ready.
+    /// Starts peerix on a host with a store, and blocks until it answers.
     pub fn start(host: Host) -> Peer {
         let daemon = start(&host);
         wait_for("peerix answers", || host.connect_local().ok());
         Peer { daemon, host }
     }
 
-    /// One with an empty store whose Nix trusts `key`. It knows those who have `marks`, which
-    /// nobody else has.
+    /// Starts a peer with an empty store whose Nix trusts `key`. Blocks until it knows the holders
+    /// of `marks`; each mark is a path that only its holder has.
     pub fn asker(lan: &Lan, key: &str, marks: &[String]) -> Peer {
         let peer = Peer::start(client(lan, key, &format!("http://127.0.0.1:{PORT}")));
         marks.iter().for_each(|mark| daemon::wait_until_known(&peer.host, mark));
@@ -32,14 +32,14 @@ impl Peer {
     }
 }
 
-/// peerix on a host, not waited for.
+/// Starts peerix on a host, and does not wait until it answers.
 pub fn start(host: &Host) -> Process {
     let mut command = host.cmd(&daemon::binary().display().to_string());
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
     Process::start(command)
 }
 
-/// A host with an empty store and empty caches whose Nix asks `substituter` and trusts `key`.
+/// Adds a host with an empty store and empty caches whose Nix asks `substituter` and trusts `key`.
 pub fn client(lan: &Lan, key: &str, substituter: &str) -> Host {
     let host = lan.host("client");
     nix::configure(
@@ -52,7 +52,8 @@ pub fn client(lan: &Lan, key: &str, substituter: &str) -> Host {
     host
 }
 
-/// nginx on `host`, with a static cache at each port, which it sends by `sendfile` or not.
+/// Starts nginx on `host`, and blocks until it answers. Each of `caches` is a port, the directory
+/// served there, and true for `sendfile`.
 pub fn nginx(host: &Host, caches: &[(u16, &Path, bool)]) -> Process {
     let server = |(port, root, sendfile): &(u16, &Path, bool)| {
         let (root, sendfile) = (root.display(), if *sendfile { "on" } else { "off" });
@@ -80,20 +81,21 @@ pub fn nginx(host: &Host, caches: &[(u16, &Path, bool)]) -> Process {
     process
 }
 
-/// The route of the NAR that `route`, a narinfo, names.
+/// Requests the narinfo at `route` and returns the route of its NAR.
 pub fn nar_route(host: &Host, to: impl Into<SocketAddr>, route: &str) -> String {
     let text = Client::new(host.connect(to).expect("a server")).text(route).1;
     let url = text
         .lines()
         .find_map(|line| line.strip_prefix("URL: "))
         .unwrap_or_else(|| panic!("{route}: {text}"));
-    // Those under /local are relative to the root.
+    // URLs that begin with `local/` are relative to the root.
     let root =
         if url.starts_with("local/") { "/" } else { &route[..=route.rfind('/').expect("a route")] };
     format!("{root}{url}")
 }
 
-/// Milliseconds that each of `routes` takes, one after the other on one connection.
+/// Milliseconds of each request for one of `routes`, sequentially on one connection. Panics if an
+/// answer has another status than `status`.
 pub fn latencies(
     host: &Host,
     to: impl Into<SocketAddr>,
@@ -112,7 +114,7 @@ pub fn latencies(
     series
 }
 
-/// Hash parts that no path has, never the same again.
+/// Returns hash parts that no path has. They differ from those of all earlier calls.
 pub fn absent(count: usize) -> Vec<String> {
     use std::sync::atomic::{AtomicU64, Ordering};
     static NEXT: AtomicU64 = AtomicU64::new(0);
@@ -121,24 +123,24 @@ pub fn absent(count: usize) -> Vec<String> {
     };
     (0..count)
         .map(|_| {
-            // A multiplier makes them differ in all digits, as real ones do.
+            // The multiplier makes them differ in all digits, like real hash parts.
             let n = NEXT.fetch_add(1, Ordering::Relaxed).wrapping_mul(0x9e37_79b9_7f4a_7c15);
             (0..32).map(|place| digit(n.rotate_left(place * 5) >> (place / 13))).collect()
         })
         .collect()
 }
 
-/// `/<prefix><hash part>.narinfo` of each.
+/// Returns `/<prefix><hash part>.narinfo` for each hash part.
 pub fn narinfos(prefix: &str, hash_parts: &[String]) -> Vec<String> {
     hash_parts.iter().map(|part| format!("/{prefix}{part}.narinfo")).collect()
 }
 
-/// The hash parts of paths.
+/// The hash parts of store paths.
 pub fn hash_parts(paths: &[String]) -> Vec<String> {
     paths.iter().map(|path| world::hash_part(path).to_owned()).collect()
 }
 
-/// Seconds that a command takes.
+/// Runs a command, passes its output to `check`, and returns its duration in seconds.
 pub fn timed(command: &mut Command, check: impl Fn(&Output)) -> f64 {
     let began = Instant::now();
     let output = command.ran();

@@ -1,25 +1,26 @@
-//! Series of measurements, and the table they end up in.
+//! Series of measurements, and the Markdown table of results.
 
 use std::fmt::Write;
 
-/// What one contender reached in each round.
+/// Measurements of one contender, one per round.
 #[derive(Default, Clone)]
 pub struct Series(Vec<f64>);
 
 impl Series {
-    /// Adds a round.
+    /// Adds a measurement.
     pub fn push(&mut self, value: f64) {
         self.0.push(value);
     }
 
-    /// The value that so many of 100 measurements do not exceed.
+    /// The measurement at index `len * percent / 100` in ascending order, or the last one if that
+    /// is smaller. Panics if the series is empty.
     pub fn percentile(&self, percent: usize) -> f64 {
         let mut sorted = self.0.clone();
         sorted.sort_by(f64::total_cmp);
         sorted[(sorted.len() * percent / 100).min(sorted.len() - 1)]
     }
 
-    /// The one in the middle.
+    /// The middle measurement; the upper one of the two if their number is even.
     pub fn median(&self) -> f64 {
         self.percentile(50)
     }
@@ -34,7 +35,8 @@ impl Series {
     }
 }
 
-/// Three significant digits, or all that stand before the point.
+/// Formats with three significant digits, or with all digits before the decimal point. Values
+/// below 1 get three decimals.
 fn short(value: f64) -> String {
     match value.abs() {
         v if v >= 100.0 => format!("{value:.0}"),
@@ -44,13 +46,13 @@ fn short(value: f64) -> String {
     }
 }
 
-/// A Markdown table that grows row by row, and is shown as it does.
+/// A Markdown table that prints each row when it is added.
 pub struct Table {
     text: String,
 }
 
 impl Table {
-    /// With its header.
+    /// A table with its header only, which it prints.
     pub fn new() -> Table {
         let mut table = Table { text: String::new() };
         table.line("| what | peerix | compared with | | ratio | goal |");
@@ -58,12 +60,12 @@ impl Table {
         table
     }
 
-    /// A figure that stands alone.
+    /// Adds a row for a figure without a rival.
     pub fn alone(&mut self, what: &str, own: &Series, goal: &str) {
         self.line(&format!("| {what} | {} | | | | {goal} |", own.show()));
     }
 
-    /// A figure beside that of `other`, and how many times it peerix needs or reaches.
+    /// Adds a row with the figures of peerix and of `other`, and the ratio of their medians.
     pub fn beside(&mut self, what: &str, own: &Series, other: &str, its: &Series, goal: &str) {
         let ratio = own.median() / its.median();
         self.line(&format!(
@@ -78,7 +80,7 @@ impl Table {
         writeln!(self.text, "{line}").expect("a string takes everything");
     }
 
-    /// All of it.
+    /// The whole table.
     pub fn text(&self) -> &str {
         &self.text
     }

@@ -1,13 +1,14 @@
-//! The second part of `make bench`: peers on other networks, on a network of namespaces with a long
-//! way between them.
+//! Second part of `make bench`: peers on other networks, simulated by namespaces with delayed and
+//! slow links.
 //!
-//! 1. A path that one of 500 peers has, and one that none has, at 50 ms round trip: how many round
-//!    trips each takes. The tracker and the peer that has the paths are real; the other 499 answer
-//!    as peers do, and their filters are real.
-//! 2. A NAR of 256 MiB of text over a link of 100 Mbit/s and 40 ms: through both daemons, beside
-//!    the same uncompressed.
+//! 1. Lookups among 500 peers at 50 ms round trip, of a path that one peer has and of a path that
+//!    none has; the result is in round trips. The tracker and the holder are real. The other 499
+//!    peers are a stand-in with real filters.
+//! 2. A NAR of 256 MiB of text over a link of 100 Mbit/s and 40 ms: through both daemons, compared
+//!    with the uncompressed NAR.
 //!
-//! `--rounds N` (3), `--only 1,2`. Asserts that answers are right, and nothing about time.
+//! Flags: `--rounds N` (default 3), `--only 1,2`. Asserts that answers are right, and nothing about
+//! time.
 
 #[path = "../../tests/common/mod.rs"]
 mod common;
@@ -33,17 +34,19 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-/// Peers beside the one that has the paths.
+/// Number of stand-in peers beside the holder.
 const CROWD: u32 = 499;
-/// Paths that each of them seems to have.
+/// Paths in the filter of each stand-in peer.
 const PATHS: u32 = 20_000;
-/// Lookups a round.
+/// Lookups per round.
 const LOOKUPS: usize = 20;
-/// There and back.
+/// Round-trip time of the first part.
 const ROUND_TRIP: Duration = Duration::from_millis(50);
-/// The link of the second part.
+/// Link speed of the second part, in Mbit/s.
 const MEGABITS: u32 = 100;
+/// Round-trip time of the second part.
 const LINK_ROUND_TRIP: Duration = Duration::from_millis(40);
+/// Size of the NAR of the second part, in MiB.
 const MEBIBYTES: u32 = 256;
 
 fn main() {
@@ -84,7 +87,7 @@ fn lookups(rounds: usize, table: &mut Table) {
     let asker = wan.lan([10, 2, 0]).host("asker");
     stock::ready(&asker);
     let _asking = node(&asker, &tracker);
-    // Known once its filter is there: until then it is asked as one that has none.
+    // Until the tracker has the holder's filter, a lookup treats it as a peer without a filter.
     wait_for("the holder is a candidate", || {
         let found = tracker.get(&format!("/lookup/{}", world::hash_part(&paths[0])));
         let listed = found["candidates"].as_array()?;
@@ -101,7 +104,8 @@ fn lookups(rounds: usize, table: &mut Table) {
             } else {
                 scene::narinfos("", &scene::absent(LOOKUPS))
             };
-            // Connections that were kept from the round before would save a round trip.
+            // The idle connections of the previous round close first. Reusing one would save a
+            // round trip.
             std::thread::sleep(Duration::from_secs(31));
             let took = scene::latencies(&asker, local, &routes, status);
             let trips = |ms: f64| ms / 1e3 / ROUND_TRIP.as_secs_f64();
@@ -122,13 +126,13 @@ fn lookups(rounds: usize, table: &mut Table) {
     drop(crowd);
 }
 
-/// A node that shares everything with everyone.
+/// Starts a node that shares everything with everyone.
 fn node(host: &Host, tracker: &Tracker) -> Daemon {
     let flags = tracker::open(host, "wan", &[&tracker.host]);
     Daemon::start(host, &flags.iter().map(String::as_str).collect::<Vec<_>>())
 }
 
-/// Peers that have other paths. All on one host, each at an address of its own.
+/// Stand-in peers without the wanted paths, all on one host, each at its own address.
 struct Crowd {
     _http: Server,
     stop: Arc<AtomicBool>,
@@ -169,7 +173,7 @@ impl Drop for Crowd {
     }
 }
 
-/// Answers every query with *have not*.
+/// Answers every query with *have not* until `stopped` is set.
 fn say_no(sockets: &[UdpSocket], stopped: &AtomicBool) {
     let tick = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
     while !stopped.load(Ordering::Relaxed) {
@@ -190,7 +194,7 @@ fn say_no(sockets: &[UdpSocket], stopped: &AtomicBool) {
     }
 }
 
-/// Announces a peer, and the filter of what it has, from its own address.
+/// Announces a stand-in peer and uploads its filter, from the peer's own address.
 fn register(host: &Host, tracker: &Tracker, number: u32, address: Ipv4Addr) {
     let to = SocketAddr::from((tracker.host.address, tracker::PORT));
     let stream = host.in_net(|| {
@@ -248,7 +252,7 @@ fn compressed(rounds: usize, table: &mut Table) {
     let tracker = Tracker::start(wan.lan([10, 3, 0]).host("tracker"));
     let holder = wan.lan([10, 1, 0]).host("holder");
     stock::ready(&holder);
-    // Text of numbers, as `seq` prints it, shrinks more than most; programs shrink to 40 %.
+    // Text of numbers from `seq` compresses better than most data; programs shrink to 40 %.
     let path = stock::add_large(&holder, "text", MEBIBYTES);
     let programs = stock::add(
         &holder,
@@ -258,8 +262,8 @@ fn compressed(rounds: usize, table: &mut Table) {
     let _holding = node(&holder, &tracker);
     let asker = wan.lan([10, 2, 0]).host("asker");
     stock::ready(&asker);
-    // Before any connection is made: one that has known a shorter way takes seconds to believe in
-    // the long one.
+    // Set before any connection exists: the round-trip estimate of an older connection takes
+    // seconds to adapt to the longer path.
     asker.slow(MEGABITS);
     let _delay = asker.delay(LINK_ROUND_TRIP);
     let _asking = node(&asker, &tracker);
@@ -293,7 +297,7 @@ fn compressed(rounds: usize, table: &mut Table) {
     }
 }
 
-/// Asks for a body, and throws it away.
+/// Requests a body and discards it.
 fn drop_body(host: &Host, to: impl Into<SocketAddr>, route: &str) {
     Client::new(host.connect(to).expect("a server")).get(route, "", Body::Dropped);
 }

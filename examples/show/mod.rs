@@ -1,5 +1,5 @@
-//! What the demonstrations have in common: they tell how far they are, have Nix build things, watch
-//! where the bytes come from, and put it all into a table.
+//! Shared parts of the demonstrations: they print progress, build paths with Nix, watch the bytes
+//! sent by each machine, and print a table of the results.
 
 use crate::common::{Host, PORT, http, nix, world};
 use std::collections::BTreeMap;
@@ -10,10 +10,10 @@ use std::path::Path;
 use std::process::Child;
 use std::time::{Duration, Instant};
 
-/// Bytes.
+/// Bytes per MiB.
 pub const MIB: u64 = 1 << 20;
 
-/// The lines that tell how far it is.
+/// Prints numbered steps, and lines with the elapsed time.
 pub struct Steps {
     began: Instant,
     done: usize,
@@ -21,26 +21,26 @@ pub struct Steps {
 }
 
 impl Steps {
-    /// None of `all` is done yet.
+    /// Prepares `all` steps, none of which has begun.
     pub fn new(all: usize) -> Steps {
         Steps { began: Instant::now(), done: 0, all }
     }
 
-    /// Begins the next.
+    /// Begins the next step and prints its title.
     pub fn next(&mut self, what: &str) {
         self.done += 1;
         println!("\n{}/{} {what}", self.done, self.all);
         let _ = stdout().flush();
     }
 
-    /// Tells something about it.
+    /// Prints a line within the current step.
     pub fn say(&self, what: impl Display) {
         println!("    {:5.1} s  {what}", self.began.elapsed().as_secs_f64());
         let _ = stdout().flush();
     }
 }
 
-/// Nix with a key to sign with; returns the public one.
+/// Configures Nix with a new signing key; returns the public key.
 pub fn make_ready(host: &Host) -> String {
     nix::configure(host, "secret-key-files = /etc/peerix.sec\n");
     host.sh(&format!(
@@ -51,7 +51,7 @@ pub fn make_ready(host: &Host) -> String {
     std::fs::read_to_string(host.path("/etc/peerix.pub")).expect("Nix wrote it").trim().to_owned()
 }
 
-/// Has Nix build what is called so in `demo.nix`.
+/// Builds the attribute `name` of `demo.nix`, and returns its path.
 pub fn build(host: &Host, name: &str) -> String {
     let script = format!(
         "nix-store --realise $(nix-instantiate /tmp/demo.nix -A {name}) 2>/tmp/said || {{ cat /tmp/said >&2; exit 1; }}"
@@ -59,7 +59,7 @@ pub fn build(host: &Host, name: &str) -> String {
     host.sh(&script).trim().to_owned()
 }
 
-/// The time in milliseconds that a miss takes at the own peerix.
+/// Median time in milliseconds of 25 misses at the host's own peerix.
 pub fn median_miss(host: &Host) -> f64 {
     let mut connection =
         http::Connection::new(host.connect_local().expect("peerix answers")).expect("a connection");
@@ -80,12 +80,13 @@ pub fn median_miss(host: &Host) -> f64 {
 pub struct Maker<'a> {
     /// The machine.
     pub host: &'a Host,
-    /// Where others reach it.
+    /// The address at which others reach it.
     pub address: Ipv4Addr,
 }
 
-/// Tells how much came from whom, until one of `makers` has sent so many MiB (and is returned) or
-/// Nix is done. `of` says of what it is so many.
+/// Prints how many MiB each machine has sent since `before`, twice a second. Blocks until Nix ends
+/// (returns `None`) or a machine has sent `until` MiB (returns its index). `of` describes the MiB
+/// in the output.
 pub fn watch(
     child: &mut Child,
     steps: &Steps,
@@ -121,9 +122,10 @@ pub fn watch(
     }
 }
 
-/// What the asker's peerix logged of where each NAR came from, against what was where.
+/// Prints a table of the NARs by origin, from the asker's log. Panics if a path of `belongs` did
+/// not come from its host.
 pub fn table(log: &str, makers: &[Maker<'_>; 2], paths: &[String], belongs: &[(&String, &Host)]) {
-    // `debug: <hash part>: NAR of <size> bytes from peer <address> and <address>`
+    // Format of a line: `debug: <hash part>: NAR of <size> bytes from peer <address> and <address>`
     let mut nars: BTreeMap<&str, (u64, String)> = BTreeMap::new();
     for line in log.lines() {
         if let Some((hash_part, rest)) =

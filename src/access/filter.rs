@@ -1,12 +1,14 @@
-//! The filter by name: which paths are not shared with WAN peers because a shell pattern matches
-//! their base names.
+//! Name filter of the access policy. A path whose base name matches one of the shell patterns is
+//! withheld from WAN peers. The patterns are the built-in ones (see [`DEFAULT_PATTERNS`]) and those
+//! of `--filter-patterns`.
 
 use crate::fnmatch::Pattern;
 use crate::nix::StorePath;
 
-/// What the original keeps back unless it is told not to.
+/// Patterns that apply unless `--no-default-filters` is given. The Python version of peerix has the
+/// same list.
 const DEFAULT_PATTERNS: &[&str] = &[
-    // What NixOS builds of this machine's configuration.
+    // Parts of this machine's NixOS configuration.
     "*-nixos-system-*",
     "*-etc-*",
     "*-nixos-*-config",
@@ -16,7 +18,7 @@ const DEFAULT_PATTERNS: &[&str] = &[
     "*-toplevel",
     "*-activation-script-*",
     "*-systemd-*",
-    // What may hold secrets.
+    // Paths that may hold secrets.
     "*-sops-nix-*",
     "*-agenix-*",
     "*-secret-*",
@@ -26,17 +28,17 @@ const DEFAULT_PATTERNS: &[&str] = &[
     "*-credentials-*",
     "*.key",
     "*.pem",
-    // What is of its users.
+    // Files of this machine's users.
     "*-home-manager-*",
     "*-home-files-*",
 ];
 
-/// The patterns of this node.
+/// The name patterns of this node.
 #[derive(Debug, Default)]
 pub struct NameFilter(Vec<Pattern>);
 
 impl NameFilter {
-    /// The built-in patterns, if `defaults`, and these.
+    /// Compiles `patterns`, preceded by the built-in patterns if `defaults` is set.
     pub fn new(defaults: bool, patterns: &[String]) -> Self {
         let defaults = if defaults { DEFAULT_PATTERNS } else { &[] };
         NameFilter(
@@ -49,14 +51,15 @@ impl NameFilter {
         )
     }
 
-    /// Whether the path stays here: a pattern matches its base name, from its first to its last
-    /// character.
+    /// Returns whether a pattern matches the whole base name of `path`, so that the path is
+    /// withheld from WAN peers. Matching is case-sensitive.
     pub fn keeps(&self, path: &StorePath) -> bool {
         self.0.iter().any(|pattern| pattern.matches(path.base_name()))
     }
 }
 
-/// The first pattern that keeps a path here, as [`NameFilter::keeps`] does without a name for it.
+/// Returns the first pattern that matches the base name of `path`. [`NameFilter::keeps`] gives the
+/// same verdict without naming the pattern.
 pub fn kept_by<'a>(defaults: bool, patterns: &'a [String], path: &StorePath) -> Option<&'a str> {
     let defaults = if defaults { DEFAULT_PATTERNS } else { &[] };
     let mut all = defaults.iter().copied().chain(patterns.iter().map(String::as_str));
@@ -68,7 +71,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn which_patterns_apply() {
+    fn default_and_own_patterns_match_whole_base_names() {
         let path = |name: &str| {
             StorePath::parse(&format!("7h7qgvs4kgzsn8a6rb273saxyqh4jxlz-{name}")).unwrap()
         };

@@ -1,10 +1,10 @@
-//! What leaves this machine, and to whom. Every answer to somebody else, over HTTP or UDP, asks
-//! here first.
+//! Access policy: which store paths this machine shares, and with which peers. Every HTTP and UDP
+//! answer to another machine passes through [`AccessPolicy`].
 //!
-//! Who asks is told by the socket's address, or by the key with which the other end authenticated
-//! itself, and by nothing else. This machine has everything, friends and the LAN every valid path,
-//! and anybody else what has no name to be kept (`filter.rs`) and is the upstream cache's as well
-//! (`verify.rs`). `--share` takes rows of that away.
+//! The scope of a request follows from the socket's address or from the key that the other end
+//! proved to hold, and from nothing else. This machine, friends and LAN peers may have every valid
+//! path. WAN peers may have a path if no name pattern matches it (`filter.rs`) and the upstream
+//! cache has it too (`verify.rs`). `--share` restricts this further.
 
 mod filter;
 mod verify;
@@ -19,35 +19,35 @@ use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Instant;
 use verify::Verifier;
 
-/// Who asks.
+/// The relation of a requester to this node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Scope {
-    /// A loopback address: this machine's Nix and its users.
+    /// A loopback address: Nix and the users of this machine.
     ThisMachine,
-    /// A node that holds the key of a friend, wherever it is.
+    /// A node that has authenticated with the key of a friend, at any address.
     Friend,
-    /// A node on a LAN network (see [`crate::network::LanNetworks`]), or one named by `--peer`; in
-    /// modes that have a LAN.
+    /// A node on a LAN network (see [`crate::network::LanNetworks`]) or at an address named by
+    /// `--peer`, in modes that have a LAN.
     Lan,
-    /// Anybody else.
+    /// Any other node.
     Wan,
 }
 
-/// Tells scopes apart, and what each may have.
+/// Determines the [`Scope`] of a requester and which paths it may have.
 pub struct AccessPolicy {
     networks: Arc<Networks>,
     named_peers: RwLock<Vec<SocketAddr>>,
     mode: Mode,
     sharing: Sharing,
     filter: NameFilter,
-    /// None where nothing is verified.
+    /// `None` if the policy compares no path with the upstream cache.
     verifier: Option<Verifier>,
-    /// Set while the secret key that should sign this machine's paths cannot be read.
+    /// Set until the secret key that signs this machine's paths has been read.
     lacks_key: AtomicBool,
 }
 
 impl AccessPolicy {
-    /// As the user chose.
+    /// Creates the policy that `config` describes.
     pub fn new(networks: Arc<Networks>, config: &Config) -> Self {
         let filter = match config.filter {
             true => NameFilter::new(config.default_filters, &config.filter_patterns),
@@ -68,20 +68,21 @@ impl AccessPolicy {
         }
     }
 
-    /// Sets that the secret key has been read. Until then a node that was given one shares nothing
-    /// that only that key would sign: a plain Nix remembers an unsigned narinfo for 30 days.
+    /// Records that the secret key has been read. Before that, a node with a configured key shares
+    /// no path that has neither a signature nor a content address: Nix would cache the unsigned
+    /// narinfo for 30 days (`narinfo-cache-positive-ttl`).
     pub fn set_has_key(&self) {
         self.lacks_key.store(false, Ordering::Relaxed);
     }
 
-    /// Sets the addresses that `--peer` names now. Their ports do not count: nodes at these
-    /// addresses have the scope LAN.
+    /// Replaces the addresses that `--peer` names. Nodes at these addresses have the scope
+    /// [`Scope::Lan`], whatever their port.
     pub fn set_named_peers(&self, addresses: Vec<SocketAddr>) {
         *self.named_peers.write().unwrap_or_else(PoisonError::into_inner) = addresses;
     }
 
-    /// The scope of a node at this address, as the socket has it. For link-local IPv6 the scope ID
-    /// of the address counts too.
+    /// Returns the scope of a node at this socket address. It is never [`Scope::Friend`]. For
+    /// link-local IPv6 the scope ID of the address counts too.
     pub fn scope(&self, asker: SocketAddr) -> Scope {
         if asker.ip().to_canonical().is_loopback() {
             return Scope::ThisMachine;
@@ -91,15 +92,16 @@ impl AccessPolicy {
         if is_lan { Scope::Lan } else { Scope::Wan }
     }
 
-    /// Whether there is a LAN at all, whatever is shared with it.
+    /// Returns whether the mode has a LAN, regardless of `--share`.
     pub fn has_lan(&self) -> bool {
         self.mode.has_lan()
     }
 
-    /// The scope in which a datagram from this address is answered, or `None` if it is dropped.
-    /// Dropped are datagrams from this machine's loopback, from addresses that no answer reaches,
-    /// and from strangers with whom nothing is shared. Neighbours with whom nothing is shared are
-    /// answered *no*, so that they wait for nothing. No datagram has the scope of a friend.
+    /// Returns the scope in which to answer a datagram from this address, or `None` to drop it.
+    /// Datagrams are dropped if they come from loopback, from an address that cannot receive an
+    /// answer (port 0, unspecified, multicast, broadcast), or from WAN while nothing is shared over
+    /// WAN. LAN peers always get an answer, so that they do not wait for a timeout when nothing is
+    /// shared with them. No datagram has the scope [`Scope::Friend`].
     pub fn datagram_scope(&self, from: SocketAddr) -> Option<Scope> {
         let ip = from.ip().to_canonical();
         let is_broadcast = ip == IpAddr::V4(Ipv4Addr::BROADCAST);
@@ -119,7 +121,8 @@ impl AccessPolicy {
         named.iter().any(|peer| host_of(*peer) == host)
     }
 
-    /// Whether the asker is on another network, which is slower than compressing.
+    /// Returns whether the requester is outside the LAN, where the network is slower than
+    /// compression.
     pub fn is_far(&self, scope: Scope, asker: SocketAddr) -> bool {
         match scope {
             Scope::ThisMachine | Scope::Lan => false,
@@ -128,7 +131,7 @@ impl AccessPolicy {
         }
     }
 
-    /// Whether an asker of that scope may have any valid path at all.
+    /// Returns whether a requester of this scope may have any valid path at all.
     pub fn serves(&self, scope: Scope) -> bool {
         match scope {
             Scope::ThisMachine => true,
@@ -140,27 +143,30 @@ impl AccessPolicy {
         }
     }
 
-    /// Whether an asker of that scope may have this valid path. For WAN the upstream cache may be
-    /// asked, which takes 15 s at most; what cannot be told then, they may not. Who may not is told
-    /// that there is no such path.
+    /// Returns whether a requester of this scope may have this valid path. For [`Scope::Wan`] this
+    /// may ask the upstream cache, which blocks for at most 15 s; the answer is false if upstream
+    /// gives none by then. Callers answer a refused requester as if the path did not exist.
     pub fn allows(&self, scope: Scope, info: &PathInfo) -> bool {
         self.decide(scope, info, |verifier| verifier.verified(info))
     }
 
-    /// The same from what is known already, without waiting.
+    /// Like [`AccessPolicy::allows`], but uses only cached upstream answers and signatures, and
+    /// never blocks on the network. A path whose upstream answer is unknown is refused.
     pub fn allows_now(&self, scope: Scope, info: &PathInfo) -> bool {
         self.decide(scope, info, |verifier| verifier.verified_now(info) == Some(true))
     }
 
-    /// When to ask the upstream cache, by [`AccessPolicy::allows`], whether strangers may have this
-    /// path; `None` if nobody needs to be asked. Where upstream's key is known, its paths have a
-    /// signature, and nothing is asked that no stranger wants to know.
+    /// Returns when [`AccessPolicy::allows`] should next ask the upstream cache about this path, or
+    /// `None` if it need not: nothing is verified, the name filter withholds the path, upstream is
+    /// known to have it, or upstream's key is known. In the last case a signature proves upstream's
+    /// own paths, so paths without one are asked about only when a WAN peer requests them.
     pub fn ask_upstream_at(&self, info: &PathInfo) -> Option<Instant> {
         self.verifier.as_ref().filter(|_| !self.filter.keeps(&info.path))?.ask_at(info)
     }
 
-    /// Why strangers may not have this valid path, for the user who asks; none if they may.
-    /// `config` is what this was made of. Takes as long as [`AccessPolicy::allows`].
+    /// Explains to the user why WAN peers may not have this valid path, or returns `None` if they
+    /// may. `config` must be the one that this policy was created from. May ask the upstream cache
+    /// and blocks for at most 15 s.
     pub fn why_kept(&self, config: &Config, info: &PathInfo) -> Option<String> {
         if self.sharing != Sharing::All {
             return Some("--share keeps everything from strangers".into());
@@ -205,8 +211,8 @@ impl AccessPolicy {
     }
 }
 
-/// What tells one host from another: its address, and for a link-local IPv6 address the interface
-/// that leads there.
+/// Returns the key that identifies a host: its address, and for a link-local IPv6 address also the
+/// interface (scope ID).
 fn host_of(address: SocketAddr) -> (IpAddr, u32) {
     match address {
         SocketAddr::V6(v6) if v6.ip().is_unicast_link_local() => (address.ip(), v6.scope_id()),
@@ -281,7 +287,7 @@ mod tests {
     }
 
     #[test]
-    fn datagrams_are_answered_in_the_scopes_that_are_served() {
+    fn datagram_scope_is_none_where_nothing_is_served() {
         let (lan, both, wan) = (share(Mode::Lan), share(Mode::Both), share(Mode::Wan));
         for (from, in_lan, in_both) in [
             ("192.168.10.77", Some(Scope::Lan), Some(Scope::Lan)),
@@ -299,14 +305,14 @@ mod tests {
         ] {
             assert_eq!(lan.datagram_scope(address(from)), in_lan, "{from}");
             assert_eq!(both.datagram_scope(address(from)), in_both, "{from}");
-            // In mode wan the LAN is like any other network.
+            // In mode wan, LAN addresses have the scope WAN.
             let in_wan = in_both.map(|_| Scope::Wan);
             assert_eq!(wan.datagram_scope(address(from)), in_wan, "{from}");
         }
     }
 
     #[test]
-    fn a_node_without_a_lan_has_no_neighbours() {
+    fn lan_address_in_mode_wan_has_scope_wan() {
         let share = share(Mode::Wan);
         share.set_named_peers(named());
         for asker in ["192.168.10.77", "[fe80::1%2]:1", "10.9.8.7", "8.8.8.8"] {
@@ -316,7 +322,7 @@ mod tests {
     }
 
     #[test]
-    fn who_is_served_in_which_mode() {
+    fn mode_decides_which_scopes_are_served() {
         for (mode, lan, wan) in
             [(Mode::Lan, true, false), (Mode::Both, true, true), (Mode::Wan, false, true)]
         {
@@ -328,7 +334,7 @@ mod tests {
     }
 
     #[test]
-    fn sharing_takes_rows_away_in_every_mode() {
+    fn share_option_restricts_scopes_in_every_mode() {
         use Sharing::{All, Friends, Lan, Nobody};
         for (sharing, friend, lan, wan) in [
             (All, true, true, true),
@@ -370,7 +376,7 @@ mod tests {
     }
 
     #[test]
-    fn upstream_is_asked_for_strangers_alone() {
+    fn upstream_is_not_asked_for_lan_or_filtered_paths() {
         let upstream = TcpListener::bind("127.0.0.1:0").unwrap();
         upstream.set_nonblocking(true).unwrap();
         let upstream_cache = format!("http://{}", upstream.local_addr().unwrap());
@@ -385,7 +391,7 @@ mod tests {
     }
 
     #[test]
-    fn path_that_only_the_missing_key_would_sign_is_withheld() {
+    fn unsigned_path_is_withheld_until_key_is_read() {
         let config = Config { private_key: Some("/missing".into()), ..Config::default() };
         let share = share_on(Vec::new(), &config);
         let signed = PathInfo {
@@ -404,7 +410,7 @@ mod tests {
     }
 
     #[test]
-    fn what_each_may_have() {
+    fn verify_and_filter_restrict_wan_scope_alone() {
         let with = |mode, verify, filter| {
             let upstream_cache = "http://127.0.0.1:9".to_owned();
             let config = Config { mode, verify, filter, upstream_cache, ..Config::default() };
@@ -412,7 +418,7 @@ mod tests {
         };
         let (plain, secret) = (info("hello"), info("a-secret-b"));
         for (mode, verify, filter, wan) in [
-            // Nobody is at that port, so nothing is known of upstream.
+            // No server listens on this port, so no answer of upstream is known.
             (Mode::Both, true, true, [false, false]),
             (Mode::Wan, true, false, [false, false]),
             (Mode::Both, false, true, [true, false]),

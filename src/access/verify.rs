@@ -1,9 +1,9 @@
-//! Whether a path is the upstream cache's own: what everybody can have from there gives nothing
-//! away.
+//! Verifies that the upstream cache has the same path: sharing it over WAN then reveals nothing
+//! that upstream does not publish.
 //!
-//! A signature by the upstream's key, stored with the path, proves it without a word to anybody.
-//! Otherwise the upstream cache is asked, and asked again if it does not have the path: to build
-//! first and to upload later is the usual order. Whatever is not known to be equal counts as not.
+//! A stored signature by upstream's key proves it offline. Otherwise [`Verifier`] asks the upstream
+//! cache. If upstream lacks the path it is asked again later, as paths are often built first and
+//! uploaded afterwards. A path that is not known to be equal counts as not verified.
 
 use crate::backoff::{Backoff, retry_after};
 use crate::config::{Config, DEFAULT_UPSTREAM, UPSTREAM_KEY};
@@ -20,80 +20,84 @@ use std::time::{Duration, Instant};
 use ureq::Agent;
 use ureq::http::Response;
 
-/// Signatures of the upstream's name that are checked of one path, 0.1 ms each. Upstream makes one.
+/// Most signatures with upstream's key name that are checked per path; further ones are ignored. A
+/// check takes 0.1 ms. Upstream makes one signature per path.
 const MAX_SIGNATURES: usize = 4;
 
-/// How long it is remembered that upstream does not have a path, or another NAR, after the first
-/// such answer and the next ones; from the last on always as long.
+/// How long the answer that upstream lacks a path, or has another NAR, is cached: after the first
+/// such answer, the second, and so on. The last interval applies to all later answers.
 const NOT_THERE: [Interval; 4] = [
     Interval::from_secs(60),
     Interval::from_secs(300),
     Interval::from_secs(3600),
     Interval::from_secs(24 * 3600),
 ];
-/// How long it is remembered that no signature proves a path.
+/// How long it is cached that no signature proves a path.
 const UNPROVEN: Duration = Duration::from_secs(3600);
-/// That it had this very NAR stays true.
+/// How long a positive answer is cached. It stays true, as NARs in a binary cache do not change.
 const PROVEN: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
-/// When so many new ones have come, those before them are forgotten: so up to twice as many are
-/// kept. A hash table of 32,768 places is then full, and two take 6 MiB, on a node that shares as
-/// many paths.
+/// Entries per generation. When the young generation is full, the old one is dropped, so at most
+/// twice as many entries are kept. 28,672 entries fill a hash table of 32,768 slots (load factor
+/// 7/8); two such tables take 7 MiB.
 const GENERATION: usize = 28_672;
 
-/// A request to the upstream cache takes no longer, from the name's resolution to the answer's last
-/// byte.
+/// Longest request to the upstream cache, from name resolution to the last byte of the answer. A
+/// request that takes longer fails.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
-/// Requests at once.
+/// Most concurrent requests to the upstream cache; further ones wait up to [`PATIENCE`].
 const MAX_REQUESTS: usize = 4;
-/// Caches send from one place to another, not in circles.
+/// Most redirects that are followed. Caches redirect to one other place; more is a loop.
 const MAX_REDIRECTS: u32 = 3;
 
-/// How long an asker waits for its turn, or for an equal question's answer. Peers give up sooner,
-/// and find the answer when they come again.
+/// Longest wait for a free request slot, or for another thread's answer about the same path. After
+/// that the path counts as not verified. Peers give up sooner, and find the answer in the cache
+/// when they ask again.
 const PATIENCE: Duration = Duration::from_secs(5);
-/// Askers that wait. Each holds a thread and a connection, of which neighbours are to have most.
+/// Most callers that wait at a time; further ones get the answer "not verified". Each waiting
+/// caller occupies a thread and a connection; the limit leaves most of these to LAN peers.
 const MAX_WAITING: usize = 32;
 
-/// When upstream gave no answer it is left alone this long, doubling, and what is not known is not
-/// shared.
+/// First pause of requests after upstream failed to answer. It doubles with each failure. Meanwhile
+/// unverified paths are not shared.
 const FIRST_PAUSE: Interval = Interval::from_secs(5);
-/// The longest such pause, unless upstream asks for a longer one, which is obeyed up to this.
+/// Longest pause of requests after upstream failed. A `Retry-After` of upstream can lengthen a
+/// pause up to this.
 const LONGEST_PAUSE: Interval = Interval::from_secs(300);
-/// A path of which upstream said nothing that can be read is left alone this long. Behind the login
-/// page of a hotel that is every path, and nothing else tells when it is gone.
+/// Pause of requests about one path after an answer that is not a valid narinfo. Behind a captive
+/// portal every path gets such answers, and no signal marks the end of that.
 const UNREADABLE: Interval = Interval::from_secs(5);
-/// Bytes of a narinfo as it is sent: compressed it is smaller than its bound, or its sender is
-/// hostile.
+/// Most bytes read of a response body before decompression; the rest is cut off. A compressed
+/// narinfo is smaller than [`NarInfo::MAX_LEN`] unless its sender is hostile.
 const MAX_SENT: u64 = NarInfo::MAX_LEN as u64 + 4096;
 
-/// A path, and the NAR that it has here.
+/// A path and the hash of its NAR in the local store.
 type VerifiedPath = (HashPart, NarHash);
 
-/// Compares paths with the upstream cache's, and remembers.
+/// Compares local paths with those of the upstream cache, and caches the results.
 pub struct Verifier {
     agent: Agent,
     url: String,
     key: Option<PublicKey>,
     store_dir: StoreDir,
     state: Mutex<VerifierState>,
-    /// A request ended.
+    /// Signalled when a request ends.
     ended: Condvar,
     faults: LogThrottle,
 }
 
 struct VerifierState {
     answers: UpstreamAnswers,
-    /// What is being asked.
+    /// Paths with a request in progress.
     asked: HashSet<VerifiedPath>,
     waiting: usize,
     backoff: Backoff,
 }
 
-/// Why there is no answer.
+/// Why upstream gave no usable answer.
 enum UpstreamError {
     Unreachable(ureq::Error),
     Status(u16, Option<Duration>),
-    /// Of this path alone.
+    /// Concerns this path alone, so it does not pause other requests.
     Malformed(Malformed),
 }
 
@@ -108,7 +112,8 @@ impl fmt::Display for UpstreamError {
 }
 
 impl Verifier {
-    /// Of the upstream cache that the user chose.
+    /// Creates a verifier for the upstream cache in `config`. Only the default upstream's key is
+    /// known.
     pub fn new(config: &Config) -> Self {
         let is_default = config.upstream_cache == DEFAULT_UPSTREAM;
         let key = is_default.then(|| PublicKey::parse(UPSTREAM_KEY).expect("a public key"));
@@ -137,8 +142,8 @@ impl Verifier {
         }
     }
 
-    /// Whether the path is upstream's, if that is known without asking. Takes 0.5 ms at most, and
-    /// mostly 1 µs.
+    /// Returns whether upstream has the path, or `None` if that is not known without asking. Checks
+    /// signatures but never blocks on the network: takes 0.5 ms at most, mostly 1 µs.
     pub fn verified_now(&self, info: &PathInfo) -> Option<bool> {
         let key = key(info);
         if let Some(known) = self.lock().answers.get(&key, Instant::now()) {
@@ -147,16 +152,16 @@ impl Verifier {
         let is_signed = self.is_signed(info)?;
         let (proof, now) = (is_signed.then_some(true), Instant::now());
         let mut state = self.lock();
-        // That its signatures are none is remembered too, but must not take the place of upstream's
-        // own answer.
+        // The result of a failed check is cached too, but must not replace an answer of upstream.
         if is_signed || state.answers.get(&key, now).is_none() {
             state.answers.put(key, proof, now + UNPROVEN, 0);
         }
         proof
     }
 
-    /// When it makes sense to ask upstream about a path: now, or once its last answer is old.
-    /// `None` if it said that it has it, or if its paths have a signature.
+    /// Returns when to ask upstream about a path: now, or when its cached answer expires, or when
+    /// the pause after a failure ends. `None` if upstream has the path or if upstream's key is
+    /// known.
     pub fn ask_at(&self, info: &PathInfo) -> Option<Instant> {
         let now = Instant::now();
         match self.verified_now(info) {
@@ -167,8 +172,8 @@ impl Verifier {
         }
     }
 
-    /// Whether the path is upstream's; asks upstream if need be. False if that cannot be told now.
-    /// Takes 15 s at most.
+    /// Returns whether upstream has the path, and asks upstream if that is not known. Blocks for at
+    /// most 15 s ([`PATIENCE`] and [`REQUEST_TIMEOUT`]). False if no answer can be had now.
     pub fn verified(&self, info: &PathInfo) -> bool {
         if let Some(answer) = self.verified_now(info) {
             return answer;
@@ -181,13 +186,14 @@ impl Verifier {
         }
     }
 
-    /// Whether upstream's own paths carry a signature that proves it, so that it need not be asked
-    /// about any that has none.
+    /// Returns whether upstream's key is known. A signature then proves upstream's paths, and a
+    /// path without one is most likely not upstream's.
     pub fn has_key(&self) -> bool {
         self.key.is_some()
     }
 
-    /// Whether a signature proves it; `None` if there is none by that name.
+    /// Returns whether a signature proves the path; `None` if no signature has the key's name or no
+    /// key is known.
     fn is_signed(&self, info: &PathInfo) -> Option<bool> {
         let key = self.key.as_ref()?;
         let mut signatures = info
@@ -201,7 +207,8 @@ impl Verifier {
         Some(signatures.any(|signature| key.verify(fingerprint.as_bytes(), signature)))
     }
 
-    /// Waits until upstream may be asked this.
+    /// Waits up to [`PATIENCE`] until a request about `key` may start or another thread has its
+    /// answer.
     fn turn(&self, key: &VerifiedPath) -> RequestTurn {
         let deadline = Instant::now() + PATIENCE;
         let mut state = self.lock();
@@ -277,7 +284,7 @@ impl Verifier {
         let response = self.agent.get(url).call().map_err(UpstreamError::Unreachable)?;
         match response.status().as_u16() {
             200 => {}
-            // Object stores say 403 where they may not say 404.
+            // Object stores answer 403 instead of 404 if listing the bucket is not permitted.
             403 | 404 | 410 => return Ok(false),
             status => return Err(UpstreamError::Status(status, retry_after(response.headers()))),
         }
@@ -294,8 +301,8 @@ impl Verifier {
     }
 }
 
-/// The narinfo, as it was before a cache compressed it (`narinfo-compression` of Nix), and at most
-/// a byte more of it than one may have.
+/// Reads the narinfo from the body and decompresses it (`narinfo-compression` of Nix). Returns at
+/// most one byte more than [`NarInfo::MAX_LEN`], so that the parser refuses a longer one.
 fn read(response: Response<ureq::Body>) -> Result<Vec<u8>, UpstreamError> {
     let encoding = response
         .headers()
@@ -332,7 +339,7 @@ fn read(response: Response<ureq::Body>) -> Result<Vec<u8>, UpstreamError> {
 
 enum RequestTurn {
     Answered(bool),
-    /// Upstream failed just now, or is asked too much.
+    /// Upstream failed recently, or too many callers wait.
     NotNow,
     Mine,
 }
@@ -341,7 +348,7 @@ fn key(info: &PathInfo) -> VerifiedPath {
     (info.path.hash_part(), info.nar_hash)
 }
 
-/// What is known of which path: an answer, or that its signatures give none.
+/// Cached answers, in two generations: see [`GENERATION`].
 #[derive(Default)]
 struct UpstreamAnswers {
     young: HashMap<VerifiedPath, UpstreamAnswer>,
@@ -351,9 +358,10 @@ struct UpstreamAnswers {
 struct UpstreamAnswer {
     is_upstreams: Option<bool>,
     until: Instant,
-    /// How often upstream was asked.
+    /// Number of answers of upstream so far; index into [`NOT_THERE`].
     times: usize,
-    /// What it said last cannot be read, until then.
+    /// Set if the last answer was not a valid narinfo: upstream is not asked again before this
+    /// time.
     unreadable: Option<Instant>,
 }
 
@@ -366,12 +374,12 @@ impl UpstreamAnswers {
         Some(self.find(key).filter(|answer| answer.until > now)?.is_upstreams)
     }
 
-    /// How often upstream was asked about it.
+    /// Number of answers of upstream about this path.
     fn times(&self, key: &VerifiedPath) -> usize {
         self.find(key).map_or(0, |answer| answer.times)
     }
 
-    /// Until when the last answer counts.
+    /// Returns when the last answer expires.
     fn until(&self, key: &VerifiedPath) -> Option<Instant> {
         self.find(key).map(|answer| answer.until)
     }
@@ -384,8 +392,8 @@ impl UpstreamAnswers {
         self.insert(key, UpstreamAnswer { is_upstreams, until, times, unreadable: None });
     }
 
-    /// What upstream said cannot be read, so that it is as if it had said nothing; it is not asked
-    /// again before `until`.
+    /// Records that upstream's answer was not a valid narinfo. The path counts as unknown, and
+    /// upstream is not asked about it again before `until`.
     fn put_unreadable(&mut self, key: VerifiedPath, until: Instant) {
         let times = self.times(&key);
         self.insert(
@@ -416,7 +424,7 @@ mod tests {
     use std::thread::{self, JoinHandle};
     use tiny_http::{Header, Response, Server};
 
-    /// From cache.nixos.org, with its signature.
+    /// A narinfo from cache.nixos.org, with its signature.
     const UPSTREAM_NARINFO: &str = include_str!("../../tests/data/cache.nixos.org.narinfo");
 
     const SIGNED: &str = "vx8ssdprqbd8zwyipycgh6jp25k69rx6";
@@ -425,12 +433,12 @@ mod tests {
         NarInfo::parse(UPSTREAM_NARINFO.as_bytes(), &golden::store_dir()).unwrap().info
     }
 
-    /// Where nobody is.
+    /// A verifier whose upstream URL has no server.
     fn unreachable(key: Option<PublicKey>) -> Verifier {
         Verifier::with("http://127.0.0.1:9".into(), key, golden::store_dir())
     }
 
-    /// Answers each request as it is told: status and body.
+    /// An HTTP server that answers each request with the status and body that a function returns.
     struct Upstream {
         server: Arc<Server>,
         requests: Arc<AtomicUsize>,
@@ -450,7 +458,7 @@ mod tests {
                     if status == 302 {
                         response.add_header(Header::from_bytes("Location", body).unwrap());
                     }
-                    // A client that has read enough goes away.
+                    // The client may close the connection before it has read all.
                     let _ = request.respond(response);
                 }
             });
@@ -476,16 +484,16 @@ mod tests {
     }
 
     #[test]
-    fn the_signature_of_the_default_upstream_is_proof() {
+    fn default_upstreams_signature_proves_path() {
         let config = Config::default();
         assert_eq!(Verifier::new(&config).verified_now(&upstreams()), Some(true));
-        // Of another upstream no key is known.
+        // The key of another upstream is not known.
         let other = Verifier::new(&Config {
             upstream_cache: "https://cache.example".into(),
             ..config.clone()
         });
         assert_eq!(other.verified_now(&upstreams()), None);
-        // It covers all of these.
+        // The signature covers each of these fields.
         let changes: [fn(&mut PathInfo); 5] = [
             |info| info.nar_size += 1,
             |info| info.nar_hash = NarHash::from_bytes([0; 32]),
@@ -501,7 +509,7 @@ mod tests {
     }
 
     #[test]
-    fn signatures_are_checked_once_and_only_of_the_right_name() {
+    fn signature_check_result_is_cached() {
         let public = PublicKey::parse(golden::PUBLIC_KEY.trim()).unwrap();
         let secret = crate::nix::SecretKey::parse(golden::SECRET_KEY).unwrap();
         let mut info = narinfo().info;
@@ -509,7 +517,7 @@ mod tests {
         info.signatures = vec![secret.sign(fingerprint.as_bytes())];
         let verifier = unreachable(Some(public));
         assert_eq!(verifier.verified_now(&info), Some(true));
-        // Remembered: the signature is not looked at again.
+        // The result is cached: the signature is not checked again.
         info.signatures.clear();
         assert_eq!(verifier.verified_now(&info), Some(true));
         assert!(verifier.verified(&info));
@@ -525,7 +533,7 @@ mod tests {
     }
 
     #[test]
-    fn what_upstream_says_and_what_follows() {
+    fn upstream_answer_decides_result_cache_and_pause() {
         let text = |change: fn(&mut NarInfo)| {
             let mut narinfo = narinfo();
             narinfo.compression = "xz".into();
@@ -534,7 +542,7 @@ mod tests {
         };
         let elsewhere = text(|_| {}).replace("/nix/store", "/other/store");
         let long = format!("{}Sig: {}\n", text(|_| {}), "x".repeat(NarInfo::MAX_LEN));
-        // Status, body, answer, whether it is remembered, and whether upstream is left alone.
+        // Status, body, result, whether the result is cached, and whether requests pause.
         for (status, body, answer, kept, pauses) in [
             (200, text(|_| {}), true, true, false),
             (200, text(|n| n.info.nar_hash = NarHash::from_bytes([1; 32])), false, true, false),
@@ -561,20 +569,20 @@ mod tests {
             assert_eq!(verifier.verified_now(&info), None, "{case}");
             assert_eq!(verifier.verified(&info), answer, "{case}");
             assert_eq!(verifier.verified_now(&info), kept.then_some(answer), "{case}");
-            // Neither is asked again at once.
+            // A second call at once sends no request.
             assert_eq!(verifier.verified(&info), answer, "{case}");
             assert_eq!(upstream.requests(), 1, "{case}");
             assert_eq!(verifier.lock().backoff.failures() > 0, pauses, "{case}");
-            // With another NAR it is another question.
+            // Another NAR hash is another cache key.
             let other = PathInfo { nar_hash: NarHash::from_bytes([2; 32]), ..info };
             assert_eq!(verifier.verified_now(&other), None, "{case}");
             assert!(!verifier.verified(&other), "{case}");
         }
     }
 
-    /// A path that was built before it was uploaded used to be shared an hour later, or never.
+    /// A path that is uploaded after it was built must become verified without a restart.
     #[test]
-    fn path_that_upstream_lacks_is_asked_about_again_ever_later() {
+    fn missing_path_is_asked_about_at_growing_intervals() {
         let (upstream, verifier) = Upstream::start(|_| (404, String::new()));
         let info = narinfo().info;
         let known = |after| verifier.lock().answers.get(&key(&info), Instant::now() + after);
@@ -584,7 +592,7 @@ mod tests {
             assert_eq!(known(Duration::from_secs(seconds)), None);
             let at = verifier.ask_at(&info).unwrap();
             assert!(at > Instant::now() + Duration::from_secs(seconds - 5));
-            // Time passes.
+            // Expires the answer.
             let mut state = verifier.lock();
             state.answers.young.get_mut(&key(&info)).unwrap().until = Instant::now();
         }
@@ -593,9 +601,10 @@ mod tests {
         assert!(verifier.ask_at(&info).unwrap() <= Instant::now());
     }
 
-    /// The login page of a network, at which paths used to be taken for missing.
+    /// Captive portals answer every request with a login page, which must not count as "upstream
+    /// lacks the path".
     #[test]
-    fn unreadable_answer_is_none() {
+    fn malformed_answer_is_not_cached_as_missing() {
         let is_portal = Arc::new(std::sync::atomic::AtomicBool::new(true));
         let portal = is_portal.clone();
         let (upstream, verifier) = Upstream::start(move |_| match portal.load(Ordering::SeqCst) {
@@ -614,7 +623,7 @@ mod tests {
     }
 
     #[test]
-    fn after_the_pause_upstream_is_asked_again() {
+    fn upstream_is_asked_again_after_pause() {
         let calls = AtomicUsize::new(0);
         let (upstream, verifier) =
             Upstream::start(move |_| match calls.fetch_add(1, Ordering::SeqCst) {
@@ -629,9 +638,9 @@ mod tests {
         assert!(verifier.verified(&info));
     }
 
-    /// Nix 2.32 compresses narinfos that it uploads, if it is told to.
+    /// Nix 2.32 and later can compress the narinfos that they upload.
     #[test]
-    fn compressed_narinfos_are_read_and_bombs_are_not() {
+    fn compressed_narinfo_is_read_and_bomb_is_refused() {
         let text = narinfo().print(&golden::store_dir()).into_bytes();
         let gzip = |bytes: &[u8]| {
             let mut encoder =
@@ -668,7 +677,7 @@ mod tests {
     }
 
     #[test]
-    fn redirects_are_followed_and_have_an_end() {
+    fn redirects_are_followed_up_to_the_maximum() {
         let (upstream, verifier) = Upstream::start(|url| match url.strip_prefix("/base") {
             Some(rest) => (302, format!("/elsewhere{rest}")),
             None => (200, narinfo().print(&golden::store_dir())),
@@ -681,7 +690,7 @@ mod tests {
     }
 
     #[test]
-    fn so_many_wait_and_no_more() {
+    fn waiting_callers_are_limited() {
         let verifier = unreachable(None);
         let info = narinfo().info;
         let others = || {
@@ -712,7 +721,7 @@ mod tests {
     }
 
     #[test]
-    fn of_many_answers_the_oldest_are_forgotten() {
+    fn full_cache_drops_oldest_generation() {
         let (mut answers, now) = (UpstreamAnswers::default(), Instant::now());
         let hash_part = narinfo().info.path.hash_part();
         let key = |n: usize| {

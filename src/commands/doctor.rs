@@ -1,7 +1,7 @@
-//! `peerix doctor`: what breaks in practice, looked for, each with what mends it.
+//! `peerix doctor`: looks for faults that are common in practice, and prints a remedy for each.
 //!
-//! Nothing is bad here that may be as its user wants it: a network without peers is a note, a peer
-//! that is heard and cannot be fetched from is not.
+//! Only a state that no user wants is a failure. A network without peers is a note. A peer that is
+//! heard but cannot be fetched from is a failure.
 
 use super::listener;
 use super::nix::{self, NixSettings};
@@ -30,35 +30,40 @@ use std::path::Path;
 use std::thread;
 use std::time::{Duration, SystemTime};
 
-/// Clocks may differ by so many seconds; certificates, and what Nix remembers, suffer from more.
+/// Clock difference to a tracker that is reported as a fault, in seconds. A wrong clock affects the
+/// validity of certificates and the expiry of Nix's binary-cache cache.
 const CLOCK: u64 = 120;
 
-/// Seconds. Peers say hello every 30 s, so that one that was heard within this time has not left.
-/// The daemon probes silent peers every 30 s, so that one that has been silent for longer has left
-/// a probe unanswered.
+/// Age limit of recent contact with a peer, in seconds. Peers send a *hello* every 30 s, so a peer
+/// that was heard within this time is probably still there. The daemon probes a silent peer at
+/// least every 30 s, so a peer that has been silent for longer has left a probe unanswered.
 const LATELY: f64 = 40.0;
 
-/// A daemon meets the neighbours that are there within this time after its start: it says hello
-/// after 0, 0.1, 0.3, 0.7 and 1.5 s, and each is answered within 0.2 s. Until then, a peer that it
-/// has not heard is no sign of a fault.
+/// Time after its start in which a daemon meets the neighbours that are there. It sends a *hello*
+/// after 0, 0.1, 0.3, 0.7 and 1.5 s, and each is answered within 0.2 s. Until then, an unheard peer
+/// is no sign of a fault.
 const MEETING_TIME: Duration = Duration::from_secs(3);
 
 /// Interval between requests for the status of a daemon that has just started.
 const MEETING_POLL: Duration = Duration::from_millis(100);
 
-/// Requests for the status of a daemon that has just started. Beyond, its last status is used.
+/// Maximum number of status requests to a daemon that has just started. After the last one,
+/// `doctor` uses the last status.
 const MAX_MEETING_POLLS: u32 = 30;
 
-/// More peers than this, and a node says nothing to a query for what it does not have.
+/// Largest number of peers at which missing UDP answers are reported as a fault. A peerix 0.1 node
+/// that knows more peers sends no *have not*.
 const CROWD: usize = 32;
 
-/// Neighbours that the kernel knows, and that are asked whether they run peerix.
+/// Maximum number of addresses from the kernel's neighbour table that are queried. The others are
+/// ignored.
 const MAX_NEIGHBOURS: usize = 256;
 
-/// A tracker tries for 2 s to reach this machine, and then says so.
+/// Timeout of a request to a tracker's `/reach`. The tracker tries for up to 2 s to connect to this
+/// machine before it answers.
 const REACH_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Lookups whose offers are looked at, and misses that are looked into.
+/// Number of recent lookups, and of cached misses, that are checked with the peers.
 const SAMPLES: usize = 4;
 
 pub fn run(asked: &Config, json: bool) -> u8 {
@@ -70,7 +75,8 @@ pub fn run(asked: &Config, json: bool) -> u8 {
     }
     secrets(report, config);
     let settings = nix_conf(report, config);
-    // One that cannot serve has said why; what else there is to see comes of that.
+    // A daemon that does not serve has already reported the cause; further findings would follow
+    // from it.
     if let Some(node) = node.as_ref().filter(|node| node.status["node"]["serves"] != false) {
         if config.mode.has_lan() {
             network(report, node);
@@ -122,13 +128,13 @@ fn daemon(report: &mut Findings, asked: &Config) -> Option<RunningDaemon> {
         "daemon",
         format!("peerix {version} runs on port {}, mode {mode}, for {up}", node.config.port),
     );
-    // Trackers are looked at below.
+    // [`trackers`] reports on the trackers.
     for problem in list(&node.status["health"]["problems"])
         .iter()
         .filter(|problem| problem["code"] != "trackers")
     {
         let (is_store, said) = (problem["code"] == "store", text(&problem["text"]).to_owned());
-        // A file that is included may be kept from the daemon for its secrets.
+        // The file may contain secrets, so that the daemon's user is not allowed to read it.
         if problem["code"] == "nix-conf" && said.contains("Permission denied") {
             report.note(
                 "nix-conf",
@@ -145,7 +151,7 @@ fn daemon(report: &mut Findings, asked: &Config) -> Option<RunningDaemon> {
             true if is_store => {
                 let remedy = match Store::open(place(&node.config)) {
                     Err(e) => store_remedy(&e, &node.config.db),
-                    // This user may what the daemon's may not.
+                    // This user can open the database, and the daemon's user cannot.
                     Ok(_) => readable(&node.config.db),
                 };
                 report.fail(what, said, remedy);
@@ -157,8 +163,8 @@ fn daemon(report: &mut Findings, asked: &Config) -> Option<RunningDaemon> {
     Some(node)
 }
 
-/// What mends a fault of the configuration under which the daemon runs: what it is about, and the
-/// remedy.
+/// Maps the code of a problem in the daemon's configuration to the name of the finding and its
+/// remedy. `None` for other codes.
 fn configuration_remedy(code: &str, config: &Config) -> Option<(&'static str, String)> {
     const RESTART: &str = "then: systemctl restart peerix";
     Some(match code {
@@ -202,7 +208,7 @@ fn configuration_remedy(code: &str, config: &Config) -> Option<(&'static str, St
     })
 }
 
-/// The port of a peerix that runs, by its command line.
+/// Finds the port of a running peerix by the command lines in `/proc`.
 fn running_on() -> Option<u16> {
     fs::read_dir("/proc").ok()?.flatten().find_map(|process| {
         let line = fs::read(process.path().join("cmdline")).ok()?;
@@ -219,7 +225,7 @@ fn database(report: &mut Findings, config: &Config) {
     let (db, uid) = (config.db.display(), uid());
     match Store::open(place(config)) {
         Err(e) => report.fail("database", e.to_string(), store_remedy(&e, &config.db)),
-        // Daemons are other users.
+        // Root can read every file, and the daemon may run as another user.
         Ok(_) if uid == 0 && !is_readable(&config.db) => {
             report.fail(
                 "database",
@@ -245,7 +251,7 @@ fn store_remedy(e: &StoreError, db: &Path) -> String {
         StoreError::Unreadable { .. } => readable(db),
         StoreError::Asleep { .. } => "systemctl enable --now nix-daemon.socket".into(),
         StoreError::Missing { .. } => "install Nix, or name the place by --db FILE".into(),
-        // To verify the store would remove these paths from the database.
+        // `nix-store --verify` would remove these paths from the database.
         StoreError::NoFiles { .. } => {
             "mount the store, or name the one that the database is of by --root DIR".into()
         }
@@ -263,7 +269,7 @@ fn uid() -> u32 {
     rustix::process::getuid().as_raw()
 }
 
-/// Whether every user may read a file.
+/// Whether every user can read `file`, judged by its mode and the modes of its directories.
 fn is_readable(file: &Path) -> bool {
     let may = |path: &Path, bit| {
         fs::metadata(path).is_ok_and(|meta| meta.permissions().mode() & bit != 0)
@@ -276,14 +282,14 @@ fn readable(db: &Path) -> String {
     format!("chmod -R o+rX {}", quote(&db.parent().unwrap_or(db).display().to_string()))
 }
 
-/// Files that nobody else may read.
+/// Checks that other users cannot read the private key and the identity.
 fn secrets(report: &mut Findings, config: &Config) {
     let identity = config.state_dir.as_ref().map(|dir| dir.join("identity"));
     for file in config.private_key.iter().chain(identity.iter()) {
         let name = file.display();
         let word = quote(&name.to_string());
         match fs::metadata(file) {
-            // Group rights are how systemd lets a service read its credentials.
+            // systemd gives a service access to its credentials by group permissions.
             Ok(meta) if meta.permissions().mode() & 0o007 != 0 => {
                 let remedy = match file.starts_with("/nix/store") {
                     true => format!(
@@ -298,7 +304,7 @@ fn secrets(report: &mut Findings, config: &Config) {
                 );
             }
             Ok(_) => report.ok("secret", format!("{name} cannot be read by others")),
-            // A key that is made when it is needed.
+            // The daemon creates a missing identity at its start.
             Err(e)
                 if e.kind() == ErrorKind::NotFound && config.private_key.as_ref() != Some(file) => {
             }
@@ -347,15 +353,15 @@ fn nix_conf(report: &mut Findings, config: &Config) -> Option<NixSettings> {
     Some(settings)
 }
 
-/// Whether Nix asks peerix, as far as its settings and its environment tell.
+/// Checks by Nix's settings and environment that Nix asks peerix.
 fn substituter(report: &mut Findings, settings: &NixSettings, port: u16) {
     let whose = if settings.daemon.is_some() { "nix-daemon" } else { "Nix" };
     let local =
         |url: &&&str| url.starts_with("http://127.0.0.1:") || url.starts_with("http://localhost:");
     match settings.peerix(port).first() {
         _ if settings.get("substitute") == "false" => {
-            // By nix.conf, or because Nix sees no address but loopback and link-local ones, which
-            // it takes for no network.
+            // nix.conf can turn it off. Nix also does so if it finds only loopback and link-local
+            // addresses.
             let text =
                 "substitute is off, by nix.conf or because Nix finds no network: Nix asks nobody";
             let remedy = nix::set("substitute = true", "substitute = true;");
@@ -391,7 +397,7 @@ fn substituter(report: &mut Findings, settings: &NixSettings, port: u16) {
     }
 }
 
-/// Whether Nix asks another cache first, so that what that one has never comes from a peer.
+/// Reports the caches that Nix asks before peerix. A path that they have never comes from a peer.
 fn order(report: &mut Findings, config: &Config, settings: &NixSettings) {
     let own = settings.peerix(config.port);
     let ranks = nix::order(settings);
@@ -406,7 +412,7 @@ fn order(report: &mut Findings, config: &Config, settings: &NixSettings) {
         "Nix asks {} before peerix ({priority}): what is there never comes from a peer",
         names.join(", ")
     );
-    // By a number of its own its user has chosen the place.
+    // An explicit priority means that the user chose the order.
     let is_chosen =
         config.priority != Config::default().priority || ranks[at].url.contains("priority=");
     match (is_chosen, lowest.checked_sub(1)) {
@@ -420,8 +426,8 @@ fn order(report: &mut Findings, config: &Config, settings: &NixSettings) {
     }
 }
 
-/// Has Nix ask for a path that is nowhere, and reports whether this peerix was asked. Blocks until
-/// Nix has asked all substituters.
+/// Makes Nix ask for a path that does not exist, and checks that this peerix got the lookup. Blocks
+/// until Nix has asked all substituters, for at most 10 s, and for at most 8 s more for the status.
 fn proof(report: &mut Findings, node: &RunningDaemon, settings: &NixSettings) {
     let whose = if settings.daemon.is_some() { "nix-daemon" } else { "Nix" };
     let state = node.config.db.parent().unwrap_or(Path::new("/"));
@@ -431,7 +437,7 @@ fn proof(report: &mut Findings, node: &RunningDaemon, settings: &NixSettings) {
             "whether Nix asks this peerix, a user finds out who may write to the store".into(),
         );
     }
-    // Another one each time, as Nix remembers it.
+    // Random, because Nix caches the miss for each path.
     let nowhere = format!(
         "{}{:016}",
         nix::NOWHERE,
@@ -460,8 +466,8 @@ fn proof(report: &mut Findings, node: &RunningDaemon, settings: &NixSettings) {
     }
 }
 
-/// How a port is opened here, by the firewall that is there. Blocks while programs are asked which
-/// that is.
+/// Returns the command or setting that opens a port in this machine's firewall. Runs `firewall-cmd`
+/// and `nft` to find out which firewall is in use, and blocks for at most 10 s for each.
 fn open_port(protocol: &str, port: u16) -> String {
     let says = |program: &str, words: &[&str]| nix::run(program, words, &[]).unwrap_or_default();
     if Path::new("/etc/NIXOS").exists() {
@@ -484,8 +490,8 @@ fn open_port(protocol: &str, port: u16) -> String {
     format!("iptables -I INPUT -p {protocol} --dport {port} -j ACCEPT")
 }
 
-/// Family, table and name of a chain that filters what comes in, by what `nft list chains` prints.
-/// Those that iptables made are left to iptables.
+/// Returns family, table and name of the first chain with an input filter hook in the output of
+/// `nft list chains`. Skips chains called `INPUT`, which iptables creates.
 fn nft_input_chain(listed: &str) -> Option<String> {
     let (mut table, mut chain) = ("", "");
     for line in listed.lines().map(str::trim) {
@@ -502,7 +508,8 @@ fn nft_input_chain(listed: &str) -> Option<String> {
     None
 }
 
-/// The same on another machine, of whose firewall nothing is known here.
+/// Returns a remedy that opens a port on the machine `ip`. It assumes the same firewall as on this
+/// machine and says so, because that machine's firewall is not known.
 fn open_port_there(ip: IpAddr, protocol: &str, port: u16) -> String {
     let here = open_port(protocol, port);
     format!(
@@ -525,10 +532,10 @@ fn network(report: &mut Findings, node: &RunningDaemon) {
         Ok(heard) => heard,
         Err(e) => return report.note("network", format!("cannot ask it: {e}")),
     };
-    // Its user chose where it listens.
+    // The daemon listens only where the user chose by `--bind`.
     heard.retain(|heard| hears(heard.from.ip()));
     let answering: Vec<SocketAddr> = heard.iter().map(|heard| heard.from).collect();
-    // The daemon may have met peers while this command asked them, or may be about to.
+    // The daemon may have met peers since its status was read, or may be about to meet them.
     let fresh = wait_until_met(|| RunningDaemon::find(&node.config).ok(), &answering);
     let node = fresh.as_ref().unwrap_or(node);
     let now = moment(&node.status);
@@ -566,7 +573,7 @@ fn network(report: &mut Findings, node: &RunningDaemon) {
                     tcp,
                 );
             }
-            // A machine that refuses is there, and its peerix is not.
+            // A refused connection means that the machine runs and its peerix does not.
             (HttpProbe::Silent(e), Some(ago))
                 if ago < LATELY && e.kind() != ErrorKind::ConnectionRefused =>
             {
@@ -587,7 +594,8 @@ fn network(report: &mut Findings, node: &RunningDaemon) {
             (_, Some(_)) if answers && silence.is_some() => {
                 report_silent(report, *address, silence.unwrap_or_default(), port);
             }
-            // Python nodes answer only for paths that they have, so that silence says little.
+            // A Python node answers only queries for paths that it has, so its silence is no sign
+            // of a fault.
             (HttpProbe::Other, _) if silence.is_some() && named_peer(address).is_some() => {
                 let ago = long(silence.unwrap_or_default());
                 let text = format!("{address} is a Python peerix, and has been silent for {ago}");
@@ -639,8 +647,9 @@ fn network(report: &mut Findings, node: &RunningDaemon) {
     }
 }
 
-/// Blocks until the daemon has heard all of `peers` or has run for [`MEETING_TIME`]. Returns the
-/// last status; `None` if the daemon does not answer.
+/// Polls the status until the daemon has heard all of `peers` or has run for [`MEETING_TIME`].
+/// Makes at most [`MAX_MEETING_POLLS`] further requests. Returns the last status; `None` if the
+/// first request fails.
 fn wait_until_met(
     find: impl Fn() -> Option<RunningDaemon>,
     peers: &[SocketAddr],
@@ -657,29 +666,30 @@ fn wait_until_met(
     Some(node)
 }
 
-/// Whether the daemon may not have met its neighbours yet.
+/// Whether the daemon has run for less than [`MEETING_TIME`], so that it may not have met its
+/// neighbours yet.
 fn is_young(status: &Value) -> bool {
     let uptime = status["node"]["uptime_seconds"].as_f64();
     uptime.is_some_and(|seconds| seconds < MEETING_TIME.as_secs_f64())
 }
 
-/// Those of `peers` that the daemon has never heard. None if its status does not list all peers.
+/// Returns those of `peers` that the daemon has never heard. Empty if its status omits peers.
 fn unmet(status: &Value, peers: &[SocketAddr]) -> Vec<SocketAddr> {
     let is_whole = status["peers_omitted"].as_u64().unwrap_or_default() == 0;
     peers.iter().copied().filter(|peer| is_whole && last_heard(status, *peer).is_none()).collect()
 }
 
-/// When the daemon last heard a peer.
+/// When the daemon last heard a peer, in seconds since 1970. `None` if it never did.
 fn last_heard(status: &Value, address: SocketAddr) -> Option<f64> {
     peer_at(status, address)?["last_heard"].as_f64()
 }
 
-/// Seconds for which a peer has been silent to the daemon; `None` for any other.
+/// How long the daemon has had no answer from a silent peer, in seconds. `None` for other peers.
 fn silence(status: &Value, address: SocketAddr) -> Option<f64> {
     Some(moment(status) - peer_at(status, address)?["silent_since"].as_f64()?)
 }
 
-/// What the daemon says of a node that `--peer` names; `None` for any other.
+/// The liveness that the daemon reports of a node that `--peer` names. `None` for other nodes.
 fn named_peer(status: &Value, named: &NamedAddresses, address: SocketAddr) -> Option<String> {
     match peer_at(status, address) {
         Some(peer) if peer["found_by"] == "flag" => liveness(peer, moment(status)),
@@ -702,13 +712,13 @@ fn report_unmet(report: &mut Findings, status: &Value, unmet: &[SocketAddr], por
     }
 }
 
-/// Reports a node that `--peer` names and that answers neither this command nor HTTP. `state` is
-/// what the daemon says of it.
+/// Reports a node that `--peer` names and that answers neither UDP queries nor HTTP. `state` is its
+/// liveness in the daemon's status.
 fn report_unreachable(report: &mut Findings, address: SocketAddr, state: &str, e: &io::Error) {
     let ip = address.ip();
     let gone = format!("if there is no such node any more: peerix without --peer {ip}");
     let start = format!("on {ip}: systemctl start peerix.socket peerix.service");
-    // Who refuses lets packets in.
+    // A host that refuses the connection lets packets in, so its firewall is not the cause.
     let remedy = match e.kind() {
         ErrorKind::ConnectionRefused => format!("{start}\n{gone}"),
         ErrorKind::NetworkUnreachable => {
@@ -724,7 +734,7 @@ fn report_unreachable(report: &mut Findings, address: SocketAddr, state: &str, e
     report.fail("peer", text, remedy);
 }
 
-/// What an error of a connection says of the way to a host, beside its own words.
+/// Explains an error of a connection to a host. Empty if the error speaks for itself.
 fn between(e: &io::Error) -> &'static str {
     match e.kind() {
         ErrorKind::HostUnreachable => {
@@ -746,7 +756,7 @@ fn report_unresolved(report: &mut Findings, host: &str, e: &io::Error) {
 }
 
 /// Reports a peer that answers this command and has been silent to the daemon for `silence`
-/// seconds. The daemon probes it at least every 30 s.
+/// seconds. It is a failure after [`LATELY`], when the daemon has probed the peer in vain.
 fn report_silent(report: &mut Findings, address: SocketAddr, silence: f64, port: u16) {
     let silent = format!("has been silent to the daemon for {}", long(silence));
     let text = format!("{address} answers this command, and {silent}");
@@ -759,14 +769,14 @@ fn report_silent(report: &mut Findings, address: SocketAddr, silence: f64, port:
     }
 }
 
-/// Machines on the LAN that the kernel has exchanged packets with.
+/// Addresses on the LAN in the kernel's neighbour table, at most [`MAX_NEIGHBOURS`].
 fn neighbours(networks: &LanNetworks, port: u16) -> Vec<SocketAddr> {
     let entries = neighbours::read().unwrap_or_default().into_iter();
     let addresses = entries.map(|entry| entry.socket_addr(port));
     addresses.filter(|address| networks.is_lan(*address)).take(MAX_NEIGHBOURS).collect()
 }
 
-/// Whether Nix would take what peers offered lately.
+/// Checks whether Nix would accept the signatures of paths that peers offered in recent lookups.
 fn keys(report: &mut Findings, node: &RunningDaemon, settings: &NixSettings) {
     let lookups = list(&node.status["lookups"]).iter();
     let offered =
@@ -803,14 +813,14 @@ fn keys(report: &mut Findings, node: &RunningDaemon, settings: &NixSettings) {
     }
 }
 
-/// Whether Nix believes that something is nowhere that is there.
+/// Checks whether Nix has cached a miss for a path that a peer has now.
 fn memory(report: &mut Findings, node: &RunningDaemon, settings: &NixSettings) {
     let urls = settings.peerix(node.config.port);
     let misses = urls.iter().flat_map(|url| nix::misses(settings, url, None));
     let misses: Vec<_> = misses.take(SAMPLES).collect();
     let found = probe::at_once(&misses, |miss| {
         let part = HashPart::parse(miss.hash_part.as_bytes()).ok()?;
-        // What has been built here since is asked for nowhere.
+        // Nix does not ask for a path that has been built here since.
         let here = get(&format!("http://127.0.0.1:{}/local/{part}.narinfo", node.config.port));
         if here.is_ok_and(|answer| answer.status == 200) {
             return None;
@@ -851,7 +861,7 @@ fn trackers(report: &mut Findings, config: &Config) {
     for url in &config.tracker_urls {
         let began = SystemTime::now();
         let answer = match get(&format!("{url}/health")) {
-            // Trackers of the original have no such route.
+            // A Python tracker has no `/health` and answers 404.
             Ok(answer) if answer.status < 500 => answer,
             other => {
                 let why = other.map_or_else(|e| e, |answer| format!("status {}", answer.status));
@@ -886,7 +896,7 @@ fn trackers(report: &mut Findings, config: &Config) {
     }
 }
 
-/// Whether others reach the address that is announced.
+/// Checks by a tracker's `/reach` whether other machines can connect to the announced address.
 fn outside(report: &mut Findings, tracker: &str, host: Option<&str>, port: u16) {
     let told = get_within(&format!("{tracker}/reach/{port}"), REACH_TIMEOUT)
         .ok()
@@ -903,7 +913,7 @@ fn outside(report: &mut Findings, tracker: &str, host: Option<&str>, port: u16) 
     if let (Some(seen), Some(host), Some(resolved)) = (seen, host, resolved)
         && !resolved.iter().any(|address| address.ip().to_canonical() == seen)
     {
-        // It may be another way in.
+        // The announced host may be a second address of this machine.
         let reached = resolved
             .first()
             .map_or(Err("no such name".into()), |at| get(&format!("http://{at}/nix-cache-info")));
@@ -950,7 +960,7 @@ mod tests {
         SocketAddr::from(([10, 0, 0, last], PORT))
     }
 
-    /// The status of a daemon that has run for `uptime` seconds and has heard one peer.
+    /// Status of a daemon that has run for `uptime` seconds and has heard one peer.
     fn status(uptime: f64, heard: SocketAddr) -> Value {
         json!({
             "time": 1180.0,
@@ -964,20 +974,20 @@ mod tests {
         Some(RunningDaemon { config: Config::default(), status })
     }
 
-    /// State, kind and text of each finding.
+    /// State, name and text of each finding.
     fn told(report: &Findings) -> Vec<(String, String, String)> {
         let word = |finding: &Value, key: &str| text(&finding[key]).to_owned();
         let findings = report.findings();
         findings.iter().map(|f| (word(f, "state"), word(f, "what"), word(f, "text"))).collect()
     }
 
-    /// The remedy of the first finding.
+    /// Remedy of the first finding.
     fn remedy(report: &Findings) -> String {
         text(&report.findings()[0]["remedy"]).to_owned()
     }
 
     #[test]
-    fn chain_of_nftables_is_found_and_that_of_iptables_left_alone() {
+    fn nft_input_chain_skips_the_chain_of_iptables() {
         let native = "table inet filter {\n\tchain forward {\n\t\ttype filter hook forward priority filter; policy drop;\n\t}\n\
                       \tchain input {\n\t\ttype filter hook input priority filter; policy drop;\n\t}\n}\n";
         assert_eq!(nft_input_chain(native).as_deref(), Some("inet filter input"));
@@ -1024,7 +1034,7 @@ mod tests {
     }
 
     #[test]
-    fn unmet_peer_is_a_fault_of_udp_unless_the_daemon_is_young() {
+    fn unmet_peer_is_a_udp_fault_unless_the_daemon_is_young() {
         let found = |uptime| {
             let mut report = Findings::default();
             let status = status(uptime, at(1));
@@ -1052,7 +1062,7 @@ mod tests {
     }
 
     #[test]
-    fn named_peers_have_the_state_that_the_daemon_says() {
+    fn named_peer_has_the_state_that_the_daemon_reports() {
         let named =
             NamedAddresses { addresses: vec![at(1), at(2), at(3)], ..NamedAddresses::default() };
         let peer = |last, found_by: &str, state: &str| {
@@ -1089,7 +1099,7 @@ mod tests {
 
     #[test]
     fn name_without_an_address_is_a_fault_with_a_remedy() {
-        // The resolver refuses a name with a zero byte, and sends nothing for it.
+        // The resolver rejects a name with a zero byte without a network request.
         let peers = vec![("127.0.0.1".to_owned(), PORT), ("a\0b".to_owned(), PORT)];
         let named = NamedAddresses::resolve(&Config { peers, ..Config::default() });
         assert_eq!(named.addresses, [SocketAddr::from(([127, 0, 0, 1], PORT))]);

@@ -1,4 +1,4 @@
-//! `peerix identity`: the public key by which friends know this machine.
+//! `peerix identity`: prints the public key that friends give to `--friend`.
 
 use super::report::{print, say};
 use super::{NO, RunningDaemon, YES};
@@ -6,8 +6,8 @@ use crate::config::Config;
 use crate::identity;
 use serde_json::json;
 
-/// Prints the key in the state directory if that is given, where it is made if there is none; else
-/// that of the daemon that runs.
+/// Prints the public key. With `--state-dir`, reads it from there and creates the identity if it is
+/// missing. Otherwise asks the running daemon. Returns the exit status.
 pub fn run(config: &Config, json: bool) -> u8 {
     match key(config) {
         Ok(key) => {

@@ -1,16 +1,20 @@
-//! Whose the port is. While the daemon is down any user may listen there, and would be asked which
-//! files to open and which addresses to fetch, by root as a rule.
+//! Checks which user listens on the daemon's port. While the daemon is down, any user may listen
+//! there. A command trusts the answers: they tell it which files to open and which URLs to request,
+//! usually as root.
 //!
-//! The rule: root believes root, to whom the sockets of systemd's socket units belong too, whoever
-//! runs behind them. Other users risk what is theirs, and believe everybody.
+//! Root trusts only sockets that root owns; systemd creates the sockets of its units as root,
+//! whichever user the service has. Other users trust every listener, because they risk only their
+//! own files.
 
 use std::fs::File;
 use std::io::Read;
 
-/// As much of the kernel's tables as is read. Listening sockets come first, with 150 bytes each.
+/// Maximum size that is read of each kernel table, in bytes; the rest is ignored. Listening sockets
+/// come first, with 150 bytes each.
 const MAX_TABLE: u64 = 1 << 20;
 
-/// The user, other than root, who listens on `port` of this machine, if this is root.
+/// Returns the user ID of a listener on `port` that does not belong to root. `None` if there is
+/// none, or if this process does not run as root.
 pub fn stranger(port: u16) -> Option<u32> {
     if !rustix::process::geteuid().is_root() {
         return None;
@@ -22,11 +26,12 @@ pub fn stranger(port: u16) -> Option<u32> {
     })
 }
 
-/// Who listens on `port`, by a table as `/proc/net/tcp` is.
+/// User IDs of the listeners on `port` in `table`, which has the format of `/proc/net/tcp` (man
+/// page proc_pid_net(5)).
 fn owners(table: &str, port: u16) -> impl Iterator<Item = u32> {
     let local = format!(":{port:04X}");
-    // `0: 0100007F:3010 00000000:0000 0A 00000000:00000000 00:00000000 00000000 1000 …`: the state
-    // is listening, and the user.
+    // `0: 0100007F:3010 00000000:0000 0A 00000000:00000000 00:00000000 00000000 1000 …`: the fourth
+    // field is the state, 0A for listening, and the eighth is the user ID.
     table.lines().filter_map(move |line| {
         let fields: Vec<&str> = line.split_whitespace().take(8).collect();
         let [_, address, _, "0A", _, _, _, uid] = fields[..] else { return None };
@@ -40,7 +45,7 @@ mod tests {
     use std::net::TcpListener;
 
     #[test]
-    fn who_listens_is_read_from_the_kernels_tables() {
+    fn owner_of_a_listener_is_read_from_the_kernel_tables() {
         for (name, address) in [("/proc/net/tcp", "127.0.0.1:0"), ("/proc/net/tcp6", "[::1]:0")] {
             let Ok(listener) = TcpListener::bind(address) else { continue };
             let port = listener.local_addr().unwrap().port();

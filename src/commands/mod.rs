@@ -1,8 +1,9 @@
-//! The commands: they ask the running daemon, the network and Nix, and say what they find, in words
-//! and by their exit status. Nothing is changed by them.
+//! The subcommands. They query the running daemon, the network and Nix, and print what they find;
+//! the exit status sums it up. They change nothing, but `identity` may create the identity.
 //!
-//! The daemon tells of itself on loopback (docs/status.md), its flags among the rest, from which
-//! its settings are made again here. Only `doctor` can do without it.
+//! The daemon serves its status on loopback (docs/status.md). The status contains the daemon's
+//! flags, which the commands parse to restore its settings. Only `doctor` and `identity` work
+//! without a daemon.
 
 mod doctor;
 mod identity;
@@ -27,27 +28,28 @@ use std::net::SocketAddr;
 use std::time::{Duration, SystemTime};
 use ureq::Agent;
 
-/// An answer comes whole within this, as to a lookup, or nobody is there.
+/// Timeout of a whole HTTP request, the body included. A server that takes longer counts as absent.
 const HTTP_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// And for the daemon's status. One that is ill has a reason to tell, once it has waited 5 s for
-/// its database and 2 s for its discovery.
+/// Timeout of a request for the daemon's status. A daemon with a fault needs up to 5 s for its
+/// database and 2 s for discovery before it answers.
 const STATUS_TIMEOUT: Duration = Duration::from_secs(8);
 
-/// An answer's body: the status of a node with 200 lookups and 256 peers, or a tracker's list of
-/// 1,000 peers, has 300 KiB.
+/// Maximum size of a response body, in bytes; the rest is cut off. A status with 200 lookups and
+/// 256 peers, or a tracker's list of 1,000 peers, has 300 KiB.
 const MAX_ANSWER: u64 = 4 << 20;
 
-/// All is well, or the answer is yes.
+/// Exit status if all is well, or if the answer is yes.
 const YES: u8 = 0;
-/// It is not.
+/// Exit status if something is wrong, or if the answer is no.
 const NO: u8 = 1;
-/// What was asked for makes no sense.
+/// Exit status for an invalid argument.
 const USAGE: u8 = 2;
-/// No daemon runs.
+/// Exit status if no daemon runs.
 const NOT_RUNNING: u8 = 3;
 
-/// Runs a command; gives the exit status that the help describes.
+/// Runs a command and returns its exit status, as documented in [`cli::HELP`]. Blocks until the
+/// network and Nix have answered; each request has a timeout of at most 10 s.
 pub fn run(ask: &CommandOptions) -> u8 {
     if ask.what == Subcommand::Doctor {
         return doctor::run(&ask.config, ask.json);
@@ -71,14 +73,19 @@ pub fn run(ask: &CommandOptions) -> u8 {
 
 /// The running daemon.
 struct RunningDaemon {
-    /// Its settings.
+    /// The daemon's settings.
     config: Config,
-    /// What it tells of itself.
+    /// The daemon's `/status.json`.
     status: Value,
 }
 
 impl RunningDaemon {
-    /// Asks the daemon on the port that `asked` names.
+    /// Requests the status of the daemon on the port of `asked`. Blocks for at most
+    /// [`STATUS_TIMEOUT`].
+    ///
+    /// # Errors
+    /// One line: another user listens there, nothing answers, or the answer is of another version
+    /// of peerix.
     fn find(asked: &Config) -> Result<RunningDaemon, String> {
         if let Some(uid) = listener::stranger(asked.port) {
             return Err(format!(
@@ -101,7 +108,7 @@ impl RunningDaemon {
         }
         let flags = list(&status["node"]["flags"]).iter().map(|flag| text(flag).into());
         let config = match cli::parse(flags, |_| None) {
-            // Sockets that systemd passes have the port that it chose.
+            // systemd chooses the port of the sockets that it passes, whatever `--port` says.
             Ok(Command::Run(config)) => Config { port: asked.port, ..*config },
             _ => {
                 return Err(format!(
@@ -113,26 +120,33 @@ impl RunningDaemon {
         Ok(RunningDaemon { config, status })
     }
 
-    /// The keys by which the daemon chooses peers, as far as this user can read them.
+    /// The keys by which the daemon accepts paths from peers, as far as this user can read them.
+    /// Reads nix.conf and key files.
     fn trusted(&self) -> TrustedKeys {
         TrustedKeys::read(&self.config, self.config.port, &Degraded::default())
     }
 }
 
-/// What a server answered.
+/// An HTTP response.
 struct HttpAnswer {
     status: u16,
     body: Vec<u8>,
-    /// What its clock said.
+    /// Time of the server's `Date` header.
     date: Option<SystemTime>,
 }
 
-/// `GET`, by no proxy and no redirect.
+/// Sends a `GET` within [`HTTP_TIMEOUT`]. Uses no proxy and follows no redirect.
+///
+/// # Errors
+/// One line: why there is no whole response.
 fn get(url: &str) -> Result<HttpAnswer, String> {
     get_within(url, HTTP_TIMEOUT)
 }
 
-/// The same of who needs time.
+/// Sends a `GET` within `timeout`. Uses no proxy and follows no redirect.
+///
+/// # Errors
+/// One line: why there is no whole response.
 fn get_within(url: &str, timeout: Duration) -> Result<HttpAnswer, String> {
     let agent: Agent =
         http_client::https_config().proxy(None).timeout_global(Some(timeout)).build().into();
@@ -152,8 +166,8 @@ fn get_within(url: &str, timeout: Duration) -> Result<HttpAnswer, String> {
     Ok(HttpAnswer { status, body, date })
 }
 
-/// Whether lookups ask `peer`, a row of the status made at `now`: `live`, `silent for 3 min` or
-/// `never heard`. `None` if LAN discovery does not know it.
+/// Liveness of `peer`, a row of the status that was made at `now`, in seconds since 1970: `live`,
+/// `silent for 3 min` or `never heard`. `None` if LAN discovery does not know the peer.
 fn liveness(peer: &Value, now: f64) -> Option<String> {
     match (text(&peer["state"]), peer["silent_since"].as_f64()) {
         ("live", _) => Some("live".into()),
@@ -163,7 +177,7 @@ fn liveness(peer: &Value, now: f64) -> Option<String> {
     }
 }
 
-/// The moment at which a status was made, in seconds since 1970.
+/// Time at which a status was made, in seconds since 1970.
 fn moment(status: &Value) -> f64 {
     status["time"].as_f64().unwrap_or_default()
 }
@@ -188,7 +202,7 @@ mod tests {
     use serde_json::json;
 
     #[test]
-    fn liveness_is_said_of_lan_peers_alone() {
+    fn liveness_is_known_of_lan_peers_only() {
         let said = |state, silent_since| {
             let peer = json!({"state": state, "silent_since": silent_since});
             liveness(&peer, 1180.0).unwrap_or_default()

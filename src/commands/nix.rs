@@ -1,5 +1,5 @@
-//! Nix, as its users run it: its settings, and what it remembers of binary caches. The daemon never
-//! does this; commands may.
+//! Nix's settings and binary-cache cache, read by running Nix and from its SQLite files, and
+//! remedies that change them. Only commands use this module, never the daemon.
 
 use super::shell::quote;
 use crate::config::UPSTREAM_KEY;
@@ -12,37 +12,38 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use std::{fs, thread};
 
-/// Nix says what its settings are within this, or is broken.
+/// Timeout of a program. It is killed at the timeout.
 const TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Where else Nix is, for users whose `PATH` does not say.
+/// Installation paths of `nix`, tried if the program in `PATH` fails.
 const ELSEWHERE: [&str; 2] =
     ["/run/current-system/sw/bin/nix", "/nix/var/nix/profiles/default/bin/nix"];
 
-/// A narinfo's signatures that are looked at; real ones have one to three.
+/// Maximum number of signatures that are verified per path; the rest is ignored. Real paths have
+/// one to three.
 const MAX_SIGNATURES: usize = 16;
 
-/// How hash parts begin that no path has, and that [`have_asked_for`] is used with: Nix remembers
-/// them, too.
+/// First half of hash parts that no store path has, used with [`have_asked_for`]. [`misses`] leaves
+/// them out of the misses that Nix caches.
 pub const NOWHERE: &str = "0000000000000000";
 
-/// Misses that are read back, the latest first.
+/// Maximum number of misses that are read from each file, the latest first.
 const MAX_MISSES: usize = 16;
 
-/// Nix's settings, and who has them.
+/// Effective settings of Nix.
 pub struct NixSettings {
     values: HashMap<String, String>,
-    /// The process that asks substituters for this machine's users. None where each Nix asks by
-    /// itself.
+    /// The nix-daemon that asks substituters for the users of this machine. `None` if none runs, so
+    /// that each Nix process asks for itself.
     pub daemon: Option<NixDaemon>,
 }
 
 impl NixSettings {
-    /// Those of the process that asks substituters: nix-daemon's where one runs, else this user's.
-    /// Blocks for some seconds at most, while Nix tells them.
+    /// Reads the settings of the process that asks substituters: nix-daemon's if one runs,
+    /// otherwise this user's. Runs `nix` up to six times, for at most [`TIMEOUT`] each.
     ///
     /// # Errors
-    /// One line: why Nix does not tell them.
+    /// One line: why Nix does not print its settings.
     pub fn read() -> Result<NixSettings, String> {
         let daemon = NixDaemon::find();
         let values = match &daemon {
@@ -52,10 +53,11 @@ impl NixSettings {
         Ok(NixSettings { values, daemon })
     }
 
-    /// Those of this user's Nix, of which nix-daemon may ignore some.
+    /// Reads the settings of this user's Nix. nix-daemon may ignore some of them. Runs `nix` up to
+    /// six times, for at most [`TIMEOUT`] each.
     ///
     /// # Errors
-    /// As [`NixSettings::read`].
+    /// One line: why Nix does not print its settings.
     pub fn of_this_user() -> Result<NixSettings, String> {
         Ok(NixSettings { values: NixSettings::show(&[])?, daemon: None })
     }
@@ -63,7 +65,7 @@ impl NixSettings {
     fn show(environment: &[(String, String)]) -> Result<HashMap<String, String>, String> {
         let mut why = String::new();
         for program in ["nix"].iter().chain(&ELSEWHERE) {
-            // What it was called until 2.19, and since.
+            // Nix 2.20 renamed `nix show-config` to `nix config show`.
             for words in [&["config", "show"][..], &["show-config"]] {
                 let nix_command = ["--extra-experimental-features", "nix-command"];
                 match run(program, &[&nix_command, words].concat(), environment) {
@@ -79,17 +81,17 @@ impl NixSettings {
         Err(why)
     }
 
-    /// A setting's value.
+    /// A setting's value as Nix prints it. Empty if the setting is unknown.
     pub fn get(&self, key: &str) -> &str {
         self.values.get(key).map_or("", String::as_str)
     }
 
-    /// Those that are lists, in their order.
+    /// The words of a list setting, in their order.
     pub fn words(&self, key: &str) -> Vec<&str> {
         self.get(key).split_whitespace().collect()
     }
 
-    /// The substituters that are the peerix on `port`, as the user wrote them.
+    /// Substituters that are the peerix on `port`, as the user wrote them.
     pub fn peerix(&self, port: u16) -> Vec<&str> {
         let hosts = [format!("http://127.0.0.1:{port}"), format!("http://localhost:{port}")];
         let is_it = |url: &&str| {
@@ -98,7 +100,7 @@ impl NixSettings {
         self.words("substituters").into_iter().filter(is_it).collect()
     }
 
-    /// The keys that Nix trusts: the first of each name.
+    /// The keys that Nix trusts. Of several keys with one name, Nix uses the first.
     fn public_keys(&self) -> Vec<PublicKey> {
         let mut keys: Vec<PublicKey> = Vec::new();
         for key in
@@ -111,7 +113,7 @@ impl NixSettings {
         keys
     }
 
-    /// What is wrong with the keys that Nix trusts, each in a line.
+    /// Faults in `trusted-public-keys`, one line each.
     pub fn key_faults(&self) -> Vec<String> {
         let mut faults = Vec::new();
         let first = self.public_keys();
@@ -128,7 +130,7 @@ impl NixSettings {
         faults
     }
 
-    /// The environment of whoever asks substituters; `None` if this user may not read it.
+    /// Environment of the process that asks substituters. `None` if this user cannot read it.
     fn asking_environment(&self) -> Option<HashMap<String, String>> {
         match &self.daemon {
             Some(daemon) => daemon.variables.clone(),
@@ -140,12 +142,15 @@ impl NixSettings {
         }
     }
 
-    /// The variable and the proxy by which Nix asks `url`, if by one.
+    /// The variable and the proxy that Nix uses for `url`. `None` if it connects directly.
     pub fn proxy(&self, url: &str) -> Option<(String, String)> {
         proxy_for(&self.asking_environment()?, url)
     }
 
-    /// Why Nix would not take a path with these signatures; or what makes it.
+    /// Tells why Nix would accept a path with these signatures.
+    ///
+    /// # Errors
+    /// One line: why Nix would refuse it.
     pub fn trusts(&self, info: &PathInfo, store_dir: &StoreDir) -> Result<String, String> {
         if self.get("require-sigs") == "false" {
             return Ok("Nix takes it as it takes everything: require-sigs is off".into());
@@ -154,7 +159,10 @@ impl NixSettings {
     }
 }
 
-/// What makes a path trusted to who has these keys, or why it is not.
+/// Tells why a path is trusted by `keys`: its content address, or one of its signatures.
+///
+/// # Errors
+/// One line: why it is not trusted.
 pub fn trusted_by(
     info: &PathInfo,
     keys: &[PublicKey],
@@ -183,20 +191,20 @@ pub fn trusted_by(
     Err(format!("it is signed by {}, whose key is not trusted", names.join(", ")))
 }
 
-/// A running nix-daemon, which asks substituters for others, by its own configuration and
+/// A running nix-daemon. It asks substituters for all users, with its own configuration and
 /// environment.
 pub struct NixDaemon {
-    /// What its environment has; `None` if this user may not read it.
+    /// Its environment. `None` if this user cannot read it.
     variables: Option<HashMap<String, String>>,
 }
 
 impl NixDaemon {
-    /// The one that runs, if any does.
+    /// Finds the running nix-daemon in `/proc`.
     fn find() -> Option<NixDaemon> {
         let processes = fs::read_dir("/proc").ok()?.flatten().map(|process| process.path());
         let mut all: Vec<(u64, PathBuf)> =
             processes.filter_map(|dir| Some((started_as(&dir, "nix-daemon")?, dir))).collect();
-        // The first one: each connection has one more.
+        // The oldest process is the daemon; it forks one for each connection.
         all.sort();
         let (_, dir) = all.into_iter().next()?;
         let environ = fs::read(dir.join("environ")).ok();
@@ -208,15 +216,15 @@ impl NixDaemon {
         Some(NixDaemon { variables })
     }
 
-    /// What makes another Nix find the same configuration: the variables of nix-daemon, or at least
-    /// no user's files.
+    /// Environment in which another Nix process reads the same configuration: the daemon's
+    /// variables. If they are unknown, at least no user's configuration files.
     fn environment(&self) -> Vec<(String, String)> {
         let user_files = ("NIX_USER_CONF_FILES".to_owned(), String::new());
         let Some(variables) = &self.variables else { return vec![user_files] };
         let matters = |name: &str| {
             name.starts_with("NIX_") || name.starts_with("XDG_CONFIG") || name == "HOME"
         };
-        // What nix-daemon has not, this user's Nix must not have either.
+        // An empty value removes a variable that the daemon does not have.
         let own = std::env::vars_os().filter_map(|(name, _)| name.into_string().ok());
         let gone = own
             .filter(|name| matters(name) && !variables.contains_key(name))
@@ -229,8 +237,8 @@ impl NixDaemon {
     }
 }
 
-/// The variable and the proxy by which libcurl, and so Nix, asks an `http://` URL; `None` if it
-/// asks directly.
+/// The variable and the proxy that libcurl uses for an `http://` URL. `None` if it connects
+/// directly. Nix uses libcurl.
 fn proxy_for(environment: &HashMap<String, String>, url: &str) -> Option<(String, String)> {
     let get = |name: &str| environment.get(name).filter(|value| !value.is_empty());
     let rest = url.strip_prefix("http://")?;
@@ -239,18 +247,18 @@ fn proxy_for(environment: &HashMap<String, String>, url: &str) -> Option<(String
     let exempt = get("no_proxy").or_else(|| get("NO_PROXY")).map_or("", String::as_str);
     let is_exempt = exempt.split([',', ' ']).filter(|word| !word.is_empty()).any(|word| {
         let word = word.trim_start_matches('.');
-        // curl knows networks since 7.86.
+        // curl supports CIDR networks in `no_proxy` since 7.86.
         word == "*" || word == host || (word == "127.0.0.0/8" && host.starts_with("127."))
     });
-    // HTTP_PROXY in capitals is a header's name in CGI, so that curl does not read it.
+    // curl ignores HTTP_PROXY in capitals, which in CGI is the `Proxy` header of a request.
     let proxy = ["http_proxy", "all_proxy", "ALL_PROXY"]
         .into_iter()
         .find_map(|name| Some((name, get(name)?)));
     proxy.filter(|_| !is_exempt).map(|(name, proxy)| (name.to_owned(), proxy.clone()))
 }
 
-/// Has nix-daemon, or this user's Nix where there is none, ask its substituters for `path`. Blocks
-/// until it has asked all, for [`TIMEOUT`] at most.
+/// Makes nix-daemon, or this user's Nix if there is none, ask its substituters for `path`. Blocks
+/// until it has asked all of them, for at most [`TIMEOUT`].
 pub fn have_asked_for(path: &str, settings: &NixSettings) {
     let mut environment = vec![("NIX_USER_CONF_FILES".to_owned(), String::new())];
     match settings.daemon {
@@ -263,21 +271,22 @@ pub fn have_asked_for(path: &str, settings: &NixSettings) {
         "/run/current-system/sw/bin/nix-store",
         "/nix/var/nix/profiles/default/bin/nix-store",
     ] {
-        // It fails, as the path is nowhere.
+        // `nix-store` fails because the path does not exist, but it has started.
         if !run(program, &ask, &environment).is_err_and(|e| e.starts_with(NOT_STARTED)) {
             return;
         }
     }
 }
 
-/// How the error of a program begins that is not there.
+/// Prefix of the error for a program that cannot be started.
 const NOT_STARTED: &str = "cannot start ";
 
-/// What a program prints, with changes to its environment; an empty value removes a variable.
-/// Blocks for [`TIMEOUT`] at most.
+/// Runs a program and returns its standard output. An empty value in `environment` removes the
+/// variable. Kills the program after [`TIMEOUT`].
 ///
 /// # Errors
-/// One line: it cannot be started, or what it said last when it failed.
+/// One line: why the program cannot be started, the last line of its standard error if it fails, or
+/// that it timed out.
 pub fn run(
     program: &str,
     words: &[&str],
@@ -285,7 +294,7 @@ pub fn run(
 ) -> Result<String, String> {
     let mut command = Command::new(program);
     for (name, value) in environment {
-        // Files of a user are left out by an empty list, and only by that.
+        // An empty NIX_USER_CONF_FILES disables users' configuration files; a missing one does not.
         match value.is_empty() && name != "NIX_USER_CONF_FILES" {
             true => command.env_remove(name),
             false => command.env(name, value),
@@ -307,7 +316,7 @@ pub fn run(
         let _ = done.send((read.is_some_and(|read| read.is_ok()), printed, said));
     });
     let answer = waited.recv_timeout(TIMEOUT);
-    // It has closed what it prints to: it is at its end, or has to come there.
+    // After an answer, the program has closed its output and is about to exit.
     if answer.is_err() {
         let _ = child.kill();
     }
@@ -319,21 +328,21 @@ pub fn run(
     }
 }
 
-/// A path that Nix remembers not to be at a substituter.
+/// A path that Nix has cached as missing from a substituter.
 pub struct CachedMiss {
-    /// Its hash part.
+    /// Hash part of the path.
     pub hash_part: String,
-    /// How long ago that was.
+    /// Time since Nix asked the substituter.
     pub age: Duration,
-    /// And how long Nix will go on to believe it.
+    /// Time until Nix asks again.
     pub left: Duration,
-    /// Where it is written.
+    /// Cache file that contains the entry.
     pub file: PathBuf,
 }
 
-/// The misses at `url` that Nix still believes in, of one path or the latest ones: those of this
-/// user, and those of root, whose nix-daemon asks for others. What cannot be read is passed over:
-/// there may be nothing.
+/// Misses of the substituter `url` that Nix still believes: of one path, or the latest ones. Reads
+/// the caches of this user and of root, whose nix-daemon asks for other users. Skips files that
+/// this user cannot read.
 pub fn misses(settings: &NixSettings, url: &str, hash_part: Option<&str>) -> Vec<CachedMiss> {
     let believed: u64 = settings.get("narinfo-cache-negative-ttl").parse().unwrap_or(3600);
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
@@ -350,8 +359,8 @@ pub fn misses(settings: &NixSettings, url: &str, hash_part: Option<&str>) -> Vec
     misses
 }
 
-/// The files in which Nix remembers what substituters said: of this user, and of root, whose
-/// nix-daemon asks for others.
+/// Nix's binary-cache cache files: of this user, and of root, whose nix-daemon asks for other
+/// users.
 fn memories() -> Vec<PathBuf> {
     let home = |home: PathBuf| home.join(".cache");
     let user = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
@@ -395,17 +404,18 @@ fn read(
     rows.collect()
 }
 
-/// A substituter's place in Nix's order.
+/// Position of a substituter in the order in which Nix asks.
 pub struct SubstituterRank {
-    /// As nix.conf has it.
+    /// URL as nix.conf has it.
     pub url: String,
-    /// What counts, the lowest first; `None` if it does not say.
+    /// Priority; Nix asks the lowest first. `None` if it is not known.
     pub priority: Option<u32>,
-    /// For people: the priority, or why it is not known.
+    /// The priority as text, or why it is not known.
     pub says: String,
 }
 
-/// What substituters say of their priorities, the lowest first.
+/// Priorities of all substituters, the lowest first: from the URL, or from `nix-cache-info`. Asks
+/// all of them at the same time and blocks for at most 2 s.
 pub fn order(settings: &NixSettings) -> Vec<SubstituterRank> {
     let urls = settings.words("substituters");
     let mut all = super::probe::at_once(&urls, |url| {
@@ -437,7 +447,7 @@ pub fn order(settings: &NixSettings) -> Vec<SubstituterRank> {
     all
 }
 
-/// A setting, as a command that makes it.
+/// Returns the command, or the NixOS option, that changes a setting.
 pub fn set(conf: &str, nixos: &str) -> String {
     match Path::new("/etc/NIXOS").exists() {
         true => format!("nix.settings.{nixos}"),
@@ -447,13 +457,13 @@ pub fn set(conf: &str, nixos: &str) -> String {
     }
 }
 
-/// How Nix comes to ask peerix.
+/// Returns the remedy that makes Nix ask peerix.
 pub fn substitute(port: u16) -> String {
     let url = format!("http://127.0.0.1:{port}");
     set(&format!("extra-substituters = {url}"), &format!("extra-substituters = [ \"{url}\" ];"))
 }
 
-/// How Nix comes to trust who signed a path that `who` has.
+/// Returns the remedy that makes Nix trust the first signer of a path that `who` has.
 pub fn trust(info: &PathInfo, who: &str) -> String {
     let Some(signature) = info.signatures.first() else {
         return format!(
@@ -461,7 +471,7 @@ pub fn trust(info: &PathInfo, who: &str) -> String {
              peerix --private-key /etc/nix/peerix.sec"
         );
     };
-    // Somebody else's word, in what the user may well paste into a shell.
+    // The peer chooses this name, and the user may paste it into a shell.
     let plain = |c: &char| c.is_ascii_alphanumeric() || "._+-".contains(*c);
     let name: String = signature.name().chars().filter(plain).collect();
     let (key, from) = match UPSTREAM_KEY.split_once(':') {
@@ -481,15 +491,16 @@ pub fn trust(info: &PathInfo, who: &str) -> String {
     set(&conf, &format!("extra-trusted-public-keys = [ \"{key}\" ];")) + &from
 }
 
-/// How Nix comes to ask for a path again.
+/// Returns the command that makes Nix ask for a path again in spite of a cached miss.
 pub fn ask_again(path: &str) -> String {
     format!("nix-store --realise --option narinfo-cache-negative-ttl 0 {}", quote(path))
 }
 
-/// When nix-daemon was started, if it runs, and `nix.conf` was written after that: how many seconds
-/// after.
+/// How many seconds after the start of nix-daemon `/etc/nix/nix.conf` was written. `None` if it was
+/// written before, at most 2 s after, or if no nix-daemon runs.
 pub fn outdated() -> Option<u64> {
-    /// The unit of times in `/proc`, on every Linux that Rust knows.
+    /// Ticks per second in `/proc/PID/stat`: USER_HZ, which is 100 on the Linux platforms that Rust
+    /// supports.
     const TICKS: u64 = 100;
     let written = fs::metadata("/etc/nix/nix.conf").and_then(|meta| meta.modified()).ok()?;
     let written = written.duration_since(UNIX_EPOCH).ok()?.as_secs();
@@ -499,22 +510,23 @@ pub fn outdated() -> Option<u64> {
         .ok()?
         .flatten()
         .filter_map(|process| Some(booted + started_as(&process.path(), "nix-daemon")? / TICKS));
-    // The first one: each connection has one more.
+    // The oldest process is the daemon; it forks one for each connection.
     written.checked_sub(started.min()?).filter(|after| *after > 2)
 }
 
-/// When the process with this directory in `/proc` was started, in ticks since the boot, if it has
-/// that name.
+/// Start time of the process with the directory `process` in `/proc`, in ticks since boot. `None`
+/// if the process has another name.
 fn started_as(process: &Path, name: &str) -> Option<u64> {
     let stat = fs::read_to_string(process.join("stat")).ok()?;
-    // `12 (nix-daemon) S …`: what follows the name begins with field 3, and the start is field 22.
+    // `12 (nix-daemon) S …`: the fields after the name begin with field 3; the start time is field
+    // 22 (proc_pid_stat(5)).
     let (start, rest) = stat.rsplit_once(')')?;
     let ticks = rest.split_whitespace().nth(19)?.parse().ok()?;
     start.ends_with(&format!("({name}")).then_some(ticks)
 }
 
-/// What a user, other than one that nix-daemon trusts, is told of substituters in their own
-/// nix.conf: nix-daemon ignores them. Whether that is so of the peerix on `port`.
+/// Whether nix-daemon ignores the peerix on `port` in this user's nix.conf, because the user is not
+/// in `trusted-users` and the URL is not in `trusted-substituters`. Runs `nix` and `id`.
 pub fn is_ignored(settings: &NixSettings, port: u16) -> bool {
     let Some(_) = settings.daemon else { return false };
     let Ok(own) = NixSettings::of_this_user() else { return false };
@@ -530,14 +542,14 @@ pub fn is_ignored(settings: &NixSettings, port: u16) -> bool {
     !is_trusted && !urls.is_empty() && !urls.iter().any(|url| may.contains(url))
 }
 
-/// That Nix asks peerix by a proxy, which has another 127.0.0.1.
+/// Text that Nix asks peerix through a proxy, for which 127.0.0.1 is another machine.
 pub fn asks_by_proxy(variable: &str, proxy: &str, url: &str) -> String {
     format!(
         "Nix asks {url} by the proxy {proxy}, as {variable} says in its environment, and never reaches peerix"
     )
 }
 
-/// How nix-daemon, or this user's Nix, comes to ask without the proxy.
+/// Returns the remedy that makes nix-daemon, or this user's Nix, ask peerix without the proxy.
 pub fn no_proxy(settings: &NixSettings) -> String {
     let had = settings.asking_environment().unwrap_or_default();
     let had = ["no_proxy", "NO_PROXY"]
@@ -559,18 +571,18 @@ pub fn no_proxy(settings: &NixSettings) -> String {
     }
 }
 
-/// A narinfo of a path that Nix remembers from a substituter.
+/// A narinfo that Nix has cached from a substituter.
 pub struct CachedNarinfo {
-    /// The NAR hash in it, as narinfos have it.
+    /// NAR hash in the format of narinfos.
     pub nar_hash: String,
-    /// How long Nix will go on to believe it.
+    /// Time until Nix asks again.
     pub left: Duration,
-    /// Where it is written.
+    /// Cache file that contains the entry.
     pub file: PathBuf,
 }
 
-/// The narinfos of a path at `url` that Nix still believes in: those of this user, and those of
-/// root. What cannot be read is passed over.
+/// Narinfos of a path from the substituter `url` that Nix still believes. Reads the caches of this
+/// user and of root. Skips files that this user cannot read.
 pub fn remembered(settings: &NixSettings, url: &str, hash_part: &str) -> Vec<CachedNarinfo> {
     let believed: u64 = settings.get("narinfo-cache-positive-ttl").parse().unwrap_or(30 * 86400);
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
@@ -593,8 +605,8 @@ pub fn remembered(settings: &NixSettings, url: &str, hash_part: &str) -> Vec<Cac
     all
 }
 
-/// The derivation in this machine's store that makes a path, if its own text forbids that the path
-/// is fetched.
+/// Derivation in this machine's store that produces `path` and disables `allowSubstitutes`. Looks
+/// at 16 derivations at most.
 pub fn forbidding_derivation(db: &Path, path: &str) -> Option<String> {
     let connection = Connection::open_with_flags(db, OpenFlags::SQLITE_OPEN_READ_ONLY).ok()?;
     connection.busy_timeout(Duration::from_secs(1)).ok()?;
@@ -602,7 +614,7 @@ pub fn forbidding_derivation(db: &Path, path: &str) -> Option<String> {
         .prepare("select v.path from DerivationOutputs d join ValidPaths v on v.id = d.drv where d.path = ?1 limit 16")
         .ok()?;
     let derivations = statement.query_map([path], |row| row.get::<_, String>(0)).ok()?;
-    // In a derivation's file, which is an ATerm, false is an empty text.
+    // The ATerm of a derivation encodes false as the empty string.
     let forbids = |file: &String| {
         let text = fs::read(file).unwrap_or_default();
         let text = String::from_utf8_lossy(&text);
@@ -618,7 +630,7 @@ mod tests {
     use crate::nix::{NarHash, Signature, StorePath};
 
     #[test]
-    fn proxies_are_those_that_curl_would_use() {
+    fn proxy_is_the_one_that_curl_would_use() {
         let proxy = |variables: &[(&str, &str)]| {
             let environment = variables
                 .iter()
@@ -645,7 +657,7 @@ mod tests {
     }
 
     #[test]
-    fn malformed_keys_and_second_ones_of_a_name_are_faults() {
+    fn malformed_and_duplicate_key_names_are_faults() {
         let (a, b) = (
             "dw6gRsgENbg3ZRarDaIEP6t3wwkl5ML26Gov7r1VLrA=",
             "bfb1tHzyJC4nHA9pr2zF9z0OI/lJ6WIWbI4+SeAZQXs=",
@@ -661,7 +673,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_to_be_pasted_has_nothing_of_a_stranger_in_it() {
+    fn remedy_removes_shell_syntax_from_a_signer_name() {
         let signed = |name: &str| {
             let signature = Signature::parse(&format!("{name}:{}==", "A".repeat(86))).unwrap();
             PathInfo {

@@ -1,4 +1,4 @@
-//! `peerix peers`: asks the network now, and lists who answers.
+//! `peerix peers`: queries the network and lists the peers that answer.
 
 use super::probe::{self, HttpProbe};
 use super::report::{Findings, Severity};
@@ -9,7 +9,7 @@ use crate::nix::HashPart;
 use serde_json::Value;
 use std::net::SocketAddr;
 
-/// Asked for by nobody else: no path has this name.
+/// Hash part that no store path has. Queries for it only show who answers.
 pub const NO_PATH: [u8; HashPart::LEN] = [b'0'; HashPart::LEN];
 
 pub fn run(node: &RunningDaemon, json: bool) -> u8 {
@@ -66,7 +66,8 @@ pub fn run(node: &RunningDaemon, json: bool) -> u8 {
     report.print(json, answering > 0)
 }
 
-/// End of a peer's line: whether the daemon finds it live, how it was found, and why it is avoided.
+/// End of a peer's line: its liveness in the daemon's status, how it was found, and why it is
+/// avoided.
 fn daemon_view(peer: &Value, now: f64) -> String {
     let how = found_by(text(&peer["found_by"]));
     let state = liveness(peer, now).map(|state| format!("; daemon: {state}, found by {how}"));
@@ -81,7 +82,7 @@ mod tests {
     use serde_json::json;
 
     #[test]
-    fn daemon_view_says_state_and_how_a_peer_was_found() {
+    fn daemon_view_contains_state_and_how_the_peer_was_found() {
         let silent = json!({"found_by": "flag", "state": "silent", "silent_since": 1000.0});
         assert_eq!(daemon_view(&silent, 1180.0), "; daemon: silent for 3 min, found by --peer");
         let avoided = json!({"reason": "status 500"});

@@ -1,5 +1,5 @@
-//! Asks the network itself, from a port of its own, so that what the daemon knows can be compared
-//! with what is so.
+//! Queries peers by UDP and HTTP from sockets of the command's own, so that the result can be
+//! compared with the daemon's status.
 
 use super::{HTTP_TIMEOUT, RunningDaemon, get, list, text};
 use crate::config::Config;
@@ -16,30 +16,35 @@ use std::io::{self, Read, Write};
 use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpStream, ToSocketAddrs, UdpSocket};
 use std::time::{Duration, Instant};
 
-/// A query is sent so often: any datagram may get lost.
+/// Number of times that a query is sent, because datagrams may get lost.
 const SENDINGS: u32 = 3;
-/// And waited for so long each time; answers to earlier ones still count.
+/// Time after each sending in which answers are read. Answers to earlier sendings count too.
 const WAIT: Duration = Duration::from_millis(200);
 
-/// Nodes that are listened to: no network of private addresses has more that a daemon would
-/// remember.
+/// Maximum number of nodes whose answers are read; the rest is ignored. A daemon remembers as many
+/// peers.
 const MAX_HEARD: usize = 1024;
 
-/// Nodes of other networks that are asked; a lookup's candidates are 72.
+/// Maximum number of nodes on other networks that are asked; the rest is ignored. A tracker names
+/// at most 64 candidates and 8 others for a lookup.
 const MAX_FAR: usize = 72;
 
-/// What a node said to a query.
+/// Answer of a node to a query.
 pub struct ProbeReply {
-    /// From where.
+    /// Address that the answer came from.
     pub from: SocketAddr,
-    /// Where it says it has the path; none if it says that it has not.
+    /// Where the node offers the path. `None` for a *have not*.
     pub holder: Option<Holder>,
-    /// How long it took.
+    /// Time from the query to the answer.
     pub took: Duration,
 }
 
-/// Asks each of `named`, and with `everyone` all nodes that broadcasts on the LAN reach on that
-/// port. Gives the first answer of each node; answers of this machine do not count.
+/// Queries the addresses in `named`, and if `everyone` is set also all nodes on the LAN by
+/// broadcast to `port`. Returns the first answer of each node, at most [`MAX_HEARD`], without this
+/// machine's own. Blocks for at most three times [`WAIT`].
+///
+/// # Errors
+/// No UDP socket can be opened or configured.
 pub fn ask(
     hash_part: &HashPart,
     networks: &LanNetworks,
@@ -54,7 +59,8 @@ pub fn ask(
     }
     targets.sort_unstable();
     targets.dedup();
-    // An answer says by its ID which sending it answers. Nobody can guess it who was not asked.
+    // The ID in an answer tells which sending it answers. It is random, so that only nodes that got
+    // a query know it.
     let first = RandomState::new().build_hasher().finish() as u32;
     let mut sent = Vec::new();
     let mut heard: Vec<ProbeReply> = Vec::new();
@@ -65,7 +71,7 @@ pub fn ask(
             Packet::Query { id: first.wrapping_add(sending), hash_part: *hash_part }.encode();
         for target in &targets {
             if !heard.iter().any(|h| h.from == *target) {
-                // One that cannot be reached is one that does not answer.
+                // An address that cannot be sent to counts as one that does not answer.
                 let _ = socket.send_to(&query, mapped(*target, is_v6));
             }
         }
@@ -99,7 +105,8 @@ pub fn ask(
     Ok(heard)
 }
 
-/// A socket for both families, or for IPv4 where there is no other; and whether it is the former.
+/// Opens a dual-stack socket, or one for IPv4 if the system has no IPv6. Returns whether it is
+/// dual-stack.
 fn open() -> io::Result<(UdpSocket, bool)> {
     let both = || -> io::Result<Socket> {
         let socket = Socket::new(Domain::IPV6, Type::DGRAM, Some(Protocol::UDP))?;
@@ -129,19 +136,20 @@ fn v4_of(from: SocketAddr) -> Option<IpAddr> {
     }
 }
 
-/// What the HTTP server of a node says.
+/// Result of an HTTP request to a node.
 pub enum HttpProbe {
-    /// It shares with this machine; so long it took.
+    /// The node shares with this machine. Contains the time that the request took.
     Shares(Duration),
-    /// It answers, and shares nothing with this machine.
+    /// The node answers 403: it shares nothing with this machine.
     Refuses,
-    /// It answers otherwise, as the Python peerix does.
+    /// The node answers otherwise, as the Python peerix does.
     Other,
-    /// It does not answer.
+    /// The node does not answer.
     Silent(io::Error),
 }
 
-/// Asks that of each, all at once.
+/// Sends an HTTP request to all nodes at the same time. Connecting, writing and each read take at
+/// most 2 s.
 pub fn http(nodes: &[SocketAddr]) -> Vec<HttpProbe> {
     at_once(nodes, |node| {
         let began = Instant::now();
@@ -154,8 +162,8 @@ pub fn http(nodes: &[SocketAddr]) -> Vec<HttpProbe> {
     })
 }
 
-/// What a node answers to a request for what it tells those with whom it shares. Without ureq,
-/// which cannot ask link-local addresses.
+/// Requests `/store/nix-cache-info`, which a node serves only to those that it shares with, and
+/// returns the status code. Does not use ureq, which cannot connect to link-local addresses.
 fn status(node: SocketAddr) -> io::Result<u16> {
     let mut stream = TcpStream::connect_timeout(&node, HTTP_TIMEOUT)?;
     stream.set_read_timeout(Some(HTTP_TIMEOUT))?;
@@ -169,8 +177,8 @@ fn status(node: SocketAddr) -> io::Result<u16> {
     status.ok_or_else(|| io::Error::other("not HTTP"))
 }
 
-/// Whether the daemon can hear a node at this address: it listens for that family, or in that
-/// network.
+/// Whether the daemon can hear a node at `ip`: it listens on all addresses of that family, or on an
+/// address in the node's network.
 pub fn hears(config: &Config, networks: &LanNetworks, ip: IpAddr) -> bool {
     config.bind.iter().any(|bind| match bind.is_unspecified() {
         true => bind.is_ipv6() == ip.is_ipv6(),
@@ -178,7 +186,8 @@ pub fn hears(config: &Config, networks: &LanNetworks, ip: IpAddr) -> bool {
     })
 }
 
-/// Does the same with each in a thread of its own. For some hundreds of them.
+/// Calls `work` for each element in a thread of its own, and returns the results in the same order.
+/// A call that panics has no result. Suitable for some hundreds of elements.
 pub fn at_once<T: Sync, U: Send>(all: &[T], work: impl Fn(&T) -> U + Sync) -> Vec<U> {
     std::thread::scope(|scope| {
         let threads: Vec<_> = all.iter().map(|one| scope.spawn(|| work(one))).collect();
@@ -186,17 +195,17 @@ pub fn at_once<T: Sync, U: Send>(all: &[T], work: impl Fn(&T) -> U + Sync) -> Ve
     })
 }
 
-/// Addresses of the nodes that `--peer` names. Blocks while names are resolved.
+/// Addresses of the nodes that `--peer` names.
 #[derive(Default)]
 pub struct NamedAddresses {
-    /// All addresses of all names.
+    /// All addresses of all hosts.
     pub addresses: Vec<SocketAddr>,
-    /// Hosts that could not be resolved, each with the reason.
+    /// Hosts that cannot be resolved, each with the error.
     pub unresolved: Vec<(String, io::Error)>,
 }
 
 impl NamedAddresses {
-    /// Resolves the names.
+    /// Resolves the hosts. Blocks as long as the system's resolver does.
     pub fn resolve(config: &Config) -> NamedAddresses {
         let mut named = NamedAddresses::default();
         for (host, port) in &config.peers {
@@ -209,15 +218,15 @@ impl NamedAddresses {
     }
 }
 
-/// The neighbours that the daemon knows, and the nodes that `--peer` names. Blocks while names are
-/// resolved.
+/// LAN peers in the daemon's status, and nodes that `--peer` names. Blocks as long as the system's
+/// resolver does.
 pub fn known(node: &RunningDaemon) -> Vec<SocketAddr> {
     known_or_named(&node.status, &NamedAddresses::resolve(&node.config))
 }
 
-/// The neighbours that a status lists, and the named nodes.
+/// LAN peers in `status`, and nodes in `named`.
 pub fn known_or_named(status: &Value, named: &NamedAddresses) -> Vec<SocketAddr> {
-    // A host that only asks this node need not run peerix.
+    // A host that has only sent requests need not run peerix.
     let is_peer = |peer: &&Value| peer["network"] == "lan" && peer["found_by"] != "request";
     let peers = list(&status["peers"]).iter().filter(is_peer);
     let mut all: Vec<SocketAddr> =
@@ -228,7 +237,9 @@ pub fn known_or_named(status: &Value, named: &NamedAddresses) -> Vec<SocketAddr>
     all
 }
 
-/// Nodes of other networks, as the trackers name them: all of them, or those that may have a path.
+/// Nodes on other networks, with their peer IDs, as the trackers list them: all, or those that may
+/// have `hash_part`. At most [`MAX_FAR`]; empty in mode `lan`. Blocks for at most 2 s for each
+/// tracker, and while host names are resolved.
 pub fn far(node: &RunningDaemon, hash_part: Option<&HashPart>) -> Vec<(String, SocketAddr)> {
     let mut all = Vec::new();
     if !node.config.mode.has_wan() {
@@ -259,18 +270,18 @@ pub fn far(node: &RunningDaemon, hash_part: Option<&HashPart>) -> Vec<(String, S
     all
 }
 
-/// A node that says it has a path, and what it says of it.
+/// A node that offers a path.
 pub struct ProbeOffer {
-    /// Its HTTP server.
+    /// Address of its HTTP server.
     pub from: SocketAddr,
-    /// How a tracker calls it; empty for a neighbour.
+    /// Its peer ID at a tracker. Empty for a LAN peer.
     pub id: String,
-    /// The narinfo, or why there is none.
+    /// The narinfo, or why the node did not give one.
     pub narinfo: Result<NarInfo, PeerError>,
 }
 
 impl ProbeOffer {
-    /// Who it is.
+    /// Address and peer ID for messages.
     pub fn who(&self) -> String {
         if self.id.is_empty() {
             self.from.to_string()
@@ -280,11 +291,12 @@ impl ProbeOffer {
     }
 }
 
-/// Asks everybody for a path, as a lookup does, but all of them.
+/// Asks all known nodes for a path. A lookup asks the same nodes, but stops at the first usable
+/// offer.
 pub fn offers(node: &RunningDaemon, hash_part: &HashPart) -> Vec<ProbeOffer> {
     let mut holders = Vec::new();
     if node.config.mode.has_lan() {
-        // The daemon knows them all; if it knows nobody, there may be somebody.
+        // If the daemon knows no peer, a broadcast may still reach one.
         let known = known(node);
         let networks = Networks::read(node.config.networks.clone()).current();
         let port = node.config.port;
@@ -299,7 +311,8 @@ pub fn offers(node: &RunningDaemon, hash_part: &HashPart) -> Vec<ProbeOffer> {
         let narinfo = client.narinfo(holder, hash_part, HTTP_TIMEOUT).map(PeerNarinfo::into_inner);
         ProbeOffer { from: holder.http, id: id.clone(), narinfo }
     });
-    // Candidates may have it; that they have not is as good as not being one.
+    // A tracker's candidate is only likely to have the path. One that does not have it made no
+    // offer.
     offers
         .into_iter()
         .filter(|o| o.id.is_empty() || !matches!(o.narinfo, Err(PeerError::NotThere)))

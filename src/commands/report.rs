@@ -1,18 +1,18 @@
-//! What a command found, a line for each thing: for people, or as JSON.
+//! Findings of a command, printed as text with one line each, or as JSON.
 
 use super::{NO, YES};
 use crate::service::{clean, is_plain};
 use serde_json::{Value, json};
 use std::io::{self, Write};
 
-/// How a finding is meant.
+/// Severity of a finding.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Severity {
-    /// As it should be.
+    /// All is well.
     Ok,
-    /// Good to know.
+    /// Information.
     Note,
-    /// In the way.
+    /// A fault.
     Fail,
 }
 
@@ -23,37 +23,37 @@ struct Finding {
     remedy: String,
 }
 
-/// Findings, in the order in which they are told.
+/// A list of findings, printed in the order in which they were added.
 #[derive(Default)]
 pub struct Findings(Vec<Finding>);
 
 impl Findings {
-    /// Adds one; `what` names it for programs.
+    /// Adds a finding without a remedy. `what` is its name in JSON and text.
     pub fn add(&mut self, state: Severity, what: &'static str, text: String) {
         self.0.push(Finding { state, what, text, remedy: String::new() });
     }
 
-    /// Adds something good.
+    /// Adds a finding with [`Severity::Ok`].
     pub fn ok(&mut self, what: &'static str, text: String) {
         self.add(Severity::Ok, what, text);
     }
 
-    /// Adds something to know.
+    /// Adds a finding with [`Severity::Note`].
     pub fn note(&mut self, what: &'static str, text: String) {
         self.add(Severity::Note, what, text);
     }
 
-    /// Adds something bad, and what mends it.
+    /// Adds a finding with [`Severity::Fail`] and its remedy, one command or hint a line.
     pub fn fail(&mut self, what: &'static str, text: String, remedy: String) {
         self.0.push(Finding { state: Severity::Fail, what, text, remedy });
     }
 
-    /// Whether there is nothing bad.
+    /// Whether no finding is a failure.
     pub fn is_well(&self) -> bool {
         self.0.iter().all(|finding| finding.state != Severity::Fail)
     }
 
-    /// Whether something bad is of one of these names.
+    /// Whether a failure has one of these names.
     pub fn has_failed(&self, names: &[&str]) -> bool {
         self.0
             .iter()
@@ -70,7 +70,7 @@ impl Findings {
         self.0.iter().map(finding).collect()
     }
 
-    /// Prints all; gives the exit status, of which `well` decides.
+    /// Prints all findings and returns the exit status: [`YES`] if `well` is set, otherwise [`NO`].
     pub fn print(&self, json: bool, well: bool) -> u8 {
         if json {
             print(&json!({"version": 1, "ok": well, "findings": self.findings()}));
@@ -99,9 +99,10 @@ fn word(state: Severity) -> &'static str {
     }
 }
 
-/// Prints JSON.
+/// Prints JSON with all characters escaped that a terminal may interpret.
 pub fn print(value: &Value) {
-    // JSON escapes control characters of ASCII alone; texts of other machines may have others.
+    // serde_json escapes only ASCII control characters. Text from peers may contain others, such as
+    // bidirectional overrides.
     let text = format!("{value:#}\n");
     let escaped: String = text
         .chars()
@@ -116,7 +117,7 @@ pub fn print(value: &Value) {
     say(&escaped);
 }
 
-/// Prints text; whoever does not want all of it, as `head`, is no reason to complain.
+/// Prints text to standard output. Ignores errors, such as a pipe that `head` has closed.
 pub fn say(text: &str) {
     let _ = io::stdout().write_all(text.as_bytes());
 }
@@ -126,7 +127,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_terminal_gets_text_alone() {
+    fn clean_replaces_control_and_bidi_characters() {
         assert_eq!(
             clean("a\u{1b}[2Jb\nc\u{202e}d\u{2067}é"),
             "a\u{fffd}[2Jb\u{fffd}c\u{fffd}d\u{fffd}é"

@@ -1,8 +1,9 @@
-//! Words for a shell. What mends something is there to be pasted, by root as a rule, and names in
-//! it may be anybody's.
+//! Quoting for remedies. Users paste them into a shell, usually as root, and they may contain names
+//! that other machines chose.
 
-/// A text as one word of a command line, quoted if it needs to be. Characters that are not for a
-/// terminal are replaced: a line's end would begin another command.
+/// Quotes `text` as one word of a shell command. Plain words stay as they are. Control characters
+/// and bidirectional overrides are replaced by U+FFFD, because a line break would begin another
+/// command.
 pub fn quote(text: &str) -> String {
     let is_plain = |c: char| c.is_ascii_alphanumeric() || "_/.,:@%+=-".contains(c);
     if !text.is_empty() && text.chars().all(is_plain) {
@@ -17,7 +18,7 @@ mod tests {
     use std::process::Command;
 
     #[test]
-    fn a_shell_takes_it_for_one_word() {
+    fn quoted_text_is_one_word_to_a_shell() {
         assert_eq!(quote("/etc/nix/peerix-1.sec"), "/etc/nix/peerix-1.sec");
         assert_eq!(quote("http://10.0.0.1:12305/health"), "http://10.0.0.1:12305/health");
         assert_eq!(quote("/a\nreboot"), "'/a\u{fffd}reboot'");

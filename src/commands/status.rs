@@ -1,11 +1,11 @@
-//! `peerix status`: what the daemon tells of itself, in a terminal.
+//! `peerix status`: prints the daemon's status as text or JSON.
 
 use super::report::{print, say};
 use super::{NO, RunningDaemon, YES, found_by, list, liveness, long, moment, short, text};
 use crate::service::clean;
 use serde_json::Value;
 
-/// Lookups that are shown.
+/// Maximum number of lookups that are shown, the latest first.
 const LOOKUPS: usize = 10;
 
 pub fn run(node: &RunningDaemon, json: bool) -> u8 {
@@ -111,7 +111,7 @@ fn shown(status: &Value) -> String {
     out
 }
 
-/// A friend's name, whether it is reached, where and since when, and its key.
+/// A friend's name, key, whether it is reached, where and since when, or why not.
 pub fn friend_line(friend: &Value, now: f64) -> String {
     let since = friend["since"]
         .as_f64()
@@ -130,7 +130,7 @@ pub fn friend_line(friend: &Value, now: f64) -> String {
     format!("friend {} {}: {how}{error}", text(&friend["name"]), text(&friend["key"]))
 }
 
-/// A peer's address, how it was found, whether it is live, and what it gave and took.
+/// A peer's address, how it was found, its liveness, and its traffic.
 fn peer_line(peer: &Value, now: f64) -> String {
     let id = peer["id"].as_str().map(|id| format!(" ({id})")).unwrap_or_default();
     let trip = peer["round_trip_seconds"].as_f64().or_else(|| peer["narinfo_seconds"].as_f64());
@@ -161,8 +161,8 @@ mod tests {
     use serde_json::json;
 
     #[test]
-    fn peers_are_shown_with_state_and_how_they_were_found() {
-        // What a peer gave and took, and what is particular to it.
+    fn peer_line_contains_state_and_how_the_peer_was_found() {
+        // Line of a peer with these facts, without the traffic at its end.
         let line = |facts: Value| {
             let mut peer = json!({"hits": 120, "failures": 2});
             peer["received_bytes"] = (7 << 20).into();
@@ -190,7 +190,6 @@ mod tests {
             "narinfo_seconds": 0.0011,
         }));
         assert_eq!(far, "192.0.2.1:1 (desk): found by tracker, heard 3 s ago, 1.10 ms");
-        // Each peer has a line.
         let shown = shown(&json!({"time": 1180.0, "peers": [unheard]}));
         assert!(shown.contains("\n  10.0.0.3:1: never heard, "), "{shown}");
     }

@@ -1,4 +1,6 @@
-//! `peerix why`: follows one path through everything that decides about it.
+//! `peerix why`: checks each condition for getting one path from a peer: whether the path is valid
+//! here, which peers offer it, whether peerix and Nix accept the offers, and whether Nix asks
+//! peerix.
 
 use super::nix::{self, NixSettings, trusted_by};
 use super::probe;
@@ -13,8 +15,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-/// Silent peers that are named one by one; of the others only the number is said. More would not be
-/// read.
+/// Maximum number of silent peers that are listed. Of the others only the number is shown.
 const MAX_SILENT_SHOWN: usize = 8;
 
 pub fn run(node: &RunningDaemon, path: &str, json: bool) -> u8 {
@@ -56,7 +57,8 @@ pub fn run(node: &RunningDaemon, path: &str, json: bool) -> u8 {
     report.print(json, well)
 }
 
-/// A path may be given whole, by its base name, with what is inside it, or by its hash part.
+/// Parses a store path, a path below one, its base name or its hash part. Follows symbolic links to
+/// the store.
 fn hash_part(node: &RunningDaemon, path: &str) -> Option<HashPart> {
     let target = store_path_behind(path, node.config.store_dir.as_str());
     let path = target.as_deref().unwrap_or(path);
@@ -70,8 +72,8 @@ fn hash_part(node: &RunningDaemon, path: &str) -> Option<HashPart> {
         .or_else(|| HashPart::parse(base.as_bytes()).ok())
 }
 
-/// Where a symbolic link leads, as `./result` does, whether or not the store path is there. A few
-/// links in between are followed, as profiles have them.
+/// Target of a symbolic link such as `./result`, whether or not the store path exists. Follows up
+/// to 8 links, because profiles consist of several.
 fn store_path_behind(path: &str, store_dir: &str) -> Option<String> {
     const MAX_LINKS: usize = 8;
     let mut at = PathBuf::from(path);
@@ -85,7 +87,7 @@ fn store_path_behind(path: &str, store_dir: &str) -> Option<String> {
     None
 }
 
-/// Whether it is valid here, and if so, who may have it.
+/// Reports whether the path is valid here and who may have it. Returns whether it is valid.
 fn here(report: &mut Findings, node: &RunningDaemon, hash_part: &HashPart) -> bool {
     let url = format!("http://127.0.0.1:{}/local/{hash_part}.narinfo", node.config.port);
     let answer = match get(&url) {
@@ -146,11 +148,11 @@ fn here(report: &mut Findings, node: &RunningDaemon, hash_part: &HashPart) -> bo
     true
 }
 
-/// What a peer offers, to this machine's peerix and its Nix.
+/// An offer of a peer, and whether this machine's peerix passes it on and Nix accepts it.
 struct PeerOffer {
     passes: bool,
     is_trusted: bool,
-    /// None if it does not give its narinfo.
+    /// `None` if the peer did not give its narinfo.
     info: Option<PathInfo>,
 }
 
@@ -179,7 +181,8 @@ fn offered(
             .filter(|peer| peer["avoided"]["wholly"] == true)
             .map(|peer| text(&peer["avoided"]["reason"]));
         report.ok("peer", format!("{who} has {path}, {} bytes", info.nar_size));
-        // Broadcast queries reach silent neighbours, but need not reach a node that `--peer` names.
+        // A broadcast query reaches silent neighbours, but need not reach a node that `--peer`
+        // names.
         let unasked = at.filter(|peer| peer["state"] == "silent" && peer["found_by"] == "flag");
         let mut passes = avoided.is_none() && unasked.is_none();
         if let Some(state) = unasked.and_then(|peer| liveness(peer, moment(&node.status))) {
@@ -191,14 +194,14 @@ fn offered(
         }
         let is_trusted = match settings {
             Some(settings) => settings.trusts(&info, &node.config.store_dir),
-            // Who cannot ask Nix tells of the rest.
+            // Without Nix's settings, the other conditions are still reported.
             None => Ok("whether Nix would take it, it does not say".into()),
         };
         if let Some(keys) = trusted.keys()
             && let Err(why) = trusted_by(&info, &keys, &node.config.store_dir)
         {
             passes = false;
-            // What Nix would refuse too is said below.
+            // If Nix refuses it too, that is reported below.
             if is_trusted.is_ok() {
                 let remedy = nix::trust(&info, &offer.from.ip().to_string());
                 report.fail("trust", format!("peerix passes {who} over: {why}"), remedy);
@@ -240,7 +243,7 @@ fn offered(
     all
 }
 
-/// Says which peers lookups do not ask, as they are silent.
+/// Reports which peers lookups do not ask because they are silent.
 fn silent_peers(report: &mut Findings, status: &Value) {
     let is_silent = |peer: &&Value| peer["state"] == "silent";
     let silent: Vec<&Value> = list(&status["peers"]).iter().filter(is_silent).collect();
@@ -260,7 +263,8 @@ fn silent_peers(report: &mut Findings, status: &Value) {
     report.note("peer", format!("silent, and so not asked except by broadcast: {shown}"));
 }
 
-/// Whether Nix would ask this machine's peerix for it, and whom before and after.
+/// Reports whether Nix would ask this machine's peerix for the path, and the order of its
+/// substituters. Returns true if Nix's settings are not known.
 fn nix_asks(
     report: &mut Findings,
     node: &RunningDaemon,
@@ -334,8 +338,8 @@ fn nix_asks(
     asks
 }
 
-/// Whether what Nix remembers of the path is what a peer offers. A NAR of another hash is not there
-/// any more, and Nix fails at that, or builds.
+/// Whether the NAR hash that Nix has cached for the path is one that a peer offers, and reports it
+/// if not. Nix requests the cached NAR; a missing one makes it fail or build.
 fn is_remembered_rightly(
     report: &mut Findings,
     node: &RunningDaemon,
@@ -371,7 +375,7 @@ mod tests {
     use super::*;
     use serde_json::json;
 
-    /// What `why` says of a live peer, and of peers that have been silent for so many seconds.
+    /// Findings for one live peer, and for peers that have been silent for `silent` seconds.
     fn said(silent: &[u64]) -> Vec<Value> {
         let silent = silent.iter().zip(1..).map(|(age, number): (_, u32)| {
             let address = format!("10.0.0.{number}:1");
@@ -385,7 +389,7 @@ mod tests {
     }
 
     #[test]
-    fn silent_peers_are_said_not_to_be_asked() {
+    fn silent_peers_are_reported_as_not_asked() {
         let told = said(&[180, 20]);
         assert_eq!(told.len(), 1);
         assert_eq!(told[0]["state"], "note");
@@ -396,7 +400,7 @@ mod tests {
     }
 
     #[test]
-    fn many_silent_peers_are_counted() {
+    fn silent_peers_beyond_the_maximum_are_counted() {
         let told = said(&[60; 12]);
         let text = told[0]["text"].as_str().unwrap();
         assert!(text.ends_with(", 10.0.0.8:1 for 1 min, 4 more"), "{text}");

@@ -1,5 +1,8 @@
-//! Where the bytes of one NAR come from: the best source, and another one at the same byte when it
-//! fails or is slow.
+//! Reads the bytes of one NAR from the best peer, and continues with another peer at the same byte
+//! when the current one fails or is slow.
+//!
+//! A *relay* is a peer that is still downloading the NAR itself. A holder names relays instead of
+//! sending; each of their pieces must match the holder's digest (docs/protocol.md, "Crowds").
 
 use super::verified::{PIECE, Piece, VerifiedStream};
 use super::{DownloadError, Downloader, spool};
@@ -20,149 +23,153 @@ use std::net::SocketAddr;
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// Peers tried for one NAR in all. A NAR that twelve peers could not deliver will not come.
+/// Maximum number of requests for one NAR, without those to relays. At the bound, the NAR fails.
 const MAX_TRIES: u32 = 12;
-/// A peer that answered 503, or broke off, is asked again after this, if there is no other.
+/// Pause before a busy peer (503), or one that broke off, is asked again. Only if no other is left.
 const PAUSE: Duration = Duration::from_secs(1);
-/// A busy one so often: then Nix is better served by its next substituter.
+/// Maximum number of 503 answers to one NAR's requests after which the peer is asked again. Beyond,
+/// Nix is better served by its next substituter.
 const MAX_BUSY: u32 = 10;
-/// Times in a row that one peer may break off and be asked again. One that sent a piece in between
-/// may so again.
+/// Maximum number of broken streams in a row after which the same peer is asked again. Each piece
+/// that arrives resets the count.
 const MAX_BROKEN: u32 = 1;
-/// Times the peers are asked anew for one NAR.
+/// Maximum number of searches for further holders of one NAR. At the bound, none follows.
 const MAX_SEARCHES: u32 = 3;
-/// Times that one NAR leaves a peer for a faster one. Then it stays.
+/// Maximum number of moves of one NAR to a faster peer. At the bound, it stays with its peer.
 const MAX_MOVES: u32 = 3;
 
-/// A transfer that takes longer than this is worth asking the LAN again for further holders.
+/// Expected transfer time from which on the LAN is asked again for further holders.
 const LONG: Duration = Duration::from_millis(50);
-/// It is asked at most once in this time for one NAR.
+/// Minimum interval between two such queries for one NAR.
 const ASK_PAUSE: Duration = Duration::from_secs(10);
-/// Longest wait for their answers.
+/// Maximum wait for the answers to such a query.
 const ASK_AGAIN: Duration = Duration::from_millis(20);
 
-/// A NAR is left to the upstream cache only if the rest needs longer than this, and twice the whole
-/// NAR's time there.
+/// A NAR is left to the upstream cache only if its rest takes longer from peers than this plus
+/// twice the time of the whole NAR from upstream.
 const UPSTREAM_GRACE: Duration = Duration::from_secs(2);
 
-/// Of the peers that a holder names one has sent the first piece within this, or the holder is
-/// asked again: each may wait for another one itself, and the holder must be asked in time.
+/// Maximum time for the first piece from any of the relays that a holder named. After it, the
+/// holder is asked again. Relays may wait for further relays, so this ends before the NAR's own
+/// deadline.
 const RELAY_PATIENCE: Timeout = Timeout::from_secs(5);
-/// A peer that is still getting the NAR is left after so long without a byte, or while the holder
-/// is twice as fast, for each peer that is before it in the chain. The holder is asked as often how
-/// fast it is.
+/// A relay is left after this time, multiplied by its position in the chain, without a byte or
+/// while the holder is twice as fast. Also the interval at which the holder is asked for its pace,
+/// and the timeout of that request.
 const RELAY_STEP: Timeout = Timeout::from_secs(1);
-/// A holder hashes them within this.
+/// Maximum time for a holder to return digests. It may have to hash the pieces first.
 const DIGEST_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// While nothing comes from a peer, this often it is looked at whether another one is better.
+/// Interval of the checks whether another peer or the upstream cache is faster.
 const LOOK: Duration = Duration::from_millis(100);
-/// A peer that sent less than [`TOO_SLOW`] for this long is left.
+/// Time waited for a peer over which its pace must be [`TOO_SLOW`] or more. Slower peers are left.
 const PACE_WINDOW: Timeout = Timeout::from_secs(5);
 
-/// A peer begins to send within this, if there may be another; else within [`STALL`].
+/// Maximum wait for the first byte if there may be another peer; otherwise [`STALL`].
 const FIRST_BYTE: Duration = Duration::from_secs(2);
 
-/// After a pause this long, which Nix made, a peer that closed the connection is not to blame.
+/// If Nix did not read for this long, a stream that then breaks is not counted against the peer.
 const LONG_PAUSE: Duration = Duration::from_secs(20);
 
-/// The sources of one NAR, and the peer that is sending.
+/// The sources of one NAR, and the peer that is currently sending.
 pub(super) struct FailoverReader<'a> {
     fetch: &'a Downloader,
     found: FoundNar,
     hash_part: HashPart,
-    /// For the record.
+    /// Counts this transfer in the statistics.
     transfer: TransferGuard<'a>,
     search: Option<HolderSearch>,
     searches: u32,
     tries: u32,
-    /// The last peer that may be asked again, and how often more.
+    /// The last peer that was busy or broke off and may be asked again, and how often each may
+    /// happen.
     again: Option<NarSource>,
     busy_left: u32,
     broken_left: u32,
     moves_left: u32,
-    /// The source for which the last peer was left.
+    /// The faster peer for which the last one was left.
     moves_to: Option<PeerKey>,
-    /// The NAR may be left to the upstream cache. Nix did not ask for it again after that.
+    /// Whether the NAR may be left to the upstream cache. False if that happened lately, and Nix
+    /// asked here again.
     may_leave: bool,
-    /// When the LAN was last asked again for further holders.
+    /// When the LAN was last asked for further holders.
     asked_again: Option<Instant>,
-    /// A holder may name others that are getting the NAR. Each NAR is asked for so once, so that no
-    /// two nodes wait for each other.
+    /// Whether a holder may name relays. True until a holder has named some, so that no two nodes
+    /// wait for each other.
     takes_names: bool,
-    /// Those that a holder named, the first to be asked last, and the holder.
+    /// Relays that a holder named, each with that holder. The last one is asked first.
     relays: Vec<(NarSource, SocketAddr)>,
-    /// One of them has sent the first piece by then, or the holder is asked again.
+    /// Deadline for the first piece from a relay.
     relays_until: Instant,
     current: Option<ActiveSource<'a>>,
     contributors: Vec<Contributor>,
     accusations: Vec<DigestMismatch>,
-    /// While the first piece has to come by then.
+    /// Deadline for the first piece; `None` once it is there.
     until: Option<Instant>,
 }
 
-/// A peer that may have sent a part of what came.
+/// A peer that may have sent a part of the NAR.
 struct Contributor {
     who: PeerKey,
-    /// It failed after it had begun.
+    /// Its stream failed.
     has_failed: bool,
 }
 
-/// A peer passed on another piece than the one of which the holder told a digest. Which of the two
-/// was wrong shows when the whole NAR is right.
+/// A relay sent a piece that does not match the holder's digest. The whole NAR's hash shows later
+/// which of the two was wrong.
 struct DigestMismatch {
     relay: PeerKey,
     holder: PeerKey,
     began: Instant,
-    /// The byte at which the piece begins, and what the holder says of it.
+    /// Offset of the piece in the NAR, and its SHA-256 according to the holder.
     at: u64,
     digest: [u8; 32],
-    /// Whether the digest was that of the piece that then came, once it has come.
+    /// Whether the digest matched the piece that was accepted; `None` until that piece is there.
     is_true: Option<bool>,
 }
 
-/// The peer that is sending.
+/// The peer that is currently sending.
 struct ActiveSource<'a> {
     source: NarSource,
     body: NarBody,
-    /// Some of it has come.
+    /// At least one byte has arrived.
     has_begun: bool,
     intake: IncomingNar<'a>,
     counted: Option<CountedTransfer<'a>>,
     began: Instant,
     last_read: Instant,
-    /// When the read under way, or the last one, began.
+    /// When the current or last read began.
     read_began: Instant,
-    /// How long Nix kept us from reading before the last read.
+    /// Time between the last two reads, in which Nix took no bytes.
     pause: Duration,
-    /// Time waited for the peer in this pace window, and bytes that came in it.
+    /// Time waited for the peer in the current [`PACE_WINDOW`], and bytes received in it.
     waited: Duration,
     got: u64,
-    /// Time waited for it in all.
+    /// Total time waited for the peer.
     waited_in_all: Duration,
-    /// Time waited since it was last looked at whether another peer is better.
+    /// Time waited since the last check for a faster source.
     unlooked: Duration,
-    /// The pace of this one stream, once it has begun.
+    /// Pace of this stream from its first bytes on.
     meter: PaceMeter,
-    /// Set if the peer is still getting the NAR itself: what its pieces are compared with.
+    /// Set if the peer is a relay: the holder's digests, with which its pieces are compared.
     digests: Option<PieceDigests>,
 }
 
-/// Digests of pieces, as a holder has them.
+/// Digests of pieces according to a holder.
 struct PieceDigests {
     holder: SocketAddr,
-    /// The first piece of which there is one.
+    /// Index of the piece to which the first entry of `list` belongs.
     first: u64,
     list: Vec<[u8; 32]>,
-    /// How many were named that are before the peer, or are the peer, in the chain.
+    /// Position of the relay in the chain, from 1: one more than the named relays not yet asked.
     position: u32,
-    /// When the holder was last asked how fast it is, and since when it is said to be twice as
-    /// fast.
+    /// When the holder was last asked for its pace, and since when it is twice as fast as the
+    /// relay.
     asked: Instant,
     slow_since: Option<Instant>,
 }
 
-/// What came of a transfer that a tracker counts; reported when it is over, however it ends.
+/// A transfer that a tracker counts. Dropping it reports the received bytes to the tracker.
 struct CountedTransfer<'a> {
     fetch: &'a Downloader,
     transfer: TransferName,
@@ -175,22 +182,21 @@ impl Drop for CountedTransfer<'_> {
     }
 }
 
-/// Why a peer's stream ended.
+/// Why reading from a peer ended.
 #[derive(Debug)]
 pub(super) enum StreamError {
-    /// The peer did something wrong.
+    /// The peer is at fault.
     Failed(Fault, String),
-    /// Another peer is twice as fast.
+    /// Another peer is twice as fast, or a relay sends too little.
     Slow(String),
     /// The upstream cache is certain to be faster.
     Upstream(String),
-    /// A peer that is still getting the NAR sent a piece that is not the holder's, which has this
-    /// digest.
+    /// A relay sent a piece whose SHA-256 is not this one, which the holder returned.
     WrongPiece([u8; 32]),
-    /// The holder does not tell its digests, and whether that breaks its promise: it may be busy,
-    /// or the time is up.
+    /// The holder returned no digests. True if that is the holder's fault; it may also be busy, or
+    /// the time is over.
     Unchecked(bool, String),
-    /// The first piece has not come in time.
+    /// The deadline of the first piece has passed.
     Late,
 }
 
@@ -231,8 +237,8 @@ impl PieceDigests {
 }
 
 impl<'a> FailoverReader<'a> {
-    /// Nothing is asked of any peer yet. The first piece has to come until `until`. `may_leave`:
-    /// the NAR may be left to the upstream cache.
+    /// Sends no request yet. `until` is the deadline of the first piece. `may_leave`: the NAR may
+    /// be left to the upstream cache.
     pub(super) fn new(
         fetch: &'a Downloader,
         found: FoundNar,
@@ -266,15 +272,17 @@ impl<'a> FailoverReader<'a> {
         }
     }
 
-    /// The peer that is sending.
+    /// The peer that is currently sending.
     pub(super) fn current(&self) -> Option<&NarSource> {
         self.current.as_ref().map(|current| &current.source)
     }
 
-    /// Gets the first piece, which is checked by `is_right`, from whichever peer gives it in time.
+    /// Gets the first piece for which `is_right` returns true, from any peer. Blocks until the
+    /// deadline of [`FailoverReader::new`] at most.
     ///
     /// # Errors
-    /// See [`DownloadError`].
+    /// Returns [`DownloadError::NoPeer`] if no peer sends the piece in time, or
+    /// [`DownloadError::Upstream`].
     pub(super) fn first_piece(
         &mut self,
         is_right: impl Fn(&VerifiedStream, &Piece) -> bool,
@@ -295,17 +303,18 @@ impl<'a> FailoverReader<'a> {
                 Err(StreamError::Upstream(why)) => return Err(DownloadError::Upstream(why)),
                 Err(broken) => self.leave(&broken, 0),
             }
-            // Nothing has been passed on, so the next peer can begin from the beginning.
+            // Nix has no bytes yet, so the next peer can start at byte 0.
             incoming = VerifiedStream::new(self.found.nar_hash, self.found.nar_size);
             piece = incoming.piece();
             self.contributors.clear();
         }
     }
 
-    /// One more piece, from whichever peer gives it.
+    /// Gets the next piece from any peer. Blocks until it is there or no peer is left.
     ///
     /// # Errors
-    /// No peer is left, or what came is no part of a NAR.
+    /// Returns [`DownloadError::NoPeer`] if no peer is left, [`DownloadError::Wrong`] if the bytes
+    /// are not part of a NAR, or [`DownloadError::Upstream`].
     pub(super) fn next_piece(
         &mut self,
         incoming: &mut VerifiedStream,
@@ -325,7 +334,8 @@ impl<'a> FailoverReader<'a> {
                     self.try_accusations(at, piece);
                     return Ok(());
                 }
-                // The framing has seen the bad bytes, and who knows which bytes before were bad.
+                // Bytes before the malformed ones may be wrong, too, and Nix has them: no other
+                // peer can continue.
                 Err(StreamError::Failed(Fault::BadData | Fault::OddPath, why)) => {
                     return Err(DownloadError::Wrong(why));
                 }
@@ -335,7 +345,7 @@ impl<'a> FailoverReader<'a> {
         }
     }
 
-    /// Reads the rest of a piece from the current peer.
+    /// Reads the rest of `piece` from the current peer.
     fn fill(
         &mut self,
         incoming: &mut VerifiedStream,
@@ -346,7 +356,7 @@ impl<'a> FailoverReader<'a> {
         }
         while incoming.rest() > 0 {
             let skip = self.current.as_ref().map_or(0, |current| current.body.skip);
-            // What is skipped goes to the same place, and is written over.
+            // Skipped bytes go to the same place and are overwritten.
             let room = piece.room(if skip > 0 { skip } else { incoming.rest() });
             if room.is_empty() {
                 break;
@@ -370,8 +380,7 @@ impl<'a> FailoverReader<'a> {
         Ok(())
     }
 
-    /// Reads a whole piece from a peer that is still getting the NAR, and takes it if it is the
-    /// holder's.
+    /// Reads a whole piece from a relay, and accepts it if it matches the holder's digest.
     fn fill_compared(
         &mut self,
         incoming: &mut VerifiedStream,
@@ -388,13 +397,13 @@ impl<'a> FailoverReader<'a> {
         if ring::digest::digest(&SHA256, piece.room(rest)).as_ref() != digest {
             return Err(StreamError::WrongPiece(digest));
         }
-        // It is the holder's word, then.
+        // The digest matched, so the holder has the same malformed bytes.
         incoming.take(piece, len).map_err(|e| StreamError::failed(Fault::BadData, e))?;
         self.transfer.progress(incoming.at());
         Ok(())
     }
 
-    /// Compares the piece at byte `at` with what holders have said of it.
+    /// Compares the accepted piece at byte `at` with the digests that relays did not match.
     fn try_accusations(&mut self, at: u64, piece: &Piece) {
         for accusation in self.accusations.iter_mut().filter(|accusation| accusation.at == at) {
             accusation.is_true =
@@ -402,7 +411,7 @@ impl<'a> FailoverReader<'a> {
         }
     }
 
-    /// SHA-256 of a piece, as the holder has it.
+    /// The SHA-256 of a piece according to the holder, which is asked if the list does not have it.
     fn digest(&mut self, piece: u64) -> Result<[u8; 32], StreamError> {
         let Some(digests) = self.current.as_mut().and_then(|current| current.digests.as_mut())
         else {
@@ -433,8 +442,8 @@ impl<'a> FailoverReader<'a> {
             .ok_or_else(|| StreamError::Unchecked(true, "no digests".into()))
     }
 
-    /// Reads from the current peer, at least one byte; `rest` bytes of the NAR are to come, from
-    /// byte `at` on.
+    /// Reads at least one byte from the current peer. `rest` bytes of the NAR are missing, from
+    /// byte `at` on. Fails after [`STALL`] without a byte.
     fn read(&mut self, room: &mut [u8], at: u64, rest: u64) -> Result<usize, StreamError> {
         let began = Instant::now();
         let Some(current) = &mut self.current else {
@@ -468,7 +477,8 @@ impl<'a> FailoverReader<'a> {
                     ));
                 }
                 Ok(None) => {
-                    // Other peers, or upstream, may be asked in it, which is not this one's time.
+                    // The checks may query other peers or upstream. That time does not count as
+                    // this peer's.
                     current.stop_waiting(now);
                     self.judge(now, rest)?;
                     self.current
@@ -486,7 +496,7 @@ impl<'a> FailoverReader<'a> {
         Err(StreamError::Late)
     }
 
-    /// Counts bytes for which the peer was waited for since `began`.
+    /// Counts received bytes, and the wait for them since `began`.
     fn count(&mut self, got: u64, began: Instant, now: Instant) {
         let Some(current) = &mut self.current else { return };
         current.last_read = now;
@@ -502,7 +512,7 @@ impl<'a> FailoverReader<'a> {
         }
     }
 
-    /// Whether the current peer is to be left, of which `rest` bytes are to come.
+    /// Returns an error if the current peer is to be left. `rest` bytes of the NAR are missing.
     fn judge(&mut self, now: Instant, rest: u64) -> Result<(), StreamError> {
         if self.until.is_some_and(|until| now >= until) {
             return Err(StreamError::Late);
@@ -531,7 +541,7 @@ impl<'a> FailoverReader<'a> {
         if self.moves_left > 0 && waited >= picker::LEAST_WAIT {
             self.ask_again(rest as f64 / load.pace.known.unwrap_or(load.pace.measured));
             let (places, others) = self.holdings(now);
-            // It stays where the last move leads.
+            // The last allowed move only goes to a peer whose pace is known.
             let is_fit =
                 |holding: &HolderFacts| self.moves_left > 1 || holding.load.pace.known.is_some();
             let (places, others): (Vec<usize>, Vec<HolderFacts>) =
@@ -547,15 +557,16 @@ impl<'a> FailoverReader<'a> {
         match picker::time_left(&load, own.lasting, rest)
             .and_then(|time| self.upstream_is_faster(time))
         {
-            // When upstream was slow to answer, the next look decides, by what has come meanwhile.
+            // If upstream was slow to answer, the next check decides, with what the peer sent
+            // meanwhile.
             Some(why) if now.elapsed() < LOOK => Err(StreamError::Upstream(why)),
             _ => Ok(()),
         }
     }
 
-    /// Whether a peer that is still getting the NAR itself is to be left for the holder. All behind
-    /// one that is slow are slow; the first of them leaves first, and the others see that it
-    /// helped.
+    /// Returns an error if the current peer, a relay, is to be left for the holder. A slow relay
+    /// slows all behind it in the chain. The node next to it leaves it first, so that the others,
+    /// whose limits are longer, become fast again and stay.
     fn judge_relay(&mut self, own: PaceEstimate, now: Instant) -> Result<(), StreamError> {
         let Some(current) = &mut self.current else { return Ok(()) };
         if relay_time_left(self.until, self.relays_until, now).is_zero() {
@@ -591,8 +602,8 @@ impl<'a> FailoverReader<'a> {
         )))
     }
 
-    /// Why the upstream cache is certain to be faster than a peer that needs `time` for the rest;
-    /// `None` if it is not.
+    /// The reason why the upstream cache is certain to be faster than a peer that needs `time` for
+    /// the rest; `None` if it is not. Blocks for at most two requests to upstream.
     fn upstream_is_faster(&mut self, time: Duration) -> Option<String> {
         if !self.may_leave || time <= UPSTREAM_GRACE {
             return None;
@@ -603,7 +614,7 @@ impl<'a> FailoverReader<'a> {
         (time > UPSTREAM_GRACE + 2 * there).then(why)
     }
 
-    /// The known sources that may be asked, by their places, and what is known of them.
+    /// Indices of the known sources that may be asked, and what is known of each.
     fn holdings(&self, now: Instant) -> (Vec<usize>, Vec<HolderFacts>) {
         let standing = &self.fetch.standing;
         let holding = |(at, source): (usize, &NarSource)| {
@@ -619,8 +630,8 @@ impl<'a> FailoverReader<'a> {
         self.found.sources.iter().enumerate().filter_map(holding).unzip()
     }
 
-    /// Asks the LAN for further holders, if what is to come takes so many seconds that it is worth
-    /// it.
+    /// Asks the LAN for further holders if the rest takes [`LONG`] or longer. Blocks for
+    /// [`ASK_AGAIN`] at most.
     fn ask_again(&mut self, seconds: f64) {
         let now = Instant::now();
         let is_early =
@@ -638,7 +649,7 @@ impl<'a> FailoverReader<'a> {
         }
     }
 
-    /// Connects to the best source, at the byte that is wanted next. `None`: there is none.
+    /// Connects to the best source at byte `at`. Returns `None` if there is none.
     fn connect(&mut self, at: u64) -> Result<Option<()>, DownloadError> {
         while at == 0
             && let Some((relay, holder)) = self.relays.pop()
@@ -656,7 +667,8 @@ impl<'a> FailoverReader<'a> {
         while self.tries < MAX_TRIES {
             let rest = self.found.nar_size - at;
             let Some((source, why)) = self.next_source(rest) else { break };
-            // Before it is asked: NARs of a peer that is known to be slow wait for nothing.
+            // Checked before the request: a NAR of a peer that is known to be slow need not wait
+            // for it.
             let load = self.fetch.paces.load(source.who(), Instant::now());
             let time = picker::time_left(&load.with(rest), None, rest);
             if let Some(why) = time.and_then(|time| self.upstream_is_faster(time)) {
@@ -678,8 +690,8 @@ impl<'a> FailoverReader<'a> {
         Ok(None)
     }
 
-    /// Asks a peer for the NAR from a byte on. False if it does not begin to send. `holder`: the
-    /// peer is still getting the NAR itself, and that one has it.
+    /// Requests the NAR from byte `at` on. Returns false if the peer does not begin to send within
+    /// `patience`. If `holder` is set, the source is a relay that this holder named.
     fn ask(
         &mut self,
         mut source: NarSource,
@@ -691,7 +703,7 @@ impl<'a> FailoverReader<'a> {
         let (who, began) = (source.who(), Instant::now());
         let mut intake = self.fetch.paces.begin(who, self.found.nar_size - at, began);
         if holder.is_some() {
-            // It may wait for its own source before it answers.
+            // A relay may wait for its own source before it answers.
             intake.pause(began);
         }
         let url_path = source.nar_path(&self.hash_part, &self.found.nar_hash);
@@ -725,7 +737,7 @@ impl<'a> FailoverReader<'a> {
                         source.peer
                     );
                 }
-                // What is compared with a holder's digests is the holder's word.
+                // The holder's digests confirm a relay's pieces, so the holder is the contributor.
                 let who = holder.map_or(who, PeerKey::from);
                 if !self.contributors.iter().any(|contributor| contributor.who == who) {
                     self.contributors.push(Contributor { who, has_failed: false });
@@ -768,7 +780,7 @@ impl<'a> FailoverReader<'a> {
                 self.relays = relays.into_iter().map(|relay| (relay, source.peer)).collect();
                 self.found.sources.push(source);
             }
-            // It has not begun to get the NAR, or cannot pass it on.
+            // The relay has not begun its download, or cannot pass it on.
             Err(e) if holder.is_some() => {
                 log::debug!("NAR {}: peer {}: {e}", self.found.nar_hash, source.peer)
             }
@@ -778,8 +790,8 @@ impl<'a> FailoverReader<'a> {
                     self.again = Some(source);
                 }
             }
-            // It said that it has the path, not which NAR, nor where: those of the original's kind
-            // have it elsewhere.
+            // The peer only answered that it has the path. It may have another NAR, or the same one
+            // at another URL, as the Python peerix has. Its narinfo tells.
             Err(PeerError::NotThere)
                 if source.url_path.is_none() && source.wan.is_none() && source.friend.is_none() =>
             {
@@ -816,13 +828,13 @@ impl<'a> FailoverReader<'a> {
         false
     }
 
-    /// Whether nothing is against the peer.
+    /// Whether no recent failure of the peer is on record.
     fn is_good(&self, who: PeerKey) -> bool {
         let standing = &self.fetch.standing;
         standing.turn(who, Instant::now()) == Eligibility::Now && !standing.is_doubtful(who)
     }
 
-    /// Time until the first piece has to be there; without end when it is.
+    /// Time until the deadline of the first piece; [`Duration::MAX`] once that is there.
     fn left(&self, now: Instant) -> Duration {
         self.until.map_or(Duration::MAX, |until| until.saturating_duration_since(now))
     }
@@ -831,9 +843,9 @@ impl<'a> FailoverReader<'a> {
         !self.found.sources.is_empty() || self.fetch.lookup.has_trackers()
     }
 
-    /// The best source, which is then no longer among the known ones, and why it is the best.
+    /// Removes the best source from the known ones, and returns it with the reason for the choice.
     fn next_source(&mut self, rest: u64) -> Option<(NarSource, String)> {
-        // The smoothed pace of the one that was left may still be the best.
+        // The pace of the peer that was left is smoothed, so it may still look best.
         let moves_to = self.moves_to.take();
         if let Some(place) =
             self.found.sources.iter().position(|source| Some(source.who()) == moves_to)
@@ -864,7 +876,7 @@ impl<'a> FailoverReader<'a> {
         Some((self.found.sources.swap_remove(places[choice.at]), why))
     }
 
-    /// One more source, from a search with narinfos.
+    /// Returns a further source from a search that checks narinfos.
     fn searched(&mut self) -> Option<NarSource> {
         let latest = self.until.unwrap_or_else(|| Instant::now() + Duration::from_secs(60));
         loop {
@@ -881,7 +893,7 @@ impl<'a> FailoverReader<'a> {
         }
     }
 
-    /// Leaves the current peer, at that byte.
+    /// Drops the current peer at byte `at`, and records its fault if it has one.
     fn leave(&mut self, broken: &StreamError, at: u64) {
         let Some(current) = self.current.take() else { return };
         let (hash, peer, now) = (self.found.nar_hash, current.source.peer, Instant::now());
@@ -900,7 +912,7 @@ impl<'a> FailoverReader<'a> {
                     is_true: None,
                 }));
             }
-            // It named others, so it is to tell digests.
+            // The holder named relays, so it has to return digests.
             StreamError::Unchecked(is_broken, why) => {
                 self.relays.clear();
                 if let Some(digests) = &current.digests {
@@ -917,7 +929,7 @@ impl<'a> FailoverReader<'a> {
                     }
                 }
             }
-            // It may have lost its own source, or its Nix was stopped.
+            // A relay may have lost its own source, or its Nix was stopped, so it is not blamed.
             StreamError::Failed(_, why) | StreamError::Slow(why) if current.digests.is_some() => {
                 log::debug!(
                     "NAR {hash}: leaves peer {peer}, which is getting it, at byte {at}: {why}"
@@ -928,7 +940,7 @@ impl<'a> FailoverReader<'a> {
                 self.moves_left -= 1;
                 self.found.sources.push(current.source);
             }
-            // The caller has left it to the upstream cache.
+            // The caller leaves the NAR to the upstream cache.
             StreamError::Upstream(_) => {}
             StreamError::Late => {
                 log::debug!("NAR {hash}: the first piece has not come in time from peer {peer}")
@@ -958,9 +970,9 @@ impl<'a> FailoverReader<'a> {
         }
     }
 
-    /// What came is wrong, and part of it is with Nix. Which of several peers sent it is not known,
-    /// but those that broke off have more against them than those that went on for them. If none
-    /// did, as the NAR moved for pace, all have.
+    /// Records that the NAR is wrong. Nix has a part of it already, and which peer sent the wrong
+    /// bytes is unknown. Peers whose streams failed get the greater fault. If none failed, as the
+    /// NAR moved to faster peers, all get it.
     pub(super) fn blame(&mut self, why: &dyn fmt::Display) {
         self.transfer.record_failure();
         let now = Instant::now();
@@ -969,12 +981,12 @@ impl<'a> FailoverReader<'a> {
         }
     }
 
-    /// No peer could deliver the NAR.
+    /// Records that no peer could deliver the NAR.
     pub(super) fn fail(&self) {
         self.transfer.record_failure();
     }
 
-    /// The whole NAR came, and it was right.
+    /// Records that the whole NAR arrived and its hash is right.
     pub(super) fn delivered(&mut self) {
         let now = Instant::now();
         if let Some(mut current) = self.current.take() {
@@ -1005,13 +1017,13 @@ impl<'a> FailoverReader<'a> {
     }
 }
 
-/// Time for peers that a holder named, and for its digests: while the first piece has to come,
-/// until `relays_until`.
+/// Time left for relays and digests: until `relays_until` or the first piece's deadline `until`,
+/// whichever is earlier. Unlimited once the first piece is there.
 fn relay_time_left(until: Option<Instant>, relays_until: Instant, now: Instant) -> Duration {
     until.map_or(Duration::MAX, |until| until.min(relays_until).saturating_duration_since(now))
 }
 
-/// What each peer that may have sent a wrong part of a NAR is blamed for.
+/// The fault of each peer that may have sent a part of a wrong NAR.
 fn blamed(contributors: &[Contributor]) -> Vec<(PeerKey, Fault)> {
     let is_known = contributors.iter().any(|peer| peer.has_failed);
     let fault = |peer: &Contributor| {
@@ -1029,7 +1041,7 @@ mod tests {
     }
 
     #[test]
-    fn relays_and_digests_share_one_time_until_the_first_piece_is_there() {
+    fn relay_time_left_before_first_piece_is_earlier_deadline() {
         let now = Instant::now();
         let (two, five) = (now + Duration::from_secs(2), now + Duration::from_secs(5));
         assert_eq!(relay_time_left(Some(five), two, now), Duration::from_secs(2));
@@ -1039,14 +1051,14 @@ mod tests {
     }
 
     #[test]
-    fn blame_is_on_those_that_broke_off_or_on_all() {
+    fn wrong_nar_blames_failed_peers_or_all() {
         let faults = |contributors: &[Contributor]| -> Vec<Fault> {
             blamed(contributors).into_iter().map(|(_, fault)| fault).collect()
         };
         let (bad, little) = (Fault::BadData, Fault::BrokenPromise);
         assert_eq!(faults(&[contributor(1, false)]), [bad]);
         assert_eq!(faults(&[contributor(1, true), contributor(2, false)]), [bad, little]);
-        // It was left for its pace: that it went on with another one proves neither.
+        // The NAR moved to a faster peer: no stream failed, so both are suspects.
         assert_eq!(faults(&[contributor(1, false), contributor(2, false)]), [bad, bad]);
         assert_eq!(
             faults(&[contributor(1, false), contributor(2, true), contributor(3, false)]),

@@ -1,8 +1,9 @@
-//! Large NARs on their way in, kept in a file so that neighbours can have them while they come.
+//! Keeps large NARs in files during their download, so that neighbours can get them before they are
+//! complete.
 //!
-//! The file has no name (`O_TMPFILE`): however this process ends, nothing is left. It is written in
-//! a thread of its own, and given up when the disk is slower than the network: Nix never waits for
-//! it.
+//! Each file has no name (`O_TMPFILE`), so none is left when the process ends. A thread of its own
+//! writes it. If the disk is slower than the network, the NAR is given up: Nix never waits for the
+//! disk.
 
 use super::verified::Piece;
 use crate::nix::NarHash;
@@ -22,45 +23,45 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Instant;
 
-/// Smaller NARs are not kept: they have come before a neighbour could ask for them here.
+/// Minimum NAR size in bytes. Smaller NARs are complete before a neighbour could ask for them.
 pub const LEAST_SIZE: u64 = 16 << 20;
-/// Bytes kept at once, of all NARs. A NAR for which there is no room is not kept.
+/// Maximum bytes of all files together. A NAR that would exceed it is not kept.
 const MAX_BYTES: u64 = 2 << 30;
-/// NARs kept at once.
+/// Maximum number of files. At the bound, further NARs are not kept.
 const MAX_SPOOLS: usize = 8;
-/// Parts of the disk of which one has to stay free.
+/// One part in this many of the disk stays free.
 const FREE_PARTS: u64 = 10;
-/// Pieces that wait to be written, of 256 KiB each. When there are more, the disk is too slow, and
-/// the NAR is given up.
+/// Maximum number of pieces of 256 KiB that wait for the disk. At the bound, the NAR is given up.
 const QUEUE: usize = 16;
-/// A neighbour waits for the next bytes for this long, and then for another source.
+/// Maximum wait of a reader for the next bytes. After it, the read fails and the neighbour asks
+/// another peer.
 const PATIENCE: Timeout = Timeout::from_secs(10);
-/// Bytes copied at once where the kernel cannot pass them on.
+/// Buffer size in bytes of a copy through user space, for sinks that do not take files.
 const COPY: usize = 64 * 1024;
 
-/// The NARs that are kept.
+/// The NARs that are kept, at most 8 and 2 GiB. Shared by all threads.
 pub struct Spools {
     dir: Option<PathBuf>,
     kept: Mutex<HashMap<NarHash, Arc<Spool>>>,
     taken: Arc<Mutex<DiskUsage>>,
 }
 
-/// What the files on the disk take, also of NARs that are no longer found but still being read.
+/// Number and bytes of the reserved files, including those that are only read any longer.
 #[derive(Default)]
 struct DiskUsage {
     spools: usize,
     bytes: u64,
 }
 
-/// A part of [`DiskUsage`], until it is dropped.
+/// A reservation in [`DiskUsage`]. Dropping it frees the space for others.
 struct DiskReservation {
     taken: Arc<Mutex<DiskUsage>>,
     bytes: u64,
 }
 
-/// One NAR that is kept while it comes.
+/// The file of one NAR, which grows while the NAR is downloaded.
 pub struct Spool {
-    /// The store path's base name.
+    /// Base name of the store path.
     pub name: String,
     size: u64,
     file: File,
@@ -71,13 +72,13 @@ pub struct Spool {
 
 #[derive(Default)]
 struct SpoolProgress {
-    /// Bytes from the beginning that are in the file.
+    /// Bytes from the start of the NAR that are in the file.
     written: u64,
-    /// No more bytes come.
+    /// No further bytes will be written.
     has_ended: bool,
 }
 
-/// Keeps one NAR. When it is dropped, no more bytes come, and no further neighbour finds it.
+/// The write end of a [`Spool`]. Dropping it ends the NAR and hides it from further neighbours.
 pub(super) struct SpoolWriter<'a> {
     spools: &'a Spools,
     hash: NarHash,
@@ -86,24 +87,25 @@ pub(super) struct SpoolWriter<'a> {
 }
 
 impl Spools {
-    /// NARs are kept on the file system of `dir`; without one, none is.
+    /// Keeps NARs on the file system of `dir`, or none without it.
     pub fn new(dir: Option<PathBuf>) -> Self {
         Spools { dir, kept: Mutex::default(), taken: Arc::default() }
     }
 
-    /// What is kept of this NAR.
+    /// The file of this NAR, if it is being downloaded and kept.
     pub fn get(&self, hash: &NarHash) -> Option<Arc<Spool>> {
         self.lock().get(hash).cloned()
     }
 
-    /// Begins to keep a NAR, if it is large and there is room for it.
+    /// Starts to keep a NAR of `size` bytes. Returns `None` if it is smaller than [`LEAST_SIZE`],
+    /// is kept already, or has no room. Does disk I/O.
     pub(super) fn begin(&self, name: &str, hash: NarHash, size: u64) -> Option<SpoolWriter<'_>> {
         let dir = self.dir.as_ref().filter(|_| size >= LEAST_SIZE)?;
         if self.lock().contains_key(&hash) {
             return None;
         }
         let (reserved, all) = DiskReservation::of(&self.taken, size)?;
-        // Not under the lock, which the event loop takes, too: disks may hang.
+        // Done without the lock, which the event loop takes, too: disks may hang.
         let spool = match Spool::open(dir, name, size, reserved, all) {
             Ok(spool) => Arc::new(spool?),
             Err(e) => {
@@ -129,8 +131,8 @@ impl Spools {
 }
 
 impl DiskReservation {
-    /// Room for a NAR of that size, and the bytes that are then reserved in all; `None` if there
-    /// are too many.
+    /// Reserves `size` bytes. Also returns the sum of all reservations. `None` if a bound is
+    /// exceeded.
     fn of(taken: &Arc<Mutex<DiskUsage>>, size: u64) -> Option<(DiskReservation, u64)> {
         let mut now = taken.lock().unwrap_or_else(PoisonError::into_inner);
         let bytes = now.bytes.checked_add(size).filter(|bytes| *bytes <= MAX_BYTES)?;
@@ -150,7 +152,7 @@ impl Drop for DiskReservation {
 }
 
 impl SpoolWriter<'_> {
-    /// The next piece of the NAR. Never blocks.
+    /// Queues the next piece of the NAR. Never blocks: a full queue gives the NAR up.
     pub(super) fn push(&mut self, piece: Arc<Piece>) {
         let Some(pieces) = &self.pieces else { return };
         if let Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) = pieces.try_send(piece) {
@@ -172,8 +174,8 @@ impl Drop for SpoolWriter<'_> {
 }
 
 impl Spool {
-    /// A file for a NAR of that size; `None` if the disk has too little room for all the bytes
-    /// reserved.
+    /// Creates the file. Returns `None` if the disk lacks room for `all`, the bytes of all
+    /// reservations.
     fn open(
         dir: &Path,
         name: &str,
@@ -197,14 +199,14 @@ impl Spool {
         }))
     }
 
-    /// Writes pieces until no more come or the disk fails.
+    /// Writes the queued pieces until the sender is dropped or the disk fails.
     fn write(&self, queue: &Receiver<Arc<Piece>>) {
         let mut at = 0;
         for piece in queue {
             if let Err(e) = self.write_piece(&piece, at) {
                 log::debug!("spool: {e}");
-                // Readers find the file shorter than was said, and go elsewhere: others need the
-                // disk.
+                // Frees the disk at once. Readers find the file shorter than announced, and ask
+                // another peer.
                 self.lock().has_ended = true;
                 let _ = self.file.set_len(0);
                 break;
@@ -217,8 +219,8 @@ impl Spool {
         self.changed.notify_all();
     }
 
-    /// # Errors
-    /// The disk's, or others have filled it meanwhile.
+    /// Writes one piece at byte `at`. Fails if the disk does, or with `StorageFull` if other
+    /// programs have filled it.
     fn write_piece(&self, piece: &Piece, at: u64) -> io::Result<()> {
         if !has_room(&fstatvfs(&self.file)?, self.size.saturating_sub(at)) {
             return Err(io::ErrorKind::StorageFull.into());
@@ -226,15 +228,16 @@ impl Spool {
         self.file.write_all_at(piece.bytes(), at)
     }
 
-    /// Bytes in the whole NAR.
+    /// Size of the whole NAR in bytes.
     pub fn size(&self) -> u64 {
         self.size
     }
 
-    /// Passes `range` of the NAR on as it comes.
+    /// Writes `range` of the NAR to `out`. Blocks until the download has reached its end.
     ///
     /// # Errors
-    /// The sink's, or the rest of the NAR does not come.
+    /// Returns the error of `out`, or `UnexpectedEof` if the download ends early or no byte arrives
+    /// for 10 s.
     pub fn write_to(&self, range: Range<u64>, out: &mut dyn NarSink) -> io::Result<()> {
         let mut at = range.start;
         while at < range.end {
@@ -244,7 +247,8 @@ impl Spool {
         Ok(())
     }
 
-    /// Waits until there is more than `at` bytes; returns how many there are.
+    /// Blocks until more than `at` bytes are written, for at most [`PATIENCE`]. Returns their
+    /// number.
     fn wait(&self, at: u64) -> io::Result<u64> {
         let until = Instant::now() + PATIENCE.get();
         let mut progress = self.lock();
@@ -277,7 +281,8 @@ impl Spool {
     }
 }
 
-/// Whether the disk has room for so many bytes of NARs, which Nix writes, too, and for others.
+/// Whether the disk has room for `bytes` twice, as Nix writes the same NARs to its store, and a
+/// tenth of the disk stays free.
 fn has_room(disk: &StatVfs, bytes: u64) -> bool {
     let free = disk.f_bavail.saturating_mul(disk.f_frsize);
     free >= bytes
@@ -300,13 +305,13 @@ mod tests {
         NarHash::from_bytes([number; 32])
     }
 
-    /// A sink that takes no files.
+    /// Reads through a sink that takes no files.
     fn read(spool: &Spool, range: Range<u64>) -> io::Result<Vec<u8>> {
         let mut out = Vec::new();
         spool.write_to(range, &mut out).map(|()| out)
     }
 
-    /// The writing threads end soon, each with its file.
+    /// The writer threads end shortly after their senders. Waits until each has freed its file.
     fn wait_until_empty(spools: &Spools) {
         let until = Instant::now() + std::time::Duration::from_secs(120);
         while spools.taken.lock().unwrap().spools > 0 {
@@ -317,7 +322,7 @@ mod tests {
     }
 
     #[test]
-    fn room_is_for_nix_too_and_a_tenth_stays_free() {
+    fn has_room_needs_twice_the_bytes_and_a_free_tenth() {
         let disk = |free| StatVfs {
             f_bavail: free,
             f_frsize: 4096,
@@ -330,21 +335,21 @@ mod tests {
     }
 
     #[test]
-    fn file_on_a_full_disk_is_emptied_and_its_readers_are_told() {
+    fn full_disk_empties_file_and_fails_readers() {
         let spools = spools();
         let (reserved, all) = DiskReservation::of(&spools.taken, LEAST_SIZE).unwrap();
         let mut spool = Spool::open(&std::env::temp_dir(), "a", LEAST_SIZE, reserved, all)
             .unwrap()
             .expect("room");
         spool.file.set_len(1 << 20).unwrap();
-        // Of which there is never so much room.
+        // No disk has room for this size.
         spool.size = u64::MAX;
         let (pieces, queue) = bounded(1);
         pieces.send(piece()).unwrap();
         spool.write(&queue);
         assert!(spool.lock().has_ended);
         assert_eq!(spool.file.metadata().unwrap().len(), 0);
-        // Some of it was written before.
+        // As if a part had been written before.
         spool.lock().written = 1;
         assert_eq!(read(&spool, 0..1).unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
     }
@@ -356,7 +361,7 @@ mod tests {
     }
 
     #[test]
-    fn bytes_are_read_while_they_come_and_no_more_after_the_end() {
+    fn reader_follows_download_and_fails_after_early_end() {
         let spools = spools();
         let mut keeping = spools.begin("a", hash(1), LEAST_SIZE).expect("room on the disk");
         let spool = spools.get(&hash(1)).expect("it is kept");
@@ -372,12 +377,12 @@ mod tests {
             assert_eq!(reading.join().unwrap().unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
         });
         assert!(spools.get(&hash(1)).is_none());
-        // Those who have begun go on.
+        // Readers that have started can read on.
         assert_eq!(read(&spool, 0..len).unwrap().len() as u64, len);
     }
 
     #[test]
-    fn room_is_bounded_and_small_nars_and_a_second_stream_are_not_kept() {
+    fn begin_beyond_bounds_or_for_small_or_kept_nar_is_refused() {
         let spools = spools();
         assert!(spools.begin("a", hash(1), LEAST_SIZE - 1).is_none());
         assert!(Spools::new(None).begin("a", hash(1), LEAST_SIZE).is_none());
@@ -386,8 +391,7 @@ mod tests {
             (0..20).map_while(|number| spools.begin("a", hash(number), LEAST_SIZE)).collect();
         assert_eq!(kept.len(), MAX_SPOOLS);
         assert!(spools.begin("a", hash(0), LEAST_SIZE).is_none());
-        // The files of those that are still read are there, although no further neighbour finds
-        // them.
+        // Files that are still read count, although no further neighbour finds them.
         let reading: Vec<_> = (0..20).filter_map(|number| spools.get(&hash(number))).collect();
         drop(kept);
         assert!(spools.get(&hash(1)).is_none() && spools.begin("a", hash(1), LEAST_SIZE).is_none());

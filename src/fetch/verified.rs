@@ -1,9 +1,8 @@
-//! The bytes of one NAR on their way to this machine's Nix: hashed and framing-checked as they
-//! pass. Where they come from is not known here.
+//! Checks the bytes of one NAR on their way to this machine's Nix: their framing, size and hash.
 //!
-//! Nix unpacks while it downloads, as root, before it knows the hash. So nothing malformed is
-//! passed on, and the last piece only when size and hash are right. A NAR of one piece, as most
-//! are, is checked before Nix sees any of it.
+//! Nix unpacks during the download, as root, before it knows the hash. So malformed bytes are never
+//! passed on, and the last piece only when size and hash are right. Most NARs have one piece, which
+//! is checked before Nix gets any of it.
 
 use crate::nix::{Framing, Malformed, NarHash};
 use crate::wire::relay::DIGEST_PIECE;
@@ -14,18 +13,18 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::thread;
 
-/// Bytes that are read, checked and passed on at once: those of which neighbours have a digest.
+/// Bytes that are read, checked and passed on together. Each relay digest covers as many.
 pub(super) const PIECE: usize = DIGEST_PIECE;
 
-/// Pieces that wait for the hashing thread: enough that neither waits for the other's hiccups.
+/// Pieces that wait for the hashing thread. Two absorb short delays of either side.
 const QUEUE: usize = 2;
 
-/// Why a NAR was not passed on as a whole.
+/// Why a NAR was not passed on completely.
 #[derive(Debug)]
 pub(super) enum IncompleteNar {
-    /// The reader's error, or the writer's.
+    /// The error of the reader or the writer.
     Io(io::Error),
-    /// Its hash is wrong; the last piece was not passed on.
+    /// The hash is wrong. The last piece was not passed on.
     Hash,
 }
 
@@ -35,7 +34,7 @@ impl From<io::Error> for IncompleteNar {
     }
 }
 
-/// What has come of a NAR.
+/// The received part of a NAR.
 pub(super) struct VerifiedStream {
     hash: NarHash,
     size: u64,
@@ -44,17 +43,17 @@ pub(super) struct VerifiedStream {
 }
 
 impl VerifiedStream {
-    /// Nothing of the NAR with that hash and size.
+    /// Starts at byte 0 of the NAR with this hash and size.
     pub(super) fn new(hash: NarHash, size: u64) -> Self {
         VerifiedStream { hash, size, framing: Framing::with_nar_size(size), at: 0 }
     }
 
-    /// Bytes that came and were framing-checked.
+    /// Number of bytes that were received and passed the framing check.
     pub(super) fn at(&self) -> u64 {
         self.at
     }
 
-    /// Bytes that are still to come.
+    /// Number of bytes that are missing.
     pub(super) fn rest(&self) -> u64 {
         self.size - self.at
     }
@@ -64,10 +63,10 @@ impl VerifiedStream {
         Piece::new(self.size)
     }
 
-    /// Takes bytes that were read into the piece's [`Piece::room`].
+    /// Checks and adds `bytes` bytes that were read into the piece's [`Piece::room`].
     ///
     /// # Errors
-    /// They cannot be a part of a NAR, or not at this place.
+    /// The bytes are not valid NAR framing at this offset.
     pub(super) fn take(&mut self, piece: &mut Piece, bytes: usize) -> Result<(), Malformed> {
         self.framing.push(&piece.buffer[piece.filled..piece.filled + bytes])?;
         piece.filled += bytes;
@@ -75,18 +74,18 @@ impl VerifiedStream {
         Ok(())
     }
 
-    /// Whether a piece that is the whole NAR is right.
+    /// Whether a piece that is the whole NAR has the right hash and a complete framing.
     pub(super) fn is_right(&self, piece: &Piece) -> bool {
         ring::digest::digest(&SHA256, piece.bytes()).as_ref() == self.hash.as_bytes()
             && self.framing.is_complete()
     }
 
-    /// Passes `range` of the NAR on, of which `first` is the first piece. `next` fills a piece with
-    /// what comes then, and is called until the range or the NAR ends. `keep` gets every piece from
-    /// the first byte on, the last one when all is right.
+    /// Writes `range` of the NAR to `out`. `first` is the first piece. `next` fills each further
+    /// piece, and is called until the range or the NAR ends. `keep` gets every piece, the last one
+    /// only if the hash is right. Blocks as long as `next` and `out` do.
     ///
     /// # Errors
-    /// See [`IncompleteNar`]. What was written before is right in its framing alone.
+    /// See [`IncompleteNar`]. Bytes that were written before are only checked for their framing.
     pub(super) fn pass_on(
         &mut self,
         first: Piece,
@@ -127,7 +126,7 @@ impl VerifiedStream {
             out.write_all(part(shared.bytes(), from, range))?;
             from = self.at;
             if from >= range.end {
-                // Nix wanted no more; it cannot take a part for the whole.
+                // The range ends before the last piece. Nix cannot take a part for the whole.
                 return Ok(());
             }
             piece = recycled.try_recv().unwrap_or_else(|_| self.piece());
@@ -146,32 +145,32 @@ impl VerifiedStream {
     }
 }
 
-/// A piece of a NAR. Its memory is used again and again, and cleared only once.
+/// A piece of a NAR. Buffers are reused, so their memory is zeroed only once.
 pub(super) struct Piece {
     buffer: Box<[u8]>,
     filled: usize,
 }
 
 impl Piece {
-    /// An empty one, of the NAR's size if that is less.
+    /// An empty piece of [`PIECE`] bytes, or of the NAR's size if that is less.
     fn new(nar_size: u64) -> Self {
         let len = usize::try_from(nar_size).unwrap_or(PIECE).min(PIECE);
         Piece { buffer: vec![0; len].into_boxed_slice(), filled: 0 }
     }
 
-    /// The bytes that have come.
+    /// The bytes that were received.
     pub(super) fn bytes(&self) -> &[u8] {
         &self.buffer[..self.filled]
     }
 
-    /// The piece with its room filled, whatever is in it.
+    /// Marks the whole buffer as received, for tests.
     #[cfg(test)]
     pub(super) fn filled(mut self) -> Piece {
         self.filled = self.buffer.len();
         self
     }
 
-    /// Where the next `most` bytes go, or fewer if it has no more room.
+    /// The buffer for the next `most` bytes, shorter if the piece has less room.
     pub(super) fn room(&mut self, most: u64) -> &mut [u8] {
         let end = usize::try_from(most)
             .map_or(self.buffer.len(), |most| self.buffer.len().min(self.filled + most));
@@ -179,7 +178,7 @@ impl Piece {
     }
 }
 
-/// The bytes of a piece, which is at `from` in the NAR, that lie in `range`.
+/// The bytes of a piece at offset `from` of the NAR that lie in `range`.
 pub(super) fn part<'a>(piece: &'a [u8], from: u64, range: &Range<u64>) -> &'a [u8] {
     let within = |at: u64| {
         usize::try_from(at.saturating_sub(from)).map_or(piece.len(), |at| at.min(piece.len()))
@@ -187,7 +186,7 @@ pub(super) fn part<'a>(piece: &'a [u8], from: u64, range: &Range<u64>) -> &'a [u
     &piece[within(range.start)..within(range.end)]
 }
 
-/// Hashes pieces until there are no more, and gives back those that nobody else uses any longer.
+/// Hashes pieces until the sender is dropped. Returns buffers that have no other user to `recycle`.
 fn hash(pieces: &Receiver<Arc<Piece>>, recycle: &Sender<Piece>) -> NarHash {
     let mut context = Context::new(&SHA256);
     for piece in pieces {
@@ -206,7 +205,7 @@ mod tests {
     use crate::nix::nar;
 
     #[test]
-    fn the_part_of_a_piece_in_a_range() {
+    fn part_of_piece_is_intersection_with_range() {
         let piece = b"0123456789";
         for (from, range, expected) in [
             (0, 0..10, &b"0123456789"[..]),
@@ -222,7 +221,7 @@ mod tests {
         }
     }
 
-    /// The NAR of a file of so many bytes.
+    /// The NAR of a file of `size` bytes.
     fn file(size: usize) -> Vec<u8> {
         let mut nar = nar::MAGIC.to_vec();
         nar::regular_open(&mut nar, false, size as u64);
@@ -236,7 +235,8 @@ mod tests {
         NarHash::from_bytes(ring::digest::digest(&SHA256, nar).as_ref().try_into().unwrap())
     }
 
-    /// What is passed on of `nar`, said to have that hash, when it comes in reads of `read` bytes.
+    /// Passes `nar` on with `hash` as its expected hash, in reads of `read` bytes. Returns the
+    /// output.
     fn passed_on(
         nar: &[u8],
         hash: NarHash,
@@ -266,7 +266,7 @@ mod tests {
     }
 
     #[test]
-    fn whole_nar_and_every_part_of_it_pass() {
+    fn whole_nar_and_each_range_pass() {
         let nar = file(3 * PIECE + 1000);
         let size = nar.len() as u64;
         for range in [0..size, 5..size, PIECE as u64..size, size - 1..size, 100..PIECE as u64 + 5] {
@@ -277,7 +277,7 @@ mod tests {
     }
 
     #[test]
-    fn last_piece_of_a_wrong_nar_is_held_back() {
+    fn wrong_hash_withholds_last_piece() {
         let mut nar = file(3 * PIECE);
         let (size, right) = (nar.len(), hash_of(&nar));
         nar[PIECE] ^= 1;

@@ -1,4 +1,5 @@
-//! Who the friends are: those of `--friend`, and those of `--friends-file` as it is now.
+//! The friend list: the union of the `--friend` options and the current content of
+//! `--friends-file`.
 
 use crate::config::{FriendConfig, MAX_FRIENDS};
 use crate::key_file;
@@ -7,10 +8,11 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, RwLock};
 
-/// Largest file: 16 friends take 2 KiB, and comments are welcome.
+/// Largest friends file, in bytes. 16 friends take about 2 KiB; the rest is room for comments. A
+/// larger file counts as unreadable, so it names no friends.
 const MAX_FILE: u64 = 64 * 1024;
 
-/// The friends at the moment, shared by all threads.
+/// The current friends. All threads share one list.
 pub struct FriendList {
     flags: Vec<FriendConfig>,
     file: Option<PathBuf>,
@@ -21,21 +23,22 @@ pub struct FriendList {
 #[derive(Default)]
 struct CurrentFriends {
     friends: Vec<Arc<FriendConfig>>,
-    /// What is wrong with the file.
+    /// Error of the last reload, for the status output. `None` if every line was valid.
     problem: Option<String>,
 }
 
 impl FriendList {
-    /// The friends that `flags` and `file` name, but this node itself, whose key is `own`.
+    /// Reads `file` and combines it with `flags`. The list never contains `own`, this node's key.
     pub fn new(flags: Vec<FriendConfig>, file: Option<PathBuf>, own: NodeKey) -> Self {
         let list = FriendList { flags, file, own, current: RwLock::default() };
         list.reload();
         list
     }
 
-    /// Reads the file again. A line that is no friend, or a file that cannot be read, names none: a
-    /// mistake never lets anybody in, and one whose line is gone is no friend any more. True if the
-    /// friends are others than before.
+    /// Reads the file again and returns true if the friends changed. A malformed line, or a file
+    /// that cannot be read, names no friend: a mistake never admits a peer. A friend whose line was
+    /// removed loses access. The list keeps the first [`MAX_FRIENDS`] friends and reports the rest
+    /// as a problem.
     pub fn reload(&self) -> bool {
         let (mut friends, mut problem) = (self.flags.clone(), None);
         if let Some(file) = &self.file {
@@ -54,7 +57,8 @@ impl FriendList {
         }
         let mut known: Vec<Arc<FriendConfig>> = Vec::new();
         for friend in friends {
-            // The first line of a key counts; the own key may be in a file that all machines share.
+            // The first line for a key counts. This node's own key is skipped because all machines
+            // may share one file.
             if friend.key == self.own || known.iter().any(|other| other.key == friend.key) {
                 continue;
             }
@@ -79,17 +83,17 @@ impl FriendList {
         is_other
     }
 
-    /// All of them.
+    /// All current friends.
     pub fn all(&self) -> Vec<Arc<FriendConfig>> {
         self.current().friends.clone()
     }
 
-    /// The one with this key.
+    /// The friend with this key, if there is one.
     pub fn get(&self, key: &NodeKey) -> Option<Arc<FriendConfig>> {
         self.current().friends.iter().find(|friend| friend.key == *key).cloned()
     }
 
-    /// What is wrong with the list, for people.
+    /// Message that describes the last error in the list; `None` if there is none.
     pub fn problem(&self) -> Option<String> {
         self.current().problem.clone()
     }
@@ -109,7 +113,7 @@ fn read(file: &Path) -> io::Result<String> {
     String::from_utf8(bytes).map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))
 }
 
-/// One friend, in the form of `--friend`; `None` for an empty line or a comment.
+/// Parses one line in the syntax of `--friend`. `None` for an empty line or a comment.
 fn parse_line(line: &str) -> Option<Result<FriendConfig, String>> {
     let line = line.split('#').next().unwrap_or_default().trim();
     (!line.is_empty()).then(|| line.parse())
@@ -128,7 +132,7 @@ mod tests {
     }
 
     #[test]
-    fn file_is_followed_and_mistakes_let_nobody_in() {
+    fn changed_or_malformed_file_never_adds_unlisted_friend() {
         let file = std::env::temp_dir().join(format!("peerix-friends-{}", std::process::id()));
         let flag: FriendConfig = format!("flag={}", key(1)).parse().unwrap();
         std::fs::write(
@@ -155,7 +159,7 @@ mod tests {
     }
 
     #[test]
-    fn friends_file_that_is_a_pipe_is_not_waited_for() {
+    fn pipe_as_friends_file_does_not_block() {
         let dir = std::env::temp_dir().join(format!("peerix-friends-pipe-{}", std::process::id()));
         std::fs::create_dir_all(&dir).unwrap();
         let pipe = dir.join("friends");
@@ -167,7 +171,7 @@ mod tests {
     }
 
     #[test]
-    fn number_of_friends_is_bounded() {
+    fn friends_beyond_maximum_are_left_out() {
         let flags = (0..100).map(|n| format!("f{n}={}", key(n)).parse().unwrap()).collect();
         let list = FriendList::new(flags, None, key(200));
         assert_eq!(list.all().len(), MAX_FRIENDS);

@@ -1,6 +1,6 @@
-//! Friends: machines that are known by their key. They may have every path, wherever they are, over
-//! TLS in which both sides prove who they are. This is the list of them, and how TLS is set up;
-//! `peers/friends.rs` finds them and asks them.
+//! Friends: machines that this node knows by their public key. A friend may fetch every store path,
+//! from any network, over TLS with mutual authentication. This module holds the friend list and the
+//! TLS configuration; `peers/friends.rs` connects to friends and sends them requests.
 
 mod list;
 pub mod tls;

@@ -1,5 +1,5 @@
-//! TLS 1.3 between friends: raw public keys (RFC 7250) on both sides, no certificates, no names, no
-//! tickets, no early data.
+//! TLS 1.3 between friends. Both sides authenticate with raw public keys (RFC 7250). There are no
+//! certificates, server names, session tickets or early data.
 
 use super::FriendList;
 use crate::wire::NodeKey;
@@ -26,13 +26,15 @@ use rustls::{
 use std::fmt;
 use std::sync::Arc;
 
-/// What stands in for the name of a server: none is sent or checked, the key is all that counts.
+/// Placeholder for the server name that rustls requires. It is neither sent nor checked; only the
+/// key identifies the server.
 pub const NO_NAME: &str = "friend.invalid";
 
-/// How connections of friends are accepted.
+/// TLS configuration of the server: accepts the key of any current friend in `friends`.
 ///
 /// # Errors
-/// None in practice: the parts do not fit.
+/// Fails only if the protocol version or the key does not fit the provider, which does not happen
+/// with the fixed configuration.
 pub fn server_config(
     identity: &Identity,
     friends: Arc<FriendList>,
@@ -52,10 +54,11 @@ pub fn server_config(
     Ok(Arc::new(config))
 }
 
-/// How this node connects to the friend with that key, and to nobody else.
+/// TLS configuration for connections to the friend with the key `friend`. It accepts no other key.
 ///
 /// # Errors
-/// None in practice: the parts do not fit.
+/// Fails only if the protocol version or the key does not fit the provider, which does not happen
+/// with the fixed configuration.
 pub fn client_config(identity: &Identity, friend: NodeKey) -> Result<Arc<ClientConfig>, Error> {
     let provider = provider();
     let key = Arc::new(certified(identity, &provider)?);
@@ -73,7 +76,8 @@ pub fn client_config(identity: &Identity, friend: NodeKey) -> Result<Arc<ClientC
     Ok(Arc::new(config))
 }
 
-/// AES-128-GCM, which is twice as fast as the others where the processor has AES, and ChaCha20.
+/// Provider with two cipher suites: AES-128-GCM, which is twice as fast as the others on processors
+/// with AES instructions, and ChaCha20-Poly1305.
 fn provider() -> Arc<CryptoProvider> {
     let cipher_suites = vec![TLS13_AES_128_GCM_SHA256, TLS13_CHACHA20_POLY1305_SHA256];
     Arc::new(CryptoProvider { cipher_suites, ..ring::default_provider() })
@@ -85,23 +89,23 @@ fn certified(identity: &Identity, provider: &CryptoProvider) -> Result<Certified
     Ok(CertifiedKey::new(vec![CertificateDer::from(identity.key().to_info())], secret))
 }
 
-/// Accepts the key of any friend.
+/// Server side: accepts the key of any friend.
 struct FriendClientVerifier {
     friends: Arc<FriendList>,
     algorithms: WebPkiSupportedAlgorithms,
 }
 
-/// Accepts the key of one friend.
+/// Client side: accepts the key of one friend.
 struct FriendServerVerifier {
     friend: NodeKey,
     algorithms: WebPkiSupportedAlgorithms,
 }
 
-/// Told to the other end as *access denied*: its key is not known here.
+/// Rejects an unknown key. rustls sends it to the other side as the alert *access_denied*.
 const DENIED: Error = Error::InvalidCertificate(CertificateError::ApplicationVerificationFailure);
 
-/// The methods that verifiers of clients and of servers have in common, though no trait does:
-/// signatures are those of TLS 1.3 by a raw ed25519 key.
+/// The methods that [`ClientCertVerifier`] and [`ServerCertVerifier`] share in shape but not
+/// through a trait. They accept TLS 1.3 signatures by raw ed25519 keys only.
 macro_rules! raw_ed25519_signatures {
     () => {
         fn verify_tls12_signature(
@@ -110,7 +114,7 @@ macro_rules! raw_ed25519_signatures {
             _: &CertificateDer<'_>,
             _: &DigitallySignedStruct,
         ) -> Result<HandshakeSignatureValid, Error> {
-            // TLS 1.2 is not spoken, so that this is never asked.
+            // Not reached: the configuration allows TLS 1.3 only.
             Err(Error::General("only TLS 1.3 is spoken".into()))
         }
 
@@ -200,7 +204,7 @@ mod tests {
         Arc::new(FriendList::new(friends, None, identity(own).key()))
     }
 
-    /// A handshake in memory, and what came of it at the server and at the client.
+    /// Runs a handshake in memory. Returns its result at the server and at the client.
     fn shake_hands(
         client: Arc<ClientConfig>,
         server: Arc<ServerConfig>,
@@ -235,7 +239,7 @@ mod tests {
     }
 
     #[test]
-    fn friends_know_one_another_by_their_keys() {
+    fn friend_with_listed_key_is_accepted() {
         let server = server_config(&identity(1), friends_of(1, &[2, 3])).unwrap();
         let client = client_config(&identity(2), identity(1).key()).unwrap();
         let (at_server, at_client) = shake_hands(client, server);
@@ -243,7 +247,7 @@ mod tests {
     }
 
     #[test]
-    fn stranger_is_denied_and_told_so() {
+    fn stranger_gets_access_denied_alert() {
         let server = server_config(&identity(1), friends_of(1, &[2])).unwrap();
         let client = client_config(&identity(9), identity(1).key()).unwrap();
         let (at_server, at_client) = shake_hands(client, server);
@@ -252,7 +256,7 @@ mod tests {
     }
 
     #[test]
-    fn server_with_another_key_is_refused_and_both_keys_are_named() {
+    fn server_with_another_key_is_refused_with_both_keys_in_error() {
         let server = server_config(&identity(1), friends_of(1, &[2])).unwrap();
         let client = client_config(&identity(2), identity(5).key()).unwrap();
         let (_, at_client) = shake_hands(client, server);
@@ -277,7 +281,7 @@ mod tests {
     }
 
     #[test]
-    fn removed_friend_is_a_stranger() {
+    fn removed_friend_is_refused() {
         let file = std::env::temp_dir().join(format!("peerix-removed-{}", std::process::id()));
         std::fs::write(&file, format!("f={}", identity(2).key())).unwrap();
         let friends = Arc::new(FriendList::new(Vec::new(), Some(file.clone()), identity(1).key()));

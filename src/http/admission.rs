@@ -1,46 +1,49 @@
-//! Who is let in when there are many connections, and which connection ends for it.
+//! Admission control: decides whether the server accepts a new connection, and which open
+//! connection it closes to make room.
 //!
-//! This machine's Nix comes first: a cache that it knows and cannot reach fails its builds.
-//! Neighbours are kept from shutting out one another, and never make anybody wait.
+//! Connections from loopback have priority, because Nix fails a build when a configured cache is
+//! unreachable. Among other addresses, a group that holds many connections loses one first, so that
+//! no group shuts out the others. The functions never block.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
 
-/// Connections at once, each with a thread.
+/// Connections open at the same time. Each may hold a thread. At the bound, [`room`] decides which
+/// connection is closed or that the new one is refused.
 pub const MAX_CONNECTIONS: usize = 1024;
 
-/// Of these, so many are for loopback alone, whatever the neighbours do: five times the 25 that Nix
-/// opens.
+/// Connections of [`MAX_CONNECTIONS`] that are reserved for loopback: five times the 25 that Nix
+/// opens. Other addresses share the rest.
 pub const OWN_CONNECTIONS: usize = 128;
 
-/// When there is no room, a group that has more than this loses its idlest connection, or its
-/// oldest if all are at work: slow requests of ten groups must not shut out the others. Fewer are
-/// what one machine needs.
+/// Connections that a group of addresses may keep when the server is full. A group with more loses
+/// its longest idle connection, or its oldest if none is idle. One machine needs fewer.
 pub const FAIR_SHARE: usize = 64;
 
-/// An open connection, as far as it matters here.
+/// The properties of an open connection that admission depends on.
 #[derive(Debug, Clone, Copy)]
 pub struct OpenConnection {
-    /// Greater for later ones.
+    /// Connection ID. Later connections have greater IDs.
     pub id: u64,
-    /// Who has it.
+    /// Address of the client.
     pub peer: IpAddr,
-    /// Since when it is idle, on any clock; `None` while it is at work.
+    /// Time at which the connection became idle, in units of any one clock; `None` while a request
+    /// is being answered.
     pub idle_since: Option<u64>,
 }
 
-/// What a newcomer finds.
+/// Decision about a new connection.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Admission {
-    /// There is room.
+    /// Accept it.
     Free,
-    /// There is, once the connection with this ID is closed.
+    /// Accept it and close the connection with this ID.
     Instead(u64),
-    /// There is none.
+    /// Refuse it.
     Full,
 }
 
-/// Whether there is room for a connection from `newcomer` beside the open ones.
+/// Decides whether a connection from `newcomer` is accepted beside the connections in `open`.
 pub fn room(newcomer: IpAddr, open: impl Iterator<Item = OpenConnection> + Clone) -> Admission {
     let newcomer = newcomer.to_canonical();
     let strangers = open.clone().filter(|seat| !is_own(seat.peer));
@@ -48,8 +51,8 @@ pub fn room(newcomer: IpAddr, open: impl Iterator<Item = OpenConnection> + Clone
         if open.clone().count() < MAX_CONNECTIONS {
             return Admission::Free;
         }
-        // Of the strangers one that is idle; else one of our own that is; else a stranger's answer
-        // is cut, and its Nix takes the path elsewhere.
+        // Prefer an idle connection of another machine, then an idle one from loopback. As a last
+        // resort, cut the oldest connection of another machine: its Nix gets the path elsewhere.
         let victim = idlest(strangers.clone())
             .or_else(|| idlest(open))
             .or_else(|| strangers.map(|s| s.id).min());
@@ -59,14 +62,16 @@ pub fn room(newcomer: IpAddr, open: impl Iterator<Item = OpenConnection> + Clone
     if has_room && open.clone().count() < MAX_CONNECTIONS {
         return Admission::Free;
     }
-    // If strangers have room, this machine has more than its own, and may lose an idle one.
+    // Other machines are below their bound, so loopback exceeds its reservation and may lose an
+    // idle connection.
     let victim = if has_room { idlest(open) } else { victim_for(newcomer, strangers) };
     victim.map_or(Admission::Full, Admission::Instead)
 }
 
-/// Which stranger's connection a newcomer may have: its own group's idlest if that has more than
-/// its share; one of the group that has the most, if that is more than its share and twice as much
-/// as the newcomer's; else the idlest.
+/// Returns the connection that makes room for `newcomer` when the places for other machines are
+/// taken. A group above [`FAIR_SHARE`] can only replace its own idle connections. Otherwise the
+/// largest group loses a connection, if it is above its share and at least twice as large as the
+/// newcomer's group; else the longest idle connection is closed.
 fn victim_for(
     newcomer: IpAddr,
     strangers: impl Iterator<Item = OpenConnection> + Clone,
@@ -79,14 +84,15 @@ fn victim_for(
     if !is_greedy && (count <= FAIR_SHARE || count < 2 * newcomers) {
         return idlest(strangers);
     }
-    // One that has more than its share takes nothing from others.
+    // A group above its share replaces only its own connections.
     let largest = if is_greedy { group(newcomer) } else { largest };
     let its = strangers.filter(|seat| group(seat.peer) == largest);
     idlest(its.clone()).or_else(|| its.map(|seat| seat.id).min().filter(|_| !is_greedy))
 }
 
-/// Addresses that are counted together: one of a private IPv4 network, else a /24 or a /56, which
-/// one can come by together.
+/// Returns the group to which an address belongs. A private IPv4 address is its own group. Other
+/// addresses are grouped by /24 (IPv4) or /56 (IPv6), because one client may control all addresses
+/// of such a prefix.
 fn group(ip: IpAddr) -> u128 {
     match ip.to_canonical() {
         IpAddr::V4(ip) if ip.is_private() || ip.is_loopback() => u128::from(u32::from(ip)),
@@ -95,7 +101,7 @@ fn group(ip: IpAddr) -> u128 {
     }
 }
 
-/// The one that is idle longest.
+/// Returns the ID of the connection that has been idle longest, or `None` if none is idle.
 pub fn idlest(seats: impl Iterator<Item = OpenConnection>) -> Option<u64> {
     seats.filter_map(|seat| Some((seat.idle_since?, seat.id))).min().map(|(_, id)| id)
 }
@@ -118,7 +124,7 @@ mod tests {
         IpAddr::from([10, 0, (n / 200) as u8, (n % 200) as u8])
     }
 
-    /// Two connections for each stranger, all at work; IDs count from 0.
+    /// `count` connections, two per address, none of them idle. IDs count from 0.
     fn strangers(count: usize) -> Vec<OpenConnection> {
         (0..count)
             .map(|n| OpenConnection { id: n as u64, peer: stranger(n / 2), idle_since: None })
@@ -140,7 +146,7 @@ mod tests {
     }
 
     #[test]
-    fn strangers_leave_room_for_this_machine() {
+    fn strangers_at_their_bound_leave_reserved_connections_free() {
         assert_eq!(find(stranger(999), &strangers(STRANGERS - 1)), Admission::Free);
         let mut seats = strangers(STRANGERS);
         assert_eq!(find(stranger(999), &seats), Admission::Full);
@@ -151,7 +157,7 @@ mod tests {
     }
 
     #[test]
-    fn strangers_take_nothing_of_what_is_reserved() {
+    fn stranger_does_not_replace_reserved_connection() {
         let mut seats = and_own(strangers(STRANGERS), OWN_CONNECTIONS);
         seats[STRANGERS].idle_since = Some(1);
         assert_eq!(find(stranger(999), &seats), Admission::Full);
@@ -162,7 +168,7 @@ mod tests {
     }
 
     #[test]
-    fn this_machine_is_let_in_whatever_strangers_do() {
+    fn loopback_is_admitted_when_strangers_fill_the_server() {
         let mut seats = and_own(strangers(STRANGERS), OWN_CONNECTIONS);
         seats.rotate_left(100);
         assert_eq!(
@@ -179,9 +185,9 @@ mod tests {
         assert_eq!(find(own(), &and_own(Vec::new(), MAX_CONNECTIONS)), Admission::Full);
     }
 
-    /// Four addresses with slow requests used to shut out all others.
+    /// Regression test: slow requests from four addresses shut out all others.
     #[test]
-    fn few_groups_do_not_shut_out_the_others() {
+    fn groups_above_fair_share_do_not_shut_out_others() {
         let few = |groups: usize| -> Vec<OpenConnection> {
             (0..STRANGERS)
                 .map(|n| OpenConnection {
@@ -196,9 +202,9 @@ mod tests {
                 panic!("{groups} groups shut out others")
             };
             assert!(id < groups as u64, "the oldest of a group");
-            // One of them gains nothing by coming again.
+            // A large group gains nothing by another connection.
             assert_eq!(find(stranger(0), &few(groups)), Admission::Full);
-            // Nor takes it what others leave idle.
+            // Nor does it take the idle connections of other groups.
             let mut seats = few(groups);
             seats.push(OpenConnection { id: 5000, peer: stranger(998), idle_since: Some(1) });
             assert_eq!(find(stranger(0), &seats), Admission::Full);
@@ -212,17 +218,17 @@ mod tests {
         );
     }
 
-    /// Machines behind one router used to lose connections from the 257th on, however much room
-    /// there was.
+    /// Regression test: machines behind one router lost connections from the 257th on although the
+    /// server was not full.
     #[test]
-    fn one_address_may_have_what_nobody_else_wants() {
+    fn one_address_may_exceed_fair_share_while_there_is_room() {
         let seat = |n| OpenConnection { id: n, peer: stranger(1), idle_since: None };
         let seats: Vec<OpenConnection> = (0..600).map(seat).collect();
         assert_eq!(find(stranger(1), &seats), Admission::Free);
     }
 
     #[test]
-    fn addresses_that_one_can_come_by_together_are_one_group() {
+    fn addresses_of_one_prefix_are_one_group() {
         let same = |a: &str, b: &str| group(a.parse().unwrap()) == group(b.parse().unwrap());
         assert!(same("203.0.113.1", "203.0.113.2") && !same("203.0.113.1", "203.0.112.1"));
         assert!(!same("10.0.0.1", "10.0.0.2") && same("10.0.0.1", "::ffff:10.0.0.1"));

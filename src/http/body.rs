@@ -1,4 +1,5 @@
-//! Reading the body of a request, by its `Content-Length`, up to what the handler wants of it.
+//! Reads a request's body as its `Content-Length` delimits it, up to the limit that the handler
+//! sets.
 
 use super::head::Request;
 use super::stream::ConnectionStream;
@@ -6,36 +7,36 @@ use std::fmt;
 use std::io::{self, Read, Write};
 use std::time::{Duration, Instant};
 
-/// A body has to be there so long after its handler began to read it, and as much longer as it
-/// takes at [`LEAST_RATE`]. That is 10 s for 64 KiB and 30 s for 4 MiB.
+/// Base time limit for a body, from the start of [`RequestBody::read`]. The time that the body
+/// takes at [`LEAST_RATE`] is added: 10 s for 64 KiB, 30 s for 4 MiB. A slower body is an error,
+/// and the connection is cut.
 pub const BODY_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// See [`BODY_TIMEOUT`]. Bytes per second.
+/// Rate that a body must have after [`BODY_TIMEOUT`], in bytes per second.
 pub const LEAST_RATE: u64 = 200 * 1024;
 
-/// Room that is made before anything of a body is there: what only promises a lot gets little.
+/// Bytes allocated at a time. A client that announces a large body and sends nothing costs no more.
 const FIRST_ROOM: usize = 64 * 1024;
 
-/// What a client waits for that sent `Expect: 100-continue`.
+/// Interim response for a client that sent `Expect: 100-continue` (RFC 9110, section 10.1.1).
 const CONTINUE: &[u8] = b"HTTP/1.1 100 Continue\r\n\r\n";
 
 /// The body of one request.
 pub struct RequestBody<'a> {
     stream: &'a ConnectionStream,
-    /// Received behind the head; what is behind the body too is the next request's.
+    /// Bytes received after the head. Bytes after the body belong to the next request.
     received: &'a [u8],
     len: u64,
     left: bool,
     expects: bool,
 }
 
-/// Why there is no body.
+/// Why a body could not be read.
 #[derive(Debug)]
 pub enum BodyError {
-    /// It is longer than it may be; nothing of it was read.
+    /// The body is longer than the limit. Nothing of it was read.
     TooLarge,
-    /// The connection's error, its end before the body's, or a body that came too slowly. There is
-    /// nobody to answer.
+    /// The connection failed, ended before the body did, or was too slow. No response can be sent.
     Io(io::Error),
 }
 
@@ -65,20 +66,22 @@ impl<'a> RequestBody<'a> {
         RequestBody { stream, received: &[], len: 0, left: false, expects: false }
     }
 
-    /// Whether there is one that was not read.
+    /// Whether the request has a body that was not read completely.
     pub(super) fn is_left(&self) -> bool {
         self.left
     }
 
-    /// How many of the bytes received behind the head are of the body.
+    /// Number of bytes received after the head that belong to the body.
     pub(super) fn behind(&self) -> usize {
         self.len.min(self.received.len() as u64) as usize
     }
 
-    /// Reads all of it. Works once; then, and if there is none, it is empty.
+    /// Reads the whole body. Returns an empty vector if there is no body or it was already read.
+    /// Blocks for at most [`BODY_TIMEOUT`] plus the time that the body takes at [`LEAST_RATE`].
     ///
     /// # Errors
-    /// A body of more than `limit` bytes, or one that does not come.
+    /// [`BodyError::TooLarge`] if the body has more than `limit` bytes; [`BodyError::Io`] if it
+    /// does not arrive completely and in time.
     pub fn read(&mut self, limit: usize) -> Result<Vec<u8>, BodyError> {
         if !self.left {
             return Ok(Vec::new());
@@ -130,7 +133,7 @@ mod tests {
     use std::net::{TcpListener, TcpStream};
     use std::sync::Arc;
 
-    /// Says how long the body is, if it has at most ten bytes.
+    /// Echoes the body if it has at most ten bytes.
     struct Measures;
 
     impl Handler for Measures {
@@ -149,8 +152,8 @@ mod tests {
         }
     }
 
-    /// What comes back for the pieces, each sent after an answer to the last, or after `100
-    /// Continue`.
+    /// Sends each piece after the response to the one before, or after `100 Continue`, and returns
+    /// all that the server sends.
     fn all_answers(pieces: &[&str]) -> String {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
@@ -170,7 +173,7 @@ mod tests {
     }
 
     #[test]
-    fn bodies_end_where_they_say_and_the_connection_goes_on() {
+    fn pipelined_bodies_are_delimited_by_content_length() {
         let all = all_answers(&[
             "POST / HTTP/1.1\r\nContent-Length: 3\r\n\r\nabcPOST / HTTP/1.1\r\nContent-Length: 2\r\n\r\ndeGET / HTTP/1.1\r\n\r\n",
         ]);
@@ -180,21 +183,21 @@ mod tests {
     }
 
     #[test]
-    fn who_asks_first_is_told_to_go_on() {
+    fn expect_continue_is_answered_unless_the_body_is_refused() {
         let all = all_answers(&[
             "POST / HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 3\r\n\r\n",
             "abc",
         ]);
         assert!(all.starts_with("HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200"), "{all}");
         assert!(all.contains("[abc]"), "{all}");
-        // Who is refused is not.
+        // A client whose body is refused gets no `100 Continue`.
         let all =
             all_answers(&["POST / HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 11\r\n\r\n"]);
         assert!(all.starts_with("HTTP/1.1 413") && all.contains("Connection: close"), "{all}");
     }
 
     #[test]
-    fn what_is_not_read_ends_the_connection() {
+    fn unread_body_ends_the_connection() {
         let rest = "GET / HTTP/1.1\r\n\r\n";
         for head in
             ["POST / HTTP/1.1\r\nContent-Length: 99", "DELETE / HTTP/1.1\r\nContent-Length: 3"]
@@ -203,7 +206,7 @@ mod tests {
             assert_eq!(all.matches("HTTP/1.1 ").count(), 1, "{all}");
             assert!(all.contains("Connection: close"), "{all}");
         }
-        // One that never comes whole is not answered at all.
+        // A body that stays incomplete gets no response.
         let cut = all_answers(&[
             "GET / HTTP/1.1\r\n\r\n",
             "POST / HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 9\r\n\r\n",

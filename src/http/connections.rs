@@ -1,4 +1,4 @@
-//! The open connections: what is known of each, and who has to go when there are too many.
+//! The table of open connections, with their timeouts and the closing of connections to make room.
 
 use super::admission::{self, Admission, OpenConnection};
 use super::head::ReceiveBuffer;
@@ -10,36 +10,38 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Instant;
 
-/// A head has to be complete so long after its first byte, however slowly it comes.
+/// Time from a head's first byte to its last. The server closes a connection that takes longer.
 pub const HEAD_TIMEOUT: Timeout = Timeout::from_secs(10);
-/// A connection without a request is kept for so long.
+/// Time that a connection may wait for a request before the server closes it.
 pub const IDLE_TIMEOUT: Timeout = Timeout::from_secs(30);
 
-/// One open connection. Either the watcher has it, which waits for its next request, or a thread of
-/// the pool.
+/// One open connection. Its owner is the event loop while it waits for a request, and otherwise a
+/// thread of the pool.
 pub(super) struct Connection {
     pub(super) id: u64,
     pub(super) stream: ConnectionStream,
     pub(super) peer: SocketAddr,
-    /// Whether a router passed it on.
+    /// Whether the connection comes from outside the LAN, through a port that a router forwards.
     pub(super) is_outside: bool,
-    /// Milliseconds since the table's start at which it became idle; 0 while it is at work.
+    /// Milliseconds since the table was created at which the connection became idle; 0 while it is
+    /// at work.
     idle_since: AtomicU64,
-    /// Of who has the connection. Nobody waits for it.
+    /// Locked by the connection's current owner. Others only try the lock, so that the owner never
+    /// waits.
     bytes: Mutex<ConnectionProgress>,
 }
 
-/// What is under way on a connection.
+/// Buffers of a connection between two steps of serving it.
 #[derive(Default)]
 pub(super) struct ConnectionProgress {
-    /// Received, and not answered yet.
+    /// Bytes received and not yet answered.
     pub(super) received: ReceiveBuffer,
-    /// The rest of an answer that the other end did not take at once.
+    /// The rest of a response that the socket's buffer did not take.
     pub(super) unsent: Vec<u8>,
 }
 
 impl Connection {
-    /// Milliseconds from the table's start to when the connection became idle; `None` while a
+    /// Milliseconds from the table's creation to when the connection became idle; `None` while a
     /// request is being answered.
     pub(super) fn idle_since(&self) -> Option<u64> {
         Some(self.idle_since.load(Ordering::Relaxed)).filter(|&since| since != 0)
@@ -54,7 +56,7 @@ impl Connection {
     }
 
     pub(super) fn bytes(&self) -> MutexGuard<'_, ConnectionProgress> {
-        // A handler that panics has changed nothing of it.
+        // The value stays consistent when a handler panics, because handlers do not change it.
         self.bytes.lock().unwrap_or_else(|e| e.into_inner())
     }
 
@@ -63,7 +65,7 @@ impl Connection {
     }
 }
 
-/// All of them, by ID. IDs grow.
+/// All open connections by ID. IDs increase.
 pub(super) struct Connections {
     open: Mutex<HashMap<u64, Arc<Connection>>>,
     started: Instant,
@@ -103,27 +105,28 @@ impl Connections {
         self.lock().is_empty()
     }
 
-    /// The end of a connection: whoever has it drops it then.
+    /// Shuts a connection down and removes it from the table. Its owner still has to drop it.
     pub(super) fn end(&self, connection: &Connection) {
         connection.close();
         self.lock().remove(&connection.id);
     }
 
-    /// It waits for its next request from now on.
+    /// Marks a connection as waiting for its next request since `now`.
     pub(super) fn set_idle(&self, connection: &Connection, now: Instant) {
         connection.idle_since.store(self.moment(now), Ordering::Relaxed);
     }
 
-    /// Ends all that are idle.
+    /// Ends all idle connections.
     pub(super) fn end_idle(&self) {
         self.end_where(Connection::is_idle);
     }
 
-    /// Ends all that have waited too long for a request, or for the rest of one.
+    /// Ends all connections that exceed [`IDLE_TIMEOUT`], or [`HEAD_TIMEOUT`] for an incomplete
+    /// head.
     pub(super) fn end_overdue(&self, now: Instant) {
         let moment = self.moment(now);
         self.end_where(|connection| {
-            // A connection at work has time-outs of its own.
+            // A connection at work has time limits of its own.
             let Some(idle_since) = connection.idle_since() else { return false };
             let began = || connection.bytes.try_lock().ok()?.received.began();
             match began() {
@@ -133,7 +136,7 @@ impl Connections {
         });
     }
 
-    /// Shuts all down, and leaves them to who has them.
+    /// Shuts all connections down. Their owners remove them from the table.
     pub(super) fn close_all(&self) {
         self.lock().values().for_each(|connection| connection.close());
     }
@@ -148,7 +151,7 @@ impl Connections {
         });
     }
 
-    /// Closes the connection that is idle longest; false if none is.
+    /// Closes the connection that has been idle longest. Returns false if none is idle.
     pub(super) fn close_idlest(&self) -> bool {
         let mut open = self.lock();
         let idlest = admission::idlest(seats(&open));
@@ -158,7 +161,8 @@ impl Connections {
         idlest.is_some()
     }
 
-    /// Makes room for a connection from `peer`, closing another if need be.
+    /// Makes room for a connection from `peer` and closes another one if necessary. Returns false
+    /// if there is no room.
     pub(super) fn make_room(&self, peer: SocketAddr) -> bool {
         let mut open = self.lock();
         match admission::room(peer.ip(), seats(&open)) {
@@ -171,7 +175,7 @@ impl Connections {
         }
     }
 
-    /// Never 0, which means at work.
+    /// Milliseconds since the table was created, plus 1, because 0 means at work.
     fn moment(&self, now: Instant) -> u64 {
         now.saturating_duration_since(self.started).as_millis() as u64 + 1
     }
@@ -203,7 +207,7 @@ mod tests {
     use std::time::Duration;
 
     #[test]
-    fn who_waits_too_long_is_closed_and_nobody_else() {
+    fn overdue_connections_are_closed_and_others_kept() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let open = || {
             let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
@@ -217,7 +221,7 @@ mod tests {
         for id in 0..3 {
             let (mut client, stream, peer) = open();
             let connection = connections.insert(id, stream, peer, false);
-            // The first is idle, the second amid a head, the third at work.
+            // The first is idle, the second has part of a head, the third is at work.
             connections.set_idle(&connection, start);
             if id == 1 {
                 client.write_all(b"GET / HT").unwrap();
@@ -232,11 +236,11 @@ mod tests {
             connections.end_overdue(start + after);
             (0..3).filter(|id| connections.get(*id).is_some()).collect::<Vec<_>>()
         };
-        // The head began a moment after the start.
+        // The second connection's head began slightly after `start`.
         let moment = Duration::from_secs(1);
         assert_eq!(left(head_timeout - moment), [0, 1, 2]);
         assert_eq!(left(head_timeout + moment), [0, 2]);
-        // A head that begins late has its time all the same, which it once had not.
+        // The head of a long idle connection gets the full `HEAD_TIMEOUT`.
         let late = connections.get(0).unwrap();
         clients[0].write_all(b"GET / HT").unwrap();
         late.bytes().received.fill(&late.stream, true).unwrap();

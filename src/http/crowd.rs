@@ -1,7 +1,7 @@
-//! Who else is getting a large NAR from this node: so that the next neighbour may get it from one
-//! of them.
+//! Tracks which neighbours are downloading a large NAR from this node, so that the node can refer
+//! the next one to them (docs/protocol.md, "Crowds").
 //!
-//! Times are passed in. Only [`Crowds::to_hash`] blocks.
+//! Callers pass the current time in. Only [`Crowds::to_hash`] waits.
 
 use crate::nix::NarHash;
 use crate::wire::relay::{DIGEST_LEN, MAX_NAMED};
@@ -11,23 +11,25 @@ use std::ops::Range;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// Before this the pace of a crowd is not known: buffers fill first.
+/// Time a crowd must have existed before its pace is reported. Earlier, the bytes mostly fill
+/// buffers.
 const LEAST_TIME: Duration = Duration::from_millis(500);
-/// Neighbours remembered of a NAR. Those who come later are not named.
+/// Neighbours remembered per NAR. Later ones are not named to others.
 const MAX_GETTING: usize = 64;
 
-/// Answers hashed at once: one takes a processor, and reads 16 MiB.
+/// Requests for digests that are hashed at the same time. One keeps a processor busy and reads up
+/// to 16 MiB.
 const MAX_HASHING: u32 = 2;
-/// Longest wait for a place among these: who asks waits 5 s.
+/// Time a request waits for a [`HashingPermit`] before it fails. The client waits 5 s.
 const HASHING_PATIENCE: Duration = Duration::from_secs(3);
-/// Digests remembered of one NAR: of 2 GiB, as much as neighbours keep of those on their way. Later
-/// ones are hashed each time.
+/// Digests remembered per NAR. They cover 2 GiB, as much as neighbours keep of NARs during their
+/// download. Digests beyond the bound are computed for each request.
 const MAX_DIGESTS_KEPT: usize = 8192;
 
-/// A digest of a piece of a NAR.
+/// SHA-256 digest of a piece of a NAR.
 pub type PieceDigest = [u8; DIGEST_LEN as usize];
 
-/// The NARs that are being sent to neighbours.
+/// The NARs that this node is sending to neighbours.
 #[derive(Default)]
 pub struct Crowds {
     crowds: Mutex<HashMap<NarHash, Crowd>>,
@@ -35,38 +37,39 @@ pub struct Crowds {
     hashed: Condvar,
 }
 
-/// A place among those that hash. Dropping it leaves it to the next.
+/// Permission to hash pieces of a NAR. Dropping it releases it to a waiting request.
 pub struct HashingPermit<'a>(&'a Crowds);
 
 struct Crowd {
-    /// Streams of the NAR from this node.
+    /// Number of streams of the NAR from this node.
     streams: u32,
-    /// Bytes that they have sent, those that have ended included, since the first one began.
+    /// Bytes sent in all streams, ended ones included, since the first one began.
     sent: u64,
     began: Instant,
-    /// Who gets it, from here or from another one that was named to them, in the order in which
-    /// they asked.
+    /// Neighbours that are getting the NAR, from this node or from a neighbour that was named to
+    /// them, in the order of their requests.
     getting: Vec<IpAddr>,
-    /// Digests that were asked for, by the piece.
+    /// Digests computed for earlier requests, by the piece's number.
     digests: HashMap<u64, PieceDigest>,
 }
 
-/// A stream of a NAR to a neighbour. Dropping it ends it.
+/// A stream of a NAR to a neighbour. Dropping it removes it from the crowd.
 pub struct CrowdStream<'a> {
     crowds: &'a Crowds,
     hash: NarHash,
 }
 
-/// What a neighbour gets that asks for a NAR.
+/// Response to a neighbour's request for a NAR.
 pub enum CrowdAnswer<'a> {
-    /// The NAR from this node.
+    /// Send the NAR from this node.
     Send(CrowdStream<'a>),
-    /// The names of others that are getting it.
+    /// Refer the neighbour to these addresses, which are getting the NAR.
     Name(Vec<IpAddr>),
 }
 
 impl Crowds {
-    /// A neighbour asks for a NAR. `may_name`: it understands names, and may be named to others.
+    /// Decides how to answer a neighbour that requests a NAR. `may_name` says that the neighbour
+    /// understands a referral and that its address may be named to others.
     pub fn ask(
         &self,
         hash: NarHash,
@@ -97,7 +100,7 @@ impl Crowds {
     }
 
     /// Bytes per second that one more neighbour would get of a NAR that is being sent; `None` if
-    /// that is not known.
+    /// the NAR is not being sent, or for less than 500 ms.
     pub fn pace_of_one_more(&self, hash: NarHash, now: Instant) -> Option<u64> {
         let crowds = self.lock();
         let crowd = crowds.get(&hash)?;
@@ -106,7 +109,7 @@ impl Crowds {
         (time >= LEAST_TIME).then_some(pace as u64)
     }
 
-    /// The digests of these pieces, if all are remembered.
+    /// Returns the digests of these pieces, or `None` unless all of them are remembered.
     pub fn digests(&self, hash: NarHash, mut pieces: Range<u64>) -> Option<Vec<PieceDigest>> {
         let crowds = self.lock();
         let known = &crowds.get(&hash)?.digests;
@@ -116,7 +119,8 @@ impl Crowds {
         })
     }
 
-    /// Remembers digests of the pieces from `first` on, as long as the NAR is being sent.
+    /// Remembers digests of the pieces from `first` on while the NAR is being sent. At
+    /// `MAX_DIGESTS_KEPT` digests it drops the new ones.
     pub fn keep_digests(&self, hash: NarHash, first: u64, digests: &[PieceDigest]) {
         if let Some(crowd) = self.lock().get_mut(&hash)
             && crowd.digests.len() + digests.len() <= MAX_DIGESTS_KEPT
@@ -125,7 +129,7 @@ impl Crowds {
         }
     }
 
-    /// Blocks until few others hash, for 3 s at most. `None`: there are too many.
+    /// Waits for permission to hash, for at most 3 s; `None` if it gets none in that time.
     pub fn to_hash(&self) -> Option<HashingPermit<'_>> {
         let hashing = self.hashing.lock().unwrap_or_else(PoisonError::into_inner);
         let is_full = |hashing: &mut u32| *hashing >= MAX_HASHING;
@@ -144,7 +148,7 @@ impl Crowds {
 }
 
 impl CrowdStream<'_> {
-    /// So many more bytes were sent.
+    /// Adds `bytes` to the bytes that were sent.
     pub fn moved(&self, bytes: u64) {
         if let Some(crowd) = self.crowds.lock().get_mut(&self.hash) {
             crowd.sent += bytes;
@@ -164,7 +168,8 @@ impl Drop for CrowdStream<'_> {
         let mut crowds = self.crowds.lock();
         if let Some(crowd) = crowds.get_mut(&self.hash) {
             crowd.streams -= 1;
-            // Whoever got the first stream whole is a holder now, and found as such.
+            // The neighbour that received the first stream has the whole NAR now, and lookups find
+            // it.
             if crowd.streams == 0 {
                 crowds.remove(&self.hash);
             }
@@ -192,16 +197,16 @@ mod tests {
     }
 
     #[test]
-    fn neighbours_after_the_first_are_told_of_those_before_them_once() {
+    fn later_neighbour_is_referred_to_earlier_ones_once() {
         let (crowds, hash, now) = (Crowds::default(), NarHash::from_bytes([1; 32]), Instant::now());
         let first = crowds.ask(hash, host(1), true, now);
         assert_eq!(names(&first), None);
         assert_eq!(names(&crowds.ask(hash, host(2), true, now)), Some(vec![1]));
         assert_eq!(names(&crowds.ask(hash, host(3), true, now)), Some(vec![1, 2]));
-        // It comes again, as those did not have it.
+        // It returns because the neighbours that were named did not have the NAR.
         let second = crowds.ask(hash, host(3), true, now);
         assert_eq!(names(&second), None);
-        // One that does not understand names, and another NAR.
+        // A neighbour that does not understand referrals, and another NAR.
         assert_eq!(names(&crowds.ask(hash, host(4), false, now)), None);
         assert_eq!(names(&crowds.ask(NarHash::from_bytes([2; 32]), host(5), true, now)), None);
         drop(first);
@@ -212,7 +217,7 @@ mod tests {
     }
 
     #[test]
-    fn pace_of_one_more_is_its_part_of_what_was_sent() {
+    fn pace_is_divided_among_streams_and_one_more() {
         let (crowds, hash, now) = (Crowds::default(), NarHash::from_bytes([1; 32]), Instant::now());
         assert_eq!(crowds.pace_of_one_more(hash, now), None);
         let CrowdAnswer::Send(sending) = crowds.ask(hash, host(1), true, now) else {
@@ -226,7 +231,7 @@ mod tests {
     }
 
     #[test]
-    fn digests_are_kept_while_the_nar_is_being_sent_and_bounded() {
+    fn digests_are_bounded_and_dropped_with_the_last_stream() {
         let (crowds, hash, now) = (Crowds::default(), NarHash::from_bytes([1; 32]), Instant::now());
         crowds.keep_digests(hash, 0, &[[1; 32]]);
         assert_eq!(crowds.digests(hash, 0..1), None);
@@ -241,7 +246,7 @@ mod tests {
     }
 
     #[test]
-    fn few_hash_at_once_and_the_next_ones_wait_for_them() {
+    fn hashing_permit_is_refused_until_one_is_dropped() {
         let crowds = Crowds::default();
         let mut places: Vec<_> = (0..MAX_HASHING).map(|_| crowds.to_hash().unwrap()).collect();
         assert!(crowds.to_hash().is_none());
@@ -250,7 +255,7 @@ mod tests {
     }
 
     #[test]
-    fn names_and_memory_are_bounded() {
+    fn crowd_at_its_bound_names_no_later_neighbours() {
         let (crowds, hash, now) = (Crowds::default(), NarHash::from_bytes([1; 32]), Instant::now());
         let _first = crowds.ask(hash, host(1), true, now);
         let all: Vec<_> = (2..=200)

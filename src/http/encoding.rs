@@ -1,5 +1,4 @@
-//! `Content-Encoding: zstd` for NARs that go to peers over slow links: what the asker accepts, and
-//! the compressing.
+//! `Content-Encoding: zstd` for NARs sent to peers over slow links: negotiation and compression.
 
 use super::response::Exchange;
 use crate::store::NarSink;
@@ -7,9 +6,10 @@ use std::io::{self, Write};
 use zstd::stream::raw::{CParameter, Encoder, InBuffer, Operation, OutBuffer};
 use zstd::zstd_safe::CCtx;
 
-/// Measured on NARs of programs (`/usr/bin`, 270 MB) and of what they share (`/usr/share`, 256
-/// MiB), one core of a server, zstd 1.5.7. In the last columns, how much sooner a NAR arrives over
-/// such a link if one core does all the compressing:
+/// zstd level. It was measured on NARs of programs (`/usr/bin`, 270 MB) and of shared data
+/// (`/usr/share`, 256 MiB), on one core of a server, with zstd 1.5.7; each cell has both values.
+/// The last two columns say how many times sooner a NAR arrives over such a link if one core does
+/// all the compression:
 ///
 /// | level | ratio | s/GiB to compress | to decompress | at 100 Mbit/s | at 1 Gbit/s |
 /// |---|---|---|---|---|---|
@@ -21,17 +21,16 @@ use zstd::zstd_safe::CCtx;
 /// | 4 | 3.0 · 2.7 | 8.8 · 4.7 | 2.0 · 0.9 | 3.0 · 2.7 | 1.0 · 1.8 |
 /// | 6 | 3.1 · 2.9 | 24 · 13 | 1.7 · 0.8 | 3.1 · 2.9 | 0.4 · 0.6 |
 ///
-/// Level 1 is the highest that keeps up with 1 Gbit/s, and above it each further byte saved costs
-/// several times as much. Bytes that do not shrink pass at 1.2 s/GiB whatever the level.
+/// Level 1 is the highest that keeps up with 1 Gbit/s. Above it, each further byte saved costs
+/// several times as much. Incompressible bytes take 1.2 s/GiB at every level.
 const LEVEL: i32 = 1;
 
-/// How far back the stream may refer, as a power of two: 512 KiB, what level 1 does by itself. 1
-/// MiB gain it 2 % at most. Peers refuse more than 2 MiB, which they would have to set aside.
+/// Window size as a power of two: 512 KiB, the default of level 1. A window of 1 MiB saves 2 % at
+/// most. Peers refuse more than 2 MiB, because a decoder has to allocate the window.
 const WINDOW_LOG: u32 = 19;
 
-/// Whether an `Accept-Encoding` field (RFC 9110, section 12.5.3) names zstd. `*` does not: who
-/// means zstd says so. What is malformed does not either, as everybody understands what is not
-/// encoded.
+/// Whether an `Accept-Encoding` field (RFC 9110, section 12.5.3) names zstd with a weight above 0.
+/// `*` and malformed values do not count, because every client understands an unencoded body.
 pub(super) fn accepts_zstd(field: Option<&str>) -> bool {
     let mut codings = field.unwrap_or_default().split(',').map(|coding| {
         let mut parts = coding.split(';').map(str::trim);
@@ -47,7 +46,8 @@ pub(super) fn accepts_zstd(field: Option<&str>) -> bool {
     })
 }
 
-/// Whether it is a *qvalue* (0 to 1, at most three digits after the point), and not 0.
+/// Whether `text` is a *qvalue* above 0: at most 1, with at most three digits after the point (RFC
+/// 9110, section 12.4.2).
 fn is_positive_weight(text: &str) -> bool {
     let (whole, digits) = text.split_once('.').unwrap_or((text, ""));
     let is_zero = digits.bytes().all(|b| b == b'0');
@@ -59,7 +59,7 @@ fn is_positive_weight(text: &str) -> bool {
     }
 }
 
-/// Compresses what is written to it, into the chunks of a response. Holds about 1.4 MiB.
+/// Compresses the bytes written to it into the chunks of a response. It holds about 1.4 MiB.
 pub(super) struct Compressor<'a, 'e> {
     encoder: Encoder<'static>,
     out: Box<[u8]>,
@@ -67,22 +67,24 @@ pub(super) struct Compressor<'a, 'e> {
 }
 
 impl<'a, 'e> Compressor<'a, 'e> {
-    /// For `len` bytes, no more and no less, into the response that was begun in chunks.
+    /// Creates a compressor for exactly `len` bytes, into the chunked response that `exchange` has
+    /// begun.
     ///
     /// # Errors
-    /// No memory.
+    /// zstd cannot allocate its memory.
     pub(super) fn new(exchange: &'a mut Exchange<'e>, len: u64) -> io::Result<Self> {
         let mut encoder = Encoder::new(LEVEL)?;
         encoder.set_parameter(CParameter::WindowLog(WINDOW_LOG))?;
-        // Small NARs then take less memory, and a sum that does not come out is an error.
+        // With the size, small NARs take less memory, and a different number of bytes is an error.
         encoder.set_pledged_src_size(Some(len))?;
         Ok(Compressor { encoder, out: vec![0; CCtx::out_size()].into_boxed_slice(), exchange })
     }
 
-    /// Ends the stream and the response, which without it stays incomplete.
+    /// Ends the zstd stream and the response. Without this call the response stays incomplete.
+    /// Blocks while the socket takes no bytes, for at most the write timeout.
     ///
     /// # Errors
-    /// The socket's, or another number of bytes than was promised was written.
+    /// The socket fails, or the number of bytes written differs from `len`.
     pub(super) fn finish(mut self) -> io::Result<()> {
         loop {
             let mut output = OutBuffer::around(&mut self.out[..]);
@@ -97,8 +99,7 @@ impl<'a, 'e> Compressor<'a, 'e> {
 }
 
 impl Write for Compressor<'_, '_> {
-    /// Takes all of the piece. What it made of it leaves at once: who waits at the other end should
-    /// see that it goes on.
+    /// Takes all of the piece. Compressed bytes are sent at once, so that the client sees progress.
     fn write(&mut self, piece: &[u8]) -> io::Result<usize> {
         let mut input = InBuffer::around(piece);
         while input.pos() < piece.len() {
@@ -115,7 +116,7 @@ impl Write for Compressor<'_, '_> {
     }
 }
 
-/// Files are copied: the kernel does not compress.
+/// The default methods copy a file's bytes, because the kernel cannot compress them.
 impl NarSink for Compressor<'_, '_> {}
 
 #[cfg(test)]
@@ -128,7 +129,7 @@ mod tests {
     use std::thread;
 
     #[test]
-    fn who_accepts_zstd() {
+    fn zstd_is_accepted_only_by_name_with_positive_weight() {
         for field in [
             "zstd",
             "ZSTD",
@@ -172,7 +173,7 @@ mod tests {
 
     const NO_FIELDS: [(&str, &str); 0] = [];
 
-    /// All that `write` sends, head included.
+    /// Returns all that `write` sends, head included.
     fn sent(write: impl FnOnce(&mut Exchange<'_>) + Send) -> Vec<u8> {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let mut reader = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
@@ -188,8 +189,8 @@ mod tests {
         })
     }
 
-    /// The body in the chunks of a response, and how many there are; nothing if the last one is
-    /// missing.
+    /// Returns the body of a chunked response and the number of its chunks; `None` if the last
+    /// chunk is missing.
     fn unchunk(response: &[u8]) -> Option<(Vec<u8>, usize)> {
         let head = response.windows(4).position(|w| w == b"\r\n\r\n")? + 4;
         let (mut rest, mut body, mut count) = (&response[head..], Vec::new(), 0);
@@ -209,7 +210,7 @@ mod tests {
         }
     }
 
-    /// Bytes that shrink a little.
+    /// Bytes that compress a little.
     fn text(len: usize) -> Vec<u8> {
         (0u64..)
             .flat_map(|n| format!("{:x}\n", n.wrapping_mul(0x9e37_79b9_7f4a_7c15)).into_bytes())
@@ -218,7 +219,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_written_in_any_pieces_comes_out() {
+    fn compressed_body_decompresses_for_any_piece_size() {
         for (len, piece) in
             [(1, 1), (1000, 7), (300_000, 262_144), (5_000_000, 262_144), (5_000_000, 5_000_000)]
         {
@@ -238,7 +239,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_finished_or_too_short_is_not_whole() {
+    fn unfinished_or_wrongly_sized_body_is_incomplete() {
         let plain = text(1 << 20);
         for promised in [plain.len(), plain.len() + 1] {
             let response = sent(|exchange| {

@@ -1,9 +1,9 @@
-//! The thread that all waiting connections have in common. It accepts them, and watches for the
-//! next request on each; what can be answered from memory, it answers itself, and for all else it
-//! has a thread of the pool take the connection over.
+//! The event loop, a single thread that accepts connections and waits for requests on all idle ones
+//! with epoll. It answers requests that need only memory, and hands the connection to a thread of
+//! the pool for all others.
 //!
-//! Most connections wait most of the time: so they cost no thread. And most requests are for
-//! narinfos, which take 2 µs to answer, where to wake a thread takes 5.
+//! An idle connection thus costs no thread. Most requests are for narinfos, which take 2 µs to
+//! answer, where waking a thread takes 5 µs.
 
 use super::connections::{Connection, ConnectionProgress};
 use super::head::{self, ReceiveBuffer};
@@ -22,29 +22,29 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// When no descriptor is left, and no connection is idle that could end for it, this thread pauses
-/// for so long: others need time to close theirs.
+/// Pause after a failure to accept, for example when no file descriptor is left, if no idle
+/// connection can be closed. Other threads need time to close theirs.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// When all connections are this machine's and at work, its next one waits so long for one to end.
-/// It delays others that come; they would find no room either.
+/// Time that a new connection from loopback waits for room when the server is full. All other
+/// connections wait meanwhile. If there is still no room, the new connection is closed.
 const FULL_PAUSE: Duration = Duration::from_millis(100);
 
-/// How often overdue connections are looked for while there is any connection.
+/// Interval between searches for overdue connections while any connection is open.
 const SWEEP: Duration = Duration::from_secs(1);
 
-/// While there is none, this thread wakes up so often.
+/// Longest wait for events while no connection is open.
 const REST: Duration = Duration::from_secs(60);
 
-/// Events taken at once.
+/// Events taken from epoll at once.
 const EVENTS: usize = 64;
 
-/// IDs of what is watched beside connections, whose IDs begin above: the listeners, by their place,
-/// and the wake-up.
+/// epoll ID of the wake-up event. Listeners have smaller IDs, their index; connections have greater
+/// ones.
 const STOP: u64 = 1 << 16;
 
-/// Accepts and watches until the server stops.
-/// Listeners from place `inside` on have what a router passes on.
+/// Runs the event loop until the server stops. The listeners from index `inside` on accept
+/// connections from outside, which a router forwards.
 pub(super) fn watch(
     shared: &Arc<ServerState>,
     listeners: &[TcpListener],
@@ -79,7 +79,7 @@ pub(super) fn watch(
         if shared.is_stopping() {
             return Ok(());
         }
-        // All that these events tell of was there before.
+        // All these events are older, so one database generation serves them all.
         let mut now = None;
         for event in &events {
             match event.data.u64() {
@@ -102,21 +102,22 @@ pub(super) fn watch(
 struct EventLoop<'a> {
     shared: &'a Arc<ServerState>,
     next_id: u64,
-    /// For what connections send that have none of their own, as nothing is left of it in the end.
+    /// Receive buffer lent to connections that have none. It comes back empty after a complete
+    /// request.
     spare: ReceiveBuffer,
-    /// The answer under way.
+    /// The response being built.
     out: Vec<u8>,
-    /// For the log.
+    /// Limits log messages about failures to accept.
     faults: LogThrottle,
 }
 
-/// What becomes of a connection.
+/// What happens to a connection after an event.
 enum ConnectionFate {
-    /// It is watched on.
+    /// The event loop keeps watching it.
     Watch,
-    /// A thread of the pool has to take it over.
+    /// A thread of the pool takes it over.
     HandOver,
-    /// It has ended.
+    /// It is closed.
     End,
 }
 
@@ -125,7 +126,7 @@ impl EventLoop<'_> {
         match listener.accept() {
             Ok((stream, peer)) => self.admit(stream, peer, is_outside),
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
-            // The client gave up before it was accepted.
+            // The client gave up before its connection was accepted.
             Err(e)
                 if matches!(
                     e.kind(),
@@ -135,7 +136,7 @@ impl EventLoop<'_> {
                 if self.faults.now(Instant::now()) {
                     log::error!("accepting connections: {e}");
                 }
-                // All other connections wait meanwhile.
+                // All other connections wait during the pause.
                 if !self.shared.connections.close_idlest() {
                     thread::sleep(ACCEPT_PAUSE);
                 }
@@ -159,7 +160,7 @@ impl EventLoop<'_> {
         self.shared.watch(&connection);
     }
 
-    /// Makes room for a connection from `peer`. This machine's own waits for it a little.
+    /// Makes room for a connection from `peer`. For loopback it waits up to [`FULL_PAUSE`].
     fn make_room(&self, peer: SocketAddr) -> bool {
         let until = Instant::now() + FULL_PAUSE;
         while !self.shared.connections.make_room(peer) {
@@ -172,12 +173,12 @@ impl EventLoop<'_> {
         true
     }
 
-    /// Something came on a connection, or it ended.
+    /// Handles an event on a connection: bytes arrived, or it ended.
     fn look_at(&mut self, id: u64, now: &mut PollGeneration) {
-        // It may have been closed to make room, a moment ago.
+        // The connection may have been closed since, to make room.
         let Some(connection) = self.shared.connections.get(id) else { return };
         let next = catch_unwind(AssertUnwindSafe(|| self.receive(&connection, now)));
-        // A panic is answered by a thread.
+        // After a panic, a thread of the pool answers the request.
         match next.unwrap_or(ConnectionFate::HandOver) {
             ConnectionFate::Watch => {}
             ConnectionFate::End => self.shared.connections.end(&connection),
@@ -192,7 +193,7 @@ impl EventLoop<'_> {
     }
 
     fn receive(&mut self, connection: &Connection, now: &mut PollGeneration) -> ConnectionFate {
-        // Decrypting takes time, and may wait for the rest of a record.
+        // Decrypting takes time, and may have to wait for the rest of a record.
         if connection.stream.key().is_some() {
             return ConnectionFate::HandOver;
         }
@@ -217,7 +218,8 @@ impl EventLoop<'_> {
         next
     }
 
-    /// Answers the request that was received, if there is no more to it than that.
+    /// Answers the received request if the handler can do so at once. A thread of the pool sends
+    /// what the socket's buffer does not take, and answers pipelined requests.
     fn answer(
         &mut self,
         connection: &Connection,
@@ -278,10 +280,10 @@ mod tests {
     use crossbeam_channel::{Receiver, Sender, unbounded};
     use std::io::{Read, Write};
 
-    /// More than both ends' buffers take.
+    /// More bytes than the socket buffers of both ends hold.
     const LARGE: usize = 32 << 20;
 
-    /// Answers with the target, and tells by which thread.
+    /// Responds with the request target and reports the name of the answering thread.
     struct Echo(Sender<(String, String)>);
 
     impl Echo {
@@ -331,7 +333,7 @@ mod tests {
         format!("GET {target} HTTP/1.1\r\nHost: localhost\r\n\r\n")
     }
 
-    /// The bodies of so many answers.
+    /// Reads `count` responses and returns their bodies.
     fn bodies(mut stream: &TcpStream, count: usize) -> Vec<String> {
         let (mut bytes, mut bodies) = (Vec::new(), Vec::new());
         while bodies.len() < count {
@@ -354,7 +356,7 @@ mod tests {
     }
 
     #[test]
-    fn who_answers_what() {
+    fn request_is_answered_by_event_loop_or_pool() {
         let (_server, address, told) = start();
         let mut stream = connect(address);
         let mut ask = |target: &str| {
@@ -366,23 +368,23 @@ mod tests {
         };
         assert_eq!(ask("/at-once/1"), "http-watch");
         assert_eq!(ask("/2"), "http-0");
-        // The thread may have the connection still. When it answers what the watcher can, that has
-        // it again.
+        // The thread may still own the connection. After it answers a request that the event loop
+        // could answer, it hands the connection back.
         ask("/at-once/3");
         assert_eq!(ask("/at-once/4"), "http-watch");
-        // The first thread of the pool may not be idle yet: then it is the second one.
+        // The pool's first thread may not be idle yet, so a second one may answer.
         assert_ne!(ask("/5"), "http-watch");
     }
 
     #[test]
-    fn requests_that_come_together_are_answered_in_their_order() {
+    fn pipelined_requests_are_answered_in_order() {
         let (_server, address, _told) = start();
         let mut stream = connect(address);
         let targets: Vec<String> = (0..100)
             .map(|n| if n % 3 == 0 { format!("/{n}") } else { format!("/at-once/{n}") })
             .collect();
         let all: String = targets.iter().map(|target| get(target)).collect();
-        // Cut where it hurts: within a head.
+        // Cut within a head.
         let (first, rest) = all.split_at(get("/0").len() + 10);
         stream.write_all(first.as_bytes()).unwrap();
         assert_eq!(bodies(&stream, 1), targets[..1]);
@@ -391,7 +393,7 @@ mod tests {
     }
 
     #[test]
-    fn who_takes_an_answer_slowly_delays_nobody_and_gets_all_of_it() {
+    fn slow_reader_delays_no_other_and_gets_whole_response() {
         let (_server, address, _told) = start();
         let (mut slow, mut other) = (connect(address), connect(address));
         slow.write_all((get("/at-once/large") + &get("/at-once/next")).as_bytes()).unwrap();
@@ -414,7 +416,7 @@ mod tests {
     }
 
     #[test]
-    fn a_panic_is_answered_by_a_thread() {
+    fn panic_in_event_loop_is_answered_by_pool() {
         let (_server, address, _told) = start();
         let (mut bad, mut other) = (connect(address), connect(address));
         bad.write_all(get("/panic").as_bytes()).unwrap();
@@ -423,10 +425,10 @@ mod tests {
         assert_eq!(bodies(&other, 1), ["/at-once/1"]);
     }
 
-    /// It was thought to have begun when an earlier connection ended, and was closed at the next
-    /// look.
+    /// Regression test: a head was taken to have begun when an earlier connection ended, and the
+    /// sweep closed the connection.
     #[test]
-    fn a_head_begins_with_its_first_byte() {
+    fn head_starts_with_its_first_byte() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let pair = || {
             (

@@ -1,4 +1,5 @@
-//! The routes of peerix, and the one place where what went wrong becomes a status.
+//! Request handling: evaluates the route and the access rules, calls the module for the response,
+//! and maps errors to HTTP statuses. No other module does the mapping.
 
 use super::crowd::Crowds;
 use super::response::{Exchange, ShortResponse};
@@ -23,51 +24,51 @@ use std::io;
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
-/// Everything the routes need.
+/// The [`Handler`] of a binary cache, with the services that its routes use.
 pub struct CacheHandler {
     /// This machine's store.
     pub store: Arc<Store>,
-    /// Who may have what.
+    /// Decides which paths each asker may have.
     pub share: Arc<AccessPolicy>,
-    /// Who has it.
+    /// Finds paths at peers.
     pub lookup: Arc<LookupService>,
-    /// NARs from peers.
+    /// Downloads NARs from peers.
     pub fetch: Downloader,
-    /// Signs narinfos of the own store, as soon as its key has been read.
+    /// Signs narinfos of the own store. Empty until the secret key has been read.
     pub signer: Arc<OnceLock<narinfo::Signer>>,
-    /// For nix-cache-info.
+    /// `StoreDir` in nix-cache-info.
     pub store_dir: StoreDir,
-    /// For nix-cache-info.
+    /// `Priority` in nix-cache-info.
     pub priority: u32,
-    /// For long answers.
+    /// Limits concurrent NARs, listings and logs.
     pub permits: StreamLimits,
-    /// Who is getting which large NAR.
+    /// Tracks the neighbours that are downloading a large NAR.
     pub crowds: Crowds,
-    /// How friends are let in, and who they are.
+    /// TLS settings and list of friends; `None` disables TLS.
     pub friends: Option<(Arc<ServerConfig>, Arc<FriendList>)>,
-    /// What other machines get in a second.
+    /// Upload rate limit for all other machines together.
     pub upload_limit: Option<UploadLimit>,
-    /// What goes out is told to it.
+    /// Counts the transfers to peers.
     pub record: Arc<Stats>,
-    /// For the routes that tell of this node.
+    /// Reports this node's status.
     pub status: StatusService,
-    /// For the log.
+    /// Limits log messages about the own store.
     pub faults: LogThrottle,
 }
 
-/// Why a request could not be answered with what it asked for.
+/// Why a request gets an error response.
 pub enum RequestError {
     /// 400, 403, 404 or 405.
     Refused(RouteError),
-    /// 403: a web page may have asked; what is said of it.
+    /// 403, because a web page may have made the request; the text of the response.
     Suspect(&'static str),
-    /// 416, of so many bytes.
+    /// 416, with the representation's size in bytes.
     Unsatisfiable(u64),
-    /// Too many long answers at once.
+    /// Too many long responses at once: 404 for this machine, otherwise 503.
     Busy,
-    /// Our own fault.
+    /// The own store failed: 404 for this machine, otherwise 503.
     Store(StoreError),
-    /// The connection's, or a body that cannot be completed.
+    /// The connection failed, or a begun body cannot be completed. The connection is cut.
     Io(io::Error),
 }
 
@@ -83,15 +84,15 @@ impl From<io::Error> for RequestError {
     }
 }
 
-/// What a 404 says.
+/// Body of a 404 response.
 const NOT_FOUND: &str = "not found";
 
-/// A 404.
+/// A 404 response.
 pub const NOT_THERE: RequestError = RequestError::Refused(RouteError::NotThere);
 
 impl Handler for CacheHandler {
-    /// Narinfos and small NARs of the own store, for this machine and the LAN: what many ask for at
-    /// the same time.
+    /// Answers narinfos and small NARs of the own store, which many clients request at the same
+    /// time. WAN requests are left to [`Handler::handle`].
     fn at_once(&self, request: &Request<'_>, now: &mut PollGeneration) -> Option<ShortResponse> {
         let scope = self.scope(request);
         let route = route(request.method, request.target, scope, self.share.serves(scope)).ok()?;
@@ -100,8 +101,8 @@ impl Handler for CacheHandler {
             Route::OwnNar(name, _) => &name.hash_part,
             _ => return None,
         };
-        // What strangers may have, upstream may have to be asked; and whether this machine is
-        // meant, a file. An upload limit has other machines wait.
+        // For these, `handle` may have to wait: for the upload limit, for the upstream cache (WAN),
+        // or for `/etc/hosts` (a `Host` that is a name).
         let is_limited = scope != Scope::ThisMachine && self.upload_limit.is_some();
         let waits = is_limited || scope == Scope::Wan || origin::is_under_a_name(request);
         if waits || self.keep_pages_out(&route, request, scope).is_err() {
@@ -122,7 +123,7 @@ impl Handler for CacheHandler {
             (Some(info), Route::OwnNar(name, _)) => {
                 nar::own_at_once(self, name, &info, scope, request)
             }
-            // One that is on its way to this machine.
+            // This machine is downloading the NAR.
             (None, Route::OwnNar(name, StoreView::Peers))
                 if self.fetch.spools.get(&name.nar_hash).is_some() =>
             {
@@ -162,8 +163,7 @@ impl Handler for CacheHandler {
             .and_then(|route| self.keep_pages_out(&route, request, scope).map(|()| route))
             .and_then(|route| self.answer(&route, request, scope, exchange));
         let Err(failure) = answered else { return Ok(()) };
-        // This machine's Nix takes a 5xx for a reason to fail the build; a 404 sends it to its next
-        // substituter.
+        // This machine's Nix fails the build on a 5xx; after a 404 it tries its next substituter.
         let busy = |exchange: &mut Exchange<'_>, line| match scope {
             Scope::ThisMachine => exchange.say(404, line),
             _ => {
@@ -214,9 +214,9 @@ impl CacheHandler {
         }
     }
 
-    /// What a machine may have, a web page in a browser of it must not. The greeting tells nothing,
-    /// and without it Nix would take the cache for broken; a 403 is for it a path that is not
-    /// there.
+    /// Refuses requests that a web page in a browser may have made. nix-cache-info is exempt: it
+    /// discloses nothing, and Nix considers a cache without it broken. Nix treats a 403 as a
+    /// missing path.
     fn keep_pages_out(
         &self,
         route: &Route,
@@ -256,7 +256,7 @@ impl CacheHandler {
             Route::Status(what) => status::tell(self, *what, exchange),
             Route::CacheInfo(_) => self.cache_info(exchange),
             Route::PeerNarinfo(hash_part) => {
-                // A large one keeps its room until it is sent.
+                // `found` keeps the memory reservation of a large narinfo until it is sent.
                 let found = self.lookup.narinfo(hash_part).ok_or(NOT_THERE)?;
                 Ok(narinfo::from_peer(self, &found, request).send(exchange)?)
             }
@@ -287,8 +287,7 @@ impl CacheHandler {
                 Ok(exchange.send(200, &JSON, realisation.print(None).as_bytes())?)
             }
             Route::OwnRealisation(id) => self.own_realisation(id, scope, exchange),
-            // Whether it is shared comes before the permit: telling may take as long as the
-            // upstream cache does.
+            // The access check precedes the permit, because it may wait for the upstream cache.
             Route::OwnNar(name, view) => {
                 let info = match self.shared(&name.hash_part, scope) {
                     Err(RequestError::Refused(RouteError::NotThere))
@@ -301,12 +300,12 @@ impl CacheHandler {
                     info => info?,
                 };
                 let _permit = self.permit(request, scope)?;
-                // A LAN is faster than compressing, and Nix, which reads the other view, resumes
-                // nothing encoded.
+                // Compression is slower than a LAN. Nix reads the other view and cannot resume a
+                // compressed NAR.
                 let is_far = *view == StoreView::Peers && self.share.is_far(scope, request.asker);
                 nar::own(self, name, &info, scope, is_far, request, exchange)
             }
-            // A stranger could have 16 MiB hashed for a small request.
+            // Refused, because a small request of a stranger would make this node hash 16 MiB.
             Route::Digests(_) if scope == Scope::Wan => Err(NOT_THERE),
             Route::Digests(name) => {
                 let info = self.shared(&name.hash_part, scope)?;
@@ -319,7 +318,7 @@ impl CacheHandler {
                 self.listing(&info, exchange)
             }
             Route::Log(derivation) => {
-                // Those of derivations that are no valid paths are for this machine.
+                // Only this machine may read logs of derivations that are no valid paths.
                 if scope != Scope::ThisMachine
                     && self.shared(&derivation.hash_part(), scope)?.path != *derivation
                 {
@@ -342,7 +341,7 @@ impl CacheHandler {
         let mut info = self.shared(hash_part, scope)?;
         let mut permit = None;
         if info.references.len() > narinfo::MANY_REFERENCES {
-            // Those that wait for their turn have nothing in memory.
+            // Requests that wait for a permit hold no path info, which may be large.
             drop(info);
             permit = Some(self.permits.for_large_narinfo().ok_or(RequestError::Busy)?);
             info = self.shared(hash_part, scope)?;
@@ -352,7 +351,7 @@ impl CacheHandler {
         Ok(())
     }
 
-    /// What an output is in the own store, for whoever may have its path.
+    /// Sends the own store's realisation of an output, if the asker may have the output's path.
     fn own_realisation(
         &self,
         id: &DrvOutput,
@@ -374,12 +373,12 @@ impl CacheHandler {
         Ok(exchange.send(200, &JSON, realisation.print(signature.as_ref()).as_bytes())?)
     }
 
-    /// A valid path of the own store that this asker may have. One that they may not have is not
-    /// there for them.
+    /// Returns a valid path of the own store, or [`NOT_THERE`] if there is none or the asker may
+    /// not have it. Blocks up to 5 s for the database, and for WAN up to 15 s more for the upstream
+    /// cache.
     fn shared(&self, hash_part: &HashPart, scope: Scope) -> Result<Arc<PathInfo>, RequestError> {
         let info = match self.store.path_info(hash_part) {
-            // The database has a path that cannot be handled: that is no fault of the store as a
-            // whole.
+            // A path that peerix cannot represent is no failure of the store as a whole.
             Err(e @ StoreError::Row { .. }) => {
                 self.warn(format_args!("{e}"));
                 return Err(NOT_THERE);
@@ -415,13 +414,13 @@ impl CacheHandler {
         Ok(exchange.send(200, &[("Content-Type", "application/json")], &json)?)
     }
 
-    /// A path that is in the database and cannot be read from the store is as good as absent.
+    /// Logs why a valid path cannot be read from the store, and returns a 404 for it.
     pub(super) fn not_served(&self, path: &StorePath, why: &dyn fmt::Display) -> RequestError {
         self.warn(format_args!("{path}: {why}"));
         NOT_THERE
     }
 
-    /// Logs what is wrong with the own store, not more often than a person can read.
+    /// Logs a problem of the own store, at a limited rate.
     pub(super) fn warn(&self, what: fmt::Arguments<'_>) {
         if self.faults.now(Instant::now()) {
             log::warn!("{what}");
@@ -448,7 +447,7 @@ fn send_text(
     Ok(())
 }
 
-/// The secret key and its narinfo signatures.
+/// Creates a signer for the narinfos of the own store.
 pub fn signer(key: SecretKey) -> narinfo::Signer {
     narinfo::Signer::new(key)
 }

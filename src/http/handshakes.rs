@@ -1,25 +1,28 @@
-//! Places for TLS handshakes. Anybody can begin one and leave it half done, and each holds a
-//! thread, so there are few, and one that is begun when all are taken ends another: strangers shut
-//! out nobody but themselves.
+//! Limits concurrent TLS handshakes. Anyone can leave a handshake half done, and each holds a
+//! thread. A new handshake at the limit ends an old one of the network that has the most, so that a
+//! flood hits the network it comes from.
 
 use crate::time_scale::Timeout;
 use std::collections::VecDeque;
 use std::net::{IpAddr, Ipv6Addr, Shutdown, TcpStream};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// A handshake takes at most this. Over the slowest link it takes three round trips.
+/// Time limit for a handshake, which takes up to three round trips. Afterwards the connection is
+/// closed.
 pub(super) const HANDSHAKE_TIMEOUT: Timeout = Timeout::from_secs(10);
 
-/// Handshakes under way at once.
+/// Handshakes under way at which a new one from a friend's address ends another one.
 const MAX_HANDSHAKES: usize = 64;
 
-/// Of these, those for addresses at which friends were authenticated: strangers have the others.
+/// Handshakes of [`MAX_HANDSHAKES`] that strangers cannot use. At the difference, a stranger's new
+/// one ends another stranger's. An address is a friend's if a friend was authenticated there.
 const FRIENDS_HANDSHAKES: usize = 16;
 
-/// Addresses of friends that are remembered: 16 friends, and where they were before.
+/// Addresses of friends that are remembered: those of 16 friends, and their earlier ones. At the
+/// bound, the oldest is dropped.
 const MAX_ADDRESSES: usize = 64;
 
-/// The places.
+/// The handshakes under way, and the addresses known to be friends'.
 #[derive(Default)]
 pub(super) struct Handshakes {
     state: Mutex<HandshakesState>,
@@ -27,9 +30,9 @@ pub(super) struct Handshakes {
 
 #[derive(Default)]
 struct HandshakesState {
-    /// The oldest first.
+    /// Handshakes under way, oldest first.
     places: Vec<PendingHandshake>,
-    /// Where friends were authenticated, the latest last.
+    /// Addresses at which friends were authenticated, latest last.
     addresses: VecDeque<IpAddr>,
 }
 
@@ -41,7 +44,7 @@ struct PendingHandshake {
     socket: TcpStream,
 }
 
-/// The place of one handshake; dropping it returns it.
+/// The registration of one handshake. Dropping it removes the handshake.
 pub(super) struct HandshakePermit<'a> {
     handshakes: &'a Handshakes,
     id: u64,
@@ -49,8 +52,8 @@ pub(super) struct HandshakePermit<'a> {
 }
 
 impl Handshakes {
-    /// Takes a place. If there is none, the oldest handshake of the network that has the most of
-    /// them is ended.
+    /// Registers a handshake. At the limit, it first ends the oldest handshake of the network that
+    /// has the most of them. Does not wait.
     pub(super) fn enter(&self, id: u64, ip: IpAddr, socket: TcpStream) -> HandshakePermit<'_> {
         let ip = ip.to_canonical();
         let mut state = self.lock();
@@ -73,20 +76,21 @@ impl Handshakes {
 }
 
 impl HandshakesState {
-    /// The oldest stranger of the fullest group; without strangers, the oldest of all.
+    /// Index of the oldest stranger's handshake in the largest group; without strangers, of the
+    /// oldest handshake.
     fn victim(&self) -> Option<usize> {
         let size = |group: IpAddr| {
             self.places.iter().filter(|seat| !seat.is_known && seat.group == group).count()
         };
         let strangers = self.places.iter().enumerate().filter(|(_, seat)| !seat.is_known);
-        // Of equals the last one counts, so that the oldest has to come last.
+        // `max_by_key` returns the last of equal elements, so the order is reversed.
         let oldest = strangers.rev().max_by_key(|(_, seat)| size(seat.group)).map(|(at, _)| at);
         oldest.or((!self.places.is_empty()).then_some(0))
     }
 }
 
 impl HandshakePermit<'_> {
-    /// The handshake is over, and a friend is at that address.
+    /// Ends the registration and remembers that a friend is at this address.
     pub(super) fn succeeded(self) {
         let mut state = self.handshakes.lock();
         state.addresses.retain(|known| *known != self.ip);
@@ -103,8 +107,9 @@ impl Drop for HandshakePermit<'_> {
     }
 }
 
-/// What one stranger is likely to have: a /24 of IPv4, a /56 of IPv6. On the LAN it is an address,
-/// as all are in one network.
+/// Returns the group of an address: its /24 (IPv4) or /56 (IPv6), which one stranger may control as
+/// a whole. A private, unique local or link-local address is its own group, because a LAN is one
+/// network.
 fn group(ip: IpAddr) -> IpAddr {
     match ip {
         IpAddr::V4(v4) if v4.is_private() || v4.is_loopback() || v4.is_link_local() => ip,
@@ -132,7 +137,7 @@ mod tests {
     }
 
     #[test]
-    fn flood_of_one_network_ends_its_own_handshakes() {
+    fn flood_from_one_network_ends_only_its_own_handshakes() {
         let handshakes = Handshakes::default();
         let flood = |n: u64| IpAddr::from([203, 0, 113, n as u8]);
         let _victim = handshakes.enter(9999, "198.51.100.1".parse().unwrap(), socket());
@@ -144,7 +149,7 @@ mod tests {
     }
 
     #[test]
-    fn places_of_friends_are_out_of_reach_of_strangers() {
+    fn strangers_do_not_end_handshakes_of_friends() {
         let handshakes = Handshakes::default();
         let friend: IpAddr = "192.0.2.7".parse().unwrap();
         handshakes.enter(1, friend, socket()).succeeded();
@@ -162,7 +167,7 @@ mod tests {
     }
 
     #[test]
-    fn groups_are_what_one_stranger_has() {
+    fn groups_are_prefixes_except_on_lan() {
         let same = |a: &str, b: &str| group(a.parse().unwrap()) == group(b.parse().unwrap());
         assert!(same("203.0.113.1", "203.0.113.200") && !same("203.0.113.1", "203.0.114.1"));
         assert!(

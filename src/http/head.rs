@@ -1,4 +1,4 @@
-//! Reading the head of a request, strictly: what two parsers could understand in two ways is
+//! Parses request heads (RFC 9112) strictly: a head that two parsers could read differently is
 //! refused.
 
 use super::stream::{AuthenticatedKey, ConnectionStream};
@@ -6,14 +6,15 @@ use std::io;
 use std::net::SocketAddr;
 use std::time::Instant;
 
-/// A head may be so long. Nix's have 200 bytes; 16 KiB leaves room for a proxy's.
+/// Largest request head, in bytes. A longer one gets a 431. Nix's have 200 bytes; the rest is room
+/// for the fields of proxies.
 pub const MAX_HEAD: usize = 16 * 1024;
-/// A head may have so many fields.
+/// Most header fields in a head. A head with more gets a 431.
 const MAX_FIELDS: usize = 64;
-/// Room that is made for what comes. A request of Nix fits.
+/// Least free buffer space before a read, in bytes. A request of Nix fits.
 const CHUNK: usize = 4096;
 
-/// One request.
+/// One parsed request head.
 pub struct Request<'a> {
     /// `GET`, `HEAD`, …
     pub method: &'a str,
@@ -21,38 +22,39 @@ pub struct Request<'a> {
     pub target: &'a str,
     /// Address of the other end of the connection.
     pub asker: SocketAddr,
-    /// The key with which the other end authenticated itself. It is a friend's.
+    /// The friend's public key with which the client authenticated itself; `None` without TLS.
     pub key: Option<AuthenticatedKey>,
-    /// Whether a router passed the connection on. The address may then be the router's, and says
-    /// nothing.
+    /// Whether the connection came through a port that a router forwards. Its address may then be
+    /// the router's and proves nothing.
     pub is_outside: bool,
     fields: &'a [httparse::Header<'a>],
-    /// Whether the asker knows chunked bodies: since HTTP/1.1.
+    /// Whether the client understands chunked bodies, as HTTP/1.1 clients do.
     pub knows_chunks: bool,
-    /// Whether the connection may be used again, if no body is left unread.
+    /// Whether the connection can serve another request if the body was read.
     pub keep_alive: bool,
-    /// The length of the body that follows, in bytes.
+    /// Length of the body that follows, in bytes.
     pub body_len: u64,
 }
 
 impl<'a> Request<'a> {
-    /// The same of a connection that comes from outside, or does not.
+    /// Returns the request with `is_outside` set.
     pub(super) fn from(self, is_outside: bool) -> Request<'a> {
         Request { is_outside, ..self }
     }
-    /// The value of a field, if it is there and is text; the first one if there are several.
+    /// The value of the first field of that name; `None` if there is none or it is not UTF-8.
     pub fn field(&self, name: &str) -> Option<&str> {
         let field = self.fields.iter().find(|f| f.name.eq_ignore_ascii_case(name))?;
         std::str::from_utf8(field.value).ok()
     }
 
-    /// The value of the last field of that name, which is what the nearest proxy added.
+    /// The value of the last field of that name, which the nearest proxy added; `None` if there is
+    /// none or it is not UTF-8.
     pub fn last_field(&self, name: &str) -> Option<&str> {
         let field = self.fields.iter().rfind(|f| f.name.eq_ignore_ascii_case(name))?;
         std::str::from_utf8(field.value).ok()
     }
 
-    /// Whether there is such a field, whatever its value.
+    /// Whether there is a field of that name, whatever its value.
     pub fn has(&self, name: &str) -> bool {
         self.fields.iter().any(|f| f.name.eq_ignore_ascii_case(name))
     }
@@ -61,14 +63,14 @@ impl<'a> Request<'a> {
 /// Why a head is refused.
 #[derive(Debug, PartialEq, Eq)]
 pub enum HeadError {
-    /// 431.
+    /// Too long, or too many fields: 431.
     TooLarge,
-    /// 400, and why.
+    /// Malformed or ambiguous: 400, with the reason.
     Malformed(&'static str),
 }
 
-/// What was received and not yet consumed: part of a head, or the requests that were pipelined
-/// behind it.
+/// Bytes received and not yet consumed: part of a head, or a head and what follows it, such as a
+/// body or pipelined requests.
 #[derive(Default)]
 pub struct ReceiveBuffer {
     bytes: Vec<u8>,
@@ -77,72 +79,74 @@ pub struct ReceiveBuffer {
 }
 
 impl ReceiveBuffer {
-    /// Takes more of what the other end sends, and says how many bytes came; 0 is the end. Without
-    /// `wait`, or after the stream's timeout, nothing is [`io::ErrorKind::WouldBlock`].
+    /// Reads more bytes and returns their number; 0 means that the other end has closed. Without
+    /// `wait` it does not block; otherwise it blocks up to the stream's read timeout.
     ///
     /// # Errors
-    /// The socket's.
+    /// [`io::ErrorKind::WouldBlock`] if nothing arrived in that time; errors of the socket.
     pub(super) fn fill(&mut self, stream: &ConnectionStream, wait: bool) -> io::Result<usize> {
         self.bytes.reserve(CHUNK);
         let came = stream.append_to(&mut self.bytes, wait)?;
-        // The end of one connection is not the beginning of a head on another.
+        // The end of one connection must not start the head of another that uses this buffer next.
         if came > 0 {
             self.began.get_or_insert_with(Instant::now);
         }
         Ok(came)
     }
 
-    /// When the first of it came, unless there is nothing.
+    /// When the first of the buffered bytes arrived; `None` if the buffer is empty.
     pub fn began(&self) -> Option<Instant> {
         self.began.filter(|_| !self.is_empty())
     }
 
-    /// Gives the memory back if there is nothing in it.
+    /// Frees the memory of an empty buffer.
     pub fn shrink(&mut self) {
         if self.is_empty() {
             *self = ReceiveBuffer::default();
         }
     }
 
-    /// Number of bytes.
+    /// Number of buffered bytes.
     pub fn len(&self) -> usize {
         self.bytes.len()
     }
 
-    /// Whether there is nothing.
+    /// Whether no bytes are buffered.
     pub fn is_empty(&self) -> bool {
         self.bytes.is_empty()
     }
 
-    /// Whether it is more than a head may have.
+    /// Whether at least [`MAX_HEAD`] bytes are buffered, so that a head that is still incomplete is
+    /// too long.
     pub fn is_full(&self) -> bool {
         self.bytes.len() >= MAX_HEAD
     }
 
-    /// The first `len` bytes, and what was received behind them.
+    /// Splits the buffered bytes after the first `len`. Panics if there are fewer.
     pub fn split(&self, len: usize) -> (&[u8], &[u8]) {
         self.bytes.split_at(len)
     }
 
-    /// Drops the first `len` bytes.
+    /// Drops the first `len` bytes. Panics if there are fewer. The rest counts as just received.
     pub fn consume(&mut self, len: usize) {
         self.bytes.drain(..len);
         self.scanned = 0;
         self.began = (!self.bytes.is_empty()).then(Instant::now);
     }
 
-    /// The length of the head in front, with its blank line.
+    /// Length of the first head, with its blank line; `None` if it is incomplete or longer than
+    /// [`MAX_HEAD`].
     pub fn head_len(&mut self) -> Option<usize> {
         let from = self.scanned.saturating_sub(3);
         let end = self.bytes[from..].windows(4).position(|w| w == b"\r\n\r\n");
-        // Up to the end that was found, so that it is found again.
+        // Stops before the end that was found, so that the next call finds it again.
         self.scanned = end.map_or(self.bytes.len(), |at| from + at + 3);
         end.map(|at| from + at + 4).filter(|&len| len <= MAX_HEAD)
     }
 }
 
-/// Reads a head and hands the request, or why it is refused, to `then`. `key`: what the asker
-/// authenticated itself with.
+/// Parses a head and calls `then` with the request or the reason for refusing it. `key` is the key
+/// with which the client authenticated itself.
 pub fn parse<T>(
     head: &[u8],
     asker: SocketAddr,
@@ -181,7 +185,7 @@ pub fn parse<T>(
 }
 
 fn check(head: &[u8], parsed: httparse::Result<usize>) -> Result<(), HeadError> {
-    // httparse takes a bare LF for a line's end; another parser on the way may not.
+    // httparse accepts a bare LF as the end of a line; a proxy before this server may not.
     let bare = |i: usize| match head[i] {
         b'\n' => i == 0 || head[i - 1] != b'\r',
         b'\r' => head.get(i + 1) != Some(&b'\n'),
@@ -216,13 +220,12 @@ fn body_length(fields: &[httparse::Header<'_>]) -> Result<u64, HeadError> {
     }
 }
 
-/// What is served under which name hangs on it. HTTP/1.1 asks for one; who sends none is no
-/// browser, and told apart by nobody.
+/// Access decisions depend on `Host`, so it must be unambiguous. A request without it is accepted
+/// although RFC 9112, section 3.2 requires it in HTTP/1.1: browsers always send it.
 fn check_host(fields: &[httparse::Header<'_>]) -> Result<(), HeadError> {
     let mut hosts = fields.iter().filter(|f| f.name.eq_ignore_ascii_case("host"));
     let host = hosts.next().map_or(&[][..], |f| f.value);
-    // RFC 3986: unreserved, percent-encoded, delimiters, brackets of an IPv6 address, and the colon
-    // before a port.
+    // Characters of an authority (RFC 3986, section 3.2) without user information.
     let may_be = |b: &u8| b.is_ascii_alphanumeric() || b"-._~%!$&'()*+,;=:[]".contains(b);
     match hosts.next() {
         Some(_) => Err(HeadError::Malformed("two Hosts")),
@@ -243,7 +246,7 @@ mod tests {
     }
 
     #[test]
-    fn a_request_of_nix() {
+    fn nix_request_is_parsed() {
         let head = "GET /x.narinfo HTTP/1.1\r\nHost: 127.0.0.1:12304\r\nUser-Agent: curl/8.13.0 Nix/2.26.3\r\nAccept: */*\r\nrange: bytes=1-\r\n\r\n";
         with(head, |request| {
             let request = request.unwrap();
@@ -254,7 +257,7 @@ mod tests {
     }
 
     #[test]
-    fn what_can_be_read_in_two_ways_is_refused() {
+    fn ambiguous_or_malformed_head_is_refused() {
         for head in [
             "GET / HTTP/1.1\nHost: a\r\n\r\n",
             "GET / HTTP/1.1\r\nA: b\n\r\n\r\n",
@@ -283,7 +286,7 @@ mod tests {
                 assert!(matches!(request, Err(HeadError::Malformed(_))), "{head:?}");
             });
         }
-        // Bytes that are no text used to be taken for no Host at all.
+        // Regression test: a value that is not UTF-8 was treated as a missing Host.
         with(b"GET / HTTP/1.1\r\nHost: ev\xefl.example\r\n\r\n", |request| {
             assert_eq!(request.err(), Some(HeadError::Malformed("Host")));
         });
@@ -297,7 +300,7 @@ mod tests {
     }
 
     #[test]
-    fn when_a_connection_is_not_used_again() {
+    fn keep_alive_depends_on_version_and_connection_field() {
         for (head, keep, body) in [
             ("GET / HTTP/1.1\r\n\r\n", true, 0),
             ("GET / HTTP/1.0\r\n\r\n", false, 0),
@@ -313,7 +316,7 @@ mod tests {
     }
 
     #[test]
-    fn a_head_is_found_however_it_is_cut() {
+    fn head_is_found_for_any_split_of_received_bytes() {
         let two = b"GET /1 HTTP/1.1\r\n\r\nGET /2 HTTP/1.1\r\nA: b\r\n\r\n";
         for cut in 0..two.len() {
             let mut buffer = ReceiveBuffer::default();

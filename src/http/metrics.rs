@@ -1,5 +1,5 @@
-//! `--metrics`: `/metrics` and `/health` for whoever reaches an address that the user chose, and
-//! nothing else.
+//! The listener of `--metrics`: serves `/metrics` and `/health`, and nothing else, to every client
+//! that reaches the address that the user chose.
 
 use super::handler::{CacheHandler, RequestError};
 use super::response::Exchange;
@@ -9,7 +9,7 @@ use super::{Request, status};
 use std::io;
 use std::sync::Arc;
 
-/// Answers a monitoring system on another machine.
+/// Serves `/metrics` and `/health` to monitoring systems on other machines.
 pub struct MetricsHandler(pub Arc<CacheHandler>);
 
 impl Handler for MetricsHandler {

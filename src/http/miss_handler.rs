@@ -1,5 +1,5 @@
-//! What a node answers that cannot serve: every path is a miss, so that Nix goes to its next cache,
-//! and this machine's people are told why.
+//! The handler of a node that cannot serve. It answers every path as a miss, so that Nix tries its
+//! next cache, and tells users of this machine the reason.
 
 use super::Request;
 use super::origin;
@@ -14,7 +14,7 @@ use crate::status;
 use crate::status::report::StatusReport;
 use std::io;
 
-/// Answers for a node that cannot serve.
+/// Handler of a node that cannot serve.
 pub struct MissHandler {
     store_dir: StoreDir,
     priority: u32,
@@ -23,7 +23,8 @@ pub struct MissHandler {
 }
 
 impl MissHandler {
-    /// `code` and `problem` say what is wrong, to programs and to people.
+    /// Creates a handler. `code` identifies the problem for programs, `problem` describes it for
+    /// people.
     pub fn new(config: &Config, port: u16, code: &'static str, problem: String) -> MissHandler {
         let (store_dir, priority) = (config.store_dir.clone(), config.priority);
         let (config, text) = (config.clone(), problem.clone());
@@ -31,7 +32,7 @@ impl MissHandler {
         MissHandler { store_dir, priority, report, problem }
     }
 
-    /// What is wrong, for the log: with the way out for whoever cannot mend it now.
+    /// Description of the problem for the log, with a workaround.
     pub fn problem(&self) -> String {
         format!("{}; to build without any cache: --option substituters ''", self.problem)
     }
@@ -49,7 +50,7 @@ impl MissHandler {
                 "application/json",
                 serde_json::to_vec(&(self.report)()).map_err(io::Error::other)?,
             ),
-            // No numbers are better than wrong ones.
+            // No metrics, because their values would be wrong.
             StatusRoute::Metrics => return exchange.say(404, &self.problem),
             StatusRoute::Health => {
                 let problems = (self.report)().health.problems;
@@ -77,7 +78,7 @@ impl Handler for MissHandler {
             Ok(Route::Status(what)) if origin::is_suspect(request, true).is_none() => {
                 self.tell(what, exchange)
             }
-            // Others are not told what is wrong here.
+            // Other machines do not learn the problem.
             _ => exchange.say(
                 404,
                 if is_this_machine { "not found: this peerix cannot serve" } else { "not found" },

@@ -1,7 +1,9 @@
-//! The HTTP server: connections and their bounds ([`server`]), what a request asks for ([`route`]),
-//! and one module per kind of answer, put together in [`handler`].
+//! The HTTP server. [`server`] accepts connections and enforces their limits, [`route`] maps
+//! requests to resources, [`handler`] decides the response, and one module per kind of response
+//! writes it.
 //!
-//! tiny_http begins the heads of answers; the connections are ours: docs/dependencies.md tells why.
+//! tiny_http formats the heads of responses; peerix manages the connections itself
+//! (docs/dependencies.md).
 
 mod admission;
 pub mod body;

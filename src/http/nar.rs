@@ -1,4 +1,4 @@
-//! NARs: of the own store, and from peers for this machine's Nix.
+//! Sends NARs: of the own store to peers and Nix, and of peers to this machine's Nix.
 
 use super::Request;
 use super::crowd::{CrowdAnswer, CrowdStream, PieceDigest};
@@ -21,18 +21,19 @@ use std::ops::Range;
 use std::os::fd::BorrowedFd;
 use std::time::Instant;
 
-/// How a NAR goes out.
+/// Content coding of a NAR response.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum ContentCoding {
-    /// As it is, whatever the asker accepts.
+    /// Identity, whatever the client accepts.
     Never,
-    /// As it is this time, to one that might have it otherwise.
+    /// Identity, in a response that could also be compressed. It carries `Vary`.
     Identity,
-    /// Compressed.
+    /// zstd, in chunks.
     Zstd,
 }
 
-/// The whole of a small NAR of this machine's store, if that takes no time; not for strangers.
+/// Returns the whole response for a small NAR of this machine's store; `None` if that might wait.
+/// The caller excludes WAN requests.
 pub(super) fn own_at_once(
     cache: &CacheHandler,
     name: &NarFileName,
@@ -53,8 +54,9 @@ pub(super) fn own_at_once(
     Some(ShortResponse { status: 200, fields: fields(name, ContentCoding::Never), body })
 }
 
-/// A valid path of this machine's store, if it still has that NAR hash. `is_far`: for a peer on
-/// another network, which may have it compressed.
+/// Sends the NAR of a valid path of this machine's store, or responds with 404 if its NAR hash is
+/// no longer the requested one. `is_far` says that the asker is a peer on another network, to which
+/// the NAR may be compressed.
 pub(super) fn own(
     cache: &CacheHandler,
     name: &NarFileName,
@@ -141,12 +143,12 @@ fn asker(request: &Request<'_>) -> IpAddr {
     request.asker.ip().to_canonical()
 }
 
-/// Whether the asker takes the names of others that are getting the NAR for an answer.
+/// Whether the client accepts a referral to neighbours that are getting the NAR.
 fn takes_names(request: &Request<'_>) -> bool {
     request.field(RELAY_HEADER).is_some() && request.field("range").is_none()
 }
 
-/// A NAR that is still on its way to this machine, for a neighbour.
+/// Sends a neighbour a NAR that this machine is still downloading.
 pub(super) fn on_its_way(
     cache: &CacheHandler,
     name: &NarFileName,
@@ -169,8 +171,8 @@ pub(super) fn on_its_way(
     Ok(())
 }
 
-/// SHA-256 of each piece of a NAR of this machine's store, one after the other, as far as the range
-/// asks for them.
+/// Sends the SHA-256 digests of a NAR's pieces, as many as the request's range names, up to
+/// `MAX_DIGESTS`.
 pub(super) fn digests(
     cache: &CacheHandler,
     name: &NarFileName,
@@ -178,7 +180,7 @@ pub(super) fn digests(
     request: &Request<'_>,
     exchange: &mut Exchange<'_>,
 ) -> Result<(), RequestError> {
-    // Nobody needs their head, which costs as much.
+    // No client uses HEAD here, and it would cost as much as GET.
     if info.nar_hash != name.nar_hash || !exchange.wants_body() {
         return Err(NOT_THERE);
     }
@@ -203,7 +205,7 @@ pub(super) fn digests(
     Ok(exchange.send(status, &fields, &digests)?)
 }
 
-/// SHA-256 of these pieces of a NAR, which are hashed once for all neighbours that get it.
+/// Returns the SHA-256 digests of these pieces of a NAR. They are computed once for all neighbours.
 fn piece_digests(
     cache: &CacheHandler,
     info: &PathInfo,
@@ -214,7 +216,7 @@ fn piece_digests(
         return Ok(digests);
     }
     let _place = cache.crowds.to_hash().ok_or(RequestError::Busy)?;
-    // Others may have been waited for that hashed the same.
+    // Another request may have computed them during the wait.
     if let Some(digests) = known() {
         return Ok(digests);
     }
@@ -231,7 +233,7 @@ fn piece_digests(
     Ok(digests)
 }
 
-/// Hashes each piece of what is written to it.
+/// Hashes each piece of the bytes written to it.
 struct HashingSink {
     context: Context,
     /// Bytes until the piece ends.
@@ -272,12 +274,12 @@ impl Write for HashingSink {
 
 impl NarSink for HashingSink {}
 
-/// Counts the bytes of the NAR that pass.
+/// Counts the NAR's bytes that pass through it.
 struct CountingSink<'a> {
     out: &'a mut dyn NarSink,
     passed: &'a mut u64,
     recorded: &'a Option<TransferGuard<'a>>,
-    /// Set for a large NAR to a neighbour.
+    /// The stream in its crowd, if a neighbour gets a large NAR.
     sending: &'a Option<CrowdStream<'a>>,
 }
 
@@ -312,7 +314,8 @@ impl NarSink for CountingSink<'_> {
     }
 }
 
-/// A NAR that some peer has.
+/// Downloads a NAR from peers and sends it to this machine's Nix during the download. Blocks for up
+/// to 20 s until a peer sends its first bytes.
 pub(super) fn from_peer(
     cache: &CacheHandler,
     name: &NarFileName,
@@ -321,8 +324,8 @@ pub(super) fn from_peer(
 ) -> Result<(), RequestError> {
     let resumes = request.field("range").is_some_and(|range| range.trim() != "bytes=0-");
     if resumes && cache.fetch.is_cut(name.nar_hash) {
-        // What Nix holds of it already was wrong, so that no rest can make it right, or it is to
-        // ask the upstream cache. From the start is fine.
+        // Nix resumes a NAR of which peerix cut the transfer: the bytes that Nix has were wrong, or
+        // the upstream cache is to deliver the rest. A request from the start is served.
         return Err(NOT_THERE);
     }
     let nar = cache.fetch.find(&name.hash_part, &name.nar_hash).ok_or(NOT_THERE)?;
@@ -331,19 +334,19 @@ pub(super) fn from_peer(
     if !exchange.wants_body() {
         return Ok(begin(exchange, name, ContentCoding::Never, status, &part, size)?);
     }
-    // Only a NAR that did begin to arrive is answered with 200: for Nix, a 404 is no error.
+    // A 200 is sent only after the first bytes arrived; until then a 404 sends Nix to its next
+    // substituter.
     let begun = nar.start().ok_or(NOT_THERE)?;
     begin(exchange, name, ContentCoding::Never, status, &part, size)?;
     match begun.relay(&part, exchange) {
-        // Of a part that begins late nothing was sent: without an answer Nix would ask again and
-        // again.
+        // If the range begins late, nothing was sent yet. Without a response Nix would retry.
         Err(_) if exchange.take_back() => Err(NOT_THERE),
         relayed => Ok(relayed?),
     }
 }
 
-/// The status, and which bytes of the NAR, however they are then encoded: the next part may come
-/// from a peer that does it otherwise, or not at all.
+/// Returns the status and the requested bytes of the NAR. They are positions in the uncompressed
+/// NAR, because the next part may come from a peer that compresses differently or not at all.
 fn wanted(
     request: &Request<'_>,
     name: &NarFileName,
@@ -358,13 +361,13 @@ fn wanted(
     }
 }
 
-/// Two answers of one tag have the same bytes.
+/// The entity tag. Responses with the same tag have the same bytes (RFC 9110, section 8.8.3).
 fn etag(name: &NarFileName, coding: ContentCoding) -> String {
     let suffix = if coding == ContentCoding::Zstd { "-zstd" } else { "" };
     format!("\"{}{suffix}\"", name.nar_hash.to_nix32())
 }
 
-/// What the head of every NAR has.
+/// Header fields of every NAR response.
 fn fields(name: &NarFileName, coding: ContentCoding) -> HeaderFields {
     let etag = etag(name, coding).into();
     vec![

@@ -1,4 +1,4 @@
-//! Narinfos: of the own store, for peers; and of peers, for this machine's Nix.
+//! Sends narinfos: of the own store to peers and Nix, and of peers to this machine's Nix.
 
 use super::Request;
 use super::handler::CacheHandler;
@@ -13,14 +13,14 @@ use std::fmt;
 use std::io::{self, BufWriter, Write};
 use std::sync::{Mutex, MutexGuard};
 
-/// Signing takes 40 µs, more than all else in a narinfo, so signatures are kept; so many take about
-/// 2 MiB.
+/// Signatures that are cached, about 2 MiB. Signing takes 40 µs, more than the rest of a narinfo.
+/// At the bound, the cache is cleared.
 const SIGNATURES_KEPT: usize = 8192;
 
-/// Signs paths of the own store, and nothing else: never what comes from a peer.
+/// Signs paths of the own store with the node's key. It never signs what comes from a peer.
 pub struct Signer {
     key: SecretKey,
-    /// By the SHA-256 of what was signed, which may be 1 MiB.
+    /// Cache of signatures by the SHA-256 of the signed text, which may have 1 MiB.
     kept: Mutex<HashMap<[u8; 32], Signature>>,
 }
 
@@ -33,7 +33,7 @@ impl Signer {
         self.sign_text(&info.fingerprint(store_dir))
     }
 
-    /// The signature of a fingerprint.
+    /// Returns the signature of a fingerprint, from the cache if it is there.
     pub(super) fn sign_text(&self, fingerprint: &str) -> Signature {
         let name: [u8; 32] = digest(&SHA256, fingerprint.as_bytes())
             .as_ref()
@@ -56,27 +56,27 @@ impl Signer {
     }
 }
 
-/// One with more references than this is not made while others wait for it, and only few at once;
-/// most have ten.
+/// References above which a narinfo is large: it is not built on the event loop, and only a few are
+/// built at once. Most narinfos have ten references.
 pub(super) const MANY_REFERENCES: usize = 500;
 
-/// From this version on a Nix that cannot read a content address goes on to its next substituter.
+/// First version of Nix that tries its next substituter if it cannot parse a content address.
 /// Earlier ones fail the whole build.
 const NIX_TOLERATES_UNKNOWN_CA: (u32, u32) = (2, 34);
 
-/// What a narinfo says beside what is true of the path wherever it is had from.
+/// A narinfo with the fields that depend on the server that sends it.
 pub(super) struct NarinfoLocation<'a> {
     cache: &'a CacheHandler,
     info: &'a PathInfo,
-    /// Relative to what the `URL` is.
+    /// Prefix of `URL`, relative to the URL of the cache.
     root: &'static str,
     compression: &'a str,
     signature: Option<Signature>,
-    /// No signature covers the content address: without it, Nix wants a signature instead.
+    /// The content address. No signature covers it; without it, Nix requires a signature.
     ca: Option<&'a str>,
 }
 
-/// Of a valid path of this machine's store.
+/// The narinfo of a valid path of this machine's store.
 pub(super) fn own<'a>(
     cache: &'a CacheHandler,
     info: &'a PathInfo,
@@ -98,7 +98,7 @@ pub(super) fn own<'a>(
     }
 }
 
-/// Of a path that a peer has, for this machine's Nix.
+/// The narinfo of a path that a peer has, for this machine's Nix.
 pub(super) fn from_peer<'a>(
     cache: &'a CacheHandler,
     found: &'a NarInfo,
@@ -115,7 +115,7 @@ pub(super) fn from_peer<'a>(
     }
 }
 
-/// The content address that the asker may be sent.
+/// Returns the content address unless the client's Nix may fail on it. Peers get every form.
 fn ca<'a>(info: &'a PathInfo, is_peer: bool, request: &Request<'_>) -> Option<&'a str> {
     let ca = info.ca.as_deref();
     ca.filter(|ca| is_peer || is_known_to_every_nix(ca) || tolerates_unknown_ca(request))
@@ -124,14 +124,14 @@ fn ca<'a>(info: &'a PathInfo, is_peer: bool, request: &Request<'_>) -> Option<&'
 const CONTENT_TYPE: &str = "text/x-nix-narinfo";
 
 impl NarinfoLocation<'_> {
-    /// The whole of it.
+    /// Returns the whole response.
     pub(super) fn answer(&self) -> ShortResponse {
         let mut text = String::with_capacity(1024);
         let _ = self.write(&mut text);
         ShortResponse::new(200, CONTENT_TYPE, text.into())
     }
 
-    /// Sends it piece by piece: a large one is never in memory as a text.
+    /// Sends the narinfo. A large one is sent in pieces and is never in memory as a whole.
     pub(super) fn send(&self, exchange: &mut Exchange<'_>) -> io::Result<()> {
         if self.info.references.len() <= MANY_REFERENCES {
             return exchange.answer(&self.answer());
@@ -166,10 +166,10 @@ impl NarinfoLocation<'_> {
     }
 }
 
-/// Bytes of a large narinfo that are sent at once.
+/// Buffer for a large narinfo, in bytes. Each full buffer is sent.
 const PIECE: usize = 64 << 10;
 
-/// Counts the bytes that are written to it.
+/// Counts the bytes written to it.
 struct CountingWriter(u64);
 
 impl fmt::Write for CountingWriter {
@@ -179,7 +179,7 @@ impl fmt::Write for CountingWriter {
     }
 }
 
-/// Sends what is written to it, and keeps the error.
+/// Sends the text written to it and keeps the error, for which `fmt::Error` has no room.
 struct ChunkWriter<W: Write> {
     out: BufWriter<W>,
     failed: Option<io::Error>,
@@ -194,8 +194,8 @@ impl<W: Write> fmt::Write for ChunkWriter<W> {
     }
 }
 
-/// Whether the asker is a Nix to which a content address of any form may be sent. Its `User-Agent`
-/// is like `curl/8.23.0 Nix/2.34.8`.
+/// Whether the client is a Nix that tolerates every form of content address. Its `User-Agent` is
+/// like `curl/8.23.0 Nix/2.34.8`.
 fn tolerates_unknown_ca(request: &Request<'_>) -> bool {
     let version = request
         .field("user-agent")

@@ -1,13 +1,13 @@
-//! Keeps web pages out. A browser on this machine connects from loopback like Nix does, on behalf
-//! of pages from anywhere.
+//! Refuses requests that web pages make. A browser on this machine connects from loopback, as Nix
+//! does, but on behalf of pages from anywhere.
 //!
-//! A page whose name's address is changed to 127.0.0.1 after it was loaded (DNS rebinding) may read
-//! whatever is answered there; what gives it away is the `Host` field, which has that name. So from
-//! loopback only names are served that nobody else can give an address to: numbers, `localhost`,
-//! and what this machine's own `/etc/hosts` says is loopback.
+//! With DNS rebinding, a page changes its name's address to 127.0.0.1 after it was loaded, and can
+//! then read every response. Its requests carry that name in `Host`. So loopback is served only
+//! under names to which nobody else can give an address: IP addresses, `localhost`, and names that
+//! this machine's `/etc/hosts` gives a loopback address.
 //!
-//! Other machines may ask under any name, as trackers name peers and people caches. Browsers there
-//! are known by what they say beside.
+//! Other machines may use any name, because trackers name peers and people name caches. Browsers
+//! there are recognized by header fields that other clients do not send.
 
 use super::Request;
 use std::fs::File;
@@ -17,40 +17,39 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
-/// Where an operator may have named 127.0.0.1 otherwise.
+/// File in which an operator may give 127.0.0.1 other names.
 const HOSTS: &str = "/etc/hosts";
 
-/// As much of it as is read: those that list advertisers have 1 MB. It is read only for a name that
-/// is no number.
+/// Bytes of the file that are read, the rest being ignored. Files that block advertisers have 1 MB.
 const MAX_HOSTS: u64 = 4 << 20;
 
-/// Names of which it is remembered what the file says, so that it is not read for every request; an
-/// operator gives a few.
+/// Names whose result is cached, so that the file is not read for every request. At the bound, the
+/// oldest is dropped. An operator uses few.
 const MAX_NAMES: usize = 16;
 
-/// DNS has no longer names.
+/// Longest name in DNS, in bytes. A longer one is never an own name.
 const MAX_NAME: usize = 253;
 
-/// Fields of browsers that a page cannot keep them from sending. Nix, curl, ureq, and Python's
-/// clients have none of them.
+/// Header fields that browsers send and a page cannot suppress. Nix, curl, ureq and Python's
+/// clients do not send them.
 const MARKS: [&str; 3] = ["accept-language", "origin", "sec-fetch-site"];
 
-/// Whether a browser made a request, as far as browsers tell.
+/// Whether the request has a header field that only browsers send.
 pub(super) fn is_browser(request: &Request<'_>) -> bool {
     MARKS.iter().any(|mark| request.has(mark))
 }
 
-/// Whether a request from this machine is to be refused, because a web page from elsewhere may have
-/// made it; says what is wrong with it. `is_page`: what is asked for is for people, and other pages
-/// may have a link to it.
+/// Returns why a request from this machine may come from another server's web page, or `None` if it
+/// does not. `is_page` says that the resource is for people, so that other pages may link to it.
+/// May read `/etc/hosts`.
 pub(super) fn is_suspect(request: &Request<'_>, is_page: bool) -> Option<String> {
     if let Some(host) = request.field("host")
         && !is_own_name(host, Path::new(HOSTS))
     {
         return Some(format!("Host {host}"));
     }
-    // What a browser says of a page that asks another server than its own. Following a link is
-    // fine: the page does not see what comes.
+    // Browsers send this with requests of a page to another server. Following a link is harmless,
+    // because the page cannot read the response.
     let of_other_page = request
         .field("sec-fetch-site")
         .is_some_and(|site| matches!(site, "cross-site" | "same-site"));
@@ -58,12 +57,12 @@ pub(super) fn is_suspect(request: &Request<'_>, is_page: bool) -> Option<String>
     (of_other_page && !is_link).then(|| "a page of another server".into())
 }
 
-/// Whether a file has to be read to tell whether a request from this machine is suspect.
+/// Whether [`is_suspect`] would have to read `/etc/hosts` for this request.
 pub(super) fn is_under_a_name(request: &Request<'_>) -> bool {
     request.field("host").is_some_and(|host| !is_number_or_localhost(without_port(host)))
 }
 
-/// Whether a `Host` field's value names this machine, and nobody else can make it do so.
+/// Whether a `Host` value names this machine and nobody else can give the name an address.
 fn is_own_name(host: &str, hosts: &Path) -> bool {
     let name = without_port(host);
     is_number_or_localhost(name)
@@ -72,8 +71,7 @@ fn is_own_name(host: &str, hosts: &Path) -> bool {
 
 fn is_number_or_localhost(name: &str) -> bool {
     let address = name.strip_prefix('[').and_then(|name| name.strip_suffix(']')).unwrap_or(name);
-    // With an address in it, no name was looked up. Browsers, and RFC 6761, keep the other name for
-    // loopback.
+    // An IP address needs no DNS. Browsers resolve `localhost` to loopback (RFC 6761, section 6.3).
     address.parse::<IpAddr>().is_ok() || name.eq_ignore_ascii_case("localhost")
 }
 
@@ -90,7 +88,7 @@ fn without_port(host: &str) -> &str {
     name.strip_suffix('.').unwrap_or(name)
 }
 
-/// Whether a file like `/etc/hosts` gives the name a loopback address, and no other.
+/// Whether a file like `/etc/hosts` gives the name loopback addresses only, and at least one.
 fn is_loopback_in(hosts: &Path, name: &str) -> io::Result<bool> {
     static REMEMBERED: Mutex<HostsCache> =
         Mutex::new(HostsCache { file: [0; 5], names: Vec::new() });
@@ -98,9 +96,9 @@ fn is_loopback_in(hosts: &Path, name: &str) -> io::Result<bool> {
     REMEMBERED.lock().unwrap_or_else(PoisonError::into_inner).is_loopback(&file, name)
 }
 
-/// What the file said of which name, while it was this one.
+/// Results of earlier lookups in one version of the file.
 struct HostsCache {
-    /// Device, inode, size, and when it was changed.
+    /// Device, inode, size in bytes, and modification time in seconds and nanoseconds.
     file: [i64; 5],
     names: Vec<(String, bool)>,
 }
@@ -130,14 +128,14 @@ impl HostsCache {
     }
 }
 
-/// The same, read from the file; of a name in lower case.
+/// Reads the file and returns whether it gives the name, in lower case, loopback addresses only.
 fn look_up(hosts: &File, name: &str) -> io::Result<bool> {
     let mut bytes = Vec::new();
     hosts.take(MAX_HOSTS).read_to_end(&mut bytes)?;
     bytes.make_ascii_lowercase();
     // Comments may be in any encoding.
     let text = String::from_utf8_lossy(&bytes);
-    // To parse all of 80,000 lines takes ten times as long.
+    // Parsing each of 80,000 lines takes ten times as long.
     let addresses = text.lines().filter(|line| line.contains(name)).filter_map(|line| {
         let mut words = line.split('#').next().unwrap_or_default().split_whitespace();
         let address: IpAddr = words.next()?.parse().ok()?;
@@ -161,7 +159,7 @@ mod tests {
     }
 
     #[test]
-    fn browsers_are_known_by_what_a_page_cannot_leave_out() {
+    fn browser_fields_identify_browsers_only() {
         let host = "Host: desk.example:12304\r\n";
         for field in [
             "Accept-Language: en",
@@ -181,7 +179,7 @@ mod tests {
     }
 
     #[test]
-    fn names_that_nobody_else_can_point_here() {
+    fn own_names_are_numbers_localhost_and_loopback_in_hosts() {
         let hosts = std::env::temp_dir().join(format!("peerix-hosts-{}", std::process::id()));
         let text =
             b"# \xfcber\n127.0.0.1 localhost\n127.0.1.1\tdesk.lan desk # cache.example\n10.0.0.7 server\n::1 two\n10.0.0.8 two\n";
@@ -223,20 +221,21 @@ mod tests {
         assert!(!is_own_name("desk", &hosts), "no such file");
     }
 
-    /// Of 80,000 lines each request under a name took 32 ms.
+    /// Regression test: with a file of 80,000 lines, each request under a name took 32 ms.
     #[test]
-    fn the_file_is_read_once_for_a_name_and_again_when_it_is_another() {
+    fn hosts_file_is_read_once_per_name_and_after_replacement() {
         let hosts = std::env::temp_dir().join(format!("peerix-hosts-once-{}", std::process::id()));
         fs::write(&hosts, "127.0.0.1 desk\n").unwrap();
         let mut remembered = HostsCache { file: [0; 5], names: Vec::new() };
-        // What is read from a file is not read from it again: there is nothing more to come.
+        // The file's position is at its end after the first read, so a second read would find
+        // nothing.
         let file = File::open(&hosts).unwrap();
         let mut ask = |file: &File, name: &str| remembered.is_loopback(file, name).unwrap();
         assert!(ask(&file, "desk") && ask(&file, "DESK") && !ask(&file, "other"));
-        // Nobody's names push it out for longer than until it is asked for again.
+        // Names of strangers displace the entry only until the next request.
         (0..100).for_each(|number| assert!(!ask(&file, &format!("{number}.evil.example"))));
         assert!(ask(&File::open(&hosts).unwrap(), "desk"));
-        // An editor puts another file in its place.
+        // Editors replace the file by another one.
         let new = hosts.with_extension("new");
         fs::write(&new, "10.0.0.1 desk\n").unwrap();
         fs::rename(&new, &hosts).unwrap();
@@ -246,15 +245,15 @@ mod tests {
     }
 
     #[test]
-    fn pages_of_other_servers_get_nothing() {
+    fn requests_of_other_servers_pages_are_suspect() {
         let sought = |fields: &str| with(fields, |request| is_suspect(request, false));
         let suspect = |fields: &str| {
-            // Whatever a page must not have, it must not make this machine look for either.
+            // A request that is suspect for a page is suspect for every other resource.
             let told = with(fields, |request| is_suspect(request, true));
             assert!(told.is_none() || sought(fields).is_some());
             told
         };
-        // Nix, curl, Prometheus; somebody without a Host, who is no browser.
+        // Nix, curl and Prometheus, and a client without `Host`, which is no browser.
         assert_eq!(
             suspect("Host: 127.0.0.1:12304\r\nUser-Agent: curl/8.13.0 Nix/2.26.3\r\n"),
             None
@@ -268,7 +267,7 @@ mod tests {
             None,
             "a link"
         );
-        // A frame that nobody sees made this machine look paths up.
+        // Regression test: a hidden frame made this machine look paths up.
         assert!(sought(&format!("{own} cross-site\r\nSec-Fetch-Mode: navigate\r\n")).is_some());
         assert!(suspect(&format!("{own} cross-site\r\nSec-Fetch-Mode: no-cors\r\n")).is_some());
         // Another port of this machine.

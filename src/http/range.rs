@@ -1,20 +1,20 @@
-//! `Range` (RFC 9110, section 14): single byte ranges. Several ranges at once, and units other than
-//! bytes, are answered with the whole, as the RFC allows.
+//! `Range` (RFC 9110, section 14): single byte ranges. Several ranges, other units and malformed
+//! values get the whole representation, as section 14.2 allows.
 
 use std::ops::Range;
 
-/// What to send of a representation.
+/// The part of a representation that a request asks for.
 #[derive(Debug, PartialEq, Eq)]
 pub enum RequestedRange {
-    /// 200: everything.
+    /// All of it: status 200.
     Whole,
-    /// 206: these bytes, never none.
+    /// These bytes, at least one: status 206.
     Bytes(Range<u64>),
-    /// 416: the range begins behind the end.
+    /// No byte of the range exists: status 416.
     Unsatisfiable,
 }
 
-/// What the field's value asks for, of `size` bytes.
+/// Evaluates the value of a `Range` field for a representation of `size` bytes.
 pub fn part(field: Option<&str>, size: u64) -> RequestedRange {
     let Some(spec) = field.and_then(|f| f.trim().strip_prefix("bytes=")) else {
         return RequestedRange::Whole;
@@ -25,7 +25,7 @@ pub fn part(field: Option<&str>, size: u64) -> RequestedRange {
     if !digits(first) || !digits(last) {
         return RequestedRange::Whole;
     }
-    // More digits than fit mean a place behind every end.
+    // A number that does not fit in 64 bits lies beyond the end of every representation.
     let number = |text: &str| text.parse().unwrap_or(u64::MAX);
     let range = match (first.is_empty(), last.is_empty()) {
         (true, true) => return RequestedRange::Whole,
@@ -42,7 +42,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_form_of_range() {
+    fn range_field_selects_part() {
         for (field, expected) in [
             ("bytes=0-", RequestedRange::Bytes(0..100)),
             ("bytes=0-0", RequestedRange::Bytes(0..1)),

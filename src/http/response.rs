@@ -1,5 +1,5 @@
-//! Writing one response. tiny_http begins the head; it leaves in one write with the body's first
-//! bytes.
+//! Writes one response. The head is sent in one write with the first bytes of the body. Files are
+//! sent with sendfile(2) where the connection is not encrypted.
 
 use super::body::RequestBody;
 use super::stream::ConnectionStream;
@@ -18,37 +18,37 @@ use std::os::fd::BorrowedFd;
 use std::time::{Instant, SystemTime};
 use tiny_http::{HTTPVersion, Header, Response, StatusCode};
 
-/// A client that takes nothing for this long is dropped.
+/// Time that a client may take no bytes before its connection is cut.
 pub(super) const WRITE_TIMEOUT: Timeout = Timeout::from_secs(30);
 
-/// Fields of a head.
+/// Header fields of a response, as names and values.
 pub type HeaderFields = Vec<(&'static str, Cow<'static, str>)>;
 
-/// A short answer that is whole.
+/// A complete short response.
 pub struct ShortResponse {
-    /// The status.
+    /// The HTTP status code.
     pub status: u16,
-    /// The head's fields beside those that all have.
+    /// Header fields, without those that every response has.
     pub fields: HeaderFields,
     /// The body.
     pub body: Vec<u8>,
 }
 
 impl ShortResponse {
-    /// With the one field that all bodies have.
+    /// Creates a response whose only field here is `Content-Type`.
     pub fn new(status: u16, content_type: &'static str, body: Vec<u8>) -> ShortResponse {
         ShortResponse { status, fields: vec![("Content-Type", content_type.into())], body }
     }
 
-    /// A short answer in words.
+    /// Creates a plain text response of one line.
     pub fn say(status: u16, line: &str) -> ShortResponse {
         ShortResponse::new(status, PLAIN, format!("{line}\n").into())
     }
 
-    /// The response, of which a request for the head alone gets the head.
+    /// Appends the response to `out`, or only its head for a HEAD request.
     ///
     /// # Errors
-    /// None in practice: a field that is not ASCII.
+    /// A field's value is not printable ASCII, which no caller passes.
     pub(super) fn print(&self, out: &mut Vec<u8>, head_only: bool) -> io::Result<()> {
         print_head(out, self.status, &self.fields, Some(self.body.len() as u64), false)?;
         if !head_only {
@@ -58,20 +58,21 @@ impl ShortResponse {
     }
 }
 
-/// Of answers in words.
+/// `Content-Type` of responses in plain text.
 const PLAIN: &str = "text/plain; charset=utf-8";
 
-/// One response on one connection.
+/// One response on one connection. Each write blocks while the client takes nothing, for at most 30
+/// s, and then fails. Under an upload limit, it first waits up to 20 s for its turn.
 pub struct Exchange<'a> {
     stream: &'a ConnectionStream,
-    /// What may be sent, unless this machine asks.
+    /// Upload rate limit; `None` for requests from this machine.
     limit: Option<&'a UploadLimit>,
     head_only: bool,
     close: bool,
     head: Vec<u8>,
     begun: bool,
     missing: u64,
-    /// Whether the chunk that ends the body is still to come.
+    /// Whether the final chunk is still to be sent.
     in_chunks: bool,
     body: RequestBody<'a>,
 }
@@ -97,7 +98,7 @@ impl<'a> Exchange<'a> {
         }
     }
 
-    /// The same under that limit.
+    /// Sets the upload rate limit.
     pub(super) fn limited(self, limit: Option<&'a UploadLimit>) -> Self {
         Exchange { limit, ..self }
     }
@@ -107,10 +108,10 @@ impl<'a> Exchange<'a> {
         &mut self.body
     }
 
-    /// A whole response in one write.
+    /// Sends a complete response.
     ///
     /// # Errors
-    /// The socket's.
+    /// The client took nothing for 30 s, or the socket fails.
     pub fn send(
         &mut self,
         status: u16,
@@ -121,27 +122,28 @@ impl<'a> Exchange<'a> {
         if !self.head_only { self.write_all(body) } else { Ok(()) }
     }
 
-    /// A short answer in words.
+    /// Sends a plain text response of one line.
     ///
     /// # Errors
-    /// The socket's.
+    /// As [`Exchange::send`].
     pub fn say(&mut self, status: u16, line: &str) -> io::Result<()> {
         self.answer(&ShortResponse::say(status, line))
     }
 
-    /// A short answer that is whole.
+    /// Sends a short response.
     ///
     /// # Errors
-    /// The socket's.
+    /// As [`Exchange::send`].
     pub fn answer(&mut self, answer: &ShortResponse) -> io::Result<()> {
         self.send(answer.status, &answer.fields, &answer.body)
     }
 
-    /// Begins a response whose body of `len` bytes is then written to this. A body that stays
-    /// shorter makes the connection be cut, so that nobody takes it for whole.
+    /// Begins a response with a body of `len` bytes, which the caller then writes to this exchange.
+    /// If the body stays shorter, the server cuts the connection, so that the client does not take
+    /// it for complete. A longer body is an error of the write.
     ///
     /// # Errors
-    /// The socket's.
+    /// As [`Exchange::send`].
     pub fn begin(
         &mut self,
         status: u16,
@@ -153,12 +155,12 @@ impl<'a> Exchange<'a> {
         if self.missing == 0 { self.flush_head() } else { Ok(()) }
     }
 
-    /// Begins a response of unknown length, for an asker that [knows
-    /// chunks](super::Request::knows_chunks). Its body is then given to [`Exchange::chunk`];
-    /// without its last chunk the connection is cut.
+    /// Begins a response of unknown length, for a client that [understands
+    /// chunks](super::Request::knows_chunks). The caller passes the body to [`Exchange::chunk`]. If
+    /// the last chunk is missing, the server cuts the connection.
     ///
     /// # Errors
-    /// The socket's.
+    /// As [`Exchange::send`].
     pub(super) fn begin_chunked(
         &mut self,
         status: u16,
@@ -169,11 +171,11 @@ impl<'a> Exchange<'a> {
         if self.head_only { self.flush_head() } else { Ok(()) }
     }
 
-    /// A part of a body in chunks (RFC 9112, section 7.1) in one write, with the head before it and
-    /// the body's end behind it where that is due.
+    /// Sends part of a chunked body (RFC 9112, section 7.1) in one write, after the head if that is
+    /// still unsent, and followed by the final chunk if `is_last`.
     ///
     /// # Errors
-    /// The socket's, or the response has no body in chunks, or it has ended.
+    /// As [`Exchange::send`]; also if no chunked response has begun or it has ended.
     pub(super) fn chunk(&mut self, part: &[u8], is_last: bool) -> io::Result<()> {
         if !self.in_chunks {
             return Err(io::Error::other("body longer than promised"));
@@ -182,7 +184,7 @@ impl<'a> Exchange<'a> {
             return Ok(());
         }
         let mut bytes = std::mem::take(&mut self.head);
-        // A chunk of no bytes is what ends a body.
+        // An empty chunk would end the body.
         if !part.is_empty() {
             write!(bytes, "{:x}\r\n", part.len())?;
             bytes.extend_from_slice(part);
@@ -216,25 +218,25 @@ impl<'a> Exchange<'a> {
         Ok(())
     }
 
-    /// Whether a body is wanted at all: not for HEAD.
+    /// Whether the request asks for a body: false for HEAD.
     pub fn wants_body(&self) -> bool {
         !self.head_only
     }
 
-    /// Whether anything of a response exists yet.
+    /// Whether a response has begun.
     pub(super) fn has_begun(&self) -> bool {
         self.begun
     }
 
-    /// Whether everything promised was sent.
+    /// Whether the response was sent completely.
     pub(super) fn is_whole(&self) -> bool {
         self.begun && self.missing == 0 && !self.in_chunks && self.head.is_empty()
     }
 
-    /// Takes a response back of which nothing was sent yet, so that there can be another. False if
-    /// it is too late.
+    /// Discards a begun response of which nothing was sent yet, so that another one can begin.
+    /// Returns false if it is too late.
     pub(super) fn take_back(&mut self) -> bool {
-        // The head is kept until it leaves together with the first of the body.
+        // The head is unsent until the first bytes of the body are sent.
         let unsent = self.begun && !self.head.is_empty();
         if unsent {
             self.head.clear();
@@ -252,12 +254,12 @@ impl<'a> Exchange<'a> {
         stream.write_all(&head)
     }
 
-    /// Bytes of the body to send at once.
+    /// Number of bytes of the body to send at once.
     fn piece(&self, wanted: usize) -> usize {
         self.limit.map_or(wanted, |limit| wanted.min(limit.piece()))
     }
 
-    /// Waits until so many bytes may be sent.
+    /// Waits until the upload limit permits `bytes` more bytes.
     fn reserve(&self, bytes: usize) -> io::Result<()> {
         self.limit.map_or(Ok(()), |limit| limit.take(bytes))
     }
@@ -269,7 +271,7 @@ impl<'a> Exchange<'a> {
     }
 }
 
-/// Appends a response's head. One without a length has its body in chunks.
+/// Appends a response head to `out`. Without `len`, the body is chunked.
 fn print_head(
     out: &mut Vec<u8>,
     status: u16,
@@ -279,7 +281,7 @@ fn print_head(
 ) -> io::Result<()> {
     begin_head(out, status)?;
     let mut field = |name: &str, value: &str| {
-        // Where a line ends is nobody's but ours to say.
+        // A line break in a value would start another field.
         if !value.bytes().all(|b| matches!(b, b' '..=b'~')) {
             return Err(io::Error::other(format!("header {name}: not ASCII")));
         }
@@ -298,15 +300,15 @@ fn print_head(
     Ok(())
 }
 
-/// What tiny_http begins heads with in one second: the status, and the bytes.
+/// Beginnings of heads that tiny_http made in one second, by status.
 #[derive(Default)]
 struct HeadCache {
     second: u64,
     heads: Vec<(u16, Vec<u8>)>,
 }
 
-/// Appends what tiny_http begins a head with: the status line, `Date` and `Server`. They are the
-/// same for a second, and take as long to make as all else in a narinfo, so each thread keeps them.
+/// Appends the status line, `Date` and `Server`, which tiny_http formats. They change once per
+/// second and cost as much as the rest of a narinfo response, so each thread caches them.
 fn begin_head(out: &mut Vec<u8>, status: u16) -> io::Result<()> {
     thread_local! {
         static BEGUN: RefCell<HeadCache> = RefCell::default();
@@ -334,7 +336,7 @@ fn begin_head(out: &mut Vec<u8>, status: u16) -> io::Result<()> {
     })
 }
 
-/// Sends it all to a client that takes some of it now and again.
+/// Sends all bytes. Fails if the client takes none for [`WRITE_TIMEOUT`].
 pub(super) fn send_all(mut stream: &ConnectionStream, bytes: &[u8]) -> io::Result<()> {
     let mut rest = bytes;
     while !rest.is_empty() {
@@ -350,38 +352,38 @@ pub(super) fn send_all(mut stream: &ConnectionStream, bytes: &[u8]) -> io::Resul
     Ok(())
 }
 
-/// The kernel tells of a timeout by a short count if anything was taken before, and of nothing
-/// taken only the next time.
+/// Fails if a write timed out. When a write times out after some bytes, the kernel returns a short
+/// count and no error.
 fn in_time(written: usize, asked: usize, began: Instant) -> io::Result<()> {
     let late = written < asked && began.elapsed() >= WRITE_TIMEOUT.get();
     if late { Err(io::ErrorKind::TimedOut.into()) } else { Ok(()) }
 }
 
-/// So much of a file is given to the kernel at once: what nginx gives it.
+/// Bytes of a file per call of sendfile(2), as nginx's `sendfile_max_chunk`.
 const FILE_PIECE: u64 = 2 << 20;
 
 impl NarSink for Exchange<'_> {
-    /// Sends as much as there is room for, and waits only when there is none. Only full segments
-    /// leave meanwhile: without that the kernel sends after each 64 KiB of the file, which under
-    /// BBR takes half as much processor time again.
+    /// Sends part of a file with sendfile(2). Waits only when the socket's buffer is full. The
+    /// socket is corked meanwhile: otherwise the kernel pushes a segment after each 64 KiB of the
+    /// file, which costs 50 % more processor time under BBR.
     fn send_file(
         &mut self,
         file: BorrowedFd<'_>,
         mut at: u64,
         len: u64,
     ) -> io::Result<Option<u64>> {
-        // What is encrypted has to be copied.
+        // TLS needs the bytes in memory to encrypt them.
         if self.stream.key().is_some() {
             return Ok(None);
         }
         if !self.head.is_empty() {
             self.flush_head()?;
         }
-        // No more than fits a usize on any machine.
+        // The result fits a usize on every platform, because `FILE_PIECE` does.
         let most = self.piece(len.min(FILE_PIECE).min(self.missing) as usize);
         self.reserve(most)?;
         let socket = self.stream.socket();
-        // After an error the connection is cut, in whatever state it is.
+        // On an error the caller cuts the connection, so the socket's modes need no reset.
         socket.set_nonblocking(true)?;
         set_tcp_cork(socket, true)?;
         let mut sent = Ok(0);
@@ -402,14 +404,14 @@ impl NarSink for Exchange<'_> {
         socket.set_nonblocking(false)?;
         match sent {
             Ok(sent) => self.count(sent).map(|sent| Some(sent as u64)),
-            // A file system that has no such thing.
+            // The file system does not support sendfile(2).
             Err(Errno::INVAL | Errno::NOSYS) => Ok(None),
             Err(e) => Err(e.into()),
         }
     }
 }
 
-/// Waits until the other end took something, for [`WRITE_TIMEOUT`] at most.
+/// Waits until the client takes some bytes. Fails after [`WRITE_TIMEOUT`].
 fn wait_for_room(stream: &TcpStream) -> io::Result<()> {
     let patience = WRITE_TIMEOUT.get();
     let patience =
@@ -431,7 +433,7 @@ impl Write for Exchange<'_> {
         let began = Instant::now();
         if self.head.is_empty() {
             let written = stream.write(piece)?;
-            // TLS takes no more than a part at once, however fast the client is.
+            // TLS takes only part of a long piece, so a short count does not mean a timeout.
             if stream.key().is_none() {
                 in_time(written, piece.len(), began)?;
             }

@@ -1,16 +1,16 @@
-//! What a request asks for, and whether its asker may ask that. Pure: decided from method, target
-//! and scope.
+//! Maps a request's method, target and scope to a [`Route`], and decides whether the scope may use
+//! it. It does no I/O.
 
 use crate::access::Scope;
 use crate::nix::{DrvOutput, HashPart, NarHash, StorePath};
 use percent_encoding::percent_decode_str;
 
-/// A NAR by name: `<hash part>-<NAR hash>.nar`.
+/// Name of a NAR: `<hash part>-<NAR hash>.nar`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct NarFileName {
-    /// The path.
+    /// Hash part of the store path.
     pub hash_part: HashPart,
-    /// The NAR it must have.
+    /// NAR hash that the path must have.
     pub nar_hash: NarHash,
 }
 
@@ -27,90 +27,91 @@ impl NarFileName {
 impl std::fmt::Display for NarFileName {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let nar_hash = self.nar_hash.to_nix32();
-        // Without arguments to format, as there is one in every narinfo.
+        // Avoids formatting machinery, because every narinfo contains such a name.
         [self.hash_part.as_str(), "-", &nar_hash, ".nar"]
             .iter()
             .try_for_each(|part| f.write_str(part))
     }
 }
 
-/// Which of the two views of the own store; they differ in what a narinfo's `URL` is relative to,
-/// and in that a NAR may be compressed on its way to a peer, and never to Nix.
+/// The two views of the own store. They differ in the base of a narinfo's `URL`, and only the view
+/// for peers compresses NARs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum StoreView {
     /// `/local`: URLs are relative to the server's root, as peers expect.
     Peers,
-    /// `/store`: a standard cache.
+    /// `/store`: a standard binary cache.
     Cache,
 }
 
-/// What this node tells of itself.
+/// Resources that describe this node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum StatusRoute {
-    /// `/`: for people.
+    /// `/`: status page for people.
     Page,
-    /// `/status.json`: the same for programs.
+    /// `/status.json`: the status page's data as JSON.
     Json,
     /// `/metrics`: for Prometheus.
     Metrics,
-    /// `/health`: whether it is well.
+    /// `/health`: whether the node works.
     Health,
 }
 
-/// What is asked for.
+/// The resource that a request asks for.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Route {
     /// `/`, `/status.json`, `/metrics`, `/health`.
     Status(StatusRoute),
-    /// `/nix-cache-info`, which tells nobody anything, and `/store/nix-cache-info`.
+    /// `/nix-cache-info`, which everybody may read because it discloses nothing, and
+    /// `/store/nix-cache-info`.
     CacheInfo(StoreView),
-    /// `/<hash part>.narinfo`: does any peer have it?
+    /// `/<hash part>.narinfo`: a path's narinfo from any peer.
     PeerNarinfo(HashPart),
-    /// `/peer/nar/…`: from a peer.
+    /// `/peer/nar/…`: a NAR from a peer.
     PeerNar(NarFileName),
     /// `/v2/remote/<address>/<port>/<hash part>/…` and `/v3/wan/wan/<address>/<port>/<peer
-    /// ID>/<hash part>/…`: the same, as the Python peerix wrote it into what Nix remembers for 30
-    /// days. Which NAR that was is not in it.
+    /// ID>/<hash part>/…`: a NAR from any peer. The Python peerix put these into narinfos, which
+    /// Nix caches for 30 days. They do not contain the NAR hash.
     PeerAnyNar(HashPart),
-    /// `/log/<derivation>`: from a peer.
+    /// `/log/<derivation>`: a build log from a peer.
     PeerLog(StorePath),
-    /// `/realisations/….doi`, `/build-trace-v2/….doi`: from a peer.
+    /// `/realisations/….doi`, `/build-trace-v2/….doi`: a realisation from a peer.
     PeerRealisation(DrvOutput),
-    /// `/local/….narinfo`, `/store/….narinfo`: of the own store.
+    /// `/local/….narinfo`, `/store/….narinfo`: a narinfo of the own store.
     OwnNarinfo(HashPart, StoreView),
-    /// `/local/nar/…`, `/store/nar/…`: of the own store.
+    /// `/local/nar/…`, `/store/nar/…`: a NAR of the own store.
     OwnNar(NarFileName, StoreView),
-    /// `/local/digests/…`: the digests of a NAR's pieces.
+    /// `/local/digests/…`: digests of a NAR's pieces.
     Digests(NarFileName),
-    /// `/store/<hash part>.ls`.
+    /// `/store/<hash part>.ls`: the listing of a path of the own store.
     Listing(HashPart),
-    /// `/store/log/<derivation>`.
+    /// `/store/log/<derivation>`: a build log of this machine.
     Log(StorePath),
-    /// `/store/realisations/….doi`, `/store/build-trace-v2/….doi`: of the own store.
+    /// `/store/realisations/….doi`, `/store/build-trace-v2/….doi`: a realisation of the own store.
     OwnRealisation(DrvOutput),
 }
 
-/// Why a request gets no answer of its own.
+/// Why a request has no route.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RouteError {
-    /// 400.
+    /// 400: malformed target.
     Malformed,
-    /// 403.
+    /// 403: the scope may not use the route.
     Forbidden,
-    /// 404.
+    /// 404: no such resource.
     NotThere,
-    /// 405.
+    /// 405: the method is neither GET nor HEAD.
     Method,
 }
 
-/// A target longer than this has no route; the longest that has is a log's, with a name of 211
-/// bytes that may all be percent-encoded.
+/// Longest target, in bytes. A longer one gets a 404. The longest valid one names a log: a name of
+/// 211 bytes, all of which may be percent-encoded.
 const MAX_TARGET: usize = 1024;
 
-/// Decides. `served` is whether the asker's scope is served at all.
+/// Returns the route of a request. `served` says whether the asker's scope is served at all.
 ///
 /// # Errors
-/// See [`RouteError`].
+/// The [`RouteError`] that determines the response's status.
 pub fn route(method: &str, target: &str, scope: Scope, served: bool) -> Result<Route, RouteError> {
     if !matches!(method, "GET" | "HEAD") {
         return Err(RouteError::Method);
@@ -119,7 +120,7 @@ pub fn route(method: &str, target: &str, scope: Scope, served: bool) -> Result<R
         return Err(RouteError::NotThere);
     }
     let path = match target.strip_prefix("http://") {
-        // The absolute form, which a server has to understand.
+        // Servers must accept the absolute form (RFC 9112, section 3.2.2).
         Some(rest) => rest.find('/').map_or("/", |at| &rest[at..]),
         None => target,
     };
@@ -132,7 +133,7 @@ pub fn route(method: &str, target: &str, scope: Scope, served: bool) -> Result<R
     if path.bytes().any(|b| b.is_ascii_control()) {
         return Err(RouteError::Malformed);
     }
-    // For everybody but this machine's own Nix, the root is a standard cache of the own store.
+    // For other machines, the root is a standard binary cache of the own store.
     let at_root =
         if scope == Scope::ThisMachine { from_peers(path) } else { own(path, StoreView::Cache) };
     let route = anywhere(path).or(at_root).ok_or(RouteError::NotThere)?;
@@ -144,7 +145,7 @@ pub fn route(method: &str, target: &str, scope: Scope, served: bool) -> Result<R
     if allowed { Ok(route) } else { Err(RouteError::Forbidden) }
 }
 
-/// What means the same for everybody who may ask for it.
+/// Routes that have the same meaning for every scope.
 fn anywhere(path: &str) -> Option<Route> {
     match path {
         "" => Some(Route::Status(StatusRoute::Page)),
@@ -162,7 +163,7 @@ fn anywhere(path: &str) -> Option<Route> {
     }
 }
 
-/// What the own store is asked for, relative to `/local` or `/store`.
+/// Routes of the own store, relative to `/local` or `/store`.
 fn own(path: &str, view: StoreView) -> Option<Route> {
     match path.split_once('/') {
         Some(("nar", name)) => NarFileName::parse(name).map(|name| Route::OwnNar(name, view)),
@@ -176,7 +177,7 @@ fn own(path: &str, view: StoreView) -> Option<Route> {
     }
 }
 
-/// What this machine's Nix asks peers for.
+/// Routes with which this machine's Nix asks peers.
 fn from_peers(path: &str) -> Option<Route> {
     match path.split_once('/') {
         Some(("log", name)) => derivation(name).map(Route::PeerLog),
@@ -223,7 +224,7 @@ mod tests {
     }
 
     #[test]
-    fn every_route_and_who_may_ask() {
+    fn each_route_is_allowed_for_its_scopes_only() {
         let hash_part = HashPart::parse(HASH_PART.as_bytes()).unwrap();
         let name = NarFileName { hash_part, nar_hash: NarHash::from_nix32(NAR_HASH).unwrap() };
         let drv = StorePath::parse(&format!("{HASH_PART}-a.drv")).unwrap();
@@ -323,7 +324,7 @@ mod tests {
     }
 
     #[test]
-    fn encodings_that_nix_may_choose() {
+    fn equivalent_targets_have_the_same_route() {
         let hash_part = HashPart::parse(HASH_PART.as_bytes()).unwrap();
         for target in [
             format!("/%37{}.narinfo", &HASH_PART[1..]),
@@ -340,7 +341,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_but_typed_names_gets_through() {
+    fn target_with_invalid_name_has_no_route() {
         let secret = format!("/local/nar/{HASH_PART}-../../../etc/passwd");
         for target in [
             "/index.html",

@@ -1,9 +1,8 @@
-//! Serving connections: reading requests, having them answered, and closing in a way the client can
-//! tell from success.
+//! Serves connections: reads requests, calls the [`Handler`], and closes connections so that
+//! clients can tell an incomplete response from a complete one.
 //!
-//! One thread accepts, and watches the connections that wait for a request (`watch.rs`); a
-//! connection at work has a thread of the pool. Knows nothing of what is served: that is a
-//! [`Handler`]'s.
+//! One event loop accepts connections and watches idle ones (`event_loop.rs`). A thread of the pool
+//! owns a connection while it is at work. The server is independent of what the handler serves.
 
 use super::body::RequestBody;
 use super::connections::{Connection, ConnectionProgress, Connections, HEAD_TIMEOUT};
@@ -28,78 +27,81 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-/// Most of it is never touched; what is, is under 64 KiB.
+/// Stack of a thread of the pool, in bytes. Less than 64 KiB of it is used.
 const STACK: usize = 512 * 1024;
 
-/// A thread without a connection ends after this.
+/// Time without a connection after which a thread of the pool ends.
 const THREAD_IDLE: Duration = Duration::from_secs(10);
 
-/// After an answer, a thread waits so long for the next request before the connection goes back to
-/// the watcher: who asks for one NAR mostly asks for another at once, and changing threads would
-/// delay it.
+/// Time that a thread waits for the next request after a response before it returns the connection
+/// to the event loop. A client that requests one NAR mostly requests another at once, and changing
+/// threads would delay that.
 const STAY: Duration = Duration::from_millis(100);
 
-/// At the end, running answers have so long to end by themselves.
+/// Time that running responses have to finish when the server stops. The rest are cut.
 const STOP_GRACE: Duration = Duration::from_millis(1200);
 
-/// After an answer to a request whose body nobody reads, so many bytes of it are taken, so long:
-/// closing at once would reset the connection, and the client might never see the answer.
+/// Bytes of an unread body that are discarded after its response. Closing the socket at once would
+/// reset the connection, and the client might not receive the response.
 const LINGER_BYTES: u64 = 1 << 20;
-/// See [`LINGER_BYTES`].
+/// Longest time for discarding [`LINGER_BYTES`].
 const LINGER: Duration = Duration::from_secs(1);
 
-/// What a handler knows about one moment, in a number of its own.
+/// Database generation shared by all requests read in one poll; `None` until the handler needs it.
 pub type PollGeneration = Option<u64>;
 
-/// What is served. A body that the handler does not read ends the connection.
+/// Responds to requests. If a handler leaves a body unread, the server closes the connection.
 pub trait Handler: Send + Sync + 'static {
-    /// Answers a request without a body if that takes next to no time: from memory, without waiting
-    /// for the disk, the network or another thread. All connections wait meanwhile.
+    /// Returns the response to a request without a body if that takes microseconds: from memory,
+    /// without waiting for the disk, the network or another thread. `None` leaves the request to
+    /// [`Handler::handle`]. The event loop calls this, so all connections wait for it.
     ///
-    /// `now` is the same for requests that were there at the same time: what the handler finds out
-    /// about that moment for the first of them is true for the others.
+    /// `now` is shared by requests that arrived before the same poll. The handler may store in it
+    /// the generation of its data at the first of them and use that for the others.
     fn at_once(&self, _request: &Request<'_>, _now: &mut PollGeneration) -> Option<ShortResponse> {
         None
     }
 
-    /// Answers one request.
+    /// Answers one request. May block.
     ///
     /// # Errors
-    /// The connection's, or a body that cannot be completed: the connection is then cut.
+    /// The connection fails, or a begun body cannot be completed. The server then cuts the
+    /// connection.
     fn handle(&self, request: &Request<'_>, exchange: &mut Exchange<'_>) -> io::Result<()>;
 
-    /// Answers a request whose handler panicked before it said anything.
+    /// Answers a request whose handler panicked before it began a response.
     ///
     /// # Errors
-    /// The connection's.
+    /// The connection fails.
     fn after_panic(&self, request: &Request<'_>, exchange: &mut Exchange<'_>) -> io::Result<()>;
 
-    /// How connections in TLS are accepted; `None`: not at all.
+    /// TLS settings for connections that begin a TLS handshake; `None` disables TLS.
     fn tls(&self) -> Option<Arc<ServerConfig>> {
         None
     }
 
-    /// Whether requests with that key, which was a friend's when its connection was accepted, are
-    /// still answered.
+    /// Whether requests with this key are still answered. The key was a friend's when its
+    /// connection was accepted.
     fn is_friend(&self, _key: &AuthenticatedKey) -> bool {
         false
     }
 
-    /// Whether connections from outside are answered that are not in TLS.
+    /// Whether requests from outside are answered without TLS.
     fn answers_outside(&self) -> bool {
         false
     }
 
-    /// How much may be sent to other machines.
+    /// Upload rate limit for other machines together; `None` is no limit.
     fn upload_limit(&self) -> Option<&UploadLimit> {
         None
     }
 
-    /// Nobody has been connected for a minute: memory may be given back.
+    /// Frees memory. Called about once per minute while no connection is open.
     fn rest(&self) {}
 }
 
-/// The running server. Dropping it ends it, in `STOP_GRACE` or a little more.
+/// The running server. Dropping it stops it and blocks for about 1.2 s at most; responses that have
+/// not finished then are cut.
 pub struct Server {
     shared: Arc<ServerState>,
     wake: OwnedFd,
@@ -107,11 +109,11 @@ pub struct Server {
 }
 
 impl Server {
-    /// Serves `handler` on the listeners. `on_end` runs when the watching thread ends, for whatever
+    /// Serves `handler` on the listeners. `on_end` runs when the event loop ends, for whatever
     /// reason.
     ///
     /// # Errors
-    /// No descriptor or no thread to be had.
+    /// No file descriptor is left, or no thread can be started.
     pub fn start(
         listeners: Vec<TcpListener>,
         handler: Arc<dyn Handler>,
@@ -120,8 +122,8 @@ impl Server {
         Server::start_with_outside(listeners, None, handler, on_end)
     }
 
-    /// Serves also a listener to which a router passes connections on from outside, whatever
-    /// address they seem to come from: see [`Request::is_outside`].
+    /// Serves `handler` also on `outside`, a listener whose connections a router forwards. Their
+    /// requests have [`Request::is_outside`] set, whatever their address.
     ///
     /// # Errors
     /// As [`Server::start`].
@@ -167,16 +169,16 @@ impl Drop for Server {
     }
 }
 
-/// What the watcher and the threads of the pool have in common.
+/// State shared by the event loop and the threads of the pool.
 pub(super) struct ServerState {
     pub(super) handler: Arc<dyn Handler>,
     pub(super) connections: Connections,
     handshakes: Handshakes,
-    /// Tells of what comes on the connections that are watched.
+    /// Reports events on the listeners and on idle connections.
     pub(super) epoll: OwnedFd,
     threads: AtomicUsize,
     stopping: AtomicBool,
-    /// To threads that are free: nothing is ever queued here.
+    /// Rendezvous channel to idle threads. It holds no connections.
     hand_over: Sender<Arc<Connection>>,
     free: Receiver<Arc<Connection>>,
 }
@@ -196,7 +198,7 @@ impl ServerState {
         })
     }
 
-    /// Whether what was received is the beginning of a connection in TLS, and there is TLS.
+    /// Whether the handler supports TLS and these first bytes of a connection begin a handshake.
     pub(super) fn begins_tls(&self, received: &ReceiveBuffer) -> bool {
         ConnectionStream::begins_tls(received.split(received.len()).0)
             && self.handler.tls().is_some()
@@ -206,10 +208,8 @@ impl ServerState {
         self.stopping.load(Ordering::Relaxed)
     }
 
-    /// Gives a connection to the watcher, or ends it if that cannot be.
-    ///
-    /// One that a thread of the pool hands back has been idle since its last answer: the thread
-    /// waited up to [`STAY`] for another request before.
+    /// Returns a connection to the event loop, or ends it if epoll does not accept it. A connection
+    /// that is already idle keeps its time: a thread waited up to [`STAY`] for another request.
     pub(super) fn watch(&self, connection: &Connection) {
         if !connection.is_idle() {
             self.connections.set_idle(connection, Instant::now());
@@ -227,7 +227,8 @@ impl ServerState {
     }
 }
 
-/// Gives a connection at work to a thread of the pool, or ends it if there is none to be had.
+/// Passes a connection to an idle thread of the pool or to a new one, or ends it if no thread can
+/// be started.
 pub(super) fn hand_over(shared: &Arc<ServerState>, connection: Arc<Connection>) {
     let rejected = match shared.hand_over.try_send(connection) {
         Ok(()) => return,
@@ -247,7 +248,7 @@ pub(super) fn hand_over(shared: &Arc<ServerState>, connection: Arc<Connection>) 
 }
 
 fn work(shared: &ServerState, first: Arc<Connection>) {
-    // Both ends come also when something panics that no handler's guard covers.
+    // Both guards also run on panics outside a handler.
     let _thread = Deferred::new(|| {
         shared.threads.fetch_sub(1, Ordering::Relaxed);
     });
@@ -268,18 +269,18 @@ fn work(shared: &ServerState, first: Arc<Connection>) {
     }
 }
 
-/// What is next on a connection after a request.
+/// What to do with a connection after a request.
 enum NextStep {
-    /// More requests, most likely soon.
+    /// Wait on this thread, because another request is likely soon.
     Stay,
-    /// More requests, which the watcher may answer by itself.
+    /// Return it to the event loop, which can answer such requests.
     Watch,
-    /// Nothing.
+    /// End it.
     End,
 }
 
-/// Serves one connection until nothing comes for a while; false when it has ended. An error, or a
-/// body left short, is told by cutting it.
+/// Serves the requests on a connection. Returns true when the event loop is to watch it again, and
+/// false when it has ended. After an error or an incomplete body, the caller cuts it.
 fn serve(shared: &ServerState, connection: &Connection) -> io::Result<bool> {
     let mut bytes = connection.bytes();
     let ConnectionProgress { received, unsent } = &mut *bytes;
@@ -287,14 +288,14 @@ fn serve(shared: &ServerState, connection: &Connection) -> io::Result<bool> {
         send_all(&connection.stream, unsent)?;
         *unsent = Vec::new();
     }
-    // The watcher could not answer the first request at once.
+    // The event loop could not answer the first request at once.
     let (mut after, mut has_timeout, mut first) = (NextStep::Watch, false, true);
     if connection.stream.key().is_none() && shared.begins_tls(received) {
         accept_tls(shared, connection, received.split(received.len()).0)?;
         received.consume(received.len());
     }
-    // Nobody else reads what is encrypted, and some of it may have been decrypted already: this
-    // thread waits for more before the watcher has the connection again.
+    // Only this thread can read an encrypted connection, and some bytes may be decrypted already.
+    // It waits for more before it returns the connection to the event loop.
     let is_tls = connection.stream.key().is_some();
     if is_tls {
         after = NextStep::Stay;
@@ -304,13 +305,13 @@ fn serve(shared: &ServerState, connection: &Connection) -> io::Result<bool> {
             if received.is_full() {
                 return refuse(connection, &HeadError::TooLarge).map(|()| false);
             }
-            // Requests already here keep a connection at work: it is idle when it waits for the
-            // next, or the rest of it.
+            // A connection is idle only while it waits for a request or the rest of one, not while
+            // buffered requests are answered.
             if matches!(after, NextStep::Watch) || !received.is_empty() && !is_tls {
                 received.shrink();
                 return Ok(true);
             }
-            // The watcher, which looks for heads that come slowly, does not see into TLS.
+            // The event loop enforces `HEAD_TIMEOUT`, but it cannot see heads inside TLS.
             if is_tls && received.began().is_some_and(|began| began.elapsed() >= HEAD_TIMEOUT.get())
             {
                 return Ok(false);
@@ -334,7 +335,7 @@ fn serve(shared: &ServerState, connection: &Connection) -> io::Result<bool> {
             head::parse(head, connection.peer, connection.stream.key().copied(), |request| {
                 match request.map(|request| request.from(connection.is_outside)) {
                     Ok(request) => {
-                        // Reading a body takes another one.
+                        // Reading a body changes the socket's read timeout.
                         has_timeout &= request.body_len == 0;
                         answer(shared, connection, &request, behind, std::mem::take(&mut first))
                     }
@@ -349,8 +350,8 @@ fn serve(shared: &ServerState, connection: &Connection) -> io::Result<bool> {
     }
 }
 
-/// Answers one request, of whose body `behind` may have the beginning. Tells also how many bytes of
-/// that were of the body.
+/// Answers one request. `behind` are the bytes received after the head. Returns the number of them
+/// that belong to the body.
 fn answer(
     shared: &ServerState,
     connection: &Connection,
@@ -358,7 +359,7 @@ fn answer(
     behind: &[u8],
     takes_time: bool,
 ) -> io::Result<(NextStep, usize)> {
-    // Removed since: what was asked for before was answered.
+    // The friend was removed after its connection was accepted.
     if request.key.is_some_and(|key| !shared.handler.is_friend(&key)) {
         return Err(io::Error::other("not a friend's any more"));
     }
@@ -411,8 +412,8 @@ fn refuse(connection: &Connection, bad: &HeadError) -> io::Result<()> {
     linger(connection.stream.socket())
 }
 
-/// The handshake of a connection in TLS, if it gets one of the places for that. Blocks for
-/// [`HANDSHAKE_TIMEOUT`] at most.
+/// Performs the TLS handshake. Blocks for [`HANDSHAKE_TIMEOUT`], and for at most one write timeout
+/// more. Another handshake may end it.
 fn accept_tls(shared: &ServerState, connection: &Connection, received: &[u8]) -> io::Result<()> {
     let config = shared.handler.tls().ok_or_else(|| io::Error::other("no TLS"))?;
     let close = connection.stream.socket().try_clone()?;
@@ -446,7 +447,7 @@ mod tests {
     use super::*;
     use std::io::Write;
 
-    /// Panics wherever it can.
+    /// Panics in both methods.
     struct Panics;
 
     impl Handler for Panics {
@@ -471,7 +472,7 @@ mod tests {
         shared.watch(&connection);
         assert_eq!(connection.idle_since(), since_answer);
 
-        // Handed back without an answer, as after the first part of a head.
+        // Handed back without a response, as after the first part of a head.
         epoll::delete(&shared.epoll, connection.stream.socket()).unwrap();
         connection.set_at_work();
         shared.watch(&connection);
@@ -479,7 +480,7 @@ mod tests {
     }
 
     #[test]
-    fn a_panic_takes_its_connection_and_thread_along_and_no_other() {
+    fn panic_ends_its_connection_and_thread_only() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
         let (ended, end) = bounded(1);
@@ -495,7 +496,7 @@ mod tests {
         drop(server);
         assert_eq!(end.recv(), Ok(()));
         assert!(shared.connections.is_empty());
-        // The last thread is on its way out; the others' going is what this waits for.
+        // Wait for threads that are still ending.
         while shared.threads.load(Ordering::Relaxed) > 0 {
             thread::yield_now();
         }

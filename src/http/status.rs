@@ -1,11 +1,12 @@
-//! What this node tells its own machine of itself.
+//! Responses with this node's status, for its own machine.
 
 use super::handler::{CacheHandler, RequestError};
 use super::response::Exchange;
 use super::route::StatusRoute;
 use crate::status;
 
-/// For every answer here: nobody keeps it, and no page of another origin gets at it.
+/// Header fields of every status response. They forbid caching, and keep pages of other origins
+/// from reading it.
 pub(super) const FIELDS: [(&str, &str); 4] = [
     ("Cache-Control", "no-store"),
     ("X-Content-Type-Options", "nosniff"),

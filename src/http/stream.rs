@@ -1,6 +1,6 @@
-//! The bytes of one connection: as they are, or in TLS once its handshake is over.
+//! The byte stream of a connection: plain, or TLS after a handshake.
 //!
-//! The first byte tells the two apart: a TLS record of a handshake begins with 0x16, which no HTTP
+//! The first byte tells the two apart. A TLS handshake record begins with 0x16, which no HTTP
 //! request does.
 
 use super::response::WRITE_TIMEOUT;
@@ -13,16 +13,16 @@ use std::net::TcpStream;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-/// First byte of a TLS handshake (RFC 8446, section 5.1).
+/// First byte of a TLS handshake record (RFC 8446, section 5.1).
 const HANDSHAKE_RECORD: u8 = 0x16;
 
-/// Bytes that are encrypted at once. It bounds what waits in memory to be sent.
+/// Bytes that are encrypted at once. It bounds the encrypted bytes that wait in memory.
 const TLS_PIECE: usize = 64 * 1024;
 
-/// A public key with which the other end of a connection authenticated itself.
+/// An ed25519 public key with which the other end of a connection authenticated itself.
 pub type AuthenticatedKey = [u8; 32];
 
-/// The bytes of one connection.
+/// The byte stream of a connection.
 pub struct ConnectionStream {
     socket: TcpStream,
     tls: OnceLock<Box<TlsStream>>,
@@ -41,26 +41,27 @@ impl From<TcpStream> for ConnectionStream {
 }
 
 impl ConnectionStream {
-    /// The socket, whose bytes are those of TLS once there is TLS.
+    /// The socket. After a TLS handshake, its bytes are TLS records.
     pub(super) fn socket(&self) -> &TcpStream {
         &self.socket
     }
 
-    /// The key with which the other end authenticated itself, if this is TLS.
+    /// The key with which the other end authenticated itself; `None` without TLS.
     pub(super) fn key(&self) -> Option<&AuthenticatedKey> {
         self.tls.get().map(|tls| &tls.key)
     }
 
-    /// Whether these bytes, the first of a connection, begin a TLS handshake.
+    /// Whether these first bytes of a connection begin a TLS handshake.
     pub(super) fn begins_tls(first: &[u8]) -> bool {
         first.first() == Some(&HANDSHAKE_RECORD)
     }
 
-    /// Makes this TLS. `received` are the bytes that came already. Blocks until `until` at most.
+    /// Performs the server's side of a TLS handshake. `received` are bytes already read from the
+    /// socket. Blocks until `until`, and for at most one write timeout of the socket more.
     ///
     /// # Errors
-    /// The socket's, a handshake that fails or takes too long, or one without a client's ed25519
-    /// key.
+    /// The socket or the handshake fails, the handshake takes too long, or the client presents no
+    /// ed25519 key.
     pub(super) fn accept_tls(
         &self,
         config: Arc<ServerConfig>,
@@ -69,7 +70,7 @@ impl ConnectionStream {
     ) -> io::Result<()> {
         let mut session = ServerConnection::new(config).map_err(io::Error::other)?;
         let result = self.shake_hands(&mut session, &mut received, until);
-        // What is left to be sent after a failure is an alert, which tells the other end why.
+        // After a failure, the remaining record is an alert with the reason.
         let sent = send_records(&mut session, &self.socket, until);
         result?;
         sent?;
@@ -103,7 +104,7 @@ impl ConnectionStream {
             }
             session.process_new_packets().map_err(io::Error::other)?;
         }
-        // The client may have sent its first request with its last message of the handshake.
+        // The client may have sent its first request with its last handshake message.
         while !received.is_empty() {
             session.read_tls(received)?;
             session.process_new_packets().map_err(io::Error::other)?;
@@ -111,12 +112,13 @@ impl ConnectionStream {
         Ok(())
     }
 
-    /// Appends to `buffer`, which has room, what the other end sends, and returns the number of
-    /// bytes; 0 is the end. Without `wait`, or after the read timeout, nothing is
-    /// [`io::ErrorKind::WouldBlock`]. TLS always waits.
+    /// Reads into the spare capacity of `buffer`, which must not be empty, and returns the number
+    /// of bytes; 0 means that the other end has closed. A plain stream does not block without
+    /// `wait`. Otherwise this blocks up to the read timeout.
     ///
     /// # Errors
-    /// The socket's, and bytes that are no TLS.
+    /// [`io::ErrorKind::WouldBlock`] if nothing arrived in that time; errors of the socket; invalid
+    /// TLS records.
     pub(super) fn append_to(&self, buffer: &mut Vec<u8>, wait: bool) -> io::Result<usize> {
         if self.tls.get().is_none() {
             let flags = if wait { RecvFlags::empty() } else { RecvFlags::DONTWAIT };
@@ -131,10 +133,10 @@ impl ConnectionStream {
         came
     }
 
-    /// Sets how long a read waits.
+    /// Sets the time after which a blocking read fails; `None` is no limit.
     ///
     /// # Errors
-    /// The socket's.
+    /// The timeout is zero, or the socket fails.
     pub(super) fn set_read_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
         self.socket.set_read_timeout(timeout)
     }
@@ -159,7 +161,7 @@ impl TlsStream {
                 Err(e) => return Err(e),
             }
             session.process_new_packets().map_err(io::Error::other)?;
-            // An answer to a change of keys, say.
+            // TLS may have to respond, for example to a key update.
             send_records(&mut session, socket, Instant::now() + WRITE_TIMEOUT.get())?;
         }
     }
@@ -172,7 +174,8 @@ impl TlsStream {
     }
 }
 
-/// Sends what TLS has to send. Blocks until `until`, and for one write timeout of the socket more.
+/// Sends pending TLS records. Blocks until `until`, and for at most one write timeout of the socket
+/// more.
 fn send_records(
     session: &mut ServerConnection,
     socket: &TcpStream,
@@ -194,8 +197,8 @@ fn send_records(
     Ok(())
 }
 
-/// The key in a SubjectPublicKeyInfo of ed25519 (RFC 8410): the last 32 bytes of 44. That it is one
-/// was checked when the signature was.
+/// Returns the key in an ed25519 SubjectPublicKeyInfo (RFC 8410): the last 32 of 44 bytes. The
+/// check of the handshake's signature has verified the algorithm.
 fn key_of(info: &[u8]) -> Option<AuthenticatedKey> {
     info.last_chunk().copied().filter(|_| info.len() == 44)
 }
@@ -219,7 +222,7 @@ impl Write for &ConnectionStream {
 
     fn write_vectored(&mut self, parts: &[io::IoSlice<'_>]) -> io::Result<usize> {
         match self.tls.get() {
-            // One record for the head and the beginning of the body.
+            // Send the head and the beginning of the body in one record.
             Some(tls) => {
                 let mut all: Vec<u8> =
                     Vec::with_capacity(TLS_PIECE.min(parts.iter().map(|part| part.len()).sum()));

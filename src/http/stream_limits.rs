@@ -1,5 +1,5 @@
-//! Permits for the long answers: NARs, listings and logs. Short answers need none, so that they
-//! never wait for long ones.
+//! Limits concurrent long responses: NARs, listings, logs and large narinfos. Short responses need
+//! no permit, so they never wait for long ones.
 
 use crate::time_scale::Timeout;
 use crate::upload_limit::UploadLimit;
@@ -8,23 +8,24 @@ use std::net::IpAddr;
 use std::sync::{Condvar, Mutex};
 use std::time::Instant;
 
-/// Long answers at once. Each holds up to 1 MiB of buffers.
+/// Long responses at once. Each holds up to 1 MiB of buffers. At the bound, this machine waits and
+/// peers are refused.
 pub const MAX_STREAMS: usize = 64;
-/// Of these, so many for others than this machine's Nix, which otherwise would stand behind
-/// neighbours that read slowly or maliciously.
+/// Long responses to peers at once. The rest of [`MAX_STREAMS`] is reserved for this machine's Nix,
+/// so that slow or malicious readers do not delay it.
 pub const MAX_PEER_STREAMS: usize = 48;
-/// Of these, so many for one peer: Nix asks for 16 NARs at once, and one peer alone must not shut
-/// out the others.
+/// Long responses to one peer at once, so that one peer does not shut out the others. Nix requests
+/// 16 NARs at once.
 pub const MAX_STREAMS_PER_PEER: usize = 32;
 
-/// NARs compressed at once, as many as one Nix asks for. It bounds the memory, 1.5 MiB each; the
-/// processor time is bounded by the link, which each of them waits for. Beyond, they go out plain.
+/// NARs compressed at once, as many as one Nix requests. Each takes 1.5 MiB of memory; the link
+/// limits their processor time. Further NARs are sent uncompressed.
 pub const MAX_COMPRESSED: usize = 16;
 
-/// Narinfos of paths with many references that are made and sent at once, 4 MiB each at most.
+/// Large narinfos built and sent at once, each up to 4 MiB. Further requests wait.
 pub const MAX_LARGE_NARINFOS: usize = 4;
 
-/// How long this machine's Nix waits for its turn before it is told 404 and goes to its next
+/// Longest wait for a permit. Afterwards this machine's Nix gets a 404 and tries its next
 /// substituter.
 const OWN_PATIENCE: Timeout = Timeout::from_secs(30);
 
@@ -42,7 +43,7 @@ impl StreamCounts {
     }
 }
 
-/// The permits that are left.
+/// Issues permits for long responses.
 pub struct StreamLimits {
     taken: Mutex<StreamCounts>,
     returned: Condvar,
@@ -55,27 +56,27 @@ impl Default for StreamLimits {
     }
 }
 
-/// A permit; dropping it returns it.
+/// Permit for a long response. Dropping it returns it.
 pub struct StreamPermit<'a> {
     permits: &'a StreamLimits,
     peer: Option<IpAddr>,
 }
 
-/// A permit to make a narinfo with many references; dropping it returns it.
+/// Permit to build a large narinfo. Dropping it returns it.
 pub struct LargeNarinfoPermit<'a>(&'a StreamLimits);
 
-/// A permit to compress; dropping it returns it.
+/// Permit to compress a NAR. Dropping it returns it.
 pub struct CompressionPermit<'a>(&'a StreamLimits);
 
 impl StreamLimits {
-    /// As many as there may be under that limit of what is sent.
+    /// Creates the limits. An upload limit may allow fewer streams to peers.
     pub fn under(limit: Option<&UploadLimit>) -> Self {
         let most_for_peers =
             limit.map_or(MAX_PEER_STREAMS, |limit| limit.streams().min(MAX_PEER_STREAMS));
         StreamLimits { taken: Mutex::default(), returned: Condvar::new(), most_for_peers }
     }
 
-    /// For this machine's Nix: waits for its turn, up to 30 seconds.
+    /// Waits up to 30 s for a permit for this machine's Nix; `None` after that.
     pub fn for_this_machine(&self) -> Option<StreamPermit<'_>> {
         let until = Instant::now() + OWN_PATIENCE.get();
         let mut taken = self.lock();
@@ -87,7 +88,7 @@ impl StreamLimits {
         Some(StreamPermit { permits: self, peer: None })
     }
 
-    /// For a peer: now or not at all.
+    /// Returns a permit for a peer without waiting; `None` at one of the limits.
     pub fn for_peer(&self, peer: IpAddr) -> Option<StreamPermit<'_>> {
         let mut taken = self.lock();
         let by_peers = taken.by_peers();
@@ -102,7 +103,7 @@ impl StreamLimits {
         Some(StreamPermit { permits: self, peer: Some(peer) })
     }
 
-    /// To make a narinfo with many references, for anybody: waits for its turn, up to 30 seconds.
+    /// Waits up to 30 s for a permit to build a large narinfo for any client; `None` after that.
     pub fn for_large_narinfo(&self) -> Option<LargeNarinfoPermit<'_>> {
         let until = Instant::now() + OWN_PATIENCE.get();
         let mut taken = self.lock();
@@ -114,7 +115,7 @@ impl StreamLimits {
         Some(LargeNarinfoPermit(self))
     }
 
-    /// To compress what a permit is held for: now or not at all.
+    /// Returns a permit to compress a NAR without waiting; `None` at the limit.
     pub fn to_compress(&self) -> Option<CompressionPermit<'_>> {
         let mut taken = self.lock();
         if taken.compressed >= MAX_COMPRESSED {
@@ -132,7 +133,8 @@ impl StreamLimits {
 impl Drop for LargeNarinfoPermit<'_> {
     fn drop(&mut self) {
         self.0.lock().large_narinfos -= 1;
-        // Those who wait for something else wait on.
+        // The condition variable is shared, so one wake-up might reach a thread that waits for
+        // another permit.
         self.0.returned.notify_all();
     }
 }
@@ -166,7 +168,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn peers_cannot_take_everything() {
+    fn peers_at_their_limits_leave_streams_for_this_machine() {
         let permits = StreamLimits::default();
         let peer = |last| IpAddr::from([10, 0, 0, last]);
         let greedy: Vec<_> = (0..100).map_while(|_| permits.for_peer(peer(1))).collect();
@@ -175,7 +177,7 @@ mod tests {
         assert_eq!(greedy.len() + others.len(), MAX_PEER_STREAMS);
         let own: Vec<_> =
             (MAX_PEER_STREAMS..MAX_STREAMS).map(|_| permits.for_this_machine().unwrap()).collect();
-        // With none left, this machine waits until one comes back.
+        // At the limit, this machine waits until a permit is returned.
         std::thread::scope(|scope| {
             let waiting = scope.spawn(|| permits.for_this_machine().is_some());
             drop(greedy);
@@ -187,7 +189,7 @@ mod tests {
     }
 
     #[test]
-    fn few_are_compressed_at_once() {
+    fn compression_is_refused_at_its_limit() {
         let permits = StreamLimits::default();
         let all: Vec<_> = (0..100).map_while(|_| permits.to_compress()).collect();
         assert_eq!(all.len(), MAX_COMPRESSED);

@@ -1,15 +1,15 @@
-//! The wait budget: how long lookups may wait for answers that are overdue.
+//! The wait budget bounds the time that lookups spend waiting for overdue answers.
 //!
-//! A budget runs down in lookup time while at least one lookup wants an overdue answer, once for
-//! all lookups, and recovers at other times. A vanished peer therefore costs one wait of at most
-//! [`WaitBudget::MAX`], and a peer that is always late costs the [`WaitBudget::RECOVERY`]th part of
-//! the time.
+//! A budget runs down in lookup time (see [`super::discovery`]) while lookups want at least one
+//! overdue answer. It runs down once, not once for each lookup or peer, and recovers at other
+//! times. A vanished peer therefore costs one wait of at most [`WaitBudget::MAX`]. A peer that is
+//! always late costs about 1/[`WaitBudget::RECOVERY`] of the time.
 
 use crate::time_scale::Timeout;
 use std::time::{Duration, Instant};
 
-/// Time that may be spent waiting for the overdue answers of one peer, or of all peers through
-/// which nothing was found.
+/// Remaining time that lookups may wait for overdue answers: of one peer, or of all peers through
+/// which no path was found.
 #[derive(Debug, Clone)]
 pub struct WaitBudget {
     left: Duration,
@@ -19,19 +19,22 @@ pub struct WaitBudget {
 }
 
 impl WaitBudget {
-    /// A full budget. Longer than pauses of a busy disk, shorter than a person's patience.
+    /// Size of a full budget, and its upper bound. 3 s is longer than the pauses of a busy disk,
+    /// and short enough for a user to wait.
     pub const MAX: Timeout = Timeout::from_secs(3);
-    /// Time in which the budget regains one unit of time: 50 ms a second.
+    /// The budget regains 1/`RECOVERY` of the elapsed time: 50 ms per second.
     pub const RECOVERY: u32 = 20;
-    /// Regained for each path found through the peer.
+    /// Time regained for each path found through the peer. The budget never exceeds
+    /// [`WaitBudget::MAX`].
     pub const FOUND_BONUS: Duration = Duration::from_millis(100);
 
-    /// A full budget at `t`.
+    /// Creates a full budget at lookup time `t`.
     pub fn full(t: Instant) -> Self {
         WaitBudget { left: Self::MAX.get(), updated: t, overdue: 0 }
     }
 
-    /// Brings the budget up to `t` and returns what is left of it.
+    /// Advances the budget to lookup time `t`. Returns the remaining time, from 0 to
+    /// [`WaitBudget::MAX`].
     pub fn update(&mut self, t: Instant) -> Duration {
         let elapsed = t.saturating_duration_since(self.updated);
         self.updated = self.updated.max(t);
@@ -42,24 +45,24 @@ impl WaitBudget {
         self.left
     }
 
-    /// Counts one more peer whose answers are overdue.
+    /// Counts one more peer with an overdue answer from lookup time `t` on.
     pub fn start(&mut self, t: Instant) {
         self.update(t);
         self.overdue += 1;
     }
 
-    /// Counts one peer less.
+    /// Counts one peer with an overdue answer less from lookup time `t` on.
     pub fn stop(&mut self, t: Instant) {
         self.update(t);
         self.overdue = self.overdue.saturating_sub(1);
     }
 
-    /// Adds the bonus for a path that was found.
+    /// Adds [`WaitBudget::FOUND_BONUS`] at lookup time `t`.
     pub fn reward(&mut self, t: Instant) {
         self.left = Self::MAX.get().min(self.update(t) + Self::FOUND_BONUS);
     }
 
-    /// When it will be used up, while it runs down.
+    /// Lookup time at which the budget is used up. `None` while it does not run down.
     pub fn used_up_at(&self) -> Option<Instant> {
         (self.overdue > 0).then(|| self.updated + self.left)
     }

@@ -1,26 +1,25 @@
-//! The decisions of LAN discovery: which packets to send, which peers to wait for, and when a
-//! lookup ends. No I/O; time and random numbers are passed in, so that a simulation runs the same
-//! code.
+//! State machine of LAN discovery: which packets to send, which peers to wait for, and when a
+//! lookup ends. It does no I/O. The caller passes in time and random numbers, so the simulation
+//! runs the same code.
 //!
 //! # Life of a lookup
 //!
-//! 1. [`Event::LookUp`] queues it. It leaves in the next batch: at once if it is the only one, else
-//!    a batch interval after the last one.
+//! 1. [`Event::LookUp`] queues the lookup. It leaves with the next batch: at once if no other
+//!    lookup is open or the batch is full, else one batch interval after the last batch.
 //! 2. The batch goes by unicast to every live peer that is not behind, at most [`MAX_UNICAST`].
-//!    Queries are also broadcast where peers may be that do not understand batches or are not
-//!    known.
-//! 3. Each peer owes an answer. *No* settles it. *Have* passes the holder on as [`LookupUpdate::Holder`];
-//!    then the peer owes the narinfo until [`Event::Settled`] or [`Event::Failed`]. What is owed
-//!    for too long is asked again.
-//! 4. An overdue answer uses up the peer's *wait budget*. When that is used up, the peer is given
-//!    up, and is silent if it has answered nothing since.
+//!    Queries are also broadcast where peers may be that understand no batches or are not known.
+//! 3. Each peer that was asked owes an answer. *No* settles it. *Have* passes the holder on as
+//!    [`LookupUpdate::Holder`]. The peer then owes the narinfo until [`Event::Settled`] or
+//!    [`Event::Failed`]. Queries that stay unanswered for too long are repeated.
+//! 4. An overdue answer uses up the peer's *wait budget*. When the budget is used up, the peer is
+//!    given up. It becomes silent if it has answered nothing since.
 //! 5. The lookup ends when no peer owes it anything, at the first good narinfo, or after 5 s.
 //!
 //! # Two clocks
 //!
-//! Waits are judged in *lookup time*, called `t`, which counts at most 100 ms for each turn of the
-//! loop: a pause of this machine is not the peers' fault. Hellos and probes go by real time, called
-//! `now`.
+//! Waits are measured in *lookup time*, called `t`. While lookups are open, each turn of the event
+//! loop adds at most 100 ms to it, so that a pause of this machine does not count against peers.
+//! Hellos and probes use real time, called `now`.
 
 use super::Holder;
 use super::budget::WaitBudget;
@@ -38,151 +37,161 @@ use std::time::{Duration, Instant};
 
 /// Interval between two broadcasts of *hello*.
 const HELLO_INTERVAL: Duration = Duration::from_secs(30);
-/// First interval after a start or a change of network. It doubles up to [`HELLO_INTERVAL`], as
-/// announcements do in RFC 6762, section 8.3: one may be lost, and three fall into [`GRACE`].
+/// First interval between hellos after a start or a change of network. It doubles up to
+/// [`HELLO_INTERVAL`], as for announcements in RFC 6762, section 8.3. Three hellos leave within
+/// [`GRACE`], so one may be lost.
 const FIRST_HELLO_INTERVAL: Duration = Duration::from_millis(100);
-/// A hello is answered within this, at a random time, so that a broadcast is not answered by all at
-/// once.
+/// Maximum random delay of the reply to a hello. It keeps peers from answering a broadcast at the
+/// same moment.
 const HELLO_REPLY_SPREAD: Duration = Duration::from_millis(200);
-/// Replies to hellos within one [`HELLO_REPLY_WINDOW`]. Beyond, none is sent: the next broadcast
-/// reaches the peer. A datagram to an invented address stays in the socket's send buffer of 416 KiB
-/// for 3 s, with about 800 bytes.
+/// Maximum number of replies to hellos in one [`HELLO_REPLY_WINDOW`]. At the bound no reply is
+/// sent; the next broadcast hello reaches the peer. A datagram to a forged address stays in the
+/// socket's send buffer of 416 KiB for 3 s and takes about 800 bytes of it.
 const MAX_HELLO_REPLIES: usize = 32;
-/// The time in which at most [`MAX_HELLO_REPLIES`] leave.
+/// Time in which at most [`MAX_HELLO_REPLIES`] replies leave.
 const HELLO_REPLY_WINDOW: Duration = Duration::from_secs(1);
-/// Interval between two hellos to a peer that seems not to know this node.
+/// Minimum interval between two hellos to a peer that seems not to know this node.
 const REMINDER_INTERVAL: Duration = Duration::from_secs(10);
-/// Hellos to addresses from the kernel's neighbour table in one [`HELLO_INTERVAL`].
+/// Maximum number of hellos to addresses from one reading of the kernel's neighbour tables. Further
+/// addresses are greeted after a later reading.
 const MAX_GREETINGS: usize = 64;
-/// After this, addresses are greeted again: a greeting may have been lost, or the host may run
-/// peerix now.
+/// Interval after which known addresses of the neighbour tables are greeted again: a hello may have
+/// been lost, or the host may have started peerix.
 const GREET_AGAIN: Duration = Duration::from_secs(300);
-/// Addresses that were greeted so, the last ones. When full, all are forgotten and greeted again.
+/// Maximum number of greeted addresses that are remembered. At the bound all are forgotten, and
+/// greeted again.
 const MAX_GREETED: usize = 4096;
 
-/// After a start, a wake-up and a change of network, lookups without a holder wait this long for
-/// hellos.
+/// After a start, a wake-up or a change of network, no lookup ends as a miss before this time:
+/// peers may still answer the hellos.
 const GRACE: Timeout = Timeout::from_millis(500);
 
-/// Live peers that are asked by unicast. Beyond, the most useful ones are, and the batch is
-/// broadcast to all.
+/// Maximum number of live peers that are asked by unicast. If more are live, the most useful ones
+/// are asked by unicast, and the batch is also broadcast.
 pub const MAX_UNICAST: usize = 256;
-/// How long answers to a broadcast batch are waited for.
+/// How long a lookup waits for answers to a broadcast batch.
 const BROADCAST_BATCH_WAIT: Duration = Duration::from_millis(50);
-/// With no Python peerix known, the lookups of one `--timeout` in this time are broadcast as single
-/// queries.
+/// Minimum interval between windows of one `--timeout`, in which lookups are broadcast as single
+/// queries. While a Python peerix is known, all lookups are broadcast so.
 const BROADCAST_INTERVAL: Duration = Duration::from_secs(30);
-/// Broadcast queries whose answers are understood, the latest ones.
+/// Maximum number of broadcast queries whose answers are understood. At the bound the oldest is
+/// forgotten.
 const MAX_BROADCASTS: usize = 1024;
 
-/// Distance between two batches for each live peer: one datagram to each and its answer take 20 to
-/// 40 µs of a processor, so that lookups use at most about half of one.
+/// Interval between two batches for each live peer. Sending a datagram to one peer and handling its
+/// answer takes 20 to 40 µs of CPU time, so lookups use about half of one processor at most.
 const BATCH_INTERVAL_PER_PEER: Duration = Duration::from_micros(60);
-/// Shortest distance between two batches.
+/// Minimum interval between two batches.
 const MIN_BATCH_INTERVAL: Duration = Duration::from_millis(1);
-/// Longest distance between two batches.
+/// Maximum interval between two batches.
 const MAX_BATCH_INTERVAL: Duration = Duration::from_millis(8);
 
-/// Distance between two probes of silent peers: ten a second.
+/// Minimum interval between two probes, to whatever peers: at most ten leave per second.
 const PROBE_INTERVAL: Duration = Duration::from_millis(100);
 
-/// The most that one turn of the loop counts as waiting.
+/// Maximum time that one turn of the event loop adds to lookup time while lookups are open.
 const MAX_TURN: Duration = Duration::from_millis(100);
 
-/// How old the median of the usual answer times may be.
+/// Maximum age of the cached median of the usual answer times.
 const MEDIAN_AGE: Duration = Duration::from_millis(50);
 
-/// Everything that happens to discovery.
+/// An input of [`Discovery::handle`].
 pub enum Event<'a> {
-    /// A datagram came.
+    /// A datagram was received.
     Datagram {
-        /// From there.
+        /// Its source address.
         from: SocketAddr,
-        /// With this content.
+        /// Its payload.
         bytes: &'a [u8],
     },
     /// A thread looks for a path.
     LookUp(LookupRequest),
-    /// A lookup has a good narinfo and waits no more.
+    /// A lookup has got a good narinfo. It ends.
     Settled {
         /// The lookup.
         lookup: LookupId,
-        /// The peer that the narinfo came from, if it was one of this LAN.
+        /// The LAN peer from which the narinfo came. `None` if it came from elsewhere.
         found: Option<SocketAddr>,
     },
-    /// A peer that said *have* gave no good narinfo, or is not asked for it: it is not waited for.
+    /// A peer that said *have* gave no good narinfo, or will not be asked for it. The lookup no
+    /// longer waits for it.
     Failed {
         /// The lookup.
         lookup: LookupId,
         /// The peer.
         peer: SocketAddr,
     },
-    /// The nodes that `--peer` names have these addresses now.
+    /// The addresses of the nodes that `--peer` names. They replace the previous ones.
     SetNamed(Vec<SocketAddr>),
-    /// A thread wants to know all peers.
+    /// A thread requests the list of all peers. Discovery sends it without blocking.
     ListPeers(Sender<Vec<Neighbour>>),
     /// The interfaces changed, or the machine woke from suspend.
     NetworkChanged,
     /// Addresses in the kernel's neighbour tables.
     KernelNeighbours(Vec<SocketAddr>),
-    /// The turn of the loop ends.
+    /// A turn of the event loop ends.
     Tick {
-        /// Every datagram that had come was handled. Else no wait is judged: its answer may be
-        /// among the others.
+        /// Whether all received datagrams were handled. If not, no answer is judged overdue,
+        /// because it may be among the others.
         drained: bool,
     },
 }
 
-/// A lookup for discovery. The channel ends when the lookup does.
+/// A lookup for discovery to run. Its channel closes after the last update.
 pub struct LookupRequest {
-    /// Names it in later events.
+    /// ID of the lookup in later events.
     pub id: LookupId,
-    /// The path.
+    /// Hash part of the path to look for.
     pub hash_part: HashPart,
-    /// Gets the holders, and the end; its capacity must be [`LookupRequest::CAPACITY`].
+    /// Receives the holders and the end of the lookup. Its capacity must be
+    /// [`LookupRequest::CAPACITY`]: discovery never blocks, so an update that finds the channel
+    /// full is lost.
     pub updates: Sender<LookupUpdate>,
 }
 
 impl LookupRequest {
-    /// Updates of one lookup.
+    /// Number of updates that may be unread at once: [`MAX_HOLDERS`](super::MAX_HOLDERS) holders
+    /// and the end.
     pub const CAPACITY: usize = super::lookups::MAX_HOLDERS + 1;
 }
 
-/// Where a datagram goes.
+/// Where a datagram goes, and which socket sends it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum DatagramTarget {
-    /// From the first socket: everything but the following.
+    /// To a peer from the first socket: everything but the datagrams of the other variants.
     Peer(SocketAddr),
-    /// From the second socket: queries to a peer through which paths were found, and that is
-    /// behind. They may wait for ARP, and must not be in the way of those above.
+    /// To a peer from the second socket: queries to a peer that is behind and through which paths
+    /// were found. These may wait for ARP. In the first socket's send buffer they would displace
+    /// datagrams to peers that answer.
     Behind(SocketAddr),
-    /// From the third socket: queries to any other peer that is behind, silent or has not answered
-    /// yet. There may be many, as anybody can invent them.
+    /// To a peer from the third socket: probes, and queries to any other peer that is behind or has
+    /// not answered yet. There may be many, because anybody can forge source addresses.
     Unproven(SocketAddr),
-    /// To every network.
+    /// To the broadcast address or multicast group of every LAN network, from the first socket.
     Everyone,
 }
 
-/// Datagrams to be sent.
+/// Datagrams to send, each with its target.
 pub type OutgoingDatagrams = Vec<(DatagramTarget, Packet)>;
 
-/// Makes random numbers. Request IDs must not be predictable.
+/// Source of random numbers. They must be unpredictable, because request IDs are: else other hosts
+/// could forge answers.
 pub type RandomSource = Box<dyn FnMut() -> u32 + Send>;
 
-/// What a peer answers to a query.
+/// A peer's answer to a query.
 enum QueryAnswer {
-    /// It has the path.
+    /// The peer has the path.
     Have(Holder),
-    /// It does not.
+    /// The peer does not have the path.
     HaveNot,
-    /// A bit for each path.
+    /// One bit for each path of the query, set if the peer has the path.
     Many(AnswerBits),
 }
 
 impl QueryAnswer {
-    /// The holder of the path at this place of the query, if the peer has it. `http` is the peer's
-    /// HTTP server: a node that understands batches uses one port for everything. What its hello
-    /// says of the port is not asked, as anybody may have sent that.
+    /// Returns the holder of the path at index `at` of the query, or `None` if the peer does not
+    /// have it. `http` is the peer's datagram address. A node that understands batches uses the
+    /// same port for HTTP. The port in its hello is not used, because anybody can forge a hello.
     fn holder(&self, at: usize, hash_part: HashPart, http: SocketAddr) -> Option<Holder> {
         match self {
             QueryAnswer::Have(holder) => Some(holder.clone()),
@@ -194,23 +203,24 @@ impl QueryAnswer {
     }
 }
 
-/// Where a node of this version has the narinfo of a path.
+/// URL path of a narinfo on a node of this version.
 fn url_path(hash_part: HashPart) -> String {
     format!("local/{hash_part}.narinfo")
 }
 
-/// What is constant in a node.
+/// Settings of a node that do not change while it runs.
 #[derive(Debug, Clone)]
 pub struct DiscoverySettings {
     /// TCP port of the node's HTTP server.
     pub http_port: u16,
-    /// Port that peers use for datagrams, and this node too.
+    /// UDP port of this node and of its peers.
     pub udp_port: u16,
-    /// How long answers of unknown peers to a broadcast are waited for: `--timeout`.
+    /// How long a lookup waits for answers of unknown peers to a broadcast: `--timeout`.
     pub timeout: Duration,
 }
 
-/// The state of LAN discovery.
+/// State machine of LAN discovery, without I/O. The caller passes it [`Event`]s and sends the
+/// datagrams that it returns.
 pub struct Discovery<E> {
     environment: E,
     settings: DiscoverySettings,
@@ -218,7 +228,7 @@ pub struct Discovery<E> {
     random: RandomSource,
     peers: PeerTable,
     lookups: LanLookups,
-    /// The budget of all peers through which nothing was found.
+    /// Wait budget shared by all peers through which no path was found.
     shared_budget: WaitBudget,
     last_turn: Instant,
     /// Real time minus lookup time.
@@ -227,28 +237,28 @@ pub struct Discovery<E> {
     last_looked_up: Option<HashPart>,
     median: Option<Duration>,
     median_until: Option<Instant>,
-    /// No answer becomes overdue before this, in lookup time.
+    /// No answer becomes overdue, and no budget is used up, before this lookup time.
     next_judgement: Option<Instant>,
-    /// Queries that were broadcast, the latest ones.
+    /// The latest broadcast queries, the oldest first; at most [`MAX_BROADCASTS`].
     broadcasts: VecDeque<SentBatch>,
-    /// Lookups are broadcast as single queries until the first of these, and again from the second
-    /// on.
+    /// End of the window in which lookups are broadcast as single queries. The first lookup after
+    /// `next_broadcast` opens the next window.
     broadcast_until: Instant,
     next_broadcast: Instant,
     grace_until: Instant,
     next_hello: Instant,
     hello_interval: Duration,
     hello_replies: BTreeMap<SocketAddr, Instant>,
-    /// When the latest replies were or will be sent.
+    /// When the replies of the last [`HELLO_REPLY_WINDOW`] were or will be sent.
     recent_replies: Vec<Instant>,
     greeted: BTreeSet<SocketAddr>,
-    /// When `greeted` is forgotten.
+    /// When `greeted` is cleared.
     greet_again: Instant,
     next_probe: Instant,
 }
 
 impl<E: Environment> Discovery<E> {
-    /// A node that starts at `now`.
+    /// Creates the state of a node that starts at `now`. The first hello is due at once.
     pub fn new(
         environment: E,
         settings: DiscoverySettings,
@@ -288,8 +298,9 @@ impl<E: Environment> Discovery<E> {
         }
     }
 
-    /// Handles one event and adds what is to be sent to `out`. A turn of the loop ends with
-    /// [`Event::Tick`].
+    /// Handles one event at real time `now` and appends the datagrams to send to `out`. The caller
+    /// ends each turn of its loop with [`Event::Tick`]. Blocks only for [`Environment::held`],
+    /// which takes 50 ms at most.
     pub fn handle(&mut self, event: Event<'_>, now: Instant, out: &mut OutgoingDatagrams) {
         let t = self.lookup_time(now);
         match event {
@@ -311,7 +322,7 @@ impl<E: Environment> Discovery<E> {
         }
     }
 
-    /// When the next turn is due, if nothing happens before.
+    /// Returns when the caller has to run the next turn if no event comes before.
     pub fn next_turn(&self) -> Instant {
         let waits = [
             self.next_batch_at(),
@@ -320,7 +331,8 @@ impl<E: Environment> Discovery<E> {
             self.next_repeat(),
         ];
         let waits = waits.into_iter().flatten().map(|t| t + self.lost);
-        // Turns are counted while lookups wait, see `MAX_TURN`.
+        // While lookups wait, a turn is due every `MAX_TURN`. Otherwise lookup time would fall
+        // behind although the machine does not pause.
         let counted = (!self.lookups.is_empty()).then(|| self.last_turn + MAX_TURN);
         let probe = self.peers.iter().filter_map(|(_, peer)| peer.next_probe()).min();
         let probe = probe.map(|at| at.max(self.next_probe));
@@ -329,17 +341,17 @@ impl<E: Environment> Discovery<E> {
         waits.chain(others.into_iter().flatten()).min().unwrap_or(self.next_hello)
     }
 
-    /// Adds the packets that say that this node leaves.
+    /// Appends the *bye* packets to `out`: a broadcast, and one for each peer that `--peer` names.
     pub fn bye(&self, out: &mut OutgoingDatagrams) {
         self.to_all(Packet::Bye(self.hello()), out);
     }
 
-    /// Port of the node's datagrams.
+    /// UDP port of this node and of its peers.
     pub fn udp_port(&self) -> u16 {
         self.settings.udp_port
     }
 
-    /// Whether there is a LAN at all.
+    /// Whether this node uses the LAN.
     pub fn has_lan(&self) -> bool {
         self.environment.has_lan()
     }
@@ -347,7 +359,7 @@ impl<E: Environment> Discovery<E> {
     fn lookup_time(&mut self, now: Instant) -> Instant {
         let turn = now.saturating_duration_since(self.last_turn);
         self.last_turn = self.last_turn.max(now);
-        // Nothing waits at other times: they are not lost for budgets, which recover.
+        // While no lookup is open, long turns count in full, so that budgets recover meanwhile.
         if !self.lookups.is_empty() {
             self.lost += turn.saturating_sub(MAX_TURN);
         }
@@ -372,8 +384,8 @@ impl<E: Environment> Discovery<E> {
         }
     }
 
-    /// Peers use one port for everything, so that a neighbour is one peer; one that `--peer` names
-    /// may have another.
+    /// Whether a packet from `from` may come from a peer. Peers send from the port that they listen
+    /// on, so each neighbour is one peer. Only a peer that `--peer` names may use another port.
     fn may_be_peer(&self, from: SocketAddr) -> bool {
         let is_named = || self.peers.get(from).is_some_and(|peer| peer.is_named);
         self.environment.is_lan(from) && (from.port() == self.settings.udp_port || is_named())
@@ -438,7 +450,7 @@ impl<E: Environment> Discovery<E> {
         }
         self.broadcast_singles(batch, now, t, out);
         for address in live {
-            // A Python peerix that has nothing answers nothing, and so is always behind.
+            // A Python peerix does not answer if it has nothing, and so is always behind.
             let waits =
                 |peer: &&mut LanPeer| peer.is_held_back(t) && peer.dialect() != Dialect::HaveOnly;
             match self.peers.get_mut(address).filter(waits) {
@@ -453,7 +465,7 @@ impl<E: Environment> Discovery<E> {
         batch.iter().for_each(|(id, _)| self.lookups.touch(*id));
     }
 
-    /// Asks every node at once; only holders answer.
+    /// Broadcasts `batch` as one *query many*. Only holders answer it.
     fn broadcast_batch(
         &mut self,
         batch: &[(LookupId, HashPart)],
@@ -474,10 +486,13 @@ impl<E: Environment> Discovery<E> {
         );
     }
 
-    /// Asks nodes that understand no batches and need not be known: now and then, and every time
-    /// while a Python peerix is there. All lookups of that time are broadcast, as Nix begins with
-    /// 25 at once. Where no peer is live, the broadcast is the only packet of a lookup, and is
-    /// always sent: a late answer makes its sender known.
+    /// Broadcasts single queries for nodes that understand no batches or are not known. This
+    /// happens while a Python peerix is known, and otherwise in windows of one `--timeout`, at most
+    /// one per [`BROADCAST_INTERVAL`]. All lookups in a window are broadcast, because Nix begins
+    /// with 25 at once.
+    ///
+    /// If no peer is live, the broadcast is the only packet of the lookup, and is always sent: a
+    /// late answer makes its sender known.
     fn broadcast_singles(
         &mut self,
         batch: &[(LookupId, HashPart)],
@@ -516,7 +531,7 @@ impl<E: Environment> Discovery<E> {
         self.broadcasts.push_back(SentBatch { id, sent: t, lookups });
     }
 
-    /// Sends `batch` to one peer, in the packets that it understands.
+    /// Sends `batch` to one peer in packets that it understands, and records that it owes answers.
     fn ask(
         &mut self,
         address: SocketAddr,
@@ -564,7 +579,7 @@ impl<E: Environment> Discovery<E> {
         self.record_asked(&added, address, t);
     }
 
-    /// The peer owes these lookups an answer.
+    /// Records in `lookups` that the peer owes them an answer.
     fn record_asked(&mut self, lookups: &[LookupId], address: SocketAddr, t: Instant) {
         for lookup in lookups {
             if let Some(lookup) = self.lookups.get_mut(*lookup) {
@@ -574,14 +589,14 @@ impl<E: Environment> Discovery<E> {
         self.expect_judgement(address, t);
     }
 
-    /// A peer that owes something may become overdue.
+    /// Moves the next judgement forward to when an answer owed from `t` on becomes overdue.
     fn expect_judgement(&mut self, address: SocketAddr, t: Instant) {
         let median = self.median_usual(t);
         let at = self.peers.get(address).map(|peer| t + peer.due_after(median));
         self.next_judgement = self.next_judgement.into_iter().chain(at).min();
     }
 
-    /// Asks a peer that has just become live what open lookups want to know.
+    /// Asks a peer that has just become live for all lookups that were sent to other peers already.
     fn ask_open(&mut self, address: SocketAddr, t: Instant, out: &mut OutgoingDatagrams) {
         let sent = self.lookups.sent();
         if !sent.is_empty() {
@@ -611,7 +626,7 @@ impl<E: Environment> Discovery<E> {
             match &mut peer.budget {
                 Some(budget) => budget.reward(t),
                 None => {
-                    // It leaves the shared budget with what it is counted for there.
+                    // The peer takes its overdue answers from the shared budget to one of its own.
                     let mut budget = WaitBudget::full(t);
                     if peer.is_overdue {
                         self.shared_budget.stop(t);
@@ -625,7 +640,7 @@ impl<E: Environment> Discovery<E> {
         self.release(lookup, t);
     }
 
-    /// No peer owes this lookup anything any more.
+    /// Clears what peers owe the lookup.
     fn release(&mut self, lookup: LookupId, t: Instant) {
         let owing = self
             .peers
@@ -649,7 +664,7 @@ impl<E: Environment> Discovery<E> {
             Ok(packet) => packet,
             Err(e) => return log::debug!("peer {from}: {e}"),
         };
-        // Broadcasts of this node come back to it.
+        // This node receives its own broadcasts.
         if from.port() == self.settings.udp_port && self.environment.is_own(from.ip()) {
             return;
         }
@@ -661,7 +676,8 @@ impl<E: Environment> Discovery<E> {
             }
             _ if !is_peer => {}
             Packet::Have { id, port, url_path } => {
-                // A link-local address is only one together with the interface it was seen on.
+                // Keeps the scope ID of `from`: a link-local address is valid only with its
+                // interface.
                 let mut http = from;
                 http.set_port(port);
                 self.answer(from, id, &QueryAnswer::Have(Holder { http, url_path }), now, t, out);
@@ -675,7 +691,7 @@ impl<E: Environment> Discovery<E> {
         }
     }
 
-    /// An answer to the query with this request ID came.
+    /// Handles an answer to the query with request ID `id`.
     fn answer(
         &mut self,
         from: SocketAddr,
@@ -719,7 +735,7 @@ impl<E: Environment> Discovery<E> {
         }
     }
 
-    /// The peer owes this lookup nothing any more, as it has answered.
+    /// Records that the peer has answered the lookup and owes it nothing more.
     fn answered(&mut self, from: SocketAddr, lookup: LookupId) {
         if self.peers.get_mut(from).is_some_and(|peer| peer.settle(lookup)) {
             self.lookups.record_settled(lookup, true);
@@ -739,7 +755,8 @@ impl<E: Environment> Discovery<E> {
         self.expect_judgement(from, t);
     }
 
-    /// A holder gave no narinfo: the next one owes it, if there is one.
+    /// Passes on the next holder in place of one that failed. A live one owes the narinfo from then
+    /// on.
     fn replace_holder(&mut self, lookup: LookupId, t: Instant) {
         while let Some(address) = self.lookups.replace_holder(lookup) {
             if let Some(peer) = self.peers.get_mut(address).filter(|peer| peer.is_live()) {
@@ -772,8 +789,8 @@ impl<E: Environment> Discovery<E> {
                 Packet::Have { id, port: self.settings.http_port, url_path: url_path(hash_part) },
             ));
         } else if self.speaks_batches(from) {
-            // It sends single queries only by broadcast, and waits for holders alone; or it has
-            // lost this node's hello.
+            // The peer sends single queries only by broadcast and waits for holders only. Or it has
+            // missed this node's hello and needs another one.
             self.remind_of_hello(from, now);
         } else {
             out.push((DatagramTarget::Peer(from), Packet::HaveNot { id }));
@@ -803,7 +820,7 @@ impl<E: Environment> Discovery<E> {
         }
     }
 
-    /// Says hello to a peer again, at most once in [`REMINDER_INTERVAL`].
+    /// Schedules another hello to a peer, at most once in [`REMINDER_INTERVAL`].
     fn remind_of_hello(&mut self, address: SocketAddr, now: Instant) {
         let Some(peer) = self.peers.get_mut(address) else { return };
         if peer.last_reminder.is_none_or(|last| last + REMINDER_INTERVAL <= now) {
@@ -816,7 +833,8 @@ impl<E: Environment> Discovery<E> {
         self.peers.get(address).is_some_and(|peer| peer.dialect() == Dialect::Batches)
     }
 
-    /// A query came from `from`: if it is a peer that does not know this node, it learns of it.
+    /// Records a query from `from`. If that may be a peer and is new, this node replies with a
+    /// hello and sends it the open lookups.
     fn heard_query(
         &mut self,
         from: SocketAddr,
@@ -837,7 +855,7 @@ impl<E: Environment> Discovery<E> {
         }
     }
 
-    // Meeting.
+    // Hello, bye and probes.
 
     fn heard_hello(
         &mut self,
@@ -862,7 +880,8 @@ impl<E: Environment> Discovery<E> {
         let is_live = peer.is_live();
         let unanswered = peer.all_unanswered(MAX_BATCH);
         log::debug!("peer {from}: hello");
-        // It does not know this node, and may have lost what it was asked.
+        // A new instance does not know this node, and may have lost the queries to the one before
+        // it.
         self.reply_to_hello(from, now);
         if is_first {
             self.ask_open(from, t, out);
@@ -897,8 +916,8 @@ impl<E: Environment> Discovery<E> {
             return;
         }
         log::debug!("peer {from}: bye");
-        // Anybody can send a bye: it bounds how long the answer to a probe is waited for, and no
-        // more.
+        // Anybody can forge a bye. So the peer stays live and is probed: the bye only limits how
+        // long this node waits for an answer.
         if let Some(peer) = self.peers.get_mut(from) {
             peer.record_bye(now);
         }
@@ -923,8 +942,8 @@ impl<E: Environment> Discovery<E> {
         self.greeted.clear();
     }
 
-    /// Says hello to hosts that the kernel knows and this node does not: broadcasts may not reach
-    /// them.
+    /// Sends hello to LAN addresses of the kernel's neighbour tables that are no peers. Broadcasts
+    /// may not reach these hosts.
     fn greet(&mut self, addresses: &[SocketAddr], out: &mut OutgoingDatagrams) {
         let mut greetings = 0;
         for address in addresses {
@@ -943,7 +962,8 @@ impl<E: Environment> Discovery<E> {
         }
     }
 
-    /// Asks a peer for a sign of life.
+    /// Sends a probe to a peer, unless one left to any peer within [`PROBE_INTERVAL`]. Returns
+    /// whether a probe was sent.
     fn probe(
         &mut self,
         address: SocketAddr,
@@ -964,12 +984,12 @@ impl<E: Environment> Discovery<E> {
             dialect => {
                 let any = match dialect {
                     Dialect::Singles => Some(HashPart::from_bytes(&[0; HashPart::BYTES])),
-                    // The path that Nix wanted last: the peer may have it.
+                    // The path that Nix asked for last: the peer may have it.
                     _ => self.last_looked_up.filter(|_| peer.is_named),
                 };
                 match peer.last_found.or(any) {
                     Some(hash_part) => Packet::Query { id, hash_part },
-                    // Broadcast queries are its probes.
+                    // Broadcast queries serve as probes of this peer.
                     None => return false,
                 }
             }
@@ -1042,7 +1062,8 @@ impl<E: Environment> Discovery<E> {
         self.median
     }
 
-    /// Counts overdue answers in their budgets, and gives up those whose budget is used up.
+    /// Starts and stops wait budgets as answers become overdue or come, and gives up the peers
+    /// whose budget is used up.
     fn judge(&mut self, now: Instant, t: Instant, out: &mut OutgoingDatagrams) {
         if self.next_judgement.is_none_or(|at| at > t) {
             return;
@@ -1061,8 +1082,8 @@ impl<E: Environment> Discovery<E> {
                 given_up.push(address);
             }
         }
-        // A peer that became overdue after another one had used up the shared budget is given up in
-        // the same turn.
+        // If the shared budget is used up already, a peer is given up in the turn in which it
+        // becomes overdue.
         for address in given_up {
             self.give_up(address, now, t, out);
         }
@@ -1124,7 +1145,7 @@ impl<E: Environment> Discovery<E> {
         self.recount(address, t);
     }
 
-    /// The peer is asked nothing more until it answers a probe.
+    /// Makes the peer silent: it gets no queries until it answers a probe.
     fn silence(&mut self, address: SocketAddr, now: Instant, t: Instant) {
         let Some(peer) = self.peers.get_mut(address) else { return };
         for (lookup, is_narinfo) in peer.silence(now) {
@@ -1136,7 +1157,7 @@ impl<E: Environment> Discovery<E> {
         self.recount(address, t);
     }
 
-    /// Corrects the budget that the peer is counted in after it owes less.
+    /// Stops the peer's wait budget if it owes less than before and is no longer overdue.
     fn recount(&mut self, address: SocketAddr, t: Instant) {
         if !self.peers.get(address).is_some_and(|peer| peer.is_overdue) {
             return;

@@ -1,4 +1,5 @@
-//! What discovery needs of the rest of the daemon.
+//! What discovery needs from the rest of the daemon: the access policy, the addresses of this
+//! machine and its store. The simulation has its own implementation.
 
 use crate::access::{AccessPolicy, Scope};
 use crate::log_throttle::LogThrottle;
@@ -11,46 +12,52 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-/// What discovery needs of the rest of the daemon. A simulation has its own.
+/// What discovery needs from the rest of the daemon.
 pub trait Environment: Send {
-    /// Whether a peer of this network may be at this address.
+    /// Whether a peer on the LAN may have this address.
     fn is_lan(&self, address: SocketAddr) -> bool;
-    /// Whether there is a LAN at all. Without one, nothing is sent to a host that did not ask.
+    /// Whether this node uses the LAN. If not, it only answers queries and sends nothing else.
     fn has_lan(&self) -> bool;
-    /// Whether a query from this address is answered. Other packets from it are dropped if it is
-    /// not on the LAN.
+    /// Whether queries from this address are answered. Packets of other kinds are dropped if the
+    /// address is not on the LAN.
     fn is_answered(&self, address: SocketAddr) -> bool;
-    /// Whether this is an address of this machine.
+    /// Whether `ip` is an address of this machine.
     fn is_own(&self, ip: IpAddr) -> bool;
-    /// Whether this node would serve each of the paths to that asker, in their order. `None` if it
-    /// cannot tell now: it answers nothing then, as *no* would be remembered for an hour. Blocks
-    /// for 50 ms at most.
+    /// For each of `hash_parts`, in their order, whether this node would serve the path to `asker`.
+    /// Returns `None` if it cannot tell. The caller then sends no answer, because Nix caches a
+    /// wrong *no* for an hour. Blocks for at most 50 ms.
     fn held(&mut self, hash_parts: &[HashPart], asker: SocketAddr) -> Option<Vec<bool>>;
-    /// By what friends recognise this node in its hellos, with that instance ID.
+    /// Digest by which friends recognise this node's hellos with this instance ID. `None` if the
+    /// node has no friends.
     fn digest(&self, _instance: &[u8; 8]) -> Option<HelloDigest> {
         None
     }
-    /// A hello with a digest came from a neighbour. It may be a friend's.
+    /// Called for each hello of a neighbour that carries a digest. The neighbour may be a friend.
+    /// `_http` is the address from which the hello came, which is also that of the neighbour's HTTP
+    /// server.
     fn heard_digest(&mut self, _instance: &[u8; 8], _digest: &HelloDigest, _http: SocketAddr) {}
 }
 
-/// What is told of digests in hellos.
+/// Called on the discovery thread with the instance ID, the digest and the HTTP address of each
+/// hello that carries a digest.
 pub type DigestObserver = Box<dyn FnMut(&[u8; 8], &HelloDigest, SocketAddr) + Send>;
 
-/// The real one: the store of this machine, and what is shared of it.
+/// The [`Environment`] of the daemon: this machine's store, and the policy of what is shared from
+/// it.
 pub struct StoreEnvironment {
     share: Arc<AccessPolicy>,
     store: Arc<Store>,
     networks: Arc<Networks>,
-    /// Set while the daemon stops: it answers no queries then. *No* would be wrong after a restart.
+    /// Set while the daemon stops. It then answers no queries: a *no* would be wrong after a
+    /// restart.
     leaving: Arc<AtomicBool>,
     faults: LogThrottle,
-    /// This node's key, if it has friends, and who is told of their hellos.
+    /// This node's key, and the observer of digests in hellos. `None` if the node has no friends.
     friends: Option<(NodeKey, DigestObserver)>,
 }
 
 impl StoreEnvironment {
-    /// The parts it works with. No query is answered once `leaving` is set.
+    /// Combines the parts. No query is answered once `leaving` is set.
     pub fn new(
         share: Arc<AccessPolicy>,
         store: Arc<Store>,
@@ -67,8 +74,8 @@ impl StoreEnvironment {
         }
     }
 
-    /// Lets friends recognise this node by its key, and tells `heard` of digests that may be
-    /// theirs.
+    /// Makes hellos carry a digest of `key`, and calls `heard` for each digest in a neighbour's
+    /// hello.
     pub fn with_friends(self, key: NodeKey, heard: DigestObserver) -> Self {
         StoreEnvironment { friends: Some((key, heard)), ..self }
     }

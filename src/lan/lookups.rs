@@ -1,5 +1,5 @@
-//! Lookups under way on the LAN. No I/O; time is passed in, as lookup time (see
-//! [`super::discovery`]).
+//! Lookups under way on the LAN, with their holders and the number of peers that owe them an
+//! answer. No I/O. Time is passed in as lookup time (see [`super::discovery`]).
 
 use super::Holder;
 use crate::nix::HashPart;
@@ -9,68 +9,69 @@ use std::collections::{BTreeMap, VecDeque};
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
-/// Lookups that wait at once. Each belongs to a thread that serves a connection, of which there are
-/// 1,024. Beyond, a lookup ends at once without an answer.
+/// Maximum number of open lookups. Each belongs to a thread that serves a connection, of which
+/// there are at most 1,024. At the bound a further lookup ends at once without an answer.
 pub const MAX_LOOKUPS: usize = 1024;
 
-/// The whole of a lookup, whatever peers do.
+/// Maximum lookup time that a lookup takes. At the bound it ends as a miss.
 pub const LOOKUP_TIMEOUT: Timeout = Timeout::from_secs(5);
 
-/// After the first good narinfo, holders are still passed on for this long, as alternates for the
-/// NAR.
+/// Lookup time for which holders are still passed on after the first good narinfo, as alternates
+/// for the NAR.
 const ALTERNATES_TIMEOUT: Duration = Duration::from_millis(200);
-/// Lookups in that state. Beyond, the oldest gets no further alternates.
+/// Maximum number of lookups that still take alternates. At the bound the oldest gets no more.
 const MAX_ALTERNATES: usize = 4096;
 
-/// Holders of one lookup that are asked for the narinfo at once, and alternates for the NAR. A
-/// further one takes the place of one that fails.
+/// Maximum number of holders of one lookup that are passed on at once, to be asked for the narinfo
+/// and as alternates for the NAR. A further holder takes the place of one that fails.
 pub const MAX_HOLDERS: usize = 16;
 
-/// Holders that wait for such a place: as many as are asked by unicast.
+/// Maximum number of holders that wait for a place among [`MAX_HOLDERS`]: as many as are asked by
+/// unicast. At the bound a further holder is dropped.
 const MAX_SURPLUS: usize = 256;
 
-/// Names a lookup within this process.
+/// Identifies a lookup within this process.
 pub type LookupId = u64;
 
-/// What discovery tells the thread that looks something up.
+/// What discovery sends to the thread that looks a path up.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum LookupUpdate {
     /// A peer says that it has the path.
     Holder {
-        /// The peer, by the address its datagrams come from: to be named in
-        /// [`super::Event::Failed`] and [`super::Event::Settled`].
+        /// Address from which the peer's datagrams come. [`super::Event::Failed`] and
+        /// [`super::Event::Settled`] name the peer by it.
         peer: SocketAddr,
-        /// Where its narinfo is.
+        /// Where the peer's narinfo is.
         holder: Holder,
     },
-    /// No peer is waited for any more.
+    /// The lookup ended without a good narinfo: it waits for no peer any more.
     Ended {
         /// Number of peers that were asked.
         asked: u32,
-        /// Number of those that gave no answer.
+        /// Number of asked peers that gave no answer.
         unanswered: u32,
     },
 }
 
-/// One lookup.
+/// State of one lookup.
 #[derive(Debug)]
 pub struct LanLookup {
-    /// The path.
+    /// Hash part of the path.
     pub hash_part: HashPart,
     updates: Sender<LookupUpdate>,
-    /// When it began.
+    /// When it began, in lookup time.
     pub began: Instant,
-    /// It does not end before this, except by a good narinfo: peers that are not known may still
-    /// answer.
+    /// The lookup does not end as a miss before this lookup time: peers that are not known may
+    /// still answer.
     pub open_until: Instant,
-    /// Number of peers that owe it an answer.
+    /// Number of peers that owe the lookup an answer or a narinfo.
     pub waiting: u32,
     asked: u32,
     answered: u32,
-    /// Request ID of the query that was broadcast for it.
+    /// Request ID of the single query that was broadcast for the lookup.
     pub broadcast: Option<u32>,
     is_sent: bool,
-    /// The addresses of its holders: one address has one server, however many it claims.
+    /// IP addresses of its holders. Each counts once, however many ports a peer claims.
     holders: Vec<IpAddr>,
     /// Number of holders that were passed on and have not failed.
     passed_on: usize,
@@ -78,19 +79,19 @@ pub struct LanLookup {
     surplus: VecDeque<(SocketAddr, Holder)>,
 }
 
-/// What becomes of a holder.
+/// What [`LanLookups::add_holder`] did with a holder.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum HolderPlace {
-    /// It was passed on: its narinfo is waited for.
+    /// It was passed on, and the lookup waits for its narinfo.
     Now,
-    /// It takes the place of one that fails.
+    /// It takes the place of a holder that fails.
     Later,
-    /// Nobody needs it.
+    /// The lookup does not wait for it: it is a duplicate, one too many, or an alternate.
     Never,
 }
 
 impl LanLookup {
-    /// One more peer owes an answer.
+    /// Records that one more peer owes an answer.
     pub fn record_asked(&mut self) {
         self.asked += 1;
         self.waiting += 1;
@@ -112,8 +113,8 @@ impl LanLookup {
 
     fn pass_on(&mut self, peer: SocketAddr, holder: Holder) {
         self.passed_on += 1;
-        // The channel has room for all holders that are asked at once, and the end. It may be
-        // closed: nobody listens any more.
+        // The channel has room for `MAX_HOLDERS` holders and the end. It is closed if the thread
+        // has stopped listening.
         let _ = self.updates.try_send(LookupUpdate::Holder { peer, holder });
     }
 
@@ -127,17 +128,19 @@ impl LanLookup {
 #[derive(Default)]
 pub struct LanLookups {
     open: BTreeMap<LookupId, LanLookup>,
-    /// Those not yet sent, the oldest first.
+    /// Lookups not yet sent, the oldest first. Some may have ended meanwhile.
     unsent: VecDeque<LookupId>,
-    /// Those that got a good narinfo and still take alternates; and until when, in that order.
+    /// Lookups that got a good narinfo and still take alternates. `settled_until` has the end of
+    /// that time, the earliest first.
     settled: BTreeMap<LookupId, LanLookup>,
     settled_until: VecDeque<(Instant, LookupId)>,
-    /// Nothing ends before this.
+    /// No open lookup ends before this lookup time.
     next_end: Option<Instant>,
 }
 
 impl LanLookups {
-    /// Takes a lookup. Returns false, and drops `updates`, if there are too many.
+    /// Adds a lookup that begins at lookup time `t`. Returns false and drops `updates` if
+    /// [`MAX_LOOKUPS`] are open.
     pub fn insert(
         &mut self,
         id: LookupId,
@@ -177,17 +180,17 @@ impl LanLookups {
         self.open.len()
     }
 
-    /// Whether no lookup waits.
+    /// Whether no lookup is open.
     pub fn is_empty(&self) -> bool {
         self.open.is_empty()
     }
 
-    /// Number of lookups that were not sent yet.
+    /// Number of lookups in the queue that were not sent yet.
     pub fn unsent(&self) -> usize {
         self.unsent.len()
     }
 
-    /// Takes up to `most` lookups to send them, the oldest first.
+    /// Removes up to `most` lookups from the queue, the oldest first, and marks them as sent.
     pub fn take_unsent(&mut self, most: usize) -> Vec<(LookupId, HashPart)> {
         let mut taken = Vec::new();
         while taken.len() < most
@@ -201,19 +204,20 @@ impl LanLookups {
         taken
     }
 
-    /// The lookups that were sent and still wait.
+    /// The open lookups that were sent.
     pub fn sent(&self) -> Vec<LookupId> {
         self.open.iter().filter(|(_, lookup)| lookup.is_sent).map(|(id, _)| *id).collect()
     }
 
-    /// The hash parts of those lookups that are still open, with their IDs.
+    /// The IDs and hash parts of those lookups that are still open.
     pub fn hash_parts(&self, ids: &[LookupId]) -> Vec<(LookupId, HashPart)> {
         ids.iter()
             .filter_map(|id| self.open.get(id).map(|lookup| (*id, lookup.hash_part)))
             .collect()
     }
 
-    /// Something about the lookup has changed: it may end now.
+    /// Moves [`LanLookups::next_end`] forward if the lookup ends before it. To be called after each
+    /// change by which a lookup may end earlier.
     pub fn touch(&mut self, id: LookupId) {
         if let Some(lookup) = self.open.get(&id) {
             let ends_at = lookup.ends_at();
@@ -221,8 +225,8 @@ impl LanLookups {
         }
     }
 
-    /// A peer that owed the lookup an answer owes it no longer; `answered` tells whether it gave
-    /// one.
+    /// Records that a peer no longer owes the lookup anything. `answered` tells whether it
+    /// answered.
     pub fn record_settled(&mut self, id: LookupId, answered: bool) {
         if let Some(lookup) = self.open.get_mut(&id) {
             lookup.waiting = lookup.waiting.saturating_sub(1);
@@ -231,7 +235,8 @@ impl LanLookups {
         }
     }
 
-    /// A peer said *have* and now owes the narinfo. `was_asked`: it owed an answer before.
+    /// Records that a peer said *have* and owes the narinfo. `was_asked` tells whether it owed an
+    /// answer before.
     pub fn record_holder(&mut self, id: LookupId, was_asked: bool) {
         if let Some(lookup) = self.open.get_mut(&id) {
             lookup.answered += u32::from(was_asked);
@@ -239,12 +244,12 @@ impl LanLookups {
         }
     }
 
-    /// The path of a lookup that is open or takes alternates.
+    /// Hash part of a lookup that is open or takes alternates.
     pub fn hash_part(&self, id: LookupId) -> Option<HashPart> {
         self.open.get(&id).or_else(|| self.settled.get(&id)).map(|lookup| lookup.hash_part)
     }
 
-    /// Takes a holder of the path.
+    /// Adds a holder of the path, and passes it on if fewer than [`MAX_HOLDERS`] are.
     pub fn add_holder(&mut self, id: LookupId, peer: SocketAddr, holder: Holder) -> HolderPlace {
         if let Some(lookup) = self.open.get_mut(&id) {
             return lookup.add_holder(peer, holder);
@@ -255,7 +260,8 @@ impl LanLookups {
         HolderPlace::Never
     }
 
-    /// A holder that was passed on gave no good narinfo. The next one is passed on, and returned.
+    /// Records that a holder that was passed on gave no good narinfo. Passes on the next holder and
+    /// returns its address, or `None` if no holder is left.
     pub fn replace_holder(&mut self, id: LookupId) -> Option<SocketAddr> {
         let lookup = self.open.get_mut(&id)?;
         lookup.passed_on = lookup.passed_on.saturating_sub(1);
@@ -264,8 +270,8 @@ impl LanLookups {
         Some(peer)
     }
 
-    /// A good narinfo came: the lookup waits for no peer any more, but takes alternates for a
-    /// while.
+    /// Records a good narinfo. The lookup no longer waits for peers, but takes alternates for
+    /// [`ALTERNATES_TIMEOUT`].
     pub fn settle(&mut self, id: LookupId, t: Instant) {
         let Some(lookup) = self.open.remove(&id) else { return };
         if self.settled_until.len() >= MAX_ALTERNATES
@@ -277,7 +283,8 @@ impl LanLookups {
         self.settled_until.push_back((t + ALTERNATES_TIMEOUT, id));
     }
 
-    /// Ends the lookups whose time is over. Returns those that peers may still owe answers to.
+    /// Ends the lookups whose time is over at `t`, and sends each [`LookupUpdate::Ended`]. Returns
+    /// them: peers may still owe them answers.
     pub fn end_due(&mut self, t: Instant) -> Vec<LookupId> {
         while self.settled_until.front().is_some_and(|(until, _)| *until <= t) {
             if let Some((_, id)) = self.settled_until.pop_front() {
@@ -303,7 +310,7 @@ impl LanLookups {
         due
     }
 
-    /// When [`LanLookups::end_due`] has something to do next.
+    /// Lookup time at which [`LanLookups::end_due`] has to be called next.
     pub fn next_end(&self) -> Option<Instant> {
         let settled = self.settled_until.front().map(|(until, _)| *until);
         self.next_end.into_iter().chain(settled).min()
@@ -312,7 +319,7 @@ impl LanLookups {
 
 #[cfg(test)]
 impl LanLookups {
-    /// Panics if more lookups are kept than may be.
+    /// Panics if a table is larger than its bound.
     pub fn assert_bounds(&self) {
         assert!(self.open.len() <= MAX_LOOKUPS && self.unsent.len() <= MAX_LOOKUPS);
         assert!(self.open.values().all(|lookup| lookup.surplus.len() <= MAX_SURPLUS));
@@ -349,7 +356,7 @@ mod tests {
             receiver.try_iter().collect::<Vec<_>>(),
             [LookupUpdate::Holder { peer, holder: next }]
         );
-        // Those that come later find the places of those that failed when nobody waited.
+        // A holder that comes later takes the place of one that failed while no holder waited.
         let replaced = (0..4).filter_map(|_| lookups.replace_holder(1));
         assert_eq!(replaced.count(), 3);
         let (peer, last) = holder(20);

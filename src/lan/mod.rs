@@ -1,7 +1,7 @@
-//! The LAN: which peers there are, and which of them has a path (docs/protocol.md).
+//! Discovery of peers on the LAN, and of the peers that have a path (docs/protocol.md).
 //!
-//! [`discovery`] decides, without I/O. [`DiscoveryThread`] runs it on its sockets, and
-//! [`DiscoveryClient`] is what other threads see of it.
+//! [`discovery`] is a state machine without I/O. [`DiscoveryThread`] runs it on its sockets. Other
+//! threads use it through [`DiscoveryClient`].
 
 mod budget;
 pub mod discovery;
@@ -22,11 +22,11 @@ pub use thread::{DiscoveryClient, DiscoveryThread};
 
 use std::net::SocketAddr;
 
-/// A peer that says that it has a path, and where.
+/// A peer that says that it has a path, and where its narinfo of the path is.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Holder {
-    /// The peer's HTTP server.
+    /// Address of the peer's HTTP server.
     pub http: SocketAddr,
-    /// Its narinfo of the path, relative to the root of that server.
+    /// URL path of the narinfo, relative to the root of that server.
     pub url_path: String,
 }

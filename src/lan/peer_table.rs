@@ -1,9 +1,9 @@
-//! The peers on the LAN: who they are, what they owe, and how long their answers usually take. No
-//! I/O.
+//! Table of the peers on the LAN: their state, what they owe to lookups, and how long their answers
+//! usually take. No I/O.
 //!
 //! Two clocks appear here. `now` is real time. `t` is lookup time, which counts at most 100 ms for
-//! each turn of the discovery loop (see [`super::discovery`]), so that a pause of this machine is
-//! not blamed on peers.
+//! each turn of the discovery loop (see [`super::discovery`]), so that a pause of this machine does
+//! not count against peers.
 
 use super::budget::WaitBudget;
 use super::lookups::LookupId;
@@ -16,80 +16,87 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Peers remembered at once: more than a /22 has. Beyond, a peer that never had a path makes room
-/// for a newcomer, one that never answered first; so invented addresses cost no more memory.
+/// Maximum number of peers in the table, more than the 1,022 hosts of a /22 network. At the bound a
+/// newcomer replaces a peer through which no path was found, first one that is silent or never
+/// answered. So forged addresses cost no more memory.
 const MAX_PEERS: usize = 1024;
 
-/// Sent batches remembered for each peer, so that a late answer is understood: two seconds at the
-/// longest batch interval. The oldest is forgotten first.
+/// Maximum number of sent batches remembered for each peer, so that a late answer is understood:
+/// 2 s of batches at the longest batch interval. At the bound the oldest is forgotten.
 const MAX_SENT_BATCHES: usize = 256;
 
-/// Queries that a peer may leave unanswered before it is behind. Of a peer that vanished as many
-/// datagrams wait for ARP, about 1,280 bytes each in the send buffer, for 3 s. The 25 connections
-/// of Nix make fewer batches in a round trip.
+/// Number of unanswered queries at which a peer is behind. If it vanished, as many datagrams wait
+/// for ARP for 3 s, and each takes about 1,280 bytes of the send buffer. The 25 connections of Nix
+/// make fewer batches in a round trip.
 const MAX_IN_FLIGHT: usize = 16;
 
-/// An answer is never due before this: scheduling and interrupt coalescing on a busy machine take
-/// up to 20 ms.
+/// Minimum due time of an answer. Scheduling and interrupt coalescing on a busy machine take up to
+/// 20 ms.
 const MIN_DUE: Duration = Duration::from_millis(50);
-/// An answer of a peer through which nothing was found is due after this at the latest.
+/// Maximum due time of an answer from a peer through which no path was found. Also the due time
+/// while no peer has been measured.
 const MAX_SHARED_DUE: Duration = Duration::from_millis(200);
-/// An answer of a peer through which something was found is due after this at the latest.
+/// Maximum due time of an answer from a peer through which a path was found.
 const MAX_OWN_DUE: Duration = Duration::from_secs(1);
-/// An answer is due after so many usual answer times.
+/// Due time of an answer as a multiple of the usual answer time.
 const DUE_FACTOR: u32 = 4;
 
-/// A query is repeated after 1.5 usual answer times, and never before this.
+/// Minimum delay of the first repeat of a query. The delay is 1.5 usual answer times.
 const MIN_REPEAT: Duration = Duration::from_millis(3);
 /// Delay of the first repeat to a peer that has not been measured.
 const UNMEASURED_REPEAT: Duration = Duration::from_millis(30);
-/// Repeats double their distance up to this.
+/// Maximum delay between repeats. The delay doubles with each repeat.
 const MAX_REPEAT: Duration = Duration::from_millis(500);
-/// Longest delay between repeats to a peer that sends *no*, if a path was found through it or it
-/// said *bye*: it is waited for, and is to be asked soon after it is back. A Python peerix works
-/// for 20 ms on each query.
+/// Maximum delay between repeats to a peer that sends *no*, if a path was found through it or it
+/// said *bye*. Lookups wait for such a peer, so it is asked soon after it is back. A Python peerix
+/// is excluded, because it works for 20 ms on each query.
 const MAX_OWN_REPEAT: Duration = Duration::from_millis(100);
-/// Out-of-order answers to batches sent closer together than this say nothing of loss.
+/// Answers to batches that were sent closer together than this may be out of order without any
+/// loss.
 const REORDERING: Duration = Duration::from_micros(500);
 
-/// First pause before a silent peer is probed; it doubles.
+/// Delay of the first probe of a silent peer. The pause doubles with each probe, up to
+/// [`MAX_PROBE`].
 pub const FIRST_PROBE: Duration = Duration::from_secs(1);
-/// Longest pause between two probes.
+/// Maximum pause between two probes of a silent peer.
 const MAX_PROBE: Duration = Duration::from_secs(30);
-/// A peer that has been silent for this long is forgotten, unless `--peer` names it.
+/// A peer that has been silent for this long is removed, unless `--peer` names it.
 const FORGET_SILENT: Duration = Duration::from_secs(90);
-/// A live peer that has not been heard for this long is probed: where broadcasts are filtered, it
-/// may be well.
+/// A live peer from which nothing came for this long is probed: the network may filter its
+/// broadcasts.
 const PROBE_UNHEARD: Duration = Duration::from_secs(60);
-/// Pause before the next such probe.
+/// Interval between two probes of a live peer from which nothing comes.
 const PROBE_UNHEARD_AGAIN: Duration = Duration::from_secs(10);
-/// A live peer that has not been heard for this long counts as silent: three hellos were lost, and
-/// as many probes.
+/// A live peer from which nothing came for this long becomes silent. By then three hellos and three
+/// probes were lost.
 const UNHEARD: Duration = Duration::from_secs(90);
-/// A Python peerix says no hello. It is remembered for this long after its last packet.
+/// A Python peerix, which says no hello, is remembered for this long after its last packet.
 const REMEMBER_ORIGINAL: Duration = Duration::from_secs(3600);
-/// A peer that has said no hello within this time after its first packet is a Python peerix.
+/// A peer that sends queries but no hello within this time after its first packet is a Python
+/// peerix.
 const HELLO_PATIENCE: Duration = Duration::from_secs(1);
 
-/// A peer that says *hello* as another instance more often than this is not believed: each causes
-/// packets.
+/// Minimum interval between two changes of a peer's instance ID. A *hello* with another ID within
+/// it is ignored, because each change causes packets.
 const HELLO_CHANGE: Duration = Duration::from_millis(200);
 
-/// After a *bye* the peer is waited for this long: a restart is shorter.
+/// Time for which lookups wait for a peer after its *bye*, from the first probe on. A restart of
+/// the daemon takes less. At the bound the peer becomes silent.
 const BYE_WAIT: Timeout = Timeout::from_secs(1);
-/// Pause between probes in [`BYE_WAIT`]: one may be lost, or come before the daemon is back.
+/// Interval between probes in [`BYE_WAIT`]. One may be lost, or come before the daemon is back.
 const PROBE_AFTER_BYE: Duration = Duration::from_millis(200);
 
 /// How this node came to know a peer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum MetBy {
-    /// It said *hello*.
+    /// It sent a *hello*.
     Hello,
-    /// It said *hello* after this node had found its address in the kernel's neighbour table.
+    /// It sent a *hello* after this node had greeted its address, which the kernel's neighbour
+    /// table had.
     NeighbourTable,
-    /// It asked for a path.
+    /// It sent a query.
     Query,
-    /// It answered a broadcast.
+    /// It answered a broadcast query.
     Answer,
     /// `--peer` names it.
     Named,
@@ -111,52 +118,54 @@ impl MetBy {
 /// Which packets a peer understands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Dialect {
-    /// *Query many*, which it always answers.
+    /// It understands *query many* and always answers it.
     Batches,
-    /// *Query*, which it answers also when it does not have the path (peerix 0.1).
+    /// It understands only *query*, and answers *have not* if it does not have the path (peerix
+    /// 0.1).
     Singles,
-    /// *Query*, which it answers only if it has the path (Python peerix; peerix 0.1 among many
-    /// peers).
+    /// It understands only *query*, and does not answer if it does not have the path (Python
+    /// peerix, and peerix 0.1 among many peers).
     HaveOnly,
 }
 
-/// A peer on the LAN, for commands and the status page.
+/// Description of a peer on the LAN, for commands and the status page.
 #[derive(Debug, Clone)]
 pub struct Neighbour {
-    /// Where its datagrams come from.
+    /// Address from which its datagrams come.
     pub address: SocketAddr,
-    /// The port of its HTTP server, if it said so.
+    /// TCP port of its HTTP server. `None` if it has said no hello.
     pub http_port: Option<u16>,
-    /// How it was met.
+    /// How this node came to know it.
     pub met_by: MetBy,
-    /// When anything came from it last.
+    /// When its last packet came. `None` if none came.
     pub heard: Option<Instant>,
-    /// Since when it is silent; `None` for a live peer.
+    /// Since when it is silent. `None` for a live peer.
     pub silent_since: Option<Instant>,
-    /// The smoothed round trip.
+    /// Smoothed round-trip time. `None` before the first answer.
     pub round_trip: Option<Duration>,
 }
 
-/// An answer that a lookup still wants from a peer.
+/// An answer or a narinfo that a peer owes to a lookup.
 #[derive(Debug)]
 pub struct AwaitedAnswer {
-    /// When the answer was first wanted, even if the query was held back; after a *have*, when that
-    /// came. Lookup time.
+    /// When it was first owed, in lookup time, even if the query was held back. After a *have*,
+    /// when that came.
     pub since: Instant,
-    /// When the query was last sent, in lookup time; `None` if it waits, as the peer is behind.
+    /// When the query was last sent, in lookup time. `None` if it is held back, because the peer is
+    /// behind.
     sent: Option<Instant>,
-    /// The peer said *have*, and its narinfo is being fetched: the query is not repeated.
+    /// Whether the peer said *have* and owes the narinfo. Then the query is not repeated.
     is_fetching: bool,
 }
 
-/// A query that was sent.
+/// A query that was sent, to one peer or as a broadcast.
 #[derive(Debug, Clone)]
 pub struct SentBatch {
     /// Its request ID.
     pub id: u32,
-    /// Lookup time.
+    /// When it was sent, in lookup time.
     pub sent: Instant,
-    /// The lookups whose hash parts it named, in that order.
+    /// The lookups whose hash parts it contains, in the same order.
     pub lookups: Arc<[LookupId]>,
 }
 
@@ -167,7 +176,7 @@ struct Silence {
     pause: Duration,
 }
 
-/// What is known of one peer.
+/// State of one peer on the LAN.
 #[derive(Debug)]
 pub struct LanPeer {
     /// Whether `--peer` names it.
@@ -175,38 +184,37 @@ pub struct LanPeer {
     met_by: MetBy,
     met: Option<Instant>,
     heard: Option<Instant>,
-    /// What it said of itself last.
+    /// Content of its last accepted *hello*.
     pub hello: Option<Hello>,
     round_trip: Option<RoundTrip>,
     silence: Option<Silence>,
     last_probe: Option<Instant>,
     /// When it last answered a query, in lookup time.
     last_answer: Option<Instant>,
-    /// When it said *bye*.
+    /// When it said *bye*, in real time.
     said_bye: Option<Instant>,
-    /// When it was first probed after its *bye*, in lookup time: it is waited for from then on.
+    /// When it was first probed after its *bye*, in lookup time. [`BYE_WAIT`] begins then.
     bye: Option<Instant>,
-    /// Paths found through it.
+    /// Number of paths found through it.
     pub found: u32,
-    /// The last of them.
+    /// The last path found through it.
     pub last_found: Option<HashPart>,
-    /// A *have-only* peer that was given up is asked for what it had: when that was sent, in lookup
-    /// time.
+    /// When a *have-only* peer that was given up was sent a query for `last_found`, in lookup time.
     verified_at: Option<Instant>,
-    /// The budget of a peer through which something was found; the others share one.
+    /// Its own wait budget if a path was found through it. The other peers share one.
     pub budget: Option<WaitBudget>,
-    /// Whether it is counted as overdue in its budget.
+    /// Whether its wait budget counts it as overdue.
     pub is_overdue: bool,
     owed: BTreeMap<LookupId, AwaitedAnswer>,
     sent: VecDeque<SentBatch>,
-    /// Number of queries sent after the one that was answered last; they are at the end of `sent`.
+    /// Number of queries sent after the one that was answered last. They are at the end of `sent`.
     in_flight: usize,
     repeat_at: Option<Instant>,
     repeats: u32,
     last_early_repeat: Option<Instant>,
-    /// When it last said hello as another instance.
+    /// When its instance ID last changed.
     last_change: Option<Instant>,
-    /// When it was last told of this node because it seemed not to know it.
+    /// When this node last sent it a hello because it seemed not to know this node.
     pub last_reminder: Option<Instant>,
 }
 
@@ -240,7 +248,8 @@ impl LanPeer {
         }
     }
 
-    /// Which packets it understands.
+    /// Which packets the peer understands, by its last hello. Without a hello it is a *have-only*
+    /// peer.
     pub fn dialect(&self) -> Dialect {
         match self.hello {
             Some(hello) if hello.batches => Dialect::Batches,
@@ -249,37 +258,37 @@ impl LanPeer {
         }
     }
 
-    /// Whether a broadcast query reaches it and is all that it is sent at first: it is a Python
-    /// peerix here, which works for 20 ms on each copy.
+    /// Whether its first query is only broadcast. It is a Python peerix, which works for 20 ms on
+    /// each copy of a query; but no broadcast may reach a peer that `--peer` names.
     pub fn takes_broadcasts(&self) -> bool {
         self.hello.is_none() && !self.is_named
     }
 
-    /// Whether it is asked: it has not been given up.
+    /// Whether the peer gets queries: it is not silent.
     pub fn is_live(&self) -> bool {
         self.silence.is_none()
     }
 
-    /// Whether it is live and has answered before. Datagrams to others may wait for ARP and fill a
-    /// socket's send buffer.
+    /// Whether the peer is live and has answered before. Datagrams to any other peer may wait for
+    /// ARP and fill a socket's send buffer.
     pub fn is_proven(&self) -> bool {
         self.is_live() && self.last_answer.is_some()
     }
 
-    /// Whether it has left queries unanswered, too many or for too long. It may have vanished, so
-    /// that few datagrams to it may wait for ARP.
+    /// Whether [`MAX_IN_FLIGHT`] queries are unanswered, or one for longer than the delay of a
+    /// first repeat. The peer may have vanished, and then datagrams to it wait for ARP.
     pub fn is_behind(&self, t: Instant) -> bool {
         let oldest = self.sent.len().checked_sub(self.in_flight).and_then(|at| self.sent.get(at));
         self.in_flight >= MAX_IN_FLIGHT
             || oldest.is_some_and(|oldest| oldest.sent + self.first_repeat_gap() <= t)
     }
 
-    /// Whether it is behind and was sent a query less than a repeat's distance ago.
+    /// Whether the peer is behind and its last query is more recent than the delay of a repeat.
     pub fn is_held_back(&self, t: Instant) -> bool {
         self.is_behind(t) && self.sent.back().is_some_and(|last| last.sent + self.repeat_gap() > t)
     }
 
-    /// Whether a Python peerix was heard at this address within the last hour.
+    /// Whether the peer is a Python peerix from which a packet came within [`REMEMBER_ORIGINAL`].
     fn is_original(&self, now: Instant) -> bool {
         let is_patient =
             self.met.is_some_and(|met| now.saturating_duration_since(met) >= HELLO_PATIENCE);
@@ -290,12 +299,12 @@ impl LanPeer {
                 .is_some_and(|heard| now.saturating_duration_since(heard) < REMEMBER_ORIGINAL)
     }
 
-    /// The usual answer time; `None` before the first answer.
+    /// Usual answer time. `None` before the first answer.
     pub fn usual(&self) -> Option<Duration> {
         self.round_trip.map(|round_trip| round_trip.usual())
     }
 
-    /// How long after a query an answer is due, where `median` is the usual time of the median
+    /// Due time of an answer, from the query on. `median` is the usual answer time of the median
     /// peer.
     pub fn due_after(&self, median: Option<Duration>) -> Duration {
         if self.budget.is_some() {
@@ -305,20 +314,20 @@ impl LanPeer {
         median.map_or(MAX_SHARED_DUE, |median| (median * DUE_FACTOR).clamp(MIN_DUE, MAX_SHARED_DUE))
     }
 
-    /// When the oldest answer was asked for that is still wanted.
+    /// When the oldest answer that the peer still owes was first owed, in lookup time.
     pub fn oldest_owed(&self) -> Option<Instant> {
         self.owed.values().map(|owed| owed.since).min()
     }
 
-    /// The lookups whose answers were asked for at `until` or before.
+    /// The lookups that the peer has owed an answer since `until` or earlier.
     pub fn owed_since(&self, until: Instant) -> Vec<LookupId> {
         self.owed.iter().filter(|(_, owed)| owed.since <= until).map(|(id, _)| *id).collect()
     }
 
-    /// Notes that a query for `lookups` was sent with this request ID. Returns the lookups that
-    /// were not owed before.
+    /// Records that a query for `lookups` with request ID `id` was sent. Returns the lookups that
+    /// the peer owed nothing before.
     pub fn record_sent(&mut self, id: u32, lookups: Arc<[LookupId]>, t: Instant) -> Vec<LookupId> {
-        // That one which never says no is behind says nothing.
+        // A *have-only* peer is always behind, because it never says no.
         let is_late =
             self.repeat_at.is_none() && self.is_behind(t) && self.dialect() != Dialect::HaveOnly;
         self.repeats += u32::from(is_late);
@@ -331,8 +340,8 @@ impl LanPeer {
         added
     }
 
-    /// Notes that the peer is to answer for `lookups` although it is behind, and will be asked
-    /// later. Returns the lookups that were not owed before.
+    /// Records that the peer owes `lookups` answers, although their query is held back because the
+    /// peer is behind. Returns the lookups that the peer owed nothing before.
     pub fn record_held_back(&mut self, lookups: &[LookupId], t: Instant) -> Vec<LookupId> {
         self.owe(lookups, None, t)
     }
@@ -347,15 +356,16 @@ impl LanPeer {
             owed.sent = sent.or(owed.sent);
         }
         if self.repeat_at.is_none() && !self.owed.is_empty() {
-            // What is held back leaves a repeat's distance after the last query.
+            // A query that is held back leaves one repeat delay after the last query.
             let last = self.sent.back().filter(|_| sent.is_none()).map_or(t, |last| last.sent);
             self.repeat_at = Some(last + self.repeat_gap());
         }
         added
     }
 
-    /// It said hello. Returns whether it is another instance than before, and tells of such a
-    /// change at most once in [`HELLO_CHANGE`].
+    /// Records a *hello*. Returns whether its instance ID is new for this peer. Within
+    /// [`HELLO_CHANGE`] of the last change a *hello* with a new ID is ignored, and the result is
+    /// false.
     pub fn record_hello(&mut self, hello: Hello, now: Instant) -> bool {
         self.hasten_probe(now);
         let is_other = self.hello.is_none_or(|old| old.instance != hello.instance);
@@ -365,8 +375,8 @@ impl LanPeer {
         if is_other {
             self.last_change = Some(now);
         }
-        // Anybody may have sent it: a peer that understands batches goes on getting them until it
-        // is silent.
+        // Anybody can forge a hello. So a peer that understands batches goes on getting them until
+        // it is silent.
         let answers_batches = self.is_live() && self.dialect() == Dialect::Batches;
         self.hello = Some(if answers_batches {
             Hello { batches: true, crowded: false, ..hello }
@@ -376,13 +386,14 @@ impl LanPeer {
         is_other
     }
 
-    /// Takes the query with this request ID, if it was sent to this peer and not yet answered.
+    /// Removes and returns the query with this request ID, if it was sent to this peer and is
+    /// unanswered.
     pub fn take_sent(&mut self, id: u32) -> Option<SentBatch> {
         let at = self.sent.iter().position(|batch| batch.id == id)?;
         self.sent.remove(at)
     }
 
-    /// An answer came to a query sent at `sent`. Returns whether that made a silent peer live.
+    /// Records an answer to a query sent at `sent`. Returns whether that made a silent peer live.
     pub fn record_answer(&mut self, sent: Instant, t: Instant) -> bool {
         let sample = t.saturating_duration_since(sent);
         match &mut self.round_trip {
@@ -391,7 +402,7 @@ impl LanPeer {
         }
         self.last_answer = Some(t);
         self.verified_at = None;
-        // An older one may have been answered late.
+        // `min`, because this answer may be a late one to an older query.
         self.in_flight = self
             .in_flight
             .min(self.sent.iter().rev().take_while(|batch| batch.sent > sent).count());
@@ -405,31 +416,31 @@ impl LanPeer {
         self.silence.take().is_some()
     }
 
-    /// The peer owes this lookup nothing any more. Returns whether it did.
+    /// Clears what the peer owes the lookup. Returns whether it owed anything.
     pub fn settle(&mut self, lookup: LookupId) -> bool {
         let was_owed = self.owed.remove(&lookup).is_some();
         if self.owed.is_empty() {
             self.repeat_at = None;
             if self.dialect() == Dialect::HaveOnly {
-                // It never says no: that a query is over says nothing of it.
+                // It never says no, so unanswered repeats say nothing about it.
                 self.repeats = 0;
             }
         }
         was_owed
     }
 
-    /// Whether the peer owes this lookup anything.
+    /// Whether the peer owes the lookup an answer or a narinfo.
     pub fn owes(&self, lookup: LookupId) -> bool {
         self.owed.contains_key(&lookup)
     }
 
-    /// Whether the peer said *have* for this lookup and owes the narinfo.
+    /// Whether the peer said *have* for the lookup and owes the narinfo.
     pub fn owes_narinfo(&self, lookup: LookupId) -> bool {
         self.owed.get(&lookup).is_some_and(|owed| owed.is_fetching)
     }
 
-    /// The peer said *have* for this lookup: from now on it owes the narinfo. Returns whether it
-    /// owed an answer before.
+    /// Records that the peer said *have* for the lookup and owes the narinfo from `t` on. Returns
+    /// whether it owed anything before.
     pub fn owe_narinfo(&mut self, lookup: LookupId, t: Instant) -> bool {
         self.owed
             .insert(lookup, AwaitedAnswer { since: t, sent: Some(t), is_fetching: true })
@@ -448,17 +459,17 @@ impl LanPeer {
         most.min(first * (1 << self.repeats.min(8)))
     }
 
-    /// When a repeat is due, in lookup time.
+    /// When the next repeat is due, in lookup time. `None` for a silent peer.
     pub fn repeat_at(&self) -> Option<Instant> {
         self.repeat_at.filter(|_| self.is_live())
     }
 
-    /// The lookups to ask again now, the oldest first, if a repeat is due.
+    /// Returns up to `most` lookups to ask again if a repeat is due at `t`, the oldest first.
     pub fn due_repeats(&mut self, t: Instant, most: usize) -> Vec<LookupId> {
         if self.repeat_at().is_none_or(|at| at > t) {
             return Vec::new();
         }
-        // What was sent meanwhile has most of its time still before it.
+        // Leaves out queries that were sent meanwhile: most of their delay is still to come.
         let gap = self.repeat_gap();
         let repeats = self.unanswered(|sent| sent + gap * 9 / 10 <= t, most);
         if !repeats.is_empty() {
@@ -469,7 +480,8 @@ impl LanPeer {
         repeats
     }
 
-    /// The lookups to ask again at once because a query sent at `answered` overtook theirs.
+    /// Returns up to `most` lookups to ask again at once, because the peer answered a query sent at
+    /// `answered`, later than theirs. Returns some at most once in a round trip, and once in 1 ms.
     pub fn overtaken(&mut self, answered: Instant, t: Instant, most: usize) -> Vec<LookupId> {
         let pause = self
             .round_trip
@@ -484,7 +496,7 @@ impl LanPeer {
         overtaken
     }
 
-    /// The lookups that wait for an answer to a query and not for a narinfo.
+    /// Up to `most` lookups that wait for an answer to a query and not for a narinfo.
     pub fn all_unanswered(&self, most: usize) -> Vec<LookupId> {
         self.unanswered(|_| true, most)
     }
@@ -497,13 +509,14 @@ impl LanPeer {
         meant.map(|(id, _)| *id).take(most).collect()
     }
 
-    /// Whether the peer has answered nothing since `since`.
+    /// Whether the peer has answered nothing since `since`, in lookup time.
     pub fn is_unanswered_since(&self, since: Instant) -> bool {
         self.last_answer.is_none_or(|answer| answer < since)
     }
 
-    /// A *have-only* peer that was given up says nothing by its silence. Returns whether it now
-    /// counts as silent: it also left a query unanswered for a path that it had.
+    /// Whether a *have-only* peer that was given up becomes silent. That it does not answer proves
+    /// nothing. It becomes silent if no path was ever found through it, or if it left a query for
+    /// the last of them unanswered for `due`.
     pub fn is_verified_silent(&self, t: Instant, due: Duration) -> bool {
         if self.last_found.is_none() {
             return true;
@@ -511,15 +524,16 @@ impl LanPeer {
         self.verified_at.is_some_and(|at| at + due <= t)
     }
 
-    /// A query for a path that the peer had is sent now. Returns false if one is under way already.
+    /// Records that a query for `last_found` is sent at `t`. Returns false if one is under way
+    /// already.
     pub fn begin_verification(&mut self, t: Instant) -> bool {
         let begins = self.verified_at.is_none();
         self.verified_at.get_or_insert(t);
         begins
     }
 
-    /// Gives the peer up. Returns the lookups that wanted an answer, and whether that was a
-    /// narinfo.
+    /// Makes the peer silent. Returns the lookups that it owed something, each with whether that
+    /// was a narinfo.
     pub fn silence(&mut self, now: Instant) -> Vec<(LookupId, bool)> {
         let next_probe = now + FIRST_PROBE;
         self.silence.get_or_insert(Silence { since: now, next_probe, pause: FIRST_PROBE });
@@ -531,23 +545,24 @@ impl LanPeer {
             .collect()
     }
 
-    /// Whether it said *bye*, was probed, and has been waited for long enough.
+    /// Whether the peer said *bye*, and [`BYE_WAIT`] after the first probe is over.
     pub fn has_left(&self, t: Instant) -> bool {
         self.bye.is_some_and(|bye| bye + BYE_WAIT.get() <= t)
     }
 
-    /// When the wait after its *bye* ends.
+    /// When [`BYE_WAIT`] after its *bye* ends, in lookup time.
     pub fn leaves_at(&self) -> Option<Instant> {
         self.bye.map(|bye| bye + BYE_WAIT.get())
     }
 
-    /// It said *bye*.
+    /// Records a *bye*.
     pub fn record_bye(&mut self, now: Instant) {
         self.said_bye.get_or_insert(now);
         self.repeats = 0;
     }
 
-    /// When it is probed next; a live peer only after its *bye*, and if its hellos do not come.
+    /// When the peer is probed next, in real time. A live peer is probed only after its *bye*, and
+    /// if no packet comes from it.
     pub fn next_probe(&self) -> Option<Instant> {
         if let Some(silence) = &self.silence {
             return Some(silence.next_probe);
@@ -561,7 +576,8 @@ impl LanPeer {
         unheard.map(|at| at.max(after_last(PROBE_UNHEARD_AGAIN).unwrap_or(at)))
     }
 
-    /// Moves the next probe of a silent peer to now, at most once in [`FIRST_PROBE`].
+    /// Moves the next probe of a silent peer forward to `now`, but not within [`FIRST_PROBE`] of
+    /// the last one.
     pub fn hasten_probe(&mut self, now: Instant) {
         if let Some(silence) = &mut self.silence {
             let earliest = self.last_probe.map_or(now, |last| last + FIRST_PROBE);
@@ -569,7 +585,7 @@ impl LanPeer {
         }
     }
 
-    /// A probe is sent now.
+    /// Records that a probe is sent at `now` and plans the next one.
     pub fn record_probe(&mut self, now: Instant, t: Instant) {
         self.last_probe = Some(now);
         if self.said_bye.is_some() {
@@ -581,7 +597,7 @@ impl LanPeer {
         }
     }
 
-    /// Probes begin anew with short pauses: the network has changed.
+    /// Makes the next probe due and its pause short again, because the network has changed.
     pub fn restart_probes(&mut self, now: Instant) {
         if let Some(silence) = &mut self.silence {
             silence.pause = FIRST_PROBE;
@@ -607,23 +623,23 @@ impl PeerTable {
         self.peers.get_mut(&address)
     }
 
-    /// All of them.
+    /// All peers by address.
     pub fn iter_mut(&mut self) -> impl Iterator<Item = (SocketAddr, &mut LanPeer)> {
         self.peers.iter_mut().map(|(address, peer)| (*address, peer))
     }
 
-    /// All of them.
+    /// All peers by address.
     pub fn iter(&self) -> impl Iterator<Item = (SocketAddr, &LanPeer)> {
         self.peers.iter().map(|(address, peer)| (*address, peer))
     }
 
-    /// Number of peers that are asked.
+    /// Number of live peers.
     pub fn live(&self) -> usize {
         self.peers.values().filter(|peer| peer.is_live()).count()
     }
 
-    /// A packet came from `address`. Returns the peer, and whether it is new; `None` if there is no
-    /// room for it.
+    /// Records a packet from `address`. Returns the peer, and whether this is its first packet.
+    /// Returns `None` if the table is full of peers that must stay.
     pub fn record_heard(
         &mut self,
         address: SocketAddr,
@@ -641,7 +657,7 @@ impl PeerTable {
         Some((peer, is_first))
     }
 
-    /// Sets the addresses that `--peer` names. Returns the new ones.
+    /// Replaces the addresses that `--peer` names. Returns those that were no peers before.
     pub fn set_named(&mut self, named: &[SocketAddr]) -> Vec<SocketAddr> {
         for (address, peer) in &mut self.peers {
             peer.is_named = named.contains(address);
@@ -661,20 +677,21 @@ impl PeerTable {
         self.peers.iter().filter(|(_, peer)| peer.is_named).map(|(address, _)| *address)
     }
 
-    /// Whether a Python peerix was heard within the last hour.
+    /// Whether a packet came from any Python peerix within [`REMEMBER_ORIGINAL`].
     pub fn has_original(&self, now: Instant) -> bool {
         self.peers.values().any(|peer| peer.is_original(now))
     }
 
-    /// The usual answer time of the median peer; `None` while no peer is measured.
+    /// Usual answer time of the median peer. `None` while no peer has been measured.
     pub fn median_usual(&self) -> Option<Duration> {
         let mut usual: Vec<Duration> = self.peers.values().filter_map(LanPeer::usual).collect();
         let middle = usual.len() / 2;
         (!usual.is_empty()).then(|| *usual.select_nth_unstable(middle).1)
     }
 
-    /// Forgets peers that have been silent for too long, and the address of a peer that `--peer` no
-    /// longer names. Returns the live ones that were not heard for long.
+    /// Removes peers that have been silent for [`FORGET_SILENT`], and addresses that `--peer` no
+    /// longer names and from which nothing came. Returns the live peers from which nothing came for
+    /// [`UNHEARD`].
     pub fn forget_old(&mut self, now: Instant) -> Vec<SocketAddr> {
         let age = |at: Instant| now.saturating_duration_since(at);
         self.peers.retain(|_, peer| {
@@ -698,7 +715,7 @@ impl PeerTable {
             .collect()
     }
 
-    /// All of them, for people.
+    /// Describes all peers, for commands and the status page.
     pub fn list(&self) -> Vec<Neighbour> {
         let neighbour = |(address, peer): (&SocketAddr, &LanPeer)| Neighbour {
             address: *address,
@@ -711,8 +728,8 @@ impl PeerTable {
         self.peers.iter().map(neighbour).collect()
     }
 
-    /// Forgets the peer heard longest ago among those that never had a path, silent ones and those
-    /// that never answered first. Returns false if there is none.
+    /// Removes the peer heard longest ago among those through which no path was found and that owe
+    /// nothing, first a silent one or one that never answered. Returns false if there is none.
     fn evict(&mut self) -> bool {
         let is_candidate =
             |peer: &LanPeer| peer.found == 0 && !peer.is_named && peer.owed.is_empty();
@@ -725,7 +742,7 @@ impl PeerTable {
 
 #[cfg(test)]
 impl PeerTable {
-    /// Panics if the table, or what is kept of a peer, is larger than its bound.
+    /// Panics if the table or the state of a peer is larger than its bound.
     pub fn assert_bounds(&self) {
         assert!(self.peers.len() <= MAX_PEERS);
         for peer in self.peers.values() {

@@ -1,8 +1,8 @@
-//! The usual answer time of a peer, as TCP estimates round trips (RFC 6298, section 2).
+//! Estimate of a peer's answer time, computed as TCP estimates round trips (RFC 6298, section 2).
 
 use std::time::Duration;
 
-/// Smoothed round trip and its variation.
+/// Smoothed round-trip time and its variation.
 #[derive(Debug, Clone, Copy)]
 pub struct RoundTrip {
     smoothed: Duration,
@@ -10,7 +10,8 @@ pub struct RoundTrip {
 }
 
 impl RoundTrip {
-    /// The estimate after the first measurement.
+    /// Creates the estimate from the first measurement. As in RFC 6298, the variation starts at
+    /// half of it.
     pub fn new(sample: Duration) -> Self {
         RoundTrip { smoothed: sample, variation: sample / 2 }
     }
@@ -21,12 +22,13 @@ impl RoundTrip {
         self.smoothed = (self.smoothed * 7 + sample) / 8;
     }
 
-    /// The smoothed round trip.
+    /// Smoothed round-trip time.
     pub fn smoothed(&self) -> Duration {
         self.smoothed
     }
 
-    /// The mean plus four times the variation: by then an answer has usually come.
+    /// Usual answer time: the mean plus four times the variation. RFC 6298 uses the same sum as
+    /// retransmission timeout.
     pub fn usual(&self) -> Duration {
         self.smoothed + 4 * self.variation
     }

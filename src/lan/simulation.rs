@@ -1,11 +1,11 @@
-//! A deterministic simulation of LAN discovery: the real state machine on many nodes, in virtual
-//! time, on a network that loses, delays, duplicates and reorders packets, with nodes that pause,
-//! vanish, restart, lie and are of other versions.
+//! A deterministic simulation of LAN discovery. It runs the real state machine on many nodes in
+//! virtual time. The simulated network loses, delays, duplicates and reorders packets. Nodes pause,
+//! vanish, restart, lie, or are of other versions.
 //!
-//! Everything follows from a seed. [`properties`] checks what holds for every seed; [`scenes`] are
-//! named situations with what they may cost; [`table`] prints costs against the number of nodes.
-//! `make simulate` runs it at length: `PEERIX_SIMULATION_SEEDS=100000`.
-//! `PEERIX_SIMULATION_TRACE=<seed>` prints the packets of one run.
+//! All randomness comes from one seed. [`properties`] checks invariants for many seeds. [`scenes`]
+//! checks named situations and their costs. [`table`] prints costs by number of nodes. `make
+//! simulate` runs more seeds: `PEERIX_SIMULATION_SEEDS=100000`. `PEERIX_SIMULATION_TRACE=<seed>`
+//! prints the packets of one run.
 
 use super::discovery::{
     DatagramTarget, Discovery, DiscoverySettings, Event, LookupRequest, OutgoingDatagrams,
@@ -29,25 +29,25 @@ const PORT: u16 = 12304;
 /// Source ports of a node's second and third socket.
 const SECOND_PORT: u16 = 40_000;
 const THIRD_PORT: u16 = 40_001;
-/// Datagrams in the receive buffer of a paused node.
+/// Capacity of a node's receive buffer, in datagrams. A full buffer drops further datagrams.
 const RECEIVE_BUFFER: usize = 1000;
-/// Datagrams in the send buffer of a socket: the kernel grants 416 KiB, of which one with 25 hash
-/// parts takes 1,280 bytes.
+/// Capacity of a socket's send buffer, in datagrams: the kernel grants 416 KiB, of which a datagram
+/// with 25 hash parts takes 1,280 bytes. A full buffer drops further datagrams.
 const SEND_BUFFER: usize = 332;
-/// How long a datagram to a host that does not answer ARP stays there.
+/// Time for which a datagram to a host that does not answer ARP stays in the send buffer.
 const ARP_TIMEOUT: Duration = Duration::from_secs(3);
 
 const US: Duration = Duration::from_micros(1);
 const MS: Duration = Duration::from_millis(1);
 const SECOND: Duration = Duration::from_secs(1);
 
-/// A generator of random numbers (xorshift64*), the same for the same seed.
+/// A generator of pseudo-random numbers (xorshift64*). The same seed gives the same numbers.
 #[derive(Clone)]
 struct SeededRandom(u64);
 
 impl SeededRandom {
     fn new(seed: u64) -> Self {
-        // A small seed would begin with zeros.
+        // A small seed would yield small numbers at first.
         let mut random =
             SeededRandom(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ 0x5851_f42d_4c95_7f2d);
         for _ in 0..4 {
@@ -64,12 +64,12 @@ impl SeededRandom {
         self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
     }
 
-    /// From 0 to `below - 1`.
+    /// Returns a number from 0 to `below - 1`; 0 if `below` is 0.
     fn below(&mut self, below: u64) -> u64 {
         (self.next() >> 11) % below.max(1)
     }
 
-    /// True with this probability.
+    /// Returns true with this probability.
     fn chance(&mut self, probability: f64) -> bool {
         (self.next() >> 11) as f64 / ((1u64 << 53) as f64) < probability
     }
@@ -81,7 +81,7 @@ impl SeededRandom {
     }
 }
 
-/// What a node is.
+/// Implementation or fault of a host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kind {
     /// This release.
@@ -90,13 +90,13 @@ enum Kind {
     Single,
     /// The Python peerix: works for 20 ms on each query, one at a time, and answers only *have*.
     Original,
-    /// Answers probes at once and queries after 2.9 s.
+    /// A node that answers probes at once and queries after 2.9 s.
     Late,
-    /// Ignores half of the paths, and with them their batches.
+    /// A node that ignores half of the paths: it does not answer a batch that contains one of them.
     Half,
-    /// Says hello and answers nothing.
+    /// A node that says hello and answers no query.
     Firewalled,
-    /// Says hello from an address at which there is no host.
+    /// A hello from an address without a host.
     Forged,
 }
 
@@ -124,7 +124,7 @@ impl Environment for Store {
     }
 }
 
-/// A lookup of an asker.
+/// A lookup under way.
 struct Active {
     path: HashPart,
     began: Duration,
@@ -135,7 +135,7 @@ struct Active {
     connection: u32,
 }
 
-/// How a lookup ended.
+/// The outcome of a lookup.
 #[derive(Debug, Clone)]
 struct Outcome {
     path: HashPart,
@@ -152,14 +152,14 @@ struct Host {
     held: Arc<Mutex<BTreeSet<HashPart>>>,
     is_up: bool,
     paused_until: Option<Duration>,
-    /// Off the network until then.
+    /// Until when the host is disconnected from the network.
     unplugged_until: Duration,
     inbox: VecDeque<(SocketAddr, Rc<[u8]>)>,
-    /// For each socket, until when datagrams wait for ARP.
+    /// For each source port, the times until which datagrams wait for ARP.
     waiting_for_arp: BTreeMap<u16, VecDeque<Duration>>,
     wake: Duration,
     active: BTreeMap<LookupId, Active>,
-    /// Until when an original works.
+    /// Until when a host of [`Kind::Original`] works on queries.
     busy_until: Duration,
     latency: (Duration, Duration),
     instance: u64,
@@ -175,11 +175,11 @@ enum Act {
     Run(Box<dyn FnOnce(&mut Simulation)>),
 }
 
-/// What an asker looks up.
+/// The paths that a node looks up.
 struct Workload {
     paths: Vec<HashPart>,
     next: usize,
-    /// Begins anew at the end of the paths.
+    /// Whether it starts again after the last path.
     repeats: bool,
 }
 
@@ -196,14 +196,14 @@ struct Simulation {
     next_lookup: LookupId,
     loss: f64,
     duplication: f64,
-    /// Time from an answer to the next request of a connection.
+    /// Time from an answer to the next request of the same connection.
     think: Duration,
     outcomes: Vec<Outcome>,
     packets: u64,
     bytes: u64,
-    /// Datagrams for which there was no room in the send buffer of a first or second socket.
+    /// Number of datagrams dropped because the send buffer of a first or second socket was full.
     dropped: u64,
-    /// Prints every packet: the seed is `PEERIX_SIMULATION_TRACE`.
+    /// Whether every packet is printed: `PEERIX_SIMULATION_TRACE` is the seed.
     is_traced: bool,
 }
 
@@ -304,7 +304,7 @@ impl Simulation {
         }
     }
 
-    /// Scripted kinds say hello every 30 s.
+    /// Makes a host of a scripted kind say hello now and every 30 s.
     fn say_hello(&mut self, index: usize) {
         let host = &self.hosts[index];
         if host.is_up && host.kind != Kind::Original {
@@ -326,7 +326,7 @@ impl Simulation {
         })
     }
 
-    /// The machine is switched off: it says nothing.
+    /// Switches the host off. It sends nothing more.
     fn vanish(&mut self, index: usize) {
         let host = &mut self.hosts[index];
         host.is_up = false;
@@ -334,7 +334,7 @@ impl Simulation {
         host.inbox.clear();
     }
 
-    /// The daemon says bye, ends, and starts again after `pause`.
+    /// Makes the daemon say *bye* and stop, and start again after `pause`.
     fn restart(&mut self, index: usize, pause: Duration) {
         let mut out = Vec::new();
         if let Some(machine) = &self.hosts[index].machine {
@@ -358,7 +358,7 @@ impl Simulation {
         self.hosts[index].unplugged_until = self.now + time;
     }
 
-    /// Begins to look up `paths` on `connections` connections at `start`.
+    /// Looks up `paths` over `connections` connections from `start` on.
     fn ask(
         &mut self,
         node: usize,
@@ -374,7 +374,7 @@ impl Simulation {
         }
     }
 
-    /// Runs until nothing is left to look up, or until `limit`.
+    /// Runs until no lookup is left, or until `limit`.
     fn run(&mut self, limit: Duration) {
         while let Some(((time, _), act)) = self.queue.pop_first() {
             if time > limit {
@@ -419,7 +419,7 @@ impl Simulation {
         self.hosts[index].is_up && self.hosts[index].unplugged_until <= self.now
     }
 
-    /// Entries in the tables of the others are as if they had just run out: the worst case.
+    /// Whether the host answers ARP. As the worst case, no host has a valid ARP entry of another.
     fn answers_arp(&self, index: usize) -> bool {
         self.is_reachable(index) && self.hosts[index].kind != Kind::Forged
     }
@@ -500,7 +500,7 @@ impl Simulation {
         }
     }
 
-    /// One turn of a node's loop.
+    /// Runs one turn of a node's event loop, or the script of another kind.
     fn turn(&mut self, index: usize) {
         let now = self.base + self.now;
         let host = &mut self.hosts[index];
@@ -526,7 +526,7 @@ impl Simulation {
 
     fn plan(&mut self, index: usize) {
         let Some(machine) = &self.hosts[index].machine else { return };
-        // A loop that is due at once takes some time to come round.
+        // A turn takes some time, even if the next one is due at once.
         let wake =
             (machine.next_turn().saturating_duration_since(self.base)).max(self.now + 5 * US);
         // A turn that comes too early plans the next one.
@@ -546,7 +546,7 @@ impl Simulation {
         self.turn(index);
     }
 
-    /// What a host of another kind does with a datagram.
+    /// Handles a datagram at a host of a scripted kind.
     fn script(&mut self, index: usize, from: SocketAddr, bytes: &[u8]) {
         let Ok(packet) = Packet::parse(bytes) else { return };
         let (kind, now) = (self.hosts[index].kind, self.now);
@@ -590,7 +590,7 @@ impl Simulation {
             ) => {
                 let packet = self.hello_of(index);
                 let delay = self.random.between(Duration::ZERO, 50 * MS);
-                // A peer that greets again is not greeted back for ever.
+                // Half of the hellos get no reply, so that two such hosts stop greeting each other.
                 if self.random.chance(0.5) {
                     self.at(now + delay, Act::Answer { from: index, to: from, packet });
                 }
@@ -621,7 +621,7 @@ impl Simulation {
         self.event(node, Event::LookUp(LookupRequest { id, hash_part: path, updates }));
     }
 
-    /// Takes the updates of all lookups of a node.
+    /// Handles the updates of all lookups of a node.
     fn collect(&mut self, node: usize) {
         let ids: Vec<LookupId> = self.hosts[node].active.keys().copied().collect();
         for id in ids {
@@ -642,14 +642,14 @@ impl Simulation {
         }
     }
 
-    /// Asks the next holder for the narinfo, and another one after 100 ms.
+    /// Requests the narinfo from the next holder, and from another one after 100 ms.
     fn hedge(&mut self, node: usize, lookup: LookupId) {
         let Some(active) = self.hosts[node].active.get_mut(&lookup) else { return };
         let Some(peer) = active.waiting.pop_front() else { return };
         active.requests += 1;
         let Some(&holder) = self.by_ip.get(&peer.ip()) else { return };
         let (low, high) = self.hosts[holder].latency.max(self.hosts[node].latency);
-        // Connection, request and answer; a lost segment is repeated after 200 ms.
+        // Time of connection, request and answer. TCP repeats a lost segment after 200 ms.
         let lost = if self.loss > 0.0 && self.random.chance(self.loss * 2.0) {
             200 * MS
         } else {
@@ -666,7 +666,8 @@ impl Simulation {
         let until = host.paused_until.unwrap_or_default().max(host.unplugged_until);
         let until = until.max(self.hosts[node].unplugged_until);
         if until > self.now || !host.is_up {
-            // The answer comes when it can; TCP, or the next request, takes another moment.
+            // The answer comes once both hosts are reachable. TCP, or the next request, needs up to
+            // 200 ms more.
             let again = until.max(self.now) + self.random.between(MS, 200 * MS);
             return self.at(again, Act::Narinfo { node, lookup, peer, holder });
         }
@@ -693,7 +694,7 @@ impl Simulation {
         self.at(self.now + self.think, Act::Begin { node, connection: active.connection });
     }
 
-    /// The misses of paths that a host has.
+    /// The misses of paths that a live host has.
     fn wrong_misses(&self) -> Vec<&Outcome> {
         let is_live =
             |host: &Host| host.is_up && !matches!(host.kind, Kind::Firewalled | Kind::Forged);
@@ -725,7 +726,7 @@ impl Simulation {
     }
 }
 
-/// No lookup takes longer, beside one turn of the loop.
+/// Upper bound of the duration of a lookup, with a margin for a turn of the loop.
 fn longest() -> Duration {
     LOOKUP_TIMEOUT.get() + Duration::from_millis(250)
 }

@@ -1,5 +1,6 @@
-//! The sockets of discovery: which of them reaches a target, and how a datagram is sent so that
-//! none for a peer that answers is lost in the queue behind those for hosts that do not.
+//! The UDP sockets of discovery: which of them reaches a target, and how datagrams are sent.
+//! Datagrams to hosts that may not answer leave from extra sockets, so that they cannot fill the
+//! send buffer for peers that do answer.
 
 use super::discovery::{DatagramTarget, OutgoingDatagrams};
 use crate::network::{Interface, LanNetworks, MULTICAST_GROUP, NetworkWatcher, Networks};
@@ -11,50 +12,52 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use std::{io, thread};
 
-/// Send and receive buffer asked of the kernel, in bytes. It caps them at `wmem_max` and
-/// `rmem_max`, and doubles them.
+/// Size of the send and the receive buffer requested from the kernel, in bytes. The kernel caps it
+/// at `wmem_max` or `rmem_max` and doubles it (socket(7)).
 const BUFFER: usize = 1 << 20;
 
-/// How long one turn waits in all for room in the send buffer. At 1 Mbit/s a buffer of 416 KiB
-/// empties in 3.4 s; what does not leave is lost and repeated.
+/// Maximum time that one turn of the loop waits for room in the send buffer, in all. At 1 Mbit/s a
+/// buffer of 416 KiB empties in 3.4 s. At the bound datagrams are dropped; discovery repeats
+/// queries.
 const SEND_TIMEOUT: Duration = Duration::from_millis(20);
 
-/// Pause before an interface on which the multicast group could not be joined is tried again.
+/// Pause before discovery retries an interface on which it could not join the multicast group.
 const JOIN_RETRY: Duration = Duration::from_secs(5);
 
-/// Datagrams sent before the sockets are read again.
+/// Maximum number of datagrams sent before the sockets are read again.
 pub(super) const SENDS_AT_ONCE: usize = 32;
 
-/// The sockets, and which of them reaches a target.
+/// The sockets of discovery, and what is known of the networks that they reach.
 pub(super) struct DiscoverySockets {
     sockets: Vec<UdpSocket>,
     bound: Vec<BoundAddress>,
-    /// For each of `sockets`, two on the same address and other ports, for [`DatagramTarget::Behind`] and
-    /// [`DatagramTarget::Unproven`]. While ARP waits for a host, datagrams to it fill the send buffer of one of
-    /// these, and not that of the first.
+    /// For each of `sockets`, two on the same address with other ports, for
+    /// [`DatagramTarget::Behind`] and [`DatagramTarget::Unproven`]. Datagrams that wait for ARP
+    /// fill the send buffer of one of these, and not that of the first socket.
     extra: Vec<[Option<UdpSocket>; 2]>,
     ready: Vec<usize>,
     port: u16,
     networks: Arc<Networks>,
     watcher: NetworkWatcher,
-    /// Which socket is in the multicast group on which interface.
+    /// Socket index and interface index of each membership in the multicast group.
     joined: HashSet<(usize, u32)>,
-    /// When a join that failed is tried again.
+    /// When a failed join is retried.
     join_again: Option<Instant>,
     unreachable: bool,
-    /// Without a LAN, no group is joined.
+    /// Whether this node uses the LAN. If not, it joins no group and has no extra sockets.
     has_lan: bool,
-    /// What is left of [`SEND_TIMEOUT`] in this turn.
+    /// Remainder of [`SEND_TIMEOUT`] in this turn.
     patience: Duration,
-    /// Datagrams that found no room in the send buffer, since [`DiscoverySockets::take_dropped`].
+    /// Number of datagrams that found the send buffer full since
+    /// [`DiscoverySockets::take_dropped`].
     dropped: u64,
 }
 
-/// What a socket is bound to.
+/// Address to which a socket is bound.
 #[derive(Debug, Clone, Copy)]
 struct BoundAddress {
     address: SocketAddr,
-    /// An IPv6 socket that also does IPv4, as systemd makes them by default.
+    /// Whether it is an IPv6 socket that also carries IPv4, as systemd makes them by default.
     dual: bool,
 }
 
@@ -65,6 +68,11 @@ impl BoundAddress {
 }
 
 impl DiscoverySockets {
+    /// Prepares `sockets`, which are bound, opens the extra ones, and joins the multicast group.
+    /// Without an extra socket its datagrams leave from the first one.
+    ///
+    /// # Errors
+    /// An option of one of `sockets` cannot be read or set.
     pub(super) fn new(
         sockets: Vec<UdpSocket>,
         port: u16,
@@ -106,12 +114,13 @@ impl DiscoverySockets {
         Ok(sockets)
     }
 
-    /// Number of sockets that [`DiscoverySockets::receive`] takes.
+    /// Number of sockets: [`DiscoverySockets::receive`] takes an index below it.
     pub(super) fn len(&self) -> usize {
         self.sockets.len() + self.extra.as_flattened().len()
     }
 
-    /// The next datagram of that socket, and where it is from. Does not block.
+    /// Receives a datagram from the socket with index `at`. Returns its length and source address;
+    /// an IPv4-mapped IPv6 address is returned as IPv4. Does not block.
     pub(super) fn receive(&self, at: usize, buffer: &mut [u8]) -> io::Result<(usize, SocketAddr)> {
         let socket = match at.checked_sub(self.sockets.len()) {
             None => Some(&self.sockets[at]),
@@ -128,8 +137,9 @@ impl DiscoverySockets {
         Ok((len, from))
     }
 
-    /// Waits for a datagram, for one of `wakers`, which are then reset, or for the end of `wait`.
-    /// [`DiscoverySockets::ready`] tells then where datagrams are.
+    /// Blocks until a datagram can be read, one of `wakers` is readable, the kernel reports a
+    /// change of network, or `wait` is over. Resets `wakers`. [`DiscoverySockets::ready`] then
+    /// tells which sockets have datagrams.
     pub(super) fn wait(&mut self, wakers: &[&OwnedFd], wait: Duration) {
         self.patience = SEND_TIMEOUT;
         self.ready.clear();
@@ -163,19 +173,20 @@ impl DiscoverySockets {
         }
     }
 
-    /// The sockets, as [`DiscoverySockets::receive`] takes them, that had datagrams at the end of the last
-    /// wait.
+    /// Indexes for [`DiscoverySockets::receive`] of the sockets that had datagrams at the end of
+    /// the last wait.
     pub(super) fn ready(&self) -> &[usize] {
         &self.ready
     }
 
-    /// When [`DiscoverySockets::network_changed`] has to be called even if the kernel reports no change.
+    /// When [`DiscoverySockets::network_changed`] must be called even if the kernel reports no
+    /// change.
     pub(super) fn next_due(&self) -> Option<Instant> {
         [self.watcher.next_due(), self.join_again].into_iter().flatten().min()
     }
 
-    /// Reads the networks of this machine again if there is a reason to. Returns whether they
-    /// changed.
+    /// Reads the addresses of this machine again if there is a reason to, and joins the multicast
+    /// group on new interfaces. Returns whether the interfaces in use or their addresses changed.
     pub(super) fn network_changed(&mut self) -> bool {
         let now = Instant::now();
         let changed = self.watcher.update(std::mem::take(&mut self.unreachable), now);
@@ -185,7 +196,7 @@ impl DiscoverySockets {
         changed
     }
 
-    /// Joins the multicast group on interfaces that are new, and forgets those that are gone.
+    /// Joins the multicast group on new interfaces, and forgets the memberships on removed ones.
     fn join(&mut self, now: Instant) {
         if !self.has_lan {
             return;
@@ -203,7 +214,7 @@ impl DiscoverySockets {
                 }
                 match socket.join_multicast_v6(&MULTICAST_GROUP, index) {
                     Ok(()) => {}
-                    // The kernel kept it over the time the interface was without IPv6.
+                    // The kernel kept the membership while the interface had no IPv6.
                     Err(e) if e.kind() == io::ErrorKind::AddrInUse => {}
                     Err(e) => {
                         log::debug!("multicast on interface {index}: {e}");
@@ -216,8 +227,9 @@ impl DiscoverySockets {
         }
     }
 
-    /// Sends up to [`SENDS_AT_ONCE`] datagrams of `out`, those for the living first. Returns
-    /// whether any is left.
+    /// Sends up to [`SENDS_AT_ONCE`] datagrams of `out`, those for the first socket before the
+    /// others. Returns whether any are left. While send buffers are full, blocks for
+    /// [`SEND_TIMEOUT`] per turn at most.
     pub(super) fn send(&mut self, out: &mut OutgoingDatagrams) -> bool {
         let order = |to: &DatagramTarget| match to {
             DatagramTarget::Peer(_) | DatagramTarget::Everyone => 0,
@@ -241,12 +253,13 @@ impl DiscoverySockets {
         !out.is_empty()
     }
 
-    /// Datagrams that found no room in the send buffer since the last call.
+    /// Returns the number of datagrams that found the send buffer full, and resets it to 0.
     pub(super) fn take_dropped(&mut self) -> u64 {
         std::mem::take(&mut self.dropped)
     }
 
-    /// Sends from the first, second or third socket: 0 to 2.
+    /// Sends a datagram. `from` is 0 for the first socket, 1 and 2 for the extra ones. Waits for
+    /// room only in the send buffer of the first.
     fn send_to(&mut self, bytes: &[u8], target: SocketAddr, from: usize) {
         let Some(at) = socket_for(target, &self.bound, &self.networks.current()) else { return };
         let mapped = match target {
@@ -267,7 +280,7 @@ impl DiscoverySockets {
         }
         self.dropped += u64::from(is_full(&sent));
         if let Err(e) = sent {
-            // A lost packet: it is repeated.
+            // Not an error: discovery repeats lost queries.
             log::debug!("datagram to {target}: {e}");
             self.unreachable |= e.kind() != io::ErrorKind::WouldBlock;
         }
@@ -286,7 +299,7 @@ fn prepare(socket: &UdpSocket) -> io::Result<()> {
     socket.set_send_buffer_size(BUFFER)
 }
 
-/// A socket on the same address with a port of its own.
+/// Binds another socket to the same address, with a port that the kernel chooses.
 fn twin(bound: BoundAddress) -> io::Result<UdpSocket> {
     let domain = socket2::Domain::for_address(bound.address);
     let socket = socket2::Socket::new(domain, socket2::Type::DGRAM, Some(socket2::Protocol::UDP))?;
@@ -301,15 +314,15 @@ fn twin(bound: BoundAddress) -> io::Result<UdpSocket> {
     Ok(socket)
 }
 
-/// Whether a socket bound to this can hear the multicast group on that interface: only if it is
-/// bound to everything, or to the group there.
+/// Whether a socket bound to `bound` receives datagrams to the multicast group on interface
+/// `index`: it is bound to all addresses, or to the group on that interface.
 fn hears_group(bound: SocketAddrV6, index: u32) -> bool {
     bound.ip().is_unspecified() || *bound.ip() == MULTICAST_GROUP && bound.scope_id() == index
 }
 
-/// Which socket reaches the target: one bound to everything, or to the address in the target's
-/// network; a single node elsewhere, which `--peer` names, through whichever is bound to an address
-/// of this machine.
+/// Returns the index of the socket that reaches `target`: one bound to all addresses, or to an
+/// address in the target's network. A unicast target on no connected network, which `--peer` names,
+/// is reached through any socket bound to an address of this machine.
 fn socket_for(target: SocketAddr, bound: &[BoundAddress], networks: &LanNetworks) -> Option<usize> {
     let interfaces = networks.interfaces();
     let group_on = match target {
@@ -354,7 +367,7 @@ mod tests {
     }
 
     #[test]
-    fn which_socket_reaches_whom() {
+    fn socket_for_target_is_one_bound_in_its_network() {
         let interfaces = vec![
             interface(1, "10.0.0.1", 24),
             interface(2, "10.0.1.1", 24),
@@ -371,7 +384,7 @@ mod tests {
             socket_for(target.parse().unwrap(), &bound, &networks)
                 .map(|at| bound[at].address.ip().to_string())
         };
-        // In the order that `sockets::open` has them, the broadcast addresses last.
+        // In the order of `sockets::open`: the broadcast addresses come last.
         let both = ["127.0.0.1", "10.0.0.1", "10.0.1.1", "10.0.0.255", "10.0.1.255"];
         assert_eq!(through(&both, "10.0.1.7:1").as_deref(), Some("10.0.1.1"));
         assert_eq!(through(&both, "10.0.1.255:1").as_deref(), Some("10.0.1.1"));
@@ -408,7 +421,7 @@ mod tests {
     }
 
     #[test]
-    fn a_socket_for_both_families_speaks_ipv4() {
+    fn dual_stack_socket_sends_and_receives_ipv4() {
         let socket =
             socket2::Socket::new(socket2::Domain::IPV6, socket2::Type::DGRAM, None).unwrap();
         socket.set_only_v6(false).unwrap();
@@ -422,7 +435,7 @@ mod tests {
         let mut buffer = [0; 8];
         assert_eq!(other.recv_from(&mut buffer).unwrap(), (2, here));
         other.send_to(b"back", here).unwrap();
-        // On loopback a datagram is there when it is sent.
+        // On loopback a datagram can be received as soon as it is sent.
         assert_eq!(sockets.receive(0, &mut buffer).unwrap(), (4, other.local_addr().unwrap()));
     }
 }

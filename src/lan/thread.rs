@@ -1,4 +1,5 @@
-//! The thread that runs [`Discovery`] on its sockets, and what other threads see of it.
+//! The thread that runs [`Discovery`] on its sockets, and the client through which other threads
+//! use it.
 
 use super::discovery::{Discovery, Event, LookupRequest, OutgoingDatagrams};
 use super::environment::Environment;
@@ -20,85 +21,92 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use std::{io, thread};
 
-/// Events that wait for the thread. Each connection thread, of which there are 1,024, has at most
-/// one lookup, and a few reports on its holders. Beyond, a lookup ends at once without an answer,
-/// and a report is left to the lookup's end.
+/// Maximum number of events that wait for the thread. Each of at most 1,024 connection threads has
+/// one lookup, and a few reports on its holders. At the bound a lookup ends at once without an
+/// answer, and a report is dropped: the lookup then ends by its time-outs.
 const MAX_WAITING: usize = 4096;
 
-/// Datagrams read in one turn. Beyond, no wait is judged in this turn, as answers may still be in
-/// the buffer.
+/// Maximum number of datagrams read in one turn. At the bound no answer is judged overdue in this
+/// turn, because it may still be in a receive buffer.
 const MAX_READ: usize = 4096;
 
-/// Rounds of sending in one turn, each of [`SENDS_AT_ONCE`] datagrams: a batch to 256 peers, its
-/// repeats, and answers.
+/// Maximum number of sending rounds in one turn, each of [`SENDS_AT_ONCE`] datagrams: enough for a
+/// batch to 256 peers, its repeats, and answers. The rest leaves in the next turn.
 const MAX_ROUNDS: usize = 64;
 
-/// Datagrams that wait to be sent. Beyond, none is read: the kernel's buffer bounds what a flood
-/// may take.
+/// Maximum number of datagrams that wait to be sent. At the bound no datagram is read, so that the
+/// kernel's receive buffers limit what a flood takes.
 const MAX_OUTGOING: usize = 8192;
 
 /// Interval between two readings of the kernel's neighbour tables.
 const NEIGHBOURS_INTERVAL: Duration = Duration::from_secs(30);
 
-/// The running thread. Dropping it says *bye* and waits for its end.
+/// Handle of the running discovery thread. Dropping it makes the thread send *bye* and end, and
+/// blocks until it has ended.
 pub struct DiscoveryThread {
     client: Arc<DiscoveryClient>,
     turns: Arc<AtomicU64>,
     thread: Option<JoinHandle<()>>,
 }
 
-/// Sends events to the thread, from any thread.
+/// Interface of the discovery thread for other threads.
 pub struct DiscoveryClient {
     events: Sender<Event<'static>>,
     wake: OwnedFd,
-    /// Set from a write to `wake` until the thread has woken: one system call wakes it for many
-    /// events.
+    /// Set from a write to `wake` until the thread has woken, so that one system call wakes it for
+    /// many events.
     is_woken: AtomicBool,
     next_lookup: AtomicU64,
     dropped: AtomicU64,
-    // Not events: a full channel must not keep the thread from ending.
+    // These are no events, because a full channel must not keep the thread from ending.
     bye: AtomicBool,
     stop: AtomicBool,
 }
 
 impl DiscoveryClient {
-    /// Asks the LAN who has the path. The channel yields holders as they answer and ends with the
-    /// lookup, within 5 s. Every holder is to be reported by [`DiscoveryClient::settled`] or
+    /// Starts a lookup of the path on the LAN. Does not block. The channel yields holders as they
+    /// answer. It closes at a miss, or 200 ms after a hit. A miss takes
+    /// [`LOOKUP_TIMEOUT`](super::LOOKUP_TIMEOUT) at most, not counting pauses of this machine. The
+    /// caller must report every holder by [`DiscoveryClient::settled`] or
     /// [`DiscoveryClient::failed`]: until then the lookup waits for its narinfo.
     pub fn look_up(&self, hash_part: HashPart) -> (LookupId, Receiver<LookupUpdate>) {
         let id = self.next_lookup.fetch_add(1, Ordering::Relaxed);
         let (updates, receiver) = bounded(LookupRequest::CAPACITY);
-        // If the channel of events is full, the lookup's own channel ends without `Update::Ended`.
+        // If the channel of events is full, the lookup's channel closes without
+        // `LookupUpdate::Ended`.
         self.send(Event::LookUp(LookupRequest { id, hash_part, updates }));
         (id, receiver)
     }
 
-    /// The lookup has a good narinfo, from `found` if that is a peer of the LAN, and waits no more.
+    /// Reports a good narinfo, which ends the lookup. `found` is the LAN peer from which it came,
+    /// if any. Does not block.
     pub fn settled(&self, lookup: LookupId, found: Option<SocketAddr>) {
         self.send(Event::Settled { lookup, found });
     }
 
-    /// The peer that said *have* is not waited for in this lookup.
+    /// Reports that the lookup no longer waits for the narinfo of a peer that said *have*. Does not
+    /// block.
     pub fn failed(&self, lookup: LookupId, peer: SocketAddr) {
         self.send(Event::Failed { lookup, peer });
     }
 
-    /// Tells the thread the addresses that `--peer` names.
+    /// Replaces the addresses that `--peer` names. Does not block.
     pub fn set_named(&self, addresses: Vec<SocketAddr>) {
         self.send(Event::SetNamed(addresses));
     }
 
-    /// All peers on the LAN; `None` if the thread does not say so within `timeout`.
+    /// Returns all peers on the LAN, or `None` if the thread does not answer. Blocks for `timeout`
+    /// at most.
     pub fn neighbours(&self, timeout: Duration) -> Option<Vec<Neighbour>> {
         let (list, receiver) = bounded(1);
         let until = Instant::now() + timeout;
-        // A channel that is full for a moment is no sign that the thread hangs.
+        // A full channel does not prove that the thread hangs, so this waits for room.
         self.events.send_deadline(Event::ListPeers(list), until).ok()?;
         self.ring();
         receiver.recv_deadline(until).ok()
     }
 
-    /// Datagrams so far that were not sent because a send buffer was full.
+    /// Number of datagrams so far that were not sent because a send buffer was full.
     pub fn dropped(&self) -> u64 {
         self.dropped.load(Ordering::Relaxed)
     }
@@ -113,16 +121,16 @@ impl DiscoveryClient {
         if self.is_woken.swap(true, Ordering::SeqCst) {
             return;
         }
-        // Can only fail when the counter is full, and then the thread is awake anyway.
+        // Fails only if the counter is full, and then the thread is awake anyway.
         let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
     }
 }
 
 impl DiscoveryThread {
-    /// Starts the thread on bound sockets. `on_end` runs when it ends, for whatever reason.
+    /// Starts the thread on bound sockets. It calls `on_end` when it ends, even by a panic.
     ///
     /// # Errors
-    /// No descriptor or no thread is available.
+    /// No file descriptor or no thread is available, or a socket option cannot be set.
     pub fn spawn<E: Environment + 'static>(
         discovery: Discovery<E>,
         sockets: Vec<UdpSocket>,
@@ -153,7 +161,8 @@ impl DiscoveryThread {
         let (own_client, own_turns) = (client.clone(), turns.clone());
         let thread = thread::Builder::new().name("discovery".into()).spawn(move || {
             let _end = Deferred::new(|| {
-                // What is left in the channel would keep its askers waiting while a sender exists.
+                // While a sender exists, events left in the channel would keep their senders
+                // waiting for updates.
                 events.try_iter().for_each(drop);
                 on_end();
             });
@@ -162,20 +171,20 @@ impl DiscoveryThread {
         Ok(DiscoveryThread { client, turns, thread: Some(thread) })
     }
 
-    /// Tells the peers that this node leaves. The thread goes on: lookups under way still get their
-    /// answers.
+    /// Makes the thread send *bye* to peers. The thread continues: open lookups still get their
+    /// answers. Does not block.
     pub fn say_bye(&self) {
         self.client.bye.store(true, Ordering::SeqCst);
         self.client.ring();
     }
 
-    /// What other threads use.
+    /// The interface of the thread for other threads.
     pub fn client(&self) -> Arc<DiscoveryClient> {
         self.client.clone()
     }
 
-    /// Turns of the thread's loop so far, and begins another one: if the number does not grow, the
-    /// thread hangs.
+    /// Returns the number of turns of the thread's loop so far, and wakes the thread for another
+    /// one. If the number does not grow, the thread hangs. Does not block.
     pub fn count_turns(&self) -> u64 {
         self.client.ring();
         self.turns.load(Ordering::Relaxed)
@@ -217,7 +226,8 @@ impl<E: Environment> DiscoveryLoop<E> {
                 [Some(&client.wake), self.suspend.alarm()].into_iter().flatten().collect();
             self.sockets.wait(&wakers, if self.out.is_empty() { wait } else { Duration::ZERO });
             turns.fetch_add(1, Ordering::Relaxed);
-            // Before anything is read that a caller of `ring` has written.
+            // Must precede the reads below: a caller of `ring` writes first and then tests this
+            // flag.
             client.is_woken.store(false, Ordering::SeqCst);
             let stop = client.stop.load(Ordering::SeqCst);
             let leaves = client.bye.swap(false, Ordering::SeqCst) || stop;
@@ -229,8 +239,8 @@ impl<E: Environment> DiscoveryLoop<E> {
             while let Ok(event) = events.try_recv() {
                 self.handle(event);
             }
-            // When nothing was due before these datagrams, no wait is judged, and the other sockets
-            // need not be read.
+            // If no turn was due yet, no answer can be overdue, and sockets without datagrams need
+            // not be read.
             let drained = if next <= Instant::now() {
                 self.read(0..self.sockets.len(), MAX_READ)
             } else {
@@ -239,11 +249,11 @@ impl<E: Environment> DiscoveryLoop<E> {
             };
             self.handle(Event::Tick { drained });
             if leaves {
-                // After a hello that was due. Said again at the end: a query that was sent since
-                // made this node known again.
+                // Follows a hello that was due. The thread says *bye* again at the end, because a
+                // query sent since the first *bye* makes this node known again.
                 self.discovery.bye(&mut self.out);
             }
-            // What is left after some rounds, as under a flood, leaves in the next turn.
+            // Under a flood some datagrams may be left. They leave in the next turn.
             for _ in 0..MAX_ROUNDS {
                 if !self.sockets.send(&mut self.out) {
                     break;
@@ -257,8 +267,8 @@ impl<E: Environment> DiscoveryLoop<E> {
         }
     }
 
-    /// Reads the kernel's neighbour tables from time to time. Blocks for 1 ms as a rule, 1 s at
-    /// most.
+    /// Reads the kernel's neighbour tables if [`NEIGHBOURS_INTERVAL`] is over. Usually blocks for
+    /// 1 ms, at most for 2 s.
     fn read_neighbours(&mut self) {
         let now = Instant::now();
         if now < self.next_neighbours || !self.discovery.has_lan() {
@@ -279,7 +289,7 @@ impl<E: Environment> DiscoveryLoop<E> {
         self.discovery.handle(event, Instant::now(), &mut self.out);
     }
 
-    /// Handles up to `most` datagrams of these sockets. Returns whether there are no more.
+    /// Handles up to `most` datagrams of these sockets. Returns whether none is left.
     fn read(&mut self, sockets: impl IntoIterator<Item = usize>, most: usize) -> bool {
         let mut left = most.min(MAX_OUTGOING.saturating_sub(self.out.len()));
         if left == 0 {

@@ -1,8 +1,7 @@
-//! What lookups have found, until Nix asks for the NAR: which NAR it is, and the addresses of its
-//! holders.
+//! Remembers the NAR and the holders that lookups found, until Nix requests the NAR.
 //!
-//! Nix asks for all narinfos of a closure before the first NAR, and after `--dry-run` for no NAR at
-//! all. So the memory is bounded in bytes, and the oldest is dropped first.
+//! Nix requests all narinfos of a closure before the first NAR, and with `--dry-run` no NAR at all.
+//! So the memory is bounded in bytes, and the oldest entries are dropped first.
 
 use super::{FoundNar, NarSource};
 use crate::nix::HashPart;
@@ -11,25 +10,25 @@ use std::mem::size_of;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// Memory for what was found, in bytes: some 10,000 paths with one holder, 4,000 with eight.
-/// Beyond, the oldest is dropped, and looked up again when its NAR is asked for.
+/// Maximum memory in bytes: about 10,000 paths with one holder, or 4,000 with eight. Beyond, the
+/// oldest entry is dropped, and its path is looked up again when its NAR is requested.
 const MAX_BYTES: usize = 3 << 20;
-/// Holders remembered of a path: as many as a lookup passes on.
+/// Maximum number of holders of a path. Further ones are dropped.
 pub(super) const MAX_SOURCES: usize = 16;
-/// What was found is true for this long: paths are collected, and peers leave.
+/// Lifetime of an entry. Stores collect garbage, and peers leave.
 const KEPT: Duration = Duration::from_secs(600);
-/// What an entry takes beside its own size, its name and its holders: the two tables' places, and
-/// allocations.
+/// Assumed bytes of an entry beyond its own size, name and holders: its places in the two tables,
+/// and allocator overhead.
 const OVERHEAD: usize = 160;
 
-/// The memory; shared by all threads.
+/// The found paths; shared by all threads.
 #[derive(Default)]
 pub(super) struct FoundPaths(Mutex<FoundEntries>);
 
 #[derive(Default)]
 struct FoundEntries {
     by_path: HashMap<HashPart, FoundEntry>,
-    /// The oldest first. An entry that was taken or replaced is still in here.
+    /// Insertion number and path of each entry, oldest first.
     order: VecDeque<(u64, HashPart)>,
     next: u64,
     bytes: usize,
@@ -42,7 +41,7 @@ struct FoundEntry {
 }
 
 impl FoundPaths {
-    /// Remembers what was found at `now`, in place of what was found of that path before.
+    /// Adds an entry found at `now`. Replaces an earlier entry of the same path.
     pub(super) fn put(&self, mut found: FoundNar, now: Instant) {
         found.sources.truncate(MAX_SOURCES);
         found.sources.shrink_to_fit();
@@ -57,13 +56,13 @@ impl FoundPaths {
         entries.drop_oldest();
     }
 
-    /// Takes what was found of a path, if that was lately.
+    /// Removes and returns the entry of a path, if it is younger than [`KEPT`].
     pub(super) fn take(&self, hash_part: &HashPart, now: Instant) -> Option<FoundNar> {
         let entry = self.lock().remove(hash_part)?;
         (now.saturating_duration_since(entry.at) < KEPT).then_some(entry.found)
     }
 
-    /// Drops all of it, and its memory.
+    /// Drops all entries and frees their memory.
     pub(super) fn clear(&self) {
         *self.lock() = FoundEntries::default();
     }
@@ -77,7 +76,7 @@ impl FoundEntries {
     fn remove(&mut self, hash_part: &HashPart) -> Option<FoundEntry> {
         let entry = self.by_path.remove(hash_part)?;
         self.bytes -= cost(&entry.found);
-        // Numbers grow, so the place is found by halving.
+        // Numbers ascend, so binary search finds the place.
         if let Ok(place) = self.order.binary_search_by_key(&entry.number, |(number, _)| *number) {
             self.order.remove(place);
         }
@@ -131,7 +130,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_found_is_taken_once_and_for_ten_minutes() {
+    fn found_path_is_taken_once_and_expires_after_ten_minutes() {
         let (memory, now) = (FoundPaths::default(), Instant::now());
         memory.put(found(1, 2), now);
         memory.put(found(2, 2), now);
@@ -145,7 +144,7 @@ mod tests {
     }
 
     #[test]
-    fn memory_is_bounded_in_bytes_and_the_oldest_is_dropped_first() {
+    fn full_memory_drops_oldest_paths() {
         let (memory, now) = (FoundPaths::default(), Instant::now());
         for number in 0..20_000 {
             memory.put(found(number, 1 + number as usize % 40), now);

@@ -1,4 +1,4 @@
-//! Networks in CIDR notation.
+//! Networks in CIDR notation (RFC 4632; RFC 4291, section 2.3).
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -12,8 +12,8 @@ pub struct Cidr {
 }
 
 impl Cidr {
-    /// The network with that prefix length that contains `address`. A prefix length above the
-    /// number of bits of the address is taken as that number.
+    /// Returns the network with this prefix length that contains `address`. A prefix length above
+    /// 32 (IPv4) or 128 (IPv6) counts as that number.
     pub fn of(address: IpAddr, prefix_len: u8) -> Self {
         match address {
             IpAddr::V4(v4) => {
@@ -39,7 +39,7 @@ impl Cidr {
         self.prefix_len
     }
 
-    /// Whether `ip` is in this network. An IPv4-mapped IPv6 address is in no IPv4 network.
+    /// Whether `ip` is in this network. No IPv4 network contains an IPv4-mapped IPv6 address.
     pub fn contains(&self, ip: IpAddr) -> bool {
         Cidr::of(ip, self.prefix_len).address == self.address
     }
@@ -48,9 +48,8 @@ impl Cidr {
 impl FromStr for Cidr {
     type Err = String;
 
-    /// # Errors
-    /// A phrase that says what is wrong and how to write it: no address, no or a wrong prefix
-    /// length, host bits that are set.
+    /// The text is no address, has no prefix length or an invalid one, or has host bits set. The
+    /// error is a phrase for the user, with the correct form where there is one.
     fn from_str(text: &str) -> Result<Self, String> {
         let no_network = || "not a network; write ADDRESS/LENGTH, as in 100.64.0.0/10".to_owned();
         let (address, length) = match text.split_once('/') {
@@ -62,7 +61,7 @@ impl FromStr for Cidr {
         let Some(length) = length else {
             return Err(format!("no prefix length; did you mean {address}/{bits}?"));
         };
-        // `parse` alone would take "+8" and "08".
+        // `parse` alone would accept "+8" and "08".
         let is_number = length.bytes().all(|byte| byte.is_ascii_digit());
         let is_canonical = is_number && (length == "0" || !length.starts_with('0'));
         let prefix_len = length.parse().ok().filter(|length| is_canonical && *length <= bits);
@@ -92,7 +91,7 @@ mod tests {
     }
 
     #[test]
-    fn network_of_every_length_contains_what_shares_its_prefix() {
+    fn contains_compares_only_prefix_bits() {
         for (address, bits) in [("10.20.30.40", 32), ("fd12:3456:789a:1::5", 128)] {
             let address = ip(address);
             let flipped = |bit: u8| -> IpAddr {
@@ -119,14 +118,14 @@ mod tests {
     }
 
     #[test]
-    fn canonical_text_is_parsed_and_printed_again() {
+    fn canonical_text_round_trips() {
         for text in ["100.64.0.0/10", "10.0.0.0/8", "10.1.2.3/32", "fd7a:115c:a1e0::/48", "::/0"] {
             assert_eq!(text.parse::<Cidr>().unwrap().to_string(), text);
         }
     }
 
     #[test]
-    fn wrong_text_is_an_error_with_its_remedy() {
+    fn invalid_text_is_refused_with_a_remedy() {
         for (text, error) in [
             ("10.0.0.5/8", "host bits are set; did you mean 10.0.0.0/8?"),
             ("fd00::1/64", "host bits are set; did you mean fd00::/64?"),

@@ -1,4 +1,4 @@
-//! The addresses of this machine's interfaces, as the kernel reports them.
+//! Reads the addresses of this machine's interfaces from the kernel, over rtnetlink(7).
 
 use super::cidr::Cidr;
 use super::netlink::{self, u32_at};
@@ -11,15 +11,16 @@ use std::net::{IpAddr, Ipv4Addr};
 pub struct Interface {
     /// Name of the interface, as `ip link` shows it.
     pub name: String,
-    /// The kernel's number of the interface, which is the scope ID of its link-local addresses.
+    /// The kernel's index of the interface, which is the scope ID of its link-local addresses.
     pub index: u32,
     /// The address.
     pub address: IpAddr,
-    /// Number of leading bits that the addresses of its network share.
+    /// Prefix length of the network that the address is in, in bits.
     pub prefix_len: u8,
-    /// The broadcast address, on IPv4 networks that have one.
+    /// Broadcast address of the network. `None` for IPv6 and for IPv4 networks without one.
     pub broadcast: Option<Ipv4Addr>,
-    /// Whether the interface is up and has a link. Without, nothing sent there arrives.
+    /// Whether the interface is up and has a link (`IFF_RUNNING`). If not, packets sent there do
+    /// not arrive.
     pub running: bool,
 }
 
@@ -29,18 +30,18 @@ impl Interface {
         Cidr::of(self.address, self.prefix_len)
     }
 
-    /// Whether `ip` is in the address's network.
+    /// Whether `ip` is in the network of this address.
     pub fn reaches(&self, ip: IpAddr) -> bool {
         self.network().contains(ip)
     }
 }
 
-/// Reads all addresses that can be used, but those of loopback, from the kernel. Left out is an
-/// IPv6 address that the kernel does not use yet because it still looks for another machine with
-/// that address. Blocks for 0.1 ms, or 1 ms with 100 interfaces.
+/// Reads all usable addresses of this machine but those of loopback. An IPv6 address is left out
+/// while duplicate address detection runs (RFC 4862, section 5.4), unless it is optimistic
+/// (RFC 4429). Usually blocks for 0.1 ms, or 1 ms with 100 interfaces, and for 4 s at most.
 ///
 /// # Errors
-/// The kernel does not list them: no netlink socket is allowed, or no descriptor is left.
+/// No netlink socket is allowed, no file descriptor is left, or the kernel does not answer in time.
 pub fn read() -> io::Result<Vec<Interface>> {
     let mut links = HashMap::new();
     netlink::dump(&netlink::LINKS, |body| links.extend(link(body)))?;
@@ -49,7 +50,7 @@ pub fn read() -> io::Result<Vec<Interface>> {
     Ok(interfaces)
 }
 
-/// What is read of an interface itself.
+/// Properties of an interface that its addresses need.
 struct InterfaceProperties {
     name: String,
     running: bool,
@@ -58,25 +59,25 @@ struct InterfaceProperties {
 
 /// Attribute with the name of an interface: `IFLA_IFNAME`.
 const LINK_NAME: u16 = 3;
-/// Flag of an interface with two ends: `IFF_POINTOPOINT`.
+/// Flag of a point-to-point interface: `IFF_POINTOPOINT`.
 const LINK_POINT_TO_POINT: u32 = 0x10;
 /// Flag of an interface that is up and has a link: `IFF_RUNNING`.
 const LINK_RUNNING: u32 = 0x40;
 
-/// Attribute with the address, or on point-to-point links that of the other end: `IFA_ADDRESS`.
+/// Attribute with the address, or with that of the peer on point-to-point links: `IFA_ADDRESS`.
 const ADDRESS_OR_PEER: u16 = 1;
 /// Attribute with this machine's IPv4 address: `IFA_LOCAL`.
 const ADDRESS_LOCAL: u16 = 2;
 /// Attribute with the broadcast address: `IFA_BROADCAST`.
 const ADDRESS_BROADCAST: u16 = 4;
-/// Attribute with all flags, of which the fixed part has the first eight: `IFA_FLAGS`.
+/// Attribute with all flags, of which the fixed part holds only the lowest eight: `IFA_FLAGS`.
 const ADDRESS_FLAGS: u16 = 8;
 /// Flag of an address that is used although it is tentative: `IFA_F_OPTIMISTIC`.
 const ADDRESS_OPTIMISTIC: u32 = 0x04;
-/// Flag of an address that may be another machine's too: `IFA_F_TENTATIVE`.
+/// Flag of an address during duplicate address detection: `IFA_F_TENTATIVE`.
 const ADDRESS_TENTATIVE: u32 = 0x40;
 
-/// The interface that a message describes, by its number.
+/// Parses an `RTM_NEWLINK` message. Returns the index and the properties of the interface.
 fn link(body: &[u8]) -> Option<(u32, InterfaceProperties)> {
     let (index, flags) = (u32_at(body, 4)?, u32_at(body, 8)?);
     let name = netlink::attribute(body, &netlink::LINKS, LINK_NAME)?.strip_suffix(b"\0")?;
@@ -86,8 +87,8 @@ fn link(body: &[u8]) -> Option<(u32, InterfaceProperties)> {
     Some((index, InterfaceProperties { name, running, is_point_to_point }))
 }
 
-/// The address that a message describes, unless it is one of loopback or not in use yet, or its
-/// interface came after the interfaces were listed.
+/// Parses an `RTM_NEWADDR` message. Returns `None` for loopback and tentative addresses, and if
+/// `links` lacks the interface, because it appeared after they were listed.
 fn interface(body: &[u8], links: &HashMap<u32, InterfaceProperties>) -> Option<Interface> {
     let (prefix_len, index) = (*body.get(1)?, u32_at(body, 4)?);
     let attribute = |kind| netlink::attribute(body, &netlink::ADDRESSES, kind);
@@ -110,8 +111,9 @@ fn interface(body: &[u8], links: &HashMap<u32, InterfaceProperties>) -> Option<I
     Some(Interface { name, index, address, prefix_len, broadcast, running })
 }
 
-/// The broadcast address of a network: the one that is set, or as addresses added by hand often
-/// have none set, the last address. Networks of one or two addresses have none.
+/// Returns the broadcast address `set` by the kernel. Addresses added by hand often have none; then
+/// it is the last address of the network. /31 and /32 networks have no broadcast address
+/// (RFC 3021).
 fn broadcast(address: Ipv4Addr, prefix_len: u8, set: Option<IpAddr>) -> Option<Ipv4Addr> {
     if prefix_len >= 31 {
         return None;
@@ -128,7 +130,7 @@ fn broadcast(address: Ipv4Addr, prefix_len: u8, set: Option<IpAddr>) -> Option<I
 mod tests {
     use super::*;
 
-    /// The answers of Linux 6.18 in a network namespace with the interfaces lo, far, eth0, docker0
+    /// Answers of Linux 6.18 in a network namespace with the interfaces lo, far, eth0, docker0
     /// (down) and tun0 (no carrier).
     #[cfg(target_endian = "little")]
     const LINKS: &[u8] = include_bytes!("../../tests/data/netlink/links");
@@ -160,14 +162,15 @@ mod tests {
         shown.sort();
         let expected = [
             "2 far fe80::cb5:a0ff:fe25:59bb/64  true",
-            // Labelled eth0:1, with no broadcast address, and itself the last of its network.
+            // Labelled eth0:1. No broadcast address is set, and the address is the last of its
+            // network.
             "3 eth0 10.1.2.3/30  true",
             "3 eth0 192.168.1.5/24 192.168.1.255 true",
             // fd00::6 is tentative.
             "3 eth0 fd00::5/64  true",
             "3 eth0 fe80::84a2:95ff:fe6b:d33c/64  true",
             "4 docker0 172.17.0.1/16 172.17.255.255 false",
-            // With the peer 10.8.0.5.
+            // The peer is 10.8.0.5.
             "5 tun0 10.8.0.6/32  false",
         ];
         assert_eq!(shown, expected);
@@ -175,7 +178,7 @@ mod tests {
 
     #[test]
     #[cfg(target_endian = "little")]
-    fn a_message_that_is_cut_anywhere_is_survived() {
+    fn truncated_messages_do_not_panic() {
         let links = HashMap::new();
         for (captured, kind) in [(LINKS, netlink::LINK), (ADDRESSES, netlink::ADDRESS)] {
             for body in bodies(captured, kind) {
@@ -206,8 +209,8 @@ mod tests {
     }
 
     #[test]
-    fn the_addresses_of_this_machine_can_be_read() {
-        // Which there are depends on the machine; those of loopback are never among them.
+    fn addresses_of_this_machine_are_read_without_loopback() {
+        // Which addresses exist depends on the machine.
         let interfaces = read().unwrap();
         let is_fine = |i: &Interface| !i.address.is_loopback() && i.index > 0;
         assert!(interfaces.iter().all(is_fine), "{interfaces:?}");

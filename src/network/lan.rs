@@ -1,4 +1,5 @@
-//! The one rule of what is LAN: the user's policy applied to the addresses of this machine.
+//! The rule that decides which addresses are LAN: it applies the user's policy to the addresses of
+//! this machine.
 
 use super::cidr::Cidr;
 use super::interfaces::Interface;
@@ -12,23 +13,24 @@ pub const MULTICAST_GROUP: Ipv6Addr = Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0x706
 
 /// The LAN networks of this machine at one moment.
 ///
-/// An address is LAN if its range is allowed (private, unique local, or a `--lan` network) and
+/// An address is LAN if its range is allowed (private, link-local, unique local, or a `--lan`
+/// network) and
 ///
 /// * the most specific directly connected network that contains it is on an allowed interface, or
-/// * no directly connected network contains it, and a `--lan` network does: it is behind a router
-///   or VPN, so it is answered and may be a peer, but no broadcast reaches it.
+/// * no directly connected network contains it, and a `--lan` network does. Such an address is
+///   behind a router or VPN: it is answered and may be a peer, but no broadcast reaches it.
 ///
-/// A link-local IPv6 address is LAN if its scope ID names an allowed interface: every network has
-/// the same link-local addresses.
+/// A link-local IPv6 address is LAN if its scope ID names an allowed interface, because all
+/// networks share the same link-local addresses.
 #[derive(Debug)]
 pub struct LanNetworks {
     policy: NetworkPolicy,
     interfaces: Vec<Interface>,
-    /// Those of the addresses that are on the LAN.
+    /// Those of `interfaces` whose addresses are on the LAN.
     lan_addresses: Vec<Interface>,
-    /// Numbers of the allowed interfaces.
+    /// Indexes of the allowed interfaces.
     allowed: Vec<u32>,
-    /// The networks of all interfaces but the link-local IPv6 one. The most specific come first,
+    /// The networks of all interfaces except the link-local IPv6 one. The most specific come first,
     /// and among equals those of allowed interfaces.
     connected: Vec<ConnectedNetwork>,
 }
@@ -40,7 +42,7 @@ struct ConnectedNetwork {
 }
 
 impl LanNetworks {
-    /// Applies the policy to the addresses of this machine, those of loopback left out.
+    /// Applies the policy to the addresses of this machine. `interfaces` must not include loopback.
     pub fn new(policy: NetworkPolicy, interfaces: Vec<Interface>) -> Self {
         let (mut lan_addresses, mut allowed, mut connected) = (Vec::new(), Vec::new(), Vec::new());
         for i in &interfaces {
@@ -59,8 +61,8 @@ impl LanNetworks {
         LanNetworks { policy, interfaces, lan_addresses, allowed, connected }
     }
 
-    /// Whether a node at this address is on the LAN. For link-local IPv6 the scope ID counts, as
-    /// the socket that received from the address has it.
+    /// Whether a node at this address is on the LAN. A link-local IPv6 address needs the scope ID
+    /// that the receiving socket reports. An IPv4-mapped address counts as IPv4.
     pub fn is_lan(&self, address: SocketAddr) -> bool {
         if let SocketAddr::V6(v6) = address
             && v6.ip().is_unicast_link_local()
@@ -75,7 +77,7 @@ impl LanNetworks {
         }
     }
 
-    /// Whether `ip` is an address of this machine, on whatever interface.
+    /// Whether `ip` is an address of this machine, on any interface, or a loopback address.
     pub fn is_own(&self, ip: IpAddr) -> bool {
         let ip = ip.to_canonical();
         ip.is_loopback() || self.interfaces.iter().any(|i| i.address == ip)
@@ -91,14 +93,15 @@ impl LanNetworks {
         &self.lan_addresses
     }
 
-    /// The `--lan` networks that are not part of one connected network: all or some of their
+    /// The `--lan` networks that are not part of one connected network. All or some of their
     /// addresses are behind a router or VPN.
     pub fn routed_networks(&self) -> impl Iterator<Item = Cidr> {
         let all = self.policy.lan.iter().map(|range| range.cidr());
         all.filter(|named| self.connected_network_around(named).is_none())
     }
 
-    /// Names of the interfaces whose addresses would be on the LAN if the interface were allowed.
+    /// Names of the excluded interfaces with an address in an allowed range, each once. Link-local
+    /// IPv6 addresses do not count.
     pub fn excluded_interfaces(&self) -> Vec<&str> {
         let mut names: Vec<&str> = Vec::new();
         for i in &self.interfaces {
@@ -111,8 +114,8 @@ impl LanNetworks {
         names
     }
 
-    /// The `--lan` networks that are part of the network of an excluded interface, so that naming
-    /// them changes nothing, each with the name of that interface.
+    /// The `--lan` networks that are part of the network of an excluded interface, each with the
+    /// name of the interface. Naming them has no effect.
     pub fn ineffective_networks(&self) -> impl Iterator<Item = (Cidr, &str)> {
         let all = self.policy.lan.iter().map(|range| range.cidr());
         all.filter_map(|named| {
@@ -122,15 +125,15 @@ impl LanNetworks {
         })
     }
 
-    /// The most specific connected network of which `named` is a part.
+    /// The most specific connected network that contains all of `named`.
     fn connected_network_around(&self, named: &Cidr) -> Option<&ConnectedNetwork> {
         let is_wider = |c: &&ConnectedNetwork| c.network.prefix_len() <= named.prefix_len();
         let mut wider = self.connected.iter().filter(is_wider);
         wider.find(|c| c.network.contains(named.address()))
     }
 
-    /// Why this machine has no LAN, and what to do, when no address of an interface with a link is
-    /// on the LAN.
+    /// Explains to the user why no address of this machine is on the LAN, and what to do about it.
+    /// Valid only in that case.
     pub fn why_none(&self) -> String {
         let excluded = self.excluded_interfaces();
         if excluded.is_empty() {
@@ -145,9 +148,9 @@ impl LanNetworks {
         )
     }
 
-    /// Where a datagram for everybody on the LAN is sent: the broadcast address of each IPv4
-    /// network, and the multicast group on each interface with a link-local IPv6 address. Only
-    /// interfaces with a link are used.
+    /// Targets of a datagram to all nodes of the LAN: the broadcast address of each IPv4 network,
+    /// and the multicast group on each interface with a link-local IPv6 address. Interfaces without
+    /// a link are left out.
     pub fn broadcast_targets(&self, port: u16) -> Vec<SocketAddr> {
         let mut targets = Vec::new();
         for i in self.lan_addresses.iter().filter(|i| i.running) {
@@ -165,8 +168,8 @@ impl LanNetworks {
         targets
     }
 
-    /// Numbers of the allowed interfaces that have an IPv6 address: where the multicast group is
-    /// joined.
+    /// Indexes of the allowed interfaces that have an IPv6 address. The multicast group is joined
+    /// there.
     pub fn multicast_interfaces(&self) -> Vec<u32> {
         let v6 = self.interfaces.iter().filter(|i| i.address.is_ipv6());
         let has_v6 = |index: &u32| v6.clone().any(|i| i.index == *index);
@@ -175,8 +178,8 @@ impl LanNetworks {
 }
 
 impl fmt::Display for LanNetworks {
-    /// Addresses of this machine on the LAN and networks behind routers, then excluded interfaces;
-    /// beyond four of each only their number.
+    /// Writes the LAN addresses of this machine and the networks behind routers, then the excluded
+    /// interfaces. Of each list it writes at most four entries and the number of the others.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let connected = self.lan_addresses.iter();
         let connected = connected.map(|i| format!("{}/{} on {}", i.address, i.prefix_len, i.name));
@@ -190,7 +193,8 @@ impl fmt::Display for LanNetworks {
     }
 }
 
-/// Most names of one kind that [`LanNetworks`] shows; of the others it shows the number.
+/// Maximum number of entries of one list that [`LanNetworks`] displays. For the others it displays
+/// their number.
 const MAX_SHOWN: usize = 4;
 
 fn write_some(f: &mut fmt::Formatter<'_>, names: &[impl AsRef<str>]) -> fmt::Result {
@@ -212,7 +216,7 @@ fn is_link_local_v6(ip: IpAddr) -> bool {
 mod tests {
     use super::*;
 
-    /// An interface from text: `2 eth0 10.0.0.1/24`.
+    /// Parses an interface: `2 eth0 10.0.0.1/24`.
     fn interface(text: &str) -> Interface {
         let words: Vec<&str> = text.split(' ').collect();
         let [index, name, network] = words[..] else { panic!("{text}") };
@@ -286,7 +290,7 @@ mod tests {
                 "::1",
                 // Public addresses, though directly connected.
                 "203.0.113.10",
-                // Link-local, from an interface that is not there, and from none.
+                // Link-local, with the scope ID of an unknown interface, and without one.
                 "[fe80::1%4]:1",
                 "fe80::1",
             ],
@@ -326,7 +330,7 @@ mod tests {
     }
 
     #[test]
-    fn the_reason_for_no_lan_names_the_remedy() {
+    fn why_none_names_the_option_that_helps() {
         let none = networks(&["2 eth0 203.0.113.9/24", "3 docker0 fe80::1/64"], &[], &[]);
         assert!(none.why_none().contains("--lan"), "{}", none.why_none());
         let excluded = networks(&["2 br-lan 10.0.0.5/8", "3 docker0 172.17.0.1/16"], &[], &[]);
@@ -335,11 +339,11 @@ mod tests {
     }
 
     #[test]
-    fn the_most_specific_network_decides() {
-        // A bridge whose network happens to contain that of the LAN does not hide the LAN.
+    fn most_specific_connected_network_decides() {
+        // A bridge does not hide the LAN if its wider network contains that of the LAN.
         let both = ["2 eth0 192.168.1.5/24", "3 br-1 192.168.0.1/20"];
         check(&networks(&both, &[], &[]), &["192.168.1.7"], &["192.168.2.7"]);
-        // One network on two interfaces is LAN as long as one of them is allowed.
+        // A network on two interfaces is LAN if one of them is allowed.
         let twice = ["2 wlan0 192.168.1.6/24", "3 eth0 192.168.1.5/24"];
         for patterns in [&["!wlan*"], &["!eth*"]] {
             check(&networks(&twice, &[], patterns), &["192.168.1.7"], &[]);
@@ -355,7 +359,7 @@ mod tests {
     }
 
     #[test]
-    fn a_named_network_is_lan_whatever_its_range() {
+    fn named_public_network_is_lan() {
         let public = ["2 eth0 203.0.113.9/24", "2 eth0 2001:db8::9/64", "2 eth0 fe80::9/64"];
         let networks = networks(&public, &["203.0.113.0/24", "2001:db8::/64"], &["eth0"]);
         check(
@@ -368,19 +372,19 @@ mod tests {
     }
 
     #[test]
-    fn a_part_of_a_connected_network_may_be_named() {
+    fn named_part_of_a_connected_network_is_lan() {
         let public = ["2 eth0 203.0.113.9/24"];
         let lower = networks(&public, &["203.0.113.0/25"], &[]);
         check(&lower, &["203.0.113.77"], &["203.0.113.177"]);
         assert_eq!(targets(&lower), ["203.0.113.255:1"]);
-        // This machine's own address is not in it, so that nothing is broadcast.
+        // The range does not contain this machine's address, so nothing is broadcast.
         let upper = networks(&public, &["203.0.113.128/25"], &[]);
         check(&upper, &["203.0.113.177"], &["203.0.113.77"]);
         assert!(targets(&upper).is_empty());
     }
 
     #[test]
-    fn a_named_network_behind_a_router_is_lan_without_broadcast() {
+    fn named_network_behind_a_router_is_lan_without_broadcast() {
         let networks = networks(
             &["2 eth0 192.168.1.5/24", "5 tailscale0 100.64.1.2/32"],
             &["100.64.0.0/10", "172.30.0.0/16"],
@@ -394,7 +398,7 @@ mod tests {
     }
 
     #[test]
-    fn a_named_network_does_not_bring_back_an_excluded_interface() {
+    fn named_network_does_not_allow_an_excluded_interface() {
         let both = ["2 eth0 192.168.1.5/24", "3 docker0 10.9.0.1/24"];
         let named = networks(&both, &["10.0.0.0/8"], &[]);
         check(&named, &["10.8.0.1"], &["10.9.0.2"]);
@@ -411,7 +415,7 @@ mod tests {
     }
 
     #[test]
-    fn networks_are_shown_in_one_line() {
+    fn display_lists_networks_in_one_line() {
         let interfaces = ["2 eth0 192.168.1.5/24", "2 eth0 fe80::5/64", "3 docker0 172.17.0.1/16"];
         assert_eq!(
             networks(&interfaces, &["100.64.0.0/10"], &[]).to_string(),
@@ -426,7 +430,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_sent_to_an_interface_without_a_link() {
+    fn interface_without_link_gets_no_broadcast() {
         let unplugged = Interface { running: false, ..interface("2 eth0 10.0.0.5/8") };
         let networks = LanNetworks::new(NetworkPolicy::default(), vec![unplugged]);
         assert!(targets(&networks).is_empty());
@@ -434,7 +438,7 @@ mod tests {
     }
 
     #[test]
-    fn a_network_broadcast_twice_gets_one_datagram() {
+    fn network_with_two_addresses_gets_one_broadcast() {
         let networks = networks(&["2 eth0 10.0.0.5/24", "2 eth0 10.0.0.6/24"], &[], &[]);
         assert_eq!(targets(&networks), ["10.0.0.255:1"]);
     }

@@ -1,10 +1,11 @@
 //! The networks of this machine, and which of them are LAN.
 //!
-//! One rule, [`LanNetworks`], decides where broadcasts go, whose datagrams are answered, and which
-//! addresses have the scope LAN. It applies the user's [`NetworkPolicy`] (`--lan`, `--interface`)
-//! to the addresses that the kernel reports ([`interfaces`]). [`Networks`] shares the outcome
-//! between threads, and a [`NetworkWatcher`] updates it when the kernel reports a change.
-//! [`neighbours`] are the machines that the kernel knows on these networks.
+//! [`LanNetworks`] decides which addresses are LAN: where broadcasts go, and, apart from peers that
+//! `--peer` names, whose datagrams are answered and which addresses have the scope LAN. It applies
+//! the user's [`NetworkPolicy`] (`--lan`, `--interface`) to the addresses that the kernel reports
+//! ([`interfaces`]). [`Networks`] shares the result between threads. A [`NetworkWatcher`] updates
+//! it when the kernel reports a change. [`neighbours`] reads which machines on these networks the
+//! kernel knows.
 
 pub mod cidr;
 pub mod interfaces;

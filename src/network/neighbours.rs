@@ -1,25 +1,25 @@
-//! The kernel's tables of neighbours (ARP and IPv6 neighbour discovery): the machines on connected
-//! networks that this one has exchanged packets with.
+//! Reads the kernel's neighbour tables (ARP and IPv6 neighbour discovery): the machines on
+//! connected networks with which this one has exchanged packets.
 
 use super::netlink::{self, u16_at, u32_at};
 use std::io;
 use std::net::{IpAddr, SocketAddr, SocketAddrV6};
 
-/// Most entries that are read. The tables hold 1,024 each unless the administrator raised that;
-/// entries beyond are left out.
+/// Maximum number of entries that are read. Each table holds 1,024 unless the administrator raised
+/// that (`gc_thresh3`). Further entries are left out.
 pub const MAX_ENTRIES: usize = 2048;
 
-/// What the kernel knows of a neighbour: the states of an entry with a link-layer address that
-/// packets are sent to.
+/// State of a neighbour entry with a link-layer address to which the kernel sends packets (the
+/// `NUD_…` states of rtnetlink(7)).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum NeighbourState {
-    /// It answered within the last half minute or so.
+    /// The neighbour answered within the last half minute or so.
     Reachable,
-    /// It answered earlier.
+    /// The neighbour answered earlier.
     Stale,
-    /// It answered earlier, and a packet was sent to it a moment ago.
+    /// The neighbour answered earlier, and a packet was sent to it up to 5 s ago.
     Delay,
-    /// It is being asked whether it is still there.
+    /// The kernel is asking the neighbour whether it is still there.
     Probe,
 }
 
@@ -28,15 +28,15 @@ pub enum NeighbourState {
 pub struct NeighbourEntry {
     /// The neighbour's address.
     pub ip: IpAddr,
-    /// The kernel's number of the interface that leads to it.
+    /// The kernel's index of the interface that leads to it.
     pub interface: u32,
-    /// What the kernel knows of it.
+    /// The kernel's state of the entry.
     pub state: NeighbourState,
 }
 
 impl NeighbourEntry {
-    /// The address of a port of the neighbour. For a link-local IPv6 address the interface is its
-    /// scope ID.
+    /// Socket address of the neighbour's port `port`. A link-local IPv6 address gets the interface
+    /// as scope ID.
     pub fn socket_addr(&self, port: u16) -> SocketAddr {
         match self.ip {
             IpAddr::V6(v6) if v6.is_unicast_link_local() => {
@@ -51,15 +51,16 @@ impl NeighbourEntry {
 /// Attribute with the neighbour's address: `NDA_DST`.
 const DESTINATION: u16 = 1;
 
-/// Type of an entry for the address of one machine: `RTN_UNICAST`.
+/// Type of an entry for a single machine: `RTN_UNICAST`.
 const UNICAST: u8 = 1;
 
-/// Reads the IPv4 and IPv6 tables, at most [`MAX_ENTRIES`] entries. Entries that do not lead to a
-/// machine are left out: addresses that did not answer, multicast, and entries that are permanent
-/// or need no address. Blocks for 0.1 ms, or 1 ms with 1,000 entries.
+/// Reads the IPv4 and IPv6 tables, [`MAX_ENTRIES`] entries at most. Leaves out entries that lead to
+/// no machine: addresses that did not answer, multicast addresses, and entries that are permanent
+/// or need no link-layer address. Usually blocks for 0.1 ms, or 1 ms with 1,000 entries, and for
+/// 2 s at most.
 ///
 /// # Errors
-/// The kernel does not list them: no netlink socket is allowed, or no descriptor is left.
+/// No netlink socket is allowed, no file descriptor is left, or the kernel does not answer in time.
 pub fn read() -> io::Result<Vec<NeighbourEntry>> {
     let mut entries = Vec::new();
     netlink::dump(&netlink::NEIGHBOURS, |body| {
@@ -70,10 +71,10 @@ pub fn read() -> io::Result<Vec<NeighbourEntry>> {
     Ok(entries)
 }
 
-/// The entry that a message describes, if it leads to a machine.
+/// Parses an `RTM_NEWNEIGH` message. Returns `None` if the entry leads to no machine.
 fn parse(body: &[u8]) -> Option<NeighbourEntry> {
     let interface = u32_at(body, 4)?;
-    // The states are `NUD_…`; only one bit is set.
+    // The states are `NUD_…` bits, of which one is set.
     let state = match u16_at(body, 8)? {
         0x02 => NeighbourState::Reachable,
         0x04 => NeighbourState::Stale,
@@ -92,7 +93,7 @@ fn parse(body: &[u8]) -> Option<NeighbourEntry> {
 mod tests {
     use super::*;
 
-    /// The answer of Linux 6.18 on a machine where `ip neighbour show nud all` prints entries in
+    /// Answer of Linux 6.18 on a machine on which `ip neighbour show nud all` prints entries in
     /// every state.
     #[cfg(target_endian = "little")]
     const CAPTURED: &[u8] = include_bytes!("../../tests/data/netlink/neighbours");
@@ -115,11 +116,12 @@ mod tests {
             entry("192.168.1.2", NeighbourState::Reachable),
             entry("192.168.1.3", NeighbourState::Stale),
             entry("fd00::7", NeighbourState::Probe),
-            // Made in the state DELAY, which the kernel turned to PROBE before it was listed.
+            // Created in the state DELAY. The kernel changed it to PROBE before it listed the
+            // entry.
             entry("fe80::9", NeighbourState::Probe),
         ];
         assert_eq!(entries, expected);
-        // A message that is cut anywhere is no entry, and no panic.
+        // A truncated message yields no entry and no panic.
         for body in bodies {
             for len in 0..body.len() {
                 let _ = parse(&body[..len]);

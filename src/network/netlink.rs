@@ -1,8 +1,8 @@
-//! Messages of the kernel's netlink protocol for networks: netlink(7), rtnetlink(7).
+//! Requests and messages of the kernel's netlink protocol for networks: netlink(7), rtnetlink(7).
 //!
-//! A datagram holds messages; a message has a header, a fixed part, and attributes. Numbers are in
-//! the byte order of the machine. What is not whole ends the iteration: the kernel sends nothing
-//! of the kind.
+//! A datagram holds messages. A message has a header, a fixed part and attributes. Numbers are in
+//! native byte order. An incomplete message or attribute, which the kernel never sends, ends the
+//! iteration.
 
 use rustix::io::{Errno, retry_on_intr};
 use rustix::net::netlink::SocketAddrNetlink;
@@ -14,32 +14,32 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
-/// Message with an interface that is there: `RTM_NEWLINK`.
+/// An interface exists or has changed: `RTM_NEWLINK`.
 pub const LINK: u16 = 16;
-/// Message with an interface that is gone: `RTM_DELLINK`.
+/// An interface was removed: `RTM_DELLINK`.
 pub const LINK_GONE: u16 = 17;
-/// Message with an address that is there: `RTM_NEWADDR`.
+/// An address exists or has changed: `RTM_NEWADDR`.
 pub const ADDRESS: u16 = 20;
-/// Message with an address that is gone: `RTM_DELADDR`.
+/// An address was removed: `RTM_DELADDR`.
 pub const ADDRESS_GONE: u16 = 21;
-/// Message with an entry of a neighbour table: `RTM_NEWNEIGH`.
+/// An entry of a neighbour table: `RTM_NEWNEIGH`.
 pub const NEIGHBOUR: u16 = 28;
 
-/// A table of the kernel that can be asked for as a whole.
+/// A kernel table that can be requested as a whole.
 pub struct KernelTable {
-    /// Kind of the request.
+    /// Message type of the request.
     request: u16,
-    /// Kind of the messages in the answer.
+    /// Message type of the messages in the answer.
     reply: u16,
-    /// Length of the fixed part of both.
+    /// Length of the fixed part of both, in bytes.
     pub fixed_len: usize,
 }
 
-/// All interfaces: `RTM_GETLINK`, `struct ifinfomsg`.
+/// The interfaces: `RTM_GETLINK`, `struct ifinfomsg`.
 pub const LINKS: KernelTable = KernelTable { request: 18, reply: LINK, fixed_len: 16 };
-/// All addresses: `RTM_GETADDR`, `struct ifaddrmsg`.
+/// The addresses: `RTM_GETADDR`, `struct ifaddrmsg`.
 pub const ADDRESSES: KernelTable = KernelTable { request: 22, reply: ADDRESS, fixed_len: 8 };
-/// All entries of the neighbour tables: `RTM_GETNEIGH`, `struct ndmsg`.
+/// The neighbour tables: `RTM_GETNEIGH`, `struct ndmsg`.
 pub const NEIGHBOURS: KernelTable = KernelTable { request: 30, reply: NEIGHBOUR, fixed_len: 12 };
 
 /// The end of the answer to a request: `NLMSG_DONE`.
@@ -50,25 +50,27 @@ const ERROR: u16 = 2;
 /// Flags of a request for a whole table: `NLM_F_REQUEST | NLM_F_DUMP`.
 const REQUEST_DUMP: u16 = 0x301;
 
-/// Length of a message's header.
+/// Length of a message's header, in bytes: `struct nlmsghdr`.
 const HEADER_LEN: usize = 16;
 
-/// The kernel answers a request at once; beyond this the request fails.
+/// Maximum time for the answer to a request, which the kernel usually sends at once. At the bound
+/// the request fails.
 pub const DUMP_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// The kernel fills datagrams of this many bytes if the buffer is that large, and no larger ones.
+/// Size of the receive buffer, in bytes. The kernel sends datagrams of up to this size if the
+/// buffer has it, and no larger ones.
 const BUFFER_LEN: usize = 32 << 10;
 
 /// A message without its header.
 #[derive(Debug, Clone, Copy)]
 pub struct NetlinkMessage<'a> {
-    /// Kind of the message, such as [`LINK`].
+    /// Message type, such as [`LINK`].
     pub kind: u16,
     /// The fixed part and the attributes.
     pub body: &'a [u8],
 }
 
-/// The messages of a datagram.
+/// Iterates over the messages of a datagram.
 pub fn messages(mut bytes: &[u8]) -> impl Iterator<Item = NetlinkMessage<'_>> {
     std::iter::from_fn(move || {
         let len = usize::try_from(u32_at(bytes, 0)?).ok()?;
@@ -79,7 +81,8 @@ pub fn messages(mut bytes: &[u8]) -> impl Iterator<Item = NetlinkMessage<'_>> {
     })
 }
 
-/// The attributes that follow the fixed part of a message, each with its kind.
+/// Iterates over the attributes of a message, with the type and the value of each. `bytes` begins
+/// after the fixed part.
 pub fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
     std::iter::from_fn(move || {
         let len = usize::from(u16_at(bytes, 0)?);
@@ -90,13 +93,13 @@ pub fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
     })
 }
 
-/// The attribute of that kind in a message about an entry of `table`.
+/// Returns the first attribute of this type in a message about an entry of `table`.
 pub fn attribute<'a>(body: &'a [u8], table: &KernelTable, kind: u16) -> Option<&'a [u8]> {
     let found = attributes(body.get(table.fixed_len..)?).find(|(other, _)| *other == kind);
     found.map(|(_, value)| value)
 }
 
-/// An address as attributes have it.
+/// Parses an address of 4 or 16 bytes. Returns `None` for any other length.
 pub fn ip(bytes: &[u8]) -> Option<IpAddr> {
     if let Ok(v4) = <[u8; 4]>::try_from(bytes) {
         return Some(Ipv4Addr::from(v4).into());
@@ -104,22 +107,26 @@ pub fn ip(bytes: &[u8]) -> Option<IpAddr> {
     <[u8; 16]>::try_from(bytes).ok().map(|v6| Ipv6Addr::from(v6).into())
 }
 
-/// The two bytes at an offset as a number.
+/// Reads a number of two bytes at an offset. Returns `None` beyond the end.
 pub fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {
     bytes.get(at..at + 2)?.try_into().ok().map(u16::from_ne_bytes)
 }
 
-/// The four bytes at an offset as a number.
+/// Reads a number of four bytes at an offset. Returns `None` beyond the end.
 pub fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
     bytes.get(at..at + 4)?.try_into().ok().map(u32::from_ne_bytes)
 }
 
-/// Messages and attributes begin at multiples of four bytes.
+/// Rounds `len` up to the alignment of messages and attributes, four bytes.
 fn aligned(len: usize) -> usize {
     len.next_multiple_of(4)
 }
 
-/// A socket that receives what the kernel reports to `groups`, a bit mask of `RTMGRP_…`.
+/// Opens a nonblocking socket that receives the kernel's reports to `groups`, a bit mask of
+/// `RTMGRP_…`.
+///
+/// # Errors
+/// No netlink socket is allowed, or no file descriptor is left.
 pub fn open(groups: u32) -> io::Result<OwnedFd> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let socket = socket_with(AddressFamily::NETLINK, SocketType::RAW, flags, None)?;
@@ -127,13 +134,13 @@ pub fn open(groups: u32) -> io::Result<OwnedFd> {
     Ok(socket)
 }
 
-/// Asks the kernel for a whole table, of every interface and both address families, and calls
-/// `each` with the body of every message in the answer. Blocks for as long as the kernel takes to
-/// list the table.
+/// Requests a whole table, for all interfaces and both address families, and calls `each` with the
+/// body of every message in the answer. Usually blocks as long as the kernel takes to list the
+/// table, and for twice [`DUMP_TIMEOUT`] at most.
 ///
 /// # Errors
-/// No socket is allowed, the kernel refuses the request, or the answer takes over
-/// [`DUMP_TIMEOUT`].
+/// No socket is allowed, the kernel refuses the request, the answer is not complete after
+/// [`DUMP_TIMEOUT`], or a datagram is larger than [`BUFFER_LEN`].
 pub fn dump(table: &KernelTable, mut each: impl FnMut(&[u8])) -> io::Result<()> {
     let socket = socket_with(AddressFamily::NETLINK, SocketType::RAW, SocketFlags::CLOEXEC, None)?;
     set_socket_timeout(&socket, Timeout::Recv, Some(DUMP_TIMEOUT))?;
@@ -157,7 +164,7 @@ pub fn dump(table: &KernelTable, mut each: impl FnMut(&[u8])) -> io::Result<()> 
     Err(io::ErrorKind::TimedOut.into())
 }
 
-/// A request whose fixed part is all zeros, which stands for everything.
+/// Builds a request whose fixed part is all zeros, which selects all entries.
 fn dump_request(table: &KernelTable) -> Vec<u8> {
     let mut request = vec![0; HEADER_LEN + table.fixed_len];
     let len = request.len() as u32;
@@ -167,7 +174,7 @@ fn dump_request(table: &KernelTable) -> Vec<u8> {
     request
 }
 
-/// The error that an [`ERROR`] message reports: a negative error number.
+/// Parses the error of an [`ERROR`] message, a negative error number.
 fn error(body: &[u8]) -> io::Error {
     let number = u32_at(body, 0).map_or(0, |bits| bits.cast_signed());
     io::Error::from_raw_os_error(number.wrapping_neg())
@@ -177,7 +184,7 @@ fn error(body: &[u8]) -> io::Error {
 mod tests {
     use super::*;
 
-    /// A message of that kind with this body, padded.
+    /// A message of this type with this body, padded.
     fn message(kind: u16, body: &[u8]) -> Vec<u8> {
         let mut bytes = vec![0; HEADER_LEN];
         bytes[..4].copy_from_slice(&((HEADER_LEN + body.len()) as u32).to_ne_bytes());
@@ -188,7 +195,7 @@ mod tests {
     }
 
     #[test]
-    fn messages_of_a_datagram_end_at_the_first_that_is_cut() {
+    fn truncated_message_ends_the_iteration() {
         let datagram = [message(LINK, b"abcde"), message(DONE, b"")].concat();
         let whole: Vec<_> = messages(&datagram).map(|m| (m.kind, m.body)).collect();
         assert_eq!(whole, [(LINK, &b"abcde"[..]), (DONE, b"")]);
@@ -201,7 +208,7 @@ mod tests {
     }
 
     #[test]
-    fn lengths_that_cannot_be_end_the_iteration() {
+    fn invalid_lengths_end_the_iteration() {
         for len in [0u32, 1, 15, 17, u32::MAX] {
             let mut bytes = message(LINK, b"");
             bytes[..4].copy_from_slice(&len.to_ne_bytes());
@@ -232,15 +239,15 @@ mod tests {
     }
 
     #[test]
-    fn errors_have_the_number_of_the_kernel() {
+    fn error_message_yields_the_error_number() {
         assert_eq!(error(&(-13i32).to_ne_bytes()).raw_os_error(), Some(13));
         assert_eq!(error(&i32::MIN.to_ne_bytes()).raw_os_error(), Some(i32::MIN));
         assert_eq!(error(b"").raw_os_error(), Some(0));
     }
 
     #[test]
-    fn a_request_that_the_kernel_does_not_know_fails() {
-        // The kinds of rtnetlink end far below.
+    fn unknown_request_fails() {
+        // The message types of rtnetlink end far below.
         let unknown = KernelTable { request: 0xfff0, reply: LINK, fixed_len: 4 };
         let error = dump(&unknown, |_| panic!("no message")).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(Errno::OPNOTSUPP.raw_os_error()));

@@ -7,8 +7,8 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
-/// The LAN networks as last read from the kernel, shared by all threads. One thread runs the
-/// watcher that keeps them up to date.
+/// The LAN networks as last read from the kernel, shared by all threads. The discovery thread's
+/// [`NetworkWatcher`](super::NetworkWatcher) keeps them up to date.
 pub struct Networks {
     policy: NetworkPolicy,
     latest: RwLock<Arc<LanNetworks>>,
@@ -16,8 +16,9 @@ pub struct Networks {
 }
 
 impl Networks {
-    /// Reads the addresses of this machine. If the kernel does not list them, the reason is logged
-    /// and there are none: then no address is LAN, and nothing is shared with the LAN.
+    /// Reads the addresses of this machine. On an error it logs the reason and continues without
+    /// addresses: then no address is LAN and nothing is shared with the LAN. Blocks as long as
+    /// [`interfaces::read`].
     pub fn read(policy: NetworkPolicy) -> Self {
         let interfaces = interfaces::read().unwrap_or_else(|e| {
             log::error!("network interfaces: {e}");
@@ -26,7 +27,7 @@ impl Networks {
         Self::new(policy, interfaces)
     }
 
-    /// Networks from a given list of addresses.
+    /// Creates the networks from a given list of addresses.
     pub fn new(policy: NetworkPolicy, interfaces: Vec<Interface>) -> Self {
         let networks = Arc::new(LanNetworks::new(policy.clone(), interfaces));
         Networks { policy, latest: RwLock::new(networks), changes: AtomicU64::new(0) }
@@ -37,8 +38,9 @@ impl Networks {
         self.latest.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Takes what was read again; true if the interfaces in use, or their addresses, are others
-    /// than before. Containers come and go on excluded interfaces.
+    /// Replaces the addresses of this machine. Returns whether the interfaces in use or their
+    /// addresses changed. Changes of excluded interfaces do not count, because containers cause
+    /// many of them.
     pub fn replace(&self, interfaces: Vec<Interface>) -> bool {
         let before = self.current();
         if before.interfaces() == interfaces {
@@ -65,7 +67,7 @@ impl Networks {
         self.current().is_lan(address)
     }
 
-    /// Whether `ip` is an address of this machine, on whatever interface.
+    /// Whether `ip` is an address of this machine, on any interface, or a loopback address.
     pub fn is_own(&self, ip: IpAddr) -> bool {
         self.current().is_own(ip)
     }
@@ -76,7 +78,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_change_is_seen_and_an_equal_reading_is_none() {
+    fn replace_with_equal_addresses_is_no_change() {
         let eth0 = Interface {
             name: "eth0".into(),
             index: 2,

@@ -1,12 +1,12 @@
-//! The user's choice of networks: `--lan` and `--interface`.
+//! The user's network policy: `--lan` and `--interface`.
 
 use super::cidr::Cidr;
 use crate::fnmatch::Pattern;
 use std::net::IpAddr;
 use std::str::FromStr;
 
-/// Interfaces of containers and virtual machines, which are excluded unless `--interface` names
-/// them.
+/// Patterns of interfaces of containers and virtual machines. These interfaces are excluded unless
+/// `--interface` names them.
 const EXCLUDED_BY_DEFAULT: [&str; 10] = [
     "docker*",  // Docker
     "br-*",     // Docker, one for each network
@@ -20,23 +20,24 @@ const EXCLUDED_BY_DEFAULT: [&str; 10] = [
     "vboxnet*", // VirtualBox
 ];
 
-/// Longest name of an interface in bytes: `IFNAMSIZ` of the kernel without the terminating zero.
+/// Maximum length of an interface name in bytes: the kernel's `IFNAMSIZ` without the terminating
+/// zero.
 const MAX_INTERFACE_NAME: usize = 15;
 
-/// Which addresses and which interfaces belong to the LAN, as `--lan` and `--interface` say.
-/// Interfaces and addresses are chosen independently of each other: both have to be allowed.
+/// Which addresses and which interfaces belong to the LAN, by `--lan` and `--interface`. An address
+/// is on the LAN only if both its range and its interface are allowed.
 #[derive(Debug, Clone, Default)]
 pub struct NetworkPolicy {
-    /// Networks that are LAN whatever their range. Defaults to none.
+    /// Networks that are LAN even if their addresses are public. Empty by default.
     pub lan: Vec<LanRange>,
-    /// Which interfaces are used. Defaults to all but those of containers and virtual machines.
+    /// Which interfaces are used. If empty, all except those of containers and virtual machines.
     pub interfaces: Vec<InterfacePattern>,
 }
 
 impl NetworkPolicy {
-    /// Whether addresses of the interface called `name` are used. A pattern that excludes it
-    /// decides first. If there are patterns that include, one of them has to match; otherwise
-    /// every interface is used but those of containers and virtual machines.
+    /// Whether the interface `name` is used. It is not if an excluding pattern matches. Otherwise,
+    /// if there are including patterns, one of them must match. Without any, all interfaces are
+    /// used except those of containers and virtual machines.
     pub fn allows_interface(&self, name: &str) -> bool {
         let all = self.interfaces.iter();
         let (excluding, including): (Vec<_>, Vec<_>) = all.partition(|i| i.excludes);
@@ -50,8 +51,8 @@ impl NetworkPolicy {
         }
     }
 
-    /// Whether `ip` is in a range of addresses that is LAN where an allowed interface is connected
-    /// to it: private, IPv6 unique local, link-local, or in a network of `--lan`.
+    /// Whether `ip` is in an allowed range: private, IPv6 unique local, link-local, or in a network
+    /// of `--lan`. The address is LAN only if an allowed interface is connected to that range.
     pub fn allows_address(&self, ip: IpAddr) -> bool {
         is_private(ip) || self.is_named(ip)
     }
@@ -74,7 +75,7 @@ fn is_private(ip: IpAddr) -> bool {
     }
 }
 
-/// A network of `--lan`.
+/// A network that `--lan` names.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LanRange(Cidr);
 
@@ -88,9 +89,9 @@ impl LanRange {
 impl FromStr for LanRange {
     type Err = String;
 
-    /// # Errors
-    /// What [`Cidr`] does not take, and networks that cannot be a LAN: all addresses, loopback,
-    /// multicast, and IPv6 link-local ones, which interfaces decide.
+    /// The text is no valid [`Cidr`], or a network that cannot be a LAN: all addresses, loopback,
+    /// multicast, IPv4-mapped IPv6 addresses, or link-local IPv6 addresses, which `--interface`
+    /// selects.
     fn from_str(text: &str) -> Result<Self, String> {
         let cidr: Cidr = text.parse()?;
         let error = match cidr.address() {
@@ -107,8 +108,8 @@ impl FromStr for LanRange {
     }
 }
 
-/// A pattern of `--interface`: a name in which `*` and `?` are wildcards, with a `!` in front of
-/// it to exclude what it matches.
+/// A pattern of `--interface`: a name in which `*` and `?` are wildcards. A leading `!` excludes
+/// the interfaces that it matches.
 #[derive(Debug, Clone)]
 pub struct InterfacePattern {
     pattern: Pattern,
@@ -118,8 +119,7 @@ pub struct InterfacePattern {
 impl FromStr for InterfacePattern {
     type Err = String;
 
-    /// # Errors
-    /// Text that matches no name an interface can have, and the character sets of shell patterns.
+    /// The text matches no valid interface name, or contains character sets of shell patterns.
     fn from_str(text: &str) -> Result<Self, String> {
         let (excludes, pattern) = match text.strip_prefix('!') {
             Some(pattern) => (true, pattern),
@@ -177,19 +177,19 @@ mod tests {
     }
 
     #[test]
-    fn named_interfaces_are_the_only_ones() {
+    fn interface_patterns_select_interfaces() {
         for (patterns, allowed, denied) in [
             (&["eth0"][..], &["eth0"][..], &["eth1", "eth01", "wlan0", "docker0"][..]),
             (&["e*", "wlan?"], &["eth0", "enp3s0", "wlan0"], &["wlan10", "wlan", "docker0"]),
-            // A pattern that includes decides alone: the default exclusion does not apply.
+            // With an including pattern, the default exclusion does not apply.
             (&["docker0"], &["docker0"], &["docker1", "eth0"]),
             (&["*"], &["eth0", "docker0", "virbr0"], &[]),
             (&["br-*", "eth0"], &["br-lan", "eth0"], &["docker0"]),
-            // What excludes decides first, whatever the order.
+            // Excluding patterns apply first, in any order.
             (&["!eth1", "eth*"], &["eth0"], &["eth1", "wlan0"]),
             (&["*", "!docker*"], &["eth0", "virbr0"], &["docker0"]),
             (&["docker0", "!docker0"], &[], &["docker0", "eth0"]),
-            // Exclusion alone takes from the default.
+            // Excluding patterns alone add to the default exclusion.
             (&["!wlan*"], &["eth0", "wg0"], &["wlan0", "docker0", "virbr0"]),
         ] {
             let policy = policy(&[], patterns);
@@ -203,7 +203,7 @@ mod tests {
     }
 
     #[test]
-    fn addresses_are_private_or_named() {
+    fn private_and_named_addresses_are_allowed() {
         let policy = policy(&["100.64.0.0/10", "2001:db8:1::/48"], &[]);
         for ip in [
             "10.0.0.1",
@@ -225,7 +225,7 @@ mod tests {
     }
 
     #[test]
-    fn a_range_that_is_no_lan_is_refused() {
+    fn range_that_cannot_be_a_lan_is_refused() {
         for (text, names) in [
             ("0.0.0.0/0", "--mode wan"),
             ("::/0", "--mode wan"),
@@ -246,7 +246,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pattern_that_can_match_no_interface_is_refused() {
+    fn pattern_that_matches_no_valid_name_is_refused() {
         for (text, names) in [
             ("", "no name"),
             ("!", "no name"),

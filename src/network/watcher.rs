@@ -1,4 +1,5 @@
-//! Keeps [`Networks`] up to date: the kernel reports when interfaces or addresses change.
+//! Keeps [`Networks`] up to date. The kernel reports changes of interfaces and addresses on a
+//! netlink socket; without that socket the addresses are polled.
 
 use super::interfaces::{self, Interface};
 use super::netlink;
@@ -10,33 +11,32 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// A socket on which the kernel reports changes of interfaces and addresses.
+/// A netlink socket on which the kernel reports changes of interfaces and addresses.
 pub struct ChangeMonitor {
     socket: OwnedFd,
 }
 
-/// `RTMGRP_LINK | RTMGRP_IPV4_IFADDR | RTMGRP_IPV6_IFADDR`.
+/// Bit mask `RTMGRP_LINK | RTMGRP_IPV4_IFADDR | RTMGRP_IPV6_IFADDR` of rtnetlink(7).
 const GROUPS: u32 = 0x1 | 0x10 | 0x100;
 
-/// Most datagrams that one call of [`ChangeMonitor::drain`] reads. If there are more, the socket
-/// stays readable.
+/// Maximum number of datagrams that one call of [`ChangeMonitor::drain`] reads. At the bound the
+/// socket stays readable.
 const MAX_DATAGRAMS: usize = 1024;
 
 impl ChangeMonitor {
-    /// Changes from now on are reported.
+    /// Opens the socket. The kernel reports changes from then on.
     ///
     /// # Errors
-    /// No netlink socket is allowed (in a unit, by `RestrictAddressFamilies=`), or no descriptor
-    /// is left.
+    /// No netlink socket is allowed (in a systemd unit, by `RestrictAddressFamilies=`), or no file
+    /// descriptor is left.
     pub fn open() -> io::Result<Self> {
         Ok(ChangeMonitor { socket: netlink::open(GROUPS)? })
     }
 
-    /// Reads what the kernel has reported, without waiting; true if an interface or address may
-    /// have changed since the last call. Reports that were lost because they were not read in time
-    /// count as a change.
+    /// Reads the reports so far, without blocking. Returns whether an interface or an address may
+    /// have changed since the last call. Reports that were lost, and errors, count as a change.
     pub fn drain(&self) -> bool {
-        // Enough for the header of a message, which says its kind.
+        // The header of a message, which holds its type, fits.
         let mut buffer = [0; 4096];
         let mut has_changed = false;
         for _ in 0..MAX_DATAGRAMS {
@@ -66,29 +66,29 @@ fn reports_change(datagram: &[u8]) -> bool {
     netlink::messages(datagram).any(|message| kinds.contains(&message.kind))
 }
 
-/// Interval between readings when the kernel reports no changes to this process.
+/// Interval between two readings of the addresses without a [`ChangeMonitor`].
 pub const POLL_INTERVAL: Duration = Duration::from_secs(30);
 
-/// Least time between two readings that are due because something could not be sent or because
-/// reading failed.
+/// Minimum interval between two readings that a failed send or a failed reading causes.
 pub const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Reads the addresses of this machine again when the kernel reports a change.
 ///
-/// Without a [`ChangeMonitor`] they are read again after a datagram could not be sent, at most
-/// once in [`RETRY_INTERVAL`], and otherwise every [`POLL_INTERVAL`].
+/// Without a [`ChangeMonitor`] it reads them every [`POLL_INTERVAL`], and after a failed send, at
+/// most once in [`RETRY_INTERVAL`].
 pub struct NetworkWatcher {
     networks: Arc<Networks>,
     monitor: Option<ChangeMonitor>,
     last_read: Instant,
-    /// When they are read again even if nothing is reported.
+    /// When the addresses are read again even if the kernel reports nothing.
     next_read: Option<Instant>,
     is_failing: bool,
 }
 
 impl NetworkWatcher {
-    /// Starts to watch, and reads the addresses once: a change between their first reading and now
-    /// is not reported. That no monitor can be opened is logged.
+    /// Opens a [`ChangeMonitor`] and reads the addresses once, because a change between their first
+    /// reading and now is not reported. If no monitor can be opened, it logs a warning and polls.
+    /// Blocks as long as [`interfaces::read`].
     pub fn new(networks: Arc<Networks>, now: Instant) -> Self {
         let monitor = ChangeMonitor::open().inspect_err(|e| {
             let pause = POLL_INTERVAL.as_secs();
@@ -105,18 +105,21 @@ impl NetworkWatcher {
         watcher
     }
 
-    /// Readable when [`NetworkWatcher::update`] has something to read; `None` without a monitor.
+    /// File descriptor that is readable when [`NetworkWatcher::update`] has reports to read. `None`
+    /// without a monitor.
     pub fn as_fd(&self) -> Option<BorrowedFd<'_>> {
         self.monitor.as_ref().map(AsFd::as_fd)
     }
 
-    /// When [`NetworkWatcher::update`] has to be called even if nothing is reported.
+    /// When [`NetworkWatcher::update`] must be called even if the kernel reports nothing.
     pub fn next_due(&self) -> Option<Instant> {
         self.next_read
     }
 
-    /// Reads the addresses again if there is a reason to; true if they are others than before.
-    /// `send_failed` says that a datagram could not be sent since the last call.
+    /// Reads the addresses again if there is a reason to. Returns whether the interfaces in use or
+    /// their addresses changed. `send_failed` tells whether a send failed since the last call.
+    /// Blocks as long as [`interfaces::read`], if it reads. On an error it logs the first one and
+    /// keeps the old addresses.
     pub fn update(&mut self, send_failed: bool, now: Instant) -> bool {
         let is_reported = self.monitor.as_ref().is_some_and(ChangeMonitor::drain);
         let is_due = is_reported || self.is_due(send_failed, now);
@@ -173,7 +176,7 @@ mod tests {
     }
 
     #[test]
-    fn only_changes_of_interfaces_and_addresses_are_news() {
+    fn only_interface_and_address_messages_report_a_change() {
         let header = |kind: u16| [&16u32.to_ne_bytes()[..], &kind.to_ne_bytes(), &[0; 10]].concat();
         for (kind, expected) in [(16, true), (17, true), (20, true), (21, true), (24, false)] {
             assert_eq!(reports_change(&header(kind)), expected, "{kind}");
@@ -184,14 +187,14 @@ mod tests {
     }
 
     #[test]
-    fn a_new_monitor_has_nothing_to_report() {
-        // Other interfaces of the machine may change meanwhile, but not every time.
+    fn new_monitor_reports_no_change() {
+        // Other interfaces may change meanwhile, but not each of 100 times.
         let is_silent = || !ChangeMonitor::open().unwrap().drain();
         assert!((0..100).any(|_| is_silent()));
     }
 
     #[test]
-    fn a_change_is_returned_once() {
+    fn changed_addresses_are_reported_once() {
         let now = Instant::now();
         let mut watcher = watcher(None, now);
         assert!(watcher.take(Ok(vec![eth0()]), now));
@@ -200,7 +203,7 @@ mod tests {
     }
 
     #[test]
-    fn without_a_monitor_the_interfaces_are_polled() {
+    fn addresses_without_a_monitor_are_polled() {
         let now = Instant::now();
         let mut watcher = watcher(None, now);
         watcher.take(Ok(Vec::new()), now);
@@ -214,7 +217,7 @@ mod tests {
     }
 
     #[test]
-    fn with_a_monitor_only_a_failed_reading_is_due_again() {
+    fn failed_reading_with_a_monitor_is_retried() {
         let now = Instant::now();
         let mut watcher = watcher(Some(ChangeMonitor::open().unwrap()), now);
         watcher.take(Ok(vec![eth0()]), now);

@@ -1,5 +1,6 @@
-//! Content addresses: paths whose name follows from their contents, so that they need no signature
-//! (Nix manual, "Content-addressing store objects" and "Store path specification").
+//! Content addresses: the name of a content-addressed path follows from its contents, so the path
+//! needs no signature (Nix manual, "Content-addressing store objects" and "Store path
+//! specification").
 
 use super::{HashPart, Malformed, PathInfo, StoreDir, StorePath, nix32};
 use data_encoding::HEXLOWER;
@@ -19,12 +20,12 @@ enum ContentMethod {
     Text,
     Flat,
     Recursive,
-    /// The hash of a Git tree. Nix reads it since 2.22, if `git-hashing` is enabled.
+    /// The hash of a Git tree. Nix 2.22 and later read it if `git-hashing` is enabled.
     Git,
 }
 
 impl ContentMethod {
-    /// What stands between `fixed:` and the algorithm.
+    /// Returns the text between `fixed:` and the algorithm.
     fn prefix(self) -> &'static str {
         match self {
             ContentMethod::Text | ContentMethod::Flat => "",
@@ -67,7 +68,8 @@ impl<'a> ContentAddress<'a> {
         Ok(ContentAddress { method, algorithm, digest })
     }
 
-    /// The hash part of the path called `path.name()` with this content and these references.
+    /// Computes the hash part of the path that has the name of `path`, this content and these
+    /// references. `None` if the method does not permit references.
     fn hash_part(
         &self,
         path: &StorePath,
@@ -80,7 +82,7 @@ impl<'a> ContentAddress<'a> {
                 HEXLOWER.encode(&self.digest),
             ),
             (ContentMethod::Recursive, "sha256") => {
-                // A path's own hash part cannot go into its computation.
+                // The path's own hash part is not known yet; Nix writes `:self` for it.
                 let mut kind =
                     with_references("source", references.iter().filter(|r| *r != path), store_dir);
                 if references.contains(path) {
@@ -88,7 +90,7 @@ impl<'a> ContentAddress<'a> {
                 }
                 (kind, HEXLOWER.encode(&self.digest))
             }
-            // The older way has no place for references.
+            // The `fixed:out` form has no field for references.
             (_, _) if !references.is_empty() => return None,
             (method, algorithm) => {
                 let prefix = method.prefix();
@@ -101,7 +103,7 @@ impl<'a> ContentAddress<'a> {
             }
         };
         let outer = format!("{kind}:sha256:{inner}:{}:{}", store_dir.as_str(), path.name());
-        // 32 bytes folded into the 20 that 32 Nix32 digits hold.
+        // Nix XORs the 32 bytes of the digest into 20, which 32 Nix32 digits encode.
         let mut folded = [0; 20];
         for (i, byte) in digest(&SHA256, outer.as_bytes()).as_ref().iter().enumerate() {
             folded[i % 20] ^= byte;
@@ -123,8 +125,9 @@ fn with_references<'a>(
     text
 }
 
-/// Whether the path is what its `ca`, name and references make it, which is what Nix asks instead
-/// of a signature. Says nothing of the NAR: Nix hashes that itself when it arrives.
+/// Returns whether the hash part of `info.path` follows from its `ca`, name and references. Nix
+/// accepts such a path without a signature. The NAR itself is not checked; Nix hashes it on
+/// arrival.
 pub fn is_content_addressed(info: &PathInfo, store_dir: &StoreDir) -> bool {
     let Some(Ok(ca)) = info.ca.as_deref().map(ContentAddress::parse) else {
         return false;
@@ -132,8 +135,8 @@ pub fn is_content_addressed(info: &PathInfo, store_dir: &StoreDir) -> bool {
     ca.hash_part(&info.path, &info.references, store_dir) == Some(info.path.hash_part())
 }
 
-/// Whether every supported version of Nix reads this content address. To others than these, Nix 2.8
-/// and 2.26 fail the whole build, also if another substituter has the path.
+/// Returns whether every supported version of Nix can read this content address. Nix 2.8 and 2.26
+/// fail the whole build over one that they cannot read, even if another substituter has the path.
 pub fn is_known_to_every_nix(ca: &str) -> bool {
     ContentAddress::parse(ca)
         .is_ok_and(|ca| ca.method != ContentMethod::Git && ca.algorithm != "blake3")
@@ -145,7 +148,7 @@ mod tests {
     use crate::nix::golden;
 
     #[test]
-    fn every_path_that_nix_addressed_by_content() {
+    fn content_addressed_paths_of_nix_are_recognized() {
         let dir = golden::store_dir();
         let mut forms = std::collections::BTreeSet::new();
         for narinfo in golden::narinfos() {
@@ -176,7 +179,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_may_differ() {
+    fn changed_field_is_not_content_addressed() {
         let dir = golden::store_dir();
         let other = golden::narinfo("z4asv3j07d89ywjf8fxkn7sg6mf5s9q5").info.path;
         for narinfo in golden::narinfos().into_iter().filter(|n| n.info.ca.is_some()) {
@@ -206,7 +209,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_content_address_is_refused() {
+    fn malformed_content_address_is_refused() {
         let zeros = |n| "0".repeat(n);
         for (form, digits) in
             [("text:sha256", 52), ("fixed:sha1", 32), ("fixed:r:md5", 26), ("fixed:sha512", 103)]

@@ -1,59 +1,60 @@
-//! Checks the framing of a NAR that passes through. Nix unpacks a NAR as root while it arrives,
-//! before it knows the hash, so what Nix would stumble over, or older Nix does not look at, is to
-//! be found on the way.
+//! Streaming check of a NAR's framing (Nix manual, "Nix Archive (NAR) format"). Nix unpacks a NAR
+//! as root while it arrives, before it knows the hash. The proxy therefore refuses, on the way,
+//! everything that Nix fails on and everything that older versions of Nix do not check.
 
 use super::nar::{
     CLOSE, MAGIC, MAX_NAME_LEN, MAX_PATH_LEN, MAX_TARGET_LEN, padded, padding, tokens,
 };
 use super::{Malformed, NarInfo};
 
-/// A NAR's framing, checked piece by piece as the bytes come.
+/// Checks a NAR's framing piece by piece as the bytes arrive.
 ///
-/// Bytes for which [`push`](Self::push) has returned `Ok` may be passed on: every name, target and
-/// size has been judged by the time its last byte is in. Holds at most one split piece (4 KiB) and
-/// one name for each directory that was open at a time (2,047 of 24 bytes and its name).
+/// Bytes for which [`push`](Self::push) returned `Ok` may be forwarded: every name, target and size
+/// is checked when its last byte arrives. Memory is bounded: one incomplete piece (4,112 bytes),
+/// and one name of at most 255 bytes for each of at most 2,048 levels of directories.
 #[derive(Debug)]
 pub struct Framing {
     state: FramingState,
-    /// Bytes that may still come.
+    /// Bytes of the announced size that have not arrived.
     left: u64,
-    /// The beginning of a piece whose rest is still to come.
+    /// The beginning of a piece that has not arrived whole.
     carry: Vec<u8>,
-    /// For each open directory its newest entry's name. Deeper ones are kept for their memory.
+    /// Name of the newest entry of each open directory. Entries beyond `depth` are kept to reuse
+    /// their buffers.
     names: Vec<Vec<u8>>,
-    /// Directories that are open.
+    /// Number of open directories.
     depth: usize,
-    /// Bytes in the path of the current entry, each name with a slash before it.
+    /// Bytes in the path of the current entry, including a slash before each name.
     path_len: usize,
 }
 
-/// The piece that must come next. Pieces join what always comes together, for speed.
+/// The piece that must come next. For speed, tokens that always come together form one piece.
 #[derive(Debug, Clone, Copy)]
 enum FramingState {
     /// Magic and the root's `(` `type`.
     Root,
     /// `regular`, `symlink`, or the first 16 of the 24 bytes of `directory`.
     Type,
-    /// The rest of `directory`.
+    /// The last 8 of the 24 bytes of `directory`.
     DirectoryType,
     /// `contents` and the size, or the first 24 of the 32 bytes of `executable` and its empty
     /// value.
     Contents,
-    /// The rest of these, `contents` and the size.
+    /// The last 8 bytes of `executable` and its empty value, `contents` and the size.
     ExecutableContents,
-    /// So many bytes of a file, at least one.
+    /// Remaining bytes of a file's contents, at least one, and the padding after them.
     Data(u64, &'static [u8]),
     /// The padding after a file's contents and the `)` of the node.
     RegularClose(&'static [u8]),
     /// `target` and its length.
     TargetLen,
-    /// The target of so many bytes, its padding and the `)` of the node.
+    /// A target of this many bytes, its padding and the `)` of the node.
     Target(usize),
-    /// `entry`, or `)`.
+    /// `entry`, or the `)` of the directory.
     Entry,
     /// `(` `name` and the name's length.
     NameLen,
-    /// The name of so many bytes and its padding.
+    /// A name of this many bytes and its padding.
     Name(usize),
     /// `node` and its `(` `type`.
     Node,
@@ -74,7 +75,7 @@ const ENTRY: [u8; 16] = tokens(&["entry"]);
 const NAME: [u8; 32] = tokens(&["(", "name"]);
 const NODE: [u8; 48] = tokens(&["node", "(", "type"]);
 
-/// The bytes of a length.
+/// Bytes of a length field.
 const LENGTH: usize = 8;
 
 const fn malformed(why: &'static str) -> Malformed {
@@ -84,13 +85,13 @@ const fn malformed(why: &'static str) -> Malformed {
 const UNEXPECTED: Malformed = malformed("another token than must come here");
 
 impl Framing {
-    /// Begins a NAR of at most [`NarInfo::MAX_NAR_SIZE`] bytes.
+    /// Begins a NAR of at most [`NarInfo::MAX_NAR_SIZE`] bytes (16 TiB).
     pub fn new() -> Self {
         Self::with_nar_size(NarInfo::MAX_NAR_SIZE)
     }
 
-    /// Begins a NAR of at most `nar_size` bytes: files that would not fit in are refused when their
-    /// size comes, before Nix sets room aside for them.
+    /// Begins a NAR of at most `nar_size` bytes. A file that exceeds the remaining bytes is refused
+    /// when its size arrives, before Nix allocates space for it.
     pub fn with_nar_size(nar_size: u64) -> Self {
         Framing {
             state: FramingState::Root,
@@ -102,10 +103,11 @@ impl Framing {
         }
     }
 
-    /// Takes the next bytes, however they are split.
+    /// Checks the next bytes. They may be split anywhere.
     ///
     /// # Errors
-    /// The bytes so far do not begin a NAR as Nix writes them. From then on every call fails.
+    /// The bytes so far are not the beginning of a NAR as Nix writes it, or exceed the size given
+    /// at construction. After an error every call with at least one byte fails.
     pub fn push(&mut self, bytes: &[u8]) -> Result<(), Malformed> {
         let checked = self.check(bytes);
         if let Err(why) = checked {
@@ -114,7 +116,7 @@ impl Framing {
         checked
     }
 
-    /// Whether the NAR has come to its end.
+    /// Returns whether the whole NAR has arrived.
     pub fn is_complete(&self) -> bool {
         matches!(self.state, FramingState::Complete)
     }
@@ -168,7 +170,7 @@ impl Framing {
         Ok(())
     }
 
-    /// What follows `piece`, the whole of what `self.state` asks for.
+    /// Checks `piece`, the complete piece that `self.state` requires, and returns the next state.
     fn next(&mut self, piece: &[u8]) -> Result<FramingState, Malformed> {
         match self.state {
             FramingState::Root if piece == ROOT => Ok(FramingState::Type),
@@ -227,7 +229,7 @@ impl Framing {
                 if name == b"." || name == b".." || name.iter().any(|b| matches!(b, b'/' | 0)) {
                     return Err(malformed("name is a dot directory or has a slash or a NUL"));
                 }
-                // Not compared by Nix 2.8, so it is on us.
+                // Nix 2.8 does not check the order of names.
                 let before = &mut self.names[self.depth - 1];
                 if name <= before.as_slice() {
                     return Err(malformed("names not in ascending order"));
@@ -251,7 +253,8 @@ impl Framing {
 
     fn data(&self, size: &[u8]) -> Result<FramingState, Malformed> {
         let size = number(size);
-        // No overflow: what is left is at most 16 TiB, or what the caller announced.
+        // `padded` cannot overflow: at least 80 bytes have arrived, so `left` is far enough below
+        // 2^64.
         if size > self.left || padded(size) > self.left {
             return Err(malformed("a file larger than what is left of it"));
         }
@@ -309,7 +312,7 @@ mod tests {
     }
 
     #[test]
-    fn takes_what_nix_wrote_however_it_is_split() {
+    fn nar_of_nix_is_accepted_in_any_split() {
         let nar = golden::TREE_NAR;
         for at in 0..=nar.len() {
             let mut framing = Framing::with_nar_size(nar.len() as u64);
@@ -332,8 +335,8 @@ mod tests {
     }
 
     #[test]
-    fn every_changed_bit_of_the_frame_is_found() {
-        // Eight bytes, as fewer could become more at the cost of their padding.
+    fn flipped_bit_of_framing_is_refused() {
+        // Eight bytes: shorter contents could grow into their padding by a changed size.
         let contents = b"XXXXXXXX";
         let root = directory(vec![
             (b"a", Node::Regular(true, contents.to_vec())),
@@ -342,7 +345,7 @@ mod tests {
             (b"d", Node::Symlink(b"t".to_vec())),
         ]);
         let nar = write_nar(&root);
-        // Contents, and the names and the target, which are one letter each after its length.
+        // Contents, and the names and the target: one letter each after its length.
         let may_change = |at: usize| {
             nar[at] == b'X'
                 || nar[at].is_ascii_lowercase() && nar[at - 8..at] == [1, 0, 0, 0, 0, 0, 0, 0]
@@ -363,7 +366,7 @@ mod tests {
     }
 
     #[test]
-    fn names() {
+    fn illegal_name_is_refused() {
         const BAD: Result<bool, &str> = Err("name is a dot directory or has a slash or a NUL");
         const LEN: Result<bool, &str> = Err("name empty or longer than 255 bytes");
         for name in [&b"."[..], b"..", b"/", b"a/b", b"../x", b"a\0b", b"\0", b"a\0"] {
@@ -377,7 +380,7 @@ mod tests {
     }
 
     #[test]
-    fn order() {
+    fn unsorted_or_repeated_name_is_refused() {
         for (first, second, good) in [
             (&b"a"[..], &b"b"[..], true),
             (b"a", b"a", false),
@@ -399,13 +402,13 @@ mod tests {
             check(&write_nar(&directory(three.into()))),
             Err("names not in ascending order")
         );
-        // What a directory held says nothing of its neighbour or of the directory around it.
+        // The order is checked per directory, independently of its parent and siblings.
         let inner = || directory(vec![(b"z", regular(b""))]);
         assert_eq!(check(&write_nar(&directory(vec![(b"a", inner()), (b"b", inner())]))), Ok(true));
     }
 
     #[test]
-    fn symlink_targets() {
+    fn illegal_symlink_target_is_refused() {
         assert_eq!(check(&symlink(b"/a/../b c")), Ok(true));
         assert_eq!(check(&symlink(&[b't'; 4095])), Ok(true));
         let len = Err("symlink target empty or longer than 4095 bytes");
@@ -415,9 +418,9 @@ mod tests {
     }
 
     #[test]
-    fn depth_is_bounded_by_the_path() {
+    fn path_over_4095_bytes_is_refused() {
         const TOO_LONG: Result<bool, &str> = Err("a path longer than 4095 bytes");
-        // Written from the inside out would copy the NAR once for each level.
+        // Written from the outside in: `write_nar` would copy the NAR once for each level.
         let nested = |name: &[u8], around: usize| {
             let mut nar = MAGIC.to_vec();
             for _ in 0..around {
@@ -435,7 +438,7 @@ mod tests {
         assert_eq!(check(&nested(&[b'd'; 255], 16)), TOO_LONG);
         let mut framing = Framing::new();
         assert!(framing.push(&nested(b"d", 2048)).unwrap_err().is_unsupported);
-        // What was left again does not count.
+        // Directories that were closed do not count.
         let long = |first: u8| [&[first][..], &[b'n'; 254]].concat();
         let inner =
             || Node::Directory((b'a'..=b'z').map(|first| (long(first), regular(b""))).collect());
@@ -444,7 +447,7 @@ mod tests {
     }
 
     #[test]
-    fn padding_must_be_zero() {
+    fn nonzero_padding_is_refused() {
         for (nar, text) in
             [(named(b"name"), &b"name\0\0\0\0"[..]), (symlink(b"tar"), b"tar\0\0\0\0\0")]
         {
@@ -462,7 +465,7 @@ mod tests {
     }
 
     #[test]
-    fn sizes() {
+    fn file_larger_than_rest_is_refused() {
         let nar = write_nar(&regular(b"12345"));
         let size = nar.len() - CLOSE.len() - 16;
         for huge in [u64::MAX, u64::MAX - 7, 1 << 63, NarInfo::MAX_NAR_SIZE] {
@@ -480,7 +483,7 @@ mod tests {
     }
 
     #[test]
-    fn tokens_in_another_order() {
+    fn unexpected_token_is_refused() {
         let cases: &[&[&str]] = &[
             &["nix-archive-2", "(", "type", "regular"],
             &["nix-archive-1", "(", "type", "device", "", ")"],
@@ -528,7 +531,7 @@ mod tests {
     }
 
     #[test]
-    fn a_failure_lasts() {
+    fn failure_is_permanent() {
         let mut framing = Framing::new();
         let why = framing.push(&[0; 56]).unwrap_err();
         assert_eq!(why, malformed("does not begin as one"));

@@ -1,10 +1,13 @@
-//! What Nix 2.8.0 wrote, for the tests of these formats.
+//! Test data that Nix 2.8.0 wrote.
 //!
-//! `narinfos`: `nix copy --to file://…?compression=none` (the last one: bzip2) of paths made by
-//! `nix-store --add`, `--add-fixed` with each algorithm, `builtins.toFile`, two builds, `nix store
-//! make-content-addressed` of these, some signed by `nix store sign -k secret-key`. `tree.nar`:
-//! `nix-store --dump`. `tree.ls`: `write-nar-listing=true`. The key pair is of `nix-store
-//! --generate-binary-cache-key` and signs nothing else.
+//! * `narinfos`: output of `nix copy --to file://…?compression=none` (the last one: bzip2) for
+//!   paths made by `nix-store --add`, `--add-fixed` with each algorithm, `builtins.toFile`, two
+//!   builds, and `nix store make-content-addressed` of these. Some are signed by `nix store sign -k
+//!   secret-key`.
+//! * `tree.nar`: output of `nix-store --dump`.
+//! * `tree.ls`: output of `write-nar-listing=true`.
+//! * `secret-key` and `public-key`: made by `nix-store --generate-binary-cache-key`, used in tests
+//!   only.
 
 use super::{NarInfo, StoreDir, nar};
 
@@ -34,10 +37,10 @@ pub fn narinfo(hash_part: &str) -> NarInfo {
 }
 
 pub enum Node {
-    /// Executable, contents.
+    /// Whether it is executable, and its contents.
     Regular(bool, Vec<u8>),
     Symlink(Vec<u8>),
-    /// In order.
+    /// Entries in the order of their names' bytes.
     Directory(Vec<(Vec<u8>, Node)>),
 }
 
@@ -49,7 +52,7 @@ pub fn regular(contents: &[u8]) -> Node {
     Node::Regular(false, contents.to_vec())
 }
 
-/// The tree of `tree.nar` and `tree.ls`.
+/// The tree that `tree.nar` and `tree.ls` describe.
 pub fn tree() -> Node {
     let lens =
         (1..10).map(|n: u8| (format!("len{n}").into_bytes(), regular(&(0..n).collect::<Vec<_>>())));
@@ -85,7 +88,7 @@ pub fn tree() -> Node {
     ])
 }
 
-/// A NAR, by the functions of [`nar`].
+/// Writes a NAR with the functions of [`nar`].
 pub fn write_nar(root: &Node) -> Vec<u8> {
     fn write(out: &mut Vec<u8>, node: &Node) {
         match node {

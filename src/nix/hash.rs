@@ -1,10 +1,11 @@
-//! SHA-256 hashes as Nix writes them (Nix manual, "nix-hash" and "Content-addressing").
+//! SHA-256 hashes of NARs in the notations of Nix (Nix manual, "nix-hash" and
+//! "Content-addressing").
 
 use super::{Malformed, nix32};
 use data_encoding::{BASE64, HEXLOWER_PERMISSIVE};
 use std::fmt;
 
-/// The SHA-256 of a NAR. `Display` gives `sha256:<Nix32>`, as narinfos and fingerprints have it.
+/// The SHA-256 of a NAR. `Display` writes `sha256:<Nix32>`, as in narinfos and fingerprints.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct NarHash([u8; 32]);
 
@@ -12,21 +13,21 @@ const WHAT: &str = "NAR hash";
 const NIX32_LEN: usize = 52;
 
 impl NarHash {
-    /// From the 32 bytes of the digest.
+    /// Wraps the 32 bytes of the digest.
     pub fn from_bytes(digest: [u8; 32]) -> Self {
         NarHash(digest)
     }
 
-    /// The 32 bytes of the digest.
+    /// Returns the 32 bytes of the digest.
     pub fn as_bytes(&self) -> &[u8; 32] {
         &self.0
     }
 
-    /// Reads `sha256:<Nix32>` (narinfo), `sha256:<hex>` (Nix's database) or `sha256-<base64>`
+    /// Parses `sha256:<Nix32>` (narinfo), `sha256:<hex>` (Nix's database) or `sha256-<base64>`
     /// (SRI).
     ///
     /// # Errors
-    /// Another algorithm, or digits of another length or alphabet.
+    /// Another algorithm (unsupported), or digits of a wrong length or alphabet.
     pub fn parse(text: &str) -> Result<Self, Malformed> {
         if let Some(base64) = text.strip_prefix("sha256-") {
             let bytes =
@@ -48,10 +49,10 @@ impl NarHash {
         }
     }
 
-    /// Reads 52 Nix32 digits without a prefix, as in the NAR URLs of peerix.
+    /// Parses 52 Nix32 digits without a prefix, as in the NAR URLs of peerix.
     ///
     /// # Errors
-    /// Anything else.
+    /// The text is not 52 Nix32 digits, or they encode more than 256 bits.
     pub fn from_nix32(digits: &str) -> Result<Self, Malformed> {
         if digits.len() != NIX32_LEN {
             return Err(Malformed::new(WHAT, "not 52 Nix32 digits"));
@@ -59,7 +60,7 @@ impl NarHash {
         Self::from_slice(&nix32::decode(digits.as_bytes())?)
     }
 
-    /// The 52 Nix32 digits without a prefix.
+    /// Returns the 52 Nix32 digits without a prefix.
     pub fn to_nix32(self) -> String {
         nix32::encode(&self.0)
     }
@@ -85,14 +86,14 @@ impl fmt::Debug for NarHash {
 mod tests {
     use super::*;
 
-    // The three spellings of one hash, printed by `nix-hash --to-base32` and `nix hash to-sri` (Nix
+    // One hash in three notations, printed by `nix-hash --to-base32` and `nix hash to-sri` (Nix
     // 2.8).
     const NIX32: &str = "sha256:0mdqa9w1p6cmli6976v4wi0sw9r4p5prkj7lzfd1877wk11c9c73";
     const HEX: &str = "sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
     const SRI: &str = "sha256-47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU=";
 
     #[test]
-    fn all_spellings_are_the_same_hash() {
+    fn every_notation_parses_to_same_hash() {
         let hash = NarHash::parse(NIX32).unwrap();
         assert_eq!(NarHash::parse(HEX).unwrap(), hash);
         assert_eq!(NarHash::parse(&HEX.to_uppercase().replace("SHA256", "sha256")).unwrap(), hash);
@@ -102,7 +103,7 @@ mod tests {
     }
 
     #[test]
-    fn every_shortened_or_changed_spelling_is_refused() {
+    fn truncated_or_unknown_notation_is_refused() {
         for good in [NIX32, HEX, SRI] {
             for end in 0..good.len() {
                 assert!(NarHash::parse(&good[..end]).is_err(), "{}", &good[..end]);

@@ -1,44 +1,46 @@
-//! NAR listings, the `.ls` files of a binary cache: version 1, JSON, as Nix writes them (Nix
-//! manual, "NAR listing format"). Appended piece by piece by whoever walks the tree:
+//! NAR listings, the `.ls` files of a binary cache: JSON, version 1 (Nix manual, "NAR listing
+//! format"). The functions append to a buffer while the caller walks the tree:
 //!
-//! [`open`], one node, [`close`]. A node is [`regular`], [`symlink`], or [`directory_open`], for
-//! each entry in the order of the NAR [`entry`] and a node, and [`directory_close`].
+//! [`open`], one node, [`close`]. A node is [`regular`], [`symlink`], or a directory:
+//! [`directory_open`], then [`entry`] and a node for each entry in the order of the NAR, then
+//! [`directory_close`].
 //!
-//! JSON has no way to write bytes that are not UTF-8, which Nix puts in as they are. Here each such
-//! sequence becomes U+FFFD, so that the listing stays JSON; two names may then look the same.
+//! Nix writes names that are not UTF-8 as raw bytes, which is not valid JSON. Here each invalid
+//! sequence becomes U+FFFD, so two different names may look the same.
 
 use std::io::Write;
 
-/// Begins the listing.
+/// Appends the beginning of the listing.
 pub fn open(out: &mut Vec<u8>) {
     out.extend_from_slice(br#"{"version":1,"root":"#);
 }
 
-/// Ends the listing.
+/// Appends the end of the listing.
 pub fn close(out: &mut Vec<u8>) {
     out.push(b'}');
 }
 
-/// A regular file of `size` bytes, whose contents begin at byte `nar_offset` of the NAR.
+/// Appends a regular file of `size` bytes, whose contents begin at byte `nar_offset` of the NAR.
 pub fn regular(out: &mut Vec<u8>, size: u64, executable: bool, nar_offset: u64) {
     let executable = if executable { r#","executable":true"# } else { "" };
     write!(out, r#"{{"type":"regular","size":{size}{executable},"narOffset":{nar_offset}}}"#)
         .expect(MEMORY);
 }
 
-/// A symlink.
+/// Appends a symlink.
 pub fn symlink(out: &mut Vec<u8>, target: &[u8]) {
     out.extend_from_slice(br#"{"type":"symlink","target":"#);
     string(out, target);
     out.push(b'}');
 }
 
-/// Begins a directory.
+/// Appends the beginning of a directory.
 pub fn directory_open(out: &mut Vec<u8>) {
     out.extend_from_slice(br#"{"type":"directory","entries":{"#);
 }
 
-/// Names the node that follows; `first` says that no entry of the directory came before.
+/// Appends the name of the node that follows. `first` must be set for the first entry of a
+/// directory.
 pub fn entry(out: &mut Vec<u8>, first: bool, name: &[u8]) {
     if !first {
         out.push(b',');
@@ -47,7 +49,7 @@ pub fn entry(out: &mut Vec<u8>, first: bool, name: &[u8]) {
     out.push(b':');
 }
 
-/// Ends a directory.
+/// Appends the end of a directory.
 pub fn directory_close(out: &mut Vec<u8>) {
     out.extend_from_slice(b"}}");
 }
@@ -64,7 +66,7 @@ mod tests {
     use crate::nix::golden::{self, Node};
     use crate::nix::nar;
 
-    /// Appends the node that begins at byte `at` of the NAR and tells where it ends.
+    /// Appends the node that begins at byte `at` of the NAR and returns where it ends.
     fn list(out: &mut Vec<u8>, node: &Node, mut at: u64) -> u64 {
         match node {
             Node::Regular(executable, contents) => {
@@ -91,7 +93,7 @@ mod tests {
     }
 
     #[test]
-    fn lists_as_nix_copy_did() {
+    fn listing_equals_that_of_nix_copy() {
         let mut out = Vec::new();
         open(&mut out);
         let end = list(&mut out, &golden::tree(), nar::MAGIC.len() as u64);

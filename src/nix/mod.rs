@@ -1,4 +1,5 @@
-//! Formats that Nix defines. No I/O happens here: text and bytes in, typed values out, and back.
+//! Formats that Nix defines, as pure functions: they parse text and bytes into typed values and
+//! print these. No I/O.
 
 mod content_address;
 mod framing;
@@ -25,16 +26,15 @@ pub use store_path::{HashPart, StoreDir, StorePath};
 
 use std::fmt;
 
-/// Text that is not what its format says. Holds no part of that text, as it may come from a hostile
-/// peer.
+/// A parse error. It holds no part of the input, which may come from a hostile peer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Malformed {
-    /// The thing that was to be read: "hash part", "narinfo".
+    /// The thing that was parsed: "hash part", "narinfo".
     pub what: &'static str,
     /// What is wrong with it: "not 32 characters".
     pub why: &'static str,
-    /// Whether it may be true, but is beyond what peerix or Nix handles. Then it says nothing about
-    /// who sent it.
+    /// Whether the input may be valid but exceeds what peerix or some version of Nix handles. Such
+    /// an input is no evidence against its sender.
     pub is_unsupported: bool,
 }
 
@@ -43,7 +43,7 @@ impl Malformed {
         Malformed { what, why, is_unsupported: false }
     }
 
-    /// The thing may be true, but is beyond what peerix or Nix handles.
+    /// An error with [`Malformed::is_unsupported`] set.
     pub(crate) const fn unsupported(what: &'static str, why: &'static str) -> Self {
         Malformed { what, why, is_unsupported: true }
     }

@@ -1,27 +1,28 @@
-//! The NAR format (Nix manual, "Nix Archive (NAR) format"): its tokens, and the exact length of
-//! each, so that a file's place in a NAR is known before any byte of the NAR is made.
+//! The NAR format (Nix manual, "Nix Archive (NAR) format"): its tokens and their exact lengths.
+//! With these a file's offset in a NAR is known before the NAR is written.
 //!
-//! A NAR is the [`MAGIC`] and one node. A node is a regular file, [`regular_open`], its contents,
-//! [`padding`] and [`CLOSE`]; a [`symlink`]; or a directory, [`DIRECTORY_OPEN`], for each entry in
-//! the order of the names' bytes [`entry_open`], a node and [`CLOSE`], and in the end [`CLOSE`].
+//! A NAR is [`MAGIC`] and one node. A regular file is [`regular_open`], its contents, [`padding`]
+//! and [`CLOSE`]. A symlink is [`symlink`]. A directory is [`DIRECTORY_OPEN`], then [`entry_open`],
+//! a node and [`CLOSE`] for each entry in the order of the names' bytes, then [`CLOSE`].
 
-/// The longest path inside a NAR, in bytes: `PATH_MAX` of Linux without its NUL. Nix unpacks by
-/// path, so it takes no longer ones. This bounds the depth to 2,047 directories. (Nix 2.34 and
-/// later refuse more than 64 themselves; 2.8 and 2.26 unpack 2,020.)
+/// The longest path inside a NAR, in bytes: `PATH_MAX` of Linux without its NUL. Longer paths are
+/// refused, as Nix unpacks by path and fails on them. This bounds the depth to 2,047 levels below
+/// the root. (Nix 2.34 and later refuse more than 64; 2.8 and 2.26 unpack 2,020.)
 pub const MAX_PATH_LEN: usize = 4095;
 
-/// The longest name of a directory entry, in bytes: `NAME_MAX` of Linux, and Nix's own bound.
+/// The longest name of a directory entry, in bytes: `NAME_MAX` of Linux, and Nix's own bound. NARs
+/// with longer names are refused.
 pub const MAX_NAME_LEN: usize = 255;
 
 /// The longest target of a symlink, in bytes: `PATH_MAX` of Linux without its NUL, and Nix's own
-/// bound.
+/// bound. NARs with longer targets are refused.
 pub const MAX_TARGET_LEN: usize = 4095;
 
-/// What every NAR begins with.
+/// The first token of every NAR.
 pub const MAGIC: [u8; 24] = tokens(&["nix-archive-1"]);
-/// Begins a directory's node.
+/// The tokens that begin a directory's node.
 pub const DIRECTORY_OPEN: [u8; 56] = tokens(&["(", "type", "directory"]);
-/// Ends a regular file's node, a directory's node, and an entry.
+/// The token that ends a regular file's node, a directory's node, and an entry.
 pub const CLOSE: [u8; 16] = tokens(&[")"]);
 
 const REGULAR: [u8; 64] = tokens(&["(", "type", "regular", "contents"]);
@@ -32,29 +33,29 @@ const NODE: [u8; 16] = tokens(&["node"]);
 
 const LENGTH: u64 = size_of::<u64>() as u64;
 
-/// `len` rounded up to the next multiple of 8, which is what a string of `len` bytes takes after
-/// its length.
+/// Rounds `len` up to the next multiple of 8: the bytes that a string of `len` bytes takes after
+/// its length field. Overflows above `u64::MAX - 7`.
 pub const fn padded(len: u64) -> u64 {
     len.next_multiple_of(8)
 }
 
-/// The zero bytes that follow a file's contents of `size` bytes.
+/// Returns the zero bytes that follow file contents of `size` bytes.
 pub fn padding(size: u64) -> &'static [u8] {
     &[0; 8][..(size.wrapping_neg() % 8) as usize]
 }
 
-/// Appends what precedes the contents of a regular file of `size` bytes.
+/// Appends everything before the contents of a regular file of `size` bytes.
 pub fn regular_open(out: &mut Vec<u8>, executable: bool, size: u64) {
     out.extend_from_slice(if executable { &EXECUTABLE } else { &REGULAR });
     out.extend_from_slice(&size.to_le_bytes());
 }
 
-/// Bytes that [`regular_open`] appends.
+/// Returns the number of bytes that [`regular_open`] appends.
 pub const fn regular_open_len(executable: bool) -> u64 {
     (if executable { EXECUTABLE.len() } else { REGULAR.len() }) as u64 + LENGTH
 }
 
-/// Bytes in the whole node of a regular file of `size` bytes.
+/// Returns the number of bytes in the whole node of a regular file of `size` bytes.
 pub const fn regular_len(executable: bool, size: u64) -> u64 {
     regular_open_len(executable) + padded(size) + CLOSE.len() as u64
 }
@@ -66,19 +67,19 @@ pub fn symlink(out: &mut Vec<u8>, target: &[u8]) {
     out.extend_from_slice(&CLOSE);
 }
 
-/// Bytes in the whole node of a symlink with a target of `target_len` bytes.
+/// Returns the number of bytes in the whole node of a symlink with a target of `target_len` bytes.
 pub const fn symlink_len(target_len: u64) -> u64 {
     SYMLINK.len() as u64 + LENGTH + padded(target_len) + CLOSE.len() as u64
 }
 
-/// Appends what precedes the node of a directory entry.
+/// Appends everything before the node of a directory entry.
 pub fn entry_open(out: &mut Vec<u8>, name: &[u8]) {
     out.extend_from_slice(&ENTRY);
     string(out, name);
     out.extend_from_slice(&NODE);
 }
 
-/// Bytes that [`entry_open`] appends for a name of `name_len` bytes.
+/// Returns the number of bytes that [`entry_open`] appends for a name of `name_len` bytes.
 pub const fn entry_open_len(name_len: u64) -> u64 {
     (ENTRY.len() + NODE.len()) as u64 + LENGTH + padded(name_len)
 }
@@ -90,7 +91,8 @@ fn string(out: &mut Vec<u8>, bytes: &[u8]) {
     out.extend_from_slice(padding(len));
 }
 
-/// Words as a NAR has them, each with its length before it and zeros up to a multiple of 8 behind.
+/// Encodes words as NAR strings: each with its length before it and zeros up to a multiple of 8
+/// after it. In a constant, a wrong `N` is a compile error.
 pub(super) const fn tokens<const N: usize>(words: &[&str]) -> [u8; N] {
     let mut out = [0; N];
     let (mut at, mut i) = (0, 0);
@@ -129,14 +131,14 @@ mod tests {
     }
 
     #[test]
-    fn writes_what_nix_store_dump_wrote() {
+    fn written_nar_equals_that_of_nix_store_dump() {
         let nar = golden::write_nar(&golden::tree());
         assert!(nar == golden::TREE_NAR);
         assert_eq!(MAGIC.len() as u64 + len(&golden::tree()), nar.len() as u64);
     }
 
     #[test]
-    fn padding_reaches_the_next_multiple_of_eight() {
+    fn padding_reaches_next_multiple_of_eight() {
         for size in [0, 1, 7, 8, 9, u64::MAX - 8, u64::MAX - 7] {
             assert_eq!(padded(size), size + padding(size).len() as u64);
             assert_eq!(padded(size) % 8, 0);

@@ -1,48 +1,49 @@
-//! Narinfos, what a binary cache says of a store path: one `Key: value` a line (the form that Nix
-//! reads and writes; the Nix manual has no page on it).
+//! Narinfos: the metadata that a binary cache serves for a store path, one `Key: value` per line.
+//! The Nix manual does not describe the format; this is what Nix reads and writes.
 //!
-//! Read strictly: under Nix 2.8 and 2.26 one narinfo that Nix cannot read fails the whole build, so
-//! nothing that any of them trips over gets past here.
+//! The parser is strict. Nix 2.8 and 2.26 fail the whole build over one narinfo that they cannot
+//! read, so the parser refuses everything that any supported version of Nix cannot read.
 
 use super::{Malformed, NarHash, PathInfo, Signature, StoreDir, StorePath};
 use std::fmt;
 
 const WHAT: &str = "narinfo";
 
-/// A store path's facts and where its NAR is to be had.
+/// A store path's metadata and the location of its NAR.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NarInfo {
-    /// What is true of the path wherever it is had from.
+    /// The metadata that is the same in every cache.
     pub info: PathInfo,
-    /// Where the NAR is: relative to the root of the cache, or absolute. Visible ASCII without
+    /// URL of the NAR: relative to the root of the cache, or absolute. Visible ASCII without
     /// spaces.
     pub url: String,
-    /// How the NAR is compressed there: `none`, `xz`, `zstd`…
+    /// Compression of the NAR at `url`: `none`, `xz`, `zstd`…
     pub compression: String,
 }
 
 impl NarInfo {
-    /// The most bytes in a narinfo: room for 15,000 references. Package collections have some
-    /// thousand (texlive-full 3,700), other paths below a hundred.
+    /// The most bytes in a narinfo: room for 15,000 references. [`NarInfo::parse`] refuses larger
+    /// ones. Package collections have some thousand references (texlive-full 3,700), other paths
+    /// below a hundred.
     pub const MAX_LEN: usize = 1024 * 1024;
 
-    /// The most bytes in a NAR: 16 TiB, the largest file that ext4 holds. Keeps all sums of sizes
-    /// far from overflow.
+    /// The most bytes in a NAR: 16 TiB, the largest file on ext4. [`NarInfo::parse`] refuses larger
+    /// ones. Sums of sizes stay far below the overflow of `u64`.
     pub const MAX_NAR_SIZE: u64 = 1 << 44;
 
-    /// Reads a narinfo about a path in `store_dir`.
+    /// Parses a narinfo of a path in `store_dir`.
     ///
-    /// Fields that are not known are passed over. A signature that cannot be read is left out, not
-    /// the path: another signature may be good, and Nix 2.8 gives up the whole path over a broken
-    /// signature by a key that it knows, Nix 2.36 over any. So is a deriver that is no store path:
-    /// no signature covers it. The content address is text; see
+    /// Unknown fields are ignored. A signature that cannot be parsed is dropped, as another one may
+    /// be valid: Nix 2.8 refuses the whole path over a malformed signature by a key that it knows,
+    /// Nix 2.36 over any. A deriver that is no store path is dropped too: no signature covers it.
+    /// The content address is not parsed; see
     /// [`is_content_addressed`](super::is_content_addressed).
     ///
     /// # Errors
-    /// Not UTF-8, a line that is not `Key: value` and LF, a repeated field, a value that is not in
-    /// its form, or no `StorePath`, `URL`, `NarHash` or `NarSize`. Unsupported are a narinfo over
-    /// [`MAX_LEN`](Self::MAX_LEN), and names, hashes and sizes that some version of Nix may write
-    /// and not every one reads.
+    /// Not UTF-8, a line that is not `Key: value` and LF, a repeated field, a malformed value, or
+    /// no `StorePath`, `URL`, `NarHash` or `NarSize`. [`Malformed::is_unsupported`] is set for a
+    /// narinfo over [`MAX_LEN`](Self::MAX_LEN), and for names, hashes and sizes that some version
+    /// of Nix may write but not every one reads.
     pub fn parse(bytes: &[u8], store_dir: &StoreDir) -> Result<Self, Malformed> {
         if bytes.len() > Self::MAX_LEN {
             return Err(Malformed::unsupported(WHAT, "larger than 1 MiB"));
@@ -74,7 +75,7 @@ impl NarInfo {
                 _ => {}
             }
         }
-        // Caches older than the field had bzip2 alone, which Nix still takes its absence for.
+        // Caches older than the field used bzip2 only, and Nix reads a missing field as bzip2.
         let compression = compression.filter(|name| !name.is_empty()).unwrap_or("bzip2");
         Ok(NarInfo {
             info: PathInfo {
@@ -91,7 +92,7 @@ impl NarInfo {
         })
     }
 
-    /// The narinfo as Nix writes it: see [`write()`].
+    /// Returns the narinfo as [`write()`] writes it, without an additional signature.
     pub fn print(&self, store_dir: &StoreDir) -> String {
         let mut out = String::new();
         let _ = write(
@@ -108,11 +109,12 @@ impl NarInfo {
 }
 
 /// Writes the narinfo of a path as Nix does, without the `FileHash` and `FileSize` of a compressed
-/// file. `References` is always there, as is the space after its colon: Nix skips two bytes there
-/// whatever they are. `signature` is added if the path does not have it.
+/// file. The parts of `url` are concatenated. `signature` is added if the path does not have it.
+/// `References` is written even if empty, with the space after its colon, as Nix skips two bytes
+/// there unconditionally.
 ///
 /// # Errors
-/// Those of `out`.
+/// The errors of `out`.
 pub fn write(
     out: &mut impl fmt::Write,
     info: &PathInfo,
@@ -122,7 +124,7 @@ pub fn write(
     ca: Option<&str>,
     store_dir: &StoreDir,
 ) -> fmt::Result {
-    // Without format strings, which would take longer than all else in a narinfo.
+    // No format strings: they would take most of the time.
     let mut line = |key: &str, parts: &[&str]| {
         out.write_str(key)?;
         parts.iter().try_for_each(|part| out.write_str(part))?;
@@ -175,12 +177,12 @@ fn word(value: &str) -> Result<&str, Malformed> {
 }
 
 fn size(value: &str) -> Result<u64, Malformed> {
-    // `u64::from_str` alone would take a plus sign.
+    // `u64::from_str` alone would accept a plus sign.
     let size =
         if value.bytes().all(|b| b.is_ascii_digit()) { value.parse::<u64>().ok() } else { None };
     match size {
         Some(size @ 1..=NarInfo::MAX_NAR_SIZE) => Ok(size),
-        // Caches write 0 for a path whose size their database does not have.
+        // Some caches write 0 if their database does not record the size.
         Some(_) => Err(Malformed::unsupported(WHAT, "NarSize is 0 or over 16 TiB")),
         None => Err(Malformed::new(WHAT, "NarSize is no number of bytes")),
     }
@@ -216,7 +218,7 @@ References: vx8ssdprqbd8zwyipycgh6jp25k69rx6-selfish-1.0 z4asv3j07d89ywjf8fxkn7s
     }
 
     #[test]
-    fn what_nix_wrote_comes_back_byte_for_byte() {
+    fn narinfo_of_nix_round_trips() {
         let texts = golden::narinfo_texts();
         assert_eq!(texts.len(), 20);
         for text in texts {
@@ -227,7 +229,7 @@ References: vx8ssdprqbd8zwyipycgh6jp25k69rx6-selfish-1.0 z4asv3j07d89ywjf8fxkn7s
     }
 
     #[test]
-    fn fields_that_may_be_absent_odd_or_many() {
+    fn optional_or_unknown_field_is_tolerated() {
         let good = parse(GOOD).unwrap();
         assert_eq!(
             (good.url.as_str(), good.compression.as_str(), good.info.nar_size),
@@ -271,7 +273,7 @@ References: vx8ssdprqbd8zwyipycgh6jp25k69rx6-selfish-1.0 z4asv3j07d89ywjf8fxkn7s
     }
 
     #[test]
-    fn each_rule_refuses() {
+    fn malformed_field_is_refused() {
         for (from, to) in [
             ("StorePath: /nix/store/", "StorePath: /gnu/store/"),
             ("StorePath: /nix/store/", "StorePath: "),
@@ -322,9 +324,9 @@ References: vx8ssdprqbd8zwyipycgh6jp25k69rx6-selfish-1.0 z4asv3j07d89ywjf8fxkn7s
     }
 
     #[test]
-    fn cut_or_changed_anywhere_it_is_refused_or_still_prints_and_parses() {
+    fn damaged_narinfo_is_refused_or_round_trips() {
         let dir = golden::store_dir();
-        // With a deriver and signatures, with a content address, and with bzip2.
+        // One with a deriver and signatures, one with a content address, one with bzip2.
         let texts = golden::narinfo_texts();
         let chosen = texts
             .iter()

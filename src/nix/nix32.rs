@@ -1,12 +1,12 @@
-//! Nix32, the base-32 of Nix: the digits `0-9a-z` without `e o t u`, the last digit holding the
-//! lowest bits (Nix manual, "Store path specification" and glossary, "Nix32").
+//! Nix32, the base-32 encoding of Nix: the digits `0-9a-z` without `e o t u`, the last digit
+//! holding the lowest bits (Nix manual, "Store path specification" and glossary, "Nix32").
 
 use super::Malformed;
 
 /// The 32 digits in the order of their values.
 pub const ALPHABET: &str = "0123456789abcdfghijklmnpqrsvwxyz";
 
-/// What a byte is worth that is a digit, and [`NONE`] for all others.
+/// Value of each byte as a digit; [`NONE`] for bytes that are no digit.
 const VALUES: [u8; 256] = {
     let (mut values, mut value) = ([NONE; 256], 0);
     while value < 32 {
@@ -17,7 +17,7 @@ const VALUES: [u8; 256] = {
 };
 const NONE: u8 = u8::MAX;
 
-/// The Nix32 text of `bytes`: `ceil(8 n / 5)` digits.
+/// Encodes `bytes` as `ceil(8 n / 5)` digits.
 pub fn encode(bytes: &[u8]) -> String {
     let byte = |at: usize| u16::from(bytes.get(at).copied().unwrap_or(0));
     let digit = |n: usize| {
@@ -28,10 +28,11 @@ pub fn encode(bytes: &[u8]) -> String {
     String::from_utf8(digits).expect("digits are ASCII")
 }
 
-/// The bytes of a Nix32 text.
+/// Decodes a Nix32 text.
 ///
 /// # Errors
-/// A character that is no digit, a length no byte string has, or leftover bits that are not zero.
+/// A byte that is no digit, a length that no byte string encodes to, or leftover bits that are not
+/// zero.
 pub fn decode(text: &[u8]) -> Result<Vec<u8>, Malformed> {
     const MALFORMED: Malformed = Malformed::new("Nix32", "not a Nix32 text");
     let mut bytes = Vec::with_capacity(5 * text.len() / 8);
@@ -52,17 +53,17 @@ pub fn decode(text: &[u8]) -> Result<Vec<u8>, Malformed> {
     if bits != 0 || held >= 5 { Err(MALFORMED) } else { Ok(bytes) }
 }
 
-/// The digit of the lowest five bits of `value`.
+/// Returns the digit of the lowest five bits of `value`.
 pub fn digit(value: u8) -> u8 {
     ALPHABET.as_bytes()[usize::from(value & 31)]
 }
 
-/// The value of a digit; of what is no digit, nothing that means anything.
+/// Returns the value of a digit, or 255 for a byte that is no digit.
 pub fn value(digit: u8) -> u8 {
     VALUES[usize::from(digit)]
 }
 
-/// Whether every byte of `text` is a Nix32 digit.
+/// Returns whether every byte of `text` is a Nix32 digit.
 pub fn is_nix32(text: &[u8]) -> bool {
     text.iter().all(|&b| VALUES[usize::from(b)] != NONE)
 }
@@ -76,7 +77,7 @@ mod tests {
     const EMPTY_NIX32: &str = "0mdqa9w1p6cmli6976v4wi0sw9r4p5prkj7lzfd1877wk11c9c73";
 
     #[test]
-    fn agrees_with_nix_hash() {
+    fn encoding_equals_that_of_nix_hash() {
         let bytes = data_encoding::HEXLOWER.decode(EMPTY_HEX.as_bytes()).unwrap();
         assert_eq!(encode(&bytes), EMPTY_NIX32);
         assert_eq!(decode(EMPTY_NIX32.as_bytes()).unwrap(), bytes);
@@ -93,7 +94,7 @@ mod tests {
     }
 
     #[test]
-    fn every_length_comes_back() {
+    fn every_length_round_trips() {
         for len in 0..70usize {
             let bytes: Vec<u8> = (0..len).map(|i| (i * 37 + len) as u8).collect();
             let text = encode(&bytes);
@@ -103,11 +104,11 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_nix32_is_refused() {
+    fn invalid_text_is_refused() {
         for bad in ["e", "0u", "A0", "00 0"] {
             assert!(decode(bad.as_bytes()).is_err(), "{bad}");
         }
-        // "z" in the first place would need bits beyond the last byte.
+        // A first digit "z" needs bits beyond the last byte.
         assert!(decode(b"z000000000000000000000000000000000000000000000000000").is_err());
         assert!(!is_nix32(b"abce"));
         assert!(is_nix32(ALPHABET.as_bytes()));

@@ -1,30 +1,30 @@
-//! What Nix knows of a valid path.
+//! The metadata of a valid store path.
 
 use super::{NarHash, Signature, StoreDir, StorePath};
 
-/// The facts that Nix's database holds of a valid path and that a narinfo carries.
+/// The metadata of a valid path that both Nix's database and a narinfo hold.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PathInfo {
     /// The path itself.
     pub path: StorePath,
-    /// Hash of its NAR.
+    /// SHA-256 of its NAR.
     pub nar_hash: NarHash,
-    /// Bytes in its NAR.
+    /// Size of its NAR in bytes.
     pub nar_size: u64,
-    /// The store paths it refers to, itself perhaps among them; sorted, each once.
+    /// The store paths that it refers to, possibly including itself; sorted, without duplicates.
     pub references: Vec<StorePath>,
-    /// The derivation that made it, where that is known.
+    /// The derivation that built it, if known.
     pub deriver: Option<StorePath>,
-    /// Every stored signature, in the stored order.
+    /// The stored signatures, in the stored order.
     pub signatures: Vec<Signature>,
-    /// The content address (`fixed:r:sha256:…`, `text:sha256:…`), for content-addressed paths.
+    /// The content address (`fixed:r:sha256:…`, `text:sha256:…`) of a content-addressed path.
     pub ca: Option<String>,
 }
 
 impl PathInfo {
-    /// The text that Nix signs: `1;<path>;sha256:<Nix32>;<NAR size>;<references, comma-separated>`,
-    /// all paths in full (Nix manual, "Signatures"). The references must be sorted, as the field
-    /// says.
+    /// Returns the text that Nix signs: `1;<path>;sha256:<Nix32>;<NAR size>;<references,
+    /// comma-separated>`, with absolute paths (Nix manual, "Signatures"). [`PathInfo::references`]
+    /// must be sorted.
     pub fn fingerprint(&self, store_dir: &StoreDir) -> String {
         debug_assert!(self.references.is_sorted());
         let mut text =
@@ -45,9 +45,9 @@ impl PathInfo {
 mod tests {
     use crate::nix::golden;
 
-    // That fingerprints are Nix's own is shown by the signatures compared in `signature`.
+    // The tests in `signature` compare signatures of Nix, which proves the whole format.
     #[test]
-    fn fingerprint_has_every_part_in_its_place() {
+    fn fingerprint_contains_every_field_in_order() {
         let selfish = golden::narinfo("vx8ssdprqbd8zwyipycgh6jp25k69rx6");
         assert_eq!(
             selfish.info.fingerprint(&golden::store_dir()),

@@ -1,9 +1,9 @@
-//! Realisations: which store path an output of a content-addressed derivation is (Nix manual,
+//! Realisations: the store path of each output of a content-addressed derivation (Nix manual,
 //! "Build trace").
 //!
-//! There are two forms, and each Nix knows one. Nix 2.4 to 2.34 name an output by a hash that is no
-//! part of any store path, later ones by the derivation's path. A Nix database has those of the Nix
-//! that wrote it.
+//! There are two formats, and each version of Nix reads and stores only its own. Nix 2.4 to 2.34
+//! identify an output by a hash that is part of no store path, Nix 2.35 and later by the
+//! derivation's path.
 
 use super::{Malformed, Signature, StorePath};
 use serde::{Deserialize, Serialize};
@@ -12,30 +12,31 @@ use std::fmt;
 
 const WHAT: &str = "realisation";
 
-/// An output of a derivation, in the form of the Nix that asks for it.
+/// An output of a derivation, in the notation of the requesting Nix.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DrvOutput {
     /// The derivation.
     pub derivation: DerivationId,
-    /// The name of the output, mostly `out`. It has the characters of store path names.
+    /// The name of the output, mostly `out`. It has the characters and length of store path names.
     pub output: String,
 }
 
-/// How a derivation is named.
+/// The identifier of a derivation.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum DerivationId {
-    /// Nix 2.4 to 2.34: `sha256:` and 64 lower-case hexadecimal digits, the hash modulo of the
-    /// derivation.
+    /// Nix 2.4 to 2.34: `sha256:` and 64 lower-case hexadecimal digits, the derivation's "hash
+    /// modulo".
     Hash(String),
-    /// Nix 2.35 and later.
+    /// Nix 2.35 and later: the derivation's store path.
     Path(StorePath),
 }
 
 impl DrvOutput {
-    /// Reads `<hash>!<output>`, as in `/realisations/<hash>!<output>.doi`.
+    /// Parses `<hash>!<output>`, as in `/realisations/<hash>!<output>.doi`.
     ///
     /// # Errors
-    /// Anything else.
+    /// No `!`, a malformed output name, or a hash that is not `sha256:` and 64 hexadecimal digits
+    /// (unsupported).
     pub fn parse_id(id: &str) -> Result<Self, Malformed> {
         let (hash, output) = id.split_once('!').ok_or(Malformed::new(WHAT, "ID without !"))?;
         let digits = hash.strip_prefix("sha256:").unwrap_or_default();
@@ -51,10 +52,10 @@ impl DrvOutput {
         })
     }
 
-    /// Reads the two parts of `/build-trace-v2/<derivation>/<output>.doi`.
+    /// Parses the two components of `/build-trace-v2/<derivation>/<output>.doi`.
     ///
     /// # Errors
-    /// The first is no derivation's base name, or the second no name of an output.
+    /// `derivation` is no derivation's base name, or `output` is no output name.
     pub fn parse_path(derivation: &str, output: &str) -> Result<Self, Malformed> {
         let path = StorePath::parse(derivation)?;
         if !path.is_derivation() {
@@ -63,7 +64,7 @@ impl DrvOutput {
         Ok(DrvOutput { derivation: DerivationId::Path(path), output: output_name(output)? })
     }
 
-    /// Where a cache has it, relative to its root.
+    /// Returns the URL path in a binary cache, relative to the cache's root.
     pub fn url_path(&self) -> String {
         match &self.derivation {
             DerivationId::Hash(_) => format!("realisations/{self}.doi"),
@@ -72,7 +73,7 @@ impl DrvOutput {
     }
 }
 
-/// As Nix writes it: `<hash>!<output>` or `<derivation>^<output>`.
+/// Writes the notation of Nix: `<hash>!<output>` or `<derivation>^<output>`.
 impl fmt::Display for DrvOutput {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.derivation {
@@ -90,23 +91,22 @@ fn output_name(text: &str) -> Result<String, Malformed> {
     Ok(text.to_owned())
 }
 
-/// What an output was built as.
+/// The store path that an output was built as.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Realisation {
     /// The output.
     pub id: DrvOutput,
-    /// The store path that it is.
+    /// The store path of the output.
     pub out_path: StorePath,
-    /// The outputs that it was built from and their store paths, as Nix up to 2.32 records them.
-    /// Signatures cover it.
+    /// The outputs that it was built from and their store paths, which Nix up to 2.32 records.
+    /// Signatures cover them.
     pub dependencies: BTreeMap<String, StorePath>,
-    /// Those that are well formed.
+    /// The signatures that are well formed.
     pub signatures: Vec<Signature>,
 }
 
-/// The body of `/realisations/….doi`. Nix signs it without its signatures, as `nlohmann::json`
-/// prints it: without white space, and with the keys in the order of their bytes, in which these
-/// fields stand.
+/// The body of `/realisations/….doi`. Nix signs it without `signatures`, as `nlohmann::json` prints
+/// it: no white space, and keys in byte order. The order of the fields here is that order.
 #[derive(Serialize, Deserialize)]
 struct RealisationBody {
     #[serde(rename = "dependentRealisations", default)]
@@ -127,7 +127,7 @@ struct BuildTraceBody {
     signatures: Option<Vec<AnySignature>>,
 }
 
-/// What Nix 2.35 signs.
+/// The text that Nix 2.35 and later sign.
 #[derive(Serialize)]
 struct BuildTraceFingerprint {
     key: BuildTraceKey,
@@ -142,7 +142,7 @@ struct BuildTraceKey {
     output: String,
 }
 
-/// A signature in either of the forms that Nix writes.
+/// A signature in either of the two notations that Nix writes.
 #[derive(Serialize, Deserialize)]
 #[serde(untagged)]
 enum AnySignature {
@@ -164,14 +164,15 @@ impl AnySignature {
 }
 
 impl Realisation {
-    /// The most bytes in a realisation. One has 250, and 140 more for each output that it was built
-    /// from.
+    /// The most bytes in a realisation; [`Realisation::parse`] refuses larger ones. A realisation
+    /// has 250 bytes, and 140 more for each output that it was built from.
     pub const MAX_LEN: usize = 64 * 1024;
 
-    /// Reads what a cache says of `id`.
+    /// Parses the body that a cache serves for `id`. Malformed signatures are dropped.
     ///
     /// # Errors
-    /// Not the JSON that Nix writes, of another output, or larger than [`MAX_LEN`](Self::MAX_LEN).
+    /// Not the JSON that Nix writes, for another output, or larger than [`MAX_LEN`](Self::MAX_LEN)
+    /// (unsupported).
     pub fn parse(bytes: &[u8], id: &DrvOutput) -> Result<Self, Malformed> {
         if bytes.len() > Self::MAX_LEN {
             return Err(Malformed::unsupported(WHAT, "larger than 64 KiB"));
@@ -204,7 +205,7 @@ impl Realisation {
         })
     }
 
-    /// The text that Nix signs.
+    /// Returns the text that Nix signs, in the format of `id`.
     pub fn fingerprint(&self) -> String {
         match &self.id.derivation {
             DerivationId::Hash(_) => json(&self.keyed(None)),
@@ -218,7 +219,7 @@ impl Realisation {
         }
     }
 
-    /// The body as Nix writes it, with one more signature if it does not have it.
+    /// Returns the body as Nix writes it. `signature` is added if the realisation does not have it.
     pub fn print(&self, signature: Option<&Signature>) -> String {
         let added = signature.filter(|signature| !self.signatures.contains(signature));
         let signatures = self.signatures.iter().chain(added).map(Signature::to_string);
@@ -268,7 +269,7 @@ mod tests {
     const DERIVATION: &str = "yb1w2zr3mmvsqzl7mmj9ia1ld4ayl02s-floating-output.drv";
 
     #[test]
-    fn what_nix_wrote_is_read_verified_and_written_again() {
+    fn realisation_of_nix_verifies_and_round_trips() {
         let id = DrvOutput::parse_id(ID).unwrap();
         assert_eq!(id.url_path(), format!("realisations/{ID}.doi"));
         let realisation = Realisation::parse(BODY.as_bytes(), &id).unwrap();
@@ -277,7 +278,7 @@ mod tests {
         assert!(key.verify(realisation.fingerprint().as_bytes(), &realisation.signatures[0]));
         assert_eq!(realisation.print(None), BODY);
         assert_eq!(realisation.print(Some(&realisation.signatures[0])), BODY);
-        // A signature covers all but the signatures.
+        // A signature covers every field except the signatures.
         let other = StorePath::parse(DERIVATION).unwrap();
         let dependency = (ID.to_owned(), other.clone());
         for forged in [
@@ -295,7 +296,7 @@ mod tests {
     }
 
     #[test]
-    fn the_form_of_later_versions() {
+    fn build_trace_parses_both_signature_notations() {
         let id = DrvOutput::parse_path(DERIVATION, "out").unwrap();
         assert_eq!(id.url_path(), format!("build-trace-v2/{DERIVATION}/out.doi"));
         let sig = BODY.split("k-1:").nth(1).unwrap().trim_end_matches("\"]}");
@@ -318,7 +319,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_realisation_is_refused() {
+    fn malformed_realisation_is_refused() {
         let id = DrvOutput::parse_id(ID).unwrap();
         for end in 0..BODY.len() {
             assert!(Realisation::parse(&BODY.as_bytes()[..end], &id).is_err());

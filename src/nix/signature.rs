@@ -1,12 +1,12 @@
-//! Keys and signatures as Nix writes them: `name:base64` (Nix manual, "nix-store
-//! --generate-binary-cache-key" and "Signatures"). The algorithm is ed25519.
+//! Keys and signatures in the notation of Nix, `name:base64` (Nix manual, "nix-store
+//! --generate-binary-cache-key" and "Signatures"). The algorithm is ed25519 (RFC 8032).
 
 use super::Malformed;
 use data_encoding::BASE64;
 use ed25519_compact as ed25519;
 use std::fmt;
 
-/// A detached ed25519 signature and the name of the key that made it.
+/// A detached ed25519 signature and the name of its key.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Signature {
     name: String,
@@ -14,17 +14,18 @@ pub struct Signature {
 }
 
 impl Signature {
-    /// Reads `name:base64`.
+    /// Parses `name:base64`.
     ///
     /// # Errors
-    /// No colon, no name, a name with white space, or other than 64 bytes of base64.
+    /// No colon, no name, a name with white space or control characters, or other than 64 bytes of
+    /// base64.
     pub fn parse(text: &str) -> Result<Self, Malformed> {
         let (name, bytes) = split("signature", text)?;
         let bytes = bytes.try_into().map_err(|_| Malformed::new("signature", "not 64 bytes"))?;
         Ok(Signature { name, bytes })
     }
 
-    /// The name of the key.
+    /// Returns the name of the key.
     pub fn name(&self) -> &str {
         &self.name
     }
@@ -49,7 +50,7 @@ impl fmt::Debug for Signature {
     }
 }
 
-/// A key that checks signatures, such as `cache.nixos.org-1:6NCH…`.
+/// A key that verifies signatures, such as `cache.nixos.org-1:6NCH…`.
 #[derive(Clone, PartialEq, Eq)]
 pub struct PublicKey {
     name: String,
@@ -57,10 +58,11 @@ pub struct PublicKey {
 }
 
 impl PublicKey {
-    /// Reads `name:base64`.
+    /// Parses `name:base64`.
     ///
     /// # Errors
-    /// No colon, no name, a name with white space, or other than 32 bytes of base64.
+    /// No colon, no name, a name with white space or control characters, or other than 32 bytes of
+    /// base64.
     pub fn parse(text: &str) -> Result<Self, Malformed> {
         let (name, bytes) = split("public key", text)?;
         let key = ed25519::PublicKey::from_slice(&bytes)
@@ -68,12 +70,12 @@ impl PublicKey {
         Ok(PublicKey { name, key })
     }
 
-    /// The name that its signatures carry.
+    /// Returns the name of the key, which its signatures carry.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// Whether `signature` carries this key's name and its key made it over exactly `message`.
+    /// Returns whether `signature` carries this key's name and is valid for exactly `message`.
     pub fn verify(&self, message: &[u8], signature: &Signature) -> bool {
         self.name == signature.name
             && self.key.verify(message, &ed25519::Signature::new(signature.bytes)).is_ok()
@@ -92,19 +94,21 @@ impl fmt::Debug for PublicKey {
     }
 }
 
-/// A key that makes signatures. Never printed: it has no `Display`, and its `Debug` gives the name
-/// alone.
+/// A key that makes signatures. It is never printed: it has no `Display`, and its `Debug` shows
+/// only the name.
 pub struct SecretKey {
     name: String,
     key: ed25519::SecretKey,
 }
 
 impl SecretKey {
-    /// Reads `name:base64`, seed and public half together, white space at the end not counted.
+    /// Parses `name:base64`, where the base64 is the seed followed by the public key. White space
+    /// at the end of `text` is ignored.
     ///
     /// # Errors
-    /// No colon, no name, a name with white space, other than 64 bytes of base64, or a public half
-    /// that is not the seed's: such a key would make signatures that nothing verifies.
+    /// No colon, no name, a name with white space or control characters, other than 64 bytes of
+    /// base64, or a public key that does not belong to the seed: such a key would make signatures
+    /// that nothing verifies.
     pub fn parse(text: &str) -> Result<Self, Malformed> {
         const WHAT: &str = "secret key";
         let (name, bytes) = split(WHAT, text.trim_end())?;
@@ -115,12 +119,12 @@ impl SecretKey {
         Ok(SecretKey { name, key })
     }
 
-    /// The signature of `message`: always the same one, as Nix makes it.
+    /// Signs `message`. ed25519 is deterministic, so the signature equals the one that Nix makes.
     pub fn sign(&self, message: &[u8]) -> Signature {
         Signature { name: self.name.clone(), bytes: *self.key.sign(message, None) }
     }
 
-    /// The key that checks what this one signs.
+    /// Returns the key that verifies this key's signatures.
     pub fn public(&self) -> PublicKey {
         PublicKey { name: self.name.clone(), key: self.key.public_key() }
     }
@@ -147,7 +151,7 @@ mod tests {
     use crate::nix::golden;
 
     #[test]
-    fn signs_byte_for_byte_as_nix_does() {
+    fn signature_equals_that_of_nix() {
         let secret = SecretKey::parse(golden::SECRET_KEY).unwrap();
         assert_eq!(secret.public().to_string(), golden::PUBLIC_KEY);
         let mut compared = 0;
@@ -163,7 +167,7 @@ mod tests {
     }
 
     #[test]
-    fn only_the_right_key_name_message_and_signature_verify() {
+    fn signature_with_changed_bit_name_or_message_is_refused() {
         let public = PublicKey::parse(golden::PUBLIC_KEY).unwrap();
         let signature = SecretKey::parse(golden::SECRET_KEY).unwrap().sign(b"message");
         assert!(public.verify(b"message", &signature));
@@ -183,7 +187,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_key_is_refused() {
+    fn malformed_key_is_refused() {
         assert!(SecretKey::parse(&format!("{}\n", golden::SECRET_KEY)).is_ok());
         for end in 0..golden::SECRET_KEY.len() {
             assert!(SecretKey::parse(&golden::SECRET_KEY[..end]).is_err());
@@ -205,7 +209,7 @@ mod tests {
     }
 
     #[test]
-    fn a_secret_key_is_not_shown() {
+    fn secret_key_debug_shows_only_name() {
         let secret = SecretKey::parse(golden::SECRET_KEY).unwrap();
         assert_eq!(format!("{secret:?}"), "SecretKey(test.example-1)");
     }

@@ -1,21 +1,22 @@
-//! Store paths (Nix manual, "Store Path").
+//! Store paths and the store directory (Nix manual, "Store Path"). The types hold validated text
+//! only.
 
 use super::{Malformed, nix32};
 use std::fmt;
 
-/// The 32 Nix32 digits that begin a store path's base name. Only text of that form can be one, so
-/// it is safe in a file name, a URL, a packet and an SQL parameter.
+/// The 32 Nix32 digits at the beginning of a store path's base name. It holds nothing else, so it
+/// is safe in a file name, a URL, a packet and an SQL parameter.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct HashPart([u8; HashPart::LEN]);
 
 impl HashPart {
-    /// Digits in a hash part.
+    /// Number of digits in a hash part.
     pub const LEN: usize = 32;
 
-    /// Reads exactly 32 Nix32 digits.
+    /// Parses exactly 32 Nix32 digits.
     ///
     /// # Errors
-    /// Anything else.
+    /// Another length, or a byte that is no Nix32 digit.
     pub fn parse(text: &[u8]) -> Result<Self, Malformed> {
         let digits: [u8; Self::LEN] =
             text.try_into().map_err(|_| Malformed::new("hash part", "not 32 characters"))?;
@@ -25,12 +26,12 @@ impl HashPart {
         Ok(HashPart(digits))
     }
 
-    /// Bytes that a hash part encodes: 160 bits.
+    /// Number of bytes that a hash part encodes (160 bits).
     pub const BYTES: usize = 20;
 
-    /// The hash part that encodes these bytes; every 20 bytes make one.
+    /// Encodes these bytes as a hash part. Every 20 bytes are valid.
     pub fn from_bytes(bytes: &[u8; Self::BYTES]) -> Self {
-        // Nix32 writes the lowest five bits last; five bytes are eight digits.
+        // Nix32 writes the lowest five bits last, and five bytes are eight digits.
         let mut digits = [0; Self::LEN];
         for (group, five) in bytes.as_chunks::<5>().0.iter().enumerate() {
             let bits = five.iter().rev().fold(0, |bits, byte| bits << 8 | u64::from(*byte));
@@ -41,7 +42,7 @@ impl HashPart {
         HashPart(digits)
     }
 
-    /// The bytes that the digits encode.
+    /// Returns the bytes that the digits encode.
     pub fn to_bytes(&self) -> [u8; Self::BYTES] {
         let mut bytes = [0; Self::BYTES];
         for (group, five) in bytes.as_chunks_mut::<5>().0.iter_mut().enumerate() {
@@ -54,7 +55,7 @@ impl HashPart {
         bytes
     }
 
-    /// The digits 0 to 11 and 12 to 23 as numbers of 60 bits, the first digit the highest.
+    /// Returns digits 0 to 11 and 12 to 23 as two 60-bit numbers, the first digit highest.
     pub fn prefixes(&self) -> (u64, u64) {
         let number = |digits: &[u8]| {
             digits.iter().fold(0, |n, digit| n << 5 | u64::from(nix32::value(*digit)))
@@ -62,7 +63,7 @@ impl HashPart {
         (number(&self.0[..12]), number(&self.0[12..24]))
     }
 
-    /// The 32 digits.
+    /// Returns the 32 digits.
     pub fn as_str(&self) -> &str {
         std::str::from_utf8(&self.0).expect("Nix32 digits are ASCII")
     }
@@ -85,14 +86,14 @@ impl fmt::Debug for HashPart {
 pub struct StorePath(String);
 
 impl StorePath {
-    /// The longest name Nix allows, in bytes.
+    /// The longest name that Nix permits, in bytes; longer names are refused as unsupported.
     pub const MAX_NAME_LEN: usize = 211;
 
-    /// Reads a base name.
+    /// Parses a base name.
     ///
     /// # Errors
-    /// No hash part, no dash, or a name that Nix would not allow: empty, over 211 bytes, other
-    /// characters than `0-9 a-z A-Z + - . _ ? =`, or `.` or `..` or beginning with `.-` or `..-`.
+    /// No hash part, no dash, or a name that Nix does not permit: empty, over 211 bytes, other
+    /// characters than `0-9 a-z A-Z + - . _ ? =`, `.` or `..`, or beginning with `.-` or `..-`.
     pub fn parse(base_name: &str) -> Result<Self, Malformed> {
         const WHAT: &str = "store path";
         let bytes = base_name.as_bytes();
@@ -108,29 +109,29 @@ impl StorePath {
         if !name.iter().all(legal) {
             return Err(Malformed::new(WHAT, "a character that names do not have"));
         }
-        // One and two leading dots alone were legal until Nix 2.20 ruled out these four forms.
+        // Nix permitted one and two leading dots until 2.20, which forbids these four forms.
         if name == b"." || name == b".." || name.starts_with(b".-") || name.starts_with(b"..-") {
             return Err(Malformed::unsupported(WHAT, "name is a dot directory"));
         }
         Ok(StorePath(base_name.to_owned()))
     }
 
-    /// `<hash part>-<name>`.
+    /// Returns `<hash part>-<name>`.
     pub fn base_name(&self) -> &str {
         &self.0
     }
 
-    /// The first 32 digits.
+    /// Returns the first 32 digits.
     pub fn hash_part(&self) -> HashPart {
         HashPart::parse(&self.0.as_bytes()[..HashPart::LEN]).expect("checked when parsed")
     }
 
-    /// What follows the dash.
+    /// Returns the text after the dash.
     pub fn name(&self) -> &str {
         &self.0[HashPart::LEN + 1..]
     }
 
-    /// Whether this is a derivation file.
+    /// Returns whether the name ends in `.drv`, as that of every derivation does.
     pub fn is_derivation(&self) -> bool {
         self.0.ends_with(".drv")
     }
@@ -148,15 +149,15 @@ impl fmt::Debug for StorePath {
     }
 }
 
-/// The store directory, `/nix/store` nearly everywhere: absolute, without a slash at the end.
+/// The store directory, almost always `/nix/store`: an absolute path without a slash at the end.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StoreDir(String);
 
 impl StoreDir {
-    /// Takes an absolute path; slashes at its end are dropped.
+    /// Parses an absolute path; slashes at its end are removed.
     ///
     /// # Errors
-    /// A relative path, the root directory, or one with control characters.
+    /// A relative path, the root directory, or a path with control characters.
     pub fn parse(dir: &str) -> Result<Self, Malformed> {
         const WHAT: &str = "store directory";
         let dir = dir.trim_end_matches('/');
@@ -169,20 +170,21 @@ impl StoreDir {
         Ok(StoreDir(dir.to_owned()))
     }
 
-    /// The directory.
+    /// Returns the absolute path of the directory.
     pub fn as_str(&self) -> &str {
         &self.0
     }
 
-    /// `<store directory>/<base name>`.
+    /// Returns `<store directory>/<base name>`.
     pub fn join(&self, path: &StorePath) -> String {
         format!("{}/{}", self.0, path.base_name())
     }
 
-    /// Reads an absolute store path of this directory; files inside a store path are not accepted.
+    /// Parses the absolute path of a store path in this directory. A file inside a store path is
+    /// refused.
     ///
     /// # Errors
-    /// A path elsewhere, or a base name that is none.
+    /// A path elsewhere, or a malformed base name.
     pub fn parse_path(&self, absolute: &str) -> Result<StorePath, Malformed> {
         absolute
             .strip_prefix(self.0.as_str())
@@ -211,7 +213,7 @@ mod tests {
     }
 
     #[test]
-    fn a_path_and_its_parts() {
+    fn store_path_splits_and_joins() {
         let path = StorePath::parse(BASE).unwrap();
         assert_eq!(path.hash_part().as_str(), "7h7qgvs4kgzsn8a6rb273saxyqh4jxlz");
         assert_eq!(path.name(), "konsole-18.12.3");
@@ -221,7 +223,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_store_path_is_refused() {
+    fn malformed_store_path_is_refused() {
         for end in 0..34 {
             assert!(StorePath::parse(&BASE[..end]).is_err());
         }
@@ -253,7 +255,7 @@ mod tests {
     }
 
     #[test]
-    fn hash_parts_of_every_length() {
+    fn hash_part_of_other_length_or_digits_is_refused() {
         for len in 0..=64 {
             assert_eq!(HashPart::parse(&vec![b'0'; len]).is_ok(), len == 32);
         }

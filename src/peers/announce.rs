@@ -1,5 +1,5 @@
-//! A thread for each tracker, which says there that this node is here, publishes what it would
-//! share, and counts transfers: all that the tracker is told, so that no request ever waits for it.
+//! One thread per tracker. It announces this node, publishes the filter of shared paths, and
+//! reports transfers. All of these calls run here, so that no request of Nix waits for a tracker.
 
 use super::tracker::{NodeIdentity, Tracker};
 use crate::backoff::Backoff;
@@ -15,32 +15,33 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Instant;
 use std::{io, thread};
 
-/// How often a node announces itself; trackers forget it after twice that.
+/// Interval between announces. A tracker drops a node after twice this.
 const INTERVAL: Interval = Interval::from_secs(60);
-/// A filter is published at most this often.
+/// Shortest interval between two uploads of a filter.
 const FILTER_INTERVAL: Interval = Interval::from_secs(30);
-/// Interval between looks for a new filter, a change of network, the end of a suspend, and lookups
-/// that miss the tracker.
+/// Interval at which the thread checks for a new filter, a network change, the end of a suspend,
+/// and lookups that miss the tracker.
 const LOOK: Interval = Interval::from_secs(1);
-/// The first pause after a failure; it doubles.
+/// Pause after the first failure. It doubles with each further failure.
 const FIRST_PAUSE: Interval = Interval::from_secs(1);
-/// The longest.
+/// Longest pause after a failure.
 const LONGEST_PAUSE: Interval = Interval::from_secs(300);
-/// The longest while lookups miss the tracker.
+/// Longest pause while lookups miss the tracker.
 const LONGEST_PAUSE_WHILE_WANTED: Interval = Interval::from_secs(2);
 
-/// Transfers to begin or report that wait for the thread: the NARs of a large closure. Beyond, they
+/// Queue of transfers to begin and to report, sized for the NARs of a large closure. Further ones
 /// are not counted.
 const MAX_JOBS: usize = 8192;
-/// Reports that wait while the tracker is away, 200 KiB. The oldest go first.
+/// Reports that are kept while the tracker is unreachable, about 200 KiB. When full, the oldest
+/// report is dropped.
 const MAX_REPORTS: usize = 8192;
-/// Reports sent before new transfers have their turn.
+/// Reports that are sent before new transfers get their turn.
 const REPORTS_AT_ONCE: usize = 16;
-/// A report waits this long for a tracker that is away. Trackers keep a transfer of which one
-/// report is missing for 2 h.
+/// Longest time that a report is kept for an unreachable tracker. Trackers keep a transfer that
+/// lacks one report for 2 h.
 const REPORT_KEPT: Interval = Interval::from_secs(2 * 3600);
 
-/// What this node would share, as it is published.
+/// The filter of the paths that this node shares, as the trackers get it.
 pub struct Publication {
     current: Mutex<Option<(u64, Arc<BloomFilter>)>>,
     bits_per_path: AtomicU64,
@@ -53,19 +54,19 @@ impl Default for Publication {
 }
 
 impl Publication {
-    /// Bits for each path that the next filter has: the fewest that a tracker wants.
+    /// Bits per path of the next filter: the smallest number that a tracker wants.
     pub fn bits_per_path(&self) -> u64 {
         self.bits_per_path.load(Ordering::Relaxed)
     }
 
-    /// Of a node that shares nothing with strangers: an empty filter. A tracker names a peer
-    /// without a filter now and then, and one whose filter is empty never.
+    /// Publication of a node that shares nothing with strangers: an empty filter. A tracker
+    /// sometimes names a peer without a filter, but never one with an empty filter.
     pub fn nothing() -> Self {
         let current = Mutex::new(Some((0, Arc::new(BloomFilter::for_paths(0)))));
         Publication { current, ..Publication::default() }
     }
 
-    /// Another filter takes the place of the last.
+    /// Replaces the filter.
     pub fn set(&self, filter: BloomFilter) {
         let mut current = self.lock();
         let version = current.as_ref().map_or(0, |(version, _)| version + 1);
@@ -81,7 +82,7 @@ impl Publication {
     }
 }
 
-/// A transfer's name, once the tracker has given it one.
+/// Name of a transfer; empty until the tracker has assigned it.
 pub type PendingTransferName = Arc<OnceLock<TransferName>>;
 
 /// All trackers and their threads.
@@ -93,7 +94,7 @@ pub struct Trackers {
 struct Announcer {
     tracker: Arc<Tracker>,
     jobs: Sender<AnnouncerJob>,
-    /// Closing it ends the thread.
+    /// Dropping the sender ends the thread.
     running: Mutex<Option<Sender<()>>>,
     ended: Receiver<()>,
 }
@@ -103,7 +104,7 @@ enum AnnouncerJob {
     Report(TransferredBytes),
 }
 
-/// Bytes of one side of a transfer.
+/// Bytes that one side of a transfer reports.
 struct TransferredBytes {
     transfer_id: u64,
     role: Role,
@@ -112,10 +113,10 @@ struct TransferredBytes {
 }
 
 impl Trackers {
-    /// Starts the threads. `on_end` is called when one ends that should not.
+    /// Starts one thread per URL. `on_end` is called whenever a thread ends, also by a panic.
     ///
     /// # Errors
-    /// No thread to be had.
+    /// The system cannot create a thread.
     pub fn start(
         urls: Vec<String>,
         me: NodeIdentity,
@@ -155,7 +156,7 @@ impl Trackers {
             };
             let on_end = on_end.clone();
             thread::Builder::new().name("announce".into()).spawn(move || {
-                // Closes when this thread ends, however that comes about.
+                // Dropped when this thread ends, even by a panic.
                 let _end = end;
                 let _on_end = crate::deferred::Deferred::new(on_end);
                 worker.run();
@@ -170,7 +171,7 @@ impl Trackers {
         Ok(Trackers { port: me.port, announcers })
     }
 
-    /// The port that this node announces.
+    /// Port that this node announces.
     pub fn port(&self) -> u16 {
         self.port
     }
@@ -180,22 +181,25 @@ impl Trackers {
         self.announcers.iter().map(|announcer| &announcer.tracker)
     }
 
-    /// Has the trackers told that this node leaves. What is reported from now on is lost.
+    /// Tells the threads to sign off at their trackers and to end. Does not block. Reports that are
+    /// made after this are lost.
     pub fn leave(&self) {
         for announcer in &self.announcers {
             drop(announcer.running.lock().unwrap_or_else(PoisonError::into_inner).take());
         }
     }
 
-    /// Waits until they have been told; one that hangs in a call is left behind at `until`.
+    /// Waits until all threads have signed off and ended. Blocks until `until` at most; a thread
+    /// that hangs in a call is left behind.
     pub fn wait(&self, until: Instant) {
         for announcer in &self.announcers {
             let _ = announcer.ended.recv_deadline(until);
         }
     }
 
-    /// Has a transfer from that peer begun at the tracker with that place in [`Trackers::all`]. It
-    /// gets its name soon.
+    /// Begins a transfer from the peer `sender_id` at the tracker with the index `tracker` in
+    /// [`Trackers::all`]. Does not block; the name is set later, or never if the tracker is
+    /// unreachable.
     pub fn begin(&self, tracker: usize, sender_id: &str) -> PendingTransferName {
         let begun = PendingTransferName::default();
         if let Some(announcer) = self.announcers.get(tracker) {
@@ -207,7 +211,8 @@ impl Trackers {
         begun
     }
 
-    /// Reports bytes of a transfer to the tracker that counts it, if that is one of ours.
+    /// Reports the bytes of a transfer to the tracker that named it. Does nothing if no configured
+    /// tracker did. Does not block.
     pub fn report(&self, transfer: &TransferName, role: Role, bytes: u64) {
         let counts =
             |announcer: &&Announcer| announcer.tracker.id().as_deref() == Some(&*transfer.tracker);
@@ -233,29 +238,29 @@ impl Announcer {
     }
 }
 
-/// What the thread owns.
+/// State of the thread of one tracker.
 struct AnnouncerThread {
     tracker: Arc<Tracker>,
-    /// All of them, this one included: one filter is for all.
+    /// All trackers including this one, because they share one filter.
     trackers: Vec<Arc<Tracker>>,
     me: Arc<NodeIdentity>,
     publication: Arc<Publication>,
     networks: Arc<Networks>,
-    /// Changes of the network, as counted last.
+    /// Number of network changes at the last check.
     network_changes: u64,
     suspend: SuspendDetector,
     queue: Receiver<AnnouncerJob>,
     stopped: Receiver<()>,
     announcing: Backoff,
-    /// The tracker said when it wants the next announce.
+    /// True if the tracker said when it wants the next announce.
     is_asked_to_wait: bool,
     next_announce: Instant,
-    /// The version of the filter that the tracker has, and the timestamp by which it knows it.
+    /// Version of the filter that the tracker has, and the timestamp of its upload.
     published: Option<(u64, u64)>,
     publishing: Backoff,
     next_filter: Instant,
     begin: BTreeMap<String, Vec<PendingTransferName>>,
-    /// Of reports and of transfers to begin.
+    /// Backoff of reports and of transfers to begin.
     reporting: Backoff,
     reports: VecDeque<TransferredBytes>,
 }
@@ -286,7 +291,8 @@ impl AnnouncerThread {
         }
     }
 
-    /// Announces sooner, if there is a reason to.
+    /// Announces sooner if the network changed, the machine was suspended, or lookups miss the
+    /// tracker.
     fn notice_changes(&mut self, now: Instant) {
         let network_changes = self.networks.count_changes();
         let has_moved =
@@ -299,8 +305,8 @@ impl AnnouncerThread {
             }
             self.next_announce = now;
         }
-        // Lookups fail, or miss the tracker: an announce finds out whether it is there. A tracker
-        // that said when it wants to be asked again is not asked sooner.
+        // Lookups fail or miss the tracker; an announce finds out whether it is reachable. A
+        // tracker that sent `Retry-After` is not asked sooner.
         if self.tracker.take_wanted() && !self.is_asked_to_wait {
             let is_first = self.announcing.failures() == 0;
             let soonest = if is_first { now } else { now + LONGEST_PAUSE_WHILE_WANTED.get() };
@@ -315,8 +321,8 @@ impl AnnouncerThread {
             Ok(announced) => {
                 self.announcing.reset();
                 self.is_asked_to_wait = false;
-                // It has none, or another machine's: this node's is older than its memory, or not
-                // the last.
+                // The tracker has no filter, or one that this node did not publish last: it lost
+                // it, or another machine uses the same identity.
                 if self.published.is_some_and(|(_, timestamp)| announced.filter != Some(timestamp))
                 {
                     self.published = None;
@@ -382,7 +388,7 @@ impl AnnouncerThread {
                     log::debug!("tracker {}: report: {e}", self.tracker.url());
                     return self.reporting.record_failure(e.retry_after(), Instant::now());
                 }
-                // What it refused once it refuses again.
+                // A report that the tracker refused would be refused again.
                 Err(e) => log::debug!("tracker {}: report lost: {e}", self.tracker.url()),
                 Ok(()) => self.reporting.reset(),
             }
@@ -390,7 +396,8 @@ impl AnnouncerThread {
         }
     }
 
-    /// Waits for something to do. False: it is time to end.
+    /// Waits until there is something to do, for at most [`LOOK`]. Returns false if the thread must
+    /// end.
     fn wait(&mut self) -> bool {
         let now = Instant::now();
         let has_reports = !self.reports.is_empty()
@@ -415,8 +422,8 @@ impl AnnouncerThread {
 
     fn take(&mut self, job: AnnouncerJob) {
         match job {
-            // Of a tracker that is away, or that has no ID to name transfers by, nothing is
-            // expected.
+            // A tracker that is unreachable, or that has no ID to name transfers by, cannot count
+            // this transfer.
             AnnouncerJob::Begin { .. }
                 if !self.tracker.is_reached() || self.tracker.id().is_none() => {}
             AnnouncerJob::Begin { sender_id, begun } => {

@@ -1,5 +1,5 @@
-//! Requests to the HTTP servers of peers, by blocking ureq. Nothing that a peer answers is believed
-//! here beyond its form; nothing follows a redirect, a proxy or a name server.
+//! HTTP client for peers, based on blocking ureq. It checks the form of answers but trusts nothing
+//! else in them, and it uses no redirects, proxies or name servers.
 
 use super::friend_transport::FriendConnector;
 use super::health::Fault;
@@ -30,54 +30,55 @@ use ureq::http::{Response, Uri};
 use ureq::unversioned::resolver::{ResolvedSocketAddrs, Resolver};
 use ureq::unversioned::transport::{Connector, DefaultConnector, NextTimeout, TcpConnector};
 
-/// A LAN peer accepts a connection within this, or is not there.
+/// Timeout of a connection attempt. A LAN peer that takes longer counts as unreachable.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// A NAR's first byte, and every further one, comes within this of the last.
+/// Longest wait for the first byte of a NAR, and for each further byte.
 pub const STALL: Timeout = Timeout::from_secs(10);
 
-/// A peer that is slower than this, in bytes a second and one stream, is left in any case: Nix
-/// would wait for it without end. Sixteen streams over the slowest Wi-Fi have twice that each.
+/// Slowest acceptable rate of one stream, in bytes per second. A slower peer is always abandoned,
+/// because Nix would wait for it without end. Each of sixteen streams over the slowest Wi-Fi has
+/// twice this rate.
 pub const TOO_SLOW: u64 = 8 * 1024;
-/// Longest time for a NAR's body, beside the time that its size takes at [`TOO_SLOW`].
+/// Time limit of a NAR body, in addition to the time that its size takes at [`TOO_SLOW`].
 const BODY_GRACE: Duration = Duration::from_secs(30);
 
-/// Connections kept open to one peer: as many as Nix opens to us.
+/// Idle connections kept per peer: as many as Nix opens to this node. Further ones are closed.
 const IDLE_PER_PEER: usize = 25;
-/// Connections kept open in all.
+/// Idle connections kept in all. Further ones are closed.
 const IDLE: usize = 100;
-/// Shorter than the 30 s after which a peer closes an idle connection, so that no request meets a
-/// closed one.
+/// Age after which an idle connection is closed. Peers close theirs after 30 s, so a request rarely
+/// meets a closed connection.
 const IDLE_AGE: Timeout = Timeout::from_secs(15);
 
-/// ureq's buffer for what it reads, which bounds one read of a NAR's body. 128 KiB was fastest
-/// among 16 to 512.
+/// Size of ureq's input buffer, in bytes, which bounds one read of a NAR body. 128 KiB was the
+/// fastest size between 16 and 512 KiB.
 const BUFFER: usize = 128 * 1024;
 
-/// As much as is read of an answer to [`PeerClient::greet`]. Ours have 60 bytes.
+/// Bytes that [`PeerClient::greet`] reads of an answer. peerix sends 60 bytes.
 const MAX_GREETING: u64 = 4096;
 
-/// Why a peer did not give what it was asked for.
+/// Error of a request to a peer.
 #[derive(Debug)]
 pub enum PeerError {
     /// No connection, no answer in time, or the connection broke.
     Unreachable(ureq::Error),
-    /// 404 or 410: it does not have the path.
+    /// Status 404 or 410: the peer does not have the path.
     NotThere,
-    /// 503: it has as much to do as it wants. Or this node has as many large narinfos as it may
-    /// have.
+    /// Status 503: the peer is overloaded. Also returned if this node already holds the largest
+    /// permitted number of large narinfos.
     Busy,
-    /// 307: these are getting the NAR from it.
+    /// Status 307: the peers with these addresses are fetching the NAR from this peer.
     Named(Vec<IpAddr>),
-    /// Another status.
+    /// Any other status.
     Status(u16),
-    /// An answer that is not what it should be.
+    /// The answer violates its format or is unsupported.
     Malformed(Malformed),
 }
 
 impl PeerError {
-    /// Whether the same request may succeed soon: the peer is busy or restarts, or packets of the
-    /// connection were lost. An answer that is late is no such case.
+    /// Returns true if the same request may succeed soon: the peer is overloaded or restarts, or
+    /// the connection lost packets. A late answer does not count as temporary.
     pub fn is_temporary(&self) -> bool {
         match self {
             PeerError::Unreachable(ureq::Error::Timeout(timeout)) => {
@@ -91,7 +92,7 @@ impl PeerError {
         }
     }
 
-    /// What this says about the peer; `None` for nothing bad.
+    /// The failure that this error means for the peer's health; `None` if the peer is not to blame.
     pub fn fault(&self) -> Option<Fault> {
         match self {
             PeerError::Unreachable(_) => Some(Fault::Unreachable),
@@ -119,40 +120,42 @@ impl fmt::Display for PeerError {
 
 impl std::error::Error for PeerError {}
 
-/// A narinfo larger than this, in bytes, needs room. Those of paths with fewer than 900 references
-/// do not.
+/// Size in bytes above which a narinfo needs a reservation. Paths with fewer than 900 references
+/// stay below it.
 const LARGE_NARINFO: u64 = 64 * 1024;
-/// Large narinfos in memory at once: each takes up to 3 MiB, as bytes and as references. Further
-/// ones wait until their request ends.
+/// Largest number of large narinfos in memory. Each takes up to 3 MiB as text and as references. At
+/// the bound, further ones wait until an earlier one is dropped, and fail with [`PeerError::Busy`]
+/// at the deadline of their request.
 const MAX_LARGE_NARINFOS: usize = 2;
-/// Threads that read them, so that one slow peer does not hold up all. The C library keeps freed
-/// memory for each thread: if all 256 threads for requests read them, it would keep 60 MiB.
+/// Number of threads that read large narinfos, so that one slow peer does not block all. The C
+/// library keeps freed memory per thread: if all 256 request threads read them, it would keep 60
+/// MiB.
 const LARGE_READERS: usize = 2;
-/// Past its deadline, a large narinfo is waited for this long: its reader notices the deadline
+/// Time past its deadline that a large narinfo is still waited for. The reader notices the deadline
 /// itself.
 const ROOM_GRACE: Duration = Duration::from_secs(1);
-/// Their stack: the buffers are not on it.
+/// Stack of such a thread, in bytes. The buffers are on the heap.
 const LARGE_STACK: usize = 256 << 10;
 
-/// The largest build log, in bytes: as large as nodes serve.
+/// Largest build log, in bytes. It equals the limit that peerix serves.
 const MAX_LOG: u64 = 64 << 20;
 
-/// Odd paths that were logged, so that each is logged once. When there are more, they are forgotten
-/// and may be logged again.
+/// Number of odd paths remembered so that each is logged once. When it is reached, all are
+/// forgotten and may be logged again.
 const MAX_LOGGED: usize = 1024;
 
-/// The client that all threads share.
+/// HTTP client for peers; shared by all threads.
 pub struct PeerClient {
     pool: Mutex<IdleConnections>,
-    /// Set for a friend.
+    /// TLS configuration; set for a friend only.
     tls: Option<Arc<ClientConfig>>,
     store_dir: StoreDir,
     logged: Mutex<HashSet<HashPart>>,
-    /// To the threads that read large narinfos.
+    /// Queue of the threads that read large narinfos.
     large: Sender<LargeNarinfoBody>,
 }
 
-/// A narinfo that turned out to be large.
+/// Body of a narinfo that exceeds [`LARGE_NARINFO`], with the part that was already read.
 struct LargeNarinfoBody {
     begin: Vec<u8>,
     rest: ureq::BodyReader<'static>,
@@ -181,7 +184,7 @@ impl LargeNarinfoBody {
     }
 }
 
-/// Starts the threads that read large narinfos. They end with the returned sender.
+/// Starts the threads that read large narinfos. They end when the returned sender is dropped.
 fn start_large_readers() -> Sender<LargeNarinfoBody> {
     let (sender, jobs) = bounded::<LargeNarinfoBody>(0);
     let rooms = bounded(MAX_LARGE_NARINFOS);
@@ -200,8 +203,8 @@ fn start_large_readers() -> Sender<LargeNarinfoBody> {
     sender
 }
 
-/// A peer's narinfo: its form is checked, its signatures are not. A large one takes room until it
-/// is dropped.
+/// Narinfo from a peer. Its form is checked, its signatures are not. A large one holds a
+/// reservation until it is dropped.
 #[derive(Debug)]
 pub struct PeerNarinfo {
     narinfo: NarInfo,
@@ -209,7 +212,7 @@ pub struct PeerNarinfo {
 }
 
 impl PeerNarinfo {
-    /// The narinfo without its room, for a program that reads few of them.
+    /// Returns the narinfo and releases its reservation. Only for programs that read few narinfos.
     pub fn into_inner(self) -> NarInfo {
         self.narinfo
     }
@@ -223,7 +226,7 @@ impl Deref for PeerNarinfo {
     }
 }
 
-/// The right to have a large narinfo in memory.
+/// Reservation for one of the [`MAX_LARGE_NARINFOS`] large narinfos in memory.
 #[derive(Debug)]
 struct LargeNarinfoReservation(Receiver<()>);
 
@@ -233,16 +236,16 @@ impl Drop for LargeNarinfoReservation {
     }
 }
 
-/// A build log of a peer.
+/// Build log from a peer.
 pub struct LogBody {
-    /// Its bytes.
+    /// Length in bytes.
     pub len: u64,
-    /// The text.
+    /// Reader of the text.
     pub text: PrintableReader<ureq::BodyReader<'static>>,
 }
 
-/// Replaces control characters but tabs and line ends by question marks: Nix prints logs to the
-/// terminal, and nobody has signed them.
+/// Replaces control characters other than tabs and line ends by question marks. Nix prints logs to
+/// the terminal, and logs are not signed.
 pub struct PrintableReader<R>(R);
 
 impl<R: Read> Read for PrintableReader<R> {
@@ -258,30 +261,31 @@ impl<R: Read> Read for PrintableReader<R> {
     }
 }
 
-/// The connections that are kept open.
+/// The client with its idle connections.
 struct IdleConnections {
     agent: Agent,
-    /// When one of them may have been used last; `None` if there are none.
+    /// Time of the last request; `None` if there was none since the connections were closed.
     used: Option<Instant>,
 }
 
-/// What lies between this node and a peer.
+/// Kind of network between this node and a peer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum LinkKind {
-    /// A network that is faster than compressing.
+    /// LAN: faster than compression.
     Lan,
-    /// The same, and the peer may name others instead that are getting the NAR.
+    /// LAN, and the peer may answer with the addresses of peers that are fetching the NAR from it.
     LanOrOthers,
-    /// Other networks; a tracker counts what is transferred, by that name if it has given one.
+    /// Another network: the peer may compress. The tracker counts the transfer under this name, if
+    /// it has assigned one.
     Wan(Option<TransferName>),
 }
 
-/// The body of a NAR response: the NAR's bytes, however they came.
+/// Body of a NAR response. Reading it yields the bytes of the NAR, decompressed if necessary.
 pub struct NarBody {
     bytes: BodyReader,
-    /// Bytes to skip: a peer that does not know ranges begins at the beginning.
+    /// Bytes to skip before the requested offset: a peer without range support starts at byte 0.
     pub skip: u64,
-    /// Whether the end shows by itself: by a length, or by the end of a frame.
+    /// True if the body has a length, or a zstd frame that marks its end.
     has_end: bool,
 }
 
@@ -291,13 +295,13 @@ enum BodyReader {
 }
 
 impl NarBody {
-    /// Gives the connection back for the next request, which ureq does only when the end has been
-    /// read. Without a length the peer could make us wait for it; that of a compressed body is
-    /// waited for elsewhere.
+    /// Reads the end of the body, which ureq requires before it reuses the connection. A plain body
+    /// without a length is not read to its end, because the peer could delay it. The end of a
+    /// compressed body is read in another thread, and this call blocks for 50 ms at most.
     pub fn finish(mut self) {
-        /// Connections that have their end still to come. Beyond, they are closed.
+        /// Compressed bodies whose end is being read. Further connections are closed instead.
         const MAX_FINISHING: usize = 32;
-        /// The end is mostly here already, or comes with the last bytes.
+        /// Wait for the end, which usually has arrived already.
         const AT_ONCE: Duration = Duration::from_millis(50);
         static FINISHING: AtomicUsize = AtomicUsize::new(0);
         match self.bytes {
@@ -330,11 +334,11 @@ impl NarBody {
 }
 
 impl NarBody {
-    /// As [`Read::read`], but waits for the peer for `patience` at most. `None`: nothing came in
-    /// that time, and the next read goes on from there.
+    /// Like [`Read::read`], but blocks for at most `patience`. Returns `None` if nothing arrived in
+    /// that time; a later read continues at the same byte.
     ///
     /// # Errors
-    /// The connection's, or what the peer compressed cannot be decoded.
+    /// Errors of the connection and of the zstd decoder.
     pub fn read_within(&mut self, buf: &mut [u8], patience: Duration) -> io::Result<Option<usize>> {
         match read_timeout::limit(patience, || self.read(buf)) {
             Err(e) if read_timeout::is_over(&e) => Ok(None),
@@ -352,7 +356,7 @@ impl Read for NarBody {
     }
 }
 
-/// One without connections, for peers or for a friend.
+/// Creates a client without connections, for peers or for one friend.
 fn agent(tls: Option<&Arc<ClientConfig>>) -> Agent {
     let config = http_client::config()
         .proxy(None)
@@ -378,12 +382,12 @@ fn agent(tls: Option<&Arc<ClientConfig>>) -> Agent {
 }
 
 impl PeerClient {
-    /// Accepts narinfos of that store directory only.
+    /// Creates a client that accepts narinfos of `store_dir` only.
     pub fn new(store_dir: StoreDir) -> Self {
         PeerClient::with(store_dir, None)
     }
 
-    /// A client of a friend, with whom all is in TLS.
+    /// Creates a client for one friend. All its connections use TLS.
     pub fn for_friend(store_dir: StoreDir, tls: Arc<ClientConfig>) -> Self {
         PeerClient::with(store_dir, Some(tls))
     }
@@ -398,8 +402,9 @@ impl PeerClient {
         }
     }
 
-    /// Asks for what every node tells everybody, within `timeout`: whether the peer is there, and
-    /// over TLS whether it is the one that is meant.
+    /// Requests `nix-cache-info`. Success shows that the peer is reachable and, over TLS, that it
+    /// has the expected key. Each attempt blocks for at most `timeout`; a request on a stale
+    /// connection is repeated once.
     ///
     /// # Errors
     /// See [`PeerError`].
@@ -427,8 +432,8 @@ impl PeerClient {
         pool.agent.clone()
     }
 
-    /// Closes the connections if none of them was used for so long that it could be used again.
-    /// ureq does so only with the next request, and each has 256 KiB of buffers.
+    /// Closes the idle connections if all of them are too old to be reused. ureq does so only at
+    /// the next request, and each connection holds 256 KiB of buffers.
     pub fn rest(&self) {
         let mut pool = self.pool.lock().unwrap_or_else(PoisonError::into_inner);
         if pool.used.is_some_and(|used| used.elapsed() >= IDLE_AGE.get()) {
@@ -436,7 +441,7 @@ impl PeerClient {
         }
     }
 
-    /// Logs that a path cannot be handled, unless that was logged already.
+    /// Logs that a path is unsupported. Logs each path once.
     pub fn warn_of_odd_path(&self, hash_part: &HashPart, peer: SocketAddr, why: &dyn fmt::Display) {
         let is_new = {
             let mut logged = self.logged.lock().unwrap_or_else(PoisonError::into_inner);
@@ -450,10 +455,12 @@ impl PeerClient {
         }
     }
 
-    /// The narinfo a peer said it has: of the right path, for an uncompressed NAR.
+    /// Requests a narinfo from a peer that has the path. Checks that it is of this path and
+    /// describes an uncompressed NAR. Each attempt blocks for at most `timeout`; a request on a
+    /// stale connection is repeated once.
     ///
     /// # Errors
-    /// See [`PeerError`]; also when the whole takes longer than `timeout`.
+    /// See [`PeerError`]. A timeout is [`PeerError::Unreachable`].
     pub fn narinfo(
         &self,
         holder: &Holder,
@@ -518,10 +525,10 @@ impl PeerClient {
         Ok(narinfo)
     }
 
-    /// What a peer says of a derivation's output.
+    /// Requests the realisation of a derivation output. Each attempt blocks for at most `timeout`.
     ///
     /// # Errors
-    /// See [`PeerError`]; also when the whole takes longer than `timeout`.
+    /// See [`PeerError`]. A timeout is [`PeerError::Unreachable`].
     pub fn realisation(
         &self,
         peer: SocketAddr,
@@ -541,10 +548,11 @@ impl PeerClient {
         Realisation::parse(&bytes, id).map_err(PeerError::Malformed)
     }
 
-    /// The build log of a derivation, whose head comes within `patience`.
+    /// Requests the build log of a derivation. The response head must arrive within `patience`, and
+    /// the body within 30 s.
     ///
     /// # Errors
-    /// See [`PeerError`]; one without a length, or over 64 MiB, is unsupported.
+    /// See [`PeerError`]. A log without a length, or of more than 64 MiB, is unsupported.
     pub fn log(
         &self,
         peer: SocketAddr,
@@ -570,11 +578,12 @@ impl PeerClient {
         }
     }
 
-    /// SHA-256 of up to `count` pieces of a NAR from piece `first` on, as a holder has them, and
-    /// the bytes per second that it would send the NAR with, if it tells.
+    /// Requests the SHA-256 digests of up to `count` pieces of a NAR from piece `first` on. Also
+    /// returns the rate in bytes per second at which the peer would send the NAR, if it says so.
+    /// The peer may return fewer digests. Each attempt blocks for at most `timeout`.
     ///
     /// # Errors
-    /// See [`PeerError`]; also when the whole takes longer than `timeout`.
+    /// See [`PeerError`]. A timeout is [`PeerError::Unreachable`].
     pub fn digests(
         &self,
         peer: SocketAddr,
@@ -603,14 +612,14 @@ impl PeerClient {
         Ok((bytes.as_chunks::<32>().0.to_vec(), pace.map(f64::from)))
     }
 
-    /// A NAR from byte `offset` on, which begins within `patience`, the time to connect included.
-    /// `url_path` is the narinfo's `URL`, relative to the root of the peer's server. Over other
-    /// networks the peer may compress; the offset, and what is then read, is of the NAR all the
-    /// same.
+    /// Requests a NAR from byte `offset` on. The response, including the time to connect, must
+    /// begin within `patience`. `url_path` is the `URL` of the narinfo, relative to the root of the
+    /// peer's server. On other networks than the LAN the peer may compress; `offset` and the
+    /// returned bytes refer to the uncompressed NAR in any case.
     ///
     /// # Errors
-    /// See [`PeerError`]; a NAR of another size than `nar_size`, where the peer tells it, is malformed,
-    /// and so is an encoding that was not asked for.
+    /// See [`PeerError`]. A body whose length does not match `nar_size` is malformed, and so is an
+    /// encoding that was not requested.
     pub fn nar(
         &self,
         peer: SocketAddr,
@@ -709,8 +718,8 @@ fn names<B>(response: &Response<B>) -> Vec<IpAddr> {
     field.split(',').filter_map(|name| name.trim().parse().ok()).take(MAX_NAMED).collect()
 }
 
-/// A kept connection may have been closed by the other end in the moment it is used again: then a
-/// new one does it.
+/// Repeats a call once unless it timed out or could not connect. The peer may close a kept
+/// connection at the moment of its reuse; the second call opens a new one.
 pub(super) fn twice<T>(call: impl Fn() -> Result<T, ureq::Error>) -> Result<T, ureq::Error> {
     match call() {
         Err(e) if !matches!(e, ureq::Error::Timeout(_) | ureq::Error::ConnectionFailed) => call(),
@@ -727,8 +736,8 @@ fn expect<B>(response: Response<B>, statuses: &[u16]) -> Result<Response<B>, Pee
     }
 }
 
-/// URLs have no place for the interface of a link-local address, so it goes into a host name that
-/// only [`PeerAddressResolver`] reads.
+/// Builds the URL of `path` at a peer. URLs cannot hold the interface of a link-local address, so
+/// it is encoded in a host name that only [`PeerAddressResolver`] understands.
 fn url(peer: SocketAddr, path: &str) -> String {
     let path = path.trim_start_matches('/');
     match peer {
@@ -746,7 +755,8 @@ fn url(peer: SocketAddr, path: &str) -> String {
 
 const LINK_LOCAL: &str = ".link-local.invalid";
 
-/// Resolves what [`url`] writes, and nothing else: a peer is an address, never a name.
+/// Decodes the host names that [`url`] builds, and resolves nothing else: a peer is always an
+/// address.
 #[derive(Debug)]
 struct PeerAddressResolver;
 
@@ -779,7 +789,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_kind_of_address_comes_back_from_its_url() {
+    fn peer_address_survives_url_round_trip() {
         let scoped = SocketAddrV6::new("fe80::1:2".parse().unwrap(), 12304, 0, 7);
         for peer in [
             "192.168.1.9:12304".parse().unwrap(),

@@ -1,4 +1,4 @@
-//! ureq's connections to a friend: TCP, and TLS in which both sides prove who they are.
+//! Transport for ureq to a friend: TCP with mutually authenticated TLS.
 
 use crate::friends::tls::NO_NAME;
 use rustls::pki_types::ServerName;
@@ -11,7 +11,8 @@ use ureq::unversioned::transport::{
     Buffers, ConnectionDetails, Connector, LazyBuffers, NextTimeout, Transport, TransportAdapter,
 };
 
-/// Puts TLS around a connection.
+/// ureq connector that wraps the chained TCP connection in TLS. The handshake blocks for at most
+/// ureq's current timeout.
 pub(super) struct FriendConnector(pub Arc<ClientConfig>);
 
 impl fmt::Debug for FriendConnector {
@@ -32,7 +33,8 @@ impl<In: Transport> Connector<In> for FriendConnector {
         let name = ServerName::try_from(NO_NAME).map_err(|_| Error::Tls("a name that is none"))?;
         let mut session = ClientConnection::new(self.0.clone(), name)?;
         let mut socket = TransportAdapter::new(tcp.boxed(), details.current_time.clone());
-        // Without this a friend that falls silent in its handshake would be waited for without end.
+        // Without this, a friend that stops responding during the handshake blocks the thread
+        // forever.
         socket.set_timeout(details.timeout);
         session.complete_io(&mut socket)?;
         let buffers = LazyBuffers::new(
@@ -43,7 +45,7 @@ impl<In: Transport> Connector<In> for FriendConnector {
     }
 }
 
-/// A connection to a friend.
+/// TLS connection to a friend.
 pub(super) struct FriendTransport {
     buffers: LazyBuffers,
     stream: StreamOwned<ClientConnection, TransportAdapter>,

@@ -1,9 +1,11 @@
-//! Friends as peers: where each is, whether it is reached, and what it has.
+//! Friends as peers: the address of each friend, whether it is reachable, and whether it has a
+//! path.
 //!
-//! Each friend has a thread that keeps a connection to it. It tries the addresses that are known,
-//! and once one of them has proven that it is the friend, greets it now and again, so that a lookup
-//! finds a connection and a friend that is away is known before anybody asks. Lookups ask all
-//! friends that are reached, at once, beside the LAN. One that is not reached costs them nothing.
+//! Each friend has a thread that keeps a connection to it. The thread tries the known addresses.
+//! Once one of them has proven to be the friend's, it sends a greeting there at regular intervals,
+//! so that a lookup finds an open connection and an unreachable friend is known before a lookup. A
+//! lookup asks all reachable friends at once, in parallel with the LAN. An unreachable friend costs
+//! it no time.
 
 use super::client::{PeerClient, PeerError, PeerNarinfo};
 use super::request_pool::RequestPool;
@@ -23,54 +25,54 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// Time between two greetings of a friend that is reached. It is less than a kept connection lasts
-/// unused, 15 s.
+/// Interval between greetings of a reachable friend. It is shorter than the 15 s for which an idle
+/// connection is kept.
 const GREETING_INTERVAL: Interval = Interval::from_secs(10);
 
-/// A friend answers a greeting within this: three round trips of TCP and TLS over the slowest link.
+/// Timeout of a greeting: three round trips of TCP and TLS over the slowest link.
 const GREETING_TIMEOUT: Timeout = Timeout::from_secs(5);
 
-/// Pause after all addresses of a friend failed; it doubles.
+/// Start value of the pause between attempts. The pause doubles before each wait, so the first
+/// failure of all addresses causes a pause of 2 s.
 const FIRST_PAUSE: Interval = Interval::from_secs(1);
 
-/// The longest pause. A friend that wakes up says hello on the LAN, or greets this node, both of
-/// which end the pause.
+/// Longest pause between attempts. A hello of the friend on the LAN, an address from a tracker, or
+/// a change of the network ends the pause.
 const LONGEST_PAUSE: Interval = Interval::from_secs(60);
 
-/// A narinfo of a friend comes within this, or the friend counts as away.
+/// Timeout of a narinfo request to a friend. A friend that exceeds it counts as unreachable.
 const NARINFO_TIMEOUT: Timeout = Timeout::from_secs(2);
 
-/// After a start, lookups wait this long for friends that have not been tried yet: a wrong miss
-/// fails a build.
+/// Time after the start during which lookups wait for friends that have not been tried yet, because
+/// a wrong miss fails a build.
 const FIRST_TRY: Timeout = Timeout::from_secs(1);
 
-/// Addresses of one friend that others named and that have not proven to be its. The oldest make
-/// room.
+/// Largest number of unproven addresses per friend. When it is reached, the oldest one is dropped.
 const MAX_UNPROVEN: usize = 4;
 
-/// Interval at which the friends' file is read again, and it is seen whether the network is
-/// another.
+/// Interval at which the friends file is read again and the network is checked for changes.
 const LOOK_INTERVAL: Interval = Interval::from_secs(2);
 
-/// When there are too many requests, the next attempt to begin one is after this.
+/// Delay before the next attempt while the request pool is full.
 const BLOCKED_DELAY: Duration = Duration::from_millis(2);
 
-/// Stack of a thread that greets a friend. TLS in a build without optimisation takes 100 KiB.
+/// Stack of a thread that greets a friend, in bytes. TLS takes 100 KiB in a build without
+/// optimization.
 const STACK_BYTES: usize = 512 * 1024;
 
-/// How an address of a friend is known.
+/// Source of a friend's address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FoundBy {
-    /// `--friend` names it.
+    /// The `--friend` option or the friends file.
     Flag,
-    /// Its hello on the LAN.
+    /// A hello on the LAN.
     Hello,
     /// A tracker.
     Tracker,
 }
 
 impl FoundBy {
-    /// For programs.
+    /// Name of the source in machine-readable output.
     pub fn code(self) -> &'static str {
         match self {
             FoundBy::Flag => "flag",
@@ -89,16 +91,16 @@ pub struct Friends {
     requests: Arc<RequestPool>,
     started: Instant,
     links: Mutex<Vec<Arc<FriendLink>>>,
-    /// Closing it ends the threads.
+    /// Dropping the sender ends the threads.
     running: Mutex<Option<Sender<()>>>,
     stopped: Receiver<()>,
 }
 
-/// One friend.
+/// Connection to one friend.
 pub struct FriendLink {
-    /// Who it is.
+    /// Configuration of the friend.
     pub friend: Arc<FriendConfig>,
-    /// What it is asked with, over connections on which it has proven who it is.
+    /// Client whose connections authenticate the friend.
     pub client: PeerClient,
     networks: Arc<Networks>,
     state: Mutex<FriendState>,
@@ -109,41 +111,43 @@ pub struct FriendLink {
 
 #[derive(Default)]
 struct FriendState {
-    /// Those that others named and that have not proven to be the friend's, the latest first.
+    /// Addresses that others named and that have not proven to be the friend's; the latest comes
+    /// first.
     unproven: VecDeque<(SocketAddr, FoundBy)>,
-    /// Where it was last, which is tried first.
+    /// The last address that proved to be the friend's. It is tried first.
     proven: Option<(SocketAddr, FoundBy)>,
     is_up: bool,
     since: Option<Instant>,
-    /// All addresses were tried once.
+    /// True once the friend was reached or all its addresses have failed.
     was_tried: bool,
     error: Option<String>,
     is_removed: bool,
 }
 
-/// A friend, for people.
+/// State of a friend, for the status output.
 pub struct FriendSnapshot {
-    /// Its name.
+    /// Name from the configuration.
     pub name: String,
-    /// Its key.
+    /// Public key.
     pub key: NodeKey,
-    /// Where it is, or was last.
+    /// Current or last proven address.
     pub address: Option<SocketAddr>,
-    /// How that is known.
+    /// Source of that address.
     pub found_by: Option<FoundBy>,
-    /// Whether it is reached.
+    /// True if the friend is reachable.
     pub is_up: bool,
-    /// Since when it is, or is not.
+    /// Time since when the friend is reachable, or unreachable.
     pub since: Option<Instant>,
-    /// Why it is not.
+    /// Reason why the friend is unreachable.
     pub error: Option<String>,
 }
 
 impl Friends {
-    /// Begins to look for the friends of `list`.
+    /// Starts one thread per friend of `list`, and one that follows changes of the list and the
+    /// network.
     ///
     /// # Errors
-    /// No thread to be had.
+    /// The system cannot create a thread.
     pub fn start(
         list: Arc<FriendList>,
         identity: Arc<Identity>,
@@ -181,22 +185,22 @@ impl Friends {
         Ok(friends)
     }
 
-    /// Ends the threads, which is not waited for.
+    /// Tells the threads to end. Does not wait for them.
     pub fn stop(&self) {
         drop(self.running.lock().unwrap_or_else(PoisonError::into_inner).take());
     }
 
-    /// Closed when the threads are to end.
+    /// Channel that closes when the threads must end.
     pub fn stopped(&self) -> &Receiver<()> {
         &self.stopped
     }
 
-    /// Who the friends are.
+    /// The friend list.
     pub fn list(&self) -> &Arc<FriendList> {
         &self.list
     }
 
-    /// Makes the links those of the list.
+    /// Adds and removes links so that they match the list.
     fn follow_list(&self) {
         let friends = self.list.all();
         let mut links = self.links();
@@ -241,19 +245,20 @@ impl Friends {
         self.links.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// All of them, for people.
+    /// State of all friends, for the status output.
     pub fn seen(&self) -> Vec<FriendSnapshot> {
         self.links().iter().map(|link| link.seen()).collect()
     }
 
-    /// A *hello* with that digest came from a neighbour, whose HTTP server is at `address`.
+    /// Handles a *hello* with the digest `digest` from a neighbour whose HTTP server is at
+    /// `address`. If a friend's key matches the digest, the friend's thread tries the address.
     pub fn heard_hello(&self, instance: &[u8; 8], digest: &HelloDigest, address: SocketAddr) {
         for link in self.links().iter().filter(|link| link.friend.key.digest(instance) == *digest) {
             link.add(address, FoundBy::Hello);
         }
     }
 
-    /// A tracker names an address of the friend with that key.
+    /// Handles an address that a tracker named for the friend with the key `key`.
     pub fn found_at_tracker(&self, key: &NodeKey, address: SocketAddr) {
         if !can_be_peer(address.ip()) {
             return;
@@ -263,12 +268,13 @@ impl Friends {
         }
     }
 
-    /// All are tried at once: those that were reached may be gone, and others be here.
+    /// Wakes all threads: after a network change, friends may have become reachable or unreachable.
     fn network_changed(&self) {
         self.links().iter().for_each(|link| link.wake());
     }
 
-    /// Asks all friends that are reached for a path. The requests leave at once.
+    /// Asks all reachable friends for a path. Sends the requests at once and does not wait for
+    /// answers.
     pub fn search(self: &Arc<Self>, hash_part: &HashPart) -> FriendSearch {
         let links = self.links().clone();
         let (answer, answers) = bounded(links.len());
@@ -294,7 +300,7 @@ impl Friends {
 }
 
 impl FriendLink {
-    /// Its address, if it is reached.
+    /// Address of the friend if it is reachable.
     fn address(&self) -> Option<SocketAddr> {
         let state = self.state();
         state.proven.filter(|_| state.is_up).map(|(address, _)| address)
@@ -304,7 +310,8 @@ impl FriendLink {
         self.state().was_tried
     }
 
-    /// Its address as soon as it is reached. Blocks until it was tried, or until `until`.
+    /// Waits until the friend was tried once, and returns its address if it is reachable. Blocks
+    /// until `until` at most.
     fn wait_for_address(&self, until: Instant) -> Option<SocketAddr> {
         let state = self.state();
         let left = until.saturating_duration_since(Instant::now());
@@ -313,7 +320,7 @@ impl FriendLink {
         self.address()
     }
 
-    /// Whether what lies between is faster than compressing.
+    /// Returns true if `address` is on a network that is faster than compression.
     pub fn is_near(&self, address: SocketAddr) -> bool {
         address.ip().to_canonical().is_loopback() || self.networks.is_lan(address)
     }
@@ -332,8 +339,7 @@ impl FriendLink {
         }
     }
 
-    /// Somebody says that it is at this address. That displaces nothing that has proven to be the
-    /// friend.
+    /// Adds an unproven address and wakes the thread. It never replaces the proven address.
     fn add(&self, address: SocketAddr, found_by: FoundBy) {
         let mut state = self.state();
         let is_known = state.proven.is_some_and(|(known, _)| known == address);
@@ -373,7 +379,7 @@ impl FriendLink {
             select! {
                 recv(stopped) -> _ => return,
                 recv(self.woken) -> _ => {
-                    // Whoever says hello without end causes one attempt a pause.
+                    // Limits repeated hellos to one attempt per this pause.
                     if stopped.recv_timeout(FIRST_PAUSE.get() / 10).is_err_and(|e| e.is_disconnected()) {
                         return;
                     }
@@ -383,8 +389,9 @@ impl FriendLink {
         }
     }
 
-    /// Greets the friend where it was last, and at other addresses if it is not there. True if it
-    /// answers.
+    /// Greets the friend at its last address, and at the other addresses if that fails. Returns
+    /// true if the friend answers. Blocks for up to 5 s per attempt, and for the name lookup of a
+    /// configured host.
     fn try_addresses(&self, own: &NodeKey) -> bool {
         let (proven, unproven) = {
             let state = self.state();
@@ -392,7 +399,8 @@ impl FriendLink {
         };
         let mut error = None;
         let mut is_up = proven.is_some_and(|place| self.greet(place, own, &mut error));
-        // What claims to be it on the LAN is worth a look while it is reached from farther away.
+        // While the friend is reached on a distant network, an address from a LAN hello is worth a
+        // try.
         let is_far = is_up && proven.is_some_and(|(address, _)| !self.is_near(address));
         let configured = if is_up { Vec::new() } else { self.configured(&mut error) };
         let configured = configured.into_iter().map(|address| (address, FoundBy::Flag));
@@ -406,8 +414,8 @@ impl FriendLink {
             if !answers {
                 self.state().unproven.retain(|other| *other != place);
             }
-            // Who said that it is there may be anybody: only where the user said it is an error
-            // one.
+            // Anybody may send a hello or an announcement, so only an address that the user
+            // configured causes an error message.
             error = error.or(why.filter(|_| place.1 == FoundBy::Flag));
             if answers {
                 break;
@@ -478,7 +486,8 @@ impl FriendLink {
         self.changed.notify_all();
     }
 
-    /// A request found it away: it is not asked until it has answered a greeting.
+    /// Marks the friend as unreachable after a failed request. It gets no more requests until it
+    /// answers a greeting.
     fn lost(&self) {
         let mut state = self.state();
         if state.is_up {
@@ -493,7 +502,7 @@ impl FriendLink {
     }
 }
 
-/// Why a friend is not reached, with the remedy where it is known.
+/// Message why a friend is unreachable, with the remedy if it is known.
 fn explain(address: SocketAddr, error: &PeerError, own: &NodeKey) -> String {
     let text = error.to_string();
     if text.contains("AccessDenied") {
@@ -510,18 +519,18 @@ impl fmt::Debug for FriendLink {
     }
 }
 
-/// The friends that are asked for one path.
+/// Search for one path among the friends.
 pub struct FriendSearch {
     friends: Arc<Friends>,
     hash_part: HashPart,
-    /// Those whose turn has not come.
+    /// Friends that have not been asked yet.
     to_ask: Vec<Arc<FriendLink>>,
     asked: u32,
     unanswered: u32,
     until: Instant,
     answer: Sender<FriendAnswer>,
     answers: Receiver<FriendAnswer>,
-    /// Tells whoever waits for the LAN that a friend has the path.
+    /// Signals the LAN search that a friend has the path.
     found: Sender<()>,
     is_found: Receiver<()>,
 }
@@ -529,37 +538,38 @@ pub struct FriendSearch {
 struct FriendAnswer {
     link: Arc<FriendLink>,
     address: SocketAddr,
-    /// `None`: it is away.
+    /// `None` if the friend is unreachable.
     narinfo: Option<Result<PeerNarinfo, PeerError>>,
 }
 
-/// A friend that has the path, and its narinfo.
+/// Narinfo from a friend that has the path.
 pub struct FriendOffer {
-    /// Who has it.
+    /// The friend.
     pub link: Arc<FriendLink>,
-    /// Its HTTP server.
+    /// Address of the friend's HTTP server.
     pub address: SocketAddr,
-    /// The narinfo; its form is checked, its signatures are not.
+    /// The narinfo. Its form is checked, its signatures are not.
     pub narinfo: PeerNarinfo,
 }
 
 impl FriendSearch {
-    /// Has something in it as soon as a friend has the path.
+    /// Channel that receives one message as soon as a friend has the path.
     pub fn is_found(&self) -> &Receiver<()> {
         &self.is_found
     }
 
-    /// Gives the search its time anew, but none after `until`.
+    /// Restarts the time limit of the search, which ends at `until` at the latest.
     pub fn resume(&mut self, until: Instant) {
         self.until = until.min(Instant::now() + NARINFO_TIMEOUT.get());
     }
 
-    /// How many friends were asked, and how many of them have not answered.
+    /// Number of friends that were asked, and number of those that have not answered.
     pub fn asked_and_unanswered(&self) -> (u32, u32) {
         (self.asked, self.unanswered)
     }
 
-    /// The next friend that has it. Blocks until all have answered, for `NARINFO_TIMEOUT` at most.
+    /// Returns the next friend that has the path; `None` if all have answered or time is up. Blocks
+    /// for `NARINFO_TIMEOUT` at most.
     pub fn next_offer(&mut self) -> Option<FriendOffer> {
         loop {
             self.ask();
@@ -585,7 +595,7 @@ impl FriendSearch {
         }
     }
 
-    /// Asks those whose turn it is, each in a thread of a pool.
+    /// Asks the remaining friends, each in a thread of the pool, until the pool is full.
     fn ask(&mut self) {
         while let Some(link) = self.to_ask.pop() {
             let (hash_part, answer, found) =
@@ -625,17 +635,17 @@ impl FriendSearch {
     }
 }
 
-/// Where a friend is that is nowhere.
+/// Placeholder address of an unreachable friend.
 const UNKNOWN: SocketAddr = SocketAddr::new(IpAddr::V6(Ipv6Addr::UNSPECIFIED), 0);
 
-/// What stands for a friend where requests are counted by address: its address may change in
-/// between.
+/// Stands for a friend in the per-address request counts. It is derived from the key, because the
+/// address may change while a request runs.
 fn place_of(key: &NodeKey) -> IpAddr {
     let bytes = key.as_bytes().first_chunk().expect("a key has 32 bytes");
     Ipv6Addr::from_bits(u128::from_be_bytes(*bytes)).into()
 }
 
-/// What never has anything in it, for a search without friends.
+/// A channel that never receives anything, for a search without friends.
 pub fn nobody() -> Receiver<()> {
     never()
 }

@@ -1,11 +1,11 @@
-//! How well each peer serves: whom to try first, and whom to leave alone for a while. No I/O; time
-//! is passed in.
+//! Health of each peer: which peers to try first, and which to leave alone for a while. The module
+//! does no I/O; the caller passes the current time.
 //!
-//! A neighbour is an address, whatever ports it claims; a peer that a tracker named is an address
-//! and a port, and never the same as a neighbour, as anybody can announce any address. One that
-//! failed is tried last for a while, and one that keeps failing not at all: the only holder of a
-//! path must not be lost to one broken connection, as Nix remembers a wrong *not there* for an
-//! hour.
+//! A neighbour is identified by its IP address, whatever ports it claims. A peer that a tracker
+//! named is identified by address and port and is never the same as a neighbour, because anybody
+//! can announce any address. A peer that failed is tried last for a while; one that keeps failing
+//! is not tried at all. One failure does not exclude a peer, because it may be the only holder of a
+//! path, and Nix remembers a wrong *not found* for an hour.
 
 use crate::stats::Network;
 use crate::time_scale::Interval;
@@ -16,32 +16,33 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-/// The first pause after a failure; it doubles with each further one.
+/// Pause after the first failure. It doubles with each further failure, up to [`LONGEST_PAUSE`].
 const FIRST_PAUSE: Interval = Interval::from_secs(1);
-/// The longest pause.
+/// Longest pause after a failure.
 const LONGEST_PAUSE: Interval = Interval::from_secs(300);
 
-/// A path can be collected between *have* and the request, and one narinfo can be odd, so that a
-/// few broken promises are no failure.
+/// Number of broken promises that do not count as failures. A holder may garbage-collect a path
+/// between its answer and the request, and a single narinfo may be odd.
 const PROMISES_FORGIVEN: u32 = 3;
 
-/// After so many failures a peer is not tried at all in its pauses, and the log has its one
-/// warning.
+/// Number of failures from which on a peer is not tried at all during its pauses. Reaching it logs
+/// one warning.
 const HOPELESS: u32 = 3;
 
-/// A peer that gave this many odd paths within [`ODD_WINDOW`] is asked after all others. An honest
-/// one has them in bursts, when Nix asks for a closure that is odd as a whole.
+/// Number of odd paths within [`ODD_WINDOW`] after which a peer is asked after all others. An
+/// honest peer gives them in bursts, when Nix requests a closure that is odd as a whole.
 const MANY_ODD: u32 = 8;
-/// Time in which odd paths are counted.
+/// Time window in which odd paths are counted.
 const ODD_WINDOW: Duration = Duration::from_secs(60);
 
-/// Peers remembered at once; as many as discovery knows.
+/// Largest number of peers in the table, as many as discovery knows. When it is reached, the peers
+/// that are not in a pause are dropped, and all peers if none can be dropped.
 const MAX_PEERS: usize = 1024;
 
-/// As much of a reason as people read, in characters.
+/// Longest stored failure reason, in characters. The rest is cut off.
 const MAX_REASON: usize = 200;
 
-/// A peer, as far as its standing goes.
+/// Identifies a peer in [`PeerHealth`].
 #[derive(Debug, Clone, Copy)]
 pub struct PeerKey {
     address: SocketAddr,
@@ -49,17 +50,17 @@ pub struct PeerKey {
 }
 
 impl PeerKey {
-    /// One that a tracker named.
+    /// Key of a peer that a tracker named.
     pub fn far(address: SocketAddr) -> Self {
         PeerKey { address, is_far: true }
     }
 
-    /// Its HTTP server.
+    /// Address of the peer's HTTP server.
     pub fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// Where it is.
+    /// Network on which the peer was found: WAN if a tracker named it, else LAN.
     pub fn network(&self) -> Network {
         if self.is_far { Network::Wan } else { Network::Lan }
     }
@@ -69,7 +70,7 @@ impl PeerKey {
     }
 }
 
-/// A neighbour.
+/// Key of a neighbour on the LAN.
 impl From<SocketAddr> for PeerKey {
     fn from(address: SocketAddr) -> Self {
         PeerKey { address, is_far: false }
@@ -96,31 +97,31 @@ impl fmt::Display for PeerKey {
     }
 }
 
-/// What went wrong with a peer.
+/// Kind of failure of a peer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fault {
-    /// It cannot be reached, or hangs. Any answer makes up for it.
+    /// The peer cannot be reached, or hangs. Any answer clears it.
     Unreachable,
-    /// It broke off or hung amid a NAR, or was too slow. A whole NAR makes up for it.
+    /// The peer broke off or stalled during a NAR, or was too slow. A complete NAR clears it.
     BrokenStream,
-    /// It sent a wrong NAR. A whole one makes up for it.
+    /// The peer sent a wrong NAR. A complete, correct NAR clears it.
     BadData,
-    /// It said *have*, and then has not, or has a narinfo that is none. Any good narinfo makes up
-    /// for it.
+    /// The peer said that it has a path, but then did not have it or sent an invalid narinfo. Any
+    /// good narinfo clears it.
     BrokenPromise,
-    /// It gave what may be true, but is beyond what peerix or Nix handles. That is the path's
-    /// fault: it is a miss, and the peer is not avoided.
+    /// The peer sent something that may be correct but that peerix or Nix does not support. The
+    /// path is at fault: it is a miss, and the peer is not avoided.
     OddPath,
 }
 
-/// Whether to ask a peer at all.
+/// Whether and when a peer may be asked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Eligibility {
-    /// As the order has it.
+    /// In its normal order.
     Now,
-    /// Only if nobody else can help.
+    /// Only if no other peer can help.
     Last,
-    /// Not now.
+    /// Not at all for now.
     Never,
 }
 
@@ -132,34 +133,35 @@ struct HealthRecord {
     was_slow: bool,
     avoided_until: Option<Instant>,
     last_fault: Option<Instant>,
-    /// Odd paths since this window began.
+    /// Start of the current window, and the number of odd paths in it.
     odd: Option<(Instant, u32)>,
-    /// Smoothed time to a narinfo.
+    /// Smoothed time from a narinfo request to its answer.
     latency: Option<Duration>,
-    /// When it last answered anything.
+    /// Time of the last answer of any kind.
     answered: Option<Instant>,
-    /// Requests that failed, in all; those that were under way together are one.
+    /// Total of failed requests. Requests that ran at the same time count as one failure.
     faults: u64,
-    /// Why the last one did.
+    /// Reason of the last failure.
     reason: Box<str>,
 }
 
-/// A peer's standing, for people.
+/// Health of a peer, for the status output.
 #[derive(Debug)]
 pub struct HealthSnapshot {
-    /// Its HTTP server, as it was first met.
+    /// Address of the peer's HTTP server, as it was first seen.
     pub address: SocketAddr,
-    /// Whether a tracker named it.
+    /// True if a tracker named the peer.
     pub is_far: bool,
-    /// Smoothed time to a narinfo.
+    /// Smoothed time from a narinfo request to its answer.
     pub latency: Option<Duration>,
-    /// When it last answered anything.
+    /// Time of the last answer of any kind.
     pub answered: Option<Instant>,
-    /// Requests that failed.
+    /// Total of failed requests.
     pub faults: u64,
-    /// Until when it is avoided, if it is; and whether it is not even the last resort.
+    /// End of the current pause, if there is one, and whether the peer is excluded even as a last
+    /// resort.
     pub avoided: Option<(Instant, bool)>,
-    /// What went wrong last; what the peer sent may be in it.
+    /// Reason of the last failure. It may contain text that the peer sent.
     pub reason: String,
 }
 
@@ -186,14 +188,14 @@ impl HealthRecord {
     }
 }
 
-/// The standing of every peer; shared by all threads.
+/// Health of all peers; shared by all threads.
 #[derive(Default)]
 pub struct PeerHealth {
     peers: Mutex<HashMap<PeerKey, HealthRecord>>,
 }
 
 impl PeerHealth {
-    /// When the peer's turn is, at `now`.
+    /// Returns whether and when the peer may be asked at `now`.
     pub fn turn(&self, peer: impl Into<PeerKey>, now: Instant) -> Eligibility {
         match self.lock().get(&peer.into()) {
             Some(p) if p.avoided_until.is_some_and(|until| until > now) => {
@@ -203,17 +205,17 @@ impl PeerHealth {
         }
     }
 
-    /// Whether it failed or hung lately and has not made up for it.
+    /// Returns true if the peer failed or hung recently and no later success has cleared that.
     pub fn is_doubtful(&self, peer: impl Into<PeerKey>) -> bool {
         self.lock().get(&peer.into()).is_some_and(|p| p.failures() > 0 || p.was_slow)
     }
 
-    /// The smoothed time to the peer's narinfos, zero if unknown.
+    /// Smoothed time from a narinfo request to the peer's answer; zero if unknown.
     pub fn latency(&self, peer: impl Into<PeerKey>) -> Duration {
         self.lock().get(&peer.into()).and_then(|p| p.latency).unwrap_or_default()
     }
 
-    /// All of them at `now`.
+    /// Health of all known peers at `now`.
     pub fn all(&self, now: Instant) -> Vec<HealthSnapshot> {
         let seen = |(who, peer): (&PeerKey, &HealthRecord)| HealthSnapshot {
             address: who.address,
@@ -230,7 +232,7 @@ impl PeerHealth {
         self.lock().iter().map(seen).collect()
     }
 
-    /// Sorts the most reliable first, then those that are known to answer, then the fastest. Peers
+    /// Sorts peers by reliability, then by whether they are known to answer, then by latency. Peers
     /// that gave many odd paths come last.
     pub fn sort<T>(&self, peers: &mut [T], address: impl Fn(&T) -> SocketAddr) {
         let standing = self.lock();
@@ -248,7 +250,7 @@ impl PeerHealth {
         });
     }
 
-    /// A good narinfo came, `latency` after it was asked for.
+    /// Records a good narinfo that arrived `latency` after its request.
     pub fn answered(&self, peer: impl Into<PeerKey>, latency: Duration, now: Instant) {
         let mut standing = self.lock();
         let peer = entry(&mut standing, peer.into(), now);
@@ -261,8 +263,8 @@ impl PeerHealth {
         peer.see(latency, now);
     }
 
-    /// It answered that it has no such path, which it had not promised: that tells only how fast it
-    /// is.
+    /// Records an answer without the path from a peer that had not promised it. The answer shows
+    /// that the peer is up and how fast it is, and nothing else.
     pub fn alive(&self, peer: impl Into<PeerKey>, latency: Duration, now: Instant) {
         let mut standing = self.lock();
         let peer = entry(&mut standing, peer.into(), now);
@@ -274,8 +276,8 @@ impl PeerHealth {
         peer.see(latency, now);
     }
 
-    /// No narinfo came within `patience`, and another peer is tried. The second time in a row it is
-    /// a failure.
+    /// Records that no narinfo came within `patience`, so that another peer is tried. The second
+    /// such timeout in a row counts as a failure.
     pub fn hung(&self, peer: impl Into<PeerKey>, patience: Duration, began: Instant, now: Instant) {
         let who = peer.into();
         let twice = {
@@ -289,7 +291,7 @@ impl PeerHealth {
         }
     }
 
-    /// A whole NAR came, and it was right.
+    /// Records that the peer sent a complete, correct NAR.
     pub fn delivered(&self, peer: impl Into<PeerKey>, now: Instant) {
         let mut standing = self.lock();
         let peer = entry(&mut standing, peer.into(), now);
@@ -298,8 +300,8 @@ impl PeerHealth {
         peer.avoided_until = None;
     }
 
-    /// A request that began at `began` failed. Requests that were under way together count as one
-    /// failure.
+    /// Records that a request that began at `began` failed. Requests that ran at the same time
+    /// count as one failure.
     pub fn failed(
         &self,
         who: impl Into<PeerKey>,
@@ -348,7 +350,7 @@ fn entry(
     now: Instant,
 ) -> &mut HealthRecord {
     if standing.len() >= MAX_PEERS && !standing.contains_key(&who) {
-        // Those who are not avoided have nothing to lose but a latency.
+        // Peers that are not in a pause lose only their measured latency.
         standing.retain(|_, p| p.avoided_until.is_some_and(|until| until > now));
         if standing.len() >= MAX_PEERS {
             standing.clear();
@@ -366,7 +368,7 @@ mod tests {
     }
 
     #[test]
-    fn pauses_grow_from_one_second_to_five_minutes() {
+    fn pause_after_failures_grows_from_one_second_to_five_minutes() {
         let (standing, mut now) = (PeerHealth::default(), Instant::now());
         for expected in [1, 2, 4, 8, 16, 32, 64, 128, 256, 300, 300] {
             standing.failed(address(1), Fault::BadData, now, now, &"test");
@@ -376,7 +378,7 @@ mod tests {
             assert_eq!(standing.turn(address(1), now), Eligibility::Now);
             now += Duration::from_millis(1);
         }
-        // A narinfo is no proof of better NARs; a whole NAR is.
+        // A narinfo does not clear a NAR failure; a complete NAR does.
         standing.failed(address(1), Fault::BrokenStream, now, now, &"test");
         standing.answered(address(1), Duration::from_millis(1), now);
         assert_eq!(standing.turn(address(1), now), Eligibility::Never);
@@ -384,9 +386,9 @@ mod tests {
         assert_eq!(standing.turn(address(1), now), Eligibility::Now);
     }
 
-    /// One broken stream used to make all that its only holder has "not there".
+    /// Guards against losing every path of an only holder after one broken stream.
     #[test]
-    fn after_one_failure_a_peer_is_the_last_resort_and_only_after_three_none() {
+    fn peer_is_last_resort_after_one_failure_and_excluded_after_three() {
         let (standing, mut now) = (PeerHealth::default(), Instant::now());
         for expected in [Eligibility::Last, Eligibility::Last, Eligibility::Never] {
             now += Duration::from_millis(1);
@@ -396,7 +398,7 @@ mod tests {
     }
 
     #[test]
-    fn twenty_five_requests_that_fail_together_are_one_failure() {
+    fn concurrent_failures_count_once() {
         let (standing, now) = (PeerHealth::default(), Instant::now());
         let failed = now + Duration::from_millis(300);
         for _ in 0..25 {
@@ -407,7 +409,7 @@ mod tests {
     }
 
     #[test]
-    fn a_few_broken_promises_are_forgiven() {
+    fn broken_promises_up_to_limit_are_no_failure() {
         let (standing, mut now) = (PeerHealth::default(), Instant::now());
         for i in 0..=PROMISES_FORGIVEN {
             assert_eq!(standing.turn(address(1), now), Eligibility::Now, "{i}");
@@ -417,9 +419,10 @@ mod tests {
         assert_eq!(standing.turn(address(1), now), Eligibility::Last);
     }
 
-    /// One path that peerix could not read used to hide everything else that its only holder has.
+    /// Guards against losing every path of an only holder because peerix could not read one of
+    /// them.
     #[test]
-    fn odd_paths_are_no_failures_and_many_make_a_peer_the_last() {
+    fn odd_paths_are_no_failure_but_many_sort_peer_last() {
         let (standing, now) = (PeerHealth::default(), Instant::now());
         standing.answered(address(1), Duration::from_micros(1), now);
         standing.answered(address(2), Duration::from_millis(9), now);
@@ -441,10 +444,10 @@ mod tests {
         assert!(!standing.lock()[&address(1).into()].has_many_odd_paths(now + ODD_WINDOW));
     }
 
-    /// A peer whose HTTP hangs used to be tried first for every path, as its unknown latency
-    /// counted as none.
+    /// Guards against trying a hanging peer first for every path because its unknown latency counts
+    /// as zero.
     #[test]
-    fn reliable_first_then_proven_then_fast() {
+    fn peers_are_sorted_by_reliability_then_latency() {
         let (standing, now) = (PeerHealth::default(), Instant::now());
         standing.answered(address(1), Duration::from_millis(9), now);
         standing.answered(address(2), Duration::from_millis(1), now);
@@ -460,10 +463,10 @@ mod tests {
         assert_eq!(standing.turn(address(4), later), Eligibility::Last);
     }
 
-    /// Who announced a neighbour's address at a tracker, with a port where nobody is, used to have
-    /// it avoided by all.
+    /// Guards against an announcement that makes all nodes avoid a neighbour: it names the
+    /// neighbour's address with a closed port.
     #[test]
-    fn what_a_tracker_names_does_not_speak_for_a_neighbour_or_another_port() {
+    fn failure_of_tracker_peer_does_not_affect_neighbour_or_other_port() {
         let (standing, mut now) = (PeerHealth::default(), Instant::now());
         for _ in 0..HOPELESS {
             now += Duration::from_millis(1);
@@ -478,7 +481,7 @@ mod tests {
     }
 
     #[test]
-    fn another_port_is_no_other_peer() {
+    fn neighbour_with_another_port_is_same_peer() {
         let (standing, now) = (PeerHealth::default(), Instant::now());
         standing.failed(address(1), Fault::BadData, now, now, &"test");
         let other_port = SocketAddr::new(address(1).ip(), 999);
@@ -486,7 +489,7 @@ mod tests {
     }
 
     #[test]
-    fn memory_is_bounded() {
+    fn peer_table_is_bounded() {
         let (standing, now) = (PeerHealth::default(), Instant::now());
         for i in 0..5000u32 {
             let peer = SocketAddr::from((std::net::Ipv4Addr::from_bits(i), 1));

@@ -1,8 +1,9 @@
-//! Peers on the LAN: which of those that say that they have a path gives its narinfo first.
+//! Peers on the LAN: finds the holder of a path that gives a good narinfo first.
 //!
-//! Discovery tells who has the path and how long to wait (see [`crate::lan::discovery`]). The first
-//! holder is asked at once; for every 100 ms without a good narinfo, twice as many further holders
-//! are asked. A holder that failed lately is asked when no other holder is left.
+//! Discovery names the holders and decides how long to wait (see [`crate::lan::discovery`]). The
+//! first holder is asked at once. Every 100 ms without a good narinfo, twice as many further
+//! holders are asked as the time before. A holder that failed recently is asked when no other
+//! holder is left.
 
 use super::client::{PeerClient, PeerError, PeerNarinfo};
 use super::health::{Eligibility, PeerHealth};
@@ -17,26 +18,28 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Without a good narinfo for this long, further holders are asked.
+/// Time without a good narinfo after which further holders are asked.
 const HEDGE_DELAY: Duration = Duration::from_millis(100);
-/// A narinfo that discovery does not wait for: of an alternate, after the lookup. Nix waits for a
-/// NAR meanwhile.
+/// Timeout of a narinfo from an alternate holder. Discovery does not wait for it, as its lookup is
+/// over, and Nix is waiting for a NAR meanwhile.
 const ALTERNATE_TIMEOUT: Duration = Duration::from_secs(2);
-/// Least narinfo timeout for a holder that failed lately; four times its latency if that is longer.
+/// Minimum narinfo timeout of a holder that failed recently. Four times its latency applies if that
+/// is longer.
 const DOUBTFUL_TIMEOUT: Duration = Duration::from_millis(300);
-/// When there are too many requests, the next attempt to begin one is after this.
+/// Delay before the next attempt while the request pool is full.
 const BLOCKED_DELAY: Duration = Duration::from_millis(2);
-/// A holder that is busy, breaks or refuses the connection, or cannot be connected to in time, is
-/// asked again after this, doubling, while discovery waits for it.
+/// First delay before a holder is asked again after a temporary failure: it was busy, broke or
+/// refused the connection, or did not accept it in time. The delay doubles. Retries end when
+/// discovery stops waiting.
 const RETRY_DELAY: Duration = Duration::from_millis(20);
-/// Discovery lists its peers within this.
+/// Time limit for discovery to list its peers.
 const LIST_TIMEOUT: Duration = Duration::from_millis(200);
-/// Longest delay between two such requests.
+/// Longest delay between two requests to a holder after temporary failures.
 const MAX_RETRY_DELAY: Duration = Duration::from_millis(320);
-/// Narinfos of one lookup that wait to be looked at: one for each holder.
+/// Capacity of the queue of received narinfos: one for each holder.
 const MAX_FETCHED: usize = MAX_HOLDERS;
 
-/// The peers on the LAN.
+/// Finds and asks the peers on the LAN.
 pub struct LanSource {
     pub(super) discovery: Arc<DiscoveryClient>,
     pub(super) client: Arc<PeerClient>,
@@ -45,7 +48,7 @@ pub struct LanSource {
 }
 
 impl LanSource {
-    /// The parts it works with.
+    /// Creates a source from its parts.
     pub fn new(
         discovery: Arc<DiscoveryClient>,
         client: Arc<PeerClient>,
@@ -55,7 +58,8 @@ impl LanSource {
         LanSource { discovery, client, standing, requests }
     }
 
-    /// The narinfo of a peer that says that it has the path, if it comes within `patience`.
+    /// Requests the narinfo from one peer that is said to have the path. `None` if the request
+    /// fails; the failure is recorded. Blocks for about `patience` at most.
     pub fn narinfo(
         &self,
         peer: SocketAddr,
@@ -76,7 +80,8 @@ impl LanSource {
         }
     }
 
-    /// The HTTP servers of those of these addresses that are live neighbours, in their order.
+    /// HTTP servers of those of the addresses `ips` that are live neighbours, in the order of
+    /// `ips`. Blocks for 200 ms at most.
     pub fn live(&self, ips: &[IpAddr]) -> Vec<SocketAddr> {
         let neighbours = self.discovery.neighbours(LIST_TIMEOUT).unwrap_or_default();
         let server = |ip: &IpAddr| {
@@ -93,7 +98,7 @@ impl LanSource {
         ips.iter().filter_map(server).collect()
     }
 
-    /// Asks the peers for a path, and returns what they answer.
+    /// Starts a search for the holders of a path. Does not wait for answers.
     pub fn search(self: &Arc<Self>, hash_part: &HashPart) -> LanSearch {
         let (lookup, updates) = self.discovery.look_up(*hash_part);
         let (fetched, narinfos) = bounded(MAX_FETCHED);
@@ -122,7 +127,7 @@ impl LanSource {
     }
 }
 
-/// Where peerix has the narinfo of a path of its store.
+/// URL path under which peerix serves the narinfo of a path in its own store.
 fn narinfo_path(hash_part: &HashPart) -> String {
     format!("local/{hash_part}.narinfo")
 }
@@ -130,31 +135,31 @@ fn narinfo_path(hash_part: &HashPart) -> String {
 /// A peer that says that it has the path.
 #[derive(Debug, Clone)]
 struct LanHolder {
-    /// Its name in discovery.
+    /// Address that identifies the peer in discovery.
     peer: SocketAddr,
     holder: Holder,
-    /// Requests that failed for a reason that may pass.
+    /// Number of requests that failed for a temporary reason.
     failures: u32,
-    /// One of its failures was recorded.
+    /// True if a failure of this holder was recorded.
     is_blamed: bool,
 }
 
-/// A request that is waited for.
+/// A request whose answer is awaited.
 struct NarinfoRequest {
     peer: SocketAddr,
     http: SocketAddr,
     began: Instant,
-    /// Until when, if discovery does not tell.
+    /// End of the wait; `None` if discovery decides it.
     until: Option<Instant>,
 }
 
-/// A request to be made again.
+/// A request that must be repeated at `at`.
 struct NarinfoRetry {
     candidate: LanHolder,
     at: Instant,
 }
 
-/// A narinfo, or why there is none.
+/// Outcome of a narinfo request.
 struct NarinfoResult {
     candidate: LanHolder,
     began: Instant,
@@ -162,7 +167,7 @@ struct NarinfoResult {
     result: Result<PeerNarinfo, PeerError>,
 }
 
-/// A narinfo of a peer. Its form is checked, its signatures are not.
+/// Narinfo from a LAN peer. Its form is checked, its signatures are not.
 pub struct LanOffer {
     candidate: LanHolder,
     /// Time from the request to the narinfo.
@@ -172,31 +177,31 @@ pub struct LanOffer {
 }
 
 impl LanOffer {
-    /// The peer's HTTP server.
+    /// Address of the peer's HTTP server.
     pub fn http(&self) -> SocketAddr {
         self.candidate.holder.http
     }
 }
 
-/// The holders of one path on the LAN.
+/// Search for the holders of one path on the LAN.
 pub struct LanSearch {
     lan: Arc<LanSource>,
     hash_part: HashPart,
     lookup: LookupId,
-    /// `None` when no further holder comes.
+    /// Holders that discovery finds; `None` when no further holder will come.
     updates: Option<Receiver<LookupUpdate>>,
-    /// Discovery waits for what is under way, and is to be told of it.
+    /// True while discovery waits for the requests and must learn their outcome.
     is_open: bool,
     untried: Vec<LanHolder>,
-    /// Those that failed or hung lately.
+    /// Holders that failed or hung recently.
     doubtful: Vec<LanHolder>,
-    /// Those that are to be left alone for a while.
+    /// Holders that are in a pause.
     last_resort: Vec<LanHolder>,
     under_way: Vec<NarinfoRequest>,
     retries: Vec<NarinfoRetry>,
     fetched: Sender<NarinfoResult>,
     narinfos: Receiver<NarinfoResult>,
-    /// Requests that may be under way at once, and by how many the next hedge raises that.
+    /// Current limit of concurrent requests, and the amount by which the next hedge raises it.
     most_under_way: usize,
     hedges: usize,
     next_hedge: Option<Instant>,
@@ -204,33 +209,34 @@ pub struct LanSearch {
     first_seen: Option<SocketAddr>,
     failure: Option<MissReason>,
     counts: Option<(u32, u32)>,
-    /// Says that there is a holder elsewhere.
+    /// Channel that signals a holder on another network.
     interrupt: Receiver<()>,
 }
 
 impl LanSearch {
-    /// Has the next offer be `None`, once, when there is something in `interrupt`: a holder
-    /// elsewhere need not wait for the LAN.
+    /// Makes [`LanSearch::next_offer`] return `None` once for each message in `interrupt`, so that
+    /// a holder on another network does not wait for the LAN.
     pub fn interrupted_by(mut self, interrupt: Receiver<()>) -> Self {
         self.interrupt = interrupt;
         self
     }
 
-    /// A holder elsewhere was accepted: discovery waits for nobody any more.
+    /// Tells discovery that a holder on another network was accepted, so that it stops waiting.
     pub fn settle(&mut self) {
         if std::mem::replace(&mut self.is_open, false) {
             self.lan.discovery.settled(self.lookup, None);
         }
     }
 
-    /// Gives the search, resumed for alternates, its time anew, but none after `until`.
+    /// Restarts the time limit of the search for alternate holders. The search ends at `until` at
+    /// the latest.
     pub fn resume(&mut self, until: Instant) {
         self.until = until.min(Instant::now() + LOOKUP_TIMEOUT.get());
     }
 
-    /// The holders that have not failed, without those that are left alone wholly, as far as they
-    /// answer within `patience`. Holders of the original's kind, whose narinfos are elsewhere, are
-    /// not among them.
+    /// Holders that have not failed and are not excluded, as far as they answer within `patience`.
+    /// Holders that have not been asked yet and serve their narinfos under other paths, as the
+    /// original peerix does, are left out. Blocks for at most `patience`.
     pub fn holders(&mut self, patience: Duration) -> Vec<SocketAddr> {
         let until = Instant::now() + patience;
         while let Some(Ok(update)) =
@@ -246,33 +252,35 @@ impl LanSearch {
         unasked.chain(self.under_way.iter().map(|request| request.http)).collect()
     }
 
-    /// Number of peers that were asked, and of those that gave no answer; `None` if there were too
-    /// many lookups.
+    /// Number of peers that discovery asked, and number of those that did not answer. `None` while
+    /// the lookup runs, or if there were too many lookups.
     pub fn asked_and_unanswered(&self) -> Option<(u32, u32)> {
         self.counts
     }
 
-    /// Why the last holder gave no narinfo.
+    /// Takes the reason why the last holder gave no usable narinfo.
     pub fn take_failure(&mut self) -> Option<MissReason> {
         self.failure.take()
     }
 
-    /// The holder that was met first.
+    /// HTTP server of the first holder that was found.
     pub fn first_seen(&self) -> Option<SocketAddr> {
         self.first_seen
     }
 
-    /// The next holder's narinfo. Blocks until there is one, or until no holder is waited for.
+    /// Returns the next holder's narinfo; `None` if no holder is awaited any more, time is up, or
+    /// the search is interrupted. Blocks for 5 s at most.
     pub fn next_offer(&mut self) -> Option<LanOffer> {
         self.next(false)
     }
 
-    /// The next narinfo from a holder that is to be left alone, when nobody else has the path.
+    /// Like [`LanSearch::next_offer`], but also asks holders that are in a pause. To be called when
+    /// nobody else has the path.
     pub fn next_last_resort(&mut self) -> Option<LanOffer> {
         self.next(true)
     }
 
-    /// Nix gets this narinfo: discovery waits for no other.
+    /// Records that Nix gets this narinfo, and tells discovery to stop waiting.
     pub fn accept(&mut self, offer: &LanOffer) {
         let now = Instant::now();
         self.lan.standing.answered(offer.http(), offer.latency, now);
@@ -284,7 +292,7 @@ impl LanSearch {
         }
     }
 
-    /// Nix cannot use this narinfo, for the given reason.
+    /// Records that Nix cannot use this narinfo because of `why`.
     pub fn reject(&mut self, offer: &LanOffer, why: MissReason) {
         self.failure = Some(why);
         self.lan.standing.alive(offer.http(), offer.latency, Instant::now());
@@ -343,7 +351,7 @@ impl LanSearch {
         }
     }
 
-    /// Discovery waits for no peer any more.
+    /// Handles the end of the wait in discovery: requests that are still running count as hung.
     fn end(&mut self, now: Instant) {
         self.updates = None;
         if !std::mem::replace(&mut self.is_open, false) {
@@ -378,7 +386,7 @@ impl LanSearch {
         }
     }
 
-    /// Begins as many requests as there may be. Returns false if there are too many of all lookups.
+    /// Starts as many requests as the limit admits. Returns false if the request pool is full.
     fn ask(&mut self, now: Instant, with_last_resort: bool) -> bool {
         if self.next_hedge.is_some_and(|at| at <= now) {
             self.hedges = MAX_HOLDERS.min(self.hedges * 2);
@@ -429,7 +437,7 @@ impl LanSearch {
         self.lan.requests.start(http.ip(), is_proven, move || {
             let result = client.narinfo(&candidate.holder, &hash_part, LOOKUP_TIMEOUT.get());
             let ended = Instant::now();
-            // However often a lookup asks, its failures are one.
+            // All failures of one lookup count once.
             if let Err(e) = &result
                 && let Some(fault) = e.fault().filter(|_| !candidate.is_blamed)
             {

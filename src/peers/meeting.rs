@@ -1,5 +1,5 @@
-//! Meeting friends at trackers: a thread that leaves this node's address there, under a tag for
-//! each friend that only the two of them know, and learns where they are.
+//! Rendezvous with friends at trackers. A thread leaves this node's address there under one tag per
+//! friend, which only the two nodes can compute, and learns the friends' addresses.
 
 use super::friends::Friends;
 use crate::http_client;
@@ -12,37 +12,38 @@ use std::sync::Arc;
 use std::time::Duration;
 use ureq::Agent;
 
-/// Interval between two meetings. A tracker forgets an address after twice that.
+/// Interval between two rounds. A tracker drops an address after twice this.
 const INTERVAL: Interval = Interval::from_secs(60);
 
-/// Pause after a tracker was not reached, and while a friend is looked for that was never found.
+/// Interval while a tracker does not answer or a friend is unreachable.
 const RETRY: Interval = Interval::from_secs(10);
 
-/// One call takes at most this.
+/// Time limit of one call.
 const CALL_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Largest answer: 16 tags with four places of 300 bytes.
+/// Largest answer, in bytes: 16 tags with four addresses of 300 bytes each. A larger one is
+/// ignored.
 const MAX_ANSWER: u64 = 32 * 1024;
 
-/// Addresses of one friend that one tracker may name.
+/// Addresses that one tracker may name for one friend. Further ones are ignored.
 const MAX_PLACES: usize = 4;
 
-/// Where this node is reached from elsewhere.
+/// Address at which this node is reachable from outside its network.
 #[derive(Debug, Clone)]
 pub struct OutsideAddress {
-    /// The host, if it is not where the tracker sees this node.
+    /// Host to announce, if it differs from the address that the tracker sees.
     pub host: Option<String>,
-    /// The TCP port.
+    /// TCP port.
     pub port: u16,
-    /// What a router passes on, which counts if the router's address is the one that the tracker
-    /// sees.
+    /// Mapped address at the router. It is used only if the tracker sees this node at the same IP
+    /// address.
     pub mapped: Option<SocketAddr>,
-    /// An IPv6 address that the router lets connections in to.
+    /// IPv6 address for which the router admits incoming connections.
     pub pinhole: Option<SocketAddr>,
 }
 
 impl OutsideAddress {
-    /// What to leave at a tracker that sees this node at `seen`: host and port.
+    /// Host and port to leave at a tracker that sees this node at `seen`.
     fn at(&self, seen: Option<IpAddr>) -> (Option<String>, u16) {
         match (&self.host, self.mapped) {
             (None, Some(mapped)) if seen == Some(mapped.ip()) => (None, mapped.port()),
@@ -70,7 +71,8 @@ struct MetFriend {
     port: u16,
 }
 
-/// Meets friends at trackers until `stopped` closes. `place` says where this node is at the moment.
+/// Exchanges addresses with friends at the trackers until `stopped` closes. `place` returns this
+/// node's current outside address. Blocks the calling thread.
 pub fn run(
     urls: &[String],
     friends: &Arc<Friends>,
@@ -86,7 +88,8 @@ pub fn run(
         for (url, seen) in urls.iter().zip(&mut seen) {
             let before = *seen;
             *seen = meet(&agent, url, friends, place.at(before));
-            // The first answer tells where the tracker sees this node, and so which port to leave.
+            // The first answer tells where the tracker sees this node, which decides which port to
+            // announce.
             if seen.is_some() && place.at(before) != place.at(*seen) {
                 *seen = meet(&agent, url, friends, place.at(*seen));
             }
@@ -103,8 +106,9 @@ pub fn run(
     }
 }
 
-/// Asks one tracker about all friends, and leaves host and port there. Returns where the tracker
-/// sees this node; `None` if it does not answer, or not like a tracker that knows this.
+/// Asks one tracker for the addresses of all friends, and leaves `host` and `port` there. Returns
+/// the address at which the tracker sees this node; `None` if the tracker does not answer or does
+/// not support this call.
 fn meet(
     agent: &Agent,
     url: &str,
@@ -137,7 +141,8 @@ fn meet(
     Some(met.addr)
 }
 
-/// The address that a tracker names; of a name the first one.
+/// Address that a tracker names. A host name is resolved, which blocks, and its first address is
+/// used.
 fn address(found: &MetFriend) -> Option<SocketAddr> {
     if found.port == 0 || found.addr.is_empty() || found.addr.len() > MAX_ADDR {
         return None;
@@ -155,11 +160,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn mapped_port_counts_only_where_the_tracker_sees_the_router() {
+    fn mapped_port_is_announced_only_if_tracker_sees_router() {
         let mapped = Some("203.0.113.7:4000".parse().unwrap());
         let place = OutsideAddress { host: None, port: 12304, mapped, pinhole: None };
         assert_eq!(place.at(Some("203.0.113.7".parse().unwrap())), (None, 4000));
-        // Another router is between, or this one lies.
+        // Another router is in between, or this router reports a false address.
         assert_eq!(place.at(Some("203.0.113.8".parse().unwrap())), (None, 12304));
         assert_eq!(place.at(None), (None, 12304));
         let named = OutsideAddress { host: Some("home.example".into()), ..place };
@@ -170,7 +175,7 @@ mod tests {
     }
 
     #[test]
-    fn places_that_can_be_no_peers_are_passed_over() {
+    fn address_that_cannot_be_peer_is_ignored() {
         let at = |addr: &str, port| address(&MetFriend { addr: addr.into(), port });
         assert_eq!(at("203.0.113.7", 4000), Some("203.0.113.7:4000".parse().unwrap()));
         assert_eq!(at("[2001:db8::1]", 1), Some("[2001:db8::1]:1".parse().unwrap()));

@@ -1,4 +1,4 @@
-//! The other nodes: who they are, which of them has a path, and what they serve.
+//! Other nodes: which of them are reachable, which of them have a path, and the requests to them.
 
 pub mod announce;
 pub mod client;

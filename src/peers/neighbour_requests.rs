@@ -1,8 +1,8 @@
-//! What neighbours are asked for that is not a store path: realisations and build logs.
+//! Requests to neighbours for realisations and build logs.
 //!
-//! The name of a realisation says nothing of any store path, so no datagram can ask who has it: all
-//! live neighbours are asked over HTTP. A build log is where its derivation is. The first good
-//! answer counts; all of it ends within 2 s.
+//! The name of a realisation does not identify a store path, so no datagram can ask for its
+//! holders: all live neighbours are asked over HTTP. A build log is requested from the holders of
+//! its derivation. The first good answer wins, and each search ends within 2 s.
 
 use super::client::{LogBody, PeerClient, PeerError};
 use super::health::Eligibility;
@@ -15,21 +15,21 @@ use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-/// Longest time for an answer. By then Nix is told that there is none.
+/// Time limit of a search. When it is reached, Nix gets the answer that there is none.
 const PATIENCE: Timeout = Timeout::from_secs(2);
-/// Neighbours that are asked for a realisation, the nearest first: as many as lookups ask by
-/// unicast.
+/// Largest number of neighbours that are asked for a realisation, the nearest first. It equals the
+/// number that lookups ask by unicast.
 const MAX_ASKED: usize = 256;
-/// Of these, so many at once.
+/// Largest number of concurrent realisation requests of one search.
 const AT_ONCE: usize = 16;
-/// Holders of a derivation that are asked for its log.
+/// Largest number of holders that are asked for a log.
 const MAX_LOG_HOLDERS: usize = 4;
-/// Pause before another attempt, while all lookups together have as many requests under way as they
-/// may.
+/// Delay before the next attempt while the request pool is full.
 const BLOCKED: Duration = Duration::from_millis(5);
 
 impl LanSource {
-    /// The first realisation of `id` that `is_good`. Blocks for 2 s at most.
+    /// Returns the first realisation of `id` for which `is_good` returns true. Blocks for 2 s at
+    /// most.
     pub fn realisation(
         &self,
         id: &DrvOutput,
@@ -41,8 +41,7 @@ impl LanSource {
         let (answers, answered) = bounded(MAX_ASKED);
         let mut under_way = 0;
         while !waiting.is_empty() || under_way > 0 {
-            // One that has as many requests under way as it may does not keep the next from being
-            // asked.
+            // A neighbour with too many requests in progress does not delay the next one.
             for _ in 0..waiting.len() {
                 if under_way >= AT_ONCE {
                     break;
@@ -72,7 +71,7 @@ impl LanSource {
         None
     }
 
-    /// The build log of a derivation, from the first of its holders that has it. Blocks for 2 s at
+    /// Returns the build log of a derivation from the first holder that has it. Blocks for 2 s at
     /// most.
     pub fn log(&self, derivation: &StorePath) -> Option<LogBody> {
         let until = Instant::now() + PATIENCE.get();
@@ -95,7 +94,8 @@ impl LanSource {
             select! {
                 recv(holders) -> update => match update {
                     Ok(LookupUpdate::Holder { peer, holder }) => {
-                        // A log is not waited for in discovery: its budgets are for narinfos.
+                        // Discovery must not wait for logs, because its time budgets are for
+                        // narinfos.
                         self.discovery.failed(lookup, peer);
                         let (http, derivation) = (holder.http, derivation.clone());
                         let request = move |client: &PeerClient, left| client.log(http, &derivation, left);
@@ -116,8 +116,8 @@ impl LanSource {
         None
     }
 
-    /// Live neighbours that have an HTTP server, the nearest first; none if discovery does not name
-    /// them in time.
+    /// Live neighbours with an HTTP server, the nearest first. Blocks for at most `patience`; empty
+    /// if discovery does not answer in that time.
     fn live_neighbours(&self, patience: Duration) -> Vec<SocketAddr> {
         let mut live = self.discovery.neighbours(patience).unwrap_or_default();
         live.retain(|neighbour| neighbour.silent_since.is_none());
@@ -134,7 +134,7 @@ impl LanSource {
             .collect()
     }
 
-    /// Asks one peer in another thread. False if there are too many requests.
+    /// Sends one request in another thread. Returns false if the request pool is full.
     fn ask<T: Send + 'static>(
         &self,
         http: SocketAddr,
@@ -149,7 +149,7 @@ impl LanSource {
             let began = Instant::now();
             let result = request(&client, until.saturating_duration_since(began));
             match &result {
-                // It had not promised anything, and may have had no time left.
+                // The peer had promised nothing, and a timeout may be due to the little time left.
                 Ok(_)
                 | Err(
                     PeerError::NotThere

@@ -1,7 +1,7 @@
-//! How fast each peer sends NARs to this node, and how much of them is still to come from it.
+//! Measures how fast each peer sends NARs to this node, and how many bytes are outstanding.
 //!
-//! [`PaceMeter`] is the arithmetic, without I/O or clock. [`Paces`] shares the meters of each peer
-//! between threads, and [`IncomingNar`] is one NAR's part in them.
+//! [`PaceMeter`] holds the arithmetic, without I/O or clock. [`Paces`] shares the meters of all
+//! peers between threads. [`IncomingNar`] is the contribution of one NAR.
 
 use super::health::PeerKey;
 use crate::time_scale::Timeout;
@@ -10,74 +10,76 @@ use std::fmt;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// Bytes that are measured before a pace is known: the first ones wait for Wi-Fi cards that sleep.
+/// Bytes per sample. A pace is unknown before one sample is complete, because the first bytes wait
+/// for Wi-Fi cards in power-save mode.
 pub const ENOUGH: u64 = 256 * 1024;
-/// Time that a peer was waited for, from its first bytes on, after which its pace is known with
-/// fewer. A Wi-Fi card that sleeps 100 ms before each answer has sent [`ENOUGH`] by then.
+/// Time after which a sample is complete with fewer than [`ENOUGH`] bytes, counted from its first
+/// bytes. A Wi-Fi card that sleeps 100 ms before each answer has sent [`ENOUGH`] by then.
 const ENOUGH_TIME: Timeout = Timeout::from_secs(2);
-/// A pace is forgotten when the peer was not waited for in this time: it may have moved to another
-/// network.
+/// Age after which an unused pace is dropped: the peer may have moved to another network.
 const KEPT: Duration = Duration::from_secs(600);
-/// A pace below this, in bytes per second, is none, and is not kept.
+/// Smallest valid pace, in bytes per second. Lower values are neither saved nor restored.
 const LEAST: f64 = 1.0;
-/// Part of a new sample in the smoothed pace.
+/// Weight of a new sample in the smoothed pace.
 const GAIN: f64 = 0.25;
-/// Peers measured at once. Beyond, those without a NAR under way are forgotten.
+/// Largest number of measured peers. When it is reached, peers without a NAR in progress are
+/// dropped.
 const MAX_PEERS: usize = 1024;
 
-/// What is known of a pace, in bytes per second.
+/// Estimate of a pace, in bytes per second.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct PaceEstimate {
-    /// The pace, if enough was measured. It drops at once while nothing comes.
+    /// The pace, if a sample is complete. It drops at once while nothing arrives.
     pub known: Option<f64>,
-    /// The pace, if enough was measured, which drops only when little came in `ENOUGH_TIME`: one
-    /// stall says nothing of it.
+    /// Like `known`, but it drops only after a sample has waited `ENOUGH_TIME` for few bytes, so
+    /// that a single stall does not lower it.
     pub lasting: Option<f64>,
-    /// What came while it was waited for, in the sample under way; zero before the first wait.
+    /// Pace within the current sample; zero before the first wait.
     pub measured: f64,
-    /// It is slower than this.
+    /// Upper bound of the pace, from the bytes and the waiting time of the current sample.
     pub at_most: f64,
-    /// Time that the sample under way has waited.
+    /// Waiting time of the current sample.
     pub waited: Duration,
 }
 
-/// What this node expects of a peer: an input of the choice among peers.
+/// Load of a peer, as seen by this node. Input of the choice among peers.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct PeerLoad {
-    /// NARs under way from it.
+    /// Number of NARs in progress from the peer.
     pub streams: u32,
-    /// Bytes of these that are still to come.
+    /// Outstanding bytes of these NARs.
     pub outstanding: u64,
-    /// How fast NARs come from it, the waits for their beginnings included.
+    /// Pace of NARs including the wait for their first bytes.
     pub pace: PaceEstimate,
-    /// How fast they come once they have begun.
+    /// Pace of NARs after their first bytes.
     pub after_begin: PaceEstimate,
-    /// When it was last chosen, as a number that grows with every choice.
+    /// Sequence number of the last NAR that was requested from the peer; zero if there is none.
     pub chosen: u64,
-    /// Whether a NAR was whole that it sent.
+    /// True if the peer has sent a complete NAR.
     pub is_proven: bool,
 }
 
-/// Bytes per time that was waited for them.
+/// Meter of bytes per waiting time.
 ///
-/// Time counts once in which several streams wait for the peer, so the pace is that of the peer and
-/// not of one stream.
+/// Time during which several streams wait for the peer counts once, so the result is the pace of
+/// the peer and not of one stream.
 #[derive(Debug, Default)]
 pub struct PaceMeter {
-    /// Streams that wait at this moment, and since when there is one.
+    /// Number of streams that wait now, and the start of the uncounted waiting time if there is
+    /// one.
     waiting: u32,
     since: Option<Instant>,
-    /// Of the sample under way.
+    /// Bytes and waiting time of the current sample.
     bytes: u64,
     waited: Duration,
-    /// What it had waited when its first bytes came.
+    /// Waiting time of the current sample when its first bytes came.
     waited_first: Option<Duration>,
     pace: Option<f64>,
     last: Option<Instant>,
 }
 
 impl PaceMeter {
-    /// A stream waits from now on.
+    /// A stream starts to wait.
     pub fn wait(&mut self, now: Instant) {
         if self.waiting == 0 {
             self.since = Some(now);
@@ -85,7 +87,7 @@ impl PaceMeter {
         self.waiting += 1;
     }
 
-    /// The wait of a stream is interrupted: nothing came.
+    /// A stream stops waiting without having received bytes.
     pub fn pause(&mut self, now: Instant) {
         self.count_time(now);
         self.waiting = self.waiting.saturating_sub(1);
@@ -94,14 +96,15 @@ impl PaceMeter {
         }
     }
 
-    /// The wait of a stream ends with so many bytes.
+    /// A stream stops waiting because `bytes` arrived. Completes the sample if it is large enough.
     pub fn got(&mut self, bytes: u64, now: Instant) {
         self.pause(now);
         if bytes == 0 {
             return;
         }
         self.bytes += bytes;
-        // One answer that is late is no pace: bytes have come for as long as it takes to tell.
+        // A single late answer says nothing about the pace: bytes must have arrived for
+        // `ENOUGH_TIME`.
         let since = *self.waited_first.get_or_insert(self.waited);
         if !self.waited.is_zero()
             && (self.bytes >= ENOUGH || self.waited - since >= ENOUGH_TIME.get())
@@ -120,7 +123,7 @@ impl PaceMeter {
         }
     }
 
-    /// What is known at `now`.
+    /// The estimate at `now`.
     pub fn pace(&self, now: Instant) -> PaceEstimate {
         let waited = self.waited
             + self.since.map_or(Duration::ZERO, |since| now.saturating_duration_since(since));
@@ -138,7 +141,7 @@ impl PaceMeter {
     }
 }
 
-/// One peer.
+/// Measurements of one peer.
 #[derive(Debug, Default)]
 struct PeerPace {
     streams: u32,
@@ -146,8 +149,8 @@ struct PeerPace {
     chosen: u64,
     is_proven: bool,
     meter: PaceMeter,
-    /// Without the first bytes of each NAR, and the wait for them: a Wi-Fi card that sleeps makes
-    /// small NARs slow, and says nothing of large ones.
+    /// Excludes the first bytes of each NAR and the wait for them. A Wi-Fi card in power-save mode
+    /// makes small NARs slow, but not large ones.
     after_begin: PaceMeter,
 }
 
@@ -165,7 +168,7 @@ impl PeerPace {
 }
 
 impl PeerLoad {
-    /// The load with one more NAR of so many bytes.
+    /// Returns the load with one more NAR of `bytes` bytes.
     pub fn with(self, bytes: u64) -> PeerLoad {
         PeerLoad { streams: self.streams + 1, outstanding: self.outstanding + bytes, ..self }
     }
@@ -181,7 +184,7 @@ impl fmt::Display for PeerLoad {
     }
 }
 
-/// The paces of all peers; shared by all threads.
+/// Paces of all peers; shared by all threads.
 #[derive(Default)]
 pub struct Paces {
     state: Mutex<PacesState>,
@@ -194,7 +197,7 @@ struct PacesState {
 }
 
 impl Paces {
-    /// What is expected of a peer at `now`.
+    /// Load of a peer at `now`.
     pub fn load(&self, who: PeerKey, now: Instant) -> PeerLoad {
         self.lock()
             .peers
@@ -202,12 +205,12 @@ impl Paces {
             .map_or_else(|| PeerPace::default().load(now), |peer| peer.load(now))
     }
 
-    /// `bytes` of a NAR are asked of a peer, which is waited for from now on.
+    /// Registers a request for `bytes` of a NAR. The peer counts as waited for from `now` on.
     pub fn begin(&self, who: PeerKey, bytes: u64, now: Instant) -> IncomingNar<'_> {
         let mut state = self.lock();
         state.turn += 1;
         if state.peers.len() >= MAX_PEERS && !state.peers.contains_key(&who) {
-            // Long answers have fewer permits than there are places, so some peer sends nothing.
+            // Fewer than `MAX_PEERS` NARs run at once, so at least one peer is idle.
             state.peers.retain(|_, peer| peer.streams > 0);
         }
         let turn = state.turn;
@@ -219,14 +222,15 @@ impl Paces {
         IncomingNar { paces: self, who, left: bytes, is_waiting: true, has_begun: false }
     }
 
-    /// The peers whose paces are known at `now`, in bytes per second.
+    /// The peers with a known pace at `now`, in bytes per second.
     pub fn known(&self, now: Instant) -> Vec<(PeerKey, f64)> {
         let state = self.lock();
         let pace = |peer: &PeerPace| peer.meter.pace(now).known.filter(|pace| *pace >= LEAST);
         state.peers.iter().filter_map(|(who, peer)| Some((*who, pace(peer)?))).collect()
     }
 
-    /// A peer's pace is as it was before, until it is measured.
+    /// Sets a peer's pace from an earlier run, in bytes per second, until it is measured. Ignores
+    /// invalid paces, and all paces once `MAX_PEERS` peers are known.
     pub fn restore(&self, who: PeerKey, bytes_per_second: f64, now: Instant) {
         let mut state = self.lock();
         let is_pace = bytes_per_second.is_finite() && bytes_per_second >= LEAST;
@@ -241,7 +245,7 @@ impl Paces {
     }
 }
 
-/// One NAR that comes from a peer. Dropping it ends its part in the peer's load.
+/// One NAR that arrives from a peer. Dropping it removes it from the peer's load.
 pub struct IncomingNar<'a> {
     paces: &'a Paces,
     who: PeerKey,
@@ -251,7 +255,7 @@ pub struct IncomingNar<'a> {
 }
 
 impl IncomingNar<'_> {
-    /// The peer is waited for from now on.
+    /// Starts to wait for the peer. Does nothing if this NAR already waits.
     pub fn wait(&mut self, now: Instant) {
         if !std::mem::replace(&mut self.is_waiting, true) {
             let has_begun = self.has_begun;
@@ -264,7 +268,7 @@ impl IncomingNar<'_> {
         }
     }
 
-    /// The wait is interrupted by something else than bytes, which is not the peer's time.
+    /// Stops waiting for a reason that is not the peer's, so that the time does not count for it.
     pub fn pause(&mut self, now: Instant) {
         if std::mem::replace(&mut self.is_waiting, false) {
             let has_begun = self.has_begun;
@@ -277,7 +281,7 @@ impl IncomingNar<'_> {
         }
     }
 
-    /// The wait ended with so many bytes.
+    /// Stops waiting because `bytes` arrived.
     pub fn got(&mut self, bytes: u64, now: Instant) {
         if !std::mem::replace(&mut self.is_waiting, false) {
             return;
@@ -294,12 +298,12 @@ impl IncomingNar<'_> {
         });
     }
 
-    /// The NAR was whole.
+    /// Records that the NAR was complete.
     pub fn prove(&mut self) {
         self.with(|peer| peer.is_proven = true);
     }
 
-    /// What is expected of the peer at `now`.
+    /// Load of the peer at `now`.
     pub fn load(&self, now: Instant) -> PeerLoad {
         self.paces.load(self.who, now)
     }
@@ -331,14 +335,14 @@ mod tests {
         Duration::from_millis(ms)
     }
 
-    /// A meter whose peer was waited for `waits` times, and sent that many bytes each time.
+    /// Returns a meter whose peer was waited for `waits` times and sent `bytes` each time.
     fn waited(waits: u32, each: Duration, bytes: u64) -> (PaceMeter, Instant) {
         let (mut meter, mut now) = (PaceMeter::default(), Instant::now());
         for _ in 0..waits {
             meter.wait(now);
             now += each;
             meter.got(bytes, now);
-            // Nix keeps us from reading: that is not the peer's time.
+            // Time in which Nix does not read does not count for the peer.
             now += Duration::from_secs(1);
         }
         (meter, now)
@@ -357,7 +361,7 @@ mod tests {
     }
 
     #[test]
-    fn pace_is_bytes_per_time_waited_and_unknown_before_256_kib() {
+    fn pace_before_256_kib_is_unknown() {
         let (meter, now) = waited(3, ms(10), 64 * KIB);
         assert_eq!(known(&meter, now), None);
         let (meter, now) = waited(4, ms(10), 64 * KIB);
@@ -365,7 +369,7 @@ mod tests {
     }
 
     #[test]
-    fn little_in_two_seconds_is_a_pace_too() {
+    fn pace_after_two_seconds_of_few_bytes_is_known() {
         let (meter, now) = waited(20, ms(100), 900);
         assert_eq!(known(&meter, now), None);
         let (meter, now) = waited(21, ms(100), 900);
@@ -373,7 +377,7 @@ mod tests {
     }
 
     #[test]
-    fn one_late_answer_and_none_at_all_are_no_pace() {
+    fn single_late_or_missing_answer_is_no_pace() {
         let (meter, now) = waited(1, Duration::from_secs(9), 900);
         assert_eq!(known(&meter, now), None);
         let (mut meter, now) = waited(4, ms(10), 64 * KIB);
@@ -381,12 +385,12 @@ mod tests {
         meter.wait(now);
         meter.got(0, now + Duration::from_secs(4));
         assert!(is_near(meter.pace.unwrap(), before), "{meter:?}");
-        // What was waited for in vain is not forgotten.
+        // The time of the wait without a result still counts.
         assert!(known(&meter, now + Duration::from_secs(4)).unwrap() <= 64.0 * 1024.0);
     }
 
     #[test]
-    fn zero_is_neither_kept_nor_restored() {
+    fn invalid_pace_is_not_restored() {
         let (paces, now) = (Paces::default(), Instant::now());
         for wrong in [0.0, -1.0, f64::NAN, f64::INFINITY] {
             paces.restore(who(), wrong, now);
@@ -397,7 +401,7 @@ mod tests {
     }
 
     #[test]
-    fn streams_that_wait_together_count_their_time_once() {
+    fn concurrent_streams_count_waiting_time_once() {
         let (paces, now) = (Paces::default(), Instant::now());
         let mut intakes: Vec<IncomingNar> =
             (0..8).map(|_| paces.begin(who(), 32 * KIB, now)).collect();
@@ -413,7 +417,7 @@ mod tests {
     }
 
     #[test]
-    fn pace_that_drops_is_seen_while_the_peer_is_silent() {
+    fn known_pace_drops_while_peer_is_silent() {
         let (mut meter, now) = waited(4, ms(10), 64 * KIB);
         meter.wait(now);
         let later = now + Duration::from_secs(4);
@@ -423,23 +427,23 @@ mod tests {
     }
 
     #[test]
-    fn lasting_pace_is_not_that_of_one_stall() {
+    fn lasting_pace_survives_one_stall() {
         let (mut meter, now) = waited(4, ms(10), 64 * KIB);
         meter.wait(now);
         let pace = meter.pace(now + ms(100));
         assert!(pace.known.unwrap() < 2.7e6 && pace.lasting.unwrap() > 6e6, "{pace:?}");
         assert!(meter.pace(now + Duration::from_secs(4)).lasting.unwrap() <= 64.0 * 1024.0);
-        // What this node does meanwhile is not the peer's time.
+        // Time that this node spends on other work does not count for the peer.
         meter.pause(now + ms(100));
         assert_eq!(meter.pace(now + Duration::from_secs(9)).waited, ms(100));
     }
 
     #[test]
-    fn pace_of_a_peer_that_was_not_asked_for_long_is_forgotten() {
+    fn pace_of_unused_peer_expires() {
         let (meter, now) = waited(4, ms(10), 64 * KIB);
         assert!(known(&meter, now + KEPT - Duration::from_secs(2)).is_some());
         assert!(known(&meter, now + KEPT).is_none());
-        // Nor is it said to be slow, after what it once did not send.
+        // An old wait without a result does not make the peer slow either.
         let (mut meter, now) = (PaceMeter::default(), Instant::now());
         meter.wait(now);
         meter.got(0, now + ms(500));
@@ -447,9 +451,10 @@ mod tests {
         assert_eq!(meter.pace(now + ms(500) + KEPT).at_most, f64::INFINITY);
     }
 
-    /// A card that sleeps 100 ms is not slow; a peer that drips is, however small its NARs are.
+    /// A card that sleeps 100 ms is not slow. A peer that drips is slow, however small its NARs
+    /// are.
     #[test]
-    fn small_nars_of_a_sleeping_card_are_no_measure_and_those_that_drip_are() {
+    fn pace_after_begin_ignores_sleeping_card_but_measures_dripping_peer() {
         let (paces, mut now) = (Paces::default(), Instant::now());
         for _ in 0..100 {
             let mut intake = paces.begin(who(), 20 * KIB, now);
@@ -469,7 +474,7 @@ mod tests {
     }
 
     #[test]
-    fn intake_leaves_no_load_behind_however_it_ends() {
+    fn dropped_nar_leaves_no_load() {
         let (paces, now) = (Paces::default(), Instant::now());
         let mut intake = paces.begin(who(), 1000, now);
         intake.got(400, now);
@@ -486,7 +491,7 @@ mod tests {
     }
 
     #[test]
-    fn memory_is_bounded() {
+    fn peer_table_is_bounded() {
         let paces = Paces::default();
         for i in 0..5000u32 {
             let who =

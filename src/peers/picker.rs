@@ -1,10 +1,10 @@
-//! Which of the peers that have a NAR it comes from. No I/O and no clock: what is known of the
-//! peers is passed in.
+//! Chooses the peer that a NAR is fetched from. The module does no I/O and has no clock; the caller
+//! passes what is known of the peers.
 //!
-//! The peer is chosen from which the NAR is expected to be whole first. That is decided by the
-//! peer's pace and by what this node already gets from it, so that a closure from several equal
-//! peers uses all their links. A peer whose pace is unknown counts as fast as the fastest known
-//! one, and is found out that way.
+//! The choice is the peer from which the NAR is expected to be complete first, given the peer's
+//! pace and the bytes that this node already fetches from it. A closure with several equal holders
+//! therefore uses all their links. A peer with unknown pace counts as fast as the fastest known
+//! one, so that its pace is measured.
 
 use super::pace::PeerLoad;
 use std::cmp::Ordering;
@@ -13,55 +13,55 @@ use std::time::Duration;
 /// Assumed pace, in bytes per second, while no peer's pace is known: a LAN of 100 Mbit/s.
 const USUAL_PACE: f64 = 12.5e6;
 
-/// A peer was waited for this long before a NAR leaves it for its pace.
+/// Shortest time that a NAR waits for its peer before it may move to another one because of the
+/// pace.
 pub const LEAST_WAIT: Duration = Duration::from_millis(200);
-/// What a change of peers costs, at most: another connection, and a peer that closes files it has
-/// opened.
+/// Upper bound of the cost of a move: a new connection, and files that the old peer opened in vain.
 const MOVE_COST: Duration = Duration::from_millis(100);
-/// A NAR leaves a peer for a source that is this many times as fast.
+/// Factor by which another source must be faster before a NAR moves to it.
 const FASTER: f64 = 2.0;
-/// A NAR leaves a peer for one whose pace is unknown only if the rest would take longer than this.
+/// Remaining time above which a NAR may move to a peer with unknown pace.
 const WORTH_A_TRY: Duration = Duration::from_secs(2);
-/// A NAR that takes longer than this from the fastest known peer counts as twice as long from an
-/// unknown one.
+/// Transfer time above which a NAR is too long for a trial: an unknown peer then counts as half as
+/// fast.
 const LONG_FOR_A_TRIAL: Duration = Duration::from_secs(1);
 
-/// How far a peer is trusted to answer. The order is that of preference.
+/// Reliability of a peer. Lower values are preferred.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum HealthRank {
-    /// Nothing is against it.
+    /// Nothing is known against the peer.
     Good,
-    /// It failed or hung lately.
+    /// The peer failed or hung recently.
     Doubtful,
-    /// It is to be left alone for a while.
+    /// The peer is in a pause after a failure.
     LastResort,
 }
 
-/// A peer that has the NAR.
+/// What the choice knows about one holder of the NAR.
 #[derive(Debug, Clone, Copy)]
 pub struct HolderFacts {
-    /// How far it is trusted.
+    /// Reliability of the holder.
     pub health: HealthRank,
-    /// Its pace, and what is under way from it.
+    /// Pace of the holder and the NARs in progress from it.
     pub load: PeerLoad,
 }
 
-/// The peer that was chosen.
+/// Result of [`choose`].
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Choice {
-    /// Its place among the peers that were given.
+    /// Index of the chosen holder in the given slice.
     pub at: usize,
-    /// When the NAR is expected to be whole.
+    /// Expected time until the NAR is complete.
     pub expected: Duration,
 }
 
-/// The best source for `bytes` of a NAR; `None` if there is none.
+/// Chooses the best holder for `bytes` of a NAR; `None` if there is no holder.
 pub fn choose(holdings: &[HolderFacts], bytes: u64) -> Option<Choice> {
     let usual = usual_pace(holdings);
-    // A peer that only claims to have paths gets one NAR at a time until one was whole: it may
-    // hang.
+    // A peer without a complete NAR yet gets one NAR at a time, because it may hang.
     let is_taken = |h: &HolderFacts| !h.load.is_proven && h.load.streams > 0;
-    // A NAR of seconds is no trial: an unknown peer gets it only beside known ones that are busy.
+    // A NAR of several seconds is no trial: an unknown peer gets it only if the known ones are
+    // busy.
     let is_long = bytes as f64 / usual > LONG_FOR_A_TRIAL.as_secs_f64();
     let trial = |h: &HolderFacts| if is_long && h.load.pace.known.is_none() { FASTER } else { 1.0 };
     let key = |h: &HolderFacts| {
@@ -74,9 +74,9 @@ pub fn choose(holdings: &[HolderFacts], bytes: u64) -> Option<Choice> {
     Some(Choice { at, expected: duration(expected(&best.load, bytes, usual)) })
 }
 
-/// The source for which a NAR leaves the peer that sends it, if one is twice as fast. `current` is
-/// the load of that peer, this NAR included, of which `rest` bytes are to come. This NAR has
-/// `waited` for it so far.
+/// Returns the index of a holder that is at least twice as fast as the peer that sends the NAR, if
+/// there is one. `current` is the load of the sending peer including this NAR, `rest` the missing
+/// bytes of the NAR, and `waited` the time that the NAR has waited for the peer so far.
 pub fn faster(
     current: &PeerLoad,
     waited: Duration,
@@ -86,12 +86,11 @@ pub fn faster(
     if waited < LEAST_WAIT {
         return None;
     }
-    // A fast peer's samples are too short to be looked at, so that its smoothed pace counts between
-    // them.
+    // The samples of a fast peer are too short to judge, so its smoothed pace counts between them.
     let pace = if current.pace.waited < LEAST_WAIT {
         current.pace.lasting?
     } else {
-        // No faster than it was in this sample, and no faster than it is known to be.
+        // The lower of the current sample's pace and the known pace.
         current.pace.known.unwrap_or(f64::INFINITY).min(current.pace.measured)
     };
     let pace = pace.max(1.0);
@@ -110,10 +109,10 @@ pub fn faster(
     choose(&holdings, rest).map(|choice| better[choice.at])
 }
 
-/// How long `rest` bytes of a NAR take, which `load` includes, at the pace of what has begun to
-/// come; `None` while that is unknown. `own` is that pace of this NAR alone, if it is known. Both
-/// are lasting ones. The greater pace counts: of small NARs from a Wi-Fi card that sleeps, the
-/// peer's says nothing of a large one.
+/// Estimates the time for the last `rest` bytes of a NAR that is part of `load`; `None` while the
+/// pace is unknown. `own` is the lasting pace of this NAR alone, if it is known. The greater of
+/// `own` and the peer's lasting pace counts, because small NARs from a Wi-Fi card in power-save
+/// mode say nothing about a large one.
 pub fn time_left(load: &PeerLoad, own: Option<f64>, rest: u64) -> Option<Duration> {
     let pace = load
         .after_begin
@@ -124,13 +123,13 @@ pub fn time_left(load: &PeerLoad, own: Option<f64>, rest: u64) -> Option<Duratio
     Some(duration(work_left(load, rest) / pace.max(1.0)))
 }
 
-/// Bytes until `rest` bytes of a NAR have come that `load` includes. Streams share the link, so it
-/// need not wait for more of the others than there is of it.
+/// Bytes that must arrive before the last `rest` bytes of a NAR in `load` have arrived. Streams
+/// share the link equally, so the NAR waits for at most `rest` bytes of each other stream.
 fn work_left(load: &PeerLoad, rest: u64) -> f64 {
     load.outstanding.min(rest.saturating_mul(load.streams.max(1).into())) as f64
 }
 
-/// Seconds until `bytes` more are there, behind or beside what is under way.
+/// Expected seconds until `bytes` more have arrived, in parallel to the NARs in progress.
 fn expected(load: &PeerLoad, bytes: u64, usual: f64) -> f64 {
     let pace = load.pace.known.unwrap_or(usual.min(load.pace.at_most)).max(1.0);
     work_left(&load.with(bytes), bytes) / pace
@@ -174,8 +173,7 @@ mod tests {
         HolderFacts { health: HealthRank::Good, load }
     }
 
-    /// Chooses for one NAR after the other, each of which is still under way when the next is asked
-    /// for.
+    /// Chooses a holder for `nars` NARs. Each stays in progress while the next is chosen.
     fn spread(mut holdings: Vec<HolderFacts>, nars: u32, size: u64) -> Vec<u32> {
         for turn in 1..=nars {
             let at = choose(&holdings, size).unwrap().at;
@@ -187,31 +185,31 @@ mod tests {
     }
 
     #[test]
-    fn equal_holders_get_equal_parts() {
+    fn equal_holders_get_equal_share() {
         assert_eq!(spread(vec![holding(None); 8], 16, 25_000), [2; 8]);
         assert_eq!(spread(vec![holding(Some(2.5e6)); 4], 16, MIB), [4; 4]);
     }
 
     #[test]
-    fn unequal_holders_get_parts_by_their_pace() {
+    fn unequal_holders_get_share_by_pace() {
         let parts = spread(vec![holding(Some(10e6)), holding(Some(2.5e6))], 20, MIB);
         assert_eq!(parts, [16, 4]);
-        // One that is slow beyond measure gets nothing.
+        // A very slow peer gets nothing.
         assert_eq!(spread(vec![holding(Some(9e3)), holding(Some(10e6))], 16, 25_000), [0, 16]);
     }
 
     #[test]
-    fn nar_of_seconds_is_no_trial_of_an_unknown_holder() {
+    fn long_nar_is_not_given_to_unknown_holder() {
         let holders = || vec![holding(None), holding(Some(10e6))];
         assert_eq!(spread(holders(), 1, 64 * MIB), [0, 1]);
         assert_eq!(spread(holders(), 1, MIB), [1, 0]);
-        // When the known one is busy with others, its link is not all there is.
+        // When the known peer is busy, the unknown one gets the second NAR.
         assert_eq!(spread(holders(), 3, 64 * MIB), [1, 2]);
         assert_eq!(spread(vec![holding(None); 2], 2, 64 * MIB), [1, 1]);
     }
 
     #[test]
-    fn unknown_holder_is_tried_beside_a_known_one() {
+    fn unknown_holder_is_tried_beside_known_one() {
         let parts = spread(vec![holding(Some(10e6)), holding(None)], 10, MIB);
         assert_eq!(parts, [5, 5]);
     }
@@ -225,7 +223,7 @@ mod tests {
     }
 
     #[test]
-    fn health_comes_before_pace() {
+    fn doubtful_holder_is_not_chosen_despite_faster_pace() {
         let mut doubtful = holding(Some(100e6));
         doubtful.health = HealthRank::Doubtful;
         assert_eq!(spread(vec![doubtful, holding(Some(1e6))], 4, MIB), [0, 4]);
@@ -233,7 +231,7 @@ mod tests {
     }
 
     #[test]
-    fn small_nar_is_not_put_behind_a_large_one_without_need() {
+    fn small_nar_does_not_wait_for_large_one() {
         let mut busy = holding(Some(10e6));
         (busy.load.streams, busy.load.outstanding) = (1, 1 << 30);
         let choice = choose(&[busy], 25_000).unwrap();
@@ -259,7 +257,7 @@ mod tests {
     }
 
     #[test]
-    fn slow_peer_is_left_for_one_twice_as_fast_and_for_no_other() {
+    fn nar_moves_only_to_holder_twice_as_fast() {
         let current = sending(140e3, 300, 20 * MIB);
         assert_eq!(
             faster(&current, LEAST_WAIT, 20 * MIB, &[holding(Some(250e3)), holding(Some(10e6))]),
@@ -273,7 +271,7 @@ mod tests {
     }
 
     #[test]
-    fn peer_is_not_left_early_nor_for_little() {
+    fn nar_does_not_move_early_or_for_small_gain() {
         // A Wi-Fi card that sleeps 100 ms has sent nothing yet.
         assert_eq!(
             faster(
@@ -284,21 +282,21 @@ mod tests {
             ),
             None
         );
-        // The rest is there sooner than another connection.
+        // The rest arrives sooner than a new connection would.
         assert_eq!(
             faster(&sending(1e6, 300, 50_000), LEAST_WAIT, 50_000, &[holding(Some(10e6))]),
             None
         );
-        // Small NARs of a peer that drips are worth it.
+        // Small NARs of a dripping peer are worth the move.
         assert_eq!(
             faster(&sending(9e3, 300, 22_000), LEAST_WAIT, 22_000, &[holding(Some(10e6))]),
             Some(0)
         );
     }
 
-    /// Its samples of 256 KiB take less than [`LEAST_WAIT`].
+    /// The samples of 256 KiB take less than [`LEAST_WAIT`].
     #[test]
-    fn fast_peer_is_left_for_one_far_faster_by_its_smoothed_pace() {
+    fn fast_peer_is_left_by_smoothed_pace() {
         let mut current = sending(0.0, 20, 640 * MIB);
         (current.pace.known, current.pace.lasting) = (Some(5e6), Some(5e6));
         let moves = |current: &PeerLoad, waited, to| {
@@ -315,7 +313,7 @@ mod tests {
     }
 
     #[test]
-    fn unknown_peer_is_tried_only_if_the_rest_takes_long() {
+    fn nar_moves_to_unknown_holder_only_if_rest_takes_long() {
         assert_eq!(
             faster(&sending(140e3, 300, 20 * MIB), LEAST_WAIT, 20 * MIB, &[holding(None)]),
             Some(0)
@@ -331,7 +329,7 @@ mod tests {
     }
 
     #[test]
-    fn time_left_is_known_with_the_pace_of_what_has_begun_and_never_overestimated() {
+    fn time_left_uses_greater_of_own_and_peer_pace() {
         let load = sending(9e3, 3000, 25_000);
         assert_eq!(time_left(&load, None, 25_000), None);
         let mut slow = load;
@@ -339,13 +337,13 @@ mod tests {
         assert_eq!(time_left(&slow, None, 25_000), Some(Duration::from_millis(2500)));
         assert_eq!(time_left(&slow, Some(100e3), 25_000), Some(Duration::from_millis(250)));
         assert_eq!(time_left(&load, Some(100e3), 25_000), Some(Duration::from_millis(250)));
-        // Of sixteen that share the link, each takes sixteen times as long.
+        // If sixteen streams share the link, each takes sixteen times as long.
         (slow.streams, slow.outstanding) = (16, 16 * 25_000);
         assert_eq!(time_left(&slow, None, 25_000), Some(Duration::from_secs(40)));
     }
 
     #[test]
-    fn load_of_this_nodes_own_does_not_make_a_peer_slow() {
+    fn nar_does_not_move_to_busy_holder() {
         let mut busy = holding(Some(10e6));
         (busy.load.streams, busy.load.outstanding) = (100, 100 * MIB);
         assert_eq!(faster(&sending(1e6, 300, MIB), LEAST_WAIT, MIB, &[busy]), None);

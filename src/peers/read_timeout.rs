@@ -1,8 +1,8 @@
-//! Limits how long one read waits, shorter than the connection's own time-out, without losing the
+//! Limits the wait of a single read to less than the connection's own timeout, without losing the
 //! connection.
 //!
-//! ureq has a time-out for each connection, not for each call of `read`. The transport here asks
-//! the thread that reads how long it wants to wait: a read happens in the thread that calls it.
+//! ureq has one timeout per connection and none per call of `read`. [`limit`] stores the limit in a
+//! thread-local variable; the transport reads it, because a read runs in the thread that calls it.
 
 use std::cell::Cell;
 use std::io;
@@ -13,7 +13,7 @@ thread_local! {
     static UNTIL: Cell<Option<Instant>> = const { Cell::new(None) };
 }
 
-/// A read did not wait longer than it was allowed to by [`limit`].
+/// Error of a read that reached the time limit of [`limit`].
 #[derive(Debug)]
 struct ReadTimedOut;
 
@@ -25,8 +25,8 @@ impl std::fmt::Display for ReadTimedOut {
 
 impl std::error::Error for ReadTimedOut {}
 
-/// Has every read of a connection that `read` makes in this thread wait for `patience` at most, in
-/// all.
+/// Runs `read` with a time limit of `patience` for all reads of connections that it makes in this
+/// thread, taken together.
 pub(super) fn limit<T>(patience: Duration, read: impl FnOnce() -> T) -> T {
     UNTIL.set(Some(Instant::now() + patience));
     let result = read();
@@ -34,12 +34,12 @@ pub(super) fn limit<T>(patience: Duration, read: impl FnOnce() -> T) -> T {
     result
 }
 
-/// Whether a read ended because of [`limit`].
+/// Returns true if a read ended because of [`limit`].
 pub(super) fn is_over(e: &io::Error) -> bool {
     e.get_ref().is_some_and(|inner| inner.is::<ReadTimedOut>())
 }
 
-/// Makes connections whose reads heed [`limit`].
+/// Connector for connections whose reads obey [`limit`].
 #[derive(Debug)]
 pub(super) struct ReadTimeoutConnector;
 
@@ -55,7 +55,7 @@ impl<In: Transport> Connector<In> for ReadTimeoutConnector {
     }
 }
 
-/// A connection whose reads heed [`limit`].
+/// Connection whose reads obey [`limit`].
 #[derive(Debug)]
 pub(super) struct ReadTimeoutTransport<T>(T);
 

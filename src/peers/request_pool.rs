@@ -1,5 +1,5 @@
-//! Requests of lookups, to peers and trackers, each in a thread of a pool: a request cannot be
-//! taken back, and a peer that hangs must not keep other peers from being asked.
+//! Thread pool for the requests of lookups to peers and trackers. Each request has its own thread:
+//! it cannot be cancelled, and a hanging peer must not delay requests to other peers.
 
 use crate::deferred::Deferred;
 use crossbeam_channel::{Receiver, Sender, TrySendError, bounded};
@@ -9,41 +9,41 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
-/// Requests under way, of all lookups together. Beyond, a lookup waits for its turn.
+/// Largest number of concurrent requests to peers. At the bound, lookups wait for their turn.
 const MAX_REQUESTS: u32 = 256;
-/// Of these, requests to one address: Nix looks up 25 paths at once.
+/// Largest number of concurrent requests to one address: Nix looks up 25 paths at once.
 const MAX_REQUESTS_TO_ONE: u32 = 32;
-/// Of these, requests to peers of other networks that have not answered before, or failed lately:
-/// what a tracker names must not keep neighbours from being asked.
+/// Largest number of concurrent requests to unproven peers of other networks. Peers that a tracker
+/// names must not keep neighbours from being asked.
 const MAX_REQUESTS_TO_STRANGERS: u32 = 64;
-/// Calls of trackers under way, of all lookups together: two trackers, twice each, for as many
-/// lookups as Nix makes, and as many again.
+/// Largest number of concurrent calls of trackers. 25 lookups call two trackers twice each; the
+/// bound is more than twice that.
 const MAX_CALLS: u32 = 256;
-/// Requests to an address that has not answered before, or failed lately: those that hang leave
-/// room for the others.
+/// Largest number of concurrent requests to one address that has not answered yet or failed
+/// recently. Requests that hang leave room for others.
 const MAX_REQUESTS_TO_UNPROVEN: u32 = 4;
-/// A thread without work ends after this.
+/// Idle time after which a thread ends.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(10);
-/// Stack of a thread: the client's buffers are not on it. TLS, of trackers, takes 100 KiB without
-/// optimisation.
+/// Stack of a thread, in bytes. The client's buffers are on the heap. TLS to trackers takes 100 KiB
+/// in a build without optimization.
 const STACK_BYTES: usize = 512 * 1024;
 
 type RequestJob = Box<dyn FnOnce() + Send>;
 
-/// What is asked, as far as the number of requests goes.
+/// Target of a request, which decides the limits that apply to it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RequestTarget {
-    /// A peer that has answered before, and has done so since it failed.
+    /// A peer that has answered since its last failure.
     Proven(IpAddr),
-    /// Another neighbour.
+    /// Any other neighbour.
     Neighbour(IpAddr),
-    /// Another peer that a tracker named.
+    /// Any other peer that a tracker named.
     Stranger(IpAddr),
     /// A tracker.
     Tracker,
 }
 
-/// The pool. Its threads end when it is dropped.
+/// Pool of request threads. The threads end when the pool is dropped.
 pub struct RequestPool {
     jobs: Sender<RequestJob>,
     waiting: Receiver<RequestJob>,
@@ -107,16 +107,17 @@ impl InFlightCounts {
 
 impl Default for RequestPool {
     fn default() -> Self {
-        // Without capacity: a job is handed to a thread that waits for one, or to a new thread.
+        // Zero capacity hands a job to an idle thread, or makes `try_send` fail so that a new
+        // thread starts.
         let (jobs, waiting) = bounded(0);
         RequestPool { jobs, waiting, under_way: Arc::default() }
     }
 }
 
 impl RequestPool {
-    /// Runs `request`, which asks a neighbour at `ip`, in another thread. Returns false and does
-    /// nothing if there are too many. `is_proven`: the peer has answered before, and has done so
-    /// since it failed.
+    /// Runs `request` to a neighbour at `ip` in another thread. Returns false and does nothing if a
+    /// limit is reached. `is_proven` says that the peer has answered since its last failure. Does
+    /// not block.
     pub fn start(
         &self,
         ip: IpAddr,
@@ -129,7 +130,8 @@ impl RequestPool {
         )
     }
 
-    /// Runs `request` in another thread. Returns false and does nothing if there are too many.
+    /// Runs `request` in another thread. Returns false and does nothing if a limit is reached or no
+    /// thread can be created. Does not block.
     pub fn run(&self, to: RequestTarget, request: impl FnOnce() + Send + 'static) -> bool {
         if !lock(&self.under_way).begin(to) {
             return false;
@@ -159,12 +161,12 @@ impl RequestPool {
         started.is_ok()
     }
 
-    /// Whether a request may begin.
+    /// Returns true if the limits admit a request to `to`.
     pub fn has_room(&self, to: RequestTarget) -> bool {
         lock(&self.under_way).fits(to)
     }
 
-    /// Whether a request to that address is under way.
+    /// Returns true if a request to `ip` is in progress.
     pub fn is_asked(&self, ip: IpAddr) -> bool {
         lock(&self.under_way).to.contains_key(&ip)
     }
@@ -187,7 +189,7 @@ mod tests {
     }
 
     #[test]
-    fn unproven_peer_takes_few_places() {
+    fn requests_to_unproven_peer_are_limited() {
         let mut all = InFlightCounts::default();
         assert_eq!(taken(&mut all, RequestTarget::Neighbour(ip(1))), MAX_REQUESTS_TO_UNPROVEN);
         assert_eq!(taken(&mut all, RequestTarget::Proven(ip(2))), MAX_REQUESTS_TO_ONE);
@@ -200,9 +202,10 @@ mod tests {
         assert!(!all.to.contains_key(&ip(2)));
     }
 
-    /// Peers that a tracker invented used to take all places, and neighbours were not asked.
+    /// Guards against peers that a tracker invented taking all places, so that neighbours are not
+    /// asked.
     #[test]
-    fn strangers_leave_places_for_neighbours_and_trackers() {
+    fn requests_to_strangers_leave_places_for_neighbours() {
         let mut all = InFlightCounts::default();
         let strangers: u32 =
             (1..=200).map(|last| taken(&mut all, RequestTarget::Stranger(ip(last)))).sum();
@@ -226,7 +229,7 @@ mod tests {
     }
 
     #[test]
-    fn request_runs_and_gives_its_place_back_also_after_a_panic() {
+    fn panicking_request_releases_its_place() {
         let requests = RequestPool::default();
         let (done, ended) = bounded(1);
         for _ in 0..2 * MAX_REQUESTS_TO_UNPROVEN {

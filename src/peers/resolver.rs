@@ -1,5 +1,5 @@
-//! Addresses of the host names that trackers hand out for peers. A name server may take its time:
-//! it is asked in threads of their own, and what it said is remembered.
+//! Resolves the host names that trackers name for peers. A name server may be slow, so each name is
+//! resolved in its own thread, and results are cached.
 
 use crate::wire::tracker::can_be_peer;
 use std::collections::{HashMap, HashSet};
@@ -8,16 +8,18 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// Names remembered.
+/// Largest number of cached names. When it is reached, results older than [`FAILED_FOR`] are
+/// dropped, and all results if that is not enough.
 const MAX_NAMES: usize = 1024;
-/// And so long: addresses at home change daily.
+/// Lifetime of a cached address: home connections change theirs daily.
 const REMEMBERED: Duration = Duration::from_secs(300);
-/// A name that has no address is asked for again after this.
+/// Lifetime of a failed lookup, after which the name is resolved again.
 const FAILED_FOR: Duration = Duration::from_secs(30);
-/// Asked for at once. A name server that hangs keeps each for some 10 to 30 s.
+/// Largest number of concurrent lookups; further names are left for a later call. A hanging name
+/// server blocks each for about 10 to 30 s.
 const MAX_ASKED: usize = 8;
 
-/// Shared by all threads.
+/// Resolver with a cache; shared by all threads.
 #[derive(Default)]
 pub struct NameResolver {
     table: Mutex<NameTable>,
@@ -31,7 +33,8 @@ struct NameTable {
 }
 
 impl NameTable {
-    /// `None` if it is not known; else what it is, if anything.
+    /// Cached result of a name. The outer `None` means unknown, the inner one that the name has no
+    /// address.
     fn get(&self, name: &str, now: Instant) -> Option<Option<IpAddr>> {
         let (address, at) = self.known.get(name)?;
         let lasts = if address.is_some() { REMEMBERED } else { FAILED_FOR };
@@ -50,13 +53,14 @@ impl NameTable {
 }
 
 impl NameResolver {
-    /// The address of each of these names, as far as it is known by `until`.
+    /// Returns the address of each name, or `None` if it is unknown at `until`. Blocks until
+    /// `until` at most.
     pub fn addresses(self: &Arc<Self>, names: &[&str], until: Instant) -> Vec<Option<IpAddr>> {
         let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
         for name in names {
             let is_wanted =
                 table.get(name, Instant::now()).is_none() && !table.asked.contains(*name);
-            // Without a thread it is asked for by the next lookup.
+            // Without a thread, the next call tries again.
             if is_wanted && table.asked.len() < MAX_ASKED && self.ask((*name).to_owned()) {
                 table.asked.insert((*name).to_owned());
             }
@@ -72,8 +76,8 @@ impl NameResolver {
         names.iter().map(|name| table.get(name, Instant::now()).flatten()).collect()
     }
 
-    /// Begins to resolve a name, whose result waits for the caller to unlock the table. False if
-    /// there is no thread for it.
+    /// Starts a thread that resolves `name`. The thread stores its result once the caller unlocks
+    /// the table. Returns false if the system cannot create a thread.
     fn ask(self: &Arc<Self>, name: String) -> bool {
         let names = self.clone();
         let spawned = thread::Builder::new().name("names".into()).spawn(move || {
@@ -98,7 +102,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_name_of_this_machine_is_no_peer() {
+    fn name_of_loopback_address_has_no_address() {
         let names = Arc::new(NameResolver::default());
         let until = Instant::now() + Duration::from_secs(60);
         assert_eq!(names.addresses(&["localhost"], until), [None]);
@@ -106,7 +110,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_known_is_not_asked_for_again_until_it_is_old() {
+    fn cached_name_expires_after_lifetime() {
         let (mut table, now) = (NameTable::default(), Instant::now());
         let address = IpAddr::from([203, 0, 113, 1]);
         table.keep("a", Some(address), now);
@@ -124,7 +128,7 @@ mod tests {
     }
 
     #[test]
-    fn one_that_is_asked_for_is_waited_for_until_the_deadline() {
+    fn lookup_in_progress_is_awaited_until_deadline() {
         let names = Arc::new(NameResolver::default());
         names.table.lock().unwrap().asked.insert("slow.invalid".into());
         assert_eq!(

@@ -1,5 +1,5 @@
-//! The paces of peers, kept in the state directory from one run to the next: `paces`, JSON, written
-//! whole or not at all.
+//! Saves the paces of peers across restarts, in the file `paces` of the state directory. The file
+//! is JSON and is replaced atomically.
 
 use super::health::PeerKey;
 use super::pace::Paces;
@@ -12,11 +12,12 @@ use std::path::Path;
 use std::time::Instant;
 
 const FILE: &str = "paces";
-/// What is being written. One that is left behind is written over.
+/// Temporary file while the paces are written. A leftover one is overwritten.
 const NEW: &str = "paces.new";
-/// Peers whose paces are kept: as many as a node is likely to meet again.
+/// Largest number of saved peers: as many as a node is likely to meet again. Further ones are not
+/// saved.
 const MAX_PEERS: usize = 256;
-/// The file has 20 KiB with all its peers. Of a larger one nothing is read.
+/// Largest file, in bytes. A full file has about 20 KiB; a larger one than this is ignored.
 const MAX_FILE: u64 = 64 * 1024;
 
 #[derive(Serialize, Deserialize)]
@@ -26,10 +27,10 @@ struct SavedPaces {
     bytes_per_second: f64,
 }
 
-/// Writes the paces that are known into `dir`. If none is, those of the last run stay.
+/// Writes the known paces to `dir`. Leaves the file of the last run unchanged if none is known.
 ///
 /// # Errors
-/// The file system's; then the file is as it was.
+/// Errors of the file system. The old file is unchanged then.
 pub fn save(paces: &Paces, dir: &Path) -> io::Result<()> {
     let kept = |(who, bytes_per_second): (PeerKey, f64)| SavedPaces {
         address: who.address(),
@@ -45,8 +46,8 @@ pub fn save(paces: &Paces, dir: &Path) -> io::Result<()> {
     fs::rename(dir.join(NEW), dir.join(FILE))
 }
 
-/// Reads the paces of the last run from `dir`. A file that cannot be read is as good as none: paces
-/// are soon measured.
+/// Reads the paces of the last run from `dir`. Ignores an unreadable file, because paces are soon
+/// measured again.
 pub fn load(paces: &Paces, dir: &Path) {
     let mut bytes = Vec::new();
     let read =
@@ -70,7 +71,7 @@ mod tests {
     use std::time::Duration;
 
     #[test]
-    fn paces_survive_a_restart_and_damage_does_no_harm() {
+    fn saved_paces_are_restored_and_damaged_file_is_ignored() {
         let dir = std::env::temp_dir().join(format!("peerix-paces-{}", std::process::id()));
         fs::create_dir_all(&dir).unwrap();
         let (paces, now) = (Paces::default(), Instant::now());

@@ -1,10 +1,9 @@
-//! One tracker, as this node sees it: its calls, by blocking ureq, and whether lookups ask it at
-//! the moment.
+//! State of one tracker: its calls, by blocking ureq, and whether lookups currently use it.
 //!
-//! A tracker is left out of lookups after several failures in a row, until the announcing thread
-//! has reached it again. Of one whose candidates turn out to be dead, many of them, those that have
-//! never answered are waited for less from then on; if none of its candidates was ever any good, it
-//! is left out for a while.
+//! Lookups leave a tracker out after several failures in a row, until the announce thread has
+//! reached it again. If many candidates of a tracker are silent, lookups wait less for those of its
+//! candidates that have never answered. If none of its candidates has answered recently, lookups
+//! leave it out for a while.
 
 use super::client::twice;
 use crate::backoff::retry_after;
@@ -27,99 +26,101 @@ use std::time::{Duration, Instant, SystemTime};
 use ureq::Agent;
 use ureq::http::{Response, Uri};
 
-/// A lookup waits this long for a tracker. A tracker that restarts is back by then, and a lost
-/// packet is sent twice more.
+/// Time limit of a lookup at one tracker. A tracker that restarts is back by then, and a lost
+/// packet is repeated twice.
 pub const LOOKUP_TIMEOUT: Timeout = Timeout::from_secs(2);
-/// A tracker that refuses or breaks the connection of a lookup, or has too much to do and does not
-/// say for how long, is asked again after this, doubling, until the time is over.
+/// First delay before a failed call of a lookup is repeated: the tracker refused or broke the
+/// connection, or is overloaded without a `Retry-After`. The delay doubles until the time limit is
+/// reached.
 const RETRY_PAUSE: Duration = Duration::from_millis(100);
-/// Failures in a row, without a success between, after which lookups leave the tracker out.
+/// Number of failures in a row after which lookups leave the tracker out.
 const MAX_FAILURES: u32 = 3;
-/// Everything else is done off the request path.
+/// Time limit of a call outside of lookups. No request of Nix waits for such a call.
 const CALL_TIMEOUT: Duration = Duration::from_secs(10);
-/// A filter has up to 4 MiB.
+/// Time limit of the upload of a filter, which has up to 4 MiB.
 const UPLOAD_TIMEOUT: Duration = Duration::from_secs(60);
-/// *I am leaving*, while the daemon stops.
+/// Time limit of the sign-off, which delays the end of the daemon.
 const LEAVE_TIMEOUT: Duration = Duration::from_millis(700);
 
-/// An answer's body: 72 candidates with the longest IDs and names take 30 KiB. The original's list
-/// of 1,000 peers has 250 KiB.
+/// Largest answer, in bytes; a larger one is malformed. 72 candidates with the longest IDs and
+/// names take 30 KiB. The list of 1,000 peers of the original peerix takes 250 KiB.
 const MAX_ANSWER: u64 = 512 * 1024;
-/// Connections kept: as many as Nix has questions.
+/// Largest number of idle connections: as many as Nix runs lookups.
 const IDLE: usize = 25;
-/// Shorter than the 30 s after which trackers close idle ones.
+/// Age after which an idle connection is closed. Trackers close theirs after 30 s.
 const IDLE_AGE: Timeout = Timeout::from_secs(25);
-/// The list of an original tracker, which has no lookups, is used this long. Its peers come and go
-/// in minutes.
+/// Lifetime of the peer list of an original tracker, which has no lookups. Its peers change within
+/// minutes.
 const LIST_AGE: Interval = Interval::from_secs(5);
 
-/// In the first moment after the start, and after a change of network, it is not known yet whether
-/// a tracker is there; lookups wait this long for its first answer, as Nix remembers a wrong *not
-/// there* for an hour.
+/// Time after the start or a network change during which lookups wait for the tracker's first
+/// answer. Nix remembers a wrong *not found* for an hour.
 const START_GRACE: Duration = Duration::from_secs(2);
 
-/// A node signs only what it says within this of its own clock, in milliseconds: a tracker that
-/// could choose the time would get statements to use later.
+/// Largest accepted difference between the tracker's clock and this machine's, in milliseconds.
+/// Nothing is signed beyond it: a tracker that could choose the time would get statements for later
+/// use.
 const MAX_CLOCK_OFFSET_MS: u64 = 5 * 60 * 1000;
 
-/// So many silent candidates of one lookup, beside whom few answered, say more about the tracker
-/// than about them: a site without power, or a tracker that means no good.
+/// Number of silent candidates in one lookup from which on the tracker is suspected instead of the
+/// candidates: a site without power, or a hostile tracker.
 const MANY_DEAD: usize = 8;
-/// Others of its candidates are then waited for as long as so many of its own answers take, as they
-/// are likely to be as far away,
+/// Wait for unproven candidates of a suspected tracker, as a multiple of the tracker's own latency:
+/// the candidates are probably about as far away.
 const USUAL_ANSWERS: u32 = 4;
-/// but at least so long,
+/// Shortest wait for unproven candidates of a suspected tracker.
 const LEAST_WAIT: Duration = Duration::from_millis(40);
-/// and at most so long.
+/// Longest wait for unproven candidates of a suspected tracker.
 const LONGEST_WAIT: Duration = Duration::from_millis(400);
-/// A tracker is not left out as long as one of its candidates has answered in this time.
+/// Time since the last answer of one of its candidates during which a tracker is not left out.
 const USEFUL_FOR: Duration = Duration::from_secs(600);
-/// The first pause of one that is; it doubles.
+/// First pause of a tracker that is left out. It doubles each time.
 const FIRST_PAUSE: Interval = Interval::from_secs(5);
-/// The longest.
+/// Longest pause of a tracker that is left out.
 const LONGEST_PAUSE: Interval = Interval::from_secs(300);
 
-/// A node as trackers know it.
+/// This node as trackers know it.
 #[derive(Debug)]
 pub struct NodeIdentity {
-    /// Its key, from which each tracker's is derived.
+    /// The node's key, from which a separate key for each tracker is derived.
     pub identity: Arc<Identity>,
-    /// Its ID, if the user chose one; else each tracker's key makes one.
+    /// Peer ID that the user chose; without one, the key for the tracker determines it.
     pub peer_id: Option<String>,
-    /// The port of its HTTP server.
+    /// Port of the node's HTTP server.
     pub port: u16,
-    /// The address to announce, if not the one that the tracker sees.
+    /// Address to announce, if it differs from the one that the tracker sees.
     pub addr: Option<String>,
-    /// Random at every start.
+    /// Random number of this run of the daemon.
     pub instance: u64,
 }
 
-/// Why a call failed.
+/// Error of a call.
 #[derive(Debug)]
 pub enum TrackerError {
     /// No connection, no answer in time, or the connection broke.
     Unreachable(ureq::Error),
-    /// A status other than 200, what was said with it, and when to try again.
+    /// A status other than 200, the tracker's message, and its `Retry-After`.
     Refused(u16, String, Option<Duration>),
-    /// An answer that is not what it should be.
+    /// The answer violates its format.
     Malformed,
-    /// The tracker's clock is so many milliseconds ahead of this machine's, and nothing is signed
-    /// for such a time.
+    /// The tracker's clock is this many milliseconds ahead of this machine's, which is more than
+    /// the accepted difference.
     Clock(i64),
 }
 
 impl TrackerError {
-    /// Whether the same call may succeed later: the tracker is away or has too much to do.
+    /// Returns true if the same call may succeed later: the tracker is unreachable or overloaded.
     pub fn is_temporary(&self) -> bool {
         matches!(self, TrackerError::Unreachable(_) | TrackerError::Refused(429 | 500.., ..))
     }
 
-    /// When the tracker wants to be called again, if it says so.
+    /// Time after which the tracker wants the next call, if it sent `Retry-After`.
     pub fn retry_after(&self) -> Option<Duration> {
         if let TrackerError::Refused(_, _, retry_after) = self { *retry_after } else { None }
     }
 
-    /// Whether a lookup may try again at once: the tracker restarts, or a connection to it broke.
+    /// Returns true if a lookup may try again at once: the tracker restarts, or the connection
+    /// broke.
     fn is_passing(&self) -> bool {
         self.is_temporary() && !matches!(self, TrackerError::Unreachable(ureq::Error::Timeout(_)))
     }
@@ -150,9 +151,9 @@ pub struct Tracker {
     url: String,
     peer_id: String,
     identity: Identity,
-    /// Its connections are used again.
+    /// HTTP client with kept connections.
     agent: RwLock<Agent>,
-    /// Its are not: for a call whose connection may be as dead as the others that were kept.
+    /// HTTP client without kept connections, for a call while the kept ones may be dead.
     unpooled: Agent,
     state: Mutex<TrackerConnection>,
     changed: Condvar,
@@ -163,31 +164,31 @@ pub struct Tracker {
 #[derive(Default)]
 struct TrackerConnection {
     reached: Reachability,
-    /// Until when lookups wait for its first answer.
+    /// End of the time during which lookups wait for the first answer.
     grace_until: Option<Instant>,
-    /// Failures since the last success.
+    /// Number of failures since the last success.
     failures: u32,
-    /// A lookup failed, or found the tracker left out.
+    /// True if a lookup failed, or found the tracker left out.
     is_wanted: bool,
-    /// When a failed lookup was counted last.
+    /// Time when a failed lookup was last counted.
     lookup_failed: Option<Instant>,
-    /// Times that lookups left it out since one succeeded.
+    /// Number of times that lookups left the tracker out since a lookup succeeded.
     outages: u32,
-    /// It asked not to be asked before.
+    /// End of the pause that the tracker requested.
     not_before: Option<Instant>,
-    /// It has no lookups, as the original has none.
+    /// True if the tracker has no lookups, like the one of the original peerix.
     is_original: bool,
-    /// What it said about this node last.
+    /// Answer to the last accepted announce.
     announced: Option<AnnounceResponse>,
-    /// Why it did not take this node's last announce.
+    /// Reason why the last announce was refused.
     refused: Option<String>,
-    /// Smoothed time of a lookup.
+    /// Smoothed duration of a lookup.
     latency: Option<Duration>,
-    /// When one of its candidates answered last.
+    /// Time of the last answer of one of its candidates.
     useful: Option<Instant>,
-    /// Lookups in a row whose candidates were dead, many of them.
+    /// Number of lookups in a row with many silent candidates.
     fruitless: u32,
-    /// When that was last counted: lookups that were under way together count once.
+    /// Time when `fruitless` was last counted. Lookups that ran at the same time count once.
     counted: Option<Instant>,
     paused_until: Option<Instant>,
 }
@@ -200,11 +201,11 @@ enum Reachability {
     No,
 }
 
-/// Timestamps of statements: each later than the last, by the tracker's clock if ours is a little
-/// wrong.
+/// Clock for the timestamps of statements. Each timestamp is later than the one before, and follows
+/// the tracker's clock if this machine's is slightly wrong.
 #[derive(Default)]
 struct StatementClock {
-    /// Milliseconds to add to our clock.
+    /// Milliseconds to add to this machine's clock.
     offset: i64,
     last: u64,
 }
@@ -216,7 +217,8 @@ struct ServerRefusal {
 }
 
 impl Tracker {
-    /// The tracker at that URL, which ends without a slash, for that node.
+    /// Creates the state of the tracker at `url`, which must not end with a slash, for the node
+    /// `me`.
     pub fn new(url: String, me: &NodeIdentity, now: Instant) -> Self {
         let identity = me.identity.for_tracker(&authority(&url));
         let peer_id = me.peer_id.clone().unwrap_or_else(|| identity.peer_id());
@@ -237,29 +239,30 @@ impl Tracker {
         }
     }
 
-    /// Where it is.
+    /// Base URL.
     pub fn url(&self) -> &str {
         &self.url
     }
 
-    /// The ID by which it knows this node.
+    /// ID by which the tracker knows this node.
     pub fn peer_id(&self) -> &str {
         &self.peer_id
     }
 
-    /// The ID it gave itself, if it has.
+    /// ID that the tracker gave itself; `None` if it has not sent one.
     pub fn id(&self) -> Option<String> {
         self.lock().announced.as_ref()?.tracker.clone()
     }
 
-    /// Bits for each path that it wants filters to have.
+    /// Bits per path that the tracker wants in filters, within the permitted range.
     pub fn bits_per_path(&self) -> u64 {
         let wanted = self.lock().announced.as_ref().and_then(|announced| announced.bits_per_path);
         wanted
             .map_or(MOST_BITS_PER_PATH, |bits| bits.clamp(LEAST_BITS_PER_PATH, MOST_BITS_PER_PATH))
     }
 
-    /// What keeps peers from finding this node by the tracker, and what to do about it.
+    /// Message why peers cannot find this node through the tracker, with the remedy; `None` if
+    /// nothing is known to be wrong.
     pub fn problem(&self) -> Option<String> {
         let state = self.lock();
         if let Some(why) = &state.refused {
@@ -282,8 +285,8 @@ impl Tracker {
         })
     }
 
-    /// Whether a lookup should ask it. Blocks, right after the start or a change of network, until
-    /// it is known whether the tracker is there, 2 s at most.
+    /// Returns true if a lookup should use the tracker. Blocks for 2 s at most, right after the
+    /// start or a network change, until it is known whether the tracker is reachable.
     pub fn await_usable(&self) -> bool {
         let state = self.lock();
         let now = Instant::now();
@@ -301,20 +304,21 @@ impl Tracker {
         if state.paused_until.is_some_and(|until| until > now) {
             return false;
         }
-        // After a pause one lookup tries, and the others go on without.
+        // After a pause one lookup tries the tracker; the others continue without it.
         if state.paused_until.is_some() {
             state.paused_until = Some(now + FIRST_PAUSE.get());
         }
         true
     }
 
-    /// Whether a lookup failed, or found it left out, since the last call.
+    /// Returns true if a lookup failed, or found the tracker left out, since the last call of this
+    /// function.
     pub fn take_wanted(&self) -> bool {
         std::mem::take(&mut self.lock().is_wanted)
     }
 
-    /// Nothing that is known of it need still be true: the network changed, or the machine was
-    /// suspended. Lookups wait for its next answer, on new connections.
+    /// Discards what is known of the tracker, and its connections, because the network changed or
+    /// the machine was suspended. Lookups wait for the tracker's next answer.
     pub fn forget(&self, now: Instant) {
         *self.agent.write().unwrap_or_else(PoisonError::into_inner) = agent(IDLE);
         *self.listed.lock().unwrap_or_else(PoisonError::into_inner) = None;
@@ -330,15 +334,15 @@ impl Tracker {
         };
     }
 
-    /// How long to wait for candidates that have never answered; `None` for no such limit.
+    /// Longest wait for candidates that have never answered; `None` if there is no such limit.
     pub fn patience(&self) -> Option<Duration> {
         let state = self.lock();
         let usual = state.latency.unwrap_or_default() * USUAL_ANSWERS;
         (state.fruitless > 0).then(|| usual.clamp(LEAST_WAIT, LONGEST_WAIT))
     }
 
-    /// Says what came of the candidates of a lookup that began at `began`: how many showed a sign
-    /// of life, and how many none.
+    /// Records how many candidates of a lookup that began at `began` answered and how many were
+    /// silent.
     pub fn proved(&self, alive: usize, silent: usize, began: Instant, now: Instant) {
         let mut state = self.lock();
         if alive > 0 {
@@ -351,7 +355,7 @@ impl Tracker {
             }
             return;
         }
-        // Lookups that were under way together count once.
+        // Lookups that ran at the same time count once.
         if state.counted.is_some_and(|counted| counted >= began) {
             return;
         }
@@ -372,12 +376,13 @@ impl Tracker {
         }
     }
 
-    /// The peers that may have a path, without this node. Blocks until `until` at most; a tracker
-    /// that restarts or has too much to do is asked again. `is_hedge`: on a new connection, as the
-    /// one of another call stalls.
+    /// Returns the peers that may have a path, without this node. Repeats the call while the
+    /// tracker restarts or is overloaded. Blocks until `until` at most; only a repeated request on
+    /// a stale connection, or for the list of an original tracker, can exceed it. `is_hedge`
+    /// selects a new connection, because the one of an earlier call is stuck.
     ///
     /// # Errors
-    /// See [`TrackerError`]. Failures are not counted; `record_failure` does that.
+    /// See [`TrackerError`]. The caller counts failures with [`Tracker::record_failed_lookup`].
     pub fn lookup(
         &self,
         hash_part: &HashPart,
@@ -388,7 +393,7 @@ impl Tracker {
         let mut retry_pause = RETRY_PAUSE;
         loop {
             let now = Instant::now();
-            // A statement of its own: the lock must not be held while this sleeps.
+            // A separate statement, because the lock must not be held during the sleep.
             let not_before = self.lock().not_before;
             if let Some(pause) = not_before.map(|at| at.saturating_duration_since(now)) {
                 if now + pause >= until {
@@ -414,7 +419,7 @@ impl Tracker {
             };
             let now = Instant::now();
             if let Some(pause) = e.retry_after() {
-                // What a proxy says while the tracker restarts is no more than a guess.
+                // A proxy that answers while the tracker restarts only guesses the time.
                 let is_ours = matches!(e, TrackerError::Refused(429, ..));
                 let longest = if is_ours { LONGEST_PAUSE.get() } else { LOOKUP_TIMEOUT.get() };
                 self.lock().not_before = Some(now + pause.min(longest));
@@ -453,7 +458,7 @@ impl Tracker {
         Ok(found)
     }
 
-    /// All peers, the best first, of a tracker that does not know which of them have a path.
+    /// Returns all peers, the best first, of a tracker that does not know which peers have a path.
     fn list(&self, agent: &Agent, timeout: Duration) -> Result<CandidateList, TrackerError> {
         let listed = || self.listed.lock().unwrap_or_else(PoisonError::into_inner);
         let known = listed()
@@ -493,7 +498,8 @@ impl Tracker {
         twice(call).map_err(TrackerError::Unreachable)
     }
 
-    /// Says that this node is here. Also finds out whether the tracker is.
+    /// Announces this node, and records whether the tracker is reachable. Blocks for 10 s at most
+    /// per attempt.
     ///
     /// # Errors
     /// See [`TrackerError`].
@@ -512,7 +518,7 @@ impl Tracker {
         });
         match &answer {
             Ok(announced) => self.record_announce(Ok(announced.clone())),
-            // It is there, and can be asked, whatever it thinks of us.
+            // The tracker is reachable and can be used for lookups even if it rejects this node.
             Err(e @ (TrackerError::Refused(400..=428 | 430..500, ..) | TrackerError::Clock(_))) => {
                 self.record_announce(Err(e.to_string()))
             }
@@ -522,7 +528,7 @@ impl Tracker {
         answer
     }
 
-    /// Says that this node leaves.
+    /// Signs off at the tracker. Blocks for 700 ms at most per attempt.
     ///
     /// # Errors
     /// See [`TrackerError`].
@@ -542,7 +548,8 @@ impl Tracker {
         .map(|_: IgnoredAny| ())
     }
 
-    /// Publishes what this node would share. Gives the timestamp by which the tracker knows it.
+    /// Uploads the filter of shared paths and returns the timestamp by which the tracker identifies
+    /// it. Blocks for 60 s at most per attempt.
     ///
     /// # Errors
     /// See [`TrackerError`].
@@ -570,7 +577,8 @@ impl Tracker {
         answer.map(|_| sent)
     }
 
-    /// Begins transfers from `sender_id` to this node; gives the first ID and how many there are.
+    /// Begins up to `count` transfers from the peer `sender_id` to this node. Returns the first ID
+    /// and the number of transfers, which have consecutive IDs. Blocks for 10 s at most.
     ///
     /// # Errors
     /// See [`TrackerError`].
@@ -582,11 +590,11 @@ impl Tracker {
         };
         let begun: TransferInitResponse =
             self.post("/transfer/init", &init).map_err(TrackerError::Unreachable).and_then(read)?;
-        // A tracker of the original begins one, whatever it is asked.
+        // The original tracker begins one transfer regardless of `count`.
         Ok((begun.transfer_id, begun.count.unwrap_or(1).min(count)))
     }
 
-    /// Reports what this node sent or received.
+    /// Reports the bytes that this node sent or received. Blocks for 10 s at most per attempt.
     ///
     /// # Errors
     /// See [`TrackerError`].
@@ -621,8 +629,8 @@ impl Tracker {
             .send(json(body))
     }
 
-    /// Signs and sends a statement; once more, if the tracker's clock turns out to be a little
-    /// different.
+    /// Signs and sends a statement. Repeats it once with the tracker's time if the tracker rejects
+    /// the timestamp and its clock differs only slightly.
     fn signed<T: DeserializeOwned>(
         &self,
         statement: &SignedText<'_>,
@@ -652,10 +660,10 @@ impl Tracker {
         clock.last
     }
 
-    /// Takes the tracker's time, in milliseconds, for the time of the next statements.
+    /// Adopts the tracker's time `now`, in milliseconds since 1970, for further statements.
     ///
     /// # Errors
-    /// It is too far from this machine's: nothing is signed for such a time.
+    /// [`TrackerError::Clock`] if it differs from this machine's time by more than 5 min.
     fn set_clock(&self, now: u64) -> Result<(), TrackerError> {
         let ahead = i64::try_from(i128::from(now) - i128::from(our_clock())).unwrap_or(i64::MAX);
         if ahead.unsigned_abs() > MAX_CLOCK_OFFSET_MS {
@@ -667,16 +675,17 @@ impl Tracker {
         Ok(())
     }
 
-    /// What came of an announce that was answered.
+    /// Records the outcome of an announce that the tracker answered.
     fn record_announce(&self, outcome: Result<AnnounceResponse, String>) {
         let before = self.problem();
         {
             let mut state = self.lock();
             match outcome {
                 Ok(mut announced) => {
-                    // The original has none: a 404 of a lookup was one of a proxy.
+                    // The original tracker sends no ID, so an earlier 404 to a lookup came from a
+                    // proxy.
                     state.is_original &= announced.tracker.is_none();
-                    // A later answer without an ID does not take it away.
+                    // A later answer without an ID does not remove the known one.
                     announced.tracker =
                         announced.tracker.or(state.announced.take().and_then(|last| last.tracker));
                     (state.announced, state.refused) = (Some(announced), None);
@@ -694,7 +703,7 @@ impl Tracker {
         let mut state = self.lock();
         if state.reached != Reachability::Yes {
             log::info!("tracker {}: reached", self.url);
-            // It may be another program now.
+            // The tracker may run another program now.
             (state.is_original, state.failures, state.not_before) = (false, 0, None);
         }
         state.reached = Reachability::Yes;
@@ -710,8 +719,8 @@ impl Tracker {
         state.latency = Some(state.latency.map_or(took, |old| (old * 7 + took) / 8));
     }
 
-    /// A lookup that began at `began` failed. Those that were under way together count once. After
-    /// several failures in a row lookups leave the tracker out, until it is reached again.
+    /// Records a failed lookup that began at `began`. Lookups that ran at the same time count once.
+    /// After several failures in a row, lookups leave the tracker out until it is reached again.
     pub fn record_failed_lookup(&self, why: &dyn fmt::Display, began: Instant) {
         let is_counted = {
             let mut state = self.lock();
@@ -736,7 +745,7 @@ impl Tracker {
         {
             log::warn!("tracker {}: {why}; left out until it is reached again", self.url);
             state.reached = Reachability::No;
-            // An announce may succeed at a tracker whose lookups fail.
+            // Announces may succeed at a tracker whose lookups fail.
             state.outages += 1;
             state.paused_until =
                 (state.outages > 1).then(|| Instant::now() + pause_after(state.outages - 1));
@@ -744,7 +753,7 @@ impl Tracker {
         }
     }
 
-    /// Whether it is there; `None` while its first answer is awaited.
+    /// Returns whether the tracker is reachable; `None` while its first answer is awaited.
     pub fn reached_if_known(&self) -> Option<bool> {
         match self.lock().reached {
             Reachability::NotYet => None,
@@ -753,7 +762,7 @@ impl Tracker {
         }
     }
 
-    /// Whether it is there, as far as is known.
+    /// Returns true if the tracker is known to be reachable.
     pub fn is_reached(&self) -> bool {
         self.lock().reached == Reachability::Yes
     }
@@ -763,12 +772,12 @@ impl Tracker {
     }
 }
 
-/// How long lookups leave a tracker out that was of no use so many times in a row.
+/// Pause of a tracker that was useless `times` times in a row.
 fn pause_after(times: u32) -> Duration {
     FIRST_PAUSE.get().saturating_mul(1 << (times - 1).min(10)).min(LONGEST_PAUSE.get())
 }
 
-/// A client that keeps so many connections.
+/// Creates a client that keeps up to `idle` connections.
 fn agent(idle: usize) -> Agent {
     http_client::https_config()
         .timeout_global(Some(CALL_TIMEOUT))
@@ -779,14 +788,14 @@ fn agent(idle: usize) -> Agent {
         .into()
 }
 
-/// Host and port in a URL; the whole text if it is none.
+/// Host and port of a URL; the whole text if it is not a valid URL.
 fn authority(url: &str) -> String {
     let Ok(uri) = url.parse::<Uri>() else { return url.to_owned() };
     let port = uri.port_u16().unwrap_or(if uri.scheme_str() == Some("https") { 443 } else { 80 });
     format!("{}:{port}", uri.host().unwrap_or_default().to_ascii_lowercase())
 }
 
-/// Milliseconds since 1970, by a clock that may be wrong.
+/// Milliseconds since 1970 by this machine's clock, which may be wrong.
 fn our_clock() -> u64 {
     let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
@@ -842,7 +851,8 @@ mod tests {
         HashPart::parse(&[b'0'; 32]).unwrap()
     }
 
-    /// A tracker that gives these answers, all on one connection.
+    /// Starts a server that gives these answers on one connection, and returns a tracker that uses
+    /// it.
     fn answering(answers: Vec<String>) -> (Tracker, thread::JoinHandle<Vec<String>>) {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
@@ -871,13 +881,13 @@ mod tests {
         r#"{"candidates":[{"peer_id":"b","addr":"10.0.0.1","port":1,"score":0.0}],"others":[]}"#;
 
     #[test]
-    fn one_failure_between_successes_is_no_outage() {
+    fn failure_between_successes_does_not_exclude_tracker() {
         let tracker = tracker(Instant::now());
         tracker.record_reached();
         for _ in 0..100 {
             for _ in 0..2 {
                 let began = Instant::now();
-                // All that Nix asks at once.
+                // As many lookups as Nix runs at once.
                 (0..25).for_each(|_| tracker.record_failed_lookup(&TrackerError::Malformed, began));
             }
             assert!(tracker.await_usable());
@@ -893,14 +903,15 @@ mod tests {
         }));
         assert!(tracker.await_usable());
         assert_eq!(tracker.id().as_deref(), Some("0123456789abcdef"));
-        // A later answer without an ID does not take it away.
+        // A later answer without an ID does not remove the known one.
         tracker.record_announce(Ok(AnnounceResponse::default()));
         assert!(tracker.id().is_some());
     }
 
-    /// One lookup in five seconds used to ask it, and all others to miss.
+    /// Guards against a pause in which one lookup in five seconds uses the tracker and all others
+    /// miss.
     #[test]
-    fn success_after_two_outages_ends_the_pause() {
+    fn success_after_two_outages_ends_pause() {
         let tracker = tracker(Instant::now());
         for _ in 0..2 {
             tracker.record_reached();
@@ -915,7 +926,7 @@ mod tests {
     }
 
     #[test]
-    fn first_failure_after_the_start_ends_the_wait() {
+    fn first_failure_after_start_ends_wait() {
         let tracker = tracker(Instant::now());
         tracker.record_failure(&TrackerError::Malformed);
         assert!(!tracker.await_usable());
@@ -925,7 +936,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_with_the_announce_is_a_problem_until_it_is_not() {
+    fn announce_problem_is_reported_until_resolved() {
         let tracker = tracker(Instant::now());
         assert_eq!(tracker.problem(), None);
         tracker.record_announce(Err("status 403 bound to another key".into()));
@@ -949,7 +960,7 @@ mod tests {
     }
 
     #[test]
-    fn one_that_is_asked_too_often_is_asked_again() {
+    fn overloaded_tracker_is_asked_again_after_retry_after() {
         let (tracker, server) = answering(vec![
             answer("429 x", "{}"),
             answer("429 x\r\nRetry-After: 1", "{}"),
@@ -964,7 +975,7 @@ mod tests {
     }
 
     #[test]
-    fn tracker_that_asks_for_more_time_than_there_is_is_not_waited_for() {
+    fn retry_after_beyond_deadline_is_not_awaited() {
         let (tracker, server) = answering(vec![answer("429 x\r\nRetry-After: 3600", "{}")]);
         let e = tracker.lookup(&any_path(), false, soon()).unwrap_err();
         assert_eq!(e.retry_after(), Some(Duration::from_secs(3600)));
@@ -972,7 +983,7 @@ mod tests {
     }
 
     #[test]
-    fn original_is_asked_for_its_list() {
+    fn original_tracker_is_asked_for_peer_list() {
         let list = r#"{"peers":[
             {"peer_id":"b","addr":"10.0.0.1","port":1,"last_seen":1.5,"reputation":{"score":0.5}},
             {"peer_id":"a","addr":"10.0.0.2","port":1,"last_seen":1.5,"reputation":{"score":9.5}},
@@ -993,7 +1004,7 @@ mod tests {
     }
 
     #[test]
-    fn key_is_named_by_host_and_port_as_configured() {
+    fn authority_is_host_and_port_of_url() {
         for (url, name) in [
             ("http://Tracker.example:12305", "tracker.example:12305"),
             ("https://tracker.example", "tracker.example:443"),
@@ -1005,7 +1016,7 @@ mod tests {
     }
 
     #[test]
-    fn one_that_names_none_but_the_dead_is_left_out() {
+    fn tracker_with_only_silent_candidates_is_paused() {
         let now = Instant::now();
         let tracker = tracker(now);
         tracker.record_reached();
@@ -1015,7 +1026,7 @@ mod tests {
         for _ in 0..25 {
             tracker.proved(0, MANY_DEAD, now, later);
         }
-        // Once may be an accident: a path of which only the dead were thought to have it.
+        // One such lookup may be an accident: only dead peers seemed to have the path.
         assert!(tracker.await_usable());
         assert_eq!(tracker.patience(), Some(LEAST_WAIT));
         let again = later + LEAST_WAIT;
@@ -1032,9 +1043,9 @@ mod tests {
         assert_eq!(tracker.patience(), None);
     }
 
-    /// Eight machines without power used to hide all others of the tracker.
+    /// Guards against eight machines without power that hide all other peers of the tracker.
     #[test]
-    fn one_that_was_useful_is_not_left_out() {
+    fn recently_useful_tracker_is_not_paused() {
         let (now, second) = (Instant::now(), Duration::from_secs(1));
         let tracker = tracker(now);
         tracker.record_reached();
@@ -1044,7 +1055,7 @@ mod tests {
             assert!(tracker.await_usable() && tracker.await_usable());
         }
         assert!(tracker.patience().is_some());
-        // A few that answer do not speak for as many that do not.
+        // A few candidates that answer do not outweigh many that do not.
         tracker.proved(1, 2 * MANY_DEAD, now + second * 101, now + second * 101);
         assert!(tracker.patience().is_some());
         tracker.proved(4, 2 * MANY_DEAD, now + second * 102, now + second * 102);
@@ -1056,7 +1067,7 @@ mod tests {
     }
 
     #[test]
-    fn those_never_heard_are_waited_for_as_far_as_the_tracker_is_away() {
+    fn wait_for_unproven_candidates_follows_tracker_latency() {
         let now = Instant::now();
         let tracker = tracker(now);
         tracker.proved(0, MANY_DEAD, now, now);
@@ -1067,7 +1078,7 @@ mod tests {
     }
 
     #[test]
-    fn timestamps_never_go_back() {
+    fn timestamps_increase_and_follow_tracker_clock() {
         let tracker = tracker(Instant::now());
         let stamps: Vec<u64> = (0..100).map(|_| tracker.timestamp()).collect();
         assert!(stamps.windows(2).all(|pair| pair[0] < pair[1]));
@@ -1079,7 +1090,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_signed_for_a_time_far_from_the_own_clock() {
+    fn tracker_clock_far_from_own_is_rejected() {
         let tracker = tracker(Instant::now());
         for now in [0, our_clock() - 3_600_000, our_clock() + 3_600_000, u64::MAX] {
             let Err(TrackerError::Clock(_)) = tracker.set_clock(now) else { panic!("{now}") };

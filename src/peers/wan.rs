@@ -1,9 +1,9 @@
-//! Peers on other networks: which of those that trackers name has a path.
+//! Peers on other networks: finds a holder of a path among the peers that trackers name.
 //!
-//! Every tracker is asked at once, and again on a new connection if it takes long. The candidates
-//! are asked over HTTP as soon as the first tracker names them: four at once, and for every 100 ms
-//! without a good narinfo twice as many more. A miss is known when all have said no. The whole ends
-//! after four seconds, whatever trackers and peers do.
+//! All trackers are asked at once. A tracker that is slow is asked again on a new connection. The
+//! candidates are asked over HTTP as soon as the first tracker names them: four at once, and twice
+//! as many after each 100 ms without a good narinfo. A path is a miss when all candidates have
+//! denied it. The whole search ends after 4 s.
 
 use super::announce::{PendingTransferName, Trackers};
 use super::client::{PeerClient, PeerError, PeerNarinfo};
@@ -24,34 +24,36 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// The whole of a lookup beyond the LAN: a tracker that restarts, and after it a peer to which a
-/// packet is lost twice.
+/// Time limit of a search on other networks. It covers the restart of a tracker, and after that a
+/// connection to a peer that loses a packet twice.
 const WAN_TIMEOUT: Timeout = Timeout::from_secs(4);
-/// A tracker that takes longer is asked again, on another connection. Most answer in less; a lost
-/// packet is repeated by the kernel after 200 ms on an open connection, but only after 1 s on a new
-/// one.
+/// Delay after which a tracker is asked again on another connection. Most trackers answer sooner.
+/// The kernel repeats a lost packet after 200 ms on an established connection, but only after 1 s
+/// on a new one.
 const HEDGE_DELAY: Duration = Duration::from_millis(300);
-/// Candidates asked over HTTP at first.
+/// Candidates that are asked at first.
 const AT_ONCE: usize = 4;
-/// Without a good narinfo for this long, further candidates are asked.
+/// Time without a good narinfo after which further candidates are asked.
 const WAVE: Duration = Duration::from_millis(100);
-/// A candidate that failed lately is waited for this long.
+/// Longest wait for a candidate that failed recently.
 const SLOW: Duration = Duration::from_millis(500);
-/// Names of candidates are waited for so long.
+/// Longest wait for the addresses of the host names in one list of candidates.
 const NAMES_WAIT: Duration = Duration::from_millis(500);
-/// A request that may not begin because of others is tried again after this.
+/// Delay before the next attempt of a request that other requests block.
 const BLOCKED: Duration = Duration::from_millis(10);
-/// A proven candidate that is busy or restarts is asked again after this, doubling.
+/// First delay before a proven candidate that is busy or restarts is asked again. The delay
+/// doubles.
 const RETRY_DELAY: Duration = Duration::from_millis(50);
-/// Doublings of it: 800 ms.
+/// Largest number of doublings of [`RETRY_DELAY`], which makes the longest delay 800 ms.
 const MAX_DOUBLINGS: u32 = 4;
-/// A candidate at an address that may not be connected to yet is tried after this, as often as
-/// [`MAX_PACE_RETRIES`] says.
+/// Delay before the next attempt at an address whose connection rate is used up. There are at most
+/// [`MAX_PACE_RETRIES`] such attempts.
 const PACE_DELAY: Duration = Duration::from_millis(200);
-/// The ports of one victim cost a lookup 600 ms.
+/// Largest number of attempts at an address whose connection rate is used up. Many ports of one
+/// victim thus cost a lookup 600 ms.
 const MAX_PACE_RETRIES: u32 = 3;
 
-/// The peers beyond the LAN.
+/// Finds and asks the peers on other networks.
 pub struct WanSource {
     trackers: Arc<Trackers>,
     client: Arc<PeerClient>,
@@ -63,7 +65,7 @@ pub struct WanSource {
 }
 
 impl WanSource {
-    /// The parts it works with.
+    /// Creates a source from its parts.
     pub fn new(
         trackers: Arc<Trackers>,
         client: Arc<PeerClient>,
@@ -82,10 +84,11 @@ impl WanSource {
         }
     }
 
-    /// A search for a path, which begins when it is asked for the first time.
+    /// Creates a search for a path. It sends nothing before the first call of
+    /// [`WanSearch::next_offer`].
     pub fn search(self: &Arc<Self>, hash_part: &HashPart) -> WanSearch {
-        // Bounded by what is asked: two calls of each tracker, and one request of each entry at a
-        // time.
+        // The number of requests bounds the channel: two calls per tracker, and one request at a
+        // time per candidate.
         let (answer, answers) = unbounded();
         WanSearch {
             wan: self.clone(),
@@ -108,81 +111,82 @@ impl WanSource {
         address.port() == self.trackers.port() && self.networks.is_own(address.ip())
     }
 
-    /// Whether it has answered before, and has done so since it failed.
+    /// Returns true if the peer has answered since its last failure.
     fn is_proven(&self, address: SocketAddr) -> bool {
         let who = PeerKey::far(address);
         !self.standing.latency(who).is_zero() && !self.standing.is_doubtful(who)
     }
 
-    /// Has a tracker told what was sent or received.
+    /// Reports the bytes of a transfer to the tracker that named it. Does not block.
     pub fn report(&self, transfer: &TransferName, role: Role, bytes: u64) {
         self.trackers.report(transfer, role, bytes);
     }
 
-    /// Has the transfer of an offered path counted; it gets its name soon.
+    /// Begins a transfer at the tracker that named the peer. The transfer gets its name later. Does
+    /// not block.
     pub fn begin_transfer(&self, origin: &OfferOrigin) -> PendingTransferName {
         self.trackers.begin(origin.tracker, &origin.peer_id)
     }
 }
 
-/// Where an offer comes from.
+/// Origin of an offer.
 #[derive(Debug, Clone)]
 pub struct OfferOrigin {
-    /// The tracker that named the peer, by its place in [`Trackers::all`].
+    /// Index of the tracker that named the peer, in [`Trackers::all`].
     pub tracker: usize,
-    /// The peer's ID there.
+    /// The peer's ID at that tracker.
     pub peer_id: String,
 }
 
-/// Whether what a tracker says of a peer is of the form that it has to be: names are remembered,
-/// and sent to others.
+/// Returns true if a candidate has a valid form. IDs and host names are stored and sent to others,
+/// so their length and characters are checked.
 fn can_be_asked(candidate: &Candidate) -> bool {
     is_peer_id(&candidate.peer_id)
         && (1..=MAX_ADDR).contains(&candidate.addr.len())
         && candidate.port != 0
 }
 
-/// A peer of another network that has the path, and its narinfo.
+/// Narinfo from a peer on another network.
 pub struct WanOffer {
-    /// Its HTTP server.
+    /// Address of the peer's HTTP server.
     pub peer: SocketAddr,
-    /// Who named it.
+    /// Tracker that named the peer.
     pub origin: OfferOrigin,
-    /// The narinfo; its form is checked, its signatures are not.
+    /// The narinfo. Its form is checked, its signatures are not.
     pub narinfo: PeerNarinfo,
 }
 
-/// The candidates of one path, in the order in which they are tried.
+/// Search for one path among the peers that trackers name.
 pub struct WanSearch {
     wan: Arc<WanSource>,
     hash_part: HashPart,
     began: Option<Instant>,
     until: Instant,
-    /// It ends by then, whenever it begins.
+    /// Latest end of the search, even if it starts late.
     latest: Instant,
     calls: Vec<TrackerLookup>,
     entries: Vec<CandidateState>,
-    /// Candidates that may be asked at once.
+    /// Number of candidates that may be asked at once.
     at_once: usize,
     next_wave: Option<Instant>,
     answer: Sender<NarinfoAnswer>,
     answers: Receiver<NarinfoAnswer>,
     found: bool,
-    /// Who answered last with something that is of no use, and what.
+    /// Last candidate whose answer was useless, and that answer.
     useless: Option<(SocketAddr, PeerError)>,
 }
 
-/// A lookup at one tracker.
+/// Lookup at one tracker.
 struct TrackerLookup {
     tracker: Arc<Tracker>,
-    /// Its place in [`Trackers::all`].
+    /// Index of the tracker in [`Trackers::all`].
     at: usize,
-    /// Connections it was asked on, and how many of these failed.
+    /// Number of connections on which the tracker was asked, and number of those that failed.
     begun: u32,
     failed: u32,
     error: Option<tracker::TrackerError>,
     is_answered: bool,
-    /// Its failure was recorded.
+    /// True if the failure of this lookup was recorded.
     is_judged: bool,
 }
 
@@ -195,63 +199,65 @@ impl TrackerLookup {
 struct CandidateState {
     address: SocketAddr,
     origin: OfferOrigin,
-    /// Its place in the tracker's list.
+    /// Position in the tracker's list.
     rank: usize,
     state: CandidatePhase,
-    /// Requests that failed for a reason that may pass.
+    /// Number of requests that failed for a temporary reason or were delayed by the connection
+    /// rate.
     failures: u32,
     was_asked: bool,
-    /// It has said something, whatever it was.
+    /// True if the candidate has sent any answer.
     answered: bool,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum CandidatePhase {
-    /// To be asked, not before then.
+    /// To be asked, at this time or later.
     Untried(Instant),
-    /// Asked then.
+    /// Asked at this time.
     Asked(Instant),
-    /// There is nothing more to be had from it.
+    /// No further request will be made.
     Done,
 }
 
 enum NarinfoAnswer {
-    /// Of the tracker with that place in [`Trackers::all`].
+    /// From the tracker with the index `at` in [`Trackers::all`].
     Tracker { at: usize, result: Result<CandidateList, tracker::TrackerError> },
-    /// Of the entry with that place.
+    /// From the candidate with the index `at`.
     Peer { at: usize, result: Box<Result<PeerNarinfo, PeerError>> },
 }
 
 impl WanSearch {
-    /// Gives the search, resumed for alternates, its time anew, but none after `until`.
+    /// Restarts the time limit of the search for alternate holders. The search ends at `until` at
+    /// the latest.
     pub fn resume(&mut self, until: Instant) {
         self.latest = until;
         self.until = until.min(Instant::now() + WAN_TIMEOUT.get());
     }
 
-    /// Whether the trackers have been asked.
+    /// Returns true if the search has started.
     pub fn has_begun(&self) -> bool {
         self.began.is_some()
     }
 
-    /// Whether somebody is left who may have the path.
+    /// Returns true if a candidate is left that may have the path.
     pub fn has_more(&self) -> bool {
         self.entries.iter().any(|entry| entry.state != CandidatePhase::Done)
     }
 
-    /// How many candidates were asked, and how many of them gave no sign of life.
+    /// Number of candidates that were asked, and number of those that sent no answer.
     pub fn asked_and_silent(&self) -> (u32, u32) {
         let asked = || self.entries.iter().filter(|entry| entry.was_asked);
         let count = |entries: usize| u32::try_from(entries).unwrap_or(u32::MAX);
         (count(asked().count()), count(asked().filter(|entry| !entry.answered).count()))
     }
 
-    /// Who answered last with something that is of no use, and what that was.
+    /// Last candidate whose answer was useless, and that answer.
     pub fn useless(&self) -> Option<&(SocketAddr, PeerError)> {
         self.useless.as_ref()
     }
 
-    /// A candidate that is not asked, as it failed too often.
+    /// A candidate that was not asked because it failed too often.
     pub fn avoided(&self) -> Option<SocketAddr> {
         let now = Instant::now();
         let is_avoided = |entry: &&CandidateState| {
@@ -261,13 +267,13 @@ impl WanSearch {
         self.entries.iter().find(is_avoided).map(|entry| entry.address)
     }
 
-    /// Whether any tracker is there to be asked.
+    /// Returns true if at least one tracker is reachable.
     pub fn has_tracker(&self) -> bool {
         self.wan.trackers.all().any(|tracker| tracker.is_reached())
     }
 
-    /// The next peer that has it. Blocks, for four seconds from the first call or from
-    /// [`WanSearch::resume`] at most.
+    /// Returns the next narinfo of a holder; `None` if no candidate is left or time is up. Blocks
+    /// for at most 4 s from the first call, or from the last [`WanSearch::resume`].
     pub fn next_offer(&mut self) -> Option<WanOffer> {
         if self.began.is_none() {
             self.begin();
@@ -310,8 +316,8 @@ impl WanSearch {
         self.began.unwrap_or(self.until) + tracker::LOOKUP_TIMEOUT.get()
     }
 
-    /// Asks the trackers, and those that take long a second time. False if one may not be asked
-    /// because of other lookups.
+    /// Asks each tracker, and asks a slow one a second time. Returns false if the request pool is
+    /// full.
     fn call_trackers(&mut self, now: Instant) -> bool {
         let (until, hedge) = (self.trackers_until(), self.began.unwrap_or(now) + HEDGE_DELAY);
         let mut may_ask = true;
@@ -330,7 +336,7 @@ impl WanSearch {
         may_ask
     }
 
-    /// When there is something to do if no answer comes; `None` if nothing is waited for.
+    /// Time of the next action if no answer arrives; `None` if nothing is awaited.
     fn next_wake_up(&self, is_blocked: bool, now: Instant) -> Option<Instant> {
         let hedge = self.began.unwrap_or(now) + HEDGE_DELAY;
         let call = |call: &TrackerLookup| {
@@ -397,9 +403,9 @@ impl WanSearch {
             && self.wan.standing.turn(PeerKey::far(entry.address), now) != Eligibility::Never
     }
 
-    /// Until when the answer of an entry that was asked at `asked` is worth waiting for: of one
-    /// that failed lately, and of one that has never answered and was named by a tracker that names
-    /// many dead peers, only for a moment.
+    /// Time until which the answer of a candidate that was asked at `asked` is awaited. The wait is
+    /// short for a candidate that failed recently, and for one that has never answered and was
+    /// named by a tracker that names many dead peers.
     fn awaited_until(
         &self,
         entry: &CandidateState,
@@ -427,8 +433,8 @@ impl WanSearch {
         }
     }
 
-    /// Asks as many as may be asked now. False if somebody is left who may not be asked because of
-    /// others.
+    /// Asks as many candidates as the limit admits. Returns false if other requests block a
+    /// candidate.
     fn ask(&mut self, now: Instant) -> bool {
         if self.next_wave.is_some_and(|at| at <= now) {
             self.at_once = self.at_once.saturating_mul(2);
@@ -444,8 +450,8 @@ impl WanSearch {
             match self.start(at, now) {
                 ConnectDecision::Now => free -= 1,
                 ConnectDecision::Later => may_ask = false,
-                // Others at its address were asked a moment ago: it may be one of several behind a
-                // router.
+                // Candidates at the same address were asked just now; this one may be another node
+                // behind the same router.
                 ConnectDecision::NotThis => {
                     let entry = &mut self.entries[at];
                     entry.failures += 1;
@@ -464,9 +470,9 @@ impl WanSearch {
         may_ask
     }
 
-    /// Who may be asked, in the order of their turns: who has proven itself before who did not, and
-    /// then as the trackers have it. Who failed lately has its turn when nobody else is left or
-    /// awaited: its narinfo, which may well be the fastest, says nothing of its NAR.
+    /// Candidates that may be asked, in order: proven ones first, then by the position in the
+    /// tracker's list. Candidates that failed recently are returned only when no other candidate is
+    /// left or awaited: even a fast narinfo from them does not make their NARs reliable.
     fn in_turn(&self, now: Instant) -> Vec<usize> {
         let standing = &self.wan.standing;
         let is_doubtful =
@@ -495,8 +501,8 @@ impl WanSearch {
         turns
     }
 
-    /// Asks one for its narinfo, in a thread of its own: a request cannot be taken back, and must
-    /// not be waited for.
+    /// Requests the narinfo from one candidate in another thread, because a request cannot be
+    /// cancelled.
     fn start(&mut self, at: usize, now: Instant) -> ConnectDecision {
         let address = self.entries[at].address;
         let is_proven = self.wan.is_proven(address);
@@ -505,7 +511,7 @@ impl WanSearch {
         } else {
             RequestTarget::Stranger(address.ip())
         };
-        // First, as what is taken from the pace is not given back.
+        // Checked first, because a permit of the rate limiter cannot be returned.
         if !self.wan.requests.has_room(to) {
             return ConnectDecision::Later;
         }
@@ -513,7 +519,7 @@ impl WanSearch {
             let mut pace = self.wan.pace.lock().unwrap_or_else(PoisonError::into_inner);
             match pace.take(address.ip(), now) {
                 ConnectDecision::Now => {}
-                // A request of another lookup is about to tell whether it is there.
+                // The request of another lookup will show whether the peer is there.
                 ConnectDecision::NotThis if self.wan.requests.is_asked(address.ip()) => {
                     return ConnectDecision::Later;
                 }
@@ -529,7 +535,7 @@ impl WanSearch {
             let then = Instant::now();
             match &result {
                 Ok(_) => standing.answered(PeerKey::far(address), then - now, then),
-                // It never said that it has the path; filters are wrong now and then.
+                // The peer did not promise the path: filters have false positives.
                 Err(PeerError::NotThere | PeerError::Busy) => {
                     standing.alive(PeerKey::far(address), then - now, then)
                 }
@@ -593,7 +599,7 @@ impl WanSearch {
                     narinfo,
                 });
             }
-            // One that was there a moment ago restarts, or has more to do than it wants.
+            // A proven peer restarts or is overloaded.
             Err(e)
                 if e.is_temporary()
                     && !self.wan.standing.latency(PeerKey::far(entry.address)).is_zero() =>
@@ -613,8 +619,8 @@ impl WanSearch {
         None
     }
 
-    /// Lets the trackers know what they and their candidates were worth: many from whom nothing
-    /// came at all cost Nix time.
+    /// Reports to each tracker whether its lookup failed and how many of its candidates answered.
+    /// Many silent candidates delay Nix.
     fn judge(&mut self) {
         let now = Instant::now();
         let began = self.began.unwrap_or(now);
@@ -625,7 +631,7 @@ impl WanSearch {
                     .filter(|entry| entry.was_asked && entry.origin.tracker == call.at)
             };
             let alive = named().filter(|entry| entry.answered).count();
-            // Who had no time to answer, as another was faster, is not silent.
+            // A candidate that had no time to answer because another was faster is not silent.
             let silent = if self.found { 0 } else { named().count() - alive };
             call.tracker.proved(alive, silent, began, now);
             if call.is_answered
@@ -635,7 +641,7 @@ impl WanSearch {
                 continue;
             }
             match &call.error {
-                // It is there, and has too much to do.
+                // The tracker is reachable but overloaded.
                 Some(tracker::TrackerError::Refused(429, ..)) => {}
                 Some(e) => call.tracker.record_failed_lookup(e, began),
                 None => call.tracker.record_failed_lookup(&"lookups take too long", began),
@@ -648,10 +654,9 @@ impl WanSearch {
 mod tests {
     use super::*;
 
-    /// Names used to be remembered however long they were: a tracker could fill the memory with
-    /// them.
+    /// Guards against a tracker that fills the memory with long host names.
     #[test]
-    fn what_is_no_peer_is_not_asked() {
+    fn malformed_candidate_is_not_asked() {
         let candidate = |peer_id: &str, addr: &str, port| {
             can_be_asked(&Candidate {
                 peer_id: peer_id.into(),

@@ -1,44 +1,45 @@
-//! Decoding what a peer compressed: `Content-Encoding: zstd`, of one frame (RFC 8878). The peer may
-//! be hostile: it decides neither how much memory this takes nor how long a read lasts.
+//! Decoder for `Content-Encoding: zstd` with a single frame (RFC 8878). The peer may be hostile:
+//! memory and the duration of a read are bounded.
 
 use std::io::{self, Read};
 use std::time::{Duration, Instant};
 use zstd::stream::raw::{DParameter, Decoder, InBuffer, Operation, OutBuffer};
 
-/// A stream may refer so far back, as a power of two: 2 MiB, which is what a stream takes here.
-/// peerix itself needs 512 KiB.
+/// Largest window, as a power of two: 2 MiB, which is the memory of one stream. Larger windows are
+/// an error. peerix itself compresses with 512 KiB.
 const MAX_WINDOW_LOG: u32 = 21;
 
-/// Compressed bytes that are taken without one byte coming out: two blocks of the largest size
-/// there is. A good peer has one such block at most, as the first bytes of a block may wait for its
-/// last.
+/// Largest number of compressed bytes that yield no output: two blocks of the maximum size. More
+/// are an error. A valid peer sends at most one such block, because the first bytes of a block may
+/// wait for its last.
 const MAX_FRUITLESS: usize = 256 * 1024;
 
-/// Compressed bytes read at once; the connection's buffer is as large.
+/// Size of the input buffer, in bytes. It equals the size of the connection's buffer.
 const INPUT: usize = 128 * 1024;
 
-/// The bytes that are in a compressed body. They end where the frame and the body end together;
-/// everything else is an error.
+/// Reader of the decompressed bytes of a body. They end where the frame and the body end together;
+/// a shorter frame, or bytes after it, are an error.
 pub(super) struct ZstdReader<R> {
     body: R,
     decoder: Decoder<'static>,
     input: Box<[u8]>,
-    /// What of the input is not decoded yet.
+    /// Range of the input that is not decoded yet.
     start: usize,
     end: usize,
-    /// The last read was filled to the brim: there may be more without further input.
+    /// True if the last read filled its buffer: the decoder may hold more output.
     is_brimful: bool,
     has_ended: bool,
-    /// Compressed bytes taken since something came out.
+    /// Compressed bytes consumed since the last output.
     fruitless: usize,
-    /// A read that has nothing to show for this long is given up, within one further read of the
-    /// body.
+    /// Time limit of a read without output. It may be exceeded by one read of the body.
     patience: Duration,
 }
 
 impl<R: Read> ZstdReader<R> {
+    /// Creates a decoder of `body`.
+    ///
     /// # Errors
-    /// No memory.
+    /// Out of memory.
     pub(super) fn new(body: R, patience: Duration) -> io::Result<Self> {
         let mut decoder = Decoder::new()?;
         decoder.set_parameter(DParameter::WindowLogMax(MAX_WINDOW_LOG))?;
@@ -56,7 +57,10 @@ impl<R: Read> ZstdReader<R> {
         })
     }
 
-    /// Nothing, if nothing follows the frame.
+    /// Returns 0 at the end of the body.
+    ///
+    /// # Errors
+    /// Bytes follow the frame.
     fn read_end(&mut self) -> io::Result<usize> {
         if self.start < self.end || self.body.read(&mut self.input)? > 0 {
             return Err(invalid("bytes after the zstd frame"));
@@ -125,7 +129,7 @@ mod tests {
         decode(body).unwrap_err().kind()
     }
 
-    /// A frame as large windows as `window_log` says.
+    /// Compresses `plain` into a frame with a window of 2^`window_log` bytes.
     fn frame(plain: &[u8], window_log: u32) -> Vec<u8> {
         let mut encoder = zstd::Encoder::new(Vec::new(), 1).unwrap();
         encoder.set_parameter(CParameter::WindowLog(window_log)).unwrap();
@@ -142,7 +146,7 @@ mod tests {
         (0..len).map(|_| next()).collect()
     }
 
-    /// Gives one byte at a time.
+    /// Reader that returns one byte at a time.
     struct Drops<'a>(&'a [u8]);
 
     impl Read for Drops<'_> {
@@ -153,7 +157,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_compressed_comes_out() {
+    fn compressed_body_is_decoded() {
         let plains =
             [vec![], vec![1], noise(5_000_000), vec![7; 5_000_000], noise(1000).repeat(3000)];
         for plain in plains {
@@ -173,7 +177,7 @@ mod tests {
     }
 
     #[test]
-    fn in_reads_of_any_size() {
+    fn body_is_decoded_with_any_buffer_size() {
         let plain = noise(1000).repeat(300);
         let body = frame(&plain, 19);
         for size in [1, 7, 1000, 131_072, 300_000, 300_001] {
@@ -191,7 +195,7 @@ mod tests {
     }
 
     #[test]
-    fn a_frame_cut_anywhere_is_an_error() {
+    fn truncated_frame_is_error() {
         let body = frame(&noise(200).repeat(10), 19);
         for len in 0..body.len() {
             assert_eq!(kind(&body[..len]), io::ErrorKind::UnexpectedEof, "{len} of {}", body.len());
@@ -199,21 +203,21 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_frame_or_not_alone_is_an_error() {
+    fn invalid_frame_or_trailing_bytes_are_error() {
         let good = frame(b"good", 19);
         decode(&noise(1000)).unwrap_err();
         decode(b"nix-archive-1").unwrap_err();
         for after in [&b"\0"[..], &good] {
             assert_eq!(kind(&[&good, after].concat()), io::ErrorKind::InvalidData);
         }
-        // A skippable frame is the one frame, of nothing.
+        // A skippable frame counts as the one frame, without content.
         let skippable = [&0x184D_2A50u32.to_le_bytes()[..], &4u32.to_le_bytes(), b"skip"].concat();
         assert_eq!(decode(&skippable).unwrap(), b"");
         assert_eq!(kind(&[&skippable[..], &good].concat()), io::ErrorKind::InvalidData);
     }
 
     #[test]
-    fn a_large_window_is_refused() {
+    fn window_above_limit_is_refused() {
         for window_log in [MAX_WINDOW_LOG + 1, 27] {
             let body = frame(&noise(8 << 20), window_log);
             let error = decode(&body).unwrap_err().to_string();
@@ -221,13 +225,13 @@ mod tests {
         }
     }
 
-    /// The head of a frame with a window of 1 KiB, without a size.
+    /// Header of a frame with a window of 1 KiB and without a content size.
     const HEAD: [u8; 6] = [0x28, 0xb5, 0x2f, 0xfd, 0, 0];
-    /// A block of no bytes that is not the last.
+    /// Empty block that is not the last one.
     const NOTHING: [u8; 3] = [0, 0, 0];
 
     #[test]
-    fn bytes_of_which_nothing_comes_are_an_error() {
+    fn frame_without_output_is_error() {
         let blocks = [&HEAD[..], &NOTHING.repeat(MAX_FRUITLESS)].concat();
         let skipped = (2 * MAX_FRUITLESS as u32).to_le_bytes();
         let skipped =
@@ -238,20 +242,20 @@ mod tests {
             let mut drops = ZstdReader::new(Drops(&body), Duration::ZERO).unwrap();
             assert_eq!(drops.read(&mut [0]).unwrap_err().kind(), io::ErrorKind::TimedOut);
         }
-        // A few of them do no harm.
+        // A moderate number of empty blocks is accepted.
         let body = [&HEAD[..], &NOTHING.repeat(1000), &[0x09, 0, 0, b'x']].concat();
         assert_eq!(decode(&body).unwrap(), b"x");
     }
 
     #[test]
-    fn a_bomb_fills_no_more_than_what_is_read() {
+    fn decompression_bomb_is_decoded_only_as_read() {
         let body = frame(&vec![0; 64 << 20], 19);
         assert!(body.len() < 10_000);
         let mut decoded = ZstdReader::new(&body[..], Duration::from_secs(60)).unwrap();
         let mut piece = vec![1; 1000];
         decoded.read_exact(&mut piece).unwrap();
         assert_eq!(piece, [0; 1000]);
-        // Not decoded further than a window.
+        // The input is not decoded further than one window ahead.
         assert!(decoded.start < 200, "{} of {} bytes", decoded.start, body.len());
     }
 }

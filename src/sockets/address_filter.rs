@@ -1,6 +1,6 @@
-//! A filter in the kernel that lets a socket on all addresses receive only what was sent to some of
-//! them (classic BPF, `SO_ATTACH_FILTER` in socket(7)). A connection to another address gets no
-//! answer, as behind a firewall.
+//! A packet filter that restricts a wildcard socket to some destination addresses (classic BPF,
+//! `SO_ATTACH_FILTER` in socket(7)). A connection to another address gets no response, as behind a
+//! firewall.
 
 use socket2::SockFilter;
 use std::net::{IpAddr, Ipv6Addr};
@@ -12,21 +12,22 @@ const JUMP: u16 = 0x05;
 const JUMP_IF_EQUAL: u16 = 0x15;
 const RETURN: u16 = 0x06;
 
-/// Loads from here on are relative to the IP header.
+/// Base of loads from the IP header (`SKF_NET_OFF`).
 const IP_HEADER: u32 = 0xfff0_0000;
-/// Where the kernel has whom a packet is for: 0 is this host alone.
+/// Offset of the packet type (`SKF_AD_PKTTYPE`). Type 0 is unicast to this host.
 const PACKET_TYPE: u32 = 0xffff_f004;
-/// Where it has the index of the receiving interface.
+/// Offset of the receiving interface's index (`SKF_AD_IFINDEX`).
 const INTERFACE: u32 = 0xffff_f008;
 
-/// The program that accepts what is sent to one of `addresses`, to loopback, or to several hosts
-/// through one of `interfaces`.
+/// Builds a program that accepts packets to one of `addresses`, to loopback, and broadcast and
+/// multicast packets received on one of `interfaces`. It drops all others.
 pub(super) fn program(addresses: &[IpAddr], interfaces: &[u32]) -> Vec<SockFilter> {
     let instructions = instructions(addresses, interfaces);
     instructions.into_iter().map(|(code, yes, no, k)| SockFilter::new(code, yes, no, k)).collect()
 }
 
-/// An operation, instructions to skip if a comparison holds and if not, and the operand.
+/// An instruction: operation, instructions to skip if a comparison holds, those to skip if not, and
+/// operand.
 type BpfInstruction = (u16, u8, u8, u32);
 
 const ACCEPT: BpfInstruction = (RETURN, 0, 0, u32::MAX);
@@ -42,7 +43,7 @@ fn instructions(addresses: &[IpAddr], interfaces: &[u32]) -> Vec<BpfInstruction>
                 for (at, word) in
                     (0u8..4).zip([96, 64, 32, 0].map(|shift| (address.to_bits() >> shift) as u32))
                 {
-                    // From a word that differs to what follows the address.
+                    // Number of instructions from this comparison to the end of the address.
                     let to_next = 2 * (3 - at) + 1;
                     v6.extend([
                         (LOAD_WORD, 0, 0, IP_HEADER + 24 + 4 * u32::from(at)),
@@ -64,7 +65,7 @@ fn instructions(addresses: &[IpAddr], interfaces: &[u32]) -> Vec<BpfInstruction>
     to_several.push(DROP);
     v4.extend(&to_several);
     v6.extend(&to_several);
-    // The version of IP is in the first four bits.
+    // The IP version is in the first four bits.
     let mut all = vec![
         (LOAD_BYTE, 0, 0, IP_HEADER),
         (AND, 0, 0, 0xf0),
@@ -80,7 +81,7 @@ fn instructions(addresses: &[IpAddr], interfaces: &[u32]) -> Vec<BpfInstruction>
 mod tests {
     use super::*;
 
-    /// What the kernel would do with a packet to `to` of a type, through an interface.
+    /// Interprets the program for a packet to `to` of this type, received on `interface`.
     fn accepts(program: &[BpfInstruction], to: &str, packet_type: u32, interface: u32) -> bool {
         let mut header = [0u8; 40];
         match to.parse().unwrap() {
@@ -115,7 +116,7 @@ mod tests {
     }
 
     #[test]
-    fn only_these_addresses_and_loopback_are_reached() {
+    fn filter_accepts_bound_and_loopback_addresses_only() {
         let many = (0..200).map(|n| IpAddr::from([10, 9, 0, n]));
         let given = ["10.0.0.1", "fd00::1", "fe80::7"].map(|text| text.parse().unwrap());
         let program = instructions(&many.chain(given).collect::<Vec<_>>(), &[2, 5]);

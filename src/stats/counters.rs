@@ -1,4 +1,4 @@
-//! Counters that many threads count up, and what they stood at.
+//! Counters and histograms that many threads update, and snapshots of them.
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use std::array;
@@ -6,37 +6,37 @@ use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-/// What is counted.
+/// A counted quantity.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Counter {
     /// Lookups of this machine's Nix that found the path at a peer.
     Hits,
-    /// And those that did not.
+    /// Lookups of this machine's Nix that did not find the path.
     Misses,
-    /// Bytes of NARs that came from neighbours.
+    /// Bytes of NARs received from LAN peers.
     ReceivedLan,
-    /// And from peers of other networks.
+    /// Bytes of NARs received from peers on other networks.
     ReceivedWan,
-    /// Whole NARs that came and were right.
+    /// Whole NARs received and verified.
     ReceivedNars,
     /// NARs that no peer could deliver.
     FailedNars,
-    /// Bytes of NARs that went to neighbours.
+    /// Bytes of NARs sent to LAN peers.
     SentLan,
-    /// And to others.
+    /// Bytes of NARs sent to peers on other networks.
     SentWan,
-    /// NARs that went out as far as they were asked for.
+    /// NARs sent completely, or as far as they were requested.
     SentNars,
 }
 
 const COUNTS: usize = 9;
 
-/// How much of each.
+/// Values of all counters at one moment, or differences and sums of them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Totals([u64; COUNTS]);
 
 impl Totals {
-    /// What each is called in JSON, in the order of [`Counter`].
+    /// Names in JSON, in the order of [`Counter`].
     const NAMES: [&'static str; COUNTS] = [
         "hits",
         "misses",
@@ -49,27 +49,27 @@ impl Totals {
         "sent_nars",
     ];
 
-    /// How much of one.
+    /// The value of one counter.
     pub fn get(&self, count: Counter) -> u64 {
         self.0[count as usize]
     }
 
-    /// Bytes of NARs that came, from wherever.
+    /// Bytes of NARs received from all networks.
     pub fn received(&self) -> u64 {
         self.get(Counter::ReceivedLan).saturating_add(self.get(Counter::ReceivedWan))
     }
 
-    /// Bytes of NARs that went out, to whomever.
+    /// Bytes of NARs sent to all networks.
     pub fn sent(&self) -> u64 {
         self.get(Counter::SentLan).saturating_add(self.get(Counter::SentWan))
     }
 
-    /// Both together.
+    /// The sums; they saturate at `u64::MAX`.
     pub fn plus(&self, other: &Totals) -> Totals {
         Totals(array::from_fn(|i| self.0[i].saturating_add(other.0[i])))
     }
 
-    /// What came since it stood at `earlier`.
+    /// The differences to `earlier`; 0 where `earlier` is larger.
     pub fn since(&self, earlier: &Totals) -> Totals {
         Totals(array::from_fn(|i| self.0[i].saturating_sub(earlier.0[i])))
     }
@@ -81,7 +81,7 @@ impl Serialize for Totals {
     }
 }
 
-/// What is missing is 0, and what is not known is passed over: a file may be of another version.
+/// A missing counter is 0 and an unknown name is ignored: the file may be of another version.
 impl<'de> Deserialize<'de> for Totals {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let read = BTreeMap::<String, u64>::deserialize(deserializer)?;
@@ -89,7 +89,7 @@ impl<'de> Deserialize<'de> for Totals {
     }
 }
 
-/// The running counters.
+/// The counters that are updated.
 #[derive(Default)]
 pub(super) struct Counters([AtomicU64; COUNTS]);
 
@@ -103,22 +103,22 @@ impl Counters {
     }
 }
 
-/// How often something took how long.
+/// A histogram of durations.
 #[derive(Default)]
 pub struct Histogram {
-    /// How often it took longer than the bound before and not longer than this one; the last one
-    /// has no bound.
+    /// Number of durations in each bucket: longer than the previous bound and at most this one. The
+    /// last bucket has no upper bound.
     buckets: [AtomicU64; Histogram::BOUNDS.len() + 1],
     nanos: AtomicU64,
 }
 
 impl Histogram {
-    /// Seconds. From a round trip on a wire to the longest that Nix waits.
+    /// Upper bounds in seconds: from a round trip on Ethernet to the longest time that Nix waits.
     pub const BOUNDS: [f64; 15] = [
         0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0,
     ];
 
-    /// Counts one.
+    /// Counts one duration.
     pub fn observe(&self, took: Duration) {
         let seconds = took.as_secs_f64();
         let bucket = Histogram::BOUNDS.partition_point(|bound| *bound < seconds);
@@ -126,7 +126,7 @@ impl Histogram {
         self.nanos.fetch_add(u64::try_from(took.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
     }
 
-    /// How often it took no longer than each bound, and how often in all.
+    /// Number of durations up to each bound; the last element is the number of all.
     pub fn cumulative(&self) -> [u64; Histogram::BOUNDS.len() + 1] {
         let mut sum = 0;
         array::from_fn(|i| {
@@ -135,7 +135,7 @@ impl Histogram {
         })
     }
 
-    /// All of it together, in seconds.
+    /// Sum of all durations, in seconds.
     pub fn sum_seconds(&self) -> f64 {
         Duration::from_nanos(self.nanos.load(Ordering::Relaxed)).as_secs_f64()
     }
@@ -146,7 +146,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_count_has_its_name() {
+    fn each_counter_has_its_own_name_in_json() {
         for (count, name) in [
             (Counter::Hits, "hits"),
             (Counter::ReceivedWan, "received_wan_bytes"),
@@ -163,13 +163,13 @@ mod tests {
     }
 
     #[test]
-    fn another_versions_file_is_read_as_far_as_it_goes() {
+    fn totals_ignore_unknown_and_default_missing_counters() {
         let totals: Totals = serde_json::from_str(r#"{"hits":3,"something_new":4}"#).unwrap();
         assert_eq!((totals.get(Counter::Hits), totals.get(Counter::Misses)), (3, 0));
     }
 
     #[test]
-    fn the_end_of_numbers_is_no_panic() {
+    fn totals_saturate_at_the_bounds() {
         let most = Totals([u64::MAX; COUNTS]);
         assert_eq!(most.plus(&most), most);
         assert_eq!(Totals::default().since(&most), Totals::default());
@@ -177,7 +177,7 @@ mod tests {
     }
 
     #[test]
-    fn a_duration_is_in_the_first_bucket_that_holds_it() {
+    fn duration_is_in_the_first_bucket_that_holds_it() {
         let histogram = Histogram::default();
         for micros in [0, 100, 101, 5_000_000, 5_000_001, 600_000_000] {
             histogram.observe(Duration::from_micros(micros));

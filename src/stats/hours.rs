@@ -1,4 +1,4 @@
-//! What happened in which hour. No I/O; time is passed in.
+//! Totals of each hour. No I/O; the caller passes the time.
 
 use super::counters::Totals;
 use serde::{Deserialize, Serialize};
@@ -6,37 +6,37 @@ use serde::{Deserialize, Serialize};
 /// Seconds in an hour.
 pub const HOUR: u64 = 3600;
 
-/// Hours remembered: a week.
+/// Maximum number of hours that are kept: a week.
 pub const MAX_HOURS: usize = 168;
 
-/// One hour in which something happened.
+/// Totals of one hour in which something was counted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Hour {
-    /// Its beginning, in seconds since 1970.
+    /// Start of the hour, in seconds since 1970.
     pub start: u64,
-    /// What came to be in it.
+    /// What was counted in the hour.
     #[serde(flatten)]
     pub totals: Totals,
 }
 
-/// The last hours, the oldest first.
+/// The last hours, the oldest first, at most [`MAX_HOURS`].
 #[derive(Debug, Default)]
 pub struct Hours {
     hours: Vec<Hour>,
-    /// What has been put into hours already.
+    /// Totals that are already in hours.
     counted: Totals,
 }
 
 impl Hours {
-    /// Takes in what another start has left.
+    /// Adds the hours that an earlier start saved. `now` is in seconds since 1970.
     pub fn restore(&mut self, hours: Vec<Hour>, now: u64) {
         for hour in hours.into_iter().take(MAX_HOURS) {
             self.add(hour.start / HOUR * HOUR, &hour.totals, now);
         }
     }
 
-    /// Puts what was counted since the last call into the hour of `now`, in seconds since 1970.
-    /// `totals` is what the counters stand at.
+    /// Adds what was counted since the last call to the hour of `now`, in seconds since 1970.
+    /// `totals` are the current values of the counters.
     pub fn fold(&mut self, totals: &Totals, now: u64) {
         let new = totals.since(&self.counted);
         self.counted = *totals;
@@ -45,7 +45,7 @@ impl Hours {
         }
     }
 
-    /// All of them.
+    /// All hours, the oldest first.
     pub fn all(&self) -> &[Hour] {
         &self.hours
     }
@@ -56,8 +56,8 @@ impl Hours {
             Err(at) => self.hours.insert(at, Hour { start, totals: *new }),
         }
         if self.hours.len() > MAX_HOURS {
-            // The one that is farthest: a clock that was once wrong leaves hours of the future
-            // behind.
+            // Removes the hour farthest from `now`, because a wrong clock may have left hours in
+            // the future.
             let farthest =
                 (0..self.hours.len()).max_by_key(|at| self.hours[*at].start.abs_diff(now));
             farthest.map(|at| self.hours.remove(at));
@@ -71,7 +71,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_came_is_put_into_its_hour() {
+    fn counts_are_added_to_the_hour_of_the_call() {
         let (counters, mut hours) = (Counters::default(), Hours::default());
         hours.fold(&counters.totals(), 10 * HOUR);
         assert!(hours.all().is_empty(), "nothing happened");
@@ -91,14 +91,14 @@ mod tests {
     }
 
     #[test]
-    fn a_week_is_kept_and_a_wrong_clock_does_not_stay() {
+    fn hours_are_bounded_and_those_of_a_wrong_clock_go_first() {
         let (counters, mut hours) = (Counters::default(), Hours::default());
         for hour in [5_000_000].into_iter().chain(1000..2000) {
             counters.add(Counter::Hits, 1);
             hours.fold(&counters.totals(), hour * HOUR);
             assert!(hours.all().len() <= MAX_HOURS);
         }
-        // And set back.
+        // The clock is set back.
         counters.add(Counter::Hits, 1);
         hours.fold(&counters.totals(), 1999 * HOUR);
         let all = hours.all();
@@ -107,7 +107,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_left_is_taken_in() {
+    fn restored_hours_are_sorted_and_merged() {
         let mut hours = Hours::default();
         let left: Vec<Hour> = [7, 5, 5]
             .map(|hour| Hour { start: hour * HOUR + 12, totals: Totals::default() })

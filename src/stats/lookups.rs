@@ -1,4 +1,4 @@
-//! The last lookups of this machine's Nix, and why those that missed did.
+//! The last lookups of this machine's Nix, with the reasons of misses.
 
 use super::Network;
 use crate::nix::HashPart;
@@ -7,77 +7,77 @@ use std::fmt;
 use std::net::SocketAddr;
 use std::time::{Duration, SystemTime};
 
-/// Lookups remembered.
+/// Maximum number of lookups that are kept; the oldest are dropped.
 pub const MAX_LOOKUPS: usize = 200;
 
-/// A reason has no more bytes than this of what a peer said.
+/// Maximum length of a peer's text in a reason, in bytes; the rest is cut off.
 const MAX_REASON: usize = 200;
 
-/// One lookup.
+/// A finished lookup.
 #[derive(Debug, Clone)]
 pub struct LookupRecord {
-    /// When it was over.
+    /// Time of its end.
     pub at: SystemTime,
-    /// What was looked for.
+    /// Hash part that was looked up.
     pub hash_part: HashPart,
-    /// How long it took.
+    /// Duration of the lookup.
     pub took: Duration,
-    /// What came of it.
+    /// The peer that has the path, or the reason of the miss.
     pub result: Result<HitRecord, MissReason>,
 }
 
-/// Who has it.
+/// A peer that has the path.
 #[derive(Debug, Clone)]
 pub struct HitRecord {
-    /// The name of the store path, without its hash part.
+    /// Name of the store path, without its hash part.
     pub name: Box<str>,
-    /// Where the peer is.
+    /// Network of the peer.
     pub network: Network,
-    /// Its HTTP server.
+    /// Address of the peer's HTTP server.
     pub peer: SocketAddr,
 }
 
-/// Why nothing was found.
+/// Why a lookup missed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum MissReason {
-    /// There is nobody to ask.
+    /// No peer is known.
     Alone {
-        /// Trackers are set, and none of them is there.
+        /// Whether trackers are configured and none is reached.
         no_tracker: bool,
     },
-    /// Too many lookups at once: nobody was asked.
+    /// Too many lookups ran at once, so no peer was asked.
     Busy,
-    /// All said no.
+    /// All peers that were asked do not have the path.
     Nobody {
-        /// So many.
+        /// Number of peers that were asked.
         asked: u32,
     },
-    /// Not all of them said anything in time.
+    /// Some peers did not answer in time, and the others do not have the path.
     Silent {
-        /// Who were asked.
+        /// Number of peers that were asked.
         asked: u32,
-        /// Who did not answer.
+        /// Number of peers that did not answer.
         silent: u32,
     },
-    /// A peer has it, and no trusted key signed it.
+    /// A peer has the path, but no trusted key signed it.
     Untrusted(SocketAddr),
-    /// A peer has it, and gave nothing that could be used.
+    /// A peer said that it has the path, but gave nothing usable. Contains the reason.
     Failed(SocketAddr, Box<str>),
-    /// A peer has it that is avoided now.
+    /// A peer has the path, but is avoided now.
     Avoided(SocketAddr),
 }
 
 impl MissReason {
-    /// All codes.
+    /// All codes, in the order of the variants.
     pub const CODES: [&'static str; 7] =
         ["alone", "busy", "nobody", "silent", "untrusted", "failed", "avoided"];
 
-    /// A peer gave nothing usable; of what it said, no more than is read.
+    /// Reason that a peer gave nothing usable. Cuts `reason` after 200 bytes.
     pub fn failed(peer: SocketAddr, reason: &dyn fmt::Display) -> MissReason {
         MissReason::Failed(peer, short(reason))
     }
 
-    /// The place of its code among all.
+    /// Index of the code in [`MissReason::CODES`].
     pub(super) fn kind(&self) -> usize {
         match self {
             MissReason::Alone { .. } => 0,
@@ -90,7 +90,7 @@ impl MissReason {
         }
     }
 
-    /// One word for programs.
+    /// Code in JSON and metrics.
     pub fn code(&self) -> &'static str {
         MissReason::CODES[self.kind()]
     }
@@ -124,7 +124,7 @@ impl fmt::Display for MissReason {
     }
 }
 
-/// A text of others, as much of it as people read.
+/// Cuts a text from another machine after 200 bytes and marks the cut with `…`.
 pub fn short(text: &dyn fmt::Display) -> Box<str> {
     let mut text = text.to_string();
     if text.len() > MAX_REASON {
@@ -135,7 +135,7 @@ pub fn short(text: &dyn fmt::Display) -> Box<str> {
     text.into()
 }
 
-/// The last ones.
+/// A ring buffer of the last lookups.
 #[derive(Default)]
 pub(super) struct RecentLookups(VecDeque<LookupRecord>);
 
@@ -147,7 +147,7 @@ impl RecentLookups {
         self.0.push_back(looked);
     }
 
-    /// The latest first.
+    /// All lookups, the latest first.
     pub fn all(&self) -> Vec<LookupRecord> {
         self.0.iter().rev().cloned().collect()
     }
@@ -158,7 +158,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_reason_has_a_code_and_a_sentence() {
+    fn each_reason_has_a_code_and_a_text() {
         let peer = SocketAddr::from(([10, 0, 0, 1], 12304));
         let all = [
             MissReason::Alone { no_tracker: false },
@@ -178,7 +178,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_peer_says_is_cut() {
+    fn long_text_of_a_peer_is_cut() {
         for text in ["x".repeat(10_000), "ä".repeat(10_000)] {
             let cut = short(&text);
             assert!(cut.len() <= MAX_REASON + 3 && cut.ends_with('…'), "{}", cut.len());
@@ -187,7 +187,7 @@ mod tests {
     }
 
     #[test]
-    fn the_last_ones_are_kept_the_latest_first() {
+    fn recent_lookups_are_bounded_and_the_latest_first() {
         let mut lookups = RecentLookups::default();
         let hash_part = HashPart::parse(&[b'0'; 32]).unwrap();
         for asked in 0..1000 {

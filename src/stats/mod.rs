@@ -1,9 +1,8 @@
-//! What this node has done, for whoever looks: counters, the last lookups, NARs under way, what
-//! each peer gave and took, and the hours. Whoever does something tells it here; nothing here knows
-//! who asks.
+//! Statistics of this node: counters, the last lookups, running transfers, traffic of each peer,
+//! and hourly totals. Other modules record events here; the status and the metrics read them.
 //!
-//! It is cheap, as it is told of every lookup and every piece of a NAR, and bounded, as peers
-//! decide how much there is to tell.
+//! Recording is cheap, because it happens for every lookup and every piece of a NAR. All memory is
+//! bounded, because peers cause the events.
 
 mod counters;
 mod hours;
@@ -31,12 +30,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 use traffic::Traffic;
 
-/// Where a peer is.
+/// Network of a peer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Network {
-    /// A neighbour, or named by `--peer`.
+    /// The LAN, or a node that `--peer` names.
     Lan,
-    /// Elsewhere.
+    /// Any other network.
     Wan,
 }
 
@@ -50,26 +49,26 @@ impl Network {
     }
 }
 
-/// The record of this run, and of those before as far as it was kept.
+/// Statistics of this run, and the saved totals of earlier runs.
 pub struct Stats {
     is_on: bool,
-    /// When it began, by [`since_boot`] and by the clock.
+    /// Start of the run by [`since_boot`], and by the wall clock.
     started: Duration,
     started_at: Mutex<SystemTime>,
     counters: Counters,
     misses: [AtomicU64; MissReason::CODES.len()],
-    /// How long lookups took that found something.
+    /// Durations of lookups that hit.
     pub hit_time: Histogram,
-    /// And those that did not.
+    /// Durations of lookups that missed.
     pub miss_time: Histogram,
-    /// From this machine's request for a NAR to its first piece, from a neighbour.
+    /// Time from this machine's request for a NAR to its first piece from a LAN peer.
     pub first_byte_lan: Histogram,
-    /// And from a peer elsewhere.
+    /// Time from this machine's request for a NAR to its first piece from a WAN peer.
     pub first_byte_wan: Histogram,
     lookups: Mutex<RecentLookups>,
     traffic: Mutex<Traffic>,
-    /// Bytes received from and sent to peers without a series, whether they are still among the
-    /// others or not.
+    /// Bytes received from, and sent to, peers without a metrics series. Includes peers whose
+    /// counts have been dropped.
     others: [AtomicU64; 2],
     transfers: Mutex<BTreeMap<u64, Arc<RunningTransfer>>>,
     next_id: AtomicU64,
@@ -77,23 +76,23 @@ pub struct Stats {
     kept: Mutex<Option<EarlierTotals>>,
 }
 
-/// The counters of the starts before, and their file.
+/// Totals of earlier runs, and the state of their file.
 struct EarlierTotals {
     dir: PathBuf,
-    /// What was counted before this start, and since when.
+    /// Content of the file at the start.
     before: SavedCounters,
-    /// Whether the file may be written over.
+    /// Whether the file may be overwritten.
     is_ours: bool,
-    /// What was last written, and since when it counts.
+    /// `since` and totals of the last write.
     written: Option<(u64, Totals)>,
-    /// What was wrong with the file at the start.
+    /// Problem with the file at the start.
     problem: Option<String>,
-    /// Why it cannot be written now.
+    /// Why the last write failed.
     fails: Option<String>,
 }
 
 impl Stats {
-    /// An empty one.
+    /// Empty statistics that start now.
     pub fn new() -> Self {
         Stats {
             is_on: true,
@@ -115,30 +114,30 @@ impl Stats {
         }
     }
 
-    /// One that stays empty, to measure what recording costs.
+    /// Statistics that record nothing. A benchmark uses them to measure the cost of recording.
     pub fn off() -> Self {
         Stats { is_on: false, ..Stats::new() }
     }
 
-    /// How long it has been kept, the machine's sleep included.
+    /// Time since the start, including suspends.
     pub fn age(&self) -> Duration {
         since_boot().saturating_sub(self.started)
     }
 
-    /// When it began, by the clock that says `now`. That may have been set since, as on machines
-    /// that begin in 1970.
+    /// Time of the start by the wall clock, which reads `now`. Differs from earlier results if the
+    /// clock has been set by more than 10 s, as on machines that boot in 1970.
     pub fn started(&self, now: SystemTime) -> SystemTime {
         let mut at = lock(&self.started_at);
         let by_now = now.checked_sub(self.age()).unwrap_or(SystemTime::UNIX_EPOCH);
         let off = by_now.duration_since(*at).unwrap_or_else(|e| e.duration());
-        // Not at every look another.
+        // Keeps the result stable while the clock is slewed.
         if off > CLOCK_SET {
             *at = by_now;
         }
         *at
     }
 
-    /// A lookup found the path at a peer, which a tracker may call `id`.
+    /// Records a lookup that found the path at a peer. `id` is the peer's ID at a tracker.
     pub fn hit(
         &self,
         path: &StorePath,
@@ -164,7 +163,7 @@ impl Stats {
         });
     }
 
-    /// A lookup found nothing.
+    /// Records a lookup that missed.
     pub fn missed(&self, hash_part: &HashPart, miss: MissReason, took: Duration) {
         if !self.is_on {
             return;
@@ -177,7 +176,7 @@ impl Stats {
         lock(&self.lookups).add(looked);
     }
 
-    /// The first piece of a NAR has come, so long after this machine asked for it.
+    /// Records the time from the request for a NAR to its first piece.
     pub fn first_byte(&self, network: Network, took: Duration) {
         match network {
             _ if !self.is_on => {}
@@ -186,12 +185,12 @@ impl Stats {
         }
     }
 
-    /// A NAR of so many bytes begins to come.
+    /// Starts to record a NAR of `size` bytes that this machine receives.
     pub fn receive(&self, name: &str, size: u64) -> TransferGuard<'_> {
         self.begin(Direction::In, name, size)
     }
 
-    /// So many bytes of a NAR begin to go to a peer.
+    /// Starts to record `size` bytes of a NAR that are sent to a peer.
     pub fn send(
         &self,
         name: &str,
@@ -210,12 +209,12 @@ impl Stats {
         }
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
         let transfer = TransferGuard::begin(self, id, direction, name.to_owned(), size);
-        // As many as there are permits for long answers.
+        // Bounded by the permits for streams.
         lock(&self.transfers).extend(transfer.running().map(|running| (id, running.clone())));
         transfer
     }
 
-    /// A whole NAR came from this peer, or a part of it.
+    /// Counts a whole NAR to which this peer contributed.
     pub fn delivered(&self, network: Network, peer: SocketAddr) {
         if self.is_on {
             self.counts(TrafficKey::server(network, peer)).nars.fetch_add(1, Ordering::Relaxed);
@@ -234,19 +233,18 @@ impl Stats {
         lock(&self.traffic).of(who, Instant::now())
     }
 
-    /// What was counted since the start.
+    /// Totals since the start of this run.
     pub fn totals(&self) -> Totals {
         self.counters.totals()
     }
 
-    /// What was counted since when, in seconds since 1970, in all starts; `None` if that is not
-    /// kept.
+    /// Totals of all runs and their start in seconds since 1970. `None` if they are not saved.
     pub fn totals_ever(&self) -> Option<(u64, Totals)> {
         let kept = lock(&self.kept);
         kept.as_ref().map(|kept| (kept.before.since, kept.before.totals.plus(&self.totals())))
     }
 
-    /// How often lookups missed for which reason, by code.
+    /// Number of misses for each code.
     pub fn misses(&self) -> impl Iterator<Item = (&'static str, u64)> {
         MissReason::CODES
             .into_iter()
@@ -258,35 +256,35 @@ impl Stats {
         lock(&self.lookups).all()
     }
 
-    /// NARs under way, the oldest first.
+    /// Running transfers, the oldest first.
     pub fn transfers(&self) -> Vec<Arc<RunningTransfer>> {
         lock(&self.transfers).values().cloned().collect()
     }
 
-    /// What each peer gave and took.
+    /// Traffic of each peer, in no order.
     pub fn traffic(&self) -> Vec<(TrafficKey, Arc<PeerTraffic>)> {
         lock(&self.traffic).all()
     }
 
-    /// Bytes received from and sent to all those that ever were without a series.
+    /// Bytes received from, and sent to, peers without a metrics series since the start.
     pub fn others(&self) -> [u64; 2] {
         self.others.each_ref().map(|bytes| bytes.load(Ordering::Relaxed))
     }
 
-    /// The hours in which something happened, the oldest first.
+    /// Hours in which something was counted, the oldest first.
     pub fn hours(&self) -> Vec<Hour> {
         self.tick(SystemTime::now());
         lock(&self.hours).all().to_vec()
     }
 
-    /// Puts what was counted into its hour. To be called now and then: what comes between two calls
-    /// counts for the hour of the second.
+    /// Adds what was counted since the last call to the current hour. Has to be called regularly:
+    /// counts between two calls belong to the hour of the second.
     pub fn tick(&self, now: SystemTime) {
         lock(&self.hours).fold(&self.totals(), seconds(now));
     }
 
-    /// Goes on from the counters in `dir`, and has them written there by [`Stats::save`]. Nothing
-    /// that is wrong there is an error: it is logged, and [`Stats::problem`] tells of it.
+    /// Loads the totals of earlier runs from `dir`, where [`Stats::save`] will write. Blocks on the
+    /// disk. Errors are logged and returned by [`Stats::problem`].
     pub fn keep_in(&self, dir: &Path, now: SystemTime) {
         let nothing = || SavedCounters::new(seconds(now), Totals::default(), Vec::new());
         let (before, is_ours, problem) = match persistence::load(dir) {
@@ -314,8 +312,8 @@ impl Stats {
         });
     }
 
-    /// Writes the counters to the directory of [`Stats::keep_in`], unless they are there already.
-    /// Waits for the disk.
+    /// Writes the counters to the directory of [`Stats::keep_in`] if they have changed. Blocks on
+    /// the disk. Errors are logged and returned by [`Stats::problem`].
     pub fn save(&self, now: SystemTime) {
         self.tick(now);
         let totals = self.totals();
@@ -323,7 +321,7 @@ impl Stats {
         let (dir, saved) = {
             let mut kept = lock(&self.kept);
             let Some(kept) = kept.as_mut().filter(|kept| kept.is_ours) else { return };
-            // As a clock said that was wrong.
+            // A `since` out of this range comes from a wrong clock.
             let sane = FIRST..=seconds(now).saturating_add(24 * HOUR);
             if seconds(now) >= FIRST && !sane.contains(&kept.before.since) {
                 kept.before.since = seconds(self.started(now));
@@ -336,7 +334,7 @@ impl Stats {
                 SavedCounters::new(kept.before.since, kept.before.totals.plus(&totals), hours),
             )
         };
-        // Not while others are kept from looking.
+        // The lock is released, so that readers do not wait for the disk.
         let stored = persistence::store(&dir, &saved);
         let mut kept = lock(&self.kept);
         let Some(kept) = kept.as_mut() else { return };
@@ -357,32 +355,32 @@ impl Stats {
         }
     }
 
-    /// What is wrong with the counters' file, if anything is: one line.
+    /// Problem with the counters' file, in one line. `None` if there is none.
     pub fn problem(&self) -> Option<String> {
         lock(&self.kept)
             .as_ref()
             .and_then(|kept| kept.fails.clone().or_else(|| kept.problem.clone()))
     }
 
-    /// Where counters are kept.
+    /// Directory of the counters' file. `None` if they are not saved.
     pub fn kept_in(&self) -> Option<PathBuf> {
         lock(&self.kept).as_ref().map(|kept| kept.dir.clone())
     }
 }
 
-/// A clock that is off by more than this was set; by less, it is kept right.
+/// Clock difference above which the clock counts as set. Smaller ones come from slewing.
 const CLOCK_SET: Duration = Duration::from_secs(10);
 
-/// The beginning of 2020, in seconds since 1970. Nobody counted anything before that.
+/// Start of 2020, in seconds since 1970. Earlier times come from a wrong clock.
 const FIRST: u64 = 1_577_836_800;
 
-/// How long the machine has been up, its sleep included.
+/// Time since boot, including suspends (CLOCK_BOOTTIME).
 fn since_boot() -> Duration {
     let time = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
     Duration::try_from(time).unwrap_or_default()
 }
 
-/// What is said of counters that cannot be written.
+/// End of the message that the counters cannot be written.
 const NOT_KEPT: &str = "what is counted is lost with this process until that is mended";
 
 impl Default for Stats {
@@ -391,7 +389,7 @@ impl Default for Stats {
     }
 }
 
-/// Seconds since 1970, by a clock that may be wrong.
+/// Seconds since 1970; 0 for earlier times.
 fn seconds(at: SystemTime) -> u64 {
     at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs()
 }
@@ -424,7 +422,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_told_is_told_on() {
+    fn recorded_lookups_appear_in_all_reports() {
         let record = Stats::new();
         record.hit(&path(), Network::Wan, peer(), Some("<b>"), Duration::from_millis(1));
         record.missed(
@@ -443,14 +441,14 @@ mod tests {
     }
 
     #[test]
-    fn a_transfer_is_seen_while_it_lasts_and_counted_where_it_belongs() {
+    fn transfer_is_listed_while_it_runs_and_counted_by_network() {
         let record = Stats::new();
         let mut transfer = record.receive(path().base_name(), 100);
         assert_eq!(record.transfers()[0].peer(), None);
         transfer.with(Network::Lan, peer());
         transfer.moved(60);
         transfer.progress(60);
-        // Another peer goes on.
+        // Another peer continues the transfer.
         transfer.with(Network::Wan, peer());
         transfer.moved(40);
         transfer.progress(100);
@@ -478,9 +476,9 @@ mod tests {
         );
     }
 
-    /// What a transfer moved after its peer was forgotten was in no sum.
+    /// Regression: the sums lacked what a transfer moved after its peer's counts were dropped.
     #[test]
-    fn every_byte_is_in_a_series_or_among_the_others() {
+    fn every_sent_byte_is_in_a_series_or_in_others() {
         let record = Stats::new();
         let running: Vec<TransferGuard<'_>> = (0..2 * MAX_PEERS as u32)
             .map(|number| {
@@ -501,7 +499,7 @@ mod tests {
     }
 
     #[test]
-    fn one_that_is_off_stays_empty() {
+    fn disabled_stats_stay_empty() {
         let record = Stats::off();
         record.hit(&path(), Network::Lan, peer(), None, Duration::ZERO);
         record.missed(&path().hash_part(), MissReason::Busy, Duration::ZERO);
@@ -523,7 +521,7 @@ mod tests {
     }
 
     #[test]
-    fn counters_survive_restarts() {
+    fn counters_continue_after_a_restart() {
         let dir = dir("restarts");
         for start in 1..=3 {
             let record = Stats::new();
@@ -538,10 +536,10 @@ mod tests {
         fs::remove_dir_all(&dir).unwrap();
     }
 
-    /// A machine without a battery for its clock begins in 1970, and is told the time when it has a
-    /// network: it went on to count since 1970. Another's battery was empty, and it began in 2099.
+    /// Without a battery, a clock starts in 1970, or with garbage in 2099, until the network time
+    /// is known. Regression: `since` kept the wrong time.
     #[test]
-    fn a_clock_that_was_wrong_does_not_stay() {
+    fn wrong_clock_at_start_is_corrected_in_since() {
         for wrong in [SystemTime::UNIX_EPOCH + Duration::from_secs(20), at(80 * 365 * 24 * HOUR)] {
             let dir = dir("clock");
             let record = Stats::new();
@@ -553,7 +551,7 @@ mod tests {
             let started = record.started(now);
             assert!(now.duration_since(started).unwrap() < Duration::from_secs(600), "{started:?}");
             assert_eq!(record.started(now + Duration::from_secs(5)), started, "it is one moment");
-            // Though nothing was counted.
+            // The new `since` is written even if the counts are the same.
             record.save(now);
             assert_eq!(record.totals_ever().unwrap().0, seconds(started));
             let next = Stats::new();
@@ -569,7 +567,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_new_is_not_written() {
+    fn unchanged_counters_are_not_written() {
         let dir = dir("new");
         let record = Stats::new();
         record.keep_in(&dir, at(1));
@@ -584,7 +582,7 @@ mod tests {
     }
 
     #[test]
-    fn a_damaged_file_is_told_and_counting_goes_on() {
+    fn damaged_file_is_reported_and_counting_continues() {
         let dir = dir("damage");
         fs::create_dir_all(&dir).unwrap();
         fs::write(dir.join("counters"), "nonsense").unwrap();
@@ -600,7 +598,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_written_is_told_until_it_can() {
+    fn write_error_is_reported_until_a_write_succeeds() {
         let dir = dir("unwritable");
         fs::write(&dir, "a file where the directory should be").unwrap();
         let record = Stats::new();
@@ -609,7 +607,7 @@ mod tests {
             record.save(at(second));
             assert!(record.problem().is_some());
         }
-        // That it is no directory was found out at once; it was not read, so it is not ours.
+        // The directory was a file, so the counters could not be read and must not be overwritten.
         fs::remove_file(&dir).unwrap();
         let record = Stats::new();
         record.keep_in(&dir, at(1));

@@ -1,4 +1,4 @@
-//! The counters' file, `counters` in the state directory: JSON, written whole or not at all.
+//! Reads and atomically writes the file `counters` in the state directory, in JSON.
 
 use super::counters::Totals;
 use super::hours::{Hour, MAX_HOURS};
@@ -9,22 +9,22 @@ use std::io::{self, Read, Write};
 use std::path::Path;
 
 const FILE: &str = "counters";
-/// What is being written. A process that is killed amid it leaves it behind; the next one writes
-/// over it.
+/// Temporary file. A killed process leaves it behind, and the next write truncates it.
 const NEW: &str = "counters.new";
-/// Where a file goes that cannot be read.
+/// Name that a damaged file is renamed to.
 const DAMAGED: &str = "counters.damaged";
 
 const VERSION: u32 = 1;
 
-/// The file has 30 KiB with all its hours.
+/// Maximum size of the file, in bytes; a larger file counts as damaged. With all hours it has 30
+/// KiB.
 const MAX_FILE: u64 = 256 * 1024;
 
-/// What is kept.
+/// Content of the file.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(super) struct SavedCounters {
     version: u32,
-    /// Since when it is counted, in seconds since 1970.
+    /// Start of counting, in seconds since 1970.
     pub since: u64,
     pub totals: Totals,
     pub hours: Vec<Hour>,
@@ -36,16 +36,16 @@ impl SavedCounters {
     }
 }
 
-/// Why there are no counters of earlier starts.
+/// Why the totals of earlier runs are not available.
 #[derive(Debug)]
 pub(super) enum LoadError {
-    /// What was there makes no sense, and is now under another name.
+    /// The file was malformed. It has been renamed.
     Damaged(String),
-    /// It may be fine, and must not be written over.
+    /// The file cannot be read but may be intact, so it must not be overwritten.
     Unreadable(String),
 }
 
-/// The counters in `dir`; `None` if there are none yet.
+/// Reads the counters in `dir`. `None` if there is no file. Renames a malformed file.
 pub(super) fn load(dir: &Path) -> Result<Option<SavedCounters>, LoadError> {
     let path = dir.join(FILE);
     let name = path.display();
@@ -76,7 +76,8 @@ pub(super) fn load(dir: &Path) -> Result<Option<SavedCounters>, LoadError> {
     }
 }
 
-/// Puts them into `dir`, which is made if need be. If that fails, what was there is as it was.
+/// Writes the counters to `dir` and syncs them. Creates `dir` if it is missing. After an error, the
+/// old file is unchanged.
 pub(super) fn store(dir: &Path, saved: &SavedCounters) -> io::Result<()> {
     fs::create_dir_all(dir)?;
     let dir = open(dir, OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
@@ -111,12 +112,12 @@ mod tests {
     }
 
     #[test]
-    fn what_is_stored_is_loaded() {
+    fn stored_counters_are_loaded_despite_a_partial_write() {
         let dir = dir("round").join("made");
         assert!(load(&dir).unwrap().is_none());
         store(&dir, &saved()).unwrap();
         assert_eq!(load(&dir).unwrap(), Some(saved()));
-        // Half of one that was being written when the power went.
+        // A partial file, as after a power failure.
         fs::write(dir.join(NEW), b"{\"versi").unwrap();
         assert_eq!(load(&dir).unwrap(), Some(saved()));
         store(&dir, &saved()).unwrap();
@@ -125,7 +126,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_damaged_is_put_aside() {
+    fn damaged_file_is_renamed() {
         let dir = dir("damaged");
         fs::create_dir_all(&dir).unwrap();
         let whole = serde_json::to_string(&saved()).unwrap();
@@ -149,7 +150,7 @@ mod tests {
     }
 
     #[test]
-    fn what_may_be_fine_stays() {
+    fn unreadable_or_later_file_is_not_renamed() {
         let dir = dir("later");
         fs::create_dir_all(&dir).unwrap();
         fs::write(dir.join(FILE), r#"{"version":2,"what":"ever"}"#).unwrap();
@@ -164,7 +165,7 @@ mod tests {
     }
 
     #[test]
-    fn a_place_that_cannot_be_written_is_an_error() {
+    fn store_in_a_file_instead_of_a_directory_is_an_error() {
         let dir = dir("file");
         fs::write(&dir, "a file where the directory should be").unwrap();
         assert!(store(&dir, &saved()).is_err());

@@ -1,5 +1,5 @@
-//! What went to and came from each peer. Bounded; who was not heard of longest goes first. Those
-//! with a series never go, so that sums never go down.
+//! Traffic of each peer. When the table is full, the peer that was counted longest ago is dropped.
+//! A peer with a metrics series is never dropped, so that its series never goes down.
 
 use super::Network;
 use std::collections::HashMap;
@@ -8,65 +8,64 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
-/// Peers with counts of their own: as many as are shown.
+/// Maximum number of peers with counts of their own: as many as the status lists.
 pub const MAX_PEERS: usize = 256;
 
-/// Of these, so many have series of their own in metrics, of which a server keeps each for ever.
+/// Maximum number of peers with a metrics series. Prometheus keeps each series that it has seen.
 pub const MAX_SERIES: usize = 32;
 
-/// The longest name that a peer may have: as trackers allow.
+/// Maximum length of a peer ID, in bytes; a longer one is ignored. Trackers have the same limit.
 const MAX_ID: usize = 128;
 
-/// Whose counts these are.
+/// Identifies a peer in the table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct TrafficKey {
-    /// Where it is.
+    /// Network of the peer.
     pub network: Network,
-    /// Its address.
+    /// IP address of the peer.
     pub ip: IpAddr,
-    /// The port of one that a tracker named; 0 for a neighbour, whatever its port, and for somebody
-    /// who only asks.
+    /// Port of the HTTP server of a WAN peer that was asked. 0 for LAN peers and for clients.
     pub port: u16,
 }
 
 impl TrafficKey {
-    /// A peer that is asked, at its HTTP server.
+    /// Key of a peer that this node asks, by the address of its HTTP server.
     pub fn server(network: Network, address: SocketAddr) -> TrafficKey {
         let port = if network == Network::Wan { address.port() } else { 0 };
         TrafficKey { network, ip: address.ip().to_canonical(), port }
     }
 
-    /// A peer that asks.
+    /// Key of a peer that asks this node.
     pub fn asker(network: Network, ip: IpAddr) -> TrafficKey {
         TrafficKey { network, ip: ip.to_canonical(), port: 0 }
     }
 }
 
-/// The counts of one peer.
+/// Counts of one peer.
 #[derive(Debug, Default)]
 pub struct PeerTraffic {
-    /// Bytes of NARs from it.
+    /// Bytes of NARs received from it.
     pub received: AtomicU64,
-    /// Bytes of NARs to it.
+    /// Bytes of NARs sent to it.
     pub sent: AtomicU64,
-    /// Narinfos from it that were used.
+    /// Number of its narinfos that were used.
     pub hits: AtomicU64,
-    /// Whole NARs to which it gave a part.
+    /// Number of whole NARs to which it contributed.
     pub nars: AtomicU64,
-    /// Milliseconds since the start when it was last counted.
+    /// Time of the last count, in milliseconds since the start.
     last: AtomicU64,
     has_series: bool,
-    /// What a tracker calls it. Anything may be in it.
+    /// Its ID at a tracker, which may contain any characters.
     id: Mutex<Option<Box<str>>>,
 }
 
 impl PeerTraffic {
-    /// What a tracker calls it.
+    /// Its ID at a tracker, which may contain any characters. `None` if it is not known.
     pub fn id(&self) -> Option<String> {
         self.id.lock().unwrap_or_else(PoisonError::into_inner).as_deref().map(str::to_owned)
     }
 
-    /// Remembers that.
+    /// Sets its ID at a tracker. Ignores an ID of more than 128 bytes.
     pub fn set_id(&self, id: &str) {
         let mut known = self.id.lock().unwrap_or_else(PoisonError::into_inner);
         if id.len() <= MAX_ID && known.as_deref() != Some(id) {
@@ -74,13 +73,13 @@ impl PeerTraffic {
         }
     }
 
-    /// Whether metrics name it; the others are counted together.
+    /// Whether the peer has a metrics series. The others share one.
     pub fn has_series(&self) -> bool {
         self.has_series
     }
 }
 
-/// All peers.
+/// The table of all peers, at most [`MAX_PEERS`].
 pub(super) struct Traffic {
     peers: HashMap<TrafficKey, Arc<PeerTraffic>>,
     started: Instant,
@@ -101,7 +100,7 @@ impl Traffic {
         if self.peers.len() >= MAX_PEERS {
             self.forget_one();
         }
-        // Who only asks may be anybody, and come under any address.
+        // A WAN client may use any number of addresses.
         let may_have = who.network == Network::Lan || who.port != 0;
         let has_series =
             may_have && self.peers.values().filter(|counts| counts.has_series).count() < MAX_SERIES;
@@ -112,8 +111,8 @@ impl Traffic {
     }
 
     fn forget_one(&mut self) {
-        // Who has a series keeps it: its place would be another's, and there would be more of them
-        // as time goes by.
+        // Peers with a series come last: a replacement would get a new series, and their number
+        // would grow.
         let age = |counts: &PeerTraffic| (counts.has_series(), counts.last.load(Ordering::Relaxed));
         let oldest = self.peers.iter().min_by_key(|(_, counts)| age(counts));
         oldest.map(|(who, _)| *who).and_then(|who| self.peers.remove(&who));
@@ -135,7 +134,7 @@ mod tests {
     }
 
     #[test]
-    fn a_neighbour_is_an_address_and_a_far_peer_an_address_and_a_port() {
+    fn lan_peers_are_keyed_by_address_and_wan_peers_also_by_port() {
         let at =
             |network, port| TrafficKey::server(network, (Ipv4Addr::new(10, 0, 0, 1), port).into());
         assert_eq!(at(Network::Lan, 1), at(Network::Lan, 2));
@@ -146,13 +145,13 @@ mod tests {
     }
 
     #[test]
-    fn memory_and_series_are_bounded() {
+    fn peers_and_series_are_bounded() {
         let start = Instant::now();
         let mut traffic = Traffic::new(start);
         for number in 0..2000 {
             let now = start + Duration::from_secs(number);
             traffic.of(lan(number as u32), now);
-            // One that is always here.
+            // A peer that is always active.
             traffic.of(lan(0), now);
         }
         let all = traffic.all();
@@ -161,9 +160,9 @@ mod tests {
         assert_eq!(all.iter().filter(|(_, counts)| counts.has_series()).count(), MAX_SERIES);
     }
 
-    /// Else whoever has many addresses could make as many series as they like.
+    /// A client with many addresses could create any number of series.
     #[test]
-    fn strangers_who_ask_have_no_series() {
+    fn wan_clients_have_no_series() {
         let (mut traffic, now) = (Traffic::new(Instant::now()), Instant::now());
         let stranger = TrafficKey::asker(Network::Wan, Ipv4Addr::new(203, 0, 113, 1).into());
         assert!(!traffic.of(stranger, now).has_series());
@@ -171,7 +170,7 @@ mod tests {
     }
 
     #[test]
-    fn a_name_is_bounded() {
+    fn too_long_peer_id_is_ignored() {
         let counts = PeerTraffic::default();
         counts.set_id(&"x".repeat(MAX_ID + 1));
         assert_eq!(counts.id(), None);
@@ -179,10 +178,10 @@ mod tests {
         assert_eq!(counts.id().as_deref(), Some("<img src=x>"));
     }
 
-    /// Who was forgotten left its series to the next one: a neighbour with many addresses got as
-    /// many as it liked.
+    /// Regression: a dropped peer passed its series on, so that one neighbour with many addresses
+    /// created any number of series.
     #[test]
-    fn series_are_bounded_over_all_time() {
+    fn series_stay_bounded_after_peers_are_dropped() {
         let start = Instant::now();
         let mut traffic = Traffic::new(start);
         let has_series = |number: u32| {

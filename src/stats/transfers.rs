@@ -1,4 +1,4 @@
-//! NARs under way, in either direction.
+//! Running transfers of NARs in both directions.
 
 use super::counters::Counter;
 use super::traffic::{PeerTraffic, TrafficKey};
@@ -8,28 +8,28 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Instant, SystemTime};
 
-/// Which way a NAR goes.
+/// Direction of a transfer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Direction {
     /// From a peer to this machine's Nix.
     In,
-    /// From the own store to a peer.
+    /// From this machine's store to a peer.
     Out,
 }
 
-/// A NAR under way, as others see it.
+/// State of a transfer for readers.
 pub struct RunningTransfer {
-    /// A number of its own, the later the higher.
+    /// Unique number; later transfers have higher ones.
     pub id: u64,
-    /// Which way it goes.
+    /// Direction of the transfer.
     pub direction: Direction,
-    /// The store path's base name.
+    /// Base name of the store path.
     pub name: String,
-    /// How many bytes are to pass.
+    /// Number of bytes to transfer.
     pub size: u64,
-    /// When it began.
+    /// Time of the start.
     pub at: SystemTime,
-    /// The same.
+    /// Time of the start by the monotonic clock.
     pub began: Instant,
     bytes: AtomicU64,
     peer: Mutex<Option<(Network, SocketAddr)>>,
@@ -37,23 +37,23 @@ pub struct RunningTransfer {
 }
 
 impl RunningTransfer {
-    /// Bytes that have passed.
+    /// Number of bytes transferred so far.
     pub fn bytes(&self) -> u64 {
         self.bytes.load(Ordering::Relaxed)
     }
 
-    /// With whom; `None` while that is sought.
+    /// The current peer. `None` while one is being chosen.
     pub fn peer(&self) -> Option<(Network, SocketAddr)> {
         *self.peer.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Why that peer was chosen, if there was a choice.
+    /// Why the peer was chosen. `None` if there was no choice.
     pub fn why(&self) -> Option<String> {
         self.why.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }
 
-/// A NAR under way, for who moves it. When it is dropped it is over.
+/// Handle of the thread that moves a NAR. Dropping it ends the transfer.
 pub struct TransferGuard<'a> {
     record: &'a Stats,
     running: Option<Arc<RunningTransfer>>,
@@ -61,7 +61,7 @@ pub struct TransferGuard<'a> {
 }
 
 impl<'a> TransferGuard<'a> {
-    /// One that nobody sees.
+    /// A handle that records nothing.
     pub(super) fn none(record: &'a Stats) -> Self {
         TransferGuard { record, running: None, peer: None }
     }
@@ -91,7 +91,7 @@ impl<'a> TransferGuard<'a> {
         self.running.as_ref()
     }
 
-    /// From now on it is with this peer.
+    /// Sets the current peer.
     pub fn with(&mut self, network: Network, peer: SocketAddr) {
         let Some(running) = &self.running else { return };
         *running.peer.lock().unwrap_or_else(PoisonError::into_inner) = Some((network, peer));
@@ -102,13 +102,13 @@ impl<'a> TransferGuard<'a> {
         self.peer = Some((network, self.record.counts(who)));
     }
 
-    /// Why the peer was chosen, for people.
+    /// Sets the reason for the choice of the peer, as text for the status.
     pub fn explain(&self, why: &str) {
         let Some(running) = &self.running else { return };
         *running.why.lock().unwrap_or_else(PoisonError::into_inner) = Some(why.to_owned());
     }
 
-    /// So many more bytes came from, or went to, the peer.
+    /// Counts bytes that were received from, or sent to, the current peer.
     pub fn moved(&self, bytes: u64) {
         let (Some(running), Some((network, counts))) = (&self.running, &self.peer) else { return };
         let (count, of_peer) = match (running.direction, network) {
@@ -119,18 +119,18 @@ impl<'a> TransferGuard<'a> {
         };
         self.record.add(count, bytes);
         of_peer.fetch_add(bytes, Ordering::Relaxed);
-        // At once, for a peer may be forgotten while this goes on.
+        // Counted immediately, because the peer's counts may be dropped during the transfer.
         if !counts.has_series() {
             self.record.others[running.direction as usize].fetch_add(bytes, Ordering::Relaxed);
         }
     }
 
-    /// So many bytes have passed; fewer than before if it begins anew.
+    /// Sets the number of bytes transferred. It decreases if the transfer starts again.
     pub fn progress(&self, bytes: u64) {
         self.running.iter().for_each(|running| running.bytes.store(bytes, Ordering::Relaxed));
     }
 
-    /// All of it has passed.
+    /// Counts the NAR as completely transferred.
     pub fn record_whole(&self) {
         let Some(running) = &self.running else { return };
         match running.direction {
@@ -139,7 +139,7 @@ impl<'a> TransferGuard<'a> {
         }
     }
 
-    /// No peer could deliver it.
+    /// Counts the NAR as one that no peer could deliver.
     pub fn record_failure(&self) {
         if self.running.is_some() {
             self.record.add(Counter::FailedNars, 1);

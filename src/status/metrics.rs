@@ -1,17 +1,17 @@
-//! `/metrics`: the report's numbers in Prometheus' text format, version 0.0.4.
+//! `/metrics` in the Prometheus text format, version 0.0.4, and the text of `/health`.
 
 use super::report::{Liveness, PeerReport};
 use super::{StatusService, text};
 use crate::stats::{Counter, Histogram, Totals};
 use std::fmt::Write;
 
-/// What makes a series: names and values of its labels.
+/// Names and values of a series' labels.
 type MetricLabels<'a> = &'a [(&'a str, &'a str)];
 
 struct MetricsText(String);
 
 impl MetricsText {
-    /// Begins a metric; its series follow.
+    /// Writes the head of a metric. Its series have to follow.
     fn metric(&mut self, name: &str, kind: &str, help: &str) {
         let _ = write!(self.0, "# HELP peerix_{name} {help}\n# TYPE peerix_{name} {kind}\n");
     }
@@ -50,7 +50,7 @@ impl MetricsText {
 }
 
 impl StatusService {
-    /// All metrics.
+    /// All metrics as text. Blocks for at most 7 s, for the store and for discovery.
     pub fn metrics(&self) -> String {
         let report = self.whole();
         let record = &self.record;
@@ -158,8 +158,8 @@ impl StatusService {
         all.0
     }
 
-    /// Bytes of some peers by name, and of all others together: a Prometheus keeps every series
-    /// that it ever saw.
+    /// Traffic of the peers that have a series, and of all others together. The number of series is
+    /// bounded because Prometheus keeps each one that it has seen.
     fn peer_series(&self, all: &mut MetricsText) {
         let (peers, others) = (self.record.traffic(), self.record.others());
         for (at, name, help) in [
@@ -189,8 +189,9 @@ impl StatusService {
         }
     }
 
-    /// What `/health` says: whether it is well, and why not; of one that is well, what it runs
-    /// without.
+    /// Body of `/health` and whether the node is healthy. An unhealthy node lists its serious
+    /// problems, a healthy one the faults that it runs with. Blocks for at most 7 s, for the store
+    /// and for discovery.
     pub fn health_text(&self) -> (bool, String) {
         let health = self.health();
         let line = |code: &str, what: &str| format!("{code}: {}\n", text::line(what));
@@ -203,7 +204,7 @@ impl StatusService {
     }
 }
 
-/// Counts the peers on the LAN by state. A `--peer` that was never heard is not counted.
+/// Counts the live and the silent LAN peers. A `--peer` that was never heard is not counted.
 fn lan_peers(all: &mut MetricsText, peers: &[PeerReport]) {
     all.metric("lan_peers", "gauge", "Peers on the LAN that answer, and that were given up.");
     for (label, state) in [("live", Liveness::Live), ("silent", Liveness::Silent)] {
@@ -221,7 +222,7 @@ mod tests {
     use std::time::Duration;
 
     #[test]
-    fn lan_peers_are_counted_by_state() {
+    fn lan_peers_are_counted_by_liveness() {
         let address = SocketAddr::from((Ipv4Addr::LOCALHOST, 1));
         let peer = |network, state| PeerReport { state, ..empty(address, network) };
         let peers = [
@@ -240,12 +241,12 @@ mod tests {
         };
         let expected = "peerix_lan_peers{state=\"live\"} 2\npeerix_lan_peers{state=\"silent\"} 1\n";
         assert_eq!(counts(&peers), expected);
-        // A series that is not there raises no alert.
+        // Series with the value 0 are written, because a missing series raises no alert.
         assert_eq!(counts(&[]), expected.replace("} 2", "} 0").replace("} 1", "} 0"));
     }
 
     #[test]
-    fn the_format() {
+    fn metric_and_label_values_are_written_in_prometheus_format() {
         let mut all = MetricsText(String::new());
         all.one("x_total", "counter", "How many.", 3.0);
         all.series("y", &[("a", "b\\\"\n"), ("c", "")], 0.5);
@@ -255,7 +256,7 @@ mod tests {
     }
 
     #[test]
-    fn a_histogram_is_cumulative_and_ends_with_all() {
+    fn histogram_is_cumulative_and_ends_with_inf() {
         let (mut all, histogram) = (MetricsText(String::new()), Histogram::default());
         histogram.observe(Duration::from_millis(3));
         histogram.observe(Duration::from_secs(60));

@@ -1,5 +1,5 @@
-//! What this node tells its own machine of itself: everything at one moment ([`report`]), as a page
-//! and as metrics. Looks at the record, at discovery and at the store; changes nothing.
+//! Status of this node for its own machine: a snapshot ([`report`]), also as an HTML page and as
+//! metrics. Reads the statistics, discovery and the store; changes nothing.
 
 mod metrics;
 mod page;
@@ -32,44 +32,44 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
-/// Discovery says who is known within this, or hangs. It waits for nobody, and for the database 50
-/// ms at most.
+/// Timeout of a request to the discovery thread. At the timeout, discovery counts as hung: it waits
+/// for the database for at most 50 ms, and for nothing else.
 const DISCOVERY_PATIENCE: Duration = Duration::from_secs(2);
 
-/// Code of the fault that the file of `--private-key` cannot be used.
+/// Problem code of an unusable `--private-key` file.
 pub const PRIVATE_KEY: &str = "private-key";
 
-/// Bytes of NARs a second that a download from upstream brings: 50 Mbit/s, packed to a quarter by
-/// xz.
+/// Assumed rate of a download from upstream, in bytes of NARs per second: 50 Mbit/s, with NARs that
+/// xz compresses to a quarter.
 pub const UPSTREAM_RATE: f64 = 25e6;
 
-/// All that there is to tell of.
+/// Sources of the status.
 pub struct StatusService {
-    /// What was done.
+    /// Statistics of this run.
     pub record: Arc<Stats>,
-    /// Who is near.
+    /// The LAN peers.
     pub discovery: Arc<DiscoveryClient>,
-    /// How well peers serve.
+    /// Health of the peers.
     pub standing: Arc<PeerHealth>,
-    /// In modes with WAN.
+    /// The trackers. `None` in mode `lan`.
     pub trackers: Option<Arc<Trackers>>,
-    /// If there are any.
+    /// The friends. `None` if there are none.
     pub friends: Option<Arc<Friends>>,
-    /// What the router lets in, if it is asked to.
+    /// State of the port mapping. `None` without `--map-port`.
     pub mapping: Option<Arc<Mutex<Mapping>>>,
-    /// To see whether it can be read.
+    /// The store, to check that its database can be read.
     pub store: Arc<Store>,
     /// The networks of this machine.
     pub networks: Arc<Networks>,
-    /// Whose signatures count.
+    /// Keys by which peers' paths are accepted.
     pub trusted: Arc<TrustedKeys>,
-    /// What is missing of the configuration.
+    /// Faults of the configuration.
     pub degraded: Arc<Degraded>,
-    /// What does not change.
+    /// Properties that are constant.
     pub facts: NodeFacts,
 }
 
-/// What does not change while the daemon runs.
+/// Properties of the node that are constant while the daemon runs.
 pub struct NodeFacts {
     name: String,
     port: u16,
@@ -83,8 +83,8 @@ pub struct NodeFacts {
 }
 
 impl NodeFacts {
-    /// As the user chose; `port` is the one that is served on, `identity` the public key of this
-    /// node.
+    /// Takes the properties from `config`. `port` is the port that is served on, and `identity` the
+    /// public key of this node.
     pub fn new(config: &Config, port: u16, identity: Option<NodeKey>) -> NodeFacts {
         NodeFacts {
             name: rustix::system::uname().nodename().to_string_lossy().into_owned(),
@@ -101,7 +101,7 @@ impl NodeFacts {
 }
 
 impl NodeFacts {
-    /// The node as far as it does not change.
+    /// The constant part of the report on this node.
     fn node(&self, started: f64, age: Duration) -> NodeReport {
         NodeReport {
             name: self.name.clone(),
@@ -127,7 +127,7 @@ impl NodeFacts {
     }
 }
 
-/// What is shared with whom, in a sentence or two.
+/// Describes in one to three sentences what is shared with whom.
 fn shares(config: &Config) -> String {
     let friends = match (config.has_friends(), config.sharing) {
         (true, Sharing::All | Sharing::Lan | Sharing::Friends) => {
@@ -169,8 +169,8 @@ fn shares_by_mode(config: &Config) -> String {
     }
 }
 
-/// What makes the clocks one: peers are heard by the one that never goes back, and people read the
-/// other.
+/// The monotonic and the wall clock at the same moment. Converts times of events, which are
+/// monotonic, to the wall clock for reports.
 #[derive(Clone, Copy)]
 struct ClockReading {
     instant: Instant,
@@ -182,7 +182,7 @@ impl ClockReading {
         ClockReading { instant: Instant::now(), wall: SystemTime::now() }
     }
 
-    /// Seconds since 1970.
+    /// The wall clock in seconds since 1970, to the millisecond.
     fn unix(&self) -> f64 {
         unix(self.wall)
     }
@@ -194,7 +194,7 @@ impl ClockReading {
     }
 }
 
-/// Seconds since 1970, to the millisecond.
+/// Seconds since 1970, to the millisecond. 0 for earlier times.
 fn unix(at: SystemTime) -> f64 {
     round(at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs_f64(), 1e3)
 }
@@ -209,7 +209,8 @@ fn round(number: f64, steps: f64) -> f64 {
 }
 
 impl StatusService {
-    /// Everything, now; of the peers, as many as anybody looks at.
+    /// A snapshot with at most [`MAX_PEERS`] peers. Blocks for at most 7 s, for the store and for
+    /// discovery.
     pub fn report(&self) -> StatusReport {
         let mut report = self.whole();
         report.peers_omitted = report.peers.len().saturating_sub(MAX_PEERS);
@@ -217,7 +218,7 @@ impl StatusService {
         report
     }
 
-    /// The same with every peer.
+    /// A snapshot with all peers.
     fn whole(&self) -> StatusReport {
         let now = ClockReading::get();
         let (peers, discovery_answers) = self.peers(now);
@@ -277,7 +278,8 @@ impl StatusService {
         }
     }
 
-    /// What is wrong, if anything is.
+    /// Checks the store, discovery and all other services. Blocks for at most 7 s, for the store
+    /// and for discovery.
     pub fn health(&self) -> HealthReport {
         let answers = self.discovery.neighbours(DISCOVERY_PATIENCE).is_some();
         let problems = self.problems(answers);
@@ -340,7 +342,7 @@ impl StatusService {
         problems
     }
 
-    /// Whether paths built here are signed.
+    /// Whether this node signs the paths of its store. False while the key file is unusable.
     fn signs(&self) -> bool {
         self.facts.has_private_key
             && self.degraded.all().iter().all(|(code, _)| *code != PRIVATE_KEY)
@@ -351,7 +353,7 @@ impl StatusService {
         Some(mapping.lock().unwrap_or_else(PoisonError::into_inner).clone())
     }
 
-    /// The LAN networks: those of interfaces with a link, and those of `--lan` behind routers.
+    /// The LAN networks of interfaces with a link, and those of `--lan` behind routers.
     fn networks(&self) -> Vec<OwnNetwork> {
         let networks = self.networks.current();
         let connected = networks.lan_addresses().iter().filter(|i| i.running).map(|i| {
@@ -372,7 +374,7 @@ impl StatusService {
         .collect()
     }
 
-    /// The peers, and whether discovery answered.
+    /// All peers, and whether discovery answered within [`DISCOVERY_PATIENCE`].
     fn peers(&self, now: ClockReading) -> (Vec<PeerReport>, bool) {
         let neighbours = self.discovery.neighbours(DISCOVERY_PATIENCE);
         let answers = neighbours.is_some();
@@ -392,7 +394,8 @@ impl StatusService {
             });
         }
         for (who, counts) in self.record.traffic() {
-            // Strangers ask from whatever port; if one far peer alone has the address, it is that.
+            // A client's port is arbitrary. If exactly one known peer has its address, the counts
+            // are that peer's.
             let mut far =
                 rows.keys().filter(|known| known.network == who.network && known.ip == who.ip);
             let who = match (far.next(), far.next()) {
@@ -416,7 +419,7 @@ impl StatusService {
         }
         let mut peers: Vec<(TrafficKey, PeerReport)> = rows.into_iter().collect();
         let moved = |peer: &PeerReport| peer.received_bytes.saturating_add(peer.sent_bytes);
-        // Neighbours that gave nothing yet before any number of strangers that only asked.
+        // Known peers come first, so that clients do not displace them from the report.
         peers.sort_by_cached_key(|(who, peer)| {
             (peer.found_by == "request", std::cmp::Reverse(moved(peer)), who.ip, who.port)
         });
@@ -436,9 +439,8 @@ fn friend(seen: friends::FriendSnapshot, now: ClockReading) -> FriendReport {
     }
 }
 
-/// A row for each neighbour. Several nodes that `--peer` names may be behind one address, with a
-/// port each: the first has the row of the address, as neighbours do, and the others have rows of
-/// their own.
+/// A row for each LAN peer. Several nodes of `--peer` may share an IP address: the first has the
+/// address as its key, like other LAN peers, and the others have address and port.
 fn neighbour_rows(
     neighbours: Vec<Neighbour>,
     now: ClockReading,
@@ -472,7 +474,7 @@ fn liveness(neighbour: &Neighbour) -> Liveness {
     }
 }
 
-/// The report of a node that cannot serve, and does nothing but say why.
+/// Snapshot of a node that cannot serve because of `problem`.
 pub fn of_problem(config: &Config, port: u16, code: &'static str, problem: &str) -> StatusReport {
     let (facts, now) = (NodeFacts::new(config, port, None), ClockReading::get());
     let problem = Problem { code, text: problem.to_owned(), serious: true };
@@ -498,7 +500,7 @@ pub fn of_problem(config: &Config, port: u16, code: &'static str, problem: &str)
     }
 }
 
-/// The key of the row for the peer whose HTTP server has this address: see [`neighbour_rows`].
+/// Key of the row for the peer with the HTTP server at `address`, as [`neighbour_rows`] assigns it.
 fn row_of(
     rows: &HashMap<TrafficKey, PeerReport>,
     network: Network,
@@ -563,7 +565,7 @@ fn transfer(running: &stats::RunningTransfer, now: ClockReading) -> TransferRepo
         started: unix(running.at),
         bytes,
         size: running.size,
-        // Of less than a millisecond nothing can be said.
+        // Too short for a meaningful rate.
         bytes_per_second: if took < 1e-3 { 0 } else { (bytes as f64 / took) as u64 },
     }
 }
@@ -601,7 +603,7 @@ mod tests {
                 neighbour(at(1, 1), MetBy::Query, later(1), None),
                 neighbour(at(2, 1), MetBy::Hello, later(1), later(2)),
                 neighbour(at(3, 1), MetBy::Named, None, None),
-                // Behind one address, with a port each.
+                // Two nodes with one IP address and different ports.
                 neighbour(at(4, 1), MetBy::Named, later(1), None),
                 neighbour(at(4, 2), MetBy::Named, None, later(3)),
             ],
@@ -617,12 +619,12 @@ mod tests {
         assert_eq!(row(at(3, 1)), ("flag", Liveness::Unheard, None, None));
         assert_eq!(row(at(4, 1)), ("flag", Liveness::Live, Some(1001.0), None));
         assert_eq!(row(at(4, 2)), ("flag", Liveness::Silent, None, Some(1003.0)));
-        // Counts of traffic go by the address alone.
+        // Traffic is counted by the IP address alone.
         assert!(rows.contains_key(&TrafficKey::asker(Network::Lan, at(4, 0).ip())));
     }
 
     #[test]
-    fn what_is_shared_is_said_for_every_mode() {
+    fn shares_text_covers_every_mode() {
         let with =
             |mode, verify, filter| shares(&Config { mode, verify, filter, ..Config::default() });
         assert_eq!(
@@ -650,7 +652,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_shared_is_said_for_every_share() {
+    fn shares_text_covers_every_share_flag() {
         let with = |sharing, mode| {
             let friends = vec![format!("home={}", NodeKey::from_bytes([1; 32])).parse().unwrap()];
             shares(&Config { mode, sharing, friends, ..Config::default() })
@@ -670,7 +672,7 @@ mod tests {
     }
 
     #[test]
-    fn moments_are_told_by_the_clock_that_people_read() {
+    fn monotonic_times_are_converted_to_the_wall_clock() {
         let instant = Instant::now();
         let now =
             ClockReading { instant, wall: SystemTime::UNIX_EPOCH + Duration::from_secs(1000) };

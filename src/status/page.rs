@@ -1,7 +1,8 @@
-//! `/`: the report as one HTML file, which needs nothing else and says the same without its script.
+//! The status page `/`: the report as a self-contained HTML file that also works without its
+//! script.
 //!
-//! Each part that changes has an element with an ID; the script makes the same of `/status.json`.
-//! All text goes through [`escape`], wherever it comes from.
+//! Each changing part is an element with an ID. The script updates it from `/status.json`. All text
+//! is escaped by [`escape`].
 
 use super::report::{
     FriendReport, Liveness, LookupReport, PeerReport, StatusReport, TotalsSince, TransferReport,
@@ -17,27 +18,27 @@ use std::sync::OnceLock;
 const STYLE: &str = include_str!("page.css");
 const SCRIPT: &str = include_str!("page.js");
 
-/// Hours of the chart.
+/// Number of hours in the chart.
 const CHART_HOURS: u64 = 48;
-/// Its size in units: each hour is ten wide.
+/// Width of the chart in SVG units, 10 for each hour.
 const CHART_WIDTH: u64 = CHART_HOURS * 10;
-/// What came is drawn above the axis, and what went below it.
+/// Height of the bars above the axis (received) and below it (sent), in SVG units.
 const CHART_UP: f64 = 84.0;
 const CHART_DOWN: f64 = 36.0;
 
-/// A small dot, so that browsers do not ask for an icon.
+/// Inline icon, so that browsers do not request `/favicon.ico`.
 const ICON: &str = "data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 8 8'%3E%3Cg fill='%230b7a75'%3E%3Ccircle cx='2' cy='2' r='1.8'/%3E%3Ccircle cx='6' cy='6' r='1.8'/%3E%3Cpath d='M2 2l4 4' stroke='%230b7a75'/%3E%3C/g%3E%3C/svg%3E";
 
-/// The page, and what a browser has to keep to with it.
+/// The page and its security policy.
 pub struct StatusPage {
-    /// The HTML.
+    /// The HTML document.
     pub html: String,
-    /// The value of `Content-Security-Policy`: this style, this script, and what this node says,
-    /// and nothing else.
+    /// Value of `Content-Security-Policy`: allows this style, this script and requests to this node
+    /// only.
     pub policy: &'static str,
 }
 
-/// Makes the page.
+/// Renders the page.
 pub fn page(report: &StatusReport) -> StatusPage {
     static POLICY: OnceLock<String> = OnceLock::new();
     let policy = POLICY.get_or_init(|| {
@@ -176,7 +177,7 @@ fn heads(names: &[&str], numbers: std::ops::Range<usize>) -> String {
     names.iter().enumerate().map(head).collect()
 }
 
-/// A cell of a table whose rows become cards on small screens; `html` is HTML.
+/// A cell of a table whose rows become cards on small screens. `html` is not escaped.
 fn cell(name: &str, class: &str, html: &str) -> String {
     let (html, empty) = if html.is_empty() { ("–", " none") } else { (html, "") };
     format!("<td role=\"cell\" data-is=\"{name}\" class=\"{class}{empty}\">{html}</td>")
@@ -273,8 +274,8 @@ fn tag(network: &str) -> String {
     format!("<span class=\"tag {network}\">{}</span>", network.to_uppercase())
 }
 
-/// Whether lookups ask a peer, and when it was last heard. A peer that `--peer` names and that does
-/// not answer is marked: its user expects it to be there.
+/// Liveness of a peer, and when it was last heard. A `--peer` that does not answer is highlighted,
+/// because the user expects it to be there.
 fn state(p: &PeerReport, now: f64) -> String {
     let state = match (p.state, p.silent_since) {
         (Some(Liveness::Live), _) => "live".into(),
@@ -376,7 +377,7 @@ fn totals(r: &StatusReport) -> String {
     .concat()
 }
 
-/// The chart: a group for each hour in which something was moved, and the same as a table.
+/// The chart: bars for each hour in which something was counted, and the same data as a table.
 fn hours(hours: &[Hour], now: f64) -> String {
     let last = now.max(0.0) as u64 / HOUR;
     let first = last.saturating_sub(CHART_HOURS - 1);
@@ -388,7 +389,7 @@ fn hours(hours: &[Hour], now: f64) -> String {
         shown.iter().map(|(_, hour)| bytes(hour)).max().unwrap_or_default()
     };
     let (up, down) = (most(|hour| hour.totals.received()), most(|hour| hour.totals.sent()));
-    // One scale for both, as large as both have room for.
+    // Received and sent bytes have the same scale, the largest at which both fit.
     let scale = (CHART_UP / up.max(1) as f64).min(CHART_DOWN / down.max(1) as f64);
     let height = |bytes: u64| if bytes == 0 { 0.0 } else { (bytes as f64 * scale).max(1.0) };
     let mut bars = String::new();
@@ -451,7 +452,7 @@ mod tests {
     use crate::stats::Network;
     use std::net::{Ipv4Addr, SocketAddr};
 
-    /// The row of a LAN peer, silent since 1000 s if it is silent, at 1180 s.
+    /// Row of a LAN peer at 1180 s. A silent peer has been silent since 1000 s.
     fn row(found_by: &'static str, state: Option<Liveness>, last_heard: Option<f64>) -> String {
         let silent_since = (state == Some(Liveness::Silent)).then_some(1000.0);
         let address = SocketAddr::from((Ipv4Addr::new(10, 0, 0, 1), 1));
@@ -460,7 +461,7 @@ mod tests {
     }
 
     #[test]
-    fn state_is_live_or_silent_since_a_moment() {
+    fn state_shows_liveness_and_last_heard() {
         let live = row("query", Some(Liveness::Live), Some(1177.0));
         assert!(live.contains(">its query<"), "{live}");
         assert!(live.contains(">live, <span class=\"soft\">heard 3 s ago</span><"), "{live}");
@@ -477,7 +478,7 @@ mod tests {
     }
 
     #[test]
-    fn named_peer_without_answer_is_marked() {
+    fn named_peer_without_answer_is_highlighted() {
         let live = row("flag", Some(Liveness::Live), Some(1177.0));
         assert!(live.contains(">--peer<") && !live.contains("class=\"bad\""), "{live}");
         let silent = row("flag", Some(Liveness::Silent), None);
@@ -487,7 +488,7 @@ mod tests {
     }
 
     #[test]
-    fn script_has_the_words_of_the_page() {
+    fn script_contains_the_words_of_the_page() {
         let near = ["broadcast", "neighbour-table", "query", "answer", "flag"];
         for code in near.into_iter().chain(["tracker", "request"]) {
             let words = format!("'{}'", found_by(code));

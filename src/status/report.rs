@@ -1,42 +1,42 @@
-//! The shape of `/status.json`. docs/status.md describes it; a field that changes its meaning makes
-//! another version.
+//! Format of `/status.json`, documented in docs/status.md. A change to the meaning of a field
+//! increments [`VERSION`].
 
 use crate::stats::Totals;
 use serde::Serialize;
 
-/// Of the shape.
+/// Version of the format.
 pub const VERSION: u32 = 1;
 
-/// Everything, at one moment. Moments are seconds since 1970, durations seconds, sizes bytes.
+/// A snapshot of the node. Moments are seconds since 1970, durations are seconds, sizes are bytes.
 #[derive(Debug, Serialize)]
 pub struct StatusReport {
     /// [`VERSION`].
     pub version: u32,
-    /// The moment.
+    /// Time of the snapshot.
     pub time: f64,
     /// This node.
     pub node: NodeReport,
-    /// Whether it is well.
+    /// Health of the node.
     pub health: HealthReport,
-    /// Where neighbours are looked for.
+    /// The LAN networks.
     pub networks: Vec<OwnNetwork>,
-    /// Those that are told of this node.
+    /// The trackers to which this node announces itself.
     pub trackers: Vec<TrackerState>,
-    /// What the router lets in; `None` without `--map-port`.
+    /// State of the port mapping. `None` without `--map-port`.
     pub port_mapping: Option<PortMapping>,
-    /// Those that `--friend` and the friends' file name.
+    /// The friends from `--friend` and the friends file.
     pub friends: Vec<FriendReport>,
-    /// Those that gave and took most first.
+    /// The peers: first those with most traffic, last those that only asked.
     pub peers: Vec<PeerReport>,
-    /// How many there are beside them.
+    /// Number of further peers, which are left out.
     pub peers_omitted: usize,
-    /// The latest first.
+    /// The last lookups, the latest first.
     pub lookups: Vec<LookupReport>,
-    /// The oldest first.
+    /// Running transfers, the oldest first.
     pub transfers: Vec<TransferReport>,
-    /// What it all came to.
+    /// Totals since the start and since the installation.
     pub totals: AllTotals,
-    /// And when.
+    /// Hourly totals.
     pub history: History,
 }
 
@@ -61,23 +61,23 @@ pub struct NodeReport {
     pub flags: Vec<String>,
 }
 
-/// Whether the node is well.
+/// Health of the node.
 #[derive(Debug, Serialize)]
 pub struct HealthReport {
     /// Whether no problem is serious.
     pub ok: bool,
-    /// What a person should know.
+    /// Current problems.
     pub problems: Vec<Problem>,
 }
 
-/// Something that is not as it should be.
+/// A problem and its remedy.
 #[derive(Debug, Serialize)]
 pub struct Problem {
-    /// For programs.
+    /// Code in JSON and metrics.
     pub code: &'static str,
-    /// With the remedy.
+    /// Description with the remedy, in one line.
     pub text: String,
-    /// Whether the node is of no use like that.
+    /// Whether the node cannot work because of it.
     pub serious: bool,
 }
 
@@ -97,7 +97,7 @@ pub struct TrackerState {
     pub reached: Option<bool>,
 }
 
-/// What the router lets in.
+/// Addresses at which the router forwards connections to this node.
 #[derive(Debug, Serialize)]
 #[expect(missing_docs, reason = "docs/status.md has them")]
 pub struct PortMapping {
@@ -118,15 +118,15 @@ pub struct FriendReport {
     pub error: Option<String>,
 }
 
-/// Whether lookups ask a peer on the LAN.
+/// Whether a LAN peer answers, so that lookups ask it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Liveness {
-    /// Lookups ask it, and it has been heard.
+    /// Lookups ask the peer, and it has been heard.
     Live,
-    /// It was given up: lookups send it no queries until it answers a probe.
+    /// The peer was given up: lookups send it no queries until it answers a probe.
     Silent,
-    /// `--peer` names it, lookups ask it, and nothing has come from it yet.
+    /// `--peer` names the peer, lookups ask it, and it has not been heard yet.
     Unheard,
 }
 
@@ -151,7 +151,7 @@ pub struct PeerReport {
     pub avoided: Option<AvoidanceReport>,
 }
 
-/// That a peer is avoided.
+/// Why and until when a peer is avoided.
 #[derive(Debug, Serialize)]
 #[expect(missing_docs, reason = "docs/status.md has them")]
 pub struct AvoidanceReport {
@@ -174,7 +174,7 @@ pub struct LookupReport {
     pub miss: Option<MissReport>,
 }
 
-/// Why a lookup found nothing.
+/// Why a lookup missed.
 #[derive(Debug, Serialize)]
 #[expect(missing_docs, reason = "docs/status.md has them")]
 pub struct MissReport {
@@ -182,7 +182,7 @@ pub struct MissReport {
     pub text: String,
 }
 
-/// A NAR under way.
+/// A running transfer of a NAR.
 #[derive(Debug, Serialize)]
 #[expect(missing_docs, reason = "docs/status.md has them")]
 pub struct TransferReport {
@@ -198,7 +198,7 @@ pub struct TransferReport {
     pub bytes_per_second: u64,
 }
 
-/// Since the start, and since the first one.
+/// Totals since the start, and since the first start with this state directory.
 #[derive(Debug, Serialize)]
 #[expect(missing_docs, reason = "docs/status.md has them")]
 pub struct AllTotals {
@@ -206,7 +206,7 @@ pub struct AllTotals {
     pub installation: Option<TotalsSince>,
 }
 
-/// What it came to since some moment.
+/// Totals since a moment.
 #[derive(Debug, Serialize)]
 #[expect(missing_docs, reason = "docs/status.md has them")]
 pub struct TotalsSince {
@@ -216,7 +216,7 @@ pub struct TotalsSince {
     pub upstream_seconds: f64,
 }
 
-/// Hour by hour.
+/// Hourly totals.
 #[derive(Debug, Serialize)]
 #[expect(missing_docs, reason = "docs/status.md has them")]
 pub struct History {

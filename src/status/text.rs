@@ -1,10 +1,9 @@
-//! Numbers and texts as people read them. The page's script has the same, so that nothing jumps
-//! when it takes over, and `peerix status` says what the page says.
+//! Formats numbers and texts for people. The page's script formats them in the same way, so that
+//! nothing changes when it takes over. `peerix status` uses these functions too.
 
 use std::fmt::Write;
 
-/// Puts a text into HTML, where it is text and nothing else: between tags, and between the quotes
-/// of an attribute.
+/// Escapes a text for HTML, between tags or in a quoted attribute.
 pub(super) fn escape(text: &str) -> String {
     let mut safe = String::with_capacity(text.len());
     for c in text.chars() {
@@ -20,19 +19,19 @@ pub(super) fn escape(text: &str) -> String {
     safe
 }
 
-/// A text in one line.
+/// Replaces control characters by spaces, so that the text has one line.
 pub(crate) fn line(text: &str) -> String {
     text.replace(|c: char| c.is_control(), " ")
 }
 
-/// A number with so many digits after the point; what is in the middle is rounded up, as the script
-/// does.
+/// Formats a number with `digits` digits after the point, 2 at most. Rounds halves up, as the
+/// script does.
 fn fixed(number: f64, digits: usize) -> String {
     let steps = [1.0, 10.0, 100.0][digits];
     format!("{:.digits$}", (number * steps).round() / steps)
 }
 
-/// `512 B`, `1.5 KiB`, `120 MiB`.
+/// Formats a size in bytes: `512 B`, `1.5 KiB`, `120 MiB`.
 pub fn bytes(count: u64) -> String {
     if count < 1024 {
         return format!("{count} B");
@@ -46,7 +45,7 @@ pub fn bytes(count: u64) -> String {
     format!("{} {unit}", fixed(number, usize::from(number < 99.95)))
 }
 
-/// `0.25 ms`, `12 ms`, `1.5 s`: for what should be short.
+/// Formats a short duration in seconds: `0.25 ms`, `12 ms`, `1.5 s`.
 pub fn short(seconds: f64) -> String {
     let millis = seconds * 1e3;
     if millis < 9.995 {
@@ -58,7 +57,8 @@ pub fn short(seconds: f64) -> String {
     }
 }
 
-/// `42 s`, `5 min`, `3 h 12 min`, `4 d 7 h`: for what may be long.
+/// Formats a long duration in seconds, rounded down: `42 s`, `5 min`, `3 h 12 min`, `4 d 7 h`.
+/// Negative durations are `0 s`.
 pub fn long(seconds: f64) -> String {
     let seconds = seconds.max(0.0) as u64;
     let (minutes, hours, days) = (seconds / 60, seconds / 3600, seconds / 86400);
@@ -70,7 +70,7 @@ pub fn long(seconds: f64) -> String {
     }
 }
 
-/// `75 %`, or a dash of nothing.
+/// Formats a percentage: `75 %`. A dash if `whole` is 0.
 pub(super) fn percent(part: u64, whole: u64) -> String {
     if whole == 0 {
         "–".into()
@@ -79,12 +79,13 @@ pub(super) fn percent(part: u64, whole: u64) -> String {
     }
 }
 
-/// `1 peer`, `2 peers`.
+/// Formats a count with its noun: `1 peer`, `2 peers`.
 pub(super) fn plural(count: u64, one: &str) -> String {
     format!("{count} {one}{}", if count == 1 { "" } else { "s" })
 }
 
-/// How a peer was found, in words; `code` is a value of `found_by` in docs/status.md.
+/// Describes how a peer was found. `code` is a value of `found_by` in docs/status.md; an unknown
+/// one gives `its request`.
 pub fn found_by(code: &str) -> &'static str {
     match code {
         "broadcast" => "hello",
@@ -97,8 +98,8 @@ pub fn found_by(code: &str) -> &'static str {
     }
 }
 
-/// Year, month and day of so many seconds since 1970, and the second in it (Howard Hinnant's
-/// `civil_from_days`).
+/// Converts seconds since 1970 to year, month, day and second of the day, in UTC. Uses Howard
+/// Hinnant's `civil_from_days`.
 fn civil(seconds: u64) -> (u64, u64, u64, u64) {
     let (days, second) = (seconds / 86400 + 719_468, seconds % 86400);
     let (era, of_era) = (days / 146_097, days % 146_097);
@@ -110,7 +111,8 @@ fn civil(seconds: u64) -> (u64, u64, u64, u64) {
     (year + era * 400 + u64::from(month <= 2), month, day, second)
 }
 
-/// A moment as a `<time>` element: readable for programs, and short for people, in UTC.
+/// Formats a time in seconds since 1970 as a `<time>` element in UTC. The date is left out within a
+/// day of `now`.
 pub(super) fn moment(unix: f64, now: f64) -> String {
     let (year, month, day, second) = civil(unix.max(0.0) as u64);
     let (hour, minute, second) = (second / 3600, second / 60 % 60, second % 60);
@@ -132,7 +134,7 @@ mod tests {
     use crate::lan::MetBy;
 
     #[test]
-    fn found_by_has_words_for_every_way_to_meet_a_peer() {
+    fn found_by_describes_every_way_to_meet_a_peer() {
         let ways = [MetBy::Hello, MetBy::NeighbourTable, MetBy::Query, MetBy::Answer, MetBy::Named];
         let words = ways.map(|way| found_by(way.code())).join(", ");
         assert_eq!(words, "hello, neighbour table, its query, answer to a broadcast, --peer");
@@ -140,13 +142,13 @@ mod tests {
     }
 
     #[test]
-    fn nothing_gets_out_of_a_text() {
+    fn escape_replaces_all_markup_characters() {
         assert_eq!(escape("<img src=x onerror='a'>"), "&lt;img src=x onerror=&#39;a&#39;&gt;");
         assert_eq!(escape("a\" b=\"&amp;"), "a&quot; b=&quot;&amp;amp;");
     }
 
     #[test]
-    fn sizes_and_durations() {
+    fn sizes_and_durations_are_rounded_for_people() {
         for (count, text) in [
             (0, "0 B"),
             (1023, "1023 B"),
@@ -170,7 +172,7 @@ mod tests {
     }
 
     #[test]
-    fn moments() {
+    fn moment_shows_the_date_only_if_it_is_another_day() {
         let midnight = 951_782_400.0;
         assert_eq!(
             moment(midnight, midnight),

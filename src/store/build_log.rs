@@ -1,5 +1,5 @@
-//! Build logs as Nix keeps them: `<log dir>/drvs/<first two digits>/<the rest>`, usually with
-//! bzip2.
+//! Build logs in the layout of Nix: `<log dir>/drvs/<first two digits>/<rest>`, usually compressed
+//! with bzip2 (suffix `.bz2`).
 
 use super::StoreError;
 use crate::nix::StorePath;
@@ -14,20 +14,21 @@ use std::{
     path::Path,
 };
 
-/// The longest log that is served, in bytes of text. Its length is found by decompressing it once.
+/// The longest log that is served, in bytes after decompression; longer logs are an error. The
+/// length is found by decompressing the log once.
 pub const MAX_LOG: u64 = 64 << 20;
 
-/// A build log, to be read as the text that it is.
+/// An open build log, decompressed.
 pub struct BuildLog {
-    /// Bytes in the text.
+    /// Size of the text in bytes.
     pub len: u64,
-    /// The text: `len` bytes and then the end; fewer, or an error, if somebody changes the file
-    /// meanwhile.
+    /// The text, `len` bytes. If the file changes meanwhile it may yield fewer bytes or an error.
     pub reader: Box<dyn Read + Send>,
 }
 
 impl BuildLog {
-    /// `None` if there is no log.
+    /// Opens the log of `derivation`; `None` if there is no log or the path is no derivation.
+    /// Decompresses a bzip2 log once to find its length, up to 64 MiB of text.
     pub(super) fn open(
         log_dir: &Path,
         derivation: &StorePath,
@@ -66,8 +67,8 @@ impl BuildLog {
     }
 }
 
-// The directories belong to root and may be anything; what the name leads to must be a file and no
-// symlink.
+// Opens a log without following symlinks, and refuses anything but a regular file: other software
+// may have put anything into these directories.
 fn open_file(dir: &Path, name: &str) -> io::Result<Option<File>> {
     let there = |result: rustix::io::Result<_>| match result {
         Ok(descriptor) => Ok(Some(descriptor)),
@@ -105,7 +106,7 @@ mod tests {
     }
 
     #[test]
-    fn plain_compressed_and_none() {
+    fn plain_and_compressed_logs_are_read() {
         let fixture = Fixture::new();
         assert_eq!(read(&fixture, DERIVATION).unwrap(), None);
         let dir = fixture.log_dir().join("drvs/7h");
@@ -116,7 +117,7 @@ mod tests {
         let compressed = all(BzEncoder::new(&text[..], Compression::best())).unwrap();
         fs::write(&file, &compressed).unwrap();
         assert_eq!(read(&fixture, DERIVATION).unwrap(), Some(text.clone()));
-        // bzip2 takes several streams in one file as one text.
+        // A file of several bzip2 streams is one text.
         fs::write(&file, [&compressed[..], &compressed].concat()).unwrap();
         assert_eq!(read(&fixture, DERIVATION).unwrap(), Some(text.repeat(2)));
         fs::write(&file, &compressed[..compressed.len() / 2]).unwrap();
@@ -133,7 +134,7 @@ mod tests {
     }
 
     #[test]
-    fn only_files_of_derivations() {
+    fn log_that_is_no_regular_file_is_refused() {
         let fixture = Fixture::new();
         let dir = fixture.log_dir().join("drvs/7h");
         fs::create_dir_all(&dir).unwrap();

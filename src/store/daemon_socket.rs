@@ -1,8 +1,9 @@
-//! Wakes nix-daemon: the opening of its worker protocol and nothing more
-//! (Nix source, `worker-protocol.hh` and `daemon.cc`).
+//! Wakes nix-daemon by the handshake of its worker protocol and nothing more (Nix source,
+//! `worker-protocol.hh` and `daemon.cc`).
 //!
-//! The daemon opens its database before it answers, and keeps it open as long as the connection
-//! lives. That makes the `-wal` and `-shm` files appear that an unprivileged reader cannot create.
+//! The daemon opens its database before it answers, and keeps it open for the life of the
+//! connection. SQLite then creates the `-wal` and `-shm` files, which an unprivileged reader cannot
+//! create.
 
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 use std::{
@@ -14,19 +15,19 @@ use std::{
 
 const CLIENT_MAGIC: u64 = 0x6e69_7863;
 const DAEMON_MAGIC: u64 = 0x6478_696f;
-/// 1.21: old enough for every daemon since Nix 2.0, new enough for today's, and before the version
-/// (1.33) from which the daemon adds text of its own to its answer.
+/// Protocol version 1.21. Every daemon since Nix 2.0 and every current one supports it, and it is
+/// below 1.33, from which on the daemon adds its own version string to the answer.
 const CLIENT_VERSION: u64 = 0x0115;
-/// What the daemon sends when it is ready for the first operation.
+/// The daemon sends this word when it is ready for the first operation.
 const READY: u64 = 0x616c_7473;
 
-/// Connects and shakes hands. The daemon keeps its database open until the returned stream is
-/// dropped.
+/// Connects to nix-daemon and shakes hands. The daemon keeps its database open until the returned
+/// stream is dropped. Blocks until `deadline` at the latest.
 ///
 /// # Errors
-/// No daemon, one that does not let this user in, or no answer before the deadline.
+/// No daemon, one that refuses this user, one whose backlog is full, or no answer by `deadline`.
 pub(super) fn wake(socket: &Path, deadline: Instant) -> io::Result<UnixStream> {
-    // A blocking connect waits without a bound while the daemon's backlog is full.
+    // Without NONBLOCK, connect would block without bound while the daemon's backlog is full.
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let descriptor = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
     connect(&descriptor, &SocketAddrUnix::new(socket)?)?;
@@ -37,8 +38,8 @@ pub(super) fn wake(socket: &Path, deadline: Instant) -> io::Result<UnixStream> {
     if receive(&mut stream, deadline)? != DAEMON_MAGIC {
         return Err(io::Error::new(io::ErrorKind::InvalidData, "not a nix-daemon"));
     }
-    receive(&mut stream, deadline)?; // its version: everything from 1.14 on goes on the same way
-    // The version, no CPU affinity, no reserved space.
+    receive(&mut stream, deadline)?; // its version; from 1.14 on the handshake is the same
+    // This client's version, no CPU affinity, no reserved space.
     send(&mut stream, &[CLIENT_VERSION, 0, 0], deadline)?;
     if receive(&mut stream, deadline)? != READY {
         return Err(io::Error::new(
@@ -92,7 +93,7 @@ mod tests {
     }
 
     #[test]
-    fn a_daemon_that_answers() {
+    fn handshake_with_daemon_succeeds() {
         served_by(|mut stream| {
             let mut hello = [0; 8];
             stream.read_exact(&mut hello).unwrap();
@@ -107,7 +108,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_daemon() {
+    fn wake_without_daemon_fails() {
         assert!(served_by(drop).is_err());
         assert!(
             served_by(|mut stream| stream.write_all(b"HTTP/1.1 400 Bad Request\r\n\r\n").unwrap())
@@ -123,7 +124,7 @@ mod tests {
     }
 
     #[test]
-    fn a_silent_one_ends_at_the_deadline() {
+    fn silent_daemon_fails_at_deadline() {
         let dir = TempDir::new();
         let socket = dir.path().join("socket");
         let _listener = UnixListener::bind(&socket).unwrap();

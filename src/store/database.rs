@@ -1,4 +1,5 @@
-//! One connection to Nix's database: opening, the one query, and the row as a typed value.
+//! One read-only connection to Nix's SQLite database: opening it, its queries, and the conversion
+//! of rows to typed values.
 
 use super::StoreError;
 use crate::nix::{
@@ -18,23 +19,23 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-/// The schema that Nix has had since 2015.
+/// The only supported schema version; Nix has had it since 2015.
 pub(super) const SCHEMA: &str = "10";
 
-/// Page cache of one connection in KiB: the inner pages of the two indexes a lookup goes through.
-/// SQLite's default of 2 MiB, times the pool, would be more than the whole program may take.
-/// Mapping the file into memory instead halves the time of a lookup, but each connection then
-/// counts the whole file as its own memory, and a failing disk kills the process.
+/// Page cache of one connection, in KiB. It holds the inner pages of the two indexes that a lookup
+/// uses. SQLite's default of 2 MiB for each pooled connection would exceed the memory budget of the
+/// whole program. Mapping the file instead would halve the time of a lookup, but every connection
+/// would count the whole file as its own memory, and an I/O error would kill the process (SIGBUS).
 const CACHE_KIB: i64 = 512;
 
-/// The longest text of one column, in bytes: the references of the largest narinfo that peers take,
-/// each with the store directory before it.
+/// The longest text of one column, in bytes; a row with a longer one is malformed. The references
+/// of the largest narinfo that peers accept fit, each with the store directory before it.
 const MAX_COLUMN: usize = 2 * NarInfo::MAX_LEN;
 
-/// Times of files advance in steps of a clock tick: 1 to 10 ms, doubled here.
+/// Granularity of file times: a clock tick of 1 to 10 ms, doubled.
 const CLOCK_TICK: Duration = Duration::from_millis(20);
 
-// One statement, so that a path and its references are of the same snapshot.
+// One statement, so that a path and its references come from one snapshot.
 macro_rules! paths {
     ($which:literal) => {
         concat!(
@@ -48,23 +49,24 @@ macro_rules! paths {
 
 const TABLE_EXISTS: &str = "select 1 from sqlite_master where type = 'table' and name = ?1";
 
-// The range is all paths with the hash part: '.' follows '-' in ASCII.
+// The range selects the paths with the hash part: '.' is the successor of '-' in ASCII.
 const LOOKUP: &str = paths!("path >= ?1 and path < ?2 order by path limit 1");
 
-// Without a limit, as rows that cannot be read do not count.
+// No LIMIT: rows that cannot be parsed are skipped and must not count.
 const AFTER: &str = paths!("id > ?1 order by id");
 
-/// A table of realisations: Nix makes one only if `ca-derivations` is enabled, and each form has
-/// its own.
+/// A table of realisations. Nix creates it only if `ca-derivations` is enabled, and each format has
+/// its own table.
 struct RealisationTable {
     name: &'static str,
-    /// Output path and signatures of the output `?2` of the derivation `?1`, and the row's ID.
+    /// Selects output path, signatures and row ID of the output `?2` of the derivation `?1`.
     select: &'static str,
-    /// IDs and paths of the outputs that the row `?1` depends on; empty where none are recorded.
+    /// Selects IDs and paths of the outputs that the row `?1` depends on; empty if none are
+    /// recorded.
     dependencies: &'static str,
 }
 
-/// Of Nix 2.4 to 2.34.
+/// Tables of Nix 2.4 to 2.34.
 const BY_HASH: &[RealisationTable] = &[RealisationTable {
     name: "Realisations",
     select: "select V.path, R.signatures, R.id from Realisations R join ValidPaths V on V.id = R.outputPath \
@@ -74,7 +76,7 @@ const BY_HASH: &[RealisationTable] = &[RealisationTable {
                    where referrer = ?1",
 }];
 
-/// Of later versions, the newest first.
+/// Tables of Nix 2.35 and later, newest first.
 const BY_PATH: &[RealisationTable] = &[RealisationTable {
     name: "BuildTraceV3",
     select: "select outputPath, signatures, id from BuildTraceV3 where drvPath = ?1 and outputName = ?2",
@@ -83,16 +85,16 @@ const BY_PATH: &[RealisationTable] = &[RealisationTable {
 
 const COUNT: &str = "select count(*), coalesce(max(id), 0) from ValidPaths";
 
-/// Which file a path means: device and inode.
+/// Identity of a file: device and inode.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct FileId(u64, u64);
 
 impl FileId {
-    /// Asks the file system. Never by opening the file: closing it again would drop the locks that
-    /// SQLite's own descriptors hold in this process.
+    /// Reads the identity by `stat`. The file is never opened for this: closing it would drop the
+    /// POSIX locks that SQLite's descriptors hold in this process.
     ///
     /// # Errors
-    /// No such file, or no access to its directory.
+    /// The file does not exist, or its directory is not accessible.
     pub(super) fn of(db: &Path) -> Result<Self, StoreError> {
         let stat = stat(db).map_err(|error| missing_or_unreadable(db, error.into()))?;
         Ok(FileId(stat.st_dev, stat.st_ino))
@@ -102,19 +104,20 @@ impl FileId {
 /// How a connection treats the write-ahead log.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum OpenMode {
-    /// As SQLite does between processes.
+    /// Normal locking between processes.
     Shared,
-    /// As if nobody ever wrote: no locks, no log. See [`FileStamp`] for when that is right.
+    /// No locks and no log, as if the database never changed. Correct only under the conditions in
+    /// [`FileStamp`].
     Immutable,
 }
 
-/// Why a connection failed, told apart by what to do next.
+/// Why an operation failed, classified by what to do next.
 #[derive(Debug)]
 pub(super) enum DatabaseError {
-    /// The log's files are not there and this user may not create them: somebody else has to open
-    /// the database.
+    /// The `-wal` and `-shm` files do not exist and this user may not create them: another process
+    /// has to open the database first.
     Asleep,
-    /// Anything else.
+    /// Any other error.
     Error(StoreError),
 }
 
@@ -124,28 +127,29 @@ impl From<StoreError> for DatabaseError {
     }
 }
 
-/// A connection that is known to be of the right schema.
+/// An open connection whose database has the supported schema.
 #[derive(Debug)]
 pub(super) struct Database {
     connection: Connection,
     path: PathBuf,
     pub(super) file: FileId,
     pub(super) mode: OpenMode,
-    /// What was counted last, at that `data_version`, which only this connection can compare with
-    /// its own.
+    /// Result of the last count, with the `data_version` at which it was taken. Only this
+    /// connection can compare that value.
     counted: Cell<Option<(i64, StoreVersion)>>,
-    /// What `data_version` was when last looked at for [`Database::has_changed`].
+    /// `data_version` at the last call of [`Database::has_changed`].
     seen: Cell<Option<i64>>,
 }
 
 impl Database {
-    /// Opens and checks the schema; waits for locks no longer than `patience`.
+    /// Opens the database and checks its schema. Waits for locks for at most `patience`.
     pub(super) fn open(
         path: &Path,
         mode: OpenMode,
         patience: Duration,
     ) -> Result<Self, DatabaseError> {
-        // Before the file is opened: a file that takes its place in between is then noticed later.
+        // Taken before the file is opened, so that a file that replaces it in between is noticed
+        // later.
         let file = FileId::of(path)?;
         check_access(path)?;
         check_schema(path)?;
@@ -173,12 +177,12 @@ impl Database {
         Ok(database)
     }
 
-    /// How long a lock may be waited for from now on.
+    /// Sets how long each statement may wait for locks from now on.
     pub(super) fn set_patience(&self, patience: Duration) -> Result<(), DatabaseError> {
         self.connection.busy_timeout(patience).map_err(|error| classify(&self.path, error))
     }
 
-    /// The valid path with this hash part.
+    /// Looks up the valid path with this hash part.
     pub(super) fn path_info(
         &self,
         store_dir: &StoreDir,
@@ -195,7 +199,7 @@ impl Database {
         }
     }
 
-    /// What is recorded of a derivation's output.
+    /// Looks up the realisation of a derivation's output.
     pub(super) fn realisation(
         &self,
         store_dir: &StoreDir,
@@ -231,8 +235,7 @@ impl Database {
         Ok(None)
     }
 
-    /// Runs `read` in one read transaction: locks are taken once, and all of it is of the same
-    /// state.
+    /// Runs `read` in one read transaction: locks are taken once, and all of it sees one snapshot.
     pub(super) fn in_transaction<T>(
         &self,
         read: impl FnOnce() -> Result<T, DatabaseError>,
@@ -245,13 +248,13 @@ impl Database {
         };
         run("begin")?;
         let answer = read();
-        // Nothing was written.
+        // Nothing was written, so there is nothing to commit.
         run("rollback")?;
         answer
     }
 
-    /// The next valid paths after that row, at most `limit`; rows that cannot be read are passed
-    /// over.
+    /// Returns up to `limit` valid paths with row IDs above `row_id`, in the order of their row
+    /// IDs. Rows that cannot be parsed are skipped.
     pub(super) fn paths_after(
         &self,
         store_dir: &StoreDir,
@@ -273,26 +276,26 @@ impl Database {
         Ok(paths)
     }
 
-    /// Whether anybody has committed anything since this was last asked; true the first time. Takes
-    /// 2 µs.
+    /// Returns whether another connection has committed anything since the last call; true on the
+    /// first call. Stores the current state for the next call. Takes 2 µs.
     pub(super) fn has_changed(&self) -> Result<bool, DatabaseError> {
         let now = Some(self.data_version()?);
         Ok(self.seen.replace(now) != now)
     }
 
-    /// Another number whenever another connection, of whatever process, has committed (SQLite,
-    /// "PRAGMA data_version").
+    /// Returns SQLite's `data_version`, which differs after another connection of any process has
+    /// committed (SQLite, "PRAGMA data_version").
     fn data_version(&self) -> Result<i64, DatabaseError> {
         let fail = |error| classify(&self.path, error);
         let mut statement = self.connection.prepare_cached("pragma data_version").map_err(fail)?;
         statement.query_one([], |row| row.get(0)).map_err(fail)
     }
 
-    /// How many valid paths there are. Counts, which goes through a whole index, only if something
-    /// changed.
+    /// Counts the valid paths. The count scans a whole index, so it is repeated only after a
+    /// commit.
     pub(super) fn census(&self) -> Result<StoreVersion, DatabaseError> {
         let fail = |error| classify(&self.path, error);
-        // Before counting: what changes in between is then counted again the next time.
+        // Read before counting, so that a commit in between causes another count next time.
         let data_version = self.data_version()?;
         if let Some((counted_at, census)) = self.counted.get()
             && counted_at == data_version
@@ -312,32 +315,32 @@ impl Database {
     }
 }
 
-/// How many valid paths there were at some moment.
+/// Number of valid paths at some moment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct StoreVersion {
-    /// Valid paths.
+    /// Number of valid paths.
     pub count: u64,
-    /// The highest row ID; 0 if there is none. Nix gives each path a higher one than all before.
+    /// The highest row ID, or 0 if there is none. Nix never reuses a row ID (`autoincrement`).
     pub last_id: i64,
-    /// As long as this is the same, nothing has changed. Says nothing across restarts.
+    /// Equal versions mean that nothing was committed in between. Valid within one process only.
     pub version: u64,
 }
 
-/// Of the next count, by whichever connection.
+/// Version of the next count, over all connections.
 static NEXT_VERSION: AtomicU64 = AtomicU64::new(1);
 
-/// The state of the database's files in which reading it as immutable gives the right answer:
-/// nothing in the log, and the same file before and after.
+/// State of the database's files. Reading the database as immutable is correct if the write-ahead
+/// log is empty and this is equal before and after the read.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct FileStamp {
     file: FileId,
     size: i64,
-    /// Since 1970.
+    /// Modification time since 1970.
     modified: Duration,
 }
 
 impl FileStamp {
-    /// `None` while there is anything in the log.
+    /// Reads the state; `None` if the write-ahead log is not empty or a file cannot be examined.
     pub(super) fn observe(db: &Path) -> Option<Self> {
         match stat(beside(db, "-wal")) {
             Ok(wal) if wal.st_size == 0 => {}
@@ -349,8 +352,8 @@ impl FileStamp {
         Some(FileStamp { file: FileId(st_dev, st_ino), size: st_size, modified })
     }
 
-    /// How long to wait, if the file was written so lately that a further write might leave the
-    /// same time.
+    /// Returns how long to wait until a further write is certain to change the modification time;
+    /// `None` if that is so already.
     pub(super) fn unsettled(&self, now: SystemTime) -> Option<Duration> {
         let modified = SystemTime::UNIX_EPOCH.checked_add(self.modified)?;
         let age = now.duration_since(modified).unwrap_or_else(|ahead| ahead.duration());
@@ -367,8 +370,8 @@ fn typed(store_dir: &StoreDir, row: &Row<'_>) -> Result<PathInfo, Malformed> {
     let required = |column, what| text(row, column)?.ok_or(Malformed::new(what, "null"));
     let path = store_dir.parse_path(required(0, "store path")?)?;
     let nar_hash = NarHash::parse(required(1, "NAR hash")?)?;
-    // Nix writes null where it does not know the size, as in rows older than 2010. No narinfo can
-    // be made of that.
+    // Nix writes null if it does not know the size, as in rows older than 2010. Such a path has no
+    // valid narinfo.
     let nar_size = match row.get_ref(2) {
         Ok(ValueRef::Integer(size)) if size > 0 => size.unsigned_abs(),
         Ok(ValueRef::Null | ValueRef::Integer(0)) => {
@@ -377,8 +380,8 @@ fn typed(store_dir: &StoreDir, row: &Row<'_>) -> Result<PathInfo, Malformed> {
         _ => return Err(Malformed::new("NAR size", "not a positive number")),
     };
     let present = |column| Ok::<_, Malformed>(text(row, column)?.filter(|text| !text.is_empty()));
-    // Nix serves the path without a deriver that is none, and with its other signatures: it
-    // compares neither.
+    // Nix ignores a malformed deriver, and malformed signatures beside valid ones, so they must not
+    // hide the path.
     let deriver = present(3)?.and_then(|deriver| store_dir.parse_path(deriver).ok());
     let signatures = words(present(4)?).flat_map(Signature::parse).collect();
     let ca = present(5)?.map(str::to_owned);
@@ -423,7 +426,7 @@ fn text<'row>(row: &'row Row<'_>, column: usize) -> Result<Option<&'row str>, Ma
     }
 }
 
-/// `<db><suffix>`, the files that SQLite keeps beside a database.
+/// Returns `<db><suffix>`, the name of a file that SQLite keeps beside a database.
 pub(super) fn beside(db: &Path, suffix: &str) -> PathBuf {
     let mut name = OsString::from(db);
     name.push(suffix);
@@ -435,7 +438,7 @@ fn immutable_uri(db: &Path) -> String {
     format!("file:{}?immutable=1", percent_encode(db.as_os_str().as_bytes(), KEPT))
 }
 
-// SQLite says "unable to open database file" for all of these alike.
+// SQLite reports "unable to open database file" for all of these errors alike.
 fn check_access(db: &Path) -> Result<(), StoreError> {
     for (file, must_exist) in
         [(db.to_owned(), true), (beside(db, "-wal"), false), (beside(db, "-shm"), false)]
@@ -474,13 +477,13 @@ fn missing_or_unreadable(file: &Path, cause: io::Error) -> StoreError {
     }
 }
 
-// Which codes come up was tried as an unprivileged user against files that Nix wrote. Of neither
-// file, or only -shm: READONLY_DIRECTORY (1544). Of only -wal, or on a read-only file system:
-// CANTOPEN (14). Both there: none.
+// Result codes observed as an unprivileged user on files that Nix wrote. With neither file, or only
+// -shm: SQLITE_READONLY_DIRECTORY (1544). With only -wal, or on a read-only file system:
+// SQLITE_CANTOPEN (14). With both files: no error.
 fn classify(db: &Path, error: rusqlite::Error) -> DatabaseError {
     let db = db.to_owned();
-    // What preparing a statement says of a table or a column that is not there. It has the whole
-    // statement in it.
+    // A missing table or column fails when a statement is prepared. Only the message is kept, as
+    // the error contains the whole statement.
     if let rusqlite::Error::SqlInputError { msg, .. } = &error {
         return DatabaseError::Error(StoreError::Schema {
             db,
@@ -503,7 +506,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_file_written_this_very_moment_is_not_yet_settled() {
+    fn recently_written_file_is_unsettled() {
         let modified = Duration::from_secs(1_000_000);
         let still = FileStamp { file: FileId(1, 2), size: 3, modified };
         let at = |millis| {
@@ -518,7 +521,7 @@ mod tests {
     }
 
     #[test]
-    fn the_path_in_a_uri_is_only_a_path() {
+    fn special_characters_in_uri_path_are_escaped() {
         assert_eq!(
             immutable_uri(Path::new("/a b/c?mode=rw#%/d.sqlite")),
             "file:/a%20b/c%3Fmode%3Drw%23%25/d.sqlite?immutable=1"

@@ -1,67 +1,68 @@
-//! What can go wrong with the store, each as one line that says what to do.
+//! Errors of the store. Each prints as one line that says what the operator can do.
 
 use crate::nix::Malformed;
 use std::{error, fmt, io, path::PathBuf};
 
-/// Why Nix's database or a build log gave no answer. A path that is not there is never one of
-/// these.
+/// Why Nix's database or a build log could not be read. A path that does not exist is not an error.
 #[derive(Debug)]
 pub enum StoreError {
-    /// There is no such database file.
+    /// The database file does not exist.
     Missing {
         /// The database.
         db: PathBuf,
     },
-    /// None of the files of some valid paths is there.
+    /// None of a sample of valid paths has files.
     NoFiles {
         /// The database.
         db: PathBuf,
-        /// Where they should be.
+        /// The directory in which the files were expected.
         files: PathBuf,
     },
-    /// A file is there and this user may not read it, or the disk fails.
+    /// A file exists, but this user may not read it or the disk fails.
     Unreadable {
-        /// The file: the database, one of the two files beside it, `schema`, or a build log.
+        /// The file: the database, its `-wal` or `-shm` file, or `schema`.
         file: PathBuf,
-        /// What the system said.
+        /// The error of the system call.
         cause: io::Error,
     },
-    /// The database has another schema than the one peerix knows.
+    /// The database has another schema than the supported one.
     Schema {
         /// The database.
         db: PathBuf,
         /// What was found instead.
         found: String,
     },
-    /// The write-ahead log cannot be opened by this user, and no way around that worked.
+    /// This user cannot open the write-ahead log, and no workaround succeeded (see `pool.rs`).
     Asleep {
         /// The database.
         db: PathBuf,
-        /// Why nix-daemon could not be asked to open the database.
+        /// Why waking nix-daemon did not help.
         daemon: String,
     },
-    /// Locked by another process, or all connections in use, for as long as the caller would wait.
+    /// The database was locked by another process, or all connections were in use, until the
+    /// caller's deadline.
     Busy {
         /// The database.
         db: PathBuf,
     },
-    /// The row of a valid path is not what Nix writes.
+    /// The row of a valid path, or of a realisation, is not what Nix writes.
     Row {
-        /// The path as the row has it.
+        /// The path in the row, or the ID of the realisation.
         path: String,
-        /// What is wrong with it.
+        /// The defect of the row.
         cause: Malformed,
     },
-    /// SQLite failed in any other way: damaged file, failing disk.
+    /// Any other failure of SQLite, such as a damaged file or a failing disk.
     Database {
         /// The database.
         db: PathBuf,
-        /// What SQLite said.
+        /// The error of SQLite.
         cause: rusqlite::Error,
     },
-    /// A build log cannot be read: damaged bzip2 data, or larger than the bound.
+    /// A build log cannot be read: damaged bzip2 data, over 64 MiB, not a regular file, or an I/O
+    /// error.
     Log {
-        /// The file.
+        /// The log file.
         file: PathBuf,
         /// What is wrong with it.
         cause: io::Error,
@@ -146,36 +147,37 @@ impl error::Error for StoreError {
     }
 }
 
-/// Why a NAR or a listing was not completed. Whoever reads the stream must find it cut.
+/// Why a NAR or a listing is incomplete. The caller must make the truncation visible to the
+/// receiver.
 #[derive(Debug)]
 pub enum NarError {
-    /// The receiving end failed: usually a client that went away.
+    /// The receiving end failed; usually the client closed the connection.
     Write(io::Error),
-    /// The range does not lie inside the NAR.
+    /// The range is not inside the NAR.
     Range,
-    /// The files are not those that were registered: changed, removed, or the path is no longer
+    /// The files differ from the registered ones (changed or removed), or the path is no longer
     /// valid.
     Changed {
         /// The file or directory.
         path: String,
-        /// What shows it.
+        /// The difference.
         why: &'static str,
     },
     /// A file cannot be read.
     Read {
         /// The file or directory.
         path: String,
-        /// What the system said.
+        /// The error of the system call.
         cause: io::Error,
     },
-    /// Nothing that a NAR can hold (device, socket, FIFO), or beyond a bound.
+    /// A file type that a NAR cannot hold (device, socket, FIFO), or a tree over a bound.
     Unsupported {
         /// The file or directory.
         path: String,
-        /// What it is.
+        /// The file type, or the bound.
         why: &'static str,
     },
-    /// The database did not say whether the path is still valid.
+    /// The database could not be read to check whether the path is still valid.
     Store(StoreError),
 }
 

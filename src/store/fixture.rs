@@ -1,5 +1,4 @@
-//! A store and a database to test with, in a temporary directory and with the tables that Nix 2.8
-//! makes.
+//! A store with a database for tests, in a temporary directory and with the tables of Nix 2.8.
 
 use super::*;
 use crate::nix::NarHash;
@@ -29,7 +28,7 @@ const TABLES: &str = "
     create index IndexReferrer on Refs(referrer);
     create index IndexReference on Refs(reference);";
 
-/// A directory that is removed in the end.
+/// A directory that is removed on drop.
 pub(super) struct TempDir(PathBuf);
 
 impl TempDir {
@@ -57,7 +56,7 @@ impl Drop for TempDir {
     }
 }
 
-/// The store, with the connection of one who writes to it.
+/// The store, with a connection that writes to its database.
 pub(crate) struct Fixture {
     dir: TempDir,
     writer: Mutex<Option<Connection>>,
@@ -68,7 +67,8 @@ impl Fixture {
         Fixture::within(TempDir::new())
     }
 
-    /// On a tmpfs: the overlayfs of containers cannot read without waiting.
+    /// Creates the store on a tmpfs: the overlayfs of containers does not support reads with
+    /// RWF_NOWAIT.
     pub(super) fn in_memory() -> Self {
         Fixture::within(TempDir::within(Path::new("/dev/shm")))
     }
@@ -98,7 +98,7 @@ impl Fixture {
         Store::open_database(self.config()).unwrap()
     }
 
-    /// A store that has not yet touched its database.
+    /// Returns a store that has not opened its database.
     pub(super) fn closed(&self) -> Store {
         Store::new(self.config())
     }
@@ -119,7 +119,7 @@ impl Fixture {
         *self.writer.lock().unwrap() = None;
     }
 
-    /// Enters a path `<hash part>-name` without files.
+    /// Registers a path `<hash part>-name` without files.
     pub(crate) fn register(&self, hash_part: &str, nar_size: u64) -> StorePath {
         let path = StorePath::parse(&format!("{hash_part}-name")).unwrap();
         let absolute = self.absolute(path.base_name());
@@ -142,7 +142,7 @@ impl Fixture {
         }
     }
 
-    /// Enters a path whose files `make` makes, and tells its NAR.
+    /// Registers a path whose files `make` creates, and returns its metadata and its NAR.
     pub(super) fn add(&self, make: impl FnOnce(&Path)) -> (PathInfo, Vec<u8>) {
         let base_name = format!("{}-name", "7".repeat(32));
         let files = PathBuf::from(self.absolute(&base_name));
@@ -170,7 +170,7 @@ fn token(bytes: &[u8]) -> Vec<u8> {
     out
 }
 
-// The format again, in the plainest way, to compare with.
+// An independent, simple implementation of the NAR format, to compare with.
 fn plain_nar(file: &Path, out: &mut Vec<u8>) {
     let words =
         |out: &mut Vec<u8>, words: &[&[u8]]| words.iter().for_each(|word| out.extend(token(word)));
@@ -198,7 +198,7 @@ fn plain_nar(file: &Path, out: &mut Vec<u8>) {
     words(out, &[b")"]);
 }
 
-/// Makes a small tree with everything in it that a NAR can hold.
+/// Creates a small tree with every kind of entry that a NAR can hold.
 pub(super) fn odd_tree(root: &Path) {
     let name = |bytes: &[u8]| root.join(std::ffi::OsStr::from_bytes(bytes));
     fs::create_dir(root).unwrap();
@@ -218,8 +218,8 @@ pub(super) fn odd_tree(root: &Path) {
     std::os::unix::fs::symlink("empty", name(b"dir-link")).unwrap();
 }
 
-/// Takes everything, and does something when the first piece comes that has more in it than what
-/// every NAR begins with.
+/// Accepts all bytes, and calls `at_first` at the first write that has more bytes than the NAR's
+/// magic.
 pub(super) struct Receiver<F: FnMut()> {
     pub(super) bytes: Vec<u8>,
     pub(super) at_first: F,
@@ -243,7 +243,7 @@ impl<F: FnMut()> io::Write for Receiver<F> {
     }
 }
 
-/// All that a reader gives.
+/// Reads to the end.
 pub(super) fn all(mut reader: impl Read) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     reader.read_to_end(&mut bytes)?;

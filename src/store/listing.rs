@@ -1,4 +1,4 @@
-//! The listing of a store path, from its files.
+//! Makes the NAR listing of a store path from its files.
 
 use super::{
     NarError,
@@ -7,10 +7,11 @@ use super::{
 };
 use crate::nix::{listing, nar};
 
-/// The largest listing that is made, in bytes: some 150,000 files.
+/// The largest listing that is made, in bytes (some 150,000 files); a larger one is an error.
 const MAX_LISTING: usize = 16 << 20;
 
-/// The listing of what `walk` goes through, if that is what was registered with `nar_size`.
+/// Returns the listing of the tree that `walk` visits. Fails if the tree's NAR does not have
+/// exactly `nar_size` bytes.
 pub(super) fn listing(mut walk: Walk, nar_size: u64) -> Result<Vec<u8>, NarError> {
     let mut out = Vec::new();
     let mut position = nar::MAGIC.len() as u64;
@@ -72,7 +73,7 @@ mod tests {
     use super::super::fixture::{Fixture, odd_tree};
 
     #[test]
-    fn each_file_is_where_the_listing_says() {
+    fn listing_offsets_point_at_file_contents() {
         let fixture = Fixture::new();
         let (info, nar) = fixture.add(odd_tree);
         let json: serde_json::Value =

@@ -1,8 +1,9 @@
-//! This machine's Nix store: what its database says of a path, and the path's files as a NAR.
+//! This machine's Nix store, read-only: path metadata from Nix's database, and the files of a path
+//! as a NAR or a listing.
 //!
-//! Everything here is asked for by a typed [`HashPart`], [`PathInfo`] or [`StorePath`]; only paths
-//! that are valid in the database are ever read. Nothing is written, and no process is started. It
-//! knows nothing of peers, of HTTP and of who may have what.
+//! Requests name a path by a typed [`HashPart`], [`PathInfo`] or [`StorePath`], and only files of
+//! paths that are valid in the database are read. The module writes nothing and starts no process.
+//! It does not know peers, HTTP or the access policy.
 
 mod build_log;
 mod daemon_socket;
@@ -27,27 +28,31 @@ use rustix::fs::{Mode, OFlags, open};
 use std::{ops::Range, path::PathBuf, sync::Arc, time::Duration};
 use walk::Walk;
 
-/// Connections to the database that all threads share. A lookup takes some 10 µs, so more than the
-/// machine has processors help little, and each costs memory and three file descriptors.
+/// Most connections to the database for lookups, shared by all threads; further lookups wait for
+/// one. A lookup takes some 10 µs, so more connections than processors gain little, and each costs
+/// memory and three file descriptors.
 const CONNECTIONS: usize = 4;
-/// How long a lookup may take, waiting for locks and for a free connection included.
+/// Longest wait of a lookup for locks and for a free connection; then it fails with
+/// [`StoreError::Busy`].
 const LOOKUP_PATIENCE: Duration = Duration::from_secs(5);
-/// The same for [`Store::path_infos_quickly`].
+/// Longest wait of [`Store::path_infos_quickly`] for locks and its connection; then it fails with
+/// [`StoreError::Busy`].
 const QUICK_PATIENCE: Duration = Duration::from_millis(50);
-/// Paths whose files are looked for when the store is opened. If none of these is there, the files
-/// are elsewhere.
+/// Number of paths whose files are checked when the store is opened. If none of them has files, the
+/// store's files are in another directory.
 const SAMPLE: usize = 16;
 
-/// Where the store is.
+/// Location of the store.
 #[derive(Debug, Clone)]
 pub struct StoreConfig {
-    /// The store directory, `/nix/store`.
+    /// The store directory, mostly `/nix/store`.
     pub store_dir: StoreDir,
-    /// The database, `/nix/var/nix/db/db.sqlite`. nix-daemon's socket
-    /// (`/nix/var/nix/daemon-socket/socket`) and the directory of build logs (`/nix/var/log/nix`)
-    /// have their places relative to it.
+    /// The database, mostly `/nix/var/nix/db/db.sqlite`. The paths of nix-daemon's socket
+    /// (`/nix/var/nix/daemon-socket/socket`) and of the build logs (`/nix/var/log/nix`) are derived
+    /// from it.
     pub db: PathBuf,
-    /// Where the files are: `<root><store dir>`. `/` but for the store of `nix --store DIR`.
+    /// The directory below which the files are, as `<root><store dir>`. `/`, except for a store of
+    /// `nix --store DIR`.
     pub root: PathBuf,
 }
 
@@ -60,7 +65,7 @@ impl StoreConfig {
         dir
     }
 
-    /// The directory that has the files of the store paths.
+    /// Returns the directory that contains the files of the store paths.
     fn files(&self) -> PathBuf {
         self.root.join(self.store_dir.as_str().trim_start_matches('/'))
     }
@@ -74,24 +79,25 @@ impl StoreConfig {
     }
 }
 
-/// This machine's Nix store, read-only. Shared by all threads.
+/// This machine's Nix store, read-only. All threads share one.
 #[derive(Debug)]
 pub struct Store {
     config: StoreConfig,
     kept: PathInfoCache,
     lookups: ConnectionPool,
-    /// One connection of its own, so that no crowd of lookups is before it in the queue.
+    /// One connection of its own, so that quick lookups never queue behind the others.
     quick_lookups: ConnectionPool,
-    /// One for whoever goes through all paths, which is none until somebody does.
+    /// One connection for scans of all paths, opened by the first scan.
     readings: ConnectionPool,
 }
 
 impl Store {
-    /// Opens the database and makes one lookup. How it had to be opened goes to the log.
+    /// Opens the database, looks up one path, and checks that some valid path has files. Logs how
+    /// the database was opened. Waits for at most 5 s for each of the two queries.
     ///
     /// # Errors
-    /// No database, one of another schema, one that cannot be read, or the files of its paths are
-    /// elsewhere.
+    /// The database is missing, unreadable or of another schema, or the files are elsewhere
+    /// ([`StoreError::NoFiles`]).
     pub fn open(config: StoreConfig) -> Result<Store, StoreError> {
         let store = Store::open_database(config)?;
         let files = store.config.files();
@@ -132,20 +138,22 @@ impl Store {
         }
     }
 
-    /// What the database says, at this moment, of the valid path with this hash part. Takes at most
-    /// 5 s.
+    /// Looks up the valid path with this hash part. The answer is current at the time of the call.
+    /// Waits for locks and connections for at most 5 s.
     ///
     /// # Errors
-    /// The database cannot be read, or the path's row is malformed; a row without NAR size counts
-    /// as that.
+    /// The database cannot be read, or the path's row is malformed. A row without NAR size counts
+    /// as malformed.
     pub fn path_info(&self, part: &HashPart) -> Result<Option<Arc<PathInfo>>, StoreError> {
         self.lookups.path_info(&self.kept, part)
     }
 
-    /// The same if it is known already and still true, for a thread that must not wait: not for the
-    /// disk, and not for anybody. The outer `None` is that it is not. `now` is the state of the
-    /// database, which is looked at if it is not given; it is for all questions that were asked
-    /// before that.
+    /// Returns the cached and still current answer of [`Store::path_info`], for threads that must
+    /// not block; the inner `None` means that no such path is valid. Returns `None` if there is no
+    /// such answer. It waits for no database lock, no connection and no disk.
+    ///
+    /// `now` is the cache generation. If it is `None`, the generation is read from the database and
+    /// stored there, for reuse in further lookups that were requested before this call.
     pub fn path_info_at_once(
         &self,
         part: &HashPart,
@@ -158,16 +166,17 @@ impl Store {
         self.kept.get(part, now)
     }
 
-    /// Gives back the memory of what nobody asks for any more.
+    /// Frees the memory of the cached answers. Call it when the server becomes idle.
     pub fn rest(&self) {
         self.kept.clear();
     }
 
-    /// The valid paths with these hash parts, in their order, within 50 ms; for one thread, that
-    /// others wait for. A path whose row cannot be read counts as absent.
+    /// Looks up the valid paths with these hash parts, in their order. Waits for locks and its
+    /// connection for at most 50 ms. Meant for one thread at a time, as it has a single connection.
+    /// A path whose row is malformed counts as absent.
     ///
     /// # Errors
-    /// The database cannot be read in that time.
+    /// The database cannot be read, or not within that time.
     pub fn path_infos_quickly(
         &self,
         parts: &[HashPart],
@@ -175,9 +184,9 @@ impl Store {
         self.quick_lookups.path_infos(&self.kept, parts)
     }
 
-    /// The valid paths that were registered after the row `row_id` (0: from the first one), in the
-    /// order of their row IDs, with these: at most `limit`, fewer only at the end. Rows that cannot
-    /// be read are passed over. A path takes some 30 µs; for a thread that nobody waits for.
+    /// Returns the valid paths with row IDs above `row_id`, in the order of these IDs and with
+    /// them. At most `limit` are returned; fewer only at the end of the table. Malformed rows are
+    /// skipped. Takes some 30 µs per path, and waits for locks and the connection for at most 5 s.
     ///
     /// # Errors
     /// The database cannot be read.
@@ -189,8 +198,9 @@ impl Store {
         self.readings.read(&|database| database.paths_after(&self.config.store_dir, row_id, limit))
     }
 
-    /// How many valid paths there are, and whether anything changed since the last census. Takes
-    /// some 10 µs if nothing did; else it counts, some 10 ms with 200,000 paths.
+    /// Returns the number of valid paths and a version that tells whether anything was committed
+    /// since. Takes some 10 µs if nothing was; otherwise it counts, which takes some 10 ms for
+    /// 200,000 paths. Waits for locks and the connection for at most 5 s.
     ///
     /// # Errors
     /// The database cannot be read.
@@ -198,30 +208,31 @@ impl Store {
         self.readings.read(&|database| database.census())
     }
 
-    /// What the database says of a derivation's output; its path may be one that is no longer
-    /// valid. Takes at most 5 s.
+    /// Looks up the realisation of a derivation's output. Its store path may no longer be valid.
+    /// Waits for locks and connections for at most 5 s.
     ///
     /// # Errors
-    /// As [`Store::path_info`].
+    /// The database cannot be read, or the row is malformed.
     pub fn realisation(&self, id: &DrvOutput) -> Result<Option<Realisation>, StoreError> {
         self.lookups.read(&|database| database.realisation(&self.config.store_dir, id))
     }
 
-    /// The NAR of a path that is a single file and at most 16 KiB, if it can be had without waiting
-    /// for the disk.
+    /// Returns the NAR of a path that is a single regular file, if the NAR has at most 16 KiB and
+    /// the kernel has the file in memory. Never blocks on the disk.
     pub fn nar_at_once(&self, info: &PathInfo) -> Option<Vec<u8>> {
         nar::at_once(&self.config.files(), info)
     }
 
-    /// Writes the bytes `range` of the NAR of a path, in pieces of at most 256 KiB.
+    /// Writes the bytes `range` of the NAR of a path, in pieces of at most 256 KiB. Blocks on the
+    /// disk and on `out`, without a time limit.
     ///
-    /// The last piece is written only when all files turned out to make up exactly `nar_size` bytes
-    /// and, if it is not the only piece, the path is still valid with the same NAR hash. So a
-    /// reader that got all bytes got them from a path that was whole. The bytes are not hashed.
+    /// The last piece is written only after all files turned out to make up exactly `nar_size`
+    /// bytes and, unless it is the only piece, the path is still valid with the same NAR hash. So a
+    /// receiver of all bytes got them from a complete path. The bytes are not hashed.
     ///
     /// # Errors
-    /// `out` failed, the files are not those that were registered, or they cannot be read. Part of
-    /// the range may have been written, but never all of it.
+    /// `out` failed, the files differ from the registered ones, or they cannot be read. Part of the
+    /// range may have been written, but never all of it.
     pub fn write_nar(
         &self,
         info: &PathInfo,
@@ -238,20 +249,20 @@ impl Store {
         nar::write(self.walk(info)?, info.nar_size, range, out, &still_valid)
     }
 
-    /// The listing of a path: JSON, version 1, with the place of each file in the NAR. At most 16
-    /// MiB.
+    /// Returns the listing of a path: JSON, version 1, with the offset of each file in the NAR.
+    /// Blocks on the disk.
     ///
     /// # Errors
-    /// As [`Store::write_nar`], or a listing larger than that.
+    /// The files differ from the registered ones or cannot be read, or the listing exceeds 16 MiB.
     pub fn listing(&self, info: &PathInfo) -> Result<Vec<u8>, NarError> {
         listing::listing(self.walk(info)?, info.nar_size)
     }
 
-    /// The build log of a derivation, uncompressed. `None` if there is none, or the path is no
-    /// derivation.
+    /// Opens the build log of a derivation, decompressed. `None` if there is none, or the path is
+    /// no derivation. Blocks while it decompresses the log once to find its length.
     ///
     /// # Errors
-    /// A log that cannot be read or is larger than 64 MiB.
+    /// The log cannot be read, or its text exceeds 64 MiB.
     pub fn log(&self, derivation: &StorePath) -> Result<Option<BuildLog>, StoreError> {
         BuildLog::open(&self.config.log_dir(), derivation)
     }
@@ -282,7 +293,7 @@ mod tests {
     }
 
     #[test]
-    fn places_that_follow_from_the_database() {
+    fn socket_and_log_dir_are_derived_from_database_path() {
         let config = StoreConfig {
             store_dir: StoreDir::parse("/nix/store").unwrap(),
             db: PathBuf::from("/nix/var/nix/db/db.sqlite"),
@@ -298,7 +309,7 @@ mod tests {
     }
 
     #[test]
-    fn a_path_and_all_that_is_known_of_it() {
+    fn path_info_has_every_column() {
         let fixture = Fixture::new();
         let store = fixture.open();
         let first = fixture.register(&"1".repeat(32), 120);
@@ -323,14 +334,14 @@ mod tests {
         let plain = store.path_info(&first.hash_part()).unwrap().unwrap();
         assert!(plain.references.is_empty() && plain.signatures.is_empty());
         assert!(plain.deriver.is_none() && plain.ca.is_none());
-        // Before, between and after all that are there.
+        // Hash parts before, between and after the registered ones.
         for digit in ['0', '2', 'z'] {
             assert_eq!(store.path_info(&part(digit)).unwrap(), None);
         }
     }
 
     #[test]
-    fn a_malformed_row_is_an_error_that_names_the_path() {
+    fn malformed_row_is_error_naming_path() {
         let fixture = Fixture::new();
         let path = fixture.register(&"1".repeat(32), 120);
         let store = fixture.open();
@@ -358,10 +369,9 @@ mod tests {
         }
     }
 
-    /// One signature of another length used to hide the path, though Nix had taken it for another
-    /// signature.
+    /// Nix ignores a signature of a wrong length, so such a signature must not hide the path.
     #[test]
-    fn what_nix_does_not_compare_hides_no_path() {
+    fn malformed_signature_or_deriver_does_not_hide_path() {
         let fixture = Fixture::new();
         let path = fixture.register(&"1".repeat(32), 120);
         let store = fixture.open();
@@ -384,7 +394,7 @@ mod tests {
     }
 
     #[test]
-    fn each_reason_not_to_open_is_one_line() {
+    fn open_error_is_one_line() {
         let fails = |fixture: &Fixture| {
             let error = Store::open(fixture.config()).unwrap_err();
             assert!(!error.to_string().contains('\n'));
@@ -421,7 +431,7 @@ mod tests {
     }
 
     #[test]
-    fn a_locked_database_is_busy() {
+    fn locked_database_is_busy() {
         let fixture = Fixture::new();
         let path = fixture.register(&"1".repeat(32), 120);
         fixture.execute("pragma locking_mode = exclusive; begin exclusive; delete from Refs");
@@ -435,7 +445,7 @@ mod tests {
     }
 
     #[test]
-    fn all_paths_in_the_order_of_their_rows() {
+    fn paths_after_returns_all_paths_in_row_order() {
         let fixture = Fixture::new();
         let store = fixture.open();
         assert_eq!(store.paths_after(0, 10).unwrap(), []);
@@ -445,7 +455,7 @@ mod tests {
         let signature = format!("cache.nixos.org-1:{}==", "A".repeat(86));
         fixture
             .execute(&format!("update ValidPaths set sigs = '{signature}' where path like '%/2%'"));
-        // All at once, and in steps.
+        // All in one call, and in steps.
         let all = store.paths_after(0, 100).unwrap();
         assert_eq!(
             all.iter().map(|(_, info)| &info.path).collect::<Vec<_>>(),
@@ -466,14 +476,14 @@ mod tests {
             }
             assert_eq!(steps, all, "{limit}");
         }
-        // What cannot be read does not stand in the way, however much of it there is.
+        // Malformed rows, however many, do not count toward the limit.
         fixture.execute("update ValidPaths set narSize = null where path not like '%/7%'");
         assert_eq!(store.paths_after(0, 1).unwrap(), all[9..]);
         assert_eq!(store.paths_after(all[9].0, 1).unwrap(), []);
     }
 
     #[test]
-    fn a_census_tells_of_every_change() {
+    fn census_version_changes_with_every_commit() {
         let fixture = Fixture::new();
         let store = fixture.open();
         let mut last = store.census().unwrap();
@@ -497,14 +507,14 @@ mod tests {
         changed("update ValidPaths set sigs = 'x' where id = 1", 2, 2);
         changed("delete from ValidPaths where id = 2", 1, 1);
         changed(&insert("3"), 2, 3);
-        // After a checkpoint, and with another connection.
+        // After a checkpoint, from another connection.
         fixture.execute("pragma wal_checkpoint(truncate)");
         let version = store.census().unwrap().version;
         assert_ne!(fixture.open().census().unwrap().version, version);
     }
 
     #[test]
-    fn what_was_registered_a_moment_ago_is_found_by_every_thread() {
+    fn new_path_is_found_at_once_by_every_thread() {
         let fixture = Fixture::new();
         let store = fixture.open();
         thread::scope(|scope| {
@@ -525,7 +535,7 @@ mod tests {
     }
 
     #[test]
-    fn a_database_that_takes_the_place_of_another_is_opened() {
+    fn replaced_database_file_is_reopened() {
         let (old, new) = (Fixture::new(), Fixture::new());
         let gone = old.register(&"1".repeat(32), 120);
         let store = old.open();

@@ -1,4 +1,4 @@
-//! A store path as a NAR, or any range of one, straight from its files.
+//! Writes a store path as a NAR, or a range of one, directly from its files.
 
 use super::{
     NarError,
@@ -19,16 +19,18 @@ use std::{
     path::Path,
 };
 
-/// The largest piece that is written at once, in bytes; larger ones were not faster.
+/// The largest piece that is written at once, in bytes. Larger pieces were not faster.
 pub(super) const PIECE: usize = 256 << 10;
 
-/// Where a NAR goes.
+/// The destination of a NAR.
 pub trait NarSink: Write {
-    /// Passes on up to `len` bytes of `file` from `at` on without a copy in this process, and says
-    /// how many it did: 0 is the file's end, `None` that this sink cannot.
+    /// Sends up to `len` bytes of `file` from offset `at` on without copying them through this
+    /// process, and returns the number of bytes sent: 0 at the end of the file, `None` if this sink
+    /// cannot do so. The default returns `None`.
     ///
     /// # Errors
-    /// The sink's; one of the file's comes back when it is read.
+    /// Errors of the sink. After an error of the file, the caller meets it again by reading the
+    /// file.
     fn send_file(&mut self, _file: BorrowedFd<'_>, _at: u64, _len: u64) -> io::Result<Option<u64>> {
         Ok(None)
     }
@@ -36,9 +38,9 @@ pub trait NarSink: Write {
 
 impl NarSink for Vec<u8> {}
 
-/// Writes `range` of the NAR of what `walk` goes through, which the database says has `nar_size`
-/// bytes. Files before and after the range are not opened, only measured. `still_valid` is asked
-/// before the last of several pieces.
+/// Writes `range` of the NAR of the tree that `walk` visits, which has `nar_size` bytes according
+/// to the database. Files outside the range are not opened; only their size is read. `still_valid`
+/// is called before the last piece, unless that is the only one.
 pub(super) fn write(
     mut walk: Walk,
     nar_size: u64,
@@ -53,17 +55,17 @@ pub(super) fn write(
     let mut structure = nar::MAGIC.to_vec();
     let (mut position, mut pieces) = (0, 0);
     if len > PIECE && range.start == 0 {
-        // A directory may take long to list, and a piece may be hundreds of files: who asked sees
-        // at once that the NAR comes.
+        // Listing a directory may take long, and a piece may be hundreds of files. The magic is
+        // sent first, so that the receiver sees at once that the NAR comes.
         walk.is_there()?;
         out.write_all(&structure).map_err(NarError::Write)?;
         (position, pieces) = (structure.len() as u64, 1);
         structure.clear();
-        // Whoever waits for it may wait on this processor, and would see it when this thread's time
-        // is up: 2 ms.
+        // The receiver may be scheduled on this processor. Without a yield it would run only when
+        // this thread's time slice ends, 2 ms later.
         std::thread::yield_now();
     }
-    // Most NARs are smaller than a piece, and clearing all of one takes longer than they do.
+    // Most NARs are smaller than a piece, and zeroing a whole piece takes longer than writing them.
     let mut stream =
         NarStream { out, range, buffer: vec![0; len.min(PIECE) + 1], filled: 0, pieces, position };
     while let Some(step) = walk.advance()? {
@@ -75,8 +77,8 @@ pub(super) fn write(
             WalkStep::Leave => structure.extend_from_slice(&nar::CLOSE),
             WalkStep::Symlink => nar::symlink(&mut structure, walk.target()?.to_bytes()),
             WalkStep::Regular => {
-                // Where the file's node begins; opened at once if that is in the range, which saves
-                // a stat.
+                // Offset of the file's node. The file is opened at once if that is in the range,
+                // which saves a stat.
                 let near = stream.position + structure.len() as u64;
                 let mut file = OpenedFile::find(&walk, stream.is_wanted(near))?;
                 nar::regular_open(&mut structure, file.executable, file.size);
@@ -111,11 +113,11 @@ pub(super) fn write(
     stream.flush()
 }
 
-/// NARs that [`at_once`] makes are no larger, in bytes.
+/// The largest NAR that [`at_once`] makes, in bytes; larger ones give `None`.
 const SMALL: u64 = 16 << 10;
 
-/// The NAR of a path that is one small file, if the kernel has the file in memory: nothing here
-/// waits for a disk.
+/// Returns the NAR of a path that is one small file, if the kernel has the file in memory. Never
+/// blocks on the disk.
 pub(super) fn at_once(files: &Path, info: &PathInfo) -> Option<Vec<u8>> {
     if info.nar_size > SMALL {
         return None;
@@ -127,7 +129,7 @@ pub(super) fn at_once(files: &Path, info: &PathInfo) -> Option<Vec<u8>> {
     if nar::MAGIC.len() as u64 + nar::regular_len(executable, size) != info.nar_size {
         return None;
     }
-    // No larger than a small NAR, and one byte longer to see that the file ends there.
+    // At most [`SMALL`]. One byte more is read, to see that the file ends there.
     let size = size as usize;
     let mut nar = Vec::with_capacity(SMALL as usize + 1);
     nar.extend_from_slice(&nar::MAGIC);
@@ -140,7 +142,7 @@ pub(super) fn at_once(files: &Path, info: &PathInfo) -> Option<Vec<u8>> {
         0,
         ReadWriteFlags::NOWAIT,
     ) {
-        // What is in memory for good knows no other way to be read.
+        // tmpfs does not support RWF_NOWAIT, but is always in memory.
         Err(Errno::OPNOTSUPP) if fstatfs(&file).ok()?.f_type == TMPFS => {
             pread(&file, &mut nar[begin..], 0)
         }
@@ -155,18 +157,20 @@ pub(super) fn at_once(files: &Path, info: &PathInfo) -> Option<Vec<u8>> {
     Some(nar)
 }
 
-/// `TMPFS_MAGIC` of Linux: the store of a system that runs from memory.
+/// `TMPFS_MAGIC` of Linux, for systems whose store is in memory.
 const TMPFS: FsWord = 0x0102_1994;
 
-/// How a file is opened. Should a FIFO have taken its place, opening it must not wait for a writer.
+/// Flags to open a file. With NONBLOCK, opening a FIFO that replaced the file does not wait for a
+/// writer.
 const FILE: OFlags =
     OFlags::RDONLY.union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC).union(OFlags::NONBLOCK);
 
-/// Structure is put into the stream with the next file, or when there is so much of it, in bytes.
+/// Structure (all bytes but file contents) is put into the stream before the next file, or when it
+/// reaches this many bytes.
 const STRUCTURE: usize = 16 << 10;
 const LARGER: &str = "larger than what was registered";
 
-/// A regular file as it was found.
+/// A regular file as it was found, opened or not.
 pub(super) struct OpenedFile {
     pub(super) size: u64,
     pub(super) executable: bool,
@@ -174,7 +178,8 @@ pub(super) struct OpenedFile {
 }
 
 impl OpenedFile {
-    /// The current entry of `walk`: opened, or only measured.
+    /// Finds the current entry of `walk`. The file is opened if `open` is set; otherwise only its
+    /// metadata is read.
     pub(super) fn find(walk: &Walk, open: bool) -> Result<OpenedFile, NarError> {
         let (directory, name) = walk.place();
         let failed = |error| walk.failed(error);
@@ -200,7 +205,7 @@ impl OpenedFile {
     }
 }
 
-/// Size of a regular file, and whether its owner may execute it.
+/// Returns the size of a regular file and whether its owner may execute it; `None` for other types.
 fn regular(stat: &Stat) -> Option<(u64, bool)> {
     let is_regular = FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile;
     is_regular.then(|| {
@@ -212,17 +217,16 @@ fn open_file(directory: BorrowedFd<'_>, name: &std::ffi::CStr) -> rustix::io::Re
     openat(directory, name, FILE, Mode::empty())
 }
 
-/// The NAR's bytes on their way out: drops those outside the range and always keeps the last piece
-/// back.
+/// Output stream of a NAR. It drops the bytes outside the range, and always retains the last piece
+/// until [`NarStream::flush`].
 struct NarStream<'a> {
     out: &'a mut dyn NarSink,
     range: Range<u64>,
-    /// One byte longer than a piece, to see a file that goes on after its end without a read of its
-    /// own.
+    /// One byte longer than a piece, so that a file that has grown is noticed without another read.
     buffer: Vec<u8>,
     filled: usize,
     pieces: u64,
-    /// In the NAR.
+    /// Offset in the NAR.
     position: u64,
 }
 
@@ -231,7 +235,8 @@ impl NarStream<'_> {
         self.range.contains(&position)
     }
 
-    /// What of the next `len` bytes is in the range, counted from the position; and moves on.
+    /// Advances the position by `len`. Returns which of these `len` bytes are in the range, as
+    /// offsets from the old position.
     fn pass(&mut self, len: u64) -> Range<u64> {
         let start = self.range.start.saturating_sub(self.position).min(len);
         let end = self.range.end.saturating_sub(self.position).min(len);
@@ -241,7 +246,7 @@ impl NarStream<'_> {
 
     fn put(&mut self, bytes: &[u8]) -> Result<(), NarError> {
         let wanted = self.pass(bytes.len() as u64);
-        // No larger than the slice it is a part of.
+        // Fits `usize`: no larger than the length of `bytes`.
         let mut rest = &bytes[wanted.start as usize..wanted.end as usize];
         while !rest.is_empty() {
             self.make_room()?;
@@ -267,8 +272,8 @@ impl NarStream<'_> {
         }
         let Some(descriptor) = &file.descriptor else { return Ok(()) };
         let mut at = wanted.start;
-        // All but the end of a large file goes straight to the sink. The end is read as any other
-        // file, so that it is seen whether it is the end, and the last piece is kept back.
+        // All but the end of a large file goes directly to the sink. The end is read into the
+        // buffer, so that the file's length is verified and the last piece is retained.
         while wanted.end - at > 2 * PIECE as u64 {
             self.flush()?;
             let most = wanted.end - at - PIECE as u64;
@@ -285,7 +290,8 @@ impl NarStream<'_> {
             self.make_room()?;
             let left = wanted.end - at;
             let room = self.room();
-            // At the end of the file, one byte more is asked for than there may be.
+            // At the end of the file, one byte more is requested, to notice that the file has
+            // grown.
             let (asked, most) = match usize::try_from(left) {
                 Ok(left) if left <= room => (left + usize::from(wanted.end == file.size), left),
                 _ => (room, room),
@@ -341,7 +347,8 @@ mod tests {
         Ok(out)
     }
 
-    /// What came, and how it ended, when `damage` is done as the first piece is written.
+    /// Returns the number of bytes written, the size of the NAR, and the result, if `damage` runs
+    /// when the first piece is written.
     fn damaged(
         make: impl FnOnce(&Path),
         damage: impl Fn(&Fixture, &Path),
@@ -366,7 +373,7 @@ mod tests {
     }
 
     #[test]
-    fn whole_and_in_every_range() {
+    fn every_range_equals_part_of_whole() {
         let fixture = Fixture::new();
         let (info, nar) = fixture.add(odd_tree);
         let store = fixture.open();
@@ -387,7 +394,7 @@ mod tests {
     }
 
     #[test]
-    fn at_once_are_only_small_files_as_they_were_registered() {
+    fn nar_at_once_is_none_for_large_or_changed_files() {
         use std::os::unix::fs::PermissionsExt;
         for size in [0, 1, 7, 8, 3900, SMALL as usize - 160] {
             for mode in [0o444, 0o555] {
@@ -419,7 +426,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_a_symlink_and_a_directory_may_be_the_root() {
+    fn root_of_any_type_is_written() {
         let makes: [fn(&Path); 4] = [
             |root| fs::write(root, "contents").unwrap(),
             |root| fs::write(root, "").unwrap(),
@@ -434,7 +441,7 @@ mod tests {
     }
 
     #[test]
-    fn pieces_end_anywhere() {
+    fn file_sizes_around_piece_size_are_written_whole() {
         for size in
             [PIECE - 200, PIECE - 121, PIECE - 120, PIECE - 119, PIECE - 97, PIECE, 3 * PIECE + 5]
         {
@@ -450,7 +457,7 @@ mod tests {
     }
 
     #[test]
-    fn what_changes_before_is_never_completed() {
+    fn path_changed_before_is_never_completed() {
         let changes: [fn(&Path); 7] = [
             |files| fs::write(files.join("a"), "").unwrap(),
             |files| fs::write(files.join("c"), [b'c'; 100]).unwrap(),
@@ -488,7 +495,7 @@ mod tests {
     }
 
     #[test]
-    fn what_changes_meanwhile_is_never_completed() {
+    fn path_changed_while_written_is_never_completed() {
         let damages: [fn(&Fixture, &Path); 8] = [
             |_, files| {
                 fs::File::options()
@@ -524,7 +531,7 @@ mod tests {
         assert!(damaged(two_files, |_, _| {}).2.is_ok());
     }
 
-    /// A sink that takes files as sockets do, but no more than 100,000 bytes of one at once.
+    /// A sink that accepts files like a socket, but at most 100,000 bytes per call.
     #[derive(Default)]
     struct Socket {
         bytes: Vec<u8>,
@@ -556,7 +563,7 @@ mod tests {
     }
 
     #[test]
-    fn a_sink_that_takes_files_gets_the_same_bytes() {
+    fn sink_with_send_file_gets_same_bytes() {
         let size = 4 * PIECE + 5;
         let content: Vec<u8> = (0..size).map(|i| (i * 7 / 3) as u8).collect();
         let fixture = Fixture::new();
@@ -576,7 +583,7 @@ mod tests {
             assert!(out.bytes == nar[wanted.clone()], "{wanted:?}");
             assert_eq!(out.from_files > 0, wanted.len() > 2 * PIECE + 200, "{wanted:?}");
         }
-        // A file that ends too soon is never completed.
+        // A file that is too short is never completed.
         let mut out = Socket::default();
         let files = fixture.absolute(info.path.base_name());
         fs::File::options().write(true).open(files).unwrap().set_len(size as u64 - 8).unwrap();
@@ -585,7 +592,7 @@ mod tests {
     }
 
     #[test]
-    fn a_receiver_that_fails_ends_it() {
+    fn failing_sink_ends_write() {
         struct Full;
         impl NarSink for Full {}
         impl Write for Full {
@@ -603,7 +610,7 @@ mod tests {
     }
 
     #[test]
-    fn deep_trees() {
+    fn tree_deeper_than_maximum_is_refused() {
         for (depth, good) in
             [(super::super::walk::MAX_DEPTH, true), (super::super::walk::MAX_DEPTH + 1, false)]
         {

@@ -1,11 +1,9 @@
-//! What the database said of the paths that were asked for last. A path is asked for several times
-//! in a row: by a query, for its narinfo, for its NAR; and by all the machines that update at the
-//! same time.
+//! Cache of the database's answers about paths. A path is usually looked up several times in a row:
+//! by a query, for its narinfo and for its NAR, and by every machine that updates at the same time.
 //!
-//! Nothing is told from here that is not what the database says at that moment. SQLite tells each
-//! connection whether another one has committed anything since it last looked (`pragma
-//! data_version`, 2 µs where a path takes 15), and each that notices makes everything here too old,
-//! for all connections.
+//! The cache never returns an outdated answer. SQLite tells each connection whether another one has
+//! committed since it last looked (`pragma data_version`, 2 µs, while a lookup takes 15 µs). Each
+//! connection that notices a commit invalidates the whole cache, for all connections.
 
 use super::database::{Database, DatabaseError, FileId};
 use crate::nix::{HashPart, PathInfo};
@@ -15,22 +13,22 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-/// What all of it may take, in bytes: 25,000 paths with five references each, more than one
-/// machine's update asks for.
+/// Most memory of the cache, in bytes; an answer beyond it first empties the cache. It holds 25,000
+/// paths with five references each, more than the update of one machine looks up.
 const MAX_BYTES: usize = 24 << 20;
-/// An answer that takes more is not kept. Few paths have so many references, and each of these
-/// would displace a hundred others.
+/// Largest answer that is cached, in bytes. Few paths have so many references, and each of them
+/// would displace more than a hundred others.
 const MAX_ANSWER: usize = 256 << 10;
-/// What an answer takes beside what [`PathInfo`] holds: its place in the map, and what the
-/// allocator adds.
+/// Estimated size of an answer beyond its [`PathInfo`], in bytes: the map's entry and the overhead
+/// of the allocator.
 const OVERHEAD: usize = 128;
-/// What the allocator adds to a text.
+/// Estimated overhead of the allocator per string, in bytes.
 const TEXT: usize = 16;
 
-/// An answer: the path, or that there is none.
+/// A cached answer; `None` if no such path is valid.
 pub(super) type CachedInfo = Option<Arc<PathInfo>>;
 
-/// The answers, all from the same state of the database.
+/// The cached answers, all of one generation of the database.
 #[derive(Debug, Default)]
 pub(super) struct PathInfoCache {
     newest: Mutex<CacheGeneration>,
@@ -40,10 +38,10 @@ pub(super) struct PathInfoCache {
 /// The newest state of the database that some connection has seen.
 #[derive(Debug, Default)]
 struct CacheGeneration {
-    /// Grows whenever some connection sees a change.
+    /// Incremented whenever a connection sees a change.
     generation: u64,
-    /// What it was read from. After another file took its place, there are connections to both for
-    /// a while.
+    /// The file that it was read from. After the file was replaced, connections to both files exist
+    /// for a while.
     file: Option<FileId>,
 }
 
@@ -55,14 +53,14 @@ struct CachedInfos {
 }
 
 impl PathInfoCache {
-    /// The state that the database is in now. What is then read from the same connection is of this
-    /// state or a later one, which no connection has seen yet.
+    /// Returns the current generation. Later reads from the same connection see this generation, or
+    /// a later state that no connection has seen yet.
     ///
     /// # Errors
-    /// The database's.
+    /// Errors of the database.
     pub(super) fn generation(&self, database: &Database) -> Result<u64, DatabaseError> {
         let has_changed = database.has_changed()?;
-        // No code that can panic runs while it is held.
+        // No code that can panic runs while the lock is held.
         let mut newest = self.newest.lock().unwrap_or_else(PoisonError::into_inner);
         if has_changed || newest.file != Some(database.file) {
             *newest =
@@ -71,13 +69,14 @@ impl PathInfoCache {
         Ok(newest.generation)
     }
 
-    /// The answer, if it is of that state.
+    /// Returns the cached answer, if the cache is of that generation.
     pub(super) fn get(&self, part: &HashPart, generation: u64) -> Option<CachedInfo> {
         let answers = self.lock();
         if answers.generation == generation { answers.map.get(part).cloned() } else { None }
     }
 
-    /// Keeps an answer that was read after `generation` was told.
+    /// Caches an answer that was read after [`PathInfoCache::generation`] returned `generation`. An
+    /// answer of an older generation than the cache's, or a too large one, is not cached.
     pub(super) fn put(&self, part: HashPart, generation: u64, answer: &CachedInfo) {
         let bytes = OVERHEAD + answer.as_deref().map_or(0, size);
         let mut outdated = CachedInfos::default();
@@ -86,8 +85,8 @@ impl PathInfoCache {
             return;
         }
         if generation > answers.generation || answers.bytes + bytes > MAX_BYTES {
-            // All of it: to tell what is asked for again would cost every request more than it
-            // saves.
+            // Everything is dropped: tracking which answers are in use would cost every request
+            // more than it saves.
             outdated =
                 mem::replace(&mut *answers, CachedInfos { generation, ..CachedInfos::default() });
         }
@@ -95,10 +94,10 @@ impl PathInfoCache {
             answers.bytes += bytes;
         }
         drop(answers);
-        drop(outdated); // with the lock free: it may be thousands
+        drop(outdated); // after unlocking: it may have thousands of entries
     }
 
-    /// Gives the memory back.
+    /// Drops all answers and frees their memory.
     pub(super) fn clear(&self) {
         let mut answers = self.lock();
         let generation = answers.generation;
@@ -109,12 +108,12 @@ impl PathInfoCache {
     }
 
     fn lock(&self) -> MutexGuard<'_, CachedInfos> {
-        // No code that can panic runs while it is held.
+        // No code that can panic runs while the lock is held.
         self.answers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// About so many bytes.
+/// Returns the estimated memory of `info`, in bytes.
 fn size(info: &PathInfo) -> usize {
     let text = |text: &str| text.len() + TEXT;
     let path = |path: &crate::nix::StorePath| size_of_val(path) + text(path.base_name());
@@ -142,14 +141,14 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_kept_over_a_change_whichever_connection_sees_it() {
+    fn commit_invalidates_cache_of_every_connection() {
         let fixture = Fixture::new();
         let store = fixture.open();
         let path = fixture.register(&"1".repeat(32), 120);
         let size = |store: &super::super::Store| {
             let of = |info: Option<Arc<PathInfo>>| info.map(|info| info.nar_size);
             let part = path.hash_part();
-            // Two connections, and what is there at once.
+            // Each of these uses another connection or the cache alone.
             let slow = of(store.path_info(&part).unwrap());
             assert_eq!(of(store.path_infos_quickly(&[part]).unwrap().remove(0)), slow);
             assert_eq!(store.path_info_at_once(&part, &mut None).map(of), Some(slow));
@@ -165,10 +164,10 @@ mod tests {
         assert_eq!(size(&store), Some(7));
     }
 
-    /// An answer from the old file was told for ever, if it was given after the new one had been
-    /// noticed.
+    /// After a file was replaced, an answer from a connection to the old file must not count for
+    /// the new file.
     #[test]
-    fn connections_to_two_files_share_nothing() {
+    fn answer_from_replaced_file_is_not_returned() {
         let (old, new) = (Fixture::new(), Fixture::new());
         let path = old.register(&"1".repeat(32), 120);
         let open = |fixture: &Fixture| {
@@ -187,7 +186,7 @@ mod tests {
     }
 
     #[test]
-    fn a_writer_without_a_log_makes_nobody_open_the_database_anew() {
+    fn busy_database_keeps_connection_open() {
         let fixture = Fixture::new();
         fixture.execute("pragma journal_mode = delete");
         let store = fixture.open();
@@ -195,13 +194,13 @@ mod tests {
         store.path_info(&part).unwrap();
         fixture.execute("begin exclusive");
         assert_eq!(store.path_info_at_once(&part, &mut None), None);
-        // Nothing was written, and what was kept is still there.
+        // Nothing was committed, so the cached answer is still valid.
         fixture.execute("rollback");
         assert!(store.path_info_at_once(&part, &mut None).is_some());
     }
 
     #[test]
-    fn at_once_is_only_what_is_known() {
+    fn path_info_at_once_returns_only_cached_answers() {
         let fixture = Fixture::new();
         let store = fixture.open();
         let path = fixture.register(&"1".repeat(32), 120);
@@ -216,12 +215,12 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_of_an_older_state_is_not_kept() {
+    fn answer_of_older_generation_is_not_cached() {
         let kept = PathInfoCache::default();
         kept.put(part(1), 5, &None);
         assert_eq!(kept.get(&part(1), 5), Some(None));
         assert_eq!(kept.get(&part(1), 6), None);
-        // Read before the change, and told after it.
+        // Read before the change, and put after it.
         kept.put(part(2), 4, &None);
         assert_eq!(kept.get(&part(2), 4), None);
         assert_eq!(kept.get(&part(2), 5), None);
@@ -231,7 +230,7 @@ mod tests {
     }
 
     #[test]
-    fn it_does_not_grow_without_end() {
+    fn cache_size_is_bounded() {
         let (kept, mut most) = (PathInfoCache::default(), 0);
         for n in 0..2 * MAX_BYTES / OVERHEAD {
             kept.put(part(n), 1, &None);

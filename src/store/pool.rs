@@ -1,22 +1,19 @@
-//! The connections to Nix's database: how they come to be open, how many there are, and when they
-//! are too old.
+//! Pool of connections to Nix's database: how they are opened, how many exist, and when they are
+//! replaced.
 //!
-//! A database in WAL mode can be read only while the two files `-wal` and `-shm` are there, or by a
-//! user that may create them. SQLite removes them when its last process closes the database, which
-//! on an idle machine is always. So an unprivileged peerix tries, in this order:
+//! A database in WAL mode is readable only while the files `-wal` and `-shm` exist, or by a user
+//! that may create them. SQLite removes them when the last process closes the database, so on an
+//! idle machine they are usually missing. An unprivileged peerix therefore tries, in this order:
 //!
-//! 1. to open and query;
-//! 2. to have nix-daemon open it ([`super::daemon_socket`]), and then 1. again while the daemon
-//!    still has it. As long as this process keeps a connection, the files stay, so this is needed
-//!    once;
-//! 3. to read it as immutable, for one query, if the log is empty and the file was the same before
-//!    and after.
+//! 1. Open the database and query it.
+//! 2. Make nix-daemon open it ([`super::daemon_socket`]) and repeat step 1 while the daemon has it
+//!    open. The files exist as long as this process keeps a connection, so this is needed once.
+//! 3. Read it as immutable, for one query, if the write-ahead log is empty and the file is the same
+//!    before and after.
 //!
-//! (As root, 1. always works, and it is SQLite that creates the two files. The database itself is
-//! never written to.)
-//!
-//! Every query without a lasting connection begins at 1. again. (The service's unit also opens the
-//! database once as root before peerix starts, so that 1. holds from the beginning.)
+//! For root step 1 always works: SQLite creates the two files, and the database itself is never
+//! written. Every query without an open connection begins with step 1. The service's unit also
+//! opens the database once as root before peerix starts, so that step 1 works from the beginning.
 
 use super::{
     StoreError, daemon_socket,
@@ -33,19 +30,22 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-/// How often the path of the database is looked at, for a file that took the place of the open one.
+/// Interval between checks whether another file has replaced the open database. A replaced file is
+/// read for at most this much longer.
 const REPLACEMENT_CHECK: Duration = Duration::from_secs(1);
-/// The longest wait for nix-daemon, which starts a process for each connection.
+/// Longest wait for nix-daemon, which starts a process for each connection; then it counts as
+/// unavailable.
 const DAEMON_PATIENCE: Timeout = Timeout::from_secs(2);
-/// The pause between two attempts at nix-daemon.
+/// Least time between two attempts to wake nix-daemon.
 const DAEMON_PAUSE: Duration = Duration::from_secs(5);
 
-/// How often reading it as immutable is tried while nobody seems to write.
+/// Consecutive attempts to read the database as immutable while no process seems to write; then the
+/// query fails with [`StoreError::Asleep`].
 const ATTEMPTS: u32 = 10;
-/// The pause between two of them.
+/// Pause between two attempts to read the database as immutable.
 const PAUSE: Duration = Duration::from_millis(2);
 
-/// Where the database is and what surrounds it.
+/// Location of the database and of what belongs to it.
 #[derive(Debug, Clone)]
 pub(super) struct DatabaseLocation {
     pub(super) store_dir: StoreDir,
@@ -53,7 +53,7 @@ pub(super) struct DatabaseLocation {
     pub(super) daemon_socket: PathBuf,
 }
 
-/// What had to be done to read the database.
+/// How the database could be read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum OpenMethod {
     Plain,
@@ -73,18 +73,19 @@ impl fmt::Display for OpenMethod {
     }
 }
 
-/// What is asked of an open database.
+/// A query on an open database.
 type DatabaseQuery<'a, T> = dyn Fn(&Database) -> Result<T, DatabaseError> + 'a;
 
-/// Connections, at most so many, each used by one thread at a time.
+/// A bounded set of connections, each used by one thread at a time.
 #[derive(Debug)]
 pub(super) struct ConnectionPool {
     place: DatabaseLocation,
-    /// At most so many connections exist; who comes later waits for one.
+    /// Most connections; further queries wait until one is returned.
     connections: usize,
-    /// One lookup takes no longer than this, locks and waiting for a connection included.
+    /// Longest wait of one query for locks and for a connection; then it fails with
+    /// [`StoreError::Busy`].
     patience: Duration,
-    /// How loudly it says how it opened the database.
+    /// Level at which the pool logs how it opened the database.
     level: log::Level,
     state: Mutex<PoolState>,
     returned: Condvar,
@@ -92,8 +93,8 @@ pub(super) struct ConnectionPool {
 
 #[derive(Debug, Default)]
 struct PoolState {
-    /// Those not in use, the one used last at the end. One stays open for ever, and with it
-    /// SQLite's files.
+    /// Connections that are not in use, the most recently used last. At least one stays open once a
+    /// query has succeeded, so that SQLite's files continue to exist.
     idle: Vec<Database>,
     in_use: usize,
     file: Option<FileId>,
@@ -119,7 +120,8 @@ impl ConnectionPool {
         }
     }
 
-    /// The valid path with this hash part, from the database or from what it said before.
+    /// Looks up the valid path with this hash part, in the cache or in the database. Blocks for at
+    /// most `patience` on locks and connections.
     pub(super) fn path_info(
         &self,
         kept: &PathInfoCache,
@@ -128,15 +130,15 @@ impl ConnectionPool {
         self.read(&|database| self.look_up(database, kept, generation(database, kept)?, part))
     }
 
-    /// The valid paths with these hash parts. A row that cannot be read is passed over, as if it
-    /// were not there.
+    /// Looks up the valid paths with these hash parts. A malformed row counts as absent. Blocks for
+    /// at most `patience` on locks and connections.
     pub(super) fn path_infos(
         &self,
         kept: &PathInfoCache,
         parts: &[HashPart],
     ) -> Result<Vec<CachedInfo>, StoreError> {
         self.read(&|database| {
-            // Before the transaction: what is read in it is of this state or a later one.
+            // Taken before the transaction, whose reads then see this generation or a later state.
             let generation = generation(database, kept)?;
             let look_up = |part| match self.look_up(database, kept, generation, part) {
                 Err(DatabaseError::Error(error @ StoreError::Row { .. })) => {
@@ -146,7 +148,7 @@ impl ConnectionPool {
                 answer => answer,
             };
             let read = || parts.iter().map(look_up).collect();
-            // For one path, two statements more would cost more than they save.
+            // For one path, the two more statements would cost more than they save.
             if parts.len() > 1 { database.in_transaction(read) } else { read() }
         })
     }
@@ -168,22 +170,23 @@ impl ConnectionPool {
         Ok(answer)
     }
 
-    /// The state that the database is in, if that can be told without waiting for a connection or a
-    /// lock.
+    /// Returns the cache generation of the database; `None` if that would wait for a connection or
+    /// a lock, or if no connection is open.
     pub(super) fn generation_at_once(&self, kept: &PathInfoCache) -> Option<u64> {
         self.notice_replacement().ok()?;
         let now = Instant::now();
         let mut lease = self.lease(now).ok()?;
         let database = lease.database.take()?;
         let generation = ask(&database, &|database| kept.generation(database), now);
-        // That somebody writes is no reason to open it anew.
+        // A lock held by a writer is no reason to reopen the database.
         if matches!(generation, Ok(_) | Err(DatabaseError::Error(StoreError::Busy { .. }))) {
             lease.database = Some(database);
         }
         generation.ok()
     }
 
-    /// What a question to the database gives. It may be asked more than once.
+    /// Runs `question` on a connection, and on a new one if the open one fails. It may run more
+    /// than once. Blocks for at most `patience` on locks and connections.
     pub(super) fn read<T>(&self, question: &DatabaseQuery<'_, T>) -> Result<T, StoreError> {
         let deadline = Instant::now() + self.patience;
         self.notice_replacement()?;
@@ -200,7 +203,7 @@ impl ConnectionPool {
                     lease.database = Some(database);
                     return Err(error);
                 }
-                // A new connection may do better, or will say the same.
+                // A new connection may succeed, or fails with the cause.
                 Err(_) => drop(database),
             }
         }
@@ -239,8 +242,8 @@ impl ConnectionPool {
         let mut fruitless = 0;
         while fruitless < ATTEMPTS && !left(deadline).is_zero() {
             let before = FileStamp::observe(&self.place.db);
-            // Whoever has written a moment ago opens and closes the database, and will be through
-            // in another moment.
+            // A process that wrote a moment ago opens and closes the database, and is done in
+            // another moment.
             let is_settled =
                 before.as_ref().is_none_or(|still| still.unsettled(SystemTime::now()).is_none());
             fruitless = if is_settled { fruitless + 1 } else { 0 };
@@ -253,7 +256,7 @@ impl ConnectionPool {
                     return told;
                 }
             }
-            // If somebody writes, the files are there now.
+            // If a process is writing, the files exist now.
             if let Some(told) = self
                 .told(self.attempt(lease, OpenMode::Shared, question, deadline), OpenMethod::Plain)
             {
@@ -264,8 +267,8 @@ impl ConnectionPool {
         Err(StoreError::Asleep { db: self.place.db.clone(), daemon: daemon_said })
     }
 
-    /// What an attempt told, by which way; `None` if the database was asleep and another way is to
-    /// be tried.
+    /// Converts the result of an attempt and records the method that succeeded. `None` if the
+    /// database was asleep, so that the caller tries another method.
     fn told<T>(
         &self,
         answer: Result<T, DatabaseError>,
@@ -289,7 +292,7 @@ impl ConnectionPool {
         deadline: Instant,
     ) -> Result<T, DatabaseError> {
         let database = Database::open(&self.place.db, mode, left(deadline))?;
-        // A connection is opened in earnest by its first query only.
+        // SQLite opens the files only at the first query.
         let answer = ask(&database, question, deadline);
         if matches!(answer, Ok(_) | Err(DatabaseError::Error(StoreError::Row { .. }))) {
             lease.database = Some(database);
@@ -298,11 +301,11 @@ impl ConnectionPool {
     }
 
     fn state(&self) -> MutexGuard<'_, PoolState> {
-        // No code that can panic runs while it is held.
+        // No code that can panic runs while the lock is held.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits for an idle connection, or for the right to open one.
+    /// Waits until `deadline` for an idle connection or for the right to open one.
     fn lease(&self, deadline: Instant) -> Result<ConnectionLease<'_>, StoreError> {
         let full =
             |state: &mut PoolState| state.idle.is_empty() && state.in_use >= self.connections;
@@ -348,7 +351,7 @@ impl ConnectionPool {
                 state.file_checked = None;
             }
         }
-        drop(outdated); // closed here, with the lock free
+        drop(outdated); // closed here, after unlocking
         found.map(drop)
     }
 
@@ -370,7 +373,7 @@ impl ConnectionPool {
     }
 }
 
-/// The right to use one connection, and that connection if it is open.
+/// The right to use one connection, and that connection if it is open. Returns both on drop.
 struct ConnectionLease<'pool> {
     pool: &'pool ConnectionPool,
     database: Option<Database>,
@@ -388,12 +391,12 @@ impl Drop for ConnectionLease<'_> {
             }
         }
         self.pool.returned.notify_one();
-        drop(outdated); // closed here, with the lock free
+        drop(outdated); // closed here, after unlocking
     }
 }
 
-/// The state of the database under which its answers are kept; none are while it is read as
-/// immutable, as whether they are right is known only afterwards.
+/// Returns the generation under which answers are cached. `None` for an immutable database: whether
+/// its answers are correct is known only afterwards, so they are not cached.
 fn generation(database: &Database, kept: &PathInfoCache) -> Result<Option<u64>, DatabaseError> {
     if database.mode == OpenMode::Immutable {
         Ok(None)

@@ -1,5 +1,4 @@
-//! The files of a store path in the order of a NAR, without recursion and without following a
-//! symlink.
+//! Visits the files of a store path in NAR order, without recursion and without following symlinks.
 
 use super::NarError;
 use crate::nix::StorePath;
@@ -12,30 +11,31 @@ use std::{
     os::fd::{AsFd, BorrowedFd, OwnedFd},
 };
 
-/// Directories inside each other. Nix itself cannot make a path this deep unless all names are very
-/// short; each open level costs a file descriptor.
+/// Most directories inside each other; deeper trees are unsupported. Nix can create such a path
+/// only if its names have at most 15 bytes on average (`PATH_MAX`). Each open level costs a file
+/// descriptor.
 pub(super) const MAX_DEPTH: usize = 256;
-/// Bytes of names, over all directories being walked: 400,000 files in one directory with names of
-/// 40 bytes.
+/// Most bytes of names in all open directories together; more are unsupported. 400,000 files in one
+/// directory with names of 40 bytes fit.
 const MAX_NAMES: usize = 16 << 20;
-/// What one getdents fills: about 1,000 names.
+/// Buffer of one `getdents` call, in bytes: about 1,000 names.
 const ENTRIES_BUFFER: usize = 32 << 10;
 
-/// What the walk has come to.
+/// One step of a walk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum WalkStep {
-    /// A directory; what it holds follows.
+    /// A directory; its entries follow.
     Enter,
-    /// The end of the directory entered last.
+    /// The end of the most recently entered directory.
     Leave,
-    /// A file, unless it changes before it is opened.
+    /// A regular file, as listed; it may be replaced before it is opened.
     Regular,
     /// A symbolic link.
     Symlink,
 }
 
-/// A walk through one store path, by descriptors alone: a directory moved or replaced meanwhile
-/// leads nowhere else.
+/// A walk through one store path, by file descriptors only, so that a directory that is moved or
+/// replaced meanwhile cannot lead elsewhere.
 #[derive(Debug)]
 pub(super) struct Walk {
     store: OwnedFd,
@@ -43,7 +43,7 @@ pub(super) struct Walk {
     store_dir: String,
     begun: bool,
     directories: Vec<OpenDirectory>,
-    /// How many of `directories` are around the current entry.
+    /// How many of `directories` enclose the current entry.
     depth: usize,
     names: usize,
     buffer: Vec<u8>,
@@ -52,10 +52,10 @@ pub(super) struct Walk {
 #[derive(Debug)]
 struct OpenDirectory {
     descriptor: OwnedFd,
-    /// The names, each with its NUL.
+    /// The names of the entries, each with its NUL.
     names: Vec<u8>,
     entries: Vec<DirectoryEntry>,
-    /// The entry after the current one.
+    /// Index of the entry after the current one.
     next: usize,
 }
 
@@ -77,7 +77,8 @@ impl OpenDirectory {
 }
 
 impl Walk {
-    /// A walk through `path` in the directory `store`, which is called `store_dir`.
+    /// Creates a walk through `path` in the directory `store`. `store_dir` is that directory's
+    /// path, for messages.
     pub(super) fn new(store: OwnedFd, store_dir: &str, path: &StorePath) -> Self {
         Walk {
             store,
@@ -91,7 +92,7 @@ impl Walk {
         }
     }
 
-    /// Goes one step on. `None` after the last.
+    /// Advances to the next step; `None` after the last one. Blocks on the disk.
     pub(super) fn advance(&mut self) -> Result<Option<WalkStep>, NarError> {
         let listed = if self.begun {
             let Some(directory) = self.directories.last_mut() else { return Ok(None) };
@@ -127,22 +128,22 @@ impl Walk {
         }
     }
 
-    /// Whether there is anything to walk through, before the first step.
+    /// Checks that the store path exists, before the first step. Blocks on the disk.
     pub(super) fn is_there(&self) -> Result<(), NarError> {
         self.ask_kind().map(drop)
     }
 
-    /// Whether the current entry is the store path itself.
+    /// Returns whether the current entry is the store path itself.
     pub(super) fn at_root(&self) -> bool {
         self.depth == 0
     }
 
-    /// The current entry's name. Not for [`WalkStep::Leave`].
+    /// Returns the current entry's name. At [`WalkStep::Leave`] that is the directory that ended.
     pub(super) fn name(&self) -> &CStr {
         self.place().1
     }
 
-    /// The current entry's directory and name, for `openat` and its like. Not for [`WalkStep::Leave`].
+    /// Returns the current entry's directory and name, for `openat` and its like.
     pub(super) fn place(&self) -> (BorrowedFd<'_>, &CStr) {
         match self.depth.checked_sub(1).map(|index| &self.directories[index]) {
             Some(directory) => (directory.descriptor.as_fd(), directory.current().unwrap_or(c"")),
@@ -150,13 +151,13 @@ impl Walk {
         }
     }
 
-    /// Where the symlink points.
+    /// Reads the target of the current symlink.
     pub(super) fn target(&self) -> Result<CString, NarError> {
         let (directory, name) = self.place();
         readlinkat(directory, name, Vec::new()).map_err(|error| self.failed(error))
     }
 
-    /// The current entry's full path, for messages.
+    /// Returns the current entry's full path, for messages.
     pub(super) fn path(&self) -> String {
         let mut path = format!("{}/{}", self.store_dir, self.root.to_string_lossy());
         for name in self.directories[..self.depth].iter().filter_map(OpenDirectory::current) {
@@ -166,7 +167,7 @@ impl Walk {
         path
     }
 
-    /// The error that a failed system call on the current entry is.
+    /// Returns the error for a failed system call on the current entry.
     pub(super) fn failed(&self, error: Errno) -> NarError {
         match error {
             Errno::NOENT => self.changed("vanished"),
@@ -177,7 +178,7 @@ impl Walk {
         }
     }
 
-    /// The error that the current entry is not what it was.
+    /// Returns the error that the current entry differs from the registered one.
     pub(super) fn changed(&self, why: &'static str) -> NarError {
         NarError::Changed { path: self.path(), why }
     }
@@ -224,7 +225,7 @@ impl Walk {
         }
         self.buffer = buffer;
         self.names += names.len();
-        // The NULs do no harm: none of the bytes that names have is smaller.
+        // The NULs do not change the order: every byte of a name is greater.
         entries.sort_unstable_by(|a, b| names[a.start..a.end].cmp(&names[b.start..b.end]));
         Ok(OpenDirectory { descriptor, names, entries, next: 0 })
     }

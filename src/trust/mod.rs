@@ -1,8 +1,8 @@
-//! Whose signatures make a peer's path worth offering to this machine's Nix.
+//! The keys that decide which peers' paths peerix offers to this machine's Nix.
 //!
-//! The keys are those of the local nix.conf, so that no flag has to repeat them, and those of
-//! `--trusted-public-key` and `--trusted-public-key-file`. A part that cannot be read leaves its
-//! keys untrusted, and is reported.
+//! They are the keys of the local nix.conf, so that no flag has to repeat them, and those of
+//! `--trusted-public-key` and `--trusted-public-key-file`. If a file cannot be read, its keys are
+//! not trusted and a fault is recorded.
 
 mod nix_conf;
 
@@ -15,40 +15,41 @@ use crate::nix::{PathInfo, PublicKey, SecretKey, Signature, StoreDir, is_content
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
-/// A narinfo's signatures that are checked, 0.1 ms each; real ones have one to three.
+/// Maximum number of signatures that are checked per path, at 0.1 ms each; the rest is ignored.
+/// Real paths have one to three.
 const MAX_SIGNATURES: usize = 16;
 
-/// Code of the fault that a file of `--trusted-public-key-file` cannot be used.
+/// Problem code of an unusable `--trusted-public-key-file`.
 pub const PUBLIC_KEY: &str = "public-key";
 
-/// Code of the fault that nix.conf cannot be read whole.
+/// Problem code of a nix.conf that cannot be read completely.
 pub const NIX_CONF: &str = "nix-conf";
 
-/// The keys that are trusted at one moment.
+/// An immutable set of trusted keys.
 #[derive(Default)]
 struct KeySnapshot {
-    /// Whether paths that none of them signed are passed over.
+    /// Whether paths without a signature by one of the keys are refused.
     is_on: bool,
     keys: Vec<PublicKey>,
 }
 
-/// The trusted keys of this node. They change when nix.conf does.
+/// The trusted keys of this node. They follow changes of nix.conf and of the key files.
 pub struct TrustedKeys {
     flags: Vec<PublicKey>,
-    /// Those of friends. They count beside others, and alone make no gate: it would shut out
-    /// everybody else.
+    /// Keys from `sign=` of `--friend`. They do not turn checking on, because that would refuse the
+    /// paths of all other peers.
     friends: Vec<PublicKey>,
     files: Vec<PathBuf>,
     conf_dir: PathBuf,
     port: u16,
     store_dir: StoreDir,
     gate: RwLock<Arc<KeySnapshot>>,
-    /// What was read last. Locked only while it is compared with the files and read again.
+    /// The last nix.conf that was read. Lookups never lock it.
     conf: Mutex<NixConf>,
 }
 
 impl TrustedKeys {
-    /// Reads all of them. Blocks on the disk. What cannot be read is recorded in `degraded`.
+    /// Reads all keys. Blocks on the disk. Records in `degraded` what cannot be read.
     pub fn read(config: &Config, port: u16, degraded: &Degraded) -> TrustedKeys {
         let keys = TrustedKeys {
             flags: config.trusted_public_keys.clone(),
@@ -68,7 +69,7 @@ impl TrustedKeys {
         keys
     }
 
-    /// Reads nix.conf again if it has changed, and the files of flags. Blocks on the disk.
+    /// Reads nix.conf again if it has changed or had faults, and all key files. Blocks on the disk.
     pub fn refresh(&self, degraded: &Degraded) {
         {
             let mut conf = self.conf.lock().unwrap_or_else(PoisonError::into_inner);
@@ -110,7 +111,7 @@ impl TrustedKeys {
                 )),
             },
         );
-        // Nix takes the first key of a name, and no other one of that name.
+        // Of several keys with one name, Nix uses the first.
         let mut first: Vec<PublicKey> = Vec::new();
         for key in keys.into_iter().chain(named).chain(self.friends.iter().cloned()) {
             if !first.iter().any(|known| known.name() == key.name()) {
@@ -125,8 +126,8 @@ impl TrustedKeys {
         self.gate.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Whether a path may be offered to Nix: a trusted key signed it, its content proves it, or
-    /// signatures do not matter.
+    /// Whether a path may be offered to Nix: it is content-addressed, a trusted key signed it, or
+    /// checking is off.
     pub fn accepts(&self, info: &PathInfo) -> bool {
         let gate = self.gate();
         if !gate.is_on || is_content_addressed(info, &self.store_dir) {
@@ -135,33 +136,36 @@ impl TrustedKeys {
         self.has_signed(&info.fingerprint(&self.store_dir), &info.signatures)
     }
 
-    /// Whether a trusted key made one of the signatures of this text.
+    /// Whether a trusted key made one of the signatures of `fingerprint`.
     pub fn has_signed(&self, fingerprint: &str, signatures: &[Signature]) -> bool {
         let gate = self.gate();
         let mut signatures = signatures.iter().take(MAX_SIGNATURES);
         signatures.any(|s| gate.keys.iter().any(|key| key.verify(fingerprint.as_bytes(), s)))
     }
 
-    /// The keys of flags alone.
+    /// Keys from flags and their files, without those of nix.conf. Blocks on the disk.
     pub fn flag_keys(&self) -> Vec<PublicKey> {
         let files = self.files.iter().filter_map(|file| read_public_keys(file).ok());
         self.flags.iter().cloned().chain(files.flatten()).collect()
     }
 
-    /// The keys, if paths that none of them signed are passed over.
+    /// All trusted keys. `None` if paths are accepted without a signature.
     pub fn keys(&self) -> Option<Vec<PublicKey>> {
         let gate = self.gate();
         gate.is_on.then(|| gate.keys.clone())
     }
 }
 
-/// The public half of a secret key that nix.conf names. One that this user cannot read is none of
-/// its business: Nix signs with it, and the paths of this machine are not looked for at peers.
+/// The public key of a secret key file in nix.conf. `None` if it cannot be read, which is no fault:
+/// Nix signs this machine's own paths with it, and Nix does not ask peers for those.
 fn public_half(file: &Path) -> Option<PublicKey> {
     Some(SecretKey::parse(&key_file::read(file).ok()?).ok()?.public())
 }
 
-/// The keys in a file of `--trusted-public-key-file`.
+/// Reads the keys in a file of `--trusted-public-key-file`.
+///
+/// # Errors
+/// One line: the file cannot be read, is empty, or contains a malformed key.
 fn read_public_keys(path: &Path) -> Result<Vec<PublicKey>, String> {
     let name = path.display();
     let without = "paths that only it signed are passed over";
@@ -211,7 +215,7 @@ mod tests {
     }
 
     #[test]
-    fn keys_are_those_of_nix_conf_and_change_with_it() {
+    fn keys_follow_changes_of_nix_conf() {
         let dir = dir("conf");
         let config = Config { nix_conf_dir: dir.clone(), ..Config::default() };
         fs::write(dir.join("nix.conf"), format!("trusted-public-keys = a-1:{KEY}\n")).unwrap();
@@ -222,7 +226,7 @@ mod tests {
         fs::write(dir.join("nix.conf"), "require-sigs = false\n").unwrap();
         keys.refresh(&degraded);
         assert!(names(&keys).is_none() && keys.accepts(&unsigned()));
-        // What cannot be read may name keys.
+        // An unreadable file may contain keys, so signatures are not checked.
         fs::write(dir.join("nix.conf"), "include missing.conf\n").unwrap();
         keys.refresh(&degraded);
         assert!(keys.accepts(&unsigned()) && degraded.all()[0].1.contains("missing.conf"));
@@ -238,7 +242,7 @@ mod tests {
     }
 
     #[test]
-    fn public_key_file_that_cannot_be_read_never_lets_every_peer_in() {
+    fn unreadable_public_key_file_does_not_turn_checking_off() {
         let dir = dir("files");
         let file = dir.join("keys");
         fs::write(dir.join("nix.conf"), "require-sigs = false\n").unwrap();

@@ -1,4 +1,5 @@
-//! nix.conf as Nix reads it (Nix manual, "nix.conf"), as far as it says whose signatures Nix takes.
+//! Parses nix.conf (Nix manual, "nix.conf") for the settings that decide whose signatures Nix
+//! accepts.
 
 use crate::config::{DEFAULT_UPSTREAM, UPSTREAM_KEY};
 use crate::key_file;
@@ -9,14 +10,16 @@ use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-/// Bytes of one file that are read; files written by hand have a few hundred, those of fleets some
-/// thousand. A longer one is a fault, as its end may change what its beginning says.
+/// Maximum size of one file, in bytes. A larger file is a fault and is not read, because its end
+/// may override its beginning. Files written by hand have a few hundred bytes, generated ones some
+/// thousand.
 const MAX_FILE: u64 = 1 << 20;
 
-/// Files that are read in all. A file that includes itself would have no end.
+/// Maximum number of files, with all includes. More are a fault. Ends the recursion if a file
+/// includes itself.
 const MAX_FILES: usize = 64;
 
-/// Settings that are read, and other names that Nix knows them by.
+/// Names and aliases of the settings that are parsed, and the name under which each is stored.
 const NAMES: [(&str, &str); 7] = [
     ("trusted-public-keys", "trusted-public-keys"),
     ("binary-cache-public-keys", "trusted-public-keys"),
@@ -27,50 +30,52 @@ const NAMES: [(&str, &str); 7] = [
     ("substitute", "substitute"),
 ];
 
-/// What nix.conf and the files that it includes say.
+/// Settings in nix.conf and in the files that it includes.
 #[derive(Default)]
 pub struct NixConf {
     settings: HashMap<&'static str, String>,
-    /// The files that were looked for, and what each was then.
+    /// The files that were looked for, with their stamps at that time. `None` for a missing file.
     files: Vec<(PathBuf, Option<NixConfStamp>)>,
-    /// Parts that could not be read, each in a line. Nix may read them.
+    /// Parts that cannot be parsed or read, in one line each. Nix may be able to read them.
     pub faults: Vec<String>,
 }
 
-/// What changes when a file is written or replaced: device, inode, size, and the time in
-/// nanoseconds.
+/// Device, inode, size in bytes, and modification time in nanoseconds since 1970. Changes when a
+/// file is written or replaced.
 type NixConfStamp = (u64, u64, u64, i64);
 
 impl NixConf {
-    /// Reads `nix.conf` in `dir`. Blocks on the disk. One that is not there leaves Nix's defaults.
+    /// Reads `nix.conf` in `dir` and its includes. Blocks on the disk. A missing file gives Nix's
+    /// defaults.
     pub fn read(dir: &Path) -> NixConf {
         let mut conf = NixConf::default();
         conf.apply(&dir.join("nix.conf"), None);
         conf
     }
 
-    /// Whether one of the files has changed since it was read, or a missing one is there now.
+    /// Whether one of the files has been changed, removed or created since it was read. Blocks on
+    /// the disk.
     pub fn has_changed(&self) -> bool {
         self.files.iter().any(|(file, then)| stamp(file) != *then)
     }
 
-    /// The keys whose signatures Nix takes, in the order in which it looks for one of a name.
-    /// Malformed ones are left out.
+    /// Trusted public keys in the order of nix.conf. Nix uses the first of several keys with one
+    /// name. Malformed keys are left out.
     pub fn public_keys(&self) -> Vec<PublicKey> {
         self.public_key_words().filter_map(|word| PublicKey::parse(word).ok()).collect()
     }
 
-    /// The same as they are written.
+    /// Trusted public keys as words of nix.conf. Malformed keys are included.
     fn public_key_words(&self) -> impl Iterator<Item = &str> {
         self.get("trusted-public-keys").unwrap_or(UPSTREAM_KEY).split_whitespace()
     }
 
-    /// Files of secret keys, whose public halves Nix trusts too.
+    /// Secret key files. Nix also trusts the public halves of their keys.
     pub fn secret_key_files(&self) -> impl Iterator<Item = &Path> {
         self.get("secret-key-files").unwrap_or_default().split_whitespace().map(Path::new)
     }
 
-    /// Whether Nix takes from the cache on `port` of this machine only what a trusted key signed.
+    /// Whether Nix requires signatures from the cache on `port` of this machine.
     pub fn requires_signatures(&self, port: u16) -> bool {
         let is_off = matches!(self.get("require-sigs"), Some("false" | "no" | "0"));
         let urls = self.get("substituters").unwrap_or_default().split_whitespace();
@@ -85,9 +90,8 @@ impl NixConf {
         !is_off && !urls.into_iter().any(is_trusted)
     }
 
-    /// The keys whose signatures Nix takes from the cache at `url`. `None` unless that cache is
-    /// certain to be one of Nix's substituters: without a nix.conf, with other files included, or
-    /// with lines that Nix does not take, nothing is certain.
+    /// The trusted keys, if the cache at `url` is certain to be one of Nix's substituters. `None`
+    /// without a nix.conf, if it includes other files, has faults, or does not name the cache.
     pub fn keys_for_substituter(&self, url: &str) -> Option<Vec<PublicKey>> {
         let is_certain = matches!(self.files[..], [(_, Some(_))]) && self.faults.is_empty();
         let is_on = self.get("substitute").is_none_or(|value| value == "true");
@@ -102,7 +106,8 @@ impl NixConf {
         self.settings.get(name).map(String::as_str)
     }
 
-    /// Applies a file; `included_from` is the file that names it.
+    /// Applies the settings of `file`. `included_from` is the file that includes it; without one, a
+    /// missing file is no fault.
     fn apply(&mut self, file: &Path, included_from: Option<&Path>) {
         if self.files.len() >= MAX_FILES {
             return self
@@ -153,7 +158,7 @@ impl NixConf {
     }
 }
 
-/// A path in a file is relative to the file.
+/// Resolves an included path relative to the directory of the including file.
 fn beside(file: &Path, name: &str) -> PathBuf {
     file.parent().unwrap_or(Path::new("/")).join(name)
 }
@@ -201,7 +206,7 @@ mod tests {
     }
 
     #[test]
-    fn missing_file_leaves_the_defaults_of_nix() {
+    fn missing_file_gives_the_defaults_of_nix() {
         let dir = Dir::new("missing");
         let conf = dir.read();
         assert_eq!(dir.names(), ["cache.nixos.org-1"]);
@@ -211,7 +216,7 @@ mod tests {
     }
 
     #[test]
-    fn assignments_replace_and_extra_ones_add() {
+    fn assignment_replaces_and_extra_assignment_appends() {
         let dir = Dir::new("assignments");
         for (text, expected) in [
             (format!("extra-trusted-public-keys = a-1:{KEY}"), &["cache.nixos.org-1", "a-1"][..]),
@@ -235,7 +240,7 @@ mod tests {
     }
 
     #[test]
-    fn includes_are_followed_and_unreadable_ones_are_faults() {
+    fn includes_are_followed_and_unreadable_includes_are_faults() {
         let dir = Dir::new("includes");
         dir.write("nix.conf", "include keys.conf\n!include custom.conf\n");
         dir.write("keys.conf", &format!("trusted-public-keys = a-1:{KEY}\n"));
@@ -274,7 +279,7 @@ mod tests {
     }
 
     #[test]
-    fn substituters_are_those_that_nix_conf_names_for_certain() {
+    fn substituter_is_known_only_if_nix_conf_is_certain() {
         let dir = Dir::new("substituters");
         let keys = |conf: &str, url: &str| {
             dir.write("nix.conf", conf);
@@ -291,7 +296,7 @@ mod tests {
         for conf in [
             "",
             "#substituters = https://cache.example",
-            // What follows replaces it.
+            // The second line replaces the first.
             "extra-substituters = https://cache.example\nsubstituters = http://127.0.0.1:12304",
             "trusted-substituters = https://cache.example",
             "substituters = https://cache.example.org",
@@ -302,7 +307,7 @@ mod tests {
             assert!(!is(conf), "{conf}");
         }
         assert!(keys("substituters = http://127.0.0.1:12304", DEFAULT_UPSTREAM).is_none());
-        // Nothing is certain either of a file that cannot be read whole.
+        // Nothing is certain if the file has a fault.
         assert!(
             keys("substituters = https://cache.example\nnonsense", "https://cache.example")
                 .is_none()
@@ -310,7 +315,7 @@ mod tests {
     }
 
     #[test]
-    fn keys_of_a_substituter_are_those_of_nix_conf() {
+    fn substituter_keys_are_those_of_nix_conf() {
         let dir = Dir::new("keys");
         let other = format!("other-1:{KEY}");
         let names = |conf: &str| -> Vec<String> {

@@ -1,79 +1,80 @@
-//! What a node would share, as a set of hash parts that it publishes to trackers: a Bloom filter.
+//! Bloom filter over the hash parts of the paths that a node would share. Nodes publish it to
+//! trackers.
 //!
-//! `PUT /filter/<peer id>` carries the bits as they are: bit *i* is bit *i* mod 8, counted from the
-//! lowest, of byte *i* / 8. Their number is one of [`BloomFilter::size_for`], so that a tracker can keep
-//! filters of equal size together. A hash part sets [`HASHES`] bits: with *a* and *b* the 60 bits
-//! of its digits 0–11 and 12–23, the first digit the highest, shifted up by 4, and *b* made odd,
-//! bit number *k* is (*a* + *k b*) mod 2⁶⁴, scaled to the number of bits. Hash parts are digests,
-//! so that no further hashing is needed; a node that chooses its own misleads nobody but those who
-//! ask it.
+//! `PUT /filter/<peer id>` carries the bits: bit *i* is bit *i* mod 8, counted from the lowest, of
+//! byte *i* / 8. The number of bits is a result of [`BloomFilter::size_for`], so that a tracker can
+//! keep filters of equal size together. A hash part sets [`HASHES`] bits. Let *a* and *b* be the 60
+//! bits of its digits 0–11 and 12–23, the first digit the highest, shifted up by 4, with *b* made
+//! odd. Bit *k* is (*a* + *k b*) mod 2⁶⁴, scaled to the number of bits. Hash parts are digests
+//! already, so no further hashing is needed. A node that chooses its own hash parts only misleads
+//! peers that ask it.
 
 use crate::nix::{HashPart, Malformed};
 
-/// Bits that a hash part sets. Twelve is near the best number from 16 to 20 bits a path.
+/// Number of bits that a hash part sets. Twelve is near the optimum for 16 to 20 bits a path.
 pub const HASHES: usize = 12;
 
-/// Bits for each path of a filter that is made for no tracker in particular: 0.05 % of other paths
-/// are taken for its own.
+/// Default number of bits for each path. The false positive rate is 0.05 %.
 pub const BITS_PER_PATH: u64 = 16;
 
-/// Fewest bits for each path: 1.4 % of other paths are taken for its own. Each of a tracker's peers
-/// adds that much to the candidates of every path, so trackers refuse filters that are fuller.
+/// Minimum number of bits for each path. The false positive rate is 1.4 %. Each peer adds that
+/// share of wrong candidates to every lookup, so trackers refuse filters that are fuller.
 pub const LEAST_BITS_PER_PATH: u64 = 10;
 
-/// Most bits for each path: 0.007 % of other paths are taken for its own, 7 of 100,000 peers.
+/// Maximum number of bits for each path. The false positive rate is 0.007 %: 7 of 100,000 peers.
 pub const MOST_BITS_PER_PATH: u64 = 20;
 
-/// Part of the bits that may be set: 1 - e^(-[`HASHES`] / [`LEAST_BITS_PER_PATH`]), and 0.02 for
-/// chance, which in the smallest filter is four standard deviations.
+/// Maximum fraction of set bits: 1 - e^(-[`HASHES`] / [`LEAST_BITS_PER_PATH`]), plus 0.02 for
+/// random variation, four standard deviations in the smallest filter. Fuller filters are refused.
 const MOST_SET: f64 = 0.72;
 
-/// The smallest, 1 KiB: most machines have more paths than fit one.
+/// Size in bits of the smallest filter, 1 KiB. Most machines have more paths than fit into it.
 const MIN_BITS: u64 = 8 * 1024;
-/// The largest, 4 MiB: 3 million paths. A request's body ends there.
+/// Size in bytes of the largest filter, 4 MiB: 3 million paths. Also the limit of a request's body.
 pub const MAX_BYTES: usize = 4 << 20;
 
-/// Sizes in each power of two: the rounding up costs an eighth at most.
+/// Number of sizes from one power of two to the next. Rounding up adds at most an eighth.
 const SIZES_PER_OCTAVE: u64 = 8;
 
-/// A set that may contain a little more than was put in.
+/// A Bloom filter: a set that may also seem to contain what was not added.
 #[derive(Clone, PartialEq, Eq)]
 pub struct BloomFilter {
     bits: Vec<u8>,
 }
 
 impl BloomFilter {
-    /// An empty one for so many paths, of [`BITS_PER_PATH`]; for more than the largest holds, the
-    /// largest.
+    /// Creates an empty filter for `paths` paths of [`BITS_PER_PATH`] bits each. At the bound, it
+    /// has the largest size.
     pub fn for_paths(paths: u64) -> Self {
         Self::with_bits(paths, BITS_PER_PATH)
     }
 
-    /// An empty one for so many paths, of so many bits each; for more than the largest holds, the
-    /// largest.
+    /// Creates an empty filter for `paths` paths of `bits_per_path` bits each. At the bound, it has
+    /// the largest size.
     pub fn with_bits(paths: u64, bits_per_path: u64) -> Self {
         let bytes = Self::size_for(paths.saturating_mul(bits_per_path)) / 8;
         BloomFilter { bits: vec![0; bytes as usize] }
     }
 
-    /// Whether more bits are set than paths of [`LEAST_BITS_PER_PATH`] set.
+    /// Whether so many bits are set that the filter must have less than [`LEAST_BITS_PER_PATH`]
+    /// bits for each path.
     pub fn is_overfull(&self) -> bool {
         let set: u64 = self.bits.iter().map(|byte| u64::from(byte.count_ones())).sum();
         set as f64 > self.len_bits() as f64 * MOST_SET
     }
 
-    /// The number of bits a filter of at least so many has: an eighth of a power of two times 8 to
-    /// 15, from 1 KiB to 4 MiB.
+    /// The size in bits of a filter that needs at least `bits`: 8 to 15 eighths of a power of two,
+    /// from 1 KiB to 4 MiB. Larger numbers give 4 MiB.
     pub fn size_for(bits: u64) -> u64 {
         let bits = bits.clamp(MIN_BITS, 8 * MAX_BYTES as u64);
         let step = (1 << bits.ilog2()) / SIZES_PER_OCTAVE;
         bits.next_multiple_of(step)
     }
 
-    /// Reads the bits.
+    /// Takes the bits of a request's body.
     ///
     /// # Errors
-    /// A length that no filter has.
+    /// The length is not a result of [`BloomFilter::size_for`].
     pub fn parse(bits: Vec<u8>) -> Result<Self, Malformed> {
         let len = bits.len() as u64 * 8;
         if Self::size_for(len) != len {
@@ -82,17 +83,17 @@ impl BloomFilter {
         Ok(BloomFilter { bits })
     }
 
-    /// The bits, for a request's body.
+    /// The bytes of the filter, as in a request's body.
     pub fn as_bytes(&self) -> &[u8] {
         &self.bits
     }
 
-    /// How many there are.
+    /// The size in bits.
     pub fn len_bits(&self) -> u64 {
         self.bits.len() as u64 * 8
     }
 
-    /// Adds a hash part. True if that changed anything.
+    /// Adds a hash part. Returns true if that set a bit.
     pub fn insert(&mut self, hash_part: &HashPart) -> bool {
         let mut changed = false;
         for at in positions(hash_part, self.len_bits()) {
@@ -103,7 +104,7 @@ impl BloomFilter {
         changed
     }
 
-    /// Whether it was added, or seems so.
+    /// Whether the hash part was added. May be true for one that was not.
     pub fn contains(&self, hash_part: &HashPart) -> bool {
         positions(hash_part, self.len_bits()).iter().all(|&at| {
             let (byte, bit) = place(at);
@@ -116,7 +117,7 @@ fn place(at: u64) -> (usize, u8) {
     ((at / 8) as usize, 1 << (at % 8))
 }
 
-/// The bits of a hash part in a filter of so many.
+/// The bits that a hash part sets in a filter of `bits` bits.
 pub fn positions(hash_part: &HashPart, bits: u64) -> [u64; HASHES] {
     let (a, b) = hash_part.prefixes();
     std::array::from_fn(|k| {
@@ -148,7 +149,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_added_is_found_and_little_else() {
+    fn added_parts_are_found_and_false_positives_are_rare() {
         for paths in [1, 700, 5_000, 20_000] {
             let filter = filter_of(paths);
             assert!((0..paths).all(|i| filter.contains(&part(i))));
@@ -156,7 +157,7 @@ mod tests {
             assert!(wrong < 60, "{paths} paths: {wrong} of 50000 are taken for its own");
             assert!(!filter.is_overfull());
         }
-        // And when it is as full as it may become.
+        // The same for the fullest filter that is accepted.
         let mut filter = BloomFilter::for_paths(20_000);
         let most = filter.len_bits() / LEAST_BITS_PER_PATH;
         (0..most).for_each(|i| {
@@ -168,7 +169,7 @@ mod tests {
     }
 
     #[test]
-    fn fuller_filter_than_paths_make_is_overfull() {
+    fn filter_with_more_than_maximum_bits_is_overfull() {
         for paths in [0, 20_000] {
             let mut filter = BloomFilter::for_paths(paths);
             let fits = filter.len_bits() / LEAST_BITS_PER_PATH;
@@ -181,7 +182,7 @@ mod tests {
     }
 
     #[test]
-    fn most_bits_take_few_paths_for_its_own() {
+    fn filter_of_most_bits_has_few_false_positives() {
         let mut filter = BloomFilter::with_bits(20_000, MOST_BITS_PER_PATH);
         add(&mut filter, 0..20_000);
         let wrong = (0..200_000).filter(|i| filter.contains(&part(1 << 32 | i))).count();
@@ -189,7 +190,7 @@ mod tests {
     }
 
     #[test]
-    fn sizes_are_few_and_fit() {
+    fn size_for_any_number_is_one_of_few_sizes_that_fit() {
         let mut sizes = std::collections::BTreeSet::new();
         for bits in (0..=8 * MAX_BYTES as u64).step_by(512) {
             let size = BloomFilter::size_for(bits);
@@ -205,14 +206,14 @@ mod tests {
     #[test]
     fn bits_are_where_the_format_says() {
         let mut filter = BloomFilter::for_paths(0);
-        // Only the lowest bit of b, which is made odd: bits 0, and 0 of each further k.
+        // a is 0, and b is 1 as it is made odd: all bits scale to 0.
         assert!(filter.insert(&HashPart::parse(&[b'0'; 32]).unwrap()));
         assert_eq!(filter.as_bytes()[0], 1);
         assert!(filter.as_bytes()[1..].iter().all(|byte| *byte == 0));
-        // a is half of 2^64, b nearly nothing.
+        // a is half of 2⁶⁴, and b is too small to matter.
         let half = HashPart::parse(b"h0000000000000000000000000000000").unwrap();
         assert_eq!(positions(&half, 8192), [4096; HASHES]);
-        // b is a quarter: every fourth comes back.
+        // b is a quarter of 2⁶⁴, so every fourth bit is the same.
         let quarter = HashPart::parse(b"00000000000080000000000000000000").unwrap();
         let quarters = [0, 2048, 4096, 6144];
         assert_eq!(positions(&quarter, 8192)[..], [quarters; HASHES / 4].concat());
@@ -220,7 +221,7 @@ mod tests {
     }
 
     #[test]
-    fn other_lengths_are_refused() {
+    fn parse_of_other_length_is_refused() {
         let filter = filter_of(1000);
         assert!(BloomFilter::parse(filter.as_bytes().to_vec()).unwrap() == filter);
         for len in [0, 1, 1023, 1025, 1100, MAX_BYTES - 1, MAX_BYTES + 1, MAX_BYTES * 2] {

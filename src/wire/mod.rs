@@ -1,4 +1,4 @@
-//! Formats that peerix defines. No I/O happens here.
+//! Encoding and parsing of the formats that nodes and trackers exchange. No I/O happens here.
 
 pub mod filter;
 mod node_key;

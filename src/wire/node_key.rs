@@ -1,5 +1,4 @@
-//! The public key by which nodes know one another, and what is made of it so that only friends
-//! recognise it.
+//! The public key that identifies a node, and the digests of it by which only friends recognise it.
 
 use crate::nix::Malformed;
 use data_encoding::{BASE64, HEXLOWER};
@@ -7,10 +6,11 @@ use ring::digest::{Context, SHA256};
 use std::fmt;
 use std::str::FromStr;
 
-/// In front of a key for people.
+/// Prefix of the text form.
 const PREFIX: &str = "ed25519:";
 
-/// In front of a SubjectPublicKeyInfo's 32 bytes of key (RFC 8410, section 4).
+/// DER prefix of an ed25519 SubjectPublicKeyInfo, before the 32 bytes of the key (RFC 8410, section
+/// 4).
 const INFO_PREFIX: [u8; 12] =
     [0x30, 0x2a, 0x30, 0x05, 0x06, 0x03, 0x2b, 0x65, 0x70, 0x03, 0x21, 0x00];
 
@@ -18,40 +18,40 @@ const INFO_PREFIX: [u8; 12] =
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct NodeKey([u8; 32]);
 
-/// What a *hello* carries so that friends recognise its sender.
+/// Sent in a *hello* so that friends recognise its sender; see [`NodeKey::digest`].
 pub type HelloDigest = [u8; 16];
 
 impl NodeKey {
-    /// These bytes.
+    /// Wraps the 32 bytes of a public key. Does not check that they are a valid point.
     pub fn from_bytes(bytes: [u8; 32]) -> Self {
         NodeKey(bytes)
     }
 
-    /// The bytes.
+    /// The 32 bytes of the key.
     pub fn as_bytes(&self) -> &[u8; 32] {
         &self.0
     }
 
-    /// The key as TLS carries it (RFC 7250).
+    /// The key as a SubjectPublicKeyInfo, as TLS carries raw public keys (RFC 7250).
     pub fn to_info(&self) -> Vec<u8> {
         [&INFO_PREFIX[..], &self.0].concat()
     }
 
-    /// Reads what [`NodeKey::to_info`] writes; `None` for any other key.
+    /// Parses the output of [`NodeKey::to_info`]; `None` for any other kind of key.
     pub fn from_info(info: &[u8]) -> Option<Self> {
         info.strip_prefix(&INFO_PREFIX)?.try_into().ok().map(NodeKey)
     }
 
-    /// The first 16 bytes of the SHA-256 of key and instance ID: whoever knows the key can tell
-    /// that it is meant, and nobody else can tell two starts of a node from two nodes.
+    /// Returns the first 16 bytes of the SHA-256 of key and instance ID. Only nodes that know the
+    /// key can recognise it. Others cannot tell two starts of one node from two nodes.
     pub fn digest(&self, instance: &[u8; 8]) -> HelloDigest {
         let digest = sha256(&[&self.0, instance]);
         *digest.first_chunk().expect("SHA-256 has more bytes")
     }
 
-    /// The tag under which two friends find one another at a tracker, 64 hexadecimal digits. Both
-    /// keys are in it, so that only who knows both can look it up; and the tracker's name (host and
-    /// port), so that trackers cannot compare.
+    /// Returns the tag under which two friends find each other at a tracker, 64 hexadecimal digits.
+    /// It depends on both keys, so only nodes that know both can look it up. It depends on the
+    /// tracker's name (host and port), so trackers cannot compare tags.
     pub fn tag(&self, other: &NodeKey, tracker: &str) -> String {
         let (low, high) = (self.min(other), self.max(other));
         HEXLOWER.encode(&sha256(&[b"peerix friends 1\n", &low.0, &high.0, tracker.as_bytes()]))
@@ -79,7 +79,7 @@ impl fmt::Debug for NodeKey {
 impl FromStr for NodeKey {
     type Err = Malformed;
 
-    /// Reads `ed25519:` and 44 digits of base64.
+    /// Parses `ed25519:` and 44 digits of base64.
     fn from_str(text: &str) -> Result<Self, Malformed> {
         let bytes =
             text.strip_prefix(PREFIX).and_then(|base64| BASE64.decode(base64.as_bytes()).ok());
@@ -96,7 +96,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn text_and_tls_form_come_back() {
+    fn text_and_tls_forms_parse_back_to_key() {
         let key = NodeKey([7; 32]);
         assert_eq!(key.to_string(), "ed25519:BwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwc=");
         assert_eq!(key.to_string().parse(), Ok(key));
@@ -123,7 +123,7 @@ mod tests {
     }
 
     #[test]
-    fn tag_is_the_same_for_both_and_another_at_another_tracker() {
+    fn tag_is_symmetric_and_differs_by_tracker() {
         let (a, b, c) = (NodeKey([1; 32]), NodeKey([2; 32]), NodeKey([3; 32]));
         let tag = a.tag(&b, "tracker.example:12305");
         assert_eq!(tag, b.tag(&a, "tracker.example:12305"));

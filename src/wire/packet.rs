@@ -2,97 +2,99 @@
 //!
 //! | byte 0 | bytes | meaning |
 //! |---|---|---|
-//! | 0 query | 1–4 request ID, 5–36 hash part as Nix32 digits | who has this path? |
-//! | 1 have | 1–4 request ID, 5–8 HTTP port, 9… URL path | I do: `http://<sender>:<port>/<path>` |
-//! | 2 have not | 1–4 request ID | I do not |
-//! | 3 hello | 1 version, 2–3 HTTP port, 4–11 instance ID, 12 flags | I am here |
-//! | 4 bye | as hello | I am leaving |
-//! | 5 query many | 1–4 request ID, 20 bytes for each hash part, optionally 1 flag byte | which of these? |
-//! | 6 answer many | 1–4 request ID, one bit for each hash part | these |
+//! | 0 query | 1–4 request ID, 5–36 hash part as Nix32 digits | asks for holders of the path |
+//! | 1 have | 1–4 request ID, 5–8 HTTP port, 9… URL path | is at `http://<sender>:<port>/<path>` |
+//! | 2 have not | 1–4 request ID | the sender does not have it |
+//! | 3 hello | 1 version, 2–3 HTTP port, 4–11 instance ID, 12 flags | the sender is alive |
+//! | 4 bye | as hello | the sender leaves |
+//! | 5 query many | 1–4 request ID, 20 bytes per hash part, maybe 1 flag byte | asks for paths |
+//! | 6 answer many | 1–4 request ID, one bit for each hash part | the paths that the sender has |
 //!
-//! Kinds 0 and 1 are those of the Python peerix, which ignores the others. The flags of *hello* are
-//! in [`Hello`]. Bytes after them belong to later versions and are ignored.
+//! The Python peerix defines kinds 0 and 1, and ignores the others. [`Hello`] documents the flags
+//! of *hello*. Bytes after them belong to later versions and are ignored.
 //!
-//! *Query many* names up to [`MAX_BATCH`] hash parts; none at all asks only for a sign of life. Bit
-//! 0 of its flag byte says that it was broadcast: then only nodes that have one of the paths
-//! answer. In *answer many*, bit `i % 8` (the lowest is 0) of byte `i / 8` is set if the sender has
-//! path `i`. An answer is never longer than its query, so that a forged source address gains
-//! nothing.
+//! *Query many* names up to [`MAX_BATCH`] hash parts; without any, it only asks whether the
+//! receiver is alive. Bit 0 of its flag byte marks a broadcast, which only nodes that have one of
+//! the paths answer. In *answer many*, bit `i % 8` (the lowest is 0) of byte `i / 8` is set if the
+//! sender has path `i`. An answer is never longer than its query, so a forged source address gives
+//! no amplification.
 
 use super::node_key::HelloDigest;
 use crate::nix::{HashPart, Malformed};
 use std::sync::Arc;
 
-/// Hash parts in one *query many*. With them the datagram has 806 bytes and fits every link's MTU.
+/// Maximum number of hash parts in one *query many*. The datagram then has 806 bytes and fits every
+/// link's MTU. Longer ones are refused.
 pub const MAX_BATCH: usize = 40;
 
-/// What one datagram says.
+/// A parsed datagram.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Packet {
-    /// Who has the path with this hash part?
+    /// Asks for holders of one path.
     Query {
-        /// Names the query in its answers.
+        /// Request ID, repeated in the answers.
         id: u32,
-        /// The path that is looked up.
+        /// Hash part of the wanted path.
         hash_part: HashPart,
     },
-    /// The sender has it.
+    /// The sender has the path.
     Have {
-        /// Of the query this answers.
+        /// Request ID of the query.
         id: u32,
         /// TCP port of the sender's HTTP server, never 0.
         port: u16,
-        /// Where its narinfo is, relative to the root of that server, without a slash in front.
+        /// Path of the narinfo relative to the root of that server, without a leading slash.
         url_path: String,
     },
-    /// The sender does not have it.
+    /// The sender does not have the path.
     HaveNot {
-        /// Of the query this answers.
+        /// Request ID of the query.
         id: u32,
     },
-    /// The sender is there.
+    /// The sender is alive.
     Hello(Hello),
     /// The sender is leaving.
     Bye(Hello),
-    /// Which of these paths does the receiver have?
+    /// Asks which of several paths the receiver has.
     QueryMany {
-        /// Names the query in its answer.
+        /// Request ID, repeated in the answer.
         id: u32,
-        /// The paths that are looked up.
+        /// Hash parts of the wanted paths.
         hash_parts: HashParts,
-        /// Set in broadcasts: a node that has none of the paths does not answer.
+        /// Set in broadcasts: nodes that have none of the paths do not answer.
         holders_only: bool,
     },
     /// The sender has the paths whose bits are set.
     AnswerMany {
-        /// Of the query this answers.
+        /// Request ID of the query.
         id: u32,
         /// One bit for each hash part of the query, in its order.
         held: AnswerBits,
     },
 }
 
-/// What a node says of itself in *hello* and *bye*.
+/// The sender's description of itself in *hello* and *bye*.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Hello {
     /// TCP port of the sender's HTTP server, never 0.
     pub port: u16,
-    /// Random at every start, so that a restart shows.
+    /// Random number of this start of the node, so that receivers notice a restart.
     pub instance: [u8; 8],
-    /// Flag bit 0, of peerix 0.1: the sender sends no *have not*; nobody should wait for one.
+    /// Flag bit 0, from peerix 0.1: the sender never sends *have not*, so receivers do not wait for
+    /// one.
     pub crowded: bool,
     /// Flag bit 1: the sender answers *query many*.
     pub batches: bool,
-    /// Behind the flags: by this friends recognise the sender.
+    /// The 16 bytes after the flags if flag bit 2 is set: friends recognise the sender by them.
     pub digest: Option<HelloDigest>,
 }
 
-/// Up to [`MAX_BATCH`] hash parts as *query many* carries them. Cloning shares the bytes.
+/// Up to [`MAX_BATCH`] hash parts in the encoding of *query many*. Clones share the bytes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HashParts(Arc<[u8]>);
 
 impl HashParts {
-    /// Packs the first [`MAX_BATCH`] of `hash_parts`.
+    /// Packs the first [`MAX_BATCH`] of `hash_parts`. Further ones are dropped.
     pub fn pack<'a>(hash_parts: impl IntoIterator<Item = &'a HashPart>) -> Self {
         HashParts(hash_parts.into_iter().take(MAX_BATCH).flat_map(HashPart::to_bytes).collect())
     }
@@ -102,7 +104,7 @@ impl HashParts {
         self.0.len() / HashPart::BYTES
     }
 
-    /// Whether there are none: the query asks for a sign of life.
+    /// Whether there are none: the query only asks whether the receiver is alive.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
@@ -113,12 +115,12 @@ impl HashParts {
     }
 }
 
-/// The bits of an *answer many*.
+/// The bits of an *answer many*, at most [`MAX_BATCH`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AnswerBits(Vec<u8>);
 
 impl AnswerBits {
-    /// One bit for each of `held`, at most [`MAX_BATCH`].
+    /// Packs one bit for each of the first [`MAX_BATCH`] of `held`. Further ones are dropped.
     pub fn pack(held: impl IntoIterator<Item = bool>) -> Self {
         let mut bytes = Vec::new();
         for (at, is_held) in held.into_iter().take(MAX_BATCH).enumerate() {
@@ -130,7 +132,7 @@ impl AnswerBits {
         AnswerBits(bytes)
     }
 
-    /// Whether this is an answer to `count` hash parts, as far as its length shows.
+    /// Whether the length is that of an answer to `count` hash parts.
     pub fn fits(&self, count: usize) -> bool {
         self.0.len() == count.div_ceil(8)
     }
@@ -160,20 +162,21 @@ const FLAG_BATCHES: u8 = 2;
 const FLAG_DIGEST: u8 = 4;
 const FLAG_HOLDERS_ONLY: u8 = 1;
 
-/// Longest URL path of a narinfo, in bytes. A hash part and a route take under 100; a longer one is
-/// refused.
+/// Maximum length in bytes of a narinfo's URL path. A hash part and a route take less than 100.
+/// Longer ones are refused.
 const MAX_URL_PATH: usize = 256;
 
 const WHAT: &str = "packet";
 
 impl Packet {
-    /// The longest datagram that can be a packet, in bytes.
+    /// Maximum length in bytes of any packet but *hello* and *bye*, which later versions may
+    /// extend.
     pub const MAX_LEN: usize = 6 + MAX_BATCH * HashPart::BYTES;
 
-    /// Reads one datagram.
+    /// Parses one datagram.
     ///
     /// # Errors
-    /// Anything that is not one of the packets above, whole.
+    /// The datagram is not exactly one of the packets of this module.
     pub fn parse(datagram: &[u8]) -> Result<Self, Malformed> {
         let (&kind, rest) = datagram.split_first().ok_or(Malformed::new(WHAT, "empty"))?;
         if matches!(kind, HELLO | BYE) {
@@ -215,7 +218,7 @@ impl Packet {
         }
     }
 
-    /// The bytes of one datagram.
+    /// Encodes the packet as one datagram.
     pub fn encode(&self) -> Vec<u8> {
         match self {
             Packet::Query { id, hash_part } => {
@@ -277,7 +280,7 @@ fn port_of(number: u32) -> Result<u16, Malformed> {
         .ok_or(Malformed::new(WHAT, "port outside 1 to 65535"))
 }
 
-/// A URL path goes into a request line, so only characters that a path has are let through.
+/// Checks a URL path. It goes into a request line, so only characters of a path are accepted.
 fn url_path_of(bytes: &[u8]) -> Result<String, Malformed> {
     if bytes.is_empty() || bytes.len() > MAX_URL_PATH {
         return Err(Malformed::new(WHAT, "URL path empty or too long"));
@@ -295,8 +298,7 @@ mod tests {
 
     const HASH_PART: &str = "7h7qgvs4kgzsn8a6rb273saxyqh4jxlz";
 
-    /// Written by hand from the packet table and, for kinds 0 and 1, as captured from the Python
-    /// peerix.
+    /// Written by hand from the packet table; kinds 0 and 1 as captured from the Python peerix.
     fn golden() -> Vec<(Packet, Vec<u8>)> {
         let hash_part = HashPart::parse(HASH_PART.as_bytes()).unwrap();
         let instance = *b"\x01\x02\x03\x04\x05\x06\x07\x08";
@@ -359,8 +361,8 @@ mod tests {
         for (packet, bytes) in golden() {
             for end in 0..bytes.len() {
                 match (Packet::parse(&bytes[..end]), &packet) {
-                    // A shorter URL path is a URL path; fewer hash parts and bits are a batch and
-                    // an answer.
+                    // A shorter URL path is still a URL path. Fewer hash parts or bits are still a
+                    // batch or an answer.
                     (Ok(Packet::Have { .. }), Packet::Have { .. }) if end > 9 => {}
                     (Ok(Packet::QueryMany { .. }), Packet::QueryMany { .. })
                         if (end - 5) % 20 <= 1 => {}
@@ -372,7 +374,7 @@ mod tests {
     }
 
     #[test]
-    fn every_first_byte_with_every_length_is_survived() {
+    fn parse_of_any_kind_and_length_does_not_panic() {
         for kind in 0..=255u8 {
             for len in 0..900 {
                 for fill in [0, b'0', b'/', 0xff] {
@@ -394,7 +396,7 @@ mod tests {
     }
 
     #[test]
-    fn batch_of_forty_fits_and_comes_back_whole() {
+    fn batch_of_forty_is_longest_packet_and_parses_back() {
         let hash_parts: Vec<HashPart> =
             (0..=MAX_BATCH as u8).map(|n| HashPart::from_bytes(&[n; 20])).collect();
         let packed = HashParts::pack(&hash_parts);
@@ -417,7 +419,7 @@ mod tests {
     }
 
     #[test]
-    fn characters_that_reach_past_a_request_line_are_refused() {
+    fn url_path_or_port_out_of_range_is_refused() {
         for path in ["a b", "a\r\nb", "/a", "a?b", "a#b", "http://a", "\u{e9}", "a@b", ""] {
             let datagram = [b"\x01\0\0\0\x07\0\0\x30\x10", path.as_bytes()].concat();
             assert!(Packet::parse(&datagram).is_err(), "{path:?}");
@@ -429,7 +431,7 @@ mod tests {
     }
 
     #[test]
-    fn longer_hello_of_a_later_release_is_understood() {
+    fn longer_hello_of_same_version_is_parsed() {
         let (packet, mut bytes) = golden().swap_remove(3);
         bytes.extend_from_slice(b"more");
         assert_eq!(Packet::parse(&bytes), Ok(packet));

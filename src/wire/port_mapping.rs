@@ -1,10 +1,10 @@
-//! How a router is asked to pass a port on: PCP (RFC 6887) and NAT-PMP (RFC 6886). TCP only. No
-//! I/O.
+//! Requests and answers of PCP (RFC 6887) and NAT-PMP (RFC 6886), by which a router forwards a TCP
+//! port. No I/O.
 
 use crate::nix::Malformed;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-/// The UDP port of both on the router.
+/// UDP port of both protocols on the router.
 pub const PORT: u16 = 5351;
 
 const PCP: u8 = 2;
@@ -15,54 +15,55 @@ const NAT_PMP_MAP_TCP: u8 = 2;
 const ANSWER: u8 = 0x80;
 const TCP: u8 = 6;
 
-/// Result code of both: the router does not know this version.
+/// Result code of both protocols: the router does not support this version.
 const UNSUPPORTED_VERSION: u16 = 1;
 
 const WHAT: &str = "answer of the router";
 
-/// A mapping that a router is asked for, or to give up.
+/// A mapping that the router is asked to create, renew or delete.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MappingRequest {
     /// This machine's address, from which the request is sent.
     pub client: IpAddr,
-    /// Random, and the same for as long as the mapping is kept: the router lets nobody else change
-    /// it.
+    /// Random number that stays the same for the life of the mapping. The router refuses changes
+    /// with another one (PCP only).
     pub nonce: [u8; 12],
-    /// The port here.
+    /// The TCP port on this machine.
     pub internal_port: u16,
-    /// The port that was there before; 0 for any.
+    /// The suggested external port, as in the previous grant; 0 for any.
     pub external_port: u16,
-    /// Seconds for which it is wanted; 0 gives it up.
+    /// Requested lifetime in seconds; 0 deletes the mapping.
     pub lifetime: u32,
 }
 
-/// A mapping as the router has it.
+/// A mapping as the router granted it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MappingGrant {
-    /// Where it is reached outside; NAT-PMP does not say.
+    /// The external address; `None` with NAT-PMP, whose answer has none.
     pub external_ip: Option<IpAddr>,
-    /// The port outside.
+    /// The external TCP port.
     pub external_port: u16,
-    /// Seconds for which it lasts.
+    /// Granted lifetime in seconds.
     pub lifetime: u32,
-    /// Seconds since the router forgot all mappings, by its clock.
+    /// Seconds since the router last lost its mappings, by its own clock.
     pub epoch: u32,
 }
 
-/// What a router answers.
+/// An answer of a router.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum MappingResponse {
-    /// It is done.
+    /// The mapping exists.
     Mapped(MappingGrant),
-    /// NAT-PMP: the address outside.
+    /// The external address (NAT-PMP only).
     Address(Ipv4Addr),
-    /// It does not speak this protocol.
+    /// The router does not support this protocol version.
     UnknownVersion,
-    /// It will not: its code.
+    /// The router refused, with this result code.
     Refused(u16),
 }
 
-/// A PCP request for a mapping of IPv4, or a pinhole of IPv6.
+/// Encodes a PCP MAP request: a port mapping for IPv4, a firewall pinhole for IPv6 (RFC 6887,
+/// section 11).
 pub fn pcp_request(wanted: &MappingRequest) -> Vec<u8> {
     let any = match wanted.client {
         IpAddr::V4(_) => Ipv4Addr::UNSPECIFIED.to_ipv6_mapped(),
@@ -81,7 +82,7 @@ pub fn pcp_request(wanted: &MappingRequest) -> Vec<u8> {
     .concat()
 }
 
-/// A NAT-PMP request for a mapping.
+/// Encodes a NAT-PMP request for a TCP mapping (RFC 6886, section 3.3).
 pub fn nat_pmp_request(wanted: &MappingRequest) -> Vec<u8> {
     let (internal, external) =
         (wanted.internal_port.to_be_bytes(), wanted.external_port.to_be_bytes());
@@ -89,15 +90,15 @@ pub fn nat_pmp_request(wanted: &MappingRequest) -> Vec<u8> {
         .concat()
 }
 
-/// A NAT-PMP request for the router's address outside.
+/// Encodes a NAT-PMP request for the router's external address (RFC 6886, section 3.2).
 pub fn nat_pmp_address_request() -> Vec<u8> {
     vec![NAT_PMP, NAT_PMP_ADDRESS]
 }
 
-/// Reads an answer to one of the requests for `wanted`.
+/// Parses an answer to one of the requests for `wanted`.
 ///
 /// # Errors
-/// What is no answer, or one to another request.
+/// The datagram is not an answer, or it answers another request.
 pub fn parse(datagram: &[u8], wanted: &MappingRequest) -> Result<MappingResponse, Malformed> {
     let bad = |why| Malformed::new(WHAT, why);
     match datagram {
@@ -190,7 +191,7 @@ mod tests {
     }
 
     #[test]
-    fn requests_have_the_bytes_of_the_standards() {
+    fn requests_match_rfc_layout() {
         let request = pcp_request(&wanted());
         assert_eq!(request.len(), 60);
         assert_eq!(request[..8], [2, 1, 0, 0, 0, 0, 2, 88]);
@@ -202,7 +203,7 @@ mod tests {
     }
 
     #[test]
-    fn answers_are_read_and_others_are_not_taken_for_ours() {
+    fn parse_accepts_own_answers_and_refuses_others() {
         let mapped = |external_ip: Option<&str>, external_port| {
             let external_ip = external_ip.map(|ip| ip.parse().unwrap());
             Ok(MappingResponse::Mapped(MappingGrant {
@@ -228,7 +229,7 @@ mod tests {
             None,
             "a request is no answer"
         );
-        // What a router says to PCP that knows NAT-PMP alone.
+        // What a router that only supports NAT-PMP answers to PCP.
         assert_eq!(
             parse(&[0, 129, 0, 1, 0, 0, 0, 9], &wanted()),
             Ok(MappingResponse::UnknownVersion)

@@ -1,9 +1,9 @@
-//! What nodes and trackers say to one another, over HTTP, as JSON.
+//! Messages between nodes and trackers: JSON over HTTP, signatures, and the node's identity.
 //!
-//! The calls are those of the original (`POST /announce`, `GET /peers`, `POST /transfer/init`,
-//! `POST /report`, `GET /reputation/<peer id>`); what peerix adds are fields that the original
-//! ignores, and calls it does not have: `GET /lookup/<hash part>`, `PUT /filter/<peer id>`, `DELETE
-//! /announce`, `GET /health`. docs/protocol.md has the table.
+//! The original tracker defines `POST /announce`, `GET /peers`, `POST /transfer/init`,
+//! `POST /report` and `GET /reputation/<peer id>`. peerix adds fields that the original ignores,
+//! and further calls such as `GET /lookup/<hash part>` and `PUT /filter/<peer id>`.
+//! docs/protocol.md has the table.
 
 use super::node_key::NodeKey;
 use crate::nix::HashPart;
@@ -15,117 +15,118 @@ use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::net::IpAddr;
 
-/// A peer ID has so many bytes at most. Those of the original are UUIDs.
+/// Maximum length of a peer ID in bytes. IDs of the original are UUIDs. Longer ones are refused.
 pub const MAX_PEER_ID: usize = 128;
-/// A host name has so many at most (RFC 1035).
+/// Maximum length of a host name in bytes (RFC 1035). Longer ones are refused.
 pub const MAX_ADDR: usize = 253;
-/// Bytes that a transfer can have: 16 TiB, as a NAR's.
+/// Maximum bytes of a transfer: 16 TiB, as for a NAR. Reports of more are refused.
 pub const MAX_TRANSFER: u64 = 1 << 44;
-/// A request's body but that of a filter.
+/// Maximum bytes of a request's body, filters excepted. Longer ones are refused.
 pub const MAX_BODY: usize = 64 * 1024;
-/// Transfers begun by one request.
+/// Maximum number of transfers begun by one request. More are refused.
 pub const MAX_TRANSFERS_AT_ONCE: u32 = 256;
-/// A lookup's answer names so many candidates at most. Of 10,000 peers, 50 seem to have every path.
+/// Maximum number of candidates in a lookup's answer; the best remain. Of 10,000 peers, 1 to 140
+/// are false positives for a path, depending on the bits of their filters.
 pub const MAX_CANDIDATES: usize = 64;
-/// And so many peers that have no filter.
+/// Maximum number of peers without a filter in a lookup's answer.
 pub const MAX_OTHERS: usize = 8;
 
-/// The header in which the asker of a NAR names the transfer: `<tracker ID>-<transfer ID>`.
+/// Header of a NAR request that names the transfer: `<tracker ID>-<transfer ID>`.
 pub const TRANSFER_HEADER: &str = "X-Peerix-Transfer";
-/// The headers that prove whose filter it is.
+/// Header of `PUT /filter` with the public key. The other two have the timestamp and the signature;
+/// see [`Proof`].
 pub const KEY_HEADER: &str = "X-Peerix-Public-Key";
-/// See [`KEY_HEADER`].
+/// Header of `PUT /filter` with the [`Proof`]'s timestamp.
 pub const TIMESTAMP_HEADER: &str = "X-Peerix-Timestamp";
-/// See [`KEY_HEADER`].
+/// Header of `PUT /filter` with the [`Proof`]'s signature.
 pub const SIGNATURE_HEADER: &str = "X-Peerix-Signature";
 
-/// Whether a text can be a peer's ID: not empty, at most [`MAX_PEER_ID`] bytes, no control
-/// characters.
+/// Whether a text can be a peer ID: 1 to [`MAX_PEER_ID`] bytes without control characters.
 pub fn is_peer_id(text: &str) -> bool {
     !text.is_empty() && text.len() <= MAX_PEER_ID && !text.chars().any(char::is_control)
 }
 
-/// Whether a peer can be at an address: one that others can be told to ask, so not their own
-/// machine, a network's, or the link's, where clouds keep their metadata. Private ones are fine:
-/// they may be a VPN's.
+/// Whether a peer can have this address. Other nodes connect to it, so loopback, link-local (where
+/// clouds serve metadata) and multicast addresses are refused. Private ones are accepted: they may
+/// belong to a VPN.
 pub fn can_be_peer(ip: IpAddr) -> bool {
     match ip.to_canonical() {
-        // "This network", and what was left for the future.
+        // Refuses 0.0.0.0/8 ("this network") and 240.0.0.0/4 (reserved).
         IpAddr::V4(ip) => {
             let special = ip.is_loopback() || ip.is_link_local() || ip.is_multicast();
             !special && (1..240).contains(&ip.octets()[0])
         }
         IpAddr::V6(ip) => {
-            // `::1`, and IPv4 addresses in a form that is no longer used.
+            // Refuses `::`, `::1` and IPv4-compatible addresses (deprecated by RFC 4291).
             let is_embedded = ip.segments()[..6] == [0; 6];
             !(is_embedded || ip.is_multicast() || ip.is_unicast_link_local())
         }
     }
 }
 
-/// `POST /announce`; `DELETE /announce` without port.
+/// Body of `POST /announce`, and of `DELETE /announce`, which has no port.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Announce {
-    /// Who.
+    /// ID of the announced peer.
     pub peer_id: Option<String>,
-    /// Where its HTTP server is.
+    /// TCP port of its HTTP server.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub port: Option<u16>,
-    /// Address or host name; else the tracker takes the one it sees.
+    /// Its address or host name; without it, the tracker takes the request's source address.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub addr: Option<String>,
-    /// Random at every start of the node, so that two machines with one identity are told from a
-    /// restart.
+    /// Random number of this start of the node. It lets the tracker tell two machines with one
+    /// identity from a restart.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub instance: Option<u64>,
-    /// Who says so.
+    /// The node's signature.
     #[serde(flatten)]
     pub proof: Proof,
 }
 
-/// The answer to a signed announce. To others it is `{"status":"ok"}`.
+/// Answer to a signed announce. The answer to an unsigned one is `{"status":"ok"}`.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct AnnounceResponse {
-    /// `ok`.
+    /// Always `ok`.
     pub status: String,
-    /// The tracker's ID, which tells it from others under whatever name it is reached.
+    /// The tracker's ID, by which nodes recognise it under several names.
     pub tracker: Option<String>,
-    /// The timestamp with which the filter came that it has of this peer.
+    /// Timestamp of the peer's filter that the tracker has; `None` if it has none.
     pub filter: Option<u64>,
-    /// Bits for each path that the tracker wants filters to have, from [`LEAST_BITS_PER_PATH`] to
+    /// Bits for each path that new filters should have, from [`LEAST_BITS_PER_PATH`] to
     /// [`MOST_BITS_PER_PATH`].
     ///
     /// [`LEAST_BITS_PER_PATH`]: crate::wire::filter::LEAST_BITS_PER_PATH
     /// [`MOST_BITS_PER_PATH`]: crate::wire::filter::MOST_BITS_PER_PATH
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bits_per_path: Option<u64>,
-    /// Whether the tracker reached a peerix at the announced address; absent as long as it has not
-    /// tried.
+    /// Whether the tracker reached a peerix at the announced address; `None` if it has not tried
+    /// yet.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reachable: Option<bool>,
-    /// The address from which another machine announces itself with the same identity.
+    /// Address of another machine that announces itself with the same identity.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub also_at: Option<String>,
 }
 
-/// `POST /transfer/init`.
+/// Body of `POST /transfer/init`.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct TransferInit {
-    /// Who sends.
+    /// ID of the peer that sends.
     pub sender_id: Option<String>,
-    /// Who receives.
+    /// ID of the peer that receives.
     pub receiver_id: Option<String>,
-    /// How many transfers begin; without it, one.
+    /// Number of transfers to begin, from 1 to [`MAX_TRANSFERS_AT_ONCE`]; one if absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub count: Option<u32>,
 }
 
-/// The answer to [`TransferInit`].
+/// Answer to [`TransferInit`].
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct TransferInitResponse {
-    /// The first one's ID; the others' follow it.
+    /// ID of the first transfer. The IDs of the others follow it.
     pub transfer_id: u64,
-    /// How many there are, if the request said how many there should be.
+    /// Number of transfers begun, if the request had a number.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub count: Option<u32>,
 }
@@ -134,14 +135,14 @@ pub struct TransferInitResponse {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Role {
-    /// Of the path.
+    /// The peer that sends the path.
     Sender,
-    /// Of the path.
+    /// The peer that receives the path.
     Receiver,
 }
 
 impl Role {
-    /// As in a report.
+    /// The name in a report.
     pub fn as_str(self) -> &'static str {
         match self {
             Role::Sender => "sender",
@@ -150,28 +151,29 @@ impl Role {
     }
 }
 
-/// `POST /report`.
+/// Body of `POST /report`.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct TransferReportBody {
-    /// Which transfer.
+    /// ID of the transfer.
     pub transfer_id: Option<u64>,
-    /// Who reports.
+    /// ID of the reporting peer.
     pub peer_id: Option<String>,
     /// `sender` or `receiver`.
     pub role: Option<String>,
-    /// Bytes of the NAR, uncompressed.
+    /// Transferred bytes of the NAR, uncompressed.
     pub bytes: Option<u64>,
-    /// Who says so.
+    /// The reporting peer's signature.
     #[serde(flatten)]
     pub proof: Proof,
 }
 
-/// The answer to `GET /lookup/<hash part>`.
+/// Answer to `GET /lookup/<hash part>`.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct CandidateList {
-    /// Peers whose filter has the hash part; best reputation first.
+    /// Peers whose filter contains the hash part, in the order in which they should be asked; at
+    /// most [`MAX_CANDIDATES`].
     pub candidates: Vec<Candidate>,
-    /// Peers without a filter; best reputation first.
+    /// Peers without a filter, in the order in which they should be asked; at most [`MAX_OTHERS`].
     #[serde(default)]
     pub others: Vec<Candidate>,
 }
@@ -179,56 +181,56 @@ pub struct CandidateList {
 /// A peer that may have a path.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Candidate {
-    /// Its ID.
+    /// Its peer ID.
     pub peer_id: String,
-    /// Address or host name.
+    /// Its address or host name.
     pub addr: String,
-    /// TCP, for HTTP, and UDP, for queries.
+    /// TCP port for HTTP, and UDP port for queries.
     pub port: u16,
-    /// Its reputation.
+    /// Its reputation score, 0 or more.
     pub score: f64,
 }
 
-/// What a signature is made over. The text names the call and every field, one a line, so that no
-/// statement can be taken for another.
+/// The text that a node signs. It names the call and every field, one a line, so that a signature
+/// of one call is not valid for another.
 #[derive(Debug, Clone, Copy)]
 pub enum SignedText<'a> {
-    /// `POST /announce`.
+    /// For `POST /announce`.
     Announce {
-        /// As in the request.
+        /// Peer ID, as in the request.
         peer_id: &'a str,
-        /// As in the request.
+        /// TCP port, as in the request.
         port: u16,
-        /// As in the request, empty if it has none.
+        /// Address as in the request; empty if it has none.
         addr: &'a str,
     },
-    /// `DELETE /announce`.
+    /// For `DELETE /announce`.
     Leave {
-        /// As in the request.
+        /// Peer ID, as in the request.
         peer_id: &'a str,
     },
-    /// `PUT /filter/<peer id>`.
+    /// For `PUT /filter/<peer id>`.
     Filter {
-        /// As in the path.
+        /// Peer ID, as in the request's path.
         peer_id: &'a str,
-        /// SHA-256 of the body.
+        /// SHA-256 of the request's body.
         digest: &'a [u8],
     },
-    /// `POST /report`.
+    /// For `POST /report`.
     Report {
-        /// As in the request.
+        /// Transfer ID, as in the request.
         transfer_id: u64,
-        /// As in the request.
+        /// Peer ID, as in the request.
         peer_id: &'a str,
-        /// As in the request.
+        /// `sender` or `receiver`, as in the request.
         role: &'a str,
-        /// As in the request.
+        /// Transferred bytes, as in the request.
         bytes: u64,
     },
 }
 
 impl SignedText<'_> {
-    /// The text that is signed.
+    /// Returns the signed text. `timestamp` is in milliseconds since 1970, `public_key` in base64.
     pub fn text(&self, timestamp: u64, public_key: &str) -> String {
         let fields = match self {
             SignedText::Announce { peer_id, port, addr } => {
@@ -248,34 +250,33 @@ impl SignedText<'_> {
     }
 }
 
-/// Who makes a statement, and when. Requests of the original have none of the three fields.
+/// Signature of a request, with key and time. Requests of the original have none of the fields.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Proof {
-    /// Base64 of the 32 bytes of an ed25519 key.
+    /// Base64 of the 32 bytes of the ed25519 public key.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub public_key: Option<String>,
-    /// Milliseconds since 1970. Each of a peer's statements has a later one than the last.
+    /// Milliseconds since 1970. It must be greater than in the peer's last signed request.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub timestamp: Option<u64>,
-    /// Base64 of the 64 bytes of the signature over [`SignedText::text`].
+    /// Base64 of the 64 bytes of the ed25519 signature of [`SignedText::text`].
     #[serde(skip_serializing_if = "Option::is_none")]
     pub signature: Option<String>,
 }
 
-/// What a [`Proof`] turned out to be.
+/// Result of [`Proof::check`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ProofCheck {
-    /// Nothing is claimed.
+    /// The proof has no fields.
     Unsigned,
-    /// The key with these bytes said it at that time.
+    /// The signature is valid: the public key, and the time in milliseconds since 1970.
     By([u8; 32], u64),
-    /// One of the fields is missing, no base64, of another length, or the signature is not the
-    /// key's.
+    /// A field is missing or malformed, or the signature is not valid.
     Wrong,
 }
 
 impl Proof {
-    /// Checks the signature, which takes about 0.1 ms.
+    /// Checks the signature, which takes about 0.1 ms of CPU time. Does not check the time.
     pub fn check(&self, statement: &SignedText<'_>) -> ProofCheck {
         let (public_key, timestamp, signature) =
             match (&self.public_key, self.timestamp, &self.signature) {
@@ -296,7 +297,7 @@ impl Proof {
     }
 }
 
-/// A node's secret key, with which it speaks to trackers. Never printed.
+/// The secret ed25519 key of a node. Its `Debug` output has only the public key.
 pub struct Identity {
     seed: [u8; Identity::SEED_LEN],
     key: Ed25519KeyPair,
@@ -304,19 +305,19 @@ pub struct Identity {
 }
 
 impl Identity {
-    /// Bytes of the secret.
+    /// Length of the seed in bytes.
     pub const SEED_LEN: usize = 32;
 
-    /// The key that such a secret makes.
+    /// Derives the key from a seed (RFC 8032, section 5.1.5).
     pub fn from_seed(seed: &[u8; Self::SEED_LEN]) -> Self {
         let key = Ed25519KeyPair::from_seed_unchecked(seed).expect("any 32 bytes are a seed");
         let public = BASE64.encode(key.public_key().as_ref());
         Identity { seed: *seed, key, public }
     }
 
-    /// The key for one tracker, named by its host and port as configured
-    /// (`tracker.example.org:12305`). A statement that is made to one tracker proves nothing to
-    /// another, and no tracker can tell who this node is elsewhere.
+    /// Derives the identity for one tracker, named by its configured host and port
+    /// (`tracker.example.org:12305`). A request signed for one tracker is not valid for another,
+    /// and trackers cannot tell that two of their peers are one node.
     pub fn for_tracker(&self, authority: &str) -> Self {
         let key = hmac::Key::new(hmac::HMAC_SHA256, &self.seed);
         let seed = hmac::sign(&key, format!("peerix tracker key 1\n{authority}\n").as_bytes());
@@ -330,17 +331,18 @@ impl Identity {
         )
     }
 
-    /// The secret as TLS libraries take it: PKCS #8 without the public key (RFC 8410, section 7).
+    /// The secret key in the form for TLS libraries: PKCS #8 without the public key (RFC 8410,
+    /// section 7).
     pub fn to_pkcs8(&self) -> Vec<u8> {
         const PREFIX: [u8; 16] =
             [0x30, 0x2e, 2, 1, 0, 0x30, 5, 6, 3, 0x2b, 0x65, 0x70, 4, 0x22, 4, 0x20];
         [&PREFIX[..], &self.seed].concat()
     }
 
-    /// A secret that nobody knows.
+    /// Generates a random seed.
     ///
     /// # Errors
-    /// The system has no random numbers.
+    /// The system's random number generator failed.
     pub fn random_seed() -> Result<[u8; Self::SEED_LEN], ring::error::Unspecified> {
         Ok(ring::rand::generate(&SystemRandom::new())?.expose())
     }
@@ -350,15 +352,15 @@ impl Identity {
         &self.public
     }
 
-    /// The peer ID that goes with the key, if the user names none: 32 digits of its digest, in the
-    /// form of a UUID as the original has.
+    /// The default peer ID, in the form of a UUID as in the original: the first 16 bytes of the
+    /// SHA-256 of the public key's base64.
     pub fn peer_id(&self) -> String {
         let digest = ring::digest::digest(&ring::digest::SHA256, self.public.as_bytes());
         let digits = HEXLOWER.encode(&digest.as_ref()[..16]);
         [&digits[..8], &digits[8..12], &digits[12..16], &digits[16..20], &digits[20..]].join("-")
     }
 
-    /// Signs a statement made at that time, in milliseconds since 1970.
+    /// Signs a statement. `timestamp` is in milliseconds since 1970.
     pub fn sign(&self, statement: &SignedText<'_>, timestamp: u64) -> Proof {
         let signature = self.key.sign(statement.text(timestamp, &self.public).as_bytes());
         Proof {
@@ -375,20 +377,20 @@ impl fmt::Debug for Identity {
     }
 }
 
-/// A transfer, as [`TRANSFER_HEADER`] names it.
+/// The name of a transfer, as in [`TRANSFER_HEADER`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TransferName {
-    /// The tracker that counts it.
+    /// ID of the tracker that counts the transfer.
     pub tracker: String,
-    /// Its ID there.
+    /// ID of the transfer at that tracker.
     pub id: u64,
 }
 
 impl TransferName {
-    /// Trackers choose so many hexadecimal digits for their IDs.
+    /// Length of a tracker ID in hexadecimal digits.
     pub const TRACKER_ID_LEN: usize = 16;
 
-    /// Reads `<tracker ID>-<transfer ID>`.
+    /// Parses `<tracker ID>-<transfer ID>`; `None` if it is malformed.
     pub fn parse(text: &str) -> Option<Self> {
         let (tracker, id) = text.trim().split_once('-')?;
         let is_id =
@@ -404,7 +406,7 @@ impl fmt::Display for TransferName {
     }
 }
 
-/// The target of a lookup.
+/// The request target of a lookup.
 pub fn lookup_target(hash_part: &HashPart) -> String {
     format!("/lookup/{hash_part}")
 }
@@ -417,9 +419,9 @@ mod tests {
         Identity::from_seed(&[7; 32])
     }
 
-    /// Golden: other programs have to make the same text.
+    /// The exact texts are part of the protocol: other programs have to sign the same.
     #[test]
-    fn statements_are_told_apart() {
+    fn signed_text_of_each_call_is_distinct() {
         let statements = [
             SignedText::Announce { peer_id: "a", port: 12304, addr: "" },
             SignedText::Leave { peer_id: "a" },
@@ -447,7 +449,7 @@ mod tests {
     }
 
     #[test]
-    fn every_field_is_signed() {
+    fn proof_with_any_changed_field_is_wrong() {
         let statement = |port, addr| SignedText::Announce { peer_id: "a", port, addr };
         let proof = identity().sign(&statement(1, "x"), 5);
         let key =
@@ -474,9 +476,9 @@ mod tests {
         assert_eq!(Proof::default().check(&statement(1, "x")), ProofCheck::Unsigned);
     }
 
-    /// What the original sends, and what it makes of our answers.
+    /// The original's requests parse, and answers have no fields that it does not expect.
     #[test]
-    fn bodies_of_the_original() {
+    fn body_of_original_parses_and_malformed_body_does_not() {
         let announce: Announce =
             serde_json::from_str(r#"{"peer_id": "a", "port": 12304}"#).unwrap();
         assert_eq!(
@@ -505,7 +507,7 @@ mod tests {
     }
 
     #[test]
-    fn key_of_a_tracker_is_stable_and_no_other_trackers() {
+    fn key_for_tracker_is_stable_and_unique() {
         let of = |name: &str| identity().for_tracker(name).public().to_owned();
         assert_eq!(of("a.example:12305"), of("a.example:12305"));
         let other =
@@ -522,7 +524,7 @@ mod tests {
     }
 
     #[test]
-    fn where_peers_can_be() {
+    fn can_be_peer_refuses_special_addresses() {
         for good in [
             "1.2.3.4",
             "10.0.0.1",
@@ -555,7 +557,7 @@ mod tests {
     }
 
     #[test]
-    fn names_of_transfers() {
+    fn transfer_name_parses_back_and_malformed_one_does_not() {
         let name = TransferName { tracker: "0123456789abcdef".into(), id: 42 };
         assert_eq!(TransferName::parse(&name.to_string()), Some(name));
         for bad in [

@@ -1,4 +1,4 @@
-//! A real Chromium without a window on a host's network, driven by its own protocol (CDP) over a
+//! A headless Chromium on the network of a host, driven by the Chrome DevTools Protocol over a
 //! pipe.
 
 use super::lan::Host;
@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
-/// Chromium's own name for it where Debian has it apart, and the whole one.
+/// Debian's package of the headless shell, and the full browser.
 const PROGRAMS: [&str; 2] = ["chromium-headless-shell", "chromium"];
 
 const FLAGS: [&str; 14] = [
@@ -34,7 +34,7 @@ const FLAGS: [&str; 14] = [
     "--force-color-profile=srgb",
 ];
 
-/// A browser with one page. Dropping it ends it.
+/// A browser with one page. Dropping it ends the browser.
 pub struct Browser {
     process: Child,
     to: ChildStdin,
@@ -43,14 +43,15 @@ pub struct Browser {
     session: Option<String>,
     last_id: u64,
     profile: PathBuf,
-    /// Every address that the page or the browser asked for, in order.
+    /// URLs of all requests of the page, in order.
     pub requested: Vec<String>,
-    /// What went wrong in the page: exceptions, broken policies, dialogs.
+    /// Errors of the page: uncaught exceptions, error log entries (also policy violations),
+    /// dialogs.
     pub complaints: Vec<String>,
 }
 
 impl Browser {
-    /// Starts one that sees the network of `host`, with further flags.
+    /// Starts a browser on the network of `host`, with additional flags.
     pub fn start(host: &Host, flags: &[&str]) -> Browser {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let number = COUNT.fetch_add(1, Ordering::Relaxed);
@@ -58,7 +59,8 @@ impl Browser {
         fs::create_dir_all(&profile).expect("a directory for a browser");
         let program = PROGRAMS.into_iter().find(|name| Path::new("/usr/bin").join(name).exists());
         let program = program.expect("Chromium is installed: scripts/deps test");
-        // It speaks on the descriptors 3 and 4.
+        // With `--remote-debugging-pipe`, Chromium reads from descriptor 3 and writes to descriptor
+        // 4.
         let script = "exec \"$@\" 3<&0 4>&1 </dev/null >/dev/null 2>&1";
         let mut command = host.net_cmd("sh");
         command.args(["-c", script, "sh", program]).args(FLAGS).args(flags);
@@ -100,7 +102,8 @@ impl Browser {
         browser
     }
 
-    /// Calls a method of the protocol and returns its result.
+    /// Calls a method of the DevTools protocol and returns its result. Panics if the method fails
+    /// or does not answer within [`DEADLINE`].
     pub fn call(&mut self, method: &str, parameters: Value) -> Value {
         self.last_id += 1;
         let id = self.last_id;
@@ -156,19 +159,19 @@ impl Browser {
         }
     }
 
-    /// Opens an address and waits until it is loaded.
+    /// Opens a URL and waits until the page is loaded.
     pub fn open(&mut self, url: &str) {
         self.events.clear();
         self.call("Page.navigate", json!({ "url": url }));
         self.wait_for_event("Page.loadEventFired");
     }
 
-    /// Whether pages may run scripts, from the next one on.
+    /// Allows or forbids scripts, from the next page on.
     pub fn allow_scripts(&mut self, allowed: bool) {
         self.call("Emulation.setScriptExecutionDisabled", json!({ "value": !allowed }));
     }
 
-    /// The value of an expression in the page, also of a promise's.
+    /// Evaluates an expression in the page and returns its value. Awaits a promise.
     pub fn value(&mut self, expression: &str) -> Value {
         let parameters =
             json!({ "expression": expression, "returnByValue": true, "awaitPromise": true });
@@ -181,7 +184,7 @@ impl Browser {
         answer["result"]["value"].take()
     }
 
-    /// The same as text.
+    /// Evaluates an expression in the page and returns its value. Panics if it is not a string.
     pub fn text(&mut self, expression: &str) -> String {
         self.value(expression)
             .as_str()
@@ -189,12 +192,13 @@ impl Browser {
             .to_owned()
     }
 
-    /// What an element with that ID shows.
+    /// The visible text of the element with this ID.
     pub fn shown(&mut self, id: &str) -> String {
         self.text(&format!("document.getElementById({id:?}).innerText"))
     }
 
-    /// Waits until an element with that ID shows all of these; nobody reloads the page.
+    /// Waits until the element with this ID shows all `texts`, without reloading the page. Panics
+    /// after [`DEADLINE`].
     pub fn wait_until_shown(&mut self, id: &str, texts: &[&str]) -> String {
         let until = Instant::now() + DEADLINE;
         loop {
@@ -211,7 +215,7 @@ impl Browser {
         }
     }
 
-    /// Presses a key, as a person does.
+    /// Presses and releases a key.
     pub fn press(&mut self, key: &str, code: u32) {
         for kind in ["rawKeyDown", "keyUp"] {
             let parameters =
@@ -220,7 +224,7 @@ impl Browser {
         }
     }
 
-    /// The page from now on is so many pixels wide, light or dark.
+    /// Sets the width of the viewport in pixels and the colour scheme (`light`, `dark`).
     pub fn look(&mut self, width: u32, scheme: &str) {
         let metrics =
             json!({ "width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 600 });
@@ -229,7 +233,7 @@ impl Browser {
         self.call("Emulation.setEmulatedMedia", features);
     }
 
-    /// Writes a picture of the whole page, or of its upper `height` pixels.
+    /// Writes a PNG of the whole page, or of its upper `height` pixels.
     pub fn picture(&mut self, file: &Path, height: Option<u32>) {
         let size = self.call("Page.getLayoutMetrics", json!({}))["cssContentSize"].take();
         let height = height.map_or(size["height"].clone(), Value::from);
@@ -246,8 +250,8 @@ impl Browser {
 
 impl Drop for Browser {
     fn drop(&mut self) {
-        // Asked to, it ends those that it started and lets go of its files; `nsenter` and the shell
-        // have become it.
+        // On `Browser.close`, Chromium ends its child processes and closes its files. `nsenter` and
+        // the shell were replaced by it (`exec`), so `process` is Chromium itself.
         let close = json!({ "id": 0, "method": "Browser.close" }).to_string();
         let asked = self.to.write_all(&[close.as_bytes(), b"\0"].concat());
         let until = Instant::now() + Duration::from_secs(5);

@@ -1,4 +1,4 @@
-//! What goes wrong on networks and machines.
+//! Faults of networks and machines, made with `iptables`, `tc`, bridge ports and busy processes.
 
 use super::lan::{Host, Run};
 use super::packet::hello;
@@ -13,14 +13,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-/// Both kinds of traffic, as discovery uses both.
+/// IPv4 and IPv6, because discovery uses both.
 const TABLES: [&str; 2] = ["iptables", "ip6tables"];
 
 impl Host {
-    /// Loses so many percent of the packets that come in from the network, at random.
+    /// Drops this percentage of the incoming packets at random.
     pub fn lose(&self, percent: u32) {
         let probability = format!("{:.2}", f64::from(percent) / 100.0);
-        // Packets as they would be on a wire: without this, 64 KiB would be lost at once.
+        // Without this limit, one drop loses a merged packet of up to 64 KiB.
         self.net("ip link set eth0 gso_max_segs 1");
         for table in TABLES {
             self.net_cmd(table)
@@ -30,7 +30,8 @@ impl Host {
         }
     }
 
-    /// Hears nothing and says nothing from now on, as a machine that sleeps: no reset, no error.
+    /// Drops all incoming and outgoing packets, without a reset or an error, like a suspended
+    /// machine.
     pub fn fall_silent(&self) {
         for table in TABLES {
             self.net_cmd(table).args(["-I", "INPUT", "-i", "eth0", "-j", "DROP"]).okay();
@@ -38,24 +39,25 @@ impl Host {
         }
     }
 
-    /// Hears nothing from now on, as behind a firewall that drops all that is not expected.
+    /// Drops all incoming packets, like a firewall that accepts nothing.
     pub fn fall_deaf(&self) {
         for table in TABLES {
             self.net_cmd(table).args(["-I", "INPUT", "-i", "eth0", "-j", "DROP"]).okay();
         }
     }
 
-    /// Pulls the cable out of the switch and the machine: the interface stays, without a carrier.
+    /// Unplugs the cable: the interface stays, without a carrier.
     pub fn unplug(&self) {
         self.switch("ip link set {port} down");
     }
 
-    /// Puts it back.
+    /// Undoes [`Host::unplug`].
     pub fn plug(&self) {
         self.switch("ip link set {port} up");
     }
 
-    /// Slows what comes to this host down to so many Mbit/s.
+    /// Limits the traffic to this host, in Mbit/s. A packet that would wait for over 50 ms is
+    /// dropped.
     pub fn slow(&self, megabits: u32) {
         self.switch("ip link set {port} gso_max_segs 8");
         self.switch(&format!(
@@ -68,8 +70,7 @@ impl Host {
         self.switch("tc qdisc del dev {port} root");
     }
 
-    /// Holds every packet that comes in from the network for so long: a longer round trip to
-    /// everyone.
+    /// Delays every incoming packet by `time`, until the returned `Delay` is dropped.
     pub fn delay(&self, time: Duration) -> Delay {
         let mut queue = self.in_net(|| {
             let mut queue = Queue::open().expect("a netfilter queue");
@@ -101,7 +102,8 @@ impl Host {
         Delay { stop, thread: Some(thread) }
     }
 
-    /// Limits what this host sends, in Mbit/s. Packets beyond that wait, and are lost after 50 ms.
+    /// Limits the traffic from this host, in Mbit/s. A packet that would wait for over 50 ms is
+    /// dropped.
     pub fn slow_sending(&self, megabits: u32) {
         self.net("ip link set eth0 gso_max_segs 8");
         self.net(&format!(
@@ -109,20 +111,20 @@ impl Host {
         ));
     }
 
-    /// Keeps all processors busy at ordinary priority.
+    /// Keeps all processors busy at normal priority, until the returned processes are dropped.
     pub fn be_busy(&self) -> Vec<Process> {
         let processors = std::thread::available_parallelism().map_or(2, usize::from);
         (0..2 * processors).map(|_| self.spawn_sh("while :; do :; done")).collect()
     }
 }
 
-/// Says *hello* with sender addresses that nobody has: packets sent there find no host.
+/// Sends hello packets with forged source addresses. Answers to them reach no host.
 pub struct Forger {
     sockets: Vec<UdpSocket>,
 }
 
 impl Forger {
-    /// Makes `host` forge the addresses `sources`.
+    /// Makes `host` send from the addresses `sources`.
     pub fn new(host: &Host, sources: &[Ipv4Addr]) -> Forger {
         let forge = |source: &Ipv4Addr| {
             let socket = host.udp(0);
@@ -147,7 +149,8 @@ impl Forger {
         Forger { sockets: sources.iter().map(forge).collect() }
     }
 
-    /// One hello from each, every time from another instance.
+    /// Sends one hello per source address. Each has a different instance ID, also from round to
+    /// round.
     pub fn say_hello(&self, to: Ipv4Addr, round: u32) {
         for (socket, number) in self.sockets.iter().zip(0_u32..) {
             let mut instance = [0; 8];
@@ -158,7 +161,7 @@ impl Forger {
     }
 }
 
-/// A longer way, as long as it is kept.
+/// Delay of the incoming packets of a host. Dropping it ends the delay.
 pub struct Delay {
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,

@@ -1,4 +1,4 @@
-//! Friends: their keys, and connections in TLS as a friend or a stranger makes them.
+//! Keys of friends, and TLS connections with the identity of a friend or of a stranger.
 
 use super::daemon::{self, binary};
 use super::lan::{Host, Run};
@@ -12,23 +12,23 @@ use serde_json::Value;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 
-/// Where a friend keeps its identity.
+/// Directory in which a host keeps its identity.
 pub const STATE: &str = "/var/lib/peerix";
 
-/// The key of a host, made if there is none, as its user gets it.
+/// The public key of a host, from `peerix identity`, which creates one if there is none.
 pub fn key(host: &Host) -> NodeKey {
     let text =
         host.cmd(&binary().display().to_string()).args(["identity", "--state-dir", STATE]).okay();
     text.trim().parse().expect("a key and nothing else")
 }
 
-/// The value of `--friend` for a host, at an address or wherever it turns out to be.
+/// The value of `--friend` for a host, with its address or without.
 pub fn friend(host: &Host, at: Option<SocketAddr>) -> String {
     let at = at.map(|at| format!("@{at}")).unwrap_or_default();
     format!("{}={}{at}", host.name, key(host))
 }
 
-/// What the peerix on `host` says of its friend called `name`.
+/// The entry of the friend `name` in the status of the peerix on `host`.
 pub fn seen(host: &Host, name: &str) -> Value {
     let status = daemon::status(host);
     let mut friends = status["friends"].as_array().expect("a list").iter();
@@ -38,24 +38,24 @@ pub fn seen(host: &Host, name: &str) -> Value {
         .unwrap_or_else(|| panic!("no friend {name}: {status:#}"))
 }
 
-/// Waits until the peerix on `host` reaches its friend called `name`, or does not, and returns what
-/// it says of it.
+/// Waits until the peerix on `host` reports `reached` for the friend `name`. Returns the entry of
+/// that friend.
 pub fn wait_until_reached(host: &Host, name: &str, reached: bool) -> Value {
     wait_for("a friend is reached or not", || {
         Some(seen(host, name)).filter(|friend| friend["reached"] == reached)
     })
 }
 
-/// The identity of nobody's machine.
+/// An identity from a fixed seed, which belongs to no host.
 pub fn identity(n: u8) -> Identity {
     Identity::from_seed(&[n; 32])
 }
 
-/// A connection in TLS.
+/// A TLS connection that stays open between requests.
 pub struct TlsConnection(BufReader<StreamOwned<ClientConnection, TcpStream>>);
 
 impl TlsConnection {
-    /// Connects from `host` with the given identity to the node with that key.
+    /// Connects from `host` with `identity`, to the node with the public key `key`.
     pub fn open(
         host: &Host,
         to: SocketAddr,
@@ -70,7 +70,7 @@ impl TlsConnection {
         Ok(TlsConnection(BufReader::new(StreamOwned::new(session, socket))))
     }
 
-    /// The status and the body of an answer to `GET`.
+    /// Sends a `GET` and returns the status and the body of the answer.
     pub fn get(&mut self, path: &str) -> io::Result<(u16, Vec<u8>)> {
         write!(self.0.get_mut(), "GET {path} HTTP/1.1\r\nHost: friend\r\n\r\n")?;
         let (mut status, mut length) = (None, 0);

@@ -1,4 +1,4 @@
-//! As much HTTP/1.1 as the tests need, both sides.
+//! The subset of HTTP/1.1 that the tests need, as a client and as a server.
 
 use super::{DEADLINE, lan::Host, thread};
 use std::io::{self, BufRead, BufReader, Read, Write};
@@ -9,21 +9,21 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-/// What a server answered.
+/// The answer of a server.
 #[derive(Debug)]
 pub struct Answer {
-    /// 200.
+    /// Status code.
     pub status: u16,
-    /// Names in lower case.
+    /// Header names in lower case, with their values.
     pub headers: Vec<(String, String)>,
-    /// As much of the body as came.
+    /// The received part of the body.
     pub body: Vec<u8>,
-    /// Whether that is all of it, by `Content-Length` or the last chunk.
+    /// Whether the body is complete, by `Content-Length` or the last chunk.
     pub whole: bool,
 }
 
 impl Answer {
-    /// The first header of that (lower-case) name.
+    /// The value of the first header with this lower-case name.
     pub fn header(&self, name: &str) -> Option<&str> {
         self.headers.iter().find(|(found, _)| found == name).map(|(_, value)| value.as_str())
     }
@@ -34,13 +34,13 @@ impl Answer {
     }
 }
 
-/// A connection that is kept open from request to request.
+/// A client connection that stays open between requests.
 pub struct Connection {
     stream: BufReader<TcpStream>,
 }
 
 impl Connection {
-    /// Takes over a connection.
+    /// Wraps a connection. Reads and writes time out after [`DEADLINE`].
     pub fn new(stream: TcpStream) -> io::Result<Connection> {
         stream.set_nodelay(true)?;
         stream.set_read_timeout(Some(DEADLINE))?;
@@ -48,12 +48,12 @@ impl Connection {
         Ok(Connection { stream: BufReader::new(stream) })
     }
 
-    /// `GET` and its answer.
+    /// Sends a `GET` and returns the answer.
     pub fn get(&mut self, path: &str) -> io::Result<Answer> {
         self.ask("GET", path, "")
     }
 
-    /// Any method, with further header lines, each ending in CR LF.
+    /// Sends a request without a body. Each line of `headers` ends in CR LF.
     pub fn ask(&mut self, method: &str, path: &str, headers: &str) -> io::Result<Answer> {
         self.send(
             format!("{method} {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n{headers}\r\n").as_bytes(),
@@ -61,7 +61,7 @@ impl Connection {
         self.answer(method != "HEAD")
     }
 
-    /// A request with a body, and its answer. Further header lines each end in CR LF.
+    /// Sends a request with a body. Each line of `headers` ends in CR LF.
     pub fn tell(
         &mut self,
         method: &str,
@@ -77,17 +77,17 @@ impl Connection {
         self.answer(true)
     }
 
-    /// Bytes as they are.
+    /// Sends raw bytes.
     pub fn send(&mut self, bytes: &[u8]) -> io::Result<()> {
         self.stream.get_mut().write_all(bytes)
     }
 
-    /// Waits until an answer begins.
+    /// Waits until the first bytes of an answer arrive.
     pub fn wait_for_answer(&mut self) -> io::Result<()> {
         self.stream.fill_buf().map(drop)
     }
 
-    /// Reads and throws away until the other end closes the connection or `done` says so.
+    /// Reads and discards until the server closes the connection or `done` returns true.
     pub fn drain(&mut self, done: impl Fn() -> bool) -> io::Result<()> {
         while !done() {
             let length = self.stream.fill_buf()?.len();
@@ -99,7 +99,7 @@ impl Connection {
         Ok(())
     }
 
-    /// Reads one answer.
+    /// Reads one answer. `body` is false after a `HEAD`, whose answer has no body.
     pub fn answer(&mut self, body: bool) -> io::Result<Answer> {
         let head = read_head(&mut self.stream)?.ok_or(io::ErrorKind::UnexpectedEof)?;
         let status = head.first.split(' ').nth(1).and_then(|status| status.parse().ok());
@@ -121,12 +121,12 @@ impl Connection {
     }
 }
 
-/// One `GET` on a connection of its own from `host`.
+/// Sends one `GET` from `host` on a new connection.
 pub fn get(host: &Host, to: impl Into<SocketAddr>, path: &str) -> io::Result<Answer> {
     Connection::new(host.connect(to)?)?.get(path)
 }
 
-/// One `GET` to the peerix of `host` itself, as its Nix does.
+/// Sends one `GET` from `host` to its own peerix on a new connection, as the local Nix does.
 pub fn get_local(host: &Host, path: &str) -> io::Result<Answer> {
     Connection::new(host.connect_local()?)?.get(path)
 }
@@ -171,49 +171,49 @@ fn read_chunks(stream: &mut impl BufRead, body: &mut Vec<u8>) -> io::Result<()> 
     }
 }
 
-/// A request as a [`Server`] sees it.
+/// A request that a [`Server`] received.
 #[derive(Debug, Clone)]
 pub struct Request {
-    /// `GET`.
+    /// Method.
     pub method: String,
-    /// As sent.
+    /// Request target as sent.
     pub path: String,
-    /// Names in lower case.
+    /// Header names in lower case, with their values.
     pub headers: Vec<(String, String)>,
-    /// By `Content-Length`.
+    /// Body, of the length in `Content-Length`.
     pub body: Vec<u8>,
 }
 
-/// What a [`Server`] does about a request.
+/// The reaction of a [`Server`] to a request.
 pub enum Reply {
-    /// An answer with its length; for `HEAD` without its body.
+    /// Status and body with `Content-Length`. Without the body after `HEAD`.
     Whole(u16, Vec<u8>),
-    /// An answer in chunks.
+    /// Status and body in chunked encoding.
     Chunked(u16, Vec<u8>),
-    /// An answer that promises all of these bytes and ends after so many.
+    /// A body that is cut after this many bytes of the promised `Content-Length`.
     Cut(Vec<u8>, usize),
-    /// Bytes as they are; then the connection is closed.
+    /// Raw bytes. Then the server closes the connection.
     Raw(Vec<u8>),
-    /// An answer with its length, a byte at a time with a pause after each.
+    /// A body with `Content-Length`, one byte at a time with a pause after each.
     Drip(Vec<u8>, Duration),
-    /// An answer with its length, so many bytes at a time with a pause after each.
+    /// A body with `Content-Length`, this many bytes at a time with a pause after each.
     Paced(Vec<u8>, usize, Duration),
-    /// Nothing: the connection stays open until the asker gives up.
+    /// No answer. The connection stays open until the client closes it.
     Silence,
 }
 
-/// A server that does whatever it is told. Dropping it closes every connection, and panics if one
-/// of its answers did.
+/// A server with scripted answers. Dropping it closes all connections. It panics then if a handler
+/// panicked.
 pub struct Server {
     listener: TcpListener,
     connections: Arc<Mutex<Vec<TcpStream>>>,
     thread: Option<JoinHandle<()>>,
-    /// Whether `handle` has panicked.
+    /// Whether a handler panicked.
     failed: Arc<AtomicBool>,
 }
 
 impl Server {
-    /// Serves on `listener` (from [`Host::listen`]).
+    /// Serves on `listener` (from [`Host::listen`]), each connection in its own thread.
     pub fn start(
         listener: TcpListener,
         handle: impl Fn(&Request) -> Reply + Send + Sync + 'static,
@@ -224,13 +224,13 @@ impl Server {
         let has_failed = Arc::<AtomicBool>::default();
         let failed = Arc::clone(&has_failed);
         let thread = thread::spawn("server", move || {
-            // Ends when the listener is shut down.
+            // Ends when `drop` shuts the listener down.
             while let Ok((stream, _)) = accepting.accept() {
                 let mut opened = opened.lock().expect("no connection panics while it is held");
                 opened.push(stream.try_clone().expect("a second handle"));
                 let (handle, failed) = (Arc::clone(&handle), Arc::clone(&failed));
                 thread::spawn("server", move || {
-                    // An asker that goes away is none of the server's business.
+                    // A client that disconnects early is not a failure.
                     let served = catch_unwind(AssertUnwindSafe(|| serve(&stream, handle.as_ref())));
                     failed.fetch_or(served.is_err(), Ordering::Relaxed);
                     let _ = stream.shutdown(Shutdown::Both);

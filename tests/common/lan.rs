@@ -1,4 +1,4 @@
-//! Hosts and the switch they are plugged into.
+//! Hosts, the switches that join them, and the namespaces behind both.
 
 use super::{DEADLINE, directory, process::Process, thread};
 use peerix::time_scale::{INTERVAL_SCALE, TIMEOUT_SCALE};
@@ -14,25 +14,25 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::mpsc::channel;
 
-/// A switch. Hosts are plugged in by [`Lan::host`].
+/// A network: one switch, to which [`Lan::host`] connects hosts.
 pub struct Lan {
-    /// Where the switch is.
+    /// Namespace of the switch.
     namespace: Arc<Namespace>,
     switch: String,
     subnet: Subnet,
-    /// The address of the way out, if there is one.
+    /// Address of the default gateway, if there is one.
     gateway: Option<Ipv4Addr>,
     pub(super) scale: Scale,
     hosts: AtomicU8,
 }
 
-/// How many times longer than usual nodes of [`Lan::patient`] wait for peers.
+/// Factor by which the nodes of a [`Lan::patient`] scale their timeouts.
 pub const PATIENCE: f64 = 5.0;
 
-/// The first three bytes of the addresses of a network: a /24.
+/// The first three bytes of the addresses of a /24 network.
 pub type Subnet = [u8; 3];
 
-/// By what the daemons and trackers of a scene scale their intervals and time-outs: see
+/// Factors for the intervals and timeouts of the daemons and trackers on a network: see
 /// [`peerix::time_scale`].
 #[derive(Debug, Clone, Copy)]
 pub struct Scale {
@@ -47,23 +47,23 @@ impl Default for Scale {
 }
 
 impl Scale {
-    /// Scales announces, and other actions that are repeated.
+    /// Scales announces and other periodic actions.
     pub fn intervals(factor: f64) -> Scale {
         Scale { intervals: factor, ..Scale::default() }
     }
 
-    /// Scales waits for clients and peers.
+    /// Scales timeouts for clients and peers.
     pub fn timeouts(factor: f64) -> Scale {
         Scale { timeouts: factor, ..Scale::default() }
     }
 
-    /// For scenes whose connections stay idle, or unread, or whose peers stay listed, however long
-    /// the machine takes for the rest.
+    /// Timeouts of 20 times their length, for tests whose connections stay idle or unread, or whose
+    /// peers stay listed, also on a slow machine.
     pub fn without_timeouts() -> Scale {
         Scale::timeouts(20.0)
     }
 
-    /// The environment of a program with these scales.
+    /// The environment variables that give a program these factors.
     pub fn variables(self) -> impl Iterator<Item = (&'static str, String)> {
         let scales = [(INTERVAL_SCALE, self.intervals), (TIMEOUT_SCALE, self.timeouts)];
         scales
@@ -74,17 +74,18 @@ impl Scale {
 }
 
 impl Lan {
-    /// An empty network, 10.77.0.0/24, with no way out.
+    /// An empty network, 10.77.0.0/24, without a gateway.
     pub fn new() -> Lan {
         Lan::of(&Arc::new(Namespace::bare()), "switch", [10, 77, 0])
     }
 
-    /// The same, where waits for peers end by their answers, however busy this machine is.
+    /// An empty network, 10.77.0.0/24, with timeouts scaled by [`PATIENCE`], so that peers do not
+    /// time out on a busy machine.
     pub fn patient() -> Lan {
         Lan::new().with_scale(Scale::timeouts(PATIENCE))
     }
 
-    /// An empty network with no way out, its switch called `switch` in `namespace`.
+    /// An empty network without a gateway. Its switch is called `switch` in `namespace`.
     pub(super) fn of(namespace: &Arc<Namespace>, switch: &str, subnet: Subnet) -> Lan {
         run(namespace, &format!("ip link add {switch} type bridge mcast_snooping 0"));
         run(namespace, &format!("ip link set {switch} up"));
@@ -99,7 +100,7 @@ impl Lan {
         }
     }
 
-    /// The same, where the machine that the switch is in is the way out, for hosts still to come.
+    /// An empty network whose gateway, at number 254, is the machine of `namespace`.
     pub(super) fn routed(namespace: &Arc<Namespace>, switch: &str, subnet: Subnet) -> Lan {
         let mut lan = Lan::of(namespace, switch, subnet);
         let gateway = lan.address(254);
@@ -108,19 +109,19 @@ impl Lan {
         lan
     }
 
-    /// The same network, where programs on hosts still to come scale their times.
+    /// Sets the factors for the programs on hosts that are added later.
     pub fn with_scale(mut self, scale: Scale) -> Lan {
         self.scale = scale;
         self
     }
 
-    /// An address on this network, of a host or of nobody.
+    /// The address with this last byte, whether or not a host has it.
     pub fn address(&self, number: u8) -> Ipv4Addr {
         let [a, b, c] = self.subnet;
         Ipv4Addr::new(a, b, c, number)
     }
 
-    /// A new machine on this network, its store empty.
+    /// Adds a host with an empty store.
     pub fn host(&self, name: &str) -> Host {
         let number = self.hosts.fetch_add(1, Ordering::Relaxed) + 1;
         let mountpoint = directory().join("root");
@@ -143,8 +144,7 @@ impl Lan {
             namespace: Arc::new(namespace),
             switch: Arc::clone(&self.namespace),
         };
-        // Without duplicate address detection, which would keep the IPv6 address from being used
-        // for two seconds.
+        // Duplicate address detection would block the IPv6 address for two seconds.
         let address = host.address;
         host.net_cmd("sh")
             .args(["-ec", "ip link set lo up; echo 0 > /proc/sys/net/ipv6/conf/default/accept_dad"])
@@ -161,9 +161,9 @@ impl Lan {
     }
 }
 
-/// Makes hosts know each other's link addresses for good. Otherwise many hosts that all talk to one
-/// another fill the kernel's table of neighbours, which all namespaces share (1,024 entries), and
-/// scenes beside this one lose packets.
+/// Gives each host permanent neighbour entries for the others. Without them, many hosts that all
+/// talk to each other fill the kernel's neighbour table (1,024 entries for all namespaces
+/// together), and tests that run at the same time lose packets.
 pub fn introduce(hosts: &[&Host]) {
     let link = |host: &Host| {
         let link = host.net_cmd("ip").args(["-oneline", "link", "show", "eth0"]).okay();
@@ -183,11 +183,11 @@ pub fn introduce(hosts: &[&Host]) {
     }
 }
 
-/// A machine: network, processes, root directory and Nix store of its own.
+/// A machine with its own network, processes, root directory and Nix store.
 pub struct Host {
-    /// For people.
+    /// Name in messages and in the names of logs.
     pub name: String,
-    /// On the network.
+    /// Address on the network.
     pub address: Ipv4Addr,
     port: String,
     scale: Scale,
@@ -196,17 +196,17 @@ pub struct Host {
 }
 
 impl Host {
-    /// A command on this host. Its environment holds nothing of the caller's.
+    /// A command on this host, as root, with a clean environment.
     pub fn cmd(&self, program: &str) -> Command {
         self.cmd_as(0, program)
     }
 
-    /// The same as another user.
+    /// A command on this host, as the user `uid`, with a clean environment.
     pub fn cmd_as(&self, uid: u32, program: &str) -> Command {
         self.cmd_in(&["net", "mnt", "pid_for_children"], uid, program)
     }
 
-    /// A command with this host's files and this machine's own network.
+    /// A command with the files of this host and the network of the real machine.
     pub fn cmd_outside(&self, program: &str) -> Command {
         self.cmd_in(&["mnt", "pid_for_children"], 0, program)
     }
@@ -228,19 +228,19 @@ impl Host {
         command
     }
 
-    /// A command of this machine (`ip`, `iptables`) that sees the host's network.
+    /// A command of the real machine (`ip`, `iptables`) in the network of this host.
     pub fn net_cmd(&self, program: &str) -> Command {
         let mut command = self.namespace.nsenter(&["net"]);
         command.arg("--").arg(program);
         command
     }
 
-    /// Runs `ip`, `tc` or the like, given as one line, in the host's network.
+    /// Runs one command line (`ip`, `tc`) of the real machine in the network of this host.
     pub fn net(&self, line: &str) {
         run(&self.namespace, line);
     }
 
-    /// Runs the same in the switch; `{port}` stands for the port this host is plugged into.
+    /// Runs one command line in the namespace of the switch. `{port}` stands for this host's port.
     pub fn switch(&self, line: &str) {
         run(&self.switch, &line.replace("{port}", &self.port));
     }
@@ -252,18 +252,18 @@ impl Host {
         Process::start(command)
     }
 
-    /// Runs a shell script on the host and returns what it prints; panics if it fails.
+    /// Runs a shell script on the host and returns its output. Panics if it fails.
     pub fn sh(&self, script: &str) -> String {
         self.cmd("sh").args(["-ec", script]).okay()
     }
 
-    /// Where `path` of this host is for the test.
+    /// The path under which the test reaches `path` of this host.
     pub fn path(&self, path: &str) -> PathBuf {
         let inside = path.strip_prefix('/').expect("an absolute path");
         Path::new("/proc").join(self.namespace.pid().to_string()).join("root").join(inside)
     }
 
-    /// Writes a file, with the directories it needs.
+    /// Writes a file and creates its parent directories.
     pub fn write(&self, path: &str, content: impl AsRef<[u8]>) {
         let path = self.path(path);
         std::fs::create_dir_all(path.parent().expect("a file is in a directory"))
@@ -271,8 +271,8 @@ impl Host {
         std::fs::write(path, content).expect("the host's file");
     }
 
-    /// Runs `work` in a thread of its own in this host's network. Sockets stay where they were
-    /// made, so `work` need do no more than make one.
+    /// Runs `work` in a new thread in this host's network. A socket stays in the network in which
+    /// it was created, so `work` only has to create it.
     pub fn in_net<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
         let namespace = File::open(self.namespace.file("net")).expect("the host is there");
         std::thread::scope(|scope| {
@@ -285,23 +285,23 @@ impl Host {
         })
     }
 
-    /// A connection from this host.
+    /// Connects from this host. Times out after [`DEADLINE`].
     pub fn connect(&self, to: impl Into<SocketAddr>) -> std::io::Result<TcpStream> {
         let to = to.into();
         self.in_net(|| TcpStream::connect_timeout(&to, DEADLINE))
     }
 
-    /// A connection from this host to its own peerix, as its Nix makes it.
+    /// Connects from this host to its own peerix, as the local Nix does.
     pub fn connect_local(&self) -> std::io::Result<TcpStream> {
         self.connect((IpAddr::from(Ipv4Addr::LOCALHOST), super::PORT))
     }
 
-    /// A listener on all of this host's addresses.
+    /// A listener on all IPv4 addresses of this host.
     pub fn listen(&self, port: u16) -> TcpListener {
         self.in_net(|| TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)).expect("the port is free"))
     }
 
-    /// A UDP socket on all of this host's IPv4 addresses that may broadcast.
+    /// A UDP socket on all IPv4 addresses of this host, with permission to broadcast.
     pub fn udp(&self, port: u16) -> UdpSocket {
         let socket = self
             .in_net(|| UdpSocket::bind((Ipv4Addr::UNSPECIFIED, port)).expect("the port is free"));
@@ -309,17 +309,17 @@ impl Host {
         socket
     }
 
-    /// Bytes that came in by the network so far.
+    /// Bytes received from the network so far.
     pub fn received(&self) -> u64 {
         self.counter(0)
     }
 
-    /// Bytes that went out to the network so far.
+    /// Bytes sent to the network so far.
     pub fn sent(&self) -> u64 {
         self.counter(8)
     }
 
-    /// Packets that came in and went out by the network so far.
+    /// Packets received from and sent to the network so far.
     pub fn packets(&self) -> u64 {
         self.counter(1) + self.counter(9)
     }
@@ -338,13 +338,14 @@ impl Host {
     }
 }
 
-/// The namespaces of a host or switch, kept by a process that waits for us to end.
+/// The namespaces of a host or a switch. A child process keeps them until its standard input
+/// closes.
 pub(super) struct Namespace {
     holder: Child,
 }
 
 impl Namespace {
-    /// One for switches: a network and processes, with the files of this machine.
+    /// Namespaces for a switch: its own network and processes, and the files of the real machine.
     pub(super) fn bare() -> Namespace {
         let script = ["sh", "-ec", "echo ready; exec cat"];
         Namespace::start(
@@ -354,7 +355,7 @@ impl Namespace {
         )
     }
 
-    /// Passes packets on from each of its networks to the others.
+    /// Enables IPv4 forwarding between the networks of this namespace.
     pub(super) fn forward(&self) {
         let script = "echo 1 > /proc/sys/net/ipv4/ip_forward";
         self.nsenter(&["net"]).args(["--", "sh", "-ec", script]).okay();
@@ -408,16 +409,17 @@ impl Drop for Namespace {
     }
 }
 
-/// Runs `ip`, `tc` or the like, given as one line.
+/// Runs one command line of the real machine in the network of `namespace`.
 pub(super) fn run(namespace: &Namespace, line: &str) {
     namespace.nsenter(&["net"]).arg("--").args(line.split(' ')).okay();
 }
 
-/// Running a command to its end.
+/// Runs a command to its end.
 pub trait Run {
-    /// Runs it and returns what it printed; panics, showing what it said, if it failed.
+    /// Runs the command and returns its standard output. Panics with its standard error if it
+    /// fails.
     fn okay(&mut self) -> String;
-    /// Runs it and returns how it went.
+    /// Runs the command and returns its output. Kills it and panics after [`DEADLINE`].
     fn ran(&mut self) -> Output;
 }
 

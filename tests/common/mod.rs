@@ -1,25 +1,25 @@
-//! A network of machines on one machine, for tests, benchmarks and the demonstration.
+//! Several machines simulated on one, for the tests, the benchmarks and the demonstration.
 //!
-//! * [`Lan`] and [`Host`]: each host is a network, mount and process namespace with a root
-//!   directory and a `/nix` of its own, joined by a bridge. Nothing outside the namespaces is
-//!   touched, and the kernel ends everything in them when this process ends, however it ends.
-//! * [`Wan`], [`Nat`]: several such networks, joined by a router or behind one.
-//! * [`fault`]: what networks and machines do: loss, delay, slow links, pulled cables, silence,
-//!   busy processors.
-//! * [`Holder`] and [`Asker`]: hosts that have everything, and hosts that want it. [`Bystander`]:
-//!   hosts that have nothing, and are asked.
+//! * [`Lan`] and [`Host`]: each host is a network, mount and process namespace with its own root
+//!   directory and `/nix`. A bridge joins the hosts. Nothing outside the namespaces changes, and
+//!   the kernel ends everything in them when this process ends, also after a crash.
+//! * [`Wan`], [`Nat`]: several such networks behind one router, or one network behind NAT.
+//! * [`fault`]: faults of networks and machines: packet loss, delay, slow links, unplugged cables,
+//!   silent hosts, busy processors.
+//! * [`Holder`], [`Asker`], [`Bystander`]: hosts with all store paths, hosts that fetch them, and
+//!   neighbours without any.
 //! * [`Browser`]: a real Chromium on a host.
-//! * [`World`]: real store paths made by real Nix, kept between runs.
-//! * [`Daemon`]: a running peerix. [`Tracker`]: a running tracker. [`nix`]: Nix as a client.
-//! * [`solo`]: a tracker on loopback, without any of that.
-//! * [`http`], [`packet`], [`standin`]: a few lines of HTTP and UDP of our own, for peers that
-//!   misbehave and for the original peerix.
+//! * [`World`]: store paths built by real Nix and kept between runs.
+//! * [`Daemon`]: a running peerix. [`Tracker`]: a running tracker. [`nix`]: Nix as the client.
+//! * [`solo`]: a tracker on the loopback interface, without namespaces.
+//! * [`http`], [`packet`], [`standin`]: a minimal implementation of HTTP and of the UDP protocol,
+//!   for misbehaving peers and for the original peerix.
 //!
-//! Needs root, or `unshare --map-root-user --net --mount`. The Nix is the one on `PATH`, or that of
-//! `NIX_BIN_DIR` (also one inside a debootstrap directory); the daemon is the one cargo built, or
-//! `PEERIX_BIN`, and so is the tracker, or `PEERIX_TRACKER_BIN`.
+//! The namespaces need root, or `unshare --map-root-user --net --mount`. Nix comes from `PATH` or
+//! `NIX_BIN_DIR` (which may lie inside a debootstrap directory). The programs under test are those
+//! that cargo built, or `PEERIX_BIN` and `PEERIX_TRACKER_BIN`.
 
-// Each test program uses a part of this.
+// Each test program uses only some of these items.
 #![allow(dead_code, unused_imports)]
 
 pub mod browser;
@@ -54,20 +54,20 @@ pub use world::World;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-/// The port every peerix listens on, TCP and UDP.
+/// TCP and UDP port of every peerix.
 pub const PORT: u16 = 12304;
 
-/// The longest that a test waits for anything. It bounds a hang: no test depends on how fast the
-/// machine is, or on how much else it has to do.
+/// Longest wait of a test for any event. A test that reaches it fails. It only bounds hangs: no
+/// result depends on the speed or the load of the machine.
 pub const DEADLINE: Duration = Duration::from_secs(300);
 
-/// Asks `done` until it answers, and panics after [`DEADLINE`].
+/// Calls `done` every 2 ms until it returns a value. Panics after [`DEADLINE`].
 pub fn wait_for<T>(what: &str, done: impl FnMut() -> Option<T>) -> T {
     wait_with_pause(Duration::from_millis(2), what, done)
 }
 
-/// Asks `done` ten times a second until it answers, and panics after [`DEADLINE`]: for what a
-/// tracker is asked, which limits the rate.
+/// Calls `done` every 100 ms until it returns a value. Panics after [`DEADLINE`]. For requests to a
+/// tracker, which limits their rate.
 pub fn wait_slowly_for<T>(what: &str, done: impl FnMut() -> Option<T>) -> T {
     wait_with_pause(Duration::from_millis(100), what, done)
 }
@@ -83,7 +83,7 @@ fn wait_with_pause<T>(pause: Duration, what: &str, mut done: impl FnMut() -> Opt
     }
 }
 
-/// Where fixtures and logs are kept: cargo's directory for tests, or `PEERIX_TEST_DIR`.
+/// The directory of fixtures and logs: `PEERIX_TEST_DIR`, else cargo's directory for tests.
 pub fn directory() -> PathBuf {
     let dir = std::env::var_os("PEERIX_TEST_DIR")
         .map(PathBuf::from)
@@ -93,10 +93,10 @@ pub fn directory() -> PathBuf {
     dir
 }
 
-/// Lines of a log, or of what a program said, that a failing test shows.
+/// Lines of a log or of a program's output that a failing test prints.
 const SHOWN_LINES: usize = 40;
 
-/// The last lines of a text, as many as a failing test shows.
+/// The last `SHOWN_LINES` lines of a text.
 pub fn last_lines(text: &str) -> String {
     let lines: Vec<&str> = text.lines().collect();
     let omitted = lines.len().saturating_sub(SHOWN_LINES);
@@ -105,7 +105,7 @@ pub fn last_lines(text: &str) -> String {
     note + &lines[omitted..].join("\n")
 }
 
-/// Where the programs under test are.
+/// The directories of the programs under test.
 fn program_dirs() -> Vec<PathBuf> {
     let programs = [Some(daemon::binary()), tracker::binary()];
     let mut dirs: Vec<PathBuf> = programs

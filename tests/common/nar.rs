@@ -1,6 +1,6 @@
-//! NARs written by hand, also ones that no Nix would write.
+//! Hand-written NARs, also malformed ones.
 
-/// A string as a NAR has it: length, bytes, zeros up to a multiple of eight.
+/// A string in a NAR: length, bytes, zero padding to a multiple of eight.
 pub fn string(bytes: &[u8]) -> Vec<u8> {
     let mut out = (bytes.len() as u64).to_le_bytes().to_vec();
     out.extend(bytes);
@@ -22,7 +22,7 @@ pub fn link(target: &[u8]) -> Vec<u8> {
     [strings(&["(", "type", "symlink", "target"]), string(target), string(b")")].concat()
 }
 
-/// A directory, its entries in the order given.
+/// A directory, with its entries in the given order.
 pub fn directory(entries: &[(&[u8], Vec<u8>)]) -> Vec<u8> {
     let mut out = strings(&["(", "type", "directory"]);
     for (name, node) in entries {
@@ -36,7 +36,7 @@ pub fn directory(entries: &[(&[u8], Vec<u8>)]) -> Vec<u8> {
     out
 }
 
-/// The archive of a node.
+/// The complete archive of a node.
 pub fn archive(node: &[u8]) -> Vec<u8> {
     [&string(b"nix-archive-1")[..], node].concat()
 }

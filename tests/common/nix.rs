@@ -1,4 +1,4 @@
-//! Real Nix on a host.
+//! Real Nix as a client on a host.
 
 use super::lan::{Host, Run};
 use super::{DEADLINE, last_lines};
@@ -7,7 +7,7 @@ use std::process::{Command, Output, Stdio};
 use std::sync::OnceLock;
 use std::time::SystemTime;
 
-/// The directory of the Nix under test: `NIX_BIN_DIR`, else the one on `PATH`.
+/// The directory of the Nix under test: `NIX_BIN_DIR`, else the first with `nix-store` on `PATH`.
 fn bin_dir() -> &'static Path {
     static DIR: OnceLock<PathBuf> = OnceLock::new();
     DIR.get_or_init(|| {
@@ -20,7 +20,7 @@ fn bin_dir() -> &'static Path {
     })
 }
 
-/// The root directory that Nix needs around it: that of its debootstrap directory, else `/`.
+/// The root directory that Nix needs: the debootstrap directory that it lies in, else `/`.
 pub fn root() -> &'static Path {
     let prefix = bin_dir().parent().and_then(Path::parent);
     prefix.filter(|prefix| prefix.join("etc/debian_version").exists()).unwrap_or(Path::new("/"))
@@ -32,8 +32,8 @@ pub fn bin_dir_inside() -> String {
     Path::new("/").join(inside).display().to_string()
 }
 
-/// `nix.conf` of every host. Nix's own limits (25 connections) stay as they are; `extra` lines come
-/// last and win.
+/// Writes the `nix.conf` of a host. Nix's own limits (25 connections) stay. The lines in `extra`
+/// come last, so they override.
 pub fn configure(host: &Host, extra: &str) {
     host.write(
         "/etc/nix/nix.conf",
@@ -44,8 +44,8 @@ pub fn configure(host: &Host, extra: &str) {
     );
 }
 
-/// `nix.conf` of a host that asks its own peerix, and after it `next` (a URL or nothing); only
-/// paths that one of `keys` signed are taken.
+/// Configures a host to ask its own peerix and the substituter `next` (a URL or empty), and to
+/// accept only paths that one of `keys` signed. Initialises the store.
 pub fn configure_client(host: &Host, next: &str, keys: &[&str]) {
     configure(
         host,
@@ -59,7 +59,7 @@ pub fn configure_client(host: &Host, next: &str, keys: &[&str]) {
     host.cmd("nix-store").arg("--init").okay();
 }
 
-/// `nix-store --realise`, to be run; it ends at the latest after [`DEADLINE`].
+/// A `nix-store --realise` that is not started yet. It ends after [`DEADLINE`] at the latest.
 pub fn realising(host: &Host, paths: &[&str]) -> Command {
     let mut command = host.cmd("timeout");
     command
@@ -70,13 +70,13 @@ pub fn realising(host: &Host, paths: &[&str]) -> Command {
     command
 }
 
-/// `nix-store --realise`.
+/// Runs `nix-store --realise` to its end, for at most [`DEADLINE`].
 pub fn realise(host: &Host, paths: &[&str]) -> Output {
     realising(host, paths).output().expect("nsenter starts")
 }
 
-/// Nix asks the host's own peerix for the narinfos of all that `path` needs, and remembers none of
-/// them. Returns the store paths, one a line; panics if one was not found.
+/// Makes Nix query the host's own peerix for the narinfos of the closure of `path`, with an empty
+/// narinfo cache. Returns the store paths, one per line. Panics if one is not found.
 pub fn look_up_closure(host: &Host, path: &str) -> String {
     let url = format!("http://127.0.0.1:{}", super::PORT);
     let script = r#"export XDG_CACHE_HOME=$(mktemp -d); trap 'rm -r "$XDG_CACHE_HOME"' EXIT; "$@""#;
@@ -84,7 +84,7 @@ pub fn look_up_closure(host: &Host, path: &str) -> String {
     host.cmd("sh").args(["-ec", script, "look-up"]).args(nix).okay()
 }
 
-/// What Nix told the user, if it told of anything going wrong.
+/// Nix's messages, if it failed or printed a warning or an error.
 pub fn complaint(output: &Output) -> Option<String> {
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     let bad = !output.status.success()
@@ -92,38 +92,38 @@ pub fn complaint(output: &Output) -> Option<String> {
     bad.then(|| format!("{}\n{}", output.status, last_lines(&said)))
 }
 
-/// Realises and panics if Nix failed or complained.
+/// Realises `paths`. Panics if Nix failed or printed a warning or an error.
 pub fn realise_quietly(host: &Host, paths: &[&str]) {
     assert_quiet(&realise(host, paths));
 }
 
-/// Panics if Nix failed or complained.
+/// Panics if Nix failed or printed a warning or an error.
 pub fn assert_quiet(output: &Output) {
     if let Some(complaint) = complaint(output) {
         panic!("nix-store --realise: {complaint}");
     }
 }
 
-/// Panics if Nix failed, whatever it said on the way.
+/// Panics if Nix failed. Ignores its messages.
 pub fn assert_succeeded(output: &Output) {
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{}\n{}", output.status, last_lines(&said));
 }
 
-/// The valid paths that `paths` need, themselves among them.
+/// The closure of `paths`, including `paths`.
 pub fn closure(host: &Host, paths: &[&str]) -> Vec<String> {
     let text = host.cmd("nix-store").args(["--query", "--requisites"]).args(paths).okay();
     text.lines().map(str::to_owned).collect()
 }
 
-/// Every valid path of a store.
+/// All valid paths of a store.
 pub fn valid_paths(host: &Host) -> Vec<String> {
     let text = host.cmd("nix").args(["path-info", "--all"]).okay();
     text.lines().map(str::to_owned).collect()
 }
 
-/// Checks by Nix (`nix-store --verify-path`) and byte for byte against the directory they came from
-/// that `paths` are whole, and registered.
+/// Panics unless `paths` are registered and complete: Nix verifies them (`nix-store
+/// --verify-path`), and they equal the directory `from` byte for byte.
 pub fn assert_whole(host: &Host, paths: &[&str], from: &Path) {
     host.cmd("nix-store").args(["--verify-path"]).args(paths).okay();
     for path in paths {
@@ -132,7 +132,7 @@ pub fn assert_whole(host: &Host, paths: &[&str], from: &Path) {
     }
 }
 
-/// Checks that nothing but `paths` is registered in the store, and that it is all sound.
+/// Panics if the store has a valid path other than `paths`, or if Nix finds a corrupt one.
 pub fn assert_nothing_but(host: &Host, paths: &[String]) {
     for path in valid_paths(host) {
         assert!(paths.contains(&path), "{} has {path} registered", host.name);
@@ -140,15 +140,15 @@ pub fn assert_nothing_but(host: &Host, paths: &[String]) {
     host.cmd("nix-store").args(["--verify", "--check-contents"]).okay();
 }
 
-/// Tells one Nix from another: its program's place, size and time. (Some don't even say their
-/// version without `/proc`.)
+/// Identifies a Nix by path, size and modification time of `nix-store`. Some versions cannot print
+/// their version without `/proc`.
 pub fn identity() -> (PathBuf, u64, Option<SystemTime>) {
     let program = bin_dir().join("nix-store");
     let metadata = std::fs::metadata(&program).expect("nix-store is there");
     (program, metadata.len(), metadata.modified().ok())
 }
 
-/// The hash of some bytes as narinfos have it.
+/// The SHA-256 hash of `bytes` in the format of narinfos.
 pub fn hash(host: &Host, bytes: &[u8]) -> String {
     host.write("/tmp/hashed", bytes);
     let digits =

@@ -1,31 +1,31 @@
-//! The datagrams of docs/protocol.md, written and read here apart from the program's own code.
+//! Encoder and decoder for the datagrams of docs/protocol.md, independent of the program's code.
 
 use super::PORT;
 
-/// In the flags of a hello: its sender answers [`Packet::QueryMany`].
+/// Flag of a hello: the sender answers [`Packet::QueryMany`].
 const FLAG_BATCHES: u8 = 2;
 
-/// A datagram, read.
+/// A decoded datagram.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Packet {
-    /// Kind 0.
+    /// Kind 0: a query for one path.
     Query { id: u32, hash_part: String },
-    /// Kind 1.
+    /// Kind 1: the sender has the path.
     Have { id: u32, port: u32, path: String },
-    /// Kind 2.
+    /// Kind 2: the sender does not have the path.
     HaveNot { id: u32 },
-    /// Kind 3.
+    /// Kind 3: announcement of a running node.
     Hello { version: u8, port: u16, instance: [u8; 8], flags: u8 },
-    /// Kind 4.
+    /// Kind 4: announcement of a node that stops.
     Bye { version: u8, port: u16, instance: [u8; 8], flags: u8 },
-    /// Kind 5, its hash parts as they come, and the flag byte with them.
+    /// Kind 5, with its hash parts and flag byte undecoded.
     QueryMany { id: u32, rest: Vec<u8> },
-    /// Kind 6.
+    /// Kind 6: one bit per queried path.
     AnswerMany { id: u32, bits: Vec<u8> },
 }
 
 impl Packet {
-    /// Reads a datagram; `None` if it is none of these.
+    /// Decodes a datagram. `None` if its kind is unknown or it is malformed.
     pub fn read(bytes: &[u8]) -> Option<Packet> {
         let number = |at: usize| Some(u32::from_be_bytes(bytes.get(at..at + 4)?.try_into().ok()?));
         let text = |at: usize| String::from_utf8(bytes.get(at..)?.to_vec()).ok();
@@ -49,7 +49,7 @@ impl Packet {
         })
     }
 
-    /// The datagram.
+    /// Encodes the datagram.
     pub fn write(&self) -> Vec<u8> {
         match self {
             Packet::Query { id, hash_part } => {
@@ -71,7 +71,7 @@ impl Packet {
     }
 }
 
-/// The hello of a node that understands batches.
+/// The hello of a node that answers batched queries.
 pub fn hello(instance: [u8; 8]) -> Vec<u8> {
     Packet::Hello { version: 1, port: PORT, instance, flags: FLAG_BATCHES }.write()
 }

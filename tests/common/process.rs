@@ -1,4 +1,4 @@
-//! A process in a host, to be watched, signalled and ended.
+//! A process in a host, with its signals, exit status and log.
 
 use super::thread::test_name;
 use super::{directory, last_lines, wait_for};
@@ -10,13 +10,14 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 /// A running process. Dropping it kills it.
 pub struct Process {
-    /// `nsenter`, which waits for the process and passes on how it ended.
+    /// `nsenter`, which waits for the process and ends with its exit status.
     nsenter: Child,
     pid: Pid,
 }
 
 impl Process {
-    /// Starts what [`super::Host::cmd`] describes.
+    /// Starts a command from [`super::Host::cmd`] and waits until it runs. Panics if it ends at
+    /// once.
     pub fn start(mut command: Command) -> Process {
         let mut nsenter = command.spawn().expect("nsenter starts");
         let children = format!("/proc/{0}/task/{0}/children", nsenter.id());
@@ -25,26 +26,25 @@ impl Process {
                 panic!("{command:?} ended at once: {status}");
             }
             let pid: i32 = std::fs::read_to_string(&children).ok()?.trim().parse().ok()?;
-            // Between fork and exec it is still called nsenter.
+            // Between fork and exec the child is still called nsenter.
             let name = std::fs::read_to_string(format!("/proc/{pid}/comm")).ok()?;
             (name.trim() != "nsenter").then_some(pid)
         });
         Process { nsenter, pid: Pid::from_raw(pid).expect("children have a process id") }
     }
 
-    /// The process id outside the host, as in `/proc` here.
+    /// Process ID in this machine's `/proc`, outside the host.
     pub fn pid(&self) -> u32 {
         self.pid.as_raw_nonzero().get().unsigned_abs()
     }
 
-    /// Sends a signal; nothing happens if the process has ended.
+    /// Sends a signal. Does nothing if the process has ended.
     pub fn signal(&mut self, signal: Signal) {
         if self.ended().is_none() {
-            // It may end between the two calls; it cannot be reaped and its number reused, as only
-            // `nsenter` reaps it.
+            // The process may end between the two calls. Linux assigns process IDs in turn, so the
+            // ID does not belong to another process that soon.
             let _ = kill_process(self.pid, signal);
-            // `nsenter` stops when its child stops, and cannot tell us of anything until it goes
-            // on.
+            // `nsenter` stops when its child stops, and reports nothing until it continues.
             if signal != Signal::STOP {
                 let nsenter = i32::try_from(self.nsenter.id()).ok().and_then(Pid::from_raw);
                 let _ = kill_process(nsenter.expect("a process id"), Signal::CONT);
@@ -52,18 +52,18 @@ impl Process {
         }
     }
 
-    /// How it ended, if it has.
+    /// The exit status, if the process has ended. Does not block.
     pub fn ended(&mut self) -> Option<ExitStatus> {
         self.nsenter.try_wait().expect("nsenter is ours")
     }
 
-    /// `kill -9`, and waits until it is gone.
+    /// Sends `SIGKILL` and waits until the process has ended.
     pub fn kill(&mut self) {
         self.signal(Signal::KILL);
         self.nsenter.wait().expect("nsenter is ours");
     }
 
-    /// `SIGTERM`, and waits until it is gone.
+    /// Sends `SIGTERM` and waits until the process has ended. Panics after `DEADLINE`.
     pub fn terminate(&mut self) -> ExitStatus {
         self.signal(Signal::TERM);
         wait_for("a process that was asked to stop", || self.ended())
@@ -76,8 +76,8 @@ impl Drop for Process {
     }
 }
 
-/// A process that logs. Dropping it kills it, and shows the end of its log if the test failed. A
-/// panic in it is a failure, too.
+/// A process with a log. Dropping it kills it, and prints the end of the log if the test failed. A
+/// panic in the process fails the test.
 pub struct Logged {
     /// The process.
     pub process: Process,
@@ -86,16 +86,16 @@ pub struct Logged {
 }
 
 impl Logged {
-    /// Starts what [`super::Host::cmd`] describes, with its standard output and error in a log;
-    /// `name` is for people.
+    /// Starts a command from [`super::Host::cmd`] with its standard output and error in a log.
+    /// `name` occurs in messages and in the name of the log.
     pub fn start(name: &str, command: Command) -> Logged {
         let (file, log) = log_file(name);
         let error = file.try_clone().expect("a second handle");
         Logged::run(name, command, log, error, Stdio::null(), file.into())
     }
 
-    /// Starts what [`super::Host::cmd`] describes, with its standard error in a log, and standard
-    /// input and output as given.
+    /// Starts a command from [`super::Host::cmd`] with its standard error in a log, and the given
+    /// standard input and output.
     pub fn start_with(name: &str, command: Command, input: Stdio, output: Stdio) -> Logged {
         let (file, log) = log_file(name);
         Logged::run(name, command, log, file, input, output)
@@ -113,7 +113,8 @@ impl Logged {
         Logged { process: Process::start(command), name: name.to_owned(), log }
     }
 
-    /// Waits until `done` has an answer; panics if the process ends first.
+    /// Calls `done` until it returns a value. Panics if the process ends first, or after
+    /// `DEADLINE`.
     pub fn wait_until<T>(&mut self, what: &str, mut done: impl FnMut() -> Option<T>) -> T {
         wait_for(what, || {
             if let Some(status) = self.process.ended() {
@@ -123,7 +124,7 @@ impl Logged {
         })
     }
 
-    /// Everything it has logged so far.
+    /// The whole log so far.
     pub fn log(&self) -> String {
         String::from_utf8_lossy(&fs::read(&self.log).unwrap_or_default()).into_owned()
     }
@@ -142,7 +143,7 @@ impl Drop for Logged {
     }
 }
 
-/// Creates a log file, whose name begins with that of the test.
+/// Creates a log file. Its name begins with that of the test.
 fn log_file(name: &str) -> (File, PathBuf) {
     static COUNT: AtomicU32 = AtomicU32::new(0);
     let logs = directory().join("log");

@@ -1,5 +1,6 @@
-//! The usual cast: hosts that hold everything and run peerix, and hosts that have nothing and ask;
-//! and the places they are in when they need a tracker to find one another.
+//! The usual hosts of a test: holders that have all store paths and run peerix, and askers that
+//! have none and fetch. Also the networks that these are in when they find each other through a
+//! tracker.
 
 use super::daemon::{Daemon, mark, wait_until_known};
 use super::lan::{Host, Lan, Run, Scale, introduce};
@@ -9,25 +10,24 @@ use super::{World, daemon, nix, stock, thread, wait_for};
 use std::process::Output;
 use std::time::Duration;
 
-/// Paths of a closure of 1,000 that are found when its middle is said to be reached.
+/// Hits that mark the middle of the fetch of `closure1000`, which has 1,000 paths.
 const MIDDLE: u64 = 100;
 
-/// Between two rounds of lookups, so that other scenes get their share of the processors.
+/// Pause between two rounds of lookups, which leaves processor time to other tests.
 const BETWEEN_ROUNDS: Duration = Duration::from_millis(500);
 
-/// A host with all of the world's paths, running peerix.
+/// A host that has all paths of the [`World`] and runs peerix.
 pub struct Holder {
-    /// Its peerix.
+    /// The running peerix.
     pub daemon: Daemon,
-    /// A path that only this host has.
+    /// Store path that only this host has.
     pub mark: String,
     /// The machine.
     pub host: Host,
 }
 
 impl Holder {
-    /// One whose `closure1000`, `middle`, `large` … carry the signature of the world's static
-    /// cache, not its own.
+    /// Starts a holder whose paths carry the signature of the world's static cache.
     pub fn new(lan: &Lan, world: &World, name: &str) -> Holder {
         Self::with(lan, world, name, |host| {
             world.sign(host);
@@ -35,7 +35,7 @@ impl Holder {
         })
     }
 
-    /// One that `prepare` makes ready, which returns peerix's flags.
+    /// Starts a holder after `prepare` has set up the host and returned peerix's flags.
     pub fn with(
         lan: &Lan,
         world: &World,
@@ -51,16 +51,16 @@ impl Holder {
     }
 }
 
-/// A neighbour that runs peerix and has nothing.
+/// A neighbour that runs peerix and has an empty store.
 pub struct Bystander {
-    /// Its peerix.
+    /// The running peerix.
     pub daemon: Daemon,
     /// The machine.
     pub host: Host,
 }
 
 impl Bystander {
-    /// Starts it.
+    /// Starts a bystander on a new host.
     pub fn new(lan: &Lan, name: &str) -> Bystander {
         Bystander::on(lan.host(name))
     }
@@ -70,7 +70,7 @@ impl Bystander {
         Bystander { daemon: Daemon::start(&host, &[]), host }
     }
 
-    /// Starts many.
+    /// Starts `count` bystanders.
     pub fn crowd(lan: &Lan, count: usize) -> Vec<Bystander> {
         let hosts: Vec<Host> =
             (0..count).map(|number| lan.host(&format!("neighbour-{number}"))).collect();
@@ -78,43 +78,44 @@ impl Bystander {
         hosts.into_iter().map(Bystander::on).collect()
     }
 
-    /// As when power fails: it ends at once, and the network learns nothing of it.
+    /// Simulates a power failure: the process ends at once, and the network gets no notice.
     pub fn vanish(&mut self) {
         self.host.unplug();
         self.daemon.kill();
     }
 }
 
-/// A host with an empty store whose Nix asks its own peerix, then `next`.
+/// A host with an empty store. Its Nix asks its own peerix and then the substituter `next`.
 pub struct Asker {
-    /// Its peerix.
+    /// The running peerix.
     pub daemon: Daemon,
     /// The machine.
     pub host: Host,
 }
 
 impl Asker {
-    /// One that trusts the world's static cache, knows every one of `holders`, and has no other
-    /// substituter.
+    /// Starts an asker that trusts the world's static cache and has no other substituter. Waits
+    /// until it knows all `holders`.
     pub fn new(lan: &Lan, world: &World, holders: &[&Holder]) -> Asker {
         let asker = Self::with(lan, "", &[&world.cache_key]);
         asker.meet(holders);
         asker
     }
 
-    /// The same with the world's static cache as next substituter.
+    /// Starts an asker that trusts the world's static cache and has it as the next substituter.
+    /// Waits until it knows all `holders`.
     pub fn with_next(lan: &Lan, world: &World, holders: &[&Holder]) -> Asker {
         let asker = Self::with(lan, &world.next(), &[&world.cache_key]);
         asker.meet(holders);
         asker
     }
 
-    /// One that trusts `keys`, as a user would set it up: Nix and peerix are told of the same keys.
+    /// Starts an asker whose Nix and peerix both trust `keys`.
     pub fn with(lan: &Lan, next: &str, keys: &[&str]) -> Asker {
         Self::flagged(lan, next, keys, |_| vec![])
     }
 
-    /// The same with the flags that `more` returns.
+    /// Starts an asker whose Nix and peerix both trust `keys`, with the flags that `more` returns.
     pub fn flagged(
         lan: &Lan,
         next: &str,
@@ -124,7 +125,7 @@ impl Asker {
         Self::on(lan.host("asker"), next, keys, more)
     }
 
-    /// The same on a given host.
+    /// Starts an asker on `host`, with the flags that `more` returns.
     pub fn on(
         host: Host,
         next: &str,
@@ -133,7 +134,8 @@ impl Asker {
     ) -> Asker {
         nix::configure_client(&host, next, keys);
         if keys.is_empty() {
-            // Peers are held to the keys of nix.conf. Whoever has none to name believes everybody.
+            // peerix checks peers' signatures against nix.conf too. Without keys, disable the
+            // check.
             host.sh("echo 'require-sigs = false' >> /etc/nix/nix.conf");
         }
         let more = more(&host);
@@ -143,20 +145,21 @@ impl Asker {
         Asker { daemon: Daemon::start(&host, &flags), host }
     }
 
-    /// Waits until it knows all of `holders`.
+    /// Waits until peerix knows all of `holders`.
     pub fn meet(&self, holders: &[&Holder]) {
         for holder in holders {
             wait_until_known(&self.host, &holder.mark);
         }
     }
 
-    /// Realises `path` quietly, and checks that all it needs is there and right.
+    /// Realises `path`. Panics if Nix complains or the closure is not complete. Returns the
+    /// closure.
     pub fn fetches(&self, world: &World, path: &str) -> Vec<String> {
         nix::realise_quietly(&self.host, &[path]);
         self.has_whole(world, path)
     }
 
-    /// Realises `path`, and calls `event` in the middle, when some of what it needs has been found.
+    /// Realises `path` and calls `event` after [`MIDDLE`] hits. Panics if Nix ends earlier.
     pub fn realises_while<T>(&self, path: &str, event: impl FnOnce() -> T) -> (Output, T) {
         let before = self.hits();
         let mut nix = nix::realising(&self.host, &[path]).spawn().expect("nsenter starts");
@@ -171,7 +174,8 @@ impl Asker {
         (output, event)
     }
 
-    /// The same for the closure of 1,000. All of it has to be there and right at the end.
+    /// Realises `closure1000` and calls `event` after [`MIDDLE`] hits. Panics if Nix complains or
+    /// the closure is not complete.
     pub fn fetches_while<T>(&self, world: &World, event: impl FnOnce() -> T) -> T {
         let path = world.path("closure1000");
         let (output, event) = self.realises_while(path, event);
@@ -180,8 +184,8 @@ impl Asker {
         event
     }
 
-    /// Nix looks up the closure of 1,000 again and again while `event` takes its course, and once
-    /// more; then fetches it. All has to be found each time.
+    /// Makes Nix look up `closure1000` repeatedly until `event` has ended, and once more, then
+    /// fetches it. Panics if a lookup misses a path.
     pub fn looks_up_while(&self, world: &World, event: impl FnOnce() + Send) {
         let path = world.path("closure1000");
         std::thread::scope(|scope| {
@@ -201,12 +205,12 @@ impl Asker {
         assert_eq!(self.fetches(world, path).len(), 1000);
     }
 
-    /// Lookups that found a peer.
+    /// Lookups that found a peer, since peerix started.
     fn hits(&self) -> u64 {
         daemon::status(&self.host)["totals"]["start"]["hits"].as_u64().expect("a count")
     }
 
-    /// Checks that `path` and all it needs is there and right.
+    /// Panics unless the closure of `path` is complete. Returns the closure.
     pub fn has_whole(&self, world: &World, path: &str) -> Vec<String> {
         let closure = nix::closure(&self.host, &[path]);
         let all: Vec<&str> = closure.iter().map(String::as_str).collect();
@@ -215,29 +219,29 @@ impl Asker {
     }
 }
 
-/// Three networks, the asker's, the holders' and the tracker's, with a router between them.
+/// Three networks, for askers, holders and the tracker, joined by a router.
 pub struct Places {
     /// A running tracker in `centre`.
     pub tracker: Tracker,
-    /// Where askers are.
+    /// Network of the askers.
     pub home: Lan,
-    /// Where holders are.
+    /// Network of the holders.
     pub away: Lan,
-    /// Where the tracker is.
+    /// Network of the tracker.
     pub centre: Lan,
-    /// What holders hold.
+    /// The store paths of the holders.
     pub world: World,
-    /// All of it.
+    /// The router between the networks.
     pub wan: Wan,
 }
 
 impl Places {
-    /// Starts the tracker.
+    /// Creates the networks and starts the tracker.
     pub fn new() -> Places {
         Places::in_wan(Wan::new())
     }
 
-    /// The same, where all programs scale their times.
+    /// Creates the networks and starts the tracker, with scaled times in all programs.
     pub fn with_scale(scale: Scale) -> Places {
         Places::in_wan(Wan::new().with_scale(scale))
     }
@@ -249,7 +253,8 @@ impl Places {
         Places { tracker: Tracker::start(centre.host("tracker")), home, away, centre, world, wan }
     }
 
-    /// One that shares everything by the tracker, with the signatures of the world's static cache.
+    /// Starts a holder that shares everything through the tracker, with the signatures of the
+    /// world's static cache.
     pub fn holder(&self, name: &str) -> Holder {
         Holder::with(&self.away, &self.world, name, |host| {
             self.world.sign(host);
@@ -257,8 +262,8 @@ impl Places {
         })
     }
 
-    /// One that trusts the world's static cache, finds every one of `holders` by the tracker, and
-    /// has no other substituter.
+    /// Starts an asker that trusts the world's static cache, has no other substituter, and knows
+    /// all `holders` through the tracker.
     pub fn asker(&self, holders: &[&Holder]) -> Asker {
         let asker = Asker::flagged(&self.home, "", &[&self.world.cache_key], |host| {
             tracker::flags(host, "wan", &[&self.tracker.host])

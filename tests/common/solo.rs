@@ -1,4 +1,4 @@
-//! A tracker on this machine's loopback, asked from as many of its addresses as needed. Needs no
+//! A tracker on this machine's loopback interface, with clients on any of its addresses. Needs no
 //! namespaces.
 
 use super::http::{Answer, Connection};
@@ -19,11 +19,11 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-/// A directory of its own, gone with it.
+/// A temporary directory. Dropping it removes it.
 pub struct TempDir(PathBuf);
 
 impl TempDir {
-    /// Makes one.
+    /// Creates a directory.
     pub fn new() -> TempDir {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let number = COUNT.fetch_add(1, Ordering::Relaxed);
@@ -32,7 +32,7 @@ impl TempDir {
         TempDir(path)
     }
 
-    /// A file in it.
+    /// The path of the file `name` in the directory.
     pub fn file(&self, name: &str) -> PathBuf {
         self.0.join(name)
     }
@@ -44,15 +44,16 @@ impl Drop for TempDir {
     }
 }
 
-/// A running tracker. Dropping it kills it; what it logged is shown if the test failed.
+/// A running tracker on a free port. Dropping it kills it, and prints the end of its log if the
+/// test failed.
 pub struct Solo {
     child: Child,
     log: PathBuf,
-    /// Where it listens.
+    /// TCP port.
     pub port: u16,
 }
 
-/// The program with a command line, for what it says when it does not run.
+/// The tracker program with these arguments, not started.
 pub fn command(args: &[&str]) -> Command {
     let mut command = Command::new(tracker::binary().expect("PEERIX_TRACKER_BIN is not set"));
     command.args(args).stdin(Stdio::null()).env_remove("RUST_LOG");
@@ -60,17 +61,17 @@ pub fn command(args: &[&str]) -> Command {
 }
 
 impl Solo {
-    /// Starts it with that database and waits until it serves.
+    /// Starts a tracker with the database `db` and waits until it serves.
     pub fn start(db: &Path) -> Solo {
         Solo::start_with(db, Scale::default())
     }
 
-    /// The same with times scaled.
+    /// Starts a tracker with scaled times and waits until it serves.
     pub fn start_with(db: &Path, scale: Scale) -> Solo {
         Solo::flagged(db, scale, &[])
     }
 
-    /// The same with more flags.
+    /// Starts a tracker with scaled times and additional flags, and waits until it serves.
     pub fn flagged(db: &Path, scale: Scale, flags: &[&str]) -> Solo {
         let log = db.with_extension("log");
         let file = File::create(&log).expect("a log");
@@ -88,18 +89,18 @@ impl Solo {
         Solo { child, log, port }
     }
 
-    /// As in `/proc`.
+    /// Process ID.
     pub fn pid(&self) -> u32 {
         self.child.id()
     }
 
-    /// `kill -9`, and waits until it is gone.
+    /// Sends `SIGKILL` and waits until the process has ended.
     pub fn kill(&mut self) {
         self.child.kill().expect("it is ours");
         self.child.wait().expect("it is ours");
     }
 
-    /// `SIGTERM`, and waits until it is gone.
+    /// Sends `SIGTERM` and waits until the process has ended. Panics after `DEADLINE`.
     pub fn terminate(&mut self) -> ExitStatus {
         let pid =
             i32::try_from(self.child.id()).ok().and_then(Pid::from_raw).expect("a process id");
@@ -107,34 +108,34 @@ impl Solo {
         wait_for("a tracker that was asked to stop", || self.child.try_wait().expect("it is ours"))
     }
 
-    /// How it ended, if it has.
+    /// The exit status, if the process has ended. Does not block.
     pub fn ended(&mut self) -> Option<ExitStatus> {
         self.child.try_wait().expect("it is ours")
     }
 
-    /// Everything it has logged.
+    /// The whole log so far.
     pub fn log(&self) -> String {
         fs::read_to_string(&self.log).unwrap_or_default()
     }
 
-    /// Memory that it uses, in bytes.
+    /// Resident memory, in bytes.
     pub fn rss(&self) -> u64 {
         let status = fs::read_to_string(format!("/proc/{}/status", self.pid())).expect("it runs");
         let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("its memory");
         line.trim().trim_end_matches(" kB").parse::<u64>().expect("a number") * 1024
     }
 
-    /// Connects from one of loopback's addresses.
+    /// Connects from the loopback address `from`.
     pub fn connect_from(&self, from: Ipv4Addr) -> io::Result<Connection> {
         connect(self.port, from)
     }
 
-    /// Connects from an address that nothing else uses in this process.
+    /// Connects from a loopback address that this process has not used before.
     pub fn connect(&self) -> Connection {
         self.connect_from(fresh_source()).expect("the tracker listens")
     }
 
-    /// A `GET` from a fresh address, answered with 200 and JSON.
+    /// Sends a `GET` from a new address. Panics if the answer is not 200 with JSON.
     pub fn get(&self, path: &str) -> Value {
         let answer = self.connect().get(path).expect("the tracker answers");
         assert_eq!(answer.status, 200, "{path}: {}", answer.text());
@@ -144,7 +145,7 @@ impl Solo {
 
 impl Drop for Solo {
     fn drop(&mut self) {
-        // It may have ended.
+        // `kill` fails if the process was reaped already.
         let _ = self.child.kill();
         let _ = self.child.wait();
         let panicked = !std::thread::panicking() && self.log().contains(" panicked at ");
@@ -155,10 +156,10 @@ impl Drop for Solo {
     }
 }
 
-/// Connects to a port of loopback from one of its addresses.
+/// Connects to a port of 127.0.0.1 from the loopback address `from`. Times out after 10 s.
 pub fn connect(port: u16, from: Ipv4Addr) -> io::Result<Connection> {
     let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
-    // Else ports of addresses that were used before run out while TIME_WAIT lasts.
+    // Without this, ports in TIME_WAIT are exhausted on addresses that were used before.
     socket.set_reuse_address(true)?;
     socket.bind(&SocketAddrV4::new(from, 0).into())?;
     let to: SocketAddr = (Ipv4Addr::LOCALHOST, port).into();
@@ -166,26 +167,26 @@ pub fn connect(port: u16, from: Ipv4Addr) -> io::Result<Connection> {
     Connection::new(socket.into())
 }
 
-/// One of loopback's addresses, another one each time.
+/// A different loopback address at each call.
 pub fn fresh_source() -> Ipv4Addr {
     static COUNT: AtomicU32 = AtomicU32::new(0);
     Ipv4Addr::from_bits(0x7f0a_0001 + COUNT.fetch_add(1, Ordering::Relaxed))
 }
 
-/// One of loopback's addresses in a /24 that nothing else uses in this process.
+/// A loopback address in a different /24 at each call.
 pub fn fresh_network() -> Ipv4Addr {
     static COUNT: AtomicU32 = AtomicU32::new(0);
     Ipv4Addr::from_bits(0x7f40_0001 + (COUNT.fetch_add(1, Ordering::Relaxed) << 8))
 }
 
-/// A key made of a number.
+/// A key with a seed derived from `number`.
 pub fn identity(number: u64) -> Identity {
     let mut seed = [0x5a; Identity::SEED_LEN];
     seed[..8].copy_from_slice(&number.to_le_bytes());
     Identity::from_seed(&seed)
 }
 
-/// Milliseconds since 1970.
+/// Milliseconds since the Unix epoch.
 pub fn clock() -> u64 {
     u64::try_from(
         SystemTime::now().duration_since(UNIX_EPOCH).expect("a clock that is set").as_millis(),
@@ -193,7 +194,7 @@ pub fn clock() -> u64 {
     .expect("small")
 }
 
-/// The same, but later than the last one.
+/// Milliseconds since the Unix epoch, but at least one more than at the last call.
 pub fn stamp() -> u64 {
     static LAST: AtomicU64 = AtomicU64::new(0);
     let now = clock();
@@ -201,20 +202,20 @@ pub fn stamp() -> u64 {
     LAST.fetch_add(1, Ordering::Relaxed) + 1
 }
 
-/// An announce's body.
+/// The JSON body of an announce.
 pub fn announce(peer_id: &str, port: u16, addr: &str, proof: Proof) -> Vec<u8> {
     let (peer_id, addr) = (Some(peer_id.into()), Some(addr.into()));
     let body = Announce { peer_id, port: Some(port), addr, instance: None, proof };
     serde_json::to_vec(&body).expect("JSON")
 }
 
-/// One that is signed now.
+/// The JSON body of an announce, signed with the current time.
 pub fn signed_announce(key: &Identity, peer_id: &str, port: u16, addr: &str) -> Vec<u8> {
     let proof = key.sign(&SignedText::Announce { peer_id, port, addr }, stamp());
     announce(peer_id, port, addr, proof)
 }
 
-/// A report's body, signed now.
+/// The JSON body of a transfer report, signed with the current time.
 pub fn signed_report(
     key: &Identity,
     transfer_id: u64,
@@ -231,7 +232,7 @@ pub fn signed_report(
     body.to_string().into_bytes()
 }
 
-/// The header lines of a filter.
+/// The header lines that carry the signature of a filter.
 pub fn filter_headers(proof: &Proof) -> String {
     let text = |field: &Option<String>| field.clone().unwrap_or_default();
     format!(
@@ -242,13 +243,13 @@ pub fn filter_headers(proof: &Proof) -> String {
     )
 }
 
-/// The header lines of a filter that is signed now.
+/// The header lines that carry the signature of a filter, signed with the current time.
 pub fn signed_filter_headers(key: &Identity, peer_id: &str, bits: &[u8]) -> String {
     let digest = ring::digest::digest(&ring::digest::SHA256, bits);
     filter_headers(&key.sign(&SignedText::Filter { peer_id, digest: digest.as_ref() }, stamp()))
 }
 
-/// `POST` of JSON.
+/// Sends a `POST` with a JSON body.
 pub fn post(connection: &mut Connection, path: &str, body: &[u8]) -> Answer {
     connection
         .tell("POST", path, "Content-Type: application/json\r\n", body)

@@ -1,4 +1,5 @@
-//! Peers that are not peerix: they answer datagrams and HTTP as a test says, out of a static cache.
+//! Simulated peers that are not peerix: their answers to datagrams and HTTP requests are scripted.
+//! Also the original peerix, with the NARs of a static cache.
 
 use super::http::{Reply, Request, Server};
 use super::lan::Host;
@@ -14,14 +15,14 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-/// What came in, oldest first.
+/// Received items, oldest first.
 pub type Record<T> = Arc<Mutex<Vec<T>>>;
 
-/// A peer made of two functions: what it says to a datagram, and what it answers by HTTP.
+/// A peer made of two functions, one for datagrams and one for HTTP requests.
 pub struct StandIn {
-    /// Every datagram that came.
+    /// Datagrams received, with their senders.
     pub heard: Record<(SocketAddr, Vec<u8>)>,
-    /// Every request that came.
+    /// HTTP requests received.
     pub asked: Record<Request>,
     _server: Server,
     socket: UdpSocket,
@@ -30,7 +31,7 @@ pub struct StandIn {
 }
 
 impl StandIn {
-    /// Starts on the usual port of `host`.
+    /// Starts the peer on [`PORT`] of `host`. It ignores its own broadcasts.
     pub fn start(
         host: &Host,
         say: impl Fn(&[u8]) -> Option<Vec<u8>> + Send + 'static,
@@ -67,15 +68,15 @@ impl StandIn {
         StandIn { heard, asked, _server: server, socket: second, stop, thread: Some(thread) }
     }
 
-    /// The original, holding everything in the world's static cache.
+    /// Starts an original peerix that has all paths of the world's static cache.
     pub fn original(host: &Host, world: &World) -> StandIn {
         let shelf = Shelf::of(world);
         let answers = original(&shelf);
         StandIn::start(host, have(move |hash_part| shelf.narinfo(hash_part).is_some()), answers)
     }
 
-    /// Says *hello* to the peerix on `host` until it lists this peer: from then on it asks it by
-    /// unicast.
+    /// Sends hello packets to the peerix on `host` until it lists this peer, which runs on `own`.
+    /// From then on it queries this peer by unicast.
     pub fn meet(&self, own: &Host, host: &Host) {
         let hello =
             Packet::Hello { version: 1, port: PORT, instance: *b"stand-in", flags: 0 }.write();
@@ -85,7 +86,7 @@ impl StandIn {
         });
     }
 
-    /// Whether any request for a path that ends so has come.
+    /// Whether the peer received a request whose path ends in `end`.
     pub fn was_asked(&self, end: &str) -> bool {
         self.asked
             .lock()
@@ -104,7 +105,7 @@ impl Drop for StandIn {
     }
 }
 
-/// The next datagram, if one comes in time.
+/// The next datagram, if one arrives within this time.
 pub fn receive(socket: &UdpSocket, within: Duration) -> Option<(SocketAddr, Vec<u8>)> {
     socket.set_read_timeout(Some(within)).expect("not zero");
     let mut buffer = [0; 2048];
@@ -112,7 +113,7 @@ pub fn receive(socket: &UdpSocket, within: Duration) -> Option<(SocketAddr, Vec<
     Some((from, buffer[..length].to_vec()))
 }
 
-/// Says *have* to every query that `knows` of.
+/// Answers *have* to every query for a hash part that `knows` accepts, and nothing to others.
 pub fn have(knows: impl Fn(&str) -> bool) -> impl Fn(&[u8]) -> Option<Vec<u8>> {
     move |datagram| match Packet::read(datagram)? {
         Packet::Query { id, hash_part } if knows(&hash_part) => {
@@ -123,19 +124,19 @@ pub fn have(knows: impl Fn(&str) -> bool) -> impl Fn(&[u8]) -> Option<Vec<u8>> {
     }
 }
 
-/// A static cache as a peer reads it.
+/// The content of a static cache.
 #[derive(Clone)]
 pub struct Shelf {
     dir: PathBuf,
 }
 
 impl Shelf {
-    /// All that the world's static cache has.
+    /// The world's static cache.
     pub fn of(world: &World) -> Shelf {
         Shelf { dir: world.cache() }
     }
 
-    /// The lines of a narinfo, as the cache has it.
+    /// The lines of a narinfo of the cache, as pairs of key and value.
     pub fn narinfo(&self, hash_part: &str) -> Option<Vec<(String, String)>> {
         let text = fs::read_to_string(self.dir.join(format!("{hash_part}.narinfo"))).ok()?;
         let lines = text.lines().filter_map(|line| line.split_once(": "));
@@ -148,7 +149,8 @@ impl Shelf {
         fs::read(self.dir.join(field(&narinfo, "URL"))).ok()
     }
 
-    /// The narinfo as a peer sends it, its NAR under `url`.
+    /// The narinfo of a path as a peer sends it, with the given `URL` and without `FileHash` and
+    /// `FileSize`.
     pub fn peer_narinfo(&self, hash_part: &str, url: &str) -> Option<String> {
         let mut text = String::new();
         for (key, value) in self.narinfo(hash_part)? {
@@ -162,13 +164,13 @@ impl Shelf {
     }
 }
 
-/// A field of a narinfo's lines; empty if it has none.
+/// The value of a line of a narinfo. Empty if there is no such line.
 pub fn field<'a>(narinfo: &'a [(String, String)], name: &str) -> &'a str {
     narinfo.iter().find(|(key, _)| key == name).map_or("", |(_, value)| value.as_str())
 }
 
-/// What the original answers by HTTP, out of `shelf`: it names NARs by the base64 of their store
-/// path, sends them in chunks, and leaves `CA` out of narinfos.
+/// The HTTP handler of the original peerix: it names a NAR by the base64 of the store path, sends
+/// it in chunks, and omits `CA` from narinfos.
 pub fn original(shelf: &Shelf) -> impl Fn(&Request) -> Reply + Send + Sync + 'static {
     let shelf = shelf.clone();
     move |request| {
@@ -201,5 +203,5 @@ pub fn original(shelf: &Shelf) -> impl Fn(&Request) -> Reply + Send + Sync + 'st
     }
 }
 
-/// An address on the test's network that everyone hears.
+/// The broadcast address of the network of [`super::Lan::new`].
 pub const BROADCAST: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 255);

@@ -1,4 +1,4 @@
-//! Small store paths made on the spot, and what a node says of them.
+//! Small store paths made during a test, and the answers of a node about them.
 
 use super::http::{self, Answer};
 use super::lan::{Host, Run};
@@ -9,13 +9,13 @@ use super::{PORT, world};
 use std::net::UdpSocket;
 use std::time::Duration;
 
-/// A host on which Nix works, its store empty.
+/// Sets Nix up on a host, with an empty store.
 pub fn ready(host: &Host) {
     nix::configure(host, "");
     host.cmd("nix-store").arg("--init").okay();
 }
 
-/// Adds to the store what `script` makes as `$n`, and returns the store path.
+/// Runs `script`, which creates `$n`, adds the result to the store and returns the store path.
 pub fn add(host: &Host, name: &str, script: &str) -> String {
     let script = format!(
         "mkdir -p /tmp/made; cd /tmp/made; rm -rf {name}; n={name}; {script}\nnix-store --add {name}"
@@ -23,20 +23,20 @@ pub fn add(host: &Host, name: &str, script: &str) -> String {
     host.sh(&script).trim().to_owned()
 }
 
-/// A file of so many MiB that a NAR reader can be slow on. No two bytes of it are at the wrong
-/// place unnoticed.
+/// Adds a file of this many MiB. It has no repeated blocks, so a test notices data at a wrong
+/// offset.
 pub fn add_large(host: &Host, name: &str, mebibytes: u32) -> String {
     add(host, name, &format!("seq 100000000 | head -c {mebibytes}M > $n"))
 }
 
-/// The NAR of a path as Nix writes it.
+/// The NAR of a path, from `nix-store --dump`.
 pub fn dump(host: &Host, path: &str) -> Vec<u8> {
     let output = host.cmd("nix-store").args(["--dump", path]).ran();
     assert!(output.status.success(), "nix-store --dump {path}");
     output.stdout
 }
 
-/// The value of a line of a narinfo; panics if there is none.
+/// The value of a line of a narinfo. Panics if there is no such line.
 pub fn line<'a>(narinfo: &'a str, key: &str) -> &'a str {
     let line = narinfo.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(": "));
     line.unwrap_or_else(|| panic!("no {key} in\n{narinfo}"))
@@ -47,20 +47,20 @@ pub fn narinfo_route(path: &str) -> String {
     format!("/local/{}.narinfo", world::hash_part(path))
 }
 
-/// The narinfo of a path of `server`, as `asker` gets it.
+/// The answer of `server` to a request of `asker` for the narinfo of `path`.
 pub fn narinfo(asker: &Host, server: &Host, path: &str) -> Answer {
     http::get(asker, (server.address, PORT), &narinfo_route(path)).expect("peerix answers")
 }
 
-/// The route of a path's NAR, out of its narinfo.
+/// The route of a path's NAR, from the `URL` of its narinfo.
 pub fn nar_route(asker: &Host, server: &Host, path: &str) -> String {
     let answer = narinfo(asker, server, path);
     assert_eq!(answer.status, 200, "{path}");
     format!("/{}", line(&answer.text(), "URL"))
 }
 
-/// Asks by UDP, again and again as any datagram may get lost, until there is an answer; whether
-/// that is *have*.
+/// Queries `server` by UDP until it answers, because datagrams may be lost. Returns whether the
+/// answer is *have*. Panics after 100 queries of 500 ms each.
 pub fn has(socket: &UdpSocket, server: &Host, path: &str) -> bool {
     let hash_part = world::hash_part(path).to_owned();
     for id in 0.. {

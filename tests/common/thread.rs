@@ -1,8 +1,9 @@
-//! Threads that help a test. Their names begin with the test's, so that a panic says whose it is.
+//! Helper threads of a test. Their names begin with the test's name, so a panic message names the
+//! test.
 
 use std::thread::{Builder, JoinHandle, Scope, ScopedJoinHandle};
 
-/// The name of the running test, also in a thread that helps it.
+/// The name of the running test, also in one of its helper threads.
 pub fn test_name() -> String {
     let thread = std::thread::current();
     let name = thread.name().unwrap_or("unnamed");
@@ -13,7 +14,7 @@ fn builder(name: &str) -> Builder {
     Builder::new().name(format!("{} ({name})", test_name()))
 }
 
-/// Starts a thread called `name`.
+/// Starts a helper thread.
 pub fn spawn<T: Send + 'static>(
     name: &str,
     work: impl FnOnce() -> T + Send + 'static,
@@ -21,7 +22,7 @@ pub fn spawn<T: Send + 'static>(
     builder(name).spawn(work).expect("a thread")
 }
 
-/// Starts a thread called `name` that ends with `scope`.
+/// Starts a helper thread that ends with `scope`.
 pub fn spawn_in<'scope, T: Send + 'scope>(
     scope: &'scope Scope<'scope, '_>,
     name: &str,

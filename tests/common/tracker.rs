@@ -1,4 +1,4 @@
-//! A running tracker.
+//! A tracker on a host, and the flags with which peerix uses it.
 
 use super::http::{self, Connection};
 use super::lan::Host;
@@ -15,17 +15,17 @@ use std::process::ExitStatus;
 use std::sync::OnceLock;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-/// The port every tracker listens on.
+/// TCP port of every tracker.
 pub const PORT: u16 = 12305;
 
-/// Where it keeps what must last.
+/// Path of the database on the tracker's host.
 const DATABASE: &str = "/var/lib/peerix-tracker/db";
 
-/// Where a node keeps its identity: [`flags`].
+/// Directory in which a node keeps its identity.
 const STATE: &str = "/var/lib/peerix";
 
-/// The program under test: `PEERIX_TRACKER_BIN`, else the one cargo built for these tests, if it
-/// did.
+/// The program under test: `PEERIX_TRACKER_BIN`, else the one that cargo built for these tests, if
+/// any.
 pub fn binary() -> Option<&'static Path> {
     static PATH: OnceLock<Option<PathBuf>> = OnceLock::new();
     let find = || {
@@ -35,8 +35,8 @@ pub fn binary() -> Option<&'static Path> {
     PATH.get_or_init(find).as_deref()
 }
 
-/// A tracker and the machine it runs on. Dropping it kills it; what it logged is shown if the test
-/// failed.
+/// A running tracker and its host. Dropping it kills the tracker, and prints the end of its log if
+/// the test failed.
 pub struct Tracker {
     program: Logged,
     /// The machine.
@@ -44,43 +44,44 @@ pub struct Tracker {
 }
 
 impl Tracker {
-    /// Starts it, with `--verbose`, and waits until it says that it is well.
+    /// Starts the tracker with `--verbose` and waits until `/health` answers 200.
     pub fn start(host: Host) -> Tracker {
         Tracker { program: start(&host), host }
     }
 
-    /// Starts it again after [`Tracker::kill`] or [`Tracker::stop`], with the same database.
+    /// Starts the tracker with the same database again, after [`Tracker::kill`] or
+    /// [`Tracker::stop`].
     pub fn start_again(&mut self) {
         self.program = start(&self.host);
     }
 
-    /// `kill -9`.
+    /// Sends `SIGKILL` and waits until the process has ended.
     pub fn kill(&mut self) {
         self.program.process.kill();
     }
 
-    /// `SIGTERM`, and waits until it has stopped.
+    /// Sends `SIGTERM` and waits until the process has ended.
     pub fn stop(&mut self) -> ExitStatus {
         self.program.process.terminate()
     }
 
-    /// Sends it a signal.
+    /// Sends a signal to the process.
     pub fn signal(&mut self, signal: Signal) {
         self.program.process.signal(signal);
     }
 
-    /// Everything it has logged since it was started last.
+    /// The log since the last start.
     pub fn log(&self) -> String {
         self.program.log()
     }
 
-    /// For `--tracker-url`.
+    /// The value of `--tracker-url`.
     pub fn url(&self) -> String {
         url(&self.host)
     }
 
-    /// `GET`, answered with 200 and JSON. Where it is asked too often, it is asked again when it
-    /// says so.
+    /// Sends a `GET` and returns the JSON of the answer. After a 429, waits for `Retry-After` and
+    /// repeats. Panics if the answer is not 200.
     pub fn get(&self, path: &str) -> Value {
         let answer = wait_for("the tracker has time", || {
             let answer = http::get(&self.host, (self.host.address, PORT), path)
@@ -96,7 +97,7 @@ impl Tracker {
         serde_json::from_slice(&answer.body).expect("the tracker's answers are JSON")
     }
 
-    /// The peers that it lists: id and address.
+    /// The listed peers, as pairs of peer ID and address.
     pub fn peers(&self) -> Vec<(String, String)> {
         let list = self.get("/peers");
         let text = |value: &Value| value.as_str().expect("a text").to_owned();
@@ -104,17 +105,17 @@ impl Tracker {
         peers.iter().map(|peer| (text(&peer["peer_id"]), text(&peer["addr"]))).collect()
     }
 
-    /// Whether it lists a peer of that name.
+    /// Whether the tracker lists this peer ID.
     pub fn lists(&self, peer_id: &str) -> bool {
         self.peers().iter().any(|(listed, _)| listed == peer_id)
     }
 
-    /// A number of a peer's reputation, by its name in `GET /reputation/<peer id>`.
+    /// A count from the peer's reputation: the field `name` of `GET /reputation/<peer id>`.
     pub fn reputation(&self, peer_id: &str, name: &str) -> u64 {
         self.get(&format!("/reputation/{peer_id}"))[name].as_u64().expect("a count")
     }
 
-    /// Announces, as the original does, a peer on `host` that has no key and no filter.
+    /// Announces a peer on `host` without a key and a filter, like the original peerix.
     pub fn announce_original(&self, host: &Host, peer_id: &str) {
         let body = json!({ "peer_id": peer_id, "port": super::PORT });
         self.told(
@@ -126,7 +127,7 @@ impl Tracker {
         );
     }
 
-    /// Announces a peer on a port of `host` with a key, and a filter that has all of `paths`.
+    /// Announces a peer on a port of `host` with a key, and uploads a filter with all of `paths`.
     pub fn announce_with(&self, host: &Host, port: u16, peer_id: &str, paths: &[String]) {
         let keys = KeyPair::from_seed(Seed::new(sha256(peer_id.as_bytes())));
         let public_key = BASE64.encode(keys.pk.as_ref());
@@ -165,7 +166,7 @@ impl Tracker {
         self.told(host, "PUT", &format!("/filter/{peer_id}"), &headers, filter.as_bytes());
     }
 
-    /// A request from `host` that is answered with 200.
+    /// Sends a request from `host`. Panics if the answer is not 200.
     fn told(&self, host: &Host, method: &str, path: &str, headers: &str, body: &[u8]) {
         let stream = host.connect((self.host.address, PORT)).expect("the tracker is there");
         let mut connection = Connection::new(stream).expect("a connection");
@@ -193,13 +194,13 @@ fn start(host: &Host) -> Logged {
     program
 }
 
-/// For `--tracker-url`, the tracker that is, or is not, on `host`.
+/// The value of `--tracker-url` for a tracker on `host`, running or not.
 pub fn url(host: &Host) -> String {
     format!("http://{}:{PORT}", host.address)
 }
 
-/// Flags for a peerix on `host` that is called as the host is, and finds peers by trackers on
-/// `trackers` in `mode` (`wan`, `both`).
+/// Flags for a peerix on `host` with the host's name as peer ID, which finds peers through trackers
+/// on the hosts `trackers`. `mode` is the value of `--mode` (`wan`, `both`).
 pub fn flags(host: &Host, mode: &str, trackers: &[&Host]) -> Vec<String> {
     make_dir(host, STATE);
     let fixed = ["--mode", mode, "--peer-id", &host.name, "--state-dir", STATE].map(str::to_owned);
@@ -207,7 +208,7 @@ pub fn flags(host: &Host, mode: &str, trackers: &[&Host]) -> Vec<String> {
     fixed.into_iter().chain(urls).collect()
 }
 
-/// The same with flags that have it share everything with everyone.
+/// The flags of [`flags`], and those that share every path with everyone.
 pub fn open(host: &Host, mode: &str, trackers: &[&Host]) -> Vec<String> {
     let mut flags = flags(host, mode, trackers);
     flags.extend(["--no-verify", "--no-filter"].map(str::to_owned));

@@ -1,11 +1,11 @@
-//! Two directory trees, byte for byte, as far as a NAR describes them.
+//! Comparison of two directory trees, in the properties that a NAR stores.
 
 use std::fs;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
-/// Panics at the first difference: kinds, names, executable bits, link targets, contents.
+/// Panics at the first difference in type, names, executable bit, link target or content.
 pub fn assert_same(expected: &Path, found: &Path) {
     let meta = |path: &Path| {
         fs::symlink_metadata(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))

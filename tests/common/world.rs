@@ -1,4 +1,5 @@
-//! Store paths made by real Nix: closures, many files, large files, odd names. Made once and kept.
+//! Store paths built by real Nix: closures, many files, large files, odd names. They are built once
+//! and kept between runs.
 
 use super::lan::{Host, Lan, Run};
 use super::{directory, nix};
@@ -10,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 const EXPRESSION: &str = include_str!("world.nix");
 
-/// Fills the directory `$1`.
+/// Builds the fixture in the directory `$1`.
 const SCRIPT: &str = r#"
 cd "$1"
 nix-store --generate-binary-cache-key cache-1 cache.sec cache.pub
@@ -27,8 +28,8 @@ cp -a /nix/store /nix/var nix/
 mv /tmp/paths .
 "#;
 
-/// The fixture: a Nix store directory with its database, and all of it (but `big`) as a static
-/// cache signed by [`World::cache_key`].
+/// The fixture: a store directory with its database, and a static cache with all paths but `big`,
+/// signed with [`World::cache_key`].
 pub struct World {
     dir: PathBuf,
     paths: BTreeMap<String, String>,
@@ -37,12 +38,13 @@ pub struct World {
 }
 
 impl World {
-    /// Finds it, or makes it, which takes a minute, on a host of `lan`.
+    /// Opens the fixture. Builds it on a host of `lan` first if there is none, which takes a
+    /// minute.
     pub fn on(lan: &Lan) -> World {
         let mut hasher = DefaultHasher::new();
         (EXPRESSION, SCRIPT, nix::identity()).hash(&mut hasher);
         let dir = directory().join(format!("world-{:016x}", hasher.finish()));
-        // Another test program may run beside this one, and want the same.
+        // Test programs that run at the same time may build the same fixture.
         let lock = fs::File::create(directory().join("world.lock"))
             .expect("the directory for fixtures is writable");
         flock(&lock, FlockOperation::LockExclusive).expect("one at a time");
@@ -59,27 +61,27 @@ impl World {
         World { paths, cache_key: read("cache.pub").trim().to_owned(), dir }
     }
 
-    /// The store path called `name` in `world.nix`.
+    /// The store path that `world.nix` calls `name`.
     pub fn path(&self, name: &str) -> &str {
         &self.paths[name]
     }
 
-    /// The store directory, to compare with.
+    /// The store directory of the fixture, for comparisons.
     pub fn store(&self) -> PathBuf {
         self.dir.join("nix/store")
     }
 
-    /// The static cache, without compression, as every host can see it.
+    /// The directory of the uncompressed static cache, which every host sees at the same path.
     pub fn cache(&self) -> PathBuf {
         self.dir.join("cache")
     }
 
-    /// The static cache as a substituter that comes after peerix.
+    /// The URL of the static cache as a substituter.
     pub fn next(&self) -> String {
         format!("file://{}", self.cache().display())
     }
 
-    /// Gives `host` everything, writable, and changes nothing in the fixture.
+    /// Gives `host` a writable copy-on-write view of the store. The fixture does not change.
     pub fn give(&self, host: &Host) {
         nix::configure(host, "");
         let dir = self.dir.join("nix");
@@ -91,7 +93,7 @@ impl World {
         ));
     }
 
-    /// Signs everything in the store of `host` as the static cache does.
+    /// Signs all paths in the store of `host` with the key of the static cache.
     pub fn sign(&self, host: &Host) {
         let key = self.dir.join("cache.sec");
         host.cmd("nix").args(["store", "sign", "--all", "--key-file"]).arg(key).okay();
@@ -103,7 +105,7 @@ pub fn base_name(path: &str) -> &str {
     path.rsplit('/').next().expect("a path has a name")
 }
 
-/// The 32 digits that peers are asked for.
+/// The hash part of a store path: the first 32 characters of its base name.
 pub fn hash_part(path: &str) -> &str {
     &base_name(path)[..32]
 }

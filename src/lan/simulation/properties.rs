@@ -1,16 +1,18 @@
-//! What holds whatever happens, checked for many seeds.
+//! Invariants of discovery, checked in random networks for many seeds: every lookup ends in time,
+//! no lookup misses a path that a host has, tables keep their bounds, and traffic is bounded.
 
 use super::{Kind, MS, SECOND, Simulation, longest, path};
 use crate::nix::HashPart;
 use std::time::Duration;
 
-/// Seeds of an ordinary test run.
+/// Number of seeds in an ordinary test run.
 const SEEDS: u64 = 2000;
 const PATHS: u64 = 200;
-/// Paths that the asker looks up before anything goes wrong: the holders have proven themselves.
+/// Number of paths that the asker looks up before the disturbances, so that paths were found
+/// through the holders.
 const WARM_UP: u64 = 40;
 
-/// Number of seeds: `PEERIX_SIMULATION_SEEDS`, else [`SEEDS`].
+/// Number of seeds: `PEERIX_SIMULATION_SEEDS`, or [`SEEDS`].
 fn seeds() -> u64 {
     std::env::var("PEERIX_SIMULATION_SEEDS")
         .ok()
@@ -18,8 +20,8 @@ fn seeds() -> u64 {
         .unwrap_or(SEEDS)
 }
 
-/// Number of nodes for a seed: mostly a home, seldom an office, and 1,000 only in long runs, as
-/// each of those takes minutes.
+/// Number of nodes for a seed: mostly as many as in a home, sometimes as in an office. Only long
+/// runs have networks of 1,000 nodes, because each takes minutes.
 fn size(seed: u64, simulation: &mut Simulation) -> usize {
     let small = 2 + simulation.random.below(14);
     let size = match seed % 1000 {
@@ -32,8 +34,8 @@ fn size(seed: u64, simulation: &mut Simulation) -> usize {
     usize::try_from(size).unwrap()
 }
 
-/// A random network with holders that are undisturbed, but for one pause, cable or restart, and
-/// neighbours that do whatever neighbours do.
+/// Checks one random network. One holder or the asker is disturbed at most once. Neighbours that
+/// hold nothing vanish, pause, restart or lie.
 fn check(seed: u64) {
     let mut simulation = Simulation::new(seed);
     let count = size(seed, &mut simulation);
@@ -42,7 +44,7 @@ fn check(seed: u64) {
     simulation.loss =
         [0.0, 0.0, 0.01, 0.05, 0.1][usize::try_from(simulation.random.below(5)).unwrap()];
     simulation.duplication = if simulation.random.chance(0.3) { 0.05 } else { 0.0 };
-    // Delays vary more than their distance in time: packets overtake one another.
+    // Delays vary by more than the time between packets, so packets overtake one another.
     let slow = simulation.random.chance(0.2);
     for node in &nodes {
         let high = if slow { 30 * MS } else { MS };
@@ -82,14 +84,15 @@ fn check(seed: u64) {
     let wrong = simulation.wrong_misses();
     assert!(wrong.is_empty(), "{context}: {} wrong misses, {:?}", wrong.len(), wrong[0]);
     simulation.machine(asker).assert_bounds();
-    // Each lookup alone in its batch, asked and answered, with six repeats: more is a storm.
+    // Allows each lookup a batch of its own, with query, answer and six repeats. More packets are a
+    // storm.
     let most = (PATHS + WARM_UP) * (count as u64 + 30) * 14 + 20_000 + 40 * (count * count) as u64;
     let sent = simulation.packets - packets;
     assert!(sent <= most, "{context}: {sent} packets");
 }
 
-/// One disturbance of the asker or a holder. Returns its name, and how long the asker itself does
-/// nothing.
+/// Schedules one disturbance of the asker or a holder. Returns its description, and how long the
+/// asker itself is paused.
 fn disturb(
     simulation: &mut Simulation,
     asker: usize,
@@ -119,7 +122,7 @@ fn disturb(
     (format!("{} for {long:?} at {at:?}", names[usize::try_from(what).unwrap()]), own_pause)
 }
 
-/// What neighbours that hold nothing do.
+/// Schedules disturbances of neighbours that hold nothing, and adds neighbours of other kinds.
 fn neighbours(simulation: &mut Simulation, others: &[usize], after: Duration) {
     for &other in others {
         let at = after + simulation.random.between(Duration::ZERO, 3 * SECOND);
@@ -146,7 +149,7 @@ fn neighbours(simulation: &mut Simulation, others: &[usize], after: Duration) {
 }
 
 #[test]
-fn every_seed_keeps_the_promises() {
+fn random_networks_keep_invariants() {
     let seeds = seeds();
     let threads = std::thread::available_parallelism().map_or(2, usize::from) as u64;
     std::thread::scope(|scope| {

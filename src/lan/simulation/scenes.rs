@@ -1,5 +1,5 @@
-//! Named situations, the same as those of the model from which the rules come, and what they may
-//! cost.
+//! Named situations with upper bounds of their cost, the same as in the model from which the rules
+//! of discovery come.
 
 use super::{Act, Kind, MS, PORT, SECOND, Simulation, US, path};
 use crate::nix::HashPart;
@@ -7,14 +7,14 @@ use crate::wire::{Hello, Packet};
 use std::net::SocketAddr;
 use std::time::Duration;
 
-/// Lookups of one run.
+/// Number of lookups in one run.
 const LOOKUPS: u64 = 3000;
-/// Time from an answer to Nix's next request on the same connection, as measured.
+/// Measured time from an answer to Nix's next request on the same connection.
 pub(super) const NIX_PACE: Duration = Duration::from_micros(200);
-/// When askers begin: all hosts have met.
+/// When lookups begin. By then all hosts know one another.
 const START: Duration = Duration::from_secs(1);
 
-/// 32 nodes, of which node 0 asks. Node 1 holds every second path.
+/// Creates 32 nodes. Node 0 asks; node 1 holds every second path.
 fn thirty_two(seed: u64) -> (Simulation, Vec<usize>) {
     let mut simulation = Simulation::new(seed);
     let nodes = simulation.add_all(Kind::Node, 32);
@@ -38,7 +38,7 @@ fn no_wrong_miss(simulation: &Simulation) {
     );
 }
 
-/// Time from the first lookup to the last answer.
+/// Time from the first lookup to the last outcome.
 fn time_of(simulation: &Simulation) -> Duration {
     let end = simulation.outcomes.iter().map(|outcome| outcome.began + outcome.took).max();
     end.unwrap_or_default().saturating_sub(START)
@@ -60,7 +60,7 @@ fn undisturbed_lookups_find_every_path_with_few_packets() {
 }
 
 #[test]
-fn peer_that_answers_after_2900_ms_costs_one_wait_and_a_due_time_each() {
+fn late_peer_costs_one_wait_and_one_due_time_per_lookup() {
     let (mut simulation, nodes) = thirty_two(2);
     simulation.add(Kind::Late, Duration::ZERO);
     simulation.ask(nodes[0], all(), 25, START, false);
@@ -70,7 +70,7 @@ fn peer_that_answers_after_2900_ms_costs_one_wait_and_a_due_time_each() {
 }
 
 #[test]
-fn slow_radio_of_a_neighbour_without_paths_delays_lookups_by_its_due_time() {
+fn slow_peer_without_paths_delays_lookups_by_one_due_time() {
     let (mut simulation, nodes) = thirty_two(3);
     simulation.hosts[nodes[5]].latency = (50 * MS, 150 * MS);
     simulation.ask(nodes[0], all(), 25, START, false);
@@ -79,8 +79,8 @@ fn slow_radio_of_a_neighbour_without_paths_delays_lookups_by_its_due_time() {
     assert!(time_of(&simulation) < 24 * SECOND, "{:?}", time_of(&simulation));
 }
 
-/// Asks for 20 s, and returns how many lookups took longer than half a second. The model has 25 in
-/// a minute.
+/// Looks paths up for 20 s. Returns how many lookups took longer than 0.5 s. The model has 25 in a
+/// minute.
 fn long_waits(simulation: &mut Simulation, asker: usize) -> usize {
     simulation.ask(asker, all(), 25, START, true);
     simulation.run(START + 20 * SECOND);
@@ -112,11 +112,11 @@ fn twenty_neighbours_that_vanish_cause_few_long_waits() {
 }
 
 #[test]
-fn datagrams_to_vanished_neighbours_do_not_displace_those_to_the_living() {
+fn datagrams_to_vanished_peers_do_not_displace_those_to_live_peers() {
     for (seed, vanishing) in [(20, 10), (21, 90)] {
         let mut simulation = Simulation::new(seed);
         let nodes = simulation.add_all(Kind::Node, vanishing + 5);
-        // Every path is found at once, so that nobody is overdue.
+        // Every path is found at once, so no answer is overdue.
         simulation.hold(nodes[1], &all());
         for node in nodes.iter().skip(2).take(vanishing).copied() {
             simulation.run_at(START + SECOND, move |simulation| simulation.vanish(node));
@@ -131,12 +131,12 @@ fn datagrams_to_vanished_neighbours_do_not_displace_those_to_the_living() {
 }
 
 #[test]
-fn peer_that_never_helped_is_heard_among_many_that_vanished() {
+fn holder_not_used_before_is_found_among_vanished_peers() {
     for seed in 100..110 {
         let mut simulation = Simulation::new(seed);
         let nodes = simulation.add_all(Kind::Node, 24);
-        // What the first holder has is found at once, so that nobody is overdue; the second has
-        // what is asked for late.
+        // Paths of the first holder are found at once, so no answer is overdue. The paths of the
+        // second are asked for last.
         let (early, late): (Vec<HashPart>, Vec<HashPart>) =
             (all()[..1500].to_vec(), all()[1500..].to_vec());
         simulation.hold(nodes[1], &early);
@@ -163,9 +163,9 @@ fn firewalled_newcomers_cause_few_long_waits() {
 }
 
 #[test]
-fn forged_hellos_cost_a_due_time_a_lookup() {
+fn forged_hellos_delay_each_lookup_by_one_due_time() {
     let (mut simulation, nodes) = thirty_two(7);
-    // Ten a second, from addresses at which there is no host.
+    // Ten hellos a second, from addresses without a host.
     for round in 0..100 {
         simulation.add(Kind::Forged, START + 100 * MS * round);
     }
@@ -177,11 +177,11 @@ fn forged_hellos_cost_a_due_time_a_lookup() {
 }
 
 #[test]
-fn forged_hellos_of_a_neighbour_take_nothing_from_it() {
+fn forged_hellos_of_a_holder_do_not_disturb_lookups() {
     let (mut simulation, nodes) = thirty_two(11);
     let (asker, forged) = (nodes[0], SocketAddr::new(simulation.hosts[nodes[1]].ip, PORT));
     for round in 0..100_u64 {
-        // As of a node that never says no, and each time as of another instance.
+        // The hello claims a node that never says no, with a new instance ID each time.
         let hello = Hello {
             port: 1,
             instance: round.to_le_bytes(),
@@ -255,7 +255,7 @@ fn holder_that_restarts_is_waited_for() {
 }
 
 #[test]
-fn asker_without_a_network_for_two_seconds_loses_nothing() {
+fn unplugged_asker_reports_no_wrong_miss() {
     for seed in 40..42 {
         let (mut simulation, nodes) = thirty_two(seed);
         let asker = nodes[0];
@@ -268,7 +268,7 @@ fn asker_without_a_network_for_two_seconds_loses_nothing() {
 }
 
 #[test]
-fn asker_that_was_stopped_itself_blames_nobody() {
+fn paused_asker_does_not_give_up_holders() {
     let (mut simulation, nodes) = thirty_two(45);
     let asker = nodes[0];
     simulation.run_at(START + SECOND / 4, move |simulation| simulation.pause(asker, 20 * SECOND));
@@ -294,7 +294,7 @@ fn python_holder_among_new_nodes_is_found() {
 }
 
 #[test]
-fn holder_of_the_first_release_among_new_nodes_is_found() {
+fn holder_of_peerix_0_1_among_new_nodes_is_found() {
     let mut simulation = Simulation::new(55);
     let nodes = simulation.add_all(Kind::Node, 8);
     let old = simulation.add(Kind::Single, Duration::ZERO);
@@ -306,14 +306,14 @@ fn holder_of_the_first_release_among_new_nodes_is_found() {
 }
 
 #[test]
-fn first_lookup_after_a_common_start_finds() {
+fn first_lookup_after_a_common_start_finds_the_path() {
     for seed in 60..260 {
         let mut simulation = Simulation::new(seed);
         let start = simulation.random.between(Duration::ZERO, SECOND);
         let asker = simulation.add(Kind::Node, Duration::ZERO);
         let holder = simulation.add(Kind::Node, start);
         simulation.hold(holder, &[path(1)]);
-        // Nix asks when both run, not before.
+        // The lookup begins when both nodes run.
         let first = simulation.random.between(start, SECOND).max(100 * US);
         simulation.ask(asker, vec![path(1)], 1, first, false);
         simulation.run(20 * SECOND);

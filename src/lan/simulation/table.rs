@@ -1,10 +1,10 @@
-//! What lookups cost against the number of nodes, for docs/protocol.md.
+//! Cost of lookups by number of nodes, for docs/protocol.md.
 
 use super::{Kind, SECOND, Simulation, path};
 use std::time::Duration;
 
-/// Asks 3,000 absent paths over 25 connections among `count` nodes, then one alone. Returns packets
-/// and bytes of the 3,000, and the time of the one.
+/// Looks up 3,000 absent paths over 25 connections among `count` nodes, then one path alone.
+/// Returns the packets and bytes for the 3,000, and the duration of the single lookup.
 fn costs(count: usize) -> (u64, u64, Duration) {
     let mut simulation = Simulation::new(count as u64);
     let nodes = simulation.add_all(Kind::Node, count);
