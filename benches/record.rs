@@ -12,7 +12,7 @@ mod common;
 #[allow(dead_code)]
 mod table;
 
-use common::daemon::mark;
+use common::daemon::add_unique_path;
 use common::http::Connection;
 use common::process::Logged;
 use common::{Host, Lan, World, directory, nix, wait_for, world};
@@ -27,7 +27,7 @@ use table::{Series, Table};
 /// Consecutive requests to one contender before the other one's turn.
 const IN_A_ROW: usize = 50;
 /// Number of updates over which the time of one update is averaged.
-const TELLINGS: u32 = 1_000_000;
+const STATS_UPDATES: u32 = 1_000_000;
 
 /// Runs this program as the daemon. Arguments: `--serve on` or `--serve off`, then daemon flags.
 fn serve(mode: &str) -> ! {
@@ -122,7 +122,7 @@ fn main() {
     let [own, its] = turns(&mut contenders, rounds, [&absent, &absent], 404);
     table.beside("a narinfo that no neighbour has, µs", &own, other, &its, goal);
     let own = contenders.each_ref().map(|contender| {
-        let mark = mark(&contender.host);
+        let mark = add_unique_path(&contender.host);
         vec![format!("/local/{}.narinfo", world::hash_part(&mark))]
     });
     let [own, its] = turns(&mut contenders, rounds, [&own[0], &own[1]], 200);
@@ -145,8 +145,8 @@ fn telling(table: &mut Table) {
         let mut series = Series::default();
         for _ in 0..5 {
             let began = Instant::now();
-            (0..TELLINGS).for_each(|_| tell());
-            series.push(began.elapsed().as_secs_f64() * 1e9 / f64::from(TELLINGS));
+            (0..STATS_UPDATES).for_each(|_| tell());
+            series.push(began.elapsed().as_secs_f64() * 1e9 / f64::from(STATS_UPDATES));
         }
         series
     };

@@ -15,7 +15,7 @@ mod common;
 mod table;
 
 use common::http::Connection;
-use common::solo::{Solo, TempDir, announce, clock, filter_headers, identity, post};
+use common::solo::{LoopbackTracker, TempDir, announce, clock, filter_headers, identity, post};
 use peerix::nix::nix32;
 use peerix::wire::filter::{BITS_PER_PATH, BloomFilter};
 use peerix::wire::tracker::{Identity, SignedText};
@@ -116,7 +116,7 @@ fn signed_filter(key: &Identity, peer_id: &str, bits: &[u8]) -> String {
 
 fn lookups(table: &mut Table, peers: u64, paths: u64) {
     let dir = TempDir::new();
-    let tracker = Solo::start(&dir.file("db"));
+    let tracker = LoopbackTracker::start(&dir.file("db"));
     let before = tracker.rss();
     let next = AtomicU64::new(0);
     std::thread::scope(|scope| {
@@ -136,8 +136,12 @@ fn lookups(table: &mut Table, peers: u64, paths: u64) {
                     let filter = random.filter(paths);
                     loop {
                         let headers = signed_filter(&key, &id, filter.as_bytes());
-                        let answer =
-                            c.tell("PUT", &format!("/filter/{id}"), &headers, filter.as_bytes());
+                        let answer = c.request_with_body(
+                            "PUT",
+                            &format!("/filter/{id}"),
+                            &headers,
+                            filter.as_bytes(),
+                        );
                         match answer {
                             Ok(answer) if answer.status == 200 => break,
                             // The tracker receives eight filters at once. It refuses more
@@ -202,7 +206,7 @@ fn lookups(table: &mut Table, peers: u64, paths: u64) {
 
 fn announces(table: &mut Table, seconds: u64) {
     let dir = TempDir::new();
-    let tracker = Solo::start(&dir.file("db"));
+    let tracker = LoopbackTracker::start(&dir.file("db"));
     let rates = Mutex::new(vec![0u64; seconds as usize + 1]);
     let began = Instant::now();
     std::thread::scope(|scope| {

@@ -35,7 +35,7 @@ fn main() {
     steps.say(format_args!("{wanted} paths with references, and the large one"));
 
     steps.next("peerix starts on all three; nobody tells them of one another");
-    let (a_mark, b_mark) = (daemon::mark(&a), daemon::mark(&b));
+    let (a_mark, b_mark) = (daemon::add_unique_path(&a), daemon::add_unique_path(&b));
     nix::configure_client(&c, "", &[&a_key, &b_key]);
     let began = Instant::now();
     let mut senders = [start(&a), start(&b)];

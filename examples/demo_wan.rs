@@ -17,7 +17,7 @@ use std::time::Instant;
 const BOOK_MIB: u64 = 256;
 
 /// The sender of the large path is killed after it has sent this many MiB.
-const STRUCK_AFTER: u64 = 4;
+const KILL_AFTER_MIB: u64 = 4;
 
 fn main() {
     let mut steps = Steps::new(9);
@@ -57,7 +57,7 @@ fn main() {
     steps
         .next("the tracker starts, and peerix on all three, who know its address and nothing else");
     let tracker = Tracker::start(t);
-    let (a_mark, b_mark) = (daemon::mark(&a), daemon::mark(&b));
+    let (a_mark, b_mark) = (daemon::add_unique_path(&a), daemon::add_unique_path(&b));
     nix::configure_client(&c, "", &[&a_key, &b_key]);
     let began = Instant::now();
     let mut senders = [
@@ -105,8 +105,8 @@ fn main() {
     let of = format!("MiB sent for a NAR of {BOOK_MIB} MiB");
     let began = Instant::now();
     let mut child = nix::realising(&c, &[&book]).spawn().expect("nsenter starts");
-    let victim =
-        watch(&mut child, &steps, &makers, before, STRUCK_AFTER, &of).expect("a part of the book");
+    let victim = watch(&mut child, &steps, &makers, before, KILL_AFTER_MIB, &of)
+        .expect("a part of the book");
     senders[victim].kill();
     steps.say(format_args!("kill -9 peerix on {}", makers[victim].host.name));
     assert_eq!(watch(&mut child, &steps, &makers, before, u64::MAX, &of), None);

@@ -32,8 +32,8 @@ use crate::peers::client::PeerClient;
 use crate::peers::friends::Friends;
 use crate::peers::health::PeerHealth;
 use crate::peers::lan::LanSource;
-use crate::peers::meeting::{self, OutsideAddress};
 use crate::peers::pace::Paces;
+use crate::peers::rendezvous::{self, OutsideAddress};
 use crate::peers::request_pool::RequestPool;
 use crate::peers::saved_paces;
 use crate::peers::tracker::NodeIdentity;
@@ -67,7 +67,7 @@ const RESOLVE_INTERVAL: Duration = Duration::from_secs(60);
 
 /// Interval between updates of the hourly totals if systemd's watchdog is off. With the watchdog it
 /// is a third of the watchdog's limit.
-const LOOK: Duration = Duration::from_secs(60);
+const TICK_INTERVAL: Duration = Duration::from_secs(60);
 
 /// File descriptors that the daemon requests from the system. A connection needs one; a stream
 /// needs one for each open directory level, and one for a file or a peer. systemd gives services
@@ -114,7 +114,7 @@ enum Wakeup {
     Ended(&'static str),
     /// A resource that was missing at the start is available. The services restart with the same
     /// sockets.
-    Mended,
+    Restart,
 }
 
 /// Reason why the services stop.
@@ -253,7 +253,7 @@ fn answer_misses<T>(
             Ok(Wakeup::Ended(what)) => {
                 return Err(FatalError(format!("the {what} thread ended; see the log")));
             }
-            Ok(Wakeup::Mended) => {}
+            Ok(Wakeup::Restart) => {}
             Err(_) => notify(&[NotifyState::Watchdog]),
         }
         if tried.elapsed() < RETRY_INTERVAL.get() {
@@ -354,7 +354,7 @@ fn serve(
     let status = StatusService {
         record: record.clone(),
         discovery: discovery.client(),
-        standing: standing.clone(),
+        health: standing.clone(),
         trackers: strangers.as_ref().map(|strangers| strangers.trackers.clone()),
         friends: friends.clone(),
         mapping: mapper.as_ref().map(PortMapper::current),
@@ -367,7 +367,7 @@ fn serve(
     let upload_limit = config.upload_limit.map(UploadLimit::new);
     let cache = CacheHandler {
         store,
-        share,
+        access: share,
         lookup: lookup.clone(),
         fetch: Downloader::new(lookup, client, standing, paces, record.clone(), upstream, spools),
         signer: own_key.signer.clone(),
@@ -531,7 +531,7 @@ impl RetryThread {
                 self.metrics.start(&self.degraded);
                 let lacks_identity = self.degraded.all().iter().any(|(code, _)| *code == IDENTITY);
                 if has_more_to_publish || (lacks_identity && load_identity(&self.config).is_ok()) {
-                    let _ = self.wakeups.try_send(Wakeup::Mended);
+                    let _ = self.wakeups.try_send(Wakeup::Restart);
                     return;
                 }
             }
@@ -602,12 +602,12 @@ fn wait(
     record: &Stats,
 ) -> Result<ExitReason, FatalError> {
     let watchdog = sd_notify::watchdog_enabled();
-    let look = watchdog.map_or(LOOK, |limit| limit / 3);
+    let look = watchdog.map_or(TICK_INTERVAL, |limit| limit / 3);
     let mut turns = 0;
     loop {
         match woken.recv_timeout(look) {
             Ok(Wakeup::Signal) => return Ok(ExitReason::Stopped),
-            Ok(Wakeup::Mended) => return Ok(ExitReason::Mended),
+            Ok(Wakeup::Restart) => return Ok(ExitReason::Mended),
             Ok(Wakeup::Ended(what)) => {
                 return Err(FatalError(format!("the {what} thread ended; see the log")));
             }
@@ -617,7 +617,7 @@ fn wait(
             Err(RecvTimeoutError::Timeout) => {
                 record.tick(SystemTime::now());
                 if watchdog.is_some() {
-                    let now = discovery.count_turns();
+                    let now = discovery.request_turn();
                     if now != turns {
                         notify(&[NotifyState::Watchdog]);
                     }
@@ -804,7 +804,7 @@ fn meet_friends(
     };
     let urls = config.tracker_urls.clone();
     thread::Builder::new().name("meet".into()).spawn(move || {
-        meeting::run(&urls, &friends, place, friends.stopped());
+        rendezvous::run(&urls, &friends, place, friends.stopped());
     })?;
     Ok(())
 }

@@ -27,14 +27,14 @@ use std::time::{Duration, Instant};
 use verified::{IncompleteNar, Piece, VerifiedStream, part};
 
 /// Maximum time from Nix's request to the first piece of the NAR. After it, Nix gets 404.
-const START: Timeout = Timeout::from_secs(20);
+const FIRST_PIECE_TIMEOUT: Timeout = Timeout::from_secs(20);
 
 /// Time during which [`Downloader::is_cut`] refuses a NAR whose transfer was cut on purpose. Nix
 /// retries such a transfer within a second.
-const NOT_CONTINUED: Duration = Duration::from_secs(60);
+const RESUME_REFUSED_FOR: Duration = Duration::from_secs(60);
 /// Time during which a NAR is not left to the upstream cache a second time. Nix asked here again,
 /// so it did not get the NAR there.
-const NOT_LEFT_AGAIN: Duration = Duration::from_secs(600);
+const UPSTREAM_LEAVE_INTERVAL: Duration = Duration::from_secs(600);
 /// Maximum number of NARs in `Downloader::given_up`. At the bound, the map is cleared.
 const MAX_GIVEN_UP: usize = 1024;
 
@@ -85,27 +85,28 @@ impl Downloader {
     }
 
     /// Frees the memory of found paths, and idle connections.
-    pub fn rest(&self) {
-        self.lookup.rest();
-        self.client.rest();
+    pub fn free_memory(&self) {
+        self.lookup.free_memory();
+        self.client.close_idle_connections();
     }
 
     /// Finds a peer that claims to have the NAR. Blocks for at most 20 s.
     pub fn find(&self, hash_part: &HashPart, nar_hash: &NarHash) -> Option<Download<'_>> {
         let asked = Instant::now();
-        let until = asked + START.get();
+        let until = asked + FIRST_PIECE_TIMEOUT.get();
         let found = self.lookup.find(hash_part, nar_hash, until)?;
         Some(Download { asked, until, hash: *nar_hash, size: found.nar_size, found, fetch: self })
     }
 
     /// Whether the transfer of this NAR was cut on purpose in the last 60 s.
     pub fn is_cut(&self, nar_hash: NarHash) -> bool {
-        self.given_up(nar_hash).is_some_and(|(at, _)| at.elapsed() < NOT_CONTINUED)
+        self.given_up(nar_hash).is_some_and(|(at, _)| at.elapsed() < RESUME_REFUSED_FOR)
     }
 
     fn may_leave(&self, nar_hash: NarHash) -> bool {
-        self.given_up(nar_hash)
-            .is_none_or(|(at, why)| why != AbortReason::Left || at.elapsed() >= NOT_LEFT_AGAIN)
+        self.given_up(nar_hash).is_none_or(|(at, why)| {
+            why != AbortReason::Left || at.elapsed() >= UPSTREAM_LEAVE_INTERVAL
+        })
     }
 
     fn given_up(&self, nar_hash: NarHash) -> Option<(Instant, AbortReason)> {
@@ -136,9 +137,9 @@ pub struct Download<'a> {
 /// A download whose first piece is there and checked.
 pub struct StartedDownload<'a> {
     fetch: &'a Downloader,
-    supply: FailoverReader<'a>,
+    reader: FailoverReader<'a>,
     /// Writes the NAR to a file for neighbours, if it is kept.
-    keeping: Option<SpoolWriter<'a>>,
+    spool_writer: Option<SpoolWriter<'a>>,
     hash: NarHash,
     incoming: VerifiedStream,
     first: Piece,
@@ -191,7 +192,7 @@ impl<'a> Download<'a> {
                 supply.fail();
                 if matches!(cut, DownloadError::Upstream(_)) {
                     fetch.give_up(hash, AbortReason::Left);
-                    fetch.upstream.left(size);
+                    fetch.upstream.record_left_nar(size);
                 }
                 return None;
             }
@@ -199,7 +200,14 @@ impl<'a> Download<'a> {
         if let Some(source) = supply.current() {
             fetch.record.first_byte(source.network(), asked.elapsed());
         }
-        Some(StartedDownload { fetch, supply, keeping, hash, incoming, first })
+        Some(StartedDownload {
+            fetch,
+            reader: supply,
+            spool_writer: keeping,
+            hash,
+            incoming,
+            first,
+        })
     }
 }
 
@@ -211,7 +219,14 @@ impl StartedDownload<'_> {
     /// Returns the error of `out`, or an error of its own if no peer is left, if the NAR is wrong,
     /// or if the upstream cache is faster. If the hash is wrong, the last piece is not written.
     pub fn relay(self, range: &Range<u64>, out: &mut dyn Write) -> io::Result<()> {
-        let StartedDownload { fetch, mut supply, mut keeping, hash, mut incoming, first } = self;
+        let StartedDownload {
+            fetch,
+            reader: mut supply,
+            spool_writer: mut keeping,
+            hash,
+            mut incoming,
+            first,
+        } = self;
         if incoming.rest() == 0 {
             out.write_all(part(first.bytes(), 0, range))?;
             supply.delivered();
@@ -239,7 +254,7 @@ impl StartedDownload<'_> {
                         supply.fail();
                         if matches!(cut, DownloadError::Upstream(_)) {
                             fetch.give_up(hash, AbortReason::Left);
-                            fetch.upstream.left(incoming.at() + incoming.rest());
+                            fetch.upstream.record_left_nar(incoming.at() + incoming.rest());
                         }
                         return Err(e);
                     }

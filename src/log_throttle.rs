@@ -12,7 +12,7 @@ pub struct LogThrottle(Mutex<Option<Instant>>);
 
 impl LogThrottle {
     /// Returns true at most once per 10 s, and at the first call.
-    pub fn now(&self, now: Instant) -> bool {
+    pub fn allow(&self, now: Instant) -> bool {
         let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let due = last.is_none_or(|last| now.saturating_duration_since(last) >= INTERVAL);
         if due {
@@ -29,7 +29,7 @@ mod tests {
     #[test]
     fn throttle_permits_one_message_per_ten_seconds() {
         let (seldom, start) = (LogThrottle::default(), Instant::now());
-        let said = (0..100).filter(|s| seldom.now(start + Duration::from_secs(*s))).count();
+        let said = (0..100).filter(|s| seldom.allow(start + Duration::from_secs(*s))).count();
         assert_eq!(said, 10);
     }
 }

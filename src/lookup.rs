@@ -10,7 +10,7 @@ mod found;
 use crate::nix::{DrvOutput, HashPart, NarHash, NarInfo, PathInfo, Realisation, StorePath};
 use crate::peers::announce::PendingTransferName;
 use crate::peers::client::{LinkKind, LogBody, PeerClient, PeerNarinfo};
-use crate::peers::friends::{FriendLink, FriendOffer, FriendSearch, Friends, nobody};
+use crate::peers::friends::{FriendLink, FriendOffer, FriendSearch, Friends, never_found};
 use crate::peers::health::PeerKey;
 use crate::peers::lan::{LanOffer, LanSearch, LanSource};
 use crate::peers::wan::{WanOffer, WanSearch, WanSource};
@@ -89,7 +89,7 @@ impl NarSource {
 
     /// The kind of link to the peer. Takes the transfer's name out of this source: a further
     /// request to the peer is not counted as a second transfer.
-    pub fn take_way(&mut self) -> LinkKind {
+    pub fn take_link_kind(&mut self) -> LinkKind {
         let is_far = self.network() == Network::Wan;
         match (&mut self.wan, is_far) {
             (Some(begun), _) => LinkKind::Wan(std::mem::take(begun).get().cloned()),
@@ -116,14 +116,14 @@ pub struct LookupService {
     friends: Option<Arc<Friends>>,
     trusted: Arc<TrustedKeys>,
     record: Arc<Stats>,
-    flights: Mutex<HashMap<HashPart, Arc<Flight>>>,
+    flights: Mutex<HashMap<HashPart, Arc<PendingLookup>>>,
     found: FoundPaths,
 }
 
 /// A lookup under way, which further requests for the same path join.
 #[derive(Default)]
-struct Flight {
-    landed: Mutex<Option<Option<Arc<PeerNarinfo>>>>,
+struct PendingLookup {
+    result: Mutex<Option<Option<Arc<PeerNarinfo>>>>,
     condition: Condvar,
 }
 
@@ -198,7 +198,7 @@ impl LookupService {
             match flights.get(hash_part) {
                 Some(flight) => (flight.clone(), false),
                 None => {
-                    let flight = Arc::new(Flight::default());
+                    let flight = Arc::new(PendingLookup::default());
                     flights.insert(*hash_part, flight.clone());
                     (flight, true)
                 }
@@ -299,7 +299,7 @@ impl LookupService {
     }
 
     /// Frees the memory of found paths.
-    pub fn rest(&self) {
+    pub fn free_memory(&self) {
         self.found.clear();
     }
 
@@ -321,7 +321,8 @@ impl LookupService {
     /// Starts a search: asks the LAN and friends now, and the trackers when the LAN has no holder.
     pub fn search(&self, hash_part: &HashPart) -> HolderSearch {
         let friends = self.friends.as_ref().map(|friends| friends.search(hash_part));
-        let is_found = friends.as_ref().map_or_else(nobody, |friends| friends.is_found().clone());
+        let is_found =
+            friends.as_ref().map_or_else(never_found, |friends| friends.is_found().clone());
         HolderSearch {
             hash_part: *hash_part,
             friends,
@@ -504,9 +505,9 @@ impl HolderSearch {
     }
 }
 
-impl Flight {
+impl PendingLookup {
     fn wait(&self) -> Option<Arc<PeerNarinfo>> {
-        let landed = lock(&self.landed);
+        let landed = lock(&self.result);
         let waited =
             self.condition.wait_timeout_while(landed, FLIGHT_TIMEOUT, |landed| landed.is_none());
         waited.unwrap_or_else(PoisonError::into_inner).0.clone().flatten()
@@ -516,7 +517,7 @@ impl Flight {
 struct FlightGuard<'a> {
     lookup: &'a LookupService,
     hash_part: &'a HashPart,
-    flight: &'a Flight,
+    flight: &'a PendingLookup,
     narinfo: Option<Arc<PeerNarinfo>>,
 }
 
@@ -526,7 +527,7 @@ impl Drop for FlightGuard<'_> {
         // The flight is no longer listed, so no thread can join now. Waiting threads hold further
         // references to it; without them, no system call is needed.
         if listed.is_none_or(|flight| Arc::strong_count(&flight) > 2) {
-            *lock(&self.flight.landed) = Some(self.narinfo.clone());
+            *lock(&self.flight.result) = Some(self.narinfo.clone());
             self.flight.condition.notify_all();
         }
     }

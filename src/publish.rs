@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use std::{io, thread};
 
 /// Interval between checks whether the store has changed. A check takes 10 µs.
-const LOOK: Interval = Interval::from_secs(5);
+const CHECK_INTERVAL: Interval = Interval::from_secs(5);
 /// Number of paths that are read at once.
 const BATCH: usize = 256;
 /// Limit of the removed paths, in percent of the paths in the filter. Beyond, the filter is
@@ -39,7 +39,7 @@ const FIRST_FILTER: Duration = Duration::from_secs(20);
 
 /// Maximum time that dropping the [`Publisher`] waits for the thread. A thread that waits for the
 /// upstream cache is left running.
-const END: Duration = Duration::from_millis(200);
+const JOIN_TIMEOUT: Duration = Duration::from_millis(200);
 
 /// The publishing thread. Dropping it ends the thread and waits for at most 200 ms.
 pub struct Publisher {
@@ -73,7 +73,7 @@ impl Publisher {
 impl Drop for Publisher {
     fn drop(&mut self) {
         drop(self.running.take());
-        let _ = self.ended.recv_timeout(END);
+        let _ = self.ended.recv_timeout(JOIN_TIMEOUT);
     }
 }
 
@@ -111,14 +111,14 @@ impl RowReader {
         let (mut shared, mut changed) = (None, false);
         let first_filter = Instant::now() + FIRST_FILTER;
         let mut pause = Duration::ZERO;
-        while !self.waited(pause) {
-            pause = LOOK.get();
+        while !self.wait_or_stopped(pause) {
+            pause = CHECK_INTERVAL.get();
             match self.update(&mut shared, publication.bits_per_path()) {
                 Ok(anything) => changed |= anything,
                 Err(e) => log::warn!("what would be shared with strangers cannot be told: {e}"),
             }
             let Some(shared) = &mut shared else { continue };
-            changed |= self.look_into(shared);
+            changed |= self.verify_pending(shared);
             let now = Instant::now();
             let is_asked = shared.open.first().is_none_or(|(at, _)| *at > now);
             if changed && (is_asked || now > first_filter) {
@@ -130,7 +130,7 @@ impl RowReader {
     }
 
     /// Waits for `time`. Returns true at once if the thread has to end.
-    fn waited(&self, time: Duration) -> bool {
+    fn wait_or_stopped(&self, time: Duration) -> bool {
         self.stopped.recv_timeout(time) != Err(RecvTimeoutError::Timeout)
     }
 
@@ -206,16 +206,16 @@ impl RowReader {
             }
             // Pauses as long as it worked, to leave half of the processor time to others: checking
             // a signature takes 0.1 ms, and a store may have 100,000 paths.
-            if self.waited(began.elapsed()) {
+            if self.wait_or_stopped(began.elapsed()) {
                 return Ok(rows);
             }
         }
     }
 
-    /// Asks the upstream cache about the paths that are due, for at most [`LOOK`] and one more
+    /// Asks the upstream cache about the paths that are due, for at most [`CHECK_INTERVAL`] and one more
     /// request. Returns true if the filter changed.
-    fn look_into(&self, shared: &mut PublishedState) -> bool {
-        let (mut changed, until) = (false, Instant::now() + LOOK.get());
+    fn verify_pending(&self, shared: &mut PublishedState) -> bool {
+        let (mut changed, until) = (false, Instant::now() + CHECK_INTERVAL.get());
         while let Some(question) =
             shared.open.first().copied().filter(|(at, _)| *at <= Instant::now())
         {
@@ -228,7 +228,7 @@ impl RowReader {
                 // The upstream cache lacks the path, or does not answer now.
                 Ok(Some(info)) => shared.open.extend(self.share.ask_upstream_at(&info).map(|at| {
                     // An immediate retry would fail again.
-                    (at.max(Instant::now() + LOOK.get()), hash_part)
+                    (at.max(Instant::now() + CHECK_INTERVAL.get()), hash_part)
                 })),
                 // The path has been removed from the store.
                 Ok(None) => {}
@@ -238,7 +238,7 @@ impl RowReader {
                 }
             }
             shared.open.remove(&question);
-            if Instant::now() > until || self.waited(PAUSE) {
+            if Instant::now() > until || self.wait_or_stopped(PAUSE) {
                 break;
             }
         }
@@ -348,17 +348,17 @@ mod tests {
         let last = shared.as_mut().unwrap();
         assert_eq!(last.open.len(), 20);
         let before = last.open.clone();
-        assert!(!reader.look_into(last));
+        assert!(!reader.verify_pending(last));
         assert_eq!((last.paths, last.open.len()), (0, 20), "nobody is there");
         assert!(last.open.iter().all(|(at, _)| *at > Instant::now()), "and is asked again at once");
         // A removed path leaves the queue. An unreadable store keeps the path in it.
         fixture.execute("delete from ValidPaths where id <= 5");
         last.open = before.clone();
-        reader.look_into(last);
+        reader.verify_pending(last);
         assert_eq!(last.open.len(), 15);
         last.open = before;
         fixture.execute("alter table ValidPaths rename to Elsewhere");
-        reader.look_into(last);
+        reader.verify_pending(last);
         assert_eq!(last.open.len(), 20);
     }
 

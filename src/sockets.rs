@@ -3,7 +3,7 @@
 mod address_filter;
 
 use crate::config::Config;
-use crate::network::{Interface, LanNetworks, MULTICAST_GROUP};
+use crate::network::{InterfaceAddress, LanNetworks, MULTICAST_GROUP};
 use listenfd::ListenFd;
 use socket2::{Domain, Protocol, SockAddr, SockRef, Socket, Type};
 use std::io;
@@ -92,7 +92,7 @@ pub fn open(config: &Config, networks: &LanNetworks) -> Result<BoundSockets, Str
         }
         // A socket bound to an interface's address receives no broadcasts, so the network's
         // broadcast address is bound too.
-        let is_bound = |i: &&Interface| config.bind.contains(&i.address);
+        let is_bound = |i: &&InterfaceAddress| config.bind.contains(&i.address);
         for interface in networks.lan_addresses().iter().filter(is_bound) {
             if let Some(broadcast) = interface.broadcast {
                 let socket = bind(broadcast.into(), port, Type::DGRAM);

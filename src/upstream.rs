@@ -111,7 +111,7 @@ impl Upstream {
     }
 
     /// Records that Nix is about to get `nar_size` bytes of a NAR from upstream.
-    pub fn left(&self, nar_size: u64) {
+    pub fn record_left_nar(&self, nar_size: u64) {
         let now = Instant::now();
         let mut state = self.lock();
         if let Some(time) = state.time(nar_size, now) {
@@ -162,7 +162,7 @@ impl Upstream {
             .take(NarInfo::MAX_LEN as u64 + 1)
             .read_to_end(&mut bytes)?;
         let Ok(narinfo) = NarInfo::parse(&bytes, &self.store_dir) else { return Ok(false) };
-        if !self.is_it(&narinfo, found, in_nix_conf) || narinfo.url.contains("://") {
+        if !self.matches_nar(&narinfo, found, in_nix_conf) || narinfo.url.contains("://") {
             return Ok(false);
         }
         let is_measured = |(at, _): (Instant, f64)| at.elapsed() < PACE_KEPT;
@@ -175,7 +175,7 @@ impl Upstream {
     }
 
     /// Whether upstream has the same NAR, signed by a key that both peerix and nix.conf trust.
-    fn is_it(&self, narinfo: &NarInfo, found: &FoundNar, in_nix_conf: &[PublicKey]) -> bool {
+    fn matches_nar(&self, narinfo: &NarInfo, found: &FoundNar, in_nix_conf: &[PublicKey]) -> bool {
         let info = &narinfo.info;
         let is_same = info.path == found.path
             && info.nar_hash == found.nar_hash
@@ -236,25 +236,25 @@ mod tests {
             }
         };
         let keys = [PublicKey::parse(UPSTREAM_KEY).unwrap()];
-        assert!(upstream.is_it(&narinfo, &found(), &keys));
+        assert!(upstream.matches_nar(&narinfo, &found(), &keys));
         // Nix does not trust the key, so it would refuse the path.
-        assert!(!upstream.is_it(&narinfo, &found(), &[]));
-        assert!(!upstream.is_it(&narinfo, &FoundNar { nar_size: 1, ..found() }, &keys));
+        assert!(!upstream.matches_nar(&narinfo, &found(), &[]));
+        assert!(!upstream.matches_nar(&narinfo, &FoundNar { nar_size: 1, ..found() }, &keys));
         let mut forged = narinfo.clone();
         forged.info.references.clear();
-        assert!(!upstream.is_it(&forged, &found(), &keys));
+        assert!(!upstream.matches_nar(&forged, &found(), &keys));
         // The key of this cache is unknown.
-        assert!(!with("https://cache.example").is_it(&narinfo, &found(), &keys));
+        assert!(!with("https://cache.example").matches_nar(&narinfo, &found(), &keys));
     }
 
     #[test]
     fn time_includes_nars_left_before() {
         let upstream = Upstream::new(&Config::default(), &[]);
-        upstream.left(1000);
+        upstream.record_left_nar(1000);
         let now = Instant::now();
         upstream.lock().pace = Some((now, 1000.0));
         assert_eq!(upstream.lock().time(2000, now), Some(Duration::from_secs(2)));
-        upstream.left(50_000);
+        upstream.record_left_nar(50_000);
         assert_eq!(upstream.lock().time(2000, now).map(|time| time.as_secs()), Some(52));
         assert_eq!(
             upstream.lock().time(2000, now + Duration::from_secs(100)),

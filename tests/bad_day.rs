@@ -5,8 +5,8 @@
 use crate::common::daemon::{found, narinfo_status, status};
 use crate::common::http::{self, Reply, Request, Server};
 use crate::common::lan::Run;
-use crate::common::scene::Places;
-use crate::common::standin::{Record, Shelf};
+use crate::common::scene::WanScene;
+use crate::common::standin::{Received, StaticCache};
 use crate::common::tracker::{self, Tracker, open};
 use crate::common::{
     Asker, Daemon, Holder, Host, PORT, Scale, Wan, World, nix, wait_for, wait_slowly_for, world,
@@ -18,13 +18,13 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 /// Scale of the intervals: nodes announce themselves every 3 s instead of 60 s.
-const OFTEN: f64 = 0.05;
+const SHORT_INTERVALS: f64 = 0.05;
 
 /// Parallel connections of Nix.
-const NIX: usize = 25;
+const NIX_CONNECTIONS: usize = 25;
 
 /// The paths of `closure1000`, which the holder has.
-fn closure(holder: &Holder, places: &Places) -> Vec<String> {
+fn closure(holder: &Holder, places: &WanScene) -> Vec<String> {
     nix::closure(&holder.host, &[places.world.path("closure1000")])
 }
 
@@ -50,7 +50,7 @@ fn wait_for_problem(host: &Host, words: &[&str]) {
 /// A lost SYN of a connection to the tracker must not make all paths miss until the next announce.
 #[test]
 fn lost_packets_cause_no_misses() {
-    let places = Places::new();
+    let places = WanScene::new();
     let holder = places.holder("holder");
     let _far = holder.host.delay(Duration::from_millis(20));
     let asker = places.asker(&[&holder]);
@@ -60,15 +60,15 @@ fn lost_packets_cause_no_misses() {
     }
     // Packet loss delays new connections most.
     for round in 0..4 {
-        assert_eq!(found(&asker.host, &paths, NIX), paths.len(), "round {round}");
+        assert_eq!(found(&asker.host, &paths, NIX_CONNECTIONS), paths.len(), "round {round}");
     }
-    assert_eq!(asker.fetches(&places.world, places.world.path("closure1000")).len(), 1000);
+    assert_eq!(asker.fetch_and_check(&places.world, places.world.path("closure1000")).len(), 1000);
 }
 
 /// Lookups during a restart of the tracker wait for it.
 #[test]
 fn tracker_restart_causes_no_misses() {
-    let mut places = Places::new();
+    let mut places = WanScene::new();
     let holder = places.holder("holder");
     let asker = places.asker(&[&holder]);
     let paths = closure(&holder, &places);
@@ -79,16 +79,16 @@ fn tracker_restart_causes_no_misses() {
     for _ in 0..3 {
         let tracker = &mut places.tracker;
         let all = std::thread::scope(|scope| {
-            let lookups = scope.spawn(|| found(&asker.host, &paths, NIX));
+            let lookups = scope.spawn(|| found(&asker.host, &paths, NIX_CONNECTIONS));
             tracker.kill();
             tracker.start_again();
             lookups.join().unwrap()
         });
         assert_eq!(all, paths.len());
-        assert_eq!(found(&asker.host, &paths, NIX), paths.len());
+        assert_eq!(found(&asker.host, &paths, NIX_CONNECTIONS), paths.len());
     }
-    let Places { world, tracker, .. } = &mut places;
-    asker.fetches_while(world, || {
+    let WanScene { world, tracker, .. } = &mut places;
+    asker.fetch_closure_during(world, || {
         tracker.kill();
         tracker.start_again();
     });
@@ -98,7 +98,7 @@ fn tracker_restart_causes_no_misses() {
 /// has answered.
 #[test]
 fn tracker_after_outage_answers_lookups_again() {
-    let mut places = Places::new();
+    let mut places = WanScene::new();
     let holder = places.holder("holder");
     let asker = places.asker(&[&holder]);
     places.tracker.kill();
@@ -120,7 +120,7 @@ fn tracker_after_outage_answers_lookups_again() {
 /// The node keeps the reports for a tracker that is down, and sends them when it is back.
 #[test]
 fn reports_during_tracker_outage_are_sent_afterwards() {
-    let mut places = Places::with_scale(Scale::intervals(OFTEN));
+    let mut places = WanScene::with_scale(Scale::intervals(SHORT_INTERVALS));
     let holder = places.holder("holder");
     let asker = places.asker(&[&holder]);
     let path = places.world.path("closure1000");
@@ -152,10 +152,10 @@ fn reports_during_tracker_outage_are_sent_afterwards() {
 /// The node respects `Retry-After` of a busy tracker, instead of sending 600 reports in 0.2 s.
 #[test]
 fn busy_tracker_gets_few_requests() {
-    let wan = Wan::new().with_scale(Scale::intervals(OFTEN));
+    let wan = Wan::new().with_scale(Scale::intervals(SHORT_INTERVALS));
     let (home, centre) = (wan.lan([10, 1, 0]), wan.lan([198, 51, 100]));
     let host = centre.host("tracker");
-    let requests: Record<Instant> = Arc::default();
+    let requests: Received<Instant> = Arc::default();
     let record = Arc::clone(&requests);
     let _server = Server::start(host.listen(tracker::PORT), move |_| {
         record.lock().unwrap().push(Instant::now());
@@ -179,11 +179,11 @@ fn busy_tracker_gets_few_requests() {
 /// An upstream cache whose answers to narinfo requests come from `answer`, which gets the state of
 /// the returned switch and the true narinfo.
 fn upstream(
-    places: &Places,
+    places: &WanScene,
     answer: impl Fn(bool, Vec<u8>) -> Reply + Send + Sync + 'static,
 ) -> (String, Switch, Server) {
     let host = places.centre.host("upstream");
-    let (shelf, switch) = (Shelf::of(&places.world), Arc::new(AtomicBool::new(false)));
+    let (shelf, switch) = (StaticCache::of(&places.world), Arc::new(AtomicBool::new(false)));
     let is_on = Arc::clone(&switch);
     let server = Server::start(host.listen(8080), move |request: &Request| {
         let hash_part = request.path.trim_start_matches('/').trim_end_matches(".narinfo");
@@ -203,7 +203,7 @@ type Switch = Arc<AtomicBool>;
 
 /// A holder that checks its paths at this upstream cache, because it trusts none of their
 /// signatures.
-fn verifying(places: &Places, url: &str) -> Holder {
+fn verifying(places: &WanScene, url: &str) -> Holder {
     Holder::with(&places.away, &places.world, "holder", |host| {
         places.world.sign(host);
         let mut flags = tracker::flags(host, "wan", &[&places.tracker.host]);
@@ -213,8 +213,10 @@ fn verifying(places: &Places, url: &str) -> Holder {
 }
 
 /// Checks that a holder publishes its paths once the answers of the upstream cache are usable.
-fn is_shared_once_upstream_has_it(answer: impl Fn(bool, Vec<u8>) -> Reply + Send + Sync + 'static) {
-    let places = Places::with_scale(Scale::intervals(OFTEN));
+fn assert_shared_once_upstream_answers(
+    answer: impl Fn(bool, Vec<u8>) -> Reply + Send + Sync + 'static,
+) {
+    let places = WanScene::with_scale(Scale::intervals(SHORT_INTERVALS));
     let (url, switch, _server) = upstream(&places, answer);
     let holder = verifying(&places, &url);
     let asker = places.asker(&[]);
@@ -230,13 +232,13 @@ fn is_shared_once_upstream_has_it(answer: impl Fn(bool, Vec<u8>) -> Reply + Send
         let found = places.tracker.get(&format!("/lookup/{}", world::hash_part(path)));
         (!found["candidates"].as_array()?.is_empty()).then_some(())
     });
-    asker.fetches(&places.world, path);
+    asker.fetch_and_check(&places.world, path);
 }
 
 /// The holder repeats the check of a path that the upstream cache did not have.
 #[test]
 fn path_uploaded_upstream_after_build_is_shared() {
-    is_shared_once_upstream_has_it(|is_uploaded, narinfo| match is_uploaded {
+    assert_shared_once_upstream_answers(|is_uploaded, narinfo| match is_uploaded {
         true => Reply::Whole(200, narinfo),
         false => Reply::Whole(404, vec![]),
     });
@@ -246,7 +248,7 @@ fn path_uploaded_upstream_after_build_is_shared() {
 /// cache.
 #[test]
 fn login_page_instead_of_upstream_delays_sharing_only() {
-    is_shared_once_upstream_has_it(|is_logged_in, narinfo| match is_logged_in {
+    assert_shared_once_upstream_answers(|is_logged_in, narinfo| match is_logged_in {
         true => Reply::Whole(200, narinfo),
         false => Reply::Whole(200, b"<html>please log in</html>".to_vec()),
     });
@@ -255,7 +257,7 @@ fn login_page_instead_of_upstream_delays_sharing_only() {
 /// The holder announces a new address before its next regular announce, which is 60 s away.
 #[test]
 fn holder_with_new_address_is_found() {
-    let places = Places::new();
+    let places = WanScene::new();
     let holder = places.holder("holder");
     let asker = places.asker(&[&holder]);
     let [old, new] = [holder.host.address, places.away.address(77)];
@@ -271,13 +273,13 @@ fn holder_with_new_address_is_found() {
     });
     println!("found {:?} after the move", moved.elapsed());
     assert!(moved.elapsed() < Duration::from_secs(50), "only at the next regular announce");
-    asker.fetches(&places.world, places.world.path("closure300"));
+    asker.fetch_and_check(&places.world, places.world.path("closure300"));
 }
 
 /// Peers find such machines only sometimes, because each announce replaces the other's address.
 #[test]
 fn identity_used_by_two_machines_is_reported() {
-    let places = Places::with_scale(Scale::intervals(OFTEN));
+    let places = WanScene::with_scale(Scale::intervals(SHORT_INTERVALS));
     let seed: &str = "peerix-identity:AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=\n";
     let clone = |name: &str| {
         Holder::with(&places.away, &places.world, name, |host| {
@@ -297,7 +299,7 @@ fn identity_used_by_two_machines_is_reported() {
 /// The status reports a node that a tracker refuses.
 #[test]
 fn refused_announce_is_reported() {
-    let places = Places::with_scale(Scale::intervals(OFTEN));
+    let places = WanScene::with_scale(Scale::intervals(SHORT_INTERVALS));
     let thief = places.away.host("thief");
     places.tracker.announce_with(&thief, PORT, "holder", &[]);
     let holder = places.holder("holder");
@@ -308,7 +310,7 @@ fn refused_announce_is_reported() {
 /// The status reports a node that its tracker cannot reach.
 #[test]
 fn unreachable_address_is_reported_and_listed_last() {
-    let places = Places::with_scale(Scale::intervals(OFTEN));
+    let places = WanScene::with_scale(Scale::intervals(SHORT_INTERVALS));
     places.wan.blackhole("10.8.0.0/16");
     let wrong = Holder::with(&places.away, &places.world, "wrong", |host| {
         places.world.sign(host);
@@ -330,12 +332,12 @@ fn unreachable_address_is_reported_and_listed_last() {
     let problems = problems(&holder.host);
     assert!(problems.iter().all(|text| !text.contains("tracker")), "{problems:?}");
     let asker = places.asker(&[&holder]);
-    asker.fetches(&places.world, path);
+    asker.fetch_and_check(&places.world, path);
 }
 
 /// A tracker that records announces, answers them with `status` and `answer`, and knows no peers.
-fn recording(host: &Host, answer: &'static str, status: u16) -> (Record<Value>, Server) {
-    let announces: Record<Value> = Arc::default();
+fn recording(host: &Host, answer: &'static str, status: u16) -> (Received<Value>, Server) {
+    let announces: Received<Value> = Arc::default();
     let record = Arc::clone(&announces);
     let server = Server::start(host.listen(tracker::PORT), move |request: &Request| match request
         .path
@@ -355,7 +357,7 @@ fn recording(host: &Host, answer: &'static str, status: u16) -> (Record<Value>, 
 /// for later.
 #[test]
 fn announces_are_bound_to_one_tracker_and_to_the_local_clock() {
-    let wan = Wan::new().with_scale(Scale::intervals(OFTEN));
+    let wan = Wan::new().with_scale(Scale::intervals(SHORT_INTERVALS));
     let (home, centre) = (wan.lan([10, 1, 0]), wan.lan([198, 51, 100]));
     let hosts = ["one", "two"].map(|name| centre.host(name));
     let (one, _first) = recording(&hosts[0], r#"{"status": "ok"}"#, 200);
@@ -422,7 +424,7 @@ fn original_tracker_without_lookups_is_asked_for_its_list() {
         tracker::flags(host_of, "wan", &[&host])
     });
     asker.meet(&[&holder]);
-    assert_eq!(asker.fetches(&world, world.path("closure300")).len(), 300);
+    assert_eq!(asker.fetch_and_check(&world, world.path("closure300")).len(), 300);
     assert_eq!(narinfo_status(&asker.host, &absent(1)), 404);
 }
 
@@ -456,7 +458,7 @@ fn victim_that_a_tracker_names_is_not_flooded() {
     });
     let (before, began) = (victim.packets(), Instant::now());
     let paths: Vec<String> = (0..1000).map(absent).collect();
-    assert_eq!(found(&asker.host, &paths, NIX), 0);
+    assert_eq!(found(&asker.host, &paths, NIX_CONNECTIONS), 0);
     // Packets in both directions. The extra second allows for the initial burst.
     let seconds = began.elapsed().as_secs_f64() + 1.0;
     let packets = (victim.packets() - before) as f64;
@@ -492,9 +494,9 @@ fn invented_peers_do_not_hide_neighbours() {
     let paths = nix::closure(&holder.host, &[world.path("closure300")]);
     let missing: Vec<String> = (0..200).map(absent).collect();
     std::thread::scope(|scope| {
-        let misses = scope.spawn(|| found(&asker.host, &missing, NIX));
+        let misses = scope.spawn(|| found(&asker.host, &missing, NIX_CONNECTIONS));
         for _ in 0..3 {
-            assert_eq!(found(&asker.host, &paths, NIX), paths.len());
+            assert_eq!(found(&asker.host, &paths, NIX_CONNECTIONS), paths.len());
         }
         assert_eq!(misses.join().unwrap(), 0);
     });
@@ -503,7 +505,7 @@ fn invented_peers_do_not_hide_neighbours() {
 /// Peers that died recently and whose filters match must not displace a live candidate.
 #[test]
 fn dead_candidates_do_not_hide_a_living_one() {
-    let places = Places::new();
+    let places = WanScene::new();
     let holder = places.holder("holder");
     let paths = closure(&holder, &places);
     let asker = places.asker(&[&holder]);
@@ -543,7 +545,7 @@ fn tracker_with_full_disk_reports_it_in_health() {
 /// The first lookup after a start waits for the tracker's first answer.
 #[test]
 fn first_lookup_after_start_waits_for_the_tracker() {
-    let places = Places::new();
+    let places = WanScene::new();
     let holder = places.holder("holder");
     let mut asker = places.asker(&[&holder]);
     let flags = tracker::flags(&asker.host, "wan", &[&places.tracker.host]);

@@ -57,7 +57,7 @@ impl Scene {
     }
 
     /// Waits until new connections from the network and from this machine get answers.
-    fn recovers(&self) {
+    fn wait_until_answers(&self) {
         for from in [&self.neighbour, &self.server] {
             wait_for("an answer", || {
                 let route = stock::narinfo_route(&self.path);
@@ -152,7 +152,7 @@ fn oversized_heads_are_refused() {
         assert!(rest(&stream).starts_with("HTTP/1.1 200 "));
     }
     assert!(resident(&scene.daemon) < 64 << 10);
-    scene.recovers();
+    scene.wait_until_answers();
 }
 
 #[test]
@@ -181,7 +181,7 @@ fn unexpected_bodies_are_refused_or_cut_off() {
     let taken = (0..1000).take_while(|_| stream.write_all(&chunk).is_ok()).count();
     assert!(taken < 1000, "a body of {taken} MiB was taken");
     assert!(resident(&scene.daemon) < 64 << 10);
-    scene.recovers();
+    scene.wait_until_answers();
 }
 
 /// Resident memory of the daemon, in KiB.
@@ -291,7 +291,7 @@ fn slow_clients_are_dropped() {
         let _ = reader.read_to_end(&mut all);
         assert!(all.len() < 64 << 20, "{} bytes", all.len());
     }
-    scene.recovers();
+    scene.wait_until_answers();
 }
 
 #[test]
@@ -320,7 +320,7 @@ fn long_answers_do_not_delay_short_ones() {
     // With 64 slow readers, the daemon still answers narinfo requests and queries.
     scene.answers();
     let socket = other.udp(0);
-    assert!(stock::has(&socket, &scene.server, &large));
+    assert!(stock::query_has(&socket, &scene.server, &large));
     std::thread::scope(|scope| {
         for _ in 0..25 {
             thread::spawn_in(scope, "short answers", || {
@@ -407,7 +407,7 @@ fn longest_idle_connections_are_closed_at_the_limit() {
     });
     let still_open = more.iter().filter(|stream| !is_closed(stream)).count();
     assert_eq!(still_open, 100);
-    scene.recovers();
+    scene.wait_until_answers();
 }
 
 #[test]
@@ -500,7 +500,7 @@ fn reset_connections_release_their_streams() {
             given.then_some(())
         });
     }
-    scene.recovers();
+    scene.wait_until_answers();
 }
 
 #[test]
@@ -539,7 +539,7 @@ fn daemon_out_of_descriptors_recovers() {
         socket.send_to(&query, address).unwrap();
         drop((idle, streams));
         answered();
-        assert!(stock::has(&socket, &server, &path));
+        assert!(stock::query_has(&socket, &server, &path));
         wait_for("a NAR", || {
             let answer = get(&neighbour, address, &route).ok()?;
             (answer.status == 200 && answer.whole).then_some(())
@@ -595,22 +595,22 @@ fn flood_of_datagrams_leaves_the_daemon_working() {
         }
     }
     let _ = socket.send_to(&vec![0; 60_000], address);
-    scene.recovers();
-    assert!(stock::has(&socket, &scene.server, &scene.path));
+    scene.wait_until_answers();
+    assert!(stock::query_has(&socket, &scene.server, &scene.path));
     // More queries than the daemon can answer.
     for id in 0..50_000_u32 {
         let hash_part = world::hash_part(&scene.path).to_owned();
         let _ = socket.send_to(&Packet::Query { id, hash_part }.write(), address);
     }
-    scene.recovers();
+    scene.wait_until_answers();
     while receive(&socket, Duration::from_millis(100)).is_some() {}
-    assert!(stock::has(&socket, &scene.server, &scene.path));
+    assert!(stock::query_has(&socket, &scene.server, &scene.path));
     assert!(resident(&scene.daemon) < 64 << 10);
 }
 
 /// Requests an unknown path and returns whether a query for it arrived at `heard`, which answers
 /// *have not*.
-fn is_asked(asker: &Host, heard: &UdpSocket, digit: char) -> bool {
+fn lookup_sends_query(asker: &Host, heard: &UdpSocket, digit: char) -> bool {
     let wanted: String = std::iter::repeat_n(digit, 32).collect();
     std::thread::scope(|scope| {
         let asking = thread::spawn_in(scope, "lookup", || {
@@ -652,15 +652,18 @@ fn bye_counts_only_from_its_peer_and_if_that_falls_silent() {
     };
     let hello = Packet::Hello { version: 1, port: PORT, instance: *b"instance", flags: 0 };
     let bye = Packet::Bye { version: 1, port: PORT, instance: *b"instance", flags: 0 };
-    assert!(!is_asked(&asker, &socket, '0'), "unicast to a host nobody has heard of");
+    assert!(!lookup_sends_query(&asker, &socket, '0'), "unicast to a host nobody has heard of");
     send(&socket, &hello);
-    wait_for("the peer is known", || is_asked(&asker, &socket, '1').then_some(()));
+    wait_for("the peer is known", || lookup_sends_query(&asker, &socket, '1').then_some(()));
     send(&bind(&other, other.address), &bye);
     send(&bind(&other, Ipv4Addr::new(203, 0, 113, 2)), &bye);
-    assert!(is_asked(&asker, &socket, '2'), "somebody else's bye was believed");
+    assert!(lookup_sends_query(&asker, &socket, '2'), "somebody else's bye was believed");
     send(&socket, &bye);
     // A bye does not count if its sender still answers.
-    assert!(is_asked(&asker, &socket, '3'), "a bye was believed though its sender answers");
+    assert!(
+        lookup_sends_query(&asker, &socket, '3'),
+        "a bye was believed though its sender answers"
+    );
     // A sender that does not answer after its bye gets no further queries.
     send(&socket, &bye);
     wait_for("the peer counts as silent", || {
@@ -668,7 +671,7 @@ fn bye_counts_only_from_its_peer_and_if_that_falls_silent() {
         status.contains("\"state\":\"silent\"").then_some(())
     });
     while receive(&socket, Duration::from_millis(20)).is_some() {}
-    assert!(!is_asked(&asker, &socket, '4'), "a silent peer is asked");
+    assert!(!lookup_sends_query(&asker, &socket, '4'), "a silent peer is asked");
 }
 
 #[test]

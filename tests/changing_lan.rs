@@ -54,14 +54,14 @@ impl Attempt {
     fn new(asker: &Asker, world: &World, event: impl FnOnce()) -> Attempt {
         let path = world.path("closure1000");
         let before = processor_waits(asker.daemon.pid());
-        let (output, took) = asker.realises_while(path, || {
+        let (output, took) = asker.realise_during(path, || {
             let start = Instant::now();
             event();
             start.elapsed()
         });
         let complaint = nix::complaint(&output);
         if complaint.is_none() {
-            assert_eq!(asker.has_whole(world, path).len(), 1000);
+            assert_eq!(asker.assert_closure_complete(world, path).len(), 1000);
         }
         let since = |(thread, wait): (String, Duration)| {
             wait - before.get(&thread).copied().unwrap_or_default()
@@ -93,9 +93,9 @@ fn vanished_neighbour_hides_no_path() {
     let mut neighbour = Bystander::new(&lan, "neighbour");
     let asker = Asker::new(&lan, &world, &[&holder]);
     daemon::wait_until_live(&asker.host, 2);
-    asker.fetches_while(&world, || neighbour.vanish());
+    asker.fetch_closure_during(&world, || neighbour.vanish());
     // Meanwhile its entry in the kernel's neighbour table fails, is tried again and disappears.
-    asker.looks_up_while(&world, || std::thread::sleep(60 * SECOND));
+    asker.look_up_closure_during(&world, || std::thread::sleep(60 * SECOND));
 }
 
 #[test]
@@ -106,8 +106,8 @@ fn ten_vanished_neighbours_hide_no_path() {
     let mut neighbours = Bystander::crowd(&lan, 10);
     let asker = Asker::new(&lan, &world, &[&holder]);
     daemon::wait_until_live(&asker.host, 11);
-    asker.fetches_while(&world, || neighbours.iter_mut().for_each(Bystander::vanish));
-    asker.looks_up_while(&world, || std::thread::sleep(60 * SECOND));
+    asker.fetch_closure_during(&world, || neighbours.iter_mut().for_each(Bystander::vanish));
+    asker.look_up_closure_during(&world, || std::thread::sleep(60 * SECOND));
 }
 
 #[test]
@@ -118,7 +118,7 @@ fn neighbours_that_vanish_one_by_one_hide_no_path() {
     let mut neighbours = Bystander::crowd(&lan, 20);
     let asker = Asker::new(&lan, &world, &[&holder]);
     daemon::wait_until_live(&asker.host, 21);
-    asker.looks_up_while(&world, || {
+    asker.look_up_closure_during(&world, || {
         for neighbour in &mut neighbours {
             neighbour.vanish();
             std::thread::sleep(4 * SECOND);
@@ -134,8 +134,8 @@ fn named_peer_that_is_off_hides_no_path() {
     let nobody = lan.address(200).to_string();
     let asker = Asker::flagged(&lan, "", &[&world.cache_key], |_| vec!["--peer".into(), nobody]);
     asker.meet(&[&holder]);
-    asker.fetches_while(&world, || ());
-    asker.looks_up_while(&world, || std::thread::sleep(10 * SECOND));
+    asker.fetch_closure_during(&world, || ());
+    asker.look_up_closure_during(&world, || std::thread::sleep(10 * SECOND));
 }
 
 #[test]
@@ -162,10 +162,10 @@ fn stopped_holder_is_replaced_by_the_next_substituter() {
     let mut holder = Holder::new(&lan, &world, "holder");
     let asker = Asker::with_next(&lan, &world, &[&holder]);
     let path = world.path("closure1000");
-    let (output, ()) = asker.realises_while(path, || holder.daemon.signal(Signal::STOP));
+    let (output, ()) = asker.realise_during(path, || holder.daemon.signal(Signal::STOP));
     // The holder is still stopped, so the rest came from the next substituter.
     nix::assert_succeeded(&output);
-    assert_eq!(asker.has_whole(&world, path).len(), 1000);
+    assert_eq!(asker.assert_closure_complete(&world, path).len(), 1000);
     holder.daemon.signal(Signal::CONT);
     // The asker finds the holder again.
     daemon::wait_until_known(&asker.host, &holder.mark);
@@ -218,7 +218,7 @@ fn lost_packets_hide_no_path() {
     for percent in [1, 5, 10] {
         let holder = Holder::new(&lan, &world, "holder");
         let asker = Asker::new(&lan, &world, &[&holder]);
-        asker.fetches_while(&world, || {
+        asker.fetch_closure_during(&world, || {
             holder.host.lose(percent);
             asker.host.lose(percent);
         });
@@ -231,8 +231,8 @@ fn longer_round_trip_hides_no_path() {
     let world = World::on(&lan);
     let holder = Holder::new(&lan, &world, "holder");
     let asker = Asker::new(&lan, &world, &[&holder]);
-    let _far = asker.fetches_while(&world, || holder.host.delay(Duration::from_millis(60)));
-    asker.looks_up_while(&world, || ());
+    let _far = asker.fetch_closure_during(&world, || holder.host.delay(Duration::from_millis(60)));
+    asker.look_up_closure_during(&world, || ());
 }
 
 #[test]
@@ -246,7 +246,7 @@ fn full_link_of_the_holder_hides_no_path() {
     let route = stock::nar_route(&asker.host, &holder.host, world.path("big"));
     let done = AtomicBool::new(false);
     std::thread::scope(|scope| {
-        asker.fetches_while(&world, || {
+        asker.fetch_closure_during(&world, || {
             for other in &others {
                 let (route, done, holder) = (&route, &done, &holder.host);
                 thread::spawn_in(scope, "transfer", move || {
@@ -274,7 +274,7 @@ fn forged_hellos_hide_no_path() {
     let forger = Forger::new(&forger, &addresses);
     forger.say_hello(asker.host.address, 0);
     addresses.iter().for_each(|address| daemon::wait_until_listed(&asker.host, *address));
-    asker.looks_up_while(&world, || {
+    asker.look_up_closure_during(&world, || {
         for round in 1..20 {
             forger.say_hello(asker.host.address, round);
             std::thread::sleep(SECOND);
@@ -306,7 +306,7 @@ fn holder_in_new_network_is_found_after_move() {
     there.host.switch("ip link set elsewhere up");
     move_to_elsewhere(&there.host, "10.78.0.1");
     let asker = Asker::new(&lan, &world, &[&here]);
-    asker.fetches_while(&world, || move_to_elsewhere(&asker.host, "10.78.0.2"));
+    asker.fetch_closure_during(&world, || move_to_elsewhere(&asker.host, "10.78.0.2"));
 }
 
 /// Connects a host to the second switch, with another address.
@@ -325,10 +325,10 @@ fn original_peerix_among_new_nodes_is_found() {
     let _first = Bystander::new(&lan, "first");
     let asker = Asker::with(&lan, "", &[&world.cache_key]);
     daemon::wait_until_known(&asker.host, world.path("little"));
-    let mut more = asker.fetches_while(&world, || {
+    let mut more = asker.fetch_closure_during(&world, || {
         [1, 2, 3].map(|number| Bystander::new(&lan, &format!("n{number}")))
     });
-    asker.looks_up_while(&world, || more.iter_mut().for_each(Bystander::vanish));
+    asker.look_up_closure_during(&world, || more.iter_mut().for_each(Bystander::vanish));
 }
 
 #[test]

@@ -208,7 +208,7 @@ fn unusable_key_files_leave_the_port_open_and_reduce_sharing() {
             if withheld { 404 } else { 200 },
             "{file}"
         );
-        assert_eq!(stock::has(&neighbour.udp(0), &host, &built), !withheld, "{file}");
+        assert_eq!(stock::query_has(&neighbour.udp(0), &host, &built), !withheld, "{file}");
         assert_eq!(narinfo(&neighbour, &host, &addressed).status, 200, "{file}");
     }
 }
@@ -230,7 +230,7 @@ fn late_key_is_used_without_a_restart() {
     });
     let signed = narinfo(&neighbour, &host, &built).text();
     assert!(signed.contains("\nSig: late-1:"), "{signed}");
-    assert!(stock::has(&neighbour.udp(0), &host, &built));
+    assert!(stock::query_has(&neighbour.udp(0), &host, &built));
     assert!(daemon.log().contains("no longer so: private key /etc/late.sec"));
     let status = crate::common::daemon::status(&host);
     assert!(
@@ -425,7 +425,7 @@ fn daemon_with_passed_sockets_and_a_fault_answers_misses() {
     // With the database back, the daemon serves without a restart.
     server.sh("mv /nix/var/nix/away /nix/var/nix/db");
     wait_for("it serves", || (narinfo(&neighbour, &server, &path).status == 200).then_some(()));
-    assert!(stock::has(&neighbour.udp(0), &server, &path));
+    assert!(stock::query_has(&neighbour.udp(0), &server, &path));
     assert_eq!(get_local(&server, "/health").unwrap().text(), "ok\n");
     assert_eq!(daemon.process.terminate().code(), Some(0));
 }
@@ -532,7 +532,7 @@ fn passed_sockets_stay_open_between_daemons() {
     let mut daemon = start(&format!("--verbose --port {}", PORT + 1));
     for _ in 0..3 {
         assert_eq!(narinfo(&neighbour, &server, &path).status, 200);
-        assert!(stock::has(&neighbour.udp(0), &server, &path));
+        assert!(stock::query_has(&neighbour.udp(0), &server, &path));
         assert_eq!(daemon.process.terminate().code(), Some(0));
         // No daemon runs now. The next one answers this connection and this query.
         let asker = neighbour.udp(0);

@@ -21,7 +21,7 @@ fn lookups_among_64_nodes_hit_and_miss_correctly() {
     let asker = Asker::new(&lan, &world, &[&holder]);
     daemon::wait_until_live(&asker.host, 63);
     assert_eq!(daemon::found(&asker.host, &absent(1000), CONNECTIONS), 0);
-    asker.fetches_while(&world, || neighbours[0].vanish());
+    asker.fetch_closure_during(&world, || neighbours[0].vanish());
     assert_eq!(daemon::found(&asker.host, &absent(1000), CONNECTIONS), 0);
 }
 
@@ -65,7 +65,7 @@ fn parallel_fetches_of_8_nodes_over_one_link_succeed() {
         realising.into_iter().map(|nix| nix.wait_with_output().expect("nsenter is ours")).collect();
     for (asker, output) in askers.iter().zip(&outputs) {
         nix::assert_quiet(output);
-        assert_eq!(asker.has_whole(&world, path).len(), 1000);
+        assert_eq!(asker.assert_closure_complete(&world, path).len(), 1000);
     }
 }
 
@@ -86,5 +86,5 @@ fn nodes_without_broadcasts_meet_by_neighbour_table() {
     let _ = asker.connect((holder.host.address, 1));
     daemon::wait_until_known(&asker, &holder.mark);
     let asker = Asker { daemon, host: asker };
-    assert_eq!(asker.fetches(&world, world.path("closure1000")).len(), 1000);
+    assert_eq!(asker.fetch_and_check(&world, world.path("closure1000")).len(), 1000);
 }

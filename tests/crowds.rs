@@ -2,7 +2,7 @@
 
 use crate::common::http::{Connection, Reply};
 use crate::common::packet::Packet;
-use crate::common::standin::{Shelf, StandIn, field};
+use crate::common::standin::{StandIn, StaticCache, field};
 use crate::common::{Asker, Holder, Lan, PORT, Scale, World, daemon, nix, thread, wait_for, world};
 use rustix::process::Signal;
 use std::process::{Child, Output};
@@ -42,7 +42,7 @@ fn ended(nix: Child) -> Output {
 }
 
 /// Waits until a host has received more than `bytes` since its counter stood at `before`.
-fn has_received(asker: &Asker, before: u64, bytes: u64) {
+fn wait_until_received(asker: &Asker, before: u64, bytes: u64) {
     wait_for("a part of the NAR", || (asker.host.received() - before > bytes).then_some(()));
 }
 
@@ -60,7 +60,9 @@ fn crowd_relays_a_large_nar() {
     nixes.into_iter().for_each(|nix| nix::assert_quiet(&ended(nix)));
     let (took, sent) = (began.elapsed(), holder.host.sent() - before);
     eprintln!("64 MiB to 8 machines at once: {took:?}, the holder sent {} MiB", sent >> 20);
-    askers.iter().for_each(|asker| drop(asker.has_whole(&world, world.path("middle"))));
+    askers
+        .iter()
+        .for_each(|asker| drop(asker.assert_closure_complete(&world, world.path("middle"))));
     // Without relaying, the holder sends eight times the size.
     assert!(sent < 4 * SIZE, "{sent}");
     // No spooled files remain.
@@ -95,7 +97,7 @@ fn crowd_survives_killed_stopped_and_slow_members() {
     for (at, asker) in askers.iter().enumerate() {
         nixes.push(realising(asker, world.path("middle")));
         // One after another, so that each node's source is known.
-        has_received(asker, before[at], 1 << 20);
+        wait_until_received(asker, before[at], 1 << 20);
     }
     // The link of another node becomes slow.
     askers[2].host.quick();
@@ -116,7 +118,7 @@ fn crowd_survives_killed_stopped_and_slow_members() {
         .collect();
     outputs.iter().for_each(nix::assert_quiet);
     for at in [0, 2, 4, 5] {
-        askers[at].has_whole(&world, world.path("middle"));
+        askers[at].assert_closure_complete(&world, world.path("middle"));
     }
 }
 
@@ -127,7 +129,7 @@ fn member_that_relays_a_wrong_nar_is_the_only_one_blamed() {
     let world = World::on(&lan);
     let holder = Holder::new(&lan, &world, "holder");
     let host = lan.host("liar");
-    let shelf = Shelf::of(&world);
+    let shelf = StaticCache::of(&world);
     let path = world.path("middle");
     let hash_part = world::hash_part(path).to_owned();
     let narinfo = shelf.narinfo(&hash_part).unwrap();
@@ -152,7 +154,7 @@ fn member_that_relays_a_wrong_nar_is_the_only_one_blamed() {
     let head = format!("GET {name} HTTP/1.1\r\nHost: x\r\nX-Peerix-Relay: 1\r\n\r\n");
     connection.send(head.as_bytes()).unwrap();
     connection.wait_for_answer().unwrap();
-    asker.fetches(&world, path);
+    asker.fetch_and_check(&world, path);
     assert!(liar.was_asked(&name), "{}", asker.daemon.log());
     let peers = daemon::status(&asker.host)["peers"].as_array().unwrap().clone();
     for peer in peers {
@@ -172,7 +174,9 @@ fn crowd_without_state_directories_is_served_by_the_holder() {
     std::thread::scope(|scope| {
         for asker in &askers {
             let world = &world;
-            thread::spawn_in(scope, "Nix", move || asker.fetches(world, world.path("middle")));
+            thread::spawn_in(scope, "Nix", move || {
+                asker.fetch_and_check(world, world.path("middle"))
+            });
         }
     });
 }
@@ -197,5 +201,7 @@ fn crowd_fetches_a_closure_from_members_with_parts_of_it() {
         sent >> 10,
         received >> 10
     );
-    askers.iter().for_each(|asker| assert_eq!(asker.has_whole(&world, path).len(), 1000));
+    askers
+        .iter()
+        .for_each(|asker| assert_eq!(asker.assert_closure_complete(&world, path).len(), 1000));
 }

@@ -50,12 +50,12 @@ impl Found {
             .collect()
     }
 
-    fn is_well(&self) {
+    fn assert_no_faults(&self) {
         assert!(self.faults().is_empty() && self.status == 0, "{:#?}", self.findings);
     }
 
     /// Checks that `what` is the only fault and that its texts contain `words`. Returns the remedy.
-    fn is(&self, what: &str, words: &[&str]) -> String {
+    fn assert_only_fault(&self, what: &str, words: &[&str]) -> String {
         assert_eq!((self.faults(), self.status), (vec![what], 1), "{:#?}", self.findings);
         let (_, _, text, remedy) =
             self.findings.iter().find(|(state, ..)| state == "fail").unwrap();
@@ -144,7 +144,7 @@ impl Pair {
 
     fn meet(&mut self) {
         self.start(&[]);
-        let mark = crate::common::daemon::mark(&self.a);
+        let mark = crate::common::daemon::add_unique_path(&self.a);
         wait_until_known(&self.b, &mark);
     }
 
@@ -157,13 +157,13 @@ impl Pair {
 fn working_setup_has_no_faults() {
     let mut pair = Pair::new();
     // The peerix on `b` does not run yet.
-    doctor(&pair.a, &[]).is_well();
+    doctor(&pair.a, &[]).assert_no_faults();
     pair.meet();
     let path = build(&pair.a, "greeting");
     nix::realise_quietly(&pair.b, &[&path]);
     for host in [&pair.a, &pair.b] {
         let found = doctor(host, &[]);
-        found.is_well();
+        found.assert_no_faults();
         for what in ["daemon", "secret", "substituter", "network", "memory"] {
             assert!(found.ok(what), "{what}: {:#?}", found.findings);
         }
@@ -190,7 +190,7 @@ fn working_setup_has_no_faults() {
     drop(socket);
     let python = StandIn::start(&python, |_| None, |_| Reply::Whole(404, b"Not Found".to_vec()));
     let found = doctor(&pair.b, &[]);
-    found.is_well();
+    found.assert_no_faults();
     assert!(
         found.findings.iter().any(|(.., text, _)| text.starts_with("2 of 2 peers")),
         "{:#?}",
@@ -201,7 +201,7 @@ fn working_setup_has_no_faults() {
     let both = [&SIGNING[..], &["--bind", "[::]", "--bind", "0.0.0.0"]].concat();
     pair.daemons[0] = None;
     pair.daemons[0] = Some(Daemon::start(&pair.a, &both));
-    doctor(&pair.b, &[]).is_well();
+    doctor(&pair.b, &[]).assert_no_faults();
     for host in [&pair.a, &pair.b] {
         host.net(&format!("ip addr del {}/24 dev eth0", host.address));
     }
@@ -216,7 +216,8 @@ fn working_setup_has_no_faults() {
     };
     wait_for("they greet one another", greeted);
     // Only Nix has a fault: with link-local addresses alone, it assumes that there is no network.
-    doctor(&pair.b, &[]).is("substituter", &["finds no network", "nix --option substitute true"]);
+    doctor(&pair.b, &[])
+        .assert_only_fault("substituter", &["finds no network", "nix --option substitute true"]);
     let settings = pair.b.cmd("nix").args(["--option", "substitute", "true", "show-config"]).okay();
     assert!(settings.contains("substitute = true"));
 }
@@ -227,7 +228,7 @@ fn missing_daemon_and_unreadable_database_are_found() {
     let host = lan.host("a");
     let key = key(&host);
     nix::configure_client(&host, "", &[&key]);
-    doctor(&host, &[]).is("daemon", &["12304", "systemctl start", "journalctl"]);
+    doctor(&host, &[]).assert_only_fault("daemon", &["12304", "systemctl start", "journalctl"]);
     let as_nobody = |flags: &[&str]| {
         let mut command = host.cmd_as(65534, &binary().display().to_string());
         command.args(["doctor", "--json"]).args(flags).env("HOME", "/tmp");
@@ -242,8 +243,10 @@ fn missing_daemon_and_unreadable_database_are_found() {
         "{:#?}",
         found.findings
     );
-    doctor(&host, &["--port", "12399"])
-        .is("substituter", &["http://127.0.0.1:12304 is not this one", "127.0.0.1:12399"]);
+    doctor(&host, &["--port", "12399"]).assert_only_fault(
+        "substituter",
+        &["http://127.0.0.1:12304 is not this one", "127.0.0.1:12399"],
+    );
     drop(daemon);
 
     // A database that only root can read, checked as root and as another user.
@@ -271,7 +274,7 @@ fn daemon_of_another_user_is_not_trusted_by_root() {
     host.sh("install -o 65534 -m 644 /etc/peerix.sec \"/tmp/it's; a key.sec\"");
     let daemon = Daemon::start_as(&host, 65534, &["--private-key", "/tmp/it's; a key.sec"]);
     let found = doctor(&host, &[]);
-    found.is(
+    found.assert_only_fault(
         "daemon",
         &["user 65534 listens on port 12304", "sudo -u '#65534' peerix doctor", "ss -ltnp"],
     );
@@ -296,11 +299,11 @@ fn daemon_of_another_user_is_not_trusted_by_root() {
         command
     };
     let program = binary().display().to_string();
-    let remedy =
-        Found::read(as_owner(&program, &["doctor", "--json"])).is("secret", &["it's; a key.sec"]);
+    let remedy = Found::read(as_owner(&program, &["doctor", "--json"]))
+        .assert_only_fault("secret", &["it's; a key.sec"]);
     assert_eq!(remedy, r"chmod 600 '/tmp/it'\''s; a key.sec'");
     as_owner("sh", &["-c", &remedy]).okay();
-    Found::read(as_owner(&program, &["doctor", "--json"])).is_well();
+    Found::read(as_owner(&program, &["doctor", "--json"])).assert_no_faults();
     assert!(as_owner(&program, &["status"]).ran().status.success());
     drop(daemon);
 }
@@ -334,11 +337,12 @@ fn faulty_daemon_reports_the_cause() {
     assert!(reason.contains("/nix/var/nix/db/db.sqlite"), "{reason}");
     let (code, said) = status(&host);
     assert!(code == Some(1) && said.contains(&format!("! {reason}\n")), "{said}");
-    doctor(&host, &[]).is("database", &[reason, "sqlite3 /nix/var/nix/db/db.sqlite", "backup"]);
+    doctor(&host, &[])
+        .assert_only_fault("database", &[reason, "sqlite3 /nix/var/nix/db/db.sqlite", "backup"]);
     host.sh("rm -r /nix/var/nix/db; mv /nix/var/nix/backup /nix/var/nix/db");
     health(200);
     assert_eq!(status(&host).0, Some(0));
-    doctor(&host, &[]).is_well();
+    doctor(&host, &[]).assert_no_faults();
 }
 
 /// A tracker's texts must not control the terminal or add lines to the log.
@@ -389,14 +393,16 @@ fn wrong_nix_settings_are_found_and_mended() {
 
     // Nix does not use peerix as a substituter.
     nix::configure(&pair.b, &format!("trusted-public-keys = {}\n", pair.keys.join(" ")));
-    let remedy = doctor(&pair.b, &[])
-        .is("substituter", &["extra-substituters = http://127.0.0.1:12304", "nix.conf"]);
+    let remedy = doctor(&pair.b, &[]).assert_only_fault(
+        "substituter",
+        &["extra-substituters = http://127.0.0.1:12304", "nix.conf"],
+    );
     mend(&pair.b, &remedy);
-    doctor(&pair.b, &[]).is_well();
+    doctor(&pair.b, &[]).assert_no_faults();
     nix::configure(&pair.b, "substitute = false\n");
-    let remedy = doctor(&pair.b, &[]).is("substituter", &["substitute is off"]);
+    let remedy = doctor(&pair.b, &[]).assert_only_fault("substituter", &["substitute is off"]);
     mend(&pair.b, &remedy);
-    doctor(&pair.b, &[]).is("substituter", &["none of Nix's"]);
+    doctor(&pair.b, &[]).assert_only_fault("substituter", &["none of Nix's"]);
 
     // nix-daemon started before the last change of nix.conf.
     pair.configure();
@@ -404,18 +410,19 @@ fn wrong_nix_settings_are_found_and_mended() {
     wait_for("nix-daemon listens", || {
         pair.b.path("/nix/var/nix/daemon-socket/socket").exists().then_some(())
     });
-    doctor(&pair.b, &[]).is_well();
+    doctor(&pair.b, &[]).assert_no_faults();
     pair.b.sh("touch -d '5 minutes' /etc/nix/nix.conf");
-    doctor(&pair.b, &[]).is("nix-daemon", &["5 min", "systemctl restart nix-daemon"]);
+    doctor(&pair.b, &[])
+        .assert_only_fault("nix-daemon", &["5 min", "systemctl restart nix-daemon"]);
     drop(nix_daemon);
-    doctor(&pair.b, &[]).is_well();
+    doctor(&pair.b, &[]).assert_no_faults();
     pair.configure();
 
     // Nix does not trust the key of the offered path, or peerix does not.
     nix::configure_client(&pair.b, "", &[&pair.keys[1]]);
     let path = build(&pair.a, "signed");
     assert!(!nix::realise(&pair.b, &[&path]).status.success());
-    let remedy = doctor(&pair.b, &[]).is(
+    let remedy = doctor(&pair.b, &[]).assert_only_fault(
         "keys",
         &[
             &path,
@@ -428,13 +435,13 @@ fn wrong_nix_settings_are_found_and_mended() {
     let (_, print) = remedy.rsplit_once("--private-key: ").unwrap();
     let public = pair.a.sh(&print.replace("FILE", "/etc/peerix.sec"));
     mend(&pair.b, &remedy.replace("a-1:KEY", public.trim()));
-    doctor(&pair.b, &[]).is_well();
+    doctor(&pair.b, &[]).assert_no_faults();
     nix::realise_quietly(&pair.b, &[&path]);
     nix::configure_client(&pair.b, "", &[&pair.keys[1]]);
     pair.start(&["--trusted-public-key", &pair.keys[0].clone()]);
-    let remedy = doctor(&pair.b, &[]).is("keys", &["peerix accepts", "a-1:"]);
+    let remedy = doctor(&pair.b, &[]).assert_only_fault("keys", &["peerix accepts", "a-1:"]);
     mend(&pair.b, &remedy);
-    doctor(&pair.b, &[]).is_well();
+    doctor(&pair.b, &[]).assert_no_faults();
     pair.configure();
 
     // Nix remembers a miss from a lookup before the path existed.
@@ -442,22 +449,24 @@ fn wrong_nix_settings_are_found_and_mended() {
     let path = build(&pair.a, "later");
     pair.a.cmd("nix-store").args(["--delete", &path]).okay();
     assert!(!nix::realise(&pair.b, &[&path]).status.success());
-    doctor(&pair.b, &[]).is_well();
+    doctor(&pair.b, &[]).assert_no_faults();
     build(&pair.a, "later");
     assert!(
         !nix::realise(&pair.b, &[&path]).status.success(),
         "Nix did not remember: nothing is tested"
     );
-    let remedy = doctor(&pair.b, &[]).is("memory", &[&path, "narinfo-cache-negative-ttl"]);
+    let remedy =
+        doctor(&pair.b, &[]).assert_only_fault("memory", &[&path, "narinfo-cache-negative-ttl"]);
     mend(&pair.b, &remedy);
     assert!(pair.b.path(&path).exists());
-    doctor(&pair.b, &[]).is_well();
+    doctor(&pair.b, &[]).assert_no_faults();
 
     // A secret key file that other users can read.
     pair.b.sh("chmod 644 /etc/peerix.sec");
-    let remedy = doctor(&pair.b, &[]).is("secret", &["/etc/peerix.sec", "chmod 600"]);
+    let remedy =
+        doctor(&pair.b, &[]).assert_only_fault("secret", &["/etc/peerix.sec", "chmod 600"]);
     mend(&pair.b, &remedy);
-    doctor(&pair.b, &[]).is_well();
+    doctor(&pair.b, &[]).assert_no_faults();
 }
 
 /// The unit and the nix.conf lines from the README must be enough to share local builds, including
@@ -493,7 +502,7 @@ fn readme_unit_and_nix_conf_share_local_builds() {
     nix::realise_quietly(&b, &[&path]);
     for host in [&a, &b] {
         let found = doctor(host, &[]);
-        found.is_well();
+        found.assert_no_faults();
         assert!(found.ok("asked"), "{:#?}", found.findings);
     }
 }
@@ -525,8 +534,10 @@ fn proxy_of_nix_daemon_is_found_and_mended() {
     let proxy = Server::start(host.listen(3128), |_| Reply::Whole(403, b"refused".to_vec()));
     // The environment of nix-daemon counts, not that of the user who runs `doctor`.
     let behind = nix_daemon(&host, "http_proxy=http://127.0.0.1:3128 no_proxy=localhost");
-    let remedy = doctor(&host, &[])
-        .is("proxy", &["http_proxy", "http://127.0.0.1:3128", "http://127.0.0.1:12304"]);
+    let remedy = doctor(&host, &[]).assert_only_fault(
+        "proxy",
+        &["http_proxy", "http://127.0.0.1:3128", "http://127.0.0.1:12304"],
+    );
     assert!(remedy.contains("Environment=no_proxy=localhost,127.0.0.1"), "{remedy}");
     let output = host.cmd(&binary().display().to_string()).args(["why", &"0".repeat(32)]).ran();
     assert!(String::from_utf8_lossy(&output.stdout).contains("FAIL  proxy: "));
@@ -534,7 +545,7 @@ fn proxy_of_nix_daemon_is_found_and_mended() {
     let _direct =
         nix_daemon(&host, "http_proxy=http://127.0.0.1:3128 no_proxy=localhost,127.0.0.1");
     let found = doctor(&host, &[]);
-    found.is_well();
+    found.assert_no_faults();
     assert!(found.ok("asked"), "{:#?}", found.findings);
     drop(proxy);
 }
@@ -550,11 +561,12 @@ fn nix_daemon_that_does_not_ask_is_found() {
     let stale = nix_daemon(&host, "X=");
     nix::configure_client(&host, "", &[&key]);
     host.sh("touch -d '5 minutes ago' /etc/nix/nix.conf");
-    doctor(&host, &[]).is("asked", &["has not asked this peerix", "systemctl restart nix-daemon"]);
+    doctor(&host, &[])
+        .assert_only_fault("asked", &["has not asked this peerix", "systemctl restart nix-daemon"]);
     drop(stale);
     let _fresh = nix_daemon(&host, "X=");
     let found = doctor(&host, &[]);
-    found.is_well();
+    found.assert_no_faults();
     assert!(
         found.findings.iter().any(|(.., text, _)| text.starts_with("nix-daemon asked this peerix"))
     );
@@ -573,7 +585,7 @@ fn settings_of_nix_daemon_are_checked() {
     );
     drop(_nix_daemon);
     let _nix_daemon = nix_daemon(&host, "X=");
-    doctor(&host, &[]).is_well();
+    doctor(&host, &[]).assert_no_faults();
     wait_for("the daemon reads it too", || {
         let status = crate::common::daemon::status(&host);
         (status["node"]["trusted_keys"] == serde_json::json!([key.split(':').next().unwrap()]))
@@ -587,8 +599,10 @@ fn settings_of_nix_daemon_are_checked() {
         command.args(["doctor", "--json"]).env("HOME", "/tmp/alice");
         Found::read(command)
     };
-    as_user()
-        .is("substituter", &["nix-daemon ignores", "untrusted substituter", "extra-substituters"]);
+    as_user().assert_only_fault(
+        "substituter",
+        &["nix-daemon ignores", "untrusted substituter", "extra-substituters"],
+    );
     host.write(
         "/etc/nix/nix.custom.conf",
         format!("trusted-public-keys = {key}\ntrusted-substituters = http://127.0.0.1:12304\n"),
@@ -601,13 +615,13 @@ fn settings_of_nix_daemon_are_checked() {
         host.sh("touch -d '5 minutes ago' /etc/nix/nix.conf");
     };
     write(&[&key, "broken-1:AAAA"]);
-    doctor(&host, &[]).is("keys", &["broken-1:AAAA", "Nix fails"]);
+    doctor(&host, &[]).assert_only_fault("keys", &["broken-1:AAAA", "Nix fails"]);
     let other =
         format!("{}:bfb1tHzyJC4nHA9pr2zF9z0OI/lJ6WIWbI4+SeAZQXs=", key.split(':').next().unwrap());
     write(&[&other, &key]);
-    doctor(&host, &[]).is("keys", &["two keys of the name a-1", "the first", &key]);
+    doctor(&host, &[]).assert_only_fault("keys", &["two keys of the name a-1", "the first", &key]);
     write(&[&key]);
-    doctor(&host, &[]).is_well();
+    doctor(&host, &[]).assert_no_faults();
     drop(daemon);
 }
 
@@ -621,15 +635,17 @@ fn cache_with_better_priority_is_named() {
         _ => Reply::Whole(404, Vec::new()),
     });
     nix::configure_client(&host, "http://127.0.0.1:8080", &[&key]);
-    doctor(&host, &[])
-        .is("priority", &["http://127.0.0.1:8080 (10)", "peerix (20)", "--priority 9"]);
+    doctor(&host, &[]).assert_only_fault(
+        "priority",
+        &["http://127.0.0.1:8080 (10)", "peerix (20)", "--priority 9"],
+    );
     // A priority that the user has set is no fault.
     drop(daemon);
     let daemon = Daemon::start(&host, &["--priority", "30"]);
-    doctor(&host, &[]).is_well();
+    doctor(&host, &[]).assert_no_faults();
     drop(daemon);
     let _daemon = Daemon::start(&host, &["--priority", "9"]);
-    doctor(&host, &[]).is_well();
+    doctor(&host, &[]).assert_no_faults();
 }
 
 /// A firewall that accepts answers and TCP to peerix, and no unsolicited UDP.
@@ -641,12 +657,12 @@ const STATEFUL: &str = "iptables -A INPUT -i lo -j ACCEPT
 #[test]
 fn blocking_firewalls_are_found_and_mended() {
     let mut pair = Pair::new();
-    let mark = crate::common::daemon::mark(&pair.a);
+    let mark = crate::common::daemon::add_unique_path(&pair.a);
     // iptables on this machine blocks UDP.
     pair.b.net("iptables -A INPUT -p udp --dport 12304 -j DROP");
     pair.start(&[]);
     let words = ["10.77.0.1:12304", "UDP is blocked here", "--dport 12304"];
-    let remedy = doctor(&pair.b, &[]).is("udp", &words);
+    let remedy = doctor(&pair.b, &[]).assert_only_fault("udp", &words);
     mend(&pair.b, &remedy);
     // The next hello or answer of `a` makes it known to `b`.
     wait_until_known(&pair.b, &mark);
@@ -661,7 +677,7 @@ fn blocking_firewalls_are_found_and_mended() {
         .okay();
     pair.b.net("nft add rule inet guard input udp dport 12304 drop");
     pair.start(&[]);
-    let remedy = doctor(&pair.b, &[]).is("udp", &["UDP is blocked here"]);
+    let remedy = doctor(&pair.b, &[]).assert_only_fault("udp", &["UDP is blocked here"]);
     assert_eq!(remedy, "nft insert rule inet guard input udp dport 12304 accept");
     mend(&pair.b, &remedy);
     wait_until_known(&pair.b, &mark);
@@ -694,7 +710,7 @@ fn blocking_firewalls_are_found_and_mended() {
         // The restarted `a` sends a hello, so `b` has just heard it.
         pair.daemons[0] = None;
         pair.daemons[0] = Some(Daemon::start(&pair.a, &SIGNING));
-        let remedy = doctor(&pair.b, &[]).is(what, words);
+        let remedy = doctor(&pair.b, &[]).assert_only_fault(what, words);
         if rule != "-i eth0" {
             mend(&pair.a, remedy.split_once(": ").unwrap().1);
             pair.healed("what was blocked");
@@ -714,7 +730,7 @@ fn peer_on_another_port_is_found() {
     nix::configure(&pair.b, &conf);
     let _daemon = Daemon::start_on(&pair.b, 12399, &[]);
     doctor(&pair.b, &["--port", "12399"])
-        .is("port", &["10.77.0.1:12304", "12399", "peerix --port 12304"]);
+        .assert_only_fault("port", &["10.77.0.1:12304", "12399", "peerix --port 12304"]);
 }
 
 #[test]
@@ -734,11 +750,12 @@ fn named_peer_without_access_is_found() {
     // No peerix runs on `a` yet.
     wait_for("b has resolved the name", || is_listed_as("unheard"));
     let never = ["--peer 10.2.0.1:12304 does not answer", "daemon: never heard"];
-    let remedy = doctor(&b, &[]).is("peer", &never);
+    let remedy = doctor(&b, &[]).assert_only_fault("peer", &never);
     assert!(remedy.starts_with("on 10.2.0.1: systemctl start peerix"), "{remedy}");
     {
         let _a = Daemon::start(&a, &[]);
-        doctor(&b, &[]).is("share", &["10.2.0.1:12304", "on 10.2.0.1: peerix --peer 10.1.0.1"]);
+        doctor(&b, &[])
+            .assert_only_fault("share", &["10.2.0.1:12304", "on 10.2.0.1: peerix --peer 10.1.0.1"]);
     }
     let last = Daemon::start(&a, &["--peer", &to]);
     wait_for("they know one another", || doctor(&b, &[]).faults().is_empty().then_some(()));
@@ -748,7 +765,10 @@ fn named_peer_without_access_is_found() {
         assert_eq!(narinfo_status(&b, &format!("/nix/store/{}-x", "0".repeat(32))), 404);
         is_listed_as("silent")
     });
-    doctor(&b, &[]).is("peer", &["--peer 10.2.0.1:12304 does not answer", "daemon: silent for "]);
+    doctor(&b, &[]).assert_only_fault(
+        "peer",
+        &["--peer 10.2.0.1:12304 does not answer", "daemon: silent for "],
+    );
 }
 
 /// A lookup within a second of both starts must not make `doctor` report blocked UDP.
@@ -763,8 +783,8 @@ fn just_started_daemons_have_no_faults() {
     for _ in 0..3 {
         let _daemons = hosts.each_ref().map(|host| Daemon::start(host, &SIGNING));
         assert_eq!(narinfo_status(&hosts[1], &format!("/nix/store/{}-x", "0".repeat(32))), 404);
-        doctor(&hosts[1], &[]).is_well();
-        doctor(&hosts[0], &[]).is_well();
+        doctor(&hosts[1], &[]).assert_no_faults();
+        doctor(&hosts[0], &[]).assert_no_faults();
     }
 }
 
@@ -783,13 +803,13 @@ fn tracker_address_and_clock_faults_are_found() {
     let daemon = Daemon::start(&host, &flags);
     // The router refuses the port, and then drops packets to it.
     let words = ["203.0.113.1:12304 is not reached from", "forward TCP", "--announce-addr"];
-    let remedy = doctor(&host, &[]).is("address", &words);
+    let remedy = doctor(&host, &[]).assert_only_fault("address", &words);
     assert!(remedy.contains("router"));
     home.router.net("iptables -A INPUT -i eth0 -p tcp --dport 12304 -j DROP");
-    doctor(&host, &[]).is("address", &words);
+    doctor(&host, &[]).assert_only_fault("address", &words);
     home.forward("tcp", PORT, &host, PORT);
     let found = doctor(&host, &[]);
-    found.is_well();
+    found.assert_no_faults();
     assert!(
         ["tracker", "clock", "address"].iter().all(|what| found.ok(what)),
         "{:#?}",
@@ -800,10 +820,10 @@ fn tracker_address_and_clock_faults_are_found() {
     drop(daemon);
     let _daemon =
         Daemon::start(&host, &[&flags[..], &["--announce-addr", "198.51.100.77"]].concat());
-    doctor(&host, &[]).is("address", &["198.51.100.77 is announced", "203.0.113.1"]);
+    doctor(&host, &[]).assert_only_fault("address", &["198.51.100.77 is announced", "203.0.113.1"]);
     drop(_daemon);
     let _daemon = Daemon::start(&host, &flags);
-    doctor(&host, &[]).is_well();
+    doctor(&host, &[]).assert_no_faults();
 
     // A wrong clock, simulated by faketime. The library comes from the real machine, whichever Nix
     // is under test.
@@ -820,12 +840,13 @@ fn tracker_address_and_clock_faults_are_found() {
             &format!("FAKETIME={offset}"),
         ]);
         command.arg(binary()).args(["doctor", "--json"]);
-        Found::read(command).is("clock", &[way, "h ", "timedatectl set-ntp true"]);
+        Found::read(command).assert_only_fault("clock", &[way, "h ", "timedatectl set-ntp true"]);
     }
 
     tracker.kill();
-    doctor(&host, &[]).is("tracker", &[&tracker.url(), "systemctl status peerix-tracker", "curl"]);
+    doctor(&host, &[])
+        .assert_only_fault("tracker", &[&tracker.url(), "systemctl status peerix-tracker", "curl"]);
     tracker.start_again();
-    doctor(&host, &[]).is_well();
+    doctor(&host, &[]).assert_no_faults();
     assert_eq!(narinfo_status(&host, &format!("/nix/store/{}-x", "0".repeat(32))), 404);
 }

@@ -16,7 +16,7 @@ const IMPATIENT: f64 = 0.3;
 
 /// Realises `middle` over a slow link. When half of the NAR is sent, calls `strike` with the
 /// sending holder and removes the limit of the link.
-fn struck_at_half(
+fn realise_with_fault_at_half(
     asker: &Asker,
     world: &World,
     holders: &mut [&mut Holder],
@@ -48,10 +48,11 @@ fn another_peer_finishes_nar_of_killed_peer() {
     let world = World::on(&lan);
     let (mut one, mut two) = (Holder::new(&lan, &world, "one"), Holder::new(&lan, &world, "two"));
     let asker = Asker::new(&lan, &world, &[&one, &two]);
-    let output =
-        struck_at_half(&asker, &world, &mut [&mut one, &mut two], |holder| holder.daemon.kill());
+    let output = realise_with_fault_at_half(&asker, &world, &mut [&mut one, &mut two], |holder| {
+        holder.daemon.kill()
+    });
     nix::assert_quiet(&output);
-    asker.has_whole(&world, world.path("middle"));
+    asker.assert_closure_complete(&world, world.path("middle"));
 }
 
 #[test]
@@ -60,10 +61,11 @@ fn another_peer_finishes_nar_of_unplugged_peer() {
     let world = World::on(&lan);
     let (mut one, mut two) = (Holder::new(&lan, &world, "one"), Holder::new(&lan, &world, "two"));
     let asker = Asker::new(&lan, &world, &[&one, &two]);
-    let output =
-        struck_at_half(&asker, &world, &mut [&mut one, &mut two], |holder| holder.host.unplug());
+    let output = realise_with_fault_at_half(&asker, &world, &mut [&mut one, &mut two], |holder| {
+        holder.host.unplug()
+    });
     nix::assert_quiet(&output);
-    asker.has_whole(&world, world.path("middle"));
+    asker.assert_closure_complete(&world, world.path("middle"));
 }
 
 #[test]
@@ -72,11 +74,11 @@ fn another_peer_finishes_nar_of_hanging_peer() {
     let world = World::on(&lan);
     let (mut one, mut two) = (Holder::new(&lan, &world, "one"), Holder::new(&lan, &world, "two"));
     let asker = Asker::new(&lan, &world, &[&one, &two]);
-    let output = struck_at_half(&asker, &world, &mut [&mut one, &mut two], |holder| {
+    let output = realise_with_fault_at_half(&asker, &world, &mut [&mut one, &mut two], |holder| {
         holder.daemon.signal(Signal::STOP)
     });
     nix::assert_quiet(&output);
-    asker.has_whole(&world, world.path("middle"));
+    asker.assert_closure_complete(&world, world.path("middle"));
 }
 
 #[test]
@@ -85,8 +87,10 @@ fn next_substituter_finishes_nar_of_killed_only_peer() {
     let world = World::on(&lan);
     let mut holder = Holder::new(&lan, &world, "holder");
     let asker = Asker::with_next(&lan, &world, &[&holder]);
-    let output = struck_at_half(&asker, &world, &mut [&mut holder], |holder| holder.daemon.kill());
+    let output = realise_with_fault_at_half(&asker, &world, &mut [&mut holder], |holder| {
+        holder.daemon.kill()
+    });
     nix::assert_succeeded(&output);
-    let closure = asker.has_whole(&world, world.path("middle"));
+    let closure = asker.assert_closure_complete(&world, world.path("middle"));
     nix::assert_nothing_but(&asker.host, &closure);
 }

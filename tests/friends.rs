@@ -1,11 +1,11 @@
 //! Friends: machines that know each other's keys and share paths that no other machine gets.
 
-use crate::common::daemon::{mark, narinfo_status, wait_until_known};
+use crate::common::daemon::{add_unique_path, narinfo_status, wait_until_known};
 use crate::common::friend::{
     self, STATE, TlsConnection, friend, identity, key, seen, wait_until_reached,
 };
 use crate::common::http::{Connection, get};
-use crate::common::stock::{self, has, narinfo_route};
+use crate::common::stock::{self, narinfo_route, query_has};
 use crate::common::{
     Daemon, Host, Lan, Nat, PORT, Scale, Tracker, Wan, nix, thread, wait_for, world,
 };
@@ -55,9 +55,9 @@ fn assert_gets_nothing(machine: &Host, holder: &Host, address: SocketAddr, path:
 }
 
 /// Whether `holder` answers a UDP query of `machine` with *have*. Panics if it does not answer.
-fn is_told(machine: &Host, holder: &Host, path: &str) -> bool {
+fn query_is_answered_have(machine: &Host, holder: &Host, path: &str) -> bool {
     let udp = machine.in_net(|| UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).unwrap());
-    has(&udp, holder, path)
+    query_has(&udp, holder, path)
 }
 
 #[test]
@@ -65,7 +65,7 @@ fn friends_on_one_lan_share_paths_that_neighbours_do_not_get() {
     let lan = Lan::new();
     let [home, laptop, neighbour] = ["home", "laptop", "neighbour"].map(|name| lan.host(name));
     [&home, &laptop, &neighbour].into_iter().for_each(ready);
-    let (path, own) = (mark(&home), mark(&laptop));
+    let (path, own) = (add_unique_path(&home), add_unique_path(&laptop));
     // The flags give no addresses.
     let _home = start(&home, &["--share", "friends", "--friend", &friend(&laptop, None)]);
     let _laptop = start(&laptop, &["--share", "friends", "--friend", &friend(&home, None)]);
@@ -81,10 +81,10 @@ fn friends_on_one_lan_share_paths_that_neighbours_do_not_get() {
 
     assert_eq!(narinfo_status(&neighbour, &path), 404);
     assert_gets_nothing(&neighbour, &home, at(&home), &path);
-    assert!(!is_told(&neighbour, &home, &path));
-    assert!(!is_told(&laptop, &home, &path), "a datagram has a friend's scope");
+    assert!(!query_is_answered_have(&neighbour, &home, &path));
+    assert!(!query_is_answered_have(&laptop, &home, &path), "a datagram has a friend's scope");
     // The neighbour shares its paths with both.
-    let theirs = mark(&neighbour);
+    let theirs = add_unique_path(&neighbour);
     wait_until_known(&laptop, &theirs);
 }
 
@@ -113,7 +113,7 @@ impl Scene {
         [&home, &laptop].into_iter().for_each(ready);
         [&housemate, &guest, &stranger].into_iter().for_each(stock::ready);
         inside.forward("tcp", 4000, &home, PORT);
-        let path = mark(&home);
+        let path = add_unique_path(&home);
         let outside = (inside.address(), 4000).into();
         Scene { home, laptop, housemate, guest, stranger, outside, path, inside, _cafe: cafe }
     }
@@ -152,7 +152,7 @@ fn friend_behind_nat_is_reached_only_by_its_friend() {
         assert_eq!(narinfo_status(machine, &scene.path), 404, "{}", machine.name);
         assert_gets_nothing(machine, &scene.home, address, &scene.path);
     }
-    assert!(!is_told(&scene.housemate, &scene.home, &scene.path));
+    assert!(!query_is_answered_have(&scene.housemate, &scene.home, &scene.path));
     nix::realise_quietly(&scene.laptop, &[&scene.path]);
 
     // The friend vanishes and returns.
@@ -192,7 +192,7 @@ fn wrong_keys_give_errors_with_remedies() {
     let lan = Lan::new().with_scale(Scale::intervals(0.2));
     let [home, laptop, other] = ["home", "laptop", "other"].map(|name| lan.host(name));
     [&home, &laptop, &other].into_iter().for_each(ready);
-    let path = mark(&home);
+    let path = add_unique_path(&home);
     let _home = start(&home, &["--share", "friends", "--friend", &friend(&other, None)]);
     // `home` does not know the key of `laptop`, and `other` has a different key than `laptop`
     // expects.
@@ -218,7 +218,7 @@ fn friend_removed_at_run_time_gets_nothing_more() {
     let lan = Lan::new().with_scale(Scale::intervals(0.2));
     let [home, laptop] = ["home", "laptop"].map(|name| lan.host(name));
     [&home, &laptop].into_iter().for_each(ready);
-    let path = mark(&home);
+    let path = add_unique_path(&home);
     let mine = identity(3);
     let file = "/etc/peerix-friends";
     home.write(file, format!("# who\nlaptop={}\n", mine.key()));
@@ -254,7 +254,7 @@ fn tls_strangers_get_nothing_and_half_open_handshakes_do_not_block() {
     let lan = Lan::new();
     let [home, laptop, attacker] = ["home", "laptop", "attacker"].map(|name| lan.host(name));
     [&home, &laptop].into_iter().for_each(ready);
-    let path = mark(&home);
+    let path = add_unique_path(&home);
     let (mine, home_key) = (identity(3), key(&home));
     let flag = format!("laptop={}", mine.key());
     let _home = start(&home, &["--share", "friends", "--friend", &flag]);
@@ -303,7 +303,7 @@ fn node_without_friends_refuses_tls() {
     let lan = Lan::new();
     let [node, other] = ["node", "other"].map(|name| lan.host(name));
     ready(&node);
-    let path = mark(&node);
+    let path = add_unique_path(&node);
     let _node = start(&node, &[]);
     let mut stream = other.connect(at(&node)).unwrap();
     stream.write_all(b"\x16\x03\x01\x00\x05hello\r\n\r\n").unwrap();
@@ -318,7 +318,7 @@ fn forged_hellos_do_not_displace_a_friend() {
     let lan = Lan::new().with_scale(Scale::intervals(0.2));
     let [home, laptop, forger] = ["home", "laptop", "forger"].map(|name| lan.host(name));
     [&home, &laptop].into_iter().for_each(ready);
-    let path = mark(&home);
+    let path = add_unique_path(&home);
     let home_key = key(&home);
     let _home = start(&home, &["--share", "friends", "--friend", &friend(&laptop, None)]);
     let _laptop = start(&laptop, &["--share", "friends", "--friend", &friend(&home, None)]);
@@ -345,7 +345,7 @@ fn status_and_peers_list_friends() {
     let lan = Lan::new();
     let [home, laptop] = ["home", "laptop"].map(|name| lan.host(name));
     [&home, &laptop].into_iter().for_each(ready);
-    let path = mark(&home);
+    let path = add_unique_path(&home);
     let _home = start(&home, &["--friend", &friend(&laptop, None)]);
     let _laptop = start(&laptop, &["--friend", &friend(&home, None)]);
     wait_until_reached(&laptop, "home", true);
@@ -411,7 +411,7 @@ fn friends_meet_at_a_tracker_and_strangers_learn_nothing() {
     stock::ready(&stranger);
     let mut tracker = Tracker::start(here.host("tracker"));
     let url = tracker.url();
-    let path = mark(&home);
+    let path = add_unique_path(&home);
     // In mode `lan`, peerix uses the tracker only to find friends.
     let flags = ["--share", "friends", "--tracker-url", &url];
     let _home = start(&home, &[&flags[..], &["--friend", &friend(&laptop, None)]].concat());
@@ -431,7 +431,7 @@ fn friends_meet_at_a_tracker_and_strangers_learn_nothing() {
     let mut connection =
         Connection::new(stranger.connect((tracker.host.address, 12305)).unwrap()).unwrap();
     let met = connection
-        .tell("POST", "/meet", "Content-Type: application/json\r\n", body.as_bytes())
+        .request_with_body("POST", "/meet", "Content-Type: application/json\r\n", body.as_bytes())
         .unwrap();
     assert_eq!(met.status, 200);
     assert!(met.text().contains("\"places\":[[]]"), "{}", met.text());

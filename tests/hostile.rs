@@ -3,7 +3,7 @@
 
 use crate::common::fault::Delay;
 use crate::common::http::{self, Reply, Request};
-use crate::common::standin::{Shelf, StandIn, have};
+use crate::common::standin::{StandIn, StaticCache, have};
 use crate::common::{Asker, Holder, Host, Lan, Scale, World, nar, nix, thread, wait_for, world};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -42,9 +42,9 @@ impl Scene {
     }
 
     /// Checks that Nix fetches `name` without a warning, though peerix asked the bad peer.
-    fn is_fetched_quietly(&self, name: &str) {
+    fn assert_fetched_quietly(&self, name: &str) {
         let path = self.world.path(name);
-        let closure = self.asker.fetches(&self.world, path);
+        let closure = self.asker.fetch_and_check(&self.world, path);
         nix::assert_nothing_but(&self.asker.host, &closure);
         assert!(self.evil.was_asked(&narinfo(path)), "the bad peer was not asked first");
     }
@@ -61,7 +61,7 @@ fn asked_for(request: &Request) -> Option<&str> {
 
 /// Answers with the true narinfo of every path, and passes the true NAR through `nar`.
 fn lying_nar(world: &World, nar: impl Fn(Vec<u8>) -> Reply + Send + Sync + 'static) -> Answers {
-    let shelf = Shelf::of(world);
+    let shelf = StaticCache::of(world);
     Box::new(move |request| {
         let missing = || Reply::Whole(404, vec![]);
         if let Some(hash_part) = asked_for(request) {
@@ -83,7 +83,7 @@ fn flipped(mut nar: Vec<u8>) -> Vec<u8> {
 #[test]
 fn corrupt_small_nar_never_reaches_nix() {
     let scene = Scene::new(|world| lying_nar(world, |nar| Reply::Whole(200, flipped(nar))));
-    scene.is_fetched_quietly("little");
+    scene.assert_fetched_quietly("little");
 }
 
 #[test]
@@ -101,7 +101,7 @@ fn corrupt_large_nar_is_never_completed() {
         // peerix avoids the bad peer now.
         nix::assert_succeeded(&nix::realise(&scene.asker.host, &[path]));
     }
-    let closure = scene.asker.has_whole(&scene.world, path);
+    let closure = scene.asker.assert_closure_complete(&scene.world, path);
     nix::assert_nothing_but(&scene.asker.host, &closure);
     drop(scene);
 
@@ -110,17 +110,17 @@ fn corrupt_large_nar_is_never_completed() {
     let asker = Asker::with_next(&scene.lan, &scene.world, &[&scene.good]);
     let path = scene.world.path("large");
     nix::assert_succeeded(&nix::realise(&asker.host, &[path]));
-    let closure = asker.has_whole(&scene.world, path);
+    let closure = asker.assert_closure_complete(&scene.world, path);
     nix::assert_nothing_but(&asker.host, &closure);
 }
 
 #[test]
 fn nar_of_another_path_never_reaches_nix() {
     let scene = Scene::new(|world| {
-        let other = Shelf::of(world).nar(world::hash_part(world.path("other"))).unwrap();
+        let other = StaticCache::of(world).nar(world::hash_part(world.path("other"))).unwrap();
         lying_nar(world, move |_| Reply::Whole(200, other.clone()))
     });
-    scene.is_fetched_quietly("little");
+    scene.assert_fetched_quietly("little");
 }
 
 #[test]
@@ -129,7 +129,7 @@ fn truncated_nar_is_finished_by_another_peer() {
     for name in ["little", "large"] {
         let scene =
             Scene::new(|world| lying_nar(world, |nar| Reply::Cut(nar.clone(), nar.len() / 2)));
-        scene.is_fetched_quietly(name);
+        scene.assert_fetched_quietly(name);
     }
 }
 
@@ -140,7 +140,7 @@ fn nar_with_trailing_bytes_never_reaches_nix() {
         Reply::Chunked(200, nar)
     };
     let scene = Scene::new(|world| lying_nar(world, longer));
-    scene.is_fetched_quietly("little");
+    scene.assert_fetched_quietly("little");
 }
 
 /// The narinfo of `little` has the NAR hash and size of `other`, with the signature of the true
@@ -148,7 +148,7 @@ fn nar_with_trailing_bytes_never_reaches_nix() {
 #[test]
 fn forged_narinfo_is_refused() {
     let scene = Scene::new(|world| {
-        let shelf = Shelf::of(world);
+        let shelf = StaticCache::of(world);
         let other = world::hash_part(world.path("other")).to_owned();
         Box::new(move |request| {
             let Some(hash_part) = asked_for(request) else {
@@ -171,14 +171,14 @@ fn forged_narinfo_is_refused() {
             Reply::Whole(200, text.into_bytes())
         })
     });
-    scene.is_fetched_quietly("little");
+    scene.assert_fetched_quietly("little");
     assert!(!scene.evil.was_asked(".nar"), "a forged narinfo was believed");
 }
 
 #[test]
 fn peer_with_false_haves_hides_no_path() {
     let scene = Scene::new(|_| Box::new(|_| Reply::Whole(404, b"no".to_vec())));
-    scene.is_fetched_quietly("closure300");
+    scene.assert_fetched_quietly("closure300");
     // A path that no peer has is a miss, not an error.
     let answer =
         http::get_local(&scene.asker.host, &format!("/{}.narinfo", "0".repeat(32))).unwrap();
@@ -188,7 +188,7 @@ fn peer_with_false_haves_hides_no_path() {
 #[test]
 fn peer_with_silent_http_hides_no_path() {
     let scene = Scene::new(|_| Box::new(|_| Reply::Silence));
-    scene.is_fetched_quietly("closure300");
+    scene.assert_fetched_quietly("closure300");
 }
 
 #[test]
@@ -207,14 +207,14 @@ fn peer_with_invalid_http_hides_no_path() {
         }
         })
     });
-    scene.is_fetched_quietly("closure300");
+    scene.assert_fetched_quietly("closure300");
 }
 
 /// Each of these narinfos breaks a build with some version of Nix if it gets there.
 #[test]
 fn malformed_narinfos_never_reach_nix() {
     let scene = Scene::new(|world| {
-        let shelf = Shelf::of(world);
+        let shelf = StaticCache::of(world);
         let other = world.path("other").to_owned();
         Box::new(move |request| {
             let text = asked_for(request)
@@ -251,7 +251,7 @@ fn malformed_narinfos_never_reach_nix() {
             Reply::Whole(200, bad.into_bytes())
         })
     });
-    scene.is_fetched_quietly("closure300");
+    scene.assert_fetched_quietly("closure300");
 }
 
 /// Nix unpacks a NAR as root while it downloads, before it knows the hash. peerix must therefore
@@ -335,7 +335,7 @@ fn broken_stream_of_the_only_holder_hides_no_path() {
         (answer.status == 200).then_some(())
     });
     std::thread::scope(|scope| {
-        let fetching = thread::spawn_in(scope, "Nix", || asker.fetches(&world, little));
+        let fetching = thread::spawn_in(scope, "Nix", || asker.fetch_and_check(&world, little));
         wait_for("the stream broke", || asker.daemon.log().contains("stream broke").then_some(()));
         let answer = http::get_local(&asker.host, &format!("/{}", narinfo(other))).unwrap();
         assert_eq!(answer.status, 200);

@@ -14,7 +14,7 @@ fn closure_signed_by_peer_is_fetched() {
     let key = std::fs::read_to_string(holder.host.path("/etc/peerix.pub")).unwrap();
     let asker = Asker::with(&lan, "", &[key.trim()]);
     asker.meet(&[&holder]);
-    let closure = asker.fetches(&world, world.path("closure300"));
+    let closure = asker.fetch_and_check(&world, world.path("closure300"));
     assert_eq!(closure.len(), 300);
     nix::assert_nothing_but(&asker.host, &closure);
     let signatures =
@@ -34,7 +34,7 @@ fn closure_signed_by_other_cache_is_fetched() {
     let world = World::on(&lan);
     let holder = Holder::new(&lan, &world, "holder");
     let asker = Asker::new(&lan, &world, &[&holder]);
-    let closure = asker.fetches(&world, world.path("closure300"));
+    let closure = asker.fetch_and_check(&world, world.path("closure300"));
     assert_eq!(closure.len(), 300);
 
     // `nix copy` looks up one path at a time, and begins with HEAD.
@@ -43,7 +43,7 @@ fn closure_signed_by_other_cache_is_fetched() {
     let output =
         copier.host.cmd("nix").args(["copy", "--from", &url, world.path("closure300")]).ran();
     nix::assert_quiet(&output);
-    assert_eq!(copier.has_whole(&world, world.path("closure300")).len(), 300);
+    assert_eq!(copier.assert_closure_complete(&world, world.path("closure300")).len(), 300);
 }
 
 #[test]
@@ -53,9 +53,9 @@ fn paths_of_every_kind_are_fetched() {
     let holder = Holder::new(&lan, &world, "holder");
     let asker = Asker::new(&lan, &world, &[&holder]);
     for name in ["many", "odd", "large", "little"] {
-        asker.fetches(&world, world.path(name));
+        asker.fetch_and_check(&world, world.path(name));
     }
-    asker.fetches(&world, world.path("big"));
+    asker.fetch_and_check(&world, world.path("big"));
 }
 
 #[test]
@@ -81,7 +81,7 @@ fn content_addressed_paths_need_no_signature() {
     );
     nix::assert_whole(&asker.host, &paths, &holder.host.path("/nix/store"));
     // A path is found at once after its registration.
-    let mark = daemon::mark(&holder.host);
+    let mark = daemon::add_unique_path(&holder.host);
     nix::realise_quietly(&asker.host, &[&mark]);
     nix::assert_whole(&asker.host, &[&mark], &holder.host.path("/nix/store"));
 }

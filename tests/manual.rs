@@ -108,7 +108,7 @@ fn contrib(name: &str) -> PathBuf {
 }
 
 /// Compares the text with a file in `contrib/`, and writes it first if `PEERIX_WRITE` is set.
-fn is(name: &str, text: &str) {
+fn assert_contrib_file_matches(name: &str, text: &str) {
     let file = contrib(name);
     let mut there = fs::read_to_string(&file).unwrap_or_default();
     if there != text && std::env::var_os("PEERIX_WRITE").is_some() {
@@ -199,7 +199,7 @@ fn man_pages_match_help() {
                 );
             }
         }
-        is(&name, &made);
+        assert_contrib_file_matches(&name, &made);
         // mandoc must report nothing. A missing date is fine: the pages belong to no distribution.
         let lint = Command::new("mandoc")
             .args(["-T", "lint", "-W", "style"])
@@ -311,9 +311,9 @@ fn fish(help: &Help) -> String {
 #[test]
 fn completions_match_help() {
     for help in Help::both() {
-        is(&format!("completions/{}.bash", help.program), &bash(&help));
-        is(&format!("completions/_{}", help.program), &zsh(&help));
-        is(&format!("completions/{}.fish", help.program), &fish(&help));
+        assert_contrib_file_matches(&format!("completions/{}.bash", help.program), &bash(&help));
+        assert_contrib_file_matches(&format!("completions/_{}", help.program), &zsh(&help));
+        assert_contrib_file_matches(&format!("completions/{}.fish", help.program), &fish(&help));
     }
 }
 

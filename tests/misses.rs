@@ -11,7 +11,7 @@ const RUNS: usize = 5;
 fn fetch_all(lan: &Lan, world: &World, holders: &[&Holder], prepare: impl Fn(&Asker)) {
     let asker = Asker::new(lan, world, holders);
     prepare(&asker);
-    let closure = asker.fetches(world, world.path("closure1000"));
+    let closure = asker.fetch_and_check(world, world.path("closure1000"));
     assert_eq!(closure.len(), 1000);
 }
 
@@ -79,9 +79,9 @@ fn ten_percent_packet_loss_hides_at_most_one_percent_of_paths() {
 }
 
 /// Checks that Nix gets the closure from peers and, for the rest, from the next substituter.
-fn goes_on(asker: &Asker, world: &World) {
+fn assert_nix_succeeds(asker: &Asker, world: &World) {
     nix::assert_succeeded(&nix::realise(&asker.host, &[world.path("closure300")]));
-    assert_eq!(asker.has_whole(world, world.path("closure300")).len(), 300);
+    assert_eq!(asker.assert_closure_complete(world, world.path("closure300")).len(), 300);
 }
 
 #[test]
@@ -89,7 +89,7 @@ fn nix_without_peers_uses_next_substituter() {
     let lan = Lan::new();
     let world = World::on(&lan);
     let asker = Asker::with_next(&lan, &world, &[]);
-    asker.fetches(&world, world.path("closure300"));
+    asker.fetch_and_check(&world, world.path("closure300"));
 }
 
 #[test]
@@ -99,7 +99,7 @@ fn nix_without_network_uses_next_substituter() {
     let holder = Holder::new(&lan, &world, "holder");
     let asker = Asker::with_next(&lan, &world, &[&holder]);
     asker.host.unplug();
-    goes_on(&asker, &world);
+    assert_nix_succeeds(&asker, &world);
     // After the cable is plugged in again, peerix finds its peers.
     asker.host.plug();
     asker.meet(&[&holder]);
@@ -112,7 +112,7 @@ fn nix_with_silent_peer_uses_next_substituter() {
     let holder = Holder::new(&lan, &world, "holder");
     let asker = Asker::with_next(&lan, &world, &[&holder]);
     holder.host.fall_silent();
-    goes_on(&asker, &world);
+    assert_nix_succeeds(&asker, &world);
 }
 
 #[test]

@@ -86,7 +86,7 @@ fn arguments(machine: &Value, unit: &str) -> Vec<String> {
     words
 }
 
-fn has(machine: &Value, flag: &str) -> bool {
+fn has_flag(machine: &Value, flag: &str) -> bool {
     arguments(machine, "peerix.service").iter().any(|argument| argument == flag)
 }
 
@@ -293,7 +293,7 @@ fn every_option_reaches_units_and_nix_conf() {
         "--timeout=80",
         "--tracker-url=http://second:1",
     ] {
-        assert!(has(&machine, flag), "no {flag}");
+        assert!(has_flag(&machine, flag), "no {flag}");
     }
     // An active socket keeps its addresses during a switch of the configuration, so other addresses
     // need a socket of another name.
@@ -342,12 +342,12 @@ fn friends_and_sharing_options_become_flags() {
         "--upload-limit=2M",
         "--map-port",
     ] {
-        assert!(has(&machine, flag), "no {flag}");
+        assert!(has_flag(&machine, flag), "no {flag}");
     }
     let conf = machine["nixConf"].as_str().unwrap();
     assert!(conf.contains("extra-trusted-public-keys = home-1:AAAA\n"), "{conf}");
     assert_eq!((&machine["tcp"], &machine["udp"]), (&json!([12304, 12306]), &json!([12304])));
-    assert!(!has(&peerix(""), "--share=all"), "what is the default needs no flag");
+    assert!(!has_flag(&peerix(""), "--share=all"), "what is the default needs no flag");
 }
 
 #[test]
@@ -382,7 +382,7 @@ fn special_characters_reach_program_unchanged() {
           extraFlags = [ \"{nix}\" ]; }};"
     ));
     for flag in ["--peer-id=", "--announce-addr=", "--tracker-url=", "--filter-patterns=", ""] {
-        assert!(has(&machine, &format!("{flag}{odd}")), "{flag}");
+        assert!(has_flag(&machine, &format!("{flag}{odd}")), "{flag}");
     }
     let text = machine["units"]["peerix.service"].as_str().unwrap();
     assert!(text.lines().filter(|line| line.starts_with("ExecStart=")).count() == 1);

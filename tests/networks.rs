@@ -33,7 +33,7 @@ fn fetches(asker: &Host, mark: &str) {
 fn peers_with_only_link_local_ipv6_find_each_other() {
     let lan = Lan::new();
     let (holder, asker) = (lan.host("holder"), host_with_store(&lan, "asker"));
-    let mark = daemon::mark(&holder);
+    let mark = daemon::add_unique_path(&holder);
     for host in [&holder, &asker] {
         host.net(&format!("ip addr del {}/24 dev eth0", host.address));
     }
@@ -47,7 +47,7 @@ fn peers_with_only_link_local_ipv6_find_each_other() {
 fn network_that_appears_or_changes_after_start_is_used() {
     let lan = Lan::new();
     let (holder, asker) = (lan.host("holder"), host_with_store(&lan, "asker"));
-    let mark = daemon::mark(&holder);
+    let mark = daemon::add_unique_path(&holder);
     let _holder = Daemon::start(&holder, &[]);
     asker.net("ip link set eth0 down");
     asker.net(&format!("ip addr del {}/24 dev eth0", asker.address));
@@ -71,7 +71,7 @@ fn named_peer_in_other_subnet_answers_if_it_names_asker() {
     let lan = Lan::new();
     let (holder, router, asker) =
         (lan.host("holder"), lan.host("router"), host_with_store(&lan, "asker"));
-    let mark = daemon::mark(&holder);
+    let mark = daemon::add_unique_path(&holder);
     for (host, subnet) in [(&holder, 1), (&asker, 2)] {
         host.net(&format!("ip addr del {}/24 dev eth0", host.address));
         host.net(&format!("ip addr add 172.20.{subnet}.1/24 dev eth0"));
@@ -100,7 +100,7 @@ fn named_peer_in_other_subnet_answers_if_it_names_asker() {
 fn daemon_bound_to_one_address_answers_broadcasts() {
     let lan = Lan::new();
     let (holder, asker) = (lan.host("holder"), host_with_store(&lan, "asker"));
-    let mark = daemon::mark(&holder);
+    let mark = daemon::add_unique_path(&holder);
     let address = holder.address.to_string();
     let _holder = Daemon::start(&holder, &["--bind", &address, "--bind", "127.0.0.1"]);
     let socket = asker.udp(PORT);
@@ -128,7 +128,7 @@ fn daemon_bound_to_one_address_answers_broadcasts() {
 fn peer_that_says_bye_is_not_waited_for() {
     let lan = Lan::new();
     let (holder, asker) = (lan.host("holder"), host_with_store(&lan, "asker"));
-    let mark = daemon::mark(&holder);
+    let mark = daemon::add_unique_path(&holder);
     let mut leaving = Daemon::start(&holder, &[]);
     let asking = Daemon::start(&asker, &[]);
     daemon::wait_until_known(&asker, &mark);

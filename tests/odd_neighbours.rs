@@ -87,7 +87,7 @@ fn scene(delay: Duration, nth: u64) {
     let holder = Holder::new(&lan, &world, "holder");
     let asker = Asker::new(&lan, &world, &[&holder]);
     daemon::wait_until_listed(&asker.host, odd.host.address);
-    asker.looks_up_while(&world, || std::thread::sleep(SCENE));
+    asker.look_up_closure_during(&world, || std::thread::sleep(SCENE));
 }
 
 #[test]
@@ -108,7 +108,7 @@ fn flapping_neighbour_hides_no_path() {
     let holder = Holder::new(&lan, &world, "holder");
     let asker = Asker::new(&lan, &world, &[&holder]);
     daemon::wait_until_live(&asker.host, 2);
-    asker.looks_up_while(&world, || {
+    asker.look_up_closure_during(&world, || {
         for _ in 0..4 {
             neighbour.host.unplug();
             std::thread::sleep(4 * SECOND);
@@ -125,8 +125,8 @@ fn firewalled_newcomers_hide_no_path() {
     let holder = Holder::new(&lan, &world, "holder");
     let asker = Asker::new(&lan, &world, &[&holder]);
     let firewalled = lan.host("firewalled");
-    firewalled.fall_deaf();
-    asker.looks_up_while(&world, || {
+    firewalled.drop_incoming();
+    asker.look_up_closure_during(&world, || {
         for number in 200..205 {
             let address = lan.address(number);
             firewalled.net(&format!("ip addr add {address}/24 dev eth0"));

@@ -2,12 +2,14 @@
 //! comes from bug reports of other caches. The doc comment of a test names the regression that
 //! it guards against.
 
-use crate::common::daemon::{binary, mark, narinfo_status, wait_until_known, wait_until_live};
+use crate::common::daemon::{
+    add_unique_path, binary, narinfo_status, wait_until_known, wait_until_live,
+};
 use crate::common::fault::Delay;
 use crate::common::http::{self, Reply, Request};
 use crate::common::lan::Run;
 use crate::common::solo::TempDir;
-use crate::common::standin::{Shelf, StandIn, have};
+use crate::common::standin::{StandIn, StaticCache, have};
 use crate::common::{
     Asker, Bystander, Daemon, Holder, Host, Lan, PORT, World, nix, thread, wait_for, world,
 };
@@ -82,7 +84,7 @@ fn rejected_narinfos_of_peer_hide_no_other_path() {
     let lan = Lan::patient();
     let world = World::on(&lan);
     let asker = Asker::with(&lan, "", &[&world.cache_key]);
-    let shelf = Shelf::of(&world);
+    let shelf = StaticCache::of(&world);
     // Narinfos of a peer that this peerix or Nix does not accept.
     let narinfo = move |kind: usize, hash_part: &str| {
         let (hash, size, more) = match kind {
@@ -135,7 +137,7 @@ fn rejected_narinfos_of_peer_hide_no_other_path() {
     peer.meet(&host, &asker.host);
     let path = world.path("closure300");
     std::thread::scope(|scope| {
-        let fetching = thread::spawn_in(scope, "Nix", || asker.fetches(&world, path));
+        let fetching = thread::spawn_in(scope, "Nix", || asker.fetch_and_check(&world, path));
         for number in 0..50 {
             let answer = http::get_local(&asker.host, &format!("/{number:032}.narinfo")).unwrap();
             assert_eq!(answer.status, 404, "{number}");
@@ -303,7 +305,7 @@ fn nar_urls_cached_from_python_peerix_are_served() {
     // Two peers disagree about the path, so its URL is ambiguous. The daemon never contacts the
     // address in the URL.
     let other = lan.host("other");
-    let shelf = Shelf::of(&world);
+    let shelf = StaticCache::of(&world);
     let _other = StandIn::start(&other, have(|_| true), move |request: &Request| {
         let hash_part =
             request.path.strip_prefix("/local/").and_then(|rest| rest.strip_suffix(".narinfo"));
@@ -422,7 +424,7 @@ impl Realisations {
         let good = lan.host("good");
         nix::configure(&good, "");
         let outputs = [FLOATING, DEPENDENT].map(|expression| built(&good, expression, &[])).into();
-        let (key, mark) = (key(&good, "good-1"), mark(&good));
+        let (key, mark) = (key(&good, "good-1"), add_unique_path(&good));
         let peerix = Daemon::start(&good, &["--private-key", "/etc/key.sec"]);
         let select = "select drvPath || '!' || outputName from Realisations join ValidPaths V on V.id = outputPath \
                       where V.path like '%-floating'";

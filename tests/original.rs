@@ -8,7 +8,7 @@
 use crate::common::http::{self, Reply};
 use crate::common::lan::Run;
 use crate::common::packet::Packet;
-use crate::common::standin::{BROADCAST, Shelf, StandIn, field, receive};
+use crate::common::standin::{BROADCAST, StandIn, StaticCache, field, receive};
 use crate::common::{Asker, Holder, Host, Lan, PORT, World, nix, tree, wait_for, world};
 use std::collections::HashMap;
 use std::fs;
@@ -38,9 +38,9 @@ fn closure_is_fetched_from_original_peerix() {
     wait_for("the original is heard", || {
         (http::get_local(&asker.host, &probe).unwrap().status == 200).then_some(())
     });
-    assert_eq!(asker.fetches(&world, world.path("closure300")).len(), 300);
-    asker.fetches(&world, world.path("large"));
-    asker.fetches(&world, world.path("odd"));
+    assert_eq!(asker.fetch_and_check(&world, world.path("closure300")).len(), 300);
+    asker.fetch_and_check(&world, world.path("large"));
+    asker.fetch_and_check(&world, world.path("odd"));
 
     // The original does not answer queries for paths that it lacks: a miss.
     let missing = http::get_local(&asker.host, &format!("/{}.narinfo", "0".repeat(32))).unwrap();
@@ -149,7 +149,7 @@ fn original_peerix_fetches_from_daemon() {
     for (id, name) in [(3, "large"), (4, "odd"), (5, "closure300")] {
         let path = world.path(name);
         let (fields, signatures, nar) = fetch(id, path);
-        let lines = Shelf::of(&world).narinfo(world::hash_part(path)).unwrap();
+        let lines = StaticCache::of(&world).narinfo(world::hash_part(path)).unwrap();
         assert_eq!(fields["References"], field(&lines, "References"));
         assert_eq!(signatures, [field(&lines, "Sig")]);
         // The NAR unpacks to the path.
@@ -181,6 +181,6 @@ fn closure_is_fetched_beside_original_peerix() {
     let _original = StandIn::original(&old, &world);
     let holder = Holder::new(&lan, &world, "holder");
     let asker = Asker::new(&lan, &world, &[&holder]);
-    assert_eq!(asker.fetches(&world, world.path("closure300")).len(), 300);
+    assert_eq!(asker.fetch_and_check(&world, world.path("closure300")).len(), 300);
     assert!(fs::exists(asker.host.path(world.path("closure300"))).unwrap());
 }

@@ -5,7 +5,7 @@ use crate::common::daemon::status;
 use crate::common::http::{self, Connection, Reply, Server};
 use crate::common::lan::Run;
 use crate::common::packet::Packet;
-use crate::common::scene::Places;
+use crate::common::scene::WanScene;
 use crate::common::standin::{StandIn, have};
 use crate::common::{
     Asker, Browser, Daemon, Holder, Lan, PORT, World, daemon, directory, nix, thread, tracker,
@@ -42,7 +42,7 @@ const TEXT: &str = "(() => {
 
 #[test]
 fn page_shows_traffic_with_and_without_scripts() {
-    let places = Places::new();
+    let places = WanScene::new();
     let (lan, world, tracker) = (&places.home, &places.world, &places.tracker);
     let holder = Holder::new(lan, world, "holder");
     // A peer on another network.
@@ -78,7 +78,7 @@ fn page_shows_traffic_with_and_without_scripts() {
     assert!(browser.shown("health").starts_with("working"));
 
     // A large closure, so that the tables of the page are full.
-    let closure = asker.fetches(world, world.path("closure300"));
+    let closure = asker.fetch_and_check(world, world.path("closure300"));
     nix::realise_quietly(&asker.host, &[&office.mark]);
     browser.wait_until_shown("peers", &["300 NARs", "1 NAR\t"]);
     // The holder fetches 100 of the paths from the asker.
@@ -227,7 +227,7 @@ fn status_routes_refuse_other_machines_and_host_names() {
         "127.0.0.1 localhost\n127.0.0.1 cache.lan # by the operator\n10.77.0.9 other.lan\n",
     );
     let daemon = Daemon::start(&node, &["--bind", "0.0.0.0", "--bind", "[::]"]);
-    let mark = daemon::mark(&node);
+    let mark = daemon::add_unique_path(&node);
 
     // Requests from another machine, and from this one by its LAN address.
     for route in ROUTES {
@@ -372,7 +372,7 @@ fn metrics_under_load_pass_promtool() {
         });
         // Ends the scraping thread even if Nix fails; otherwise the test would hang.
         let is_done = Deferred::new(|| done.store(true, Ordering::Relaxed));
-        asker.fetches(&world, world.path("closure300"));
+        asker.fetch_and_check(&world, world.path("closure300"));
         drop(is_done);
         scraping.join().unwrap()
     });

@@ -1,6 +1,6 @@
 //! `--map-port` with a real router: nftables and miniupnpd, NAT-PMP and PCP.
 
-use crate::common::daemon::{self, mark};
+use crate::common::daemon::{self, add_unique_path};
 use crate::common::friend::{STATE, TlsConnection, friend, key, wait_until_reached};
 use crate::common::http::get;
 use crate::common::lan::Run;
@@ -108,7 +108,7 @@ impl Scene {
         [&home, &laptop].into_iter().for_each(|host| nix::configure_client(host, "", &[]));
         stock::ready(&stranger);
         let tracker = Tracker::start(there.host("tracker"));
-        let path = mark(&home);
+        let path = add_unique_path(&home);
         Scene { home, laptop, stranger, next_door, inside, tracker, path, _cafe: cafe }
     }
 

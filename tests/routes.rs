@@ -143,7 +143,7 @@ fn routes_serve_only_permitted_clients() {
     };
     let strange = ask_from("192.168.50.2");
     let known = ask_from(&neighbour.address.to_string());
-    assert!(stock::has(&known, server, &scene.path));
+    assert!(stock::query_has(&known, server, &scene.path));
     // The stranger's query arrived before the neighbour's, which has its answer.
     strange.set_nonblocking(true).unwrap();
     assert!(strange.recv_from(&mut [0; 2048]).is_err(), "a stranger was answered by UDP");
@@ -610,7 +610,7 @@ fn only_own_paths_are_signed() {
         text.lines().filter(|line| !line.starts_with("URL: ")).collect::<Vec<_>>().join("\n")
     };
     assert_eq!(but_url(&relayed), but_url(&text), "relayed with another signature");
-    let own = crate::common::daemon::mark(&relay);
+    let own = crate::common::daemon::add_unique_path(&relay);
     assert!(
         narinfo(&relay, &relay, &own).text().contains("Sig: relay-1:"),
         "the relay does sign what it has"
@@ -679,7 +679,7 @@ fn changed_or_deleted_path_is_a_miss_until_registered_again() {
     let routes = [narinfo_route.clone(), nar.clone(), nar.replace("/local/", "/store/"), listing];
     let socket = scene.neighbour.udp(0);
     routes.iter().for_each(|route| assert_eq!(scene.get(route).status, 200, "{route}"));
-    assert!(stock::has(&socket, server, &path));
+    assert!(stock::query_has(&socket, server, &path));
 
     // The path is registered with other content, as by `nix-store --repair-path`.
     let register = |content: &str| {
@@ -707,7 +707,7 @@ fn changed_or_deleted_path_is_a_miss_until_registered_again() {
     // After garbage collection.
     server.cmd("nix-store").args(["--delete", &path]).okay();
     routes.iter().for_each(|route| assert_eq!(scene.get(route).status, 404, "{route}"));
-    assert!(!stock::has(&socket, server, &path));
+    assert!(!stock::query_has(&socket, server, &path));
     // Registered again with the same content.
     assert_eq!(stock::add(server, "file", "echo file > $n"), path);
     routes.iter().for_each(|route| assert_eq!(scene.get(route).status, 200, "{route}"));

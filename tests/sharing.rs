@@ -5,7 +5,7 @@ use crate::common::friend::{self, TlsConnection};
 use crate::common::http::{Answer, Connection, Reply, Server, get, get_local};
 use crate::common::packet::Packet;
 use crate::common::standin::receive;
-use crate::common::stock::{self, has, line};
+use crate::common::stock::{self, line, query_has};
 use crate::common::{DEADLINE, Daemon, Host, Lan, PORT, thread, wait_for, world};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
@@ -23,7 +23,8 @@ const NAMES: [&str; 7] =
     ["plain", "a-secret-b", "a-custom-b", "absent", "changed", "odd", "broken"];
 
 /// Further derivations that upstream has.
-const MORE: [&str; 12] = ["m0", "m1", "m2", "m3", "m4", "m5", "m6", "m7", "m8", "m9", "m10", "m11"];
+const MORE_NAMES: [&str; 12] =
+    ["m0", "m1", "m2", "m3", "m4", "m5", "m6", "m7", "m8", "m9", "m10", "m11"];
 
 /// A stand-in for the upstream cache: answers by hash part, and number of requests for each.
 #[derive(Default)]
@@ -106,7 +107,7 @@ impl Scene {
         stranger.net(&format!("ip route add {}/32 dev eth0 src {STRANGER}", node.address));
         node.net(&format!("ip route add {STRANGER}/32 via {}", stranger.address));
 
-        let names: Vec<&str> = NAMES.into_iter().chain(MORE).collect();
+        let names: Vec<&str> = NAMES.into_iter().chain(MORE_NAMES).collect();
         let list: String = names.iter().map(|name| format!("\"{name}\" ")).collect();
         let builder = "system = builtins.currentSystem; builder = \"/bin/sh\";";
         node.write(
@@ -208,7 +209,7 @@ impl Scene {
                 );
             }
         }
-        assert_eq!(has(&self.udp(from), &self.node, path), shared, "{case}: UDP");
+        assert_eq!(query_has(&self.udp(from), &self.node, path), shared, "{case}: UDP");
     }
 
     /// Checks that the friend gets every answer about the path, or 403, from any address.
@@ -281,11 +282,11 @@ const TABLE: &[(&[&str], &[&str])] = &[
 
 /// Returns true if a filter pattern withholds the derivation of this name.
 fn is_kept(name: &str, flags: &[&str]) -> bool {
-    let has = |flag| flags.contains(&flag);
-    let default = name == "a-secret-b" && !has("--no-default-filters");
-    let own = name == "a-custom-b" && has("*-custom-*")
-        || name == "odd" && (has("*-[o]??.drv") || has("*-odd[.]drv"));
-    !has("--no-filter") && (default || own)
+    let has_flag = |flag| flags.contains(&flag);
+    let default = name == "a-secret-b" && !has_flag("--no-default-filters");
+    let own = name == "a-custom-b" && has_flag("*-custom-*")
+        || name == "odd" && (has_flag("*-[o]??.drv") || has_flag("*-odd[.]drv"));
+    !has_flag("--no-filter") && (default || own)
 }
 
 #[test]
@@ -362,7 +363,7 @@ fn share_flag_restricts_clients() {
             }
             // A neighbour gets *have not*, so that it need not wait; a stranger gets no answer.
             if !lan && mode != "wan" {
-                assert!(!has(&scene.udp(&scene.neighbour), &scene.node, path), "{case}: UDP");
+                assert!(!query_has(&scene.udp(&scene.neighbour), &scene.node, path), "{case}: UDP");
             }
             assert_eq!(scene.upstream.asked_for(path), 0, "{case}: nothing is published");
         }
@@ -426,7 +427,7 @@ fn udp_query_causes_no_request_to_upstream() {
     let _daemon = scene.start("both", &[]);
     let udp = scene.udp(&scene.stranger);
     for name in NAMES {
-        assert!(!has(&udp, &scene.node, &scene.paths[name]), "{name}");
+        assert!(!query_has(&udp, &scene.node, &scene.paths[name]), "{name}");
     }
     assert!(scene.upstream.asked.lock().unwrap().len() <= 1);
     scene.upstream.open();
@@ -435,7 +436,7 @@ fn udp_query_causes_no_request_to_upstream() {
         get(&scene.stranger, scene.node(), &stock::narinfo_route(plain)).unwrap().status,
         200
     );
-    assert!(has(&udp, &scene.node, plain), "it is known now");
+    assert!(query_has(&udp, &scene.node, plain), "it is known now");
 }
 
 #[test]
@@ -504,7 +505,7 @@ fn upstream_gets_at_most_four_requests_and_one_per_path() {
     let upstream = &scene.upstream;
     // The node would pause requests to an upstream with errors.
     upstream.answers.lock().unwrap().remove(world::hash_part(&scene.paths["broken"]));
-    upstream.hold(MORE.iter().map(|name| &scene.paths[name]));
+    upstream.hold(MORE_NAMES.iter().map(|name| &scene.paths[name]));
     let _daemon = scene.start("both", &[]);
     let plain = &scene.routes(&scene.paths["plain"])[2];
     assert_eq!(get(&scene.stranger, scene.node(), plain).unwrap().status, 200);
@@ -513,7 +514,7 @@ fn upstream_gets_at_most_four_requests_and_one_per_path() {
     // Nearly three requests for each path: 32 NARs, as many as one peer may read at once, and
     // three narinfos.
     let asked: Vec<&String> =
-        MORE.iter().flat_map(|name| [&scene.paths[name]; 3]).skip(1).collect();
+        MORE_NAMES.iter().flat_map(|name| [&scene.paths[name]; 3]).skip(1).collect();
     let ask = |(at, path): (usize, &&String)| {
         let route = scene.routes(path).swap_remove(if at < 32 { 2 } else { 0 });
         let mut connection =
@@ -528,7 +529,7 @@ fn upstream_gets_at_most_four_requests_and_one_per_path() {
     wait_for("four questions", || (upstream.gate.lock().unwrap().now == 4).then_some(()));
     // The waiting requests do not block other clients.
     assert_eq!(get(&scene.stranger, scene.node(), plain).unwrap().status, 200);
-    for name in MORE {
+    for name in MORE_NAMES {
         assert_eq!(stock::narinfo(&scene.neighbour, &scene.node, &scene.paths[name]).status, 200);
         assert_eq!(
             get_local(&scene.node, &stock::narinfo_route(&scene.paths[name])).unwrap().status,

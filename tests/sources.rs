@@ -2,7 +2,7 @@
 //! path.
 
 use crate::common::http::{self, Connection, Reply, Request, Server};
-use crate::common::standin::{Shelf, StandIn, field, have};
+use crate::common::standin::{StandIn, StaticCache, field, have};
 use crate::common::{
     Asker, Daemon, Holder, Host, Lan, Scale, World, daemon, nix, thread, wait_for, world,
 };
@@ -13,14 +13,14 @@ const DRIP: (usize, Duration) = (900, Duration::from_millis(100));
 
 /// Bound for a fetch that must not depend on a slow peer. A closure of 300 takes less on a busy
 /// machine, and more from a peer at the pace of [`DRIP`].
-const NOT_SLOW: Duration = Duration::from_secs(120);
+const MAX_FETCH_TIME: Duration = Duration::from_secs(120);
 
 /// Answers like a peer with all of the world's static cache; `send` makes the answers for NARs.
 fn holding(
     world: &World,
     send: impl Fn(&Request, Vec<u8>) -> Reply + Send + Sync + 'static,
 ) -> impl Fn(&Request) -> Reply + Send + Sync + 'static {
-    let shelf = Shelf::of(world);
+    let shelf = StaticCache::of(world);
     move |request| {
         let missing = || Reply::Whole(404, vec![]);
         let Some(name) = request.path.strip_prefix("/local/") else { return missing() };
@@ -85,9 +85,9 @@ fn slow_neighbour_beside_good_one_does_not_delay_closure() {
     let asker = Asker::new(&lan, &world, &[&good]);
     let (_host, slow) = slow_neighbour(&lan, &world, &asker, DRIP);
     let began = Instant::now();
-    assert_eq!(asker.fetches(&world, world.path("closure300")).len(), 300);
+    assert_eq!(asker.fetch_and_check(&world, world.path("closure300")).len(), 300);
     eprintln!("closure of 300 beside a slow neighbour: {:?}", began.elapsed());
-    assert!(began.elapsed() < NOT_SLOW, "{:?}", began.elapsed());
+    assert!(began.elapsed() < MAX_FETCH_TIME, "{:?}", began.elapsed());
     // The asker tries the slow neighbour and leaves it.
     assert!(slow.was_asked(".nar"));
     assert!(asker.daemon.log().contains("leaves peer"));
@@ -104,9 +104,9 @@ fn large_nar_continues_from_other_holder_after_slow_one() {
     let good = Holder::new(&lan, &world, "good");
     asker.meet(&[&good]);
     let began = Instant::now();
-    asker.fetches(&world, world.path("middle"));
+    asker.fetch_and_check(&world, world.path("middle"));
     eprintln!("64 MiB, first from a slow neighbour: {:?}", began.elapsed());
-    assert!(began.elapsed() < NOT_SLOW, "{:?}", began.elapsed());
+    assert!(began.elapsed() < MAX_FETCH_TIME, "{:?}", began.elapsed());
 }
 
 #[test]
@@ -117,7 +117,7 @@ fn slow_sole_holder_is_not_left() {
     // The transfer lasts several times as long as the period over which the pace is measured.
     let (_host, slow) = slow_neighbour(&lan, &world, &asker, (4000, Duration::from_millis(100)));
     let url = nar_url(&asker, world.path("large"));
-    let size = Shelf::of(&world).nar(world::hash_part(world.path("large"))).unwrap().len();
+    let size = StaticCache::of(&world).nar(world::hash_part(world.path("large"))).unwrap().len();
     assert!(size > 8 * 40_000, "{size} bytes are there in less than 8 s");
     assert_eq!(get_nar(&asker, &url), (size, true));
     let asked =
@@ -146,7 +146,7 @@ fn holder_that_becomes_slow_in_mid_nar_is_left() {
     });
     holders[sender].host.slow_sending(2);
     nix::assert_quiet(&nix.wait_with_output().expect("it is ours"));
-    asker.has_whole(&world, world.path("middle"));
+    asker.assert_closure_complete(&world, world.path("middle"));
     assert!(asker.daemon.log().contains("leaves peer"), "{}", asker.daemon.log());
     assert!(holders[1 - sender].host.sent() - before[1 - sender] > 16 << 20);
 }
@@ -163,7 +163,7 @@ fn closure_comes_from_all_holders() {
     // At 5 Mbit/s the links are the bottleneck, even if processors are busy.
     holders.iter().for_each(|holder| holder.host.slow_sending(5));
     let began = Instant::now();
-    assert_eq!(asker.fetches(&world, world.path("closure1000")).len(), 1000);
+    assert_eq!(asker.fetch_and_check(&world, world.path("closure1000")).len(), 1000);
     let took = began.elapsed();
     let nars = nars(&asker);
     eprintln!("closure of 1000 from four holders: {took:?}, {nars:?}");
@@ -193,7 +193,7 @@ fn range_missing_at_sole_holder_gets_404() {
     let short = StandIn::start(&host, have(|_| true), answers);
     short.meet(&host, &asker.host);
     let url = nar_url(&asker, world.path("large"));
-    let size = Shelf::of(&world).nar(world::hash_part(world.path("large"))).unwrap().len();
+    let size = StaticCache::of(&world).nar(world::hash_part(world.path("large"))).unwrap().len();
     let mut connection = Connection::new(asker.host.connect_local().unwrap()).unwrap();
     let answer = connection
         .ask("GET", &url, &format!("Range: bytes={}-\r\n", size - 10))
@@ -299,9 +299,9 @@ fn slow_neighbour_is_left_for_upstream_cache_with_path() {
         began.elapsed()
     );
     nix::assert_succeeded(&output);
-    assert_eq!(asker.has_whole(&world, world.path("closure300")).len(), 300);
-    asker.has_whole(&world, world.path("large"));
-    assert!(began.elapsed() < NOT_SLOW, "{:?}", began.elapsed());
+    assert_eq!(asker.assert_closure_complete(&world, world.path("closure300")).len(), 300);
+    asker.assert_closure_complete(&world, world.path("large"));
+    assert!(began.elapsed() < MAX_FETCH_TIME, "{:?}", began.elapsed());
     assert!(asker.daemon.log().contains("from the upstream cache"), "{}", asker.daemon.log());
 }
 
@@ -313,7 +313,7 @@ fn nar_left_to_upstream_is_served_slowly_on_retry() {
     let asker = beside_upstream(&lan, &world, &cache.url);
     let (_host, _slow) = slow_neighbour(&lan, &world, &asker, (10_000, Duration::from_millis(100)));
     let url = nar_url(&asker, world.path("large"));
-    let size = Shelf::of(&world).nar(world::hash_part(world.path("large"))).unwrap().len();
+    let size = StaticCache::of(&world).nar(world::hash_part(world.path("large"))).unwrap().len();
     let (came, is_whole) = get_nar(&asker, &url);
     assert!(!is_whole && came < size, "{came} of {size}");
     // The rest is a 404, so that Nix turns to upstream.
@@ -331,7 +331,7 @@ fn slow_neighbour_is_not_left_without_certain_upstream() {
     let lan = Lan::new();
     let world = World::on(&lan);
     let cache = Cache::start(&lan, &world);
-    let size = Shelf::of(&world).nar(world::hash_part(world.path("large"))).unwrap().len();
+    let size = StaticCache::of(&world).nar(world::hash_part(world.path("large"))).unwrap().len();
     let nobody = format!("http://{}:8080", lan.address(99));
     let flags = ["--upstream-cache", &cache.url].map(str::to_owned).to_vec();
     let other_key = "other-1:dw6gRsgENbg3ZRarDaIEP6t3wwkl5ML26Gov7r1VLrA=";

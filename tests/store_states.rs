@@ -80,13 +80,13 @@ fn in_namespace() {
 
 fn idle_without_daemon(first: &str) {
     // Nix up to 2.8 at least removes the files when it ends; later versions leave them.
-    sleep_database();
+    close_database();
     let mut reader = Reader::start();
     assert!(!wal().exists() && !shm().exists());
     reader.finds(first);
     assert!(reader.log().contains("read as immutable"), "{}", reader.log());
     let second = add("second");
-    sleep_database();
+    close_database();
     assert!(!wal().exists() && !shm().exists());
     reader.finds(&second);
     run("nix-store", &["--delete", &second]);
@@ -100,7 +100,7 @@ fn idle_without_daemon(first: &str) {
     let third = add("third");
     reader.finds(&third);
     drop(reader);
-    sleep_database();
+    close_database();
 }
 
 fn files_in_part(first: &str) {
@@ -110,7 +110,7 @@ fn files_in_part(first: &str) {
         reader.finds(first);
         files.iter().for_each(|file| assert!(file.exists()));
         drop(reader);
-        sleep_database();
+        close_database();
     }
 }
 
@@ -147,7 +147,7 @@ fn after_a_crash() {
     reader.finds(&path);
     assert!(reader.log().contains("after nix-daemon had opened it"), "{}", reader.log());
     drop((reader, daemon));
-    sleep_database();
+    close_database();
 }
 
 fn with_daemon(first: &str) {
@@ -163,7 +163,7 @@ fn with_daemon(first: &str) {
     let added = add("after daemon");
     reader.finds(&added);
     drop(reader);
-    sleep_database();
+    close_database();
 }
 
 fn while_nix_writes(first: &str) {
@@ -184,7 +184,7 @@ fn while_nix_writes(first: &str) {
             hammer.log()
         );
         drop((somebody, reader, hammer));
-        sleep_database();
+        close_database();
     }
 }
 
@@ -206,7 +206,7 @@ fn not_permitted() {
     let answer = Reader::start().ask(&format!("/nix/store/{}-x", "1".repeat(32)));
     assert!(answer.contains("not readable"), "{answer}");
     fs::set_permissions(dir, fs::Permissions::from_mode(0o755)).unwrap();
-    sleep_database();
+    close_database();
 }
 
 fn same_bytes_as_nix() {
@@ -357,7 +357,7 @@ fn open_read_write() -> rusqlite::Connection {
 
 /// Opens and closes the database as its last user, which removes the files beside it. Panics if
 /// another process keeps it open for longer than [`DEADLINE`].
-fn sleep_database() {
+fn close_database() {
     let deadline = Instant::now() + DEADLINE;
     while wal().exists() || shm().exists() {
         drop(open_read_write());
@@ -390,7 +390,7 @@ impl Daemon {
         connection.shutdown(Shutdown::Write).unwrap();
         connection.set_read_timeout(Some(DEADLINE)).unwrap();
         let _ = connection.read_to_end(&mut Vec::new());
-        sleep_database();
+        close_database();
         daemon
     }
 }
@@ -478,7 +478,7 @@ fn next_line() -> Option<String> {
 }
 
 /// Repeats a lookup while the database is locked, for at most [`DEADLINE`].
-fn patiently<T>(lookup: impl Fn() -> Result<T, StoreError>) -> Result<T, StoreError> {
+fn retry_while_busy<T>(lookup: impl Fn() -> Result<T, StoreError>) -> Result<T, StoreError> {
     let deadline = Instant::now() + DEADLINE;
     loop {
         match lookup() {
@@ -503,9 +503,11 @@ fn reader() {
         }
         let store = store.as_ref().unwrap();
         // On a busy machine another process may hold its lock for longer than a lookup waits.
-        let info = patiently(|| store.path_info(&part))?;
+        let info = retry_while_busy(|| store.path_info(&part))?;
         assert_eq!(
-            patiently(|| store.path_infos_quickly(&[part]).map(|mut infos| infos.remove(0)))?,
+            retry_while_busy(|| store
+                .path_infos_quickly(&[part])
+                .map(|mut infos| infos.remove(0)))?,
             info
         );
         Ok::<_, StoreError>(

@@ -6,8 +6,8 @@
 
 use crate::common::http::{Answer, Connection, Reply, Server};
 use crate::common::solo::{
-    Solo, TempDir, announce, clock, fresh_network, fresh_source, identity, post, signed_announce,
-    signed_filter_headers, signed_report, stamp,
+    LoopbackTracker, TempDir, announce, clock, fresh_network, fresh_source, identity, post,
+    signed_announce, signed_filter_headers, signed_report, stamp,
 };
 use crate::common::tracker::Tracker;
 use crate::common::{DEADLINE, Lan, PORT, Scale, wait_for};
@@ -18,21 +18,21 @@ use serde_json::{Value, json};
 use std::net::Ipv4Addr;
 
 /// Starts a tracker; returns the directory of its database and the tracker.
-fn tracker() -> (TempDir, Solo) {
+fn tracker() -> (TempDir, LoopbackTracker) {
     let dir = TempDir::new();
-    let tracker = Solo::start(&dir.file("db"));
+    let tracker = LoopbackTracker::start(&dir.file("db"));
     (dir, tracker)
 }
 
 /// Checks an answer's status and body.
 #[track_caller]
-fn is(answer: &Answer, status: u16, body: &str) {
+fn assert_answer(answer: &Answer, status: u16, body: &str) {
     assert_eq!((answer.status, answer.text().as_str()), (status, body));
 }
 
 /// Checks an answer's status, and returns its error text.
 #[track_caller]
-fn error(answer: &Answer, status: u16) -> String {
+fn assert_error(answer: &Answer, status: u16) -> String {
     assert_eq!(answer.status, status, "{}", answer.text());
     assert_eq!(answer.header("content-type"), Some("application/json"));
     let body: Value = serde_json::from_slice(&answer.body).expect("JSON");
@@ -67,7 +67,7 @@ fn original_client_requests_get_original_answers() {
     let mut ask = |method: &str, path: &str, body: Option<&str>, status: u16, expected: &str| {
         let answer = as_the_original(&mut c, method, path, body);
         assert_eq!(answer.header("content-type"), Some("application/json"));
-        is(&answer, status, expected);
+        assert_answer(&answer, status, expected);
     };
     ask("GET", "/peers", None, 200, r#"{"peers":[]}"#);
     let announce = r#"{"peer_id": "9f3c", "port": 12304, "addr": "10.0.0.1"}"#;
@@ -129,7 +129,7 @@ fn original_client_requests_get_original_answers() {
 }
 
 /// Announces two peers with keys, each from an address in another network.
-fn two_networks(tracker: &Solo, keys: [(&str, &Identity); 2]) -> [Connection; 2] {
+fn two_networks(tracker: &LoopbackTracker, keys: [(&str, &Identity); 2]) -> [Connection; 2] {
     keys.map(|(id, key)| {
         let mut c = tracker.connect_from(fresh_network()).unwrap();
         let announced = post(&mut c, "/announce", &signed_announce(key, id, 1, "10.0.0.1"));
@@ -156,7 +156,7 @@ fn reports_within_five_percent_are_consistent() {
         let begun = post(&mut at_b, "/transfer/init", br#"{"sender_id":"a","receiver_id":"b"}"#);
         let id =
             serde_json::from_slice::<Value>(&begun.body).unwrap()["transfer_id"].as_u64().unwrap();
-        is(
+        assert_answer(
             &post(&mut at_a, "/report", &signed_report(&a, id, "a", "sender", sent)),
             200,
             r#"{"status":"pending"}"#,
@@ -164,8 +164,8 @@ fn reports_within_five_percent_are_consistent() {
         let resolved = format!(r#"{{"status":"resolved","consistent":{consistent}}}"#);
         let mut receive =
             || post(&mut at_b, "/report", &signed_report(&b, id, "b", "receiver", received));
-        is(&receive(), 200, &resolved);
-        is(&receive(), 409, r#"{"error":"transfer already resolved"}"#);
+        assert_answer(&receive(), 200, &resolved);
+        assert_answer(&receive(), 409, r#"{"error":"transfer already resolved"}"#);
     }
     let reputation = tracker.get("/reputation/a");
     let total = 100 + 95 + (1u64 << 44);
@@ -192,18 +192,18 @@ fn transfer_init_accepts_counts_from_1_to_256() {
             format!(r#"{{"sender_id":"a","receiver_id":"b","count":{count}}}"#).as_bytes(),
         )
     };
-    is(&init("1"), 200, r#"{"transfer_id":1,"count":1}"#);
-    is(&init("256"), 200, r#"{"transfer_id":2,"count":256}"#);
-    is(&init("null"), 200, r#"{"transfer_id":258}"#);
+    assert_answer(&init("1"), 200, r#"{"transfer_id":1,"count":1}"#);
+    assert_answer(&init("256"), 200, r#"{"transfer_id":2,"count":256}"#);
+    assert_answer(&init("null"), 200, r#"{"transfer_id":258}"#);
     for count in ["0", "257", "4294967295"] {
-        assert_eq!(error(&init(count), 400), "count: not from 1 to 256");
+        assert_eq!(assert_error(&init(count), 400), "count: not from 1 to 256");
     }
     for count in ["-1", "4294967296", "1e308", "\"1\"", "1.5", "[]"] {
-        assert!(error(&init(count), 400).starts_with("body: "));
+        assert!(assert_error(&init(count), 400).starts_with("body: "));
     }
-    is(&init("1"), 200, r#"{"transfer_id":259,"count":1}"#);
+    assert_answer(&init("1"), 200, r#"{"transfer_id":259,"count":1}"#);
     let same = post(&mut c, "/transfer/init", br#"{"sender_id":"a","receiver_id":"a"}"#);
-    assert_eq!(error(&same, 400), "sender_id and receiver_id are the same");
+    assert_eq!(assert_error(&same, 400), "sender_id and receiver_id are the same");
 }
 
 /// Only the holder of the key that is bound to a peer ID may announce an address for it.
@@ -220,38 +220,47 @@ fn bound_peer_id_rejects_other_keys() {
     let mut c = tracker.connect();
     let unsigned = announce("mine", 2, "10.0.0.2", Proof::default());
     assert_eq!(
-        error(&post(&mut c, "/announce", &unsigned), 403),
+        assert_error(&post(&mut c, "/announce", &unsigned), 403),
         "peer_id: bound to a key, which has to sign"
     );
     let theirs = signed_announce(&thief, "mine", 2, "10.0.0.2");
-    assert_eq!(error(&post(&mut c, "/announce", &theirs), 403), "peer_id: bound to another key");
+    assert_eq!(
+        assert_error(&post(&mut c, "/announce", &theirs), 403),
+        "peer_id: bound to another key"
+    );
     // The owner's public key with a signature by another key.
     let mut proof =
         thief.sign(&SignedText::Announce { peer_id: "mine", port: 2, addr: "10.0.0.2" }, stamp());
     proof.public_key = Some(owner.public().into());
     assert_eq!(
-        error(&post(&mut c, "/announce", &announce("mine", 2, "10.0.0.2", proof)), 403),
+        assert_error(&post(&mut c, "/announce", &announce("mine", 2, "10.0.0.2", proof)), 403),
         "signature: wrong"
     );
     let mut leave = |proof: &Proof| {
         let mut body = serde_json::to_value(proof).unwrap();
         body["peer_id"] = "mine".into();
-        c.tell("DELETE", "/announce", "", body.to_string().as_bytes()).unwrap()
+        c.request_with_body("DELETE", "/announce", "", body.to_string().as_bytes()).unwrap()
     };
-    error(&leave(&Proof::default()), 403);
-    error(&leave(&thief.sign(&SignedText::Leave { peer_id: "mine" }, stamp())), 403);
+    assert_error(&leave(&Proof::default()), 403);
+    assert_error(&leave(&thief.sign(&SignedText::Leave { peer_id: "mine" }, stamp())), 403);
     let bits = BloomFilter::for_paths(1);
     let headers = signed_filter_headers(&thief, "mine", bits.as_bytes());
-    error(&tracker.connect().tell("PUT", "/filter/mine", &headers, bits.as_bytes()).unwrap(), 403);
+    assert_error(
+        &tracker
+            .connect()
+            .request_with_body("PUT", "/filter/mine", &headers, bits.as_bytes())
+            .unwrap(),
+        403,
+    );
     // The thief cannot report for the owner either.
-    is(
+    assert_answer(
         &post(&mut c, "/transfer/init", br#"{"sender_id":"mine","receiver_id":"b"}"#),
         200,
         r#"{"transfer_id":1}"#,
     );
     let report = json!({ "transfer_id": 1, "peer_id": "mine", "role": "sender", "bytes": 5 });
-    error(&post(&mut c, "/report", report.to_string().as_bytes()), 403);
-    is(
+    assert_error(&post(&mut c, "/report", report.to_string().as_bytes()), 403);
+    assert_answer(
         &post(&mut c, "/report", &signed_report(&owner, 1, "mine", "sender", 5)),
         200,
         r#"{"status":"pending"}"#,
@@ -269,7 +278,7 @@ fn bound_peer_id_rejects_other_keys() {
 fn signatures_outside_time_window_are_rejected() {
     let dir = TempDir::new();
     let early = clock() - 2000;
-    let tracker = Solo::start(&dir.file("db"));
+    let tracker = LoopbackTracker::start(&dir.file("db"));
     let mut c = tracker.connect();
     let key = identity(3);
     let at = |peer_id: &str, stamp: u64| {
@@ -286,7 +295,7 @@ fn signatures_outside_time_window_are_rejected() {
         ("before the start", at("q", early), "earlier than the tracker's start"),
     ] {
         let answer = post(&mut c, "/announce", &body);
-        assert!(error(&answer, 403).contains(why), "{what}: {}", answer.text());
+        assert!(assert_error(&answer, 403).contains(why), "{what}: {}", answer.text());
         let now = serde_json::from_slice::<Value>(&answer.body).unwrap()["now"].as_u64().unwrap();
         assert!(now.abs_diff(clock()) < 60_000, "{what}: {now}");
     }
@@ -298,9 +307,9 @@ fn signatures_outside_time_window_are_rejected() {
     let unused = at("p", then);
     drop(tracker);
     wait_for("the clock", || (clock() > then).then_some(()));
-    let tracker = Solo::start(&dir.file("db"));
+    let tracker = LoopbackTracker::start(&dir.file("db"));
     let answer = post(&mut tracker.connect(), "/announce", &unused);
-    assert!(error(&answer, 403).contains("earlier than the tracker's start"));
+    assert!(assert_error(&answer, 403).contains("earlier than the tracker's start"));
 }
 
 #[test]
@@ -310,7 +319,7 @@ fn signature_of_other_statement_is_rejected() {
     let key = identity(4);
     let mut wrong = |proof: Proof| {
         let answer = post(&mut c, "/announce", &announce("p", 1, "10.0.0.1", proof));
-        error(&answer, 403)
+        assert_error(&answer, 403)
     };
     let other =
         |peer_id, port, addr| key.sign(&SignedText::Announce { peer_id, port, addr }, stamp());
@@ -393,7 +402,7 @@ fn invalid_fields_get_4xx_and_store_nothing() {
             answer.status,
             answer.text()
         );
-        let error = error(&answer, answer.status);
+        let error = assert_error(&answer, answer.status);
         assert!(!error.contains("1e308") && error.len() < 200, "{error}");
     };
     let announce = [("peer_id", "\"p\""), ("port", "1"), ("addr", "\"10.0.0.1\"")];
@@ -443,7 +452,7 @@ fn invalid_fields_get_4xx_and_store_nothing() {
         }
     }
     assert_eq!(tracker.get("/peers")["peers"].as_array().map(Vec::len), Some(0));
-    is(
+    assert_answer(
         &post(&mut c, "/transfer/init", br#"{"sender_id":"a","receiver_id":"b"}"#),
         200,
         r#"{"transfer_id":1}"#,
@@ -478,11 +487,11 @@ fn announced_addresses_are_validated() {
         &long[..254],
     ] {
         let answer = post(&mut c, "/announce", &announce("p", 1, bad, Proof::default()));
-        assert!(error(&answer, 400).starts_with("addr: "), "{bad}: {}", answer.text());
+        assert!(assert_error(&answer, 400).starts_with("addr: "), "{bad}: {}", answer.text());
     }
     // An empty address counts as missing, and the tracker rejects loopback as the sender's address.
     let answer = post(&mut c, "/announce", &announce("p", 1, "", Proof::default()));
-    assert!(error(&answer, 400).starts_with("addr: required"));
+    assert!(assert_error(&answer, 400).starts_with("addr: required"));
     assert_eq!(tracker.get("/peers")["peers"].as_array().map(Vec::len), Some(0));
     let longest = format!("{}a", "a.".repeat(126));
     let good = [
@@ -496,7 +505,7 @@ fn announced_addresses_are_validated() {
     ];
     for (port, addr) in (1..).zip(good) {
         let body = announce(&format!("peer {port}"), port, addr, Proof::default());
-        is(&post(&mut c, "/announce", &body), 200, r#"{"status":"ok"}"#);
+        assert_answer(&post(&mut c, "/announce", &body), 200, r#"{"status":"ok"}"#);
     }
     let peers = tracker.get("/peers");
     let mut listed: Vec<&str> =
@@ -522,36 +531,37 @@ fn hash_part(path: u64) -> HashPart {
 }
 
 /// Announces a peer with that key and publishes its filter, from fresh addresses.
-fn publish(tracker: &Solo, key: &Identity, peer_id: &str, filter: &BloomFilter) {
+fn publish(tracker: &LoopbackTracker, key: &Identity, peer_id: &str, filter: &BloomFilter) {
     let mut c = tracker.connect();
     let announced = post(&mut c, "/announce", &signed_announce(key, peer_id, 1, "10.0.0.1"));
     assert_eq!(announced.status, 200, "{}", announced.text());
     let headers = signed_filter_headers(key, peer_id, filter.as_bytes());
-    is(
-        &c.tell("PUT", &format!("/filter/{peer_id}"), &headers, filter.as_bytes()).unwrap(),
+    assert_answer(
+        &c.request_with_body("PUT", &format!("/filter/{peer_id}"), &headers, filter.as_bytes())
+            .unwrap(),
         200,
         r#"{"status":"ok"}"#,
     );
 }
 
 /// The peer IDs in the list `list` of a lookup's answer.
-fn found(tracker: &Solo, list: &str, path: u64) -> Vec<String> {
+fn found(tracker: &LoopbackTracker, list: &str, path: u64) -> Vec<String> {
     let answer = tracker.get(&format!("/lookup/{}", hash_part(path)));
     let ids = answer[list].as_array().unwrap().iter();
     ids.map(|peer| peer["peer_id"].as_str().unwrap().to_owned()).collect()
 }
 
 /// Makes a transfer of `bytes` bytes to another peer on which both sides agree.
-fn transfer(tracker: &Solo, sender: (&str, &Identity), bytes: u64) {
+fn transfer(tracker: &LoopbackTracker, sender: (&str, &Identity), bytes: u64) {
     let receiver = ("someone", &identity(99));
     let [mut at_sender, mut at_receiver] = two_networks(tracker, [sender, receiver]);
     let init = json!({ "sender_id": sender.0, "receiver_id": receiver.0 });
     let begun = post(&mut at_receiver, "/transfer/init", init.to_string().as_bytes());
     let id = serde_json::from_slice::<Value>(&begun.body).unwrap()["transfer_id"].as_u64().unwrap();
     let sent = signed_report(sender.1, id, sender.0, "sender", bytes);
-    is(&post(&mut at_sender, "/report", &sent), 200, r#"{"status":"pending"}"#);
+    assert_answer(&post(&mut at_sender, "/report", &sent), 200, r#"{"status":"pending"}"#);
     let received = signed_report(receiver.1, id, receiver.0, "receiver", bytes);
-    is(
+    assert_answer(
         &post(&mut at_receiver, "/report", &received),
         200,
         r#"{"status":"resolved","consistent":true}"#,
@@ -559,8 +569,10 @@ fn transfer(tracker: &Solo, sender: (&str, &Identity), bytes: u64) {
     let proof = receiver.1.sign(&SignedText::Leave { peer_id: receiver.0 }, stamp());
     let mut body = serde_json::to_value(proof).unwrap();
     body["peer_id"] = receiver.0.into();
-    is(
-        &at_receiver.tell("DELETE", "/announce", "", body.to_string().as_bytes()).unwrap(),
+    assert_answer(
+        &at_receiver
+            .request_with_body("DELETE", "/announce", "", body.to_string().as_bytes())
+            .unwrap(),
         200,
         r#"{"status":"ok"}"#,
     );
@@ -606,20 +618,22 @@ fn lookups_list_peers_by_reputation_without_departed_ones() {
             .unwrap_or_default();
         let mut body = serde_json::to_value(proof).unwrap();
         body["peer_id"] = peer.into();
-        c.tell("DELETE", "/announce", "", body.to_string().as_bytes()).unwrap()
+        c.request_with_body("DELETE", "/announce", "", body.to_string().as_bytes()).unwrap()
     };
-    is(&leave("much", Some(&keys[2])), 200, r#"{"status":"ok"}"#);
-    is(&leave("old", None), 200, r#"{"status":"ok"}"#);
+    assert_answer(&leave("much", Some(&keys[2])), 200, r#"{"status":"ok"}"#);
+    assert_answer(&leave("old", None), 200, r#"{"status":"ok"}"#);
     for gone in [leave("much", Some(&keys[2])), leave("old", None), leave("never", None)] {
-        assert_eq!(error(&gone, 404), "announce first");
+        assert_eq!(assert_error(&gone, 404), "announce first");
     }
     assert_eq!(found(&tracker, "candidates", 2), ["little", "none"]);
     assert_eq!(found(&tracker, "others", 2), ["old and good"]);
     assert_eq!(tracker.get("/peers")["peers"].as_array().map(Vec::len), Some(4));
     // Only the address that announced an ID without a key can remove it.
     let mut other = tracker.connect();
-    let answer = other.tell("DELETE", "/announce", "", br#"{"peer_id":"old and good"}"#).unwrap();
-    assert_eq!(error(&answer, 403), "peer_id: announced from another address");
+    let answer = other
+        .request_with_body("DELETE", "/announce", "", br#"{"peer_id":"old and good"}"#)
+        .unwrap();
+    assert_eq!(assert_error(&answer, 403), "peer_id: announced from another address");
     // A peer that announces itself again has no filter until it uploads one.
     post(&mut other, "/announce", &signed_announce(&keys[2], "much", 1, "10.0.0.1"));
     assert_eq!(found(&tracker, "candidates", 2), ["little", "none"]);
@@ -656,11 +670,11 @@ fn unknown_targets_and_methods_get_4xx() {
         ("GET", "/reach/12304", 400),
     ] {
         let answer = c.ask(method, path, "").unwrap();
-        error(&answer, status);
+        assert_error(&answer, status);
         assert_eq!(answer.header("allow").is_some(), status == 405, "{method} {path}");
     }
     let long = tracker.connect().get(&format!("/reputation/{}", "x".repeat(1100))).unwrap();
-    assert_eq!(error(&long, 400), "target: too long");
+    assert_eq!(assert_error(&long, 400), "target: too long");
     let id = "ein peer/é";
     transfer(&tracker, (id, &identity(42)), 7);
     let reputation = tracker.get("/reputation/ein%20peer%2F%C3%A9");
@@ -685,22 +699,22 @@ fn reach_reports_peerix_at_client_address() {
         format!("{{\"addr\":\"{}\",\"port\":{PORT},\"reached\":{reached}}}", node.address)
     };
 
-    is(&ask(""), 200, &said(false));
+    assert_answer(&ask(""), 200, &said(false));
     let server = |body: &'static [u8]| {
         Server::start(node.listen(PORT), move |_| Reply::Whole(200, body.to_vec()))
     };
     let program = server(b"hello");
-    is(&ask(""), 200, &said(false));
+    assert_answer(&ask(""), 200, &said(false));
     drop(program);
     let peerix = server(b"StoreDir: /nix/store\nWantMassQuery: 1\nPriority: 20\n");
-    is(&ask(""), 200, &said(true));
+    assert_answer(&ask(""), 200, &said(true));
     for field in [
         "X-Forwarded-For: 10.0.0.1",
         "Forwarded: for=10.0.0.1",
         "X-Real-IP: 10.0.0.1",
         "Via: 1.1 proxy",
     ] {
-        assert!(error(&ask(&format!("{field}\r\n")), 400).contains("proxy"), "{field}");
+        assert!(assert_error(&ask(&format!("{field}\r\n")), 400).contains("proxy"), "{field}");
     }
 
     // No answer arrives: while the tracker waits, it blocks this address and no other one.
@@ -712,9 +726,9 @@ fn reach_reports_peerix_at_client_address() {
     assert_eq!(elsewhere.ask("GET", &target, "").unwrap().status, 200);
     let mut answers = both.map(|mut connection| connection.answer(true).unwrap());
     answers.sort_by_key(|answer| answer.status);
-    is(&answers[0], 200, &said(false));
+    assert_answer(&answers[0], 200, &said(false));
     assert!(
-        error(&answers[1], 429).contains("one at a time")
+        assert_error(&answers[1], 429).contains("one at a time")
             && answers[1].header("retry-after").is_some()
     );
     drop(peerix);
@@ -726,36 +740,43 @@ fn invalid_filters_are_rejected() {
     let key = identity(20);
     let good = filter([1]);
     let put = |headers: &str, peer_id: &str, body: &[u8]| {
-        tracker.connect().tell("PUT", &format!("/filter/{peer_id}"), headers, body).unwrap()
+        tracker
+            .connect()
+            .request_with_body("PUT", &format!("/filter/{peer_id}"), headers, body)
+            .unwrap()
     };
     let signed = |peer_id: &str, body: &[u8]| {
         put(&signed_filter_headers(&key, peer_id, body), peer_id, body)
     };
-    assert_eq!(error(&signed("f", good.as_bytes()), 404), "announce first");
+    assert_eq!(assert_error(&signed("f", good.as_bytes()), 404), "announce first");
     post(
         &mut tracker.connect(),
         "/announce",
         &announce("unbound", 1, "10.0.0.1", Proof::default()),
     );
-    assert_eq!(error(&signed("unbound", good.as_bytes()), 404), "announce first");
+    assert_eq!(assert_error(&signed("unbound", good.as_bytes()), 404), "announce first");
     assert_eq!(
-        error(&put("", "f", good.as_bytes()), 403),
+        assert_error(&put("", "f", good.as_bytes()), 403),
         "public_key, timestamp and signature: missing or malformed"
     );
 
     post(&mut tracker.connect(), "/announce", &signed_announce(&key, "f", 1, "10.0.0.1"));
     for size in [0, 1, 1023, 1025, 1200, 100_000] {
         let answer = signed("f", &vec![0; size]);
-        assert_eq!(error(&answer, 400), "body: of a size that filters do not have", "{size}");
+        assert_eq!(
+            assert_error(&answer, 400),
+            "body: of a size that filters do not have",
+            "{size}"
+        );
     }
     // The signature is for other bits.
     let headers = signed_filter_headers(&key, "f", good.as_bytes());
-    assert_eq!(error(&put(&headers, "f", filter([2]).as_bytes()), 403), "signature: wrong");
+    assert_eq!(assert_error(&put(&headers, "f", filter([2]).as_bytes()), 403), "signature: wrong");
     assert_eq!(found(&tracker, "candidates", 1), [""; 0]);
-    is(&signed("f", good.as_bytes()), 200, r#"{"status":"ok"}"#);
+    assert_answer(&signed("f", good.as_bytes()), 200, r#"{"status":"ok"}"#);
     assert_eq!(found(&tracker, "candidates", 1), ["f"]);
     let soon = signed("f", filter([2]).as_bytes());
-    assert_eq!(error(&soon, 429), "too soon after the last one");
+    assert_eq!(assert_error(&soon, 429), "too soon after the last one");
     let wait: u64 = soon.header("retry-after").unwrap().parse().unwrap();
     assert!((1..=25).contains(&wait), "{wait}");
     assert_eq!(
@@ -766,14 +787,17 @@ fn invalid_filters_are_rejected() {
     let full = identity(22);
     post(&mut tracker.connect(), "/announce", &signed_announce(&full, "full", 1, "10.0.0.1"));
     let answer = put(&signed_filter_headers(&full, "full", &[0xff; 1024]), "full", &[0xff; 1024]);
-    assert_eq!(error(&answer, 400), "body: more bits are set than a filter of its size may have");
+    assert_eq!(
+        assert_error(&answer, 400),
+        "body: more bits are set than a filter of its size may have"
+    );
     // The largest filter size.
     let large = identity(21);
     let mut most = BloomFilter::for_paths(u64::MAX);
     most.insert(&hash_part(2));
     let bits = most.as_bytes().to_vec();
     post(&mut tracker.connect(), "/announce", &signed_announce(&large, "large", 1, "10.0.0.1"));
-    is(
+    assert_answer(
         &put(&signed_filter_headers(&large, "large", &bits), "large", &bits),
         200,
         r#"{"status":"ok"}"#,
@@ -809,7 +833,7 @@ fn oversized_or_missing_bodies_do_not_block_others() {
         );
         c.send(head.as_bytes()).unwrap();
         let _ = c.send(&five);
-        assert_eq!(error(&c.answer(true).unwrap(), 413), "body: too large");
+        assert_eq!(assert_error(&c.answer(true).unwrap(), 413), "body: too large");
     }
     let key = identity(30);
     post(&mut tracker.connect(), "/announce", &signed_announce(&key, "p", 1, "10.0.0.1"));
@@ -821,7 +845,7 @@ fn oversized_or_missing_bodies_do_not_block_others() {
     );
     c.send(head.as_bytes()).unwrap();
     let _ = c.send(&five);
-    error(&c.answer(true).unwrap(), 413);
+    assert_error(&c.answer(true).unwrap(), 413);
 
     // Twenty announced filters that never arrive occupy at most eight places, for a limited time.
     let bits = vec![0; 1 << 20];
@@ -848,15 +872,18 @@ fn oversized_or_missing_bodies_do_not_block_others() {
     assert_eq!(refused, 12, "{answers:?}");
     for answer in answers.iter().flatten().filter(|answer| answer.status == 503) {
         assert_eq!(
-            (error(answer, 503).as_str(), answer.header("retry-after")),
+            (assert_error(answer, 503).as_str(), answer.header("retry-after")),
             ("too many filters at once", Some("2"))
         );
     }
     // All places are free again.
     let bits = filter([1]);
     let headers = signed_filter_headers(&key, "p", bits.as_bytes());
-    is(
-        &tracker.connect().tell("PUT", "/filter/p", &headers, bits.as_bytes()).unwrap(),
+    assert_answer(
+        &tracker
+            .connect()
+            .request_with_body("PUT", "/filter/p", &headers, bits.as_bytes())
+            .unwrap(),
         200,
         r#"{"status":"ok"}"#,
     );
@@ -875,7 +902,7 @@ fn requests_above_rate_limit_get_429() {
     assert!(!refused.is_empty());
     for answer in &refused {
         assert_eq!(
-            (error(answer, 429).as_str(), answer.header("retry-after")),
+            (assert_error(answer, 429).as_str(), answer.header("retry-after")),
             ("too many requests", Some("1"))
         );
     }
@@ -898,31 +925,32 @@ fn requests_above_rate_limit_get_429() {
 #[test]
 fn address_behind_known_proxy_is_the_forwarded_one() {
     let dir = TempDir::new();
-    let plain = Solo::start(&dir.file("plain"));
-    let known = Solo::flagged(&dir.file("known"), Scale::default(), &["--proxy", "127.0.0.1"]);
-    let announce = |tracker: &Solo, from: Ipv4Addr, forwarded: &str| {
+    let plain = LoopbackTracker::start(&dir.file("plain"));
+    let known =
+        LoopbackTracker::flagged(&dir.file("known"), Scale::default(), &["--proxy", "127.0.0.1"]);
+    let announce = |tracker: &LoopbackTracker, from: Ipv4Addr, forwarded: &str| {
         let mut c = tracker.connect_from(from).unwrap();
         let headers = format!("Content-Type: application/json\r\nX-Forwarded-For: {forwarded}\r\n");
-        c.tell("POST", "/announce", &headers, br#"{"peer_id":"a","port":1}"#).unwrap()
+        c.request_with_body("POST", "/announce", &headers, br#"{"peer_id":"a","port":1}"#).unwrap()
     };
     let (proxy, stranger) = (Ipv4Addr::new(127, 0, 0, 1), Ipv4Addr::new(127, 0, 0, 2));
-    let refused = error(&announce(&plain, proxy, "192.0.2.7"), 400);
+    let refused = assert_error(&announce(&plain, proxy, "192.0.2.7"), 400);
     assert!(refused.contains("--announce-addr") && refused.contains("--proxy"), "{refused}");
-    is(&announce(&known, proxy, "198.51.100.1, 192.0.2.7"), 200, r#"{"status":"ok"}"#);
+    assert_answer(&announce(&known, proxy, "198.51.100.1, 192.0.2.7"), 200, r#"{"status":"ok"}"#);
     assert_eq!(
         known.get("/peers")["peers"][0]["addr"],
         "192.0.2.7",
         "the last one, which the proxy itself has seen"
     );
     // A proxy may append a second field after the client's, or forward an invalid address.
-    is(
+    assert_answer(
         &announce(&known, proxy, "192.0.2.9\r\nX-Forwarded-For: 192.0.2.7"),
         200,
         r#"{"status":"ok"}"#,
     );
     assert_eq!(known.get("/peers")["peers"][0]["addr"], "192.0.2.7");
-    assert!(error(&announce(&known, proxy, "192.0.2.9, unknown"), 400).contains("proxy"));
+    assert!(assert_error(&announce(&known, proxy, "192.0.2.9, unknown"), 400).contains("proxy"));
     // Fields from other clients than the proxy are refused.
-    assert!(error(&announce(&known, stranger, "192.0.2.8"), 400).contains("proxy"));
+    assert!(assert_error(&announce(&known, stranger, "192.0.2.8"), 400).contains("proxy"));
     assert_eq!(known.get("/peers")["peers"][0]["addr"], "192.0.2.7");
 }

@@ -3,8 +3,8 @@
 
 use crate::common::http::{Answer, Connection};
 use crate::common::solo::{
-    Solo, TempDir, announce, clock, command, connect, fresh_network, fresh_source, identity, post,
-    signed_announce, signed_filter_headers, signed_report,
+    LoopbackTracker, TempDir, announce, clock, command, connect, fresh_network, fresh_source,
+    identity, post, signed_announce, signed_filter_headers, signed_report,
 };
 use crate::common::{Scale, thread, wait_for};
 use peerix::deferred::Deferred;
@@ -28,7 +28,7 @@ const RECEIVERS: u64 = 1 << 41;
 
 /// Requests that the tracker acknowledged with 200, and requests it was sent.
 #[derive(Default)]
-struct Heard {
+struct Acknowledged {
     /// Numbers of keys and of the IDs bound to them.
     identities: Vec<u64>,
     transfers: Vec<u64>,
@@ -46,7 +46,12 @@ fn value(answer: &Answer) -> Value {
 
 /// Sends requests like a node that transfers very many paths. Errors: the connection failed,
 /// because the tracker was killed.
-fn load(port: u16, thread: u64, next: &AtomicU64, heard: &Mutex<Heard>) -> std::io::Result<()> {
+fn load(
+    port: u16,
+    thread: u64,
+    next: &AtomicU64,
+    heard: &Mutex<Acknowledged>,
+) -> std::io::Result<()> {
     let mut c = connect(port, fresh_source())?;
     let json = "Content-Type: application/json\r\n";
     let (sender, receiver) = (format!("sender-{thread}"), format!("receiver-{thread}"));
@@ -55,25 +60,29 @@ fn load(port: u16, thread: u64, next: &AtomicU64, heard: &Mutex<Heard>) -> std::
     for (c, key, peer) in
         [(&mut at_sender, &sender_key, &sender), (&mut c, &receiver_key, &receiver)]
     {
-        let answer =
-            c.tell("POST", "/announce", json, &signed_announce(key, peer, 1, "10.0.0.1"))?;
+        let answer = c.request_with_body(
+            "POST",
+            "/announce",
+            json,
+            &signed_announce(key, peer, 1, "10.0.0.1"),
+        )?;
         assert_eq!(answer.status, 200, "{}", answer.text());
     }
     // The tracker accepts a burst of 200 announces from one address.
     for _ in 0..180 {
         let number = next.fetch_add(1, Ordering::Relaxed);
         let body = signed_announce(&identity(number), &format!("peer-{number}"), 1, "10.0.0.1");
-        let answer = c.tell("POST", "/announce", json, &body)?;
+        let answer = c.request_with_body("POST", "/announce", json, &body)?;
         assert_eq!(answer.status, 200, "{}", answer.text());
         heard.lock().unwrap().identities.push(number);
 
         let body = json!({"sender_id": sender, "receiver_id": receiver}).to_string();
-        let answer = c.tell("POST", "/transfer/init", json, body.as_bytes())?;
+        let answer = c.request_with_body("POST", "/transfer/init", json, body.as_bytes())?;
         assert_eq!(answer.status, 200, "{}", answer.text());
         let id = value(&answer)["transfer_id"].as_u64().unwrap();
         heard.lock().unwrap().transfers.push(id);
 
-        let answer = at_sender.tell(
+        let answer = at_sender.request_with_body(
             "POST",
             "/report",
             json,
@@ -85,7 +94,7 @@ fn load(port: u16, thread: u64, next: &AtomicU64, heard: &Mutex<Heard>) -> std::
             *heard.tried.entry(sender.clone()).or_default() += 1;
             heard.half.insert(id, sender.clone());
         }
-        let answer = c.tell(
+        let answer = c.request_with_body(
             "POST",
             "/report",
             json,
@@ -106,9 +115,9 @@ fn load(port: u16, thread: u64, next: &AtomicU64, heard: &Mutex<Heard>) -> std::
 fn tracker_killed_under_load_keeps_everything_acknowledged() {
     let dir = TempDir::new();
     let db = dir.file("db");
-    let (next, all) = (AtomicU64::new(1), Mutex::new(Heard::default()));
+    let (next, all) = (AtomicU64::new(1), Mutex::new(Acknowledged::default()));
     for round in 0..KILLS {
-        let mut tracker = Solo::start(&db);
+        let mut tracker = LoopbackTracker::start(&db);
         let (identities, transfers) = {
             let heard = all.lock().unwrap();
             (heard.identities.len(), heard.transfers.len())
@@ -132,7 +141,7 @@ fn tracker_killed_under_load_keeps_everything_acknowledged() {
             drop(is_dead);
             tracker.kill();
         });
-        let tracker = Solo::start(&db);
+        let tracker = LoopbackTracker::start(&db);
         let mut heard = all.lock().unwrap();
         // Checks everything new since the last kill, and a sample of everything older.
         let old = heard.identities[..identities].iter().rev().step_by(50);
@@ -188,7 +197,7 @@ fn tracker_killed_under_load_keeps_everything_acknowledged() {
 #[test]
 fn peers_filters_and_reputation_survive_restart() {
     let dir = TempDir::new();
-    let mut tracker = Solo::start(&dir.file("db"));
+    let mut tracker = LoopbackTracker::start(&dir.file("db"));
     let keys = [identity(1), identity(2)];
     // From the clock itself: the shared stamp of other statements runs ahead of it when parallel
     // tests sign many.
@@ -213,7 +222,10 @@ fn peers_filters_and_reputation_survive_restart() {
     let mut filter = peerix::wire::filter::BloomFilter::for_paths(10);
     filter.insert(&hash_part);
     let headers = signed_filter_headers(&keys[1], "b", filter.as_bytes());
-    assert_eq!(other.tell("PUT", "/filter/b", &headers, filter.as_bytes()).unwrap().status, 200);
+    assert_eq!(
+        other.request_with_body("PUT", "/filter/b", &headers, filter.as_bytes()).unwrap().status,
+        200
+    );
     post(&mut c, "/transfer/init", br#"{"sender_id":"b","receiver_id":"a"}"#);
     assert_eq!(
         post(&mut other, "/report", &signed_report(&keys[1], 1, "b", "sender", 1000)).status,
@@ -228,7 +240,7 @@ fn peers_filters_and_reputation_survive_restart() {
     let found = tracker.get(&format!("/lookup/{hash_part}"));
     assert_eq!(found["candidates"][0]["port"], 3);
     // Addresses by peer ID: the order of the list need not survive a restart.
-    let here = |tracker: &Solo| {
+    let here = |tracker: &LoopbackTracker| {
         let list = tracker.get("/peers");
         let row = |peer: &Value| {
             (peer["peer_id"].to_string(), peer["addr"].to_string(), peer["port"].to_string())
@@ -246,7 +258,7 @@ fn peers_filters_and_reputation_survive_restart() {
     drop(tracker);
 
     for is_killed in [false, true] {
-        let mut tracker = Solo::start(&dir.file("db"));
+        let mut tracker = LoopbackTracker::start(&dir.file("db"));
         assert_eq!(here(&tracker), before);
         assert_eq!(tracker.get(&format!("/lookup/{hash_part}"))["candidates"], found["candidates"]);
         assert_eq!(tracker.get("/reputation/b"), reputation);
@@ -298,7 +310,7 @@ fn database_of_original_tracker_is_migrated() {
         ))
         .unwrap();
     drop(original);
-    let tracker = Solo::start(&db);
+    let tracker = LoopbackTracker::start(&db);
     let body =
         json!({"transfer_id": 41, "peer_id": "old", "role": "sender", "bytes": 501}).to_string();
     let answer = post(&mut tracker.connect(), "/report", body.as_bytes());
@@ -348,7 +360,7 @@ fn startup_failure_is_one_line_on_stderr() {
     )
     .unwrap();
     std::fs::create_dir(dir.file("directory")).unwrap();
-    let other = Solo::start(&dir.file("other"));
+    let other = LoopbackTracker::start(&dir.file("other"));
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = taken.local_addr().unwrap().port().to_string();
     for (output, status, words) in [
@@ -389,7 +401,7 @@ fn startup_failure_is_one_line_on_stderr() {
 }
 
 /// The value of a metric without labels.
-fn metric(tracker: &Solo, name: &str) -> f64 {
+fn metric(tracker: &LoopbackTracker, name: &str) -> f64 {
     let text = tracker.connect().get("/metrics").unwrap().text();
     let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
     line.unwrap_or_else(|| panic!("no {name} in\n{text}")).parse().unwrap()
@@ -400,7 +412,7 @@ fn metric(tracker: &Solo, name: &str) -> f64 {
 #[test]
 fn metrics_have_prometheus_text_form() {
     let dir = TempDir::new();
-    let tracker = Solo::start(&dir.file("db"));
+    let tracker = LoopbackTracker::start(&dir.file("db"));
     let health = tracker.connect().get("/health").unwrap();
     assert_eq!((health.status, health.text().as_str()), (200, r#"{"status":"ok"}"#));
     post(&mut tracker.connect(), "/announce", &announce("a", 1, "10.0.0.1", Proof::default()));
@@ -435,7 +447,7 @@ fn hundred_thousand_peers_take_under_2_kib_each() {
     /// The tracker accepts a burst of 200 announces from one address.
     const FROM_ONE: u64 = 190;
     let dir = TempDir::new();
-    let tracker = Solo::start_with(&dir.file("db"), Scale::without_timeouts());
+    let tracker = LoopbackTracker::start_with(&dir.file("db"), Scale::without_timeouts());
     let next = AtomicU64::new(0);
     let number = |at: &AtomicU64| at.fetch_add(1, Ordering::Relaxed);
     std::thread::scope(|scope| {

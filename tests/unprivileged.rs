@@ -45,13 +45,13 @@ impl Scene {
     }
 
     /// Checks that `path` is found by UDP, and that its NAR by HTTP equals Nix's own.
-    fn is_served(&self, path: &str) {
-        assert!(stock::has(&self.socket, &self.server, path), "{path}: have not");
-        self.is_sent(path);
+    fn assert_served(&self, path: &str) {
+        assert!(stock::query_has(&self.socket, &self.server, path), "{path}: have not");
+        self.assert_nar_served(path);
     }
 
     /// Checks that the NAR of `path` by HTTP equals Nix's own.
-    fn is_sent(&self, path: &str) {
+    fn assert_nar_served(&self, path: &str) {
         let route = nar_route(&self.neighbour, &self.server, path);
         let nar =
             crate::common::http::get(&self.neighbour, (self.server.address, PORT), &route).unwrap();
@@ -62,11 +62,11 @@ impl Scene {
     /// Checks that old paths and a path registered just now are served, and that a deleted path is
     /// a miss.
     fn serves(&self, round: &str) {
-        self.is_served(&self.old);
+        self.assert_served(&self.old);
         let new = stock::add(&self.server, &format!("new-{round}"), &format!("echo {round} > $n"));
-        self.is_served(&new);
+        self.assert_served(&new);
         self.server.cmd("nix-store").args(["--delete", &new]).okay();
-        assert!(!stock::has(&self.socket, &self.server, &new), "{new} is gone");
+        assert!(!stock::query_has(&self.socket, &self.server, &new), "{new} is gone");
         assert_eq!(stock::narinfo(&self.neighbour, &self.server, &new).status, 404);
     }
 }
@@ -97,7 +97,7 @@ fn database_with_partial_wal_files_is_served() {
             scene.server.write(&format!("{DB}{end}"), "");
         }
         let _daemon = scene.start();
-        scene.is_served(&scene.old);
+        scene.assert_served(&scene.old);
         // Reading must not change the files under test.
         assert_eq!(scene.beside(), files, "{round}");
         scene.serves(round);
@@ -131,7 +131,7 @@ fn idle_nix_daemon_opens_database_for_peerix() {
         .env("HOME", "/tmp")
         .args(["--add", "/tmp/user"])
         .okay();
-    scene.is_served(add.trim());
+    scene.assert_served(add.trim());
 }
 
 #[test]
@@ -148,10 +148,10 @@ fn paths_are_found_while_nix_writes() {
                 std::fs::read_to_string(scene.server.path("/tmp/last")).ok()?.trim().to_owned();
             seen.insert(path.clone()).then_some(path)
         });
-        is_found(&scene, &path);
+        wait_until_found_and_served(&scene, &path);
     }
     for _ in 0..20 {
-        is_found(&scene, &scene.old);
+        wait_until_found_and_served(&scene, &scene.old);
     }
     drop(writer);
     let log = daemon.log();
@@ -165,9 +165,9 @@ fn paths_are_found_while_nix_writes() {
 /// Waits until `path` is found by UDP, and checks its NAR. Between two writers, only root can open
 /// the database. A UDP query waits for it at most 50 ms, so its answer may be *have not* for a
 /// moment. HTTP waits longer.
-fn is_found(scene: &Scene, path: &str) {
-    wait_for("it is found", || stock::has(&scene.socket, &scene.server, path).then_some(()));
-    scene.is_sent(path);
+fn wait_until_found_and_served(scene: &Scene, path: &str) {
+    wait_for("it is found", || stock::query_has(&scene.socket, &scene.server, path).then_some(()));
+    scene.assert_nar_served(path);
 }
 
 /// Begins a NAR and reads 1 MiB of it. Returns the stream and the number of missing bytes.
@@ -188,7 +188,7 @@ fn begin(scene: &Scene, path: &str) -> (TcpStream, usize) {
 }
 
 /// Checks that the connection ends before the whole NAR has arrived.
-fn is_cut((mut stream, missing): (TcpStream, usize), what: &str) {
+fn assert_nar_truncated((mut stream, missing): (TcpStream, usize), what: &str) {
     let mut rest = Vec::new();
     // A connection reset also ends the NAR early.
     let _ = stream.read_to_end(&mut rest);
@@ -217,33 +217,33 @@ fn changed_path_cuts_running_nar() {
     let begun = begin(&scene, &path);
     deleted(&path);
     // The open file still has all its bytes. The stream ends because the path is no longer valid.
-    is_cut(begun, "a file that was collected");
+    assert_nar_truncated(begun, "a file that was collected");
 
     let make = "mkdir $n; seq 100000000 | head -c 64M > $n/a; echo b > $n/b; seq 100000 > $n/c";
     let path = stock::add(&scene.server, "directory", make);
     let begun = begin(&scene, &path);
     deleted(&path);
-    is_cut(begun, "a directory that was collected");
+    assert_nar_truncated(begun, "a directory that was collected");
 
     let path = stock::add_large(&scene.server, "shorter", MIB);
     let begun = begin(&scene, &path);
     scene.server.sh(&format!("truncate -s 32M {path}"));
-    is_cut(begun, "a file that became shorter");
+    assert_nar_truncated(begun, "a file that became shorter");
 
     let path = stock::add(&scene.server, "fewer", make);
     let begun = begin(&scene, &path);
     scene.server.sh(&format!("truncate -s 5 {path}/c"));
-    is_cut(begun, "a later file that became shorter");
+    assert_nar_truncated(begun, "a later file that became shorter");
 
     let path = stock::add(&scene.server, "more", make);
     let begun = begin(&scene, &path);
     scene.server.sh(&format!("echo much more >> {path}/b"));
-    is_cut(begun, "a later file that became longer");
+    assert_nar_truncated(begun, "a later file that became longer");
 
     let path = stock::add(&scene.server, "swapped", make);
     let begun = begin(&scene, &path);
     scene.server.sh(&format!("rm {path}/c; ln -s /etc/passwd {path}/c"));
-    is_cut(begun, "a file that became a symlink");
+    assert_nar_truncated(begun, "a file that became a symlink");
 
     let log = daemon.log();
     assert!(log.contains("NAR cut: "));
@@ -254,7 +254,7 @@ fn changed_path_cuts_running_nar() {
 fn unreadable_path_is_a_miss() {
     let scene = Scene::new();
     let daemon = scene.start();
-    scene.is_served(&scene.old);
+    scene.assert_served(&scene.old);
     // A path with a file that only root can read is a miss. Peers must never get an empty or short
     // archive as a whole one.
     let secret = stock::add(&scene.server, "secret", "echo secret > $n");

@@ -4,8 +4,8 @@
 use crate::common::daemon::narinfo_status;
 use crate::common::http::{Reply, Request, Server};
 use crate::common::lan::Run;
-use crate::common::scene::Places;
-use crate::common::standin::{self, Shelf, StandIn, field};
+use crate::common::scene::WanScene;
+use crate::common::standin::{self, StandIn, StaticCache, field};
 use crate::common::tracker::{self, Tracker, open};
 use crate::common::{
     Asker, Daemon, Holder, Host, Nat, PORT, Scale, Wan, World, nix, stock, wait_for,
@@ -20,7 +20,7 @@ const MIB: u64 = 1 << 20;
 const MIDDLE: u64 = 64 * MIB;
 
 /// Scale of intervals: peers announce themselves and report transfers every six seconds.
-const OFTEN: f64 = 0.1;
+const INTERVAL_SCALE: f64 = 0.1;
 
 /// Generates a signing key on `host` with Nix; returns the public key.
 fn key(host: &Host) -> String {
@@ -39,7 +39,7 @@ fn nar_bytes(host: &Host, paths: &[String]) -> u64 {
 
 #[test]
 fn closure_is_fetched_from_peer_on_other_network() {
-    let places = Places::new();
+    let places = WanScene::new();
     let (world, trackers) = (&places.world, [&places.tracker.host]);
     let holder = Holder::with(&places.away, world, "holder", |host| {
         key(host);
@@ -52,10 +52,10 @@ fn closure_is_fetched_from_peer_on_other_network() {
         tracker::flags(host, "wan", &trackers)
     });
     asker.meet(&[&holder]);
-    let mut all = asker.fetches(world, world.path("closure300"));
+    let mut all = asker.fetch_and_check(world, world.path("closure300"));
     assert_eq!(all.len(), 300);
     for name in ["odd", "large", "many"] {
-        all.extend(asker.fetches(world, world.path(name)));
+        all.extend(asker.fetch_and_check(world, world.path(name)));
     }
     nix::assert_nothing_but(&asker.host, &all);
     let signatures =
@@ -74,16 +74,16 @@ fn closure_is_fetched_from_peer_on_other_network() {
 
 #[test]
 fn distant_peer_causes_no_false_miss() {
-    let places = Places::new();
+    let places = WanScene::new();
     let holder = places.holder("holder");
     let _far = holder.host.delay(Duration::from_millis(60));
     let asker = places.asker(&[&holder]);
-    assert_eq!(asker.fetches(&places.world, places.world.path("closure1000")).len(), 1000);
+    assert_eq!(asker.fetch_and_check(&places.world, places.world.path("closure1000")).len(), 1000);
 }
 
 #[test]
 fn path_added_later_is_found() {
-    let places = Places::with_scale(Scale::intervals(OFTEN));
+    let places = WanScene::with_scale(Scale::intervals(INTERVAL_SCALE));
     let holder = places.holder("holder");
     let asker = places.asker(&[&holder]);
     let later = stock::add(&holder.host, "later", "echo later > $n");
@@ -96,12 +96,14 @@ fn path_added_later_is_found() {
 
 /// Serves the world's static cache over HTTP as an upstream cache. The narinfo of `other` has the
 /// hash of another NAR.
-fn upstream(places: &Places) -> (String, Server) {
+fn upstream(places: &WanScene) -> (String, Server) {
     let host = places.centre.host("upstream");
     let (dir, other) =
         (places.world.cache(), world::hash_part(places.world.path("other")).to_owned());
     let little = field(
-        &Shelf::of(&places.world).narinfo(world::hash_part(places.world.path("little"))).unwrap(),
+        &StaticCache::of(&places.world)
+            .narinfo(world::hash_part(places.world.path("little")))
+            .unwrap(),
         "NarHash",
     )
     .to_owned();
@@ -129,7 +131,7 @@ fn upstream(places: &Places) -> (String, Server) {
 
 #[test]
 fn only_paths_of_upstream_cache_are_shared() {
-    let places = Places::new();
+    let places = WanScene::new();
     let (world, trackers) = (&places.world, [&places.tracker.host]);
     let (url, _server) = upstream(&places);
     let holder = Holder::with(&places.away, world, "holder", |host| {
@@ -147,7 +149,7 @@ fn only_paths_of_upstream_cache_are_shared() {
     wait_for("the holder is known", || {
         (narinfo_status(&asker.host, world.path("little")) == 200).then_some(())
     });
-    let closure = asker.fetches(world, world.path("closure300"));
+    let closure = asker.fetch_and_check(world, world.path("closure300"));
     assert_eq!(closure.len(), 300);
     // The first two paths are not upstream; the third has another NAR there.
     for path in [&holder.mark, world.path("big"), world.path("other")] {
@@ -164,7 +166,7 @@ fn only_paths_of_upstream_cache_are_shared() {
 
 #[test]
 fn peer_on_own_network_is_preferred() {
-    let places = Places::new();
+    let places = WanScene::new();
     let (world, trackers) = (&places.world, [&places.tracker.host]);
     let far = places.holder("far");
     let near = Holder::with(&places.home, world, "near", |host| {
@@ -176,8 +178,8 @@ fn peer_on_own_network_is_preferred() {
     });
     asker.meet(&[&far, &near]);
     let before = [far.host.sent(), near.host.sent()];
-    asker.fetches(world, world.path("middle"));
-    asker.fetches(world, world.path("closure300"));
+    asker.fetch_and_check(world, world.path("middle"));
+    asker.fetch_and_check(world, world.path("closure300"));
     let sent = [far.host.sent() - before[0], near.host.sent() - before[1]];
     assert!(sent[1] > MIDDLE && sent[0] < MIB, "{sent:?} bytes came from far and near");
     // A path that only the remote holder has still comes from there.
@@ -218,8 +220,8 @@ fn behind_a_router(protocols: &[&str], port: u16) {
         "{:?}",
         tracker.peers()
     );
-    assert_eq!(asker.fetches(&world, world.path("closure300")).len(), 300);
-    asker.fetches(&world, world.path("large"));
+    assert_eq!(asker.fetch_and_check(&world, world.path("closure300")).len(), 300);
+    asker.fetch_and_check(&world, world.path("large"));
 }
 
 #[test]
@@ -239,8 +241,8 @@ fn peer_behind_router_with_tcp_only_is_reached() {
 
 #[test]
 fn one_of_two_trackers_is_enough() {
-    let places = Places::with_scale(Scale::intervals(OFTEN));
-    let Places { tracker: mut first, home, away, centre, world, wan: _wan } = places;
+    let places = WanScene::with_scale(Scale::intervals(INTERVAL_SCALE));
+    let WanScene { tracker: mut first, home, away, centre, world, wan: _wan } = places;
     let second = centre.host("second");
     let trackers = [&first.host, &second];
     let holder = Holder::with(&away, &world, "holder", |host| {
@@ -251,7 +253,7 @@ fn one_of_two_trackers_is_enough() {
         tracker::flags(host, "wan", &trackers)
     });
     asker.meet(&[&holder]);
-    asker.fetches(&world, world.path("little"));
+    asker.fetch_and_check(&world, world.path("little"));
 
     // The second tracker starts, and then the first one is killed.
     let mut second = Tracker::start(second);
@@ -259,7 +261,7 @@ fn one_of_two_trackers_is_enough() {
     first.kill();
     let found = || (narinfo_status(&asker.host, &holder.mark) == 200).then_some(());
     wait_slowly_for("the holder is found by the second tracker", found);
-    assert_eq!(asker.fetches(&world, world.path("closure300")).len(), 300);
+    assert_eq!(asker.fetch_and_check(&world, world.path("closure300")).len(), 300);
 
     // The same with exchanged roles.
     first.start_again();
@@ -268,12 +270,12 @@ fn one_of_two_trackers_is_enough() {
     });
     second.kill();
     wait_slowly_for("the holder is found by the first tracker", found);
-    asker.fetches(&world, world.path("other"));
+    asker.fetch_and_check(&world, world.path("other"));
 }
 
 #[test]
 fn stopped_node_leaves_tracker_list() {
-    let places = Places::new();
+    let places = WanScene::new();
     let mut holder = places.holder("holder");
     let asker = places.asker(&[&holder]);
     let listed = || -> Vec<String> {
@@ -292,15 +294,15 @@ fn stopped_node_leaves_tracker_list() {
     let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
     let _daemon = Daemon::start(&holder.host, &flags);
     wait_for("it is found again", || (narinfo_status(&asker.host, path) == 200).then_some(()));
-    asker.fetches(&places.world, path);
+    asker.fetch_and_check(&places.world, path);
 }
 
 #[test]
 fn reported_transfers_survive_tracker_kill() {
-    let mut places = Places::with_scale(Scale::intervals(OFTEN));
+    let mut places = WanScene::with_scale(Scale::intervals(INTERVAL_SCALE));
     let holder = places.holder("holder");
     let asker = places.asker(&[&holder]);
-    let paths = asker.fetches(&places.world, places.world.path("closure300"));
+    let paths = asker.fetch_and_check(&places.world, places.world.path("closure300"));
     let bytes = nar_bytes(&asker.host, &paths);
     let tracker = &mut places.tracker;
     wait_slowly_for("all transfers are resolved", || {
@@ -336,7 +338,7 @@ fn reported_transfers_survive_tracker_kill() {
 #[test]
 fn nars_are_compressed_only_between_networks() {
     const SIZE: u32 = 48;
-    let places = Places::new();
+    let places = WanScene::new();
     let (world, trackers) = (&places.world, [&places.tracker.host]);
     // A private network, so that its machines belong to one LAN.
     let office = places.wan.lan([10, 5, 0]);
@@ -372,7 +374,7 @@ fn nars_are_compressed_only_between_networks() {
 
 /// Realises `path` over a link of 100 Mbit/s, and kills the sending holder after half of `size`
 /// bytes.
-fn killed_at_half(places: &Places, path: &str, size: u64) {
+fn killed_at_half(places: &WanScene, path: &str, size: u64) {
     let mut holders = [places.holder("one"), places.holder("two")];
     let [one, two] = &holders;
     let asker = places.asker(&[one, two]);
@@ -410,24 +412,24 @@ fn killed_at_half(places: &Places, path: &str, size: u64) {
 
 #[test]
 fn nar_of_killed_peer_continues_from_other_peer() {
-    let places = Places::new();
+    let places = WanScene::new();
     killed_at_half(&places, places.world.path("middle"), MIDDLE);
 }
 
 #[test]
 fn original_peer_is_found_through_tracker() {
-    let places = Places::new();
+    let places = WanScene::new();
     let old = places.away.host("original");
-    let shelf = Shelf::of(&places.world);
+    let shelf = StaticCache::of(&places.world);
     // The original ignores datagrams from other networks.
     let original = StandIn::start(&old, |_| None, standin::original(&shelf));
     places.tracker.announce_original(&old, "9f1b8a62-7a4e-4c8e-9a39-0b7f8e6b1d11");
     let asker = places.asker(&[]);
     let probe = places.world.path("little");
     wait_for("the original is found", || (narinfo_status(&asker.host, probe) == 200).then_some(()));
-    assert_eq!(asker.fetches(&places.world, places.world.path("closure300")).len(), 300);
-    asker.fetches(&places.world, places.world.path("large"));
-    asker.fetches(&places.world, places.world.path("odd"));
+    assert_eq!(asker.fetch_and_check(&places.world, places.world.path("closure300")).len(), 300);
+    asker.fetch_and_check(&places.world, places.world.path("large"));
+    asker.fetch_and_check(&places.world, places.world.path("odd"));
     assert_eq!(narinfo_status(&asker.host, &format!("/nix/store/{}-x", "0".repeat(32))), 404);
     // The asker sends it only requests that the original understands, and the tracker one probe.
     let is_usual = |request: &Request| {

@@ -3,8 +3,8 @@
 
 use crate::common::daemon::{self, narinfo_status};
 use crate::common::http::{self, Connection, Reply, Request, Server};
-use crate::common::scene::Places;
-use crate::common::standin::{Record, Shelf, StandIn, have};
+use crate::common::scene::WanScene;
+use crate::common::standin::{Received, StandIn, StaticCache, have};
 use crate::common::tracker;
 use crate::common::{Asker, Host, Lan, PORT, Wan, World, nix, thread, wait_for, world};
 use std::ops::Range;
@@ -17,7 +17,7 @@ const MISSES: usize = 300;
 
 /// Upper bound of the lookups that reach a faulty tracker for [`MISSES`] paths, after its fault is
 /// known.
-const ASKED: usize = 60;
+const MAX_LOOKUPS_AT_FAULTY_TRACKER: usize = 60;
 
 /// A path that no peer has.
 fn absent(number: usize) -> String {
@@ -69,7 +69,7 @@ fn misses(asker: &Host) {
 struct Tracked {
     asker: Asker,
     /// Lookups that reached the tracker.
-    lookups: Record<Request>,
+    lookups: Received<Request>,
     _server: Option<Server>,
     world: World,
     wan: Wan,
@@ -86,7 +86,7 @@ impl Tracked {
         let (home, centre) = (wan.lan([10, 1, 0]), wan.lan([198, 51, 100]));
         let world = World::on(&home);
         let host = centre.host("tracker");
-        let lookups: Record<Request> = Arc::default();
+        let lookups: Received<Request> = Arc::default();
         let record = Arc::clone(&lookups);
         let server = answer.map(|answer| {
             Server::start(host.listen(tracker::PORT), move |request| {
@@ -110,20 +110,20 @@ impl Tracked {
     /// Checks that misses end, and that Nix gets a closure from the next substituter. The first
     /// miss lets the asker learn of the tracker's fault. Returns the number of later lookups that
     /// reached the tracker.
-    fn does_not_hang(&self) -> usize {
+    fn assert_nix_does_not_hang(&self) -> usize {
         let first = unused(1);
         missed_by_nix(&self.asker.host, first..first + 1);
         let before = self.lookups();
         misses(&self.asker.host);
         let lookups = self.lookups() - before;
         // The next substituter has the closure.
-        self.asker.fetches(&self.world, self.world.path("closure300"));
+        self.asker.fetch_and_check(&self.world, self.world.path("closure300"));
         lookups
     }
 }
 
 /// Valid answers of a tracker to all requests except lookups.
-fn well(request: &Request) -> Reply {
+fn valid_tracker_answer(request: &Request) -> Reply {
     let body = match request.path.as_str() {
         "/peers" => r#"{"peers": []}"#,
         "/transfer/init" => r#"{"transfer_id": 1}"#,
@@ -134,28 +134,34 @@ fn well(request: &Request) -> Reply {
 
 #[test]
 fn tracker_where_nobody_listens_does_not_hang_nix() {
-    Tracked::by(None).does_not_hang();
+    Tracked::by(None).assert_nix_does_not_hang();
 }
 
 #[test]
 fn tracker_that_is_not_reached_does_not_hang_nix() {
-    let tracked = Tracked::by(Some(Box::new(well)));
+    let tracked = Tracked::by(Some(Box::new(valid_tracker_answer)));
     // From now on, packets to the tracker are lost.
     tracked.wan.blackhole("198.51.100.1/32");
-    tracked.does_not_hang();
+    tracked.assert_nix_does_not_hang();
 }
 
 #[test]
 fn tracker_that_never_answers_does_not_hang_nix() {
-    let lookups = Tracked::by(Some(Box::new(|_| Reply::Silence))).does_not_hang();
-    assert!(lookups < ASKED, "{lookups} lookups at a tracker that does not answer");
+    let lookups = Tracked::by(Some(Box::new(|_| Reply::Silence))).assert_nix_does_not_hang();
+    assert!(
+        lookups < MAX_LOOKUPS_AT_FAULTY_TRACKER,
+        "{lookups} lookups at a tracker that does not answer"
+    );
 }
 
 #[test]
 fn tracker_that_answers_a_byte_at_a_time_does_not_hang_nix() {
     let answer = |_: &Request| Reply::Drip(vec![b' '; 4096], Duration::from_millis(100));
-    let lookups = Tracked::by(Some(Box::new(answer))).does_not_hang();
-    assert!(lookups < ASKED, "{lookups} lookups at a tracker that does not come to an end");
+    let lookups = Tracked::by(Some(Box::new(answer))).assert_nix_does_not_hang();
+    assert!(
+        lookups < MAX_LOOKUPS_AT_FAULTY_TRACKER,
+        "{lookups} lookups at a tracker that does not come to an end"
+    );
 }
 
 #[test]
@@ -175,11 +181,11 @@ fn tracker_that_answers_garbage_does_not_hang_nix() {
         let number = count.fetch_add(1, Ordering::Relaxed);
         Reply::Whole(200, answers[number % answers.len()].clone())
     };
-    Tracked::by(Some(Box::new(answer))).does_not_hang();
+    Tracked::by(Some(Box::new(answer))).assert_nix_does_not_hang();
     let raw = |_: &Request| Reply::Raw(b"SSH-2.0-OpenSSH_9.2\r\n".to_vec());
-    Tracked::by(Some(Box::new(raw))).does_not_hang();
+    Tracked::by(Some(Box::new(raw))).assert_nix_does_not_hang();
     let failing = |_: &Request| Reply::Whole(500, b"{\"error\": \"out of order\"}".to_vec());
-    Tracked::by(Some(Box::new(failing))).does_not_hang();
+    Tracked::by(Some(Box::new(failing))).assert_nix_does_not_hang();
 }
 
 /// Answer to a lookup that lists peers at these addresses as candidates.
@@ -204,7 +210,7 @@ fn dead_peers(networks: &[&str], at_once: usize) -> Answers {
     let next = AtomicUsize::new(0);
     Box::new(move |request| {
         if !request.path.starts_with("/lookup/") {
-            return well(request);
+            return valid_tracker_answer(request);
         }
         let from = next.fetch_add(at_once, Ordering::Relaxed);
         let some: Vec<String> =
@@ -216,10 +222,13 @@ fn dead_peers(networks: &[&str], at_once: usize) -> Answers {
 impl Tracked {
     /// Checks [`Tracked::does_not_hang`], and that the asker soon stops asking a tracker whose
     /// peers never answer.
-    fn names_the_dead_and_does_not_hang(&self) {
-        let lookups = self.does_not_hang();
+    fn assert_dead_peers_do_not_hang_nix(&self) {
+        let lookups = self.assert_nix_does_not_hang();
         assert!(self.lookups() > 0, "it was not asked at all");
-        assert!(lookups < ASKED, "{lookups} lookups at a tracker whose peers are dead");
+        assert!(
+            lookups < MAX_LOOKUPS_AT_FAULTY_TRACKER,
+            "{lookups} lookups at a tracker whose peers are dead"
+        );
     }
 }
 
@@ -230,14 +239,14 @@ const AT_ONCE: usize = 64;
 fn unreachable_dead_peers_do_not_hang_nix() {
     let tracked = Tracked::by(Some(dead_peers(&["10.7"], AT_ONCE)));
     tracked.wan.unreachable("10.7.0.0/16");
-    tracked.names_the_dead_and_does_not_hang();
+    tracked.assert_dead_peers_do_not_hang_nix();
 }
 
 #[test]
 fn blackholed_dead_peers_do_not_hang_nix() {
     let tracked = Tracked::by(Some(dead_peers(&["10.8"], AT_ONCE)));
     tracked.wan.blackhole("10.8.0.0/16");
-    tracked.names_the_dead_and_does_not_hang();
+    tracked.assert_dead_peers_do_not_hang_nix();
 }
 
 #[test]
@@ -245,7 +254,7 @@ fn dead_peers_that_refuse_connections_do_not_hang_nix() {
     let tracked = Tracked::by(Some(dead_peers(&["10.9"], AT_ONCE)));
     let refuses = tracked.centre.host("refuses");
     tracked.wan.all_at("10.9.0.0/16", &refuses);
-    tracked.names_the_dead_and_does_not_hang();
+    tracked.assert_dead_peers_do_not_hang_nix();
 }
 
 #[test]
@@ -255,7 +264,7 @@ fn dead_peers_of_every_kind_do_not_hang_nix() {
     tracked.wan.blackhole("10.8.0.0/16");
     let refuses = tracked.centre.host("refuses");
     tracked.wan.all_at("10.9.0.0/16", &refuses);
-    tracked.names_the_dead_and_does_not_hang();
+    tracked.assert_dead_peers_do_not_hang_nix();
 }
 
 /// A tracker may list any address. The node must not connect to its own addresses.
@@ -265,7 +274,7 @@ fn tracker_that_names_the_own_machine_does_not_hang_nix() {
     let named = Arc::clone(&own);
     let tracked = Tracked::by(Some(Box::new(move |request| match named.get() {
         Some(named) if request.path.starts_with("/lookup/") => candidates(named),
-        _ => well(request),
+        _ => valid_tracker_answer(request),
     })));
     // The last address is the asker's own.
     let address = tracked.asker.host.address.to_string();
@@ -279,8 +288,8 @@ fn tracker_that_names_the_own_machine_does_not_hang_nix() {
         &address,
     ];
     own.set(all.map(str::to_owned).to_vec()).expect("it is set once");
-    tracked.does_not_hang();
-    let mark = daemon::mark(&tracked.asker.host);
+    tracked.assert_nix_does_not_hang();
+    let mark = daemon::add_unique_path(&tracked.asker.host);
     assert_eq!(
         narinfo_status(&tracked.asker.host, &mark),
         404,
@@ -294,15 +303,15 @@ const FETCHED: usize = 100;
 /// Fetches paths beside two hostile peers that claim every path, one with a full filter, one
 /// without a filter. Both answer HTTP with `answer`, and sooner than the good peer. All paths must
 /// arrive, from the good peer.
-fn beside_hostile_peers(answer: impl Fn(&Shelf, &Request) -> Reply + Send + Sync + 'static) {
-    let places = Places::new();
+fn beside_hostile_peers(answer: impl Fn(&StaticCache, &Request) -> Reply + Send + Sync + 'static) {
+    let places = WanScene::new();
     let good = places.holder("good");
     let asker = places.asker(&[&good]);
     let _far = good.host.delay(Duration::from_millis(20));
     let (claims, original) = (places.away.host("claims"), places.away.host("original"));
     let answer = Arc::new(answer);
     let hostile = [&claims, &original].map(|host| {
-        let (shelf, answer) = (Shelf::of(&places.world), Arc::clone(&answer));
+        let (shelf, answer) = (StaticCache::of(&places.world), Arc::clone(&answer));
         StandIn::start(host, have(|_| true), move |request| answer(&shelf, request))
     });
     // The closure lists references first, so its beginning is closed under references.
@@ -335,7 +344,7 @@ fn beside_hostile_peers(answer: impl Fn(&Shelf, &Request) -> Reply + Send + Sync
 
 #[test]
 fn dead_peers_that_claim_all_do_not_hide_a_good_one() {
-    let places = Places::new();
+    let places = WanScene::new();
     let good = places.holder("good");
     let asker = places.asker(&[&good]);
     // More dead peers than the asker queries at once; no process listens on their ports.
@@ -356,7 +365,11 @@ fn asked_for(request: &Request) -> Option<&str> {
 }
 
 /// Answers with true narinfos, and passes each NAR through `nar`.
-fn lying(shelf: &Shelf, request: &Request, nar: impl Fn(Vec<u8>) -> Reply) -> Reply {
+fn answer_with_modified_nar(
+    shelf: &StaticCache,
+    request: &Request,
+    nar: impl Fn(Vec<u8>) -> Reply,
+) -> Reply {
     let missing = || Reply::Whole(404, vec![]);
     if let Some(hash_part) = asked_for(request) {
         let text = shelf.peer_narinfo(hash_part, &format!("local/nar/{hash_part}.nar"));
@@ -390,7 +403,7 @@ fn peers_that_never_answer_hide_no_path() {
 #[test]
 fn peers_with_wrong_nars_hide_no_path() {
     beside_hostile_peers(|shelf, request| {
-        lying(shelf, request, |mut nar| {
+        answer_with_modified_nar(shelf, request, |mut nar| {
             let middle = nar.len() / 2;
             nar[middle] ^= 1;
             Reply::Whole(200, nar)
@@ -401,7 +414,7 @@ fn peers_with_wrong_nars_hide_no_path() {
 #[test]
 fn peers_with_truncated_nars_hide_no_path() {
     beside_hostile_peers(|shelf, request| {
-        lying(shelf, request, |nar| {
+        answer_with_modified_nar(shelf, request, |nar| {
             let half = nar.len() / 2;
             Reply::Cut(nar, half)
         })
@@ -410,5 +423,7 @@ fn peers_with_truncated_nars_hide_no_path() {
 
 #[test]
 fn peers_with_silent_nar_routes_hide_no_path() {
-    beside_hostile_peers(|shelf, request| lying(shelf, request, |_| Reply::Silence));
+    beside_hostile_peers(|shelf, request| {
+        answer_with_modified_nar(shelf, request, |_| Reply::Silence)
+    });
 }

@@ -196,7 +196,7 @@ fn container_interface_changes_hide_no_path() {
     let names = add_container_interfaces(&asker.host);
     daemon::wait_until_live(&asker.host, 2);
     let counters = Counters::start(&asker.host);
-    asker.fetches_while(&world, || {
+    asker.fetch_closure_during(&world, || {
         for (name, number) in names[..20].iter().zip(60..) {
             asker.host.net(&format!("ip link del {name}"));
             asker.host.net(&format!("ip link add {name} type bridge"));
@@ -212,7 +212,7 @@ fn container_interface_changes_hide_no_path() {
 fn container_networks_get_no_datagram() {
     let lan = Lan::new();
     let (holder, asker) = (lan.host("holder"), host_with_store(&lan, "asker"));
-    let mark = daemon::mark(&holder);
+    let mark = daemon::add_unique_path(&holder);
     add_container_interfaces(&asker);
     let counters = Counters::start(&asker);
     let _holder = Daemon::start(&holder, &BIND_BOTH);
@@ -243,7 +243,7 @@ fn container_networks_get_no_datagram() {
 fn public_network_named_by_flag_is_lan() {
     let lan = Lan::new();
     let (holder, asker) = (lan.host("holder"), host_with_store(&lan, "asker"));
-    let mark = daemon::mark(&holder);
+    let mark = daemon::add_unique_path(&holder);
     readdress(&holder, "203.0.113.1/24");
     readdress(&asker, "203.0.113.2/24");
     // Without IPv6: link-local addresses always belong to the LAN.
@@ -285,7 +285,7 @@ fn vanished_neighbour_on_named_public_network_hides_no_path() {
     let asker = Asker::flagged(&lan, "", &[&world.cache_key], |_| flags());
     asker.meet(&[&holder]);
     daemon::wait_until_live(&asker.host, 2);
-    asker.fetches_while(&world, || neighbour.vanish());
+    asker.fetch_closure_during(&world, || neighbour.vanish());
 }
 
 #[test]
@@ -302,7 +302,7 @@ fn vanished_holder_on_small_network_is_replaced_by_one_on_large() {
     });
     let asker = Asker::on(host, "", &[&world.cache_key], |_| vec![]);
     asker.meet(&[&near, &far]);
-    asker.fetches_while(&world, || {
+    asker.fetch_closure_during(&world, || {
         near.host.unplug();
         near.daemon.kill();
     });
@@ -313,7 +313,7 @@ fn routed_network_named_by_flag_is_lan() {
     let wan = Wan::new();
     let (here, there) = (wan.lan([172, 20, 1]), wan.lan([100, 64, 2]));
     let (holder, asker) = (here.host("holder"), host_with_store(&there, "asker"));
-    let mark = daemon::mark(&holder);
+    let mark = daemon::add_unique_path(&holder);
     let named = holder.address.to_string();
     let _asking = Daemon::start(&asker, &["--peer", &named]);
     {
@@ -331,7 +331,7 @@ fn small_and_large_networks_are_both_lan() {
     let lan = Lan::new();
     let (near, far) = (lan.host("near"), lan.host("far"));
     let asker = host_with_store(&lan, "asker");
-    let marks = [daemon::mark(&near), daemon::mark(&far)];
+    let marks = [daemon::add_unique_path(&near), daemon::add_unique_path(&far)];
     join(&[(&asker, "eth1", "172.20.1.1/16"), (&far, "eth1", "172.20.200.2/16")]);
     far.net("ip link set eth0 down");
     let _daemons = [&near, &far, &asker].map(|host| Daemon::start(host, &[]));
@@ -345,7 +345,7 @@ fn small_and_large_networks_are_both_lan() {
 fn interface_not_named_by_flag_is_unused() {
     let lan = Lan::new();
     let (holder, asker) = (lan.host("holder"), host_with_store(&lan, "asker"));
-    let mark = daemon::mark(&holder);
+    let mark = daemon::add_unique_path(&holder);
     join(&[(&holder, "eth1", "172.20.1.1/24"), (&asker, "eth1", "172.20.1.2/24")]);
     let (used, unused) = (v4(172, 20, 1, 1), SocketAddr::from((holder.address, PORT)));
     let listening = asker.udp(PORT);
@@ -388,7 +388,7 @@ fn excluded_interface_gets_no_answer() {
     let (holder, neighbour) = (lan.host("holder"), lan.host("neighbour"));
     let container = lan.host("container");
     holder.cmd("nix-store").arg("--init").okay();
-    let mark = daemon::mark(&holder);
+    let mark = daemon::add_unique_path(&holder);
     join(&[(&holder, "docker0", "172.17.0.1/16"), (&container, "eth1", "172.17.0.2/16")]);
     container.net("ip link set eth0 down");
     let v6 = |ip, host, interface| SocketAddrV6::new(ip, PORT, 0, index(host, interface)).into();

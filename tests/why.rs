@@ -4,8 +4,8 @@
 use crate::common::daemon::{binary, narinfo_status};
 use crate::common::http::{self, Reply, Server};
 use crate::common::lan::Run;
-use crate::common::scene::Places;
-use crate::common::standin::{self, Shelf, StandIn};
+use crate::common::scene::WanScene;
+use crate::common::standin::{self, StandIn, StaticCache};
 use crate::common::tracker::flags;
 use crate::common::{Asker, Daemon, Holder, Host, Lan, Scale, World, nix, stock, wait_for, world};
 use serde_json::Value;
@@ -18,13 +18,13 @@ fn peerix(host: &Host, args: &[&str]) -> Output {
 }
 
 /// The findings of a command (state, kind and text of each), and its exit status.
-struct Told {
+struct CommandReport {
     status: i32,
     findings: Vec<(String, String, String)>,
 }
 
-impl Told {
-    fn by(host: &Host, args: &[&str]) -> Told {
+impl CommandReport {
+    fn by(host: &Host, args: &[&str]) -> CommandReport {
         let output = peerix(host, &[args, &["--json"]].concat());
         let all: Value = serde_json::from_slice(&output.stdout).unwrap_or_else(|e| {
             panic!("{args:?}: {e}: {}", String::from_utf8_lossy(&output.stderr))
@@ -33,7 +33,8 @@ impl Told {
             |finding: &Value, key: &str| finding[key].as_str().unwrap_or_default().to_owned();
         let findings = all["findings"].as_array().unwrap().iter();
         let findings = findings.map(|f| (text(f, "state"), text(f, "what"), text(f, "text")));
-        let told = Told { status: output.status.code().unwrap(), findings: findings.collect() };
+        let told =
+            CommandReport { status: output.status.code().unwrap(), findings: findings.collect() };
         assert_eq!(
             (all["version"].as_u64(), &all["ok"]),
             (Some(1), &Value::Bool(told.status == 0))
@@ -42,7 +43,7 @@ impl Told {
     }
 
     /// Checks that a finding of this state and kind contains all of `words`.
-    fn says(&self, state: &str, what: &str, words: &[&str]) -> &Told {
+    fn says(&self, state: &str, what: &str, words: &[&str]) -> &CommandReport {
         let is_it = |(s, w, text): &(String, String, String)| {
             s == state && w == what && words.iter().all(|word| text.contains(word))
         };
@@ -55,7 +56,7 @@ impl Told {
     }
 
     /// Checks the exit status, and that the last finding is a verdict with `words`.
-    fn ends(&self, status: i32, words: &str) -> &Told {
+    fn ends(&self, status: i32, words: &str) -> &CommandReport {
         assert_eq!(self.status, status, "{:#?}", self.findings);
         let state = if status == 0 { "ok" } else { "fail" };
         let last = self.findings.last().unwrap();
@@ -68,8 +69,8 @@ impl Told {
     }
 }
 
-fn why(host: &Host, path: &str) -> Told {
-    Told::by(host, &["why", path])
+fn why(host: &Host, path: &str) -> CommandReport {
+    CommandReport::by(host, &["why", path])
 }
 
 #[test]
@@ -172,7 +173,7 @@ fn why_reports_forbidden_substitution_and_cached_narinfos() {
     // Nix caches the narinfo of another build that no peer has.
     b.sh(&format!("nix path-info --store http://127.0.0.1:12304 {path}"));
     why(&b, &path).says("fail", "derivation", &[]);
-    let is_remembered = |told: &Told| {
+    let is_remembered = |told: &CommandReport| {
         told.findings.iter().any(|(state, what, _)| state == "fail" && what == "memory")
     };
     assert!(!is_remembered(&why(&b, &path)), "what is remembered is what a has");
@@ -259,7 +260,7 @@ fn why_on_lan_reports_each_reason() {
     holder.host.net("iptables -F");
 
     // `peerix peers` lists the peers that answer.
-    let peers = Told::by(host, &["peers"]);
+    let peers = CommandReport::by(host, &["peers"]);
     let words = ["answers queries", "shares with this machine", "daemon: live, found by "];
     peers.says("ok", "peer", &[&words[..], &[&*at]].concat());
     assert_eq!((peers.status, peers.findings.len()), (0, 1), "{:#?}", peers.findings);
@@ -296,7 +297,7 @@ fn why_reports_silent_peer_as_not_asked() {
     });
     let told = why(&asker.host, world.path("little"));
     told.ends(1, "none has it").says("note", "peer", &["silent, and so not asked", &at]);
-    Told::by(&asker.host, &["peers"]).says("note", "peer", &[&at, "daemon: silent for "]);
+    CommandReport::by(&asker.host, &["peers"]).says("note", "peer", &[&at, "daemon: silent for "]);
 }
 
 /// A peer whose paths no trusted key has signed.
@@ -333,7 +334,7 @@ fn why_reports_avoided_peer() {
     // The longer interval keeps the liar avoided for a minute instead of a second.
     let lan = Lan::new().with_scale(Scale::intervals(60.0));
     let world = World::on(&lan);
-    let (liar, shelf, little) = (lan.host("liar"), Shelf::of(&world), world.path("little"));
+    let (liar, shelf, little) = (lan.host("liar"), StaticCache::of(&world), world.path("little"));
     let at = format!("{}:12304", liar.address);
     let part = world::hash_part(little).to_owned();
     let mine = part.clone();
@@ -364,12 +365,12 @@ fn why_reports_avoided_peer() {
     let told = why(&asker.host, little);
     told.ends(1, "passed over").says("ok", "trust", &["signed by cache-1"]);
     told.says("fail", "peer", &[&at, "avoided at the moment"]);
-    Told::by(&asker.host, &["peers"]).says("note", "peer", &["avoided at the moment"]);
+    CommandReport::by(&asker.host, &["peers"]).says("note", "peer", &["avoided at the moment"]);
 }
 
 #[test]
 fn why_on_wan_reports_each_reason() {
-    let places = Places::new();
+    let places = WanScene::new();
     let (world, trackers) = (&places.world, [&places.tracker.host]);
     let upstream = places.centre.host("upstream");
     let dir = world.cache();
@@ -411,7 +412,7 @@ fn why_on_wan_reports_each_reason() {
     why(&asker.host, world.path("other")).ends(1, "none shares it");
     drop(server);
     here(world.path("closure300")).says("note", "wan", &[&url, "did not say"]);
-    let peers = Told::by(&asker.host, &["peers"]);
+    let peers = CommandReport::by(&asker.host, &["peers"]);
     assert_eq!((peers.status, peers.findings.len()), (0, 1), "{:#?}", peers.findings);
     peers.says("ok", "peer", &["203.0.113.1:12304 (holder)", "answers queries", "shares"]);
 }

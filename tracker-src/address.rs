@@ -47,7 +47,7 @@ pub fn check(addr: &str) -> Result<(), &'static str> {
 const CUSTOMER_BITS: u32 = 72;
 
 /// The key under which an address is limited: an IPv4 address, or an IPv6 /56.
-pub fn household(ip: IpAddr) -> u128 {
+pub fn limit_key(ip: IpAddr) -> u128 {
     match ip.to_canonical() {
         IpAddr::V4(ip) => u128::from(Ipv4Addr::to_ipv6_mapped(&ip)),
         IpAddr::V6(ip) => u128::from(ip) >> CUSTOMER_BITS << CUSTOMER_BITS,
@@ -58,8 +58,8 @@ pub fn household(ip: IpAddr) -> u128 {
 /// several addresses in it.
 pub fn network(ip: IpAddr) -> u128 {
     match ip.to_canonical() {
-        IpAddr::V4(_) => household(ip) >> 8 << 8,
-        IpAddr::V6(_) => household(ip),
+        IpAddr::V4(_) => limit_key(ip) >> 8 << 8,
+        IpAddr::V6(_) => limit_key(ip),
     }
 }
 
@@ -138,7 +138,7 @@ mod tests {
 
     #[test]
     fn household_and_network_group_neighbouring_addresses() {
-        let household = |text: &str| household(text.parse().unwrap());
+        let household = |text: &str| limit_key(text.parse().unwrap());
         assert_eq!(household("10.0.0.1"), household("::ffff:10.0.0.1"));
         assert_ne!(household("10.0.0.1"), household("10.0.0.2"));
         assert_eq!(household("2001:db8::1"), household("2001:db8::ffff:1"));

@@ -347,7 +347,7 @@ impl Handler for Api {
     }
 
     fn after_panic(&self, _: &Request<'_>, exchange: &mut Exchange<'_>) -> io::Result<()> {
-        if self.faults.now(Instant::now()) {
+        if self.faults.allow(Instant::now()) {
             log::error!("a request made a handler panic; the log has the place");
         }
         self.metrics.answered(CountedCall::Other, 500);
@@ -390,13 +390,13 @@ impl Api {
 
     /// The client's address: the socket's peer, or what a trusted proxy reports.
     fn client(&self, request: &Request<'_>) -> IpAddr {
-        self.told_by_proxy(request).unwrap_or(request.asker.ip().to_canonical())
+        self.told_by_proxy(request).unwrap_or(request.peer_address.ip().to_canonical())
     }
 
     /// The client's address according to a trusted proxy: the last one in `X-Forwarded-For`, which
     /// the proxy itself added. The client may have forged what precedes it.
     fn told_by_proxy(&self, request: &Request<'_>) -> Option<IpAddr> {
-        if !self.proxies.contains(&request.asker.ip().to_canonical()) {
+        if !self.proxies.contains(&request.peer_address.ip().to_canonical()) {
             return None;
         }
         let last = request.last_field("X-Forwarded-For")?.rsplit(',').next()?;
@@ -405,7 +405,7 @@ impl Api {
 
     /// Whether the request came through a proxy and the client's address is unknown.
     fn is_forwarded(&self, request: &Request<'_>) -> bool {
-        let is_ours = self.proxies.contains(&request.asker.ip().to_canonical());
+        let is_ours = self.proxies.contains(&request.peer_address.ip().to_canonical());
         self.told_by_proxy(request).is_none()
             && (is_ours || FORWARDED.iter().any(|field| request.has(field)))
     }
@@ -527,7 +527,7 @@ impl Api {
         let refused = |refused| ApiError::from((refused, now()));
         match claim {
             Some(claim) => match self.ledger.bind(id, claim.key)? {
-                BindOutcome::Yes(reputation) => Ok(reputation),
+                BindOutcome::Bound(reputation) => Ok(reputation),
                 BindOutcome::OtherKey => Err(refused(ClaimRefusal::OtherKey)),
                 BindOutcome::Full => Err(refused(ClaimRefusal::Full)),
             },
@@ -637,7 +637,7 @@ impl Api {
             ));
         }
         let reaches = || self.reaches.lock().unwrap_or_else(PoisonError::into_inner);
-        let asker = address::household(from);
+        let asker = address::limit_key(from);
         {
             let mut reaches = reaches();
             if reaches.contains(&asker) {
@@ -722,7 +722,7 @@ impl Api {
             }
             ReportOutcome::NotFound => Err(ApiError::new(404, "transfer not found")),
             ReportOutcome::AlreadyResolved => Err(ApiError::new(409, "transfer already resolved")),
-            ReportOutcome::NotTheOne => {
+            ReportOutcome::WrongPeer => {
                 Err(ApiError::new(403, format!("peer_id does not match {side}")))
             }
             ReportOutcome::SameSideAgain => {

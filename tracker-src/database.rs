@@ -126,7 +126,7 @@ pub struct KnownIdentity {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum BindOutcome {
     /// The ID is bound to the key, now or since before; its reputation.
-    Yes(Reputation),
+    Bound(Reputation),
     /// The ID is bound to another key.
     OtherKey,
     /// There are too many bound IDs.
@@ -145,7 +145,7 @@ pub enum ReportOutcome {
     /// Both sides had reported before.
     AlreadyResolved,
     /// Another peer has this side of the transfer.
-    NotTheOne,
+    WrongPeer,
     /// This side had reported before.
     SameSideAgain,
     /// The ID is bound to a key that has not signed the report.
@@ -423,7 +423,7 @@ impl TrackerDatabase {
                 self.counts.identities += 1;
             }
         }
-        Ok(BindOutcome::Yes(self.reputation(id)?))
+        Ok(BindOutcome::Bound(self.reputation(id)?))
     }
 
     /// Stores the day, counted from 1970, on which a bound ID was last seen.
@@ -500,7 +500,7 @@ impl TrackerDatabase {
             return Ok(ReportOutcome::AlreadyResolved);
         }
         if transfer.peers[side] != report.peer_id {
-            return Ok(ReportOutcome::NotTheOne);
+            return Ok(ReportOutcome::WrongPeer);
         }
         if transfer.confirmed[side] {
             return Ok(ReportOutcome::SameSideAgain);
@@ -812,7 +812,7 @@ mod tests {
         for (id, day) in [("once", 10), ("here", 40), ("used", 10), ("old", 5), ("new", 50)] {
             assert_eq!(
                 books.bind(id, &[7; 32], day).unwrap(),
-                BindOutcome::Yes(Reputation::default())
+                BindOutcome::Bound(Reputation::default())
             );
         }
         for (id, day) in [("used", 60), ("old", 6), ("new", 51)] {
@@ -839,7 +839,7 @@ mod tests {
         assert_eq!(books.bind("used", &[8; 32], day).unwrap(), BindOutcome::OtherKey);
         assert_eq!(
             books.bind("old", &[8; 32], day).unwrap(),
-            BindOutcome::Yes(Reputation::default())
+            BindOutcome::Bound(Reputation::default())
         );
         books.count("unbound", true, 1, 0, 10).unwrap();
         books.count("used", true, 1, 0, 10).unwrap();
@@ -959,7 +959,7 @@ mod tests {
             transfers: MAX_TRANSFERS,
         };
         assert_eq!(books.bind("b", &[1; 32], 0).unwrap(), BindOutcome::Full);
-        assert!(matches!(books.bind("a", &[1; 32], 1).unwrap(), BindOutcome::Yes(_)));
+        assert!(matches!(books.bind("a", &[1; 32], 1).unwrap(), BindOutcome::Bound(_)));
         assert_eq!(books.begin_transfers("a", "b", 1, 0.0).unwrap(), None);
         assert_eq!(signed(&mut books, id, "a", Role::Sender, 1, 1), ReportOutcome::Pending);
         assert_eq!(report(&mut books, id, Role::Receiver, 1), ReportOutcome::Resolved(true));

@@ -133,7 +133,7 @@ impl DatabaseThread {
         let shared = numbers.clone();
         let thread = thread::Builder::new().name("ledger".into()).spawn(move || {
             let _end = Deferred::new(on_end);
-            keep(books, &waiting, &shared, on_change);
+            run_jobs(books, &waiting, &shared, on_change);
         });
         let thread = thread.map_err(|e: io::Error| format!("ledger: {e}"))?;
         let (jobs, thread) = (RwLock::new(Some(jobs)), Mutex::new(Some(thread)));
@@ -173,18 +173,18 @@ impl DatabaseThread {
     /// Records that a bound ID was seen today. Does not block; may be lost.
     pub fn seen(&self, id: &str) {
         let id = id.to_owned();
-        self.tell(move |books| books.seen(&id, today()));
+        self.submit(move |books| books.seen(&id, today()));
     }
 
     /// Records the address of a live peer. Does not block; may be lost.
     pub fn arrived(&self, id: &str, at: &PeerAddress) {
         let (id, at) = (id.to_owned(), at.clone());
-        self.tell(move |books| books.arrived(&id, &at));
+        self.submit(move |books| books.arrived(&id, &at));
     }
 
     /// Records that these peers are no longer live. Does not block; may be lost.
     pub fn gone(&self, ids: Vec<Arc<str>>) {
-        self.tell(move |books| ids.iter().try_for_each(|id| books.gone(id)));
+        self.submit(move |books| ids.iter().try_for_each(|id| books.gone(id)));
     }
 
     /// Records a peer's new filter. Does not block; may be lost.
@@ -195,7 +195,7 @@ impl DatabaseThread {
             waiting.fetch_sub(len, Ordering::Relaxed);
         });
         if fits {
-            self.tell(move |books| {
+            self.submit(move |books| {
                 let _written = written;
                 books.published(&id, stamp, &filter)
             });
@@ -269,7 +269,7 @@ impl DatabaseThread {
         self.jobs.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    fn tell(
+    fn submit(
         &self,
         work: impl FnOnce(&mut TrackerDatabase) -> rusqlite::Result<()> + Send + 'static,
     ) {
@@ -323,7 +323,7 @@ fn seconds() -> f64 {
     SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs_f64()
 }
 
-fn keep(
+fn run_jobs(
     mut books: TrackerDatabase,
     waiting: &Receiver<Box<dyn DatabaseJob>>,
     numbers: &DatabaseStats,
@@ -376,7 +376,7 @@ fn keep(
         }
         if let Some(Err(e)) = outcomes.iter().find(|outcome| outcome.is_err()) {
             numbers.failures.fetch_add(1, Ordering::Relaxed);
-            if faults.now(began) {
+            if faults.allow(began) {
                 log::error!("{e}");
             }
         }
@@ -398,7 +398,7 @@ fn keep(
             pruned_all = if prune_all { Some(pruned) } else { pruned_all };
             said_alive = if say_alive { Some(pruned) } else { said_alive };
             if let Err(e) = done
-                && faults.now(pruned)
+                && faults.allow(pruned)
             {
                 log::error!("database: pruning: {e}");
             }

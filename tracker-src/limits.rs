@@ -1,6 +1,6 @@
 //! Rate limits: a token bucket for each address and kind of call. The time is passed in; no I/O.
 
-use crate::address::household;
+use crate::address::limit_key;
 use std::collections::HashMap;
 use std::net::IpAddr;
 use std::sync::{Mutex, PoisonError};
@@ -49,7 +49,7 @@ const MAX_ADDRESSES: usize = 65_536;
 const SWEEP: Duration = Duration::from_secs(1);
 
 /// Key of the shared buckets. It is that of `::`, which is no source address.
-const THE_REST: u128 = 0;
+const SHARED_KEY: u128 = 0;
 
 #[derive(Clone, Copy)]
 struct TokenBuckets {
@@ -96,7 +96,7 @@ impl RateLimits {
     /// No token is left. Returns the time until there is one.
     pub fn take(&self, ip: IpAddr, kind: LimitKind, now: Instant) -> Result<(), Duration> {
         let mut inner = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut key = household(ip);
+        let mut key = limit_key(ip);
         if !inner.buckets.contains_key(&key) && inner.buckets.len() >= MAX_ADDRESSES {
             let due = inner.swept.is_none_or(|swept| now.saturating_duration_since(swept) >= SWEEP);
             if due {
@@ -107,7 +107,7 @@ impl RateLimits {
                 });
             }
             if inner.buckets.len() >= MAX_ADDRESSES {
-                key = THE_REST;
+                key = SHARED_KEY;
             }
         }
         let buckets = inner.buckets.entry(key).or_insert_with(|| TokenBuckets::full(now));
@@ -123,7 +123,8 @@ impl RateLimits {
     /// Takes `more` tokens for a call that is worth several. The bucket may go negative.
     pub fn charge(&self, ip: IpAddr, kind: LimitKind, more: u32, now: Instant) {
         let mut inner = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let key = if inner.buckets.contains_key(&household(ip)) { household(ip) } else { THE_REST };
+        let key =
+            if inner.buckets.contains_key(&limit_key(ip)) { limit_key(ip) } else { SHARED_KEY };
         let buckets = inner.buckets.entry(key).or_insert_with(|| TokenBuckets::full(now));
         buckets.left[kind as usize] -= f64::from(more);
     }

@@ -235,7 +235,7 @@ impl PeerEntry {
     /// Records the instance of an announce. Returns the address of another machine with the same
     /// identity if its announces alternate with this one's. After a restart, the old instance does
     /// not come back.
-    fn hear(&mut self, instance: Option<u64>, now: Instant) -> Option<IpAddr> {
+    fn record_instance(&mut self, instance: Option<u64>, now: Instant) -> Option<IpAddr> {
         let instance = instance?;
         let last = self.instance.replace(instance).filter(|last| *last != instance)?;
         let before = self.before.replace((last, self.whereabouts.from, now));
@@ -532,7 +532,7 @@ impl TrackerTable {
         let mut welcome = AnnounceOutcome { first_today, ..AnnounceOutcome::default() };
         peers.change(slot, |peer| {
             let is_elsewhere = peer.whereabouts != whereabouts;
-            welcome.also_at = peer.hear(instance, now.at);
+            welcome.also_at = peer.record_instance(instance, now.at);
             if is_elsewhere {
                 (peer.reachable, peer.reach_tried) = (None, None);
             }

@@ -34,7 +34,7 @@ impl Crowd {
             (0..size).map(|number| lan.host(&format!("node-{number}"))).collect();
         introduce(&hosts.iter().collect::<Vec<_>>());
         hosts.iter().for_each(stock::ready);
-        let mark = daemon::mark(&hosts[0]);
+        let mark = daemon::add_unique_path(&hosts[0]);
         let nodes: Vec<Peer> = hosts.into_iter().map(Peer::start).collect();
         let crowd = Crowd { nodes };
         daemon::wait_until_known(&crowd.asker().host, &mark);

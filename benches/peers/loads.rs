@@ -184,7 +184,7 @@ fn holding(lan: &Lan, world: &World, name: &str) -> (Peer, String) {
     let (store, var) = (world.store(), world.store().with_file_name("var"));
     host.sh(&format!("cp -a {} /nix/store; cp -a {} /nix/var", store.display(), var.display()));
     world.sign(&host);
-    let mark = daemon::mark(&host);
+    let mark = daemon::add_unique_path(&host);
     (Peer::start(host), mark)
 }
 

@@ -9,7 +9,7 @@ const LINE: f64 = 22.0;
 const PLOT: f64 = 520.0;
 const PLOT_END: f64 = 910.0;
 /// Largest ratio on the scale. Bars beyond end here; the text beside them has the true ratio.
-const MOST: f64 = 8.0;
+const MAX_RATIO: f64 = 8.0;
 
 const STYLE: &str = "
 text { font: 12px system-ui, sans-serif; fill: #1f2328 }
@@ -96,7 +96,7 @@ fn group(body: &mut String, y: &mut f64, heading: &str, bars: &[&Bar]) {
 
 /// Horizontal position of a ratio, in pixels; the scale is logarithmic.
 fn place(ratio: f64) -> f64 {
-    let share = (ratio.clamp(1.0 / MOST, MOST).log2() / MOST.log2() + 1.0) / 2.0;
+    let share = (ratio.clamp(1.0 / MAX_RATIO, MAX_RATIO).log2() / MAX_RATIO.log2() + 1.0) / 2.0;
     PLOT + share * (PLOT_END - PLOT)
 }
 

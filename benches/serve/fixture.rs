@@ -17,7 +17,7 @@ pub const BLOCK: usize = 1000;
 /// References within a block: a tree with this many branches that reaches all of it.
 const BRANCHES: usize = 4;
 /// Exclusive bound of the additional random references of a path.
-const MORE: u64 = 9;
+const MAX_EXTRA_REFERENCES: u64 = 9;
 /// Paths whose NARs a system update asks for. Sizes in bytes are log-normal, [`LARGEST`] at most.
 const UPDATE: usize = 300;
 const MEDIAN: f64 = 60.0 * 1024.0;
@@ -220,8 +220,9 @@ fn references(n: usize) -> Vec<usize> {
         (1..=BRANCHES).map(|branch| place * BRANCHES + branch).filter(|place| *place < BLOCK);
     let mut random = Bytes(n as u64);
     let later = BLOCK - 1 - place;
-    let more: Vec<usize> =
-        (0..random.below(MORE)).map(|_| place + 1 + random.below(later.max(1) as u64)).collect();
+    let more: Vec<usize> = (0..random.below(MAX_EXTRA_REFERENCES))
+        .map(|_| place + 1 + random.below(later.max(1) as u64))
+        .collect();
     let mut all: Vec<usize> =
         tree.chain(more).filter(|place| *place < BLOCK).map(|place| block + place).collect();
     all.sort_unstable();

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 pub const FIGURES: [(&str, Better); 2] = [("GB/s", Better::More), ("CPU-s/GiB", Better::Less)];
 
 /// Minimum duration of a stream: the kernel reports CPU time in hundredths of a second.
-const LONG: Duration = Duration::from_secs(1);
+const MIN_STREAM_TIME: Duration = Duration::from_secs(1);
 /// How many times each contender streams the tree.
 const TREE: u32 = 10;
 /// Repetitions of a short request; the result is their median.
@@ -48,7 +48,7 @@ pub fn four(bench: &Bench, report: &mut Report) {
         let mut readers: Vec<(Client, String)> =
             quarters.iter().map(|path| (server.client(), server.narinfo(path).nar)).collect();
         let (before, began, mut bytes) = (server.cpu(), Instant::now(), 0);
-        while began.elapsed() < LONG {
+        while began.elapsed() < MIN_STREAM_TIME {
             std::thread::scope(|scope| {
                 let read = readers
                     .iter_mut()
@@ -145,7 +145,7 @@ pub fn each<'a, const N: usize>(
 pub fn stream(server: &Cache, path: &str, times: u32, read: bool) -> [f64; 2] {
     let (nar, mut client) = (server.narinfo(path).nar, server.client());
     let (before, began, mut bytes, mut count) = (server.cpu(), Instant::now(), 0, 0);
-    while count < times || began.elapsed() < LONG {
+    while count < times || began.elapsed() < MIN_STREAM_TIME {
         let body = if read { Body::Read(&mut |_| ()) } else { Body::Dropped };
         bytes += client.get(&nar, "", body);
         count += 1;

@@ -222,7 +222,10 @@ fn register(host: &Host, tracker: &Tracker, number: u32, address: Ipv4Addr) {
     };
     let body = serde_json::to_vec(&announce).expect("JSON");
     let json = "Content-Type: application/json\r\n";
-    assert_eq!(connection.tell("POST", "/announce", json, &body).expect("an answer").status, 200);
+    assert_eq!(
+        connection.request_with_body("POST", "/announce", json, &body).expect("an answer").status,
+        200
+    );
     let mut filter = BloomFilter::for_paths(PATHS.into());
     for path in 0..PATHS {
         let mut name = [0; 8];
@@ -242,7 +245,12 @@ fn register(host: &Host, tracker: &Tracker, number: u32, address: Ipv4Addr) {
         now + 1,
         proof.signature.expect("signed")
     );
-    let answer = connection.tell("PUT", &format!("/filter/{peer_id}"), &fields, filter.as_bytes());
+    let answer = connection.request_with_body(
+        "PUT",
+        &format!("/filter/{peer_id}"),
+        &fields,
+        filter.as_bytes(),
+    );
     let answer = answer.expect("an answer");
     assert_eq!(answer.status, 200, "{}", answer.text());
 }

@@ -53,14 +53,18 @@ impl NameFilter {
 
     /// Returns whether a pattern matches the whole base name of `path`, so that the path is
     /// withheld from WAN peers. Matching is case-sensitive.
-    pub fn keeps(&self, path: &StorePath) -> bool {
+    pub fn matches(&self, path: &StorePath) -> bool {
         self.0.iter().any(|pattern| pattern.matches(path.base_name()))
     }
 }
 
-/// Returns the first pattern that matches the base name of `path`. [`NameFilter::keeps`] gives the
+/// Returns the first pattern that matches the base name of `path`. [`NameFilter::matches`] gives the
 /// same verdict without naming the pattern.
-pub fn kept_by<'a>(defaults: bool, patterns: &'a [String], path: &StorePath) -> Option<&'a str> {
+pub fn matching_pattern<'a>(
+    defaults: bool,
+    patterns: &'a [String],
+    path: &StorePath,
+) -> Option<&'a str> {
     let defaults = if defaults { DEFAULT_PATTERNS } else { &[] };
     let mut all = defaults.iter().copied().chain(patterns.iter().map(String::as_str));
     all.find(|pattern| Pattern::parse(pattern).matches(path.base_name()))
@@ -86,16 +90,16 @@ mod tests {
             "tls.pem",
             "a.key",
         ] {
-            assert!(all.keeps(&path(name)), "{name}");
-            assert!(!own.keeps(&path(name)), "{name}");
-            assert!(!NameFilter::default().keeps(&path(name)), "{name}");
+            assert!(all.matches(&path(name)), "{name}");
+            assert!(!own.matches(&path(name)), "{name}");
+            assert!(!NameFilter::default().matches(&path(name)), "{name}");
         }
-        assert!(all.keeps(&path("mine")) && own.keeps(&path("mine")));
-        assert_eq!(kept_by(true, &more, &path("my-secret-mine")), Some("*-secret-*"));
-        assert_eq!(kept_by(false, &more, &path("my-secret-mine")), Some("*-mine"));
-        assert_eq!(kept_by(true, &more, &path("hello-2.12")), None);
+        assert!(all.matches(&path("mine")) && own.matches(&path("mine")));
+        assert_eq!(matching_pattern(true, &more, &path("my-secret-mine")), Some("*-secret-*"));
+        assert_eq!(matching_pattern(false, &more, &path("my-secret-mine")), Some("*-mine"));
+        assert_eq!(matching_pattern(true, &more, &path("hello-2.12")), None);
         for name in ["hello-2.12", "Mine", "my-SECRET-x", "mine.drv"] {
-            assert!(!all.keeps(&path(name)), "{name}");
+            assert!(!all.matches(&path(name)), "{name}");
         }
     }
 }

@@ -123,7 +123,7 @@ impl AccessPolicy {
 
     /// Returns whether the requester is outside the LAN, where the network is slower than
     /// compression.
-    pub fn is_far(&self, scope: Scope, asker: SocketAddr) -> bool {
+    pub fn is_outside_lan(&self, scope: Scope, asker: SocketAddr) -> bool {
         match scope {
             Scope::ThisMachine | Scope::Lan => false,
             Scope::Friend => self.scope(asker) == Scope::Wan,
@@ -161,13 +161,13 @@ impl AccessPolicy {
     /// known to have it, or upstream's key is known. In the last case a signature proves upstream's
     /// own paths, so paths without one are asked about only when a WAN peer requests them.
     pub fn ask_upstream_at(&self, info: &PathInfo) -> Option<Instant> {
-        self.verifier.as_ref().filter(|_| !self.filter.keeps(&info.path))?.ask_at(info)
+        self.verifier.as_ref().filter(|_| !self.filter.matches(&info.path))?.ask_at(info)
     }
 
     /// Explains to the user why WAN peers may not have this valid path, or returns `None` if they
     /// may. `config` must be the one that this policy was created from. May ask the upstream cache
     /// and blocks for at most 15 s.
-    pub fn why_kept(&self, config: &Config, info: &PathInfo) -> Option<String> {
+    pub fn withheld_reason(&self, config: &Config, info: &PathInfo) -> Option<String> {
         if self.sharing != Sharing::All {
             return Some("--share keeps everything from strangers".into());
         }
@@ -176,9 +176,12 @@ impl AccessPolicy {
                 "in mode lan, only the networks that this machine is on get anything".into(),
             );
         }
-        if self.filter.keeps(&info.path) {
-            let pattern =
-                filter::kept_by(config.default_filters, &config.filter_patterns, &info.path);
+        if self.filter.matches(&info.path) {
+            let pattern = filter::matching_pattern(
+                config.default_filters,
+                &config.filter_patterns,
+                &info.path,
+            );
             return Some(format!("its name matches the pattern {}", pattern.unwrap_or_default()));
         }
         let verifier = self.verifier.as_ref().filter(|verifier| !verifier.verified(info))?;
@@ -204,7 +207,7 @@ impl AccessPolicy {
             Scope::ThisMachine | Scope::Friend | Scope::Lan => serves,
             Scope::Wan => {
                 serves
-                    && !self.filter.keeps(&info.path)
+                    && !self.filter.matches(&info.path)
                     && self.verifier.as_ref().is_none_or(verified)
             }
         }
@@ -223,12 +226,12 @@ fn host_of(address: SocketAddr) -> (IpAddr, u32) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::network::{Interface, NetworkPolicy};
+    use crate::network::{InterfaceAddress, NetworkPolicy};
     use crate::nix::{NarHash, Signature, StorePath};
     use std::net::TcpListener;
 
     fn share(mode: Mode) -> AccessPolicy {
-        let eth0 = Interface {
+        let eth0 = InterfaceAddress {
             name: "eth0".into(),
             index: 2,
             address: "192.168.10.5".parse().unwrap(),
@@ -236,7 +239,7 @@ mod tests {
             broadcast: None,
             running: true,
         };
-        let docker0 = Interface {
+        let docker0 = InterfaceAddress {
             name: "docker0".into(),
             index: 3,
             address: "172.17.0.1".parse().unwrap(),
@@ -247,7 +250,7 @@ mod tests {
         share_on(vec![eth0, docker0], &Config { mode, ..Config::default() })
     }
 
-    fn share_on(interfaces: Vec<Interface>, config: &Config) -> AccessPolicy {
+    fn share_on(interfaces: Vec<InterfaceAddress>, config: &Config) -> AccessPolicy {
         AccessPolicy::new(Arc::new(Networks::new(NetworkPolicy::default(), interfaces)), config)
     }
 

@@ -26,7 +26,7 @@ const MAX_SIGNATURES: usize = 4;
 
 /// How long the answer that upstream lacks a path, or has another NAR, is cached: after the first
 /// such answer, the second, and so on. The last interval applies to all later answers.
-const NOT_THERE: [Interval; 4] = [
+const MISSING_TTL: [Interval; 4] = [
     Interval::from_secs(60),
     Interval::from_secs(300),
     Interval::from_secs(3600),
@@ -44,7 +44,7 @@ const GENERATION: usize = 28_672;
 /// Longest request to the upstream cache, from name resolution to the last byte of the answer. A
 /// request that takes longer fails.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
-/// Most concurrent requests to the upstream cache; further ones wait up to [`PATIENCE`].
+/// Most concurrent requests to the upstream cache; further ones wait up to [`SLOT_TIMEOUT`].
 const MAX_REQUESTS: usize = 4;
 /// Most redirects that are followed. Caches redirect to one other place; more is a loop.
 const MAX_REDIRECTS: u32 = 3;
@@ -52,7 +52,7 @@ const MAX_REDIRECTS: u32 = 3;
 /// Longest wait for a free request slot, or for another thread's answer about the same path. After
 /// that the path counts as not verified. Peers give up sooner, and find the answer in the cache
 /// when they ask again.
-const PATIENCE: Duration = Duration::from_secs(5);
+const SLOT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Most callers that wait at a time; further ones get the answer "not verified". Each waiting
 /// caller occupies a thread and a connection; the limit leaves most of these to LAN peers.
 const MAX_WAITING: usize = 32;
@@ -65,7 +65,7 @@ const FIRST_PAUSE: Interval = Interval::from_secs(5);
 const LONGEST_PAUSE: Interval = Interval::from_secs(300);
 /// Pause of requests about one path after an answer that is not a valid narinfo. Behind a captive
 /// portal every path gets such answers, and no signal marks the end of that.
-const UNREADABLE: Interval = Interval::from_secs(5);
+const MALFORMED_ANSWER_PAUSE: Interval = Interval::from_secs(5);
 /// Most bytes read of a response body before decompression; the rest is cut off. A compressed
 /// narinfo is smaller than [`NarInfo::MAX_LEN`] unless its sender is hostile.
 const MAX_SENT: u64 = NarInfo::MAX_LEN as u64 + 4096;
@@ -173,13 +173,13 @@ impl Verifier {
     }
 
     /// Returns whether upstream has the path, and asks upstream if that is not known. Blocks for at
-    /// most 15 s ([`PATIENCE`] and [`REQUEST_TIMEOUT`]). False if no answer can be had now.
+    /// most 15 s ([`SLOT_TIMEOUT`] and [`REQUEST_TIMEOUT`]). False if no answer can be had now.
     pub fn verified(&self, info: &PathInfo) -> bool {
         if let Some(answer) = self.verified_now(info) {
             return answer;
         }
         let key = key(info);
-        match self.turn(&key) {
+        match self.acquire_request_slot(&key) {
             RequestTurn::Answered(answer) => answer,
             RequestTurn::NotNow => false,
             RequestTurn::Mine => self.ask(&key, info),
@@ -207,10 +207,10 @@ impl Verifier {
         Some(signatures.any(|signature| key.verify(fingerprint.as_bytes(), signature)))
     }
 
-    /// Waits up to [`PATIENCE`] until a request about `key` may start or another thread has its
+    /// Waits up to [`SLOT_TIMEOUT`] until a request about `key` may start or another thread has its
     /// answer.
-    fn turn(&self, key: &VerifiedPath) -> RequestTurn {
-        let deadline = Instant::now() + PATIENCE;
+    fn acquire_request_slot(&self, key: &VerifiedPath) -> RequestTurn {
+        let deadline = Instant::now() + SLOT_TIMEOUT;
         let mut state = self.lock();
         loop {
             let now = Instant::now();
@@ -254,8 +254,11 @@ impl Verifier {
                 );
                 state.backoff.reset();
                 let times = state.answers.times(key);
-                let lasts =
-                    if answer { PROVEN } else { NOT_THERE[times.min(NOT_THERE.len() - 1)].get() };
+                let lasts = if answer {
+                    PROVEN
+                } else {
+                    MISSING_TTL[times.min(MISSING_TTL.len() - 1)].get()
+                };
                 state.answers.put(*key, Some(answer), now + lasts, times + 1);
                 answer
             }
@@ -263,12 +266,12 @@ impl Verifier {
                 let retry_after =
                     if let UpstreamError::Status(_, retry_after) = e { retry_after } else { None };
                 if let UpstreamError::Malformed(_) = e {
-                    state.answers.put_unreadable(*key, now + UNREADABLE.get());
+                    state.answers.put_unreadable(*key, now + MALFORMED_ANSWER_PAUSE.get());
                 } else {
                     state.backoff.record_failure(retry_after, now);
                 }
                 drop(state);
-                if self.faults.now(now) {
+                if self.faults.allow(now) {
                     log::warn!(
                         "upstream cache {}: {e}; what it did not confirm before is not shared over WAN",
                         self.url
@@ -358,7 +361,7 @@ struct UpstreamAnswers {
 struct UpstreamAnswer {
     is_upstreams: Option<bool>,
     until: Instant,
-    /// Number of answers of upstream so far; index into [`NOT_THERE`].
+    /// Number of answers of upstream so far; index into [`MISSING_TTL`].
     times: usize,
     /// Set if the last answer was not a valid narinfo: upstream is not asked again before this
     /// time.
@@ -699,7 +702,7 @@ mod tests {
         verifier.lock().asked.extend(others());
         verifier.lock().waiting = MAX_WAITING;
         thread::scope(|scope| {
-            let refused = scope.spawn(|| verifier.turn(&key(&info)));
+            let refused = scope.spawn(|| verifier.acquire_request_slot(&key(&info)));
             while !refused.is_finished() {
                 assert_eq!(verifier.lock().waiting, MAX_WAITING, "one more waits");
                 thread::yield_now();
@@ -708,7 +711,7 @@ mod tests {
         });
         verifier.lock().waiting = 0;
         thread::scope(|scope| {
-            let waiter = scope.spawn(|| verifier.turn(&key(&info)));
+            let waiter = scope.spawn(|| verifier.acquire_request_slot(&key(&info)));
             while verifier.lock().waiting == 0 {
                 thread::yield_now();
             }

@@ -32,12 +32,12 @@ use std::time::{Duration, SystemTime};
 
 /// Clock difference to a tracker that is reported as a fault, in seconds. A wrong clock affects the
 /// validity of certificates and the expiry of Nix's binary-cache cache.
-const CLOCK: u64 = 120;
+const MAX_CLOCK_DIFFERENCE_SECONDS: u64 = 120;
 
 /// Age limit of recent contact with a peer, in seconds. Peers send a *hello* every 30 s, so a peer
 /// that was heard within this time is probably still there. The daemon probes a silent peer at
 /// least every 30 s, so a peer that has been silent for longer has left a probe unanswered.
-const LATELY: f64 = 40.0;
+const RECENT_CONTACT_SECONDS: f64 = 40.0;
 
 /// Time after its start in which a daemon meets the neighbours that are there. It sends a *hello*
 /// after 0, 0.1, 0.3, 0.7 and 1.5 s, and each is answered within 0.2 s. Until then, an unheard peer
@@ -53,7 +53,7 @@ const MAX_MEETING_POLLS: u32 = 30;
 
 /// Largest number of peers at which missing UDP answers are reported as a fault. A peerix 0.1 node
 /// that knows more peers sends no *have not*.
-const CROWD: usize = 32;
+const MAX_PEERS_WITH_HAVE_NOT: usize = 32;
 
 /// Maximum number of addresses from the kernel's neighbour table that are queried. The others are
 /// ignored.
@@ -83,12 +83,12 @@ pub fn run(asked: &Config, json: bool) -> u8 {
         }
         if let Some(settings) = &settings {
             keys(report, node, settings);
-            memory(report, node, settings);
+            check_cached_misses(report, node, settings);
             order(report, config, settings);
             if !settings.peerix(config.port).is_empty()
                 && !report.has_failed(&["database", "nix-daemon", "proxy", "substituter"])
             {
-                proof(report, node, settings);
+                check_nix_asks(report, node, settings);
             }
         }
     }
@@ -104,7 +104,7 @@ fn daemon(report: &mut Findings, asked: &Config) -> Option<RunningDaemon> {
         Err(e) => {
             let whose = format!("whose the port is: ss -ltnp 'sport = :{}'", asked.port);
             let elsewhere = running_on().filter(|port| *port != asked.port);
-            let remedy = match (listener::stranger(asked.port), elsewhere) {
+            let remedy = match (listener::foreign_listener_uid(asked.port), elsewhere) {
                 (Some(uid), _) => {
                     format!("if peerix runs as that user: sudo -u '#{uid}' peerix doctor\n{whose}")
                 }
@@ -249,7 +249,7 @@ fn store_remedy(e: &StoreError, db: &Path) -> String {
     let file = quote(&db.display().to_string());
     match e {
         StoreError::Unreadable { .. } => readable(db),
-        StoreError::Asleep { .. } => "systemctl enable --now nix-daemon.socket".into(),
+        StoreError::WalUnavailable { .. } => "systemctl enable --now nix-daemon.socket".into(),
         StoreError::Missing { .. } => "install Nix, or name the place by --db FILE".into(),
         // `nix-store --verify` would remove these paths from the database.
         StoreError::NoFiles { .. } => {
@@ -379,7 +379,7 @@ fn substituter(report: &mut Findings, settings: &NixSettings, port: u16) {
             }
             None => report.ok("substituter", format!("{whose} is to ask {url}")),
         },
-        None if nix::is_ignored(settings, port) => {
+        None if nix::query_ignored_substituter(settings, port) => {
             let text = "nix-daemon ignores the peerix in this user's nix.conf: it is an untrusted substituter, and the user is none of its trusted-users";
             report.fail("substituter", text.into(), nix::substitute(port));
         }
@@ -428,7 +428,7 @@ fn order(report: &mut Findings, config: &Config, settings: &NixSettings) {
 
 /// Makes Nix ask for a path that does not exist, and checks that this peerix got the lookup. Blocks
 /// until Nix has asked all substituters, for at most 10 s, and for at most 8 s more for the status.
-fn proof(report: &mut Findings, node: &RunningDaemon, settings: &NixSettings) {
+fn check_nix_asks(report: &mut Findings, node: &RunningDaemon, settings: &NixSettings) {
     let whose = if settings.daemon.is_some() { "nix-daemon" } else { "Nix" };
     let state = node.config.db.parent().unwrap_or(Path::new("/"));
     if settings.daemon.is_none() && access(state, Access::WRITE_OK).is_err() {
@@ -440,10 +440,10 @@ fn proof(report: &mut Findings, node: &RunningDaemon, settings: &NixSettings) {
     // Random, because Nix caches the miss for each path.
     let nowhere = format!(
         "{}{:016}",
-        nix::NOWHERE,
+        nix::MISSING_HASH_PREFIX,
         RandomState::new().build_hasher().finish() % 10_000_000_000_000_000
     );
-    nix::have_asked_for(
+    nix::make_nix_query(
         &format!("{}/{nowhere}-peerix-doctor", node.config.store_dir.as_str()),
         settings,
     );
@@ -575,21 +575,22 @@ fn network(report: &mut Findings, node: &RunningDaemon) {
             }
             // A refused connection means that the machine runs and its peerix does not.
             (HttpProbe::Silent(e), Some(ago))
-                if ago < LATELY && e.kind() != ErrorKind::ConnectionRefused =>
+                if ago < RECENT_CONTACT_SECONDS && e.kind() != ErrorKind::ConnectionRefused =>
             {
                 let udp = open_port_there(address.ip(), "udp", address.port());
                 let text = format!(
                     "{address} was heard {ago:.0} s ago, and answers neither by UDP nor by TCP: it has just gone, or both are \
                      blocked there{}",
-                    between(&e)
+                    explain_connect_error(&e)
                 );
                 report.fail("udp", text, format!("{udp}\n{tcp}"));
             }
             (HttpProbe::Silent(e), _) => match named_peer(address) {
                 Some(state) => report_unreachable(report, *address, &state, &e),
-                None => {
-                    report.note("peer", format!("{address} does not answer: {e}{}", between(&e)))
-                }
+                None => report.note(
+                    "peer",
+                    format!("{address} does not answer: {e}{}", explain_connect_error(&e)),
+                ),
             },
             (_, Some(_)) if answers && silence.is_some() => {
                 report_silent(report, *address, silence.unwrap_or_default(), port);
@@ -601,7 +602,7 @@ fn network(report: &mut Findings, node: &RunningDaemon) {
                 let text = format!("{address} is a Python peerix, and has been silent for {ago}");
                 report.note("peer", text);
             }
-            (HttpProbe::Shares(_), _) if !answers && all.len() <= CROWD => {
+            (HttpProbe::Shares(_), _) if !answers && all.len() <= MAX_PEERS_WITH_HAVE_NOT => {
                 let udp = open_port_there(address.ip(), "udp", address.port());
                 let text = format!(
                     "{address} answers by TCP, and UDP is blocked there, or by an access point in between"
@@ -730,12 +731,15 @@ fn report_unreachable(report: &mut Findings, address: SocketAddr, state: &str, e
             format!("{start}\nif it runs there, {}\n{gone}", ports.join("\n"))
         }
     };
-    let text = format!("--peer {address} does not answer: {e}{}; daemon: {state}", between(e));
+    let text = format!(
+        "--peer {address} does not answer: {e}{}; daemon: {state}",
+        explain_connect_error(e)
+    );
     report.fail("peer", text, remedy);
 }
 
 /// Explains an error of a connection to a host. Empty if the error speaks for itself.
-fn between(e: &io::Error) -> &'static str {
+fn explain_connect_error(e: &io::Error) -> &'static str {
     match e.kind() {
         ErrorKind::HostUnreachable => {
             " (no machine at that address answers ARP: it is switched off, or an access point keeps its clients apart)"
@@ -756,11 +760,11 @@ fn report_unresolved(report: &mut Findings, host: &str, e: &io::Error) {
 }
 
 /// Reports a peer that answers this command and has been silent to the daemon for `silence`
-/// seconds. It is a failure after [`LATELY`], when the daemon has probed the peer in vain.
+/// seconds. It is a failure after [`RECENT_CONTACT_SECONDS`], when the daemon has probed the peer in vain.
 fn report_silent(report: &mut Findings, address: SocketAddr, silence: f64, port: u16) {
     let silent = format!("has been silent to the daemon for {}", long(silence));
     let text = format!("{address} answers this command, and {silent}");
-    match silence > LATELY {
+    match silence > RECENT_CONTACT_SECONDS {
         true => {
             let text = format!("{text}: it has just come back, or UDP is blocked here");
             report.fail("udp", text, open_port("udp", port));
@@ -814,7 +818,7 @@ fn keys(report: &mut Findings, node: &RunningDaemon, settings: &NixSettings) {
 }
 
 /// Checks whether Nix has cached a miss for a path that a peer has now.
-fn memory(report: &mut Findings, node: &RunningDaemon, settings: &NixSettings) {
+fn check_cached_misses(report: &mut Findings, node: &RunningDaemon, settings: &NixSettings) {
     let urls = settings.peerix(node.config.port);
     let misses = urls.iter().flat_map(|url| nix::misses(settings, url, None));
     let misses: Vec<_> = misses.take(SAMPLES).collect();
@@ -879,7 +883,9 @@ fn trackers(report: &mut Findings, config: &Config) {
         if let Some(date) = answer.date {
             let (here, there) = (seconds(began), seconds(date));
             match here.abs_diff(there) {
-                ..CLOCK => report.ok("clock", "it agrees with the tracker's".into()),
+                ..MAX_CLOCK_DIFFERENCE_SECONDS => {
+                    report.ok("clock", "it agrees with the tracker's".into())
+                }
                 off => {
                     let way = if here < there { "behind" } else { "ahead of" };
                     let text =
@@ -892,12 +898,12 @@ fn trackers(report: &mut Findings, config: &Config) {
                 }
             }
         }
-        outside(report, url, host.as_deref(), port);
+        check_reachability(report, url, host.as_deref(), port);
     }
 }
 
 /// Checks by a tracker's `/reach` whether other machines can connect to the announced address.
-fn outside(report: &mut Findings, tracker: &str, host: Option<&str>, port: u16) {
+fn check_reachability(report: &mut Findings, tracker: &str, host: Option<&str>, port: u16) {
     let told = get_within(&format!("{tracker}/reach/{port}"), REACH_TIMEOUT)
         .ok()
         .filter(|answer| answer.status == 200);

@@ -15,7 +15,7 @@ const MAX_TABLE: u64 = 1 << 20;
 
 /// Returns the user ID of a listener on `port` that does not belong to root. `None` if there is
 /// none, or if this process does not run as root.
-pub fn stranger(port: u16) -> Option<u32> {
+pub fn foreign_listener_uid(port: u16) -> Option<u32> {
     if !rustix::process::geteuid().is_root() {
         return None;
     }

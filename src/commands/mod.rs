@@ -87,7 +87,7 @@ impl RunningDaemon {
     /// One line: another user listens there, nothing answers, or the answer is of another version
     /// of peerix.
     fn find(asked: &Config) -> Result<RunningDaemon, String> {
-        if let Some(uid) = listener::stranger(asked.port) {
+        if let Some(uid) = listener::foreign_listener_uid(asked.port) {
             return Err(format!(
                 "user {uid} listens on port {}, whom root does not take at their word",
                 asked.port

@@ -16,16 +16,16 @@ use std::{fs, thread};
 const TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Installation paths of `nix`, tried if the program in `PATH` fails.
-const ELSEWHERE: [&str; 2] =
+const NIX_PROGRAMS: [&str; 2] =
     ["/run/current-system/sw/bin/nix", "/nix/var/nix/profiles/default/bin/nix"];
 
 /// Maximum number of signatures that are verified per path; the rest is ignored. Real paths have
 /// one to three.
 const MAX_SIGNATURES: usize = 16;
 
-/// First half of hash parts that no store path has, used with [`have_asked_for`]. [`misses`] leaves
+/// First half of hash parts that no store path has, used with [`make_nix_query`]. [`misses`] leaves
 /// them out of the misses that Nix caches.
-pub const NOWHERE: &str = "0000000000000000";
+pub const MISSING_HASH_PREFIX: &str = "0000000000000000";
 
 /// Maximum number of misses that are read from each file, the latest first.
 const MAX_MISSES: usize = 16;
@@ -64,7 +64,7 @@ impl NixSettings {
 
     fn show(environment: &[(String, String)]) -> Result<HashMap<String, String>, String> {
         let mut why = String::new();
-        for program in ["nix"].iter().chain(&ELSEWHERE) {
+        for program in ["nix"].iter().chain(&NIX_PROGRAMS) {
             // Nix 2.20 renamed `nix show-config` to `nix config show`.
             for words in [&["config", "show"][..], &["show-config"]] {
                 let nix_command = ["--extra-experimental-features", "nix-command"];
@@ -259,7 +259,7 @@ fn proxy_for(environment: &HashMap<String, String>, url: &str) -> Option<(String
 
 /// Makes nix-daemon, or this user's Nix if there is none, ask its substituters for `path`. Blocks
 /// until it has asked all of them, for at most [`TIMEOUT`].
-pub fn have_asked_for(path: &str, settings: &NixSettings) {
+pub fn make_nix_query(path: &str, settings: &NixSettings) {
     let mut environment = vec![("NIX_USER_CONF_FILES".to_owned(), String::new())];
     match settings.daemon {
         Some(_) => environment.push(("NIX_REMOTE".to_owned(), "daemon".to_owned())),
@@ -347,7 +347,7 @@ pub fn misses(settings: &NixSettings, url: &str, hash_part: Option<&str>) -> Vec
     let believed: u64 = settings.get("narinfo-cache-negative-ttl").parse().unwrap_or(3600);
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
     let mut misses = Vec::new();
-    for file in memories() {
+    for file in binary_cache_files() {
         let rows = read(&file, url.trim_end_matches('/'), hash_part, now.saturating_sub(believed))
             .unwrap_or_default();
         misses.extend(rows.into_iter().map(|(hash_part, at)| {
@@ -361,7 +361,7 @@ pub fn misses(settings: &NixSettings, url: &str, hash_part: Option<&str>) -> Vec
 
 /// Nix's binary-cache cache files: of this user, and of root, whose nix-daemon asks for other
 /// users.
-fn memories() -> Vec<PathBuf> {
+fn binary_cache_files() -> Vec<PathBuf> {
     let home = |home: PathBuf| home.join(".cache");
     let user = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
     let user = user.or_else(|| std::env::var_os("HOME").map(|dir| home(dir.into())));
@@ -527,7 +527,7 @@ fn started_as(process: &Path, name: &str) -> Option<u64> {
 
 /// Whether nix-daemon ignores the peerix on `port` in this user's nix.conf, because the user is not
 /// in `trusted-users` and the URL is not in `trusted-substituters`. Runs `nix` and `id`.
-pub fn is_ignored(settings: &NixSettings, port: u16) -> bool {
+pub fn query_ignored_substituter(settings: &NixSettings, port: u16) -> bool {
     let Some(_) = settings.daemon else { return false };
     let Ok(own) = NixSettings::of_this_user() else { return false };
     let urls = own.peerix(port);
@@ -583,11 +583,11 @@ pub struct CachedNarinfo {
 
 /// Narinfos of a path from the substituter `url` that Nix still believes. Reads the caches of this
 /// user and of root. Skips files that this user cannot read.
-pub fn remembered(settings: &NixSettings, url: &str, hash_part: &str) -> Vec<CachedNarinfo> {
+pub fn cached_narinfos(settings: &NixSettings, url: &str, hash_part: &str) -> Vec<CachedNarinfo> {
     let believed: u64 = settings.get("narinfo-cache-positive-ttl").parse().unwrap_or(30 * 86400);
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
     let mut all = Vec::new();
-    for file in memories() {
+    for file in binary_cache_files() {
         let since = i64::try_from(now.saturating_sub(believed)).unwrap_or(i64::MAX);
         let row = open_memory(&file).and_then(|connection| {
             connection.query_row(

@@ -16,7 +16,7 @@ pub fn run(node: &RunningDaemon, json: bool) -> u8 {
     let nothing = HashPart::parse(&NO_PATH).expect("zeros are Nix32");
     let mut report = Findings::default();
     let known = probe::known(node);
-    let far = probe::far(node, None);
+    let far = probe::wan_nodes(node, None);
     let mut asked: Vec<SocketAddr> =
         known.iter().copied().chain(far.iter().map(|(_, address)| *address)).collect();
     let networks = Networks::read(node.config.networks.clone()).current();

@@ -240,7 +240,7 @@ pub fn known_or_named(status: &Value, named: &NamedAddresses) -> Vec<SocketAddr>
 /// Nodes on other networks, with their peer IDs, as the trackers list them: all, or those that may
 /// have `hash_part`. At most [`MAX_FAR`]; empty in mode `lan`. Blocks for at most 2 s for each
 /// tracker, and while host names are resolved.
-pub fn far(node: &RunningDaemon, hash_part: Option<&HashPart>) -> Vec<(String, SocketAddr)> {
+pub fn wan_nodes(node: &RunningDaemon, hash_part: Option<&HashPart>) -> Vec<(String, SocketAddr)> {
     let mut all = Vec::new();
     if !node.config.mode.has_wan() {
         return all;
@@ -304,7 +304,7 @@ pub fn offers(node: &RunningDaemon, hash_part: &HashPart) -> Vec<ProbeOffer> {
         holders.extend(heard.into_iter().filter_map(|heard| Some((String::new(), heard.holder?))));
     }
     let url_path = format!("local/{hash_part}.narinfo");
-    let far = far(node, Some(hash_part)).into_iter();
+    let far = wan_nodes(node, Some(hash_part)).into_iter();
     holders.extend(far.map(|(id, http)| (id, Holder { http, url_path: url_path.clone() })));
     let client = PeerClient::new(node.config.store_dir.clone());
     let offers = at_once(&holders, |(id, holder)| {

@@ -141,7 +141,7 @@ fn here(report: &mut Findings, node: &RunningDaemon, hash_part: &HashPart) -> bo
     }
     let networks = Networks::read(node.config.networks.clone());
     let share = AccessPolicy::new(Arc::new(networks), &node.config);
-    match share.why_kept(&node.config, &info) {
+    match share.withheld_reason(&node.config, &info) {
         None => report.ok("wan", "shared with everybody who knows its hash".into()),
         Some(why) => report.note("wan", format!("not shared with other networks: {why}")),
     }
@@ -305,7 +305,7 @@ fn nix_asks(
                     nix::ask_again(&path),
                 );
             }
-            asks &= is_remembered_rightly(report, node, &settings, url, offered);
+            asks &= check_cached_narinfo(report, node, &settings, url, offered);
             if let Some((variable, proxy)) = settings.proxy(url) {
                 asks = false;
                 report.fail(
@@ -340,7 +340,7 @@ fn nix_asks(
 
 /// Whether the NAR hash that Nix has cached for the path is one that a peer offers, and reports it
 /// if not. Nix requests the cached NAR; a missing one makes it fail or build.
-fn is_remembered_rightly(
+fn check_cached_narinfo(
     report: &mut Findings,
     node: &RunningDaemon,
     settings: &NixSettings,
@@ -352,7 +352,7 @@ fn is_remembered_rightly(
     let known: Vec<String> =
         infos.iter().map(|info| format!("sha256:{}", info.nar_hash.to_nix32())).collect();
     let mut is_right = true;
-    for remembered in nix::remembered(settings, url, first.path.hash_part().as_str()) {
+    for remembered in nix::cached_narinfos(settings, url, first.path.hash_part().as_str()) {
         if known.contains(&remembered.nar_hash) {
             continue;
         }

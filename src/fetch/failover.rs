@@ -8,7 +8,7 @@ use super::verified::{PIECE, Piece, VerifiedStream};
 use super::{DownloadError, Downloader, spool};
 use crate::lookup::{FoundNar, HolderSearch, NarSource, nar_name};
 use crate::nix::HashPart;
-use crate::peers::client::{LinkKind, NarBody, PeerError, STALL, TOO_SLOW};
+use crate::peers::client::{LinkKind, MIN_BYTES_PER_SECOND, NarBody, PeerError, READ_TIMEOUT};
 use crate::peers::health::{Eligibility, Fault, PeerKey};
 use crate::peers::pace::{IncomingNar, PaceEstimate, PaceMeter};
 use crate::peers::picker::{self, HealthRank, HolderFacts};
@@ -26,7 +26,7 @@ use std::time::{Duration, Instant};
 /// Maximum number of requests for one NAR, without those to relays. At the bound, the NAR fails.
 const MAX_TRIES: u32 = 12;
 /// Pause before a busy peer (503), or one that broke off, is asked again. Only if no other is left.
-const PAUSE: Duration = Duration::from_secs(1);
+const RETRY_DELAY: Duration = Duration::from_secs(1);
 /// Maximum number of 503 answers to one NAR's requests after which the peer is asked again. Beyond,
 /// Nix is better served by its next substituter.
 const MAX_BUSY: u32 = 10;
@@ -43,7 +43,7 @@ const LONG: Duration = Duration::from_millis(50);
 /// Minimum interval between two such queries for one NAR.
 const ASK_PAUSE: Duration = Duration::from_secs(10);
 /// Maximum wait for the answers to such a query.
-const ASK_AGAIN: Duration = Duration::from_millis(20);
+const HOLDER_QUERY_TIMEOUT: Duration = Duration::from_millis(20);
 
 /// A NAR is left to the upstream cache only if its rest takes longer from peers than this plus
 /// twice the time of the whole NAR from upstream.
@@ -61,11 +61,11 @@ const RELAY_STEP: Timeout = Timeout::from_secs(1);
 const DIGEST_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Interval of the checks whether another peer or the upstream cache is faster.
-const LOOK: Duration = Duration::from_millis(100);
-/// Time waited for a peer over which its pace must be [`TOO_SLOW`] or more. Slower peers are left.
+const CHECK_INTERVAL: Duration = Duration::from_millis(100);
+/// Time waited for a peer over which its pace must be [`MIN_BYTES_PER_SECOND`] or more. Slower peers are left.
 const PACE_WINDOW: Timeout = Timeout::from_secs(5);
 
-/// Maximum wait for the first byte if there may be another peer; otherwise [`STALL`].
+/// Maximum wait for the first byte if there may be another peer; otherwise [`READ_TIMEOUT`].
 const FIRST_BYTE: Duration = Duration::from_secs(2);
 
 /// If Nix did not read for this long, a stream that then breaks is not counted against the peer.
@@ -298,10 +298,12 @@ impl<'a> FailoverReader<'a> {
                     self.until = None;
                     return Ok((incoming, piece));
                 }
-                Ok(()) => self
-                    .leave(&StreamError::failed(Fault::BadData, "sent a NAR with another hash"), 0),
+                Ok(()) => self.drop_current(
+                    &StreamError::failed(Fault::BadData, "sent a NAR with another hash"),
+                    0,
+                ),
                 Err(StreamError::Upstream(why)) => return Err(DownloadError::Upstream(why)),
-                Err(broken) => self.leave(&broken, 0),
+                Err(broken) => self.drop_current(&broken, 0),
             }
             // Nix has no bytes yet, so the next peer can start at byte 0.
             incoming = VerifiedStream::new(self.found.nar_hash, self.found.nar_size);
@@ -340,7 +342,7 @@ impl<'a> FailoverReader<'a> {
                     return Err(DownloadError::Wrong(why));
                 }
                 Err(StreamError::Upstream(why)) => return Err(DownloadError::Upstream(why)),
-                Err(broken) => self.leave(&broken, incoming.at()),
+                Err(broken) => self.drop_current(&broken, incoming.at()),
             }
         }
     }
@@ -443,7 +445,7 @@ impl<'a> FailoverReader<'a> {
     }
 
     /// Reads at least one byte from the current peer. `rest` bytes of the NAR are missing, from
-    /// byte `at` on. Fails after [`STALL`] without a byte.
+    /// byte `at` on. Fails after [`READ_TIMEOUT`] without a byte.
     fn read(&mut self, room: &mut [u8], at: u64, rest: u64) -> Result<usize, StreamError> {
         let began = Instant::now();
         let Some(current) = &mut self.current else {
@@ -453,7 +455,7 @@ impl<'a> FailoverReader<'a> {
         current.read_began = began;
         current.start_waiting(began);
         loop {
-            let look = LOOK.min(self.left(Instant::now()));
+            let look = CHECK_INTERVAL.min(self.left(Instant::now()));
             let Some(current) = &mut self.current else { break };
             let before = Instant::now();
             let read = current.body.read_within(room, look);
@@ -467,10 +469,10 @@ impl<'a> FailoverReader<'a> {
                 }
                 Ok(Some(got)) => {
                     self.count(got as u64, began, now);
-                    self.judge(now, rest - (got as u64).min(rest))?;
+                    self.check_pace(now, rest - (got as u64).min(rest))?;
                     return Ok(got);
                 }
-                Ok(None) if now - began >= STALL.get() => {
+                Ok(None) if now - began >= READ_TIMEOUT.get() => {
                     return Err(StreamError::failed(
                         Fault::BrokenStream,
                         format_args!("sent nothing more at byte {at}"),
@@ -480,7 +482,7 @@ impl<'a> FailoverReader<'a> {
                     // The checks may query other peers or upstream. That time does not count as
                     // this peer's.
                     current.stop_waiting(now);
-                    self.judge(now, rest)?;
+                    self.check_pace(now, rest)?;
                     self.current
                         .iter_mut()
                         .for_each(|current| current.start_waiting(Instant::now()));
@@ -513,14 +515,14 @@ impl<'a> FailoverReader<'a> {
     }
 
     /// Returns an error if the current peer is to be left. `rest` bytes of the NAR are missing.
-    fn judge(&mut self, now: Instant, rest: u64) -> Result<(), StreamError> {
+    fn check_pace(&mut self, now: Instant, rest: u64) -> Result<(), StreamError> {
         if self.until.is_some_and(|until| now >= until) {
             return Err(StreamError::Late);
         }
         let Some(current) = &mut self.current else { return Ok(()) };
         if current.waited >= PACE_WINDOW.get() {
             let pace = (current.got as f64 / current.waited.as_secs_f64()) as u64;
-            if pace < TOO_SLOW {
+            if pace < MIN_BYTES_PER_SECOND {
                 return Err(StreamError::failed(
                     Fault::BrokenStream,
                     format_args!("too slow, {pace} bytes a second"),
@@ -528,7 +530,7 @@ impl<'a> FailoverReader<'a> {
             }
             (current.waited, current.got) = (Duration::ZERO, 0);
         }
-        if rest == 0 || current.unlooked < LOOK {
+        if rest == 0 || current.unlooked < CHECK_INTERVAL {
             return Ok(());
         }
         current.unlooked = Duration::ZERO;
@@ -559,7 +561,7 @@ impl<'a> FailoverReader<'a> {
         {
             // If upstream was slow to answer, the next check decides, with what the peer sent
             // meanwhile.
-            Some(why) if now.elapsed() < LOOK => Err(StreamError::Upstream(why)),
+            Some(why) if now.elapsed() < CHECK_INTERVAL => Err(StreamError::Upstream(why)),
             _ => Ok(()),
         }
     }
@@ -619,7 +621,7 @@ impl<'a> FailoverReader<'a> {
         let standing = &self.fetch.standing;
         let holding = |(at, source): (usize, &NarSource)| {
             let who = source.who();
-            let health = match standing.turn(who, now) {
+            let health = match standing.eligibility(who, now) {
                 Eligibility::Now if !standing.is_doubtful(who) => HealthRank::Good,
                 Eligibility::Now => HealthRank::Doubtful,
                 Eligibility::Last => HealthRank::LastResort,
@@ -631,7 +633,7 @@ impl<'a> FailoverReader<'a> {
     }
 
     /// Asks the LAN for further holders if the rest takes [`LONG`] or longer. Blocks for
-    /// [`ASK_AGAIN`] at most.
+    /// [`HOLDER_QUERY_TIMEOUT`] at most.
     fn ask_again(&mut self, seconds: f64) {
         let now = Instant::now();
         let is_early =
@@ -640,7 +642,7 @@ impl<'a> FailoverReader<'a> {
             return;
         }
         self.asked_again = Some(now);
-        let left = ASK_AGAIN.min(self.left(now));
+        let left = HOLDER_QUERY_TIMEOUT.min(self.left(now));
         for source in self.fetch.lookup.holders(&self.hash_part, left) {
             let is_same = |known: &NarSource| known.peer.ip() == source.peer.ip();
             if !self.found.sources.iter().chain(self.current()).any(is_same) {
@@ -674,7 +676,7 @@ impl<'a> FailoverReader<'a> {
             if let Some(why) = time.and_then(|time| self.upstream_is_faster(time)) {
                 return Err(DownloadError::Upstream(why));
             }
-            let patience = if self.may_have_another() { FIRST_BYTE } else { STALL.get() };
+            let patience = if self.may_have_another() { FIRST_BYTE } else { READ_TIMEOUT.get() };
             let patience = patience.min(self.left(Instant::now()));
             if patience.is_zero() {
                 break;
@@ -707,7 +709,7 @@ impl<'a> FailoverReader<'a> {
             intake.pause(began);
         }
         let url_path = source.nar_path(&self.hash_part, &self.found.nar_hash);
-        let mut way = source.take_way();
+        let mut way = source.take_link_kind();
         if way == LinkKind::Lan
             && source.friend.is_none()
             && self.takes_names
@@ -807,7 +809,7 @@ impl<'a> FailoverReader<'a> {
                     }
                     Some(_) => {
                         let why = "says that it has a NAR, and has not";
-                        self.fetch.standing.failed(
+                        self.fetch.standing.record_failure(
                             who,
                             Fault::BrokenPromise,
                             began,
@@ -821,7 +823,7 @@ impl<'a> FailoverReader<'a> {
             Err(e) => {
                 log::debug!("NAR {}: peer {}: {e}", self.found.nar_hash, source.peer);
                 if let Some(fault) = e.fault() {
-                    self.fetch.standing.failed(who, fault, began, Instant::now(), &e);
+                    self.fetch.standing.record_failure(who, fault, began, Instant::now(), &e);
                 }
             }
         }
@@ -831,7 +833,7 @@ impl<'a> FailoverReader<'a> {
     /// Whether no recent failure of the peer is on record.
     fn is_good(&self, who: PeerKey) -> bool {
         let standing = &self.fetch.standing;
-        standing.turn(who, Instant::now()) == Eligibility::Now && !standing.is_doubtful(who)
+        standing.eligibility(who, Instant::now()) == Eligibility::Now && !standing.is_doubtful(who)
     }
 
     /// Time until the deadline of the first piece; [`Duration::MAX`] once that is there.
@@ -858,11 +860,11 @@ impl<'a> FailoverReader<'a> {
         if let Some(best) = self.best(rest) {
             return Some(best);
         }
-        if let Some(source) = self.searched() {
+        if let Some(source) = self.next_searched_source() {
             return Some((source, "the only one found by another search".into()));
         }
         let source = self.again.take()?;
-        thread::sleep(PAUSE.min(self.left(Instant::now())));
+        thread::sleep(RETRY_DELAY.min(self.left(Instant::now())));
         Some((source, "asked again, as there is no other".into()))
     }
 
@@ -877,7 +879,7 @@ impl<'a> FailoverReader<'a> {
     }
 
     /// Returns a further source from a search that checks narinfos.
-    fn searched(&mut self) -> Option<NarSource> {
+    fn next_searched_source(&mut self) -> Option<NarSource> {
         let latest = self.until.unwrap_or_else(|| Instant::now() + Duration::from_secs(60));
         loop {
             if let Some(search) = &mut self.search
@@ -894,7 +896,7 @@ impl<'a> FailoverReader<'a> {
     }
 
     /// Drops the current peer at byte `at`, and records its fault if it has one.
-    fn leave(&mut self, broken: &StreamError, at: u64) {
+    fn drop_current(&mut self, broken: &StreamError, at: u64) {
         let Some(current) = self.current.take() else { return };
         let (hash, peer, now) = (self.found.nar_hash, current.source.peer, Instant::now());
         match broken {
@@ -919,7 +921,7 @@ impl<'a> FailoverReader<'a> {
                     log::debug!("NAR {hash}: peer {} does not tell digests: {why}", digests.holder);
                     let holder = PeerKey::from(digests.holder);
                     if *is_broken {
-                        self.fetch.standing.failed(
+                        self.fetch.standing.record_failure(
                             holder,
                             Fault::BrokenPromise,
                             current.began,
@@ -952,14 +954,20 @@ impl<'a> FailoverReader<'a> {
             StreamError::Failed(fault, why) => {
                 log::debug!("NAR {hash}: peer {peer}: {why}");
                 if *fault == Fault::OddPath {
-                    self.fetch.client.warn_of_odd_path(&self.hash_part, peer, why);
+                    self.fetch.client.log_unsupported_path(&self.hash_part, peer, why);
                 }
                 let who = current.source.who();
                 self.contributors
                     .iter_mut()
                     .filter(|c| c.who == who)
                     .for_each(|c| c.has_failed = true);
-                self.fetch.standing.failed(current.source.who(), *fault, current.began, now, why);
+                self.fetch.standing.record_failure(
+                    current.source.who(),
+                    *fault,
+                    current.began,
+                    now,
+                    why,
+                );
                 if *fault == Fault::BrokenStream
                     && let Some(left) = self.broken_left.checked_sub(1)
                 {
@@ -977,7 +985,7 @@ impl<'a> FailoverReader<'a> {
         self.transfer.record_failure();
         let now = Instant::now();
         for (peer, fault) in blamed(&self.contributors) {
-            self.fetch.standing.failed(peer, fault, now, now, why);
+            self.fetch.standing.record_failure(peer, fault, now, now, why);
         }
     }
 
@@ -1011,7 +1019,7 @@ impl<'a> FailoverReader<'a> {
                 Some(false) => (accusation.holder, "told a wrong digest"),
                 None => continue,
             };
-            self.fetch.standing.failed(peer, Fault::BadData, accusation.began, now, &why);
+            self.fetch.standing.record_failure(peer, Fault::BadData, accusation.began, now, &why);
         }
         self.transfer.record_whole();
     }

@@ -35,7 +35,7 @@ const FREE_PARTS: u64 = 10;
 const QUEUE: usize = 16;
 /// Maximum wait of a reader for the next bytes. After it, the read fails and the neighbour asks
 /// another peer.
-const PATIENCE: Timeout = Timeout::from_secs(10);
+const READ_TIMEOUT: Timeout = Timeout::from_secs(10);
 /// Buffer size in bytes of a copy through user space, for sinks that do not take files.
 const COPY: usize = 64 * 1024;
 
@@ -247,10 +247,10 @@ impl Spool {
         Ok(())
     }
 
-    /// Blocks until more than `at` bytes are written, for at most [`PATIENCE`]. Returns their
+    /// Blocks until more than `at` bytes are written, for at most [`READ_TIMEOUT`]. Returns their
     /// number.
     fn wait(&self, at: u64) -> io::Result<u64> {
-        let until = Instant::now() + PATIENCE.get();
+        let until = Instant::now() + READ_TIMEOUT.get();
         let mut progress = self.lock();
         while progress.written <= at {
             let left = until.saturating_duration_since(Instant::now());

@@ -8,7 +8,7 @@
 use std::collections::HashMap;
 use std::net::IpAddr;
 
-/// Connections open at the same time. Each may hold a thread. At the bound, [`room`] decides which
+/// Connections open at the same time. Each may hold a thread. At the bound, [`admit`] decides which
 /// connection is closed or that the new one is refused.
 pub const MAX_CONNECTIONS: usize = 1024;
 
@@ -38,13 +38,13 @@ pub enum Admission {
     /// Accept it.
     Free,
     /// Accept it and close the connection with this ID.
-    Instead(u64),
+    Replace(u64),
     /// Refuse it.
     Full,
 }
 
 /// Decides whether a connection from `newcomer` is accepted beside the connections in `open`.
-pub fn room(newcomer: IpAddr, open: impl Iterator<Item = OpenConnection> + Clone) -> Admission {
+pub fn admit(newcomer: IpAddr, open: impl Iterator<Item = OpenConnection> + Clone) -> Admission {
     let newcomer = newcomer.to_canonical();
     let strangers = open.clone().filter(|seat| !is_own(seat.peer));
     if is_own(newcomer) {
@@ -56,7 +56,7 @@ pub fn room(newcomer: IpAddr, open: impl Iterator<Item = OpenConnection> + Clone
         let victim = idlest(strangers.clone())
             .or_else(|| idlest(open))
             .or_else(|| strangers.map(|s| s.id).min());
-        return victim.map_or(Admission::Full, Admission::Instead);
+        return victim.map_or(Admission::Full, Admission::Replace);
     }
     let has_room = strangers.clone().count() < MAX_CONNECTIONS - OWN_CONNECTIONS;
     if has_room && open.clone().count() < MAX_CONNECTIONS {
@@ -65,7 +65,7 @@ pub fn room(newcomer: IpAddr, open: impl Iterator<Item = OpenConnection> + Clone
     // Other machines are below their bound, so loopback exceeds its reservation and may lose an
     // idle connection.
     let victim = if has_room { idlest(open) } else { victim_for(newcomer, strangers) };
-    victim.map_or(Admission::Full, Admission::Instead)
+    victim.map_or(Admission::Full, Admission::Replace)
 }
 
 /// Returns the connection that makes room for `newcomer` when the places for other machines are
@@ -142,7 +142,7 @@ mod tests {
     }
 
     fn find(newcomer: IpAddr, seats: &[OpenConnection]) -> Admission {
-        room(newcomer, seats.iter().copied())
+        admit(newcomer, seats.iter().copied())
     }
 
     #[test]
@@ -153,7 +153,7 @@ mod tests {
         assert_eq!(find(own(), &seats), Admission::Free);
         seats[7].idle_since = Some(70);
         seats[8].idle_since = Some(60);
-        assert_eq!(find(stranger(999), &seats), Admission::Instead(8));
+        assert_eq!(find(stranger(999), &seats), Admission::Replace(8));
     }
 
     #[test]
@@ -164,7 +164,7 @@ mod tests {
         let mut seats = and_own(strangers(10), MAX_CONNECTIONS - 10);
         assert_eq!(find(stranger(999), &seats), Admission::Full);
         seats[500].idle_since = Some(1);
-        assert_eq!(find(stranger(999), &seats), Admission::Instead(500));
+        assert_eq!(find(stranger(999), &seats), Admission::Replace(500));
     }
 
     #[test]
@@ -173,15 +173,15 @@ mod tests {
         seats.rotate_left(100);
         assert_eq!(
             find(own(), &seats),
-            Admission::Instead(0),
+            Admission::Replace(0),
             "the oldest stranger, though at work"
         );
         let last = seats.iter_mut().find(|s| s.peer == own()).unwrap();
         last.idle_since = Some(1);
         let last = last.id;
-        assert_eq!(find(own(), &seats), Admission::Instead(last));
+        assert_eq!(find(own(), &seats), Admission::Replace(last));
         seats[0].idle_since = Some(9);
-        assert_eq!(find(own(), &seats), Admission::Instead(100), "a stranger that is idle");
+        assert_eq!(find(own(), &seats), Admission::Replace(100), "a stranger that is idle");
         assert_eq!(find(own(), &and_own(Vec::new(), MAX_CONNECTIONS)), Admission::Full);
     }
 
@@ -198,7 +198,7 @@ mod tests {
                 .collect()
         };
         for groups in [1, 4, 10] {
-            let Admission::Instead(id) = find(stranger(999), &few(groups)) else {
+            let Admission::Replace(id) = find(stranger(999), &few(groups)) else {
                 panic!("{groups} groups shut out others")
             };
             assert!(id < groups as u64, "the oldest of a group");
@@ -214,7 +214,7 @@ mod tests {
         seats[9].idle_since = Some(5);
         let of_four = find(stranger(999), &seats);
         assert!(
-            of_four == Admission::Instead(9) || matches!(of_four, Admission::Instead(id) if id < 4)
+            of_four == Admission::Replace(9) || matches!(of_four, Admission::Replace(id) if id < 4)
         );
     }
 

@@ -165,9 +165,9 @@ impl Connections {
     /// if there is no room.
     pub(super) fn make_room(&self, peer: SocketAddr) -> bool {
         let mut open = self.lock();
-        match admission::room(peer.ip(), seats(&open)) {
+        match admission::admit(peer.ip(), seats(&open)) {
             Admission::Free => true,
-            Admission::Instead(id) => {
+            Admission::Replace(id) => {
                 close(&mut open, id);
                 true
             }

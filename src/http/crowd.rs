@@ -1,7 +1,7 @@
 //! Tracks which neighbours are downloading a large NAR from this node, so that the node can refer
 //! the next one to them (docs/protocol.md, "Crowds").
 //!
-//! Callers pass the current time in. Only [`Crowds::to_hash`] waits.
+//! Callers pass the current time in. Only [`Crowds::acquire_hashing_permit`] waits.
 
 use crate::nix::NarHash;
 use crate::wire::relay::{DIGEST_LEN, MAX_NAMED};
@@ -21,7 +21,7 @@ const MAX_GETTING: usize = 64;
 /// to 16 MiB.
 const MAX_HASHING: u32 = 2;
 /// Time a request waits for a [`HashingPermit`] before it fails. The client waits 5 s.
-const HASHING_PATIENCE: Duration = Duration::from_secs(3);
+const HASHING_TIMEOUT: Duration = Duration::from_secs(3);
 /// Digests remembered per NAR. They cover 2 GiB, as much as neighbours keep of NARs during their
 /// download. Digests beyond the bound are computed for each request.
 const MAX_DIGESTS_KEPT: usize = 8192;
@@ -130,10 +130,10 @@ impl Crowds {
     }
 
     /// Waits for permission to hash, for at most 3 s; `None` if it gets none in that time.
-    pub fn to_hash(&self) -> Option<HashingPermit<'_>> {
+    pub fn acquire_hashing_permit(&self) -> Option<HashingPermit<'_>> {
         let hashing = self.hashing.lock().unwrap_or_else(PoisonError::into_inner);
         let is_full = |hashing: &mut u32| *hashing >= MAX_HASHING;
-        let waited = self.hashed.wait_timeout_while(hashing, HASHING_PATIENCE, is_full);
+        let waited = self.hashed.wait_timeout_while(hashing, HASHING_TIMEOUT, is_full);
         let (mut hashing, waited) = waited.unwrap_or_else(PoisonError::into_inner);
         if waited.timed_out() {
             return None;
@@ -149,7 +149,7 @@ impl Crowds {
 
 impl CrowdStream<'_> {
     /// Adds `bytes` to the bytes that were sent.
-    pub fn moved(&self, bytes: u64) {
+    pub fn record_sent(&self, bytes: u64) {
         if let Some(crowd) = self.crowds.lock().get_mut(&self.hash) {
             crowd.sent += bytes;
         }
@@ -223,7 +223,7 @@ mod tests {
         let CrowdAnswer::Send(sending) = crowds.ask(hash, host(1), true, now) else {
             panic!("it is the first")
         };
-        sending.moved(1_000_000);
+        sending.record_sent(1_000_000);
         assert_eq!(crowds.pace_of_one_more(hash, now + Duration::from_millis(100)), None);
         assert_eq!(crowds.pace_of_one_more(hash, now + Duration::from_secs(1)), Some(500_000));
         drop(sending);
@@ -248,10 +248,11 @@ mod tests {
     #[test]
     fn hashing_permit_is_refused_until_one_is_dropped() {
         let crowds = Crowds::default();
-        let mut places: Vec<_> = (0..MAX_HASHING).map(|_| crowds.to_hash().unwrap()).collect();
-        assert!(crowds.to_hash().is_none());
+        let mut places: Vec<_> =
+            (0..MAX_HASHING).map(|_| crowds.acquire_hashing_permit().unwrap()).collect();
+        assert!(crowds.acquire_hashing_permit().is_none());
         places.pop();
-        assert!(crowds.to_hash().is_some());
+        assert!(crowds.acquire_hashing_permit().is_some());
     }
 
     #[test]

@@ -31,21 +31,21 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 const FULL_PAUSE: Duration = Duration::from_millis(100);
 
 /// Interval between searches for overdue connections while any connection is open.
-const SWEEP: Duration = Duration::from_secs(1);
+const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Longest wait for events while no connection is open.
-const REST: Duration = Duration::from_secs(60);
+const IDLE_WAIT: Duration = Duration::from_secs(60);
 
 /// Events taken from epoll at once.
 const EVENTS: usize = 64;
 
 /// epoll ID of the wake-up event. Listeners have smaller IDs, their index; connections have greater
 /// ones.
-const STOP: u64 = 1 << 16;
+const WAKE_EVENT_ID: u64 = 1 << 16;
 
 /// Runs the event loop until the server stops. The listeners from index `inside` on accept
 /// connections from outside, which a router forwards.
-pub(super) fn watch(
+pub(super) fn run(
     shared: &Arc<ServerState>,
     listeners: &[TcpListener],
     inside: usize,
@@ -54,10 +54,10 @@ pub(super) fn watch(
     for (place, listener) in listeners.iter().enumerate() {
         epoll::add(&shared.epoll, listener, EventData::new_u64(place as u64), EventFlags::IN)?;
     }
-    epoll::add(&shared.epoll, stop, EventData::new_u64(STOP), EventFlags::IN)?;
+    epoll::add(&shared.epoll, stop, EventData::new_u64(WAKE_EVENT_ID), EventFlags::IN)?;
     let mut watcher = EventLoop {
         shared,
-        next_id: STOP + 1,
+        next_id: WAKE_EVENT_ID + 1,
         spare: ReceiveBuffer::default(),
         out: Vec::new(),
         faults: LogThrottle::default(),
@@ -65,7 +65,7 @@ pub(super) fn watch(
     let mut events: Vec<Event> = Vec::with_capacity(EVENTS);
     let mut swept = Instant::now();
     loop {
-        let patience = if shared.connections.is_empty() { REST } else { SWEEP };
+        let patience = if shared.connections.is_empty() { IDLE_WAIT } else { SWEEP_INTERVAL };
         let patience = Timespec { tv_sec: patience.as_secs() as i64, tv_nsec: 0 };
         events.clear();
         match epoll::wait(
@@ -83,17 +83,17 @@ pub(super) fn watch(
         let mut now = None;
         for event in &events {
             match event.data.u64() {
-                STOP => {}
-                id if id > STOP => watcher.look_at(id, &mut now),
+                WAKE_EVENT_ID => {}
+                id if id > WAKE_EVENT_ID => watcher.handle_event(id, &mut now),
                 place => watcher.accept(&listeners[place as usize], place as usize >= inside),
             }
         }
         let now = Instant::now();
-        if now.duration_since(swept) >= SWEEP {
+        if now.duration_since(swept) >= SWEEP_INTERVAL {
             swept = now;
             shared.connections.end_overdue(now);
             if events.is_empty() && shared.connections.is_empty() {
-                shared.handler.rest();
+                shared.handler.on_idle();
             }
         }
     }
@@ -133,7 +133,7 @@ impl EventLoop<'_> {
                     io::ErrorKind::ConnectionAborted | io::ErrorKind::Interrupted
                 ) => {}
             Err(e) => {
-                if self.faults.now(Instant::now()) {
+                if self.faults.allow(Instant::now()) {
                     log::error!("accepting connections: {e}");
                 }
                 // All other connections wait during the pause.
@@ -174,7 +174,7 @@ impl EventLoop<'_> {
     }
 
     /// Handles an event on a connection: bytes arrived, or it ended.
-    fn look_at(&mut self, id: u64, now: &mut PollGeneration) {
+    fn handle_event(&mut self, id: u64, now: &mut PollGeneration) {
         // The connection may have been closed since, to make room.
         let Some(connection) = self.shared.connections.get(id) else { return };
         let next = catch_unwind(AssertUnwindSafe(|| self.receive(&connection, now)));
@@ -243,10 +243,10 @@ impl EventLoop<'_> {
         let (shared, out) = (self.shared, &mut self.out);
         out.clear();
         let answered = head::parse(received.split(len).0, connection.peer, None, |request| {
-            let request = request.map(|request| request.from(connection.is_outside));
+            let request = request.map(|request| request.with_outside(connection.is_outside));
             let request =
                 request.ok().filter(|request| request.keep_alive && request.body_len == 0)?;
-            let answer = shared.handler.at_once(&request, now)?;
+            let answer = shared.handler.try_cached(&request, now)?;
             answer.print(out, request.method == "HEAD").ok()
         });
         if answered.is_none() {
@@ -294,7 +294,11 @@ mod tests {
     }
 
     impl Handler for Echo {
-        fn at_once(&self, request: &Request<'_>, _: &mut PollGeneration) -> Option<ShortResponse> {
+        fn try_cached(
+            &self,
+            request: &Request<'_>,
+            _: &mut PollGeneration,
+        ) -> Option<ShortResponse> {
             assert_ne!(request.target, "/panic", "on purpose");
             let body = match request.target.strip_prefix("/at-once") {
                 Some("/large") => vec![b'#'; LARGE],

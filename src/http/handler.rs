@@ -29,7 +29,7 @@ pub struct CacheHandler {
     /// This machine's store.
     pub store: Arc<Store>,
     /// Decides which paths each asker may have.
-    pub share: Arc<AccessPolicy>,
+    pub access: Arc<AccessPolicy>,
     /// Finds paths at peers.
     pub lookup: Arc<LookupService>,
     /// Downloads NARs from peers.
@@ -93,9 +93,9 @@ pub const NOT_THERE: RequestError = RequestError::Refused(RouteError::NotThere);
 impl Handler for CacheHandler {
     /// Answers narinfos and small NARs of the own store, which many clients request at the same
     /// time. WAN requests are left to [`Handler::handle`].
-    fn at_once(&self, request: &Request<'_>, now: &mut PollGeneration) -> Option<ShortResponse> {
+    fn try_cached(&self, request: &Request<'_>, now: &mut PollGeneration) -> Option<ShortResponse> {
         let scope = self.scope(request);
-        let route = route(request.method, request.target, scope, self.share.serves(scope)).ok()?;
+        let route = route(request.method, request.target, scope, self.access.serves(scope)).ok()?;
         let hash_part = match &route {
             Route::OwnNarinfo(hash_part, _) => hash_part,
             Route::OwnNar(name, _) => &name.hash_part,
@@ -109,8 +109,8 @@ impl Handler for CacheHandler {
             return None;
         }
         match (self.store.path_info_at_once(hash_part, now)?, &route) {
-            (Some(info), _) if !self.share.allows_now(scope, &info) => {
-                Some(ShortResponse::say(404, NOT_FOUND))
+            (Some(info), _) if !self.access.allows_now(scope, &info) => {
+                Some(ShortResponse::send_text(404, NOT_FOUND))
             }
             (Some(info), Route::OwnNarinfo(..))
                 if info.references.len() > narinfo::MANY_REFERENCES =>
@@ -129,13 +129,13 @@ impl Handler for CacheHandler {
             {
                 None
             }
-            _ => Some(ShortResponse::say(404, NOT_FOUND)),
+            _ => Some(ShortResponse::send_text(404, NOT_FOUND)),
         }
     }
 
-    fn rest(&self) {
-        self.store.rest();
-        self.fetch.rest();
+    fn on_idle(&self) {
+        self.store.clear_cache();
+        self.fetch.free_memory();
     }
 
     fn tls(&self) -> Option<Arc<ServerConfig>> {
@@ -149,7 +149,7 @@ impl Handler for CacheHandler {
     }
 
     fn answers_outside(&self) -> bool {
-        self.share.serves(Scope::Wan)
+        self.access.serves(Scope::Wan)
     }
 
     fn upload_limit(&self) -> Option<&UploadLimit> {
@@ -158,7 +158,7 @@ impl Handler for CacheHandler {
 
     fn handle(&self, request: &Request<'_>, exchange: &mut Exchange<'_>) -> io::Result<()> {
         let scope = self.scope(request);
-        let answered = route(request.method, request.target, scope, self.share.serves(scope))
+        let answered = route(request.method, request.target, scope, self.access.serves(scope))
             .map_err(RequestError::Refused)
             .and_then(|route| self.keep_pages_out(&route, request, scope).map(|()| route))
             .and_then(|route| self.answer(&route, request, scope, exchange));
@@ -188,7 +188,7 @@ impl Handler for CacheHandler {
             }
             RequestError::Busy => busy(exchange, "busy"),
             RequestError::Store(e) => {
-                if self.faults.now(Instant::now()) {
+                if self.faults.allow(Instant::now()) {
                     log::error!("{e}");
                 }
                 busy(exchange, "not available")
@@ -210,7 +210,7 @@ impl CacheHandler {
         match request.key {
             Some(_) => Scope::Friend,
             None if request.is_outside => Scope::Wan,
-            None => self.share.scope(request.asker),
+            None => self.access.scope(request.peer_address),
         }
     }
 
@@ -234,7 +234,7 @@ impl CacheHandler {
                 Ok(())
             };
         }
-        let Some(why) = origin::is_suspect(request, matches!(route, Route::Status(_))) else {
+        let Some(why) = origin::suspicion(request, matches!(route, Route::Status(_))) else {
             return Ok(());
         };
         self.warn(format_args!(
@@ -302,7 +302,8 @@ impl CacheHandler {
                 let _permit = self.permit(request, scope)?;
                 // Compression is slower than a LAN. Nix reads the other view and cannot resume a
                 // compressed NAR.
-                let is_far = *view == StoreView::Peers && self.share.is_far(scope, request.asker);
+                let is_far = *view == StoreView::Peers
+                    && self.access.is_outside_lan(scope, request.peer_address);
                 nar::own(self, name, &info, scope, is_far, request, exchange)
             }
             // Refused, because a small request of a stranger would make this node hash 16 MiB.
@@ -385,7 +386,7 @@ impl CacheHandler {
             }
             found => found?,
         };
-        info.filter(|info| self.share.allows(scope, info)).ok_or(NOT_THERE)
+        info.filter(|info| self.access.allows(scope, info)).ok_or(NOT_THERE)
     }
 
     fn permit(
@@ -395,7 +396,7 @@ impl CacheHandler {
     ) -> Result<StreamPermit<'_>, RequestError> {
         let permit = match scope {
             Scope::ThisMachine => self.permits.for_this_machine(),
-            _ => self.permits.for_peer(request.asker.ip().to_canonical()),
+            _ => self.permits.for_peer(request.peer_address.ip().to_canonical()),
         };
         permit.ok_or(RequestError::Busy)
     }
@@ -422,7 +423,7 @@ impl CacheHandler {
 
     /// Logs a problem of the own store, at a limited rate.
     pub(super) fn warn(&self, what: fmt::Arguments<'_>) {
-        if self.faults.now(Instant::now()) {
+        if self.faults.allow(Instant::now()) {
             log::warn!("{what}");
         }
     }

@@ -91,7 +91,7 @@ impl HandshakesState {
 
 impl HandshakePermit<'_> {
     /// Ends the registration and remembers that a friend is at this address.
-    pub(super) fn succeeded(self) {
+    pub(super) fn record_friend(self) {
         let mut state = self.handshakes.lock();
         state.addresses.retain(|known| *known != self.ip);
         if state.addresses.len() >= MAX_ADDRESSES {
@@ -152,7 +152,7 @@ mod tests {
     fn strangers_do_not_end_handshakes_of_friends() {
         let handshakes = Handshakes::default();
         let friend: IpAddr = "192.0.2.7".parse().unwrap();
-        handshakes.enter(1, friend, socket()).succeeded();
+        handshakes.enter(1, friend, socket()).record_friend();
         assert!(ids(&handshakes).is_empty(), "a place was not returned");
         let friends: Vec<_> =
             (0..FRIENDS_HANDSHAKES as u64).map(|n| handshakes.enter(n, friend, socket())).collect();

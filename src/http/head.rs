@@ -21,7 +21,7 @@ pub struct Request<'a> {
     /// The request target, as sent.
     pub target: &'a str,
     /// Address of the other end of the connection.
-    pub asker: SocketAddr,
+    pub peer_address: SocketAddr,
     /// The friend's public key with which the client authenticated itself; `None` without TLS.
     pub key: Option<AuthenticatedKey>,
     /// Whether the connection came through a port that a router forwards. Its address may then be
@@ -38,7 +38,7 @@ pub struct Request<'a> {
 
 impl<'a> Request<'a> {
     /// Returns the request with `is_outside` set.
-    pub(super) fn from(self, is_outside: bool) -> Request<'a> {
+    pub(super) fn with_outside(self, is_outside: bool) -> Request<'a> {
         Request { is_outside, ..self }
     }
     /// The value of the first field of that name; `None` if there is none or it is not UTF-8.
@@ -173,7 +173,7 @@ pub fn parse<T>(
         Ok(Request {
             method,
             target,
-            asker,
+            peer_address: asker,
             key,
             is_outside: false,
             fields,

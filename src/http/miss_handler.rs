@@ -67,7 +67,7 @@ impl MissHandler {
 
 impl Handler for MissHandler {
     fn handle(&self, request: &Request<'_>, exchange: &mut Exchange<'_>) -> io::Result<()> {
-        let is_this_machine = request.asker.ip().to_canonical().is_loopback();
+        let is_this_machine = request.peer_address.ip().to_canonical().is_loopback();
         let scope = if is_this_machine { Scope::ThisMachine } else { Scope::Wan };
         match route(request.method, request.target, scope, false) {
             Ok(Route::CacheInfo(_)) => {
@@ -75,7 +75,7 @@ impl Handler for MissHandler {
                 let text = format!("StoreDir: {dir}\nWantMassQuery: 1\nPriority: {priority}\n");
                 exchange.send(200, &[("Content-Type", "text/x-nix-cache-info")], text.as_bytes())
             }
-            Ok(Route::Status(what)) if origin::is_suspect(request, true).is_none() => {
+            Ok(Route::Status(what)) if origin::suspicion(request, true).is_none() => {
                 self.tell(what, exchange)
             }
             // Other machines do not learn the problem.

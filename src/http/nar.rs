@@ -46,8 +46,12 @@ pub(super) fn own_at_once(
     }
     let body = cache.store.nar_at_once(info)?;
     if scope == Scope::Lan && request.method != "HEAD" {
-        let transfer =
-            cache.record.send(info.path.base_name(), info.nar_size, Network::Lan, request.asker);
+        let transfer = cache.record.send(
+            info.path.base_name(),
+            info.nar_size,
+            Network::Lan,
+            request.peer_address,
+        );
         transfer.moved(info.nar_size);
         transfer.record_whole();
     }
@@ -70,7 +74,7 @@ pub(super) fn own(
         return Err(NOT_THERE);
     }
     let accepts = is_far && request.knows_chunks && accepts_zstd(request.field("accept-encoding"));
-    let compressing = if accepts { cache.permits.to_compress() } else { None };
+    let compressing = if accepts { cache.permits.try_compression_permit() } else { None };
     let coding = match compressing {
         Some(_) => ContentCoding::Zstd,
         None if is_far => ContentCoding::Identity,
@@ -101,8 +105,9 @@ pub(super) fn own(
         Scope::Wan | Scope::Friend => Some(Network::Wan),
     };
     let len = part.end - part.start;
-    let recorded = network
-        .map(|network| cache.record.send(info.path.base_name(), len, network, request.asker));
+    let recorded = network.map(|network| {
+        cache.record.send(info.path.base_name(), len, network, request.peer_address)
+    });
     let written = if coding == ContentCoding::Zstd {
         let mut out = Compressor::new(exchange, part.end - part.start)?;
         let mut counting = CountingSink {
@@ -131,7 +136,7 @@ pub(super) fn own(
             Ok(())
         }
         Err(NarError::Write(e)) => Err(e.into()),
-        Err(fault) if exchange.take_back() => Err(cache.not_served(&info.path, &fault)),
+        Err(fault) if exchange.discard_unsent() => Err(cache.not_served(&info.path, &fault)),
         Err(fault) => {
             cache.warn(format_args!("{}: NAR cut: {fault}", info.path));
             Err(io::Error::other("NAR cut").into())
@@ -140,7 +145,7 @@ pub(super) fn own(
 }
 
 fn asker(request: &Request<'_>) -> IpAddr {
-    request.asker.ip().to_canonical()
+    request.peer_address.ip().to_canonical()
 }
 
 /// Whether the client accepts a referral to neighbours that are getting the NAR.
@@ -161,8 +166,12 @@ pub(super) fn on_its_way(
     if !exchange.wants_body() {
         return Ok(());
     }
-    let recorded =
-        Some(cache.record.send(&spool.name, part.end - part.start, Network::Lan, request.asker));
+    let recorded = Some(cache.record.send(
+        &spool.name,
+        part.end - part.start,
+        Network::Lan,
+        request.peer_address,
+    ));
     let mut sent = 0;
     let mut counting =
         CountingSink { out: exchange, passed: &mut sent, recorded: &recorded, sending: &None };
@@ -215,7 +224,7 @@ fn piece_digests(
     if let Some(digests) = known() {
         return Ok(digests);
     }
-    let _place = cache.crowds.to_hash().ok_or(RequestError::Busy)?;
+    let _place = cache.crowds.acquire_hashing_permit().ok_or(RequestError::Busy)?;
     // Another request may have computed them during the wait.
     if let Some(digests) = known() {
         return Ok(digests);
@@ -290,7 +299,7 @@ impl CountingSink<'_> {
             transfer.moved(bytes);
             transfer.progress(*self.passed);
         }
-        self.sending.iter().for_each(|sending| sending.moved(bytes));
+        self.sending.iter().for_each(|sending| sending.record_sent(bytes));
     }
 }
 
@@ -340,7 +349,7 @@ pub(super) fn from_peer(
     begin(exchange, name, ContentCoding::Never, status, &part, size)?;
     match begun.relay(&part, exchange) {
         // If the range begins late, nothing was sent yet. Without a response Nix would retry.
-        Err(_) if exchange.take_back() => Err(NOT_THERE),
+        Err(_) if exchange.discard_unsent() => Err(NOT_THERE),
         relayed => Ok(relayed?),
     }
 }

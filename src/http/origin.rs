@@ -42,9 +42,9 @@ pub(super) fn is_browser(request: &Request<'_>) -> bool {
 /// Returns why a request from this machine may come from another server's web page, or `None` if it
 /// does not. `is_page` says that the resource is for people, so that other pages may link to it.
 /// May read `/etc/hosts`.
-pub(super) fn is_suspect(request: &Request<'_>, is_page: bool) -> Option<String> {
+pub(super) fn suspicion(request: &Request<'_>, is_page: bool) -> Option<String> {
     if let Some(host) = request.field("host")
-        && !is_own_name(host, Path::new(HOSTS))
+        && !check_own_name(host, Path::new(HOSTS))
     {
         return Some(format!("Host {host}"));
     }
@@ -57,13 +57,13 @@ pub(super) fn is_suspect(request: &Request<'_>, is_page: bool) -> Option<String>
     (of_other_page && !is_link).then(|| "a page of another server".into())
 }
 
-/// Whether [`is_suspect`] would have to read `/etc/hosts` for this request.
+/// Whether [`suspicion`] would have to read `/etc/hosts` for this request.
 pub(super) fn is_under_a_name(request: &Request<'_>) -> bool {
     request.field("host").is_some_and(|host| !is_number_or_localhost(without_port(host)))
 }
 
 /// Whether a `Host` value names this machine and nobody else can give the name an address.
-fn is_own_name(host: &str, hosts: &Path) -> bool {
+fn check_own_name(host: &str, hosts: &Path) -> bool {
     let name = without_port(host);
     is_number_or_localhost(name)
         || (name.len() <= MAX_NAME && is_loopback_in(hosts, name).unwrap_or(false))
@@ -198,7 +198,7 @@ mod tests {
             "desk:12304",
             "DESK.lan",
         ] {
-            assert!(is_own_name(host, &hosts), "{host}");
+            assert!(check_own_name(host, &hosts), "{host}");
         }
         for host in [
             "",
@@ -215,10 +215,10 @@ mod tests {
             "desk:12304:80",
             "[::1",
         ] {
-            assert!(!is_own_name(host, &hosts), "{host}");
+            assert!(!check_own_name(host, &hosts), "{host}");
         }
         fs::remove_file(&hosts).unwrap();
-        assert!(!is_own_name("desk", &hosts), "no such file");
+        assert!(!check_own_name("desk", &hosts), "no such file");
     }
 
     /// Regression test: with a file of 80,000 lines, each request under a name took 32 ms.
@@ -246,10 +246,10 @@ mod tests {
 
     #[test]
     fn requests_of_other_servers_pages_are_suspect() {
-        let sought = |fields: &str| with(fields, |request| is_suspect(request, false));
+        let sought = |fields: &str| with(fields, |request| suspicion(request, false));
         let suspect = |fields: &str| {
             // A request that is suspect for a page is suspect for every other resource.
-            let told = with(fields, |request| is_suspect(request, true));
+            let told = with(fields, |request| suspicion(request, true));
             assert!(told.is_none() || sought(fields).is_some());
             told
         };

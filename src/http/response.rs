@@ -41,7 +41,7 @@ impl ShortResponse {
     }
 
     /// Creates a plain text response of one line.
-    pub fn say(status: u16, line: &str) -> ShortResponse {
+    pub fn send_text(status: u16, line: &str) -> ShortResponse {
         ShortResponse::new(status, PLAIN, format!("{line}\n").into())
     }
 
@@ -127,7 +127,7 @@ impl<'a> Exchange<'a> {
     /// # Errors
     /// As [`Exchange::send`].
     pub fn say(&mut self, status: u16, line: &str) -> io::Result<()> {
-        self.answer(&ShortResponse::say(status, line))
+        self.answer(&ShortResponse::send_text(status, line))
     }
 
     /// Sends a short response.
@@ -235,7 +235,7 @@ impl<'a> Exchange<'a> {
 
     /// Discards a begun response of which nothing was sent yet, so that another one can begin.
     /// Returns false if it is too late.
-    pub(super) fn take_back(&mut self) -> bool {
+    pub(super) fn discard_unsent(&mut self) -> bool {
         // The head is unsent until the first bytes of the body are sent.
         let unsent = self.begun && !self.head.is_empty();
         if unsent {

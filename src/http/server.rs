@@ -6,7 +6,7 @@
 
 use super::body::RequestBody;
 use super::connections::{Connection, ConnectionProgress, Connections, HEAD_TIMEOUT};
-use super::event_loop::watch;
+use super::event_loop::run;
 use super::handshakes::{HANDSHAKE_TIMEOUT, Handshakes};
 use super::head::{self, HeadError, ReceiveBuffer, Request};
 use super::response::{Exchange, ShortResponse, send_all};
@@ -36,7 +36,7 @@ const THREAD_IDLE: Duration = Duration::from_secs(10);
 /// Time that a thread waits for the next request after a response before it returns the connection
 /// to the event loop. A client that requests one NAR mostly requests another at once, and changing
 /// threads would delay that.
-const STAY: Duration = Duration::from_millis(100);
+const NEXT_REQUEST_TIMEOUT: Duration = Duration::from_millis(100);
 
 /// Time that running responses have to finish when the server stops. The rest are cut.
 const STOP_GRACE: Duration = Duration::from_millis(1200);
@@ -58,7 +58,11 @@ pub trait Handler: Send + Sync + 'static {
     ///
     /// `now` is shared by requests that arrived before the same poll. The handler may store in it
     /// the generation of its data at the first of them and use that for the others.
-    fn at_once(&self, _request: &Request<'_>, _now: &mut PollGeneration) -> Option<ShortResponse> {
+    fn try_cached(
+        &self,
+        _request: &Request<'_>,
+        _now: &mut PollGeneration,
+    ) -> Option<ShortResponse> {
         None
     }
 
@@ -97,7 +101,7 @@ pub trait Handler: Send + Sync + 'static {
     }
 
     /// Frees memory. Called about once per minute while no connection is open.
-    fn rest(&self) {}
+    fn on_idle(&self) {}
 }
 
 /// The running server. Dropping it stops it and blocks for about 1.2 s at most; responses that have
@@ -144,7 +148,7 @@ impl Server {
         let watching = shared.clone();
         let watcher = thread::Builder::new().name("http-watch".into()).spawn(move || {
             let _end = Deferred::new(on_end);
-            if let Err(e) = watch(&watching, &listeners, inside, &stop) {
+            if let Err(e) = run(&watching, &listeners, inside, &stop) {
                 log::error!("watching connections: {e}");
             }
         })?;
@@ -209,7 +213,7 @@ impl ServerState {
     }
 
     /// Returns a connection to the event loop, or ends it if epoll does not accept it. A connection
-    /// that is already idle keeps its time: a thread waited up to [`STAY`] for another request.
+    /// that is already idle keeps its time: a thread waited up to [`NEXT_REQUEST_TIMEOUT`] for another request.
     pub(super) fn watch(&self, connection: &Connection) {
         if !connection.is_idle() {
             self.connections.set_idle(connection, Instant::now());
@@ -318,7 +322,7 @@ fn serve(shared: &ServerState, connection: &Connection) -> io::Result<bool> {
             }
             shared.connections.set_idle(connection, Instant::now());
             if !has_timeout {
-                connection.stream.set_read_timeout(Some(STAY))?;
+                connection.stream.set_read_timeout(Some(NEXT_REQUEST_TIMEOUT))?;
                 has_timeout = true;
             }
             match received.fill(&connection.stream, true) {
@@ -333,7 +337,7 @@ fn serve(shared: &ServerState, connection: &Connection) -> io::Result<bool> {
         let (head, behind) = received.split(len);
         let (next, body) =
             head::parse(head, connection.peer, connection.stream.key().copied(), |request| {
-                match request.map(|request| request.from(connection.is_outside)) {
+                match request.map(|request| request.with_outside(connection.is_outside)) {
                     Ok(request) => {
                         // Reading a body changes the socket's read timeout.
                         has_timeout &= request.body_len == 0;
@@ -367,7 +371,7 @@ fn answer(
     let body = RequestBody::new(&connection.stream, request, behind);
     let is_own = request.key.is_none()
         && !request.is_outside
-        && request.asker.ip().to_canonical().is_loopback();
+        && request.peer_address.ip().to_canonical().is_loopback();
     let limit = shared.handler.upload_limit().filter(|_| !is_own);
     let mut exchange =
         Exchange::new(&connection.stream, request.method == "HEAD", !keep_alive, body)
@@ -375,7 +379,7 @@ fn answer(
     let mut after = NextStep::Stay;
     let at_once = || match takes_time || request.body_len > 0 {
         true => None,
-        false => shared.handler.at_once(request, &mut None),
+        false => shared.handler.try_cached(request, &mut None),
     };
     let handled = catch_unwind(AssertUnwindSafe(|| match at_once() {
         Some(answer) => {
@@ -419,7 +423,7 @@ fn accept_tls(shared: &ServerState, connection: &Connection, received: &[u8]) ->
     let close = connection.stream.socket().try_clone()?;
     let place = shared.handshakes.enter(connection.id, connection.peer.ip(), close);
     connection.stream.accept_tls(config, received, Instant::now() + HANDSHAKE_TIMEOUT.get())?;
-    place.succeeded();
+    place.record_friend();
     Ok(())
 }
 

@@ -69,7 +69,7 @@ impl ConnectionStream {
         until: Instant,
     ) -> io::Result<()> {
         let mut session = ServerConnection::new(config).map_err(io::Error::other)?;
-        let result = self.shake_hands(&mut session, &mut received, until);
+        let result = self.complete_handshake(&mut session, &mut received, until);
         // After a failure, the remaining record is an alert with the reason.
         let sent = send_records(&mut session, &self.socket, until);
         result?;
@@ -81,7 +81,7 @@ impl ConnectionStream {
         self.tls.set(Box::new(tls)).map_err(|_| io::Error::other("a second handshake"))
     }
 
-    fn shake_hands(
+    fn complete_handshake(
         &self,
         session: &mut ServerConnection,
         received: &mut &[u8],

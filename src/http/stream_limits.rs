@@ -27,7 +27,7 @@ pub const MAX_LARGE_NARINFOS: usize = 4;
 
 /// Longest wait for a permit. Afterwards this machine's Nix gets a 404 and tries its next
 /// substituter.
-const OWN_PATIENCE: Timeout = Timeout::from_secs(30);
+const PERMIT_TIMEOUT: Timeout = Timeout::from_secs(30);
 
 #[derive(Default)]
 struct StreamCounts {
@@ -78,7 +78,7 @@ impl StreamLimits {
 
     /// Waits up to 30 s for a permit for this machine's Nix; `None` after that.
     pub fn for_this_machine(&self) -> Option<StreamPermit<'_>> {
-        let until = Instant::now() + OWN_PATIENCE.get();
+        let until = Instant::now() + PERMIT_TIMEOUT.get();
         let mut taken = self.lock();
         while taken.own + taken.by_peers() >= MAX_STREAMS {
             let left = until.checked_duration_since(Instant::now())?;
@@ -105,7 +105,7 @@ impl StreamLimits {
 
     /// Waits up to 30 s for a permit to build a large narinfo for any client; `None` after that.
     pub fn for_large_narinfo(&self) -> Option<LargeNarinfoPermit<'_>> {
-        let until = Instant::now() + OWN_PATIENCE.get();
+        let until = Instant::now() + PERMIT_TIMEOUT.get();
         let mut taken = self.lock();
         while taken.large_narinfos >= MAX_LARGE_NARINFOS {
             let left = until.checked_duration_since(Instant::now())?;
@@ -116,7 +116,7 @@ impl StreamLimits {
     }
 
     /// Returns a permit to compress a NAR without waiting; `None` at the limit.
-    pub fn to_compress(&self) -> Option<CompressionPermit<'_>> {
+    pub fn try_compression_permit(&self) -> Option<CompressionPermit<'_>> {
         let mut taken = self.lock();
         if taken.compressed >= MAX_COMPRESSED {
             return None;
@@ -191,9 +191,9 @@ mod tests {
     #[test]
     fn compression_is_refused_at_its_limit() {
         let permits = StreamLimits::default();
-        let all: Vec<_> = (0..100).map_while(|_| permits.to_compress()).collect();
+        let all: Vec<_> = (0..100).map_while(|_| permits.try_compression_permit()).collect();
         assert_eq!(all.len(), MAX_COMPRESSED);
         drop(all);
-        assert!(permits.to_compress().is_some());
+        assert!(permits.try_compression_permit().is_some());
     }
 }

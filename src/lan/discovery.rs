@@ -232,13 +232,13 @@ pub struct Discovery<E> {
     shared_budget: WaitBudget,
     last_turn: Instant,
     /// Real time minus lookup time.
-    lost: Duration,
+    paused_time: Duration,
     last_batch: Option<Instant>,
     last_looked_up: Option<HashPart>,
     median: Option<Duration>,
     median_until: Option<Instant>,
     /// No answer becomes overdue, and no budget is used up, before this lookup time.
-    next_judgement: Option<Instant>,
+    next_overdue_check: Option<Instant>,
     /// The latest broadcast queries, the oldest first; at most [`MAX_BROADCASTS`].
     broadcasts: VecDeque<SentBatch>,
     /// End of the window in which lookups are broadcast as single queries. The first lookup after
@@ -278,12 +278,12 @@ impl<E: Environment> Discovery<E> {
             lookups: LanLookups::default(),
             shared_budget: WaitBudget::full(now),
             last_turn: now,
-            lost: Duration::ZERO,
+            paused_time: Duration::ZERO,
             last_batch: None,
             last_looked_up: None,
             median: None,
             median_until: None,
-            next_judgement: None,
+            next_overdue_check: None,
             broadcasts: VecDeque::new(),
             broadcast_until: now,
             next_broadcast: now,
@@ -299,19 +299,19 @@ impl<E: Environment> Discovery<E> {
     }
 
     /// Handles one event at real time `now` and appends the datagrams to send to `out`. The caller
-    /// ends each turn of its loop with [`Event::Tick`]. Blocks only for [`Environment::held`],
+    /// ends each turn of its loop with [`Event::Tick`]. Blocks only for [`Environment::query_held_paths`],
     /// which takes 50 ms at most.
     pub fn handle(&mut self, event: Event<'_>, now: Instant, out: &mut OutgoingDatagrams) {
         let t = self.lookup_time(now);
         match event {
-            Event::Datagram { from, bytes } => self.datagram(from, bytes, now, t, out),
+            Event::Datagram { from, bytes } => self.handle_datagram(from, bytes, now, t, out),
             Event::LookUp(lookup) => self.look_up(lookup, now, t),
             Event::Settled { lookup, found } => self.settled(lookup, found, t),
             Event::Failed { lookup, peer } => {
                 if self.peers.get_mut(peer).is_some_and(|peer| peer.settle(lookup)) {
                     self.lookups.record_settled(lookup, false);
                     self.replace_holder(lookup, t);
-                    self.recount(peer, t);
+                    self.stop_budget_if_not_overdue(peer, t);
                 }
             }
             Event::SetNamed(addresses) => self.set_named(&addresses, t, out),
@@ -326,11 +326,11 @@ impl<E: Environment> Discovery<E> {
     pub fn next_turn(&self) -> Instant {
         let waits = [
             self.next_batch_at(),
-            self.next_judgement,
+            self.next_overdue_check,
             self.lookups.next_end(),
             self.next_repeat(),
         ];
-        let waits = waits.into_iter().flatten().map(|t| t + self.lost);
+        let waits = waits.into_iter().flatten().map(|t| t + self.paused_time);
         // While lookups wait, a turn is due every `MAX_TURN`. Otherwise lookup time would fall
         // behind although the machine does not pause.
         let counted = (!self.lookups.is_empty()).then(|| self.last_turn + MAX_TURN);
@@ -361,9 +361,9 @@ impl<E: Environment> Discovery<E> {
         self.last_turn = self.last_turn.max(now);
         // While no lookup is open, long turns count in full, so that budgets recover meanwhile.
         if !self.lookups.is_empty() {
-            self.lost += turn.saturating_sub(MAX_TURN);
+            self.paused_time += turn.saturating_sub(MAX_TURN);
         }
-        self.last_turn.checked_sub(self.lost).unwrap_or(self.last_turn)
+        self.last_turn.checked_sub(self.paused_time).unwrap_or(self.last_turn)
     }
 
     fn hello(&self) -> Hello {
@@ -414,7 +414,8 @@ impl<E: Environment> Discovery<E> {
         let live = u32::try_from(self.peers.live()).unwrap_or(u32::MAX);
         let interval =
             || (BATCH_INTERVAL_PER_PEER * live).clamp(MIN_BATCH_INTERVAL, MAX_BATCH_INTERVAL);
-        let at = last.map_or(self.last_turn.checked_sub(self.lost), |last| Some(last + interval()));
+        let at = last
+            .map_or(self.last_turn.checked_sub(self.paused_time), |last| Some(last + interval()));
         at.filter(|_| unsent > 0)
     }
 
@@ -462,7 +463,7 @@ impl<E: Environment> Discovery<E> {
                 None => self.ask(address, batch, t, out),
             }
         }
-        batch.iter().for_each(|(id, _)| self.lookups.touch(*id));
+        batch.iter().for_each(|(id, _)| self.lookups.update_next_end(*id));
     }
 
     /// Broadcasts `batch` as one *query many*. Only holders answer it.
@@ -504,7 +505,7 @@ impl<E: Environment> Discovery<E> {
             self.broadcast_until = now + self.settings.timeout;
             self.next_broadcast = now + BROADCAST_INTERVAL;
         }
-        let is_waited = now < self.broadcast_until || self.peers.has_original(now);
+        let is_waited = now < self.broadcast_until || self.peers.has_python_peer(now);
         if !is_waited && self.peers.live() > 0 {
             return;
         }
@@ -593,7 +594,7 @@ impl<E: Environment> Discovery<E> {
     fn expect_judgement(&mut self, address: SocketAddr, t: Instant) {
         let median = self.median_usual(t);
         let at = self.peers.get(address).map(|peer| t + peer.due_after(median));
-        self.next_judgement = self.next_judgement.into_iter().chain(at).min();
+        self.next_overdue_check = self.next_overdue_check.into_iter().chain(at).min();
     }
 
     /// Asks a peer that has just become live for all lookups that were sent to other peers already.
@@ -647,12 +648,12 @@ impl<E: Environment> Discovery<E> {
             .iter_mut()
             .filter_map(|(address, peer)| peer.settle(lookup).then_some(address));
         let owing: Vec<SocketAddr> = owing.collect();
-        owing.into_iter().for_each(|address| self.recount(address, t));
+        owing.into_iter().for_each(|address| self.stop_budget_if_not_overdue(address, t));
     }
 
     // Answers.
 
-    fn datagram(
+    fn handle_datagram(
         &mut self,
         from: SocketAddr,
         bytes: &[u8],
@@ -686,8 +687,8 @@ impl<E: Environment> Discovery<E> {
             Packet::AnswerMany { id, held } => {
                 self.answer(from, id, &QueryAnswer::Many(held), now, t, out)
             }
-            Packet::Hello(hello) => self.heard_hello(from, hello, now, t, out),
-            Packet::Bye(bye) => self.heard_bye(from, bye, now, t, out),
+            Packet::Hello(hello) => self.handle_hello(from, hello, now, t, out),
+            Packet::Bye(bye) => self.handle_bye(from, bye, now, t, out),
         }
     }
 
@@ -724,7 +725,7 @@ impl<E: Environment> Discovery<E> {
                 None => self.answered(from, *lookup),
             }
         }
-        self.recount(from, t);
+        self.stop_budget_if_not_overdue(from, t);
         if is_unknown {
             self.reply_to_hello(from, now);
         }
@@ -782,7 +783,7 @@ impl<E: Environment> Discovery<E> {
             return;
         }
         self.heard_query(from, now, t, out);
-        let Some(held) = self.environment.held(&[hash_part], from) else { return };
+        let Some(held) = self.environment.query_held_paths(&[hash_part], from) else { return };
         if held.contains(&true) {
             out.push((
                 DatagramTarget::Peer(from),
@@ -813,7 +814,7 @@ impl<E: Environment> Discovery<E> {
         }
         self.heard_query(from, now, t, out);
         let hash_parts: Vec<HashPart> = hash_parts.iter().collect();
-        let Some(held) = self.environment.held(&hash_parts, from) else { return };
+        let Some(held) = self.environment.query_held_paths(&hash_parts, from) else { return };
         let held = AnswerBits::pack(held);
         if held.any() || !holders_only {
             out.push((DatagramTarget::Peer(from), Packet::AnswerMany { id, held }));
@@ -848,7 +849,7 @@ impl<E: Environment> Discovery<E> {
         let Some((peer, is_first)) = self.peers.record_heard(from, MetBy::Query, now) else {
             return;
         };
-        peer.hasten_probe(now);
+        peer.advance_probe(now);
         if is_first {
             self.reply_to_hello(from, now);
             self.ask_open(from, t, out);
@@ -857,7 +858,7 @@ impl<E: Environment> Discovery<E> {
 
     // Hello, bye and probes.
 
-    fn heard_hello(
+    fn handle_hello(
         &mut self,
         from: SocketAddr,
         hello: Hello,
@@ -903,7 +904,7 @@ impl<E: Environment> Discovery<E> {
         }
     }
 
-    fn heard_bye(
+    fn handle_bye(
         &mut self,
         from: SocketAddr,
         bye: Hello,
@@ -922,7 +923,7 @@ impl<E: Environment> Discovery<E> {
             peer.record_bye(now);
         }
         self.probe(from, now, t, out);
-        self.next_judgement = Some(t);
+        self.next_overdue_check = Some(t);
     }
 
     fn set_named(&mut self, addresses: &[SocketAddr], t: Instant, out: &mut OutgoingDatagrams) {
@@ -1007,7 +1008,7 @@ impl<E: Environment> Discovery<E> {
         self.send_batches(now, t, out);
         self.repeat(t, out);
         if drained {
-            self.judge(now, t, out);
+            self.check_overdue(now, t, out);
         }
         for lookup in self.lookups.end_due(t) {
             self.release(lookup, t);
@@ -1064,8 +1065,8 @@ impl<E: Environment> Discovery<E> {
 
     /// Starts and stops wait budgets as answers become overdue or come, and gives up the peers
     /// whose budget is used up.
-    fn judge(&mut self, now: Instant, t: Instant, out: &mut OutgoingDatagrams) {
-        if self.next_judgement.is_none_or(|at| at > t) {
+    fn check_overdue(&mut self, now: Instant, t: Instant, out: &mut OutgoingDatagrams) {
+        if self.next_overdue_check.is_none_or(|at| at > t) {
             return;
         }
         let median = self.median_usual(t);
@@ -1101,7 +1102,7 @@ impl<E: Environment> Discovery<E> {
             let used_up = peer.budget.as_ref().and_then(WaitBudget::used_up_at);
             next = [next, overdue, used_up, peer.leaves_at()].into_iter().flatten().min();
         }
-        self.next_judgement = next;
+        self.next_overdue_check = next;
     }
 
     fn give_up(
@@ -1142,7 +1143,7 @@ impl<E: Environment> Discovery<E> {
             out.push((DatagramTarget::Peer(address), Packet::Query { id, hash_part }));
         }
         narinfos.into_iter().for_each(|lookup| self.replace_holder(lookup, t));
-        self.recount(address, t);
+        self.stop_budget_if_not_overdue(address, t);
     }
 
     /// Makes the peer silent: it gets no queries until it answers a probe.
@@ -1154,11 +1155,11 @@ impl<E: Environment> Discovery<E> {
                 self.replace_holder(lookup, t);
             }
         }
-        self.recount(address, t);
+        self.stop_budget_if_not_overdue(address, t);
     }
 
     /// Stops the peer's wait budget if it owes less than before and is no longer overdue.
-    fn recount(&mut self, address: SocketAddr, t: Instant) {
+    fn stop_budget_if_not_overdue(&mut self, address: SocketAddr, t: Instant) {
         if !self.peers.get(address).is_some_and(|peer| peer.is_overdue) {
             return;
         }

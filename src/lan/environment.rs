@@ -26,7 +26,8 @@ pub trait Environment: Send {
     /// For each of `hash_parts`, in their order, whether this node would serve the path to `asker`.
     /// Returns `None` if it cannot tell. The caller then sends no answer, because Nix caches a
     /// wrong *no* for an hour. Blocks for at most 50 ms.
-    fn held(&mut self, hash_parts: &[HashPart], asker: SocketAddr) -> Option<Vec<bool>>;
+    fn query_held_paths(&mut self, hash_parts: &[HashPart], asker: SocketAddr)
+    -> Option<Vec<bool>>;
     /// Digest by which friends recognise this node's hellos with this instance ID. `None` if the
     /// node has no friends.
     fn digest(&self, _instance: &[u8; 8]) -> Option<HelloDigest> {
@@ -45,12 +46,12 @@ pub type DigestObserver = Box<dyn FnMut(&[u8; 8], &HelloDigest, SocketAddr) + Se
 /// The [`Environment`] of the daemon: this machine's store, and the policy of what is shared from
 /// it.
 pub struct StoreEnvironment {
-    share: Arc<AccessPolicy>,
+    policy: Arc<AccessPolicy>,
     store: Arc<Store>,
     networks: Arc<Networks>,
     /// Set while the daemon stops. It then answers no queries: a *no* would be wrong after a
     /// restart.
-    leaving: Arc<AtomicBool>,
+    is_stopping: Arc<AtomicBool>,
     faults: LogThrottle,
     /// This node's key, and the observer of digests in hellos. `None` if the node has no friends.
     friends: Option<(NodeKey, DigestObserver)>,
@@ -59,16 +60,16 @@ pub struct StoreEnvironment {
 impl StoreEnvironment {
     /// Combines the parts. No query is answered once `leaving` is set.
     pub fn new(
-        share: Arc<AccessPolicy>,
+        policy: Arc<AccessPolicy>,
         store: Arc<Store>,
         networks: Arc<Networks>,
-        leaving: Arc<AtomicBool>,
+        is_stopping: Arc<AtomicBool>,
     ) -> Self {
         StoreEnvironment {
-            share,
+            policy,
             store,
             networks,
-            leaving,
+            is_stopping,
             faults: LogThrottle::default(),
             friends: None,
         }
@@ -83,15 +84,15 @@ impl StoreEnvironment {
 
 impl Environment for StoreEnvironment {
     fn is_lan(&self, address: SocketAddr) -> bool {
-        self.share.datagram_scope(address) == Some(Scope::Lan)
+        self.policy.datagram_scope(address) == Some(Scope::Lan)
     }
 
     fn has_lan(&self) -> bool {
-        self.share.has_lan()
+        self.policy.has_lan()
     }
 
     fn is_answered(&self, address: SocketAddr) -> bool {
-        !self.leaving.load(Ordering::Relaxed) && self.share.datagram_scope(address).is_some()
+        !self.is_stopping.load(Ordering::Relaxed) && self.policy.datagram_scope(address).is_some()
     }
 
     fn digest(&self, instance: &[u8; 8]) -> Option<HelloDigest> {
@@ -108,20 +109,24 @@ impl Environment for StoreEnvironment {
         self.networks.is_own(ip)
     }
 
-    fn held(&mut self, hash_parts: &[HashPart], asker: SocketAddr) -> Option<Vec<bool>> {
-        let Some(scope) = self.share.datagram_scope(asker) else {
+    fn query_held_paths(
+        &mut self,
+        hash_parts: &[HashPart],
+        asker: SocketAddr,
+    ) -> Option<Vec<bool>> {
+        let Some(scope) = self.policy.datagram_scope(asker) else {
             return Some(vec![false; hash_parts.len()]);
         };
-        if !self.share.serves(scope) {
+        if !self.policy.serves(scope) {
             return Some(vec![false; hash_parts.len()]);
         }
         match self.store.path_infos_quickly(hash_parts) {
             Ok(infos) => {
-                let is_held = |info: &Arc<PathInfo>| self.share.allows_now(scope, info);
+                let is_held = |info: &Arc<PathInfo>| self.policy.allows_now(scope, info);
                 Some(infos.iter().map(|info| info.as_ref().is_some_and(is_held)).collect())
             }
             Err(e) => {
-                if self.faults.now(Instant::now()) {
+                if self.faults.allow(Instant::now()) {
                     log::error!("{e}");
                 }
                 None

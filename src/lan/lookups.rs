@@ -218,7 +218,7 @@ impl LanLookups {
 
     /// Moves [`LanLookups::next_end`] forward if the lookup ends before it. To be called after each
     /// change by which a lookup may end earlier.
-    pub fn touch(&mut self, id: LookupId) {
+    pub fn update_next_end(&mut self, id: LookupId) {
         if let Some(lookup) = self.open.get(&id) {
             let ends_at = lookup.ends_at();
             self.next_end = Some(self.next_end.map_or(ends_at, |next| next.min(ends_at)));
@@ -231,7 +231,7 @@ impl LanLookups {
         if let Some(lookup) = self.open.get_mut(&id) {
             lookup.waiting = lookup.waiting.saturating_sub(1);
             lookup.answered += u32::from(answered);
-            self.touch(id);
+            self.update_next_end(id);
         }
     }
 

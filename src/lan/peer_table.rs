@@ -71,10 +71,10 @@ const PROBE_UNHEARD_AGAIN: Duration = Duration::from_secs(10);
 /// probes were lost.
 const UNHEARD: Duration = Duration::from_secs(90);
 /// A Python peerix, which says no hello, is remembered for this long after its last packet.
-const REMEMBER_ORIGINAL: Duration = Duration::from_secs(3600);
+const PYTHON_PEER_EXPIRY: Duration = Duration::from_secs(3600);
 /// A peer that sends queries but no hello within this time after its first packet is a Python
 /// peerix.
-const HELLO_PATIENCE: Duration = Duration::from_secs(1);
+const HELLO_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Minimum interval between two changes of a peer's instance ID. A *hello* with another ID within
 /// it is ignored, because each change causes packets.
@@ -288,15 +288,15 @@ impl LanPeer {
         self.is_behind(t) && self.sent.back().is_some_and(|last| last.sent + self.repeat_gap() > t)
     }
 
-    /// Whether the peer is a Python peerix from which a packet came within [`REMEMBER_ORIGINAL`].
+    /// Whether the peer is a Python peerix from which a packet came within [`PYTHON_PEER_EXPIRY`].
     fn is_original(&self, now: Instant) -> bool {
         let is_patient =
-            self.met.is_some_and(|met| now.saturating_duration_since(met) >= HELLO_PATIENCE);
+            self.met.is_some_and(|met| now.saturating_duration_since(met) >= HELLO_TIMEOUT);
         self.hello.is_none()
             && (self.last_answer.is_some() || self.met_by == MetBy::Query && is_patient)
             && self
                 .heard
-                .is_some_and(|heard| now.saturating_duration_since(heard) < REMEMBER_ORIGINAL)
+                .is_some_and(|heard| now.saturating_duration_since(heard) < PYTHON_PEER_EXPIRY)
     }
 
     /// Usual answer time. `None` before the first answer.
@@ -367,7 +367,7 @@ impl LanPeer {
     /// [`HELLO_CHANGE`] of the last change a *hello* with a new ID is ignored, and the result is
     /// false.
     pub fn record_hello(&mut self, hello: Hello, now: Instant) -> bool {
-        self.hasten_probe(now);
+        self.advance_probe(now);
         let is_other = self.hello.is_none_or(|old| old.instance != hello.instance);
         if is_other && self.last_change.is_some_and(|last| last + HELLO_CHANGE > now) {
             return false;
@@ -578,7 +578,7 @@ impl LanPeer {
 
     /// Moves the next probe of a silent peer forward to `now`, but not within [`FIRST_PROBE`] of
     /// the last one.
-    pub fn hasten_probe(&mut self, now: Instant) {
+    pub fn advance_probe(&mut self, now: Instant) {
         if let Some(silence) = &mut self.silence {
             let earliest = self.last_probe.map_or(now, |last| last + FIRST_PROBE);
             silence.next_probe = silence.next_probe.min(earliest.max(now));
@@ -602,7 +602,7 @@ impl LanPeer {
         if let Some(silence) = &mut self.silence {
             silence.pause = FIRST_PROBE;
         }
-        self.hasten_probe(now);
+        self.advance_probe(now);
     }
 }
 
@@ -677,8 +677,8 @@ impl PeerTable {
         self.peers.iter().filter(|(_, peer)| peer.is_named).map(|(address, _)| *address)
     }
 
-    /// Whether a packet came from any Python peerix within [`REMEMBER_ORIGINAL`].
-    pub fn has_original(&self, now: Instant) -> bool {
+    /// Whether a packet came from any Python peerix within [`PYTHON_PEER_EXPIRY`].
+    pub fn has_python_peer(&self, now: Instant) -> bool {
         self.peers.values().any(|peer| peer.is_original(now))
     }
 

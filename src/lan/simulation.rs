@@ -100,12 +100,12 @@ enum Kind {
     Forged,
 }
 
-struct Store {
+struct SimulatedStore {
     own: IpAddr,
     held: Arc<Mutex<BTreeSet<HashPart>>>,
 }
 
-impl Environment for Store {
+impl Environment for SimulatedStore {
     fn is_lan(&self, address: SocketAddr) -> bool {
         matches!(address.ip(), IpAddr::V4(ip) if ip.octets()[0] == 10)
     }
@@ -118,7 +118,7 @@ impl Environment for Store {
     fn is_own(&self, ip: IpAddr) -> bool {
         ip == self.own
     }
-    fn held(&mut self, hash_parts: &[HashPart], _: SocketAddr) -> Option<Vec<bool>> {
+    fn query_held_paths(&mut self, hash_parts: &[HashPart], _: SocketAddr) -> Option<Vec<bool>> {
         let held = self.held.lock().unwrap();
         Some(hash_parts.iter().map(|hash_part| held.contains(hash_part)).collect())
     }
@@ -148,7 +148,7 @@ struct Outcome {
 struct Host {
     ip: IpAddr,
     kind: Kind,
-    machine: Option<Discovery<Store>>,
+    machine: Option<Discovery<SimulatedStore>>,
     held: Arc<Mutex<BTreeSet<HashPart>>>,
     is_up: bool,
     paused_until: Option<Duration>,
@@ -295,7 +295,7 @@ impl Simulation {
         host.instance = random.next();
         if host.kind == Kind::Node {
             let settings = DiscoverySettings { http_port: PORT, udp_port: PORT, timeout: 50 * MS };
-            let store = Store { own: host.ip, held: host.held.clone() };
+            let store = SimulatedStore { own: host.ip, held: host.held.clone() };
             let ids = Box::new(move || random.next() as u32);
             host.machine = Some(Discovery::new(store, settings, ids, now));
             self.turn(index);
@@ -709,7 +709,7 @@ impl Simulation {
         self.outcomes.iter().filter(is_wrong).collect()
     }
 
-    fn machine(&self, index: usize) -> &Discovery<Store> {
+    fn machine(&self, index: usize) -> &Discovery<SimulatedStore> {
         self.hosts[index].machine.as_ref().unwrap()
     }
 

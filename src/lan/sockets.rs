@@ -3,7 +3,7 @@
 //! send buffer for peers that do answer.
 
 use super::discovery::{DatagramTarget, OutgoingDatagrams};
-use crate::network::{Interface, LanNetworks, MULTICAST_GROUP, NetworkWatcher, Networks};
+use crate::network::{InterfaceAddress, LanNetworks, MULTICAST_GROUP, NetworkWatcher, Networks};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::collections::HashSet;
 use std::net::{IpAddr, SocketAddr, SocketAddrV6, UdpSocket};
@@ -47,7 +47,7 @@ pub(super) struct DiscoverySockets {
     /// Whether this node uses the LAN. If not, it joins no group and has no extra sockets.
     has_lan: bool,
     /// Remainder of [`SEND_TIMEOUT`] in this turn.
-    patience: Duration,
+    send_time_left: Duration,
     /// Number of datagrams that found the send buffer full since
     /// [`DiscoverySockets::take_dropped`].
     dropped: u64,
@@ -62,7 +62,7 @@ struct BoundAddress {
 }
 
 impl BoundAddress {
-    fn does(&self, target: SocketAddr) -> bool {
+    fn carries_family_of(&self, target: SocketAddr) -> bool {
         self.dual || self.address.is_ipv4() == target.is_ipv4()
     }
 }
@@ -86,10 +86,10 @@ impl DiscoverySockets {
                 && address.ip().is_unspecified()
                 && !socket2::SockRef::from(socket).only_v6()?;
             bound.push(BoundAddress { address, dual });
-            prepare(socket)?;
+            set_options(socket)?;
         }
         let extra = |bound: &BoundAddress| match has_lan {
-            true => twin(*bound)
+            true => bind_extra(*bound)
                 .inspect_err(|e| log::debug!("another socket on {}: {e}", bound.address))
                 .ok(),
             false => None,
@@ -107,7 +107,7 @@ impl DiscoverySockets {
             join_again: None,
             unreachable: false,
             has_lan,
-            patience: SEND_TIMEOUT,
+            send_time_left: SEND_TIMEOUT,
             dropped: 0,
         };
         sockets.join(Instant::now());
@@ -141,7 +141,7 @@ impl DiscoverySockets {
     /// change of network, or `wait` is over. Resets `wakers`. [`DiscoverySockets::ready`] then
     /// tells which sockets have datagrams.
     pub(super) fn wait(&mut self, wakers: &[&OwnedFd], wait: Duration) {
-        self.patience = SEND_TIMEOUT;
+        self.send_time_left = SEND_TIMEOUT;
         self.ready.clear();
         let sockets = self
             .sockets
@@ -179,7 +179,7 @@ impl DiscoverySockets {
         &self.ready
     }
 
-    /// When [`DiscoverySockets::network_changed`] must be called even if the kernel reports no
+    /// When [`DiscoverySockets::update_networks`] must be called even if the kernel reports no
     /// change.
     pub(super) fn next_due(&self) -> Option<Instant> {
         [self.watcher.next_due(), self.join_again].into_iter().flatten().min()
@@ -187,7 +187,7 @@ impl DiscoverySockets {
 
     /// Reads the addresses of this machine again if there is a reason to, and joins the multicast
     /// group on new interfaces. Returns whether the interfaces in use or their addresses changed.
-    pub(super) fn network_changed(&mut self) -> bool {
+    pub(super) fn update_networks(&mut self) -> bool {
         let now = Instant::now();
         let changed = self.watcher.update(std::mem::take(&mut self.unreachable), now);
         if changed || self.join_again.is_some_and(|at| at <= now) {
@@ -270,12 +270,12 @@ impl DiscoverySockets {
         };
         let extra = from.checked_sub(1).and_then(|from| self.extra[at][from].as_ref());
         let mut sent = extra.unwrap_or(&self.sockets[at]).send_to(bytes, mapped);
-        while is_full(&sent) && from == 0 && !self.patience.is_zero() {
+        while is_full(&sent) && from == 0 && !self.send_time_left.is_zero() {
             let began = Instant::now();
-            let timeout = Timespec::try_from(self.patience)
+            let timeout = Timespec::try_from(self.send_time_left)
                 .unwrap_or(Timespec { tv_sec: 0, tv_nsec: 1_000_000 });
             let _ = poll(&mut [PollFd::new(&self.sockets[at], PollFlags::OUT)], Some(&timeout));
-            self.patience = self.patience.saturating_sub(began.elapsed());
+            self.send_time_left = self.send_time_left.saturating_sub(began.elapsed());
             sent = self.sockets[at].send_to(bytes, mapped);
         }
         self.dropped += u64::from(is_full(&sent));
@@ -291,7 +291,7 @@ fn is_full(sent: &io::Result<usize>) -> bool {
     sent.as_ref().is_err_and(|e| e.kind() == io::ErrorKind::WouldBlock)
 }
 
-fn prepare(socket: &UdpSocket) -> io::Result<()> {
+fn set_options(socket: &UdpSocket) -> io::Result<()> {
     socket.set_nonblocking(true)?;
     socket.set_broadcast(true)?;
     let socket = socket2::SockRef::from(socket);
@@ -300,7 +300,7 @@ fn prepare(socket: &UdpSocket) -> io::Result<()> {
 }
 
 /// Binds another socket to the same address, with a port that the kernel chooses.
-fn twin(bound: BoundAddress) -> io::Result<UdpSocket> {
+fn bind_extra(bound: BoundAddress) -> io::Result<UdpSocket> {
     let domain = socket2::Domain::for_address(bound.address);
     let socket = socket2::Socket::new(domain, socket2::Type::DGRAM, Some(socket2::Protocol::UDP))?;
     if bound.address.is_ipv6() {
@@ -310,7 +310,7 @@ fn twin(bound: BoundAddress) -> io::Result<UdpSocket> {
     address.set_port(0);
     socket.bind(&address.into())?;
     let socket = UdpSocket::from(socket);
-    prepare(&socket)?;
+    set_options(&socket)?;
     Ok(socket)
 }
 
@@ -330,16 +330,20 @@ fn socket_for(target: SocketAddr, bound: &[BoundAddress], networks: &LanNetworks
         _ => None,
     };
     let is_broadcast = |ip| interfaces.iter().any(|i| i.broadcast.map(IpAddr::V4) == Some(ip));
-    let reaches =
-        |i: &Interface| group_on.map_or_else(|| i.reaches(target.ip()), |index| i.index == index);
+    let reaches = |i: &InterfaceAddress| {
+        group_on.map_or_else(|| i.reaches(target.ip()), |index| i.index == index)
+    };
     let near = |bound: &BoundAddress| {
         let ip = bound.address.ip();
-        bound.does(target)
+        bound.carries_family_of(target)
             && (ip.is_unspecified() || interfaces.iter().any(|i| i.address == ip && reaches(i)))
     };
     let far = |bound: &BoundAddress| {
         let ip = bound.address.ip();
-        bound.does(target) && !ip.is_loopback() && !ip.is_multicast() && !is_broadcast(ip)
+        bound.carries_family_of(target)
+            && !ip.is_loopback()
+            && !ip.is_multicast()
+            && !is_broadcast(ip)
     };
     let to_one = group_on.is_none() && !is_broadcast(target.ip());
     bound.iter().position(near).or_else(|| bound.iter().position(far).filter(|_| to_one))
@@ -350,13 +354,13 @@ mod tests {
     use super::*;
     use crate::network::NetworkPolicy;
 
-    fn interface(index: u32, address: &str, prefix_len: u8) -> Interface {
+    fn interface(index: u32, address: &str, prefix_len: u8) -> InterfaceAddress {
         let address: IpAddr = address.parse().unwrap();
         let broadcast = match address {
             IpAddr::V4(v4) => Some((v4.to_bits() | 0xff).into()),
             IpAddr::V6(_) => None,
         };
-        Interface {
+        InterfaceAddress {
             name: format!("eth{index}"),
             index,
             address,

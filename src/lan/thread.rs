@@ -102,7 +102,7 @@ impl DiscoveryClient {
         let until = Instant::now() + timeout;
         // A full channel does not prove that the thread hangs, so this waits for room.
         self.events.send_deadline(Event::ListPeers(list), until).ok()?;
-        self.ring();
+        self.wake_thread();
         receiver.recv_deadline(until).ok()
     }
 
@@ -113,11 +113,11 @@ impl DiscoveryClient {
 
     fn send(&self, event: Event<'static>) {
         if self.events.try_send(event).is_ok() {
-            self.ring();
+            self.wake_thread();
         }
     }
 
-    fn ring(&self) {
+    fn wake_thread(&self) {
         if self.is_woken.swap(true, Ordering::SeqCst) {
             return;
         }
@@ -175,7 +175,7 @@ impl DiscoveryThread {
     /// answers. Does not block.
     pub fn say_bye(&self) {
         self.client.bye.store(true, Ordering::SeqCst);
-        self.client.ring();
+        self.client.wake_thread();
     }
 
     /// The interface of the thread for other threads.
@@ -185,8 +185,8 @@ impl DiscoveryThread {
 
     /// Returns the number of turns of the thread's loop so far, and wakes the thread for another
     /// one. If the number does not grow, the thread hangs. Does not block.
-    pub fn count_turns(&self) -> u64 {
-        self.client.ring();
+    pub fn request_turn(&self) -> u64 {
+        self.client.wake_thread();
         self.turns.load(Ordering::Relaxed)
     }
 }
@@ -194,7 +194,7 @@ impl DiscoveryThread {
 impl Drop for DiscoveryThread {
     fn drop(&mut self) {
         self.client.stop.store(true, Ordering::SeqCst);
-        self.client.ring();
+        self.client.wake_thread();
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
@@ -232,7 +232,7 @@ impl<E: Environment> DiscoveryLoop<E> {
             let stop = client.stop.load(Ordering::SeqCst);
             let leaves = client.bye.swap(false, Ordering::SeqCst) || stop;
             let has_slept = self.suspend.detect();
-            if self.sockets.network_changed() || has_slept {
+            if self.sockets.update_networks() || has_slept {
                 self.handle(Event::NetworkChanged);
             }
             self.read_neighbours();

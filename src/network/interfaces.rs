@@ -8,7 +8,7 @@ use std::net::{IpAddr, Ipv4Addr};
 
 /// One address of one interface.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Interface {
+pub struct InterfaceAddress {
     /// Name of the interface, as `ip link` shows it.
     pub name: String,
     /// The kernel's index of the interface, which is the scope ID of its link-local addresses.
@@ -24,7 +24,7 @@ pub struct Interface {
     pub running: bool,
 }
 
-impl Interface {
+impl InterfaceAddress {
     /// The network that the address is in.
     pub fn network(&self) -> Cidr {
         Cidr::of(self.address, self.prefix_len)
@@ -42,7 +42,7 @@ impl Interface {
 ///
 /// # Errors
 /// No netlink socket is allowed, no file descriptor is left, or the kernel does not answer in time.
-pub fn read() -> io::Result<Vec<Interface>> {
+pub fn read() -> io::Result<Vec<InterfaceAddress>> {
     let mut links = HashMap::new();
     netlink::dump(&netlink::LINKS, |body| links.extend(link(body)))?;
     let mut interfaces = Vec::new();
@@ -89,7 +89,7 @@ fn link(body: &[u8]) -> Option<(u32, InterfaceProperties)> {
 
 /// Parses an `RTM_NEWADDR` message. Returns `None` for loopback and tentative addresses, and if
 /// `links` lacks the interface, because it appeared after they were listed.
-fn interface(body: &[u8], links: &HashMap<u32, InterfaceProperties>) -> Option<Interface> {
+fn interface(body: &[u8], links: &HashMap<u32, InterfaceProperties>) -> Option<InterfaceAddress> {
     let (prefix_len, index) = (*body.get(1)?, u32_at(body, 4)?);
     let attribute = |kind| netlink::attribute(body, &netlink::ADDRESSES, kind);
     let flags = attribute(ADDRESS_FLAGS).and_then(|value| u32_at(value, 0));
@@ -108,7 +108,7 @@ fn interface(body: &[u8], links: &HashMap<u32, InterfaceProperties>) -> Option<I
         _ => None,
     };
     let (name, running) = (link.name.clone(), link.running);
-    Some(Interface { name, index, address, prefix_len, broadcast, running })
+    Some(InterfaceAddress { name, index, address, prefix_len, broadcast, running })
 }
 
 /// Returns the broadcast address `set` by the kernel. Addresses added by hand often have none; then
@@ -212,7 +212,7 @@ mod tests {
     fn addresses_of_this_machine_are_read_without_loopback() {
         // Which addresses exist depends on the machine.
         let interfaces = read().unwrap();
-        let is_fine = |i: &Interface| !i.address.is_loopback() && i.index > 0;
+        let is_fine = |i: &InterfaceAddress| !i.address.is_loopback() && i.index > 0;
         assert!(interfaces.iter().all(is_fine), "{interfaces:?}");
     }
 }

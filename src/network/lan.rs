@@ -2,7 +2,7 @@
 //! this machine.
 
 use super::cidr::Cidr;
-use super::interfaces::Interface;
+use super::interfaces::InterfaceAddress;
 use super::policy::NetworkPolicy;
 use std::cmp::Reverse;
 use std::fmt;
@@ -25,9 +25,9 @@ pub const MULTICAST_GROUP: Ipv6Addr = Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0x706
 #[derive(Debug)]
 pub struct LanNetworks {
     policy: NetworkPolicy,
-    interfaces: Vec<Interface>,
+    interfaces: Vec<InterfaceAddress>,
     /// Those of `interfaces` whose addresses are on the LAN.
-    lan_addresses: Vec<Interface>,
+    lan_addresses: Vec<InterfaceAddress>,
     /// Indexes of the allowed interfaces.
     allowed: Vec<u32>,
     /// The networks of all interfaces except the link-local IPv6 one. The most specific come first,
@@ -43,7 +43,7 @@ struct ConnectedNetwork {
 
 impl LanNetworks {
     /// Applies the policy to the addresses of this machine. `interfaces` must not include loopback.
-    pub fn new(policy: NetworkPolicy, interfaces: Vec<Interface>) -> Self {
+    pub fn new(policy: NetworkPolicy, interfaces: Vec<InterfaceAddress>) -> Self {
         let (mut lan_addresses, mut allowed, mut connected) = (Vec::new(), Vec::new(), Vec::new());
         for i in &interfaces {
             let is_allowed = policy.allows_interface(&i.name);
@@ -84,12 +84,12 @@ impl LanNetworks {
     }
 
     /// All addresses of this machine but those of loopback.
-    pub fn interfaces(&self) -> &[Interface] {
+    pub fn interfaces(&self) -> &[InterfaceAddress] {
         &self.interfaces
     }
 
     /// The addresses of this machine that are on the LAN.
-    pub fn lan_addresses(&self) -> &[Interface] {
+    pub fn lan_addresses(&self) -> &[InterfaceAddress] {
         &self.lan_addresses
     }
 
@@ -217,7 +217,7 @@ mod tests {
     use super::*;
 
     /// Parses an interface: `2 eth0 10.0.0.1/24`.
-    fn interface(text: &str) -> Interface {
+    fn interface(text: &str) -> InterfaceAddress {
         let words: Vec<&str> = text.split(' ').collect();
         let [index, name, network] = words[..] else { panic!("{text}") };
         let (address, prefix_len) = network.split_once('/').unwrap();
@@ -229,7 +229,7 @@ mod tests {
             _ => None,
         };
         let (name, index) = (name.into(), index.parse().unwrap());
-        Interface { name, index, address, prefix_len, broadcast, running: true }
+        InterfaceAddress { name, index, address, prefix_len, broadcast, running: true }
     }
 
     fn networks(interfaces: &[&str], lan: &[&str], patterns: &[&str]) -> LanNetworks {
@@ -431,7 +431,7 @@ mod tests {
 
     #[test]
     fn interface_without_link_gets_no_broadcast() {
-        let unplugged = Interface { running: false, ..interface("2 eth0 10.0.0.5/8") };
+        let unplugged = InterfaceAddress { running: false, ..interface("2 eth0 10.0.0.5/8") };
         let networks = LanNetworks::new(NetworkPolicy::default(), vec![unplugged]);
         assert!(targets(&networks).is_empty());
         check(&networks, &["10.0.0.1"], &[]);

@@ -17,7 +17,7 @@ pub mod policy;
 pub mod watcher;
 
 pub use cidr::Cidr;
-pub use interfaces::Interface;
+pub use interfaces::InterfaceAddress;
 pub use lan::{LanNetworks, MULTICAST_GROUP};
 pub use networks::Networks;
 pub use policy::NetworkPolicy;

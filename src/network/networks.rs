@@ -1,6 +1,6 @@
 //! The LAN networks as last read from the kernel, shared by all threads.
 
-use super::interfaces::{self, Interface};
+use super::interfaces::{self, InterfaceAddress};
 use super::lan::LanNetworks;
 use super::policy::NetworkPolicy;
 use std::net::{IpAddr, SocketAddr};
@@ -28,7 +28,7 @@ impl Networks {
     }
 
     /// Creates the networks from a given list of addresses.
-    pub fn new(policy: NetworkPolicy, interfaces: Vec<Interface>) -> Self {
+    pub fn new(policy: NetworkPolicy, interfaces: Vec<InterfaceAddress>) -> Self {
         let networks = Arc::new(LanNetworks::new(policy.clone(), interfaces));
         Networks { policy, latest: RwLock::new(networks), changes: AtomicU64::new(0) }
     }
@@ -41,14 +41,15 @@ impl Networks {
     /// Replaces the addresses of this machine. Returns whether the interfaces in use or their
     /// addresses changed. Changes of excluded interfaces do not count, because containers cause
     /// many of them.
-    pub fn replace(&self, interfaces: Vec<Interface>) -> bool {
+    pub fn replace(&self, interfaces: Vec<InterfaceAddress>) -> bool {
         let before = self.current();
         if before.interfaces() == interfaces {
             return false;
         }
         let after = Arc::new(LanNetworks::new(self.policy.clone(), interfaces));
-        let allowed = |networks: &LanNetworks| -> Vec<Interface> {
-            let is_allowed = |interface: &&Interface| self.policy.allows_interface(&interface.name);
+        let allowed = |networks: &LanNetworks| -> Vec<InterfaceAddress> {
+            let is_allowed =
+                |interface: &&InterfaceAddress| self.policy.allows_interface(&interface.name);
             networks.interfaces().iter().filter(is_allowed).cloned().collect()
         };
         let has_changed = allowed(&before) != allowed(&after);
@@ -79,7 +80,7 @@ mod tests {
 
     #[test]
     fn replace_with_equal_addresses_is_no_change() {
-        let eth0 = Interface {
+        let eth0 = InterfaceAddress {
             name: "eth0".into(),
             index: 2,
             address: "192.168.10.5".parse().unwrap(),
@@ -91,7 +92,7 @@ mod tests {
         let neighbour: SocketAddr = "192.168.10.7:1".parse().unwrap();
         assert!(networks.is_lan(neighbour));
         assert!(!networks.replace(vec![eth0.clone()]));
-        assert!(networks.replace(vec![Interface { running: false, ..eth0 }]));
+        assert!(networks.replace(vec![InterfaceAddress { running: false, ..eth0 }]));
         assert!(networks.replace(Vec::new()));
         assert_eq!(networks.count_changes(), 2);
         assert!(!networks.is_lan(neighbour) && !networks.is_own("192.168.10.5".parse().unwrap()));

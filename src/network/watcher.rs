@@ -1,7 +1,7 @@
 //! Keeps [`Networks`] up to date. The kernel reports changes of interfaces and addresses on a
 //! netlink socket; without that socket the addresses are polled.
 
-use super::interfaces::{self, Interface};
+use super::interfaces::{self, InterfaceAddress};
 use super::netlink;
 use super::networks::Networks;
 use rustix::io::{Errno, retry_on_intr};
@@ -123,7 +123,7 @@ impl NetworkWatcher {
     pub fn update(&mut self, send_failed: bool, now: Instant) -> bool {
         let is_reported = self.monitor.as_ref().is_some_and(ChangeMonitor::drain);
         let is_due = is_reported || self.is_due(send_failed, now);
-        is_due && self.take(interfaces::read(), now)
+        is_due && self.apply_reading(interfaces::read(), now)
     }
 
     fn is_due(&self, send_failed: bool, now: Instant) -> bool {
@@ -132,7 +132,7 @@ impl NetworkWatcher {
         is_late || send_failed && self.monitor.is_none() && may_retry
     }
 
-    fn take(&mut self, read: io::Result<Vec<Interface>>, now: Instant) -> bool {
+    fn apply_reading(&mut self, read: io::Result<Vec<InterfaceAddress>>, now: Instant) -> bool {
         self.last_read = now;
         match read {
             Ok(interfaces) => {
@@ -164,8 +164,8 @@ mod tests {
         NetworkWatcher { networks, monitor, last_read: now, next_read: None, is_failing: false }
     }
 
-    fn eth0() -> Interface {
-        Interface {
+    fn eth0() -> InterfaceAddress {
+        InterfaceAddress {
             name: "eth0".into(),
             index: 2,
             address: "10.0.0.1".parse().unwrap(),
@@ -197,22 +197,22 @@ mod tests {
     fn changed_addresses_are_reported_once() {
         let now = Instant::now();
         let mut watcher = watcher(None, now);
-        assert!(watcher.take(Ok(vec![eth0()]), now));
-        assert!(!watcher.take(Ok(vec![eth0()]), now));
-        assert!(watcher.take(Ok(Vec::new()), now));
+        assert!(watcher.apply_reading(Ok(vec![eth0()]), now));
+        assert!(!watcher.apply_reading(Ok(vec![eth0()]), now));
+        assert!(watcher.apply_reading(Ok(Vec::new()), now));
     }
 
     #[test]
     fn addresses_without_a_monitor_are_polled() {
         let now = Instant::now();
         let mut watcher = watcher(None, now);
-        watcher.take(Ok(Vec::new()), now);
+        watcher.apply_reading(Ok(Vec::new()), now);
         assert_eq!(watcher.next_due(), Some(now + POLL_INTERVAL));
         assert!(!watcher.is_due(false, now + POLL_INTERVAL - Duration::from_millis(1)));
         assert!(watcher.is_due(false, now + POLL_INTERVAL));
         assert!(!watcher.is_due(true, now + RETRY_INTERVAL - Duration::from_millis(1)));
         assert!(watcher.is_due(true, now + RETRY_INTERVAL));
-        watcher.take(Err(io::ErrorKind::PermissionDenied.into()), now);
+        watcher.apply_reading(Err(io::ErrorKind::PermissionDenied.into()), now);
         assert_eq!(watcher.next_due(), Some(now + POLL_INTERVAL));
     }
 
@@ -220,14 +220,14 @@ mod tests {
     fn failed_reading_with_a_monitor_is_retried() {
         let now = Instant::now();
         let mut watcher = watcher(Some(ChangeMonitor::open().unwrap()), now);
-        watcher.take(Ok(vec![eth0()]), now);
+        watcher.apply_reading(Ok(vec![eth0()]), now);
         assert_eq!(watcher.next_due(), None);
         assert!(!watcher.is_due(true, now + POLL_INTERVAL));
-        assert!(!watcher.take(Err(io::ErrorKind::OutOfMemory.into()), now));
+        assert!(!watcher.apply_reading(Err(io::ErrorKind::OutOfMemory.into()), now));
         assert!(watcher.networks.is_own(eth0().address), "what was read before stays");
         assert_eq!(watcher.next_due(), Some(now + RETRY_INTERVAL));
         assert!(watcher.is_due(false, now + RETRY_INTERVAL));
-        watcher.take(Ok(Vec::new()), now + RETRY_INTERVAL);
+        watcher.apply_reading(Ok(Vec::new()), now + RETRY_INTERVAL);
         assert_eq!(watcher.next_due(), None);
     }
 }

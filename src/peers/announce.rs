@@ -21,7 +21,7 @@ const INTERVAL: Interval = Interval::from_secs(60);
 const FILTER_INTERVAL: Interval = Interval::from_secs(30);
 /// Interval at which the thread checks for a new filter, a network change, the end of a suspend,
 /// and lookups that miss the tracker.
-const LOOK: Interval = Interval::from_secs(1);
+const POLL_INTERVAL: Interval = Interval::from_secs(1);
 /// Pause after the first failure. It doubles with each further failure.
 const FIRST_PAUSE: Interval = Interval::from_secs(1);
 /// Longest pause after a failure.
@@ -299,7 +299,7 @@ impl AnnouncerThread {
             std::mem::replace(&mut self.network_changes, network_changes) != network_changes;
         let has_slept = self.suspend.detect();
         if has_moved || has_slept {
-            self.tracker.forget(now);
+            self.tracker.reset(now);
             for backoff in [&mut self.announcing, &mut self.publishing, &mut self.reporting] {
                 backoff.reset();
             }
@@ -396,7 +396,7 @@ impl AnnouncerThread {
         }
     }
 
-    /// Waits until there is something to do, for at most [`LOOK`]. Returns false if the thread must
+    /// Waits until there is something to do, for at most [`POLL_INTERVAL`]. Returns false if the thread must
     /// end.
     fn wait(&mut self) -> bool {
         let now = Instant::now();
@@ -404,8 +404,10 @@ impl AnnouncerThread {
             && self.tracker.is_reached()
             && self.announcing.failures() == 0;
         let reports = has_reports.then(|| self.reporting.due().unwrap_or(now));
-        let until =
-            self.next_announce.min(now + LOOK.get()).min(reports.unwrap_or(self.next_announce));
+        let until = self
+            .next_announce
+            .min(now + POLL_INTERVAL.get())
+            .min(reports.unwrap_or(self.next_announce));
         select! {
             recv(self.stopped) -> _ => return false,
             recv(self.queue) -> job => match job {

@@ -34,13 +34,13 @@ use ureq::unversioned::transport::{Connector, DefaultConnector, NextTimeout, Tcp
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Longest wait for the first byte of a NAR, and for each further byte.
-pub const STALL: Timeout = Timeout::from_secs(10);
+pub const READ_TIMEOUT: Timeout = Timeout::from_secs(10);
 
 /// Slowest acceptable rate of one stream, in bytes per second. A slower peer is always abandoned,
 /// because Nix would wait for it without end. Each of sixteen streams over the slowest Wi-Fi has
 /// twice this rate.
-pub const TOO_SLOW: u64 = 8 * 1024;
-/// Time limit of a NAR body, in addition to the time that its size takes at [`TOO_SLOW`].
+pub const MIN_BYTES_PER_SECOND: u64 = 8 * 1024;
+/// Time limit of a NAR body, in addition to the time that its size takes at [`MIN_BYTES_PER_SECOND`].
 const BODY_GRACE: Duration = Duration::from_secs(30);
 
 /// Idle connections kept per peer: as many as Nix opens to this node. Further ones are closed.
@@ -133,7 +133,7 @@ const MAX_LARGE_NARINFOS: usize = 2;
 const LARGE_READERS: usize = 2;
 /// Time past its deadline that a large narinfo is still waited for. The reader notices the deadline
 /// itself.
-const ROOM_GRACE: Duration = Duration::from_secs(1);
+const LARGE_NARINFO_GRACE: Duration = Duration::from_secs(1);
 /// Stack of such a thread, in bytes. The buffers are on the heap.
 const LARGE_STACK: usize = 256 << 10;
 
@@ -361,8 +361,8 @@ fn agent(tls: Option<&Arc<ClientConfig>>) -> Agent {
     let config = http_client::config()
         .proxy(None)
         .timeout_connect(Some(CONNECT_TIMEOUT))
-        .timeout_per_read(Some(STALL.get()))
-        .timeout_recv_response(Some(STALL.get()))
+        .timeout_per_read(Some(READ_TIMEOUT.get()))
+        .timeout_recv_response(Some(READ_TIMEOUT.get()))
         .input_buffer_size(BUFFER)
         .max_idle_connections(IDLE)
         .max_idle_connections_per_host(IDLE_PER_PEER)
@@ -416,7 +416,7 @@ impl PeerClient {
                 .timeout_global(Some(timeout))
                 .build()
         };
-        let response = twice(|| request().call()).map_err(PeerError::Unreachable)?;
+        let response = retry_once_if_stale(|| request().call()).map_err(PeerError::Unreachable)?;
         let mut body = expect(response, &[200])?.into_body();
         let mut bytes = Vec::new();
         body.as_reader()
@@ -434,7 +434,7 @@ impl PeerClient {
 
     /// Closes the idle connections if all of them are too old to be reused. ureq does so only at
     /// the next request, and each connection holds 256 KiB of buffers.
-    pub fn rest(&self) {
+    pub fn close_idle_connections(&self) {
         let mut pool = self.pool.lock().unwrap_or_else(PoisonError::into_inner);
         if pool.used.is_some_and(|used| used.elapsed() >= IDLE_AGE.get()) {
             *pool = IdleConnections { agent: agent(self.tls.as_ref()), used: None };
@@ -442,7 +442,12 @@ impl PeerClient {
     }
 
     /// Logs that a path is unsupported. Logs each path once.
-    pub fn warn_of_odd_path(&self, hash_part: &HashPart, peer: SocketAddr, why: &dyn fmt::Display) {
+    pub fn log_unsupported_path(
+        &self,
+        hash_part: &HashPart,
+        peer: SocketAddr,
+        why: &dyn fmt::Display,
+    ) {
         let is_new = {
             let mut logged = self.logged.lock().unwrap_or_else(PoisonError::into_inner);
             if logged.len() >= MAX_LOGGED {
@@ -471,7 +476,7 @@ impl PeerClient {
         if let Err(PeerError::Malformed(why)) = &result
             && why.is_unsupported
         {
-            self.warn_of_odd_path(hash_part, holder.http, why);
+            self.log_unsupported_path(hash_part, holder.http, why);
         }
         result
     }
@@ -490,7 +495,7 @@ impl PeerClient {
                 .timeout_global(Some(timeout))
                 .build()
         };
-        let response = twice(|| request().call()).map_err(PeerError::Unreachable)?;
+        let response = retry_once_if_stale(|| request().call()).map_err(PeerError::Unreachable)?;
         let mut reader = expect(response, &[200])?.into_body().into_reader();
         let mut begin = Vec::new();
         reader
@@ -508,7 +513,7 @@ impl PeerClient {
                 done,
             };
             self.large.send_deadline(job, until).map_err(|_| PeerError::Busy)?;
-            result.recv_deadline(until + ROOM_GRACE).map_err(|_| PeerError::Busy)??
+            result.recv_deadline(until + LARGE_NARINFO_GRACE).map_err(|_| PeerError::Busy)??
         } else {
             let narinfo = NarInfo::parse(&begin, &self.store_dir).map_err(PeerError::Malformed)?;
             PeerNarinfo { narinfo, _room: None }
@@ -537,7 +542,10 @@ impl PeerClient {
     ) -> Result<Realisation, PeerError> {
         let url = url(peer, &format!("local/{}", id.url_path()));
         let request = || self.agent().get(&url).config().timeout_global(Some(timeout)).build();
-        let response = expect(twice(|| request().call()).map_err(PeerError::Unreachable)?, &[200])?;
+        let response = expect(
+            retry_once_if_stale(|| request().call()).map_err(PeerError::Unreachable)?,
+            &[200],
+        )?;
         let mut bytes = Vec::new();
         let most = Realisation::MAX_LEN as u64 + 1;
         let mut body = response.into_body();
@@ -564,7 +572,10 @@ impl PeerClient {
             let config = self.agent().get(&url).config().timeout_recv_response(Some(patience));
             config.timeout_recv_body(Some(BODY_GRACE)).build()
         };
-        let response = expect(twice(|| request().call()).map_err(PeerError::Unreachable)?, &[200])?;
+        let response = expect(
+            retry_once_if_stale(|| request().call()).map_err(PeerError::Unreachable)?,
+            &[200],
+        )?;
         let body = response.into_body();
         match body.content_length() {
             Some(len) if len <= MAX_LOG => Ok(LogBody {
@@ -600,7 +611,10 @@ impl PeerClient {
                 .header("Range", &range);
             request.config().timeout_global(Some(timeout)).build()
         };
-        let response = expect(twice(|| request().call()).map_err(PeerError::Unreachable)?, &[206])?;
+        let response = expect(
+            retry_once_if_stale(|| request().call()).map_err(PeerError::Unreachable)?,
+            &[206],
+        )?;
         let pace = response
             .headers()
             .get(PACE_HEADER)
@@ -629,7 +643,7 @@ impl PeerClient {
         patience: Duration,
         way: &LinkKind,
     ) -> Result<NarBody, PeerError> {
-        let whole = BODY_GRACE + Duration::from_secs(nar_size / TOO_SLOW);
+        let whole = BODY_GRACE + Duration::from_secs(nar_size / MIN_BYTES_PER_SECOND);
         let request = || {
             let mut request = self.agent().get(url(peer, url_path));
             if let LinkKind::Wan(transfer) = way {
@@ -653,10 +667,10 @@ impl PeerClient {
             }
             called => called,
         };
-        let response =
-            read_timeout::limit(patience, || twice(call)).map_err(PeerError::Unreachable)?;
+        let response = read_timeout::limit(patience, || retry_once_if_stale(call))
+            .map_err(PeerError::Unreachable)?;
         if *way == LinkKind::LanOrOthers && response.status() == 307 {
-            return Err(PeerError::Named(names(&response)));
+            return Err(PeerError::Named(parse_relay_addresses(&response)));
         }
         let response = expect(response, &[200, 206])?;
         let from = if response.status() == 206 { offset } else { 0 };
@@ -688,7 +702,7 @@ impl PeerClient {
         let body = response.into_body();
         if is_compressed {
             let reader = body.into_with_config().limit(u64::MAX).reader();
-            let decoded = ZstdReader::new(reader, STALL.get())
+            let decoded = ZstdReader::new(reader, READ_TIMEOUT.get())
                 .map_err(|e| PeerError::Unreachable(e.into()))?;
             let bytes = BodyReader::Compressed(Box::new(decoded));
             return Ok(NarBody { bytes, skip: offset - from, has_end: true });
@@ -709,7 +723,7 @@ impl PeerClient {
     }
 }
 
-fn names<B>(response: &Response<B>) -> Vec<IpAddr> {
+fn parse_relay_addresses<B>(response: &Response<B>) -> Vec<IpAddr> {
     let field = response
         .headers()
         .get(RELAY_HEADER)
@@ -720,7 +734,9 @@ fn names<B>(response: &Response<B>) -> Vec<IpAddr> {
 
 /// Repeats a call once unless it timed out or could not connect. The peer may close a kept
 /// connection at the moment of its reuse; the second call opens a new one.
-pub(super) fn twice<T>(call: impl Fn() -> Result<T, ureq::Error>) -> Result<T, ureq::Error> {
+pub(super) fn retry_once_if_stale<T>(
+    call: impl Fn() -> Result<T, ureq::Error>,
+) -> Result<T, ureq::Error> {
     match call() {
         Err(e) if !matches!(e, ureq::Error::Timeout(_) | ureq::Error::ConnectionFailed) => call(),
         result => result,

@@ -51,7 +51,7 @@ const FIRST_TRY: Timeout = Timeout::from_secs(1);
 const MAX_UNPROVEN: usize = 4;
 
 /// Interval at which the friends file is read again and the network is checked for changes.
-const LOOK_INTERVAL: Interval = Interval::from_secs(2);
+const POLL_INTERVAL: Interval = Interval::from_secs(2);
 
 /// Delay before the next attempt while the request pool is full.
 const BLOCKED_DELAY: Duration = Duration::from_millis(2);
@@ -171,7 +171,7 @@ impl Friends {
         let following = friends.clone();
         thread::Builder::new().name("friends".into()).spawn(move || {
             let mut current = following.networks.current();
-            while following.stopped.recv_timeout(LOOK_INTERVAL.get()).is_err_and(|e| e.is_timeout())
+            while following.stopped.recv_timeout(POLL_INTERVAL.get()).is_err_and(|e| e.is_timeout())
             {
                 if following.list.reload() {
                     following.follow_list();
@@ -488,7 +488,7 @@ impl FriendLink {
 
     /// Marks the friend as unreachable after a failed request. It gets no more requests until it
     /// answers a greeting.
-    fn lost(&self) {
+    fn mark_unreachable(&self) {
         let mut state = self.state();
         if state.is_up {
             (state.is_up, state.since) = (false, Some(Instant::now()));
@@ -613,7 +613,7 @@ impl FriendSearch {
                     let narinfo = asked.client.narinfo(&holder, &hash_part, NARINFO_TIMEOUT.get());
                     if let Err(PeerError::Unreachable(e)) = &narinfo {
                         log::debug!("friend {}: {address}: {e}", asked.friend.name);
-                        asked.lost();
+                        asked.mark_unreachable();
                     }
                     let has_it = narinfo.is_ok();
                     let _ = answer.try_send(FriendAnswer {
@@ -646,6 +646,6 @@ fn place_of(key: &NodeKey) -> IpAddr {
 }
 
 /// A channel that never receives anything, for a search without friends.
-pub fn nobody() -> Receiver<()> {
+pub fn never_found() -> Receiver<()> {
     never()
 }

@@ -27,7 +27,7 @@ const PROMISES_FORGIVEN: u32 = 3;
 
 /// Number of failures from which on a peer is not tried at all during its pauses. Reaching it logs
 /// one warning.
-const HOPELESS: u32 = 3;
+const MAX_FAILURES: u32 = 3;
 
 /// Number of odd paths within [`ODD_WINDOW`] after which a peer is asked after all others. An
 /// honest peer gives them in bursts, when Nix requests a closure that is odd as a whole.
@@ -196,10 +196,10 @@ pub struct PeerHealth {
 
 impl PeerHealth {
     /// Returns whether and when the peer may be asked at `now`.
-    pub fn turn(&self, peer: impl Into<PeerKey>, now: Instant) -> Eligibility {
+    pub fn eligibility(&self, peer: impl Into<PeerKey>, now: Instant) -> Eligibility {
         match self.lock().get(&peer.into()) {
             Some(p) if p.avoided_until.is_some_and(|until| until > now) => {
-                if p.failures() >= HOPELESS { Eligibility::Never } else { Eligibility::Last }
+                if p.failures() >= MAX_FAILURES { Eligibility::Never } else { Eligibility::Last }
             }
             _ => Eligibility::Now,
         }
@@ -226,7 +226,7 @@ impl PeerHealth {
             avoided: peer
                 .avoided_until
                 .filter(|until| *until > now)
-                .map(|until| (until, peer.failures() >= HOPELESS)),
+                .map(|until| (until, peer.failures() >= MAX_FAILURES)),
             reason: peer.reason.to_string(),
         };
         self.lock().iter().map(seen).collect()
@@ -265,7 +265,7 @@ impl PeerHealth {
 
     /// Records an answer without the path from a peer that had not promised it. The answer shows
     /// that the peer is up and how fast it is, and nothing else.
-    pub fn alive(&self, peer: impl Into<PeerKey>, latency: Duration, now: Instant) {
+    pub fn record_miss(&self, peer: impl Into<PeerKey>, latency: Duration, now: Instant) {
         let mut standing = self.lock();
         let peer = entry(&mut standing, peer.into(), now);
         peer.unreachable = 0;
@@ -278,7 +278,13 @@ impl PeerHealth {
 
     /// Records that no narinfo came within `patience`, so that another peer is tried. The second
     /// such timeout in a row counts as a failure.
-    pub fn hung(&self, peer: impl Into<PeerKey>, patience: Duration, began: Instant, now: Instant) {
+    pub fn record_timeout(
+        &self,
+        peer: impl Into<PeerKey>,
+        patience: Duration,
+        began: Instant,
+        now: Instant,
+    ) {
         let who = peer.into();
         let twice = {
             let mut standing = self.lock();
@@ -287,7 +293,7 @@ impl PeerHealth {
             std::mem::replace(&mut peer.was_slow, true)
         };
         if twice {
-            self.failed(who, Fault::Unreachable, began, now, &"hangs");
+            self.record_failure(who, Fault::Unreachable, began, now, &"hangs");
         }
     }
 
@@ -302,7 +308,7 @@ impl PeerHealth {
 
     /// Records that a request that began at `began` failed. Requests that ran at the same time
     /// count as one failure.
-    pub fn failed(
+    pub fn record_failure(
         &self,
         who: impl Into<PeerKey>,
         fault: Fault,
@@ -334,7 +340,7 @@ impl PeerHealth {
         let pause =
             FIRST_PAUSE.get().saturating_mul(1 << (failures - 1).min(20)).min(LONGEST_PAUSE.get());
         peer.avoided_until = Some(now + pause);
-        if failures == HOPELESS || fault == Fault::BadData && failures < HOPELESS {
+        if failures == MAX_FAILURES || fault == Fault::BadData && failures < MAX_FAILURES {
             log::warn!("peer {who}: {reason}; avoided for {} s", pause.as_secs());
         }
     }
@@ -371,19 +377,19 @@ mod tests {
     fn pause_after_failures_grows_from_one_second_to_five_minutes() {
         let (standing, mut now) = (PeerHealth::default(), Instant::now());
         for expected in [1, 2, 4, 8, 16, 32, 64, 128, 256, 300, 300] {
-            standing.failed(address(1), Fault::BadData, now, now, &"test");
+            standing.record_failure(address(1), Fault::BadData, now, now, &"test");
             let last_moment = now + Duration::from_secs(expected) - Duration::from_millis(1);
-            assert_ne!(standing.turn(address(1), last_moment), Eligibility::Now);
+            assert_ne!(standing.eligibility(address(1), last_moment), Eligibility::Now);
             now += Duration::from_secs(expected);
-            assert_eq!(standing.turn(address(1), now), Eligibility::Now);
+            assert_eq!(standing.eligibility(address(1), now), Eligibility::Now);
             now += Duration::from_millis(1);
         }
         // A narinfo does not clear a NAR failure; a complete NAR does.
-        standing.failed(address(1), Fault::BrokenStream, now, now, &"test");
+        standing.record_failure(address(1), Fault::BrokenStream, now, now, &"test");
         standing.answered(address(1), Duration::from_millis(1), now);
-        assert_eq!(standing.turn(address(1), now), Eligibility::Never);
+        assert_eq!(standing.eligibility(address(1), now), Eligibility::Never);
         standing.delivered(address(1), now);
-        assert_eq!(standing.turn(address(1), now), Eligibility::Now);
+        assert_eq!(standing.eligibility(address(1), now), Eligibility::Now);
     }
 
     /// Guards against losing every path of an only holder after one broken stream.
@@ -392,8 +398,8 @@ mod tests {
         let (standing, mut now) = (PeerHealth::default(), Instant::now());
         for expected in [Eligibility::Last, Eligibility::Last, Eligibility::Never] {
             now += Duration::from_millis(1);
-            standing.failed(address(1), Fault::BrokenStream, now, now, &"test");
-            assert_eq!(standing.turn(address(1), now), expected);
+            standing.record_failure(address(1), Fault::BrokenStream, now, now, &"test");
+            assert_eq!(standing.eligibility(address(1), now), expected);
         }
     }
 
@@ -402,21 +408,21 @@ mod tests {
         let (standing, now) = (PeerHealth::default(), Instant::now());
         let failed = now + Duration::from_millis(300);
         for _ in 0..25 {
-            standing.failed(address(1), Fault::Unreachable, now, failed, &"test");
+            standing.record_failure(address(1), Fault::Unreachable, now, failed, &"test");
         }
-        assert_eq!(standing.turn(address(1), failed), Eligibility::Last);
-        assert_eq!(standing.turn(address(1), failed + FIRST_PAUSE.get()), Eligibility::Now);
+        assert_eq!(standing.eligibility(address(1), failed), Eligibility::Last);
+        assert_eq!(standing.eligibility(address(1), failed + FIRST_PAUSE.get()), Eligibility::Now);
     }
 
     #[test]
     fn broken_promises_up_to_limit_are_no_failure() {
         let (standing, mut now) = (PeerHealth::default(), Instant::now());
         for i in 0..=PROMISES_FORGIVEN {
-            assert_eq!(standing.turn(address(1), now), Eligibility::Now, "{i}");
+            assert_eq!(standing.eligibility(address(1), now), Eligibility::Now, "{i}");
             now += Duration::from_millis(1);
-            standing.failed(address(1), Fault::BrokenPromise, now, now, &"test");
+            standing.record_failure(address(1), Fault::BrokenPromise, now, now, &"test");
         }
-        assert_eq!(standing.turn(address(1), now), Eligibility::Last);
+        assert_eq!(standing.eligibility(address(1), now), Eligibility::Last);
     }
 
     /// Guards against losing every path of an only holder because peerix could not read one of
@@ -432,8 +438,8 @@ mod tests {
             peers
         };
         for count in 1..=100 {
-            standing.failed(address(1), Fault::OddPath, now, now, &"test");
-            assert_eq!(standing.turn(address(1), now), Eligibility::Now);
+            standing.record_failure(address(1), Fault::OddPath, now, now, &"test");
+            assert_eq!(standing.eligibility(address(1), now), Eligibility::Now);
             assert!(!standing.is_doubtful(address(1)));
             let is_last = count >= MANY_ODD;
             assert_eq!(
@@ -452,15 +458,15 @@ mod tests {
         standing.answered(address(1), Duration::from_millis(9), now);
         standing.answered(address(2), Duration::from_millis(1), now);
         standing.answered(address(3), Duration::from_micros(1), now);
-        standing.failed(address(3), Fault::BadData, now, now, &"test");
-        standing.hung(address(4), Duration::from_millis(300), now, now);
+        standing.record_failure(address(3), Fault::BadData, now, now, &"test");
+        standing.record_timeout(address(4), Duration::from_millis(300), now, now);
         let mut peers = [address(3), address(4), address(5), address(1), address(2)];
         standing.sort(&mut peers, |p| *p);
         assert_eq!(peers, [address(2), address(1), address(5), address(4), address(3)]);
         assert!(standing.is_doubtful(address(4)));
         let later = now + Duration::from_secs(1);
-        standing.hung(address(4), Duration::from_millis(300), later, later);
-        assert_eq!(standing.turn(address(4), later), Eligibility::Last);
+        standing.record_timeout(address(4), Duration::from_millis(300), later, later);
+        assert_eq!(standing.eligibility(address(4), later), Eligibility::Last);
     }
 
     /// Guards against an announcement that makes all nodes avoid a neighbour: it names the
@@ -468,14 +474,20 @@ mod tests {
     #[test]
     fn failure_of_tracker_peer_does_not_affect_neighbour_or_other_port() {
         let (standing, mut now) = (PeerHealth::default(), Instant::now());
-        for _ in 0..HOPELESS {
+        for _ in 0..MAX_FAILURES {
             now += Duration::from_millis(1);
-            standing.failed(PeerKey::far(address(1)), Fault::Unreachable, now, now, &"test");
+            standing.record_failure(
+                PeerKey::far(address(1)),
+                Fault::Unreachable,
+                now,
+                now,
+                &"test",
+            );
         }
-        assert_eq!(standing.turn(PeerKey::far(address(1)), now), Eligibility::Never);
-        assert_eq!(standing.turn(address(1), now), Eligibility::Now);
+        assert_eq!(standing.eligibility(PeerKey::far(address(1)), now), Eligibility::Never);
+        assert_eq!(standing.eligibility(address(1), now), Eligibility::Now);
         assert_eq!(
-            standing.turn(PeerKey::far(SocketAddr::new(address(1).ip(), 999)), now),
+            standing.eligibility(PeerKey::far(SocketAddr::new(address(1).ip(), 999)), now),
             Eligibility::Now
         );
     }
@@ -483,9 +495,9 @@ mod tests {
     #[test]
     fn neighbour_with_another_port_is_same_peer() {
         let (standing, now) = (PeerHealth::default(), Instant::now());
-        standing.failed(address(1), Fault::BadData, now, now, &"test");
+        standing.record_failure(address(1), Fault::BadData, now, now, &"test");
         let other_port = SocketAddr::new(address(1).ip(), 999);
-        assert_eq!(standing.turn(other_port, now), Eligibility::Last);
+        assert_eq!(standing.eligibility(other_port, now), Eligibility::Last);
     }
 
     #[test]
@@ -493,7 +505,7 @@ mod tests {
         let (standing, now) = (PeerHealth::default(), Instant::now());
         for i in 0..5000u32 {
             let peer = SocketAddr::from((std::net::Ipv4Addr::from_bits(i), 1));
-            standing.failed(peer, Fault::BadData, now, now, &"test");
+            standing.record_failure(peer, Fault::BadData, now, now, &"test");
         }
         assert!(standing.lock().len() <= MAX_PEERS);
     }

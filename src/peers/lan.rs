@@ -43,7 +43,7 @@ const MAX_FETCHED: usize = MAX_HOLDERS;
 pub struct LanSource {
     pub(super) discovery: Arc<DiscoveryClient>,
     pub(super) client: Arc<PeerClient>,
-    pub(super) standing: Arc<PeerHealth>,
+    pub(super) health: Arc<PeerHealth>,
     pub(super) requests: Arc<RequestPool>,
 }
 
@@ -52,10 +52,10 @@ impl LanSource {
     pub fn new(
         discovery: Arc<DiscoveryClient>,
         client: Arc<PeerClient>,
-        standing: Arc<PeerHealth>,
+        health: Arc<PeerHealth>,
         requests: Arc<RequestPool>,
     ) -> Self {
-        LanSource { discovery, client, standing, requests }
+        LanSource { discovery, client, health, requests }
     }
 
     /// Requests the narinfo from one peer that is said to have the path. `None` if the request
@@ -73,7 +73,7 @@ impl LanSource {
             Err(e) => {
                 log::debug!("{hash_part}: peer {peer}: {e}");
                 if let Some(fault) = e.fault() {
-                    self.standing.failed(peer, fault, began, Instant::now(), &e);
+                    self.health.record_failure(peer, fault, began, Instant::now(), &e);
                 }
                 None
             }
@@ -283,7 +283,7 @@ impl LanSearch {
     /// Records that Nix gets this narinfo, and tells discovery to stop waiting.
     pub fn accept(&mut self, offer: &LanOffer) {
         let now = Instant::now();
-        self.lan.standing.answered(offer.http(), offer.latency, now);
+        self.lan.health.answered(offer.http(), offer.latency, now);
         if std::mem::replace(&mut self.is_open, false) {
             self.lan.discovery.settled(self.lookup, Some(offer.candidate.peer));
             for request in self.under_way.iter_mut().filter(|request| request.until.is_none()) {
@@ -295,7 +295,7 @@ impl LanSearch {
     /// Records that Nix cannot use this narinfo because of `why`.
     pub fn reject(&mut self, offer: &LanOffer, why: MissReason) {
         self.failure = Some(why);
-        self.lan.standing.alive(offer.http(), offer.latency, Instant::now());
+        self.lan.health.record_miss(offer.http(), offer.latency, Instant::now());
         self.report_failed(offer.candidate.peer);
     }
 
@@ -360,7 +360,7 @@ impl LanSearch {
         self.retries.clear();
         for request in self.under_way.iter_mut().filter(|request| request.until.is_none()) {
             request.until = Some(now);
-            self.lan.standing.hung(request.http, now - request.began, request.began, now);
+            self.lan.health.record_timeout(request.http, now - request.began, request.began, now);
             self.failure = Some(MissReason::failed(request.http, &"its narinfo does not come"));
         }
     }
@@ -368,8 +368,8 @@ impl LanSearch {
     fn add(&mut self, candidate: LanHolder, now: Instant) {
         let http = candidate.holder.http;
         self.first_seen.get_or_insert(http);
-        let standing = &self.lan.standing;
-        let list = match standing.turn(http, now) {
+        let standing = &self.lan.health;
+        let list = match standing.eligibility(http, now) {
             Eligibility::Now if !standing.is_doubtful(http) => return self.untried.push(candidate),
             Eligibility::Now => Some(&mut self.doubtful),
             Eligibility::Last => Some(&mut self.last_resort),
@@ -397,7 +397,7 @@ impl LanSearch {
         self.retries = later;
         let due: Vec<NarinfoRetry> = due;
         self.untried.extend(due.into_iter().map(|retry| retry.candidate));
-        self.lan.standing.sort(&mut self.untried, |candidate| candidate.holder.http);
+        self.lan.health.sort(&mut self.untried, |candidate| candidate.holder.http);
         while self.under_way.len() < self.most_under_way {
             let is_hedging = self.most_under_way > 1;
             let nobody_else = self.updates.is_none() && self.under_way.is_empty();
@@ -424,12 +424,12 @@ impl LanSearch {
     }
 
     fn doubtful_timeout(&self, candidate: &LanHolder) -> Duration {
-        (self.lan.standing.latency(candidate.holder.http) * 4)
+        (self.lan.health.latency(candidate.holder.http) * 4)
             .clamp(DOUBTFUL_TIMEOUT, ALTERNATE_TIMEOUT)
     }
 
     fn fetch(&self, candidate: &LanHolder, began: Instant) -> bool {
-        let (client, standing) = (self.lan.client.clone(), self.lan.standing.clone());
+        let (client, standing) = (self.lan.client.clone(), self.lan.health.clone());
         let (fetched, hash_part, candidate) =
             (self.fetched.clone(), self.hash_part, candidate.clone());
         let http = candidate.holder.http;
@@ -441,7 +441,7 @@ impl LanSearch {
             if let Err(e) = &result
                 && let Some(fault) = e.fault().filter(|_| !candidate.is_blamed)
             {
-                standing.failed(http, fault, began, ended, e);
+                standing.record_failure(http, fault, began, ended, e);
             }
             let _ = fetched.try_send(NarinfoResult { candidate, began, ended, result });
         })

@@ -130,7 +130,7 @@ impl LanSource {
         let now = Instant::now();
         live.iter()
             .filter_map(http)
-            .filter(|http| self.standing.turn(*http, now) != Eligibility::Never)
+            .filter(|http| self.health.eligibility(*http, now) != Eligibility::Never)
             .collect()
     }
 
@@ -143,7 +143,7 @@ impl LanSource {
         request: impl FnOnce(&PeerClient, Duration) -> Result<T, PeerError> + Send + 'static,
     ) -> bool {
         let (client, standing, answers) =
-            (self.client.clone(), self.standing.clone(), answers.clone());
+            (self.client.clone(), self.health.clone(), answers.clone());
         let is_proven = !standing.latency(http).is_zero() && !standing.is_doubtful(http);
         self.requests.start(http.ip(), is_proven, move || {
             let began = Instant::now();
@@ -158,7 +158,7 @@ impl LanSource {
                 ) => {}
                 Err(e) => {
                     if let Some(fault) = e.fault() {
-                        standing.failed(http, fault, began, Instant::now(), e);
+                        standing.record_failure(http, fault, began, Instant::now(), e);
                     }
                 }
             }

@@ -12,9 +12,9 @@ use std::time::{Duration, Instant};
 
 /// Bytes per sample. A pace is unknown before one sample is complete, because the first bytes wait
 /// for Wi-Fi cards in power-save mode.
-pub const ENOUGH: u64 = 256 * 1024;
-/// Time after which a sample is complete with fewer than [`ENOUGH`] bytes, counted from its first
-/// bytes. A Wi-Fi card that sleeps 100 ms before each answer has sent [`ENOUGH`] by then.
+pub const SAMPLE_BYTES: u64 = 256 * 1024;
+/// Time after which a sample is complete with fewer than [`SAMPLE_BYTES`] bytes, counted from its first
+/// bytes. A Wi-Fi card that sleeps 100 ms before each answer has sent [`SAMPLE_BYTES`] by then.
 const ENOUGH_TIME: Timeout = Timeout::from_secs(2);
 /// Age after which an unused pace is dropped: the peer may have moved to another network.
 const KEPT: Duration = Duration::from_secs(600);
@@ -107,7 +107,7 @@ impl PaceMeter {
         // `ENOUGH_TIME`.
         let since = *self.waited_first.get_or_insert(self.waited);
         if !self.waited.is_zero()
-            && (self.bytes >= ENOUGH || self.waited - since >= ENOUGH_TIME.get())
+            && (self.bytes >= SAMPLE_BYTES || self.waited - since >= ENOUGH_TIME.get())
         {
             let sample = self.bytes as f64 / self.waited.as_secs_f64();
             self.pace = Some(self.pace.map_or(sample, |pace| pace + GAIN * (sample - pace)));
@@ -132,7 +132,7 @@ impl PaceMeter {
         };
         let is_recent = self.since.is_some()
             || self.last.is_some_and(|last| now.saturating_duration_since(last) < KEPT);
-        let at_most = if is_recent { per_second(self.bytes + ENOUGH) } else { f64::INFINITY };
+        let at_most = if is_recent { per_second(self.bytes + SAMPLE_BYTES) } else { f64::INFINITY };
         let smoothed = self.pace.filter(|_| is_recent);
         let known = smoothed.map(|pace| pace.min(at_most));
         let lasting = if waited < ENOUGH_TIME.get() { smoothed } else { known };

@@ -5,7 +5,7 @@
 //! candidates that have never answered. If none of its candidates has answered recently, lookups
 //! leave it out for a while.
 
-use super::client::twice;
+use super::client::retry_once_if_stale;
 use crate::backoff::retry_after;
 use crate::http_client;
 use crate::nix::HashPart;
@@ -187,7 +187,7 @@ struct TrackerConnection {
     /// Time of the last answer of one of its candidates.
     useful: Option<Instant>,
     /// Number of lookups in a row with many silent candidates.
-    fruitless: u32,
+    silent_lookups: u32,
     /// Time when `fruitless` was last counted. Lookups that ran at the same time count once.
     counted: Option<Instant>,
     paused_until: Option<Instant>,
@@ -319,7 +319,7 @@ impl Tracker {
 
     /// Discards what is known of the tracker, and its connections, because the network changed or
     /// the machine was suspended. Lookups wait for the tracker's next answer.
-    pub fn forget(&self, now: Instant) {
+    pub fn reset(&self, now: Instant) {
         *self.agent.write().unwrap_or_else(PoisonError::into_inner) = agent(IDLE);
         *self.listed.lock().unwrap_or_else(PoisonError::into_inner) = None;
         let mut state = self.lock();
@@ -335,15 +335,15 @@ impl Tracker {
     }
 
     /// Longest wait for candidates that have never answered; `None` if there is no such limit.
-    pub fn patience(&self) -> Option<Duration> {
+    pub fn unproven_timeout(&self) -> Option<Duration> {
         let state = self.lock();
         let usual = state.latency.unwrap_or_default() * USUAL_ANSWERS;
-        (state.fruitless > 0).then(|| usual.clamp(LEAST_WAIT, LONGEST_WAIT))
+        (state.silent_lookups > 0).then(|| usual.clamp(LEAST_WAIT, LONGEST_WAIT))
     }
 
     /// Records how many candidates of a lookup that began at `began` answered and how many were
     /// silent.
-    pub fn proved(&self, alive: usize, silent: usize, began: Instant, now: Instant) {
+    pub fn record_candidates(&self, alive: usize, silent: usize, began: Instant, now: Instant) {
         let mut state = self.lock();
         if alive > 0 {
             state.useful = Some(now);
@@ -351,7 +351,7 @@ impl Tracker {
         }
         if silent < MANY_DEAD || alive * 4 >= silent {
             if alive > 0 {
-                state.fruitless = 0;
+                state.silent_lookups = 0;
             }
             return;
         }
@@ -359,18 +359,18 @@ impl Tracker {
         if state.counted.is_some_and(|counted| counted >= began) {
             return;
         }
-        if state.fruitless == 0 {
+        if state.silent_lookups == 0 {
             log::warn!(
                 "tracker {}: of the peers that it names, {silent} are silent and {alive} are not",
                 self.url
             );
         }
-        state.fruitless += 1;
+        state.silent_lookups += 1;
         state.counted = Some(now);
         let is_useful =
             state.useful.is_some_and(|at| now.saturating_duration_since(at) < USEFUL_FOR);
-        if state.fruitless > 1 && !is_useful {
-            let pause = pause_after(state.fruitless - 1);
+        if state.silent_lookups > 1 && !is_useful {
+            let pause = pause_after(state.silent_lookups - 1);
             log::debug!("tracker {}: left out for {} s", self.url, pause.as_secs());
             state.paused_until = Some(now + pause);
         }
@@ -495,7 +495,7 @@ impl Tracker {
     ) -> Result<Response<ureq::Body>, TrackerError> {
         let url = format!("{}{path}", self.url);
         let call = || agent.get(&url).config().timeout_global(Some(timeout)).build().call();
-        twice(call).map_err(TrackerError::Unreachable)
+        retry_once_if_stale(call).map_err(TrackerError::Unreachable)
     }
 
     /// Announces this node, and records whether the tracker is reachable. Blocks for 10 s at most
@@ -713,7 +713,7 @@ impl Tracker {
     fn record_success(&self, took: Duration) {
         let mut state = self.lock();
         (state.failures, state.outages, state.not_before) = (0, 0, None);
-        if state.fruitless == 0 {
+        if state.silent_lookups == 0 {
             state.paused_until = None;
         }
         state.latency = Some(state.latency.map_or(took, |old| (old * 7 + took) / 8));
@@ -931,7 +931,7 @@ mod tests {
         tracker.record_failure(&TrackerError::Malformed);
         assert!(!tracker.await_usable());
         assert_eq!(tracker.reached_if_known(), Some(false));
-        tracker.forget(Instant::now());
+        tracker.reset(Instant::now());
         assert_eq!(tracker.reached_if_known(), None);
     }
 
@@ -1020,27 +1020,32 @@ mod tests {
         let now = Instant::now();
         let tracker = tracker(now);
         tracker.record_reached();
-        tracker.proved(0, MANY_DEAD - 1, now, now);
-        assert_eq!(tracker.patience(), None);
+        tracker.record_candidates(0, MANY_DEAD - 1, now, now);
+        assert_eq!(tracker.unproven_timeout(), None);
         let later = now + Duration::from_secs(2);
         for _ in 0..25 {
-            tracker.proved(0, MANY_DEAD, now, later);
+            tracker.record_candidates(0, MANY_DEAD, now, later);
         }
         // One such lookup may be an accident: only dead peers seemed to have the path.
         assert!(tracker.await_usable());
-        assert_eq!(tracker.patience(), Some(LEAST_WAIT));
+        assert_eq!(tracker.unproven_timeout(), Some(LEAST_WAIT));
         let again = later + LEAST_WAIT;
-        tracker.proved(0, MANY_DEAD, later + Duration::from_millis(1), again);
+        tracker.record_candidates(0, MANY_DEAD, later + Duration::from_millis(1), again);
         assert_eq!(tracker.lock().paused_until, Some(again + FIRST_PAUSE.get()));
         assert!(!tracker.await_usable());
         tracker.lock().paused_until = Some(now);
         assert!(tracker.await_usable(), "one tries again");
         assert!(!tracker.await_usable(), "the others do not wait for it");
-        tracker.proved(0, MANY_DEAD, again + FIRST_PAUSE.get(), again + FIRST_PAUSE.get());
+        tracker.record_candidates(
+            0,
+            MANY_DEAD,
+            again + FIRST_PAUSE.get(),
+            again + FIRST_PAUSE.get(),
+        );
         assert_eq!(tracker.lock().paused_until, Some(again + FIRST_PAUSE.get() * 3));
-        tracker.proved(1, 0, again, again);
+        tracker.record_candidates(1, 0, again, again);
         assert!(tracker.await_usable() && tracker.await_usable());
-        assert_eq!(tracker.patience(), None);
+        assert_eq!(tracker.unproven_timeout(), None);
     }
 
     /// Guards against eight machines without power that hide all other peers of the tracker.
@@ -1049,19 +1054,19 @@ mod tests {
         let (now, second) = (Instant::now(), Duration::from_secs(1));
         let tracker = tracker(now);
         tracker.record_reached();
-        tracker.proved(1, 3, now, now);
+        tracker.record_candidates(1, 3, now, now);
         for i in 1..100 {
-            tracker.proved(0, MANY_DEAD, now + second * i, now + second * i);
+            tracker.record_candidates(0, MANY_DEAD, now + second * i, now + second * i);
             assert!(tracker.await_usable() && tracker.await_usable());
         }
-        assert!(tracker.patience().is_some());
+        assert!(tracker.unproven_timeout().is_some());
         // A few candidates that answer do not outweigh many that do not.
-        tracker.proved(1, 2 * MANY_DEAD, now + second * 101, now + second * 101);
-        assert!(tracker.patience().is_some());
-        tracker.proved(4, 2 * MANY_DEAD, now + second * 102, now + second * 102);
-        assert!(tracker.patience().is_none());
+        tracker.record_candidates(1, 2 * MANY_DEAD, now + second * 101, now + second * 101);
+        assert!(tracker.unproven_timeout().is_some());
+        tracker.record_candidates(4, 2 * MANY_DEAD, now + second * 102, now + second * 102);
+        assert!(tracker.unproven_timeout().is_none());
         for i in 800..802 {
-            tracker.proved(0, MANY_DEAD, now + second * i, now + second * i);
+            tracker.record_candidates(0, MANY_DEAD, now + second * i, now + second * i);
         }
         assert!(!tracker.await_usable());
     }
@@ -1070,10 +1075,10 @@ mod tests {
     fn wait_for_unproven_candidates_follows_tracker_latency() {
         let now = Instant::now();
         let tracker = tracker(now);
-        tracker.proved(0, MANY_DEAD, now, now);
+        tracker.record_candidates(0, MANY_DEAD, now, now);
         for (millis, wait) in [(1, 40), (30, 120), (500, 400)] {
             tracker.lock().latency = Some(Duration::from_millis(millis));
-            assert_eq!(tracker.patience(), Some(Duration::from_millis(wait)));
+            assert_eq!(tracker.unproven_timeout(), Some(Duration::from_millis(wait)));
         }
     }
 

@@ -262,7 +262,8 @@ impl WanSearch {
         let now = Instant::now();
         let is_avoided = |entry: &&CandidateState| {
             !entry.was_asked
-                && self.wan.standing.turn(PeerKey::far(entry.address), now) == Eligibility::Never
+                && self.wan.standing.eligibility(PeerKey::far(entry.address), now)
+                    == Eligibility::Never
         };
         self.entries.iter().find(is_avoided).map(|entry| entry.address)
     }
@@ -289,13 +290,13 @@ impl WanSearch {
                 recv(self.answers) -> answer => if let Ok(answer) = answer
                     && let Some(offer) = self.take(answer) {
                     self.found = true;
-                    self.judge();
+                    self.record_results();
                     return Some(offer);
                 },
                 default(wake_up.saturating_duration_since(now)) => {}
             }
         }
-        self.judge();
+        self.record_results();
         None
     }
 
@@ -400,7 +401,7 @@ impl WanSearch {
 
     fn is_hopeful(&self, entry: &CandidateState, now: Instant) -> bool {
         matches!(entry.state, CandidatePhase::Untried(_))
-            && self.wan.standing.turn(PeerKey::far(entry.address), now) != Eligibility::Never
+            && self.wan.standing.eligibility(PeerKey::far(entry.address), now) != Eligibility::Never
     }
 
     /// Time until which the answer of a candidate that was asked at `asked` is awaited. The wait is
@@ -413,11 +414,13 @@ impl WanSearch {
         now: Instant,
     ) -> Option<Instant> {
         let who = PeerKey::far(entry.address);
-        let limit = match self.wan.standing.turn(who, now) {
+        let limit = match self.wan.standing.eligibility(who, now) {
             Eligibility::Now if self.wan.is_proven(entry.address) => return Some(self.until),
             Eligibility::Now => {
                 let tracker = self.wan.trackers.all().nth(entry.origin.tracker);
-                tracker.and_then(|tracker| tracker.patience()).map(|patience| asked + patience)
+                tracker
+                    .and_then(|tracker| tracker.unproven_timeout())
+                    .map(|patience| asked + patience)
             }
             Eligibility::Last | Eligibility::Never => Some(asked + SLOW),
         };
@@ -493,7 +496,7 @@ impl WanSearch {
         turns.sort_by_cached_key(|at| {
             let CandidateState { address, rank, .. } = &self.entries[*at];
             (
-                standing.turn(PeerKey::far(*address), now) == Eligibility::Last,
+                standing.eligibility(PeerKey::far(*address), now) == Eligibility::Last,
                 !self.wan.is_proven(*address),
                 *rank,
             )
@@ -537,9 +540,9 @@ impl WanSearch {
                 Ok(_) => standing.answered(PeerKey::far(address), then - now, then),
                 // The peer did not promise the path: filters have false positives.
                 Err(PeerError::NotThere | PeerError::Busy) => {
-                    standing.alive(PeerKey::far(address), then - now, then)
+                    standing.record_miss(PeerKey::far(address), then - now, then)
                 }
-                Err(e) => standing.failed(
+                Err(e) => standing.record_failure(
                     PeerKey::far(address),
                     e.fault().unwrap_or(Fault::Unreachable),
                     now,
@@ -621,7 +624,7 @@ impl WanSearch {
 
     /// Reports to each tracker whether its lookup failed and how many of its candidates answered.
     /// Many silent candidates delay Nix.
-    fn judge(&mut self) {
+    fn record_results(&mut self) {
         let now = Instant::now();
         let began = self.began.unwrap_or(now);
         for call in &mut self.calls {
@@ -633,7 +636,7 @@ impl WanSearch {
             let alive = named().filter(|entry| entry.answered).count();
             // A candidate that had no time to answer because another was faster is not silent.
             let silent = if self.found { 0 } else { named().count() - alive };
-            call.tracker.proved(alive, silent, began, now);
+            call.tracker.record_candidates(alive, silent, began, now);
             if call.is_answered
                 || self.found && call.is_awaited()
                 || std::mem::replace(&mut call.is_judged, true)

@@ -27,7 +27,7 @@ pub(super) struct ZstdReader<R> {
     start: usize,
     end: usize,
     /// True if the last read filled its buffer: the decoder may hold more output.
-    is_brimful: bool,
+    filled_output: bool,
     has_ended: bool,
     /// Compressed bytes consumed since the last output.
     fruitless: usize,
@@ -50,7 +50,7 @@ impl<R: Read> ZstdReader<R> {
             input,
             start: 0,
             end: 0,
-            is_brimful: false,
+            filled_output: false,
             has_ended: false,
             fruitless: 0,
             patience,
@@ -83,7 +83,7 @@ impl<R: Read> Read for ZstdReader<R> {
             if self.has_ended {
                 return self.read_end();
             }
-            if self.start == self.end && !self.is_brimful {
+            if self.start == self.end && !self.filled_output {
                 (self.start, self.end) = (0, self.body.read(&mut self.input)?);
                 if self.end == 0 {
                     return Err(io::Error::new(
@@ -97,7 +97,7 @@ impl<R: Read> Read for ZstdReader<R> {
             self.has_ended = self.decoder.run(&mut input, &mut output)? == 0;
             let (taken, decoded) = (input.pos(), output.pos());
             self.start += taken;
-            self.is_brimful = decoded == output.capacity();
+            self.filled_output = decoded == output.capacity();
             if decoded > 0 {
                 self.fruitless = 0;
                 return Ok(decoded);

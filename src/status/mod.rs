@@ -50,7 +50,7 @@ pub struct StatusService {
     /// The LAN peers.
     pub discovery: Arc<DiscoveryClient>,
     /// Health of the peers.
-    pub standing: Arc<PeerHealth>,
+    pub health: Arc<PeerHealth>,
     /// The trackers. `None` in mode `lan`.
     pub trackers: Option<Arc<Trackers>>,
     /// The friends. `None` if there are none.
@@ -379,7 +379,7 @@ impl StatusService {
         let neighbours = self.discovery.neighbours(DISCOVERY_PATIENCE);
         let answers = neighbours.is_some();
         let mut rows = neighbour_rows(neighbours.unwrap_or_default(), now);
-        for seen in self.standing.all(now.instant) {
+        for seen in self.health.all(now.instant) {
             let network = if seen.is_far { Network::Wan } else { Network::Lan };
             let who = row_of(&rows, network, seen.address);
             let row = rows.entry(who).or_insert_with(|| empty(seen.address, network));

@@ -116,7 +116,7 @@ pub(super) enum OpenMode {
 pub(super) enum DatabaseError {
     /// The `-wal` and `-shm` files do not exist and this user may not create them: another process
     /// has to open the database first.
-    Asleep,
+    WalUnavailable,
     /// Any other error.
     Error(StoreError),
 }
@@ -137,7 +137,7 @@ pub(super) struct Database {
     /// Result of the last count, with the `data_version` at which it was taken. Only this
     /// connection can compare that value.
     counted: Cell<Option<(i64, StoreVersion)>>,
-    /// `data_version` at the last call of [`Database::has_changed`].
+    /// `data_version` at the last call of [`Database::record_data_version`].
     seen: Cell<Option<i64>>,
 }
 
@@ -169,7 +169,7 @@ impl Database {
             counted: Cell::default(),
             seen: Cell::default(),
         };
-        database.set_patience(patience)?;
+        database.set_busy_timeout(patience)?;
         database
             .connection
             .pragma_update(None, "cache_size", -CACHE_KIB)
@@ -178,7 +178,7 @@ impl Database {
     }
 
     /// Sets how long each statement may wait for locks from now on.
-    pub(super) fn set_patience(&self, patience: Duration) -> Result<(), DatabaseError> {
+    pub(super) fn set_busy_timeout(&self, patience: Duration) -> Result<(), DatabaseError> {
         self.connection.busy_timeout(patience).map_err(|error| classify(&self.path, error))
     }
 
@@ -278,7 +278,7 @@ impl Database {
 
     /// Returns whether another connection has committed anything since the last call; true on the
     /// first call. Stores the current state for the next call. Takes 2 µs.
-    pub(super) fn has_changed(&self) -> Result<bool, DatabaseError> {
+    pub(super) fn record_data_version(&self) -> Result<bool, DatabaseError> {
         let now = Some(self.data_version()?);
         Ok(self.seen.replace(now) != now)
     }
@@ -491,7 +491,7 @@ fn classify(db: &Path, error: rusqlite::Error) -> DatabaseError {
         });
     }
     match error.sqlite_error_code() {
-        Some(ErrorCode::ReadOnly | ErrorCode::CannotOpen) => DatabaseError::Asleep,
+        Some(ErrorCode::ReadOnly | ErrorCode::CannotOpen) => DatabaseError::WalUnavailable,
         Some(
             ErrorCode::DatabaseBusy
             | ErrorCode::DatabaseLocked

@@ -33,7 +33,7 @@ pub enum StoreError {
         found: String,
     },
     /// This user cannot open the write-ahead log, and no workaround succeeded (see `pool.rs`).
-    Asleep {
+    WalUnavailable {
         /// The database.
         db: PathBuf,
         /// Why waking nix-daemon did not help.
@@ -102,7 +102,7 @@ impl fmt::Display for StoreError {
                     super::SCHEMA
                 )
             }
-            StoreError::Asleep { db, daemon } => {
+            StoreError::WalUnavailable { db, daemon } => {
                 write!(
                     f,
                     "nix database {}: no other process has it open and this user may not open its write-ahead log; \

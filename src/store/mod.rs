@@ -83,12 +83,12 @@ impl StoreConfig {
 #[derive(Debug)]
 pub struct Store {
     config: StoreConfig,
-    kept: PathInfoCache,
+    path_info_cache: PathInfoCache,
     lookups: ConnectionPool,
     /// One connection of its own, so that quick lookups never queue behind the others.
     quick_lookups: ConnectionPool,
     /// One connection for scans of all paths, opened by the first scan.
-    readings: ConnectionPool,
+    scans: ConnectionPool,
 }
 
 impl Store {
@@ -125,7 +125,7 @@ impl Store {
             daemon_socket: config.daemon_socket(),
         };
         Store {
-            kept: PathInfoCache::default(),
+            path_info_cache: PathInfoCache::default(),
             lookups: ConnectionPool::new(
                 place.clone(),
                 CONNECTIONS,
@@ -133,7 +133,7 @@ impl Store {
                 log::Level::Info,
             ),
             quick_lookups: ConnectionPool::new(place.clone(), 1, QUICK_PATIENCE, log::Level::Debug),
-            readings: ConnectionPool::new(place, 1, LOOKUP_PATIENCE, log::Level::Debug),
+            scans: ConnectionPool::new(place, 1, LOOKUP_PATIENCE, log::Level::Debug),
             config,
         }
     }
@@ -145,7 +145,7 @@ impl Store {
     /// The database cannot be read, or the path's row is malformed. A row without NAR size counts
     /// as malformed.
     pub fn path_info(&self, part: &HashPart) -> Result<Option<Arc<PathInfo>>, StoreError> {
-        self.lookups.path_info(&self.kept, part)
+        self.lookups.path_info(&self.path_info_cache, part)
     }
 
     /// Returns the cached and still current answer of [`Store::path_info`], for threads that must
@@ -161,14 +161,14 @@ impl Store {
     ) -> Option<Option<Arc<PathInfo>>> {
         let now = match *now {
             Some(now) => now,
-            None => *now.insert(self.lookups.generation_at_once(&self.kept)?),
+            None => *now.insert(self.lookups.generation_at_once(&self.path_info_cache)?),
         };
-        self.kept.get(part, now)
+        self.path_info_cache.get(part, now)
     }
 
     /// Frees the memory of the cached answers. Call it when the server becomes idle.
-    pub fn rest(&self) {
-        self.kept.clear();
+    pub fn clear_cache(&self) {
+        self.path_info_cache.clear();
     }
 
     /// Looks up the valid paths with these hash parts, in their order. Waits for locks and its
@@ -181,7 +181,7 @@ impl Store {
         &self,
         parts: &[HashPart],
     ) -> Result<Vec<Option<Arc<PathInfo>>>, StoreError> {
-        self.quick_lookups.path_infos(&self.kept, parts)
+        self.quick_lookups.path_infos(&self.path_info_cache, parts)
     }
 
     /// Returns the valid paths with row IDs above `row_id`, in the order of these IDs and with
@@ -195,7 +195,7 @@ impl Store {
         row_id: i64,
         limit: usize,
     ) -> Result<Vec<(i64, PathInfo)>, StoreError> {
-        self.readings.read(&|database| database.paths_after(&self.config.store_dir, row_id, limit))
+        self.scans.read(&|database| database.paths_after(&self.config.store_dir, row_id, limit))
     }
 
     /// Returns the number of valid paths and a version that tells whether anything was committed
@@ -205,7 +205,7 @@ impl Store {
     /// # Errors
     /// The database cannot be read.
     pub fn census(&self) -> Result<StoreVersion, StoreError> {
-        self.readings.read(&|database| database.census())
+        self.scans.read(&|database| database.census())
     }
 
     /// Looks up the realisation of a derivation's output. Its store path may no longer be valid.

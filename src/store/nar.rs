@@ -57,7 +57,7 @@ pub(super) fn write(
     if len > PIECE && range.start == 0 {
         // Listing a directory may take long, and a piece may be hundreds of files. The magic is
         // sent first, so that the receiver sees at once that the NAR comes.
-        walk.is_there()?;
+        walk.check_exists()?;
         out.write_all(&structure).map_err(NarError::Write)?;
         (position, pieces) = (structure.len() as u64, 1);
         structure.clear();

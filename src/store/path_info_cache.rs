@@ -59,7 +59,7 @@ impl PathInfoCache {
     /// # Errors
     /// Errors of the database.
     pub(super) fn generation(&self, database: &Database) -> Result<u64, DatabaseError> {
-        let has_changed = database.has_changed()?;
+        let has_changed = database.record_data_version()?;
         // No code that can panic runs while the lock is held.
         let mut newest = self.newest.lock().unwrap_or_else(PoisonError::into_inner);
         if has_changed || newest.file != Some(database.file) {
@@ -210,7 +210,7 @@ mod tests {
         assert_eq!(store.path_info_at_once(&part(7), &mut None), None);
         assert_eq!(store.path_info(&part(7)).unwrap(), None);
         assert_eq!(store.path_info_at_once(&part(7), &mut None), Some(None));
-        store.rest();
+        store.clear_cache();
         assert_eq!(store.path_info_at_once(&part(7), &mut None), None);
     }
 

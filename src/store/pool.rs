@@ -35,15 +35,15 @@ use std::{
 const REPLACEMENT_CHECK: Duration = Duration::from_secs(1);
 /// Longest wait for nix-daemon, which starts a process for each connection; then it counts as
 /// unavailable.
-const DAEMON_PATIENCE: Timeout = Timeout::from_secs(2);
+const DAEMON_TIMEOUT: Timeout = Timeout::from_secs(2);
 /// Least time between two attempts to wake nix-daemon.
-const DAEMON_PAUSE: Duration = Duration::from_secs(5);
+const DAEMON_RETRY_INTERVAL: Duration = Duration::from_secs(5);
 
 /// Consecutive attempts to read the database as immutable while no process seems to write; then the
-/// query fails with [`StoreError::Asleep`].
-const ATTEMPTS: u32 = 10;
+/// query fails with [`StoreError::WalUnavailable`].
+const MAX_IMMUTABLE_ATTEMPTS: u32 = 10;
 /// Pause between two attempts to read the database as immutable.
-const PAUSE: Duration = Duration::from_millis(2);
+const IMMUTABLE_RETRY_PAUSE: Duration = Duration::from_millis(2);
 
 /// Location of the database and of what belongs to it.
 #[derive(Debug, Clone)]
@@ -79,7 +79,7 @@ type DatabaseQuery<'a, T> = dyn Fn(&Database) -> Result<T, DatabaseError> + 'a;
 /// A bounded set of connections, each used by one thread at a time.
 #[derive(Debug)]
 pub(super) struct ConnectionPool {
-    place: DatabaseLocation,
+    location: DatabaseLocation,
     /// Most connections; further queries wait until one is returned.
     connections: usize,
     /// Longest wait of one query for locks and for a connection; then it fails with
@@ -100,18 +100,18 @@ struct PoolState {
     file: Option<FileId>,
     file_checked: Option<Instant>,
     daemon_tried: Option<Instant>,
-    way: Option<OpenMethod>,
+    open_method: Option<OpenMethod>,
 }
 
 impl ConnectionPool {
     pub(super) fn new(
-        place: DatabaseLocation,
+        location: DatabaseLocation,
         connections: usize,
         patience: Duration,
         level: log::Level,
     ) -> Self {
         ConnectionPool {
-            place,
+            location,
             connections,
             patience,
             level,
@@ -163,7 +163,7 @@ impl ConnectionPool {
         if let Some(answer) = generation.and_then(|generation| kept.get(part, generation)) {
             return Ok(answer);
         }
-        let answer = database.path_info(&self.place.store_dir, part)?.map(Arc::new);
+        let answer = database.path_info(&self.location.store_dir, part)?.map(Arc::new);
         if let Some(generation) = generation {
             kept.put(*part, generation, &answer);
         }
@@ -216,19 +216,20 @@ impl ConnectionPool {
         question: &DatabaseQuery<'_, T>,
         deadline: Instant,
     ) -> Result<T, StoreError> {
-        if let Some(told) =
-            self.told(self.attempt(lease, OpenMode::Shared, question, deadline), OpenMethod::Plain)
-        {
+        if let Some(told) = self.finish_attempt(
+            self.attempt(lease, OpenMode::Shared, question, deadline),
+            OpenMethod::Plain,
+        ) {
             return told;
         }
         let mut daemon_said = "not asked again so soon".to_owned();
-        if self.may_wake_daemon() {
+        if self.try_begin_daemon_wake() {
             match daemon_socket::wake(
-                &self.place.daemon_socket,
-                deadline.min(Instant::now() + DAEMON_PATIENCE.get()),
+                &self.location.daemon_socket,
+                deadline.min(Instant::now() + DAEMON_TIMEOUT.get()),
             ) {
                 Ok(_awake_until_we_have_opened_it) => {
-                    if let Some(told) = self.told(
+                    if let Some(told) = self.finish_attempt(
                         self.attempt(lease, OpenMode::Shared, question, deadline),
                         OpenMethod::Daemon,
                     ) {
@@ -240,8 +241,8 @@ impl ConnectionPool {
             }
         }
         let mut fruitless = 0;
-        while fruitless < ATTEMPTS && !left(deadline).is_zero() {
-            let before = FileStamp::observe(&self.place.db);
+        while fruitless < MAX_IMMUTABLE_ATTEMPTS && !left(deadline).is_zero() {
+            let before = FileStamp::observe(&self.location.db);
             // A process that wrote a moment ago opens and closes the database, and is done in
             // another moment.
             let is_settled =
@@ -250,37 +251,38 @@ impl ConnectionPool {
             if let Some(before) = before.filter(|_| is_settled) {
                 let answer = self.attempt(lease, OpenMode::Immutable, question, deadline);
                 lease.database = None; // for this one query only
-                if FileStamp::observe(&self.place.db) == Some(before)
-                    && let Some(told) = self.told(answer, OpenMethod::Immutable)
+                if FileStamp::observe(&self.location.db) == Some(before)
+                    && let Some(told) = self.finish_attempt(answer, OpenMethod::Immutable)
                 {
                     return told;
                 }
             }
             // If a process is writing, the files exist now.
-            if let Some(told) = self
-                .told(self.attempt(lease, OpenMode::Shared, question, deadline), OpenMethod::Plain)
-            {
+            if let Some(told) = self.finish_attempt(
+                self.attempt(lease, OpenMode::Shared, question, deadline),
+                OpenMethod::Plain,
+            ) {
                 return told;
             }
-            thread::sleep(PAUSE.min(left(deadline)));
+            thread::sleep(IMMUTABLE_RETRY_PAUSE.min(left(deadline)));
         }
-        Err(StoreError::Asleep { db: self.place.db.clone(), daemon: daemon_said })
+        Err(StoreError::WalUnavailable { db: self.location.db.clone(), daemon: daemon_said })
     }
 
     /// Converts the result of an attempt and records the method that succeeded. `None` if the
     /// database was asleep, so that the caller tries another method.
-    fn told<T>(
+    fn finish_attempt<T>(
         &self,
         answer: Result<T, DatabaseError>,
         way: OpenMethod,
     ) -> Option<Result<T, StoreError>> {
         match answer {
             Ok(answer) => {
-                self.note(way);
+                self.record_open_method(way);
                 Some(Ok(answer))
             }
             Err(DatabaseError::Error(error)) => Some(Err(error)),
-            Err(DatabaseError::Asleep) => None,
+            Err(DatabaseError::WalUnavailable) => None,
         }
     }
 
@@ -291,7 +293,7 @@ impl ConnectionPool {
         question: &DatabaseQuery<'_, T>,
         deadline: Instant,
     ) -> Result<T, DatabaseError> {
-        let database = Database::open(&self.place.db, mode, left(deadline))?;
+        let database = Database::open(&self.location.db, mode, left(deadline))?;
         // SQLite opens the files only at the first query.
         let answer = ask(&database, question, deadline);
         if matches!(answer, Ok(_) | Err(DatabaseError::Error(StoreError::Row { .. }))) {
@@ -314,7 +316,7 @@ impl ConnectionPool {
             .wait_timeout_while(self.state(), left(deadline), full)
             .unwrap_or_else(PoisonError::into_inner);
         if waited.timed_out() {
-            return Err(StoreError::Busy { db: self.place.db.clone() });
+            return Err(StoreError::Busy { db: self.location.db.clone() });
         }
         state.in_use += 1;
         let database = state.idle.pop();
@@ -333,7 +335,7 @@ impl ConnectionPool {
             }
             state.file_checked = Some(now);
         }
-        let found = FileId::of(&self.place.db);
+        let found = FileId::of(&self.location.db);
         let mut outdated = Vec::new();
         {
             let mut state = self.state();
@@ -342,7 +344,7 @@ impl ConnectionPool {
                 log::log!(
                     self.level,
                     "nix database {}: the file was replaced or removed",
-                    self.place.db.display()
+                    self.location.db.display()
                 );
                 outdated = std::mem::take(&mut state.idle);
             }
@@ -355,20 +357,22 @@ impl ConnectionPool {
         found.map(drop)
     }
 
-    fn may_wake_daemon(&self) -> bool {
+    fn try_begin_daemon_wake(&self) -> bool {
         let now = Instant::now();
         let mut state = self.state();
-        let may = state.daemon_tried.is_none_or(|tried| now.duration_since(tried) >= DAEMON_PAUSE);
+        let may = state
+            .daemon_tried
+            .is_none_or(|tried| now.duration_since(tried) >= DAEMON_RETRY_INTERVAL);
         if may {
             state.daemon_tried = Some(now);
         }
         may
     }
 
-    fn note(&self, way: OpenMethod) {
-        let before = self.state().way.replace(way);
+    fn record_open_method(&self, way: OpenMethod) {
+        let before = self.state().open_method.replace(way);
         if before != Some(way) {
-            log::log!(self.level, "nix database {}: {way}", self.place.db.display());
+            log::log!(self.level, "nix database {}: {way}", self.location.db.display());
         }
     }
 }
@@ -410,7 +414,7 @@ fn ask<T>(
     question: &DatabaseQuery<'_, T>,
     deadline: Instant,
 ) -> Result<T, DatabaseError> {
-    database.set_patience(left(deadline))?;
+    database.set_busy_timeout(left(deadline))?;
     question(database)
 }
 

@@ -129,7 +129,7 @@ impl Walk {
     }
 
     /// Checks that the store path exists, before the first step. Blocks on the disk.
-    pub(super) fn is_there(&self) -> Result<(), NarError> {
+    pub(super) fn check_exists(&self) -> Result<(), NarError> {
         self.ask_kind().map(drop)
     }
 

@@ -43,7 +43,7 @@ pub struct TrustedKeys {
     conf_dir: PathBuf,
     port: u16,
     store_dir: StoreDir,
-    gate: RwLock<Arc<KeySnapshot>>,
+    snapshot: RwLock<Arc<KeySnapshot>>,
     /// The last nix.conf that was read. Lookups never lock it.
     conf: Mutex<NixConf>,
 }
@@ -62,7 +62,7 @@ impl TrustedKeys {
             conf_dir: config.nix_conf_dir.clone(),
             port,
             store_dir: config.store_dir.clone(),
-            gate: RwLock::default(),
+            snapshot: RwLock::default(),
             conf: Mutex::new(NixConf::read(&config.nix_conf_dir)),
         };
         keys.combine(degraded);
@@ -73,7 +73,7 @@ impl TrustedKeys {
     pub fn refresh(&self, degraded: &Degraded) {
         {
             let mut conf = self.conf.lock().unwrap_or_else(PoisonError::into_inner);
-            if conf.has_changed() || !conf.faults.is_empty() {
+            if conf.check_for_changes() || !conf.faults.is_empty() {
                 *conf = NixConf::read(&self.conf_dir);
             }
         }
@@ -118,12 +118,12 @@ impl TrustedKeys {
                 first.push(key);
             }
         }
-        *self.gate.write().unwrap_or_else(PoisonError::into_inner) =
+        *self.snapshot.write().unwrap_or_else(PoisonError::into_inner) =
             Arc::new(KeySnapshot { is_on, keys: first });
     }
 
     fn gate(&self) -> Arc<KeySnapshot> {
-        self.gate.read().unwrap_or_else(PoisonError::into_inner).clone()
+        self.snapshot.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Whether a path may be offered to Nix: it is content-addressed, a trusted key signed it, or

@@ -55,7 +55,7 @@ impl NixConf {
 
     /// Whether one of the files has been changed, removed or created since it was read. Blocks on
     /// the disk.
-    pub fn has_changed(&self) -> bool {
+    pub fn check_for_changes(&self) -> bool {
         self.files.iter().any(|(file, then)| stamp(file) != *then)
     }
 
@@ -210,9 +210,11 @@ mod tests {
         let dir = Dir::new("missing");
         let conf = dir.read();
         assert_eq!(dir.names(), ["cache.nixos.org-1"]);
-        assert!(conf.faults.is_empty() && conf.requires_signatures(12304) && !conf.has_changed());
+        assert!(
+            conf.faults.is_empty() && conf.requires_signatures(12304) && !conf.check_for_changes()
+        );
         dir.write("nix.conf", "");
-        assert!(conf.has_changed());
+        assert!(conf.check_for_changes());
     }
 
     #[test]
@@ -247,7 +249,7 @@ mod tests {
         let conf = dir.read();
         assert_eq!((dir.names(), &conf.faults), (vec!["a-1".to_owned()], &vec![]));
         dir.write("custom.conf", &format!("extra-trusted-public-keys = b-1:{KEY}\n"));
-        assert!(conf.has_changed());
+        assert!(conf.check_for_changes());
         assert_eq!(dir.names(), ["a-1", "b-1"]);
         fs::remove_file(dir.0.join("custom.conf")).unwrap();
         fs::create_dir(dir.0.join("custom.conf")).unwrap();

@@ -81,7 +81,7 @@ impl Daemon {
 }
 
 /// Adds a small path that no other host has to the store of `host`, and returns its store path.
-pub fn mark(host: &Host) -> String {
+pub fn add_unique_path(host: &Host) -> String {
     let file = format!("/tmp/only-on-{}", host.name);
     host.write(&file, &file);
     host.cmd("nix-store").arg("--add").arg(&file).okay().trim().to_owned()

@@ -40,7 +40,7 @@ impl Host {
     }
 
     /// Drops all incoming packets, like a firewall that accepts nothing.
-    pub fn fall_deaf(&self) {
+    pub fn drop_incoming(&self) {
         for table in TABLES {
             self.net_cmd(table).args(["-I", "INPUT", "-i", "eth0", "-j", "DROP"]).okay();
         }

@@ -62,7 +62,7 @@ impl Connection {
     }
 
     /// Sends a request with a body. Each line of `headers` ends in CR LF.
-    pub fn tell(
+    pub fn request_with_body(
         &mut self,
         method: &str,
         path: &str,

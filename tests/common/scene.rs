@@ -2,7 +2,7 @@
 //! have none and fetch. Also the networks that these are in when they find each other through a
 //! tracker.
 
-use super::daemon::{Daemon, mark, wait_until_known};
+use super::daemon::{Daemon, add_unique_path, wait_until_known};
 use super::lan::{Host, Lan, Run, Scale, introduce};
 use super::tracker::{self, Tracker};
 use super::wan::Wan;
@@ -44,7 +44,7 @@ impl Holder {
     ) -> Holder {
         let host = lan.host(name);
         world.give(&host);
-        let mark = mark(&host);
+        let mark = add_unique_path(&host);
         let flags = prepare(&host);
         let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
         Holder { daemon: Daemon::start(&host, &flags), mark, host }
@@ -154,13 +154,13 @@ impl Asker {
 
     /// Realises `path`. Panics if Nix complains or the closure is not complete. Returns the
     /// closure.
-    pub fn fetches(&self, world: &World, path: &str) -> Vec<String> {
+    pub fn fetch_and_check(&self, world: &World, path: &str) -> Vec<String> {
         nix::realise_quietly(&self.host, &[path]);
-        self.has_whole(world, path)
+        self.assert_closure_complete(world, path)
     }
 
     /// Realises `path` and calls `event` after [`MIDDLE`] hits. Panics if Nix ends earlier.
-    pub fn realises_while<T>(&self, path: &str, event: impl FnOnce() -> T) -> (Output, T) {
+    pub fn realise_during<T>(&self, path: &str, event: impl FnOnce() -> T) -> (Output, T) {
         let before = self.hits();
         let mut nix = nix::realising(&self.host, &[path]).spawn().expect("nsenter starts");
         let is_early = wait_for("the middle of the closure", || {
@@ -176,17 +176,17 @@ impl Asker {
 
     /// Realises `closure1000` and calls `event` after [`MIDDLE`] hits. Panics if Nix complains or
     /// the closure is not complete.
-    pub fn fetches_while<T>(&self, world: &World, event: impl FnOnce() -> T) -> T {
+    pub fn fetch_closure_during<T>(&self, world: &World, event: impl FnOnce() -> T) -> T {
         let path = world.path("closure1000");
-        let (output, event) = self.realises_while(path, event);
+        let (output, event) = self.realise_during(path, event);
         nix::assert_quiet(&output);
-        assert_eq!(self.has_whole(world, path).len(), 1000);
+        assert_eq!(self.assert_closure_complete(world, path).len(), 1000);
         event
     }
 
     /// Makes Nix look up `closure1000` repeatedly until `event` has ended, and once more, then
     /// fetches it. Panics if a lookup misses a path.
-    pub fn looks_up_while(&self, world: &World, event: impl FnOnce() + Send) {
+    pub fn look_up_closure_during(&self, world: &World, event: impl FnOnce() + Send) {
         let path = world.path("closure1000");
         std::thread::scope(|scope| {
             let event = thread::spawn_in(scope, "event", event);
@@ -202,7 +202,7 @@ impl Asker {
                 std::thread::sleep(BETWEEN_ROUNDS);
             }
         });
-        assert_eq!(self.fetches(world, path).len(), 1000);
+        assert_eq!(self.fetch_and_check(world, path).len(), 1000);
     }
 
     /// Lookups that found a peer, since peerix started.
@@ -211,7 +211,7 @@ impl Asker {
     }
 
     /// Panics unless the closure of `path` is complete. Returns the closure.
-    pub fn has_whole(&self, world: &World, path: &str) -> Vec<String> {
+    pub fn assert_closure_complete(&self, world: &World, path: &str) -> Vec<String> {
         let closure = nix::closure(&self.host, &[path]);
         let all: Vec<&str> = closure.iter().map(String::as_str).collect();
         nix::assert_whole(&self.host, &all, &world.store());
@@ -220,7 +220,7 @@ impl Asker {
 }
 
 /// Three networks, for askers, holders and the tracker, joined by a router.
-pub struct Places {
+pub struct WanScene {
     /// A running tracker in `centre`.
     pub tracker: Tracker,
     /// Network of the askers.
@@ -235,22 +235,22 @@ pub struct Places {
     pub wan: Wan,
 }
 
-impl Places {
+impl WanScene {
     /// Creates the networks and starts the tracker.
-    pub fn new() -> Places {
-        Places::in_wan(Wan::new())
+    pub fn new() -> WanScene {
+        WanScene::in_wan(Wan::new())
     }
 
     /// Creates the networks and starts the tracker, with scaled times in all programs.
-    pub fn with_scale(scale: Scale) -> Places {
-        Places::in_wan(Wan::new().with_scale(scale))
+    pub fn with_scale(scale: Scale) -> WanScene {
+        WanScene::in_wan(Wan::new().with_scale(scale))
     }
 
-    fn in_wan(wan: Wan) -> Places {
+    fn in_wan(wan: Wan) -> WanScene {
         let (home, away, centre) =
             (wan.lan([10, 1, 0]), wan.lan([203, 0, 113]), wan.lan([198, 51, 100]));
         let world = World::on(&home);
-        Places { tracker: Tracker::start(centre.host("tracker")), home, away, centre, world, wan }
+        WanScene { tracker: Tracker::start(centre.host("tracker")), home, away, centre, world, wan }
     }
 
     /// Starts a holder that shares everything through the tracker, with the signatures of the

@@ -46,7 +46,7 @@ impl Drop for TempDir {
 
 /// A running tracker on a free port. Dropping it kills it, and prints the end of its log if the
 /// test failed.
-pub struct Solo {
+pub struct LoopbackTracker {
     child: Child,
     log: PathBuf,
     /// TCP port.
@@ -60,19 +60,19 @@ pub fn command(args: &[&str]) -> Command {
     command
 }
 
-impl Solo {
+impl LoopbackTracker {
     /// Starts a tracker with the database `db` and waits until it serves.
-    pub fn start(db: &Path) -> Solo {
-        Solo::start_with(db, Scale::default())
+    pub fn start(db: &Path) -> LoopbackTracker {
+        LoopbackTracker::start_with(db, Scale::default())
     }
 
     /// Starts a tracker with scaled times and waits until it serves.
-    pub fn start_with(db: &Path, scale: Scale) -> Solo {
-        Solo::flagged(db, scale, &[])
+    pub fn start_with(db: &Path, scale: Scale) -> LoopbackTracker {
+        LoopbackTracker::flagged(db, scale, &[])
     }
 
     /// Starts a tracker with scaled times and additional flags, and waits until it serves.
-    pub fn flagged(db: &Path, scale: Scale, flags: &[&str]) -> Solo {
+    pub fn flagged(db: &Path, scale: Scale, flags: &[&str]) -> LoopbackTracker {
         let log = db.with_extension("log");
         let file = File::create(&log).expect("a log");
         let mut command = command(&["--port", "0", "--host", "127.0.0.1", "--db-path"]);
@@ -86,7 +86,7 @@ impl Solo {
             let (_, rest) = said.split_once("serves on port ")?;
             rest.split_once('\n')?.0.parse().ok()
         });
-        Solo { child, log, port }
+        LoopbackTracker { child, log, port }
     }
 
     /// Process ID.
@@ -143,7 +143,7 @@ impl Solo {
     }
 }
 
-impl Drop for Solo {
+impl Drop for LoopbackTracker {
     fn drop(&mut self) {
         // `kill` fails if the process was reaped already.
         let _ = self.child.kill();
@@ -252,6 +252,6 @@ pub fn signed_filter_headers(key: &Identity, peer_id: &str, bits: &[u8]) -> Stri
 /// Sends a `POST` with a JSON body.
 pub fn post(connection: &mut Connection, path: &str, body: &[u8]) -> Answer {
     connection
-        .tell("POST", path, "Content-Type: application/json\r\n", body)
+        .request_with_body("POST", path, "Content-Type: application/json\r\n", body)
         .expect("the tracker answers")
 }

@@ -16,14 +16,14 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 /// Received items, oldest first.
-pub type Record<T> = Arc<Mutex<Vec<T>>>;
+pub type Received<T> = Arc<Mutex<Vec<T>>>;
 
 /// A peer made of two functions, one for datagrams and one for HTTP requests.
 pub struct StandIn {
     /// Datagrams received, with their senders.
-    pub heard: Record<(SocketAddr, Vec<u8>)>,
+    pub heard: Received<(SocketAddr, Vec<u8>)>,
     /// HTTP requests received.
-    pub asked: Record<Request>,
+    pub asked: Received<Request>,
     _server: Server,
     socket: UdpSocket,
     stop: Arc<AtomicBool>,
@@ -37,8 +37,8 @@ impl StandIn {
         say: impl Fn(&[u8]) -> Option<Vec<u8>> + Send + 'static,
         answer: impl Fn(&Request) -> Reply + Send + Sync + 'static,
     ) -> StandIn {
-        let heard: Record<_> = Arc::default();
-        let asked: Record<_> = Arc::default();
+        let heard: Received<_> = Arc::default();
+        let asked: Received<_> = Arc::default();
         let stop = Arc::new(AtomicBool::new(false));
         let requests = Arc::clone(&asked);
         let server = Server::start(host.listen(PORT), move |request| {
@@ -70,7 +70,7 @@ impl StandIn {
 
     /// Starts an original peerix that has all paths of the world's static cache.
     pub fn original(host: &Host, world: &World) -> StandIn {
-        let shelf = Shelf::of(world);
+        let shelf = StaticCache::of(world);
         let answers = original(&shelf);
         StandIn::start(host, have(move |hash_part| shelf.narinfo(hash_part).is_some()), answers)
     }
@@ -126,14 +126,14 @@ pub fn have(knows: impl Fn(&str) -> bool) -> impl Fn(&[u8]) -> Option<Vec<u8>> {
 
 /// The content of a static cache.
 #[derive(Clone)]
-pub struct Shelf {
+pub struct StaticCache {
     dir: PathBuf,
 }
 
-impl Shelf {
+impl StaticCache {
     /// The world's static cache.
-    pub fn of(world: &World) -> Shelf {
-        Shelf { dir: world.cache() }
+    pub fn of(world: &World) -> StaticCache {
+        StaticCache { dir: world.cache() }
     }
 
     /// The lines of a narinfo of the cache, as pairs of key and value.
@@ -171,7 +171,7 @@ pub fn field<'a>(narinfo: &'a [(String, String)], name: &str) -> &'a str {
 
 /// The HTTP handler of the original peerix: it names a NAR by the base64 of the store path, sends
 /// it in chunks, and omits `CA` from narinfos.
-pub fn original(shelf: &Shelf) -> impl Fn(&Request) -> Reply + Send + Sync + 'static {
+pub fn original(shelf: &StaticCache) -> impl Fn(&Request) -> Reply + Send + Sync + 'static {
     let shelf = shelf.clone();
     move |request| {
         let missing = || Reply::Whole(404, b"Not found".to_vec());

@@ -61,7 +61,7 @@ pub fn nar_route(asker: &Host, server: &Host, path: &str) -> String {
 
 /// Queries `server` by UDP until it answers, because datagrams may be lost. Returns whether the
 /// answer is *have*. Panics after 100 queries of 500 ms each.
-pub fn has(socket: &UdpSocket, server: &Host, path: &str) -> bool {
+pub fn query_has(socket: &UdpSocket, server: &Host, path: &str) -> bool {
     let hash_part = world::hash_part(path).to_owned();
     for id in 0.. {
         assert!(id < 100, "no answer to {id} queries for {path}");

@@ -118,7 +118,7 @@ impl Tracker {
     /// Announces a peer on `host` without a key and a filter, like the original peerix.
     pub fn announce_original(&self, host: &Host, peer_id: &str) {
         let body = json!({ "peer_id": peer_id, "port": super::PORT });
-        self.told(
+        self.request_ok(
             host,
             "POST",
             "/announce",
@@ -146,7 +146,7 @@ impl Tracker {
             "peer_id": peer_id, "port": port,
             "public_key": public_key, "timestamp": timestamp, "signature": signature,
         });
-        self.told(
+        self.request_ok(
             host,
             "POST",
             "/announce",
@@ -163,14 +163,15 @@ impl Tracker {
         let headers = format!(
             "X-Peerix-Public-Key: {public_key}\r\nX-Peerix-Timestamp: {timestamp}\r\nX-Peerix-Signature: {signature}\r\n"
         );
-        self.told(host, "PUT", &format!("/filter/{peer_id}"), &headers, filter.as_bytes());
+        self.request_ok(host, "PUT", &format!("/filter/{peer_id}"), &headers, filter.as_bytes());
     }
 
     /// Sends a request from `host`. Panics if the answer is not 200.
-    fn told(&self, host: &Host, method: &str, path: &str, headers: &str, body: &[u8]) {
+    fn request_ok(&self, host: &Host, method: &str, path: &str, headers: &str, body: &[u8]) {
         let stream = host.connect((self.host.address, PORT)).expect("the tracker is there");
         let mut connection = Connection::new(stream).expect("a connection");
-        let answer = connection.tell(method, path, headers, body).expect("the tracker answers");
+        let answer =
+            connection.request_with_body(method, path, headers, body).expect("the tracker answers");
         assert_eq!(answer.status, 200, "{method} {path}: {}", answer.text());
     }
 }
