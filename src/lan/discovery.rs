@@ -86,6 +86,8 @@ const MIN_BATCH_INTERVAL: Duration = Duration::from_millis(1);
 /// Maximum interval between two batches.
 const MAX_BATCH_INTERVAL: Duration = Duration::from_millis(8);
 
+/// Longest time without a search for peers whose probe is due, while none has one planned.
+const LONGEST_PROBE_SEARCH: Duration = Duration::from_secs(60);
 /// Minimum interval between two probes, to whatever peers: at most ten leave per second.
 const PROBE_INTERVAL: Duration = Duration::from_millis(100);
 
@@ -189,6 +191,15 @@ enum QueryAnswer {
 }
 
 impl QueryAnswer {
+    /// Whether this can be the answer to a query for `count` paths. A single *have* or *have not*
+    /// answers one path at most.
+    fn fits(&self, count: usize) -> bool {
+        match self {
+            QueryAnswer::Have(_) | QueryAnswer::HaveNot => count <= 1,
+            QueryAnswer::Many(held) => held.fits(count),
+        }
+    }
+
     /// Returns the holder of the path at index `at` of the query, or `None` if the peer does not
     /// have it. `http` is the peer's datagram address. A node that understands batches uses the
     /// same port for HTTP. The port in its hello is not used, because anybody can forge a hello.
@@ -255,6 +266,9 @@ pub struct Discovery<E> {
     /// When `greeted` is cleared.
     greet_again: Instant,
     next_probe: Instant,
+    /// No peer's [`LanPeer::next_probe`] is earlier, so before it the peers need not be searched
+    /// for one.
+    earliest_probe: Instant,
 }
 
 impl<E: Environment> Discovery<E> {
@@ -295,6 +309,7 @@ impl<E: Environment> Discovery<E> {
             greeted: BTreeSet::new(),
             greet_again: now,
             next_probe: now,
+            earliest_probe: now + LONGEST_PROBE_SEARCH,
         }
     }
 
@@ -334,10 +349,9 @@ impl<E: Environment> Discovery<E> {
         // While lookups wait, a turn is due every `MAX_TURN`. Otherwise lookup time would fall
         // behind although the machine does not pause.
         let counted = (!self.lookups.is_empty()).then(|| self.last_turn + MAX_TURN);
-        let probe = self.peers.iter().filter_map(|(_, peer)| peer.next_probe()).min();
-        let probe = probe.map(|at| at.max(self.next_probe));
+        let probe = self.earliest_probe.max(self.next_probe);
         let reply = self.hello_replies.values().min().copied();
-        let others = [counted, probe, reply, Some(self.next_hello)];
+        let others = [counted, reply, Some(probe), Some(self.next_hello)];
         waits.chain(others.into_iter().flatten()).min().unwrap_or(self.next_hello)
     }
 
@@ -410,20 +424,25 @@ impl<E: Environment> Discovery<E> {
 
     fn next_batch_at(&self) -> Option<Instant> {
         let unsent = self.lookups.unsent();
+        if unsent == 0 {
+            return None;
+        }
         let last = self.last_batch.filter(|_| self.lookups.len() > 1 && unsent < MAX_BATCH);
-        let live = u32::try_from(self.peers.live()).unwrap_or(u32::MAX);
-        let interval =
-            || (BATCH_INTERVAL_PER_PEER * live).clamp(MIN_BATCH_INTERVAL, MAX_BATCH_INTERVAL);
-        let at = last
-            .map_or(self.last_turn.checked_sub(self.paused_time), |last| Some(last + interval()));
-        at.filter(|_| unsent > 0)
+        let interval = || {
+            let live = u32::try_from(self.peers.live().count()).unwrap_or(u32::MAX);
+            (BATCH_INTERVAL_PER_PEER * live).clamp(MIN_BATCH_INTERVAL, MAX_BATCH_INTERVAL)
+        };
+        last.map_or(self.last_turn.checked_sub(self.paused_time), |last| Some(last + interval()))
     }
 
     fn send_batches(&mut self, now: Instant, t: Instant, out: &mut OutgoingDatagrams) {
         while self.next_batch_at().is_some_and(|at| at <= t) {
             let batch = self.lookups.take_unsent(MAX_BATCH);
-            self.last_batch = Some(t);
-            self.send_batch(&batch, now, t, out);
+            // Lookups that ended before they were sent leave the queue without a packet.
+            if !batch.is_empty() {
+                self.last_batch = Some(t);
+                self.send_batch(&batch, now, t, out);
+            }
         }
     }
 
@@ -434,12 +453,7 @@ impl<E: Environment> Discovery<E> {
         t: Instant,
         out: &mut OutgoingDatagrams,
     ) {
-        let mut live: Vec<SocketAddr> = self
-            .peers
-            .iter()
-            .filter(|(_, peer)| peer.is_live())
-            .map(|(address, _)| address)
-            .collect();
+        let mut live: Vec<SocketAddr> = self.peers.live().collect();
         if live.len() > MAX_UNICAST {
             let usefulness = |address: &SocketAddr| {
                 let peer = self.peers.get(*address);
@@ -506,7 +520,7 @@ impl<E: Environment> Discovery<E> {
             self.next_broadcast = now + BROADCAST_INTERVAL;
         }
         let is_waited = now < self.broadcast_until || self.peers.has_python_peer(now);
-        if !is_waited && self.peers.live() > 0 {
+        if !is_waited && self.peers.live().next().is_some() {
             return;
         }
         let wait = if is_waited { self.settings.timeout } else { Duration::ZERO };
@@ -702,15 +716,11 @@ impl<E: Environment> Discovery<E> {
         t: Instant,
         out: &mut OutgoingDatagrams,
     ) {
-        let asked = self.peers.get_mut(from).and_then(|peer| peer.take_sent(id));
+        let is_answer = |batch: &SentBatch| batch.id == id && answer.fits(batch.lookups.len());
+        let asked = self.peers.get_mut(from).and_then(|peer| peer.take_sent(is_answer));
         let is_broadcast = asked.is_none();
-        let broadcast = || self.broadcasts.iter().find(|batch| batch.id == id).cloned();
+        let broadcast = || self.broadcasts.iter().find(|batch| is_answer(batch)).cloned();
         let Some(SentBatch { sent, lookups, .. }) = asked.or_else(broadcast) else { return };
-        if let QueryAnswer::Many(held) = answer
-            && !held.fits(lookups.len())
-        {
-            return log::debug!("peer {from}: an answer of the wrong length");
-        }
         let Some((peer, is_first)) = self.peers.record_heard(from, MetBy::Answer, now) else {
             return;
         };
@@ -730,6 +740,7 @@ impl<E: Environment> Discovery<E> {
             self.reply_to_hello(from, now);
         }
         if became_live {
+            self.plan_probe(from);
             self.ask_open(from, t, out);
         } else {
             self.ask_again(from, &overtaken, t, out);
@@ -850,6 +861,7 @@ impl<E: Environment> Discovery<E> {
             return;
         };
         peer.advance_probe(now);
+        self.plan_probe(from);
         if is_first {
             self.reply_to_hello(from, now);
             self.ask_open(from, t, out);
@@ -876,11 +888,12 @@ impl<E: Environment> Discovery<E> {
             if self.greeted.contains(&from) { MetBy::NeighbourTable } else { MetBy::Hello };
         let Some((peer, is_first)) = self.peers.record_heard(from, met_by, now) else { return };
         if !peer.record_hello(hello, now) {
-            return;
+            return self.plan_probe(from);
         }
         let is_live = peer.is_live();
         let unanswered = peer.all_unanswered(MAX_BATCH);
         log::debug!("peer {from}: hello");
+        self.plan_probe(from);
         // A new instance does not know this node, and may have lost the queries to the one before
         // it.
         self.reply_to_hello(from, now);
@@ -922,6 +935,7 @@ impl<E: Environment> Discovery<E> {
         if let Some(peer) = self.peers.get_mut(from) {
             peer.record_bye(now);
         }
+        self.plan_probe(from);
         self.probe(from, now, t, out);
         self.next_overdue_check = Some(t);
     }
@@ -940,6 +954,7 @@ impl<E: Environment> Discovery<E> {
         self.grace_until = now + GRACE.get();
         self.next_broadcast = now;
         self.peers.iter_mut().for_each(|(_, peer)| peer.restart_probes(now));
+        self.earliest_probe = now;
         self.greeted.clear();
     }
 
@@ -1149,7 +1164,9 @@ impl<E: Environment> Discovery<E> {
     /// Makes the peer silent: it gets no queries until it answers a probe.
     fn silence(&mut self, address: SocketAddr, now: Instant, t: Instant) {
         let Some(peer) = self.peers.get_mut(address) else { return };
-        for (lookup, is_narinfo) in peer.silence(now) {
+        let owed = peer.silence(now);
+        self.plan_probe(address);
+        for (lookup, is_narinfo) in owed {
             self.lookups.record_settled(lookup, false);
             if is_narinfo {
                 self.replace_holder(lookup, t);
@@ -1173,7 +1190,7 @@ impl<E: Environment> Discovery<E> {
     }
 
     fn send_probes(&mut self, now: Instant, t: Instant, out: &mut OutgoingDatagrams) {
-        if now < self.next_probe {
+        if now < self.next_probe.max(self.earliest_probe) {
             return;
         }
         let is_due = |peer: &LanPeer| peer.next_probe().is_some_and(|at| at <= now);
@@ -1186,6 +1203,96 @@ impl<E: Environment> Discovery<E> {
                 break;
             }
         }
+        let next = self.peers.iter().filter_map(|(_, peer)| peer.next_probe()).min();
+        self.earliest_probe = next.unwrap_or(now + LONGEST_PROBE_SEARCH);
+    }
+
+    /// Moves the search for due probes forward to this peer's next one. To be called after each
+    /// change that may make that earlier.
+    fn plan_probe(&mut self, address: SocketAddr) {
+        let next = self.peers.get(address).and_then(LanPeer::next_probe);
+        self.earliest_probe = next.map_or(self.earliest_probe, |at| at.min(self.earliest_probe));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Alone;
+
+    impl Environment for Alone {
+        fn is_lan(&self, _: SocketAddr) -> bool {
+            true
+        }
+        fn has_lan(&self) -> bool {
+            true
+        }
+        fn is_answered(&self, _: SocketAddr) -> bool {
+            true
+        }
+        fn is_own(&self, _: std::net::IpAddr) -> bool {
+            false
+        }
+        fn query_held_paths(&mut self, paths: &[HashPart], _: SocketAddr) -> Option<Vec<bool>> {
+            Some(vec![false; paths.len()])
+        }
+    }
+
+    /// Answers that fit no query: one answer for all of its paths, and too few bits. Neither
+    /// decides a lookup, and the right answer after them does.
+    #[test]
+    fn answer_that_does_not_fit_its_query_is_ignored() {
+        let start = Instant::now();
+        let mut numbers = 0;
+        let random = Box::new(move || {
+            numbers += 1;
+            numbers
+        });
+        let settings = DiscoverySettings {
+            http_port: 12304,
+            udp_port: 12304,
+            timeout: Duration::from_millis(200),
+        };
+        let mut discovery = Discovery::new(Alone, settings, random, start);
+        let peer = SocketAddr::from(([10, 0, 0, 2], 12304));
+        let mut out = OutgoingDatagrams::new();
+        let hello =
+            Hello { port: 12304, instance: [7; 8], batches: true, crowded: false, digest: None };
+        let receive = |discovery: &mut Discovery<Alone>, packet: Packet| {
+            let bytes = packet.encode();
+            let mut out = OutgoingDatagrams::new();
+            discovery.handle(Event::Datagram { from: peer, bytes: &bytes }, start, &mut out);
+        };
+        receive(&mut discovery, Packet::Hello(hello));
+        // Nine paths, so that an answer has two bytes.
+        let updates: Vec<_> = (0..9)
+            .map(|number| {
+                let (updates, receiver) = crossbeam_channel::bounded(LookupRequest::CAPACITY);
+                let hash_part = HashPart::from_bytes(&[number; HashPart::BYTES]);
+                let lookup = LookupRequest { id: u64::from(number), hash_part, updates };
+                discovery.handle(Event::LookUp(lookup), start, &mut out);
+                receiver
+            })
+            .collect();
+        discovery.handle(Event::Tick { drained: true }, start, &mut out);
+        let id = out.iter().find_map(|(_, packet)| match packet {
+            Packet::QueryMany { id, hash_parts, .. } => {
+                (hash_parts.iter().count() == 9).then_some(*id)
+            }
+            _ => None,
+        });
+        let id = id.expect("a query to the peer");
+        receive(&mut discovery, Packet::Have { id, port: 12304, url_path: "local/x".into() });
+        receive(&mut discovery, Packet::HaveNot { id });
+        receive(&mut discovery, Packet::AnswerMany { id, held: AnswerBits::pack([true]) });
+        assert!(updates.iter().all(|updates| updates.try_recv().is_err()), "ignored");
+        let held = AnswerBits::pack((0..9).map(|number| number == 8));
+        receive(&mut discovery, Packet::AnswerMany { id, held });
+        let found = updates
+            .iter()
+            .map(|updates| matches!(updates.try_recv(), Ok(LookupUpdate::Holder { .. })));
+        assert_eq!(found.collect::<Vec<_>>(), (0..9).map(|number| number == 8).collect::<Vec<_>>());
     }
 }
 
@@ -1199,5 +1306,7 @@ impl<E: Environment> Discovery<E> {
         assert!(self.hello_replies.len() <= MAX_HELLO_REPLIES + 1);
         assert!(self.recent_replies.len() <= MAX_HELLO_REPLIES);
         assert!(self.greeted.len() <= MAX_GREETED);
+        let next = self.peers.iter().filter_map(|(_, peer)| peer.next_probe()).min();
+        assert!(next.is_none_or(|at| self.earliest_probe <= at), "a probe would be late");
     }
 }

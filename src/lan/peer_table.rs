@@ -386,10 +386,9 @@ impl LanPeer {
         is_other
     }
 
-    /// Removes and returns the query with this request ID, if it was sent to this peer and is
-    /// unanswered.
-    pub fn take_sent(&mut self, id: u32) -> Option<SentBatch> {
-        let at = self.sent.iter().position(|batch| batch.id == id)?;
+    /// Removes and returns the unanswered query to this peer that `is_answer` accepts.
+    pub fn take_sent(&mut self, is_answer: impl Fn(&SentBatch) -> bool) -> Option<SentBatch> {
+        let at = self.sent.iter().position(is_answer)?;
         self.sent.remove(at)
     }
 
@@ -633,9 +632,9 @@ impl PeerTable {
         self.peers.iter().map(|(address, peer)| (*address, peer))
     }
 
-    /// Number of live peers.
-    pub fn live(&self) -> usize {
-        self.peers.values().filter(|peer| peer.is_live()).count()
+    /// Addresses of the live peers.
+    pub fn live(&self) -> impl Iterator<Item = SocketAddr> {
+        self.peers.iter().filter(|(_, peer)| peer.is_live()).map(|(address, _)| *address)
     }
 
     /// Records a packet from `address`. Returns the peer, and whether this is its first packet.

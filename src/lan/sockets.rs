@@ -325,13 +325,15 @@ fn hears_group(bound: SocketAddrV6, index: u32) -> bool {
 /// is reached through any socket bound to an address of this machine.
 fn socket_for(target: SocketAddr, bound: &[BoundAddress], networks: &LanNetworks) -> Option<usize> {
     let interfaces = networks.interfaces();
-    let group_on = match target {
-        SocketAddr::V6(v6) if v6.ip().is_multicast() => Some(v6.scope_id()),
+    let on_interface = match target {
+        SocketAddr::V6(v6) if v6.ip().is_multicast() || v6.ip().is_unicast_link_local() => {
+            Some(v6.scope_id())
+        }
         _ => None,
     };
     let is_broadcast = |ip| interfaces.iter().any(|i| i.broadcast.map(IpAddr::V4) == Some(ip));
     let reaches = |i: &InterfaceAddress| {
-        group_on.map_or_else(|| i.reaches(target.ip()), |index| i.index == index)
+        on_interface.map_or_else(|| i.reaches(target.ip()), |index| i.index == index)
     };
     let near = |bound: &BoundAddress| {
         let ip = bound.address.ip();
@@ -345,7 +347,7 @@ fn socket_for(target: SocketAddr, bound: &[BoundAddress], networks: &LanNetworks
             && !ip.is_multicast()
             && !is_broadcast(ip)
     };
-    let to_one = group_on.is_none() && !is_broadcast(target.ip());
+    let to_one = !target.ip().is_multicast() && !is_broadcast(target.ip());
     bound.iter().position(near).or_else(|| bound.iter().position(far).filter(|_| to_one))
 }
 
@@ -377,6 +379,8 @@ mod tests {
             interface(2, "10.0.1.1", 24),
             interface(1, "fd00::1", 64),
             interface(2, "fd00:1::1", 64),
+            interface(1, "fe80::1", 64),
+            interface(2, "fe80::2", 64),
         ];
         let networks = LanNetworks::new(NetworkPolicy::default(), interfaces);
         let through = |bound: &[&str], target: &str| {
@@ -414,6 +418,9 @@ mod tests {
         assert_eq!(through(&group, "[fd00:2::1]:1").as_deref(), Some("fd00::1"));
         assert_eq!(through(&group, "[ff02::7065:6572%1]:1").as_deref(), Some("fd00::1"));
         assert_eq!(through(&group, "[ff02::7065:6572%2]:1"), None);
+        let link_local = ["fe80::1", "fe80::2"];
+        assert_eq!(through(&link_local, "[fe80::9%1]:1").as_deref(), Some("fe80::1"));
+        assert_eq!(through(&link_local, "[fe80::9%2]:1").as_deref(), Some("fe80::2"));
         for (bound, index, hears) in [
             ("[::]:1", 3, true),
             ("[fd00::1]:1", 1, false),

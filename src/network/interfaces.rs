@@ -38,7 +38,7 @@ impl InterfaceAddress {
 
 /// Reads all usable addresses of this machine but those of loopback. An IPv6 address is left out
 /// while duplicate address detection runs (RFC 4862, section 5.4), unless it is optimistic
-/// (RFC 4429). Usually blocks for 0.1 ms, or 1 ms with 100 interfaces, and for 4 s at most.
+/// (RFC 4429). Usually blocks for 0.1 ms, or 1 ms with 100 interfaces, and for 2 s at most.
 ///
 /// # Errors
 /// No netlink socket is allowed, no file descriptor is left, or the kernel does not answer in time.

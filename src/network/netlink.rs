@@ -136,18 +136,22 @@ pub fn open(groups: u32) -> io::Result<OwnedFd> {
 
 /// Requests a whole table, for all interfaces and both address families, and calls `each` with the
 /// body of every message in the answer. Usually blocks as long as the kernel takes to list the
-/// table, and for twice [`DUMP_TIMEOUT`] at most.
+/// table, and for [`DUMP_TIMEOUT`] at most.
 ///
 /// # Errors
 /// No socket is allowed, the kernel refuses the request, the answer is not complete after
 /// [`DUMP_TIMEOUT`], or a datagram is larger than [`BUFFER_LEN`].
 pub fn dump(table: &KernelTable, mut each: impl FnMut(&[u8])) -> io::Result<()> {
     let socket = socket_with(AddressFamily::NETLINK, SocketType::RAW, SocketFlags::CLOEXEC, None)?;
-    set_socket_timeout(&socket, Timeout::Recv, Some(DUMP_TIMEOUT))?;
     send(&socket, &dump_request(table), SendFlags::empty())?;
     let until = Instant::now() + DUMP_TIMEOUT;
     let mut buffer = vec![0; BUFFER_LEN];
-    while Instant::now() < until {
+    loop {
+        let left = until.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        set_socket_timeout(&socket, Timeout::Recv, Some(left))?;
         let (len, whole) = retry_on_intr(|| recv(&socket, &mut buffer[..], RecvFlags::TRUNC))?;
         if whole > len {
             return Err(Errno::MSGSIZE.into());
@@ -161,7 +165,6 @@ pub fn dump(table: &KernelTable, mut each: impl FnMut(&[u8])) -> io::Result<()> 
             }
         }
     }
-    Err(io::ErrorKind::TimedOut.into())
 }
 
 /// Builds a request whose fixed part is all zeros, which selects all entries.
