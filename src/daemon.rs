@@ -157,7 +157,7 @@ pub fn run_with(config: Config, record: Stats) -> Result<(), FatalError> {
 }
 
 /// Answers every lookup of this machine's Nix with a miss, until SIGTERM or SIGINT. `config` is
-/// what [`crate::cli::salvage`] got from a malformed command line, and `problem` is the error. Used
+/// what `cli::salvage` got from a malformed command line, and `problem` is the error. Used
 /// with sockets from systemd: their port is open even if this process exits, so Nix would wait or
 /// fail.
 ///

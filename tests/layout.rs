@@ -308,7 +308,7 @@ fn imports_are_found_in_every_form() {
         found("use crate::{\n    nix::{HashPart, Malformed},\n    wire,\n    store::*,\n};"),
         ["nix", "store", "wire"]
     );
-    assert_eq!(found("fn f() { crate::peers::x() } /// [`crate::access`]"), ["peers", "access"]);
+    assert_eq!(found("fn f() { crate::peers::x() } /// [`crate::access`]"), ["access", "peers"]);
     assert_eq!(found("use peerix::cli::{self, Command};"), ["cli"]);
 }
 
