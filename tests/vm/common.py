@@ -68,12 +68,15 @@ def peerix_log(machine):
 TRANSIENT_ERRORS = ["locked or overloaded", "no other process has it open"]
 
 
-def assert_recovered(machine):
-    """The daemon has logged no error but that Nix's database was out of reach, and reads it again."""
+def assert_recovered(machine, expected=()):
+    """The daemon has logged no error but that Nix's database was out of reach, and reads it again.
+
+    `expected` has texts of the errors that the test caused before.
+    """
     errors = [line for line in peerix_log(machine).splitlines() if "error:" in line]
     for line in errors:
         print(f"        {machine.name} logged {line}")
-    lasting = [line for line in errors if not any(text in line for text in TRANSIENT_ERRORS)]
+    lasting = [line for line in errors if not any(text in line for text in [*TRANSIENT_ERRORS, *expected])]
     assert not lasting, peerix_log(machine)
     own = f"ls -d /nix/store/*-{TOOLS} | cut -c 12-43"
     url = f"http://127.0.0.1:{PORT}/store/$({own}).narinfo"
