@@ -1,5 +1,6 @@
-//! A tracker on this machine's loopback interface, with clients on any of its addresses. Needs no
-//! namespaces.
+//! A tracker on the loopback interface of a network namespace of its own, with clients on any of
+//! its addresses. Tests announce addresses that do not exist, and the tracker tries to reach them:
+//! in this namespace that fails at once, and no packet leaves the machine.
 
 use super::http::{Answer, Connection};
 use super::lan::Scale;
@@ -9,8 +10,10 @@ use peerix::wire::tracker::{
     Announce, Identity, KEY_HEADER, Proof, SIGNATURE_HEADER, SignedText, TIMESTAMP_HEADER,
 };
 use rustix::process::{Pid, Signal, kill_process};
+use rustix::thread::{UnshareFlags, unshare_unsafe};
 use serde_json::Value;
 use socket2::{Domain, Socket, Type};
+use std::cell::Cell;
 use std::fs::{self, File};
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
@@ -60,6 +63,19 @@ pub fn command(args: &[&str]) -> Command {
     command
 }
 
+/// Moves the calling thread to a new network namespace whose loopback interface is up. Does nothing
+/// if the thread is in one already.
+fn enter_own_network() {
+    thread_local!(static IS_IN: Cell<bool> = const { Cell::new(false) });
+    if !IS_IN.replace(true) {
+        // SAFETY: unlike NEWNS and FILES, NEWNET takes nothing from this thread that others use.
+        unsafe { unshare_unsafe(UnshareFlags::NEWNET) }
+            .expect("a network namespace: run as root or under unshare");
+        let status = Command::new("ip").args(["link", "set", "lo", "up"]).status();
+        assert!(status.expect("ip starts (it is in iproute2)").success());
+    }
+}
+
 impl LoopbackTracker {
     /// Starts a tracker with the database `db` and waits until it serves.
     pub fn start(db: &Path) -> LoopbackTracker {
@@ -71,8 +87,10 @@ impl LoopbackTracker {
         LoopbackTracker::flagged(db, scale, &[])
     }
 
-    /// Starts a tracker with scaled times and additional flags, and waits until it serves.
+    /// Starts a tracker with scaled times and additional flags, and waits until it serves. The
+    /// calling thread, and threads that it starts from then on, are in the tracker's network.
     pub fn flagged(db: &Path, scale: Scale, flags: &[&str]) -> LoopbackTracker {
+        enter_own_network();
         let log = db.with_extension("log");
         let file = File::create(&log).expect("a log");
         let mut command = command(&["--port", "0", "--host", "127.0.0.1", "--db-path"]);
