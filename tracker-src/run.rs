@@ -78,7 +78,7 @@ fn in_front<E: Display>(what: &str) -> impl Fn(E) -> String {
 /// watchdog while the database thread makes progress.
 fn wait(
     woken: &Receiver<TrackerWakeup>,
-    table: &TrackerTable,
+    table: &Arc<TrackerTable>,
     ledger: &DatabaseThread,
 ) -> Result<(), String> {
     let watchdog = sd_notify::watchdog_enabled();
@@ -101,7 +101,7 @@ fn wait(
             swept = Instant::now();
             let gone = table.sweep(api::now());
             if !gone.is_empty() {
-                ledger.gone(gone);
+                ledger.gone(gone, table.clone());
             }
         }
         let now = ledger.numbers().turns.load(Ordering::Relaxed);
