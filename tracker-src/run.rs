@@ -7,6 +7,7 @@ use crate::reachability;
 use crate::table::TrackerTable;
 use crossbeam_channel::{Receiver, RecvTimeoutError, bounded};
 use peerix::http::server::Server;
+use peerix::peers::resolver::NameResolver;
 use peerix::service::{self, notify};
 use peerix::sockets;
 use sd_notify::NotifyState;
@@ -53,7 +54,8 @@ pub fn run(options: &Options) -> Result<(), String> {
     log::info!("{} peers were here when the tracker ended", present.len());
     present.into_iter().for_each(|peer| table.restore(peer, now));
     let ledger = Arc::new(ledger);
-    let reach = reachability::start(&table, ended("reach")).map_err(in_front("reach"))?;
+    let reach = reachability::start(&table, NameResolver::default(), ended("reach"))
+        .map_err(in_front("reach"))?;
     let api = Arc::new(Api::new(table.clone(), ledger.clone(), reach, options.proxies.clone()));
     let server = Server::start(listeners, api, ended("http")).map_err(in_front("http server"))?;
 
