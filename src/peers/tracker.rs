@@ -388,9 +388,9 @@ impl Tracker {
     }
 
     /// Returns the peers that may have a path, without this node. Repeats the call while the
-    /// tracker restarts or is overloaded. Blocks until `until` at most; only a repeated request on
-    /// a stale connection, or for the list of an original tracker, can exceed it. `is_hedge`
-    /// selects a new connection, because the one of an earlier call is stuck.
+    /// tracker restarts or is overloaded. Blocks until `until` at most; only a request for the list
+    /// of an original tracker can exceed it. `is_hedge` selects a new connection, because the one
+    /// of an earlier call is stuck.
     ///
     /// # Errors
     /// See [`TrackerError`]. The caller counts failures with [`Tracker::record_failed_lookup`].
@@ -505,8 +505,8 @@ impl Tracker {
         timeout: Duration,
     ) -> Result<Response<ureq::Body>, TrackerError> {
         let url = format!("{}{path}", self.url);
-        let call = || agent.get(&url).config().timeout_global(Some(timeout)).build().call();
-        retry_once_if_stale(call).map_err(TrackerError::Unreachable)
+        let call = |left| agent.get(&url).config().timeout_global(Some(left)).build().call();
+        retry_once_if_stale(timeout, call).map_err(TrackerError::Unreachable)
     }
 
     /// Announces this node, and records whether the tracker is reachable. Blocks for 10 s at most
