@@ -44,6 +44,16 @@ impl Backoff {
         self.due.is_none_or(|due| due <= now)
     }
 
+    /// Returns true if an attempt may be made at `now`. After a pause only one caller gets true in
+    /// each first pause, until the outcome of its attempt is recorded.
+    pub fn try_begin(&mut self, now: Instant) -> bool {
+        let is_due = self.is_due(now);
+        if is_due && self.due.is_some() {
+            self.due = Some(now + self.first.get());
+        }
+        is_due
+    }
+
     /// Records a failed attempt. `retry_after` is the pause that the server requested; it can
     /// extend the pause up to `longest`, but not beyond, because the server may be hostile or its
     /// clock wrong.
@@ -93,6 +103,20 @@ mod tests {
         assert!(backoff.is_due(now) && backoff.failures() == 0);
         (0..100).for_each(|_| backoff.record_failure(None, now));
         assert_eq!(backoff.due(), Some(now + Duration::from_secs(60)));
+    }
+
+    #[test]
+    fn only_one_attempt_begins_after_pause() {
+        let (mut backoff, now) =
+            (Backoff::new(Interval::from_secs(1), Interval::from_secs(60)), Instant::now());
+        assert!(backoff.try_begin(now) && backoff.try_begin(now));
+        (0..3).for_each(|_| backoff.record_failure(None, now));
+        let due = now + Duration::from_secs(4);
+        assert!(!backoff.try_begin(now));
+        assert!(backoff.try_begin(due) && !backoff.try_begin(due));
+        assert!(backoff.try_begin(due + Duration::from_secs(1)));
+        backoff.record_failure(None, due);
+        assert_eq!(backoff.due(), Some(due + Duration::from_secs(8)));
     }
 
     #[test]

@@ -8,7 +8,7 @@
 use crate::network::Networks;
 use crate::time_scale::{Interval, Timeout};
 use crate::wire::port_mapping::{self, MappingGrant, MappingRequest, MappingResponse};
-use crossbeam_channel::{Receiver, Sender, bounded};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use ring::rand::{SecureRandom, SystemRandom};
 use std::fs;
 use std::io;
@@ -25,7 +25,8 @@ const LIFETIME_SECONDS: u32 = 600;
 /// Longest interval between renewals. Half of the granted lifetime applies if that is shorter.
 const RENEWAL: Interval = Interval::from_secs(300);
 
-/// Shortest interval between scheduled renewals, whatever lifetime the router grants.
+/// Shortest interval between renewals, whatever lifetime the router grants and however often it
+/// seems to announce a restart. Only a change of the network renews sooner.
 const LEAST_RENEWAL: Interval = Interval::from_secs(10);
 
 /// Interval between attempts while the router grants nothing.
@@ -40,6 +41,9 @@ const TRIES: u32 = 4;
 /// Longest wait for the router's answer when a mapping is released.
 const LAST_WAIT: Duration = Duration::from_millis(300);
 
+/// Interval at which a wait for the router checks for the end of the daemon.
+const STOP_CHECK: Duration = Duration::from_millis(100);
+
 /// Interval at which the thread checks for a network change, news of the router, and the end of the
 /// daemon.
 const LOOK: Duration = Duration::from_secs(1);
@@ -47,6 +51,10 @@ const LOOK: Duration = Duration::from_secs(1);
 /// UDP port at which routers announce that they lost their mappings (RFC 6886, section 3.2.1, and
 /// RFC 6887, section 14.1).
 const NEWS_PORT: u16 = 5350;
+
+/// Largest number of announcements that are read at once. Further ones are read at the next
+/// renewal.
+const MAX_NEWS: usize = 256;
 
 /// Largest answer, in bytes (RFC 6887, section 7).
 const MAX_DATAGRAM: usize = 1100;
@@ -67,8 +75,7 @@ pub struct Mapping {
 }
 
 /// Thread that maintains a mapping. Dropping it releases the mapping and waits for the thread. That
-/// takes up to 300 ms per mapping, and several seconds more while a renewal waits for a silent
-/// router.
+/// takes up to 300 ms per mapping, and 100 ms more while a renewal waits for a silent router.
 pub struct PortMapper {
     current: Arc<Mutex<Mapping>>,
     running: Option<Sender<()>>,
@@ -145,23 +152,24 @@ impl MappingThread {
         loop {
             let seen = self.networks.current();
             let pause = self.renew(&mut held);
-            let until = Instant::now() + pause;
+            let schedule = RenewalSchedule::new(pause, Instant::now());
             loop {
-                let left = until.saturating_duration_since(Instant::now());
-                if left.is_zero()
-                    || !Arc::ptr_eq(&seen, &self.networks.current())
-                    || is_router_new(news.as_ref(), &held)
+                let left = schedule.until.saturating_duration_since(Instant::now());
+                if is_stopped(&self.stopped, left.min(LOOK)) {
+                    return self.give_up(&held);
+                }
+                let is_news = || is_router_new(news.as_ref(), &held);
+                if !Arc::ptr_eq(&seen, &self.networks.current())
+                    || schedule.is_due(Instant::now(), is_news)
                 {
                     break;
-                }
-                if !self.stopped.recv_timeout(left.min(LOOK)).is_err_and(|e| e.is_timeout()) {
-                    return self.give_up(&held);
                 }
             }
         }
     }
 
-    /// Requests all mappings again and returns the time until the next renewal.
+    /// Requests all mappings again and returns the time until the next renewal. Returns soon if the
+    /// thread has to end; `held` then has what is to be released.
     fn renew(&mut self, held: &mut Vec<KnownRouter>) -> Duration {
         let before = std::mem::take(held);
         let mut mapping = Mapping::default();
@@ -176,6 +184,12 @@ impl MappingThread {
             let ip = one.client;
             mapping.pinhole = Some(SocketAddr::new(ip, one.mapped.external_port));
             held.push(one);
+        }
+        if is_stopped(&self.stopped, Duration::ZERO) {
+            let is_new = |one: &KnownRouter| held.iter().all(|new| new.router != one.router);
+            let others: Vec<_> = before.into_iter().filter(is_new).collect();
+            held.extend(others);
+            return Duration::ZERO;
         }
         self.tell(mapping);
         let shortest = held.iter().map(|one| one.mapped.lifetime / 2).min();
@@ -214,8 +228,8 @@ impl MappingThread {
         let client = socket.local_addr().map_err(|e| format!("socket: {e}"))?.ip();
         // Nothing may be requested before the router is identified. The datagram only makes the
         // kernel resolve the router's hardware address by ARP; its answer is ignored.
-        let _ =
-            exchange(&socket, &port_mapping::nat_pmp_address_request(), &self.wanted(client, 0), 1);
+        let address_request = port_mapping::nat_pmp_address_request();
+        let _ = self.exchange(&socket, &address_request, &self.wanted(client, 0), 1);
         self.check_gateway(gateway)?;
         let last = before
             .iter()
@@ -223,15 +237,15 @@ impl MappingThread {
             .map_or(0, |one| one.mapped.external_port);
         let wanted = self.wanted(client, last);
         let (answer, is_pcp) =
-            match exchange(&socket, &port_mapping::pcp_request(&wanted), &wanted, TRIES) {
-                Some(MappingResponse::UnknownVersion) | None => (
-                    exchange(&socket, &port_mapping::nat_pmp_request(&wanted), &wanted, TRIES),
-                    false,
-                ),
+            match self.exchange(&socket, &port_mapping::pcp_request(&wanted), &wanted, TRIES) {
+                Some(MappingResponse::UnknownVersion) | None => {
+                    let request = port_mapping::nat_pmp_request(&wanted);
+                    (self.exchange(&socket, &request, &wanted, TRIES), false)
+                }
                 answer => (answer, true),
             };
         let mapped = match answer {
-            Some(MappingResponse::Mapped(mapped)) if mapped.external_port != 0 => mapped,
+            Some(MappingResponse::Mapped(mapped)) => mapped,
             Some(MappingResponse::Refused(code)) => {
                 return Err(format!("router {gateway} refuses, with code {code}"));
             }
@@ -244,12 +258,10 @@ impl MappingThread {
         };
         let ip = match mapped.external_ip {
             Some(ip) => ip,
-            None => {
-                match exchange(&socket, &port_mapping::nat_pmp_address_request(), &wanted, TRIES) {
-                    Some(MappingResponse::Address(ip)) => ip.into(),
-                    _ => return Err(format!("router {gateway} does not say its address outside")),
-                }
-            }
+            None => match self.exchange(&socket, &address_request, &wanted, TRIES) {
+                Some(MappingResponse::Address(ip)) => ip.into(),
+                _ => return Err(format!("router {gateway} does not say its address outside")),
+            },
         };
         let held = KnownRouter { router, client, is_pcp, mapped };
         if !is_public(ip) {
@@ -280,7 +292,7 @@ impl MappingThread {
             .find(|one| one.router == to)
             .map_or(self.port, |one| one.mapped.external_port);
         let wanted = self.wanted(client.into(), last);
-        match exchange(&socket, &port_mapping::pcp_request(&wanted), &wanted, TRIES) {
+        match self.exchange(&socket, &port_mapping::pcp_request(&wanted), &wanted, TRIES) {
             Some(MappingResponse::Mapped(mapped)) => {
                 Some(KnownRouter { router: to, client: client.into(), is_pcp: true, mapped })
             }
@@ -313,6 +325,17 @@ impl MappingThread {
         }
     }
 
+    /// Calls [`exchange`] until the thread has to end.
+    fn exchange(
+        &self,
+        socket: &UdpSocket,
+        request: &[u8],
+        wanted: &MappingRequest,
+        tries: u32,
+    ) -> Option<MappingResponse> {
+        exchange(socket, request, wanted, tries, &self.stopped)
+    }
+
     fn wanted(&self, client: IpAddr, external_port: u16) -> MappingRequest {
         MappingRequest {
             client,
@@ -343,13 +366,40 @@ impl MappingThread {
     }
 }
 
+/// Times of the next renewal.
+struct RenewalSchedule {
+    /// Soonest time, which applies to announcements of a router.
+    soonest: Instant,
+    until: Instant,
+}
+
+impl RenewalSchedule {
+    /// Creates the schedule of a renewal that is due in `pause`.
+    fn new(pause: Duration, now: Instant) -> Self {
+        RenewalSchedule { soonest: now + LEAST_RENEWAL.get(), until: now + pause }
+    }
+
+    /// Returns true if mappings are to be requested at `now`. `is_news` tells whether a router has
+    /// announced a restart; it is called only when that may matter.
+    fn is_due(&self, now: Instant, is_news: impl FnOnce() -> bool) -> bool {
+        now >= self.until || now >= self.soonest && is_news()
+    }
+}
+
+/// Waits for `time`. Returns true at once if the thread has to end.
+fn is_stopped(stopped: &Receiver<()>, time: Duration) -> bool {
+    stopped.recv_timeout(time) != Err(RecvTimeoutError::Timeout)
+}
+
 /// Sends a request up to `tries` times until a valid answer arrives. The socket is connected, so
-/// only the router's datagrams are received. Blocks for up to 3.75 s with four tries.
+/// only the router's datagrams are received. Blocks for up to 3.75 s with four tries, and at most
+/// [`STOP_CHECK`] after `stopped` is disconnected.
 fn exchange(
     socket: &UdpSocket,
     request: &[u8],
     wanted: &MappingRequest,
     tries: u32,
+    stopped: &Receiver<()>,
 ) -> Option<MappingResponse> {
     let mut wait = FIRST_WAIT.get();
     for _ in 0..tries {
@@ -360,7 +410,10 @@ fn exchange(
         while let Some(left) =
             until.checked_duration_since(Instant::now()).filter(|left| !left.is_zero())
         {
-            socket.set_read_timeout(Some(left)).ok()?;
+            if is_stopped(stopped, Duration::ZERO) {
+                return None;
+            }
+            socket.set_read_timeout(Some(left.min(STOP_CHECK))).ok()?;
             let mut datagram = [0; MAX_DATAGRAM];
             match socket.recv(&mut datagram) {
                 Ok(len) => {
@@ -368,7 +421,11 @@ fn exchange(
                         return Some(answer);
                     }
                 }
-                Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => thread::sleep(left),
+                Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => {
+                    is_stopped(stopped, left);
+                }
+                Err(e)
+                    if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => {}
                 Err(_) => break,
             }
         }
@@ -378,11 +435,12 @@ fn exchange(
 }
 
 /// Returns true if a router that holds a mapping has sent an announcement, which means that it lost
-/// all mappings. Does not block.
+/// all mappings. Reads all announcements that have arrived. Does not block.
 fn is_router_new(news: Option<&UdpSocket>, held: &[KnownRouter]) -> bool {
     let mut datagram = [0; MAX_DATAGRAM];
-    let Some(Ok((_, from))) = news.map(|news| news.recv_from(&mut datagram)) else { return false };
-    held.iter().any(|one| one.router.ip() == from.ip())
+    let receive = || Some(news?.recv_from(&mut datagram).ok()?.1.ip());
+    let senders = std::iter::from_fn(receive).take(MAX_NEWS);
+    senders.filter(|ip| held.iter().any(|one| one.router.ip() == *ip)).count() > 0
 }
 
 /// Returns true if the address is public: it is not private, shared (100.64.0.0/10), link-local,
@@ -541,5 +599,47 @@ mod tests {
         for ip in ["5.5.5.5", "100.128.0.1", "203.0.113.1", "2001:db8::1"] {
             assert!(is_public(ip.parse().unwrap()), "{ip}");
         }
+    }
+
+    fn wanted() -> MappingRequest {
+        let client = IpAddr::from([127, 0, 0, 1]);
+        MappingRequest { client, nonce: [0; 12], internal_port: 1, external_port: 0, lifetime: 600 }
+    }
+
+    /// Guards against a daemon that takes seconds to end because its router is silent.
+    #[test]
+    fn stop_ends_exchange_with_silent_router() {
+        let router = UdpSocket::bind("127.0.0.1:0").unwrap();
+        let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+        socket.connect(router.local_addr().unwrap()).unwrap();
+        let (running, stopped) = bounded(0);
+        let (done, ended) = bounded(1);
+        // So many tries take 17 minutes.
+        thread::spawn(move || done.send(exchange(&socket, b"request", &wanted(), 12, &stopped)));
+        router.recv(&mut [0; 16]).unwrap();
+        drop(running);
+        assert_eq!(ended.recv_timeout(Duration::from_secs(60)), Ok(None));
+    }
+
+    /// Guards against a host that makes this one ask the router without a pause, by datagrams that
+    /// bear the router's address.
+    #[test]
+    fn announcements_of_router_renew_once_in_least_interval() {
+        let now = Instant::now();
+        let schedule = RenewalSchedule::new(RENEWAL.get(), now);
+        let soonest = now + LEAST_RENEWAL.get();
+        assert!(!schedule.is_due(soonest - Duration::from_millis(1), || true));
+        assert!(schedule.is_due(soonest, || true) && !schedule.is_due(soonest, || false));
+        assert!(schedule.is_due(now + RENEWAL.get(), || false));
+
+        let news = UdpSocket::bind("127.0.0.1:0").unwrap();
+        let router = UdpSocket::bind("127.0.0.1:0").unwrap();
+        router.connect(news.local_addr().unwrap()).unwrap();
+        (0..9).for_each(|_| assert_eq!(router.send(b"news").unwrap(), 4));
+        news.set_nonblocking(true).unwrap();
+        let mapped = MappingGrant { external_ip: None, external_port: 1, lifetime: 600, epoch: 0 };
+        let (router, client) = (router.local_addr().unwrap(), wanted().client);
+        let held = [KnownRouter { router, client, is_pcp: true, mapped }];
+        assert!(is_router_new(Some(&news), &held) && !is_router_new(Some(&news), &held));
     }
 }

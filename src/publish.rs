@@ -134,7 +134,8 @@ impl RowReader {
         self.stopped.recv_timeout(time) != Err(RecvTimeoutError::Timeout)
     }
 
-    /// Applies changes of the store to the filter. Returns true if the filter changed.
+    /// Applies changes of the store to the filter. Returns true if the filter changed. Changes
+    /// nothing if the thread has to end.
     fn update(
         &self,
         shared: &mut Option<PublishedState>,
@@ -142,7 +143,9 @@ impl RowReader {
     ) -> Result<bool, StoreError> {
         let census = self.store.census()?;
         let Some(last) = shared else {
-            let SharedRows { shared: paths, open, .. } = self.read(0)?;
+            let Some(SharedRows { shared: paths, open, .. }) = self.read(0)? else {
+                return Ok(false);
+            };
             let mut filter =
                 BloomFilter::with_bits((paths.len() + open.len()) as u64, bits_per_path);
             paths.iter().for_each(|hash_part| {
@@ -166,7 +169,10 @@ impl RowReader {
         if last.census.version == census.version {
             return Ok(false);
         }
-        let SharedRows { count, shared: paths, open } = self.read(last.census.last_id)?;
+        let Some(SharedRows { count, shared: paths, open }) = self.read(last.census.last_id)?
+        else {
+            return Ok(false);
+        };
         let changed =
             paths.iter().fold(false, |changed, hash_part| changed | last.filter.insert(hash_part));
         last.paths += paths.len() as u64;
@@ -185,13 +191,13 @@ impl RowReader {
         Ok(changed)
     }
 
-    /// Reads the paths after the row `row_id`.
-    fn read(&self, row_id: i64) -> Result<SharedRows, StoreError> {
+    /// Reads the paths after the row `row_id`; `None` if the thread has to end.
+    fn read(&self, row_id: i64) -> Result<Option<SharedRows>, StoreError> {
         let (mut rows, mut last_id) = (SharedRows::default(), row_id);
         loop {
             let began = Instant::now();
             let batch = self.store.paths_after(last_id, BATCH)?;
-            let Some((id, _)) = batch.last() else { return Ok(rows) };
+            let Some((id, _)) = batch.last() else { return Ok(Some(rows)) };
             last_id = *id;
             rows.count += batch.len() as u64;
             for (_, info) in &batch {
@@ -207,7 +213,7 @@ impl RowReader {
             // Pauses as long as it worked, to leave half of the processor time to others: checking
             // a signature takes 0.1 ms, and a store may have 100,000 paths.
             if self.wait_or_stopped(began.elapsed()) {
-                return Ok(rows);
+                return Ok(None);
             }
         }
     }
@@ -294,6 +300,17 @@ mod tests {
         assert!(reader.update(&mut shared, 16).unwrap());
         assert!((0..620).all(|i| has(&shared, i)));
         assert_eq!(shared.unwrap().paths, 620);
+    }
+
+    /// Guards against a filter of the first paths that replaces the whole one at the trackers.
+    #[test]
+    fn paths_read_until_the_thread_has_to_end_are_not_published() {
+        let fixture = Fixture::new();
+        register(&fixture, 0..2 * BATCH as u32);
+        let (reader, running) = reader(&fixture, &unverified());
+        drop(running);
+        let mut shared = None;
+        assert!(!reader.update(&mut shared, 16).unwrap() && shared.is_none());
     }
 
     #[test]

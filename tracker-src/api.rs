@@ -5,7 +5,7 @@ use crate::address;
 use crate::database::{BindOutcome, ReportOutcome, SideReport as Told};
 use crate::db_thread::{DatabaseThread, DatabaseUnavailable};
 use crate::limits::{LimitKind, RateLimits};
-use crate::meeting::{self, Meetings};
+use crate::meeting::{MeetBody, MeetingPlace, Meetings};
 use crate::metrics::{CountedCall, TrackerMetrics};
 use crate::reachability;
 use crate::table::{
@@ -426,13 +426,7 @@ impl Api {
     ) -> ApiResult {
         match route {
             ApiRoute::Announce => self.announce(&read(exchange)?, from, self.is_forwarded(request)),
-            ApiRoute::Meet => match self.meetings.meet(&read(exchange)?, from, Instant::now()) {
-                Ok(met) => json(&met),
-                Err(meeting::MeetingRefusal::Malformed(why)) => Err(ApiError::new(400, why)),
-                Err(meeting::MeetingRefusal::Full) => {
-                    Err(ApiError::later(503, "no room for more", FULL_RETRY))
-                }
-            },
+            ApiRoute::Meet => self.meet_friends(&read(exchange)?, from, self.is_forwarded(request)),
             ApiRoute::Leave => self.leave(&read(exchange)?, from),
             ApiRoute::Filter(id) => self.filter(&peer_id_in(id)?, request, exchange),
             ApiRoute::Lookup(hash_part) => self.lookup(hash_part),
@@ -461,26 +455,14 @@ impl Api {
         if port == 0 {
             return Err(ApiError::new(400, "port: not from 1 to 65535"));
         }
-        let addr = match given(&body.addr) {
-            Some(addr) => address::check(addr)
-                .map(|()| addr.to_owned())
-                .map_err(|why| ApiError::new(400, why))?,
-            None if is_forwarded => {
-                return Err(ApiError::new(
-                    400,
-                    "addr: required, as the request came through a proxy; set --announce-addr, or --proxy of the tracker",
-                ));
-            }
-            None if can_be_peer(from) => from.to_string(),
-            None => {
-                return Err(ApiError::new(
-                    400,
-                    format!(
-                        "addr: required, as no other peer can reach {from}; set --announce-addr"
-                    ),
-                ));
-            }
-        };
+        let addr = reachable_addr(&body.addr, from, is_forwarded)?.ok_or_else(|| {
+            let why = if is_forwarded {
+                "the request came through a proxy; set --announce-addr, or --proxy of the tracker"
+            } else {
+                "no other peer can reach the request's source; set --announce-addr"
+            };
+            ApiError::new(400, format!("addr: required, as {why}"))
+        })?;
         let claim = claim(&body.proof)?;
         let now = now();
         let known = self.table.check(id, claim.as_ref(), now).map_err(|e| (e, now))?;
@@ -542,6 +524,17 @@ impl Api {
         }
     }
 
+    fn meet_friends(&self, body: &MeetBody, from: IpAddr, is_forwarded: bool) -> ApiResult {
+        if body.port == Some(0) {
+            return Err(ApiError::new(400, "port: not from 1 to 65535"));
+        }
+        // A node at which nobody would be found only learns where its friends are.
+        let addr = reachable_addr(&body.addr, from, is_forwarded)?;
+        let own = body.port.zip(addr).map(|(port, addr)| MeetingPlace { addr, port });
+        let met = self.meetings.meet(&body.tags, own.as_ref(), from, Instant::now());
+        json(&met.map_err(|why| ApiError::new(400, why))?)
+    }
+
     fn leave(&self, body: &Announce, from: IpAddr) -> ApiResult {
         let id = given(&body.peer_id).ok_or_else(|| ApiError::new(400, "peer_id required"))?;
         check_peer_id("peer_id", id)?;
@@ -550,7 +543,7 @@ impl Api {
         self.table.check(id, claim.as_ref(), now).map_err(|e| (e, now))?;
         verify(&body.proof, &SignedText::Leave { peer_id: id })?;
         self.table.leave(id, claim.as_ref(), from, now).map_err(|e| (e, now))?;
-        self.ledger.gone(vec![id.into()]);
+        self.ledger.gone(vec![id.into()], self.table.clone());
         log::debug!("{id} leaves");
         status("ok")
     }
@@ -678,9 +671,8 @@ impl Api {
         self.limits.charge(from, LimitKind::Transfer, count - 1, Instant::now());
         self.limit(from, LimitKind::Stored)?;
         self.limits.charge(from, LimitKind::Stored, count - 1, Instant::now());
-        let first = self.ledger.begin_transfers(sender.to_owned(), receiver.to_owned(), count)?;
         let transfer_id =
-            first.ok_or_else(|| ApiError::later(503, "too many transfers", FULL_RETRY))?;
+            self.ledger.begin_transfers(sender.to_owned(), receiver.to_owned(), count)?;
         self.metrics.begun(count);
         json(&TransferInitResponse { transfer_id, count: body.count })
     }
@@ -730,6 +722,22 @@ impl Api {
             }
             ReportOutcome::Unproven => Err((ClaimRefusal::Bound, now).into()),
         }
+    }
+}
+
+/// Returns the address at which others reach a node: the one that it gives, or the source address
+/// of its request. `None` if the former is missing and the latter is a proxy's or no peer's.
+fn reachable_addr(
+    addr: &Option<String>,
+    from: IpAddr,
+    is_forwarded: bool,
+) -> Result<Option<String>, ApiError> {
+    match given(addr) {
+        Some(addr) => {
+            address::check(addr).map_err(|why| ApiError::new(400, why))?;
+            Ok(Some(addr.to_owned()))
+        }
+        None => Ok((!is_forwarded && can_be_peer(from)).then(|| from.to_string())),
     }
 }
 
@@ -796,5 +804,27 @@ fn verify(proof: &Proof, statement: &SignedText<'_>) -> Result<(), ApiError> {
     match proof.check(statement) {
         ProofCheck::Unsigned | ProofCheck::By(..) => Ok(()),
         ProofCheck::Wrong => Err(ApiError::new(403, "signature: wrong")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reachable_addr_is_never_that_of_proxy_or_of_no_peer() {
+        let source = IpAddr::from([203, 0, 113, 7]);
+        let of = |addr: Option<&str>, from, is_forwarded| {
+            let addr = addr.map(str::to_owned);
+            reachable_addr(&addr, from, is_forwarded).map_err(|refused| refused.status)
+        };
+        assert_eq!(of(None, source, false), Ok(Some("203.0.113.7".into())));
+        assert_eq!(of(Some(""), source, false), Ok(Some("203.0.113.7".into())));
+        assert_eq!(of(None, source, true), Ok(None));
+        assert_eq!(of(None, IpAddr::from([127, 0, 0, 1]), false), Ok(None));
+        assert_eq!(of(Some("a.example"), source, true), Ok(Some("a.example".into())));
+        for bad in ["127.0.0.1", "localhost", "a b", "169.254.169.254"] {
+            assert_eq!(of(Some(bad), source, false), Err(400), "{bad}");
+        }
     }
 }

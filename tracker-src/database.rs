@@ -30,13 +30,13 @@ const PRESENT_FOR_MS: u64 = 10 * 60 * 1000;
 /// Maximum number of IDs with a reputation. At the bound, transfers of further IDs resolve, but do
 /// not count.
 const MAX_REPUTATIONS: u64 = 1_000_000;
-/// Maximum number of transfers, about 500 MB. At the bound, none begins until old ones are pruned.
+/// Maximum number of transfers, about 500 MB. At the bound, new ones replace the oldest. Ninety
+/// addresses at their rate limits do not reach it within [`TRANSFER_KEPT`].
 const MAX_TRANSFERS: u64 = 4_000_000;
-/// Seconds until a transfer with a missing report is pruned: longer than any NAR takes. Ten
-/// addresses at their rate limits do not fill the table in that time.
-const PENDING_KEPT: i64 = 2 * 3600;
-/// Seconds until a resolved transfer is pruned.
-const RESOLVED_KEPT: i64 = 7 * 24 * 3600;
+/// Seconds until a transfer is pruned, whether or not both sides have reported: longer than any NAR
+/// takes. Reputations have counted those with both reports, and a later report of them is refused
+/// in any case.
+const TRANSFER_KEPT: i64 = 2 * 3600;
 /// Two reports agree if they differ by at most one part in this many of the greater: 5 %.
 const TOLERANCE: u64 = 20;
 
@@ -447,17 +447,20 @@ impl TrackerDatabase {
         Ok(found.optional()?.unwrap_or_default())
     }
 
-    /// Begins `count` transfers. Returns the ID of the first; the others follow it. Returns `None`
-    /// if there would be more than 4,000,000.
+    /// Begins `count` transfers. Returns the ID of the first; the others follow it. If there would
+    /// be more than [`MAX_TRANSFERS`], deletes as many of the oldest.
     pub fn begin_transfers(
         &mut self,
         sender: &str,
         receiver: &str,
         count: u32,
         seconds: f64,
-    ) -> Result<Option<u64>> {
+    ) -> Result<u64> {
         if self.counts.transfers + u64::from(count) > MAX_TRANSFERS {
-            return Ok(None);
+            let sql = "delete from transfers where id in
+                (select id from transfers order by id limit ?)";
+            let deleted = self.db.prepare_cached(sql)?.execute([count])?;
+            self.counts.transfers = self.counts.transfers.saturating_sub(deleted as u64);
         }
         let sql = "insert into transfers (sender_id, receiver_id, created_at) values (?, ?, ?)";
         let mut statement = self.db.prepare_cached(sql)?;
@@ -466,7 +469,7 @@ impl TrackerDatabase {
         }
         self.counts.transfers += u64::from(count);
         let last = u64::try_from(self.db.last_insert_rowid()).unwrap_or(0);
-        Ok(Some((last + 1).saturating_sub(count.into())))
+        Ok((last + 1).saturating_sub(count.into()))
     }
 
     /// Stores the report of one side. If both have reported, updates the reputations.
@@ -611,17 +614,14 @@ impl TrackerDatabase {
             self.db.prepare_cached(sql)?.query_row([self.pruned_to, PRUNE_TRANSFERS], |row| {
                 Ok((row.get(0)?, row.get(1)?, row.get(2)?))
             })?;
-        let pending = seconds - PENDING_KEPT as f64;
-        let resolved = seconds - RESOLVED_KEPT as f64;
+        let kept_from = seconds - TRANSFER_KEPT as f64;
         let from = self.pruned_to;
         // IDs ascend with time, so all later transfers are younger still.
-        let young = oldest.is_none_or(|oldest| oldest >= pending);
+        let young = oldest.is_none_or(|oldest| oldest >= kept_from);
         self.pruned_to = last.filter(|_| looked_at == PRUNE_TRANSFERS && !young).unwrap_or(0);
         let Some(last) = last.filter(|_| !young) else { return Ok(()) };
-        let sql = "delete from transfers where id > ? and id <= ?
-            and created_at < case when coalesce(resolved, 0) then ? else ? end";
-        let deleted =
-            self.db.prepare_cached(sql)?.execute(params![from, last, resolved, pending])?;
+        let sql = "delete from transfers where id > ? and id <= ? and created_at < ?";
+        let deleted = self.db.prepare_cached(sql)?.execute(params![from, last, kept_from])?;
         self.counts.transfers = self.counts.transfers.saturating_sub(deleted as u64);
         Ok(())
     }
@@ -761,7 +761,7 @@ mod tests {
         books.db.execute_batch(&sql).unwrap();
         books.bind("a", &[1; 32], 0).unwrap();
         books.bind("b", &[2; 32], 0).unwrap();
-        let id = books.begin_transfers("a", "b", 1, 0.0).unwrap().unwrap();
+        let id = books.begin_transfers("a", "b", 1, 0.0).unwrap();
         signed(&mut books, id, "a", Role::Sender, 1 << 44, 1);
         assert_eq!(
             signed(&mut books, id, "b", Role::Receiver, 1 << 44, 2),
@@ -775,11 +775,10 @@ mod tests {
     #[test]
     fn prune_transfers_deletes_only_expired_transfers() {
         let mut books = books();
-        let mut begin =
-            |days: f64| books.begin_transfers("a", "b", 3, days * DAY).unwrap().unwrap();
+        let mut begin = |days: f64| books.begin_transfers("a", "b", 3, days * DAY).unwrap();
         // More rows than one step examines.
         let begun: Vec<u64> = (0..1500).map(|_| begin(0.0)).collect();
-        let young = begin(7.05);
+        let young = begin(0.05);
         for first in &begun {
             report(&mut books, *first, Role::Sender, 1);
             report(&mut books, *first, Role::Receiver, 1);
@@ -795,13 +794,11 @@ mod tests {
             rows
         };
         assert_eq!(left(0.08), 4503);
-        assert_eq!(left(0.09), 1503, "those that are not resolved");
-        assert_eq!(left(6.9), 1503);
-        assert_eq!(left(7.1), 3);
-        assert_eq!(left(7.2), 0);
+        assert_eq!(left(0.09), 3, "resolved ones are not kept for longer");
+        assert_eq!(left(0.14), 0);
         assert_eq!(report(&mut books, young, Role::Sender, 1), ReportOutcome::NotFound);
         assert!(
-            books.begin_transfers("a", "b", 1, 0.0).unwrap() > Some(young + 2),
+            books.begin_transfers("a", "b", 1, 0.0).unwrap() > young + 2,
             "no ID is given twice"
         );
     }
@@ -855,7 +852,7 @@ mod tests {
         books.bind("a", &[1; 32], 0).unwrap();
         books.bind("b", &[2; 32], 0).unwrap();
         let mut transfer = |receiver: &str, bytes: u64, networks: (u128, u128)| {
-            let id = books.begin_transfers("a", receiver, 1, 0.0).unwrap().unwrap();
+            let id = books.begin_transfers("a", receiver, 1, 0.0).unwrap();
             assert_eq!(
                 signed(&mut books, id, "a", Role::Sender, 100, networks.0),
                 ReportOutcome::Pending
@@ -952,7 +949,7 @@ mod tests {
     fn full_tables_refuse_new_rows_and_keep_old_ones() {
         let mut books = books();
         books.bind("a", &[1; 32], 0).unwrap();
-        let id = books.begin_transfers("a", "b", 1, 0.0).unwrap().unwrap();
+        let id = books.begin_transfers("a", "b", 1, 0.0).unwrap();
         books.counts = RowCounts {
             identities: MAX_IDENTITIES,
             reputations: MAX_REPUTATIONS,
@@ -960,11 +957,23 @@ mod tests {
         };
         assert_eq!(books.bind("b", &[1; 32], 0).unwrap(), BindOutcome::Full);
         assert!(matches!(books.bind("a", &[1; 32], 1).unwrap(), BindOutcome::Bound(_)));
-        assert_eq!(books.begin_transfers("a", "b", 1, 0.0).unwrap(), None);
         assert_eq!(signed(&mut books, id, "a", Role::Sender, 1, 1), ReportOutcome::Pending);
         assert_eq!(report(&mut books, id, Role::Receiver, 1), ReportOutcome::Resolved(true));
         books.count("a", true, 1, 0, 0).unwrap();
         assert_eq!(books.reputation("a").unwrap(), Reputation::default());
+    }
+
+    /// Guards against a few addresses that fill the table, so that nobody else begins transfers.
+    #[test]
+    fn transfers_beyond_limit_replace_oldest() {
+        let mut books = books();
+        let [first, second] = [1, 2].map(|n| books.begin_transfers("a", "b", n, 0.0).unwrap());
+        books.counts.transfers = MAX_TRANSFERS;
+        let new = books.begin_transfers("a", "b", 2, 0.0).unwrap();
+        assert_eq!(books.counts.transfers, MAX_TRANSFERS);
+        let mut send = |id| report(&mut books, id, Role::Sender, 1);
+        assert_eq!([send(first), send(second)], [ReportOutcome::NotFound; 2]);
+        assert_eq!([send(second + 1), send(new), send(new + 1)], [ReportOutcome::Pending; 3]);
     }
 
     /// A limit on the number of pages stands for a full disk.
@@ -988,7 +997,7 @@ mod tests {
         assert_eq!(books.reputation("a").unwrap(), Reputation::default());
         allow(&books, 1 << 20);
         books.begin().unwrap();
-        assert_eq!(books.begin_transfers("a", "b", 256, 0.0).unwrap(), Some(2));
+        assert_eq!(books.begin_transfers("a", "b", 256, 0.0).unwrap(), 2);
         assert_eq!(books.commit().unwrap(), []);
         assert_eq!(books.counts.transfers, 257);
     }

@@ -5,7 +5,7 @@
 use crate::database::{
     BindOutcome, KnownIdentity, PersistedPeer, ReportOutcome, SideReport, TrackerDatabase,
 };
-use crate::table::{PeerAddress, Reputation};
+use crate::table::{PeerAddress, Reputation, TrackerTable};
 use crossbeam_channel::{Receiver, RecvTimeoutError, SendTimeoutError, Sender, bounded};
 use peerix::deferred::Deferred;
 use peerix::log_throttle::LogThrottle;
@@ -182,9 +182,13 @@ impl DatabaseThread {
         self.submit(move |books| books.arrived(&id, &at));
     }
 
-    /// Records that these peers are no longer live. Does not block; may be lost.
-    pub fn gone(&self, ids: Vec<Arc<str>>) {
-        self.submit(move |books| ids.iter().try_for_each(|id| books.gone(id)));
+    /// Records that these peers are no longer live, except those that are in `table` again by the
+    /// time the database is written: their [`DatabaseThread::arrived`] may come first. Does not
+    /// block; may be lost.
+    pub fn gone(&self, ids: Vec<Arc<str>>, table: Arc<TrackerTable>) {
+        self.submit(move |books| {
+            ids.iter().filter(|id| !table.has(id)).try_for_each(|id| books.gone(id))
+        });
     }
 
     /// Records a peer's new filter. Does not block; may be lost.
@@ -208,14 +212,14 @@ impl DatabaseThread {
         self.ask(move |books| books.reputation(&id))
     }
 
-    /// Begins transfers, and returns the first one's ID; `None` if there are too many. Blocks for
-    /// at most 10 s. After an error, they may have begun all the same.
+    /// Begins transfers, and returns the first one's ID. Blocks for at most 10 s. After an error,
+    /// they may have begun all the same.
     pub fn begin_transfers(
         &self,
         sender: String,
         receiver: String,
         count: u32,
-    ) -> Result<Option<u64>, DatabaseUnavailable> {
+    ) -> Result<u64, DatabaseUnavailable> {
         self.ask(move |books| books.begin_transfers(&sender, &receiver, count, seconds()))
     }
 
@@ -415,4 +419,33 @@ fn transact(
         books.roll_back();
     }
     done
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::table::TrackerTime;
+
+    /// Guards against a peer that announces itself between the sweep and the deletion of its row,
+    /// and so is missing after a restart of the tracker.
+    #[test]
+    fn peer_that_is_back_stays_in_database() {
+        let dir = std::env::temp_dir().join(format!("peerix-ledger-{}", std::process::id()));
+        std::fs::create_dir_all(&dir).unwrap();
+        let _end = Deferred::new(|| drop(std::fs::remove_dir_all(&dir)));
+        let file = dir.join("tracker.db");
+        let now = TrackerTime { at: Instant::now(), ms: milliseconds() };
+        let table = Arc::new(TrackerTable::new(now, 1 << 20));
+        let at = PeerAddress { addr: "a.example".into(), port: 1, from: [203, 0, 113, 1].into() };
+        let (ledger, _) = DatabaseThread::open(&file, |_, _| {}, || {}).unwrap();
+        for id in ["back", "away"] {
+            ledger.arrived(id, &at);
+        }
+        table.announce("back", at, None, None, None, now).unwrap();
+        ledger.gone(vec!["back".into(), "away".into()], table);
+        ledger.close();
+        let (_ledger, present) = DatabaseThread::open(&file, |_, _| {}, || {}).unwrap();
+        let present: Vec<_> = present.into_iter().map(|peer| peer.id).collect();
+        assert_eq!(present, ["back"]);
+    }
 }

@@ -2,8 +2,9 @@
 //! both friends' keys can compute, and gets the addresses that others stored there. All of it is in
 //! memory only, as nodes repeat the request within a minute.
 
+use crate::address;
 use serde::{Deserialize, Serialize};
-use std::collections::HashMap;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -15,13 +16,14 @@ const TAG_LEN: usize = 64;
 /// Maximum number of addresses under one tag. Two friends need two. At the bound, a new one
 /// replaces the oldest, which may be a forged one.
 const MAX_PLACES: usize = 4;
-/// Maximum number of tags, of about 300 bytes each with two addresses. At the bound, new tags are
-/// refused until others expire.
-const MAX_TAGS: usize = 16_384;
+/// Maximum number of stored addresses under all tags, of about 300 bytes each. At the bound, a new
+/// one replaces the oldest of the household that stored most, so that no household shuts out the
+/// others.
+const MAX_STORED: usize = 32_768;
 /// Lifetime of an address: two intervals at which nodes repeat the request.
 const FORGOTTEN_AFTER: Duration = Duration::from_secs(120);
-/// Maximum length in bytes of an address or host name in a request. Longer ones are refused.
-const MAX_ADDR: usize = 253;
+/// Minimum interval between scans for expired addresses when the table is full.
+const SWEEP: Duration = Duration::from_secs(1);
 
 /// Body of `POST /meet`.
 #[derive(Deserialize)]
@@ -38,8 +40,10 @@ pub struct MeetBody {
 /// Address and TCP port of a node.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct MeetingPlace {
-    addr: String,
-    port: u16,
+    /// Address or host name.
+    pub addr: String,
+    /// TCP port.
+    pub port: u16,
 }
 
 /// Answer to `POST /meet`.
@@ -51,99 +55,156 @@ pub struct MeetReply {
     places: Vec<Vec<MeetingPlace>>,
 }
 
-/// Why a request is refused.
-#[derive(Debug, PartialEq, Eq)]
-pub enum MeetingRefusal {
-    /// A field is malformed, for this reason.
-    Malformed(&'static str),
-    /// There are [`MAX_TAGS`] tags already.
-    Full,
+type Tag = [u8; TAG_LEN];
+
+/// An address under a tag.
+struct StoredPlace {
+    place: MeetingPlace,
+    at: Instant,
+    /// Household (see [`address::limit_key`]) of the request that stored it.
+    holder: u128,
+    /// Sequence number; later ones are greater.
+    number: u64,
 }
 
-/// Addresses by tag, each with the time when it was stored; the latest comes last.
-type PlacesByTag = HashMap<[u8; TAG_LEN], Vec<(MeetingPlace, Instant)>>;
+impl StoredPlace {
+    fn is_live(&self, now: Instant) -> bool {
+        now.saturating_duration_since(self.at) < FORGOTTEN_AFTER
+    }
+}
+
+#[derive(Default)]
+struct MeetingTable {
+    /// The stored addresses, the latest last.
+    by_tag: HashMap<Tag, Vec<StoredPlace>>,
+    /// Tags of each household's addresses by sequence number, so that its oldest one is first.
+    by_holder: HashMap<u128, BTreeMap<u64, Tag>>,
+    /// Households by number of stored addresses.
+    sizes: BTreeSet<(usize, u128)>,
+    stored: usize,
+    next_number: u64,
+    swept: Option<Instant>,
+}
 
 /// All stored addresses.
 #[derive(Default)]
-pub struct Meetings(Mutex<PlacesByTag>);
+pub struct Meetings(Mutex<MeetingTable>);
 
 impl Meetings {
-    /// Stores a node's address under its tags, and returns the addresses of others. After
-    /// [`MeetingRefusal::Full`], it may be stored under some of the tags.
+    /// Returns the addresses that others stored under the tags, and stores `own` under them, if
+    /// there is one. `from` is the request's source address.
+    ///
+    /// # Errors
+    /// Returns which tags are malformed. Nothing is stored then.
     pub fn meet(
         &self,
-        ask: &MeetBody,
+        tags: &[String],
+        own: Option<&MeetingPlace>,
         from: IpAddr,
         now: Instant,
-    ) -> Result<MeetReply, MeetingRefusal> {
-        if ask.tags.len() > MAX_TAGS_OF_ONE {
-            return Err(MeetingRefusal::Malformed("tags: more than 16"));
+    ) -> Result<MeetReply, &'static str> {
+        if tags.len() > MAX_TAGS_OF_ONE {
+            return Err("tags: more than 16");
         }
-        let tags = ask.tags.iter().map(|tag| parse(tag)).collect::<Option<Vec<_>>>();
-        let tags = tags.ok_or(MeetingRefusal::Malformed("tags: not 64 hexadecimal digits each"))?;
-        let addr = ask.addr.clone().unwrap_or_else(|| from.to_string());
-        let is_name =
-            |addr: &str| addr.bytes().all(|b| b.is_ascii_alphanumeric() || b"-._:".contains(&b));
-        if addr.is_empty() || addr.len() > MAX_ADDR || !is_name(&addr) {
-            return Err(MeetingRefusal::Malformed("addr: not a host name or address"));
-        }
-        if ask.port == Some(0) {
-            return Err(MeetingRefusal::Malformed("port: not from 1 to 65535"));
-        }
-        let own = ask.port.map(|port| MeetingPlace { addr, port });
-        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let tags = tags.iter().map(|tag| parse(tag)).collect::<Option<Vec<_>>>();
+        let tags = tags.ok_or("tags: not 64 hexadecimal digits each")?;
+        let holder = address::limit_key(from);
+        let mut table = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let mut places = Vec::new();
         for tag in tags {
-            places.push(others(&all, &tag, own.as_ref(), now));
-            if let Some(own) = &own {
-                if !all.contains_key(&tag) && all.len() >= MAX_TAGS {
-                    all.retain(|_, places| {
-                        places.iter().any(|(_, at)| now.duration_since(*at) < FORGOTTEN_AFTER)
-                    });
-                    if all.len() >= MAX_TAGS {
-                        return Err(MeetingRefusal::Full);
-                    }
-                }
-                leave(all.entry(tag).or_default(), own, now);
+            places.push(table.others(&tag, own, now));
+            if let Some(own) = own {
+                table.store(tag, own, holder, now);
             }
         }
         Ok(MeetReply { addr: from, places })
     }
 }
 
-fn parse(tag: &str) -> Option<[u8; TAG_LEN]> {
-    let digits: [u8; TAG_LEN] = tag.as_bytes().try_into().ok()?;
-    digits.iter().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')).then_some(digits)
-}
-
-fn others(
-    all: &PlacesByTag,
-    tag: &[u8; TAG_LEN],
-    own: Option<&MeetingPlace>,
-    now: Instant,
-) -> Vec<MeetingPlace> {
-    let places = all.get(tag).map_or(&[][..], Vec::as_slice).iter().rev();
-    let is_other = |(place, at): &&(MeetingPlace, Instant)| {
-        Some(place) != own && now.duration_since(*at) < FORGOTTEN_AFTER
-    };
-    places.filter(is_other).map(|(place, _)| place.clone()).collect()
-}
-
-/// Stores `own` as the latest address, and drops expired ones.
-fn leave(places: &mut Vec<(MeetingPlace, Instant)>, own: &MeetingPlace, now: Instant) {
-    places.retain(|(place, at)| place != own && now.duration_since(*at) < FORGOTTEN_AFTER);
-    if places.len() >= MAX_PLACES {
-        places.remove(0);
+impl MeetingTable {
+    fn others(&self, tag: &Tag, own: Option<&MeetingPlace>, now: Instant) -> Vec<MeetingPlace> {
+        let places = self.by_tag.get(tag).map_or(&[][..], Vec::as_slice).iter().rev();
+        let is_other = |stored: &&StoredPlace| Some(&stored.place) != own && stored.is_live(now);
+        places.filter(is_other).map(|stored| stored.place.clone()).collect()
     }
-    places.push((own.clone(), now));
+
+    /// Stores `own` as the latest address under the tag.
+    fn store(&mut self, tag: Tag, own: &MeetingPlace, holder: u128, now: Instant) {
+        self.remove(&tag, |stored| stored.place == *own || !stored.is_live(now));
+        let oldest = self.by_tag.get(&tag).filter(|places| places.len() >= MAX_PLACES);
+        if let Some(oldest) = oldest.and_then(|places| places.first()).map(|stored| stored.number) {
+            self.remove(&tag, |stored| stored.number == oldest);
+        }
+        self.make_room(now);
+        let number = self.next_number;
+        self.next_number += 1;
+        let stored = StoredPlace { place: own.clone(), at: now, holder, number };
+        self.by_tag.entry(tag).or_default().push(stored);
+        self.stored += 1;
+        self.change_holder(holder, |tags| {
+            tags.insert(number, tag);
+        });
+    }
+
+    /// Makes sure that there is room for one more address.
+    fn make_room(&mut self, now: Instant) {
+        if self.stored < MAX_STORED {
+            return;
+        }
+        if self.swept.is_none_or(|swept| now.saturating_duration_since(swept) >= SWEEP) {
+            self.swept = Some(now);
+            let tags: Vec<Tag> = self.by_tag.keys().copied().collect();
+            tags.iter().for_each(|tag| self.remove(tag, |stored| !stored.is_live(now)));
+        }
+        while self.stored >= MAX_STORED
+            && let Some((_, holder)) = self.sizes.last()
+            && let Some((number, tag)) =
+                self.by_holder.get(holder).and_then(BTreeMap::first_key_value)
+        {
+            let (number, tag) = (*number, *tag);
+            self.remove(&tag, |stored| stored.number == number);
+        }
+    }
+
+    /// Removes the addresses under a tag for which `is_gone` returns true.
+    fn remove(&mut self, tag: &Tag, is_gone: impl Fn(&StoredPlace) -> bool) {
+        let Some(places) = self.by_tag.get_mut(tag) else { return };
+        let gone: Vec<StoredPlace> = places.extract_if(.., |stored| is_gone(stored)).collect();
+        if places.is_empty() {
+            self.by_tag.remove(tag);
+        }
+        self.stored -= gone.len();
+        for StoredPlace { holder, number, .. } in gone {
+            self.change_holder(holder, |tags| {
+                tags.remove(&number);
+            });
+        }
+    }
+
+    /// Changes what a household holds, and updates its size.
+    fn change_holder(&mut self, holder: u128, change: impl FnOnce(&mut BTreeMap<u64, Tag>)) {
+        let tags = self.by_holder.entry(holder).or_default();
+        self.sizes.remove(&(tags.len(), holder));
+        change(tags);
+        if tags.is_empty() {
+            self.by_holder.remove(&holder);
+        } else {
+            self.sizes.insert((tags.len(), holder));
+        }
+    }
+}
+
+fn parse(tag: &str) -> Option<Tag> {
+    let digits: Tag = tag.as_bytes().try_into().ok()?;
+    digits.iter().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')).then_some(digits)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn ask(port: Option<u16>, tags: &[String]) -> MeetBody {
-        MeetBody { port, addr: None, tags: tags.to_vec() }
+    fn place(port: u16) -> MeetingPlace {
+        MeetingPlace { addr: "203.0.113.1".into(), port }
     }
 
     fn tag(n: u32) -> String {
@@ -154,61 +215,77 @@ mod tests {
         [203, 0, 113, last].into()
     }
 
+    fn places(meetings: &Meetings, tags: &[String], now: Instant) -> Vec<Vec<MeetingPlace>> {
+        meetings.meet(tags, None, ip(99), now).unwrap().places
+    }
+
     #[test]
     fn meet_returns_unexpired_addresses_under_same_tag_only() {
         let (meetings, now) = (Meetings::default(), Instant::now());
         let both = [tag(1), tag(2)];
-        assert_eq!(
-            meetings.meet(&ask(Some(1), &both), ip(1), now).unwrap().places,
-            [vec![], vec![]]
-        );
-        let met = meetings.meet(&ask(Some(2), &[tag(2), tag(3)]), ip(2), now).unwrap();
-        assert_eq!(
-            met.places,
-            [vec![MeetingPlace { addr: "203.0.113.1".into(), port: 1 }], vec![]]
-        );
+        let met = meetings.meet(&both, Some(&place(1)), ip(1), now).unwrap();
+        assert_eq!(met.places, [vec![], vec![]]);
+        let met = meetings.meet(&[tag(2), tag(3)], Some(&place(2)), ip(2), now).unwrap();
+        assert_eq!(met.places, [vec![place(1)], vec![]]);
         assert_eq!(met.addr, ip(2));
-        // A request without a port stores nothing.
-        assert_eq!(meetings.meet(&ask(None, &[tag(3)]), ip(3), now).unwrap().places[0].len(), 1);
-        assert_eq!(meetings.meet(&ask(Some(1), &both), ip(1), now).unwrap().places[1].len(), 1);
+        // A request without an address stores nothing.
+        assert_eq!(places(&meetings, &[tag(3)], now), [[place(2)]]);
+        let met = meetings.meet(&both, Some(&place(1)), ip(1), now).unwrap();
+        assert_eq!(met.places, [vec![], vec![place(2)]]);
+        assert_eq!(places(&meetings, &both, now + FORGOTTEN_AFTER), [vec![], vec![]]);
+    }
+
+    #[test]
+    fn address_beyond_limit_of_tag_replaces_oldest() {
+        let (meetings, now) = (Meetings::default(), Instant::now());
+        for port in 1..=10 {
+            meetings.meet(&[tag(0)], Some(&place(port)), ip(1), now).unwrap();
+        }
+        assert_eq!(places(&meetings, &[tag(0)], now), [[10, 9, 8, 7].map(place)]);
+    }
+
+    /// Guards against one household that fills the table, so that nobody else can meet.
+    #[test]
+    fn address_beyond_limit_of_table_replaces_oldest_of_largest_household() {
+        let (meetings, now) = (Meetings::default(), Instant::now());
+        meetings.meet(&[tag(u32::MAX)], Some(&place(7)), ip(2), now).unwrap();
+        for n in 0..2 * MAX_STORED as u32 {
+            meetings.meet(&[tag(n)], Some(&place(9)), ip(1), now).unwrap();
+        }
+        meetings.meet(&[tag(u32::MAX - 1)], Some(&place(8)), ip(3), now).unwrap();
+        let last = 2 * MAX_STORED as u32 - 1;
+        let tags = [tag(u32::MAX), tag(u32::MAX - 1), tag(last), tag(0)];
+        let kept = [vec![place(7)], vec![place(8)], vec![place(9)], vec![]];
+        assert_eq!(places(&meetings, &tags, now), kept);
+        let table = meetings.0.lock().unwrap();
+        let sizes: Vec<usize> = table.sizes.iter().map(|(size, _)| *size).collect();
+        assert_eq!((table.stored, sizes), (MAX_STORED, vec![1, 1, MAX_STORED - 2]));
+    }
+
+    #[test]
+    fn expired_addresses_leave_full_table() {
+        let (meetings, now) = (Meetings::default(), Instant::now());
+        for n in 0..MAX_STORED as u32 {
+            meetings.meet(&[tag(n)], Some(&place(9)), ip(1), now).unwrap();
+        }
         let later = now + FORGOTTEN_AFTER;
-        assert_eq!(
-            meetings.meet(&ask(None, &both), ip(1), later).unwrap().places,
-            [vec![], vec![]]
-        );
+        meetings.meet(&[tag(u32::MAX)], Some(&place(9)), ip(2), later).unwrap();
+        let table = meetings.0.lock().unwrap();
+        assert_eq!((table.stored, table.by_tag.len(), table.by_holder.len()), (1, 1, 1));
     }
 
     #[test]
-    fn meet_beyond_limits_drops_oldest_address_and_refuses_tags() {
+    fn malformed_tags_are_refused() {
         let (meetings, now) = (Meetings::default(), Instant::now());
-        (0..10).for_each(|n| drop(meetings.meet(&ask(Some(9), &[tag(0)]), ip(n), now).unwrap()));
-        assert_eq!(
-            meetings.meet(&ask(None, &[tag(0)]), ip(99), now).unwrap().places[0].len(),
-            MAX_PLACES
-        );
-        for n in 1..MAX_TAGS as u32 {
-            meetings.meet(&ask(Some(9), &[tag(n)]), ip(1), now).unwrap();
-        }
-        let full = |now| meetings.meet(&ask(Some(9), &[tag(u32::MAX)]), ip(1), now).err();
-        assert_eq!(full(now), Some(MeetingRefusal::Full));
-        assert_eq!(full(now + FORGOTTEN_AFTER), None);
-    }
-
-    #[test]
-    fn malformed_request_is_refused() {
-        let (meetings, now) = (Meetings::default(), Instant::now());
-        let refused = |ask: &MeetBody| {
-            matches!(meetings.meet(ask, ip(1), now), Err(MeetingRefusal::Malformed(_)))
-        };
-        for tags in
-            [vec!["".into()], vec!["g".repeat(64)], vec!["A".repeat(64)], vec!["0".repeat(65)]]
-        {
-            assert!(refused(&ask(Some(1), &tags)), "{tags:?}");
-        }
-        assert!(refused(&ask(Some(1), &(0..17).map(tag).collect::<Vec<_>>())));
-        assert!(refused(&ask(Some(0), &[])));
-        for addr in ["", "a b", "a/b", &"a".repeat(254)] {
-            assert!(refused(&MeetBody { addr: Some(addr.into()), ..ask(Some(1), &[]) }), "{addr}");
+        let too_many: Vec<String> = (0..17).map(tag).collect();
+        for tags in [
+            vec!["".into()],
+            vec!["g".repeat(64)],
+            vec!["A".repeat(64)],
+            vec!["0".repeat(65)],
+            too_many,
+        ] {
+            assert!(meetings.meet(&tags, Some(&place(1)), ip(1), now).is_err(), "{tags:?}");
         }
     }
 }

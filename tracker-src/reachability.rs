@@ -10,20 +10,25 @@ use crate::table::TrackerTable;
 use crossbeam_channel::{Receiver, Sender, bounded};
 use peerix::connect_rate::{ConnectDecision, ConnectRate};
 use peerix::deferred::Deferred;
+use peerix::peers::resolver::{NameResolver, parse_address};
 use peerix::wire::tracker::can_be_peer;
 use std::io::{self, Read, Write};
-use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
+use std::net::{SocketAddr, TcpStream};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// Number of threads that test announced addresses. A test takes at most 2 s for the rate limit, 2
-/// s for the connection, and the time of name resolution.
+/// Number of threads that test announced addresses. A test takes at most 2 s each for the host
+/// name, the rate limit and the connection.
 const THREADS: usize = 8;
 
 /// Maximum number of addresses that wait for a test. At the bound, a peer is tested after a later
 /// announce.
 const MAX_WAITING: usize = 4096;
+
+/// Maximum wait for the address of a host name. After it, the address is not tested: peers with
+/// slow names would otherwise block the threads.
+const NAME_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Pause before another attempt, if the rate limit does not allow the connection yet.
 const PACE_PAUSE: Duration = Duration::from_millis(100);
@@ -41,23 +46,25 @@ pub struct AnnouncedAddress {
     pub port: u16,
 }
 
-/// Starts the threads, which write their results into `table`. They end when the returned sender is
-/// dropped. `on_end` runs when a thread ends, even by a panic.
+/// Starts the threads, which write their results into `table` and find host names by `names`. They
+/// end when the returned sender is dropped. `on_end` runs when a thread ends, even by a panic.
 ///
 /// # Errors
 /// A thread cannot be started.
 pub fn start(
     table: &Arc<TrackerTable>,
+    names: NameResolver,
     on_end: impl Fn() + Clone + Send + 'static,
 ) -> io::Result<Sender<AnnouncedAddress>> {
     let (announced, waiting) = bounded(MAX_WAITING);
     let pace = Arc::new(Mutex::new(ConnectRate::default()));
+    let names = Arc::new(names);
     for _ in 0..THREADS {
-        let (table, waiting, pace, on_end) =
-            (table.clone(), waiting.clone(), pace.clone(), on_end.clone());
+        let (table, names, waiting, pace, on_end) =
+            (table.clone(), names.clone(), waiting.clone(), pace.clone(), on_end.clone());
         thread::Builder::new().name("reach".into()).spawn(move || {
             let _end = Deferred::new(on_end);
-            try_announced(&table, &waiting, &pace);
+            try_announced(&table, &names, &waiting, &pace);
         })?;
     }
     Ok(announced)
@@ -65,18 +72,25 @@ pub fn start(
 
 fn try_announced(
     table: &TrackerTable,
+    names: &Arc<NameResolver>,
     waiting: &Receiver<AnnouncedAddress>,
     pace: &Mutex<ConnectRate>,
 ) {
     for AnnouncedAddress { id, addr, port } in waiting {
-        let found = (&*addr, port)
-            .to_socket_addrs()
-            .ok()
-            .and_then(|mut all| all.find(|at| can_be_peer(at.ip())));
-        let Some(at) = found else {
+        let ip = match parse_address(&addr) {
+            Some(ip) => Some(ip).filter(|ip| can_be_peer(*ip)),
+            None => {
+                let found = names.addresses(&[&addr], Instant::now() + NAME_TIMEOUT).pop();
+                // The result stays unknown, which ranks behind peers that are reachable.
+                let Some(found) = found.flatten() else { continue };
+                found
+            }
+        };
+        let Some(ip) = ip else {
             table.set_reachable(&id, (&addr, port), false);
             continue;
         };
+        let at = SocketAddr::new(ip, port);
         let take =
             || pace.lock().unwrap_or_else(PoisonError::into_inner).take(at.ip(), Instant::now());
         if !(0..PACE_TRIES).any(|_| {
@@ -86,7 +100,6 @@ fn try_announced(
             }
             may
         }) {
-            // The result stays unknown, which ranks behind peers that are reachable.
             continue;
         }
         let reached = ask(at);
@@ -128,4 +141,46 @@ pub fn ask(node: SocketAddr) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::api;
+    use crate::table::PeerAddress;
+
+    /// Guards against peers whose name servers do not answer, and which block all threads.
+    #[test]
+    fn slow_names_do_not_block_tests_of_other_addresses() {
+        let (release, released) = bounded::<()>(0);
+        let names = NameResolver::new(move |name| {
+            if name.starts_with("slow") {
+                let _ = released.recv();
+            }
+            Vec::new()
+        });
+        let table = Arc::new(TrackerTable::new(api::now(), 1 << 20));
+        let announced = start(&table, names, || {}).unwrap();
+        let reachable = |addr: &str| {
+            let from = [203, 0, 113, 1].into();
+            let at = PeerAddress { addr: addr.into(), port: 1, from };
+            table.announce(addr, at, None, None, None, api::now()).unwrap().reachable
+        };
+        // One name fewer than are resolved at once.
+        for n in 0..2 * THREADS {
+            let addr = format!("slow{}.example", n % (THREADS - 1));
+            reachable(&addr);
+            announced.send(AnnouncedAddress { id: addr.clone(), addr, port: 1 }).unwrap();
+        }
+        let addr = String::from("none.example");
+        reachable(&addr);
+        announced.send(AnnouncedAddress { id: addr.clone(), addr, port: 1 }).unwrap();
+        let until = Instant::now() + Duration::from_secs(60);
+        while reachable("none.example").is_none() {
+            assert!(Instant::now() < until, "it is not tested");
+            thread::sleep(PACE_PAUSE);
+        }
+        assert_eq!(reachable("slow0.example"), None, "which is not known");
+        drop(release);
+    }
 }

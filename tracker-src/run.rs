@@ -7,6 +7,7 @@ use crate::reachability;
 use crate::table::TrackerTable;
 use crossbeam_channel::{Receiver, RecvTimeoutError, bounded};
 use peerix::http::server::Server;
+use peerix::peers::resolver::NameResolver;
 use peerix::service::{self, notify};
 use peerix::sockets;
 use sd_notify::NotifyState;
@@ -53,7 +54,8 @@ pub fn run(options: &Options) -> Result<(), String> {
     log::info!("{} peers were here when the tracker ended", present.len());
     present.into_iter().for_each(|peer| table.restore(peer, now));
     let ledger = Arc::new(ledger);
-    let reach = reachability::start(&table, ended("reach")).map_err(in_front("reach"))?;
+    let reach = reachability::start(&table, NameResolver::default(), ended("reach"))
+        .map_err(in_front("reach"))?;
     let api = Arc::new(Api::new(table.clone(), ledger.clone(), reach, options.proxies.clone()));
     let server = Server::start(listeners, api, ended("http")).map_err(in_front("http server"))?;
 
@@ -78,7 +80,7 @@ fn in_front<E: Display>(what: &str) -> impl Fn(E) -> String {
 /// watchdog while the database thread makes progress.
 fn wait(
     woken: &Receiver<TrackerWakeup>,
-    table: &TrackerTable,
+    table: &Arc<TrackerTable>,
     ledger: &DatabaseThread,
 ) -> Result<(), String> {
     let watchdog = sd_notify::watchdog_enabled();
@@ -101,7 +103,7 @@ fn wait(
             swept = Instant::now();
             let gone = table.sweep(api::now());
             if !gone.is_empty() {
-                ledger.gone(gone);
+                ledger.gone(gone, table.clone());
             }
         }
         let now = ledger.numbers().turns.load(Ordering::Relaxed);

@@ -8,7 +8,7 @@ use peerix::nix::HashPart;
 use peerix::time_scale::{Interval, Timeout};
 use peerix::wire::filter::{BloomFilter, LEAST_BITS_PER_PATH, MOST_BITS_PER_PATH};
 use peerix::wire::tracker::{Candidate, CandidateList, MAX_CANDIDATES, MAX_OTHERS};
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::net::IpAddr;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::{Duration, Instant};
@@ -49,6 +49,10 @@ pub const FILTER_INTERVAL: Interval = Interval::from_secs(25);
 /// Number of best peers among those without a filter in an answer. The other places rotate, so that
 /// new peers without reputation are asked, too.
 const BEST_OTHERS: usize = MAX_OTHERS / 2;
+
+/// Maximum number of earlier instances that are remembered of one peer. Of more machines with one
+/// identity that announce themselves in turn, none is noticed.
+const MAX_REPLACED: usize = 32;
 
 /// The current time on two clocks.
 #[derive(Debug, Clone, Copy)]
@@ -190,8 +194,8 @@ struct PeerEntry {
     reach_tried: Option<Instant>,
     /// Random number of the node's start, from its last announce.
     instance: Option<u64>,
-    /// The instance before that one, its address, and when the present one replaced it.
-    before: Option<(u64, IpAddr, Instant)>,
+    /// Earlier instances and when another one replaced each, the latest last.
+    replaced: VecDeque<(u64, Instant)>,
 }
 
 impl PeerEntry {
@@ -207,7 +211,7 @@ impl PeerEntry {
             reachable: None,
             reach_tried: None,
             instance: None,
-            before: None,
+            replaced: VecDeque::new(),
         }
     }
 
@@ -233,16 +237,19 @@ impl PeerEntry {
     }
 
     /// Records the instance of an announce. Returns the address of another machine with the same
-    /// identity if its announces alternate with this one's. After a restart, the old instance does
-    /// not come back.
+    /// identity if this instance was replaced before: after a restart, the old instance does not
+    /// come back.
     fn record_instance(&mut self, instance: Option<u64>, now: Instant) -> Option<IpAddr> {
         let instance = instance?;
         let last = self.instance.replace(instance).filter(|last| *last != instance)?;
-        let before = self.before.replace((last, self.whereabouts.from, now));
-        let is_back = |(id, _, since): (u64, IpAddr, Instant)| {
-            id == instance && now < since + 2 * PEER_TTL.get()
-        };
-        before.is_some_and(is_back).then_some(self.whereabouts.from)
+        self.replaced.retain(|(_, at)| now < *at + 2 * PEER_TTL.get());
+        let is_back = self.replaced.iter().any(|(id, _)| *id == instance);
+        self.replaced.retain(|(id, _)| *id != instance);
+        if self.replaced.len() >= MAX_REPLACED {
+            self.replaced.pop_front();
+        }
+        self.replaced.push_back((last, now));
+        is_back.then_some(self.whereabouts.from)
     }
 
     fn candidate(&self) -> Candidate {
@@ -412,6 +419,11 @@ impl TrackerTable {
 
     fn write(&self) -> RwLockWriteGuard<'_, Peers> {
         self.peers.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Returns true if the peer is in the table, even if it has expired and is not swept yet.
+    pub fn has(&self, id: &str) -> bool {
+        self.read().by_id.contains_key(id)
     }
 
     /// Checks everything about a request that does not need its signature. Returns true if the peer
@@ -1116,6 +1128,32 @@ mod tests {
         // One of the machines is switched off.
         assert_eq!(announce(9, 2, 200), None);
         assert_eq!(announce(8, 1, 1000), None, "and on again, long after");
+    }
+
+    #[test]
+    fn three_machines_with_one_identity_are_reported() {
+        let start = start();
+        let table = TrackerTable::new(start, 1 << 30);
+        for minute in 0..4 {
+            for machine in 1..=3 {
+                let now = after(start, minute * 60 + u64::from(machine));
+                let claim = by(1, now);
+                let instance = Some(machine.into());
+                let welcome = table
+                    .announce("a", from(1, machine), Some(&claim), instance, None, now)
+                    .unwrap();
+                let other = from(1, (machine + 1) % 3 + 1).from;
+                assert_eq!(welcome.also_at, (minute > 0).then_some(other));
+            }
+        }
+        let now = after(start, 300);
+        for instance in 4..1000 {
+            let now = after(now, instance);
+            let claim = by(1, now);
+            table.announce("a", at(1), Some(&claim), Some(instance), None, now).unwrap();
+        }
+        let peers = table.read();
+        assert!(peers.peer("a").unwrap().1.replaced.len() <= MAX_REPLACED);
     }
 
     #[test]

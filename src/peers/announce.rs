@@ -32,6 +32,9 @@ const LONGEST_PAUSE_WHILE_WANTED: Interval = Interval::from_secs(2);
 /// Queue of transfers to begin and to report, sized for the NARs of a large closure. Further ones
 /// are not counted.
 const MAX_JOBS: usize = 8192;
+/// Transfers that wait for the tracker to name them, as many as the queue holds. Further ones are
+/// not counted.
+const MAX_WAITING: usize = MAX_JOBS;
 /// Reports that are kept while the tracker is unreachable, about 200 KiB. When full, the oldest
 /// report is dropped.
 const MAX_REPORTS: usize = 8192;
@@ -259,6 +262,7 @@ struct AnnouncerThread {
     published: Option<(u64, u64)>,
     publishing: Backoff,
     next_filter: Instant,
+    /// Transfers that wait for their names, by the sender's peer ID.
     begin: BTreeMap<String, Vec<PendingTransferName>>,
     /// Backoff of reports and of transfers to begin.
     reporting: Backoff,
@@ -361,20 +365,32 @@ impl AnnouncerThread {
         }
     }
 
+    /// Begins the waiting transfers. After an error the others wait for the next attempt, and so do
+    /// those of the failed call unless the tracker refused them.
     fn begin_transfers(&mut self) {
-        for (sender_id, waiting) in std::mem::take(&mut self.begin) {
-            for some in waiting.chunks(MAX_TRANSFERS_AT_ONCE as usize) {
-                match self.tracker.begin_transfers(&sender_id, some.len() as u32) {
-                    Ok((first, count)) => {
-                        let Some(tracker) = self.tracker.id() else { return };
-                        for (id, begun) in (first..).zip(some.iter().take(count as usize)) {
-                            let _ = begun.set(TransferName { tracker: tracker.clone(), id });
-                        }
+        while let Some(mut waiting) = self.begin.first_entry() {
+            // A transfer that has ended meanwhile needs no name.
+            waiting.get_mut().retain(|begun| Arc::strong_count(begun) > 1);
+            let count = waiting.get().len().min(MAX_TRANSFERS_AT_ONCE as usize);
+            if count == 0 {
+                waiting.remove();
+                continue;
+            }
+            match self.tracker.begin_transfers(waiting.key(), count as u32) {
+                Ok((first, named)) => {
+                    self.reporting.reset();
+                    let Some(tracker) = self.tracker.id() else { return self.begin.clear() };
+                    let some = waiting.get_mut().drain(..count).take(named as usize);
+                    for (id, begun) in (first..).zip(some) {
+                        let _ = begun.set(TransferName { tracker: tracker.clone(), id });
                     }
-                    Err(e) => {
-                        log::debug!("tracker {}: transfers: {e}", self.tracker.url());
-                        return self.reporting.record_failure(e.retry_after(), Instant::now());
+                }
+                Err(e) => {
+                    log::debug!("tracker {}: transfers: {e}", self.tracker.url());
+                    if !e.is_temporary() {
+                        waiting.get_mut().drain(..count);
                     }
+                    return self.reporting.record_failure(e.retry_after(), Instant::now());
                 }
             }
         }
@@ -427,7 +443,9 @@ impl AnnouncerThread {
             // A tracker that is unreachable, or that has no ID to name transfers by, cannot count
             // this transfer.
             AnnouncerJob::Begin { .. }
-                if !self.tracker.is_reached() || self.tracker.id().is_none() => {}
+                if !self.tracker.is_reached()
+                    || self.tracker.id().is_none()
+                    || self.begin.values().map(Vec::len).sum::<usize>() >= MAX_WAITING => {}
             AnnouncerJob::Begin { sender_id, begun } => {
                 self.begin.entry(sender_id).or_default().push(begun)
             }
@@ -438,5 +456,126 @@ impl AnnouncerThread {
                 self.reports.push_back(counted);
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::network::NetworkPolicy;
+    use crate::wire::tracker::Identity;
+    use std::io::{BufRead, BufReader, Read, Write};
+    use std::net::TcpListener;
+
+    /// Creates the state of a thread whose tracker accepts its announce and then gives these
+    /// answers, one on each connection. The server returns the bodies of the requests.
+    fn announcer(answers: &[(u16, &str)]) -> (AnnouncerThread, thread::JoinHandle<Vec<String>>) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        let announced = (200, r#"{"status":"ok","tracker":"0123456789abcdef"}"#);
+        let answers: Vec<String> = std::iter::once(&announced)
+            .chain(answers)
+            .map(|(status, body)| {
+                let head = format!("HTTP/1.1 {status} x\r\nContent-Length: {}", body.len());
+                format!("{head}\r\nConnection: close\r\n\r\n{body}")
+            })
+            .collect();
+        let server = thread::spawn(move || {
+            let answer = |answer: &String| {
+                let (stream, _) = listener.accept().unwrap();
+                let mut reader = BufReader::new(&stream);
+                let mut len = 0;
+                loop {
+                    let mut line = String::new();
+                    reader.read_line(&mut line).unwrap();
+                    let line = line.trim().to_ascii_lowercase();
+                    if let Some(value) = line.strip_prefix("content-length:") {
+                        len = value.trim().parse().unwrap();
+                    }
+                    if line.is_empty() {
+                        break;
+                    }
+                }
+                let mut body = vec![0; len];
+                reader.read_exact(&mut body).unwrap();
+                (&stream).write_all(answer.as_bytes()).unwrap();
+                String::from_utf8(body).unwrap()
+            };
+            answers.iter().map(answer).skip(1).collect()
+        });
+        let me = Arc::new(NodeIdentity {
+            identity: Arc::new(Identity::from_seed(&[1; 32])),
+            peer_id: Some("me".into()),
+            port: 1,
+            addr: None,
+            instance: 1,
+        });
+        let tracker = Arc::new(Tracker::new(url, &me, Instant::now()));
+        let backoff = || Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
+        let (_, queue) = bounded(0);
+        let (_, stopped) = bounded(0);
+        let mut thread = AnnouncerThread {
+            tracker: tracker.clone(),
+            trackers: vec![tracker],
+            me,
+            publication: Arc::default(),
+            networks: Arc::new(Networks::new(NetworkPolicy::default(), Vec::new())),
+            network_changes: 0,
+            suspend: SuspendDetector::new(),
+            queue,
+            stopped,
+            announcing: backoff(),
+            is_asked_to_wait: false,
+            next_announce: Instant::now(),
+            published: None,
+            publishing: backoff(),
+            next_filter: Instant::now(),
+            begin: BTreeMap::new(),
+            reporting: backoff(),
+            reports: VecDeque::new(),
+        };
+        thread.announce();
+        (thread, server)
+    }
+
+    fn begin(thread: &mut AnnouncerThread, sender_id: &str) -> PendingTransferName {
+        let begun = PendingTransferName::default();
+        let (sender_id, name) = (sender_id.to_owned(), begun.clone());
+        thread.take(AnnouncerJob::Begin { sender_id, begun: name });
+        begun
+    }
+
+    fn ids(names: &[PendingTransferName]) -> Vec<Option<u64>> {
+        names.iter().map(|name| name.get().map(|name| name.id)).collect()
+    }
+
+    #[test]
+    fn failed_call_keeps_waiting_transfers_and_refused_one_drops_its_own() {
+        let (mut thread, server) =
+            announcer(&[(503, "{}"), (400, "{}"), (200, r#"{"transfer_id":7,"count":2}"#)]);
+        let mut names: Vec<_> = ["a", "b", "b", "b"].map(|id| begin(&mut thread, id)).into();
+        // A transfer that nobody waits for.
+        names.pop();
+        thread.begin_transfers();
+        assert!(!thread.reporting.is_due(Instant::now()));
+        assert_eq!(ids(&names), [None; 3]);
+        thread.begin_transfers();
+        assert_eq!(ids(&names), [None; 3], "the sender a is refused");
+        thread.begin_transfers();
+        assert_eq!(ids(&names), [None, Some(7), Some(8)]);
+        assert_eq!((thread.reporting.failures(), thread.begin.len()), (0, 0));
+        let senders = server.join().unwrap();
+        let is_of = |(body, id): (&String, &str)| body.contains(&format!("\"sender_id\":\"{id}\""));
+        assert!(senders.iter().zip(["a", "a", "b"]).all(is_of), "{senders:?}");
+    }
+
+    #[test]
+    fn transfers_beyond_limit_are_not_counted() {
+        let (mut thread, server) = announcer(&[]);
+        server.join().unwrap();
+        let names: Vec<_> =
+            (0..2 * MAX_WAITING).map(|n| begin(&mut thread, &(n % 9).to_string())).collect();
+        let waiting = names.iter().filter(|name| Arc::strong_count(name) > 1).count();
+        assert_eq!(waiting, MAX_WAITING);
     }
 }

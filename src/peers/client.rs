@@ -403,20 +403,20 @@ impl PeerClient {
     }
 
     /// Requests `nix-cache-info`. Success shows that the peer is reachable and, over TLS, that it
-    /// has the expected key. Each attempt blocks for at most `timeout`; a request on a stale
-    /// connection is repeated once.
+    /// has the expected key. Blocks for at most `timeout`.
     ///
     /// # Errors
     /// See [`PeerError`].
     pub fn greet(&self, peer: SocketAddr, timeout: Duration) -> Result<(), PeerError> {
-        let request = || {
+        let request = |left| {
             self.agent()
                 .get(url(peer, "nix-cache-info"))
                 .config()
-                .timeout_global(Some(timeout))
+                .timeout_global(Some(left))
                 .build()
         };
-        let response = retry_once_if_stale(|| request().call()).map_err(PeerError::Unreachable)?;
+        let response = retry_once_if_stale(timeout, |left| request(left).call())
+            .map_err(PeerError::Unreachable)?;
         let mut body = expect(response, &[200])?.into_body();
         let mut bytes = Vec::new();
         body.as_reader()
@@ -461,8 +461,7 @@ impl PeerClient {
     }
 
     /// Requests a narinfo from a peer that has the path. Checks that it is of this path and
-    /// describes an uncompressed NAR. Each attempt blocks for at most `timeout`; a request on a
-    /// stale connection is repeated once.
+    /// describes an uncompressed NAR. Blocks for at most `timeout`.
     ///
     /// # Errors
     /// See [`PeerError`]. A timeout is [`PeerError::Unreachable`].
@@ -488,14 +487,15 @@ impl PeerClient {
         timeout: Duration,
     ) -> Result<PeerNarinfo, PeerError> {
         let until = Instant::now() + timeout;
-        let request = || {
+        let request = |left| {
             self.agent()
                 .get(url(holder.http, &holder.url_path))
                 .config()
-                .timeout_global(Some(timeout))
+                .timeout_global(Some(left))
                 .build()
         };
-        let response = retry_once_if_stale(|| request().call()).map_err(PeerError::Unreachable)?;
+        let response = retry_once_if_stale(timeout, |left| request(left).call())
+            .map_err(PeerError::Unreachable)?;
         let mut reader = expect(response, &[200])?.into_body().into_reader();
         let mut begin = Vec::new();
         reader
@@ -530,7 +530,7 @@ impl PeerClient {
         Ok(narinfo)
     }
 
-    /// Requests the realisation of a derivation output. Each attempt blocks for at most `timeout`.
+    /// Requests the realisation of a derivation output. Blocks for at most `timeout`.
     ///
     /// # Errors
     /// See [`PeerError`]. A timeout is [`PeerError::Unreachable`].
@@ -541,11 +541,9 @@ impl PeerClient {
         timeout: Duration,
     ) -> Result<Realisation, PeerError> {
         let url = url(peer, &format!("local/{}", id.url_path()));
-        let request = || self.agent().get(&url).config().timeout_global(Some(timeout)).build();
-        let response = expect(
-            retry_once_if_stale(|| request().call()).map_err(PeerError::Unreachable)?,
-            &[200],
-        )?;
+        let request = |left| self.agent().get(&url).config().timeout_global(Some(left)).build();
+        let response = retry_once_if_stale(timeout, |left| request(left).call());
+        let response = expect(response.map_err(PeerError::Unreachable)?, &[200])?;
         let mut bytes = Vec::new();
         let most = Realisation::MAX_LEN as u64 + 1;
         let mut body = response.into_body();
@@ -568,14 +566,12 @@ impl PeerClient {
         patience: Duration,
     ) -> Result<LogBody, PeerError> {
         let url = url(peer, &format!("store/log/{derivation}"));
-        let request = || {
-            let config = self.agent().get(&url).config().timeout_recv_response(Some(patience));
+        let request = |left| {
+            let config = self.agent().get(&url).config().timeout_recv_response(Some(left));
             config.timeout_recv_body(Some(BODY_GRACE)).build()
         };
-        let response = expect(
-            retry_once_if_stale(|| request().call()).map_err(PeerError::Unreachable)?,
-            &[200],
-        )?;
+        let response = retry_once_if_stale(patience, |left| request(left).call());
+        let response = expect(response.map_err(PeerError::Unreachable)?, &[200])?;
         let body = response.into_body();
         match body.content_length() {
             Some(len) if len <= MAX_LOG => Ok(LogBody {
@@ -591,7 +587,7 @@ impl PeerClient {
 
     /// Requests the SHA-256 digests of up to `count` pieces of a NAR from piece `first` on. Also
     /// returns the rate in bytes per second at which the peer would send the NAR, if it says so.
-    /// The peer may return fewer digests. Each attempt blocks for at most `timeout`.
+    /// The peer may return fewer digests. Blocks for at most `timeout`.
     ///
     /// # Errors
     /// See [`PeerError`]. A timeout is [`PeerError::Unreachable`].
@@ -604,17 +600,15 @@ impl PeerClient {
         timeout: Duration,
     ) -> Result<(Vec<[u8; 32]>, Option<f64>), PeerError> {
         let range = format!("bytes={}-{}", first * DIGEST_LEN, (first + count) * DIGEST_LEN - 1);
-        let request = || {
+        let request = |left| {
             let request = self
                 .agent()
                 .get(url(peer, &format!("local/digests/{nar_name}")))
                 .header("Range", &range);
-            request.config().timeout_global(Some(timeout)).build()
+            request.config().timeout_global(Some(left)).build()
         };
-        let response = expect(
-            retry_once_if_stale(|| request().call()).map_err(PeerError::Unreachable)?,
-            &[206],
-        )?;
+        let response = retry_once_if_stale(timeout, |left| request(left).call());
+        let response = expect(response.map_err(PeerError::Unreachable)?, &[206])?;
         let pace = response
             .headers()
             .get(PACE_HEADER)
@@ -644,7 +638,7 @@ impl PeerClient {
         way: &LinkKind,
     ) -> Result<NarBody, PeerError> {
         let whole = BODY_GRACE + Duration::from_secs(nar_size / MIN_BYTES_PER_SECOND);
-        let request = || {
+        let request = |left: Duration| {
             let mut request = self.agent().get(url(peer, url_path));
             if let LinkKind::Wan(transfer) = way {
                 request = request.header("Accept-Encoding", "zstd");
@@ -658,16 +652,16 @@ impl PeerClient {
             if offset > 0 {
                 request = request.header("Range", format!("bytes={offset}-"));
             }
-            let config = request.config().timeout_connect(Some(patience.min(CONNECT_TIMEOUT)));
-            config.timeout_recv_response(Some(patience)).timeout_recv_body(Some(whole)).build()
+            let config = request.config().timeout_connect(Some(left.min(CONNECT_TIMEOUT)));
+            config.timeout_recv_response(Some(left)).timeout_recv_body(Some(whole)).build()
         };
-        let call = || match request().call() {
+        let call = |left| match request(left).call() {
             Err(ureq::Error::Io(e)) if read_timeout::is_over(&e) => {
                 Err(ureq::Error::Timeout(ureq::Timeout::RecvResponse))
             }
             called => called,
         };
-        let response = read_timeout::limit(patience, || retry_once_if_stale(call))
+        let response = read_timeout::limit(patience, || retry_once_if_stale(patience, call))
             .map_err(PeerError::Unreachable)?;
         if *way == LinkKind::LanOrOthers && response.status() == 307 {
             return Err(PeerError::Named(parse_relay_addresses(&response)));
@@ -677,7 +671,8 @@ impl PeerClient {
         if response.status() == 206 {
             let range =
                 response.headers().get("content-range").and_then(|field| field.to_str().ok());
-            if range.is_some_and(|range| !range.starts_with(&format!("bytes {offset}-"))) {
+            // RFC 9110, section 15.3.7: a single part has the field.
+            if !range.is_some_and(|range| range.starts_with(&format!("bytes {offset}-"))) {
                 return Err(PeerError::Malformed(Malformed::new(
                     "NAR",
                     "from another byte than was asked for",
@@ -733,12 +728,18 @@ fn parse_relay_addresses<B>(response: &Response<B>) -> Vec<IpAddr> {
 }
 
 /// Repeats a call once unless it timed out or could not connect. The peer may close a kept
-/// connection at the moment of its reuse; the second call opens a new one.
+/// connection at the moment of its reuse; the second call opens a new one. `call` gets its time
+/// limit: `timeout`, or what remains of it.
 pub(super) fn retry_once_if_stale<T>(
-    call: impl Fn() -> Result<T, ureq::Error>,
+    timeout: Duration,
+    call: impl Fn(Duration) -> Result<T, ureq::Error>,
 ) -> Result<T, ureq::Error> {
-    match call() {
-        Err(e) if !matches!(e, ureq::Error::Timeout(_) | ureq::Error::ConnectionFailed) => call(),
+    let until = Instant::now() + timeout;
+    match call(timeout) {
+        Err(e) if !matches!(e, ureq::Error::Timeout(_) | ureq::Error::ConnectionFailed) => {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() { Err(e) } else { call(left) }
+        }
         result => result,
     }
 }
@@ -820,6 +821,50 @@ mod tests {
             ["http://example.org:80/", "http://10.0.0.1/", "http://x.y.link-local.invalid:1/"]
         {
             assert_eq!(address(&name.parse().unwrap()), None, "{name}");
+        }
+    }
+
+    #[test]
+    fn second_attempt_gets_remaining_time() {
+        let given = Mutex::new(Vec::new());
+        let pause = Duration::from_millis(2);
+        let call = |left| {
+            given.lock().unwrap().push(left);
+            thread::sleep(pause);
+            Err::<(), _>(ureq::Error::Io(io::ErrorKind::BrokenPipe.into()))
+        };
+        let timeout = Duration::from_secs(3600);
+        retry_once_if_stale(timeout, call).unwrap_err();
+        let calls = std::mem::take(&mut *given.lock().unwrap());
+        assert!(calls.len() == 2 && calls[0] == timeout && calls[1] <= timeout - pause);
+        retry_once_if_stale(pause, call).unwrap_err();
+        assert_eq!(*given.lock().unwrap(), [pause], "no time is left");
+    }
+
+    #[test]
+    fn part_of_nar_without_content_range_is_malformed() {
+        let part = |field: &str| {
+            let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+            let peer = listener.local_addr().unwrap();
+            let answer = format!("HTTP/1.1 206 x\r\nContent-Length: 4\r\n{field}\r\nabcd");
+            let server = thread::spawn(move || {
+                let (mut stream, _) = listener.accept().unwrap();
+                let mut request = [0; 4096];
+                let mut len = 0;
+                while !request[..len].ends_with(b"\r\n\r\n") {
+                    len += stream.read(&mut request[len..]).unwrap();
+                }
+                io::Write::write_all(&mut stream, answer.as_bytes()).unwrap();
+            });
+            let client = PeerClient::new(StoreDir::parse("/nix/store").unwrap());
+            let patience = Duration::from_secs(60);
+            let nar = client.nar(peer, "a.nar", 2, 6, patience, &LinkKind::Lan);
+            server.join().unwrap();
+            nar.map(|nar| nar.skip)
+        };
+        assert_eq!(part("Content-Range: bytes 2-5/6\r\n").unwrap(), 0);
+        for field in ["", "Content-Range: bytes 0-3/6\r\n"] {
+            assert!(matches!(part(field), Err(PeerError::Malformed(_))), "{field:?}");
         }
     }
 }

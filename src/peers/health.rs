@@ -133,6 +133,9 @@ struct HealthRecord {
     was_slow: bool,
     avoided_until: Option<Instant>,
     last_fault: Option<Instant>,
+    /// Time of the last broken promise, which may be forgiven. It is not in `last_fault`, so that a
+    /// peer cannot hide a wrong NAR behind one.
+    last_broken_promise: Option<Instant>,
     /// Start of the current window, and the number of odd paths in it.
     odd: Option<(Instant, u32)>,
     /// Smoothed time from a narinfo request to its answer.
@@ -326,7 +329,11 @@ impl PeerHealth {
             Fault::BrokenPromise => &mut peer.broken_promises,
             Fault::OddPath => return peer.note_odd_path(now),
         };
-        if peer.last_fault.is_some_and(|last| last >= began) {
+        let mut last = peer.last_fault;
+        if fault == Fault::BrokenPromise {
+            last = last.max(peer.last_broken_promise.replace(now));
+        }
+        if last.is_some_and(|last| last >= began) {
             return;
         }
         peer.faults += 1;
@@ -412,6 +419,30 @@ mod tests {
         }
         assert_eq!(standing.eligibility(address(1), failed), Eligibility::Last);
         assert_eq!(standing.eligibility(address(1), failed + FIRST_PAUSE.get()), Eligibility::Now);
+    }
+
+    /// Guards against one collection of garbage that uses up all that is forgiven.
+    #[test]
+    fn concurrent_broken_promises_count_once() {
+        let (standing, mut now) = (PeerHealth::default(), Instant::now());
+        for burst in 0..=PROMISES_FORGIVEN {
+            assert_eq!(standing.eligibility(address(1), now), Eligibility::Now, "{burst}");
+            for _ in 0..25 {
+                let failed = now + Duration::from_millis(300);
+                standing.record_failure(address(1), Fault::BrokenPromise, now, failed, &"test");
+            }
+            now += Duration::from_millis(301);
+        }
+        assert_eq!(standing.eligibility(address(1), now), Eligibility::Last);
+    }
+
+    #[test]
+    fn forgiven_promise_does_not_hide_wrong_nar() {
+        let (standing, now) = (PeerHealth::default(), Instant::now());
+        let later = now + Duration::from_millis(1);
+        standing.record_failure(address(1), Fault::BrokenPromise, now, later, &"test");
+        standing.record_failure(address(1), Fault::BadData, now, later, &"test");
+        assert_eq!(standing.eligibility(address(1), later), Eligibility::Last);
     }
 
     #[test]

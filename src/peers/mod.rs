@@ -12,7 +12,7 @@ pub mod picker;
 mod read_timeout;
 pub mod rendezvous;
 pub mod request_pool;
-mod resolver;
+pub mod resolver;
 pub mod saved_paces;
 pub mod tracker;
 pub mod wan;

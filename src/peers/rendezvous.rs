@@ -2,14 +2,15 @@
 //! friend, which only the two nodes can compute, and learns the friends' addresses.
 
 use super::friends::Friends;
+use super::resolver::{NameResolver, parse_address};
 use crate::http_client;
 use crate::time_scale::Interval;
 use crate::wire::tracker::{MAX_ADDR, can_be_peer};
 use crossbeam_channel::Receiver;
 use serde::{Deserialize, Serialize};
-use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use ureq::Agent;
 
 /// Interval between two rounds. A tracker drops an address after twice this.
@@ -20,6 +21,10 @@ const RETRY: Interval = Interval::from_secs(10);
 
 /// Time limit of one call.
 const CALL_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Longest wait for the addresses of the host names in one answer. Names that take longer are used
+/// in a later round.
+const NAMES_WAIT: Duration = Duration::from_secs(2);
 
 /// Largest answer, in bytes: 16 tags with four addresses of 300 bytes each. A larger one is
 /// ignored.
@@ -81,20 +86,22 @@ pub fn run(
 ) {
     let agent: Agent =
         http_client::https_config().timeout_global(Some(CALL_TIMEOUT)).build().into();
+    let names = Arc::new(NameResolver::default());
     let mut seen = vec![None; urls.len()];
+    let meet = |url: &String, place| meet(&agent, &names, url, friends, place);
     loop {
         let place = place();
         let mut reached = 0;
         for (url, seen) in urls.iter().zip(&mut seen) {
             let before = *seen;
-            *seen = meet(&agent, url, friends, place.at(before));
+            *seen = meet(url, place.at(before));
             // The first answer tells where the tracker sees this node, which decides which port to
             // announce.
             if seen.is_some() && place.at(before) != place.at(*seen) {
-                *seen = meet(&agent, url, friends, place.at(*seen));
+                *seen = meet(url, place.at(*seen));
             }
             if let Some(pinhole) = place.pinhole.filter(|_| seen.is_some()) {
-                meet(&agent, url, friends, (Some(pinhole.ip().to_string()), pinhole.port()));
+                meet(url, (Some(pinhole.ip().to_string()), pinhole.port()));
             }
             reached += usize::from(seen.is_some());
         }
@@ -111,6 +118,7 @@ pub fn run(
 /// not support this call.
 fn meet(
     agent: &Agent,
+    names: &Arc<NameResolver>,
     url: &str,
     friends: &Arc<Friends>,
     (host, port): (Option<String>, u16),
@@ -133,26 +141,31 @@ fn meet(
     let text = answer.body_mut().with_config().limit(MAX_ANSWER).read_to_string().ok()?;
     let met: MeetResponse =
         serde_json::from_str(&text).map_err(|e| log::debug!("tracker {url}: friends: {e}")).ok()?;
-    for (friend, places) in all.iter().zip(met.places) {
-        for address in places.iter().take(MAX_PLACES).filter_map(address) {
-            friends.found_at_tracker(&friend.key, address);
-        }
+    let places = met.places.iter().zip(all).flat_map(|(places, friend)| {
+        places.iter().take(MAX_PLACES).map(move |place| (friend.key, place))
+    });
+    for (key, address) in addresses(names, places.collect(), Instant::now() + NAMES_WAIT) {
+        friends.found_at_tracker(&key, address);
     }
     Some(met.addr)
 }
 
-/// Address that a tracker names. A host name is resolved, which blocks, and its first address is
-/// used.
-fn address(found: &MetFriend) -> Option<SocketAddr> {
-    if found.port == 0 || found.addr.is_empty() || found.addr.len() > MAX_ADDR {
-        return None;
-    }
-    let bare = found.addr.trim_start_matches('[').trim_end_matches(']');
-    let address = match bare.parse::<IpAddr>() {
-        Ok(ip) => SocketAddr::new(ip.to_canonical(), found.port),
-        Err(_) => (bare, found.port).to_socket_addrs().ok()?.next()?,
+/// Addresses that a tracker names, each with what belongs to it. Host names are resolved. Blocks
+/// until `until` at most.
+fn addresses<T>(
+    names: &Arc<NameResolver>,
+    mut places: Vec<(T, &MetFriend)>,
+    until: Instant,
+) -> Vec<(T, SocketAddr)> {
+    places.retain(|(_, place)| place.port != 0 && (1..=MAX_ADDR).contains(&place.addr.len()));
+    let is_name = |addr: &&str| parse_address(addr).is_none();
+    let hosts: Vec<&str> = places.iter().map(|(_, place)| &*place.addr).filter(is_name).collect();
+    let mut resolved = names.addresses(&hosts, until).into_iter();
+    let address = |(of, place): (T, &MetFriend)| {
+        let ip = parse_address(&place.addr).or_else(|| resolved.next()??)?;
+        can_be_peer(ip).then(|| (of, SocketAddr::new(ip, place.port)))
     };
-    can_be_peer(address.ip()).then_some(address)
+    places.into_iter().filter_map(address).collect()
 }
 
 #[cfg(test)]
@@ -176,7 +189,11 @@ mod tests {
 
     #[test]
     fn address_that_cannot_be_peer_is_ignored() {
-        let at = |addr: &str, port| address(&MetFriend { addr: addr.into(), port });
+        let names = Arc::new(NameResolver::new(|_| Vec::new()));
+        let at = |addr: &str, port| {
+            let place = MetFriend { addr: addr.into(), port };
+            addresses(&names, vec![((), &place)], Instant::now()).pop().map(|((), at)| at)
+        };
         assert_eq!(at("203.0.113.7", 4000), Some("203.0.113.7:4000".parse().unwrap()));
         assert_eq!(at("[2001:db8::1]", 1), Some("[2001:db8::1]:1".parse().unwrap()));
         for (addr, port) in [
@@ -189,5 +206,33 @@ mod tests {
         ] {
             assert_eq!(at(addr, port), None, "{addr}");
         }
+    }
+
+    /// Guards against a name server that does not answer, and so hides all friends.
+    #[test]
+    fn slow_name_does_not_hide_other_addresses() {
+        let (release, released) = crossbeam_channel::bounded::<()>(0);
+        let (slow_asked, is_asked) = crossbeam_channel::bounded::<()>(1);
+        let names = Arc::new(NameResolver::new(move |name| {
+            if name == "slow.example" {
+                let _ = slow_asked.send(());
+                let _ = released.recv();
+            }
+            vec!["::ffff:203.0.113.9".parse().unwrap()]
+        }));
+        let met = |addr: &str| MetFriend { addr: addr.into(), port: 7 };
+        let places = [met("slow.example"), met("2001:db8::1"), met("fast.example")];
+        let places: Vec<_> = places.iter().enumerate().collect();
+        let of = |until| addresses(&names, places.clone(), until);
+        assert_eq!(of(Instant::now()), [(1, "[2001:db8::1]:7".parse().unwrap())]);
+        is_asked.recv().unwrap();
+        let until = Instant::now() + Duration::from_secs(60);
+        while of(Instant::now()).len() < 2 {
+            assert!(Instant::now() < until, "the other name is not resolved");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        assert_eq!(of(Instant::now())[1], (2, "203.0.113.9:7".parse().unwrap()));
+        drop(release);
+        assert_eq!(of(until).len(), 3);
     }
 }

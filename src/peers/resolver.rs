@@ -1,5 +1,6 @@
-//! Resolves the host names that trackers name for peers. A name server may be slow, so each name is
-//! resolved in its own thread, and results are cached.
+//! Resolves the host names of peers that trackers name, and of peers that announce themselves at a
+//! tracker. A name server may be slow, so each name is resolved in its own thread, and results are
+//! cached.
 
 use crate::wire::tracker::can_be_peer;
 use std::collections::{HashMap, HashSet};
@@ -19,11 +20,30 @@ const FAILED_FOR: Duration = Duration::from_secs(30);
 /// server blocks each for about 10 to 30 s.
 const MAX_ASKED: usize = 8;
 
+/// Finds the addresses of a host name. Blocks for as long as a name server takes.
+type NameLookup = dyn Fn(&str) -> Vec<IpAddr> + Send + Sync;
+
 /// Resolver with a cache; shared by all threads.
-#[derive(Default)]
 pub struct NameResolver {
     table: Mutex<NameTable>,
     changed: Condvar,
+    look_up: Box<NameLookup>,
+}
+
+impl Default for NameResolver {
+    /// Creates a resolver that asks the system's one.
+    fn default() -> Self {
+        NameResolver::new(|name| {
+            let found = (name, 0).to_socket_addrs();
+            found.map(|all| all.map(|address| address.ip()).collect()).unwrap_or_default()
+        })
+    }
+}
+
+/// Parses an IP address in the forms in which trackers name one, with or without brackets.
+pub fn parse_address(addr: &str) -> Option<IpAddr> {
+    let bare = addr.trim_start_matches('[').trim_end_matches(']');
+    bare.parse().ok().map(|ip: IpAddr| ip.to_canonical())
 }
 
 #[derive(Default)]
@@ -53,9 +73,19 @@ impl NameTable {
 }
 
 impl NameResolver {
-    /// Returns the address of each name, or `None` if it is unknown at `until`. Blocks until
-    /// `until` at most.
-    pub fn addresses(self: &Arc<Self>, names: &[&str], until: Instant) -> Vec<Option<IpAddr>> {
+    /// Creates a resolver that asks `look_up`.
+    pub fn new(look_up: impl Fn(&str) -> Vec<IpAddr> + Send + Sync + 'static) -> Self {
+        let (table, changed) = Default::default();
+        NameResolver { table, changed, look_up: Box::new(look_up) }
+    }
+
+    /// Returns the address of each name, the inner `None` if it has none that a peer can have. The
+    /// outer one means that nothing is known at `until`. Blocks until `until` at most.
+    pub fn addresses(
+        self: &Arc<Self>,
+        names: &[&str],
+        until: Instant,
+    ) -> Vec<Option<Option<IpAddr>>> {
         let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
         for name in names {
             let is_wanted =
@@ -73,7 +103,7 @@ impl NameResolver {
         let left = until.saturating_duration_since(Instant::now());
         let waited = self.changed.wait_timeout_while(table, left, unknown);
         let table = waited.unwrap_or_else(PoisonError::into_inner).0;
-        names.iter().map(|name| table.get(name, Instant::now()).flatten()).collect()
+        names.iter().map(|name| table.get(name, Instant::now())).collect()
     }
 
     /// Starts a thread that resolves `name`. The thread stores its result once the caller unlocks
@@ -81,10 +111,8 @@ impl NameResolver {
     fn ask(self: &Arc<Self>, name: String) -> bool {
         let names = self.clone();
         let spawned = thread::Builder::new().name("names".into()).spawn(move || {
-            let found = (&*name, 0).to_socket_addrs();
-            let address =
-                found.ok().and_then(|mut all| all.find(|address| can_be_peer(address.ip())));
-            names.learn(&name, address.map(|address| address.ip().to_canonical()));
+            let address = (names.look_up)(&name).into_iter().find(|ip| can_be_peer(*ip));
+            names.learn(&name, address.map(|ip| ip.to_canonical()));
         });
         spawned.inspect_err(|e| log::debug!("resolving a name: {e}")).is_ok()
     }
@@ -105,7 +133,7 @@ mod tests {
     fn name_of_loopback_address_has_no_address() {
         let names = Arc::new(NameResolver::default());
         let until = Instant::now() + Duration::from_secs(60);
-        assert_eq!(names.addresses(&["localhost"], until), [None]);
+        assert_eq!(names.addresses(&["localhost"], until), [Some(None)]);
         assert_eq!(names.table.lock().unwrap().known.len(), 1);
     }
 
@@ -140,6 +168,6 @@ mod tests {
             waiting.addresses(&["slow.invalid"], Instant::now() + Duration::from_secs(60))
         });
         names.learn("slow.invalid", Some(IpAddr::from([203, 0, 113, 1])));
-        assert_eq!(thread.join().unwrap(), [Some(IpAddr::from([203, 0, 113, 1]))]);
+        assert_eq!(thread.join().unwrap(), [Some(Some(IpAddr::from([203, 0, 113, 1])))]);
     }
 }

@@ -6,7 +6,7 @@
 //! leave it out for a while.
 
 use super::client::retry_once_if_stale;
-use crate::backoff::retry_after;
+use crate::backoff::{Backoff, retry_after};
 use crate::http_client;
 use crate::nix::HashPart;
 use crate::time_scale::{Interval, Timeout};
@@ -161,7 +161,6 @@ pub struct Tracker {
     listed: Mutex<Option<(Instant, Vec<Candidate>)>>,
 }
 
-#[derive(Default)]
 struct TrackerConnection {
     reached: Reachability,
     /// End of the time during which lookups wait for the first answer.
@@ -188,9 +187,33 @@ struct TrackerConnection {
     useful: Option<Instant>,
     /// Number of lookups in a row with many silent candidates.
     silent_lookups: u32,
-    /// Time when `fruitless` was last counted. Lookups that ran at the same time count once.
+    /// Time when `silent_lookups` was last counted. Lookups that ran at the same time count once.
     counted: Option<Instant>,
-    paused_until: Option<Instant>,
+    /// Pauses during which lookups leave the tracker out, although it is reached.
+    pause: Backoff,
+}
+
+impl TrackerConnection {
+    /// State of a tracker of which nothing is known. Lookups wait for its first answer.
+    fn new(now: Instant) -> Self {
+        TrackerConnection {
+            reached: Reachability::NotYet,
+            grace_until: Some(now + START_GRACE),
+            failures: 0,
+            is_wanted: false,
+            lookup_failed: None,
+            outages: 0,
+            not_before: None,
+            is_original: false,
+            announced: None,
+            refused: None,
+            latency: None,
+            useful: None,
+            silent_lookups: 0,
+            counted: None,
+            pause: Backoff::new(FIRST_PAUSE, LONGEST_PAUSE),
+        }
+    }
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Default)]
@@ -222,17 +245,13 @@ impl Tracker {
     pub fn new(url: String, me: &NodeIdentity, now: Instant) -> Self {
         let identity = me.identity.for_tracker(&authority(&url));
         let peer_id = me.peer_id.clone().unwrap_or_else(|| identity.peer_id());
-        let state = TrackerConnection {
-            grace_until: Some(now + START_GRACE),
-            ..TrackerConnection::default()
-        };
         Tracker {
             url,
             peer_id,
             identity,
             agent: RwLock::new(agent(IDLE)),
             unpooled: agent(0),
-            state: Mutex::new(state),
+            state: Mutex::new(TrackerConnection::new(now)),
             changed: Condvar::new(),
             clock: Mutex::default(),
             listed: Mutex::default(),
@@ -301,14 +320,8 @@ impl Tracker {
             state.is_wanted = true;
             return false;
         }
-        if state.paused_until.is_some_and(|until| until > now) {
-            return false;
-        }
         // After a pause one lookup tries the tracker; the others continue without it.
-        if state.paused_until.is_some() {
-            state.paused_until = Some(now + FIRST_PAUSE.get());
-        }
-        true
+        state.pause.try_begin(now)
     }
 
     /// Returns true if a lookup failed, or found the tracker left out, since the last call of this
@@ -325,13 +338,7 @@ impl Tracker {
         let mut state = self.lock();
         let (announced, refused, useful) =
             (state.announced.take(), state.refused.take(), state.useful);
-        *state = TrackerConnection {
-            grace_until: Some(now + START_GRACE),
-            announced,
-            refused,
-            useful,
-            ..TrackerConnection::default()
-        };
+        *state = TrackerConnection { announced, refused, useful, ..TrackerConnection::new(now) };
     }
 
     /// Longest wait for candidates that have never answered; `None` if there is no such limit.
@@ -342,16 +349,21 @@ impl Tracker {
     }
 
     /// Records how many candidates of a lookup that began at `began` answered and how many were
-    /// silent.
+    /// silent. The tracker has answered that lookup.
     pub fn record_candidates(&self, alive: usize, silent: usize, began: Instant, now: Instant) {
         let mut state = self.lock();
         if alive > 0 {
             state.useful = Some(now);
-            state.paused_until = None;
+            state.pause.reset();
         }
         if silent < MANY_DEAD || alive * 4 >= silent {
             if alive > 0 {
                 state.silent_lookups = 0;
+            }
+            // The lookup that tries the tracker after a pause does not suffer from it. One that
+            // began before the pause proves nothing.
+            if state.counted.is_none_or(|counted| counted < began) {
+                state.pause.reset();
             }
             return;
         }
@@ -370,16 +382,15 @@ impl Tracker {
         let is_useful =
             state.useful.is_some_and(|at| now.saturating_duration_since(at) < USEFUL_FOR);
         if state.silent_lookups > 1 && !is_useful {
-            let pause = pause_after(state.silent_lookups - 1);
-            log::debug!("tracker {}: left out for {} s", self.url, pause.as_secs());
-            state.paused_until = Some(now + pause);
+            log::debug!("tracker {}: left out for a while", self.url);
+            state.pause.record_failure(None, now);
         }
     }
 
     /// Returns the peers that may have a path, without this node. Repeats the call while the
-    /// tracker restarts or is overloaded. Blocks until `until` at most; only a repeated request on
-    /// a stale connection, or for the list of an original tracker, can exceed it. `is_hedge`
-    /// selects a new connection, because the one of an earlier call is stuck.
+    /// tracker restarts or is overloaded. Blocks until `until` at most; only a request for the list
+    /// of an original tracker can exceed it. `is_hedge` selects a new connection, because the one
+    /// of an earlier call is stuck.
     ///
     /// # Errors
     /// See [`TrackerError`]. The caller counts failures with [`Tracker::record_failed_lookup`].
@@ -494,8 +505,8 @@ impl Tracker {
         timeout: Duration,
     ) -> Result<Response<ureq::Body>, TrackerError> {
         let url = format!("{}{path}", self.url);
-        let call = || agent.get(&url).config().timeout_global(Some(timeout)).build().call();
-        retry_once_if_stale(call).map_err(TrackerError::Unreachable)
+        let call = |left| agent.get(&url).config().timeout_global(Some(left)).build().call();
+        retry_once_if_stale(timeout, call).map_err(TrackerError::Unreachable)
     }
 
     /// Announces this node, and records whether the tracker is reachable. Blocks for 10 s at most
@@ -714,7 +725,7 @@ impl Tracker {
         let mut state = self.lock();
         (state.failures, state.outages, state.not_before) = (0, 0, None);
         if state.silent_lookups == 0 {
-            state.paused_until = None;
+            state.pause.reset();
         }
         state.latency = Some(state.latency.map_or(took, |old| (old * 7 + took) / 8));
     }
@@ -747,8 +758,9 @@ impl Tracker {
             state.reached = Reachability::No;
             // Announces may succeed at a tracker whose lookups fail.
             state.outages += 1;
-            state.paused_until =
-                (state.outages > 1).then(|| Instant::now() + pause_after(state.outages - 1));
+            if state.outages > 1 {
+                state.pause.record_failure(None, Instant::now());
+            }
             self.changed.notify_all();
         }
     }
@@ -770,11 +782,6 @@ impl Tracker {
     fn lock(&self) -> MutexGuard<'_, TrackerConnection> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-/// Pause of a tracker that was useless `times` times in a row.
-fn pause_after(times: u32) -> Duration {
-    FIRST_PAUSE.get().saturating_mul(1 << (times - 1).min(10)).min(LONGEST_PAUSE.get())
 }
 
 /// Creates a client that keeps up to `idle` connections.
@@ -841,6 +848,13 @@ mod tests {
             instance: 1,
         };
         Tracker::new(url, &me, now)
+    }
+
+    /// Lets the current pause end now.
+    fn end_pause(tracker: &Tracker) {
+        let mut state = tracker.lock();
+        state.pause = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
+        state.pause.record_failure(None, Instant::now() - FIRST_PAUSE.get());
     }
 
     fn soon() -> Instant {
@@ -919,7 +933,7 @@ mod tests {
         }
         tracker.record_reached();
         assert!(!tracker.await_usable(), "an announce succeeds at a tracker whose lookups fail");
-        tracker.lock().paused_until = Some(Instant::now());
+        end_pause(&tracker);
         assert!(tracker.await_usable() && !tracker.await_usable(), "one tries");
         tracker.record_success(Duration::ZERO);
         assert!(tracker.await_usable() && tracker.await_usable());
@@ -1031,9 +1045,9 @@ mod tests {
         assert_eq!(tracker.unproven_timeout(), Some(LEAST_WAIT));
         let again = later + LEAST_WAIT;
         tracker.record_candidates(0, MANY_DEAD, later + Duration::from_millis(1), again);
-        assert_eq!(tracker.lock().paused_until, Some(again + FIRST_PAUSE.get()));
+        assert_eq!(tracker.lock().pause.due(), Some(again + FIRST_PAUSE.get()));
         assert!(!tracker.await_usable());
-        tracker.lock().paused_until = Some(now);
+        end_pause(&tracker);
         assert!(tracker.await_usable(), "one tries again");
         assert!(!tracker.await_usable(), "the others do not wait for it");
         tracker.record_candidates(
@@ -1042,10 +1056,32 @@ mod tests {
             again + FIRST_PAUSE.get(),
             again + FIRST_PAUSE.get(),
         );
-        assert_eq!(tracker.lock().paused_until, Some(again + FIRST_PAUSE.get() * 3));
+        assert_eq!(tracker.lock().pause.due(), Some(again + FIRST_PAUSE.get() * 3));
         tracker.record_candidates(1, 0, again, again);
         assert!(tracker.await_usable() && tracker.await_usable());
         assert_eq!(tracker.unproven_timeout(), None);
+    }
+
+    /// Guards against wrong misses without an end: with nobody to ask, nobody answers.
+    #[test]
+    fn lookup_after_pause_that_finds_few_silent_candidates_ends_it() {
+        let (now, second) = (Instant::now(), Duration::from_secs(1));
+        for silent in [0, MANY_DEAD - 1] {
+            let tracker = tracker(now);
+            tracker.record_reached();
+            for i in 1..=2 {
+                tracker.record_candidates(0, MANY_DEAD, now + second * i, now + second * i);
+            }
+            assert!(!tracker.await_usable());
+            // A lookup that began before the pause.
+            tracker.record_candidates(0, silent, now + second, now + second * 3);
+            assert!(!tracker.await_usable());
+            end_pause(&tracker);
+            assert!(tracker.await_usable() && !tracker.await_usable(), "one tries");
+            tracker.record_candidates(0, silent, now + second * 9, now + second * 9);
+            assert!(tracker.await_usable() && tracker.await_usable());
+            assert!(tracker.unproven_timeout().is_some(), "nobody has answered");
+        }
     }
 
     /// Guards against eight machines without power that hide all other peers of the tracker.

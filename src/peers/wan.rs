@@ -1,15 +1,15 @@
 //! Peers on other networks: finds a holder of a path among the peers that trackers name.
 //!
 //! All trackers are asked at once. A tracker that is slow is asked again on a new connection. The
-//! candidates are asked over HTTP as soon as the first tracker names them: four at once, and twice
-//! as many after each 100 ms without a good narinfo. A path is a miss when all candidates have
-//! denied it. The whole search ends after 4 s.
+//! candidates are asked over HTTP as soon as the first tracker names them, or their host names are
+//! resolved: four at once, and twice as many after each 100 ms without a good narinfo. A path is a
+//! miss when all candidates have denied it. The whole search ends after 4 s.
 
 use super::announce::{PendingTransferName, Trackers};
 use super::client::{PeerClient, PeerError, PeerNarinfo};
 use super::health::{Eligibility, Fault, PeerHealth, PeerKey};
 use super::request_pool::{RequestPool, RequestTarget};
-use super::resolver::NameResolver;
+use super::resolver::{NameResolver, parse_address};
 use super::tracker::{self, Tracker};
 use crate::connect_rate::{ConnectDecision, ConnectRate};
 use crate::lan::{Holder, LOOKUP_TIMEOUT};
@@ -46,12 +46,13 @@ const BLOCKED: Duration = Duration::from_millis(10);
 const RETRY_DELAY: Duration = Duration::from_millis(50);
 /// Largest number of doublings of [`RETRY_DELAY`], which makes the longest delay 800 ms.
 const MAX_DOUBLINGS: u32 = 4;
-/// Delay before the next attempt at an address whose connection rate is used up. There are at most
-/// [`MAX_PACE_RETRIES`] such attempts.
+/// Delay before the next attempt at an address whose connection rate is used up: the interval at
+/// which that rate admits connections. Also the longest wait for such an address if none of its
+/// candidates has ever answered, as many ports of one victim do not.
 const PACE_DELAY: Duration = Duration::from_millis(200);
-/// Largest number of attempts at an address whose connection rate is used up. Many ports of one
-/// victim thus cost a lookup 600 ms.
-const MAX_PACE_RETRIES: u32 = 3;
+/// Longest wait for an address whose connection rate is used up, if another candidate there
+/// answers. There are several nodes behind one router.
+const PACE_WAIT: Duration = Duration::from_millis(600);
 
 /// Finds and asks the peers on other networks.
 pub struct WanSource {
@@ -87,8 +88,8 @@ impl WanSource {
     /// Creates a search for a path. It sends nothing before the first call of
     /// [`WanSearch::next_offer`].
     pub fn search(self: &Arc<Self>, hash_part: &HashPart) -> WanSearch {
-        // The number of requests bounds the channel: two calls per tracker, and one request at a
-        // time per candidate.
+        // The number of requests bounds the channel: two calls per tracker with two messages each,
+        // and one request at a time per candidate.
         let (answer, answers) = unbounded();
         WanSearch {
             wan: self.clone(),
@@ -186,6 +187,8 @@ struct TrackerLookup {
     failed: u32,
     error: Option<tracker::TrackerError>,
     is_answered: bool,
+    /// End of the wait for the host names in the answer; `None` if nothing is waited for.
+    names_until: Option<Instant>,
     /// True if the failure of this lookup was recorded.
     is_judged: bool,
 }
@@ -194,6 +197,57 @@ impl TrackerLookup {
     fn is_awaited(&self) -> bool {
         !self.is_answered && (self.begun == 0 || self.failed < self.begun)
     }
+
+    fn awaits_names(&self, now: Instant) -> bool {
+        self.names_until.is_some_and(|until| until > now)
+    }
+}
+
+/// Candidate with its IP address.
+struct LocatedCandidate {
+    address: SocketAddr,
+    peer_id: String,
+    /// Position in the tracker's list.
+    rank: usize,
+}
+
+/// Candidate with a host name, and its position in the tracker's list.
+type NamedCandidate = (usize, Candidate);
+
+/// Splits the valid candidates of a list into those with IP addresses and those with host names.
+fn split(list: CandidateList) -> (Vec<LocatedCandidate>, Vec<NamedCandidate>) {
+    let (mut located, mut named) = (Vec::new(), Vec::new());
+    let CandidateList { candidates, others } = list;
+    for (rank, candidate) in
+        candidates.into_iter().enumerate().chain(others.into_iter().enumerate())
+    {
+        if !can_be_asked(&candidate) {
+            continue;
+        }
+        match parse_address(&candidate.addr) {
+            Some(ip) => located.extend(locate(candidate, rank, ip)),
+            None => named.push((rank, candidate)),
+        }
+    }
+    (located, named)
+}
+
+/// Resolves host names. Blocks until `until` at most; later names are left out.
+fn resolve(
+    names: &Arc<NameResolver>,
+    named: Vec<NamedCandidate>,
+    until: Instant,
+) -> Vec<LocatedCandidate> {
+    let hosts: Vec<&str> = named.iter().map(|(_, candidate)| &*candidate.addr).collect();
+    let resolved = names.addresses(&hosts, until);
+    let resolved = named.into_iter().zip(resolved);
+    resolved.filter_map(|((rank, candidate), ip)| locate(candidate, rank, ip??)).collect()
+}
+
+fn locate(candidate: Candidate, rank: usize, ip: IpAddr) -> Option<LocatedCandidate> {
+    let Candidate { peer_id, port, .. } = candidate;
+    let address = SocketAddr::new(ip, port);
+    can_be_peer(ip).then_some(LocatedCandidate { address, peer_id, rank })
 }
 
 struct CandidateState {
@@ -202,9 +256,10 @@ struct CandidateState {
     /// Position in the tracker's list.
     rank: usize,
     state: CandidatePhase,
-    /// Number of requests that failed for a temporary reason or were delayed by the connection
-    /// rate.
+    /// Number of requests that failed for a temporary reason.
     failures: u32,
+    /// When the connection rate of its address first delayed it.
+    delayed: Option<Instant>,
     was_asked: bool,
     /// True if the candidate has sent any answer.
     answered: bool,
@@ -220,9 +275,19 @@ enum CandidatePhase {
     Done,
 }
 
+/// Candidates of a tracker.
+struct FoundCandidates {
+    /// Those with IP addresses.
+    located: Vec<LocatedCandidate>,
+    /// True if those with host names follow, in [`NarinfoAnswer::Names`].
+    has_names: bool,
+}
+
 enum NarinfoAnswer {
     /// From the tracker with the index `at` in [`Trackers::all`].
-    Tracker { at: usize, result: Result<CandidateList, tracker::TrackerError> },
+    Tracker { at: usize, result: Result<FoundCandidates, tracker::TrackerError> },
+    /// Candidates of that tracker whose host names were resolved.
+    Names { at: usize, located: Vec<LocatedCandidate> },
     /// From the candidate with the index `at`.
     Peer { at: usize, result: Box<Result<PeerNarinfo, PeerError>> },
 }
@@ -302,9 +367,16 @@ impl WanSearch {
 
     fn begin(&mut self) {
         let usable = |(at, tracker): (usize, &Arc<Tracker>)| {
-            let (begun, failed, error) = (0, 0, None);
-            let (tracker, is_answered, is_judged) = (tracker.clone(), false, false);
-            let call = TrackerLookup { tracker, at, begun, failed, error, is_answered, is_judged };
+            let call = TrackerLookup {
+                tracker: tracker.clone(),
+                at,
+                begun: 0,
+                failed: 0,
+                error: None,
+                is_answered: false,
+                names_until: None,
+                is_judged: false,
+            };
             call.tracker.await_usable().then_some(call)
         };
         self.calls = self.wan.trackers.all().enumerate().filter_map(usable).collect();
@@ -326,9 +398,20 @@ impl WanSearch {
             if call.begun == 0 || call.begun == 1 && now >= hedge {
                 let (tracker, at, is_hedge) = (call.tracker.clone(), call.at, call.begun == 1);
                 let (answer, hash_part) = (self.answer.clone(), self.hash_part);
+                let names = self.wan.names.clone();
                 let began = self.wan.requests.run(RequestTarget::Tracker, move || {
-                    let result = tracker.lookup(&hash_part, is_hedge, until);
+                    let found = tracker.lookup(&hash_part, is_hedge, until).map(split);
+                    let mut named = Vec::new();
+                    let result = found.map(|(located, with_names)| {
+                        named = with_names;
+                        FoundCandidates { located, has_names: !named.is_empty() }
+                    });
                     let _ = answer.send(NarinfoAnswer::Tracker { at, result });
+                    // Candidates with IP addresses do not wait for these.
+                    if !named.is_empty() {
+                        let located = resolve(&names, named, Instant::now() + NAMES_WAIT);
+                        let _ = answer.send(NarinfoAnswer::Names { at, located });
+                    }
                 });
                 call.begun += u32::from(began);
                 may_ask &= began;
@@ -355,45 +438,28 @@ impl WanSearch {
             }
             _ => None,
         };
+        let names = self.calls.iter().filter(|call| call.awaits_names(now));
+        let names = names.filter_map(|call| call.names_until);
         let entries = self.entries.iter().filter_map(entry);
         let blocked = is_blocked.then(|| now + BLOCKED);
-        let awaited = calls.chain(entries).chain(blocked).min()?;
+        let awaited = calls.chain(names).chain(entries).chain(blocked).min()?;
         Some(self.next_wave.map_or(awaited, |wave| awaited.min(wave)).min(self.until))
     }
 
-    fn add(&mut self, tracker: usize, mut candidates: Vec<Candidate>) {
-        candidates.retain(can_be_asked);
-        let ip =
-            |addr: &str| addr.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>().ok();
-        let names: Vec<&str> =
-            candidates.iter().map(|c| &*c.addr).filter(|addr| ip(addr).is_none()).collect();
-        let mut resolved = if names.is_empty() {
-            Vec::new().into_iter()
-        } else {
-            self.wan
-                .names
-                .addresses(&names, self.until.min(Instant::now() + NAMES_WAIT))
-                .into_iter()
-        };
+    fn add(&mut self, tracker: usize, located: Vec<LocatedCandidate>) {
         let now = Instant::now();
-        for (rank, candidate) in candidates.iter().enumerate() {
-            let ip = ip(&candidate.addr)
-                .map_or_else(|| resolved.next().flatten(), |ip| Some(ip.to_canonical()));
-            let Some(ip) = ip.filter(|ip| can_be_peer(*ip)) else { continue };
-            let address = SocketAddr::new(ip, candidate.port);
+        for LocatedCandidate { address, peer_id, rank } in located {
             let known = self.entries.iter().any(|entry| entry.address == address);
             if !known && !self.wan.is_own(address) {
-                let origin = OfferOrigin { tracker, peer_id: candidate.peer_id.clone() };
-                let (state, failures, was_asked, answered) =
-                    (CandidatePhase::Untried(now), 0, false, false);
                 self.entries.push(CandidateState {
                     address,
-                    origin,
+                    origin: OfferOrigin { tracker, peer_id },
                     rank,
-                    state,
-                    failures,
-                    was_asked,
-                    answered,
+                    state: CandidatePhase::Untried(now),
+                    failures: 0,
+                    delayed: None,
+                    was_asked: false,
+                    answered: false,
                 });
             }
         }
@@ -416,15 +482,30 @@ impl WanSearch {
         let who = PeerKey::far(entry.address);
         let limit = match self.wan.standing.eligibility(who, now) {
             Eligibility::Now if self.wan.is_proven(entry.address) => return Some(self.until),
-            Eligibility::Now => {
-                let tracker = self.wan.trackers.all().nth(entry.origin.tracker);
-                tracker
-                    .and_then(|tracker| tracker.unproven_timeout())
-                    .map(|patience| asked + patience)
-            }
+            Eligibility::Now => self.unproven_timeout(entry).map(|patience| asked + patience),
             Eligibility::Last | Eligibility::Never => Some(asked + SLOW),
         };
         Some(limit.map_or(self.until, |limit| limit.min(self.until)))
+    }
+
+    /// Longest wait for a candidate that has never answered; `None` if there is no such limit.
+    fn unproven_timeout(&self, entry: &CandidateState) -> Option<Duration> {
+        self.wan.trackers.all().nth(entry.origin.tracker)?.unproven_timeout()
+    }
+
+    /// Returns true if a candidate at this IP address has answered.
+    fn answers(&self, ip: IpAddr) -> bool {
+        let mut there = self.entries.iter().filter(|entry| entry.address.ip() == ip);
+        there.any(|entry| entry.answered || self.wan.is_proven(entry.address))
+    }
+
+    /// Returns true if the candidate is asked, or waits for the connection rate, in vain. A
+    /// candidate that was not asked counts like the others at its address.
+    fn is_silent(&self, entry: &CandidateState) -> bool {
+        if entry.was_asked {
+            return !entry.answered;
+        }
+        entry.delayed.is_some() && !self.answers(entry.address.ip())
     }
 
     fn is_awaited(&self, entry: &CandidateState, now: Instant) -> bool {
@@ -453,24 +534,37 @@ impl WanSearch {
             match self.start(at, now) {
                 ConnectDecision::Now => free -= 1,
                 ConnectDecision::Later => may_ask = false,
-                // Candidates at the same address were asked just now; this one may be another node
-                // behind the same router.
-                ConnectDecision::NotThis => {
-                    let entry = &mut self.entries[at];
-                    entry.failures += 1;
-                    let is_last = entry.failures > MAX_PACE_RETRIES;
-                    entry.state = if is_last {
-                        CandidatePhase::Done
-                    } else {
-                        CandidatePhase::Untried(now + PACE_DELAY)
-                    };
-                }
+                ConnectDecision::NotThis => may_ask &= self.delay(at, now),
             }
         }
         if self.entries.iter().any(|entry| entry.was_asked) {
             self.next_wave.get_or_insert(now + WAVE);
         }
         may_ask
+    }
+
+    /// Delays a candidate because others at its address were asked just now: it may be another node
+    /// behind the same router. Gives it up after some time, soon if nobody there has ever answered.
+    /// Returns false if the request of another lookup will show whether somebody is there.
+    fn delay(&mut self, at: usize, now: Instant) -> bool {
+        let entry = &self.entries[at];
+        let ip = entry.address.ip();
+        let is_asked = self.wan.requests.is_asked(ip);
+        let limit = match self.unproven_timeout(entry) {
+            Some(patience) => patience,
+            None if is_asked => return false,
+            None if self.answers(ip) => PACE_WAIT,
+            None => PACE_DELAY,
+        };
+        let entry = &mut self.entries[at];
+        let until = *entry.delayed.get_or_insert(now) + limit;
+        entry.state = if now >= until {
+            CandidatePhase::Done
+        } else {
+            let pause = if is_asked { BLOCKED } else { PACE_DELAY };
+            CandidatePhase::Untried(until.min(now + pause))
+        };
+        true
     }
 
     /// Candidates that may be asked, in order: proven ones first, then by the position in the
@@ -485,8 +579,9 @@ impl WanSearch {
         let hopeful = all.clone().filter(|at| self.is_hopeful(&self.entries[*at], now));
         let mut turns: Vec<_> = hopeful.filter(is_due).collect();
         let is_awaited = |at: &usize| self.is_awaited(&self.entries[*at], now);
-        let may_name_more =
-            self.calls.iter().any(TrackerLookup::is_awaited) && now < self.trackers_until();
+        let may_name_more = self.calls.iter().any(TrackerLookup::is_awaited)
+            && now < self.trackers_until()
+            || self.calls.iter().any(|call| call.awaits_names(now));
         let others_are_left = turns.iter().any(|at| !is_doubtful(at))
             || all.clone().any(|at| is_awaited(&at) && !is_doubtful(&at))
             || may_name_more;
@@ -522,10 +617,6 @@ impl WanSearch {
             let mut pace = self.wan.pace.lock().unwrap_or_else(PoisonError::into_inner);
             match pace.take(address.ip(), now) {
                 ConnectDecision::Now => {}
-                // The request of another lookup will show whether the peer is there.
-                ConnectDecision::NotThis if self.wan.requests.is_asked(address.ip()) => {
-                    return ConnectDecision::Later;
-                }
                 not_now => return not_now,
             }
         }
@@ -566,17 +657,27 @@ impl WanSearch {
                 self.take_candidates(at, result);
                 None
             }
+            NarinfoAnswer::Names { at, located } => {
+                let call = self.calls.iter_mut().find(|call| call.at == at);
+                call.into_iter().for_each(|call| call.names_until = None);
+                self.add(at, located);
+                None
+            }
             NarinfoAnswer::Peer { at, result } => self.take_narinfo(at, *result),
         }
     }
 
-    fn take_candidates(&mut self, at: usize, result: Result<CandidateList, tracker::TrackerError>) {
+    fn take_candidates(
+        &mut self,
+        at: usize,
+        result: Result<FoundCandidates, tracker::TrackerError>,
+    ) {
         let Some(call) = self.calls.iter_mut().find(|call| call.at == at) else { return };
         match result {
             Ok(found) if !call.is_answered => {
                 call.is_answered = true;
-                self.add(at, found.candidates);
-                self.add(at, found.others);
+                call.names_until = found.has_names.then(|| Instant::now() + NAMES_WAIT);
+                self.add(at, found.located);
             }
             Ok(_) => {}
             Err(e) => {
@@ -627,16 +728,18 @@ impl WanSearch {
     fn record_results(&mut self) {
         let now = Instant::now();
         let began = self.began.unwrap_or(now);
-        for call in &mut self.calls {
-            let named = || {
-                self.entries
-                    .iter()
-                    .filter(|entry| entry.was_asked && entry.origin.tracker == call.at)
-            };
+        for call in &self.calls {
+            let named = || self.entries.iter().filter(|entry| entry.origin.tracker == call.at);
             let alive = named().filter(|entry| entry.answered).count();
             // A candidate that had no time to answer because another was faster is not silent.
-            let silent = if self.found { 0 } else { named().count() - alive };
-            call.tracker.record_candidates(alive, silent, began, now);
+            if call.is_answered && !self.found {
+                let silent = named().filter(|entry| self.is_silent(entry)).count();
+                call.tracker.record_candidates(alive, silent, began, now);
+            } else if alive > 0 {
+                call.tracker.record_candidates(alive, 0, began, now);
+            }
+        }
+        for call in &mut self.calls {
             if call.is_answered
                 || self.found && call.is_awaited()
                 || std::mem::replace(&mut call.is_judged, true)
@@ -655,7 +758,12 @@ impl WanSearch {
 
 #[cfg(test)]
 mod tests {
+    use super::super::announce::Publication;
+    use super::super::tracker::NodeIdentity;
     use super::*;
+    use crate::network::NetworkPolicy;
+    use crate::nix::StoreDir;
+    use crate::wire::tracker::Identity;
 
     /// Guards against a tracker that fills the memory with long host names.
     #[test]
@@ -673,5 +781,147 @@ mod tests {
         assert!(!candidate(&"a".repeat(129), "example.org", 1));
         assert!(!candidate("a", "", 1) && !candidate("a", &"a".repeat(MAX_ADDR + 1), 1));
         assert!(!candidate("a", "example.org", 0));
+    }
+
+    fn peer(last: u8, port: u16) -> SocketAddr {
+        SocketAddr::from(([203, 0, 113, last], port))
+    }
+
+    /// Creates a search at one reached tracker that was asked, and that answers nothing. The test
+    /// hands in its answers. Host names are resolved by `look_up`.
+    fn search(look_up: impl Fn(&str) -> Vec<IpAddr> + Send + Sync + 'static) -> WanSearch {
+        let me = NodeIdentity {
+            identity: Arc::new(Identity::from_seed(&[1; 32])),
+            peer_id: None,
+            port: 1,
+            addr: None,
+            instance: 1,
+        };
+        let networks = Arc::new(Networks::new(NetworkPolicy::default(), Vec::new()));
+        let publication = Arc::new(Publication::default());
+        let urls = vec!["http://127.0.0.1:1".into()];
+        let trackers = Trackers::start(urls, me, &publication, &networks, || {}).unwrap();
+        let client = Arc::new(PeerClient::new(StoreDir::parse("/nix/store").unwrap()));
+        let wan = WanSource {
+            names: Arc::new(NameResolver::new(look_up)),
+            ..WanSource::new(Arc::new(trackers), client, Arc::default(), networks, Arc::default())
+        };
+        let mut search = Arc::new(wan).search(&HashPart::parse(&[b'0'; 32]).unwrap());
+        let now = Instant::now();
+        (search.began, search.until) = (Some(now), now + Duration::from_secs(3600));
+        let tracker = search.wan.trackers.all().next().unwrap().clone();
+        search.calls = vec![TrackerLookup {
+            tracker,
+            at: 0,
+            begun: 1,
+            failed: 0,
+            error: None,
+            is_answered: false,
+            names_until: None,
+            is_judged: false,
+        }];
+        search
+    }
+
+    fn candidate(addr: &str, port: u16) -> Candidate {
+        Candidate { peer_id: format!("{addr}:{port}"), addr: addr.into(), port, score: 0.0 }
+    }
+
+    /// Hands in a tracker's answer, and returns the candidates with host names.
+    fn name_candidates(search: &mut WanSearch, candidates: Vec<Candidate>) -> Vec<NamedCandidate> {
+        let (located, named) = split(CandidateList { candidates, others: Vec::new() });
+        let result = Ok(FoundCandidates { located, has_names: !named.is_empty() });
+        search.take(NarinfoAnswer::Tracker { at: 0, result });
+        named
+    }
+
+    fn addresses(search: &WanSearch) -> Vec<SocketAddr> {
+        search.entries.iter().map(|entry| entry.address).collect()
+    }
+
+    /// Uses up the connection rate of an address, so that nothing is sent to it.
+    fn use_up_rate(search: &WanSearch, last: u8, now: Instant) {
+        let mut pace = search.wan.pace.lock().unwrap();
+        while pace.take(peer(last, 1).ip(), now) == ConnectDecision::Now {}
+    }
+
+    /// Guards against a name server that delays candidates whose addresses are known.
+    #[test]
+    fn candidates_with_addresses_do_not_wait_for_names() {
+        let (release, released) = crossbeam_channel::bounded::<()>(0);
+        let mut search = search(move |_| {
+            let _ = released.recv();
+            vec![peer(2, 1).ip()]
+        });
+        let list = vec![candidate("a.example", 2), candidate("203.0.113.1", 1)];
+        let named = name_candidates(&mut search, list);
+        assert_eq!(addresses(&search), [peer(1, 1)]);
+        search.entries[0].state = CandidatePhase::Done;
+        let now = Instant::now();
+        assert!(search.next_wake_up(false, now).is_some(), "the name is awaited");
+        drop(release);
+        let located = resolve(&search.wan.names, named, now + Duration::from_secs(60));
+        search.take(NarinfoAnswer::Names { at: 0, located });
+        assert_eq!(addresses(&search), [peer(1, 1), peer(2, 2)]);
+        assert_eq!(search.entries[1].rank, 0);
+    }
+
+    #[test]
+    fn names_that_are_not_resolved_in_time_end_search() {
+        let mut search = search(|_| Vec::new());
+        name_candidates(&mut search, vec![candidate("a.example", 2)]);
+        let now = Instant::now();
+        assert!(search.next_wake_up(false, now).is_some());
+        assert_eq!(search.next_wake_up(false, now + NAMES_WAIT), None);
+    }
+
+    /// Guards against a tracker that names many ports of a victim: each lookup waited 600 ms for
+    /// its turn to connect, and the tracker was never suspected.
+    #[test]
+    fn candidates_at_address_without_answers_are_given_up_soon_and_count_as_silent() {
+        let mut search = search(|_| Vec::new());
+        let ports = (1..=64).map(|port| candidate("203.0.113.1", port)).collect();
+        name_candidates(&mut search, ports);
+        let tracker = search.calls[0].tracker.clone();
+        let now = Instant::now();
+        use_up_rate(&search, 1, now);
+        for (millis, is_over) in [(0, false), (199, false), (200, true)] {
+            let then = now + Duration::from_millis(millis);
+            use_up_rate(&search, 1, then);
+            search.ask(then);
+            assert_eq!(!search.has_more(), is_over, "{millis} ms");
+        }
+        assert_eq!(tracker.unproven_timeout(), None);
+        search.record_results();
+        let patience = tracker.unproven_timeout().unwrap();
+        // A later lookup waits no longer than for candidates that are asked.
+        search.calls[0].is_answered = false;
+        let ports = (1..=64).map(|port| candidate("203.0.113.2", port)).collect();
+        name_candidates(&mut search, ports);
+        let later = Instant::now();
+        for (then, is_over) in [(later, false), (later + patience, true)] {
+            use_up_rate(&search, 2, then);
+            search.ask(then);
+            assert_eq!(!search.has_more(), is_over);
+        }
+    }
+
+    /// Several nodes may be behind one router.
+    #[test]
+    fn candidates_at_address_with_answers_wait_for_connection_rate() {
+        let mut search = search(|_| Vec::new());
+        let ports = (1..=64).map(|port| candidate("203.0.113.1", port)).collect();
+        name_candidates(&mut search, ports);
+        let tracker = search.calls[0].tracker.clone();
+        let now = Instant::now();
+        (search.entries[0].state, search.entries[0].answered) = (CandidatePhase::Done, true);
+        for (millis, is_over) in [(0, false), (599, false), (600, true)] {
+            let then = now + Duration::from_millis(millis);
+            use_up_rate(&search, 1, then);
+            search.ask(then);
+            assert_eq!(!search.has_more(), is_over, "{millis} ms");
+        }
+        search.record_results();
+        assert_eq!(tracker.unproven_timeout(), None);
     }
 }

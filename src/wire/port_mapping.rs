@@ -41,7 +41,7 @@ pub struct MappingRequest {
 pub struct MappingGrant {
     /// The external address; `None` with NAT-PMP, whose answer has none.
     pub external_ip: Option<IpAddr>,
-    /// The external TCP port.
+    /// The external TCP port; not 0.
     pub external_port: u16,
     /// Granted lifetime in seconds.
     pub lifetime: u32,
@@ -126,7 +126,7 @@ fn parse_pcp(datagram: &[u8], wanted: &MappingRequest) -> Option<MappingResponse
     let is_ours =
         map[..12] == wanted.nonce && map[12] == TCP && port(&map[16..18]) == wanted.internal_port;
     let ip = Ipv6Addr::from(<[u8; 16]>::try_from(&map[20..36]).ok()?).to_canonical();
-    is_ours.then(|| {
+    (is_ours && port(&map[18..20]) != 0).then(|| {
         MappingResponse::Mapped(MappingGrant {
             external_ip: Some(ip),
             external_port: port(&map[18..20]),
@@ -141,7 +141,9 @@ fn parse_nat_pmp(kind: u8, rest: &[u8], wanted: &MappingRequest) -> Option<Mappi
         (NAT_PMP_ADDRESS, 8) => {
             Some(MappingResponse::Address(Ipv4Addr::new(rest[4], rest[5], rest[6], rest[7])))
         }
-        (NAT_PMP_MAP_TCP, 12) if port(&rest[4..6]) == wanted.internal_port => {
+        (NAT_PMP_MAP_TCP, 12)
+            if port(&rest[4..6]) == wanted.internal_port && port(&rest[6..8]) != 0 =>
+        {
             Some(MappingResponse::Mapped(MappingGrant {
                 external_ip: None,
                 external_port: port(&rest[6..8]),
@@ -219,6 +221,11 @@ mod tests {
         let other = MappingRequest { nonce: [0; 12], ..wanted() };
         assert!(parse(&pcp_answer(0), &other).is_err());
         assert!(parse(&pcp_answer(0)[..59], &wanted()).is_err());
+        let mut no_port = pcp_answer(0);
+        no_port[42..44].fill(0);
+        assert!(parse(&no_port, &wanted()).is_err());
+        let no_port = [0, 130, 0, 0, 0, 0, 0, 77, 0x12, 0x34, 0, 0, 0, 0, 1, 44];
+        assert!(parse(&no_port, &wanted()).is_err());
 
         let nat_pmp = [0, 130, 0, 0, 0, 0, 0, 77, 0x12, 0x34, 0x99, 0x99, 0, 0, 1, 44];
         assert_eq!(parse(&nat_pmp, &wanted()), mapped(None, 0x9999));
