@@ -382,6 +382,7 @@ fn serve(
         record: record.clone(),
         status,
         faults: LogThrottle::default(),
+        refusals: LogThrottle::default(),
     };
     let cache = Arc::new(cache);
     let metrics = Arc::new(MetricsServer::new(config.metrics, &cache, &degraded));

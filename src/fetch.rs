@@ -41,7 +41,7 @@ const MAX_GIVEN_UP: usize = 1024;
 /// Why a transfer was cut on purpose.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum AbortReason {
-    /// The NAR was malformed or had another hash.
+    /// The NAR was malformed, unsupported or had another hash.
     Wrong,
     /// The upstream cache is faster.
     Left,
@@ -150,17 +150,22 @@ pub struct StartedDownload<'a> {
 enum DownloadError {
     /// No peer is left that could send the rest.
     NoPeer(String),
-    /// The bytes are malformed or have the wrong hash, or Nix could not unpack them.
+    /// The bytes are malformed or have the wrong hash.
     Wrong(String),
+    /// The bytes may be right, but peerix or Nix does not support them.
+    Unsupported(String),
     /// Nix gets the NAR sooner from the upstream cache.
     Upstream(String),
 }
 
 impl fmt::Display for DownloadError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (DownloadError::NoPeer(why) | DownloadError::Wrong(why) | DownloadError::Upstream(why)) =
-            self;
-        f.write_str(why)
+        match self {
+            DownloadError::NoPeer(why)
+            | DownloadError::Wrong(why)
+            | DownloadError::Unsupported(why)
+            | DownloadError::Upstream(why) => f.write_str(why),
+        }
     }
 }
 
@@ -173,8 +178,8 @@ impl<'a> Download<'a> {
     }
 
     /// Gets the first piece from any of the peers. Blocks until 20 s after the call of
-    /// [`Downloader::find`], and 4 s longer at most if it then asks the upstream cache. Returns
-    /// `None` if no peer sends the piece by then, or if the upstream cache is certain to be faster.
+    /// [`Downloader::find`] at most. Returns `None` if no peer sends the piece by then, or if the
+    /// upstream cache is certain to be faster.
     pub fn start(self) -> Option<StartedDownload<'a>> {
         let Download { fetch, asked, until, hash, size, found } = self;
         // The spool begins before the request: the asked peer may name this node to a neighbour,
@@ -252,9 +257,15 @@ impl StartedDownload<'_> {
                     Some(cut) => {
                         log::info!("NAR {hash}: cut: {cut}");
                         supply.fail();
-                        if matches!(cut, DownloadError::Upstream(_)) {
-                            fetch.give_up(hash, AbortReason::Left);
-                            fetch.upstream.record_left_nar(incoming.at() + incoming.rest());
+                        match cut {
+                            DownloadError::Upstream(_) => {
+                                fetch.give_up(hash, AbortReason::Left);
+                                fetch.upstream.record_left_nar(incoming.at() + incoming.rest());
+                            }
+                            DownloadError::Unsupported(_) => {
+                                fetch.give_up(hash, AbortReason::Wrong);
+                            }
+                            DownloadError::NoPeer(_) | DownloadError::Wrong(_) => {}
                         }
                         return Err(e);
                     }
@@ -266,5 +277,83 @@ impl StartedDownload<'_> {
         let why = format!("NAR {hash}: {wrong}");
         supply.blame(&why);
         Err(io::Error::other(why))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Config;
+    use crate::degraded::Degraded;
+    use crate::lookup::NarSource;
+    use crate::nix::{StorePath, nar};
+    use crate::peers::health::Eligibility;
+    use crate::trust::TrustedKeys;
+    use std::io::Read;
+    use std::net::TcpListener;
+    use std::thread;
+
+    /// A NAR of a directory with a file of `size` bytes and a path of more than 4,095 bytes after
+    /// it, which peerix does not support.
+    fn odd_nar(size: usize) -> Vec<u8> {
+        let directory = |out: &mut Vec<u8>, name: &str| {
+            nar::entry_open(out, name.as_bytes());
+            out.extend(nar::DIRECTORY_OPEN);
+        };
+        let mut bytes = nar::MAGIC.to_vec();
+        bytes.extend(nar::DIRECTORY_OPEN);
+        nar::entry_open(&mut bytes, b"a");
+        nar::regular_open(&mut bytes, false, size as u64);
+        bytes.resize(bytes.len() + size, 7);
+        bytes.extend(nar::padding(size as u64));
+        bytes.extend([nar::CLOSE, nar::CLOSE].concat());
+        let levels = nar::MAX_PATH_LEN / 2 + 1;
+        (0..levels).for_each(|_| directory(&mut bytes, "d"));
+        (0..2 * levels + 1).for_each(|_| bytes.extend(nar::CLOSE));
+        bytes
+    }
+
+    #[test]
+    fn unsupported_path_after_first_piece_is_not_held_against_peer() {
+        let bytes = odd_nar(2 << 20);
+        let digest = ring::digest::digest(&ring::digest::SHA256, &bytes);
+        let nar_hash = NarHash::from_bytes(digest.as_ref().try_into().unwrap());
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let peer = listener.local_addr().unwrap();
+        let (nar_size, sent) = (bytes.len() as u64, bytes);
+        let serving = thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            let _ = stream.read(&mut [0; 4096]).unwrap();
+            let head = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n", sent.len());
+            let _ = stream.write_all(&[head.as_bytes(), &sent].concat());
+        });
+        let config = Config::default();
+        let trusted = Arc::new(TrustedKeys::read(&config, 1, &Degraded::default()));
+        let (record, standing) = (Arc::new(Stats::new()), Arc::new(PeerHealth::default()));
+        let downloader = Downloader::new(
+            Arc::new(LookupService::new(None, None, trusted, record.clone())),
+            Arc::new(PeerClient::new(config.store_dir.clone())),
+            standing.clone(),
+            Arc::new(Paces::default()),
+            record,
+            Upstream::new(&config, &[]),
+            Spools::new(None),
+        );
+        let source = NarSource { peer, url_path: Some("x.nar".into()), wan: None, friend: None };
+        let path = StorePath::parse(&format!("{}-odd", "0".repeat(32))).unwrap();
+        let found = FoundNar { path, nar_hash, nar_size, sources: vec![source] };
+        let asked = Instant::now();
+        let until = asked + Duration::from_secs(20);
+        let download =
+            Download { fetch: &downloader, asked, until, hash: nar_hash, size: nar_size, found };
+        let mut out = Vec::new();
+        let failed = download.start().unwrap().relay(&(0..nar_size), &mut out).unwrap_err();
+        assert!(failed.to_string().contains("4095"), "{failed}");
+        assert!(!out.is_empty() && (out.len() as u64) < nar_size);
+        assert!(!standing.is_doubtful(peer));
+        assert_eq!(standing.eligibility(peer, Instant::now()), Eligibility::Now);
+        // Nix, which resumes the transfer, gets a 404 and tries its next substituter.
+        assert!(downloader.is_cut(nar_hash));
+        serving.join().unwrap();
     }
 }

@@ -496,6 +496,11 @@ impl HolderSearch {
         }
     }
 
+    /// Drops what arrives until the search is resumed, which may be long.
+    pub fn suspend(&mut self) {
+        self.lan.iter_mut().for_each(LanSearch::suspend);
+    }
+
     /// Restarts the timeouts of a search that is resumed for further holders; none ends after
     /// `until`.
     fn resume(&mut self, until: Instant) {

@@ -88,8 +88,8 @@ impl Upstream {
 
     /// Returns the expected time of the whole NAR from upstream; `None` unless Nix is certain to
     /// get it there. Mostly answers from memory. Otherwise blocks for at most 4 s: two requests of
-    /// 2 s.
-    pub fn time(&self, found: &FoundNar) -> Option<Duration> {
+    /// 2 s. With less than that in `left`, it asks nobody.
+    pub fn time(&self, found: &FoundNar, left: Duration) -> Option<Duration> {
         let now = Instant::now();
         let hash_part = found.path.hash_part();
         let known = {
@@ -105,6 +105,7 @@ impl Upstream {
         };
         let has = match known {
             Some(has) => has,
+            None if left < 2 * REQUEST_TIMEOUT => return None,
             None => self.look_up(&hash_part, found)?,
         };
         has.then(|| self.lock().time(found.nar_size, Instant::now()))?
@@ -215,6 +216,9 @@ impl Upstream {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs;
+    use std::io::ErrorKind;
+    use std::net::TcpListener;
 
     /// A narinfo of cache.nixos.org, with its signature.
     const NARINFO: &str = include_str!("../tests/data/cache.nixos.org.narinfo");
@@ -245,6 +249,31 @@ mod tests {
         assert!(!upstream.matches_nar(&forged, &found(), &keys));
         // The key of this cache is unknown.
         assert!(!with("https://cache.example").matches_nar(&narinfo, &found(), &keys));
+    }
+
+    #[test]
+    fn time_close_to_deadline_asks_nobody() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        listener.set_nonblocking(true).unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        let dir = std::env::temp_dir().join(format!("peerix-upstream-{}", std::process::id()));
+        fs::create_dir_all(&dir).unwrap();
+        let conf = format!("substituters = {url}\ntrusted-public-keys = {UPSTREAM_KEY}\n");
+        fs::write(dir.join("nix.conf"), conf).unwrap();
+        let config = Config { upstream_cache: url, nix_conf_dir: dir.clone(), ..Config::default() };
+        let upstream = Upstream::new(&config, &[]);
+        let info = NarInfo::parse(NARINFO.as_bytes(), &upstream.store_dir).unwrap().info;
+        let found = FoundNar {
+            path: info.path,
+            nar_hash: info.nar_hash,
+            nar_size: info.nar_size,
+            sources: Vec::new(),
+        };
+        assert_eq!(upstream.time(&found, Duration::from_millis(3999)), None);
+        assert_eq!(listener.accept().unwrap_err().kind(), ErrorKind::WouldBlock);
+        assert_eq!(upstream.time(&found, Duration::from_secs(4)), None, "it does not answer");
+        assert!(listener.accept().is_ok());
+        fs::remove_dir_all(&dir).unwrap();
     }
 
     #[test]

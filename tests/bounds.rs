@@ -10,6 +10,7 @@ use crate::common::stock::{self, line, nar_route, narinfo};
 use crate::common::{
     DEADLINE, Daemon, Host, Lan, PORT, Scale, thread, wait_for, wait_slowly_for, world,
 };
+use socket2::{Domain, Socket, Type};
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream, UdpSocket};
 use std::sync::Arc;
@@ -317,6 +318,15 @@ fn long_answers_do_not_delay_short_ones() {
     read(&scene.server, loopback(), 16);
     refused(&get(&other, scene.address(), &route).unwrap());
 
+    // A Nix without peerix, which fails a build on a 503, waits for a free stream.
+    let mut plain = connect(&other, scene.address());
+    let store = route.replace("/local/", "/store/");
+    write!(plain, "GET {store} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n").unwrap();
+    plain.set_read_timeout(Some(Duration::from_millis(500))).unwrap();
+    let early = plain.read(&mut [0]).map_err(|e| e.kind());
+    assert!(matches!(early, Err(io::ErrorKind::WouldBlock)), "answered before its turn: {early:?}");
+    plain.set_read_timeout(Some(DEADLINE)).unwrap();
+
     // With 64 slow readers, the daemon still answers narinfo requests and queries.
     scene.answers();
     let socket = other.udp(0);
@@ -344,6 +354,8 @@ fn long_answers_do_not_delay_short_ones() {
 
     // After the readers have left, neighbours get streams again.
     readers.clear();
+    let answer = rest(&plain);
+    assert!(answer.starts_with("HTTP/1.1 200 ") && answer.len() > 32 << 20, "{}", answer.len());
     for from in [&scene.neighbour, &other] {
         wait_for("a place", || {
             let answer = get(from, scene.address(), &route).unwrap();
@@ -408,6 +420,67 @@ fn longest_idle_connections_are_closed_at_the_limit() {
     let still_open = more.iter().filter(|stream| !is_closed(stream)).count();
     assert_eq!(still_open, 100);
     scene.wait_until_answers();
+}
+
+/// Opens `count` connections with small receive buffers from `from`, asks for more on each than all
+/// buffers hold, and reads nothing.
+fn many_that_never_read(from: &Host, to: SocketAddr, count: usize, route: &str) -> Vec<TcpStream> {
+    let request = format!("GET {route} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n").repeat(200);
+    let open = |_| {
+        let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+        socket.set_recv_buffer_size(4096).unwrap();
+        socket.connect(&to.into()).unwrap();
+        let mut stream = TcpStream::from(socket);
+        // The daemon may have closed it already.
+        let _ = stream.write_all(request.as_bytes());
+        stream
+    };
+    from.in_net(|| (0..count).map(open).collect())
+}
+
+/// Regression: Nix got no answer while another program held 1,024 connections of this machine.
+#[test]
+fn local_clients_that_never_read_do_not_keep_nix_out() {
+    let scene = Scene::with_scale(Scale::without_timeouts());
+    let large = stock::add_large(&scene.server, "large", 32);
+    let route = nar_route(&scene.neighbour, &scene.server, &large);
+    let held = many_that_never_read(&scene.server, loopback(), 1100, &route);
+    // Until then, connections whose request has not been read yet make room.
+    wait_for("those beyond the limit are closed", || {
+        (held.iter().filter(|stream| is_closed(stream)).count() >= 76).then_some(())
+    });
+    for _ in 0..100 {
+        let answer = get_local(&scene.server, &stock::narinfo_route(&scene.path)).unwrap();
+        assert_eq!(answer.status, 200);
+    }
+    let status = std::fs::read_to_string(format!("/proc/{}/status", scene.daemon.pid())).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("Threads:")).unwrap();
+    let threads: u32 = line.trim().parse().unwrap();
+    assert!(threads < 1200, "{threads} threads");
+    drop(held);
+}
+
+/// Four addresses hold all connections that neighbours may have, and all their streams.
+#[test]
+fn neighbours_that_never_read_do_not_keep_others_out() {
+    let scene = Scene::with_scale(Scale::timeouts(0.2));
+    let large = stock::add_large(&scene.server, "large", 32);
+    let route = nar_route(&scene.neighbour, &scene.server, &large);
+    let greedy: Vec<Host> = (0..4).map(|n| scene.lan.host(&format!("greedy{n}"))).collect();
+    let narinfo = format!("/local{}", stock::narinfo_route(&scene.path));
+    let _connections: Vec<_> = greedy
+        .iter()
+        .map(|host| many_that_never_read(host, scene.address(), 500, &narinfo))
+        .collect();
+    let _streams: Vec<_> =
+        greedy.iter().map(|host| many_that_never_read(host, scene.address(), 12, &route)).collect();
+    for _ in 0..20 {
+        scene.answers();
+    }
+    wait_for("a stream", || {
+        let answer = get(&scene.neighbour, scene.address(), &route).ok()?;
+        (answer.status == 200 && answer.whole).then_some(())
+    });
 }
 
 #[test]

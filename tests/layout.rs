@@ -85,7 +85,22 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "wire",
         ],
     ),
-    ("fetch", &["lookup", "nix", "peers", "stats", "store", "time_scale", "upstream", "wire"]),
+    (
+        "fetch",
+        &[
+            "config",
+            "degraded",
+            "lookup",
+            "nix",
+            "peers",
+            "stats",
+            "store",
+            "time_scale",
+            "trust",
+            "upstream",
+            "wire",
+        ],
+    ),
     ("upstream", &["config", "http_client", "lookup", "nix", "trust"]),
     ("lookup", &["nix", "peers", "stats", "trust", "wire"]),
     (

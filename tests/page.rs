@@ -282,6 +282,9 @@ fn status_routes_refuse_other_machines_and_host_names() {
         403
     );
     assert!(daemon.log().contains("evil.example"), "nobody is told why");
+    // Browsers connect to loopback for this address, and send no Sec-Fetch-Site to it.
+    assert_eq!(ask("0.0.0.0:12304", "/status.json", "Origin: http://evil.example\r\n"), 403);
+    assert_eq!(ask("0.0.0.0:12304", "/status.json", ""), 403);
     // Real Nix, by each host name that nix.conf may contain.
     for host in ["127.0.0.1", "localhost", "[::1]", "cache.lan"] {
         let url = format!("http://{host}:{PORT}/store");

@@ -176,6 +176,9 @@ impl AccessPolicy {
                 "in mode lan, only the networks that this machine is on get anything".into(),
             );
         }
+        if self.awaits_signature(info) {
+            return Some("the secret key cannot be read, and nobody else signed it".into());
+        }
         if self.filter.matches(&info.path) {
             let pattern = filter::matching_pattern(
                 config.default_filters,
@@ -192,6 +195,11 @@ impl AccessPolicy {
         })
     }
 
+    /// Whether only the secret key, which has not been read yet, would sign the path.
+    fn awaits_signature(&self, info: &PathInfo) -> bool {
+        self.lacks_key.load(Ordering::Relaxed) && info.signatures.is_empty() && info.ca.is_none()
+    }
+
     fn decide(
         &self,
         scope: Scope,
@@ -199,8 +207,7 @@ impl AccessPolicy {
         verified: impl FnOnce(&Verifier) -> bool,
     ) -> bool {
         let serves = self.serves(scope);
-        let has_proof = || !info.signatures.is_empty() || info.ca.is_some();
-        if scope != Scope::ThisMachine && self.lacks_key.load(Ordering::Relaxed) && !has_proof() {
+        if scope != Scope::ThisMachine && self.awaits_signature(info) {
             return false;
         }
         match scope {
@@ -395,7 +402,12 @@ mod tests {
 
     #[test]
     fn unsigned_path_is_withheld_until_key_is_read() {
-        let config = Config { private_key: Some("/missing".into()), ..Config::default() };
+        let config = Config {
+            private_key: Some("/missing".into()),
+            mode: Mode::Both,
+            verify: false,
+            ..Config::default()
+        };
         let share = share_on(Vec::new(), &config);
         let signed = PathInfo {
             signatures: vec![Signature::parse(&format!("a-1:{}==", "A".repeat(86))).unwrap()],
@@ -408,6 +420,8 @@ mod tests {
             assert_eq!(share.allows_now(Scope::Lan, &info("built-here")), has_key);
             assert!(share.allows(Scope::Lan, &signed) && share.allows(Scope::Lan, &addressed));
             assert!(share.allows(Scope::ThisMachine, &info("built-here")));
+            assert_eq!(share.withheld_reason(&config, &info("built-here")).is_none(), has_key);
+            assert_eq!(share.withheld_reason(&config, &signed), None);
             share.set_has_key();
         }
     }

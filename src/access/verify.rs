@@ -70,6 +70,10 @@ const MALFORMED_ANSWER_PAUSE: Interval = Interval::from_secs(5);
 /// narinfo is smaller than [`NarInfo::MAX_LEN`] unless its sender is hostile.
 const MAX_SENT: u64 = NarInfo::MAX_LEN as u64 + 4096;
 
+/// Largest zstd window as a power of two: 8 MiB, which every decoder supports (RFC 8878, section
+/// 3.1.1.1.2). A narinfo with a larger one is malformed. The decoder allocates the window.
+const MAX_WINDOW_LOG: u32 = 23;
+
 /// A path and the hash of its NAR in the local store.
 type VerifiedPath = (HashPart, NarHash);
 
@@ -154,7 +158,8 @@ impl Verifier {
         let mut state = self.lock();
         // The result of a failed check is cached too, but must not replace an answer of upstream.
         if is_signed || state.answers.get(&key, now).is_none() {
-            state.answers.put(key, proof, now + UNPROVEN, 0);
+            let times = state.answers.times(&key);
+            state.answers.put(key, proof, now + UNPROVEN, times);
         }
         proof
     }
@@ -317,10 +322,14 @@ fn read(response: Response<ureq::Body>) -> Result<Vec<u8>, UpstreamError> {
     let decoded: Box<dyn Read> = match encoding.as_str() {
         "identity" => Box::new(sent),
         "gzip" | "x-gzip" => Box::new(flate2::read::MultiGzDecoder::new(sent)),
-        "zstd" => Box::new(
-            zstd::stream::read::Decoder::new(sent)
-                .map_err(|e| UpstreamError::Unreachable(e.into()))?,
-        ),
+        "zstd" => {
+            let mut decoder = zstd::stream::read::Decoder::new(sent)
+                .map_err(|e| UpstreamError::Unreachable(e.into()))?;
+            decoder
+                .window_log_max(MAX_WINDOW_LOG)
+                .map_err(|e| UpstreamError::Unreachable(e.into()))?;
+            Box::new(decoder)
+        }
         _ => {
             return Err(UpstreamError::Malformed(Malformed::new(
                 "narinfo",
@@ -422,6 +431,7 @@ impl UpstreamAnswers {
 mod tests {
     use super::*;
     use crate::nix::golden;
+    use std::io::Write;
     use std::sync::Arc;
     use std::sync::atomic::{AtomicUsize, Ordering};
     use std::thread::{self, JoinHandle};
@@ -484,6 +494,32 @@ mod tests {
 
     fn narinfo() -> NarInfo {
         golden::narinfo(SIGNED)
+    }
+
+    #[test]
+    fn failed_signature_keeps_number_of_upstreams_answers() {
+        let verifier = unreachable(PublicKey::parse(UPSTREAM_KEY).ok());
+        let info = PathInfo { nar_size: 1, ..upstreams() };
+        verifier.lock().answers.put(key(&info), Some(false), Instant::now(), 3);
+        assert_eq!(verifier.verified_now(&info), None);
+        assert_eq!(verifier.lock().answers.times(&key(&info)), 3);
+    }
+
+    #[test]
+    fn compressed_narinfo_with_large_window_is_malformed() {
+        let narinfo = |window_log| {
+            let mut encoder = zstd::stream::Encoder::new(Vec::new(), 1).unwrap();
+            encoder.set_parameter(zstd::zstd_safe::CParameter::WindowLog(window_log)).unwrap();
+            encoder.write_all(UPSTREAM_NARINFO.as_bytes()).unwrap();
+            encoder.flush().unwrap();
+            let body = ureq::Body::builder().data(encoder.finish().unwrap());
+            let response = ureq::http::Response::builder();
+            read(response.header("Content-Encoding", "zstd").body(body).unwrap())
+        };
+        for window_log in [10, MAX_WINDOW_LOG] {
+            assert_eq!(narinfo(window_log).ok().unwrap(), UPSTREAM_NARINFO.as_bytes());
+        }
+        assert!(matches!(narinfo(MAX_WINDOW_LOG + 1), Err(UpstreamError::Malformed(_))));
     }
 
     #[test]

@@ -10,6 +10,7 @@ use crate::access::AccessPolicy;
 use crate::config::Sharing;
 use crate::network::Networks;
 use crate::nix::{HashPart, NarInfo, PathInfo, StorePath};
+use crate::status::PRIVATE_KEY;
 use serde_json::Value;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -141,6 +142,10 @@ fn here(report: &mut Findings, node: &RunningDaemon, hash_part: &HashPart) -> bo
     }
     let networks = Networks::read(node.config.networks.clone());
     let share = AccessPolicy::new(Arc::new(networks), &node.config);
+    let mut problems = list(&node.status["health"]["problems"]).iter();
+    if !problems.any(|problem| text(&problem["code"]) == PRIVATE_KEY) {
+        share.set_has_key();
+    }
     match share.withheld_reason(&node.config, &info) {
         None => report.ok("wan", "shared with everybody who knows its hash".into()),
         Some(why) => report.note("wan", format!("not shared with other networks: {why}")),

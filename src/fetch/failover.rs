@@ -7,7 +7,7 @@
 use super::verified::{PIECE, Piece, VerifiedStream};
 use super::{DownloadError, Downloader, spool};
 use crate::lookup::{FoundNar, HolderSearch, NarSource, nar_name};
-use crate::nix::HashPart;
+use crate::nix::{HashPart, Malformed};
 use crate::peers::client::{LinkKind, MIN_BYTES_PER_SECOND, NarBody, PeerError, READ_TIMEOUT};
 use crate::peers::health::{Eligibility, Fault, PeerKey};
 use crate::peers::pace::{IncomingNar, PaceEstimate, PaceMeter};
@@ -204,6 +204,12 @@ impl StreamError {
     fn failed(fault: Fault, why: impl fmt::Display) -> Self {
         StreamError::Failed(fault, why.to_string())
     }
+
+    /// The bytes are no valid framing. A path that peerix does not support is not the peer's fault.
+    fn framing(e: Malformed) -> Self {
+        let fault = if e.is_unsupported { Fault::OddPath } else { Fault::BadData };
+        StreamError::failed(fault, e)
+    }
 }
 
 impl ActiveSource<'_> {
@@ -316,7 +322,7 @@ impl<'a> FailoverReader<'a> {
     ///
     /// # Errors
     /// Returns [`DownloadError::NoPeer`] if no peer is left, [`DownloadError::Wrong`] if the bytes
-    /// are not part of a NAR, or [`DownloadError::Upstream`].
+    /// are not part of a NAR, [`DownloadError::Unsupported`], or [`DownloadError::Upstream`].
     pub(super) fn next_piece(
         &mut self,
         incoming: &mut VerifiedStream,
@@ -338,8 +344,14 @@ impl<'a> FailoverReader<'a> {
                 }
                 // Bytes before the malformed ones may be wrong, too, and Nix has them: no other
                 // peer can continue.
-                Err(StreamError::Failed(Fault::BadData | Fault::OddPath, why)) => {
+                Err(StreamError::Failed(Fault::BadData, why)) => {
                     return Err(DownloadError::Wrong(why));
+                }
+                // Every holder of this NAR has the same unsupported bytes.
+                Err(StreamError::Failed(Fault::OddPath, why)) => {
+                    let cut = DownloadError::Unsupported(why.clone());
+                    self.drop_current(&StreamError::Failed(Fault::OddPath, why), incoming.at());
+                    return Err(cut);
                 }
                 Err(StreamError::Upstream(why)) => return Err(DownloadError::Upstream(why)),
                 Err(broken) => self.drop_current(&broken, incoming.at()),
@@ -370,12 +382,7 @@ impl<'a> FailoverReader<'a> {
                 }
                 continue;
             }
-            incoming.take(piece, got).map_err(|e| {
-                StreamError::failed(
-                    if e.is_unsupported { Fault::OddPath } else { Fault::BadData },
-                    e,
-                )
-            })?;
+            incoming.take(piece, got).map_err(StreamError::framing)?;
             self.transfer.progress(incoming.at());
         }
         self.broken_left = MAX_BROKEN;
@@ -400,7 +407,7 @@ impl<'a> FailoverReader<'a> {
             return Err(StreamError::WrongPiece(digest));
         }
         // The digest matched, so the holder has the same malformed bytes.
-        incoming.take(piece, len).map_err(|e| StreamError::failed(Fault::BadData, e))?;
+        incoming.take(piece, len).map_err(StreamError::framing)?;
         self.transfer.progress(incoming.at());
         Ok(())
     }
@@ -605,12 +612,13 @@ impl<'a> FailoverReader<'a> {
     }
 
     /// The reason why the upstream cache is certain to be faster than a peer that needs `time` for
-    /// the rest; `None` if it is not. Blocks for at most two requests to upstream.
+    /// the rest; `None` if it is not. Blocks for at most two requests to upstream, and never beyond
+    /// the deadline of the first piece.
     fn upstream_is_faster(&mut self, time: Duration) -> Option<String> {
         if !self.may_leave || time <= UPSTREAM_GRACE {
             return None;
         }
-        let there = self.fetch.upstream.time(&self.found)?;
+        let there = self.fetch.upstream.time(&self.found, self.left(Instant::now()))?;
         let why =
             || format!("{time:.1?} more from the best peer, {there:.1?} from the upstream cache");
         (time > UPSTREAM_GRACE + 2 * there).then(why)
@@ -885,6 +893,8 @@ impl<'a> FailoverReader<'a> {
             if let Some(search) = &mut self.search
                 && let Some(source) = self.fetch.lookup.next_source(search, &self.found, latest)
             {
+                // The next source is wanted only if this one fails.
+                search.suspend();
                 return Some(source);
             }
             if self.searches >= MAX_SEARCHES || Instant::now() >= latest {
@@ -931,6 +941,11 @@ impl<'a> FailoverReader<'a> {
                     }
                 }
             }
+            StreamError::Failed(Fault::OddPath, why) => {
+                self.fetch.client.log_unsupported_path(&self.hash_part, peer, why);
+                let (who, began) = (current.source.who(), current.began);
+                self.fetch.standing.record_failure(who, Fault::OddPath, began, now, why);
+            }
             // A relay may have lost its own source, or its Nix was stopped, so it is not blamed.
             StreamError::Failed(_, why) | StreamError::Slow(why) if current.digests.is_some() => {
                 log::debug!(
@@ -953,9 +968,6 @@ impl<'a> FailoverReader<'a> {
             }
             StreamError::Failed(fault, why) => {
                 log::debug!("NAR {hash}: peer {peer}: {why}");
-                if *fault == Fault::OddPath {
-                    self.fetch.client.log_unsupported_path(&self.hash_part, peer, why);
-                }
                 let who = current.source.who();
                 self.contributors
                     .iter_mut()

@@ -6,7 +6,7 @@
 //! no group shuts out the others. The functions never block.
 
 use std::collections::HashMap;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv6Addr};
 
 /// Connections open at the same time. Each may hold a thread. At the bound, [`admit`] decides which
 /// connection is closed or that the new one is refused.
@@ -27,9 +27,23 @@ pub struct OpenConnection {
     pub id: u64,
     /// Address of the client.
     pub peer: IpAddr,
+    /// Whether the client is on this machine.
+    pub is_own: bool,
     /// Time at which the connection became idle, in units of any one clock; `None` while a request
     /// is being answered.
     pub idle_since: Option<u64>,
+    /// Time since which the client has taken nothing of a response that does not fit the send
+    /// buffer, in units of any one clock.
+    pub stalled_since: Option<u64>,
+}
+
+/// The client of a new connection.
+#[derive(Debug, Clone, Copy)]
+pub struct Newcomer {
+    /// Address of the client.
+    pub peer: IpAddr,
+    /// Whether the client is on this machine.
+    pub is_own: bool,
 }
 
 /// Decision about a new connection.
@@ -44,17 +58,18 @@ pub enum Admission {
 }
 
 /// Decides whether a connection from `newcomer` is accepted beside the connections in `open`.
-pub fn admit(newcomer: IpAddr, open: impl Iterator<Item = OpenConnection> + Clone) -> Admission {
-    let newcomer = newcomer.to_canonical();
-    let strangers = open.clone().filter(|seat| !is_own(seat.peer));
-    if is_own(newcomer) {
+pub fn admit(newcomer: Newcomer, open: impl Iterator<Item = OpenConnection> + Clone) -> Admission {
+    let strangers = open.clone().filter(|seat| !seat.is_own);
+    if newcomer.is_own {
         if open.clone().count() < MAX_CONNECTIONS {
             return Admission::Free;
         }
-        // Prefer an idle connection of another machine, then an idle one from loopback. As a last
-        // resort, cut the oldest connection of another machine: its Nix gets the path elsewhere.
+        // Prefer an idle connection of another machine, then an idle one from loopback, then the
+        // client that has taken nothing for the longest time. As a last resort, cut the oldest
+        // connection of another machine: its Nix gets the path elsewhere.
         let victim = idlest(strangers.clone())
-            .or_else(|| idlest(open))
+            .or_else(|| idlest(open.clone()))
+            .or_else(|| longest_stalled(open))
             .or_else(|| strangers.map(|s| s.id).min());
         return victim.map_or(Admission::Full, Admission::Replace);
     }
@@ -64,7 +79,7 @@ pub fn admit(newcomer: IpAddr, open: impl Iterator<Item = OpenConnection> + Clon
     }
     // Other machines are below their bound, so loopback exceeds its reservation and may lose an
     // idle connection.
-    let victim = if has_room { idlest(open) } else { victim_for(newcomer, strangers) };
+    let victim = if has_room { idlest(open) } else { victim_for(newcomer.peer, strangers) };
     victim.map_or(Admission::Full, Admission::Replace)
 }
 
@@ -76,7 +91,7 @@ fn victim_for(
     newcomer: IpAddr,
     strangers: impl Iterator<Item = OpenConnection> + Clone,
 ) -> Option<u64> {
-    let mut counts: HashMap<u128, usize> = HashMap::new();
+    let mut counts: HashMap<IpAddr, usize> = HashMap::new();
     strangers.clone().for_each(|seat| *counts.entry(group(seat.peer)).or_default() += 1);
     let newcomers = counts.get(&group(newcomer)).copied().unwrap_or_default();
     let (largest, count) = counts.into_iter().max_by_key(|(_, count)| *count)?;
@@ -87,17 +102,23 @@ fn victim_for(
     // A group above its share replaces only its own connections.
     let largest = if is_greedy { group(newcomer) } else { largest };
     let its = strangers.filter(|seat| group(seat.peer) == largest);
-    idlest(its.clone()).or_else(|| its.map(|seat| seat.id).min().filter(|_| !is_greedy))
+    let at_work = || longest_stalled(its.clone()).or_else(|| its.clone().map(|s| s.id).min());
+    idlest(its.clone()).or_else(|| at_work().filter(|_| !is_greedy))
 }
 
-/// Returns the group to which an address belongs. A private IPv4 address is its own group. Other
-/// addresses are grouped by /24 (IPv4) or /56 (IPv6), because one client may control all addresses
-/// of such a prefix.
-fn group(ip: IpAddr) -> u128 {
-    match ip.to_canonical() {
-        IpAddr::V4(ip) if ip.is_private() || ip.is_loopback() => u128::from(u32::from(ip)),
-        IpAddr::V4(ip) => u128::from(u32::from(ip) >> 8 << 8),
-        IpAddr::V6(ip) => u128::from(ip) >> 72 << 72,
+/// Returns the group of an address: its /24 (IPv4) or /56 (IPv6), which one stranger may control as
+/// a whole. A private, unique local or link-local address is its own group, because a LAN is one
+/// network.
+pub(super) fn group(ip: IpAddr) -> IpAddr {
+    let ip = ip.to_canonical();
+    match ip {
+        IpAddr::V4(v4) if v4.is_private() || v4.is_loopback() || v4.is_link_local() => ip,
+        IpAddr::V4(v4) => {
+            let [a, b, c, _] = v4.octets();
+            [a, b, c, 0].into()
+        }
+        IpAddr::V6(v6) if v6.is_unicast_link_local() || v6.is_unique_local() => ip,
+        IpAddr::V6(v6) => Ipv6Addr::from_bits(v6.to_bits() & !(u128::MAX >> 56)).into(),
     }
 }
 
@@ -106,8 +127,10 @@ pub fn idlest(seats: impl Iterator<Item = OpenConnection>) -> Option<u64> {
     seats.filter_map(|seat| Some((seat.idle_since?, seat.id))).min().map(|(_, id)| id)
 }
 
-fn is_own(ip: IpAddr) -> bool {
-    ip.to_canonical().is_loopback()
+/// Returns the ID of the connection whose client has taken nothing for the longest time, or `None`
+/// if all clients take what they are sent.
+fn longest_stalled(seats: impl Iterator<Item = OpenConnection>) -> Option<u64> {
+    seats.filter_map(|seat| Some((seat.stalled_since?, seat.id))).min().map(|(_, id)| id)
 }
 
 #[cfg(test)]
@@ -116,32 +139,33 @@ mod tests {
 
     const STRANGERS: usize = MAX_CONNECTIONS - OWN_CONNECTIONS;
 
-    fn own() -> IpAddr {
-        "::ffff:127.0.0.1".parse().unwrap()
+    fn own() -> Newcomer {
+        Newcomer { peer: "::ffff:127.0.0.1".parse().unwrap(), is_own: true }
     }
 
-    fn stranger(n: usize) -> IpAddr {
-        IpAddr::from([10, 0, (n / 200) as u8, (n % 200) as u8])
+    fn stranger(n: usize) -> Newcomer {
+        let peer = IpAddr::from([10, 0, (n / 200) as u8, (n % 200) as u8]);
+        Newcomer { peer, is_own: false }
+    }
+
+    /// A connection at work.
+    fn seat(id: usize, of: Newcomer) -> OpenConnection {
+        let Newcomer { peer, is_own } = of;
+        OpenConnection { id: id as u64, peer, is_own, idle_since: None, stalled_since: None }
     }
 
     /// `count` connections, two per address, none of them idle. IDs count from 0.
     fn strangers(count: usize) -> Vec<OpenConnection> {
-        (0..count)
-            .map(|n| OpenConnection { id: n as u64, peer: stranger(n / 2), idle_since: None })
-            .collect()
+        (0..count).map(|n| seat(n, stranger(n / 2))).collect()
     }
 
     fn and_own(mut seats: Vec<OpenConnection>, count: usize) -> Vec<OpenConnection> {
         let from = seats.len();
-        seats.extend((from..from + count).map(|n| OpenConnection {
-            id: n as u64,
-            peer: own(),
-            idle_since: None,
-        }));
+        seats.extend((from..from + count).map(|n| seat(n, own())));
         seats
     }
 
-    fn find(newcomer: IpAddr, seats: &[OpenConnection]) -> Admission {
+    fn find(newcomer: Newcomer, seats: &[OpenConnection]) -> Admission {
         admit(newcomer, seats.iter().copied())
     }
 
@@ -176,7 +200,7 @@ mod tests {
             Admission::Replace(0),
             "the oldest stranger, though at work"
         );
-        let last = seats.iter_mut().find(|s| s.peer == own()).unwrap();
+        let last = seats.iter_mut().find(|s| s.is_own).unwrap();
         last.idle_since = Some(1);
         let last = last.id;
         assert_eq!(find(own(), &seats), Admission::Replace(last));
@@ -189,13 +213,7 @@ mod tests {
     #[test]
     fn groups_above_fair_share_do_not_shut_out_others() {
         let few = |groups: usize| -> Vec<OpenConnection> {
-            (0..STRANGERS)
-                .map(|n| OpenConnection {
-                    id: n as u64,
-                    peer: stranger(n % groups),
-                    idle_since: None,
-                })
-                .collect()
+            (0..STRANGERS).map(|n| seat(n, stranger(n % groups))).collect()
         };
         for groups in [1, 4, 10] {
             let Admission::Replace(id) = find(stranger(999), &few(groups)) else {
@@ -206,7 +224,7 @@ mod tests {
             assert_eq!(find(stranger(0), &few(groups)), Admission::Full);
             // Nor does it take the idle connections of other groups.
             let mut seats = few(groups);
-            seats.push(OpenConnection { id: 5000, peer: stranger(998), idle_since: Some(1) });
+            seats.push(OpenConnection { idle_since: Some(1), ..seat(5000, stranger(998)) });
             assert_eq!(find(stranger(0), &seats), Admission::Full);
         }
         assert_eq!(find(stranger(999), &few(20)), Admission::Full, "each has its share");
@@ -222,9 +240,32 @@ mod tests {
     /// server was not full.
     #[test]
     fn one_address_may_exceed_fair_share_while_there_is_room() {
-        let seat = |n| OpenConnection { id: n, peer: stranger(1), idle_since: None };
-        let seats: Vec<OpenConnection> = (0..600).map(seat).collect();
+        let seats: Vec<OpenConnection> = (0..600).map(|n| seat(n, stranger(1))).collect();
         assert_eq!(find(stranger(1), &seats), Admission::Free);
+    }
+
+    #[test]
+    fn client_that_reads_nothing_makes_room_for_loopback() {
+        let mut seats = and_own(Vec::new(), MAX_CONNECTIONS);
+        assert_eq!(find(own(), &seats), Admission::Full, "all of them read");
+        seats[7].stalled_since = Some(70);
+        seats[8].stalled_since = Some(60);
+        assert_eq!(find(own(), &seats), Admission::Replace(8));
+        assert_eq!(find(stranger(1), &seats), Admission::Full);
+        // In a group above its share, too, before its oldest.
+        let mut seats: Vec<_> = (0..STRANGERS).map(|n| seat(n, stranger(n % 4))).collect();
+        (0..4).for_each(|n| seats[400 + n].stalled_since = Some(1));
+        let Admission::Replace(id) = find(stranger(999), &seats) else { panic!("shut out") };
+        assert!((400..404).contains(&id), "{id}");
+    }
+
+    #[test]
+    fn connection_from_outside_is_a_strangers_whatever_its_address() {
+        let outside = Newcomer { is_own: false, ..own() };
+        assert_eq!(find(outside, &strangers(STRANGERS)), Admission::Full);
+        let mut seats = strangers(STRANGERS - 1);
+        seats.push(seat(STRANGERS, outside));
+        assert_eq!(find(stranger(999), &seats), Admission::Full);
     }
 
     #[test]
@@ -232,6 +273,9 @@ mod tests {
         let same = |a: &str, b: &str| group(a.parse().unwrap()) == group(b.parse().unwrap());
         assert!(same("203.0.113.1", "203.0.113.2") && !same("203.0.113.1", "203.0.112.1"));
         assert!(!same("10.0.0.1", "10.0.0.2") && same("10.0.0.1", "::ffff:10.0.0.1"));
+        // Neighbours on a LAN, which share a prefix.
+        assert!(!same("169.254.1.1", "169.254.1.2"));
+        assert!(!same("fd00::1", "fd00::2") && !same("fe80::1", "fe80::2"));
         assert!(
             same("2001:db8::1", "2001:db8:0:ff::1") && !same("2001:db8::1", "2001:db8:0:100::1")
         );

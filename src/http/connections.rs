@@ -1,6 +1,6 @@
 //! The table of open connections, with their timeouts and the closing of connections to make room.
 
-use super::admission::{self, Admission, OpenConnection};
+use super::admission::{self, Admission, Newcomer, OpenConnection};
 use super::head::ReceiveBuffer;
 use super::stream::ConnectionStream;
 use crate::time_scale::Timeout;
@@ -47,6 +47,11 @@ impl Connection {
         Some(self.idle_since.load(Ordering::Relaxed)).filter(|&since| since != 0)
     }
 
+    /// Whether a client on this machine opened the connection.
+    pub(super) fn is_own(&self) -> bool {
+        is_own(self.peer, self.is_outside)
+    }
+
     pub(super) fn is_idle(&self) -> bool {
         self.idle_since().is_some()
     }
@@ -83,7 +88,7 @@ impl Connections {
         peer: SocketAddr,
         is_outside: bool,
     ) -> Arc<Connection> {
-        let stream = stream.into();
+        let stream = ConnectionStream::new(stream, !is_own(peer, is_outside));
         let idle_since = AtomicU64::new(self.moment(Instant::now()));
         let connection = Arc::new(Connection {
             id,
@@ -163,9 +168,10 @@ impl Connections {
 
     /// Makes room for a connection from `peer` and closes another one if necessary. Returns false
     /// if there is no room.
-    pub(super) fn make_room(&self, peer: SocketAddr) -> bool {
+    pub(super) fn make_room(&self, peer: SocketAddr, is_outside: bool) -> bool {
+        let newcomer = Newcomer { peer: peer.ip(), is_own: is_own(peer, is_outside) };
         let mut open = self.lock();
-        match admission::admit(peer.ip(), seats(&open)) {
+        match admission::admit(newcomer, seats(&open)) {
             Admission::Free => true,
             Admission::Replace(id) => {
                 close(&mut open, id);
@@ -189,8 +195,16 @@ fn seats(open: &HashMap<u64, Arc<Connection>>) -> impl Iterator<Item = OpenConne
     open.iter().map(|(id, connection)| OpenConnection {
         id: *id,
         peer: connection.peer.ip(),
+        is_own: connection.is_own(),
         idle_since: connection.idle_since(),
+        stalled_since: connection.stream.progress().stalled_since(),
     })
+}
+
+/// Whether a connection from `peer` comes from this machine. A router may forward connections from
+/// outside under an address of its own choice.
+pub(super) fn is_own(peer: SocketAddr, is_outside: bool) -> bool {
+    !is_outside && peer.ip().to_canonical().is_loopback()
 }
 
 fn close(open: &mut HashMap<u64, Arc<Connection>>, id: u64) {

@@ -177,7 +177,7 @@ mod tests {
     fn sent(write: impl FnOnce(&mut Exchange<'_>) + Send) -> Vec<u8> {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let mut reader = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-        let writer = ConnectionStream::from(listener.accept().unwrap().0);
+        let writer = ConnectionStream::new(listener.accept().unwrap().0, false);
         thread::scope(|scope| {
             scope.spawn(move || {
                 write(&mut Exchange::new(&writer, false, false, RequestBody::none(&writer)));

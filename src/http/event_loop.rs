@@ -5,9 +5,8 @@
 //! An idle connection thus costs no thread. Most requests are for narinfos, which take 2 µs to
 //! answer, where waking a thread takes 5 µs.
 
-use super::connections::{Connection, ConnectionProgress};
+use super::connections::{Connection, ConnectionProgress, is_own};
 use super::head::{self, ReceiveBuffer};
-use super::response;
 use super::server::{PollGeneration, ServerState, hand_over};
 use crate::log_throttle::LogThrottle;
 use rustix::event::Timespec;
@@ -145,13 +144,10 @@ impl EventLoop<'_> {
     }
 
     fn admit(&mut self, stream: TcpStream, peer: SocketAddr, is_outside: bool) {
-        if !self.make_room(peer) {
+        if !self.make_room(peer, is_outside) {
             return log::debug!("connection from {peer}: refused, too many at work");
         }
-        let prepared = stream
-            .set_nonblocking(false)
-            .and_then(|()| stream.set_nodelay(true))
-            .and_then(|()| stream.set_write_timeout(Some(response::WRITE_TIMEOUT.get())));
+        let prepared = stream.set_nonblocking(false).and_then(|()| stream.set_nodelay(true));
         if let Err(e) = prepared {
             return log::debug!("connection from {peer}: {e}");
         }
@@ -160,12 +156,11 @@ impl EventLoop<'_> {
         self.shared.watch(&connection);
     }
 
-    /// Makes room for a connection from `peer`. For loopback it waits up to [`FULL_PAUSE`].
-    fn make_room(&self, peer: SocketAddr) -> bool {
+    /// Makes room for a connection from `peer`. For this machine it waits up to [`FULL_PAUSE`].
+    fn make_room(&self, peer: SocketAddr, is_outside: bool) -> bool {
         let until = Instant::now() + FULL_PAUSE;
-        while !self.shared.connections.make_room(peer) {
-            let own = peer.ip().to_canonical().is_loopback();
-            if !own || Instant::now() >= until || self.shared.is_stopping() {
+        while !self.shared.connections.make_room(peer, is_outside) {
+            if !is_own(peer, is_outside) || Instant::now() >= until || self.shared.is_stopping() {
                 return false;
             }
             thread::sleep(Duration::from_millis(2));
@@ -437,7 +432,7 @@ mod tests {
         let pair = || {
             (
                 connect(listener.local_addr().unwrap()),
-                ConnectionStream::from(listener.accept().unwrap().0),
+                ConnectionStream::new(listener.accept().unwrap().0, false),
             )
         };
         let mut buffer = ReceiveBuffer::default();

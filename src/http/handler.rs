@@ -54,6 +54,8 @@ pub struct CacheHandler {
     pub status: StatusService,
     /// Limits log messages about the own store.
     pub faults: LogThrottle,
+    /// Limits log messages about requests that web pages may have made.
+    pub refusals: LogThrottle,
 }
 
 /// Why a request gets an error response.
@@ -64,9 +66,9 @@ pub enum RequestError {
     Suspect(&'static str),
     /// 416, with the representation's size in bytes.
     Unsatisfiable(u64),
-    /// Too many long responses at once: 404 for this machine, otherwise 503.
+    /// Too many long responses at once: 503 for peers, 404 for Nix.
     Busy,
-    /// The own store failed: 404 for this machine, otherwise 503.
+    /// The own store failed: 503 for peers, 404 for Nix.
     Store(StoreError),
     /// The connection failed, or a begun body cannot be completed. The connection is cut.
     Io(io::Error),
@@ -163,10 +165,9 @@ impl Handler for CacheHandler {
             .and_then(|route| self.keep_pages_out(&route, request, scope).map(|()| route))
             .and_then(|route| self.answer(&route, request, scope, exchange));
         let Err(failure) = answered else { return Ok(()) };
-        // This machine's Nix fails the build on a 5xx; after a 404 it tries its next substituter.
-        let busy = |exchange: &mut Exchange<'_>, line| match scope {
-            Scope::ThisMachine => exchange.say(404, line),
-            _ => {
+        let busy = |exchange: &mut Exchange<'_>, line| match knows_busy(request, scope) {
+            false => exchange.say(404, line),
+            true => {
                 let retry = [("Retry-After", "1"), ("Content-Type", "text/plain; charset=utf-8")];
                 exchange.send(503, &retry, format!("{line}\n").as_bytes())
             }
@@ -198,9 +199,9 @@ impl Handler for CacheHandler {
     }
 
     fn after_panic(&self, request: &Request<'_>, exchange: &mut Exchange<'_>) -> io::Result<()> {
-        match self.scope(request) {
-            Scope::ThisMachine => exchange.say(404, "not available"),
-            _ => exchange.say(500, "not available"),
+        match knows_busy(request, self.scope(request)) {
+            false => exchange.say(404, "not available"),
+            true => exchange.say(500, "not available"),
         }
     }
 }
@@ -237,11 +238,13 @@ impl CacheHandler {
         let Some(why) = origin::suspicion(request, matches!(route, Route::Status(_))) else {
             return Ok(());
         };
-        self.warn(format_args!(
-            "refused a request from this machine that a web page may have made ({}); if it was Nix's, have it ask for \
-             127.0.0.1, or put the name into /etc/hosts",
-            why.escape_debug()
-        ));
+        if self.refusals.allow(Instant::now()) {
+            log::warn!(
+                "refused a request from this machine that a web page may have made ({}); if it was Nix's, have it ask \
+                 for 127.0.0.1, or put the name into /etc/hosts",
+                why.escape_debug()
+            );
+        }
         Err(RequestError::Suspect("not under this name; ask for 127.0.0.1, localhost or [::1]"))
     }
 
@@ -264,11 +267,11 @@ impl CacheHandler {
                 self.own_narinfo(hash_part, *view, scope, request, exchange)
             }
             Route::PeerNar(name) => {
-                let _permit = self.permit(request, scope)?;
+                let _permit = self.permit(request, scope, exchange)?;
                 nar::from_peer(self, name, request, exchange)
             }
             Route::PeerAnyNar(hash_part) => {
-                let _permit = self.permit(request, scope)?;
+                let _permit = self.permit(request, scope, exchange)?;
                 let nar_hash = self.lookup.agreed_nar_hash(hash_part).ok_or(NOT_THERE)?;
                 nar::from_peer(
                     self,
@@ -279,7 +282,7 @@ impl CacheHandler {
             }
             Route::PeerLog(derivation) => {
                 let log = self.lookup.log(derivation).ok_or(NOT_THERE)?;
-                let _permit = self.permit(request, scope)?;
+                let _permit = self.permit(request, scope, exchange)?;
                 send_text(log.len, log.text, exchange)
             }
             Route::PeerRealisation(id) => {
@@ -294,12 +297,12 @@ impl CacheHandler {
                         if scope == Scope::Lan && *view == StoreView::Peers =>
                     {
                         let spool = self.fetch.spools.get(&name.nar_hash).ok_or(NOT_THERE)?;
-                        let _permit = self.permit(request, scope)?;
+                        let _permit = self.permit(request, scope, exchange)?;
                         return nar::on_its_way(self, name, &spool, request, exchange);
                     }
                     info => info?,
                 };
-                let _permit = self.permit(request, scope)?;
+                let _permit = self.permit(request, scope, exchange)?;
                 // Compression is slower than a LAN. Nix reads the other view and cannot resume a
                 // compressed NAR.
                 let is_far = *view == StoreView::Peers
@@ -310,12 +313,12 @@ impl CacheHandler {
             Route::Digests(_) if scope == Scope::Wan => Err(NOT_THERE),
             Route::Digests(name) => {
                 let info = self.shared(&name.hash_part, scope)?;
-                let _permit = self.permit(request, scope)?;
+                let _permit = self.permit(request, scope, exchange)?;
                 nar::digests(self, name, &info, request, exchange)
             }
             Route::Listing(hash_part) => {
                 let info = self.shared(hash_part, scope)?;
-                let _permit = self.permit(request, scope)?;
+                let _permit = self.permit(request, scope, exchange)?;
                 self.listing(&info, exchange)
             }
             Route::Log(derivation) => {
@@ -325,7 +328,7 @@ impl CacheHandler {
                 {
                     return Err(NOT_THERE);
                 }
-                let _permit = self.permit(request, scope)?;
+                let _permit = self.permit(request, scope, exchange)?;
                 self.log(derivation, exchange)
             }
         }
@@ -393,12 +396,12 @@ impl CacheHandler {
         &self,
         request: &Request<'_>,
         scope: Scope,
+        exchange: &Exchange<'_>,
     ) -> Result<StreamPermit<'_>, RequestError> {
-        let permit = match scope {
-            Scope::ThisMachine => self.permits.for_this_machine(),
-            _ => self.permits.for_peer(request.peer_address.ip().to_canonical()),
-        };
-        permit.ok_or(RequestError::Busy)
+        let ip = request.peer_address.ip().to_canonical();
+        let peer = (scope != Scope::ThisMachine).then_some(ip);
+        let waits = !knows_busy(request, scope);
+        self.permits.for_stream(peer, exchange.progress(), waits).ok_or(RequestError::Busy)
     }
 
     fn cache_info(&self, exchange: &mut Exchange<'_>) -> Result<(), RequestError> {
@@ -432,6 +435,12 @@ impl CacheHandler {
         let log = self.store.log(derivation)?.ok_or(NOT_THERE)?;
         send_text(log.len, log.reader, exchange)
     }
+}
+
+/// Whether the client understands a 503 and asks another peer, as peerix does. Nix fails the build
+/// on a 5xx; after a 404 it tries its next substituter.
+fn knows_busy(request: &Request<'_>, scope: Scope) -> bool {
+    scope != Scope::ThisMachine && request.target.starts_with("/local/")
 }
 
 const JSON: [(&str, &str); 1] = [("Content-Type", "application/json")];

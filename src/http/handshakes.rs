@@ -2,9 +2,10 @@
 //! thread. A new handshake at the limit ends an old one of the network that has the most, so that a
 //! flood hits the network it comes from.
 
+use super::admission::group;
 use crate::time_scale::Timeout;
 use std::collections::VecDeque;
-use std::net::{IpAddr, Ipv6Addr, Shutdown, TcpStream};
+use std::net::{IpAddr, Shutdown, TcpStream};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Time limit for a handshake, which takes up to three round trips. Afterwards the connection is
@@ -59,12 +60,19 @@ impl Handshakes {
         let mut state = self.lock();
         let is_known = state.addresses.contains(&ip);
         let strangers = state.places.iter().filter(|seat| !seat.is_known).count();
-        let is_full = match is_known {
-            true => state.places.len() >= MAX_HANDSHAKES,
-            false => strangers >= MAX_HANDSHAKES - FRIENDS_HANDSHAKES,
-        };
-        if is_full && let Some(at) = state.victim() {
-            let _ = state.places.remove(at).socket.shutdown(Shutdown::Both);
+        let is_full = state.places.len() >= MAX_HANDSHAKES
+            || !is_known && strangers >= MAX_HANDSHAKES - FRIENDS_HANDSHAKES;
+        if is_full {
+            match state.victim() {
+                Some(at) if is_known || !state.places[at].is_known => {
+                    let _ = state.places.remove(at).socket.shutdown(Shutdown::Both);
+                }
+                // A stranger does not end a friend's handshake, so its own ends.
+                _ => {
+                    let _ = socket.shutdown(Shutdown::Both);
+                    return HandshakePermit { handshakes: self, id, ip };
+                }
+            }
         }
         state.places.push(PendingHandshake { id, group: group(ip), is_known, socket });
         HandshakePermit { handshakes: self, id, ip }
@@ -104,21 +112,6 @@ impl HandshakePermit<'_> {
 impl Drop for HandshakePermit<'_> {
     fn drop(&mut self) {
         self.handshakes.lock().places.retain(|seat| seat.id != self.id);
-    }
-}
-
-/// Returns the group of an address: its /24 (IPv4) or /56 (IPv6), which one stranger may control as
-/// a whole. A private, unique local or link-local address is its own group, because a LAN is one
-/// network.
-fn group(ip: IpAddr) -> IpAddr {
-    match ip {
-        IpAddr::V4(v4) if v4.is_private() || v4.is_loopback() || v4.is_link_local() => ip,
-        IpAddr::V4(v4) => {
-            let [a, b, c, _] = v4.octets();
-            [a, b, c, 0].into()
-        }
-        IpAddr::V6(v6) if v6.is_unicast_link_local() || v6.is_unique_local() => ip,
-        IpAddr::V6(v6) => Ipv6Addr::from_bits(v6.to_bits() & !(u128::MAX >> 56)).into(),
     }
 }
 
@@ -167,13 +160,15 @@ mod tests {
     }
 
     #[test]
-    fn groups_are_prefixes_except_on_lan() {
-        let same = |a: &str, b: &str| group(a.parse().unwrap()) == group(b.parse().unwrap());
-        assert!(same("203.0.113.1", "203.0.113.200") && !same("203.0.113.1", "203.0.114.1"));
-        assert!(
-            same("2001:db8:0:ff::1", "2001:db8:0:1::2")
-                && !same("2001:db8:0:100::1", "2001:db8:0:ff::1")
-        );
-        assert!(!same("192.168.1.1", "192.168.1.2") && !same("fd00::1", "fd00::2"));
+    fn stranger_beside_friends_at_the_limit_is_ended() {
+        let handshakes = Handshakes::default();
+        let friend: IpAddr = "192.0.2.7".parse().unwrap();
+        handshakes.enter(999, friend, socket()).record_friend();
+        let _friends: Vec<_> =
+            (0..MAX_HANDSHAKES as u64).map(|n| handshakes.enter(n, friend, socket())).collect();
+        let stranger = IpAddr::from([10, 0, 0, 1]);
+        let _strangers: Vec<_> =
+            (100..150).map(|n| handshakes.enter(n, stranger, socket())).collect();
+        assert_eq!(ids(&handshakes), Vec::from_iter(0..MAX_HANDSHAKES as u64));
     }
 }

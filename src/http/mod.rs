@@ -22,6 +22,7 @@ mod origin;
 mod range;
 mod response;
 pub mod route;
+mod send_progress;
 pub mod server;
 mod status;
 mod stream;

@@ -5,8 +5,10 @@ use super::handler::CacheHandler;
 use super::response::{Exchange, ShortResponse};
 use super::route::{NarFileName, StoreView};
 use crate::nix::{
-    NarInfo, PathInfo, SecretKey, Signature, StoreDir, is_known_to_every_nix, narinfo,
+    NarInfo, PathInfo, SecretKey, Signature, StoreDir, is_content_addressed, is_known_to_every_nix,
+    narinfo,
 };
+use crate::time_scale::Timeout;
 use ring::digest::{SHA256, digest};
 use std::collections::HashMap;
 use std::fmt;
@@ -94,7 +96,7 @@ pub(super) fn own<'a>(
         root,
         compression: "none",
         signature,
-        ca: ca(info, view == StoreView::Peers, request),
+        ca: ca(info, view == StoreView::Peers, request, &cache.store_dir),
     }
 }
 
@@ -111,14 +113,21 @@ pub(super) fn from_peer<'a>(
         root: "peer/",
         compression,
         signature: None,
-        ca: ca(info, false, request),
+        ca: ca(info, false, request, &cache.store_dir),
     }
 }
 
-/// Returns the content address unless the client's Nix may fail on it. Peers get every form.
-fn ca<'a>(info: &'a PathInfo, is_peer: bool, request: &Request<'_>) -> Option<&'a str> {
-    let ca = info.ca.as_deref();
-    ca.filter(|ca| is_peer || is_known_to_every_nix(ca) || tolerates_unknown_ca(request))
+/// Returns the content address. Peers get every form. Nix gets one only if it is true of the path
+/// and this Nix can read it: Nix refuses the narinfo, or fails the build, over any other.
+fn ca<'a>(
+    info: &'a PathInfo,
+    is_peer: bool,
+    request: &Request<'_>,
+    store_dir: &StoreDir,
+) -> Option<&'a str> {
+    let is_readable = |ca: &str| is_known_to_every_nix(ca) || tolerates_unknown_ca(request);
+    let is_for_nix = |ca: &str| is_readable(ca) && is_content_addressed(info, store_dir);
+    info.ca.as_deref().filter(|ca| is_peer || is_for_nix(ca))
 }
 
 const CONTENT_TYPE: &str = "text/x-nix-narinfo";
@@ -140,6 +149,7 @@ impl NarinfoLocation<'_> {
         let _ = self.write(&mut len);
         exchange.begin(200, &[("Content-Type", CONTENT_TYPE)], len.0)?;
         if exchange.wants_body() {
+            let _deadline = exchange.progress().set_deadline(SEND_TIMEOUT.get());
             let mut pieces =
                 ChunkWriter { out: BufWriter::with_capacity(PIECE, exchange), failed: None };
             if self.write(&mut pieces).is_err() {
@@ -165,6 +175,10 @@ impl NarinfoLocation<'_> {
         )
     }
 }
+
+/// Time that a client has to take a large narinfo, after which the connection is cut. Few large
+/// narinfos are in memory at once, so others wait meanwhile. 1 MiB takes 20 s at 52 KiB/s.
+const SEND_TIMEOUT: Timeout = Timeout::from_secs(20);
 
 /// Buffer for a large narinfo, in bytes. Each full buffer is sent.
 const PIECE: usize = 64 << 10;
@@ -206,4 +220,35 @@ fn tolerates_unknown_ca(request: &Request<'_>) -> bool {
         .map(|n| n.parse().unwrap_or(0));
     let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
     version >= NIX_TOLERATES_UNKNOWN_CA
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::head;
+    use super::*;
+    use crate::nix::golden;
+
+    #[test]
+    fn nix_gets_true_and_readable_content_addresses_only() {
+        let dir = golden::store_dir();
+        let given = |info: &PathInfo, is_peer: bool, agent: &str| {
+            let text = format!("GET / HTTP/1.1\r\nUser-Agent: {agent}\r\n\r\n");
+            head::parse(text.as_bytes(), "127.0.0.1:1".parse().unwrap(), None, |request| {
+                ca(info, is_peer, &request.unwrap(), &dir).map(str::to_owned)
+            })
+        };
+        let (new, old) = ("curl/8.23.0 Nix/2.34.8", "curl/7.85.0 Nix/2.8.0");
+        for info in golden::narinfos().into_iter().map(|narinfo| narinfo.info) {
+            assert_eq!(given(&info, false, new), info.ca);
+            assert_eq!(given(&info, false, old), info.ca);
+        }
+        let some = golden::narinfos().into_iter().find(|n| n.info.ca.is_some()).unwrap().info;
+        let zeros = "0".repeat(52);
+        for wrong in ["fixed:sha3:", "what:ever:", "text:sha256:", "fixed:r:blake3:"] {
+            let info = PathInfo { ca: Some(format!("{wrong}{zeros}")), ..some.clone() };
+            assert_eq!(given(&info, true, ""), info.ca);
+            assert_eq!(given(&info, false, new), None, "{wrong}");
+            assert_eq!(given(&info, false, old), None, "{wrong}");
+        }
+    }
 }

@@ -48,6 +48,12 @@ pub(super) fn suspicion(request: &Request<'_>, is_page: bool) -> Option<String> 
     {
         return Some(format!("Host {host}"));
     }
+    // Browsers send `Origin` with requests whose response a page may read, and `null` for a page
+    // that has none.
+    let own = |origin: &str| origin.strip_prefix("http://") == request.field("host");
+    if request.field("origin").is_some_and(|origin| !own(origin)) {
+        return Some("a page of another server".into());
+    }
     // Browsers send this with requests of a page to another server. Following a link is harmless,
     // because the page cannot read the response.
     let of_other_page = request
@@ -72,7 +78,10 @@ fn check_own_name(host: &str, hosts: &Path) -> bool {
 fn is_number_or_localhost(name: &str) -> bool {
     let address = name.strip_prefix('[').and_then(|name| name.strip_suffix(']')).unwrap_or(name);
     // An IP address needs no DNS. Browsers resolve `localhost` to loopback (RFC 6761, section 6.3).
-    address.parse::<IpAddr>().is_ok() || name.eq_ignore_ascii_case("localhost")
+    // The unspecified address also reaches loopback, but browsers send no `Sec-Fetch-Site` to it,
+    // and no client but pages that attack local servers uses it.
+    address.parse::<IpAddr>().is_ok_and(|ip| !ip.to_canonical().is_unspecified())
+        || name.eq_ignore_ascii_case("localhost")
 }
 
 fn without_port(host: &str) -> &str {
@@ -213,6 +222,10 @@ mod tests {
             "server",
             "two",
             "desk:12304:80",
+            "0.0.0.0:12304",
+            "0.0.0.0",
+            "[::]:12304",
+            "[::ffff:0.0.0.0]",
             "[::1",
         ] {
             assert!(!check_own_name(host, &hosts), "{host}");
@@ -273,5 +286,13 @@ mod tests {
         // Another port of this machine.
         assert!(suspect(&format!("{own} same-site\r\nSec-Fetch-Mode: cors\r\n")).is_some());
         assert_eq!(suspect("Host: evil.example\r\n").as_deref(), Some("Host evil.example"));
+        // Browsers send no `Sec-Fetch-Site` to this address, which reaches loopback.
+        assert!(suspect("Host: 0.0.0.0:12304\r\n").is_some());
+        let own = "Host: 127.0.0.1:12304\r\nOrigin:";
+        assert_eq!(suspect(&format!("{own} http://127.0.0.1:12304\r\n")), None);
+        for origin in ["https://evil.example", "http://127.0.0.1:80", "null", ""] {
+            assert!(suspect(&format!("{own} {origin}\r\n")).is_some(), "{origin}");
+        }
+        assert!(suspect("Origin: http://127.0.0.1:12304\r\n").is_some(), "without Host");
     }
 }

@@ -2,24 +2,20 @@
 //! sent with sendfile(2) where the connection is not encrypted.
 
 use super::body::RequestBody;
+use super::send_progress::SendProgress;
 use super::stream::ConnectionStream;
 use crate::store::NarSink;
-use crate::time_scale::Timeout;
 use crate::upload_limit::UploadLimit;
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::sendfile;
 use rustix::io::{Errno, retry_on_intr};
 use rustix::net::sockopt::set_tcp_cork;
 use std::borrow::Cow;
 use std::cell::RefCell;
 use std::io::{self, IoSlice, Write};
-use std::net::TcpStream;
 use std::os::fd::BorrowedFd;
-use std::time::{Instant, SystemTime};
+use std::sync::Arc;
+use std::time::SystemTime;
 use tiny_http::{HTTPVersion, Header, Response, StatusCode};
-
-/// Time that a client may take no bytes before its connection is cut.
-pub(super) const WRITE_TIMEOUT: Timeout = Timeout::from_secs(30);
 
 /// Header fields of a response, as names and values.
 pub type HeaderFields = Vec<(&'static str, Cow<'static, str>)>;
@@ -67,6 +63,8 @@ pub struct Exchange<'a> {
     stream: &'a ConnectionStream,
     /// Upload rate limit; `None` for requests from this machine.
     limit: Option<&'a UploadLimit>,
+    /// Bytes that the upload limit permits already.
+    prepaid: usize,
     head_only: bool,
     close: bool,
     head: Vec<u8>,
@@ -88,6 +86,7 @@ impl<'a> Exchange<'a> {
         Exchange {
             stream,
             limit,
+            prepaid: 0,
             head_only,
             close,
             head,
@@ -101,6 +100,11 @@ impl<'a> Exchange<'a> {
     /// Sets the upload rate limit.
     pub(super) fn limited(self, limit: Option<&'a UploadLimit>) -> Self {
         Exchange { limit, ..self }
+    }
+
+    /// How the client takes the response.
+    pub(super) fn progress(&self) -> &Arc<SendProgress> {
+        self.stream.progress()
     }
 
     /// The request's body.
@@ -193,12 +197,13 @@ impl<'a> Exchange<'a> {
         if is_last {
             bytes.extend_from_slice(b"0\r\n\r\n");
         }
+        let mut stream = self.stream;
         match self.limit {
             Some(limit) => bytes.chunks(limit.piece()).try_for_each(|piece| {
                 limit.take(piece.len())?;
-                send_all(self.stream, piece)
+                stream.write_all(piece)
             })?,
-            None => send_all(self.stream, &bytes)?,
+            None => stream.write_all(&bytes)?,
         }
         self.in_chunks = !is_last;
         Ok(())
@@ -260,8 +265,10 @@ impl<'a> Exchange<'a> {
     }
 
     /// Waits until the upload limit permits `bytes` more bytes.
-    fn reserve(&self, bytes: usize) -> io::Result<()> {
-        self.limit.map_or(Ok(()), |limit| limit.take(bytes))
+    fn reserve(&mut self, bytes: usize) -> io::Result<()> {
+        let prepaid = bytes.min(self.prepaid);
+        self.prepaid -= prepaid;
+        self.limit.map_or(Ok(()), |limit| limit.take(bytes - prepaid))
     }
 
     fn count(&mut self, written: usize) -> io::Result<usize> {
@@ -336,29 +343,6 @@ fn begin_head(out: &mut Vec<u8>, status: u16) -> io::Result<()> {
     })
 }
 
-/// Sends all bytes. Fails if the client takes none for [`WRITE_TIMEOUT`].
-pub(super) fn send_all(mut stream: &ConnectionStream, bytes: &[u8]) -> io::Result<()> {
-    let mut rest = bytes;
-    while !rest.is_empty() {
-        let began = Instant::now();
-        let written = match stream.write(rest) {
-            Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
-            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-            written => written?,
-        };
-        in_time(written, rest.len(), began)?;
-        rest = &rest[written..];
-    }
-    Ok(())
-}
-
-/// Fails if a write timed out. When a write times out after some bytes, the kernel returns a short
-/// count and no error.
-fn in_time(written: usize, asked: usize, began: Instant) -> io::Result<()> {
-    let late = written < asked && began.elapsed() >= WRITE_TIMEOUT.get();
-    if late { Err(io::ErrorKind::TimedOut.into()) } else { Ok(()) }
-}
-
 /// Bytes of a file per call of sendfile(2), as nginx's `sendfile_max_chunk`.
 const FILE_PIECE: u64 = 2 << 20;
 
@@ -392,9 +376,12 @@ impl NarSink for Exchange<'_> {
         {
             sent = match retry_on_intr(|| sendfile(socket, file, Some(&mut at), most - before)) {
                 Ok(0) => break,
-                Ok(more) => Ok(before + more),
+                Ok(more) => {
+                    self.stream.progress().record_taken(more);
+                    Ok(before + more)
+                }
                 Err(Errno::AGAIN) => {
-                    wait_for_room(socket)?;
+                    self.stream.wait_for_room()?;
                     Ok(before)
                 }
                 Err(e) => Err(e),
@@ -405,20 +392,12 @@ impl NarSink for Exchange<'_> {
         match sent {
             Ok(sent) => self.count(sent).map(|sent| Some(sent as u64)),
             // The file system does not support sendfile(2).
-            Err(Errno::INVAL | Errno::NOSYS) => Ok(None),
+            Err(Errno::INVAL | Errno::NOSYS) => {
+                self.prepaid += most;
+                Ok(None)
+            }
             Err(e) => Err(e.into()),
         }
-    }
-}
-
-/// Waits until the client takes some bytes. Fails after [`WRITE_TIMEOUT`].
-fn wait_for_room(stream: &TcpStream) -> io::Result<()> {
-    let patience = WRITE_TIMEOUT.get();
-    let patience =
-        Timespec { tv_sec: patience.as_secs() as i64, tv_nsec: patience.subsec_nanos().into() };
-    match retry_on_intr(|| poll(&mut [PollFd::new(stream, PollFlags::OUT)], Some(&patience)))? {
-        0 => Err(io::ErrorKind::TimedOut.into()),
-        _ => Ok(()),
     }
 }
 
@@ -430,13 +409,8 @@ impl Write for Exchange<'_> {
         let piece = &piece[..self.piece(piece.len())];
         let mut stream = self.stream;
         self.reserve(self.head.len() + piece.len())?;
-        let began = Instant::now();
         if self.head.is_empty() {
             let written = stream.write(piece)?;
-            // TLS takes only part of a long piece, so a short count does not mean a timeout.
-            if stream.key().is_none() {
-                in_time(written, piece.len(), began)?;
-            }
             return self.count(written);
         }
         let written = stream.write_vectored(&[IoSlice::new(&self.head), IoSlice::new(piece)])?;

@@ -4,12 +4,13 @@
 //! One event loop accepts connections and watches idle ones (`event_loop.rs`). A thread of the pool
 //! owns a connection while it is at work. The server is independent of what the handler serves.
 
+use super::admission::MAX_CONNECTIONS;
 use super::body::RequestBody;
 use super::connections::{Connection, ConnectionProgress, Connections, HEAD_TIMEOUT};
 use super::event_loop::run;
 use super::handshakes::{HANDSHAKE_TIMEOUT, Handshakes};
 use super::head::{self, HeadError, ReceiveBuffer, Request};
-use super::response::{Exchange, ShortResponse, send_all};
+use super::response::{Exchange, ShortResponse};
 use super::stream::{AuthenticatedKey, ConnectionStream};
 use crate::deferred::Deferred;
 use crate::upload_limit::UploadLimit;
@@ -18,7 +19,7 @@ use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use rustix::event::{EventfdFlags, eventfd};
 use rustls::ServerConfig;
 use std::cell::Cell;
-use std::io::{self, Read};
+use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -29,6 +30,15 @@ use std::time::{Duration, Instant};
 
 /// Stack of a thread of the pool, in bytes. Less than 64 KiB of it is used.
 const STACK: usize = 512 * 1024;
+
+/// Threads of the pool. A connection that was closed to make room holds its thread until that
+/// notices, so there are some more threads than connections. At the bound, a connection waits for a
+/// thread.
+const MAX_THREADS: usize = MAX_CONNECTIONS + 64;
+
+/// Wait for a thread at [`MAX_THREADS`], after which the connection is closed. The event loop waits
+/// meanwhile. Threads whose connection was closed notice within microseconds.
+const THREAD_WAIT: Duration = Duration::from_millis(100);
 
 /// Time without a connection after which a thread of the pool ends.
 const THREAD_IDLE: Duration = Duration::from_secs(10);
@@ -232,12 +242,18 @@ impl ServerState {
 }
 
 /// Passes a connection to an idle thread of the pool or to a new one, or ends it if no thread can
-/// be started.
+/// be started. Called by the event loop alone. At [`MAX_THREADS`] it waits up to [`THREAD_WAIT`].
 pub(super) fn hand_over(shared: &Arc<ServerState>, connection: Arc<Connection>) {
     let rejected = match shared.hand_over.try_send(connection) {
         Ok(()) => return,
         Err(TrySendError::Full(job) | TrySendError::Disconnected(job)) => job,
     };
+    if shared.threads.load(Ordering::Relaxed) >= MAX_THREADS {
+        if let Err(e) = shared.hand_over.send_timeout(rejected, THREAD_WAIT) {
+            shared.connections.end(&e.into_inner());
+        }
+        return;
+    }
     let number = shared.threads.fetch_add(1, Ordering::Relaxed);
     let (worker, job) = (shared.clone(), rejected.clone());
     let spawned = thread::Builder::new()
@@ -289,7 +305,7 @@ fn serve(shared: &ServerState, connection: &Connection) -> io::Result<bool> {
     let mut bytes = connection.bytes();
     let ConnectionProgress { received, unsent } = &mut *bytes;
     if !unsent.is_empty() {
-        send_all(&connection.stream, unsent)?;
+        (&connection.stream).write_all(unsent)?;
         *unsent = Vec::new();
     }
     // The event loop could not answer the first request at once.
@@ -369,9 +385,7 @@ fn answer(
     }
     let keep_alive = request.keep_alive && !shared.is_stopping();
     let body = RequestBody::new(&connection.stream, request, behind);
-    let is_own = request.key.is_none()
-        && !request.is_outside
-        && request.peer_address.ip().to_canonical().is_loopback();
+    let is_own = request.key.is_none() && connection.is_own();
     let limit = shared.handler.upload_limit().filter(|_| !is_own);
     let mut exchange =
         Exchange::new(&connection.stream, request.method == "HEAD", !keep_alive, body)
@@ -449,7 +463,6 @@ fn linger(stream: &TcpStream) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::io::Write;
 
     /// Panics in both methods.
     struct Panics;

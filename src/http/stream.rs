@@ -3,12 +3,13 @@
 //! The first byte tells the two apart. A TLS handshake record begins with 0x16, which no HTTP
 //! request does.
 
-use super::response::WRITE_TIMEOUT;
+use super::send_progress::{SendProgress, WRITE_TIMEOUT};
 use rustix::buffer::spare_capacity;
-use rustix::io::retry_on_intr;
-use rustix::net::{RecvFlags, recv};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::{Errno, retry_on_intr};
+use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags, recv, sendmsg};
 use rustls::{ServerConfig, ServerConnection};
-use std::io::{self, Read, Write};
+use std::io::{self, IoSlice, Read, Write};
 use std::net::TcpStream;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
@@ -25,6 +26,7 @@ pub type AuthenticatedKey = [u8; 32];
 /// The byte stream of a connection.
 pub struct ConnectionStream {
     socket: TcpStream,
+    progress: Arc<SendProgress>,
     tls: OnceLock<Box<TlsStream>>,
 }
 
@@ -34,16 +36,53 @@ struct TlsStream {
     key: AuthenticatedKey,
 }
 
-impl From<TcpStream> for ConnectionStream {
-    fn from(socket: TcpStream) -> Self {
-        ConnectionStream { socket, tls: OnceLock::new() }
-    }
-}
-
 impl ConnectionStream {
+    /// Wraps a blocking socket. `has_least_rate` says that the client has to take what it is sent
+    /// at a least rate.
+    pub(super) fn new(socket: TcpStream, has_least_rate: bool) -> Self {
+        let progress = Arc::new(SendProgress::new(has_least_rate));
+        ConnectionStream { socket, progress, tls: OnceLock::new() }
+    }
+
     /// The socket. After a TLS handshake, its bytes are TLS records.
     pub(super) fn socket(&self) -> &TcpStream {
         &self.socket
+    }
+
+    /// How the client takes what it is sent.
+    pub(super) fn progress(&self) -> &Arc<SendProgress> {
+        &self.progress
+    }
+
+    /// Waits until the client takes some bytes.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::TimedOut`] if it takes nothing for [`WRITE_TIMEOUT`], takes too little, or
+    /// has to give way to others.
+    pub(super) fn wait_for_room(&self) -> io::Result<()> {
+        self.progress.wait_for_room(|time| {
+            let time =
+                Timespec { tv_sec: time.as_secs() as i64, tv_nsec: time.subsec_nanos().into() };
+            let mut polled = [PollFd::new(&self.socket, PollFlags::OUT)];
+            Ok(retry_on_intr(|| poll(&mut polled, Some(&time)))? > 0)
+        })
+    }
+
+    /// Sends the first bytes of `parts` to the socket, as many as its buffer takes, and returns
+    /// their number. Blocks while the buffer is full, as [`ConnectionStream::wait_for_room`] does.
+    fn send(&self, parts: &[IoSlice<'_>]) -> io::Result<usize> {
+        let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+        loop {
+            let mut control = SendAncillaryBuffer::default();
+            match retry_on_intr(|| sendmsg(&self.socket, parts, &mut control, flags)) {
+                Err(Errno::AGAIN) => self.wait_for_room()?,
+                Err(e) => return Err(e.into()),
+                Ok(sent) => {
+                    self.progress.record_taken(sent);
+                    return Ok(sent);
+                }
+            }
+        }
     }
 
     /// The key with which the other end authenticated itself; `None` without TLS.
@@ -57,7 +96,7 @@ impl ConnectionStream {
     }
 
     /// Performs the server's side of a TLS handshake. `received` are bytes already read from the
-    /// socket. Blocks until `until`, and for at most one write timeout of the socket more.
+    /// socket. Blocks until `until`, and for at most one [`WRITE_TIMEOUT`] more.
     ///
     /// # Errors
     /// The socket or the handshake fails, the handshake takes too long, or the client presents no
@@ -71,7 +110,7 @@ impl ConnectionStream {
         let mut session = ServerConnection::new(config).map_err(io::Error::other)?;
         let result = self.complete_handshake(&mut session, &mut received, until);
         // After a failure, the remaining record is an alert with the reason.
-        let sent = send_records(&mut session, &self.socket, until);
+        let sent = send_records(&mut session, self, until);
         result?;
         sent?;
         let raw_key =
@@ -88,7 +127,7 @@ impl ConnectionStream {
         until: Instant,
     ) -> io::Result<()> {
         while session.is_handshaking() {
-            send_records(session, &self.socket, until)?;
+            send_records(session, self, until)?;
             let came = if received.is_empty() {
                 let left = until.saturating_duration_since(Instant::now());
                 if left.is_zero() {
@@ -147,14 +186,14 @@ impl TlsStream {
         self.session.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn read(&self, socket: &TcpStream, buffer: &mut [u8]) -> io::Result<usize> {
+    fn read(&self, stream: &ConnectionStream, buffer: &mut [u8]) -> io::Result<usize> {
         let mut session = self.session();
         loop {
             match session.reader().read(buffer) {
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
                 read => return read,
             }
-            match session.read_tls(&mut &*socket) {
+            match session.read_tls(&mut &stream.socket) {
                 Ok(0) => return Ok(0),
                 Ok(_) => {}
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
@@ -162,39 +201,48 @@ impl TlsStream {
             }
             session.process_new_packets().map_err(io::Error::other)?;
             // TLS may have to respond, for example to a key update.
-            send_records(&mut session, socket, Instant::now() + WRITE_TIMEOUT.get())?;
+            send_records(&mut session, stream, Instant::now() + WRITE_TIMEOUT.get())?;
         }
     }
 
-    fn write(&self, socket: &TcpStream, bytes: &[u8]) -> io::Result<usize> {
+    fn write(&self, stream: &ConnectionStream, bytes: &[u8]) -> io::Result<usize> {
         let mut session = self.session();
         let taken = session.writer().write(&bytes[..bytes.len().min(TLS_PIECE)])?;
-        send_records(&mut session, socket, Instant::now() + WRITE_TIMEOUT.get())?;
+        send_records(&mut session, stream, Instant::now() + WRITE_TIMEOUT.get())?;
         Ok(taken)
     }
 }
 
-/// Sends pending TLS records. Blocks until `until`, and for at most one write timeout of the socket
-/// more.
+/// Sends pending TLS records. Blocks until `until`, and for at most one [`WRITE_TIMEOUT`] more.
 fn send_records(
     session: &mut ServerConnection,
-    socket: &TcpStream,
+    stream: &ConnectionStream,
     until: Instant,
 ) -> io::Result<()> {
     while session.wants_write() {
-        match session.write_tls(&mut &*socket) {
-            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
-                return Err(io::ErrorKind::TimedOut.into());
-            }
-            Err(e) => return Err(e),
-            Ok(_) if session.wants_write() && Instant::now() >= until => {
-                return Err(io::ErrorKind::TimedOut.into());
-            }
-            Ok(_) => {}
+        session.write_tls(&mut RecordWriter(stream))?;
+        if session.wants_write() && Instant::now() >= until {
+            return Err(io::ErrorKind::TimedOut.into());
         }
     }
     Ok(())
+}
+
+/// Writes TLS records to the socket.
+struct RecordWriter<'a>(&'a ConnectionStream);
+
+impl Write for RecordWriter<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.send(&[IoSlice::new(bytes)])
+    }
+
+    fn write_vectored(&mut self, parts: &[IoSlice<'_>]) -> io::Result<usize> {
+        self.0.send(parts)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 /// Returns the key in an ed25519 SubjectPublicKeyInfo (RFC 8410): the last 32 of 44 bytes. The
@@ -206,7 +254,7 @@ fn key_of(info: &[u8]) -> Option<AuthenticatedKey> {
 impl Read for &ConnectionStream {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         match self.tls.get() {
-            Some(tls) => tls.read(&self.socket, buffer),
+            Some(tls) => tls.read(self, buffer),
             None => (&self.socket).read(buffer),
         }
     }
@@ -215,12 +263,12 @@ impl Read for &ConnectionStream {
 impl Write for &ConnectionStream {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         match self.tls.get() {
-            Some(tls) => tls.write(&self.socket, bytes),
-            None => (&self.socket).write(bytes),
+            Some(tls) => tls.write(self, bytes),
+            None => self.send(&[IoSlice::new(bytes)]),
         }
     }
 
-    fn write_vectored(&mut self, parts: &[io::IoSlice<'_>]) -> io::Result<usize> {
+    fn write_vectored(&mut self, parts: &[IoSlice<'_>]) -> io::Result<usize> {
         match self.tls.get() {
             // Send the head and the beginning of the body in one record.
             Some(tls) => {
@@ -229,9 +277,9 @@ impl Write for &ConnectionStream {
                 for part in parts {
                     all.extend_from_slice(&part[..part.len().min(TLS_PIECE - all.len())]);
                 }
-                tls.write(&self.socket, &all)
+                tls.write(self, &all)
             }
-            None => (&self.socket).write_vectored(parts),
+            None => self.send(parts),
         }
     }
 

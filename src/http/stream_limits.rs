@@ -1,15 +1,15 @@
 //! Limits concurrent long responses: NARs, listings, logs and large narinfos. Short responses need
 //! no permit, so they never wait for long ones.
 
+use super::send_progress::SendProgress;
 use crate::time_scale::Timeout;
 use crate::upload_limit::UploadLimit;
-use std::collections::HashMap;
 use std::net::IpAddr;
-use std::sync::{Condvar, Mutex};
-use std::time::Instant;
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::{Duration, Instant};
 
-/// Long responses at once. Each holds up to 1 MiB of buffers. At the bound, this machine waits and
-/// peers are refused.
+/// Long responses at once. Each holds up to 1 MiB of buffers. At the bound, Nix waits and peers are
+/// refused, unless a client takes nothing of its response.
 pub const MAX_STREAMS: usize = 64;
 /// Long responses to peers at once. The rest of [`MAX_STREAMS`] is reserved for this machine's Nix,
 /// so that slow or malicious readers do not delay it.
@@ -25,21 +25,61 @@ pub const MAX_COMPRESSED: usize = 16;
 /// Large narinfos built and sent at once, each up to 4 MiB. Further requests wait.
 pub const MAX_LARGE_NARINFOS: usize = 4;
 
-/// Longest wait for a permit. Afterwards this machine's Nix gets a 404 and tries its next
-/// substituter.
+/// Longest wait of a Nix for a permit. Afterwards it gets a 404 and tries its next substituter.
 const PERMIT_TIMEOUT: Timeout = Timeout::from_secs(30);
+
+/// Time for which a client takes nothing before its stream is ended for another client at a limit.
+/// A Nix that unpacks a large file pauses for seconds.
+const STALLED: Timeout = Timeout::from_secs(10);
+
+/// Interval at which a client that waits for a permit checks whether another one is stalled.
+const STALLED_CHECK: Duration = Duration::from_secs(1);
 
 #[derive(Default)]
 struct StreamCounts {
-    own: usize,
-    peers: HashMap<IpAddr, usize>,
+    next_id: u64,
+    /// The long responses under way.
+    streams: Vec<Stream>,
     compressed: usize,
     large_narinfos: usize,
 }
 
+/// A long response under way.
+struct Stream {
+    id: u64,
+    /// The client's address; `None` for this machine.
+    peer: Option<IpAddr>,
+    progress: Arc<SendProgress>,
+}
+
 impl StreamCounts {
-    fn by_peers(&self) -> usize {
-        self.peers.values().sum()
+    /// Ends a stream if `peer` gets no permit at once. Returns whether it gets one now.
+    fn make_room(&mut self, peer: Option<IpAddr>, most_for_peers: usize) -> bool {
+        let count = |of: &dyn Fn(Option<IpAddr>) -> bool| {
+            self.streams.iter().filter(|stream| of(stream.peer)).count()
+        };
+        let (its, by_peers) = (count(&|other| other == peer), count(&|other| other.is_some()));
+        let is_full = self.streams.len() >= MAX_STREAMS;
+        if peer.is_some() && its >= MAX_STREAMS_PER_PEER {
+            return self.end_stalled(|other| other == peer);
+        }
+        if is_full || peer.is_some() && by_peers >= most_for_peers {
+            return self.end_stalled(|other| peer.is_none() || other.is_some());
+        }
+        true
+    }
+
+    /// Ends the stream whose client has taken nothing for the longest time, of the clients for
+    /// which `may_end` returns true. Returns false if each took something within [`STALLED`].
+    fn end_stalled(&mut self, may_end: impl Fn(Option<IpAddr>) -> bool) -> bool {
+        let stalled = self.streams.iter().enumerate().filter(|(_, stream)| may_end(stream.peer));
+        let longest = stalled.map(|(at, stream)| (stream.progress.stalled_for(), at)).max();
+        let Some((time, at)) = longest else { return false };
+        if time < STALLED.get() {
+            return false;
+        }
+        self.streams.swap_remove(at).progress.give_way();
+        true
     }
 }
 
@@ -59,7 +99,7 @@ impl Default for StreamLimits {
 /// Permit for a long response. Dropping it returns it.
 pub struct StreamPermit<'a> {
     permits: &'a StreamLimits,
-    peer: Option<IpAddr>,
+    id: u64,
 }
 
 /// Permit to build a large narinfo. Dropping it returns it.
@@ -76,31 +116,26 @@ impl StreamLimits {
         StreamLimits { taken: Mutex::default(), returned: Condvar::new(), most_for_peers }
     }
 
-    /// Waits up to 30 s for a permit for this machine's Nix; `None` after that.
-    pub fn for_this_machine(&self) -> Option<StreamPermit<'_>> {
-        let until = Instant::now() + PERMIT_TIMEOUT.get();
+    /// Returns a permit for a response to `peer`, which is `None` for this machine. At one of the
+    /// limits, it ends a stream whose client takes nothing, or waits up to 30 s for a permit if
+    /// `waits`. Returns `None` after that.
+    pub(super) fn for_stream(
+        &self,
+        peer: Option<IpAddr>,
+        progress: &Arc<SendProgress>,
+        waits: bool,
+    ) -> Option<StreamPermit<'_>> {
+        let patience = if waits { PERMIT_TIMEOUT.get() } else { Duration::ZERO };
+        let until = Instant::now() + patience;
         let mut taken = self.lock();
-        while taken.own + taken.by_peers() >= MAX_STREAMS {
-            let left = until.checked_duration_since(Instant::now())?;
+        while !taken.make_room(peer, self.most_for_peers) {
+            let left = until.checked_duration_since(Instant::now())?.min(STALLED_CHECK);
             taken = self.returned.wait_timeout(taken, left).unwrap_or_else(|e| e.into_inner()).0;
         }
-        taken.own += 1;
-        Some(StreamPermit { permits: self, peer: None })
-    }
-
-    /// Returns a permit for a peer without waiting; `None` at one of the limits.
-    pub fn for_peer(&self, peer: IpAddr) -> Option<StreamPermit<'_>> {
-        let mut taken = self.lock();
-        let by_peers = taken.by_peers();
-        let its = taken.peers.get(&peer).copied().unwrap_or(0);
-        if taken.own + by_peers >= MAX_STREAMS
-            || by_peers >= self.most_for_peers
-            || its >= MAX_STREAMS_PER_PEER
-        {
-            return None;
-        }
-        taken.peers.insert(peer, its + 1);
-        Some(StreamPermit { permits: self, peer: Some(peer) })
+        let id = taken.next_id;
+        taken.next_id += 1;
+        taken.streams.push(Stream { id, peer, progress: progress.clone() });
+        Some(StreamPermit { permits: self, id })
     }
 
     /// Waits up to 30 s for a permit to build a large narinfo for any client; `None` after that.
@@ -141,18 +176,7 @@ impl Drop for LargeNarinfoPermit<'_> {
 
 impl Drop for StreamPermit<'_> {
     fn drop(&mut self) {
-        let mut taken = self.permits.lock();
-        match self.peer {
-            None => taken.own -= 1,
-            Some(peer) => {
-                if let Some(its) = taken.peers.get_mut(&peer) {
-                    *its -= 1;
-                    if *its == 0 {
-                        taken.peers.remove(&peer);
-                    }
-                }
-            }
-        }
+        self.permits.lock().streams.retain(|stream| stream.id != self.id);
         self.permits.returned.notify_all();
     }
 }
@@ -167,25 +191,58 @@ impl Drop for CompressionPermit<'_> {
 mod tests {
     use super::*;
 
+    fn peer(last: u8) -> Option<IpAddr> {
+        Some(IpAddr::from([10, 0, 0, last]))
+    }
+
+    fn reads() -> Arc<SendProgress> {
+        Arc::default()
+    }
+
     #[test]
     fn peers_at_their_limits_leave_streams_for_this_machine() {
         let permits = StreamLimits::default();
-        let peer = |last| IpAddr::from([10, 0, 0, last]);
-        let greedy: Vec<_> = (0..100).map_while(|_| permits.for_peer(peer(1))).collect();
+        let at_once = |peer| permits.for_stream(peer, &reads(), false);
+        let greedy: Vec<_> = (0..100).map_while(|_| at_once(peer(1))).collect();
         assert_eq!(greedy.len(), MAX_STREAMS_PER_PEER);
-        let others: Vec<_> = (2..100).map_while(|last| permits.for_peer(peer(last))).collect();
+        let others: Vec<_> = (2..100).map_while(|last| at_once(peer(last))).collect();
         assert_eq!(greedy.len() + others.len(), MAX_PEER_STREAMS);
-        let own: Vec<_> =
-            (MAX_PEER_STREAMS..MAX_STREAMS).map(|_| permits.for_this_machine().unwrap()).collect();
+        let own: Vec<_> = (MAX_PEER_STREAMS..MAX_STREAMS).map(|_| at_once(None).unwrap()).collect();
+        assert!(at_once(None).is_none());
         // At the limit, this machine waits until a permit is returned.
         std::thread::scope(|scope| {
-            let waiting = scope.spawn(|| permits.for_this_machine().is_some());
+            let waiting = scope.spawn(|| permits.for_stream(None, &reads(), true).is_some());
             drop(greedy);
             assert!(waiting.join().unwrap());
         });
         drop((others, own));
-        assert_eq!(permits.lock().own, 0);
-        assert!(permits.lock().peers.is_empty());
+        assert!(permits.lock().streams.is_empty());
+    }
+
+    #[test]
+    fn stream_whose_client_takes_nothing_makes_room() {
+        let permits = StreamLimits::default();
+        let stalled = || Arc::new(SendProgress::stalled(STALLED.get()));
+        let all: Vec<_> = (0..MAX_PEER_STREAMS)
+            .map(|n| match n % 2 {
+                0 => (peer(1 + n as u8), reads()),
+                _ => (peer(1 + n as u8), stalled()),
+            })
+            .collect();
+        let held: Vec<_> = all
+            .iter()
+            .map(|(peer, progress)| permits.for_stream(*peer, progress, false).unwrap())
+            .collect();
+        let next: Vec<_> =
+            (100..200).map_while(|last| permits.for_stream(peer(last), &reads(), false)).collect();
+        assert_eq!(next.len(), MAX_PEER_STREAMS / 2, "one for each that took nothing");
+        assert!(all.iter().all(|(_, p)| p.stalled_since().is_some() == p.has_to_give_way()));
+        drop(held);
+        assert_eq!(
+            permits.lock().streams.len(),
+            next.len(),
+            "ended permits are not returned twice"
+        );
     }
 
     #[test]

@@ -64,12 +64,14 @@ impl DrvOutput {
         Ok(DrvOutput { derivation: DerivationId::Path(path), output: output_name(output)? })
     }
 
-    /// Returns the URL path in a binary cache, relative to the cache's root.
+    /// Returns the URL path in a binary cache, relative to the cache's root. Names may have a
+    /// question mark, which would begin a query.
     pub fn url_path(&self) -> String {
-        match &self.derivation {
+        let path = match &self.derivation {
             DerivationId::Hash(_) => format!("realisations/{self}.doi"),
             DerivationId::Path(path) => format!("build-trace-v2/{path}/{}.doi", self.output),
-        }
+        };
+        path.replace('?', "%3F")
     }
 }
 
@@ -299,6 +301,10 @@ mod tests {
     fn build_trace_parses_both_signature_notations() {
         let id = DrvOutput::parse_path(DERIVATION, "out").unwrap();
         assert_eq!(id.url_path(), format!("build-trace-v2/{DERIVATION}/out.doi"));
+        // A question mark would begin the query of the URL.
+        let odd = DERIVATION.replace(".drv", "?.drv");
+        let url_path = DrvOutput::parse_path(&odd, "out").unwrap().url_path();
+        assert!(!url_path.contains('?') && url_path.contains("%3F.drv/out.doi"), "{url_path}");
         let sig = BODY.split("k-1:").nth(1).unwrap().trim_end_matches("\"]}");
         let old = format!(
             r#"{{"outPath":"6a5mfmakknzr8h0dfwc1030kg9kghw9i-floating-output","signatures":["k-1:{sig}"]}}"#

@@ -246,16 +246,28 @@ pub struct LogBody {
 
 /// Replaces control characters other than tabs and line ends by question marks. Nix prints logs to
 /// the terminal, and logs are not signed.
-pub struct PrintableReader<R>(R);
+pub struct PrintableReader<R> {
+    text: R,
+    last: u8,
+}
+
+impl<R> PrintableReader<R> {
+    fn new(text: R) -> Self {
+        PrintableReader { text, last: 0 }
+    }
+}
 
 impl<R: Read> Read for PrintableReader<R> {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        let read = self.0.read(buf)?;
-        for byte in buf[..read]
-            .iter_mut()
-            .filter(|byte| byte.is_ascii_control() && !b"\t\n\r".contains(byte))
-        {
-            *byte = b'?';
+        let read = self.text.read(buf)?;
+        for byte in &mut buf[..read] {
+            let before = std::mem::replace(&mut self.last, *byte);
+            if byte.is_ascii_control() && !b"\t\n\r".contains(byte) {
+                *byte = b'?';
+            } else if before == 0xc2 && *byte < 0xa0 {
+                // U+0080 to U+009F become an inverted question mark, which has the same first byte.
+                *byte = 0xbf;
+            }
         }
         Ok(read)
     }
@@ -565,7 +577,7 @@ impl PeerClient {
         derivation: &StorePath,
         patience: Duration,
     ) -> Result<LogBody, PeerError> {
-        let url = url(peer, &format!("store/log/{derivation}"));
+        let url = url(peer, &format!("store/log/{derivation}").replace('?', "%3F"));
         let request = |left| {
             let config = self.agent().get(&url).config().timeout_recv_response(Some(left));
             config.timeout_recv_body(Some(BODY_GRACE)).build()
@@ -576,7 +588,7 @@ impl PeerClient {
         match body.content_length() {
             Some(len) if len <= MAX_LOG => Ok(LogBody {
                 len,
-                text: PrintableReader(body.into_with_config().limit(u64::MAX).reader()),
+                text: PrintableReader::new(body.into_with_config().limit(u64::MAX).reader()),
             }),
             _ => Err(PeerError::Malformed(Malformed::unsupported(
                 "build log",
@@ -866,5 +878,21 @@ mod tests {
         for field in ["", "Content-Range: bytes 0-3/6\r\n"] {
             assert!(matches!(part(field), Err(PeerError::Malformed(_))), "{field:?}");
         }
+    }
+
+    #[test]
+    fn build_log_has_no_control_characters() {
+        let mut text = String::new();
+        let log = "tab\t line\r\n \u{1b}[2J \u{9b}2J \u{85} ä \u{a0} €";
+        // One byte at a time: a character may span two reads.
+        struct Bytes<'a>(&'a [u8]);
+        impl Read for Bytes<'_> {
+            fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+                let most = buf.len().min(1);
+                self.0.read(&mut buf[..most])
+            }
+        }
+        PrintableReader::new(Bytes(log.as_bytes())).read_to_string(&mut text).unwrap();
+        assert_eq!(text, "tab\t line\r\n ?[2J ¿2J ¿ ä \u{a0} €");
     }
 }

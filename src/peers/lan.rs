@@ -146,8 +146,7 @@ struct LanHolder {
 
 /// A request whose answer is awaited.
 struct NarinfoRequest {
-    peer: SocketAddr,
-    http: SocketAddr,
+    candidate: LanHolder,
     began: Instant,
     /// End of the wait; `None` if discovery decides it.
     until: Option<Instant>,
@@ -234,9 +233,16 @@ impl LanSearch {
         self.until = until.min(Instant::now() + LOOKUP_TIMEOUT.get());
     }
 
+    /// Drops the narinfos that arrive until the search is resumed: large ones would keep their
+    /// reservations, and nobody reads them. Their holders are asked again then.
+    pub fn suspend(&mut self) {
+        self.untried.extend(self.under_way.drain(..).map(|request| request.candidate));
+        (self.fetched, self.narinfos) = bounded(MAX_FETCHED);
+    }
+
     /// Holders that have not failed and are not excluded, as far as they answer within `patience`.
-    /// Holders that have not been asked yet and serve their narinfos under other paths, as the
-    /// original peerix does, are left out. Blocks for at most `patience`.
+    /// Holders that serve their narinfos under other paths, as the original peerix does, are left
+    /// out. Blocks for at most `patience`.
     pub fn holders(&mut self, patience: Duration) -> Vec<SocketAddr> {
         let until = Instant::now() + patience;
         while let Some(Ok(update)) =
@@ -246,10 +252,11 @@ impl LanSearch {
         }
         let unasked = [&self.untried, &self.doubtful, &self.last_resort].into_iter().flatten();
         let usual = narinfo_path(&self.hash_part);
-        let unasked = unasked
+        unasked
+            .chain(self.under_way.iter().map(|request| &request.candidate))
             .filter(|candidate| candidate.holder.url_path == usual)
-            .map(|candidate| candidate.holder.http);
-        unasked.chain(self.under_way.iter().map(|request| request.http)).collect()
+            .map(|candidate| candidate.holder.http)
+            .collect()
     }
 
     /// Number of peers that discovery asked, and number of those that did not answer. `None` while
@@ -360,8 +367,9 @@ impl LanSearch {
         self.retries.clear();
         for request in self.under_way.iter_mut().filter(|request| request.until.is_none()) {
             request.until = Some(now);
-            self.lan.health.record_timeout(request.http, now - request.began, request.began, now);
-            self.failure = Some(MissReason::failed(request.http, &"its narinfo does not come"));
+            let http = request.candidate.holder.http;
+            self.lan.health.record_timeout(http, now - request.began, request.began, now);
+            self.failure = Some(MissReason::failed(http, &"its narinfo does not come"));
         }
     }
 
@@ -401,23 +409,24 @@ impl LanSearch {
         while self.under_way.len() < self.most_under_way {
             let is_hedging = self.most_under_way > 1;
             let nobody_else = self.updates.is_none() && self.under_way.is_empty();
-            let (candidate, until) = if !self.untried.is_empty() {
-                (self.untried.remove(0), (!self.is_open).then_some(now + ALTERNATE_TIMEOUT))
-            } else if !self.doubtful.is_empty() && (nobody_else || is_hedging) {
-                let candidate = self.doubtful.remove(0);
-                let timeout = self.doubtful_timeout(&candidate);
-                (candidate, Some(now + timeout))
-            } else if !self.last_resort.is_empty() && nobody_else && with_last_resort {
-                (self.last_resort.remove(0), Some(now + DOUBTFUL_TIMEOUT))
-            } else {
-                return true;
-            };
+            let (list, timeout): (fn(&mut Self) -> &mut Vec<LanHolder>, _) =
+                if !self.untried.is_empty() {
+                    (|search| &mut search.untried, (!self.is_open).then_some(ALTERNATE_TIMEOUT))
+                } else if !self.doubtful.is_empty() && (nobody_else || is_hedging) {
+                    let timeout = self.doubtful_timeout(&self.doubtful[0]);
+                    (|search| &mut search.doubtful, Some(timeout))
+                } else if !self.last_resort.is_empty() && nobody_else && with_last_resort {
+                    (|search| &mut search.last_resort, Some(DOUBTFUL_TIMEOUT))
+                } else {
+                    return true;
+                };
+            let candidate = list(self)[0].clone();
             if !self.fetch(&candidate, now) {
-                self.untried.insert(0, candidate);
                 return false;
             }
-            let LanHolder { peer, holder, .. } = candidate;
-            self.under_way.push(NarinfoRequest { peer, http: holder.http, began: now, until });
+            list(self).remove(0);
+            let until = timeout.map(|timeout| now + timeout);
+            self.under_way.push(NarinfoRequest { candidate, began: now, until });
             self.next_hedge.get_or_insert(now + HEDGE_DELAY);
         }
         true
@@ -449,7 +458,7 @@ impl LanSearch {
 
     fn take(&mut self, fetched: NarinfoResult) -> Option<LanOffer> {
         let NarinfoResult { mut candidate, began, ended, result } = fetched;
-        self.under_way.retain(|request| request.peer != candidate.peer);
+        self.under_way.retain(|request| request.candidate.peer != candidate.peer);
         match result {
             Ok(narinfo) => Some(LanOffer { candidate, latency: ended - began, narinfo }),
             Err(e) => {

@@ -199,8 +199,16 @@ impl Database {
         }
     }
 
-    /// Looks up the realisation of a derivation's output.
+    /// Looks up the realisation of a derivation's output, in one snapshot.
     pub(super) fn realisation(
+        &self,
+        store_dir: &StoreDir,
+        id: &DrvOutput,
+    ) -> Result<Option<Realisation>, DatabaseError> {
+        self.in_transaction(|| self.read_realisation(store_dir, id))
+    }
+
+    fn read_realisation(
         &self,
         store_dir: &StoreDir,
         id: &DrvOutput,

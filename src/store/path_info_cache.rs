@@ -78,7 +78,7 @@ impl PathInfoCache {
     /// Caches an answer that was read after [`PathInfoCache::generation`] returned `generation`. An
     /// answer of an older generation than the cache's, or a too large one, is not cached.
     pub(super) fn put(&self, part: HashPart, generation: u64, answer: &CachedInfo) {
-        let bytes = OVERHEAD + answer.as_deref().map_or(0, size);
+        let bytes = cost(answer);
         let mut outdated = CachedInfos::default();
         let mut answers = self.lock();
         if generation < answers.generation || bytes > MAX_ANSWER {
@@ -90,8 +90,9 @@ impl PathInfoCache {
             outdated =
                 mem::replace(&mut *answers, CachedInfos { generation, ..CachedInfos::default() });
         }
-        if answers.map.insert(part, answer.clone()).is_none() {
-            answers.bytes += bytes;
+        answers.bytes += bytes;
+        if let Some(replaced) = answers.map.insert(part, answer.clone()) {
+            answers.bytes -= cost(&replaced);
         }
         drop(answers);
         drop(outdated); // after unlocking: it may have thousands of entries
@@ -111,6 +112,11 @@ impl PathInfoCache {
         // No code that can panic runs while the lock is held.
         self.answers.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Returns the estimated memory of a cached answer, in bytes.
+fn cost(answer: &CachedInfo) -> usize {
+    OVERHEAD + answer.as_deref().map_or(0, size)
 }
 
 /// Returns the estimated memory of `info`, in bytes.
@@ -227,6 +233,19 @@ mod tests {
         kept.put(part(3), 6, &None);
         assert_eq!(kept.get(&part(1), 6), None);
         assert_eq!(kept.get(&part(3), 6), Some(None));
+    }
+
+    #[test]
+    fn replaced_answer_counts_with_its_own_size() {
+        let fixture = Fixture::new();
+        let path = fixture.register(&"1".repeat(32), 120);
+        let info = fixture.open().path_info(&path.hash_part()).unwrap();
+        let (kept, large) = (PathInfoCache::default(), cost(&info));
+        assert!(large > OVERHEAD);
+        for (answer, bytes) in [(&None, OVERHEAD), (&info, large), (&None, OVERHEAD)] {
+            kept.put(part(1), 1, answer);
+            assert_eq!(kept.lock().bytes, bytes);
+        }
     }
 
     #[test]

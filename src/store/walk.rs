@@ -15,9 +15,9 @@ use std::{
 /// only if its names have at most 15 bytes on average (`PATH_MAX`). Each open level costs a file
 /// descriptor.
 pub(super) const MAX_DEPTH: usize = 256;
-/// Most bytes of names in all open directories together; more are unsupported. 400,000 files in one
-/// directory with names of 40 bytes fit.
-const MAX_NAMES: usize = 16 << 20;
+/// Most bytes of lists of entries in all open directories together; more are unsupported. 300,000
+/// files in one directory with names of 40 bytes fit.
+const MAX_LISTED: usize = 16 << 20;
 /// Buffer of one `getdents` call, in bytes: about 1,000 names.
 const ENTRIES_BUFFER: usize = 32 << 10;
 
@@ -45,7 +45,8 @@ pub(super) struct Walk {
     directories: Vec<OpenDirectory>,
     /// How many of `directories` enclose the current entry.
     depth: usize,
-    names: usize,
+    /// Bytes of the lists of entries in `directories`.
+    listed: usize,
     buffer: Vec<u8>,
 }
 
@@ -61,14 +62,31 @@ struct OpenDirectory {
 
 #[derive(Debug, Clone, Copy)]
 struct DirectoryEntry {
-    start: usize,
-    end: usize,
+    /// Where its name is in `names`, which [`MAX_LISTED`] bounds.
+    start: u32,
+    end: u32,
     kind: FileType,
+}
+
+impl DirectoryEntry {
+    fn name(self, names: &[u8]) -> &[u8] {
+        &names[self.start as usize..self.end as usize]
+    }
+}
+
+/// Memory of a list of entries, in bytes.
+fn listed(names: &[u8], entries: &[DirectoryEntry]) -> usize {
+    names.len() + size_of_val(entries)
 }
 
 impl OpenDirectory {
     fn name(&self, entry: DirectoryEntry) -> &CStr {
-        CStr::from_bytes_with_nul(&self.names[entry.start..entry.end]).expect("copied from a CStr")
+        CStr::from_bytes_with_nul(entry.name(&self.names)).expect("copied from a CStr")
+    }
+
+    /// Memory of the list of entries, in bytes.
+    fn listed(&self) -> usize {
+        listed(&self.names, &self.entries)
     }
 
     fn current(&self) -> Option<&CStr> {
@@ -87,7 +105,7 @@ impl Walk {
             begun: false,
             directories: Vec::new(),
             depth: 0,
-            names: 0,
+            listed: 0,
             buffer: Vec::new(),
         }
     }
@@ -97,7 +115,7 @@ impl Walk {
         let listed = if self.begun {
             let Some(directory) = self.directories.last_mut() else { return Ok(None) };
             let Some(entry) = directory.entries.get(directory.next) else {
-                self.names -= directory.names.len();
+                self.listed -= directory.listed();
                 self.directories.pop();
                 self.depth = self.directories.len();
                 return Ok(Some(WalkStep::Leave));
@@ -213,20 +231,36 @@ impl Walk {
             if matches!(name, b".\0" | b"..\0") {
                 continue;
             }
-            let start = names.len();
+            let start = names.len() as u32;
             names.extend_from_slice(name);
-            if self.names + names.len() > MAX_NAMES {
+            let end = names.len() as u32;
+            entries.push(DirectoryEntry { start, end, kind: entry.file_type() });
+            if self.listed + listed(&names, &entries) > MAX_LISTED {
                 return Err(NarError::Unsupported {
                     path: self.path(),
                     why: "more than 16 MiB of file names",
                 });
             }
-            entries.push(DirectoryEntry { start, end: names.len(), kind: entry.file_type() });
         }
         self.buffer = buffer;
-        self.names += names.len();
+        self.listed += listed(&names, &entries);
         // The NULs do not change the order: every byte of a name is greater.
-        entries.sort_unstable_by(|a, b| names[a.start..a.end].cmp(&names[b.start..b.end]));
+        entries.sort_unstable_by(|a, b| a.name(&names).cmp(b.name(&names)));
         Ok(OpenDirectory { descriptor, names, entries, next: 0 })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn entries_with_short_names_count_with_their_own_size() {
+        let entry = DirectoryEntry { start: 0, end: 2, kind: FileType::RegularFile };
+        // A million names of one letter, each with its NUL.
+        let million = listed(&vec![0; 2_000_000], &vec![entry; 1_000_000]);
+        assert!((12_000_000..=MAX_LISTED).contains(&million), "{million}");
+        let long = listed(&vec![0; 41 * 300_000], &vec![entry; 300_000]);
+        assert!(long <= MAX_LISTED, "{long}");
     }
 }

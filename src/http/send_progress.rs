@@ -1,0 +1,193 @@
+//! How a client takes what it is sent: since when its send buffer has been full, whether it takes
+//! enough, and whether it has to give way to others.
+
+use crate::deferred::Deferred;
+use crate::time_scale::Timeout;
+use std::io;
+use std::mem;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+/// Time that a client may take no bytes before its connection is cut. Also the waiting time over
+/// which [`LEAST_RATE`] is averaged.
+pub(super) const WRITE_TIMEOUT: Timeout = Timeout::from_secs(30);
+
+/// Bytes per second that another machine has to take while the send buffer is full. A client that
+/// takes a few bytes now and then would otherwise hold a thread and a stream without end. Slower
+/// links carry no NAR in reasonable time. This machine's Nix is exempt: it pauses a download while
+/// it unpacks.
+const LEAST_RATE: u64 = 8 << 10;
+
+/// Zero of the clock of [`SendProgress::stalled_since`], an hour ago, so that no moment is 0.
+static CLOCK_ZERO: LazyLock<Instant> = LazyLock::new(|| Instant::now() - Duration::from_secs(3600));
+
+/// The progress of sending to one client. Written by the thread that sends, read by all.
+#[derive(Default)]
+pub(super) struct SendProgress {
+    has_least_rate: bool,
+    /// Milliseconds since [`CLOCK_ZERO`] at which the send buffer became full; 0 while it has room.
+    full_since: AtomicU64,
+    gives_way: AtomicBool,
+    window: Mutex<RateWindow>,
+}
+
+/// Waiting time since the rate was last judged, and the bytes that the client took in it.
+#[derive(Default)]
+struct RateWindow {
+    waited: Duration,
+    taken: u64,
+    /// End of all waits.
+    deadline: Option<Instant>,
+}
+
+impl RateWindow {
+    /// Bytes before the first wait do not count: they only filled the send buffer.
+    fn record_taken(&mut self, bytes: usize) {
+        if !self.waited.is_zero() {
+            self.taken += bytes as u64;
+        }
+    }
+
+    /// Returns false if the client took less than [`LEAST_RATE`] over a whole window.
+    fn record_wait(&mut self, wait: Duration) -> bool {
+        self.waited += wait;
+        if self.waited < WRITE_TIMEOUT.get() {
+            return true;
+        }
+        let (waited, taken) = (mem::take(&mut self.waited), mem::take(&mut self.taken));
+        taken as f64 >= waited.as_secs_f64() * LEAST_RATE as f64
+    }
+}
+
+impl SendProgress {
+    /// `has_least_rate` says that the client has to take [`LEAST_RATE`].
+    pub(super) fn new(has_least_rate: bool) -> Self {
+        SendProgress { has_least_rate, ..SendProgress::default() }
+    }
+
+    /// Milliseconds on a clock common to all clients since which the client has taken nothing;
+    /// `None` if the send buffer has room.
+    pub(super) fn stalled_since(&self) -> Option<u64> {
+        Some(self.full_since.load(Ordering::Relaxed)).filter(|&since| since != 0)
+    }
+
+    /// Time for which the client has taken nothing.
+    pub(super) fn stalled_for(&self) -> Duration {
+        let since = self.stalled_since().unwrap_or(u64::MAX);
+        Duration::from_millis(moment().saturating_sub(since))
+    }
+
+    /// Makes the next or current wait for this client fail, because others need what it holds.
+    pub(super) fn give_way(&self) {
+        self.gives_way.store(true, Ordering::Relaxed);
+    }
+
+    /// A client that has taken nothing for `time`, for tests.
+    #[cfg(test)]
+    pub(super) fn stalled(time: Duration) -> Self {
+        let full_since = AtomicU64::new(moment() - time.as_millis() as u64);
+        SendProgress { full_since, ..SendProgress::default() }
+    }
+
+    /// Makes waits for this client fail after `time`, until the result is dropped.
+    pub(super) fn set_deadline(
+        self: &Arc<Self>,
+        time: Duration,
+    ) -> Deferred<impl FnOnce() + use<>> {
+        self.window().deadline = Some(Instant::now() + time);
+        let progress = self.clone();
+        Deferred::new(move || progress.window().deadline = None)
+    }
+
+    /// Whether [`SendProgress::give_way`] was called.
+    pub(super) fn has_to_give_way(&self) -> bool {
+        self.gives_way.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn record_taken(&self, bytes: usize) {
+        self.window().record_taken(bytes);
+    }
+
+    /// Waits until the send buffer has room. `wait` waits for that at most as long as it is told,
+    /// and returns whether there is room.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::TimedOut`] if the client takes nothing for [`WRITE_TIMEOUT`] or until the
+    /// deadline, takes too little, or gives way. Errors of `wait`.
+    pub(super) fn wait_for_room(
+        &self,
+        wait: impl Fn(Duration) -> io::Result<bool>,
+    ) -> io::Result<()> {
+        /// A sender notices within this time that it gives way.
+        const PART: Duration = Duration::from_millis(250);
+        let began = Instant::now();
+        let until = began + WRITE_TIMEOUT.get();
+        let until = self.window().deadline.map_or(until, |deadline| until.min(deadline));
+        self.full_since.store(moment(), Ordering::Relaxed);
+        let has_room = loop {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() || self.has_to_give_way() {
+                break Ok(false);
+            }
+            match wait(PART.min(left)) {
+                Ok(false) => {}
+                ended => break ended,
+            }
+        };
+        self.full_since.store(0, Ordering::Relaxed);
+        let is_fast = self.window().record_wait(began.elapsed()) || !self.has_least_rate;
+        if has_room? && is_fast { Ok(()) } else { Err(io::ErrorKind::TimedOut.into()) }
+    }
+
+    fn window(&self) -> MutexGuard<'_, RateWindow> {
+        self.window.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn moment() -> u64 {
+    CLOCK_ZERO.elapsed().as_millis() as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn client_below_least_rate_is_cut_and_faster_one_is_not() {
+        let seconds = WRITE_TIMEOUT.get().as_secs();
+        for (per_second, is_cut) in [(1, true), (LEAST_RATE / 2, true), (LEAST_RATE * 2, false)] {
+            let mut window = RateWindow::default();
+            window.record_taken(4 << 20); // into the send buffer
+            let goes_on = (0..4 * seconds).all(|_| {
+                let goes_on = window.record_wait(Duration::from_secs(1));
+                window.record_taken(per_second as usize);
+                goes_on
+            });
+            assert_eq!(goes_on, !is_cut, "{per_second}");
+        }
+    }
+
+    #[test]
+    fn giving_way_ends_the_wait() {
+        let progress = SendProgress::default();
+        assert_eq!(progress.stalled_for(), Duration::ZERO);
+        progress.wait_for_room(|_| Ok(true)).unwrap();
+        assert_eq!(progress.stalled_since(), None);
+        let waited = progress.wait_for_room(|_| {
+            assert!(progress.stalled_since().is_some());
+            progress.give_way();
+            Ok(false)
+        });
+        assert_eq!(waited.unwrap_err().kind(), io::ErrorKind::TimedOut);
+    }
+
+    #[test]
+    fn deadline_ends_waits_until_it_is_dropped() {
+        let progress = Arc::new(SendProgress::default());
+        let deadline = progress.set_deadline(Duration::ZERO);
+        assert!(progress.wait_for_room(|_| Ok(true)).is_err());
+        drop(deadline);
+        progress.wait_for_room(|_| Ok(true)).unwrap();
+    }
+}
