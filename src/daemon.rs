@@ -288,13 +288,14 @@ fn serve(
     let share = Arc::new(AccessPolicy::new(networks.clone(), &config));
     let ended = |what| process.ended(what);
     let degraded = Arc::new(Degraded::default());
-    let trusted = Arc::new(TrustedKeys::read(&config, port, &degraded));
     let own_key = LateSigningKey::new(&config, &share, &degraded);
 
     let leaving = Arc::new(AtomicBool::new(false));
     let requests = Arc::new(RequestPool::default());
     let identity = find_identity(&config, &degraded);
     let acquaintance = FriendServices::start(&config, identity.as_ref(), &networks, &requests);
+    let friend_list = acquaintance.as_ref().map(|known| known.friends.list().clone());
+    let trusted = Arc::new(TrustedKeys::read(&config, port, friend_list, &degraded));
     let mut environment =
         StoreEnvironment::new(share.clone(), store.clone(), networks.clone(), leaving.clone());
     if let Some(FriendServices { friends, .. }) = &acquaintance {
@@ -342,7 +343,8 @@ fn serve(
             requests.clone(),
         ))
     });
-    let upstream = Upstream::new(&config, &trusted.keys().unwrap_or_default());
+    let known_keys = trusted.keys().unwrap_or_default().into_iter().map(|known| known.key);
+    let upstream = Upstream::new(&config, &known_keys.collect::<Vec<_>>());
     let spools = Spools::new(config.state_dir.clone());
     let lookup = LookupService::new(lan, wan, trusted.clone(), record.clone());
     let friends = acquaintance.as_ref().map(|acquaintance| acquaintance.friends.clone());

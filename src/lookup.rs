@@ -140,15 +140,10 @@ impl LookupService {
         LookupService { lan, wan, friends: None, trusted, record, flights, found }
     }
 
-    /// Returns a neighbour's realisation of `id` that a trusted key signed. Nix 2.8 to 2.34
-    /// register a substituter's realisation unchecked, and accept the content-addressed path that
-    /// it names without a signature. So without trusted keys the result is `None`, even where
-    /// unsigned narinfos are passed on to Nix. Blocks for at most 2 s.
+    /// Returns a neighbour's realisation of `id` that [`TrustedKeys::accepts_realisation`] accepts.
+    /// Blocks for at most 2 s.
     pub fn realisation(&self, id: &DrvOutput) -> Option<Realisation> {
-        let is_good = |realisation: &Realisation| {
-            self.trusted.has_signed(&realisation.fingerprint(), &realisation.signatures)
-        };
-        self.lan.as_ref()?.realisation(id, is_good)
+        self.lan.as_ref()?.realisation(id, |found| self.trusted.accepts_realisation(found))
     }
 
     /// Returns the build log of a derivation from a neighbour that has it. Build logs are not

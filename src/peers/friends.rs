@@ -515,7 +515,7 @@ fn explain(address: SocketAddr, error: &PeerError, own: &NodeKey) -> String {
 
 impl fmt::Debug for FriendLink {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Link({})", self.friend.name)
+        write!(f, "FriendLink({})", self.friend.name)
     }
 }
 
