@@ -16,6 +16,7 @@ use crate::peers::lan::{LanOffer, LanSearch, LanSource};
 use crate::peers::wan::{WanOffer, WanSearch, WanSource};
 use crate::stats::{MissReason, Network, Stats};
 use crate::trust::TrustedKeys;
+use crate::wire::NodeKey;
 use crate::wire::tracker::{Role, TransferName};
 use found::{FoundPaths, MAX_SOURCES};
 use std::collections::HashMap;
@@ -144,6 +145,11 @@ impl LookupService {
     /// Blocks for at most 2 s.
     pub fn realisation(&self, id: &DrvOutput) -> Option<Realisation> {
         self.lan.as_ref()?.realisation(id, |found| self.trusted.accepts_realisation(found))
+    }
+
+    /// Records that the friend with this key has sent a request.
+    pub fn heard_friend(&self, key: &NodeKey) {
+        self.friends.iter().for_each(|friends| friends.heard_request(key));
     }
 
     /// Returns the build log of a derivation from a neighbour that has it. Build logs are not

@@ -108,18 +108,6 @@ fn key(host: &Host) -> String {
     fs::read_to_string(host.path("/etc/peerix.pub")).unwrap().trim().to_owned()
 }
 
-/// Builds a path that is not content-addressed. `nix-store --add` makes paths that need no
-/// signature.
-fn build(host: &Host, name: &str) -> String {
-    let expression = format!(
-        "derivation {{ name = \"{name}\"; system = builtins.currentSystem; builder = \"/bin/sh\"; args = [ \"-ec\" \"echo {name} > $out\" ]; }}"
-    );
-    host.write("/tmp/build.nix", expression);
-    host.sh("nix-store --realise $(nix-instantiate /tmp/build.nix 2>/dev/null) 2>/dev/null")
-        .trim()
-        .to_owned()
-}
-
 impl Pair {
     fn new() -> Pair {
         let lan = Lan::new();
@@ -159,7 +147,7 @@ fn working_setup_has_no_faults() {
     // The peerix on `b` does not run yet.
     doctor(&pair.a, &[]).assert_no_faults();
     pair.meet();
-    let path = build(&pair.a, "greeting");
+    let path = stock::build(&pair.a, "greeting");
     nix::realise_quietly(&pair.b, &[&path]);
     for host in [&pair.a, &pair.b] {
         let found = doctor(host, &[]);
@@ -420,7 +408,7 @@ fn wrong_nix_settings_are_found_and_mended() {
 
     // Nix does not trust the key of the offered path, or peerix does not.
     nix::configure_client(&pair.b, "", &[&pair.keys[1]]);
-    let path = build(&pair.a, "signed");
+    let path = stock::build(&pair.a, "signed");
     assert!(!nix::realise(&pair.b, &[&path]).status.success());
     let remedy = doctor(&pair.b, &[]).assert_only_fault(
         "keys",
@@ -446,11 +434,11 @@ fn wrong_nix_settings_are_found_and_mended() {
 
     // Nix remembers a miss from a lookup before the path existed.
     pair.meet();
-    let path = build(&pair.a, "later");
+    let path = stock::build(&pair.a, "later");
     pair.a.cmd("nix-store").args(["--delete", &path]).okay();
     assert!(!nix::realise(&pair.b, &[&path]).status.success());
     doctor(&pair.b, &[]).assert_no_faults();
-    build(&pair.a, "later");
+    stock::build(&pair.a, "later");
     assert!(
         !nix::realise(&pair.b, &[&path]).status.success(),
         "Nix did not remember: nothing is tested"
@@ -497,7 +485,7 @@ fn readme_unit_and_nix_conf_share_local_builds() {
     nix::configure(&a, &contrib("nix.conf"));
     nix::configure(&b, &format!("{}extra-trusted-public-keys = {key}\n", contrib("nix.conf")));
     let _daemons = [start(&a, Some("/etc/peerix.sec")), start(&b, None)];
-    let path = build(&a, "built-here");
+    let path = stock::build(&a, "built-here");
     wait_for("b's peerix finds it", || (narinfo_status(&b, &path) == 200).then_some(()));
     nix::realise_quietly(&b, &[&path]);
     for host in [&a, &b] {

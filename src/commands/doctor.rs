@@ -198,6 +198,12 @@ fn configuration_remedy(code: &str, config: &Config) -> Option<(&'static str, St
             "identity",
             "put it back from a backup, or remove it to be a new peer to the trackers".into(),
         ),
+        "friends" => (
+            "friends",
+            "in --friends-file, at most 16 lines NAME=ed25519:KEY[@HOST[:PORT]], that the daemon's \
+             user can read\nfriends need --state-dir, where the daemon's user can write"
+                .into(),
+        ),
         "metrics" => (
             "metrics",
             "an address of this machine, and a port that is free: ss -ltnp; ip -brief address"
