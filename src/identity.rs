@@ -177,7 +177,9 @@ mod tests {
         fs::create_dir_all(&dir).unwrap();
         let (left, other) = (dir.join("identity.0123456789abcdef"), dir.join("identity.old"));
         for exists in [false, true] {
-            [&left, &other].map(|file| fs::write(file, "peerix-identity:").unwrap());
+            for file in [&left, &other] {
+                fs::write(file, "peerix-identity:").unwrap();
+            }
             assert_eq!(dir.join(FILE).exists(), exists);
             load(&dir).unwrap();
             assert!(!left.exists() && other.exists());

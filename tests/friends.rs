@@ -476,18 +476,20 @@ fn signing_key_in_friends_file_counts_while_it_is_there() {
     wait_for("the key is gone", || (narinfo_status(&laptop, &path) == 404).then_some(()));
 }
 
-/// Without the friend's request, the next attempt would be due in 1,000 s.
+/// The scale makes the pause after the first failure 100 s.
 #[test]
 fn request_of_a_friend_ends_the_pause_before_it_is_tried_again() {
-    let wan = Wan::new().with_scale(Scale::intervals(1000.0));
+    let wan = Wan::new().with_scale(Scale::intervals(100.0));
     let [home, laptop] = [([198, 51, 100], "home"), ([203, 0, 113], "laptop")]
         .map(|(subnet, name)| wan.lan(subnet).host(name));
     [&home, &laptop].into_iter().for_each(ready);
     let _laptop = start(&laptop, &["--friend", &friend(&home, Some(at(&home)))]);
     wait_for("the first attempt fails", || seen(&laptop, "home")["error"].as_str().map(drop));
+    let failed = Instant::now();
     let _home = start(&home, &["--friend", &friend(&laptop, Some(at(&laptop)))]);
     wait_until_reached(&home, "laptop", true);
     wait_until_reached(&laptop, "home", true);
+    assert!(failed.elapsed() < Duration::from_secs(95), "reached only after the pause");
 }
 
 #[test]

@@ -723,7 +723,12 @@ fn report_unmet(report: &mut Findings, status: &Value, unmet: &[SocketAddr], por
     let text = format!("{peers} answers this command, and the daemon has never heard it");
     match is_young(status) {
         true => report.note("udp", format!("{text}: the daemon has just started")),
-        false => report.fail("udp", format!("{text}: UDP is blocked here"), open_port("udp", port)),
+        false => {
+            // A node in mode wan answers queries, and sends none to its neighbours.
+            let remedy =
+                format!("{}\nif its mode is wan: peerix --mode both there", open_port("udp", port));
+            report.fail("udp", format!("{text}: UDP is blocked here, or its mode is wan"), remedy);
+        }
     }
 }
 
@@ -1067,7 +1072,7 @@ mod tests {
             vec![(state.to_owned(), "udp".to_owned(), text)]
         };
         assert_eq!(found(0.9), finding("note", "the daemon has just started"));
-        assert_eq!(found(60.0), finding("fail", "UDP is blocked here"));
+        assert_eq!(found(60.0), finding("fail", "UDP is blocked here, or its mode is wan"));
         let mut report = Findings::default();
         report_unmet(&mut report, &status(60.0, at(1)), &[], PORT);
         assert!(told(&report).is_empty());

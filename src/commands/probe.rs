@@ -322,3 +322,18 @@ pub fn offers(node: &RunningDaemon, hash_part: &HashPart) -> Vec<ProbeOffer> {
         .filter(|o| o.id.is_empty() || !matches!(o.narinfo, Err(PeerError::NotThere)))
         .collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A missing result would attribute the later ones to the wrong elements.
+    #[test]
+    fn panic_of_one_call_leaves_no_results() {
+        let all = |wrong| {
+            let work = |n: &u32| if *n == wrong { panic!("on purpose") } else { *n };
+            std::panic::catch_unwind(|| at_once(&[1, 2, 3], work)).ok()
+        };
+        assert_eq!((all(0), all(2)), (Some(vec![1, 2, 3]), None));
+    }
+}
