@@ -52,7 +52,7 @@ pub fn load(state_dir: &Path) -> Result<Identity, String> {
     Ok(Identity::from_seed(&seed))
 }
 
-/// Removes temporary files of processes that were killed in [`write`]; they contain secret keys. It
+/// Removes temporary files of processes that were killed in `write`; they contain secret keys. It
 /// is called only when the identity exists, so that a process which is still writing fails in any
 /// case, and reads the identity instead.
 ///
