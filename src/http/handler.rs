@@ -227,7 +227,9 @@ impl CacheHandler {
         if matches!(route, Route::CacheInfo(_)) {
             return Ok(());
         }
-        if scope != Scope::ThisMachine {
+        // Browsers send no `Sec-Fetch-Site` to this machine's LAN addresses.
+        let is_loopback = request.peer_address.ip().to_canonical().is_loopback();
+        if scope != Scope::ThisMachine || !is_loopback {
             let is_browser = origin::is_browser(request);
             return if is_browser {
                 Err(RequestError::Suspect("not for browsers; ask with nix or curl"))
