@@ -27,6 +27,7 @@ rustPlatform.buildRustPackage (finalAttrs: {
       ../benches
       ../examples
       ../contrib/man
+      ../contrib/avahi
       ../contrib/completions
     ];
   };
@@ -45,6 +46,7 @@ rustPlatform.buildRustPackage (finalAttrs: {
   postInstall = ''
     installManPage contrib/man/*.8
     installShellCompletion --bash contrib/completions/*.bash --fish contrib/completions/*.fish --zsh contrib/completions/_*
+    install -D -m 644 -t $out/share/doc/peerix/avahi contrib/avahi/peerix.service
   '';
 
   nativeInstallCheckInputs = [ versionCheckHook ];

@@ -121,6 +121,9 @@ impl FromStr for FriendConfig {
             let value = option
                 .strip_prefix("sign=")
                 .ok_or_else(|| format!("{option}: not sign=NAME:KEY"))?;
+            if signing_key.is_some() {
+                return Err(format!("{option}: sign= is given twice"));
+            }
             signing_key = Some(PublicKey::parse(value).map_err(|e| format!("{value}: {e}"))?);
         }
         Ok(FriendConfig { name: name.to_owned(), key, host, signing_key })
@@ -280,5 +283,21 @@ impl Default for Config {
             metrics: None,
             nix_conf_dir: "/etc/nix".into(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn second_signing_key_of_a_friend_is_an_error_that_names_it() {
+        let key = NodeKey::from_bytes([1; 32]);
+        let sign = |name: &str| format!(",sign={name}:{}", UPSTREAM_KEY.split_once(':').unwrap().1);
+        let parse = |text: String| text.parse::<FriendConfig>();
+        let one = parse(format!("home={key}@host{}", sign("a-1"))).unwrap();
+        assert_eq!(one.signing_key.unwrap().name(), "a-1");
+        let error = parse(format!("home={key}{}{}", sign("a-1"), sign("b-1"))).unwrap_err();
+        assert!(error.contains("sign=b-1:") && error.contains("twice"), "{error}");
     }
 }

@@ -44,7 +44,7 @@ use crate::service::{self, SignalWatch, notify};
 use crate::sockets::{self, BoundSockets};
 use crate::stats::Stats;
 use crate::status::{NodeFacts, PRIVATE_KEY, StatusService};
-use crate::store::{Store, StoreConfig};
+use crate::store::{Store, StoreConfig, StoreError};
 use crate::time_scale::Interval;
 use crate::trust::TrustedKeys;
 use crate::upload_limit::UploadLimit;
@@ -65,9 +65,9 @@ use std::{fmt, io};
 /// Interval between resolutions of the hosts of `--peer`, because their addresses may change.
 const RESOLVE_INTERVAL: Duration = Duration::from_secs(60);
 
-/// Interval between updates of the hourly totals if systemd's watchdog is off. With the watchdog it
-/// is a third of the watchdog's limit.
-const TICK_INTERVAL: Duration = Duration::from_secs(60);
+/// Longest interval between updates of the hourly totals. Counts of the last interval before a full
+/// hour may be counted for the next one. It is shorter if systemd's watchdog wants that.
+const TICK_INTERVAL: Duration = Duration::from_secs(10);
 
 /// File descriptors that the daemon requests from the system. A connection needs one; a stream
 /// needs one for each open directory level, and one for a file or a peer. systemd gives services
@@ -209,8 +209,11 @@ impl Process {
     }
 }
 
-/// Opens Nix's database. If that fails and systemd passed the sockets, answers misses and retries
-/// every [`RETRY_INTERVAL`]. `None` if a signal ended the retries.
+/// Opens Nix's database. If that fails for a time, or if systemd passed the sockets, answers misses
+/// and retries every [`RETRY_INTERVAL`]. `None` if a signal ended the retries.
+///
+/// # Errors
+/// There is no usable database, and without systemd's sockets the port may as well be closed.
 fn open_store(config: &Config, process: &Process) -> Result<Option<Arc<Store>>, FatalError> {
     let open = || {
         Store::open(StoreConfig {
@@ -221,12 +224,21 @@ fn open_store(config: &Config, process: &Process) -> Result<Option<Arc<Store>>, 
     };
     match open() {
         Ok(store) => Ok(Some(Arc::new(store))),
-        Err(e) if process.sockets.are_passed => {
+        Err(e) if process.sockets.are_passed || may_pass(&e) => {
             let misses = MissHandler::new(config, process.sockets.port, "store", e.to_string());
             answer_misses(misses, process, || open().ok().map(Arc::new))
         }
         Err(e) => Err(FatalError(e.to_string())),
     }
+}
+
+/// Whether a store that failed with `e` may work later without a change of the settings: its files
+/// may be mounted late, and the database may be locked or lack a running nix-daemon.
+fn may_pass(e: &StoreError) -> bool {
+    matches!(
+        e,
+        StoreError::NoFiles { .. } | StoreError::Busy { .. } | StoreError::WalUnavailable { .. }
+    )
 }
 
 /// Answers lookups with misses until `mended` returns a value, and returns that value. Calls
@@ -288,13 +300,14 @@ fn serve(
     let share = Arc::new(AccessPolicy::new(networks.clone(), &config));
     let ended = |what| process.ended(what);
     let degraded = Arc::new(Degraded::default());
-    let trusted = Arc::new(TrustedKeys::read(&config, port, &degraded));
     let own_key = LateSigningKey::new(&config, &share, &degraded);
 
     let leaving = Arc::new(AtomicBool::new(false));
     let requests = Arc::new(RequestPool::default());
     let identity = find_identity(&config, &degraded);
     let acquaintance = FriendServices::start(&config, identity.as_ref(), &networks, &requests);
+    let friend_list = acquaintance.as_ref().map(|known| known.friends.list().clone());
+    let trusted = Arc::new(TrustedKeys::read(&config, port, friend_list, &degraded));
     let mut environment =
         StoreEnvironment::new(share.clone(), store.clone(), networks.clone(), leaving.clone());
     if let Some(FriendServices { friends, .. }) = &acquaintance {
@@ -342,7 +355,8 @@ fn serve(
             requests.clone(),
         ))
     });
-    let upstream = Upstream::new(&config, &trusted.keys().unwrap_or_default());
+    let known_keys = trusted.keys().unwrap_or_default().into_iter().map(|known| known.key);
+    let upstream = Upstream::new(&config, &known_keys.collect::<Vec<_>>());
     let spools = Spools::new(config.state_dir.clone());
     let lookup = LookupService::new(lan, wan, trusted.clone(), record.clone());
     let friends = acquaintance.as_ref().map(|acquaintance| acquaintance.friends.clone());
@@ -592,6 +606,11 @@ fn keep_counters(
     Ok(CountersThread { running, ended })
 }
 
+/// Interval between updates of the hourly totals and notifications of a watchdog with this limit.
+fn tick_interval(watchdog: Option<Duration>) -> Duration {
+    watchdog.map_or(TICK_INTERVAL, |limit| TICK_INTERVAL.min(limit / 3))
+}
+
 /// Waits for the reason to stop. Meanwhile notifies systemd's watchdog as long as the discovery
 /// loop makes progress, and updates the hourly totals.
 ///
@@ -603,7 +622,7 @@ fn wait(
     record: &Stats,
 ) -> Result<ExitReason, FatalError> {
     let watchdog = sd_notify::watchdog_enabled();
-    let look = watchdog.map_or(TICK_INTERVAL, |limit| limit / 3);
+    let look = tick_interval(watchdog);
     let mut turns = 0;
     loop {
         match woken.recv_timeout(look) {
@@ -876,6 +895,13 @@ fn resolve(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// docs/status.md promises that counts are off by at most ten seconds.
+    #[test]
+    fn hourly_totals_are_updated_every_ten_seconds_with_and_without_a_watchdog() {
+        let limit = |seconds| tick_interval(Some(Duration::from_secs(seconds))).as_secs();
+        assert_eq!((tick_interval(None).as_secs(), limit(600), limit(15)), (10, 10, 5));
+    }
 
     #[test]
     fn failed_resolution_keeps_the_last_addresses() {

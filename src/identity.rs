@@ -14,6 +14,8 @@ use std::path::Path;
 
 const FILE: &str = "identity";
 const PREFIX: &str = "peerix-identity:";
+/// Number of hexadecimal digits at the end of a temporary file's name.
+const SUFFIX_LEN: usize = 16;
 /// Maximum size that is read, in bytes; a longer file counts as damaged. The line has 61 bytes.
 const MAX_FILE: u64 = 256;
 
@@ -30,23 +32,48 @@ pub fn load(state_dir: &Path) -> Result<Identity, String> {
             path.display()
         )
     };
-    match read(&path) {
-        Ok(seed) => return seed.map(|seed| Identity::from_seed(&seed)),
-        Err(e) if e.kind() == io::ErrorKind::NotFound => {}
-        Err(e) => return Err(failed(e)),
-    }
-    let seed = new_seed()?;
-    match write(state_dir, &seed) {
-        Ok(()) => {
-            log::info!("identity {}: made", path.display());
-            Ok(Identity::from_seed(&seed))
+    let seed = match read(&path) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => {
+            let seed = new_seed()?;
+            match write(state_dir, &seed) {
+                Ok(()) => {
+                    log::info!("identity {}: made", path.display());
+                    seed
+                }
+                // Another process may have created the file since.
+                Err(e) => read(&path).map_err(|_| failed(e))??,
+            }
         }
-        // Another process has created the file since.
-        Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {
-            read(&path).map_err(failed)?.map(|seed| Identity::from_seed(&seed))
-        }
-        Err(e) => Err(failed(e)),
+        seed => seed.map_err(failed)??,
+    };
+    if let Err(e) = remove_temporaries(state_dir) {
+        log::warn!("identity {}: temporary files beside it: {e}", path.display());
     }
+    Ok(Identity::from_seed(&seed))
+}
+
+/// Removes temporary files of processes that were killed in `write`; they contain secret keys. It
+/// is called only when the identity exists, so that a process which is still writing fails in any
+/// case, and reads the identity instead.
+///
+/// # Errors
+/// The system's error.
+fn remove_temporaries(dir: &Path) -> io::Result<()> {
+    for entry in fs::read_dir(dir)? {
+        let entry = entry?;
+        let name = entry.file_name();
+        let suffix = name.to_str().and_then(|name| name.strip_prefix(FILE)?.strip_prefix('.'));
+        let is_temporary = suffix.is_some_and(|suffix| {
+            suffix.len() == SUFFIX_LEN && suffix.bytes().all(|b| b.is_ascii_hexdigit())
+        });
+        if is_temporary {
+            match fs::remove_file(entry.path()) {
+                Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+                _ => {}
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Creates a key pair that is not saved.
@@ -88,7 +115,8 @@ fn write(dir: &Path, seed: &[u8]) -> io::Result<()> {
     let dir = open(dir, OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
     let random =
         Identity::random_seed().map_err(|_| io::Error::other("no random numbers to be had"))?;
-    let temporary = format!("{FILE}.{}", data_encoding::HEXLOWER.encode(&random[..8]));
+    let random = data_encoding::HEXLOWER.encode(&random[..SUFFIX_LEN / 2]);
+    let temporary = format!("{FILE}.{random}");
     let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::CLOEXEC;
     let mut file =
         File::from(rustix::fs::openat(&dir, &*temporary, flags, Mode::RUSR | Mode::WUSR)?);
@@ -140,6 +168,22 @@ mod tests {
         let kept = load(&dir).unwrap();
         assert!(keys.iter().all(|key| key == kept.public()));
         assert_eq!(fs::read_dir(&dir).unwrap().count(), 1);
+        fs::remove_dir_all(&dir).unwrap();
+    }
+
+    #[test]
+    fn temporary_files_of_killed_processes_are_removed() {
+        let dir = dir("killed");
+        fs::create_dir_all(&dir).unwrap();
+        let (left, other) = (dir.join("identity.0123456789abcdef"), dir.join("identity.old"));
+        for exists in [false, true] {
+            for file in [&left, &other] {
+                fs::write(file, "peerix-identity:").unwrap();
+            }
+            assert_eq!(dir.join(FILE).exists(), exists);
+            load(&dir).unwrap();
+            assert!(!left.exists() && other.exists());
+        }
         fs::remove_dir_all(&dir).unwrap();
     }
 

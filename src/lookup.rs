@@ -16,6 +16,7 @@ use crate::peers::lan::{LanOffer, LanSearch, LanSource};
 use crate::peers::wan::{WanOffer, WanSearch, WanSource};
 use crate::stats::{MissReason, Network, Stats};
 use crate::trust::TrustedKeys;
+use crate::wire::NodeKey;
 use crate::wire::tracker::{Role, TransferName};
 use found::{FoundPaths, MAX_SOURCES};
 use std::collections::HashMap;
@@ -140,15 +141,15 @@ impl LookupService {
         LookupService { lan, wan, friends: None, trusted, record, flights, found }
     }
 
-    /// Returns a neighbour's realisation of `id` that a trusted key signed. Nix 2.8 to 2.34
-    /// register a substituter's realisation unchecked, and accept the content-addressed path that
-    /// it names without a signature. So without trusted keys the result is `None`, even where
-    /// unsigned narinfos are passed on to Nix. Blocks for at most 2 s.
+    /// Returns a neighbour's realisation of `id` that [`TrustedKeys::accepts_realisation`] accepts.
+    /// Blocks for at most 2 s.
     pub fn realisation(&self, id: &DrvOutput) -> Option<Realisation> {
-        let is_good = |realisation: &Realisation| {
-            self.trusted.has_signed(&realisation.fingerprint(), &realisation.signatures)
-        };
-        self.lan.as_ref()?.realisation(id, is_good)
+        self.lan.as_ref()?.realisation(id, |found| self.trusted.accepts_realisation(found))
+    }
+
+    /// Records that the friend with this key has sent a request.
+    pub fn heard_friend(&self, key: &NodeKey) {
+        self.friends.iter().for_each(|friends| friends.heard_request(key));
     }
 
     /// Returns the build log of a derivation from a neighbour that has it. Build logs are not

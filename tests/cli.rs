@@ -144,28 +144,13 @@ fn has_fault(host: &Host, code: &str) -> bool {
     health.text().lines().any(|line| line.starts_with(&format!("{code}: ")))
 }
 
-/// Builds a path that is not content-addressed. `nix-store --add` makes paths that need no
-/// signature.
-fn build(host: &Host, name: &str) -> String {
-    host.write(
-        "/tmp/build.nix",
-        format!(
-            "derivation {{ name = \"{name}\"; system = builtins.currentSystem; builder = \"/bin/sh\"; \
-             args = [ \"-ec\" \"echo {name} > $out\" ]; }}"
-        ),
-    );
-    host.sh("nix-store --realise $(nix-instantiate /tmp/build.nix 2>/dev/null) 2>/dev/null")
-        .trim()
-        .to_owned()
-}
-
 /// The port stays open with an unusable key. A closed port would stop every build of the machine.
 #[test]
 fn unusable_key_files_leave_the_port_open_and_reduce_sharing() {
     let lan = Lan::new();
     let (host, addressed) = host(&lan);
     let neighbour = lan.host("neighbour");
-    let built = build(&host, "built");
+    let built = stock::build(&host, "built");
     host.sh("nix-store --generate-binary-cache-key a-1 /etc/good.sec /etc/good.pub; chmod 600 /etc/good.sec");
     host.write("/etc/bad.sec", "a-1:bm9uc2Vuc2U=\n");
     host.write("/etc/huge.sec", vec![b'a'; 1 << 20]);
@@ -218,7 +203,7 @@ fn late_key_is_used_without_a_restart() {
     let lan = Lan::new().with_scale(Scale::intervals(0.02));
     let (host, _) = host(&lan);
     let neighbour = lan.host("neighbour");
-    let built = build(&host, "built");
+    let built = stock::build(&host, "built");
     let daemon = Daemon::start(
         &host,
         &["--private-key", "/etc/late.sec", "--trusted-public-key-file", "/etc/late.pub"],
@@ -410,7 +395,7 @@ fn daemon_with_passed_sockets_and_a_fault_answers_misses() {
     assert!(daemon.log().contains("--option substituters ''"), "{}", daemon.log());
     // A local build succeeds, and `doctor` says why the daemon gets nothing from peers.
     crate::common::nix::configure_client(&server, "", &[]);
-    build(&server, "local");
+    stock::build(&server, "local");
     let output = server.cmd(&binary().display().to_string()).arg("doctor").ran();
     let said = String::from_utf8(output.stdout).unwrap();
     assert!(

@@ -108,18 +108,6 @@ fn key(host: &Host) -> String {
     fs::read_to_string(host.path("/etc/peerix.pub")).unwrap().trim().to_owned()
 }
 
-/// Builds a path that is not content-addressed. `nix-store --add` makes paths that need no
-/// signature.
-fn build(host: &Host, name: &str) -> String {
-    let expression = format!(
-        "derivation {{ name = \"{name}\"; system = builtins.currentSystem; builder = \"/bin/sh\"; args = [ \"-ec\" \"echo {name} > $out\" ]; }}"
-    );
-    host.write("/tmp/build.nix", expression);
-    host.sh("nix-store --realise $(nix-instantiate /tmp/build.nix 2>/dev/null) 2>/dev/null")
-        .trim()
-        .to_owned()
-}
-
 impl Pair {
     fn new() -> Pair {
         let lan = Lan::new();
@@ -159,7 +147,7 @@ fn working_setup_has_no_faults() {
     // The peerix on `b` does not run yet.
     doctor(&pair.a, &[]).assert_no_faults();
     pair.meet();
-    let path = build(&pair.a, "greeting");
+    let path = stock::build(&pair.a, "greeting");
     nix::realise_quietly(&pair.b, &[&path]);
     for host in [&pair.a, &pair.b] {
         let found = doctor(host, &[]);
@@ -420,7 +408,7 @@ fn wrong_nix_settings_are_found_and_mended() {
 
     // Nix does not trust the key of the offered path, or peerix does not.
     nix::configure_client(&pair.b, "", &[&pair.keys[1]]);
-    let path = build(&pair.a, "signed");
+    let path = stock::build(&pair.a, "signed");
     assert!(!nix::realise(&pair.b, &[&path]).status.success());
     let remedy = doctor(&pair.b, &[]).assert_only_fault(
         "keys",
@@ -446,11 +434,11 @@ fn wrong_nix_settings_are_found_and_mended() {
 
     // Nix remembers a miss from a lookup before the path existed.
     pair.meet();
-    let path = build(&pair.a, "later");
+    let path = stock::build(&pair.a, "later");
     pair.a.cmd("nix-store").args(["--delete", &path]).okay();
     assert!(!nix::realise(&pair.b, &[&path]).status.success());
     doctor(&pair.b, &[]).assert_no_faults();
-    build(&pair.a, "later");
+    stock::build(&pair.a, "later");
     assert!(
         !nix::realise(&pair.b, &[&path]).status.success(),
         "Nix did not remember: nothing is tested"
@@ -497,7 +485,7 @@ fn readme_unit_and_nix_conf_share_local_builds() {
     nix::configure(&a, &contrib("nix.conf"));
     nix::configure(&b, &format!("{}extra-trusted-public-keys = {key}\n", contrib("nix.conf")));
     let _daemons = [start(&a, Some("/etc/peerix.sec")), start(&b, None)];
-    let path = build(&a, "built-here");
+    let path = stock::build(&a, "built-here");
     wait_for("b's peerix finds it", || (narinfo_status(&b, &path) == 200).then_some(()));
     nix::realise_quietly(&b, &[&path]);
     for host in [&a, &b] {
@@ -678,7 +666,8 @@ fn blocking_firewalls_are_found_and_mended() {
     pair.b.net("nft add rule inet guard input udp dport 12304 drop");
     pair.start(&[]);
     let remedy = doctor(&pair.b, &[]).assert_only_fault("udp", &["UDP is blocked here"]);
-    assert_eq!(remedy, "nft insert rule inet guard input udp dport 12304 accept");
+    let rule = "nft insert rule inet guard input udp dport 12304 accept";
+    assert_eq!(remedy.lines().next(), Some(rule));
     mend(&pair.b, &remedy);
     wait_until_known(&pair.b, &mark);
     pair.healed("UDP comes through nftables");
@@ -849,4 +838,61 @@ fn tracker_address_and_clock_faults_are_found() {
     tracker.start_again();
     doctor(&host, &[]).assert_no_faults();
     assert_eq!(narinfo_status(&host, &format!("/nix/store/{}-x", "0".repeat(32))), 404);
+}
+
+#[test]
+fn interface_without_link_is_named() {
+    let lan = Lan::new();
+    let (host, _daemon, _) = multi_user(&lan);
+    let note = |found: &Found| {
+        let mut notes = found.findings.iter().filter(|f| (&*f.0, &*f.1) == ("note", "network"));
+        notes.next().map(|(.., text, _)| text.clone()).unwrap_or_default()
+    };
+    assert!(note(&doctor(&host, &[])).contains("no other peerix answers on 10.77.0.1/24"));
+    // The other end of the cable is down, so that the interface is up and has no link.
+    host.unplug();
+    wait_for("the daemon has noticed", || {
+        let status = crate::common::daemon::status(&host);
+        status["networks"].as_array().unwrap().is_empty().then_some(())
+    });
+    let found = doctor(&host, &[]);
+    assert!(note(&found).contains("has a link (eth0)"), "{:#?}", found.findings);
+}
+
+#[test]
+fn neighbour_in_mode_wan_is_not_blamed_on_a_firewall_alone() {
+    let mut pair = Pair::new();
+    pair.daemons[0] = None;
+    let flags = ["--mode", "wan", "--tracker-url", "http://10.77.0.9:12305"];
+    pair.daemons[0] = Some(Daemon::start(&pair.a, &[&SIGNING, &flags[..]].concat()));
+    pair.start(&[]);
+    // `a` is in the kernel's neighbour table of `b`.
+    http::get(&pair.b, (pair.a.address, PORT), "/nix-cache-info").unwrap();
+    // Until the daemon has run for 3 s, it is no fault that it has not heard a neighbour.
+    let found = wait_for("a fault is found", || {
+        Some(doctor(&pair.b, &[])).filter(|found| !found.faults().is_empty())
+    });
+    found.assert_only_fault("udp", &["10.77.0.1:12304", "or its mode is wan", "--mode both"]);
+}
+
+#[test]
+fn networks_of_different_size_on_one_link_need_named_peers() {
+    let mut pair = Pair::new();
+    pair.daemons[0] = None;
+    pair.a.net("ip addr flush dev eth0 scope global");
+    pair.a.net("ip addr add 10.77.0.1/16 brd + dev eth0");
+    pair.daemons[0] = Some(Daemon::start(&pair.a, &SIGNING));
+    pair.start(&[]);
+    let found = doctor(&pair.b, &[]);
+    found.assert_no_faults();
+    let advice = "those beyond need --peer HOST on both sides";
+    assert!(found.findings.iter().any(|f| f.2.contains(advice)), "{:#?}", found.findings);
+    pair.daemons[0] = None;
+    let flags = [&SIGNING[..], &["--peer", "10.77.0.2"]].concat();
+    pair.daemons[0] = Some(Daemon::start(&pair.a, &flags));
+    pair.start(&["--peer", "10.77.0.1"]);
+    let mark = crate::common::daemon::add_unique_path(&pair.a);
+    wait_until_known(&pair.b, &mark);
+    pair.healed("both are named");
+    assert!(doctor(&pair.b, &[]).ok("network"));
 }

@@ -29,7 +29,7 @@ fn at(host: &Host) -> SocketAddr {
 }
 
 /// Checks that `machine` gets nothing about `path` from `holder`, which it reaches at `address`: no
-/// narinfo, NAR or listing of the path, and no status.
+/// narinfo, NAR or listing of the path, no *have*, no build log, and no status.
 fn assert_gets_nothing(machine: &Host, holder: &Host, address: SocketAddr, path: &str) {
     let hash_part = world::hash_part(path);
     let own =
@@ -43,8 +43,15 @@ fn assert_gets_nothing(machine: &Host, holder: &Host, address: SocketAddr, path:
         format!("/store/{hash_part}.ls"),
         "/status.json".to_owned(),
     ];
-    for route in routes {
-        let answer = get(machine, address, &route).unwrap();
+    let built = stock::build(holder, "logged");
+    let log = format!("log/{}", world::base_name(&stock::deriver(holder, &built)));
+    let logs = ["local", "store"].map(|prefix| format!("/{prefix}/{log}"));
+    for route in &logs {
+        let own = crate::common::http::get_local(holder, route).unwrap();
+        assert_eq!(own.status, 200, "{route}: the holder has no log");
+    }
+    for route in routes.iter().chain(&logs) {
+        let answer = get(machine, address, route).unwrap();
         assert!(
             [403, 404].contains(&answer.status),
             "{} of {route} got {}",
@@ -52,6 +59,7 @@ fn assert_gets_nothing(machine: &Host, holder: &Host, address: SocketAddr, path:
             answer.status
         );
     }
+    assert!(!stock::is_told_have(machine, address, path), "{} got a have", machine.name);
 }
 
 /// Whether `holder` answers a UDP query of `machine` with *have*. Panics if it does not answer.
@@ -292,8 +300,8 @@ fn tls_strangers_get_nothing_and_half_open_handshakes_do_not_block() {
         assert_eq!(friend(&laptop).get(&narinfo_route(&path)).unwrap().0, 200);
         assert_eq!(narinfo_status(&home, &path), 404, "the own Nix is answered");
         assert_eq!(
-            get(&attacker, at(&home), "/nix-cache-info").map_or(200, |answer| answer.status),
-            200
+            get(&attacker, at(&home), "/nix-cache-info").map(|answer| answer.status).ok(),
+            Some(200)
         );
     }
 }
@@ -440,4 +448,63 @@ fn friends_meet_at_a_tracker_and_strangers_learn_nothing() {
     // The friends stay connected when the tracker ends.
     tracker.kill();
     assert_eq!(narinfo_status(&laptop, &stock::add(&home, "later", "echo later > $n")), 200);
+}
+
+#[test]
+fn signing_key_in_friends_file_counts_while_it_is_there() {
+    let lan = Lan::new().with_scale(Scale::intervals(0.2));
+    let [home, laptop] = ["home", "laptop"].map(|name| lan.host(name));
+    [&home, &laptop].into_iter().for_each(ready);
+    home.sh("nix-store --generate-binary-cache-key home-1 /etc/peerix.sec /etc/peerix.pub");
+    let public = std::fs::read_to_string(home.path("/etc/peerix.pub")).unwrap();
+    let path = stock::build(&home, "signed");
+    let file = "/etc/peerix-friends";
+    let line = friend(&home, Some(at(&home)));
+    laptop.write(file, &line);
+    let flags = ["--private-key", "/etc/peerix.sec", "--friend", &friend(&laptop, None)];
+    let _home = start(&home, &flags);
+    let _laptop = start(&laptop, &["--friends-file", file]);
+    wait_until_reached(&laptop, "home", true);
+    assert_eq!(narinfo_status(&laptop, &path), 404, "no key signed it that counts");
+    laptop.write(file, format!("{line},sign={}\n", public.trim()));
+    wait_until_known(&laptop, &path);
+    let node = crate::common::daemon::status(&laptop)["node"].clone();
+    let keys = serde_json::json!([{"key": public.trim(), "source": "friend"}]);
+    assert_eq!(node["public_keys"], keys);
+    // The friend is removed, and is a neighbour without a trusted key.
+    laptop.write(file, "# nobody\n");
+    wait_for("the key is gone", || (narinfo_status(&laptop, &path) == 404).then_some(()));
+}
+
+/// The scale makes the pause after the first failure 100 s.
+#[test]
+fn request_of_a_friend_ends_the_pause_before_it_is_tried_again() {
+    let wan = Wan::new().with_scale(Scale::intervals(100.0));
+    let [home, laptop] = [([198, 51, 100], "home"), ([203, 0, 113], "laptop")]
+        .map(|(subnet, name)| wan.lan(subnet).host(name));
+    [&home, &laptop].into_iter().for_each(ready);
+    let _laptop = start(&laptop, &["--friend", &friend(&home, Some(at(&home)))]);
+    wait_for("the first attempt fails", || seen(&laptop, "home")["error"].as_str().map(drop));
+    let failed = Instant::now();
+    let _home = start(&home, &["--friend", &friend(&laptop, Some(at(&laptop)))]);
+    wait_until_reached(&home, "laptop", true);
+    wait_until_reached(&laptop, "home", true);
+    assert!(failed.elapsed() < Duration::from_secs(95), "reached only after the pause");
+}
+
+#[test]
+fn missing_friends_file_leaves_the_port_open() {
+    let lan = Lan::new().with_scale(Scale::intervals(0.2));
+    let host = lan.host("home");
+    ready(&host);
+    let _daemon = start(&host, &["--friends-file", "/etc/peerix-friends"]);
+    let names_it = || {
+        let health = crate::common::http::get_local(&host, "/health").unwrap();
+        assert_eq!(health.status, 200);
+        health.text().contains("/etc/peerix-friends")
+    };
+    assert!(names_it());
+    assert_eq!(crate::common::http::get_local(&host, "/nix-cache-info").unwrap().status, 200);
+    host.write("/etc/peerix-friends", "# nobody yet\n");
+    wait_for("the file is read", || (!names_it()).then_some(()));
 }

@@ -153,7 +153,6 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ),
     ("store", &["nix", "time_scale"]),
     ("port_mapper", &["network", "time_scale", "wire"]),
-    ("friends", &["config", "key_file", "wire"]),
     (
         "access",
         &[
@@ -171,7 +170,8 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("sockets", &["config", "network"]),
     ("identity", &["wire"]),
     ("backoff", &["time_scale"]),
-    ("trust", &["config", "degraded", "key_file", "nix"]),
+    ("trust", &["config", "degraded", "friends", "key_file", "nix", "wire"]),
+    ("friends", &["config", "key_file", "wire"]),
     ("degraded", &[]),
     ("key_file", &[]),
     ("http_client", &[]),

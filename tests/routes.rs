@@ -102,8 +102,7 @@ fn routes_serve_only_permitted_clients() {
     check("127.0.0.1", server, socket("127.0.0.1"), 200, 404);
     check("::1", server, socket("::1"), 200, 404);
     check("a neighbour", neighbour, address, 200, 403);
-    // Through its own LAN address, the machine counts as a neighbour.
-    check("this machine's address", server, address, 200, 403);
+    check("this machine's address", server, address, 200, 404);
 
     for (host, number) in [(server, 1), (neighbour, 2)] {
         host.net(&format!("ip addr add 203.0.113.{number}/24 dev eth0"));

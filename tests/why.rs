@@ -1,7 +1,7 @@
 //! `peerix why` for each of its reasons, `peerix peers` and `peerix status`: findings, exit
 //! statuses and JSON.
 
-use crate::common::daemon::{binary, narinfo_status};
+use crate::common::daemon::{binary, narinfo_status, wait_until_known};
 use crate::common::http::{self, Reply, Server};
 use crate::common::lan::Run;
 use crate::common::scene::WanScene;
@@ -253,6 +253,17 @@ fn why_on_lan_reports_each_reason() {
         "memory",
         &["another", "binary-cache-v"],
     );
+    let text = String::from_utf8(peerix(host, &["why", &later]).stdout).unwrap();
+    assert!(text.contains(&format!("narinfo-cache-negative-ttl 0 {later}\n")), "{text}");
+    // The user's and the daemon's URL of peerix may have settings, under which Nix remembers it
+    // without.
+    let conf = |url: &str| {
+        let keys = format!("trusted-public-keys = {}\n", world.cache_key);
+        nix::configure(host, &format!("extra-substituters = {url}\n{keys}"));
+    };
+    conf("http://127.0.0.1:12304/?priority=1");
+    why(host, &later).says("fail", "memory", &["another", "binary-cache-v"]);
+    nix::configure_client(host, "", &[&world.cache_key]);
 
     // The holder answers queries, but its TCP port is closed.
     holder.host.net("iptables -A INPUT -p tcp --dport 12304 -j REJECT");
@@ -415,4 +426,25 @@ fn why_on_wan_reports_each_reason() {
     let peers = CommandReport::by(&asker.host, &["peers"]);
     assert_eq!((peers.status, peers.findings.len()), (0, 1), "{:#?}", peers.findings);
     peers.says("ok", "peer", &["203.0.113.1:12304 (holder)", "answers queries", "shares"]);
+}
+
+/// nix.conf of the daemon may be another one than that of the user.
+#[test]
+fn why_goes_by_the_keys_of_the_daemon() {
+    let lan = Lan::new();
+    let world = World::on(&lan);
+    let holder = Holder::new(&lan, &world, "holder");
+    let asker = lan.host("asker");
+    nix::configure_client(&asker, "", &[&world.cache_key]);
+    asker.write("/etc/daemons/nix.conf", "trusted-public-keys =\n");
+    let little = world.path("little");
+    {
+        let _daemon = Daemon::start_with(&asker, &[("NIX_CONF_DIR", "/etc/daemons")], &[]);
+        wait_until_known(&asker, &holder.mark);
+        let told = why(&asker, little);
+        told.ends(1, "passed over").says("fail", "trust", &["peerix passes", "not trusted"]);
+    }
+    let _daemon = Daemon::start(&asker, &[]);
+    wait_until_known(&asker, &holder.mark);
+    why(&asker, little).ends(0, "from a peer");
 }

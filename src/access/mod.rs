@@ -22,7 +22,7 @@ use verify::Verifier;
 /// The relation of a requester to this node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Scope {
-    /// A loopback address: Nix and the users of this machine.
+    /// A loopback address or an address of this machine: its Nix and its users.
     ThisMachine,
     /// A node that has authenticated with the key of a friend, at any address.
     Friend,
@@ -81,12 +81,21 @@ impl AccessPolicy {
         *self.named_peers.write().unwrap_or_else(PoisonError::into_inner) = addresses;
     }
 
-    /// Returns the scope of a node at this socket address. It is never [`Scope::Friend`]. For
-    /// link-local IPv6 the scope ID of the address counts too.
+    /// Returns the scope of a client at this socket address. It is never [`Scope::Friend`]. For
+    /// link-local IPv6 the scope ID of the address counts too. The kernel gives a connection of
+    /// this machine to itself one address at both ends, and drops packets from elsewhere that have
+    /// an address of this machine as their source.
     pub fn scope(&self, asker: SocketAddr) -> Scope {
-        if asker.ip().to_canonical().is_loopback() {
+        // Hosts on different links may have the same link-local IPv6 address.
+        let is_one_link = matches!(asker, SocketAddr::V6(v6) if v6.ip().is_unicast_link_local());
+        if !is_one_link && self.networks.is_own(asker.ip()) {
             return Scope::ThisMachine;
         }
+        self.scope_of_node(asker)
+    }
+
+    /// Returns the scope of another node at this socket address.
+    fn scope_of_node(&self, asker: SocketAddr) -> Scope {
         let is_lan =
             self.mode.has_lan() && (self.networks.is_lan(asker) || self.is_named_peer(asker));
         if is_lan { Scope::Lan } else { Scope::Wan }
@@ -105,10 +114,12 @@ impl AccessPolicy {
     pub fn datagram_scope(&self, from: SocketAddr) -> Option<Scope> {
         let ip = from.ip().to_canonical();
         let is_broadcast = ip == IpAddr::V4(Ipv4Addr::BROADCAST);
-        if from.port() == 0 || ip.is_unspecified() || ip.is_multicast() || is_broadcast {
+        let has_no_answer = from.port() == 0 || ip.is_unspecified() || ip.is_multicast();
+        if has_no_answer || is_broadcast || ip.is_loopback() {
             return None;
         }
-        match self.scope(from) {
+        // Another node may run on this machine.
+        match self.scope_of_node(from) {
             Scope::ThisMachine | Scope::Friend => None,
             Scope::Lan => Some(Scope::Lan),
             Scope::Wan => self.serves(Scope::Wan).then_some(Scope::Wan),
@@ -278,6 +289,10 @@ mod tests {
             ("127.8.8.8", Scope::ThisMachine),
             ("::1", Scope::ThisMachine),
             ("::ffff:127.0.0.1", Scope::ThisMachine),
+            // Own addresses.
+            ("192.168.10.5", Scope::ThisMachine),
+            ("::ffff:192.168.10.5", Scope::ThisMachine),
+            ("172.17.0.1", Scope::ThisMachine),
             ("192.168.10.77", Scope::Lan),
             ("::ffff:192.168.10.77", Scope::Lan),
             ("10.9.8.7", Scope::Lan),
@@ -301,6 +316,7 @@ mod tests {
         let (lan, both, wan) = (share(Mode::Lan), share(Mode::Both), share(Mode::Wan));
         for (from, in_lan, in_both) in [
             ("192.168.10.77", Some(Scope::Lan), Some(Scope::Lan)),
+            ("192.168.10.5", Some(Scope::Lan), Some(Scope::Lan)),
             ("[fe80::1%2]:1", Some(Scope::Lan), Some(Scope::Lan)),
             ("172.17.0.2", None, Some(Scope::Wan)),
             ("[fe80::1%3]:1", None, Some(Scope::Wan)),

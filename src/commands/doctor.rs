@@ -12,11 +12,10 @@ use super::shell::quote;
 use super::{RunningDaemon, get, get_within, list, liveness, long, moment, peer_at, text};
 use crate::cli::{self, Command};
 use crate::config::{Config, DEFAULT_PORT};
-use crate::degraded::Degraded;
 use crate::network::{LanNetworks, Networks, neighbours};
 use crate::nix::{HashPart, NarInfo};
 use crate::store::{Store, StoreConfig, StoreError};
-use crate::trust::TrustedKeys;
+use crate::trust::{KeySource, Substituter};
 use rustix::fs::{Access, access};
 use serde_json::Value;
 use std::ffi::OsString;
@@ -74,7 +73,7 @@ pub fn run(asked: &Config, json: bool) -> u8 {
         database(report, config);
     }
     secrets(report, config);
-    let settings = nix_conf(report, config);
+    let settings = nix_conf(report, config, node.as_ref());
     // A daemon that does not serve has already reported the cause; further findings would follow
     // from it.
     if let Some(node) = node.as_ref().filter(|node| node.status["node"]["serves"] != false) {
@@ -199,6 +198,12 @@ fn configuration_remedy(code: &str, config: &Config) -> Option<(&'static str, St
             "identity",
             "put it back from a backup, or remove it to be a new peer to the trackers".into(),
         ),
+        "friends" => (
+            "friends",
+            "in --friends-file, at most 16 lines NAME=ed25519:KEY[@HOST[:PORT]], that the daemon's \
+             user can read\nfriends need --state-dir, where the daemon's user can write"
+                .into(),
+        ),
         "metrics" => (
             "metrics",
             "an address of this machine, and a port that is free: ss -ltnp; ip -brief address"
@@ -313,7 +318,11 @@ fn secrets(report: &mut Findings, config: &Config) {
     }
 }
 
-fn nix_conf(report: &mut Findings, config: &Config) -> Option<NixSettings> {
+fn nix_conf(
+    report: &mut Findings,
+    config: &Config,
+    node: Option<&RunningDaemon>,
+) -> Option<NixSettings> {
     let settings = match NixSettings::read() {
         Ok(settings) => settings,
         Err(e) => {
@@ -341,23 +350,28 @@ fn nix_conf(report: &mut Findings, config: &Config) -> Option<NixSettings> {
             format!("take it out of {conf}, or of a file that is included there"),
         );
     }
-    let known = settings.words("trusted-public-keys");
-    let flag_keys = TrustedKeys::read(config, config.port, &Degraded::default()).flag_keys();
-    for key in
-        flag_keys.iter().map(ToString::to_string).filter(|key| !known.contains(&key.as_str()))
-    {
-        let conf = quote(&format!("extra-trusted-public-keys = {key}"));
-        let conf = format!("echo {conf} >> /etc/nix/nix.conf");
-        report.fail("keys", format!("peerix accepts what {key} signed, and Nix does not"), conf);
+    if let Some(node) = node.filter(|_| settings.takes_unsigned(config.port).is_none()) {
+        keys_unknown_to_nix(report, node, &settings);
     }
     Some(settings)
+}
+
+/// Reports keys of flags and friends that Nix does not trust.
+fn keys_unknown_to_nix(report: &mut Findings, node: &RunningDaemon, settings: &NixSettings) {
+    let known = settings.words("trusted-public-keys");
+    let keys = node.trusted_keys().unwrap_or_default().into_iter();
+    let keys = keys.filter(|(_, source)| *source != KeySource::NixConf.code());
+    for key in keys.map(|(key, _)| key.to_string()).filter(|key| !known.contains(&key.as_str())) {
+        let conf = format!("extra-trusted-public-keys = {key}");
+        let remedy = nix::set(&conf, &format!("extra-trusted-public-keys = [ \"{key}\" ];"));
+        report.fail("keys", format!("peerix accepts what {key} signed, and Nix does not"), remedy);
+    }
 }
 
 /// Checks by Nix's settings and environment that Nix asks peerix.
 fn substituter(report: &mut Findings, settings: &NixSettings, port: u16) {
     let whose = if settings.daemon.is_some() { "nix-daemon" } else { "Nix" };
-    let local =
-        |url: &&&str| url.starts_with("http://127.0.0.1:") || url.starts_with("http://localhost:");
+    let local = |word: &&&str| Substituter::parse(word).local_port().is_some();
     match settings.peerix(port).first() {
         _ if settings.get("substitute") == "false" => {
             // nix.conf can turn it off. Nix also does so if it finds only loopback and link-local
@@ -709,7 +723,12 @@ fn report_unmet(report: &mut Findings, status: &Value, unmet: &[SocketAddr], por
     let text = format!("{peers} answers this command, and the daemon has never heard it");
     match is_young(status) {
         true => report.note("udp", format!("{text}: the daemon has just started")),
-        false => report.fail("udp", format!("{text}: UDP is blocked here"), open_port("udp", port)),
+        false => {
+            // A node in mode wan answers queries, and sends none to its neighbours.
+            let remedy =
+                format!("{}\nif its mode is wan: peerix --mode both there", open_port("udp", port));
+            report.fail("udp", format!("{text}: UDP is blocked here, or its mode is wan"), remedy);
+        }
     }
 }
 
@@ -795,7 +814,7 @@ fn keys(report: &mut Findings, node: &RunningDaemon, settings: &NixSettings) {
         for offer in offers {
             let (who, from) = (offer.who(), offer.from.ip().to_string());
             let Ok(NarInfo { info, .. }) = offer.narinfo else { continue };
-            match settings.trusts(&info, &node.config.store_dir) {
+            match settings.trusts(&info, &node.config) {
                 Ok(_) => taken += 1,
                 Err(why) => {
                     let remedy = nix::trust(&info, &from);
@@ -832,7 +851,7 @@ fn check_cached_misses(report: &mut Findings, node: &RunningDaemon, settings: &N
         let mut infos = probe::offers(node, &part)
             .into_iter()
             .filter_map(|offer| Some(offer.narinfo.ok()?.info));
-        infos.find(|info| settings.trusts(info, &node.config.store_dir).is_ok())
+        infos.find(|info| settings.trusts(info, &node.config).is_ok())
     });
     match misses.iter().zip(found).find_map(|(miss, info)| Some((miss, info?))) {
         Some((miss, info)) => {
@@ -1053,7 +1072,7 @@ mod tests {
             vec![(state.to_owned(), "udp".to_owned(), text)]
         };
         assert_eq!(found(0.9), finding("note", "the daemon has just started"));
-        assert_eq!(found(60.0), finding("fail", "UDP is blocked here"));
+        assert_eq!(found(60.0), finding("fail", "UDP is blocked here, or its mode is wan"));
         let mut report = Findings::default();
         report_unmet(&mut report, &status(60.0, at(1)), &[], PORT);
         assert!(told(&report).is_empty());

@@ -2,8 +2,8 @@
 //! the exit status sums it up. They change nothing, but `identity` may create the identity.
 //!
 //! The daemon serves its status on loopback (docs/status.md). The status contains the daemon's
-//! flags, which the commands parse to restore its settings. Only `doctor` and `identity` work
-//! without a daemon.
+//! flags, which the commands parse to restore its settings, and the keys that it trusts. Only
+//! `doctor` and `identity` work without a daemon.
 
 mod doctor;
 mod identity;
@@ -18,10 +18,9 @@ mod why;
 
 use crate::cli::{self, Command, CommandOptions, Subcommand};
 use crate::config::Config;
-use crate::degraded::Degraded;
 use crate::http_client;
+use crate::nix::PublicKey;
 use crate::status::text::{bytes, found_by, long, short};
-use crate::trust::TrustedKeys;
 use serde_json::Value;
 use std::io::Read;
 use std::net::SocketAddr;
@@ -120,10 +119,12 @@ impl RunningDaemon {
         Ok(RunningDaemon { config, status })
     }
 
-    /// The keys by which the daemon accepts paths from peers, as far as this user can read them.
-    /// Reads nix.conf and key files.
-    fn trusted(&self) -> TrustedKeys {
-        TrustedKeys::read(&self.config, self.config.port, &Degraded::default())
+    /// The keys by which the daemon accepts paths from peers, each with the code of its source.
+    /// `None` if it accepts paths without a signature.
+    fn trusted_keys(&self) -> Option<Vec<(PublicKey, &str)>> {
+        let keys = self.status["node"]["public_keys"].as_array()?;
+        let key = |row: &'_ Value| PublicKey::parse(text(&row["key"])).ok();
+        Some(keys.iter().filter_map(|row| Some((key(row)?, text(&row["source"])))).collect())
     }
 }
 

@@ -2,18 +2,26 @@
 //! remedies that change them. Only commands use this module, never the daemon.
 
 use super::shell::quote;
-use crate::config::UPSTREAM_KEY;
+use crate::config::{Config, UPSTREAM_KEY};
 use crate::nix::{PathInfo, PublicKey, StoreDir, is_content_addressed};
+use crate::trust::Substituter;
 use rusqlite::{Connection, OpenFlags};
 use std::collections::HashMap;
 use std::io::Read;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
-use std::{fs, thread};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::{fs, io, thread};
 
 /// Timeout of a program. It is killed at the timeout.
 const TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Maximum size that is read of each output of a program, in bytes; the rest is cut off. Nix's
+/// settings have 20 KiB.
+const MAX_OUTPUT: u64 = 1 << 20;
+
+/// Interval between checks whether a program that has closed its output has ended.
+const EXIT_POLL: Duration = Duration::from_millis(5);
 
 /// Installation paths of `nix`, tried if the program in `PATH` fails.
 const NIX_PROGRAMS: [&str; 2] =
@@ -93,10 +101,7 @@ impl NixSettings {
 
     /// Substituters that are the peerix on `port`, as the user wrote them.
     pub fn peerix(&self, port: u16) -> Vec<&str> {
-        let hosts = [format!("http://127.0.0.1:{port}"), format!("http://localhost:{port}")];
-        let is_it = |url: &&str| {
-            hosts.iter().any(|host| url.trim_end_matches('/').split('?').next() == Some(host))
-        };
+        let is_it = |word: &&str| Substituter::parse(word).is_peerix(port);
         self.words("substituters").into_iter().filter(is_it).collect()
     }
 
@@ -147,15 +152,26 @@ impl NixSettings {
         proxy_for(&self.asking_environment()?, url)
     }
 
-    /// Tells why Nix would accept a path with these signatures.
+    /// The setting by which Nix accepts every path of the peerix on `port`. `None` if it requires
+    /// signatures.
+    pub fn takes_unsigned(&self, port: u16) -> Option<&'static str> {
+        if self.get("require-sigs") == "false" {
+            return Some("require-sigs is off");
+        }
+        let is_trusted = |word: &&str| Substituter::parse(word).is_trusted();
+        self.peerix(port).iter().any(is_trusted).then_some("its URL of peerix has trusted=true")
+    }
+
+    /// Tells why Nix would accept a path with these signatures from the peerix of `config`.
     ///
     /// # Errors
     /// One line: why Nix would refuse it.
-    pub fn trusts(&self, info: &PathInfo, store_dir: &StoreDir) -> Result<String, String> {
-        if self.get("require-sigs") == "false" {
-            return Ok("Nix takes it as it takes everything: require-sigs is off".into());
+    pub fn trusts(&self, info: &PathInfo, config: &Config) -> Result<String, String> {
+        if let Some(why) = self.takes_unsigned(config.port) {
+            return Ok(format!("Nix takes it as it takes everything: {why}"));
         }
-        trusted_by(info, &self.public_keys(), store_dir).map(|why| format!("Nix takes it: {why}"))
+        trusted_by(info, &self.public_keys(), &config.store_dir)
+            .map(|why| format!("Nix takes it: {why}"))
     }
 }
 
@@ -292,6 +308,15 @@ pub fn run(
     words: &[&str],
     environment: &[(String, String)],
 ) -> Result<String, String> {
+    run_within(program, words, environment, TIMEOUT)
+}
+
+fn run_within(
+    program: &str,
+    words: &[&str],
+    environment: &[(String, String)],
+    timeout: Duration,
+) -> Result<String, String> {
     let mut command = Command::new(program);
     for (name, value) in environment {
         // An empty NIX_USER_CONF_FILES disables users' configuration files; a missing one does not.
@@ -307,24 +332,40 @@ pub fn run(
         .stderr(Stdio::piped())
         .spawn()
         .map_err(|e| format!("{NOT_STARTED}{program}: {e}"))?;
+    let until = Instant::now() + timeout;
     let (done, waited) = crossbeam_channel::bounded(1);
-    let (mut out, mut err) = (child.stdout.take(), child.stderr.take());
+    let (out, err) = (child.stdout.take(), child.stderr.take());
     thread::spawn(move || {
         let (mut printed, mut said) = (String::new(), String::new());
-        let read = out.as_mut().map(|out| out.read_to_string(&mut printed));
-        let _ = err.as_mut().map(|err| err.read_to_string(&mut said));
+        let read = out.map(|out| out.take(MAX_OUTPUT).read_to_string(&mut printed));
+        let _ = err.map(|err| err.take(MAX_OUTPUT).read_to_string(&mut said));
         let _ = done.send((read.is_some_and(|read| read.is_ok()), printed, said));
     });
-    let answer = waited.recv_timeout(TIMEOUT);
-    // After an answer, the program has closed its output and is about to exit.
-    if answer.is_err() {
-        let _ = child.kill();
+    let answer = waited.recv_deadline(until);
+    let status = exit_status(&mut child, until).map_err(|e| format!("{program}: {e}"))?;
+    match (status, answer) {
+        (Some(status), Ok((true, printed, _))) if status.success() => Ok(printed),
+        (Some(_), Ok((_, _, said))) => {
+            Err(said.lines().next_back().unwrap_or("it said nothing").to_owned())
+        }
+        _ => Err(format!("{program}: no answer within {} s", timeout.as_secs())),
     }
-    let status = child.wait().map_err(|e| format!("{program}: {e}"))?;
-    match answer {
-        Ok((true, printed, _)) if status.success() => Ok(printed),
-        Ok((_, _, said)) => Err(said.lines().next_back().unwrap_or("it said nothing").to_owned()),
-        Err(_) => Err(format!("{program}: no answer within {} s", TIMEOUT.as_secs())),
+}
+
+/// Waits until the program ends. Kills it at `until` and returns `None`.
+///
+/// # Errors
+/// The system's error.
+fn exit_status(child: &mut Child, until: Instant) -> io::Result<Option<ExitStatus>> {
+    loop {
+        if let Some(status) = child.try_wait()? {
+            return Ok(Some(status));
+        }
+        if Instant::now() >= until {
+            child.kill()?;
+            return child.wait().map(|_| None);
+        }
+        thread::sleep(EXIT_POLL);
     }
 }
 
@@ -348,8 +389,8 @@ pub fn misses(settings: &NixSettings, url: &str, hash_part: Option<&str>) -> Vec
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
     let mut misses = Vec::new();
     for file in binary_cache_files() {
-        let rows = read(&file, url.trim_end_matches('/'), hash_part, now.saturating_sub(believed))
-            .unwrap_or_default();
+        let url = Substituter::parse(url).url;
+        let rows = read(&file, url, hash_part, now.saturating_sub(believed)).unwrap_or_default();
         misses.extend(rows.into_iter().map(|(hash_part, at)| {
             let age = now.saturating_sub(at);
             let left = Duration::from_secs(believed.saturating_sub(age));
@@ -419,8 +460,8 @@ pub struct SubstituterRank {
 pub fn order(settings: &NixSettings) -> Vec<SubstituterRank> {
     let urls = settings.words("substituters");
     let mut all = super::probe::at_once(&urls, |url| {
-        let given = url.split(['?', '&']).find_map(|word| word.strip_prefix("priority="));
-        let bare = url.split('?').next().unwrap_or_default().trim_end_matches('/');
+        let cache = Substituter::parse(url);
+        let (given, bare) = (cache.setting("priority"), cache.url);
         let info = match bare.strip_prefix("file://") {
             Some(dir) => fs::read(Path::new(dir).join("nix-cache-info")).map_err(|e| e.to_string()),
             None if bare.starts_with("http") => {
@@ -593,7 +634,7 @@ pub fn cached_narinfos(settings: &NixSettings, url: &str, hash_part: &str) -> Ve
             connection.query_row(
                 "select narHash, NARs.timestamp from NARs join BinaryCaches on BinaryCaches.id = NARs.cache \
                  where rtrim(BinaryCaches.url, '/') = ?1 and hashPart = ?2 and present = 1 and NARs.timestamp > ?3",
-                (url.trim_end_matches('/'), hash_part, since),
+                (Substituter::parse(url).url, hash_part, since),
                 |row| Ok((row.get::<_, String>(0)?, row.get::<_, i64>(1)?.max(0) as u64)),
             )
         });
@@ -656,36 +697,78 @@ mod tests {
         }
     }
 
+    fn settings(values: &[(&str, &str)]) -> NixSettings {
+        let values = values.iter().map(|(name, value)| ((*name).into(), (*value).into()));
+        NixSettings { values: values.collect(), daemon: None }
+    }
+
+    #[test]
+    fn peerix_is_found_in_every_spelling_of_its_url() {
+        let urls = [
+            "http://127.0.0.1:12304/?priority=1",
+            "http://127.0.0.1:12304",
+            "http://[::1]:12304",
+            "http://localhost:12304/",
+            "http://127.0.0.1:12305",
+            "http://10.0.0.1:12304",
+            "https://cache.nixos.org",
+        ];
+        let settings = settings(&[("substituters", &urls.join(" "))]);
+        assert_eq!(settings.peerix(12304), urls[..4]);
+        assert_eq!(settings.peerix(12305), urls[4..5]);
+    }
+
+    #[test]
+    fn trusted_url_of_peerix_needs_no_signature() {
+        let info = signed("a-1");
+        let trusts = |substituters: &str| {
+            let settings = settings(&[("substituters", substituters), ("require-sigs", "true")]);
+            settings.trusts(&info, &Config::default())
+        };
+        assert!(trusts("http://[::1]:12304/?priority=1&trusted=true").is_ok());
+        assert!(trusts("http://127.0.0.1:12304 http://other?trusted=true").is_err());
+    }
+
+    #[test]
+    fn program_that_closes_its_output_and_goes_on_is_killed_at_the_timeout() {
+        let began = Instant::now();
+        let script = "exec >&- 2>&-; exec sleep 1000";
+        let failed = run_within("sh", &["-c", script], &[], Duration::from_secs(1)).unwrap_err();
+        assert!(failed.contains("no answer within 1 s"), "{failed}");
+        assert!(began.elapsed() < Duration::from_secs(500));
+        let prints = "echo yes; exec >&- 2>&-; sleep 0.2";
+        assert_eq!(run("sh", &["-c", prints], &[]).unwrap(), "yes\n");
+        assert_eq!(run("sh", &["-c", "echo no >&2; exit 3"], &[]).unwrap_err(), "no");
+    }
+
     #[test]
     fn malformed_and_duplicate_key_names_are_faults() {
         let (a, b) = (
             "dw6gRsgENbg3ZRarDaIEP6t3wwkl5ML26Gov7r1VLrA=",
             "bfb1tHzyJC4nHA9pr2zF9z0OI/lJ6WIWbI4+SeAZQXs=",
         );
-        let faults = |keys: &str| {
-            let values = [("trusted-public-keys".to_owned(), keys.to_owned())].into();
-            NixSettings { values, daemon: None }.key_faults()
-        };
+        let faults = |keys: &str| settings(&[("trusted-public-keys", keys)]).key_faults();
         assert!(faults(&format!("x-1:{a} y-1:{b} x-1:{a}")).is_empty());
         let two = faults(&format!("x-1:{a} x-1:{b}"));
         assert!(two.len() == 1 && two[0].contains("the name x-1") && two[0].contains(b), "{two:?}");
         assert!(faults("x-1:nonsense")[0].contains("x-1:nonsense"));
     }
 
+    fn signed(name: &str) -> PathInfo {
+        let signature = Signature::parse(&format!("{name}:{}==", "A".repeat(86))).unwrap();
+        PathInfo {
+            path: StorePath::parse("7h7qgvs4kgzsn8a6rb273saxyqh4jxlz-x").unwrap(),
+            nar_hash: NarHash::from_bytes([0; 32]),
+            nar_size: 1,
+            references: Vec::new(),
+            deriver: None,
+            signatures: vec![signature],
+            ca: None,
+        }
+    }
+
     #[test]
     fn remedy_removes_shell_syntax_from_a_signer_name() {
-        let signed = |name: &str| {
-            let signature = Signature::parse(&format!("{name}:{}==", "A".repeat(86))).unwrap();
-            PathInfo {
-                path: StorePath::parse("7h7qgvs4kgzsn8a6rb273saxyqh4jxlz-x").unwrap(),
-                nar_hash: NarHash::from_bytes([0; 32]),
-                nar_size: 1,
-                references: Vec::new(),
-                deriver: None,
-                signatures: vec![signature],
-                ca: None,
-            }
-        };
         let remedy = trust(&signed("a-1'$(reboot)`;>|&"), "10.0.0.1");
         assert!(remedy.contains("'extra-trusted-public-keys = a-1reboot:KEY'"), "{remedy}");
         let remedy = trust(&signed("cache.nixos.org-1"), "10.0.0.1");

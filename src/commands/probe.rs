@@ -14,6 +14,8 @@ use socket2::{Domain, Protocol, Socket, Type};
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpStream, ToSocketAddrs, UdpSocket};
+use std::panic::resume_unwind;
+use std::thread::ScopedJoinHandle;
 use std::time::{Duration, Instant};
 
 /// Number of times that a query is sent, because datagrams may get lost.
@@ -187,11 +189,13 @@ pub fn hears(config: &Config, networks: &LanNetworks, ip: IpAddr) -> bool {
 }
 
 /// Calls `work` for each element in a thread of its own, and returns the results in the same order.
-/// A call that panics has no result. Suitable for some hundreds of elements.
+/// Panics if a call panics. Suitable for some hundreds of elements.
 pub fn at_once<T: Sync, U: Send>(all: &[T], work: impl Fn(&T) -> U + Sync) -> Vec<U> {
     std::thread::scope(|scope| {
         let threads: Vec<_> = all.iter().map(|one| scope.spawn(|| work(one))).collect();
-        threads.into_iter().filter_map(|thread| thread.join().ok()).collect()
+        let join =
+            |thread: ScopedJoinHandle<'_, U>| thread.join().unwrap_or_else(|e| resume_unwind(e));
+        threads.into_iter().map(join).collect()
     })
 }
 
@@ -317,4 +321,19 @@ pub fn offers(node: &RunningDaemon, hash_part: &HashPart) -> Vec<ProbeOffer> {
         .into_iter()
         .filter(|o| o.id.is_empty() || !matches!(o.narinfo, Err(PeerError::NotThere)))
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A missing result would attribute the later ones to the wrong elements.
+    #[test]
+    fn panic_of_one_call_leaves_no_results() {
+        let all = |wrong| {
+            let work = |n: &u32| if *n == wrong { panic!("on purpose") } else { *n };
+            std::panic::catch_unwind(|| at_once(&[1, 2, 3], work)).ok()
+        };
+        assert_eq!((all(0), all(2)), (Some(vec![1, 2, 3]), None));
+    }
 }

@@ -168,7 +168,8 @@ fn offered(
     settings: Option<&NixSettings>,
 ) -> Vec<PeerOffer> {
     let mut all = Vec::new();
-    let trusted = node.trusted();
+    let trusted = node.trusted_keys();
+    let trusted = trusted.map(|keys| keys.into_iter().map(|(key, _)| key).collect::<Vec<_>>());
     for offer in probe::offers(node, hash_part) {
         let who = offer.who();
         let info = match offer.narinfo {
@@ -198,12 +199,12 @@ fn offered(
             report.fail("peer", format!("{who} is avoided at the moment: {reason}"), String::new());
         }
         let is_trusted = match settings {
-            Some(settings) => settings.trusts(&info, &node.config.store_dir),
+            Some(settings) => settings.trusts(&info, &node.config),
             // Without Nix's settings, the other conditions are still reported.
             None => Ok("whether Nix would take it, it does not say".into()),
         };
-        if let Some(keys) = trusted.keys()
-            && let Err(why) = trusted_by(&info, &keys, &node.config.store_dir)
+        if let Some(keys) = &trusted
+            && let Err(why) = trusted_by(&info, keys, &node.config.store_dir)
         {
             passes = false;
             // If Nix refuses it too, that is reported below.
@@ -286,6 +287,9 @@ fn nix_asks(
     };
     let order: Vec<String> =
         nix::order(&settings).iter().map(|rank| format!("{} ({})", rank.url, rank.says)).collect();
+    let path = offered
+        .iter()
+        .find_map(|offer| Some(node.config.store_dir.join(&offer.info.as_ref()?.path)));
     let mut asks = true;
     match settings.peerix(node.config.port).first() {
         None => {
@@ -303,12 +307,9 @@ fn nix_asks(
                 let text = format!(
                     "Nix learned {ago} s ago that no peer has it, and believes it for another {left} s"
                 );
-                let path = format!("{}/{hash_part}-…", node.config.store_dir.as_str());
-                report.fail(
-                    "memory",
-                    format!("{text} ({})", miss.file.display()),
-                    nix::ask_again(&path),
-                );
+                // Without an offer, another request would miss again.
+                let remedy = path.as_deref().map(nix::ask_again).unwrap_or_default();
+                report.fail("memory", format!("{text} ({})", miss.file.display()), remedy);
             }
             asks &= check_cached_narinfo(report, node, &settings, url, offered);
             if let Some((variable, proxy)) = settings.proxy(url) {
@@ -321,9 +322,6 @@ fn nix_asks(
             }
         }
     }
-    let path = offered
-        .iter()
-        .find_map(|offer| Some(node.config.store_dir.join(&offer.info.as_ref()?.path)));
     if let Some(path) = path
         && settings.get("always-allow-substitutes") != "true"
         && let Some(derivation) = nix::forbidding_derivation(&node.config.db, &path)

@@ -177,13 +177,13 @@ impl ServerCertVerifier for FriendServerVerifier {
 
 impl fmt::Debug for FriendClientVerifier {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("AnyFriend")
+        f.write_str("FriendClientVerifier")
     }
 }
 
 impl fmt::Debug for FriendServerVerifier {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "OneFriend({})", self.friend)
+        write!(f, "FriendServerVerifier({})", self.friend)
     }
 }
 

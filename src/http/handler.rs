@@ -160,6 +160,7 @@ impl Handler for CacheHandler {
 
     fn handle(&self, request: &Request<'_>, exchange: &mut Exchange<'_>) -> io::Result<()> {
         let scope = self.scope(request);
+        request.key.iter().for_each(|key| self.lookup.heard_friend(&NodeKey::from_bytes(*key)));
         let answered = route(request.method, request.target, scope, self.access.serves(scope))
             .map_err(RequestError::Refused)
             .and_then(|route| self.keep_pages_out(&route, request, scope).map(|()| route))
@@ -227,7 +228,9 @@ impl CacheHandler {
         if matches!(route, Route::CacheInfo(_)) {
             return Ok(());
         }
-        if scope != Scope::ThisMachine {
+        // Browsers send no `Sec-Fetch-Site` to this machine's LAN addresses.
+        let is_loopback = request.peer_address.ip().to_canonical().is_loopback();
+        if scope != Scope::ThisMachine || !is_loopback {
             let is_browser = origin::is_browser(request);
             return if is_browser {
                 Err(RequestError::Suspect("not for browsers; ask with nix or curl"))

@@ -135,6 +135,15 @@ impl LanNetworks {
     /// Explains to the user why no address of this machine is on the LAN, and what to do about it.
     /// Valid only in that case.
     pub fn why_none(&self) -> String {
+        let mut names: Vec<&str> = self.lan_addresses.iter().map(|i| &*i.name).collect();
+        names.dedup();
+        if !names.is_empty() && self.lan_addresses.iter().all(|i| !i.running) {
+            return format!(
+                "there are no neighbours, because no interface with a LAN address has a link \
+                 ({}); see `ip -brief link`",
+                names.join(", ")
+            );
+        }
         let excluded = self.excluded_interfaces();
         if excluded.is_empty() {
             return "no interface that is up has a private address, so that there are no \

@@ -9,6 +9,7 @@
 
 use super::client::{PeerClient, PeerError, PeerNarinfo};
 use super::request_pool::RequestPool;
+use crate::backoff::Backoff;
 use crate::config::FriendConfig;
 use crate::friends::{FriendList, tls};
 use crate::lan::Holder;
@@ -17,7 +18,7 @@ use crate::nix::{HashPart, StoreDir};
 use crate::time_scale::{Interval, Timeout};
 use crate::wire::tracker::{Identity, can_be_peer};
 use crate::wire::{HelloDigest, NodeKey};
-use crossbeam_channel::{Receiver, Sender, TrySendError, after, bounded, never, select};
+use crossbeam_channel::{Receiver, Sender, TrySendError, at, bounded, never, select};
 use std::collections::VecDeque;
 use std::fmt;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr, ToSocketAddrs};
@@ -32,13 +33,16 @@ const GREETING_INTERVAL: Interval = Interval::from_secs(10);
 /// Timeout of a greeting: three round trips of TCP and TLS over the slowest link.
 const GREETING_TIMEOUT: Timeout = Timeout::from_secs(5);
 
-/// Start value of the pause between attempts. The pause doubles before each wait, so the first
-/// failure of all addresses causes a pause of 2 s.
+/// Pause after the first failure of all addresses. It doubles with each further failure.
 const FIRST_PAUSE: Interval = Interval::from_secs(1);
 
-/// Longest pause between attempts. A hello of the friend on the LAN, an address from a tracker, or
-/// a change of the network ends the pause.
+/// Longest pause between attempts. A request or a LAN hello of the friend, an address from a
+/// tracker, or a change of the network ends the pause.
 const LONGEST_PAUSE: Interval = Interval::from_secs(60);
+
+/// Delay of an attempt after an event that ends the pause. Anybody can send hellos, so it bounds
+/// the attempts that they cause.
+const WAKE_DELAY: Duration = Duration::from_millis(100);
 
 /// Timeout of a narinfo request to a friend. A friend that exceeds it counts as unreachable.
 const NARINFO_TIMEOUT: Timeout = Timeout::from_secs(2);
@@ -268,6 +272,16 @@ impl Friends {
         }
     }
 
+    /// Handles a request of the friend with the key `key`. The friend has just become reachable, so
+    /// the next attempt to reach it is made at once.
+    pub fn heard_request(&self, key: &NodeKey) {
+        for link in self.links().iter().filter(|link| link.friend.key == *key) {
+            if !link.state().is_up {
+                link.wake();
+            }
+        }
+    }
+
     /// Wakes all threads: after a network change, friends may have become reachable or unreachable.
     fn network_changed(&self) {
         self.links().iter().for_each(|link| link.wake());
@@ -368,23 +382,21 @@ impl FriendLink {
     }
 
     fn run(&self, stopped: &Receiver<()>, own: &NodeKey) {
-        let mut pause = FIRST_PAUSE.get();
+        let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
         loop {
             let is_up = self.try_addresses(own);
             if self.state().is_removed {
                 return;
             }
-            pause = if is_up { FIRST_PAUSE.get() } else { LONGEST_PAUSE.get().min(pause * 2) };
-            let wait = if is_up { GREETING_INTERVAL.get() } else { pause };
+            let next = next_attempt(&mut backoff, is_up, Instant::now());
             select! {
                 recv(stopped) -> _ => return,
                 recv(self.woken) -> _ => {
-                    // Limits repeated hellos to one attempt per this pause.
-                    if stopped.recv_timeout(FIRST_PAUSE.get() / 10).is_err_and(|e| e.is_disconnected()) {
+                    if stopped.recv_timeout(WAKE_DELAY).is_err_and(|e| e.is_disconnected()) {
                         return;
                     }
                 }
-                recv(after(wait)) -> _ => {}
+                recv(at(next)) -> _ => {}
             }
         }
     }
@@ -502,6 +514,17 @@ impl FriendLink {
     }
 }
 
+/// Time of the attempt after one that ended at `now`. `is_up` says whether that one reached the
+/// friend.
+fn next_attempt(backoff: &mut Backoff, is_up: bool, now: Instant) -> Instant {
+    if is_up {
+        backoff.reset();
+        return now + GREETING_INTERVAL.get();
+    }
+    backoff.record_failure(None, now);
+    backoff.due().unwrap_or(now)
+}
+
 /// Message why a friend is unreachable, with the remedy if it is known.
 fn explain(address: SocketAddr, error: &PeerError, own: &NodeKey) -> String {
     let text = error.to_string();
@@ -515,7 +538,7 @@ fn explain(address: SocketAddr, error: &PeerError, own: &NodeKey) -> String {
 
 impl fmt::Debug for FriendLink {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Link({})", self.friend.name)
+        write!(f, "FriendLink({})", self.friend.name)
     }
 }
 
@@ -648,4 +671,18 @@ fn place_of(key: &NodeKey) -> IpAddr {
 /// A channel that never receives anything, for a search without friends.
 pub fn never_found() -> Receiver<()> {
     never()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pauses_begin_with_one_second_and_begin_again_after_a_success() {
+        let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
+        let now = Instant::now();
+        let mut pause = |is_up| (next_attempt(&mut backoff, is_up, now) - now).as_secs();
+        assert_eq!([false; 8].map(&mut pause), [1, 2, 4, 8, 16, 32, 60, 60]);
+        assert_eq!([true, true, false].map(&mut pause), [10, 10, 1]);
+    }
 }

@@ -196,7 +196,9 @@ impl StatusService {
         let health = self.health();
         let line = |code: &str, what: &str| format!("{code}: {}\n", text::line(what));
         if health.ok {
-            let lines = self.degraded.all().into_iter().map(|(code, what)| line(code, &what));
+            let friends = self.friends.iter().filter_map(|friends| friends.list().problem());
+            let faults = self.degraded.all().into_iter().chain(friends.map(|e| ("friends", e)));
+            let lines = faults.map(|(code, what)| line(code, &what));
             return (true, format!("ok\n{}", lines.collect::<String>()));
         }
         let serious = health.problems.iter().filter(|problem| problem.serious);

@@ -1,5 +1,6 @@
 //! Status of this node for its own machine: a snapshot ([`report`]), also as an HTML page and as
-//! metrics. Reads the statistics, discovery and the store; changes nothing.
+//! metrics. Reads the statistics, discovery and the store; changes nothing, but has nix.conf read
+//! again if it has changed.
 
 mod metrics;
 mod page;
@@ -19,12 +20,12 @@ use crate::peers::health::PeerHealth;
 use crate::port_mapper::Mapping;
 use crate::stats::{self, HOUR, MAX_PEERS, Network, Stats, Totals, TrafficKey};
 use crate::store::Store;
-use crate::trust::TrustedKeys;
+use crate::trust::{TrustedKey, TrustedKeys};
 use crate::wire::NodeKey;
 use report::{
-    AllTotals, AvoidanceReport, FriendReport, HealthReport, History, Liveness, LookupReport,
-    MissReport, NodeReport, OwnNetwork, PeerReport, PortMapping, Problem, StatusReport,
-    TotalsSince, TrackerState, TransferReport, VERSION,
+    AllTotals, AvoidanceReport, FriendReport, HealthReport, History, KeyReport, Liveness,
+    LookupReport, MissReport, NodeReport, OwnNetwork, PeerReport, PortMapping, Problem,
+    StatusReport, TotalsSince, TrackerState, TransferReport, VERSION,
 };
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -122,6 +123,7 @@ impl NodeFacts {
             shares: self.shares.clone(),
             signs: false,
             trusted_keys: Vec::new(),
+            public_keys: None,
             flags: self.flags.clone(),
         }
     }
@@ -210,7 +212,7 @@ fn round(number: f64, steps: f64) -> f64 {
 
 impl StatusService {
     /// A snapshot with at most [`MAX_PEERS`] peers. Blocks for at most 7 s, for the store and for
-    /// discovery.
+    /// discovery, and on the disk, for nix.conf and key files.
     pub fn report(&self) -> StatusReport {
         let mut report = self.whole();
         report.peers_omitted = report.peers.len().saturating_sub(MAX_PEERS);
@@ -220,6 +222,9 @@ impl StatusService {
 
     /// A snapshot with all peers.
     fn whole(&self) -> StatusReport {
+        // `why` and `doctor` judge by these keys what the user has just changed in nix.conf.
+        self.trusted.refresh(&self.degraded);
+        let keys = self.trusted.keys();
         let now = ClockReading::get();
         let (peers, discovery_answers) = self.peers(now);
         let started = unix(self.record.started(now.wall));
@@ -236,13 +241,12 @@ impl StatusService {
                     .next()
                     .map(|tracker| tracker.peer_id().to_owned()),
                 signs: self.signs(),
-                trusted_keys: self
-                    .trusted
-                    .keys()
+                trusted_keys: keys
                     .iter()
                     .flatten()
-                    .map(|key| key.name().to_owned())
+                    .map(|known| known.key.name().to_owned())
                     .collect(),
+                public_keys: keys.map(|keys| keys.iter().map(key_report).collect()),
                 ..self.facts.node(started, self.record.age())
             },
             health: HealthReport { ok: !problems.iter().any(|problem| problem.serious), problems },
@@ -425,6 +429,10 @@ impl StatusService {
         });
         (peers.into_iter().map(|(_, peer)| peer).collect(), answers)
     }
+}
+
+fn key_report(known: &TrustedKey) -> KeyReport {
+    KeyReport { key: known.key.to_string(), source: known.source.code() }
 }
 
 fn friend(seen: friends::FriendSnapshot, now: ClockReading) -> FriendReport {

@@ -58,7 +58,16 @@ pub struct NodeReport {
     pub shares: String,
     pub signs: bool,
     pub trusted_keys: Vec<String>,
+    pub public_keys: Option<Vec<KeyReport>>,
     pub flags: Vec<String>,
+}
+
+/// A trusted key.
+#[derive(Debug, Serialize)]
+#[expect(missing_docs, reason = "docs/status.md has them")]
+pub struct KeyReport {
+    pub key: String,
+    pub source: &'static str,
 }
 
 /// Health of the node.

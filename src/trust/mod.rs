@@ -1,17 +1,20 @@
 //! The keys that decide which peers' paths peerix offers to this machine's Nix.
 //!
-//! They are the keys of the local nix.conf, so that no flag has to repeat them, and those of
-//! `--trusted-public-key` and `--trusted-public-key-file`. If a file cannot be read, its keys are
-//! not trusted and a fault is recorded.
+//! They are the keys of the local nix.conf, so that no flag has to repeat them, those of
+//! `--trusted-public-key` and `--trusted-public-key-file`, and those that friends sign with. If a
+//! file cannot be read, its keys are not trusted and a fault is recorded.
 
 mod nix_conf;
 
-pub use nix_conf::NixConf;
+pub use nix_conf::{NixConf, Substituter};
 
 use crate::config::Config;
 use crate::degraded::Degraded;
+use crate::friends::FriendList;
 use crate::key_file;
-use crate::nix::{PathInfo, PublicKey, SecretKey, Signature, StoreDir, is_content_addressed};
+use crate::nix::{
+    PathInfo, PublicKey, Realisation, SecretKey, Signature, StoreDir, is_content_addressed,
+};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
@@ -25,39 +28,94 @@ pub const PUBLIC_KEY: &str = "public-key";
 /// Problem code of a nix.conf that cannot be read completely.
 pub const NIX_CONF: &str = "nix-conf";
 
-/// An immutable set of trusted keys.
-#[derive(Default)]
+/// Where a trusted key is configured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KeySource {
+    /// `trusted-public-keys` or `secret-key-files` of nix.conf.
+    NixConf,
+    /// `--trusted-public-key` or a file of `--trusted-public-key-file`.
+    Flag,
+    /// `sign=` of `--friend` or of a line in `--friends-file`.
+    Friend,
+}
+
+impl KeySource {
+    /// Name of the source in machine-readable output.
+    pub fn code(self) -> &'static str {
+        match self {
+            KeySource::NixConf => "nix.conf",
+            KeySource::Flag => "flag",
+            KeySource::Friend => "friend",
+        }
+    }
+}
+
+/// A trusted key and its source.
+#[derive(Clone)]
+pub struct TrustedKey {
+    /// The key.
+    pub key: PublicKey,
+    /// Where it is configured.
+    pub source: KeySource,
+}
+
+/// The trusted keys at one moment.
+#[derive(Clone, Default)]
 struct KeySnapshot {
     /// Whether paths without a signature by one of the keys are refused.
     is_on: bool,
-    keys: Vec<PublicKey>,
+    /// Whether realisations without a signature by one of the keys are accepted.
+    takes_unsigned_realisations: bool,
+    keys: Vec<TrustedKey>,
 }
 
-/// The trusted keys of this node. They follow changes of nix.conf and of the key files.
+impl KeySnapshot {
+    /// Adds a key. Of several keys with one name, the first counts, as in Nix.
+    fn add(&mut self, key: PublicKey, source: KeySource) {
+        if !self.keys.iter().any(|known| known.key.name() == key.name()) {
+            self.keys.push(TrustedKey { key, source });
+        }
+    }
+
+    /// Whether one of the keys made one of the signatures of `fingerprint`.
+    fn has_signed(&self, fingerprint: &str, signatures: &[Signature]) -> bool {
+        let mut signatures = signatures.iter().take(MAX_SIGNATURES);
+        let verifies = |signature: &Signature| {
+            self.keys.iter().any(|known| known.key.verify(fingerprint.as_bytes(), signature))
+        };
+        signatures.any(verifies)
+    }
+}
+
+/// The trusted keys of this node. They follow changes of nix.conf, of the key files and of the
+/// friends.
 pub struct TrustedKeys {
     flags: Vec<PublicKey>,
-    /// Keys from `sign=` of `--friend`. They do not turn checking on, because that would refuse the
-    /// paths of all other peers.
-    friends: Vec<PublicKey>,
+    /// Friends, whose keys are trusted as long as they are friends. They do not turn checking on,
+    /// because that would refuse the paths of all other peers.
+    friends: Option<Arc<FriendList>>,
     files: Vec<PathBuf>,
     conf_dir: PathBuf,
     port: u16,
     store_dir: StoreDir,
-    snapshot: RwLock<Arc<KeySnapshot>>,
+    /// All keys but those of friends.
+    snapshot: RwLock<KeySnapshot>,
     /// The last nix.conf that was read. Lookups never lock it.
     conf: Mutex<NixConf>,
 }
 
 impl TrustedKeys {
-    /// Reads all keys. Blocks on the disk. Records in `degraded` what cannot be read.
-    pub fn read(config: &Config, port: u16, degraded: &Degraded) -> TrustedKeys {
+    /// Reads all keys. Blocks on the disk. Records in `degraded` what cannot be read. `friends` is
+    /// `None` if this node has no friends.
+    pub fn read(
+        config: &Config,
+        port: u16,
+        friends: Option<Arc<FriendList>>,
+        degraded: &Degraded,
+    ) -> TrustedKeys {
         let keys = TrustedKeys {
             flags: config.trusted_public_keys.clone(),
-            friends: config
-                .friends
-                .iter()
-                .filter_map(|friend| friend.signing_key.clone())
-                .collect(),
+            friends,
             files: config.trusted_public_key_files.clone(),
             conf_dir: config.nix_conf_dir.clone(),
             port,
@@ -111,48 +169,46 @@ impl TrustedKeys {
                 )),
             },
         );
-        // Of several keys with one name, Nix uses the first.
-        let mut first: Vec<PublicKey> = Vec::new();
-        for key in keys.into_iter().chain(named).chain(self.friends.iter().cloned()) {
-            if !first.iter().any(|known| known.name() == key.name()) {
-                first.push(key);
-            }
-        }
-        *self.snapshot.write().unwrap_or_else(PoisonError::into_inner) =
-            Arc::new(KeySnapshot { is_on, keys: first });
+        let takes_unsigned_realisations = !by_flags && is_whole && !conf.has_require_sigs();
+        let mut snapshot =
+            KeySnapshot { is_on, takes_unsigned_realisations, ..KeySnapshot::default() };
+        keys.into_iter().for_each(|key| snapshot.add(key, KeySource::NixConf));
+        named.into_iter().for_each(|key| snapshot.add(key, KeySource::Flag));
+        *self.snapshot.write().unwrap_or_else(PoisonError::into_inner) = snapshot;
     }
 
-    fn gate(&self) -> Arc<KeySnapshot> {
-        self.snapshot.read().unwrap_or_else(PoisonError::into_inner).clone()
+    /// The keys of this moment, with those of the current friends.
+    fn current(&self) -> KeySnapshot {
+        let mut current = self.snapshot.read().unwrap_or_else(PoisonError::into_inner).clone();
+        for friend in self.friends.iter().flat_map(|friends| friends.all()) {
+            friend.signing_key.iter().for_each(|key| current.add(key.clone(), KeySource::Friend));
+        }
+        current
     }
 
     /// Whether a path may be offered to Nix: it is content-addressed, a trusted key signed it, or
     /// checking is off.
     pub fn accepts(&self, info: &PathInfo) -> bool {
-        let gate = self.gate();
-        if !gate.is_on || is_content_addressed(info, &self.store_dir) {
-            return true;
-        }
-        self.has_signed(&info.fingerprint(&self.store_dir), &info.signatures)
+        let current = self.current();
+        !current.is_on
+            || is_content_addressed(info, &self.store_dir)
+            || current.has_signed(&info.fingerprint(&self.store_dir), &info.signatures)
     }
 
-    /// Whether a trusted key made one of the signatures of `fingerprint`.
-    pub fn has_signed(&self, fingerprint: &str, signatures: &[Signature]) -> bool {
-        let gate = self.gate();
-        let mut signatures = signatures.iter().take(MAX_SIGNATURES);
-        signatures.any(|s| gate.keys.iter().any(|key| key.verify(fingerprint.as_bytes(), s)))
-    }
-
-    /// Keys from flags and their files, without those of nix.conf. Blocks on the disk.
-    pub fn flag_keys(&self) -> Vec<PublicKey> {
-        let files = self.files.iter().filter_map(|file| read_public_keys(file).ok());
-        self.flags.iter().cloned().chain(files.flatten()).collect()
+    /// Whether a realisation may be offered to Nix: a trusted key signed it, or nix.conf has
+    /// `require-sigs = false` and no flag names keys. Nix 2.8 to 2.34 register a substituter's
+    /// realisation unchecked, and accept the content-addressed path that it names without a
+    /// signature. So the realisation needs one also where paths do not.
+    pub fn accepts_realisation(&self, realisation: &Realisation) -> bool {
+        let current = self.current();
+        current.takes_unsigned_realisations
+            || current.has_signed(&realisation.fingerprint(), &realisation.signatures)
     }
 
     /// All trusted keys. `None` if paths are accepted without a signature.
-    pub fn keys(&self) -> Option<Vec<PublicKey>> {
-        let gate = self.gate();
-        gate.is_on.then(|| gate.keys.clone())
+    pub fn keys(&self) -> Option<Vec<TrustedKey>> {
+        let current = self.current();
+        current.is_on.then_some(current.keys)
     }
 }
 
@@ -182,7 +238,8 @@ fn read_public_keys(path: &Path) -> Result<Vec<PublicKey>, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::nix::{NarHash, StorePath};
+    use crate::nix::{DrvOutput, NarHash, StorePath};
+    use crate::wire::NodeKey;
     use std::fs;
 
     const KEY: &str = "dw6gRsgENbg3ZRarDaIEP6t3wwkl5ML26Gov7r1VLrA=";
@@ -207,7 +264,7 @@ mod tests {
     }
 
     fn names(keys: &TrustedKeys) -> Option<Vec<String>> {
-        Some(keys.keys()?.iter().map(|key| key.name().to_owned()).collect())
+        Some(keys.keys()?.iter().map(|known| known.key.name().to_owned()).collect())
     }
 
     fn known(names: &[&str]) -> Option<Vec<String>> {
@@ -220,7 +277,7 @@ mod tests {
         let config = Config { nix_conf_dir: dir.clone(), ..Config::default() };
         fs::write(dir.join("nix.conf"), format!("trusted-public-keys = a-1:{KEY}\n")).unwrap();
         let degraded = Degraded::default();
-        let keys = TrustedKeys::read(&config, 12304, &degraded);
+        let keys = TrustedKeys::read(&config, 12304, None, &degraded);
         assert_eq!(names(&keys), known(&["a-1"]));
         assert!(!keys.accepts(&unsigned()) && degraded.all().is_empty());
         fs::write(dir.join("nix.conf"), "require-sigs = false\n").unwrap();
@@ -242,6 +299,73 @@ mod tests {
     }
 
     #[test]
+    fn signing_keys_follow_the_friends_file() {
+        let dir = dir("friends");
+        let file = dir.join("friends");
+        let friend = |n: u8| NodeKey::from_bytes([n; 32]);
+        let line = |n: u8, key: &str| format!("f{n}={},sign={key}:{KEY}\n", friend(n));
+        let written = line(1, "a-1") + &line(2, "cache.nixos.org-1");
+        fs::write(&file, &written).unwrap();
+        let list = Arc::new(FriendList::new(Vec::new(), Some(file.clone()), friend(9)));
+        let config = Config { nix_conf_dir: dir.clone(), ..Config::default() };
+        let keys = TrustedKeys::read(&config, 12304, Some(list.clone()), &Degraded::default());
+        let sources = || {
+            let all = keys.keys().unwrap();
+            let all: Vec<String> =
+                all.iter().map(|known| format!("{} {}", known.key, known.source.code())).collect();
+            all
+        };
+        // Of two keys of one name, that of nix.conf counts.
+        let of_nix_conf = format!("{} nix.conf", crate::config::UPSTREAM_KEY);
+        assert_eq!(sources(), [of_nix_conf.clone(), format!("a-1:{KEY} friend")]);
+        fs::write(&file, line(1, "b-1")).unwrap();
+        list.reload();
+        assert_eq!(sources(), [of_nix_conf.clone(), format!("b-1:{KEY} friend")]);
+        fs::write(&file, "").unwrap();
+        list.reload();
+        assert_eq!(sources(), [of_nix_conf]);
+        // The keys of friends do not turn checking on.
+        fs::write(dir.join("nix.conf"), "require-sigs = false\n").unwrap();
+        fs::write(&file, written).unwrap();
+        list.reload();
+        keys.refresh(&Degraded::default());
+        assert!(keys.keys().is_none() && keys.accepts(&unsigned()));
+        fs::remove_dir_all(&dir).unwrap();
+    }
+
+    #[test]
+    fn unsigned_realisation_needs_require_sigs_off_and_no_keys_of_flags() {
+        let dir = dir("realisations");
+        let realisation = Realisation {
+            id: DrvOutput::parse_id(&format!("sha256:{}!out", "0".repeat(64))).unwrap(),
+            out_path: unsigned().path,
+            dependencies: Default::default(),
+            signatures: Vec::new(),
+        };
+        let by_flag = [PublicKey::parse(&format!("a-1:{KEY}")).unwrap()];
+        let trusted = "substituters = http://127.0.0.1:12304?trusted=true";
+        for (conf, flags, accepted) in [
+            ("", &[][..], false),
+            ("require-sigs = false", &[], true),
+            ("require-sigs = false", &by_flag, false),
+            // These two lift the check of narinfos only.
+            (trusted, &[], false),
+            ("include missing.conf", &[], false),
+            ("require-sigs = false\ninclude missing.conf", &[], false),
+        ] {
+            fs::write(dir.join("nix.conf"), conf).unwrap();
+            let config = Config {
+                nix_conf_dir: dir.clone(),
+                trusted_public_keys: flags.to_vec(),
+                ..Config::default()
+            };
+            let keys = TrustedKeys::read(&config, 12304, None, &Degraded::default());
+            assert_eq!(keys.accepts_realisation(&realisation), accepted, "{conf} {flags:?}");
+        }
+        fs::remove_dir_all(&dir).unwrap();
+    }
+
+    #[test]
     fn unreadable_public_key_file_does_not_turn_checking_off() {
         let dir = dir("files");
         let file = dir.join("keys");
@@ -252,7 +376,7 @@ mod tests {
             ..Config::default()
         };
         let degraded = Degraded::default();
-        let keys = TrustedKeys::read(&config, 12304, &degraded);
+        let keys = TrustedKeys::read(&config, 12304, None, &degraded);
         for (text, why) in [("", "none"), ("b-1:!", "base64"), ("b-1:AAAA", "32 bytes")] {
             assert!(!keys.accepts(&unsigned()), "{text}");
             fs::write(&file, text).unwrap();

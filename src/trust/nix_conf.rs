@@ -30,6 +30,44 @@ const NAMES: [(&str, &str); 7] = [
     ("substitute", "substitute"),
 ];
 
+/// A substituter as Nix's settings name it, for example `http://127.0.0.1:12304/?priority=10`.
+#[derive(Debug, Clone, Copy)]
+pub struct Substituter<'a> {
+    /// URL without settings and without a slash at the end, as Nix's binary-cache cache has it.
+    pub url: &'a str,
+    settings: &'a str,
+}
+
+impl<'a> Substituter<'a> {
+    /// Splits a word of `substituters` into the URL and its settings.
+    pub fn parse(word: &'a str) -> Self {
+        let (url, settings) = word.split_once('?').unwrap_or((word, ""));
+        Substituter { url: url.trim_end_matches('/'), settings }
+    }
+
+    /// Value of a setting in the URL.
+    pub fn setting(&self, name: &str) -> Option<&'a str> {
+        let mut pairs = self.settings.split('&').filter_map(|pair| pair.split_once('='));
+        pairs.find(|(key, _)| *key == name).map(|(_, value)| value)
+    }
+
+    /// Port of a server on this machine. `None` if the host is another or there is no port.
+    pub fn local_port(&self) -> Option<u16> {
+        let (host, port) = self.url.strip_prefix("http://")?.rsplit_once(':')?;
+        matches!(host, "127.0.0.1" | "localhost" | "[::1]").then(|| port.parse().ok())?
+    }
+
+    /// Whether it is the peerix on `port` of this machine.
+    pub fn is_peerix(&self, port: u16) -> bool {
+        self.local_port() == Some(port)
+    }
+
+    /// Whether Nix accepts its paths without a signature.
+    pub fn is_trusted(&self) -> bool {
+        matches!(self.setting("trusted"), Some("true" | "yes" | "1"))
+    }
+}
+
 /// Settings in nix.conf and in the files that it includes.
 #[derive(Default)]
 pub struct NixConf {
@@ -75,19 +113,20 @@ impl NixConf {
         self.get("secret-key-files").unwrap_or_default().split_whitespace().map(Path::new)
     }
 
-    /// Whether Nix requires signatures from the cache on `port` of this machine.
+    /// Whether `require-sigs` is on, as it is by default.
+    pub fn has_require_sigs(&self) -> bool {
+        !matches!(self.get("require-sigs"), Some("false" | "no" | "0"))
+    }
+
+    /// Whether Nix requires signatures from the peerix on `port` of this machine.
     pub fn requires_signatures(&self, port: u16) -> bool {
-        let is_off = matches!(self.get("require-sigs"), Some("false" | "no" | "0"));
-        let urls = self.get("substituters").unwrap_or_default().split_whitespace();
-        let hosts = ["127.0.0.1", "localhost", "[::1]"].map(|host| format!("http://{host}:{port}"));
-        let is_trusted = |url: &str| {
-            let (bare, query) = url.split_once('?').unwrap_or((url, ""));
-            let says_so = query
-                .split('&')
-                .any(|word| matches!(word, "trusted=true" | "trusted=1" | "trusted=yes"));
-            says_so && hosts.iter().any(|host| bare.trim_end_matches('/') == host)
-        };
-        !is_off && !urls.into_iter().any(is_trusted)
+        let takes_unsigned = |cache: Substituter<'_>| cache.is_peerix(port) && cache.is_trusted();
+        self.has_require_sigs() && !self.substituters("").any(takes_unsigned)
+    }
+
+    /// The substituters of nix.conf. `default` is the setting's value if nix.conf does not have it.
+    fn substituters<'a>(&'a self, default: &'a str) -> impl Iterator<Item = Substituter<'a>> {
+        self.get("substituters").unwrap_or(default).split_whitespace().map(Substituter::parse)
     }
 
     /// The trusted keys, if the cache at `url` is certain to be one of Nix's substituters. `None`
@@ -95,11 +134,9 @@ impl NixConf {
     pub fn keys_for_substituter(&self, url: &str) -> Option<Vec<PublicKey>> {
         let is_certain = matches!(self.files[..], [(_, Some(_))]) && self.faults.is_empty();
         let is_on = self.get("substitute").is_none_or(|value| value == "true");
-        let cache =
-            |url: &str| url.split('?').next().unwrap_or_default().trim_end_matches('/').to_owned();
-        let mut urls = self.get("substituters").unwrap_or(DEFAULT_UPSTREAM).split_whitespace();
-        (is_certain && is_on && urls.any(|one| cache(one) == cache(url)))
-            .then(|| self.public_keys())
+        let url = Substituter::parse(url).url;
+        let is_named = || self.substituters(DEFAULT_UPSTREAM).any(|cache| cache.url == url);
+        (is_certain && is_on && is_named()).then(|| self.public_keys())
     }
 
     fn get(&self, name: &str) -> Option<&str> {
@@ -273,7 +310,9 @@ mod tests {
             ("substituters = http://127.0.0.1:12304?trusted=true", false),
             ("extra-substituters = http://localhost:12304/?priority=1&trusted=1", false),
             ("substituters = http://127.0.0.1:12304 http://other:12304?trusted=true", true),
+            ("substituters = http://[::1]:12304/?trusted=yes", false),
             ("substituters = http://127.0.0.1:12305?trusted=true", true),
+            ("substituters = http://127.0.0.1:12304/x?trusted=true", true),
         ] {
             dir.write("nix.conf", text);
             assert_eq!(dir.read().requires_signatures(12304), required, "{text}");

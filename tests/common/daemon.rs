@@ -9,7 +9,7 @@ use rustix::process::Signal;
 use serde_json::Value;
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
-use std::process::ExitStatus;
+use std::process::{Command, ExitStatus};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// The program under test: `PEERIX_BIN`, else the one that cargo built for these tests. Cargo
@@ -49,6 +49,18 @@ impl Daemon {
     pub fn start_as(host: &Host, uid: u32, flags: &[&str]) -> Daemon {
         let mut command = host.cmd_as(uid, &binary().display().to_string());
         command.arg("--verbose").args(flags);
+        Self::start_command(host, command)
+    }
+
+    /// Starts peerix as root with these environment variables, and waits until it accepts
+    /// connections.
+    pub fn start_with(host: &Host, environment: &[(&str, &str)], flags: &[&str]) -> Daemon {
+        let mut command = host.cmd(&binary().display().to_string());
+        command.arg("--verbose").args(flags).envs(environment.iter().copied());
+        Self::start_command(host, command)
+    }
+
+    fn start_command(host: &Host, command: Command) -> Daemon {
         let mut program = Logged::start(&host.name, command);
         program.wait_until("peerix answers", || host.connect_local().ok());
         Daemon { program }

@@ -6,7 +6,7 @@ use super::nix;
 use super::packet::Packet;
 use super::standin::receive;
 use super::{PORT, world};
-use std::net::UdpSocket;
+use std::net::{SocketAddr, UdpSocket};
 use std::time::Duration;
 
 /// Sets Nix up on a host, with an empty store.
@@ -21,6 +21,18 @@ pub fn add(host: &Host, name: &str, script: &str) -> String {
         "mkdir -p /tmp/made; cd /tmp/made; rm -rf {name}; n={name}; {script}\nnix-store --add {name}"
     );
     host.sh(&script).trim().to_owned()
+}
+
+/// Builds a path that is not content-addressed. `nix-store --add` makes paths that need no
+/// signature.
+pub fn build(host: &Host, name: &str) -> String {
+    let expression = format!(
+        "derivation {{ name = \"{name}\"; system = builtins.currentSystem; builder = \"/bin/sh\"; args = [ \"-ec\" \"echo {name} > $out\" ]; }}"
+    );
+    host.write("/tmp/build.nix", expression);
+    host.sh("nix-store --realise $(nix-instantiate /tmp/build.nix 2>/dev/null) 2>/dev/null")
+        .trim()
+        .to_owned()
 }
 
 /// Adds a file of this many MiB. It has no repeated blocks, so a test notices data at a wrong
@@ -77,4 +89,25 @@ pub fn query_has(socket: &UdpSocket, server: &Host, path: &str) -> bool {
         }
     }
     unreachable!("the loop has an end by its assertion")
+}
+
+/// The derivation of a path that the store of `host` has built.
+pub fn deriver(host: &Host, path: &str) -> String {
+    host.cmd("nix-store").args(["--query", "--deriver", path]).okay().trim().to_owned()
+}
+
+/// Queries a node at `address` by UDP from `machine` ten times, 100 ms apart. Returns whether an
+/// answer is *have*. A node need not answer.
+pub fn is_told_have(machine: &Host, address: SocketAddr, path: &str) -> bool {
+    let socket = machine.udp(0);
+    let hash_part = world::hash_part(path).to_owned();
+    (0..10).any(|id| {
+        let query = Packet::Query { id, hash_part: hash_part.clone() };
+        // A router may refuse it.
+        let _ = socket.send_to(&query.write(), address);
+        let answer = receive(&socket, Duration::from_millis(100));
+        answer.is_some_and(|(_, datagram)| {
+            matches!(Packet::read(&datagram), Some(Packet::Have { .. }))
+        })
+    })
 }
