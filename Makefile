@@ -46,7 +46,7 @@ demo-wan: ## machines on three networks and a tracker; one of them behind a rout
 		$(DEMO_ROOT) $(TARGET)/release/examples/demo_wan
 
 # Most end-to-end tests mostly wait, so more of them run at once than there are processors.
-TEST_THREADS ?= 6
+TEST_THREADS ?= 10
 # A failing test says what it expected and shows its daemons' logs; backtraces would hide that.
 TEST := RUST_BACKTRACE=0 $(CARGO) test --locked --no-fail-fast $(RUNNER) --lib --bins --test integration
 test: ## every test; ONLY=bounds runs those with "bounds" in their names, as bounds::oversized_heads_are_refused

@@ -328,7 +328,7 @@ mod tests {
             let _ = stream.write_all(&[head.as_bytes(), &sent].concat());
         });
         let config = Config::default();
-        let trusted = Arc::new(TrustedKeys::read(&config, 1, &Degraded::default()));
+        let trusted = Arc::new(TrustedKeys::read(&config, 1, None, &Degraded::default()));
         let (record, standing) = (Arc::new(Stats::new()), Arc::new(PeerHealth::default()));
         let downloader = Downloader::new(
             Arc::new(LookupService::new(None, None, trusted, record.clone())),

@@ -44,6 +44,7 @@ pub mod nix;
 pub mod peers;
 pub mod port_mapper;
 pub mod publish;
+pub mod resolver;
 pub mod service;
 pub mod sockets;
 pub mod stats;

@@ -131,6 +131,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "nix",
             "deferred",
             "connect_rate",
+            "resolver",
             "stats",
             "suspend",
             "time_scale",
@@ -187,6 +188,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("network", &["fnmatch"]),
     ("fnmatch", &[]),
     ("wire", &["nix"]),
+    ("resolver", &["wire"]),
     ("nix", &[]),
 ];
 
@@ -197,6 +199,7 @@ const TRACKER_MAY_USE: &[&str] = &[
     "deferred",
     "connect_rate",
     "log_throttle",
+    "resolver",
     "service",
     "sockets",
     "time_scale",

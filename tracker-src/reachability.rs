@@ -10,7 +10,7 @@ use crate::table::TrackerTable;
 use crossbeam_channel::{Receiver, Sender, bounded};
 use peerix::connect_rate::{ConnectDecision, ConnectRate};
 use peerix::deferred::Deferred;
-use peerix::peers::resolver::{NameResolver, parse_address};
+use peerix::resolver::{NameResolver, parse_address};
 use peerix::wire::tracker::can_be_peer;
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpStream};

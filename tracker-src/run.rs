@@ -7,7 +7,7 @@ use crate::reachability;
 use crate::table::TrackerTable;
 use crossbeam_channel::{Receiver, RecvTimeoutError, bounded};
 use peerix::http::server::Server;
-use peerix::peers::resolver::NameResolver;
+use peerix::resolver::NameResolver;
 use peerix::service::{self, notify};
 use peerix::sockets;
 use sd_notify::NotifyState;

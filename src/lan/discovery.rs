@@ -269,6 +269,8 @@ pub struct Discovery<E> {
     /// No peer's [`LanPeer::next_probe`] is earlier, so before it the peers need not be searched
     /// for one.
     earliest_probe: Instant,
+    /// No peer's [`LanPeer::repeat_at`] is earlier, in lookup time.
+    earliest_repeat: Option<Instant>,
 }
 
 impl<E: Environment> Discovery<E> {
@@ -310,6 +312,7 @@ impl<E: Environment> Discovery<E> {
             greet_again: now,
             next_probe: now,
             earliest_probe: now + LONGEST_PROBE_SEARCH,
+            earliest_repeat: None,
         }
     }
 
@@ -343,7 +346,7 @@ impl<E: Environment> Discovery<E> {
             self.next_batch_at(),
             self.next_overdue_check,
             self.lookups.next_end(),
-            self.next_repeat(),
+            self.earliest_repeat.filter(|_| !self.lookups.is_empty()),
         ];
         let waits = waits.into_iter().flatten().map(|t| t + self.paused_time);
         // While lookups wait, a turn is due every `MAX_TURN`. Otherwise lookup time would fall
@@ -601,6 +604,7 @@ impl<E: Environment> Discovery<E> {
                 lookup.record_asked();
             }
         }
+        self.plan(address);
         self.expect_judgement(address, t);
     }
 
@@ -739,8 +743,8 @@ impl<E: Environment> Discovery<E> {
         if is_unknown {
             self.reply_to_hello(from, now);
         }
+        self.plan(from);
         if became_live {
-            self.plan_probe(from);
             self.ask_open(from, t, out);
         } else {
             self.ask_again(from, &overtaken, t, out);
@@ -861,7 +865,7 @@ impl<E: Environment> Discovery<E> {
             return;
         };
         peer.advance_probe(now);
-        self.plan_probe(from);
+        self.plan(from);
         if is_first {
             self.reply_to_hello(from, now);
             self.ask_open(from, t, out);
@@ -888,12 +892,12 @@ impl<E: Environment> Discovery<E> {
             if self.greeted.contains(&from) { MetBy::NeighbourTable } else { MetBy::Hello };
         let Some((peer, is_first)) = self.peers.record_heard(from, met_by, now) else { return };
         if !peer.record_hello(hello, now) {
-            return self.plan_probe(from);
+            return self.plan(from);
         }
         let is_live = peer.is_live();
         let unanswered = peer.all_unanswered(MAX_BATCH);
         log::debug!("peer {from}: hello");
-        self.plan_probe(from);
+        self.plan(from);
         // A new instance does not know this node, and may have lost the queries to the one before
         // it.
         self.reply_to_hello(from, now);
@@ -935,7 +939,7 @@ impl<E: Environment> Discovery<E> {
         if let Some(peer) = self.peers.get_mut(from) {
             peer.record_bye(now);
         }
-        self.plan_probe(from);
+        self.plan(from);
         self.probe(from, now, t, out);
         self.next_overdue_check = Some(t);
     }
@@ -1011,6 +1015,7 @@ impl<E: Environment> Discovery<E> {
             }
         };
         peer.record_sent(id, Arc::new([]), t);
+        self.plan(address);
         self.next_probe = now + PROBE_INTERVAL;
         out.push((DatagramTarget::Unproven(address), packet));
         true
@@ -1053,18 +1058,15 @@ impl<E: Environment> Discovery<E> {
         });
     }
 
-    fn next_repeat(&self) -> Option<Instant> {
-        if self.lookups.is_empty() {
-            return None;
-        }
-        self.peers.iter().filter_map(|(_, peer)| peer.repeat_at()).min()
-    }
-
     fn repeat(&mut self, t: Instant, out: &mut OutgoingDatagrams) {
+        if self.earliest_repeat.is_none_or(|at| at > t) {
+            return;
+        }
         let is_due = |peer: &LanPeer| peer.repeat_at().is_some_and(|at| at <= t);
         let due = self.peers.iter_mut().filter(|(_, peer)| is_due(peer));
         let repeats: Vec<_> =
             due.map(|(address, peer)| (address, peer.due_repeats(t, MAX_BATCH))).collect();
+        self.earliest_repeat = self.peers.iter().filter_map(|(_, peer)| peer.repeat_at()).min();
         for (address, lookups) in repeats {
             self.ask_again(address, &lookups, t, out);
         }
@@ -1156,6 +1158,7 @@ impl<E: Environment> Discovery<E> {
             let id = (self.random)();
             peer.record_sent(id, Arc::new([]), t);
             out.push((DatagramTarget::Peer(address), Packet::Query { id, hash_part }));
+            self.plan(address);
         }
         narinfos.into_iter().for_each(|lookup| self.replace_holder(lookup, t));
         self.stop_budget_if_not_overdue(address, t);
@@ -1165,7 +1168,7 @@ impl<E: Environment> Discovery<E> {
     fn silence(&mut self, address: SocketAddr, now: Instant, t: Instant) {
         let Some(peer) = self.peers.get_mut(address) else { return };
         let owed = peer.silence(now);
-        self.plan_probe(address);
+        self.plan(address);
         for (lookup, is_narinfo) in owed {
             self.lookups.record_settled(lookup, false);
             if is_narinfo {
@@ -1207,11 +1210,33 @@ impl<E: Environment> Discovery<E> {
         self.earliest_probe = next.unwrap_or(now + LONGEST_PROBE_SEARCH);
     }
 
-    /// Moves the search for due probes forward to this peer's next one. To be called after each
-    /// change that may make that earlier.
-    fn plan_probe(&mut self, address: SocketAddr) {
-        let next = self.peers.get(address).and_then(LanPeer::next_probe);
-        self.earliest_probe = next.map_or(self.earliest_probe, |at| at.min(self.earliest_probe));
+    /// Moves the search for due probes and repeats forward to this peer's next ones. To be called
+    /// after each change that may make them earlier.
+    fn plan(&mut self, address: SocketAddr) {
+        let Some(peer) = self.peers.get(address) else { return };
+        let (probe, repeat) = (peer.next_probe(), peer.repeat_at());
+        self.earliest_probe = probe.map_or(self.earliest_probe, |at| at.min(self.earliest_probe));
+        self.earliest_repeat = self.earliest_repeat.into_iter().chain(repeat).min();
+    }
+}
+
+#[cfg(test)]
+impl<E: Environment> Discovery<E> {
+    /// Panics if a table is larger than its bound.
+    pub(super) fn assert_bounds(&self) {
+        self.peers.assert_bounds();
+        self.lookups.assert_bounds();
+        assert!(self.broadcasts.len() <= MAX_BROADCASTS);
+        assert!(self.hello_replies.len() <= MAX_HELLO_REPLIES + 1);
+        assert!(self.recent_replies.len() <= MAX_HELLO_REPLIES);
+        assert!(self.greeted.len() <= MAX_GREETED);
+        let next = self.peers.iter().filter_map(|(_, peer)| peer.next_probe()).min();
+        assert!(next.is_none_or(|at| self.earliest_probe <= at), "a probe would be late");
+        let next = self.peers.iter().filter_map(|(_, peer)| peer.repeat_at()).min();
+        assert!(
+            next.is_none_or(|at| self.earliest_repeat.is_some_and(|earliest| earliest <= at)),
+            "a repeat would be late"
+        );
     }
 }
 
@@ -1293,20 +1318,5 @@ mod tests {
             .iter()
             .map(|updates| matches!(updates.try_recv(), Ok(LookupUpdate::Holder { .. })));
         assert_eq!(found.collect::<Vec<_>>(), (0..9).map(|number| number == 8).collect::<Vec<_>>());
-    }
-}
-
-#[cfg(test)]
-impl<E: Environment> Discovery<E> {
-    /// Panics if a table is larger than its bound.
-    pub(super) fn assert_bounds(&self) {
-        self.peers.assert_bounds();
-        self.lookups.assert_bounds();
-        assert!(self.broadcasts.len() <= MAX_BROADCASTS);
-        assert!(self.hello_replies.len() <= MAX_HELLO_REPLIES + 1);
-        assert!(self.recent_replies.len() <= MAX_HELLO_REPLIES);
-        assert!(self.greeted.len() <= MAX_GREETED);
-        let next = self.peers.iter().filter_map(|(_, peer)| peer.next_probe()).min();
-        assert!(next.is_none_or(|at| self.earliest_probe <= at), "a probe would be late");
     }
 }

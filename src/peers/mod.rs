@@ -12,7 +12,6 @@ pub mod picker;
 mod read_timeout;
 pub mod rendezvous;
 pub mod request_pool;
-pub mod resolver;
 pub mod saved_paces;
 pub mod tracker;
 pub mod wan;

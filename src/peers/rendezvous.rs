@@ -2,8 +2,8 @@
 //! friend, which only the two nodes can compute, and learns the friends' addresses.
 
 use super::friends::Friends;
-use super::resolver::{NameResolver, parse_address};
 use crate::http_client;
+use crate::resolver::{NameResolver, parse_address};
 use crate::time_scale::Interval;
 use crate::wire::tracker::{MAX_ADDR, can_be_peer};
 use crossbeam_channel::Receiver;

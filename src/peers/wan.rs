@@ -9,12 +9,12 @@ use super::announce::{PendingTransferName, Trackers};
 use super::client::{PeerClient, PeerError, PeerNarinfo};
 use super::health::{Eligibility, Fault, PeerHealth, PeerKey};
 use super::request_pool::{RequestPool, RequestTarget};
-use super::resolver::{NameResolver, parse_address};
 use super::tracker::{self, Tracker};
 use crate::connect_rate::{ConnectDecision, ConnectRate};
 use crate::lan::{Holder, LOOKUP_TIMEOUT};
 use crate::network::Networks;
 use crate::nix::HashPart;
+use crate::resolver::{NameResolver, parse_address};
 use crate::time_scale::Timeout;
 use crate::wire::tracker::{
     Candidate, CandidateList, MAX_ADDR, Role, TransferName, can_be_peer, is_peer_id,
