@@ -187,8 +187,8 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("config", &["network", "nix", "wire"]),
     ("network", &["fnmatch"]),
     ("fnmatch", &[]),
-    ("wire", &["nix"]),
     ("resolver", &["wire"]),
+    ("wire", &["nix"]),
     ("nix", &[]),
 ];
 

@@ -3,7 +3,7 @@
 //! it guards against.
 
 use crate::common::daemon::{
-    add_unique_path, binary, narinfo_status, wait_until_known, wait_until_live,
+    self, add_unique_path, binary, narinfo_status, wait_until_known, wait_until_live,
 };
 use crate::common::fault::Delay;
 use crate::common::http::{self, Reply, Request};
@@ -512,8 +512,13 @@ fn forged_realisations_never_reach_nix() {
     assert_eq!(built(&asker.host, FLOATING, &["-j0"]), scene.outputs[0]);
     nix::assert_whole(&asker.host, &[&scene.outputs[0]], &scene.good.path("/nix/store"));
 
-    // Without a trusted key, no realisation can be verified.
-    let naive = scene.asker(&[]);
+    // Without a trusted key, no realisation can be verified. Only `require-sigs = false` lifts that.
+    let keyless = |host: &Host| {
+        host.sh("sed -i '/require-sigs = false/d' /etc/nix/nix.conf");
+        vec![]
+    };
+    let naive = Asker::flagged(&scene.lan, "", &[], keyless);
+    daemon::wait_until_listed(&naive.host, scene.good.address);
     forger.meet(&forging, &naive.host);
     assert_eq!(http::get_local(&naive.host, &scene.route).unwrap().status, 404);
 
