@@ -190,8 +190,8 @@ impl StatusService {
     }
 
     /// Body of `/health` and whether the node is healthy. An unhealthy node lists its serious
-    /// problems, a healthy one the faults that it runs with. Other machines get no texts. Blocks for at most 7 s, for the store
-    /// and for discovery.
+    /// problems, a healthy one the faults that it runs with. Other machines get no texts. Blocks
+    /// for at most 7 s, for the store and for discovery.
     pub fn health_text(&self, is_this_machine: bool) -> (bool, String) {
         let health = self.health();
         if !health.ok {
