@@ -279,8 +279,7 @@ impl Friends {
     }
 
     /// Handles a request of the friend with the key `key`. The friend may have just become
-    /// reachable, so the next attempt to reach it is made at once, but only once in
-    /// [`CALL_INTERVAL`].
+    /// reachable, so the next attempt to reach it is made at once, but only once in 5 s.
     pub fn heard_request(&self, key: &NodeKey) {
         for link in self.links().iter().filter(|link| link.friend.key == *key) {
             link.heard_request(Instant::now());
