@@ -29,14 +29,14 @@ pub struct ConnectRate {
     each: HashMap<IpAddr, Instant>,
 }
 
-/// Result of [`ConnectRate::take`].
+/// Whether the limits of an address and of all addresses admit a connection.
 #[derive(Debug, PartialEq, Eq)]
 pub enum ConnectDecision {
-    /// The connection may be made, and is counted.
+    /// The connection may be made.
     Now,
-    /// Connections to other addresses have used up the common rate. Try again later.
+    /// Connections to other addresses have used up the common limit. Try again later.
     Later,
-    /// Connections to this address have used up its rate. Other addresses may still be free.
+    /// Connections to this address have used up its limit. Other addresses may still be free.
     NotThis,
 }
 

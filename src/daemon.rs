@@ -5,6 +5,7 @@
 //! the services and starts them again with the same sockets. `serve` contains the order of both.
 
 use crate::access::{AccessPolicy, Scope};
+use crate::backoff::Backoff;
 use crate::config::Config;
 use crate::degraded::Degraded;
 use crate::fetch::Downloader;
@@ -45,12 +46,12 @@ use crate::sockets::{self, BoundSockets};
 use crate::stats::Stats;
 use crate::status::{NodeFacts, PRIVATE_KEY, StatusService};
 use crate::store::{Store, StoreConfig, StoreError};
-use crate::time_scale::Interval;
+use crate::time_scale::{Interval, Timeout};
 use crate::trust::TrustedKeys;
 use crate::upload_limit::UploadLimit;
 use crate::upstream::Upstream;
 use crate::wire::tracker::Identity;
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, at, bounded, never, select};
 use ring::rand::{SecureRandom, SystemRandom};
 use rustls::ServerConfig;
 use sd_notify::NotifyState;
@@ -74,9 +75,16 @@ const TICK_INTERVAL: Duration = Duration::from_secs(10);
 /// 1,024 by default.
 const DESCRIPTORS: u64 = 8192;
 
-/// Interval between retries of what failed at the start: keys, the identity, the database, the
-/// metrics address. nix.conf is checked for changes in the same interval.
+/// Interval between retries of what failed at the start: keys, the identity, the metrics address;
+/// and at last the database. nix.conf is checked for changes in the same interval.
 const RETRY_INTERVAL: Interval = Interval::from_secs(60);
+
+/// First pause after a failure to open the store. It doubles up to [`RETRY_INTERVAL`].
+const FIRST_RETRY: Interval = Interval::from_secs(1);
+
+/// Longest wait for the store at the start, before lookups are answered with misses. It covers
+/// three tries, and a nix-daemon that starts at the same time.
+const FIRST_OPEN: Timeout = Timeout::from_secs(4);
 
 /// Problem code of an unusable identity.
 const IDENTITY: &str = "identity";
@@ -169,7 +177,7 @@ pub fn run_without_flags(config: &Config, problem: &str) -> Result<(), FatalErro
         "{problem}; until that is mended, all that Nix asks this node is answered with a miss"
     );
     let misses = MissHandler::new(config, process.sockets.port, "flags", text);
-    answer_misses(misses, &process, || None::<()>).map(|_| ())
+    answer_misses::<()>(misses, &process, &never()).map(|_| ())
 }
 
 /// Resources that last from the start of the process to its end.
@@ -210,43 +218,125 @@ impl Process {
 }
 
 /// Opens Nix's database. If that fails for a time, or if systemd passed the sockets, answers misses
-/// and retries every [`RETRY_INTERVAL`]. `None` if a signal ended the retries.
+/// until it succeeds. `None` if a signal came first.
 ///
 /// # Errors
 /// There is no usable database, and without systemd's sockets the port may as well be closed.
 fn open_store(config: &Config, process: &Process) -> Result<Option<Arc<Store>>, FatalError> {
-    let open = || {
-        Store::open(StoreConfig {
-            store_dir: config.store_dir.clone(),
-            db: config.db.clone(),
-            root: config.root.clone(),
-        })
+    let store = StoreConfig {
+        store_dir: config.store_dir.clone(),
+        db: config.db.clone(),
+        root: config.root.clone(),
     };
-    match open() {
-        Ok(store) => Ok(Some(Arc::new(store))),
-        Err(e) if process.sockets.are_passed || may_pass(&e) => {
-            let misses = MissHandler::new(config, process.sockets.port, "store", e.to_string());
-            answer_misses(misses, process, || open().ok().map(Arc::new))
+    let opened = keep_trying(move || Store::open(store.clone()).map(Arc::new));
+    let opened = opened.map_err(|e| FatalError::from(("store", e)))?;
+    let problem = match first_store(&opened, &process.woken, Instant::now() + FIRST_OPEN.get())? {
+        FirstStore::Opened(store) => return Ok(Some(store)),
+        FirstStore::Stopped => return Ok(None),
+        FirstStore::Opening => {
+            "nix database: it takes long to open; another process may be upgrading it".into()
         }
-        Err(e) => Err(FatalError(e.to_string())),
+        FirstStore::Failed(e) if process.sockets.are_passed || may_pass(&e) => e.to_string(),
+        FirstStore::Failed(e) => return Err(FatalError(e.to_string())),
+    };
+    let misses = MissHandler::new(config, process.sockets.port, "store", problem);
+    answer_misses(misses, process, &opened)
+}
+
+/// Starts a thread that calls `open` until it succeeds, after pauses that grow from 1 s to
+/// [`RETRY_INTERVAL`]. Returns the channel of the results. It is a thread of its own because a
+/// locked database delays each call by seconds. The thread ends after the first call that follows
+/// the drop of the channel.
+///
+/// # Errors
+/// No thread can be started.
+fn keep_trying<T: Send + 'static>(
+    open: impl Fn() -> Result<T, StoreError> + Send + 'static,
+) -> io::Result<Receiver<Result<T, StoreError>>> {
+    let (result, results) = bounded(1);
+    let mut backoff = Backoff::new(FIRST_RETRY, RETRY_INTERVAL);
+    thread::Builder::new().name("store".into()).spawn(move || {
+        loop {
+            let opened = open();
+            let is_open = opened.is_ok();
+            if result.send(opened).is_err() || is_open {
+                return;
+            }
+            let now = Instant::now();
+            backoff.record_failure(None, now);
+            thread::sleep(backoff.due().unwrap_or(now).saturating_duration_since(now));
+        }
+    })?;
+    Ok(results)
+}
+
+/// What the first tries to open the store came to.
+enum FirstStore<T> {
+    Opened(T),
+    /// A signal came.
+    Stopped,
+    /// The last error, or the first one that does not pass within seconds.
+    Failed(StoreError),
+    /// No try has ended.
+    Opening,
+}
+
+/// Waits until the store is open, until `until` at most if it may open within seconds. Requests
+/// wait in the backlog of the sockets meanwhile, because Nix remembers a miss for an hour.
+///
+/// # Errors
+/// A thread ended.
+fn first_store<T>(
+    opened: &Receiver<Result<T, StoreError>>,
+    woken: &Receiver<Wakeup>,
+    until: Instant,
+) -> Result<FirstStore<T>, FatalError> {
+    let mut first = FirstStore::Opening;
+    loop {
+        select! {
+            recv(opened) -> result => match result {
+                Ok(Ok(store)) => return Ok(FirstStore::Opened(store)),
+                Ok(Err(e)) if may_pass_soon(&e) => {
+                    log::info!("{e}; trying again");
+                    first = FirstStore::Failed(e);
+                }
+                Ok(Err(e)) => return Ok(FirstStore::Failed(e)),
+                Err(_) => return Err(ended("store")),
+            },
+            recv(woken) -> wakeup => match wakeup {
+                Ok(Wakeup::Signal) => {
+                    notify(&[NotifyState::Stopping]);
+                    return Ok(FirstStore::Stopped);
+                }
+                Ok(Wakeup::Ended(what)) => return Err(ended(what)),
+                Ok(Wakeup::Restart) | Err(_) => {}
+            },
+            recv(at(until)) -> _ => return Ok(first),
+        }
     }
+}
+
+fn ended(what: &str) -> FatalError {
+    FatalError(format!("the {what} thread ended; see the log"))
 }
 
 /// Whether a store that failed with `e` may work later without a change of the settings: its files
 /// may be mounted late, and the database may be locked or lack a running nix-daemon.
 fn may_pass(e: &StoreError) -> bool {
-    matches!(
-        e,
-        StoreError::NoFiles { .. } | StoreError::Busy { .. } | StoreError::WalUnavailable { .. }
-    )
+    may_pass_soon(e) || matches!(e, StoreError::NoFiles { .. })
 }
 
-/// Answers lookups with misses until `mended` returns a value, and returns that value. Calls
-/// `mended` every [`RETRY_INTERVAL`]. `None` if a signal came.
+/// Whether a store that failed with `e` may work within seconds, as when nix-daemon starts.
+fn may_pass_soon(e: &StoreError) -> bool {
+    matches!(e, StoreError::Busy { .. } | StoreError::WalUnavailable { .. })
+}
+
+/// Answers lookups with misses until `mended` receives a value, and returns that value. `None` if a
+/// signal came.
 fn answer_misses<T>(
     misses: MissHandler,
     process: &Process,
-    mended: impl Fn() -> Option<T>,
+    mended: &Receiver<Result<T, StoreError>>,
 ) -> Result<Option<T>, FatalError> {
     log::error!("{}", misses.problem());
     let sockets = process.sockets.try_clone().map_err(|e| FatalError::from(("sockets", e)))?;
@@ -255,29 +345,28 @@ fn answer_misses<T>(
     notify(&[NotifyState::Ready]);
     let pause = sd_notify::watchdog_enabled()
         .map_or(RETRY_INTERVAL.get(), |limit| RETRY_INTERVAL.get().min(limit / 3));
-    let mut tried = Instant::now();
     loop {
-        match process.woken.recv_timeout(pause) {
-            Ok(Wakeup::Signal) => {
-                notify(&[NotifyState::Stopping]);
-                return Ok(None);
-            }
-            Ok(Wakeup::Ended(what)) => {
-                return Err(FatalError(format!("the {what} thread ended; see the log")));
-            }
-            Ok(Wakeup::Restart) => {}
-            Err(_) => notify(&[NotifyState::Watchdog]),
-        }
-        if tried.elapsed() < RETRY_INTERVAL.get() {
-            continue;
-        }
-        tried = Instant::now();
-        if let Some(value) = mended() {
-            drop(server);
-            return Ok(match process.drain() {
-                ExitReason::Stopped => None,
-                ExitReason::Mended => Some(value),
-            });
+        select! {
+            recv(process.woken) -> wakeup => match wakeup {
+                Ok(Wakeup::Signal) => {
+                    notify(&[NotifyState::Stopping]);
+                    return Ok(None);
+                }
+                Ok(Wakeup::Ended(what)) => return Err(ended(what)),
+                Ok(Wakeup::Restart) | Err(_) => {}
+            },
+            recv(mended) -> result => match result {
+                Ok(Ok(value)) => {
+                    drop(server);
+                    return Ok(match process.drain() {
+                        ExitReason::Stopped => None,
+                        ExitReason::Mended => Some(value),
+                    });
+                }
+                Ok(Err(e)) => log::debug!("{e}"),
+                Err(_) => return Err(ended("store")),
+            },
+            default(pause) => notify(&[NotifyState::Watchdog]),
         }
     }
 }
@@ -895,6 +984,43 @@ fn resolve(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn busy() -> StoreError {
+        StoreError::Busy { db: PathBuf::from("/db") }
+    }
+
+    /// Guards against misses that Nix remembers for an hour, because nix-daemon starts a second
+    /// after this node.
+    #[test]
+    fn store_that_opens_at_second_try_is_awaited() {
+        let was_tried = AtomicBool::new(false);
+        let opened = keep_trying(move || {
+            if was_tried.swap(true, Ordering::Relaxed) { Ok("store") } else { Err(busy()) }
+        });
+        let until = Instant::now() + Duration::from_secs(60);
+        let first = first_store(&opened.unwrap(), &never(), until).unwrap();
+        assert!(matches!(first, FirstStore::Opened("store")));
+    }
+
+    #[test]
+    fn store_that_does_not_open_soon_is_not_awaited_longer() {
+        let (opened, results) = bounded::<Result<(), _>>(1);
+        let past = Instant::now();
+        let first = |until| first_store(&results, &never(), until).unwrap();
+        assert!(matches!(first(past), FirstStore::Opening));
+        opened.send(Err(StoreError::Missing { db: PathBuf::from("/db") })).unwrap();
+        let late = past + Duration::from_secs(3600);
+        assert!(matches!(first(late), FirstStore::Failed(StoreError::Missing { .. })));
+    }
+
+    #[test]
+    fn signal_ends_wait_for_store_that_hangs() {
+        let (_opened, results) = bounded::<Result<(), _>>(1);
+        let (wakeups, woken) = bounded(1);
+        wakeups.send(Wakeup::Signal).unwrap();
+        let late = Instant::now() + Duration::from_secs(3600);
+        assert!(matches!(first_store(&results, &woken, late).unwrap(), FirstStore::Stopped));
+    }
 
     /// docs/status.md promises that counts are off by at most ten seconds.
     #[test]

@@ -16,9 +16,12 @@ const MAX_NAMES: usize = 1024;
 const REMEMBERED: Duration = Duration::from_secs(300);
 /// Lifetime of a failed lookup, after which the name is resolved again.
 const FAILED_FOR: Duration = Duration::from_secs(30);
-/// Largest number of concurrent lookups; further names are left for a later call. A hanging name
-/// server blocks each for about 10 to 30 s.
-const MAX_ASKED: usize = 8;
+/// Largest number of concurrent lookups; further names wait for their turn. A hanging name server
+/// blocks each for about 10 to 30 s.
+const MAX_ASKED: usize = 32;
+/// Largest number of concurrent lookups for one list of names, so that hosts whose name servers
+/// hang leave room for other lists.
+const MAX_ASKED_BY_ONE: usize = 8;
 
 /// Finds the addresses of a host name. Blocks for as long as a name server takes.
 type NameLookup = dyn Fn(&str) -> Vec<IpAddr> + Send + Sync;
@@ -86,24 +89,56 @@ impl NameResolver {
         names: &[&str],
         until: Instant,
     ) -> Vec<Option<Option<IpAddr>>> {
+        let mut all = vec![None; names.len()];
+        self.resolve(names, until, |at, address| all[at] = Some(address));
+        all
+    }
+
+    /// Calls `found` with the index and the address of each name as soon as it is known, with
+    /// `None` if the name has no address that a peer can have. Names that are not known at `until`
+    /// are left out. Blocks until `until` at most.
+    pub fn resolve(
+        self: &Arc<Self>,
+        names: &[&str],
+        until: Instant,
+        mut found: impl FnMut(usize, Option<IpAddr>),
+    ) {
+        let mut unknown: Vec<usize> = (0..names.len()).collect();
+        // Names whose lookups this call started.
+        let mut asked: Vec<&str> = Vec::new();
         let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
-        for name in names {
-            let is_wanted =
-                table.get(name, Instant::now()).is_none() && !table.asked.contains(*name);
-            // Without a thread, the next call tries again.
-            if is_wanted && table.asked.len() < MAX_ASKED && self.ask((*name).to_owned()) {
-                table.asked.insert((*name).to_owned());
+        loop {
+            let now = Instant::now();
+            let mut known = Vec::new();
+            unknown.retain(|at| match table.get(names[*at], now) {
+                Some(address) => {
+                    known.push((*at, address));
+                    false
+                }
+                None => true,
+            });
+            asked.retain(|name| table.asked.contains(*name));
+            for name in unknown.iter().map(|at| names[*at]) {
+                if table.asked.len() >= MAX_ASKED || asked.len() >= MAX_ASKED_BY_ONE {
+                    break;
+                }
+                // Without a thread, the next call tries again.
+                if !table.asked.contains(name) && self.ask(name.to_owned()) {
+                    table.asked.insert(name.to_owned());
+                    asked.push(name);
+                }
+            }
+            if !known.is_empty() {
+                drop(table);
+                known.into_iter().for_each(|(at, address)| found(at, address));
+                table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
+            } else if unknown.is_empty() || table.asked.is_empty() || now >= until {
+                return;
+            } else {
+                let waited = self.changed.wait_timeout(table, until - now);
+                table = waited.unwrap_or_else(PoisonError::into_inner).0;
             }
         }
-        let unknown = |table: &mut NameTable| {
-            names.iter().any(|name| {
-                table.asked.contains(*name) && table.get(name, Instant::now()).is_none()
-            })
-        };
-        let left = until.saturating_duration_since(Instant::now());
-        let waited = self.changed.wait_timeout_while(table, left, unknown);
-        let table = waited.unwrap_or_else(PoisonError::into_inner).0;
-        names.iter().map(|name| table.get(name, Instant::now())).collect()
     }
 
     /// Starts a thread that resolves `name`. The thread stores its result once the caller unlocks
@@ -153,6 +188,35 @@ mod tests {
             table.keep(&i.to_string(), None, now);
         }
         assert!(table.known.len() <= MAX_NAMES);
+    }
+
+    /// Guards against a list whose later names were never asked for.
+    #[test]
+    fn names_beyond_limit_are_asked_for_as_others_are_known() {
+        let names = Arc::new(NameResolver::new(|_| vec![IpAddr::from([203, 0, 113, 1])]));
+        let hosts: Vec<String> = (0..100).map(|i| format!("{i}.example")).collect();
+        let hosts: Vec<&str> = hosts.iter().map(String::as_str).collect();
+        let found = names.addresses(&hosts, Instant::now() + Duration::from_secs(60));
+        assert!(found.iter().all(|found| matches!(found, Some(Some(_)))), "{found:?}");
+    }
+
+    /// Guards against a tracker that names hosts whose name servers hang: they hid the names of
+    /// all other trackers.
+    #[test]
+    fn one_list_of_names_that_hang_leaves_room_for_others() {
+        let (release, released) = crossbeam_channel::bounded::<()>(0);
+        let names = Arc::new(NameResolver::new(move |name| {
+            if name != "fast" {
+                let _ = released.recv();
+            }
+            vec![IpAddr::from([203, 0, 113, 1])]
+        }));
+        let hosts: Vec<String> = (0..64).map(|i| format!("{i}.example")).collect();
+        let hosts: Vec<&str> = hosts.iter().map(String::as_str).collect();
+        assert_eq!(names.addresses(&hosts, Instant::now()), [None; 64]);
+        let found = names.addresses(&["fast"], Instant::now() + Duration::from_secs(60));
+        assert!(matches!(found[..], [Some(Some(_))]), "{found:?}");
+        drop(release);
     }
 
     #[test]

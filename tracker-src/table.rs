@@ -51,8 +51,9 @@ pub const FILTER_INTERVAL: Interval = Interval::from_secs(25);
 const BEST_OTHERS: usize = MAX_OTHERS / 2;
 
 /// Maximum number of earlier instances that are remembered of one peer. Of more machines with one
-/// identity that announce themselves in turn, none is noticed.
-const MAX_REPLACED: usize = 32;
+/// identity that announce themselves in turn, none is noticed. The least that a queue allocates;
+/// anybody can fill it for all peers.
+const MAX_REPLACED: usize = 4;
 
 /// The current time on two clocks.
 #[derive(Debug, Clone, Copy)]
@@ -241,8 +242,11 @@ impl PeerEntry {
     /// come back.
     fn record_instance(&mut self, instance: Option<u64>, now: Instant) -> Option<IpAddr> {
         let instance = instance?;
-        let last = self.instance.replace(instance).filter(|last| *last != instance)?;
         self.replaced.retain(|(_, at)| now < *at + 2 * PEER_TTL.get());
+        if self.replaced.is_empty() {
+            self.replaced.shrink_to_fit();
+        }
+        let last = self.instance.replace(instance).filter(|last| *last != instance)?;
         let is_back = self.replaced.iter().any(|(id, _)| *id == instance);
         self.replaced.retain(|(id, _)| *id != instance);
         if self.replaced.len() >= MAX_REPLACED {
@@ -1152,8 +1156,14 @@ mod tests {
             let claim = by(1, now);
             table.announce("a", at(1), Some(&claim), Some(instance), None, now).unwrap();
         }
-        let peers = table.read();
-        assert!(peers.peer("a").unwrap().1.replaced.len() <= MAX_REPLACED);
+        let capacity = || table.read().peer("a").unwrap().1.replaced.capacity();
+        assert!((1..=4).contains(&capacity()), "{} entries", capacity());
+        // The peer lives on, and its entries expire.
+        for seconds in [1099, 1199, 1299] {
+            let now = after(now, seconds);
+            table.announce("a", at(1), Some(&by(1, now)), Some(999), None, now).unwrap();
+        }
+        assert_eq!(capacity(), 0);
     }
 
     #[test]

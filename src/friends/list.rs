@@ -25,6 +25,8 @@ struct CurrentFriends {
     friends: Vec<Arc<FriendConfig>>,
     /// Error of the last reload, for the status output. `None` if every line was valid.
     problem: Option<String>,
+    /// Line of the file that is malformed, if that is the error.
+    problem_line: Option<usize>,
 }
 
 impl FriendList {
@@ -40,7 +42,7 @@ impl FriendList {
     /// removed loses access. The list keeps the first [`MAX_FRIENDS`] friends and reports the rest
     /// as a problem.
     pub fn reload(&self) -> bool {
-        let (mut friends, mut problem) = (self.flags.clone(), None);
+        let (mut friends, mut problem, mut problem_line) = (self.flags.clone(), None, None);
         if let Some(file) = &self.file {
             match read(file) {
                 Ok(text) => {
@@ -48,7 +50,10 @@ impl FriendList {
                         match parse_line(line) {
                             None => {}
                             Some(Ok(friend)) => friends.push(friend),
-                            Some(Err(why)) => problem = Some(format!("line {}: {why}", number + 1)),
+                            Some(Err(why)) => {
+                                problem = Some(format!("line {}: {why}", number + 1));
+                                problem_line = Some(number + 1);
+                            }
                         }
                     }
                 }
@@ -63,6 +68,7 @@ impl FriendList {
                 continue;
             }
             if known.len() == MAX_FRIENDS {
+                problem_line = None;
                 problem = Some(format!(
                     "more than {MAX_FRIENDS} friends; {} and those after are left out",
                     friend.name
@@ -79,7 +85,7 @@ impl FriendList {
             problem.iter().for_each(|problem| log::error!("friends {problem}"));
         }
         let is_other = known != current.friends;
-        *current = CurrentFriends { friends: known, problem };
+        *current = CurrentFriends { friends: known, problem, problem_line };
         is_other
     }
 
@@ -96,6 +102,11 @@ impl FriendList {
     /// Message that describes the last error in the list; `None` if there is none.
     pub fn problem(&self) -> Option<String> {
         self.current().problem.clone()
+    }
+
+    /// Line of the file to which [`FriendList::problem`] refers, without its text.
+    pub fn problem_line(&self) -> Option<usize> {
+        self.current().problem_line
     }
 
     /// This node's key.
@@ -151,6 +162,7 @@ mod tests {
         assert!(list.reload());
         assert_eq!(names(&list), ["flag", "work"]);
         assert!(list.problem().unwrap().contains("line 2"), "{:?}", list.problem());
+        assert_eq!(list.problem_line(), Some(2));
 
         std::fs::remove_file(&file).unwrap();
         assert!(list.reload());

@@ -259,7 +259,7 @@ impl CacheHandler {
         exchange: &mut Exchange<'_>,
     ) -> Result<(), RequestError> {
         match route {
-            Route::Status(what) => status::tell(self, *what, exchange),
+            Route::Status(what) => status::tell(self, *what, true, exchange),
             Route::CacheInfo(_) => self.cache_info(exchange),
             Route::PeerNarinfo(hash_part) => {
                 // `found` keeps the memory reservation of a large narinfo until it is sent.

@@ -1,4 +1,4 @@
-//! Responses with this node's status, for its own machine.
+//! Responses with this node's status, for its own machine and for the clients of `--metrics`.
 
 use super::handler::{CacheHandler, RequestError};
 use super::response::Exchange;
@@ -17,6 +17,7 @@ pub(super) const FIELDS: [(&str, &str); 4] = [
 pub(super) fn tell(
     cache: &CacheHandler,
     what: StatusRoute,
+    is_this_machine: bool,
     exchange: &mut Exchange<'_>,
 ) -> Result<(), RequestError> {
     let mut fields = FIELDS.to_vec();
@@ -39,7 +40,7 @@ pub(super) fn tell(
             send(200, "text/plain; version=0.0.4; charset=utf-8", cache.status.metrics().as_bytes())
         }
         StatusRoute::Health => {
-            let (is_well, text) = cache.status.health_text();
+            let (is_well, text) = cache.status.health_text(is_this_machine);
             send(if is_well { 200 } else { 503 }, "text/plain; charset=utf-8", text.as_bytes())
         }
     }

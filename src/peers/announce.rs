@@ -378,7 +378,10 @@ impl AnnouncerThread {
             }
             match self.tracker.begin_transfers(waiting.key(), count as u32) {
                 Ok((first, named)) => {
-                    self.reporting.reset();
+                    // Reports that are left may be what fails.
+                    if self.reports.is_empty() {
+                        self.reporting.reset();
+                    }
                     let Some(tracker) = self.tracker.id() else { return self.begin.clear() };
                     let some = waiting.get_mut().drain(..count).take(named as usize);
                     for (id, begun) in (first..).zip(some) {
@@ -567,6 +570,22 @@ mod tests {
         let senders = server.join().unwrap();
         let is_of = |(body, id): (&String, &str)| body.contains(&format!("\"sender_id\":\"{id}\""));
         assert!(senders.iter().zip(["a", "a", "b"]).all(is_of), "{senders:?}");
+    }
+
+    #[test]
+    fn pause_after_failed_reports_grows_although_transfers_begin() {
+        let begun = (200, r#"{"transfer_id":7,"count":1}"#);
+        let (mut thread, server) = announcer(&[begun, (503, "{}"), begun, (503, "{}")]);
+        let (transfer_id, role, bytes, at) = (7, Role::Receiver, 1, Instant::now());
+        thread.take(AnnouncerJob::Report(TransferredBytes { transfer_id, role, bytes, at }));
+        for failures in [1, 2] {
+            let name = begin(&mut thread, "a");
+            thread.begin_transfers();
+            assert!(name.get().is_some());
+            thread.send_reports();
+            assert_eq!(thread.reporting.failures(), failures);
+        }
+        server.join().unwrap();
     }
 
     #[test]

@@ -264,7 +264,7 @@ impl<R: Read> Read for PrintableReader<R> {
             let before = std::mem::replace(&mut self.last, *byte);
             if byte.is_ascii_control() && !b"\t\n\r".contains(byte) {
                 *byte = b'?';
-            } else if before == 0xc2 && *byte < 0xa0 {
+            } else if before == 0xc2 && (0x80..0xa0).contains(byte) {
                 // U+0080 to U+009F become an inverted question mark, which has the same first byte.
                 *byte = 0xbf;
             }
@@ -882,7 +882,6 @@ mod tests {
 
     #[test]
     fn build_log_has_no_control_characters() {
-        let mut text = String::new();
         let log = "tab\t line\r\n \u{1b}[2J \u{9b}2J \u{85} ä \u{a0} €";
         // One byte at a time: a character may span two reads.
         struct Bytes<'a>(&'a [u8]);
@@ -892,7 +891,14 @@ mod tests {
                 self.0.read(&mut buf[..most])
             }
         }
-        PrintableReader::new(Bytes(log.as_bytes())).read_to_string(&mut text).unwrap();
-        assert_eq!(text, "tab\t line\r\n ?[2J ¿2J ¿ ä \u{a0} €");
+        let read = |log| {
+            let mut text = Vec::new();
+            PrintableReader::new(Bytes(log)).read_to_end(&mut text).unwrap();
+            text
+        };
+        let expected = "tab\t line\r\n ?[2J ¿2J ¿ ä \u{a0} €";
+        assert_eq!(read(log.as_bytes()), expected.as_bytes());
+        // In Latin-1, 0xc2 is a letter of its own.
+        assert_eq!(read(b"\xc2A \xc2\n\xc2\x1b"), b"\xc2A \xc2\n\xc2?");
     }
 }

@@ -44,6 +44,10 @@ const LONGEST_PAUSE: Interval = Interval::from_secs(60);
 /// the attempts that they cause.
 const WAKE_DELAY: Duration = Duration::from_millis(100);
 
+/// Shortest time between two requests of a friend that end its pause. The friend may be able to
+/// call and not be reachable.
+const CALL_INTERVAL: Interval = Interval::from_secs(5);
+
 /// Timeout of a narinfo request to a friend. A friend that exceeds it counts as unreachable.
 const NARINFO_TIMEOUT: Timeout = Timeout::from_secs(2);
 
@@ -125,6 +129,8 @@ struct FriendState {
     /// True once the friend was reached or all its addresses have failed.
     was_tried: bool,
     error: Option<String>,
+    /// Time of the last request of the friend that ended a pause.
+    called: Option<Instant>,
     is_removed: bool,
 }
 
@@ -272,13 +278,11 @@ impl Friends {
         }
     }
 
-    /// Handles a request of the friend with the key `key`. The friend has just become reachable, so
-    /// the next attempt to reach it is made at once.
+    /// Handles a request of the friend with the key `key`. The friend may have just become
+    /// reachable, so the next attempt to reach it is made at once, but only once in 5 s.
     pub fn heard_request(&self, key: &NodeKey) {
         for link in self.links().iter().filter(|link| link.friend.key == *key) {
-            if !link.state().is_up {
-                link.wake();
-            }
+            link.heard_request(Instant::now());
         }
     }
 
@@ -364,6 +368,16 @@ impl FriendLink {
             state.unproven.truncate(MAX_UNPROVEN - 1);
             state.unproven.push_front((address, found_by));
         }
+        drop(state);
+        self.wake();
+    }
+
+    fn heard_request(&self, now: Instant) {
+        let mut state = self.state();
+        if state.is_up || state.called.is_some_and(|at| now < at + CALL_INTERVAL.get()) {
+            return;
+        }
+        state.called = Some(now);
         drop(state);
         self.wake();
     }
@@ -676,6 +690,47 @@ pub fn never_found() -> Receiver<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::network::NetworkPolicy;
+
+    /// Guards against ten connections a second to a friend that calls but does not answer.
+    #[test]
+    fn requests_of_friend_end_its_pause_at_most_once_in_interval() {
+        let identity = Arc::new(Identity::from_seed(&[1; 32]));
+        let key = Identity::from_seed(&[2; 32]).key();
+        let friend: FriendConfig = format!("a={key}").parse().unwrap();
+        let store_dir = StoreDir::parse("/nix/store").unwrap();
+        let networks = Arc::new(Networks::new(NetworkPolicy::default(), Vec::new()));
+        let (wake, woken) = bounded(1);
+        let link = Arc::new(FriendLink {
+            client: PeerClient::for_friend(
+                store_dir.clone(),
+                tls::client_config(&identity, key).unwrap(),
+            ),
+            friend: Arc::new(friend),
+            networks: networks.clone(),
+            state: Mutex::default(),
+            changed: Condvar::new(),
+            wake,
+            woken,
+        });
+        let friends = Friends {
+            list: Arc::new(FriendList::new(Vec::new(), None, identity.key())),
+            identity,
+            store_dir,
+            networks,
+            requests: Arc::default(),
+            started: Instant::now(),
+            links: Mutex::new(vec![link.clone()]),
+            running: Mutex::default(),
+            stopped: never(),
+        };
+        friends.heard_request(&key);
+        assert!(link.woken.try_recv().is_ok());
+        friends.heard_request(&key);
+        assert!(link.woken.try_recv().is_err(), "it has just been tried");
+        link.heard_request(Instant::now() + CALL_INTERVAL.get());
+        assert!(link.woken.try_recv().is_ok());
+    }
 
     #[test]
     fn pauses_begin_with_one_second_and_begin_again_after_a_success() {

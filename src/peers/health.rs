@@ -133,7 +133,7 @@ struct HealthRecord {
     was_slow: bool,
     avoided_until: Option<Instant>,
     last_fault: Option<Instant>,
-    /// Time of the last broken promise, which may be forgiven. It is not in `last_fault`, so that a
+    /// Time of the last broken promise that was counted, which may be forgiven. It is not in `last_fault`, so that a
     /// peer cannot hide a wrong NAR behind one.
     last_broken_promise: Option<Instant>,
     /// Start of the current window, and the number of odd paths in it.
@@ -331,10 +331,13 @@ impl PeerHealth {
         };
         let mut last = peer.last_fault;
         if fault == Fault::BrokenPromise {
-            last = last.max(peer.last_broken_promise.replace(now));
+            last = last.max(peer.last_broken_promise);
         }
         if last.is_some_and(|last| last >= began) {
             return;
+        }
+        if fault == Fault::BrokenPromise {
+            peer.last_broken_promise = Some(now);
         }
         peer.faults += 1;
         peer.reason = reason.to_string().chars().take(MAX_REASON).collect::<String>().into();
@@ -434,6 +437,20 @@ mod tests {
             now += Duration::from_millis(301);
         }
         assert_eq!(standing.eligibility(address(1), now), Eligibility::Last);
+    }
+
+    /// Guards against a liar that 25 lookups ask at all times: each broken promise overlapped the
+    /// one before, and none but the first was counted.
+    #[test]
+    fn steady_broken_promises_of_overlapping_requests_are_counted() {
+        let (standing, start) = (PeerHealth::default(), Instant::now());
+        for i in 0..25 {
+            let began = start + Duration::from_millis(100 * i);
+            let failed = began + Duration::from_millis(300);
+            standing.record_failure(address(1), Fault::BrokenPromise, began, failed, &"test");
+        }
+        let end = start + Duration::from_millis(2700);
+        assert_ne!(standing.eligibility(address(1), end), Eligibility::Now);
     }
 
     #[test]

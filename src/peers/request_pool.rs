@@ -1,6 +1,7 @@
 //! Thread pool for the requests of lookups to peers and trackers. Each request has its own thread:
 //! it cannot be cancelled, and a hanging peer must not delay requests to other peers.
 
+use crate::connect_rate::ConnectDecision;
 use crate::deferred::Deferred;
 use crossbeam_channel::{Receiver, Sender, TrySendError, bounded};
 use std::collections::HashMap;
@@ -58,9 +59,10 @@ struct InFlightCounts {
 }
 
 impl InFlightCounts {
-    fn fits(&self, to: RequestTarget) -> bool {
+    fn admits(&self, to: RequestTarget) -> ConnectDecision {
         let (ip, most) = match to {
-            RequestTarget::Tracker => return self.calls < MAX_CALLS,
+            RequestTarget::Tracker if self.calls < MAX_CALLS => return ConnectDecision::Now,
+            RequestTarget::Tracker => return ConnectDecision::Later,
             RequestTarget::Proven(ip) => (ip, MAX_REQUESTS_TO_ONE),
             RequestTarget::Neighbour(ip) | RequestTarget::Stranger(ip) => {
                 (ip, MAX_REQUESTS_TO_UNPROVEN)
@@ -69,13 +71,16 @@ impl InFlightCounts {
         let is_stranger = matches!(to, RequestTarget::Stranger(_));
         let all: u32 = self.to.values().sum();
         let to_one = self.to.get(&ip).copied().unwrap_or_default();
-        all < MAX_REQUESTS
-            && to_one < most
-            && !(is_stranger && self.to_strangers >= MAX_REQUESTS_TO_STRANGERS)
+        let is_full = is_stranger && self.to_strangers >= MAX_REQUESTS_TO_STRANGERS;
+        match (to_one < most, all < MAX_REQUESTS && !is_full) {
+            (false, _) => ConnectDecision::NotThis,
+            (true, false) => ConnectDecision::Later,
+            (true, true) => ConnectDecision::Now,
+        }
     }
 
     fn begin(&mut self, to: RequestTarget) -> bool {
-        let fits = self.fits(to);
+        let fits = self.admits(to) == ConnectDecision::Now;
         if fits {
             match to {
                 RequestTarget::Tracker => self.calls += 1,
@@ -161,9 +166,10 @@ impl RequestPool {
         started.is_ok()
     }
 
-    /// Returns true if the limits admit a request to `to`.
-    pub fn has_room(&self, to: RequestTarget) -> bool {
-        lock(&self.under_way).fits(to)
+    /// Returns whether the limits admit a request to `to`, or which kind of limit refuses it. Does
+    /// not count it.
+    pub fn admits(&self, to: RequestTarget) -> ConnectDecision {
+        lock(&self.under_way).admits(to)
     }
 
     /// Returns true if a request to `ip` is in progress.

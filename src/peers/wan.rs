@@ -88,8 +88,8 @@ impl WanSource {
     /// Creates a search for a path. It sends nothing before the first call of
     /// [`WanSearch::next_offer`].
     pub fn search(self: &Arc<Self>, hash_part: &HashPart) -> WanSearch {
-        // The number of requests bounds the channel: two calls per tracker with two messages each,
-        // and one request at a time per candidate.
+        // The number of requests bounds the channel: two calls per tracker with one message each
+        // and one for each name, and one request at a time per candidate.
         let (answer, answers) = unbounded();
         WanSearch {
             wan: self.clone(),
@@ -187,8 +187,9 @@ struct TrackerLookup {
     failed: u32,
     error: Option<tracker::TrackerError>,
     is_answered: bool,
-    /// End of the wait for the host names in the answer; `None` if nothing is waited for.
-    names_until: Option<Instant>,
+    /// Number of answers whose host names are being resolved. [`NarinfoAnswer::Name`] says when
+    /// that ends.
+    unresolved: u32,
     /// True if the failure of this lookup was recorded.
     is_judged: bool,
 }
@@ -196,10 +197,6 @@ struct TrackerLookup {
 impl TrackerLookup {
     fn is_awaited(&self) -> bool {
         !self.is_answered && (self.begun == 0 || self.failed < self.begun)
-    }
-
-    fn awaits_names(&self, now: Instant) -> bool {
-        self.names_until.is_some_and(|until| until > now)
     }
 }
 
@@ -232,16 +229,24 @@ fn split(list: CandidateList) -> (Vec<LocatedCandidate>, Vec<NamedCandidate>) {
     (located, named)
 }
 
-/// Resolves host names. Blocks until `until` at most; later names are left out.
+/// Resolves the host names that the tracker with the index `at` names, and sends each candidate as
+/// soon as its address is known. Blocks until `until` at most; later names are left out.
 fn resolve(
     names: &Arc<NameResolver>,
-    named: Vec<NamedCandidate>,
+    named: &[NamedCandidate],
+    at: usize,
     until: Instant,
-) -> Vec<LocatedCandidate> {
+    answer: &Sender<NarinfoAnswer>,
+) {
     let hosts: Vec<&str> = named.iter().map(|(_, candidate)| &*candidate.addr).collect();
-    let resolved = names.addresses(&hosts, until);
-    let resolved = named.into_iter().zip(resolved);
-    resolved.filter_map(|((rank, candidate), ip)| locate(candidate, rank, ip??)).collect()
+    names.resolve(&hosts, until, |index, ip| {
+        let (rank, candidate) = &named[index];
+        let located = ip.and_then(|ip| locate(candidate.clone(), *rank, ip));
+        if located.is_some() {
+            let _ = answer.send(NarinfoAnswer::Name { at, located });
+        }
+    });
+    let _ = answer.send(NarinfoAnswer::Name { at, located: None });
 }
 
 fn locate(candidate: Candidate, rank: usize, ip: IpAddr) -> Option<LocatedCandidate> {
@@ -258,7 +263,7 @@ struct CandidateState {
     state: CandidatePhase,
     /// Number of requests that failed for a temporary reason.
     failures: u32,
-    /// When the connection rate of its address first delayed it.
+    /// When a limit of its address began to delay it.
     delayed: Option<Instant>,
     was_asked: bool,
     /// True if the candidate has sent any answer.
@@ -279,15 +284,15 @@ enum CandidatePhase {
 struct FoundCandidates {
     /// Those with IP addresses.
     located: Vec<LocatedCandidate>,
-    /// True if those with host names follow, in [`NarinfoAnswer::Names`].
+    /// True if those with host names follow, each in [`NarinfoAnswer::Name`].
     has_names: bool,
 }
 
 enum NarinfoAnswer {
     /// From the tracker with the index `at` in [`Trackers::all`].
     Tracker { at: usize, result: Result<FoundCandidates, tracker::TrackerError> },
-    /// Candidates of that tracker whose host names were resolved.
-    Names { at: usize, located: Vec<LocatedCandidate> },
+    /// A candidate of that tracker whose host name was resolved; `None` at the end of the list.
+    Name { at: usize, located: Option<LocatedCandidate> },
     /// From the candidate with the index `at`.
     Peer { at: usize, result: Box<Result<PeerNarinfo, PeerError>> },
 }
@@ -374,7 +379,7 @@ impl WanSearch {
                 failed: 0,
                 error: None,
                 is_answered: false,
-                names_until: None,
+                unresolved: 0,
                 is_judged: false,
             };
             call.tracker.await_usable().then_some(call)
@@ -409,8 +414,7 @@ impl WanSearch {
                     let _ = answer.send(NarinfoAnswer::Tracker { at, result });
                     // Candidates with IP addresses do not wait for these.
                     if !named.is_empty() {
-                        let located = resolve(&names, named, Instant::now() + NAMES_WAIT);
-                        let _ = answer.send(NarinfoAnswer::Names { at, located });
+                        resolve(&names, &named, at, Instant::now() + NAMES_WAIT, &answer);
                     }
                 });
                 call.begun += u32::from(began);
@@ -438,8 +442,8 @@ impl WanSearch {
             }
             _ => None,
         };
-        let names = self.calls.iter().filter(|call| call.awaits_names(now));
-        let names = names.filter_map(|call| call.names_until);
+        // Only the end of the search bounds this wait: `NAMES_WAIT` bounds the resolution itself.
+        let names = self.calls.iter().filter(|call| call.unresolved > 0).map(|_| self.until);
         let entries = self.entries.iter().filter_map(entry);
         let blocked = is_blocked.then(|| now + BLOCKED);
         let awaited = calls.chain(names).chain(entries).chain(blocked).min()?;
@@ -545,15 +549,19 @@ impl WanSearch {
 
     /// Delays a candidate because others at its address were asked just now: it may be another node
     /// behind the same router. Gives it up after some time, soon if nobody there has ever answered.
-    /// Returns false if the request of another lookup will show whether somebody is there.
+    /// Returns false if a request in progress will show whether somebody is there: only after that
+    /// the time begins.
     fn delay(&mut self, at: usize, now: Instant) -> bool {
         let entry = &self.entries[at];
         let ip = entry.address.ip();
         let is_asked = self.wan.requests.is_asked(ip);
         let limit = match self.unproven_timeout(entry) {
+            None if is_asked => {
+                self.entries[at].delayed = Some(now);
+                return false;
+            }
+            _ if self.answers(ip) => PACE_WAIT,
             Some(patience) => patience,
-            None if is_asked => return false,
-            None if self.answers(ip) => PACE_WAIT,
             None => PACE_DELAY,
         };
         let entry = &mut self.entries[at];
@@ -581,7 +589,7 @@ impl WanSearch {
         let is_awaited = |at: &usize| self.is_awaited(&self.entries[*at], now);
         let may_name_more = self.calls.iter().any(TrackerLookup::is_awaited)
             && now < self.trackers_until()
-            || self.calls.iter().any(|call| call.awaits_names(now));
+            || self.calls.iter().any(|call| call.unresolved > 0);
         let others_are_left = turns.iter().any(|at| !is_doubtful(at))
             || all.clone().any(|at| is_awaited(&at) && !is_doubtful(&at))
             || may_name_more;
@@ -610,8 +618,11 @@ impl WanSearch {
             RequestTarget::Stranger(address.ip())
         };
         // Checked first, because a permit of the rate limiter cannot be returned.
-        if !self.wan.requests.has_room(to) {
-            return ConnectDecision::Later;
+        match self.wan.requests.admits(to) {
+            ConnectDecision::Now => {}
+            // Its answers make room.
+            ConnectDecision::NotThis if is_proven => return ConnectDecision::Later,
+            not_now => return not_now,
         }
         if !is_proven {
             let mut pace = self.wan.pace.lock().unwrap_or_else(PoisonError::into_inner);
@@ -657,10 +668,13 @@ impl WanSearch {
                 self.take_candidates(at, result);
                 None
             }
-            NarinfoAnswer::Names { at, located } => {
+            NarinfoAnswer::Name { at, located: Some(located) } => {
+                self.add(at, vec![located]);
+                None
+            }
+            NarinfoAnswer::Name { at, located: None } => {
                 let call = self.calls.iter_mut().find(|call| call.at == at);
-                call.into_iter().for_each(|call| call.names_until = None);
-                self.add(at, located);
+                call.into_iter().for_each(|call| call.unresolved -= 1);
                 None
             }
             NarinfoAnswer::Peer { at, result } => self.take_narinfo(at, *result),
@@ -674,12 +688,12 @@ impl WanSearch {
     ) {
         let Some(call) = self.calls.iter_mut().find(|call| call.at == at) else { return };
         match result {
-            Ok(found) if !call.is_answered => {
-                call.is_answered = true;
-                call.names_until = found.has_names.then(|| Instant::now() + NAMES_WAIT);
-                self.add(at, found.located);
+            Ok(found) => {
+                call.unresolved += u32::from(found.has_names);
+                if !std::mem::replace(&mut call.is_answered, true) {
+                    self.add(at, found.located);
+                }
             }
-            Ok(_) => {}
             Err(e) => {
                 call.failed += 1;
                 call.error = Some(e);
@@ -817,7 +831,7 @@ mod tests {
             failed: 0,
             error: None,
             is_answered: false,
-            names_until: None,
+            unresolved: 0,
             is_judged: false,
         }];
         search
@@ -847,32 +861,45 @@ mod tests {
 
     /// Guards against a name server that delays candidates whose addresses are known.
     #[test]
-    fn candidates_with_addresses_do_not_wait_for_names() {
+    fn candidates_with_known_addresses_do_not_wait_for_names() {
         let (release, released) = crossbeam_channel::bounded::<()>(0);
-        let mut search = search(move |_| {
-            let _ = released.recv();
-            vec![peer(2, 1).ip()]
+        let mut search = search(move |name| {
+            if name == "slow.example" {
+                let _ = released.recv();
+            }
+            vec![peer(name.len() as u8, 1).ip()]
         });
-        let list = vec![candidate("a.example", 2), candidate("203.0.113.1", 1)];
+        let list = ["slow.example", "203.0.113.1", "a.example"];
+        let list = list.into_iter().zip(2..).map(|(addr, port)| candidate(addr, port)).collect();
         let named = name_candidates(&mut search, list);
-        assert_eq!(addresses(&search), [peer(1, 1)]);
-        search.entries[0].state = CandidatePhase::Done;
-        let now = Instant::now();
-        assert!(search.next_wake_up(false, now).is_some(), "the name is awaited");
+        assert_eq!(addresses(&search), [peer(1, 3)]);
+        let (names, answer) = (search.wan.names.clone(), search.answer.clone());
+        let until = Instant::now() + Duration::from_secs(60);
+        let thread = std::thread::spawn(move || resolve(&names, &named, 0, until, &answer));
+        let first = search.answers.recv().unwrap();
+        search.take(first);
+        assert_eq!(addresses(&search), [peer(1, 3), peer(9, 4)], "one name is slow");
+        search.entries.iter_mut().for_each(|entry| entry.state = CandidatePhase::Done);
+        assert!(search.next_wake_up(false, Instant::now()).is_some(), "the name is awaited");
         drop(release);
-        let located = resolve(&search.wan.names, named, now + Duration::from_secs(60));
-        search.take(NarinfoAnswer::Names { at: 0, located });
-        assert_eq!(addresses(&search), [peer(1, 1), peer(2, 2)]);
-        assert_eq!(search.entries[1].rank, 0);
+        thread.join().unwrap();
+        for answer in search.answers.clone().try_iter() {
+            search.take(answer);
+        }
+        assert_eq!(addresses(&search)[2], peer(12, 2));
+        assert_eq!(search.entries[2].rank, 0);
+        search.entries[2].state = CandidatePhase::Done;
+        assert_eq!(search.next_wake_up(false, Instant::now()), None);
     }
 
     #[test]
-    fn names_that_are_not_resolved_in_time_end_search() {
+    fn search_waits_for_last_names_and_ends_with_them() {
         let mut search = search(|_| Vec::new());
         name_candidates(&mut search, vec![candidate("a.example", 2)]);
-        let now = Instant::now();
-        assert!(search.next_wake_up(false, now).is_some());
-        assert_eq!(search.next_wake_up(false, now + NAMES_WAIT), None);
+        let late = Instant::now() + 2 * NAMES_WAIT;
+        assert!(search.next_wake_up(false, late).is_some(), "the answer is under way");
+        search.take(NarinfoAnswer::Name { at: 0, located: None });
+        assert_eq!(search.next_wake_up(false, late), None);
     }
 
     /// Guards against a tracker that names many ports of a victim: each lookup waited 600 ms for
@@ -906,22 +933,57 @@ mod tests {
         }
     }
 
+    /// Guards against a tracker that names many ports of a victim that drops packets: the four
+    /// requests that hang used up the limit of the request pool, and the other candidates neither
+    /// ended nor counted.
+    #[test]
+    fn candidates_at_address_whose_requests_hang_count_as_silent() {
+        let mut search = search(|_| Vec::new());
+        let (release, released) = crossbeam_channel::bounded::<()>(0);
+        let to = RequestTarget::Stranger(peer(1, 1).ip());
+        let hang = || {
+            let released = released.clone();
+            search.wan.requests.run(to, move || {
+                let _ = released.recv();
+            })
+        };
+        while hang() {}
+        let ports = || (1..=64).map(|port| candidate("203.0.113.1", port)).collect();
+        name_candidates(&mut search, ports());
+        let tracker = search.calls[0].tracker.clone();
+        assert!(!search.ask(Instant::now()));
+        assert!(search.has_more(), "one of the requests may show that somebody is there");
+        search.record_results();
+        let patience = tracker.unproven_timeout().expect("64 silent candidates");
+        let later = Instant::now();
+        for (then, is_over) in [(later, false), (later + patience, true)] {
+            search.ask(then);
+            assert_eq!(!search.has_more(), is_over);
+        }
+        drop(release);
+    }
+
     /// Several nodes may be behind one router.
     #[test]
     fn candidates_at_address_with_answers_wait_for_connection_rate() {
-        let mut search = search(|_| Vec::new());
-        let ports = (1..=64).map(|port| candidate("203.0.113.1", port)).collect();
-        name_candidates(&mut search, ports);
-        let tracker = search.calls[0].tracker.clone();
-        let now = Instant::now();
-        (search.entries[0].state, search.entries[0].answered) = (CandidatePhase::Done, true);
-        for (millis, is_over) in [(0, false), (599, false), (600, true)] {
-            let then = now + Duration::from_millis(millis);
-            use_up_rate(&search, 1, then);
-            search.ask(then);
-            assert_eq!(!search.has_more(), is_over, "{millis} ms");
+        for is_suspected in [false, true] {
+            let mut search = search(|_| Vec::new());
+            let ports = (1..=64).map(|port| candidate("203.0.113.1", port)).collect();
+            name_candidates(&mut search, ports);
+            let tracker = search.calls[0].tracker.clone();
+            let now = Instant::now();
+            if is_suspected {
+                tracker.record_candidates(0, 64, now, now);
+            }
+            (search.entries[0].state, search.entries[0].answered) = (CandidatePhase::Done, true);
+            for (millis, is_over) in [(0, false), (599, false), (600, true)] {
+                let then = now + Duration::from_millis(millis);
+                use_up_rate(&search, 1, then);
+                search.ask(then);
+                assert_eq!(!search.has_more(), is_over, "{millis} ms");
+            }
+            search.record_results();
+            assert_eq!(tracker.unproven_timeout(), None);
         }
-        search.record_results();
-        assert_eq!(tracker.unproven_timeout(), None);
     }
 }

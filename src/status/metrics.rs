@@ -1,6 +1,6 @@
 //! `/metrics` in the Prometheus text format, version 0.0.4, and the text of `/health`.
 
-use super::report::{Liveness, PeerReport};
+use super::report::{Liveness, PeerReport, Problem};
 use super::{StatusService, text};
 use crate::stats::{Counter, Histogram, Totals};
 use std::fmt::Write;
@@ -190,19 +190,35 @@ impl StatusService {
     }
 
     /// Body of `/health` and whether the node is healthy. An unhealthy node lists its serious
-    /// problems, a healthy one the faults that it runs with. Blocks for at most 7 s, for the store
-    /// and for discovery.
-    pub fn health_text(&self) -> (bool, String) {
+    /// problems, a healthy one the faults that it runs with. Other machines get no texts. Blocks
+    /// for at most 7 s, for the store and for discovery.
+    pub fn health_text(&self, is_this_machine: bool) -> (bool, String) {
         let health = self.health();
-        let line = |code: &str, what: &str| format!("{code}: {}\n", text::line(what));
-        if health.ok {
-            let friends = self.friends.iter().filter_map(|friends| friends.list().problem());
-            let faults = self.degraded.all().into_iter().chain(friends.map(|e| ("friends", e)));
-            let lines = faults.map(|(code, what)| line(code, &what));
-            return (true, format!("ok\n{}", lines.collect::<String>()));
+        if !health.ok {
+            let serious = health.problems.iter().filter(|problem| problem.serious);
+            let line =
+                |problem: &Problem| health_line(problem.code, None, &problem.text, is_this_machine);
+            return (false, serious.map(line).collect());
         }
-        let serious = health.problems.iter().filter(|problem| problem.serious);
-        (false, serious.map(|problem| line(problem.code, &problem.text)).collect())
+        let mut text = "ok\n".to_owned();
+        for (code, what) in self.degraded.all() {
+            text += &health_line(code, None, &what, is_this_machine);
+        }
+        let lists = self.friends.iter().map(|friends| friends.list());
+        for (list, what) in lists.filter_map(|list| Some((list, list.problem()?))) {
+            text += &health_line("friends", list.problem_line(), &what, is_this_machine);
+        }
+        (true, text)
+    }
+}
+
+/// Line of `/health` for one problem. Other machines get its code and the line in the file, because
+/// its text may contain names of files and friends, and parts of a file.
+fn health_line(code: &str, file_line: Option<usize>, what: &str, is_this_machine: bool) -> String {
+    match file_line {
+        _ if is_this_machine => format!("{code}: {}\n", text::line(what)),
+        Some(number) => format!("{code}: line {number}\n"),
+        None => format!("{code}\n"),
     }
 }
 
@@ -222,6 +238,14 @@ mod tests {
     use crate::stats::Network;
     use std::net::{Ipv4Addr, SocketAddr};
     use std::time::Duration;
+
+    #[test]
+    fn texts_of_problems_are_for_this_machine() {
+        let (code, what) = ("friends", "/etc/friends: line 3: a=secret: not a key");
+        assert_eq!(health_line(code, Some(3), what, true), format!("{code}: {what}\n"));
+        assert_eq!(health_line(code, Some(3), what, false), "friends: line 3\n");
+        assert_eq!(health_line(code, None, what, false), "friends\n");
+    }
 
     #[test]
     fn lan_peers_are_counted_by_liveness() {

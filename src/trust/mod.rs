@@ -91,6 +91,9 @@ impl KeySnapshot {
 /// friends.
 pub struct TrustedKeys {
     flags: Vec<PublicKey>,
+    /// Keys of `--friend`. They count even if this node cannot have friends, as without its
+    /// identity.
+    friend_flags: Vec<PublicKey>,
     /// Friends, whose keys are trusted as long as they are friends. They do not turn checking on,
     /// because that would refuse the paths of all other peers.
     friends: Option<Arc<FriendList>>,
@@ -98,7 +101,7 @@ pub struct TrustedKeys {
     conf_dir: PathBuf,
     port: u16,
     store_dir: StoreDir,
-    /// All keys but those of friends.
+    /// All keys but those of the friends file.
     snapshot: RwLock<KeySnapshot>,
     /// The last nix.conf that was read. Lookups never lock it.
     conf: Mutex<NixConf>,
@@ -115,6 +118,7 @@ impl TrustedKeys {
     ) -> TrustedKeys {
         let keys = TrustedKeys {
             flags: config.trusted_public_keys.clone(),
+            friend_flags: config.friends.iter().filter_map(|f| f.signing_key.clone()).collect(),
             friends,
             files: config.trusted_public_key_files.clone(),
             conf_dir: config.nix_conf_dir.clone(),
@@ -174,6 +178,8 @@ impl TrustedKeys {
             KeySnapshot { is_on, takes_unsigned_realisations, ..KeySnapshot::default() };
         keys.into_iter().for_each(|key| snapshot.add(key, KeySource::NixConf));
         named.into_iter().for_each(|key| snapshot.add(key, KeySource::Flag));
+        let of_friends = self.friend_flags.iter().cloned();
+        of_friends.for_each(|key| snapshot.add(key, KeySource::Friend));
         *self.snapshot.write().unwrap_or_else(PoisonError::into_inner) = snapshot;
     }
 
@@ -330,6 +336,21 @@ mod tests {
         list.reload();
         keys.refresh(&Degraded::default());
         assert!(keys.keys().is_none() && keys.accepts(&unsigned()));
+        fs::remove_dir_all(&dir).unwrap();
+    }
+
+    /// Guards against paths that disappear with an unreadable identity.
+    #[test]
+    fn signing_keys_of_friend_flags_count_without_friends() {
+        let dir = dir("flags");
+        let friend = format!("a={},sign=a-1:{KEY}", NodeKey::from_bytes([1; 32])).parse();
+        let config = Config {
+            nix_conf_dir: dir.clone(),
+            friends: vec![friend.unwrap()],
+            ..Config::default()
+        };
+        let keys = TrustedKeys::read(&config, 12304, None, &Degraded::default());
+        assert_eq!(names(&keys), known(&["cache.nixos.org-1", "a-1"]));
         fs::remove_dir_all(&dir).unwrap();
     }
 
