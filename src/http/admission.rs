@@ -5,8 +5,10 @@
 //! unreachable. Among other addresses, a group that holds many connections loses one first, so that
 //! no group shuts out the others. The functions never block.
 
+use super::send_progress::STALLED;
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv6Addr};
+use std::time::Duration;
 
 /// Connections open at the same time. Each may hold a thread. At the bound, [`admit`] decides which
 /// connection is closed or that the new one is refused.
@@ -32,9 +34,9 @@ pub struct OpenConnection {
     /// Time at which the connection became idle, in units of any one clock; `None` while a request
     /// is being answered.
     pub idle_since: Option<u64>,
-    /// Time since which the client has taken nothing of a response that does not fit the send
-    /// buffer, in units of any one clock.
-    pub stalled_since: Option<u64>,
+    /// Time for which the client has taken nothing of a response that does not fit the send
+    /// buffer.
+    pub stalled_for: Duration,
 }
 
 /// The client of a new connection.
@@ -65,10 +67,11 @@ pub fn admit(newcomer: Newcomer, open: impl Iterator<Item = OpenConnection> + Cl
             return Admission::Free;
         }
         // Prefer an idle connection of another machine, then an idle one from loopback, then the
-        // client that has taken nothing for the longest time. As a last resort, cut the oldest
+        // client that is stalled longest, in the same order. As a last resort, cut the oldest
         // connection of another machine: its Nix gets the path elsewhere.
         let victim = idlest(strangers.clone())
             .or_else(|| idlest(open.clone()))
+            .or_else(|| longest_stalled(strangers.clone()))
             .or_else(|| longest_stalled(open))
             .or_else(|| strangers.map(|s| s.id).min());
         return victim.map_or(Admission::Full, Admission::Replace);
@@ -128,9 +131,10 @@ pub fn idlest(seats: impl Iterator<Item = OpenConnection>) -> Option<u64> {
 }
 
 /// Returns the ID of the connection whose client has taken nothing for the longest time, or `None`
-/// if all clients take what they are sent.
+/// if each took something within [`STALLED`].
 fn longest_stalled(seats: impl Iterator<Item = OpenConnection>) -> Option<u64> {
-    seats.filter_map(|seat| Some((seat.stalled_since?, seat.id))).min().map(|(_, id)| id)
+    let stalled = seats.filter(|seat| seat.stalled_for >= STALLED.get());
+    stalled.max_by_key(|seat| seat.stalled_for).map(|seat| seat.id)
 }
 
 #[cfg(test)]
@@ -151,7 +155,8 @@ mod tests {
     /// A connection at work.
     fn seat(id: usize, of: Newcomer) -> OpenConnection {
         let Newcomer { peer, is_own } = of;
-        OpenConnection { id: id as u64, peer, is_own, idle_since: None, stalled_since: None }
+        let stalled_for = Duration::ZERO;
+        OpenConnection { id: id as u64, peer, is_own, idle_since: None, stalled_for }
     }
 
     /// `count` connections, two per address, none of them idle. IDs count from 0.
@@ -248,13 +253,19 @@ mod tests {
     fn client_that_reads_nothing_makes_room_for_loopback() {
         let mut seats = and_own(Vec::new(), MAX_CONNECTIONS);
         assert_eq!(find(own(), &seats), Admission::Full, "all of them read");
-        seats[7].stalled_since = Some(70);
-        seats[8].stalled_since = Some(60);
+        let moment = Duration::from_millis(1);
+        seats[6].stalled_for = STALLED.get() - moment;
+        assert_eq!(find(own(), &seats), Admission::Full, "a short pause");
+        seats[7].stalled_for = STALLED.get();
+        seats[8].stalled_for = STALLED.get() + moment;
         assert_eq!(find(own(), &seats), Admission::Replace(8));
         assert_eq!(find(stranger(1), &seats), Admission::Full);
+        seats[9].is_own = false;
+        seats[9].stalled_for = STALLED.get();
+        assert_eq!(find(own(), &seats), Admission::Replace(9), "another machine first");
         // In a group above its share, too, before its oldest.
         let mut seats: Vec<_> = (0..STRANGERS).map(|n| seat(n, stranger(n % 4))).collect();
-        (0..4).for_each(|n| seats[400 + n].stalled_since = Some(1));
+        (0..4).for_each(|n| seats[400 + n].stalled_for = STALLED.get());
         let Admission::Replace(id) = find(stranger(999), &seats) else { panic!("shut out") };
         assert!((400..404).contains(&id), "{id}");
     }
