@@ -22,6 +22,11 @@ pub const OWN_CONNECTIONS: usize = 128;
 /// its longest idle connection, or its oldest if none is idle. One machine needs fewer.
 pub const FAIR_SHARE: usize = 64;
 
+/// Connections that the addresses of one IPv6 network of a LAN may have together, half of those for
+/// other machines: one host can take every address of its /64. At the bound, a new one replaces
+/// another one of that network or is refused.
+const MAX_PER_PREFIX: usize = (MAX_CONNECTIONS - OWN_CONNECTIONS) / 2;
+
 /// The properties of an open connection that admission depends on.
 #[derive(Debug, Clone, Copy)]
 pub struct OpenConnection {
@@ -76,6 +81,12 @@ pub fn admit(newcomer: Newcomer, open: impl Iterator<Item = OpenConnection> + Cl
             .or_else(|| strangers.map(|s| s.id).min());
         return victim.map_or(Admission::Full, Admission::Replace);
     }
+    if let Some(prefix) = lan_prefix(newcomer.peer) {
+        let its = strangers.clone().filter(|seat| lan_prefix(seat.peer) == Some(prefix));
+        if its.clone().count() >= MAX_PER_PREFIX {
+            return victim_for(newcomer.peer, its).map_or(Admission::Full, Admission::Replace);
+        }
+    }
     let has_room = strangers.clone().count() < MAX_CONNECTIONS - OWN_CONNECTIONS;
     if has_room && open.clone().count() < MAX_CONNECTIONS {
         return Admission::Free;
@@ -86,7 +97,7 @@ pub fn admit(newcomer: Newcomer, open: impl Iterator<Item = OpenConnection> + Cl
     victim.map_or(Admission::Full, Admission::Replace)
 }
 
-/// Returns the connection that makes room for `newcomer` when the places for other machines are
+/// Returns the connection of `strangers` that makes room for `newcomer` when their places are
 /// taken. A group above [`FAIR_SHARE`] can only replace its own idle connections. Otherwise the
 /// largest group loses a connection, if it is above its share and at least twice as large as the
 /// newcomer's group; else the longest idle connection is closed.
@@ -122,6 +133,17 @@ pub(super) fn group(ip: IpAddr) -> IpAddr {
         }
         IpAddr::V6(v6) if v6.is_unicast_link_local() || v6.is_unique_local() => ip,
         IpAddr::V6(v6) => Ipv6Addr::from_bits(v6.to_bits() & !(u128::MAX >> 56)).into(),
+    }
+}
+
+/// Returns the first half of a unique local or link-local IPv6 address, each of which is a group;
+/// `None` for other addresses.
+fn lan_prefix(ip: IpAddr) -> Option<u64> {
+    match ip.to_canonical() {
+        IpAddr::V6(v6) if v6.is_unicast_link_local() || v6.is_unique_local() => {
+            Some((v6.to_bits() >> 64) as u64)
+        }
+        _ => None,
     }
 }
 
@@ -268,6 +290,23 @@ mod tests {
         (0..4).for_each(|n| seats[400 + n].stalled_for = STALLED.get());
         let Admission::Replace(id) = find(stranger(999), &seats) else { panic!("shut out") };
         assert!((400..404).contains(&id), "{id}");
+    }
+
+    /// Regression test: one host took all places with one address for each.
+    #[test]
+    fn addresses_of_one_lan_prefix_leave_places_for_others() {
+        let of = |prefix: u16, n: usize| Newcomer {
+            peer: Ipv6Addr::new(prefix, 0, 0, 0, 0, 0, 0, n as u16).into(),
+            is_own: false,
+        };
+        let mut seats: Vec<_> = (0..MAX_PER_PREFIX).map(|n| seat(n, of(0xfd00, n))).collect();
+        assert_eq!(find(of(0xfd00, 9999), &seats[1..]), Admission::Free);
+        assert_eq!(find(of(0xfd00, 9999), &seats), Admission::Full);
+        assert_eq!(find(of(0xfd01, 1), &seats), Admission::Free);
+        assert_eq!(find(stranger(1), &seats), Admission::Free);
+        seats.push(OpenConnection { idle_since: Some(1), ..seat(5000, stranger(1)) });
+        seats[7].idle_since = Some(2);
+        assert_eq!(find(of(0xfd00, 9999), &seats), Admission::Replace(7), "its own prefix");
     }
 
     #[test]
