@@ -358,7 +358,7 @@ mod tests {
         let held: Vec<_> =
             (0..MAX_STREAMS).map(|_| permits.for_stream(None, &reads(), false).unwrap()).collect();
         let waiting = || permits.lock().waiting_for_streams.strangers;
-        let closed = reads();
+        let (closed, began) = (reads(), Instant::now());
         thread::scope(|scope| {
             let wait = || scope.spawn(|| permits.for_stream(peer(1), &closed, true).is_some());
             let waiters: Vec<_> = (0..MAX_WAITING_STRANGERS).map(|_| wait()).collect();
@@ -379,6 +379,7 @@ mod tests {
             closed.record_closed();
             assert!(waiters.into_iter().all(|waiter| !waiter.join().unwrap()));
             assert_eq!(waiting(), 0);
+            assert!(began.elapsed() < PERMIT_TIMEOUT.get(), "waited for a permit");
             drop(held);
             assert!(own.join().unwrap());
         });
