@@ -152,7 +152,7 @@ enum DownloadError {
     NoPeer(String),
     /// The bytes are malformed or have the wrong hash.
     Wrong(String),
-    /// The bytes may be right, but peerix or Nix does not support them.
+    /// peerix or Nix does not support the NAR.
     Unsupported(String),
     /// Nix gets the NAR sooner from the upstream cache.
     Upstream(String),
@@ -186,11 +186,7 @@ impl<'a> Download<'a> {
         // which then asks this node at once.
         let keeping = fetch.spools.begin(found.path.base_name(), hash, found.nar_size);
         let mut supply = FailoverReader::new(fetch, found, until, fetch.may_leave(hash));
-        // If the first piece is the whole NAR, its hash is checked before Nix gets any of it.
-        let is_right = |incoming: &VerifiedStream, piece: &Piece| {
-            incoming.rest() > 0 || incoming.is_right(piece)
-        };
-        let (incoming, first) = match supply.first_piece(is_right) {
+        let (incoming, first) = match supply.first_piece() {
             Ok(begun) => begun,
             Err(cut) => {
                 log::debug!("NAR {hash}: not begun: {cut}");
@@ -251,6 +247,12 @@ impl StartedDownload<'_> {
                 return Ok(());
             }
             Err(IncompleteNar::Hash) => "sent a NAR with another hash".to_owned(),
+            Err(IncompleteNar::Unsupported(why)) => {
+                log::info!("NAR {hash}: cut: {why}");
+                supply.record_unsupported(why);
+                fetch.give_up(hash, AbortReason::Wrong);
+                return Err(io::Error::other(DownloadError::Unsupported(why.to_string())));
+            }
             Err(IncompleteNar::Io(e)) => {
                 match e.get_ref().and_then(|e| e.downcast_ref::<DownloadError>()) {
                     Some(DownloadError::Wrong(why)) => why.clone(),
@@ -290,7 +292,7 @@ mod tests {
     use crate::peers::health::Eligibility;
     use crate::trust::TrustedKeys;
     use std::io::Read;
-    use std::net::TcpListener;
+    use std::net::{SocketAddr, TcpListener};
     use std::thread;
 
     /// A NAR of a directory with a file of `size` bytes and a path of more than 4,095 bytes after
@@ -313,19 +315,24 @@ mod tests {
         bytes
     }
 
-    #[test]
-    fn unsupported_path_after_first_piece_is_not_held_against_peer() {
+    /// Passes a NAR on whose framing is not supported after the first piece. A peer announces its
+    /// hash as `nar_hash` and sends `sent` bytes of it. Returns the health of
+    /// peers, and the peer.
+    fn pass_odd_nar_on(nar_hash: Option<NarHash>, sent: usize) -> (Arc<PeerHealth>, SocketAddr) {
         let bytes = odd_nar(2 << 20);
         let digest = ring::digest::digest(&ring::digest::SHA256, &bytes);
-        let nar_hash = NarHash::from_bytes(digest.as_ref().try_into().unwrap());
+        let digest = NarHash::from_bytes(digest.as_ref().try_into().unwrap());
+        let nar_hash = nar_hash.unwrap_or(digest);
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let peer = listener.local_addr().unwrap();
-        let (nar_size, sent) = (bytes.len() as u64, bytes);
+        let nar_size = bytes.len() as u64;
         let serving = thread::spawn(move || {
             let (mut stream, _) = listener.accept().unwrap();
+            drop(listener);
             let _ = stream.read(&mut [0; 4096]).unwrap();
-            let head = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n", sent.len());
-            let _ = stream.write_all(&[head.as_bytes(), &sent].concat());
+            let head = format!("HTTP/1.1 200 OK\r\nContent-Length: {nar_size}\r\n\r\n");
+            let sent = &bytes[..sent.min(bytes.len())];
+            let _ = stream.write_all(&[head.as_bytes(), sent].concat());
         });
         let config = Config::default();
         let trusted = Arc::new(TrustedKeys::read(&config, 1, None, &Degraded::default()));
@@ -348,12 +355,27 @@ mod tests {
             Download { fetch: &downloader, asked, until, hash: nar_hash, size: nar_size, found };
         let mut out = Vec::new();
         let failed = download.start().unwrap().relay(&(0..nar_size), &mut out).unwrap_err();
-        assert!(failed.to_string().contains("4095"), "{failed}");
-        assert!(!out.is_empty() && (out.len() as u64) < nar_size);
+        assert!(!out.is_empty() && (out.len() as u64) < nar_size, "{failed}");
+        // Nix, which resumes the transfer, gets a 404 and tries its next substituter.
+        assert!(downloader.is_cut(nar_hash) || standing.is_doubtful(peer), "{failed}");
+        serving.join().unwrap();
+        (standing, peer)
+    }
+
+    #[test]
+    fn unsupported_path_after_first_piece_is_not_held_against_peer() {
+        let (standing, peer) = pass_odd_nar_on(None, usize::MAX);
         assert!(!standing.is_doubtful(peer));
         assert_eq!(standing.eligibility(peer, Instant::now()), Eligibility::Now);
-        // Nix, which resumes the transfer, gets a 404 and tries its next substituter.
-        assert!(downloader.is_cut(nar_hash));
-        serving.join().unwrap();
+    }
+
+    /// Regression test: a peer cut every NAR by unsupported bytes that it had invented.
+    #[test]
+    fn invented_unsupported_path_is_held_against_peer() {
+        let (standing, peer) = pass_odd_nar_on(Some(NarHash::from_bytes([7; 32])), usize::MAX);
+        assert!(standing.is_doubtful(peer), "another hash");
+        // The unsupported bytes are there, and the end of the NAR is missing.
+        let (standing, peer) = pass_odd_nar_on(None, odd_nar(2 << 20).len() - 100);
+        assert!(standing.is_doubtful(peer), "broken off");
     }
 }

@@ -22,7 +22,7 @@ use verify::Verifier;
 /// The relation of a requester to this node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Scope {
-    /// A loopback address or an address of this machine: its Nix and its users.
+    /// A client on this machine: its Nix and its users.
     ThisMachine,
     /// A node that has authenticated with the key of a friend, at any address.
     Friend,
@@ -81,21 +81,10 @@ impl AccessPolicy {
         *self.named_peers.write().unwrap_or_else(PoisonError::into_inner) = addresses;
     }
 
-    /// Returns the scope of a client at this socket address. It is never [`Scope::Friend`]. For
-    /// link-local IPv6 the scope ID of the address counts too. The kernel gives a connection of
-    /// this machine to itself one address at both ends, and drops packets from elsewhere that have
-    /// an address of this machine as their source.
+    /// Returns the scope of another machine at this socket address: [`Scope::Lan`] or
+    /// [`Scope::Wan`]. For link-local IPv6 the scope ID of the address counts too. The HTTP server
+    /// decides which connections are this machine's.
     pub fn scope(&self, asker: SocketAddr) -> Scope {
-        // Hosts on different links may have the same link-local IPv6 address.
-        let is_one_link = matches!(asker, SocketAddr::V6(v6) if v6.ip().is_unicast_link_local());
-        if !is_one_link && self.networks.is_own(asker.ip()) {
-            return Scope::ThisMachine;
-        }
-        self.scope_of_node(asker)
-    }
-
-    /// Returns the scope of another node at this socket address.
-    fn scope_of_node(&self, asker: SocketAddr) -> Scope {
         let is_lan =
             self.mode.has_lan() && (self.networks.is_lan(asker) || self.is_named_peer(asker));
         if is_lan { Scope::Lan } else { Scope::Wan }
@@ -119,7 +108,7 @@ impl AccessPolicy {
             return None;
         }
         // Another node may run on this machine.
-        match self.scope_of_node(from) {
+        match self.scope(from) {
             Scope::ThisMachine | Scope::Friend => None,
             Scope::Lan => Some(Scope::Lan),
             Scope::Wan => self.serves(Scope::Wan).then_some(Scope::Wan),
@@ -285,14 +274,7 @@ mod tests {
         let share = share(Mode::Lan);
         share.set_named_peers(named());
         for (asker, scope) in [
-            ("127.0.0.1", Scope::ThisMachine),
-            ("127.8.8.8", Scope::ThisMachine),
-            ("::1", Scope::ThisMachine),
-            ("::ffff:127.0.0.1", Scope::ThisMachine),
-            // Own addresses.
-            ("192.168.10.5", Scope::ThisMachine),
-            ("::ffff:192.168.10.5", Scope::ThisMachine),
-            ("172.17.0.1", Scope::ThisMachine),
+            ("127.0.0.1", Scope::Wan),
             ("192.168.10.77", Scope::Lan),
             ("::ffff:192.168.10.77", Scope::Lan),
             ("10.9.8.7", Scope::Lan),
@@ -344,7 +326,6 @@ mod tests {
         for asker in ["192.168.10.77", "[fe80::1%2]:1", "10.9.8.7", "8.8.8.8"] {
             assert_eq!(share.scope(address(asker)), Scope::Wan, "{asker}");
         }
-        assert_eq!(share.scope(address("::ffff:127.0.0.1")), Scope::ThisMachine);
     }
 
     #[test]

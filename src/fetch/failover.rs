@@ -68,6 +68,11 @@ const PACE_WINDOW: Timeout = Timeout::from_secs(5);
 /// Maximum wait for the first byte if there may be another peer; otherwise [`READ_TIMEOUT`].
 const FIRST_BYTE: Duration = Duration::from_secs(2);
 
+/// Maximum time for the rest of a NAR that is not supported, whose hash shows whether the peer
+/// invented the unsupported bytes. Nix gets nothing meanwhile. A peer that takes longer counts as
+/// too slow, because a liar could take any time.
+const UNSUPPORTED_TIMEOUT: Timeout = Timeout::from_secs(10);
+
 /// If Nix did not read for this long, a stream that then breaks is not counted against the peer.
 const LONG_PAUSE: Duration = Duration::from_secs(20);
 
@@ -104,7 +109,8 @@ pub(super) struct FailoverReader<'a> {
     current: Option<ActiveSource<'a>>,
     contributors: Vec<Contributor>,
     accusations: Vec<DigestMismatch>,
-    /// Deadline for the first piece; `None` once it is there.
+    /// Deadline for the first piece; `None` once it is there. Later, the deadline for the rest of
+    /// an unsupported NAR.
     until: Option<Instant>,
 }
 
@@ -196,19 +202,13 @@ pub(super) enum StreamError {
     /// The holder returned no digests. True if that is the holder's fault; it may also be busy, or
     /// the time is over.
     Unchecked(bool, String),
-    /// The deadline of the first piece has passed.
+    /// The deadline of the first piece, or of the rest of an unsupported NAR, has passed.
     Late,
 }
 
 impl StreamError {
     fn failed(fault: Fault, why: impl fmt::Display) -> Self {
         StreamError::Failed(fault, why.to_string())
-    }
-
-    /// The bytes are no valid framing. A path that peerix does not support is not the peer's fault.
-    fn framing(e: Malformed) -> Self {
-        let fault = if e.is_unsupported { Fault::OddPath } else { Fault::BadData };
-        StreamError::failed(fault, e)
     }
 }
 
@@ -283,31 +283,25 @@ impl<'a> FailoverReader<'a> {
         self.current.as_ref().map(|current| &current.source)
     }
 
-    /// Gets the first piece for which `is_right` returns true, from any peer. Blocks until the
-    /// deadline of [`FailoverReader::new`] at most.
+    /// Gets the first piece, from any peer. If it is the whole NAR, its hash is right. Blocks until
+    /// the deadline of [`FailoverReader::new`] at most.
     ///
     /// # Errors
     /// Returns [`DownloadError::NoPeer`] if no peer sends the piece in time, or
     /// [`DownloadError::Upstream`].
-    pub(super) fn first_piece(
-        &mut self,
-        is_right: impl Fn(&VerifiedStream, &Piece) -> bool,
-    ) -> Result<(VerifiedStream, Piece), DownloadError> {
+    pub(super) fn first_piece(&mut self) -> Result<(VerifiedStream, Piece), DownloadError> {
         let mut incoming = VerifiedStream::new(self.found.nar_hash, self.found.nar_size);
         let mut piece = incoming.piece();
         loop {
             self.connect(0)?
                 .ok_or_else(|| DownloadError::NoPeer("no peer begins to send".into()))?;
-            match self.fill(&mut incoming, &mut piece) {
-                Ok(()) if is_right(&incoming, &piece) => {
+            let filled = self.fill(&mut incoming, &mut piece);
+            match filled.and_then(|()| check_first_piece(&incoming, &piece)) {
+                Ok(()) => {
                     self.try_accusations(0, &piece);
                     self.until = None;
                     return Ok((incoming, piece));
                 }
-                Ok(()) => self.drop_current(
-                    &StreamError::failed(Fault::BadData, "sent a NAR with another hash"),
-                    0,
-                ),
                 Err(StreamError::Upstream(why)) => return Err(DownloadError::Upstream(why)),
                 Err(broken) => self.drop_current(&broken, 0),
             }
@@ -322,7 +316,8 @@ impl<'a> FailoverReader<'a> {
     ///
     /// # Errors
     /// Returns [`DownloadError::NoPeer`] if no peer is left, [`DownloadError::Wrong`] if the bytes
-    /// are not part of a NAR, [`DownloadError::Unsupported`], or [`DownloadError::Upstream`].
+    /// are not part of a NAR, [`DownloadError::Unsupported`] if the rest of an unsupported NAR is
+    /// late, or [`DownloadError::Upstream`].
     pub(super) fn next_piece(
         &mut self,
         incoming: &mut VerifiedStream,
@@ -347,11 +342,11 @@ impl<'a> FailoverReader<'a> {
                 Err(StreamError::Failed(Fault::BadData, why)) => {
                     return Err(DownloadError::Wrong(why));
                 }
-                // Every holder of this NAR has the same unsupported bytes.
-                Err(StreamError::Failed(Fault::OddPath, why)) => {
-                    let cut = DownloadError::Unsupported(why.clone());
-                    self.drop_current(&StreamError::Failed(Fault::OddPath, why), incoming.at());
-                    return Err(cut);
+                Err(StreamError::Late) => {
+                    let why = "the rest of an unsupported NAR is late";
+                    let slow = StreamError::failed(Fault::BrokenStream, why);
+                    self.drop_current(&slow, incoming.at());
+                    return Err(DownloadError::Unsupported(why.into()));
                 }
                 Err(StreamError::Upstream(why)) => return Err(DownloadError::Upstream(why)),
                 Err(broken) => self.drop_current(&broken, incoming.at()),
@@ -382,8 +377,7 @@ impl<'a> FailoverReader<'a> {
                 }
                 continue;
             }
-            incoming.take(piece, got).map_err(StreamError::framing)?;
-            self.transfer.progress(incoming.at());
+            self.take(incoming, piece, got)?;
         }
         self.broken_left = MAX_BROKEN;
         Ok(())
@@ -407,7 +401,21 @@ impl<'a> FailoverReader<'a> {
             return Err(StreamError::WrongPiece(digest));
         }
         // The digest matched, so the holder has the same malformed bytes.
-        incoming.take(piece, len).map_err(StreamError::framing)?;
+        self.take(incoming, piece, len)
+    }
+
+    /// Adds `bytes` received bytes to the piece. The first unsupported ones after the first piece
+    /// set the deadline for the rest.
+    fn take(
+        &mut self,
+        incoming: &mut VerifiedStream,
+        piece: &mut Piece,
+        bytes: usize,
+    ) -> Result<(), StreamError> {
+        incoming.take(piece, bytes).map_err(|e| StreamError::failed(Fault::BadData, e))?;
+        if incoming.unsupported().is_some() {
+            self.until.get_or_insert_with(|| Instant::now() + UNSUPPORTED_TIMEOUT.get());
+        }
         self.transfer.progress(incoming.at());
         Ok(())
     }
@@ -630,6 +638,7 @@ impl<'a> FailoverReader<'a> {
         let holding = |(at, source): (usize, &NarSource)| {
             let who = source.who();
             let health = match standing.eligibility(who, now) {
+                Eligibility::Now if standing.has_many_odd_paths(who, now) => HealthRank::LastResort,
                 Eligibility::Now if !standing.is_doubtful(who) => HealthRank::Good,
                 Eligibility::Now => HealthRank::Doubtful,
                 Eligibility::Last => HealthRank::LastResort,
@@ -1001,6 +1010,12 @@ impl<'a> FailoverReader<'a> {
         }
     }
 
+    /// Records that the whole NAR has the right hash but is not supported. That is no peer's fault.
+    pub(super) fn record_unsupported(&mut self, why: Malformed) {
+        self.drop_current(&StreamError::failed(Fault::OddPath, why), self.found.nar_size);
+        self.fail();
+    }
+
     /// Records that no peer could deliver the NAR.
     pub(super) fn fail(&self) {
         self.transfer.record_failure();
@@ -1035,6 +1050,15 @@ impl<'a> FailoverReader<'a> {
         }
         self.transfer.record_whole();
     }
+}
+
+/// Checks a first piece, of which Nix has nothing yet. So it need not be known whether the peer
+/// invented unsupported bytes in it: another peer is asked from the beginning.
+fn check_first_piece(incoming: &VerifiedStream, piece: &Piece) -> Result<(), StreamError> {
+    if incoming.rest() == 0 && !incoming.is_right(piece) {
+        return Err(StreamError::failed(Fault::BadData, "sent a NAR with another hash"));
+    }
+    incoming.unsupported().map_or(Ok(()), |why| Err(StreamError::failed(Fault::OddPath, why)))
 }
 
 /// Time left for relays and digests: until `relays_until` or the first piece's deadline `until`,

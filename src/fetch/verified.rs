@@ -26,6 +26,9 @@ pub(super) enum IncompleteNar {
     Io(io::Error),
     /// The hash is wrong. The last piece was not passed on.
     Hash,
+    /// The hash is right, but peerix or Nix does not support the NAR. No piece was passed on from
+    /// the unsupported bytes on.
+    Unsupported(Malformed),
 }
 
 impl From<io::Error> for IncompleteNar {
@@ -39,16 +42,20 @@ pub(super) struct VerifiedStream {
     hash: NarHash,
     size: u64,
     framing: Framing,
+    /// Why the NAR is not supported. Its framing is not checked any further, because only the hash
+    /// of the whole NAR shows whether the peer invented the unsupported bytes.
+    unsupported: Option<Malformed>,
     at: u64,
 }
 
 impl VerifiedStream {
     /// Starts at byte 0 of the NAR with this hash and size.
     pub(super) fn new(hash: NarHash, size: u64) -> Self {
-        VerifiedStream { hash, size, framing: Framing::with_nar_size(size), at: 0 }
+        let framing = Framing::with_nar_size(size);
+        VerifiedStream { hash, size, framing, unsupported: None, at: 0 }
     }
 
-    /// Number of bytes that were received and passed the framing check.
+    /// Number of bytes that were received.
     pub(super) fn at(&self) -> u64 {
         self.at
     }
@@ -56,6 +63,11 @@ impl VerifiedStream {
     /// Number of bytes that are missing.
     pub(super) fn rest(&self) -> u64 {
         self.size - self.at
+    }
+
+    /// Why peerix or Nix does not support the NAR, if the received bytes are part of it.
+    pub(super) fn unsupported(&self) -> Option<Malformed> {
+        self.unsupported
     }
 
     /// An empty piece for the next bytes.
@@ -66,23 +78,30 @@ impl VerifiedStream {
     /// Checks and adds `bytes` bytes that were read into the piece's [`Piece::room`].
     ///
     /// # Errors
-    /// The bytes are not valid NAR framing at this offset.
+    /// The bytes are not valid NAR framing at this offset, whatever peerix supports.
     pub(super) fn take(&mut self, piece: &mut Piece, bytes: usize) -> Result<(), Malformed> {
-        self.framing.push(&piece.buffer[piece.filled..piece.filled + bytes])?;
+        if self.unsupported.is_none() {
+            match self.framing.push(&piece.buffer[piece.filled..piece.filled + bytes]) {
+                Err(e) if e.is_unsupported => self.unsupported = Some(e),
+                checked => checked?,
+            }
+        }
         piece.filled += bytes;
         self.at += bytes as u64;
         Ok(())
     }
 
-    /// Whether a piece that is the whole NAR has the right hash and a complete framing.
+    /// Whether a piece that is the whole NAR has the right hash and, if it is supported, a complete
+    /// framing.
     pub(super) fn is_right(&self, piece: &Piece) -> bool {
         ring::digest::digest(&SHA256, piece.bytes()).as_ref() == self.hash.as_bytes()
-            && self.framing.is_complete()
+            && (self.unsupported.is_some() || self.framing.is_complete())
     }
 
     /// Writes `range` of the NAR to `out`. `first` is the first piece. `next` fills each further
     /// piece, and is called until the range or the NAR ends. `keep` gets every piece, the last one
-    /// only if the hash is right. Blocks as long as `next` and `out` do.
+    /// only if the hash is right. Blocks as long as `next` and `out` do. An unsupported NAR is
+    /// hashed to its end, but neither `out` nor `keep` gets its unsupported pieces.
     ///
     /// # Errors
     /// See [`IncompleteNar`]. Bytes that were written before are only checked for their framing.
@@ -122,13 +141,16 @@ impl VerifiedStream {
         while self.at < self.size {
             let shared = Arc::new(piece);
             let _ = pieces.send(shared.clone());
-            keep(shared.clone());
-            out.write_all(part(shared.bytes(), from, range))?;
-            from = self.at;
-            if from >= range.end {
-                // The range ends before the last piece. Nix cannot take a part for the whole.
-                return Ok(());
+            if self.unsupported.is_none() {
+                keep(shared.clone());
+                out.write_all(part(shared.bytes(), from, range))?;
+                from = self.at;
+                if from >= range.end {
+                    // The range ends before the last piece. Nix cannot take a part for the whole.
+                    return Ok(());
+                }
             }
+            drop(shared);
             piece = recycled.try_recv().unwrap_or_else(|_| self.piece());
             piece.filled = 0;
             next(self, &mut piece)?;
@@ -138,6 +160,9 @@ impl VerifiedStream {
         drop(pieces);
         if digest() != Some(self.hash) {
             return Err(IncompleteNar::Hash);
+        }
+        if let Some(why) = self.unsupported {
+            return Err(IncompleteNar::Unsupported(why));
         }
         keep(last.clone());
         out.write_all(part(last.bytes(), from, range))?;

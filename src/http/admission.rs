@@ -5,8 +5,10 @@
 //! unreachable. Among other addresses, a group that holds many connections loses one first, so that
 //! no group shuts out the others. The functions never block.
 
+use super::send_progress::STALLED;
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv6Addr};
+use std::time::Duration;
 
 /// Connections open at the same time. Each may hold a thread. At the bound, [`admit`] decides which
 /// connection is closed or that the new one is refused.
@@ -20,6 +22,11 @@ pub const OWN_CONNECTIONS: usize = 128;
 /// its longest idle connection, or its oldest if none is idle. One machine needs fewer.
 pub const FAIR_SHARE: usize = 64;
 
+/// Connections that the addresses of one IPv6 network of a LAN may have together, half of those for
+/// other machines: one host can take every address of its /64. At the bound, a new one replaces
+/// another one of that network or is refused.
+const MAX_PER_PREFIX: usize = (MAX_CONNECTIONS - OWN_CONNECTIONS) / 2;
+
 /// The properties of an open connection that admission depends on.
 #[derive(Debug, Clone, Copy)]
 pub struct OpenConnection {
@@ -32,9 +39,9 @@ pub struct OpenConnection {
     /// Time at which the connection became idle, in units of any one clock; `None` while a request
     /// is being answered.
     pub idle_since: Option<u64>,
-    /// Time since which the client has taken nothing of a response that does not fit the send
-    /// buffer, in units of any one clock.
-    pub stalled_since: Option<u64>,
+    /// Time for which the client has taken nothing of a response that does not fit the send
+    /// buffer.
+    pub stalled_for: Duration,
 }
 
 /// The client of a new connection.
@@ -65,13 +72,20 @@ pub fn admit(newcomer: Newcomer, open: impl Iterator<Item = OpenConnection> + Cl
             return Admission::Free;
         }
         // Prefer an idle connection of another machine, then an idle one from loopback, then the
-        // client that has taken nothing for the longest time. As a last resort, cut the oldest
+        // client that is stalled longest, in the same order. As a last resort, cut the oldest
         // connection of another machine: its Nix gets the path elsewhere.
         let victim = idlest(strangers.clone())
             .or_else(|| idlest(open.clone()))
+            .or_else(|| longest_stalled(strangers.clone()))
             .or_else(|| longest_stalled(open))
             .or_else(|| strangers.map(|s| s.id).min());
         return victim.map_or(Admission::Full, Admission::Replace);
+    }
+    if let Some(prefix) = lan_prefix(newcomer.peer) {
+        let its = strangers.clone().filter(|seat| lan_prefix(seat.peer) == Some(prefix));
+        if its.clone().count() >= MAX_PER_PREFIX {
+            return victim_for(newcomer.peer, its).map_or(Admission::Full, Admission::Replace);
+        }
     }
     let has_room = strangers.clone().count() < MAX_CONNECTIONS - OWN_CONNECTIONS;
     if has_room && open.clone().count() < MAX_CONNECTIONS {
@@ -83,7 +97,7 @@ pub fn admit(newcomer: Newcomer, open: impl Iterator<Item = OpenConnection> + Cl
     victim.map_or(Admission::Full, Admission::Replace)
 }
 
-/// Returns the connection that makes room for `newcomer` when the places for other machines are
+/// Returns the connection of `strangers` that makes room for `newcomer` when their places are
 /// taken. A group above [`FAIR_SHARE`] can only replace its own idle connections. Otherwise the
 /// largest group loses a connection, if it is above its share and at least twice as large as the
 /// newcomer's group; else the longest idle connection is closed.
@@ -122,15 +136,27 @@ pub(super) fn group(ip: IpAddr) -> IpAddr {
     }
 }
 
+/// Returns the first half of a unique local or link-local IPv6 address, each of which is a group;
+/// `None` for other addresses.
+fn lan_prefix(ip: IpAddr) -> Option<u64> {
+    match ip.to_canonical() {
+        IpAddr::V6(v6) if v6.is_unicast_link_local() || v6.is_unique_local() => {
+            Some((v6.to_bits() >> 64) as u64)
+        }
+        _ => None,
+    }
+}
+
 /// Returns the ID of the connection that has been idle longest, or `None` if none is idle.
 pub fn idlest(seats: impl Iterator<Item = OpenConnection>) -> Option<u64> {
     seats.filter_map(|seat| Some((seat.idle_since?, seat.id))).min().map(|(_, id)| id)
 }
 
 /// Returns the ID of the connection whose client has taken nothing for the longest time, or `None`
-/// if all clients take what they are sent.
+/// if each took something within [`STALLED`].
 fn longest_stalled(seats: impl Iterator<Item = OpenConnection>) -> Option<u64> {
-    seats.filter_map(|seat| Some((seat.stalled_since?, seat.id))).min().map(|(_, id)| id)
+    let stalled = seats.filter(|seat| seat.stalled_for >= STALLED.get());
+    stalled.max_by_key(|seat| seat.stalled_for).map(|seat| seat.id)
 }
 
 #[cfg(test)]
@@ -151,7 +177,8 @@ mod tests {
     /// A connection at work.
     fn seat(id: usize, of: Newcomer) -> OpenConnection {
         let Newcomer { peer, is_own } = of;
-        OpenConnection { id: id as u64, peer, is_own, idle_since: None, stalled_since: None }
+        let stalled_for = Duration::ZERO;
+        OpenConnection { id: id as u64, peer, is_own, idle_since: None, stalled_for }
     }
 
     /// `count` connections, two per address, none of them idle. IDs count from 0.
@@ -248,15 +275,38 @@ mod tests {
     fn client_that_reads_nothing_makes_room_for_loopback() {
         let mut seats = and_own(Vec::new(), MAX_CONNECTIONS);
         assert_eq!(find(own(), &seats), Admission::Full, "all of them read");
-        seats[7].stalled_since = Some(70);
-        seats[8].stalled_since = Some(60);
+        let moment = Duration::from_millis(1);
+        seats[6].stalled_for = STALLED.get() - moment;
+        assert_eq!(find(own(), &seats), Admission::Full, "a short pause");
+        seats[7].stalled_for = STALLED.get();
+        seats[8].stalled_for = STALLED.get() + moment;
         assert_eq!(find(own(), &seats), Admission::Replace(8));
         assert_eq!(find(stranger(1), &seats), Admission::Full);
+        seats[9].is_own = false;
+        seats[9].stalled_for = STALLED.get();
+        assert_eq!(find(own(), &seats), Admission::Replace(9), "another machine first");
         // In a group above its share, too, before its oldest.
         let mut seats: Vec<_> = (0..STRANGERS).map(|n| seat(n, stranger(n % 4))).collect();
-        (0..4).for_each(|n| seats[400 + n].stalled_since = Some(1));
+        (0..4).for_each(|n| seats[400 + n].stalled_for = STALLED.get());
         let Admission::Replace(id) = find(stranger(999), &seats) else { panic!("shut out") };
         assert!((400..404).contains(&id), "{id}");
+    }
+
+    /// Regression test: one host took all places with one address for each.
+    #[test]
+    fn addresses_of_one_lan_prefix_leave_places_for_others() {
+        let of = |prefix: u16, n: usize| Newcomer {
+            peer: Ipv6Addr::new(prefix, 0, 0, 0, 0, 0, 0, n as u16).into(),
+            is_own: false,
+        };
+        let mut seats: Vec<_> = (0..MAX_PER_PREFIX).map(|n| seat(n, of(0xfd00, n))).collect();
+        assert_eq!(find(of(0xfd00, 9999), &seats[1..]), Admission::Free);
+        assert_eq!(find(of(0xfd00, 9999), &seats), Admission::Full);
+        assert_eq!(find(of(0xfd01, 1), &seats), Admission::Free);
+        assert_eq!(find(stranger(1), &seats), Admission::Free);
+        seats.push(OpenConnection { idle_since: Some(1), ..seat(5000, stranger(1)) });
+        seats[7].idle_since = Some(2);
+        assert_eq!(find(of(0xfd00, 9999), &seats), Admission::Replace(7), "its own prefix");
     }
 
     #[test]

@@ -23,6 +23,8 @@ pub(super) struct Connection {
     pub(super) peer: SocketAddr,
     /// Whether the connection comes from outside the LAN, through a port that a router forwards.
     pub(super) is_outside: bool,
+    /// Whether a client on this machine opened the connection (see [`is_own`]).
+    pub(super) is_own: bool,
     /// Milliseconds since the table was created at which the connection became idle; 0 while it is
     /// at work.
     idle_since: AtomicU64,
@@ -47,11 +49,6 @@ impl Connection {
         Some(self.idle_since.load(Ordering::Relaxed)).filter(|&since| since != 0)
     }
 
-    /// Whether a client on this machine opened the connection.
-    pub(super) fn is_own(&self) -> bool {
-        is_own(self.peer, self.is_outside)
-    }
-
     pub(super) fn is_idle(&self) -> bool {
         self.idle_since().is_some()
     }
@@ -66,6 +63,7 @@ impl Connection {
     }
 
     pub(super) fn close(&self) {
+        self.stream.progress().record_closed();
         let _ = self.stream.socket().shutdown(Shutdown::Both);
     }
 }
@@ -87,14 +85,16 @@ impl Connections {
         stream: TcpStream,
         peer: SocketAddr,
         is_outside: bool,
+        is_own: bool,
     ) -> Arc<Connection> {
-        let stream = ConnectionStream::new(stream, !is_own(peer, is_outside));
+        let stream = ConnectionStream::new(stream, !is_own);
         let idle_since = AtomicU64::new(self.moment(Instant::now()));
         let connection = Arc::new(Connection {
             id,
             stream,
             peer,
             is_outside,
+            is_own,
             idle_since,
             bytes: Mutex::default(),
         });
@@ -168,8 +168,8 @@ impl Connections {
 
     /// Makes room for a connection from `peer` and closes another one if necessary. Returns false
     /// if there is no room.
-    pub(super) fn make_room(&self, peer: SocketAddr, is_outside: bool) -> bool {
-        let newcomer = Newcomer { peer: peer.ip(), is_own: is_own(peer, is_outside) };
+    pub(super) fn make_room(&self, peer: SocketAddr, is_own: bool) -> bool {
+        let newcomer = Newcomer { peer: peer.ip(), is_own };
         let mut open = self.lock();
         match admission::admit(newcomer, seats(&open)) {
             Admission::Free => true,
@@ -195,16 +195,19 @@ fn seats(open: &HashMap<u64, Arc<Connection>>) -> impl Iterator<Item = OpenConne
     open.iter().map(|(id, connection)| OpenConnection {
         id: *id,
         peer: connection.peer.ip(),
-        is_own: connection.is_own(),
+        is_own: connection.is_own,
         idle_since: connection.idle_since(),
-        stalled_since: connection.stream.progress().stalled_since(),
+        stalled_for: connection.stream.progress().stalled_for(),
     })
 }
 
-/// Whether a connection from `peer` comes from this machine. A router may forward connections from
-/// outside under an address of its own choice.
-pub(super) fn is_own(peer: SocketAddr, is_outside: bool) -> bool {
-    !is_outside && peer.ip().to_canonical().is_loopback()
+/// Whether a connection from `peer` to the address `local` comes from this machine. The kernel
+/// gives a connection of this machine to itself one address at both ends, and drops packets from
+/// elsewhere that have an address of this machine as their source. A router may forward connections
+/// from outside under an address of its own choice.
+pub(super) fn is_own(peer: SocketAddr, local: SocketAddr, is_outside: bool) -> bool {
+    let (peer, local) = (peer.ip().to_canonical(), local.ip().to_canonical());
+    !is_outside && (peer.is_loopback() || peer == local)
 }
 
 fn close(open: &mut HashMap<u64, Arc<Connection>>, id: u64) {
@@ -220,6 +223,25 @@ mod tests {
     use std::net::TcpListener;
     use std::time::Duration;
 
+    /// Regression test: a connection to this machine's LAN address had its scope, but neither its
+    /// place nor its rates.
+    #[test]
+    fn connection_from_its_destination_is_own_unless_it_comes_from_outside() {
+        let address = |text: &str| SocketAddr::new(text.parse().unwrap(), 1);
+        for (peer, local, expected) in [
+            ("127.0.0.1", "127.0.0.1", true),
+            ("::ffff:127.8.8.8", "::ffff:127.0.0.1", true),
+            ("192.168.10.5", "192.168.10.5", true),
+            ("::ffff:192.168.10.5", "192.168.10.5", true),
+            ("fe80::1", "fe80::1", true),
+            ("192.168.10.6", "192.168.10.5", false),
+            ("fe80::2", "fe80::1", false),
+        ] {
+            assert_eq!(is_own(address(peer), address(local), false), expected, "{peer} {local}");
+            assert!(!is_own(address(peer), address(local), true), "{peer} {local} from outside");
+        }
+    }
+
     #[test]
     fn overdue_connections_are_closed_and_others_kept() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -234,7 +256,7 @@ mod tests {
         let (mut clients, start) = (Vec::new(), Instant::now());
         for id in 0..3 {
             let (mut client, stream, peer) = open();
-            let connection = connections.insert(id, stream, peer, false);
+            let connection = connections.insert(id, stream, peer, false, true);
             // The first is idle, the second has part of a head, the third is at work.
             connections.set_idle(&connection, start);
             if id == 1 {

@@ -25,7 +25,7 @@ use std::time::{Duration, Instant};
 /// connection can be closed. Other threads need time to close theirs.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// Time that a new connection from loopback waits for room when the server is full. All other
+/// Time that a new connection of this machine waits for room when the server is full. All other
 /// connections wait meanwhile. If there is still no room, the new connection is closed.
 const FULL_PAUSE: Duration = Duration::from_millis(100);
 
@@ -144,7 +144,11 @@ impl EventLoop<'_> {
     }
 
     fn admit(&mut self, stream: TcpStream, peer: SocketAddr, is_outside: bool) {
-        if !self.make_room(peer, is_outside) {
+        let is_own = match stream.local_addr() {
+            Ok(local) => is_own(peer, local, is_outside),
+            Err(e) => return log::debug!("connection from {peer}: {e}"),
+        };
+        if !self.make_room(peer, is_own) {
             return log::debug!("connection from {peer}: refused, too many at work");
         }
         let prepared = stream.set_nonblocking(false).and_then(|()| stream.set_nodelay(true));
@@ -152,15 +156,16 @@ impl EventLoop<'_> {
             return log::debug!("connection from {peer}: {e}");
         }
         self.next_id += 1;
-        let connection = self.shared.connections.insert(self.next_id, stream, peer, is_outside);
+        let connections = &self.shared.connections;
+        let connection = connections.insert(self.next_id, stream, peer, is_outside, is_own);
         self.shared.watch(&connection);
     }
 
     /// Makes room for a connection from `peer`. For this machine it waits up to [`FULL_PAUSE`].
-    fn make_room(&self, peer: SocketAddr, is_outside: bool) -> bool {
+    fn make_room(&self, peer: SocketAddr, is_own: bool) -> bool {
         let until = Instant::now() + FULL_PAUSE;
-        while !self.shared.connections.make_room(peer, is_outside) {
-            if !is_own(peer, is_outside) || Instant::now() >= until || self.shared.is_stopping() {
+        while !self.shared.connections.make_room(peer, is_own) {
+            if !is_own || Instant::now() >= until || self.shared.is_stopping() {
                 return false;
             }
             thread::sleep(Duration::from_millis(2));
@@ -238,7 +243,8 @@ impl EventLoop<'_> {
         let (shared, out) = (self.shared, &mut self.out);
         out.clear();
         let answered = head::parse(received.split(len).0, connection.peer, None, |request| {
-            let request = request.map(|request| request.with_outside(connection.is_outside));
+            let client = (connection.is_outside, connection.is_own);
+            let request = request.map(|request| request.with_client(client.0, client.1));
             let request =
                 request.ok().filter(|request| request.keep_alive && request.body_len == 0)?;
             let answer = shared.handler.try_cached(&request, now)?;

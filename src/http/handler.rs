@@ -212,6 +212,7 @@ impl CacheHandler {
         match request.key {
             Some(_) => Scope::Friend,
             None if request.is_outside => Scope::Wan,
+            None if request.is_own => Scope::ThisMachine,
             None => self.access.scope(request.peer_address),
         }
     }
@@ -228,7 +229,8 @@ impl CacheHandler {
         if matches!(route, Route::CacheInfo(_)) {
             return Ok(());
         }
-        // Browsers send no `Sec-Fetch-Site` to this machine's LAN addresses.
+        // Browsers send no `Sec-Fetch-Site` to this machine's LAN addresses, to which a page may
+        // also rebind its name.
         let is_loopback = request.peer_address.ip().to_canonical().is_loopback();
         if scope != Scope::ThisMachine || !is_loopback {
             let is_browser = origin::is_browser(request);
@@ -350,7 +352,9 @@ impl CacheHandler {
         if info.references.len() > narinfo::MANY_REFERENCES {
             // Requests that wait for a permit hold no path info, which may be large.
             drop(info);
-            permit = Some(self.permits.for_large_narinfo().ok_or(RequestError::Busy)?);
+            let is_own = scope == Scope::ThisMachine;
+            let got = self.permits.for_large_narinfo(is_own, exchange.progress());
+            permit = Some(got.ok_or(RequestError::Busy)?);
             info = self.shared(hash_part, scope)?;
         }
         narinfo::own(self, &info, view, request).send(exchange)?;

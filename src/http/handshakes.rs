@@ -1,6 +1,6 @@
 //! Limits concurrent TLS handshakes. Anyone can leave a handshake half done, and each holds a
 //! thread. A new handshake at the limit ends an old one of the network that has the most, so that a
-//! flood hits the network it comes from.
+//! flood hits the network it comes from, also if a friend shares that network's address.
 
 use super::admission::group;
 use crate::time_scale::Timeout;
@@ -12,11 +12,12 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 /// closed.
 pub(super) const HANDSHAKE_TIMEOUT: Timeout = Timeout::from_secs(10);
 
-/// Handshakes under way at which a new one from a friend's address ends another one.
+/// Handshakes under way at which a new one ends another one.
 const MAX_HANDSHAKES: usize = 64;
 
 /// Handshakes of [`MAX_HANDSHAKES`] that strangers cannot use. At the difference, a stranger's new
-/// one ends another stranger's. An address is a friend's if a friend was authenticated there.
+/// one ends another stranger's. Beyond them, those from friends' addresses are the first to end at
+/// the limit. An address is a friend's if a friend was authenticated there.
 const FRIENDS_HANDSHAKES: usize = 16;
 
 /// Addresses of friends that are remembered: those of 16 friends, and their earlier ones. At the
@@ -59,20 +60,14 @@ impl Handshakes {
         let ip = ip.to_canonical();
         let mut state = self.lock();
         let is_known = state.addresses.contains(&ip);
-        let strangers = state.places.iter().filter(|seat| !seat.is_known).count();
+        let friends = state.places.iter().filter(|seat| seat.is_known).count();
+        let strangers = state.places.len() - friends;
         let is_full = state.places.len() >= MAX_HANDSHAKES
             || !is_known && strangers >= MAX_HANDSHAKES - FRIENDS_HANDSHAKES;
-        if is_full {
-            match state.victim() {
-                Some(at) if is_known || !state.places[at].is_known => {
-                    let _ = state.places.remove(at).socket.shutdown(Shutdown::Both);
-                }
-                // A stranger does not end a friend's handshake, so its own ends.
-                _ => {
-                    let _ = socket.shutdown(Shutdown::Both);
-                    return HandshakePermit { handshakes: self, id, ip };
-                }
-            }
+        // Below the limit, a stranger is beyond the strangers' share.
+        let ends_known = friends > FRIENDS_HANDSHAKES && state.places.len() >= MAX_HANDSHAKES;
+        if is_full && let Some(at) = state.victim(ends_known) {
+            let _ = state.places.remove(at).socket.shutdown(Shutdown::Both);
         }
         state.places.push(PendingHandshake { id, group: group(ip), is_known, socket });
         HandshakePermit { handshakes: self, id, ip }
@@ -84,16 +79,15 @@ impl Handshakes {
 }
 
 impl HandshakesState {
-    /// Index of the oldest stranger's handshake in the largest group; without strangers, of the
-    /// oldest handshake.
-    fn victim(&self) -> Option<usize> {
+    /// Index of the oldest handshake in the largest group, of those from friends' addresses or of
+    /// the others.
+    fn victim(&self, is_known: bool) -> Option<usize> {
         let size = |group: IpAddr| {
-            self.places.iter().filter(|seat| !seat.is_known && seat.group == group).count()
+            self.places.iter().filter(|s| s.is_known == is_known && s.group == group).count()
         };
-        let strangers = self.places.iter().enumerate().filter(|(_, seat)| !seat.is_known);
+        let all = self.places.iter().enumerate().filter(|(_, seat)| seat.is_known == is_known);
         // `max_by_key` returns the last of equal elements, so the order is reversed.
-        let oldest = strangers.rev().max_by_key(|(_, seat)| size(seat.group)).map(|(at, _)| at);
-        oldest.or((!self.places.is_empty()).then_some(0))
+        all.rev().max_by_key(|(_, seat)| size(seat.group)).map(|(at, _)| at)
     }
 }
 
@@ -159,16 +153,26 @@ mod tests {
         assert_eq!(ids(&handshakes).len(), MAX_HANDSHAKES - FRIENDS_HANDSHAKES);
     }
 
+    /// Regression test: half-done handshakes from one friend's address shut out all others.
     #[test]
-    fn stranger_beside_friends_at_the_limit_is_ended() {
+    fn flood_from_a_friends_address_shuts_out_nobody() {
         let handshakes = Handshakes::default();
-        let friend: IpAddr = "192.0.2.7".parse().unwrap();
+        let friend = IpAddr::from([192, 0, 2, 7]);
+        let other = IpAddr::from([198, 51, 100, 1]);
         handshakes.enter(999, friend, socket()).record_friend();
-        let _friends: Vec<_> =
-            (0..MAX_HANDSHAKES as u64).map(|n| handshakes.enter(n, friend, socket())).collect();
-        let stranger = IpAddr::from([10, 0, 0, 1]);
-        let _strangers: Vec<_> =
-            (100..150).map(|n| handshakes.enter(n, stranger, socket())).collect();
-        assert_eq!(ids(&handshakes), Vec::from_iter(0..MAX_HANDSHAKES as u64));
+        handshakes.enter(999, other, socket()).record_friend();
+        let flood = |from: u64| -> Vec<_> {
+            (from..from + 100).map(|n| handshakes.enter(n, friend, socket())).collect()
+        };
+        let mut places = flood(0);
+        places.push(handshakes.enter(1000, other, socket()));
+        let stranger = |n: u64| IpAddr::from([10, 0, 0, n as u8]);
+        places.extend((2000..2050).map(|n| handshakes.enter(n, stranger(n), socket())));
+        places.extend(flood(100));
+        let open = ids(&handshakes);
+        assert!(open.len() <= MAX_HANDSHAKES, "{open:?}");
+        assert!(open.contains(&1000), "another friend was shut out: {open:?}");
+        let strangers = open.iter().filter(|&&id| id >= 2000).count();
+        assert!(strangers + 1 >= MAX_HANDSHAKES - FRIENDS_HANDSHAKES, "{open:?}");
     }
 }

@@ -27,6 +27,8 @@ pub struct Request<'a> {
     /// Whether the connection came through a port that a router forwards. Its address may then be
     /// the router's and proves nothing.
     pub is_outside: bool,
+    /// Whether the client is on this machine.
+    pub is_own: bool,
     fields: &'a [httparse::Header<'a>],
     /// Whether the client understands chunked bodies, as HTTP/1.1 clients do.
     pub knows_chunks: bool,
@@ -37,10 +39,11 @@ pub struct Request<'a> {
 }
 
 impl<'a> Request<'a> {
-    /// Returns the request with `is_outside` set.
-    pub(super) fn with_outside(self, is_outside: bool) -> Request<'a> {
-        Request { is_outside, ..self }
+    /// Returns the request with `is_outside` and `is_own` of its connection.
+    pub(super) fn with_client(self, is_outside: bool, is_own: bool) -> Request<'a> {
+        Request { is_outside, is_own, ..self }
     }
+
     /// The value of the first field of that name; `None` if there is none or it is not UTF-8.
     pub fn field(&self, name: &str) -> Option<&str> {
         let field = self.fields.iter().find(|f| f.name.eq_ignore_ascii_case(name))?;
@@ -176,6 +179,7 @@ pub fn parse<T>(
             peer_address: asker,
             key,
             is_outside: false,
+            is_own: false,
             fields,
             knows_chunks,
             keep_alive,

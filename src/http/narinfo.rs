@@ -149,7 +149,7 @@ impl NarinfoLocation<'_> {
         let _ = self.write(&mut len);
         exchange.begin(200, &[("Content-Type", CONTENT_TYPE)], len.0)?;
         if exchange.wants_body() {
-            let _deadline = exchange.progress().set_deadline(SEND_TIMEOUT.get());
+            let _limit = exchange.progress().limit_waits(SEND_TIMEOUT.get());
             let mut pieces =
                 ChunkWriter { out: BufWriter::with_capacity(PIECE, exchange), failed: None };
             if self.write(&mut pieces).is_err() {
@@ -176,8 +176,9 @@ impl NarinfoLocation<'_> {
     }
 }
 
-/// Time that a client has to take a large narinfo, after which the connection is cut. Few large
-/// narinfos are in memory at once, so others wait meanwhile. 1 MiB takes 20 s at 52 KiB/s.
+/// Time that a client may let this node wait for it while it takes a large narinfo. Beyond, the
+/// connection is cut. Few large narinfos are in memory at once, so others wait meanwhile. 1 MiB
+/// takes 20 s at 52 KiB/s.
 const SEND_TIMEOUT: Timeout = Timeout::from_secs(20);
 
 /// Buffer for a large narinfo, in bytes. Each full buffer is sent.

@@ -50,7 +50,8 @@ pub(super) fn suspicion(request: &Request<'_>, is_page: bool) -> Option<String> 
     }
     // Browsers send `Origin` with requests whose response a page may read, and `null` for a page
     // that has none.
-    let own = |origin: &str| origin.strip_prefix("http://") == request.field("host");
+    let host = request.field("host");
+    let own = |origin: &str| origin.strip_prefix("http://").is_some_and(|name| Some(name) == host);
     if request.field("origin").is_some_and(|origin| !own(origin)) {
         return Some("a page of another server".into());
     }
@@ -293,6 +294,8 @@ mod tests {
         for origin in ["https://evil.example", "http://127.0.0.1:80", "null", ""] {
             assert!(suspect(&format!("{own} {origin}\r\n")).is_some(), "{origin}");
         }
-        assert!(suspect("Origin: http://127.0.0.1:12304\r\n").is_some(), "without Host");
+        for origin in ["http://127.0.0.1:12304", "https://evil.example", "null"] {
+            assert!(suspect(&format!("Origin: {origin}\r\n")).is_some(), "{origin} without Host");
+        }
     }
 }

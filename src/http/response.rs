@@ -271,6 +271,11 @@ impl<'a> Exchange<'a> {
         self.limit.map_or(Ok(()), |limit| limit.take(bytes - prepaid))
     }
 
+    /// Returns `bytes` that were reserved and not sent, for which the next bytes need not wait.
+    fn give_back(&mut self, bytes: usize) {
+        self.prepaid += bytes;
+    }
+
     fn count(&mut self, written: usize) -> io::Result<usize> {
         let left = self.missing.checked_sub(written as u64);
         self.missing = left.ok_or_else(|| io::Error::other("body longer than promised"))?;
@@ -390,10 +395,13 @@ impl NarSink for Exchange<'_> {
         set_tcp_cork(socket, false)?;
         socket.set_nonblocking(false)?;
         match sent {
-            Ok(sent) => self.count(sent).map(|sent| Some(sent as u64)),
+            Ok(sent) => {
+                self.give_back(most - sent);
+                self.count(sent).map(|sent| Some(sent as u64))
+            }
             // The file system does not support sendfile(2).
             Err(Errno::INVAL | Errno::NOSYS) => {
-                self.prepaid += most;
+                self.give_back(most);
                 Ok(None)
             }
             Err(e) => Err(e.into()),
@@ -409,23 +417,48 @@ impl Write for Exchange<'_> {
         let piece = &piece[..self.piece(piece.len())];
         let mut stream = self.stream;
         self.reserve(self.head.len() + piece.len())?;
-        if self.head.is_empty() {
-            let written = stream.write(piece)?;
-            return self.count(written);
+        let mut written = 0;
+        if !self.head.is_empty() {
+            let parts = [IoSlice::new(&self.head), IoSlice::new(piece)];
+            let of_both = stream.write_vectored(&parts)?;
+            let head = std::mem::take(&mut self.head);
+            written = of_both.saturating_sub(head.len());
+            stream.write_all(&head[of_both.min(head.len())..])?;
         }
-        let written = stream.write_vectored(&[IoSlice::new(&self.head), IoSlice::new(piece)])?;
-        let of_head = written.min(self.head.len());
-        self.head.drain(..of_head);
-        if self.head.is_empty() && written > of_head {
-            return self.count(written - of_head);
+        if written == 0 {
+            written = stream.write(piece)?;
         }
-        let head = std::mem::take(&mut self.head);
-        stream.write_all(&head)?;
-        let written = stream.write(piece)?;
+        // The socket, or a TLS record, may take only a part.
+        self.give_back(piece.len() - written);
         self.count(written)
     }
 
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::net::sockopt::set_socket_send_buffer_size;
+    use std::net::{TcpListener, TcpStream};
+
+    #[test]
+    fn upload_limit_charges_only_what_the_socket_takes() {
+        let limit = UploadLimit::new(1 << 30);
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let _client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (socket, _) = listener.accept().unwrap();
+        set_socket_send_buffer_size(&socket, 4096).unwrap();
+        let stream = ConnectionStream::new(socket, false);
+        let body = RequestBody::none(&stream);
+        let mut exchange = Exchange::new(&stream, false, true, body).limited(Some(&limit));
+        let piece = vec![7; limit.piece()];
+        exchange.begin(200, &[("Content-Type", "x")], 2 * piece.len() as u64).unwrap();
+        // The client reads nothing, so the socket takes a part of the piece.
+        let written = exchange.write(&piece).unwrap();
+        assert!(0 < written && written < piece.len(), "{written}");
+        assert_eq!(exchange.prepaid, piece.len() - written);
     }
 }

@@ -13,6 +13,10 @@ use std::time::{Duration, Instant};
 /// which [`LEAST_RATE`] is averaged.
 pub(super) const WRITE_TIMEOUT: Timeout = Timeout::from_secs(30);
 
+/// Time for which a client takes nothing before it is ended for another client at a limit. A Nix
+/// that unpacks a large file pauses for seconds.
+pub(super) const STALLED: Timeout = Timeout::from_secs(10);
+
 /// Bytes per second that another machine has to take while the send buffer is full. A client that
 /// takes a few bytes now and then would otherwise hold a thread and a stream without end. Slower
 /// links carry no NAR in reasonable time. This machine's Nix is exempt: it pauses a download while
@@ -29,6 +33,7 @@ pub(super) struct SendProgress {
     /// Milliseconds since [`CLOCK_ZERO`] at which the send buffer became full; 0 while it has room.
     full_since: AtomicU64,
     gives_way: AtomicBool,
+    is_closed: AtomicBool,
     window: Mutex<RateWindow>,
 }
 
@@ -37,8 +42,8 @@ pub(super) struct SendProgress {
 struct RateWindow {
     waited: Duration,
     taken: u64,
-    /// End of all waits.
-    deadline: Option<Instant>,
+    /// Time left for all waits together.
+    left: Option<Duration>,
 }
 
 impl RateWindow {
@@ -83,6 +88,21 @@ impl SendProgress {
         self.gives_way.store(true, Ordering::Relaxed);
     }
 
+    /// Forgets [`SendProgress::give_way`]: what this client held is returned.
+    pub(super) fn clear_give_way(&self) {
+        self.gives_way.store(false, Ordering::Relaxed);
+    }
+
+    /// Records that the connection was closed, for threads that wait for something else than room.
+    pub(super) fn record_closed(&self) {
+        self.is_closed.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether the connection was closed from this side.
+    pub(super) fn is_closed(&self) -> bool {
+        self.is_closed.load(Ordering::Relaxed)
+    }
+
     /// A client that has taken nothing for `time`, for tests.
     #[cfg(test)]
     pub(super) fn stalled(time: Duration) -> Self {
@@ -90,14 +110,12 @@ impl SendProgress {
         SendProgress { full_since, ..SendProgress::default() }
     }
 
-    /// Makes waits for this client fail after `time`, until the result is dropped.
-    pub(super) fn set_deadline(
-        self: &Arc<Self>,
-        time: Duration,
-    ) -> Deferred<impl FnOnce() + use<>> {
-        self.window().deadline = Some(Instant::now() + time);
+    /// Makes waits for this client fail once they have taken `time` together, until the result is
+    /// dropped. Waits for the upload limit do not count.
+    pub(super) fn limit_waits(self: &Arc<Self>, time: Duration) -> Deferred<impl FnOnce() + use<>> {
+        self.window().left = Some(time);
         let progress = self.clone();
-        Deferred::new(move || progress.window().deadline = None)
+        Deferred::new(move || progress.window().left = None)
     }
 
     /// Whether [`SendProgress::give_way`] was called.
@@ -113,8 +131,8 @@ impl SendProgress {
     /// and returns whether there is room.
     ///
     /// # Errors
-    /// [`io::ErrorKind::TimedOut`] if the client takes nothing for [`WRITE_TIMEOUT`] or until the
-    /// deadline, takes too little, or gives way. Errors of `wait`.
+    /// [`io::ErrorKind::TimedOut`] if the client takes nothing for [`WRITE_TIMEOUT`], exceeds the
+    /// time of [`SendProgress::limit_waits`], takes too little, or gives way. Errors of `wait`.
     pub(super) fn wait_for_room(
         &self,
         wait: impl Fn(Duration) -> io::Result<bool>,
@@ -122,8 +140,9 @@ impl SendProgress {
         /// A sender notices within this time that it gives way.
         const PART: Duration = Duration::from_millis(250);
         let began = Instant::now();
-        let until = began + WRITE_TIMEOUT.get();
-        let until = self.window().deadline.map_or(until, |deadline| until.min(deadline));
+        let most =
+            self.window().left.map_or(WRITE_TIMEOUT.get(), |left| left.min(WRITE_TIMEOUT.get()));
+        let until = began + most;
         self.full_since.store(moment(), Ordering::Relaxed);
         let has_room = loop {
             let left = until.saturating_duration_since(Instant::now());
@@ -136,7 +155,10 @@ impl SendProgress {
             }
         };
         self.full_since.store(0, Ordering::Relaxed);
-        let is_fast = self.window().record_wait(began.elapsed()) || !self.has_least_rate;
+        let waited = began.elapsed();
+        let mut window = self.window();
+        window.left = window.left.map(|left| left.saturating_sub(waited));
+        let is_fast = window.record_wait(waited) || !self.has_least_rate;
         if has_room? && is_fast { Ok(()) } else { Err(io::ErrorKind::TimedOut.into()) }
     }
 
@@ -152,6 +174,7 @@ fn moment() -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::thread;
 
     #[test]
     fn client_below_least_rate_is_cut_and_faster_one_is_not() {
@@ -182,12 +205,21 @@ mod tests {
         assert_eq!(waited.unwrap_err().kind(), io::ErrorKind::TimedOut);
     }
 
+    /// Regression test: the wait for the own upload limit counted as the client's.
     #[test]
-    fn deadline_ends_waits_until_it_is_dropped() {
+    fn limit_counts_waits_for_room_only_and_until_it_is_dropped() {
         let progress = Arc::new(SendProgress::default());
-        let deadline = progress.set_deadline(Duration::ZERO);
-        assert!(progress.wait_for_room(|_| Ok(true)).is_err());
-        drop(deadline);
+        let (short, long) = (Duration::from_millis(5), Duration::from_millis(50));
+        let limit = progress.limit_waits(long);
+        thread::sleep(2 * long);
+        progress.wait_for_room(|_| Ok(true)).unwrap();
+        let wait = |_| {
+            thread::sleep(short);
+            Ok(true)
+        };
+        let waits = (0..11).filter(|_| progress.wait_for_room(wait).is_ok()).count();
+        assert!((1..11).contains(&waits), "{waits}");
+        drop(limit);
         progress.wait_for_room(|_| Ok(true)).unwrap();
     }
 }

@@ -4,7 +4,7 @@
 //! One event loop accepts connections and watches idle ones (`event_loop.rs`). A thread of the pool
 //! owns a connection while it is at work. The server is independent of what the handler serves.
 
-use super::admission::MAX_CONNECTIONS;
+use super::admission::{MAX_CONNECTIONS, OWN_CONNECTIONS};
 use super::body::RequestBody;
 use super::connections::{Connection, ConnectionProgress, Connections, HEAD_TIMEOUT};
 use super::event_loop::run;
@@ -32,12 +32,18 @@ use std::time::{Duration, Instant};
 const STACK: usize = 512 * 1024;
 
 /// Threads of the pool. A connection that was closed to make room holds its thread until that
-/// notices, so there are some more threads than connections. At the bound, a connection waits for a
-/// thread.
+/// notices, so there are some more threads than connections. At the bound, a connection of this
+/// machine waits for a thread.
 const MAX_THREADS: usize = MAX_CONNECTIONS + 64;
 
-/// Wait for a thread at [`MAX_THREADS`], after which the connection is closed. The event loop waits
-/// meanwhile. Threads whose connection was closed notice within microseconds.
+/// Threads at work for other machines. A closed connection may hold its thread for up to 20 s,
+/// which waits for the upload limit or the upstream cache meanwhile. At the bound, further
+/// connections of other machines are closed, so that threads for this machine are left.
+const MAX_STRANGER_THREADS: usize = MAX_THREADS - OWN_CONNECTIONS;
+
+/// Wait of a connection of this machine for a thread at [`MAX_THREADS`], after which it is closed.
+/// The event loop waits meanwhile. Threads for this machine notice within microseconds that their
+/// connection was closed.
 const THREAD_WAIT: Duration = Duration::from_millis(100);
 
 /// Time without a connection after which a thread of the pool ends.
@@ -191,10 +197,18 @@ pub(super) struct ServerState {
     /// Reports events on the listeners and on idle connections.
     pub(super) epoll: OwnedFd,
     threads: AtomicUsize,
+    /// Each [`Job`] for another machine holds a clone, so that they can be counted.
+    stranger: Arc<()>,
     stopping: AtomicBool,
     /// Rendezvous channel to idle threads. It holds no connections.
-    hand_over: Sender<Arc<Connection>>,
-    free: Receiver<Arc<Connection>>,
+    hand_over: Sender<Job>,
+    free: Receiver<Job>,
+}
+
+/// A connection for a thread of the pool to serve.
+struct Job {
+    connection: Arc<Connection>,
+    _stranger: Option<Arc<()>>,
 }
 
 impl ServerState {
@@ -206,6 +220,7 @@ impl ServerState {
             handshakes: Handshakes::default(),
             epoll: epoll::create(CreateFlags::CLOEXEC)?,
             threads: AtomicUsize::new(0),
+            stranger: Arc::new(()),
             stopping: AtomicBool::new(false),
             hand_over,
             free,
@@ -216,6 +231,14 @@ impl ServerState {
     pub(super) fn begins_tls(&self, received: &ReceiveBuffer) -> bool {
         ConnectionStream::begins_tls(received.split(received.len()).0)
             && self.handler.tls().is_some()
+    }
+
+    /// Returns a job for a thread, or `None` at [`MAX_STRANGER_THREADS`].
+    fn job(&self, connection: Arc<Connection>) -> Option<Job> {
+        let _stranger = (!connection.is_own).then(|| self.stranger.clone());
+        let has_thread =
+            connection.is_own || Arc::strong_count(&self.stranger) - 1 <= MAX_STRANGER_THREADS;
+        has_thread.then_some(Job { connection, _stranger })
     }
 
     pub(super) fn is_stopping(&self) -> bool {
@@ -241,39 +264,44 @@ impl ServerState {
     }
 }
 
-/// Passes a connection to an idle thread of the pool or to a new one, or ends it if no thread can
-/// be started. Called by the event loop alone. At [`MAX_THREADS`] it waits up to [`THREAD_WAIT`].
+/// Passes a connection to an idle thread of the pool or to a new one, or ends it if there is no
+/// thread for it. Called by the event loop alone. At [`MAX_THREADS`] a connection of this machine
+/// waits up to [`THREAD_WAIT`].
 pub(super) fn hand_over(shared: &Arc<ServerState>, connection: Arc<Connection>) {
-    let rejected = match shared.hand_over.try_send(connection) {
+    let Some(job) = shared.job(connection.clone()) else {
+        return shared.connections.end(&connection);
+    };
+    let job = match shared.hand_over.try_send(job) {
         Ok(()) => return,
         Err(TrySendError::Full(job) | TrySendError::Disconnected(job)) => job,
     };
     if shared.threads.load(Ordering::Relaxed) >= MAX_THREADS {
-        if let Err(e) = shared.hand_over.send_timeout(rejected, THREAD_WAIT) {
-            shared.connections.end(&e.into_inner());
+        let wait = if connection.is_own { THREAD_WAIT } else { Duration::ZERO };
+        if shared.hand_over.send_timeout(job, wait).is_err() {
+            shared.connections.end(&connection);
         }
         return;
     }
     let number = shared.threads.fetch_add(1, Ordering::Relaxed);
-    let (worker, job) = (shared.clone(), rejected.clone());
+    let worker = shared.clone();
     let spawned = thread::Builder::new()
         .name(format!("http-{number}"))
         .stack_size(STACK)
         .spawn(move || work(&worker, job));
     if let Err(e) = spawned {
         shared.threads.fetch_sub(1, Ordering::Relaxed);
-        shared.connections.end(&rejected);
+        shared.connections.end(&connection);
         log::error!("thread for a connection: {e}");
     }
 }
 
-fn work(shared: &ServerState, first: Arc<Connection>) {
+fn work(shared: &ServerState, first: Job) {
     // Both guards also run on panics outside a handler.
     let _thread = Deferred::new(|| {
         shared.threads.fetch_sub(1, Ordering::Relaxed);
     });
     let mut job = Some(first);
-    while let Some(connection) = job {
+    while let Some(Job { connection, _stranger }) = job {
         let goes_on = Cell::new(false);
         let end = Deferred::new(|| match goes_on.get() {
             true => shared.watch(&connection),
@@ -284,7 +312,7 @@ fn work(shared: &ServerState, first: Arc<Connection>) {
             Err(e) => log::debug!("connection from {}: {e}", connection.peer),
         }
         drop(end);
-        drop(connection);
+        drop((connection, _stranger));
         job = shared.free.recv_timeout(THREAD_IDLE).ok();
     }
 }
@@ -353,7 +381,9 @@ fn serve(shared: &ServerState, connection: &Connection) -> io::Result<bool> {
         let (head, behind) = received.split(len);
         let (next, body) =
             head::parse(head, connection.peer, connection.stream.key().copied(), |request| {
-                match request.map(|request| request.with_outside(connection.is_outside)) {
+                match request
+                    .map(|request| request.with_client(connection.is_outside, connection.is_own))
+                {
                     Ok(request) => {
                         // Reading a body changes the socket's read timeout.
                         has_timeout &= request.body_len == 0;
@@ -385,7 +415,7 @@ fn answer(
     }
     let keep_alive = request.keep_alive && !shared.is_stopping();
     let body = RequestBody::new(&connection.stream, request, behind);
-    let is_own = request.key.is_none() && connection.is_own();
+    let is_own = request.key.is_none() && connection.is_own;
     let limit = shared.handler.upload_limit().filter(|_| !is_own);
     let mut exchange =
         Exchange::new(&connection.stream, request.method == "HEAD", !keep_alive, body)
@@ -482,7 +512,7 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let _client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let (stream, peer) = listener.accept().unwrap();
-        let connection = shared.connections.insert(1, stream, peer, false);
+        let connection = shared.connections.insert(1, stream, peer, false, true);
         let answered = Instant::now() + Duration::from_secs(1000);
         shared.connections.set_idle(&connection, answered);
         let since_answer = connection.idle_since();
@@ -494,6 +524,25 @@ mod tests {
         connection.set_at_work();
         shared.watch(&connection);
         assert!(connection.is_idle() && connection.idle_since() < since_answer);
+    }
+
+    /// Regression test: threads of closed connections of other machines held up the event loop.
+    #[test]
+    fn threads_for_other_machines_leave_some_for_this_machine() {
+        let shared = ServerState::new(Arc::new(Panics)).unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let connect = |id: u64, is_own: bool| {
+            let _client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+            let (stream, peer) = listener.accept().unwrap();
+            shared.connections.insert(id, stream, peer, false, is_own)
+        };
+        let (own, other) = (connect(1, true), connect(2, false));
+        let mut jobs: Vec<Job> =
+            (0..2 * MAX_THREADS).map_while(|_| shared.job(other.clone())).collect();
+        assert_eq!(jobs.len(), MAX_THREADS - OWN_CONNECTIONS);
+        assert!(shared.job(own).is_some());
+        jobs.pop();
+        assert!(shared.job(other).is_some());
     }
 
     #[test]

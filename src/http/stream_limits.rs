@@ -1,11 +1,11 @@
 //! Limits concurrent long responses: NARs, listings, logs and large narinfos. Short responses need
 //! no permit, so they never wait for long ones.
 
-use super::send_progress::SendProgress;
+use super::send_progress::{STALLED, SendProgress};
 use crate::time_scale::Timeout;
 use crate::upload_limit::UploadLimit;
 use std::net::IpAddr;
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 /// Long responses at once. Each holds up to 1 MiB of buffers. At the bound, Nix waits and peers are
@@ -25,15 +25,16 @@ pub const MAX_COMPRESSED: usize = 16;
 /// Large narinfos built and sent at once, each up to 4 MiB. Further requests wait.
 pub const MAX_LARGE_NARINFOS: usize = 4;
 
+/// Requests of other machines that wait for a permit at once, each on a thread. Further ones are
+/// refused at once.
+const MAX_WAITING_STRANGERS: usize = 64;
+
 /// Longest wait of a Nix for a permit. Afterwards it gets a 404 and tries its next substituter.
 const PERMIT_TIMEOUT: Timeout = Timeout::from_secs(30);
 
-/// Time for which a client takes nothing before its stream is ended for another client at a limit.
-/// A Nix that unpacks a large file pauses for seconds.
-const STALLED: Timeout = Timeout::from_secs(10);
-
-/// Interval at which a client that waits for a permit checks whether another one is stalled.
-const STALLED_CHECK: Duration = Duration::from_secs(1);
+/// Interval at which a request that waits for a permit checks whether another client is stalled or
+/// its own connection was closed.
+const WAIT_CHECK: Duration = Duration::from_secs(1);
 
 #[derive(Default)]
 struct StreamCounts {
@@ -42,6 +43,37 @@ struct StreamCounts {
     streams: Vec<Stream>,
     compressed: usize,
     large_narinfos: usize,
+    waiting_for_streams: Waiting,
+    waiting_for_narinfos: Waiting,
+}
+
+/// Numbers of requests that wait for one kind of permit.
+#[derive(Default)]
+struct Waiting {
+    own: usize,
+    strangers: usize,
+}
+
+impl Waiting {
+    fn of(&mut self, is_own: bool) -> &mut usize {
+        if is_own { &mut self.own } else { &mut self.strangers }
+    }
+}
+
+/// Selects the numbers of requests that wait for one kind of permit.
+type SelectWaiting = fn(&mut StreamCounts) -> &mut Waiting;
+
+/// Wakes requests that wait for one kind of permit.
+#[derive(Default)]
+struct WaitQueue {
+    own: Condvar,
+    strangers: Condvar,
+}
+
+impl WaitQueue {
+    fn of(&self, is_own: bool) -> &Condvar {
+        if is_own { &self.own } else { &self.strangers }
+    }
 }
 
 /// A long response under way.
@@ -64,13 +96,14 @@ impl StreamCounts {
             return self.end_stalled(|other| other == peer);
         }
         if is_full || peer.is_some() && by_peers >= most_for_peers {
-            return self.end_stalled(|other| peer.is_none() || other.is_some());
+            return self.end_stalled(|other| other.is_some());
         }
         true
     }
 
-    /// Ends the stream whose client has taken nothing for the longest time, of the clients for
-    /// which `may_end` returns true. Returns false if each took something within [`STALLED`].
+    /// Ends the stream whose client has taken nothing for the longest time, of the other machines
+    /// for which `may_end` returns true. Returns false if each took something within [`STALLED`].
+    /// This machine's streams end by their write timeout only.
     fn end_stalled(&mut self, may_end: impl Fn(Option<IpAddr>) -> bool) -> bool {
         let stalled = self.streams.iter().enumerate().filter(|(_, stream)| may_end(stream.peer));
         let longest = stalled.map(|(at, stream)| (stream.progress.stalled_for(), at)).max();
@@ -86,7 +119,8 @@ impl StreamCounts {
 /// Issues permits for long responses.
 pub struct StreamLimits {
     taken: Mutex<StreamCounts>,
-    returned: Condvar,
+    streams: WaitQueue,
+    narinfos: WaitQueue,
     most_for_peers: usize,
 }
 
@@ -113,38 +147,48 @@ impl StreamLimits {
     pub fn under(limit: Option<&UploadLimit>) -> Self {
         let most_for_peers =
             limit.map_or(MAX_PEER_STREAMS, |limit| limit.streams().min(MAX_PEER_STREAMS));
-        StreamLimits { taken: Mutex::default(), returned: Condvar::new(), most_for_peers }
+        let (streams, narinfos) = Default::default();
+        StreamLimits { taken: Mutex::default(), streams, narinfos, most_for_peers }
     }
 
     /// Returns a permit for a response to `peer`, which is `None` for this machine. At one of the
     /// limits, it ends a stream whose client takes nothing, or waits up to 30 s for a permit if
-    /// `waits`. Returns `None` after that.
+    /// `waits`. Returns `None` after that, and at once if too many wait already.
     pub(super) fn for_stream(
         &self,
         peer: Option<IpAddr>,
         progress: &Arc<SendProgress>,
         waits: bool,
     ) -> Option<StreamPermit<'_>> {
-        let patience = if waits { PERMIT_TIMEOUT.get() } else { Duration::ZERO };
-        let until = Instant::now() + patience;
+        let has_room = |taken: &mut StreamCounts| taken.make_room(peer, self.most_for_peers);
+        let waiting: SelectWaiting = |taken| &mut taken.waiting_for_streams;
         let mut taken = self.lock();
-        while !taken.make_room(peer, self.most_for_peers) {
-            let left = until.checked_duration_since(Instant::now())?.min(STALLED_CHECK);
-            taken = self.returned.wait_timeout(taken, left).unwrap_or_else(|e| e.into_inner()).0;
+        if !has_room(&mut taken) {
+            if !waits {
+                return None;
+            }
+            taken = wait(taken, &self.streams, waiting, peer.is_none(), progress, has_room)?;
         }
+        // This stream has not been told to give way, though an earlier one of the connection may.
+        progress.clear_give_way();
         let id = taken.next_id;
         taken.next_id += 1;
         taken.streams.push(Stream { id, peer, progress: progress.clone() });
         Some(StreamPermit { permits: self, id })
     }
 
-    /// Waits up to 30 s for a permit to build a large narinfo for any client; `None` after that.
-    pub fn for_large_narinfo(&self) -> Option<LargeNarinfoPermit<'_>> {
-        let until = Instant::now() + PERMIT_TIMEOUT.get();
+    /// Waits up to 30 s for a permit to build a large narinfo. Returns `None` after that, and at
+    /// once if too many wait already.
+    pub(super) fn for_large_narinfo(
+        &self,
+        is_own: bool,
+        progress: &SendProgress,
+    ) -> Option<LargeNarinfoPermit<'_>> {
+        let has_room = |taken: &mut StreamCounts| taken.large_narinfos < MAX_LARGE_NARINFOS;
+        let waiting: SelectWaiting = |taken| &mut taken.waiting_for_narinfos;
         let mut taken = self.lock();
-        while taken.large_narinfos >= MAX_LARGE_NARINFOS {
-            let left = until.checked_duration_since(Instant::now())?;
-            taken = self.returned.wait_timeout(taken, left).unwrap_or_else(|e| e.into_inner()).0;
+        if !has_room(&mut taken) {
+            taken = wait(taken, &self.narinfos, waiting, is_own, progress, has_room)?;
         }
         taken.large_narinfos += 1;
         Some(LargeNarinfoPermit(self))
@@ -160,24 +204,62 @@ impl StreamLimits {
         Some(CompressionPermit(self))
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, StreamCounts> {
+    fn lock(&self) -> MutexGuard<'_, StreamCounts> {
         self.taken.lock().unwrap_or_else(|e| e.into_inner())
     }
 }
 
+/// Waits in `queue` until `has_room` returns true, for [`PERMIT_TIMEOUT`] at most. Returns `None`
+/// after that, if the client's connection was closed, or if too many other machines wait.
+/// `waiting` selects the numbers of requests in the queue.
+fn wait<'a>(
+    mut taken: MutexGuard<'a, StreamCounts>,
+    queue: &WaitQueue,
+    waiting: SelectWaiting,
+    is_own: bool,
+    progress: &SendProgress,
+    has_room: impl Fn(&mut StreamCounts) -> bool,
+) -> Option<MutexGuard<'a, StreamCounts>> {
+    let strangers = taken.waiting_for_streams.strangers + taken.waiting_for_narinfos.strangers;
+    if !is_own && strangers >= MAX_WAITING_STRANGERS {
+        return None;
+    }
+    *waiting(&mut taken).of(is_own) += 1;
+    let until = Instant::now() + PERMIT_TIMEOUT.get();
+    let mut has_permit = false;
+    while !has_permit
+        && !progress.is_closed()
+        && let Some(left) = until.checked_duration_since(Instant::now())
+    {
+        let left = left.min(WAIT_CHECK);
+        let woken = queue.of(is_own).wait_timeout(taken, left);
+        taken = woken.unwrap_or_else(|e| e.into_inner()).0;
+        has_permit = has_room(&mut taken);
+    }
+    *waiting(&mut taken).of(is_own) -= 1;
+    has_permit.then_some(taken)
+}
+
 impl Drop for LargeNarinfoPermit<'_> {
     fn drop(&mut self) {
-        self.0.lock().large_narinfos -= 1;
-        // The condition variable is shared, so one wake-up might reach a thread that waits for
-        // another permit.
-        self.0.returned.notify_all();
+        let mut taken = self.0.lock();
+        taken.large_narinfos -= 1;
+        // Every request in the queue can use the permit.
+        self.0.narinfos.of(taken.waiting_for_narinfos.own > 0).notify_one();
     }
 }
 
 impl Drop for StreamPermit<'_> {
     fn drop(&mut self) {
-        self.permits.lock().streams.retain(|stream| stream.id != self.id);
-        self.permits.returned.notify_all();
+        let mut taken = self.permits.lock();
+        taken.streams.retain(|stream| stream.id != self.id);
+        // Every request of this machine can use the permit. Those of others may be at the limit of
+        // their address, so all of them look.
+        if taken.waiting_for_streams.own > 0 {
+            self.permits.streams.own.notify_one();
+        } else if taken.waiting_for_streams.strangers > 0 {
+            self.permits.streams.strangers.notify_all();
+        }
     }
 }
 
@@ -190,6 +272,7 @@ impl Drop for CompressionPermit<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::thread;
 
     fn peer(last: u8) -> Option<IpAddr> {
         Some(IpAddr::from([10, 0, 0, last]))
@@ -243,6 +326,63 @@ mod tests {
             next.len(),
             "ended permits are not returned twice"
         );
+    }
+
+    #[test]
+    fn stalled_stream_of_this_machine_does_not_make_room() {
+        let permits = StreamLimits::default();
+        let stalled = || Arc::new(SendProgress::stalled(2 * STALLED.get()));
+        let at_once = |peer, progress| permits.for_stream(peer, &progress, false);
+        let _own: Vec<_> = (1..MAX_STREAMS).map(|_| at_once(None, stalled()).unwrap()).collect();
+        let stranger = Arc::new(SendProgress::stalled(STALLED.get()));
+        let _other = at_once(peer(1), stranger.clone()).unwrap();
+        assert!(at_once(None, reads()).is_some() && stranger.has_to_give_way());
+        let _last = at_once(None, reads()).unwrap();
+        assert!(at_once(None, reads()).is_none());
+    }
+
+    /// Regression test: the next response on the connection of an ended stream was cut.
+    #[test]
+    fn next_stream_of_a_connection_need_not_give_way() {
+        let (permits, progress) = (StreamLimits::default(), reads());
+        let ended = permits.for_stream(peer(1), &progress, false);
+        progress.give_way();
+        drop(ended);
+        let _next = permits.for_stream(peer(1), &progress, false).unwrap();
+        assert!(!progress.has_to_give_way());
+    }
+
+    #[test]
+    fn waiting_strangers_are_bounded_and_end_with_their_connection() {
+        let permits = StreamLimits::default();
+        let held: Vec<_> =
+            (0..MAX_STREAMS).map(|_| permits.for_stream(None, &reads(), false).unwrap()).collect();
+        let waiting = || permits.lock().waiting_for_streams.strangers;
+        let (closed, began) = (reads(), Instant::now());
+        thread::scope(|scope| {
+            let wait = || scope.spawn(|| permits.for_stream(peer(1), &closed, true).is_some());
+            let waiters: Vec<_> = (0..MAX_WAITING_STRANGERS).map(|_| wait()).collect();
+            while waiting() < MAX_WAITING_STRANGERS {
+                thread::yield_now();
+            }
+            // Refused at once, although the permit is for another kind of response.
+            let _narinfos: Vec<_> = (0..MAX_LARGE_NARINFOS)
+                .map(|_| permits.for_large_narinfo(false, &reads()).unwrap())
+                .collect();
+            assert!(permits.for_large_narinfo(false, &reads()).is_none());
+            assert!(permits.for_stream(peer(2), &reads(), true).is_none());
+            // This machine's requests wait nevertheless.
+            let own = scope.spawn(|| permits.for_stream(None, &reads(), true).is_some());
+            while permits.lock().waiting_for_streams.own == 0 {
+                thread::yield_now();
+            }
+            closed.record_closed();
+            assert!(waiters.into_iter().all(|waiter| !waiter.join().unwrap()));
+            assert_eq!(waiting(), 0);
+            assert!(began.elapsed() < PERMIT_TIMEOUT.get(), "waited for a permit");
+            drop(held);
+            assert!(own.join().unwrap());
+        });
     }
 
     #[test]

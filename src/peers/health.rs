@@ -213,6 +213,11 @@ impl PeerHealth {
         self.lock().get(&peer.into()).is_some_and(|p| p.failures() > 0 || p.was_slow)
     }
 
+    /// Returns true if the peer gave many odd paths lately.
+    pub fn has_many_odd_paths(&self, peer: impl Into<PeerKey>, now: Instant) -> bool {
+        self.lock().get(&peer.into()).is_some_and(|p| p.has_many_odd_paths(now))
+    }
+
     /// Smoothed time from a narinfo request to the peer's answer; zero if unknown.
     pub fn latency(&self, peer: impl Into<PeerKey>) -> Duration {
         self.lock().get(&peer.into()).and_then(|p| p.latency).unwrap_or_default()

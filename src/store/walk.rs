@@ -15,9 +15,9 @@ use std::{
 /// only if its names have at most 15 bytes on average (`PATH_MAX`). Each open level costs a file
 /// descriptor.
 pub(super) const MAX_DEPTH: usize = 256;
-/// Most bytes of lists of entries in all open directories together; more are unsupported. 300,000
+/// Most bytes of lists of entries in all open directories together; more are unsupported. 450,000
 /// files in one directory with names of 40 bytes fit.
-const MAX_LISTED: usize = 16 << 20;
+const MAX_LISTED: usize = 24 << 20;
 /// Buffer of one `getdents` call, in bytes: about 1,000 names.
 const ENTRIES_BUFFER: usize = 32 << 10;
 
@@ -238,7 +238,7 @@ impl Walk {
             if self.listed + listed(&names, &entries) > MAX_LISTED {
                 return Err(NarError::Unsupported {
                     path: self.path(),
-                    why: "more than 16 MiB of file names",
+                    why: "more than 24 MiB of lists of files",
                 });
             }
         }
@@ -260,7 +260,7 @@ mod tests {
         // A million names of one letter, each with its NUL.
         let million = listed(&vec![0; 2_000_000], &vec![entry; 1_000_000]);
         assert!((12_000_000..=MAX_LISTED).contains(&million), "{million}");
-        let long = listed(&vec![0; 41 * 300_000], &vec![entry; 300_000]);
+        let long = listed(&vec![0; 41 * 450_000], &vec![entry; 450_000]);
         assert!(long <= MAX_LISTED, "{long}");
     }
 }
