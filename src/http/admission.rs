@@ -72,13 +72,15 @@ pub fn admit(newcomer: Newcomer, open: impl Iterator<Item = OpenConnection> + Cl
             return Admission::Free;
         }
         // Prefer an idle connection of another machine, then an idle one from loopback, then the
-        // client that is stalled longest, in the same order. As a last resort, cut the oldest
-        // connection of another machine: its Nix gets the path elsewhere.
+        // client that is stalled longest, in the same order, then the oldest connection of another
+        // machine: its Nix gets the path elsewhere. If all are from loopback, one that takes nothing
+        // at the moment makes room: a program that never reads must not keep Nix out for a second.
         let victim = idlest(strangers.clone())
             .or_else(|| idlest(open.clone()))
-            .or_else(|| longest_stalled(strangers.clone()))
-            .or_else(|| longest_stalled(open))
-            .or_else(|| strangers.map(|s| s.id).min());
+            .or_else(|| longest_stalled(strangers.clone(), STALLED.get()))
+            .or_else(|| longest_stalled(open.clone(), STALLED.get()))
+            .or_else(|| strangers.map(|s| s.id).min())
+            .or_else(|| longest_stalled(open, Duration::from_nanos(1)));
         return victim.map_or(Admission::Full, Admission::Replace);
     }
     if let Some(prefix) = lan_prefix(newcomer.peer) {
@@ -116,7 +118,8 @@ fn victim_for(
     // A group above its share replaces only its own connections.
     let largest = if is_greedy { group(newcomer) } else { largest };
     let its = strangers.filter(|seat| group(seat.peer) == largest);
-    let at_work = || longest_stalled(its.clone()).or_else(|| its.clone().map(|s| s.id).min());
+    let at_work =
+        || longest_stalled(its.clone(), STALLED.get()).or_else(|| its.clone().map(|s| s.id).min());
     idlest(its.clone()).or_else(|| at_work().filter(|_| !is_greedy))
 }
 
@@ -153,9 +156,9 @@ pub fn idlest(seats: impl Iterator<Item = OpenConnection>) -> Option<u64> {
 }
 
 /// Returns the ID of the connection whose client has taken nothing for the longest time, or `None`
-/// if each took something within [`STALLED`].
-fn longest_stalled(seats: impl Iterator<Item = OpenConnection>) -> Option<u64> {
-    let stalled = seats.filter(|seat| seat.stalled_for >= STALLED.get());
+/// if each took something within `at_least`.
+fn longest_stalled(seats: impl Iterator<Item = OpenConnection>, at_least: Duration) -> Option<u64> {
+    let stalled = seats.filter(|seat| seat.stalled_for >= at_least);
     stalled.max_by_key(|seat| seat.stalled_for).map(|seat| seat.id)
 }
 
@@ -277,7 +280,10 @@ mod tests {
         assert_eq!(find(own(), &seats), Admission::Full, "all of them read");
         let moment = Duration::from_millis(1);
         seats[6].stalled_for = STALLED.get() - moment;
-        assert_eq!(find(own(), &seats), Admission::Full, "a short pause");
+        assert_eq!(find(own(), &seats), Admission::Replace(6), "none else makes room");
+        let mut mixed = seats.clone();
+        mixed[3].is_own = false;
+        assert_eq!(find(own(), &mixed), Admission::Replace(3), "another machine first");
         seats[7].stalled_for = STALLED.get();
         seats[8].stalled_for = STALLED.get() + moment;
         assert_eq!(find(own(), &seats), Admission::Replace(8));
