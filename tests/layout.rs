@@ -34,6 +34,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     (
         "daemon",
         &[
+            "backoff",
             "config",
             "degraded",
             "fetch",
