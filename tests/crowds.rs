@@ -190,18 +190,18 @@ fn crowd_fetches_a_closure_from_members_with_parts_of_it() {
     let holder = Holder::new(&lan, &world, "holder");
     let askers = crowd(&lan, &world, &holder, 6);
     holder.host.slow_sending(LINK / 10);
-    let path = world.path("closure1000");
+    let path = world.path("closure300");
     let (before, began) = (holder.host.sent(), Instant::now());
     let nixes: Vec<Child> = askers.iter().map(|asker| realising(asker, path)).collect();
     nixes.into_iter().for_each(|nix| nix::assert_quiet(&ended(nix)));
     let (took, sent) = (began.elapsed(), holder.host.sent() - before);
     let received = askers.iter().map(|asker| asker.host.received()).max().unwrap_or_default();
     eprintln!(
-        "closure of 1000 to 6 machines at once: {took:?}, the holder sent {} KiB, each took {} KiB",
+        "closure of 300 to 6 machines at once: {took:?}, the holder sent {} KiB, each took {} KiB",
         sent >> 10,
         received >> 10
     );
     askers
         .iter()
-        .for_each(|asker| assert_eq!(asker.assert_closure_complete(&world, path).len(), 1000));
+        .for_each(|asker| assert_eq!(asker.assert_closure_complete(&world, path).len(), 300));
 }

@@ -4,7 +4,8 @@
 use crate::common::{Asker, Holder, Lan, World, daemon, nix};
 use std::time::Duration;
 
-const RUNS: usize = 5;
+/// Fetches of the same closure by new askers.
+const RUNS: usize = 2;
 
 /// Fetches a closure of 1,000 paths that only the peers have. Nix has no other substituter and
 /// fails at the first miss.

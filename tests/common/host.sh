@@ -4,6 +4,8 @@
 set -e
 root=$1 base=${2%/}
 shift 2
+# Duplicate address detection would block IPv6 addresses for two seconds.
+echo 0 > /proc/sys/net/ipv6/conf/default/accept_dad
 mount -t tmpfs -o mode=755,size=90% peerix-host "$root"
 cd "$root"
 mkdir proc sys dev tmp run nix root etc machine
@@ -16,9 +18,17 @@ for dir in usr bin sbin lib lib32 lib64 libx32 gnu; do
         mount --rbind "$base/$dir" "$dir"
     fi
 done
-for file in passwd group nsswitch.conf ld.so.cache ld.so.conf ld.so.conf.d alternatives; do
-    if [ -e "$base/etc/$file" ]; then cp -R "$base/etc/$file" etc/; fi
+for dir in ld.so.conf.d alternatives; do
+    if [ -d "$base/etc/$dir" ]; then
+        mkdir "etc/$dir"
+        mount --bind "$base/etc/$dir" "etc/$dir"
+    fi
 done
+files=
+for file in passwd group nsswitch.conf ld.so.cache ld.so.conf; do
+    if [ -e "$base/etc/$file" ]; then files="$files $base/etc/$file"; fi
+done
+cp $files etc/
 for dir; do
     mkdir -p "$root$dir"
     mount --bind "$dir" "$root$dir"

@@ -144,19 +144,20 @@ impl Lan {
             namespace: Arc::new(namespace),
             switch: Arc::clone(&self.namespace),
         };
-        // Duplicate address detection would block the IPv6 address for two seconds.
-        let address = host.address;
-        host.net_cmd("sh")
-            .args(["-ec", "ip link set lo up; echo 0 > /proc/sys/net/ipv6/conf/default/accept_dad"])
-            .okay();
-        let (pid, port) = (host.namespace.pid(), &host.port);
-        run(&self.namespace, &format!("ip link add {port} type veth peer name eth0 netns {pid}"));
-        run(&self.namespace, &format!("ip link set {port} master {} up", self.switch));
-        run(&host.namespace, &format!("ip addr add {address}/24 brd + dev eth0"));
-        run(&host.namespace, "ip link set eth0 up");
-        if let Some(gateway) = self.gateway {
-            run(&host.namespace, &format!("ip route add default via {gateway}"));
-        }
+        let (address, pid) = (host.address, host.namespace.pid());
+        let (port, switch) = (&host.port, &self.switch);
+        let links = [
+            format!("link add {port} type veth peer name eth0 netns {pid}"),
+            format!("link set {port} master {switch} up"),
+        ];
+        batch(&self.namespace, &links);
+        let mut links = vec![
+            "link set lo up".to_owned(),
+            format!("addr add {address}/24 brd + dev eth0"),
+            "link set eth0 up".to_owned(),
+        ];
+        links.extend(self.gateway.map(|gateway| format!("route add default via {gateway}")));
+        batch(&host.namespace, &links);
         host
     }
 }
@@ -407,6 +408,14 @@ impl Drop for Namespace {
         drop(self.holder.stdin.take());
         let _ = self.holder.wait();
     }
+}
+
+/// Runs commands of `ip` in the network of `namespace`, in one process.
+fn batch(namespace: &Namespace, commands: &[String]) {
+    let mut ip = namespace.nsenter(&["net"]);
+    ip.args(["--", "sh", "-c", "printf '%s\\n' \"$@\" | ip -batch -", "batch"])
+        .args(commands)
+        .okay();
 }
 
 /// Runs one command line of the real machine in the network of `namespace`.

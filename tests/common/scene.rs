@@ -14,7 +14,7 @@ use std::time::Duration;
 const MIDDLE: u64 = 100;
 
 /// Pause between two rounds of lookups, which leaves processor time to other tests.
-const BETWEEN_ROUNDS: Duration = Duration::from_secs(3);
+const BETWEEN_ROUNDS: Duration = Duration::from_secs(6);
 
 /// A host that has all paths of the [`World`] and runs peerix.
 pub struct Holder {
