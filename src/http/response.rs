@@ -266,9 +266,10 @@ impl<'a> Exchange<'a> {
 
     /// Waits until the upload limit permits `bytes` more bytes.
     fn reserve(&mut self, bytes: usize) -> io::Result<()> {
-        let prepaid = bytes.min(self.prepaid);
-        self.prepaid -= prepaid;
-        self.limit.map_or(Ok(()), |limit| limit.take(bytes - prepaid))
+        let due = bytes.saturating_sub(self.prepaid);
+        self.prepaid = self.prepaid.saturating_sub(bytes);
+        // Even a reservation of no bytes would wait for those of other connections.
+        self.limit.filter(|_| due > 0).map_or(Ok(()), |limit| limit.take(due))
     }
 
     /// Returns `bytes` that were reserved and not sent, for which the next bytes need not wait.
@@ -445,7 +446,7 @@ mod tests {
     use std::net::{TcpListener, TcpStream};
 
     #[test]
-    fn upload_limit_charges_only_what_the_socket_takes() {
+    fn rest_of_partly_sent_piece_does_not_wait_for_upload_limit() {
         let limit = UploadLimit::new(1 << 30);
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let _client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
@@ -459,6 +460,9 @@ mod tests {
         // The client reads nothing, so the socket takes a part of the piece.
         let written = exchange.write(&piece).unwrap();
         assert!(0 < written && written < piece.len(), "{written}");
-        assert_eq!(exchange.prepaid, piece.len() - written);
+        // Other connections reserve more than the longest wait, so any further reservation fails.
+        limit.take(30 << 30).unwrap();
+        exchange.reserve(piece.len() - written).unwrap();
+        assert_eq!(exchange.reserve(1).unwrap_err().kind(), io::ErrorKind::TimedOut);
     }
 }
