@@ -47,17 +47,16 @@ impl LanNetworks {
         let (mut lan_addresses, mut allowed, mut connected) = (Vec::new(), Vec::new(), Vec::new());
         for i in &interfaces {
             let is_allowed = policy.allows_interface(&i.name);
-            if is_allowed && !allowed.contains(&i.index) {
+            if is_allowed {
                 allowed.push(i.index);
-            }
-            if is_allowed && policy.allows_address(i.address) {
-                lan_addresses.push(i.clone());
+                lan_addresses.extend(policy.allows_address(i.address).then(|| i.clone()));
             }
             if !is_link_local_v6(i.address) {
                 connected.push(ConnectedNetwork { network: i.network(), is_allowed });
             }
         }
         connected.sort_by_key(|c| Reverse((c.network.prefix_len(), c.is_allowed)));
+        let allowed = each_once(allowed);
         LanNetworks { policy, interfaces, lan_addresses, allowed, connected }
     }
 
@@ -103,15 +102,12 @@ impl LanNetworks {
     /// Names of the excluded interfaces with an address in an allowed range, each once. Link-local
     /// IPv6 addresses do not count.
     pub fn excluded_interfaces(&self) -> Vec<&str> {
-        let mut names: Vec<&str> = Vec::new();
-        for i in &self.interfaces {
-            let is_excluded = !self.policy.allows_interface(&i.name);
-            let counts = !is_link_local_v6(i.address) && self.policy.allows_address(i.address);
-            if is_excluded && counts && !names.contains(&&*i.name) {
-                names.push(&i.name);
-            }
-        }
-        names
+        let is_excluded = |i: &&InterfaceAddress| {
+            !self.policy.allows_interface(&i.name)
+                && !is_link_local_v6(i.address)
+                && self.policy.allows_address(i.address)
+        };
+        each_once(self.interfaces.iter().filter(is_excluded).map(|i| &*i.name))
     }
 
     /// The `--lan` networks that are part of the network of an excluded interface, each with the
@@ -135,8 +131,7 @@ impl LanNetworks {
     /// Explains to the user why no address of this machine is on the LAN, and what to do about it.
     /// Valid only in that case.
     pub fn why_none(&self) -> String {
-        let mut names: Vec<&str> = self.lan_addresses.iter().map(|i| &*i.name).collect();
-        names.dedup();
+        let names = each_once(self.lan_addresses.iter().map(|i| &*i.name));
         if !names.is_empty() && self.lan_addresses.iter().all(|i| !i.running) {
             return format!(
                 "there are no neighbours, because no interface with a LAN address has a link \
@@ -161,20 +156,14 @@ impl LanNetworks {
     /// and the multicast group on each interface with a link-local IPv6 address. Interfaces without
     /// a link are left out.
     pub fn broadcast_targets(&self, port: u16) -> Vec<SocketAddr> {
-        let mut targets = Vec::new();
-        for i in self.lan_addresses.iter().filter(|i| i.running) {
-            let target = match (i.address, i.broadcast) {
-                (IpAddr::V4(_), Some(broadcast)) => SocketAddr::new(broadcast.into(), port),
-                (IpAddr::V6(ip), _) if ip.is_unicast_link_local() => {
-                    SocketAddrV6::new(MULTICAST_GROUP, port, 0, i.index).into()
-                }
-                _ => continue,
-            };
-            if !targets.contains(&target) {
-                targets.push(target);
+        let target = |i: &InterfaceAddress| match (i.address, i.broadcast) {
+            (IpAddr::V4(_), Some(broadcast)) => Some(SocketAddr::new(broadcast.into(), port)),
+            (IpAddr::V6(ip), _) if ip.is_unicast_link_local() => {
+                Some(SocketAddrV6::new(MULTICAST_GROUP, port, 0, i.index).into())
             }
-        }
-        targets
+            _ => None,
+        };
+        each_once(self.lan_addresses.iter().filter(|i| i.running).filter_map(target))
     }
 
     /// Indexes of the allowed interfaces that have an IPv6 address. The multicast group is joined
@@ -215,6 +204,17 @@ fn write_some(f: &mut fmt::Formatter<'_>, names: &[impl AsRef<str>]) -> fmt::Res
         0 => Ok(()),
         more => write!(f, " and {more} more"),
     }
+}
+
+/// The items in their order, without repetitions.
+fn each_once<T: PartialEq>(items: impl IntoIterator<Item = T>) -> Vec<T> {
+    let mut once = Vec::new();
+    for item in items {
+        if !once.contains(&item) {
+            once.push(item);
+        }
+    }
+    once
 }
 
 fn is_link_local_v6(ip: IpAddr) -> bool {
@@ -345,6 +345,12 @@ mod tests {
         let excluded = networks(&["2 br-lan 10.0.0.5/8", "3 docker0 172.17.0.1/16"], &[], &[]);
         let why = excluded.why_none();
         assert!(why.contains("(br-lan, docker0); --interface NAME"), "{why}");
+        // The addresses of two interfaces may alternate.
+        let addresses = ["2 eth0 10.0.0.5/8", "3 wlan0 10.1.0.5/16", "2 eth0 fe80::5/64"];
+        let unplugged = |text| InterfaceAddress { running: false, ..interface(text) };
+        let unplugged = addresses.map(unplugged).into();
+        let why = LanNetworks::new(NetworkPolicy::default(), unplugged).why_none();
+        assert!(why.contains("(eth0, wlan0); see `ip -brief link`"), "{why}");
     }
 
     #[test]
