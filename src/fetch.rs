@@ -297,7 +297,7 @@ mod tests {
 
     /// A NAR of a directory with a file of `size` bytes and a path of more than 4,095 bytes after
     /// it, which peerix does not support.
-    fn odd_nar(size: usize) -> Vec<u8> {
+    pub(super) fn odd_nar(size: usize) -> Vec<u8> {
         let directory = |out: &mut Vec<u8>, name: &str| {
             nar::entry_open(out, name.as_bytes());
             out.extend(nar::DIRECTORY_OPEN);
@@ -315,49 +315,62 @@ mod tests {
         bytes
     }
 
-    /// Passes a NAR on whose framing is not supported after the first piece. A peer announces its
-    /// hash as `nar_hash` and sends `sent` bytes of it. Returns the health of
-    /// peers, and the peer.
-    fn pass_odd_nar_on(nar_hash: Option<NarHash>, sent: usize) -> (Arc<PeerHealth>, SocketAddr) {
-        let bytes = odd_nar(2 << 20);
-        let digest = ring::digest::digest(&ring::digest::SHA256, &bytes);
+    /// Starts a peer that announces the hash of a NAR as `nar_hash` and sends `sent` bytes of it.
+    pub(super) fn peer_with(
+        nar: Vec<u8>,
+        nar_hash: Option<NarHash>,
+        sent: usize,
+    ) -> (FoundNar, thread::JoinHandle<()>) {
+        let digest = ring::digest::digest(&ring::digest::SHA256, &nar);
         let digest = NarHash::from_bytes(digest.as_ref().try_into().unwrap());
-        let nar_hash = nar_hash.unwrap_or(digest);
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let peer = listener.local_addr().unwrap();
-        let nar_size = bytes.len() as u64;
+        let nar_size = nar.len() as u64;
         let serving = thread::spawn(move || {
             let (mut stream, _) = listener.accept().unwrap();
             drop(listener);
             let _ = stream.read(&mut [0; 4096]).unwrap();
             let head = format!("HTTP/1.1 200 OK\r\nContent-Length: {nar_size}\r\n\r\n");
-            let sent = &bytes[..sent.min(bytes.len())];
+            let sent = &nar[..sent.min(nar.len())];
             let _ = stream.write_all(&[head.as_bytes(), sent].concat());
         });
+        let path = StorePath::parse(&format!("{}-odd", "0".repeat(32))).unwrap();
+        let source = NarSource { peer, url_path: Some("x.nar".into()), wan: None, friend: None };
+        let nar_hash = nar_hash.unwrap_or(digest);
+        (FoundNar { path, nar_hash, nar_size, sources: vec![source] }, serving)
+    }
+
+    /// A downloader without neighbours and trackers.
+    pub(super) fn downloader() -> Downloader {
         let config = Config::default();
         let trusted = Arc::new(TrustedKeys::read(&config, 1, None, &Degraded::default()));
-        let (record, standing) = (Arc::new(Stats::new()), Arc::new(PeerHealth::default()));
-        let downloader = Downloader::new(
+        let record = Arc::new(Stats::new());
+        Downloader::new(
             Arc::new(LookupService::new(None, None, trusted, record.clone())),
             Arc::new(PeerClient::new(config.store_dir.clone())),
-            standing.clone(),
+            Arc::new(PeerHealth::default()),
             Arc::new(Paces::default()),
             record,
             Upstream::new(&config, &[]),
             Spools::new(None),
-        );
-        let source = NarSource { peer, url_path: Some("x.nar".into()), wan: None, friend: None };
-        let path = StorePath::parse(&format!("{}-odd", "0".repeat(32))).unwrap();
-        let found = FoundNar { path, nar_hash, nar_size, sources: vec![source] };
+        )
+    }
+
+    /// Passes a NAR of [`peer_with`] on whose framing is not supported after the first piece.
+    /// Returns the health of peers, and the peer.
+    fn pass_odd_nar_on(nar_hash: Option<NarHash>, sent: usize) -> (Arc<PeerHealth>, SocketAddr) {
+        let downloader = downloader();
+        let (found, serving) = peer_with(odd_nar(2 << 20), nar_hash, sent);
+        let (peer, hash, size) = (found.sources[0].peer, found.nar_hash, found.nar_size);
         let asked = Instant::now();
         let until = asked + Duration::from_secs(20);
-        let download =
-            Download { fetch: &downloader, asked, until, hash: nar_hash, size: nar_size, found };
+        let download = Download { fetch: &downloader, asked, until, hash, size, found };
         let mut out = Vec::new();
-        let failed = download.start().unwrap().relay(&(0..nar_size), &mut out).unwrap_err();
-        assert!(!out.is_empty() && (out.len() as u64) < nar_size, "{failed}");
+        let failed = download.start().unwrap().relay(&(0..size), &mut out).unwrap_err();
+        assert!(!out.is_empty() && (out.len() as u64) < size, "{failed}");
+        let standing = downloader.standing.clone();
         // Nix, which resumes the transfer, gets a 404 and tries its next substituter.
-        assert!(downloader.is_cut(nar_hash) || standing.is_doubtful(peer), "{failed}");
+        assert!(downloader.is_cut(hash) || standing.is_doubtful(peer), "{failed}");
         serving.join().unwrap();
         (standing, peer)
     }

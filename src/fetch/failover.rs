@@ -104,8 +104,8 @@ pub(super) struct FailoverReader<'a> {
     takes_names: bool,
     /// Relays that a holder named, each with that holder. The last one is asked first.
     relays: Vec<(NarSource, SocketAddr)>,
-    /// Deadline for the first piece from a relay.
-    relays_until: Instant,
+    /// Deadline for the first piece from a relay that a holder named; `None` once it is there.
+    relays_until: Option<Instant>,
     current: Option<ActiveSource<'a>>,
     contributors: Vec<Contributor>,
     accusations: Vec<DigestMismatch>,
@@ -270,7 +270,7 @@ impl<'a> FailoverReader<'a> {
             asked_again: None,
             takes_names: found_size >= spool::LEAST_SIZE,
             relays: Vec::new(),
-            relays_until: until,
+            relays_until: None,
             current: None,
             contributors: Vec::new(),
             accusations: Vec::new(),
@@ -299,7 +299,7 @@ impl<'a> FailoverReader<'a> {
             match filled.and_then(|()| check_first_piece(&incoming, &piece)) {
                 Ok(()) => {
                     self.try_accusations(0, &piece);
-                    self.until = None;
+                    (self.until, self.relays_until) = (None, None);
                     return Ok((incoming, piece));
                 }
                 Err(StreamError::Upstream(why)) => return Err(DownloadError::Upstream(why)),
@@ -430,6 +430,7 @@ impl<'a> FailoverReader<'a> {
 
     /// The SHA-256 of a piece according to the holder, which is asked if the list does not have it.
     fn digest(&mut self, piece: u64) -> Result<[u8; 32], StreamError> {
+        let left = self.relay_time_left(Instant::now());
         let Some(digests) = self.current.as_mut().and_then(|current| current.digests.as_mut())
         else {
             return Err(StreamError::Unchecked(false, "not compared".into()));
@@ -439,7 +440,6 @@ impl<'a> FailoverReader<'a> {
             return Ok(*digest);
         }
         let name = nar_name(&self.hash_part, &self.found.nar_hash);
-        let left = relay_time_left(self.until, self.relays_until, Instant::now());
         let asked = self.fetch.client.digests(
             digests.holder,
             &name,
@@ -585,10 +585,10 @@ impl<'a> FailoverReader<'a> {
     /// slows all behind it in the chain. The node next to it leaves it first, so that the others,
     /// whose limits are longer, become fast again and stay.
     fn judge_relay(&mut self, own: PaceEstimate, now: Instant) -> Result<(), StreamError> {
-        let Some(current) = &mut self.current else { return Ok(()) };
-        if relay_time_left(self.until, self.relays_until, now).is_zero() {
+        if self.relay_time_left(now).is_zero() {
             return Err(StreamError::Slow("the first piece has not come in time".into()));
         }
+        let Some(current) = &mut self.current else { return Ok(()) };
         let silent = now.saturating_duration_since(current.read_began.max(current.last_read));
         let Some(digests) = &mut current.digests else { return Ok(()) };
         if silent >= RELAY_STEP.get() * digests.position {
@@ -674,7 +674,7 @@ impl<'a> FailoverReader<'a> {
             && let Some((relay, holder)) = self.relays.pop()
         {
             let now = Instant::now();
-            let patience = relay_time_left(self.until, self.relays_until, now);
+            let patience = self.relay_time_left(now);
             if patience.is_zero() {
                 self.relays.clear();
                 break;
@@ -790,7 +790,7 @@ impl<'a> FailoverReader<'a> {
             }
             Err(PeerError::Named(ips)) => {
                 self.takes_names = false;
-                self.relays_until = Instant::now() + RELAY_PATIENCE.get();
+                self.relays_until = Some(Instant::now() + RELAY_PATIENCE.get());
                 log::debug!("NAR {}: peer {} names {ips:?}", self.found.nar_hash, source.peer);
                 let mut relays = self.fetch.lookup.live_neighbours(&ips);
                 relays.retain(|relay| self.is_good(relay.who()) && relay.who() != who);
@@ -855,7 +855,13 @@ impl<'a> FailoverReader<'a> {
 
     /// Time until the deadline of the first piece; [`Duration::MAX`] once that is there.
     fn left(&self, now: Instant) -> Duration {
-        self.until.map_or(Duration::MAX, |until| until.saturating_duration_since(now))
+        time_left(self.until, now)
+    }
+
+    /// Time left for relays and digests: until the deadline for relays or that of
+    /// [`FailoverReader::left`], whichever is earlier.
+    fn relay_time_left(&self, now: Instant) -> Duration {
+        self.left(now).min(time_left(self.relays_until, now))
     }
 
     fn may_have_another(&self) -> bool {
@@ -1061,10 +1067,8 @@ fn check_first_piece(incoming: &VerifiedStream, piece: &Piece) -> Result<(), Str
     incoming.unsupported().map_or(Ok(()), |why| Err(StreamError::failed(Fault::OddPath, why)))
 }
 
-/// Time left for relays and digests: until `relays_until` or the first piece's deadline `until`,
-/// whichever is earlier. Unlimited once the first piece is there.
-fn relay_time_left(until: Option<Instant>, relays_until: Instant, now: Instant) -> Duration {
-    until.map_or(Duration::MAX, |until| until.min(relays_until).saturating_duration_since(now))
+fn time_left(until: Option<Instant>, now: Instant) -> Duration {
+    until.map_or(Duration::MAX, |until| until.saturating_duration_since(now))
 }
 
 /// The fault of each peer that may have sent a part of a wrong NAR.
@@ -1078,20 +1082,34 @@ fn blamed(contributors: &[Contributor]) -> Vec<(PeerKey, Fault)> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::tests::{downloader, odd_nar, peer_with};
     use super::*;
 
     fn contributor(last: u8, has_failed: bool) -> Contributor {
         Contributor { who: PeerKey::from(SocketAddr::from(([10, 0, 0, last], 1))), has_failed }
     }
 
+    /// Regression test: the deadline for the first piece from a relay, which had passed, cut the
+    /// rest of an unsupported NAR.
     #[test]
-    fn relay_time_left_before_first_piece_is_earlier_deadline() {
-        let now = Instant::now();
-        let (two, five) = (now + Duration::from_secs(2), now + Duration::from_secs(5));
-        assert_eq!(relay_time_left(Some(five), two, now), Duration::from_secs(2));
-        assert_eq!(relay_time_left(Some(two), five, now), Duration::from_secs(2));
-        assert_eq!(relay_time_left(Some(five), two, five), Duration::ZERO);
-        assert_eq!(relay_time_left(None, two, five), Duration::MAX);
+    fn first_piece_ends_its_deadlines_for_relays() {
+        let (fetch, now) = (downloader(), Instant::now());
+        let (found, serving) = peer_with(odd_nar(2 << 20), None, usize::MAX);
+        let [two, five] = [2, 5].map(|seconds| now + Duration::from_secs(seconds));
+        let mut reader = FailoverReader::new(&fetch, found, five, false);
+        assert_eq!(reader.relay_time_left(two), Duration::from_secs(3));
+        reader.relays_until = Some(two);
+        assert_eq!(reader.relay_time_left(now), Duration::from_secs(2));
+        (reader.until, reader.relays_until) = (Some(now + Duration::from_secs(60)), Some(now));
+        let (mut incoming, _) = reader.first_piece().unwrap();
+        assert_eq!(reader.relay_time_left(Instant::now()), Duration::MAX);
+        while incoming.unsupported().is_none() {
+            let mut piece = incoming.piece();
+            reader.next_piece(&mut incoming, &mut piece).unwrap();
+        }
+        let left = reader.relay_time_left(Instant::now());
+        assert!(!left.is_zero() && left <= UNSUPPORTED_TIMEOUT.get(), "{left:?}");
+        serving.join().unwrap();
     }
 
     #[test]
