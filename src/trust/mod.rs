@@ -72,9 +72,13 @@ struct KeySnapshot {
 impl KeySnapshot {
     /// Adds a key. Of several keys with one name, the first counts, as in Nix.
     fn add(&mut self, key: PublicKey, source: KeySource) {
-        if !self.keys.iter().any(|known| known.key.name() == key.name()) {
+        if !self.has_name_of(&key) {
             self.keys.push(TrustedKey { key, source });
         }
+    }
+
+    fn has_name_of(&self, key: &PublicKey) -> bool {
+        self.keys.iter().any(|known| known.key.name() == key.name())
     }
 
     /// Whether one of the keys made one of the signatures of `fingerprint`.
@@ -102,7 +106,7 @@ pub struct TrustedKeys {
     port: u16,
     store_dir: StoreDir,
     /// All keys but those of the friends file.
-    snapshot: RwLock<KeySnapshot>,
+    snapshot: RwLock<Arc<KeySnapshot>>,
     /// The last nix.conf that was read. Lookups never lock it.
     conf: Mutex<NixConf>,
 }
@@ -180,14 +184,17 @@ impl TrustedKeys {
         named.into_iter().for_each(|key| snapshot.add(key, KeySource::Flag));
         let of_friends = self.friend_flags.iter().cloned();
         of_friends.for_each(|key| snapshot.add(key, KeySource::Friend));
-        *self.snapshot.write().unwrap_or_else(PoisonError::into_inner) = snapshot;
+        *self.snapshot.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(snapshot);
     }
 
-    /// The keys of this moment, with those of the current friends.
-    fn current(&self) -> KeySnapshot {
+    /// The keys of this moment, with those of the current friends. They are copied only if the
+    /// friends file has one that is not in the snapshot.
+    fn current(&self) -> Arc<KeySnapshot> {
         let mut current = self.snapshot.read().unwrap_or_else(PoisonError::into_inner).clone();
         for friend in self.friends.iter().flat_map(|friends| friends.all()) {
-            friend.signing_key.iter().for_each(|key| current.add(key.clone(), KeySource::Friend));
+            if let Some(key) = friend.signing_key.as_ref().filter(|key| !current.has_name_of(key)) {
+                Arc::make_mut(&mut current).add(key.clone(), KeySource::Friend);
+            }
         }
         current
     }
@@ -214,7 +221,7 @@ impl TrustedKeys {
     /// All trusted keys. `None` if paths are accepted without a signature.
     pub fn keys(&self) -> Option<Vec<TrustedKey>> {
         let current = self.current();
-        current.is_on.then_some(current.keys)
+        current.is_on.then(|| current.keys.clone())
     }
 }
 
