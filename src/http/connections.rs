@@ -159,7 +159,7 @@ impl Connections {
     /// Closes the connection that has been idle longest. Returns false if none is idle.
     pub(super) fn close_idlest(&self) -> bool {
         let mut open = self.lock();
-        let idlest = admission::idlest(seats(&open));
+        let idlest = admission::idlest(seats(&open, Instant::now()));
         if let Some(id) = idlest {
             close(&mut open, id);
         }
@@ -171,7 +171,7 @@ impl Connections {
     pub(super) fn make_room(&self, peer: SocketAddr, is_own: bool) -> bool {
         let newcomer = Newcomer { peer: peer.ip(), is_own };
         let mut open = self.lock();
-        match admission::admit(newcomer, seats(&open)) {
+        match admission::admit(newcomer, seats(&open, Instant::now())) {
             Admission::Free => true,
             Admission::Replace(id) => {
                 close(&mut open, id);
@@ -191,13 +191,16 @@ impl Connections {
     }
 }
 
-fn seats(open: &HashMap<u64, Arc<Connection>>) -> impl Iterator<Item = OpenConnection> + Clone {
-    open.iter().map(|(id, connection)| OpenConnection {
+fn seats(
+    open: &HashMap<u64, Arc<Connection>>,
+    now: Instant,
+) -> impl Iterator<Item = OpenConnection> + Clone {
+    open.iter().map(move |(id, connection)| OpenConnection {
         id: *id,
         peer: connection.peer.ip(),
         is_own: connection.is_own,
         idle_since: connection.idle_since(),
-        stalled_for: connection.stream.progress().stalled_for(),
+        stalled_for: connection.stream.progress().stalled_for(now),
     })
 }
 

@@ -77,10 +77,10 @@ impl SendProgress {
         Some(self.full_since.load(Ordering::Relaxed)).filter(|&since| since != 0)
     }
 
-    /// Time for which the client has taken nothing.
-    pub(super) fn stalled_for(&self) -> Duration {
+    /// Time for which the client has taken nothing at `now`.
+    pub(super) fn stalled_for(&self, now: Instant) -> Duration {
         let since = self.stalled_since().unwrap_or(u64::MAX);
-        Duration::from_millis(moment().saturating_sub(since))
+        Duration::from_millis(moment(now).saturating_sub(since))
     }
 
     /// Makes the next or current wait for this client fail, because others need what it holds.
@@ -106,7 +106,7 @@ impl SendProgress {
     /// A client that has taken nothing for `time`, for tests.
     #[cfg(test)]
     pub(super) fn stalled(time: Duration) -> Self {
-        let full_since = AtomicU64::new(moment() - time.as_millis() as u64);
+        let full_since = AtomicU64::new(moment(Instant::now()) - time.as_millis() as u64);
         SendProgress { full_since, ..SendProgress::default() }
     }
 
@@ -143,7 +143,7 @@ impl SendProgress {
         let most =
             self.window().left.map_or(WRITE_TIMEOUT.get(), |left| left.min(WRITE_TIMEOUT.get()));
         let until = began + most;
-        self.full_since.store(moment(), Ordering::Relaxed);
+        self.full_since.store(moment(began), Ordering::Relaxed);
         let has_room = loop {
             let left = until.saturating_duration_since(Instant::now());
             if left.is_zero() || self.has_to_give_way() {
@@ -167,8 +167,9 @@ impl SendProgress {
     }
 }
 
-fn moment() -> u64 {
-    CLOCK_ZERO.elapsed().as_millis() as u64
+/// Milliseconds from [`CLOCK_ZERO`] to `now`.
+fn moment(now: Instant) -> u64 {
+    now.saturating_duration_since(*CLOCK_ZERO).as_millis() as u64
 }
 
 #[cfg(test)]
@@ -194,7 +195,7 @@ mod tests {
     #[test]
     fn giving_way_ends_the_wait() {
         let progress = SendProgress::default();
-        assert_eq!(progress.stalled_for(), Duration::ZERO);
+        assert_eq!(progress.stalled_for(Instant::now()), Duration::ZERO);
         progress.wait_for_room(|_| Ok(true)).unwrap();
         assert_eq!(progress.stalled_since(), None);
         let waited = progress.wait_for_room(|_| {

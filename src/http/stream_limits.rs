@@ -106,7 +106,8 @@ impl StreamCounts {
     /// This machine's streams end by their write timeout only.
     fn end_stalled(&mut self, may_end: impl Fn(Option<IpAddr>) -> bool) -> bool {
         let stalled = self.streams.iter().enumerate().filter(|(_, stream)| may_end(stream.peer));
-        let longest = stalled.map(|(at, stream)| (stream.progress.stalled_for(), at)).max();
+        let now = Instant::now();
+        let longest = stalled.map(|(at, stream)| (stream.progress.stalled_for(now), at)).max();
         let Some((time, at)) = longest else { return false };
         if time < STALLED.get() {
             return false;
