@@ -4,7 +4,7 @@
 use crate::common::daemon::binary;
 use crate::common::http::{Answer, Connection, Reply, Server, get, get_local};
 use crate::common::packet::Packet;
-use crate::common::process::Logged;
+use crate::common::process::{Logged, status_number};
 use crate::common::standin::receive;
 use crate::common::stock::{self, line, nar_route, narinfo};
 use crate::common::{
@@ -187,9 +187,7 @@ fn unexpected_bodies_are_refused_or_cut_off() {
 
 /// Resident memory of the daemon, in KiB.
 fn resident(daemon: &Daemon) -> u64 {
-    let status = std::fs::read_to_string(format!("/proc/{}/status", daemon.pid())).unwrap();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
-    line.trim().strip_suffix(" kB").unwrap().parse().unwrap()
+    status_number(daemon.pid(), "VmRSS")
 }
 
 #[test]
@@ -453,9 +451,7 @@ fn local_clients_that_never_read_do_not_keep_nix_out() {
         let answer = get_local(&scene.server, &stock::narinfo_route(&scene.path)).unwrap();
         assert_eq!(answer.status, 200);
     }
-    let status = std::fs::read_to_string(format!("/proc/{}/status", scene.daemon.pid())).unwrap();
-    let line = status.lines().find_map(|line| line.strip_prefix("Threads:")).unwrap();
-    let threads: u32 = line.trim().parse().unwrap();
+    let threads = status_number(scene.daemon.pid(), "Threads");
     assert!(threads < 1200, "{threads} threads");
     drop(held);
 }
@@ -467,7 +463,7 @@ fn neighbours_that_never_read_do_not_keep_others_out() {
     let large = stock::add_large(&scene.server, "large", 32);
     let route = nar_route(&scene.neighbour, &scene.server, &large);
     let greedy: Vec<Host> = (0..4).map(|n| scene.lan.host(&format!("greedy{n}"))).collect();
-    let narinfo = format!("/local{}", stock::narinfo_route(&scene.path));
+    let narinfo = stock::narinfo_route(&scene.path);
     let _connections: Vec<_> = greedy
         .iter()
         .map(|host| many_that_never_read(host, scene.address(), 500, &narinfo))

@@ -101,11 +101,7 @@ const SIGNING: [&str; 2] = ["--private-key", "/etc/peerix.sec"];
 
 fn key(host: &Host) -> String {
     stock::ready(host);
-    host.sh(&format!(
-        "nix-store --generate-binary-cache-key {}-1 /etc/peerix.sec /etc/peerix.pub",
-        host.name
-    ));
-    fs::read_to_string(host.path("/etc/peerix.pub")).unwrap().trim().to_owned()
+    nix::generate_key(host)
 }
 
 impl Pair {

@@ -455,8 +455,7 @@ fn signing_key_in_friends_file_counts_while_it_is_there() {
     let lan = Lan::new().with_scale(Scale::intervals(0.2));
     let [home, laptop] = ["home", "laptop"].map(|name| lan.host(name));
     [&home, &laptop].into_iter().for_each(ready);
-    home.sh("nix-store --generate-binary-cache-key home-1 /etc/peerix.sec /etc/peerix.pub");
-    let public = std::fs::read_to_string(home.path("/etc/peerix.pub")).unwrap();
+    let public = nix::generate_key(&home);
     let path = stock::build(&home, "signed");
     let file = "/etc/peerix-friends";
     let line = friend(&home, Some(at(&home)));
@@ -466,10 +465,10 @@ fn signing_key_in_friends_file_counts_while_it_is_there() {
     let _laptop = start(&laptop, &["--friends-file", file]);
     wait_until_reached(&laptop, "home", true);
     assert_eq!(narinfo_status(&laptop, &path), 404, "no key signed it that counts");
-    laptop.write(file, format!("{line},sign={}\n", public.trim()));
+    laptop.write(file, format!("{line},sign={public}\n"));
     wait_until_known(&laptop, &path);
     let node = crate::common::daemon::status(&laptop)["node"].clone();
-    let keys = serde_json::json!([{"key": public.trim(), "source": "friend"}]);
+    let keys = serde_json::json!([{"key": public, "source": "friend"}]);
     assert_eq!(node["public_keys"], keys);
     // The friend is removed, and is a neighbour without a trusted key.
     laptop.write(file, "# nobody\n");

@@ -7,12 +7,12 @@ use crate::common::{Asker, Holder, Lan, PORT, World, daemon, nix};
 fn closure_signed_by_peer_is_fetched() {
     let lan = Lan::new();
     let world = World::on(&lan);
+    let mut key = String::new();
     let holder = Holder::with(&lan, &world, "holder", |host| {
-        host.sh("nix-store --generate-binary-cache-key holder-1 /etc/peerix.sec /etc/peerix.pub");
+        key = nix::generate_key(host);
         vec!["--private-key".into(), "/etc/peerix.sec".into()]
     });
-    let key = std::fs::read_to_string(holder.host.path("/etc/peerix.pub")).unwrap();
-    let asker = Asker::with(&lan, "", &[key.trim()]);
+    let asker = Asker::with(&lan, "", &[&key]);
     asker.meet(&[&holder]);
     let closure = asker.fetch_and_check(&world, world.path("closure300"));
     assert_eq!(closure.len(), 300);

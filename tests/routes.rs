@@ -564,16 +564,10 @@ fn plain_nix_reads_paths_logs_and_listings() {
 fn only_own_paths_are_signed() {
     let lan = Lan::new();
     let world = World::on(&lan);
-    let generate = |host: &Host, name: &str| {
-        host.sh(&format!(
-            "nix-store --generate-binary-cache-key {name} /etc/peerix.sec /etc/peerix.pub"
-        ));
-        fs::read_to_string(host.path("/etc/peerix.pub")).unwrap().trim().to_owned()
-    };
     let mut key = String::new();
     let holder = Holder::with(&lan, &world, "holder", |host| {
         world.sign(host);
-        key = generate(host, "holder-1");
+        key = nix::generate_key(host);
         vec!["--private-key".into(), "/etc/peerix.sec".into()]
     });
     let little = world.path("little");
@@ -599,7 +593,7 @@ fn only_own_paths_are_signed() {
     // A node with a key relays other peers' narinfos without its own signature.
     let relay = lan.host("relay");
     nix::configure_client(&relay, "", &[&key]);
-    let relay_key = generate(&relay, "relay-1");
+    let relay_key = nix::generate_key(&relay);
     let _relaying = Daemon::start(&relay, &["--private-key", "/etc/peerix.sec"]);
     crate::common::daemon::wait_until_known(&relay, &holder.mark);
     let answer = get_local(&relay, &format!("/{}.narinfo", world::hash_part(little))).unwrap();

@@ -2,6 +2,7 @@
 //! path.
 
 use crate::common::http::{self, Connection, Reply, Request, Server};
+use crate::common::process::status_number;
 use crate::common::standin::{StandIn, StaticCache, field, have};
 use crate::common::{
     Asker, Daemon, Holder, Host, Lan, Scale, World, daemon, nix, thread, wait_for, world,
@@ -221,11 +222,7 @@ fn lookups_without_fetch_keep_memory_bounded() {
     });
     let asker = Asker::with(&lan, "", &[]);
     nar_url(&asker, &format!("/nix/store/{}-x", "1".repeat(32)));
-    let resident = || {
-        let text = std::fs::read_to_string(format!("/proc/{}/status", asker.daemon.pid())).unwrap();
-        let line = text.lines().find_map(|line| line.strip_prefix("RssAnon:")).unwrap();
-        line.trim().trim_end_matches(" kB").parse::<u64>().unwrap()
-    };
+    let resident = || status_number(asker.daemon.pid(), "RssAnon");
     let before = resident();
     std::thread::scope(|scope| {
         for worker in 0..8 {

@@ -22,15 +22,6 @@ const MIDDLE: u64 = 64 * MIB;
 /// Scale of intervals: peers announce themselves and report transfers every six seconds.
 const INTERVAL_SCALE: f64 = 0.1;
 
-/// Generates a signing key on `host` with Nix; returns the public key.
-fn key(host: &Host) -> String {
-    host.sh(&format!(
-        "nix-store --generate-binary-cache-key {}-1 /etc/peerix.sec /etc/peerix.pub",
-        host.name
-    ));
-    fs::read_to_string(host.path("/etc/peerix.pub")).unwrap().trim().to_owned()
-}
-
 /// Total size of the NARs of `paths`, in bytes.
 fn nar_bytes(host: &Host, paths: &[String]) -> u64 {
     let sizes = host.cmd("nix-store").args(["--query", "--size"]).args(paths).okay();
@@ -41,16 +32,15 @@ fn nar_bytes(host: &Host, paths: &[String]) -> u64 {
 fn closure_is_fetched_from_peer_on_other_network() {
     let places = WanScene::new();
     let (world, trackers) = (&places.world, [&places.tracker.host]);
+    let mut key = String::new();
     let holder = Holder::with(&places.away, world, "holder", |host| {
-        key(host);
+        key = nix::generate_key(host);
         let mut flags = open(host, "wan", &trackers);
         flags.extend(["--private-key", "/etc/peerix.sec"].map(str::to_owned));
         flags
     });
-    let key = fs::read_to_string(holder.host.path("/etc/peerix.pub")).unwrap();
-    let asker = Asker::flagged(&places.home, "", &[key.trim()], |host| {
-        tracker::flags(host, "wan", &trackers)
-    });
+    let asker =
+        Asker::flagged(&places.home, "", &[&key], |host| tracker::flags(host, "wan", &trackers));
     asker.meet(&[&holder]);
     let mut all = asker.fetch_and_check(world, world.path("closure300"));
     assert_eq!(all.len(), 300);
@@ -134,18 +124,17 @@ fn only_paths_of_upstream_cache_are_shared() {
     let places = WanScene::new();
     let (world, trackers) = (&places.world, [&places.tracker.host]);
     let (url, _server) = upstream(&places);
+    let mut key = String::new();
     let holder = Holder::with(&places.away, world, "holder", |host| {
-        key(host);
+        key = nix::generate_key(host);
         let mut flags = tracker::flags(host, "wan", &trackers);
         flags.extend(
             ["--private-key", "/etc/peerix.sec", "--upstream-cache", &url].map(str::to_owned),
         );
         flags
     });
-    let key = fs::read_to_string(holder.host.path("/etc/peerix.pub")).unwrap();
-    let asker = Asker::flagged(&places.home, "", &[key.trim()], |host| {
-        tracker::flags(host, "wan", &trackers)
-    });
+    let asker =
+        Asker::flagged(&places.home, "", &[&key], |host| tracker::flags(host, "wan", &trackers));
     wait_for("the holder is known", || {
         (narinfo_status(&asker.host, world.path("little")) == 200).then_some(())
     });

@@ -143,9 +143,7 @@ fn why_reports_forbidden_substitution_and_cached_narinfos() {
     let lan = Lan::new();
     let (a, b) = (lan.host("a"), lan.host("b"));
     stock::ready(&a);
-    a.sh("nix-store --generate-binary-cache-key a-1 /etc/peerix.sec /etc/peerix.pub");
-    let key = std::fs::read_to_string(a.path("/etc/peerix.pub")).unwrap();
-    nix::configure_client(&b, "", &[key.trim()]);
+    nix::configure_client(&b, "", &[&nix::generate_key(&a)]);
     let expression = |text: &str| {
         format!(
             "derivation {{ name = \"local\"; allowSubstitutes = false; system = builtins.currentSystem; \

@@ -227,7 +227,7 @@ fn tolerates_unknown_ca(request: &Request<'_>) -> bool {
 mod tests {
     use super::super::head;
     use super::*;
-    use crate::nix::golden;
+    use crate::nix::{StorePath, golden};
 
     #[test]
     fn nix_gets_true_and_readable_content_addresses_only() {
@@ -250,6 +250,18 @@ mod tests {
             assert_eq!(given(&info, true, ""), info.ca);
             assert_eq!(given(&info, false, new), None, "{wrong}");
             assert_eq!(given(&info, false, old), None, "{wrong}");
+        }
+        // True of its path, and unknown to Nix before 2.34.
+        let path = StorePath::parse("gc4gpxylxh6pjh5k1jnb1sg0x9634hdf-x").unwrap();
+        let info = PathInfo {
+            path,
+            references: Vec::new(),
+            ca: Some(format!("fixed:r:blake3:{zeros}")),
+            ..some
+        };
+        assert_eq!(given(&info, false, new), info.ca);
+        for unable in [old, "curl/8"] {
+            assert_eq!(given(&info, false, unable), None, "{unable}");
         }
     }
 }

@@ -44,6 +44,16 @@ pub fn configure(host: &Host, extra: &str) {
     );
 }
 
+/// Generates the key pair `<host>-1` in `/etc/peerix.sec` and `/etc/peerix.pub` of a host, and
+/// returns the public key.
+pub fn generate_key(host: &Host) -> String {
+    let name = format!("{}-1", host.name);
+    let files = ["/etc/peerix.sec", "/etc/peerix.pub"];
+    host.cmd("nix-store").args(["--generate-binary-cache-key", &name]).args(files).okay();
+    let key = std::fs::read_to_string(host.path(files[1])).expect("Nix has written it");
+    key.trim().to_owned()
+}
+
 /// Configures a host to ask its own peerix and the substituter `next` (a URL or empty), and to
 /// accept only paths that one of `keys` signed. Initialises the store.
 pub fn configure_client(host: &Host, next: &str, keys: &[&str]) {

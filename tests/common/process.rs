@@ -76,6 +76,14 @@ impl Drop for Process {
     }
 }
 
+/// A number in `/proc/<pid>/status`, such as `VmRSS` in KiB.
+pub fn status_number(pid: u32, field: &str) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("it runs");
+    let value = status.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
+    let number = value.and_then(|value| value.split_whitespace().next()?.parse().ok());
+    number.unwrap_or_else(|| panic!("no number {field} in\n{status}"))
+}
+
 /// A process with a log. Dropping it kills it, and prints the end of the log if the test failed. A
 /// panic in the process fails the test.
 pub struct Logged {

@@ -4,6 +4,7 @@
 
 use super::http::{Answer, Connection};
 use super::lan::Scale;
+use super::process::status_number;
 use super::thread::test_name;
 use super::{directory, last_lines, tracker, wait_for};
 use peerix::wire::tracker::{
@@ -138,9 +139,7 @@ impl LoopbackTracker {
 
     /// Resident memory, in bytes.
     pub fn rss(&self) -> u64 {
-        let status = fs::read_to_string(format!("/proc/{}/status", self.pid())).expect("it runs");
-        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("its memory");
-        line.trim().trim_end_matches(" kB").parse::<u64>().expect("a number") * 1024
+        status_number(self.pid(), "VmRSS") * 1024
     }
 
     /// Connects from the loopback address `from`.
