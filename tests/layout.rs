@@ -7,205 +7,71 @@ const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 
 /// Each module with all modules that it may use, from the highest layer to the lowest. A module may
 /// use only modules that stand below it.
-const MAY_USE: &[(&str, &[&str])] = &[
-    ("main", &["cli", "commands", "daemon", "service", "sockets"]),
+const MAY_USE: &[(&str, &str)] = &[
+    ("main", "cli commands daemon service sockets"),
     (
         "commands",
-        &[
-            "cli",
-            "config",
-            "degraded",
-            "http_client",
-            "identity",
-            "key_file",
-            "lan",
-            "network",
-            "nix",
-            "peers",
-            "service",
-            "access",
-            "status",
-            "store",
-            "trust",
-            "wire",
-        ],
+        "cli config degraded http_client identity key_file lan network nix peers service access \
+         status store trust wire",
     ),
-    ("cli", &["config", "nix", "upload_limit", "wire"]),
+    ("cli", "config nix upload_limit wire"),
     (
         "daemon",
-        &[
-            "backoff",
-            "config",
-            "degraded",
-            "fetch",
-            "friends",
-            "port_mapper",
-            "http",
-            "identity",
-            "key_file",
-            "lan",
-            "lookup",
-            "network",
-            "nix",
-            "peers",
-            "publish",
-            "stats",
-            "log_throttle",
-            "service",
-            "access",
-            "sockets",
-            "status",
-            "store",
-            "time_scale",
-            "trust",
-            "upload_limit",
-            "upstream",
-            "wire",
-        ],
+        "backoff config degraded fetch friends port_mapper http identity key_file lan lookup \
+         network nix peers publish stats log_throttle service access sockets status store \
+         time_scale trust upload_limit upstream wire",
     ),
-    (
-        "publish",
-        &["config", "network", "nix", "deferred", "peers", "access", "store", "time_scale", "wire"],
-    ),
+    ("publish", "config network nix deferred peers access store time_scale wire"),
     (
         "http",
-        &[
-            "config",
-            "fetch",
-            "friends",
-            "lookup",
-            "nix",
-            "deferred",
-            "stats",
-            "log_throttle",
-            "access",
-            "status",
-            "store",
-            "time_scale",
-            "upload_limit",
-            "wire",
-        ],
+        "config fetch friends lookup nix deferred stats log_throttle access status store \
+         time_scale upload_limit wire",
     ),
-    (
-        "fetch",
-        &[
-            "config",
-            "degraded",
-            "lookup",
-            "nix",
-            "peers",
-            "stats",
-            "store",
-            "time_scale",
-            "trust",
-            "upstream",
-            "wire",
-        ],
-    ),
-    ("upstream", &["config", "http_client", "lookup", "nix", "trust"]),
-    ("lookup", &["nix", "peers", "stats", "trust", "wire"]),
-    (
-        "status",
-        &[
-            "config",
-            "degraded",
-            "port_mapper",
-            "lan",
-            "network",
-            "nix",
-            "peers",
-            "stats",
-            "store",
-            "trust",
-            "wire",
-        ],
-    ),
+    ("fetch", "config degraded lookup nix peers stats store time_scale trust upstream wire"),
+    ("upstream", "config http_client lookup nix trust"),
+    ("lookup", "nix peers stats trust wire"),
+    ("status", "config degraded port_mapper lan network nix peers stats store trust wire"),
     (
         "peers",
-        &[
-            "backoff",
-            "config",
-            "friends",
-            "http_client",
-            "lan",
-            "network",
-            "nix",
-            "deferred",
-            "connect_rate",
-            "resolver",
-            "stats",
-            "suspend",
-            "time_scale",
-            "wire",
-        ],
+        "backoff config friends http_client lan network nix deferred connect_rate resolver stats \
+         suspend time_scale wire",
     ),
-    (
-        "lan",
-        &[
-            "network",
-            "nix",
-            "deferred",
-            "log_throttle",
-            "access",
-            "store",
-            "suspend",
-            "time_scale",
-            "wire",
-        ],
-    ),
-    ("store", &["nix", "time_scale"]),
-    ("port_mapper", &["network", "time_scale", "wire"]),
-    (
-        "access",
-        &[
-            "backoff",
-            "config",
-            "fnmatch",
-            "http_client",
-            "network",
-            "nix",
-            "deferred",
-            "log_throttle",
-            "time_scale",
-        ],
-    ),
-    ("sockets", &["config", "network"]),
-    ("identity", &["wire"]),
-    ("backoff", &["time_scale"]),
-    ("trust", &["config", "degraded", "friends", "key_file", "nix", "wire"]),
-    ("friends", &["config", "key_file", "wire"]),
-    ("degraded", &[]),
-    ("key_file", &[]),
-    ("http_client", &[]),
-    ("connect_rate", &[]),
-    ("deferred", &[]),
-    ("upload_limit", &[]),
-    ("log_throttle", &[]),
-    ("service", &[]),
-    ("suspend", &[]),
-    ("time_scale", &[]),
-    ("stats", &["nix"]),
-    ("config", &["network", "nix", "wire"]),
-    ("network", &["fnmatch"]),
-    ("fnmatch", &[]),
-    ("resolver", &["wire"]),
-    ("wire", &["nix"]),
-    ("nix", &[]),
+    ("lan", "network nix deferred log_throttle access store suspend time_scale wire"),
+    ("store", "nix time_scale"),
+    ("port_mapper", "network time_scale wire"),
+    ("access", "backoff config fnmatch http_client network nix deferred log_throttle time_scale"),
+    ("sockets", "config network"),
+    ("identity", "wire"),
+    ("backoff", "time_scale"),
+    ("trust", "config degraded friends key_file nix wire"),
+    ("friends", "config key_file wire"),
+    ("degraded", ""),
+    ("key_file", ""),
+    ("http_client", ""),
+    ("connect_rate", ""),
+    ("deferred", ""),
+    ("upload_limit", ""),
+    ("log_throttle", ""),
+    ("service", ""),
+    ("suspend", ""),
+    ("time_scale", ""),
+    ("stats", "nix"),
+    ("config", "network nix wire"),
+    ("network", "fnmatch"),
+    ("fnmatch", ""),
+    ("resolver", "wire"),
+    ("wire", "nix"),
+    ("nix", ""),
 ];
 
 /// Modules of the library that the tracker may use.
-const TRACKER_MAY_USE: &[&str] = &[
-    "http",
-    "nix",
-    "deferred",
-    "connect_rate",
-    "log_throttle",
-    "resolver",
-    "service",
-    "sockets",
-    "time_scale",
-    "wire",
-];
+const TRACKER_MAY_USE: &str =
+    "http nix deferred connect_rate log_throttle resolver service sockets time_scale wire";
+
+/// Whether a list of modules contains `module`.
+fn lists(modules: &str, module: &str) -> bool {
+    modules.split(' ').any(|listed| listed == module)
+}
 
 #[test]
 fn every_file_of_tests_is_compiled() {
@@ -228,7 +94,7 @@ fn tracker_imports_only_allowed_modules() {
         for used in modules_named_after("peerix::", &text) {
             seen += 1;
             assert!(
-                TRACKER_MAY_USE.contains(&used),
+                lists(TRACKER_MAY_USE, used),
                 "{}: the tracker may not use `{used}`",
                 file.display()
             );
@@ -245,8 +111,8 @@ fn tracker_imports_only_allowed_modules() {
 #[test]
 fn imports_point_only_to_lower_layers() {
     for (at, (module, uses)) in MAY_USE.iter().enumerate() {
-        for used in *uses {
-            let place = MAY_USE.iter().position(|(name, _)| name == used);
+        for used in uses.split_terminator(' ') {
+            let place = MAY_USE.iter().position(|(name, _)| *name == used);
             assert!(place > Some(at), "{module} may not use {used}, which is not below it");
         }
     }
@@ -265,7 +131,7 @@ fn imports_point_only_to_lower_layers() {
         let text = fs::read_to_string(file).unwrap();
         for used in modules_named(&text) {
             seen += 1;
-            let fine = used == module || uses.contains(&used);
+            let fine = used == module || lists(uses, used);
             assert!(fine, "src/{}: `{module}` may not use `{used}`", inside.display());
         }
     }
