@@ -94,11 +94,11 @@ fn tracker_restart_causes_no_misses() {
     });
 }
 
-/// While lookups miss a tracker, the node tries it every two seconds. Lookups use it again once it
-/// has answered.
+/// While lookups miss a tracker, the node tries it every two seconds, here every 0.4 s. Lookups use
+/// it again once it has answered.
 #[test]
 fn tracker_after_outage_answers_lookups_again() {
-    let mut places = WanScene::new();
+    let mut places = WanScene::with_scale(Scale::intervals(0.2));
     let holder = places.holder("holder");
     let asker = places.asker(&[&holder]);
     places.tracker.kill();
@@ -107,7 +107,7 @@ fn tracker_after_outage_answers_lookups_again() {
         assert_eq!(narinfo_status(&asker.host, &holder.mark), 404);
         left_out().then_some(())
     });
-    std::thread::sleep(Duration::from_secs(10));
+    std::thread::sleep(Duration::from_secs(2));
     narinfo_status(&asker.host, &holder.mark);
     places.tracker.start_again();
     let back = Instant::now();
@@ -135,8 +135,9 @@ fn reports_during_tracker_outage_are_sent_afterwards() {
     places.tracker.kill();
     asker.host.quick();
     nix::assert_quiet(&child.wait_with_output().expect("it is ours"));
-    // The outage lasts longer than the 10 s timeout of one call.
-    std::thread::sleep(Duration::from_secs(10));
+    wait_slowly_for("the outage is noticed", || {
+        asker.daemon.log().contains("left out until it is reached again").then_some(())
+    });
     places.tracker.start_again();
     let paths = nix::closure(&asker.host, &[path]);
     let sizes = asker.host.cmd("nix-store").args(["--query", "--size"]).args(paths).okay();
@@ -162,17 +163,18 @@ fn busy_tracker_gets_few_requests() {
         Reply::Raw(b"HTTP/1.1 429 x\r\nRetry-After: 5\r\nContent-Length: 2\r\n\r\n{}".to_vec())
     });
     let asker = Asker::flagged(&home, "", &[], |asker| tracker::flags(asker, "wan", &[&host]));
-    let began = Instant::now();
     // The answers to lookups do not wait for the busy tracker, and lookups send it no extra
     // requests.
     for number in 0..200 {
         assert_eq!(narinfo_status(&asker.host, &absent(number)), 404);
     }
-    wait_slowly_for("ten seconds", || (began.elapsed() > Duration::from_secs(10)).then_some(()));
+    wait_slowly_for("it is asked again", || {
+        let requests = requests.lock().unwrap();
+        (*requests.last()? - requests[0] >= Duration::from_secs(5)).then_some(())
+    });
     let requests = requests.lock().unwrap();
     let last = *requests.last().expect("it is asked");
     let seconds = last.duration_since(requests[0]).as_secs_f64();
-    assert!(requests.len() >= 2, "it is asked again");
     assert!(requests.len() as f64 <= 6.0 + seconds, "{} requests in {seconds} s", requests.len());
 }
 
@@ -254,24 +256,18 @@ fn login_page_instead_of_upstream_delays_sharing_only() {
     });
 }
 
-/// The holder announces a new address before its next regular announce, which is 60 s away.
+/// The holder announces a new address before its next regular announce, which is ten minutes away.
 #[test]
 fn holder_with_new_address_is_found() {
-    let places = WanScene::new();
+    let places = WanScene::with_scale(Scale::intervals(10.0));
     let holder = places.holder("holder");
     let asker = places.asker(&[&holder]);
     let [old, new] = [holder.host.address, places.away.address(77)];
     holder.host.net(&format!("ip addr del {old}/24 dev eth0"));
     holder.host.net(&format!("ip addr add {new}/24 brd + dev eth0"));
     holder.host.net(&format!("ip route add default via {}", places.away.address(254)));
-    let moved = Instant::now();
     let is_there = || places.tracker.peers().contains(&("holder".into(), new.to_string()));
     wait_slowly_for("the tracker knows the new address", || is_there().then_some(()));
-    let announced = moved.elapsed();
-    assert!(
-        announced < Duration::from_secs(50),
-        "only at the next regular announce: {announced:?}"
-    );
     wait_slowly_for("the path is found", || {
         (narinfo_status(&asker.host, &holder.mark) == 200).then_some(())
     });
