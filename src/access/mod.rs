@@ -108,11 +108,8 @@ impl AccessPolicy {
             return None;
         }
         // Another node may run on this machine.
-        match self.scope(from) {
-            Scope::ThisMachine | Scope::Friend => None,
-            Scope::Lan => Some(Scope::Lan),
-            Scope::Wan => self.serves(Scope::Wan).then_some(Scope::Wan),
-        }
+        let scope = self.scope(from);
+        (scope == Scope::Lan || self.serves(scope)).then_some(scope)
     }
 
     fn is_named_peer(&self, asker: SocketAddr) -> bool {

@@ -86,8 +86,6 @@ const MIN_BATCH_INTERVAL: Duration = Duration::from_millis(1);
 /// Maximum interval between two batches.
 const MAX_BATCH_INTERVAL: Duration = Duration::from_millis(8);
 
-/// Longest time without a search for peers whose probe is due, while none has one planned.
-const LONGEST_PROBE_SEARCH: Duration = Duration::from_secs(60);
 /// Minimum interval between two probes, to whatever peers: at most ten leave per second.
 const PROBE_INTERVAL: Duration = Duration::from_millis(100);
 
@@ -267,8 +265,8 @@ pub struct Discovery<E> {
     greet_again: Instant,
     next_probe: Instant,
     /// No peer's [`LanPeer::next_probe`] is earlier, so before it the peers need not be searched
-    /// for one.
-    earliest_probe: Instant,
+    /// for one. `None` if no probe is planned.
+    earliest_probe: Option<Instant>,
     /// No peer's [`LanPeer::repeat_at`] is earlier, in lookup time.
     earliest_repeat: Option<Instant>,
 }
@@ -311,7 +309,7 @@ impl<E: Environment> Discovery<E> {
             greeted: BTreeSet::new(),
             greet_again: now,
             next_probe: now,
-            earliest_probe: now + LONGEST_PROBE_SEARCH,
+            earliest_probe: None,
             earliest_repeat: None,
         }
     }
@@ -352,9 +350,9 @@ impl<E: Environment> Discovery<E> {
         // While lookups wait, a turn is due every `MAX_TURN`. Otherwise lookup time would fall
         // behind although the machine does not pause.
         let counted = (!self.lookups.is_empty()).then(|| self.last_turn + MAX_TURN);
-        let probe = self.earliest_probe.max(self.next_probe);
+        let probe = self.earliest_probe.map(|at| at.max(self.next_probe));
         let reply = self.hello_replies.values().min().copied();
-        let others = [counted, reply, Some(probe), Some(self.next_hello)];
+        let others = [counted, reply, probe, Some(self.next_hello)];
         waits.chain(others.into_iter().flatten()).min().unwrap_or(self.next_hello)
     }
 
@@ -958,7 +956,7 @@ impl<E: Environment> Discovery<E> {
         self.grace_until = now + GRACE.get();
         self.next_broadcast = now;
         self.peers.iter_mut().for_each(|(_, peer)| peer.restart_probes(now));
-        self.earliest_probe = now;
+        self.earliest_probe = Some(now);
         self.greeted.clear();
     }
 
@@ -1193,7 +1191,7 @@ impl<E: Environment> Discovery<E> {
     }
 
     fn send_probes(&mut self, now: Instant, t: Instant, out: &mut OutgoingDatagrams) {
-        if now < self.next_probe.max(self.earliest_probe) {
+        if self.earliest_probe.is_none_or(|at| now < at.max(self.next_probe)) {
             return;
         }
         let is_due = |peer: &LanPeer| peer.next_probe().is_some_and(|at| at <= now);
@@ -1206,8 +1204,7 @@ impl<E: Environment> Discovery<E> {
                 break;
             }
         }
-        let next = self.peers.iter().filter_map(|(_, peer)| peer.next_probe()).min();
-        self.earliest_probe = next.unwrap_or(now + LONGEST_PROBE_SEARCH);
+        self.earliest_probe = self.peers.iter().filter_map(|(_, peer)| peer.next_probe()).min();
     }
 
     /// Moves the search for due probes and repeats forward to this peer's next ones. To be called
@@ -1215,7 +1212,7 @@ impl<E: Environment> Discovery<E> {
     fn plan(&mut self, address: SocketAddr) {
         let Some(peer) = self.peers.get(address) else { return };
         let (probe, repeat) = (peer.next_probe(), peer.repeat_at());
-        self.earliest_probe = probe.map_or(self.earliest_probe, |at| at.min(self.earliest_probe));
+        self.earliest_probe = self.earliest_probe.into_iter().chain(probe).min();
         self.earliest_repeat = self.earliest_repeat.into_iter().chain(repeat).min();
     }
 }
@@ -1230,13 +1227,13 @@ impl<E: Environment> Discovery<E> {
         assert!(self.hello_replies.len() <= MAX_HELLO_REPLIES + 1);
         assert!(self.recent_replies.len() <= MAX_HELLO_REPLIES);
         assert!(self.greeted.len() <= MAX_GREETED);
-        let next = self.peers.iter().filter_map(|(_, peer)| peer.next_probe()).min();
-        assert!(next.is_none_or(|at| self.earliest_probe <= at), "a probe would be late");
-        let next = self.peers.iter().filter_map(|(_, peer)| peer.repeat_at()).min();
-        assert!(
-            next.is_none_or(|at| self.earliest_repeat.is_some_and(|earliest| earliest <= at)),
-            "a repeat would be late"
-        );
+        let is_known = |at: Option<Instant>, earliest: Option<Instant>| {
+            at.is_none_or(|at| earliest.is_some_and(|earliest| earliest <= at))
+        };
+        for (_, peer) in self.peers.iter() {
+            assert!(is_known(peer.next_probe(), self.earliest_probe), "a probe would be late");
+            assert!(is_known(peer.repeat_at(), self.earliest_repeat), "a repeat would be late");
+        }
     }
 }
 
