@@ -136,27 +136,15 @@ impl Trackers {
             let (jobs, queue) = bounded(MAX_JOBS);
             let (running, stopped) = bounded(0);
             let (end, ended) = bounded(0);
-            let backoff = || Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
-            let worker = AnnouncerThread {
-                tracker: tracker.clone(),
-                trackers: trackers.clone(),
-                me: me.clone(),
-                publication: publication.clone(),
-                networks: networks.clone(),
-                network_changes: networks.count_changes(),
-                suspend: SuspendDetector::new(),
+            let worker = AnnouncerThread::new(
+                tracker.clone(),
+                trackers.clone(),
+                me.clone(),
+                publication.clone(),
+                networks.clone(),
                 queue,
                 stopped,
-                announcing: backoff(),
-                is_asked_to_wait: false,
-                next_announce: Instant::now(),
-                published: None,
-                publishing: backoff(),
-                next_filter: Instant::now(),
-                begin: BTreeMap::new(),
-                reporting: backoff(),
-                reports: VecDeque::new(),
-            };
+            );
             let on_end = on_end.clone();
             thread::Builder::new().name("announce".into()).spawn(move || {
                 // Dropped when this thread ends, even by a panic.
@@ -270,6 +258,38 @@ struct AnnouncerThread {
 }
 
 impl AnnouncerThread {
+    fn new(
+        tracker: Arc<Tracker>,
+        trackers: Vec<Arc<Tracker>>,
+        me: Arc<NodeIdentity>,
+        publication: Arc<Publication>,
+        networks: Arc<Networks>,
+        queue: Receiver<AnnouncerJob>,
+        stopped: Receiver<()>,
+    ) -> Self {
+        let (backoff, now) = (|| Backoff::new(FIRST_PAUSE, LONGEST_PAUSE), Instant::now());
+        AnnouncerThread {
+            tracker,
+            trackers,
+            me,
+            publication,
+            network_changes: networks.count_changes(),
+            networks,
+            suspend: SuspendDetector::new(),
+            queue,
+            stopped,
+            announcing: backoff(),
+            is_asked_to_wait: false,
+            next_announce: now,
+            published: None,
+            publishing: backoff(),
+            next_filter: now,
+            begin: BTreeMap::new(),
+            reporting: backoff(),
+            reports: VecDeque::new(),
+        }
+    }
+
     fn run(mut self) {
         loop {
             let now = Instant::now();
@@ -514,29 +534,12 @@ mod tests {
             instance: 1,
         });
         let tracker = Arc::new(Tracker::new(url, &me, Instant::now()));
-        let backoff = || Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
+        let trackers = vec![tracker.clone()];
+        let networks = Arc::new(Networks::new(NetworkPolicy::default(), Vec::new()));
         let (_, queue) = bounded(0);
         let (_, stopped) = bounded(0);
-        let mut thread = AnnouncerThread {
-            tracker: tracker.clone(),
-            trackers: vec![tracker],
-            me,
-            publication: Arc::default(),
-            networks: Arc::new(Networks::new(NetworkPolicy::default(), Vec::new())),
-            network_changes: 0,
-            suspend: SuspendDetector::new(),
-            queue,
-            stopped,
-            announcing: backoff(),
-            is_asked_to_wait: false,
-            next_announce: Instant::now(),
-            published: None,
-            publishing: backoff(),
-            next_filter: Instant::now(),
-            begin: BTreeMap::new(),
-            reporting: backoff(),
-            reports: VecDeque::new(),
-        };
+        let mut thread =
+            AnnouncerThread::new(tracker, trackers, me, Arc::default(), networks, queue, stopped);
         thread.announce();
         (thread, server)
     }

@@ -114,12 +114,7 @@ pub fn faster(
 /// `own` and the peer's lasting pace counts, because small NARs from a Wi-Fi card in power-save
 /// mode say nothing about a large one.
 pub fn time_left(load: &PeerLoad, own: Option<f64>, rest: u64) -> Option<Duration> {
-    let pace = load
-        .after_begin
-        .lasting
-        .into_iter()
-        .chain(own)
-        .fold(None, |most: Option<f64>, pace| Some(most.map_or(pace, |most| most.max(pace))))?;
+    let pace = load.after_begin.lasting.into_iter().chain(own).reduce(f64::max)?;
     Some(duration(work_left(load, rest) / pace.max(1.0)))
 }
 
@@ -136,11 +131,7 @@ fn expected(load: &PeerLoad, bytes: u64, usual: f64) -> f64 {
 }
 
 fn usual_pace(holdings: &[HolderFacts]) -> f64 {
-    holdings
-        .iter()
-        .filter_map(|h| h.load.pace.known)
-        .fold(None, |best: Option<f64>, pace| Some(best.map_or(pace, |b| b.max(pace))))
-        .unwrap_or(USUAL_PACE)
+    holdings.iter().filter_map(|h| h.load.pace.known).reduce(f64::max).unwrap_or(USUAL_PACE)
 }
 
 fn duration(seconds: f64) -> Duration {
@@ -256,42 +247,32 @@ mod tests {
         }
     }
 
+    /// The holder to which a NAR moves that has waited long enough, at a pace of `measured`.
+    fn moves(measured: f64, rest: u64, others: &[HolderFacts]) -> Option<usize> {
+        faster(&sending(measured, 300, rest), LEAST_WAIT, rest, others)
+    }
+
     #[test]
     fn nar_moves_only_to_holder_twice_as_fast() {
-        let current = sending(140e3, 300, 20 * MIB);
-        assert_eq!(
-            faster(&current, LEAST_WAIT, 20 * MIB, &[holding(Some(250e3)), holding(Some(10e6))]),
-            Some(1)
-        );
-        assert_eq!(faster(&current, LEAST_WAIT, 20 * MIB, &[holding(Some(270e3))]), None);
-        assert_eq!(faster(&current, LEAST_WAIT, 20 * MIB, &[]), None);
+        let moves = |others: &[HolderFacts]| moves(140e3, 20 * MIB, others);
+        assert_eq!(moves(&[holding(Some(250e3)), holding(Some(10e6))]), Some(1));
+        assert_eq!(moves(&[holding(Some(270e3))]), None);
+        assert_eq!(moves(&[]), None);
         let mut doubtful = holding(Some(10e6));
         doubtful.health = HealthRank::Doubtful;
-        assert_eq!(faster(&current, LEAST_WAIT, 20 * MIB, &[doubtful]), None);
+        assert_eq!(moves(&[doubtful]), None);
     }
 
     #[test]
     fn nar_does_not_move_early_or_for_small_gain() {
         // A Wi-Fi card that sleeps 100 ms has sent nothing yet.
-        assert_eq!(
-            faster(
-                &sending(0.0, 100, MIB),
-                Duration::from_millis(100),
-                MIB,
-                &[holding(Some(10e6))]
-            ),
-            None
-        );
+        let others = [holding(Some(10e6))];
+        let waited = Duration::from_millis(100);
+        assert_eq!(faster(&sending(0.0, 100, MIB), waited, MIB, &others), None);
         // The rest arrives sooner than a new connection would.
-        assert_eq!(
-            faster(&sending(1e6, 300, 50_000), LEAST_WAIT, 50_000, &[holding(Some(10e6))]),
-            None
-        );
+        assert_eq!(moves(1e6, 50_000, &others), None);
         // Small NARs of a dripping peer are worth the move.
-        assert_eq!(
-            faster(&sending(9e3, 300, 22_000), LEAST_WAIT, 22_000, &[holding(Some(10e6))]),
-            Some(0)
-        );
+        assert_eq!(moves(9e3, 22_000, &others), Some(0));
     }
 
     /// The samples of 256 KiB take less than [`LEAST_WAIT`].
@@ -314,18 +295,9 @@ mod tests {
 
     #[test]
     fn nar_moves_to_unknown_holder_only_if_rest_takes_long() {
-        assert_eq!(
-            faster(&sending(140e3, 300, 20 * MIB), LEAST_WAIT, 20 * MIB, &[holding(None)]),
-            Some(0)
-        );
-        assert_eq!(
-            faster(&sending(140e3, 300, 100_000), LEAST_WAIT, 100_000, &[holding(None)]),
-            None
-        );
-        assert_eq!(
-            faster(&sending(11e6, 300, 1 << 30), LEAST_WAIT, 1 << 30, &[holding(None)]),
-            None
-        );
+        assert_eq!(moves(140e3, 20 * MIB, &[holding(None)]), Some(0));
+        assert_eq!(moves(140e3, 100_000, &[holding(None)]), None);
+        assert_eq!(moves(11e6, 1 << 30, &[holding(None)]), None);
     }
 
     #[test]
@@ -346,6 +318,6 @@ mod tests {
     fn nar_does_not_move_to_busy_holder() {
         let mut busy = holding(Some(10e6));
         (busy.load.streams, busy.load.outstanding) = (100, 100 * MIB);
-        assert_eq!(faster(&sending(1e6, 300, MIB), LEAST_WAIT, MIB, &[busy]), None);
+        assert_eq!(moves(1e6, MIB, &[busy]), None);
     }
 }

@@ -44,6 +44,18 @@ pub enum RequestTarget {
     Tracker,
 }
 
+impl RequestTarget {
+    /// Address of the peer; `None` for a tracker.
+    fn ip(self) -> Option<IpAddr> {
+        match self {
+            RequestTarget::Tracker => None,
+            RequestTarget::Proven(ip)
+            | RequestTarget::Neighbour(ip)
+            | RequestTarget::Stranger(ip) => Some(ip),
+        }
+    }
+}
+
 /// Pool of request threads. The threads end when the pool is dropped.
 pub struct RequestPool {
     jobs: Sender<RequestJob>,
@@ -60,14 +72,12 @@ struct InFlightCounts {
 
 impl InFlightCounts {
     fn admits(&self, to: RequestTarget) -> ConnectDecision {
-        let (ip, most) = match to {
-            RequestTarget::Tracker if self.calls < MAX_CALLS => return ConnectDecision::Now,
-            RequestTarget::Tracker => return ConnectDecision::Later,
-            RequestTarget::Proven(ip) => (ip, MAX_REQUESTS_TO_ONE),
-            RequestTarget::Neighbour(ip) | RequestTarget::Stranger(ip) => {
-                (ip, MAX_REQUESTS_TO_UNPROVEN)
-            }
+        let Some(ip) = to.ip() else {
+            let is_full = self.calls >= MAX_CALLS;
+            return if is_full { ConnectDecision::Later } else { ConnectDecision::Now };
         };
+        let is_proven = matches!(to, RequestTarget::Proven(_));
+        let most = if is_proven { MAX_REQUESTS_TO_ONE } else { MAX_REQUESTS_TO_UNPROVEN };
         let is_stranger = matches!(to, RequestTarget::Stranger(_));
         let all: u32 = self.to.values().sum();
         let to_one = self.to.get(&ip).copied().unwrap_or_default();
@@ -82,11 +92,9 @@ impl InFlightCounts {
     fn begin(&mut self, to: RequestTarget) -> bool {
         let fits = self.admits(to) == ConnectDecision::Now;
         if fits {
-            match to {
-                RequestTarget::Tracker => self.calls += 1,
-                RequestTarget::Proven(ip)
-                | RequestTarget::Neighbour(ip)
-                | RequestTarget::Stranger(ip) => *self.to.entry(ip).or_default() += 1,
+            match to.ip() {
+                None => self.calls += 1,
+                Some(ip) => *self.to.entry(ip).or_default() += 1,
             }
             self.to_strangers += u32::from(matches!(to, RequestTarget::Stranger(_)));
         }
@@ -94,12 +102,7 @@ impl InFlightCounts {
     }
 
     fn end(&mut self, to: RequestTarget) {
-        let ip = match to {
-            RequestTarget::Tracker => return self.calls -= 1,
-            RequestTarget::Proven(ip)
-            | RequestTarget::Neighbour(ip)
-            | RequestTarget::Stranger(ip) => ip,
-        };
+        let Some(ip) = to.ip() else { return self.calls -= 1 };
         self.to_strangers -= u32::from(matches!(to, RequestTarget::Stranger(_)));
         if let Some(to_one) = self.to.get_mut(&ip) {
             *to_one -= 1;

@@ -58,10 +58,8 @@ pub fn load(paces: &Paces, dir: &Path) {
     let all: Vec<SavedPaces> = serde_json::from_slice(&bytes).unwrap_or_default();
     let now = Instant::now();
     for SavedPaces { address, is_far, bytes_per_second } in all.into_iter().take(MAX_PEERS) {
-        if bytes_per_second.is_finite() && bytes_per_second >= 0.0 {
-            let who = if is_far { PeerKey::far(address) } else { address.into() };
-            paces.restore(who, bytes_per_second, now);
-        }
+        let who = if is_far { PeerKey::far(address) } else { address.into() };
+        paces.restore(who, bytes_per_second, now);
     }
 }
 

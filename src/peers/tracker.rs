@@ -162,9 +162,10 @@ pub struct Tracker {
 }
 
 struct TrackerConnection {
-    reached: Reachability,
+    /// Whether the tracker is reachable; `None` while its first answer is awaited.
+    reached: Option<bool>,
     /// End of the time during which lookups wait for the first answer.
-    grace_until: Option<Instant>,
+    grace_until: Instant,
     /// Number of failures since the last success.
     failures: u32,
     /// True if a lookup failed, or found the tracker left out.
@@ -197,8 +198,8 @@ impl TrackerConnection {
     /// State of a tracker of which nothing is known. Lookups wait for its first answer.
     fn new(now: Instant) -> Self {
         TrackerConnection {
-            reached: Reachability::NotYet,
-            grace_until: Some(now + START_GRACE),
+            reached: None,
+            grace_until: now + START_GRACE,
             failures: 0,
             is_wanted: false,
             lookup_failed: None,
@@ -214,14 +215,6 @@ impl TrackerConnection {
             pause: Backoff::new(FIRST_PAUSE, LONGEST_PAUSE),
         }
     }
-}
-
-#[derive(Clone, Copy, PartialEq, Eq, Default)]
-enum Reachability {
-    #[default]
-    NotYet,
-    Yes,
-    No,
 }
 
 /// Clock for the timestamps of statements. Each timestamp is later than the one before, and follows
@@ -308,20 +301,15 @@ impl Tracker {
     /// start or a network change, until it is known whether the tracker is reachable.
     pub fn await_usable(&self) -> bool {
         let state = self.lock();
-        let now = Instant::now();
-        let grace =
-            state.grace_until.map(|until| until.saturating_duration_since(now)).unwrap_or_default();
-        let waited = self
-            .changed
-            .wait_timeout_while(state, grace, |state| state.reached == Reachability::NotYet);
+        let grace = state.grace_until.saturating_duration_since(Instant::now());
+        let waited = self.changed.wait_timeout_while(state, grace, |state| state.reached.is_none());
         let mut state = waited.unwrap_or_else(PoisonError::into_inner).0;
-        let now = Instant::now();
-        if state.reached != Reachability::Yes {
+        if state.reached != Some(true) {
             state.is_wanted = true;
             return false;
         }
         // After a pause one lookup tries the tracker; the others continue without it.
-        state.pause.try_begin(now)
+        state.pause.try_begin(Instant::now())
     }
 
     /// Returns true if a lookup failed, or found the tracker left out, since the last call of this
@@ -712,12 +700,12 @@ impl Tracker {
 
     fn record_reached(&self) {
         let mut state = self.lock();
-        if state.reached != Reachability::Yes {
+        if state.reached != Some(true) {
             log::info!("tracker {}: reached", self.url);
             // The tracker may run another program now.
             (state.is_original, state.failures, state.not_before) = (false, 0, None);
         }
-        state.reached = Reachability::Yes;
+        state.reached = Some(true);
         self.changed.notify_all();
     }
 
@@ -751,11 +739,9 @@ impl Tracker {
         let mut state = self.lock();
         log::debug!("tracker {}: {why}", self.url);
         state.failures = state.failures.saturating_add(1);
-        if state.reached == Reachability::NotYet
-            || state.reached == Reachability::Yes && state.failures >= MAX_FAILURES
-        {
+        if state.reached.is_none_or(|reached| reached && state.failures >= MAX_FAILURES) {
             log::warn!("tracker {}: {why}; left out until it is reached again", self.url);
-            state.reached = Reachability::No;
+            state.reached = Some(false);
             // Announces may succeed at a tracker whose lookups fail.
             state.outages += 1;
             if state.outages > 1 {
@@ -767,16 +753,12 @@ impl Tracker {
 
     /// Returns whether the tracker is reachable; `None` while its first answer is awaited.
     pub fn reached_if_known(&self) -> Option<bool> {
-        match self.lock().reached {
-            Reachability::NotYet => None,
-            Reachability::Yes => Some(true),
-            Reachability::No => Some(false),
-        }
+        self.lock().reached
     }
 
     /// Returns true if the tracker is known to be reachable.
     pub fn is_reached(&self) -> bool {
-        self.lock().reached == Reachability::Yes
+        self.lock().reached == Some(true)
     }
 
     fn lock(&self) -> MutexGuard<'_, TrackerConnection> {
