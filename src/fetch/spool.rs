@@ -9,7 +9,7 @@ use super::verified::Piece;
 use crate::nix::NarHash;
 use crate::store::NarSink;
 use crate::time_scale::Timeout;
-use crossbeam_channel::{Receiver, Sender, TrySendError, bounded};
+use crossbeam_channel::{Receiver, Sender, bounded};
 use rustix::fs::{Mode, OFlags, StatVfs, fstatvfs, open, statvfs};
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -155,7 +155,7 @@ impl SpoolWriter<'_> {
     /// Queues the next piece of the NAR. Never blocks: a full queue gives the NAR up.
     pub(super) fn push(&mut self, piece: Arc<Piece>) {
         let Some(pieces) = &self.pieces else { return };
-        if let Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) = pieces.try_send(piece) {
+        if pieces.try_send(piece).is_err() {
             log::debug!("NAR {}: the disk is slower than the network", self.hash);
             self.pieces = None;
             self.spools.lock().remove(&self.hash);

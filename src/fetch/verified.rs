@@ -98,7 +98,7 @@ impl VerifiedStream {
             && (self.unsupported.is_some() || self.framing.is_complete())
     }
 
-    /// Writes `range` of the NAR to `out`. `first` is the first piece. `next` fills each further
+    /// Writes `range` of the NAR to `out`. `piece` is the first piece. `next` fills each further
     /// piece, and is called until the range or the NAR ends. `keep` gets every piece, the last one
     /// only if the hash is right. Blocks as long as `next` and `out` do. An unsupported NAR is
     /// hashed to its end, but neither `out` nor `keep` gets its unsupported pieces.
@@ -107,66 +107,51 @@ impl VerifiedStream {
     /// See [`IncompleteNar`]. Bytes that were written before are only checked for their framing.
     pub(super) fn pass_on(
         &mut self,
-        first: Piece,
-        range: &Range<u64>,
-        out: &mut dyn Write,
-        next: impl FnMut(&mut Self, &mut Piece) -> io::Result<()>,
-        keep: impl FnMut(Arc<Piece>),
-    ) -> Result<(), IncompleteNar> {
-        let (pieces, queue) = bounded(QUEUE);
-        let (recycle, recycled) = bounded(QUEUE + 2);
-        thread::scope(|scope| {
-            let hashing = thread::Builder::new()
-                .name("nar-hash".into())
-                .spawn_scoped(scope, move || hash(&queue, &recycle))?;
-            self.pass_pieces_on(first, range, out, next, keep, pieces, &recycled, || {
-                hashing.join().ok()
-            })
-        })
-    }
-
-    #[expect(clippy::too_many_arguments, reason = "both ends of the hashing thread's channels")]
-    fn pass_pieces_on(
-        &mut self,
         mut piece: Piece,
         range: &Range<u64>,
         out: &mut dyn Write,
         mut next: impl FnMut(&mut Self, &mut Piece) -> io::Result<()>,
         mut keep: impl FnMut(Arc<Piece>),
-        pieces: Sender<Arc<Piece>>,
-        recycled: &Receiver<Piece>,
-        digest: impl FnOnce() -> Option<NarHash>,
     ) -> Result<(), IncompleteNar> {
-        let mut from = 0;
-        while self.at < self.size {
-            let shared = Arc::new(piece);
-            let _ = pieces.send(shared.clone());
-            if self.unsupported.is_none() {
-                keep(shared.clone());
-                out.write_all(part(shared.bytes(), from, range))?;
-                from = self.at;
-                if from >= range.end {
-                    // The range ends before the last piece. Nix cannot take a part for the whole.
-                    return Ok(());
+        let (pieces, queue) = bounded(QUEUE);
+        let (recycle, recycled) = bounded(QUEUE + 2);
+        // `pieces` is dropped at the end of this closure at the latest, which ends the thread.
+        thread::scope(move |scope| {
+            let hashing = thread::Builder::new()
+                .name("nar-hash".into())
+                .spawn_scoped(scope, move || hash(&queue, &recycle))?;
+            let mut from = 0;
+            while self.at < self.size {
+                let shared = Arc::new(piece);
+                let _ = pieces.send(shared.clone());
+                if self.unsupported.is_none() {
+                    keep(shared.clone());
+                    out.write_all(part(shared.bytes(), from, range))?;
+                    from = self.at;
+                    if from >= range.end {
+                        // The range ends before the last piece. Nix cannot take a part for the
+                        // whole.
+                        return Ok(());
+                    }
                 }
+                drop(shared);
+                piece = recycled.try_recv().unwrap_or_else(|_| self.piece());
+                piece.filled = 0;
+                next(self, &mut piece)?;
             }
-            drop(shared);
-            piece = recycled.try_recv().unwrap_or_else(|_| self.piece());
-            piece.filled = 0;
-            next(self, &mut piece)?;
-        }
-        let last = Arc::new(piece);
-        let _ = pieces.send(last.clone());
-        drop(pieces);
-        if digest() != Some(self.hash) {
-            return Err(IncompleteNar::Hash);
-        }
-        if let Some(why) = self.unsupported {
-            return Err(IncompleteNar::Unsupported(why));
-        }
-        keep(last.clone());
-        out.write_all(part(last.bytes(), from, range))?;
-        Ok(())
+            let last = Arc::new(piece);
+            let _ = pieces.send(last.clone());
+            drop(pieces);
+            if hashing.join().ok() != Some(self.hash) {
+                return Err(IncompleteNar::Hash);
+            }
+            if let Some(why) = self.unsupported {
+                return Err(IncompleteNar::Unsupported(why));
+            }
+            keep(last.clone());
+            out.write_all(part(last.bytes(), from, range))?;
+            Ok(())
+        })
     }
 }
 
