@@ -51,7 +51,9 @@ use crate::trust::TrustedKeys;
 use crate::upload_limit::UploadLimit;
 use crate::upstream::Upstream;
 use crate::wire::tracker::Identity;
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, at, bounded, never, select};
+use crossbeam_channel::{
+    Receiver, RecvError, RecvTimeoutError, Sender, at, bounded, never, select,
+};
 use ring::rand::{SecureRandom, SystemRandom};
 use rustls::ServerConfig;
 use sd_notify::NotifyState;
@@ -108,10 +110,9 @@ impl fmt::Display for FatalError {
 
 impl std::error::Error for FatalError {}
 
-impl<E: fmt::Display> From<(&str, E)> for FatalError {
-    fn from((what, e): (&str, E)) -> Self {
-        FatalError(format!("{what}: {e}"))
-    }
+/// Converts the error of a step of the start into a [`FatalError`] that names the step.
+fn fatal<E: fmt::Display>(what: &'static str) -> impl FnOnce(E) -> FatalError {
+    move |e| FatalError(format!("{what}: {e}"))
 }
 
 /// Reason why the main thread wakes up.
@@ -152,10 +153,7 @@ pub fn run_with(config: Config, record: Stats) -> Result<(), FatalError> {
     let process = Process::start(&config)?;
     let mut record = Some(record);
     loop {
-        let store = match open_store(&config, &process)? {
-            Some(store) => store,
-            None => return Ok(()),
-        };
+        let Some(store) = open_store(&config, &process)? else { return Ok(()) };
         let record = record.take().unwrap_or_default();
         if let ExitReason::Stopped = serve(config.clone(), record, store, &process)? {
             return Ok(());
@@ -195,8 +193,7 @@ impl Process {
         let (wakeups, woken) = bounded(8);
         let signal = wakeups.clone();
         let on_signal = move || drop(signal.try_send(Wakeup::Signal));
-        let signals =
-            service::watch_signals(on_signal).map_err(|e| FatalError::from(("signals", e)))?;
+        let signals = service::watch_signals(on_signal).map_err(fatal("signals"))?;
         // The signal handlers are installed first, because another process may send a signal as
         // soon as the port is open.
         let sockets = sockets::open(config, &networks.current()).map_err(FatalError)?;
@@ -204,7 +201,7 @@ impl Process {
     }
 
     /// Returns a callback that wakes the main thread when the thread `what` ends.
-    fn ended(&self, what: &'static str) -> impl Fn() + Clone + Send + 'static {
+    fn on_end(&self, what: &'static str) -> impl Fn() + Clone + Send + 'static {
         let wakeups = self.wakeups.clone();
         move || drop(wakeups.try_send(Wakeup::Ended(what)))
     }
@@ -229,7 +226,7 @@ fn open_store(config: &Config, process: &Process) -> Result<Option<Arc<Store>>, 
         root: config.root.clone(),
     };
     let opened = keep_trying(move || Store::open(store.clone()).map(Arc::new));
-    let opened = opened.map_err(|e| FatalError::from(("store", e)))?;
+    let opened = opened.map_err(fatal("store"))?;
     let problem = match first_store(&opened, &process.woken, Instant::now() + FIRST_OPEN.get())? {
         FirstStore::Opened(store) => return Ok(Some(store)),
         FirstStore::Stopped => return Ok(None),
@@ -301,23 +298,34 @@ fn first_store<T>(
                     first = FirstStore::Failed(e);
                 }
                 Ok(Err(e)) => return Ok(FirstStore::Failed(e)),
-                Err(_) => return Err(ended("store")),
+                Err(_) => return Err(thread_ended("store")),
             },
-            recv(woken) -> wakeup => match wakeup {
-                Ok(Wakeup::Signal) => {
-                    notify(&[NotifyState::Stopping]);
-                    return Ok(FirstStore::Stopped);
-                }
-                Ok(Wakeup::Ended(what)) => return Err(ended(what)),
-                Ok(Wakeup::Restart) | Err(_) => {}
+            recv(woken) -> wakeup => if handle_early_wakeup(wakeup)? {
+                return Ok(FirstStore::Stopped);
             },
             recv(at(until)) -> _ => return Ok(first),
         }
     }
 }
 
-fn ended(what: &str) -> FatalError {
+fn thread_ended(what: &str) -> FatalError {
     FatalError(format!("the {what} thread ended; see the log"))
+}
+
+/// Handles a wakeup before the store is open. Returns true after a signal, of which it notifies
+/// systemd.
+///
+/// # Errors
+/// A thread ended.
+fn handle_early_wakeup(wakeup: Result<Wakeup, RecvError>) -> Result<bool, FatalError> {
+    match wakeup {
+        Ok(Wakeup::Signal) => {
+            notify(&[NotifyState::Stopping]);
+            Ok(true)
+        }
+        Ok(Wakeup::Ended(what)) => Err(thread_ended(what)),
+        Ok(Wakeup::Restart) | Err(_) => Ok(false),
+    }
 }
 
 /// Whether a store that failed with `e` may work later without a change of the settings: its files
@@ -339,21 +347,16 @@ fn answer_misses<T>(
     mended: &Receiver<Result<T, StoreError>>,
 ) -> Result<Option<T>, FatalError> {
     log::error!("{}", misses.problem());
-    let sockets = process.sockets.try_clone().map_err(|e| FatalError::from(("sockets", e)))?;
-    let server = Server::start(sockets.listeners, Arc::new(misses), process.ended("http"));
-    let server = server.map_err(|e| FatalError::from(("http server", e)))?;
+    let sockets = process.sockets.try_clone().map_err(fatal("sockets"))?;
+    let server = Server::start(sockets.listeners, Arc::new(misses), process.on_end("http"));
+    let server = server.map_err(fatal("http server"))?;
     notify(&[NotifyState::Ready]);
     let pause = sd_notify::watchdog_enabled()
         .map_or(RETRY_INTERVAL.get(), |limit| RETRY_INTERVAL.get().min(limit / 3));
     loop {
         select! {
-            recv(process.woken) -> wakeup => match wakeup {
-                Ok(Wakeup::Signal) => {
-                    notify(&[NotifyState::Stopping]);
-                    return Ok(None);
-                }
-                Ok(Wakeup::Ended(what)) => return Err(ended(what)),
-                Ok(Wakeup::Restart) | Err(_) => {}
+            recv(process.woken) -> wakeup => if handle_early_wakeup(wakeup)? {
+                return Ok(None);
             },
             recv(mended) -> result => match result {
                 Ok(Ok(value)) => {
@@ -364,7 +367,7 @@ fn answer_misses<T>(
                     });
                 }
                 Ok(Err(e)) => log::debug!("{e}"),
-                Err(_) => return Err(ended("store")),
+                Err(_) => return Err(thread_ended("store")),
             },
             default(pause) => notify(&[NotifyState::Watchdog]),
         }
@@ -381,13 +384,13 @@ fn serve(
 ) -> Result<ExitReason, FatalError> {
     let now = Instant::now();
     let BoundSockets { listeners, datagrams, port, .. } =
-        process.sockets.try_clone().map_err(|e| FatalError::from(("sockets", e)))?;
+        process.sockets.try_clone().map_err(fatal("sockets"))?;
     let networks = process.networks.clone();
     if config.mode.has_lan() {
         log_networks(&networks.current());
     }
     let share = Arc::new(AccessPolicy::new(networks.clone(), &config));
-    let ended = |what| process.ended(what);
+    let on_end = |what| process.on_end(what);
     let degraded = Arc::new(Degraded::default());
     let own_key = LateSigningKey::new(&config, &share, &degraded);
 
@@ -411,48 +414,41 @@ fn serve(
     let (outside, mapper) = map_port(&config, port, &networks).unzip();
     let discovery = Discovery::new(environment, settings, random, now);
     let discovery =
-        DiscoveryThread::spawn(discovery, datagrams, networks.clone(), ended("discovery"))
-            .map_err(|e| FatalError::from(("discovery", e)))?;
+        DiscoveryThread::spawn(discovery, datagrams, networks.clone(), on_end("discovery"))
+            .map_err(fatal("discovery"))?;
     let resolver = resolve_peers(config.peers.clone(), discovery.client(), share.clone())
-        .map_err(|e| FatalError::from(("resolve", e)))?;
+        .map_err(fatal("resolve"))?;
 
     let client = Arc::new(PeerClient::new(config.store_dir.clone()));
     let standing = Arc::new(PeerHealth::default());
     let record = Arc::new(record);
     let paces = Arc::new(Paces::default());
-    let counters =
-        keep_counters(&config, &record, &paces).map_err(|e| FatalError::from(("counters", e)))?;
+    let counters = keep_counters(&config, &record, &paces).map_err(fatal("counters"))?;
     // Friends need a key that lasts; without a state directory it changes with each start.
     let lasting = identity.as_ref().filter(|_| config.state_dir.is_some());
     let facts = NodeFacts::new(&config, port, lasting.map(|identity| identity.key()));
-    let strangers = match identity.filter(|_| config.mode.has_wan()) {
-        Some(identity) => {
-            Some(WanServices::start(&config, identity, port, &store, &share, &networks, ended)?)
-        }
-        None => None,
-    };
+    let strangers = identity.filter(|_| config.mode.has_wan()).map(|identity| {
+        WanServices::start(&config, identity, port, &store, &share, &networks, on_end)
+    });
+    let strangers = strangers.transpose()?;
     let wan = strangers.as_ref().map(|strangers| {
         let trackers = strangers.trackers.clone();
         let (client, standing, requests) = (client.clone(), standing.clone(), requests.clone());
         Arc::new(WanSource::new(trackers, client, standing, networks.clone(), requests))
     });
     let lan = config.mode.has_lan().then(|| {
-        Arc::new(LanSource::new(
-            discovery.client(),
-            client.clone(),
-            standing.clone(),
-            requests.clone(),
-        ))
+        let (client, standing) = (client.clone(), standing.clone());
+        Arc::new(LanSource::new(discovery.client(), client, standing, requests))
     });
     let known_keys = trusted.keys().unwrap_or_default().into_iter().map(|known| known.key);
     let upstream = Upstream::new(&config, &known_keys.collect::<Vec<_>>());
     let spools = Spools::new(config.state_dir.clone());
-    let lookup = LookupService::new(lan, wan, trusted.clone(), record.clone());
     let friends = acquaintance.as_ref().map(|acquaintance| acquaintance.friends.clone());
-    let lookup = Arc::new(lookup.with_friends(friends.clone()));
+    let lookup =
+        Arc::new(LookupService::new(lan, wan, friends.clone(), trusted.clone(), record.clone()));
     if let Some(friends) = friends.clone().filter(|_| !config.tracker_urls.is_empty()) {
         let mapping = mapper.as_ref().map(PortMapper::current);
-        meet_friends(&config, port, mapping, friends).map_err(|e| FatalError::from(("meet", e)))?;
+        meet_friends(&config, port, mapping, friends).map_err(fatal("meet"))?;
     }
     let status = StatusService {
         record: record.clone(),
@@ -489,8 +485,8 @@ fn serve(
     };
     let cache = Arc::new(cache);
     let metrics = Arc::new(MetricsServer::new(config.metrics, &cache, &degraded));
-    let server = Server::start_with_outside(listeners, outside, cache, ended("http"))
-        .map_err(|e| FatalError::from(("http server", e)))?;
+    let server = Server::start_with_outside(listeners, outside, cache, on_end("http"))
+        .map_err(fatal("http server"))?;
 
     let retries = RetryThread {
         config,
@@ -500,7 +496,7 @@ fn serve(
         metrics: metrics.clone(),
         wakeups: process.wakeups.clone(),
     };
-    let retrying = retries.spawn().map_err(|e| FatalError::from(("retries", e)))?;
+    let retrying = retries.spawn().map_err(fatal("retries"))?;
 
     log::info!("peerix {} serves on port {port}", env!("CARGO_PKG_VERSION"));
     notify(&[NotifyState::Ready]);
@@ -717,9 +713,7 @@ fn wait(
         match woken.recv_timeout(look) {
             Ok(Wakeup::Signal) => return Ok(ExitReason::Stopped),
             Ok(Wakeup::Restart) => return Ok(ExitReason::Mended),
-            Ok(Wakeup::Ended(what)) => {
-                return Err(FatalError(format!("the {what} thread ended; see the log")));
-            }
+            Ok(Wakeup::Ended(what)) => return Err(thread_ended(what)),
             Err(RecvTimeoutError::Disconnected) => {
                 return Err(FatalError("nobody is left to wake the daemon".into()));
             }
@@ -790,7 +784,7 @@ impl WanServices {
         store: &Arc<Store>,
         share: &Arc<AccessPolicy>,
         networks: &Arc<Networks>,
-        ended: impl Fn(&'static str) -> F,
+        on_end: impl Fn(&'static str) -> F,
     ) -> Result<WanServices, FatalError> {
         let (addr, announced_port) = config.announce_addr.clone().unzip();
         let port = announced_port.flatten().unwrap_or(port);
@@ -802,12 +796,11 @@ impl WanServices {
         let publication =
             Arc::new(if shares { Publication::default() } else { Publication::nothing() });
         let urls = config.tracker_urls.clone();
-        let trackers = Trackers::start(urls, me, &publication, networks, ended("announce"));
-        let trackers = Arc::new(trackers.map_err(|e| FatalError::from(("announce", e)))?);
+        let trackers = Trackers::start(urls, me, &publication, networks, on_end("announce"));
+        let trackers = Arc::new(trackers.map_err(fatal("announce"))?);
         let publish =
-            || Publisher::start(store.clone(), share.clone(), publication, ended("publish"));
-        let publisher =
-            shares.then(publish).transpose().map_err(|e| FatalError::from(("publish", e)))?;
+            || Publisher::start(store.clone(), share.clone(), publication, on_end("publish"));
+        let publisher = shares.then(publish).transpose().map_err(fatal("publish"))?;
         Ok(WanServices { trackers, publisher })
     }
 }
@@ -913,7 +906,7 @@ fn meet_friends(
     };
     let urls = config.tracker_urls.clone();
     thread::Builder::new().name("meet".into()).spawn(move || {
-        rendezvous::run(&urls, &friends, place, friends.stopped());
+        rendezvous::run(&urls, &friends, place);
     })?;
     Ok(())
 }

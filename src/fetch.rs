@@ -95,7 +95,7 @@ impl Downloader {
         let asked = Instant::now();
         let until = asked + FIRST_PIECE_TIMEOUT.get();
         let found = self.lookup.find(hash_part, nar_hash, until)?;
-        Some(Download { asked, until, hash: *nar_hash, size: found.nar_size, found, fetch: self })
+        Some(Download { fetch: self, asked, until, found })
     }
 
     /// Whether the transfer of this NAR was cut on purpose in the last 60 s.
@@ -129,8 +129,6 @@ pub struct Download<'a> {
     asked: Instant,
     /// Deadline for the first piece.
     until: Instant,
-    hash: NarHash,
-    size: u64,
     found: FoundNar,
 }
 
@@ -174,23 +172,24 @@ impl std::error::Error for DownloadError {}
 impl<'a> Download<'a> {
     /// Size of the whole NAR in bytes.
     pub fn size(&self) -> u64 {
-        self.size
+        self.found.nar_size
     }
 
     /// Gets the first piece from any of the peers. Blocks until 20 s after the call of
     /// [`Downloader::find`] at most. Returns `None` if no peer sends the piece by then, or if the
     /// upstream cache is certain to be faster.
     pub fn start(self) -> Option<StartedDownload<'a>> {
-        let Download { fetch, asked, until, hash, size, found } = self;
+        let Download { fetch, asked, until, found } = self;
+        let (hash, size) = (found.nar_hash, found.nar_size);
         // The spool begins before the request: the asked peer may name this node to a neighbour,
         // which then asks this node at once.
-        let keeping = fetch.spools.begin(found.path.base_name(), hash, found.nar_size);
-        let mut supply = FailoverReader::new(fetch, found, until, fetch.may_leave(hash));
-        let (incoming, first) = match supply.first_piece() {
+        let spool_writer = fetch.spools.begin(found.path.base_name(), hash, size);
+        let mut reader = FailoverReader::new(fetch, found, until, fetch.may_leave(hash));
+        let (incoming, first) = match reader.first_piece() {
             Ok(begun) => begun,
             Err(cut) => {
                 log::debug!("NAR {hash}: not begun: {cut}");
-                supply.fail();
+                reader.fail();
                 if matches!(cut, DownloadError::Upstream(_)) {
                     fetch.give_up(hash, AbortReason::Left);
                     fetch.upstream.record_left_nar(size);
@@ -198,17 +197,10 @@ impl<'a> Download<'a> {
                 return None;
             }
         };
-        if let Some(source) = supply.current() {
+        if let Some(source) = reader.current() {
             fetch.record.first_byte(source.network(), asked.elapsed());
         }
-        Some(StartedDownload {
-            fetch,
-            reader: supply,
-            spool_writer: keeping,
-            hash,
-            incoming,
-            first,
-        })
+        Some(StartedDownload { fetch, reader, spool_writer, hash, incoming, first })
     }
 }
 
@@ -220,36 +212,31 @@ impl StartedDownload<'_> {
     /// Returns the error of `out`, or an error of its own if no peer is left, if the NAR is wrong,
     /// or if the upstream cache is faster. If the hash is wrong, the last piece is not written.
     pub fn relay(self, range: &Range<u64>, out: &mut dyn Write) -> io::Result<()> {
-        let StartedDownload {
-            fetch,
-            reader: mut supply,
-            spool_writer: mut keeping,
-            hash,
-            mut incoming,
-            first,
-        } = self;
+        let StartedDownload { fetch, mut reader, mut spool_writer, hash, mut incoming, first } =
+            self;
         if incoming.rest() == 0 {
             out.write_all(part(first.bytes(), 0, range))?;
-            supply.delivered();
+            reader.delivered();
             return Ok(());
         }
         let next = |incoming: &mut VerifiedStream, piece: &mut Piece| {
-            supply.next_piece(incoming, piece).map_err(io::Error::other)
+            reader.next_piece(incoming, piece).map_err(io::Error::other)
         };
-        let keep =
-            |piece: Arc<Piece>| keeping.iter_mut().for_each(|keeping| keeping.push(piece.clone()));
+        let keep = |piece: Arc<Piece>| {
+            spool_writer.iter_mut().for_each(|writer| writer.push(piece.clone()))
+        };
         let passed = incoming.pass_on(first, range, out, next, keep);
         let wrong = match passed {
             Ok(()) => {
                 if incoming.rest() == 0 {
-                    supply.delivered();
+                    reader.delivered();
                 }
                 return Ok(());
             }
             Err(IncompleteNar::Hash) => "sent a NAR with another hash".to_owned(),
             Err(IncompleteNar::Unsupported(why)) => {
                 log::info!("NAR {hash}: cut: {why}");
-                supply.record_unsupported(why);
+                reader.record_unsupported(why);
                 fetch.give_up(hash, AbortReason::Wrong);
                 return Err(io::Error::other(DownloadError::Unsupported(why.to_string())));
             }
@@ -258,7 +245,7 @@ impl StartedDownload<'_> {
                     Some(DownloadError::Wrong(why)) => why.clone(),
                     Some(cut) => {
                         log::info!("NAR {hash}: cut: {cut}");
-                        supply.fail();
+                        reader.fail();
                         match cut {
                             DownloadError::Upstream(_) => {
                                 fetch.give_up(hash, AbortReason::Left);
@@ -277,7 +264,7 @@ impl StartedDownload<'_> {
         };
         fetch.give_up(hash, AbortReason::Wrong);
         let why = format!("NAR {hash}: {wrong}");
-        supply.blame(&why);
+        reader.blame(&why);
         Err(io::Error::other(why))
     }
 }
@@ -346,7 +333,7 @@ mod tests {
         let trusted = Arc::new(TrustedKeys::read(&config, 1, None, &Degraded::default()));
         let record = Arc::new(Stats::new());
         Downloader::new(
-            Arc::new(LookupService::new(None, None, trusted, record.clone())),
+            Arc::new(LookupService::new(None, None, None, trusted, record.clone())),
             Arc::new(PeerClient::new(config.store_dir.clone())),
             Arc::new(PeerHealth::default()),
             Arc::new(Paces::default()),
@@ -364,7 +351,7 @@ mod tests {
         let (peer, hash, size) = (found.sources[0].peer, found.nar_hash, found.nar_size);
         let asked = Instant::now();
         let until = asked + Duration::from_secs(20);
-        let download = Download { fetch: &downloader, asked, until, hash, size, found };
+        let download = Download { fetch: &downloader, asked, until, found };
         let mut out = Vec::new();
         let failed = download.start().unwrap().relay(&(0..size), &mut out).unwrap_err();
         assert!(!out.is_empty() && (out.len() as u64) < size, "{failed}");

@@ -10,14 +10,15 @@ mod found;
 use crate::nix::{DrvOutput, HashPart, NarHash, NarInfo, PathInfo, Realisation, StorePath};
 use crate::peers::announce::PendingTransferName;
 use crate::peers::client::{LinkKind, LogBody, PeerClient, PeerNarinfo};
-use crate::peers::friends::{FriendLink, FriendOffer, FriendSearch, Friends, never_found};
+use crate::peers::friends::{FriendLink, FriendOffer, FriendSearch, Friends};
 use crate::peers::health::PeerKey;
-use crate::peers::lan::{LanOffer, LanSearch, LanSource};
+use crate::peers::lan::{LanSearch, LanSource};
 use crate::peers::wan::{WanOffer, WanSearch, WanSource};
 use crate::stats::{MissReason, Network, Stats};
 use crate::trust::TrustedKeys;
 use crate::wire::NodeKey;
 use crate::wire::tracker::{Role, TransferName};
+use crossbeam_channel::never;
 use found::{FoundPaths, MAX_SOURCES};
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
@@ -91,11 +92,12 @@ impl NarSource {
     /// The kind of link to the peer. Takes the transfer's name out of this source: a further
     /// request to the peer is not counted as a second transfer.
     pub fn take_link_kind(&mut self) -> LinkKind {
-        let is_far = self.network() == Network::Wan;
-        match (&mut self.wan, is_far) {
-            (Some(begun), _) => LinkKind::Wan(std::mem::take(begun).get().cloned()),
-            (None, true) => LinkKind::Wan(None),
-            (None, false) => LinkKind::Lan,
+        match self.network() {
+            Network::Lan => LinkKind::Lan,
+            Network::Wan => {
+                let begun = self.wan.as_mut().map(std::mem::take);
+                LinkKind::Wan(begun.and_then(|begun| begun.get().cloned()))
+            }
         }
     }
 }
@@ -129,16 +131,17 @@ struct PendingLookup {
 }
 
 impl LookupService {
-    /// Creates a service that searches `lan` and `wan`. `trusted` decides which narinfos are
-    /// accepted. `record` counts every lookup.
+    /// Creates a service that searches `lan`, `wan` and `friends`. `trusted` decides which narinfos
+    /// are accepted. `record` counts every lookup.
     pub fn new(
         lan: Option<Arc<LanSource>>,
         wan: Option<Arc<WanSource>>,
+        friends: Option<Arc<Friends>>,
         trusted: Arc<TrustedKeys>,
         record: Arc<Stats>,
     ) -> Self {
         let (flights, found) = Default::default();
-        LookupService { lan, wan, friends: None, trusted, record, flights, found }
+        LookupService { lan, wan, friends, trusted, record, flights, found }
     }
 
     /// Returns a neighbour's realisation of `id` that [`TrustedKeys::accepts_realisation`] accepts.
@@ -172,11 +175,6 @@ impl LookupService {
             }
         }
         Some(first)
-    }
-
-    /// Adds friends to the places that are searched.
-    pub fn with_friends(self, friends: Option<Arc<Friends>>) -> Self {
-        LookupService { friends, ..self }
     }
 
     /// Returns the narinfo of a peer that has the path, with the `URL` on that peer. Concurrent
@@ -267,8 +265,9 @@ impl LookupService {
     /// Asks the LAN for holders of the path, and returns those that answer within `patience`. Their
     /// NARs may differ from the wanted one. Blocks for `patience` at most.
     pub fn holders(&self, hash_part: &HashPart, patience: Duration) -> Vec<NarSource> {
-        let addresses = self.lan.as_ref().map(|lan| lan.search(hash_part).holders(patience));
-        addresses.into_iter().flatten().map(NarSource::neighbour).collect()
+        let search = self.lan.as_ref().map(|lan| lan.search(hash_part, never()));
+        let addresses = search.map(|mut search| search.holders(patience)).unwrap_or_default();
+        addresses.into_iter().map(NarSource::neighbour).collect()
     }
 
     /// Requests the narinfo of a peer, and returns the peer as a source with the NAR's URL. Returns
@@ -304,30 +303,21 @@ impl LookupService {
         self.found.clear();
     }
 
-    /// Reports the bytes of a transfer to this node to the tracker that counts it. Does not block.
-    pub fn received(&self, transfer: &TransferName, bytes: u64) {
+    /// Reports the bytes of a transfer to the tracker that counts it. Does not block.
+    pub fn report(&self, transfer: &TransferName, role: Role, bytes: u64) {
         if let Some(wan) = &self.wan {
-            wan.report(transfer, Role::Receiver, bytes);
-        }
-    }
-
-    /// Reports the bytes of a transfer from this node to the tracker that counts it. Does not
-    /// block.
-    pub fn sent(&self, transfer: &TransferName, bytes: u64) {
-        if let Some(wan) = &self.wan {
-            wan.report(transfer, Role::Sender, bytes);
+            wan.report(transfer, role, bytes);
         }
     }
 
     /// Starts a search: asks the LAN and friends now, and the trackers when the LAN has no holder.
     pub fn search(&self, hash_part: &HashPart) -> HolderSearch {
         let friends = self.friends.as_ref().map(|friends| friends.search(hash_part));
-        let is_found =
-            friends.as_ref().map_or_else(never_found, |friends| friends.is_found().clone());
+        let is_found = friends.as_ref().map_or_else(never, |friends| friends.is_found().clone());
         HolderSearch {
             hash_part: *hash_part,
             friends,
-            lan: self.lan.as_ref().map(|lan| lan.search(hash_part).interrupted_by(is_found)),
+            lan: self.lan.as_ref().map(|lan| lan.search(hash_part, is_found)),
             wan: self.wan.as_ref().map(|wan| wan.search(hash_part)),
             unusable: None,
         }
@@ -360,13 +350,13 @@ impl LookupService {
     fn next_offer(&self, search: &mut HolderSearch) -> Option<FoundNarinfo> {
         self.next_near_offer(search)
             .or_else(|| self.next_wan_offer(search))
-            .or_else(|| self.next_lan_offer(search, LanSearch::next_last_resort))
+            .or_else(|| self.next_lan_offer(search, true))
     }
 
     /// Returns the next holder on the LAN, or a friend that answers before the LAN has.
     fn next_near_offer(&self, search: &mut HolderSearch) -> Option<FoundNarinfo> {
         loop {
-            if let Some(offered) = self.next_lan_offer(search, LanSearch::next_offer) {
+            if let Some(offered) = self.next_lan_offer(search, false) {
                 return Some(offered);
             }
             let FriendOffer { link, address, narinfo } = search.friends.as_mut()?.next_offer()?;
@@ -385,11 +375,11 @@ impl LookupService {
     fn next_lan_offer(
         &self,
         search: &mut HolderSearch,
-        next: impl Fn(&mut LanSearch) -> Option<LanOffer>,
+        with_last_resort: bool,
     ) -> Option<FoundNarinfo> {
         let lan = search.lan.as_mut()?;
         loop {
-            let offer = next(lan)?;
+            let offer = lan.next_offer(with_last_resort)?;
             match self.accept(offer.http(), &offer.narinfo) {
                 Ok(source) => {
                     lan.accept(&offer);
@@ -529,13 +519,10 @@ struct FlightGuard<'a> {
 
 impl Drop for FlightGuard<'_> {
     fn drop(&mut self) {
-        let listed = lock(&self.lookup.flights).remove(self.hash_part);
-        // The flight is no longer listed, so no thread can join now. Waiting threads hold further
-        // references to it; without them, no system call is needed.
-        if listed.is_none_or(|flight| Arc::strong_count(&flight) > 2) {
-            *lock(&self.flight.result) = Some(self.narinfo.clone());
-            self.flight.condition.notify_all();
-        }
+        // No thread can join the flight any more.
+        lock(&self.lookup.flights).remove(self.hash_part);
+        *lock(&self.flight.result) = Some(self.narinfo.take());
+        self.flight.condition.notify_all();
     }
 }
 

@@ -15,7 +15,7 @@ use crate::peers::picker::{self, HealthRank, HolderFacts};
 use crate::stats::TransferGuard;
 use crate::time_scale::Timeout;
 use crate::wire::relay::MAX_DIGESTS;
-use crate::wire::tracker::TransferName;
+use crate::wire::tracker::{Role, TransferName};
 use ring::digest::SHA256;
 use std::collections::HashSet;
 use std::fmt;
@@ -184,7 +184,7 @@ struct CountedTransfer<'a> {
 
 impl Drop for CountedTransfer<'_> {
     fn drop(&mut self) {
-        self.fetch.lookup.received(&self.transfer, self.bytes);
+        self.fetch.lookup.report(&self.transfer, Role::Receiver, self.bytes);
     }
 }
 
@@ -224,20 +224,6 @@ impl ActiveSource<'_> {
         self.intake.pause(now);
         if self.has_begun {
             self.meter.pause(now);
-        }
-    }
-}
-
-impl PieceDigests {
-    fn of(holder: SocketAddr, named_before: usize) -> PieceDigests {
-        let position = u32::try_from(named_before).unwrap_or(u32::MAX).saturating_add(1);
-        PieceDigests {
-            holder,
-            first: 0,
-            list: Vec::new(),
-            position,
-            asked: Instant::now(),
-            slow_since: None,
         }
     }
 }
@@ -720,6 +706,7 @@ impl<'a> FailoverReader<'a> {
         holder: Option<SocketAddr>,
     ) -> bool {
         let (who, began) = (source.who(), Instant::now());
+        let (hash, peer) = (self.found.nar_hash, source.peer);
         let mut intake = self.fetch.paces.begin(who, self.found.nar_size - at, began);
         if holder.is_some() {
             // A relay may wait for its own source before it answers.
@@ -735,33 +722,19 @@ impl<'a> FailoverReader<'a> {
         {
             way = LinkKind::LanOrOthers;
         }
-        match source.client(&self.fetch.client).nar(
-            source.peer,
-            &url_path,
-            at,
-            self.found.nar_size,
-            patience,
-            &way,
-        ) {
+        let client = source.client(&self.fetch.client);
+        match client.nar(peer, &url_path, at, self.found.nar_size, patience, &way) {
             Ok(body) => {
-                log::debug!(
-                    "NAR {}: from peer {} at byte {at}: {why}",
-                    self.found.nar_hash,
-                    source.peer
-                );
+                log::debug!("NAR {hash}: from peer {peer} at byte {at}: {why}");
                 if at > 0 {
-                    log::info!(
-                        "NAR {}: continued from peer {} at byte {at}",
-                        self.found.nar_hash,
-                        source.peer
-                    );
+                    log::info!("NAR {hash}: continued from peer {peer} at byte {at}");
                 }
                 // The holder's digests confirm a relay's pieces, so the holder is the contributor.
                 let who = holder.map_or(who, PeerKey::from);
                 if !self.contributors.iter().any(|contributor| contributor.who == who) {
                     self.contributors.push(Contributor { who, has_failed: false });
                 }
-                self.transfer.with(source.network(), source.peer);
+                self.transfer.with(source.network(), peer);
                 self.transfer.explain(why);
                 let counted = match way {
                     LinkKind::Wan(Some(transfer)) => {
@@ -784,25 +757,30 @@ impl<'a> FailoverReader<'a> {
                     waited_in_all: Duration::ZERO,
                     unlooked: Duration::ZERO,
                     meter: PaceMeter::default(),
-                    digests: holder.map(|holder| PieceDigests::of(holder, self.relays.len())),
+                    digests: holder.map(|holder| PieceDigests {
+                        holder,
+                        first: 0,
+                        list: Vec::new(),
+                        position: self.relays.len() as u32 + 1,
+                        asked: Instant::now(),
+                        slow_since: None,
+                    }),
                 });
                 return true;
             }
             Err(PeerError::Named(ips)) => {
                 self.takes_names = false;
                 self.relays_until = Some(Instant::now() + RELAY_PATIENCE.get());
-                log::debug!("NAR {}: peer {} names {ips:?}", self.found.nar_hash, source.peer);
+                log::debug!("NAR {hash}: peer {peer} names {ips:?}");
                 let mut relays = self.fetch.lookup.live_neighbours(&ips);
                 relays.retain(|relay| self.is_good(relay.who()) && relay.who() != who);
                 let mut seen = HashSet::new();
                 relays.retain(|relay| seen.insert(relay.who()));
-                self.relays = relays.into_iter().map(|relay| (relay, source.peer)).collect();
+                self.relays = relays.into_iter().map(|relay| (relay, peer)).collect();
                 self.found.sources.push(source);
             }
             // The relay has not begun its download, or cannot pass it on.
-            Err(e) if holder.is_some() => {
-                log::debug!("NAR {}: peer {}: {e}", self.found.nar_hash, source.peer)
-            }
+            Err(e) if holder.is_some() => log::debug!("NAR {hash}: peer {peer}: {e}"),
             Err(PeerError::Busy) => {
                 if let Some(left) = self.busy_left.checked_sub(1) {
                     self.busy_left = left;
@@ -814,37 +792,30 @@ impl<'a> FailoverReader<'a> {
             Err(PeerError::NotThere)
                 if source.url_path.is_none() && source.wan.is_none() && source.friend.is_none() =>
             {
-                log::debug!(
-                    "NAR {}: peer {} has it elsewhere, or another one",
-                    self.found.nar_hash,
-                    source.peer
-                );
+                log::debug!("NAR {hash}: peer {peer} has it elsewhere, or another one");
                 let left = patience.min(self.left(Instant::now()));
-                match self.fetch.lookup.nar_place(source.peer, &self.found, left) {
+                match self.fetch.lookup.nar_place(peer, &self.found, left) {
                     Some(elsewhere) if elsewhere.url_path.is_some() => {
                         self.found.sources.push(elsewhere)
                     }
                     Some(_) => {
                         let why = "says that it has a NAR, and has not";
-                        self.fetch.standing.record_failure(
-                            who,
-                            Fault::BrokenPromise,
-                            began,
-                            Instant::now(),
-                            &why,
-                        );
+                        self.record_failure(who, Fault::BrokenPromise, began, &why);
                     }
                     None => {}
                 }
             }
             Err(e) => {
-                log::debug!("NAR {}: peer {}: {e}", self.found.nar_hash, source.peer);
-                if let Some(fault) = e.fault() {
-                    self.fetch.standing.record_failure(who, fault, began, Instant::now(), &e);
-                }
+                log::debug!("NAR {hash}: peer {peer}: {e}");
+                e.record(&self.fetch.standing, who, began);
             }
         }
         false
+    }
+
+    /// Records the failure of a request that began at `began`.
+    fn record_failure(&self, who: PeerKey, fault: Fault, began: Instant, why: &dyn fmt::Display) {
+        self.fetch.standing.record_failure(who, fault, began, Instant::now(), why);
     }
 
     /// Whether no recent failure of the peer is on record.
@@ -872,13 +843,9 @@ impl<'a> FailoverReader<'a> {
     fn next_source(&mut self, rest: u64) -> Option<(NarSource, String)> {
         // The pace of the peer that was left is smoothed, so it may still look best.
         let moves_to = self.moves_to.take();
-        if let Some(place) =
-            self.found.sources.iter().position(|source| Some(source.who()) == moves_to)
-        {
-            return Some((
-                self.found.sources.swap_remove(place),
-                "twice as fast as the last one".into(),
-            ));
+        let sources = &mut self.found.sources;
+        if let Some(place) = sources.iter().position(|source| Some(source.who()) == moves_to) {
+            return Some((sources.swap_remove(place), "twice as fast as the last one".into()));
         }
         if let Some(best) = self.best(rest) {
             return Some(best);
@@ -923,7 +890,8 @@ impl<'a> FailoverReader<'a> {
     /// Drops the current peer at byte `at`, and records its fault if it has one.
     fn drop_current(&mut self, broken: &StreamError, at: u64) {
         let Some(current) = self.current.take() else { return };
-        let (hash, peer, now) = (self.found.nar_hash, current.source.peer, Instant::now());
+        let (hash, peer) = (self.found.nar_hash, current.source.peer);
+        let (who, began) = (current.source.who(), current.began);
         match broken {
             StreamError::WrongPiece(digest) => {
                 log::debug!(
@@ -931,9 +899,9 @@ impl<'a> FailoverReader<'a> {
                 );
                 let holder = current.digests.as_ref().map(|digests| PeerKey::from(digests.holder));
                 self.accusations.extend(holder.map(|holder| DigestMismatch {
-                    relay: current.source.who(),
+                    relay: who,
                     holder,
-                    began: current.began,
+                    began,
                     at,
                     digest: *digest,
                     is_true: None,
@@ -944,22 +912,15 @@ impl<'a> FailoverReader<'a> {
                 self.relays.clear();
                 if let Some(digests) = &current.digests {
                     log::debug!("NAR {hash}: peer {} does not tell digests: {why}", digests.holder);
-                    let holder = PeerKey::from(digests.holder);
                     if *is_broken {
-                        self.fetch.standing.record_failure(
-                            holder,
-                            Fault::BrokenPromise,
-                            current.began,
-                            now,
-                            why,
-                        );
+                        let holder = digests.holder.into();
+                        self.record_failure(holder, Fault::BrokenPromise, began, why);
                     }
                 }
             }
             StreamError::Failed(Fault::OddPath, why) => {
                 self.fetch.client.log_unsupported_path(&self.hash_part, peer, why);
-                let (who, began) = (current.source.who(), current.began);
-                self.fetch.standing.record_failure(who, Fault::OddPath, began, now, why);
+                self.record_failure(who, Fault::OddPath, began, why);
             }
             // A relay may have lost its own source, or its Nix was stopped, so it is not blamed.
             StreamError::Failed(_, why) | StreamError::Slow(why) if current.digests.is_some() => {
@@ -983,18 +944,9 @@ impl<'a> FailoverReader<'a> {
             }
             StreamError::Failed(fault, why) => {
                 log::debug!("NAR {hash}: peer {peer}: {why}");
-                let who = current.source.who();
-                self.contributors
-                    .iter_mut()
-                    .filter(|c| c.who == who)
-                    .for_each(|c| c.has_failed = true);
-                self.fetch.standing.record_failure(
-                    current.source.who(),
-                    *fault,
-                    current.began,
-                    now,
-                    why,
-                );
+                let its = self.contributors.iter_mut().filter(|c| c.who == who);
+                its.for_each(|c| c.has_failed = true);
+                self.record_failure(who, *fault, began, why);
                 if *fault == Fault::BrokenStream
                     && let Some(left) = self.broken_left.checked_sub(1)
                 {
@@ -1010,9 +962,8 @@ impl<'a> FailoverReader<'a> {
     /// NAR moved to faster peers, all get it.
     pub(super) fn blame(&mut self, why: &dyn fmt::Display) {
         self.transfer.record_failure();
-        let now = Instant::now();
         for (peer, fault) in blamed(&self.contributors) {
-            self.fetch.standing.record_failure(peer, fault, now, now, why);
+            self.record_failure(peer, fault, Instant::now(), why);
         }
     }
 
@@ -1052,7 +1003,7 @@ impl<'a> FailoverReader<'a> {
                 Some(false) => (accusation.holder, "told a wrong digest"),
                 None => continue,
             };
-            self.fetch.standing.record_failure(peer, Fault::BadData, accusation.began, now, &why);
+            self.record_failure(peer, Fault::BadData, accusation.began, &why);
         }
         self.transfer.record_whole();
     }

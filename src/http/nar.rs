@@ -13,7 +13,7 @@ use crate::nix::PathInfo;
 use crate::stats::{Network, TransferGuard};
 use crate::store::{NarError, NarSink};
 use crate::wire::relay::{DIGEST_LEN, DIGEST_PIECE, MAX_DIGESTS, PACE_HEADER, RELAY_HEADER};
-use crate::wire::tracker::{TRANSFER_HEADER, TransferName};
+use crate::wire::tracker::{Role, TRANSFER_HEADER, TransferName};
 use ring::digest::{Context, SHA256};
 use std::io::{self, Write};
 use std::net::IpAddr;
@@ -108,27 +108,18 @@ pub(super) fn own(
     let recorded = network.map(|network| {
         cache.record.send(info.path.base_name(), len, network, request.peer_address)
     });
+    let write = |out: &mut dyn NarSink| {
+        let (passed, recorded, sending) = (&mut sent, &recorded, &sending);
+        cache.store.write_nar(info, part, &mut CountingSink { out, passed, recorded, sending })
+    };
     let written = if coding == ContentCoding::Zstd {
-        let mut out = Compressor::new(exchange, part.end - part.start)?;
-        let mut counting = CountingSink {
-            out: &mut out,
-            passed: &mut sent,
-            recorded: &recorded,
-            sending: &sending,
-        };
-        let written = cache.store.write_nar(info, part, &mut counting);
-        written.and_then(|()| out.finish().map_err(NarError::Write))
+        let mut out = Compressor::new(exchange, len)?;
+        write(&mut out).and_then(|()| out.finish().map_err(NarError::Write))
     } else {
-        let mut counting = CountingSink {
-            out: exchange,
-            passed: &mut sent,
-            recorded: &recorded,
-            sending: &sending,
-        };
-        cache.store.write_nar(info, part, &mut counting)
+        write(exchange)
     };
     if let Some(transfer) = transfer {
-        cache.lookup.sent(&transfer, sent);
+        cache.lookup.report(&transfer, Role::Sender, sent);
     }
     match written {
         Ok(()) => {

@@ -20,6 +20,7 @@ pub use lookups::{LOOKUP_TIMEOUT, LookupId, LookupUpdate, MAX_HOLDERS};
 pub use peer_table::{MetBy, Neighbour};
 pub use thread::{DiscoveryClient, DiscoveryThread};
 
+use crate::nix::HashPart;
 use std::net::SocketAddr;
 
 /// A peer that says that it has a path, and where its narinfo of the path is.
@@ -29,4 +30,11 @@ pub struct Holder {
     pub http: SocketAddr,
     /// URL path of the narinfo, relative to the root of that server.
     pub url_path: String,
+}
+
+impl Holder {
+    /// A peerix, which serves the narinfos of its own store under `local/`.
+    pub fn peerix(http: SocketAddr, hash_part: &HashPart) -> Holder {
+        Holder { http, url_path: format!("local/{hash_part}.narinfo") }
+    }
 }

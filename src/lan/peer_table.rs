@@ -145,6 +145,16 @@ pub struct Neighbour {
     pub round_trip: Option<Duration>,
 }
 
+impl Neighbour {
+    /// Address of its HTTP server. `None` if it has said no hello.
+    pub fn http(&self) -> Option<SocketAddr> {
+        // Keeps the scope of a link-local address.
+        let mut http = self.address;
+        http.set_port(self.http_port?);
+        Some(http)
+    }
+}
+
 /// An answer or a narinfo that a peer owes to a lookup.
 #[derive(Debug)]
 pub struct AwaitedAnswer {

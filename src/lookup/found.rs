@@ -110,19 +110,9 @@ mod tests {
 
     fn found(number: u32, holders: usize) -> FoundNar {
         let path = StorePath::parse(&format!("{number:032}-some-package-1.0")).unwrap();
-        let source = |n| NarSource {
-            peer: SocketAddr::from(([10, 0, 0, n as u8], 1)),
-            url_path: None,
-            wan: None,
-            friend: None,
-        };
+        let source = |n| NarSource::neighbour(SocketAddr::from(([10, 0, 0, n as u8], 1)));
         let sources = (0..holders).map(source).collect();
-        FoundNar {
-            path,
-            nar_hash: NarHash::from_bytes([1; 32]),
-            nar_size: u64::from(number),
-            sources,
-        }
+        FoundNar { path, nar_hash: NarHash::from_bytes([1; 32]), nar_size: number.into(), sources }
     }
 
     fn hash_part(number: u32) -> HashPart {

@@ -2,7 +2,7 @@
 //! else in them, and it uses no redirects, proxies or name servers.
 
 use super::friend_transport::FriendConnector;
-use super::health::Fault;
+use super::health::{Fault, PeerHealth, PeerKey};
 use super::read_timeout::{self, ReadTimeoutConnector};
 use super::zstd_reader::ZstdReader;
 use crate::deferred::Deferred;
@@ -103,6 +103,31 @@ impl PeerError {
             PeerError::Busy | PeerError::Named(_) => None,
         }
     }
+
+    /// Records that a request to the peer that began at `began` failed, if the peer is to blame.
+    pub fn record(&self, health: &PeerHealth, peer: impl Into<PeerKey>, began: Instant) {
+        if let Some(fault) = self.fault() {
+            health.record_failure(peer, fault, began, Instant::now(), self);
+        }
+    }
+}
+
+impl From<ureq::Error> for PeerError {
+    fn from(e: ureq::Error) -> Self {
+        PeerError::Unreachable(e)
+    }
+}
+
+impl From<io::Error> for PeerError {
+    fn from(e: io::Error) -> Self {
+        PeerError::Unreachable(e.into())
+    }
+}
+
+impl From<Malformed> for PeerError {
+    fn from(e: Malformed) -> Self {
+        PeerError::Malformed(e)
+    }
 }
 
 impl fmt::Display for PeerError {
@@ -173,11 +198,8 @@ impl LargeNarinfoBody {
             let mut bytes = Vec::with_capacity(NarInfo::MAX_LEN + 1);
             bytes.extend(&begin);
             let most = (NarInfo::MAX_LEN + 1 - bytes.len()) as u64;
-            rest.by_ref()
-                .take(most)
-                .read_to_end(&mut bytes)
-                .map_err(|e| PeerError::Unreachable(e.into()))?;
-            let narinfo = NarInfo::parse(&bytes, &store_dir).map_err(PeerError::Malformed)?;
+            rest.by_ref().take(most).read_to_end(&mut bytes)?;
+            let narinfo = NarInfo::parse(&bytes, &store_dir)?;
             Ok(PeerNarinfo { narinfo, _room: room })
         };
         let _ = done.try_send(read());
@@ -343,9 +365,7 @@ impl NarBody {
             BodyReader::Plain(_) => {}
         }
     }
-}
 
-impl NarBody {
     /// Like [`Read::read`], but blocks for at most `patience`. Returns `None` if nothing arrived in
     /// that time; a later read continues at the same byte.
     ///
@@ -420,22 +440,27 @@ impl PeerClient {
     /// # Errors
     /// See [`PeerError`].
     pub fn greet(&self, peer: SocketAddr, timeout: Duration) -> Result<(), PeerError> {
-        let request = |left| {
-            self.agent()
-                .get(url(peer, "nix-cache-info"))
-                .config()
-                .timeout_global(Some(left))
-                .build()
-        };
-        let response = retry_once_if_stale(timeout, |left| request(left).call())
-            .map_err(PeerError::Unreachable)?;
-        let mut body = expect(response, &[200])?.into_body();
-        let mut bytes = Vec::new();
-        body.as_reader()
-            .take(MAX_GREETING)
-            .read_to_end(&mut bytes)
-            .map_err(|e| PeerError::Unreachable(e.into()))?;
+        let response = expect(self.get(peer, "nix-cache-info", None, timeout)?, &[200])?;
+        read_up_to(MAX_GREETING, &mut response.into_body().as_reader())?;
         Ok(())
+    }
+
+    /// Sends a request, and repeats it once as [`retry_once_if_stale`] does. Reading the body has
+    /// the same time limit.
+    fn get(
+        &self,
+        peer: SocketAddr,
+        path: &str,
+        range: Option<&str>,
+        timeout: Duration,
+    ) -> Result<Response<ureq::Body>, PeerError> {
+        let call = |left| {
+            let request = self.agent().get(url(peer, path));
+            let request =
+                range.into_iter().fold(request, |request, of| request.header("Range", of));
+            request.config().timeout_global(Some(left)).build().call()
+        };
+        Ok(retry_once_if_stale(timeout, call)?)
     }
 
     fn agent(&self) -> Agent {
@@ -499,22 +524,9 @@ impl PeerClient {
         timeout: Duration,
     ) -> Result<PeerNarinfo, PeerError> {
         let until = Instant::now() + timeout;
-        let request = |left| {
-            self.agent()
-                .get(url(holder.http, &holder.url_path))
-                .config()
-                .timeout_global(Some(left))
-                .build()
-        };
-        let response = retry_once_if_stale(timeout, |left| request(left).call())
-            .map_err(PeerError::Unreachable)?;
-        let mut reader = expect(response, &[200])?.into_body().into_reader();
-        let mut begin = Vec::new();
-        reader
-            .by_ref()
-            .take(LARGE_NARINFO + 1)
-            .read_to_end(&mut begin)
-            .map_err(|e| PeerError::Unreachable(e.into()))?;
+        let response = expect(self.get(holder.http, &holder.url_path, None, timeout)?, &[200])?;
+        let mut reader = response.into_body().into_reader();
+        let begin = read_up_to(LARGE_NARINFO + 1, &mut reader)?;
         let narinfo = if begin.len() as u64 > LARGE_NARINFO {
             let (done, result) = bounded(1);
             let job = LargeNarinfoBody {
@@ -527,17 +539,14 @@ impl PeerClient {
             self.large.send_deadline(job, until).map_err(|_| PeerError::Busy)?;
             result.recv_deadline(until + LARGE_NARINFO_GRACE).map_err(|_| PeerError::Busy)??
         } else {
-            let narinfo = NarInfo::parse(&begin, &self.store_dir).map_err(PeerError::Malformed)?;
+            let narinfo = NarInfo::parse(&begin, &self.store_dir)?;
             PeerNarinfo { narinfo, _room: None }
         };
         if narinfo.info.path.hash_part() != *hash_part {
-            return Err(PeerError::Malformed(Malformed::new("narinfo", "of another path")));
+            return Err(Malformed::new("narinfo", "of another path").into());
         }
         if narinfo.compression != "none" {
-            return Err(PeerError::Malformed(Malformed::unsupported(
-                "narinfo",
-                "of a compressed NAR",
-            )));
+            return Err(Malformed::unsupported("narinfo", "of a compressed NAR").into());
         }
         Ok(narinfo)
     }
@@ -552,18 +561,11 @@ impl PeerClient {
         id: &DrvOutput,
         timeout: Duration,
     ) -> Result<Realisation, PeerError> {
-        let url = url(peer, &format!("local/{}", id.url_path()));
-        let request = |left| self.agent().get(&url).config().timeout_global(Some(left)).build();
-        let response = retry_once_if_stale(timeout, |left| request(left).call());
-        let response = expect(response.map_err(PeerError::Unreachable)?, &[200])?;
-        let mut bytes = Vec::new();
+        let path = format!("local/{}", id.url_path());
+        let response = expect(self.get(peer, &path, None, timeout)?, &[200])?;
         let most = Realisation::MAX_LEN as u64 + 1;
-        let mut body = response.into_body();
-        body.as_reader()
-            .take(most)
-            .read_to_end(&mut bytes)
-            .map_err(|e| PeerError::Unreachable(e.into()))?;
-        Realisation::parse(&bytes, id).map_err(PeerError::Malformed)
+        let bytes = read_up_to(most, &mut response.into_body().as_reader())?;
+        Ok(Realisation::parse(&bytes, id)?)
     }
 
     /// Requests the build log of a derivation. The response head must arrive within `patience`, and
@@ -578,22 +580,19 @@ impl PeerClient {
         patience: Duration,
     ) -> Result<LogBody, PeerError> {
         let url = url(peer, &format!("store/log/{derivation}").replace('?', "%3F"));
-        let request = |left| {
+        let call = |left| {
             let config = self.agent().get(&url).config().timeout_recv_response(Some(left));
-            config.timeout_recv_body(Some(BODY_GRACE)).build()
+            config.timeout_recv_body(Some(BODY_GRACE)).build().call()
         };
-        let response = retry_once_if_stale(patience, |left| request(left).call());
-        let response = expect(response.map_err(PeerError::Unreachable)?, &[200])?;
-        let body = response.into_body();
+        let body = expect(retry_once_if_stale(patience, call)?, &[200])?.into_body();
         match body.content_length() {
             Some(len) if len <= MAX_LOG => Ok(LogBody {
                 len,
                 text: PrintableReader::new(body.into_with_config().limit(u64::MAX).reader()),
             }),
-            _ => Err(PeerError::Malformed(Malformed::unsupported(
-                "build log",
-                "without a length, or over 64 MiB",
-            ))),
+            _ => {
+                Err(Malformed::unsupported("build log", "without a length, or over 64 MiB").into())
+            }
         }
     }
 
@@ -612,23 +611,13 @@ impl PeerClient {
         timeout: Duration,
     ) -> Result<(Vec<[u8; 32]>, Option<f64>), PeerError> {
         let range = format!("bytes={}-{}", first * DIGEST_LEN, (first + count) * DIGEST_LEN - 1);
-        let request = |left| {
-            let request = self
-                .agent()
-                .get(url(peer, &format!("local/digests/{nar_name}")))
-                .header("Range", &range);
-            request.config().timeout_global(Some(left)).build()
-        };
-        let response = retry_once_if_stale(timeout, |left| request(left).call());
-        let response = expect(response.map_err(PeerError::Unreachable)?, &[206])?;
+        let path = format!("local/digests/{nar_name}");
+        let response = expect(self.get(peer, &path, Some(&range), timeout)?, &[206])?;
         let pace = response
             .headers()
             .get(PACE_HEADER)
             .and_then(|field| field.to_str().ok()?.parse::<u32>().ok());
-        let mut bytes = Vec::new();
-        let body =
-            response.into_body().into_reader().take(count * DIGEST_LEN).read_to_end(&mut bytes);
-        body.map_err(|e| PeerError::Unreachable(e.into()))?;
+        let bytes = read_up_to(count * DIGEST_LEN, &mut response.into_body().as_reader())?;
         Ok((bytes.as_chunks::<32>().0.to_vec(), pace.map(f64::from)))
     }
 
@@ -673,8 +662,7 @@ impl PeerClient {
             }
             called => called,
         };
-        let response = read_timeout::limit(patience, || retry_once_if_stale(patience, call))
-            .map_err(PeerError::Unreachable)?;
+        let response = read_timeout::limit(patience, || retry_once_if_stale(patience, call))?;
         if *way == LinkKind::LanOrOthers && response.status() == 307 {
             return Err(PeerError::Named(parse_relay_addresses(&response)));
         }
@@ -685,10 +673,7 @@ impl PeerClient {
                 response.headers().get("content-range").and_then(|field| field.to_str().ok());
             // RFC 9110, section 15.3.7: a single part has the field.
             if !range.is_some_and(|range| range.starts_with(&format!("bytes {offset}-"))) {
-                return Err(PeerError::Malformed(Malformed::new(
-                    "NAR",
-                    "from another byte than was asked for",
-                )));
+                return Err(Malformed::new("NAR", "from another byte than was asked for").into());
             }
         }
         let encoding = response.headers().get("content-encoding").map(|field| field.as_bytes());
@@ -699,27 +684,18 @@ impl PeerClient {
             {
                 true
             }
-            Some(_) => {
-                return Err(PeerError::Malformed(Malformed::new(
-                    "NAR",
-                    "in an encoding not asked for",
-                )));
-            }
+            Some(_) => return Err(Malformed::new("NAR", "in an encoding not asked for").into()),
         };
         let body = response.into_body();
         if is_compressed {
             let reader = body.into_with_config().limit(u64::MAX).reader();
-            let decoded = ZstdReader::new(reader, READ_TIMEOUT.get())
-                .map_err(|e| PeerError::Unreachable(e.into()))?;
+            let decoded = ZstdReader::new(reader, READ_TIMEOUT.get())?;
             let bytes = BodyReader::Compressed(Box::new(decoded));
             return Ok(NarBody { bytes, skip: offset - from, has_end: true });
         }
         let length = body.content_length();
         if length.is_some_and(|len| from.checked_add(len) != Some(nar_size)) {
-            return Err(PeerError::Malformed(Malformed::new(
-                "NAR",
-                "of another size than its narinfo says",
-            )));
+            return Err(Malformed::new("NAR", "of another size than its narinfo says").into());
         }
         let reader = body.into_with_config().limit(u64::MAX).reader();
         Ok(NarBody {
@@ -754,6 +730,13 @@ pub(super) fn retry_once_if_stale<T>(
         }
         result => result,
     }
+}
+
+/// Reads at most `most` bytes of a body.
+fn read_up_to(most: u64, body: &mut impl Read) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    body.take(most).read_to_end(&mut bytes)?;
+    Ok(bytes)
 }
 
 fn expect<B>(response: Response<B>, statuses: &[u16]) -> Result<Response<B>, PeerError> {

@@ -18,7 +18,7 @@ use crate::nix::{HashPart, StoreDir};
 use crate::time_scale::{Interval, Timeout};
 use crate::wire::tracker::{Identity, can_be_peer};
 use crate::wire::{HelloDigest, NodeKey};
-use crossbeam_channel::{Receiver, Sender, TrySendError, at, bounded, never, select};
+use crossbeam_channel::{Receiver, Sender, TrySendError, at, bounded, select};
 use std::collections::VecDeque;
 use std::fmt;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr, ToSocketAddrs};
@@ -201,7 +201,7 @@ impl Friends {
     }
 
     /// Channel that closes when the threads must end.
-    pub fn stopped(&self) -> &Receiver<()> {
+    pub(super) fn stopped(&self) -> &Receiver<()> {
         &self.stopped
     }
 
@@ -234,16 +234,8 @@ impl Friends {
 
     fn connect(&self, friend: Arc<FriendConfig>) -> Result<Arc<FriendLink>, String> {
         let config = tls::client_config(&self.identity, friend.key).map_err(|e| e.to_string())?;
-        let (wake, woken) = bounded(1);
-        let link = Arc::new(FriendLink {
-            client: PeerClient::for_friend(self.store_dir.clone(), config),
-            friend,
-            networks: self.networks.clone(),
-            state: Mutex::default(),
-            changed: Condvar::new(),
-            wake,
-            woken,
-        });
+        let client = PeerClient::for_friend(self.store_dir.clone(), config);
+        let link = Arc::new(FriendLink::new(friend, client, self.networks.clone()));
         let (running, stopped) = (link.clone(), self.stopped.clone());
         let own = *self.list.own();
         let spawned = thread::Builder::new().name("friend".into()).stack_size(STACK_BYTES);
@@ -298,8 +290,9 @@ impl Friends {
         let (answer, answers) = bounded(links.len());
         let (found, is_found) = bounded(1);
         let waits = self.started.elapsed() < FIRST_TRY.get();
-        let to_ask =
-            links.into_iter().filter(|link| link.address().is_some() || waits && !link.was_tried());
+        let to_ask = links
+            .into_iter()
+            .filter(|link| link.address().is_some() || waits && !link.state().was_tried);
         let mut search = FriendSearch {
             friends: self.clone(),
             hash_part: *hash_part,
@@ -318,14 +311,16 @@ impl Friends {
 }
 
 impl FriendLink {
+    fn new(friend: Arc<FriendConfig>, client: PeerClient, networks: Arc<Networks>) -> Self {
+        let (wake, woken) = bounded(1);
+        let (state, changed) = Default::default();
+        FriendLink { friend, client, networks, state, changed, wake, woken }
+    }
+
     /// Address of the friend if it is reachable.
     fn address(&self) -> Option<SocketAddr> {
         let state = self.state();
         state.proven.filter(|_| state.is_up).map(|(address, _)| address)
-    }
-
-    fn was_tried(&self) -> bool {
-        self.state().was_tried
     }
 
     /// Waits until the friend was tried once, and returns its address if it is reachable. Blocks
@@ -574,9 +569,8 @@ pub struct FriendSearch {
 
 struct FriendAnswer {
     link: Arc<FriendLink>,
-    address: SocketAddr,
-    /// `None` if the friend is unreachable.
-    narinfo: Option<Result<PeerNarinfo, PeerError>>,
+    /// The address that was asked; `None` if the friend is unreachable.
+    result: Option<(SocketAddr, Result<PeerNarinfo, PeerError>)>,
 }
 
 /// Narinfo from a friend that has the path.
@@ -618,16 +612,16 @@ impl FriendSearch {
                 return None;
             }
             let wake_up = if self.to_ask.is_empty() { self.until } else { now + BLOCKED_DELAY };
-            let Ok(FriendAnswer { link, address, narinfo }) =
+            let Ok(FriendAnswer { link, result }) =
                 self.answers.recv_deadline(wake_up.min(self.until))
             else {
                 continue;
             };
             self.unanswered -= 1;
+            let Some((address, narinfo)) = result else { continue };
             match narinfo {
-                Some(Ok(narinfo)) => return Some(FriendOffer { link, address, narinfo }),
-                Some(Err(e)) => log::debug!("{}: friend {}: {e}", self.hash_part, link.friend.name),
-                None => {}
+                Ok(narinfo) => return Some(FriendOffer { link, address, narinfo }),
+                Err(e) => log::debug!("{}: friend {}: {e}", self.hash_part, link.friend.name),
             }
         }
     }
@@ -641,23 +635,17 @@ impl FriendSearch {
             let started =
                 self.friends.requests.start(place_of(&link.friend.key), true, move || {
                     let Some(address) = asked.wait_for_address(tried_by) else {
-                        let answered =
-                            FriendAnswer { link: asked, address: UNKNOWN, narinfo: None };
-                        return drop(answer.try_send(answered));
+                        return drop(answer.try_send(FriendAnswer { link: asked, result: None }));
                     };
-                    let holder =
-                        Holder { http: address, url_path: format!("local/{hash_part}.narinfo") };
+                    let holder = Holder::peerix(address, &hash_part);
                     let narinfo = asked.client.narinfo(&holder, &hash_part, NARINFO_TIMEOUT.get());
                     if let Err(PeerError::Unreachable(e)) = &narinfo {
                         log::debug!("friend {}: {address}: {e}", asked.friend.name);
                         asked.mark_unreachable();
                     }
                     let has_it = narinfo.is_ok();
-                    let _ = answer.try_send(FriendAnswer {
-                        link: asked,
-                        address,
-                        narinfo: Some(narinfo),
-                    });
+                    let result = Some((address, narinfo));
+                    let _ = answer.try_send(FriendAnswer { link: asked, result });
                     if has_it {
                         let _ = found.try_send(());
                     }
@@ -672,9 +660,6 @@ impl FriendSearch {
     }
 }
 
-/// Placeholder address of an unreachable friend.
-const UNKNOWN: SocketAddr = SocketAddr::new(IpAddr::V6(Ipv6Addr::UNSPECIFIED), 0);
-
 /// Stands for a friend in the per-address request counts. It is derived from the key, because the
 /// address may change while a request runs.
 fn place_of(key: &NodeKey) -> IpAddr {
@@ -682,15 +667,11 @@ fn place_of(key: &NodeKey) -> IpAddr {
     Ipv6Addr::from_bits(u128::from_be_bytes(*bytes)).into()
 }
 
-/// A channel that never receives anything, for a search without friends.
-pub fn never_found() -> Receiver<()> {
-    never()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::network::NetworkPolicy;
+    use crossbeam_channel::never;
 
     /// Guards against ten connections a second to a friend that calls but does not answer.
     #[test]
@@ -700,19 +681,8 @@ mod tests {
         let friend: FriendConfig = format!("a={key}").parse().unwrap();
         let store_dir = StoreDir::parse("/nix/store").unwrap();
         let networks = Arc::new(Networks::new(NetworkPolicy::default(), Vec::new()));
-        let (wake, woken) = bounded(1);
-        let link = Arc::new(FriendLink {
-            client: PeerClient::for_friend(
-                store_dir.clone(),
-                tls::client_config(&identity, key).unwrap(),
-            ),
-            friend: Arc::new(friend),
-            networks: networks.clone(),
-            state: Mutex::default(),
-            changed: Condvar::new(),
-            wake,
-            woken,
-        });
+        let client = PeerClient::new(store_dir.clone());
+        let link = Arc::new(FriendLink::new(Arc::new(friend), client, networks.clone()));
         let friends = Friends {
             list: Arc::new(FriendList::new(Vec::new(), None, identity.key())),
             identity,

@@ -213,6 +213,12 @@ impl PeerHealth {
         self.lock().get(&peer.into()).is_some_and(|p| p.failures() > 0 || p.was_slow)
     }
 
+    /// Returns true if the peer has answered since its last failure.
+    pub fn is_proven(&self, peer: impl Into<PeerKey>) -> bool {
+        let peer = peer.into();
+        !self.latency(peer).is_zero() && !self.is_doubtful(peer)
+    }
+
     /// Returns true if the peer gave many odd paths lately.
     pub fn has_many_odd_paths(&self, peer: impl Into<PeerKey>, now: Instant) -> bool {
         self.lock().get(&peer.into()).is_some_and(|p| p.has_many_odd_paths(now))
@@ -465,17 +471,6 @@ mod tests {
         standing.record_failure(address(1), Fault::BrokenPromise, now, later, &"test");
         standing.record_failure(address(1), Fault::BadData, now, later, &"test");
         assert_eq!(standing.eligibility(address(1), later), Eligibility::Last);
-    }
-
-    #[test]
-    fn broken_promises_up_to_limit_are_no_failure() {
-        let (standing, mut now) = (PeerHealth::default(), Instant::now());
-        for i in 0..=PROMISES_FORGIVEN {
-            assert_eq!(standing.eligibility(address(1), now), Eligibility::Now, "{i}");
-            now += Duration::from_millis(1);
-            standing.record_failure(address(1), Fault::BrokenPromise, now, now, &"test");
-        }
-        assert_eq!(standing.eligibility(address(1), now), Eligibility::Last);
     }
 
     /// Guards against losing every path of an only holder because peerix could not read one of

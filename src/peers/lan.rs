@@ -67,14 +67,12 @@ impl LanSource {
         patience: Duration,
     ) -> Option<PeerNarinfo> {
         let began = Instant::now();
-        let holder = Holder { http: peer, url_path: narinfo_path(hash_part) };
+        let holder = Holder::peerix(peer, hash_part);
         match self.client.narinfo(&holder, hash_part, patience) {
             Ok(narinfo) => Some(narinfo),
             Err(e) => {
                 log::debug!("{hash_part}: peer {peer}: {e}");
-                if let Some(fault) = e.fault() {
-                    self.health.record_failure(peer, fault, began, Instant::now(), &e);
-                }
+                e.record(&self.health, peer, began);
                 None
             }
         }
@@ -90,16 +88,15 @@ impl LanSource {
                     && n.silent_since.is_none()
                     && n.heard.is_some()
             };
-            let neighbour = neighbours.iter().find(is_it)?;
-            let mut server = neighbour.address;
-            server.set_port(neighbour.http_port?);
-            Some(server)
+            neighbours.iter().find(is_it)?.http()
         };
         ips.iter().filter_map(server).collect()
     }
 
-    /// Starts a search for the holders of a path. Does not wait for answers.
-    pub fn search(self: &Arc<Self>, hash_part: &HashPart) -> LanSearch {
+    /// Starts a search for the holders of a path. Does not wait for answers. Each message in
+    /// `interrupt` makes [`LanSearch::next_offer`] return `None` once, so that a holder on another
+    /// network does not wait for the LAN.
+    pub fn search(self: &Arc<Self>, hash_part: &HashPart, interrupt: Receiver<()>) -> LanSearch {
         let (lookup, updates) = self.discovery.look_up(*hash_part);
         let (fetched, narinfos) = bounded(MAX_FETCHED);
         LanSearch {
@@ -116,20 +113,14 @@ impl LanSource {
             fetched,
             narinfos,
             most_under_way: 1,
-            hedges: 1,
             next_hedge: None,
             until: Instant::now() + LOOKUP_TIMEOUT.get(),
             first_seen: None,
             failure: None,
             counts: None,
-            interrupt: never(),
+            interrupt,
         }
     }
-}
-
-/// URL path under which peerix serves the narinfo of a path in its own store.
-fn narinfo_path(hash_part: &HashPart) -> String {
-    format!("local/{hash_part}.narinfo")
 }
 
 /// A peer that says that it has the path.
@@ -200,9 +191,8 @@ pub struct LanSearch {
     retries: Vec<NarinfoRetry>,
     fetched: Sender<NarinfoResult>,
     narinfos: Receiver<NarinfoResult>,
-    /// Current limit of concurrent requests, and the amount by which the next hedge raises it.
+    /// Current limit of concurrent requests.
     most_under_way: usize,
-    hedges: usize,
     next_hedge: Option<Instant>,
     until: Instant,
     first_seen: Option<SocketAddr>,
@@ -213,13 +203,6 @@ pub struct LanSearch {
 }
 
 impl LanSearch {
-    /// Makes [`LanSearch::next_offer`] return `None` once for each message in `interrupt`, so that
-    /// a holder on another network does not wait for the LAN.
-    pub fn interrupted_by(mut self, interrupt: Receiver<()>) -> Self {
-        self.interrupt = interrupt;
-        self
-    }
-
     /// Tells discovery that a holder on another network was accepted, so that it stops waiting.
     pub fn settle(&mut self) {
         if std::mem::replace(&mut self.is_open, false) {
@@ -251,11 +234,11 @@ impl LanSearch {
             self.take_update(update, Instant::now());
         }
         let unasked = [&self.untried, &self.doubtful, &self.last_resort].into_iter().flatten();
-        let usual = narinfo_path(&self.hash_part);
         unasked
             .chain(self.under_way.iter().map(|request| &request.candidate))
-            .filter(|candidate| candidate.holder.url_path == usual)
-            .map(|candidate| candidate.holder.http)
+            .map(|candidate| &candidate.holder)
+            .filter(|holder| **holder == Holder::peerix(holder.http, &self.hash_part))
+            .map(|holder| holder.http)
             .collect()
     }
 
@@ -273,18 +256,6 @@ impl LanSearch {
     /// HTTP server of the first holder that was found.
     pub fn first_seen(&self) -> Option<SocketAddr> {
         self.first_seen
-    }
-
-    /// Returns the next holder's narinfo; `None` if no holder is awaited any more, time is up, or
-    /// the search is interrupted. Blocks for 5 s at most.
-    pub fn next_offer(&mut self) -> Option<LanOffer> {
-        self.next(false)
-    }
-
-    /// Like [`LanSearch::next_offer`], but also asks holders that are in a pause. To be called when
-    /// nobody else has the path.
-    pub fn next_last_resort(&mut self) -> Option<LanOffer> {
-        self.next(true)
     }
 
     /// Records that Nix gets this narinfo, and tells discovery to stop waiting.
@@ -306,7 +277,10 @@ impl LanSearch {
         self.report_failed(offer.candidate.peer);
     }
 
-    fn next(&mut self, with_last_resort: bool) -> Option<LanOffer> {
+    /// Returns the next holder's narinfo; `None` if no holder is awaited any more, time is up, or
+    /// the search is interrupted. `with_last_resort` also asks holders that are in a pause, for
+    /// when nobody else has the path. Blocks for 5 s at most.
+    pub fn next_offer(&mut self, with_last_resort: bool) -> Option<LanOffer> {
         loop {
             let now = Instant::now();
             self.take_updates(now);
@@ -397,14 +371,11 @@ impl LanSearch {
     /// Starts as many requests as the limit admits. Returns false if the request pool is full.
     fn ask(&mut self, now: Instant, with_last_resort: bool) -> bool {
         if self.next_hedge.is_some_and(|at| at <= now) {
-            self.hedges = MAX_HOLDERS.min(self.hedges * 2);
-            self.most_under_way = MAX_HOLDERS.min(self.most_under_way + self.hedges);
+            self.most_under_way = MAX_HOLDERS.min(2 * self.most_under_way + 1);
             self.next_hedge = Some(now + HEDGE_DELAY);
         }
-        let (due, later) = self.retries.drain(..).partition(|retry| retry.at <= now);
-        self.retries = later;
-        let due: Vec<NarinfoRetry> = due;
-        self.untried.extend(due.into_iter().map(|retry| retry.candidate));
+        let due = self.retries.extract_if(.., |retry| retry.at <= now);
+        self.untried.extend(due.map(|retry| retry.candidate));
         self.lan.health.sort(&mut self.untried, |candidate| candidate.holder.http);
         while self.under_way.len() < self.most_under_way {
             let is_hedging = self.most_under_way > 1;
@@ -442,15 +413,14 @@ impl LanSearch {
         let (fetched, hash_part, candidate) =
             (self.fetched.clone(), self.hash_part, candidate.clone());
         let http = candidate.holder.http;
-        let is_proven = !standing.latency(http).is_zero() && !standing.is_doubtful(http);
-        self.lan.requests.start(http.ip(), is_proven, move || {
+        self.lan.requests.start(http.ip(), standing.is_proven(http), move || {
             let result = client.narinfo(&candidate.holder, &hash_part, LOOKUP_TIMEOUT.get());
             let ended = Instant::now();
             // All failures of one lookup count once.
             if let Err(e) = &result
-                && let Some(fault) = e.fault().filter(|_| !candidate.is_blamed)
+                && !candidate.is_blamed
             {
-                standing.record_failure(http, fault, began, ended, e);
+                e.record(&standing, http, began);
             }
             let _ = fetched.try_send(NarinfoResult { candidate, began, ended, result });
         })

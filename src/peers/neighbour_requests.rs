@@ -122,14 +122,9 @@ impl LanSource {
         let mut live = self.discovery.neighbours(patience).unwrap_or_default();
         live.retain(|neighbour| neighbour.silent_since.is_none());
         live.sort_by_key(|neighbour| neighbour.round_trip.unwrap_or(Duration::MAX));
-        let http = |neighbour: &Neighbour| {
-            let mut address = neighbour.address;
-            address.set_port(neighbour.http_port?);
-            Some(address)
-        };
         let now = Instant::now();
         live.iter()
-            .filter_map(http)
+            .filter_map(Neighbour::http)
             .filter(|http| self.health.eligibility(*http, now) != Eligibility::Never)
             .collect()
     }
@@ -144,8 +139,7 @@ impl LanSource {
     ) -> bool {
         let (client, standing, answers) =
             (self.client.clone(), self.health.clone(), answers.clone());
-        let is_proven = !standing.latency(http).is_zero() && !standing.is_doubtful(http);
-        self.requests.start(http.ip(), is_proven, move || {
+        self.requests.start(http.ip(), standing.is_proven(http), move || {
             let began = Instant::now();
             let result = request(&client, until.saturating_duration_since(began));
             match &result {
@@ -156,11 +150,7 @@ impl LanSource {
                     | PeerError::Status(_)
                     | PeerError::Unreachable(ureq::Error::Timeout(_)),
                 ) => {}
-                Err(e) => {
-                    if let Some(fault) = e.fault() {
-                        standing.record_failure(http, fault, began, Instant::now(), e);
-                    }
-                }
+                Err(e) => e.record(&standing, http, began),
             }
             let _ = answers.try_send((http, result.ok()));
         })

@@ -6,7 +6,6 @@ use crate::http_client;
 use crate::resolver::{NameResolver, parse_address};
 use crate::time_scale::Interval;
 use crate::wire::tracker::{MAX_ADDR, can_be_peer};
-use crossbeam_channel::Receiver;
 use serde::{Deserialize, Serialize};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -59,7 +58,7 @@ impl OutsideAddress {
 
 #[derive(Serialize)]
 struct MeetRequest<'a> {
-    port: Option<u16>,
+    port: u16,
     addr: Option<&'a str>,
     tags: &'a [String],
 }
@@ -76,14 +75,9 @@ struct MetFriend {
     port: u16,
 }
 
-/// Exchanges addresses with friends at the trackers until `stopped` closes. `place` returns this
+/// Exchanges addresses with friends at the trackers until [`Friends::stop`]. `place` returns this
 /// node's current outside address. Blocks the calling thread.
-pub fn run(
-    urls: &[String],
-    friends: &Arc<Friends>,
-    place: impl Fn() -> OutsideAddress,
-    stopped: &Receiver<()>,
-) {
+pub fn run(urls: &[String], friends: &Arc<Friends>, place: impl Fn() -> OutsideAddress) {
     let agent: Agent =
         http_client::https_config().timeout_global(Some(CALL_TIMEOUT)).build().into();
     let names = Arc::new(NameResolver::default());
@@ -107,7 +101,7 @@ pub fn run(
         }
         let is_any_away = friends.seen().iter().any(|friend| !friend.is_up);
         let pause = if reached < urls.len() || is_any_away { RETRY } else { INTERVAL };
-        if !stopped.recv_timeout(pause.get()).is_err_and(|e| e.is_timeout()) {
+        if !friends.stopped().recv_timeout(pause.get()).is_err_and(|e| e.is_timeout()) {
             return;
         }
     }
@@ -127,7 +121,7 @@ fn meet(
         url.split_once("://").map_or(url, |(_, rest)| rest).split('/').next().unwrap_or_default();
     let (own, all) = (*friends.list().own(), friends.list().all());
     let tags: Vec<String> = all.iter().map(|friend| own.tag(&friend.key, tracker)).collect();
-    let ask = MeetRequest { port: Some(port), addr: host.as_deref(), tags: &tags };
+    let ask = MeetRequest { port, addr: host.as_deref(), tags: &tags };
     let body = serde_json::to_vec(&ask).ok()?;
     let answer = agent
         .post(format!("{url}/meet"))

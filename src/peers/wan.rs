@@ -7,7 +7,7 @@
 
 use super::announce::{PendingTransferName, Trackers};
 use super::client::{PeerClient, PeerError, PeerNarinfo};
-use super::health::{Eligibility, Fault, PeerHealth, PeerKey};
+use super::health::{Eligibility, PeerHealth, PeerKey};
 use super::request_pool::{RequestPool, RequestTarget};
 use super::tracker::{self, Tracker};
 use crate::connect_rate::{ConnectDecision, ConnectRate};
@@ -114,8 +114,7 @@ impl WanSource {
 
     /// Returns true if the peer has answered since its last failure.
     fn is_proven(&self, address: SocketAddr) -> bool {
-        let who = PeerKey::far(address);
-        !self.standing.latency(who).is_zero() && !self.standing.is_doubtful(who)
+        self.standing.is_proven(PeerKey::far(address))
     }
 
     /// Reports the bytes of a transfer to the tracker that named it. Does not block.
@@ -195,6 +194,19 @@ struct TrackerLookup {
 }
 
 impl TrackerLookup {
+    fn new(tracker: Arc<Tracker>, at: usize) -> Self {
+        TrackerLookup {
+            tracker,
+            at,
+            begun: 0,
+            failed: 0,
+            error: None,
+            is_answered: false,
+            unresolved: 0,
+            is_judged: false,
+        }
+    }
+
     fn is_awaited(&self) -> bool {
         !self.is_answered && (self.begun == 0 || self.failed < self.begun)
     }
@@ -305,16 +317,6 @@ impl WanSearch {
         self.until = until.min(Instant::now() + WAN_TIMEOUT.get());
     }
 
-    /// Returns true if the search has started.
-    pub fn has_begun(&self) -> bool {
-        self.began.is_some()
-    }
-
-    /// Returns true if a candidate is left that may have the path.
-    pub fn has_more(&self) -> bool {
-        self.entries.iter().any(|entry| entry.state != CandidatePhase::Done)
-    }
-
     /// Number of candidates that were asked, and number of those that sent no answer.
     pub fn asked_and_silent(&self) -> (u32, u32) {
         let asked = || self.entries.iter().filter(|entry| entry.was_asked);
@@ -372,17 +374,7 @@ impl WanSearch {
 
     fn begin(&mut self) {
         let usable = |(at, tracker): (usize, &Arc<Tracker>)| {
-            let call = TrackerLookup {
-                tracker: tracker.clone(),
-                at,
-                begun: 0,
-                failed: 0,
-                error: None,
-                is_answered: false,
-                unresolved: 0,
-                is_judged: false,
-            };
-            call.tracker.await_usable().then_some(call)
+            tracker.await_usable().then(|| TrackerLookup::new(tracker.clone(), at))
         };
         self.calls = self.wan.trackers.all().enumerate().filter_map(usable).collect();
         let began = Instant::now();
@@ -438,7 +430,7 @@ impl WanSearch {
         let entry = |entry: &CandidateState| match entry.state {
             CandidatePhase::Untried(at) if self.is_hopeful(entry, now) && at > now => Some(at),
             CandidatePhase::Asked(at) => {
-                self.awaited_until(entry, at, now).filter(|until| *until > now)
+                Some(self.awaited_until(entry, at, now)).filter(|until| *until > now)
             }
             _ => None,
         };
@@ -477,19 +469,14 @@ impl WanSearch {
     /// Time until which the answer of a candidate that was asked at `asked` is awaited. The wait is
     /// short for a candidate that failed recently, and for one that has never answered and was
     /// named by a tracker that names many dead peers.
-    fn awaited_until(
-        &self,
-        entry: &CandidateState,
-        asked: Instant,
-        now: Instant,
-    ) -> Option<Instant> {
+    fn awaited_until(&self, entry: &CandidateState, asked: Instant, now: Instant) -> Instant {
         let who = PeerKey::far(entry.address);
-        let limit = match self.wan.standing.eligibility(who, now) {
-            Eligibility::Now if self.wan.is_proven(entry.address) => return Some(self.until),
-            Eligibility::Now => self.unproven_timeout(entry).map(|patience| asked + patience),
-            Eligibility::Last | Eligibility::Never => Some(asked + SLOW),
+        let patience = match self.wan.standing.eligibility(who, now) {
+            Eligibility::Now if self.wan.is_proven(entry.address) => None,
+            Eligibility::Now => self.unproven_timeout(entry),
+            Eligibility::Last | Eligibility::Never => Some(SLOW),
         };
-        Some(limit.map_or(self.until, |limit| limit.min(self.until)))
+        patience.map_or(self.until, |patience| self.until.min(asked + patience))
     }
 
     /// Longest wait for a candidate that has never answered; `None` if there is no such limit.
@@ -513,12 +500,7 @@ impl WanSearch {
     }
 
     fn is_awaited(&self, entry: &CandidateState, now: Instant) -> bool {
-        match entry.state {
-            CandidatePhase::Asked(at) => {
-                self.awaited_until(entry, at, now).is_some_and(|until| now < until)
-            }
-            _ => false,
-        }
+        matches!(entry.state, CandidatePhase::Asked(at) if now < self.awaited_until(entry, at, now))
     }
 
     /// Asks as many candidates as the limit admits. Returns false if other requests block a
@@ -634,7 +616,7 @@ impl WanSearch {
         let (client, standing) = (self.wan.client.clone(), self.wan.standing.clone());
         let (answer, hash_part) = (self.answer.clone(), self.hash_part);
         let timeout = self.until.saturating_duration_since(now);
-        let holder = Holder { http: address, url_path: format!("local/{hash_part}.narinfo") };
+        let holder = Holder::peerix(address, &hash_part);
         let started = self.wan.requests.run(to, move || {
             let result = client.narinfo(&holder, &hash_part, timeout);
             let then = Instant::now();
@@ -644,13 +626,7 @@ impl WanSearch {
                 Err(PeerError::NotThere | PeerError::Busy) => {
                     standing.record_miss(PeerKey::far(address), then - now, then)
                 }
-                Err(e) => standing.record_failure(
-                    PeerKey::far(address),
-                    e.fault().unwrap_or(Fault::Unreachable),
-                    now,
-                    then,
-                    e,
-                ),
+                Err(e) => e.record(&standing, PeerKey::far(address), now),
             }
             let _ = answer.send(NarinfoAnswer::Peer { at, result: Box::new(result) });
         });
@@ -824,16 +800,7 @@ mod tests {
         let now = Instant::now();
         (search.began, search.until) = (Some(now), now + Duration::from_secs(3600));
         let tracker = search.wan.trackers.all().next().unwrap().clone();
-        search.calls = vec![TrackerLookup {
-            tracker,
-            at: 0,
-            begun: 1,
-            failed: 0,
-            error: None,
-            is_answered: false,
-            unresolved: 0,
-            is_judged: false,
-        }];
+        search.calls = vec![TrackerLookup { begun: 1, ..TrackerLookup::new(tracker, 0) }];
         search
     }
 
@@ -851,6 +818,10 @@ mod tests {
 
     fn addresses(search: &WanSearch) -> Vec<SocketAddr> {
         search.entries.iter().map(|entry| entry.address).collect()
+    }
+
+    fn is_over(search: &WanSearch) -> bool {
+        search.entries.iter().all(|entry| entry.state == CandidatePhase::Done)
     }
 
     /// Uses up the connection rate of an address, so that nothing is sent to it.
@@ -912,11 +883,11 @@ mod tests {
         let tracker = search.calls[0].tracker.clone();
         let now = Instant::now();
         use_up_rate(&search, 1, now);
-        for (millis, is_over) in [(0, false), (199, false), (200, true)] {
+        for (millis, ends) in [(0, false), (199, false), (200, true)] {
             let then = now + Duration::from_millis(millis);
             use_up_rate(&search, 1, then);
             search.ask(then);
-            assert_eq!(!search.has_more(), is_over, "{millis} ms");
+            assert_eq!(is_over(&search), ends, "{millis} ms");
         }
         assert_eq!(tracker.unproven_timeout(), None);
         search.record_results();
@@ -926,10 +897,10 @@ mod tests {
         let ports = (1..=64).map(|port| candidate("203.0.113.2", port)).collect();
         name_candidates(&mut search, ports);
         let later = Instant::now();
-        for (then, is_over) in [(later, false), (later + patience, true)] {
+        for (then, ends) in [(later, false), (later + patience, true)] {
             use_up_rate(&search, 2, then);
             search.ask(then);
-            assert_eq!(!search.has_more(), is_over);
+            assert_eq!(is_over(&search), ends);
         }
     }
 
@@ -952,13 +923,13 @@ mod tests {
         name_candidates(&mut search, ports());
         let tracker = search.calls[0].tracker.clone();
         assert!(!search.ask(Instant::now()));
-        assert!(search.has_more(), "one of the requests may show that somebody is there");
+        assert!(!is_over(&search), "one of the requests may show that somebody is there");
         search.record_results();
         let patience = tracker.unproven_timeout().expect("64 silent candidates");
         let later = Instant::now();
-        for (then, is_over) in [(later, false), (later + patience, true)] {
+        for (then, ends) in [(later, false), (later + patience, true)] {
             search.ask(then);
-            assert_eq!(!search.has_more(), is_over);
+            assert_eq!(is_over(&search), ends);
         }
         drop(release);
     }
@@ -976,11 +947,11 @@ mod tests {
                 tracker.record_candidates(0, 64, now, now);
             }
             (search.entries[0].state, search.entries[0].answered) = (CandidatePhase::Done, true);
-            for (millis, is_over) in [(0, false), (599, false), (600, true)] {
+            for (millis, ends) in [(0, false), (599, false), (600, true)] {
                 let then = now + Duration::from_millis(millis);
                 use_up_rate(&search, 1, then);
                 search.ask(then);
-                assert_eq!(!search.has_more(), is_over, "{millis} ms");
+                assert_eq!(is_over(&search), ends, "{millis} ms");
             }
             search.record_results();
             assert_eq!(tracker.unproven_timeout(), None);
