@@ -24,6 +24,7 @@ use crate::lan::{
     DigestObserver, Discovery, DiscoveryClient, DiscoverySettings, DiscoveryThread,
     StoreEnvironment,
 };
+use crate::lock::Mutex;
 use crate::log_throttle::LogThrottle;
 use crate::lookup::LookupService;
 use crate::network::{LanNetworks, Networks};
@@ -60,7 +61,7 @@ use sd_notify::NotifyState;
 use std::net::{SocketAddr, TcpListener, ToSocketAddrs};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 use std::{fmt, io};
@@ -586,7 +587,7 @@ impl MetricsServer {
 
     /// Starts the server if it does not run yet. Records a failure in `degraded`.
     fn start(&self, degraded: &Degraded) {
-        let mut server = self.server.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut server = self.server.lock();
         let Some(address) = self.address.filter(|_| server.is_none()) else { return };
         let started = TcpListener::bind(address).and_then(|listener| {
             let handler = Arc::new(MetricsHandler(self.cache.clone()));
@@ -599,7 +600,7 @@ impl MetricsServer {
 
     /// Stops the server, so that the next run can bind the address.
     fn stop(&self) {
-        drop(self.server.lock().unwrap_or_else(PoisonError::into_inner).take());
+        drop(self.server.lock().take());
     }
 }
 
@@ -893,9 +894,7 @@ fn meet_friends(
     let (host, announced_port) = config.announce_addr.clone().unzip();
     let port = announced_port.flatten().unwrap_or(port);
     let place = move || {
-        let current = |mapping: &Arc<Mutex<Mapping>>| {
-            mapping.lock().unwrap_or_else(PoisonError::into_inner).clone()
-        };
+        let current = |mapping: &Arc<Mutex<Mapping>>| mapping.lock().clone();
         let mapping = mapping.as_ref().map(current).unwrap_or_default();
         OutsideAddress {
             host: host.clone(),

@@ -1,8 +1,8 @@
 //! Registry of configured resources that the daemon runs without, such as a key, the identity or a
 //! part of nix.conf. `/health`, the status page and `peerix doctor` read it.
 
+use crate::lock::Mutex;
 use std::collections::BTreeMap;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Current faults by code. The codes are a fixed set, so the map is bounded.
 #[derive(Default)]
@@ -11,14 +11,14 @@ pub struct Degraded(Mutex<BTreeMap<&'static str, String>>);
 impl Degraded {
     /// Records a fault. Logs an error if the text differs from the last one for `code`.
     pub fn record(&self, code: &'static str, text: String) {
-        if self.lock().insert(code, text.clone()).as_ref() != Some(&text) {
+        if self.0.lock().insert(code, text.clone()).as_ref() != Some(&text) {
             log::error!("{text}");
         }
     }
 
     /// Removes a fault. Logs that if there was one.
     pub fn clear(&self, code: &'static str) {
-        if let Some(text) = self.lock().remove(code) {
+        if let Some(text) = self.0.lock().remove(code) {
             log::info!("no longer so: {text}");
         }
     }
@@ -40,11 +40,7 @@ impl Degraded {
 
     /// Code and text of each current fault, sorted by code.
     pub fn all(&self) -> Vec<(&'static str, String)> {
-        self.lock().iter().map(|(code, text)| (*code, text.clone())).collect()
-    }
-
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<&'static str, String>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.lock().iter().map(|(code, text)| (*code, text.clone())).collect()
     }
 }
 

@@ -8,6 +8,7 @@ mod failover;
 pub mod spool;
 mod verified;
 
+use crate::lock::Mutex;
 use crate::lookup::{FoundNar, LookupService};
 use crate::nix::{HashPart, NarHash};
 use crate::peers::client::PeerClient;
@@ -22,7 +23,7 @@ use std::collections::HashMap;
 use std::fmt;
 use std::io::{self, Write};
 use std::ops::Range;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 use verified::{IncompleteNar, Piece, VerifiedStream, part};
 
@@ -110,11 +111,11 @@ impl Downloader {
     }
 
     fn given_up(&self, nar_hash: NarHash) -> Option<(Instant, AbortReason)> {
-        self.given_up.lock().unwrap_or_else(PoisonError::into_inner).get(&nar_hash).copied()
+        self.given_up.lock().get(&nar_hash).copied()
     }
 
     fn give_up(&self, nar_hash: NarHash, why: AbortReason) {
-        let mut given_up = self.given_up.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut given_up = self.given_up.lock();
         if given_up.len() >= MAX_GIVEN_UP {
             given_up.clear();
         }

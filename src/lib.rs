@@ -37,6 +37,7 @@ pub mod http_client;
 pub mod identity;
 pub mod key_file;
 pub mod lan;
+pub mod lock;
 pub mod log_throttle;
 pub mod lookup;
 pub mod network;

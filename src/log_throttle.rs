@@ -1,6 +1,6 @@
 //! Limits how often a repeated fault is logged.
 
-use std::sync::{Mutex, PoisonError};
+use crate::lock::Mutex;
 use std::time::{Duration, Instant};
 
 /// Shortest interval between two log messages.
@@ -13,7 +13,7 @@ pub struct LogThrottle(Mutex<Option<Instant>>);
 impl LogThrottle {
     /// Returns true at most once per 10 s, and at the first call.
     pub fn allow(&self, now: Instant) -> bool {
-        let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut last = self.0.lock();
         let due = last.is_none_or(|last| now.saturating_duration_since(last) >= INTERVAL);
         if due {
             *last = Some(now);

@@ -7,6 +7,7 @@
 
 mod found;
 
+use crate::lock::{Condvar, Mutex};
 use crate::nix::{DrvOutput, HashPart, NarHash, NarInfo, PathInfo, Realisation, StorePath};
 use crate::peers::announce::PendingTransferName;
 use crate::peers::client::{LinkKind, LogBody, PeerClient, PeerNarinfo};
@@ -22,7 +23,7 @@ use crossbeam_channel::never;
 use found::{FoundPaths, MAX_SOURCES};
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Maximum wait for another thread's lookup of the same path. At the bound, the waiting thread
@@ -193,7 +194,7 @@ impl LookupService {
     /// Returns the narinfo, and whether it comes from a lookup that was already under way.
     fn join_or_search(&self, hash_part: &HashPart) -> (Option<Arc<PeerNarinfo>>, bool) {
         let (flight, is_first) = {
-            let mut flights = lock(&self.flights);
+            let mut flights = self.flights.lock();
             match flights.get(hash_part) {
                 Some(flight) => (flight.clone(), false),
                 None => {
@@ -503,10 +504,10 @@ impl HolderSearch {
 
 impl PendingLookup {
     fn wait(&self) -> Option<Arc<PeerNarinfo>> {
-        let landed = lock(&self.result);
+        let landed = self.result.lock();
         let waited =
             self.condition.wait_timeout_while(landed, FLIGHT_TIMEOUT, |landed| landed.is_none());
-        waited.unwrap_or_else(PoisonError::into_inner).0.clone().flatten()
+        waited.clone().flatten()
     }
 }
 
@@ -520,12 +521,8 @@ struct FlightGuard<'a> {
 impl Drop for FlightGuard<'_> {
     fn drop(&mut self) {
         // No thread can join the flight any more.
-        lock(&self.lookup.flights).remove(self.hash_part);
-        *lock(&self.flight.result) = Some(self.narinfo.take());
+        self.lookup.flights.lock().remove(self.hash_part);
+        *self.flight.result.lock() = Some(self.narinfo.take());
         self.flight.condition.notify_all();
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -5,6 +5,7 @@
 //! changes, and when the router announces a restart. It releases the mapping at the end. It uses
 //! only the gateway at which the option was first used, so that it opens nothing in a café.
 
+use crate::lock::Mutex;
 use crate::network::Networks;
 use crate::time_scale::{Interval, Timeout};
 use crate::wire::port_mapping::{self, MappingGrant, MappingRequest, MappingResponse};
@@ -14,7 +15,7 @@ use std::fs;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6, UdpSocket};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -198,7 +199,7 @@ impl MappingThread {
     }
 
     fn tell(&mut self, mapping: Mapping) {
-        let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut current = self.current.lock();
         if current.outside != mapping.outside || current.pinhole != mapping.pinhole {
             mapping
                 .outside
@@ -348,7 +349,7 @@ impl MappingThread {
 
     fn give_up(&self, held: &[KnownRouter]) {
         held.iter().for_each(|one| self.release(one));
-        *self.current.lock().unwrap_or_else(PoisonError::into_inner) = Mapping::default();
+        *self.current.lock() = Mapping::default();
     }
 
     fn release(&self, held: &KnownRouter) {

@@ -2,10 +2,11 @@
 //! tracker. A name server may be slow, so each name is resolved in its own thread, and results are
 //! cached.
 
+use crate::lock::{Condvar, Mutex};
 use crate::wire::tracker::can_be_peer;
 use std::collections::{HashMap, HashSet};
 use std::net::{IpAddr, ToSocketAddrs};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -106,7 +107,7 @@ impl NameResolver {
         let mut unknown: Vec<usize> = (0..names.len()).collect();
         // Names whose lookups this call started.
         let mut asked: Vec<&str> = Vec::new();
-        let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut table = self.table.lock();
         loop {
             let now = Instant::now();
             let mut known = Vec::new();
@@ -131,12 +132,11 @@ impl NameResolver {
             if !known.is_empty() {
                 drop(table);
                 known.into_iter().for_each(|(at, address)| found(at, address));
-                table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
+                table = self.table.lock();
             } else if unknown.is_empty() || table.asked.is_empty() || now >= until {
                 return;
             } else {
-                let waited = self.changed.wait_timeout(table, until - now);
-                table = waited.unwrap_or_else(PoisonError::into_inner).0;
+                table = self.changed.wait_timeout(table, until - now);
             }
         }
     }
@@ -153,7 +153,7 @@ impl NameResolver {
     }
 
     fn learn(&self, name: &str, address: Option<IpAddr>) {
-        let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut table = self.table.lock();
         table.asked.remove(name);
         table.keep(name, address, Instant::now());
         self.changed.notify_all();
@@ -169,7 +169,7 @@ mod tests {
         let names = Arc::new(NameResolver::default());
         let until = Instant::now() + Duration::from_secs(60);
         assert_eq!(names.addresses(&["localhost"], until), [Some(None)]);
-        assert_eq!(names.table.lock().unwrap().known.len(), 1);
+        assert_eq!(names.table.lock().known.len(), 1);
     }
 
     #[test]
@@ -222,7 +222,7 @@ mod tests {
     #[test]
     fn lookup_in_progress_is_awaited_until_deadline() {
         let names = Arc::new(NameResolver::default());
-        names.table.lock().unwrap().asked.insert("slow.invalid".into());
+        names.table.lock().asked.insert("slow.invalid".into());
         assert_eq!(
             names.addresses(&["slow.invalid"], Instant::now() + Duration::from_millis(20)),
             [None]

@@ -3,8 +3,8 @@
 //! A sender reserves the time that its bytes take at the rate, after all earlier reservations, and
 //! waits until that time begins. So connections take turns, piece by piece.
 
+use crate::lock::Mutex;
 use std::io;
-use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -98,7 +98,7 @@ impl UploadLimit {
     /// Reserves `bytes` bytes and returns the wait from `now`; `None` without a reservation if the
     /// wait would exceed [`MAX_WAIT`].
     fn reserve(&self, bytes: u64, now: Instant) -> Option<Duration> {
-        let mut reserved_until = self.reserved_until.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut reserved_until = self.reserved_until.lock();
         let begin = (*reserved_until).max(now.checked_sub(BURST).unwrap_or(now));
         let wait = begin.saturating_duration_since(now);
         if wait > MAX_WAIT {

@@ -7,13 +7,13 @@
 
 use crate::config::{Config, DEFAULT_UPSTREAM, UPSTREAM_KEY};
 use crate::http_client;
+use crate::lock::Mutex;
 use crate::lookup::FoundNar;
 use crate::nix::{HashPart, NarInfo, PublicKey, StoreDir};
 use crate::trust::NixConf;
 use std::collections::HashMap;
 use std::io::Read;
 use std::path::PathBuf;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use ureq::Agent;
 
@@ -93,7 +93,7 @@ impl Upstream {
         let now = Instant::now();
         let hash_part = found.path.hash_part();
         let known = {
-            let state = self.lock();
+            let state = self.state.lock();
             if state.paused_until.is_some_and(|until| now < until) {
                 return None;
             }
@@ -108,13 +108,13 @@ impl Upstream {
             None if left < 2 * REQUEST_TIMEOUT => return None,
             None => self.look_up(&hash_part, found)?,
         };
-        has.then(|| self.lock().time(found.nar_size, Instant::now()))?
+        has.then(|| self.state.lock().time(found.nar_size, Instant::now()))?
     }
 
     /// Records that Nix is about to get `nar_size` bytes of a NAR from upstream.
     pub fn record_left_nar(&self, nar_size: u64) {
         let now = Instant::now();
-        let mut state = self.lock();
+        let mut state = self.state.lock();
         if let Some(time) = state.time(nar_size, now) {
             state.busy_until = now.checked_add(time);
         }
@@ -126,7 +126,7 @@ impl Upstream {
         let keys = NixConf::read(&self.nix_conf_dir).keys_for_substituter(&self.url);
         let has = keys.map(|keys| self.request(hash_part, found, &keys));
         let now = Instant::now();
-        let mut state = self.lock();
+        let mut state = self.state.lock();
         let has = match has {
             None => false,
             Some(Ok(has)) => has,
@@ -167,10 +167,10 @@ impl Upstream {
             return Ok(false);
         }
         let is_measured = |(at, _): (Instant, f64)| at.elapsed() < PACE_KEPT;
-        if !self.lock().pace.is_some_and(is_measured) {
+        if !self.state.lock().pace.is_some_and(is_measured) {
             let pace = self.measure(&narinfo.url)?;
             log::debug!("upstream cache {}: {:.0} KiB/s", self.url, pace / 1024.0);
-            self.lock().pace = Some((Instant::now(), pace));
+            self.state.lock().pace = Some((Instant::now(), pace));
         }
         Ok(true)
     }
@@ -206,10 +206,6 @@ impl Upstream {
             }
         }
         Ok(bytes as f64 / began.elapsed().as_secs_f64())
-    }
-
-    fn lock(&self) -> MutexGuard<'_, UpstreamState> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -281,14 +277,14 @@ mod tests {
         let upstream = Upstream::new(&Config::default(), &[]);
         upstream.record_left_nar(1000);
         let now = Instant::now();
-        upstream.lock().pace = Some((now, 1000.0));
-        assert_eq!(upstream.lock().time(2000, now), Some(Duration::from_secs(2)));
+        upstream.state.lock().pace = Some((now, 1000.0));
+        assert_eq!(upstream.state.lock().time(2000, now), Some(Duration::from_secs(2)));
         upstream.record_left_nar(50_000);
-        assert_eq!(upstream.lock().time(2000, now).map(|time| time.as_secs()), Some(52));
+        assert_eq!(upstream.state.lock().time(2000, now).map(|time| time.as_secs()), Some(52));
         assert_eq!(
-            upstream.lock().time(2000, now + Duration::from_secs(100)),
+            upstream.state.lock().time(2000, now + Duration::from_secs(100)),
             Some(Duration::from_secs(2))
         );
-        assert_eq!(upstream.lock().time(2000, now + PACE_KEPT), None);
+        assert_eq!(upstream.state.lock().time(2000, now + PACE_KEPT), None);
     }
 }

@@ -17,6 +17,7 @@ use peerix::deferred::Deferred;
 use peerix::http::body::BodyError;
 use peerix::http::server::Handler;
 use peerix::http::{Exchange, Request};
+use peerix::lock::Mutex;
 use peerix::log_throttle::LogThrottle;
 use peerix::nix::HashPart;
 use peerix::wire::filter::{BloomFilter, MAX_BYTES};
@@ -30,8 +31,8 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::io;
 use std::net::IpAddr;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 /// Maximum length of a request target in bytes. A percent-encoded peer ID of 128 bytes fits. Longer
@@ -602,7 +603,7 @@ impl Api {
 
     fn peers(&self) -> ApiResult {
         let now = now();
-        let kept = self.list.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let kept = self.list.lock().clone();
         if let Some((at, body)) = kept.filter(|_| self.table.counts().peers > SHORT_LIST)
             && now.at.saturating_duration_since(at) < LIST_KEPT
         {
@@ -611,8 +612,7 @@ impl Api {
         let best = self.table.best(MAX_LISTED, now);
         let answer = json(&PeersBody { peers: best.iter().map(listed).collect() })?;
         if let ApiResponse::Json(body) = &answer {
-            *self.list.lock().unwrap_or_else(PoisonError::into_inner) =
-                Some((now.at, Arc::new(body.clone())));
+            *self.list.lock() = Some((now.at, Arc::new(body.clone())));
         }
         Ok(answer)
     }
@@ -629,7 +629,7 @@ impl Api {
                 "asked through a proxy, which is what would be reached",
             ));
         }
-        let reaches = || self.reaches.lock().unwrap_or_else(PoisonError::into_inner);
+        let reaches = || self.reaches.lock();
         let asker = address::limit_key(from);
         {
             let mut reaches = reaches();

@@ -6,11 +6,12 @@
 //! its whole block (2.6 MB for 20,000 paths of 16 bits), which takes about a millisecond and does
 //! not block lookups.
 
+use peerix::lock::{Mutex, MutexGuard, RwLock};
 use peerix::nix::HashPart;
 use peerix::wire::filter::{BloomFilter, HASHES, positions};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 /// Number of filters in a block: the bits of a word.
 const SLOTS: u32 = 64;
@@ -136,7 +137,7 @@ impl BloomIndex {
     /// only while a block is added or removed.
     pub fn find(&self, hash_part: &HashPart) -> Vec<u32> {
         let mut found = Vec::new();
-        let layout = self.layout.read().unwrap_or_else(PoisonError::into_inner);
+        let layout = self.layout.read();
         for (bits, group) in &layout.groups {
             let positions = positions(hash_part, *bits);
             group.blocks.iter().flatten().for_each(|block| block.find(&positions, &mut found));
@@ -154,7 +155,7 @@ impl BloomIndex {
     /// Acquires the right to change filters. Blocks while another thread has it, which is as long
     /// as writing a few filters takes.
     pub fn edit(&self) -> IndexEditor<'_> {
-        IndexEditor { slices: self, _one: self.edit.lock().unwrap_or_else(PoisonError::into_inner) }
+        IndexEditor { slices: self, _one: self.edit.lock() }
     }
 
     /// Memory of the filters in bytes.
@@ -189,7 +190,7 @@ impl IndexEditor<'_> {
                 self.slices
                     .bytes
                     .fetch_sub(freed.saturating_sub(bits as usize / 8), Ordering::Relaxed);
-                let mut layout = self.slices.layout.write().unwrap_or_else(PoisonError::into_inner);
+                let mut layout = self.slices.layout.write();
                 layout.alone.insert(owner, Arc::new(filter));
                 drop(layout);
                 if let Some(place @ FilterPlace::Slot { .. }) = last {
@@ -201,7 +202,7 @@ impl IndexEditor<'_> {
         };
         if let FilterPlace::Slot { bits, block, slot } = place {
             let block = {
-                let layout = self.slices.layout.read().unwrap_or_else(PoisonError::into_inner);
+                let layout = self.slices.layout.read();
                 layout.groups.get(&bits)?.blocks.get(block as usize)?.clone()?
             };
             block.write(slot, owner, &filter);
@@ -214,7 +215,7 @@ impl IndexEditor<'_> {
 
     /// Removes the owner's filter, and its block if that is empty then.
     pub fn remove(&self, owner: u32, place: FilterPlace) {
-        let mut layout = self.slices.layout.write().unwrap_or_else(PoisonError::into_inner);
+        let mut layout = self.slices.layout.write();
         match place {
             FilterPlace::Alone(bits) => {
                 if layout.alone.remove(&owner).is_some() {
@@ -236,7 +237,7 @@ impl IndexEditor<'_> {
     }
 
     fn take_slot(&self, bits: u64) -> Option<FilterPlace> {
-        let write = || self.slices.layout.write().unwrap_or_else(PoisonError::into_inner);
+        let write = || self.slices.layout.write();
         if let Some((block, slot)) = write().groups.entry(bits).or_default().free.pop_first() {
             return Some(FilterPlace::Slot { bits, block, slot });
         }
@@ -321,7 +322,7 @@ mod tests {
             slices.edit().remove(owner, place);
         }
         assert_eq!(slices.bytes(), 0, "all memory was given back");
-        assert!(slices.layout.read().unwrap().groups.values().all(|g| g.free.is_empty()));
+        assert!(slices.layout.read().groups.values().all(|g| g.free.is_empty()));
     }
 
     #[test]

@@ -8,10 +8,11 @@ use crate::database::{
 use crate::table::{PeerAddress, Reputation, TrackerTable};
 use crossbeam_channel::{Receiver, RecvTimeoutError, SendTimeoutError, Sender, bounded};
 use peerix::deferred::Deferred;
+use peerix::lock::{Mutex, RwLock};
 use peerix::log_throttle::LogThrottle;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant, SystemTime};
 use std::{fmt, io};
@@ -232,7 +233,7 @@ impl DatabaseThread {
     /// Checks that the database can be written to. The result may be up to 5 s old. Blocks for 10 s
     /// at most for each caller that is waiting.
     pub fn probe(&self) -> Result<(), DatabaseUnavailable> {
-        let mut probed = self.probed.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut probed = self.probed.lock();
         match &*probed {
             Some((at, outcome)) if at.elapsed() < PROBE => outcome.clone(),
             _ => {
@@ -262,15 +263,15 @@ impl DatabaseThread {
     /// Later calls fail.
     pub fn close(&self) {
         // The thread ends when the last sender is dropped.
-        *self.jobs.write().unwrap_or_else(PoisonError::into_inner) = None;
-        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
+        *self.jobs.write() = None;
+        let thread = self.thread.lock().take();
         if let Some(thread) = thread {
             let _ = thread.join();
         }
     }
 
     fn jobs(&self) -> Option<Sender<Box<dyn DatabaseJob>>> {
-        self.jobs.read().unwrap_or_else(PoisonError::into_inner).clone()
+        self.jobs.read().clone()
     }
 
     fn submit(

@@ -1,9 +1,9 @@
 //! Rate limits: a token bucket for each address and kind of call. The time is passed in; no I/O.
 
 use crate::address::limit_key;
+use peerix::lock::Mutex;
 use std::collections::HashMap;
 use std::net::IpAddr;
-use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 /// Calls that share a bucket.
@@ -95,7 +95,7 @@ impl RateLimits {
     /// # Errors
     /// No token is left. Returns the time until there is one.
     pub fn take(&self, ip: IpAddr, kind: LimitKind, now: Instant) -> Result<(), Duration> {
-        let mut inner = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut inner = self.0.lock();
         let mut key = limit_key(ip);
         if !inner.buckets.contains_key(&key) && inner.buckets.len() >= MAX_ADDRESSES {
             let due = inner.swept.is_none_or(|swept| now.saturating_duration_since(swept) >= SWEEP);
@@ -122,7 +122,7 @@ impl RateLimits {
 
     /// Takes `more` tokens for a call that is worth several. The bucket may go negative.
     pub fn charge(&self, ip: IpAddr, kind: LimitKind, more: u32, now: Instant) {
-        let mut inner = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut inner = self.0.lock();
         let key =
             if inner.buckets.contains_key(&limit_key(ip)) { limit_key(ip) } else { SHARED_KEY };
         let buckets = inner.buckets.entry(key).or_insert_with(|| TokenBuckets::full(now));
@@ -182,13 +182,13 @@ mod tests {
         for n in 0..MAX_ADDRESSES + 1000 {
             let _ = limits.take(ip(n), LimitKind::Announce, start);
         }
-        assert_eq!(limits.0.lock().unwrap().buckets.len(), MAX_ADDRESSES + 1);
+        assert_eq!(limits.0.lock().buckets.len(), MAX_ADDRESSES + 1);
         // Addresses beyond the bound share one bucket.
         assert!(limits.take(ip(200_000), LimitKind::Announce, start).is_err());
         assert_eq!(limits.take(ip(5), LimitKind::Announce, start), Ok(()));
         // Full buckets are dropped, which makes room.
         let later = start + Duration::from_secs(30);
         assert_eq!(limits.take(ip(200_000), LimitKind::Announce, later), Ok(()));
-        assert!(limits.0.lock().unwrap().buckets.len() < 10);
+        assert!(limits.0.lock().buckets.len() < 10);
     }
 }

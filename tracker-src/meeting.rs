@@ -3,10 +3,10 @@
 //! memory only, as nodes repeat the request within a minute.
 
 use crate::address;
+use peerix::lock::Mutex;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
-use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 /// Maximum number of tags in one request, one for each of 16 friends. More are refused.
@@ -109,7 +109,7 @@ impl Meetings {
         let tags = tags.iter().map(|tag| parse(tag)).collect::<Option<Vec<_>>>();
         let tags = tags.ok_or("tags: not 64 hexadecimal digits each")?;
         let holder = address::limit_key(from);
-        let mut table = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut table = self.0.lock();
         let mut places = Vec::new();
         for tag in tags {
             places.push(table.others(&tag, own, now));
@@ -257,7 +257,7 @@ mod tests {
         let tags = [tag(u32::MAX), tag(u32::MAX - 1), tag(last), tag(0)];
         let kept = [vec![place(7)], vec![place(8)], vec![place(9)], vec![]];
         assert_eq!(places(&meetings, &tags, now), kept);
-        let table = meetings.0.lock().unwrap();
+        let table = meetings.0.lock();
         let sizes: Vec<usize> = table.sizes.iter().map(|(size, _)| *size).collect();
         assert_eq!((table.stored, sizes), (MAX_STORED, vec![1, 1, MAX_STORED - 2]));
     }
@@ -270,7 +270,7 @@ mod tests {
         }
         let later = now + FORGOTTEN_AFTER;
         meetings.meet(&[tag(u32::MAX)], Some(&place(9)), ip(2), later).unwrap();
-        let table = meetings.0.lock().unwrap();
+        let table = meetings.0.lock();
         assert_eq!((table.stored, table.by_tag.len(), table.by_holder.len()), (1, 1, 1));
     }
 

@@ -10,11 +10,12 @@ use crate::table::TrackerTable;
 use crossbeam_channel::{Receiver, Sender, bounded};
 use peerix::connect_rate::{ConnectDecision, ConnectRate};
 use peerix::deferred::Deferred;
+use peerix::lock::Mutex;
 use peerix::resolver::{NameResolver, parse_address};
 use peerix::wire::tracker::can_be_peer;
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpStream};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -91,8 +92,7 @@ fn try_announced(
             continue;
         };
         let at = SocketAddr::new(ip, port);
-        let take =
-            || pace.lock().unwrap_or_else(PoisonError::into_inner).take(at.ip(), Instant::now());
+        let take = || pace.lock().take(at.ip(), Instant::now());
         if !(0..PACE_TRIES).any(|_| {
             let may = take() == ConnectDecision::Now;
             if !may {

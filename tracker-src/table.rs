@@ -4,13 +4,14 @@
 use crate::address;
 use crate::bloom_index::{BloomIndex, FilterPlace};
 use crate::database::PersistedPeer;
+use peerix::lock::RwLock;
 use peerix::nix::HashPart;
 use peerix::time_scale::{Interval, Timeout};
 use peerix::wire::filter::{BloomFilter, LEAST_BITS_PER_PATH, MOST_BITS_PER_PATH};
 use peerix::wire::tracker::{Candidate, CandidateList, MAX_CANDIDATES, MAX_OTHERS};
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::net::IpAddr;
-use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Lifetime of an announce, as in the original. Peers announce themselves every 60 s.
@@ -375,7 +376,7 @@ impl TrackerTable {
     /// Adds a peer that was live when the tracker stopped. Its next signed request must be later
     /// than this start, so that nobody can replay its old ones.
     pub fn restore(&self, was: PersistedPeer, now: TrackerTime) {
-        let (edit, mut peers) = (self.slices.edit(), self.write());
+        let (edit, mut peers) = (self.slices.edit(), self.peers.write());
         let id: Arc<str> = was.id.into();
         let peer = PeerEntry::new(id.clone(), was.whereabouts, peers.next_number, now);
         let Ok(slot) = peers.insert(PeerEntry { reputation: was.reputation, ..peer }) else {
@@ -409,7 +410,7 @@ impl TrackerTable {
 
     /// Records the result of a reachability test, unless the peer's address has changed since.
     pub fn set_reachable(&self, id: &str, at: (&str, u16), reachable: bool) {
-        let mut peers = self.write();
+        let mut peers = self.peers.write();
         if let Some((slot, peer)) = peers.peer(id)
             && (&*peer.whereabouts.addr, peer.whereabouts.port) == at
         {
@@ -417,17 +418,9 @@ impl TrackerTable {
         }
     }
 
-    fn read(&self) -> RwLockReadGuard<'_, Peers> {
-        self.peers.read().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn write(&self) -> RwLockWriteGuard<'_, Peers> {
-        self.peers.write().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Returns true if the peer is in the table, even if it has expired and is not swept yet.
     pub fn has(&self, id: &str) -> bool {
-        self.read().by_id.contains_key(id)
+        self.peers.read().by_id.contains_key(id)
     }
 
     /// Checks everything about a request that does not need its signature. Returns true if the peer
@@ -441,7 +434,7 @@ impl TrackerTable {
         claim: Option<&Claim>,
         now: TrackerTime,
     ) -> Result<bool, ClaimRefusal> {
-        let peers = self.read();
+        let peers = self.peers.read();
         self.allow(&peers, id, claim, now)?;
         let is_here = peers.peer(id).is_some_and(|(_, peer)| peer.expires > now.at);
         Ok(is_here && (claim.is_none() || peers.known.contains_key(id)))
@@ -524,7 +517,7 @@ impl TrackerTable {
         met: Option<Reputation>,
         now: TrackerTime,
     ) -> Result<AnnounceOutcome, ClaimRefusal> {
-        let mut peers = self.write();
+        let mut peers = self.peers.write();
         if !peers.by_id.contains_key(id) && peers.by_id.len() >= MAX_PEERS {
             return Err(ClaimRefusal::Full);
         }
@@ -578,7 +571,7 @@ impl TrackerTable {
         claim: &Claim,
         now: TrackerTime,
     ) -> Result<(), ClaimRefusal> {
-        let mut peers = self.write();
+        let mut peers = self.peers.write();
         if peers.known.contains_key(id) {
             self.advance(&mut peers, id, Some(claim), now)
         } else {
@@ -598,7 +591,7 @@ impl TrackerTable {
         now: TrackerTime,
     ) -> Result<(), ClaimRefusal> {
         let edit = self.slices.edit();
-        let mut peers = self.write();
+        let mut peers = self.peers.write();
         let (slot, peer) = peers
             .peer(id)
             .filter(|(_, peer)| peer.expires > now.at)
@@ -627,7 +620,7 @@ impl TrackerTable {
         claim: &Claim,
         now: TrackerTime,
     ) -> Result<(), ClaimRefusal> {
-        let peers = self.read();
+        let peers = self.peers.read();
         let (_, peer) = peers
             .peer(id)
             .filter(|(_, peer)| peer.expires > now.at)
@@ -664,12 +657,12 @@ impl TrackerTable {
         let edit = self.slices.edit();
         self.may_publish(id, claim, now)?;
         let (slot, last) = {
-            let peers = self.read();
+            let peers = self.peers.read();
             let (slot, peer) = peers.peer(id).ok_or(ClaimRefusal::NotHere)?;
             (slot, peer.published.as_ref().map(|published| published.place))
         };
         let place = edit.set(slot, last, filter).ok_or(ClaimRefusal::Full)?;
-        let mut peers = self.write();
+        let mut peers = self.peers.write();
         let published = PublishedFilter { place, stamp: claim.stamp, at: Some(now.at) };
         peers.change(slot, |peer| peer.published = Some(published));
         // An announce with a later time may have arrived meanwhile. Then its time stays, and the
@@ -682,7 +675,7 @@ impl TrackerTable {
 
     /// Updates the reputation of a live peer after a transfer. Older counts are ignored.
     pub fn set_reputation(&self, id: &str, reputation: Reputation) {
-        let mut peers = self.write();
+        let mut peers = self.peers.write();
         if let Some((slot, _)) = peers.peer(id) {
             peers.change(slot, |peer| peer.reputation = newest(peer.reputation, reputation));
         }
@@ -692,7 +685,7 @@ impl TrackerTable {
     pub fn lookup(&self, hash_part: &HashPart, now: TrackerTime) -> CandidateList {
         let found = self.slices.find(hash_part);
         let (salt, turn) = hash_part.prefixes();
-        let peers = self.read();
+        let peers = self.peers.read();
         // Number of peers of each class and network so far. Each network gets one place before any
         // gets a second.
         let mut met: HashMap<(u8, u128), u32> = HashMap::new();
@@ -725,7 +718,7 @@ impl TrackerTable {
 
     /// Returns the best `most` live peers.
     pub fn best(&self, most: usize, now: TrackerTime) -> Vec<PeerRow> {
-        let peers = self.read();
+        let peers = self.peers.read();
         let live = peers.ranked.iter().filter_map(|rank| peers.live(rank.3, now.at));
         live.take(most)
             .map(|peer| PeerRow {
@@ -742,7 +735,7 @@ impl TrackerTable {
     pub fn sweep(&self, now: TrackerTime) -> Vec<Arc<str>> {
         let mut ids = Vec::new();
         let gone: Vec<u32> = {
-            let peers = self.read();
+            let peers = self.peers.read();
             let expired = |peer: &PeerEntry| peer.expires <= now.at;
             (0u32..)
                 .zip(&peers.slots)
@@ -753,7 +746,7 @@ impl TrackerTable {
         // In chunks, so that lookups are not blocked for long.
         for some in gone.chunks(256) {
             let edit = self.slices.edit();
-            let mut peers = self.write();
+            let mut peers = self.peers.write();
             for slot in some {
                 // The peer may have announced itself since.
                 let peer =
@@ -766,7 +759,7 @@ impl TrackerTable {
             }
         }
         let stale = |known: &BoundIdentity| known.stamp.saturating_add(CLOCK_SKEW_MS) < now.ms;
-        let mut peers = self.write();
+        let mut peers = self.peers.write();
         let Peers { known, by_id, .. } = &mut *peers;
         known.retain(|id, known| by_id.contains_key(id) || !stale(known));
         ids
@@ -774,7 +767,7 @@ impl TrackerTable {
 
     /// The sizes of the table.
     pub fn counts(&self) -> TableCounts {
-        let peers = self.read();
+        let peers = self.peers.read();
         TableCounts {
             peers: peers.by_id.len(),
             with_filter: peers.with_filter,
@@ -911,7 +904,7 @@ mod tests {
             let again = table.announce("a", at(1), Some(&said), None, None, now);
             assert!(matches!(again, Err(ClaimRefusal::Time(_))), "after {seconds} s: {again:?}");
         }
-        assert!(table.read().known.is_empty(), "and then it is forgotten");
+        assert!(table.peers.read().known.is_empty(), "and then it is forgotten");
     }
 
     #[test]
@@ -1034,10 +1027,13 @@ mod tests {
         // Updates that arrive late are ignored.
         table.set_reputation("150", good(5));
         assert_eq!(listed(1), ["150"]);
-        let ranks = table.read().ranked.len();
-        assert_eq!((ranks, table.read().others.len(), table.read().turns.len()), (200, 200, 200));
+        let ranks = table.peers.read().ranked.len();
+        assert_eq!(
+            (ranks, table.peers.read().others.len(), table.peers.read().turns.len()),
+            (200, 200, 200)
+        );
         table.sweep(after(start, 120));
-        let peers = table.read();
+        let peers = table.peers.read();
         assert!(peers.ranked.is_empty() && peers.others.is_empty() && peers.turns.is_empty());
     }
 
@@ -1156,7 +1152,7 @@ mod tests {
             let claim = by(1, now);
             table.announce("a", at(1), Some(&claim), Some(instance), None, now).unwrap();
         }
-        let capacity = || table.read().peer("a").unwrap().1.replaced.capacity();
+        let capacity = || table.peers.read().peer("a").unwrap().1.replaced.capacity();
         assert!((1..=4).contains(&capacity()), "{} entries", capacity());
         // The peer lives on, and its entries expire.
         for seconds in [1099, 1199, 1299] {

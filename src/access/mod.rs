@@ -10,12 +10,13 @@ mod filter;
 mod verify;
 
 use crate::config::{Config, Mode, Sharing};
+use crate::lock::RwLock;
 use crate::network::Networks;
 use crate::nix::PathInfo;
 use filter::NameFilter;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Instant;
 use verify::Verifier;
 
@@ -78,7 +79,7 @@ impl AccessPolicy {
     /// Replaces the addresses that `--peer` names. Nodes at these addresses have the scope
     /// [`Scope::Lan`], whatever their port.
     pub fn set_named_peers(&self, addresses: Vec<SocketAddr>) {
-        *self.named_peers.write().unwrap_or_else(PoisonError::into_inner) = addresses;
+        *self.named_peers.write() = addresses;
     }
 
     /// Returns the scope of another machine at this socket address: [`Scope::Lan`] or
@@ -114,7 +115,7 @@ impl AccessPolicy {
 
     fn is_named_peer(&self, asker: SocketAddr) -> bool {
         let host = host_of(asker);
-        let named = self.named_peers.read().unwrap_or_else(PoisonError::into_inner);
+        let named = self.named_peers.read();
         named.iter().any(|peer| host_of(*peer) == host)
     }
 

@@ -9,13 +9,13 @@ use crate::backoff::{Backoff, retry_after};
 use crate::config::{Config, DEFAULT_UPSTREAM, UPSTREAM_KEY};
 use crate::deferred::Deferred;
 use crate::http_client;
+use crate::lock::{Condvar, Mutex};
 use crate::log_throttle::LogThrottle;
 use crate::nix::{HashPart, Malformed, NarHash, NarInfo, PathInfo, PublicKey, StoreDir};
 use crate::time_scale::Interval;
 use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::io::Read;
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use ureq::Agent;
 use ureq::http::Response;
@@ -141,7 +141,7 @@ impl Verifier {
                 waiting: 0,
                 backoff: Backoff::new(FIRST_PAUSE, LONGEST_PAUSE),
             }),
-            ended: Condvar::new(),
+            ended: Condvar::default(),
             faults: LogThrottle::default(),
         }
     }
@@ -150,12 +150,12 @@ impl Verifier {
     /// signatures but never blocks on the network: takes 0.5 ms at most, mostly 1 µs.
     pub fn verified_now(&self, info: &PathInfo) -> Option<bool> {
         let key = key(info);
-        if let Some(known) = self.lock().answers.get(&key, Instant::now()) {
+        if let Some(known) = self.state.lock().answers.get(&key, Instant::now()) {
             return known;
         }
         let is_signed = self.is_signed(info)?;
         let (proof, now) = (is_signed.then_some(true), Instant::now());
-        let mut state = self.lock();
+        let mut state = self.state.lock();
         // The result of a failed check is cached too, but must not replace an answer of upstream.
         if is_signed || state.answers.get(&key, now).is_none() {
             let times = state.answers.times(&key);
@@ -172,8 +172,8 @@ impl Verifier {
         match self.verified_now(info) {
             Some(true) => None,
             _ if self.has_key() => None,
-            Some(false) => self.lock().answers.until(&key(info)),
-            None => Some(self.lock().backoff.due().map_or(now, |due| due.max(now))),
+            Some(false) => self.state.lock().answers.until(&key(info)),
+            None => Some(self.state.lock().backoff.due().map_or(now, |due| due.max(now))),
         }
     }
 
@@ -216,7 +216,7 @@ impl Verifier {
     /// answer.
     fn acquire_request_slot(&self, key: &VerifiedPath) -> RequestTurn {
         let deadline = Instant::now() + SLOT_TIMEOUT;
-        let mut state = self.lock();
+        let mut state = self.state.lock();
         loop {
             let now = Instant::now();
             if let Some(Some(answer)) = state.answers.get(key, now) {
@@ -233,23 +233,19 @@ impl Verifier {
                 return RequestTurn::NotNow;
             }
             state.waiting += 1;
-            state = self
-                .ended
-                .wait_timeout(state, deadline - now)
-                .unwrap_or_else(PoisonError::into_inner)
-                .0;
+            state = self.ended.wait_timeout(state, deadline - now);
             state.waiting -= 1;
         }
     }
 
     fn ask(&self, key: &VerifiedPath, info: &PathInfo) -> bool {
         let _end = Deferred::new(|| {
-            self.lock().asked.remove(key);
+            self.state.lock().asked.remove(key);
             self.ended.notify_all();
         });
         let answer = self.request(info);
         let now = Instant::now();
-        let mut state = self.lock();
+        let mut state = self.state.lock();
         match answer {
             Ok(answer) => {
                 log::debug!(
@@ -302,10 +298,6 @@ impl Verifier {
         Ok(theirs.path == info.path
             && theirs.nar_hash == info.nar_hash
             && theirs.nar_size == info.nar_size)
-    }
-
-    fn lock(&self) -> MutexGuard<'_, VerifierState> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -500,9 +492,9 @@ mod tests {
     fn failed_signature_keeps_number_of_upstreams_answers() {
         let verifier = unreachable(PublicKey::parse(UPSTREAM_KEY).ok());
         let info = PathInfo { nar_size: 1, ..upstreams() };
-        verifier.lock().answers.put(key(&info), Some(false), Instant::now(), 3);
+        verifier.state.lock().answers.put(key(&info), Some(false), Instant::now(), 3);
         assert_eq!(verifier.verified_now(&info), None);
-        assert_eq!(verifier.lock().answers.times(&key(&info)), 3);
+        assert_eq!(verifier.state.lock().answers.times(&key(&info)), 3);
     }
 
     #[test]
@@ -565,7 +557,7 @@ mod tests {
             golden::narinfos().into_iter().map(|n| n.info).find(|i| i.path != info.path).unwrap();
         forged.signatures = vec![secret.sign(b"something else")];
         assert_eq!(verifier.verified_now(&forged), None);
-        assert_eq!(verifier.lock().answers.get(&key(&forged), Instant::now()), Some(None));
+        assert_eq!(verifier.state.lock().answers.get(&key(&forged), Instant::now()), Some(None));
         forged.signatures = vec![secret.sign(forged.fingerprint(&golden::store_dir()).as_bytes())];
         assert_eq!(verifier.verified_now(&forged), None, "it was checked again");
         assert!(!verifier.verified(&forged), "nobody is there to ask");
@@ -611,7 +603,7 @@ mod tests {
             // A second call at once sends no request.
             assert_eq!(verifier.verified(&info), answer, "{case}");
             assert_eq!(upstream.requests(), 1, "{case}");
-            assert_eq!(verifier.lock().backoff.failures() > 0, pauses, "{case}");
+            assert_eq!(verifier.state.lock().backoff.failures() > 0, pauses, "{case}");
             // Another NAR hash is another cache key.
             let other = PathInfo { nar_hash: NarHash::from_bytes([2; 32]), ..info };
             assert_eq!(verifier.verified_now(&other), None, "{case}");
@@ -624,7 +616,7 @@ mod tests {
     fn missing_path_is_asked_about_at_growing_intervals() {
         let (upstream, verifier) = Upstream::start(|_| (404, String::new()));
         let info = narinfo().info;
-        let known = |after| verifier.lock().answers.get(&key(&info), Instant::now() + after);
+        let known = |after| verifier.state.lock().answers.get(&key(&info), Instant::now() + after);
         for seconds in [60, 300, 3600, 24 * 3600, 24 * 3600] {
             assert!(!verifier.verified(&info) && !verifier.verified(&info));
             assert_eq!(known(Duration::from_secs(seconds - 5)), Some(Some(false)));
@@ -632,7 +624,7 @@ mod tests {
             let at = verifier.ask_at(&info).unwrap();
             assert!(at > Instant::now() + Duration::from_secs(seconds - 5));
             // Expires the answer.
-            let mut state = verifier.lock();
+            let mut state = verifier.state.lock();
             state.answers.young.get_mut(&key(&info)).unwrap().until = Instant::now();
         }
         assert_eq!(upstream.requests(), 5);
@@ -655,7 +647,7 @@ mod tests {
         assert_eq!((upstream.requests(), verifier.verified_now(&info)), (1, None));
         assert!(verifier.ask_at(&info).is_some());
         is_portal.store(false, Ordering::SeqCst);
-        verifier.lock().answers.young.get_mut(&key(&info)).unwrap().unreadable =
+        verifier.state.lock().answers.young.get_mut(&key(&info)).unwrap().unreadable =
             Some(Instant::now());
         assert!(verifier.verified(&info));
         assert_eq!(verifier.ask_at(&info), None);
@@ -673,7 +665,7 @@ mod tests {
         assert!(!verifier.verified(&info));
         assert!(!verifier.verified(&info));
         assert_eq!(upstream.requests(), 1);
-        verifier.lock().backoff.reset();
+        verifier.state.lock().backoff.reset();
         assert!(verifier.verified(&info));
     }
 
@@ -735,28 +727,28 @@ mod tests {
         let others = || {
             (0..MAX_REQUESTS as u8).map(|n| (info.path.hash_part(), NarHash::from_bytes([n; 32])))
         };
-        verifier.lock().asked.extend(others());
-        verifier.lock().waiting = MAX_WAITING;
+        verifier.state.lock().asked.extend(others());
+        verifier.state.lock().waiting = MAX_WAITING;
         thread::scope(|scope| {
             let refused = scope.spawn(|| verifier.acquire_request_slot(&key(&info)));
             while !refused.is_finished() {
-                assert_eq!(verifier.lock().waiting, MAX_WAITING, "one more waits");
+                assert_eq!(verifier.state.lock().waiting, MAX_WAITING, "one more waits");
                 thread::yield_now();
             }
             assert!(matches!(refused.join().unwrap(), RequestTurn::NotNow));
         });
-        verifier.lock().waiting = 0;
+        verifier.state.lock().waiting = 0;
         thread::scope(|scope| {
             let waiter = scope.spawn(|| verifier.acquire_request_slot(&key(&info)));
-            while verifier.lock().waiting == 0 {
+            while verifier.state.lock().waiting == 0 {
                 thread::yield_now();
             }
             let first = others().next().unwrap();
-            verifier.lock().asked.remove(&first);
+            verifier.state.lock().asked.remove(&first);
             verifier.ended.notify_all();
             assert!(matches!(waiter.join().unwrap(), RequestTurn::Mine));
         });
-        assert_eq!(verifier.lock().asked.len(), MAX_REQUESTS);
+        assert_eq!(verifier.state.lock().asked.len(), MAX_REQUESTS);
     }
 
     #[test]

@@ -6,6 +6,7 @@
 //! disk.
 
 use super::verified::Piece;
+use crate::lock::{Condvar, Mutex};
 use crate::nix::NarHash;
 use crate::store::NarSink;
 use crate::time_scale::Timeout;
@@ -19,7 +20,7 @@ use std::ops::Range;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::thread;
 use std::time::Instant;
 
@@ -94,14 +95,14 @@ impl Spools {
 
     /// The file of this NAR, if it is being downloaded and kept.
     pub fn get(&self, hash: &NarHash) -> Option<Arc<Spool>> {
-        self.lock().get(hash).cloned()
+        self.kept.lock().get(hash).cloned()
     }
 
     /// Starts to keep a NAR of `size` bytes. Returns `None` if it is smaller than [`LEAST_SIZE`],
     /// is kept already, or has no room. Does disk I/O.
     pub(super) fn begin(&self, name: &str, hash: NarHash, size: u64) -> Option<SpoolWriter<'_>> {
         let dir = self.dir.as_ref().filter(|_| size >= LEAST_SIZE)?;
-        if self.lock().contains_key(&hash) {
+        if self.kept.lock().contains_key(&hash) {
             return None;
         }
         let (reserved, all) = DiskReservation::of(&self.taken, size)?;
@@ -118,15 +119,11 @@ impl Spools {
         let thread =
             thread::Builder::new().name("nar-spool".into()).spawn(move || writing.write(&queue));
         thread.inspect_err(|e| log::debug!("thread for a NAR: {e}")).ok()?;
-        match self.lock().entry(hash) {
+        match self.kept.lock().entry(hash) {
             Entry::Vacant(place) => place.insert(spool.clone()),
             Entry::Occupied(_) => return None,
         };
         Some(SpoolWriter { spools: self, hash, spool, pieces: Some(pieces) })
-    }
-
-    fn lock(&self) -> MutexGuard<'_, HashMap<NarHash, Arc<Spool>>> {
-        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -134,7 +131,7 @@ impl DiskReservation {
     /// Reserves `size` bytes. Also returns the sum of all reservations. `None` if a bound is
     /// exceeded.
     fn of(taken: &Arc<Mutex<DiskUsage>>, size: u64) -> Option<(DiskReservation, u64)> {
-        let mut now = taken.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut now = taken.lock();
         let bytes = now.bytes.checked_add(size).filter(|bytes| *bytes <= MAX_BYTES)?;
         if now.spools >= MAX_SPOOLS {
             return None;
@@ -146,7 +143,7 @@ impl DiskReservation {
 
 impl Drop for DiskReservation {
     fn drop(&mut self) {
-        let mut now = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut now = self.taken.lock();
         *now = DiskUsage { spools: now.spools - 1, bytes: now.bytes - self.bytes };
     }
 }
@@ -158,7 +155,7 @@ impl SpoolWriter<'_> {
         if pieces.try_send(piece).is_err() {
             log::debug!("NAR {}: the disk is slower than the network", self.hash);
             self.pieces = None;
-            self.spools.lock().remove(&self.hash);
+            self.spools.kept.lock().remove(&self.hash);
         }
     }
 }
@@ -166,7 +163,7 @@ impl SpoolWriter<'_> {
 impl Drop for SpoolWriter<'_> {
     fn drop(&mut self) {
         self.pieces = None;
-        let mut kept = self.spools.lock();
+        let mut kept = self.spools.kept.lock();
         if kept.get(&self.hash).is_some_and(|spool| Arc::ptr_eq(spool, &self.spool)) {
             kept.remove(&self.hash);
         }
@@ -207,15 +204,15 @@ impl Spool {
                 log::debug!("spool: {e}");
                 // Frees the disk at once. Readers find the file shorter than announced, and ask
                 // another peer.
-                self.lock().has_ended = true;
+                self.progress.lock().has_ended = true;
                 let _ = self.file.set_len(0);
                 break;
             }
             at += piece.bytes().len() as u64;
-            self.lock().written = at;
+            self.progress.lock().written = at;
             self.changed.notify_all();
         }
-        self.lock().has_ended = true;
+        self.progress.lock().has_ended = true;
         self.changed.notify_all();
     }
 
@@ -251,7 +248,7 @@ impl Spool {
     /// number.
     fn wait(&self, at: u64) -> io::Result<u64> {
         let until = Instant::now() + READ_TIMEOUT.get();
-        let mut progress = self.lock();
+        let mut progress = self.progress.lock();
         while progress.written <= at {
             let left = until.saturating_duration_since(Instant::now());
             if progress.has_ended || left.is_zero() {
@@ -260,8 +257,7 @@ impl Spool {
                     "the rest of the NAR does not come",
                 ));
             }
-            progress =
-                self.changed.wait_timeout(progress, left).unwrap_or_else(PoisonError::into_inner).0;
+            progress = self.changed.wait_timeout(progress, left);
         }
         Ok(progress.written)
     }
@@ -274,10 +270,6 @@ impl Spool {
         self.file.read_exact_at(&mut buffer, at)?;
         out.write_all(&buffer)?;
         Ok(buffer.len() as u64)
-    }
-
-    fn lock(&self) -> MutexGuard<'_, SpoolProgress> {
-        self.progress.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -314,11 +306,11 @@ mod tests {
     /// The writer threads end shortly after their senders. Waits until each has freed its file.
     fn wait_until_empty(spools: &Spools) {
         let until = Instant::now() + std::time::Duration::from_secs(120);
-        while spools.taken.lock().unwrap().spools > 0 {
+        while spools.taken.lock().spools > 0 {
             assert!(Instant::now() < until, "files are left");
             thread::sleep(std::time::Duration::from_millis(5));
         }
-        assert_eq!(spools.taken.lock().unwrap().bytes, 0);
+        assert_eq!(spools.taken.lock().bytes, 0);
     }
 
     #[test]
@@ -347,10 +339,10 @@ mod tests {
         let (pieces, queue) = bounded(1);
         pieces.send(piece()).unwrap();
         spool.write(&queue);
-        assert!(spool.lock().has_ended);
+        assert!(spool.progress.lock().has_ended);
         assert_eq!(spool.file.metadata().unwrap().len(), 0);
         // As if a part had been written before.
-        spool.lock().written = 1;
+        spool.progress.lock().written = 1;
         assert_eq!(read(&spool, 0..1).unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
     }
 

@@ -3,10 +3,11 @@
 
 use crate::config::{FriendConfig, MAX_FRIENDS};
 use crate::key_file;
+use crate::lock::RwLock;
 use crate::wire::NodeKey;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::Arc;
 
 /// Largest friends file, in bytes. 16 friends take about 2 KiB; the rest is room for comments. A
 /// larger file counts as unreadable, so it names no friends.
@@ -80,7 +81,7 @@ impl FriendList {
         let problem = problem.map(|why| {
             format!("{}: {why}", self.file.as_deref().unwrap_or(Path::new("--friend")).display())
         });
-        let mut current = self.current.write().unwrap_or_else(PoisonError::into_inner);
+        let mut current = self.current.write();
         if problem != current.problem {
             problem.iter().for_each(|problem| log::error!("friends {problem}"));
         }
@@ -91,31 +92,27 @@ impl FriendList {
 
     /// All current friends.
     pub fn all(&self) -> Vec<Arc<FriendConfig>> {
-        self.current().friends.clone()
+        self.current.read().friends.clone()
     }
 
     /// The friend with this key, if there is one.
     pub fn get(&self, key: &NodeKey) -> Option<Arc<FriendConfig>> {
-        self.current().friends.iter().find(|friend| friend.key == *key).cloned()
+        self.current.read().friends.iter().find(|friend| friend.key == *key).cloned()
     }
 
     /// Message that describes the last error in the list; `None` if there is none.
     pub fn problem(&self) -> Option<String> {
-        self.current().problem.clone()
+        self.current.read().problem.clone()
     }
 
     /// Line of the file to which [`FriendList::problem`] refers, without its text.
     pub fn problem_line(&self) -> Option<usize> {
-        self.current().problem_line
+        self.current.read().problem_line
     }
 
     /// This node's key.
     pub fn own(&self) -> &NodeKey {
         &self.own
-    }
-
-    fn current(&self) -> std::sync::RwLockReadGuard<'_, CurrentFriends> {
-        self.current.read().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -3,11 +3,12 @@
 use super::admission::{self, Admission, Newcomer, OpenConnection};
 use super::head::ReceiveBuffer;
 use super::stream::ConnectionStream;
+use crate::lock::{Mutex, MutexGuard};
 use crate::time_scale::Timeout;
 use std::collections::HashMap;
 use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Instant;
 
 /// Time from a head's first byte to its last. The server closes a connection that takes longer.
@@ -59,7 +60,7 @@ impl Connection {
 
     pub(super) fn bytes(&self) -> MutexGuard<'_, ConnectionProgress> {
         // The value stays consistent when a handler panics, because handlers do not change it.
-        self.bytes.lock().unwrap_or_else(|e| e.into_inner())
+        self.bytes.lock()
     }
 
     pub(super) fn close(&self) {
@@ -98,22 +99,22 @@ impl Connections {
             idle_since,
             bytes: Mutex::default(),
         });
-        self.lock().insert(id, connection.clone());
+        self.open.lock().insert(id, connection.clone());
         connection
     }
 
     pub(super) fn get(&self, id: u64) -> Option<Arc<Connection>> {
-        self.lock().get(&id).cloned()
+        self.open.lock().get(&id).cloned()
     }
 
     pub(super) fn is_empty(&self) -> bool {
-        self.lock().is_empty()
+        self.open.lock().is_empty()
     }
 
     /// Shuts a connection down and removes it from the table. Its owner still has to drop it.
     pub(super) fn end(&self, connection: &Connection) {
         connection.close();
-        self.lock().remove(&connection.id);
+        self.open.lock().remove(&connection.id);
     }
 
     /// Marks a connection as waiting for its next request since `now`.
@@ -133,7 +134,7 @@ impl Connections {
         self.end_where(|connection| {
             // A connection at work has time limits of its own.
             let Some(idle_since) = connection.idle_since() else { return false };
-            let began = || connection.bytes.try_lock().ok()?.received.began();
+            let began = || connection.bytes.try_lock()?.received.began();
             match began() {
                 Some(began) => now.saturating_duration_since(began) >= HEAD_TIMEOUT.get(),
                 None => moment.saturating_sub(idle_since) >= IDLE_TIMEOUT.get().as_millis() as u64,
@@ -143,11 +144,11 @@ impl Connections {
 
     /// Shuts all connections down. Their owners remove them from the table.
     pub(super) fn close_all(&self) {
-        self.lock().values().for_each(|connection| connection.close());
+        self.open.lock().values().for_each(|connection| connection.close());
     }
 
     fn end_where(&self, condition: impl Fn(&Connection) -> bool) {
-        self.lock().retain(|_, connection| {
+        self.open.lock().retain(|_, connection| {
             let ends = condition(connection);
             if ends {
                 connection.close();
@@ -158,7 +159,7 @@ impl Connections {
 
     /// Closes the connection that has been idle longest. Returns false if none is idle.
     pub(super) fn close_idlest(&self) -> bool {
-        let mut open = self.lock();
+        let mut open = self.open.lock();
         let idlest = admission::idlest(seats(&open, Instant::now()));
         if let Some(id) = idlest {
             close(&mut open, id);
@@ -170,7 +171,7 @@ impl Connections {
     /// if there is no room.
     pub(super) fn make_room(&self, peer: SocketAddr, is_own: bool) -> bool {
         let newcomer = Newcomer { peer: peer.ip(), is_own };
-        let mut open = self.lock();
+        let mut open = self.open.lock();
         match admission::admit(newcomer, seats(&open, Instant::now())) {
             Admission::Free => true,
             Admission::Replace(id) => {
@@ -184,10 +185,6 @@ impl Connections {
     /// Milliseconds since the table was created, plus 1, because 0 means at work.
     fn moment(&self, now: Instant) -> u64 {
         now.saturating_duration_since(self.started).as_millis() as u64 + 1
-    }
-
-    fn lock(&self) -> MutexGuard<'_, HashMap<u64, Arc<Connection>>> {
-        self.open.lock().unwrap_or_else(|e| e.into_inner())
     }
 }
 

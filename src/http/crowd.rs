@@ -3,12 +3,12 @@
 //!
 //! Callers pass the current time in. Only [`Crowds::acquire_hashing_permit`] waits.
 
+use crate::lock::{Condvar, Mutex};
 use crate::nix::NarHash;
 use crate::wire::relay::{DIGEST_LEN, MAX_NAMED};
 use std::collections::HashMap;
 use std::net::IpAddr;
 use std::ops::Range;
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 /// Time a crowd must have existed before its pace is reported. Earlier, the bytes mostly fill
@@ -77,7 +77,7 @@ impl Crowds {
         may_name: bool,
         now: Instant,
     ) -> CrowdAnswer<'_> {
-        let mut crowds = self.lock();
+        let mut crowds = self.crowds.lock();
         let new = || Crowd {
             streams: 0,
             sent: 0,
@@ -102,7 +102,7 @@ impl Crowds {
     /// Bytes per second that one more neighbour would get of a NAR that is being sent; `None` if
     /// the NAR is not being sent, or for less than 500 ms.
     pub fn pace_of_one_more(&self, hash: NarHash, now: Instant) -> Option<u64> {
-        let crowds = self.lock();
+        let crowds = self.crowds.lock();
         let crowd = crowds.get(&hash)?;
         let time = now.saturating_duration_since(crowd.began);
         let pace = crowd.sent as f64 / time.as_secs_f64() / f64::from(crowd.streams + 1);
@@ -111,7 +111,7 @@ impl Crowds {
 
     /// Returns the digests of these pieces, or `None` unless all of them are remembered.
     pub fn digests(&self, hash: NarHash, mut pieces: Range<u64>) -> Option<Vec<PieceDigest>> {
-        let crowds = self.lock();
+        let crowds = self.crowds.lock();
         let known = &crowds.get(&hash)?.digests;
         pieces.try_fold(Vec::new(), |mut all, piece| {
             all.push(*known.get(&piece)?);
@@ -122,7 +122,7 @@ impl Crowds {
     /// Remembers digests of the pieces from `first` on while the NAR is being sent. At
     /// `MAX_DIGESTS_KEPT` digests it drops the new ones.
     pub fn keep_digests(&self, hash: NarHash, first: u64, digests: &[PieceDigest]) {
-        if let Some(crowd) = self.lock().get_mut(&hash)
+        if let Some(crowd) = self.crowds.lock().get_mut(&hash)
             && crowd.digests.len() + digests.len() <= MAX_DIGESTS_KEPT
         {
             crowd.digests.extend((first..).zip(digests.iter().copied()));
@@ -131,26 +131,21 @@ impl Crowds {
 
     /// Waits for permission to hash, for at most 3 s; `None` if it gets none in that time.
     pub fn acquire_hashing_permit(&self) -> Option<HashingPermit<'_>> {
-        let hashing = self.hashing.lock().unwrap_or_else(PoisonError::into_inner);
+        let hashing = self.hashing.lock();
         let is_full = |hashing: &mut u32| *hashing >= MAX_HASHING;
-        let waited = self.hashed.wait_timeout_while(hashing, HASHING_TIMEOUT, is_full);
-        let (mut hashing, waited) = waited.unwrap_or_else(PoisonError::into_inner);
-        if waited.timed_out() {
+        let mut hashing = self.hashed.wait_timeout_while(hashing, HASHING_TIMEOUT, is_full);
+        if is_full(&mut hashing) {
             return None;
         }
         *hashing += 1;
         Some(HashingPermit(self))
-    }
-
-    fn lock(&self) -> MutexGuard<'_, HashMap<NarHash, Crowd>> {
-        self.crowds.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl CrowdStream<'_> {
     /// Adds `bytes` to the bytes that were sent.
     pub fn record_sent(&self, bytes: u64) {
-        if let Some(crowd) = self.crowds.lock().get_mut(&self.hash) {
+        if let Some(crowd) = self.crowds.crowds.lock().get_mut(&self.hash) {
             crowd.sent += bytes;
         }
     }
@@ -158,14 +153,14 @@ impl CrowdStream<'_> {
 
 impl Drop for HashingPermit<'_> {
     fn drop(&mut self) {
-        *self.0.hashing.lock().unwrap_or_else(PoisonError::into_inner) -= 1;
+        *self.0.hashing.lock() -= 1;
         self.0.hashed.notify_one();
     }
 }
 
 impl Drop for CrowdStream<'_> {
     fn drop(&mut self) {
-        let mut crowds = self.crowds.lock();
+        let mut crowds = self.crowds.crowds.lock();
         if let Some(crowd) = crowds.get_mut(&self.hash) {
             crowd.streams -= 1;
             // The neighbour that received the first stream has the whole NAR now, and lookups find
@@ -213,7 +208,7 @@ mod tests {
         assert_eq!(names(&crowds.ask(hash, host(6), true, now)), Some(vec![1, 2, 3]));
         drop(second);
         assert_eq!(names(&crowds.ask(hash, host(7), true, now)), None);
-        assert!(crowds.lock().is_empty());
+        assert!(crowds.crowds.lock().is_empty());
     }
 
     #[test]
@@ -263,6 +258,6 @@ mod tests {
             .map(|last| names(&crowds.ask(hash, host(last), true, now)).unwrap())
             .collect();
         assert_eq!(all[198], (49..=64).collect::<Vec<u8>>());
-        assert_eq!(crowds.lock()[&hash].getting.len(), MAX_GETTING);
+        assert_eq!(crowds.crowds.lock()[&hash].getting.len(), MAX_GETTING);
     }
 }

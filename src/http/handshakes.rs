@@ -3,10 +3,10 @@
 //! flood hits the network it comes from, also if a friend shares that network's address.
 
 use super::admission::group;
+use crate::lock::Mutex;
 use crate::time_scale::Timeout;
 use std::collections::VecDeque;
 use std::net::{IpAddr, Shutdown, TcpStream};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Time limit for a handshake, which takes up to three round trips. Afterwards the connection is
 /// closed.
@@ -58,7 +58,7 @@ impl Handshakes {
     /// has the most of them. Does not wait.
     pub(super) fn enter(&self, id: u64, ip: IpAddr, socket: TcpStream) -> HandshakePermit<'_> {
         let ip = ip.to_canonical();
-        let mut state = self.lock();
+        let mut state = self.state.lock();
         let is_known = state.addresses.contains(&ip);
         let friends = state.places.iter().filter(|seat| seat.is_known).count();
         let strangers = state.places.len() - friends;
@@ -71,10 +71,6 @@ impl Handshakes {
         }
         state.places.push(PendingHandshake { id, group: group(ip), is_known, socket });
         HandshakePermit { handshakes: self, id, ip }
-    }
-
-    fn lock(&self) -> MutexGuard<'_, HandshakesState> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -94,7 +90,7 @@ impl HandshakesState {
 impl HandshakePermit<'_> {
     /// Ends the registration and remembers that a friend is at this address.
     pub(super) fn record_friend(self) {
-        let mut state = self.handshakes.lock();
+        let mut state = self.handshakes.state.lock();
         state.addresses.retain(|known| *known != self.ip);
         if state.addresses.len() >= MAX_ADDRESSES {
             state.addresses.pop_front();
@@ -105,7 +101,7 @@ impl HandshakePermit<'_> {
 
 impl Drop for HandshakePermit<'_> {
     fn drop(&mut self) {
-        self.handshakes.lock().places.retain(|seat| seat.id != self.id);
+        self.handshakes.state.lock().places.retain(|seat| seat.id != self.id);
     }
 }
 
@@ -120,7 +116,7 @@ mod tests {
     }
 
     fn ids(handshakes: &Handshakes) -> Vec<u64> {
-        handshakes.lock().places.iter().map(|seat| seat.id).collect()
+        handshakes.state.lock().places.iter().map(|seat| seat.id).collect()
     }
 
     #[test]

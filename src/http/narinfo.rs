@@ -4,6 +4,7 @@ use super::Request;
 use super::handler::CacheHandler;
 use super::response::{Exchange, ShortResponse};
 use super::route::{NarFileName, StoreView};
+use crate::lock::Mutex;
 use crate::nix::{
     NarInfo, PathInfo, SecretKey, Signature, StoreDir, is_content_addressed, is_known_to_every_nix,
     narinfo,
@@ -13,7 +14,6 @@ use ring::digest::{SHA256, digest};
 use std::collections::HashMap;
 use std::fmt;
 use std::io::{self, BufWriter, Write};
-use std::sync::{Mutex, MutexGuard};
 
 /// Signatures that are cached, about 2 MiB. Signing takes 40 µs, more than the rest of a narinfo.
 /// At the bound, the cache is cleared.
@@ -41,20 +41,16 @@ impl Signer {
             .as_ref()
             .try_into()
             .expect("SHA-256 has 32 bytes");
-        if let Some(signature) = self.lock().get(&name) {
+        if let Some(signature) = self.kept.lock().get(&name) {
             return signature.clone();
         }
         let signature = self.key.sign(fingerprint.as_bytes());
-        let mut kept = self.lock();
+        let mut kept = self.kept.lock();
         if kept.len() >= SIGNATURES_KEPT {
             kept.clear();
         }
         kept.insert(name, signature.clone());
         signature
-    }
-
-    fn lock(&self) -> MutexGuard<'_, HashMap<[u8; 32], Signature>> {
-        self.kept.lock().unwrap_or_else(|e| e.into_inner())
     }
 }
 

@@ -10,12 +10,12 @@
 //! there are recognized by header fields that other clients do not send.
 
 use super::Request;
+use crate::lock::Mutex;
 use std::fs::File;
 use std::io::{self, Read};
 use std::net::IpAddr;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
-use std::sync::{Mutex, PoisonError};
 
 /// File in which an operator may give 127.0.0.1 other names.
 const HOSTS: &str = "/etc/hosts";
@@ -103,7 +103,7 @@ fn is_loopback_in(hosts: &Path, name: &str) -> io::Result<bool> {
     static REMEMBERED: Mutex<HostsCache> =
         Mutex::new(HostsCache { file: [0; 5], names: Vec::new() });
     let file = File::open(hosts)?;
-    REMEMBERED.lock().unwrap_or_else(PoisonError::into_inner).is_loopback(&file, name)
+    REMEMBERED.lock().is_loopback(&file, name)
 }
 
 /// Results of earlier lookups in one version of the file.

@@ -2,11 +2,12 @@
 //! enough, and whether it has to give way to others.
 
 use crate::deferred::Deferred;
+use crate::lock::Mutex;
 use crate::time_scale::Timeout;
 use std::io;
 use std::mem;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, LazyLock};
 use std::time::{Duration, Instant};
 
 /// Time that a client may take no bytes before its connection is cut. Also the waiting time over
@@ -113,9 +114,9 @@ impl SendProgress {
     /// Makes waits for this client fail once they have taken `time` together, until the result is
     /// dropped. Waits for the upload limit do not count.
     pub(super) fn limit_waits(self: &Arc<Self>, time: Duration) -> Deferred<impl FnOnce() + use<>> {
-        self.window().left = Some(time);
+        self.window.lock().left = Some(time);
         let progress = self.clone();
-        Deferred::new(move || progress.window().left = None)
+        Deferred::new(move || progress.window.lock().left = None)
     }
 
     /// Whether [`SendProgress::give_way`] was called.
@@ -124,7 +125,7 @@ impl SendProgress {
     }
 
     pub(super) fn record_taken(&self, bytes: usize) {
-        self.window().record_taken(bytes);
+        self.window.lock().record_taken(bytes);
     }
 
     /// Waits until the send buffer has room. `wait` waits for that at most as long as it is told,
@@ -140,8 +141,8 @@ impl SendProgress {
         /// A sender notices within this time that it gives way.
         const PART: Duration = Duration::from_millis(250);
         let began = Instant::now();
-        let most =
-            self.window().left.map_or(WRITE_TIMEOUT.get(), |left| left.min(WRITE_TIMEOUT.get()));
+        let left = self.window.lock().left;
+        let most = left.unwrap_or(Duration::MAX).min(WRITE_TIMEOUT.get());
         let until = began + most;
         self.full_since.store(moment(began), Ordering::Relaxed);
         let has_room = loop {
@@ -156,14 +157,10 @@ impl SendProgress {
         };
         self.full_since.store(0, Ordering::Relaxed);
         let waited = began.elapsed();
-        let mut window = self.window();
+        let mut window = self.window.lock();
         window.left = window.left.map(|left| left.saturating_sub(waited));
         let is_fast = window.record_wait(waited) || !self.has_least_rate;
         if has_room? && is_fast { Ok(()) } else { Err(io::ErrorKind::TimedOut.into()) }
-    }
-
-    fn window(&self) -> MutexGuard<'_, RateWindow> {
-        self.window.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

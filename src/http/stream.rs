@@ -4,6 +4,7 @@
 //! request does.
 
 use super::send_progress::{SendProgress, WRITE_TIMEOUT};
+use crate::lock::Mutex;
 use rustix::buffer::spare_capacity;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::{Errno, retry_on_intr};
@@ -11,7 +12,7 @@ use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags, recv, sendmsg};
 use rustls::{ServerConfig, ServerConnection};
 use std::io::{self, IoSlice, Read, Write};
 use std::net::TcpStream;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 /// First byte of a TLS handshake record (RFC 8446, section 5.1).
@@ -182,12 +183,8 @@ impl ConnectionStream {
 }
 
 impl TlsStream {
-    fn session(&self) -> MutexGuard<'_, ServerConnection> {
-        self.session.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     fn read(&self, stream: &ConnectionStream, buffer: &mut [u8]) -> io::Result<usize> {
-        let mut session = self.session();
+        let mut session = self.session.lock();
         loop {
             match session.reader().read(buffer) {
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
@@ -206,7 +203,7 @@ impl TlsStream {
     }
 
     fn write(&self, stream: &ConnectionStream, bytes: &[u8]) -> io::Result<usize> {
-        let mut session = self.session();
+        let mut session = self.session.lock();
         let taken = session.writer().write(&bytes[..bytes.len().min(TLS_PIECE)])?;
         send_records(&mut session, stream, Instant::now() + WRITE_TIMEOUT.get())?;
         Ok(taken)

@@ -2,10 +2,11 @@
 //! no permit, so they never wait for long ones.
 
 use super::send_progress::{STALLED, SendProgress};
+use crate::lock::{Condvar, Mutex, MutexGuard};
 use crate::time_scale::Timeout;
 use crate::upload_limit::UploadLimit;
 use std::net::IpAddr;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Long responses at once. Each holds up to 1 MiB of buffers. At the bound, Nix waits and peers are
@@ -163,7 +164,7 @@ impl StreamLimits {
     ) -> Option<StreamPermit<'_>> {
         let has_room = |taken: &mut StreamCounts| taken.make_room(peer, self.most_for_peers);
         let waiting: SelectWaiting = |taken| &mut taken.waiting_for_streams;
-        let mut taken = self.lock();
+        let mut taken = self.taken.lock();
         if !has_room(&mut taken) {
             if !waits {
                 return None;
@@ -187,7 +188,7 @@ impl StreamLimits {
     ) -> Option<LargeNarinfoPermit<'_>> {
         let has_room = |taken: &mut StreamCounts| taken.large_narinfos < MAX_LARGE_NARINFOS;
         let waiting: SelectWaiting = |taken| &mut taken.waiting_for_narinfos;
-        let mut taken = self.lock();
+        let mut taken = self.taken.lock();
         if !has_room(&mut taken) {
             taken = wait(taken, &self.narinfos, waiting, is_own, progress, has_room)?;
         }
@@ -197,16 +198,12 @@ impl StreamLimits {
 
     /// Returns a permit to compress a NAR without waiting; `None` at the limit.
     pub fn try_compression_permit(&self) -> Option<CompressionPermit<'_>> {
-        let mut taken = self.lock();
+        let mut taken = self.taken.lock();
         if taken.compressed >= MAX_COMPRESSED {
             return None;
         }
         taken.compressed += 1;
         Some(CompressionPermit(self))
-    }
-
-    fn lock(&self) -> MutexGuard<'_, StreamCounts> {
-        self.taken.lock().unwrap_or_else(|e| e.into_inner())
     }
 }
 
@@ -233,8 +230,7 @@ fn wait<'a>(
         && let Some(left) = until.checked_duration_since(Instant::now())
     {
         let left = left.min(WAIT_CHECK);
-        let woken = queue.of(is_own).wait_timeout(taken, left);
-        taken = woken.unwrap_or_else(|e| e.into_inner()).0;
+        taken = queue.of(is_own).wait_timeout(taken, left);
         has_permit = has_room(&mut taken);
     }
     *waiting(&mut taken).of(is_own) -= 1;
@@ -243,7 +239,7 @@ fn wait<'a>(
 
 impl Drop for LargeNarinfoPermit<'_> {
     fn drop(&mut self) {
-        let mut taken = self.0.lock();
+        let mut taken = self.0.taken.lock();
         taken.large_narinfos -= 1;
         // Every request in the queue can use the permit.
         self.0.narinfos.of(taken.waiting_for_narinfos.own > 0).notify_one();
@@ -252,7 +248,7 @@ impl Drop for LargeNarinfoPermit<'_> {
 
 impl Drop for StreamPermit<'_> {
     fn drop(&mut self) {
-        let mut taken = self.permits.lock();
+        let mut taken = self.permits.taken.lock();
         taken.streams.retain(|stream| stream.id != self.id);
         // Every request of this machine can use the permit. Those of others may be at the limit of
         // their address, so all of them look.
@@ -266,7 +262,7 @@ impl Drop for StreamPermit<'_> {
 
 impl Drop for CompressionPermit<'_> {
     fn drop(&mut self) {
-        self.0.lock().compressed -= 1;
+        self.0.taken.lock().compressed -= 1;
     }
 }
 
@@ -300,7 +296,7 @@ mod tests {
             assert!(waiting.join().unwrap());
         });
         drop((others, own));
-        assert!(permits.lock().streams.is_empty());
+        assert!(permits.taken.lock().streams.is_empty());
     }
 
     #[test]
@@ -323,7 +319,7 @@ mod tests {
         assert!(all.iter().all(|(_, p)| p.stalled_since().is_some() == p.has_to_give_way()));
         drop(held);
         assert_eq!(
-            permits.lock().streams.len(),
+            permits.taken.lock().streams.len(),
             next.len(),
             "ended permits are not returned twice"
         );
@@ -358,7 +354,7 @@ mod tests {
         let permits = StreamLimits::default();
         let held: Vec<_> =
             (0..MAX_STREAMS).map(|_| permits.for_stream(None, &reads(), false).unwrap()).collect();
-        let waiting = || permits.lock().waiting_for_streams.strangers;
+        let waiting = || permits.taken.lock().waiting_for_streams.strangers;
         let (closed, began) = (reads(), Instant::now());
         thread::scope(|scope| {
             let wait = || scope.spawn(|| permits.for_stream(peer(1), &closed, true).is_some());
@@ -374,7 +370,7 @@ mod tests {
             assert!(permits.for_stream(peer(2), &reads(), true).is_none());
             // This machine's requests wait nevertheless.
             let own = scope.spawn(|| permits.for_stream(None, &reads(), true).is_some());
-            while permits.lock().waiting_for_streams.own == 0 {
+            while permits.taken.lock().waiting_for_streams.own == 0 {
                 thread::yield_now();
             }
             closed.record_closed();

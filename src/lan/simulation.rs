@@ -12,13 +12,14 @@ use super::discovery::{
 };
 use super::environment::Environment;
 use super::lookups::{LOOKUP_TIMEOUT, LookupId, LookupUpdate};
+use crate::lock::Mutex;
 use crate::nix::HashPart;
 use crate::wire::{AnswerBits, Hello, Packet};
 use crossbeam_channel::{Receiver, TryRecvError, bounded};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::rc::Rc;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 mod properties;
@@ -119,7 +120,7 @@ impl Environment for SimulatedStore {
         ip == self.own
     }
     fn query_held_paths(&mut self, hash_parts: &[HashPart], _: SocketAddr) -> Option<Vec<bool>> {
-        let held = self.held.lock().unwrap();
+        let held = self.held.lock();
         Some(hash_parts.iter().map(|hash_part| held.contains(hash_part)).collect())
     }
 }
@@ -550,7 +551,7 @@ impl Simulation {
     fn script(&mut self, index: usize, from: SocketAddr, bytes: &[u8]) {
         let Ok(packet) = Packet::parse(bytes) else { return };
         let (kind, now) = (self.hosts[index].kind, self.now);
-        let has = |host: &Host, hash_part: &HashPart| host.held.lock().unwrap().contains(hash_part);
+        let has = |host: &Host, hash_part: &HashPart| host.held.lock().contains(hash_part);
         let have = |id, hash_part: HashPart| {
             let url_path = format!("local/{hash_part}.narinfo");
             Packet::Have { id, port: PORT, url_path }
@@ -671,7 +672,7 @@ impl Simulation {
             let again = until.max(self.now) + self.random.between(MS, 200 * MS);
             return self.at(again, Act::Narinfo { node, lookup, peer, holder });
         }
-        if host.held.lock().unwrap().contains(&path) {
+        if host.held.lock().contains(&path) {
             self.end(node, lookup, true);
             self.event(node, Event::Settled { lookup, found: Some(peer) });
         } else {
@@ -702,9 +703,7 @@ impl Simulation {
             let mut others =
                 self.hosts.iter().enumerate().filter(|(index, _)| *index != outcome.node);
             !outcome.found
-                && others.any(|(_, host)| {
-                    is_live(host) && host.held.lock().unwrap().contains(&outcome.path)
-                })
+                && others.any(|(_, host)| is_live(host) && host.held.lock().contains(&outcome.path))
         };
         self.outcomes.iter().filter(is_wrong).collect()
     }
@@ -714,7 +713,7 @@ impl Simulation {
     }
 
     fn hold(&mut self, index: usize, paths: &[HashPart]) {
-        self.hosts[index].held.lock().unwrap().extend(paths.iter().copied());
+        self.hosts[index].held.lock().extend(paths.iter().copied());
     }
 
     fn slowest(&self) -> Duration {

@@ -4,10 +4,10 @@
 //! So the memory is bounded in bytes, and the oldest entries are dropped first.
 
 use super::{FoundNar, NarSource};
+use crate::lock::Mutex;
 use crate::nix::HashPart;
 use std::collections::{HashMap, VecDeque};
 use std::mem::size_of;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 /// Maximum memory in bytes: about 10,000 paths with one holder, or 4,000 with eight. Beyond, the
@@ -45,7 +45,7 @@ impl FoundPaths {
     pub(super) fn put(&self, mut found: FoundNar, now: Instant) {
         found.sources.truncate(MAX_SOURCES);
         found.sources.shrink_to_fit();
-        let mut entries = self.lock();
+        let mut entries = self.0.lock();
         let hash_part = found.path.hash_part();
         entries.remove(&hash_part);
         entries.bytes += cost(&found);
@@ -58,17 +58,13 @@ impl FoundPaths {
 
     /// Removes and returns the entry of a path, if it is younger than [`KEPT`].
     pub(super) fn take(&self, hash_part: &HashPart, now: Instant) -> Option<FoundNar> {
-        let entry = self.lock().remove(hash_part)?;
+        let entry = self.0.lock().remove(hash_part)?;
         (now.saturating_duration_since(entry.at) < KEPT).then_some(entry.found)
     }
 
     /// Drops all entries and frees their memory.
     pub(super) fn clear(&self) {
-        *self.lock() = FoundEntries::default();
-    }
-
-    fn lock(&self) -> MutexGuard<'_, FoundEntries> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        *self.0.lock() = FoundEntries::default();
     }
 }
 
@@ -129,7 +125,7 @@ mod tests {
         assert_eq!((first.nar_size, first.sources.len()), (7, 3));
         assert!(memory.take(&hash_part(1), now).is_none());
         assert!(memory.take(&hash_part(2), now + KEPT).is_none());
-        let entries = memory.lock();
+        let entries = memory.0.lock();
         assert_eq!((entries.bytes, entries.order.len()), (0, 0));
     }
 
@@ -139,7 +135,7 @@ mod tests {
         for number in 0..20_000 {
             memory.put(found(number, 1 + number as usize % 40), now);
         }
-        let entries = memory.lock();
+        let entries = memory.0.lock();
         assert!(entries.bytes <= MAX_BYTES && entries.order.len() == entries.by_path.len());
         let kept = entries.by_path.len() as u32;
         assert!(kept > 2000, "{kept}");
@@ -148,7 +144,7 @@ mod tests {
         );
         drop(entries);
         memory.clear();
-        assert_eq!(memory.lock().by_path.capacity(), 0);
+        assert_eq!(memory.0.lock().by_path.capacity(), 0);
     }
 
     #[test]

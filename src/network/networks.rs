@@ -3,9 +3,10 @@
 use super::interfaces::{self, InterfaceAddress};
 use super::lan::LanNetworks;
 use super::policy::NetworkPolicy;
+use crate::lock::RwLock;
 use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, PoisonError, RwLock};
 
 /// The LAN networks as last read from the kernel, shared by all threads. The discovery thread's
 /// [`NetworkWatcher`](super::NetworkWatcher) keeps them up to date.
@@ -35,7 +36,7 @@ impl Networks {
 
     /// The networks as last read.
     pub fn current(&self) -> Arc<LanNetworks> {
-        self.latest.read().unwrap_or_else(PoisonError::into_inner).clone()
+        self.latest.read().clone()
     }
 
     /// Replaces the addresses of this machine. Returns whether the interfaces in use or their
@@ -53,7 +54,7 @@ impl Networks {
             networks.interfaces().iter().filter(is_allowed).cloned().collect()
         };
         let has_changed = allowed(&before) != allowed(&after);
-        *self.latest.write().unwrap_or_else(PoisonError::into_inner) = after;
+        *self.latest.write() = after;
         self.changes.fetch_add(u64::from(has_changed), Ordering::Relaxed);
         has_changed
     }

@@ -3,6 +3,7 @@
 
 use super::tracker::{NodeIdentity, Tracker};
 use crate::backoff::Backoff;
+use crate::lock::Mutex;
 use crate::network::Networks;
 use crate::suspend::SuspendDetector;
 use crate::time_scale::Interval;
@@ -11,7 +12,7 @@ use crate::wire::tracker::{MAX_TRANSFERS_AT_ONCE, Role, TransferName};
 use crossbeam_channel::{Receiver, Sender, TryRecvError, TrySendError, bounded, select};
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 use std::{io, thread};
 
@@ -71,17 +72,13 @@ impl Publication {
 
     /// Replaces the filter.
     pub fn set(&self, filter: BloomFilter) {
-        let mut current = self.lock();
+        let mut current = self.current.lock();
         let version = current.as_ref().map_or(0, |(version, _)| version + 1);
         *current = Some((version, Arc::new(filter)));
     }
 
     fn get(&self) -> Option<(u64, Arc<BloomFilter>)> {
-        self.lock().clone()
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Option<(u64, Arc<BloomFilter>)>> {
-        self.current.lock().unwrap_or_else(PoisonError::into_inner)
+        self.current.lock().clone()
     }
 }
 
@@ -176,7 +173,7 @@ impl Trackers {
     /// made after this are lost.
     pub fn leave(&self) {
         for announcer in &self.announcers {
-            drop(announcer.running.lock().unwrap_or_else(PoisonError::into_inner).take());
+            drop(announcer.running.lock().take());
         }
     }
 

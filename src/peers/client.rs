@@ -8,6 +8,7 @@ use super::zstd_reader::ZstdReader;
 use crate::deferred::Deferred;
 use crate::http_client;
 use crate::lan::Holder;
+use crate::lock::Mutex;
 use crate::nix::{DrvOutput, HashPart, Malformed, NarInfo, Realisation, StoreDir, StorePath};
 use crate::time_scale::Timeout;
 use crate::wire::relay::{DIGEST_LEN, MAX_NAMED, PACE_HEADER, RELAY_HEADER};
@@ -21,7 +22,6 @@ use std::net::{IpAddr, Ipv6Addr, SocketAddr, SocketAddrV6};
 use std::ops::Deref;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 use ureq::Agent;
@@ -464,7 +464,7 @@ impl PeerClient {
     }
 
     fn agent(&self) -> Agent {
-        let mut pool = self.pool.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut pool = self.pool.lock();
         pool.used = Some(Instant::now());
         pool.agent.clone()
     }
@@ -472,7 +472,7 @@ impl PeerClient {
     /// Closes the idle connections if all of them are too old to be reused. ureq does so only at
     /// the next request, and each connection holds 256 KiB of buffers.
     pub fn close_idle_connections(&self) {
-        let mut pool = self.pool.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut pool = self.pool.lock();
         if pool.used.is_some_and(|used| used.elapsed() >= IDLE_AGE.get()) {
             *pool = IdleConnections { agent: agent(self.tls.as_ref()), used: None };
         }
@@ -486,7 +486,7 @@ impl PeerClient {
         why: &dyn fmt::Display,
     ) {
         let is_new = {
-            let mut logged = self.logged.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut logged = self.logged.lock();
             if logged.len() >= MAX_LOGGED {
                 logged.clear();
             }
@@ -824,16 +824,16 @@ mod tests {
         let given = Mutex::new(Vec::new());
         let pause = Duration::from_millis(2);
         let call = |left| {
-            given.lock().unwrap().push(left);
+            given.lock().push(left);
             thread::sleep(pause);
             Err::<(), _>(ureq::Error::Io(io::ErrorKind::BrokenPipe.into()))
         };
         let timeout = Duration::from_secs(3600);
         retry_once_if_stale(timeout, call).unwrap_err();
-        let calls = std::mem::take(&mut *given.lock().unwrap());
+        let calls = std::mem::take(&mut *given.lock());
         assert!(calls.len() == 2 && calls[0] == timeout && calls[1] <= timeout - pause);
         retry_once_if_stale(pause, call).unwrap_err();
-        assert_eq!(*given.lock().unwrap(), [pause], "no time is left");
+        assert_eq!(*given.lock(), [pause], "no time is left");
     }
 
     #[test]

@@ -13,6 +13,7 @@ use crate::backoff::Backoff;
 use crate::config::FriendConfig;
 use crate::friends::{FriendList, tls};
 use crate::lan::Holder;
+use crate::lock::{Condvar, Mutex};
 use crate::network::Networks;
 use crate::nix::{HashPart, StoreDir};
 use crate::time_scale::{Interval, Timeout};
@@ -22,7 +23,7 @@ use crossbeam_channel::{Receiver, Sender, TrySendError, at, bounded, select};
 use std::collections::VecDeque;
 use std::fmt;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr, ToSocketAddrs};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -197,7 +198,7 @@ impl Friends {
 
     /// Tells the threads to end. Does not wait for them.
     pub fn stop(&self) {
-        drop(self.running.lock().unwrap_or_else(PoisonError::into_inner).take());
+        drop(self.running.lock().take());
     }
 
     /// Channel that closes when the threads must end.
@@ -213,7 +214,7 @@ impl Friends {
     /// Adds and removes links so that they match the list.
     fn follow_list(&self) {
         let friends = self.list.all();
-        let mut links = self.links();
+        let mut links = self.links.lock();
         links.retain(|link| {
             let is_friend = friends.contains(&link.friend);
             if !is_friend {
@@ -243,19 +244,17 @@ impl Friends {
         Ok(link)
     }
 
-    fn links(&self) -> MutexGuard<'_, Vec<Arc<FriendLink>>> {
-        self.links.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// State of all friends, for the status output.
     pub fn seen(&self) -> Vec<FriendSnapshot> {
-        self.links().iter().map(|link| link.seen()).collect()
+        self.links.lock().iter().map(|link| link.seen()).collect()
     }
 
     /// Handles a *hello* with the digest `digest` from a neighbour whose HTTP server is at
     /// `address`. If a friend's key matches the digest, the friend's thread tries the address.
     pub fn heard_hello(&self, instance: &[u8; 8], digest: &HelloDigest, address: SocketAddr) {
-        for link in self.links().iter().filter(|link| link.friend.key.digest(instance) == *digest) {
+        for link in
+            self.links.lock().iter().filter(|link| link.friend.key.digest(instance) == *digest)
+        {
             link.add(address, FoundBy::Hello);
         }
     }
@@ -265,7 +264,7 @@ impl Friends {
         if !can_be_peer(address.ip()) {
             return;
         }
-        for link in self.links().iter().filter(|link| link.friend.key == *key) {
+        for link in self.links.lock().iter().filter(|link| link.friend.key == *key) {
             link.add(address, FoundBy::Tracker);
         }
     }
@@ -273,26 +272,26 @@ impl Friends {
     /// Handles a request of the friend with the key `key`. The friend may have just become
     /// reachable, so the next attempt to reach it is made at once, but only once in 5 s.
     pub fn heard_request(&self, key: &NodeKey) {
-        for link in self.links().iter().filter(|link| link.friend.key == *key) {
+        for link in self.links.lock().iter().filter(|link| link.friend.key == *key) {
             link.heard_request(Instant::now());
         }
     }
 
     /// Wakes all threads: after a network change, friends may have become reachable or unreachable.
     fn network_changed(&self) {
-        self.links().iter().for_each(|link| link.wake());
+        self.links.lock().iter().for_each(|link| link.wake());
     }
 
     /// Asks all reachable friends for a path. Sends the requests at once and does not wait for
     /// answers.
     pub fn search(self: &Arc<Self>, hash_part: &HashPart) -> FriendSearch {
-        let links = self.links().clone();
+        let links = self.links.lock().clone();
         let (answer, answers) = bounded(links.len());
         let (found, is_found) = bounded(1);
         let waits = self.started.elapsed() < FIRST_TRY.get();
         let to_ask = links
             .into_iter()
-            .filter(|link| link.address().is_some() || waits && !link.state().was_tried);
+            .filter(|link| link.address().is_some() || waits && !link.state.lock().was_tried);
         let mut search = FriendSearch {
             friends: self.clone(),
             hash_part: *hash_part,
@@ -319,14 +318,14 @@ impl FriendLink {
 
     /// Address of the friend if it is reachable.
     fn address(&self) -> Option<SocketAddr> {
-        let state = self.state();
+        let state = self.state.lock();
         state.proven.filter(|_| state.is_up).map(|(address, _)| address)
     }
 
     /// Waits until the friend was tried once, and returns its address if it is reachable. Blocks
     /// until `until` at most.
     fn wait_for_address(&self, until: Instant) -> Option<SocketAddr> {
-        let state = self.state();
+        let state = self.state.lock();
         let left = until.saturating_duration_since(Instant::now());
         let waited = self.changed.wait_timeout_while(state, left, |state| !state.was_tried);
         drop(waited);
@@ -339,7 +338,7 @@ impl FriendLink {
     }
 
     fn seen(&self) -> FriendSnapshot {
-        let state = self.state();
+        let state = self.state.lock();
         let (address, found_by) = state.proven.unzip();
         FriendSnapshot {
             name: self.friend.name.clone(),
@@ -354,7 +353,7 @@ impl FriendLink {
 
     /// Adds an unproven address and wakes the thread. It never replaces the proven address.
     fn add(&self, address: SocketAddr, found_by: FoundBy) {
-        let mut state = self.state();
+        let mut state = self.state.lock();
         let is_known = state.proven.is_some_and(|(known, _)| known == address);
         if is_known && state.is_up {
             return;
@@ -368,7 +367,7 @@ impl FriendLink {
     }
 
     fn heard_request(&self, now: Instant) {
-        let mut state = self.state();
+        let mut state = self.state.lock();
         if state.is_up || state.called.is_some_and(|at| now < at + CALL_INTERVAL.get()) {
             return;
         }
@@ -384,7 +383,7 @@ impl FriendLink {
     }
 
     fn remove(&self) {
-        let mut state = self.state();
+        let mut state = self.state.lock();
         (state.is_removed, state.is_up) = (true, false);
         drop(state);
         self.wake();
@@ -394,7 +393,7 @@ impl FriendLink {
         let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
         loop {
             let is_up = self.try_addresses(own);
-            if self.state().is_removed {
+            if self.state.lock().is_removed {
                 return;
             }
             let next = next_attempt(&mut backoff, is_up, Instant::now());
@@ -415,7 +414,7 @@ impl FriendLink {
     /// configured host.
     fn try_addresses(&self, own: &NodeKey) -> bool {
         let (proven, unproven) = {
-            let state = self.state();
+            let state = self.state.lock();
             (state.proven, state.unproven.clone())
         };
         let mut error = None;
@@ -433,7 +432,7 @@ impl FriendLink {
             let answers = self.greet(place, own, &mut why);
             is_up |= answers;
             if !answers {
-                self.state().unproven.retain(|other| *other != place);
+                self.state.lock().unproven.retain(|other| *other != place);
             }
             // Anybody may send a hello or an announcement, so only an address that the user
             // configured causes an error message.
@@ -479,7 +478,7 @@ impl FriendLink {
     }
 
     fn up(&self, place: (SocketAddr, FoundBy)) {
-        let mut state = self.state();
+        let mut state = self.state.lock();
         if state.is_removed {
             return;
         }
@@ -494,7 +493,7 @@ impl FriendLink {
     }
 
     fn down(&self, error: Option<String>) {
-        let mut state = self.state();
+        let mut state = self.state.lock();
         if state.is_up || !state.was_tried {
             state.since = Some(Instant::now());
         }
@@ -510,16 +509,12 @@ impl FriendLink {
     /// Marks the friend as unreachable after a failed request. It gets no more requests until it
     /// answers a greeting.
     fn mark_unreachable(&self) {
-        let mut state = self.state();
+        let mut state = self.state.lock();
         if state.is_up {
             (state.is_up, state.since) = (false, Some(Instant::now()));
         }
         drop(state);
         self.wake();
-    }
-
-    fn state(&self) -> MutexGuard<'_, FriendState> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

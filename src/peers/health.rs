@@ -7,13 +7,13 @@
 //! is not tried at all. One failure does not exclude a peer, because it may be the only holder of a
 //! path, and Nix remembers a wrong *not found* for an hour.
 
+use crate::lock::Mutex;
 use crate::stats::Network;
 use crate::time_scale::Interval;
 use std::collections::HashMap;
 use std::fmt;
 use std::hash::{Hash, Hasher};
 use std::net::{IpAddr, SocketAddr};
-use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 /// Pause after the first failure. It doubles with each further failure, up to [`LONGEST_PAUSE`].
@@ -200,7 +200,7 @@ pub struct PeerHealth {
 impl PeerHealth {
     /// Returns whether and when the peer may be asked at `now`.
     pub fn eligibility(&self, peer: impl Into<PeerKey>, now: Instant) -> Eligibility {
-        match self.lock().get(&peer.into()) {
+        match self.peers.lock().get(&peer.into()) {
             Some(p) if p.avoided_until.is_some_and(|until| until > now) => {
                 if p.failures() >= MAX_FAILURES { Eligibility::Never } else { Eligibility::Last }
             }
@@ -210,7 +210,7 @@ impl PeerHealth {
 
     /// Returns true if the peer failed or hung recently and no later success has cleared that.
     pub fn is_doubtful(&self, peer: impl Into<PeerKey>) -> bool {
-        self.lock().get(&peer.into()).is_some_and(|p| p.failures() > 0 || p.was_slow)
+        self.peers.lock().get(&peer.into()).is_some_and(|p| p.failures() > 0 || p.was_slow)
     }
 
     /// Returns true if the peer has answered since its last failure.
@@ -221,12 +221,12 @@ impl PeerHealth {
 
     /// Returns true if the peer gave many odd paths lately.
     pub fn has_many_odd_paths(&self, peer: impl Into<PeerKey>, now: Instant) -> bool {
-        self.lock().get(&peer.into()).is_some_and(|p| p.has_many_odd_paths(now))
+        self.peers.lock().get(&peer.into()).is_some_and(|p| p.has_many_odd_paths(now))
     }
 
     /// Smoothed time from a narinfo request to the peer's answer; zero if unknown.
     pub fn latency(&self, peer: impl Into<PeerKey>) -> Duration {
-        self.lock().get(&peer.into()).and_then(|p| p.latency).unwrap_or_default()
+        self.peers.lock().get(&peer.into()).and_then(|p| p.latency).unwrap_or_default()
     }
 
     /// Health of all known peers at `now`.
@@ -243,13 +243,13 @@ impl PeerHealth {
                 .map(|until| (until, peer.failures() >= MAX_FAILURES)),
             reason: peer.reason.to_string(),
         };
-        self.lock().iter().map(seen).collect()
+        self.peers.lock().iter().map(seen).collect()
     }
 
     /// Sorts peers by reliability, then by whether they are known to answer, then by latency. Peers
     /// that gave many odd paths come last.
     pub fn sort<T>(&self, peers: &mut [T], address: impl Fn(&T) -> SocketAddr) {
-        let standing = self.lock();
+        let standing = self.peers.lock();
         let now = Instant::now();
         peers.sort_by_cached_key(|peer| {
             let known = standing.get(&address(peer).into());
@@ -266,7 +266,7 @@ impl PeerHealth {
 
     /// Records a good narinfo that arrived `latency` after its request.
     pub fn answered(&self, peer: impl Into<PeerKey>, latency: Duration, now: Instant) {
-        let mut standing = self.lock();
+        let mut standing = self.peers.lock();
         let peer = entry(&mut standing, peer.into(), now);
         peer.unreachable = 0;
         peer.broken_promises = 0;
@@ -280,7 +280,7 @@ impl PeerHealth {
     /// Records an answer without the path from a peer that had not promised it. The answer shows
     /// that the peer is up and how fast it is, and nothing else.
     pub fn record_miss(&self, peer: impl Into<PeerKey>, latency: Duration, now: Instant) {
-        let mut standing = self.lock();
+        let mut standing = self.peers.lock();
         let peer = entry(&mut standing, peer.into(), now);
         peer.unreachable = 0;
         peer.was_slow = false;
@@ -301,7 +301,7 @@ impl PeerHealth {
     ) {
         let who = peer.into();
         let twice = {
-            let mut standing = self.lock();
+            let mut standing = self.peers.lock();
             let peer = entry(&mut standing, who, now);
             peer.latency = Some(peer.latency.map_or(patience, |old| old.max(patience)));
             std::mem::replace(&mut peer.was_slow, true)
@@ -313,7 +313,7 @@ impl PeerHealth {
 
     /// Records that the peer sent a complete, correct NAR.
     pub fn delivered(&self, peer: impl Into<PeerKey>, now: Instant) {
-        let mut standing = self.lock();
+        let mut standing = self.peers.lock();
         let peer = entry(&mut standing, peer.into(), now);
         peer.unreachable = 0;
         peer.bad_nars = 0;
@@ -331,7 +331,7 @@ impl PeerHealth {
         reason: &dyn std::fmt::Display,
     ) {
         let who = who.into();
-        let mut standing = self.lock();
+        let mut standing = self.peers.lock();
         let peer = entry(&mut standing, who, now);
         log::debug!("peer {who}: {reason}");
         let count = match fault {
@@ -364,10 +364,6 @@ impl PeerHealth {
         if failures == MAX_FAILURES || fault == Fault::BadData && failures < MAX_FAILURES {
             log::warn!("peer {who}: {reason}; avoided for {} s", pause.as_secs());
         }
-    }
-
-    fn lock(&self) -> MutexGuard<'_, HashMap<PeerKey, HealthRecord>> {
-        self.peers.lock().unwrap_or_else(|e| e.into_inner())
     }
 }
 
@@ -495,7 +491,7 @@ mod tests {
                 if is_last { [address(2), address(1)] } else { [address(1), address(2)] }
             );
         }
-        assert!(!standing.lock()[&address(1).into()].has_many_odd_paths(now + ODD_WINDOW));
+        assert!(!standing.peers.lock()[&address(1).into()].has_many_odd_paths(now + ODD_WINDOW));
     }
 
     /// Guards against trying a hanging peer first for every path because its unknown latency counts
@@ -555,6 +551,6 @@ mod tests {
             let peer = SocketAddr::from((std::net::Ipv4Addr::from_bits(i), 1));
             standing.record_failure(peer, Fault::BadData, now, now, &"test");
         }
-        assert!(standing.lock().len() <= MAX_PEERS);
+        assert!(standing.peers.lock().len() <= MAX_PEERS);
     }
 }

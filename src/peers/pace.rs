@@ -4,10 +4,10 @@
 //! peers between threads. [`IncomingNar`] is the contribution of one NAR.
 
 use super::health::PeerKey;
+use crate::lock::Mutex;
 use crate::time_scale::Timeout;
 use std::collections::HashMap;
 use std::fmt;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 /// Bytes per sample. A pace is unknown before one sample is complete, because the first bytes wait
@@ -199,7 +199,8 @@ struct PacesState {
 impl Paces {
     /// Load of a peer at `now`.
     pub fn load(&self, who: PeerKey, now: Instant) -> PeerLoad {
-        self.lock()
+        self.state
+            .lock()
             .peers
             .get(&who)
             .map_or_else(|| PeerPace::default().load(now), |peer| peer.load(now))
@@ -207,7 +208,7 @@ impl Paces {
 
     /// Registers a request for `bytes` of a NAR. The peer counts as waited for from `now` on.
     pub fn begin(&self, who: PeerKey, bytes: u64, now: Instant) -> IncomingNar<'_> {
-        let mut state = self.lock();
+        let mut state = self.state.lock();
         state.turn += 1;
         if state.peers.len() >= MAX_PEERS && !state.peers.contains_key(&who) {
             // Fewer than `MAX_PEERS` NARs run at once, so at least one peer is idle.
@@ -224,7 +225,7 @@ impl Paces {
 
     /// The peers with a known pace at `now`, in bytes per second.
     pub fn known(&self, now: Instant) -> Vec<(PeerKey, f64)> {
-        let state = self.lock();
+        let state = self.state.lock();
         let pace = |peer: &PeerPace| peer.meter.pace(now).known.filter(|pace| *pace >= LEAST);
         state.peers.iter().filter_map(|(who, peer)| Some((*who, pace(peer)?))).collect()
     }
@@ -232,16 +233,12 @@ impl Paces {
     /// Sets a peer's pace from an earlier run, in bytes per second, until it is measured. Ignores
     /// invalid paces, and all paces once `MAX_PEERS` peers are known.
     pub fn restore(&self, who: PeerKey, bytes_per_second: f64, now: Instant) {
-        let mut state = self.lock();
+        let mut state = self.state.lock();
         let is_pace = bytes_per_second.is_finite() && bytes_per_second >= LEAST;
         if is_pace && state.peers.len() < MAX_PEERS {
             let meter = &mut state.peers.entry(who).or_default().meter;
             (meter.pace, meter.last) = (Some(bytes_per_second), Some(now));
         }
-    }
-
-    fn lock(&self) -> MutexGuard<'_, PacesState> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -309,7 +306,7 @@ impl IncomingNar<'_> {
     }
 
     fn with(&self, change: impl FnOnce(&mut PeerPace)) {
-        if let Some(peer) = self.paces.lock().peers.get_mut(&self.who) {
+        if let Some(peer) = self.paces.state.lock().peers.get_mut(&self.who) {
             change(peer);
         }
     }
@@ -483,7 +480,7 @@ mod tests {
         drop(intake);
         let load = paces.load(who(), Instant::now());
         assert_eq!((load.streams, load.outstanding), (0, 0));
-        let state = paces.lock();
+        let state = paces.state.lock();
         assert_eq!(
             (state.peers[&who()].meter.waiting, state.peers[&who()].after_begin.waiting),
             (0, 0)
@@ -498,6 +495,6 @@ mod tests {
                 PeerKey::from(std::net::SocketAddr::from((std::net::Ipv4Addr::from_bits(i), 1)));
             drop(paces.begin(who, 1, Instant::now()));
         }
-        assert!(paces.lock().peers.len() <= MAX_PEERS);
+        assert!(paces.state.lock().peers.len() <= MAX_PEERS);
     }
 }

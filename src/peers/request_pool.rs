@@ -3,10 +3,11 @@
 
 use crate::connect_rate::ConnectDecision;
 use crate::deferred::Deferred;
+use crate::lock::Mutex;
 use crossbeam_channel::{Receiver, Sender, TrySendError, bounded};
 use std::collections::HashMap;
 use std::net::IpAddr;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
@@ -141,11 +142,11 @@ impl RequestPool {
     /// Runs `request` in another thread. Returns false and does nothing if a limit is reached or no
     /// thread can be created. Does not block.
     pub fn run(&self, to: RequestTarget, request: impl FnOnce() + Send + 'static) -> bool {
-        if !lock(&self.under_way).begin(to) {
+        if !self.under_way.lock().begin(to) {
             return false;
         }
         let under_way = self.under_way.clone();
-        let end = Deferred::new(move || lock(&under_way).end(to));
+        let end = Deferred::new(move || under_way.lock().end(to));
         let job: RequestJob = Box::new(move || {
             let _end = end;
             request();
@@ -172,17 +173,13 @@ impl RequestPool {
     /// Returns whether the limits admit a request to `to`, or which kind of limit refuses it. Does
     /// not count it.
     pub fn admits(&self, to: RequestTarget) -> ConnectDecision {
-        lock(&self.under_way).admits(to)
+        self.under_way.lock().admits(to)
     }
 
     /// Returns true if a request to `ip` is in progress.
     pub fn is_asked(&self, ip: IpAddr) -> bool {
-        lock(&self.under_way).to.contains_key(&ip)
+        self.under_way.lock().to.contains_key(&ip)
     }
-}
-
-fn lock(under_way: &Mutex<InFlightCounts>) -> MutexGuard<'_, InFlightCounts> {
-    under_way.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

@@ -8,6 +8,7 @@
 use super::client::retry_once_if_stale;
 use crate::backoff::{Backoff, retry_after};
 use crate::http_client;
+use crate::lock::{Condvar, Mutex, RwLock};
 use crate::nix::HashPart;
 use crate::time_scale::{Interval, Timeout};
 use crate::wire::filter::{BloomFilter, LEAST_BITS_PER_PATH, MOST_BITS_PER_PATH};
@@ -20,7 +21,7 @@ use serde::Deserialize;
 use serde::de::{DeserializeOwned, IgnoredAny};
 use serde_json::Value;
 use std::fmt;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 use ureq::Agent;
@@ -245,7 +246,7 @@ impl Tracker {
             agent: RwLock::new(agent(IDLE)),
             unpooled: agent(0),
             state: Mutex::new(TrackerConnection::new(now)),
-            changed: Condvar::new(),
+            changed: Condvar::default(),
             clock: Mutex::default(),
             listed: Mutex::default(),
         }
@@ -263,12 +264,13 @@ impl Tracker {
 
     /// ID that the tracker gave itself; `None` if it has not sent one.
     pub fn id(&self) -> Option<String> {
-        self.lock().announced.as_ref()?.tracker.clone()
+        self.state.lock().announced.as_ref()?.tracker.clone()
     }
 
     /// Bits per path that the tracker wants in filters, within the permitted range.
     pub fn bits_per_path(&self) -> u64 {
-        let wanted = self.lock().announced.as_ref().and_then(|announced| announced.bits_per_path);
+        let wanted =
+            self.state.lock().announced.as_ref().and_then(|announced| announced.bits_per_path);
         wanted
             .map_or(MOST_BITS_PER_PATH, |bits| bits.clamp(LEAST_BITS_PER_PATH, MOST_BITS_PER_PATH))
     }
@@ -276,7 +278,7 @@ impl Tracker {
     /// Message why peers cannot find this node through the tracker, with the remedy; `None` if
     /// nothing is known to be wrong.
     pub fn problem(&self) -> Option<String> {
-        let state = self.lock();
+        let state = self.state.lock();
         if let Some(why) = &state.refused {
             return Some(format!("tracker {}: does not take this node: {why}", self.url));
         }
@@ -300,10 +302,10 @@ impl Tracker {
     /// Returns true if a lookup should use the tracker. Blocks for 2 s at most, right after the
     /// start or a network change, until it is known whether the tracker is reachable.
     pub fn await_usable(&self) -> bool {
-        let state = self.lock();
+        let state = self.state.lock();
         let grace = state.grace_until.saturating_duration_since(Instant::now());
-        let waited = self.changed.wait_timeout_while(state, grace, |state| state.reached.is_none());
-        let mut state = waited.unwrap_or_else(PoisonError::into_inner).0;
+        let mut state =
+            self.changed.wait_timeout_while(state, grace, |state| state.reached.is_none());
         if state.reached != Some(true) {
             state.is_wanted = true;
             return false;
@@ -315,15 +317,15 @@ impl Tracker {
     /// Returns true if a lookup failed, or found the tracker left out, since the last call of this
     /// function.
     pub fn take_wanted(&self) -> bool {
-        std::mem::take(&mut self.lock().is_wanted)
+        std::mem::take(&mut self.state.lock().is_wanted)
     }
 
     /// Discards what is known of the tracker, and its connections, because the network changed or
     /// the machine was suspended. Lookups wait for the tracker's next answer.
     pub fn reset(&self, now: Instant) {
-        *self.agent.write().unwrap_or_else(PoisonError::into_inner) = agent(IDLE);
-        *self.listed.lock().unwrap_or_else(PoisonError::into_inner) = None;
-        let mut state = self.lock();
+        *self.agent.write() = agent(IDLE);
+        *self.listed.lock() = None;
+        let mut state = self.state.lock();
         let (announced, refused, useful) =
             (state.announced.take(), state.refused.take(), state.useful);
         *state = TrackerConnection { announced, refused, useful, ..TrackerConnection::new(now) };
@@ -331,7 +333,7 @@ impl Tracker {
 
     /// Longest wait for candidates that have never answered; `None` if there is no such limit.
     pub fn unproven_timeout(&self) -> Option<Duration> {
-        let state = self.lock();
+        let state = self.state.lock();
         let usual = state.latency.unwrap_or_default() * USUAL_ANSWERS;
         (state.silent_lookups > 0).then(|| usual.clamp(LEAST_WAIT, LONGEST_WAIT))
     }
@@ -339,7 +341,7 @@ impl Tracker {
     /// Records how many candidates of a lookup that began at `began` answered and how many were
     /// silent. The tracker has answered that lookup.
     pub fn record_candidates(&self, alive: usize, silent: usize, began: Instant, now: Instant) {
-        let mut state = self.lock();
+        let mut state = self.state.lock();
         if alive > 0 {
             state.useful = Some(now);
             state.pause.reset();
@@ -393,7 +395,7 @@ impl Tracker {
         loop {
             let now = Instant::now();
             // A separate statement, because the lock must not be held during the sleep.
-            let not_before = self.lock().not_before;
+            let not_before = self.state.lock().not_before;
             if let Some(pause) = not_before.map(|at| at.saturating_duration_since(now)) {
                 if now + pause >= until {
                     return Err(TrackerError::Refused(
@@ -421,7 +423,7 @@ impl Tracker {
                 // A proxy that answers while the tracker restarts only guesses the time.
                 let is_ours = matches!(e, TrackerError::Refused(429, ..));
                 let longest = if is_ours { LONGEST_PAUSE.get() } else { LOOKUP_TIMEOUT.get() };
-                self.lock().not_before = Some(now + pause.min(longest));
+                self.state.lock().not_before = Some(now + pause.min(longest));
             } else if e.is_passing() && now + retry_pause < until {
                 thread::sleep(retry_pause);
                 retry_pause *= 2;
@@ -439,13 +441,13 @@ impl Tracker {
         hash_part: &HashPart,
         timeout: Duration,
     ) -> Result<CandidateList, TrackerError> {
-        if self.lock().is_original {
+        if self.state.lock().is_original {
             return self.list(agent, timeout);
         }
         let answer =
             self.get(agent, &lookup_target(hash_part), timeout).and_then(read::<CandidateList>);
         if let Err(TrackerError::Refused(404 | 405 | 501, ..)) = answer {
-            self.lock().is_original = true;
+            self.state.lock().is_original = true;
             return self.list(agent, timeout);
         }
         let mut found = answer?;
@@ -459,7 +461,7 @@ impl Tracker {
 
     /// Returns all peers, the best first, of a tracker that does not know which peers have a path.
     fn list(&self, agent: &Agent, timeout: Duration) -> Result<CandidateList, TrackerError> {
-        let listed = || self.listed.lock().unwrap_or_else(PoisonError::into_inner);
+        let listed = || self.listed.lock();
         let known = listed()
             .as_ref()
             .filter(|(at, _)| at.elapsed() < LIST_AGE.get())
@@ -614,7 +616,7 @@ impl Tracker {
     }
 
     fn agent(&self) -> Agent {
-        self.agent.read().unwrap_or_else(PoisonError::into_inner).clone()
+        self.agent.read().clone()
     }
 
     fn post(
@@ -653,7 +655,7 @@ impl Tracker {
     }
 
     fn timestamp(&self) -> u64 {
-        let mut clock = self.clock.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut clock = self.clock.lock();
         clock.last =
             our_clock().saturating_add_signed(clock.offset).max(clock.last.saturating_add(1));
         clock.last
@@ -668,7 +670,7 @@ impl Tracker {
         if ahead.unsigned_abs() > MAX_CLOCK_OFFSET_MS {
             return Err(TrackerError::Clock(ahead));
         }
-        let mut clock = self.clock.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut clock = self.clock.lock();
         (clock.offset, clock.last) = (ahead, 0);
         log::debug!("tracker {}: its clock is {ahead} ms ahead of ours", self.url);
         Ok(())
@@ -678,7 +680,7 @@ impl Tracker {
     fn record_announce(&self, outcome: Result<AnnounceResponse, String>) {
         let before = self.problem();
         {
-            let mut state = self.lock();
+            let mut state = self.state.lock();
             match outcome {
                 Ok(mut announced) => {
                     // The original tracker sends no ID, so an earlier 404 to a lookup came from a
@@ -699,7 +701,7 @@ impl Tracker {
     }
 
     fn record_reached(&self) {
-        let mut state = self.lock();
+        let mut state = self.state.lock();
         if state.reached != Some(true) {
             log::info!("tracker {}: reached", self.url);
             // The tracker may run another program now.
@@ -710,7 +712,7 @@ impl Tracker {
     }
 
     fn record_success(&self, took: Duration) {
-        let mut state = self.lock();
+        let mut state = self.state.lock();
         (state.failures, state.outages, state.not_before) = (0, 0, None);
         if state.silent_lookups == 0 {
             state.pause.reset();
@@ -722,7 +724,7 @@ impl Tracker {
     /// After several failures in a row, lookups leave the tracker out until it is reached again.
     pub fn record_failed_lookup(&self, why: &dyn fmt::Display, began: Instant) {
         let is_counted = {
-            let mut state = self.lock();
+            let mut state = self.state.lock();
             state.is_wanted = true;
             let is_counted = state.lookup_failed.is_some_and(|last| last >= began);
             if !is_counted {
@@ -736,7 +738,7 @@ impl Tracker {
     }
 
     fn record_failure(&self, why: &dyn fmt::Display) {
-        let mut state = self.lock();
+        let mut state = self.state.lock();
         log::debug!("tracker {}: {why}", self.url);
         state.failures = state.failures.saturating_add(1);
         if state.reached.is_none_or(|reached| reached && state.failures >= MAX_FAILURES) {
@@ -753,16 +755,12 @@ impl Tracker {
 
     /// Returns whether the tracker is reachable; `None` while its first answer is awaited.
     pub fn reached_if_known(&self) -> Option<bool> {
-        self.lock().reached
+        self.state.lock().reached
     }
 
     /// Returns true if the tracker is known to be reachable.
     pub fn is_reached(&self) -> bool {
-        self.lock().reached == Some(true)
-    }
-
-    fn lock(&self) -> MutexGuard<'_, TrackerConnection> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock().reached == Some(true)
     }
 }
 
@@ -834,7 +832,7 @@ mod tests {
 
     /// Lets the current pause end now.
     fn end_pause(tracker: &Tracker) {
-        let mut state = tracker.lock();
+        let mut state = tracker.state.lock();
         state.pause = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
         state.pause.record_failure(None, Instant::now() - FIRST_PAUSE.get());
     }
@@ -1027,7 +1025,7 @@ mod tests {
         assert_eq!(tracker.unproven_timeout(), Some(LEAST_WAIT));
         let again = later + LEAST_WAIT;
         tracker.record_candidates(0, MANY_DEAD, later + Duration::from_millis(1), again);
-        assert_eq!(tracker.lock().pause.due(), Some(again + FIRST_PAUSE.get()));
+        assert_eq!(tracker.state.lock().pause.due(), Some(again + FIRST_PAUSE.get()));
         assert!(!tracker.await_usable());
         end_pause(&tracker);
         assert!(tracker.await_usable(), "one tries again");
@@ -1038,7 +1036,7 @@ mod tests {
             again + FIRST_PAUSE.get(),
             again + FIRST_PAUSE.get(),
         );
-        assert_eq!(tracker.lock().pause.due(), Some(again + FIRST_PAUSE.get() * 3));
+        assert_eq!(tracker.state.lock().pause.due(), Some(again + FIRST_PAUSE.get() * 3));
         tracker.record_candidates(1, 0, again, again);
         assert!(tracker.await_usable() && tracker.await_usable());
         assert_eq!(tracker.unproven_timeout(), None);
@@ -1095,7 +1093,7 @@ mod tests {
         let tracker = tracker(now);
         tracker.record_candidates(0, MANY_DEAD, now, now);
         for (millis, wait) in [(1, 40), (30, 120), (500, 400)] {
-            tracker.lock().latency = Some(Duration::from_millis(millis));
+            tracker.state.lock().latency = Some(Duration::from_millis(millis));
             assert_eq!(tracker.unproven_timeout(), Some(Duration::from_millis(wait)));
         }
     }

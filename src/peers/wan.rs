@@ -12,6 +12,7 @@ use super::request_pool::{RequestPool, RequestTarget};
 use super::tracker::{self, Tracker};
 use crate::connect_rate::{ConnectDecision, ConnectRate};
 use crate::lan::{Holder, LOOKUP_TIMEOUT};
+use crate::lock::Mutex;
 use crate::network::Networks;
 use crate::nix::HashPart;
 use crate::resolver::{NameResolver, parse_address};
@@ -21,7 +22,7 @@ use crate::wire::tracker::{
 };
 use crossbeam_channel::{Receiver, Sender, select, unbounded};
 use std::net::{IpAddr, SocketAddr};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Time limit of a search on other networks. It covers the restart of a tracker, and after that a
@@ -607,7 +608,7 @@ impl WanSearch {
             not_now => return not_now,
         }
         if !is_proven {
-            let mut pace = self.wan.pace.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut pace = self.wan.pace.lock();
             match pace.take(address.ip(), now) {
                 ConnectDecision::Now => {}
                 not_now => return not_now,
@@ -826,7 +827,7 @@ mod tests {
 
     /// Uses up the connection rate of an address, so that nothing is sent to it.
     fn use_up_rate(search: &WanSearch, last: u8, now: Instant) {
-        let mut pace = search.wan.pace.lock().unwrap();
+        let mut pace = search.wan.pace.lock();
         while pace.take(peer(last, 1).ip(), now) == ConnectDecision::Now {}
     }
 

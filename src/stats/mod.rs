@@ -17,6 +17,7 @@ pub use lookups::{HitRecord, LookupRecord, MAX_LOOKUPS, MissReason, short};
 pub use traffic::{MAX_PEERS, PeerTraffic, TrafficKey};
 pub use transfers::{Direction, RunningTransfer, TransferGuard};
 
+use crate::lock::Mutex;
 use crate::nix::{HashPart, StorePath};
 use counters::Counters;
 use hours::Hours;
@@ -25,8 +26,8 @@ use persistence::{LoadError, SavedCounters};
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 use traffic::Traffic;
 
@@ -127,7 +128,7 @@ impl Stats {
     /// Time of the start by the wall clock, which reads `now`. Differs from earlier results if the
     /// clock has been set by more than 10 s, as on machines that boot in 1970.
     pub fn started(&self, now: SystemTime) -> SystemTime {
-        let mut at = lock(&self.started_at);
+        let mut at = self.started_at.lock();
         let by_now = now.checked_sub(self.age()).unwrap_or(SystemTime::UNIX_EPOCH);
         let off = by_now.duration_since(*at).unwrap_or_else(|e| e.duration());
         // Keeps the result stable while the clock is slewed.
@@ -155,7 +156,7 @@ impl Stats {
         counts.hits.fetch_add(1, Ordering::Relaxed);
         id.iter().for_each(|id| counts.set_id(id));
         let result = Ok(HitRecord { name: path.name().into(), network, peer });
-        lock(&self.lookups).add(LookupRecord {
+        self.lookups.lock().add(LookupRecord {
             at: SystemTime::now(),
             hash_part: path.hash_part(),
             took,
@@ -173,7 +174,7 @@ impl Stats {
         self.miss_time.observe(took);
         let looked =
             LookupRecord { at: SystemTime::now(), hash_part: *hash_part, took, result: Err(miss) };
-        lock(&self.lookups).add(looked);
+        self.lookups.lock().add(looked);
     }
 
     /// Records the time from the request for a NAR to its first piece.
@@ -210,7 +211,7 @@ impl Stats {
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
         let transfer = TransferGuard::begin(self, id, direction, name.to_owned(), size);
         // Bounded by the permits for streams.
-        lock(&self.transfers).extend(transfer.running().map(|running| (id, running.clone())));
+        self.transfers.lock().extend(transfer.running().map(|running| (id, running.clone())));
         transfer
     }
 
@@ -226,11 +227,11 @@ impl Stats {
     }
 
     fn ended(&self, id: u64) {
-        lock(&self.transfers).remove(&id);
+        self.transfers.lock().remove(&id);
     }
 
     fn counts(&self, who: TrafficKey) -> Arc<PeerTraffic> {
-        lock(&self.traffic).of(who, Instant::now())
+        self.traffic.lock().of(who, Instant::now())
     }
 
     /// Totals since the start of this run.
@@ -240,7 +241,7 @@ impl Stats {
 
     /// Totals of all runs and their start in seconds since 1970. `None` if they are not saved.
     pub fn totals_ever(&self) -> Option<(u64, Totals)> {
-        let kept = lock(&self.kept);
+        let kept = self.kept.lock();
         kept.as_ref().map(|kept| (kept.before.since, kept.before.totals.plus(&self.totals())))
     }
 
@@ -253,17 +254,17 @@ impl Stats {
 
     /// The last lookups, the latest first.
     pub fn lookups(&self) -> Vec<LookupRecord> {
-        lock(&self.lookups).all()
+        self.lookups.lock().all()
     }
 
     /// Running transfers, the oldest first.
     pub fn transfers(&self) -> Vec<Arc<RunningTransfer>> {
-        lock(&self.transfers).values().cloned().collect()
+        self.transfers.lock().values().cloned().collect()
     }
 
     /// Traffic of each peer, in no order.
     pub fn traffic(&self) -> Vec<(TrafficKey, Arc<PeerTraffic>)> {
-        lock(&self.traffic).all()
+        self.traffic.lock().all()
     }
 
     /// Bytes received from, and sent to, peers without a metrics series since the start.
@@ -274,13 +275,13 @@ impl Stats {
     /// Hours in which something was counted, the oldest first.
     pub fn hours(&self) -> Vec<Hour> {
         self.tick(SystemTime::now());
-        lock(&self.hours).all().to_vec()
+        self.hours.lock().all().to_vec()
     }
 
     /// Adds what was counted since the last call to the current hour. Has to be called regularly:
     /// counts between two calls belong to the hour of the second.
     pub fn tick(&self, now: SystemTime) {
-        lock(&self.hours).fold(&self.totals(), seconds(now));
+        self.hours.lock().fold(&self.totals(), seconds(now));
     }
 
     /// Loads the totals of earlier runs from `dir`, where [`Stats::save`] will write. Blocks on the
@@ -301,8 +302,8 @@ impl Stats {
             ),
         };
         problem.iter().for_each(|why| log::warn!("counters {why}"));
-        lock(&self.hours).restore(before.hours.clone(), seconds(now));
-        *lock(&self.kept) = Some(EarlierTotals {
+        self.hours.lock().restore(before.hours.clone(), seconds(now));
+        *self.kept.lock() = Some(EarlierTotals {
             dir: dir.to_owned(),
             before,
             is_ours,
@@ -317,9 +318,9 @@ impl Stats {
     pub fn save(&self, now: SystemTime) {
         self.tick(now);
         let totals = self.totals();
-        let hours = lock(&self.hours).all().to_vec();
+        let hours = self.hours.lock().all().to_vec();
         let (dir, saved) = {
-            let mut kept = lock(&self.kept);
+            let mut kept = self.kept.lock();
             let Some(kept) = kept.as_mut().filter(|kept| kept.is_ours) else { return };
             // A `since` out of this range comes from a wrong clock.
             let sane = FIRST..=seconds(now).saturating_add(24 * HOUR);
@@ -336,7 +337,7 @@ impl Stats {
         };
         // The lock is released, so that readers do not wait for the disk.
         let stored = persistence::store(&dir, &saved);
-        let mut kept = lock(&self.kept);
+        let mut kept = self.kept.lock();
         let Some(kept) = kept.as_mut() else { return };
         match stored {
             Ok(()) => {
@@ -357,14 +358,15 @@ impl Stats {
 
     /// Problem with the counters' file, in one line. `None` if there is none.
     pub fn problem(&self) -> Option<String> {
-        lock(&self.kept)
+        self.kept
+            .lock()
             .as_ref()
             .and_then(|kept| kept.fails.clone().or_else(|| kept.problem.clone()))
     }
 
     /// Directory of the counters' file. `None` if they are not saved.
     pub fn kept_in(&self) -> Option<PathBuf> {
-        lock(&self.kept).as_ref().map(|kept| kept.dir.clone())
+        self.kept.lock().as_ref().map(|kept| kept.dir.clone())
     }
 }
 
@@ -392,10 +394,6 @@ impl Default for Stats {
 /// Seconds since 1970; 0 for earlier times.
 fn seconds(at: SystemTime) -> u64 {
     at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs()
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]
@@ -531,7 +529,7 @@ mod tests {
             let (since, ever) = record.totals_ever().unwrap();
             let (ever, now) = (ever.get(Counter::Misses), record.totals().get(Counter::Misses));
             assert_eq!((since, ever, now), (FIRST + 10_000, start, 1));
-            assert_eq!(lock(&record.hours).all().len() as u64, start);
+            assert_eq!(record.hours.lock().all().len() as u64, start);
         }
         fs::remove_dir_all(&dir).unwrap();
     }
@@ -543,7 +541,7 @@ mod tests {
         for wrong in [SystemTime::UNIX_EPOCH + Duration::from_secs(20), at(80 * 365 * 24 * HOUR)] {
             let dir = dir("clock");
             let record = Stats::new();
-            *lock(&record.started_at) = wrong;
+            *record.started_at.lock() = wrong;
             record.keep_in(&dir, wrong);
             record.save(wrong);
             assert_eq!(record.totals_ever().unwrap().0, seconds(wrong));

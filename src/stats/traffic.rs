@@ -2,10 +2,11 @@
 //! A peer with a metrics series is never dropped, so that its series never goes down.
 
 use super::Network;
+use crate::lock::Mutex;
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 /// Maximum number of peers with counts of their own: as many as the status lists.
@@ -62,12 +63,12 @@ pub struct PeerTraffic {
 impl PeerTraffic {
     /// Its ID at a tracker, which may contain any characters. `None` if it is not known.
     pub fn id(&self) -> Option<String> {
-        self.id.lock().unwrap_or_else(PoisonError::into_inner).as_deref().map(str::to_owned)
+        self.id.lock().as_deref().map(str::to_owned)
     }
 
     /// Sets its ID at a tracker. Ignores an ID of more than 128 bytes.
     pub fn set_id(&self, id: &str) {
-        let mut known = self.id.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut known = self.id.lock();
         if id.len() <= MAX_ID && known.as_deref() != Some(id) {
             *known = Some(id.into());
         }

@@ -3,9 +3,10 @@
 use super::counters::Counter;
 use super::traffic::{PeerTraffic, TrafficKey};
 use super::{Network, Stats};
+use crate::lock::Mutex;
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Instant, SystemTime};
 
 /// Direction of a transfer.
@@ -44,12 +45,12 @@ impl RunningTransfer {
 
     /// The current peer. `None` while one is being chosen.
     pub fn peer(&self) -> Option<(Network, SocketAddr)> {
-        *self.peer.lock().unwrap_or_else(PoisonError::into_inner)
+        *self.peer.lock()
     }
 
     /// Why the peer was chosen. `None` if there was no choice.
     pub fn why(&self) -> Option<String> {
-        self.why.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.why.lock().clone()
     }
 }
 
@@ -94,7 +95,7 @@ impl<'a> TransferGuard<'a> {
     /// Sets the current peer.
     pub fn with(&mut self, network: Network, peer: SocketAddr) {
         let Some(running) = &self.running else { return };
-        *running.peer.lock().unwrap_or_else(PoisonError::into_inner) = Some((network, peer));
+        *running.peer.lock() = Some((network, peer));
         let who = match running.direction {
             Direction::In => TrafficKey::server(network, peer),
             Direction::Out => TrafficKey::asker(network, peer.ip()),
@@ -105,7 +106,7 @@ impl<'a> TransferGuard<'a> {
     /// Sets the reason for the choice of the peer, as text for the status.
     pub fn explain(&self, why: &str) {
         let Some(running) = &self.running else { return };
-        *running.why.lock().unwrap_or_else(PoisonError::into_inner) = Some(why.to_owned());
+        *running.why.lock() = Some(why.to_owned());
     }
 
     /// Counts bytes that were received from, or sent to, the current peer.

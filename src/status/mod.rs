@@ -12,6 +12,7 @@ pub use page::{StatusPage, page};
 use crate::config::{Config, Mode, Sharing};
 use crate::degraded::Degraded;
 use crate::lan::{DiscoveryClient, Neighbour};
+use crate::lock::Mutex;
 use crate::network::Networks;
 use crate::nix::HashPart;
 use crate::peers::announce::Trackers;
@@ -29,8 +30,8 @@ use report::{
 };
 use std::collections::HashMap;
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 /// Timeout of a request to the discovery thread. At the timeout, discovery counts as hung: it waits
@@ -354,7 +355,7 @@ impl StatusService {
 
     fn mapping(&self) -> Option<Mapping> {
         let mapping = self.mapping.as_ref()?;
-        Some(mapping.lock().unwrap_or_else(PoisonError::into_inner).clone())
+        Some(mapping.lock().clone())
     }
 
     /// The LAN networks of interfaces with a link, and those of `--lan` behind routers.

@@ -1,6 +1,7 @@
 //! A store with a database for tests, in a temporary directory and with the tables of Nix 2.8.
 
 use super::*;
+use crate::lock::Mutex;
 use crate::nix::NarHash;
 use rusqlite::Connection;
 use std::{
@@ -11,10 +12,7 @@ use std::{
         fs::{MetadataExt, PermissionsExt},
     },
     path::Path,
-    sync::{
-        Mutex,
-        atomic::{AtomicU32, Ordering},
-    },
+    sync::atomic::{AtomicU32, Ordering},
 };
 
 const TABLES: &str = "
@@ -112,11 +110,11 @@ impl Fixture {
     }
 
     pub(crate) fn execute(&self, sql: &str) {
-        self.writer.lock().unwrap().as_ref().unwrap().execute_batch(sql).unwrap();
+        self.writer.lock().as_ref().unwrap().execute_batch(sql).unwrap();
     }
 
     pub(super) fn close(&self) {
-        *self.writer.lock().unwrap() = None;
+        *self.writer.lock() = None;
     }
 
     /// Registers a path `<hash part>-name` without files.

@@ -6,12 +6,9 @@
 //! connection that notices a commit invalidates the whole cache, for all connections.
 
 use super::database::{Database, DatabaseError, FileId};
+use crate::lock::Mutex;
 use crate::nix::{HashPart, PathInfo};
-use std::{
-    collections::HashMap,
-    mem,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-};
+use std::{collections::HashMap, mem, sync::Arc};
 
 /// Most memory of the cache, in bytes; an answer beyond it first empties the cache. It holds 25,000
 /// paths with five references each, more than the update of one machine looks up.
@@ -60,8 +57,7 @@ impl PathInfoCache {
     /// Errors of the database.
     pub(super) fn generation(&self, database: &Database) -> Result<u64, DatabaseError> {
         let has_changed = database.record_data_version()?;
-        // No code that can panic runs while the lock is held.
-        let mut newest = self.newest.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut newest = self.newest.lock();
         if has_changed || newest.file != Some(database.file) {
             *newest =
                 CacheGeneration { generation: newest.generation + 1, file: Some(database.file) };
@@ -71,7 +67,7 @@ impl PathInfoCache {
 
     /// Returns the cached answer, if the cache is of that generation.
     pub(super) fn get(&self, part: &HashPart, generation: u64) -> Option<CachedInfo> {
-        let answers = self.lock();
+        let answers = self.answers.lock();
         if answers.generation == generation { answers.map.get(part).cloned() } else { None }
     }
 
@@ -80,7 +76,7 @@ impl PathInfoCache {
     pub(super) fn put(&self, part: HashPart, generation: u64, answer: &CachedInfo) {
         let bytes = cost(answer);
         let mut outdated = CachedInfos::default();
-        let mut answers = self.lock();
+        let mut answers = self.answers.lock();
         if generation < answers.generation || bytes > MAX_ANSWER {
             return;
         }
@@ -100,17 +96,12 @@ impl PathInfoCache {
 
     /// Drops all answers and frees their memory.
     pub(super) fn clear(&self) {
-        let mut answers = self.lock();
+        let mut answers = self.answers.lock();
         let generation = answers.generation;
         let outdated =
             mem::replace(&mut *answers, CachedInfos { generation, ..CachedInfos::default() });
         drop(answers);
         drop(outdated);
-    }
-
-    fn lock(&self) -> MutexGuard<'_, CachedInfos> {
-        // No code that can panic runs while the lock is held.
-        self.answers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -244,7 +235,7 @@ mod tests {
         assert!(large > OVERHEAD);
         for (answer, bytes) in [(&None, OVERHEAD), (&info, large), (&None, OVERHEAD)] {
             kept.put(part(1), 1, answer);
-            assert_eq!(kept.lock().bytes, bytes);
+            assert_eq!(kept.answers.lock().bytes, bytes);
         }
     }
 
@@ -254,7 +245,7 @@ mod tests {
         for n in 0..2 * MAX_BYTES / OVERHEAD {
             kept.put(part(n), 1, &None);
             kept.put(part(n), 1, &None);
-            let answers = kept.lock();
+            let answers = kept.answers.lock();
             assert_eq!(answers.map.len() * OVERHEAD, answers.bytes);
             most = most.max(answers.bytes);
         }

@@ -20,12 +20,13 @@ use super::{
     database::{Database, DatabaseError, FileId, FileStamp, OpenMode},
     path_info_cache::{CachedInfo, PathInfoCache},
 };
+use crate::lock::{Condvar, Mutex};
 use crate::nix::{HashPart, StoreDir};
 use crate::time_scale::Timeout;
 use std::{
     fmt,
     path::PathBuf,
-    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    sync::Arc,
     thread,
     time::{Duration, Instant, SystemTime},
 };
@@ -116,7 +117,7 @@ impl ConnectionPool {
             patience,
             level,
             state: Mutex::default(),
-            returned: Condvar::new(),
+            returned: Condvar::default(),
         }
     }
 
@@ -302,20 +303,13 @@ impl ConnectionPool {
         answer
     }
 
-    fn state(&self) -> MutexGuard<'_, PoolState> {
-        // No code that can panic runs while the lock is held.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Waits until `deadline` for an idle connection or for the right to open one.
     fn lease(&self, deadline: Instant) -> Result<ConnectionLease<'_>, StoreError> {
         let full =
             |state: &mut PoolState| state.idle.is_empty() && state.in_use >= self.connections;
-        let (mut state, waited) = self
-            .returned
-            .wait_timeout_while(self.state(), left(deadline), full)
-            .unwrap_or_else(PoisonError::into_inner);
-        if waited.timed_out() {
+        let state = self.state.lock();
+        let mut state = self.returned.wait_timeout_while(state, left(deadline), full);
+        if full(&mut state) {
             return Err(StoreError::Busy { db: self.location.db.clone() });
         }
         state.in_use += 1;
@@ -326,7 +320,7 @@ impl ConnectionPool {
     fn notice_replacement(&self) -> Result<(), StoreError> {
         let now = Instant::now();
         {
-            let mut state = self.state();
+            let mut state = self.state.lock();
             if state
                 .file_checked
                 .is_some_and(|checked| now.duration_since(checked) < REPLACEMENT_CHECK)
@@ -338,7 +332,7 @@ impl ConnectionPool {
         let found = FileId::of(&self.location.db);
         let mut outdated = Vec::new();
         {
-            let mut state = self.state();
+            let mut state = self.state.lock();
             let file = found.as_ref().ok().copied();
             if state.file.is_some() && state.file != file {
                 log::log!(
@@ -359,7 +353,7 @@ impl ConnectionPool {
 
     fn try_begin_daemon_wake(&self) -> bool {
         let now = Instant::now();
-        let mut state = self.state();
+        let mut state = self.state.lock();
         let may = state
             .daemon_tried
             .is_none_or(|tried| now.duration_since(tried) >= DAEMON_RETRY_INTERVAL);
@@ -370,7 +364,7 @@ impl ConnectionPool {
     }
 
     fn record_open_method(&self, way: OpenMethod) {
-        let before = self.state().open_method.replace(way);
+        let before = self.state.lock().open_method.replace(way);
         if before != Some(way) {
             log::log!(self.level, "nix database {}: {way}", self.location.db.display());
         }
@@ -387,7 +381,7 @@ impl Drop for ConnectionLease<'_> {
     fn drop(&mut self) {
         let mut outdated = None;
         {
-            let mut state = self.pool.state();
+            let mut state = self.pool.state.lock();
             state.in_use -= 1;
             match self.database.take() {
                 Some(database) if state.file == Some(database.file) => state.idle.push(database),

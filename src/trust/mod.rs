@@ -12,11 +12,12 @@ use crate::config::Config;
 use crate::degraded::Degraded;
 use crate::friends::FriendList;
 use crate::key_file;
+use crate::lock::{Mutex, RwLock};
 use crate::nix::{
     PathInfo, PublicKey, Realisation, SecretKey, Signature, StoreDir, is_content_addressed,
 };
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::Arc;
 
 /// Maximum number of signatures that are checked per path, at 0.1 ms each; the rest is ignored.
 /// Real paths have one to three.
@@ -138,7 +139,7 @@ impl TrustedKeys {
     /// Reads nix.conf again if it has changed or had faults, and all key files. Blocks on the disk.
     pub fn refresh(&self, degraded: &Degraded) {
         {
-            let mut conf = self.conf.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut conf = self.conf.lock();
             if conf.check_for_changes() || !conf.faults.is_empty() {
                 *conf = NixConf::read(&self.conf_dir);
             }
@@ -147,7 +148,7 @@ impl TrustedKeys {
     }
 
     fn combine(&self, degraded: &Degraded) {
-        let conf = self.conf.lock().unwrap_or_else(PoisonError::into_inner);
+        let conf = self.conf.lock();
         let mut keys = conf.public_keys();
         keys.extend(conf.secret_key_files().filter_map(public_half));
         let mut faults = Vec::new();
@@ -184,13 +185,13 @@ impl TrustedKeys {
         named.into_iter().for_each(|key| snapshot.add(key, KeySource::Flag));
         let of_friends = self.friend_flags.iter().cloned();
         of_friends.for_each(|key| snapshot.add(key, KeySource::Friend));
-        *self.snapshot.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(snapshot);
+        *self.snapshot.write() = Arc::new(snapshot);
     }
 
     /// The keys of this moment, with those of the current friends. They are copied only if the
     /// friends file has one that is not in the snapshot.
     fn current(&self) -> Arc<KeySnapshot> {
-        let mut current = self.snapshot.read().unwrap_or_else(PoisonError::into_inner).clone();
+        let mut current = self.snapshot.read().clone();
         for friend in self.friends.iter().flat_map(|friends| friends.all()) {
             if let Some(key) = friend.signing_key.as_ref().filter(|key| !current.has_name_of(key)) {
                 Arc::make_mut(&mut current).add(key.clone(), KeySource::Friend);
