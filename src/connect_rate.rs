@@ -2,7 +2,7 @@
 //! program. It prevents a hostile tracker from making its nodes flood a third party, and a node
 //! from making the tracker do so. The module does no I/O; the caller passes the current time.
 
-use std::collections::HashMap;
+use crate::bounded_map::BoundedMap;
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
@@ -17,8 +17,8 @@ const TO_ALL: Duration = Duration::from_millis(20);
 /// Burst of connections to all of these addresses after a rest. It covers all peers that the
 /// trackers name for one lookup.
 const TO_ALL_AT_ONCE: u32 = 64;
-/// Number of remembered addresses at which expired ones are dropped. It is twice the number that
-/// [`TO_ALL`] admits within one second.
+/// Number of remembered addresses; beyond it, the oldest is dropped. It is twice the number that
+/// [`TO_ALL`] admits within one second, and an address expires within 0.8 s.
 const MAX_ADDRESSES: usize = 2 * (TO_ALL_AT_ONCE as usize + 50);
 
 /// Rate limiter for one address and for all addresses together. Each entry is the time from which
@@ -26,7 +26,7 @@ const MAX_ADDRESSES: usize = 2 * (TO_ALL_AT_ONCE as usize + 50);
 #[derive(Default)]
 pub struct ConnectRate {
     all: Option<Instant>,
-    each: HashMap<IpAddr, Instant>,
+    each: BoundedMap<IpAddr, Instant, MAX_ADDRESSES>,
 }
 
 /// Whether the limits of an address and of all addresses admit a connection.
@@ -50,9 +50,6 @@ impl ConnectRate {
         let Some(all) = next(self.all, TO_ALL, TO_ALL_AT_ONCE, now) else {
             return ConnectDecision::Later;
         };
-        if self.each.len() >= MAX_ADDRESSES {
-            self.each.retain(|_, at| *at > now);
-        }
         self.all = Some(all);
         self.each.insert(ip, one);
         ConnectDecision::Now
@@ -99,6 +96,5 @@ mod tests {
         assert!((500..=564).contains(&taken), "{taken} in 10 s");
         pace.take(ip(100_000), at(100_000));
         assert_eq!(pace.take(ip(100_001), at(100_000)), ConnectDecision::Later);
-        assert!(pace.each.len() <= MAX_ADDRESSES);
     }
 }

@@ -8,6 +8,7 @@ mod failover;
 pub mod spool;
 mod verified;
 
+use crate::bounded_map::BoundedMap;
 use crate::lock::Mutex;
 use crate::lookup::{FoundNar, LookupService};
 use crate::nix::{HashPart, NarHash};
@@ -19,7 +20,6 @@ use crate::time_scale::Timeout;
 use crate::upstream::Upstream;
 use failover::FailoverReader;
 use spool::{SpoolWriter, Spools};
-use std::collections::HashMap;
 use std::fmt;
 use std::io::{self, Write};
 use std::ops::Range;
@@ -36,7 +36,7 @@ const RESUME_REFUSED_FOR: Duration = Duration::from_secs(60);
 /// Time during which a NAR is not left to the upstream cache a second time. Nix asked here again,
 /// so it did not get the NAR there.
 const UPSTREAM_LEAVE_INTERVAL: Duration = Duration::from_secs(600);
-/// Maximum number of NARs in `Downloader::given_up`. At the bound, the map is cleared.
+/// Maximum number of NARs in `Downloader::given_up`. At the bound, the oldest is forgotten.
 const MAX_GIVEN_UP: usize = 1024;
 
 /// Why a transfer was cut on purpose.
@@ -58,7 +58,7 @@ pub struct Downloader {
     upstream: Upstream,
     /// Large NARs during their download, for the HTTP server to pass on to neighbours.
     pub spools: Spools,
-    given_up: Mutex<HashMap<NarHash, (Instant, AbortReason)>>,
+    given_up: Mutex<BoundedMap<NarHash, (Instant, AbortReason), MAX_GIVEN_UP>>,
 }
 
 impl Downloader {
@@ -115,11 +115,7 @@ impl Downloader {
     }
 
     fn give_up(&self, nar_hash: NarHash, why: AbortReason) {
-        let mut given_up = self.given_up.lock();
-        if given_up.len() >= MAX_GIVEN_UP {
-            given_up.clear();
-        }
-        given_up.insert(nar_hash, (Instant::now(), why));
+        self.given_up.lock().insert(nar_hash, (Instant::now(), why));
     }
 }
 

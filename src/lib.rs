@@ -22,6 +22,7 @@
 
 pub mod access;
 pub mod backoff;
+pub mod bounded_map;
 pub mod cli;
 pub mod commands;
 pub mod config;

@@ -2,16 +2,16 @@
 //! tracker. A name server may be slow, so each name is resolved in its own thread, and results are
 //! cached.
 
+use crate::bounded_map::BoundedMap;
 use crate::lock::{Condvar, Mutex};
 use crate::wire::tracker::can_be_peer;
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::net::{IpAddr, ToSocketAddrs};
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// Largest number of cached names. When it is reached, results older than [`FAILED_FOR`] are
-/// dropped, and all results if that is not enough.
+/// Largest number of cached names. When it is reached, the oldest result is dropped.
 const MAX_NAMES: usize = 1024;
 /// Lifetime of a cached address: home connections change theirs daily.
 const REMEMBERED: Duration = Duration::from_secs(300);
@@ -52,7 +52,7 @@ pub fn parse_address(addr: &str) -> Option<IpAddr> {
 
 #[derive(Default)]
 struct NameTable {
-    known: HashMap<String, (Option<IpAddr>, Instant)>,
+    known: BoundedMap<String, (Option<IpAddr>, Instant), MAX_NAMES>,
     asked: HashSet<String>,
 }
 
@@ -63,16 +63,6 @@ impl NameTable {
         let (address, at) = self.known.get(name)?;
         let lasts = if address.is_some() { REMEMBERED } else { FAILED_FOR };
         (now.saturating_duration_since(*at) < lasts).then_some(*address)
-    }
-
-    fn keep(&mut self, name: &str, address: Option<IpAddr>, now: Instant) {
-        if self.known.len() >= MAX_NAMES {
-            self.known.retain(|_, (_, at)| now.saturating_duration_since(*at) < FAILED_FOR);
-            if self.known.len() >= MAX_NAMES {
-                self.known.clear();
-            }
-        }
-        self.known.insert(name.to_owned(), (address, now));
     }
 }
 
@@ -155,7 +145,7 @@ impl NameResolver {
     fn learn(&self, name: &str, address: Option<IpAddr>) {
         let mut table = self.table.lock();
         table.asked.remove(name);
-        table.keep(name, address, Instant::now());
+        table.known.insert(name.to_owned(), (address, Instant::now()));
         self.changed.notify_all();
     }
 }
@@ -169,25 +159,21 @@ mod tests {
         let names = Arc::new(NameResolver::default());
         let until = Instant::now() + Duration::from_secs(60);
         assert_eq!(names.addresses(&["localhost"], until), [Some(None)]);
-        assert_eq!(names.table.lock().known.len(), 1);
+        assert_eq!(names.table.lock().known.used(), 1);
     }
 
     #[test]
     fn cached_name_expires_after_lifetime() {
         let (mut table, now) = (NameTable::default(), Instant::now());
         let address = IpAddr::from([203, 0, 113, 1]);
-        table.keep("a", Some(address), now);
-        table.keep("b", None, now);
+        table.known.insert("a".into(), (Some(address), now));
+        table.known.insert("b".into(), (None, now));
         assert_eq!(table.get("a", now), Some(Some(address)));
         assert_eq!(table.get("b", now), Some(None));
         assert_eq!(table.get("c", now), None);
         assert_eq!(table.get("b", now + FAILED_FOR), None);
         assert_eq!(table.get("a", now + FAILED_FOR), Some(Some(address)));
         assert_eq!(table.get("a", now + REMEMBERED), None);
-        for i in 0..3 * MAX_NAMES {
-            table.keep(&i.to_string(), None, now);
-        }
-        assert!(table.known.len() <= MAX_NAMES);
     }
 
     /// Guards against a list whose later names were never asked for.

@@ -5,13 +5,13 @@
 //! fast enough now. Whatever is unknown counts against upstream: on a network without Internet
 //! access, a slow peer is the only source.
 
+use crate::bounded_map::BoundedMap;
 use crate::config::{Config, DEFAULT_UPSTREAM, UPSTREAM_KEY};
 use crate::http_client;
 use crate::lock::Mutex;
 use crate::lookup::FoundNar;
 use crate::nix::{HashPart, NarInfo, PublicKey, StoreDir};
 use crate::trust::NixConf;
-use std::collections::HashMap;
 use std::io::Read;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -19,7 +19,7 @@ use ureq::Agent;
 
 /// Lifetime of an answer about a path, and pause after a failed request.
 const KEPT: Duration = Duration::from_secs(60);
-/// Maximum number of remembered answers. At the bound, all are dropped.
+/// Maximum number of remembered answers. At the bound, the oldest is dropped.
 const MAX_ANSWERS: usize = 1024;
 /// Lifetime of the measured pace.
 const PACE_KEPT: Duration = Duration::from_secs(600);
@@ -45,7 +45,7 @@ pub struct Upstream {
 #[derive(Default)]
 struct UpstreamState {
     /// Whether upstream has a path, and when that was learned.
-    answers: HashMap<HashPart, (Instant, bool)>,
+    answers: BoundedMap<HashPart, (Instant, bool), MAX_ANSWERS>,
     /// Bytes per second, and when they were measured.
     pace: Option<(Instant, f64)>,
     /// When the NARs that were left to upstream should have arrived, at its pace.
@@ -139,9 +139,6 @@ impl Upstream {
                 return None;
             }
         };
-        if state.answers.len() >= MAX_ANSWERS {
-            state.answers.clear();
-        }
         state.answers.insert(*hash_part, (now, has));
         Some(has)
     }

@@ -6,6 +6,7 @@
 //! uploaded afterwards. A path that is not known to be equal counts as not verified.
 
 use crate::backoff::{Backoff, retry_after};
+use crate::bounded_map::BoundedMap;
 use crate::config::{Config, DEFAULT_UPSTREAM, UPSTREAM_KEY};
 use crate::deferred::Deferred;
 use crate::http_client;
@@ -13,7 +14,7 @@ use crate::lock::{Condvar, Mutex};
 use crate::log_throttle::LogThrottle;
 use crate::nix::{HashPart, Malformed, NarHash, NarInfo, PathInfo, PublicKey, StoreDir};
 use crate::time_scale::Interval;
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::fmt;
 use std::io::Read;
 use std::time::{Duration, Instant};
@@ -36,10 +37,8 @@ const MISSING_TTL: [Interval; 4] = [
 const UNPROVEN: Duration = Duration::from_secs(3600);
 /// How long a positive answer is cached. It stays true, as NARs in a binary cache do not change.
 const PROVEN: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
-/// Entries per generation. When the young generation is full, the old one is dropped, so at most
-/// twice as many entries are kept. 28,672 entries fill a hash table of 32,768 slots (load factor
-/// 7/8); two such tables take 7 MiB.
-const GENERATION: usize = 28_672;
+/// Most cached answers; beyond them, the oldest is dropped. They take 7 MiB.
+const MAX_ANSWERS: usize = 45_000;
 
 /// Longest request to the upstream cache, from name resolution to the last byte of the answer. A
 /// request that takes longer fails.
@@ -352,12 +351,9 @@ fn key(info: &PathInfo) -> VerifiedPath {
     (info.path.hash_part(), info.nar_hash)
 }
 
-/// Cached answers, in two generations: see [`GENERATION`].
+/// Cached answers.
 #[derive(Default)]
-struct UpstreamAnswers {
-    young: HashMap<VerifiedPath, UpstreamAnswer>,
-    old: HashMap<VerifiedPath, UpstreamAnswer>,
-}
+struct UpstreamAnswers(BoundedMap<VerifiedPath, UpstreamAnswer, MAX_ANSWERS>);
 
 struct UpstreamAnswer {
     is_upstreams: Option<bool>,
@@ -370,37 +366,33 @@ struct UpstreamAnswer {
 }
 
 impl UpstreamAnswers {
-    fn find(&self, key: &VerifiedPath) -> Option<&UpstreamAnswer> {
-        self.young.get(key).or_else(|| self.old.get(key))
-    }
-
     fn get(&self, key: &VerifiedPath, now: Instant) -> Option<Option<bool>> {
-        Some(self.find(key).filter(|answer| answer.until > now)?.is_upstreams)
+        Some(self.0.get(key).filter(|answer| answer.until > now)?.is_upstreams)
     }
 
     /// Number of answers of upstream about this path.
     fn times(&self, key: &VerifiedPath) -> usize {
-        self.find(key).map_or(0, |answer| answer.times)
+        self.0.get(key).map_or(0, |answer| answer.times)
     }
 
     /// Returns when the last answer expires.
     fn until(&self, key: &VerifiedPath) -> Option<Instant> {
-        self.find(key).map(|answer| answer.until)
+        self.0.get(key).map(|answer| answer.until)
     }
 
     fn is_unreadable(&self, key: &VerifiedPath, now: Instant) -> bool {
-        self.find(key).and_then(|answer| answer.unreadable).is_some_and(|until| until > now)
+        self.0.get(key).and_then(|answer| answer.unreadable).is_some_and(|until| until > now)
     }
 
     fn put(&mut self, key: VerifiedPath, is_upstreams: Option<bool>, until: Instant, times: usize) {
-        self.insert(key, UpstreamAnswer { is_upstreams, until, times, unreadable: None });
+        self.0.insert(key, UpstreamAnswer { is_upstreams, until, times, unreadable: None });
     }
 
     /// Records that upstream's answer was not a valid narinfo. The path counts as unknown, and
     /// upstream is not asked about it again before `until`.
     fn put_unreadable(&mut self, key: VerifiedPath, until: Instant) {
         let times = self.times(&key);
-        self.insert(
+        self.0.insert(
             key,
             UpstreamAnswer {
                 is_upstreams: None,
@@ -409,13 +401,6 @@ impl UpstreamAnswers {
                 unreadable: Some(until),
             },
         );
-    }
-
-    fn insert(&mut self, key: VerifiedPath, answer: UpstreamAnswer) {
-        if self.young.len() >= GENERATION {
-            self.old = std::mem::take(&mut self.young);
-        }
-        self.young.insert(key, answer);
     }
 }
 
@@ -625,7 +610,7 @@ mod tests {
             assert!(at > Instant::now() + Duration::from_secs(seconds - 5));
             // Expires the answer.
             let mut state = verifier.state.lock();
-            state.answers.young.get_mut(&key(&info)).unwrap().until = Instant::now();
+            state.answers.0.get_mut(&key(&info)).unwrap().until = Instant::now();
         }
         assert_eq!(upstream.requests(), 5);
         assert_eq!(verifier.verified_now(&info), None);
@@ -647,7 +632,7 @@ mod tests {
         assert_eq!((upstream.requests(), verifier.verified_now(&info)), (1, None));
         assert!(verifier.ask_at(&info).is_some());
         is_portal.store(false, Ordering::SeqCst);
-        verifier.state.lock().answers.young.get_mut(&key(&info)).unwrap().unreadable =
+        verifier.state.lock().answers.0.get_mut(&key(&info)).unwrap().unreadable =
             Some(Instant::now());
         assert!(verifier.verified(&info));
         assert_eq!(verifier.ask_at(&info), None);
@@ -752,7 +737,7 @@ mod tests {
     }
 
     #[test]
-    fn full_cache_drops_oldest_generation() {
+    fn full_cache_drops_oldest_answer() {
         let (mut answers, now) = (UpstreamAnswers::default(), Instant::now());
         let hash_part = narinfo().info.path.hash_part();
         let key = |n: usize| {
@@ -760,12 +745,8 @@ mod tests {
             bytes[..8].copy_from_slice(&n.to_le_bytes());
             (hash_part, NarHash::from_bytes(bytes))
         };
-        for n in 0..10 * GENERATION {
-            answers.put(key(n), Some(true), now + UNPROVEN, 1);
-            assert!(answers.young.len() + answers.old.len() <= 2 * GENERATION);
-        }
-        let known = (0..10 * GENERATION).filter(|n| answers.get(&key(*n), now).is_some()).count();
-        assert_eq!(known, 2 * GENERATION);
-        assert!(answers.get(&key(10 * GENERATION - 1), now).is_some());
+        (0..=MAX_ANSWERS).for_each(|n| answers.put(key(n), Some(true), now + UNPROVEN, 1));
+        let is_known = |n| answers.get(&key(n), now).is_some();
+        assert!(!is_known(0) && is_known(1) && is_known(MAX_ANSWERS));
     }
 }

@@ -3,9 +3,9 @@
 //! flood hits the network it comes from, also if a friend shares that network's address.
 
 use super::admission::group;
+use crate::bounded_map::BoundedMap;
 use crate::lock::Mutex;
 use crate::time_scale::Timeout;
-use std::collections::VecDeque;
 use std::net::{IpAddr, Shutdown, TcpStream};
 
 /// Time limit for a handshake, which takes up to three round trips. Afterwards the connection is
@@ -34,8 +34,8 @@ pub(super) struct Handshakes {
 struct HandshakesState {
     /// Handshakes under way, oldest first.
     places: Vec<PendingHandshake>,
-    /// Addresses at which friends were authenticated, latest last.
-    addresses: VecDeque<IpAddr>,
+    /// Addresses at which friends were authenticated.
+    addresses: BoundedMap<IpAddr, (), MAX_ADDRESSES>,
 }
 
 /// A handshake under way.
@@ -59,7 +59,7 @@ impl Handshakes {
     pub(super) fn enter(&self, id: u64, ip: IpAddr, socket: TcpStream) -> HandshakePermit<'_> {
         let ip = ip.to_canonical();
         let mut state = self.state.lock();
-        let is_known = state.addresses.contains(&ip);
+        let is_known = state.addresses.get(&ip).is_some();
         let friends = state.places.iter().filter(|seat| seat.is_known).count();
         let strangers = state.places.len() - friends;
         let is_full = state.places.len() >= MAX_HANDSHAKES
@@ -90,12 +90,7 @@ impl HandshakesState {
 impl HandshakePermit<'_> {
     /// Ends the registration and remembers that a friend is at this address.
     pub(super) fn record_friend(self) {
-        let mut state = self.handshakes.state.lock();
-        state.addresses.retain(|known| *known != self.ip);
-        if state.addresses.len() >= MAX_ADDRESSES {
-            state.addresses.pop_front();
-        }
-        state.addresses.push_back(self.ip);
+        self.handshakes.state.lock().addresses.insert(self.ip, ());
     }
 }
 

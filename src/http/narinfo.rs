@@ -4,6 +4,7 @@ use super::Request;
 use super::handler::CacheHandler;
 use super::response::{Exchange, ShortResponse};
 use super::route::{NarFileName, StoreView};
+use crate::bounded_map::BoundedMap;
 use crate::lock::Mutex;
 use crate::nix::{
     NarInfo, PathInfo, SecretKey, Signature, StoreDir, is_content_addressed, is_known_to_every_nix,
@@ -11,19 +12,18 @@ use crate::nix::{
 };
 use crate::time_scale::Timeout;
 use ring::digest::{SHA256, digest};
-use std::collections::HashMap;
 use std::fmt;
 use std::io::{self, BufWriter, Write};
 
 /// Signatures that are cached, about 2 MiB. Signing takes 40 µs, more than the rest of a narinfo.
-/// At the bound, the cache is cleared.
+/// At the bound, the oldest is dropped.
 const SIGNATURES_KEPT: usize = 8192;
 
 /// Signs paths of the own store with the node's key. It never signs what comes from a peer.
 pub struct Signer {
     key: SecretKey,
     /// Cache of signatures by the SHA-256 of the signed text, which may have 1 MiB.
-    kept: Mutex<HashMap<[u8; 32], Signature>>,
+    kept: Mutex<BoundedMap<[u8; 32], Signature, SIGNATURES_KEPT>>,
 }
 
 impl Signer {
@@ -45,11 +45,7 @@ impl Signer {
             return signature.clone();
         }
         let signature = self.key.sign(fingerprint.as_bytes());
-        let mut kept = self.kept.lock();
-        if kept.len() >= SIGNATURES_KEPT {
-            kept.clear();
-        }
-        kept.insert(name, signature.clone());
+        self.kept.lock().insert(name, signature.clone());
         signature
     }
 }

@@ -10,12 +10,14 @@
 //! there are recognized by header fields that other clients do not send.
 
 use super::Request;
+use crate::bounded_map::BoundedMap;
 use crate::lock::Mutex;
 use std::fs::File;
 use std::io::{self, Read};
 use std::net::IpAddr;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::sync::LazyLock;
 
 /// File in which an operator may give 127.0.0.1 other names.
 const HOSTS: &str = "/etc/hosts";
@@ -100,17 +102,17 @@ fn without_port(host: &str) -> &str {
 
 /// Whether a file like `/etc/hosts` gives the name loopback addresses only, and at least one.
 fn is_loopback_in(hosts: &Path, name: &str) -> io::Result<bool> {
-    static REMEMBERED: Mutex<HostsCache> =
-        Mutex::new(HostsCache { file: [0; 5], names: Vec::new() });
+    static REMEMBERED: LazyLock<Mutex<HostsCache>> = LazyLock::new(Mutex::default);
     let file = File::open(hosts)?;
     REMEMBERED.lock().is_loopback(&file, name)
 }
 
 /// Results of earlier lookups in one version of the file.
+#[derive(Default)]
 struct HostsCache {
     /// Device, inode, size in bytes, and modification time in seconds and nanoseconds.
     file: [i64; 5],
-    names: Vec<(String, bool)>,
+    names: BoundedMap<String, bool, MAX_NAMES>,
 }
 
 impl HostsCache {
@@ -124,16 +126,13 @@ impl HostsCache {
             meta.mtime_nsec(),
         ];
         if self.file != file {
-            *self = HostsCache { file, names: Vec::new() };
+            *self = HostsCache { file, ..HostsCache::default() };
         }
-        if let Some((_, said)) = self.names.iter().find(|(known, _)| *known == name) {
+        if let Some(said) = self.names.get(&name) {
             return Ok(*said);
         }
         let said = look_up(hosts, &name)?;
-        if self.names.len() >= MAX_NAMES {
-            self.names.remove(0);
-        }
-        self.names.push((name, said));
+        self.names.insert(name, said);
         Ok(said)
     }
 }
@@ -240,7 +239,7 @@ mod tests {
     fn hosts_file_is_read_once_per_name_and_after_replacement() {
         let hosts = std::env::temp_dir().join(format!("peerix-hosts-once-{}", std::process::id()));
         fs::write(&hosts, "127.0.0.1 desk\n").unwrap();
-        let mut remembered = HostsCache { file: [0; 5], names: Vec::new() };
+        let mut remembered = HostsCache::default();
         // The file's position is at its end after the first read, so a second read would find
         // nothing.
         let file = File::open(&hosts).unwrap();
@@ -254,7 +253,6 @@ mod tests {
         fs::write(&new, "10.0.0.1 desk\n").unwrap();
         fs::rename(&new, &hosts).unwrap();
         assert!(!ask(&File::open(&hosts).unwrap(), "desk"));
-        assert!(remembered.names.len() <= MAX_NAMES);
         fs::remove_file(&hosts).unwrap();
     }
 

@@ -26,11 +26,12 @@ use super::budget::WaitBudget;
 use super::environment::Environment;
 use super::lookups::{HolderPlace, LanLookups, LookupId, LookupUpdate};
 use super::peer_table::{Dialect, LanPeer, MetBy, Neighbour, PeerTable, SentBatch};
+use crate::bounded_map::BoundedMap;
 use crate::nix::HashPart;
 use crate::time_scale::Timeout;
 use crate::wire::{AnswerBits, HashParts, Hello, MAX_BATCH, Packet};
 use crossbeam_channel::Sender;
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -58,8 +59,8 @@ const MAX_GREETINGS: usize = 64;
 /// Interval after which known addresses of the neighbour tables are greeted again: a hello may have
 /// been lost, or the host may have started peerix.
 const GREET_AGAIN: Duration = Duration::from_secs(300);
-/// Maximum number of greeted addresses that are remembered. At the bound all are forgotten, and
-/// greeted again.
+/// Maximum number of greeted addresses that are remembered. At the bound the oldest is forgotten,
+/// and greeted again.
 const MAX_GREETED: usize = 4096;
 
 /// After a start, a wake-up or a change of network, no lookup ends as a miss before this time:
@@ -248,8 +249,8 @@ pub struct Discovery<E> {
     median_until: Option<Instant>,
     /// No answer becomes overdue, and no budget is used up, before this lookup time.
     next_overdue_check: Option<Instant>,
-    /// The latest broadcast queries, the oldest first; at most [`MAX_BROADCASTS`].
-    broadcasts: VecDeque<SentBatch>,
+    /// The latest broadcast queries by request ID.
+    broadcasts: BoundedMap<u32, SentBatch, MAX_BROADCASTS>,
     /// End of the window in which lookups are broadcast as single queries. The first lookup after
     /// `next_broadcast` opens the next window.
     broadcast_until: Instant,
@@ -260,7 +261,7 @@ pub struct Discovery<E> {
     hello_replies: BTreeMap<SocketAddr, Instant>,
     /// When the replies of the last [`HELLO_REPLY_WINDOW`] were or will be sent.
     recent_replies: Vec<Instant>,
-    greeted: BTreeSet<SocketAddr>,
+    greeted: BoundedMap<SocketAddr, (), MAX_GREETED>,
     /// When `greeted` is cleared.
     greet_again: Instant,
     next_probe: Instant,
@@ -298,7 +299,7 @@ impl<E: Environment> Discovery<E> {
             median: None,
             median_until: None,
             next_overdue_check: None,
-            broadcasts: VecDeque::new(),
+            broadcasts: BoundedMap::default(),
             broadcast_until: now,
             next_broadcast: now,
             grace_until: now + GRACE.get(),
@@ -306,7 +307,7 @@ impl<E: Environment> Discovery<E> {
             hello_interval: FIRST_HELLO_INTERVAL,
             hello_replies: BTreeMap::new(),
             recent_replies: Vec::new(),
-            greeted: BTreeSet::new(),
+            greeted: BoundedMap::default(),
             greet_again: now,
             next_probe: now,
             earliest_probe: None,
@@ -541,10 +542,7 @@ impl<E: Environment> Discovery<E> {
                 lookup.open_until = lookup.open_until.max(t + wait);
             }
         }
-        if self.broadcasts.len() >= MAX_BROADCASTS {
-            self.broadcasts.pop_front();
-        }
-        self.broadcasts.push_back(SentBatch { id, sent: t, lookups });
+        self.broadcasts.insert(id, SentBatch { id, sent: t, lookups });
     }
 
     /// Sends `batch` to one peer in packets that it understands, and records that it owes answers.
@@ -721,7 +719,7 @@ impl<E: Environment> Discovery<E> {
         let is_answer = |batch: &SentBatch| batch.id == id && answer.fits(batch.lookups.len());
         let asked = self.peers.get_mut(from).and_then(|peer| peer.take_sent(is_answer));
         let is_broadcast = asked.is_none();
-        let broadcast = || self.broadcasts.iter().find(|batch| is_answer(batch)).cloned();
+        let broadcast = || self.broadcasts.get(&id).filter(|batch| is_answer(batch)).cloned();
         let Some(SentBatch { sent, lookups, .. }) = asked.or_else(broadcast) else { return };
         let Some((peer, is_first)) = self.peers.record_heard(from, MetBy::Answer, now) else {
             return;
@@ -887,7 +885,7 @@ impl<E: Environment> Discovery<E> {
             self.environment.heard_digest(&hello.instance, digest, from);
         }
         let met_by =
-            if self.greeted.contains(&from) { MetBy::NeighbourTable } else { MetBy::Hello };
+            if self.greeted.get(&from).is_some() { MetBy::NeighbourTable } else { MetBy::Hello };
         let Some((peer, is_first)) = self.peers.record_heard(from, met_by, now) else { return };
         if !peer.record_hello(hello, now) {
             return self.plan(from);
@@ -965,15 +963,12 @@ impl<E: Environment> Discovery<E> {
     fn greet(&mut self, addresses: &[SocketAddr], out: &mut OutgoingDatagrams) {
         let mut greetings = 0;
         for address in addresses {
-            let is_met = self.peers.get(*address).is_some() || self.greeted.contains(address);
+            let is_met = self.peers.get(*address).is_some() || self.greeted.get(address).is_some();
             let is_wanted = !is_met
                 && self.environment.is_lan(*address)
                 && !self.environment.is_own(address.ip());
             if is_wanted && greetings < MAX_GREETINGS {
-                if self.greeted.len() >= MAX_GREETED {
-                    self.greeted.clear();
-                }
-                self.greeted.insert(*address);
+                self.greeted.insert(*address, ());
                 out.push((DatagramTarget::Peer(*address), Packet::Hello(self.hello())));
                 greetings += 1;
             }
@@ -1223,10 +1218,8 @@ impl<E: Environment> Discovery<E> {
     pub(super) fn assert_bounds(&self) {
         self.peers.assert_bounds();
         self.lookups.assert_bounds();
-        assert!(self.broadcasts.len() <= MAX_BROADCASTS);
         assert!(self.hello_replies.len() <= MAX_HELLO_REPLIES + 1);
         assert!(self.recent_replies.len() <= MAX_HELLO_REPLIES);
-        assert!(self.greeted.len() <= MAX_GREETED);
         let is_known = |at: Option<Instant>, earliest: Option<Instant>| {
             at.is_none_or(|at| earliest.is_some_and(|earliest| earliest <= at))
         };

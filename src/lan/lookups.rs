@@ -2,6 +2,7 @@
 //! answer. No I/O. Time is passed in as lookup time (see [`super::discovery`]).
 
 use super::Holder;
+use crate::bounded_map::BoundedMap;
 use crate::nix::HashPart;
 use crate::time_scale::Timeout;
 use crossbeam_channel::Sender;
@@ -130,10 +131,8 @@ pub struct LanLookups {
     open: BTreeMap<LookupId, LanLookup>,
     /// Lookups not yet sent, the oldest first. Some may have ended meanwhile.
     unsent: VecDeque<LookupId>,
-    /// Lookups that got a good narinfo and still take alternates. `settled_until` has the end of
-    /// that time, the earliest first.
-    settled: BTreeMap<LookupId, LanLookup>,
-    settled_until: VecDeque<(Instant, LookupId)>,
+    /// Lookups that got a good narinfo, and the end of the time in which they take alternates.
+    settled: BoundedMap<LookupId, (Instant, LanLookup), MAX_ALTERNATES>,
     /// No open lookup ends before this lookup time.
     next_end: Option<Instant>,
 }
@@ -246,7 +245,8 @@ impl LanLookups {
 
     /// Hash part of a lookup that is open or takes alternates.
     pub fn hash_part(&self, id: LookupId) -> Option<HashPart> {
-        self.open.get(&id).or_else(|| self.settled.get(&id)).map(|lookup| lookup.hash_part)
+        let settled = || self.settled.get(&id).map(|(_, lookup)| lookup);
+        self.open.get(&id).or_else(settled).map(|lookup| lookup.hash_part)
     }
 
     /// Adds a holder of the path, and passes it on if fewer than [`MAX_HOLDERS`] are.
@@ -254,7 +254,7 @@ impl LanLookups {
         if let Some(lookup) = self.open.get_mut(&id) {
             return lookup.add_holder(peer, holder);
         }
-        if let Some(lookup) = self.settled.get_mut(&id) {
+        if let Some((_, lookup)) = self.settled.get_mut(&id) {
             lookup.add_holder(peer, holder);
         }
         HolderPlace::Never
@@ -274,22 +274,14 @@ impl LanLookups {
     /// [`ALTERNATES_TIMEOUT`].
     pub fn settle(&mut self, id: LookupId, t: Instant) {
         let Some(lookup) = self.open.remove(&id) else { return };
-        if self.settled_until.len() >= MAX_ALTERNATES
-            && let Some((_, oldest)) = self.settled_until.pop_front()
-        {
-            self.settled.remove(&oldest);
-        }
-        self.settled.insert(id, lookup);
-        self.settled_until.push_back((t + ALTERNATES_TIMEOUT, id));
+        self.settled.insert(id, (t + ALTERNATES_TIMEOUT, lookup));
     }
 
     /// Ends the lookups whose time is over at `t`, and sends each [`LookupUpdate::Ended`]. Returns
     /// them: peers may still owe them answers.
     pub fn end_due(&mut self, t: Instant) -> Vec<LookupId> {
-        while self.settled_until.front().is_some_and(|(until, _)| *until <= t) {
-            if let Some((_, id)) = self.settled_until.pop_front() {
-                self.settled.remove(&id);
-            }
+        while self.settled.oldest().is_some_and(|(until, _)| *until <= t) {
+            self.settled.pop_oldest();
         }
         if self.next_end.is_none_or(|next| next > t) {
             return Vec::new();
@@ -312,7 +304,7 @@ impl LanLookups {
 
     /// Lookup time at which [`LanLookups::end_due`] has to be called next.
     pub fn next_end(&self) -> Option<Instant> {
-        let settled = self.settled_until.front().map(|(until, _)| *until);
+        let settled = self.settled.oldest().map(|(until, _)| *until);
         self.next_end.into_iter().chain(settled).min()
     }
 }
@@ -323,7 +315,6 @@ impl LanLookups {
     pub fn assert_bounds(&self) {
         assert!(self.open.len() <= MAX_LOOKUPS && self.unsent.len() <= MAX_LOOKUPS);
         assert!(self.open.values().all(|lookup| lookup.surplus.len() <= MAX_SURPLUS));
-        assert!(self.settled.len() <= MAX_ALTERNATES && self.settled_until.len() <= MAX_ALTERNATES);
     }
 }
 

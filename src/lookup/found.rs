@@ -4,9 +4,9 @@
 //! So the memory is bounded in bytes, and the oldest entries are dropped first.
 
 use super::{FoundNar, NarSource};
+use crate::bounded_map::BoundedMap;
 use crate::lock::Mutex;
 use crate::nix::HashPart;
-use std::collections::{HashMap, VecDeque};
 use std::mem::size_of;
 use std::time::{Duration, Instant};
 
@@ -17,74 +17,32 @@ const MAX_BYTES: usize = 3 << 20;
 pub(super) const MAX_SOURCES: usize = 16;
 /// Lifetime of an entry. Stores collect garbage, and peers leave.
 const KEPT: Duration = Duration::from_secs(600);
-/// Assumed bytes of an entry beyond its own size, name and holders: its places in the two tables,
-/// and allocator overhead.
+/// Assumed bytes of an entry beyond its own size, name and holders: its place in the map, and
+/// allocator overhead.
 const OVERHEAD: usize = 160;
 
 /// The found paths; shared by all threads.
 #[derive(Default)]
-pub(super) struct FoundPaths(Mutex<FoundEntries>);
-
-#[derive(Default)]
-struct FoundEntries {
-    by_path: HashMap<HashPart, FoundEntry>,
-    /// Insertion number and path of each entry, oldest first.
-    order: VecDeque<(u64, HashPart)>,
-    next: u64,
-    bytes: usize,
-}
-
-struct FoundEntry {
-    number: u64,
-    found: FoundNar,
-    at: Instant,
-}
+pub(super) struct FoundPaths(Mutex<BoundedMap<HashPart, (FoundNar, Instant), MAX_BYTES>>);
 
 impl FoundPaths {
     /// Adds an entry found at `now`. Replaces an earlier entry of the same path.
     pub(super) fn put(&self, mut found: FoundNar, now: Instant) {
         found.sources.truncate(MAX_SOURCES);
         found.sources.shrink_to_fit();
-        let mut entries = self.0.lock();
-        let hash_part = found.path.hash_part();
-        entries.remove(&hash_part);
-        entries.bytes += cost(&found);
-        let number = entries.next;
-        entries.next += 1;
-        entries.order.push_back((number, hash_part));
-        entries.by_path.insert(hash_part, FoundEntry { number, found, at: now });
-        entries.drop_oldest();
+        let (hash_part, cost) = (found.path.hash_part(), cost(&found));
+        self.0.lock().insert_with_cost(hash_part, (found, now), cost);
     }
 
     /// Removes and returns the entry of a path, if it is younger than [`KEPT`].
     pub(super) fn take(&self, hash_part: &HashPart, now: Instant) -> Option<FoundNar> {
-        let entry = self.0.lock().remove(hash_part)?;
-        (now.saturating_duration_since(entry.at) < KEPT).then_some(entry.found)
+        let (found, at) = self.0.lock().remove(hash_part)?;
+        (now.saturating_duration_since(at) < KEPT).then_some(found)
     }
 
     /// Drops all entries and frees their memory.
     pub(super) fn clear(&self) {
-        *self.0.lock() = FoundEntries::default();
-    }
-}
-
-impl FoundEntries {
-    fn remove(&mut self, hash_part: &HashPart) -> Option<FoundEntry> {
-        let entry = self.by_path.remove(hash_part)?;
-        self.bytes -= cost(&entry.found);
-        // Numbers ascend, so binary search finds the place.
-        if let Ok(place) = self.order.binary_search_by_key(&entry.number, |(number, _)| *number) {
-            self.order.remove(place);
-        }
-        Some(entry)
-    }
-
-    fn drop_oldest(&mut self) {
-        while self.bytes > MAX_BYTES
-            && let Some((_, oldest)) = self.order.front().copied()
-        {
-            self.remove(&oldest);
-        }
+        self.0.lock().clear();
     }
 }
 
@@ -92,7 +50,7 @@ fn cost(found: &FoundNar) -> usize {
     let urls: usize =
         found.sources.iter().filter_map(|source| source.url_path.as_deref()).map(str::len).sum();
     OVERHEAD
-        + size_of::<FoundEntry>()
+        + size_of::<FoundNar>()
         + found.path.base_name().len()
         + found.sources.len() * size_of::<NarSource>()
         + urls
@@ -125,8 +83,7 @@ mod tests {
         assert_eq!((first.nar_size, first.sources.len()), (7, 3));
         assert!(memory.take(&hash_part(1), now).is_none());
         assert!(memory.take(&hash_part(2), now + KEPT).is_none());
-        let entries = memory.0.lock();
-        assert_eq!((entries.bytes, entries.order.len()), (0, 0));
+        assert_eq!(memory.0.lock().used(), 0);
     }
 
     #[test]
@@ -136,15 +93,8 @@ mod tests {
             memory.put(found(number, 1 + number as usize % 40), now);
         }
         let entries = memory.0.lock();
-        assert!(entries.bytes <= MAX_BYTES && entries.order.len() == entries.by_path.len());
-        let kept = entries.by_path.len() as u32;
-        assert!(kept > 2000, "{kept}");
-        assert!(
-            (20_000 - kept..20_000).all(|number| entries.by_path.contains_key(&hash_part(number)))
-        );
-        drop(entries);
-        memory.clear();
-        assert_eq!(memory.0.lock().by_path.capacity(), 0);
+        let is_kept = |number: &u32| entries.get(&hash_part(*number)).is_some();
+        assert!((18_000..20_000).all(|number| is_kept(&number)) && !is_kept(&0));
     }
 
     #[test]

@@ -5,6 +5,7 @@ use super::friend_transport::FriendConnector;
 use super::health::{Fault, PeerHealth, PeerKey};
 use super::read_timeout::{self, ReadTimeoutConnector};
 use super::zstd_reader::ZstdReader;
+use crate::bounded_map::BoundedMap;
 use crate::deferred::Deferred;
 use crate::http_client;
 use crate::lan::Holder;
@@ -15,7 +16,6 @@ use crate::wire::relay::{DIGEST_LEN, MAX_NAMED, PACE_HEADER, RELAY_HEADER};
 use crate::wire::tracker::{TRANSFER_HEADER, TransferName};
 use crossbeam_channel::{Receiver, Sender, bounded};
 use rustls::ClientConfig;
-use std::collections::HashSet;
 use std::fmt;
 use std::io::{self, Read};
 use std::net::{IpAddr, Ipv6Addr, SocketAddr, SocketAddrV6};
@@ -165,8 +165,8 @@ const LARGE_STACK: usize = 256 << 10;
 /// Largest build log, in bytes. It equals the limit that peerix serves.
 const MAX_LOG: u64 = 64 << 20;
 
-/// Number of odd paths remembered so that each is logged once. When it is reached, all are
-/// forgotten and may be logged again.
+/// Number of odd paths remembered so that each is logged once. When it is reached, the one met
+/// longest ago is forgotten and may be logged again.
 const MAX_LOGGED: usize = 1024;
 
 /// HTTP client for peers; shared by all threads.
@@ -175,7 +175,7 @@ pub struct PeerClient {
     /// TLS configuration; set for a friend only.
     tls: Option<Arc<ClientConfig>>,
     store_dir: StoreDir,
-    logged: Mutex<HashSet<HashPart>>,
+    logged: Mutex<BoundedMap<HashPart, (), MAX_LOGGED>>,
     /// Queue of the threads that read large narinfos.
     large: Sender<LargeNarinfoBody>,
 }
@@ -485,13 +485,7 @@ impl PeerClient {
         peer: SocketAddr,
         why: &dyn fmt::Display,
     ) {
-        let is_new = {
-            let mut logged = self.logged.lock();
-            if logged.len() >= MAX_LOGGED {
-                logged.clear();
-            }
-            logged.insert(*hash_part)
-        };
+        let is_new = self.logged.lock().insert(*hash_part, ()).is_none();
         if is_new {
             log::warn!("{hash_part}: cannot be had from peer {peer}: {why}");
         }

@@ -6,11 +6,12 @@
 //! connection that notices a commit invalidates the whole cache, for all connections.
 
 use super::database::{Database, DatabaseError, FileId};
+use crate::bounded_map::BoundedMap;
 use crate::lock::Mutex;
 use crate::nix::{HashPart, PathInfo};
-use std::{collections::HashMap, mem, sync::Arc};
+use std::{mem, sync::Arc};
 
-/// Most memory of the cache, in bytes; an answer beyond it first empties the cache. It holds 25,000
+/// Most memory of the cache, in bytes; beyond it, the oldest answers are dropped. It holds 25,000
 /// paths with five references each, more than the update of one machine looks up.
 const MAX_BYTES: usize = 24 << 20;
 /// Largest answer that is cached, in bytes. Few paths have so many references, and each of them
@@ -45,8 +46,7 @@ struct CacheGeneration {
 #[derive(Debug, Default)]
 struct CachedInfos {
     generation: u64,
-    bytes: usize,
-    map: HashMap<HashPart, CachedInfo>,
+    infos: BoundedMap<HashPart, CachedInfo, MAX_BYTES>,
 }
 
 impl PathInfoCache {
@@ -68,40 +68,31 @@ impl PathInfoCache {
     /// Returns the cached answer, if the cache is of that generation.
     pub(super) fn get(&self, part: &HashPart, generation: u64) -> Option<CachedInfo> {
         let answers = self.answers.lock();
-        if answers.generation == generation { answers.map.get(part).cloned() } else { None }
+        if answers.generation == generation { answers.infos.get(part).cloned() } else { None }
     }
 
     /// Caches an answer that was read after [`PathInfoCache::generation`] returned `generation`. An
     /// answer of an older generation than the cache's, or a too large one, is not cached.
     pub(super) fn put(&self, part: HashPart, generation: u64, answer: &CachedInfo) {
         let bytes = cost(answer);
-        let mut outdated = CachedInfos::default();
+        let mut outdated = BoundedMap::default();
         let mut answers = self.answers.lock();
         if generation < answers.generation || bytes > MAX_ANSWER {
             return;
         }
-        if generation > answers.generation || answers.bytes + bytes > MAX_BYTES {
-            // Everything is dropped: tracking which answers are in use would cost every request
-            // more than it saves.
-            outdated =
-                mem::replace(&mut *answers, CachedInfos { generation, ..CachedInfos::default() });
+        if generation > answers.generation {
+            answers.generation = generation;
+            outdated = mem::take(&mut answers.infos);
         }
-        answers.bytes += bytes;
-        if let Some(replaced) = answers.map.insert(part, answer.clone()) {
-            answers.bytes -= cost(&replaced);
-        }
+        answers.infos.insert_with_cost(part, answer.clone(), bytes);
         drop(answers);
         drop(outdated); // after unlocking: it may have thousands of entries
     }
 
     /// Drops all answers and frees their memory.
     pub(super) fn clear(&self) {
-        let mut answers = self.answers.lock();
-        let generation = answers.generation;
-        let outdated =
-            mem::replace(&mut *answers, CachedInfos { generation, ..CachedInfos::default() });
-        drop(answers);
-        drop(outdated);
+        let outdated = mem::take(&mut self.answers.lock().infos);
+        drop(outdated); // after unlocking
     }
 }
 
@@ -235,20 +226,15 @@ mod tests {
         assert!(large > OVERHEAD);
         for (answer, bytes) in [(&None, OVERHEAD), (&info, large), (&None, OVERHEAD)] {
             kept.put(part(1), 1, answer);
-            assert_eq!(kept.answers.lock().bytes, bytes);
+            assert_eq!(kept.answers.lock().infos.used(), bytes);
         }
     }
 
     #[test]
     fn cache_size_is_bounded() {
-        let (kept, mut most) = (PathInfoCache::default(), 0);
-        for n in 0..2 * MAX_BYTES / OVERHEAD {
-            kept.put(part(n), 1, &None);
-            kept.put(part(n), 1, &None);
-            let answers = kept.answers.lock();
-            assert_eq!(answers.map.len() * OVERHEAD, answers.bytes);
-            most = most.max(answers.bytes);
-        }
-        assert!((MAX_BYTES - 1000..=MAX_BYTES).contains(&most), "{most}");
+        let (kept, last) = (PathInfoCache::default(), MAX_BYTES / OVERHEAD);
+        (0..=last).for_each(|n| kept.put(part(n), 1, &None));
+        assert_eq!(kept.answers.lock().infos.used(), MAX_BYTES / OVERHEAD * OVERHEAD);
+        assert_eq!((kept.get(&part(0), 1), kept.get(&part(last), 1)), (None, Some(None)));
     }
 }
