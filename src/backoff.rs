@@ -13,6 +13,11 @@ const MAX_DOUBLINGS: u32 = 20;
 /// hostile, and adding it to an `Instant` could overflow.
 const MAX_RETRY_AFTER: Duration = Duration::from_secs(24 * 3600);
 
+/// Pause after `failures` earlier failures: `first`, doubled with each, up to `longest`.
+pub fn pause(first: Duration, failures: u32, longest: Duration) -> Duration {
+    first.saturating_mul(1 << failures.min(MAX_DOUBLINGS)).min(longest)
+}
+
 /// Retry schedule of one operation. The pause doubles with each failure, from `first` up to
 /// `longest`.
 #[derive(Debug, Clone)]
@@ -59,7 +64,7 @@ impl Backoff {
     /// clock wrong.
     pub fn record_failure(&mut self, retry_after: Option<Duration>, now: Instant) {
         let longest = self.longest.get();
-        let pause = self.first.get().saturating_mul(1 << self.failures.min(MAX_DOUBLINGS));
+        let pause = pause(self.first.get(), self.failures, longest);
         self.failures = self.failures.saturating_add(1);
         self.due = Some(now + pause.max(retry_after.unwrap_or_default()).min(longest));
     }

@@ -47,6 +47,7 @@ pub mod peers;
 pub mod port_mapper;
 pub mod publish;
 pub mod resolver;
+pub mod round_trip;
 pub mod service;
 pub mod sockets;
 pub mod stats;

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 
 /// Modules that every other module may use.
-const HELPERS: &str = "backoff bounded_map deferred lock log_throttle time_scale";
+const HELPERS: &str = "backoff bounded_map deferred lock log_throttle round_trip time_scale";
 
 /// Each module with all further modules that it may use, from the highest layer to the lowest. A
 /// module may use only modules that stand below it.
@@ -61,6 +61,7 @@ const MAY_USE: &[(&str, &str)] = &[
     ("nix", ""),
     ("lock", ""),
     ("bounded_map", ""),
+    ("round_trip", ""),
 ];
 
 /// Modules of the library that the tracker may use.

@@ -8,7 +8,6 @@ pub mod discovery;
 mod environment;
 mod lookups;
 mod peer_table;
-mod round_trip;
 #[cfg(test)]
 mod simulation;
 mod sockets;

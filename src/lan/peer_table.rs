@@ -7,8 +7,9 @@
 
 use super::budget::WaitBudget;
 use super::lookups::LookupId;
-use super::round_trip::RoundTrip;
+use crate::backoff;
 use crate::nix::HashPart;
+use crate::round_trip::RoundTrip;
 use crate::time_scale::Timeout;
 use crate::wire::Hello;
 use std::collections::{BTreeMap, VecDeque};
@@ -196,7 +197,7 @@ pub struct LanPeer {
     heard: Option<Instant>,
     /// Content of its last accepted *hello*.
     pub hello: Option<Hello>,
-    round_trip: Option<RoundTrip>,
+    round_trip: RoundTrip,
     silence: Option<Silence>,
     last_probe: Option<Instant>,
     /// When it last answered a query, in lookup time.
@@ -236,7 +237,7 @@ impl LanPeer {
             met,
             heard: met,
             hello: None,
-            round_trip: None,
+            round_trip: RoundTrip::default(),
             silence: None,
             last_probe: None,
             last_answer: None,
@@ -311,7 +312,7 @@ impl LanPeer {
 
     /// Usual answer time. `None` before the first answer.
     pub fn usual(&self) -> Option<Duration> {
-        self.round_trip.map(|round_trip| round_trip.usual())
+        self.round_trip.usual()
     }
 
     /// Due time of an answer, from the query on. `median` is the usual answer time of the median
@@ -405,10 +406,7 @@ impl LanPeer {
     /// Records an answer to a query sent at `sent`. Returns whether that made a silent peer live.
     pub fn record_answer(&mut self, sent: Instant, t: Instant) -> bool {
         let sample = t.saturating_duration_since(sent);
-        match &mut self.round_trip {
-            Some(round_trip) => round_trip.add(sample),
-            None => self.round_trip = Some(RoundTrip::new(sample)),
-        }
+        self.round_trip.add(sample);
         self.last_answer = Some(t);
         self.verified_at = None;
         // `min`, because this answer may be a late one to an older query.
@@ -465,7 +463,7 @@ impl LanPeer {
         let is_waited_for = self.said_bye.is_some() || self.budget.is_some();
         let is_quick = is_waited_for && self.dialect() != Dialect::HaveOnly;
         let most = if is_quick { first.clamp(MAX_OWN_REPEAT, MAX_REPEAT) } else { MAX_REPEAT };
-        most.min(first * (1 << self.repeats.min(8)))
+        backoff::pause(first, self.repeats, most)
     }
 
     /// When the next repeat is due, in lookup time. `None` for a silent peer.
@@ -492,9 +490,7 @@ impl LanPeer {
     /// Returns up to `most` lookups to ask again at once, because the peer answered a query sent at
     /// `answered`, later than theirs. Returns some at most once in a round trip, and once in 1 ms.
     pub fn overtaken(&mut self, answered: Instant, t: Instant, most: usize) -> Vec<LookupId> {
-        let pause = self
-            .round_trip
-            .map_or(MIN_REPEAT, |round_trip| round_trip.smoothed().max(2 * REORDERING));
+        let pause = self.round_trip.smoothed().map_or(MIN_REPEAT, |mean| mean.max(2 * REORDERING));
         if self.last_early_repeat.is_some_and(|at| at + pause > t) {
             return Vec::new();
         }
@@ -732,7 +728,7 @@ impl PeerTable {
             met_by: if peer.is_named { MetBy::Named } else { peer.met_by },
             heard: peer.heard,
             silent_since: peer.silence.as_ref().map(|silence| silence.since),
-            round_trip: peer.round_trip.map(|round_trip| round_trip.smoothed()),
+            round_trip: peer.round_trip.smoothed(),
         };
         self.peers.iter().map(neighbour).collect()
     }

@@ -7,7 +7,9 @@
 //! is not tried at all. One failure does not exclude a peer, because it may be the only holder of a
 //! path, and Nix remembers a wrong *not found* for an hour.
 
+use crate::backoff;
 use crate::lock::Mutex;
+use crate::round_trip::RoundTrip;
 use crate::stats::Network;
 use crate::time_scale::Interval;
 use std::collections::HashMap;
@@ -139,7 +141,7 @@ struct HealthRecord {
     /// Start of the current window, and the number of odd paths in it.
     odd: Option<(Instant, u32)>,
     /// Smoothed time from a narinfo request to its answer.
-    latency: Option<Duration>,
+    latency: RoundTrip,
     /// Time of the last answer of any kind.
     answered: Option<Instant>,
     /// Total of failed requests. Requests that ran at the same time count as one failure.
@@ -187,7 +189,7 @@ impl HealthRecord {
 
     fn see(&mut self, latency: Duration, now: Instant) {
         self.answered = Some(now);
-        self.latency = Some(self.latency.map_or(latency, |old| (old * 7 + latency) / 8));
+        self.latency.add(latency);
     }
 }
 
@@ -226,7 +228,7 @@ impl PeerHealth {
 
     /// Smoothed time from a narinfo request to the peer's answer; zero if unknown.
     pub fn latency(&self, peer: impl Into<PeerKey>) -> Duration {
-        self.peers.lock().get(&peer.into()).and_then(|p| p.latency).unwrap_or_default()
+        self.peers.lock().get(&peer.into()).and_then(|p| p.latency.smoothed()).unwrap_or_default()
     }
 
     /// Health of all known peers at `now`.
@@ -234,7 +236,7 @@ impl PeerHealth {
         let seen = |(who, peer): (&PeerKey, &HealthRecord)| HealthSnapshot {
             address: who.address,
             is_far: who.is_far,
-            latency: peer.latency,
+            latency: peer.latency.smoothed(),
             answered: peer.answered,
             faults: peer.faults,
             avoided: peer
@@ -258,7 +260,7 @@ impl PeerHealth {
                     p.has_many_odd_paths(now),
                     p.failures(),
                     p.was_slow,
-                    p.latency.unwrap_or(Duration::MAX),
+                    p.latency.smoothed().unwrap_or(Duration::MAX),
                 )
             })
         });
@@ -303,7 +305,7 @@ impl PeerHealth {
         let twice = {
             let mut standing = self.peers.lock();
             let peer = entry(&mut standing, who, now);
-            peer.latency = Some(peer.latency.map_or(patience, |old| old.max(patience)));
+            peer.latency.raise_to(patience);
             std::mem::replace(&mut peer.was_slow, true)
         };
         if twice {
@@ -358,8 +360,7 @@ impl PeerHealth {
             return;
         }
         peer.last_fault = Some(now);
-        let pause =
-            FIRST_PAUSE.get().saturating_mul(1 << (failures - 1).min(20)).min(LONGEST_PAUSE.get());
+        let pause = backoff::pause(FIRST_PAUSE.get(), failures - 1, LONGEST_PAUSE.get());
         peer.avoided_until = Some(now + pause);
         if failures == MAX_FAILURES || fault == Fault::BadData && failures < MAX_FAILURES {
             log::warn!("peer {who}: {reason}; avoided for {} s", pause.as_secs());

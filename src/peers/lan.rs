@@ -8,6 +8,7 @@
 use super::client::{PeerClient, PeerError, PeerNarinfo};
 use super::health::{Eligibility, PeerHealth};
 use super::request_pool::RequestPool;
+use crate::backoff;
 use crate::lan::{
     DiscoveryClient, Holder, LOOKUP_TIMEOUT, LookupId, LookupUpdate, MAX_HOLDERS, Neighbour,
 };
@@ -435,7 +436,7 @@ impl LanSearch {
                 log::debug!("{}: peer {}: {e}", self.hash_part, candidate.holder.http);
                 self.failure = Some(MissReason::failed(candidate.holder.http, &e));
                 if e.is_temporary() && self.is_open {
-                    let delay = MAX_RETRY_DELAY.min(RETRY_DELAY * (1 << candidate.failures.min(8)));
+                    let delay = backoff::pause(RETRY_DELAY, candidate.failures, MAX_RETRY_DELAY);
                     candidate.failures += 1;
                     candidate.is_blamed |= e.fault().is_some();
                     self.retries.push(NarinfoRetry { candidate, at: Instant::now() + delay });

@@ -10,6 +10,7 @@ use crate::backoff::{Backoff, retry_after};
 use crate::http_client;
 use crate::lock::{Condvar, Mutex, RwLock};
 use crate::nix::HashPart;
+use crate::round_trip::RoundTrip;
 use crate::time_scale::{Interval, Timeout};
 use crate::wire::filter::{BloomFilter, LEAST_BITS_PER_PATH, MOST_BITS_PER_PATH};
 use crate::wire::tracker::{
@@ -184,7 +185,7 @@ struct TrackerConnection {
     /// Reason why the last announce was refused.
     refused: Option<String>,
     /// Smoothed duration of a lookup.
-    latency: Option<Duration>,
+    latency: RoundTrip,
     /// Time of the last answer of one of its candidates.
     useful: Option<Instant>,
     /// Number of lookups in a row with many silent candidates.
@@ -209,7 +210,7 @@ impl TrackerConnection {
             is_original: false,
             announced: None,
             refused: None,
-            latency: None,
+            latency: RoundTrip::default(),
             useful: None,
             silent_lookups: 0,
             counted: None,
@@ -334,7 +335,7 @@ impl Tracker {
     /// Longest wait for candidates that have never answered; `None` if there is no such limit.
     pub fn unproven_timeout(&self) -> Option<Duration> {
         let state = self.state.lock();
-        let usual = state.latency.unwrap_or_default() * USUAL_ANSWERS;
+        let usual = state.latency.smoothed().unwrap_or_default() * USUAL_ANSWERS;
         (state.silent_lookups > 0).then(|| usual.clamp(LEAST_WAIT, LONGEST_WAIT))
     }
 
@@ -717,7 +718,7 @@ impl Tracker {
         if state.silent_lookups == 0 {
             state.pause.reset();
         }
-        state.latency = Some(state.latency.map_or(took, |old| (old * 7 + took) / 8));
+        state.latency.add(took);
     }
 
     /// Records a failed lookup that began at `began`. Lookups that ran at the same time count once.
@@ -1093,7 +1094,9 @@ mod tests {
         let tracker = tracker(now);
         tracker.record_candidates(0, MANY_DEAD, now, now);
         for (millis, wait) in [(1, 40), (30, 120), (500, 400)] {
-            tracker.state.lock().latency = Some(Duration::from_millis(millis));
+            let mut latency = RoundTrip::default();
+            latency.add(Duration::from_millis(millis));
+            tracker.state.lock().latency = latency;
             assert_eq!(tracker.unproven_timeout(), Some(Duration::from_millis(wait)));
         }
     }

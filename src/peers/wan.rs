@@ -10,6 +10,7 @@ use super::client::{PeerClient, PeerError, PeerNarinfo};
 use super::health::{Eligibility, PeerHealth, PeerKey};
 use super::request_pool::{RequestPool, RequestTarget};
 use super::tracker::{self, Tracker};
+use crate::backoff;
 use crate::connect_rate::{ConnectDecision, ConnectRate};
 use crate::lan::{Holder, LOOKUP_TIMEOUT};
 use crate::lock::Mutex;
@@ -43,10 +44,10 @@ const NAMES_WAIT: Duration = Duration::from_millis(500);
 /// Delay before the next attempt of a request that other requests block.
 const BLOCKED: Duration = Duration::from_millis(10);
 /// First delay before a proven candidate that is busy or restarts is asked again. The delay
-/// doubles.
+/// doubles up to [`MAX_RETRY_DELAY`].
 const RETRY_DELAY: Duration = Duration::from_millis(50);
-/// Largest number of doublings of [`RETRY_DELAY`], which makes the longest delay 800 ms.
-const MAX_DOUBLINGS: u32 = 4;
+/// Longest delay before such a candidate is asked again.
+const MAX_RETRY_DELAY: Duration = Duration::from_millis(800);
 /// Delay before the next attempt at an address whose connection rate is used up: the interval at
 /// which that rate admits connections. Also the longest wait for such an address if none of its
 /// candidates has ever answered, as many ports of one victim do not.
@@ -699,7 +700,7 @@ impl WanSearch {
                 if e.is_temporary()
                     && !self.wan.standing.latency(PeerKey::far(entry.address)).is_zero() =>
             {
-                let pause = RETRY_DELAY * (1 << entry.failures.min(MAX_DOUBLINGS));
+                let pause = backoff::pause(RETRY_DELAY, entry.failures, MAX_RETRY_DELAY);
                 entry.failures += 1;
                 entry.state = CandidatePhase::Untried(Instant::now() + pause);
                 log::debug!("{}: candidate {}: {e}; asked again", self.hash_part, entry.address);
