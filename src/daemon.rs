@@ -587,15 +587,18 @@ impl MetricsServer {
 
     /// Starts the server if it does not run yet. Records a failure in `degraded`.
     fn start(&self, degraded: &Degraded) {
-        let mut server = self.server.lock();
-        let Some(address) = self.address.filter(|_| server.is_none()) else { return };
-        let started = TcpListener::bind(address).and_then(|listener| {
-            let handler = Arc::new(MetricsHandler(self.cache.clone()));
-            // The daemon works without this server, so its end is ignored.
-            Server::start(vec![listener], handler, || {})
-        });
-        *server =
-            degraded.note("metrics", started.map_err(|e| format!("--metrics {address}: {e}")));
+        let outcome = {
+            let mut server = self.server.lock();
+            let Some(address) = self.address.filter(|_| server.is_none()) else { return };
+            let started = TcpListener::bind(address).and_then(|listener| {
+                let handler = Arc::new(MetricsHandler(self.cache.clone()));
+                // The daemon works without this server, so its end is ignored.
+                Server::start(vec![listener], handler, || {})
+            });
+            let started = started.map_err(|e| format!("--metrics {address}: {e}"));
+            started.map(|started| *server = Some(started))
+        };
+        degraded.note("metrics", outcome);
     }
 
     /// Stops the server, so that the next run can bind the address.

@@ -18,7 +18,8 @@ impl Degraded {
 
     /// Removes a fault. Logs that if there was one.
     pub fn clear(&self, code: &'static str) {
-        if let Some(text) = self.0.lock().remove(code) {
+        let removed = self.0.lock().remove(code);
+        if let Some(text) = removed {
             log::info!("no longer so: {text}");
         }
     }

@@ -199,8 +199,8 @@ impl MappingThread {
     }
 
     fn tell(&mut self, mapping: Mapping) {
-        let mut current = self.current.lock();
-        if current.outside != mapping.outside || current.pinhole != mapping.pinhole {
+        let before = std::mem::replace(&mut *self.current.lock(), mapping.clone());
+        if before.outside != mapping.outside || before.pinhole != mapping.pinhole {
             mapping
                 .outside
                 .iter()
@@ -210,8 +210,6 @@ impl MappingThread {
                 .iter()
                 .for_each(|at| log::info!("port mapping: reached by IPv6 at {at}"));
         }
-        *current = mapping.clone();
-        drop(current);
         // Each problem is logged once, and none while the router admits IPv6 connections.
         let problem = mapping.problem.filter(|_| mapping.pinhole.is_none());
         if problem != self.was_said {

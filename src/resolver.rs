@@ -139,7 +139,7 @@ impl NameResolver {
             let address = (names.look_up)(&name).into_iter().find(|ip| can_be_peer(*ip));
             names.learn(&name, address.map(|ip| ip.to_canonical()));
         });
-        spawned.inspect_err(|e| log::debug!("resolving a name: {e}")).is_ok()
+        spawned.is_ok()
     }
 
     fn learn(&self, name: &str, address: Option<IpAddr>) {

@@ -126,7 +126,6 @@ impl Upstream {
         let keys = NixConf::read(&self.nix_conf_dir).keys_for_substituter(&self.url);
         let has = keys.map(|keys| self.request(hash_part, found, &keys));
         let now = Instant::now();
-        let mut state = self.state.lock();
         let has = match has {
             None => false,
             Some(Ok(has)) => has,
@@ -135,11 +134,11 @@ impl Upstream {
                     "{hash_part}: upstream cache {}: {e}; slow peers are not left for it",
                     self.url
                 );
-                state.paused_until = Some(now + KEPT);
+                self.state.lock().paused_until = Some(now + KEPT);
                 return None;
             }
         };
-        state.answers.insert(*hash_part, (now, has));
+        self.state.lock().answers.insert(*hash_part, (now, has));
         Some(has)
     }
 

@@ -244,7 +244,6 @@ impl Verifier {
         });
         let answer = self.request(info);
         let now = Instant::now();
-        let mut state = self.state.lock();
         match answer {
             Ok(answer) => {
                 log::debug!(
@@ -252,6 +251,7 @@ impl Verifier {
                     info.path,
                     if answer { "the same" } else { "not, or not the same," }
                 );
+                let mut state = self.state.lock();
                 state.backoff.reset();
                 let times = state.answers.times(key);
                 let lasts = if answer {
@@ -265,6 +265,7 @@ impl Verifier {
             Err(e) => {
                 let retry_after =
                     if let UpstreamError::Status(_, retry_after) = e { retry_after } else { None };
+                let mut state = self.state.lock();
                 if let UpstreamError::Malformed(_) = e {
                     state.answers.put_unreadable(*key, now + MALFORMED_ANSWER_PAUSE.get());
                 } else {

@@ -21,7 +21,7 @@ pub struct FriendList {
     current: RwLock<CurrentFriends>,
 }
 
-#[derive(Default)]
+#[derive(Clone, Default)]
 struct CurrentFriends {
     friends: Vec<Arc<FriendConfig>>,
     /// Error of the last reload, for the status output. `None` if every line was valid.
@@ -81,13 +81,12 @@ impl FriendList {
         let problem = problem.map(|why| {
             format!("{}: {why}", self.file.as_deref().unwrap_or(Path::new("--friend")).display())
         });
-        let mut current = self.current.write();
-        if problem != current.problem {
-            problem.iter().for_each(|problem| log::error!("friends {problem}"));
+        let current = CurrentFriends { friends: known, problem, problem_line };
+        let before = std::mem::replace(&mut *self.current.write(), current.clone());
+        if current.problem != before.problem {
+            current.problem.iter().for_each(|problem| log::error!("friends {problem}"));
         }
-        let is_other = known != current.friends;
-        *current = CurrentFriends { friends: known, problem, problem_line };
-        is_other
+        current.friends != before.friends
     }
 
     /// All current friends.

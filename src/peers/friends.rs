@@ -19,7 +19,7 @@ use crate::nix::{HashPart, StoreDir};
 use crate::time_scale::{Interval, Timeout};
 use crate::wire::tracker::{Identity, can_be_peer};
 use crate::wire::{HelloDigest, NodeKey};
-use crossbeam_channel::{Receiver, Sender, TrySendError, at, bounded, select};
+use crossbeam_channel::{Receiver, Sender, at, bounded, select};
 use std::collections::VecDeque;
 use std::fmt;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr, ToSocketAddrs};
@@ -214,14 +214,10 @@ impl Friends {
     /// Adds and removes links so that they match the list.
     fn follow_list(&self) {
         let friends = self.list.all();
-        let mut links = self.links.lock();
-        links.retain(|link| {
-            let is_friend = friends.contains(&link.friend);
-            if !is_friend {
-                link.remove();
-            }
-            is_friend
-        });
+        let is_friend = |link: &Arc<FriendLink>| friends.contains(&link.friend);
+        let (mut links, removed): (Vec<_>, Vec<_>) =
+            self.links.lock().iter().cloned().partition(is_friend);
+        removed.iter().for_each(|link| link.remove());
         for friend in friends {
             if links.iter().any(|link| link.friend == friend) {
                 continue;
@@ -231,6 +227,7 @@ impl Friends {
                 Err(e) => log::error!("friend {}: {e}", friend.name),
             }
         }
+        *self.links.lock() = links;
     }
 
     fn connect(&self, friend: Arc<FriendConfig>) -> Result<Arc<FriendLink>, String> {
@@ -377,9 +374,8 @@ impl FriendLink {
     }
 
     fn wake(&self) {
-        if let Err(TrySendError::Disconnected(())) = self.wake.try_send(()) {
-            log::debug!("friend {}: its thread has ended", self.friend.name);
-        }
+        // One message in the channel is enough. Without a receiver, the friend was removed.
+        let _ = self.wake.try_send(());
     }
 
     fn remove(&self) {
@@ -482,14 +478,17 @@ impl FriendLink {
         if state.is_removed {
             return;
         }
-        if !state.is_up || state.proven != Some(place) {
-            log::info!("friend {}: reached at {}", self.friend.name, place.0);
+        let is_news = !state.is_up || state.proven != Some(place);
+        if is_news {
             state.since = Some(Instant::now());
         }
         (state.is_up, state.proven, state.was_tried, state.error) = (true, Some(place), true, None);
         state.unproven.retain(|(address, _)| *address != place.0);
         drop(state);
         self.changed.notify_all();
+        if is_news {
+            log::info!("friend {}: reached at {}", self.friend.name, place.0);
+        }
     }
 
     fn down(&self, error: Option<String>) {
@@ -497,13 +496,12 @@ impl FriendLink {
         if state.is_up || !state.was_tried {
             state.since = Some(Instant::now());
         }
-        if error.is_some() && error != state.error {
-            error.iter().for_each(|error| log::warn!("friend {}: {error}", self.friend.name));
-        }
+        let news = error.clone().filter(|_| error != state.error);
         (state.is_up, state.was_tried) = (false, true);
         state.error = error.or(state.error.take());
         drop(state);
         self.changed.notify_all();
+        news.iter().for_each(|error| log::warn!("friend {}: {error}", self.friend.name));
     }
 
     /// Marks the friend as unreachable after a failed request. It gets no more requests until it

@@ -333,9 +333,9 @@ impl PeerHealth {
         reason: &dyn std::fmt::Display,
     ) {
         let who = who.into();
+        log::debug!("peer {who}: {reason}");
         let mut standing = self.peers.lock();
         let peer = entry(&mut standing, who, now);
-        log::debug!("peer {who}: {reason}");
         let count = match fault {
             Fault::Unreachable => &mut peer.unreachable,
             Fault::BrokenStream | Fault::BadData => &mut peer.bad_nars,
@@ -362,6 +362,7 @@ impl PeerHealth {
         peer.last_fault = Some(now);
         let pause = backoff::pause(FIRST_PAUSE.get(), failures - 1, LONGEST_PAUSE.get());
         peer.avoided_until = Some(now + pause);
+        drop(standing);
         if failures == MAX_FAILURES || fault == Fault::BadData && failures < MAX_FAILURES {
             log::warn!("peer {who}: {reason}; avoided for {} s", pause.as_secs());
         }

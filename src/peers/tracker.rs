@@ -362,19 +362,20 @@ impl Tracker {
         if state.counted.is_some_and(|counted| counted >= began) {
             return;
         }
-        if state.silent_lookups == 0 {
-            log::warn!(
-                "tracker {}: of the peers that it names, {silent} are silent and {alive} are not",
-                self.url
-            );
-        }
         state.silent_lookups += 1;
         state.counted = Some(now);
         let is_useful =
             state.useful.is_some_and(|at| now.saturating_duration_since(at) < USEFUL_FOR);
-        if state.silent_lookups > 1 && !is_useful {
-            log::debug!("tracker {}: left out for a while", self.url);
+        if state.silent_lookups == 1 {
+            drop(state);
+            log::warn!(
+                "tracker {}: of the peers that it names, {silent} are silent and {alive} are not",
+                self.url
+            );
+        } else if !is_useful {
             state.pause.record_failure(None, now);
+            drop(state);
+            log::debug!("tracker {}: left out for a while", self.url);
         }
     }
 
@@ -671,8 +672,7 @@ impl Tracker {
         if ahead.unsigned_abs() > MAX_CLOCK_OFFSET_MS {
             return Err(TrackerError::Clock(ahead));
         }
-        let mut clock = self.clock.lock();
-        (clock.offset, clock.last) = (ahead, 0);
+        *self.clock.lock() = StatementClock { offset: ahead, last: 0 };
         log::debug!("tracker {}: its clock is {ahead} ms ahead of ours", self.url);
         Ok(())
     }
@@ -703,13 +703,16 @@ impl Tracker {
 
     fn record_reached(&self) {
         let mut state = self.state.lock();
-        if state.reached != Some(true) {
-            log::info!("tracker {}: reached", self.url);
+        let is_news = state.reached.replace(true) != Some(true);
+        if is_news {
             // The tracker may run another program now.
             (state.is_original, state.failures, state.not_before) = (false, 0, None);
         }
-        state.reached = Some(true);
+        drop(state);
         self.changed.notify_all();
+        if is_news {
+            log::info!("tracker {}: reached", self.url);
+        }
     }
 
     fn record_success(&self, took: Duration) {
@@ -739,18 +742,19 @@ impl Tracker {
     }
 
     fn record_failure(&self, why: &dyn fmt::Display) {
-        let mut state = self.state.lock();
         log::debug!("tracker {}: {why}", self.url);
+        let mut state = self.state.lock();
         state.failures = state.failures.saturating_add(1);
         if state.reached.is_none_or(|reached| reached && state.failures >= MAX_FAILURES) {
-            log::warn!("tracker {}: {why}; left out until it is reached again", self.url);
             state.reached = Some(false);
             // Announces may succeed at a tracker whose lookups fail.
             state.outages += 1;
             if state.outages > 1 {
                 state.pause.record_failure(None, Instant::now());
             }
+            drop(state);
             self.changed.notify_all();
+            log::warn!("tracker {}: {why}; left out until it is reached again", self.url);
         }
     }
 

@@ -337,22 +337,19 @@ impl Stats {
         };
         // The lock is released, so that readers do not wait for the disk.
         let stored = persistence::store(&dir, &saved);
-        let mut kept = self.kept.lock();
-        let Some(kept) = kept.as_mut() else { return };
-        match stored {
-            Ok(()) => {
-                if kept.fails.take().is_some() {
-                    log::info!("counters {}: written again", dir.display());
-                }
+        let problem = stored.err().map(|e| format!("{}: {e}; {NOT_KEPT}", dir.display()));
+        let before = {
+            let mut kept = self.kept.lock();
+            let Some(kept) = kept.as_mut() else { return };
+            if problem.is_none() {
                 kept.written = Some((saved.since, totals));
             }
-            Err(e) => {
-                let problem = format!("{}: {e}; {NOT_KEPT}", dir.display());
-                if kept.fails.as_ref() != Some(&problem) {
-                    log::warn!("counters {problem}");
-                }
-                kept.fails = Some(problem);
-            }
+            std::mem::replace(&mut kept.fails, problem.clone())
+        };
+        match problem {
+            Some(problem) if before.as_ref() != Some(&problem) => log::warn!("counters {problem}"),
+            None if before.is_some() => log::info!("counters {}: written again", dir.display()),
+            _ => {}
         }
     }
 

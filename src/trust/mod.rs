@@ -162,22 +162,18 @@ impl TrustedKeys {
         let by_flags = !self.flags.is_empty() || !self.files.is_empty();
         let is_whole = conf.faults.is_empty();
         let is_on = by_flags || (is_whole && conf.requires_signatures(self.port));
-        degraded.note(PUBLIC_KEY, if faults.is_empty() { Ok(()) } else { Err(faults.join("; ")) });
-        degraded.note(
-            NIX_CONF,
-            match is_whole {
-                true => Ok(()),
-                false => Err(format!(
-                    "nix.conf cannot be read whole: {}; until it can, {}",
-                    conf.faults.join("; "),
-                    if by_flags {
-                        "only keys of flags and of the rest count"
-                    } else {
-                        "peers are not chosen by signature, Nix checks all the same"
-                    },
-                )),
-            },
-        );
+        let nix_conf = match is_whole {
+            true => Ok(()),
+            false => Err(format!(
+                "nix.conf cannot be read whole: {}; until it can, {}",
+                conf.faults.join("; "),
+                if by_flags {
+                    "only keys of flags and of the rest count"
+                } else {
+                    "peers are not chosen by signature, Nix checks all the same"
+                },
+            )),
+        };
         let takes_unsigned_realisations = !by_flags && is_whole && !conf.has_require_sigs();
         let mut snapshot =
             KeySnapshot { is_on, takes_unsigned_realisations, ..KeySnapshot::default() };
@@ -186,6 +182,9 @@ impl TrustedKeys {
         let of_friends = self.friend_flags.iter().cloned();
         of_friends.for_each(|key| snapshot.add(key, KeySource::Friend));
         *self.snapshot.write() = Arc::new(snapshot);
+        drop(conf);
+        degraded.note(PUBLIC_KEY, if faults.is_empty() { Ok(()) } else { Err(faults.join("; ")) });
+        degraded.note(NIX_CONF, nix_conf);
     }
 
     /// The keys of this moment, with those of the current friends. They are copied only if the
