@@ -1,6 +1,7 @@
 //! The event loop, a single thread that accepts connections and waits for requests on all idle ones
 //! with epoll. It answers requests that need only memory, and hands the connection to a thread of
-//! the pool for all others.
+//! the pool for all others. It writes no log lines, because standard error may be slow:
+//! [`ServerState::record_fault`] leaves them to the pool.
 //!
 //! An idle connection thus costs no thread. Most requests are for narinfos, which take 2 µs to
 //! answer, where waking a thread takes 5 µs.
@@ -8,7 +9,6 @@
 use super::connections::{Connection, ConnectionProgress, is_own};
 use super::head::{self, ReceiveBuffer};
 use super::server::{PollGeneration, ServerState, hand_over};
-use crate::log_throttle::LogThrottle;
 use rustix::event::Timespec;
 use rustix::event::epoll::{self, Event, EventData, EventFlags};
 use rustix::io::Errno;
@@ -59,7 +59,6 @@ pub(super) fn run(
         next_id: WAKE_EVENT_ID + 1,
         spare: ReceiveBuffer::default(),
         out: Vec::new(),
-        faults: LogThrottle::default(),
     };
     let mut events: Vec<Event> = Vec::with_capacity(EVENTS);
     let mut swept = Instant::now();
@@ -106,8 +105,6 @@ struct EventLoop<'a> {
     spare: ReceiveBuffer,
     /// The response being built.
     out: Vec<u8>,
-    /// Limits log messages about failures to accept.
-    faults: LogThrottle,
 }
 
 /// What happens to a connection after an event.
@@ -132,9 +129,7 @@ impl EventLoop<'_> {
                     io::ErrorKind::ConnectionAborted | io::ErrorKind::Interrupted
                 ) => {}
             Err(e) => {
-                if self.faults.allow(Instant::now()) {
-                    log::error!("accepting connections: {e}");
-                }
+                self.shared.record_fault("accepting connections", &e);
                 // All other connections wait during the pause.
                 if !self.shared.connections.close_idlest() {
                     thread::sleep(ACCEPT_PAUSE);
@@ -144,16 +139,11 @@ impl EventLoop<'_> {
     }
 
     fn admit(&mut self, stream: TcpStream, peer: SocketAddr, is_outside: bool) {
-        let is_own = match stream.local_addr() {
-            Ok(local) => is_own(peer, local, is_outside),
-            Err(e) => return log::debug!("connection from {peer}: {e}"),
-        };
-        if !self.make_room(peer, is_own) {
-            return log::debug!("connection from {peer}: refused, too many at work");
-        }
-        let prepared = stream.set_nonblocking(false).and_then(|()| stream.set_nodelay(true));
-        if let Err(e) = prepared {
-            return log::debug!("connection from {peer}: {e}");
+        let Ok(local) = stream.local_addr() else { return };
+        let is_own = is_own(peer, local, is_outside);
+        let is_prepared = stream.set_nonblocking(false).and_then(|()| stream.set_nodelay(true));
+        if is_prepared.is_err() || !self.make_room(peer, is_own) {
+            return;
         }
         self.next_id += 1;
         let connections = &self.shared.connections;
@@ -206,10 +196,7 @@ impl EventLoop<'_> {
             Ok(0) => ConnectionFate::End,
             Ok(_) => self.answer(connection, &mut bytes, now),
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => ConnectionFate::Watch,
-            Err(e) => {
-                log::debug!("connection from {}: {e}", connection.peer);
-                ConnectionFate::End
-            }
+            Err(_) => ConnectionFate::End,
         };
         match own && bytes.received.is_empty() {
             true => std::mem::swap(&mut bytes.received, &mut self.spare),
@@ -231,7 +218,6 @@ impl EventLoop<'_> {
             return ConnectionFate::HandOver;
         }
         if connection.is_outside && !self.shared.handler.answers_outside() {
-            log::debug!("connection from {}, from outside: not in TLS", connection.peer);
             return ConnectionFate::End;
         }
         let len = match received.head_len() {

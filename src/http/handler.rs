@@ -62,8 +62,9 @@ pub struct CacheHandler {
 pub enum RequestError {
     /// 400, 403, 404 or 405.
     Refused(RouteError),
-    /// 403, because a web page may have made the request; the text of the response.
-    Suspect(&'static str),
+    /// 403, because a web page may have made the request; the text of the response, and why the
+    /// request is suspect if it came from this machine, where it may have been Nix's.
+    Suspect(&'static str, Option<String>),
     /// 416, with the representation's size in bytes.
     Unsatisfiable(u64),
     /// Too many long responses at once: 503 for peers, 404 for Nix.
@@ -178,7 +179,16 @@ impl Handler for CacheHandler {
             RequestError::Refused(RouteError::Forbidden) => {
                 exchange.say(403, "not for this address")
             }
-            RequestError::Suspect(line) => exchange.say(403, line),
+            RequestError::Suspect(line, why) => {
+                if let Some(why) = why.filter(|_| self.refusals.allow(Instant::now())) {
+                    log::warn!(
+                        "refused a request from this machine that a web page may have made ({}); \
+                         if it was Nix's, have it ask for 127.0.0.1, or put the name into /etc/hosts",
+                        why.escape_debug()
+                    );
+                }
+                exchange.say(403, line)
+            }
             RequestError::Refused(RouteError::NotThere) => exchange.say(404, NOT_FOUND),
             RequestError::Refused(RouteError::Method) => {
                 let fields =
@@ -235,22 +245,14 @@ impl CacheHandler {
         if scope != Scope::ThisMachine || !is_loopback {
             let is_browser = origin::is_browser(request);
             return if is_browser {
-                Err(RequestError::Suspect("not for browsers; ask with nix or curl"))
+                Err(RequestError::Suspect("not for browsers; ask with nix or curl", None))
             } else {
                 Ok(())
             };
         }
-        let Some(why) = origin::suspicion(request, matches!(route, Route::Status(_))) else {
-            return Ok(());
-        };
-        if self.refusals.allow(Instant::now()) {
-            log::warn!(
-                "refused a request from this machine that a web page may have made ({}); if it was Nix's, have it ask \
-                 for 127.0.0.1, or put the name into /etc/hosts",
-                why.escape_debug()
-            );
-        }
-        Err(RequestError::Suspect("not under this name; ask for 127.0.0.1, localhost or [::1]"))
+        let line = "not under this name; ask for 127.0.0.1, localhost or [::1]";
+        origin::suspicion(request, matches!(route, Route::Status(_)))
+            .map_or(Ok(()), |why| Err(RequestError::Suspect(line, Some(why))))
     }
 
     fn answer(

@@ -13,6 +13,8 @@ use super::head::{self, HeadError, ReceiveBuffer, Request};
 use super::response::{Exchange, ShortResponse};
 use super::stream::{AuthenticatedKey, ConnectionStream};
 use crate::deferred::Deferred;
+use crate::lock::Mutex;
+use crate::log_throttle::LogThrottle;
 use crate::upload_limit::UploadLimit;
 use crossbeam_channel::{Receiver, Sender, TrySendError, bounded};
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
@@ -186,6 +188,7 @@ impl Drop for Server {
             self.shared.connections.end_idle();
         }
         self.shared.connections.close_all();
+        self.shared.log_fault();
     }
 }
 
@@ -200,6 +203,9 @@ pub(super) struct ServerState {
     /// Each [`Job`] for another machine holds a clone, so that they can be counted.
     stranger: Arc<()>,
     stopping: AtomicBool,
+    /// What failed last on the event loop, until a thread of the pool logs it.
+    fault: Mutex<Option<String>>,
+    faults: LogThrottle,
     /// Rendezvous channel to idle threads. It holds no connections.
     hand_over: Sender<Job>,
     free: Receiver<Job>,
@@ -222,6 +228,8 @@ impl ServerState {
             threads: AtomicUsize::new(0),
             stranger: Arc::new(()),
             stopping: AtomicBool::new(false),
+            fault: Mutex::default(),
+            faults: LogThrottle::default(),
             hand_over,
             free,
         })
@@ -258,8 +266,21 @@ impl ServerState {
             EventFlags::IN,
         );
         if let Err(e) = added {
-            log::error!("watching a connection: {e}");
+            self.record_fault("watching a connection", &e.into());
             self.connections.end(connection);
+        }
+    }
+
+    /// Leaves a failure for a thread of the pool to log. Does not wait for the log.
+    pub(super) fn record_fault(&self, what: &str, e: &io::Error) {
+        *self.fault.lock() = Some(format!("{what}: {e}"));
+    }
+
+    /// Logs the last failure of the event loop, at most one in 10 s.
+    fn log_fault(&self) {
+        let fault = self.fault.lock().take();
+        if let Some(fault) = fault.filter(|_| self.faults.allow(Instant::now())) {
+            log::error!("{fault}");
         }
     }
 }
@@ -291,7 +312,7 @@ pub(super) fn hand_over(shared: &Arc<ServerState>, connection: Arc<Connection>) 
     if let Err(e) = spawned {
         shared.threads.fetch_sub(1, Ordering::Relaxed);
         shared.connections.end(&connection);
-        log::error!("thread for a connection: {e}");
+        shared.record_fault("thread for a connection", &e);
     }
 }
 
@@ -302,6 +323,7 @@ fn work(shared: &ServerState, first: Job) {
     });
     let mut job = Some(first);
     while let Some(Job { connection, _stranger }) = job {
+        shared.log_fault();
         let goes_on = Cell::new(false);
         let end = Deferred::new(|| match goes_on.get() {
             true => shared.watch(&connection),
@@ -315,6 +337,7 @@ fn work(shared: &ServerState, first: Job) {
         drop((connection, _stranger));
         job = shared.free.recv_timeout(THREAD_IDLE).ok();
     }
+    shared.log_fault();
 }
 
 /// What to do with a connection after a request.
