@@ -28,7 +28,6 @@ pub mod commands;
 pub mod config;
 pub mod connect_rate;
 pub mod daemon;
-pub mod deferred;
 pub mod degraded;
 pub mod fetch;
 pub mod fnmatch;

@@ -21,6 +21,7 @@ use crate::wire::NodeKey;
 use crate::wire::tracker::{Role, TransferName};
 use crossbeam_channel::never;
 use found::{FoundPaths, MAX_SOURCES};
+use scopeguard::guard;
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -208,9 +209,14 @@ impl LookupService {
             return (flight.wait(), true);
         }
         // The guard wakes the waiting threads even if the search panics, with a miss.
-        let mut landing = FlightGuard { lookup: self, hash_part, flight: &flight, narinfo: None };
-        landing.narinfo = self.search_and_keep(hash_part).map(Arc::new);
-        (landing.narinfo.clone(), false)
+        let mut landing = guard(None, |narinfo| {
+            // No thread can join the flight any more.
+            self.flights.lock().remove(hash_part);
+            *flight.result.lock() = Some(narinfo);
+            flight.condition.notify_all();
+        });
+        *landing = self.search_and_keep(hash_part).map(Arc::new);
+        (landing.clone(), false)
     }
 
     /// Finds peers that have the path with this NAR hash: from an earlier lookup, or by a new
@@ -508,21 +514,5 @@ impl PendingLookup {
         let waited =
             self.condition.wait_timeout_while(landed, FLIGHT_TIMEOUT, |landed| landed.is_none());
         waited.clone().flatten()
-    }
-}
-
-struct FlightGuard<'a> {
-    lookup: &'a LookupService,
-    hash_part: &'a HashPart,
-    flight: &'a PendingLookup,
-    narinfo: Option<Arc<PeerNarinfo>>,
-}
-
-impl Drop for FlightGuard<'_> {
-    fn drop(&mut self) {
-        // No thread can join the flight any more.
-        self.lookup.flights.lock().remove(self.hash_part);
-        *self.flight.result.lock() = Some(self.narinfo.take());
-        self.flight.condition.notify_all();
     }
 }

@@ -2,13 +2,13 @@
 //! to the trackers. A thread reads the whole store once, and then only new paths.
 
 use crate::access::{AccessPolicy, Scope};
-use crate::deferred::Deferred;
 use crate::nix::HashPart;
 use crate::peers::announce::Publication;
 use crate::store::{Store, StoreError, StoreVersion};
 use crate::time_scale::Interval;
 use crate::wire::filter::{BloomFilter, MAX_BYTES};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
+use scopeguard::guard;
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -63,7 +63,7 @@ impl Publisher {
         let reader = RowReader { store, share, stopped };
         let (end, ended) = bounded::<()>(0);
         thread::Builder::new().name("publish".into()).spawn(move || {
-            let _end = (Deferred::new(on_end), end);
+            let _end = (guard((), |()| on_end()), end);
             reader.run(&publication);
         })?;
         Ok(Publisher { running: Some(running), ended })

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 
 /// Modules that every other module may use.
-const HELPERS: &str = "backoff bounded_map deferred lock log_throttle round_trip time_scale";
+const HELPERS: &str = "backoff bounded_map lock log_throttle round_trip time_scale";
 
 /// Each module with all further modules that it may use, from the highest layer to the lowest. A
 /// module may use only modules that stand below it.
@@ -46,7 +46,6 @@ const MAY_USE: &[(&str, &str)] = &[
     ("key_file", ""),
     ("http_client", ""),
     ("connect_rate", ""),
-    ("deferred", ""),
     ("upload_limit", ""),
     ("log_throttle", "lock"),
     ("service", ""),

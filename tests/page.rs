@@ -11,7 +11,7 @@ use crate::common::{
     Asker, Browser, Daemon, Holder, Lan, PORT, World, daemon, directory, nix, thread, tracker,
     wait_for, world,
 };
-use peerix::deferred::Deferred;
+use scopeguard::guard;
 use serde_json::Value;
 use std::io::Write;
 use std::path::Path;
@@ -374,7 +374,7 @@ fn metrics_under_load_pass_promtool() {
             texts
         });
         // Ends the scraping thread even if Nix fails; otherwise the test would hang.
-        let is_done = Deferred::new(|| done.store(true, Ordering::Relaxed));
+        let is_done = guard((), |()| done.store(true, Ordering::Relaxed));
         asker.fetch_and_check(&world, world.path("closure300"));
         drop(is_done);
         scraping.join().unwrap()

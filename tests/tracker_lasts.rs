@@ -7,9 +7,9 @@ use crate::common::solo::{
     identity, post, signed_announce, signed_filter_headers, signed_report,
 };
 use crate::common::{Scale, thread, wait_for};
-use peerix::deferred::Deferred;
 use peerix::wire::tracker::{Proof, SignedText};
 use rusqlite::Connection as Database;
+use scopeguard::guard;
 use serde_json::{Value, json};
 use std::collections::HashMap;
 use std::net::TcpListener;
@@ -132,7 +132,7 @@ fn tracker_killed_under_load_keeps_everything_acknowledged() {
             }
             // Ends the threads even if the expected requests never arrive; otherwise the test would
             // hang.
-            let is_dead = Deferred::new(|| dead.store(true, Ordering::Relaxed));
+            let is_dead = guard((), |()| dead.store(true, Ordering::Relaxed));
             // A different moment in each round, always under load.
             let enough = transfers + 20 + 7 * round as usize;
             wait_for("enough transfers", || {

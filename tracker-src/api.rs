@@ -13,7 +13,6 @@ use crate::table::{
 };
 use crossbeam_channel::Sender;
 use data_encoding::BASE64;
-use peerix::deferred::Deferred;
 use peerix::http::body::BodyError;
 use peerix::http::server::Handler;
 use peerix::http::{Exchange, Request};
@@ -27,6 +26,7 @@ use peerix::wire::tracker::{
     TransferInitResponse, TransferReportBody, can_be_peer, is_peer_id,
 };
 use percent_encoding::percent_decode_str;
+use scopeguard::defer;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::io;
@@ -570,9 +570,9 @@ impl Api {
         let before = now();
         self.table.may_publish(id, &claim, before).map_err(|e| (e, before))?;
         let uploads = self.uploads.fetch_add(1, Ordering::Relaxed);
-        let _permit = Deferred::new(|| {
+        defer! {
             self.uploads.fetch_sub(1, Ordering::Relaxed);
-        });
+        }
         if uploads >= MAX_UPLOADS {
             return Err(ApiError::later(503, "too many filters at once", UPLOAD_RETRY));
         }
@@ -641,7 +641,7 @@ impl Api {
             }
             reaches.push(asker);
         }
-        let _permit = Deferred::new(|| reaches().retain(|other| *other != asker));
+        defer!(reaches().retain(|other| *other != asker));
         // The reason is not returned: other machines behind the same address could scan their
         // router's ports by it.
         let reached = reachability::ask((from, port).into());

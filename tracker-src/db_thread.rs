@@ -7,9 +7,9 @@ use crate::database::{
 };
 use crate::table::{PeerAddress, Reputation, TrackerTable};
 use crossbeam_channel::{Receiver, RecvTimeoutError, SendTimeoutError, Sender, bounded};
-use peerix::deferred::Deferred;
 use peerix::lock::{Mutex, RwLock};
 use peerix::log_throttle::LogThrottle;
+use scopeguard::{defer, guard};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -133,7 +133,7 @@ impl DatabaseThread {
         let numbers = Arc::new(DatabaseStats::default());
         let shared = numbers.clone();
         let thread = thread::Builder::new().name("ledger".into()).spawn(move || {
-            let _end = Deferred::new(on_end);
+            defer!(on_end());
             run_jobs(books, &waiting, &shared, on_change);
         });
         let thread = thread.map_err(|e: io::Error| format!("ledger: {e}"))?;
@@ -196,7 +196,7 @@ impl DatabaseThread {
     pub fn published(&self, id: &str, stamp: u64, filter: Vec<u8>) {
         let (id, len, waiting) = (id.to_owned(), filter.len(), self.waiting_filters.clone());
         let fits = waiting.fetch_add(len, Ordering::Relaxed) + len <= MAX_WAITING_FILTERS;
-        let written = Deferred::new(move || {
+        let written = guard((), move |()| {
             waiting.fetch_sub(len, Ordering::Relaxed);
         });
         if fits {
@@ -433,7 +433,7 @@ mod tests {
     fn peer_that_is_back_stays_in_database() {
         let dir = std::env::temp_dir().join(format!("peerix-ledger-{}", std::process::id()));
         std::fs::create_dir_all(&dir).unwrap();
-        let _end = Deferred::new(|| drop(std::fs::remove_dir_all(&dir)));
+        defer!(drop(std::fs::remove_dir_all(&dir)));
         let file = dir.join("tracker.db");
         let now = TrackerTime { at: Instant::now(), ms: milliseconds() };
         let table = Arc::new(TrackerTable::new(now, 1 << 20));

@@ -9,10 +9,10 @@
 use crate::table::TrackerTable;
 use crossbeam_channel::{Receiver, Sender, bounded};
 use peerix::connect_rate::{ConnectDecision, ConnectRate};
-use peerix::deferred::Deferred;
 use peerix::lock::Mutex;
 use peerix::resolver::{NameResolver, parse_address};
 use peerix::wire::tracker::can_be_peer;
+use scopeguard::defer;
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
@@ -64,7 +64,7 @@ pub fn start(
         let (table, names, waiting, pace, on_end) =
             (table.clone(), names.clone(), waiting.clone(), pace.clone(), on_end.clone());
         thread::Builder::new().name("reach".into()).spawn(move || {
-            let _end = Deferred::new(on_end);
+            defer!(on_end());
             try_announced(&table, &names, &waiting, &pace);
         })?;
     }

@@ -8,12 +8,12 @@
 use crate::backoff::{Backoff, retry_after};
 use crate::bounded_map::BoundedMap;
 use crate::config::{Config, DEFAULT_UPSTREAM, UPSTREAM_KEY};
-use crate::deferred::Deferred;
 use crate::http_client;
 use crate::lock::{Condvar, Mutex};
 use crate::log_throttle::LogThrottle;
 use crate::nix::{HashPart, Malformed, NarHash, NarInfo, PathInfo, PublicKey, StoreDir};
 use crate::time_scale::Interval;
+use scopeguard::defer;
 use std::collections::HashSet;
 use std::fmt;
 use std::io::Read;
@@ -238,10 +238,10 @@ impl Verifier {
     }
 
     fn ask(&self, key: &VerifiedPath, info: &PathInfo) -> bool {
-        let _end = Deferred::new(|| {
+        defer! {
             self.state.lock().asked.remove(key);
             self.ended.notify_all();
-        });
+        }
         let answer = self.request(info);
         let now = Instant::now();
         match answer {

@@ -1,9 +1,9 @@
 //! How a client takes what it is sent: since when its send buffer has been full, whether it takes
 //! enough, and whether it has to give way to others.
 
-use crate::deferred::Deferred;
 use crate::lock::Mutex;
 use crate::time_scale::Timeout;
+use scopeguard::{ScopeGuard, guard};
 use std::io;
 use std::mem;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -113,10 +113,13 @@ impl SendProgress {
 
     /// Makes waits for this client fail once they have taken `time` together, until the result is
     /// dropped. Waits for the upload limit do not count.
-    pub(super) fn limit_waits(self: &Arc<Self>, time: Duration) -> Deferred<impl FnOnce() + use<>> {
+    pub(super) fn limit_waits(
+        self: &Arc<Self>,
+        time: Duration,
+    ) -> ScopeGuard<(), impl FnOnce(()) + use<>> {
         self.window.lock().left = Some(time);
         let progress = self.clone();
-        Deferred::new(move || progress.window.lock().left = None)
+        guard((), move |()| progress.window.lock().left = None)
     }
 
     /// Whether [`SendProgress::give_way`] was called.

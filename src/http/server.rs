@@ -12,7 +12,6 @@ use super::handshakes::{HANDSHAKE_TIMEOUT, Handshakes};
 use super::head::{self, HeadError, ReceiveBuffer, Request};
 use super::response::{Exchange, ShortResponse};
 use super::stream::{AuthenticatedKey, ConnectionStream};
-use crate::deferred::Deferred;
 use crate::lock::Mutex;
 use crate::log_throttle::LogThrottle;
 use crate::upload_limit::UploadLimit;
@@ -20,6 +19,7 @@ use crossbeam_channel::{Receiver, Sender, TrySendError, bounded};
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use rustix::event::{EventfdFlags, eventfd};
 use rustls::ServerConfig;
+use scopeguard::{defer, guard};
 use std::cell::Cell;
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
@@ -165,7 +165,7 @@ impl Server {
         let shared = Arc::new(ServerState::new(handler)?);
         let watching = shared.clone();
         let watcher = thread::Builder::new().name("http-watch".into()).spawn(move || {
-            let _end = Deferred::new(on_end);
+            defer!(on_end());
             if let Err(e) = run(&watching, &listeners, inside, &stop) {
                 log::error!("watching connections: {e}");
             }
@@ -318,14 +318,14 @@ pub(super) fn hand_over(shared: &Arc<ServerState>, connection: Arc<Connection>) 
 
 fn work(shared: &ServerState, first: Job) {
     // Both guards also run on panics outside a handler.
-    let _thread = Deferred::new(|| {
+    defer! {
         shared.threads.fetch_sub(1, Ordering::Relaxed);
-    });
+    }
     let mut job = Some(first);
     while let Some(Job { connection, _stranger }) = job {
         shared.log_fault();
         let goes_on = Cell::new(false);
-        let end = Deferred::new(|| match goes_on.get() {
+        let end = guard((), |()| match goes_on.get() {
             true => shared.watch(&connection),
             false => shared.connections.end(&connection),
         });

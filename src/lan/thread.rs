@@ -6,13 +6,13 @@ use super::environment::Environment;
 use super::lookups::{LookupId, LookupUpdate};
 use super::peer_table::Neighbour;
 use super::sockets::{DiscoverySockets, SENDS_AT_ONCE};
-use crate::deferred::Deferred;
 use crate::network::{Networks, neighbours};
 use crate::nix::HashPart;
 use crate::suspend::SuspendDetector;
 use crate::wire::Packet;
 use crossbeam_channel::{Receiver, Sender, bounded};
 use rustix::event::{EventfdFlags, eventfd};
+use scopeguard::defer;
 use std::net::{SocketAddr, UdpSocket};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -160,12 +160,12 @@ impl DiscoveryThread {
         };
         let (own_client, own_turns) = (client.clone(), turns.clone());
         let thread = thread::Builder::new().name("discovery".into()).spawn(move || {
-            let _end = Deferred::new(|| {
+            defer! {
                 // While a sender exists, events left in the channel would keep their senders
                 // waiting for updates.
                 events.try_iter().for_each(drop);
                 on_end();
-            });
+            }
             runner.run(&events, &own_client, &own_turns);
         })?;
         Ok(DiscoveryThread { client, turns, thread: Some(thread) })

@@ -10,6 +10,7 @@ use crate::time_scale::Interval;
 use crate::wire::filter::{BloomFilter, MOST_BITS_PER_PATH};
 use crate::wire::tracker::{MAX_TRANSFERS_AT_ONCE, Role, TransferName};
 use crossbeam_channel::{Receiver, Sender, TryRecvError, TrySendError, bounded, select};
+use scopeguard::defer;
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -146,7 +147,7 @@ impl Trackers {
             thread::Builder::new().name("announce".into()).spawn(move || {
                 // Dropped when this thread ends, even by a panic.
                 let _end = end;
-                let _on_end = crate::deferred::Deferred::new(on_end);
+                defer!(on_end());
                 worker.run();
             })?;
             announcers.push(Announcer {

@@ -6,7 +6,6 @@ use super::health::{Fault, PeerHealth, PeerKey};
 use super::read_timeout::{self, ReadTimeoutConnector};
 use super::zstd_reader::ZstdReader;
 use crate::bounded_map::BoundedMap;
-use crate::deferred::Deferred;
 use crate::http_client;
 use crate::lan::Holder;
 use crate::lock::Mutex;
@@ -16,6 +15,7 @@ use crate::wire::relay::{DIGEST_LEN, MAX_NAMED, PACE_HEADER, RELAY_HEADER};
 use crate::wire::tracker::{TRANSFER_HEADER, TransferName};
 use crossbeam_channel::{Receiver, Sender, bounded};
 use rustls::ClientConfig;
+use scopeguard::guard;
 use std::fmt;
 use std::io::{self, Read};
 use std::net::{IpAddr, Ipv6Addr, SocketAddr, SocketAddrV6};
@@ -345,7 +345,7 @@ impl NarBody {
             BodyReader::Compressed(_)
                 if FINISHING.fetch_add(1, Ordering::Relaxed) < MAX_FINISHING =>
             {
-                let left = Deferred::new(|| {
+                let left = guard((), |()| {
                     FINISHING.fetch_sub(1, Ordering::Relaxed);
                 });
                 let (end, ended) = bounded::<()>(0);

@@ -2,9 +2,9 @@
 //! it cannot be cancelled, and a hanging peer must not delay requests to other peers.
 
 use crate::connect_rate::ConnectDecision;
-use crate::deferred::Deferred;
 use crate::lock::Mutex;
 use crossbeam_channel::{Receiver, Sender, TrySendError, bounded};
+use scopeguard::guard;
 use std::collections::HashMap;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -146,7 +146,7 @@ impl RequestPool {
             return false;
         }
         let under_way = self.under_way.clone();
-        let end = Deferred::new(move || under_way.lock().end(to));
+        let end = guard((), move |()| under_way.lock().end(to));
         let job: RequestJob = Box::new(move || {
             let _end = end;
             request();
@@ -241,7 +241,7 @@ mod tests {
         for _ in 0..2 * MAX_REQUESTS_TO_UNPROVEN {
             let done = done.clone();
             assert!(requests.start(ip(1), false, move || {
-                let _done = Deferred::new(|| done.send(()).unwrap());
+                scopeguard::defer!(done.send(()).unwrap());
                 std::panic::resume_unwind(Box::new("on purpose"));
             }));
             ended.recv().unwrap();
