@@ -274,10 +274,10 @@ mod tests {
     use crate::lookup::NarSource;
     use crate::nix::{StorePath, nar};
     use crate::peers::health::Eligibility;
+    use crate::peers::test_server::serve;
     use crate::trust::TrustedKeys;
-    use std::io::Read;
-    use std::net::{SocketAddr, TcpListener};
-    use std::thread;
+    use std::net::SocketAddr;
+    use std::thread::JoinHandle;
 
     /// A NAR of a directory with a file of `size` bytes and a path of more than 4,095 bytes after
     /// it, which peerix does not support.
@@ -304,20 +304,13 @@ mod tests {
         nar: Vec<u8>,
         nar_hash: Option<NarHash>,
         sent: usize,
-    ) -> (FoundNar, thread::JoinHandle<()>) {
+    ) -> (FoundNar, JoinHandle<Vec<(String, String)>>) {
         let digest = ring::digest::digest(&ring::digest::SHA256, &nar);
         let digest = NarHash::from_bytes(digest.as_ref().try_into().unwrap());
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let peer = listener.local_addr().unwrap();
         let nar_size = nar.len() as u64;
-        let serving = thread::spawn(move || {
-            let (mut stream, _) = listener.accept().unwrap();
-            drop(listener);
-            let _ = stream.read(&mut [0; 4096]).unwrap();
-            let head = format!("HTTP/1.1 200 OK\r\nContent-Length: {nar_size}\r\n\r\n");
-            let sent = &nar[..sent.min(nar.len())];
-            let _ = stream.write_all(&[head.as_bytes(), sent].concat());
-        });
+        let head = format!("HTTP/1.1 200 OK\r\nContent-Length: {nar_size}\r\n\r\n");
+        let answer = [head.as_bytes(), &nar[..sent.min(nar.len())]].concat();
+        let (peer, serving) = serve(vec![answer], true);
         let path = StorePath::parse(&format!("{}-odd", "0".repeat(32))).unwrap();
         let source = NarSource { peer, url_path: Some("x.nar".into()), wan: None, friend: None };
         let nar_hash = nar_hash.unwrap_or(digest);

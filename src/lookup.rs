@@ -49,6 +49,19 @@ pub struct FoundNar {
     pub sources: Vec<NarSource>,
 }
 
+impl FoundNar {
+    /// The NAR of a path, and peers that have it.
+    pub fn new(info: &PathInfo, sources: Vec<NarSource>) -> FoundNar {
+        let PathInfo { path, nar_hash, nar_size, .. } = info;
+        FoundNar { path: path.clone(), nar_hash: *nar_hash, nar_size: *nar_size, sources }
+    }
+
+    /// Whether `info`, which another server gave for the path, describes the same NAR.
+    pub fn is_nar_of(&self, info: &PathInfo) -> bool {
+        info.nar_hash == self.nar_hash && info.nar_size == self.nar_size
+    }
+}
+
 /// A peer that has a NAR.
 #[derive(Debug, Clone)]
 pub struct NarSource {
@@ -288,9 +301,7 @@ impl LookupService {
         let hash_part = found.path.hash_part();
         let narinfo = self.lan.as_ref()?.narinfo(peer, &hash_part, patience)?;
         let source = self.accept(peer, &narinfo).ok()?;
-        let is_it =
-            narinfo.info.nar_hash == found.nar_hash && narinfo.info.nar_size == found.nar_size;
-        is_it.then_some(source)
+        found.is_nar_of(&narinfo.info).then_some(source)
     }
 
     /// Returns those of `ips` that are live neighbours, in the same order, as sources of a NAR.
@@ -457,13 +468,8 @@ impl HolderSearch {
             .into_iter()
             .filter(|other| other.ip() != source.peer.ip())
             .map(NarSource::neighbour);
-        let sources = std::iter::once(source.clone()).chain(others).take(MAX_SOURCES).collect();
-        FoundNar {
-            path: info.path.clone(),
-            nar_hash: info.nar_hash,
-            nar_size: info.nar_size,
-            sources,
-        }
+        let sources = std::iter::once(source.clone()).chain(others).take(MAX_SOURCES);
+        FoundNar::new(info, sources.collect())
     }
 
     /// Why the search found nothing.

@@ -174,12 +174,10 @@ impl Upstream {
     /// Whether upstream has the same NAR, signed by a key that both peerix and nix.conf trust.
     fn matches_nar(&self, narinfo: &NarInfo, found: &FoundNar, in_nix_conf: &[PublicKey]) -> bool {
         let info = &narinfo.info;
-        let is_same = info.path == found.path
-            && info.nar_hash == found.nar_hash
-            && info.nar_size == found.nar_size;
         let fingerprint = info.fingerprint(&self.store_dir);
         let mut keys = self.keys.iter().filter(|key| in_nix_conf.contains(key));
-        is_same
+        info.path == found.path
+            && found.is_nar_of(info)
             && keys.any(|key| info.signatures.iter().any(|s| key.verify(fingerprint.as_bytes(), s)))
     }
 
@@ -222,15 +220,7 @@ mod tests {
         };
         let upstream = with(DEFAULT_UPSTREAM);
         let narinfo = NarInfo::parse(NARINFO.as_bytes(), &upstream.store_dir).unwrap();
-        let found = || {
-            let info = narinfo.info.clone();
-            FoundNar {
-                path: info.path,
-                nar_hash: info.nar_hash,
-                nar_size: info.nar_size,
-                sources: Vec::new(),
-            }
-        };
+        let found = || FoundNar::new(&narinfo.info, Vec::new());
         let keys = [PublicKey::parse(UPSTREAM_KEY).unwrap()];
         assert!(upstream.matches_nar(&narinfo, &found(), &keys));
         // Nix does not trust the key, so it would refuse the path.
@@ -255,12 +245,7 @@ mod tests {
         let config = Config { upstream_cache: url, nix_conf_dir: dir.clone(), ..Config::default() };
         let upstream = Upstream::new(&config, &[]);
         let info = NarInfo::parse(NARINFO.as_bytes(), &upstream.store_dir).unwrap().info;
-        let found = FoundNar {
-            path: info.path,
-            nar_hash: info.nar_hash,
-            nar_size: info.nar_size,
-            sources: Vec::new(),
-        };
+        let found = FoundNar::new(&info, Vec::new());
         assert_eq!(upstream.time(&found, Duration::from_millis(3999)), None);
         assert_eq!(listener.accept().unwrap_err().kind(), ErrorKind::WouldBlock);
         assert_eq!(upstream.time(&found, Duration::from_secs(4)), None, "it does not answer");

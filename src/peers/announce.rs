@@ -484,54 +484,19 @@ impl AnnouncerThread {
 mod tests {
     use super::*;
     use crate::network::NetworkPolicy;
-    use crate::wire::tracker::Identity;
-    use std::io::{BufRead, BufReader, Read, Write};
-    use std::net::TcpListener;
+    use crate::peers::test_server::{answer, serve};
 
     /// Creates the state of a thread whose tracker accepts its announce and then gives these
-    /// answers, one on each connection. The server returns the bodies of the requests.
-    fn announcer(answers: &[(u16, &str)]) -> (AnnouncerThread, thread::JoinHandle<Vec<String>>) {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let url = format!("http://{}", listener.local_addr().unwrap());
+    /// answers, one on each connection. The server returns the requests.
+    fn announcer(
+        answers: &[(u16, &str)],
+    ) -> (AnnouncerThread, thread::JoinHandle<Vec<(String, String)>>) {
         let announced = (200, r#"{"status":"ok","tracker":"0123456789abcdef"}"#);
-        let answers: Vec<String> = std::iter::once(&announced)
-            .chain(answers)
-            .map(|(status, body)| {
-                let head = format!("HTTP/1.1 {status} x\r\nContent-Length: {}", body.len());
-                format!("{head}\r\nConnection: close\r\n\r\n{body}")
-            })
-            .collect();
-        let server = thread::spawn(move || {
-            let answer = |answer: &String| {
-                let (stream, _) = listener.accept().unwrap();
-                let mut reader = BufReader::new(&stream);
-                let mut len = 0;
-                loop {
-                    let mut line = String::new();
-                    reader.read_line(&mut line).unwrap();
-                    let line = line.trim().to_ascii_lowercase();
-                    if let Some(value) = line.strip_prefix("content-length:") {
-                        len = value.trim().parse().unwrap();
-                    }
-                    if line.is_empty() {
-                        break;
-                    }
-                }
-                let mut body = vec![0; len];
-                reader.read_exact(&mut body).unwrap();
-                (&stream).write_all(answer.as_bytes()).unwrap();
-                String::from_utf8(body).unwrap()
-            };
-            answers.iter().map(answer).skip(1).collect()
-        });
-        let me = Arc::new(NodeIdentity {
-            identity: Arc::new(Identity::from_seed(&[1; 32])),
-            peer_id: Some("me".into()),
-            port: 1,
-            addr: None,
-            instance: 1,
-        });
-        let tracker = Arc::new(Tracker::new(url, &me, Instant::now()));
+        let answers = std::iter::once(&announced).chain(answers);
+        let answers = answers.map(|(status, body)| answer(&format!("{status} x"), body));
+        let (address, server) = serve(answers.collect(), true);
+        let me = Arc::new(NodeIdentity::for_test());
+        let tracker = Arc::new(Tracker::new(format!("http://{address}"), &me, Instant::now()));
         let trackers = vec![tracker.clone()];
         let networks = Arc::new(Networks::new(NetworkPolicy::default(), Vec::new()));
         let (_, queue) = bounded(0);
@@ -568,9 +533,12 @@ mod tests {
         thread.begin_transfers();
         assert_eq!(ids(&names), [None, Some(7), Some(8)]);
         assert_eq!((thread.reporting.failures(), thread.begin.len()), (0, 0));
-        let senders = server.join().unwrap();
-        let is_of = |(body, id): (&String, &str)| body.contains(&format!("\"sender_id\":\"{id}\""));
-        assert!(senders.iter().zip(["a", "a", "b"]).all(is_of), "{senders:?}");
+        let requests = server.join().unwrap();
+        let senders = requests[1..].iter().zip(["a", "a", "b"]);
+        let is_of = |((_, body), id): (&(String, String), &str)| {
+            body.contains(&format!("\"sender_id\":\"{id}\""))
+        };
+        assert!(senders.clone().all(is_of), "{requests:?}");
     }
 
     #[test]

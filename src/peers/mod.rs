@@ -13,6 +13,8 @@ mod read_timeout;
 pub mod rendezvous;
 pub mod request_pool;
 pub mod saved_paces;
+#[cfg(test)]
+pub mod test_server;
 pub mod tracker;
 pub mod wan;
 mod zstd_reader;

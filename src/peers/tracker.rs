@@ -96,6 +96,15 @@ pub struct NodeIdentity {
     pub instance: u64,
 }
 
+#[cfg(test)]
+impl NodeIdentity {
+    /// A node with the peer ID `me`.
+    pub fn for_test() -> Self {
+        let identity = Identity::from_seed(&[1; 32]).into();
+        NodeIdentity { identity, peer_id: Some("me".into()), port: 1, addr: None, instance: 1 }
+    }
+}
+
 /// Error of a call.
 #[derive(Debug)]
 pub enum TrackerError {
@@ -817,6 +826,7 @@ fn read<T: DeserializeOwned>(response: Response<ureq::Body>) -> Result<T, Tracke
 
 #[cfg(test)]
 mod tests {
+    use super::super::test_server::{answer, serve};
     use super::*;
 
     fn tracker(now: Instant) -> Tracker {
@@ -824,15 +834,7 @@ mod tests {
     }
 
     fn at(url: String, now: Instant) -> Tracker {
-        let identity = Identity::from_seed(&[1; 32]);
-        let me = NodeIdentity {
-            identity: identity.into(),
-            peer_id: Some("a".into()),
-            port: 1,
-            addr: None,
-            instance: 1,
-        };
-        Tracker::new(url, &me, now)
+        Tracker::new(url, &NodeIdentity::for_test(), now)
     }
 
     /// Lets the current pause end now.
@@ -852,28 +854,11 @@ mod tests {
 
     /// Starts a server that gives these answers on one connection, and returns a tracker that uses
     /// it.
-    fn answering(answers: Vec<String>) -> (Tracker, thread::JoinHandle<Vec<String>>) {
-        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        let url = format!("http://{}", listener.local_addr().unwrap());
-        let server = thread::spawn(move || {
-            let (stream, _) = listener.accept().unwrap();
-            let mut lines =
-                std::io::BufRead::lines(std::io::BufReader::new(&stream)).map_while(Result::ok);
-            let mut requests = Vec::new();
-            for answer in answers {
-                requests.push(lines.next().expect("a request"));
-                assert!(lines.any(|line| line.is_empty()), "its end");
-                std::io::Write::write_all(&mut &stream, answer.as_bytes()).unwrap();
-            }
-            requests
-        });
-        let tracker = at(url, Instant::now());
+    fn answering(answers: Vec<Vec<u8>>) -> (Tracker, thread::JoinHandle<Vec<(String, String)>>) {
+        let (address, server) = serve(answers, false);
+        let tracker = at(format!("http://{address}"), Instant::now());
         tracker.record_reached();
         (tracker, server)
-    }
-
-    fn answer(head: &str, body: &str) -> String {
-        format!("HTTP/1.1 {head}\r\nContent-Length: {}\r\n\r\n{body}", body.len())
     }
 
     const FOUND: &str =
@@ -985,7 +970,7 @@ mod tests {
     fn original_tracker_is_asked_for_peer_list() {
         let list = r#"{"peers":[
             {"peer_id":"b","addr":"10.0.0.1","port":1,"last_seen":1.5,"reputation":{"score":0.5}},
-            {"peer_id":"a","addr":"10.0.0.2","port":1,"last_seen":1.5,"reputation":{"score":9.5}},
+            {"peer_id":"me","addr":"10.0.0.2","port":1,"last_seen":1.5,"reputation":{"score":9.5}},
             {"peer_id":"c","addr":"10.0.0.3","port":1,"last_seen":1.5,"reputation":{"score":1.5}}]}"#;
         let (tracker, server) =
             answering(vec![answer("404 x", r#"{"detail":"Not Found"}"#), answer("200 x", list)]);
@@ -997,7 +982,7 @@ mod tests {
         }
         let requests = server.join().unwrap();
         assert!(
-            requests[0].starts_with("GET /lookup/") && requests[1].starts_with("GET /peers "),
+            requests[0].0.starts_with("GET /lookup/") && requests[1].0.starts_with("GET /peers "),
             "{requests:?}"
         );
     }

@@ -755,7 +755,6 @@ mod tests {
     use super::*;
     use crate::network::NetworkPolicy;
     use crate::nix::StoreDir;
-    use crate::wire::tracker::Identity;
 
     /// Guards against a tracker that fills the memory with long host names.
     #[test]
@@ -782,17 +781,12 @@ mod tests {
     /// Creates a search at one reached tracker that was asked, and that answers nothing. The test
     /// hands in its answers. Host names are resolved by `look_up`.
     fn search(look_up: impl Fn(&str) -> Vec<IpAddr> + Send + Sync + 'static) -> WanSearch {
-        let me = NodeIdentity {
-            identity: Arc::new(Identity::from_seed(&[1; 32])),
-            peer_id: None,
-            port: 1,
-            addr: None,
-            instance: 1,
-        };
         let networks = Arc::new(Networks::new(NetworkPolicy::default(), Vec::new()));
         let publication = Arc::new(Publication::default());
         let urls = vec!["http://127.0.0.1:1".into()];
-        let trackers = Trackers::start(urls, me, &publication, &networks, || {}).unwrap();
+        let trackers =
+            Trackers::start(urls, NodeIdentity::for_test(), &publication, &networks, || {})
+                .unwrap();
         let client = Arc::new(PeerClient::new(StoreDir::parse("/nix/store").unwrap()));
         let wan = WanSource {
             names: Arc::new(NameResolver::new(look_up)),
