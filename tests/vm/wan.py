@@ -8,9 +8,10 @@ def reputation(peer_id):
 
 
 def peer_id(machine):
-    wait_for_log(machine, "peerix", "peer ID ")
-    lines = [line for line in peerix_log(machine).splitlines() if "peer ID " in line]
-    return lines[-1].split("peer ID ")[1].split()[0]
+    said = "knows this node as "
+    wait_for_log(machine, "peerix", said)
+    lines = [line for line in peerix_log(machine).splitlines() if said in line]
+    return lines[-1].split(said)[1].split()[0]
 
 
 with subtest("three machines boot: a and b on networks of their own, the tracker between them"):
