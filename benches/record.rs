@@ -33,8 +33,8 @@ const STATS_UPDATES: u32 = 1_000_000;
 fn serve(mode: &str) -> ! {
     let flags = std::env::args_os().skip(3);
     let Ok(Command::Run(config)) = cli::parse(flags, |_| None) else { panic!("a daemon's flags") };
-    let record = if mode == "on" { Stats::new() } else { Stats::off() };
-    peerix::daemon::run_with(*config, record).expect("it serves");
+    let stats = if mode == "on" { Stats::new() } else { Stats::off() };
+    peerix::daemon::run_with(*config, stats).expect("it serves");
     std::process::exit(0)
 }
 
@@ -136,7 +136,7 @@ fn main() {
 
 /// Measures the time of one update of the statistics, without a lookup.
 fn telling(table: &mut Table) {
-    let record = Stats::new();
+    let stats = Stats::new();
     let path =
         StorePath::parse("7h7qgvs4kgzsn8a6rb273saxyqh4jxlz-hello-2.12.1").expect("a store path");
     let (hash_part, peer) = (path.hash_part(), SocketAddr::from(([10, 0, 0, 1], 12304)));
@@ -150,9 +150,9 @@ fn telling(table: &mut Table) {
         }
         series
     };
-    let hit = nanos(&|| record.hit(&path, Network::Lan, peer, None, took));
+    let hit = nanos(&|| stats.hit(&path, Network::Lan, peer, None, took));
     table.alone("telling the record of a hit, ns", &hit, "");
-    let miss = nanos(&|| record.missed(&hash_part, MissReason::Nobody { asked: 2 }, took));
+    let miss = nanos(&|| stats.missed(&hash_part, MissReason::Nobody { asked: 2 }, took));
     table.alone("telling the record of a miss, ns", &miss, "");
 }
 

@@ -371,10 +371,10 @@ fn wrong(flag: &str, value: &str, why: impl Display) -> String {
 /// Adds a value of a repeatable flag to `all`.
 ///
 /// # Errors
-/// `all` already has `most` values.
-fn push<T>(flag: &str, all: &mut Vec<T>, value: T, most: usize) -> Result<(), String> {
-    if all.len() >= most {
-        return Err(format!("--{flag}: given more than {most} times"));
+/// `all` already has `max` values.
+fn push<T>(flag: &str, all: &mut Vec<T>, value: T, max: usize) -> Result<(), String> {
+    if all.len() >= max {
+        return Err(format!("--{flag}: given more than {max} times"));
     }
     all.push(value);
     Ok(())
@@ -384,11 +384,11 @@ fn text(flag: &str, value: OsString) -> Result<String, String> {
     value.into_string().map_err(|value| wrong(flag, &value.to_string_lossy(), "not UTF-8"))
 }
 
-fn number(flag: &str, value: OsString, least: u64, most: u64) -> Result<u64, String> {
+fn number(flag: &str, value: OsString, min: u64, max: u64) -> Result<u64, String> {
     let value = text(flag, value)?;
     match value.parse() {
-        Ok(number) if (least..=most).contains(&number) => Ok(number),
-        _ => Err(wrong(flag, &value, format_args!("not a number from {least} to {most}"))),
+        Ok(number) if (min..=max).contains(&number) => Ok(number),
+        _ => Err(wrong(flag, &value, format_args!("not a number from {min} to {max}"))),
     }
 }
 

@@ -143,20 +143,20 @@ pub fn run(config: Config) -> Result<(), FatalError> {
     run_with(config, Stats::new())
 }
 
-/// Runs the daemon until SIGTERM or SIGINT and records into `record`. A benchmark passes
+/// Runs the daemon until SIGTERM or SIGINT and records into `stats`. A benchmark passes
 /// [`Stats::off`] to measure the cost of recording. After a restart of the services, a new
 /// [`Stats`] is used.
 ///
 /// # Errors
 /// The daemon cannot start, or one of its threads ended.
-pub fn run_with(config: Config, record: Stats) -> Result<(), FatalError> {
+pub fn run_with(config: Config, stats: Stats) -> Result<(), FatalError> {
     service::allow_descriptors(DESCRIPTORS);
     let process = Process::start(&config)?;
-    let mut record = Some(record);
+    let mut stats = Some(stats);
     loop {
         let Some(store) = open_store(&config, &process)? else { return Ok(()) };
-        let record = record.take().unwrap_or_default();
-        if let ExitReason::Stopped = serve(config.clone(), record, store, &process)? {
+        let stats = stats.take().unwrap_or_default();
+        if let ExitReason::Stopped = serve(config.clone(), stats, store, &process)? {
             return Ok(());
         }
         log::info!("starting again");
@@ -279,7 +279,7 @@ enum FirstStore<T> {
     Opening,
 }
 
-/// Waits until the store is open, until `until` at most if it may open within seconds. Requests
+/// Waits until the store is open, until `deadline` at most if it may open within seconds. Requests
 /// wait in the backlog of the sockets meanwhile, because Nix remembers a miss for an hour.
 ///
 /// # Errors
@@ -287,7 +287,7 @@ enum FirstStore<T> {
 fn first_store<T>(
     opened: &Receiver<Result<T, StoreError>>,
     woken: &Receiver<Wakeup>,
-    until: Instant,
+    deadline: Instant,
 ) -> Result<FirstStore<T>, FatalError> {
     let mut first = FirstStore::Opening;
     loop {
@@ -304,7 +304,7 @@ fn first_store<T>(
             recv(woken) -> wakeup => if handle_early_wakeup(wakeup)? {
                 return Ok(FirstStore::Stopped);
             },
-            recv(at(until)) -> _ => return Ok(first),
+            recv(at(deadline)) -> _ => return Ok(first),
         }
     }
 }
@@ -379,7 +379,7 @@ fn answer_misses<T>(
 /// start is available. Then stops them.
 fn serve(
     config: Config,
-    record: Stats,
+    stats: Stats,
     store: Arc<Store>,
     process: &Process,
 ) -> Result<ExitReason, FatalError> {
@@ -390,10 +390,10 @@ fn serve(
     if config.mode.has_lan() {
         log_networks(&networks.current());
     }
-    let share = Arc::new(AccessPolicy::new(networks.clone(), &config));
+    let access = Arc::new(AccessPolicy::new(networks.clone(), &config));
     let on_end = |what| process.on_end(what);
     let degraded = Arc::new(Degraded::default());
-    let own_key = LateSigningKey::new(&config, &share, &degraded);
+    let own_key = LateSigningKey::new(&config, &access, &degraded);
 
     let leaving = Arc::new(AtomicBool::new(false));
     let requests = Arc::new(RequestPool::default());
@@ -402,7 +402,7 @@ fn serve(
     let friend_list = acquaintance.as_ref().map(|known| known.friends.list().clone());
     let trusted = Arc::new(TrustedKeys::read(&config, port, friend_list, &degraded));
     let mut environment =
-        StoreEnvironment::new(share.clone(), store.clone(), networks.clone(), leaving.clone());
+        StoreEnvironment::new(access.clone(), store.clone(), networks.clone(), leaving.clone());
     if let Some(FriendServices { friends, .. }) = &acquaintance {
         let (key, friends) = (*friends.list().own(), friends.clone());
         let heard: DigestObserver =
@@ -417,44 +417,44 @@ fn serve(
     let discovery =
         DiscoveryThread::spawn(discovery, datagrams, networks.clone(), on_end("discovery"))
             .map_err(fatal("discovery"))?;
-    let resolver = resolve_peers(config.peers.clone(), discovery.client(), share.clone())
+    let resolver = resolve_peers(config.peers.clone(), discovery.client(), access.clone())
         .map_err(fatal("resolve"))?;
 
     let client = Arc::new(PeerClient::new(config.store_dir.clone()));
-    let standing = Arc::new(PeerHealth::default());
-    let record = Arc::new(record);
+    let health = Arc::new(PeerHealth::default());
+    let stats = Arc::new(stats);
     let paces = Arc::new(Paces::default());
-    let counters = keep_counters(&config, &record, &paces).map_err(fatal("counters"))?;
+    let counters = keep_counters(&config, &stats, &paces).map_err(fatal("counters"))?;
     // Friends need a key that lasts; without a state directory it changes with each start.
     let lasting = identity.as_ref().filter(|_| config.state_dir.is_some());
     let facts = NodeFacts::new(&config, port, lasting.map(|identity| identity.key()));
     let strangers = identity.filter(|_| config.mode.has_wan()).map(|identity| {
-        WanServices::start(&config, identity, port, &store, &share, &networks, on_end)
+        WanServices::start(&config, identity, port, &store, &access, &networks, on_end)
     });
     let strangers = strangers.transpose()?;
     let wan = strangers.as_ref().map(|strangers| {
         let trackers = strangers.trackers.clone();
-        let (client, standing, requests) = (client.clone(), standing.clone(), requests.clone());
-        Arc::new(WanSource::new(trackers, client, standing, networks.clone(), requests))
+        let (client, health, requests) = (client.clone(), health.clone(), requests.clone());
+        Arc::new(WanSource::new(trackers, client, health, networks.clone(), requests))
     });
     let lan = config.mode.has_lan().then(|| {
-        let (client, standing) = (client.clone(), standing.clone());
-        Arc::new(LanSource::new(discovery.client(), client, standing, requests))
+        let (client, health) = (client.clone(), health.clone());
+        Arc::new(LanSource::new(discovery.client(), client, health, requests))
     });
     let known_keys = trusted.keys().unwrap_or_default().into_iter().map(|known| known.key);
     let upstream = Upstream::new(&config, &known_keys.collect::<Vec<_>>());
     let spools = Spools::new(config.state_dir.clone());
     let friends = acquaintance.as_ref().map(|acquaintance| acquaintance.friends.clone());
     let lookup =
-        Arc::new(LookupService::new(lan, wan, friends.clone(), trusted.clone(), record.clone()));
+        Arc::new(LookupService::new(lan, wan, friends.clone(), trusted.clone(), stats.clone()));
     if let Some(friends) = friends.clone().filter(|_| !config.tracker_urls.is_empty()) {
         let mapping = mapper.as_ref().map(PortMapper::current);
         meet_friends(&config, port, mapping, friends).map_err(fatal("meet"))?;
     }
     let status = StatusService {
-        record: record.clone(),
+        stats: stats.clone(),
         discovery: discovery.client(),
-        health: standing.clone(),
+        health: health.clone(),
         trackers: strangers.as_ref().map(|strangers| strangers.trackers.clone()),
         friends: friends.clone(),
         mapping: mapper.as_ref().map(PortMapper::current),
@@ -467,9 +467,9 @@ fn serve(
     let upload_limit = config.upload_limit.map(UploadLimit::new);
     let cache = CacheHandler {
         store,
-        access: share,
+        access,
         lookup: lookup.clone(),
-        fetch: Downloader::new(lookup, client, standing, paces, record.clone(), upstream, spools),
+        downloader: Downloader::new(lookup, client, health, paces, stats.clone(), upstream, spools),
         signer: own_key.signer.clone(),
         store_dir: config.store_dir.clone(),
         priority: config.priority,
@@ -479,7 +479,7 @@ fn serve(
             .as_ref()
             .map(|known| (known.tls.clone(), known.friends.list().clone())),
         upload_limit,
-        record: record.clone(),
+        stats: stats.clone(),
         status,
         faults: LogThrottle::default(),
         refusals: LogThrottle::default(),
@@ -501,7 +501,7 @@ fn serve(
 
     log::info!("peerix {} serves on port {port}", env!("CARGO_PKG_VERSION"));
     notify(&[NotifyState::Ready]);
-    let result = wait(&process.woken, &discovery, &record);
+    let result = wait(&process.woken, &discovery, &stats);
     if !matches!(result, Ok(ExitReason::Mended)) {
         notify(&[NotifyState::Stopping]);
         log::info!("stopping");
@@ -538,16 +538,16 @@ fn serve(
 struct LateSigningKey {
     file: Option<PathBuf>,
     signer: Arc<OnceLock<Signer>>,
-    share: Arc<AccessPolicy>,
+    access: Arc<AccessPolicy>,
 }
 
 impl LateSigningKey {
     /// Tries to read the key. Blocks on the disk.
-    fn new(config: &Config, share: &Arc<AccessPolicy>, degraded: &Degraded) -> LateSigningKey {
+    fn new(config: &Config, access: &Arc<AccessPolicy>, degraded: &Degraded) -> LateSigningKey {
         let key = LateSigningKey {
             file: config.private_key.clone(),
             signer: Arc::default(),
-            share: share.clone(),
+            access: access.clone(),
         };
         key.read(degraded);
         key
@@ -561,7 +561,7 @@ impl LateSigningKey {
         };
         let Some(key) = degraded.note(PRIVATE_KEY, read_key(file)) else { return false };
         self.signer.get_or_init(|| signer(key));
-        self.share.set_has_key();
+        self.access.set_has_key();
         true
     }
 }
@@ -668,17 +668,17 @@ struct CountersThread {
 /// No thread can be started.
 fn keep_counters(
     config: &Config,
-    record: &Arc<Stats>,
+    stats: &Arc<Stats>,
     paces: &Arc<Paces>,
 ) -> io::Result<CountersThread> {
     let (running, stopped) = bounded::<()>(0);
     let (end, ended) = bounded::<()>(0);
     let Some(dir) = &config.state_dir else { return Ok(CountersThread { running, ended }) };
-    record.keep_in(dir, SystemTime::now());
+    stats.keep_in(dir, SystemTime::now());
     saved_paces::load(paces, dir);
-    let (record, paces, dir) = (record.clone(), paces.clone(), dir.clone());
+    let (stats, paces, dir) = (stats.clone(), paces.clone(), dir.clone());
     let save = move || {
-        record.save(SystemTime::now());
+        stats.save(SystemTime::now());
         // Debug level only: the counters report a failing disk.
         if let Err(e) = saved_paces::save(&paces, &dir) {
             log::debug!("paces: {e}");
@@ -708,7 +708,7 @@ fn tick_interval(watchdog: Option<Duration>) -> Duration {
 fn wait(
     woken: &Receiver<Wakeup>,
     discovery: &DiscoveryThread,
-    record: &Stats,
+    stats: &Stats,
 ) -> Result<ExitReason, FatalError> {
     let watchdog = sd_notify::watchdog_enabled();
     let look = tick_interval(watchdog);
@@ -722,7 +722,7 @@ fn wait(
                 return Err(FatalError("nobody is left to wake the daemon".into()));
             }
             Err(RecvTimeoutError::Timeout) => {
-                record.tick(SystemTime::now());
+                stats.tick(SystemTime::now());
                 if watchdog.is_some() {
                     let now = discovery.request_turn();
                     if now != turns {
@@ -786,7 +786,7 @@ impl WanServices {
         identity: Arc<Identity>,
         port: u16,
         store: &Arc<Store>,
-        share: &Arc<AccessPolicy>,
+        access: &Arc<AccessPolicy>,
         networks: &Arc<Networks>,
         on_end: impl Fn(&'static str) -> F,
     ) -> Result<WanServices, FatalError> {
@@ -796,14 +796,14 @@ impl WanServices {
             .map_err(|_| FatalError("the system gives no random numbers".into()))?;
         let instance = u64::from_ne_bytes(instance[..8].try_into().expect("8 bytes")) >> 1;
         let me = NodeIdentity { identity, peer_id: config.peer_id.clone(), port, addr, instance };
-        let shares = share.serves(Scope::Wan);
+        let shares = access.serves(Scope::Wan);
         let publication =
             Arc::new(if shares { Publication::default() } else { Publication::nothing() });
         let urls = config.tracker_urls.clone();
         let trackers = Trackers::start(urls, me, &publication, networks, on_end("announce"));
         let trackers = Arc::new(trackers.map_err(fatal("announce"))?);
         let publish =
-            || Publisher::start(store.clone(), share.clone(), publication, on_end("publish"));
+            || Publisher::start(store.clone(), access.clone(), publication, on_end("publish"));
         let publisher = shares.then(publish).transpose().map_err(fatal("publish"))?;
         Ok(WanServices { trackers, publisher })
     }
@@ -939,7 +939,7 @@ fn random_numbers() -> Option<crate::lan::RandomSource> {
 fn resolve_peers(
     peers: Vec<(String, u16)>,
     lan: Arc<DiscoveryClient>,
-    share: Arc<AccessPolicy>,
+    access: Arc<AccessPolicy>,
 ) -> io::Result<Option<Sender<()>>> {
     if peers.is_empty() {
         return Ok(None);
@@ -950,7 +950,7 @@ fn resolve_peers(
         loop {
             let lookup = |host: &str, port| (host, port).to_socket_addrs().map(Iterator::collect);
             let addresses = resolve(&peers, &mut last, lookup);
-            share.set_named_peers(addresses.clone());
+            access.set_named_peers(addresses.clone());
             lan.set_named(addresses);
             if stopped.recv_timeout(RESOLVE_INTERVAL) != Err(RecvTimeoutError::Timeout) {
                 return;
@@ -992,8 +992,8 @@ mod tests {
         let opened = keep_trying(move || {
             if was_tried.swap(true, Ordering::Relaxed) { Ok("store") } else { Err(busy()) }
         });
-        let until = Instant::now() + Duration::from_secs(60);
-        let first = first_store(&opened.unwrap(), &never(), until).unwrap();
+        let deadline = Instant::now() + Duration::from_secs(60);
+        let first = first_store(&opened.unwrap(), &never(), deadline).unwrap();
         assert!(matches!(first, FirstStore::Opened("store")));
     }
 
@@ -1001,7 +1001,7 @@ mod tests {
     fn store_that_does_not_open_soon_is_not_awaited_longer() {
         let (opened, results) = bounded::<Result<(), _>>(1);
         let past = Instant::now();
-        let first = |until| first_store(&results, &never(), until).unwrap();
+        let first = |deadline| first_store(&results, &never(), deadline).unwrap();
         assert!(matches!(first(past), FirstStore::Opening));
         opened.send(Err(StoreError::Missing { db: PathBuf::from("/db") })).unwrap();
         let late = past + Duration::from_secs(3600);

@@ -52,9 +52,9 @@ enum AbortReason {
 pub struct Downloader {
     lookup: Arc<LookupService>,
     client: Arc<PeerClient>,
-    standing: Arc<PeerHealth>,
+    health: Arc<PeerHealth>,
     paces: Arc<Paces>,
-    record: Arc<Stats>,
+    stats: Arc<Stats>,
     upstream: Upstream,
     /// Large NARs during their download, for the HTTP server to pass on to neighbours.
     pub spools: Spools,
@@ -62,23 +62,23 @@ pub struct Downloader {
 }
 
 impl Downloader {
-    /// Creates a downloader. `lookup` finds peers, `client` requests NARs, `standing` and `paces`
-    /// rank the peers, and `record` counts the transfers.
+    /// Creates a downloader. `lookup` finds peers, `client` requests NARs, `health` and `paces`
+    /// rank the peers, and `stats` counts the transfers.
     pub fn new(
         lookup: Arc<LookupService>,
         client: Arc<PeerClient>,
-        standing: Arc<PeerHealth>,
+        health: Arc<PeerHealth>,
         paces: Arc<Paces>,
-        record: Arc<Stats>,
+        stats: Arc<Stats>,
         upstream: Upstream,
         spools: Spools,
     ) -> Self {
         Downloader {
             lookup,
             client,
-            standing,
+            health,
             paces,
-            record,
+            stats,
             upstream,
             spools,
             given_up: Mutex::default(),
@@ -94,9 +94,9 @@ impl Downloader {
     /// Finds a peer that claims to have the NAR. Blocks for at most 20 s.
     pub fn find(&self, hash_part: &HashPart, nar_hash: &NarHash) -> Option<Download<'_>> {
         let asked = Instant::now();
-        let until = asked + FIRST_PIECE_TIMEOUT.get();
-        let found = self.lookup.find(hash_part, nar_hash, until)?;
-        Some(Download { fetch: self, asked, until, found })
+        let deadline = asked + FIRST_PIECE_TIMEOUT.get();
+        let found = self.lookup.find(hash_part, nar_hash, deadline)?;
+        Some(Download { downloader: self, asked, deadline, found })
     }
 
     /// Whether the transfer of this NAR was cut on purpose in the last 60 s.
@@ -121,17 +121,17 @@ impl Downloader {
 
 /// A NAR that a peer claims to have.
 pub struct Download<'a> {
-    fetch: &'a Downloader,
+    downloader: &'a Downloader,
     /// When Nix asked for the NAR.
     asked: Instant,
     /// Deadline for the first piece.
-    until: Instant,
+    deadline: Instant,
     found: FoundNar,
 }
 
 /// A download whose first piece is there and checked.
 pub struct StartedDownload<'a> {
-    fetch: &'a Downloader,
+    downloader: &'a Downloader,
     reader: FailoverReader<'a>,
     /// Writes the NAR to a file for neighbours, if it is kept.
     spool_writer: Option<SpoolWriter<'a>>,
@@ -176,28 +176,29 @@ impl<'a> Download<'a> {
     /// [`Downloader::find`] at most. Returns `None` if no peer sends the piece by then, or if the
     /// upstream cache is certain to be faster.
     pub fn start(self) -> Option<StartedDownload<'a>> {
-        let Download { fetch, asked, until, found } = self;
+        let Download { downloader, asked, deadline, found } = self;
         let (hash, size) = (found.nar_hash, found.nar_size);
         // The spool begins before the request: the asked peer may name this node to a neighbour,
         // which then asks this node at once.
-        let spool_writer = fetch.spools.begin(found.path.base_name(), hash, size);
-        let mut reader = FailoverReader::new(fetch, found, until, fetch.may_leave(hash));
+        let spool_writer = downloader.spools.begin(found.path.base_name(), hash, size);
+        let mut reader =
+            FailoverReader::new(downloader, found, deadline, downloader.may_leave(hash));
         let (incoming, first) = match reader.first_piece() {
             Ok(begun) => begun,
             Err(cut) => {
                 log::debug!("NAR {hash}: not begun: {cut}");
                 reader.fail();
                 if matches!(cut, DownloadError::Upstream(_)) {
-                    fetch.give_up(hash, AbortReason::Left);
-                    fetch.upstream.record_left_nar(size);
+                    downloader.give_up(hash, AbortReason::Left);
+                    downloader.upstream.record_left_nar(size);
                 }
                 return None;
             }
         };
         if let Some(source) = reader.current() {
-            fetch.record.first_byte(source.network(), asked.elapsed());
+            downloader.stats.first_byte(source.network(), asked.elapsed());
         }
-        Some(StartedDownload { fetch, reader, spool_writer, hash, incoming, first })
+        Some(StartedDownload { downloader, reader, spool_writer, hash, incoming, first })
     }
 }
 
@@ -209,7 +210,7 @@ impl StartedDownload<'_> {
     /// Returns the error of `out`, or an error of its own if no peer is left, if the NAR is wrong,
     /// or if the upstream cache is faster. If the hash is wrong, the last piece is not written.
     pub fn relay(self, range: &Range<u64>, out: &mut dyn Write) -> io::Result<()> {
-        let StartedDownload { fetch, mut reader, mut spool_writer, hash, mut incoming, first } =
+        let StartedDownload { downloader, mut reader, mut spool_writer, hash, mut incoming, first } =
             self;
         if incoming.rest() == 0 {
             out.write_all(part(first.bytes(), 0, range))?;
@@ -234,7 +235,7 @@ impl StartedDownload<'_> {
             Err(IncompleteNar::Unsupported(why)) => {
                 log::info!("NAR {hash}: cut: {why}");
                 reader.record_unsupported(why);
-                fetch.give_up(hash, AbortReason::Wrong);
+                downloader.give_up(hash, AbortReason::Wrong);
                 return Err(io::Error::other(DownloadError::Unsupported(why.to_string())));
             }
             Err(IncompleteNar::Io(e)) => {
@@ -245,11 +246,13 @@ impl StartedDownload<'_> {
                         reader.fail();
                         match cut {
                             DownloadError::Upstream(_) => {
-                                fetch.give_up(hash, AbortReason::Left);
-                                fetch.upstream.record_left_nar(incoming.at() + incoming.rest());
+                                downloader.give_up(hash, AbortReason::Left);
+                                downloader
+                                    .upstream
+                                    .record_left_nar(incoming.at() + incoming.rest());
                             }
                             DownloadError::Unsupported(_) => {
-                                fetch.give_up(hash, AbortReason::Wrong);
+                                downloader.give_up(hash, AbortReason::Wrong);
                             }
                             DownloadError::NoPeer(_) | DownloadError::Wrong(_) => {}
                         }
@@ -259,7 +262,7 @@ impl StartedDownload<'_> {
                 }
             }
         };
-        fetch.give_up(hash, AbortReason::Wrong);
+        downloader.give_up(hash, AbortReason::Wrong);
         let why = format!("NAR {hash}: {wrong}");
         reader.blame(&why);
         Err(io::Error::other(why))
@@ -321,13 +324,13 @@ mod tests {
     pub(super) fn downloader() -> Downloader {
         let config = Config::default();
         let trusted = Arc::new(TrustedKeys::read(&config, 1, None, &Degraded::default()));
-        let record = Arc::new(Stats::new());
+        let stats = Arc::new(Stats::new());
         Downloader::new(
-            Arc::new(LookupService::new(None, None, None, trusted, record.clone())),
+            Arc::new(LookupService::new(None, None, None, trusted, stats.clone())),
             Arc::new(PeerClient::new(config.store_dir.clone())),
             Arc::new(PeerHealth::default()),
             Arc::new(Paces::default()),
-            record,
+            stats,
             Upstream::new(&config, &[]),
             Spools::new(None),
         )
@@ -340,32 +343,32 @@ mod tests {
         let (found, serving) = peer_with(odd_nar(2 << 20), nar_hash, sent);
         let (peer, hash, size) = (found.sources[0].peer, found.nar_hash, found.nar_size);
         let asked = Instant::now();
-        let until = asked + Duration::from_secs(20);
-        let download = Download { fetch: &downloader, asked, until, found };
+        let deadline = asked + Duration::from_secs(20);
+        let download = Download { downloader: &downloader, asked, deadline, found };
         let mut out = Vec::new();
         let failed = download.start().unwrap().relay(&(0..size), &mut out).unwrap_err();
         assert!(!out.is_empty() && (out.len() as u64) < size, "{failed}");
-        let standing = downloader.standing.clone();
+        let health = downloader.health.clone();
         // Nix, which resumes the transfer, gets a 404 and tries its next substituter.
-        assert!(downloader.is_cut(hash) || standing.is_doubtful(peer), "{failed}");
+        assert!(downloader.is_cut(hash) || health.is_doubtful(peer), "{failed}");
         serving.join().unwrap();
-        (standing, peer)
+        (health, peer)
     }
 
     #[test]
     fn unsupported_path_after_first_piece_is_not_held_against_peer() {
-        let (standing, peer) = pass_odd_nar_on(None, usize::MAX);
-        assert!(!standing.is_doubtful(peer));
-        assert_eq!(standing.eligibility(peer, Instant::now()), Eligibility::Now);
+        let (health, peer) = pass_odd_nar_on(None, usize::MAX);
+        assert!(!health.is_doubtful(peer));
+        assert_eq!(health.eligibility(peer, Instant::now()), Eligibility::Now);
     }
 
     /// Regression test: a peer cut every NAR by unsupported bytes that it had invented.
     #[test]
     fn invented_unsupported_path_is_held_against_peer() {
-        let (standing, peer) = pass_odd_nar_on(Some(NarHash::from_bytes([7; 32])), usize::MAX);
-        assert!(standing.is_doubtful(peer), "another hash");
+        let (health, peer) = pass_odd_nar_on(Some(NarHash::from_bytes([7; 32])), usize::MAX);
+        assert!(health.is_doubtful(peer), "another hash");
         // The unsupported bytes are there, and the end of the NAR is missing.
-        let (standing, peer) = pass_odd_nar_on(None, odd_nar(2 << 20).len() - 100);
-        assert!(standing.is_doubtful(peer), "broken off");
+        let (health, peer) = pass_odd_nar_on(None, odd_nar(2 << 20).len() - 100);
+        assert!(health.is_doubtful(peer), "broken off");
     }
 }

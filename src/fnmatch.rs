@@ -72,11 +72,11 @@ impl Pattern {
                 '?' => Token::One(Set { ranges: Vec::new(), negated: true }),
                 '[' => {
                     // A `]` in first place is a member of the set.
-                    let least = usize::from(after.first() == Some(&'!')) + 1;
-                    match after.iter().skip(least).position(|c| *c == ']') {
+                    let min = usize::from(after.first() == Some(&'!')) + 1;
+                    match after.iter().skip(min).position(|c| *c == ']') {
                         Some(more) => {
-                            rest = &after[least + more + 1..];
-                            Token::One(Set::parse(&after[..least + more]))
+                            rest = &after[min + more + 1..];
+                            Token::One(Set::parse(&after[..min + more]))
                         }
                         // A `[` without a closing bracket is a literal.
                         None => Token::One(Set { ranges: vec![('[', '[')], negated: false }),

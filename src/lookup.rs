@@ -133,7 +133,7 @@ pub struct LookupService {
     wan: Option<Arc<WanSource>>,
     friends: Option<Arc<Friends>>,
     trusted: Arc<TrustedKeys>,
-    record: Arc<Stats>,
+    stats: Arc<Stats>,
     flights: Mutex<HashMap<HashPart, Arc<PendingLookup>>>,
     found: FoundPaths,
 }
@@ -147,16 +147,16 @@ struct PendingLookup {
 
 impl LookupService {
     /// Creates a service that searches `lan`, `wan` and `friends`. `trusted` decides which narinfos
-    /// are accepted. `record` counts every lookup.
+    /// are accepted. `stats` counts every lookup.
     pub fn new(
         lan: Option<Arc<LanSource>>,
         wan: Option<Arc<WanSource>>,
         friends: Option<Arc<Friends>>,
         trusted: Arc<TrustedKeys>,
-        record: Arc<Stats>,
+        stats: Arc<Stats>,
     ) -> Self {
         let (flights, found) = Default::default();
-        LookupService { lan, wan, friends, trusted, record, flights, found }
+        LookupService { lan, wan, friends, trusted, stats, flights, found }
     }
 
     /// Returns a neighbour's realisation of `id` that [`TrustedKeys::accepts_realisation`] accepts.
@@ -233,33 +233,33 @@ impl LookupService {
     }
 
     /// Finds peers that have the path with this NAR hash: from an earlier lookup, or by a new
-    /// search until `until`. Blocks until then at most.
+    /// search until `deadline`. Blocks until then at most.
     pub fn find(
         &self,
         hash_part: &HashPart,
         nar_hash: &NarHash,
-        until: Instant,
+        deadline: Instant,
     ) -> Option<FoundNar> {
         let found = self.found.take(hash_part, Instant::now());
         if let Some(found) = found.filter(|found| found.nar_hash == *nar_hash) {
             return Some(found);
         }
         let mut search = self.search(hash_part);
-        let FoundNarinfo { source, narinfo, .. } = self.next_of(&mut search, nar_hash, until)?;
+        let FoundNarinfo { source, narinfo, .. } = self.next_of(&mut search, nar_hash, deadline)?;
         Some(search.found(source, &narinfo.info))
     }
 
-    /// Returns the next peer of `search` that has the same NAR, hash and size. Blocks until `until`
-    /// at most.
+    /// Returns the next peer of `search` that has the same NAR, hash and size. Blocks until
+    /// `deadline` at most.
     pub fn next_source(
         &self,
         search: &mut HolderSearch,
         found: &FoundNar,
-        until: Instant,
+        deadline: Instant,
     ) -> Option<NarSource> {
         loop {
             let FoundNarinfo { source, narinfo, .. } =
-                self.next_of(search, &found.nar_hash, until)?;
+                self.next_of(search, &found.nar_hash, deadline)?;
             if narinfo.info.nar_size == found.nar_size {
                 return Some(source);
             }
@@ -270,9 +270,9 @@ impl LookupService {
         &self,
         search: &mut HolderSearch,
         nar_hash: &NarHash,
-        until: Instant,
+        deadline: Instant,
     ) -> Option<FoundNarinfo> {
-        search.resume(until);
+        search.resume(deadline);
         loop {
             let offered = self.next_offer(search)?;
             if offered.narinfo.info.nar_hash == *nar_hash {
@@ -282,24 +282,24 @@ impl LookupService {
         }
     }
 
-    /// Asks the LAN for holders of the path, and returns those that answer within `patience`. Their
-    /// NARs may differ from the wanted one. Blocks for `patience` at most.
-    pub fn holders(&self, hash_part: &HashPart, patience: Duration) -> Vec<NarSource> {
+    /// Asks the LAN for holders of the path, and returns those that answer within `timeout`. Their
+    /// NARs may differ from the wanted one. Blocks for `timeout` at most.
+    pub fn holders(&self, hash_part: &HashPart, timeout: Duration) -> Vec<NarSource> {
         let search = self.lan.as_ref().map(|lan| lan.search(hash_part, never()));
-        let addresses = search.map(|mut search| search.holders(patience)).unwrap_or_default();
+        let addresses = search.map(|mut search| search.holders(timeout)).unwrap_or_default();
         addresses.into_iter().map(NarSource::neighbour).collect()
     }
 
     /// Requests the narinfo of a peer, and returns the peer as a source with the NAR's URL. Returns
-    /// `None` if it has another NAR or does not answer within `patience`.
+    /// `None` if it has another NAR or does not answer within `timeout`.
     pub fn nar_place(
         &self,
         peer: SocketAddr,
         found: &FoundNar,
-        patience: Duration,
+        timeout: Duration,
     ) -> Option<NarSource> {
         let hash_part = found.path.hash_part();
-        let narinfo = self.lan.as_ref()?.narinfo(peer, &hash_part, patience)?;
+        let narinfo = self.lan.as_ref()?.narinfo(peer, &hash_part, timeout)?;
         let source = self.accept(peer, &narinfo).ok()?;
         found.is_nar_of(&narinfo.info).then_some(source)
     }
@@ -347,12 +347,12 @@ impl LookupService {
         let Some(FoundNarinfo { source, narinfo, peer_id }) = self.next_offer(&mut search) else {
             let (took, why) = (began.elapsed(), search.why_not());
             log::debug!("{hash_part}: no peer has it ({took:?})");
-            self.record.missed(hash_part, why, took);
+            self.stats.missed(hash_part, why, took);
             return None;
         };
         let now = Instant::now();
         log::debug!("{}: peer {} has it ({:?})", narinfo.info.path, source.peer, now - began);
-        self.record.hit(
+        self.stats.hit(
             &narinfo.info.path,
             source.network(),
             source.peer,
@@ -506,11 +506,11 @@ impl HolderSearch {
     }
 
     /// Restarts the timeouts of a search that is resumed for further holders; none ends after
-    /// `until`.
-    fn resume(&mut self, until: Instant) {
-        self.lan.iter_mut().for_each(|lan| lan.resume(until));
-        self.friends.iter_mut().for_each(|friends| friends.resume(until));
-        self.wan.iter_mut().for_each(|wan| wan.resume(until));
+    /// `deadline`.
+    fn resume(&mut self, deadline: Instant) {
+        self.lan.iter_mut().for_each(|lan| lan.resume(deadline));
+        self.friends.iter_mut().for_each(|friends| friends.resume(deadline));
+        self.wan.iter_mut().for_each(|wan| wan.resume(deadline));
     }
 }
 

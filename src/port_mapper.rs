@@ -28,7 +28,7 @@ const RENEWAL: Interval = Interval::from_secs(300);
 
 /// Shortest interval between renewals, whatever lifetime the router grants and however often it
 /// seems to announce a restart. Only a change of the network renews sooner.
-const LEAST_RENEWAL: Interval = Interval::from_secs(10);
+const MIN_RENEWAL_INTERVAL: Interval = Interval::from_secs(10);
 
 /// Interval between attempts while the router grants nothing.
 const RETRY: Interval = Interval::from_secs(120);
@@ -155,7 +155,7 @@ impl MappingThread {
             let pause = self.renew(&mut held);
             let schedule = RenewalSchedule::new(pause, Instant::now());
             loop {
-                let left = schedule.until.saturating_duration_since(Instant::now());
+                let left = schedule.deadline.saturating_duration_since(Instant::now());
                 if is_stopped(&self.stopped, left.min(LOOK)) {
                     return self.give_up(&held);
                 }
@@ -195,7 +195,7 @@ impl MappingThread {
         self.tell(mapping);
         let shortest = held.iter().map(|one| one.mapped.lifetime / 2).min();
         let half = shortest.map(|seconds| Duration::from_secs(seconds.into()));
-        half.map_or(RETRY.get(), |half| RENEWAL.get().min(half).max(LEAST_RENEWAL.get()))
+        half.map_or(RETRY.get(), |half| RENEWAL.get().min(half).max(MIN_RENEWAL_INTERVAL.get()))
     }
 
     fn tell(&mut self, mapping: Mapping) {
@@ -369,19 +369,19 @@ impl MappingThread {
 struct RenewalSchedule {
     /// Soonest time, which applies to announcements of a router.
     soonest: Instant,
-    until: Instant,
+    deadline: Instant,
 }
 
 impl RenewalSchedule {
     /// Creates the schedule of a renewal that is due in `pause`.
     fn new(pause: Duration, now: Instant) -> Self {
-        RenewalSchedule { soonest: now + LEAST_RENEWAL.get(), until: now + pause }
+        RenewalSchedule { soonest: now + MIN_RENEWAL_INTERVAL.get(), deadline: now + pause }
     }
 
     /// Returns true if mappings are to be requested at `now`. `is_news` tells whether a router has
     /// announced a restart; it is called only when that may matter.
     fn is_due(&self, now: Instant, is_news: impl FnOnce() -> bool) -> bool {
-        now >= self.until || now >= self.soonest && is_news()
+        now >= self.deadline || now >= self.soonest && is_news()
     }
 }
 
@@ -405,9 +405,9 @@ fn exchange(
         // Sending fails if an ICMP error for an earlier datagram is pending; the next try repeats
         // it.
         let _ = socket.send(request);
-        let until = Instant::now() + wait;
+        let deadline = Instant::now() + wait;
         while let Some(left) =
-            until.checked_duration_since(Instant::now()).filter(|left| !left.is_zero())
+            deadline.checked_duration_since(Instant::now()).filter(|left| !left.is_zero())
         {
             if is_stopped(stopped, Duration::ZERO) {
                 return None;
@@ -626,7 +626,7 @@ mod tests {
     fn announcements_of_router_renew_once_in_least_interval() {
         let now = Instant::now();
         let schedule = RenewalSchedule::new(RENEWAL.get(), now);
-        let soonest = now + LEAST_RENEWAL.get();
+        let soonest = now + MIN_RENEWAL_INTERVAL.get();
         assert!(!schedule.is_due(soonest - Duration::from_millis(1), || true));
         assert!(schedule.is_due(soonest, || true) && !schedule.is_due(soonest, || false));
         assert!(schedule.is_due(now + RENEWAL.get(), || false));

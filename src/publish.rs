@@ -23,10 +23,10 @@ const BATCH: usize = 256;
 const GONE_PERCENT: u64 = 10;
 /// Limit of the bits per path, in tenths of those that the filter was made with. Below, after the
 /// number of paths has grown by a quarter, the filter is rebuilt.
-const LEAST_TENTHS: u64 = 8;
+const MIN_SIZE_TENTHS: u64 = 8;
 /// Limit of the bits per path, in tenths of a bit. Below, the filter is rebuilt in any case:
 /// trackers refuse a filter with 72 % of its bits set, which 9.4 bits per path reach.
-const LEAST_TENTHS_EVER: u64 = 95;
+const MIN_SIZE_TENTHS_EVER: u64 = 95;
 /// Maximum number of paths that wait for the upstream cache to tell whether it has them. Beyond,
 /// those that would be asked about last are not published.
 const MAX_OPEN: usize = 16 * 1024;
@@ -48,19 +48,19 @@ pub struct Publisher {
 }
 
 impl Publisher {
-    /// Starts to publish the paths of `store` that `share` allows WAN peers to have. `on_end` runs
+    /// Starts to publish the paths of `store` that `access` allows WAN peers to have. `on_end` runs
     /// when the thread ends, also by a panic.
     ///
     /// # Errors
     /// No thread can be started.
     pub fn start(
         store: Arc<Store>,
-        share: Arc<AccessPolicy>,
+        access: Arc<AccessPolicy>,
         publication: Arc<Publication>,
         on_end: impl FnOnce() + Send + 'static,
     ) -> io::Result<Publisher> {
         let (running, stopped) = bounded(0);
-        let reader = RowReader { store, share, stopped };
+        let reader = RowReader { store, access, stopped };
         let (end, ended) = bounded::<()>(0);
         thread::Builder::new().name("publish".into()).spawn(move || {
             let _end = (guard((), |()| on_end()), end);
@@ -101,7 +101,7 @@ struct SharedRows {
 
 struct RowReader {
     store: Arc<Store>,
-    share: Arc<AccessPolicy>,
+    access: Arc<AccessPolicy>,
     /// Disconnected when the thread has to end.
     stopped: Receiver<()>,
 }
@@ -182,7 +182,8 @@ impl RowReader {
             last.open.pop_last();
         }
         last.census = census;
-        let needed = last.paths * (last.bits_per_path * LEAST_TENTHS).max(LEAST_TENTHS_EVER) / 10;
+        let needed =
+            last.paths * (last.bits_per_path * MIN_SIZE_TENTHS).max(MIN_SIZE_TENTHS_EVER) / 10;
         let is_full = last.filter.len_bits() < needed.min(8 * MAX_BYTES as u64);
         if is_full || last.gone * 100 > last.paths * GONE_PERCENT && last.gone > 0 {
             *shared = None;
@@ -201,9 +202,9 @@ impl RowReader {
             last_id = *id;
             rows.count += batch.len() as u64;
             for (_, info) in &batch {
-                if self.share.allows_now(Scope::Wan, info) {
+                if self.access.allows_now(Scope::Wan, info) {
                     rows.shared.push(info.path.hash_part());
-                } else if let Some(at) = self.share.ask_upstream_at(info) {
+                } else if let Some(at) = self.access.ask_upstream_at(info) {
                     rows.open.insert((at, info.path.hash_part()));
                     if rows.open.len() > MAX_OPEN {
                         rows.open.pop_last();
@@ -221,21 +222,23 @@ impl RowReader {
     /// Asks the upstream cache about the paths that are due, for at most [`CHECK_INTERVAL`] and one more
     /// request. Returns true if the filter changed.
     fn verify_pending(&self, shared: &mut PublishedState) -> bool {
-        let (mut changed, until) = (false, Instant::now() + CHECK_INTERVAL.get());
+        let (mut changed, deadline) = (false, Instant::now() + CHECK_INTERVAL.get());
         while let Some(question) =
             shared.open.first().copied().filter(|(at, _)| *at <= Instant::now())
         {
             let hash_part = question.1;
             match self.store.path_info(&hash_part) {
-                Ok(Some(info)) if self.share.allows(Scope::Wan, &info) => {
+                Ok(Some(info)) if self.access.allows(Scope::Wan, &info) => {
                     changed |= shared.filter.insert(&hash_part);
                     shared.paths += 1;
                 }
                 // The upstream cache lacks the path, or does not answer now.
-                Ok(Some(info)) => shared.open.extend(self.share.ask_upstream_at(&info).map(|at| {
-                    // An immediate retry would fail again.
-                    (at.max(Instant::now() + CHECK_INTERVAL.get()), hash_part)
-                })),
+                Ok(Some(info)) => {
+                    shared.open.extend(self.access.ask_upstream_at(&info).map(|at| {
+                        // An immediate retry would fail again.
+                        (at.max(Instant::now() + CHECK_INTERVAL.get()), hash_part)
+                    }))
+                }
                 // The path has been removed from the store.
                 Ok(None) => {}
                 Err(e) => {
@@ -244,7 +247,7 @@ impl RowReader {
                 }
             }
             shared.open.remove(&question);
-            if Instant::now() > until || self.wait_or_stopped(PAUSE) {
+            if Instant::now() > deadline || self.wait_or_stopped(PAUSE) {
                 break;
             }
         }
@@ -272,9 +275,9 @@ mod tests {
     /// Dropping the returned sender ends the reader.
     fn reader(fixture: &Fixture, config: &Config) -> (RowReader, Sender<()>) {
         let networks = Arc::new(Networks::new(NetworkPolicy::default(), Vec::new()));
-        let share = Arc::new(AccessPolicy::new(networks, config));
+        let access = Arc::new(AccessPolicy::new(networks, config));
         let (running, stopped) = bounded(0);
-        (RowReader { store: Arc::new(fixture.open()), share, stopped }, running)
+        (RowReader { store: Arc::new(fixture.open()), access, stopped }, running)
     }
 
     fn unverified() -> Config {

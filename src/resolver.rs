@@ -74,24 +74,24 @@ impl NameResolver {
     }
 
     /// Returns the address of each name, the inner `None` if it has none that a peer can have. The
-    /// outer one means that nothing is known at `until`. Blocks until `until` at most.
+    /// outer one means that nothing is known at `deadline`. Blocks until `deadline` at most.
     pub fn addresses(
         self: &Arc<Self>,
         names: &[&str],
-        until: Instant,
+        deadline: Instant,
     ) -> Vec<Option<Option<IpAddr>>> {
         let mut all = vec![None; names.len()];
-        self.resolve(names, until, |at, address| all[at] = Some(address));
+        self.resolve(names, deadline, |at, address| all[at] = Some(address));
         all
     }
 
     /// Calls `found` with the index and the address of each name as soon as it is known, with
-    /// `None` if the name has no address that a peer can have. Names that are not known at `until`
-    /// are left out. Blocks until `until` at most.
+    /// `None` if the name has no address that a peer can have. Names that are not known at
+    /// `deadline` are left out. Blocks until `deadline` at most.
     pub fn resolve(
         self: &Arc<Self>,
         names: &[&str],
-        until: Instant,
+        deadline: Instant,
         mut found: impl FnMut(usize, Option<IpAddr>),
     ) {
         let mut unknown: Vec<usize> = (0..names.len()).collect();
@@ -123,10 +123,10 @@ impl NameResolver {
                 drop(table);
                 known.into_iter().for_each(|(at, address)| found(at, address));
                 table = self.table.lock();
-            } else if unknown.is_empty() || table.asked.is_empty() || now >= until {
+            } else if unknown.is_empty() || table.asked.is_empty() || now >= deadline {
                 return;
             } else {
-                table = self.changed.wait_timeout(table, until - now);
+                table = self.changed.wait_timeout(table, deadline - now);
             }
         }
     }
@@ -157,8 +157,8 @@ mod tests {
     #[test]
     fn name_of_loopback_address_has_no_address() {
         let names = Arc::new(NameResolver::default());
-        let until = Instant::now() + Duration::from_secs(60);
-        assert_eq!(names.addresses(&["localhost"], until), [Some(None)]);
+        let deadline = Instant::now() + Duration::from_secs(60);
+        assert_eq!(names.addresses(&["localhost"], deadline), [Some(None)]);
         assert_eq!(names.table.lock().known.used(), 1);
     }
 

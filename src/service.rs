@@ -91,7 +91,7 @@ pub fn notify(state: &[NotifyState<'_>]) {
 pub fn allow_descriptors(wanted: u64) {
     let limit = getrlimit(Resource::Nofile);
     // `None` means unlimited.
-    let wanted = limit.maximum.map_or(wanted, |most| most.min(wanted));
+    let wanted = limit.maximum.map_or(wanted, |max| max.min(wanted));
     if limit.current.is_some_and(|current| current < wanted)
         && let Err(e) = setrlimit(Resource::Nofile, Rlimit { current: Some(wanted), ..limit })
     {

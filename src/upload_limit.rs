@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 /// Least rate of a stream, in bytes per second. Peers abandon a slower one, so only as many streams
 /// are admitted as get this rate.
-const LEAST_RATE: u64 = 64 * 1024;
+const MIN_RATE: u64 = 64 * 1024;
 
 /// Highest rate that can be configured, in bytes per second. It exceeds every link and prevents
 /// overflows.
@@ -66,7 +66,7 @@ impl UploadLimit {
             .filter(|_| is_number)
             .and_then(|number| number.checked_mul(unit));
         match rate {
-            Some(rate) if (LEAST_RATE..=MAX_RATE).contains(&rate) => Ok(rate),
+            Some(rate) if (MIN_RATE..=MAX_RATE).contains(&rate) => Ok(rate),
             Some(_) => Err("not from 64K to 1024G bytes a second".into()),
             None => Err("not a number of bytes a second, as 65536, 500K, 2M or 1G".into()),
         }
@@ -74,7 +74,7 @@ impl UploadLimit {
 
     /// Number of streams that get 64 KiB/s each; at least one.
     pub fn streams(&self) -> usize {
-        usize::try_from((self.bytes_per_second / LEAST_RATE).max(1)).unwrap_or(usize::MAX)
+        usize::try_from((self.bytes_per_second / MIN_RATE).max(1)).unwrap_or(usize::MAX)
     }
 
     /// Bytes to send between two calls of [`UploadLimit::take`]: those of 20 ms, from 4 to 256 KiB.
@@ -163,16 +163,16 @@ mod tests {
 
     #[test]
     fn reservation_beyond_longest_wait_is_refused_and_takes_nothing() {
-        let limit = UploadLimit::new(LEAST_RATE);
+        let limit = UploadLimit::new(MIN_RATE);
         let now = Instant::now() + Duration::from_secs(1);
-        assert!(limit.reserve(30 * LEAST_RATE, now).is_some());
-        assert_eq!(limit.reserve(LEAST_RATE, now), None);
-        assert_eq!(limit.reserve(LEAST_RATE, now + Duration::from_secs(31)), Some(Duration::ZERO));
+        assert!(limit.reserve(30 * MIN_RATE, now).is_some());
+        assert_eq!(limit.reserve(MIN_RATE, now), None);
+        assert_eq!(limit.reserve(MIN_RATE, now + Duration::from_secs(31)), Some(Duration::ZERO));
     }
 
     #[test]
     fn streams_get_at_least_the_least_rate() {
         let streams = |rate| UploadLimit::new(rate).streams();
-        assert_eq!([streams(1), streams(LEAST_RATE), streams(10 * LEAST_RATE)], [1, 1, 10]);
+        assert_eq!([streams(1), streams(MIN_RATE), streams(10 * MIN_RATE)], [1, 1, 10]);
     }
 }

@@ -105,7 +105,7 @@ struct IndexLayout {
 
 /// The index. Owners are numbers that the caller chooses.
 pub struct BloomIndex {
-    most_bytes: usize,
+    max_bytes: usize,
     layout: RwLock<IndexLayout>,
     bytes: AtomicUsize,
     edit: Mutex<()>,
@@ -118,10 +118,10 @@ pub struct IndexEditor<'a> {
 }
 
 impl BloomIndex {
-    /// Creates an empty index that uses at most `most_bytes` bytes for filters.
-    pub fn new(most_bytes: usize) -> Self {
+    /// Creates an empty index that uses at most `max_bytes` bytes for filters.
+    pub fn new(max_bytes: usize) -> Self {
         BloomIndex {
-            most_bytes,
+            max_bytes,
             layout: RwLock::default(),
             bytes: AtomicUsize::new(0),
             edit: Mutex::new(()),
@@ -130,7 +130,7 @@ impl BloomIndex {
 
     /// Used eighths of the memory limit, rounded down.
     pub fn eighths_used(&self) -> usize {
-        self.bytes() / (self.most_bytes / 8).max(1)
+        self.bytes() / (self.max_bytes / 8).max(1)
     }
 
     /// Returns the owners whose filters contain the hash part, in no particular order. Blocks
@@ -164,7 +164,7 @@ impl BloomIndex {
     }
 
     fn reserve(&self, bytes: usize) -> bool {
-        let fits = |used: usize| used.checked_add(bytes).filter(|sum| *sum <= self.most_bytes);
+        let fits = |used: usize| used.checked_add(bytes).filter(|sum| *sum <= self.max_bytes);
         self.bytes.fetch_update(Ordering::Relaxed, Ordering::Relaxed, fits).is_ok()
     }
 }

@@ -41,9 +41,9 @@ Exit status: 0 when stopped by SIGTERM or SIGINT, 1 when it cannot start or go o
 const DEFAULT_FILTER_MIB: usize = 1024;
 /// Minimum memory for filters in MiB: one block of the largest size that blocks have (8 MiB), and
 /// some small ones. Less is refused.
-const LEAST_FILTER_MIB: usize = 16;
+const MIN_FILTER_MIB: usize = 16;
 /// Maximum memory for filters in MiB, 1 TiB. More is refused.
-const MOST_FILTER_MIB: usize = 1 << 20;
+const MAX_FILTER_MIB: usize = 1 << 20;
 
 /// The settings of the tracker.
 #[derive(Debug, PartialEq, Eq)]
@@ -125,9 +125,9 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<TrackerCommand,
             "filter-memory" => {
                 let text = value()?;
                 let mib = text.to_str().and_then(|mib| mib.parse().ok());
-                let mib = mib.filter(|mib| (LEAST_FILTER_MIB..=MOST_FILTER_MIB).contains(mib)).ok_or_else(|| {
+                let mib = mib.filter(|mib| (MIN_FILTER_MIB..=MAX_FILTER_MIB).contains(mib)).ok_or_else(|| {
                     let text = text.to_string_lossy();
-                    format!("--filter-memory {text}: not a number from {LEAST_FILTER_MIB} to {MOST_FILTER_MIB}")
+                    format!("--filter-memory {text}: not a number from {MIN_FILTER_MIB} to {MAX_FILTER_MIB}")
                 })?;
                 options.filter_memory = mib << 20;
             }

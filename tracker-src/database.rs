@@ -50,7 +50,7 @@ const PRUNE_ROWS: i64 = 500;
 const BUSY: Duration = Duration::from_secs(5);
 
 /// Largest number that a column holds. Sums are capped here.
-const MOST: u64 = i64::MAX as u64;
+const MAX_COLUMN: u64 = i64::MAX as u64;
 
 const TABLES: &str = "
     create table if not exists transfers (
@@ -386,7 +386,10 @@ impl TrackerDatabase {
     /// Stores the filter of a live peer, and the timestamp of its request.
     pub fn published(&mut self, id: &str, stamp: u64, filter: &[u8]) -> Result<()> {
         let sql = "update present set filter_stamp = ?2, filter = ?3 where peer_id = ?1";
-        self.db.prepare_cached(sql)?.execute(params![id, stamp.min(MOST) as i64, filter]).map(drop)
+        self.db
+            .prepare_cached(sql)?
+            .execute(params![id, stamp.min(MAX_COLUMN) as i64, filter])
+            .map(drop)
     }
 
     /// Deletes a peer from the live ones.
@@ -397,7 +400,7 @@ impl TrackerDatabase {
     /// Stores the time, in milliseconds since 1970, at which the tracker was last running.
     pub fn alive(&mut self, now_ms: u64) -> Result<()> {
         let sql = "insert into meta (key, value) values ('alive', ?) on conflict do update set value = excluded.value";
-        self.db.prepare_cached(sql)?.execute([now_ms.min(MOST) as i64]).map(drop)
+        self.db.prepare_cached(sql)?.execute([now_ms.min(MAX_COLUMN) as i64]).map(drop)
     }
 
     /// Returns the key and reputation of an ID.
@@ -523,7 +526,7 @@ impl TrackerDatabase {
         };
         let network = format!("{:x}", report.network);
         self.db.prepare_cached(sql)?.execute(params![
-            report.bytes.min(MOST) as i64,
+            report.bytes.min(MAX_COLUMN) as i64,
             resolves,
             network,
             id
@@ -572,7 +575,7 @@ impl TrackerDatabase {
         received: u64,
         day: i64,
     ) -> Result<()> {
-        let sum = |a: u64, b: u64| a.saturating_add(b).min(MOST);
+        let sum = |a: u64, b: u64| a.saturating_add(b).min(MAX_COLUMN);
         let old = self.reputation(id)?;
         let mut new = old;
         if consistent {
@@ -754,9 +757,9 @@ mod tests {
     fn reputation_sums_are_capped() {
         let mut books = books();
         let huge = (1u64 << 44).to_string();
-        let most = i64::MAX.to_string();
+        let max = i64::MAX.to_string();
         let sql = format!(
-            "insert into reputation values ('a', {most}, 0, {most}, 0, 0), ('b', 0, {huge}, 0, {most}, 0)"
+            "insert into reputation values ('a', {max}, 0, {max}, 0, 0), ('b', 0, {huge}, 0, {max}, 0)"
         );
         books.db.execute_batch(&sql).unwrap();
         books.bind("a", &[1; 32], 0).unwrap();
@@ -768,7 +771,7 @@ mod tests {
             ReportOutcome::Resolved(true)
         );
         let a = books.reputation("a").unwrap();
-        assert_eq!((a.shared, a.successful), (MOST, MOST));
+        assert_eq!((a.shared, a.successful), (MAX_COLUMN, MAX_COLUMN));
         assert_eq!(books.reputation("b").unwrap().received, 1 << 45);
     }
 
@@ -983,8 +986,8 @@ mod tests {
         books.begin_transfers("a", "b", 1, 0.0).unwrap();
         books.commit().unwrap();
         let pages: i64 = books.db.pragma_query_value(None, "page_count", |row| row.get(0)).unwrap();
-        let allow = |books: &TrackerDatabase, most: i64| {
-            books.db.query_row(&format!("pragma max_page_count = {most}"), [], |_| Ok(())).unwrap();
+        let allow = |books: &TrackerDatabase, max: i64| {
+            books.db.query_row(&format!("pragma max_page_count = {max}"), [], |_| Ok(())).unwrap();
         };
         allow(&books, pages);
         books.begin().unwrap();

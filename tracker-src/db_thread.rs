@@ -23,7 +23,7 @@ const QUEUE: usize = 1024;
 /// Maximum number of jobs in one transaction.
 const BATCH: usize = 512;
 /// Maximum wait for an answer of the database. After it, the caller gets [`DatabaseUnavailable`].
-const PATIENCE: Duration = Duration::from_secs(10);
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 /// Interval between pruning steps.
 const PRUNE: Duration = Duration::from_secs(1);
 /// Interval between pruning steps that scan a whole table.
@@ -35,7 +35,7 @@ const ALIVE: Duration = Duration::from_secs(60);
 const MAX_WAITING_FILTERS: usize = 64 << 20;
 /// Free disk space in bytes below which [`DatabaseThread::probe`] fails. It leaves room for the
 /// write-ahead log, and time to act.
-const LEAST_FREE: u64 = 16 << 20;
+const MIN_FREE_BYTES: u64 = 16 << 20;
 /// Minimum interval between tests whether the database is writable.
 const PROBE: Duration = Duration::from_secs(5);
 
@@ -249,7 +249,7 @@ impl DatabaseThread {
     fn room(&self) -> Result<(), DatabaseUnavailable> {
         let Ok(disk) = rustix::fs::statvfs(&self.dir) else { return Ok(()) };
         let free = disk.f_bavail.saturating_mul(disk.f_frsize);
-        if disk.f_blocks > 0 && free < LEAST_FREE {
+        if disk.f_blocks > 0 && free < MIN_FREE_BYTES {
             return Err(DatabaseUnavailable(format!(
                 "the disk is full: {} KiB are free at {}",
                 free >> 10,
@@ -290,16 +290,16 @@ impl DatabaseThread {
     ) -> Result<T, DatabaseUnavailable> {
         let (reply, answer) = bounded(1);
         let job = Box::new(JobRequest { work: Some(work), value: None, reply });
-        let until = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + ANSWER_TIMEOUT;
         let ended = || DatabaseUnavailable("the ledger has ended".into());
-        let late = || DatabaseUnavailable(format!("no answer in {} s", PATIENCE.as_secs()));
+        let late = || DatabaseUnavailable(format!("no answer in {} s", ANSWER_TIMEOUT.as_secs()));
         let jobs = self.jobs().ok_or_else(ended)?;
-        jobs.send_timeout(job, PATIENCE).map_err(|e| match e {
+        jobs.send_timeout(job, ANSWER_TIMEOUT).map_err(|e| match e {
             SendTimeoutError::Timeout(_) => late(),
             SendTimeoutError::Disconnected(_) => ended(),
         })?;
         drop(jobs);
-        match answer.recv_deadline(until) {
+        match answer.recv_deadline(deadline) {
             Ok(outcome) => outcome,
             Err(RecvTimeoutError::Timeout) => Err(late()),
             Err(RecvTimeoutError::Disconnected) => Err(ended()),

@@ -59,19 +59,19 @@ struct TokenBuckets {
 
 impl TokenBuckets {
     fn full(now: Instant) -> Self {
-        TokenBuckets { left: RATES.map(|(_, most)| most), at: now }
+        TokenBuckets { left: RATES.map(|(_, max)| max), at: now }
     }
 
     fn refill(&mut self, now: Instant) {
         let passed = now.saturating_duration_since(self.at).as_secs_f64();
         self.at = self.at.max(now);
-        for (left, (rate, most)) in self.left.iter_mut().zip(RATES) {
-            *left = (*left + passed * rate).min(most);
+        for (left, (rate, max)) in self.left.iter_mut().zip(RATES) {
+            *left = (*left + passed * rate).min(max);
         }
     }
 
     fn is_full(&self) -> bool {
-        self.left.iter().zip(RATES).all(|(left, (_, most))| *left >= most)
+        self.left.iter().zip(RATES).all(|(left, (_, max))| *left >= max)
     }
 }
 

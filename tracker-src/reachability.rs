@@ -122,14 +122,14 @@ const MAX_ANSWER: usize = 2048;
 /// # Errors
 /// No connection, no answer in time, or an answer of another program.
 pub fn ask(node: SocketAddr) -> io::Result<()> {
-    let until = Instant::now() + TIMEOUT;
+    let deadline = Instant::now() + TIMEOUT;
     let mut stream = TcpStream::connect_timeout(&node, TIMEOUT)?;
     stream.set_write_timeout(Some(TIMEOUT))?;
     stream.write_all(b"GET /nix-cache-info HTTP/1.1\r\nHost: peer\r\nConnection: close\r\n\r\n")?;
     let (mut answer, mut length) = ([0; MAX_ANSWER], 0);
     // Does not wait for the end of the connection, which a server may keep open.
     while !answer[..length].windows(9).any(|window| window == b"StoreDir:") {
-        let left = until.saturating_duration_since(Instant::now());
+        let left = deadline.saturating_duration_since(Instant::now());
         if left.is_zero() {
             return Err(io::ErrorKind::TimedOut.into());
         }
@@ -175,9 +175,9 @@ mod tests {
         let addr = String::from("none.example");
         reachable(&addr);
         announced.send(AnnouncedAddress { id: addr.clone(), addr, port: 1 }).unwrap();
-        let until = Instant::now() + Duration::from_secs(60);
+        let deadline = Instant::now() + Duration::from_secs(60);
         while reachable("none.example").is_none() {
-            assert!(Instant::now() < until, "it is not tested");
+            assert!(Instant::now() < deadline, "it is not tested");
             thread::sleep(PACE_PAUSE);
         }
         assert_eq!(reachable("slow0.example"), None, "which is not known");

@@ -7,7 +7,7 @@ use crate::database::PersistedPeer;
 use peerix::lock::RwLock;
 use peerix::nix::HashPart;
 use peerix::time_scale::{Interval, Timeout};
-use peerix::wire::filter::{BloomFilter, LEAST_BITS_PER_PATH, MOST_BITS_PER_PATH};
+use peerix::wire::filter::{BloomFilter, MAX_BITS_PER_PATH, MIN_BITS_PER_PATH};
 use peerix::wire::tracker::{Candidate, CandidateList, MAX_CANDIDATES, MAX_OTHERS};
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::net::IpAddr;
@@ -401,10 +401,10 @@ impl TrackerTable {
     /// on.
     pub fn bits_per_path(&self) -> u64 {
         match self.slices.eighths_used() {
-            0..4 => MOST_BITS_PER_PATH,
+            0..4 => MAX_BITS_PER_PATH,
             4..6 => 16,
             6 => 12,
-            _ => LEAST_BITS_PER_PATH,
+            _ => MIN_BITS_PER_PATH,
         }
     }
 
@@ -716,11 +716,11 @@ impl TrackerTable {
         CandidateList { candidates, others }
     }
 
-    /// Returns the best `most` live peers.
-    pub fn best(&self, most: usize, now: TrackerTime) -> Vec<PeerRow> {
+    /// Returns the best `max` live peers.
+    pub fn best(&self, max: usize, now: TrackerTime) -> Vec<PeerRow> {
         let peers = self.peers.read();
         let live = peers.ranked.iter().filter_map(|rank| peers.live(rank.3, now.at));
-        live.take(most)
+        live.take(max)
             .map(|peer| PeerRow {
                 peer_id: peer.id.clone(),
                 whereabouts: peer.whereabouts.clone(),
@@ -1008,8 +1008,8 @@ mod tests {
             let reputation = if n < 100 { good(n) } else { Reputation::default() };
             table.announce(&format!("{n}"), at(1), None, None, Some(reputation), start).unwrap();
         }
-        let listed = |most| {
-            table.best(most, start).iter().map(|row| row.peer_id.to_string()).collect::<Vec<_>>()
+        let listed = |max| {
+            table.best(max, start).iter().map(|row| row.peer_id.to_string()).collect::<Vec<_>>()
         };
         assert_eq!(listed(3), ["99", "98", "97"]);
         assert_eq!(listed(1000).len(), 200);
@@ -1233,7 +1233,7 @@ mod tests {
         let block = 8 * filter(0).len_bits() as usize;
         for (blocks, wanted) in [(100, 20), (2, 16), (1, 10)] {
             let table = TrackerTable::new(start, blocks * block);
-            assert_eq!(table.bits_per_path(), MOST_BITS_PER_PATH);
+            assert_eq!(table.bits_per_path(), MAX_BITS_PER_PATH);
             table.announce("a", at(1), Some(&by(1, start)), None, None, start).unwrap();
             let now = after(start, 1);
             table.publish("a", &by(1, now), filter(1), now).unwrap();

@@ -235,7 +235,7 @@ mod tests {
     use crate::nix::{NarHash, Signature, StorePath};
     use std::net::TcpListener;
 
-    fn share(mode: Mode) -> AccessPolicy {
+    fn policy(mode: Mode) -> AccessPolicy {
         let eth0 = InterfaceAddress {
             name: "eth0".into(),
             index: 2,
@@ -252,10 +252,10 @@ mod tests {
             broadcast: None,
             running: true,
         };
-        share_on(vec![eth0, docker0], &Config { mode, ..Config::default() })
+        policy_on(vec![eth0, docker0], &Config { mode, ..Config::default() })
     }
 
-    fn share_on(interfaces: Vec<InterfaceAddress>, config: &Config) -> AccessPolicy {
+    fn policy_on(interfaces: Vec<InterfaceAddress>, config: &Config) -> AccessPolicy {
         AccessPolicy::new(Arc::new(Networks::new(NetworkPolicy::default(), interfaces)), config)
     }
 
@@ -269,8 +269,8 @@ mod tests {
 
     #[test]
     fn scope_is_decided_by_address() {
-        let share = share(Mode::Lan);
-        share.set_named_peers(named());
+        let access = policy(Mode::Lan);
+        access.set_named_peers(named());
         for (asker, scope) in [
             ("127.0.0.1", Scope::Wan),
             ("192.168.10.77", Scope::Lan),
@@ -287,13 +287,13 @@ mod tests {
             ("8.8.8.8", Scope::Wan),
             ("2001:db8::1", Scope::Wan),
         ] {
-            assert_eq!(share.scope(address(asker)), scope, "{asker}");
+            assert_eq!(access.scope(address(asker)), scope, "{asker}");
         }
     }
 
     #[test]
     fn datagram_scope_is_none_where_nothing_is_served() {
-        let (lan, both, wan) = (share(Mode::Lan), share(Mode::Both), share(Mode::Wan));
+        let (lan, both, wan) = (policy(Mode::Lan), policy(Mode::Both), policy(Mode::Wan));
         for (from, in_lan, in_both) in [
             ("192.168.10.77", Some(Scope::Lan), Some(Scope::Lan)),
             ("192.168.10.5", Some(Scope::Lan), Some(Scope::Lan)),
@@ -319,10 +319,10 @@ mod tests {
 
     #[test]
     fn lan_address_in_mode_wan_has_scope_wan() {
-        let share = share(Mode::Wan);
-        share.set_named_peers(named());
+        let access = policy(Mode::Wan);
+        access.set_named_peers(named());
         for asker in ["192.168.10.77", "[fe80::1%2]:1", "10.9.8.7", "8.8.8.8"] {
-            assert_eq!(share.scope(address(asker)), Scope::Wan, "{asker}");
+            assert_eq!(access.scope(address(asker)), Scope::Wan, "{asker}");
         }
     }
 
@@ -331,10 +331,10 @@ mod tests {
         for (mode, lan, wan) in
             [(Mode::Lan, true, false), (Mode::Both, true, true), (Mode::Wan, false, true)]
         {
-            let share = share(mode);
-            assert!(share.serves(Scope::ThisMachine));
-            assert_eq!(share.serves(Scope::Lan), lan, "{mode:?}");
-            assert_eq!(share.serves(Scope::Wan), wan, "{mode:?}");
+            let access = policy(mode);
+            assert!(access.serves(Scope::ThisMachine));
+            assert_eq!(access.serves(Scope::Lan), lan, "{mode:?}");
+            assert_eq!(access.serves(Scope::Wan), wan, "{mode:?}");
         }
     }
 
@@ -350,7 +350,7 @@ mod tests {
             for mode in [Mode::Lan, Mode::Both, Mode::Wan] {
                 let config =
                     Config { mode, sharing, verify: false, filter: false, ..Config::default() };
-                let share = share_on(Vec::new(), &config);
+                let access = policy_on(Vec::new(), &config);
                 let (lan, wan) = (lan && mode.has_lan(), wan && mode.has_wan());
                 let all = [
                     (Scope::ThisMachine, true),
@@ -360,9 +360,9 @@ mod tests {
                 ];
                 for (scope, expected) in all {
                     let case = format!("{mode:?} {sharing:?} {scope:?}");
-                    assert_eq!(share.serves(scope), expected, "{case}");
-                    assert_eq!(share.allows(scope, &info("hello")), expected, "{case}");
-                    assert_eq!(share.allows_now(scope, &info("hello")), expected, "{case}");
+                    assert_eq!(access.serves(scope), expected, "{case}");
+                    assert_eq!(access.allows(scope, &info("hello")), expected, "{case}");
+                    assert_eq!(access.allows_now(scope, &info("hello")), expected, "{case}");
                 }
             }
         }
@@ -386,12 +386,12 @@ mod tests {
         upstream.set_nonblocking(true).unwrap();
         let upstream_cache = format!("http://{}", upstream.local_addr().unwrap());
         let config = Config { mode: Mode::Both, upstream_cache, ..Config::default() };
-        let share = share_on(Vec::new(), &config);
+        let access = policy_on(Vec::new(), &config);
         for info in [info("hello"), info("a-secret-b")] {
-            assert!(share.allows(Scope::ThisMachine, &info) && share.allows(Scope::Lan, &info));
-            assert!(!share.allows_now(Scope::Wan, &info));
+            assert!(access.allows(Scope::ThisMachine, &info) && access.allows(Scope::Lan, &info));
+            assert!(!access.allows_now(Scope::Wan, &info));
         }
-        assert!(!share.allows(Scope::Wan, &info("a-secret-b")));
+        assert!(!access.allows(Scope::Wan, &info("a-secret-b")));
         assert_eq!(upstream.accept().unwrap_err().kind(), std::io::ErrorKind::WouldBlock);
     }
 
@@ -403,7 +403,7 @@ mod tests {
             verify: false,
             ..Config::default()
         };
-        let share = share_on(Vec::new(), &config);
+        let access = policy_on(Vec::new(), &config);
         let signed = PathInfo {
             signatures: vec![Signature::parse(&format!("a-1:{}==", "A".repeat(86))).unwrap()],
             ..info("signed")
@@ -411,13 +411,13 @@ mod tests {
         let ca = Some("text:sha256:0mdqa9w1p6cmli6976v4wi0sw9r4p5prkj7lzfd1877wk11c9c73".into());
         let addressed = PathInfo { ca, ..info("addressed") };
         for has_key in [false, true] {
-            assert_eq!(share.allows(Scope::Lan, &info("built-here")), has_key);
-            assert_eq!(share.allows_now(Scope::Lan, &info("built-here")), has_key);
-            assert!(share.allows(Scope::Lan, &signed) && share.allows(Scope::Lan, &addressed));
-            assert!(share.allows(Scope::ThisMachine, &info("built-here")));
-            assert_eq!(share.withheld_reason(&config, &info("built-here")).is_none(), has_key);
-            assert_eq!(share.withheld_reason(&config, &signed), None);
-            share.set_has_key();
+            assert_eq!(access.allows(Scope::Lan, &info("built-here")), has_key);
+            assert_eq!(access.allows_now(Scope::Lan, &info("built-here")), has_key);
+            assert!(access.allows(Scope::Lan, &signed) && access.allows(Scope::Lan, &addressed));
+            assert!(access.allows(Scope::ThisMachine, &info("built-here")));
+            assert_eq!(access.withheld_reason(&config, &info("built-here")).is_none(), has_key);
+            assert_eq!(access.withheld_reason(&config, &signed), None);
+            access.set_has_key();
         }
     }
 
@@ -426,7 +426,7 @@ mod tests {
         let with = |mode, verify, filter| {
             let upstream_cache = "http://127.0.0.1:9".to_owned();
             let config = Config { mode, verify, filter, upstream_cache, ..Config::default() };
-            share_on(Vec::new(), &config)
+            policy_on(Vec::new(), &config)
         };
         let (plain, secret) = (info("hello"), info("a-secret-b"));
         for (mode, verify, filter, wan) in [
@@ -437,7 +437,7 @@ mod tests {
             (Mode::Wan, false, false, [true, true]),
             (Mode::Lan, false, false, [false, false]),
         ] {
-            let share = with(mode, verify, filter);
+            let access = with(mode, verify, filter);
             for (info, wan) in [&plain, &secret].into_iter().zip(wan) {
                 let all =
                     [(Scope::ThisMachine, true), (Scope::Lan, mode.has_lan()), (Scope::Wan, wan)];
@@ -446,8 +446,8 @@ mod tests {
                         "{mode:?} verify {verify} filter {filter}: {} for {scope:?}",
                         info.path
                     );
-                    assert_eq!(share.allows(scope, info), expected, "{case}");
-                    assert_eq!(share.allows_now(scope, info), expected, "{case}");
+                    assert_eq!(access.allows(scope, info), expected, "{case}");
+                    assert_eq!(access.allows_now(scope, info), expected, "{case}");
                 }
             }
         }

@@ -61,7 +61,7 @@ const MAX_WAITING: usize = 32;
 const FIRST_PAUSE: Interval = Interval::from_secs(5);
 /// Longest pause of requests after upstream failed. A `Retry-After` of upstream can lengthen a
 /// pause up to this.
-const LONGEST_PAUSE: Interval = Interval::from_secs(300);
+const MAX_PAUSE: Interval = Interval::from_secs(300);
 /// Pause of requests about one path after an answer that is not a valid narinfo. Behind a captive
 /// portal every path gets such answers, and no signal marks the end of that.
 const MALFORMED_ANSWER_PAUSE: Interval = Interval::from_secs(5);
@@ -138,7 +138,7 @@ impl Verifier {
                 answers: UpstreamAnswers::default(),
                 asked: HashSet::new(),
                 waiting: 0,
-                backoff: Backoff::new(FIRST_PAUSE, LONGEST_PAUSE),
+                backoff: Backoff::new(FIRST_PAUSE, MAX_PAUSE),
             }),
             ended: Condvar::default(),
             faults: LogThrottle::default(),
@@ -171,7 +171,7 @@ impl Verifier {
         match self.verified_now(info) {
             Some(true) => None,
             _ if self.has_key() => None,
-            Some(false) => self.state.lock().answers.until(&key(info)),
+            Some(false) => self.state.lock().answers.expiry(&key(info)),
             None => Some(self.state.lock().backoff.due().map_or(now, |due| due.max(now))),
         }
     }
@@ -330,8 +330,8 @@ fn read(response: Response<ureq::Body>) -> Result<Vec<u8>, UpstreamError> {
         }
     };
     let mut bytes = Vec::new();
-    let most = NarInfo::MAX_LEN as u64 + 1;
-    let read = decoded.take(most).read_to_end(&mut bytes);
+    let max = NarInfo::MAX_LEN as u64 + 1;
+    let read = decoded.take(max).read_to_end(&mut bytes);
     match read {
         Ok(_) => Ok(bytes),
         Err(_) if encoding != "identity" => {
@@ -358,7 +358,7 @@ struct UpstreamAnswers(BoundedMap<VerifiedPath, UpstreamAnswer, MAX_ANSWERS>);
 
 struct UpstreamAnswer {
     is_upstreams: Option<bool>,
-    until: Instant,
+    expires: Instant,
     /// Number of answers of upstream so far; index into [`MISSING_TTL`].
     times: usize,
     /// Set if the last answer was not a valid narinfo: upstream is not asked again before this
@@ -368,7 +368,7 @@ struct UpstreamAnswer {
 
 impl UpstreamAnswers {
     fn get(&self, key: &VerifiedPath, now: Instant) -> Option<Option<bool>> {
-        Some(self.0.get(key).filter(|answer| answer.until > now)?.is_upstreams)
+        Some(self.0.get(key).filter(|answer| answer.expires > now)?.is_upstreams)
     }
 
     /// Number of answers of upstream about this path.
@@ -377,29 +377,35 @@ impl UpstreamAnswers {
     }
 
     /// Returns when the last answer expires.
-    fn until(&self, key: &VerifiedPath) -> Option<Instant> {
-        self.0.get(key).map(|answer| answer.until)
+    fn expiry(&self, key: &VerifiedPath) -> Option<Instant> {
+        self.0.get(key).map(|answer| answer.expires)
     }
 
     fn is_unreadable(&self, key: &VerifiedPath, now: Instant) -> bool {
-        self.0.get(key).and_then(|answer| answer.unreadable).is_some_and(|until| until > now)
+        self.0.get(key).and_then(|answer| answer.unreadable).is_some_and(|expires| expires > now)
     }
 
-    fn put(&mut self, key: VerifiedPath, is_upstreams: Option<bool>, until: Instant, times: usize) {
-        self.0.insert(key, UpstreamAnswer { is_upstreams, until, times, unreadable: None });
+    fn put(
+        &mut self,
+        key: VerifiedPath,
+        is_upstreams: Option<bool>,
+        expires: Instant,
+        times: usize,
+    ) {
+        self.0.insert(key, UpstreamAnswer { is_upstreams, expires, times, unreadable: None });
     }
 
     /// Records that upstream's answer was not a valid narinfo. The path counts as unknown, and
-    /// upstream is not asked about it again before `until`.
-    fn put_unreadable(&mut self, key: VerifiedPath, until: Instant) {
+    /// upstream is not asked about it again before `expires`.
+    fn put_unreadable(&mut self, key: VerifiedPath, expires: Instant) {
         let times = self.times(&key);
         self.0.insert(
             key,
             UpstreamAnswer {
                 is_upstreams: None,
-                until: Instant::now(),
+                expires: Instant::now(),
                 times,
-                unreadable: Some(until),
+                unreadable: Some(expires),
             },
         );
     }
@@ -611,7 +617,7 @@ mod tests {
             assert!(at > Instant::now() + Duration::from_secs(seconds - 5));
             // Expires the answer.
             let mut state = verifier.state.lock();
-            state.answers.0.get_mut(&key(&info)).unwrap().until = Instant::now();
+            state.answers.0.get_mut(&key(&info)).unwrap().expires = Instant::now();
         }
         assert_eq!(upstream.requests(), 5);
         assert_eq!(verifier.verified_now(&info), None);

@@ -332,7 +332,7 @@ fn run_within(
         .stderr(Stdio::piped())
         .spawn()
         .map_err(|e| format!("{NOT_STARTED}{program}: {e}"))?;
-    let until = Instant::now() + timeout;
+    let deadline = Instant::now() + timeout;
     let (done, waited) = crossbeam_channel::bounded(1);
     let (out, err) = (child.stdout.take(), child.stderr.take());
     thread::spawn(move || {
@@ -341,8 +341,8 @@ fn run_within(
         let _ = err.map(|err| err.take(MAX_OUTPUT).read_to_string(&mut said));
         let _ = done.send((read.is_some_and(|read| read.is_ok()), printed, said));
     });
-    let answer = waited.recv_deadline(until);
-    let status = exit_status(&mut child, until).map_err(|e| format!("{program}: {e}"))?;
+    let answer = waited.recv_deadline(deadline);
+    let status = exit_status(&mut child, deadline).map_err(|e| format!("{program}: {e}"))?;
     match (status, answer) {
         (Some(status), Ok((true, printed, _))) if status.success() => Ok(printed),
         (Some(_), Ok((_, _, said))) => {
@@ -352,16 +352,16 @@ fn run_within(
     }
 }
 
-/// Waits until the program ends. Kills it at `until` and returns `None`.
+/// Waits until the program ends. Kills it at `deadline` and returns `None`.
 ///
 /// # Errors
 /// The system's error.
-fn exit_status(child: &mut Child, until: Instant) -> io::Result<Option<ExitStatus>> {
+fn exit_status(child: &mut Child, deadline: Instant) -> io::Result<Option<ExitStatus>> {
     loop {
         if let Some(status) = child.try_wait()? {
             return Ok(Some(status));
         }
-        if Instant::now() >= until {
+        if Instant::now() >= deadline {
             child.kill()?;
             return child.wait().map(|_| None);
         }

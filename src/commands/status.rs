@@ -57,10 +57,10 @@ fn shown(status: &Value) -> String {
     ));
     for peer in peers {
         line(format!("  {}", peer_line(peer, now)));
-        if let Some(until) = peer["avoided"]["until"].as_f64() {
+        if let Some(end) = peer["avoided"]["until"].as_f64() {
             line(format!(
                 "    avoided for {}: {}",
-                long(until - now),
+                long(end - now),
                 text(&peer["avoided"]["reason"])
             ));
         }

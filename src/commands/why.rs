@@ -141,12 +141,12 @@ fn here(report: &mut Findings, node: &RunningDaemon, hash_part: &HashPart) -> bo
         _ => report.ok("friends", format!("shared with friends ({})", friends.join(", "))),
     }
     let networks = Networks::read(node.config.networks.clone());
-    let share = AccessPolicy::new(Arc::new(networks), &node.config);
+    let access = AccessPolicy::new(Arc::new(networks), &node.config);
     let mut problems = list(&node.status["health"]["problems"]).iter();
     if !problems.any(|problem| text(&problem["code"]) == PRIVATE_KEY) {
-        share.set_has_key();
+        access.set_has_key();
     }
-    match share.withheld_reason(&node.config, &info) {
+    match access.withheld_reason(&node.config, &info) {
         None => report.ok("wan", "shared with everybody who knows its hash".into()),
         Some(why) => report.note("wan", format!("not shared with other networks: {why}")),
     }

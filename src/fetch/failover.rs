@@ -78,7 +78,7 @@ const LONG_PAUSE: Duration = Duration::from_secs(20);
 
 /// The sources of one NAR, and the peer that is currently sending.
 pub(super) struct FailoverReader<'a> {
-    fetch: &'a Downloader,
+    downloader: &'a Downloader,
     found: FoundNar,
     hash_part: HashPart,
     /// Counts this transfer in the statistics.
@@ -111,7 +111,7 @@ pub(super) struct FailoverReader<'a> {
     accusations: Vec<DigestMismatch>,
     /// Deadline for the first piece; `None` once it is there. Later, the deadline for the rest of
     /// an unsupported NAR.
-    until: Option<Instant>,
+    deadline: Option<Instant>,
 }
 
 /// A peer that may have sent a part of the NAR.
@@ -177,14 +177,14 @@ struct PieceDigests {
 
 /// A transfer that a tracker counts. Dropping it reports the received bytes to the tracker.
 struct CountedTransfer<'a> {
-    fetch: &'a Downloader,
+    downloader: &'a Downloader,
     transfer: TransferName,
     bytes: u64,
 }
 
 impl Drop for CountedTransfer<'_> {
     fn drop(&mut self) {
-        self.fetch.lookup.report(&self.transfer, Role::Receiver, self.bytes);
+        self.downloader.lookup.report(&self.transfer, Role::Receiver, self.bytes);
     }
 }
 
@@ -229,18 +229,18 @@ impl ActiveSource<'_> {
 }
 
 impl<'a> FailoverReader<'a> {
-    /// Sends no request yet. `until` is the deadline of the first piece. `may_leave`: the NAR may
-    /// be left to the upstream cache.
+    /// Sends no request yet. `deadline` is the deadline of the first piece. `may_leave`: the NAR
+    /// may be left to the upstream cache.
     pub(super) fn new(
-        fetch: &'a Downloader,
+        downloader: &'a Downloader,
         found: FoundNar,
-        until: Instant,
+        deadline: Instant,
         may_leave: bool,
     ) -> Self {
-        let transfer = fetch.record.receive(found.path.base_name(), found.nar_size);
+        let transfer = downloader.stats.receive(found.path.base_name(), found.nar_size);
         let found_size = found.nar_size;
         FailoverReader {
-            fetch,
+            downloader,
             hash_part: found.path.hash_part(),
             found,
             transfer,
@@ -254,13 +254,13 @@ impl<'a> FailoverReader<'a> {
             moves_to: None,
             may_leave,
             asked_again: None,
-            takes_names: found_size >= spool::LEAST_SIZE,
+            takes_names: found_size >= spool::MIN_SIZE,
             relays: Vec::new(),
             relays_until: None,
             current: None,
             contributors: Vec::new(),
             accusations: Vec::new(),
-            until: Some(until),
+            deadline: Some(deadline),
         }
     }
 
@@ -285,7 +285,7 @@ impl<'a> FailoverReader<'a> {
             match filled.and_then(|()| check_first_piece(&incoming, &piece)) {
                 Ok(()) => {
                     self.try_accusations(0, &piece);
-                    (self.until, self.relays_until) = (None, None);
+                    (self.deadline, self.relays_until) = (None, None);
                     return Ok((incoming, piece));
                 }
                 Err(StreamError::Upstream(why)) => return Err(DownloadError::Upstream(why)),
@@ -400,7 +400,7 @@ impl<'a> FailoverReader<'a> {
     ) -> Result<(), StreamError> {
         incoming.take(piece, bytes).map_err(|e| StreamError::failed(Fault::BadData, e))?;
         if incoming.unsupported().is_some() {
-            self.until.get_or_insert_with(|| Instant::now() + UNSUPPORTED_TIMEOUT.get());
+            self.deadline.get_or_insert_with(|| Instant::now() + UNSUPPORTED_TIMEOUT.get());
         }
         self.transfer.progress(incoming.at());
         Ok(())
@@ -426,7 +426,7 @@ impl<'a> FailoverReader<'a> {
             return Ok(*digest);
         }
         let name = nar_name(&self.hash_part, &self.found.nar_hash);
-        let asked = self.fetch.client.digests(
+        let asked = self.downloader.client.digests(
             digests.holder,
             &name,
             piece,
@@ -517,7 +517,7 @@ impl<'a> FailoverReader<'a> {
 
     /// Returns an error if the current peer is to be left. `rest` bytes of the NAR are missing.
     fn check_pace(&mut self, now: Instant, rest: u64) -> Result<(), StreamError> {
-        if self.until.is_some_and(|until| now >= until) {
+        if self.deadline.is_some_and(|deadline| now >= deadline) {
             return Err(StreamError::Late);
         }
         let Some(current) = &mut self.current else { return Ok(()) };
@@ -541,7 +541,7 @@ impl<'a> FailoverReader<'a> {
             return self.judge_relay(own, now);
         }
         let waited = current.waited_in_all;
-        if self.moves_left > 0 && waited >= picker::LEAST_WAIT {
+        if self.moves_left > 0 && waited >= picker::MIN_WAIT {
             self.ask_again(rest as f64 / load.pace.known.unwrap_or(load.pace.measured));
             let (places, others) = self.holdings(now);
             // The last allowed move only goes to a peer whose pace is known.
@@ -585,10 +585,11 @@ impl<'a> FailoverReader<'a> {
         }
         digests.asked = now;
         let name = nar_name(&self.hash_part, &self.found.nar_hash);
-        let there = match self.fetch.client.digests(digests.holder, &name, 0, 1, RELAY_STEP.get()) {
-            Ok((_, Some(there))) => there,
-            _ => return Ok(()),
-        };
+        let there =
+            match self.downloader.client.digests(digests.holder, &name, 0, 1, RELAY_STEP.get()) {
+                Ok((_, Some(there))) => there,
+                _ => return Ok(()),
+            };
         let here = own.known.unwrap_or(own.measured);
         if there < 2.0 * here {
             digests.slow_since = None;
@@ -612,7 +613,7 @@ impl<'a> FailoverReader<'a> {
         if !self.may_leave || time <= UPSTREAM_GRACE {
             return None;
         }
-        let there = self.fetch.upstream.time(&self.found, self.left(Instant::now()))?;
+        let there = self.downloader.upstream.time(&self.found, self.left(Instant::now()))?;
         let why =
             || format!("{time:.1?} more from the best peer, {there:.1?} from the upstream cache");
         (time > UPSTREAM_GRACE + 2 * there).then(why)
@@ -620,17 +621,17 @@ impl<'a> FailoverReader<'a> {
 
     /// Indices of the known sources that may be asked, and what is known of each.
     fn holdings(&self, now: Instant) -> (Vec<usize>, Vec<HolderFacts>) {
-        let standing = &self.fetch.standing;
+        let health = &self.downloader.health;
         let holding = |(at, source): (usize, &NarSource)| {
             let who = source.who();
-            let health = match standing.eligibility(who, now) {
-                Eligibility::Now if standing.has_many_odd_paths(who, now) => HealthRank::LastResort,
-                Eligibility::Now if !standing.is_doubtful(who) => HealthRank::Good,
+            let health = match health.eligibility(who, now) {
+                Eligibility::Now if health.has_many_odd_paths(who, now) => HealthRank::LastResort,
+                Eligibility::Now if !health.is_doubtful(who) => HealthRank::Good,
                 Eligibility::Now => HealthRank::Doubtful,
                 Eligibility::Last => HealthRank::LastResort,
                 Eligibility::Never => return None,
             };
-            Some((at, HolderFacts { health, load: self.fetch.paces.load(who, now) }))
+            Some((at, HolderFacts { health, load: self.downloader.paces.load(who, now) }))
         };
         self.found.sources.iter().enumerate().filter_map(holding).unzip()
     }
@@ -646,7 +647,7 @@ impl<'a> FailoverReader<'a> {
         }
         self.asked_again = Some(now);
         let left = HOLDER_QUERY_TIMEOUT.min(self.left(now));
-        for source in self.fetch.lookup.holders(&self.hash_part, left) {
+        for source in self.downloader.lookup.holders(&self.hash_part, left) {
             let is_same = |known: &NarSource| known.peer.ip() == source.peer.ip();
             if !self.found.sources.iter().chain(self.current()).any(is_same) {
                 self.found.sources.push(source);
@@ -660,12 +661,12 @@ impl<'a> FailoverReader<'a> {
             && let Some((relay, holder)) = self.relays.pop()
         {
             let now = Instant::now();
-            let patience = self.relay_time_left(now);
-            if patience.is_zero() {
+            let timeout = self.relay_time_left(now);
+            if timeout.is_zero() {
                 self.relays.clear();
                 break;
             }
-            if self.ask(relay, at, patience, "it is getting the NAR, too", Some(holder)) {
+            if self.ask(relay, at, timeout, "it is getting the NAR, too", Some(holder)) {
                 return Ok(Some(()));
             }
         }
@@ -674,18 +675,18 @@ impl<'a> FailoverReader<'a> {
             let Some((source, why)) = self.next_source(rest) else { break };
             // Checked before the request: a NAR of a peer that is known to be slow need not wait
             // for it.
-            let load = self.fetch.paces.load(source.who(), Instant::now());
+            let load = self.downloader.paces.load(source.who(), Instant::now());
             let time = picker::time_left(&load.with(rest), None, rest);
             if let Some(why) = time.and_then(|time| self.upstream_is_faster(time)) {
                 return Err(DownloadError::Upstream(why));
             }
-            let patience = if self.may_have_another() { FIRST_BYTE } else { READ_TIMEOUT.get() };
-            let patience = patience.min(self.left(Instant::now()));
-            if patience.is_zero() {
+            let timeout = if self.may_have_another() { FIRST_BYTE } else { READ_TIMEOUT.get() };
+            let timeout = timeout.min(self.left(Instant::now()));
+            if timeout.is_zero() {
                 break;
             }
             self.tries += 1;
-            if self.ask(source, at, patience, &why, None) {
+            if self.ask(source, at, timeout, &why, None) {
                 return Ok(Some(()));
             }
             if !self.relays.is_empty() {
@@ -696,18 +697,18 @@ impl<'a> FailoverReader<'a> {
     }
 
     /// Requests the NAR from byte `at` on. Returns false if the peer does not begin to send within
-    /// `patience`. If `holder` is set, the source is a relay that this holder named.
+    /// `timeout`. If `holder` is set, the source is a relay that this holder named.
     fn ask(
         &mut self,
         mut source: NarSource,
         at: u64,
-        patience: Duration,
+        timeout: Duration,
         why: &str,
         holder: Option<SocketAddr>,
     ) -> bool {
         let (who, began) = (source.who(), Instant::now());
         let (hash, peer) = (self.found.nar_hash, source.peer);
-        let mut intake = self.fetch.paces.begin(who, self.found.nar_size - at, began);
+        let mut intake = self.downloader.paces.begin(who, self.found.nar_size - at, began);
         if holder.is_some() {
             // A relay may wait for its own source before it answers.
             intake.pause(began);
@@ -722,8 +723,8 @@ impl<'a> FailoverReader<'a> {
         {
             way = LinkKind::LanOrOthers;
         }
-        let client = source.client(&self.fetch.client);
-        match client.nar(peer, &url_path, at, self.found.nar_size, patience, &way) {
+        let client = source.client(&self.downloader.client);
+        match client.nar(peer, &url_path, at, self.found.nar_size, timeout, &way) {
             Ok(body) => {
                 log::debug!("NAR {hash}: from peer {peer} at byte {at}: {why}");
                 if at > 0 {
@@ -738,7 +739,7 @@ impl<'a> FailoverReader<'a> {
                 self.transfer.explain(why);
                 let counted = match way {
                     LinkKind::Wan(Some(transfer)) => {
-                        Some(CountedTransfer { fetch: self.fetch, transfer, bytes: 0 })
+                        Some(CountedTransfer { downloader: self.downloader, transfer, bytes: 0 })
                     }
                     _ => None,
                 };
@@ -772,7 +773,7 @@ impl<'a> FailoverReader<'a> {
                 self.takes_names = false;
                 self.relays_until = Some(Instant::now() + RELAY_PATIENCE.get());
                 log::debug!("NAR {hash}: peer {peer} names {ips:?}");
-                let mut relays = self.fetch.lookup.live_neighbours(&ips);
+                let mut relays = self.downloader.lookup.live_neighbours(&ips);
                 relays.retain(|relay| self.is_good(relay.who()) && relay.who() != who);
                 let mut seen = HashSet::new();
                 relays.retain(|relay| seen.insert(relay.who()));
@@ -793,8 +794,8 @@ impl<'a> FailoverReader<'a> {
                 if source.url_path.is_none() && source.wan.is_none() && source.friend.is_none() =>
             {
                 log::debug!("NAR {hash}: peer {peer} has it elsewhere, or another one");
-                let left = patience.min(self.left(Instant::now()));
-                match self.fetch.lookup.nar_place(peer, &self.found, left) {
+                let left = timeout.min(self.left(Instant::now()));
+                match self.downloader.lookup.nar_place(peer, &self.found, left) {
                     Some(elsewhere) if elsewhere.url_path.is_some() => {
                         self.found.sources.push(elsewhere)
                     }
@@ -807,7 +808,7 @@ impl<'a> FailoverReader<'a> {
             }
             Err(e) => {
                 log::debug!("NAR {hash}: peer {peer}: {e}");
-                e.record(&self.fetch.standing, who, began);
+                e.record(&self.downloader.health, who, began);
             }
         }
         false
@@ -815,18 +816,18 @@ impl<'a> FailoverReader<'a> {
 
     /// Records the failure of a request that began at `began`.
     fn record_failure(&self, who: PeerKey, fault: Fault, began: Instant, why: &dyn fmt::Display) {
-        self.fetch.standing.record_failure(who, fault, began, Instant::now(), why);
+        self.downloader.health.record_failure(who, fault, began, Instant::now(), why);
     }
 
     /// Whether no recent failure of the peer is on record.
     fn is_good(&self, who: PeerKey) -> bool {
-        let standing = &self.fetch.standing;
-        standing.eligibility(who, Instant::now()) == Eligibility::Now && !standing.is_doubtful(who)
+        let health = &self.downloader.health;
+        health.eligibility(who, Instant::now()) == Eligibility::Now && !health.is_doubtful(who)
     }
 
     /// Time until the deadline of the first piece; [`Duration::MAX`] once that is there.
     fn left(&self, now: Instant) -> Duration {
-        time_left(self.until, now)
+        time_left(self.deadline, now)
     }
 
     /// Time left for relays and digests: until the deadline for relays or that of
@@ -836,7 +837,7 @@ impl<'a> FailoverReader<'a> {
     }
 
     fn may_have_another(&self) -> bool {
-        !self.found.sources.is_empty() || self.fetch.lookup.has_trackers()
+        !self.found.sources.is_empty() || self.downloader.lookup.has_trackers()
     }
 
     /// Removes the best source from the known ones, and returns it with the reason for the choice.
@@ -870,10 +871,11 @@ impl<'a> FailoverReader<'a> {
 
     /// Returns a further source from a search that checks narinfos.
     fn next_searched_source(&mut self) -> Option<NarSource> {
-        let latest = self.until.unwrap_or_else(|| Instant::now() + Duration::from_secs(60));
+        let latest = self.deadline.unwrap_or_else(|| Instant::now() + Duration::from_secs(60));
         loop {
             if let Some(search) = &mut self.search
-                && let Some(source) = self.fetch.lookup.next_source(search, &self.found, latest)
+                && let Some(source) =
+                    self.downloader.lookup.next_source(search, &self.found, latest)
             {
                 // The next source is wanted only if this one fails.
                 search.suspend();
@@ -883,7 +885,7 @@ impl<'a> FailoverReader<'a> {
                 return None;
             }
             self.searches += 1;
-            self.search = Some(self.fetch.lookup.search(&self.hash_part));
+            self.search = Some(self.downloader.lookup.search(&self.hash_part));
         }
     }
 
@@ -919,7 +921,7 @@ impl<'a> FailoverReader<'a> {
                 }
             }
             StreamError::Failed(Fault::OddPath, why) => {
-                self.fetch.client.log_unsupported_path(&self.hash_part, peer, why);
+                self.downloader.client.log_unsupported_path(&self.hash_part, peer, why);
                 self.record_failure(who, Fault::OddPath, began, why);
             }
             // A relay may have lost its own source, or its Nix was stopped, so it is not blamed.
@@ -994,8 +996,8 @@ impl<'a> FailoverReader<'a> {
             peers.join(" and ")
         );
         self.contributors.iter().for_each(|Contributor { who, .. }| {
-            self.fetch.standing.delivered(*who, now);
-            self.fetch.record.delivered(who.network(), who.address());
+            self.downloader.health.delivered(*who, now);
+            self.downloader.stats.delivered(who.network(), who.address());
         });
         for accusation in &self.accusations {
             let (peer, why) = match accusation.is_true {
@@ -1018,8 +1020,8 @@ fn check_first_piece(incoming: &VerifiedStream, piece: &Piece) -> Result<(), Str
     incoming.unsupported().map_or(Ok(()), |why| Err(StreamError::failed(Fault::OddPath, why)))
 }
 
-fn time_left(until: Option<Instant>, now: Instant) -> Duration {
-    until.map_or(Duration::MAX, |until| until.saturating_duration_since(now))
+fn time_left(deadline: Option<Instant>, now: Instant) -> Duration {
+    deadline.map_or(Duration::MAX, |deadline| deadline.saturating_duration_since(now))
 }
 
 /// The fault of each peer that may have sent a part of a wrong NAR.
@@ -1044,14 +1046,14 @@ mod tests {
     /// rest of an unsupported NAR.
     #[test]
     fn first_piece_ends_its_deadlines_for_relays() {
-        let (fetch, now) = (downloader(), Instant::now());
+        let (downloader, now) = (downloader(), Instant::now());
         let (found, serving) = peer_with(odd_nar(2 << 20), None, usize::MAX);
         let [two, five] = [2, 5].map(|seconds| now + Duration::from_secs(seconds));
-        let mut reader = FailoverReader::new(&fetch, found, five, false);
+        let mut reader = FailoverReader::new(&downloader, found, five, false);
         assert_eq!(reader.relay_time_left(two), Duration::from_secs(3));
         reader.relays_until = Some(two);
         assert_eq!(reader.relay_time_left(now), Duration::from_secs(2));
-        (reader.until, reader.relays_until) = (Some(now + Duration::from_secs(60)), Some(now));
+        (reader.deadline, reader.relays_until) = (Some(now + Duration::from_secs(60)), Some(now));
         let (mut incoming, _) = reader.first_piece().unwrap();
         assert_eq!(reader.relay_time_left(Instant::now()), Duration::MAX);
         while incoming.unsupported().is_none() {

@@ -25,7 +25,7 @@ use std::thread;
 use std::time::Instant;
 
 /// Minimum NAR size in bytes. Smaller NARs are complete before a neighbour could ask for them.
-pub const LEAST_SIZE: u64 = 16 << 20;
+pub const MIN_SIZE: u64 = 16 << 20;
 /// Maximum bytes of all files together. A NAR that would exceed it is not kept.
 const MAX_BYTES: u64 = 2 << 30;
 /// Maximum number of files. At the bound, further NARs are not kept.
@@ -98,10 +98,10 @@ impl Spools {
         self.kept.lock().get(hash).cloned()
     }
 
-    /// Starts to keep a NAR of `size` bytes. Returns `None` if it is smaller than [`LEAST_SIZE`],
-    /// is kept already, or has no room. Does disk I/O.
+    /// Starts to keep a NAR of `size` bytes. Returns `None` if it is smaller than [`MIN_SIZE`], is
+    /// kept already, or has no room. Does disk I/O.
     pub(super) fn begin(&self, name: &str, hash: NarHash, size: u64) -> Option<SpoolWriter<'_>> {
-        let dir = self.dir.as_ref().filter(|_| size >= LEAST_SIZE)?;
+        let dir = self.dir.as_ref().filter(|_| size >= MIN_SIZE)?;
         if self.kept.lock().contains_key(&hash) {
             return None;
         }
@@ -247,10 +247,10 @@ impl Spool {
     /// Blocks until more than `at` bytes are written, for at most [`READ_TIMEOUT`]. Returns their
     /// number.
     fn wait(&self, at: u64) -> io::Result<u64> {
-        let until = Instant::now() + READ_TIMEOUT.get();
+        let deadline = Instant::now() + READ_TIMEOUT.get();
         let mut progress = self.progress.lock();
         while progress.written <= at {
-            let left = until.saturating_duration_since(Instant::now());
+            let left = deadline.saturating_duration_since(Instant::now());
             if progress.has_ended || left.is_zero() {
                 return Err(io::Error::new(
                     io::ErrorKind::UnexpectedEof,
@@ -305,9 +305,9 @@ mod tests {
 
     /// The writer threads end shortly after their senders. Waits until each has freed its file.
     fn wait_until_empty(spools: &Spools) {
-        let until = Instant::now() + std::time::Duration::from_secs(120);
+        let deadline = Instant::now() + std::time::Duration::from_secs(120);
         while spools.taken.lock().spools > 0 {
-            assert!(Instant::now() < until, "files are left");
+            assert!(Instant::now() < deadline, "files are left");
             thread::sleep(std::time::Duration::from_millis(5));
         }
         assert_eq!(spools.taken.lock().bytes, 0);
@@ -329,8 +329,8 @@ mod tests {
     #[test]
     fn full_disk_empties_file_and_fails_readers() {
         let spools = spools();
-        let (reserved, all) = DiskReservation::of(&spools.taken, LEAST_SIZE).unwrap();
-        let mut spool = Spool::open(&std::env::temp_dir(), "a", LEAST_SIZE, reserved, all)
+        let (reserved, all) = DiskReservation::of(&spools.taken, MIN_SIZE).unwrap();
+        let mut spool = Spool::open(&std::env::temp_dir(), "a", MIN_SIZE, reserved, all)
             .unwrap()
             .expect("room");
         spool.file.set_len(1 << 20).unwrap();
@@ -347,15 +347,15 @@ mod tests {
     }
 
     fn piece() -> Arc<Piece> {
-        let mut piece = VerifiedStream::new(NarHash::from_bytes(HASH), LEAST_SIZE).piece();
-        piece.room(LEAST_SIZE).fill(7);
+        let mut piece = VerifiedStream::new(NarHash::from_bytes(HASH), MIN_SIZE).piece();
+        piece.room(MIN_SIZE).fill(7);
         Arc::new(piece.filled())
     }
 
     #[test]
     fn reader_follows_download_and_fails_after_early_end() {
         let spools = spools();
-        let mut keeping = spools.begin("a", hash(1), LEAST_SIZE).expect("room on the disk");
+        let mut keeping = spools.begin("a", hash(1), MIN_SIZE).expect("room on the disk");
         let spool = spools.get(&hash(1)).expect("it is kept");
         let piece = piece();
         let len = piece.bytes().len() as u64;
@@ -376,20 +376,20 @@ mod tests {
     #[test]
     fn begin_beyond_bounds_or_for_small_or_kept_nar_is_refused() {
         let spools = spools();
-        assert!(spools.begin("a", hash(1), LEAST_SIZE - 1).is_none());
-        assert!(Spools::new(None).begin("a", hash(1), LEAST_SIZE).is_none());
-        assert!(Spools::new(Some("/proc".into())).begin("a", hash(1), LEAST_SIZE).is_none());
+        assert!(spools.begin("a", hash(1), MIN_SIZE - 1).is_none());
+        assert!(Spools::new(None).begin("a", hash(1), MIN_SIZE).is_none());
+        assert!(Spools::new(Some("/proc".into())).begin("a", hash(1), MIN_SIZE).is_none());
         let kept: Vec<_> =
-            (0..20).map_while(|number| spools.begin("a", hash(number), LEAST_SIZE)).collect();
+            (0..20).map_while(|number| spools.begin("a", hash(number), MIN_SIZE)).collect();
         assert_eq!(kept.len(), MAX_SPOOLS);
-        assert!(spools.begin("a", hash(0), LEAST_SIZE).is_none());
+        assert!(spools.begin("a", hash(0), MIN_SIZE).is_none());
         // Files that are still read count, although no further neighbour finds them.
         let reading: Vec<_> = (0..20).filter_map(|number| spools.get(&hash(number))).collect();
         drop(kept);
-        assert!(spools.get(&hash(1)).is_none() && spools.begin("a", hash(1), LEAST_SIZE).is_none());
+        assert!(spools.get(&hash(1)).is_none() && spools.begin("a", hash(1), MIN_SIZE).is_none());
         drop(reading);
         wait_until_empty(&spools);
         assert!(spools.begin("a", hash(0), MAX_BYTES + 1).is_none());
-        assert!(spools.begin("a", hash(0), LEAST_SIZE).is_some());
+        assert!(spools.begin("a", hash(0), MIN_SIZE).is_some());
     }
 }

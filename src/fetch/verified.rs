@@ -180,10 +180,10 @@ impl Piece {
         self
     }
 
-    /// The buffer for the next `most` bytes, shorter if the piece has less room.
-    pub(super) fn room(&mut self, most: u64) -> &mut [u8] {
-        let end = usize::try_from(most)
-            .map_or(self.buffer.len(), |most| self.buffer.len().min(self.filled + most));
+    /// The buffer for the next `max` bytes, shorter if the piece has less room.
+    pub(super) fn room(&mut self, max: u64) -> &mut [u8] {
+        let end = usize::try_from(max)
+            .map_or(self.buffer.len(), |max| self.buffer.len().min(self.filled + max));
         &mut self.buffer[self.filled..end]
     }
 }

@@ -8,12 +8,12 @@ use std::io::{self, Read, Write};
 use std::time::{Duration, Instant};
 
 /// Base time limit for a body, from the start of [`RequestBody::read`]. The time that the body
-/// takes at [`LEAST_RATE`] is added: 10 s for 64 KiB, 30 s for 4 MiB. A slower body is an error,
-/// and the connection is cut.
+/// takes at [`MIN_RATE`] is added: 10 s for 64 KiB, 30 s for 4 MiB. A slower body is an error, and
+/// the connection is cut.
 pub const BODY_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Rate that a body must have after [`BODY_TIMEOUT`], in bytes per second.
-pub const LEAST_RATE: u64 = 200 * 1024;
+pub const MIN_RATE: u64 = 200 * 1024;
 
 /// Bytes allocated at a time. A client that announces a large body and sends nothing costs no more.
 const FIRST_ROOM: usize = 64 * 1024;
@@ -77,7 +77,7 @@ impl<'a> RequestBody<'a> {
     }
 
     /// Reads the whole body. Returns an empty vector if there is no body or it was already read.
-    /// Blocks for at most [`BODY_TIMEOUT`] plus the time that the body takes at [`LEAST_RATE`].
+    /// Blocks for at most [`BODY_TIMEOUT`] plus the time that the body takes at [`MIN_RATE`].
     ///
     /// # Errors
     /// [`BodyError::TooLarge`] if the body has more than `limit` bytes; [`BodyError::Io`] if it
@@ -90,8 +90,8 @@ impl<'a> RequestBody<'a> {
             .ok()
             .filter(|len| *len <= limit)
             .ok_or(BodyError::TooLarge)?;
-        let until =
-            Instant::now() + BODY_TIMEOUT + Duration::from_millis(self.len * 1000 / LEAST_RATE);
+        let deadline =
+            Instant::now() + BODY_TIMEOUT + Duration::from_millis(self.len * 1000 / MIN_RATE);
         let mut bytes = Vec::with_capacity(len.min(FIRST_ROOM));
         bytes.extend_from_slice(&self.received[..self.behind()]);
         if self.expects && bytes.len() < len {
@@ -99,14 +99,14 @@ impl<'a> RequestBody<'a> {
             stream.write_all(CONTINUE).map_err(BodyError::Io)?;
         }
         while bytes.len() < len {
-            self.read_more(&mut bytes, len, until).map_err(BodyError::Io)?;
+            self.read_more(&mut bytes, len, deadline).map_err(BodyError::Io)?;
         }
         self.left = false;
         Ok(bytes)
     }
 
-    fn read_more(&self, bytes: &mut Vec<u8>, len: usize, until: Instant) -> io::Result<()> {
-        let left = until.saturating_duration_since(Instant::now());
+    fn read_more(&self, bytes: &mut Vec<u8>, len: usize, deadline: Instant) -> io::Result<()> {
+        let left = deadline.saturating_duration_since(Instant::now());
         if left.is_zero() {
             return Err(io::Error::new(io::ErrorKind::TimedOut, "came too slowly"));
         }

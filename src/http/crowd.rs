@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 /// Time a crowd must have existed before its pace is reported. Earlier, the bytes mostly fill
 /// buffers.
-const LEAST_TIME: Duration = Duration::from_millis(500);
+const MIN_TIME: Duration = Duration::from_millis(500);
 /// Neighbours remembered per NAR. Later ones are not named to others.
 const MAX_GETTING: usize = 64;
 
@@ -106,7 +106,7 @@ impl Crowds {
         let crowd = crowds.get(&hash)?;
         let time = now.saturating_duration_since(crowd.began);
         let pace = crowd.sent as f64 / time.as_secs_f64() / f64::from(crowd.streams + 1);
-        (time >= LEAST_TIME).then_some(pace as u64)
+        (time >= MIN_TIME).then_some(pace as u64)
     }
 
     /// Returns the digests of these pieces, or `None` unless all of them are remembered.

@@ -63,13 +63,13 @@ pub(super) fn run(
     let mut events: Vec<Event> = Vec::with_capacity(EVENTS);
     let mut swept = Instant::now();
     loop {
-        let patience = if shared.connections.is_empty() { IDLE_WAIT } else { SWEEP_INTERVAL };
-        let patience = Timespec { tv_sec: patience.as_secs() as i64, tv_nsec: 0 };
+        let timeout = if shared.connections.is_empty() { IDLE_WAIT } else { SWEEP_INTERVAL };
+        let timeout = Timespec { tv_sec: timeout.as_secs() as i64, tv_nsec: 0 };
         events.clear();
         match epoll::wait(
             &shared.epoll,
             rustix::buffer::spare_capacity(&mut events),
-            Some(&patience),
+            Some(&timeout),
         ) {
             Ok(_) | Err(Errno::INTR) => {}
             Err(e) => return Err(e.into()),
@@ -153,9 +153,9 @@ impl EventLoop<'_> {
 
     /// Makes room for a connection from `peer`. For this machine it waits up to [`FULL_PAUSE`].
     fn make_room(&self, peer: SocketAddr, is_own: bool) -> bool {
-        let until = Instant::now() + FULL_PAUSE;
+        let deadline = Instant::now() + FULL_PAUSE;
         while !self.shared.connections.make_room(peer, is_own) {
-            if !is_own || Instant::now() >= until || self.shared.is_stopping() {
+            if !is_own || Instant::now() >= deadline || self.shared.is_stopping() {
                 return false;
             }
             thread::sleep(Duration::from_millis(2));

@@ -33,7 +33,7 @@ pub struct CacheHandler {
     /// Finds paths at peers.
     pub lookup: Arc<LookupService>,
     /// Downloads NARs from peers.
-    pub fetch: Downloader,
+    pub downloader: Downloader,
     /// Signs narinfos of the own store. Empty until the secret key has been read.
     pub signer: Arc<OnceLock<narinfo::Signer>>,
     /// `StoreDir` in nix-cache-info.
@@ -49,7 +49,7 @@ pub struct CacheHandler {
     /// Upload rate limit for all other machines together.
     pub upload_limit: Option<UploadLimit>,
     /// Counts the transfers to peers.
-    pub record: Arc<Stats>,
+    pub stats: Arc<Stats>,
     /// Reports this node's status.
     pub status: StatusService,
     /// Limits log messages about the own store.
@@ -128,7 +128,7 @@ impl Handler for CacheHandler {
             }
             // This machine is downloading the NAR.
             (None, Route::OwnNar(name, StoreView::Peers))
-                if self.fetch.spools.get(&name.nar_hash).is_some() =>
+                if self.downloader.spools.get(&name.nar_hash).is_some() =>
             {
                 None
             }
@@ -138,7 +138,7 @@ impl Handler for CacheHandler {
 
     fn on_idle(&self) {
         self.store.clear_cache();
-        self.fetch.free_memory();
+        self.downloader.free_memory();
     }
 
     fn tls(&self) -> Option<Arc<ServerConfig>> {
@@ -303,7 +303,7 @@ impl CacheHandler {
                     Err(RequestError::Refused(RouteError::NotThere))
                         if scope == Scope::Lan && *view == StoreView::Peers =>
                     {
-                        let spool = self.fetch.spools.get(&name.nar_hash).ok_or(NOT_THERE)?;
+                        let spool = self.downloader.spools.get(&name.nar_hash).ok_or(NOT_THERE)?;
                         let _permit = self.permit(request, scope, exchange)?;
                         return nar::on_its_way(self, name, &spool, request, exchange);
                     }

@@ -46,7 +46,7 @@ pub(super) fn own_at_once(
     }
     let body = cache.store.nar_at_once(info)?;
     if scope == Scope::Lan && request.method != "HEAD" {
-        let transfer = cache.record.send(
+        let transfer = cache.stats.send(
             info.path.base_name(),
             info.nar_size,
             Network::Lan,
@@ -81,8 +81,7 @@ pub(super) fn own(
         None => ContentCoding::Never,
     };
     let (status, part) = wanted(request, name, coding, info.nar_size)?;
-    let is_large =
-        info.nar_size >= spool::LEAST_SIZE && scope == Scope::Lan && exchange.wants_body();
+    let is_large = info.nar_size >= spool::MIN_SIZE && scope == Scope::Lan && exchange.wants_body();
     let sending = match is_large.then(|| {
         cache.crowds.ask(name.nar_hash, asker(request), takes_names(request), Instant::now())
     }) {
@@ -105,9 +104,8 @@ pub(super) fn own(
         Scope::Wan | Scope::Friend => Some(Network::Wan),
     };
     let len = part.end - part.start;
-    let recorded = network.map(|network| {
-        cache.record.send(info.path.base_name(), len, network, request.peer_address)
-    });
+    let recorded = network
+        .map(|network| cache.stats.send(info.path.base_name(), len, network, request.peer_address));
     let write = |out: &mut dyn NarSink| {
         let (passed, recorded, sending) = (&mut sent, &recorded, &sending);
         cache.store.write_nar(info, part, &mut CountingSink { out, passed, recorded, sending })
@@ -157,7 +155,7 @@ pub(super) fn on_its_way(
     if !exchange.wants_body() {
         return Ok(());
     }
-    let recorded = Some(cache.record.send(
+    let recorded = Some(cache.stats.send(
         &spool.name,
         part.end - part.start,
         Network::Lan,
@@ -323,12 +321,12 @@ pub(super) fn from_peer(
     exchange: &mut Exchange<'_>,
 ) -> Result<(), RequestError> {
     let resumes = request.field("range").is_some_and(|range| range.trim() != "bytes=0-");
-    if resumes && cache.fetch.is_cut(name.nar_hash) {
+    if resumes && cache.downloader.is_cut(name.nar_hash) {
         // Nix resumes a NAR of which peerix cut the transfer: the bytes that Nix has were wrong, or
         // the upstream cache is to deliver the rest. A request from the start is served.
         return Err(NOT_THERE);
     }
-    let nar = cache.fetch.find(&name.hash_part, &name.nar_hash).ok_or(NOT_THERE)?;
+    let nar = cache.downloader.find(&name.hash_part, &name.nar_hash).ok_or(NOT_THERE)?;
     let size = nar.size();
     let (status, part) = wanted(request, name, ContentCoding::Never, size)?;
     if !exchange.wants_body() {

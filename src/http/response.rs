@@ -370,17 +370,17 @@ impl NarSink for Exchange<'_> {
             self.flush_head()?;
         }
         // The result fits a usize on every platform, because `FILE_PIECE` does.
-        let most = self.piece(len.min(FILE_PIECE).min(self.missing) as usize);
-        self.reserve(most)?;
+        let max = self.piece(len.min(FILE_PIECE).min(self.missing) as usize);
+        self.reserve(max)?;
         let socket = self.stream.socket();
         // On an error the caller cuts the connection, so the socket's modes need no reset.
         socket.set_nonblocking(true)?;
         set_tcp_cork(socket, true)?;
         let mut sent = Ok(0);
         while let Ok(before) = sent
-            && before < most
+            && before < max
         {
-            sent = match retry_on_intr(|| sendfile(socket, file, Some(&mut at), most - before)) {
+            sent = match retry_on_intr(|| sendfile(socket, file, Some(&mut at), max - before)) {
                 Ok(0) => break,
                 Ok(more) => {
                     self.stream.progress().record_taken(more);
@@ -397,12 +397,12 @@ impl NarSink for Exchange<'_> {
         socket.set_nonblocking(false)?;
         match sent {
             Ok(sent) => {
-                self.give_back(most - sent);
+                self.give_back(max - sent);
                 self.count(sent).map(|sent| Some(sent as u64))
             }
             // The file system does not support sendfile(2).
             Err(Errno::INVAL | Errno::NOSYS) => {
-                self.give_back(most);
+                self.give_back(max);
                 Ok(None)
             }
             Err(e) => Err(e.into()),

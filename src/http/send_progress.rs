@@ -11,7 +11,7 @@ use std::sync::{Arc, LazyLock};
 use std::time::{Duration, Instant};
 
 /// Time that a client may take no bytes before its connection is cut. Also the waiting time over
-/// which [`LEAST_RATE`] is averaged.
+/// which [`MIN_RATE`] is averaged.
 pub(super) const WRITE_TIMEOUT: Timeout = Timeout::from_secs(30);
 
 /// Time for which a client takes nothing before it is ended for another client at a limit. A Nix
@@ -22,7 +22,7 @@ pub(super) const STALLED: Timeout = Timeout::from_secs(10);
 /// takes a few bytes now and then would otherwise hold a thread and a stream without end. Slower
 /// links carry no NAR in reasonable time. This machine's Nix is exempt: it pauses a download while
 /// it unpacks.
-const LEAST_RATE: u64 = 8 << 10;
+const MIN_RATE: u64 = 8 << 10;
 
 /// Zero of the clock of [`SendProgress::stalled_since`], an hour ago, so that no moment is 0.
 static CLOCK_ZERO: LazyLock<Instant> = LazyLock::new(|| Instant::now() - Duration::from_secs(3600));
@@ -30,7 +30,7 @@ static CLOCK_ZERO: LazyLock<Instant> = LazyLock::new(|| Instant::now() - Duratio
 /// The progress of sending to one client. Written by the thread that sends, read by all.
 #[derive(Default)]
 pub(super) struct SendProgress {
-    has_least_rate: bool,
+    has_min_rate: bool,
     /// Milliseconds since [`CLOCK_ZERO`] at which the send buffer became full; 0 while it has room.
     full_since: AtomicU64,
     gives_way: AtomicBool,
@@ -55,21 +55,21 @@ impl RateWindow {
         }
     }
 
-    /// Returns false if the client took less than [`LEAST_RATE`] over a whole window.
+    /// Returns false if the client took less than [`MIN_RATE`] over a whole window.
     fn record_wait(&mut self, wait: Duration) -> bool {
         self.waited += wait;
         if self.waited < WRITE_TIMEOUT.get() {
             return true;
         }
         let (waited, taken) = (mem::take(&mut self.waited), mem::take(&mut self.taken));
-        taken as f64 >= waited.as_secs_f64() * LEAST_RATE as f64
+        taken as f64 >= waited.as_secs_f64() * MIN_RATE as f64
     }
 }
 
 impl SendProgress {
-    /// `has_least_rate` says that the client has to take [`LEAST_RATE`].
-    pub(super) fn new(has_least_rate: bool) -> Self {
-        SendProgress { has_least_rate, ..SendProgress::default() }
+    /// `has_min_rate` says that the client has to take [`MIN_RATE`].
+    pub(super) fn new(has_min_rate: bool) -> Self {
+        SendProgress { has_min_rate, ..SendProgress::default() }
     }
 
     /// Milliseconds on a clock common to all clients since which the client has taken nothing;
@@ -145,11 +145,11 @@ impl SendProgress {
         const PART: Duration = Duration::from_millis(250);
         let began = Instant::now();
         let left = self.window.lock().left;
-        let most = left.unwrap_or(Duration::MAX).min(WRITE_TIMEOUT.get());
-        let until = began + most;
+        let max = left.unwrap_or(Duration::MAX).min(WRITE_TIMEOUT.get());
+        let deadline = began + max;
         self.full_since.store(moment(began), Ordering::Relaxed);
         let has_room = loop {
-            let left = until.saturating_duration_since(Instant::now());
+            let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() || self.has_to_give_way() {
                 break Ok(false);
             }
@@ -162,7 +162,7 @@ impl SendProgress {
         let waited = began.elapsed();
         let mut window = self.window.lock();
         window.left = window.left.map(|left| left.saturating_sub(waited));
-        let is_fast = window.record_wait(waited) || !self.has_least_rate;
+        let is_fast = window.record_wait(waited) || !self.has_min_rate;
         if has_room? && is_fast { Ok(()) } else { Err(io::ErrorKind::TimedOut.into()) }
     }
 }
@@ -180,7 +180,7 @@ mod tests {
     #[test]
     fn client_below_least_rate_is_cut_and_faster_one_is_not() {
         let seconds = WRITE_TIMEOUT.get().as_secs();
-        for (per_second, is_cut) in [(1, true), (LEAST_RATE / 2, true), (LEAST_RATE * 2, false)] {
+        for (per_second, is_cut) in [(1, true), (MIN_RATE / 2, true), (MIN_RATE * 2, false)] {
             let mut window = RateWindow::default();
             window.record_taken(4 << 20); // into the send buffer
             let goes_on = (0..4 * seconds).all(|_| {

@@ -181,9 +181,9 @@ impl Drop for Server {
         if let Some(watcher) = self.watcher.take() {
             let _ = watcher.join();
         }
-        let until = Instant::now() + STOP_GRACE;
+        let deadline = Instant::now() + STOP_GRACE;
         self.shared.connections.end_idle();
-        while !self.shared.connections.is_empty() && Instant::now() < until {
+        while !self.shared.connections.is_empty() && Instant::now() < deadline {
             thread::sleep(Duration::from_millis(5));
             self.shared.connections.end_idle();
         }
@@ -496,11 +496,11 @@ fn accept_tls(shared: &ServerState, connection: &Connection, received: &[u8]) ->
 
 fn linger(stream: &TcpStream) -> io::Result<()> {
     stream.shutdown(Shutdown::Write)?;
-    let until = Instant::now() + LINGER;
+    let deadline = Instant::now() + LINGER;
     let mut taken = 0;
     let mut chunk = [0; 4096];
     while taken < LINGER_BYTES {
-        let left = until.saturating_duration_since(Instant::now());
+        let left = deadline.saturating_duration_since(Instant::now());
         if left.is_zero() {
             break;
         }

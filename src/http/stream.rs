@@ -38,10 +38,10 @@ struct TlsStream {
 }
 
 impl ConnectionStream {
-    /// Wraps a blocking socket. `has_least_rate` says that the client has to take what it is sent
-    /// at a least rate.
-    pub(super) fn new(socket: TcpStream, has_least_rate: bool) -> Self {
-        let progress = Arc::new(SendProgress::new(has_least_rate));
+    /// Wraps a blocking socket. `has_min_rate` says that the client has to take what it is sent at
+    /// a least rate.
+    pub(super) fn new(socket: TcpStream, has_min_rate: bool) -> Self {
+        let progress = Arc::new(SendProgress::new(has_min_rate));
         ConnectionStream { socket, progress, tls: OnceLock::new() }
     }
 
@@ -97,7 +97,7 @@ impl ConnectionStream {
     }
 
     /// Performs the server's side of a TLS handshake. `received` are bytes already read from the
-    /// socket. Blocks until `until`, and for at most one [`WRITE_TIMEOUT`] more.
+    /// socket. Blocks until `deadline`, and for at most one [`WRITE_TIMEOUT`] more.
     ///
     /// # Errors
     /// The socket or the handshake fails, the handshake takes too long, or the client presents no
@@ -106,12 +106,12 @@ impl ConnectionStream {
         &self,
         config: Arc<ServerConfig>,
         mut received: &[u8],
-        until: Instant,
+        deadline: Instant,
     ) -> io::Result<()> {
         let mut session = ServerConnection::new(config).map_err(io::Error::other)?;
-        let result = self.complete_handshake(&mut session, &mut received, until);
+        let result = self.complete_handshake(&mut session, &mut received, deadline);
         // After a failure, the remaining record is an alert with the reason.
-        let sent = send_records(&mut session, self, until);
+        let sent = send_records(&mut session, self, deadline);
         result?;
         sent?;
         let raw_key =
@@ -125,12 +125,12 @@ impl ConnectionStream {
         &self,
         session: &mut ServerConnection,
         received: &mut &[u8],
-        until: Instant,
+        deadline: Instant,
     ) -> io::Result<()> {
         while session.is_handshaking() {
-            send_records(session, self, until)?;
+            send_records(session, self, deadline)?;
             let came = if received.is_empty() {
-                let left = until.saturating_duration_since(Instant::now());
+                let left = deadline.saturating_duration_since(Instant::now());
                 if left.is_zero() {
                     return Err(io::ErrorKind::TimedOut.into());
                 }
@@ -210,15 +210,15 @@ impl TlsStream {
     }
 }
 
-/// Sends pending TLS records. Blocks until `until`, and for at most one [`WRITE_TIMEOUT`] more.
+/// Sends pending TLS records. Blocks until `deadline`, and for at most one [`WRITE_TIMEOUT`] more.
 fn send_records(
     session: &mut ServerConnection,
     stream: &ConnectionStream,
-    until: Instant,
+    deadline: Instant,
 ) -> io::Result<()> {
     while session.wants_write() {
         session.write_tls(&mut RecordWriter(stream))?;
-        if session.wants_write() && Instant::now() >= until {
+        if session.wants_write() && Instant::now() >= deadline {
             return Err(io::ErrorKind::TimedOut.into());
         }
     }

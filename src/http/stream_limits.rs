@@ -87,7 +87,7 @@ struct Stream {
 
 impl StreamCounts {
     /// Ends a stream if `peer` gets no permit at once. Returns whether it gets one now.
-    fn make_room(&mut self, peer: Option<IpAddr>, most_for_peers: usize) -> bool {
+    fn make_room(&mut self, peer: Option<IpAddr>, max_for_peers: usize) -> bool {
         let count = |of: &dyn Fn(Option<IpAddr>) -> bool| {
             self.streams.iter().filter(|stream| of(stream.peer)).count()
         };
@@ -96,7 +96,7 @@ impl StreamCounts {
         if peer.is_some() && its >= MAX_STREAMS_PER_PEER {
             return self.end_stalled(|other| other == peer);
         }
-        if is_full || peer.is_some() && by_peers >= most_for_peers {
+        if is_full || peer.is_some() && by_peers >= max_for_peers {
             return self.end_stalled(|other| other.is_some());
         }
         true
@@ -123,7 +123,7 @@ pub struct StreamLimits {
     taken: Mutex<StreamCounts>,
     streams: WaitQueue,
     narinfos: WaitQueue,
-    most_for_peers: usize,
+    max_for_peers: usize,
 }
 
 impl Default for StreamLimits {
@@ -147,10 +147,10 @@ pub struct CompressionPermit<'a>(&'a StreamLimits);
 impl StreamLimits {
     /// Creates the limits. An upload limit may allow fewer streams to peers.
     pub fn under(limit: Option<&UploadLimit>) -> Self {
-        let most_for_peers =
+        let max_for_peers =
             limit.map_or(MAX_PEER_STREAMS, |limit| limit.streams().min(MAX_PEER_STREAMS));
         let (streams, narinfos) = Default::default();
-        StreamLimits { taken: Mutex::default(), streams, narinfos, most_for_peers }
+        StreamLimits { taken: Mutex::default(), streams, narinfos, max_for_peers }
     }
 
     /// Returns a permit for a response to `peer`, which is `None` for this machine. At one of the
@@ -162,7 +162,7 @@ impl StreamLimits {
         progress: &Arc<SendProgress>,
         waits: bool,
     ) -> Option<StreamPermit<'_>> {
-        let has_room = |taken: &mut StreamCounts| taken.make_room(peer, self.most_for_peers);
+        let has_room = |taken: &mut StreamCounts| taken.make_room(peer, self.max_for_peers);
         let waiting: SelectWaiting = |taken| &mut taken.waiting_for_streams;
         let mut taken = self.taken.lock();
         if !has_room(&mut taken) {
@@ -223,11 +223,11 @@ fn wait<'a>(
         return None;
     }
     *waiting(&mut taken).of(is_own) += 1;
-    let until = Instant::now() + PERMIT_TIMEOUT.get();
+    let deadline = Instant::now() + PERMIT_TIMEOUT.get();
     let mut has_permit = false;
     while !has_permit
         && !progress.is_closed()
-        && let Some(left) = until.checked_duration_since(Instant::now())
+        && let Some(left) = deadline.checked_duration_since(Instant::now())
     {
         let left = left.min(WAIT_CHECK);
         taken = queue.of(is_own).wait_timeout(taken, left);

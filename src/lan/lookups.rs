@@ -189,10 +189,10 @@ impl LanLookups {
         self.unsent.len()
     }
 
-    /// Removes up to `most` lookups from the queue, the oldest first, and marks them as sent.
-    pub fn take_unsent(&mut self, most: usize) -> Vec<(LookupId, HashPart)> {
+    /// Removes up to `max` lookups from the queue, the oldest first, and marks them as sent.
+    pub fn take_unsent(&mut self, max: usize) -> Vec<(LookupId, HashPart)> {
         let mut taken = Vec::new();
-        while taken.len() < most
+        while taken.len() < max
             && let Some(id) = self.unsent.pop_front()
         {
             if let Some(lookup) = self.open.get_mut(&id) {

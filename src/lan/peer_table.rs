@@ -462,8 +462,8 @@ impl LanPeer {
         let first = self.first_repeat_gap();
         let is_waited_for = self.said_bye.is_some() || self.budget.is_some();
         let is_quick = is_waited_for && self.dialect() != Dialect::HaveOnly;
-        let most = if is_quick { first.clamp(MAX_OWN_REPEAT, MAX_REPEAT) } else { MAX_REPEAT };
-        backoff::pause(first, self.repeats, most)
+        let max = if is_quick { first.clamp(MAX_OWN_REPEAT, MAX_REPEAT) } else { MAX_REPEAT };
+        backoff::pause(first, self.repeats, max)
     }
 
     /// When the next repeat is due, in lookup time. `None` for a silent peer.
@@ -471,14 +471,14 @@ impl LanPeer {
         self.repeat_at.filter(|_| self.is_live())
     }
 
-    /// Returns up to `most` lookups to ask again if a repeat is due at `t`, the oldest first.
-    pub fn due_repeats(&mut self, t: Instant, most: usize) -> Vec<LookupId> {
+    /// Returns up to `max` lookups to ask again if a repeat is due at `t`, the oldest first.
+    pub fn due_repeats(&mut self, t: Instant, max: usize) -> Vec<LookupId> {
         if self.repeat_at().is_none_or(|at| at > t) {
             return Vec::new();
         }
         // Leaves out queries that were sent meanwhile: most of their delay is still to come.
         let gap = self.repeat_gap();
-        let repeats = self.unanswered(|sent| sent + gap * 9 / 10 <= t, most);
+        let repeats = self.unanswered(|sent| sent + gap * 9 / 10 <= t, max);
         if !repeats.is_empty() {
             self.repeats += 1;
         }
@@ -487,31 +487,31 @@ impl LanPeer {
         repeats
     }
 
-    /// Returns up to `most` lookups to ask again at once, because the peer answered a query sent at
+    /// Returns up to `max` lookups to ask again at once, because the peer answered a query sent at
     /// `answered`, later than theirs. Returns some at most once in a round trip, and once in 1 ms.
-    pub fn overtaken(&mut self, answered: Instant, t: Instant, most: usize) -> Vec<LookupId> {
+    pub fn overtaken(&mut self, answered: Instant, t: Instant, max: usize) -> Vec<LookupId> {
         let pause = self.round_trip.smoothed().map_or(MIN_REPEAT, |mean| mean.max(2 * REORDERING));
         if self.last_early_repeat.is_some_and(|at| at + pause > t) {
             return Vec::new();
         }
-        let overtaken = self.unanswered(|sent| sent + REORDERING < answered, most);
+        let overtaken = self.unanswered(|sent| sent + REORDERING < answered, max);
         if !overtaken.is_empty() {
             self.last_early_repeat = Some(t);
         }
         overtaken
     }
 
-    /// Up to `most` lookups that wait for an answer to a query and not for a narinfo.
-    pub fn all_unanswered(&self, most: usize) -> Vec<LookupId> {
-        self.unanswered(|_| true, most)
+    /// Up to `max` lookups that wait for an answer to a query and not for a narinfo.
+    pub fn all_unanswered(&self, max: usize) -> Vec<LookupId> {
+        self.unanswered(|_| true, max)
     }
 
-    fn unanswered(&self, is_meant: impl Fn(Instant) -> bool, most: usize) -> Vec<LookupId> {
+    fn unanswered(&self, is_meant: impl Fn(Instant) -> bool, max: usize) -> Vec<LookupId> {
         let meant = self
             .owed
             .iter()
             .filter(|(_, owed)| !owed.is_fetching && owed.sent.is_none_or(&is_meant));
-        meant.map(|(id, _)| *id).take(most).collect()
+        meant.map(|(id, _)| *id).take(max).collect()
     }
 
     /// Whether the peer has answered nothing since `since`, in lookup time.

@@ -99,11 +99,11 @@ impl DiscoveryClient {
     /// at most.
     pub fn neighbours(&self, timeout: Duration) -> Option<Vec<Neighbour>> {
         let (list, receiver) = bounded(1);
-        let until = Instant::now() + timeout;
+        let deadline = Instant::now() + timeout;
         // A full channel does not prove that the thread hangs, so this waits for room.
-        self.events.send_deadline(Event::ListPeers(list), until).ok()?;
+        self.events.send_deadline(Event::ListPeers(list), deadline).ok()?;
         self.wake_thread();
-        receiver.recv_deadline(until).ok()
+        receiver.recv_deadline(deadline).ok()
     }
 
     /// Number of datagrams so far that were not sent because a send buffer was full.
@@ -289,9 +289,9 @@ impl<E: Environment> DiscoveryLoop<E> {
         self.discovery.handle(event, Instant::now(), &mut self.out);
     }
 
-    /// Handles up to `most` datagrams of these sockets. Returns whether none is left.
-    fn read(&mut self, sockets: impl IntoIterator<Item = usize>, most: usize) -> bool {
-        let mut left = most.min(MAX_OUTGOING.saturating_sub(self.out.len()));
+    /// Handles up to `max` datagrams of these sockets. Returns whether none is left.
+    fn read(&mut self, sockets: impl IntoIterator<Item = usize>, max: usize) -> bool {
+        let mut left = max.min(MAX_OUTGOING.saturating_sub(self.out.len()));
         if left == 0 {
             return false;
         }

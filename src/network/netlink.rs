@@ -144,10 +144,10 @@ pub fn open(groups: u32) -> io::Result<OwnedFd> {
 pub fn dump(table: &KernelTable, mut each: impl FnMut(&[u8])) -> io::Result<()> {
     let socket = socket_with(AddressFamily::NETLINK, SocketType::RAW, SocketFlags::CLOEXEC, None)?;
     send(&socket, &dump_request(table), SendFlags::empty())?;
-    let until = Instant::now() + DUMP_TIMEOUT;
+    let deadline = Instant::now() + DUMP_TIMEOUT;
     let mut buffer = vec![0; BUFFER_LEN];
     loop {
-        let left = until.saturating_duration_since(Instant::now());
+        let left = deadline.saturating_duration_since(Instant::now());
         if left.is_zero() {
             return Err(io::ErrorKind::TimedOut.into());
         }

@@ -7,7 +7,7 @@ use crate::lock::Mutex;
 use crate::network::Networks;
 use crate::suspend::SuspendDetector;
 use crate::time_scale::Interval;
-use crate::wire::filter::{BloomFilter, MOST_BITS_PER_PATH};
+use crate::wire::filter::{BloomFilter, MAX_BITS_PER_PATH};
 use crate::wire::tracker::{MAX_TRANSFERS_AT_ONCE, Role, TransferName};
 use crossbeam_channel::{Receiver, Sender, TryRecvError, TrySendError, bounded, select};
 use scopeguard::defer;
@@ -27,9 +27,9 @@ const POLL_INTERVAL: Interval = Interval::from_secs(1);
 /// Pause after the first failure. It doubles with each further failure.
 const FIRST_PAUSE: Interval = Interval::from_secs(1);
 /// Longest pause after a failure.
-const LONGEST_PAUSE: Interval = Interval::from_secs(300);
+const MAX_PAUSE: Interval = Interval::from_secs(300);
 /// Longest pause while lookups miss the tracker.
-const LONGEST_PAUSE_WHILE_WANTED: Interval = Interval::from_secs(2);
+const MAX_PAUSE_WHILE_WANTED: Interval = Interval::from_secs(2);
 
 /// Queue of transfers to begin and to report, sized for the NARs of a large closure. Further ones
 /// are not counted.
@@ -54,7 +54,7 @@ pub struct Publication {
 
 impl Default for Publication {
     fn default() -> Self {
-        Publication { current: Mutex::default(), bits_per_path: AtomicU64::new(MOST_BITS_PER_PATH) }
+        Publication { current: Mutex::default(), bits_per_path: AtomicU64::new(MAX_BITS_PER_PATH) }
     }
 }
 
@@ -178,11 +178,11 @@ impl Trackers {
         }
     }
 
-    /// Waits until all threads have signed off and ended. Blocks until `until` at most; a thread
+    /// Waits until all threads have signed off and ended. Blocks until `deadline` at most; a thread
     /// that hangs in a call is left behind.
-    pub fn wait(&self, until: Instant) {
+    pub fn wait(&self, deadline: Instant) {
         for announcer in &self.announcers {
-            let _ = announcer.ended.recv_deadline(until);
+            let _ = announcer.ended.recv_deadline(deadline);
         }
     }
 
@@ -265,7 +265,7 @@ impl AnnouncerThread {
         queue: Receiver<AnnouncerJob>,
         stopped: Receiver<()>,
     ) -> Self {
-        let (backoff, now) = (|| Backoff::new(FIRST_PAUSE, LONGEST_PAUSE), Instant::now());
+        let (backoff, now) = (|| Backoff::new(FIRST_PAUSE, MAX_PAUSE), Instant::now());
         AnnouncerThread {
             tracker,
             trackers,
@@ -331,7 +331,7 @@ impl AnnouncerThread {
         // tracker that sent `Retry-After` is not asked sooner.
         if self.tracker.take_wanted() && !self.is_asked_to_wait {
             let is_first = self.announcing.failures() == 0;
-            let soonest = if is_first { now } else { now + LONGEST_PAUSE_WHILE_WANTED.get() };
+            let soonest = if is_first { now } else { now + MAX_PAUSE_WHILE_WANTED.get() };
             self.next_announce = self.next_announce.min(soonest);
         }
     }
@@ -352,7 +352,7 @@ impl AnnouncerThread {
                 let fewest = self.trackers.iter().map(|tracker| tracker.bits_per_path()).min();
                 self.publication
                     .bits_per_path
-                    .store(fewest.unwrap_or(MOST_BITS_PER_PATH), Ordering::Relaxed);
+                    .store(fewest.unwrap_or(MAX_BITS_PER_PATH), Ordering::Relaxed);
                 self.next_announce = now + INTERVAL.get();
             }
             Err(e) => {
@@ -441,7 +441,7 @@ impl AnnouncerThread {
             && self.tracker.is_reached()
             && self.announcing.failures() == 0;
         let reports = has_reports.then(|| self.reporting.due().unwrap_or(now));
-        let until = self
+        let deadline = self
             .next_announce
             .min(now + POLL_INTERVAL.get())
             .min(reports.unwrap_or(self.next_announce));
@@ -451,7 +451,7 @@ impl AnnouncerThread {
                 Ok(job) => self.take(job),
                 Err(_) => return false,
             },
-            default(until.saturating_duration_since(now)) => {}
+            default(deadline.saturating_duration_since(now)) => {}
         }
         while let Ok(job) = self.queue.try_recv() {
             self.take(job);

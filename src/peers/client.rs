@@ -184,21 +184,21 @@ pub struct PeerClient {
 struct LargeNarinfoBody {
     begin: Vec<u8>,
     rest: ureq::BodyReader<'static>,
-    until: Instant,
+    deadline: Instant,
     store_dir: StoreDir,
     done: Sender<Result<PeerNarinfo, PeerError>>,
 }
 
 impl LargeNarinfoBody {
     fn read(self, rooms: &(Sender<()>, Receiver<()>)) {
-        let LargeNarinfoBody { begin, mut rest, until, store_dir, done } = self;
+        let LargeNarinfoBody { begin, mut rest, deadline, store_dir, done } = self;
         let mut read = || {
-            rooms.0.send_deadline((), until).map_err(|_| PeerError::Busy)?;
+            rooms.0.send_deadline((), deadline).map_err(|_| PeerError::Busy)?;
             let room = Some(LargeNarinfoReservation(rooms.1.clone()));
             let mut bytes = Vec::with_capacity(NarInfo::MAX_LEN + 1);
             bytes.extend(&begin);
-            let most = (NarInfo::MAX_LEN + 1 - bytes.len()) as u64;
-            rest.by_ref().take(most).read_to_end(&mut bytes)?;
+            let max = (NarInfo::MAX_LEN + 1 - bytes.len()) as u64;
+            rest.by_ref().take(max).read_to_end(&mut bytes)?;
             let narinfo = NarInfo::parse(&bytes, &store_dir)?;
             Ok(PeerNarinfo { narinfo, _room: room })
         };
@@ -366,13 +366,13 @@ impl NarBody {
         }
     }
 
-    /// Like [`Read::read`], but blocks for at most `patience`. Returns `None` if nothing arrived in
+    /// Like [`Read::read`], but blocks for at most `timeout`. Returns `None` if nothing arrived in
     /// that time; a later read continues at the same byte.
     ///
     /// # Errors
     /// Errors of the connection and of the zstd decoder.
-    pub fn read_within(&mut self, buf: &mut [u8], patience: Duration) -> io::Result<Option<usize>> {
-        match read_timeout::limit(patience, || self.read(buf)) {
+    pub fn read_within(&mut self, buf: &mut [u8], timeout: Duration) -> io::Result<Option<usize>> {
+        match read_timeout::limit(timeout, || self.read(buf)) {
             Err(e) if read_timeout::is_over(&e) => Ok(None),
             read => read.map(Some),
         }
@@ -517,7 +517,7 @@ impl PeerClient {
         hash_part: &HashPart,
         timeout: Duration,
     ) -> Result<PeerNarinfo, PeerError> {
-        let until = Instant::now() + timeout;
+        let deadline = Instant::now() + timeout;
         let response = expect(self.get(holder.http, &holder.url_path, None, timeout)?, &[200])?;
         let mut reader = response.into_body().into_reader();
         let begin = read_up_to(LARGE_NARINFO + 1, &mut reader)?;
@@ -526,12 +526,12 @@ impl PeerClient {
             let job = LargeNarinfoBody {
                 begin,
                 rest: reader,
-                until,
+                deadline,
                 store_dir: self.store_dir.clone(),
                 done,
             };
-            self.large.send_deadline(job, until).map_err(|_| PeerError::Busy)?;
-            result.recv_deadline(until + LARGE_NARINFO_GRACE).map_err(|_| PeerError::Busy)??
+            self.large.send_deadline(job, deadline).map_err(|_| PeerError::Busy)?;
+            result.recv_deadline(deadline + LARGE_NARINFO_GRACE).map_err(|_| PeerError::Busy)??
         } else {
             let narinfo = NarInfo::parse(&begin, &self.store_dir)?;
             PeerNarinfo { narinfo, _room: None }
@@ -557,12 +557,12 @@ impl PeerClient {
     ) -> Result<Realisation, PeerError> {
         let path = format!("local/{}", id.url_path());
         let response = expect(self.get(peer, &path, None, timeout)?, &[200])?;
-        let most = Realisation::MAX_LEN as u64 + 1;
-        let bytes = read_up_to(most, &mut response.into_body().as_reader())?;
+        let max = Realisation::MAX_LEN as u64 + 1;
+        let bytes = read_up_to(max, &mut response.into_body().as_reader())?;
         Ok(Realisation::parse(&bytes, id)?)
     }
 
-    /// Requests the build log of a derivation. The response head must arrive within `patience`, and
+    /// Requests the build log of a derivation. The response head must arrive within `timeout`, and
     /// the body within 30 s.
     ///
     /// # Errors
@@ -571,14 +571,14 @@ impl PeerClient {
         &self,
         peer: SocketAddr,
         derivation: &StorePath,
-        patience: Duration,
+        timeout: Duration,
     ) -> Result<LogBody, PeerError> {
         let url = url(peer, &format!("store/log/{derivation}").replace('?', "%3F"));
         let call = |left| {
             let config = self.agent().get(&url).config().timeout_recv_response(Some(left));
             config.timeout_recv_body(Some(BODY_GRACE)).build().call()
         };
-        let body = expect(retry_once_if_stale(patience, call)?, &[200])?.into_body();
+        let body = expect(retry_once_if_stale(timeout, call)?, &[200])?.into_body();
         match body.content_length() {
             Some(len) if len <= MAX_LOG => Ok(LogBody {
                 len,
@@ -616,7 +616,7 @@ impl PeerClient {
     }
 
     /// Requests a NAR from byte `offset` on. The response, including the time to connect, must
-    /// begin within `patience`. `url_path` is the `URL` of the narinfo, relative to the root of the
+    /// begin within `timeout`. `url_path` is the `URL` of the narinfo, relative to the root of the
     /// peer's server. On other networks than the LAN the peer may compress; `offset` and the
     /// returned bytes refer to the uncompressed NAR in any case.
     ///
@@ -629,7 +629,7 @@ impl PeerClient {
         url_path: &str,
         offset: u64,
         nar_size: u64,
-        patience: Duration,
+        timeout: Duration,
         way: &LinkKind,
     ) -> Result<NarBody, PeerError> {
         let whole = BODY_GRACE + Duration::from_secs(nar_size / MIN_BYTES_PER_SECOND);
@@ -656,7 +656,7 @@ impl PeerClient {
             }
             called => called,
         };
-        let response = read_timeout::limit(patience, || retry_once_if_stale(patience, call))?;
+        let response = read_timeout::limit(timeout, || retry_once_if_stale(timeout, call))?;
         if *way == LinkKind::LanOrOthers && response.status() == 307 {
             return Err(PeerError::Named(parse_relay_addresses(&response)));
         }
@@ -716,20 +716,20 @@ pub(super) fn retry_once_if_stale<T>(
     timeout: Duration,
     call: impl Fn(Duration) -> Result<T, ureq::Error>,
 ) -> Result<T, ureq::Error> {
-    let until = Instant::now() + timeout;
+    let deadline = Instant::now() + timeout;
     match call(timeout) {
         Err(e) if !matches!(e, ureq::Error::Timeout(_) | ureq::Error::ConnectionFailed) => {
-            let left = until.saturating_duration_since(Instant::now());
+            let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() { Err(e) } else { call(left) }
         }
         result => result,
     }
 }
 
-/// Reads at most `most` bytes of a body.
-fn read_up_to(most: u64, body: &mut impl Read) -> io::Result<Vec<u8>> {
+/// Reads at most `max` bytes of a body.
+fn read_up_to(max: u64, body: &mut impl Read) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
-    body.take(most).read_to_end(&mut bytes)?;
+    body.take(max).read_to_end(&mut bytes)?;
     Ok(bytes)
 }
 
@@ -836,8 +836,8 @@ mod tests {
         let part = |field: &str| {
             let (peer, server) = serve(vec![answer(&format!("206 x{field}"), "abcd")], true);
             let client = PeerClient::new(StoreDir::parse("/nix/store").unwrap());
-            let patience = Duration::from_secs(60);
-            let nar = client.nar(peer, "a.nar", 2, 6, patience, &LinkKind::Lan);
+            let timeout = Duration::from_secs(60);
+            let nar = client.nar(peer, "a.nar", 2, 6, timeout, &LinkKind::Lan);
             server.join().unwrap();
             nar.map(|nar| nar.skip)
         };
@@ -854,8 +854,8 @@ mod tests {
         struct Bytes<'a>(&'a [u8]);
         impl Read for Bytes<'_> {
             fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-                let most = buf.len().min(1);
-                self.0.read(&mut buf[..most])
+                let max = buf.len().min(1);
+                self.0.read(&mut buf[..max])
             }
         }
         let read = |log| {

@@ -39,7 +39,7 @@ const FIRST_PAUSE: Interval = Interval::from_secs(1);
 
 /// Longest pause between attempts. A request or a LAN hello of the friend, an address from a
 /// tracker, or a change of the network ends the pause.
-const LONGEST_PAUSE: Interval = Interval::from_secs(60);
+const MAX_PAUSE: Interval = Interval::from_secs(60);
 
 /// Delay of an attempt after an event that ends the pause. Anybody can send hellos, so it bounds
 /// the attempts that they cause.
@@ -295,7 +295,7 @@ impl Friends {
             to_ask: to_ask.collect(),
             asked: 0,
             unanswered: 0,
-            until: Instant::now() + NARINFO_TIMEOUT.get(),
+            deadline: Instant::now() + NARINFO_TIMEOUT.get(),
             answer,
             answers,
             found,
@@ -320,10 +320,10 @@ impl FriendLink {
     }
 
     /// Waits until the friend was tried once, and returns its address if it is reachable. Blocks
-    /// until `until` at most.
-    fn wait_for_address(&self, until: Instant) -> Option<SocketAddr> {
+    /// until `deadline` at most.
+    fn wait_for_address(&self, deadline: Instant) -> Option<SocketAddr> {
         let state = self.state.lock();
-        let left = until.saturating_duration_since(Instant::now());
+        let left = deadline.saturating_duration_since(Instant::now());
         let waited = self.changed.wait_timeout_while(state, left, |state| !state.was_tried);
         drop(waited);
         self.address()
@@ -386,7 +386,7 @@ impl FriendLink {
     }
 
     fn run(&self, stopped: &Receiver<()>, own: &NodeKey) {
-        let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
+        let mut backoff = Backoff::new(FIRST_PAUSE, MAX_PAUSE);
         loop {
             let is_up = self.try_addresses(own);
             if self.state.lock().is_removed {
@@ -552,7 +552,7 @@ pub struct FriendSearch {
     to_ask: Vec<Arc<FriendLink>>,
     asked: u32,
     unanswered: u32,
-    until: Instant,
+    deadline: Instant,
     answer: Sender<FriendAnswer>,
     answers: Receiver<FriendAnswer>,
     /// Signals the LAN search that a friend has the path.
@@ -582,9 +582,9 @@ impl FriendSearch {
         &self.is_found
     }
 
-    /// Restarts the time limit of the search, which ends at `until` at the latest.
-    pub fn resume(&mut self, until: Instant) {
-        self.until = until.min(Instant::now() + NARINFO_TIMEOUT.get());
+    /// Restarts the time limit of the search, which ends at `deadline` at the latest.
+    pub fn resume(&mut self, deadline: Instant) {
+        self.deadline = deadline.min(Instant::now() + NARINFO_TIMEOUT.get());
     }
 
     /// Number of friends that were asked, and number of those that have not answered.
@@ -601,12 +601,12 @@ impl FriendSearch {
                 return None;
             }
             let now = Instant::now();
-            if now >= self.until {
+            if now >= self.deadline {
                 return None;
             }
-            let wake_up = if self.to_ask.is_empty() { self.until } else { now + BLOCKED_DELAY };
+            let wake_up = if self.to_ask.is_empty() { self.deadline } else { now + BLOCKED_DELAY };
             let Ok(FriendAnswer { link, result }) =
-                self.answers.recv_deadline(wake_up.min(self.until))
+                self.answers.recv_deadline(wake_up.min(self.deadline))
             else {
                 continue;
             };
@@ -697,7 +697,7 @@ mod tests {
 
     #[test]
     fn pauses_begin_with_one_second_and_begin_again_after_a_success() {
-        let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
+        let mut backoff = Backoff::new(FIRST_PAUSE, MAX_PAUSE);
         let now = Instant::now();
         let mut pause = |is_up| (next_attempt(&mut backoff, is_up, now) - now).as_secs();
         assert_eq!([false; 8].map(&mut pause), [1, 2, 4, 8, 16, 32, 60, 60]);

@@ -18,10 +18,10 @@ use std::hash::{Hash, Hasher};
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
-/// Pause after the first failure. It doubles with each further failure, up to [`LONGEST_PAUSE`].
+/// Pause after the first failure. It doubles with each further failure, up to [`MAX_PAUSE`].
 const FIRST_PAUSE: Interval = Interval::from_secs(1);
 /// Longest pause after a failure.
-const LONGEST_PAUSE: Interval = Interval::from_secs(300);
+const MAX_PAUSE: Interval = Interval::from_secs(300);
 
 /// Number of broken promises that do not count as failures. A holder may garbage-collect a path
 /// between its answer and the request, and a single narinfo may be odd.
@@ -203,7 +203,7 @@ impl PeerHealth {
     /// Returns whether and when the peer may be asked at `now`.
     pub fn eligibility(&self, peer: impl Into<PeerKey>, now: Instant) -> Eligibility {
         match self.peers.lock().get(&peer.into()) {
-            Some(p) if p.avoided_until.is_some_and(|until| until > now) => {
+            Some(p) if p.avoided_until.is_some_and(|end| end > now) => {
                 if p.failures() >= MAX_FAILURES { Eligibility::Never } else { Eligibility::Last }
             }
             _ => Eligibility::Now,
@@ -233,16 +233,16 @@ impl PeerHealth {
 
     /// Health of all known peers at `now`.
     pub fn all(&self, now: Instant) -> Vec<HealthSnapshot> {
-        let seen = |(who, peer): (&PeerKey, &HealthRecord)| HealthSnapshot {
-            address: who.address,
-            is_far: who.is_far,
+        let seen = |(peer_key, peer): (&PeerKey, &HealthRecord)| HealthSnapshot {
+            address: peer_key.address,
+            is_far: peer_key.is_far,
             latency: peer.latency.smoothed(),
             answered: peer.answered,
             faults: peer.faults,
             avoided: peer
                 .avoided_until
-                .filter(|until| *until > now)
-                .map(|until| (until, peer.failures() >= MAX_FAILURES)),
+                .filter(|end| *end > now)
+                .map(|end| (end, peer.failures() >= MAX_FAILURES)),
             reason: peer.reason.to_string(),
         };
         self.peers.lock().iter().map(seen).collect()
@@ -251,10 +251,10 @@ impl PeerHealth {
     /// Sorts peers by reliability, then by whether they are known to answer, then by latency. Peers
     /// that gave many odd paths come last.
     pub fn sort<T>(&self, peers: &mut [T], address: impl Fn(&T) -> SocketAddr) {
-        let standing = self.peers.lock();
+        let health = self.peers.lock();
         let now = Instant::now();
         peers.sort_by_cached_key(|peer| {
-            let known = standing.get(&address(peer).into());
+            let known = health.get(&address(peer).into());
             known.map_or((false, 0, false, Duration::MAX), |p| {
                 (
                     p.has_many_odd_paths(now),
@@ -268,8 +268,8 @@ impl PeerHealth {
 
     /// Records a good narinfo that arrived `latency` after its request.
     pub fn answered(&self, peer: impl Into<PeerKey>, latency: Duration, now: Instant) {
-        let mut standing = self.peers.lock();
-        let peer = entry(&mut standing, peer.into(), now);
+        let mut health = self.peers.lock();
+        let peer = entry(&mut health, peer.into(), now);
         peer.unreachable = 0;
         peer.broken_promises = 0;
         peer.was_slow = false;
@@ -282,8 +282,8 @@ impl PeerHealth {
     /// Records an answer without the path from a peer that had not promised it. The answer shows
     /// that the peer is up and how fast it is, and nothing else.
     pub fn record_miss(&self, peer: impl Into<PeerKey>, latency: Duration, now: Instant) {
-        let mut standing = self.peers.lock();
-        let peer = entry(&mut standing, peer.into(), now);
+        let mut health = self.peers.lock();
+        let peer = entry(&mut health, peer.into(), now);
         peer.unreachable = 0;
         peer.was_slow = false;
         if peer.failures() == 0 {
@@ -292,31 +292,31 @@ impl PeerHealth {
         peer.see(latency, now);
     }
 
-    /// Records that no narinfo came within `patience`, so that another peer is tried. The second
+    /// Records that no narinfo came within `timeout`, so that another peer is tried. The second
     /// such timeout in a row counts as a failure.
     pub fn record_timeout(
         &self,
         peer: impl Into<PeerKey>,
-        patience: Duration,
+        timeout: Duration,
         began: Instant,
         now: Instant,
     ) {
-        let who = peer.into();
+        let peer_key = peer.into();
         let twice = {
-            let mut standing = self.peers.lock();
-            let peer = entry(&mut standing, who, now);
-            peer.latency.raise_to(patience);
+            let mut health = self.peers.lock();
+            let peer = entry(&mut health, peer_key, now);
+            peer.latency.raise_to(timeout);
             std::mem::replace(&mut peer.was_slow, true)
         };
         if twice {
-            self.record_failure(who, Fault::Unreachable, began, now, &"hangs");
+            self.record_failure(peer_key, Fault::Unreachable, began, now, &"hangs");
         }
     }
 
     /// Records that the peer sent a complete, correct NAR.
     pub fn delivered(&self, peer: impl Into<PeerKey>, now: Instant) {
-        let mut standing = self.peers.lock();
-        let peer = entry(&mut standing, peer.into(), now);
+        let mut health = self.peers.lock();
+        let peer = entry(&mut health, peer.into(), now);
         peer.unreachable = 0;
         peer.bad_nars = 0;
         peer.avoided_until = None;
@@ -326,16 +326,16 @@ impl PeerHealth {
     /// count as one failure.
     pub fn record_failure(
         &self,
-        who: impl Into<PeerKey>,
+        peer_key: impl Into<PeerKey>,
         fault: Fault,
         began: Instant,
         now: Instant,
         reason: &dyn std::fmt::Display,
     ) {
-        let who = who.into();
-        log::debug!("peer {who}: {reason}");
-        let mut standing = self.peers.lock();
-        let peer = entry(&mut standing, who, now);
+        let peer_key = peer_key.into();
+        log::debug!("peer {peer_key}: {reason}");
+        let mut health = self.peers.lock();
+        let peer = entry(&mut health, peer_key, now);
         let count = match fault {
             Fault::Unreachable => &mut peer.unreachable,
             Fault::BrokenStream | Fault::BadData => &mut peer.bad_nars,
@@ -360,28 +360,28 @@ impl PeerHealth {
             return;
         }
         peer.last_fault = Some(now);
-        let pause = backoff::pause(FIRST_PAUSE.get(), failures - 1, LONGEST_PAUSE.get());
+        let pause = backoff::pause(FIRST_PAUSE.get(), failures - 1, MAX_PAUSE.get());
         peer.avoided_until = Some(now + pause);
-        drop(standing);
+        drop(health);
         if failures == MAX_FAILURES || fault == Fault::BadData && failures < MAX_FAILURES {
-            log::warn!("peer {who}: {reason}; avoided for {} s", pause.as_secs());
+            log::warn!("peer {peer_key}: {reason}; avoided for {} s", pause.as_secs());
         }
     }
 }
 
 fn entry(
-    standing: &mut HashMap<PeerKey, HealthRecord>,
-    who: PeerKey,
+    peers: &mut HashMap<PeerKey, HealthRecord>,
+    peer_key: PeerKey,
     now: Instant,
 ) -> &mut HealthRecord {
-    if standing.len() >= MAX_PEERS && !standing.contains_key(&who) {
+    if peers.len() >= MAX_PEERS && !peers.contains_key(&peer_key) {
         // Peers that are not in a pause lose only their measured latency.
-        standing.retain(|_, p| p.avoided_until.is_some_and(|until| until > now));
-        if standing.len() >= MAX_PEERS {
-            standing.clear();
+        peers.retain(|_, p| p.avoided_until.is_some_and(|end| end > now));
+        if peers.len() >= MAX_PEERS {
+            peers.clear();
         }
     }
-    standing.entry(who).or_default()
+    peers.entry(peer_key).or_default()
 }
 
 #[cfg(test)]
@@ -394,165 +394,159 @@ mod tests {
 
     #[test]
     fn pause_after_failures_grows_from_one_second_to_five_minutes() {
-        let (standing, mut now) = (PeerHealth::default(), Instant::now());
+        let (health, mut now) = (PeerHealth::default(), Instant::now());
         for expected in [1, 2, 4, 8, 16, 32, 64, 128, 256, 300, 300] {
-            standing.record_failure(address(1), Fault::BadData, now, now, &"test");
+            health.record_failure(address(1), Fault::BadData, now, now, &"test");
             let last_moment = now + Duration::from_secs(expected) - Duration::from_millis(1);
-            assert_ne!(standing.eligibility(address(1), last_moment), Eligibility::Now);
+            assert_ne!(health.eligibility(address(1), last_moment), Eligibility::Now);
             now += Duration::from_secs(expected);
-            assert_eq!(standing.eligibility(address(1), now), Eligibility::Now);
+            assert_eq!(health.eligibility(address(1), now), Eligibility::Now);
             now += Duration::from_millis(1);
         }
         // A narinfo does not clear a NAR failure; a complete NAR does.
-        standing.record_failure(address(1), Fault::BrokenStream, now, now, &"test");
-        standing.answered(address(1), Duration::from_millis(1), now);
-        assert_eq!(standing.eligibility(address(1), now), Eligibility::Never);
-        standing.delivered(address(1), now);
-        assert_eq!(standing.eligibility(address(1), now), Eligibility::Now);
+        health.record_failure(address(1), Fault::BrokenStream, now, now, &"test");
+        health.answered(address(1), Duration::from_millis(1), now);
+        assert_eq!(health.eligibility(address(1), now), Eligibility::Never);
+        health.delivered(address(1), now);
+        assert_eq!(health.eligibility(address(1), now), Eligibility::Now);
     }
 
     /// Guards against losing every path of an only holder after one broken stream.
     #[test]
     fn peer_is_last_resort_after_one_failure_and_excluded_after_three() {
-        let (standing, mut now) = (PeerHealth::default(), Instant::now());
+        let (health, mut now) = (PeerHealth::default(), Instant::now());
         for expected in [Eligibility::Last, Eligibility::Last, Eligibility::Never] {
             now += Duration::from_millis(1);
-            standing.record_failure(address(1), Fault::BrokenStream, now, now, &"test");
-            assert_eq!(standing.eligibility(address(1), now), expected);
+            health.record_failure(address(1), Fault::BrokenStream, now, now, &"test");
+            assert_eq!(health.eligibility(address(1), now), expected);
         }
     }
 
     #[test]
     fn concurrent_failures_count_once() {
-        let (standing, now) = (PeerHealth::default(), Instant::now());
+        let (health, now) = (PeerHealth::default(), Instant::now());
         let failed = now + Duration::from_millis(300);
         for _ in 0..25 {
-            standing.record_failure(address(1), Fault::Unreachable, now, failed, &"test");
+            health.record_failure(address(1), Fault::Unreachable, now, failed, &"test");
         }
-        assert_eq!(standing.eligibility(address(1), failed), Eligibility::Last);
-        assert_eq!(standing.eligibility(address(1), failed + FIRST_PAUSE.get()), Eligibility::Now);
+        assert_eq!(health.eligibility(address(1), failed), Eligibility::Last);
+        assert_eq!(health.eligibility(address(1), failed + FIRST_PAUSE.get()), Eligibility::Now);
     }
 
     /// Guards against one collection of garbage that uses up all that is forgiven.
     #[test]
     fn concurrent_broken_promises_count_once() {
-        let (standing, mut now) = (PeerHealth::default(), Instant::now());
+        let (health, mut now) = (PeerHealth::default(), Instant::now());
         for burst in 0..=PROMISES_FORGIVEN {
-            assert_eq!(standing.eligibility(address(1), now), Eligibility::Now, "{burst}");
+            assert_eq!(health.eligibility(address(1), now), Eligibility::Now, "{burst}");
             for _ in 0..25 {
                 let failed = now + Duration::from_millis(300);
-                standing.record_failure(address(1), Fault::BrokenPromise, now, failed, &"test");
+                health.record_failure(address(1), Fault::BrokenPromise, now, failed, &"test");
             }
             now += Duration::from_millis(301);
         }
-        assert_eq!(standing.eligibility(address(1), now), Eligibility::Last);
+        assert_eq!(health.eligibility(address(1), now), Eligibility::Last);
     }
 
     /// Guards against a liar that 25 lookups ask at all times: each broken promise overlapped the
     /// one before, and none but the first was counted.
     #[test]
     fn steady_broken_promises_of_overlapping_requests_are_counted() {
-        let (standing, start) = (PeerHealth::default(), Instant::now());
+        let (health, start) = (PeerHealth::default(), Instant::now());
         for i in 0..25 {
             let began = start + Duration::from_millis(100 * i);
             let failed = began + Duration::from_millis(300);
-            standing.record_failure(address(1), Fault::BrokenPromise, began, failed, &"test");
+            health.record_failure(address(1), Fault::BrokenPromise, began, failed, &"test");
         }
         let end = start + Duration::from_millis(2700);
-        assert_ne!(standing.eligibility(address(1), end), Eligibility::Now);
+        assert_ne!(health.eligibility(address(1), end), Eligibility::Now);
     }
 
     #[test]
     fn forgiven_promise_does_not_hide_wrong_nar() {
-        let (standing, now) = (PeerHealth::default(), Instant::now());
+        let (health, now) = (PeerHealth::default(), Instant::now());
         let later = now + Duration::from_millis(1);
-        standing.record_failure(address(1), Fault::BrokenPromise, now, later, &"test");
-        standing.record_failure(address(1), Fault::BadData, now, later, &"test");
-        assert_eq!(standing.eligibility(address(1), later), Eligibility::Last);
+        health.record_failure(address(1), Fault::BrokenPromise, now, later, &"test");
+        health.record_failure(address(1), Fault::BadData, now, later, &"test");
+        assert_eq!(health.eligibility(address(1), later), Eligibility::Last);
     }
 
     /// Guards against losing every path of an only holder because peerix could not read one of
     /// them.
     #[test]
     fn odd_paths_are_no_failure_but_many_sort_peer_last() {
-        let (standing, now) = (PeerHealth::default(), Instant::now());
-        standing.answered(address(1), Duration::from_micros(1), now);
-        standing.answered(address(2), Duration::from_millis(9), now);
+        let (health, now) = (PeerHealth::default(), Instant::now());
+        health.answered(address(1), Duration::from_micros(1), now);
+        health.answered(address(2), Duration::from_millis(9), now);
         let order = || {
             let mut peers = [address(1), address(2)];
-            standing.sort(&mut peers, |peer| *peer);
+            health.sort(&mut peers, |peer| *peer);
             peers
         };
         for count in 1..=100 {
-            standing.record_failure(address(1), Fault::OddPath, now, now, &"test");
-            assert_eq!(standing.eligibility(address(1), now), Eligibility::Now);
-            assert!(!standing.is_doubtful(address(1)));
+            health.record_failure(address(1), Fault::OddPath, now, now, &"test");
+            assert_eq!(health.eligibility(address(1), now), Eligibility::Now);
+            assert!(!health.is_doubtful(address(1)));
             let is_last = count >= MANY_ODD;
             assert_eq!(
                 order(),
                 if is_last { [address(2), address(1)] } else { [address(1), address(2)] }
             );
         }
-        assert!(!standing.peers.lock()[&address(1).into()].has_many_odd_paths(now + ODD_WINDOW));
+        assert!(!health.peers.lock()[&address(1).into()].has_many_odd_paths(now + ODD_WINDOW));
     }
 
     /// Guards against trying a hanging peer first for every path because its unknown latency counts
     /// as zero.
     #[test]
     fn peers_are_sorted_by_reliability_then_latency() {
-        let (standing, now) = (PeerHealth::default(), Instant::now());
-        standing.answered(address(1), Duration::from_millis(9), now);
-        standing.answered(address(2), Duration::from_millis(1), now);
-        standing.answered(address(3), Duration::from_micros(1), now);
-        standing.record_failure(address(3), Fault::BadData, now, now, &"test");
-        standing.record_timeout(address(4), Duration::from_millis(300), now, now);
+        let (health, now) = (PeerHealth::default(), Instant::now());
+        health.answered(address(1), Duration::from_millis(9), now);
+        health.answered(address(2), Duration::from_millis(1), now);
+        health.answered(address(3), Duration::from_micros(1), now);
+        health.record_failure(address(3), Fault::BadData, now, now, &"test");
+        health.record_timeout(address(4), Duration::from_millis(300), now, now);
         let mut peers = [address(3), address(4), address(5), address(1), address(2)];
-        standing.sort(&mut peers, |p| *p);
+        health.sort(&mut peers, |p| *p);
         assert_eq!(peers, [address(2), address(1), address(5), address(4), address(3)]);
-        assert!(standing.is_doubtful(address(4)));
+        assert!(health.is_doubtful(address(4)));
         let later = now + Duration::from_secs(1);
-        standing.record_timeout(address(4), Duration::from_millis(300), later, later);
-        assert_eq!(standing.eligibility(address(4), later), Eligibility::Last);
+        health.record_timeout(address(4), Duration::from_millis(300), later, later);
+        assert_eq!(health.eligibility(address(4), later), Eligibility::Last);
     }
 
     /// Guards against an announcement that makes all nodes avoid a neighbour: it names the
     /// neighbour's address with a closed port.
     #[test]
     fn failure_of_tracker_peer_does_not_affect_neighbour_or_other_port() {
-        let (standing, mut now) = (PeerHealth::default(), Instant::now());
+        let (health, mut now) = (PeerHealth::default(), Instant::now());
         for _ in 0..MAX_FAILURES {
             now += Duration::from_millis(1);
-            standing.record_failure(
-                PeerKey::far(address(1)),
-                Fault::Unreachable,
-                now,
-                now,
-                &"test",
-            );
+            health.record_failure(PeerKey::far(address(1)), Fault::Unreachable, now, now, &"test");
         }
-        assert_eq!(standing.eligibility(PeerKey::far(address(1)), now), Eligibility::Never);
-        assert_eq!(standing.eligibility(address(1), now), Eligibility::Now);
+        assert_eq!(health.eligibility(PeerKey::far(address(1)), now), Eligibility::Never);
+        assert_eq!(health.eligibility(address(1), now), Eligibility::Now);
         assert_eq!(
-            standing.eligibility(PeerKey::far(SocketAddr::new(address(1).ip(), 999)), now),
+            health.eligibility(PeerKey::far(SocketAddr::new(address(1).ip(), 999)), now),
             Eligibility::Now
         );
     }
 
     #[test]
     fn neighbour_with_another_port_is_same_peer() {
-        let (standing, now) = (PeerHealth::default(), Instant::now());
-        standing.record_failure(address(1), Fault::BadData, now, now, &"test");
+        let (health, now) = (PeerHealth::default(), Instant::now());
+        health.record_failure(address(1), Fault::BadData, now, now, &"test");
         let other_port = SocketAddr::new(address(1).ip(), 999);
-        assert_eq!(standing.eligibility(other_port, now), Eligibility::Last);
+        assert_eq!(health.eligibility(other_port, now), Eligibility::Last);
     }
 
     #[test]
     fn peer_table_is_bounded() {
-        let (standing, now) = (PeerHealth::default(), Instant::now());
+        let (health, now) = (PeerHealth::default(), Instant::now());
         for i in 0..5000u32 {
             let peer = SocketAddr::from((std::net::Ipv4Addr::from_bits(i), 1));
-            standing.record_failure(peer, Fault::BadData, now, now, &"test");
+            health.record_failure(peer, Fault::BadData, now, now, &"test");
         }
-        assert!(standing.peers.lock().len() <= MAX_PEERS);
+        assert!(health.peers.lock().len() <= MAX_PEERS);
     }
 }

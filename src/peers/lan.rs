@@ -60,16 +60,16 @@ impl LanSource {
     }
 
     /// Requests the narinfo from one peer that is said to have the path. `None` if the request
-    /// fails; the failure is recorded. Blocks for about `patience` at most.
+    /// fails; the failure is recorded. Blocks for about `timeout` at most.
     pub fn narinfo(
         &self,
         peer: SocketAddr,
         hash_part: &HashPart,
-        patience: Duration,
+        timeout: Duration,
     ) -> Option<PeerNarinfo> {
         let began = Instant::now();
         let holder = Holder::peerix(peer, hash_part);
-        match self.client.narinfo(&holder, hash_part, patience) {
+        match self.client.narinfo(&holder, hash_part, timeout) {
             Ok(narinfo) => Some(narinfo),
             Err(e) => {
                 log::debug!("{hash_part}: peer {peer}: {e}");
@@ -109,13 +109,13 @@ impl LanSource {
             untried: Vec::new(),
             doubtful: Vec::new(),
             last_resort: Vec::new(),
-            under_way: Vec::new(),
+            in_flight: Vec::new(),
             retries: Vec::new(),
             fetched,
             narinfos,
-            most_under_way: 1,
+            max_in_flight: 1,
             next_hedge: None,
-            until: Instant::now() + LOOKUP_TIMEOUT.get(),
+            deadline: Instant::now() + LOOKUP_TIMEOUT.get(),
             first_seen: None,
             failure: None,
             counts: None,
@@ -141,7 +141,7 @@ struct NarinfoRequest {
     candidate: LanHolder,
     began: Instant,
     /// End of the wait; `None` if discovery decides it.
-    until: Option<Instant>,
+    deadline: Option<Instant>,
 }
 
 /// A request that must be repeated at `at`.
@@ -188,14 +188,14 @@ pub struct LanSearch {
     doubtful: Vec<LanHolder>,
     /// Holders that are in a pause.
     last_resort: Vec<LanHolder>,
-    under_way: Vec<NarinfoRequest>,
+    in_flight: Vec<NarinfoRequest>,
     retries: Vec<NarinfoRetry>,
     fetched: Sender<NarinfoResult>,
     narinfos: Receiver<NarinfoResult>,
     /// Current limit of concurrent requests.
-    most_under_way: usize,
+    max_in_flight: usize,
     next_hedge: Option<Instant>,
-    until: Instant,
+    deadline: Instant,
     first_seen: Option<SocketAddr>,
     failure: Option<MissReason>,
     counts: Option<(u32, u32)>,
@@ -211,32 +211,32 @@ impl LanSearch {
         }
     }
 
-    /// Restarts the time limit of the search for alternate holders. The search ends at `until` at
-    /// the latest.
-    pub fn resume(&mut self, until: Instant) {
-        self.until = until.min(Instant::now() + LOOKUP_TIMEOUT.get());
+    /// Restarts the time limit of the search for alternate holders. The search ends at `deadline`
+    /// at the latest.
+    pub fn resume(&mut self, deadline: Instant) {
+        self.deadline = deadline.min(Instant::now() + LOOKUP_TIMEOUT.get());
     }
 
     /// Drops the narinfos that arrive until the search is resumed: large ones would keep their
     /// reservations, and nobody reads them. Their holders are asked again then.
     pub fn suspend(&mut self) {
-        self.untried.extend(self.under_way.drain(..).map(|request| request.candidate));
+        self.untried.extend(self.in_flight.drain(..).map(|request| request.candidate));
         (self.fetched, self.narinfos) = bounded(MAX_FETCHED);
     }
 
-    /// Holders that have not failed and are not excluded, as far as they answer within `patience`.
+    /// Holders that have not failed and are not excluded, as far as they answer within `timeout`.
     /// Holders that serve their narinfos under other paths, as the original peerix does, are left
-    /// out. Blocks for at most `patience`.
-    pub fn holders(&mut self, patience: Duration) -> Vec<SocketAddr> {
-        let until = Instant::now() + patience;
+    /// out. Blocks for at most `timeout`.
+    pub fn holders(&mut self, timeout: Duration) -> Vec<SocketAddr> {
+        let deadline = Instant::now() + timeout;
         while let Some(Ok(update)) =
-            self.updates.as_ref().map(|updates| updates.recv_deadline(until))
+            self.updates.as_ref().map(|updates| updates.recv_deadline(deadline))
         {
             self.take_update(update, Instant::now());
         }
         let unasked = [&self.untried, &self.doubtful, &self.last_resort].into_iter().flatten();
         unasked
-            .chain(self.under_way.iter().map(|request| &request.candidate))
+            .chain(self.in_flight.iter().map(|request| &request.candidate))
             .map(|candidate| &candidate.holder)
             .filter(|holder| **holder == Holder::peerix(holder.http, &self.hash_part))
             .map(|holder| holder.http)
@@ -265,8 +265,8 @@ impl LanSearch {
         self.lan.health.answered(offer.http(), offer.latency, now);
         if std::mem::replace(&mut self.is_open, false) {
             self.lan.discovery.settled(self.lookup, Some(offer.candidate.peer));
-            for request in self.under_way.iter_mut().filter(|request| request.until.is_none()) {
-                request.until = Some(now + ALTERNATE_TIMEOUT);
+            for request in self.in_flight.iter_mut().filter(|request| request.deadline.is_none()) {
+                request.deadline = Some(now + ALTERNATE_TIMEOUT);
             }
         }
     }
@@ -285,20 +285,20 @@ impl LanSearch {
         loop {
             let now = Instant::now();
             self.take_updates(now);
-            self.under_way.retain(|request| request.until.is_none_or(|until| now < until));
+            self.in_flight.retain(|request| request.deadline.is_none_or(|deadline| now < deadline));
             let is_blocked = !self.ask(now, with_last_resort);
-            let is_idle = self.under_way.is_empty() && self.updates.is_none() && !is_blocked;
-            if now >= self.until || is_idle && self.narinfos.is_empty() {
+            let is_idle = self.in_flight.is_empty() && self.updates.is_none() && !is_blocked;
+            if now >= self.deadline || is_idle && self.narinfos.is_empty() {
                 return None;
             }
-            let deadlines = self.under_way.iter().filter_map(|request| request.until);
+            let deadlines = self.in_flight.iter().filter_map(|request| request.deadline);
             let blocked = is_blocked.then(|| now + BLOCKED_DELAY);
             let retry = self.retries.iter().map(|retry| retry.at).min();
             let wake_up = deadlines
                 .chain(blocked)
                 .chain(retry)
                 .chain(self.next_hedge)
-                .fold(self.until, Instant::min);
+                .fold(self.deadline, Instant::min);
             let no_updates = never();
             select! {
                 recv(self.narinfos) -> fetched => if let Ok(fetched) = fetched
@@ -340,8 +340,8 @@ impl LanSearch {
             return;
         }
         self.retries.clear();
-        for request in self.under_way.iter_mut().filter(|request| request.until.is_none()) {
-            request.until = Some(now);
+        for request in self.in_flight.iter_mut().filter(|request| request.deadline.is_none()) {
+            request.deadline = Some(now);
             let http = request.candidate.holder.http;
             self.lan.health.record_timeout(http, now - request.began, request.began, now);
             self.failure = Some(MissReason::failed(http, &"its narinfo does not come"));
@@ -351,9 +351,9 @@ impl LanSearch {
     fn add(&mut self, candidate: LanHolder, now: Instant) {
         let http = candidate.holder.http;
         self.first_seen.get_or_insert(http);
-        let standing = &self.lan.health;
-        let list = match standing.eligibility(http, now) {
-            Eligibility::Now if !standing.is_doubtful(http) => return self.untried.push(candidate),
+        let health = &self.lan.health;
+        let list = match health.eligibility(http, now) {
+            Eligibility::Now if !health.is_doubtful(http) => return self.untried.push(candidate),
             Eligibility::Now => Some(&mut self.doubtful),
             Eligibility::Last => Some(&mut self.last_resort),
             Eligibility::Never => None,
@@ -372,15 +372,15 @@ impl LanSearch {
     /// Starts as many requests as the limit admits. Returns false if the request pool is full.
     fn ask(&mut self, now: Instant, with_last_resort: bool) -> bool {
         if self.next_hedge.is_some_and(|at| at <= now) {
-            self.most_under_way = MAX_HOLDERS.min(2 * self.most_under_way + 1);
+            self.max_in_flight = MAX_HOLDERS.min(2 * self.max_in_flight + 1);
             self.next_hedge = Some(now + HEDGE_DELAY);
         }
         let due = self.retries.extract_if(.., |retry| retry.at <= now);
         self.untried.extend(due.map(|retry| retry.candidate));
         self.lan.health.sort(&mut self.untried, |candidate| candidate.holder.http);
-        while self.under_way.len() < self.most_under_way {
-            let is_hedging = self.most_under_way > 1;
-            let nobody_else = self.updates.is_none() && self.under_way.is_empty();
+        while self.in_flight.len() < self.max_in_flight {
+            let is_hedging = self.max_in_flight > 1;
+            let nobody_else = self.updates.is_none() && self.in_flight.is_empty();
             let (list, timeout): (fn(&mut Self) -> &mut Vec<LanHolder>, _) =
                 if !self.untried.is_empty() {
                     (|search| &mut search.untried, (!self.is_open).then_some(ALTERNATE_TIMEOUT))
@@ -397,8 +397,8 @@ impl LanSearch {
                 return false;
             }
             list(self).remove(0);
-            let until = timeout.map(|timeout| now + timeout);
-            self.under_way.push(NarinfoRequest { candidate, began: now, until });
+            let deadline = timeout.map(|timeout| now + timeout);
+            self.in_flight.push(NarinfoRequest { candidate, began: now, deadline });
             self.next_hedge.get_or_insert(now + HEDGE_DELAY);
         }
         true
@@ -410,18 +410,18 @@ impl LanSearch {
     }
 
     fn fetch(&self, candidate: &LanHolder, began: Instant) -> bool {
-        let (client, standing) = (self.lan.client.clone(), self.lan.health.clone());
+        let (client, health) = (self.lan.client.clone(), self.lan.health.clone());
         let (fetched, hash_part, candidate) =
             (self.fetched.clone(), self.hash_part, candidate.clone());
         let http = candidate.holder.http;
-        self.lan.requests.start(http.ip(), standing.is_proven(http), move || {
+        self.lan.requests.start(http.ip(), health.is_proven(http), move || {
             let result = client.narinfo(&candidate.holder, &hash_part, LOOKUP_TIMEOUT.get());
             let ended = Instant::now();
             // All failures of one lookup count once.
             if let Err(e) = &result
                 && !candidate.is_blamed
             {
-                e.record(&standing, http, began);
+                e.record(&health, http, began);
             }
             let _ = fetched.try_send(NarinfoResult { candidate, began, ended, result });
         })
@@ -429,7 +429,7 @@ impl LanSearch {
 
     fn take(&mut self, fetched: NarinfoResult) -> Option<LanOffer> {
         let NarinfoResult { mut candidate, began, ended, result } = fetched;
-        self.under_way.retain(|request| request.candidate.peer != candidate.peer);
+        self.in_flight.retain(|request| request.candidate.peer != candidate.peer);
         match result {
             Ok(narinfo) => Some(LanOffer { candidate, latency: ended - began, narinfo }),
             Err(e) => {

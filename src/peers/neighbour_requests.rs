@@ -16,7 +16,7 @@ use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 /// Time limit of a search. When it is reached, Nix gets the answer that there is none.
-const PATIENCE: Timeout = Timeout::from_secs(2);
+const SEARCH_TIMEOUT: Timeout = Timeout::from_secs(2);
 /// Largest number of neighbours that are asked for a realisation, the nearest first. It equals the
 /// number that lookups ask by unicast.
 const MAX_ASKED: usize = 256;
@@ -35,36 +35,37 @@ impl LanSource {
         id: &DrvOutput,
         is_good: impl Fn(&Realisation) -> bool,
     ) -> Option<Realisation> {
-        let until = Instant::now() + PATIENCE.get();
+        let deadline = Instant::now() + SEARCH_TIMEOUT.get();
         let mut waiting: VecDeque<SocketAddr> =
-            self.live_neighbours(PATIENCE.get()).into_iter().take(MAX_ASKED).collect();
+            self.live_neighbours(SEARCH_TIMEOUT.get()).into_iter().take(MAX_ASKED).collect();
         let (answers, answered) = bounded(MAX_ASKED);
-        let mut under_way = 0;
-        while !waiting.is_empty() || under_way > 0 {
+        let mut in_flight = 0;
+        while !waiting.is_empty() || in_flight > 0 {
             // A neighbour with too many requests in progress does not delay the next one.
             for _ in 0..waiting.len() {
-                if under_way >= AT_ONCE {
+                if in_flight >= AT_ONCE {
                     break;
                 }
                 let Some(http) = waiting.pop_front() else { break };
                 let id = id.clone();
-                match self.ask(http, &answers, until, move |client, left| {
+                match self.ask(http, &answers, deadline, move |client, left| {
                     client.realisation(http, &id, left)
                 }) {
-                    true => under_way += 1,
+                    true => in_flight += 1,
                     false => waiting.push_back(http),
                 }
             }
-            let is_blocked = !waiting.is_empty() && under_way < AT_ONCE;
-            let wake_up = if is_blocked { until.min(Instant::now() + BLOCKED) } else { until };
+            let is_blocked = !waiting.is_empty() && in_flight < AT_ONCE;
+            let wake_up =
+                if is_blocked { deadline.min(Instant::now() + BLOCKED) } else { deadline };
             match answered.recv_deadline(wake_up) {
                 Ok((_, Some(realisation))) if is_good(&realisation) => return Some(realisation),
                 Ok((http, Some(_))) => {
                     log::debug!("{id}: peer {http} has a realisation without a trusted signature");
-                    under_way -= 1;
+                    in_flight -= 1;
                 }
-                Ok((_, None)) => under_way -= 1,
-                Err(_) if Instant::now() >= until => return None,
+                Ok((_, None)) => in_flight -= 1,
+                Err(_) if Instant::now() >= deadline => return None,
                 Err(_) => {}
             }
         }
@@ -74,9 +75,9 @@ impl LanSource {
     /// Returns the build log of a derivation from the first holder that has it. Blocks for 2 s at
     /// most.
     pub fn log(&self, derivation: &StorePath) -> Option<LogBody> {
-        let until = Instant::now() + PATIENCE.get();
+        let deadline = Instant::now() + SEARCH_TIMEOUT.get();
         let (lookup, updates) = self.discovery.look_up(derivation.hash_part());
-        let log = self.first_log(derivation, lookup, updates, until);
+        let log = self.first_log(derivation, lookup, updates, deadline);
         self.discovery.settled(lookup, None);
         log
     }
@@ -86,11 +87,11 @@ impl LanSource {
         derivation: &StorePath,
         lookup: LookupId,
         mut holders: Receiver<LookupUpdate>,
-        until: Instant,
+        deadline: Instant,
     ) -> Option<LogBody> {
         let (answers, answered) = bounded(MAX_LOG_HOLDERS);
-        let (mut asked, mut under_way, mut has_ended) = (0, 0, false);
-        while under_way > 0 || !has_ended {
+        let (mut asked, mut in_flight, mut has_ended) = (0, 0, false);
+        while in_flight > 0 || !has_ended {
             select! {
                 recv(holders) -> update => match update {
                     Ok(LookupUpdate::Holder { peer, holder }) => {
@@ -99,27 +100,27 @@ impl LanSource {
                         self.discovery.failed(lookup, peer);
                         let (http, derivation) = (holder.http, derivation.clone());
                         let request = move |client: &PeerClient, left| client.log(http, &derivation, left);
-                        if asked < MAX_LOG_HOLDERS && self.ask(http, &answers, until, request) {
-                            (asked, under_way) = (asked + 1, under_way + 1);
+                        if asked < MAX_LOG_HOLDERS && self.ask(http, &answers, deadline, request) {
+                            (asked, in_flight) = (asked + 1, in_flight + 1);
                         }
                     }
                     Ok(LookupUpdate::Ended { .. }) | Err(_) => (holders, has_ended) = (never(), true),
                 },
                 recv(answered) -> answer => match answer {
                     Ok((_, Some(log))) => return Some(log),
-                    _ => under_way -= 1,
+                    _ => in_flight -= 1,
                 },
-                default(until.saturating_duration_since(Instant::now())) => return None,
+                default(deadline.saturating_duration_since(Instant::now())) => return None,
             }
             has_ended |= asked == MAX_LOG_HOLDERS;
         }
         None
     }
 
-    /// Live neighbours with an HTTP server, the nearest first. Blocks for at most `patience`; empty
+    /// Live neighbours with an HTTP server, the nearest first. Blocks for at most `timeout`; empty
     /// if discovery does not answer in that time.
-    fn live_neighbours(&self, patience: Duration) -> Vec<SocketAddr> {
-        let mut live = self.discovery.neighbours(patience).unwrap_or_default();
+    fn live_neighbours(&self, timeout: Duration) -> Vec<SocketAddr> {
+        let mut live = self.discovery.neighbours(timeout).unwrap_or_default();
         live.retain(|neighbour| neighbour.silent_since.is_none());
         live.sort_by_key(|neighbour| neighbour.round_trip.unwrap_or(Duration::MAX));
         let now = Instant::now();
@@ -134,14 +135,13 @@ impl LanSource {
         &self,
         http: SocketAddr,
         answers: &Sender<(SocketAddr, Option<T>)>,
-        until: Instant,
+        deadline: Instant,
         request: impl FnOnce(&PeerClient, Duration) -> Result<T, PeerError> + Send + 'static,
     ) -> bool {
-        let (client, standing, answers) =
-            (self.client.clone(), self.health.clone(), answers.clone());
-        self.requests.start(http.ip(), standing.is_proven(http), move || {
+        let (client, health, answers) = (self.client.clone(), self.health.clone(), answers.clone());
+        self.requests.start(http.ip(), health.is_proven(http), move || {
             let began = Instant::now();
-            let result = request(&client, until.saturating_duration_since(began));
+            let result = request(&client, deadline.saturating_duration_since(began));
             match &result {
                 // The peer had promised nothing, and a timeout may be due to the little time left.
                 Ok(_)
@@ -150,7 +150,7 @@ impl LanSource {
                     | PeerError::Status(_)
                     | PeerError::Unreachable(ureq::Error::Timeout(_)),
                 ) => {}
-                Err(e) => e.record(&standing, http, began),
+                Err(e) => e.record(&health, http, began),
             }
             let _ = answers.try_send((http, result.ok()));
         })

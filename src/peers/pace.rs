@@ -19,7 +19,7 @@ const ENOUGH_TIME: Timeout = Timeout::from_secs(2);
 /// Age after which an unused pace is dropped: the peer may have moved to another network.
 const KEPT: Duration = Duration::from_secs(600);
 /// Smallest valid pace, in bytes per second. Lower values are neither saved nor restored.
-const LEAST: f64 = 1.0;
+const MIN_PACE: f64 = 1.0;
 /// Weight of a new sample in the smoothed pace.
 const GAIN: f64 = 0.25;
 /// Largest number of measured peers. When it is reached, peers without a NAR in progress are
@@ -198,45 +198,45 @@ struct PacesState {
 
 impl Paces {
     /// Load of a peer at `now`.
-    pub fn load(&self, who: PeerKey, now: Instant) -> PeerLoad {
+    pub fn load(&self, peer_key: PeerKey, now: Instant) -> PeerLoad {
         self.state
             .lock()
             .peers
-            .get(&who)
+            .get(&peer_key)
             .map_or_else(|| PeerPace::default().load(now), |peer| peer.load(now))
     }
 
     /// Registers a request for `bytes` of a NAR. The peer counts as waited for from `now` on.
-    pub fn begin(&self, who: PeerKey, bytes: u64, now: Instant) -> IncomingNar<'_> {
+    pub fn begin(&self, peer_key: PeerKey, bytes: u64, now: Instant) -> IncomingNar<'_> {
         let mut state = self.state.lock();
         state.turn += 1;
-        if state.peers.len() >= MAX_PEERS && !state.peers.contains_key(&who) {
+        if state.peers.len() >= MAX_PEERS && !state.peers.contains_key(&peer_key) {
             // Fewer than `MAX_PEERS` NARs run at once, so at least one peer is idle.
             state.peers.retain(|_, peer| peer.streams > 0);
         }
         let turn = state.turn;
-        let peer = state.peers.entry(who).or_default();
+        let peer = state.peers.entry(peer_key).or_default();
         peer.streams += 1;
         peer.outstanding += bytes;
         peer.chosen = turn;
         peer.meter.wait(now);
-        IncomingNar { paces: self, who, left: bytes, is_waiting: true, has_begun: false }
+        IncomingNar { paces: self, peer_key, left: bytes, is_waiting: true, has_begun: false }
     }
 
     /// The peers with a known pace at `now`, in bytes per second.
     pub fn known(&self, now: Instant) -> Vec<(PeerKey, f64)> {
         let state = self.state.lock();
-        let pace = |peer: &PeerPace| peer.meter.pace(now).known.filter(|pace| *pace >= LEAST);
-        state.peers.iter().filter_map(|(who, peer)| Some((*who, pace(peer)?))).collect()
+        let pace = |peer: &PeerPace| peer.meter.pace(now).known.filter(|pace| *pace >= MIN_PACE);
+        state.peers.iter().filter_map(|(peer_key, peer)| Some((*peer_key, pace(peer)?))).collect()
     }
 
     /// Sets a peer's pace from an earlier run, in bytes per second, until it is measured. Ignores
     /// invalid paces, and all paces once `MAX_PEERS` peers are known.
-    pub fn restore(&self, who: PeerKey, bytes_per_second: f64, now: Instant) {
+    pub fn restore(&self, peer_key: PeerKey, bytes_per_second: f64, now: Instant) {
         let mut state = self.state.lock();
-        let is_pace = bytes_per_second.is_finite() && bytes_per_second >= LEAST;
+        let is_pace = bytes_per_second.is_finite() && bytes_per_second >= MIN_PACE;
         if is_pace && state.peers.len() < MAX_PEERS {
-            let meter = &mut state.peers.entry(who).or_default().meter;
+            let meter = &mut state.peers.entry(peer_key).or_default().meter;
             (meter.pace, meter.last) = (Some(bytes_per_second), Some(now));
         }
     }
@@ -245,7 +245,7 @@ impl Paces {
 /// One NAR that arrives from a peer. Dropping it removes it from the peer's load.
 pub struct IncomingNar<'a> {
     paces: &'a Paces,
-    who: PeerKey,
+    peer_key: PeerKey,
     left: u64,
     is_waiting: bool,
     has_begun: bool,
@@ -302,11 +302,11 @@ impl IncomingNar<'_> {
 
     /// Load of the peer at `now`.
     pub fn load(&self, now: Instant) -> PeerLoad {
-        self.paces.load(self.who, now)
+        self.paces.load(self.peer_key, now)
     }
 
     fn with(&self, change: impl FnOnce(&mut PeerPace)) {
-        if let Some(peer) = self.paces.state.lock().peers.get_mut(&self.who) {
+        if let Some(peer) = self.paces.state.lock().peers.get_mut(&self.peer_key) {
             change(peer);
         }
     }
@@ -491,9 +491,9 @@ mod tests {
     fn peer_table_is_bounded() {
         let paces = Paces::default();
         for i in 0..5000u32 {
-            let who =
+            let peer_key =
                 PeerKey::from(std::net::SocketAddr::from((std::net::Ipv4Addr::from_bits(i), 1)));
-            drop(paces.begin(who, 1, Instant::now()));
+            drop(paces.begin(peer_key, 1, Instant::now()));
         }
         assert!(paces.state.lock().peers.len() <= MAX_PEERS);
     }

@@ -15,7 +15,7 @@ const USUAL_PACE: f64 = 12.5e6;
 
 /// Shortest time that a NAR waits for its peer before it may move to another one because of the
 /// pace.
-pub const LEAST_WAIT: Duration = Duration::from_millis(200);
+pub const MIN_WAIT: Duration = Duration::from_millis(200);
 /// Upper bound of the cost of a move: a new connection, and files that the old peer opened in vain.
 const MOVE_COST: Duration = Duration::from_millis(100);
 /// Factor by which another source must be faster before a NAR moves to it.
@@ -83,11 +83,11 @@ pub fn faster(
     rest: u64,
     others: &[HolderFacts],
 ) -> Option<usize> {
-    if waited < LEAST_WAIT {
+    if waited < MIN_WAIT {
         return None;
     }
     // The samples of a fast peer are too short to judge, so its smoothed pace counts between them.
-    let pace = if current.pace.waited < LEAST_WAIT {
+    let pace = if current.pace.waited < MIN_WAIT {
         current.pace.lasting?
     } else {
         // The lower of the current sample's pace and the known pace.
@@ -249,7 +249,7 @@ mod tests {
 
     /// The holder to which a NAR moves that has waited long enough, at a pace of `measured`.
     fn moves(measured: f64, rest: u64, others: &[HolderFacts]) -> Option<usize> {
-        faster(&sending(measured, 300, rest), LEAST_WAIT, rest, others)
+        faster(&sending(measured, 300, rest), MIN_WAIT, rest, others)
     }
 
     #[test]
@@ -275,7 +275,7 @@ mod tests {
         assert_eq!(moves(9e3, 22_000, &others), Some(0));
     }
 
-    /// The samples of 256 KiB take less than [`LEAST_WAIT`].
+    /// The samples of 256 KiB take less than [`MIN_WAIT`].
     #[test]
     fn fast_peer_is_left_by_smoothed_pace() {
         let mut current = sending(0.0, 20, 640 * MIB);

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use ureq::unversioned::transport::{Buffers, ConnectionDetails, Connector, NextTimeout, Transport};
 
 thread_local! {
-    static UNTIL: Cell<Option<Instant>> = const { Cell::new(None) };
+    static DEADLINE: Cell<Option<Instant>> = const { Cell::new(None) };
 }
 
 /// Error of a read that reached the time limit of [`limit`].
@@ -25,12 +25,12 @@ impl std::fmt::Display for ReadTimedOut {
 
 impl std::error::Error for ReadTimedOut {}
 
-/// Runs `read` with a time limit of `patience` for all reads of connections that it makes in this
+/// Runs `read` with a time limit of `timeout` for all reads of connections that it makes in this
 /// thread, taken together.
-pub(super) fn limit<T>(patience: Duration, read: impl FnOnce() -> T) -> T {
-    UNTIL.set(Some(Instant::now() + patience));
+pub(super) fn limit<T>(timeout: Duration, read: impl FnOnce() -> T) -> T {
+    DEADLINE.set(Some(Instant::now() + timeout));
     let result = read();
-    UNTIL.set(None);
+    DEADLINE.set(None);
     result
 }
 
@@ -69,7 +69,8 @@ impl<T: Transport> Transport for ReadTimeoutTransport<T> {
     }
 
     fn await_input(&mut self, mut timeout: NextTimeout) -> Result<bool, ureq::Error> {
-        let left = UNTIL.get().map(|until| until.saturating_duration_since(Instant::now()));
+        let left =
+            DEADLINE.get().map(|deadline| deadline.saturating_duration_since(Instant::now()));
         let Some(left) = left.filter(|left| *left < *timeout.for_read().after) else {
             return self.0.await_input(timeout);
         };

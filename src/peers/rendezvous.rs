@@ -145,16 +145,16 @@ fn meet(
 }
 
 /// Addresses that a tracker names, each with what belongs to it. Host names are resolved. Blocks
-/// until `until` at most.
+/// until `deadline` at most.
 fn addresses<T>(
     names: &Arc<NameResolver>,
     mut places: Vec<(T, &MetFriend)>,
-    until: Instant,
+    deadline: Instant,
 ) -> Vec<(T, SocketAddr)> {
     places.retain(|(_, place)| place.port != 0 && (1..=MAX_ADDR).contains(&place.addr.len()));
     let is_name = |addr: &&str| parse_address(addr).is_none();
     let hosts: Vec<&str> = places.iter().map(|(_, place)| &*place.addr).filter(is_name).collect();
-    let mut resolved = names.addresses(&hosts, until).into_iter();
+    let mut resolved = names.addresses(&hosts, deadline).into_iter();
     let address = |(of, place): (T, &MetFriend)| {
         let ip = parse_address(&place.addr).or_else(|| resolved.next()??)?;
         can_be_peer(ip).then(|| (of, SocketAddr::new(ip, place.port)))
@@ -217,16 +217,16 @@ mod tests {
         let met = |addr: &str| MetFriend { addr: addr.into(), port: 7 };
         let places = [met("slow.example"), met("2001:db8::1"), met("fast.example")];
         let places: Vec<_> = places.iter().enumerate().collect();
-        let of = |until| addresses(&names, places.clone(), until);
+        let of = |deadline| addresses(&names, places.clone(), deadline);
         assert_eq!(of(Instant::now()), [(1, "[2001:db8::1]:7".parse().unwrap())]);
         is_asked.recv().unwrap();
-        let until = Instant::now() + Duration::from_secs(60);
+        let deadline = Instant::now() + Duration::from_secs(60);
         while of(Instant::now()).len() < 2 {
-            assert!(Instant::now() < until, "the other name is not resolved");
+            assert!(Instant::now() < deadline, "the other name is not resolved");
             std::thread::sleep(Duration::from_millis(10));
         }
         assert_eq!(of(Instant::now())[1], (2, "203.0.113.9:7".parse().unwrap()));
         drop(release);
-        assert_eq!(of(until).len(), 3);
+        assert_eq!(of(deadline).len(), 3);
     }
 }

@@ -61,7 +61,7 @@ impl RequestTarget {
 pub struct RequestPool {
     jobs: Sender<RequestJob>,
     waiting: Receiver<RequestJob>,
-    under_way: Arc<Mutex<InFlightCounts>>,
+    in_flight: Arc<Mutex<InFlightCounts>>,
 }
 
 #[derive(Default)]
@@ -78,12 +78,12 @@ impl InFlightCounts {
             return if is_full { ConnectDecision::Later } else { ConnectDecision::Now };
         };
         let is_proven = matches!(to, RequestTarget::Proven(_));
-        let most = if is_proven { MAX_REQUESTS_TO_ONE } else { MAX_REQUESTS_TO_UNPROVEN };
+        let max = if is_proven { MAX_REQUESTS_TO_ONE } else { MAX_REQUESTS_TO_UNPROVEN };
         let is_stranger = matches!(to, RequestTarget::Stranger(_));
         let all: u32 = self.to.values().sum();
         let to_one = self.to.get(&ip).copied().unwrap_or_default();
         let is_full = is_stranger && self.to_strangers >= MAX_REQUESTS_TO_STRANGERS;
-        match (to_one < most, all < MAX_REQUESTS && !is_full) {
+        match (to_one < max, all < MAX_REQUESTS && !is_full) {
             (false, _) => ConnectDecision::NotThis,
             (true, false) => ConnectDecision::Later,
             (true, true) => ConnectDecision::Now,
@@ -119,7 +119,7 @@ impl Default for RequestPool {
         // Zero capacity hands a job to an idle thread, or makes `try_send` fail so that a new
         // thread starts.
         let (jobs, waiting) = bounded(0);
-        RequestPool { jobs, waiting, under_way: Arc::default() }
+        RequestPool { jobs, waiting, in_flight: Arc::default() }
     }
 }
 
@@ -142,11 +142,11 @@ impl RequestPool {
     /// Runs `request` in another thread. Returns false and does nothing if a limit is reached or no
     /// thread can be created. Does not block.
     pub fn run(&self, to: RequestTarget, request: impl FnOnce() + Send + 'static) -> bool {
-        if !self.under_way.lock().begin(to) {
+        if !self.in_flight.lock().begin(to) {
             return false;
         }
-        let under_way = self.under_way.clone();
-        let end = guard((), move |()| under_way.lock().end(to));
+        let in_flight = self.in_flight.clone();
+        let end = guard((), move |()| in_flight.lock().end(to));
         let job: RequestJob = Box::new(move || {
             let _end = end;
             request();
@@ -173,12 +173,12 @@ impl RequestPool {
     /// Returns whether the limits admit a request to `to`, or which kind of limit refuses it. Does
     /// not count it.
     pub fn admits(&self, to: RequestTarget) -> ConnectDecision {
-        self.under_way.lock().admits(to)
+        self.in_flight.lock().admits(to)
     }
 
     /// Returns true if a request to `ip` is in progress.
     pub fn is_asked(&self, ip: IpAddr) -> bool {
-        self.under_way.lock().to.contains_key(&ip)
+        self.in_flight.lock().to.contains_key(&ip)
     }
 }
 
@@ -190,8 +190,8 @@ mod tests {
         IpAddr::from([203, 0, 113, last])
     }
 
-    fn taken(under_way: &mut InFlightCounts, to: RequestTarget) -> u32 {
-        (0..1000).filter(|_| under_way.begin(to)).count() as u32
+    fn taken(in_flight: &mut InFlightCounts, to: RequestTarget) -> u32 {
+        (0..1000).filter(|_| in_flight.begin(to)).count() as u32
     }
 
     #[test]

@@ -32,9 +32,9 @@ struct SavedPaces {
 /// # Errors
 /// Errors of the file system. The old file is unchanged then.
 pub fn save(paces: &Paces, dir: &Path) -> io::Result<()> {
-    let kept = |(who, bytes_per_second): (PeerKey, f64)| SavedPaces {
-        address: who.address(),
-        is_far: who.network() == Network::Wan,
+    let kept = |(peer_key, bytes_per_second): (PeerKey, f64)| SavedPaces {
+        address: peer_key.address(),
+        is_far: peer_key.network() == Network::Wan,
         bytes_per_second,
     };
     let all: Vec<SavedPaces> =
@@ -58,8 +58,8 @@ pub fn load(paces: &Paces, dir: &Path) {
     let all: Vec<SavedPaces> = serde_json::from_slice(&bytes).unwrap_or_default();
     let now = Instant::now();
     for SavedPaces { address, is_far, bytes_per_second } in all.into_iter().take(MAX_PEERS) {
-        let who = if is_far { PeerKey::far(address) } else { address.into() };
-        paces.restore(who, bytes_per_second, now);
+        let peer_key = if is_far { PeerKey::far(address) } else { address.into() };
+        paces.restore(peer_key, bytes_per_second, now);
     }
 }
 
@@ -75,13 +75,13 @@ mod tests {
         let (paces, now) = (Paces::default(), Instant::now());
         let near = PeerKey::from(SocketAddr::from(([10, 0, 0, 1], 12304)));
         let far = PeerKey::far(SocketAddr::from(([203, 0, 113, 1], 999)));
-        for (who, millis) in [(near, 100), (far, 1000)] {
-            paces.begin(who, 1 << 20, now).got(1 << 20, now + Duration::from_millis(millis));
+        for (peer_key, millis) in [(near, 100), (far, 1000)] {
+            paces.begin(peer_key, 1 << 20, now).got(1 << 20, now + Duration::from_millis(millis));
         }
         save(&paces, &dir).unwrap();
         let next = Paces::default();
         load(&next, &dir);
-        let known = |paces: &Paces, who| paces.load(who, Instant::now()).pace.known;
+        let known = |paces: &Paces, peer_key| paces.load(peer_key, Instant::now()).pace.known;
         assert!(known(&next, near).unwrap() > 9e6 && known(&next, far).unwrap() < 2e6);
         for damage in ["", "[", "[{}]", "{\"address\":1}"] {
             fs::write(dir.join(FILE), damage).unwrap();

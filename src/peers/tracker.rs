@@ -12,7 +12,7 @@ use crate::lock::{Condvar, Mutex, RwLock};
 use crate::nix::HashPart;
 use crate::round_trip::RoundTrip;
 use crate::time_scale::{Interval, Timeout};
-use crate::wire::filter::{BloomFilter, LEAST_BITS_PER_PATH, MOST_BITS_PER_PATH};
+use crate::wire::filter::{BloomFilter, MAX_BITS_PER_PATH, MIN_BITS_PER_PATH};
 use crate::wire::tracker::{
     Announce, AnnounceResponse, Candidate, CandidateList, Identity, KEY_HEADER, MAX_CANDIDATES,
     MAX_OTHERS, Proof, Role, SIGNATURE_HEADER, SignedText, TIMESTAMP_HEADER, TransferInit,
@@ -71,15 +71,15 @@ const MANY_DEAD: usize = 8;
 /// the candidates are probably about as far away.
 const USUAL_ANSWERS: u32 = 4;
 /// Shortest wait for unproven candidates of a suspected tracker.
-const LEAST_WAIT: Duration = Duration::from_millis(40);
+const MIN_WAIT: Duration = Duration::from_millis(40);
 /// Longest wait for unproven candidates of a suspected tracker.
-const LONGEST_WAIT: Duration = Duration::from_millis(400);
+const MAX_WAIT: Duration = Duration::from_millis(400);
 /// Time since the last answer of one of its candidates during which a tracker is not left out.
 const USEFUL_FOR: Duration = Duration::from_secs(600);
 /// First pause of a tracker that is left out. It doubles each time.
 const FIRST_PAUSE: Interval = Interval::from_secs(5);
 /// Longest pause of a tracker that is left out.
-const LONGEST_PAUSE: Interval = Interval::from_secs(300);
+const MAX_PAUSE: Interval = Interval::from_secs(300);
 
 /// This node as trackers know it.
 #[derive(Debug)]
@@ -223,7 +223,7 @@ impl TrackerConnection {
             useful: None,
             silent_lookups: 0,
             counted: None,
-            pause: Backoff::new(FIRST_PAUSE, LONGEST_PAUSE),
+            pause: Backoff::new(FIRST_PAUSE, MAX_PAUSE),
         }
     }
 }
@@ -281,8 +281,7 @@ impl Tracker {
     pub fn bits_per_path(&self) -> u64 {
         let wanted =
             self.state.lock().announced.as_ref().and_then(|announced| announced.bits_per_path);
-        wanted
-            .map_or(MOST_BITS_PER_PATH, |bits| bits.clamp(LEAST_BITS_PER_PATH, MOST_BITS_PER_PATH))
+        wanted.map_or(MAX_BITS_PER_PATH, |bits| bits.clamp(MIN_BITS_PER_PATH, MAX_BITS_PER_PATH))
     }
 
     /// Message why peers cannot find this node through the tracker, with the remedy; `None` if
@@ -345,7 +344,7 @@ impl Tracker {
     pub fn unproven_timeout(&self) -> Option<Duration> {
         let state = self.state.lock();
         let usual = state.latency.smoothed().unwrap_or_default() * USUAL_ANSWERS;
-        (state.silent_lookups > 0).then(|| usual.clamp(LEAST_WAIT, LONGEST_WAIT))
+        (state.silent_lookups > 0).then(|| usual.clamp(MIN_WAIT, MAX_WAIT))
     }
 
     /// Records how many candidates of a lookup that began at `began` answered and how many were
@@ -389,9 +388,9 @@ impl Tracker {
     }
 
     /// Returns the peers that may have a path, without this node. Repeats the call while the
-    /// tracker restarts or is overloaded. Blocks until `until` at most; only a request for the list
-    /// of an original tracker can exceed it. `is_hedge` selects a new connection, because the one
-    /// of an earlier call is stuck.
+    /// tracker restarts or is overloaded. Blocks until `deadline` at most; only a request for the
+    /// list of an original tracker can exceed it. `is_hedge` selects a new connection, because the
+    /// one of an earlier call is stuck.
     ///
     /// # Errors
     /// See [`TrackerError`]. The caller counts failures with [`Tracker::record_failed_lookup`].
@@ -399,7 +398,7 @@ impl Tracker {
         &self,
         hash_part: &HashPart,
         is_hedge: bool,
-        until: Instant,
+        deadline: Instant,
     ) -> Result<CandidateList, TrackerError> {
         let agent = if is_hedge { self.unpooled.clone() } else { self.agent() };
         let mut retry_pause = RETRY_PAUSE;
@@ -408,7 +407,7 @@ impl Tracker {
             // A separate statement, because the lock must not be held during the sleep.
             let not_before = self.state.lock().not_before;
             if let Some(pause) = not_before.map(|at| at.saturating_duration_since(now)) {
-                if now + pause >= until {
+                if now + pause >= deadline {
                     return Err(TrackerError::Refused(
                         429,
                         "it asked not to be asked yet".into(),
@@ -421,7 +420,7 @@ impl Tracker {
             let e = match self.look_up_once(
                 &agent,
                 hash_part,
-                until.saturating_duration_since(began),
+                deadline.saturating_duration_since(began),
             ) {
                 Ok(found) => {
                     self.record_success(began.elapsed());
@@ -433,14 +432,14 @@ impl Tracker {
             if let Some(pause) = e.retry_after() {
                 // A proxy that answers while the tracker restarts only guesses the time.
                 let is_ours = matches!(e, TrackerError::Refused(429, ..));
-                let longest = if is_ours { LONGEST_PAUSE.get() } else { LOOKUP_TIMEOUT.get() };
+                let longest = if is_ours { MAX_PAUSE.get() } else { LOOKUP_TIMEOUT.get() };
                 self.state.lock().not_before = Some(now + pause.min(longest));
-            } else if e.is_passing() && now + retry_pause < until {
+            } else if e.is_passing() && now + retry_pause < deadline {
                 thread::sleep(retry_pause);
                 retry_pause *= 2;
                 continue;
             }
-            if !e.is_passing() || e.retry_after().is_none_or(|pause| now + pause >= until) {
+            if !e.is_passing() || e.retry_after().is_none_or(|pause| now + pause >= deadline) {
                 return Err(e);
             }
         }
@@ -840,7 +839,7 @@ mod tests {
     /// Lets the current pause end now.
     fn end_pause(tracker: &Tracker) {
         let mut state = tracker.state.lock();
-        state.pause = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
+        state.pause = Backoff::new(FIRST_PAUSE, MAX_PAUSE);
         state.pause.record_failure(None, Instant::now() - FIRST_PAUSE.get());
     }
 
@@ -1012,8 +1011,8 @@ mod tests {
         }
         // One such lookup may be an accident: only dead peers seemed to have the path.
         assert!(tracker.await_usable());
-        assert_eq!(tracker.unproven_timeout(), Some(LEAST_WAIT));
-        let again = later + LEAST_WAIT;
+        assert_eq!(tracker.unproven_timeout(), Some(MIN_WAIT));
+        let again = later + MIN_WAIT;
         tracker.record_candidates(0, MANY_DEAD, later + Duration::from_millis(1), again);
         assert_eq!(tracker.state.lock().pause.due(), Some(again + FIRST_PAUSE.get()));
         assert!(!tracker.await_usable());

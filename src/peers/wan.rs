@@ -60,7 +60,7 @@ const PACE_WAIT: Duration = Duration::from_millis(600);
 pub struct WanSource {
     trackers: Arc<Trackers>,
     client: Arc<PeerClient>,
-    standing: Arc<PeerHealth>,
+    health: Arc<PeerHealth>,
     networks: Arc<Networks>,
     names: Arc<NameResolver>,
     requests: Arc<RequestPool>,
@@ -72,14 +72,14 @@ impl WanSource {
     pub fn new(
         trackers: Arc<Trackers>,
         client: Arc<PeerClient>,
-        standing: Arc<PeerHealth>,
+        health: Arc<PeerHealth>,
         networks: Arc<Networks>,
         requests: Arc<RequestPool>,
     ) -> Self {
         WanSource {
             trackers,
             client,
-            standing,
+            health,
             networks,
             names: Arc::default(),
             requests,
@@ -97,8 +97,8 @@ impl WanSource {
             wan: self.clone(),
             hash_part: *hash_part,
             began: None,
-            until: Instant::now(),
-            latest: Instant::now() + WAN_TIMEOUT.get() + LOOKUP_TIMEOUT.get(),
+            deadline: Instant::now(),
+            latest_deadline: Instant::now() + WAN_TIMEOUT.get() + LOOKUP_TIMEOUT.get(),
             calls: Vec::new(),
             entries: Vec::new(),
             at_once: AT_ONCE,
@@ -116,7 +116,7 @@ impl WanSource {
 
     /// Returns true if the peer has answered since its last failure.
     fn is_proven(&self, address: SocketAddr) -> bool {
-        self.standing.is_proven(PeerKey::far(address))
+        self.health.is_proven(PeerKey::far(address))
     }
 
     /// Reports the bytes of a transfer to the tracker that named it. Does not block.
@@ -163,9 +163,9 @@ pub struct WanSearch {
     wan: Arc<WanSource>,
     hash_part: HashPart,
     began: Option<Instant>,
-    until: Instant,
+    deadline: Instant,
     /// Latest end of the search, even if it starts late.
-    latest: Instant,
+    latest_deadline: Instant,
     calls: Vec<TrackerLookup>,
     entries: Vec<CandidateState>,
     /// Number of candidates that may be asked at once.
@@ -244,16 +244,16 @@ fn split(list: CandidateList) -> (Vec<LocatedCandidate>, Vec<NamedCandidate>) {
 }
 
 /// Resolves the host names that the tracker with the index `at` names, and sends each candidate as
-/// soon as its address is known. Blocks until `until` at most; later names are left out.
+/// soon as its address is known. Blocks until `deadline` at most; later names are left out.
 fn resolve(
     names: &Arc<NameResolver>,
     named: &[NamedCandidate],
     at: usize,
-    until: Instant,
+    deadline: Instant,
     answer: &Sender<NarinfoAnswer>,
 ) {
     let hosts: Vec<&str> = named.iter().map(|(_, candidate)| &*candidate.addr).collect();
-    names.resolve(&hosts, until, |index, ip| {
+    names.resolve(&hosts, deadline, |index, ip| {
         let (rank, candidate) = &named[index];
         let located = ip.and_then(|ip| locate(candidate.clone(), *rank, ip));
         if located.is_some() {
@@ -312,11 +312,11 @@ enum NarinfoAnswer {
 }
 
 impl WanSearch {
-    /// Restarts the time limit of the search for alternate holders. The search ends at `until` at
-    /// the latest.
-    pub fn resume(&mut self, until: Instant) {
-        self.latest = until;
-        self.until = until.min(Instant::now() + WAN_TIMEOUT.get());
+    /// Restarts the time limit of the search for alternate holders. The search ends at `deadline`
+    /// at the latest.
+    pub fn resume(&mut self, deadline: Instant) {
+        self.latest_deadline = deadline;
+        self.deadline = deadline.min(Instant::now() + WAN_TIMEOUT.get());
     }
 
     /// Number of candidates that were asked, and number of those that sent no answer.
@@ -336,7 +336,7 @@ impl WanSearch {
         let now = Instant::now();
         let is_avoided = |entry: &&CandidateState| {
             !entry.was_asked
-                && self.wan.standing.eligibility(PeerKey::far(entry.address), now)
+                && self.wan.health.eligibility(PeerKey::far(entry.address), now)
                     == Eligibility::Never
         };
         self.entries.iter().find(is_avoided).map(|entry| entry.address)
@@ -355,7 +355,7 @@ impl WanSearch {
         }
         loop {
             let now = Instant::now();
-            if now >= self.until {
+            if now >= self.deadline {
                 break;
             }
             let is_blocked = !self.call_trackers(now) | !self.ask(now);
@@ -381,25 +381,25 @@ impl WanSearch {
         self.calls = self.wan.trackers.all().enumerate().filter_map(usable).collect();
         let began = Instant::now();
         self.began = Some(began);
-        self.until = self.latest.min(began + WAN_TIMEOUT.get());
+        self.deadline = self.latest_deadline.min(began + WAN_TIMEOUT.get());
     }
 
-    fn trackers_until(&self) -> Instant {
-        self.began.unwrap_or(self.until) + tracker::LOOKUP_TIMEOUT.get()
+    fn trackers_deadline(&self) -> Instant {
+        self.began.unwrap_or(self.deadline) + tracker::LOOKUP_TIMEOUT.get()
     }
 
     /// Asks each tracker, and asks a slow one a second time. Returns false if the request pool is
     /// full.
     fn call_trackers(&mut self, now: Instant) -> bool {
-        let (until, hedge) = (self.trackers_until(), self.began.unwrap_or(now) + HEDGE_DELAY);
+        let (deadline, hedge) = (self.trackers_deadline(), self.began.unwrap_or(now) + HEDGE_DELAY);
         let mut may_ask = true;
-        for call in self.calls.iter_mut().filter(|call| now < until && call.is_awaited()) {
+        for call in self.calls.iter_mut().filter(|call| now < deadline && call.is_awaited()) {
             if call.begun == 0 || call.begun == 1 && now >= hedge {
                 let (tracker, at, is_hedge) = (call.tracker.clone(), call.at, call.begun == 1);
                 let (answer, hash_part) = (self.answer.clone(), self.hash_part);
                 let names = self.wan.names.clone();
                 let began = self.wan.requests.run(RequestTarget::Tracker, move || {
-                    let found = tracker.lookup(&hash_part, is_hedge, until).map(split);
+                    let found = tracker.lookup(&hash_part, is_hedge, deadline).map(split);
                     let mut named = Vec::new();
                     let result = found.map(|(located, with_names)| {
                         named = with_names;
@@ -422,26 +422,26 @@ impl WanSearch {
     fn next_wake_up(&self, is_blocked: bool, now: Instant) -> Option<Instant> {
         let hedge = self.began.unwrap_or(now) + HEDGE_DELAY;
         let call = |call: &TrackerLookup| {
-            if call.begun < 2 { hedge.max(now + BLOCKED) } else { self.trackers_until() }
+            if call.begun < 2 { hedge.max(now + BLOCKED) } else { self.trackers_deadline() }
         };
         let calls = self
             .calls
             .iter()
-            .filter(|call| now < self.trackers_until() && call.is_awaited())
+            .filter(|call| now < self.trackers_deadline() && call.is_awaited())
             .map(call);
         let entry = |entry: &CandidateState| match entry.state {
             CandidatePhase::Untried(at) if self.is_hopeful(entry, now) && at > now => Some(at),
             CandidatePhase::Asked(at) => {
-                Some(self.awaited_until(entry, at, now)).filter(|until| *until > now)
+                Some(self.answer_deadline(entry, at, now)).filter(|deadline| *deadline > now)
             }
             _ => None,
         };
         // Only the end of the search bounds this wait: `NAMES_WAIT` bounds the resolution itself.
-        let names = self.calls.iter().filter(|call| call.unresolved > 0).map(|_| self.until);
+        let names = self.calls.iter().filter(|call| call.unresolved > 0).map(|_| self.deadline);
         let entries = self.entries.iter().filter_map(entry);
         let blocked = is_blocked.then(|| now + BLOCKED);
         let awaited = calls.chain(names).chain(entries).chain(blocked).min()?;
-        Some(self.next_wave.map_or(awaited, |wave| awaited.min(wave)).min(self.until))
+        Some(self.next_wave.map_or(awaited, |wave| awaited.min(wave)).min(self.deadline))
     }
 
     fn add(&mut self, tracker: usize, located: Vec<LocatedCandidate>) {
@@ -465,20 +465,20 @@ impl WanSearch {
 
     fn is_hopeful(&self, entry: &CandidateState, now: Instant) -> bool {
         matches!(entry.state, CandidatePhase::Untried(_))
-            && self.wan.standing.eligibility(PeerKey::far(entry.address), now) != Eligibility::Never
+            && self.wan.health.eligibility(PeerKey::far(entry.address), now) != Eligibility::Never
     }
 
     /// Time until which the answer of a candidate that was asked at `asked` is awaited. The wait is
     /// short for a candidate that failed recently, and for one that has never answered and was
     /// named by a tracker that names many dead peers.
-    fn awaited_until(&self, entry: &CandidateState, asked: Instant, now: Instant) -> Instant {
-        let who = PeerKey::far(entry.address);
-        let patience = match self.wan.standing.eligibility(who, now) {
+    fn answer_deadline(&self, entry: &CandidateState, asked: Instant, now: Instant) -> Instant {
+        let peer_key = PeerKey::far(entry.address);
+        let timeout = match self.wan.health.eligibility(peer_key, now) {
             Eligibility::Now if self.wan.is_proven(entry.address) => None,
             Eligibility::Now => self.unproven_timeout(entry),
             Eligibility::Last | Eligibility::Never => Some(SLOW),
         };
-        patience.map_or(self.until, |patience| self.until.min(asked + patience))
+        timeout.map_or(self.deadline, |timeout| self.deadline.min(asked + timeout))
     }
 
     /// Longest wait for a candidate that has never answered; `None` if there is no such limit.
@@ -502,7 +502,7 @@ impl WanSearch {
     }
 
     fn is_awaited(&self, entry: &CandidateState, now: Instant) -> bool {
-        matches!(entry.state, CandidatePhase::Asked(at) if now < self.awaited_until(entry, at, now))
+        matches!(entry.state, CandidatePhase::Asked(at) if now < self.answer_deadline(entry, at, now))
     }
 
     /// Asks as many candidates as the limit admits. Returns false if other requests block a
@@ -512,8 +512,8 @@ impl WanSearch {
             self.at_once = self.at_once.saturating_mul(2);
             self.next_wave = Some(now + WAVE);
         }
-        let under_way = self.entries.iter().filter(|entry| self.is_awaited(entry, now)).count();
-        let mut free = self.at_once.saturating_sub(under_way);
+        let in_flight = self.entries.iter().filter(|entry| self.is_awaited(entry, now)).count();
+        let mut free = self.at_once.saturating_sub(in_flight);
         let mut may_ask = true;
         for at in self.in_turn(now) {
             if free == 0 {
@@ -545,16 +545,16 @@ impl WanSearch {
                 return false;
             }
             _ if self.answers(ip) => PACE_WAIT,
-            Some(patience) => patience,
+            Some(timeout) => timeout,
             None => PACE_DELAY,
         };
         let entry = &mut self.entries[at];
-        let until = *entry.delayed.get_or_insert(now) + limit;
-        entry.state = if now >= until {
+        let deadline = *entry.delayed.get_or_insert(now) + limit;
+        entry.state = if now >= deadline {
             CandidatePhase::Done
         } else {
             let pause = if is_asked { BLOCKED } else { PACE_DELAY };
-            CandidatePhase::Untried(until.min(now + pause))
+            CandidatePhase::Untried(deadline.min(now + pause))
         };
         true
     }
@@ -563,16 +563,15 @@ impl WanSearch {
     /// tracker's list. Candidates that failed recently are returned only when no other candidate is
     /// left or awaited: even a fast narinfo from them does not make their NARs reliable.
     fn in_turn(&self, now: Instant) -> Vec<usize> {
-        let standing = &self.wan.standing;
-        let is_doubtful =
-            |at: &usize| standing.is_doubtful(PeerKey::far(self.entries[*at].address));
+        let health = &self.wan.health;
+        let is_doubtful = |at: &usize| health.is_doubtful(PeerKey::far(self.entries[*at].address));
         let is_due = |at: &usize| matches!(self.entries[*at].state, CandidatePhase::Untried(due) if due <= now);
         let all = 0..self.entries.len();
         let hopeful = all.clone().filter(|at| self.is_hopeful(&self.entries[*at], now));
         let mut turns: Vec<_> = hopeful.filter(is_due).collect();
         let is_awaited = |at: &usize| self.is_awaited(&self.entries[*at], now);
         let may_name_more = self.calls.iter().any(TrackerLookup::is_awaited)
-            && now < self.trackers_until()
+            && now < self.trackers_deadline()
             || self.calls.iter().any(|call| call.unresolved > 0);
         let others_are_left = turns.iter().any(|at| !is_doubtful(at))
             || all.clone().any(|at| is_awaited(&at) && !is_doubtful(&at))
@@ -583,7 +582,7 @@ impl WanSearch {
         turns.sort_by_cached_key(|at| {
             let CandidateState { address, rank, .. } = &self.entries[*at];
             (
-                standing.eligibility(PeerKey::far(*address), now) == Eligibility::Last,
+                health.eligibility(PeerKey::far(*address), now) == Eligibility::Last,
                 !self.wan.is_proven(*address),
                 *rank,
             )
@@ -615,20 +614,20 @@ impl WanSearch {
                 not_now => return not_now,
             }
         }
-        let (client, standing) = (self.wan.client.clone(), self.wan.standing.clone());
+        let (client, health) = (self.wan.client.clone(), self.wan.health.clone());
         let (answer, hash_part) = (self.answer.clone(), self.hash_part);
-        let timeout = self.until.saturating_duration_since(now);
+        let timeout = self.deadline.saturating_duration_since(now);
         let holder = Holder::peerix(address, &hash_part);
         let started = self.wan.requests.run(to, move || {
             let result = client.narinfo(&holder, &hash_part, timeout);
             let then = Instant::now();
             match &result {
-                Ok(_) => standing.answered(PeerKey::far(address), then - now, then),
+                Ok(_) => health.answered(PeerKey::far(address), then - now, then),
                 // The peer did not promise the path: filters have false positives.
                 Err(PeerError::NotThere | PeerError::Busy) => {
-                    standing.record_miss(PeerKey::far(address), then - now, then)
+                    health.record_miss(PeerKey::far(address), then - now, then)
                 }
-                Err(e) => e.record(&standing, PeerKey::far(address), now),
+                Err(e) => e.record(&health, PeerKey::far(address), now),
             }
             let _ = answer.send(NarinfoAnswer::Peer { at, result: Box::new(result) });
         });
@@ -698,7 +697,7 @@ impl WanSearch {
             // A proven peer restarts or is overloaded.
             Err(e)
                 if e.is_temporary()
-                    && !self.wan.standing.latency(PeerKey::far(entry.address)).is_zero() =>
+                    && !self.wan.health.latency(PeerKey::far(entry.address)).is_zero() =>
             {
                 let pause = backoff::pause(RETRY_DELAY, entry.failures, MAX_RETRY_DELAY);
                 entry.failures += 1;
@@ -794,7 +793,7 @@ mod tests {
         };
         let mut search = Arc::new(wan).search(&HashPart::parse(&[b'0'; 32]).unwrap());
         let now = Instant::now();
-        (search.began, search.until) = (Some(now), now + Duration::from_secs(3600));
+        (search.began, search.deadline) = (Some(now), now + Duration::from_secs(3600));
         let tracker = search.wan.trackers.all().next().unwrap().clone();
         search.calls = vec![TrackerLookup { begun: 1, ..TrackerLookup::new(tracker, 0) }];
         search
@@ -841,8 +840,8 @@ mod tests {
         let named = name_candidates(&mut search, list);
         assert_eq!(addresses(&search), [peer(1, 3)]);
         let (names, answer) = (search.wan.names.clone(), search.answer.clone());
-        let until = Instant::now() + Duration::from_secs(60);
-        let thread = std::thread::spawn(move || resolve(&names, &named, 0, until, &answer));
+        let deadline = Instant::now() + Duration::from_secs(60);
+        let thread = std::thread::spawn(move || resolve(&names, &named, 0, deadline, &answer));
         let first = search.answers.recv().unwrap();
         search.take(first);
         assert_eq!(addresses(&search), [peer(1, 3), peer(9, 4)], "one name is slow");
@@ -887,13 +886,13 @@ mod tests {
         }
         assert_eq!(tracker.unproven_timeout(), None);
         search.record_results();
-        let patience = tracker.unproven_timeout().unwrap();
+        let timeout = tracker.unproven_timeout().unwrap();
         // A later lookup waits no longer than for candidates that are asked.
         search.calls[0].is_answered = false;
         let ports = (1..=64).map(|port| candidate("203.0.113.2", port)).collect();
         name_candidates(&mut search, ports);
         let later = Instant::now();
-        for (then, ends) in [(later, false), (later + patience, true)] {
+        for (then, ends) in [(later, false), (later + timeout, true)] {
             use_up_rate(&search, 2, then);
             search.ask(then);
             assert_eq!(is_over(&search), ends);
@@ -921,9 +920,9 @@ mod tests {
         assert!(!search.ask(Instant::now()));
         assert!(!is_over(&search), "one of the requests may show that somebody is there");
         search.record_results();
-        let patience = tracker.unproven_timeout().expect("64 silent candidates");
+        let timeout = tracker.unproven_timeout().expect("64 silent candidates");
         let later = Instant::now();
-        for (then, ends) in [(later, false), (later + patience, true)] {
+        for (then, ends) in [(later, false), (later + timeout, true)] {
             search.ask(then);
             assert_eq!(is_over(&search), ends);
         }

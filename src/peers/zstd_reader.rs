@@ -32,7 +32,7 @@ pub(super) struct ZstdReader<R> {
     /// Compressed bytes consumed since the last output.
     fruitless: usize,
     /// Time limit of a read without output. It may be exceeded by one read of the body.
-    patience: Duration,
+    timeout: Duration,
 }
 
 impl<R: Read> ZstdReader<R> {
@@ -40,7 +40,7 @@ impl<R: Read> ZstdReader<R> {
     ///
     /// # Errors
     /// Out of memory.
-    pub(super) fn new(body: R, patience: Duration) -> io::Result<Self> {
+    pub(super) fn new(body: R, timeout: Duration) -> io::Result<Self> {
         let mut decoder = Decoder::new()?;
         decoder.set_parameter(DParameter::WindowLogMax(MAX_WINDOW_LOG))?;
         let input = vec![0; INPUT].into_boxed_slice();
@@ -53,7 +53,7 @@ impl<R: Read> ZstdReader<R> {
             filled_output: false,
             has_ended: false,
             fruitless: 0,
-            patience,
+            timeout,
         })
     }
 
@@ -106,7 +106,7 @@ impl<R: Read> Read for ZstdReader<R> {
             if self.fruitless > MAX_FRUITLESS {
                 return Err(invalid("zstd frame with nothing in it"));
             }
-            if began.elapsed() > self.patience {
+            if began.elapsed() > self.timeout {
                 return Err(io::Error::new(io::ErrorKind::TimedOut, "nothing to decode"));
             }
         }

@@ -170,10 +170,10 @@ mod tests {
 
     #[test]
     fn totals_saturate_at_the_bounds() {
-        let most = Totals([u64::MAX; COUNTS]);
-        assert_eq!(most.plus(&most), most);
-        assert_eq!(Totals::default().since(&most), Totals::default());
-        assert_eq!((most.received(), most.sent()), (u64::MAX, u64::MAX));
+        let max = Totals([u64::MAX; COUNTS]);
+        assert_eq!(max.plus(&max), max);
+        assert_eq!(Totals::default().since(&max), Totals::default());
+        assert_eq!((max.received(), max.sent()), (u64::MAX, u64::MAX));
     }
 
     #[test]

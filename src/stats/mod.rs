@@ -230,8 +230,8 @@ impl Stats {
         self.transfers.lock().remove(&id);
     }
 
-    fn counts(&self, who: TrafficKey) -> Arc<PeerTraffic> {
-        self.traffic.lock().of(who, Instant::now())
+    fn counts(&self, key: TrafficKey) -> Arc<PeerTraffic> {
+        self.traffic.lock().of(key, Instant::now())
     }
 
     /// Totals since the start of this run.
@@ -418,28 +418,28 @@ mod tests {
 
     #[test]
     fn recorded_lookups_appear_in_all_reports() {
-        let record = Stats::new();
-        record.hit(&path(), Network::Wan, peer(), Some("<b>"), Duration::from_millis(1));
-        record.missed(
+        let stats = Stats::new();
+        stats.hit(&path(), Network::Wan, peer(), Some("<b>"), Duration::from_millis(1));
+        stats.missed(
             &path().hash_part(),
             MissReason::Nobody { asked: 2 },
             Duration::from_millis(2),
         );
-        let lookups = record.lookups();
+        let lookups = stats.lookups();
         assert_eq!(lookups.len(), 2);
         assert_eq!(lookups[0].result.as_ref().unwrap_err().code(), "nobody");
         assert_eq!(&*lookups[1].result.as_ref().unwrap().name, "hello");
-        assert_eq!(record.misses().find(|(code, _)| *code == "nobody"), Some(("nobody", 1)));
-        assert_eq!((record.hit_time.cumulative()[15], record.miss_time.cumulative()[15]), (1, 1));
-        let traffic = record.traffic();
+        assert_eq!(stats.misses().find(|(code, _)| *code == "nobody"), Some(("nobody", 1)));
+        assert_eq!((stats.hit_time.cumulative()[15], stats.miss_time.cumulative()[15]), (1, 1));
+        let traffic = stats.traffic();
         assert_eq!((traffic.len(), traffic[0].1.id().as_deref()), (1, Some("<b>")));
     }
 
     #[test]
     fn transfer_is_listed_while_it_runs_and_counted_by_network() {
-        let record = Stats::new();
-        let mut transfer = record.receive(path().base_name(), 100);
-        assert_eq!(record.transfers()[0].peer(), None);
+        let stats = Stats::new();
+        let mut transfer = stats.receive(path().base_name(), 100);
+        assert_eq!(stats.transfers()[0].peer(), None);
         transfer.with(Network::Lan, peer());
         transfer.moved(60);
         transfer.progress(60);
@@ -447,14 +447,14 @@ mod tests {
         transfer.with(Network::Wan, peer());
         transfer.moved(40);
         transfer.progress(100);
-        assert_eq!((record.transfers()[0].bytes(), record.transfers()[0].size), (100, 100));
+        assert_eq!((stats.transfers()[0].bytes(), stats.transfers()[0].size), (100, 100));
         transfer.record_whole();
         drop(transfer);
-        assert!(record.transfers().is_empty());
-        let sending = record.send(path().base_name(), 10, Network::Lan, peer());
+        assert!(stats.transfers().is_empty());
+        let sending = stats.send(path().base_name(), 10, Network::Lan, peer());
         sending.moved(7);
         drop(sending);
-        let totals = record.totals();
+        let totals = stats.totals();
         let counted = [
             Counter::ReceivedLan,
             Counter::ReceivedWan,
@@ -463,8 +463,8 @@ mod tests {
             Counter::SentNars,
         ];
         assert_eq!(counted.map(|count| totals.get(count)), [60, 40, 1, 7, 0]);
-        let traffic = record.traffic();
-        let lan = traffic.iter().find(|(who, _)| who.network == Network::Lan).unwrap();
+        let traffic = stats.traffic();
+        let lan = traffic.iter().find(|(key, _)| key.network == Network::Lan).unwrap();
         assert_eq!(
             (lan.1.received.load(Ordering::Relaxed), lan.1.sent.load(Ordering::Relaxed)),
             (60, 7)
@@ -474,59 +474,56 @@ mod tests {
     /// Regression: the sums lacked what a transfer moved after its peer's counts were dropped.
     #[test]
     fn every_sent_byte_is_in_a_series_or_in_others() {
-        let record = Stats::new();
+        let stats = Stats::new();
         let running: Vec<TransferGuard<'_>> = (0..2 * MAX_PEERS as u32)
             .map(|number| {
                 let peer =
                     SocketAddr::from((std::net::Ipv4Addr::from_bits(0x0a00_0000 + number), 1));
-                let transfer = record.send(path().base_name(), 10, Network::Lan, peer);
+                let transfer = stats.send(path().base_name(), 10, Network::Lan, peer);
                 transfer.moved(3);
                 transfer
             })
             .collect();
         running.iter().for_each(|transfer| transfer.moved(4));
-        let named = record.traffic().into_iter().filter(|(_, counts)| counts.has_series());
+        let named = stats.traffic().into_iter().filter(|(_, counts)| counts.has_series());
         let named: u64 = named.map(|(_, counts)| counts.sent.load(Ordering::Relaxed)).sum();
-        let others = record.others();
+        let others = stats.others();
         assert!(named > 0 && others[0] == 0);
-        assert_eq!(named + others[1], record.totals().get(Counter::SentLan));
+        assert_eq!(named + others[1], stats.totals().get(Counter::SentLan));
         assert_eq!(named + others[1], 7 * 2 * MAX_PEERS as u64);
     }
 
     #[test]
     fn disabled_stats_stay_empty() {
-        let record = Stats::off();
-        record.hit(&path(), Network::Lan, peer(), None, Duration::ZERO);
-        record.missed(&path().hash_part(), MissReason::Busy, Duration::ZERO);
-        record.first_byte(Network::Lan, Duration::ZERO);
-        let mut transfer = record.receive("x", 1);
+        let stats = Stats::off();
+        stats.hit(&path(), Network::Lan, peer(), None, Duration::ZERO);
+        stats.missed(&path().hash_part(), MissReason::Busy, Duration::ZERO);
+        stats.first_byte(Network::Lan, Duration::ZERO);
+        let mut transfer = stats.receive("x", 1);
         transfer.with(Network::Lan, peer());
         transfer.moved(1);
         transfer.record_whole();
         transfer.record_failure();
         assert!(
-            record.transfers().is_empty()
-                && record.lookups().is_empty()
-                && record.traffic().is_empty()
+            stats.transfers().is_empty()
+                && stats.lookups().is_empty()
+                && stats.traffic().is_empty()
         );
-        assert_eq!(
-            (record.totals(), record.first_byte_lan.cumulative()[15]),
-            (Totals::default(), 0)
-        );
+        assert_eq!((stats.totals(), stats.first_byte_lan.cumulative()[15]), (Totals::default(), 0));
     }
 
     #[test]
     fn counters_continue_after_a_restart() {
         let dir = dir("restarts");
         for start in 1..=3 {
-            let record = Stats::new();
-            record.keep_in(&dir, at(start * 10_000));
-            record.missed(&path().hash_part(), MissReason::Busy, Duration::ZERO);
-            record.save(at(start * 10_000));
-            let (since, ever) = record.totals_ever().unwrap();
-            let (ever, now) = (ever.get(Counter::Misses), record.totals().get(Counter::Misses));
+            let stats = Stats::new();
+            stats.keep_in(&dir, at(start * 10_000));
+            stats.missed(&path().hash_part(), MissReason::Busy, Duration::ZERO);
+            stats.save(at(start * 10_000));
+            let (since, ever) = stats.totals_ever().unwrap();
+            let (ever, now) = (ever.get(Counter::Misses), stats.totals().get(Counter::Misses));
             assert_eq!((since, ever, now), (FIRST + 10_000, start, 1));
-            assert_eq!(record.hours.lock().all().len() as u64, start);
+            assert_eq!(stats.hours.lock().all().len() as u64, start);
         }
         fs::remove_dir_all(&dir).unwrap();
     }
@@ -537,18 +534,18 @@ mod tests {
     fn wrong_clock_at_start_is_corrected_in_since() {
         for wrong in [SystemTime::UNIX_EPOCH + Duration::from_secs(20), at(80 * 365 * 24 * HOUR)] {
             let dir = dir("clock");
-            let record = Stats::new();
-            *record.started_at.lock() = wrong;
-            record.keep_in(&dir, wrong);
-            record.save(wrong);
-            assert_eq!(record.totals_ever().unwrap().0, seconds(wrong));
+            let stats = Stats::new();
+            *stats.started_at.lock() = wrong;
+            stats.keep_in(&dir, wrong);
+            stats.save(wrong);
+            assert_eq!(stats.totals_ever().unwrap().0, seconds(wrong));
             let now = at(365 * 24 * HOUR);
-            let started = record.started(now);
+            let started = stats.started(now);
             assert!(now.duration_since(started).unwrap() < Duration::from_secs(600), "{started:?}");
-            assert_eq!(record.started(now + Duration::from_secs(5)), started, "it is one moment");
+            assert_eq!(stats.started(now + Duration::from_secs(5)), started, "it is one moment");
             // The new `since` is written even if the counts are the same.
-            record.save(now);
-            assert_eq!(record.totals_ever().unwrap().0, seconds(started));
+            stats.save(now);
+            assert_eq!(stats.totals_ever().unwrap().0, seconds(started));
             let next = Stats::new();
             next.keep_in(&dir, now);
             next.save(SystemTime::UNIX_EPOCH);
@@ -564,14 +561,14 @@ mod tests {
     #[test]
     fn unchanged_counters_are_not_written() {
         let dir = dir("new");
-        let record = Stats::new();
-        record.keep_in(&dir, at(1));
-        record.save(at(1));
+        let stats = Stats::new();
+        stats.keep_in(&dir, at(1));
+        stats.save(at(1));
         fs::remove_file(dir.join("counters")).unwrap();
-        record.save(at(2));
+        stats.save(at(2));
         assert!(!dir.join("counters").exists());
-        record.missed(&path().hash_part(), MissReason::Busy, Duration::ZERO);
-        record.save(at(3));
+        stats.missed(&path().hash_part(), MissReason::Busy, Duration::ZERO);
+        stats.save(at(3));
         assert!(dir.join("counters").exists());
         fs::remove_dir_all(&dir).unwrap();
     }
@@ -581,11 +578,11 @@ mod tests {
         let dir = dir("damage");
         fs::create_dir_all(&dir).unwrap();
         fs::write(dir.join("counters"), "nonsense").unwrap();
-        let record = Stats::new();
-        record.keep_in(&dir, at(1));
-        assert!(record.problem().unwrap().contains("damaged"));
-        record.save(at(2));
-        assert!(record.problem().unwrap().contains("lost"), "a person may not have seen it yet");
+        let stats = Stats::new();
+        stats.keep_in(&dir, at(1));
+        assert!(stats.problem().unwrap().contains("damaged"));
+        stats.save(at(2));
+        assert!(stats.problem().unwrap().contains("lost"), "a person may not have seen it yet");
         let next = Stats::new();
         next.keep_in(&dir, at(3));
         assert_eq!((next.problem(), next.totals_ever().unwrap().0), (None, FIRST + 1));
@@ -596,22 +593,22 @@ mod tests {
     fn write_error_is_reported_until_a_write_succeeds() {
         let dir = dir("unwritable");
         fs::write(&dir, "a file where the directory should be").unwrap();
-        let record = Stats::new();
-        record.keep_in(&dir, at(1));
+        let stats = Stats::new();
+        stats.keep_in(&dir, at(1));
         for second in 2..5 {
-            record.save(at(second));
-            assert!(record.problem().is_some());
+            stats.save(at(second));
+            assert!(stats.problem().is_some());
         }
         // The directory was a file, so the counters could not be read and must not be overwritten.
         fs::remove_file(&dir).unwrap();
-        let record = Stats::new();
-        record.keep_in(&dir, at(1));
+        let stats = Stats::new();
+        stats.keep_in(&dir, at(1));
         fs::write(&dir, "again").unwrap();
-        record.save(at(2));
-        assert!(record.problem().unwrap().contains(NOT_KEPT));
+        stats.save(at(2));
+        assert!(stats.problem().unwrap().contains(NOT_KEPT));
         fs::remove_file(&dir).unwrap();
-        record.save(at(3));
-        assert_eq!(record.problem(), None);
+        stats.save(at(3));
+        assert_eq!(stats.problem(), None);
         fs::remove_dir_all(&dir).unwrap();
     }
 }

@@ -91,10 +91,10 @@ impl Traffic {
         Traffic { peers: HashMap::new(), started }
     }
 
-    pub fn of(&mut self, who: TrafficKey, now: Instant) -> Arc<PeerTraffic> {
+    pub fn of(&mut self, key: TrafficKey, now: Instant) -> Arc<PeerTraffic> {
         let at = u64::try_from(now.saturating_duration_since(self.started).as_millis())
             .unwrap_or(u64::MAX);
-        if let Some(counts) = self.peers.get(&who) {
+        if let Some(counts) = self.peers.get(&key) {
             counts.last.store(at, Ordering::Relaxed);
             return counts.clone();
         }
@@ -102,12 +102,12 @@ impl Traffic {
             self.forget_one();
         }
         // A WAN client may use any number of addresses.
-        let may_have = who.network == Network::Lan || who.port != 0;
+        let may_have = key.network == Network::Lan || key.port != 0;
         let has_series =
             may_have && self.peers.values().filter(|counts| counts.has_series).count() < MAX_SERIES;
         let counts =
             Arc::new(PeerTraffic { last: at.into(), has_series, ..PeerTraffic::default() });
-        self.peers.insert(who, counts.clone());
+        self.peers.insert(key, counts.clone());
         counts
     }
 
@@ -116,11 +116,11 @@ impl Traffic {
         // would grow.
         let age = |counts: &PeerTraffic| (counts.has_series(), counts.last.load(Ordering::Relaxed));
         let oldest = self.peers.iter().min_by_key(|(_, counts)| age(counts));
-        oldest.map(|(who, _)| *who).and_then(|who| self.peers.remove(&who));
+        oldest.map(|(key, _)| *key).and_then(|key| self.peers.remove(&key));
     }
 
     pub fn all(&self) -> Vec<(TrafficKey, Arc<PeerTraffic>)> {
-        self.peers.iter().map(|(who, counts)| (*who, counts.clone())).collect()
+        self.peers.iter().map(|(key, counts)| (*key, counts.clone())).collect()
     }
 }
 
@@ -157,7 +157,7 @@ mod tests {
         }
         let all = traffic.all();
         assert_eq!(all.len(), MAX_PEERS);
-        assert!(all.iter().any(|(who, _)| *who == lan(0)));
+        assert!(all.iter().any(|(key, _)| *key == lan(0)));
         assert_eq!(all.iter().filter(|(_, counts)| counts.has_series()).count(), MAX_SERIES);
     }
 

@@ -56,19 +56,19 @@ impl RunningTransfer {
 
 /// Handle of the thread that moves a NAR. Dropping it ends the transfer.
 pub struct TransferGuard<'a> {
-    record: &'a Stats,
+    stats: &'a Stats,
     running: Option<Arc<RunningTransfer>>,
     peer: Option<(Network, Arc<PeerTraffic>)>,
 }
 
 impl<'a> TransferGuard<'a> {
     /// A handle that records nothing.
-    pub(super) fn none(record: &'a Stats) -> Self {
-        TransferGuard { record, running: None, peer: None }
+    pub(super) fn none(stats: &'a Stats) -> Self {
+        TransferGuard { stats, running: None, peer: None }
     }
 
     pub(super) fn begin(
-        record: &'a Stats,
+        stats: &'a Stats,
         id: u64,
         direction: Direction,
         name: String,
@@ -85,7 +85,7 @@ impl<'a> TransferGuard<'a> {
             peer: Mutex::default(),
             why: Mutex::default(),
         };
-        TransferGuard { record, running: Some(Arc::new(running)), peer: None }
+        TransferGuard { stats, running: Some(Arc::new(running)), peer: None }
     }
 
     pub(super) fn running(&self) -> Option<&Arc<RunningTransfer>> {
@@ -96,11 +96,11 @@ impl<'a> TransferGuard<'a> {
     pub fn with(&mut self, network: Network, peer: SocketAddr) {
         let Some(running) = &self.running else { return };
         *running.peer.lock() = Some((network, peer));
-        let who = match running.direction {
+        let key = match running.direction {
             Direction::In => TrafficKey::server(network, peer),
             Direction::Out => TrafficKey::asker(network, peer.ip()),
         };
-        self.peer = Some((network, self.record.counts(who)));
+        self.peer = Some((network, self.stats.counts(key)));
     }
 
     /// Sets the reason for the choice of the peer, as text for the status.
@@ -118,11 +118,11 @@ impl<'a> TransferGuard<'a> {
             (Direction::Out, Network::Lan) => (Counter::SentLan, &counts.sent),
             (Direction::Out, Network::Wan) => (Counter::SentWan, &counts.sent),
         };
-        self.record.add(count, bytes);
+        self.stats.add(count, bytes);
         of_peer.fetch_add(bytes, Ordering::Relaxed);
         // Counted immediately, because the peer's counts may be dropped during the transfer.
         if !counts.has_series() {
-            self.record.others[running.direction as usize].fetch_add(bytes, Ordering::Relaxed);
+            self.stats.others[running.direction as usize].fetch_add(bytes, Ordering::Relaxed);
         }
     }
 
@@ -135,21 +135,21 @@ impl<'a> TransferGuard<'a> {
     pub fn record_whole(&self) {
         let Some(running) = &self.running else { return };
         match running.direction {
-            Direction::In => self.record.add(Counter::ReceivedNars, 1),
-            Direction::Out => self.record.add(Counter::SentNars, 1),
+            Direction::In => self.stats.add(Counter::ReceivedNars, 1),
+            Direction::Out => self.stats.add(Counter::SentNars, 1),
         }
     }
 
     /// Counts the NAR as one that no peer could deliver.
     pub fn record_failure(&self) {
         if self.running.is_some() {
-            self.record.add(Counter::FailedNars, 1);
+            self.stats.add(Counter::FailedNars, 1);
         }
     }
 }
 
 impl Drop for TransferGuard<'_> {
     fn drop(&mut self) {
-        self.running.iter().for_each(|running| self.record.ended(running.id));
+        self.running.iter().for_each(|running| self.stats.ended(running.id));
     }
 }

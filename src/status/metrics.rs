@@ -53,7 +53,7 @@ impl StatusService {
     /// All metrics as text. Blocks for at most 7 s, for the store and for discovery.
     pub fn metrics(&self) -> String {
         let report = self.whole();
-        let record = &self.record;
+        let stats = &self.stats;
         let totals = &report.totals.start.totals;
         let mut all = MetricsText(String::new());
 
@@ -76,10 +76,10 @@ impl StatusService {
         }
 
         all.metric("lookup_seconds", "histogram", "Time of lookups for the own Nix.");
-        all.histogram("lookup_seconds", ("result", "hit"), &record.hit_time);
-        all.histogram("lookup_seconds", ("result", "miss"), &record.miss_time);
+        all.histogram("lookup_seconds", ("result", "hit"), &stats.hit_time);
+        all.histogram("lookup_seconds", ("result", "miss"), &stats.miss_time);
         all.metric("lookup_misses_total", "counter", "Lookups that found nothing, by reason.");
-        record.misses().for_each(|(code, count)| {
+        stats.misses().for_each(|(code, count)| {
             all.series("lookup_misses_total", &[("reason", code)], count as f64)
         });
         all.metric(
@@ -87,8 +87,8 @@ impl StatusService {
             "histogram",
             "Time from the own Nix's request for a NAR to its first piece.",
         );
-        all.histogram("first_byte_seconds", ("network", "lan"), &record.first_byte_lan);
-        all.histogram("first_byte_seconds", ("network", "wan"), &record.first_byte_wan);
+        all.histogram("first_byte_seconds", ("network", "lan"), &stats.first_byte_lan);
+        all.histogram("first_byte_seconds", ("network", "wan"), &stats.first_byte_wan);
 
         let by_network = |all: &mut MetricsText, name, help, lan, wan| {
             all.metric(name, "counter", help);
@@ -161,7 +161,7 @@ impl StatusService {
     /// Traffic of the peers that have a series, and of all others together. The number of series is
     /// bounded because Prometheus keeps each one that it has seen.
     fn peer_series(&self, all: &mut MetricsText) {
-        let (peers, others) = (self.record.traffic(), self.record.others());
+        let (peers, others) = (self.stats.traffic(), self.stats.others());
         for (at, name, help) in [
             (
                 0,
@@ -175,15 +175,15 @@ impl StatusService {
             ),
         ] {
             all.metric(name, "counter", help);
-            for (who, counts) in peers.iter().filter(|(_, counts)| counts.has_series()) {
+            for (key, counts) in peers.iter().filter(|(_, counts)| counts.has_series()) {
                 let counter = if at == 0 { &counts.received } else { &counts.sent };
                 let count = counter.load(std::sync::atomic::Ordering::Relaxed) as f64;
-                let address = if who.port == 0 {
-                    who.ip.to_string()
+                let address = if key.port == 0 {
+                    key.ip.to_string()
                 } else {
-                    format!("{}:{}", who.ip, who.port)
+                    format!("{}:{}", key.ip, key.port)
                 };
-                all.series(name, &[("peer", &address), ("network", who.network.as_str())], count);
+                all.series(name, &[("peer", &address), ("network", key.network.as_str())], count);
             }
             all.series(name, &[("peer", "others"), ("network", "any")], others[at] as f64);
         }

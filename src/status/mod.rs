@@ -36,7 +36,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 /// Timeout of a request to the discovery thread. At the timeout, discovery counts as hung: it waits
 /// for the database for at most 50 ms, and for nothing else.
-const DISCOVERY_PATIENCE: Duration = Duration::from_secs(2);
+const DISCOVERY_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Problem code of an unusable `--private-key` file.
 pub const PRIVATE_KEY: &str = "private-key";
@@ -48,7 +48,7 @@ pub const UPSTREAM_RATE: f64 = 25e6;
 /// Sources of the status.
 pub struct StatusService {
     /// Statistics of this run.
-    pub record: Arc<Stats>,
+    pub stats: Arc<Stats>,
     /// The LAN peers.
     pub discovery: Arc<DiscoveryClient>,
     /// Health of the peers.
@@ -228,13 +228,13 @@ impl StatusService {
         let keys = self.trusted.keys();
         let now = ClockReading::get();
         let (peers, discovery_answers) = self.peers(now);
-        let started = unix(self.record.started(now.wall));
+        let started = unix(self.stats.started(now.wall));
         let problems = self.problems(discovery_answers);
         StatusReport {
             version: VERSION,
             time: now.unix(),
             node: NodeReport {
-                state_dir: self.record.kept_in().map(|dir| dir.display().to_string()),
+                state_dir: self.stats.kept_in().map(|dir| dir.display().to_string()),
                 peer_id: self
                     .trackers
                     .iter()
@@ -248,7 +248,7 @@ impl StatusService {
                     .map(|known| known.key.name().to_owned())
                     .collect(),
                 public_keys: keys.map(|keys| keys.iter().map(key_report).collect()),
-                ..self.facts.node(started, self.record.age())
+                ..self.facts.node(started, self.stats.age())
             },
             health: HealthReport { ok: !problems.iter().any(|problem| problem.serious), problems },
             networks: self.networks(),
@@ -265,28 +265,28 @@ impl StatusService {
                 .collect(),
             peers,
             peers_omitted: 0,
-            lookups: self.record.lookups().into_iter().map(lookup).collect(),
+            lookups: self.stats.lookups().into_iter().map(lookup).collect(),
             transfers: self
-                .record
+                .stats
                 .transfers()
                 .iter()
                 .map(|running| transfer(running, now))
                 .collect(),
             totals: AllTotals {
-                start: totals(started, self.record.totals()),
+                start: totals(started, self.stats.totals()),
                 installation: self
-                    .record
+                    .stats
                     .totals_ever()
                     .map(|(since, ever)| totals(since as f64, ever)),
             },
-            history: History { hour_seconds: HOUR, hours: self.record.hours() },
+            history: History { hour_seconds: HOUR, hours: self.stats.hours() },
         }
     }
 
     /// Checks the store, discovery and all other services. Blocks for at most 7 s, for the store
     /// and for discovery.
     pub fn health(&self) -> HealthReport {
-        let answers = self.discovery.neighbours(DISCOVERY_PATIENCE).is_some();
+        let answers = self.discovery.neighbours(DISCOVERY_TIMEOUT).is_some();
         let problems = self.problems(answers);
         HealthReport { ok: !problems.iter().any(|problem| problem.serious), problems }
     }
@@ -341,7 +341,7 @@ impl StatusService {
                 error.into_iter().for_each(|error| add("friend", error, false));
             }
         }
-        if let Some(problem) = self.record.problem() {
+        if let Some(problem) = self.stats.problem() {
             add("counters", format!("counters {problem}"), false);
         }
         problems
@@ -379,15 +379,15 @@ impl StatusService {
         .collect()
     }
 
-    /// All peers, and whether discovery answered within [`DISCOVERY_PATIENCE`].
+    /// All peers, and whether discovery answered within [`DISCOVERY_TIMEOUT`].
     fn peers(&self, now: ClockReading) -> (Vec<PeerReport>, bool) {
-        let neighbours = self.discovery.neighbours(DISCOVERY_PATIENCE);
+        let neighbours = self.discovery.neighbours(DISCOVERY_TIMEOUT);
         let answers = neighbours.is_some();
         let mut rows = neighbour_rows(neighbours.unwrap_or_default(), now);
         for seen in self.health.all(now.instant) {
             let network = if seen.is_far { Network::Wan } else { Network::Lan };
-            let who = row_of(&rows, network, seen.address);
-            let row = rows.entry(who).or_insert_with(|| empty(seen.address, network));
+            let key = row_of(&rows, network, seen.address);
+            let row = rows.entry(key).or_insert_with(|| empty(seen.address, network));
             row.narinfo_seconds = seen.latency.map(seconds);
             row.last_heard = row.last_heard.or(seen.answered.map(|at| now.of(at)));
             row.failures = seen.faults;
@@ -398,23 +398,23 @@ impl StatusService {
                 reason,
             });
         }
-        for (who, counts) in self.record.traffic() {
+        for (key, counts) in self.stats.traffic() {
             // A client's port is arbitrary. If exactly one known peer has its address, the counts
             // are that peer's.
             let mut far =
-                rows.keys().filter(|known| known.network == who.network && known.ip == who.ip);
-            let who = match (far.next(), far.next()) {
-                (Some(known), None) if who.port == 0 => *known,
-                _ => who,
+                rows.keys().filter(|known| known.network == key.network && known.ip == key.ip);
+            let key = match (far.next(), far.next()) {
+                (Some(known), None) if key.port == 0 => *known,
+                _ => key,
             };
-            let row = rows.entry(who).or_insert_with(|| PeerReport {
-                found_by: if who.port == 0 { "request" } else { "tracker" },
-                address: if who.port == 0 {
-                    who.ip.to_string()
+            let row = rows.entry(key).or_insert_with(|| PeerReport {
+                found_by: if key.port == 0 { "request" } else { "tracker" },
+                address: if key.port == 0 {
+                    key.ip.to_string()
                 } else {
-                    SocketAddr::new(who.ip, who.port).to_string()
+                    SocketAddr::new(key.ip, key.port).to_string()
                 },
-                ..empty(SocketAddr::new(who.ip, who.port), who.network)
+                ..empty(SocketAddr::new(key.ip, key.port), key.network)
             });
             row.id = row.id.take().or_else(|| counts.id());
             row.hits += counts.hits.load(Ordering::Relaxed);
@@ -425,8 +425,8 @@ impl StatusService {
         let mut peers: Vec<(TrafficKey, PeerReport)> = rows.into_iter().collect();
         let moved = |peer: &PeerReport| peer.received_bytes.saturating_add(peer.sent_bytes);
         // Known peers come first, so that clients do not displace them from the report.
-        peers.sort_by_cached_key(|(who, peer)| {
-            (peer.found_by == "request", std::cmp::Reverse(moved(peer)), who.ip, who.port)
+        peers.sort_by_cached_key(|(key, peer)| {
+            (peer.found_by == "request", std::cmp::Reverse(moved(peer)), key.ip, key.port)
         });
         (peers.into_iter().map(|(_, peer)| peer).collect(), answers)
     }
@@ -458,9 +458,9 @@ fn neighbour_rows(
     for neighbour in neighbours {
         let mut http = neighbour.address;
         http.set_port(neighbour.http_port.unwrap_or(http.port()));
-        let mut who = TrafficKey::server(Network::Lan, http);
-        if rows.contains_key(&who) {
-            who.port = http.port();
+        let mut key = TrafficKey::server(Network::Lan, http);
+        if rows.contains_key(&key) {
+            key.port = http.port();
         }
         let row = PeerReport {
             found_by: neighbour.met_by.code(),
@@ -470,7 +470,7 @@ fn neighbour_rows(
             round_trip_seconds: neighbour.round_trip.map(seconds),
             ..empty(http, Network::Lan)
         };
-        rows.insert(who, row);
+        rows.insert(key, row);
     }
     rows
 }
@@ -515,9 +515,9 @@ fn row_of(
     network: Network,
     address: SocketAddr,
 ) -> TrafficKey {
-    let who = TrafficKey::server(network, address);
-    let with_port = TrafficKey { port: address.port(), ..who };
-    if rows.contains_key(&with_port) { with_port } else { who }
+    let key = TrafficKey::server(network, address);
+    let with_port = TrafficKey { port: address.port(), ..key };
+    if rows.contains_key(&with_port) { with_port } else { key }
 }
 
 fn empty(address: SocketAddr, network: Network) -> PeerReport {

@@ -385,10 +385,10 @@ fn hours(hours: &[Hour], now: f64) -> String {
     let shown: Vec<(u64, &Hour)> = (0..CHART_HOURS)
         .filter_map(|at| by_hour.get(&(first + at)).map(|hour| (at, *hour)))
         .collect();
-    let most = |bytes: fn(&Hour) -> u64| {
+    let max = |bytes: fn(&Hour) -> u64| {
         shown.iter().map(|(_, hour)| bytes(hour)).max().unwrap_or_default()
     };
-    let (up, down) = (most(|hour| hour.totals.received()), most(|hour| hour.totals.sent()));
+    let (up, down) = (max(|hour| hour.totals.received()), max(|hour| hour.totals.sent()));
     // Received and sent bytes have the same scale, the largest at which both fit.
     let scale = (CHART_UP / up.max(1) as f64).min(CHART_DOWN / down.max(1) as f64);
     let height = |bytes: u64| if bytes == 0 { 0.0 } else { (bytes as f64 * scale).max(1.0) };

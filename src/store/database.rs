@@ -142,11 +142,11 @@ pub(super) struct Database {
 }
 
 impl Database {
-    /// Opens the database and checks its schema. Waits for locks for at most `patience`.
+    /// Opens the database and checks its schema. Waits for locks for at most `timeout`.
     pub(super) fn open(
         path: &Path,
         mode: OpenMode,
-        patience: Duration,
+        timeout: Duration,
     ) -> Result<Self, DatabaseError> {
         // Taken before the file is opened, so that a file that replaces it in between is noticed
         // later.
@@ -169,7 +169,7 @@ impl Database {
             counted: Cell::default(),
             seen: Cell::default(),
         };
-        database.set_busy_timeout(patience)?;
+        database.set_busy_timeout(timeout)?;
         database
             .connection
             .pragma_update(None, "cache_size", -CACHE_KIB)
@@ -178,8 +178,8 @@ impl Database {
     }
 
     /// Sets how long each statement may wait for locks from now on.
-    pub(super) fn set_busy_timeout(&self, patience: Duration) -> Result<(), DatabaseError> {
-        self.connection.busy_timeout(patience).map_err(|error| classify(&self.path, error))
+    pub(super) fn set_busy_timeout(&self, timeout: Duration) -> Result<(), DatabaseError> {
+        self.connection.busy_timeout(timeout).map_err(|error| classify(&self.path, error))
     }
 
     /// Looks up the valid path with this hash part.

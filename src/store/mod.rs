@@ -34,10 +34,10 @@ use walk::Walk;
 const CONNECTIONS: usize = 4;
 /// Longest wait of a lookup for locks and for a free connection; then it fails with
 /// [`StoreError::Busy`].
-const LOOKUP_PATIENCE: Duration = Duration::from_secs(5);
+const LOOKUP_TIMEOUT: Duration = Duration::from_secs(5);
 /// Longest wait of [`Store::path_infos_quickly`] for locks and its connection; then it fails with
 /// [`StoreError::Busy`].
-const QUICK_PATIENCE: Duration = Duration::from_millis(50);
+const QUICK_TIMEOUT: Duration = Duration::from_millis(50);
 /// Number of paths whose files are checked when the store is opened. If none of them has files, the
 /// store's files are in another directory.
 const SAMPLE: usize = 16;
@@ -129,11 +129,11 @@ impl Store {
             lookups: ConnectionPool::new(
                 place.clone(),
                 CONNECTIONS,
-                LOOKUP_PATIENCE,
+                LOOKUP_TIMEOUT,
                 log::Level::Info,
             ),
-            quick_lookups: ConnectionPool::new(place.clone(), 1, QUICK_PATIENCE, log::Level::Debug),
-            scans: ConnectionPool::new(place, 1, LOOKUP_PATIENCE, log::Level::Debug),
+            quick_lookups: ConnectionPool::new(place.clone(), 1, QUICK_TIMEOUT, log::Level::Debug),
+            scans: ConnectionPool::new(place, 1, LOOKUP_TIMEOUT, log::Level::Debug),
             config,
         }
     }

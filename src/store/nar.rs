@@ -276,8 +276,8 @@ impl NarStream<'_> {
         // buffer, so that the file's length is verified and the last piece is retained.
         while wanted.end - at > 2 * PIECE as u64 {
             self.flush()?;
-            let most = wanted.end - at - PIECE as u64;
-            match self.out.send_file(descriptor.as_fd(), at, most).map_err(NarError::Write)? {
+            let max = wanted.end - at - PIECE as u64;
+            match self.out.send_file(descriptor.as_fd(), at, max).map_err(NarError::Write)? {
                 None => break,
                 Some(0) => return Err(walk.changed("became shorter while it was read")),
                 Some(count) => {
@@ -292,14 +292,14 @@ impl NarStream<'_> {
             let room = self.room();
             // At the end of the file, one byte more is requested, to notice that the file has
             // grown.
-            let (asked, most) = match usize::try_from(left) {
+            let (asked, max) = match usize::try_from(left) {
                 Ok(left) if left <= room => (left + usize::from(wanted.end == file.size), left),
                 _ => (room, room),
             };
             let count =
                 match pread(descriptor, &mut self.buffer[self.filled..self.filled + asked], at) {
                     Ok(0) => return Err(walk.changed("became shorter while it was read")),
-                    Ok(count) if count > most => {
+                    Ok(count) if count > max => {
                         return Err(walk.changed("became longer while it was read"));
                     }
                     Ok(count) => count,

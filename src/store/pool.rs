@@ -85,7 +85,7 @@ pub(super) struct ConnectionPool {
     connections: usize,
     /// Longest wait of one query for locks and for a connection; then it fails with
     /// [`StoreError::Busy`].
-    patience: Duration,
+    timeout: Duration,
     /// Level at which the pool logs how it opened the database.
     level: log::Level,
     state: Mutex<PoolState>,
@@ -108,13 +108,13 @@ impl ConnectionPool {
     pub(super) fn new(
         location: DatabaseLocation,
         connections: usize,
-        patience: Duration,
+        timeout: Duration,
         level: log::Level,
     ) -> Self {
         ConnectionPool {
             location,
             connections,
-            patience,
+            timeout,
             level,
             state: Mutex::default(),
             returned: Condvar::default(),
@@ -122,7 +122,7 @@ impl ConnectionPool {
     }
 
     /// Looks up the valid path with this hash part, in the cache or in the database. Blocks for at
-    /// most `patience` on locks and connections.
+    /// most `timeout` on locks and connections.
     pub(super) fn path_info(
         &self,
         kept: &PathInfoCache,
@@ -132,7 +132,7 @@ impl ConnectionPool {
     }
 
     /// Looks up the valid paths with these hash parts. A malformed row counts as absent. Blocks for
-    /// at most `patience` on locks and connections.
+    /// at most `timeout` on locks and connections.
     pub(super) fn path_infos(
         &self,
         kept: &PathInfoCache,
@@ -187,9 +187,9 @@ impl ConnectionPool {
     }
 
     /// Runs `question` on a connection, and on a new one if the open one fails. It may run more
-    /// than once. Blocks for at most `patience` on locks and connections.
+    /// than once. Blocks for at most `timeout` on locks and connections.
     pub(super) fn read<T>(&self, question: &DatabaseQuery<'_, T>) -> Result<T, StoreError> {
-        let deadline = Instant::now() + self.patience;
+        let deadline = Instant::now() + self.timeout;
         self.notice_replacement()?;
         let mut lease = self.lease(deadline)?;
         if let Some(database) = lease.database.take() {

@@ -19,14 +19,14 @@ pub const BITS_PER_PATH: u64 = 16;
 
 /// Minimum number of bits for each path. The false positive rate is 1.4 %. Each peer adds that
 /// share of wrong candidates to every lookup, so trackers refuse filters that are fuller.
-pub const LEAST_BITS_PER_PATH: u64 = 10;
+pub const MIN_BITS_PER_PATH: u64 = 10;
 
 /// Maximum number of bits for each path. The false positive rate is 0.007 %: 7 of 100,000 peers.
-pub const MOST_BITS_PER_PATH: u64 = 20;
+pub const MAX_BITS_PER_PATH: u64 = 20;
 
-/// Maximum fraction of set bits: 1 - e^(-[`HASHES`] / [`LEAST_BITS_PER_PATH`]), plus 0.02 for
-/// random variation, four standard deviations in the smallest filter. Fuller filters are refused.
-const MOST_SET: f64 = 0.72;
+/// Maximum fraction of set bits: 1 - e^(-[`HASHES`] / [`MIN_BITS_PER_PATH`]), plus 0.02 for random
+/// variation, four standard deviations in the smallest filter. Fuller filters are refused.
+const MAX_SET_FRACTION: f64 = 0.72;
 
 /// Size in bits of the smallest filter, 1 KiB. Most machines have more paths than fit into it.
 const MIN_BITS: u64 = 8 * 1024;
@@ -56,11 +56,11 @@ impl BloomFilter {
         BloomFilter { bits: vec![0; bytes as usize] }
     }
 
-    /// Whether so many bits are set that the filter must have less than [`LEAST_BITS_PER_PATH`]
-    /// bits for each path.
+    /// Whether so many bits are set that the filter must have less than [`MIN_BITS_PER_PATH`] bits
+    /// for each path.
     pub fn is_overfull(&self) -> bool {
         let set: u64 = self.bits.iter().map(|byte| u64::from(byte.count_ones())).sum();
-        set as f64 > self.len_bits() as f64 * MOST_SET
+        set as f64 > self.len_bits() as f64 * MAX_SET_FRACTION
     }
 
     /// The size in bits of a filter that needs at least `bits`: 8 to 15 eighths of a power of two,
@@ -159,8 +159,8 @@ mod tests {
         }
         // The same for the fullest filter that is accepted.
         let mut filter = BloomFilter::for_paths(20_000);
-        let most = filter.len_bits() / LEAST_BITS_PER_PATH;
-        (0..most).for_each(|i| {
+        let max = filter.len_bits() / MIN_BITS_PER_PATH;
+        (0..max).for_each(|i| {
             filter.insert(&part(i));
         });
         let wrong = (0..50_000).filter(|i| filter.contains(&part(1 << 32 | i))).count();
@@ -172,7 +172,7 @@ mod tests {
     fn filter_with_more_than_maximum_bits_is_overfull() {
         for paths in [0, 20_000] {
             let mut filter = BloomFilter::for_paths(paths);
-            let fits = filter.len_bits() / LEAST_BITS_PER_PATH;
+            let fits = filter.len_bits() / MIN_BITS_PER_PATH;
             add(&mut filter, 0..fits);
             assert!(!filter.is_overfull(), "{paths}");
             add(&mut filter, fits..2 * fits);
@@ -183,7 +183,7 @@ mod tests {
 
     #[test]
     fn filter_of_most_bits_has_few_false_positives() {
-        let mut filter = BloomFilter::with_bits(20_000, MOST_BITS_PER_PATH);
+        let mut filter = BloomFilter::with_bits(20_000, MAX_BITS_PER_PATH);
         add(&mut filter, 0..20_000);
         let wrong = (0..200_000).filter(|i| filter.contains(&part(1 << 32 | i))).count();
         assert!(wrong <= 40, "{wrong} of 200000");

@@ -93,11 +93,11 @@ pub struct AnnounceResponse {
     pub tracker: Option<String>,
     /// Timestamp of the peer's filter that the tracker has; `None` if it has none.
     pub filter: Option<u64>,
-    /// Bits for each path that new filters should have, from [`LEAST_BITS_PER_PATH`] to
-    /// [`MOST_BITS_PER_PATH`].
+    /// Bits for each path that new filters should have, from [`MIN_BITS_PER_PATH`] to
+    /// [`MAX_BITS_PER_PATH`].
     ///
-    /// [`LEAST_BITS_PER_PATH`]: crate::wire::filter::LEAST_BITS_PER_PATH
-    /// [`MOST_BITS_PER_PATH`]: crate::wire::filter::MOST_BITS_PER_PATH
+    /// [`MIN_BITS_PER_PATH`]: crate::wire::filter::MIN_BITS_PER_PATH
+    /// [`MAX_BITS_PER_PATH`]: crate::wire::filter::MAX_BITS_PER_PATH
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bits_per_path: Option<u64>,
     /// Whether the tracker reached a peerix at the announced address; `None` if it has not tried

@@ -86,9 +86,9 @@ fn check(seed: u64) {
     simulation.machine(asker).assert_bounds();
     // Allows each lookup a batch of its own, with query, answer and six repeats. More packets are a
     // storm.
-    let most = (PATHS + WARM_UP) * (count as u64 + 30) * 14 + 20_000 + 40 * (count * count) as u64;
+    let max = (PATHS + WARM_UP) * (count as u64 + 30) * 14 + 20_000 + 40 * (count * count) as u64;
     let sent = simulation.packets - packets;
-    assert!(sent <= most, "{context}: {sent} packets");
+    assert!(sent <= max, "{context}: {sent} packets");
 }
 
 /// Schedules one disturbance of the asker or a holder. Returns its description, and how long the
