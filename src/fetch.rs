@@ -105,8 +105,8 @@ impl Downloader {
     }
 
     fn may_leave(&self, nar_hash: NarHash) -> bool {
-        self.given_up(nar_hash).is_none_or(|(at, why)| {
-            why != AbortReason::Left || at.elapsed() >= UPSTREAM_LEAVE_INTERVAL
+        self.given_up(nar_hash).is_none_or(|(at, reason)| {
+            reason != AbortReason::Left || at.elapsed() >= UPSTREAM_LEAVE_INTERVAL
         })
     }
 
@@ -114,8 +114,8 @@ impl Downloader {
         self.given_up.lock().get(&nar_hash).copied()
     }
 
-    fn give_up(&self, nar_hash: NarHash, why: AbortReason) {
-        self.given_up.lock().insert(nar_hash, (Instant::now(), why));
+    fn give_up(&self, nar_hash: NarHash, reason: AbortReason) {
+        self.given_up.lock().insert(nar_hash, (Instant::now(), reason));
     }
 }
 
@@ -184,11 +184,11 @@ impl<'a> Download<'a> {
         let mut reader =
             FailoverReader::new(downloader, found, deadline, downloader.may_leave(hash));
         let (incoming, first) = match reader.first_piece() {
-            Ok(begun) => begun,
-            Err(cut) => {
-                log::debug!("NAR {hash}: not begun: {cut}");
-                reader.fail();
-                if matches!(cut, DownloadError::Upstream(_)) {
+            Ok(started) => started,
+            Err(error) => {
+                log::debug!("NAR {hash}: not begun: {error}");
+                reader.record_failed();
+                if matches!(error, DownloadError::Upstream(_)) {
                     downloader.give_up(hash, AbortReason::Left);
                     downloader.upstream.record_left_nar(size);
                 }
@@ -214,7 +214,7 @@ impl StartedDownload<'_> {
             self;
         if incoming.rest() == 0 {
             out.write_all(part(first.bytes(), 0, range))?;
-            reader.delivered();
+            reader.record_delivered();
             return Ok(());
         }
         let next = |incoming: &mut VerifiedStream, piece: &mut Piece| {
@@ -224,10 +224,10 @@ impl StartedDownload<'_> {
             spool_writer.iter_mut().for_each(|writer| writer.push(piece.clone()))
         };
         let passed = incoming.pass_on(first, range, out, next, keep);
-        let wrong = match passed {
+        let fault = match passed {
             Ok(()) => {
                 if incoming.rest() == 0 {
-                    reader.delivered();
+                    reader.record_delivered();
                 }
                 return Ok(());
             }
@@ -241,15 +241,15 @@ impl StartedDownload<'_> {
             Err(IncompleteNar::Io(e)) => {
                 match e.get_ref().and_then(|e| e.downcast_ref::<DownloadError>()) {
                     Some(DownloadError::Wrong(why)) => why.clone(),
-                    Some(cut) => {
-                        log::info!("NAR {hash}: cut: {cut}");
-                        reader.fail();
-                        match cut {
+                    Some(error) => {
+                        log::info!("NAR {hash}: cut: {error}");
+                        reader.record_failed();
+                        match error {
                             DownloadError::Upstream(_) => {
                                 downloader.give_up(hash, AbortReason::Left);
                                 downloader
                                     .upstream
-                                    .record_left_nar(incoming.at() + incoming.rest());
+                                    .record_left_nar(incoming.received() + incoming.rest());
                             }
                             DownloadError::Unsupported(_) => {
                                 downloader.give_up(hash, AbortReason::Wrong);
@@ -263,8 +263,8 @@ impl StartedDownload<'_> {
             }
         };
         downloader.give_up(hash, AbortReason::Wrong);
-        let why = format!("NAR {hash}: {wrong}");
-        reader.blame(&why);
+        let why = format!("NAR {hash}: {fault}");
+        reader.record_wrong_nar(&why);
         Err(io::Error::other(why))
     }
 }

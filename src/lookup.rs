@@ -30,7 +30,7 @@ use std::time::{Duration, Instant};
 /// Maximum wait for another thread's lookup of the same path. At the bound, the waiting thread
 /// reports a miss. Lookups have shorter timeouts of their own, so the bound matters only if the
 /// other thread hangs.
-const FLIGHT_TIMEOUT: Duration = Duration::from_secs(15);
+const JOIN_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// Maximum length in bytes of a narinfo's `URL`, which is stored with the found path. Narinfos with
 /// longer ones are refused. URLs of peerix have 95 bytes, those of the Python peerix about 200.
@@ -84,7 +84,7 @@ impl NarSource {
     }
 
     /// The key of the peer in health and pace records.
-    pub fn who(&self) -> PeerKey {
+    pub fn peer_key(&self) -> PeerKey {
         if self.network() == Network::Wan { PeerKey::far(self.peer) } else { self.peer.into() }
     }
 
@@ -101,7 +101,9 @@ impl NarSource {
 
     /// Path of the NAR relative to the root of the peer's server.
     pub fn nar_path(&self, hash_part: &HashPart, nar_hash: &NarHash) -> String {
-        self.url_path.as_deref().map_or_else(|| usual_nar_path(hash_part, nar_hash), str::to_owned)
+        self.url_path
+            .as_deref()
+            .map_or_else(|| default_nar_path(hash_part, nar_hash), str::to_owned)
     }
 
     /// The kind of link to the peer. Takes the transfer's name out of this source: a further
@@ -110,8 +112,8 @@ impl NarSource {
         match self.network() {
             Network::Lan => LinkKind::Lan,
             Network::Wan => {
-                let begun = self.wan.as_mut().map(std::mem::take);
-                LinkKind::Wan(begun.and_then(|begun| begun.get().cloned()))
+                let name = self.wan.as_mut().map(std::mem::take);
+                LinkKind::Wan(name.and_then(|name| name.get().cloned()))
             }
         }
     }
@@ -123,7 +125,7 @@ pub fn nar_name(hash_part: &HashPart, nar_hash: &NarHash) -> String {
 }
 
 /// URL path at which a peerix serves a NAR of its store.
-fn usual_nar_path(hash_part: &HashPart, nar_hash: &NarHash) -> String {
+fn default_nar_path(hash_part: &HashPart, nar_hash: &NarHash) -> String {
     format!("local/nar/{}", nar_name(hash_part, nar_hash))
 }
 
@@ -134,7 +136,7 @@ pub struct LookupService {
     friends: Option<Arc<Friends>>,
     trusted: Arc<TrustedKeys>,
     stats: Arc<Stats>,
-    flights: Mutex<HashMap<HashPart, Arc<PendingLookup>>>,
+    pending: Mutex<HashMap<HashPart, Arc<PendingLookup>>>,
     found: FoundPaths,
 }
 
@@ -142,7 +144,7 @@ pub struct LookupService {
 #[derive(Default)]
 struct PendingLookup {
     result: Mutex<Option<Option<Arc<PeerNarinfo>>>>,
-    condition: Condvar,
+    ended: Condvar,
 }
 
 impl LookupService {
@@ -155,8 +157,8 @@ impl LookupService {
         trusted: Arc<TrustedKeys>,
         stats: Arc<Stats>,
     ) -> Self {
-        let (flights, found) = Default::default();
-        LookupService { lan, wan, friends, trusted, stats, flights, found }
+        let (pending, found) = Default::default();
+        LookupService { lan, wan, friends, trusted, stats, pending, found }
     }
 
     /// Returns a neighbour's realisation of `id` that [`TrustedKeys::accepts_realisation`] accepts.
@@ -166,7 +168,7 @@ impl LookupService {
     }
 
     /// Records that the friend with this key has sent a request.
-    pub fn heard_friend(&self, key: &NodeKey) {
+    pub fn record_friend_request(&self, key: &NodeKey) {
         self.friends.iter().for_each(|friends| friends.heard_request(key));
     }
 
@@ -181,8 +183,8 @@ impl LookupService {
     pub fn agreed_nar_hash(&self, hash_part: &HashPart) -> Option<NarHash> {
         let mut search = self.search(hash_part);
         let first = self.next_offer(&mut search)?.narinfo.info.nar_hash;
-        while let Some(offered) = self.next_offer(&mut search) {
-            if offered.narinfo.info.nar_hash != first {
+        while let Some(found) = self.next_offer(&mut search) {
+            if found.narinfo.info.nar_hash != first {
                 log::debug!(
                     "{hash_part}: peers have different NARs, and the URL that Nix remembers tells none"
                 );
@@ -207,29 +209,29 @@ impl LookupService {
 
     /// Returns the narinfo, and whether it comes from a lookup that was already under way.
     fn join_or_search(&self, hash_part: &HashPart) -> (Option<Arc<PeerNarinfo>>, bool) {
-        let (flight, is_first) = {
-            let mut flights = self.flights.lock();
-            match flights.get(hash_part) {
-                Some(flight) => (flight.clone(), false),
+        let (pending_lookup, is_leader) = {
+            let mut pending = self.pending.lock();
+            match pending.get(hash_part) {
+                Some(pending_lookup) => (pending_lookup.clone(), false),
                 None => {
-                    let flight = Arc::new(PendingLookup::default());
-                    flights.insert(*hash_part, flight.clone());
-                    (flight, true)
+                    let pending_lookup = Arc::new(PendingLookup::default());
+                    pending.insert(*hash_part, pending_lookup.clone());
+                    (pending_lookup, true)
                 }
             }
         };
-        if !is_first {
-            return (flight.wait(), true);
+        if !is_leader {
+            return (pending_lookup.wait(), true);
         }
         // The guard wakes the waiting threads even if the search panics, with a miss.
-        let mut landing = guard(None, |narinfo| {
+        let mut result = guard(None, |narinfo| {
             // No thread can join the flight any more.
-            self.flights.lock().remove(hash_part);
-            *flight.result.lock() = Some(narinfo);
-            flight.condition.notify_all();
+            self.pending.lock().remove(hash_part);
+            *pending_lookup.result.lock() = Some(narinfo);
+            pending_lookup.ended.notify_all();
         });
-        *landing = self.search_and_keep(hash_part).map(Arc::new);
-        (landing.clone(), false)
+        *result = self.search_and_remember(hash_part).map(Arc::new);
+        (result.clone(), false)
     }
 
     /// Finds peers that have the path with this NAR hash: from an earlier lookup, or by a new
@@ -245,7 +247,8 @@ impl LookupService {
             return Some(found);
         }
         let mut search = self.search(hash_part);
-        let FoundNarinfo { source, narinfo, .. } = self.next_of(&mut search, nar_hash, deadline)?;
+        let FoundNarinfo { source, narinfo, .. } =
+            self.next_matching(&mut search, nar_hash, deadline)?;
         Some(search.found(source, &narinfo.info))
     }
 
@@ -259,14 +262,14 @@ impl LookupService {
     ) -> Option<NarSource> {
         loop {
             let FoundNarinfo { source, narinfo, .. } =
-                self.next_of(search, &found.nar_hash, deadline)?;
+                self.next_matching(search, &found.nar_hash, deadline)?;
             if narinfo.info.nar_size == found.nar_size {
                 return Some(source);
             }
         }
     }
 
-    fn next_of(
+    fn next_matching(
         &self,
         search: &mut HolderSearch,
         nar_hash: &NarHash,
@@ -274,11 +277,11 @@ impl LookupService {
     ) -> Option<FoundNarinfo> {
         search.resume(deadline);
         loop {
-            let offered = self.next_offer(search)?;
-            if offered.narinfo.info.nar_hash == *nar_hash {
-                return Some(offered);
+            let found = self.next_offer(search)?;
+            if found.narinfo.info.nar_hash == *nar_hash {
+                return Some(found);
             }
-            log::debug!("{}: peer {} has another NAR", search.hash_part, offered.source.peer);
+            log::debug!("{}: peer {} has another NAR", search.hash_part, found.source.peer);
         }
     }
 
@@ -292,7 +295,7 @@ impl LookupService {
 
     /// Requests the narinfo of a peer, and returns the peer as a source with the NAR's URL. Returns
     /// `None` if it has another NAR or does not answer within `timeout`.
-    pub fn nar_place(
+    pub fn locate_nar(
         &self,
         peer: SocketAddr,
         found: &FoundNar,
@@ -337,15 +340,15 @@ impl LookupService {
             friends,
             lan: self.lan.as_ref().map(|lan| lan.search(hash_part, is_found)),
             wan: self.wan.as_ref().map(|wan| wan.search(hash_part)),
-            unusable: None,
+            refusal: None,
         }
     }
 
-    fn search_and_keep(&self, hash_part: &HashPart) -> Option<PeerNarinfo> {
+    fn search_and_remember(&self, hash_part: &HashPart) -> Option<PeerNarinfo> {
         let began = Instant::now();
         let mut search = self.search(hash_part);
         let Some(FoundNarinfo { source, narinfo, peer_id }) = self.next_offer(&mut search) else {
-            let (took, why) = (began.elapsed(), search.why_not());
+            let (took, why) = (began.elapsed(), search.miss_reason());
             log::debug!("{hash_part}: no peer has it ({took:?})");
             self.stats.missed(hash_part, why, took);
             return None;
@@ -374,8 +377,8 @@ impl LookupService {
     /// Returns the next holder on the LAN, or a friend that answers before the LAN has.
     fn next_near_offer(&self, search: &mut HolderSearch) -> Option<FoundNarinfo> {
         loop {
-            if let Some(offered) = self.next_lan_offer(search, false) {
-                return Some(offered);
+            if let Some(found) = self.next_lan_offer(search, false) {
+                return Some(found);
             }
             let FriendOffer { link, address, narinfo } = search.friends.as_mut()?.next_offer()?;
             match self.accept(address, &narinfo) {
@@ -385,7 +388,7 @@ impl LookupService {
                     search.lan.iter_mut().for_each(LanSearch::settle);
                     return Some(FoundNarinfo { source, narinfo, peer_id: name });
                 }
-                Err(why) => search.unusable = Some(why),
+                Err(why) => search.refusal = Some(why),
             }
         }
     }
@@ -410,8 +413,8 @@ impl LookupService {
 
     /// Returns the next peer named by a tracker that has an acceptable narinfo.
     fn next_wan_offer(&self, search: &mut HolderSearch) -> Option<FoundNarinfo> {
-        let (wan, unusable, search) =
-            (self.wan.as_ref()?, &mut search.unusable, search.wan.as_mut()?);
+        let (wan, refusal, search) =
+            (self.wan.as_ref()?, &mut search.refusal, search.wan.as_mut()?);
         loop {
             let WanOffer { peer, origin, narinfo } = search.next_offer()?;
             match self.accept(peer, &narinfo) {
@@ -419,7 +422,7 @@ impl LookupService {
                     source.wan = Some(wan.begin_transfer(&origin));
                     return Some(FoundNarinfo { source, narinfo, peer_id: Some(origin.peer_id) });
                 }
-                Err(why) => *unusable = Some(why),
+                Err(why) => *refusal = Some(why),
             }
         }
     }
@@ -435,8 +438,8 @@ impl LookupService {
             log::debug!("{}: peer {peer} has it without a trusted signature", narinfo.info.path);
             return Err(MissReason::Untrusted(peer));
         }
-        let usual = usual_nar_path(&narinfo.info.path.hash_part(), &narinfo.info.nar_hash);
-        let url_path = (narinfo.url != usual).then(|| narinfo.url.as_str().into());
+        let default_path = default_nar_path(&narinfo.info.path.hash_part(), &narinfo.info.nar_hash);
+        let url_path = (narinfo.url != default_path).then(|| narinfo.url.as_str().into());
         Ok(NarSource { peer, url_path, wan: None, friend: None })
     }
 }
@@ -457,7 +460,7 @@ pub struct HolderSearch {
     /// Peers that trackers name. They are asked when no LAN peer has the path.
     wan: Option<WanSearch>,
     /// Why the last narinfo from beyond the LAN was refused.
-    unusable: Option<MissReason>,
+    refusal: Option<MissReason>,
 }
 
 impl HolderSearch {
@@ -473,28 +476,28 @@ impl HolderSearch {
     }
 
     /// Why the search found nothing.
-    fn why_not(&mut self) -> MissReason {
+    fn miss_reason(&mut self) -> MissReason {
         let lan_failure = self.lan.as_mut().and_then(LanSearch::take_failure);
-        if let Some(why) = self.unusable.take().or(lan_failure) {
+        if let Some(why) = self.refusal.take().or(lan_failure) {
             return why;
         }
-        let far = self.wan.as_ref();
-        if let Some((peer, e)) = far.and_then(WanSearch::useless) {
+        let wan = self.wan.as_ref();
+        if let Some((peer, e)) = wan.and_then(WanSearch::useless) {
             return MissReason::failed(*peer, e);
         }
         // A peer that claims to have the path but was not asked is an avoided one.
         let first_seen = self.lan.as_ref().and_then(LanSearch::first_seen);
-        if let Some(peer) = first_seen.or_else(|| far.and_then(WanSearch::avoided)) {
+        if let Some(peer) = first_seen.or_else(|| wan.and_then(WanSearch::avoided)) {
             return MissReason::Avoided(peer);
         }
-        let near = self.lan.as_ref().map_or(Some((0, 0)), LanSearch::asked_and_unanswered);
-        let Some((near, near_silent)) = near else { return MissReason::Busy };
+        let near_asked = self.lan.as_ref().map_or(Some((0, 0)), LanSearch::asked_and_unanswered);
+        let Some((near_asked, near_silent)) = near_asked else { return MissReason::Busy };
         let friends =
             self.friends.as_ref().map(FriendSearch::asked_and_unanswered).unwrap_or_default();
-        let (near, near_silent) = (near + friends.0, near_silent + friends.1);
-        let (far_asked, far_silent) = far.map(WanSearch::asked_and_silent).unwrap_or_default();
-        match (near + far_asked, near_silent + far_silent) {
-            (0, _) => MissReason::Alone { no_tracker: far.is_some_and(|wan| !wan.has_tracker()) },
+        let (near_asked, near_silent) = (near_asked + friends.0, near_silent + friends.1);
+        let (far_asked, far_silent) = wan.map(WanSearch::asked_and_silent).unwrap_or_default();
+        match (near_asked + far_asked, near_silent + far_silent) {
+            (0, _) => MissReason::Alone { no_tracker: wan.is_some_and(|wan| !wan.has_tracker()) },
             (asked, 0) => MissReason::Nobody { asked },
             (asked, silent) => MissReason::Silent { asked, silent },
         }
@@ -516,9 +519,8 @@ impl HolderSearch {
 
 impl PendingLookup {
     fn wait(&self) -> Option<Arc<PeerNarinfo>> {
-        let landed = self.result.lock();
-        let waited =
-            self.condition.wait_timeout_while(landed, FLIGHT_TIMEOUT, |landed| landed.is_none());
+        let result = self.result.lock();
+        let waited = self.ended.wait_timeout_while(result, JOIN_TIMEOUT, |result| result.is_none());
         waited.clone().flatten()
     }
 }

@@ -39,9 +39,9 @@ const MAX_SEARCHES: u32 = 3;
 const MAX_MOVES: u32 = 3;
 
 /// Expected transfer time from which on the LAN is asked again for further holders.
-const LONG: Duration = Duration::from_millis(50);
+const MIN_TIME_TO_ASK: Duration = Duration::from_millis(50);
 /// Minimum interval between two such queries for one NAR.
-const ASK_PAUSE: Duration = Duration::from_secs(10);
+const HOLDER_QUERY_INTERVAL: Duration = Duration::from_secs(10);
 /// Maximum wait for the answers to such a query.
 const HOLDER_QUERY_TIMEOUT: Duration = Duration::from_millis(20);
 
@@ -52,7 +52,7 @@ const UPSTREAM_GRACE: Duration = Duration::from_secs(2);
 /// Maximum time for the first piece from any of the relays that a holder named. After it, the
 /// holder is asked again. Relays may wait for further relays, so this ends before the NAR's own
 /// deadline.
-const RELAY_PATIENCE: Timeout = Timeout::from_secs(5);
+const RELAY_TIMEOUT: Timeout = Timeout::from_secs(5);
 /// A relay is left after this time, multiplied by its position in the chain, without a byte or
 /// while the holder is twice as fast. Also the interval at which the holder is asked for its pace,
 /// and the timeout of that request.
@@ -66,7 +66,7 @@ const CHECK_INTERVAL: Duration = Duration::from_millis(100);
 const PACE_WINDOW: Timeout = Timeout::from_secs(5);
 
 /// Maximum wait for the first byte if there may be another peer; otherwise [`READ_TIMEOUT`].
-const FIRST_BYTE: Duration = Duration::from_secs(2);
+const FIRST_BYTE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Maximum time for the rest of a NAR that is not supported, whose hash shows whether the peer
 /// invented the unsupported bytes. Nix gets nothing meanwhile. A peer that takes longer counts as
@@ -86,29 +86,29 @@ pub(super) struct FailoverReader<'a> {
     search: Option<HolderSearch>,
     searches: u32,
     tries: u32,
-    /// The last peer that was busy or broke off and may be asked again, and how often each may
-    /// happen.
-    again: Option<NarSource>,
+    /// The last peer that was busy or broke off, to be asked again if no other is left.
+    retry_source: Option<NarSource>,
+    /// How often a peer that is busy, or that breaks off, may still be asked again.
     busy_left: u32,
     broken_left: u32,
     moves_left: u32,
     /// The faster peer for which the last one was left.
-    moves_to: Option<PeerKey>,
+    faster_peer: Option<PeerKey>,
     /// Whether the NAR may be left to the upstream cache. False if that happened lately, and Nix
     /// asked here again.
     may_leave: bool,
     /// When the LAN was last asked for further holders.
-    asked_again: Option<Instant>,
+    last_holder_query: Option<Instant>,
     /// Whether a holder may name relays. True until a holder has named some, so that no two nodes
     /// wait for each other.
-    takes_names: bool,
+    accepts_relays: bool,
     /// Relays that a holder named, each with that holder. The last one is asked first.
     relays: Vec<(NarSource, SocketAddr)>,
     /// Deadline for the first piece from a relay that a holder named; `None` once it is there.
-    relays_until: Option<Instant>,
+    relay_deadline: Option<Instant>,
     current: Option<ActiveSource<'a>>,
     contributors: Vec<Contributor>,
-    accusations: Vec<DigestMismatch>,
+    mismatches: Vec<DigestMismatch>,
     /// Deadline for the first piece; `None` once it is there. Later, the deadline for the rest of
     /// an unsupported NAR.
     deadline: Option<Instant>,
@@ -116,7 +116,7 @@ pub(super) struct FailoverReader<'a> {
 
 /// A peer that may have sent a part of the NAR.
 struct Contributor {
-    who: PeerKey,
+    peer_key: PeerKey,
     /// Its stream failed.
     has_failed: bool,
 }
@@ -128,10 +128,10 @@ struct DigestMismatch {
     holder: PeerKey,
     began: Instant,
     /// Offset of the piece in the NAR, and its SHA-256 according to the holder.
-    at: u64,
+    offset: u64,
     digest: [u8; 32],
     /// Whether the digest matched the piece that was accepted; `None` until that piece is there.
-    is_true: Option<bool>,
+    holder_is_right: Option<bool>,
 }
 
 /// The peer that is currently sending.
@@ -140,7 +140,7 @@ struct ActiveSource<'a> {
     body: NarBody,
     /// At least one byte has arrived.
     has_begun: bool,
-    intake: IncomingNar<'a>,
+    incoming_nar: IncomingNar<'a>,
     counted: Option<CountedTransfer<'a>>,
     began: Instant,
     last_read: Instant,
@@ -150,11 +150,11 @@ struct ActiveSource<'a> {
     pause: Duration,
     /// Time waited for the peer in the current [`PACE_WINDOW`], and bytes received in it.
     waited: Duration,
-    got: u64,
+    received: u64,
     /// Total time waited for the peer.
-    waited_in_all: Duration,
+    total_wait: Duration,
     /// Time waited since the last check for a faster source.
-    unlooked: Duration,
+    unchecked_wait: Duration,
     /// Pace of this stream from its first bytes on.
     meter: PaceMeter,
     /// Set if the peer is a relay: the holder's digests, with which its pieces are compared.
@@ -164,9 +164,9 @@ struct ActiveSource<'a> {
 /// Digests of pieces according to a holder.
 struct PieceDigests {
     holder: SocketAddr,
-    /// Index of the piece to which the first entry of `list` belongs.
+    /// Index of the piece to which the first entry of `entries` belongs.
     first: u64,
-    list: Vec<[u8; 32]>,
+    entries: Vec<[u8; 32]>,
     /// Position of the relay in the chain, from 1: one more than the named relays not yet asked.
     position: u32,
     /// When the holder was last asked for its pace, and since when it is twice as fast as the
@@ -214,14 +214,14 @@ impl StreamError {
 
 impl ActiveSource<'_> {
     fn start_waiting(&mut self, now: Instant) {
-        self.intake.wait(now);
+        self.incoming_nar.wait(now);
         if self.has_begun {
             self.meter.wait(now);
         }
     }
 
     fn stop_waiting(&mut self, now: Instant) {
-        self.intake.pause(now);
+        self.incoming_nar.pause(now);
         if self.has_begun {
             self.meter.pause(now);
         }
@@ -229,8 +229,8 @@ impl ActiveSource<'_> {
 }
 
 impl<'a> FailoverReader<'a> {
-    /// Sends no request yet. `deadline` is the deadline of the first piece. `may_leave`: the NAR
-    /// may be left to the upstream cache.
+    /// Sends no request yet. `deadline` is that of the first piece. `may_leave`: the NAR may be
+    /// left to the upstream cache.
     pub(super) fn new(
         downloader: &'a Downloader,
         found: FoundNar,
@@ -247,19 +247,19 @@ impl<'a> FailoverReader<'a> {
             search: None,
             searches: 0,
             tries: 0,
-            again: None,
+            retry_source: None,
             busy_left: MAX_BUSY,
             broken_left: MAX_BROKEN,
             moves_left: MAX_MOVES,
-            moves_to: None,
+            faster_peer: None,
             may_leave,
-            asked_again: None,
-            takes_names: found_size >= spool::MIN_SIZE,
+            last_holder_query: None,
+            accepts_relays: found_size >= spool::MIN_SIZE,
             relays: Vec::new(),
-            relays_until: None,
+            relay_deadline: None,
             current: None,
             contributors: Vec::new(),
-            accusations: Vec::new(),
+            mismatches: Vec::new(),
             deadline: Some(deadline),
         }
     }
@@ -284,8 +284,8 @@ impl<'a> FailoverReader<'a> {
             let filled = self.fill(&mut incoming, &mut piece);
             match filled.and_then(|()| check_first_piece(&incoming, &piece)) {
                 Ok(()) => {
-                    self.try_accusations(0, &piece);
-                    (self.deadline, self.relays_until) = (None, None);
+                    self.judge_mismatches(0, &piece);
+                    (self.deadline, self.relay_deadline) = (None, None);
                     return Ok((incoming, piece));
                 }
                 Err(StreamError::Upstream(why)) => return Err(DownloadError::Upstream(why)),
@@ -310,17 +310,17 @@ impl<'a> FailoverReader<'a> {
         piece: &mut Piece,
     ) -> Result<(), DownloadError> {
         loop {
-            let at = incoming.at();
-            if self.current.is_none() && self.connect(at)?.is_none() {
+            let offset = incoming.received();
+            if self.current.is_none() && self.connect(offset)?.is_none() {
                 let hash = self.found.nar_hash;
                 let why =
-                    format!("NAR {hash}: no peer left at byte {at} of {}", self.found.nar_size);
+                    format!("NAR {hash}: no peer left at byte {offset} of {}", self.found.nar_size);
                 log::warn!("{why}");
                 return Err(DownloadError::NoPeer(why));
             }
             match self.fill(incoming, piece) {
                 Ok(()) => {
-                    self.try_accusations(at, piece);
+                    self.judge_mismatches(offset, piece);
                     return Ok(());
                 }
                 // Bytes before the malformed ones may be wrong, too, and Nix has them: no other
@@ -331,11 +331,11 @@ impl<'a> FailoverReader<'a> {
                 Err(StreamError::Late) => {
                     let why = "the rest of an unsupported NAR is late";
                     let slow = StreamError::failed(Fault::BrokenStream, why);
-                    self.drop_current(&slow, incoming.at());
+                    self.drop_current(&slow, incoming.received());
                     return Err(DownloadError::Unsupported(why.into()));
                 }
                 Err(StreamError::Upstream(why)) => return Err(DownloadError::Upstream(why)),
-                Err(broken) => self.drop_current(&broken, incoming.at()),
+                Err(broken) => self.drop_current(&broken, incoming.received()),
             }
         }
     }
@@ -356,14 +356,14 @@ impl<'a> FailoverReader<'a> {
             if room.is_empty() {
                 break;
             }
-            let got = self.read(room, incoming.at(), incoming.rest())?;
+            let received = self.read(room, incoming.received(), incoming.rest())?;
             if skip > 0 {
                 if let Some(current) = &mut self.current {
-                    current.body.skip -= got as u64;
+                    current.body.skip -= received as u64;
                 }
                 continue;
             }
-            self.take(incoming, piece, got)?;
+            self.accept_bytes(incoming, piece, received)?;
         }
         self.broken_left = MAX_BROKEN;
         Ok(())
@@ -375,42 +375,42 @@ impl<'a> FailoverReader<'a> {
         incoming: &mut VerifiedStream,
         piece: &mut Piece,
     ) -> Result<(), StreamError> {
-        let (at, rest) = (incoming.at(), incoming.rest());
+        let (offset, rest) = (incoming.received(), incoming.rest());
         let len = piece.room(rest).len();
         let mut filled = 0;
         while filled < len {
             let room = &mut piece.room(rest)[filled..];
-            filled += self.read(room, at + filled as u64, rest - filled as u64)?;
+            filled += self.read(room, offset + filled as u64, rest - filled as u64)?;
         }
-        let digest = self.digest(at / PIECE as u64)?;
+        let digest = self.digest(offset / PIECE as u64)?;
         if ring::digest::digest(&SHA256, piece.room(rest)).as_ref() != digest {
             return Err(StreamError::WrongPiece(digest));
         }
         // The digest matched, so the holder has the same malformed bytes.
-        self.take(incoming, piece, len)
+        self.accept_bytes(incoming, piece, len)
     }
 
     /// Adds `bytes` received bytes to the piece. The first unsupported ones after the first piece
     /// set the deadline for the rest.
-    fn take(
+    fn accept_bytes(
         &mut self,
         incoming: &mut VerifiedStream,
         piece: &mut Piece,
         bytes: usize,
     ) -> Result<(), StreamError> {
-        incoming.take(piece, bytes).map_err(|e| StreamError::failed(Fault::BadData, e))?;
+        incoming.accept_bytes(piece, bytes).map_err(|e| StreamError::failed(Fault::BadData, e))?;
         if incoming.unsupported().is_some() {
             self.deadline.get_or_insert_with(|| Instant::now() + UNSUPPORTED_TIMEOUT.get());
         }
-        self.transfer.progress(incoming.at());
+        self.transfer.progress(incoming.received());
         Ok(())
     }
 
-    /// Compares the accepted piece at byte `at` with the digests that relays did not match.
-    fn try_accusations(&mut self, at: u64, piece: &Piece) {
-        for accusation in self.accusations.iter_mut().filter(|accusation| accusation.at == at) {
-            accusation.is_true =
-                Some(ring::digest::digest(&SHA256, piece.bytes()).as_ref() == accusation.digest);
+    /// Compares the accepted piece at byte `offset` with the digests that relays did not match.
+    fn judge_mismatches(&mut self, offset: u64, piece: &Piece) {
+        for mismatch in self.mismatches.iter_mut().filter(|mismatch| mismatch.offset == offset) {
+            mismatch.holder_is_right =
+                Some(ring::digest::digest(&SHA256, piece.bytes()).as_ref() == mismatch.digest);
         }
     }
 
@@ -421,8 +421,8 @@ impl<'a> FailoverReader<'a> {
         else {
             return Err(StreamError::Unchecked(false, "not compared".into()));
         };
-        let place = piece.checked_sub(digests.first).and_then(|place| usize::try_from(place).ok());
-        if let Some(digest) = place.and_then(|place| digests.list.get(place)) {
+        let index = piece.checked_sub(digests.first).and_then(|index| usize::try_from(index).ok());
+        if let Some(digest) = index.and_then(|index| digests.entries.get(index)) {
             return Ok(*digest);
         }
         let name = nar_name(&self.hash_part, &self.found.nar_hash);
@@ -437,17 +437,17 @@ impl<'a> FailoverReader<'a> {
         let unchecked = |e: PeerError| {
             StreamError::Unchecked(e.fault() == Some(Fault::BrokenPromise), e.to_string())
         };
-        digests.list = asked.map_err(unchecked)?.0;
+        digests.entries = asked.map_err(unchecked)?.0;
         digests
-            .list
+            .entries
             .first()
             .copied()
             .ok_or_else(|| StreamError::Unchecked(true, "no digests".into()))
     }
 
     /// Reads at least one byte from the current peer. `rest` bytes of the NAR are missing, from
-    /// byte `at` on. Fails after [`READ_TIMEOUT`] without a byte.
-    fn read(&mut self, room: &mut [u8], at: u64, rest: u64) -> Result<usize, StreamError> {
+    /// byte `offset` on. Fails after [`READ_TIMEOUT`] without a byte.
+    fn read(&mut self, room: &mut [u8], offset: u64, rest: u64) -> Result<usize, StreamError> {
         let began = Instant::now();
         let Some(current) = &mut self.current else {
             return Err(StreamError::failed(Fault::BrokenStream, "not connected"));
@@ -456,27 +456,28 @@ impl<'a> FailoverReader<'a> {
         current.read_began = began;
         current.start_waiting(began);
         loop {
-            let look = CHECK_INTERVAL.min(self.left(Instant::now()));
+            let timeout = CHECK_INTERVAL.min(self.time_left(Instant::now()));
             let Some(current) = &mut self.current else { break };
             let before = Instant::now();
-            let read = current.body.read_within(room, look);
+            let read = current.body.read_within(room, timeout);
             let now = Instant::now();
-            current.unlooked += now - before;
-            current.waited_in_all += now - before;
+            current.unchecked_wait += now - before;
+            current.total_wait += now - before;
             match read {
                 Ok(Some(0)) => {
-                    let why = format_args!("stream ended at byte {at} of {}", self.found.nar_size);
+                    let why =
+                        format_args!("stream ended at byte {offset} of {}", self.found.nar_size);
                     return Err(StreamError::failed(Fault::BrokenStream, why));
                 }
-                Ok(Some(got)) => {
-                    self.count(got as u64, began, now);
-                    self.check_pace(now, rest - (got as u64).min(rest))?;
-                    return Ok(got);
+                Ok(Some(received)) => {
+                    self.record_received(received as u64, began, now);
+                    self.check_pace(now, rest - (received as u64).min(rest))?;
+                    return Ok(received);
                 }
                 Ok(None) if now - began >= READ_TIMEOUT.get() => {
                     return Err(StreamError::failed(
                         Fault::BrokenStream,
-                        format_args!("sent nothing more at byte {at}"),
+                        format_args!("sent nothing more at byte {offset}"),
                     ));
                 }
                 Ok(None) => {
@@ -491,7 +492,7 @@ impl<'a> FailoverReader<'a> {
                 Err(e) => {
                     return Err(StreamError::failed(
                         Fault::BrokenStream,
-                        format_args!("stream broke at byte {at}: {e}"),
+                        format_args!("stream broke at byte {offset}: {e}"),
                     ));
                 }
             }
@@ -500,18 +501,18 @@ impl<'a> FailoverReader<'a> {
     }
 
     /// Counts received bytes, and the wait for them since `began`.
-    fn count(&mut self, got: u64, began: Instant, now: Instant) {
+    fn record_received(&mut self, received: u64, began: Instant, now: Instant) {
         let Some(current) = &mut self.current else { return };
         current.last_read = now;
-        current.intake.got(got, now);
+        current.incoming_nar.got(received, now);
         if std::mem::replace(&mut current.has_begun, true) {
-            current.meter.got(got, now);
+            current.meter.got(received, now);
         }
         current.waited += now - began;
-        current.got += got;
-        self.transfer.moved(got);
+        current.received += received;
+        self.transfer.moved(received);
         if let Some(counted) = &mut current.counted {
-            counted.bytes += got;
+            counted.bytes += received;
         }
     }
 
@@ -522,35 +523,35 @@ impl<'a> FailoverReader<'a> {
         }
         let Some(current) = &mut self.current else { return Ok(()) };
         if current.waited >= PACE_WINDOW.get() {
-            let pace = (current.got as f64 / current.waited.as_secs_f64()) as u64;
+            let pace = (current.received as f64 / current.waited.as_secs_f64()) as u64;
             if pace < MIN_BYTES_PER_SECOND {
                 return Err(StreamError::failed(
                     Fault::BrokenStream,
                     format_args!("too slow, {pace} bytes a second"),
                 ));
             }
-            (current.waited, current.got) = (Duration::ZERO, 0);
+            (current.waited, current.received) = (Duration::ZERO, 0);
         }
-        if rest == 0 || current.unlooked < CHECK_INTERVAL {
+        if rest == 0 || current.unchecked_wait < CHECK_INTERVAL {
             return Ok(());
         }
-        current.unlooked = Duration::ZERO;
-        let load = current.intake.load(now);
+        current.unchecked_wait = Duration::ZERO;
+        let load = current.incoming_nar.load(now);
         let own = current.meter.pace(now);
         if current.digests.is_some() {
-            return self.judge_relay(own, now);
+            return self.check_relay(own, now);
         }
-        let waited = current.waited_in_all;
+        let waited = current.total_wait;
         if self.moves_left > 0 && waited >= picker::MIN_WAIT {
-            self.ask_again(rest as f64 / load.pace.known.unwrap_or(load.pace.measured));
-            let (places, others) = self.holdings(now);
+            self.find_holders(rest as f64 / load.pace.known.unwrap_or(load.pace.measured));
+            let (indices, others) = self.holders(now);
             // The last allowed move only goes to a peer whose pace is known.
             let is_fit =
-                |holding: &HolderFacts| self.moves_left > 1 || holding.load.pace.known.is_some();
-            let (places, others): (Vec<usize>, Vec<HolderFacts>) =
-                places.into_iter().zip(others).filter(|(_, holding)| is_fit(holding)).unzip();
+                |holder: &HolderFacts| self.moves_left > 1 || holder.load.pace.known.is_some();
+            let (indices, others): (Vec<usize>, Vec<HolderFacts>) =
+                indices.into_iter().zip(others).filter(|(_, holder)| is_fit(holder)).unzip();
             if let Some(at) = picker::faster(&load, waited, rest, &others) {
-                self.moves_to = Some(self.found.sources[places[at]].who());
+                self.faster_peer = Some(self.found.sources[indices[at]].peer_key());
                 return Err(StreamError::Slow(format!(
                     "slow ({load}), another has {}",
                     others[at].load
@@ -570,7 +571,7 @@ impl<'a> FailoverReader<'a> {
     /// Returns an error if the current peer, a relay, is to be left for the holder. A slow relay
     /// slows all behind it in the chain. The node next to it leaves it first, so that the others,
     /// whose limits are longer, become fast again and stay.
-    fn judge_relay(&mut self, own: PaceEstimate, now: Instant) -> Result<(), StreamError> {
+    fn check_relay(&mut self, own: PaceEstimate, now: Instant) -> Result<(), StreamError> {
         if self.relay_time_left(now).is_zero() {
             return Err(StreamError::Slow("the first piece has not come in time".into()));
         }
@@ -585,13 +586,13 @@ impl<'a> FailoverReader<'a> {
         }
         digests.asked = now;
         let name = nar_name(&self.hash_part, &self.found.nar_hash);
-        let there =
+        let holder_pace =
             match self.downloader.client.digests(digests.holder, &name, 0, 1, RELAY_STEP.get()) {
-                Ok((_, Some(there))) => there,
+                Ok((_, Some(holder_pace))) => holder_pace,
                 _ => return Ok(()),
             };
-        let here = own.known.unwrap_or(own.measured);
-        if there < 2.0 * here {
+        let relay_pace = own.known.unwrap_or(own.measured);
+        if holder_pace < 2.0 * relay_pace {
             digests.slow_since = None;
             return Ok(());
         }
@@ -601,8 +602,8 @@ impl<'a> FailoverReader<'a> {
         }
         Err(StreamError::Slow(format!(
             "{:.0} KiB/s, the holder has {:.0} KiB/s",
-            here / 1024.0,
-            there / 1024.0
+            relay_pace / 1024.0,
+            holder_pace / 1024.0
         )))
     }
 
@@ -613,40 +614,47 @@ impl<'a> FailoverReader<'a> {
         if !self.may_leave || time <= UPSTREAM_GRACE {
             return None;
         }
-        let there = self.downloader.upstream.time(&self.found, self.left(Instant::now()))?;
-        let why =
-            || format!("{time:.1?} more from the best peer, {there:.1?} from the upstream cache");
-        (time > UPSTREAM_GRACE + 2 * there).then(why)
+        let upstream_time =
+            self.downloader.upstream.time(&self.found, self.time_left(Instant::now()))?;
+        let why = || {
+            format!(
+                "{time:.1?} more from the best peer, {upstream_time:.1?} from the upstream cache"
+            )
+        };
+        (time > UPSTREAM_GRACE + 2 * upstream_time).then(why)
     }
 
     /// Indices of the known sources that may be asked, and what is known of each.
-    fn holdings(&self, now: Instant) -> (Vec<usize>, Vec<HolderFacts>) {
+    fn holders(&self, now: Instant) -> (Vec<usize>, Vec<HolderFacts>) {
         let health = &self.downloader.health;
-        let holding = |(at, source): (usize, &NarSource)| {
-            let who = source.who();
-            let health = match health.eligibility(who, now) {
-                Eligibility::Now if health.has_many_odd_paths(who, now) => HealthRank::LastResort,
-                Eligibility::Now if !health.is_doubtful(who) => HealthRank::Good,
+        let holder = |(index, source): (usize, &NarSource)| {
+            let peer_key = source.peer_key();
+            let health = match health.eligibility(peer_key, now) {
+                Eligibility::Now if health.has_many_odd_paths(peer_key, now) => {
+                    HealthRank::LastResort
+                }
+                Eligibility::Now if !health.is_doubtful(peer_key) => HealthRank::Good,
                 Eligibility::Now => HealthRank::Doubtful,
                 Eligibility::Last => HealthRank::LastResort,
                 Eligibility::Never => return None,
             };
-            Some((at, HolderFacts { health, load: self.downloader.paces.load(who, now) }))
+            Some((index, HolderFacts { health, load: self.downloader.paces.load(peer_key, now) }))
         };
-        self.found.sources.iter().enumerate().filter_map(holding).unzip()
+        self.found.sources.iter().enumerate().filter_map(holder).unzip()
     }
 
-    /// Asks the LAN for further holders if the rest takes [`LONG`] or longer. Blocks for
+    /// Asks the LAN for further holders if the rest takes [`MIN_TIME_TO_ASK`] or longer. Blocks for
     /// [`HOLDER_QUERY_TIMEOUT`] at most.
-    fn ask_again(&mut self, seconds: f64) {
+    fn find_holders(&mut self, seconds: f64) {
         let now = Instant::now();
-        let is_early =
-            self.asked_again.is_some_and(|at| now.saturating_duration_since(at) < ASK_PAUSE);
-        if is_early || seconds < LONG.as_secs_f64() {
+        let is_early = self
+            .last_holder_query
+            .is_some_and(|at| now.saturating_duration_since(at) < HOLDER_QUERY_INTERVAL);
+        if is_early || seconds < MIN_TIME_TO_ASK.as_secs_f64() {
             return;
         }
-        self.asked_again = Some(now);
-        let left = HOLDER_QUERY_TIMEOUT.min(self.left(now));
+        self.last_holder_query = Some(now);
+        let left = HOLDER_QUERY_TIMEOUT.min(self.time_left(now));
         for source in self.downloader.lookup.holders(&self.hash_part, left) {
             let is_same = |known: &NarSource| known.peer.ip() == source.peer.ip();
             if !self.found.sources.iter().chain(self.current()).any(is_same) {
@@ -655,9 +663,9 @@ impl<'a> FailoverReader<'a> {
         }
     }
 
-    /// Connects to the best source at byte `at`. Returns `None` if there is none.
-    fn connect(&mut self, at: u64) -> Result<Option<()>, DownloadError> {
-        while at == 0
+    /// Connects to the best source at byte `offset`. Returns `None` if there is none.
+    fn connect(&mut self, offset: u64) -> Result<Option<()>, DownloadError> {
+        while offset == 0
             && let Some((relay, holder)) = self.relays.pop()
         {
             let now = Instant::now();
@@ -666,78 +674,80 @@ impl<'a> FailoverReader<'a> {
                 self.relays.clear();
                 break;
             }
-            if self.ask(relay, at, timeout, "it is getting the NAR, too", Some(holder)) {
+            if self.request(relay, offset, timeout, "it is getting the NAR, too", Some(holder)) {
                 return Ok(Some(()));
             }
         }
         while self.tries < MAX_TRIES {
-            let rest = self.found.nar_size - at;
+            let rest = self.found.nar_size - offset;
             let Some((source, why)) = self.next_source(rest) else { break };
             // Checked before the request: a NAR of a peer that is known to be slow need not wait
             // for it.
-            let load = self.downloader.paces.load(source.who(), Instant::now());
+            let load = self.downloader.paces.load(source.peer_key(), Instant::now());
             let time = picker::time_left(&load.with(rest), None, rest);
             if let Some(why) = time.and_then(|time| self.upstream_is_faster(time)) {
                 return Err(DownloadError::Upstream(why));
             }
-            let timeout = if self.may_have_another() { FIRST_BYTE } else { READ_TIMEOUT.get() };
-            let timeout = timeout.min(self.left(Instant::now()));
+            let timeout =
+                if self.may_have_another() { FIRST_BYTE_TIMEOUT } else { READ_TIMEOUT.get() };
+            let timeout = timeout.min(self.time_left(Instant::now()));
             if timeout.is_zero() {
                 break;
             }
             self.tries += 1;
-            if self.ask(source, at, timeout, &why, None) {
+            if self.request(source, offset, timeout, &why, None) {
                 return Ok(Some(()));
             }
             if !self.relays.is_empty() {
-                return self.connect(at);
+                return self.connect(offset);
             }
         }
         Ok(None)
     }
 
-    /// Requests the NAR from byte `at` on. Returns false if the peer does not begin to send within
-    /// `timeout`. If `holder` is set, the source is a relay that this holder named.
-    fn ask(
+    /// Requests the NAR from byte `offset` on. Returns false if the peer does not begin to send
+    /// within `timeout`. If `holder` is set, the source is a relay that this holder named.
+    fn request(
         &mut self,
         mut source: NarSource,
-        at: u64,
+        offset: u64,
         timeout: Duration,
         why: &str,
         holder: Option<SocketAddr>,
     ) -> bool {
-        let (who, began) = (source.who(), Instant::now());
+        let (peer_key, began) = (source.peer_key(), Instant::now());
         let (hash, peer) = (self.found.nar_hash, source.peer);
-        let mut intake = self.downloader.paces.begin(who, self.found.nar_size - at, began);
+        let mut incoming_nar =
+            self.downloader.paces.begin(peer_key, self.found.nar_size - offset, began);
         if holder.is_some() {
             // A relay may wait for its own source before it answers.
-            intake.pause(began);
+            incoming_nar.pause(began);
         }
         let url_path = source.nar_path(&self.hash_part, &self.found.nar_hash);
-        let mut way = source.take_link_kind();
-        if way == LinkKind::Lan
+        let mut link = source.take_link_kind();
+        if link == LinkKind::Lan
             && source.friend.is_none()
-            && self.takes_names
-            && at == 0
+            && self.accepts_relays
+            && offset == 0
             && holder.is_none()
         {
-            way = LinkKind::LanOrOthers;
+            link = LinkKind::LanOrOthers;
         }
         let client = source.client(&self.downloader.client);
-        match client.nar(peer, &url_path, at, self.found.nar_size, timeout, &way) {
+        match client.nar(peer, &url_path, offset, self.found.nar_size, timeout, &link) {
             Ok(body) => {
-                log::debug!("NAR {hash}: from peer {peer} at byte {at}: {why}");
-                if at > 0 {
-                    log::info!("NAR {hash}: continued from peer {peer} at byte {at}");
+                log::debug!("NAR {hash}: from peer {peer} at byte {offset}: {why}");
+                if offset > 0 {
+                    log::info!("NAR {hash}: continued from peer {peer} at byte {offset}");
                 }
                 // The holder's digests confirm a relay's pieces, so the holder is the contributor.
-                let who = holder.map_or(who, PeerKey::from);
-                if !self.contributors.iter().any(|contributor| contributor.who == who) {
-                    self.contributors.push(Contributor { who, has_failed: false });
+                let peer_key = holder.map_or(peer_key, PeerKey::from);
+                if !self.contributors.iter().any(|contributor| contributor.peer_key == peer_key) {
+                    self.contributors.push(Contributor { peer_key, has_failed: false });
                 }
                 self.transfer.with(source.network(), peer);
                 self.transfer.explain(why);
-                let counted = match way {
+                let counted = match link {
                     LinkKind::Wan(Some(transfer)) => {
                         Some(CountedTransfer { downloader: self.downloader, transfer, bytes: 0 })
                     }
@@ -747,21 +757,21 @@ impl<'a> FailoverReader<'a> {
                     source,
                     body,
                     has_begun: false,
-                    intake,
+                    incoming_nar,
                     counted,
                     began,
                     last_read: Instant::now(),
                     read_began: Instant::now(),
                     pause: Duration::ZERO,
                     waited: Duration::ZERO,
-                    got: 0,
-                    waited_in_all: Duration::ZERO,
-                    unlooked: Duration::ZERO,
+                    received: 0,
+                    total_wait: Duration::ZERO,
+                    unchecked_wait: Duration::ZERO,
                     meter: PaceMeter::default(),
                     digests: holder.map(|holder| PieceDigests {
                         holder,
                         first: 0,
-                        list: Vec::new(),
+                        entries: Vec::new(),
                         position: self.relays.len() as u32 + 1,
                         asked: Instant::now(),
                         slow_since: None,
@@ -770,13 +780,14 @@ impl<'a> FailoverReader<'a> {
                 return true;
             }
             Err(PeerError::Named(ips)) => {
-                self.takes_names = false;
-                self.relays_until = Some(Instant::now() + RELAY_PATIENCE.get());
+                self.accepts_relays = false;
+                self.relay_deadline = Some(Instant::now() + RELAY_TIMEOUT.get());
                 log::debug!("NAR {hash}: peer {peer} names {ips:?}");
                 let mut relays = self.downloader.lookup.live_neighbours(&ips);
-                relays.retain(|relay| self.is_good(relay.who()) && relay.who() != who);
+                relays
+                    .retain(|relay| self.is_good(relay.peer_key()) && relay.peer_key() != peer_key);
                 let mut seen = HashSet::new();
-                relays.retain(|relay| seen.insert(relay.who()));
+                relays.retain(|relay| seen.insert(relay.peer_key()));
                 self.relays = relays.into_iter().map(|relay| (relay, peer)).collect();
                 self.found.sources.push(source);
             }
@@ -785,7 +796,7 @@ impl<'a> FailoverReader<'a> {
             Err(PeerError::Busy) => {
                 if let Some(left) = self.busy_left.checked_sub(1) {
                     self.busy_left = left;
-                    self.again = Some(source);
+                    self.retry_source = Some(source);
                 }
             }
             // The peer only answered that it has the path. It may have another NAR, or the same one
@@ -794,46 +805,53 @@ impl<'a> FailoverReader<'a> {
                 if source.url_path.is_none() && source.wan.is_none() && source.friend.is_none() =>
             {
                 log::debug!("NAR {hash}: peer {peer} has it elsewhere, or another one");
-                let left = timeout.min(self.left(Instant::now()));
-                match self.downloader.lookup.nar_place(peer, &self.found, left) {
+                let left = timeout.min(self.time_left(Instant::now()));
+                match self.downloader.lookup.locate_nar(peer, &self.found, left) {
                     Some(elsewhere) if elsewhere.url_path.is_some() => {
                         self.found.sources.push(elsewhere)
                     }
                     Some(_) => {
                         let why = "says that it has a NAR, and has not";
-                        self.record_failure(who, Fault::BrokenPromise, began, &why);
+                        self.record_failure(peer_key, Fault::BrokenPromise, began, &why);
                     }
                     None => {}
                 }
             }
             Err(e) => {
                 log::debug!("NAR {hash}: peer {peer}: {e}");
-                e.record(&self.downloader.health, who, began);
+                e.record(&self.downloader.health, peer_key, began);
             }
         }
         false
     }
 
     /// Records the failure of a request that began at `began`.
-    fn record_failure(&self, who: PeerKey, fault: Fault, began: Instant, why: &dyn fmt::Display) {
-        self.downloader.health.record_failure(who, fault, began, Instant::now(), why);
+    fn record_failure(
+        &self,
+        peer_key: PeerKey,
+        fault: Fault,
+        began: Instant,
+        why: &dyn fmt::Display,
+    ) {
+        self.downloader.health.record_failure(peer_key, fault, began, Instant::now(), why);
     }
 
     /// Whether no recent failure of the peer is on record.
-    fn is_good(&self, who: PeerKey) -> bool {
+    fn is_good(&self, peer_key: PeerKey) -> bool {
         let health = &self.downloader.health;
-        health.eligibility(who, Instant::now()) == Eligibility::Now && !health.is_doubtful(who)
+        health.eligibility(peer_key, Instant::now()) == Eligibility::Now
+            && !health.is_doubtful(peer_key)
     }
 
     /// Time until the deadline of the first piece; [`Duration::MAX`] once that is there.
-    fn left(&self, now: Instant) -> Duration {
+    fn time_left(&self, now: Instant) -> Duration {
         time_left(self.deadline, now)
     }
 
     /// Time left for relays and digests: until the deadline for relays or that of
     /// [`FailoverReader::left`], whichever is earlier.
     fn relay_time_left(&self, now: Instant) -> Duration {
-        self.left(now).min(time_left(self.relays_until, now))
+        self.time_left(now).min(time_left(self.relay_deadline, now))
     }
 
     fn may_have_another(&self) -> bool {
@@ -843,45 +861,47 @@ impl<'a> FailoverReader<'a> {
     /// Removes the best source from the known ones, and returns it with the reason for the choice.
     fn next_source(&mut self, rest: u64) -> Option<(NarSource, String)> {
         // The pace of the peer that was left is smoothed, so it may still look best.
-        let moves_to = self.moves_to.take();
+        let faster_peer = self.faster_peer.take();
         let sources = &mut self.found.sources;
-        if let Some(place) = sources.iter().position(|source| Some(source.who()) == moves_to) {
-            return Some((sources.swap_remove(place), "twice as fast as the last one".into()));
+        if let Some(index) =
+            sources.iter().position(|source| Some(source.peer_key()) == faster_peer)
+        {
+            return Some((sources.swap_remove(index), "twice as fast as the last one".into()));
         }
-        if let Some(best) = self.best(rest) {
+        if let Some(best) = self.best_source(rest) {
             return Some(best);
         }
         if let Some(source) = self.next_searched_source() {
             return Some((source, "the only one found by another search".into()));
         }
-        let source = self.again.take()?;
-        thread::sleep(RETRY_DELAY.min(self.left(Instant::now())));
+        let source = self.retry_source.take()?;
+        thread::sleep(RETRY_DELAY.min(self.time_left(Instant::now())));
         Some((source, "asked again, as there is no other".into()))
     }
 
-    fn best(&mut self, bytes: u64) -> Option<(NarSource, String)> {
-        let (_, holdings) = self.holdings(Instant::now());
-        let choice = picker::choose(&holdings, bytes)?;
-        self.ask_again(choice.expected.as_secs_f64());
-        let (places, holdings) = self.holdings(Instant::now());
-        let choice = picker::choose(&holdings, bytes)?;
-        let why = format!("best of {}: {}", holdings.len(), holdings[choice.at].load);
-        Some((self.found.sources.swap_remove(places[choice.at]), why))
+    fn best_source(&mut self, bytes: u64) -> Option<(NarSource, String)> {
+        let (_, holders) = self.holders(Instant::now());
+        let choice = picker::choose(&holders, bytes)?;
+        self.find_holders(choice.expected.as_secs_f64());
+        let (indices, holders) = self.holders(Instant::now());
+        let choice = picker::choose(&holders, bytes)?;
+        let why = format!("best of {}: {}", holders.len(), holders[choice.at].load);
+        Some((self.found.sources.swap_remove(indices[choice.at]), why))
     }
 
     /// Returns a further source from a search that checks narinfos.
     fn next_searched_source(&mut self) -> Option<NarSource> {
-        let latest = self.deadline.unwrap_or_else(|| Instant::now() + Duration::from_secs(60));
+        let deadline = self.deadline.unwrap_or_else(|| Instant::now() + Duration::from_secs(60));
         loop {
             if let Some(search) = &mut self.search
                 && let Some(source) =
-                    self.downloader.lookup.next_source(search, &self.found, latest)
+                    self.downloader.lookup.next_source(search, &self.found, deadline)
             {
                 // The next source is wanted only if this one fails.
                 search.suspend();
                 return Some(source);
             }
-            if self.searches >= MAX_SEARCHES || Instant::now() >= latest {
+            if self.searches >= MAX_SEARCHES || Instant::now() >= deadline {
                 return None;
             }
             self.searches += 1;
@@ -889,24 +909,24 @@ impl<'a> FailoverReader<'a> {
         }
     }
 
-    /// Drops the current peer at byte `at`, and records its fault if it has one.
-    fn drop_current(&mut self, broken: &StreamError, at: u64) {
+    /// Drops the current peer at byte `offset`, and records its fault if it has one.
+    fn drop_current(&mut self, broken: &StreamError, offset: u64) {
         let Some(current) = self.current.take() else { return };
         let (hash, peer) = (self.found.nar_hash, current.source.peer);
-        let (who, began) = (current.source.who(), current.began);
+        let (peer_key, began) = (current.source.peer_key(), current.began);
         match broken {
             StreamError::WrongPiece(digest) => {
                 log::debug!(
-                    "NAR {hash}: peer {peer} passed on another piece than the holder has, at byte {at}"
+                    "NAR {hash}: peer {peer} passed on another piece than the holder has, at byte {offset}"
                 );
                 let holder = current.digests.as_ref().map(|digests| PeerKey::from(digests.holder));
-                self.accusations.extend(holder.map(|holder| DigestMismatch {
-                    relay: who,
+                self.mismatches.extend(holder.map(|holder| DigestMismatch {
+                    relay: peer_key,
                     holder,
                     began,
-                    at,
+                    offset,
                     digest: *digest,
-                    is_true: None,
+                    holder_is_right: None,
                 }));
             }
             // The holder named relays, so it has to return digests.
@@ -922,16 +942,16 @@ impl<'a> FailoverReader<'a> {
             }
             StreamError::Failed(Fault::OddPath, why) => {
                 self.downloader.client.log_unsupported_path(&self.hash_part, peer, why);
-                self.record_failure(who, Fault::OddPath, began, why);
+                self.record_failure(peer_key, Fault::OddPath, began, why);
             }
             // A relay may have lost its own source, or its Nix was stopped, so it is not blamed.
             StreamError::Failed(_, why) | StreamError::Slow(why) if current.digests.is_some() => {
                 log::debug!(
-                    "NAR {hash}: leaves peer {peer}, which is getting it, at byte {at}: {why}"
+                    "NAR {hash}: leaves peer {peer}, which is getting it, at byte {offset}: {why}"
                 );
             }
             StreamError::Slow(why) => {
-                log::debug!("NAR {hash}: leaves peer {peer} at byte {at}: {why}");
+                log::debug!("NAR {hash}: leaves peer {peer} at byte {offset}: {why}");
                 self.moves_left -= 1;
                 self.found.sources.push(current.source);
             }
@@ -946,14 +966,14 @@ impl<'a> FailoverReader<'a> {
             }
             StreamError::Failed(fault, why) => {
                 log::debug!("NAR {hash}: peer {peer}: {why}");
-                let its = self.contributors.iter_mut().filter(|c| c.who == who);
+                let its = self.contributors.iter_mut().filter(|c| c.peer_key == peer_key);
                 its.for_each(|c| c.has_failed = true);
-                self.record_failure(who, *fault, began, why);
+                self.record_failure(peer_key, *fault, began, why);
                 if *fault == Fault::BrokenStream
                     && let Some(left) = self.broken_left.checked_sub(1)
                 {
                     self.broken_left = left;
-                    self.again = Some(current.source);
+                    self.retry_source = Some(current.source);
                 }
             }
         }
@@ -962,9 +982,9 @@ impl<'a> FailoverReader<'a> {
     /// Records that the NAR is wrong. Nix has a part of it already, and which peer sent the wrong
     /// bytes is unknown. Peers whose streams failed get the greater fault. If none failed, as the
     /// NAR moved to faster peers, all get it.
-    pub(super) fn blame(&mut self, why: &dyn fmt::Display) {
+    pub(super) fn record_wrong_nar(&mut self, why: &dyn fmt::Display) {
         self.transfer.record_failure();
-        for (peer, fault) in blamed(&self.contributors) {
+        for (peer, fault) in faults_of(&self.contributors) {
             self.record_failure(peer, fault, Instant::now(), why);
         }
     }
@@ -972,40 +992,40 @@ impl<'a> FailoverReader<'a> {
     /// Records that the whole NAR has the right hash but is not supported. That is no peer's fault.
     pub(super) fn record_unsupported(&mut self, why: Malformed) {
         self.drop_current(&StreamError::failed(Fault::OddPath, why), self.found.nar_size);
-        self.fail();
+        self.record_failed();
     }
 
     /// Records that no peer could deliver the NAR.
-    pub(super) fn fail(&self) {
+    pub(super) fn record_failed(&self) {
         self.transfer.record_failure();
     }
 
     /// Records that the whole NAR arrived and its hash is right.
-    pub(super) fn delivered(&mut self) {
+    pub(super) fn record_delivered(&mut self) {
         let now = Instant::now();
         if let Some(mut current) = self.current.take() {
-            current.intake.prove();
+            current.incoming_nar.prove();
             current.body.finish();
         }
         let peers: Vec<String> =
-            self.contributors.iter().map(|peer| peer.who.to_string()).collect();
+            self.contributors.iter().map(|contributor| contributor.peer_key.to_string()).collect();
         log::debug!(
             "{}: NAR of {} bytes from peer {}",
             self.hash_part,
             self.found.nar_size,
             peers.join(" and ")
         );
-        self.contributors.iter().for_each(|Contributor { who, .. }| {
-            self.downloader.health.delivered(*who, now);
-            self.downloader.stats.delivered(who.network(), who.address());
+        self.contributors.iter().for_each(|Contributor { peer_key, .. }| {
+            self.downloader.health.delivered(*peer_key, now);
+            self.downloader.stats.delivered(peer_key.network(), peer_key.address());
         });
-        for accusation in &self.accusations {
-            let (peer, why) = match accusation.is_true {
-                Some(true) => (accusation.relay, "passed on another piece than the holder has"),
-                Some(false) => (accusation.holder, "told a wrong digest"),
+        for mismatch in &self.mismatches {
+            let (peer, why) = match mismatch.holder_is_right {
+                Some(true) => (mismatch.relay, "passed on another piece than the holder has"),
+                Some(false) => (mismatch.holder, "told a wrong digest"),
                 None => continue,
             };
-            self.record_failure(peer, Fault::BadData, accusation.began, &why);
+            self.record_failure(peer, Fault::BadData, mismatch.began, &why);
         }
         self.transfer.record_whole();
     }
@@ -1025,12 +1045,12 @@ fn time_left(deadline: Option<Instant>, now: Instant) -> Duration {
 }
 
 /// The fault of each peer that may have sent a part of a wrong NAR.
-fn blamed(contributors: &[Contributor]) -> Vec<(PeerKey, Fault)> {
-    let is_known = contributors.iter().any(|peer| peer.has_failed);
-    let fault = |peer: &Contributor| {
-        if is_known && !peer.has_failed { Fault::BrokenPromise } else { Fault::BadData }
+fn faults_of(contributors: &[Contributor]) -> Vec<(PeerKey, Fault)> {
+    let is_known = contributors.iter().any(|contributor| contributor.has_failed);
+    let fault = |contributor: &Contributor| {
+        if is_known && !contributor.has_failed { Fault::BrokenPromise } else { Fault::BadData }
     };
-    contributors.iter().map(|peer| (peer.who, fault(peer))).collect()
+    contributors.iter().map(|contributor| (contributor.peer_key, fault(contributor))).collect()
 }
 
 #[cfg(test)]
@@ -1039,7 +1059,7 @@ mod tests {
     use super::*;
 
     fn contributor(last: u8, has_failed: bool) -> Contributor {
-        Contributor { who: PeerKey::from(SocketAddr::from(([10, 0, 0, last], 1))), has_failed }
+        Contributor { peer_key: PeerKey::from(SocketAddr::from(([10, 0, 0, last], 1))), has_failed }
     }
 
     /// Regression test: the deadline for the first piece from a relay, which had passed, cut the
@@ -1051,9 +1071,9 @@ mod tests {
         let [two, five] = [2, 5].map(|seconds| now + Duration::from_secs(seconds));
         let mut reader = FailoverReader::new(&downloader, found, five, false);
         assert_eq!(reader.relay_time_left(two), Duration::from_secs(3));
-        reader.relays_until = Some(two);
+        reader.relay_deadline = Some(two);
         assert_eq!(reader.relay_time_left(now), Duration::from_secs(2));
-        (reader.deadline, reader.relays_until) = (Some(now + Duration::from_secs(60)), Some(now));
+        (reader.deadline, reader.relay_deadline) = (Some(now + Duration::from_secs(60)), Some(now));
         let (mut incoming, _) = reader.first_piece().unwrap();
         assert_eq!(reader.relay_time_left(Instant::now()), Duration::MAX);
         while incoming.unsupported().is_none() {
@@ -1068,7 +1088,7 @@ mod tests {
     #[test]
     fn wrong_nar_blames_failed_peers_or_all() {
         let faults = |contributors: &[Contributor]| -> Vec<Fault> {
-            blamed(contributors).into_iter().map(|(_, fault)| fault).collect()
+            faults_of(contributors).into_iter().map(|(_, fault)| fault).collect()
         };
         let (bad, little) = (Fault::BadData, Fault::BrokenPromise);
         assert_eq!(faults(&[contributor(1, false)]), [bad]);

@@ -33,18 +33,18 @@ const MAX_SPOOLS: usize = 8;
 /// One part in this many of the disk stays free.
 const FREE_PARTS: u64 = 10;
 /// Maximum number of pieces of 256 KiB that wait for the disk. At the bound, the NAR is given up.
-const QUEUE: usize = 16;
+const MAX_QUEUED_PIECES: usize = 16;
 /// Maximum wait of a reader for the next bytes. After it, the read fails and the neighbour asks
 /// another peer.
 const READ_TIMEOUT: Timeout = Timeout::from_secs(10);
 /// Buffer size in bytes of a copy through user space, for sinks that do not take files.
-const COPY: usize = 64 * 1024;
+const COPY_BUFFER_BYTES: usize = 64 * 1024;
 
 /// The NARs that are kept, at most 8 and 2 GiB. Shared by all threads.
 pub struct Spools {
     dir: Option<PathBuf>,
-    kept: Mutex<HashMap<NarHash, Arc<Spool>>>,
-    taken: Arc<Mutex<DiskUsage>>,
+    spools: Mutex<HashMap<NarHash, Arc<Spool>>>,
+    disk_usage: Arc<Mutex<DiskUsage>>,
 }
 
 /// Number and bytes of the reserved files, including those that are only read any longer.
@@ -56,7 +56,7 @@ struct DiskUsage {
 
 /// A reservation in [`DiskUsage`]. Dropping it frees the space for others.
 struct DiskReservation {
-    taken: Arc<Mutex<DiskUsage>>,
+    disk_usage: Arc<Mutex<DiskUsage>>,
     bytes: u64,
 }
 
@@ -90,37 +90,38 @@ pub(super) struct SpoolWriter<'a> {
 impl Spools {
     /// Keeps NARs on the file system of `dir`, or none without it.
     pub fn new(dir: Option<PathBuf>) -> Self {
-        Spools { dir, kept: Mutex::default(), taken: Arc::default() }
+        Spools { dir, spools: Mutex::default(), disk_usage: Arc::default() }
     }
 
     /// The file of this NAR, if it is being downloaded and kept.
     pub fn get(&self, hash: &NarHash) -> Option<Arc<Spool>> {
-        self.kept.lock().get(hash).cloned()
+        self.spools.lock().get(hash).cloned()
     }
 
     /// Starts to keep a NAR of `size` bytes. Returns `None` if it is smaller than [`MIN_SIZE`], is
     /// kept already, or has no room. Does disk I/O.
     pub(super) fn begin(&self, name: &str, hash: NarHash, size: u64) -> Option<SpoolWriter<'_>> {
         let dir = self.dir.as_ref().filter(|_| size >= MIN_SIZE)?;
-        if self.kept.lock().contains_key(&hash) {
+        if self.spools.lock().contains_key(&hash) {
             return None;
         }
-        let (reserved, all) = DiskReservation::of(&self.taken, size)?;
+        let (reserved, total) = DiskReservation::of(&self.disk_usage, size)?;
         // Done without the lock, which the event loop takes, too: disks may hang.
-        let spool = match Spool::open(dir, name, size, reserved, all) {
+        let spool = match Spool::open(dir, name, size, reserved, total) {
             Ok(spool) => Arc::new(spool?),
             Err(e) => {
                 log::debug!("{}: {e}; NARs are not passed on while they come", dir.display());
                 return None;
             }
         };
-        let (pieces, queue) = bounded(QUEUE);
-        let writing = spool.clone();
-        let thread =
-            thread::Builder::new().name("nar-spool".into()).spawn(move || writing.write(&queue));
+        let (pieces, queue) = bounded(MAX_QUEUED_PIECES);
+        let writer_spool = spool.clone();
+        let thread = thread::Builder::new()
+            .name("nar-spool".into())
+            .spawn(move || writer_spool.write(&queue));
         thread.inspect_err(|e| log::debug!("thread for a NAR: {e}")).ok()?;
-        match self.kept.lock().entry(hash) {
-            Entry::Vacant(place) => place.insert(spool.clone()),
+        match self.spools.lock().entry(hash) {
+            Entry::Vacant(entry) => entry.insert(spool.clone()),
             Entry::Occupied(_) => return None,
         };
         Some(SpoolWriter { spools: self, hash, spool, pieces: Some(pieces) })
@@ -130,21 +131,21 @@ impl Spools {
 impl DiskReservation {
     /// Reserves `size` bytes. Also returns the sum of all reservations. `None` if a bound is
     /// exceeded.
-    fn of(taken: &Arc<Mutex<DiskUsage>>, size: u64) -> Option<(DiskReservation, u64)> {
-        let mut now = taken.lock();
-        let bytes = now.bytes.checked_add(size).filter(|bytes| *bytes <= MAX_BYTES)?;
-        if now.spools >= MAX_SPOOLS {
+    fn of(disk_usage: &Arc<Mutex<DiskUsage>>, size: u64) -> Option<(DiskReservation, u64)> {
+        let mut usage = disk_usage.lock();
+        let bytes = usage.bytes.checked_add(size).filter(|bytes| *bytes <= MAX_BYTES)?;
+        if usage.spools >= MAX_SPOOLS {
             return None;
         }
-        *now = DiskUsage { spools: now.spools + 1, bytes };
-        Some((DiskReservation { taken: taken.clone(), bytes: size }, bytes))
+        *usage = DiskUsage { spools: usage.spools + 1, bytes };
+        Some((DiskReservation { disk_usage: disk_usage.clone(), bytes: size }, bytes))
     }
 }
 
 impl Drop for DiskReservation {
     fn drop(&mut self) {
-        let mut now = self.taken.lock();
-        *now = DiskUsage { spools: now.spools - 1, bytes: now.bytes - self.bytes };
+        let mut usage = self.disk_usage.lock();
+        *usage = DiskUsage { spools: usage.spools - 1, bytes: usage.bytes - self.bytes };
     }
 }
 
@@ -155,7 +156,7 @@ impl SpoolWriter<'_> {
         if pieces.try_send(piece).is_err() {
             log::debug!("NAR {}: the disk is slower than the network", self.hash);
             self.pieces = None;
-            self.spools.kept.lock().remove(&self.hash);
+            self.spools.spools.lock().remove(&self.hash);
         }
     }
 }
@@ -163,24 +164,24 @@ impl SpoolWriter<'_> {
 impl Drop for SpoolWriter<'_> {
     fn drop(&mut self) {
         self.pieces = None;
-        let mut kept = self.spools.kept.lock();
-        if kept.get(&self.hash).is_some_and(|spool| Arc::ptr_eq(spool, &self.spool)) {
-            kept.remove(&self.hash);
+        let mut spools = self.spools.spools.lock();
+        if spools.get(&self.hash).is_some_and(|spool| Arc::ptr_eq(spool, &self.spool)) {
+            spools.remove(&self.hash);
         }
     }
 }
 
 impl Spool {
-    /// Creates the file. Returns `None` if the disk lacks room for `all`, the bytes of all
+    /// Creates the file. Returns `None` if the disk lacks room for `total`, the bytes of all
     /// reservations.
     fn open(
         dir: &Path,
         name: &str,
         size: u64,
         reserved: DiskReservation,
-        all: u64,
+        total: u64,
     ) -> io::Result<Option<Spool>> {
-        if !has_room(&statvfs(dir)?, all) {
+        if !has_room(&statvfs(dir)?, total) {
             return Ok(None);
         }
         let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
@@ -198,9 +199,9 @@ impl Spool {
 
     /// Writes the queued pieces until the sender is dropped or the disk fails.
     fn write(&self, queue: &Receiver<Arc<Piece>>) {
-        let mut at = 0;
+        let mut offset = 0;
         for piece in queue {
-            if let Err(e) = self.write_piece(&piece, at) {
+            if let Err(e) = self.write_piece(&piece, offset) {
                 log::debug!("spool: {e}");
                 // Frees the disk at once. Readers find the file shorter than announced, and ask
                 // another peer.
@@ -208,21 +209,21 @@ impl Spool {
                 let _ = self.file.set_len(0);
                 break;
             }
-            at += piece.bytes().len() as u64;
-            self.progress.lock().written = at;
+            offset += piece.bytes().len() as u64;
+            self.progress.lock().written = offset;
             self.changed.notify_all();
         }
         self.progress.lock().has_ended = true;
         self.changed.notify_all();
     }
 
-    /// Writes one piece at byte `at`. Fails if the disk does, or with `StorageFull` if other
+    /// Writes one piece at byte `offset`. Fails if the disk does, or with `StorageFull` if other
     /// programs have filled it.
-    fn write_piece(&self, piece: &Piece, at: u64) -> io::Result<()> {
-        if !has_room(&fstatvfs(&self.file)?, self.size.saturating_sub(at)) {
+    fn write_piece(&self, piece: &Piece, offset: u64) -> io::Result<()> {
+        if !has_room(&fstatvfs(&self.file)?, self.size.saturating_sub(offset)) {
             return Err(io::ErrorKind::StorageFull.into());
         }
-        self.file.write_all_at(piece.bytes(), at)
+        self.file.write_all_at(piece.bytes(), offset)
     }
 
     /// Size of the whole NAR in bytes.
@@ -236,20 +237,20 @@ impl Spool {
     /// Returns the error of `out`, or `UnexpectedEof` if the download ends early or no byte arrives
     /// for 10 s.
     pub fn write_to(&self, range: Range<u64>, out: &mut dyn NarSink) -> io::Result<()> {
-        let mut at = range.start;
-        while at < range.end {
-            let end = self.wait(at)?.min(range.end);
-            at += self.copy(at, end - at, out)?;
+        let mut offset = range.start;
+        while offset < range.end {
+            let end = self.wait(offset)?.min(range.end);
+            offset += self.copy(offset, end - offset, out)?;
         }
         Ok(())
     }
 
-    /// Blocks until more than `at` bytes are written, for at most [`READ_TIMEOUT`]. Returns their
-    /// number.
-    fn wait(&self, at: u64) -> io::Result<u64> {
+    /// Blocks until more than `offset` bytes are written, for at most [`READ_TIMEOUT`]. Returns
+    /// their number.
+    fn wait(&self, offset: u64) -> io::Result<u64> {
         let deadline = Instant::now() + READ_TIMEOUT.get();
         let mut progress = self.progress.lock();
-        while progress.written <= at {
+        while progress.written <= offset {
             let left = deadline.saturating_duration_since(Instant::now());
             if progress.has_ended || left.is_zero() {
                 return Err(io::Error::new(
@@ -262,12 +263,13 @@ impl Spool {
         Ok(progress.written)
     }
 
-    fn copy(&self, at: u64, len: u64, out: &mut dyn NarSink) -> io::Result<u64> {
-        if let Some(sent) = out.send_file(self.file.as_fd(), at, len)? {
+    fn copy(&self, offset: u64, len: u64, out: &mut dyn NarSink) -> io::Result<u64> {
+        if let Some(sent) = out.send_file(self.file.as_fd(), offset, len)? {
             return if sent == 0 { Err(io::ErrorKind::UnexpectedEof.into()) } else { Ok(sent) };
         }
-        let mut buffer = vec![0; usize::try_from(len).unwrap_or(COPY).min(COPY)];
-        self.file.read_exact_at(&mut buffer, at)?;
+        let mut buffer =
+            vec![0; usize::try_from(len).unwrap_or(COPY_BUFFER_BYTES).min(COPY_BUFFER_BYTES)];
+        self.file.read_exact_at(&mut buffer, offset)?;
         out.write_all(&buffer)?;
         Ok(buffer.len() as u64)
     }
@@ -306,11 +308,11 @@ mod tests {
     /// The writer threads end shortly after their senders. Waits until each has freed its file.
     fn wait_until_empty(spools: &Spools) {
         let deadline = Instant::now() + std::time::Duration::from_secs(120);
-        while spools.taken.lock().spools > 0 {
+        while spools.disk_usage.lock().spools > 0 {
             assert!(Instant::now() < deadline, "files are left");
             thread::sleep(std::time::Duration::from_millis(5));
         }
-        assert_eq!(spools.taken.lock().bytes, 0);
+        assert_eq!(spools.disk_usage.lock().bytes, 0);
     }
 
     #[test]
@@ -329,8 +331,8 @@ mod tests {
     #[test]
     fn full_disk_empties_file_and_fails_readers() {
         let spools = spools();
-        let (reserved, all) = DiskReservation::of(&spools.taken, MIN_SIZE).unwrap();
-        let mut spool = Spool::open(&std::env::temp_dir(), "a", MIN_SIZE, reserved, all)
+        let (reserved, total) = DiskReservation::of(&spools.disk_usage, MIN_SIZE).unwrap();
+        let mut spool = Spool::open(&std::env::temp_dir(), "a", MIN_SIZE, reserved, total)
             .unwrap()
             .expect("room");
         spool.file.set_len(1 << 20).unwrap();
@@ -379,13 +381,13 @@ mod tests {
         assert!(spools.begin("a", hash(1), MIN_SIZE - 1).is_none());
         assert!(Spools::new(None).begin("a", hash(1), MIN_SIZE).is_none());
         assert!(Spools::new(Some("/proc".into())).begin("a", hash(1), MIN_SIZE).is_none());
-        let kept: Vec<_> =
+        let writers: Vec<_> =
             (0..20).map_while(|number| spools.begin("a", hash(number), MIN_SIZE)).collect();
-        assert_eq!(kept.len(), MAX_SPOOLS);
+        assert_eq!(writers.len(), MAX_SPOOLS);
         assert!(spools.begin("a", hash(0), MIN_SIZE).is_none());
         // Files that are still read count, although no further neighbour finds them.
         let reading: Vec<_> = (0..20).filter_map(|number| spools.get(&hash(number))).collect();
-        drop(kept);
+        drop(writers);
         assert!(spools.get(&hash(1)).is_none() && spools.begin("a", hash(1), MIN_SIZE).is_none());
         drop(reading);
         wait_until_empty(&spools);

@@ -17,7 +17,7 @@ use std::thread;
 pub(super) const PIECE: usize = DIGEST_PIECE;
 
 /// Pieces that wait for the hashing thread. Two absorb short delays of either side.
-const QUEUE: usize = 2;
+const MAX_QUEUED_PIECES: usize = 2;
 
 /// Why a NAR was not passed on completely.
 #[derive(Debug)]
@@ -45,24 +45,24 @@ pub(super) struct VerifiedStream {
     /// Why the NAR is not supported. Its framing is not checked any further, because only the hash
     /// of the whole NAR shows whether the peer invented the unsupported bytes.
     unsupported: Option<Malformed>,
-    at: u64,
+    received: u64,
 }
 
 impl VerifiedStream {
     /// Starts at byte 0 of the NAR with this hash and size.
     pub(super) fn new(hash: NarHash, size: u64) -> Self {
         let framing = Framing::with_nar_size(size);
-        VerifiedStream { hash, size, framing, unsupported: None, at: 0 }
+        VerifiedStream { hash, size, framing, unsupported: None, received: 0 }
     }
 
     /// Number of bytes that were received.
-    pub(super) fn at(&self) -> u64 {
-        self.at
+    pub(super) fn received(&self) -> u64 {
+        self.received
     }
 
     /// Number of bytes that are missing.
     pub(super) fn rest(&self) -> u64 {
-        self.size - self.at
+        self.size - self.received
     }
 
     /// Why peerix or Nix does not support the NAR, if the received bytes are part of it.
@@ -79,7 +79,11 @@ impl VerifiedStream {
     ///
     /// # Errors
     /// The bytes are not valid NAR framing at this offset, whatever peerix supports.
-    pub(super) fn take(&mut self, piece: &mut Piece, bytes: usize) -> Result<(), Malformed> {
+    pub(super) fn accept_bytes(
+        &mut self,
+        piece: &mut Piece,
+        bytes: usize,
+    ) -> Result<(), Malformed> {
         if self.unsupported.is_none() {
             match self.framing.push(&piece.buffer[piece.filled..piece.filled + bytes]) {
                 Err(e) if e.is_unsupported => self.unsupported = Some(e),
@@ -87,7 +91,7 @@ impl VerifiedStream {
             }
         }
         piece.filled += bytes;
-        self.at += bytes as u64;
+        self.received += bytes as u64;
         Ok(())
     }
 
@@ -113,21 +117,21 @@ impl VerifiedStream {
         mut next: impl FnMut(&mut Self, &mut Piece) -> io::Result<()>,
         mut keep: impl FnMut(Arc<Piece>),
     ) -> Result<(), IncompleteNar> {
-        let (pieces, queue) = bounded(QUEUE);
-        let (recycle, recycled) = bounded(QUEUE + 2);
+        let (pieces, queue) = bounded(MAX_QUEUED_PIECES);
+        let (recycle, recycled) = bounded(MAX_QUEUED_PIECES + 2);
         // `pieces` is dropped at the end of this closure at the latest, which ends the thread.
         thread::scope(move |scope| {
             let hashing = thread::Builder::new()
                 .name("nar-hash".into())
                 .spawn_scoped(scope, move || hash(&queue, &recycle))?;
             let mut from = 0;
-            while self.at < self.size {
+            while self.received < self.size {
                 let shared = Arc::new(piece);
                 let _ = pieces.send(shared.clone());
                 if self.unsupported.is_none() {
                     keep(shared.clone());
                     out.write_all(part(shared.bytes(), from, range))?;
-                    from = self.at;
+                    from = self.received;
                     if from >= range.end {
                         // The range ends before the last piece. Nix cannot take a part for the
                         // whole.
@@ -256,14 +260,14 @@ mod tests {
         let mut incoming = VerifiedStream::new(hash, nar.len() as u64);
         let fill = |incoming: &mut VerifiedStream, piece: &mut Piece| {
             loop {
-                let at = incoming.at() as usize;
+                let at = incoming.received() as usize;
                 let room = piece.room(incoming.rest().min(read as u64));
                 let len = room.len();
                 room.copy_from_slice(&nar[at..at + len]);
                 if len == 0 {
                     return Ok(());
                 }
-                incoming.take(piece, len).map_err(io::Error::other)?;
+                incoming.accept_bytes(piece, len).map_err(io::Error::other)?;
             }
         };
         let mut first = incoming.piece();

@@ -161,7 +161,10 @@ impl Handler for CacheHandler {
 
     fn handle(&self, request: &Request<'_>, exchange: &mut Exchange<'_>) -> io::Result<()> {
         let scope = self.scope(request);
-        request.key.iter().for_each(|key| self.lookup.heard_friend(&NodeKey::from_bytes(*key)));
+        request
+            .key
+            .iter()
+            .for_each(|key| self.lookup.record_friend_request(&NodeKey::from_bytes(*key)));
         let answered = route(request.method, request.target, scope, self.access.serves(scope))
             .map_err(RequestError::Refused)
             .and_then(|route| self.keep_pages_out(&route, request, scope).map(|()| route))

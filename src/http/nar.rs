@@ -83,7 +83,7 @@ pub(super) fn own(
     let (status, part) = wanted(request, name, coding, info.nar_size)?;
     let is_large = info.nar_size >= spool::MIN_SIZE && scope == Scope::Lan && exchange.wants_body();
     let sending = match is_large.then(|| {
-        cache.crowds.ask(name.nar_hash, asker(request), takes_names(request), Instant::now())
+        cache.crowds.ask(name.nar_hash, asker(request), accepts_relays(request), Instant::now())
     }) {
         Some(CrowdAnswer::Name(others)) => {
             let others = others.iter().map(IpAddr::to_string).collect::<Vec<_>>().join(", ");
@@ -138,7 +138,7 @@ fn asker(request: &Request<'_>) -> IpAddr {
 }
 
 /// Whether the client accepts a referral to neighbours that are getting the NAR.
-fn takes_names(request: &Request<'_>) -> bool {
+fn accepts_relays(request: &Request<'_>) -> bool {
     request.field(RELAY_HEADER).is_some() && request.field("range").is_none()
 }
 

@@ -16,10 +16,10 @@ const MAX_BYTES: usize = 3 << 20;
 /// Maximum number of holders of a path. Further ones are dropped.
 pub(super) const MAX_SOURCES: usize = 16;
 /// Lifetime of an entry. Stores collect garbage, and peers leave.
-const KEPT: Duration = Duration::from_secs(600);
+const TTL: Duration = Duration::from_secs(600);
 /// Assumed bytes of an entry beyond its own size, name and holders: its place in the map, and
 /// allocator overhead.
-const OVERHEAD: usize = 160;
+const ENTRY_OVERHEAD_BYTES: usize = 160;
 
 /// The found paths; shared by all threads.
 #[derive(Default)]
@@ -34,10 +34,10 @@ impl FoundPaths {
         self.0.lock().insert_with_cost(hash_part, (found, now), cost);
     }
 
-    /// Removes and returns the entry of a path, if it is younger than [`KEPT`].
+    /// Removes and returns the entry of a path, if it is younger than [`TTL`].
     pub(super) fn take(&self, hash_part: &HashPart, now: Instant) -> Option<FoundNar> {
         let (found, at) = self.0.lock().remove(hash_part)?;
-        (now.saturating_duration_since(at) < KEPT).then_some(found)
+        (now.saturating_duration_since(at) < TTL).then_some(found)
     }
 
     /// Drops all entries and frees their memory.
@@ -49,7 +49,7 @@ impl FoundPaths {
 fn cost(found: &FoundNar) -> usize {
     let urls: usize =
         found.sources.iter().filter_map(|source| source.url_path.as_deref()).map(str::len).sum();
-    OVERHEAD
+    ENTRY_OVERHEAD_BYTES
         + size_of::<FoundNar>()
         + found.path.base_name().len()
         + found.sources.len() * size_of::<NarSource>()
@@ -82,7 +82,7 @@ mod tests {
         let first = memory.take(&hash_part(1), now).unwrap();
         assert_eq!((first.nar_size, first.sources.len()), (7, 3));
         assert!(memory.take(&hash_part(1), now).is_none());
-        assert!(memory.take(&hash_part(2), now + KEPT).is_none());
+        assert!(memory.take(&hash_part(2), now + TTL).is_none());
         assert_eq!(memory.0.lock().used(), 0);
     }
 
