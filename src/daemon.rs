@@ -76,25 +76,25 @@ const TICK_INTERVAL: Duration = Duration::from_secs(10);
 /// File descriptors that the daemon requests from the system. A connection needs one; a stream
 /// needs one for each open directory level, and one for a file or a peer. systemd gives services
 /// 1,024 by default.
-const DESCRIPTORS: u64 = 8192;
+const FILE_DESCRIPTORS: u64 = 8192;
 
 /// Interval between retries of what failed at the start: keys, the identity, the metrics address;
 /// and at last the database. nix.conf is checked for changes in the same interval.
 const RETRY_INTERVAL: Interval = Interval::from_secs(60);
 
 /// First pause after a failure to open the store. It doubles up to [`RETRY_INTERVAL`].
-const FIRST_RETRY: Interval = Interval::from_secs(1);
+const FIRST_RETRY_PAUSE: Interval = Interval::from_secs(1);
 
 /// Longest wait for the store at the start, before lookups are answered with misses. It covers
 /// three tries, and a nix-daemon that starts at the same time.
-const FIRST_OPEN: Timeout = Timeout::from_secs(4);
+const FIRST_OPEN_TIMEOUT: Timeout = Timeout::from_secs(4);
 
 /// Problem code of an unusable identity.
-const IDENTITY: &str = "identity";
+const IDENTITY_PROBLEM: &str = "identity";
 
 /// Time after the start of the shutdown at which the daemon stops waiting for trackers and for the
 /// counters' file. The whole shutdown takes at most 2 s.
-const STOP_LIMIT: Duration = Duration::from_millis(1700);
+const STOP_TIMEOUT: Duration = Duration::from_millis(1700);
 
 /// Interval between writes of the counters. A power failure loses at most this much.
 const SAVE_INTERVAL: Duration = Duration::from_secs(60);
@@ -132,7 +132,7 @@ enum ExitReason {
     /// A signal.
     Stopped,
     /// A restart of the services.
-    Mended,
+    Restart,
 }
 
 /// Runs the daemon until SIGTERM or SIGINT.
@@ -150,7 +150,7 @@ pub fn run(config: Config) -> Result<(), FatalError> {
 /// # Errors
 /// The daemon cannot start, or one of its threads ended.
 pub fn run_with(config: Config, stats: Stats) -> Result<(), FatalError> {
-    service::allow_descriptors(DESCRIPTORS);
+    service::allow_descriptors(FILE_DESCRIPTORS);
     let process = Process::start(&config)?;
     let mut stats = Some(stats);
     loop {
@@ -211,7 +211,7 @@ impl Process {
     /// signal was among them.
     fn drain(&self) -> ExitReason {
         let is_signal = self.woken.try_iter().any(|wakeup| matches!(wakeup, Wakeup::Signal));
-        if is_signal { ExitReason::Stopped } else { ExitReason::Mended }
+        if is_signal { ExitReason::Stopped } else { ExitReason::Restart }
     }
 }
 
@@ -226,17 +226,18 @@ fn open_store(config: &Config, process: &Process) -> Result<Option<Arc<Store>>, 
         db: config.db.clone(),
         root: config.root.clone(),
     };
-    let opened = keep_trying(move || Store::open(store.clone()).map(Arc::new));
+    let opened = open_with_retries(move || Store::open(store.clone()).map(Arc::new));
     let opened = opened.map_err(fatal("store"))?;
-    let problem = match first_store(&opened, &process.woken, Instant::now() + FIRST_OPEN.get())? {
-        FirstStore::Opened(store) => return Ok(Some(store)),
-        FirstStore::Stopped => return Ok(None),
-        FirstStore::Opening => {
-            "nix database: it takes long to open; another process may be upgrading it".into()
-        }
-        FirstStore::Failed(e) if process.sockets.are_passed || may_pass(&e) => e.to_string(),
-        FirstStore::Failed(e) => return Err(FatalError(e.to_string())),
-    };
+    let problem =
+        match first_store(&opened, &process.woken, Instant::now() + FIRST_OPEN_TIMEOUT.get())? {
+            FirstStore::Opened(store) => return Ok(Some(store)),
+            FirstStore::Stopped => return Ok(None),
+            FirstStore::Opening => {
+                "nix database: it takes long to open; another process may be upgrading it".into()
+            }
+            FirstStore::Failed(e) if process.sockets.are_passed || may_recover(&e) => e.to_string(),
+            FirstStore::Failed(e) => return Err(FatalError(e.to_string())),
+        };
     let misses = MissHandler::new(config, process.sockets.port, "store", problem);
     answer_misses(misses, process, &opened)
 }
@@ -248,16 +249,16 @@ fn open_store(config: &Config, process: &Process) -> Result<Option<Arc<Store>>, 
 ///
 /// # Errors
 /// No thread can be started.
-fn keep_trying<T: Send + 'static>(
+fn open_with_retries<T: Send + 'static>(
     open: impl Fn() -> Result<T, StoreError> + Send + 'static,
 ) -> io::Result<Receiver<Result<T, StoreError>>> {
-    let (result, results) = bounded(1);
-    let mut backoff = Backoff::new(FIRST_RETRY, RETRY_INTERVAL);
+    let (sender, results) = bounded(1);
+    let mut backoff = Backoff::new(FIRST_RETRY_PAUSE, RETRY_INTERVAL);
     thread::Builder::new().name("store".into()).spawn(move || {
         loop {
             let opened = open();
             let is_open = opened.is_ok();
-            if result.send(opened).is_err() || is_open {
+            if sender.send(opened).is_err() || is_open {
                 return;
             }
             let now = Instant::now();
@@ -294,7 +295,7 @@ fn first_store<T>(
         select! {
             recv(opened) -> result => match result {
                 Ok(Ok(store)) => return Ok(FirstStore::Opened(store)),
-                Ok(Err(e)) if may_pass_soon(&e) => {
+                Ok(Err(e)) if may_recover_soon(&e) => {
                     log::info!("{e}; trying again");
                     first = FirstStore::Failed(e);
                 }
@@ -331,21 +332,21 @@ fn handle_early_wakeup(wakeup: Result<Wakeup, RecvError>) -> Result<bool, FatalE
 
 /// Whether a store that failed with `e` may work later without a change of the settings: its files
 /// may be mounted late, and the database may be locked or lack a running nix-daemon.
-fn may_pass(e: &StoreError) -> bool {
-    may_pass_soon(e) || matches!(e, StoreError::NoFiles { .. })
+fn may_recover(e: &StoreError) -> bool {
+    may_recover_soon(e) || matches!(e, StoreError::NoFiles { .. })
 }
 
 /// Whether a store that failed with `e` may work within seconds, as when nix-daemon starts.
-fn may_pass_soon(e: &StoreError) -> bool {
+fn may_recover_soon(e: &StoreError) -> bool {
     matches!(e, StoreError::Busy { .. } | StoreError::WalUnavailable { .. })
 }
 
-/// Answers lookups with misses until `mended` receives a value, and returns that value. `None` if a
+/// Answers lookups with misses until `opened` receives a value, and returns that value. `None` if a
 /// signal came.
 fn answer_misses<T>(
     misses: MissHandler,
     process: &Process,
-    mended: &Receiver<Result<T, StoreError>>,
+    opened: &Receiver<Result<T, StoreError>>,
 ) -> Result<Option<T>, FatalError> {
     log::error!("{}", misses.problem());
     let sockets = process.sockets.try_clone().map_err(fatal("sockets"))?;
@@ -359,12 +360,12 @@ fn answer_misses<T>(
             recv(process.woken) -> wakeup => if handle_early_wakeup(wakeup)? {
                 return Ok(None);
             },
-            recv(mended) -> result => match result {
+            recv(opened) -> result => match result {
                 Ok(Ok(value)) => {
                     drop(server);
                     return Ok(match process.drain() {
                         ExitReason::Stopped => None,
-                        ExitReason::Mended => Some(value),
+                        ExitReason::Restart => Some(value),
                     });
                 }
                 Ok(Err(e)) => log::debug!("{e}"),
@@ -395,19 +396,19 @@ fn serve(
     let degraded = Arc::new(Degraded::default());
     let own_key = LateSigningKey::new(&config, &access, &degraded);
 
-    let leaving = Arc::new(AtomicBool::new(false));
+    let is_stopping = Arc::new(AtomicBool::new(false));
     let requests = Arc::new(RequestPool::default());
     let identity = find_identity(&config, &degraded);
-    let acquaintance = FriendServices::start(&config, identity.as_ref(), &networks, &requests);
-    let friend_list = acquaintance.as_ref().map(|known| known.friends.list().clone());
+    let friend_services = FriendServices::start(&config, identity.as_ref(), &networks, &requests);
+    let friend_list = friend_services.as_ref().map(|services| services.friends.list().clone());
     let trusted = Arc::new(TrustedKeys::read(&config, port, friend_list, &degraded));
     let mut environment =
-        StoreEnvironment::new(access.clone(), store.clone(), networks.clone(), leaving.clone());
-    if let Some(FriendServices { friends, .. }) = &acquaintance {
+        StoreEnvironment::new(access.clone(), store.clone(), networks.clone(), is_stopping.clone());
+    if let Some(FriendServices { friends, .. }) = &friend_services {
         let (key, friends) = (*friends.list().own(), friends.clone());
-        let heard: DigestObserver =
-            Box::new(move |instance, digest, at| friends.heard_hello(instance, digest, at));
-        environment = environment.with_friends(key, heard);
+        let observer: DigestObserver =
+            Box::new(move |instance, digest, at| friends.record_hello(instance, digest, at));
+        environment = environment.with_friends(key, observer);
     }
     let settings = DiscoverySettings { http_port: port, udp_port: port, timeout: config.timeout };
     let random =
@@ -424,16 +425,16 @@ fn serve(
     let health = Arc::new(PeerHealth::default());
     let stats = Arc::new(stats);
     let paces = Arc::new(Paces::default());
-    let counters = keep_counters(&config, &stats, &paces).map_err(fatal("counters"))?;
+    let counters = start_counters_thread(&config, &stats, &paces).map_err(fatal("counters"))?;
     // Friends need a key that lasts; without a state directory it changes with each start.
-    let lasting = identity.as_ref().filter(|_| config.state_dir.is_some());
-    let facts = NodeFacts::new(&config, port, lasting.map(|identity| identity.key()));
-    let strangers = identity.filter(|_| config.mode.has_wan()).map(|identity| {
+    let lasting_identity = identity.as_ref().filter(|_| config.state_dir.is_some());
+    let facts = NodeFacts::new(&config, port, lasting_identity.map(|identity| identity.key()));
+    let wan_services = identity.filter(|_| config.mode.has_wan()).map(|identity| {
         WanServices::start(&config, identity, port, &store, &access, &networks, on_end)
     });
-    let strangers = strangers.transpose()?;
-    let wan = strangers.as_ref().map(|strangers| {
-        let trackers = strangers.trackers.clone();
+    let wan_services = wan_services.transpose()?;
+    let wan = wan_services.as_ref().map(|wan_services| {
+        let trackers = wan_services.trackers.clone();
         let (client, health, requests) = (client.clone(), health.clone(), requests.clone());
         Arc::new(WanSource::new(trackers, client, health, networks.clone(), requests))
     });
@@ -441,10 +442,10 @@ fn serve(
         let (client, health) = (client.clone(), health.clone());
         Arc::new(LanSource::new(discovery.client(), client, health, requests))
     });
-    let known_keys = trusted.keys().unwrap_or_default().into_iter().map(|known| known.key);
+    let known_keys = trusted.keys().unwrap_or_default().into_iter().map(|trusted| trusted.key);
     let upstream = Upstream::new(&config, &known_keys.collect::<Vec<_>>());
     let spools = Spools::new(config.state_dir.clone());
-    let friends = acquaintance.as_ref().map(|acquaintance| acquaintance.friends.clone());
+    let friends = friend_services.as_ref().map(|friend_services| friend_services.friends.clone());
     let lookup =
         Arc::new(LookupService::new(lan, wan, friends.clone(), trusted.clone(), stats.clone()));
     if let Some(friends) = friends.clone().filter(|_| !config.tracker_urls.is_empty()) {
@@ -455,7 +456,7 @@ fn serve(
         stats: stats.clone(),
         discovery: discovery.client(),
         health: health.clone(),
-        trackers: strangers.as_ref().map(|strangers| strangers.trackers.clone()),
+        trackers: wan_services.as_ref().map(|wan_services| wan_services.trackers.clone()),
         friends: friends.clone(),
         mapping: mapper.as_ref().map(PortMapper::current),
         store: store.clone(),
@@ -475,9 +476,9 @@ fn serve(
         priority: config.priority,
         permits: StreamLimits::under(upload_limit.as_ref()),
         crowds: Crowds::default(),
-        friends: acquaintance
+        friends: friend_services
             .as_ref()
-            .map(|known| (known.tls.clone(), known.friends.list().clone())),
+            .map(|services| (services.tls.clone(), services.friends.list().clone())),
         upload_limit,
         stats: stats.clone(),
         status,
@@ -502,7 +503,7 @@ fn serve(
     log::info!("peerix {} serves on port {port}", env!("CARGO_PKG_VERSION"));
     notify(&[NotifyState::Ready]);
     let result = wait(&process.woken, &discovery, &stats);
-    if !matches!(result, Ok(ExitReason::Mended)) {
+    if !matches!(result, Ok(ExitReason::Restart)) {
         notify(&[NotifyState::Stopping]);
         log::info!("stopping");
     }
@@ -512,24 +513,24 @@ fn serve(
     // services that they use stop. An aborted lookup would be a miss for Nix, which caches it for
     // an hour.
     let stopping = Instant::now();
-    leaving.store(true, Ordering::Relaxed);
+    is_stopping.store(true, Ordering::Relaxed);
     discovery.say_bye();
-    strangers.iter().for_each(|strangers| strangers.trackers.leave());
+    wan_services.iter().for_each(|wan_services| wan_services.trackers.leave());
     drop(server);
     // Starts the last write now, so that a tracker that does not answer cannot use up its time.
     drop(counters.running);
-    if let Some(WanServices { trackers, publisher }) = strangers {
-        trackers.wait(stopping + STOP_LIMIT);
+    if let Some(WanServices { trackers, publisher }) = wan_services {
+        trackers.wait(stopping + STOP_TIMEOUT);
         drop(publisher);
     }
     // Bounded, because the disk may hang.
-    let _ = counters.ended.recv_deadline(stopping + STOP_LIMIT);
+    let _ = counters.ended.recv_deadline(stopping + STOP_TIMEOUT);
     friends.iter().for_each(|friends| friends.stop());
     drop(mapper);
     drop(discovery);
     drop(resolver);
     match result {
-        Ok(ExitReason::Mended) => Ok(process.drain()),
+        Ok(ExitReason::Restart) => Ok(process.drain()),
         other => other,
     }
 }
@@ -633,7 +634,8 @@ impl RetryThread {
                     self.own_key.read(&self.degraded) && self.config.mode.has_wan();
                 self.trusted.refresh(&self.degraded);
                 self.metrics.start(&self.degraded);
-                let lacks_identity = self.degraded.all().iter().any(|(code, _)| *code == IDENTITY);
+                let lacks_identity =
+                    self.degraded.all().iter().any(|(code, _)| *code == IDENTITY_PROBLEM);
                 if has_more_to_publish || (lacks_identity && load_identity(&self.config).is_ok()) {
                     let _ = self.wakeups.try_send(Wakeup::Restart);
                     return;
@@ -666,7 +668,7 @@ struct CountersThread {
 ///
 /// # Errors
 /// No thread can be started.
-fn keep_counters(
+fn start_counters_thread(
     config: &Config,
     stats: &Arc<Stats>,
     paces: &Arc<Paces>,
@@ -711,12 +713,12 @@ fn wait(
     stats: &Stats,
 ) -> Result<ExitReason, FatalError> {
     let watchdog = sd_notify::watchdog_enabled();
-    let look = tick_interval(watchdog);
-    let mut turns = 0;
+    let interval = tick_interval(watchdog);
+    let mut last_turn = 0;
     loop {
-        match woken.recv_timeout(look) {
+        match woken.recv_timeout(interval) {
             Ok(Wakeup::Signal) => return Ok(ExitReason::Stopped),
-            Ok(Wakeup::Restart) => return Ok(ExitReason::Mended),
+            Ok(Wakeup::Restart) => return Ok(ExitReason::Restart),
             Ok(Wakeup::Ended(what)) => return Err(thread_ended(what)),
             Err(RecvTimeoutError::Disconnected) => {
                 return Err(FatalError("nobody is left to wake the daemon".into()));
@@ -724,11 +726,11 @@ fn wait(
             Err(RecvTimeoutError::Timeout) => {
                 stats.tick(SystemTime::now());
                 if watchdog.is_some() {
-                    let now = discovery.request_turn();
-                    if now != turns {
+                    let turn = discovery.request_turn();
+                    if turn != last_turn {
                         notify(&[NotifyState::Watchdog]);
                     }
-                    turns = now;
+                    last_turn = turn;
                 }
             }
         }
@@ -796,15 +798,15 @@ impl WanServices {
             .map_err(|_| FatalError("the system gives no random numbers".into()))?;
         let instance = u64::from_ne_bytes(instance[..8].try_into().expect("8 bytes")) >> 1;
         let me = NodeIdentity { identity, peer_id: config.peer_id.clone(), port, addr, instance };
-        let shares = access.serves(Scope::Wan);
+        let shares_with_wan = access.serves(Scope::Wan);
         let publication =
-            Arc::new(if shares { Publication::default() } else { Publication::nothing() });
+            Arc::new(if shares_with_wan { Publication::default() } else { Publication::empty() });
         let urls = config.tracker_urls.clone();
         let trackers = Trackers::start(urls, me, &publication, networks, on_end("announce"));
         let trackers = Arc::new(trackers.map_err(fatal("announce"))?);
         let publish =
             || Publisher::start(store.clone(), access.clone(), publication, on_end("publish"));
-        let publisher = shares.then(publish).transpose().map_err(fatal("publish"))?;
+        let publisher = shares_with_wan.then(publish).transpose().map_err(fatal("publish"))?;
         Ok(WanServices { trackers, publisher })
     }
 }
@@ -814,7 +816,7 @@ impl WanServices {
 /// In modes with WAN or with friends, a failure is recorded in `degraded` and retried.
 fn find_identity(config: &Config, degraded: &Degraded) -> Option<Arc<Identity>> {
     if config.mode.has_wan() || config.has_friends() && config.state_dir.is_some() {
-        return degraded.note(IDENTITY, load_identity(config)).map(Arc::new);
+        return degraded.note(IDENTITY_PROBLEM, load_identity(config)).map(Arc::new);
     }
     identity::load(config.state_dir.as_ref()?).map_err(|e| log::warn!("{e}")).ok().map(Arc::new)
 }
@@ -896,7 +898,7 @@ fn meet_friends(
 ) -> io::Result<()> {
     let (host, announced_port) = config.announce_addr.clone().unzip();
     let port = announced_port.flatten().unwrap_or(port);
-    let place = move || {
+    let outside_address = move || {
         let current = |mapping: &Arc<Mutex<Mapping>>| mapping.lock().clone();
         let mapping = mapping.as_ref().map(current).unwrap_or_default();
         OutsideAddress {
@@ -908,7 +910,7 @@ fn meet_friends(
     };
     let urls = config.tracker_urls.clone();
     thread::Builder::new().name("meet".into()).spawn(move || {
-        rendezvous::run(&urls, &friends, place);
+        rendezvous::run(&urls, &friends, outside_address);
     })?;
     Ok(())
 }
@@ -938,7 +940,7 @@ fn random_numbers() -> Option<crate::lan::RandomSource> {
 /// No thread can be started.
 fn resolve_peers(
     peers: Vec<(String, u16)>,
-    lan: Arc<DiscoveryClient>,
+    discovery: Arc<DiscoveryClient>,
     access: Arc<AccessPolicy>,
 ) -> io::Result<Option<Sender<()>>> {
     if peers.is_empty() {
@@ -951,7 +953,7 @@ fn resolve_peers(
             let lookup = |host: &str, port| (host, port).to_socket_addrs().map(Iterator::collect);
             let addresses = resolve(&peers, &mut last, lookup);
             access.set_named_peers(addresses.clone());
-            lan.set_named(addresses);
+            discovery.set_named(addresses);
             if stopped.recv_timeout(RESOLVE_INTERVAL) != Err(RecvTimeoutError::Timeout) {
                 return;
             }
@@ -989,7 +991,7 @@ mod tests {
     #[test]
     fn store_that_opens_at_second_try_is_awaited() {
         let was_tried = AtomicBool::new(false);
-        let opened = keep_trying(move || {
+        let opened = open_with_retries(move || {
             if was_tried.swap(true, Ordering::Relaxed) { Ok("store") } else { Err(busy()) }
         });
         let deadline = Instant::now() + Duration::from_secs(60);

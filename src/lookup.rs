@@ -169,7 +169,7 @@ impl LookupService {
 
     /// Records that the friend with this key has sent a request.
     pub fn record_friend_request(&self, key: &NodeKey) {
-        self.friends.iter().for_each(|friends| friends.heard_request(key));
+        self.friends.iter().for_each(|friends| friends.record_request(key));
     }
 
     /// Returns the build log of a derivation from a neighbour that has it. Build logs are not
@@ -225,7 +225,7 @@ impl LookupService {
         }
         // The guard wakes the waiting threads even if the search panics, with a miss.
         let mut result = guard(None, |narinfo| {
-            // No thread can join the flight any more.
+            // No thread can join the lookup any more.
             self.pending.lock().remove(hash_part);
             *pending_lookup.result.lock() = Some(narinfo);
             pending_lookup.ended.notify_all();
@@ -310,7 +310,7 @@ impl LookupService {
     /// Returns those of `ips` that are live neighbours, in the same order, as sources of a NAR.
     /// Blocks for at most 200 ms.
     pub fn live_neighbours(&self, ips: &[IpAddr]) -> Vec<NarSource> {
-        let live = self.lan.as_ref().map(|lan| lan.live(ips)).unwrap_or_default();
+        let live = self.lan.as_ref().map(|lan| lan.live_http_servers(ips)).unwrap_or_default();
         live.into_iter().map(NarSource::neighbour).collect()
     }
 
@@ -334,11 +334,12 @@ impl LookupService {
     /// Starts a search: asks the LAN and friends now, and the trackers when the LAN has no holder.
     pub fn search(&self, hash_part: &HashPart) -> HolderSearch {
         let friends = self.friends.as_ref().map(|friends| friends.search(hash_part));
-        let is_found = friends.as_ref().map_or_else(never, |friends| friends.is_found().clone());
+        let found_signal =
+            friends.as_ref().map_or_else(never, |friends| friends.found_signal().clone());
         HolderSearch {
             hash_part: *hash_part,
             friends,
-            lan: self.lan.as_ref().map(|lan| lan.search(hash_part, is_found)),
+            lan: self.lan.as_ref().map(|lan| lan.search(hash_part, found_signal)),
             wan: self.wan.as_ref().map(|wan| wan.search(hash_part)),
             refusal: None,
         }
@@ -482,7 +483,7 @@ impl HolderSearch {
             return why;
         }
         let wan = self.wan.as_ref();
-        if let Some((peer, e)) = wan.and_then(WanSearch::useless) {
+        if let Some((peer, e)) = wan.and_then(WanSearch::unusable) {
             return MissReason::failed(*peer, e);
         }
         // A peer that claims to have the path but was not asked is an avoided one.

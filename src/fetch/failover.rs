@@ -214,16 +214,16 @@ impl StreamError {
 
 impl ActiveSource<'_> {
     fn start_waiting(&mut self, now: Instant) {
-        self.incoming_nar.wait(now);
+        self.incoming_nar.start_waiting(now);
         if self.has_begun {
-            self.meter.wait(now);
+            self.meter.start_waiting(now);
         }
     }
 
     fn stop_waiting(&mut self, now: Instant) {
-        self.incoming_nar.pause(now);
+        self.incoming_nar.stop_waiting(now);
         if self.has_begun {
-            self.meter.pause(now);
+            self.meter.stop_waiting(now);
         }
     }
 }
@@ -504,9 +504,9 @@ impl<'a> FailoverReader<'a> {
     fn record_received(&mut self, received: u64, began: Instant, now: Instant) {
         let Some(current) = &mut self.current else { return };
         current.last_read = now;
-        current.incoming_nar.got(received, now);
+        current.incoming_nar.record_bytes(received, now);
         if std::mem::replace(&mut current.has_begun, true) {
-            current.meter.got(received, now);
+            current.meter.record_bytes(received, now);
         }
         current.waited += now - began;
         current.received += received;
@@ -721,7 +721,7 @@ impl<'a> FailoverReader<'a> {
             self.downloader.paces.begin(peer_key, self.found.nar_size - offset, began);
         if holder.is_some() {
             // A relay may wait for its own source before it answers.
-            incoming_nar.pause(began);
+            incoming_nar.stop_waiting(began);
         }
         let url_path = source.nar_path(&self.hash_part, &self.found.nar_hash);
         let mut link = source.take_link_kind();
@@ -885,8 +885,8 @@ impl<'a> FailoverReader<'a> {
         self.find_holders(choice.expected.as_secs_f64());
         let (indices, holders) = self.holders(Instant::now());
         let choice = picker::choose(&holders, bytes)?;
-        let why = format!("best of {}: {}", holders.len(), holders[choice.at].load);
-        Some((self.found.sources.swap_remove(indices[choice.at]), why))
+        let why = format!("best of {}: {}", holders.len(), holders[choice.index].load);
+        Some((self.found.sources.swap_remove(indices[choice.index]), why))
     }
 
     /// Returns a further source from a search that checks narinfos.
@@ -1004,7 +1004,7 @@ impl<'a> FailoverReader<'a> {
     pub(super) fn record_delivered(&mut self) {
         let now = Instant::now();
         if let Some(mut current) = self.current.take() {
-            current.incoming_nar.prove();
+            current.incoming_nar.record_proven();
             current.body.finish();
         }
         let peers: Vec<String> =
@@ -1016,7 +1016,7 @@ impl<'a> FailoverReader<'a> {
             peers.join(" and ")
         );
         self.contributors.iter().for_each(|Contributor { peer_key, .. }| {
-            self.downloader.health.delivered(*peer_key, now);
+            self.downloader.health.record_delivered(*peer_key, now);
             self.downloader.stats.delivered(peer_key.network(), peer_key.address());
         });
         for mismatch in &self.mismatches {

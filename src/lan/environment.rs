@@ -75,10 +75,10 @@ impl StoreEnvironment {
         }
     }
 
-    /// Makes hellos carry a digest of `key`, and calls `heard` for each digest in a neighbour's
+    /// Makes hellos carry a digest of `key`, and calls `observer` for each digest in a neighbour's
     /// hello.
-    pub fn with_friends(self, key: NodeKey, heard: DigestObserver) -> Self {
-        StoreEnvironment { friends: Some((key, heard)), ..self }
+    pub fn with_friends(self, key: NodeKey, observer: DigestObserver) -> Self {
+        StoreEnvironment { friends: Some((key, observer)), ..self }
     }
 }
 
@@ -100,8 +100,8 @@ impl Environment for StoreEnvironment {
     }
 
     fn heard_digest(&mut self, instance: &[u8; 8], digest: &HelloDigest, http: SocketAddr) {
-        if let Some((_, heard)) = &mut self.friends {
-            heard(instance, digest, http);
+        if let Some((_, observer)) = &mut self.friends {
+            observer(instance, digest, http);
         }
     }
 

@@ -18,7 +18,7 @@ use std::time::Instant;
 use std::{io, thread};
 
 /// Interval between announces. A tracker drops a node after twice this.
-const INTERVAL: Interval = Interval::from_secs(60);
+const ANNOUNCE_INTERVAL: Interval = Interval::from_secs(60);
 /// Shortest interval between two uploads of a filter.
 const FILTER_INTERVAL: Interval = Interval::from_secs(30);
 /// Interval at which the thread checks for a new filter, a network change, the end of a suspend,
@@ -36,15 +36,15 @@ const MAX_PAUSE_WHILE_WANTED: Interval = Interval::from_secs(2);
 const MAX_JOBS: usize = 8192;
 /// Transfers that wait for the tracker to name them, as many as the queue holds. Further ones are
 /// not counted.
-const MAX_WAITING: usize = MAX_JOBS;
+const MAX_PENDING_TRANSFERS: usize = MAX_JOBS;
 /// Reports that are kept while the tracker is unreachable, about 200 KiB. When full, the oldest
 /// report is dropped.
 const MAX_REPORTS: usize = 8192;
 /// Reports that are sent before new transfers get their turn.
-const REPORTS_AT_ONCE: usize = 16;
+const MAX_REPORTS_PER_ROUND: usize = 16;
 /// Longest time that a report is kept for an unreachable tracker. Trackers keep a transfer that
 /// lacks one report for 2 h.
-const REPORT_KEPT: Interval = Interval::from_secs(2 * 3600);
+const REPORT_TTL: Interval = Interval::from_secs(2 * 3600);
 
 /// The filter of the paths that this node shares, as the trackers get it.
 pub struct Publication {
@@ -66,7 +66,7 @@ impl Publication {
 
     /// Publication of a node that shares nothing with strangers: an empty filter. A tracker
     /// sometimes names a peer without a filter, but never one with an empty filter.
-    pub fn nothing() -> Self {
+    pub fn empty() -> Self {
         let current = Mutex::new(Some((0, Arc::new(BloomFilter::for_paths(0)))));
         Publication { current, ..Publication::default() }
     }
@@ -101,7 +101,7 @@ struct Announcer {
 }
 
 enum AnnouncerJob {
-    Begin { sender_id: String, begun: PendingTransferName },
+    Begin { sender_id: String, name: PendingTransferName },
     Report(TransferredBytes),
 }
 
@@ -110,7 +110,7 @@ struct TransferredBytes {
     transfer_id: u64,
     role: Role,
     bytes: u64,
-    at: Instant,
+    ended: Instant,
 }
 
 impl Trackers {
@@ -189,35 +189,35 @@ impl Trackers {
     /// Begins a transfer from the peer `sender_id` at the tracker with the index `tracker` in
     /// [`Trackers::all`]. Does not block; the name is set later, or never if the tracker is
     /// unreachable.
-    pub fn begin(&self, tracker: usize, sender_id: &str) -> PendingTransferName {
-        let begun = PendingTransferName::default();
+    pub fn begin_transfer(&self, tracker: usize, sender_id: &str) -> PendingTransferName {
+        let name = PendingTransferName::default();
         if let Some(announcer) = self.announcers.get(tracker) {
-            announcer.give(AnnouncerJob::Begin {
+            announcer.send_job(AnnouncerJob::Begin {
                 sender_id: sender_id.to_owned(),
-                begun: begun.clone(),
+                name: name.clone(),
             });
         }
-        begun
+        name
     }
 
     /// Reports the bytes of a transfer to the tracker that named it. Does nothing if no configured
     /// tracker did. Does not block.
     pub fn report(&self, transfer: &TransferName, role: Role, bytes: u64) {
-        let counts =
+        let is_named =
             |announcer: &&Announcer| announcer.tracker.id().as_deref() == Some(&*transfer.tracker);
-        if let Some(announcer) = self.announcers.iter().find(counts) {
-            announcer.give(AnnouncerJob::Report(TransferredBytes {
+        if let Some(announcer) = self.announcers.iter().find(is_named) {
+            announcer.send_job(AnnouncerJob::Report(TransferredBytes {
                 transfer_id: transfer.id,
                 role,
                 bytes,
-                at: Instant::now(),
+                ended: Instant::now(),
             }));
         }
     }
 }
 
 impl Announcer {
-    fn give(&self, job: AnnouncerJob) {
+    fn send_job(&self, job: AnnouncerJob) {
         if let Err(TrySendError::Full(_)) = self.jobs.try_send(job) {
             log::debug!(
                 "tracker {}: too many transfers at once; one is not counted",
@@ -240,18 +240,18 @@ struct AnnouncerThread {
     suspend: SuspendDetector,
     queue: Receiver<AnnouncerJob>,
     stopped: Receiver<()>,
-    announcing: Backoff,
+    announce_backoff: Backoff,
     /// True if the tracker said when it wants the next announce.
     is_asked_to_wait: bool,
     next_announce: Instant,
     /// Version of the filter that the tracker has, and the timestamp of its upload.
     published: Option<(u64, u64)>,
-    publishing: Backoff,
+    publish_backoff: Backoff,
     next_filter: Instant,
     /// Transfers that wait for their names, by the sender's peer ID.
-    begin: BTreeMap<String, Vec<PendingTransferName>>,
+    pending_transfers: BTreeMap<String, Vec<PendingTransferName>>,
     /// Backoff of reports and of transfers to begin.
-    reporting: Backoff,
+    report_backoff: Backoff,
     reports: VecDeque<TransferredBytes>,
 }
 
@@ -276,14 +276,14 @@ impl AnnouncerThread {
             suspend: SuspendDetector::new(),
             queue,
             stopped,
-            announcing: backoff(),
+            announce_backoff: backoff(),
             is_asked_to_wait: false,
             next_announce: now,
             published: None,
-            publishing: backoff(),
+            publish_backoff: backoff(),
             next_filter: now,
-            begin: BTreeMap::new(),
-            reporting: backoff(),
+            pending_transfers: BTreeMap::new(),
+            report_backoff: backoff(),
             reports: VecDeque::new(),
         }
     }
@@ -291,13 +291,13 @@ impl AnnouncerThread {
     fn run(mut self) {
         loop {
             let now = Instant::now();
-            self.notice_changes(now);
+            self.handle_changes(now);
             if now >= self.next_announce {
                 self.announce();
             }
-            if self.tracker.is_reached() && self.announcing.failures() == 0 {
+            if self.tracker.is_reached() && self.announce_backoff.failures() == 0 {
                 self.publish();
-                if self.reporting.is_due(Instant::now()) {
+                if self.report_backoff.is_due(Instant::now()) {
                     self.begin_transfers();
                     self.send_reports();
                 }
@@ -315,22 +315,24 @@ impl AnnouncerThread {
 
     /// Announces sooner if the network changed, the machine was suspended, or lookups miss the
     /// tracker.
-    fn notice_changes(&mut self, now: Instant) {
+    fn handle_changes(&mut self, now: Instant) {
         let network_changes = self.networks.count_changes();
         let has_moved =
             std::mem::replace(&mut self.network_changes, network_changes) != network_changes;
         let has_slept = self.suspend.detect();
         if has_moved || has_slept {
             self.tracker.reset(now);
-            for backoff in [&mut self.announcing, &mut self.publishing, &mut self.reporting] {
+            for backoff in
+                [&mut self.announce_backoff, &mut self.publish_backoff, &mut self.report_backoff]
+            {
                 backoff.reset();
             }
             self.next_announce = now;
         }
         // Lookups fail or miss the tracker; an announce finds out whether it is reachable. A
         // tracker that sent `Retry-After` is not asked sooner.
-        if self.tracker.take_wanted() && !self.is_asked_to_wait {
-            let is_first = self.announcing.failures() == 0;
+        if self.tracker.take_announce_request() && !self.is_asked_to_wait {
+            let is_first = self.announce_backoff.failures() == 0;
             let soonest = if is_first { now } else { now + MAX_PAUSE_WHILE_WANTED.get() };
             self.next_announce = self.next_announce.min(soonest);
         }
@@ -341,7 +343,7 @@ impl AnnouncerThread {
         let now = Instant::now();
         match answer {
             Ok(announced) => {
-                self.announcing.reset();
+                self.announce_backoff.reset();
                 self.is_asked_to_wait = false;
                 // The tracker has no filter, or one that this node did not publish last: it lost
                 // it, or another machine uses the same identity.
@@ -349,16 +351,16 @@ impl AnnouncerThread {
                 {
                     self.published = None;
                 }
-                let fewest = self.trackers.iter().map(|tracker| tracker.bits_per_path()).min();
+                let min_bits = self.trackers.iter().map(|tracker| tracker.bits_per_path()).min();
                 self.publication
                     .bits_per_path
-                    .store(fewest.unwrap_or(MAX_BITS_PER_PATH), Ordering::Relaxed);
-                self.next_announce = now + INTERVAL.get();
+                    .store(min_bits.unwrap_or(MAX_BITS_PER_PATH), Ordering::Relaxed);
+                self.next_announce = now + ANNOUNCE_INTERVAL.get();
             }
             Err(e) => {
-                self.announcing.record_failure(e.retry_after(), now);
+                self.announce_backoff.record_failure(e.retry_after(), now);
                 self.is_asked_to_wait = e.retry_after().is_some();
-                self.next_announce = self.announcing.due().unwrap_or(now);
+                self.next_announce = self.announce_backoff.due().unwrap_or(now);
             }
         }
     }
@@ -367,18 +369,18 @@ impl AnnouncerThread {
         let Some((version, filter)) = self.publication.get() else { return };
         let now = Instant::now();
         let has_it = self.published.is_some_and(|(last, _)| last == version);
-        if now < self.next_filter || has_it || !self.publishing.is_due(now) {
+        if now < self.next_filter || has_it || !self.publish_backoff.is_due(now) {
             return;
         }
         match self.tracker.put_filter(&filter) {
             Ok(timestamp) => {
                 self.published = Some((version, timestamp));
-                self.publishing.reset();
+                self.publish_backoff.reset();
                 self.next_filter = Instant::now() + FILTER_INTERVAL.get();
             }
             Err(e) => {
                 log::debug!("tracker {}: filter: {e}", self.tracker.url());
-                self.publishing.record_failure(e.retry_after(), Instant::now());
+                self.publish_backoff.record_failure(e.retry_after(), Instant::now());
             }
         }
     }
@@ -386,9 +388,9 @@ impl AnnouncerThread {
     /// Begins the waiting transfers. After an error the others wait for the next attempt, and so do
     /// those of the failed call unless the tracker refused them.
     fn begin_transfers(&mut self) {
-        while let Some(mut waiting) = self.begin.first_entry() {
+        while let Some(mut waiting) = self.pending_transfers.first_entry() {
             // A transfer that has ended meanwhile needs no name.
-            waiting.get_mut().retain(|begun| Arc::strong_count(begun) > 1);
+            waiting.get_mut().retain(|name| Arc::strong_count(name) > 1);
             let count = waiting.get().len().min(MAX_TRANSFERS_AT_ONCE as usize);
             if count == 0 {
                 waiting.remove();
@@ -398,12 +400,14 @@ impl AnnouncerThread {
                 Ok((first, named)) => {
                     // Reports that are left may be what fails.
                     if self.reports.is_empty() {
-                        self.reporting.reset();
+                        self.report_backoff.reset();
                     }
-                    let Some(tracker) = self.tracker.id() else { return self.begin.clear() };
+                    let Some(tracker) = self.tracker.id() else {
+                        return self.pending_transfers.clear();
+                    };
                     let some = waiting.get_mut().drain(..count).take(named as usize);
-                    for (id, begun) in (first..).zip(some) {
-                        let _ = begun.set(TransferName { tracker: tracker.clone(), id });
+                    for (id, name) in (first..).zip(some) {
+                        let _ = name.set(TransferName { tracker: tracker.clone(), id });
                     }
                 }
                 Err(e) => {
@@ -411,23 +415,23 @@ impl AnnouncerThread {
                     if !e.is_temporary() {
                         waiting.get_mut().drain(..count);
                     }
-                    return self.reporting.record_failure(e.retry_after(), Instant::now());
+                    return self.report_backoff.record_failure(e.retry_after(), Instant::now());
                 }
             }
         }
     }
 
     fn send_reports(&mut self) {
-        for _ in 0..REPORTS_AT_ONCE {
-            let Some(counted) = self.reports.front() else { return };
-            match self.tracker.report(counted.transfer_id, counted.role, counted.bytes) {
-                Err(e) if e.is_temporary() && counted.at.elapsed() < REPORT_KEPT.get() => {
+        for _ in 0..MAX_REPORTS_PER_ROUND {
+            let Some(report) = self.reports.front() else { return };
+            match self.tracker.report(report.transfer_id, report.role, report.bytes) {
+                Err(e) if e.is_temporary() && report.ended.elapsed() < REPORT_TTL.get() => {
                     log::debug!("tracker {}: report: {e}", self.tracker.url());
-                    return self.reporting.record_failure(e.retry_after(), Instant::now());
+                    return self.report_backoff.record_failure(e.retry_after(), Instant::now());
                 }
                 // A report that the tracker refused would be refused again.
                 Err(e) => log::debug!("tracker {}: report lost: {e}", self.tracker.url()),
-                Ok(()) => self.reporting.reset(),
+                Ok(()) => self.report_backoff.reset(),
             }
             self.reports.pop_front();
         }
@@ -439,8 +443,8 @@ impl AnnouncerThread {
         let now = Instant::now();
         let has_reports = !self.reports.is_empty()
             && self.tracker.is_reached()
-            && self.announcing.failures() == 0;
-        let reports = has_reports.then(|| self.reporting.due().unwrap_or(now));
+            && self.announce_backoff.failures() == 0;
+        let reports = has_reports.then(|| self.report_backoff.due().unwrap_or(now));
         let deadline = self
             .next_announce
             .min(now + POLL_INTERVAL.get())
@@ -448,33 +452,34 @@ impl AnnouncerThread {
         select! {
             recv(self.stopped) -> _ => return false,
             recv(self.queue) -> job => match job {
-                Ok(job) => self.take(job),
+                Ok(job) => self.handle_job(job),
                 Err(_) => return false,
             },
             default(deadline.saturating_duration_since(now)) => {}
         }
         while let Ok(job) = self.queue.try_recv() {
-            self.take(job);
+            self.handle_job(job);
         }
         self.stopped.try_recv() != Err(TryRecvError::Disconnected)
     }
 
-    fn take(&mut self, job: AnnouncerJob) {
+    fn handle_job(&mut self, job: AnnouncerJob) {
         match job {
             // A tracker that is unreachable, or that has no ID to name transfers by, cannot count
             // this transfer.
             AnnouncerJob::Begin { .. }
                 if !self.tracker.is_reached()
                     || self.tracker.id().is_none()
-                    || self.begin.values().map(Vec::len).sum::<usize>() >= MAX_WAITING => {}
-            AnnouncerJob::Begin { sender_id, begun } => {
-                self.begin.entry(sender_id).or_default().push(begun)
+                    || self.pending_transfers.values().map(Vec::len).sum::<usize>()
+                        >= MAX_PENDING_TRANSFERS => {}
+            AnnouncerJob::Begin { sender_id, name } => {
+                self.pending_transfers.entry(sender_id).or_default().push(name)
             }
-            AnnouncerJob::Report(counted) => {
+            AnnouncerJob::Report(report) => {
                 if self.reports.len() >= MAX_REPORTS {
                     self.reports.pop_front();
                 }
-                self.reports.push_back(counted);
+                self.reports.push_back(report);
             }
         }
     }
@@ -508,10 +513,12 @@ mod tests {
     }
 
     fn begin(thread: &mut AnnouncerThread, sender_id: &str) -> PendingTransferName {
-        let begun = PendingTransferName::default();
-        let (sender_id, name) = (sender_id.to_owned(), begun.clone());
-        thread.take(AnnouncerJob::Begin { sender_id, begun: name });
-        begun
+        let name = PendingTransferName::default();
+        thread.handle_job(AnnouncerJob::Begin {
+            sender_id: sender_id.to_owned(),
+            name: name.clone(),
+        });
+        name
     }
 
     fn ids(names: &[PendingTransferName]) -> Vec<Option<u64>> {
@@ -526,13 +533,13 @@ mod tests {
         // A transfer that nobody waits for.
         names.pop();
         thread.begin_transfers();
-        assert!(!thread.reporting.is_due(Instant::now()));
+        assert!(!thread.report_backoff.is_due(Instant::now()));
         assert_eq!(ids(&names), [None; 3]);
         thread.begin_transfers();
         assert_eq!(ids(&names), [None; 3], "the sender a is refused");
         thread.begin_transfers();
         assert_eq!(ids(&names), [None, Some(7), Some(8)]);
-        assert_eq!((thread.reporting.failures(), thread.begin.len()), (0, 0));
+        assert_eq!((thread.report_backoff.failures(), thread.pending_transfers.len()), (0, 0));
         let requests = server.join().unwrap();
         let senders = requests[1..].iter().zip(["a", "a", "b"]);
         let is_of = |((_, body), id): (&(String, String), &str)| {
@@ -546,13 +553,18 @@ mod tests {
         let begun = (200, r#"{"transfer_id":7,"count":1}"#);
         let (mut thread, server) = announcer(&[begun, (503, "{}"), begun, (503, "{}")]);
         let (transfer_id, role, bytes, at) = (7, Role::Receiver, 1, Instant::now());
-        thread.take(AnnouncerJob::Report(TransferredBytes { transfer_id, role, bytes, at }));
+        thread.handle_job(AnnouncerJob::Report(TransferredBytes {
+            transfer_id,
+            role,
+            bytes,
+            ended: at,
+        }));
         for failures in [1, 2] {
             let name = begin(&mut thread, "a");
             thread.begin_transfers();
             assert!(name.get().is_some());
             thread.send_reports();
-            assert_eq!(thread.reporting.failures(), failures);
+            assert_eq!(thread.report_backoff.failures(), failures);
         }
         server.join().unwrap();
     }
@@ -561,9 +573,10 @@ mod tests {
     fn transfers_beyond_limit_are_not_counted() {
         let (mut thread, server) = announcer(&[]);
         server.join().unwrap();
-        let names: Vec<_> =
-            (0..2 * MAX_WAITING).map(|n| begin(&mut thread, &(n % 9).to_string())).collect();
+        let names: Vec<_> = (0..2 * MAX_PENDING_TRANSFERS)
+            .map(|n| begin(&mut thread, &(n % 9).to_string()))
+            .collect();
         let waiting = names.iter().filter(|name| Arc::strong_count(name) > 1).count();
-        assert_eq!(waiting, MAX_WAITING);
+        assert_eq!(waiting, MAX_PENDING_TRANSFERS);
     }
 }

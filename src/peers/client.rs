@@ -44,19 +44,19 @@ pub const MIN_BYTES_PER_SECOND: u64 = 8 * 1024;
 const BODY_GRACE: Duration = Duration::from_secs(30);
 
 /// Idle connections kept per peer: as many as Nix opens to this node. Further ones are closed.
-const IDLE_PER_PEER: usize = 25;
+const MAX_IDLE_PER_PEER: usize = 25;
 /// Idle connections kept in all. Further ones are closed.
-const IDLE: usize = 100;
+const MAX_IDLE: usize = 100;
 /// Age after which an idle connection is closed. Peers close theirs after 30 s, so a request rarely
 /// meets a closed connection.
-const IDLE_AGE: Timeout = Timeout::from_secs(15);
+const MAX_IDLE_AGE: Timeout = Timeout::from_secs(15);
 
 /// Size of ureq's input buffer, in bytes, which bounds one read of a NAR body. 128 KiB was the
 /// fastest size between 16 and 512 KiB.
-const BUFFER: usize = 128 * 1024;
+const INPUT_BUFFER_BYTES: usize = 128 * 1024;
 
 /// Bytes that [`PeerClient::greet`] reads of an answer. peerix sends 60 bytes.
-const MAX_GREETING: u64 = 4096;
+const MAX_GREETING_BYTES: u64 = 4096;
 
 /// Error of a request to a peer.
 #[derive(Debug)]
@@ -147,7 +147,7 @@ impl std::error::Error for PeerError {}
 
 /// Size in bytes above which a narinfo needs a reservation. Paths with fewer than 900 references
 /// stay below it.
-const LARGE_NARINFO: u64 = 64 * 1024;
+const LARGE_NARINFO_BYTES: u64 = 64 * 1024;
 /// Largest number of large narinfos in memory. Each takes up to 3 MiB as text and as references. At
 /// the bound, further ones wait until an earlier one is dropped, and fail with [`PeerError::Busy`]
 /// at the deadline of their request.
@@ -160,63 +160,63 @@ const LARGE_READERS: usize = 2;
 /// itself.
 const LARGE_NARINFO_GRACE: Duration = Duration::from_secs(1);
 /// Stack of such a thread, in bytes. The buffers are on the heap.
-const LARGE_STACK: usize = 256 << 10;
+const LARGE_READER_STACK_BYTES: usize = 256 << 10;
 
 /// Largest build log, in bytes. It equals the limit that peerix serves.
-const MAX_LOG: u64 = 64 << 20;
+const MAX_LOG_BYTES: u64 = 64 << 20;
 
 /// Number of odd paths remembered so that each is logged once. When it is reached, the one met
 /// longest ago is forgotten and may be logged again.
-const MAX_LOGGED: usize = 1024;
+const MAX_LOGGED_PATHS: usize = 1024;
 
 /// HTTP client for peers; shared by all threads.
 pub struct PeerClient {
-    pool: Mutex<IdleConnections>,
+    idle: Mutex<IdleConnections>,
     /// TLS configuration; set for a friend only.
     tls: Option<Arc<ClientConfig>>,
     store_dir: StoreDir,
-    logged: Mutex<BoundedMap<HashPart, (), MAX_LOGGED>>,
+    logged_paths: Mutex<BoundedMap<HashPart, (), MAX_LOGGED_PATHS>>,
     /// Queue of the threads that read large narinfos.
-    large: Sender<LargeNarinfoBody>,
+    large_narinfos: Sender<LargeNarinfoBody>,
 }
 
-/// Body of a narinfo that exceeds [`LARGE_NARINFO`], with the part that was already read.
+/// Body of a narinfo that exceeds [`LARGE_NARINFO_BYTES`], with the part that was already read.
 struct LargeNarinfoBody {
-    begin: Vec<u8>,
+    start: Vec<u8>,
     rest: ureq::BodyReader<'static>,
     deadline: Instant,
     store_dir: StoreDir,
-    done: Sender<Result<PeerNarinfo, PeerError>>,
+    reply: Sender<Result<PeerNarinfo, PeerError>>,
 }
 
 impl LargeNarinfoBody {
-    fn read(self, rooms: &(Sender<()>, Receiver<()>)) {
-        let LargeNarinfoBody { begin, mut rest, deadline, store_dir, done } = self;
+    fn read(self, reservations: &(Sender<()>, Receiver<()>)) {
+        let LargeNarinfoBody { start, mut rest, deadline, store_dir, reply } = self;
         let mut read = || {
-            rooms.0.send_deadline((), deadline).map_err(|_| PeerError::Busy)?;
-            let room = Some(LargeNarinfoReservation(rooms.1.clone()));
+            reservations.0.send_deadline((), deadline).map_err(|_| PeerError::Busy)?;
+            let reservation = Some(LargeNarinfoReservation(reservations.1.clone()));
             let mut bytes = Vec::with_capacity(NarInfo::MAX_LEN + 1);
-            bytes.extend(&begin);
+            bytes.extend(&start);
             let max = (NarInfo::MAX_LEN + 1 - bytes.len()) as u64;
             rest.by_ref().take(max).read_to_end(&mut bytes)?;
             let narinfo = NarInfo::parse(&bytes, &store_dir)?;
-            Ok(PeerNarinfo { narinfo, _room: room })
+            Ok(PeerNarinfo { narinfo, _reservation: reservation })
         };
-        let _ = done.try_send(read());
+        let _ = reply.try_send(read());
     }
 }
 
 /// Starts the threads that read large narinfos. They end when the returned sender is dropped.
 fn start_large_readers() -> Sender<LargeNarinfoBody> {
     let (sender, jobs) = bounded::<LargeNarinfoBody>(0);
-    let rooms = bounded(MAX_LARGE_NARINFOS);
+    let reservations = bounded(MAX_LARGE_NARINFOS);
     for _ in 0..LARGE_READERS {
-        let (jobs, rooms) = (jobs.clone(), rooms.clone());
+        let (jobs, reservations) = (jobs.clone(), reservations.clone());
         let started = thread::Builder::new()
             .name("narinfo-large".into())
-            .stack_size(LARGE_STACK)
+            .stack_size(LARGE_READER_STACK_BYTES)
             .spawn(move || {
-                jobs.iter().for_each(|job: LargeNarinfoBody| job.read(&rooms));
+                jobs.iter().for_each(|job: LargeNarinfoBody| job.read(&reservations));
             });
         if let Err(e) = started {
             log::error!("thread for large narinfos: {e}");
@@ -230,7 +230,7 @@ fn start_large_readers() -> Sender<LargeNarinfoBody> {
 #[derive(Debug)]
 pub struct PeerNarinfo {
     narinfo: NarInfo,
-    _room: Option<LargeNarinfoReservation>,
+    _reservation: Option<LargeNarinfoReservation>,
 }
 
 impl PeerNarinfo {
@@ -336,7 +336,7 @@ impl NarBody {
         /// Compressed bodies whose end is being read. Further connections are closed instead.
         const MAX_FINISHING: usize = 32;
         /// Wait for the end, which usually has arrived already.
-        const AT_ONCE: Duration = Duration::from_millis(50);
+        const END_TIMEOUT: Duration = Duration::from_millis(50);
         static FINISHING: AtomicUsize = AtomicUsize::new(0);
         match self.bytes {
             BodyReader::Plain(_) if self.has_end => {
@@ -345,17 +345,17 @@ impl NarBody {
             BodyReader::Compressed(_)
                 if FINISHING.fetch_add(1, Ordering::Relaxed) < MAX_FINISHING =>
             {
-                let left = guard((), |()| {
+                let permit = guard((), |()| {
                     FINISHING.fetch_sub(1, Ordering::Relaxed);
                 });
                 let (end, ended) = bounded::<()>(0);
                 let finish = thread::Builder::new().name("nar-end".into()).spawn(move || {
-                    let _left = (left, end);
+                    let _permit = (permit, end);
                     let _ = self.read(&mut [0]);
                     drop(self);
                 });
                 match finish {
-                    Ok(_) => drop(ended.recv_timeout(AT_ONCE)),
+                    Ok(_) => drop(ended.recv_timeout(END_TIMEOUT)),
                     Err(e) => log::debug!("thread for the end of a NAR: {e}"),
                 }
             }
@@ -372,8 +372,8 @@ impl NarBody {
     /// # Errors
     /// Errors of the connection and of the zstd decoder.
     pub fn read_within(&mut self, buf: &mut [u8], timeout: Duration) -> io::Result<Option<usize>> {
-        match read_timeout::limit(timeout, || self.read(buf)) {
-            Err(e) if read_timeout::is_over(&e) => Ok(None),
+        match read_timeout::with_timeout(timeout, || self.read(buf)) {
+            Err(e) if read_timeout::is_read_timeout(&e) => Ok(None),
             read => read.map(Some),
         }
     }
@@ -395,10 +395,10 @@ fn agent(tls: Option<&Arc<ClientConfig>>) -> Agent {
         .timeout_connect(Some(CONNECT_TIMEOUT))
         .timeout_per_read(Some(READ_TIMEOUT.get()))
         .timeout_recv_response(Some(READ_TIMEOUT.get()))
-        .input_buffer_size(BUFFER)
-        .max_idle_connections(IDLE)
-        .max_idle_connections_per_host(IDLE_PER_PEER)
-        .max_idle_age(IDLE_AGE.get())
+        .input_buffer_size(INPUT_BUFFER_BYTES)
+        .max_idle_connections(MAX_IDLE)
+        .max_idle_connections_per_host(MAX_IDLE_PER_PEER)
+        .max_idle_age(MAX_IDLE_AGE.get())
         .build();
     match tls {
         None => Agent::with_parts(
@@ -426,11 +426,11 @@ impl PeerClient {
 
     fn with(store_dir: StoreDir, tls: Option<Arc<ClientConfig>>) -> Self {
         PeerClient {
-            pool: Mutex::new(IdleConnections { agent: agent(tls.as_ref()), used: None }),
+            idle: Mutex::new(IdleConnections { agent: agent(tls.as_ref()), used: None }),
             tls,
             store_dir,
-            logged: Mutex::default(),
-            large: start_large_readers(),
+            logged_paths: Mutex::default(),
+            large_narinfos: start_large_readers(),
         }
     }
 
@@ -440,8 +440,8 @@ impl PeerClient {
     /// # Errors
     /// See [`PeerError`].
     pub fn greet(&self, peer: SocketAddr, timeout: Duration) -> Result<(), PeerError> {
-        let response = expect(self.get(peer, "nix-cache-info", None, timeout)?, &[200])?;
-        read_up_to(MAX_GREETING, &mut response.into_body().as_reader())?;
+        let response = expect_status(self.get(peer, "nix-cache-info", None, timeout)?, &[200])?;
+        read_up_to(MAX_GREETING_BYTES, &mut response.into_body().as_reader())?;
         Ok(())
     }
 
@@ -464,17 +464,17 @@ impl PeerClient {
     }
 
     fn agent(&self) -> Agent {
-        let mut pool = self.pool.lock();
-        pool.used = Some(Instant::now());
-        pool.agent.clone()
+        let mut idle = self.idle.lock();
+        idle.used = Some(Instant::now());
+        idle.agent.clone()
     }
 
     /// Closes the idle connections if all of them are too old to be reused. ureq does so only at
     /// the next request, and each connection holds 256 KiB of buffers.
     pub fn close_idle_connections(&self) {
-        let mut pool = self.pool.lock();
-        if pool.used.is_some_and(|used| used.elapsed() >= IDLE_AGE.get()) {
-            *pool = IdleConnections { agent: agent(self.tls.as_ref()), used: None };
+        let mut idle = self.idle.lock();
+        if idle.used.is_some_and(|used| used.elapsed() >= MAX_IDLE_AGE.get()) {
+            *idle = IdleConnections { agent: agent(self.tls.as_ref()), used: None };
         }
     }
 
@@ -485,7 +485,7 @@ impl PeerClient {
         peer: SocketAddr,
         why: &dyn fmt::Display,
     ) {
-        let is_new = self.logged.lock().insert(*hash_part, ()).is_none();
+        let is_new = self.logged_paths.lock().insert(*hash_part, ()).is_none();
         if is_new {
             log::warn!("{hash_part}: cannot be had from peer {peer}: {why}");
         }
@@ -518,23 +518,24 @@ impl PeerClient {
         timeout: Duration,
     ) -> Result<PeerNarinfo, PeerError> {
         let deadline = Instant::now() + timeout;
-        let response = expect(self.get(holder.http, &holder.url_path, None, timeout)?, &[200])?;
+        let response =
+            expect_status(self.get(holder.http, &holder.url_path, None, timeout)?, &[200])?;
         let mut reader = response.into_body().into_reader();
-        let begin = read_up_to(LARGE_NARINFO + 1, &mut reader)?;
-        let narinfo = if begin.len() as u64 > LARGE_NARINFO {
-            let (done, result) = bounded(1);
+        let start = read_up_to(LARGE_NARINFO_BYTES + 1, &mut reader)?;
+        let narinfo = if start.len() as u64 > LARGE_NARINFO_BYTES {
+            let (reply, result) = bounded(1);
             let job = LargeNarinfoBody {
-                begin,
+                start,
                 rest: reader,
                 deadline,
                 store_dir: self.store_dir.clone(),
-                done,
+                reply,
             };
-            self.large.send_deadline(job, deadline).map_err(|_| PeerError::Busy)?;
+            self.large_narinfos.send_deadline(job, deadline).map_err(|_| PeerError::Busy)?;
             result.recv_deadline(deadline + LARGE_NARINFO_GRACE).map_err(|_| PeerError::Busy)??
         } else {
-            let narinfo = NarInfo::parse(&begin, &self.store_dir)?;
-            PeerNarinfo { narinfo, _room: None }
+            let narinfo = NarInfo::parse(&start, &self.store_dir)?;
+            PeerNarinfo { narinfo, _reservation: None }
         };
         if narinfo.info.path.hash_part() != *hash_part {
             return Err(Malformed::new("narinfo", "of another path").into());
@@ -556,7 +557,7 @@ impl PeerClient {
         timeout: Duration,
     ) -> Result<Realisation, PeerError> {
         let path = format!("local/{}", id.url_path());
-        let response = expect(self.get(peer, &path, None, timeout)?, &[200])?;
+        let response = expect_status(self.get(peer, &path, None, timeout)?, &[200])?;
         let max = Realisation::MAX_LEN as u64 + 1;
         let bytes = read_up_to(max, &mut response.into_body().as_reader())?;
         Ok(Realisation::parse(&bytes, id)?)
@@ -578,9 +579,9 @@ impl PeerClient {
             let config = self.agent().get(&url).config().timeout_recv_response(Some(left));
             config.timeout_recv_body(Some(BODY_GRACE)).build().call()
         };
-        let body = expect(retry_once_if_stale(timeout, call)?, &[200])?.into_body();
+        let body = expect_status(retry_once_if_stale(timeout, call)?, &[200])?.into_body();
         match body.content_length() {
-            Some(len) if len <= MAX_LOG => Ok(LogBody {
+            Some(len) if len <= MAX_LOG_BYTES => Ok(LogBody {
                 len,
                 text: PrintableReader::new(body.into_with_config().limit(u64::MAX).reader()),
             }),
@@ -606,7 +607,7 @@ impl PeerClient {
     ) -> Result<(Vec<[u8; 32]>, Option<f64>), PeerError> {
         let range = format!("bytes={}-{}", first * DIGEST_LEN, (first + count) * DIGEST_LEN - 1);
         let path = format!("local/digests/{nar_name}");
-        let response = expect(self.get(peer, &path, Some(&range), timeout)?, &[206])?;
+        let response = expect_status(self.get(peer, &path, Some(&range), timeout)?, &[206])?;
         let pace = response
             .headers()
             .get(PACE_HEADER)
@@ -630,37 +631,37 @@ impl PeerClient {
         offset: u64,
         nar_size: u64,
         timeout: Duration,
-        way: &LinkKind,
+        link: &LinkKind,
     ) -> Result<NarBody, PeerError> {
-        let whole = BODY_GRACE + Duration::from_secs(nar_size / MIN_BYTES_PER_SECOND);
+        let body_timeout = BODY_GRACE + Duration::from_secs(nar_size / MIN_BYTES_PER_SECOND);
         let request = |left: Duration| {
             let mut request = self.agent().get(url(peer, url_path));
-            if let LinkKind::Wan(transfer) = way {
+            if let LinkKind::Wan(transfer) = link {
                 request = request.header("Accept-Encoding", "zstd");
                 if let Some(transfer) = transfer {
                     request = request.header(TRANSFER_HEADER, transfer.to_string());
                 }
             }
-            if *way == LinkKind::LanOrOthers {
+            if *link == LinkKind::LanOrOthers {
                 request = request.header(RELAY_HEADER, "1");
             }
             if offset > 0 {
                 request = request.header("Range", format!("bytes={offset}-"));
             }
             let config = request.config().timeout_connect(Some(left.min(CONNECT_TIMEOUT)));
-            config.timeout_recv_response(Some(left)).timeout_recv_body(Some(whole)).build()
+            config.timeout_recv_response(Some(left)).timeout_recv_body(Some(body_timeout)).build()
         };
         let call = |left| match request(left).call() {
-            Err(ureq::Error::Io(e)) if read_timeout::is_over(&e) => {
+            Err(ureq::Error::Io(e)) if read_timeout::is_read_timeout(&e) => {
                 Err(ureq::Error::Timeout(ureq::Timeout::RecvResponse))
             }
-            called => called,
+            result => result,
         };
-        let response = read_timeout::limit(timeout, || retry_once_if_stale(timeout, call))?;
-        if *way == LinkKind::LanOrOthers && response.status() == 307 {
+        let response = read_timeout::with_timeout(timeout, || retry_once_if_stale(timeout, call))?;
+        if *link == LinkKind::LanOrOthers && response.status() == 307 {
             return Err(PeerError::Named(parse_relay_addresses(&response)));
         }
-        let response = expect(response, &[200, 206])?;
+        let response = expect_status(response, &[200, 206])?;
         let from = if response.status() == 206 { offset } else { 0 };
         if response.status() == 206 {
             let range =
@@ -674,7 +675,7 @@ impl PeerClient {
         let is_compressed = match encoding {
             None => false,
             Some(encoding)
-                if matches!(way, LinkKind::Wan(_)) && encoding.eq_ignore_ascii_case(b"zstd") =>
+                if matches!(link, LinkKind::Wan(_)) && encoding.eq_ignore_ascii_case(b"zstd") =>
             {
                 true
             }
@@ -733,7 +734,7 @@ fn read_up_to(max: u64, body: &mut impl Read) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-fn expect<B>(response: Response<B>, statuses: &[u16]) -> Result<Response<B>, PeerError> {
+fn expect_status<B>(response: Response<B>, statuses: &[u16]) -> Result<Response<B>, PeerError> {
     match response.status().as_u16() {
         status if statuses.contains(&status) => Ok(response),
         404 | 410 => Err(PeerError::NotThere),
@@ -749,7 +750,7 @@ fn url(peer: SocketAddr, path: &str) -> String {
     match peer {
         SocketAddr::V6(v6) if v6.scope_id() != 0 => {
             format!(
-                "http://{:032x}.{}{LINK_LOCAL}:{}/{path}",
+                "http://{:032x}.{}{LINK_LOCAL_SUFFIX}:{}/{path}",
                 v6.ip().to_bits(),
                 v6.scope_id(),
                 v6.port()
@@ -759,7 +760,7 @@ fn url(peer: SocketAddr, path: &str) -> String {
     }
 }
 
-const LINK_LOCAL: &str = ".link-local.invalid";
+const LINK_LOCAL_SUFFIX: &str = ".link-local.invalid";
 
 /// Decodes the host names that [`url`] builds, and resolves nothing else: a peer is always an
 /// address.
@@ -782,7 +783,7 @@ impl Resolver for PeerAddressResolver {
 fn address(uri: &Uri) -> Option<SocketAddr> {
     let authority = uri.authority()?;
     let port = authority.port_u16()?;
-    let Some(scoped) = authority.host().strip_suffix(LINK_LOCAL) else {
+    let Some(scoped) = authority.host().strip_suffix(LINK_LOCAL_SUFFIX) else {
         return authority.as_str().parse().ok();
     };
     let (ip, scope) = scoped.split_once('.')?;

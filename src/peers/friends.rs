@@ -47,23 +47,23 @@ const WAKE_DELAY: Duration = Duration::from_millis(100);
 
 /// Shortest time between two requests of a friend that end its pause. The friend may be able to
 /// call and not be reachable.
-const CALL_INTERVAL: Interval = Interval::from_secs(5);
+const MIN_CALL_INTERVAL: Interval = Interval::from_secs(5);
 
 /// Timeout of a narinfo request to a friend. A friend that exceeds it counts as unreachable.
 const NARINFO_TIMEOUT: Timeout = Timeout::from_secs(2);
 
 /// Time after the start during which lookups wait for friends that have not been tried yet, because
 /// a wrong miss fails a build.
-const FIRST_TRY: Timeout = Timeout::from_secs(1);
+const FIRST_TRY_TIMEOUT: Timeout = Timeout::from_secs(1);
 
 /// Largest number of unproven addresses per friend. When it is reached, the oldest one is dropped.
-const MAX_UNPROVEN: usize = 4;
+const MAX_UNPROVEN_ADDRESSES: usize = 4;
 
 /// Interval at which the friends file is read again and the network is checked for changes.
 const POLL_INTERVAL: Interval = Interval::from_secs(2);
 
 /// Delay before the next attempt while the request pool is full.
-const BLOCKED_DELAY: Duration = Duration::from_millis(2);
+const POOL_RETRY_DELAY: Duration = Duration::from_millis(2);
 
 /// Stack of a thread that greets a friend, in bytes. TLS takes 100 KiB in a build without
 /// optimization.
@@ -131,7 +131,7 @@ struct FriendState {
     was_tried: bool,
     error: Option<String>,
     /// Time of the last request of the friend that ended a pause.
-    called: Option<Instant>,
+    last_call: Option<Instant>,
     is_removed: bool,
 }
 
@@ -178,18 +178,18 @@ impl Friends {
             running: Mutex::new(Some(running)),
             stopped,
         });
-        friends.follow_list();
-        let following = friends.clone();
+        friends.update_links();
+        let follower = friends.clone();
         thread::Builder::new().name("friends".into()).spawn(move || {
-            let mut current = following.networks.current();
-            while following.stopped.recv_timeout(POLL_INTERVAL.get()).is_err_and(|e| e.is_timeout())
+            let mut current = follower.networks.current();
+            while follower.stopped.recv_timeout(POLL_INTERVAL.get()).is_err_and(|e| e.is_timeout())
             {
-                if following.list.reload() {
-                    following.follow_list();
+                if follower.list.reload() {
+                    follower.update_links();
                 }
-                let before = std::mem::replace(&mut current, following.networks.current());
+                let before = std::mem::replace(&mut current, follower.networks.current());
                 if !Arc::ptr_eq(&before, &current) {
-                    following.network_changed();
+                    follower.wake_all();
                 }
             }
         })?;
@@ -212,7 +212,7 @@ impl Friends {
     }
 
     /// Adds and removes links so that they match the list.
-    fn follow_list(&self) {
+    fn update_links(&self) {
         let friends = self.list.all();
         let is_friend = |link: &Arc<FriendLink>| friends.contains(&link.friend);
         let (mut links, removed): (Vec<_>, Vec<_>) =
@@ -234,48 +234,48 @@ impl Friends {
         let config = tls::client_config(&self.identity, friend.key).map_err(|e| e.to_string())?;
         let client = PeerClient::for_friend(self.store_dir.clone(), config);
         let link = Arc::new(FriendLink::new(friend, client, self.networks.clone()));
-        let (running, stopped) = (link.clone(), self.stopped.clone());
+        let (thread_link, stopped) = (link.clone(), self.stopped.clone());
         let own = *self.list.own();
-        let spawned = thread::Builder::new().name("friend".into()).stack_size(STACK_BYTES);
-        spawned.spawn(move || running.run(&stopped, &own)).map_err(|e| e.to_string())?;
+        let builder = thread::Builder::new().name("friend".into()).stack_size(STACK_BYTES);
+        builder.spawn(move || thread_link.run(&stopped, &own)).map_err(|e| e.to_string())?;
         Ok(link)
     }
 
     /// State of all friends, for the status output.
-    pub fn seen(&self) -> Vec<FriendSnapshot> {
-        self.links.lock().iter().map(|link| link.seen()).collect()
+    pub fn snapshots(&self) -> Vec<FriendSnapshot> {
+        self.links.lock().iter().map(|link| link.snapshot()).collect()
     }
 
     /// Handles a *hello* with the digest `digest` from a neighbour whose HTTP server is at
     /// `address`. If a friend's key matches the digest, the friend's thread tries the address.
-    pub fn heard_hello(&self, instance: &[u8; 8], digest: &HelloDigest, address: SocketAddr) {
+    pub fn record_hello(&self, instance: &[u8; 8], digest: &HelloDigest, address: SocketAddr) {
         for link in
             self.links.lock().iter().filter(|link| link.friend.key.digest(instance) == *digest)
         {
-            link.add(address, FoundBy::Hello);
+            link.add_address(address, FoundBy::Hello);
         }
     }
 
     /// Handles an address that a tracker named for the friend with the key `key`.
-    pub fn found_at_tracker(&self, key: &NodeKey, address: SocketAddr) {
+    pub fn record_tracker_address(&self, key: &NodeKey, address: SocketAddr) {
         if !can_be_peer(address.ip()) {
             return;
         }
         for link in self.links.lock().iter().filter(|link| link.friend.key == *key) {
-            link.add(address, FoundBy::Tracker);
+            link.add_address(address, FoundBy::Tracker);
         }
     }
 
     /// Handles a request of the friend with the key `key`. The friend may have just become
     /// reachable, so the next attempt to reach it is made at once, but only once in 5 s.
-    pub fn heard_request(&self, key: &NodeKey) {
+    pub fn record_request(&self, key: &NodeKey) {
         for link in self.links.lock().iter().filter(|link| link.friend.key == *key) {
-            link.heard_request(Instant::now());
+            link.record_request(Instant::now());
         }
     }
 
     /// Wakes all threads: after a network change, friends may have become reachable or unreachable.
-    fn network_changed(&self) {
+    fn wake_all(&self) {
         self.links.lock().iter().for_each(|link| link.wake());
     }
 
@@ -284,8 +284,8 @@ impl Friends {
     pub fn search(self: &Arc<Self>, hash_part: &HashPart) -> FriendSearch {
         let links = self.links.lock().clone();
         let (answer, answers) = bounded(links.len());
-        let (found, is_found) = bounded(1);
-        let waits = self.started.elapsed() < FIRST_TRY.get();
+        let (found, found_signal) = bounded(1);
+        let waits = self.started.elapsed() < FIRST_TRY_TIMEOUT.get();
         let to_ask = links
             .into_iter()
             .filter(|link| link.address().is_some() || waits && !link.state.lock().was_tried);
@@ -299,7 +299,7 @@ impl Friends {
             answer,
             answers,
             found,
-            is_found,
+            found_signal,
         };
         search.ask();
         search
@@ -334,7 +334,7 @@ impl FriendLink {
         address.ip().to_canonical().is_loopback() || self.networks.is_lan(address)
     }
 
-    fn seen(&self) -> FriendSnapshot {
+    fn snapshot(&self) -> FriendSnapshot {
         let state = self.state.lock();
         let (address, found_by) = state.proven.unzip();
         FriendSnapshot {
@@ -349,26 +349,26 @@ impl FriendLink {
     }
 
     /// Adds an unproven address and wakes the thread. It never replaces the proven address.
-    fn add(&self, address: SocketAddr, found_by: FoundBy) {
+    fn add_address(&self, address: SocketAddr, found_by: FoundBy) {
         let mut state = self.state.lock();
         let is_known = state.proven.is_some_and(|(known, _)| known == address);
         if is_known && state.is_up {
             return;
         }
         if !is_known && !state.unproven.iter().any(|(known, _)| *known == address) {
-            state.unproven.truncate(MAX_UNPROVEN - 1);
+            state.unproven.truncate(MAX_UNPROVEN_ADDRESSES - 1);
             state.unproven.push_front((address, found_by));
         }
         drop(state);
         self.wake();
     }
 
-    fn heard_request(&self, now: Instant) {
+    fn record_request(&self, now: Instant) {
         let mut state = self.state.lock();
-        if state.is_up || state.called.is_some_and(|at| now < at + CALL_INTERVAL.get()) {
+        if state.is_up || state.last_call.is_some_and(|at| now < at + MIN_CALL_INTERVAL.get()) {
             return;
         }
-        state.called = Some(now);
+        state.last_call = Some(now);
         drop(state);
         self.wake();
     }
@@ -414,39 +414,39 @@ impl FriendLink {
             (state.proven, state.unproven.clone())
         };
         let mut error = None;
-        let mut is_up = proven.is_some_and(|place| self.greet(place, own, &mut error));
+        let mut is_up = proven.is_some_and(|candidate| self.greet(candidate, own, &mut error));
         // While the friend is reached on a distant network, an address from a LAN hello is worth a
         // try.
         let is_far = is_up && proven.is_some_and(|(address, _)| !self.is_near(address));
-        let configured = if is_up { Vec::new() } else { self.configured(&mut error) };
+        let configured = if is_up { Vec::new() } else { self.configured_addresses(&mut error) };
         let configured = configured.into_iter().map(|address| (address, FoundBy::Flag));
-        for place in configured.chain(unproven).filter(|place| Some(*place) != proven) {
-            if is_up && !(is_far && place.1 == FoundBy::Hello) {
+        for candidate in configured.chain(unproven).filter(|candidate| Some(*candidate) != proven) {
+            if is_up && !(is_far && candidate.1 == FoundBy::Hello) {
                 continue;
             }
             let mut why = None;
-            let answers = self.greet(place, own, &mut why);
+            let answers = self.greet(candidate, own, &mut why);
             is_up |= answers;
             if !answers {
-                self.state.lock().unproven.retain(|other| *other != place);
+                self.state.lock().unproven.retain(|other| *other != candidate);
             }
             // Anybody may send a hello or an announcement, so only an address that the user
             // configured causes an error message.
-            error = error.or(why.filter(|_| place.1 == FoundBy::Flag));
+            error = error.or(why.filter(|_| candidate.1 == FoundBy::Flag));
             if answers {
                 break;
             }
         }
         if !is_up {
-            self.down(error);
+            self.record_down(error);
         }
         is_up
     }
 
-    fn configured(&self, error: &mut Option<String>) -> Vec<SocketAddr> {
+    fn configured_addresses(&self, error: &mut Option<String>) -> Vec<SocketAddr> {
         let Some((host, port)) = &self.friend.host else { return Vec::new() };
         match (host.as_str(), *port).to_socket_addrs() {
-            Ok(addresses) => addresses.take(MAX_UNPROVEN).collect(),
+            Ok(addresses) => addresses.take(MAX_UNPROVEN_ADDRESSES).collect(),
             Err(e) => {
                 *error = Some(format!("{host}: {e}"));
                 Vec::new()
@@ -456,42 +456,43 @@ impl FriendLink {
 
     fn greet(
         &self,
-        place: (SocketAddr, FoundBy),
+        candidate: (SocketAddr, FoundBy),
         own: &NodeKey,
         error: &mut Option<String>,
     ) -> bool {
-        match self.client.greet(place.0, GREETING_TIMEOUT.get()) {
+        match self.client.greet(candidate.0, GREETING_TIMEOUT.get()) {
             Ok(()) => {
-                self.up(place);
+                self.record_up(candidate);
                 true
             }
             Err(e) => {
-                log::debug!("friend {}: {}: {e}", self.friend.name, place.0);
-                *error = Some(explain(place.0, &e, own));
+                log::debug!("friend {}: {}: {e}", self.friend.name, candidate.0);
+                *error = Some(explain(candidate.0, &e, own));
                 false
             }
         }
     }
 
-    fn up(&self, place: (SocketAddr, FoundBy)) {
+    fn record_up(&self, candidate: (SocketAddr, FoundBy)) {
         let mut state = self.state.lock();
         if state.is_removed {
             return;
         }
-        let is_news = !state.is_up || state.proven != Some(place);
+        let is_news = !state.is_up || state.proven != Some(candidate);
         if is_news {
             state.since = Some(Instant::now());
         }
-        (state.is_up, state.proven, state.was_tried, state.error) = (true, Some(place), true, None);
-        state.unproven.retain(|(address, _)| *address != place.0);
+        (state.is_up, state.proven, state.was_tried, state.error) =
+            (true, Some(candidate), true, None);
+        state.unproven.retain(|(address, _)| *address != candidate.0);
         drop(state);
         self.changed.notify_all();
         if is_news {
-            log::info!("friend {}: reached at {}", self.friend.name, place.0);
+            log::info!("friend {}: reached at {}", self.friend.name, candidate.0);
         }
     }
 
-    fn down(&self, error: Option<String>) {
+    fn record_down(&self, error: Option<String>) {
         let mut state = self.state.lock();
         if state.is_up || !state.was_tried {
             state.since = Some(Instant::now());
@@ -557,7 +558,7 @@ pub struct FriendSearch {
     answers: Receiver<FriendAnswer>,
     /// Signals the LAN search that a friend has the path.
     found: Sender<()>,
-    is_found: Receiver<()>,
+    found_signal: Receiver<()>,
 }
 
 struct FriendAnswer {
@@ -578,8 +579,8 @@ pub struct FriendOffer {
 
 impl FriendSearch {
     /// Channel that receives one message as soon as a friend has the path.
-    pub fn is_found(&self) -> &Receiver<()> {
-        &self.is_found
+    pub fn found_signal(&self) -> &Receiver<()> {
+        &self.found_signal
     }
 
     /// Restarts the time limit of the search, which ends at `deadline` at the latest.
@@ -604,7 +605,8 @@ impl FriendSearch {
             if now >= self.deadline {
                 return None;
             }
-            let wake_up = if self.to_ask.is_empty() { self.deadline } else { now + BLOCKED_DELAY };
+            let wake_up =
+                if self.to_ask.is_empty() { self.deadline } else { now + POOL_RETRY_DELAY };
             let Ok(FriendAnswer { link, result }) =
                 self.answers.recv_deadline(wake_up.min(self.deadline))
             else {
@@ -624,21 +626,25 @@ impl FriendSearch {
         while let Some(link) = self.to_ask.pop() {
             let (hash_part, answer, found) =
                 (self.hash_part, self.answer.clone(), self.found.clone());
-            let (asked, tried_by) = (link.clone(), self.friends.started + FIRST_TRY.get());
+            let (asked_link, first_try_deadline) =
+                (link.clone(), self.friends.started + FIRST_TRY_TIMEOUT.get());
             let started =
-                self.friends.requests.start(place_of(&link.friend.key), true, move || {
-                    let Some(address) = asked.wait_for_address(tried_by) else {
-                        return drop(answer.try_send(FriendAnswer { link: asked, result: None }));
+                self.friends.requests.start(request_key(&link.friend.key), true, move || {
+                    let Some(address) = asked_link.wait_for_address(first_try_deadline) else {
+                        return drop(
+                            answer.try_send(FriendAnswer { link: asked_link, result: None }),
+                        );
                     };
                     let holder = Holder::peerix(address, &hash_part);
-                    let narinfo = asked.client.narinfo(&holder, &hash_part, NARINFO_TIMEOUT.get());
+                    let narinfo =
+                        asked_link.client.narinfo(&holder, &hash_part, NARINFO_TIMEOUT.get());
                     if let Err(PeerError::Unreachable(e)) = &narinfo {
-                        log::debug!("friend {}: {address}: {e}", asked.friend.name);
-                        asked.mark_unreachable();
+                        log::debug!("friend {}: {address}: {e}", asked_link.friend.name);
+                        asked_link.mark_unreachable();
                     }
                     let has_it = narinfo.is_ok();
                     let result = Some((address, narinfo));
-                    let _ = answer.try_send(FriendAnswer { link: asked, result });
+                    let _ = answer.try_send(FriendAnswer { link: asked_link, result });
                     if has_it {
                         let _ = found.try_send(());
                     }
@@ -655,7 +661,7 @@ impl FriendSearch {
 
 /// Stands for a friend in the per-address request counts. It is derived from the key, because the
 /// address may change while a request runs.
-fn place_of(key: &NodeKey) -> IpAddr {
+fn request_key(key: &NodeKey) -> IpAddr {
     let bytes = key.as_bytes().first_chunk().expect("a key has 32 bytes");
     Ipv6Addr::from_bits(u128::from_be_bytes(*bytes)).into()
 }
@@ -687,11 +693,11 @@ mod tests {
             running: Mutex::default(),
             stopped: never(),
         };
-        friends.heard_request(&key);
+        friends.record_request(&key);
         assert!(link.woken.try_recv().is_ok());
-        friends.heard_request(&key);
+        friends.record_request(&key);
         assert!(link.woken.try_recv().is_err(), "it has just been tried");
-        link.heard_request(Instant::now() + CALL_INTERVAL.get());
+        link.record_request(Instant::now() + MIN_CALL_INTERVAL.get());
         assert!(link.woken.try_recv().is_ok());
     }
 

@@ -25,24 +25,24 @@ const MAX_PAUSE: Interval = Interval::from_secs(300);
 
 /// Number of broken promises that do not count as failures. A holder may garbage-collect a path
 /// between its answer and the request, and a single narinfo may be odd.
-const PROMISES_FORGIVEN: u32 = 3;
+const MAX_FORGIVEN_PROMISES: u32 = 3;
 
 /// Number of failures from which on a peer is not tried at all during its pauses. Reaching it logs
 /// one warning.
 const MAX_FAILURES: u32 = 3;
 
-/// Number of odd paths within [`ODD_WINDOW`] after which a peer is asked after all others. An
+/// Number of odd paths within [`ODD_PATH_WINDOW`] after which a peer is asked after all others. An
 /// honest peer gives them in bursts, when Nix requests a closure that is odd as a whole.
-const MANY_ODD: u32 = 8;
+const MANY_ODD_PATHS: u32 = 8;
 /// Time window in which odd paths are counted.
-const ODD_WINDOW: Duration = Duration::from_secs(60);
+const ODD_PATH_WINDOW: Duration = Duration::from_secs(60);
 
 /// Largest number of peers in the table, as many as discovery knows. When it is reached, the peers
 /// that are not in a pause are dropped, and all peers if none can be dropped.
 const MAX_PEERS: usize = 1024;
 
 /// Longest stored failure reason, in characters. The rest is cut off.
-const MAX_REASON: usize = 200;
+const MAX_REASON_CHARS: usize = 200;
 
 /// Identifies a peer in [`PeerHealth`].
 #[derive(Debug, Clone, Copy)]
@@ -139,7 +139,7 @@ struct HealthRecord {
     /// peer cannot hide a wrong NAR behind one.
     last_broken_promise: Option<Instant>,
     /// Start of the current window, and the number of odd paths in it.
-    odd: Option<(Instant, u32)>,
+    odd_paths: Option<(Instant, u32)>,
     /// Smoothed time from a narinfo request to its answer.
     latency: RoundTrip,
     /// Time of the last answer of any kind.
@@ -174,20 +174,21 @@ impl HealthRecord {
     fn failures(&self) -> u32 {
         self.unreachable
             .saturating_add(self.bad_nars)
-            .saturating_add(self.broken_promises.saturating_sub(PROMISES_FORGIVEN))
+            .saturating_add(self.broken_promises.saturating_sub(MAX_FORGIVEN_PROMISES))
     }
 
-    fn note_odd_path(&mut self, now: Instant) {
+    fn record_odd_path(&mut self, now: Instant) {
         let (began, count) =
-            self.odd.filter(|(began, _)| now < *began + ODD_WINDOW).unwrap_or((now, 0));
-        self.odd = Some((began, count.saturating_add(1)));
+            self.odd_paths.filter(|(began, _)| now < *began + ODD_PATH_WINDOW).unwrap_or((now, 0));
+        self.odd_paths = Some((began, count.saturating_add(1)));
     }
 
     fn has_many_odd_paths(&self, now: Instant) -> bool {
-        self.odd.is_some_and(|(began, count)| count >= MANY_ODD && now < began + ODD_WINDOW)
+        self.odd_paths
+            .is_some_and(|(began, count)| count >= MANY_ODD_PATHS && now < began + ODD_PATH_WINDOW)
     }
 
-    fn see(&mut self, latency: Duration, now: Instant) {
+    fn record_latency(&mut self, latency: Duration, now: Instant) {
         self.answered = Some(now);
         self.latency.add(latency);
     }
@@ -232,8 +233,8 @@ impl PeerHealth {
     }
 
     /// Health of all known peers at `now`.
-    pub fn all(&self, now: Instant) -> Vec<HealthSnapshot> {
-        let seen = |(peer_key, peer): (&PeerKey, &HealthRecord)| HealthSnapshot {
+    pub fn snapshots(&self, now: Instant) -> Vec<HealthSnapshot> {
+        let snapshot = |(peer_key, peer): (&PeerKey, &HealthRecord)| HealthSnapshot {
             address: peer_key.address,
             is_far: peer_key.is_far,
             latency: peer.latency.smoothed(),
@@ -245,12 +246,12 @@ impl PeerHealth {
                 .map(|end| (end, peer.failures() >= MAX_FAILURES)),
             reason: peer.reason.to_string(),
         };
-        self.peers.lock().iter().map(seen).collect()
+        self.peers.lock().iter().map(snapshot).collect()
     }
 
     /// Sorts peers by reliability, then by whether they are known to answer, then by latency. Peers
     /// that gave many odd paths come last.
-    pub fn sort<T>(&self, peers: &mut [T], address: impl Fn(&T) -> SocketAddr) {
+    pub fn sort_by_health<T>(&self, peers: &mut [T], address: impl Fn(&T) -> SocketAddr) {
         let health = self.peers.lock();
         let now = Instant::now();
         peers.sort_by_cached_key(|peer| {
@@ -267,7 +268,7 @@ impl PeerHealth {
     }
 
     /// Records a good narinfo that arrived `latency` after its request.
-    pub fn answered(&self, peer: impl Into<PeerKey>, latency: Duration, now: Instant) {
+    pub fn record_answer(&self, peer: impl Into<PeerKey>, latency: Duration, now: Instant) {
         let mut health = self.peers.lock();
         let peer = entry(&mut health, peer.into(), now);
         peer.unreachable = 0;
@@ -276,7 +277,7 @@ impl PeerHealth {
         if peer.bad_nars == 0 {
             peer.avoided_until = None;
         }
-        peer.see(latency, now);
+        peer.record_latency(latency, now);
     }
 
     /// Records an answer without the path from a peer that had not promised it. The answer shows
@@ -289,7 +290,7 @@ impl PeerHealth {
         if peer.failures() == 0 {
             peer.avoided_until = None;
         }
-        peer.see(latency, now);
+        peer.record_latency(latency, now);
     }
 
     /// Records that no narinfo came within `timeout`, so that another peer is tried. The second
@@ -314,7 +315,7 @@ impl PeerHealth {
     }
 
     /// Records that the peer sent a complete, correct NAR.
-    pub fn delivered(&self, peer: impl Into<PeerKey>, now: Instant) {
+    pub fn record_delivered(&self, peer: impl Into<PeerKey>, now: Instant) {
         let mut health = self.peers.lock();
         let peer = entry(&mut health, peer.into(), now);
         peer.unreachable = 0;
@@ -340,7 +341,7 @@ impl PeerHealth {
             Fault::Unreachable => &mut peer.unreachable,
             Fault::BrokenStream | Fault::BadData => &mut peer.bad_nars,
             Fault::BrokenPromise => &mut peer.broken_promises,
-            Fault::OddPath => return peer.note_odd_path(now),
+            Fault::OddPath => return peer.record_odd_path(now),
         };
         let mut last = peer.last_fault;
         if fault == Fault::BrokenPromise {
@@ -353,7 +354,7 @@ impl PeerHealth {
             peer.last_broken_promise = Some(now);
         }
         peer.faults += 1;
-        peer.reason = reason.to_string().chars().take(MAX_REASON).collect::<String>().into();
+        peer.reason = reason.to_string().chars().take(MAX_REASON_CHARS).collect::<String>().into();
         *count = count.saturating_add(1);
         let failures = peer.failures();
         if failures == 0 {
@@ -405,9 +406,9 @@ mod tests {
         }
         // A narinfo does not clear a NAR failure; a complete NAR does.
         health.record_failure(address(1), Fault::BrokenStream, now, now, &"test");
-        health.answered(address(1), Duration::from_millis(1), now);
+        health.record_answer(address(1), Duration::from_millis(1), now);
         assert_eq!(health.eligibility(address(1), now), Eligibility::Never);
-        health.delivered(address(1), now);
+        health.record_delivered(address(1), now);
         assert_eq!(health.eligibility(address(1), now), Eligibility::Now);
     }
 
@@ -437,7 +438,7 @@ mod tests {
     #[test]
     fn concurrent_broken_promises_count_once() {
         let (health, mut now) = (PeerHealth::default(), Instant::now());
-        for burst in 0..=PROMISES_FORGIVEN {
+        for burst in 0..=MAX_FORGIVEN_PROMISES {
             assert_eq!(health.eligibility(address(1), now), Eligibility::Now, "{burst}");
             for _ in 0..25 {
                 let failed = now + Duration::from_millis(300);
@@ -476,24 +477,24 @@ mod tests {
     #[test]
     fn odd_paths_are_no_failure_but_many_sort_peer_last() {
         let (health, now) = (PeerHealth::default(), Instant::now());
-        health.answered(address(1), Duration::from_micros(1), now);
-        health.answered(address(2), Duration::from_millis(9), now);
+        health.record_answer(address(1), Duration::from_micros(1), now);
+        health.record_answer(address(2), Duration::from_millis(9), now);
         let order = || {
             let mut peers = [address(1), address(2)];
-            health.sort(&mut peers, |peer| *peer);
+            health.sort_by_health(&mut peers, |peer| *peer);
             peers
         };
         for count in 1..=100 {
             health.record_failure(address(1), Fault::OddPath, now, now, &"test");
             assert_eq!(health.eligibility(address(1), now), Eligibility::Now);
             assert!(!health.is_doubtful(address(1)));
-            let is_last = count >= MANY_ODD;
+            let is_last = count >= MANY_ODD_PATHS;
             assert_eq!(
                 order(),
                 if is_last { [address(2), address(1)] } else { [address(1), address(2)] }
             );
         }
-        assert!(!health.peers.lock()[&address(1).into()].has_many_odd_paths(now + ODD_WINDOW));
+        assert!(!health.peers.lock()[&address(1).into()].has_many_odd_paths(now + ODD_PATH_WINDOW));
     }
 
     /// Guards against trying a hanging peer first for every path because its unknown latency counts
@@ -501,13 +502,13 @@ mod tests {
     #[test]
     fn peers_are_sorted_by_reliability_then_latency() {
         let (health, now) = (PeerHealth::default(), Instant::now());
-        health.answered(address(1), Duration::from_millis(9), now);
-        health.answered(address(2), Duration::from_millis(1), now);
-        health.answered(address(3), Duration::from_micros(1), now);
+        health.record_answer(address(1), Duration::from_millis(9), now);
+        health.record_answer(address(2), Duration::from_millis(1), now);
+        health.record_answer(address(3), Duration::from_micros(1), now);
         health.record_failure(address(3), Fault::BadData, now, now, &"test");
         health.record_timeout(address(4), Duration::from_millis(300), now, now);
         let mut peers = [address(3), address(4), address(5), address(1), address(2)];
-        health.sort(&mut peers, |p| *p);
+        health.sort_by_health(&mut peers, |p| *p);
         assert_eq!(peers, [address(2), address(1), address(5), address(4), address(3)]);
         assert!(health.is_doubtful(address(4)));
         let later = now + Duration::from_secs(1);

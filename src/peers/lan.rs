@@ -28,7 +28,7 @@ const ALTERNATE_TIMEOUT: Duration = Duration::from_secs(2);
 /// is longer.
 const DOUBTFUL_TIMEOUT: Duration = Duration::from_millis(300);
 /// Delay before the next attempt while the request pool is full.
-const BLOCKED_DELAY: Duration = Duration::from_millis(2);
+const POOL_RETRY_DELAY: Duration = Duration::from_millis(2);
 /// First delay before a holder is asked again after a temporary failure: it was busy, broke or
 /// refused the connection, or did not accept it in time. The delay doubles. Retries end when
 /// discovery stops waiting.
@@ -38,7 +38,7 @@ const LIST_TIMEOUT: Duration = Duration::from_millis(200);
 /// Longest delay between two requests to a holder after temporary failures.
 const MAX_RETRY_DELAY: Duration = Duration::from_millis(320);
 /// Capacity of the queue of received narinfos: one for each holder.
-const MAX_FETCHED: usize = MAX_HOLDERS;
+const MAX_RESULTS: usize = MAX_HOLDERS;
 
 /// Finds and asks the peers on the LAN.
 pub struct LanSource {
@@ -81,17 +81,17 @@ impl LanSource {
 
     /// HTTP servers of those of the addresses `ips` that are live neighbours, in the order of
     /// `ips`. Blocks for 200 ms at most.
-    pub fn live(&self, ips: &[IpAddr]) -> Vec<SocketAddr> {
+    pub fn live_http_servers(&self, ips: &[IpAddr]) -> Vec<SocketAddr> {
         let neighbours = self.discovery.neighbours(LIST_TIMEOUT).unwrap_or_default();
-        let server = |ip: &IpAddr| {
-            let is_it = |n: &&Neighbour| {
+        let http = |ip: &IpAddr| {
+            let is_live = |n: &&Neighbour| {
                 n.address.ip().to_canonical() == *ip
                     && n.silent_since.is_none()
                     && n.heard.is_some()
             };
-            neighbours.iter().find(is_it)?.http()
+            neighbours.iter().find(is_live)?.http()
         };
-        ips.iter().filter_map(server).collect()
+        ips.iter().filter_map(http).collect()
     }
 
     /// Starts a search for the holders of a path. Does not wait for answers. Each message in
@@ -99,7 +99,7 @@ impl LanSource {
     /// network does not wait for the LAN.
     pub fn search(self: &Arc<Self>, hash_part: &HashPart, interrupt: Receiver<()>) -> LanSearch {
         let (lookup, updates) = self.discovery.look_up(*hash_part);
-        let (fetched, narinfos) = bounded(MAX_FETCHED);
+        let (result_sender, results) = bounded(MAX_RESULTS);
         LanSearch {
             lan: self.clone(),
             hash_part: *hash_part,
@@ -111,8 +111,8 @@ impl LanSource {
             last_resort: Vec::new(),
             in_flight: Vec::new(),
             retries: Vec::new(),
-            fetched,
-            narinfos,
+            result_sender,
+            results,
             max_in_flight: 1,
             next_hedge: None,
             deadline: Instant::now() + LOOKUP_TIMEOUT.get(),
@@ -144,10 +144,10 @@ struct NarinfoRequest {
     deadline: Option<Instant>,
 }
 
-/// A request that must be repeated at `at`.
+/// A request that must be repeated at `due`.
 struct NarinfoRetry {
     candidate: LanHolder,
-    at: Instant,
+    due: Instant,
 }
 
 /// Outcome of a narinfo request.
@@ -190,8 +190,8 @@ pub struct LanSearch {
     last_resort: Vec<LanHolder>,
     in_flight: Vec<NarinfoRequest>,
     retries: Vec<NarinfoRetry>,
-    fetched: Sender<NarinfoResult>,
-    narinfos: Receiver<NarinfoResult>,
+    result_sender: Sender<NarinfoResult>,
+    results: Receiver<NarinfoResult>,
     /// Current limit of concurrent requests.
     max_in_flight: usize,
     next_hedge: Option<Instant>,
@@ -221,7 +221,7 @@ impl LanSearch {
     /// reservations, and nobody reads them. Their holders are asked again then.
     pub fn suspend(&mut self) {
         self.untried.extend(self.in_flight.drain(..).map(|request| request.candidate));
-        (self.fetched, self.narinfos) = bounded(MAX_FETCHED);
+        (self.result_sender, self.results) = bounded(MAX_RESULTS);
     }
 
     /// Holders that have not failed and are not excluded, as far as they answer within `timeout`.
@@ -232,7 +232,7 @@ impl LanSearch {
         while let Some(Ok(update)) =
             self.updates.as_ref().map(|updates| updates.recv_deadline(deadline))
         {
-            self.take_update(update, Instant::now());
+            self.handle_update(update, Instant::now());
         }
         let unasked = [&self.untried, &self.doubtful, &self.last_resort].into_iter().flatten();
         unasked
@@ -262,7 +262,7 @@ impl LanSearch {
     /// Records that Nix gets this narinfo, and tells discovery to stop waiting.
     pub fn accept(&mut self, offer: &LanOffer) {
         let now = Instant::now();
-        self.lan.health.answered(offer.http(), offer.latency, now);
+        self.lan.health.record_answer(offer.http(), offer.latency, now);
         if std::mem::replace(&mut self.is_open, false) {
             self.lan.discovery.settled(self.lookup, Some(offer.candidate.peer));
             for request in self.in_flight.iter_mut().filter(|request| request.deadline.is_none()) {
@@ -284,16 +284,16 @@ impl LanSearch {
     pub fn next_offer(&mut self, with_last_resort: bool) -> Option<LanOffer> {
         loop {
             let now = Instant::now();
-            self.take_updates(now);
+            self.handle_updates(now);
             self.in_flight.retain(|request| request.deadline.is_none_or(|deadline| now < deadline));
-            let is_blocked = !self.ask(now, with_last_resort);
+            let is_blocked = !self.send_requests(now, with_last_resort);
             let is_idle = self.in_flight.is_empty() && self.updates.is_none() && !is_blocked;
-            if now >= self.deadline || is_idle && self.narinfos.is_empty() {
+            if now >= self.deadline || is_idle && self.results.is_empty() {
                 return None;
             }
             let deadlines = self.in_flight.iter().filter_map(|request| request.deadline);
-            let blocked = is_blocked.then(|| now + BLOCKED_DELAY);
-            let retry = self.retries.iter().map(|retry| retry.at).min();
+            let blocked = is_blocked.then(|| now + POOL_RETRY_DELAY);
+            let retry = self.retries.iter().map(|retry| retry.due).min();
             let wake_up = deadlines
                 .chain(blocked)
                 .chain(retry)
@@ -301,13 +301,13 @@ impl LanSearch {
                 .fold(self.deadline, Instant::min);
             let no_updates = never();
             select! {
-                recv(self.narinfos) -> fetched => if let Ok(fetched) = fetched
-                    && let Some(offer) = self.take(fetched) {
+                recv(self.results) -> result => if let Ok(result) = result
+                    && let Some(offer) = self.handle_result(result) {
                     return Some(offer);
                 },
                 recv(self.updates.as_ref().unwrap_or(&no_updates)) -> update => match update {
-                    Ok(update) => self.take_update(update, now),
-                    Err(_) => self.end(now),
+                    Ok(update) => self.handle_update(update, now),
+                    Err(_) => self.handle_end(now),
                 },
                 recv(self.interrupt) -> _ => return None,
                 default(wake_up.saturating_duration_since(now)) => {}
@@ -315,26 +315,26 @@ impl LanSearch {
         }
     }
 
-    fn take_updates(&mut self, now: Instant) {
+    fn handle_updates(&mut self, now: Instant) {
         while let Some(Ok(update)) = self.updates.as_ref().map(Receiver::try_recv) {
-            self.take_update(update, now);
+            self.handle_update(update, now);
         }
     }
 
-    fn take_update(&mut self, update: LookupUpdate, now: Instant) {
+    fn handle_update(&mut self, update: LookupUpdate, now: Instant) {
         match update {
             LookupUpdate::Holder { peer, holder } => {
-                self.add(LanHolder { peer, holder, failures: 0, is_blamed: false }, now)
+                self.add_holder(LanHolder { peer, holder, failures: 0, is_blamed: false }, now)
             }
             LookupUpdate::Ended { asked, unanswered } => {
                 self.counts = Some((asked, unanswered));
-                self.end(now);
+                self.handle_end(now);
             }
         }
     }
 
     /// Handles the end of the wait in discovery: requests that are still running count as hung.
-    fn end(&mut self, now: Instant) {
+    fn handle_end(&mut self, now: Instant) {
         self.updates = None;
         if !std::mem::replace(&mut self.is_open, false) {
             return;
@@ -348,7 +348,7 @@ impl LanSearch {
         }
     }
 
-    fn add(&mut self, candidate: LanHolder, now: Instant) {
+    fn add_holder(&mut self, candidate: LanHolder, now: Instant) {
         let http = candidate.holder.http;
         self.first_seen.get_or_insert(http);
         let health = &self.lan.health;
@@ -370,14 +370,14 @@ impl LanSearch {
     }
 
     /// Starts as many requests as the limit admits. Returns false if the request pool is full.
-    fn ask(&mut self, now: Instant, with_last_resort: bool) -> bool {
+    fn send_requests(&mut self, now: Instant, with_last_resort: bool) -> bool {
         if self.next_hedge.is_some_and(|at| at <= now) {
             self.max_in_flight = MAX_HOLDERS.min(2 * self.max_in_flight + 1);
             self.next_hedge = Some(now + HEDGE_DELAY);
         }
-        let due = self.retries.extract_if(.., |retry| retry.at <= now);
+        let due = self.retries.extract_if(.., |retry| retry.due <= now);
         self.untried.extend(due.map(|retry| retry.candidate));
-        self.lan.health.sort(&mut self.untried, |candidate| candidate.holder.http);
+        self.lan.health.sort_by_health(&mut self.untried, |candidate| candidate.holder.http);
         while self.in_flight.len() < self.max_in_flight {
             let is_hedging = self.max_in_flight > 1;
             let nobody_else = self.updates.is_none() && self.in_flight.is_empty();
@@ -393,7 +393,7 @@ impl LanSearch {
                     return true;
                 };
             let candidate = list(self)[0].clone();
-            if !self.fetch(&candidate, now) {
+            if !self.send_request(&candidate, now) {
                 return false;
             }
             list(self).remove(0);
@@ -409,10 +409,10 @@ impl LanSearch {
             .clamp(DOUBTFUL_TIMEOUT, ALTERNATE_TIMEOUT)
     }
 
-    fn fetch(&self, candidate: &LanHolder, began: Instant) -> bool {
+    fn send_request(&self, candidate: &LanHolder, began: Instant) -> bool {
         let (client, health) = (self.lan.client.clone(), self.lan.health.clone());
-        let (fetched, hash_part, candidate) =
-            (self.fetched.clone(), self.hash_part, candidate.clone());
+        let (result_sender, hash_part, candidate) =
+            (self.result_sender.clone(), self.hash_part, candidate.clone());
         let http = candidate.holder.http;
         self.lan.requests.start(http.ip(), health.is_proven(http), move || {
             let result = client.narinfo(&candidate.holder, &hash_part, LOOKUP_TIMEOUT.get());
@@ -423,12 +423,12 @@ impl LanSearch {
             {
                 e.record(&health, http, began);
             }
-            let _ = fetched.try_send(NarinfoResult { candidate, began, ended, result });
+            let _ = result_sender.try_send(NarinfoResult { candidate, began, ended, result });
         })
     }
 
-    fn take(&mut self, fetched: NarinfoResult) -> Option<LanOffer> {
-        let NarinfoResult { mut candidate, began, ended, result } = fetched;
+    fn handle_result(&mut self, result: NarinfoResult) -> Option<LanOffer> {
+        let NarinfoResult { mut candidate, began, ended, result } = result;
         self.in_flight.retain(|request| request.candidate.peer != candidate.peer);
         match result {
             Ok(narinfo) => Some(LanOffer { candidate, latency: ended - began, narinfo }),
@@ -439,7 +439,7 @@ impl LanSearch {
                     let delay = backoff::pause(RETRY_DELAY, candidate.failures, MAX_RETRY_DELAY);
                     candidate.failures += 1;
                     candidate.is_blamed |= e.fault().is_some();
-                    self.retries.push(NarinfoRetry { candidate, at: Instant::now() + delay });
+                    self.retries.push(NarinfoRetry { candidate, due: Instant::now() + delay });
                 } else {
                     self.report_failed(candidate.peer);
                 }

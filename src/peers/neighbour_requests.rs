@@ -21,11 +21,11 @@ const SEARCH_TIMEOUT: Timeout = Timeout::from_secs(2);
 /// number that lookups ask by unicast.
 const MAX_ASKED: usize = 256;
 /// Largest number of concurrent realisation requests of one search.
-const AT_ONCE: usize = 16;
+const MAX_IN_FLIGHT: usize = 16;
 /// Largest number of holders that are asked for a log.
 const MAX_LOG_HOLDERS: usize = 4;
 /// Delay before the next attempt while the request pool is full.
-const BLOCKED: Duration = Duration::from_millis(5);
+const POOL_RETRY_DELAY: Duration = Duration::from_millis(5);
 
 impl LanSource {
     /// Returns the first realisation of `id` for which `is_good` returns true. Blocks for 2 s at
@@ -36,29 +36,29 @@ impl LanSource {
         is_good: impl Fn(&Realisation) -> bool,
     ) -> Option<Realisation> {
         let deadline = Instant::now() + SEARCH_TIMEOUT.get();
-        let mut waiting: VecDeque<SocketAddr> =
+        let mut unasked: VecDeque<SocketAddr> =
             self.live_neighbours(SEARCH_TIMEOUT.get()).into_iter().take(MAX_ASKED).collect();
-        let (answers, answered) = bounded(MAX_ASKED);
+        let (result_sender, results) = bounded(MAX_ASKED);
         let mut in_flight = 0;
-        while !waiting.is_empty() || in_flight > 0 {
+        while !unasked.is_empty() || in_flight > 0 {
             // A neighbour with too many requests in progress does not delay the next one.
-            for _ in 0..waiting.len() {
-                if in_flight >= AT_ONCE {
+            for _ in 0..unasked.len() {
+                if in_flight >= MAX_IN_FLIGHT {
                     break;
                 }
-                let Some(http) = waiting.pop_front() else { break };
+                let Some(http) = unasked.pop_front() else { break };
                 let id = id.clone();
-                match self.ask(http, &answers, deadline, move |client, left| {
+                match self.send_request(http, &result_sender, deadline, move |client, left| {
                     client.realisation(http, &id, left)
                 }) {
                     true => in_flight += 1,
-                    false => waiting.push_back(http),
+                    false => unasked.push_back(http),
                 }
             }
-            let is_blocked = !waiting.is_empty() && in_flight < AT_ONCE;
+            let is_blocked = !unasked.is_empty() && in_flight < MAX_IN_FLIGHT;
             let wake_up =
-                if is_blocked { deadline.min(Instant::now() + BLOCKED) } else { deadline };
-            match answered.recv_deadline(wake_up) {
+                if is_blocked { deadline.min(Instant::now() + POOL_RETRY_DELAY) } else { deadline };
+            match results.recv_deadline(wake_up) {
                 Ok((_, Some(realisation))) if is_good(&realisation) => return Some(realisation),
                 Ok((http, Some(_))) => {
                     log::debug!("{id}: peer {http} has a realisation without a trusted signature");
@@ -89,7 +89,7 @@ impl LanSource {
         mut holders: Receiver<LookupUpdate>,
         deadline: Instant,
     ) -> Option<LogBody> {
-        let (answers, answered) = bounded(MAX_LOG_HOLDERS);
+        let (result_sender, results) = bounded(MAX_LOG_HOLDERS);
         let (mut asked, mut in_flight, mut has_ended) = (0, 0, false);
         while in_flight > 0 || !has_ended {
             select! {
@@ -100,13 +100,13 @@ impl LanSource {
                         self.discovery.failed(lookup, peer);
                         let (http, derivation) = (holder.http, derivation.clone());
                         let request = move |client: &PeerClient, left| client.log(http, &derivation, left);
-                        if asked < MAX_LOG_HOLDERS && self.ask(http, &answers, deadline, request) {
+                        if asked < MAX_LOG_HOLDERS && self.send_request(http, &result_sender, deadline, request) {
                             (asked, in_flight) = (asked + 1, in_flight + 1);
                         }
                     }
                     Ok(LookupUpdate::Ended { .. }) | Err(_) => (holders, has_ended) = (never(), true),
                 },
-                recv(answered) -> answer => match answer {
+                recv(results) -> answer => match answer {
                     Ok((_, Some(log))) => return Some(log),
                     _ => in_flight -= 1,
                 },
@@ -131,14 +131,15 @@ impl LanSource {
     }
 
     /// Sends one request in another thread. Returns false if the request pool is full.
-    fn ask<T: Send + 'static>(
+    fn send_request<T: Send + 'static>(
         &self,
         http: SocketAddr,
-        answers: &Sender<(SocketAddr, Option<T>)>,
+        result_sender: &Sender<(SocketAddr, Option<T>)>,
         deadline: Instant,
         request: impl FnOnce(&PeerClient, Duration) -> Result<T, PeerError> + Send + 'static,
     ) -> bool {
-        let (client, health, answers) = (self.client.clone(), self.health.clone(), answers.clone());
+        let (client, health, result_sender) =
+            (self.client.clone(), self.health.clone(), result_sender.clone());
         self.requests.start(http.ip(), health.is_proven(http), move || {
             let began = Instant::now();
             let result = request(&client, deadline.saturating_duration_since(began));
@@ -152,7 +153,7 @@ impl LanSource {
                 ) => {}
                 Err(e) => e.record(&health, http, began),
             }
-            let _ = answers.try_send((http, result.ok()));
+            let _ = result_sender.try_send((http, result.ok()));
         })
     }
 }

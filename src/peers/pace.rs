@@ -15,13 +15,13 @@ use std::time::{Duration, Instant};
 pub const SAMPLE_BYTES: u64 = 256 * 1024;
 /// Time after which a sample is complete with fewer than [`SAMPLE_BYTES`] bytes, counted from its first
 /// bytes. A Wi-Fi card that sleeps 100 ms before each answer has sent [`SAMPLE_BYTES`] by then.
-const ENOUGH_TIME: Timeout = Timeout::from_secs(2);
+const SAMPLE_TIME: Timeout = Timeout::from_secs(2);
 /// Age after which an unused pace is dropped: the peer may have moved to another network.
-const KEPT: Duration = Duration::from_secs(600);
+const PACE_TTL: Duration = Duration::from_secs(600);
 /// Smallest valid pace, in bytes per second. Lower values are neither saved nor restored.
 const MIN_PACE: f64 = 1.0;
 /// Weight of a new sample in the smoothed pace.
-const GAIN: f64 = 0.25;
+const SAMPLE_WEIGHT: f64 = 0.25;
 /// Largest number of measured peers. When it is reached, peers without a NAR in progress are
 /// dropped.
 const MAX_PEERS: usize = 1024;
@@ -31,13 +31,13 @@ const MAX_PEERS: usize = 1024;
 pub struct PaceEstimate {
     /// The pace, if a sample is complete. It drops at once while nothing arrives.
     pub known: Option<f64>,
-    /// Like `known`, but it drops only after a sample has waited `ENOUGH_TIME` for few bytes, so
+    /// Like `known`, but it drops only after a sample has waited `SAMPLE_TIME` for few bytes, so
     /// that a single stall does not lower it.
     pub lasting: Option<f64>,
     /// Pace within the current sample; zero before the first wait.
     pub measured: f64,
     /// Upper bound of the pace, from the bytes and the waiting time of the current sample.
-    pub at_most: f64,
+    pub upper_bound: f64,
     /// Waiting time of the current sample.
     pub waited: Duration,
 }
@@ -68,76 +68,82 @@ pub struct PaceMeter {
     /// Number of streams that wait now, and the start of the uncounted waiting time if there is
     /// one.
     waiting: u32,
-    since: Option<Instant>,
+    waiting_since: Option<Instant>,
     /// Bytes and waiting time of the current sample.
     bytes: u64,
     waited: Duration,
     /// Waiting time of the current sample when its first bytes came.
-    waited_first: Option<Duration>,
+    waited_before_bytes: Option<Duration>,
     pace: Option<f64>,
-    last: Option<Instant>,
+    last_wait: Option<Instant>,
 }
 
 impl PaceMeter {
     /// A stream starts to wait.
-    pub fn wait(&mut self, now: Instant) {
+    pub fn start_waiting(&mut self, now: Instant) {
         if self.waiting == 0 {
-            self.since = Some(now);
+            self.waiting_since = Some(now);
         }
         self.waiting += 1;
     }
 
     /// A stream stops waiting without having received bytes.
-    pub fn pause(&mut self, now: Instant) {
+    pub fn stop_waiting(&mut self, now: Instant) {
         self.count_time(now);
         self.waiting = self.waiting.saturating_sub(1);
         if self.waiting == 0 {
-            self.since = None;
+            self.waiting_since = None;
         }
     }
 
     /// A stream stops waiting because `bytes` arrived. Completes the sample if it is large enough.
-    pub fn got(&mut self, bytes: u64, now: Instant) {
-        self.pause(now);
+    pub fn record_bytes(&mut self, bytes: u64, now: Instant) {
+        self.stop_waiting(now);
         if bytes == 0 {
             return;
         }
         self.bytes += bytes;
         // A single late answer says nothing about the pace: bytes must have arrived for
-        // `ENOUGH_TIME`.
-        let since = *self.waited_first.get_or_insert(self.waited);
+        // `SAMPLE_TIME`.
+        let waited_before = *self.waited_before_bytes.get_or_insert(self.waited);
         if !self.waited.is_zero()
-            && (self.bytes >= SAMPLE_BYTES || self.waited - since >= ENOUGH_TIME.get())
+            && (self.bytes >= SAMPLE_BYTES || self.waited - waited_before >= SAMPLE_TIME.get())
         {
             let sample = self.bytes as f64 / self.waited.as_secs_f64();
-            self.pace = Some(self.pace.map_or(sample, |pace| pace + GAIN * (sample - pace)));
-            (self.bytes, self.waited, self.waited_first) = (0, Duration::ZERO, None);
+            self.pace =
+                Some(self.pace.map_or(sample, |pace| pace + SAMPLE_WEIGHT * (sample - pace)));
+            (self.bytes, self.waited, self.waited_before_bytes) = (0, Duration::ZERO, None);
         }
     }
 
     fn count_time(&mut self, now: Instant) {
-        if let Some(since) = self.since {
+        if let Some(since) = self.waiting_since {
             self.waited += now.saturating_duration_since(since);
-            self.since = Some(now);
-            self.last = Some(now);
+            self.waiting_since = Some(now);
+            self.last_wait = Some(now);
         }
     }
 
     /// The estimate at `now`.
     pub fn pace(&self, now: Instant) -> PaceEstimate {
         let waited = self.waited
-            + self.since.map_or(Duration::ZERO, |since| now.saturating_duration_since(since));
+            + self
+                .waiting_since
+                .map_or(Duration::ZERO, |since| now.saturating_duration_since(since));
         let per_second = |bytes: u64| {
             if waited.is_zero() { f64::INFINITY } else { bytes as f64 / waited.as_secs_f64() }
         };
-        let is_recent = self.since.is_some()
-            || self.last.is_some_and(|last| now.saturating_duration_since(last) < KEPT);
-        let at_most = if is_recent { per_second(self.bytes + SAMPLE_BYTES) } else { f64::INFINITY };
+        let is_recent = self.waiting_since.is_some()
+            || self
+                .last_wait
+                .is_some_and(|last_wait| now.saturating_duration_since(last_wait) < PACE_TTL);
+        let upper_bound =
+            if is_recent { per_second(self.bytes + SAMPLE_BYTES) } else { f64::INFINITY };
         let smoothed = self.pace.filter(|_| is_recent);
-        let known = smoothed.map(|pace| pace.min(at_most));
-        let lasting = if waited < ENOUGH_TIME.get() { smoothed } else { known };
+        let known = smoothed.map(|pace| pace.min(upper_bound));
+        let lasting = if waited < SAMPLE_TIME.get() { smoothed } else { known };
         let measured = if waited.is_zero() { 0.0 } else { per_second(self.bytes) };
-        PaceEstimate { known, lasting, measured, at_most, waited }
+        PaceEstimate { known, lasting, measured, upper_bound, waited }
     }
 }
 
@@ -219,12 +225,12 @@ impl Paces {
         peer.streams += 1;
         peer.outstanding += bytes;
         peer.chosen = turn;
-        peer.meter.wait(now);
-        IncomingNar { paces: self, peer_key, left: bytes, is_waiting: true, has_begun: false }
+        peer.meter.start_waiting(now);
+        IncomingNar { paces: self, peer_key, remaining: bytes, is_waiting: true, has_begun: false }
     }
 
     /// The peers with a known pace at `now`, in bytes per second.
-    pub fn known(&self, now: Instant) -> Vec<(PeerKey, f64)> {
+    pub fn known_paces(&self, now: Instant) -> Vec<(PeerKey, f64)> {
         let state = self.state.lock();
         let pace = |peer: &PeerPace| peer.meter.pace(now).known.filter(|pace| *pace >= MIN_PACE);
         state.peers.iter().filter_map(|(peer_key, peer)| Some((*peer_key, pace(peer)?))).collect()
@@ -237,7 +243,7 @@ impl Paces {
         let is_pace = bytes_per_second.is_finite() && bytes_per_second >= MIN_PACE;
         if is_pace && state.peers.len() < MAX_PEERS {
             let meter = &mut state.peers.entry(peer_key).or_default().meter;
-            (meter.pace, meter.last) = (Some(bytes_per_second), Some(now));
+            (meter.pace, meter.last_wait) = (Some(bytes_per_second), Some(now));
         }
     }
 }
@@ -246,58 +252,58 @@ impl Paces {
 pub struct IncomingNar<'a> {
     paces: &'a Paces,
     peer_key: PeerKey,
-    left: u64,
+    remaining: u64,
     is_waiting: bool,
     has_begun: bool,
 }
 
 impl IncomingNar<'_> {
     /// Starts to wait for the peer. Does nothing if this NAR already waits.
-    pub fn wait(&mut self, now: Instant) {
+    pub fn start_waiting(&mut self, now: Instant) {
         if !std::mem::replace(&mut self.is_waiting, true) {
             let has_begun = self.has_begun;
-            self.with(|peer| {
-                peer.meter.wait(now);
+            self.update(|peer| {
+                peer.meter.start_waiting(now);
                 if has_begun {
-                    peer.after_begin.wait(now);
+                    peer.after_begin.start_waiting(now);
                 }
             });
         }
     }
 
     /// Stops waiting for a reason that is not the peer's, so that the time does not count for it.
-    pub fn pause(&mut self, now: Instant) {
+    pub fn stop_waiting(&mut self, now: Instant) {
         if std::mem::replace(&mut self.is_waiting, false) {
             let has_begun = self.has_begun;
-            self.with(|peer| {
-                peer.meter.pause(now);
+            self.update(|peer| {
+                peer.meter.stop_waiting(now);
                 if has_begun {
-                    peer.after_begin.pause(now);
+                    peer.after_begin.stop_waiting(now);
                 }
             });
         }
     }
 
     /// Stops waiting because `bytes` arrived.
-    pub fn got(&mut self, bytes: u64, now: Instant) {
+    pub fn record_bytes(&mut self, bytes: u64, now: Instant) {
         if !std::mem::replace(&mut self.is_waiting, false) {
             return;
         }
-        let bytes = bytes.min(self.left);
-        self.left -= bytes;
+        let bytes = bytes.min(self.remaining);
+        self.remaining -= bytes;
         let has_begun = std::mem::replace(&mut self.has_begun, true);
-        self.with(|peer| {
+        self.update(|peer| {
             peer.outstanding = peer.outstanding.saturating_sub(bytes);
-            peer.meter.got(bytes, now);
+            peer.meter.record_bytes(bytes, now);
             if has_begun {
-                peer.after_begin.got(bytes, now);
+                peer.after_begin.record_bytes(bytes, now);
             }
         });
     }
 
     /// Records that the NAR was complete.
-    pub fn prove(&mut self) {
-        self.with(|peer| peer.is_proven = true);
+    pub fn record_proven(&mut self) {
+        self.update(|peer| peer.is_proven = true);
     }
 
     /// Load of the peer at `now`.
@@ -305,7 +311,7 @@ impl IncomingNar<'_> {
         self.paces.load(self.peer_key, now)
     }
 
-    fn with(&self, change: impl FnOnce(&mut PeerPace)) {
+    fn update(&self, change: impl FnOnce(&mut PeerPace)) {
         if let Some(peer) = self.paces.state.lock().peers.get_mut(&self.peer_key) {
             change(peer);
         }
@@ -314,10 +320,10 @@ impl IncomingNar<'_> {
 
 impl Drop for IncomingNar<'_> {
     fn drop(&mut self) {
-        self.pause(Instant::now());
-        self.with(|peer| {
+        self.stop_waiting(Instant::now());
+        self.update(|peer| {
             peer.streams = peer.streams.saturating_sub(1);
-            peer.outstanding = peer.outstanding.saturating_sub(self.left);
+            peer.outstanding = peer.outstanding.saturating_sub(self.remaining);
         });
     }
 }
@@ -336,9 +342,9 @@ mod tests {
     fn waited(waits: u32, each: Duration, bytes: u64) -> (PaceMeter, Instant) {
         let (mut meter, mut now) = (PaceMeter::default(), Instant::now());
         for _ in 0..waits {
-            meter.wait(now);
+            meter.start_waiting(now);
             now += each;
-            meter.got(bytes, now);
+            meter.record_bytes(bytes, now);
             // Time in which Nix does not read does not count for the peer.
             now += Duration::from_secs(1);
         }
@@ -379,8 +385,8 @@ mod tests {
         assert_eq!(known(&meter, now), None);
         let (mut meter, now) = waited(4, ms(10), 64 * KIB);
         let before = known(&meter, now).unwrap();
-        meter.wait(now);
-        meter.got(0, now + Duration::from_secs(4));
+        meter.start_waiting(now);
+        meter.record_bytes(0, now + Duration::from_secs(4));
         assert!(is_near(meter.pace.unwrap(), before), "{meter:?}");
         // The time of the wait without a result still counts.
         assert!(known(&meter, now + Duration::from_secs(4)).unwrap() <= 64.0 * 1024.0);
@@ -394,7 +400,7 @@ mod tests {
             assert_eq!(paces.load(who(), now).pace.known, None, "{wrong}");
         }
         paces.restore(who(), 5e6, now);
-        assert_eq!(paces.known(now).len(), 1);
+        assert_eq!(paces.known_paces(now).len(), 1);
     }
 
     #[test]
@@ -405,7 +411,7 @@ mod tests {
         let load = paces.load(who(), now);
         assert_eq!((load.streams, load.outstanding), (8, 256 * KIB));
         for (i, intake) in (1..).zip(&mut intakes) {
-            intake.got(32 * KIB, now + ms(100 * i / 8));
+            intake.record_bytes(32 * KIB, now + ms(100 * i / 8));
         }
         drop(intakes);
         let load = paces.load(who(), now + ms(100));
@@ -416,7 +422,7 @@ mod tests {
     #[test]
     fn known_pace_drops_while_peer_is_silent() {
         let (mut meter, now) = waited(4, ms(10), 64 * KIB);
-        meter.wait(now);
+        meter.start_waiting(now);
         let later = now + Duration::from_secs(4);
         assert!(known(&meter, now + ms(1)).unwrap() > 6e6);
         assert!(known(&meter, later).unwrap() <= 64.0 * 1024.0);
@@ -426,26 +432,26 @@ mod tests {
     #[test]
     fn lasting_pace_survives_one_stall() {
         let (mut meter, now) = waited(4, ms(10), 64 * KIB);
-        meter.wait(now);
+        meter.start_waiting(now);
         let pace = meter.pace(now + ms(100));
         assert!(pace.known.unwrap() < 2.7e6 && pace.lasting.unwrap() > 6e6, "{pace:?}");
         assert!(meter.pace(now + Duration::from_secs(4)).lasting.unwrap() <= 64.0 * 1024.0);
         // Time that this node spends on other work does not count for the peer.
-        meter.pause(now + ms(100));
+        meter.stop_waiting(now + ms(100));
         assert_eq!(meter.pace(now + Duration::from_secs(9)).waited, ms(100));
     }
 
     #[test]
     fn pace_of_unused_peer_expires() {
         let (meter, now) = waited(4, ms(10), 64 * KIB);
-        assert!(known(&meter, now + KEPT - Duration::from_secs(2)).is_some());
-        assert!(known(&meter, now + KEPT).is_none());
+        assert!(known(&meter, now + PACE_TTL - Duration::from_secs(2)).is_some());
+        assert!(known(&meter, now + PACE_TTL).is_none());
         // An old wait without a result does not make the peer slow either.
         let (mut meter, now) = (PaceMeter::default(), Instant::now());
-        meter.wait(now);
-        meter.got(0, now + ms(500));
-        assert!(meter.pace(now + ms(500)).at_most < 600e3);
-        assert_eq!(meter.pace(now + ms(500) + KEPT).at_most, f64::INFINITY);
+        meter.start_waiting(now);
+        meter.record_bytes(0, now + ms(500));
+        assert!(meter.pace(now + ms(500)).upper_bound < 600e3);
+        assert_eq!(meter.pace(now + ms(500) + PACE_TTL).upper_bound, f64::INFINITY);
     }
 
     /// A card that sleeps 100 ms is not slow. A peer that drips is slow, however small its NARs
@@ -456,16 +462,16 @@ mod tests {
         for _ in 0..100 {
             let mut intake = paces.begin(who(), 20 * KIB, now);
             now += ms(100);
-            intake.got(20 * KIB, now);
+            intake.record_bytes(20 * KIB, now);
         }
         let load = paces.load(who(), now);
         assert!(load.pace.known.unwrap() < 210.0 * 1024.0);
         assert_eq!(load.after_begin.known, None);
         let mut intake = paces.begin(who(), 20 * KIB, now);
         for _ in 0..22 {
-            intake.wait(now);
+            intake.start_waiting(now);
             now += ms(100);
-            intake.got(900, now);
+            intake.record_bytes(900, now);
         }
         assert!(is_near(paces.load(who(), now).after_begin.known.unwrap(), 9000.0));
     }
@@ -474,8 +480,8 @@ mod tests {
     fn dropped_nar_leaves_no_load() {
         let (paces, now) = (Paces::default(), Instant::now());
         let mut intake = paces.begin(who(), 1000, now);
-        intake.got(400, now);
-        intake.wait(now);
+        intake.record_bytes(400, now);
+        intake.start_waiting(now);
         assert_eq!(paces.load(who(), now).outstanding, 600);
         drop(intake);
         let load = paces.load(who(), Instant::now());

@@ -11,7 +11,7 @@ use std::cmp::Ordering;
 use std::time::Duration;
 
 /// Assumed pace, in bytes per second, while no peer's pace is known: a LAN of 100 Mbit/s.
-const USUAL_PACE: f64 = 12.5e6;
+const DEFAULT_PACE: f64 = 12.5e6;
 
 /// Shortest time that a NAR waits for its peer before it may move to another one because of the
 /// pace.
@@ -19,12 +19,12 @@ pub const MIN_WAIT: Duration = Duration::from_millis(200);
 /// Upper bound of the cost of a move: a new connection, and files that the old peer opened in vain.
 const MOVE_COST: Duration = Duration::from_millis(100);
 /// Factor by which another source must be faster before a NAR moves to it.
-const FASTER: f64 = 2.0;
+const FASTER_FACTOR: f64 = 2.0;
 /// Remaining time above which a NAR may move to a peer with unknown pace.
-const WORTH_A_TRY: Duration = Duration::from_secs(2);
+const MIN_TIME_FOR_UNKNOWN: Duration = Duration::from_secs(2);
 /// Transfer time above which a NAR is too long for a trial: an unknown peer then counts as half as
 /// fast.
-const LONG_FOR_A_TRIAL: Duration = Duration::from_secs(1);
+const MAX_TRIAL_TIME: Duration = Duration::from_secs(1);
 
 /// Reliability of a peer. Lower values are preferred.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -50,28 +50,35 @@ pub struct HolderFacts {
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Choice {
     /// Index of the chosen holder in the given slice.
-    pub at: usize,
+    pub index: usize,
     /// Expected time until the NAR is complete.
     pub expected: Duration,
 }
 
 /// Chooses the best holder for `bytes` of a NAR; `None` if there is no holder.
-pub fn choose(holdings: &[HolderFacts], bytes: u64) -> Option<Choice> {
-    let usual = usual_pace(holdings);
+pub fn choose(holders: &[HolderFacts], bytes: u64) -> Option<Choice> {
+    let usual = usual_pace(holders);
     // A peer without a complete NAR yet gets one NAR at a time, because it may hang.
-    let is_taken = |h: &HolderFacts| !h.load.is_proven && h.load.streams > 0;
+    let is_on_trial = |holder: &HolderFacts| !holder.load.is_proven && holder.load.streams > 0;
     // A NAR of several seconds is no trial: an unknown peer gets it only if the known ones are
     // busy.
-    let is_long = bytes as f64 / usual > LONG_FOR_A_TRIAL.as_secs_f64();
-    let trial = |h: &HolderFacts| if is_long && h.load.pace.known.is_none() { FASTER } else { 1.0 };
-    let key = |h: &HolderFacts| {
-        (h.health, is_taken(h), trial(h) * expected(&h.load, bytes, usual), h.load.chosen)
+    let is_long = bytes as f64 / usual > MAX_TRIAL_TIME.as_secs_f64();
+    let trial_factor = |holder: &HolderFacts| {
+        if is_long && holder.load.pace.known.is_none() { FASTER_FACTOR } else { 1.0 }
+    };
+    let key = |holder: &HolderFacts| {
+        (
+            holder.health,
+            is_on_trial(holder),
+            trial_factor(holder) * expected(&holder.load, bytes, usual),
+            holder.load.chosen,
+        )
     };
     let order = |a: &(usize, &HolderFacts), b: &(usize, &HolderFacts)| {
         key(a.1).partial_cmp(&key(b.1)).unwrap_or(Ordering::Equal)
     };
-    let (at, best) = holdings.iter().enumerate().min_by(order)?;
-    Some(Choice { at, expected: duration(expected(&best.load, bytes, usual)) })
+    let (index, best) = holders.iter().enumerate().min_by(order)?;
+    Some(Choice { index, expected: duration(expected(&best.load, bytes, usual)) })
 }
 
 /// Returns the index of a holder that is at least twice as fast as the peer that sends the NAR, if
@@ -96,17 +103,17 @@ pub fn faster(
     let pace = pace.max(1.0);
     let time = work_left(current, rest) / pace;
     let usual = usual_pace(others);
-    let is_better = |h: &HolderFacts| {
-        let there = h.load.pace.known.unwrap_or(usual.min(h.load.pace.at_most));
-        let is_sure = h.load.pace.known.is_some() || time > WORTH_A_TRY.as_secs_f64();
-        h.health == HealthRank::Good
+    let is_better = |holder: &HolderFacts| {
+        let holder_pace = holder.load.pace.known.unwrap_or(usual.min(holder.load.pace.upper_bound));
+        let is_sure = holder.load.pace.known.is_some() || time > MIN_TIME_FOR_UNKNOWN.as_secs_f64();
+        holder.health == HealthRank::Good
             && is_sure
-            && there >= FASTER * pace
-            && time >= FASTER * expected(&h.load, rest, usual) + MOVE_COST.as_secs_f64()
+            && holder_pace >= FASTER_FACTOR * pace
+            && time >= FASTER_FACTOR * expected(&holder.load, rest, usual) + MOVE_COST.as_secs_f64()
     };
-    let better: Vec<usize> = (0..others.len()).filter(|at| is_better(&others[*at])).collect();
-    let holdings: Vec<HolderFacts> = better.iter().map(|at| others[*at]).collect();
-    choose(&holdings, rest).map(|choice| better[choice.at])
+    let better: Vec<usize> = (0..others.len()).filter(|index| is_better(&others[*index])).collect();
+    let holders: Vec<HolderFacts> = better.iter().map(|index| others[*index]).collect();
+    choose(&holders, rest).map(|choice| better[choice.index])
 }
 
 /// Estimates the time for the last `rest` bytes of a NAR that is part of `load`; `None` while the
@@ -126,12 +133,16 @@ fn work_left(load: &PeerLoad, rest: u64) -> f64 {
 
 /// Expected seconds until `bytes` more have arrived, in parallel to the NARs in progress.
 fn expected(load: &PeerLoad, bytes: u64, usual: f64) -> f64 {
-    let pace = load.pace.known.unwrap_or(usual.min(load.pace.at_most)).max(1.0);
+    let pace = load.pace.known.unwrap_or(usual.min(load.pace.upper_bound)).max(1.0);
     work_left(&load.with(bytes), bytes) / pace
 }
 
-fn usual_pace(holdings: &[HolderFacts]) -> f64 {
-    holdings.iter().filter_map(|h| h.load.pace.known).reduce(f64::max).unwrap_or(USUAL_PACE)
+fn usual_pace(holders: &[HolderFacts]) -> f64 {
+    holders
+        .iter()
+        .filter_map(|holder| holder.load.pace.known)
+        .reduce(f64::max)
+        .unwrap_or(DEFAULT_PACE)
 }
 
 fn duration(seconds: f64) -> Duration {
@@ -150,7 +161,7 @@ mod tests {
             known,
             lasting: known,
             measured: known.unwrap_or(0.0),
-            at_most: f64::INFINITY,
+            upper_bound: f64::INFINITY,
             waited: Duration::ZERO,
         };
         let load = PeerLoad {
@@ -165,14 +176,14 @@ mod tests {
     }
 
     /// Chooses a holder for `nars` NARs. Each stays in progress while the next is chosen.
-    fn spread(mut holdings: Vec<HolderFacts>, nars: u32, size: u64) -> Vec<u32> {
+    fn spread(mut holders: Vec<HolderFacts>, nars: u32, size: u64) -> Vec<u32> {
         for turn in 1..=nars {
-            let at = choose(&holdings, size).unwrap().at;
-            let load = &mut holdings[at].load;
+            let index = choose(&holders, size).unwrap().index;
+            let load = &mut holders[index].load;
             (load.streams, load.outstanding, load.chosen) =
                 (load.streams + 1, load.outstanding + size, turn.into());
         }
-        holdings.iter().map(|h| h.load.streams).collect()
+        holders.iter().map(|holder| holder.load.streams).collect()
     }
 
     #[test]
@@ -234,7 +245,7 @@ mod tests {
             known: None,
             lasting: None,
             measured,
-            at_most: f64::INFINITY,
+            upper_bound: f64::INFINITY,
             waited: Duration::from_millis(waited),
         };
         PeerLoad {

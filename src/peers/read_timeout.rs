@@ -1,8 +1,9 @@
 //! Limits the wait of a single read to less than the connection's own timeout, without losing the
 //! connection.
 //!
-//! ureq has one timeout per connection and none per call of `read`. [`limit`] stores the limit in a
-//! thread-local variable; the transport reads it, because a read runs in the thread that calls it.
+//! ureq has one timeout per connection and none per call of `read`. [`with_timeout`] stores the
+//! limit in a thread-local variable; the transport reads it, because a read runs in the thread that
+//! calls it.
 
 use std::cell::Cell;
 use std::io;
@@ -13,7 +14,7 @@ thread_local! {
     static DEADLINE: Cell<Option<Instant>> = const { Cell::new(None) };
 }
 
-/// Error of a read that reached the time limit of [`limit`].
+/// Error of a read that reached the time limit of [`with_timeout`].
 #[derive(Debug)]
 struct ReadTimedOut;
 
@@ -27,19 +28,19 @@ impl std::error::Error for ReadTimedOut {}
 
 /// Runs `read` with a time limit of `timeout` for all reads of connections that it makes in this
 /// thread, taken together.
-pub(super) fn limit<T>(timeout: Duration, read: impl FnOnce() -> T) -> T {
+pub(super) fn with_timeout<T>(timeout: Duration, read: impl FnOnce() -> T) -> T {
     DEADLINE.set(Some(Instant::now() + timeout));
     let result = read();
     DEADLINE.set(None);
     result
 }
 
-/// Returns true if a read ended because of [`limit`].
-pub(super) fn is_over(e: &io::Error) -> bool {
+/// Returns true if a read ended because of [`with_timeout`].
+pub(super) fn is_read_timeout(e: &io::Error) -> bool {
     e.get_ref().is_some_and(|inner| inner.is::<ReadTimedOut>())
 }
 
-/// Connector for connections whose reads obey [`limit`].
+/// Connector for connections whose reads obey [`with_timeout`].
 #[derive(Debug)]
 pub(super) struct ReadTimeoutConnector;
 
@@ -55,7 +56,7 @@ impl<In: Transport> Connector<In> for ReadTimeoutConnector {
     }
 }
 
-/// Connection whose reads obey [`limit`].
+/// Connection whose reads obey [`with_timeout`].
 #[derive(Debug)]
 pub(super) struct ReadTimeoutTransport<T>(T);
 
@@ -74,13 +75,13 @@ impl<T: Transport> Transport for ReadTimeoutTransport<T> {
         let Some(left) = left.filter(|left| *left < *timeout.for_read().after) else {
             return self.0.await_input(timeout);
         };
-        let over = || Err(ureq::Error::Io(io::Error::other(ReadTimedOut)));
+        let timed_out = || Err(ureq::Error::Io(io::Error::other(ReadTimedOut)));
         if left.is_zero() {
-            return over();
+            return timed_out();
         }
         timeout.after = left.into();
         match self.0.await_input(timeout) {
-            Err(ureq::Error::Timeout(_)) => over(),
+            Err(ureq::Error::Timeout(_)) => timed_out(),
             result => result,
         }
     }

@@ -13,21 +13,21 @@ use std::time::{Duration, Instant};
 use ureq::Agent;
 
 /// Interval between two rounds. A tracker drops an address after twice this.
-const INTERVAL: Interval = Interval::from_secs(60);
+const MEET_INTERVAL: Interval = Interval::from_secs(60);
 
 /// Interval while a tracker does not answer or a friend is unreachable.
-const RETRY: Interval = Interval::from_secs(10);
+const RETRY_INTERVAL: Interval = Interval::from_secs(10);
 
 /// Time limit of one call.
 const CALL_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Longest wait for the addresses of the host names in one answer. Names that take longer are used
 /// in a later round.
-const NAMES_WAIT: Duration = Duration::from_secs(2);
+const NAMES_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Largest answer, in bytes: 16 tags with four addresses of 300 bytes each. A larger one is
 /// ignored.
-const MAX_ANSWER: u64 = 32 * 1024;
+const MAX_ANSWER_BYTES: u64 = 32 * 1024;
 
 /// Addresses that one tracker may name for one friend. Further ones are ignored.
 const MAX_PLACES: usize = 4;
@@ -48,7 +48,7 @@ pub struct OutsideAddress {
 
 impl OutsideAddress {
     /// Host and port to leave at a tracker that sees this node at `seen`.
-    fn at(&self, seen: Option<IpAddr>) -> (Option<String>, u16) {
+    fn announced_to(&self, seen: Option<IpAddr>) -> (Option<String>, u16) {
         match (&self.host, self.mapped) {
             (None, Some(mapped)) if seen == Some(mapped.ip()) => (None, mapped.port()),
             (host, _) => (host.clone(), self.port),
@@ -75,32 +75,35 @@ struct MetFriend {
     port: u16,
 }
 
-/// Exchanges addresses with friends at the trackers until [`Friends::stop`]. `place` returns this
-/// node's current outside address. Blocks the calling thread.
-pub fn run(urls: &[String], friends: &Arc<Friends>, place: impl Fn() -> OutsideAddress) {
+/// Exchanges addresses with friends at the trackers until [`Friends::stop`]. `outside_address`
+/// returns this node's current outside address. Blocks the calling thread.
+pub fn run(urls: &[String], friends: &Arc<Friends>, outside_address: impl Fn() -> OutsideAddress) {
     let agent: Agent =
         http_client::https_config().timeout_global(Some(CALL_TIMEOUT)).build().into();
     let names = Arc::new(NameResolver::default());
-    let mut seen = vec![None; urls.len()];
-    let meet = |url: &String, place| meet(&agent, &names, url, friends, place);
+    let mut seen_as = vec![None; urls.len()];
+    let meet = |url: &String, outside_address| meet(&agent, &names, url, friends, outside_address);
     loop {
-        let place = place();
+        let outside_address = outside_address();
         let mut reached = 0;
-        for (url, seen) in urls.iter().zip(&mut seen) {
-            let before = *seen;
-            *seen = meet(url, place.at(before));
+        for (url, seen_as) in urls.iter().zip(&mut seen_as) {
+            let before = *seen_as;
+            *seen_as = meet(url, outside_address.announced_to(before));
             // The first answer tells where the tracker sees this node, which decides which port to
             // announce.
-            if seen.is_some() && place.at(before) != place.at(*seen) {
-                *seen = meet(url, place.at(*seen));
+            if seen_as.is_some()
+                && outside_address.announced_to(before) != outside_address.announced_to(*seen_as)
+            {
+                *seen_as = meet(url, outside_address.announced_to(*seen_as));
             }
-            if let Some(pinhole) = place.pinhole.filter(|_| seen.is_some()) {
+            if let Some(pinhole) = outside_address.pinhole.filter(|_| seen_as.is_some()) {
                 meet(url, (Some(pinhole.ip().to_string()), pinhole.port()));
             }
-            reached += usize::from(seen.is_some());
+            reached += usize::from(seen_as.is_some());
         }
-        let is_any_away = friends.seen().iter().any(|friend| !friend.is_up);
-        let pause = if reached < urls.len() || is_any_away { RETRY } else { INTERVAL };
+        let is_any_away = friends.snapshots().iter().any(|friend| !friend.is_up);
+        let pause =
+            if reached < urls.len() || is_any_away { RETRY_INTERVAL } else { MEET_INTERVAL };
         if !friends.stopped().recv_timeout(pause.get()).is_err_and(|e| e.is_timeout()) {
             return;
         }
@@ -121,8 +124,8 @@ fn meet(
         url.split_once("://").map_or(url, |(_, rest)| rest).split('/').next().unwrap_or_default();
     let (own, all) = (*friends.list().own(), friends.list().all());
     let tags: Vec<String> = all.iter().map(|friend| own.tag(&friend.key, tracker)).collect();
-    let ask = MeetRequest { port, addr: host.as_deref(), tags: &tags };
-    let body = serde_json::to_vec(&ask).ok()?;
+    let request = MeetRequest { port, addr: host.as_deref(), tags: &tags };
+    let body = serde_json::to_vec(&request).ok()?;
     let answer = agent
         .post(format!("{url}/meet"))
         .header("Content-Type", "application/json")
@@ -132,16 +135,16 @@ fn meet(
         log::debug!("tracker {url}: friends: status {}", answer.status());
         return None;
     }
-    let text = answer.body_mut().with_config().limit(MAX_ANSWER).read_to_string().ok()?;
-    let met: MeetResponse =
+    let text = answer.body_mut().with_config().limit(MAX_ANSWER_BYTES).read_to_string().ok()?;
+    let response: MeetResponse =
         serde_json::from_str(&text).map_err(|e| log::debug!("tracker {url}: friends: {e}")).ok()?;
-    let places = met.places.iter().zip(all).flat_map(|(places, friend)| {
+    let places = response.places.iter().zip(all).flat_map(|(places, friend)| {
         places.iter().take(MAX_PLACES).map(move |place| (friend.key, place))
     });
-    for (key, address) in addresses(names, places.collect(), Instant::now() + NAMES_WAIT) {
-        friends.found_at_tracker(&key, address);
+    for (key, address) in addresses(names, places.collect(), Instant::now() + NAMES_TIMEOUT) {
+        friends.record_tracker_address(&key, address);
     }
-    Some(met.addr)
+    Some(response.addr)
 }
 
 /// Addresses that a tracker names, each with what belongs to it. Host names are resolved. Blocks
@@ -155,9 +158,9 @@ fn addresses<T>(
     let is_name = |addr: &&str| parse_address(addr).is_none();
     let hosts: Vec<&str> = places.iter().map(|(_, place)| &*place.addr).filter(is_name).collect();
     let mut resolved = names.addresses(&hosts, deadline).into_iter();
-    let address = |(of, place): (T, &MetFriend)| {
+    let address = |(key, place): (T, &MetFriend)| {
         let ip = parse_address(&place.addr).or_else(|| resolved.next()??)?;
-        can_be_peer(ip).then(|| (of, SocketAddr::new(ip, place.port)))
+        can_be_peer(ip).then(|| (key, SocketAddr::new(ip, place.port)))
     };
     places.into_iter().filter_map(address).collect()
 }
@@ -170,13 +173,13 @@ mod tests {
     fn mapped_port_is_announced_only_if_tracker_sees_router() {
         let mapped = Some("203.0.113.7:4000".parse().unwrap());
         let place = OutsideAddress { host: None, port: 12304, mapped, pinhole: None };
-        assert_eq!(place.at(Some("203.0.113.7".parse().unwrap())), (None, 4000));
+        assert_eq!(place.announced_to(Some("203.0.113.7".parse().unwrap())), (None, 4000));
         // Another router is in between, or this router reports a false address.
-        assert_eq!(place.at(Some("203.0.113.8".parse().unwrap())), (None, 12304));
-        assert_eq!(place.at(None), (None, 12304));
+        assert_eq!(place.announced_to(Some("203.0.113.8".parse().unwrap())), (None, 12304));
+        assert_eq!(place.announced_to(None), (None, 12304));
         let named = OutsideAddress { host: Some("home.example".into()), ..place };
         assert_eq!(
-            named.at(Some("203.0.113.7".parse().unwrap())),
+            named.announced_to(Some("203.0.113.7".parse().unwrap())),
             (Some("home.example".into()), 12304)
         );
     }

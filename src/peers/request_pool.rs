@@ -20,7 +20,7 @@ const MAX_REQUESTS_TO_ONE: u32 = 32;
 const MAX_REQUESTS_TO_STRANGERS: u32 = 64;
 /// Largest number of concurrent calls of trackers. 25 lookups call two trackers twice each; the
 /// bound is more than twice that.
-const MAX_CALLS: u32 = 256;
+const MAX_TRACKER_CALLS: u32 = 256;
 /// Largest number of concurrent requests to one address that has not answered yet or failed
 /// recently. Requests that hang leave room for others.
 const MAX_REQUESTS_TO_UNPROVEN: u32 = 4;
@@ -60,55 +60,55 @@ impl RequestTarget {
 /// Pool of request threads. The threads end when the pool is dropped.
 pub struct RequestPool {
     jobs: Sender<RequestJob>,
-    waiting: Receiver<RequestJob>,
+    job_receiver: Receiver<RequestJob>,
     in_flight: Arc<Mutex<InFlightCounts>>,
 }
 
 #[derive(Default)]
 struct InFlightCounts {
-    to: HashMap<IpAddr, u32>,
+    per_address: HashMap<IpAddr, u32>,
     to_strangers: u32,
-    calls: u32,
+    tracker_calls: u32,
 }
 
 impl InFlightCounts {
-    fn admits(&self, to: RequestTarget) -> ConnectDecision {
-        let Some(ip) = to.ip() else {
-            let is_full = self.calls >= MAX_CALLS;
+    fn admits(&self, target: RequestTarget) -> ConnectDecision {
+        let Some(ip) = target.ip() else {
+            let is_full = self.tracker_calls >= MAX_TRACKER_CALLS;
             return if is_full { ConnectDecision::Later } else { ConnectDecision::Now };
         };
-        let is_proven = matches!(to, RequestTarget::Proven(_));
+        let is_proven = matches!(target, RequestTarget::Proven(_));
         let max = if is_proven { MAX_REQUESTS_TO_ONE } else { MAX_REQUESTS_TO_UNPROVEN };
-        let is_stranger = matches!(to, RequestTarget::Stranger(_));
-        let all: u32 = self.to.values().sum();
-        let to_one = self.to.get(&ip).copied().unwrap_or_default();
+        let is_stranger = matches!(target, RequestTarget::Stranger(_));
+        let total: u32 = self.per_address.values().sum();
+        let to_one = self.per_address.get(&ip).copied().unwrap_or_default();
         let is_full = is_stranger && self.to_strangers >= MAX_REQUESTS_TO_STRANGERS;
-        match (to_one < max, all < MAX_REQUESTS && !is_full) {
+        match (to_one < max, total < MAX_REQUESTS && !is_full) {
             (false, _) => ConnectDecision::NotThis,
             (true, false) => ConnectDecision::Later,
             (true, true) => ConnectDecision::Now,
         }
     }
 
-    fn begin(&mut self, to: RequestTarget) -> bool {
-        let fits = self.admits(to) == ConnectDecision::Now;
-        if fits {
-            match to.ip() {
-                None => self.calls += 1,
-                Some(ip) => *self.to.entry(ip).or_default() += 1,
+    fn begin(&mut self, target: RequestTarget) -> bool {
+        let is_admitted = self.admits(target) == ConnectDecision::Now;
+        if is_admitted {
+            match target.ip() {
+                None => self.tracker_calls += 1,
+                Some(ip) => *self.per_address.entry(ip).or_default() += 1,
             }
-            self.to_strangers += u32::from(matches!(to, RequestTarget::Stranger(_)));
+            self.to_strangers += u32::from(matches!(target, RequestTarget::Stranger(_)));
         }
-        fits
+        is_admitted
     }
 
-    fn end(&mut self, to: RequestTarget) {
-        let Some(ip) = to.ip() else { return self.calls -= 1 };
-        self.to_strangers -= u32::from(matches!(to, RequestTarget::Stranger(_)));
-        if let Some(to_one) = self.to.get_mut(&ip) {
+    fn end(&mut self, target: RequestTarget) {
+        let Some(ip) = target.ip() else { return self.tracker_calls -= 1 };
+        self.to_strangers -= u32::from(matches!(target, RequestTarget::Stranger(_)));
+        if let Some(to_one) = self.per_address.get_mut(&ip) {
             *to_one -= 1;
             if *to_one == 0 {
-                self.to.remove(&ip);
+                self.per_address.remove(&ip);
             }
         }
     }
@@ -119,7 +119,7 @@ impl Default for RequestPool {
         // Zero capacity hands a job to an idle thread, or makes `try_send` fail so that a new
         // thread starts.
         let (jobs, waiting) = bounded(0);
-        RequestPool { jobs, waiting, in_flight: Arc::default() }
+        RequestPool { jobs, job_receiver: waiting, in_flight: Arc::default() }
     }
 }
 
@@ -141,12 +141,12 @@ impl RequestPool {
 
     /// Runs `request` in another thread. Returns false and does nothing if a limit is reached or no
     /// thread can be created. Does not block.
-    pub fn run(&self, to: RequestTarget, request: impl FnOnce() + Send + 'static) -> bool {
-        if !self.in_flight.lock().begin(to) {
+    pub fn run(&self, target: RequestTarget, request: impl FnOnce() + Send + 'static) -> bool {
+        if !self.in_flight.lock().begin(target) {
             return false;
         }
         let in_flight = self.in_flight.clone();
-        let end = guard((), move |()| in_flight.lock().end(to));
+        let end = guard((), move |()| in_flight.lock().end(target));
         let job: RequestJob = Box::new(move || {
             let _end = end;
             request();
@@ -155,11 +155,11 @@ impl RequestPool {
             Ok(()) => return true,
             Err(TrySendError::Full(job) | TrySendError::Disconnected(job)) => job,
         };
-        let waiting = self.waiting.clone();
+        let job_receiver = self.job_receiver.clone();
         let started = thread::Builder::new().name("narinfo".into()).stack_size(STACK_BYTES).spawn(
             move || {
                 job();
-                while let Ok(job) = waiting.recv_timeout(IDLE_TIMEOUT) {
+                while let Ok(job) = job_receiver.recv_timeout(IDLE_TIMEOUT) {
                     job();
                 }
             },
@@ -170,15 +170,15 @@ impl RequestPool {
         started.is_ok()
     }
 
-    /// Returns whether the limits admit a request to `to`, or which kind of limit refuses it. Does
-    /// not count it.
-    pub fn admits(&self, to: RequestTarget) -> ConnectDecision {
-        self.in_flight.lock().admits(to)
+    /// Returns whether the limits admit a request to `target`, or which kind of limit refuses it.
+    /// Does not count it.
+    pub fn admits(&self, target: RequestTarget) -> ConnectDecision {
+        self.in_flight.lock().admits(target)
     }
 
     /// Returns true if a request to `ip` is in progress.
-    pub fn is_asked(&self, ip: IpAddr) -> bool {
-        self.in_flight.lock().to.contains_key(&ip)
+    pub fn has_request_to(&self, ip: IpAddr) -> bool {
+        self.in_flight.lock().per_address.contains_key(&ip)
     }
 }
 
@@ -205,7 +205,7 @@ mod tests {
             (3..=255).map(|last| taken(&mut all, RequestTarget::Neighbour(ip(last)))).sum();
         assert_eq!(others, MAX_REQUESTS - MAX_REQUESTS_TO_UNPROVEN - MAX_REQUESTS_TO_ONE);
         (0..MAX_REQUESTS_TO_ONE).for_each(|_| all.end(RequestTarget::Proven(ip(2))));
-        assert!(!all.to.contains_key(&ip(2)));
+        assert!(!all.per_address.contains_key(&ip(2)));
     }
 
     /// Guards against peers that a tracker invented taking all places, so that neighbours are not
@@ -221,7 +221,7 @@ mod tests {
             taken(&mut all, RequestTarget::Proven(ip(1))),
             MAX_REQUESTS_TO_ONE - MAX_REQUESTS_TO_UNPROVEN
         );
-        assert_eq!(taken(&mut all, RequestTarget::Tracker), MAX_CALLS);
+        assert_eq!(taken(&mut all, RequestTarget::Tracker), MAX_TRACKER_CALLS);
         all.end(RequestTarget::Tracker);
         all.end(RequestTarget::Stranger(ip(1)));
         assert_eq!(
@@ -245,7 +245,7 @@ mod tests {
                 std::panic::resume_unwind(Box::new("on purpose"));
             }));
             ended.recv().unwrap();
-            while requests.is_asked(ip(1)) {
+            while requests.has_request_to(ip(1)) {
                 thread::yield_now();
             }
         }

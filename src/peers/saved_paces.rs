@@ -13,12 +13,12 @@ use std::time::Instant;
 
 const FILE: &str = "paces";
 /// Temporary file while the paces are written. A leftover one is overwritten.
-const NEW: &str = "paces.new";
+const TEMPORARY_FILE: &str = "paces.new";
 /// Largest number of saved peers: as many as a node is likely to meet again. Further ones are not
 /// saved.
 const MAX_PEERS: usize = 256;
 /// Largest file, in bytes. A full file has about 20 KiB; a larger one than this is ignored.
-const MAX_FILE: u64 = 64 * 1024;
+const MAX_FILE_BYTES: u64 = 64 * 1024;
 
 #[derive(Serialize, Deserialize)]
 struct SavedPaces {
@@ -32,27 +32,27 @@ struct SavedPaces {
 /// # Errors
 /// Errors of the file system. The old file is unchanged then.
 pub fn save(paces: &Paces, dir: &Path) -> io::Result<()> {
-    let kept = |(peer_key, bytes_per_second): (PeerKey, f64)| SavedPaces {
+    let saved = |(peer_key, bytes_per_second): (PeerKey, f64)| SavedPaces {
         address: peer_key.address(),
         is_far: peer_key.network() == Network::Wan,
         bytes_per_second,
     };
     let all: Vec<SavedPaces> =
-        paces.known(Instant::now()).into_iter().take(MAX_PEERS).map(kept).collect();
+        paces.known_paces(Instant::now()).into_iter().take(MAX_PEERS).map(saved).collect();
     if all.is_empty() {
         return Ok(());
     }
-    fs::write(dir.join(NEW), serde_json::to_vec(&all).map_err(io::Error::other)?)?;
-    fs::rename(dir.join(NEW), dir.join(FILE))
+    fs::write(dir.join(TEMPORARY_FILE), serde_json::to_vec(&all).map_err(io::Error::other)?)?;
+    fs::rename(dir.join(TEMPORARY_FILE), dir.join(FILE))
 }
 
 /// Reads the paces of the last run from `dir`. Ignores an unreadable file, because paces are soon
 /// measured again.
 pub fn load(paces: &Paces, dir: &Path) {
     let mut bytes = Vec::new();
-    let read =
-        File::open(dir.join(FILE)).and_then(|file| file.take(MAX_FILE + 1).read_to_end(&mut bytes));
-    if read.is_err() || bytes.len() as u64 > MAX_FILE {
+    let read = File::open(dir.join(FILE))
+        .and_then(|file| file.take(MAX_FILE_BYTES + 1).read_to_end(&mut bytes));
+    if read.is_err() || bytes.len() as u64 > MAX_FILE_BYTES {
         return;
     }
     let all: Vec<SavedPaces> = serde_json::from_slice(&bytes).unwrap_or_default();
@@ -76,7 +76,9 @@ mod tests {
         let near = PeerKey::from(SocketAddr::from(([10, 0, 0, 1], 12304)));
         let far = PeerKey::far(SocketAddr::from(([203, 0, 113, 1], 999)));
         for (peer_key, millis) in [(near, 100), (far, 1000)] {
-            paces.begin(peer_key, 1 << 20, now).got(1 << 20, now + Duration::from_millis(millis));
+            paces
+                .begin(peer_key, 1 << 20, now)
+                .record_bytes(1 << 20, now + Duration::from_millis(millis));
         }
         save(&paces, &dir).unwrap();
         let next = Paces::default();
@@ -87,7 +89,7 @@ mod tests {
             fs::write(dir.join(FILE), damage).unwrap();
             let next = Paces::default();
             load(&next, &dir);
-            assert!(next.known(Instant::now()).is_empty());
+            assert!(next.known_paces(Instant::now()).is_empty());
         }
         fs::remove_dir_all(&dir).unwrap();
     }

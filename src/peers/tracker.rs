@@ -46,14 +46,14 @@ const LEAVE_TIMEOUT: Duration = Duration::from_millis(700);
 
 /// Largest answer, in bytes; a larger one is malformed. 72 candidates with the longest IDs and
 /// names take 30 KiB. The list of 1,000 peers of the original peerix takes 250 KiB.
-const MAX_ANSWER: u64 = 512 * 1024;
+const MAX_ANSWER_BYTES: u64 = 512 * 1024;
 /// Largest number of idle connections: as many as Nix runs lookups.
-const IDLE: usize = 25;
+const MAX_IDLE: usize = 25;
 /// Age after which an idle connection is closed. Trackers close theirs after 30 s.
-const IDLE_AGE: Timeout = Timeout::from_secs(25);
+const MAX_IDLE_AGE: Timeout = Timeout::from_secs(25);
 /// Lifetime of the peer list of an original tracker, which has no lookups. Its peers change within
 /// minutes.
-const LIST_AGE: Interval = Interval::from_secs(5);
+const LIST_TTL: Interval = Interval::from_secs(5);
 
 /// Time after the start or a network change during which lookups wait for the tracker's first
 /// answer. Nix remembers a wrong *not found* for an hour.
@@ -66,16 +66,16 @@ const MAX_CLOCK_OFFSET_MS: u64 = 5 * 60 * 1000;
 
 /// Number of silent candidates in one lookup from which on the tracker is suspected instead of the
 /// candidates: a site without power, or a hostile tracker.
-const MANY_DEAD: usize = 8;
+const MANY_SILENT: usize = 8;
 /// Wait for unproven candidates of a suspected tracker, as a multiple of the tracker's own latency:
 /// the candidates are probably about as far away.
-const USUAL_ANSWERS: u32 = 4;
+const LATENCY_FACTOR: u32 = 4;
 /// Shortest wait for unproven candidates of a suspected tracker.
 const MIN_WAIT: Duration = Duration::from_millis(40);
 /// Longest wait for unproven candidates of a suspected tracker.
 const MAX_WAIT: Duration = Duration::from_millis(400);
 /// Time since the last answer of one of its candidates during which a tracker is not left out.
-const USEFUL_FOR: Duration = Duration::from_secs(600);
+const USEFUL_WINDOW: Duration = Duration::from_secs(600);
 /// First pause of a tracker that is left out. It doubles each time.
 const FIRST_PAUSE: Interval = Interval::from_secs(5);
 /// Longest pause of a tracker that is left out.
@@ -132,7 +132,7 @@ impl TrackerError {
 
     /// Returns true if a lookup may try again at once: the tracker restarts, or the connection
     /// broke.
-    fn is_passing(&self) -> bool {
+    fn is_transient(&self) -> bool {
         self.is_temporary() && !matches!(self, TrackerError::Unreachable(ureq::Error::Timeout(_)))
     }
 }
@@ -168,8 +168,8 @@ pub struct Tracker {
     unpooled: Agent,
     state: Mutex<TrackerConnection>,
     changed: Condvar,
-    clock: Mutex<StatementClock>,
-    listed: Mutex<Option<(Instant, Vec<Candidate>)>>,
+    clock: Mutex<SigningClock>,
+    cached_list: Mutex<Option<(Instant, Vec<Candidate>)>>,
 }
 
 struct TrackerConnection {
@@ -180,13 +180,13 @@ struct TrackerConnection {
     /// Number of failures since the last success.
     failures: u32,
     /// True if a lookup failed, or found the tracker left out.
-    is_wanted: bool,
+    wants_announce: bool,
     /// Time when a failed lookup was last counted.
-    lookup_failed: Option<Instant>,
+    last_failed_lookup: Option<Instant>,
     /// Number of times that lookups left the tracker out since a lookup succeeded.
     outages: u32,
     /// End of the pause that the tracker requested.
-    not_before: Option<Instant>,
+    retry_at: Option<Instant>,
     /// True if the tracker has no lookups, like the one of the original peerix.
     is_original: bool,
     /// Answer to the last accepted announce.
@@ -196,11 +196,11 @@ struct TrackerConnection {
     /// Smoothed duration of a lookup.
     latency: RoundTrip,
     /// Time of the last answer of one of its candidates.
-    useful: Option<Instant>,
+    last_useful: Option<Instant>,
     /// Number of lookups in a row with many silent candidates.
     silent_lookups: u32,
     /// Time when `silent_lookups` was last counted. Lookups that ran at the same time count once.
-    counted: Option<Instant>,
+    last_silent_lookup: Option<Instant>,
     /// Pauses during which lookups leave the tracker out, although it is reached.
     pause: Backoff,
 }
@@ -212,17 +212,17 @@ impl TrackerConnection {
             reached: None,
             grace_until: now + START_GRACE,
             failures: 0,
-            is_wanted: false,
-            lookup_failed: None,
+            wants_announce: false,
+            last_failed_lookup: None,
             outages: 0,
-            not_before: None,
+            retry_at: None,
             is_original: false,
             announced: None,
             refused: None,
             latency: RoundTrip::default(),
-            useful: None,
+            last_useful: None,
             silent_lookups: 0,
-            counted: None,
+            last_silent_lookup: None,
             pause: Backoff::new(FIRST_PAUSE, MAX_PAUSE),
         }
     }
@@ -231,7 +231,7 @@ impl TrackerConnection {
 /// Clock for the timestamps of statements. Each timestamp is later than the one before, and follows
 /// the tracker's clock if this machine's is slightly wrong.
 #[derive(Default)]
-struct StatementClock {
+struct SigningClock {
     /// Milliseconds to add to this machine's clock.
     offset: i64,
     last: u64,
@@ -253,12 +253,12 @@ impl Tracker {
             url,
             peer_id,
             identity,
-            agent: RwLock::new(agent(IDLE)),
+            agent: RwLock::new(agent(MAX_IDLE)),
             unpooled: agent(0),
             state: Mutex::new(TrackerConnection::new(now)),
             changed: Condvar::default(),
             clock: Mutex::default(),
-            listed: Mutex::default(),
+            cached_list: Mutex::default(),
         }
     }
 
@@ -279,9 +279,10 @@ impl Tracker {
 
     /// Bits per path that the tracker wants in filters, within the permitted range.
     pub fn bits_per_path(&self) -> u64 {
-        let wanted =
+        let bits_per_path =
             self.state.lock().announced.as_ref().and_then(|announced| announced.bits_per_path);
-        wanted.map_or(MAX_BITS_PER_PATH, |bits| bits.clamp(MIN_BITS_PER_PATH, MAX_BITS_PER_PATH))
+        bits_per_path
+            .map_or(MAX_BITS_PER_PATH, |bits| bits.clamp(MIN_BITS_PER_PATH, MAX_BITS_PER_PATH))
     }
 
     /// Message why peers cannot find this node through the tracker, with the remedy; `None` if
@@ -316,7 +317,7 @@ impl Tracker {
         let mut state =
             self.changed.wait_timeout_while(state, grace, |state| state.reached.is_none());
         if state.reached != Some(true) {
-            state.is_wanted = true;
+            state.wants_announce = true;
             return false;
         }
         // After a pause one lookup tries the tracker; the others continue without it.
@@ -325,25 +326,26 @@ impl Tracker {
 
     /// Returns true if a lookup failed, or found the tracker left out, since the last call of this
     /// function.
-    pub fn take_wanted(&self) -> bool {
-        std::mem::take(&mut self.state.lock().is_wanted)
+    pub fn take_announce_request(&self) -> bool {
+        std::mem::take(&mut self.state.lock().wants_announce)
     }
 
     /// Discards what is known of the tracker, and its connections, because the network changed or
     /// the machine was suspended. Lookups wait for the tracker's next answer.
     pub fn reset(&self, now: Instant) {
-        *self.agent.write() = agent(IDLE);
-        *self.listed.lock() = None;
+        *self.agent.write() = agent(MAX_IDLE);
+        *self.cached_list.lock() = None;
         let mut state = self.state.lock();
-        let (announced, refused, useful) =
-            (state.announced.take(), state.refused.take(), state.useful);
-        *state = TrackerConnection { announced, refused, useful, ..TrackerConnection::new(now) };
+        let (announced, refused, last_useful) =
+            (state.announced.take(), state.refused.take(), state.last_useful);
+        *state =
+            TrackerConnection { announced, refused, last_useful, ..TrackerConnection::new(now) };
     }
 
     /// Longest wait for candidates that have never answered; `None` if there is no such limit.
     pub fn unproven_timeout(&self) -> Option<Duration> {
         let state = self.state.lock();
-        let usual = state.latency.smoothed().unwrap_or_default() * USUAL_ANSWERS;
+        let usual = state.latency.smoothed().unwrap_or_default() * LATENCY_FACTOR;
         (state.silent_lookups > 0).then(|| usual.clamp(MIN_WAIT, MAX_WAIT))
     }
 
@@ -352,28 +354,29 @@ impl Tracker {
     pub fn record_candidates(&self, alive: usize, silent: usize, began: Instant, now: Instant) {
         let mut state = self.state.lock();
         if alive > 0 {
-            state.useful = Some(now);
+            state.last_useful = Some(now);
             state.pause.reset();
         }
-        if silent < MANY_DEAD || alive * 4 >= silent {
+        if silent < MANY_SILENT || alive * 4 >= silent {
             if alive > 0 {
                 state.silent_lookups = 0;
             }
             // The lookup that tries the tracker after a pause does not suffer from it. One that
             // began before the pause proves nothing.
-            if state.counted.is_none_or(|counted| counted < began) {
+            if state.last_silent_lookup.is_none_or(|last_silent_lookup| last_silent_lookup < began)
+            {
                 state.pause.reset();
             }
             return;
         }
         // Lookups that ran at the same time count once.
-        if state.counted.is_some_and(|counted| counted >= began) {
+        if state.last_silent_lookup.is_some_and(|last_silent_lookup| last_silent_lookup >= began) {
             return;
         }
         state.silent_lookups += 1;
-        state.counted = Some(now);
+        state.last_silent_lookup = Some(now);
         let is_useful =
-            state.useful.is_some_and(|at| now.saturating_duration_since(at) < USEFUL_FOR);
+            state.last_useful.is_some_and(|at| now.saturating_duration_since(at) < USEFUL_WINDOW);
         if state.silent_lookups == 1 {
             drop(state);
             log::warn!(
@@ -405,8 +408,8 @@ impl Tracker {
         loop {
             let now = Instant::now();
             // A separate statement, because the lock must not be held during the sleep.
-            let not_before = self.state.lock().not_before;
-            if let Some(pause) = not_before.map(|at| at.saturating_duration_since(now)) {
+            let retry_at = self.state.lock().retry_at;
+            if let Some(pause) = retry_at.map(|at| at.saturating_duration_since(now)) {
                 if now + pause >= deadline {
                     return Err(TrackerError::Refused(
                         429,
@@ -432,14 +435,14 @@ impl Tracker {
             if let Some(pause) = e.retry_after() {
                 // A proxy that answers while the tracker restarts only guesses the time.
                 let is_ours = matches!(e, TrackerError::Refused(429, ..));
-                let longest = if is_ours { MAX_PAUSE.get() } else { LOOKUP_TIMEOUT.get() };
-                self.state.lock().not_before = Some(now + pause.min(longest));
-            } else if e.is_passing() && now + retry_pause < deadline {
+                let max_pause = if is_ours { MAX_PAUSE.get() } else { LOOKUP_TIMEOUT.get() };
+                self.state.lock().retry_at = Some(now + pause.min(max_pause));
+            } else if e.is_transient() && now + retry_pause < deadline {
                 thread::sleep(retry_pause);
                 retry_pause *= 2;
                 continue;
             }
-            if !e.is_passing() || e.retry_after().is_none_or(|pause| now + pause >= deadline) {
+            if !e.is_transient() || e.retry_after().is_none_or(|pause| now + pause >= deadline) {
                 return Err(e);
             }
         }
@@ -452,13 +455,13 @@ impl Tracker {
         timeout: Duration,
     ) -> Result<CandidateList, TrackerError> {
         if self.state.lock().is_original {
-            return self.list(agent, timeout);
+            return self.original_list(agent, timeout);
         }
         let answer =
             self.get(agent, &lookup_target(hash_part), timeout).and_then(read::<CandidateList>);
         if let Err(TrackerError::Refused(404 | 405 | 501, ..)) = answer {
             self.state.lock().is_original = true;
-            return self.list(agent, timeout);
+            return self.original_list(agent, timeout);
         }
         let mut found = answer?;
         found.candidates.truncate(MAX_CANDIDATES);
@@ -470,11 +473,15 @@ impl Tracker {
     }
 
     /// Returns all peers, the best first, of a tracker that does not know which peers have a path.
-    fn list(&self, agent: &Agent, timeout: Duration) -> Result<CandidateList, TrackerError> {
-        let listed = || self.listed.lock();
-        let known = listed()
+    fn original_list(
+        &self,
+        agent: &Agent,
+        timeout: Duration,
+    ) -> Result<CandidateList, TrackerError> {
+        let cached_list = || self.cached_list.lock();
+        let known = cached_list()
             .as_ref()
-            .filter(|(at, _)| at.elapsed() < LIST_AGE.get())
+            .filter(|(at, _)| at.elapsed() < LIST_TTL.get())
             .map(|(_, list)| list.clone());
         let others = match known {
             Some(others) => others,
@@ -491,7 +498,7 @@ impl Tracker {
                 others.retain(|peer| peer.peer_id != self.peer_id);
                 others.sort_by(|a, b| b.score.total_cmp(&a.score));
                 others.truncate(MAX_CANDIDATES);
-                *listed() = Some((Instant::now(), others.clone()));
+                *cached_list() = Some((Instant::now(), others.clone()));
                 others
             }
         };
@@ -516,17 +523,18 @@ impl Tracker {
     /// See [`TrackerError`].
     pub fn announce(&self, me: &NodeIdentity) -> Result<AnnounceResponse, TrackerError> {
         let addr = me.addr.as_deref().unwrap_or_default();
-        let statement = SignedText::Announce { peer_id: &self.peer_id, port: me.port, addr };
-        let answer: Result<AnnounceResponse, TrackerError> = self.signed(&statement, |proof| {
-            let announce = Announce {
-                peer_id: Some(self.peer_id.clone()),
-                port: Some(me.port),
-                addr: me.addr.clone(),
-                instance: Some(me.instance),
-                proof,
-            };
-            self.post("/announce", &announce)
-        });
+        let signed_text = SignedText::Announce { peer_id: &self.peer_id, port: me.port, addr };
+        let answer: Result<AnnounceResponse, TrackerError> =
+            self.send_signed(&signed_text, |proof| {
+                let announce = Announce {
+                    peer_id: Some(self.peer_id.clone()),
+                    port: Some(me.port),
+                    addr: me.addr.clone(),
+                    instance: Some(me.instance),
+                    proof,
+                };
+                self.post("/announce", &announce)
+            });
         match &answer {
             Ok(announced) => self.record_announce(Ok(announced.clone())),
             // The tracker is reachable and can be used for lookups even if it rejects this node.
@@ -544,7 +552,7 @@ impl Tracker {
     /// # Errors
     /// See [`TrackerError`].
     pub fn leave(&self) -> Result<(), TrackerError> {
-        self.signed(&SignedText::Leave { peer_id: &self.peer_id }, |proof| {
+        self.send_signed(&SignedText::Leave { peer_id: &self.peer_id }, |proof| {
             let body =
                 Announce { peer_id: Some(self.peer_id.clone()), proof, ..Announce::default() };
             self.agent()
@@ -566,26 +574,26 @@ impl Tracker {
     /// See [`TrackerError`].
     pub fn put_filter(&self, filter: &BloomFilter) -> Result<u64, TrackerError> {
         let digest = ring::digest::digest(&ring::digest::SHA256, filter.as_bytes());
-        let statement = SignedText::Filter { peer_id: &self.peer_id, digest: digest.as_ref() };
+        let signed_text = SignedText::Filter { peer_id: &self.peer_id, digest: digest.as_ref() };
         let id = percent_encoding::utf8_percent_encode(
             &self.peer_id,
             percent_encoding::NON_ALPHANUMERIC,
         );
         let url = format!("{}/filter/{id}", self.url);
-        let mut sent = 0;
-        let answer: Result<IgnoredAny, TrackerError> = self.signed(&statement, |proof| {
-            sent = proof.timestamp.unwrap_or_default();
+        let mut timestamp = 0;
+        let answer: Result<IgnoredAny, TrackerError> = self.send_signed(&signed_text, |proof| {
+            timestamp = proof.timestamp.unwrap_or_default();
             self.agent()
                 .put(&url)
                 .header(KEY_HEADER, proof.public_key.unwrap_or_default())
-                .header(TIMESTAMP_HEADER, sent.to_string())
+                .header(TIMESTAMP_HEADER, timestamp.to_string())
                 .header(SIGNATURE_HEADER, proof.signature.unwrap_or_default())
                 .config()
                 .timeout_global(Some(UPLOAD_TIMEOUT))
                 .build()
                 .send(filter.as_bytes())
         });
-        answer.map(|_| sent)
+        answer.map(|_| timestamp)
     }
 
     /// Begins up to `count` transfers from the peer `sender_id` to this node. Returns the first ID
@@ -599,10 +607,10 @@ impl Tracker {
             receiver_id: Some(self.peer_id.clone()),
             count: Some(count),
         };
-        let begun: TransferInitResponse =
+        let response: TransferInitResponse =
             self.post("/transfer/init", &init).map_err(TrackerError::Unreachable).and_then(read)?;
         // The original tracker begins one transfer regardless of `count`.
-        Ok((begun.transfer_id, begun.count.unwrap_or(1).min(count)))
+        Ok((response.transfer_id, response.count.unwrap_or(1).min(count)))
     }
 
     /// Reports the bytes that this node sent or received. Blocks for 10 s at most per attempt.
@@ -610,9 +618,9 @@ impl Tracker {
     /// # Errors
     /// See [`TrackerError`].
     pub fn report(&self, transfer_id: u64, role: Role, bytes: u64) -> Result<(), TrackerError> {
-        let statement =
+        let signed_text =
             SignedText::Report { transfer_id, peer_id: &self.peer_id, role: role.as_str(), bytes };
-        self.signed(&statement, |proof| {
+        self.send_signed(&signed_text, |proof| {
             let report = TransferReportBody {
                 transfer_id: Some(transfer_id),
                 peer_id: Some(self.peer_id.clone()),
@@ -642,13 +650,14 @@ impl Tracker {
 
     /// Signs and sends a statement. Repeats it once with the tracker's time if the tracker rejects
     /// the timestamp and its clock differs only slightly.
-    fn signed<T: DeserializeOwned>(
+    fn send_signed<T: DeserializeOwned>(
         &self,
-        statement: &SignedText<'_>,
+        signed_text: &SignedText<'_>,
         mut send: impl FnMut(Proof) -> Result<Response<ureq::Body>, ureq::Error>,
     ) -> Result<T, TrackerError> {
         let mut send = || {
-            send(self.identity.sign(statement, self.timestamp())).map_err(TrackerError::Unreachable)
+            send(self.identity.sign(signed_text, self.timestamp()))
+                .map_err(TrackerError::Unreachable)
         };
         let response = send()?;
         if response.status() != 403 {
@@ -667,7 +676,7 @@ impl Tracker {
     fn timestamp(&self) -> u64 {
         let mut clock = self.clock.lock();
         clock.last =
-            our_clock().saturating_add_signed(clock.offset).max(clock.last.saturating_add(1));
+            unix_time_ms().saturating_add_signed(clock.offset).max(clock.last.saturating_add(1));
         clock.last
     }
 
@@ -676,12 +685,13 @@ impl Tracker {
     /// # Errors
     /// [`TrackerError::Clock`] if it differs from this machine's time by more than 5 min.
     fn set_clock(&self, now: u64) -> Result<(), TrackerError> {
-        let ahead = i64::try_from(i128::from(now) - i128::from(our_clock())).unwrap_or(i64::MAX);
-        if ahead.unsigned_abs() > MAX_CLOCK_OFFSET_MS {
-            return Err(TrackerError::Clock(ahead));
+        let offset =
+            i64::try_from(i128::from(now) - i128::from(unix_time_ms())).unwrap_or(i64::MAX);
+        if offset.unsigned_abs() > MAX_CLOCK_OFFSET_MS {
+            return Err(TrackerError::Clock(offset));
         }
-        *self.clock.lock() = StatementClock { offset: ahead, last: 0 };
-        log::debug!("tracker {}: its clock is {ahead} ms ahead of ours", self.url);
+        *self.clock.lock() = SigningClock { offset, last: 0 };
+        log::debug!("tracker {}: its clock is {offset} ms ahead of ours", self.url);
         Ok(())
     }
 
@@ -714,7 +724,7 @@ impl Tracker {
         let is_news = state.reached.replace(true) != Some(true);
         if is_news {
             // The tracker may run another program now.
-            (state.is_original, state.failures, state.not_before) = (false, 0, None);
+            (state.is_original, state.failures, state.retry_at) = (false, 0, None);
         }
         drop(state);
         self.changed.notify_all();
@@ -725,7 +735,7 @@ impl Tracker {
 
     fn record_success(&self, took: Duration) {
         let mut state = self.state.lock();
-        (state.failures, state.outages, state.not_before) = (0, 0, None);
+        (state.failures, state.outages, state.retry_at) = (0, 0, None);
         if state.silent_lookups == 0 {
             state.pause.reset();
         }
@@ -737,10 +747,10 @@ impl Tracker {
     pub fn record_failed_lookup(&self, why: &dyn fmt::Display, began: Instant) {
         let is_counted = {
             let mut state = self.state.lock();
-            state.is_wanted = true;
-            let is_counted = state.lookup_failed.is_some_and(|last| last >= began);
+            state.wants_announce = true;
+            let is_counted = state.last_failed_lookup.is_some_and(|last| last >= began);
             if !is_counted {
-                state.lookup_failed = Some(Instant::now());
+                state.last_failed_lookup = Some(Instant::now());
             }
             is_counted
         };
@@ -767,7 +777,7 @@ impl Tracker {
     }
 
     /// Returns whether the tracker is reachable; `None` while its first answer is awaited.
-    pub fn reached_if_known(&self) -> Option<bool> {
+    pub fn reached(&self) -> Option<bool> {
         self.state.lock().reached
     }
 
@@ -783,7 +793,7 @@ fn agent(idle: usize) -> Agent {
         .timeout_global(Some(CALL_TIMEOUT))
         .max_idle_connections(idle)
         .max_idle_connections_per_host(idle)
-        .max_idle_age(IDLE_AGE.get())
+        .max_idle_age(MAX_IDLE_AGE.get())
         .build()
         .into()
 }
@@ -796,7 +806,7 @@ fn authority(url: &str) -> String {
 }
 
 /// Milliseconds since 1970 by this machine's clock, which may be wrong.
-fn our_clock() -> u64 {
+fn unix_time_ms() -> u64 {
     let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }
@@ -806,7 +816,8 @@ fn json(body: &impl serde::Serialize) -> Vec<u8> {
 }
 
 fn body<T: DeserializeOwned>(response: Response<ureq::Body>) -> Option<T> {
-    let bytes = response.into_body().into_with_config().limit(MAX_ANSWER).read_to_vec().ok()?;
+    let bytes =
+        response.into_body().into_with_config().limit(MAX_ANSWER_BYTES).read_to_vec().ok()?;
     serde_json::from_slice(&bytes).ok()
 }
 
@@ -876,10 +887,10 @@ mod tests {
             assert!(tracker.await_usable());
             tracker.record_success(Duration::ZERO);
         }
-        tracker.take_wanted();
+        tracker.take_announce_request();
         (0..MAX_FAILURES).for_each(|_| tracker.record_failure(&TrackerError::Malformed));
         assert!(!tracker.await_usable());
-        assert!(tracker.take_wanted() && !tracker.take_wanted());
+        assert!(tracker.take_announce_request() && !tracker.take_announce_request());
         tracker.record_announce(Ok(AnnounceResponse {
             tracker: Some("0123456789abcdef".into()),
             ..AnnounceResponse::default()
@@ -913,9 +924,9 @@ mod tests {
         let tracker = tracker(Instant::now());
         tracker.record_failure(&TrackerError::Malformed);
         assert!(!tracker.await_usable());
-        assert_eq!(tracker.reached_if_known(), Some(false));
+        assert_eq!(tracker.reached(), Some(false));
         tracker.reset(Instant::now());
-        assert_eq!(tracker.reached_if_known(), None);
+        assert_eq!(tracker.reached(), None);
     }
 
     #[test]
@@ -1003,17 +1014,17 @@ mod tests {
         let now = Instant::now();
         let tracker = tracker(now);
         tracker.record_reached();
-        tracker.record_candidates(0, MANY_DEAD - 1, now, now);
+        tracker.record_candidates(0, MANY_SILENT - 1, now, now);
         assert_eq!(tracker.unproven_timeout(), None);
         let later = now + Duration::from_secs(2);
         for _ in 0..25 {
-            tracker.record_candidates(0, MANY_DEAD, now, later);
+            tracker.record_candidates(0, MANY_SILENT, now, later);
         }
         // One such lookup may be an accident: only dead peers seemed to have the path.
         assert!(tracker.await_usable());
         assert_eq!(tracker.unproven_timeout(), Some(MIN_WAIT));
         let again = later + MIN_WAIT;
-        tracker.record_candidates(0, MANY_DEAD, later + Duration::from_millis(1), again);
+        tracker.record_candidates(0, MANY_SILENT, later + Duration::from_millis(1), again);
         assert_eq!(tracker.state.lock().pause.due(), Some(again + FIRST_PAUSE.get()));
         assert!(!tracker.await_usable());
         end_pause(&tracker);
@@ -1021,7 +1032,7 @@ mod tests {
         assert!(!tracker.await_usable(), "the others do not wait for it");
         tracker.record_candidates(
             0,
-            MANY_DEAD,
+            MANY_SILENT,
             again + FIRST_PAUSE.get(),
             again + FIRST_PAUSE.get(),
         );
@@ -1035,11 +1046,11 @@ mod tests {
     #[test]
     fn lookup_after_pause_that_finds_few_silent_candidates_ends_it() {
         let (now, second) = (Instant::now(), Duration::from_secs(1));
-        for silent in [0, MANY_DEAD - 1] {
+        for silent in [0, MANY_SILENT - 1] {
             let tracker = tracker(now);
             tracker.record_reached();
             for i in 1..=2 {
-                tracker.record_candidates(0, MANY_DEAD, now + second * i, now + second * i);
+                tracker.record_candidates(0, MANY_SILENT, now + second * i, now + second * i);
             }
             assert!(!tracker.await_usable());
             // A lookup that began before the pause.
@@ -1061,17 +1072,17 @@ mod tests {
         tracker.record_reached();
         tracker.record_candidates(1, 3, now, now);
         for i in 1..100 {
-            tracker.record_candidates(0, MANY_DEAD, now + second * i, now + second * i);
+            tracker.record_candidates(0, MANY_SILENT, now + second * i, now + second * i);
             assert!(tracker.await_usable() && tracker.await_usable());
         }
         assert!(tracker.unproven_timeout().is_some());
         // A few candidates that answer do not outweigh many that do not.
-        tracker.record_candidates(1, 2 * MANY_DEAD, now + second * 101, now + second * 101);
+        tracker.record_candidates(1, 2 * MANY_SILENT, now + second * 101, now + second * 101);
         assert!(tracker.unproven_timeout().is_some());
-        tracker.record_candidates(4, 2 * MANY_DEAD, now + second * 102, now + second * 102);
+        tracker.record_candidates(4, 2 * MANY_SILENT, now + second * 102, now + second * 102);
         assert!(tracker.unproven_timeout().is_none());
         for i in 800..802 {
-            tracker.record_candidates(0, MANY_DEAD, now + second * i, now + second * i);
+            tracker.record_candidates(0, MANY_SILENT, now + second * i, now + second * i);
         }
         assert!(!tracker.await_usable());
     }
@@ -1080,7 +1091,7 @@ mod tests {
     fn wait_for_unproven_candidates_follows_tracker_latency() {
         let now = Instant::now();
         let tracker = tracker(now);
-        tracker.record_candidates(0, MANY_DEAD, now, now);
+        tracker.record_candidates(0, MANY_SILENT, now, now);
         for (millis, wait) in [(1, 40), (30, 120), (500, 400)] {
             let mut latency = RoundTrip::default();
             latency.add(Duration::from_millis(millis));
@@ -1095,7 +1106,7 @@ mod tests {
         let stamps: Vec<u64> = (0..100).map(|_| tracker.timestamp()).collect();
         assert!(stamps.windows(2).all(|pair| pair[0] < pair[1]));
         for ahead in [-240_000, 240_000] {
-            let now = our_clock().saturating_add_signed(ahead);
+            let now = unix_time_ms().saturating_add_signed(ahead);
             tracker.set_clock(now).unwrap();
             assert!(tracker.timestamp().abs_diff(now) < 60_000);
         }
@@ -1104,9 +1115,9 @@ mod tests {
     #[test]
     fn tracker_clock_far_from_own_is_rejected() {
         let tracker = tracker(Instant::now());
-        for now in [0, our_clock() - 3_600_000, our_clock() + 3_600_000, u64::MAX] {
+        for now in [0, unix_time_ms() - 3_600_000, unix_time_ms() + 3_600_000, u64::MAX] {
             let Err(TrackerError::Clock(_)) = tracker.set_clock(now) else { panic!("{now}") };
-            assert!(tracker.timestamp().abs_diff(our_clock()) < 60_000);
+            assert!(tracker.timestamp().abs_diff(unix_time_ms()) < 60_000);
         }
         assert!(TrackerError::Clock(3_600_000).to_string().contains("3600 s slow"));
     }

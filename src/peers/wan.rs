@@ -34,15 +34,15 @@ const WAN_TIMEOUT: Timeout = Timeout::from_secs(4);
 /// on a new one.
 const HEDGE_DELAY: Duration = Duration::from_millis(300);
 /// Candidates that are asked at first.
-const AT_ONCE: usize = 4;
+const FIRST_IN_FLIGHT: usize = 4;
 /// Time without a good narinfo after which further candidates are asked.
-const WAVE: Duration = Duration::from_millis(100);
+const INCREASE_INTERVAL: Duration = Duration::from_millis(100);
 /// Longest wait for a candidate that failed recently.
-const SLOW: Duration = Duration::from_millis(500);
+const DOUBTFUL_TIMEOUT: Duration = Duration::from_millis(500);
 /// Longest wait for the addresses of the host names in one list of candidates.
-const NAMES_WAIT: Duration = Duration::from_millis(500);
+const NAMES_TIMEOUT: Duration = Duration::from_millis(500);
 /// Delay before the next attempt of a request that other requests block.
-const BLOCKED: Duration = Duration::from_millis(10);
+const POOL_RETRY_DELAY: Duration = Duration::from_millis(10);
 /// First delay before a proven candidate that is busy or restarts is asked again. The delay
 /// doubles up to [`MAX_RETRY_DELAY`].
 const RETRY_DELAY: Duration = Duration::from_millis(50);
@@ -51,10 +51,10 @@ const MAX_RETRY_DELAY: Duration = Duration::from_millis(800);
 /// Delay before the next attempt at an address whose connection rate is used up: the interval at
 /// which that rate admits connections. Also the longest wait for such an address if none of its
 /// candidates has ever answered, as many ports of one victim do not.
-const PACE_DELAY: Duration = Duration::from_millis(200);
+const RATE_RETRY_DELAY: Duration = Duration::from_millis(200);
 /// Longest wait for an address whose connection rate is used up, if another candidate there
 /// answers. There are several nodes behind one router.
-const PACE_WAIT: Duration = Duration::from_millis(600);
+const MAX_RATE_WAIT: Duration = Duration::from_millis(600);
 
 /// Finds and asks the peers on other networks.
 pub struct WanSource {
@@ -64,7 +64,7 @@ pub struct WanSource {
     networks: Arc<Networks>,
     names: Arc<NameResolver>,
     requests: Arc<RequestPool>,
-    pace: Mutex<ConnectRate>,
+    connect_rate: Mutex<ConnectRate>,
 }
 
 impl WanSource {
@@ -83,7 +83,7 @@ impl WanSource {
             networks,
             names: Arc::default(),
             requests,
-            pace: Mutex::default(),
+            connect_rate: Mutex::default(),
         }
     }
 
@@ -92,7 +92,7 @@ impl WanSource {
     pub fn search(self: &Arc<Self>, hash_part: &HashPart) -> WanSearch {
         // The number of requests bounds the channel: two calls per tracker with one message each
         // and one for each name, and one request at a time per candidate.
-        let (answer, answers) = unbounded();
+        let (sender, answers) = unbounded();
         WanSearch {
             wan: self.clone(),
             hash_part: *hash_part,
@@ -100,13 +100,13 @@ impl WanSource {
             deadline: Instant::now(),
             latest_deadline: Instant::now() + WAN_TIMEOUT.get() + LOOKUP_TIMEOUT.get(),
             calls: Vec::new(),
-            entries: Vec::new(),
-            at_once: AT_ONCE,
-            next_wave: None,
-            answer,
+            candidates: Vec::new(),
+            max_in_flight: FIRST_IN_FLIGHT,
+            next_increase: None,
+            sender,
             answers,
             found: false,
-            useless: None,
+            unusable: None,
         }
     }
 
@@ -127,7 +127,7 @@ impl WanSource {
     /// Begins a transfer at the tracker that named the peer. The transfer gets its name later. Does
     /// not block.
     pub fn begin_transfer(&self, origin: &OfferOrigin) -> PendingTransferName {
-        self.trackers.begin(origin.tracker, &origin.peer_id)
+        self.trackers.begin_transfer(origin.tracker, &origin.peer_id)
     }
 }
 
@@ -167,50 +167,50 @@ pub struct WanSearch {
     /// Latest end of the search, even if it starts late.
     latest_deadline: Instant,
     calls: Vec<TrackerLookup>,
-    entries: Vec<CandidateState>,
+    candidates: Vec<CandidateState>,
     /// Number of candidates that may be asked at once.
-    at_once: usize,
-    next_wave: Option<Instant>,
-    answer: Sender<NarinfoAnswer>,
+    max_in_flight: usize,
+    next_increase: Option<Instant>,
+    sender: Sender<NarinfoAnswer>,
     answers: Receiver<NarinfoAnswer>,
     found: bool,
     /// Last candidate whose answer was useless, and that answer.
-    useless: Option<(SocketAddr, PeerError)>,
+    unusable: Option<(SocketAddr, PeerError)>,
 }
 
 /// Lookup at one tracker.
 struct TrackerLookup {
     tracker: Arc<Tracker>,
     /// Index of the tracker in [`Trackers::all`].
-    at: usize,
+    index: usize,
     /// Number of connections on which the tracker was asked, and number of those that failed.
-    begun: u32,
+    sent: u32,
     failed: u32,
     error: Option<tracker::TrackerError>,
     is_answered: bool,
     /// Number of answers whose host names are being resolved. [`NarinfoAnswer::Name`] says when
     /// that ends.
-    unresolved: u32,
+    resolving: u32,
     /// True if the failure of this lookup was recorded.
-    is_judged: bool,
+    is_recorded: bool,
 }
 
 impl TrackerLookup {
-    fn new(tracker: Arc<Tracker>, at: usize) -> Self {
+    fn new(tracker: Arc<Tracker>, index: usize) -> Self {
         TrackerLookup {
             tracker,
-            at,
-            begun: 0,
+            index,
+            sent: 0,
             failed: 0,
             error: None,
             is_answered: false,
-            unresolved: 0,
-            is_judged: false,
+            resolving: 0,
+            is_recorded: false,
         }
     }
 
     fn is_awaited(&self) -> bool {
-        !self.is_answered && (self.begun == 0 || self.failed < self.begun)
+        !self.is_answered && (self.sent == 0 || self.failed < self.sent)
     }
 }
 
@@ -243,24 +243,25 @@ fn split(list: CandidateList) -> (Vec<LocatedCandidate>, Vec<NamedCandidate>) {
     (located, named)
 }
 
-/// Resolves the host names that the tracker with the index `at` names, and sends each candidate as
-/// soon as its address is known. Blocks until `deadline` at most; later names are left out.
+/// Resolves the host names that the tracker with the index `tracker` names, and sends each
+/// candidate as soon as its address is known. Blocks until `deadline` at most; later names are left
+/// out.
 fn resolve(
     names: &Arc<NameResolver>,
     named: &[NamedCandidate],
-    at: usize,
+    tracker: usize,
     deadline: Instant,
-    answer: &Sender<NarinfoAnswer>,
+    sender: &Sender<NarinfoAnswer>,
 ) {
     let hosts: Vec<&str> = named.iter().map(|(_, candidate)| &*candidate.addr).collect();
     names.resolve(&hosts, deadline, |index, ip| {
         let (rank, candidate) = &named[index];
         let located = ip.and_then(|ip| locate(candidate.clone(), *rank, ip));
         if located.is_some() {
-            let _ = answer.send(NarinfoAnswer::Name { at, located });
+            let _ = sender.send(NarinfoAnswer::Name { index: tracker, located });
         }
     });
-    let _ = answer.send(NarinfoAnswer::Name { at, located: None });
+    let _ = sender.send(NarinfoAnswer::Name { index: tracker, located: None });
 }
 
 fn locate(candidate: Candidate, rank: usize, ip: IpAddr) -> Option<LocatedCandidate> {
@@ -274,11 +275,11 @@ struct CandidateState {
     origin: OfferOrigin,
     /// Position in the tracker's list.
     rank: usize,
-    state: CandidatePhase,
+    phase: CandidatePhase,
     /// Number of requests that failed for a temporary reason.
     failures: u32,
     /// When a limit of its address began to delay it.
-    delayed: Option<Instant>,
+    delayed_since: Option<Instant>,
     was_asked: bool,
     /// True if the candidate has sent any answer.
     answered: bool,
@@ -303,12 +304,12 @@ struct FoundCandidates {
 }
 
 enum NarinfoAnswer {
-    /// From the tracker with the index `at` in [`Trackers::all`].
-    Tracker { at: usize, result: Result<FoundCandidates, tracker::TrackerError> },
+    /// From the tracker with the index `index` in [`Trackers::all`].
+    Tracker { index: usize, result: Result<FoundCandidates, tracker::TrackerError> },
     /// A candidate of that tracker whose host name was resolved; `None` at the end of the list.
-    Name { at: usize, located: Option<LocatedCandidate> },
-    /// From the candidate with the index `at`.
-    Peer { at: usize, result: Box<Result<PeerNarinfo, PeerError>> },
+    Name { index: usize, located: Option<LocatedCandidate> },
+    /// From the candidate with the index `index`.
+    Peer { index: usize, result: Box<Result<PeerNarinfo, PeerError>> },
 }
 
 impl WanSearch {
@@ -321,25 +322,25 @@ impl WanSearch {
 
     /// Number of candidates that were asked, and number of those that sent no answer.
     pub fn asked_and_silent(&self) -> (u32, u32) {
-        let asked = || self.entries.iter().filter(|entry| entry.was_asked);
-        let count = |entries: usize| u32::try_from(entries).unwrap_or(u32::MAX);
-        (count(asked().count()), count(asked().filter(|entry| !entry.answered).count()))
+        let asked = || self.candidates.iter().filter(|candidate| candidate.was_asked);
+        let count = |candidates: usize| u32::try_from(candidates).unwrap_or(u32::MAX);
+        (count(asked().count()), count(asked().filter(|candidate| !candidate.answered).count()))
     }
 
     /// Last candidate whose answer was useless, and that answer.
-    pub fn useless(&self) -> Option<&(SocketAddr, PeerError)> {
-        self.useless.as_ref()
+    pub fn unusable(&self) -> Option<&(SocketAddr, PeerError)> {
+        self.unusable.as_ref()
     }
 
     /// A candidate that was not asked because it failed too often.
     pub fn avoided(&self) -> Option<SocketAddr> {
         let now = Instant::now();
-        let is_avoided = |entry: &&CandidateState| {
-            !entry.was_asked
-                && self.wan.health.eligibility(PeerKey::far(entry.address), now)
+        let is_avoided = |candidate: &&CandidateState| {
+            !candidate.was_asked
+                && self.wan.health.eligibility(PeerKey::far(candidate.address), now)
                     == Eligibility::Never
         };
-        self.entries.iter().find(is_avoided).map(|entry| entry.address)
+        self.candidates.iter().find(is_avoided).map(|candidate| candidate.address)
     }
 
     /// Returns true if at least one tracker is reachable.
@@ -358,11 +359,11 @@ impl WanSearch {
             if now >= self.deadline {
                 break;
             }
-            let is_blocked = !self.call_trackers(now) | !self.ask(now);
+            let is_blocked = !self.call_trackers(now) | !self.send_requests(now);
             let Some(wake_up) = self.next_wake_up(is_blocked, now) else { break };
             select! {
                 recv(self.answers) -> answer => if let Ok(answer) = answer
-                    && let Some(offer) = self.take(answer) {
+                    && let Some(offer) = self.handle_answer(answer) {
                     self.found = true;
                     self.record_results();
                     return Some(offer);
@@ -375,8 +376,8 @@ impl WanSearch {
     }
 
     fn begin(&mut self) {
-        let usable = |(at, tracker): (usize, &Arc<Tracker>)| {
-            tracker.await_usable().then(|| TrackerLookup::new(tracker.clone(), at))
+        let usable = |(index, tracker): (usize, &Arc<Tracker>)| {
+            tracker.await_usable().then(|| TrackerLookup::new(tracker.clone(), index))
         };
         self.calls = self.wan.trackers.all().enumerate().filter_map(usable).collect();
         let began = Instant::now();
@@ -394,9 +395,9 @@ impl WanSearch {
         let (deadline, hedge) = (self.trackers_deadline(), self.began.unwrap_or(now) + HEDGE_DELAY);
         let mut may_ask = true;
         for call in self.calls.iter_mut().filter(|call| now < deadline && call.is_awaited()) {
-            if call.begun == 0 || call.begun == 1 && now >= hedge {
-                let (tracker, at, is_hedge) = (call.tracker.clone(), call.at, call.begun == 1);
-                let (answer, hash_part) = (self.answer.clone(), self.hash_part);
+            if call.sent == 0 || call.sent == 1 && now >= hedge {
+                let (tracker, index, is_hedge) = (call.tracker.clone(), call.index, call.sent == 1);
+                let (sender, hash_part) = (self.sender.clone(), self.hash_part);
                 let names = self.wan.names.clone();
                 let began = self.wan.requests.run(RequestTarget::Tracker, move || {
                     let found = tracker.lookup(&hash_part, is_hedge, deadline).map(split);
@@ -405,13 +406,13 @@ impl WanSearch {
                         named = with_names;
                         FoundCandidates { located, has_names: !named.is_empty() }
                     });
-                    let _ = answer.send(NarinfoAnswer::Tracker { at, result });
+                    let _ = sender.send(NarinfoAnswer::Tracker { index, result });
                     // Candidates with IP addresses do not wait for these.
                     if !named.is_empty() {
-                        resolve(&names, &named, at, Instant::now() + NAMES_WAIT, &answer);
+                        resolve(&names, &named, index, Instant::now() + NAMES_TIMEOUT, &sender);
                     }
                 });
-                call.begun += u32::from(began);
+                call.sent += u32::from(began);
                 may_ask &= began;
             }
         }
@@ -422,40 +423,43 @@ impl WanSearch {
     fn next_wake_up(&self, is_blocked: bool, now: Instant) -> Option<Instant> {
         let hedge = self.began.unwrap_or(now) + HEDGE_DELAY;
         let call = |call: &TrackerLookup| {
-            if call.begun < 2 { hedge.max(now + BLOCKED) } else { self.trackers_deadline() }
+            if call.sent < 2 { hedge.max(now + POOL_RETRY_DELAY) } else { self.trackers_deadline() }
         };
         let calls = self
             .calls
             .iter()
             .filter(|call| now < self.trackers_deadline() && call.is_awaited())
             .map(call);
-        let entry = |entry: &CandidateState| match entry.state {
-            CandidatePhase::Untried(at) if self.is_hopeful(entry, now) && at > now => Some(at),
+        let candidate = |candidate: &CandidateState| match candidate.phase {
+            CandidatePhase::Untried(at) if self.may_be_asked(candidate, now) && at > now => {
+                Some(at)
+            }
             CandidatePhase::Asked(at) => {
-                Some(self.answer_deadline(entry, at, now)).filter(|deadline| *deadline > now)
+                Some(self.answer_deadline(candidate, at, now)).filter(|deadline| *deadline > now)
             }
             _ => None,
         };
-        // Only the end of the search bounds this wait: `NAMES_WAIT` bounds the resolution itself.
-        let names = self.calls.iter().filter(|call| call.unresolved > 0).map(|_| self.deadline);
-        let entries = self.entries.iter().filter_map(entry);
-        let blocked = is_blocked.then(|| now + BLOCKED);
-        let awaited = calls.chain(names).chain(entries).chain(blocked).min()?;
-        Some(self.next_wave.map_or(awaited, |wave| awaited.min(wave)).min(self.deadline))
+        // Only the end of the search bounds this wait: `NAMES_TIMEOUT` bounds the resolution
+        // itself.
+        let names = self.calls.iter().filter(|call| call.resolving > 0).map(|_| self.deadline);
+        let candidates = self.candidates.iter().filter_map(candidate);
+        let blocked = is_blocked.then(|| now + POOL_RETRY_DELAY);
+        let awaited = calls.chain(names).chain(candidates).chain(blocked).min()?;
+        Some(self.next_increase.map_or(awaited, |wave| awaited.min(wave)).min(self.deadline))
     }
 
-    fn add(&mut self, tracker: usize, located: Vec<LocatedCandidate>) {
+    fn add_candidates(&mut self, tracker: usize, located: Vec<LocatedCandidate>) {
         let now = Instant::now();
         for LocatedCandidate { address, peer_id, rank } in located {
-            let known = self.entries.iter().any(|entry| entry.address == address);
+            let known = self.candidates.iter().any(|candidate| candidate.address == address);
             if !known && !self.wan.is_own(address) {
-                self.entries.push(CandidateState {
+                self.candidates.push(CandidateState {
                     address,
                     origin: OfferOrigin { tracker, peer_id },
                     rank,
-                    state: CandidatePhase::Untried(now),
+                    phase: CandidatePhase::Untried(now),
                     failures: 0,
-                    delayed: None,
+                    delayed_since: None,
                     was_asked: false,
                     answered: false,
                 });
@@ -463,70 +467,72 @@ impl WanSearch {
         }
     }
 
-    fn is_hopeful(&self, entry: &CandidateState, now: Instant) -> bool {
-        matches!(entry.state, CandidatePhase::Untried(_))
-            && self.wan.health.eligibility(PeerKey::far(entry.address), now) != Eligibility::Never
+    fn may_be_asked(&self, candidate: &CandidateState, now: Instant) -> bool {
+        matches!(candidate.phase, CandidatePhase::Untried(_))
+            && self.wan.health.eligibility(PeerKey::far(candidate.address), now)
+                != Eligibility::Never
     }
 
     /// Time until which the answer of a candidate that was asked at `asked` is awaited. The wait is
     /// short for a candidate that failed recently, and for one that has never answered and was
     /// named by a tracker that names many dead peers.
-    fn answer_deadline(&self, entry: &CandidateState, asked: Instant, now: Instant) -> Instant {
-        let peer_key = PeerKey::far(entry.address);
+    fn answer_deadline(&self, candidate: &CandidateState, asked: Instant, now: Instant) -> Instant {
+        let peer_key = PeerKey::far(candidate.address);
         let timeout = match self.wan.health.eligibility(peer_key, now) {
-            Eligibility::Now if self.wan.is_proven(entry.address) => None,
-            Eligibility::Now => self.unproven_timeout(entry),
-            Eligibility::Last | Eligibility::Never => Some(SLOW),
+            Eligibility::Now if self.wan.is_proven(candidate.address) => None,
+            Eligibility::Now => self.unproven_timeout(candidate),
+            Eligibility::Last | Eligibility::Never => Some(DOUBTFUL_TIMEOUT),
         };
         timeout.map_or(self.deadline, |timeout| self.deadline.min(asked + timeout))
     }
 
     /// Longest wait for a candidate that has never answered; `None` if there is no such limit.
-    fn unproven_timeout(&self, entry: &CandidateState) -> Option<Duration> {
-        self.wan.trackers.all().nth(entry.origin.tracker)?.unproven_timeout()
+    fn unproven_timeout(&self, candidate: &CandidateState) -> Option<Duration> {
+        self.wan.trackers.all().nth(candidate.origin.tracker)?.unproven_timeout()
     }
 
     /// Returns true if a candidate at this IP address has answered.
-    fn answers(&self, ip: IpAddr) -> bool {
-        let mut there = self.entries.iter().filter(|entry| entry.address.ip() == ip);
-        there.any(|entry| entry.answered || self.wan.is_proven(entry.address))
+    fn has_answered_at(&self, ip: IpAddr) -> bool {
+        let mut at_ip = self.candidates.iter().filter(|candidate| candidate.address.ip() == ip);
+        at_ip.any(|candidate| candidate.answered || self.wan.is_proven(candidate.address))
     }
 
     /// Returns true if the candidate is asked, or waits for the connection rate, in vain. A
     /// candidate that was not asked counts like the others at its address.
-    fn is_silent(&self, entry: &CandidateState) -> bool {
-        if entry.was_asked {
-            return !entry.answered;
+    fn is_silent(&self, candidate: &CandidateState) -> bool {
+        if candidate.was_asked {
+            return !candidate.answered;
         }
-        entry.delayed.is_some() && !self.answers(entry.address.ip())
+        candidate.delayed_since.is_some() && !self.has_answered_at(candidate.address.ip())
     }
 
-    fn is_awaited(&self, entry: &CandidateState, now: Instant) -> bool {
-        matches!(entry.state, CandidatePhase::Asked(at) if now < self.answer_deadline(entry, at, now))
+    fn is_awaited(&self, candidate: &CandidateState, now: Instant) -> bool {
+        matches!(candidate.phase, CandidatePhase::Asked(at) if now < self.answer_deadline(candidate, at, now))
     }
 
     /// Asks as many candidates as the limit admits. Returns false if other requests block a
     /// candidate.
-    fn ask(&mut self, now: Instant) -> bool {
-        if self.next_wave.is_some_and(|at| at <= now) {
-            self.at_once = self.at_once.saturating_mul(2);
-            self.next_wave = Some(now + WAVE);
+    fn send_requests(&mut self, now: Instant) -> bool {
+        if self.next_increase.is_some_and(|at| at <= now) {
+            self.max_in_flight = self.max_in_flight.saturating_mul(2);
+            self.next_increase = Some(now + INCREASE_INTERVAL);
         }
-        let in_flight = self.entries.iter().filter(|entry| self.is_awaited(entry, now)).count();
-        let mut free = self.at_once.saturating_sub(in_flight);
+        let in_flight =
+            self.candidates.iter().filter(|candidate| self.is_awaited(candidate, now)).count();
+        let mut free = self.max_in_flight.saturating_sub(in_flight);
         let mut may_ask = true;
-        for at in self.in_turn(now) {
+        for index in self.asking_order(now) {
             if free == 0 {
                 break;
             }
-            match self.start(at, now) {
+            match self.send_request(index, now) {
                 ConnectDecision::Now => free -= 1,
                 ConnectDecision::Later => may_ask = false,
-                ConnectDecision::NotThis => may_ask &= self.delay(at, now),
+                ConnectDecision::NotThis => may_ask &= self.delay(index, now),
             }
         }
-        if self.entries.iter().any(|entry| entry.was_asked) {
-            self.next_wave.get_or_insert(now + WAVE);
+        if self.candidates.iter().any(|candidate| candidate.was_asked) {
+            self.next_increase.get_or_insert(now + INCREASE_INTERVAL);
         }
         may_ask
     }
@@ -535,25 +541,25 @@ impl WanSearch {
     /// behind the same router. Gives it up after some time, soon if nobody there has ever answered.
     /// Returns false if a request in progress will show whether somebody is there: only after that
     /// the time begins.
-    fn delay(&mut self, at: usize, now: Instant) -> bool {
-        let entry = &self.entries[at];
-        let ip = entry.address.ip();
-        let is_asked = self.wan.requests.is_asked(ip);
-        let limit = match self.unproven_timeout(entry) {
+    fn delay(&mut self, index: usize, now: Instant) -> bool {
+        let candidate = &self.candidates[index];
+        let ip = candidate.address.ip();
+        let is_asked = self.wan.requests.has_request_to(ip);
+        let limit = match self.unproven_timeout(candidate) {
             None if is_asked => {
-                self.entries[at].delayed = Some(now);
+                self.candidates[index].delayed_since = Some(now);
                 return false;
             }
-            _ if self.answers(ip) => PACE_WAIT,
+            _ if self.has_answered_at(ip) => MAX_RATE_WAIT,
             Some(timeout) => timeout,
-            None => PACE_DELAY,
+            None => RATE_RETRY_DELAY,
         };
-        let entry = &mut self.entries[at];
-        let deadline = *entry.delayed.get_or_insert(now) + limit;
-        entry.state = if now >= deadline {
+        let candidate = &mut self.candidates[index];
+        let deadline = *candidate.delayed_since.get_or_insert(now) + limit;
+        candidate.phase = if now >= deadline {
             CandidatePhase::Done
         } else {
-            let pause = if is_asked { BLOCKED } else { PACE_DELAY };
+            let pause = if is_asked { POOL_RETRY_DELAY } else { RATE_RETRY_DELAY };
             CandidatePhase::Untried(deadline.min(now + pause))
         };
         true
@@ -562,113 +568,114 @@ impl WanSearch {
     /// Candidates that may be asked, in order: proven ones first, then by the position in the
     /// tracker's list. Candidates that failed recently are returned only when no other candidate is
     /// left or awaited: even a fast narinfo from them does not make their NARs reliable.
-    fn in_turn(&self, now: Instant) -> Vec<usize> {
+    fn asking_order(&self, now: Instant) -> Vec<usize> {
         let health = &self.wan.health;
-        let is_doubtful = |at: &usize| health.is_doubtful(PeerKey::far(self.entries[*at].address));
-        let is_due = |at: &usize| matches!(self.entries[*at].state, CandidatePhase::Untried(due) if due <= now);
-        let all = 0..self.entries.len();
-        let hopeful = all.clone().filter(|at| self.is_hopeful(&self.entries[*at], now));
-        let mut turns: Vec<_> = hopeful.filter(is_due).collect();
-        let is_awaited = |at: &usize| self.is_awaited(&self.entries[*at], now);
+        let is_doubtful =
+            |index: &usize| health.is_doubtful(PeerKey::far(self.candidates[*index].address));
+        let is_due = |index: &usize| matches!(self.candidates[*index].phase, CandidatePhase::Untried(due) if due <= now);
+        let all = 0..self.candidates.len();
+        let hopeful = all.clone().filter(|index| self.may_be_asked(&self.candidates[*index], now));
+        let mut order: Vec<_> = hopeful.filter(is_due).collect();
+        let is_awaited = |index: &usize| self.is_awaited(&self.candidates[*index], now);
         let may_name_more = self.calls.iter().any(TrackerLookup::is_awaited)
             && now < self.trackers_deadline()
-            || self.calls.iter().any(|call| call.unresolved > 0);
-        let others_are_left = turns.iter().any(|at| !is_doubtful(at))
-            || all.clone().any(|at| is_awaited(&at) && !is_doubtful(&at))
+            || self.calls.iter().any(|call| call.resolving > 0);
+        let others_are_left = order.iter().any(|index| !is_doubtful(index))
+            || all.clone().any(|index| is_awaited(&index) && !is_doubtful(&index))
             || may_name_more;
         if others_are_left {
-            turns.retain(|at| !is_doubtful(at));
+            order.retain(|index| !is_doubtful(index));
         }
-        turns.sort_by_cached_key(|at| {
-            let CandidateState { address, rank, .. } = &self.entries[*at];
+        order.sort_by_cached_key(|index| {
+            let CandidateState { address, rank, .. } = &self.candidates[*index];
             (
                 health.eligibility(PeerKey::far(*address), now) == Eligibility::Last,
                 !self.wan.is_proven(*address),
                 *rank,
             )
         });
-        turns
+        order
     }
 
     /// Requests the narinfo from one candidate in another thread, because a request cannot be
     /// cancelled.
-    fn start(&mut self, at: usize, now: Instant) -> ConnectDecision {
-        let address = self.entries[at].address;
+    fn send_request(&mut self, index: usize, now: Instant) -> ConnectDecision {
+        let address = self.candidates[index].address;
         let is_proven = self.wan.is_proven(address);
-        let to = if is_proven {
+        let target = if is_proven {
             RequestTarget::Proven(address.ip())
         } else {
             RequestTarget::Stranger(address.ip())
         };
         // Checked first, because a permit of the rate limiter cannot be returned.
-        match self.wan.requests.admits(to) {
+        match self.wan.requests.admits(target) {
             ConnectDecision::Now => {}
             // Its answers make room.
             ConnectDecision::NotThis if is_proven => return ConnectDecision::Later,
-            not_now => return not_now,
+            refusal => return refusal,
         }
         if !is_proven {
-            let mut pace = self.wan.pace.lock();
-            match pace.take(address.ip(), now) {
+            let mut connect_rate = self.wan.connect_rate.lock();
+            match connect_rate.take(address.ip(), now) {
                 ConnectDecision::Now => {}
-                not_now => return not_now,
+                refusal => return refusal,
             }
         }
         let (client, health) = (self.wan.client.clone(), self.wan.health.clone());
-        let (answer, hash_part) = (self.answer.clone(), self.hash_part);
+        let (sender, hash_part) = (self.sender.clone(), self.hash_part);
         let timeout = self.deadline.saturating_duration_since(now);
         let holder = Holder::peerix(address, &hash_part);
-        let started = self.wan.requests.run(to, move || {
+        let started = self.wan.requests.run(target, move || {
             let result = client.narinfo(&holder, &hash_part, timeout);
-            let then = Instant::now();
+            let ended = Instant::now();
             match &result {
-                Ok(_) => health.answered(PeerKey::far(address), then - now, then),
+                Ok(_) => health.record_answer(PeerKey::far(address), ended - now, ended),
                 // The peer did not promise the path: filters have false positives.
                 Err(PeerError::NotThere | PeerError::Busy) => {
-                    health.record_miss(PeerKey::far(address), then - now, then)
+                    health.record_miss(PeerKey::far(address), ended - now, ended)
                 }
                 Err(e) => e.record(&health, PeerKey::far(address), now),
             }
-            let _ = answer.send(NarinfoAnswer::Peer { at, result: Box::new(result) });
+            let _ = sender.send(NarinfoAnswer::Peer { index, result: Box::new(result) });
         });
         if !started {
             return ConnectDecision::Later;
         }
-        let entry = &mut self.entries[at];
-        (entry.state, entry.was_asked) = (CandidatePhase::Asked(now), true);
+        let candidate = &mut self.candidates[index];
+        (candidate.phase, candidate.was_asked) = (CandidatePhase::Asked(now), true);
         ConnectDecision::Now
     }
 
-    fn take(&mut self, answer: NarinfoAnswer) -> Option<WanOffer> {
+    fn handle_answer(&mut self, answer: NarinfoAnswer) -> Option<WanOffer> {
         match answer {
-            NarinfoAnswer::Tracker { at, result } => {
-                self.take_candidates(at, result);
+            NarinfoAnswer::Tracker { index, result } => {
+                self.handle_candidates(index, result);
                 None
             }
-            NarinfoAnswer::Name { at, located: Some(located) } => {
-                self.add(at, vec![located]);
+            NarinfoAnswer::Name { index, located: Some(located) } => {
+                self.add_candidates(index, vec![located]);
                 None
             }
-            NarinfoAnswer::Name { at, located: None } => {
-                let call = self.calls.iter_mut().find(|call| call.at == at);
-                call.into_iter().for_each(|call| call.unresolved -= 1);
+            NarinfoAnswer::Name { index, located: None } => {
+                let call = self.calls.iter_mut().find(|call| call.index == index);
+                call.into_iter().for_each(|call| call.resolving -= 1);
                 None
             }
-            NarinfoAnswer::Peer { at, result } => self.take_narinfo(at, *result),
+            NarinfoAnswer::Peer { index, result } => self.handle_narinfo(index, *result),
         }
     }
 
-    fn take_candidates(
+    fn handle_candidates(
         &mut self,
-        at: usize,
+        index: usize,
         result: Result<FoundCandidates, tracker::TrackerError>,
     ) {
-        let Some(call) = self.calls.iter_mut().find(|call| call.at == at) else { return };
+        let Some(call) = self.calls.iter_mut().find(|call| call.index == index) else { return };
         match result {
             Ok(found) => {
-                call.unresolved += u32::from(found.has_names);
+                call.resolving += u32::from(found.has_names);
                 if !std::mem::replace(&mut call.is_answered, true) {
-                    self.add(at, found.located);
+                    self.add_candidates(index, found.located);
                 }
             }
             Err(e) => {
@@ -678,36 +685,40 @@ impl WanSearch {
         }
     }
 
-    fn take_narinfo(
+    fn handle_narinfo(
         &mut self,
-        at: usize,
+        index: usize,
         result: Result<PeerNarinfo, PeerError>,
     ) -> Option<WanOffer> {
-        let entry = &mut self.entries[at];
-        entry.answered |= !matches!(result, Err(PeerError::Unreachable(_)));
-        entry.state = CandidatePhase::Done;
+        let candidate = &mut self.candidates[index];
+        candidate.answered |= !matches!(result, Err(PeerError::Unreachable(_)));
+        candidate.phase = CandidatePhase::Done;
         match result {
             Ok(narinfo) => {
                 return Some(WanOffer {
-                    peer: entry.address,
-                    origin: entry.origin.clone(),
+                    peer: candidate.address,
+                    origin: candidate.origin.clone(),
                     narinfo,
                 });
             }
             // A proven peer restarts or is overloaded.
             Err(e)
                 if e.is_temporary()
-                    && !self.wan.health.latency(PeerKey::far(entry.address)).is_zero() =>
+                    && !self.wan.health.latency(PeerKey::far(candidate.address)).is_zero() =>
             {
-                let pause = backoff::pause(RETRY_DELAY, entry.failures, MAX_RETRY_DELAY);
-                entry.failures += 1;
-                entry.state = CandidatePhase::Untried(Instant::now() + pause);
-                log::debug!("{}: candidate {}: {e}; asked again", self.hash_part, entry.address);
+                let pause = backoff::pause(RETRY_DELAY, candidate.failures, MAX_RETRY_DELAY);
+                candidate.failures += 1;
+                candidate.phase = CandidatePhase::Untried(Instant::now() + pause);
+                log::debug!(
+                    "{}: candidate {}: {e}; asked again",
+                    self.hash_part,
+                    candidate.address
+                );
             }
             Err(e) => {
-                log::debug!("{}: candidate {}: {e}", self.hash_part, entry.address);
+                log::debug!("{}: candidate {}: {e}", self.hash_part, candidate.address);
                 if !matches!(e, PeerError::NotThere | PeerError::Unreachable(_)) {
-                    self.useless = Some((entry.address, e));
+                    self.unusable = Some((candidate.address, e));
                 }
             }
         }
@@ -720,11 +731,13 @@ impl WanSearch {
         let now = Instant::now();
         let began = self.began.unwrap_or(now);
         for call in &self.calls {
-            let named = || self.entries.iter().filter(|entry| entry.origin.tracker == call.at);
-            let alive = named().filter(|entry| entry.answered).count();
+            let named = || {
+                self.candidates.iter().filter(|candidate| candidate.origin.tracker == call.index)
+            };
+            let alive = named().filter(|candidate| candidate.answered).count();
             // A candidate that had no time to answer because another was faster is not silent.
             if call.is_answered && !self.found {
-                let silent = named().filter(|entry| self.is_silent(entry)).count();
+                let silent = named().filter(|candidate| self.is_silent(candidate)).count();
                 call.tracker.record_candidates(alive, silent, began, now);
             } else if alive > 0 {
                 call.tracker.record_candidates(alive, 0, began, now);
@@ -733,7 +746,7 @@ impl WanSearch {
         for call in &mut self.calls {
             if call.is_answered
                 || self.found && call.is_awaited()
-                || std::mem::replace(&mut call.is_judged, true)
+                || std::mem::replace(&mut call.is_recorded, true)
             {
                 continue;
             }
@@ -795,7 +808,7 @@ mod tests {
         let now = Instant::now();
         (search.began, search.deadline) = (Some(now), now + Duration::from_secs(3600));
         let tracker = search.wan.trackers.all().next().unwrap().clone();
-        search.calls = vec![TrackerLookup { begun: 1, ..TrackerLookup::new(tracker, 0) }];
+        search.calls = vec![TrackerLookup { sent: 1, ..TrackerLookup::new(tracker, 0) }];
         search
     }
 
@@ -807,22 +820,22 @@ mod tests {
     fn name_candidates(search: &mut WanSearch, candidates: Vec<Candidate>) -> Vec<NamedCandidate> {
         let (located, named) = split(CandidateList { candidates, others: Vec::new() });
         let result = Ok(FoundCandidates { located, has_names: !named.is_empty() });
-        search.take(NarinfoAnswer::Tracker { at: 0, result });
+        search.handle_answer(NarinfoAnswer::Tracker { index: 0, result });
         named
     }
 
     fn addresses(search: &WanSearch) -> Vec<SocketAddr> {
-        search.entries.iter().map(|entry| entry.address).collect()
+        search.candidates.iter().map(|candidate| candidate.address).collect()
     }
 
     fn is_over(search: &WanSearch) -> bool {
-        search.entries.iter().all(|entry| entry.state == CandidatePhase::Done)
+        search.candidates.iter().all(|candidate| candidate.phase == CandidatePhase::Done)
     }
 
     /// Uses up the connection rate of an address, so that nothing is sent to it.
     fn use_up_rate(search: &WanSearch, last: u8, now: Instant) {
-        let mut pace = search.wan.pace.lock();
-        while pace.take(peer(last, 1).ip(), now) == ConnectDecision::Now {}
+        let mut connect_rate = search.wan.connect_rate.lock();
+        while connect_rate.take(peer(last, 1).ip(), now) == ConnectDecision::Now {}
     }
 
     /// Guards against a name server that delays candidates whose addresses are known.
@@ -839,22 +852,22 @@ mod tests {
         let list = list.into_iter().zip(2..).map(|(addr, port)| candidate(addr, port)).collect();
         let named = name_candidates(&mut search, list);
         assert_eq!(addresses(&search), [peer(1, 3)]);
-        let (names, answer) = (search.wan.names.clone(), search.answer.clone());
+        let (names, sender) = (search.wan.names.clone(), search.sender.clone());
         let deadline = Instant::now() + Duration::from_secs(60);
-        let thread = std::thread::spawn(move || resolve(&names, &named, 0, deadline, &answer));
+        let thread = std::thread::spawn(move || resolve(&names, &named, 0, deadline, &sender));
         let first = search.answers.recv().unwrap();
-        search.take(first);
+        search.handle_answer(first);
         assert_eq!(addresses(&search), [peer(1, 3), peer(9, 4)], "one name is slow");
-        search.entries.iter_mut().for_each(|entry| entry.state = CandidatePhase::Done);
+        search.candidates.iter_mut().for_each(|candidate| candidate.phase = CandidatePhase::Done);
         assert!(search.next_wake_up(false, Instant::now()).is_some(), "the name is awaited");
         drop(release);
         thread.join().unwrap();
-        for answer in search.answers.clone().try_iter() {
-            search.take(answer);
+        for sender in search.answers.clone().try_iter() {
+            search.handle_answer(sender);
         }
         assert_eq!(addresses(&search)[2], peer(12, 2));
-        assert_eq!(search.entries[2].rank, 0);
-        search.entries[2].state = CandidatePhase::Done;
+        assert_eq!(search.candidates[2].rank, 0);
+        search.candidates[2].phase = CandidatePhase::Done;
         assert_eq!(search.next_wake_up(false, Instant::now()), None);
     }
 
@@ -862,9 +875,9 @@ mod tests {
     fn search_waits_for_last_names_and_ends_with_them() {
         let mut search = search(|_| Vec::new());
         name_candidates(&mut search, vec![candidate("a.example", 2)]);
-        let late = Instant::now() + 2 * NAMES_WAIT;
+        let late = Instant::now() + 2 * NAMES_TIMEOUT;
         assert!(search.next_wake_up(false, late).is_some(), "the answer is under way");
-        search.take(NarinfoAnswer::Name { at: 0, located: None });
+        search.handle_answer(NarinfoAnswer::Name { index: 0, located: None });
         assert_eq!(search.next_wake_up(false, late), None);
     }
 
@@ -881,7 +894,7 @@ mod tests {
         for (millis, ends) in [(0, false), (199, false), (200, true)] {
             let then = now + Duration::from_millis(millis);
             use_up_rate(&search, 1, then);
-            search.ask(then);
+            search.send_requests(then);
             assert_eq!(is_over(&search), ends, "{millis} ms");
         }
         assert_eq!(tracker.unproven_timeout(), None);
@@ -894,7 +907,7 @@ mod tests {
         let later = Instant::now();
         for (then, ends) in [(later, false), (later + timeout, true)] {
             use_up_rate(&search, 2, then);
-            search.ask(then);
+            search.send_requests(then);
             assert_eq!(is_over(&search), ends);
         }
     }
@@ -917,13 +930,13 @@ mod tests {
         let ports = || (1..=64).map(|port| candidate("203.0.113.1", port)).collect();
         name_candidates(&mut search, ports());
         let tracker = search.calls[0].tracker.clone();
-        assert!(!search.ask(Instant::now()));
+        assert!(!search.send_requests(Instant::now()));
         assert!(!is_over(&search), "one of the requests may show that somebody is there");
         search.record_results();
         let timeout = tracker.unproven_timeout().expect("64 silent candidates");
         let later = Instant::now();
         for (then, ends) in [(later, false), (later + timeout, true)] {
-            search.ask(then);
+            search.send_requests(then);
             assert_eq!(is_over(&search), ends);
         }
         drop(release);
@@ -941,11 +954,12 @@ mod tests {
             if is_suspected {
                 tracker.record_candidates(0, 64, now, now);
             }
-            (search.entries[0].state, search.entries[0].answered) = (CandidatePhase::Done, true);
+            (search.candidates[0].phase, search.candidates[0].answered) =
+                (CandidatePhase::Done, true);
             for (millis, ends) in [(0, false), (599, false), (600, true)] {
                 let then = now + Duration::from_millis(millis);
                 use_up_rate(&search, 1, then);
-                search.ask(then);
+                search.send_requests(then);
                 assert_eq!(is_over(&search), ends, "{millis} ms");
             }
             search.record_results();

@@ -12,10 +12,10 @@ const MAX_WINDOW_LOG: u32 = 21;
 /// Largest number of compressed bytes that yield no output: two blocks of the maximum size. More
 /// are an error. A valid peer sends at most one such block, because the first bytes of a block may
 /// wait for its last.
-const MAX_FRUITLESS: usize = 256 * 1024;
+const MAX_EMPTY_READS: usize = 256 * 1024;
 
 /// Size of the input buffer, in bytes. It equals the size of the connection's buffer.
-const INPUT: usize = 128 * 1024;
+const INPUT_BYTES: usize = 128 * 1024;
 
 /// Reader of the decompressed bytes of a body. They end where the frame and the body end together;
 /// a shorter frame, or bytes after it, are an error.
@@ -27,10 +27,10 @@ pub(super) struct ZstdReader<R> {
     start: usize,
     end: usize,
     /// True if the last read filled its buffer: the decoder may hold more output.
-    filled_output: bool,
+    output_was_full: bool,
     has_ended: bool,
     /// Compressed bytes consumed since the last output.
-    fruitless: usize,
+    empty_reads: usize,
     /// Time limit of a read without output. It may be exceeded by one read of the body.
     timeout: Duration,
 }
@@ -43,16 +43,16 @@ impl<R: Read> ZstdReader<R> {
     pub(super) fn new(body: R, timeout: Duration) -> io::Result<Self> {
         let mut decoder = Decoder::new()?;
         decoder.set_parameter(DParameter::WindowLogMax(MAX_WINDOW_LOG))?;
-        let input = vec![0; INPUT].into_boxed_slice();
+        let input = vec![0; INPUT_BYTES].into_boxed_slice();
         Ok(ZstdReader {
             body,
             decoder,
             input,
             start: 0,
             end: 0,
-            filled_output: false,
+            output_was_full: false,
             has_ended: false,
-            fruitless: 0,
+            empty_reads: 0,
             timeout,
         })
     }
@@ -83,7 +83,7 @@ impl<R: Read> Read for ZstdReader<R> {
             if self.has_ended {
                 return self.read_end();
             }
-            if self.start == self.end && !self.filled_output {
+            if self.start == self.end && !self.output_was_full {
                 (self.start, self.end) = (0, self.body.read(&mut self.input)?);
                 if self.end == 0 {
                     return Err(io::Error::new(
@@ -97,13 +97,13 @@ impl<R: Read> Read for ZstdReader<R> {
             self.has_ended = self.decoder.run(&mut input, &mut output)? == 0;
             let (taken, decoded) = (input.pos(), output.pos());
             self.start += taken;
-            self.filled_output = decoded == output.capacity();
+            self.output_was_full = decoded == output.capacity();
             if decoded > 0 {
-                self.fruitless = 0;
+                self.empty_reads = 0;
                 return Ok(decoded);
             }
-            self.fruitless += taken;
-            if self.fruitless > MAX_FRUITLESS {
+            self.empty_reads += taken;
+            if self.empty_reads > MAX_EMPTY_READS {
                 return Err(invalid("zstd frame with nothing in it"));
             }
             if began.elapsed() > self.timeout {
@@ -232,10 +232,10 @@ mod tests {
 
     #[test]
     fn frame_without_output_is_error() {
-        let blocks = [&HEAD[..], &NOTHING.repeat(MAX_FRUITLESS)].concat();
-        let skipped = (2 * MAX_FRUITLESS as u32).to_le_bytes();
+        let blocks = [&HEAD[..], &NOTHING.repeat(MAX_EMPTY_READS)].concat();
+        let skipped = (2 * MAX_EMPTY_READS as u32).to_le_bytes();
         let skipped =
-            [&0x184D_2A5Fu32.to_le_bytes()[..], &skipped, &vec![0; 2 * MAX_FRUITLESS]].concat();
+            [&0x184D_2A5Fu32.to_le_bytes()[..], &skipped, &vec![0; 2 * MAX_EMPTY_READS]].concat();
         for body in [blocks, skipped] {
             let error = decode(&body).unwrap_err();
             assert_eq!(error.to_string(), "zstd frame with nothing in it");

@@ -260,7 +260,7 @@ impl StatusService {
             friends: self
                 .friends
                 .iter()
-                .flat_map(|friends| friends.seen())
+                .flat_map(|friends| friends.snapshots())
                 .map(|seen| friend(seen, now))
                 .collect(),
             peers,
@@ -334,7 +334,7 @@ impl StatusService {
         }
         if let Some(friends) = &self.friends {
             friends.list().problem().into_iter().for_each(|problem| add("friends", problem, false));
-            for friend in friends.seen().into_iter().filter(|friend| !friend.is_up) {
+            for friend in friends.snapshots().into_iter().filter(|friend| !friend.is_up) {
                 let error = friend
                     .error
                     .map(|error| format!("friend {} is not reached: {error}", friend.name));
@@ -374,7 +374,7 @@ impl StatusService {
         let all = self.trackers.iter().flat_map(|trackers| trackers.all());
         all.map(|tracker| TrackerState {
             url: tracker.url().to_owned(),
-            reached: tracker.reached_if_known(),
+            reached: tracker.reached(),
         })
         .collect()
     }
@@ -384,7 +384,7 @@ impl StatusService {
         let neighbours = self.discovery.neighbours(DISCOVERY_TIMEOUT);
         let answers = neighbours.is_some();
         let mut rows = neighbour_rows(neighbours.unwrap_or_default(), now);
-        for seen in self.health.all(now.instant) {
+        for seen in self.health.snapshots(now.instant) {
             let network = if seen.is_far { Network::Wan } else { Network::Lan };
             let key = row_of(&rows, network, seen.address);
             let row = rows.entry(key).or_insert_with(|| empty(seen.address, network));
